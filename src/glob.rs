@@ -1,0 +1,68 @@
+//! Patterns for model names.
+
+/// A pattern in which `*` stands for any run of characters and `?` for one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Glob(String);
+
+impl Glob {
+    /// Takes the pattern as it is; every string is a valid one.
+    pub fn new(pattern: impl Into<String>) -> Self {
+        Self(pattern.into())
+    }
+
+    /// The pattern as written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether all of `name` matches. Linear but for patterns with many stars (backtracks to the last one only).
+    pub fn matches(&self, name: &str) -> bool {
+        let (pattern, name) = (self.0.as_bytes(), name.as_bytes());
+        let (mut p, mut n) = (0, 0);
+        let mut retry: Option<(usize, usize)> = None;
+        while n < name.len() {
+            match pattern.get(p) {
+                Some(b'*') => {
+                    retry = Some((p, n));
+                    p += 1;
+                }
+                Some(&c) if c == b'?' || c == name[n] => {
+                    p += 1;
+                    n += 1;
+                }
+                _ => match retry {
+                    Some((star, at)) => {
+                        p = star + 1;
+                        n = at + 1;
+                        retry = Some((star, n));
+                    }
+                    None => return false,
+                },
+            }
+        }
+        pattern[p..].iter().all(|&c| c == b'*')
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Glob;
+
+    #[test]
+    fn globs_match_whole_names() {
+        for (pattern, name, want) in [
+            ("gpt-4o*", "gpt-4o-mini", true),
+            ("gpt-4o*", "my-gpt-4o", false),
+            ("*-mini", "gpt-4o-mini", true),
+            ("a*b*c", "a-b-b-c", true),
+            ("a*b*c", "a-b-b", false),
+            ("gpt-?", "gpt-4", true),
+            ("gpt-?", "gpt-40", false),
+            ("*", "", true),
+            ("", "", true),
+            ("", "x", false),
+        ] {
+            assert_eq!(Glob::new(pattern).matches(name), want, "{pattern} {name}");
+        }
+    }
+}
