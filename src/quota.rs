@@ -11,7 +11,7 @@ use std::fmt;
 
 pub use bucket::Bucket;
 pub use period::Calendar;
-pub use table::{Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
+pub use table::{Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
 
 /// Largest limit or burst: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;

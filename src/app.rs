@@ -1,0 +1,201 @@
+//! The composition root: builds every part from a config, starts them, and stops them in order.
+
+use crate::admin;
+use crate::clock::Stopwatch;
+use crate::config::Config;
+use crate::estimate;
+use crate::proxy::{Proxy, Shared};
+use crate::server::{self, Order};
+use crate::upstream;
+use anyhow::Context as _;
+use hyper::service::service_fn;
+use std::convert::Infallible;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZero;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+
+/// Threads for what must not hold up others: counting large prompts, looking up host names.
+const BLOCKING_THREADS: usize = 8;
+/// What the admin listener may take to end its answers.
+const ADMIN_DRAIN: Duration = Duration::from_secs(1);
+
+/// How requests are spread over the machine's cores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Workers {
+    /// One event loop a core, each with its own listening socket and upstream connections. Measured
+    /// to cost less CPU per request than the other.
+    #[default]
+    PerCore,
+    /// One work-stealing runtime over all cores.
+    Shared,
+}
+
+/// A running gateway. Dropping it stops it at once: what is under way is cut off, and settled.
+pub struct App {
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    shared: Arc<Shared>,
+    workers: Vec<Thread>,
+    admin: Thread,
+    drain_timeout: Duration,
+}
+
+/// A server on threads of its own.
+struct Thread {
+    orders: watch::Sender<Order>,
+    handle: Option<JoinHandle<usize>>,
+}
+
+/// How a shutdown went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShutdownReport {
+    /// Requests that were under way when it began.
+    pub under_way: u64,
+    /// Connections that had to be cut off because the time was over.
+    pub cut_off: usize,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl App {
+    /// Starts a gateway, one worker for each core.
+    ///
+    /// # Errors
+    /// An address cannot be listened at, or a thread or socket cannot be made.
+    pub fn start(config: Config) -> anyhow::Result<Self> {
+        Self::start_with(config, Workers::default())
+    }
+
+    /// Starts a gateway.
+    ///
+    /// # Errors
+    /// An address cannot be listened at, or a thread or socket cannot be made.
+    pub fn start_with(config: Config, workers: Workers) -> anyhow::Result<Self> {
+        let warm = thread::spawn(estimate::warm);
+        let cores = thread::available_parallelism().map_or(1, NonZero::get);
+        let config = Arc::new(config);
+        let (listen, admin_listen) = (config.server.listen, config.admin.listen);
+        let sockets = if workers == Workers::PerCore { cores } else { 1 };
+        let at = |address: SocketAddr, setting: &str| format!("cannot listen at {address} ({setting})");
+        let listeners = server::listen(listen, sockets).with_context(|| at(listen, "server.listen"))?;
+        let address = first_address(&listeners)?;
+        let admin_listeners =
+            server::listen(admin_listen, 1).with_context(|| at(admin_listen, "admin.listen"))?;
+        let admin_address = first_address(&admin_listeners)?;
+
+        let drain_timeout = config.server.drain_timeout;
+        let tls = upstream::client_config()?;
+        let shared = Arc::new(Shared::new(config)?);
+        let mut threads = Vec::new();
+        for listener in listeners {
+            let proxy = Arc::new(Proxy::new(shared.clone(), &tls)?);
+            let runtime = if workers == Workers::PerCore { one_core()? } else { all_cores(cores)? };
+            threads.push(Thread::spawn("worker", runtime, move |orders| {
+                let service = service_fn(move |request| {
+                    let proxy = proxy.clone();
+                    async move { Ok::<_, Infallible>(proxy.serve(request).await) }
+                });
+                server::serve(listener, service, orders)
+            })?);
+        }
+        let router = admin::service(shared.clone(), admin_address);
+        let mut admin_listeners = admin_listeners;
+        let admin_listener = admin_listeners.pop().context("no admin socket")?;
+        let admin = Thread::spawn("admin", one_core()?, move |orders| server::serve(admin_listener, router, orders))?;
+        // The vocabularies are loaded off the request path, and nobody is served before they are.
+        if warm.join().is_err() {
+            anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
+        }
+        Ok(Self { address, admin_address, shared, workers: threads, admin, drain_timeout })
+    }
+
+    /// Where callers are served.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where health, metrics and the admin API are.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// Stops in order: accepts nothing more, lets answers end within `server.drain_timeout`, cuts off
+    /// the others, and settles everything. Blocks until that is done.
+    pub fn shutdown(mut self) -> ShutdownReport {
+        let clock = Stopwatch::start();
+        let under_way = self.shared.in_flight();
+        self.shared.drain();
+        for worker in &self.workers {
+            worker.order(self.drain_timeout);
+        }
+        let cut_off = self.workers.iter_mut().map(Thread::join).sum();
+        self.admin.order(ADMIN_DRAIN);
+        self.admin.join();
+        ShutdownReport { under_way, cut_off, took: clock.elapsed() }
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        for thread in self.workers.iter_mut().chain([&mut self.admin]) {
+            thread.order(Duration::ZERO);
+        }
+        for thread in self.workers.iter_mut().chain([&mut self.admin]) {
+            thread.join();
+        }
+    }
+}
+
+impl Thread {
+    fn spawn<F>(
+        name: &str,
+        runtime: Runtime,
+        serve: impl FnOnce(watch::Receiver<Order>) -> F + Send + 'static,
+    ) -> anyhow::Result<Self>
+    where
+        F: Future<Output = io::Result<usize>>,
+    {
+        let (orders, receiver) = watch::channel(Order::Run);
+        let run = move || {
+            let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
+                tracing::error!(%error, "a listener has failed");
+                0
+            });
+            // Drops what is left of tasks, which settles it, and waits for counts that have begun.
+            runtime.shutdown_timeout(Duration::from_secs(5));
+            cut_off
+        };
+        let handle = thread::Builder::new().name(name.into()).spawn(run)?;
+        Ok(Self { orders, handle: Some(handle) })
+    }
+
+    fn order(&self, drain: Duration) {
+        // Nobody listens any more if it has stopped already.
+        let _ = self.orders.send(Order::Drain(drain));
+    }
+
+    fn join(&mut self) -> usize {
+        self.handle.take().and_then(|handle| handle.join().ok()).unwrap_or(0)
+    }
+}
+
+fn first_address(listeners: &[TcpListener]) -> anyhow::Result<SocketAddr> {
+    Ok(listeners.first().context("no socket")?.local_addr()?)
+}
+
+fn one_core() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS).build()
+}
+
+fn all_cores(cores: usize) -> io::Result<Runtime> {
+    Builder::new_multi_thread()
+        .worker_threads(cores)
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build()
+}

@@ -1,0 +1,66 @@
+//! `tollgate demo`
+
+use super::serve::run_until_told;
+use crate::app::App;
+use crate::config::parse;
+use crate::demo::Backend;
+use crate::telemetry::init_logging;
+use anyhow::anyhow;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+pub(super) fn run() -> anyhow::Result<ExitCode> {
+    let backend = Backend::start()?;
+    let text = CONFIG.replace("BACKEND", &backend.address().to_string());
+    let loaded = parse(&text, "demo.yaml", &|_| None, &[]).map_err(|faults| anyhow!("{faults}"))?;
+    let app = App::start(loaded.config)?;
+    print!("{}", introduction(app.address(), app.admin_address()));
+    let log = init_logging();
+    run_until_told(app, &log)
+}
+
+/// Quotas small enough to run out while one tries.
+const CONFIG: &str = r#"
+server: { listen: "127.0.0.1:0" }
+admin: { listen: "127.0.0.1:0" }
+upstreams:
+  simulated: { base_url: "http://BACKEND/v1", api_key: sk-simulated-backend }
+environments:
+  production:
+    upstream: simulated
+    quotas:
+      total_tokens: [{ limit: 5k, per: minute }, { limit: 100k, per: day }]
+      completion_tokens: { limit: 3k, per: minute }
+      requests: { limit: 60, per: minute }
+  sandbox:
+    upstream: simulated
+    quotas: { total_tokens: { limit: 300, per: minute } }
+default_environment: production
+store: { memory: true }
+"#;
+
+fn introduction(address: SocketAddr, admin: SocketAddr) -> String {
+    let chat = r#""model":"gpt-4o-mini","messages":[{"role":"user","content":"Why is the sky blue?"}]"#;
+    let json = "-H 'content-type: application/json'";
+    format!(
+        r#"
+Tollgate is running in front of a simulated backend. Paste into another terminal:
+
+  # a chat completion: the x-ratelimit headers tell what is left
+  curl -si http://{address}/v1/chat/completions {json} -d '{{{chat}}}'
+
+  # the same as a stream
+  curl -sN http://{address}/v1/chat/completions {json} -d '{{{chat},"stream":true}}'
+
+  # the sandbox may spend 300 tokens a minute: the last of these are refused with 429
+  for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{http_code}}\n' http://{address}/sandbox/v1/chat/completions {json} -d '{{{chat},"max_tokens":60}}'; done
+
+  # what every quota has left
+  curl -s http://{admin}/api/environments
+
+An OpenAI SDK needs base_url="http://{address}/v1" and any api_key.
+Dashboard: http://{admin}/    Stop: Ctrl-C
+
+"#
+    )
+}

@@ -1,0 +1,156 @@
+//! Which tokenizer counts for a model, and the counting.
+
+use crate::config::{ModelRule, TokenizerChoice};
+use std::thread;
+
+/// The vocabularies that are built in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// `o200k_base`; `o200k_harmony` counts ordinary text alike.
+    O200k,
+    /// `cl100k_base`.
+    Cl100k,
+}
+
+impl Encoding {
+    /// Its published name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::O200k => "o200k_base",
+            Self::Cl100k => "cl100k_base",
+        }
+    }
+}
+
+/// Counts tokens as a model's own tokenizer does, or near it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tokenizer {
+    /// The vocabulary that counts.
+    pub encoding: Encoding,
+    /// What the model's own tokenizer makes of 100 tokens of `encoding`; 100: it is the same one.
+    pub percent: u64,
+}
+
+/// Models by the beginning of their name; the first match decides. Names whose vocabulary is
+/// published (tiktoken's model list) count exactly, the other families by measured ratios to o200k.
+const FAMILIES: &[(&str, Encoding, u64)] = &[
+    ("gpt-4o", Encoding::O200k, 100),
+    ("gpt-4.1", Encoding::O200k, 100),
+    ("gpt-4.5", Encoding::O200k, 100),
+    ("gpt-4", Encoding::Cl100k, 100),
+    ("gpt-3.5", Encoding::Cl100k, 100),
+    ("gpt-35", Encoding::Cl100k, 100),
+    ("text-", Encoding::Cl100k, 100),
+    ("davinci", Encoding::Cl100k, 100),
+    ("babbage", Encoding::Cl100k, 100),
+    ("curie", Encoding::Cl100k, 100),
+    ("ada", Encoding::Cl100k, 100),
+    ("code-", Encoding::Cl100k, 100),
+    ("gpt-", Encoding::O200k, 100),
+    ("chatgpt-", Encoding::O200k, 100),
+    ("o1", Encoding::O200k, 100),
+    ("o3", Encoding::O200k, 100),
+    ("o4", Encoding::O200k, 100),
+    ("codex-", Encoding::O200k, 100),
+    ("computer-use", Encoding::O200k, 100),
+    ("llama-2", Encoding::O200k, 135),
+    ("llama", Encoding::O200k, 105),
+    ("meta-llama", Encoding::O200k, 105),
+    ("kimi", Encoding::O200k, 105),
+    ("minimax", Encoding::O200k, 105),
+    ("glm", Encoding::O200k, 105),
+    ("deepseek", Encoding::O200k, 108),
+    ("qwen", Encoding::O200k, 110),
+    ("mistral-7b", Encoding::O200k, 135),
+    ("mistral", Encoding::O200k, 115),
+    ("gemma", Encoding::O200k, 115),
+    ("gemini", Encoding::O200k, 115),
+    ("claude", Encoding::O200k, 120),
+];
+
+/// Any other model.
+const UNKNOWN: Tokenizer = Tokenizer { encoding: Encoding::O200k, percent: 110 };
+
+impl Tokenizer {
+    /// The tokenizer of a model: by the config's rules, else by its name, else a guess on the safe side.
+    pub fn of_model(rules: &[ModelRule], model: &str) -> Self {
+        if let Some(rule) = rules.iter().find(|r| r.pattern.matches(model)) {
+            return match &rule.tokenizer {
+                TokenizerChoice::Cl100k => Self { encoding: Encoding::Cl100k, percent: 100 },
+                TokenizerChoice::O200k => Self { encoding: Encoding::O200k, percent: 100 },
+                TokenizerChoice::File(_) => UNKNOWN,
+            };
+        }
+        // `openai/gpt-4o` is gpt-4o, and so is the fine-tune `ft:gpt-4o:org::id`.
+        let name = model.rsplit('/').next().unwrap_or(model);
+        let name = name.strip_prefix("ft:").map_or(name, |base| base.split(':').next().unwrap_or(base));
+        let begins = |prefix: &str| {
+            name.len() >= prefix.len() && name.as_bytes()[..prefix.len()].eq_ignore_ascii_case(prefix.as_bytes())
+        };
+        let family = FAMILIES.iter().find(|(prefix, ..)| begins(prefix));
+        family.map_or(UNKNOWN, |&(_, encoding, percent)| Self { encoding, percent })
+    }
+
+    /// Tokens of a text. Spellings of special tokens are ordinary text.
+    pub fn count(self, text: &str) -> u64 {
+        let tokens = match self.encoding {
+            Encoding::O200k => bpe_openai::o200k_base(),
+            Encoding::Cl100k => bpe_openai::cl100k_base(),
+        }
+        .count(text) as u64;
+        if self.percent == 100 { tokens } else { (tokens * self.percent).div_ceil(100) }
+    }
+}
+
+/// Loads both vocabularies, side by side: some 50 ms, so that no request has to wait for them.
+pub fn warm() {
+    let cl100k = thread::spawn(|| bpe_openai::cl100k_base().count("warm"));
+    bpe_openai::o200k_base().count("warm");
+    // A panic there would show again at the first count; there is nothing to add to it here.
+    drop(cl100k.join());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_decides_the_encoding() {
+        for (model, encoding, percent) in [
+            ("gpt-4o-mini", Encoding::O200k, 100),
+            ("gpt-4.1", Encoding::O200k, 100),
+            ("gpt-4", Encoding::Cl100k, 100),
+            ("gpt-4-turbo-2024-04-09", Encoding::Cl100k, 100),
+            ("gpt-3.5-turbo", Encoding::Cl100k, 100),
+            ("gpt-35-turbo-16k", Encoding::Cl100k, 100),
+            ("ft:gpt-4o-2024-08-06:org::id", Encoding::O200k, 100),
+            ("ft:gpt-4.1-mini:org::id", Encoding::O200k, 100),
+            ("openai/GPT-4o", Encoding::O200k, 100),
+            ("gpt-6-x", Encoding::O200k, 100),
+            ("text-embedding-3-small", Encoding::Cl100k, 100),
+            ("claude-sonnet-4", Encoding::O200k, 120),
+            ("meta-llama/Llama-3-8b", Encoding::O200k, 105),
+            ("who-knows", Encoding::O200k, 110),
+            ("é", Encoding::O200k, 110),
+        ] {
+            assert_eq!(Tokenizer::of_model(&[], model), Tokenizer { encoding, percent }, "{model}");
+        }
+    }
+
+    #[test]
+    fn counts_like_the_published_tokenizer() {
+        for (text, o200k, cl100k) in [
+            ("tiktoken is great!", 6, 6),
+            ("", 0, 0),
+            ("<|endoftext|>", 7, 7),
+            ("你好，世界", 3, 6),
+            ("1234567890", 4, 4),
+        ] {
+            let count = |encoding| Tokenizer { encoding, percent: 100 }.count(text);
+            assert_eq!((count(Encoding::O200k), count(Encoding::Cl100k)), (o200k, cl100k), "{text}");
+        }
+        let text = "Ünïcode and code: fn main() { println!(\"hi\"); }\n\n  don't 日本語 <|im_start|>";
+        let oracle = tiktoken_rs::o200k_base_singleton().encode_ordinary(text).len() as u64;
+        assert_eq!(Tokenizer { encoding: Encoding::O200k, percent: 100 }.count(text), oracle);
+    }
+}

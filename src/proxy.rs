@@ -1,0 +1,454 @@
+//! The life of a request, from its head to the last byte of its answer.
+
+mod call;
+mod headers;
+mod metered;
+mod route;
+
+use crate::clock::Stopwatch;
+use crate::config::{Config, Environment, ModelRule};
+use crate::error::ProxyError;
+use crate::estimate::completion_allowance;
+use crate::ledger::{Account, NoRoom, Reservation};
+use crate::quota::{Amounts, Ask, Asker};
+use crate::telemetry::{Metrics, Outcome, Record, RequestIds, model_label};
+use crate::upstream::{self, SendError, Upstream};
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
+use sha2::{Digest as _, Sha256};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use subtle::ConstantTimeEq as _;
+
+use call::{Call, Reading};
+pub use metered::AnswerBody;
+use metered::{Metered, Terms};
+use route::{Endpoint, NoRoute, Route};
+
+/// What all workers of a gateway share.
+pub struct Shared {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// The counters of each environment, in the config's order.
+    pub accounts: Vec<Arc<Account>>,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+    names: Vec<Names>,
+    models: Arc<[ModelRule]>,
+    callers: HashMap<[u8; 32], (usize, usize)>,
+    request_ids: RequestIds,
+    draining: AtomicBool,
+}
+
+/// Names that every request mentions, shared instead of copied.
+struct Names {
+    environment: Arc<str>,
+    callers: Vec<Arc<str>>,
+    header: HeaderValue,
+}
+
+/// One worker's way to serve requests: what is shared, and its own upstream connections.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    upstreams: Vec<Upstream>,
+}
+
+/// What a request holds and what will be told of it. Dropping it settles the one and writes the other.
+pub(crate) struct Charge {
+    reservation: Option<Reservation>,
+    record: Record,
+}
+
+impl Charge {
+    /// Records the latest word on what the request has cost.
+    fn observe(&mut self, spent: Amounts) {
+        if let Some(reservation) = &mut self.reservation {
+            reservation.observe(spent);
+            self.record.charged = spent;
+        }
+    }
+}
+
+/// Who asks, and of which environment.
+#[derive(Clone, Copy)]
+struct Caller {
+    environment: usize,
+    caller: Option<usize>,
+}
+
+impl Shared {
+    /// Opens the accounts of a config's environments.
+    ///
+    /// # Errors
+    /// The metrics cannot be registered.
+    pub fn new(config: Arc<Config>) -> anyhow::Result<Self> {
+        let metrics = Arc::new(Metrics::new()?);
+        let mut names = Vec::new();
+        for environment in &config.environments {
+            metrics.announce(environment);
+            names.push(Names {
+                environment: environment.name.as_str().into(),
+                callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
+                header: HeaderValue::from_str(&environment.name)?,
+            });
+        }
+        let open = |e: &Arc<Environment>| Arc::new(Account::open(&e.quotas, e.max_in_flight));
+        Ok(Self {
+            accounts: config.environments.iter().map(open).collect(),
+            names,
+            models: config.models.clone().into(),
+            callers: config.callers_by_digest().into_iter().collect(),
+            metrics,
+            request_ids: RequestIds::new(),
+            draining: AtomicBool::new(false),
+            config,
+        })
+    }
+
+    /// From now on new requests are refused.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether new requests are refused.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Requests under way in all environments.
+    pub fn in_flight(&self) -> u64 {
+        self.accounts.iter().map(|a| a.in_flight()).sum()
+    }
+}
+
+impl Proxy {
+    /// A worker's own proxy. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// An upstream's host cannot be a TLS server's name.
+    pub fn new(
+        shared: Arc<Shared>,
+        tls: &Arc<tokio_rustls::rustls::ClientConfig>,
+    ) -> anyhow::Result<Self> {
+        let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls);
+        let upstreams = shared.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
+        Ok(Self { shared, upstreams })
+    }
+
+    /// Serves one request: the upstream's answer, or the gateway's own refusal.
+    pub async fn serve(&self, request: Request<Incoming>) -> Response<AnswerBody> {
+        let record = Record::begin(self.shared.metrics.clone());
+        let mut charge = Charge { reservation: None, record };
+        let mut standing = HeaderMap::new();
+        match self.forward(request, &mut charge, &mut standing).await {
+            Ok(Some(answer)) => self.respond(answer, charge),
+            Ok(None) => empty_answer(charge),
+            Err(error) => self.refuse(error, charge, standing),
+        }
+    }
+
+    /// Every step that can refuse a request comes before the upstream sees it. `None`: there is
+    /// nothing to say but that somebody is there.
+    async fn forward(
+        &self,
+        request: Request<Incoming>,
+        charge: &mut Charge,
+        told: &mut HeaderMap,
+    ) -> Result<Option<Answer>, ProxyError> {
+        let (head, body) = request.into_parts();
+        if self.shared.is_draining() {
+            return Err(ProxyError::ShuttingDown);
+        }
+        call::check_head(&head.headers, &head.uri, head.version)?;
+        let route = self.route(&head)?;
+        charge.record.api = route.endpoint.as_str();
+        if route.endpoint == Endpoint::Root {
+            return Ok(None);
+        }
+        let who = self.identify(&route, &head.headers)?;
+        let environment = &*self.shared.config.environments[who.environment];
+        self.name(who, &mut charge.record, told);
+        if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
+            return Err(self.unknown_path(&head));
+        }
+
+        let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
+        let received = Stopwatch::start();
+        let call = self.understand(&route, environment, body).await?;
+        self.describe(&call, &route, environment, &mut charge.record, told)?;
+        self.reserve(who, environment, &route, &call, charge, told)?;
+
+        let upstream = &self.upstreams[self.upstream_index(environment)];
+        let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
+        let headers = headers::for_upstream(&head.headers, &environment.upstream);
+        let request = upstream::Request { method: head.method, target, headers, body: call.body.clone() };
+        // From here on the request may have reached the upstream, whatever becomes of the caller.
+        charge.observe(Amounts::of_request(call.estimate.tokens(), 0));
+        let overhead = received.elapsed();
+        let waiting = Stopwatch::start();
+        let (parts, incoming) = match upstream.send(&request).await {
+            Ok(answer) => answer,
+            Err(error) => return Err(self.no_answer(error, environment, charge)),
+        };
+        charge.record.first_byte = Some(waiting.elapsed());
+        charge.record.overhead = Some(overhead);
+        let terms = Terms {
+            estimated_prompt: call.estimate.tokens(),
+            tokenizer: call.tokenizer,
+            upstream: environment.upstream.name.clone(),
+            timeouts: environment.upstream.timeouts,
+            status: parts.status,
+        };
+        Ok(Some(Answer { parts, incoming, withholds: call.asked_for_usage, terms, told: std::mem::take(told) }))
+    }
+
+    fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
+        let path = head.uri.path();
+        match route::find(&self.shared.config, &head.method, path) {
+            Ok(route) => Ok(route),
+            Err(NoRoute::Method(allow)) => Err(ProxyError::MethodNotAllowed { allow }),
+            Err(NoRoute::Unknown) => Err(self.unknown_path(head)),
+        }
+    }
+
+    fn unknown_path(&self, head: &http::request::Parts) -> ProxyError {
+        let config = &self.shared.config;
+        let base_path = match config.default_environment {
+            Some(_) => "/v1".to_owned(),
+            None => format!("/{}/v1", config.environments.first().map_or("", |e| &e.name)),
+        };
+        let path = head.uri.path().chars().take(200).collect();
+        ProxyError::UnknownPath { path, base_path }
+    }
+
+    /// The environment is named by the path, else by the key, else by `default_environment`; who has
+    /// keys takes only its own.
+    fn identify(&self, route: &Route<'_>, headers: &HeaderMap) -> Result<Caller, ProxyError> {
+        let key = headers::callers_key(headers);
+        let known = key.and_then(|key| self.caller_of(key));
+        let environment = match (route.environment, known, self.shared.config.default_environment) {
+            (Some(named), ..) => named,
+            (None, Some((of_key, _)), _) => of_key,
+            (None, None, Some(default)) => default,
+            (None, None, None) => return Err(ProxyError::InvalidKey { given: key.is_some() }),
+        };
+        match known {
+            Some((of_key, caller)) if of_key == environment => Ok(Caller { environment, caller: Some(caller) }),
+            Some(_) => Err(ProxyError::WrongEnvironment),
+            None if self.shared.config.environments[environment].callers.is_empty() => {
+                Ok(Caller { environment, caller: None })
+            }
+            None => Err(ProxyError::InvalidKey { given: key.is_some() }),
+        }
+    }
+
+    /// Environment and caller of a key: found by its digest, compared in constant time.
+    fn caller_of(&self, key: &[u8]) -> Option<(usize, usize)> {
+        let digest: [u8; 32] = Sha256::digest(key).into();
+        let &(environment, caller) = self.shared.callers.get(&digest)?;
+        let stored = &self.shared.config.environments[environment].callers[caller].sha256;
+        bool::from(stored.ct_eq(&digest)).then_some((environment, caller))
+    }
+
+    fn name(&self, who: Caller, record: &mut Record, told: &mut HeaderMap) {
+        let names = &self.shared.names[who.environment];
+        record.environment = names.environment.clone();
+        record.caller = who.caller.map(|index| names.callers[index].clone());
+        told.insert(HeaderName::from_static("x-tollgate-environment"), names.header.clone());
+    }
+
+    async fn understand(
+        &self,
+        route: &Route<'_>,
+        environment: &Environment,
+        body: Bytes,
+    ) -> Result<Call, ProxyError> {
+        let Endpoint::Counted(api) = route.endpoint else { return Ok(Call::unread(body)) };
+        let reading = Reading {
+            api,
+            deployment: route.deployment.map(str::to_owned),
+            models: self.shared.models.clone(),
+            ask_for_usage: environment.upstream.ask_stream_usage,
+        };
+        Call::read(body, reading).await
+    }
+
+    /// Notes what the call is, and refuses a model that the environment may not use.
+    fn describe(
+        &self,
+        call: &Call,
+        route: &Route<'_>,
+        environment: &Environment,
+        record: &mut Record,
+        told: &mut HeaderMap,
+    ) -> Result<(), ProxyError> {
+        record.model_label = model_label(environment, &call.model);
+        record.model = call.model.chars().take(128).collect();
+        record.streams = call.streams;
+        record.estimated_prompt = call.estimate.tokens();
+        if !matches!(route.endpoint, Endpoint::Counted(_)) {
+            return Ok(());
+        }
+        let listed = environment.models.iter().any(|glob| glob.matches(&call.model));
+        if !environment.models.is_empty() && !listed {
+            return Err(ProxyError::ModelNotFound {
+                model: record.model.clone(),
+                environment: environment.name.clone(),
+            });
+        }
+        let estimate = HeaderValue::from(record.estimated_prompt);
+        told.insert(HeaderName::from_static("x-tollgate-estimated-prompt-tokens"), estimate);
+        Ok(())
+    }
+
+    /// Holds room for the request in every quota that it touches.
+    fn reserve(
+        &self,
+        who: Caller,
+        environment: &Environment,
+        route: &Route<'_>,
+        call: &Call,
+        charge: &mut Charge,
+        told: &mut HeaderMap,
+    ) -> Result<(), ProxyError> {
+        let generates = match route.endpoint {
+            Endpoint::Models | Endpoint::Root => return Ok(()),
+            Endpoint::Counted(api) => api.generates(),
+            Endpoint::Other => false,
+        };
+        let account = &self.shared.accounts[who.environment];
+        let asker = Asker { caller: who.caller, model: &call.model };
+        let prompt = if environment.reserve.prompt { call.estimate.tokens() } else { 0 };
+        let completion = if generates {
+            let largest = account.largest_completion(asker, prompt);
+            completion_allowance(&environment.reserve, call.completion_cap, call.completions.max(1), largest)
+        } else {
+            0
+        };
+        let ask = Ask { amounts: Amounts::of_request(prompt, completion), generates };
+        match account.reserve(asker, &ask) {
+            Ok(reservation) => {
+                headers::write_standing(told, reservation.standing());
+                charge.reservation = Some(reservation);
+                Ok(())
+            }
+            Err(no_room) => {
+                headers::write_standing(told, &account.standing(asker));
+                Err(self.denied(no_room, environment))
+            }
+        }
+    }
+
+    fn denied(&self, no_room: NoRoom, environment: &Environment) -> ProxyError {
+        let name = environment.name.clone();
+        let error = match no_room {
+            NoRoom::Quota(denied) => {
+                ProxyError::Quota { denied, environment: name, patience: environment.retry_patience }
+            }
+            NoRoom::InFlight { limit } => ProxyError::TooManyInFlight { limit, environment: name },
+        };
+        let worst = match &error {
+            ProxyError::Quota { denied, .. } => denied.shortfalls().first(),
+            _ => None,
+        };
+        self.shared.metrics.rejected(&environment.name, error.code(), worst);
+        error
+    }
+
+    fn upstream_index(&self, environment: &Environment) -> usize {
+        let upstreams = &self.shared.config.upstreams;
+        upstreams.iter().position(|u| Arc::ptr_eq(u, &environment.upstream)).unwrap_or(0)
+    }
+
+    /// What a request that got no answer costs: nothing if it never reached the upstream, else its
+    /// prompt, as far as it was estimated.
+    fn no_answer(&self, error: SendError, environment: &Environment, charge: &mut Charge) -> ProxyError {
+        let upstream = environment.upstream.name.clone();
+        let timeouts = environment.upstream.timeouts;
+        if matches!(error, SendError::Unreachable(..) | SendError::ConnectTimeout) {
+            charge.observe(Amounts::default());
+        }
+        match error {
+            SendError::Unreachable(what, source) => {
+                tracing::warn!(error = %source, upstream, what, "an upstream could not be reached");
+                ProxyError::UpstreamUnreachable { upstream, what }
+            }
+            SendError::ConnectTimeout => {
+                let what = "no connection came about in time (timeouts.connect)";
+                ProxyError::UpstreamUnreachable { upstream, what }
+            }
+            SendError::FirstByteTimeout => {
+                ProxyError::UpstreamTimeout { upstream, timeout: ("first_byte", timeouts.first_byte) }
+            }
+            SendError::Broken(source) => {
+                tracing::warn!(error = %source, upstream, "an upstream broke off before it answered");
+                ProxyError::UpstreamUnreachable { upstream, what: "it broke off before it answered" }
+            }
+        }
+    }
+
+    /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
+    fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
+        let Answer { mut parts, incoming, withholds, terms, told } = answer;
+        headers::for_caller(&mut parts.headers);
+        let record = &mut charge.record;
+        record.status = parts.status.as_u16();
+        if let Some(id) = parts.headers.get(REQUEST_ID) {
+            record.request_id = id.to_str().unwrap_or_default().chars().take(128).collect();
+        } else {
+            record.request_id = self.shared.request_ids.next();
+            if let Ok(id) = HeaderValue::from_str(&record.request_id) {
+                parts.headers.insert(REQUEST_ID, id);
+            }
+        }
+        let metered = Metered::new(incoming, &parts.headers, withholds, charge, terms);
+        if metered.is_stream() {
+            parts.headers.remove(header::CONTENT_LENGTH);
+        }
+        parts.headers.extend(told);
+        Response::from_parts(parts, AnswerBody::Metered(Box::new(metered)))
+    }
+
+    /// The gateway's own answer.
+    fn refuse(&self, error: ProxyError, mut charge: Charge, told: HeaderMap) -> Response<AnswerBody> {
+        let record = &mut charge.record;
+        record.error = error.code();
+        record.outcome = match &error {
+            ProxyError::Quota { .. } | ProxyError::TooManyInFlight { .. } => Outcome::Rejected,
+            ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => Outcome::UpstreamFailed,
+            _ => Outcome::Refused,
+        };
+        if record.request_id.is_empty() {
+            record.request_id = self.shared.request_ids.next();
+        }
+        let mut response = error.into_response();
+        record.status = response.status().as_u16();
+        response.headers_mut().extend(told);
+        if let Ok(id) = HeaderValue::from_str(&record.request_id) {
+            response.headers_mut().insert(REQUEST_ID, id);
+        }
+        // Settled before the caller reads of it.
+        drop(charge);
+        response.map(|body| AnswerBody::Whole(Some(body.into())))
+    }
+}
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// An upstream's answer on its way to the caller.
+struct Answer {
+    parts: http::response::Parts,
+    incoming: upstream::Incoming,
+    withholds: bool,
+    terms: Terms,
+    told: HeaderMap,
+}
+
+fn empty_answer(mut charge: Charge) -> Response<AnswerBody> {
+    charge.record.status = StatusCode::OK.as_u16();
+    charge.record.outcome = Outcome::Answered;
+    Response::new(AnswerBody::Whole(None))
+}

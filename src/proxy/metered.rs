@@ -1,0 +1,406 @@
+//! The answer's body: passes the upstream's bytes on as they come, reads usage on the side, and holds
+//! the reservation until it is known what the answer has cost.
+
+use super::Charge;
+use crate::clock::Stopwatch;
+use crate::config::Timeouts;
+use crate::error::ProxyError;
+use crate::estimate::Tokenizer;
+use crate::quota::Amounts;
+use crate::telemetry::Outcome;
+use crate::upstream::Incoming;
+use crate::usage::{JsonReader, Received, Reported, SseReader, Texts};
+use bytes::Bytes;
+use http::header::{self, HeaderMap};
+use http::{HeaderValue, StatusCode};
+use hyper::body::{Body, Frame, SizeHint};
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Sleep, sleep_until};
+
+/// More text than this is counted on a thread for such work.
+const INLINE_TEXT: usize = 2 * 1024;
+
+/// The body of every answer to a caller.
+pub enum AnswerBody {
+    /// Made here.
+    Whole(Option<Bytes>),
+    /// The upstream's.
+    Metered(Box<Metered>),
+}
+
+/// What has to be known to charge for an answer.
+#[derive(Clone, Debug)]
+pub(super) struct Terms {
+    /// What is charged for the prompt if the upstream does not say.
+    pub(super) estimated_prompt: u64,
+    pub(super) tokenizer: Option<Tokenizer>,
+    /// Its name, for errors.
+    pub(super) upstream: String,
+    pub(super) timeouts: Timeouts,
+    pub(super) status: StatusCode,
+}
+
+/// The upstream's body on its way to the caller.
+pub struct Metered {
+    incoming: Incoming,
+    reader: Reader,
+    /// Read and not yet passed on.
+    ready: VecDeque<Bytes>,
+    /// What is left to pass on if the answer is of known length.
+    length: Option<u64>,
+    terms: Terms,
+    state: State,
+    started: Stopwatch,
+    last_data: Stopwatch,
+    alarm: Option<Pin<Box<Sleep>>>,
+}
+
+enum State {
+    /// Bytes are coming. The reservation lives here.
+    Passing(Charge),
+    /// All has come and is being counted.
+    Counting(Charge, JoinHandle<u64>),
+    /// Settled; what is ready is still to be passed on, and then, if so, the connection broken off.
+    Settled { breaks_off: bool },
+}
+
+/// Looks at the bytes that pass.
+enum Reader {
+    Sse(SseReader),
+    Json(JsonReader, Received),
+    /// Compressed, or not JSON: only its length is known.
+    Opaque(u64),
+}
+
+/// Why an answer ends before its end.
+enum Cut {
+    Broken,
+    Timeout(&'static str, Duration),
+}
+
+impl Metered {
+    /// `withholds`: the gateway asked for usage in a stream where the caller did not.
+    pub(super) fn new(
+        incoming: Incoming,
+        headers: &HeaderMap,
+        withholds: bool,
+        charge: Charge,
+        terms: Terms,
+    ) -> Self {
+        let reader = Reader::of(headers, withholds);
+        let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
+        Self {
+            incoming,
+            length: if matches!(reader, Reader::Sse(_)) { None } else { length },
+            reader,
+            ready: VecDeque::new(),
+            terms,
+            state: State::Passing(charge),
+            started: Stopwatch::start(),
+            last_data: Stopwatch::start(),
+            alarm: None,
+        }
+    }
+
+    /// Whether the answer may become shorter or longer on its way, so that its length is not told.
+    pub(super) fn is_stream(&self) -> bool {
+        matches!(self.reader, Reader::Sse(_))
+    }
+
+    fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self.incoming.poll_data(cx) {
+            Poll::Ready(Some(Ok(data))) => {
+                self.last_data = Stopwatch::start();
+                self.reader.feed(data, &mut self.ready);
+                if self.incoming.is_end() {
+                    self.end();
+                }
+            }
+            Poll::Ready(None) => self.end(),
+            Poll::Ready(Some(Err(error))) => {
+                tracing::debug!(%error, upstream = self.terms.upstream, "an answer broke off");
+                self.cut(&Cut::Broken);
+            }
+            Poll::Pending => {
+                let cut = ready!(self.poll_alarm(cx));
+                self.cut(&cut);
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Ready when the upstream has been silent, or the whole exchange has lasted, too long. The timer
+    /// is set once and looked at when it fires: no timer is moved for every piece.
+    fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
+        loop {
+            let Timeouts { idle, total, .. } = self.terms.timeouts;
+            let (silent, over) = (self.last_data.deadline(idle), self.started.deadline(total));
+            let due = silent.min(over);
+            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
+            ready!(alarm.as_mut().poll(cx));
+            if self.started.elapsed() >= total {
+                return Poll::Ready(Cut::Timeout("total", total));
+            }
+            if self.last_data.elapsed() >= idle {
+                return Poll::Ready(Cut::Timeout("idle", idle));
+            }
+            alarm.as_mut().reset(due);
+        }
+    }
+
+    /// The answer is whole.
+    fn end(&mut self) {
+        self.reader.finish(&mut self.ready);
+        let outcome = if self.terms.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
+        self.close(outcome, false, false);
+    }
+
+    /// The answer ends before its end: a stream with an event that says so, anything else by breaking
+    /// off the caller's connection too, so that it cannot be taken for whole.
+    fn cut(&mut self, cut: &Cut) {
+        let breaks_off = match &mut self.reader {
+            Reader::Sse(reader) => {
+                let separator = if reader.break_off() { "\n\n" } else { "" };
+                let upstream = self.terms.upstream.clone();
+                let error = match *cut {
+                    Cut::Broken => ProxyError::UpstreamCut { upstream },
+                    Cut::Timeout(setting, after) => {
+                        ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
+                    }
+                };
+                self.ready.push_back(format!("{separator}data: {}\n\n", error.body()).into());
+                false
+            }
+            Reader::Json(..) | Reader::Opaque(_) => true,
+        };
+        self.close(Outcome::UpstreamCut, true, breaks_off);
+    }
+
+    /// Settles, at once or when what came has been counted.
+    fn close(&mut self, outcome: Outcome, was_cut: bool, breaks_off: bool) {
+        let State::Passing(mut charge) =
+            std::mem::replace(&mut self.state, State::Settled { breaks_off })
+        else {
+            return;
+        };
+        charge.record.outcome = outcome;
+        let texts = self.texts_to_count(&mut charge, was_cut);
+        if texts.bytes() <= INLINE_TEXT || self.terms.tokenizer.is_none() {
+            self.settle(charge, count(self.terms.tokenizer, &texts));
+        } else {
+            let tokenizer = self.terms.tokenizer;
+            let counted = spawn_blocking(move || count(tokenizer, &texts));
+            self.state = State::Counting(charge, counted);
+        }
+    }
+
+    /// What has to be counted because the upstream did not report it.
+    fn texts_to_count(&mut self, charge: &mut Charge, was_cut: bool) -> Texts {
+        let reported = self.reader.reported();
+        charge.record.reported = reported.is_any();
+        if !self.terms.status.is_success() || reported.completion().is_some() {
+            return Texts::default();
+        }
+        let reason = if reported.was_refused() { "not_credible" } else { "not_reported" };
+        charge.record.metrics().usage_missing(&charge.record.environment, reason);
+        if reported.was_refused() {
+            tracing::warn!(upstream = self.terms.upstream, "an answer's usage cannot be true: counted here instead");
+        }
+        self.reader.take_texts(was_cut)
+    }
+
+    fn settle(&self, mut charge: Charge, counted: u64) {
+        let reported = self.reader.reported();
+        let amounts = if self.terms.status.is_success() || reported.is_any() {
+            let prompt = if self.terms.status.is_success() { self.terms.estimated_prompt } else { 0 };
+            reported.amounts(prompt, counted)
+        } else {
+            Amounts { requests: 1, ..Amounts::default() }
+        };
+        charge.observe(amounts);
+    }
+}
+
+fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
+    let counted: u64 = tokenizer.map_or(0, |t| texts.texts.iter().map(|text| t.count(text)).sum());
+    counted + texts.tokens
+}
+
+impl Reader {
+    fn of(headers: &HeaderMap, withholds: bool) -> Self {
+        let is = |value: Option<&HeaderValue>, what: &[u8]| {
+            value.is_some_and(|v| v.as_bytes().len() >= what.len() && v.as_bytes()[..what.len()].eq_ignore_ascii_case(what))
+        };
+        let encoding = headers.get(header::CONTENT_ENCODING);
+        let content = headers.get(header::CONTENT_TYPE);
+        if encoding.is_some() && !is(encoding, b"identity") {
+            Self::Opaque(0)
+        } else if is(content, b"text/event-stream") {
+            Self::Sse(SseReader::new(withholds))
+        } else if content.is_none() || is(content, b"application/json") {
+            Self::Json(JsonReader::default(), Received::default())
+        } else {
+            Self::Opaque(0)
+        }
+    }
+
+    fn feed(&mut self, data: Bytes, ready: &mut VecDeque<Bytes>) {
+        match self {
+            Self::Sse(reader) => reader.feed(&data, ready),
+            Self::Json(reader, received) => {
+                reader.feed(&data);
+                received.push_piece(&data);
+                ready.push_back(data);
+            }
+            Self::Opaque(bytes) => {
+                *bytes += data.len() as u64;
+                ready.push_back(data);
+            }
+        }
+    }
+
+    fn finish(&mut self, ready: &mut VecDeque<Bytes>) {
+        if let Self::Sse(reader) = self {
+            reader.finish(ready);
+        }
+    }
+
+    fn reported(&self) -> Reported {
+        match self {
+            Self::Sse(reader) => reader.reported(),
+            Self::Json(reader, _) => reader.reported(),
+            Self::Opaque(_) => Reported::default(),
+        }
+    }
+
+    fn take_texts(&mut self, was_cut: bool) -> Texts {
+        match self {
+            Self::Sse(reader) => reader.take_texts(),
+            Self::Json(reader, received) => {
+                let received = std::mem::take(received);
+                if was_cut && !reader.is_complete() {
+                    received.finish_cut_document()
+                } else {
+                    received.finish_document()
+                }
+            }
+            Self::Opaque(bytes) => Texts { texts: Vec::new(), tokens: bytes.div_ceil(4) },
+        }
+    }
+}
+
+/// The caller has hung up, or the gateway stops: what has come is counted and charged all the same.
+impl Drop for Metered {
+    fn drop(&mut self) {
+        match std::mem::replace(&mut self.state, State::Settled { breaks_off: false }) {
+            State::Settled { .. } => {}
+            State::Counting(charge, counting) => finish_elsewhere(charge, self.reader.reported(), &self.terms, counting),
+            State::Passing(mut charge) => {
+                charge.record.outcome = Outcome::CallerGone;
+                let texts = self.texts_to_count(&mut charge, true);
+                let tokenizer = self.terms.tokenizer;
+                match Handle::try_current() {
+                    Ok(runtime) if texts.bytes() > INLINE_TEXT => {
+                        let counting = runtime.spawn_blocking(move || count(tokenizer, &texts));
+                        finish_elsewhere(charge, self.reader.reported(), &self.terms, counting);
+                    }
+                    _ => self.settle(charge, count(tokenizer, &texts)),
+                }
+            }
+        }
+    }
+}
+
+/// Waits for a count in a task of its own and settles with it. Should the count never come, because
+/// the gateway stops in the middle of it, what was reported and estimated is charged.
+fn finish_elsewhere(mut charge: Charge, reported: Reported, terms: &Terms, counting: JoinHandle<u64>) {
+    let estimated_prompt = terms.estimated_prompt;
+    charge.observe(reported.amounts(estimated_prompt, 0));
+    let Ok(runtime) = Handle::try_current() else { return };
+    runtime.spawn(async move {
+        if let Ok(counted) = counting.await {
+            charge.observe(reported.amounts(estimated_prompt, counted));
+        }
+    });
+}
+
+impl Body for Metered {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        let me = &mut *self;
+        loop {
+            match &mut me.state {
+                // The last bytes wait for the count: whoever has read them finds it settled.
+                State::Counting(_, counting) => {
+                    let counted = ready!(Pin::new(counting).poll(cx)).unwrap_or(0);
+                    if let State::Counting(charge, _) =
+                        std::mem::replace(&mut me.state, State::Settled { breaks_off: false })
+                    {
+                        me.settle(charge, counted);
+                    }
+                }
+                State::Passing(_) | State::Settled { .. } if !me.ready.is_empty() => {
+                    let data = me.ready.pop_front().unwrap_or_default();
+                    if let Some(length) = &mut me.length {
+                        *length = length.saturating_sub(data.len() as u64);
+                    }
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                State::Passing(_) => ready!(me.poll_passing(cx)),
+                State::Settled { breaks_off: false } => return Poll::Ready(None),
+                State::Settled { breaks_off } => {
+                    *breaks_off = false;
+                    return Poll::Ready(Some(Err(io::ErrorKind::ConnectionAborted.into())));
+                }
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.state, State::Settled { breaks_off: false }) && self.ready.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.length.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        match &mut *self {
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
+            Self::Metered(metered) => Pin::new(metered.as_mut()).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Metered(metered) => metered.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            Self::Metered(metered) => metered.size_hint(),
+        }
+    }
+}

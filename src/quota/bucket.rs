@@ -1,0 +1,182 @@
+//! The rolling window: a token bucket whose held room does not refill.
+//!
+//! A bucket that refills while tokens are held lets a late refund pile on top of a full bucket: with
+//! slow answers that overshoots the limit by its whole size. So `level + held <= burst` at every
+//! moment, whatever the order of calls.
+
+use super::Wait;
+use crate::clock::Timestamp;
+
+/// Where a request waits for room that others hold, no sooner than this (ms).
+const MIN_WAIT_FOR_HELD_MS: u64 = 1_000;
+
+/// A token bucket. Its level is kept in units of 1/`period_ms` token, so that one millisecond adds
+/// exactly `limit` units and nothing is ever rounded.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    /// Units per millisecond: the limit, in tokens per period.
+    rate: i128,
+    /// Units per token: the period in milliseconds.
+    scale: i128,
+    /// Capacity in tokens.
+    burst: u64,
+    /// In units; below zero: debt.
+    level: i128,
+    /// In tokens.
+    held: u64,
+    at: Timestamp,
+}
+
+impl Bucket {
+    /// A full bucket that holds `burst` tokens and refills at `limit` per `period_ms`; all at least 1.
+    pub fn full(limit: u64, burst: u64, period_ms: u64, now: Timestamp) -> Self {
+        let scale = i128::from(period_ms.max(1));
+        Self {
+            rate: i128::from(limit.max(1)),
+            scale,
+            burst,
+            level: i128::from(burst) * scale,
+            held: 0,
+            at: now,
+        }
+    }
+
+    /// Adds what has come back since the last call. A clock stepped backwards adds nothing, and the
+    /// bucket counts on from there: it is never stuck until the old time comes round again.
+    pub fn refill(&mut self, now: Timestamp) {
+        let top = self.units(self.burst.saturating_sub(self.held));
+        if self.level < top {
+            let elapsed = i128::from(now.ms_since(self.at));
+            self.level = top.min(self.level + self.rate * elapsed);
+        }
+        self.at = now;
+    }
+
+    /// Whether `amount` fits now (call `refill` first); if not, when it does.
+    ///
+    /// # Errors
+    /// How long the same request has to wait, or that it never fits.
+    pub fn fits(&self, amount: u64) -> Result<(), Wait> {
+        if amount > self.burst {
+            return Err(Wait::Never);
+        }
+        // Also a request for 0 tokens needs something left: an exhausted bucket admits nothing.
+        let needed = amount.max(1);
+        let short = self.units(needed) - self.level;
+        if short <= 0 {
+            return Ok(());
+        }
+        let ms = u64::try_from((short + self.rate - 1) / self.rate).unwrap_or(u64::MAX);
+        // Where others hold the room, refilling alone never makes it fit: what is in flight is taken
+        // to settle as reserved by then.
+        let waits_for_held = needed > self.burst.saturating_sub(self.held);
+        Err(Wait::Ms(if waits_for_held { ms.max(MIN_WAIT_FOR_HELD_MS) } else { ms }))
+    }
+
+    /// Takes `amount` out and holds it.
+    pub fn reserve(&mut self, amount: u64) {
+        self.level -= self.units(amount);
+        self.held += amount;
+    }
+
+    /// Replaces `held` tokens by the `spent` ones: gives back the rest, or becomes debt.
+    pub fn settle(&mut self, held: u64, spent: u64) {
+        self.held = self.held.saturating_sub(held);
+        self.level += self.units(held) - self.units(spent);
+        // Holds by construction; stated so that a slip elsewhere could never mint tokens.
+        self.level = self.level.min(self.units(self.burst.saturating_sub(self.held)));
+    }
+
+    /// Whole tokens that are left, rounded down; below zero: debt.
+    pub fn level(&self) -> i64 {
+        i64::try_from(self.level.div_euclid(self.scale)).unwrap_or(i64::MIN)
+    }
+
+    /// Tokens held by requests in flight.
+    pub fn held(&self) -> u64 {
+        self.held
+    }
+
+    /// Capacity in tokens.
+    pub fn burst(&self) -> u64 {
+        self.burst
+    }
+
+    /// Tokens spent and not yet refilled, rounded up.
+    pub fn used(&self) -> u64 {
+        let used = self.units(self.burst) - self.level - self.units(self.held);
+        u64::try_from((used + self.scale - 1).div_euclid(self.scale)).unwrap_or(0)
+    }
+
+    /// Milliseconds until what is spent has refilled; with `and_held`, what is held too.
+    pub fn whole_again_ms(&self, and_held: bool) -> u64 {
+        let held = if and_held { 0 } else { self.held };
+        let missing = self.units(self.burst) - self.level - self.units(held);
+        u64::try_from((missing + self.rate - 1).div_euclid(self.rate)).unwrap_or(0)
+    }
+
+    fn units(&self, tokens: u64) -> i128 {
+        i128::from(tokens) * self.scale
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: i64) -> Timestamp {
+        Timestamp(ms)
+    }
+
+    #[test]
+    fn refills_at_its_rate_to_the_millisecond() {
+        let mut b = Bucket::full(60, 60, 60_000, at(0));
+        b.reserve(60);
+        b.settle(60, 60);
+        b.refill(at(999));
+        assert_eq!((b.level(), b.fits(1)), (0, Err(Wait::Ms(1))));
+        b.refill(at(1_000));
+        assert_eq!((b.level(), b.fits(1)), (1, Ok(())));
+        b.refill(at(10_000_000));
+        assert_eq!(b.level(), 60);
+    }
+
+    #[test]
+    fn held_room_does_not_refill() {
+        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        b.reserve(80);
+        b.refill(at(60_000));
+        assert_eq!((b.level(), b.held()), (20, 80));
+        b.settle(80, 30);
+        assert_eq!((b.level(), b.used()), (70, 30));
+    }
+
+    #[test]
+    fn an_overrun_is_debt_and_debt_refills() {
+        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        b.reserve(10);
+        b.settle(10, 150);
+        assert_eq!((b.level(), b.fits(0)), (-50, Err(Wait::Ms(510))));
+        b.refill(at(510));
+        assert_eq!(b.fits(0), Ok(()));
+    }
+
+    #[test]
+    fn what_waits_for_held_room_waits_a_second_at_least() {
+        let mut b = Bucket::full(1_000_000, 100, 1_000, at(0));
+        b.reserve(60);
+        assert_eq!(b.fits(50), Err(Wait::Ms(1_000)));
+        assert_eq!(b.fits(101), Err(Wait::Never));
+    }
+
+    #[test]
+    fn a_clock_stepped_back_neither_grants_nor_sticks() {
+        let mut b = Bucket::full(60, 60, 60_000, at(3_600_000));
+        b.reserve(60);
+        b.settle(60, 60);
+        b.refill(at(0));
+        assert_eq!(b.level(), 0);
+        b.refill(at(60_000));
+        assert_eq!(b.level(), 60);
+    }
+}

@@ -1,0 +1,146 @@
+//! The accept loop: connections in, requests to a service, an orderly end.
+//!
+//! It is the gateway's own because a slow request head has to be timed out, and because a shutdown
+//! lets answers end that are under way.
+
+use http::{Request, Response};
+use hyper::body::{Body, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::Service;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+
+/// A request's head has to arrive within this time; so long may a connection also be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A request's head, and what is read ahead of a body, is no larger than this.
+const LARGEST_HEAD: usize = 64 * 1024;
+/// So long nothing is accepted when the process has run out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a server is told by whoever started it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Serve.
+    Run,
+    /// Accept nothing more, let answers end within this time, then stop.
+    Drain(Duration),
+}
+
+/// Sockets that listen at one address, one for each worker: the kernel shares connections out.
+///
+/// # Errors
+/// The address is taken or cannot be listened at.
+pub(crate) fn listen(address: SocketAddr, sockets: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    // Without sharing first: two gateways at one address must not go unnoticed.
+    let first = socket(address, false)?;
+    let address = first.local_addr()?;
+    if sockets == 1 {
+        return Ok(vec![first]);
+    }
+    drop(first);
+    (0..sockets).map(|_| socket(address, true)).collect()
+}
+
+fn socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if shared {
+        socket.set_reuse_port(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(4_096)?;
+    Ok(socket.into())
+}
+
+/// Serves until it is told to drain, and returns when the last connection has ended or the time for
+/// that is over. Returns how many connections were cut off then.
+pub(crate) async fn serve<S, B>(
+    listener: std::net::TcpListener,
+    service: S,
+    mut orders: watch::Receiver<Order>,
+) -> io::Result<usize>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body<Data = bytes::Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    let listener = TcpListener::from_std(listener)?;
+    // Every connection holds a sender: when all are dropped, all have ended.
+    let (alive, mut all_ended) = mpsc::channel::<()>(1);
+    loop {
+        tokio::select! {
+            biased;
+            () = told_to_drain(&mut orders) => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let connection = connection(stream, service.clone(), orders.clone(), alive.clone());
+                    tokio::spawn(connection);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    let within = match *orders.borrow() {
+        Order::Drain(within) => within,
+        Order::Run => Duration::ZERO,
+    };
+    let cut_off = alive.strong_count() - 1;
+    drop(alive);
+    let ended = timeout(within, all_ended.recv()).await.is_ok();
+    Ok(if ended { 0 } else { cut_off })
+}
+
+/// Returns when nothing more is to be accepted; whoever gave the orders being gone means that too.
+async fn told_to_drain(orders: &mut watch::Receiver<Order>) {
+    drop(orders.wait_for(|order| *order != Order::Run).await);
+}
+
+async fn connection<S, B>(
+    stream: TcpStream,
+    service: S,
+    mut orders: watch::Receiver<Order>,
+    alive: mpsc::Sender<()>,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body<Data = bytes::Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "a connection broke at once");
+        return;
+    }
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(LARGEST_HEAD)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = told_to_drain(&mut orders) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection has ended early");
+    }
+    drop(alive);
+}

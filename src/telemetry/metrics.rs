@@ -1,0 +1,201 @@
+//! Names, labels and buckets of every metric, and one function per event.
+
+use super::{Outcome, Record};
+use crate::config::Environment;
+use crate::ledger::Account;
+use crate::quota::{Scope, Shortfall};
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+use std::sync::Arc;
+
+/// All metrics of one gateway.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    rejections: IntCounterVec,
+    tokens: IntCounterVec,
+    quota_limit: IntGaugeVec,
+    quota_level: IntGaugeVec,
+    quota_held: IntGaugeVec,
+    in_flight: IntGaugeVec,
+    overhead: Histogram,
+    first_byte: Histogram,
+    estimate_ratio: Histogram,
+    usage_missing: IntCounterVec,
+    store_up: IntGauge,
+    reload_failures: IntCounter,
+}
+
+impl Metrics {
+    /// Registers every metric.
+    ///
+    /// # Errors
+    /// Two metrics have one name: a slip in this file that every test finds.
+    pub fn new() -> prometheus::Result<Self> {
+        let r = Registry::new();
+        let quota = ["environment", "kind", "per"];
+        let metrics = Self {
+            requests: counters(&r, "tollgate_requests_total", "Requests by how they ended.", &["environment", "api", "outcome"])?,
+            rejections: counters(&r, "tollgate_rejections_total", "Requests refused for want of room.", &["environment", "code", "kind", "per"])?,
+            tokens: counters(&r, "tollgate_tokens_total", "Tokens charged.", &["environment", "model", "kind"])?,
+            quota_limit: gauges(&r, "tollgate_quota_limit", "Limit of an environment's quota.", &quota)?,
+            quota_level: gauges(&r, "tollgate_quota_level", "What is left of it; below zero: debt.", &quota)?,
+            quota_held: gauges(&r, "tollgate_quota_held", "What requests in flight hold of it.", &quota)?,
+            in_flight: gauges(&r, "tollgate_in_flight", "Requests and streams under way.", &["environment"])?,
+            overhead: histogram(
+                &r,
+                "tollgate_overhead_seconds",
+                "The gateway's own time per request: reading it, counting, reserving, preparing the answer.",
+                &[0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05, 0.25],
+            )?,
+            first_byte: histogram(
+                &r,
+                "tollgate_upstream_first_byte_seconds",
+                "From the request sent to the head of the answer.",
+                &[0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0],
+            )?,
+            estimate_ratio: histogram(
+                &r,
+                "tollgate_estimate_ratio",
+                "Prompt tokens estimated before the call, divided by those reported after it.",
+                &[0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0],
+            )?,
+            usage_missing: counters(&r, "tollgate_usage_missing_total", "Answers whose usage was counted here.", &["environment", "reason"])?,
+            store_up: register(&r, IntGauge::new("tollgate_store_up", "1 while counters can be kept.")?)?,
+            reload_failures: register(&r, IntCounter::new("tollgate_config_reload_failures_total", "New configs that were refused.")?)?,
+            registry: r,
+        };
+        metrics.store_up.set(1);
+        Ok(metrics)
+    }
+
+    /// A request has ended.
+    pub(super) fn request(&self, record: &Record) {
+        let environment = &*record.environment;
+        self.requests.with_label_values(&[environment, record.api, record.outcome.as_str()]).inc();
+        for (kind, tokens) in [
+            ("prompt", record.charged.prompt),
+            ("completion", record.charged.completion),
+            ("total", record.charged.total),
+        ] {
+            if tokens > 0 {
+                self.tokens.with_label_values(&[environment, &record.model_label, kind]).inc_by(tokens);
+            }
+        }
+        if let Some(first_byte) = record.first_byte {
+            self.first_byte.observe(first_byte.as_secs_f64());
+        }
+        if let Some(overhead) = record.overhead {
+            self.overhead.observe(overhead.as_secs_f64());
+        }
+        if record.reported && record.outcome == Outcome::Answered && record.charged.prompt > 0 {
+            #[allow(clippy::cast_precision_loss)] // a ratio for a histogram
+            let ratio = record.estimated_prompt as f64 / record.charged.prompt as f64;
+            self.estimate_ratio.observe(ratio);
+        }
+    }
+
+    /// A request was refused for want of room.
+    pub fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>) {
+        let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.written.as_str()));
+        self.rejections.with_label_values(&[environment, code, kind, per]).inc();
+    }
+
+    /// An answer did not say what it cost, or not credibly.
+    pub fn usage_missing(&self, environment: &str, reason: &str) {
+        self.usage_missing.with_label_values(&[environment, reason]).inc();
+    }
+
+    /// Everything in Prometheus's text format, with the counters of these accounts as they stand now.
+    ///
+    /// # Errors
+    /// A metric cannot be written as text.
+    pub fn render(&self, accounts: &[(Arc<Environment>, Arc<Account>)]) -> prometheus::Result<Vec<u8>> {
+        for (environment, account) in accounts {
+            let name = environment.name.as_str();
+            let snapshot = account.snapshot();
+            self.in_flight.with_label_values(&[name]).set(signed(snapshot.in_flight));
+            for level in snapshot.levels.iter().filter(|l| l.quota.scope == Scope::Environment) {
+                let labels = [name, level.quota.kind.as_str(), &level.quota.per.written];
+                self.quota_limit.with_label_values(&labels).set(signed(level.quota.limit));
+                self.quota_level.with_label_values(&labels).set(level.level);
+                self.quota_held.with_label_values(&labels).set(signed(level.held));
+            }
+        }
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+
+    /// Makes the series of an environment visible before its first request.
+    pub fn announce(&self, environment: &Environment) {
+        for kind in ["prompt", "completion", "total"] {
+            self.tokens.with_label_values(&[&environment.name, "other", kind]);
+        }
+        for outcome in [Outcome::Answered, Outcome::Rejected] {
+            self.requests.with_label_values(&[&environment.name, "chat", outcome.as_str()]);
+        }
+        for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
+            let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
+            let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.written];
+            self.rejections.with_label_values(&labels);
+        }
+        self.usage_missing.with_label_values(&[&environment.name, "not_reported"]);
+    }
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn register<M: prometheus::core::Collector + Clone + 'static>(r: &Registry, metric: M) -> prometheus::Result<M> {
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counters(r: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
+    register(r, IntCounterVec::new(Opts::new(name, help), labels)?)
+}
+
+fn gauges(r: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
+    register(r, IntGaugeVec::new(Opts::new(name, help), labels)?)
+}
+
+fn histogram(r: &Registry, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
+    register(r, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
+}
+
+/// Models whose names are public: they may stand in metrics. Any other name a caller can make up.
+const KNOWN_MODELS: &[&str] = &[
+    "gpt-3.5-turbo",
+    "gpt-4",
+    "gpt-4-turbo",
+    "gpt-4.1",
+    "gpt-4.1-mini",
+    "gpt-4.1-nano",
+    "gpt-4o",
+    "gpt-4o-mini",
+    "gpt-5",
+    "gpt-5-mini",
+    "gpt-5-nano",
+    "gpt-5.1",
+    "o1",
+    "o3",
+    "o3-mini",
+    "o4-mini",
+    "text-embedding-3-large",
+    "text-embedding-3-small",
+    "text-embedding-ada-002",
+];
+
+/// What a model is called in metrics: a known name, the entry of the environment's list that allows
+/// it, or `other`; so the number of series is bounded by the config.
+pub(crate) fn model_label(environment: &Environment, model: &str) -> String {
+    if KNOWN_MODELS.contains(&model) {
+        return model.to_owned();
+    }
+    let listed = environment.models.iter().find(|glob| glob.matches(model));
+    listed.map_or_else(|| "other".to_owned(), |glob| glob.as_str().to_owned())
+}

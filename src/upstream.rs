@@ -1,0 +1,231 @@
+//! The way to one upstream: connections, kept and reused, and the exchange of one request.
+//!
+//! HTTP/2 where TLS's ALPN offers it, else HTTP/1.1 by `http1`, which reads the answer straight from
+//! the socket in the task that serves the caller. No redirects are followed, nothing is decompressed,
+//! no proxy is taken from the environment.
+
+mod http1;
+mod tls;
+
+use crate::config;
+use bytes::Bytes;
+use http::{HeaderMap, Method, Uri, response};
+use http_body_util::Full;
+use hyper::body::Body as _;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+pub use tls::client_config;
+pub(crate) use tls::Tls;
+
+/// A request as it goes to the upstream.
+#[derive(Debug)]
+pub struct Request {
+    /// Its method.
+    pub method: Method,
+    /// Path and query.
+    pub target: String,
+    /// All headers but `host` and those of the body's framing.
+    pub headers: HeaderMap,
+    /// The whole body.
+    pub body: Bytes,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum SendError {
+    /// Nothing was sent: no connection came about.
+    Unreachable(&'static str, io::Error),
+    /// `timeouts.connect` ran out; nothing was sent.
+    ConnectTimeout,
+    /// `timeouts.first_byte` ran out after the request was sent.
+    FirstByteTimeout,
+    /// The connection broke, or what came is no HTTP, after the request was sent.
+    Broken(io::Error),
+}
+
+/// One upstream as one worker sees it: its own connections, so that no lock is shared between cores.
+pub struct Upstream {
+    settings: Arc<config::Upstream>,
+    host: String,
+    port: u16,
+    /// The `host` header.
+    authority: String,
+    tls: Option<Tls>,
+    idle: http1::Pool,
+    http2: Mutex<Option<http2::SendRequest<Full<Bytes>>>>,
+}
+
+/// A connection to an upstream.
+pub(crate) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+/// An answer's body, as it arrives.
+pub struct Incoming(Source);
+
+enum Source {
+    Http1(http1::Incoming),
+    Http2(hyper::body::Incoming),
+}
+
+impl Upstream {
+    /// Nothing is connected before the first request.
+    ///
+    /// # Errors
+    /// The host cannot be a TLS server's name.
+    pub fn new(
+        settings: Arc<config::Upstream>,
+        tls: &Arc<tokio_rustls::rustls::ClientConfig>,
+    ) -> anyhow::Result<Self> {
+        let uri = &settings.base_url;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let is_tls = uri.scheme_str() == Some("https");
+        let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
+        let authority = uri.authority().map(ToString::to_string).unwrap_or_default();
+        let tls = if is_tls { Some(Tls::new(tls.clone(), &host)?) } else { None };
+        Ok(Self { settings, host, port, authority, tls, idle: http1::Pool::default(), http2: Mutex::default() })
+    }
+
+    /// Sends a request and waits for the head of its answer.
+    ///
+    /// # Errors
+    /// See [`SendError`]; whether the request may have reached the upstream is told by the variant.
+    pub async fn send(&self, request: &Request) -> Result<(response::Parts, Incoming), SendError> {
+        let first_byte = self.settings.timeouts.first_byte;
+        if let Some(kept) = self.idle.take() {
+            match wait(first_byte, self.exchange_http1(kept, request)).await {
+                // The upstream had closed a kept connection before it read anything of this.
+                Err(SendError::Broken(e)) if http1::was_never_read(&e) => {}
+                done => return done,
+            }
+        }
+        let shared = self.http2.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(sender) = shared.filter(|s| !s.is_closed()) {
+            return wait(first_byte, self.exchange_http2(sender, request)).await;
+        }
+        match self.connect().await? {
+            Connected::Http1(socket) => {
+                wait(first_byte, self.exchange_http1(http1::Connection::new(socket), request)).await
+            }
+            Connected::Http2(sender) => wait(first_byte, self.exchange_http2(sender, request)).await,
+        }
+    }
+
+    async fn exchange_http1(
+        &self,
+        connection: http1::Connection,
+        request: &Request,
+    ) -> Result<(response::Parts, Incoming), SendError> {
+        let (parts, body) =
+            connection.exchange(&self.authority, request, &self.idle).await.map_err(SendError::Broken)?;
+        Ok((parts, Incoming(Source::Http1(body))))
+    }
+
+    async fn exchange_http2(
+        &self,
+        mut sender: http2::SendRequest<Full<Bytes>>,
+        request: &Request,
+    ) -> Result<(response::Parts, Incoming), SendError> {
+        let broken = |e: hyper::Error| SendError::Broken(io::Error::other(e));
+        let uri = Uri::builder()
+            .scheme("https")
+            .authority(self.authority.as_str())
+            .path_and_query(request.target.as_str())
+            .build()
+            .map_err(|e| SendError::Broken(io::Error::other(e)))?;
+        let mut message = http::Request::new(Full::new(request.body.clone()));
+        *message.method_mut() = request.method.clone();
+        *message.uri_mut() = uri;
+        *message.headers_mut() = request.headers.clone();
+        sender.ready().await.map_err(broken)?;
+        let (parts, body) = sender.send_request(message).await.map_err(broken)?.into_parts();
+        Ok((parts, Incoming(Source::Http2(body))))
+    }
+
+    async fn connect(&self) -> Result<Connected, SendError> {
+        match timeout(self.settings.timeouts.connect, self.connect_unbounded()).await {
+            Ok(done) => done,
+            Err(_) => Err(SendError::ConnectTimeout),
+        }
+    }
+
+    async fn connect_unbounded(&self) -> Result<Connected, SendError> {
+        let tcp = TcpStream::connect((self.host.as_str(), self.port))
+            .await
+            .map_err(|e| SendError::Unreachable("no connection to its address", e))?;
+        tcp.set_nodelay(true).map_err(|e| SendError::Unreachable("its connection broke", e))?;
+        let Some(tls) = &self.tls else { return Ok(Connected::Http1(Box::new(tcp))) };
+        let stream =
+            tls.connect(tcp).await.map_err(|e| SendError::Unreachable("the TLS handshake failed", e))?;
+        if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
+            return Ok(Connected::Http1(Box::new(stream)));
+        }
+        let failed = |e: hyper::Error| SendError::Unreachable("the HTTP/2 handshake failed", io::Error::other(e));
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(hyper_util::rt::TokioTimer::new())
+            .keep_alive_interval(Duration::from_secs(20))
+            .adaptive_window(true)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(failed)?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "an HTTP/2 connection to an upstream has ended");
+            }
+        });
+        *self.http2.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender.clone());
+        Ok(Connected::Http2(sender))
+    }
+}
+
+enum Connected {
+    Http1(Box<dyn Socket>),
+    Http2(http2::SendRequest<Full<Bytes>>),
+}
+
+async fn wait<T>(
+    first_byte: Duration,
+    exchange: impl Future<Output = Result<T, SendError>>,
+) -> Result<T, SendError> {
+    match timeout(first_byte, exchange).await {
+        Ok(done) => done,
+        Err(_) => Err(SendError::FirstByteTimeout),
+    }
+}
+
+impl Incoming {
+    /// The next bytes of the body; `None` at its end. An error says that it broke off.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        match &mut self.0 {
+            Source::Http1(body) => body.poll_data(cx),
+            Source::Http2(body) => loop {
+                match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+                    // Trailers say nothing that is counted or passed on.
+                    Some(Ok(frame)) => {
+                        if let Ok(data) = frame.into_data() {
+                            return Poll::Ready(Some(Ok(data)));
+                        }
+                    }
+                    Some(Err(e)) => return Poll::Ready(Some(Err(io::Error::other(e)))),
+                    None => return Poll::Ready(None),
+                }
+            },
+        }
+    }
+
+    /// Whether every byte has been handed out, as far as is known without reading on.
+    pub fn is_end(&self) -> bool {
+        match &self.0 {
+            Source::Http1(body) => body.is_end(),
+            Source::Http2(body) => body.is_end_stream(),
+        }
+    }
+}

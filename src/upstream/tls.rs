@@ -1,0 +1,51 @@
+//! TLS toward upstreams: rustls, the machine's trusted roots, HTTP/2 by ALPN.
+
+use anyhow::Context as _;
+use std::io;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+
+/// One upstream's TLS settings.
+pub(crate) struct Tls {
+    connector: TlsConnector,
+    name: ServerName<'static>,
+}
+
+impl Tls {
+    pub(crate) fn new(config: Arc<ClientConfig>, host: &str) -> anyhow::Result<Self> {
+        let name = ServerName::try_from(host.to_owned())
+            .with_context(|| format!("'{host}' cannot be the name of a TLS server"))?;
+        Ok(Self { connector: TlsConnector::from(config), name })
+    }
+
+    pub(crate) async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        self.connector.connect(self.name.clone(), tcp).await
+    }
+}
+
+/// The settings that all TLS connections share. Trusts the machine's roots (also those named by
+/// `SSL_CERT_FILE`), and Mozilla's list where the machine has none.
+///
+/// # Errors
+/// The cryptography library refuses its own defaults: cannot happen with the features built in.
+pub fn client_config() -> anyhow::Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    let native = rustls_native_certs::load_native_certs();
+    for error in &native.errors {
+        tracing::warn!(%error, "a trusted root certificate could not be read");
+    }
+    let (added, _) = roots.add_parsable_certificates(native.certs);
+    if added == 0 {
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    let mut config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}

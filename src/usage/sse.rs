@@ -1,0 +1,427 @@
+//! Usage of a server-sent event stream, read while the bytes go by, and the one event that may be
+//! withheld from the caller.
+//!
+//! Linear and bounded: each byte is looked at a fixed number of times, however the network cut the
+//! stream. Line ends are LF, CRLF or CR. Only events that name `usage` are parsed.
+
+use super::received::Received;
+use super::{Reported, Texts};
+use bytes::Bytes;
+use memchr::{memchr2, memmem};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+
+/// An event longer than this passes through unread.
+const LONGEST_EVENT: usize = 4 * 1024 * 1024;
+/// No more than this of an event is ever kept back: the one to withhold is far smaller.
+const MOST_KEPT_BACK: usize = 256 * 1024;
+const CHOICES: &[u8] = b"\"choices\"";
+
+/// Where the pieces of a stream go that the caller is to receive, in order.
+pub trait Sink {
+    /// Takes the next piece.
+    fn push(&mut self, piece: Bytes);
+}
+
+impl Sink for Vec<Bytes> {
+    fn push(&mut self, piece: Bytes) {
+        Vec::push(self, piece);
+    }
+}
+
+impl Sink for std::collections::VecDeque<Bytes> {
+    fn push(&mut self, piece: Bytes) {
+        self.push_back(piece);
+    }
+}
+
+/// Follows one event stream, fed in arbitrary pieces.
+#[derive(Debug, Default)]
+pub struct SseReader {
+    /// Whether the gateway itself asked for usage: then the event that only carries it is withheld.
+    withholds: bool,
+    /// The event that has begun and not ended.
+    begun: Vec<u8>,
+    /// `begun` is kept back from the caller.
+    kept_back: bool,
+    /// How far `begun` was searched for its choices.
+    searched: usize,
+    /// The event is too long: it is passed over.
+    overlong: bool,
+    /// The current line has bytes.
+    in_line: bool,
+    /// The last byte was a CR: an LF that follows belongs to it.
+    after_cr: bool,
+    /// The event that ended with the last byte was withheld, so the LF of its CRLF is too.
+    withheld_last: bool,
+    reported: Reported,
+    received: Received,
+    withheld: u32,
+}
+
+impl SseReader {
+    /// A reader from the start of a stream. With `withholds` the event that has no choices and a usage
+    /// is kept from the caller.
+    pub fn new(withholds: bool) -> Self {
+        Self { withholds, ..Self::default() }
+    }
+
+    /// Reads the next piece and hands on what the caller is to receive of it.
+    ///
+    /// Without withholding that is always the piece itself. With it, an event that came in pieces may
+    /// be kept back until it is whole or cannot be the one to withhold.
+    pub fn feed(&mut self, piece: &Bytes, out: &mut impl Sink) {
+        if !self.withholds {
+            self.scan(piece, &mut Vec::new());
+            out.push(piece.clone());
+            return;
+        }
+        self.scan(piece, out);
+    }
+
+    /// The stream has ended: hands on what was kept back. A last event without its blank line counts.
+    pub fn finish(&mut self, out: &mut impl Sink) {
+        let kept_back = std::mem::take(&mut self.kept_back);
+        let event = std::mem::take(&mut self.begun);
+        self.searched = 0;
+        let reports = !event.is_empty() && !self.overlong && self.event(&event);
+        self.withheld += u32::from(reports && kept_back);
+        if kept_back && !reports {
+            out.push(Bytes::from(event));
+        }
+    }
+
+    /// The stream has broken off: hands on nothing, an event cut in half is of no use to the caller.
+    /// Returns whether the caller has been given a part of an event.
+    pub fn break_off(&mut self) -> bool {
+        let given = self.overlong || !(self.begun.is_empty() || self.kept_back);
+        self.begun = Vec::new();
+        self.kept_back = false;
+        given
+    }
+
+    /// What was reported so far.
+    pub fn reported(&self) -> Reported {
+        self.reported
+    }
+
+    /// How many events were withheld.
+    pub fn withheld(&self) -> u32 {
+        self.withheld
+    }
+
+    /// The generated text so far, where usage has not come.
+    pub fn take_texts(&mut self) -> Texts {
+        std::mem::take(&mut self.received).finish_events()
+    }
+
+    fn scan(&mut self, piece: &Bytes, out: &mut impl Sink) {
+        // Start of what the caller has not been given of this piece, and of the event in it.
+        let (mut given, mut event_start, mut at) = (0, 0, 0);
+        if self.after_cr && piece.first() == Some(&b'\n') {
+            at = 1;
+            if self.begun.is_empty() {
+                event_start = 1;
+                if self.withheld_last {
+                    given = 1;
+                }
+            }
+        }
+        if !piece.is_empty() {
+            self.after_cr = false;
+            self.withheld_last = false;
+        }
+        while let Some(found) = memchr2(b'\n', b'\r', &piece[at..]) {
+            let line_end = at + found;
+            self.in_line |= found > 0;
+            at = line_end + 1;
+            if piece[line_end] == b'\r' {
+                match piece.get(at) {
+                    Some(b'\n') => at += 1,
+                    Some(_) => {}
+                    None => self.after_cr = true,
+                }
+            }
+            let blank = !std::mem::take(&mut self.in_line);
+            if blank {
+                if self.end_event(&piece[event_start..at]) {
+                    self.withheld += 1;
+                    self.withheld_last = self.after_cr;
+                    out_slice(out, piece, given, event_start);
+                    given = at;
+                } else if self.kept_back {
+                    // It came in pieces and is not to be withheld: what came before goes first.
+                    out.push(Bytes::copy_from_slice(&self.begun));
+                }
+                self.begun.clear();
+                self.searched = 0;
+                self.kept_back = false;
+                self.overlong = false;
+                event_start = at;
+            }
+        }
+        self.in_line |= at < piece.len();
+        self.begin(piece, given, event_start, out);
+    }
+
+    /// Keeps what has begun and not ended, and hands on what need not be kept back.
+    fn begin(&mut self, piece: &Bytes, given: usize, event_start: usize, out: &mut impl Sink) {
+        let tail = &piece[event_start..];
+        if tail.is_empty() {
+            out_slice(out, piece, given, event_start);
+            return;
+        }
+        let before = self.begun.len();
+        let may_keep_back = self.withholds && !self.overlong && (before == 0 || self.kept_back);
+        let was_kept_back = std::mem::take(&mut self.kept_back);
+        let too_long = self.overlong || before + tail.len() > LONGEST_EVENT;
+        if !too_long {
+            self.begun.extend_from_slice(tail);
+            self.kept_back = may_keep_back && self.may_only_report();
+        }
+        if self.kept_back {
+            out_slice(out, piece, given, event_start);
+        } else {
+            if was_kept_back {
+                out.push(Bytes::copy_from_slice(&self.begun[..before]));
+            }
+            out_slice(out, piece, given, piece.len());
+        }
+        if too_long {
+            self.overlong = true;
+            self.received.pass_over(before + tail.len());
+            self.begun = Vec::new();
+        }
+    }
+
+    /// Whether the event that has begun can still be one with an empty list of choices. What was
+    /// searched once is not searched again.
+    fn may_only_report(&mut self) -> bool {
+        if self.begun.len() > MOST_KEPT_BACK {
+            return false;
+        }
+        let Some(found) = memmem::find(&self.begun[self.searched..], CHOICES) else {
+            self.searched = self.begun.len().saturating_sub(CHOICES.len() - 1).max(self.searched);
+            return true;
+        };
+        self.searched += found;
+        let after = &self.begun[self.searched + CHOICES.len()..];
+        let mut rest = after.iter().filter(|b| !b.is_ascii_whitespace());
+        matches!(
+            (rest.next(), rest.next(), rest.next()),
+            (None, ..) | (Some(b':'), None, _) | (Some(b':'), Some(b'['), Some(b']') | None)
+        )
+    }
+
+    /// An event has ended with `tail`, after what has begun. Returns whether it is to be withheld.
+    fn end_event(&mut self, tail: &[u8]) -> bool {
+        if self.overlong {
+            self.received.pass_over(tail.len());
+            return false;
+        }
+        if self.begun.is_empty() {
+            return self.event(tail) && self.withholds;
+        }
+        let before = self.begun.len();
+        let mut event = std::mem::take(&mut self.begun);
+        event.extend_from_slice(tail);
+        let reports = self.event(&event);
+        event.truncate(before);
+        self.begun = event;
+        reports && self.kept_back
+    }
+
+    /// Reads one whole event. Returns whether it only reports usage.
+    fn event(&mut self, event: &[u8]) -> bool {
+        let Some(data) = data_of(event) else { return false };
+        if memmem::find(&data, b"\"usage\"").is_some()
+            && let Ok(chunk) = serde_json::from_slice::<Chunk>(&data)
+            && let Some(usage) = chunk.usage.map(RawValue::get).filter(|u| *u != "null")
+        {
+            self.reported.update(Reported::read(usage));
+            if chunk.choices.is_some_and(|c| is_empty_array(c.get())) {
+                return true;
+            }
+        }
+        self.received.push_event(&data);
+        false
+    }
+}
+
+#[derive(Deserialize)]
+struct Chunk<'a> {
+    #[serde(borrow)]
+    choices: Option<&'a RawValue>,
+    #[serde(borrow)]
+    usage: Option<&'a RawValue>,
+}
+
+fn out_slice(out: &mut impl Sink, piece: &Bytes, from: usize, to: usize) {
+    if from < to {
+        out.push(piece.slice(from..to));
+    }
+}
+
+fn is_empty_array(json: &str) -> bool {
+    json.strip_prefix('[').and_then(|j| j.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
+}
+
+/// The data of an event: of several `data` lines joined by LF. `None`: it has none.
+fn data_of(event: &[u8]) -> Option<Cow<'_, [u8]>> {
+    let event = event.strip_prefix(b"\xef\xbb\xbf").unwrap_or(event);
+    let mut data: Option<Cow<'_, [u8]>> = None;
+    let mut rest = event;
+    while !rest.is_empty() {
+        let end = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
+        let line = &rest[..end];
+        rest = rest.get(end + 1..).unwrap_or_default();
+        let Some(value) = line.strip_prefix(b"data:") else { continue };
+        let value = value.strip_prefix(b" ").unwrap_or(value);
+        match &mut data {
+            None => data = Some(Cow::Borrowed(value)),
+            Some(joined) => {
+                let joined = joined.to_mut();
+                joined.push(b'\n');
+                joined.extend_from_slice(value);
+            }
+        }
+    }
+    data
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EXTRA: &str = r#"data: {"id":"c","choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}"#;
+    const HI: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"}}],"usage":null}"#;
+    const LAST: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
+
+    /// Feeds a stream cut at the given places; returns what the caller got, and the reader.
+    fn follow(stream: &str, withholds: bool, cuts: &[usize]) -> (String, SseReader) {
+        let mut reader = SseReader::new(withholds);
+        let mut out: Vec<Bytes> = Vec::new();
+        let bytes = Bytes::copy_from_slice(stream.as_bytes());
+        let mut from = 0;
+        for cut in cuts.iter().copied().chain([bytes.len()]) {
+            let cut = cut.clamp(from, bytes.len());
+            reader.feed(&bytes.slice(from..cut), &mut out);
+            from = cut;
+        }
+        reader.finish(&mut out);
+        (String::from_utf8(out.concat()).unwrap(), reader)
+    }
+
+    fn every_byte(stream: &str) -> Vec<usize> {
+        (0..stream.len()).collect()
+    }
+
+    #[test]
+    fn just_the_event_that_only_reports_usage_is_withheld() {
+        for nl in ["\n", "\r\n", "\r"] {
+            let e = |s: &str| format!("{s}{nl}{nl}");
+            let before = e(": keepalive") + &e(HI) + &e(LAST);
+            let extra = format!(": of it{nl}id: 3{nl}") + &e(EXTRA);
+            let after = e("data: [DONE]");
+            let stream = before.clone() + &extra + &after;
+            for cuts in [vec![], every_byte(&stream), vec![stream.len() - after.len() - 3]] {
+                let (got, reader) = follow(&stream, true, &cuts);
+                assert_eq!(got, before.clone() + &after, "{nl:?} {cuts:?}");
+                assert_eq!(reader.withheld(), 1);
+                let (got, reader) = follow(&stream, false, &cuts);
+                assert_eq!(got, stream);
+                assert_eq!((reader.reported().prompt(), reader.reported().completion()), (Some(7), Some(2)));
+            }
+        }
+    }
+
+    #[test]
+    fn usage_is_found_without_a_blank_line_at_the_end_and_behind_a_byte_order_mark() {
+        let (got, reader) = follow(EXTRA, true, &[]);
+        assert_eq!((got.as_str(), reader.reported().completion()), ("", Some(2)));
+        let (_, reader) = follow(&format!("\u{feff}{EXTRA}\n\n"), false, &[]);
+        assert_eq!(reader.reported().completion(), Some(2));
+        let (_, reader) = follow("data: {\"choices\":[],\ndata: \"usage\":{\"completion_tokens\":4}}\n\n", false, &[]);
+        assert_eq!(reader.reported().completion(), Some(4));
+    }
+
+    #[test]
+    fn an_event_in_pieces_is_kept_back_only_while_it_may_be_the_one() {
+        let mut reader = SseReader::new(true);
+        let mut out: Vec<Bytes> = Vec::new();
+        let piece = |s: &'static str| Bytes::from_static(s.as_bytes());
+        reader.feed(&piece("data: {\"id\":1,"), &mut out);
+        assert!(out.is_empty());
+        reader.feed(&piece("\"choices\":[{\"delta\":"), &mut out);
+        assert_eq!(out.concat(), b"data: {\"id\":1,\"choices\":[{\"delta\":");
+        reader.feed(&piece("{}}]}\n\nda"), &mut out);
+        assert_eq!(out.concat(), b"data: {\"id\":1,\"choices\":[{\"delta\":{}}]}\n\n");
+        reader.finish(&mut out);
+        assert!(out.concat().ends_with(b"\n\nda"));
+    }
+
+    #[test]
+    fn text_is_there_to_be_counted_where_usage_never_comes() {
+        let (_, mut reader) = follow(&format!("{HI}\n\n{HI}\n\ndata: [DONE]\n\n"), true, &[]);
+        assert_eq!(reader.take_texts().texts, ["HiHi"]);
+        assert!(!reader.reported().is_any());
+    }
+
+    #[test]
+    fn an_endless_event_passes_unread_in_bounded_memory() {
+        let mut reader = SseReader::new(true);
+        let mut passed = 0;
+        let piece = Bytes::from(vec![b'x'; 64 * 1024]);
+        for _ in 0..200 {
+            let mut out: Vec<Bytes> = Vec::new();
+            reader.feed(&piece, &mut out);
+            passed += out.iter().map(Bytes::len).sum::<usize>();
+            assert!(reader.begun.len() <= LONGEST_EVENT);
+        }
+        let mut out: Vec<Bytes> = Vec::new();
+        reader.feed(&Bytes::from(format!("\n\n{EXTRA}\n\n")), &mut out);
+        assert_eq!((passed, out.concat().as_slice()), (200 * 64 * 1024, &b"\n\n"[..]));
+        assert_eq!(reader.reported().completion(), Some(2));
+        assert_eq!(reader.take_texts().tokens, (passed as u64 + 2).div_ceil(4));
+    }
+
+    fn line() -> impl Strategy<Value = String> {
+        prop_oneof![
+            Just(EXTRA.to_owned()),
+            Just(HI.to_owned()),
+            Just(LAST.to_owned()),
+            Just("data: [DONE]".to_owned()),
+            Just(String::new()),
+            Just(": comment".to_owned()),
+            "[a-z]{0,5}:? ?[ -~é]{0,20}",
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_depends_on_where_the_bytes_are_cut(
+            lines in prop::collection::vec((line(), prop_oneof![Just("\n"), Just("\r\n"), Just("\r")]), 0..16),
+            cuts in prop::collection::vec(0usize..1200, 0..12),
+            withholds in any::<bool>(),
+        ) {
+            let stream: String = lines.into_iter().map(|(l, nl)| l + nl).collect();
+            let mut cuts = cuts;
+            cuts.sort_unstable();
+            let (whole, mut a) = follow(&stream, withholds, &[]);
+            let (cut, mut b) = follow(&stream, withholds, &cuts);
+            let (single, mut c) = follow(&stream, withholds, &every_byte(&stream));
+            prop_assert_eq!(&whole, &cut);
+            prop_assert_eq!(&whole, &single);
+            prop_assert_eq!(a.reported(), b.reported());
+            prop_assert_eq!(a.reported(), c.reported());
+            let texts = a.take_texts();
+            prop_assert_eq!(&texts, &b.take_texts());
+            prop_assert_eq!(&texts, &c.take_texts());
+            if !withholds {
+                prop_assert_eq!(whole, stream);
+            }
+        }
+    }
+}
