@@ -4,7 +4,9 @@
 //! secrets are digests where a digest is enough. The YAML's own reference is `config/tollgate.yaml`.
 
 mod check;
+mod environments;
 mod fault;
+mod item;
 mod load;
 mod node;
 mod units;

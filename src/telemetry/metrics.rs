@@ -25,7 +25,6 @@ pub struct Metrics {
     estimate_ratio: Histogram,
     usage_missing: IntCounterVec,
     store_up: IntGauge,
-    reload_failures: IntCounter,
 }
 
 impl Metrics {
@@ -64,10 +63,11 @@ impl Metrics {
             )?,
             usage_missing: counters(&r, "tollgate_usage_missing_total", "Answers whose usage was counted here.", &["environment", "reason"])?,
             store_up: register(&r, IntGauge::new("tollgate_store_up", "1 while counters can be kept.")?)?,
-            reload_failures: register(&r, IntCounter::new("tollgate_config_reload_failures_total", "New configs that were refused.")?)?,
             registry: r,
         };
         metrics.store_up.set(1);
+        // Stays at 0 until configs are reloaded; dashboards can be built on it already.
+        register(&metrics.registry, IntCounter::new("tollgate_config_reload_failures_total", "New configs that were refused.")?)?;
         Ok(metrics)
     }
 
