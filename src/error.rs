@@ -284,23 +284,27 @@ fn write_denial(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) 
 
 /// A duration as Go prints it, and OpenAI in its rate limit headers: `120ms`, `1.5s`, `6m0s`, `1h0m0s`.
 pub fn go_duration(ms: u64) -> String {
-    if ms == 0 {
-        return "0s".to_owned();
+    use std::fmt::Write as _;
+    let mut text = String::with_capacity(16);
+    // Writing to a string cannot fail.
+    if (1..1_000).contains(&ms) {
+        let _ = write!(text, "{ms}ms");
+        return text;
     }
-    if ms < 1_000 {
-        return format!("{ms}ms");
+    let (hours, minutes, seconds, millis) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1_000 % 60, ms % 1_000);
+    if hours > 0 {
+        let _ = write!(text, "{hours}h");
     }
-    let (hours, minutes, rest) = (ms / 3_600_000, ms / 60_000 % 60, ms % 60_000);
-    let mut seconds = format!("{}", rest / 1_000);
-    if rest % 1_000 > 0 {
-        let fraction = format!("{:03}", rest % 1_000);
-        seconds = format!("{seconds}.{}", fraction.trim_end_matches('0'));
+    if hours > 0 || minutes > 0 {
+        let _ = write!(text, "{minutes}m");
     }
-    match (hours, minutes) {
-        (0, 0) => format!("{seconds}s"),
-        (0, _) => format!("{minutes}m{seconds}s"),
-        _ => format!("{hours}h{minutes}m{seconds}s"),
+    let _ = write!(text, "{seconds}");
+    if millis > 0 {
+        let _ = write!(text, ".{millis:03}");
+        text.truncate(text.trim_end_matches('0').len());
     }
+    text.push('s');
+    text
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use subtle::ConstantTimeEq as _;
 
 use call::{Call, Reading};
+use headers::Told;
 pub use metered::AnswerBody;
 use metered::{Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
@@ -142,11 +143,11 @@ impl Proxy {
     pub async fn serve(&self, request: Request<Incoming>) -> Response<AnswerBody> {
         let record = Record::begin(self.shared.metrics.clone());
         let mut charge = Charge { reservation: None, record };
-        let mut standing = HeaderMap::new();
-        match self.forward(request, &mut charge, &mut standing).await {
+        let mut told = Told::default();
+        match self.forward(request, &mut charge, &mut told).await {
             Ok(Some(answer)) => self.respond(answer, charge),
             Ok(None) => empty_answer(charge),
-            Err(error) => self.refuse(error, charge, standing),
+            Err(error) => self.refuse(error, charge, told),
         }
     }
 
@@ -156,7 +157,7 @@ impl Proxy {
         &self,
         request: Request<Incoming>,
         charge: &mut Charge,
-        told: &mut HeaderMap,
+        told: &mut Told,
     ) -> Result<Option<Answer>, ProxyError> {
         let (head, body) = request.into_parts();
         if self.shared.is_draining() {
@@ -183,7 +184,7 @@ impl Proxy {
 
         let upstream = &self.upstreams[self.upstream_index(environment)];
         let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
-        let headers = headers::for_upstream(&head.headers, &environment.upstream);
+        let headers = headers::for_upstream(head.headers, &environment.upstream);
         let request = upstream::Request { method: head.method, target, headers, body: call.body.clone() };
         // From here on the request may have reached the upstream, whatever becomes of the caller.
         charge.observe(Amounts::of_request(call.estimate.tokens(), 0));
@@ -253,11 +254,11 @@ impl Proxy {
         bool::from(stored.ct_eq(&digest)).then_some((environment, caller))
     }
 
-    fn name(&self, who: Caller, record: &mut Record, told: &mut HeaderMap) {
+    fn name(&self, who: Caller, record: &mut Record, told: &mut Told) {
         let names = &self.shared.names[who.environment];
         record.environment = names.environment.clone();
         record.caller = who.caller.map(|index| names.callers[index].clone());
-        told.insert(HeaderName::from_static("x-tollgate-environment"), names.header.clone());
+        told.environment = Some(names.header.clone());
     }
 
     async fn understand(
@@ -283,7 +284,7 @@ impl Proxy {
         route: &Route<'_>,
         environment: &Environment,
         record: &mut Record,
-        told: &mut HeaderMap,
+        told: &mut Told,
     ) -> Result<(), ProxyError> {
         record.model_label = model_label(environment, &call.model);
         record.model = call.model.chars().take(128).collect();
@@ -299,8 +300,7 @@ impl Proxy {
                 environment: environment.name.clone(),
             });
         }
-        let estimate = HeaderValue::from(record.estimated_prompt);
-        told.insert(HeaderName::from_static("x-tollgate-estimated-prompt-tokens"), estimate);
+        told.estimated_prompt = Some(record.estimated_prompt);
         Ok(())
     }
 
@@ -312,7 +312,7 @@ impl Proxy {
         route: &Route<'_>,
         call: &Call,
         charge: &mut Charge,
-        told: &mut HeaderMap,
+        told: &mut Told,
     ) -> Result<(), ProxyError> {
         let generates = match route.endpoint {
             Endpoint::Models | Endpoint::Root => return Ok(()),
@@ -331,12 +331,12 @@ impl Proxy {
         let ask = Ask { amounts: Amounts::of_request(prompt, completion), generates };
         match account.reserve(asker, &ask) {
             Ok(reservation) => {
-                headers::write_standing(told, reservation.standing());
+                told.standing = *reservation.standing();
                 charge.reservation = Some(reservation);
                 Ok(())
             }
             Err(no_room) => {
-                headers::write_standing(told, &account.standing(asker));
+                told.standing = account.standing(asker);
                 Err(self.denied(no_room, environment))
             }
         }
@@ -408,12 +408,12 @@ impl Proxy {
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
-        parts.headers.extend(told);
+        told.write(&mut parts.headers);
         Response::from_parts(parts, AnswerBody::Metered(Box::new(metered)))
     }
 
     /// The gateway's own answer.
-    fn refuse(&self, error: ProxyError, mut charge: Charge, told: HeaderMap) -> Response<AnswerBody> {
+    fn refuse(&self, error: ProxyError, mut charge: Charge, told: Told) -> Response<AnswerBody> {
         let record = &mut charge.record;
         record.error = error.code();
         record.outcome = match &error {
@@ -426,7 +426,7 @@ impl Proxy {
         }
         let mut response = error.into_response();
         record.status = response.status().as_u16();
-        response.headers_mut().extend(told);
+        told.write(response.headers_mut());
         if let Ok(id) = HeaderValue::from_str(&record.request_id) {
             response.headers_mut().insert(REQUEST_ID, id);
         }
@@ -444,7 +444,7 @@ struct Answer {
     incoming: upstream::Incoming,
     withholds: bool,
     terms: Terms,
-    told: HeaderMap,
+    told: Told,
 }
 
 fn empty_answer(mut charge: Charge) -> Response<AnswerBody> {

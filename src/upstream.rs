@@ -9,7 +9,7 @@ mod tls;
 
 use crate::config;
 use bytes::Bytes;
-use http::{HeaderMap, Method, Uri, response};
+use http::{HeaderName, HeaderValue, Method, Uri, response};
 use http_body_util::Full;
 use hyper::body::Body as _;
 use hyper::client::conn::http2;
@@ -33,8 +33,8 @@ pub struct Request {
     pub method: Method,
     /// Path and query.
     pub target: String,
-    /// All headers but `host` and those of the body's framing.
-    pub headers: HeaderMap,
+    /// All headers but `host` and those of the body's framing. A list: they are only written out.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
     /// The whole body.
     pub body: Bytes,
 }
@@ -144,7 +144,7 @@ impl Upstream {
         let mut message = http::Request::new(Full::new(request.body.clone()));
         *message.method_mut() = request.method.clone();
         *message.uri_mut() = uri;
-        *message.headers_mut() = request.headers.clone();
+        message.headers_mut().extend(request.headers.iter().cloned().map(|(name, value)| (Some(name), value)));
         sender.ready().await.map_err(broken)?;
         let (parts, body) = sender.send_request(message).await.map_err(broken)?.into_parts();
         Ok((parts, Incoming(Source::Http2(body))))

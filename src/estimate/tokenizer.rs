@@ -1,6 +1,8 @@
 //! Which tokenizer counts for a model, and the counting.
 
 use crate::config::{ModelRule, TokenizerChoice};
+use rustc_hash::FxHashSet;
+use std::sync::LazyLock;
 use std::thread;
 
 /// The vocabularies that are built in.
@@ -18,6 +20,39 @@ impl Encoding {
         match self {
             Self::O200k => "o200k_base",
             Self::Cl100k => "cl100k_base",
+        }
+    }
+}
+
+/// A vocabulary, and its tokens by their bytes: most words of ordinary text are one token, which a
+/// lookup tells much faster than the encoder.
+struct Vocabulary {
+    tokenizer: &'static bpe_openai::Tokenizer,
+    tokens: FxHashSet<&'static [u8]>,
+}
+
+static O200K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::o200k_base()));
+static CL100K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::cl100k_base()));
+
+impl Vocabulary {
+    fn of(tokenizer: &'static bpe_openai::Tokenizer) -> Self {
+        let ids = 0..u32::try_from(tokenizer.bpe.num_tokens()).unwrap_or(0);
+        Self { tokenizer, tokens: ids.map(|id| tokenizer.bpe.token_bytes(id)).collect() }
+    }
+
+    fn count(&self, text: &str) -> u64 {
+        let count = |piece: &str| {
+            if self.tokens.contains(piece.as_bytes()) { 1 } else { self.tokenizer.bpe.count(piece.as_bytes()) as u64 }
+        };
+        self.tokenizer.split(text).map(count).sum()
+    }
+}
+
+impl Encoding {
+    fn vocabulary(self) -> &'static Vocabulary {
+        match self {
+            Self::O200k => &O200K,
+            Self::Cl100k => &CL100K,
         }
     }
 }
@@ -93,19 +128,15 @@ impl Tokenizer {
 
     /// Tokens of a text. Spellings of special tokens are ordinary text.
     pub fn count(self, text: &str) -> u64 {
-        let tokens = match self.encoding {
-            Encoding::O200k => bpe_openai::o200k_base(),
-            Encoding::Cl100k => bpe_openai::cl100k_base(),
-        }
-        .count(text) as u64;
+        let tokens = self.encoding.vocabulary().count(text);
         if self.percent == 100 { tokens } else { (tokens * self.percent).div_ceil(100) }
     }
 }
 
-/// Loads both vocabularies, side by side: some 50 ms, so that no request has to wait for them.
+/// Loads both vocabularies, side by side: some 60 ms, so that no request has to wait for them.
 pub fn warm() {
-    let cl100k = thread::spawn(|| bpe_openai::cl100k_base().count("warm"));
-    bpe_openai::o200k_base().count("warm");
+    let cl100k = thread::spawn(|| Encoding::Cl100k.vocabulary().count("warm"));
+    Encoding::O200k.vocabulary().count("warm");
     // A panic there would show again at the first count; there is nothing to add to it here.
     drop(cl100k.join());
 }

@@ -4,6 +4,7 @@ use crate::config::{ApiKind, Secret, Upstream};
 use crate::error::go_duration;
 use crate::quota::{Kind, Standing};
 use http::HeaderMap;
+use smallvec::SmallVec;
 use http::header::{self, HeaderName, HeaderValue};
 
 /// Headers that can carry a caller's key, in the order in which they are looked at.
@@ -25,24 +26,29 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
 
 /// The headers of the request to the upstream. The caller's key goes along only where the upstream has
 /// none of its own.
-pub(super) fn for_upstream(headers: &HeaderMap, upstream: &Upstream) -> HeaderMap {
-    let named = named_by_connection(headers);
-    let mut passed = HeaderMap::with_capacity(headers.len() + 2);
+pub(super) fn for_upstream(headers: HeaderMap, upstream: &Upstream) -> Vec<(HeaderName, HeaderValue)> {
+    let named = named_by_connection(&headers);
+    let mut passed = Vec::with_capacity(headers.len() + 4);
+    let mut last = None;
     for (name, value) in headers {
-        let is_key = KEY_HEADERS.contains(&name.as_str());
-        let stays = is_hop_by_hop(name) || is_ours_to_set(name) || named.iter().any(|n| n == name.as_str());
-        if !stays && !(is_key && upstream.api_key.is_some()) {
-            passed.append(name.clone(), value.clone());
+        // Of a header that stands there several times only the first carries the name.
+        let Some(name) = name.or_else(|| last.clone()) else { continue };
+        let is_key = upstream.api_key.is_some() && KEY_HEADERS.contains(&name.as_str());
+        let stays = is_key
+            || is_hop_by_hop(&name)
+            || is_ours_to_set(&name)
+            || named.iter().any(|n| n == name.as_str())
+            || upstream.headers.contains_key(&name);
+        last = Some(name.clone());
+        if !stays {
+            passed.push((name, value));
         }
     }
-    passed.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    passed.push((header::ACCEPT_ENCODING, HeaderValue::from_static("identity")));
     if let Some(key) = &upstream.api_key {
-        let (name, value) = credential(upstream.api, key);
-        passed.insert(name, value);
+        passed.push(credential(upstream.api, key));
     }
-    for (name, value) in &upstream.headers {
-        passed.insert(name.clone(), value.clone());
-    }
+    passed.extend(upstream.headers.iter().map(|(name, value)| (name.clone(), value.clone())));
     passed
 }
 
@@ -60,12 +66,13 @@ fn credential(api: ApiKind, key: &Secret) -> (HeaderName, HeaderValue) {
 
 /// The headers of the answer to the caller, in place.
 pub(super) fn for_caller(headers: &mut HeaderMap) {
-    let named = named_by_connection(headers);
-    for name in named {
+    for name in named_by_connection(headers) {
         headers.remove(name);
     }
-    for name in HOP_BY_HOP {
-        headers.remove(*name);
+    // One pass over the few that there are is cheaper than looking nine names up.
+    let stays: SmallVec<[HeaderName; 4]> = headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
+    for name in stays {
+        headers.remove(name);
     }
 }
 
@@ -131,16 +138,31 @@ fn names(kind: Kind) -> [HeaderName; 3] {
     }
 }
 
-/// Tells the caller how its quotas stand. An upstream's header of the same name gives way only where
-/// there is such a quota.
-pub(super) fn write_standing(headers: &mut HeaderMap, standing: &[Option<Standing>; 4]) {
-    for (kind, standing) in Kind::ALL.into_iter().zip(standing) {
-        let Some(Standing { limit, remaining, reset_ms }) = *standing else { continue };
-        let [limit_name, remaining_name, reset_name] = names(kind);
-        headers.insert(limit_name, HeaderValue::from(limit));
-        headers.insert(remaining_name, HeaderValue::from(remaining));
-        if let Ok(reset) = HeaderValue::try_from(go_duration(reset_ms)) {
-            headers.insert(reset_name, reset);
+/// What every answer tells the caller beside the upstream's own headers, as far as it is known.
+#[derive(Default)]
+pub(super) struct Told {
+    pub(super) environment: Option<HeaderValue>,
+    pub(super) estimated_prompt: Option<u64>,
+    pub(super) standing: [Option<Standing>; 4],
+}
+
+impl Told {
+    /// An upstream's header of the same name gives way only where there is such a quota.
+    pub(super) fn write(self, headers: &mut HeaderMap) {
+        if let Some(environment) = self.environment {
+            headers.insert(HeaderName::from_static("x-tollgate-environment"), environment);
+        }
+        if let Some(tokens) = self.estimated_prompt {
+            headers.insert(HeaderName::from_static("x-tollgate-estimated-prompt-tokens"), HeaderValue::from(tokens));
+        }
+        for (kind, standing) in Kind::ALL.into_iter().zip(self.standing) {
+            let Some(Standing { limit, remaining, reset_ms }) = standing else { continue };
+            let [limit_name, remaining_name, reset_name] = names(kind);
+            headers.insert(limit_name, HeaderValue::from(limit));
+            headers.insert(remaining_name, HeaderValue::from(remaining));
+            if let Ok(reset) = HeaderValue::from_maybe_shared(bytes::Bytes::from(go_duration(reset_ms))) {
+                headers.insert(reset_name, reset);
+            }
         }
     }
 }

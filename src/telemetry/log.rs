@@ -5,8 +5,10 @@
 //! few milliseconds). A reader that stalls for long loses lines, and is told how many.
 
 use super::Record;
+use crate::clock::{self, Timestamp};
+use serde::Serialize;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
@@ -19,29 +21,73 @@ const MOST_WAITING: usize = 8 * 1024 * 1024;
 /// Lines that come within this time leave in one write.
 const GATHER: Duration = Duration::from_millis(5);
 
+/// Where this process's log lines go, once that is set up.
+static OUTPUT: OnceLock<LogOutput> = OnceLock::new();
+
+/// The line of one request, in the shape of all other lines.
+#[derive(Serialize)]
+struct RequestLine<'a> {
+    timestamp: &'a str,
+    level: &'static str,
+    target: &'static str,
+    request_id: &'a str,
+    environment: &'a str,
+    caller: Option<&'a str>,
+    api: &'a str,
+    model: &'a str,
+    outcome: &'static str,
+    status: u16,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    error: &'a str,
+    stream: bool,
+    estimated_prompt_tokens: u64,
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    total_tokens: u64,
+    usage_reported: bool,
+    /// Durations in microseconds.
+    first_byte_us: Option<u64>,
+    overhead_us: Option<u64>,
+    duration_us: u64,
+}
+
 /// Writes the line of one request: what it was, how it ended, what it cost. No body, no key.
+///
+/// Written directly: through the general formatter this line took a third of all the CPU that the
+/// gateway used for a small request (measured: 10 of 35 microseconds).
 pub(super) fn request(record: &Record, elapsed: Duration) {
-    let ms = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX) as f64 / 1_000.0;
-    tracing::info!(
-        target: "tollgate::request",
-        request_id = record.request_id,
-        environment = &*record.environment,
-        caller = record.caller.as_deref(),
-        api = record.api,
-        model = record.model,
-        outcome = record.outcome.as_str(),
-        status = record.status,
-        error = (!record.error.is_empty()).then_some(record.error),
-        stream = record.streams,
-        estimated_prompt_tokens = record.estimated_prompt,
-        prompt_tokens = record.charged.prompt,
-        completion_tokens = record.charged.completion,
-        total_tokens = record.charged.total,
-        usage_reported = record.reported,
-        first_byte_ms = record.first_byte.map(ms),
-        overhead_ms = record.overhead.map(ms),
-        duration_ms = ms(elapsed),
-    );
+    if !tracing::enabled!(target: "tollgate::request", tracing::Level::INFO) {
+        return;
+    }
+    let Some(output) = OUTPUT.get() else { return };
+    let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    output.add(|buffer, timestamp| {
+        let line = RequestLine {
+            timestamp,
+            level: "INFO",
+            target: "tollgate::request",
+            request_id: &record.request_id,
+            environment: &record.environment,
+            caller: record.caller.as_deref(),
+            api: record.api,
+            model: &record.model,
+            outcome: record.outcome.as_str(),
+            status: record.status,
+            error: record.error,
+            stream: record.streams,
+            estimated_prompt_tokens: record.estimated_prompt,
+            prompt_tokens: record.charged.prompt,
+            completion_tokens: record.charged.completion,
+            total_tokens: record.charged.total,
+            usage_reported: record.reported,
+            first_byte_us: record.first_byte.map(us),
+            overhead_us: record.overhead.map(us),
+            duration_us: us(elapsed),
+        };
+        // Neither these values nor a vector can fail to be written.
+        drop(serde_json::to_writer(&mut *buffer, &line));
+        buffer.push(b'\n');
+    });
 }
 
 /// Where log lines go until the process ends.
@@ -59,6 +105,25 @@ struct Buffer {
     bytes: Vec<u8>,
     lost: u64,
     is_writing: bool,
+    clock: Clock,
+}
+
+/// The time of day as text, written anew once a millisecond at most.
+#[derive(Default)]
+struct Clock {
+    at: Timestamp,
+    text: String,
+}
+
+impl Clock {
+    fn text(&mut self) -> &str {
+        let now = clock::now();
+        if now != self.at || self.text.is_empty() {
+            self.at = now;
+            self.text = jiff::Timestamp::from_millisecond(now.0).map_or_else(|_| now.0.to_string(), |t| format!("{t:.3}"));
+        }
+        &self.text
+    }
 }
 
 /// Sets up logging for the process. `RUST_LOG` decides what is logged; without it everything from
@@ -72,7 +137,10 @@ pub fn init_logging() -> LogOutput {
         .with_current_span(false)
         .with_span_list(false)
         .with_writer(output.clone());
-    drop(tracing_subscriber::registry().with(filter).with(lines).try_init());
+    if tracing_subscriber::registry().with(filter).with(lines).try_init().is_ok() {
+        // The first to set up logging decides where it goes.
+        drop(OUTPUT.set(output.clone()));
+    }
     output
 }
 
@@ -86,6 +154,22 @@ impl LogOutput {
             eprintln!("log lines cannot be written: {error}");
         }
         Self(shared)
+    }
+
+    /// Puts a line into the buffer, unless that is full.
+    fn add(&self, write: impl FnOnce(&mut Vec<u8>, &str)) {
+        let mut guard = self.0.lock();
+        let buffer = &mut *guard;
+        if buffer.bytes.len() > MOST_WAITING {
+            buffer.lost += 1;
+            return;
+        }
+        let wakes = buffer.bytes.is_empty() && !buffer.is_writing;
+        write(&mut buffer.bytes, buffer.clock.text());
+        drop(guard);
+        if wakes {
+            self.0.filled.notify_one();
+        }
     }
 
     /// Waits until everything logged so far is written, at most a second.
@@ -142,18 +226,7 @@ pub struct Line<'a>(&'a LogOutput);
 
 impl Write for Line<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let shared = &self.0.0;
-        let mut buffer = shared.lock();
-        if buffer.bytes.len() + line.len() > MOST_WAITING {
-            buffer.lost += 1;
-        } else {
-            let was_empty = buffer.bytes.is_empty() && !buffer.is_writing;
-            buffer.bytes.extend_from_slice(line);
-            drop(buffer);
-            if was_empty {
-                shared.filled.notify_one();
-            }
-        }
+        self.0.add(|buffer, _| buffer.extend_from_slice(line));
         Ok(line.len())
     }
 

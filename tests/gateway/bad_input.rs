@@ -1,0 +1,127 @@
+//! Bad input: a clear error, nothing at the upstream, nothing charged.
+
+use crate::support::*;
+
+async fn gateway(upstream: &Upstream) -> Gateway {
+    Gateway::before(upstream, "{ total_tokens: { limit: 1000000000, per: day } }").await
+}
+
+#[tokio::test]
+async fn bodies_that_the_api_does_not_take_are_refused_before_the_upstream_sees_them() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    let deep = format!(r#"{{"messages":{}{}}}"#, "[".repeat(128), "]".repeat(128));
+    for (body, code, param) in [
+        ("", "invalid_json", None),
+        ("hello", "invalid_json", None),
+        ("[]", "invalid_json", None),
+        ("{\"model\":\"gpt-4o\",}", "invalid_json", None),
+        (&deep, "invalid_json", None),
+        (&"[".repeat(100_000), "invalid_json", None),
+        (r#"{"model":"a","model":"b","messages":[]}"#, "invalid_json", None),
+        (r#"{"model":"a","m\u006fdel":"b","messages":[]}"#, "invalid_json", None),
+        (r#"{"stream":false,"Stream":true,"messages":[]}"#, "invalid_json", None),
+        (&hello(r#""max_tokens":-1"#), "invalid_value", Some("max_tokens")),
+        (&hello(r#""max_tokens":0"#), "invalid_value", Some("max_tokens")),
+        (&hello(r#""max_tokens":99999999999999999999"#), "invalid_value", Some("max_tokens")),
+        (&hello(r#""max_completion_tokens":"7""#), "invalid_value", Some("max_completion_tokens")),
+        (&hello(r#""n":129"#), "invalid_value", Some("n")),
+        (&hello(r#""best_of":0"#), "invalid_value", Some("best_of")),
+        (&hello(r#""stream":"yes""#), "invalid_value", Some("stream")),
+        (&hello(r#""stream_options":7"#), "invalid_value", Some("stream_options")),
+        (r#"{"model":7,"messages":[]}"#, "invalid_value", Some("model")),
+        (r#"{"model":"gpt-4o","messages":"hello"}"#, "invalid_json", None),
+    ] {
+        let reply = gateway.chat(body).await;
+        assert_eq!(reply.refusal(), (400, code.to_owned()), "{:.80}", body);
+        assert_eq!(reply.json()["error"]["param"].as_str(), param, "{:.80}", body);
+        assert_eq!(reply.json()["error"]["type"], "invalid_request_error");
+    }
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", b"{\"model\":\"\xff\"}").await;
+    assert_eq!(caller.reply().await.refusal(), (400, "invalid_json".into()));
+    assert!(upstream.seen().is_empty());
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_stream_is_refused_with_plain_json_too() {
+    let upstream = Upstream::always(Answer::silence()).await;
+    let gateway = gateway(&upstream).await;
+    let reply = gateway.chat(&hello(r#""stream":true,"n":0"#)).await;
+    assert_eq!(reply.header("content-type"), Some("application/json"));
+    assert_eq!(reply.status, 400);
+}
+
+#[tokio::test]
+async fn a_body_over_the_limit_is_a_413_however_it_is_framed() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    let large = hello(&format!(r#""x":"{}""#, "a".repeat(1 << 20)));
+    assert_eq!(gateway.chat(&large).await.refusal(), (413, "request_body_too_large".into()));
+    let mut caller = gateway.caller().await;
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n", large.len());
+    caller.send(&[head.as_bytes(), large.as_bytes(), b"\r\n0\r\n\r\n"].concat()).await;
+    assert_eq!(caller.reply().await.refusal(), (413, "request_body_too_large".into()));
+    // Just below it passes.
+    let fits = hello(&format!(r#""x":"{}""#, "a".repeat((1 << 20) - 200)));
+    assert_eq!(gateway.chat(&fits).await.status, 200);
+}
+
+#[tokio::test]
+async fn an_encoded_body_is_a_415() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    for (encoding, status) in [("gzip", 415), ("identity, br", 415), ("identity", 200)] {
+        let reply = gateway.send("POST", CHAT, &format!("content-encoding: {encoding}\r\n"), HELLO).await;
+        assert_eq!(reply.status, status, "{encoding}");
+    }
+}
+
+#[tokio::test]
+async fn an_ambiguous_head_is_refused() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    for head in [
+        format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\nhost: b\r\ncontent-length: 2\r\n\r\n{{}}"),
+        format!("POST {CHAT} HTTP/1.1\r\ncontent-length: 2\r\n\r\n{{}}"),
+        format!("POST http://evil{CHAT} HTTP/1.1\r\nhost: gateway\r\ncontent-length: 2\r\n\r\n{{}}"),
+        format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{{}}"),
+        format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: +2\r\n\r\n{{}}"),
+    ] {
+        let mut caller = gateway.caller().await;
+        caller.send(head.as_bytes()).await;
+        assert!(caller.head().await.starts_with("HTTP/1.1 400"), "{head}");
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_caller_that_sends_half_a_body_and_goes_costs_nothing() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    let mut caller = gateway.caller().await;
+    caller.send(format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: 100\r\n\r\n{{").as_bytes()).await;
+    drop(caller);
+    assert_eq!(gateway.chat(HELLO).await.status, 200);
+    assert_eq!(gateway.settled_charges().await[0], 1);
+}
+
+#[tokio::test]
+async fn counting_stays_out_of_the_way_of_other_requests() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    // A megabyte of dashes is the worst that the tokenizer knows: more than half a second of work.
+    let hard = HELLO.replace("hello", &"-".repeat(900_000));
+    let mut slow = gateway.caller().await;
+    slow.request("POST", CHAT, "", hard.as_bytes()).await;
+    let mut took = Vec::new();
+    for _ in 0..9 {
+        let started = std::time::Instant::now();
+        assert_eq!(gateway.chat(HELLO).await.status, 200);
+        took.push(started.elapsed());
+    }
+    took.sort();
+    assert!(took[4] < std::time::Duration::from_millis(100), "{took:?}");
+    assert_eq!(slow.reply().await.status, 200);
+}

@@ -1,0 +1,14 @@
+//! The gateway as its callers, its upstreams and its operators see it. One module for each chapter of
+//! the README.
+
+#![allow(missing_docs, unreachable_pub, clippy::panic, clippy::unwrap_used, clippy::missing_panics_doc)]
+
+mod bad_input;
+mod estimate;
+mod operations;
+mod passthrough;
+mod quotas;
+mod routing;
+mod settling;
+mod support;
+mod tls;

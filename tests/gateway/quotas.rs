@@ -1,0 +1,238 @@
+//! Who is admitted, and what those who are not are told.
+
+use crate::support::*;
+
+#[tokio::test]
+async fn a_quota_of_each_kind_denies_with_a_429_that_an_sdk_understands() {
+    let upstream = Upstream::always(Answer::chat(8, 10)).await;
+    for (kind, error_type, requested) in
+        [("total_tokens", "tokens", 108), ("prompt_tokens", "tokens", 8), ("completion_tokens", "tokens", 100), ("requests", "requests", 1)]
+    {
+        let limit = requested + requested / 2;
+        let gateway = Gateway::before(&upstream, &format!("{{ {kind}: {{ limit: {limit}, per: hour }} }}")).await;
+        // The upstream reports what fills the quota.
+        let first = gateway.chat(&hello(r#""max_tokens":100"#)).await;
+        assert_eq!(first.status, 200, "{kind}");
+        let mut denied = gateway.chat(&hello(r#""max_tokens":100"#)).await;
+        for _ in 0..9 {
+            if denied.status != 200 {
+                break;
+            }
+            denied = gateway.chat(&hello(r#""max_tokens":100"#)).await;
+        }
+        assert_eq!(denied.refusal(), (429, "rate_limit_exceeded".into()), "{kind}");
+        let error = &denied.json()["error"];
+        assert_eq!(error["type"], error_type);
+        let quota = &error["quotas"][0];
+        assert_eq!((quota["kind"].as_str(), quota["per"].as_str()), (Some(kind), Some("hour")));
+        assert_eq!((quota["limit"].as_u64(), quota["requested"].as_u64()), (Some(limit), Some(requested)));
+        let ms: u64 = denied.header("retry-after-ms").unwrap().parse().unwrap();
+        let seconds: u64 = denied.header("retry-after").unwrap().parse().unwrap();
+        assert_eq!((quota["retry_after_ms"].as_u64(), seconds), (Some(ms), ms.div_ceil(1_000)), "{kind}");
+        assert!(seconds >= 1);
+        // An hour's quota refills too slowly to be waited for.
+        assert_eq!(denied.header("x-should-retry"), Some("false"));
+        assert_eq!(denied.header("x-tollgate-environment"), Some("staging"));
+        for word in ["staging", kind, "hour", "used", "held"] {
+            assert!(error["message"].as_str().unwrap().contains(word), "{word}: {error}");
+        }
+        let environment = gateway.settled().await;
+        assert!(environment["totals"]["rejected"].as_u64() >= Some(1));
+    }
+}
+
+#[tokio::test]
+async fn a_retry_that_waits_as_long_as_it_was_told_is_admitted() {
+    let upstream = Upstream::always(Answer::chat(8, 100)).await;
+    let gateway = Gateway::before(&upstream, "{ total_tokens: { limit: 200, per: second } }").await;
+    let request = hello(r#""max_tokens":100"#);
+    assert_eq!(gateway.chat(&request).await.status, 200);
+    let denied = gateway.chat(&request).await;
+    assert_eq!(denied.status, 429);
+    assert_eq!(denied.header("x-should-retry"), None);
+    let wait: u64 = denied.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!((1..=1_000).contains(&wait), "{wait}");
+    tokio::time::sleep(std::time::Duration::from_millis(wait)).await;
+    assert_eq!(gateway.chat(&request).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_quota_of_a_day_that_is_spent_is_no_matter_of_seconds() {
+    let upstream = Upstream::always(Answer::chat(8, 10)).await;
+    let gateway = Gateway::before(&upstream, "{ requests: [{ limit: 1, per: day }, { limit: 1, per: second }] }").await;
+    assert_eq!(gateway.chat(HELLO).await.status, 200);
+    let denied = gateway.chat(HELLO).await;
+    assert_eq!(denied.refusal(), (429, "insufficient_quota".into()));
+    assert_eq!(denied.json()["error"]["type"], "insufficient_quota");
+    assert_eq!(denied.header("x-should-retry"), Some("false"));
+    let seconds: u64 = denied.header("retry-after").unwrap().parse().unwrap();
+    assert!((2..=86_400).contains(&seconds) || seconds == 1, "{seconds}");
+}
+
+#[tokio::test]
+async fn what_can_never_fit_is_a_400_and_the_upstream_sees_nothing() {
+    let upstream = Upstream::always(Answer::chat(8, 10)).await;
+    let gateway = Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: minute } }").await;
+    let refused = gateway.chat(&hello(r#""max_tokens":101"#)).await;
+    assert_eq!(refused.refusal(), (400, "request_exceeds_quota".into()));
+    assert_eq!(refused.header("retry-after"), None);
+    assert!(refused.json()["error"]["message"].as_str().unwrap().contains("100"));
+    assert!(upstream.seen().is_empty());
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_256_parallel_requests_exactly_as_many_are_served_as_fit() {
+    // Every request reserves and uses 8 + 92 tokens; there is room for 50 of them. An answer is held
+    // back until all requests are decided, so that none is admitted into room that another left.
+    let served = Answer::of(vec![Step::Gate]).then(Step::Send(
+        format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}", chat_answer(&usage(8, 92)).len(), chat_answer(&usage(8, 92))).into(),
+    ));
+    let upstream = Upstream::always(served).await;
+    let gateway = std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 5000, per: day } }").await);
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..256 {
+        let gateway = gateway.clone();
+        calls.spawn(async move { gateway.chat(&hello(r#""max_tokens":92"#)).await.status });
+    }
+    let (mut ok, mut denied) = (0, 0);
+    while denied < 206 {
+        match soon("a denial", calls.join_next()).await.unwrap().unwrap() {
+            429 => denied += 1,
+            status => panic!("{status} before the gate was opened"),
+        }
+    }
+    (0..50).for_each(|_| upstream.open_gate());
+    while let Some(status) = soon("an answer", calls.join_next()).await {
+        assert_eq!(status.unwrap(), 200);
+        ok += 1;
+    }
+    assert_eq!((ok, denied, upstream.seen().len()), (50, 206, 50));
+    let environment = gateway.settled().await;
+    assert_eq!(environment["totals"]["total_tokens"], 5_000);
+    assert_eq!(environment["quotas"][0]["level"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_parallel_calls_cannot_spend_more_than_a_quota_of_a_hundred() {
+    let upstream = Upstream::always(Answer::chat(8, 22)).await;
+    let gateway = std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: day } }").await);
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..5 {
+        let gateway = gateway.clone();
+        calls.spawn(async move { gateway.chat(&hello(r#""max_tokens":22"#)).await.status });
+    }
+    while calls.join_next().await.is_some() {}
+    let total = gateway.settled_charges().await[3];
+    assert!(total <= 100, "{total}");
+}
+
+#[tokio::test]
+async fn a_small_quota_does_not_deny_its_first_request_for_ever() {
+    let upstream = Upstream::always(Answer::chat(8, 5)).await;
+    let gateway = Gateway::reserving(&upstream, "{ total_tokens: { limit: 50, per: minute } }", "adaptive").await;
+    assert_eq!(gateway.chat(HELLO).await.status, 200);
+}
+
+#[tokio::test]
+async fn without_a_reservation_requests_are_admitted_while_anything_is_left() {
+    let upstream = Upstream::always(Answer::chat(8, 30)).await;
+    let environments = "  staging:\n    upstream: backend\n    reserve: { prompt: none, completion: none }\n    quotas: { total_tokens: { limit: 50, per: day } }\ndefault_environment: staging";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    assert_eq!(gateway.chat(HELLO).await.status, 200);
+    assert_eq!(gateway.chat(HELLO).await.status, 200);
+    let environment = gateway.settled().await;
+    assert_eq!(environment["quotas"][0]["level"], 50 - 76);
+    assert_eq!(gateway.chat(HELLO).await.status, 429);
+}
+
+#[tokio::test]
+async fn a_fixed_reservation_is_given_back_as_far_as_it_was_not_used() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = Gateway::reserving(&upstream, "{ completion_tokens: { limit: 1000, per: day } }", "700").await;
+    for _ in 0..3 {
+        let reply = gateway.chat(HELLO).await;
+        assert_eq!(reply.status, 200);
+        assert!(reply.header("x-ratelimit-remaining-completion-tokens").unwrap().parse::<u64>().unwrap() <= 300);
+    }
+    let environment = gateway.settled().await;
+    assert_eq!(environment["quotas"][0]["level"], 994);
+}
+
+#[tokio::test]
+async fn answers_tell_how_the_quotas_stand_and_the_tightest_speaks() {
+    let limited = Answer::with_headers(
+        200,
+        "content-type: application/json\r\nx-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 7777\r\nx-request-id: up-1\r\n",
+        &chat_answer(&usage(8, 2)),
+    );
+    let upstream = Upstream::always(limited).await;
+    let quotas = "{ total_tokens: [{ limit: 1000, per: minute }, { limit: 600, per: day }] }";
+    let gateway = Gateway::before(&upstream, quotas).await;
+    let reply = gateway.chat(&hello(r#""max_tokens":92"#)).await;
+    for (name, value) in [
+        ("x-ratelimit-limit-tokens", "600"),
+        ("x-ratelimit-remaining-tokens", "500"),
+        // Of requests the environment has no quota: the upstream's own word stays.
+        ("x-ratelimit-remaining-requests", "9999"),
+        ("x-tollgate-environment", "staging"),
+        ("x-tollgate-estimated-prompt-tokens", "8"),
+        ("x-request-id", "up-1"),
+    ] {
+        assert_eq!(reply.header(name), Some(value), "{name}");
+    }
+    assert!(reply.header("x-ratelimit-reset-tokens").unwrap().ends_with('s'));
+    assert_eq!(reply.header("x-ratelimit-limit-prompt-tokens"), None);
+}
+
+#[tokio::test]
+async fn callers_and_models_have_quotas_of_their_own_and_all_must_hold() {
+    let upstream = Upstream::always(Answer::chat(8, 10)).await;
+    let environments = "  production:\n    upstream: backend\n    reserve: { completion: 10 }\n    keys:\n      - { name: web, secret: key-of-the-web-app-1, quotas: { requests: { limit: 1, per: day } } }\n      - { name: batch, secret: key-of-the-batch-job }\n    quotas: { requests: { limit: 3, per: day } }\n    model_quotas: { 'gpt-4o*': { completion_tokens: { limit: 15, per: day } } }";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    let as_caller = async |key: &str, model: &str| {
+        let headers = format!("authorization: Bearer {key}\r\n");
+        gateway.send("POST", CHAT, &headers, &HELLO.replace("gpt-4o", model)).await.status
+    };
+    assert_eq!(as_caller("key-of-the-web-app-1", "gpt-4o").await, 200);
+    assert_eq!(as_caller("key-of-the-web-app-1", "o3").await, 429, "its own share is spent");
+    assert_eq!(as_caller("key-of-the-batch-job", "gpt-4o-mini").await, 429, "the model's share is spent");
+    assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 200);
+    assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 200);
+    assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 429, "the environment's quota is spent");
+    let environment = gateway.settled().await;
+    assert_eq!(environment["totals"]["requests"], 3);
+    let scopes: Vec<_> = environment["quotas"].as_array().unwrap().iter().map(|q| q["scope"].as_str().unwrap()).collect();
+    assert_eq!(scopes, ["environment", "caller", "model"]);
+}
+
+#[tokio::test]
+async fn no_more_are_under_way_than_may_be() {
+    let upstream = Upstream::always(Answer::of(vec![Step::Gate])).await;
+    let environments = "  staging: { upstream: backend, max_in_flight: 1, quotas: { requests: { limit: 100, per: minute } } }\ndefault_environment: staging";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    let mut first = gateway.caller().await;
+    first.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    upstream.has_seen(1).await;
+    assert_eq!(gateway.chat(HELLO).await.refusal(), (429, "too_many_in_flight".into()));
+    drop(first);
+    gateway.settled().await;
+}
+
+#[tokio::test]
+async fn embeddings_ask_for_no_completion_tokens_and_a_spent_quota_of_those_does_not_stop_them() {
+    let upstream = Upstream::answering(|seen| {
+        if seen.target().contains("embeddings") {
+            Answer::json(200, r#"{"data":[],"usage":{"prompt_tokens":5,"total_tokens":5}}"#)
+        } else {
+            Answer::chat(8, 10)
+        }
+    })
+    .await;
+    let gateway = Gateway::reserving(&upstream, "{ completion_tokens: { limit: 10, per: day } }", "10").await;
+    assert_eq!(gateway.chat(HELLO).await.status, 200);
+    assert_eq!(gateway.chat(HELLO).await.status, 429);
+    let embeddings = gateway.post("/v1/embeddings", r#"{"model":"text-embedding-3-small","input":["one","two"]}"#).await;
+    assert_eq!(embeddings.status, 200);
+    assert_eq!(gateway.settled_charges().await, [2, 13, 10, 23]);
+}

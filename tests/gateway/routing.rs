@@ -1,0 +1,155 @@
+//! Which environment a request belongs to, who may use it, and what is served.
+
+use crate::support::*;
+
+const WEB: &str = "key-of-the-web-app-1";
+const BOX: &str = "key-of-the-sandbox-1";
+
+async fn gateway(upstream: &Upstream, default: &str) -> Gateway {
+    let environments = format!(
+        "  production:\n    upstream: backend\n    keys: [{{ name: web, secret: {WEB} }}]\n    models: ['gpt-4o*']\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n  \
+         sandbox:\n    upstream: backend\n    keys: [{{ name: box, secret: {BOX} }}]\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n  \
+         open:\n    upstream: backend\n    other_paths: forward\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n{default}"
+    );
+    Gateway::with(upstream, "", &environments).await
+}
+
+fn bearer(key: &str) -> String {
+    format!("authorization: Bearer {key}\r\n")
+}
+
+#[tokio::test]
+async fn path_then_key_then_default_name_the_environment() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "default_environment: open").await;
+    for (path, key, environment) in [
+        ("/production/v1/chat/completions", Some(WEB), "production"),
+        ("/sandbox/chat/completions", Some(BOX), "sandbox"),
+        ("/v1/chat/completions", Some(WEB), "production"),
+        ("/v1/chat/completions", Some(BOX), "sandbox"),
+        ("/chat/completions", Some(BOX), "sandbox"),
+        ("/v1/chat/completions", Some("the caller's own"), "open"),
+        ("/v1/chat/completions", None, "open"),
+        ("/open/openai/v1/chat/completions", None, "open"),
+    ] {
+        let headers = key.map(bearer).unwrap_or_default();
+        let reply = gateway.send("POST", path, &headers, HELLO).await;
+        assert_eq!((reply.status, reply.header("x-tollgate-environment")), (200, Some(environment)), "{path} {key:?}");
+    }
+    assert!(upstream.seen().iter().all(|s| s.target() == CHAT || s.target() == "/v1/openai/v1/chat/completions"));
+}
+
+#[tokio::test]
+async fn every_header_that_sdks_use_can_carry_the_key() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "").await;
+    for headers in [bearer(WEB), format!("api-key: {WEB}\r\n"), format!("x-api-key: {WEB}\r\n"), format!("x-goog-api-key: {WEB}\r\n")] {
+        assert_eq!(gateway.send("POST", CHAT, &headers, HELLO).await.status, 200, "{headers}");
+    }
+}
+
+#[tokio::test]
+async fn missing_wrong_and_foreign_keys_are_told_apart() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "").await;
+    for (path, headers, refusal) in [
+        ("/v1/chat/completions", String::new(), (401, "invalid_api_key")),
+        ("/v1/chat/completions", bearer("no such key"), (401, "invalid_api_key")),
+        ("/production/v1/chat/completions", String::new(), (401, "invalid_api_key")),
+        ("/production/v1/chat/completions", bearer("no such key"), (401, "invalid_api_key")),
+        ("/production/v1/chat/completions", bearer(""), (401, "invalid_api_key")),
+        ("/production/v1/chat/completions", bearer(BOX), (403, "wrong_environment")),
+        // Also where nobody needs a key: a key of this gateway's is never sent to an upstream.
+        ("/open/v1/chat/completions", bearer(BOX), (403, "wrong_environment")),
+    ] {
+        let reply = gateway.send("POST", path, &headers, HELLO).await;
+        assert_eq!(reply.refusal(), (refusal.0, refusal.1.to_owned()), "{path} {headers}");
+        assert!(!reply.text().contains(BOX));
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
+async fn what_is_not_served_is_a_404_that_says_which_base_url_would_be_right() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
+    for path in [
+        "/", "/v2/chat/completions", "/nowhere/v1/chat/completions", "/v1/chat/completions/", "/v1//chat/completions",
+        "/V1/chat/completions", "/v1/chat%2fcompletions", "/v1/%63hat/completions", "/staging", "/staging/", "/staging/v1",
+        "/v1/files", "/v1/batches", "/v1/assistants", "/v1/realtime", "/v1/fine_tuning/jobs", "/staging/staging/v1/chat/completions",
+    ] {
+        let reply = gateway.post(path, HELLO).await;
+        assert_eq!(reply.refusal(), (if path == "/" { 405 } else { 404 }, if path == "/" { "method_not_allowed" } else { "unknown_path" }.to_owned()), "{path}");
+        assert!(path == "/" || reply.text().contains("base_url") && reply.text().contains("/v1"), "{}", reply.text());
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
+async fn another_method_is_a_405_that_says_which_is_taken() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
+    for (method, path, allow) in
+        [("GET", CHAT, "POST"), ("PUT", CHAT, "POST"), ("TRACE", CHAT, "POST"), ("OPTIONS", CHAT, "POST"), ("POST", "/v1/models", "GET"), ("DELETE", "/v1/models/gpt-4o", "GET")]
+    {
+        let reply = gateway.send(method, path, "", "").await;
+        assert_eq!(reply.refusal(), (405, "method_not_allowed".into()), "{method} {path}");
+        assert_eq!(reply.header("allow"), Some(allow));
+    }
+    let mut caller = gateway.caller().await;
+    caller.request("HEAD", "/", "", b"").await;
+    assert!(caller.head().await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn models_that_are_not_listed_are_not_found() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "").await;
+    for (model, found) in [("gpt-4o", true), ("gpt-4o-mini", true), ("gpt-4", false), ("GPT-4o", false), ("gpt-4\u{43e}", false)] {
+        let reply = gateway.send("POST", CHAT, &bearer(WEB), &HELLO.replace("gpt-4o", model)).await;
+        assert_eq!(reply.status, if found { 200 } else { 404 }, "{model}");
+        if !found {
+            assert_eq!(reply.code(), "model_not_found");
+            assert_eq!(reply.json()["error"]["param"], "model");
+        }
+    }
+    let nameless = gateway.send("POST", CHAT, &bearer(WEB), r#"{"messages":[]}"#).await;
+    assert_eq!(nameless.refusal(), (404, "model_not_found".into()));
+}
+
+#[tokio::test]
+async fn the_list_of_models_passes_and_is_not_charged() {
+    let upstream = wiremock::MockServer::start().await;
+    for path in ["/v1/models", "/v1/models/ft:gpt-4o:org::id"] {
+        let answer = wiremock::ResponseTemplate::new(200).set_body_string(path);
+        let mock = wiremock::Mock::given(wiremock::matchers::method("GET")).and(wiremock::matchers::path(path));
+        mock.respond_with(answer).mount(&upstream).await;
+    }
+    let gateway = Gateway::from_config(&format!(
+        "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: '{}/v1' }} }}\n\
+         environments: {{ staging: {{ upstream: u, quotas: {{ requests: {{ limit: 1, per: day }} }} }} }}\ndefault_environment: staging\nstore: {{ memory: true }}",
+        upstream.uri()
+    ))
+    .await;
+    for path in ["/v1/models", "/models", "/staging/v1/models", "/v1/models/ft:gpt-4o:org::id"] {
+        let reply = gateway.send("GET", path, "", "").await;
+        assert_eq!(reply.status, 200, "{path}");
+    }
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn other_paths_are_forwarded_as_one_request_where_the_environment_says_so() {
+    let upstream = Upstream::always(Answer::json(200, r#"{"usage":{"prompt_tokens":4,"total_tokens":4}}"#)).await;
+    let gateway = gateway(&upstream, "").await;
+    let reply = gateway.send("POST", "/open/v1/moderations?x=1", "", "not json at all").await;
+    assert_eq!(reply.status, 200);
+    assert_eq!(upstream.only().target(), "/v1/moderations?x=1");
+    let open = &gateway.admin_get("/api/environments/open").await.json();
+    assert_eq!((open["totals"]["requests"].as_u64(), open["totals"]["total_tokens"].as_u64()), (Some(1), Some(4)));
+    let denied = gateway.send("POST", "/v1/moderations", &bearer(BOX), "{}").await;
+    assert_eq!(denied.refusal(), (404, "unknown_path".into()));
+    for path in ["/open/v1/%2e%2e/x", "/open/v1//x", "/open/v1/../x"] {
+        assert_eq!(gateway.post(path, "{}").await.status, 404, "{path}");
+    }
+}

@@ -1,0 +1,257 @@
+//! What each way in which a request can end costs. One test for each row of the README's table.
+
+use crate::support::*;
+
+const ROOM: &str = "{ total_tokens: { limit: 100000, per: day }, requests: { limit: 1000, per: minute } }";
+
+#[tokio::test]
+async fn usage_that_is_reported_is_charged() {
+    let upstream = Upstream::always(Answer::chat(11, 5)).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let reply = gateway.chat(HELLO).await;
+    assert_eq!(reply.text(), chat_answer(&usage(11, 5)));
+    // At the latest with the last byte of the answer.
+    assert_eq!(gateway.charged().await, [1, 11, 5, 16]);
+    assert_eq!(gateway.settled_charges().await, [1, 11, 5, 16]);
+}
+
+#[tokio::test]
+async fn usage_of_a_stream_is_charged() {
+    let events = [delta("Hi"), usage_event(11, 5), DONE.to_owned()];
+    let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let reply = gateway.chat(&hello(r#""stream":true,"stream_options":{"include_usage":true}"#)).await;
+    assert_eq!(reply.text(), events.concat());
+    assert_eq!(gateway.charged().await, [1, 11, 5, 16]);
+}
+
+#[tokio::test]
+async fn an_answer_without_usage_costs_the_estimate_and_what_was_received() {
+    // "Hello there" is two tokens, and so is "Hello there" in two deltas.
+    let json = Upstream::always(Answer::json(200, &chat_answer("null"))).await;
+    let gateway = Gateway::before(&json, ROOM).await;
+    gateway.chat(HELLO).await;
+    assert_eq!(gateway.charged().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
+
+    let events = [delta("Hello"), delta(" there"), DONE.to_owned()];
+    let stream = Upstream::always(Answer::stream().events(&events).end()).await;
+    let gateway = Gateway::before(&stream, ROOM).await;
+    gateway.chat(&hello(r#""stream":true"#)).await;
+    assert_eq!(gateway.charged().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
+}
+
+#[tokio::test]
+async fn a_long_answer_without_usage_is_counted_before_its_last_byte() {
+    let text = "word ".repeat(20_000);
+    let body = format!(r#"{{"choices":[{{"message":{{"content":"{text}"}}}}]}}"#);
+    let upstream = Upstream::always(Answer::json(200, &body)).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    assert_eq!(gateway.chat(HELLO).await.text(), body);
+    assert_eq!(gateway.charged().await[2], 20_001);
+}
+
+#[tokio::test]
+async fn usage_that_cannot_be_true_is_none() {
+    for bad in [
+        r#"{"prompt_tokens":-3,"completion_tokens":-5,"total_tokens":-8}"#,
+        r#"{"prompt_tokens":"3","completion_tokens":"5"}"#,
+        r#"{"prompt_tokens":1152921504606846976,"completion_tokens":1e300}"#,
+        r#"{"prompt_tokens":0.5,"completion_tokens":[]}"#,
+        r"[1,2]",
+        r#""many""#,
+    ] {
+        let upstream = Upstream::always(Answer::json(200, &chat_answer(bad))).await;
+        let gateway = Gateway::before(&upstream, ROOM).await;
+        assert_eq!(gateway.chat(HELLO).await.text(), chat_answer(bad), "it passes as it came");
+        assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{bad}");
+        let metrics = gateway.admin_get("/metrics").await;
+        assert!(metrics.text().contains(r#"tollgate_usage_missing_total{environment="staging",reason="not_credible"} 1"#));
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_hangs_up_in_mid_stream_pays_for_what_it_received() {
+    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).event(&delta(" there")).then(Step::Gate)).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+    caller.head().await;
+    let mut received = Vec::new();
+    while received.len() < (delta("Hello") + &delta(" there")).len() {
+        received.extend(caller.chunk().await.unwrap());
+    }
+    drop(caller);
+    // The upstream call is cancelled at once.
+    upstream.was_hung_up_on().await;
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
+}
+
+#[tokio::test]
+async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that() {
+    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).event(&usage_event(9, 40)).event(&delta("x")).then(Step::Gate)).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+    caller.head().await;
+    let mut received = Vec::new();
+    while !received.ends_with(delta("x").as_bytes()) {
+        received.extend(caller.chunk().await.unwrap());
+    }
+    drop(caller);
+    assert_eq!(gateway.settled_charges().await, [1, 9, 40, 49]);
+}
+
+#[tokio::test]
+async fn a_caller_that_gives_up_before_an_answer_pays_its_prompt() {
+    let upstream = Upstream::always(Answer::silence()).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    upstream.has_seen(1).await;
+    assert_eq!(gateway.environment().await["in_flight"], 1);
+    drop(caller);
+    upstream.was_hung_up_on().await;
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
+}
+
+#[tokio::test]
+async fn an_upstream_that_breaks_off_ends_the_stream_with_an_error_and_no_done() {
+    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).then(Step::Cut)).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+    assert!(!reply.broke_off);
+    let error = reply.text().strip_prefix(&delta("Hello")).unwrap();
+    let error: serde_json::Value = serde_json::from_str(error.strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!(error["error"]["type"], "upstream_error");
+    assert!(!reply.text().contains("[DONE]"));
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 1, HELLO_TOKENS + 1]);
+}
+
+#[tokio::test]
+async fn a_stream_cut_within_an_event_ends_with_an_error_event_of_its_own() {
+    let half = &delta("Hello")[..40];
+    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).event(half).then(Step::Cut)).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    for fields in [r#""stream":true"#, r#""stream":true,"stream_options":{"include_usage":true}"#] {
+        let reply = gateway.chat(&hello(fields)).await;
+        let last = reply.text().trim_end().rsplit("\n\n").next().unwrap();
+        let error: serde_json::Value = serde_json::from_str(last.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(error["error"]["code"], "upstream_disconnected");
+    }
+}
+
+#[tokio::test]
+async fn a_json_answer_cut_in_the_middle_costs_its_bytes_and_breaks_the_connection() {
+    let whole = chat_answer(&usage(8, 2));
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", whole.len());
+    let half = [head.as_bytes(), &whole.as_bytes()[..80]].concat();
+    let upstream = Upstream::always(Answer::of(vec![Step::Send(half), Step::Cut])).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let reply = gateway.chat(HELLO).await;
+    assert!(reply.broke_off);
+    assert_eq!(reply.body, &whole.as_bytes()[..80]);
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 20, HELLO_TOKENS + 20]);
+}
+
+#[tokio::test]
+async fn an_error_of_the_upstreams_passes_and_costs_its_request_only() {
+    for (status, body) in [(400, r#"{"error":"text"}"#), (429, r#"{"detail":"slow down"}"#), (500, "oops"), (503, "")] {
+        let answer = Answer::with_headers(status, "content-type: application/json\r\nretry-after: 7\r\n", body);
+        let upstream = Upstream::always(answer).await;
+        let gateway = Gateway::before(&upstream, ROOM).await;
+        let reply = gateway.chat(HELLO).await;
+        assert_eq!((reply.status, reply.text(), reply.header("retry-after")), (status, body, Some("7")));
+        assert_eq!(reply.header("x-tollgate-error"), None);
+        assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0]);
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_cannot_be_reached_costs_nothing() {
+    let upstream = Upstream::always(Answer::silence()).await;
+    let gateway = Gateway::from_config(
+        "server: { listen: '127.0.0.1:0' }\nadmin: { listen: '127.0.0.1:0' }\nupstreams: { gone: { base_url: 'http://127.0.0.1:9' }, nowhere: { base_url: 'http://no-such-host.invalid' } }\n\
+         environments: { gone: { upstream: gone, quotas: { requests: { limit: 9, per: day } } }, nowhere: { upstream: nowhere } }\nstore: { memory: true }",
+    )
+    .await;
+    for environment in ["gone", "nowhere"] {
+        let reply = gateway.post(&format!("/{environment}{CHAT}"), HELLO).await;
+        assert_eq!(reply.refusal(), (502, "upstream_unreachable".into()));
+        assert_eq!(reply.json()["error"]["type"], "upstream_error");
+        assert!(!reply.text().contains("127.0.0.1") && !reply.text().contains("invalid\""), "no address is told");
+    }
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
+async fn an_upstream_that_closes_without_an_answer_is_a_502_and_costs_the_prompt() {
+    for first in [&b""[..], b"HTTP/1.1 200 OK\r\ncontent-le", b"garbage\r\n\r\n"] {
+        let upstream = Upstream::always(Answer::of(vec![Step::Send(first.into()), Step::Cut])).await;
+        let gateway = Gateway::before(&upstream, ROOM).await;
+        assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
+        assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
+        assert_eq!(upstream.seen().len(), 1, "a request that was read is not sent again");
+    }
+}
+
+fn open_staging() -> &'static str {
+    "  staging: { upstream: backend, reserve: { completion: max_tokens }, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging"
+}
+
+#[tokio::test]
+async fn an_upstream_that_says_nothing_is_a_504_and_costs_the_prompt() {
+    let upstream = Upstream::always(Answer::silence()).await;
+    let gateway = Gateway::with(&upstream, "timeouts: { first_byte: 50ms }", open_staging()).await;
+    let reply = gateway.chat(HELLO).await;
+    assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
+    assert!(reply.text().contains("first_byte"));
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
+}
+
+#[tokio::test]
+async fn a_stream_that_stalls_ends_with_an_error_event() {
+    for (setting, event) in [("idle: 50ms", "idle"), ("total: 80ms", "total")] {
+        let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).then(Step::Stall)).await;
+        let gateway = Gateway::with(&upstream, &format!("timeouts: {{ {setting} }}"), open_staging()).await;
+        let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+        assert!(reply.text().contains("upstream_timeout") && reply.text().contains(event), "{}", reply.text());
+        upstream.was_hung_up_on().await;
+        assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 1, HELLO_TOKENS + 1]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_any_mix_of_endings_nothing_is_held_and_all_is_accounted_for() {
+    let upstream = Upstream::answering(|seen| match seen.text().matches('x').count() % 6 {
+        0 => Answer::chat(10, 5),
+        1 => Answer::stream().event(&delta("Hello")).event(&usage_event(10, 5)).event(DONE).end(),
+        2 => Answer::stream().event(&delta("Hello")).then(Step::Cut),
+        3 => Answer::json(500, "{}"),
+        4 => Answer::stream().event(&delta("Hello")).then(Step::Stall),
+        _ => Answer::of(vec![Step::Cut]),
+    })
+    .await;
+    let gateway = std::sync::Arc::new(Gateway::before(&upstream, ROOM).await);
+    let mut calls = tokio::task::JoinSet::new();
+    for n in 0..120_usize {
+        let gateway = gateway.clone();
+        calls.spawn(async move {
+            let body = hello(&format!(r#""user":"{}","stream":true"#, "x".repeat(n)));
+            let mut caller = gateway.caller().await;
+            caller.request("POST", CHAT, "", body.as_bytes()).await;
+            if n % 6 == 4 {
+                caller.head().await;
+                caller.chunk().await;
+            } else {
+                caller.reply().await;
+            }
+        });
+    }
+    while let Some(call) = calls.join_next().await {
+        call.unwrap();
+    }
+    // Twenty of each: reported twice, cut (prompt + 1), an error, hung up on (prompt + 1), no answer.
+    let (p, n) = (HELLO_TOKENS, 20);
+    assert_eq!(gateway.settled_charges().await, [6 * n, (10 + 10 + p + p + p) * n, (5 + 5 + 1 + 1) * n, (15 + 15 + p + 1 + p + 1 + p) * n]);
+}

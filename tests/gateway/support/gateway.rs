@@ -1,0 +1,124 @@
+//! A gateway in this process, in front of an upstream.
+
+use super::{Caller, Reply, Upstream, soon};
+use serde_json::Value;
+use std::net::SocketAddr;
+use tollgate::app::App;
+use tollgate::config::parse;
+
+pub struct Gateway {
+    app: Option<App>,
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+}
+
+/// An environment `staging` that anybody may use, with these quotas (YAML) and its completions
+/// reserved like this.
+fn staging(quotas: &str, completion: &str) -> String {
+    format!(
+        "  staging:\n    upstream: backend\n    reserve: {{ completion: {completion} }}\n    quotas: {quotas}\ndefault_environment: staging"
+    )
+}
+
+impl Gateway {
+    /// One open environment `staging` with these quotas; completions are reserved by `max_tokens`.
+    pub async fn before(upstream: &Upstream, quotas: &str) -> Self {
+        Self::reserving(upstream, quotas, "max_tokens").await
+    }
+
+    pub async fn reserving(upstream: &Upstream, quotas: &str, completion: &str) -> Self {
+        Self::with(upstream, "", &staging(quotas, completion)).await
+    }
+
+    /// `settings` of the upstream `backend` and the whole of `environments` with what follows.
+    pub async fn with(upstream: &Upstream, settings: &str, environments: &str) -> Self {
+        let text = format!(
+            "server: {{ listen: '127.0.0.1:0', max_request_body: 1MiB, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
+             upstreams:\n  backend: {{ base_url: 'http://{}/v1', {settings} }}\nenvironments:\n{environments}\nstore: {{ memory: true }}\n",
+            upstream.address
+        );
+        Self::from_config(&text).await
+    }
+
+    pub async fn from_config(text: &str) -> Self {
+        let loaded = parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        let app = tokio::task::spawn_blocking(move || App::start(loaded.config).unwrap()).await.unwrap();
+        Self { address: app.address(), admin: app.admin_address(), app: Some(app) }
+    }
+
+    pub async fn caller(&self) -> Caller {
+        Caller::connect(self.address).await
+    }
+
+    /// Sends a request and reads its whole answer.
+    pub async fn send(&self, method: &str, target: &str, headers: &str, body: &str) -> Reply {
+        let mut caller = self.caller().await;
+        caller.request(method, target, headers, body.as_bytes()).await;
+        caller.reply().await
+    }
+
+    pub async fn post(&self, target: &str, body: &str) -> Reply {
+        self.send("POST", target, "", body).await
+    }
+
+    pub async fn chat(&self, body: &str) -> Reply {
+        self.post(super::CHAT, body).await
+    }
+
+    pub async fn admin_get(&self, target: &str) -> Reply {
+        let mut caller = Caller::connect(self.admin).await;
+        caller.send(format!("GET {target} HTTP/1.1\r\nhost: {}\r\n\r\n", self.admin).as_bytes()).await;
+        caller.reply().await
+    }
+
+    pub async fn environment(&self) -> Value {
+        self.admin_get("/api/environments").await.json()["environments"][0].clone()
+    }
+
+    /// Requests, prompt, completion and total tokens charged so far.
+    pub async fn charged(&self) -> [u64; 4] {
+        let environment = self.environment().await;
+        ["requests", "prompt_tokens", "completion_tokens", "total_tokens"]
+            .map(|name| environment["totals"][name].as_u64().unwrap())
+    }
+
+    /// Waits until nothing is under way; then nothing may be held.
+    pub async fn settled(&self) -> Value {
+        soon("everything to settle", async {
+            loop {
+                let environment = self.environment().await;
+                if environment["in_flight"] == 0 {
+                    for quota in environment["quotas"].as_array().unwrap() {
+                        assert_eq!(quota["held"], 0, "{environment}");
+                    }
+                    return environment;
+                }
+            }
+        })
+        .await
+    }
+
+    /// Waits until nothing is under way and tells what was charged.
+    pub async fn settled_charges(&self) -> [u64; 4] {
+        self.settled().await;
+        self.charged().await
+    }
+
+    pub async fn shutdown(mut self) -> tollgate::app::ShutdownReport {
+        let app = self.app.take().unwrap();
+        tokio::task::spawn_blocking(move || app.shutdown()).await.unwrap()
+    }
+
+    pub fn take(&mut self) -> App {
+        self.app.take().unwrap()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        // Stopping joins threads, which must not hold up the test's own runtime.
+        if let Some(app) = self.app.take() {
+            std::thread::spawn(move || drop(app));
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! The language the tests are written in: an upstream that does what it is told, a gateway in front of
+//! it, a caller that sees every byte. Ports are always the kernel's choice; waiting is for an event,
+//! with a bound.
+
+pub mod caller;
+pub mod gateway;
+pub mod upstream;
+
+pub use caller::{Caller, Reply};
+pub use gateway::Gateway;
+pub use upstream::{Answer, Seen, Step, Upstream};
+
+use std::time::Duration;
+
+/// Nothing that is waited for takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Waits for something that has to happen.
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited in vain for {what}"),
+    }
+}
+
+/// A chat request that its model answers with a few words.
+pub const HELLO: &str = r#"{"model":"gpt-4o","messages":[{"role":"user","content":"hello"}]}"#;
+/// The prompt tokens of `HELLO` by OpenAI's rule: 3 for the reply, 3 for the message, its role, its word.
+pub const HELLO_TOKENS: u64 = 8;
+pub const CHAT: &str = "/v1/chat/completions";
+
+/// `HELLO` with more fields in front.
+pub fn hello(fields: &str) -> String {
+    HELLO.replacen('{', &format!("{{{fields},"), 1)
+}
+
+/// A whole chat answer that reports this usage.
+pub fn chat_answer(usage: &str) -> String {
+    format!(
+        r#"{{"id":"c1","object":"chat.completion","choices":[{{"index":0,"message":{{"role":"assistant","content":"Hello there"}},"finish_reason":"stop"}}],"usage":{usage}}}"#
+    )
+}
+
+pub fn usage(prompt: u64, completion: u64) -> String {
+    format!(
+        r#"{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{}}}"#,
+        prompt + completion
+    )
+}
+
+/// An event of a chat stream.
+pub fn delta(text: &str) -> String {
+    format!("data: {{\"id\":\"c1\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}],\"usage\":null}}\n\n")
+}
+
+/// The event that only reports usage.
+pub fn usage_event(prompt: u64, completion: u64) -> String {
+    format!("data: {{\"id\":\"c1\",\"choices\":[],\"usage\":{}}}\n\n", usage(prompt, completion))
+}
+
+pub const DONE: &str = "data: [DONE]\n\n";

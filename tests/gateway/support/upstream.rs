@@ -1,0 +1,228 @@
+//! An upstream on a bare socket: it can do what well-behaved servers cannot.
+
+use super::soon;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+
+/// What it does with a request, step by step.
+#[derive(Clone, Debug)]
+pub enum Step {
+    Send(Vec<u8>),
+    /// Waits until the test opens the gate once more.
+    Gate,
+    /// Says nothing more, and keeps the connection.
+    Stall,
+    /// Closes the connection.
+    Cut,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Answer {
+    steps: Vec<Step>,
+}
+
+impl Answer {
+    pub fn of(steps: Vec<Step>) -> Self {
+        Self { steps }
+    }
+
+    /// Nothing at all.
+    pub fn silence() -> Self {
+        Self::of(vec![Step::Stall])
+    }
+
+    pub fn json(status: u16, body: &str) -> Self {
+        Self::with_headers(status, "content-type: application/json\r\n", body)
+    }
+
+    pub fn with_headers(status: u16, headers: &str, body: &str) -> Self {
+        let head = format!("HTTP/1.1 {status} Some\r\n{headers}content-length: {}\r\n\r\n", body.len());
+        Self::of(vec![Step::Send([head.as_bytes(), body.as_bytes()].concat())])
+    }
+
+    /// A chat answer that reports what it used.
+    pub fn chat(prompt: u64, completion: u64) -> Self {
+        Self::json(200, &super::chat_answer(&super::usage(prompt, completion)))
+    }
+
+    /// The head of an event stream; events follow.
+    pub fn stream() -> Self {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        Self::of(vec![Step::Send(head.into())])
+    }
+
+    /// One chunk of a chunked body.
+    pub fn event(mut self, event: &str) -> Self {
+        self.steps.push(Step::Send(format!("{:x}\r\n{event}\r\n", event.len()).into()));
+        self
+    }
+
+    pub fn events(self, events: &[String]) -> Self {
+        events.iter().fold(self, |answer, event| answer.event(event))
+    }
+
+    /// The end of a chunked body.
+    pub fn end(self) -> Self {
+        self.then(Step::Send(b"0\r\n\r\n".into()))
+    }
+
+    pub fn then(mut self, step: Step) -> Self {
+        self.steps.push(step);
+        self
+    }
+}
+
+/// A request as it arrived.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Seen {
+    pub fn target(&self) -> &str {
+        self.head.split(' ').nth(1).unwrap()
+    }
+
+    /// All values of a header.
+    pub fn all(&self, name: &str) -> Vec<&str> {
+        let fields = self.head.lines().skip(1).filter_map(|l| l.split_once(": "));
+        fields.filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v).collect()
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.all(name).first().copied()
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+type Script = Arc<dyn Fn(&Seen) -> Answer + Send + Sync>;
+
+pub struct Upstream {
+    pub address: SocketAddr,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    gate: Arc<Semaphore>,
+    /// Connections that the gateway has closed.
+    closed: watch::Receiver<usize>,
+}
+
+impl Upstream {
+    pub async fn answering(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (seen, gate) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::new(Semaphore::new(0)));
+        let (closing, closed) = watch::channel(0);
+        let script: Script = Arc::new(script);
+        let (all, opening) = (seen.clone(), gate.clone());
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let connection = serve(socket, script.clone(), all.clone(), opening.clone(), closing.clone());
+                tokio::spawn(connection);
+            }
+        });
+        Self { address, seen, gate, closed }
+    }
+
+    pub async fn always(answer: Answer) -> Self {
+        Self::answering(move |_| answer.clone()).await
+    }
+
+    pub fn open_gate(&self) {
+        self.gate.add_permits(1);
+    }
+
+    pub fn seen(&self) -> Vec<Seen> {
+        self.seen.lock().unwrap().clone()
+    }
+
+    /// The only request it has seen.
+    pub fn only(&self) -> Seen {
+        let seen = self.seen();
+        assert_eq!(seen.len(), 1, "one request");
+        seen.into_iter().next().unwrap()
+    }
+
+    /// Waits until it has seen so many requests.
+    pub async fn has_seen(&self, requests: usize) {
+        soon("requests at the upstream", async {
+            while self.seen.lock().unwrap().len() < requests {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
+    /// Waits until the gateway has closed a connection in the middle of an answer.
+    pub async fn was_hung_up_on(&self) {
+        let mut closed = self.closed.clone();
+        soon("the gateway to hang up", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) }).await.unwrap();
+    }
+}
+
+async fn serve(
+    mut socket: TcpStream,
+    script: Script,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    gate: Arc<Semaphore>,
+    closed: watch::Sender<usize>,
+) {
+    socket.set_nodelay(true).unwrap();
+    while let Some(request) = read_request(&mut socket).await {
+        let answer = script(&request);
+        seen.lock().unwrap().push(request);
+        for step in answer.steps {
+            match step {
+                Step::Send(bytes) => {
+                    if socket.write_all(&bytes).await.is_err() {
+                        closed.send_modify(|n| *n += 1);
+                        return;
+                    }
+                }
+                Step::Gate => {
+                    let mut byte = [0];
+                    tokio::select! {
+                        permit = gate.acquire() => permit.unwrap().forget(),
+                        _ = socket.read(&mut byte) => {
+                            closed.send_modify(|n| *n += 1);
+                            return;
+                        }
+                    }
+                }
+                Step::Stall => {
+                    let mut byte = [0];
+                    let _ = socket.read(&mut byte).await;
+                    closed.send_modify(|n| *n += 1);
+                    return;
+                }
+                Step::Cut => return,
+            }
+        }
+    }
+}
+
+async fn read_request(socket: &mut TcpStream) -> Option<Seen> {
+    let mut bytes = Vec::new();
+    let head_end = loop {
+        if let Some(at) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
+            break at;
+        }
+        if socket.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let head = String::from_utf8(bytes[..head_end].to_vec()).unwrap();
+    let mut seen = Seen { head, body: bytes.split_off(head_end + 4) };
+    let length: usize = seen.header("content-length").map_or(0, |l| l.parse().unwrap());
+    while seen.body.len() < length {
+        if socket.read_buf(&mut seen.body).await.ok()? == 0 {
+            return None;
+        }
+    }
+    Some(seen)
+}
