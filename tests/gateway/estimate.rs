@@ -47,22 +47,16 @@ async fn plain_golden_vectors_are_met_exactly() {
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 999, per: minute } }").await;
     let mut tested = 0;
     for vector in vectors.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()) {
-        let Some(messages) = vector["messages"].as_array() else { continue };
-        let is_plain = vector.get("tools").is_none_or(Value::is_null)
-            && messages.iter().all(|m| m["content"].is_string() && m.get("tool_calls").is_none() && m.get("function_call").is_none());
-        let Some(want) = vector["tokens"].as_u64().filter(|_| is_plain) else { continue };
-        if vector.get("rule_gives").is_some() {
+        let body = &vector["body"];
+        let is_plain = body["messages"].as_array().is_some_and(|all| all.iter().all(|m| m["content"].is_string()));
+        let (Some(want), true) = (vector["prompt_tokens"].as_u64(), is_plain && body.get("tools").is_none()) else { continue };
+        // What the rules are known to miss, and gpt-5's one token less, are the next chapter's.
+        if vector.get("rule_gives").is_some() || body["model"].as_str().is_some_and(|m| m.starts_with("gpt-5")) {
             continue;
         }
-        let models = match &vector["model"] {
-            Value::String(model) => vec![model.clone()],
-            models => models.as_array().into_iter().flatten().filter_map(|m| m.as_str().map(str::to_owned)).collect(),
-        };
-        for model in models.iter().filter(|m| !m.starts_with("gpt-5")) {
-            let reply = gateway.chat(&json!({"model": model, "messages": messages}).to_string()).await;
-            assert_eq!(reply.header("x-tollgate-estimated-prompt-tokens"), Some(want.to_string().as_str()), "{model} {messages:?}");
-            tested += 1;
-        }
+        let reply = gateway.chat(&body.to_string()).await;
+        assert_eq!(reply.header("x-tollgate-estimated-prompt-tokens"), Some(want.to_string().as_str()), "{vector}");
+        tested += 1;
     }
     assert!(tested >= 10, "only {tested} vectors were understood");
     eprintln!("{tested} golden vectors met");

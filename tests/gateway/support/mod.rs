@@ -8,7 +8,7 @@ pub mod upstream;
 
 pub use caller::{Caller, Reply};
 pub use gateway::Gateway;
-pub use upstream::{Answer, Seen, Step, Upstream};
+pub use upstream::{Answer, Step, Upstream};
 
 use std::time::Duration;
 
