@@ -65,9 +65,18 @@ enum State {
     /// Bytes are coming. The reservation lives here.
     Passing(Charge),
     /// All has come and is being counted.
-    Counting(Charge, JoinHandle<u64>),
-    /// Settled; what is ready is still to be passed on, and then, if so, the connection broken off.
-    Settled { breaks_off: bool },
+    Counting(Charge, JoinHandle<u64>, Ending),
+    /// Settled; what is ready is still to be passed on.
+    Settled(Ending),
+}
+
+/// What comes after the last bytes of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    End,
+    /// The connection is to be broken off, but not before what was passed on has been written.
+    Flush,
+    BreakOff,
 }
 
 /// Looks at the bytes that pass.
@@ -158,13 +167,13 @@ impl Metered {
     fn end(&mut self) {
         self.reader.finish(&mut self.ready);
         let outcome = if self.terms.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
-        self.close(outcome, false, false);
+        self.close(outcome, false, Ending::End);
     }
 
     /// The answer ends before its end: a stream with an event that says so, anything else by breaking
     /// off the caller's connection too, so that it cannot be taken for whole.
     fn cut(&mut self, cut: &Cut) {
-        let breaks_off = match &mut self.reader {
+        let ending = match &mut self.reader {
             Reader::Sse(reader) => {
                 let separator = if reader.break_off() { "\n\n" } else { "" };
                 let upstream = self.terms.upstream.clone();
@@ -175,18 +184,16 @@ impl Metered {
                     }
                 };
                 self.ready.push_back(format!("{separator}data: {}\n\n", error.body()).into());
-                false
+                Ending::End
             }
-            Reader::Json(..) | Reader::Opaque(_) => true,
+            Reader::Json(..) | Reader::Opaque(_) => Ending::Flush,
         };
-        self.close(Outcome::UpstreamCut, true, breaks_off);
+        self.close(Outcome::UpstreamCut, true, ending);
     }
 
     /// Settles, at once or when what came has been counted.
-    fn close(&mut self, outcome: Outcome, was_cut: bool, breaks_off: bool) {
-        let State::Passing(mut charge) =
-            std::mem::replace(&mut self.state, State::Settled { breaks_off })
-        else {
+    fn close(&mut self, outcome: Outcome, was_cut: bool, ending: Ending) {
+        let State::Passing(mut charge) = std::mem::replace(&mut self.state, State::Settled(ending)) else {
             return;
         };
         charge.record.outcome = outcome;
@@ -196,7 +203,7 @@ impl Metered {
         } else {
             let tokenizer = self.terms.tokenizer;
             let counted = spawn_blocking(move || count(tokenizer, &texts));
-            self.state = State::Counting(charge, counted);
+            self.state = State::Counting(charge, counted, ending);
         }
     }
 
@@ -298,9 +305,9 @@ impl Reader {
 /// The caller has hung up, or the gateway stops: what has come is counted and charged all the same.
 impl Drop for Metered {
     fn drop(&mut self) {
-        match std::mem::replace(&mut self.state, State::Settled { breaks_off: false }) {
-            State::Settled { .. } => {}
-            State::Counting(charge, counting) => finish_elsewhere(charge, self.reader.reported(), &self.terms, counting),
+        match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
+            State::Settled(_) => {}
+            State::Counting(charge, counting, _) => finish_elsewhere(charge, self.reader.reported(), &self.terms, counting),
             State::Passing(mut charge) => {
                 charge.record.outcome = Outcome::CallerGone;
                 let texts = self.texts_to_count(&mut charge, true);
@@ -342,15 +349,14 @@ impl Body for Metered {
         loop {
             match &mut me.state {
                 // The last bytes wait for the count: whoever has read them finds it settled.
-                State::Counting(_, counting) => {
+                State::Counting(_, counting, ending) => {
                     let counted = ready!(Pin::new(counting).poll(cx)).unwrap_or(0);
-                    if let State::Counting(charge, _) =
-                        std::mem::replace(&mut me.state, State::Settled { breaks_off: false })
-                    {
+                    let settled = State::Settled(*ending);
+                    if let State::Counting(charge, ..) = std::mem::replace(&mut me.state, settled) {
                         me.settle(charge, counted);
                     }
                 }
-                State::Passing(_) | State::Settled { .. } if !me.ready.is_empty() => {
+                State::Passing(_) | State::Settled(_) if !me.ready.is_empty() => {
                     let data = me.ready.pop_front().unwrap_or_default();
                     if let Some(length) = &mut me.length {
                         *length = length.saturating_sub(data.len() as u64);
@@ -358,9 +364,15 @@ impl Body for Metered {
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
                 State::Passing(_) => ready!(me.poll_passing(cx)),
-                State::Settled { breaks_off: false } => return Poll::Ready(None),
-                State::Settled { breaks_off } => {
-                    *breaks_off = false;
+                State::Settled(Ending::End) => return Poll::Ready(None),
+                State::Settled(ending @ Ending::Flush) => {
+                    // The server writes out what it has when a body has nothing ready.
+                    *ending = Ending::BreakOff;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                State::Settled(ending @ Ending::BreakOff) => {
+                    *ending = Ending::End;
                     return Poll::Ready(Some(Err(io::ErrorKind::ConnectionAborted.into())));
                 }
             }
@@ -368,7 +380,7 @@ impl Body for Metered {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.state, State::Settled { breaks_off: false }) && self.ready.is_empty()
+        matches!(self.state, State::Settled(Ending::End)) && self.ready.is_empty()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -2,7 +2,7 @@
 
 use crate::support::*;
 
-const ROOM: &str = "{ total_tokens: { limit: 100000, per: day }, requests: { limit: 1000, per: minute } }";
+const ROOM: &str = "{ total_tokens: { limit: 10000000, per: day }, requests: { limit: 1000, per: minute } }";
 
 #[tokio::test]
 async fn usage_that_is_reported_is_charged() {
