@@ -33,7 +33,12 @@ pub(crate) fn service(
     address: SocketAddr,
 ) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
     let port = address.port();
-    let hosts = [address.to_string(), format!("localhost:{port}"), format!("127.0.0.1:{port}"), format!("[::1]:{port}")];
+    let hosts = [
+        address.to_string(),
+        format!("localhost:{port}"),
+        format!("127.0.0.1:{port}"),
+        format!("[::1]:{port}"),
+    ];
     let admin = Admin { shared, hosts: hosts.into() };
     let router = Router::new()
         .route("/", get(page))
@@ -42,7 +47,9 @@ pub(crate) fn service(
         .route("/metrics", get(metrics))
         .route("/api/environments", get(environments))
         .route("/api/environments/{environment}", get(environment))
-        .fallback(|| async { refusal(StatusCode::NOT_FOUND, "unknown_path", "Nothing is served at this path.") })
+        .fallback(|| async {
+            refusal(StatusCode::NOT_FOUND, "unknown_path", "Nothing is served at this path.")
+        })
         .layer(middleware::from_fn_with_state(admin.clone(), guard))
         .with_state(admin);
     TowerToHyperService::new(router.into_service())
@@ -54,10 +61,16 @@ async fn guard(State(admin): State<Admin>, request: Request, next: Next) -> Resp
     let open = matches!(request.uri().path(), "/livez" | "/readyz");
     let refused = match &admin.shared.config.admin.token {
         Some(_) if open => None,
-        Some(token) => (!has_token(request.headers(), token.expose()))
-            .then(|| refusal(StatusCode::UNAUTHORIZED, "invalid_token", "Send 'Authorization: Bearer <admin.token>'.")),
-        None => (!is_own_site(request.headers(), &admin.hosts))
-            .then(|| refusal(StatusCode::FORBIDDEN, "foreign_site", "Without admin.token this listener answers only under its own address.")),
+        Some(token) => (!has_token(request.headers(), token.expose())).then(|| {
+            refusal(StatusCode::UNAUTHORIZED, "invalid_token", "Send 'Authorization: Bearer <admin.token>'.")
+        }),
+        None => (!is_own_site(request.headers(), &admin.hosts)).then(|| {
+            refusal(
+                StatusCode::FORBIDDEN,
+                "foreign_site",
+                "Without admin.token this listener answers only under its own address.",
+            )
+        }),
     };
     match refused {
         Some(refusal) => refusal,
@@ -79,7 +92,8 @@ fn is_own_site(headers: &HeaderMap, hosts: &[String]) -> bool {
 }
 
 fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
-    let body = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}});
+    let body =
+        json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}});
     (status, Json(body)).into_response()
 }
 

@@ -106,7 +106,8 @@ impl App {
         let router = admin::service(shared.clone(), admin_address);
         let mut admin_listeners = admin_listeners;
         let admin_listener = admin_listeners.pop().context("no admin socket")?;
-        let admin = Thread::spawn("admin", one_core()?, move |orders| server::serve(admin_listener, router, orders))?;
+        let admin =
+            Thread::spawn("admin", one_core()?, move |orders| server::serve(admin_listener, router, orders))?;
         // The vocabularies are loaded off the request path, and nobody is served before they are.
         if warm.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");

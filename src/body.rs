@@ -101,7 +101,9 @@ impl fmt::Display for BodyFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Invalid(what) => write!(f, "The request body {what}."),
-            Self::Value { param, expected } => write!(f, "Invalid value for '{param}': it must be {expected}."),
+            Self::Value { param, expected } => {
+                write!(f, "Invalid value for '{param}': it must be {expected}.")
+            }
         }
     }
 }
@@ -129,9 +131,9 @@ impl<'a> Body<'a> {
                 body.prompt.finish(api);
                 Ok(body)
             }
-            (Err(e), None) if e.is_data() && !field.is_empty() => {
-                Err(BodyFault::Invalid(format!("has a field '{field}' of another shape than the API takes: {e}")))
-            }
+            (Err(e), None) if e.is_data() && !field.is_empty() => Err(BodyFault::Invalid(format!(
+                "has a field '{field}' of another shape than the API takes: {e}"
+            ))),
             (Err(e), None) => Err(BodyFault::Invalid(format!("is not a valid JSON object: {e}"))),
         }
     }
@@ -294,9 +296,13 @@ impl<'a> Reading<'a> {
     fn read_raw(&mut self, name: &'static str, raw: &'a str) {
         let body = &mut self.body;
         let read = match name {
-            "model" => serde_json::from_str(raw).map(|model: Text| body.model = Some(model.0)).map_err(|_| A_STRING),
+            "model" => {
+                serde_json::from_str(raw).map(|model: Text| body.model = Some(model.0)).map_err(|_| A_STRING)
+            }
             "stream" => raw.parse().map(|streams| body.streams = streams).map_err(|_| "true or false"),
-            "max_tokens" => bounded(raw, u64::from(self.api != Api::Completions), MAX_TOKENS).map(|n| body.max_tokens = n).ok_or(UP_TO_MAX),
+            "max_tokens" => bounded(raw, u64::from(self.api != Api::Completions), MAX_TOKENS)
+                .map(|n| body.max_tokens = n)
+                .ok_or(UP_TO_MAX),
             "max_completion_tokens" => {
                 bounded(raw, 1, MAX_TOKENS).map(|n| body.max_completion_tokens = n).ok_or(UP_TO_MAX)
             }
@@ -339,7 +345,8 @@ impl StreamOptions {
             #[serde(borrow, default, deserialize_with = "present")]
             include_usage: Option<&'a RawValue>,
         }
-        const EXPECTED: &str = "an object whose include_usage, if any, is true or false, and stands there once";
+        const EXPECTED: &str =
+            "an object whose include_usage, if any, is true or false, and stands there once";
         let at = Span { start, end: start + raw.len() };
         if raw == "null" {
             return Ok(Self { at, is_null: true, ..Self::default() });
@@ -409,7 +416,19 @@ mod tests {
 
     #[test]
     fn what_is_not_one_json_object_is_refused() {
-        for json in ["", "x", "[]", "3", "\"a\"", "null", "{", "{}{}", "{\"a\":1,}", "{\"a\" 1}", "{\"messages\":[{]}"] {
+        for json in [
+            "",
+            "x",
+            "[]",
+            "3",
+            "\"a\"",
+            "null",
+            "{",
+            "{}{}",
+            "{\"a\":1,}",
+            "{\"a\" 1}",
+            "{\"messages\":[{]}",
+        ] {
             assert!(matches!(read(Api::Chat, json), Err(BodyFault::Invalid(_))), "{json}");
         }
         assert!(matches!(Body::read(Api::Chat, b"{\"a\":\"\xff\"}"), Err(BodyFault::Invalid(_))));
@@ -426,7 +445,10 @@ mod tests {
             r#"{"messages":[{"role":"user","content":"a","content":"b"}]}"#,
         ] {
             let refused = fault(json);
-            assert!(refused.contains("twice") || refused.contains("case") || refused.contains("duplicate"), "{json}: {refused}");
+            assert!(
+                refused.contains("twice") || refused.contains("case") || refused.contains("duplicate"),
+                "{json}: {refused}"
+            );
         }
         assert!(read(Api::Chat, r#"{"x":1,"x":2,"X":3}"#).is_ok());
     }
@@ -448,17 +470,31 @@ mod tests {
     #[test]
     fn numbers_and_flags_have_bounds_and_types() {
         for (field, bad) in [
-            ("max_tokens", "0"), ("max_tokens", "-1"), ("max_tokens", "2147483648"), ("max_tokens", "1e3"),
-            ("max_tokens", "1.0"), ("max_tokens", "\"5\""), ("max_tokens", "18446744073709551616"),
-            ("max_completion_tokens", "[]"), ("max_output_tokens", "0"), ("n", "0"), ("n", "129"),
-            ("best_of", "1000"), ("stream", "1"), ("stream", "\"true\""), ("model", "5"),
-            ("stream_options", "true"), ("stream_options", r#"{"include_usage":1}"#),
+            ("max_tokens", "0"),
+            ("max_tokens", "-1"),
+            ("max_tokens", "2147483648"),
+            ("max_tokens", "1e3"),
+            ("max_tokens", "1.0"),
+            ("max_tokens", "\"5\""),
+            ("max_tokens", "18446744073709551616"),
+            ("max_completion_tokens", "[]"),
+            ("max_output_tokens", "0"),
+            ("n", "0"),
+            ("n", "129"),
+            ("best_of", "1000"),
+            ("stream", "1"),
+            ("stream", "\"true\""),
+            ("model", "5"),
+            ("stream_options", "true"),
+            ("stream_options", r#"{"include_usage":1}"#),
             ("stream_options", r#"{"include_usage":true,"include_usage":false}"#),
         ] {
             let refused = read(Api::Chat, &format!("{{\"{field}\":{bad}}}")).unwrap_err();
             assert!(matches!(refused, BodyFault::Value { param, .. } if param == field), "{field}: {bad}");
         }
-        let body = read(Api::Chat, r#"{"max_tokens":7,"max_completion_tokens":9,"n":2,"best_of":3,"stream":null}"#).unwrap();
+        let body =
+            read(Api::Chat, r#"{"max_tokens":7,"max_completion_tokens":9,"n":2,"best_of":3,"stream":null}"#)
+                .unwrap();
         assert_eq!((body.completion_cap(), body.streams), (Some(27), false));
         assert!(read(Api::Completions, r#"{"max_tokens":0}"#).is_ok());
     }
@@ -467,12 +503,30 @@ mod tests {
     fn asking_for_usage_changes_nothing_else() {
         const ASKED: &str = r#"{"include_usage":true}"#;
         for (before, after) in [
-            (r#" { "stream" : true}"#.to_owned(), format!(r#" {{"stream_options":{ASKED}, "stream" : true}}"#)),
-            (r#"{"stream_options": null ,"x":"é"}"#.to_owned(), format!(r#"{{"stream_options": {ASKED} ,"x":"é"}}"#)),
-            (r#"{"stream_options":{ }}"#.to_owned(), r#"{"stream_options":{"include_usage":true }}"#.to_owned()),
-            (r#"{"stream_options":{"a":[1]}}"#.to_owned(), r#"{"stream_options":{"include_usage":true,"a":[1]}}"#.to_owned()),
-            (r#"{"stream_options":{"a":1,"include_usage" : false}}"#.to_owned(), r#"{"stream_options":{"a":1,"include_usage" : true}}"#.to_owned()),
-            (r#"{"stream_options":{"include_usage":null}}"#.to_owned(), r#"{"stream_options":{"include_usage":true}}"#.to_owned()),
+            (
+                r#" { "stream" : true}"#.to_owned(),
+                format!(r#" {{"stream_options":{ASKED}, "stream" : true}}"#),
+            ),
+            (
+                r#"{"stream_options": null ,"x":"é"}"#.to_owned(),
+                format!(r#"{{"stream_options": {ASKED} ,"x":"é"}}"#),
+            ),
+            (
+                r#"{"stream_options":{ }}"#.to_owned(),
+                r#"{"stream_options":{"include_usage":true }}"#.to_owned(),
+            ),
+            (
+                r#"{"stream_options":{"a":[1]}}"#.to_owned(),
+                r#"{"stream_options":{"include_usage":true,"a":[1]}}"#.to_owned(),
+            ),
+            (
+                r#"{"stream_options":{"a":1,"include_usage" : false}}"#.to_owned(),
+                r#"{"stream_options":{"a":1,"include_usage" : true}}"#.to_owned(),
+            ),
+            (
+                r#"{"stream_options":{"include_usage":null}}"#.to_owned(),
+                r#"{"stream_options":{"include_usage":true}}"#.to_owned(),
+            ),
         ] {
             let body = read(Api::Chat, &before).unwrap();
             assert!(!body.wants_usage());

@@ -73,10 +73,10 @@ struct Reply {
 }
 
 impl Reply {
-    fn to(api: Api, body: &[u8]) -> Result<Self, Response> {
+    fn to(api: Api, body: &[u8]) -> Result<Self, Box<Response>> {
         let request = RequestBody::read(api, body).map_err(|fault| {
             let error = json!({"error": {"message": fault.to_string(), "type": "invalid_request_error", "param": null, "code": null}});
-            (StatusCode::BAD_REQUEST, Json(error)).into_response()
+            Box::new((StatusCode::BAD_REQUEST, Json(error)).into_response())
         })?;
         let model = request.model.as_deref().unwrap_or("gpt-4o-mini").to_owned();
         let tokenizer = Tokenizer::of_model(&[], &model);
@@ -106,7 +106,7 @@ impl Reply {
 async fn chat(body: Bytes) -> Response {
     let reply = match Reply::to(Api::Chat, &body) {
         Ok(reply) => reply,
-        Err(refusal) => return refusal,
+        Err(refusal) => return *refusal,
     };
     if reply.streams {
         return stream(reply);
@@ -121,9 +121,17 @@ async fn chat(body: Bytes) -> Response {
 fn stream(reply: Reply) -> Response {
     let (mut sender, body) = Channel::<Bytes, Infallible>::new(4);
     tokio::spawn(async move {
-        let choice = |delta: Value, finish: Value| json!([{"index": 0, "delta": delta, "finish_reason": finish}]);
-        let mut chunks = vec![reply.chunk(&choice(json!({"role": "assistant", "content": ""}), Value::Null), &Value::Null)];
-        chunks.extend(reply.words.iter().map(|w| reply.chunk(&choice(json!({"content": w}), Value::Null), &Value::Null)));
+        let choice =
+            |delta: Value, finish: Value| json!([{"index": 0, "delta": delta, "finish_reason": finish}]);
+        let mut chunks = vec![
+            reply.chunk(&choice(json!({"role": "assistant", "content": ""}), Value::Null), &Value::Null),
+        ];
+        chunks.extend(
+            reply
+                .words
+                .iter()
+                .map(|w| reply.chunk(&choice(json!({"content": w}), Value::Null), &Value::Null)),
+        );
         chunks.push(reply.chunk(&choice(json!({}), json!(reply.finish)), &Value::Null));
         if reply.wants_usage {
             chunks.push(reply.chunk(&json!([]), &reply.usage));
@@ -144,8 +152,9 @@ async fn embeddings(body: Bytes) -> Response {
         Ok(reply) => {
             let embedding = json!([{"object": "embedding", "index": 0, "embedding": [0.25, -0.5, 0.125]}]);
             let usage = json!({"prompt_tokens": reply.usage["prompt_tokens"], "total_tokens": reply.usage["prompt_tokens"]});
-            Json(json!({"object": "list", "data": embedding, "model": reply.model, "usage": usage})).into_response()
+            Json(json!({"object": "list", "data": embedding, "model": reply.model, "usage": usage}))
+                .into_response()
         }
-        Err(refusal) => refusal,
+        Err(refusal) => *refusal,
     }
 }

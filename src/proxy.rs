@@ -130,10 +130,7 @@ impl Proxy {
     ///
     /// # Errors
     /// An upstream's host cannot be a TLS server's name.
-    pub fn new(
-        shared: Arc<Shared>,
-        tls: &Arc<tokio_rustls::rustls::ClientConfig>,
-    ) -> anyhow::Result<Self> {
+    pub fn new(shared: Arc<Shared>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
         let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls);
         let upstreams = shared.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
         Ok(Self { shared, upstreams })
@@ -179,7 +176,7 @@ impl Proxy {
         let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
         let received = Stopwatch::start();
         let call = self.understand(&route, environment, body).await?;
-        self.describe(&call, &route, environment, &mut charge.record, told)?;
+        describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told)?;
 
         let upstream = &self.upstreams[self.upstream_index(environment)];
@@ -192,7 +189,7 @@ impl Proxy {
         let waiting = Stopwatch::start();
         let (parts, incoming) = match upstream.send(&request).await {
             Ok(answer) => answer,
-            Err(error) => return Err(self.no_answer(error, environment, charge)),
+            Err(error) => return Err(no_answer(error, environment, charge)),
         };
         charge.record.first_byte = Some(waiting.elapsed());
         charge.record.overhead = Some(overhead);
@@ -203,7 +200,13 @@ impl Proxy {
             timeouts: environment.upstream.timeouts,
             status: parts.status,
         };
-        Ok(Some(Answer { parts, incoming, withholds: call.asked_for_usage, terms, told: std::mem::take(told) }))
+        Ok(Some(Answer {
+            parts,
+            incoming,
+            withholds: call.asked_for_usage,
+            terms,
+            told: std::mem::take(told),
+        }))
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -237,7 +240,9 @@ impl Proxy {
             (None, None, None) => return Err(ProxyError::InvalidKey { given: key.is_some() }),
         };
         match known {
-            Some((of_key, caller)) if of_key == environment => Ok(Caller { environment, caller: Some(caller) }),
+            Some((of_key, caller)) if of_key == environment => {
+                Ok(Caller { environment, caller: Some(caller) })
+            }
             Some(_) => Err(ProxyError::WrongEnvironment),
             None if self.shared.config.environments[environment].callers.is_empty() => {
                 Ok(Caller { environment, caller: None })
@@ -275,33 +280,6 @@ impl Proxy {
             ask_for_usage: environment.upstream.ask_stream_usage,
         };
         Call::read(body, reading).await
-    }
-
-    /// Notes what the call is, and refuses a model that the environment may not use.
-    fn describe(
-        &self,
-        call: &Call,
-        route: &Route<'_>,
-        environment: &Environment,
-        record: &mut Record,
-        told: &mut Told,
-    ) -> Result<(), ProxyError> {
-        record.model_label = model_label(environment, &call.model);
-        record.model = call.model.chars().take(128).collect();
-        record.streams = call.streams;
-        record.estimated_prompt = call.estimate.tokens();
-        if !matches!(route.endpoint, Endpoint::Counted(_)) {
-            return Ok(());
-        }
-        let listed = environment.models.iter().any(|glob| glob.matches(&call.model));
-        if !environment.models.is_empty() && !listed {
-            return Err(ProxyError::ModelNotFound {
-                model: record.model.clone(),
-                environment: environment.name.clone(),
-            });
-        }
-        told.estimated_prompt = Some(record.estimated_prompt);
-        Ok(())
     }
 
     /// Holds room for the request in every quota that it touches.
@@ -363,33 +341,6 @@ impl Proxy {
         upstreams.iter().position(|u| Arc::ptr_eq(u, &environment.upstream)).unwrap_or(0)
     }
 
-    /// What a request that got no answer costs: nothing if it never reached the upstream, else its
-    /// prompt, as far as it was estimated.
-    fn no_answer(&self, error: SendError, environment: &Environment, charge: &mut Charge) -> ProxyError {
-        let upstream = environment.upstream.name.clone();
-        let timeouts = environment.upstream.timeouts;
-        if matches!(error, SendError::Unreachable(..) | SendError::ConnectTimeout) {
-            charge.observe(Amounts::default());
-        }
-        match error {
-            SendError::Unreachable(what, source) => {
-                tracing::warn!(error = %source, upstream, what, "an upstream could not be reached");
-                ProxyError::UpstreamUnreachable { upstream, what }
-            }
-            SendError::ConnectTimeout => {
-                let what = "no connection came about in time (timeouts.connect)";
-                ProxyError::UpstreamUnreachable { upstream, what }
-            }
-            SendError::FirstByteTimeout => {
-                ProxyError::UpstreamTimeout { upstream, timeout: ("first_byte", timeouts.first_byte) }
-            }
-            SendError::Broken(source) => {
-                tracing::warn!(error = %source, upstream, "an upstream broke off before it answered");
-                ProxyError::UpstreamUnreachable { upstream, what: "it broke off before it answered" }
-            }
-        }
-    }
-
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
     fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
         let Answer { mut parts, incoming, withholds, terms, told } = answer;
@@ -418,7 +369,9 @@ impl Proxy {
         record.error = error.code();
         record.outcome = match &error {
             ProxyError::Quota { .. } | ProxyError::TooManyInFlight { .. } => Outcome::Rejected,
-            ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => Outcome::UpstreamFailed,
+            ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => {
+                Outcome::UpstreamFailed
+            }
             _ => Outcome::Refused,
         };
         if record.request_id.is_empty() {
@@ -445,6 +398,59 @@ struct Answer {
     withholds: bool,
     terms: Terms,
     told: Told,
+}
+
+/// Notes what the call is, and refuses a model that the environment may not use.
+fn describe(
+    call: &Call,
+    route: &Route<'_>,
+    environment: &Environment,
+    record: &mut Record,
+    told: &mut Told,
+) -> Result<(), ProxyError> {
+    record.model_label = model_label(environment, &call.model);
+    record.model = call.model.chars().take(128).collect();
+    record.streams = call.streams;
+    record.estimated_prompt = call.estimate.tokens();
+    if !matches!(route.endpoint, Endpoint::Counted(_)) {
+        return Ok(());
+    }
+    let listed = environment.models.iter().any(|glob| glob.matches(&call.model));
+    if !environment.models.is_empty() && !listed {
+        return Err(ProxyError::ModelNotFound {
+            model: record.model.clone(),
+            environment: environment.name.clone(),
+        });
+    }
+    told.estimated_prompt = Some(record.estimated_prompt);
+    Ok(())
+}
+
+/// What a request that got no answer costs: nothing if it never reached the upstream, else its
+/// prompt, as far as it was estimated.
+fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -> ProxyError {
+    let upstream = environment.upstream.name.clone();
+    let timeouts = environment.upstream.timeouts;
+    if matches!(error, SendError::Unreachable(..) | SendError::ConnectTimeout) {
+        charge.observe(Amounts::default());
+    }
+    match error {
+        SendError::Unreachable(what, source) => {
+            tracing::warn!(error = %source, upstream, what, "an upstream could not be reached");
+            ProxyError::UpstreamUnreachable { upstream, what }
+        }
+        SendError::ConnectTimeout => {
+            let what = "no connection came about in time (timeouts.connect)";
+            ProxyError::UpstreamUnreachable { upstream, what }
+        }
+        SendError::FirstByteTimeout => {
+            ProxyError::UpstreamTimeout { upstream, timeout: ("first_byte", timeouts.first_byte) }
+        }
+        SendError::Broken(source) => {
+            tracing::warn!(error = %source, upstream, "an upstream broke off before it answered");
+            ProxyError::UpstreamUnreachable { upstream, what: "it broke off before it answered" }
+        }
+    }
 }
 
 fn empty_answer(mut charge: Charge) -> Response<AnswerBody> {

@@ -23,8 +23,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-pub use tls::client_config;
 pub(crate) use tls::Tls;
+pub use tls::client_config;
 
 /// A request as it goes to the upstream.
 #[derive(Debug)]
@@ -91,7 +91,15 @@ impl Upstream {
         let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
         let authority = uri.authority().map(ToString::to_string).unwrap_or_default();
         let tls = if is_tls { Some(Tls::new(tls.clone(), &host)?) } else { None };
-        Ok(Self { settings, host, port, authority, tls, idle: http1::Pool::default(), http2: Mutex::default() })
+        Ok(Self {
+            settings,
+            host,
+            port,
+            authority,
+            tls,
+            idle: http1::Pool::default(),
+            http2: Mutex::default(),
+        })
     }
 
     /// Sends a request and waits for the head of its answer.
@@ -144,7 +152,9 @@ impl Upstream {
         let mut message = http::Request::new(Full::new(request.body.clone()));
         *message.method_mut() = request.method.clone();
         *message.uri_mut() = uri;
-        message.headers_mut().extend(request.headers.iter().cloned().map(|(name, value)| (Some(name), value)));
+        message
+            .headers_mut()
+            .extend(request.headers.iter().cloned().map(|(name, value)| (Some(name), value)));
         sender.ready().await.map_err(broken)?;
         let (parts, body) = sender.send_request(message).await.map_err(broken)?.into_parts();
         Ok((parts, Incoming(Source::Http2(body))))
@@ -168,7 +178,8 @@ impl Upstream {
         if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
             return Ok(Connected::Http1(Box::new(stream)));
         }
-        let failed = |e: hyper::Error| SendError::Unreachable("the HTTP/2 handshake failed", io::Error::other(e));
+        let failed =
+            |e: hyper::Error| SendError::Unreachable("the HTTP/2 handshake failed", io::Error::other(e));
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(hyper_util::rt::TokioTimer::new())
             .keep_alive_interval(Duration::from_secs(20))

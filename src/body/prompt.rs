@@ -330,7 +330,9 @@ impl<'a> Visitor<'a> for Input<'_, 'a> {
             return Err(serde::de::Error::custom("lists nested more than twice"));
         }
         let mut of_tokens = false;
-        while let Some(e) = seq.next_element_seed(Input { prompt: &mut *self.prompt, depth: self.depth + 1 })? {
+        while let Some(e) =
+            seq.next_element_seed(Input { prompt: &mut *self.prompt, depth: self.depth + 1 })?
+        {
             of_tokens |= matches!(e, Element::Token);
         }
         self.prompt.prompts += u64::from(of_tokens);

@@ -49,11 +49,10 @@ pub(super) fn run_until_told(app: App, log: &LogOutput) -> anyhow::Result<ExitCo
             report = ending => Some(report?),
             () = told() => None,
         };
-        match ended {
-            Some(ShutdownReport { under_way, cut_off, took }) => {
-                tracing::info!(under_way, cut_off, took_ms = took.as_millis(), "stopped");
-            }
-            None => tracing::warn!("stopped at once"),
+        if let Some(ShutdownReport { under_way, cut_off, took }) = ended {
+            tracing::info!(under_way, cut_off, took_ms = took.as_millis(), "stopped");
+        } else {
+            tracing::warn!("stopped at once")
         }
         log.flush();
         if ended.is_none() {

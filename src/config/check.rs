@@ -32,7 +32,8 @@ pub(super) fn not_in_force(top: &Section<'_>) {
         }
     }
     if top.get("store").is_none() {
-        let message = "counters are kept in memory and are lost at a restart; store: { memory: true } says so";
+        let message =
+            "counters are kept in memory and are lost at a restart; store: { memory: true } says so";
         top.findings.warn(top.place, "store", message);
     }
 }
@@ -49,7 +50,9 @@ fn visit(item: &Item<'_>, path: &[&str], fine: &str, instead: &str) {
     match &item.node.value {
         Value::Map(_) => {
             let entries = item.map("a mapping").into_iter().flat_map(|s| s.items().collect::<Vec<_>>());
-            for (_, entry) in entries.filter(|(key, entry)| (*next == "*" || key.name == *next) && !entry.node.is_null()) {
+            for (_, entry) in
+                entries.filter(|(key, entry)| (*next == "*" || key.name == *next) && !entry.node.is_null())
+            {
                 visit(&entry, rest, fine, instead);
             }
         }

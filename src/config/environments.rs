@@ -3,9 +3,7 @@
 use super::fault::nearest;
 use super::item::{Item, Section};
 use super::units::{self, WORDS};
-use super::{
-    Caller, CompletionReserve, Environment, OnDisconnect, OnOverrun, Reserve, Upstream, WhenShort,
-};
+use super::{Caller, CompletionReserve, Environment, OnDisconnect, OnOverrun, Reserve, Upstream, WhenShort};
 use crate::glob::Glob;
 use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Per, Quota, Scope, Window};
 use jiff::tz::TimeZone;
@@ -42,7 +40,11 @@ pub(super) fn read(top: &Section<'_>, upstreams: &[Arc<Upstream>]) -> Vec<Arc<En
         all.extend(environment(&key.name, &item, upstreams, &mut digests).map(Arc::new));
     }
     if section.items().next().is_none() {
-        section.findings.fault(section.place, &section.path, format!("there has to be one; for example: {example}"));
+        section.findings.fault(
+            section.place,
+            &section.path,
+            format!("there has to be one; for example: {example}"),
+        );
     }
     all
 }
@@ -100,7 +102,12 @@ fn environment(
     Some(Environment {
         name: name.to_owned(),
         callers,
-        models: get("models").and_then(|i| i.list()).unwrap_or_default().iter().filter_map(|i| i.text().map(Glob::new)).collect(),
+        models: get("models")
+            .and_then(|i| i.list())
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|i| i.text().map(Glob::new))
+            .collect(),
         max_in_flight: get("max_in_flight").and_then(|i| at_least_one(&i)),
         quotas,
         enforce: get("enforce").and_then(|i| i.boolean()).unwrap_or(true),
@@ -152,7 +159,9 @@ fn callers(
         let name = key.require("name", "web-app").and_then(|i| caller_name(&i, &callers));
         let sha256 = match (key.get("secret"), key.get("sha256")) {
             (Some(secret), None) => digest_of_secret(&secret),
-            (None, Some(sha256)) => sha256.parsed(digest, "64 hexadecimal digits, as `tollgate hash-key` prints them"),
+            (None, Some(sha256)) => {
+                sha256.parsed(digest, "64 hexadecimal digits, as `tollgate hash-key` prints them")
+            }
             _ => {
                 item.fault("give the key as secret: ${VARIABLE}, or its digest as sha256: (see `tollgate hash-key`), not both");
                 None
@@ -172,9 +181,11 @@ fn callers(
 
 fn caller_name(item: &Item<'_>, callers: &[Caller]) -> Option<String> {
     let is_name = |t: &str| {
-        (1..=64).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        (1..=64).contains(&t.len())
+            && t.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
     };
-    let name = item.parsed(|t| is_name(t).then(|| t.to_owned()), "a caller's name: 1 to 64 of A-Z a-z 0-9 . _ -")?;
+    let name =
+        item.parsed(|t| is_name(t).then(|| t.to_owned()), "a caller's name: 1 to 64 of A-Z a-z 0-9 . _ -")?;
     if callers.iter().any(|c| c.name == name) {
         item.fault(format!("the caller \"{name}\" stands here twice"));
     }
@@ -210,7 +221,15 @@ fn digest(hex: &str) -> Option<[u8; 32]> {
 
 fn reserve(item: Option<&Item<'_>>) -> Reserve {
     let section = item.and_then(|i| {
-        i.section(&["prompt", "completion", "quantile", "default_max_tokens", "when_short", "on_overrun", "max_wait"])
+        i.section(&[
+            "prompt",
+            "completion",
+            "quantile",
+            "default_max_tokens",
+            "when_short",
+            "on_overrun",
+            "max_wait",
+        ])
     });
     let get = |key: &str| section.as_ref().and_then(|s| s.get(key));
     let completion = |text: &str| match text {
@@ -225,7 +244,9 @@ fn reserve(item: Option<&Item<'_>>) -> Reserve {
         completion: get("completion")
             .and_then(|i| i.parsed(completion, "adaptive, max_tokens, none or a number of tokens"))
             .unwrap_or(CompletionReserve::Adaptive),
-        quantile: get("quantile").and_then(|i| i.parsed(quantile, "a number between 0 and 1, such as 0.9")).unwrap_or(0.9),
+        quantile: get("quantile")
+            .and_then(|i| i.parsed(quantile, "a number between 0 and 1, such as 0.9"))
+            .unwrap_or(0.9),
         default_max_tokens: get("default_max_tokens").and_then(|i| at_least_one(&i)).unwrap_or(4_096),
         when_short: get("when_short")
             .and_then(|i| i.choice(&[("reject", WhenShort::Reject), ("clamp", WhenShort::Clamp)]))
@@ -281,7 +302,9 @@ fn quota(item: &Item<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
         Window::Calendar { unit, zone: zone.unwrap_or(Some(TimeZone::UTC))? }
     } else {
         if let Some(item) = section.get("timezone") {
-            item.fault("a rolling window has no time zone; for one that follows the clock write window: calendar");
+            item.fault(
+                "a rolling window has no time zone; for one that follows the clock write window: calendar",
+            );
         }
         Window::Rolling { burst: burst.unwrap_or(limit) }
     };
@@ -346,7 +369,8 @@ fn timezone(item: &Item<'_>) -> Option<TimeZone> {
     }
     let known: Vec<String> = jiff::tz::db().available().map(|n| n.as_str().to_owned()).collect();
     let hint = nearest(name, known.iter().map(String::as_str));
-    let hint = hint.map_or("it is a name such as Europe/Berlin".to_owned(), |near| format!("did you mean \"{near}\"?"));
+    let hint = hint
+        .map_or("it is a name such as Europe/Berlin".to_owned(), |near| format!("did you mean \"{near}\"?"));
     item.fault(format!("there is no time zone {}; {hint}", item.shown()));
     None
 }

@@ -88,7 +88,12 @@ impl Findings {
     }
 
     fn finding(&self, place: &Place, path: &str, message: impl Into<String>) -> Fault {
-        Fault { file: self.file.clone(), place: place.clone(), path: path.to_owned(), message: message.into() }
+        Fault {
+            file: self.file.clone(),
+            place: place.clone(),
+            path: path.to_owned(),
+            message: message.into(),
+        }
     }
 
     /// The warnings, if there is no fault.
@@ -103,7 +108,8 @@ impl Findings {
 
 /// The name that somebody may have meant, if one is near enough.
 pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let near = |candidate: &&str| strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase());
+    let near =
+        |candidate: &&str| strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase());
     let best = known.into_iter().min_by_key(near)?;
     let worst_typo = 1 + best.chars().count().max(name.chars().count()) / 4;
     (near(&best) <= worst_typo).then_some(best)

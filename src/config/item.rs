@@ -79,12 +79,11 @@ impl<'n> Item<'n> {
     }
 
     fn scalar(&self) -> Option<&'n Scalar> {
-        match &self.node.value {
-            Value::Scalar(scalar) => Some(scalar),
-            _ => {
-                self.fault(format!("this has to be a single value, not {}", self.shape()));
-                None
-            }
+        if let Value::Scalar(scalar) = &self.node.value {
+            Some(scalar)
+        } else {
+            self.fault(format!("this has to be a single value, not {}", self.shape()));
+            None
         }
     }
 
@@ -156,14 +155,21 @@ impl<'n> Item<'n> {
 impl<'n> Section<'n> {
     /// The setting of that name, unless it is absent or `null`.
     pub(super) fn get(&self, name: &str) -> Option<Item<'n>> {
-        self.items().find(|(key, _)| key.name == name).map(|(_, item)| item).filter(|item| !item.node.is_null())
+        self.items()
+            .find(|(key, _)| key.name == name)
+            .map(|(_, item)| item)
+            .filter(|item| !item.node.is_null())
     }
 
     /// The setting of that name, which must be there.
     pub(super) fn require(&self, name: &str, example: &str) -> Option<Item<'n>> {
         let item = self.get(name);
         if item.is_none() {
-            self.findings.fault(self.place, &self.path, format!("\"{name}\" is missing; for example: {example}"));
+            self.findings.fault(
+                self.place,
+                &self.path,
+                format!("\"{name}\" is missing; for example: {example}"),
+            );
         }
         item
     }

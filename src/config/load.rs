@@ -3,8 +3,8 @@
 use super::fault::{Fault, Faults, Findings, Place};
 use super::item::{Item, Section};
 use super::{
-    Admin, ApiKind, Config, FloodGuard, ModelRule, OnStoreFailure, Redis, Secret, Server, Store, Timeouts, TlsFiles,
-    TokenizerChoice, Upstream, check, environments, node,
+    Admin, ApiKind, Config, FloodGuard, ModelRule, OnStoreFailure, Redis, Secret, Server, Store, Timeouts,
+    TlsFiles, TokenizerChoice, Upstream, check, environments, node,
 };
 use crate::glob::Glob;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
@@ -46,10 +46,13 @@ pub fn load(source: &Source) -> Result<Loaded, Faults> {
     }
     let text = match std::fs::read(&source.path).map(String::from_utf8) {
         Ok(Ok(text)) => text,
-        Ok(Err(error)) => return unreadable(format!("the file is not UTF-8 (byte {})", error.utf8_error().valid_up_to())),
+        Ok(Err(error)) => {
+            return unreadable(format!("the file is not UTF-8 (byte {})", error.utf8_error().valid_up_to()));
+        }
         Err(error) => return unreadable(format!("the file cannot be read: {error}")),
     };
-    let overrides: Vec<(String, String)> = std::env::vars().filter(|(name, _)| name.starts_with(OVERRIDE)).collect();
+    let overrides: Vec<(String, String)> =
+        std::env::vars().filter(|(name, _)| name.starts_with(OVERRIDE)).collect();
     parse(&text, &name, &|variable| std::env::var(variable).ok(), &overrides)
 }
 
@@ -78,8 +81,15 @@ pub fn parse(
 }
 
 fn read(root: &Item<'_>) -> Option<Config> {
-    let top =
-        root.section(&["server", "admin", "upstreams", "environments", "default_environment", "models", "store"])?;
+    let top = root.section(&[
+        "server",
+        "admin",
+        "upstreams",
+        "environments",
+        "default_environment",
+        "models",
+        "store",
+    ])?;
     let server = server(top.get("server").as_ref());
     let admin = admin(top.get("admin").as_ref());
     check_listeners(&top, &server, &admin);
@@ -95,7 +105,8 @@ fn read(root: &Item<'_>) -> Option<Config> {
         }
         index
     });
-    let models = top.get("models").and_then(|m| m.list()).unwrap_or_default().iter().filter_map(model).collect();
+    let models =
+        top.get("models").and_then(|m| m.list()).unwrap_or_default().iter().filter_map(model).collect();
     let store = store(top.get("store").as_ref());
     check::not_in_force(&top);
     Some(Config { server, admin, upstreams, environments, default_environment, models, store })
@@ -114,8 +125,10 @@ fn check_listeners(top: &Section<'_>, server: &Server, admin: &Admin) {
 }
 
 fn address(item: Option<Item<'_>>, default: [u8; 4], port: u16) -> SocketAddr {
-    item.and_then(|item| item.parsed(|t| t.parse().ok(), "an address and port, such as 127.0.0.1:8080 or [::]:8080"))
-        .unwrap_or_else(|| SocketAddr::from((default, port)))
+    item.and_then(|item| {
+        item.parsed(|t| t.parse().ok(), "an address and port, such as 127.0.0.1:8080 or [::]:8080")
+    })
+    .unwrap_or_else(|| SocketAddr::from((default, port)))
 }
 
 fn server(item: Option<&Item<'_>>) -> Server {
@@ -146,7 +159,8 @@ fn flood_guard(item: &Item<'_>) -> Option<FloodGuard> {
     }
     let section = item.section(&["requests", "per"])?;
     let whole = |text: &str| super::units::amount(text).and_then(|n| u32::try_from(n).ok());
-    let requests = section.get("requests").map_or(Some(1_000), |i| i.parsed(whole, "a number of requests"))?;
+    let requests =
+        section.get("requests").map_or(Some(1_000), |i| i.parsed(whole, "a number of requests"))?;
     let per = section.get("per").map_or(Some(Duration::from_secs(1)), |i| i.duration())?;
     (requests > 0 && !per.is_zero()).then_some(FloodGuard { requests, per })
 }
@@ -154,7 +168,10 @@ fn flood_guard(item: &Item<'_>) -> Option<FloodGuard> {
 fn admin(item: Option<&Item<'_>>) -> Admin {
     let section = item.and_then(|i| i.section(&["listen", "token"]));
     let get = |name: &str| section.as_ref().and_then(|s| s.get(name));
-    Admin { listen: address(get("listen"), [127, 0, 0, 1], 9090), token: get("token").and_then(|i| secret(&i)) }
+    Admin {
+        listen: address(get("listen"), [127, 0, 0, 1], 9090),
+        token: get("token").and_then(|i| secret(&i)),
+    }
 }
 
 /// A secret that goes into a header; an empty one is none.
@@ -169,12 +186,19 @@ fn secret(item: &Item<'_>) -> Option<Secret> {
 
 fn upstreams(top: &Section<'_>) -> Vec<Arc<Upstream>> {
     let example = "upstreams: { openai: { base_url: https://api.openai.com/v1 } }";
-    let Some(section) = top.require("upstreams", example).and_then(|i| i.map("a mapping of names to upstreams")) else {
+    let Some(section) =
+        top.require("upstreams", example).and_then(|i| i.map("a mapping of names to upstreams"))
+    else {
         return Vec::new();
     };
-    let all: Vec<_> = section.items().filter_map(|(key, item)| upstream(&key.name, &item)).map(Arc::new).collect();
+    let all: Vec<_> =
+        section.items().filter_map(|(key, item)| upstream(&key.name, &item)).map(Arc::new).collect();
     if section.items().next().is_none() {
-        section.findings.fault(section.place, "upstreams", format!("there has to be one; for example: {example}"));
+        section.findings.fault(
+            section.place,
+            "upstreams",
+            format!("there has to be one; for example: {example}"),
+        );
     }
     all
 }
@@ -309,12 +333,16 @@ fn store(item: Option<&Item<'_>>) -> Store {
     if memory && redis.is_some() {
         let place = get("memory").map_or(Place::File(1, 1), |i| i.node.place.clone());
         if let Some(section) = &section {
-            section.findings.fault(&place, "store.memory", "counters are kept in memory or in Redis, not both");
+            section.findings.fault(
+                &place,
+                "store.memory",
+                "counters are kept in memory or in Redis, not both",
+            );
         }
     }
     Store {
         path: get("path").and_then(|i| i.text()).unwrap_or("data/tollgate.db").into(),
-        history: get("history").and_then(|i| i.duration()).unwrap_or(Duration::from_secs(35 * 86_400)),
+        history: get("history").and_then(|i| i.duration()).unwrap_or(Duration::from_hours(840)),
         memory,
         redis,
     }
@@ -323,12 +351,18 @@ fn store(item: Option<&Item<'_>>) -> Store {
 fn redis(item: &Item<'_>) -> Option<Redis> {
     let section = item.section(&["url", "prefix", "on_failure", "lease"])?;
     let url = section.require("url", "redis://127.0.0.1:6379/0")?.text()?;
-    let policies =
-        [("local", OnStoreFailure::Local), ("closed", OnStoreFailure::Closed), ("open", OnStoreFailure::Open)];
+    let policies = [
+        ("local", OnStoreFailure::Local),
+        ("closed", OnStoreFailure::Closed),
+        ("open", OnStoreFailure::Open),
+    ];
     Some(Redis {
         url: Secret::new(url),
         prefix: section.get("prefix").and_then(|i| i.text()).unwrap_or("tollgate").to_owned(),
-        on_failure: section.get("on_failure").and_then(|i| i.choice(&policies)).unwrap_or(OnStoreFailure::Local),
+        on_failure: section
+            .get("on_failure")
+            .and_then(|i| i.choice(&policies))
+            .unwrap_or(OnStoreFailure::Local),
         lease: section.get("lease").and_then(|i| i.boolean()).unwrap_or(false),
     })
 }

@@ -71,7 +71,11 @@ pub(super) fn parse(text: &str, variables: Lookup<'_>, findings: &Findings) -> O
     let whole = Place::File(1, 1);
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if text.chars().any(|c| (HIDDEN..HIDDEN + 128).contains(&(c as u32))) {
-        findings.fault(&whole, "", "the file has characters of a private use plane (U+F0000 ..), which stand for nothing");
+        findings.fault(
+            &whole,
+            "",
+            "the file has characters of a private use plane (U+F0000 ..), which stand for nothing",
+        );
         return None;
     }
     let hidden = hide(text);
@@ -118,11 +122,16 @@ impl Builder<'_> {
         self.nodes += 1;
         match event {
             Event::Scalar(text, style, anchor, _) => {
-                let scalar =
-                    Scalar { text: text.into_owned(), is_plain: style == ScalarStyle::Plain, is_foreign: false };
+                let scalar = Scalar {
+                    text: text.into_owned(),
+                    is_plain: style == ScalarStyle::Plain,
+                    is_foreign: false,
+                };
                 self.add(Node { value: Value::Scalar(scalar), place }, anchor)
             }
-            Event::SequenceStart(_, anchor, _) => self.begin(Node { value: Value::List(Vec::new()), place }, anchor),
+            Event::SequenceStart(_, anchor, _) => {
+                self.begin(Node { value: Value::List(Vec::new()), place }, anchor)
+            }
             Event::MappingStart(_, anchor, _) => self.begin(Node::empty_map(place), anchor),
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
                 Some(Open { node, anchor, .. }) => self.add(node, anchor),
@@ -189,7 +198,11 @@ impl Builder<'_> {
                     if entries[at].0.place == Place::File(0, 0) {
                         entries.remove(at);
                     } else {
-                        self.findings.fault(&key.place, "", format!("the key \"{}\" stands here twice", key.name));
+                        self.findings.fault(
+                            &key.place,
+                            "",
+                            format!("the key \"{}\" stands here twice", key.name),
+                        );
                         return true;
                     }
                 }
@@ -231,7 +244,8 @@ fn hide(text: &str) -> String {
         let end = line.find('}').map_or(2, |at| at + 1);
         let (reference, after) = reference.split_at(end);
         let is_whole = reference.len() > 2;
-        let hide = |c: char| char::from_u32(HIDDEN + c as u32).filter(|_| is_whole && c.is_ascii()).unwrap_or(c);
+        let hide =
+            |c: char| char::from_u32(HIDDEN + c as u32).filter(|_| is_whole && c.is_ascii()).unwrap_or(c);
         hidden.extend(reference.chars().map(hide));
         rest = after;
     }
@@ -294,7 +308,9 @@ fn resolve(text: &str, variables: Lookup<'_>) -> Result<String, String> {
 fn look_up(reference: &str, variables: Lookup<'_>) -> Result<String, String> {
     if let Some(path) = reference.strip_prefix("file:") {
         let read = std::fs::read_to_string(path);
-        return read.map(|content| content.trim().to_owned()).map_err(|e| format!("the file {path} cannot be read: {e}"));
+        return read
+            .map(|content| content.trim().to_owned())
+            .map_err(|e| format!("the file {path} cannot be read: {e}"));
     }
     let (name, default) = match reference.split_once(":-") {
         Some((name, default)) => (name, Some(default)),
@@ -302,7 +318,9 @@ fn look_up(reference: &str, variables: Lookup<'_>) -> Result<String, String> {
     };
     let is_name = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     if !is_name {
-        return Err(format!("\"${{{reference}}}\" names no variable: write ${{NAME}}, ${{NAME:-default}} or ${{file:/path}}"));
+        return Err(format!(
+            "\"${{{reference}}}\" names no variable: write ${{NAME}}, ${{NAME:-default}} or ${{file:/path}}"
+        ));
     }
     // As in a shell, an empty variable takes the default too.
     match (variables(name).filter(|value| default.is_none() || !value.is_empty()), default) {

@@ -68,7 +68,8 @@ pub(super) fn size(text: &str) -> Option<usize> {
 fn times(digits: &str, factor: u64) -> Option<u64> {
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
     let is_number = |s: &str| {
-        s.as_bytes().first().is_some_and(u8::is_ascii_digit) && s.bytes().all(|b| b.is_ascii_digit() || b == b'_')
+        s.as_bytes().first().is_some_and(u8::is_ascii_digit)
+            && s.bytes().all(|b| b.is_ascii_digit() || b == b'_')
     };
     if !is_number(whole) || !is_number(fraction) {
         return None;
@@ -133,7 +134,14 @@ mod tests {
 
     #[test]
     fn sizes_are_binary_or_decimal() {
-        for (text, want) in [("512KiB", Some(524_288)), ("32MiB", Some(33_554_432)), ("1MB", Some(1_000_000)), ("100", Some(100)), ("1 MiB", Some(1 << 20)), ("1Mi", None)] {
+        for (text, want) in [
+            ("512KiB", Some(524_288)),
+            ("32MiB", Some(33_554_432)),
+            ("1MB", Some(1_000_000)),
+            ("100", Some(100)),
+            ("1 MiB", Some(1 << 20)),
+            ("1Mi", None),
+        ] {
             assert_eq!(size(text), want, "{text}");
         }
     }

@@ -42,7 +42,11 @@ impl Vocabulary {
 
     fn count(&self, text: &str) -> u64 {
         let count = |piece: &str| {
-            if self.tokens.contains(piece.as_bytes()) { 1 } else { self.tokenizer.bpe.count(piece.as_bytes()) as u64 }
+            if self.tokens.contains(piece.as_bytes()) {
+                1
+            } else {
+                self.tokenizer.bpe.count(piece.as_bytes()) as u64
+            }
         };
         self.tokenizer.split(text).map(count).sum()
     }
@@ -120,7 +124,8 @@ impl Tokenizer {
         let name = model.rsplit('/').next().unwrap_or(model);
         let name = name.strip_prefix("ft:").map_or(name, |base| base.split(':').next().unwrap_or(base));
         let begins = |prefix: &str| {
-            name.len() >= prefix.len() && name.as_bytes()[..prefix.len()].eq_ignore_ascii_case(prefix.as_bytes())
+            name.len() >= prefix.len()
+                && name.as_bytes()[..prefix.len()].eq_ignore_ascii_case(prefix.as_bytes())
         };
         let family = FAMILIES.iter().find(|(prefix, ..)| begins(prefix));
         family.map_or(UNKNOWN, |&(_, encoding, percent)| Self { encoding, percent })

@@ -50,9 +50,9 @@ impl Call {
     /// Parses and counts a body, on this thread if it is small.
     pub(super) async fn read(body: Bytes, reading: Reading) -> Result<Self, ProxyError> {
         if body.len() <= INLINE_BODY {
-            return Self::parse(body, &reading);
+            return Self::parse(&body, &reading);
         }
-        spawn_blocking(move || Self::parse(body, &reading)).await.map_err(|_| ProxyError::Internal)?
+        spawn_blocking(move || Self::parse(&body, &reading)).await.map_err(|_| ProxyError::Internal)?
     }
 
     /// A request whose body is not looked into.
@@ -60,14 +60,14 @@ impl Call {
         Self { body, ..Self::default() }
     }
 
-    fn parse(bytes: Bytes, reading: &Reading) -> Result<Self, ProxyError> {
-        let body = Body::read(reading.api, &bytes).map_err(ProxyError::Body)?;
+    fn parse(bytes: &Bytes, reading: &Reading) -> Result<Self, ProxyError> {
+        let body = Body::read(reading.api, bytes).map_err(ProxyError::Body)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = reading.deployment.as_deref().unwrap_or(named).to_owned();
         let tokenizer = Tokenizer::of_model(&reading.models, &model);
         let asks = reading.ask_for_usage && body.streams && reading.api.generates() && !body.wants_usage();
         Ok(Self {
-            body: if asks { body.usage_asked_for(&bytes) } else { bytes.clone() },
+            body: if asks { body.usage_asked_for(bytes) } else { bytes.clone() },
             streams: body.streams,
             asked_for_usage: asks,
             completion_cap: body.completion_cap(),
@@ -80,7 +80,11 @@ impl Call {
 }
 
 /// Refuses what makes a request's head ambiguous or asks for more than is served.
-pub(super) fn check_head(headers: &HeaderMap, uri: &http::Uri, version: http::Version) -> Result<(), ProxyError> {
+pub(super) fn check_head(
+    headers: &HeaderMap,
+    uri: &http::Uri,
+    version: http::Version,
+) -> Result<(), ProxyError> {
     let mut hosts = headers.get_all(header::HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
@@ -114,7 +118,9 @@ pub(super) async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes,
         let frame = match timeout(BODY_IDLE, body.frame()).await {
             Err(_) => return Err(ProxyError::BodyIncomplete("nothing came for 30 seconds")),
             Ok(None) => break,
-            Ok(Some(Err(_))) => return Err(ProxyError::BodyIncomplete("the connection broke, or its framing is wrong")),
+            Ok(Some(Err(_))) => {
+                return Err(ProxyError::BodyIncomplete("the connection broke, or its framing is wrong"));
+            }
             Ok(Some(Ok(frame))) => frame,
         };
         let Ok(data) = frame.into_data() else { continue };

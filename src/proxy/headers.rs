@@ -4,8 +4,8 @@ use crate::config::{ApiKind, Secret, Upstream};
 use crate::error::go_duration;
 use crate::quota::{Kind, Standing};
 use http::HeaderMap;
-use smallvec::SmallVec;
 use http::header::{self, HeaderName, HeaderValue};
+use smallvec::SmallVec;
 
 /// Headers that can carry a caller's key, in the order in which they are looked at.
 const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog-api-key"];
@@ -70,7 +70,8 @@ pub(super) fn for_caller(headers: &mut HeaderMap) {
         headers.remove(name);
     }
     // One pass over the few that there are is cheaper than looking nine names up.
-    let stays: SmallVec<[HeaderName; 4]> = headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
+    let stays: SmallVec<[HeaderName; 4]> =
+        headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
     for name in stays {
         headers.remove(name);
     }
@@ -153,7 +154,10 @@ impl Told {
             headers.insert(HeaderName::from_static("x-tollgate-environment"), environment);
         }
         if let Some(tokens) = self.estimated_prompt {
-            headers.insert(HeaderName::from_static("x-tollgate-estimated-prompt-tokens"), HeaderValue::from(tokens));
+            headers.insert(
+                HeaderName::from_static("x-tollgate-estimated-prompt-tokens"),
+                HeaderValue::from(tokens),
+            );
         }
         for (kind, standing) in Kind::ALL.into_iter().zip(self.standing) {
             let Some(Standing { limit, remaining, reset_ms }) = standing else { continue };
@@ -183,10 +187,8 @@ mod tests {
             ("x-goog-api-key", "k1", Some("k1")),
             ("x-api-key", "", None),
         ] {
-            let headers = HeaderMap::from_iter([(
-                HeaderName::from_static(name),
-                HeaderValue::from_static(value),
-            )]);
+            let headers =
+                HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))]);
             assert_eq!(callers_key(&headers), key.map(str::as_bytes), "{name}: {value}");
         }
     }

@@ -166,7 +166,8 @@ impl Metered {
     /// The answer is whole.
     fn end(&mut self) {
         self.reader.finish(&mut self.ready);
-        let outcome = if self.terms.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
+        let outcome =
+            if self.terms.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
         self.close(outcome, false, Ending::End);
     }
 
@@ -217,7 +218,10 @@ impl Metered {
         let reason = if reported.was_refused() { "not_credible" } else { "not_reported" };
         charge.record.metrics().usage_missing(&charge.record.environment, reason);
         if reported.was_refused() {
-            tracing::warn!(upstream = self.terms.upstream, "an answer's usage cannot be true: counted here instead");
+            tracing::warn!(
+                upstream = self.terms.upstream,
+                "an answer's usage cannot be true: counted here instead"
+            );
         }
         self.reader.take_texts(was_cut)
     }
@@ -242,7 +246,9 @@ fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
 impl Reader {
     fn of(headers: &HeaderMap, withholds: bool) -> Self {
         let is = |value: Option<&HeaderValue>, what: &[u8]| {
-            value.is_some_and(|v| v.as_bytes().len() >= what.len() && v.as_bytes()[..what.len()].eq_ignore_ascii_case(what))
+            value.is_some_and(|v| {
+                v.as_bytes().len() >= what.len() && v.as_bytes()[..what.len()].eq_ignore_ascii_case(what)
+            })
         };
         let encoding = headers.get(header::CONTENT_ENCODING);
         let content = headers.get(header::CONTENT_TYPE);
@@ -307,7 +313,9 @@ impl Drop for Metered {
     fn drop(&mut self) {
         match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
             State::Settled(_) => {}
-            State::Counting(charge, counting, _) => finish_elsewhere(charge, self.reader.reported(), &self.terms, counting),
+            State::Counting(charge, counting, _) => {
+                finish_elsewhere(charge, self.reader.reported(), &self.terms, counting)
+            }
             State::Passing(mut charge) => {
                 charge.record.outcome = Outcome::CallerGone;
                 let texts = self.texts_to_count(&mut charge, true);

@@ -115,9 +115,9 @@ fn counted(path: &str) -> Option<Api> {
 
 /// A name as one segment of a path: nothing in it that anybody could take for a path of its own.
 fn is_segment(segment: &str) -> bool {
-    let encoded = |what: &str| segment.to_ascii_lowercase().contains(what);
-    !(segment.is_empty() || segment == "." || segment == ".." || encoded("%2e") || encoded("%2f") || encoded("%5c"))
-        && !segment.contains(['\\', ';'])
+    let lower = segment.to_ascii_lowercase();
+    let is_tricky = ["%2e", "%2f", "%5c", "\\", ";"].iter().any(|trick| lower.contains(trick));
+    !is_tricky && !matches!(segment, "" | "." | "..")
 }
 
 fn is_plain(path: &str) -> bool {
@@ -127,9 +127,9 @@ fn is_plain(path: &str) -> bool {
 /// The path at the upstream: its own base path, and the caller's without what the base ends in.
 pub(super) fn upstream_path(base: &str, path: &str, query: Option<&str>) -> String {
     let base = base.trim_end_matches('/');
-    let repeated = ["/openai/v1", "/openai", "/v1beta", "/v1"]
-        .into_iter()
-        .find(|segments| base.ends_with(segments) && path.strip_prefix(segments).is_some_and(|r| r.starts_with('/')));
+    let repeated = ["/openai/v1", "/openai", "/v1beta", "/v1"].into_iter().find(|segments| {
+        base.ends_with(segments) && path.strip_prefix(segments).is_some_and(|r| r.starts_with('/'))
+    });
     let rest = &path[repeated.map_or(0, str::len)..];
     match query {
         Some(query) => format!("{base}{rest}?{query}"),

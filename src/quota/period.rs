@@ -2,9 +2,9 @@
 
 use super::{ClockUnit, Wait};
 use crate::clock::Timestamp;
+use jiff::ToSpan;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
-use jiff::ToSpan;
 
 /// The counters of one clock period.
 #[derive(Clone, Debug)]
@@ -171,14 +171,56 @@ mod tests {
     #[test]
     fn periods_follow_the_clock_of_their_zone() {
         for (unit, zone, now, start, end) in [
-            (ClockUnit::Minute, TimeZone::UTC, "2026-03-04T05:06:07Z", "2026-03-04T05:06:00Z", "2026-03-04T05:07:00Z"),
-            (ClockUnit::Hour, TimeZone::UTC, "2026-03-04T05:06:07Z", "2026-03-04T05:00:00Z", "2026-03-04T06:00:00Z"),
-            (ClockUnit::Day, berlin(), "2026-03-04T23:30:00Z", "2026-03-04T23:00:00Z", "2026-03-05T23:00:00Z"),
+            (
+                ClockUnit::Minute,
+                TimeZone::UTC,
+                "2026-03-04T05:06:07Z",
+                "2026-03-04T05:06:00Z",
+                "2026-03-04T05:07:00Z",
+            ),
+            (
+                ClockUnit::Hour,
+                TimeZone::UTC,
+                "2026-03-04T05:06:07Z",
+                "2026-03-04T05:00:00Z",
+                "2026-03-04T06:00:00Z",
+            ),
+            (
+                ClockUnit::Day,
+                berlin(),
+                "2026-03-04T23:30:00Z",
+                "2026-03-04T23:00:00Z",
+                "2026-03-05T23:00:00Z",
+            ),
             // Clocks go forward on 29 March 2026: that day has 23 hours; and back on 25 October: 25.
-            (ClockUnit::Day, berlin(), "2026-03-29T12:00:00Z", "2026-03-28T23:00:00Z", "2026-03-29T22:00:00Z"),
-            (ClockUnit::Day, berlin(), "2026-10-25T12:00:00Z", "2026-10-24T22:00:00Z", "2026-10-25T23:00:00Z"),
-            (ClockUnit::Week, TimeZone::UTC, "2026-11-22T12:00:00Z", "2026-11-16T00:00:00Z", "2026-11-23T00:00:00Z"),
-            (ClockUnit::Month, berlin(), "2026-02-10T12:00:00Z", "2026-01-31T23:00:00Z", "2026-02-28T23:00:00Z"),
+            (
+                ClockUnit::Day,
+                berlin(),
+                "2026-03-29T12:00:00Z",
+                "2026-03-28T23:00:00Z",
+                "2026-03-29T22:00:00Z",
+            ),
+            (
+                ClockUnit::Day,
+                berlin(),
+                "2026-10-25T12:00:00Z",
+                "2026-10-24T22:00:00Z",
+                "2026-10-25T23:00:00Z",
+            ),
+            (
+                ClockUnit::Week,
+                TimeZone::UTC,
+                "2026-11-22T12:00:00Z",
+                "2026-11-16T00:00:00Z",
+                "2026-11-23T00:00:00Z",
+            ),
+            (
+                ClockUnit::Month,
+                berlin(),
+                "2026-02-10T12:00:00Z",
+                "2026-01-31T23:00:00Z",
+                "2026-02-28T23:00:00Z",
+            ),
         ] {
             assert_eq!(bounds(unit, &zone, at(now)), (at(start), at(end)), "{unit:?} {now}");
         }

@@ -265,11 +265,7 @@ impl Cell {
             Counter::Rolling(bucket) => bucket.whole_again_ms(true),
             Counter::Calendar(calendar) => calendar.left_ms(now),
         };
-        Standing {
-            limit: self.quota.limit,
-            remaining: u64::try_from(self.level()).unwrap_or(0),
-            reset_ms,
-        }
+        Standing { limit: self.quota.limit, remaining: u64::try_from(self.level()).unwrap_or(0), reset_ms }
     }
 
     fn shortfall(&self, requested: u64, wait: Wait) -> Shortfall {

@@ -120,7 +120,8 @@ impl Clock {
         let now = clock::now();
         if now != self.at || self.text.is_empty() {
             self.at = now;
-            self.text = jiff::Timestamp::from_millisecond(now.0).map_or_else(|_| now.0.to_string(), |t| format!("{t:.3}"));
+            self.text = jiff::Timestamp::from_millisecond(now.0)
+                .map_or_else(|_| now.0.to_string(), |t| format!("{t:.3}"));
         }
         &self.text
     }

@@ -5,7 +5,8 @@ use crate::config::Environment;
 use crate::ledger::Account;
 use crate::quota::{Scope, Shortfall};
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 use std::sync::Arc;
 
@@ -36,9 +37,24 @@ impl Metrics {
         let r = Registry::new();
         let quota = ["environment", "kind", "per"];
         let metrics = Self {
-            requests: counters(&r, "tollgate_requests_total", "Requests by how they ended.", &["environment", "api", "outcome"])?,
-            rejections: counters(&r, "tollgate_rejections_total", "Requests refused for want of room.", &["environment", "code", "kind", "per"])?,
-            tokens: counters(&r, "tollgate_tokens_total", "Tokens charged.", &["environment", "model", "kind"])?,
+            requests: counters(
+                &r,
+                "tollgate_requests_total",
+                "Requests by how they ended.",
+                &["environment", "api", "outcome"],
+            )?,
+            rejections: counters(
+                &r,
+                "tollgate_rejections_total",
+                "Requests refused for want of room.",
+                &["environment", "code", "kind", "per"],
+            )?,
+            tokens: counters(
+                &r,
+                "tollgate_tokens_total",
+                "Tokens charged.",
+                &["environment", "model", "kind"],
+            )?,
             quota_limit: gauges(&r, "tollgate_quota_limit", "Limit of an environment's quota.", &quota)?,
             quota_level: gauges(&r, "tollgate_quota_level", "What is left of it; below zero: debt.", &quota)?,
             quota_held: gauges(&r, "tollgate_quota_held", "What requests in flight hold of it.", &quota)?,
@@ -61,13 +77,21 @@ impl Metrics {
                 "Prompt tokens estimated before the call, divided by those reported after it.",
                 &[0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0],
             )?,
-            usage_missing: counters(&r, "tollgate_usage_missing_total", "Answers whose usage was counted here.", &["environment", "reason"])?,
+            usage_missing: counters(
+                &r,
+                "tollgate_usage_missing_total",
+                "Answers whose usage was counted here.",
+                &["environment", "reason"],
+            )?,
             store_up: register(&r, IntGauge::new("tollgate_store_up", "1 while counters can be kept.")?)?,
             registry: r,
         };
         metrics.store_up.set(1);
         // Stays at 0 until configs are reloaded; dashboards can be built on it already.
-        register(&metrics.registry, IntCounter::new("tollgate_config_reload_failures_total", "New configs that were refused.")?)?;
+        register(
+            &metrics.registry,
+            IntCounter::new("tollgate_config_reload_failures_total", "New configs that were refused.")?,
+        )?;
         Ok(metrics)
     }
 
@@ -150,7 +174,10 @@ fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-fn register<M: prometheus::core::Collector + Clone + 'static>(r: &Registry, metric: M) -> prometheus::Result<M> {
+fn register<M: prometheus::core::Collector + Clone + 'static>(
+    r: &Registry,
+    metric: M,
+) -> prometheus::Result<M> {
     r.register(Box::new(metric.clone()))?;
     Ok(metric)
 }

@@ -107,7 +107,9 @@ impl std::error::Error for NeverRead {}
 
 /// Whether the request can be sent again without being served twice.
 pub(super) fn was_never_read(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(|e| e.is::<NeverRead>())
+    error.get_ref().is_some_and(
+        <dyn std::error::Error + std::marker::Send + std::marker::Sync + 'static>::is::<NeverRead>,
+    )
 }
 
 impl Connection {
@@ -261,7 +263,10 @@ fn framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> io::Resu
     let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
     let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
     let (coding, length) = (codings.next(), lengths.next());
-    if codings.next().is_some() || lengths.any(|l| Some(l) != length) || (coding.is_some() && length.is_some()) {
+    if codings.next().is_some()
+        || lengths.any(|l| Some(l) != length)
+        || (coding.is_some() && length.is_some())
+    {
         return Err(bad("the answer's length is ambiguous"));
     }
     if method == Method::HEAD
@@ -280,7 +285,8 @@ fn framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> io::Resu
     }
     let Some(length) = length else { return Ok(Framing::Close) };
     let digits = length.to_str().ok().filter(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()));
-    let length = digits.and_then(|l| l.parse().ok()).ok_or_else(|| bad("the answer's length is no number"))?;
+    let length =
+        digits.and_then(|l| l.parse().ok()).ok_or_else(|| bad("the answer's length is no number"))?;
     Ok(Framing::Length(length))
 }
 

@@ -170,7 +170,10 @@ mod tests {
 
     #[test]
     fn only_the_top_level_usage_counts() {
-        assert_eq!(completion(r#"{"a":[1,{"usage":{"completion_tokens":9}}],"usage":{"completion_tokens":3}}"#), Some(3));
+        assert_eq!(
+            completion(r#"{"a":[1,{"usage":{"completion_tokens":9}}],"usage":{"completion_tokens":3}}"#),
+            Some(3)
+        );
         assert_eq!(completion(r#"{"a":{"usage":{"completion_tokens":9}}}"#), None);
         assert_eq!(completion(r#"[{"usage":{"completion_tokens":9}}]"#), None);
         assert_eq!(completion(r#"{"a":"\"usage\":{\"completion_tokens\":9}"}"#), None);

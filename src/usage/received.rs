@@ -174,7 +174,7 @@ impl Received {
         }
         self.text_bytes += text.len();
         let known = self.texts.iter().position(|(s, _)| *s == slot);
-        match known.or_else(|| (self.texts.len() >= MOST_TEXTS).then(|| MOST_TEXTS - 1)) {
+        match known.or_else(|| (self.texts.len() >= MOST_TEXTS).then_some(MOST_TEXTS - 1)) {
             Some(at) => self.texts[at].1.push_str(text),
             None => self.texts.push((slot, text.to_owned())),
         }
@@ -294,7 +294,9 @@ mod tests {
     fn a_flood_of_choices_is_counted_together() {
         let mut received = Received::default();
         for index in 0..10_000 {
-            received.push_event(format!(r#"{{"choices":[{{"index":{index},"delta":{{"content":"a"}}}}]}}"#).as_bytes());
+            received.push_event(
+                format!(r#"{{"choices":[{{"index":{index},"delta":{{"content":"a"}}}}]}}"#).as_bytes(),
+            );
         }
         let texts = received.finish_events();
         assert_eq!((texts.texts.len(), texts.bytes()), (MOST_TEXTS, 10_000));

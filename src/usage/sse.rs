@@ -295,7 +295,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const EXTRA: &str = r#"data: {"id":"c","choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}"#;
+    const EXTRA: &str =
+        r#"data: {"id":"c","choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}"#;
     const HI: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"}}],"usage":null}"#;
     const LAST: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
 
@@ -343,7 +344,8 @@ mod tests {
         assert_eq!((got.as_str(), reader.reported().completion()), ("", Some(2)));
         let (_, reader) = follow(&format!("\u{feff}{EXTRA}\n\n"), false, &[]);
         assert_eq!(reader.reported().completion(), Some(2));
-        let (_, reader) = follow("data: {\"choices\":[],\ndata: \"usage\":{\"completion_tokens\":4}}\n\n", false, &[]);
+        let (_, reader) =
+            follow("data: {\"choices\":[],\ndata: \"usage\":{\"completion_tokens\":4}}\n\n", false, &[]);
         assert_eq!(reader.reported().completion(), Some(4));
     }
 

@@ -33,8 +33,8 @@ async fn bodies_that_the_api_does_not_take_are_refused_before_the_upstream_sees_
         (r#"{"model":"gpt-4o","messages":"hello"}"#, "invalid_json", None),
     ] {
         let reply = gateway.chat(body).await;
-        assert_eq!(reply.refusal(), (400, code.to_owned()), "{:.80}", body);
-        assert_eq!(reply.json()["error"]["param"].as_str(), param, "{:.80}", body);
+        assert_eq!(reply.refusal(), (400, code.to_owned()), "{body:.80}");
+        assert_eq!(reply.json()["error"]["param"].as_str(), param, "{body:.80}");
         assert_eq!(reply.json()["error"]["type"], "invalid_request_error");
     }
     let mut caller = gateway.caller().await;
@@ -60,7 +60,8 @@ async fn a_body_over_the_limit_is_a_413_however_it_is_framed() {
     let large = hello(&format!(r#""x":"{}""#, "a".repeat(1 << 20)));
     assert_eq!(gateway.chat(&large).await.refusal(), (413, "request_body_too_large".into()));
     let mut caller = gateway.caller().await;
-    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n", large.len());
+    let head =
+        format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n", large.len());
     caller.send(&[head.as_bytes(), large.as_bytes(), b"\r\n0\r\n\r\n"].concat()).await;
     assert_eq!(caller.reply().await.refusal(), (413, "request_body_too_large".into()));
     // Just below it passes.

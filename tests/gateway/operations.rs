@@ -4,7 +4,8 @@ use crate::support::*;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 
-const ROOM: &str = "{ total_tokens: { limit: 1000, per: minute, burst: 1500 }, requests: { limit: 60, per: day } }";
+const ROOM: &str =
+    "{ total_tokens: { limit: 1000, per: minute, burst: 1500 }, requests: { limit: 60, per: day } }";
 
 #[tokio::test]
 async fn the_admin_listener_shows_every_quota() {
@@ -15,14 +16,26 @@ async fn the_admin_listener_shows_every_quota() {
     assert_eq!(environment["name"], "staging");
     assert_eq!(environment["upstream"], "backend");
     let total = &environment["quotas"][0];
-    for (field, value) in [("scope", "environment"), ("kind", "total_tokens"), ("per", "minute"), ("window", "rolling"), ("source", "file")] {
+    for (field, value) in [
+        ("scope", "environment"),
+        ("kind", "total_tokens"),
+        ("per", "minute"),
+        ("window", "rolling"),
+        ("source", "file"),
+    ] {
         assert_eq!(total[field], value);
     }
-    assert_eq!((total["limit"].as_u64(), total["burst"].as_u64(), total["held"].as_u64()), (Some(1_000), Some(1_500), Some(0)));
+    assert_eq!(
+        (total["limit"].as_u64(), total["burst"].as_u64(), total["held"].as_u64()),
+        (Some(1_000), Some(1_500), Some(0))
+    );
     let (level, used) = (total["level"].as_i64().unwrap(), total["used"].as_i64().unwrap());
     assert!((1_490..=1_500).contains(&level) && level + used >= 1_500 && used <= 10, "{total}");
     let day = &environment["quotas"][1];
-    assert_eq!((day["window"].as_str(), day["used"].as_u64(), day["level"].as_u64()), (Some("calendar"), Some(1), Some(59)));
+    assert_eq!(
+        (day["window"].as_str(), day["used"].as_u64(), day["level"].as_u64()),
+        (Some("calendar"), Some(1), Some(59))
+    );
     assert_eq!(gateway.admin_get("/api/environments/staging").await.json()["totals"]["total_tokens"], 10);
     assert_eq!(gateway.admin_get("/api/environments/nowhere").await.status, 404);
     assert!(gateway.admin_get("/").await.text().contains("<title>Tollgate</title>"));
@@ -100,7 +113,8 @@ async fn with_a_token_everything_but_health_asks_for_it() {
 #[tokio::test]
 async fn a_shutdown_lets_streams_end_and_accepts_nothing_more() {
     let events = [delta("Hi"), DONE.to_owned()];
-    let upstream = Upstream::always(Answer::stream().event(&events[0]).then(Step::Gate).event(&events[1]).end()).await;
+    let upstream =
+        Upstream::always(Answer::stream().event(&events[0]).then(Step::Gate).event(&events[1]).end()).await;
     let mut gateway = Gateway::before(&upstream, ROOM).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true,"max_tokens":100"#).as_bytes()).await;
@@ -109,7 +123,8 @@ async fn a_shutdown_lets_streams_end_and_accepts_nothing_more() {
     let address = gateway.address;
     let app = gateway.take();
     let ending = tokio::task::spawn_blocking(move || app.shutdown());
-    soon("the listener to close", async { while tokio::net::TcpStream::connect(address).await.is_ok() {} }).await;
+    soon("the listener to close", async { while tokio::net::TcpStream::connect(address).await.is_ok() {} })
+        .await;
     assert_eq!(gateway.admin_get("/readyz").await.status, 503);
     upstream.open_gate();
     assert_eq!(caller.chunk().await.unwrap(), events[1].as_bytes());
@@ -145,7 +160,8 @@ async fn two_gateways_at_one_address_do_not_go_unnoticed() {
         gateway.address
     );
     let config = tollgate::config::parse(&text, "second.yaml", &|_| None, &[]).unwrap().config;
-    let error = tokio::task::spawn_blocking(|| tollgate::app::App::start(config).err().unwrap()).await.unwrap();
+    let error =
+        tokio::task::spawn_blocking(|| tollgate::app::App::start(config).err().unwrap()).await.unwrap();
     assert!(error.to_string().contains("server.listen"), "{error}");
 }
 
@@ -199,14 +215,29 @@ async fn each_request_leaves_one_log_line_without_key_or_body() {
     assert!(status.success());
     let rest: Vec<String> = lines.map(Result::unwrap).collect();
     assert_eq!(running.0.wait().unwrap().code(), Some(0));
-    let of_requests: Vec<serde_json::Value> =
-        rest.iter().filter(|l| l.contains("tollgate::request")).map(|l| serde_json::from_str(l).unwrap()).collect();
+    let of_requests: Vec<serde_json::Value> = rest
+        .iter()
+        .filter(|l| l.contains("tollgate::request"))
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
     assert_eq!(of_requests.len(), 2, "{rest:#?}");
-    for (field, value) in [("environment", "prod"), ("caller", "web"), ("api", "chat"), ("model", "gpt-4o"), ("outcome", "answered")] {
+    for (field, value) in [
+        ("environment", "prod"),
+        ("caller", "web"),
+        ("api", "chat"),
+        ("model", "gpt-4o"),
+        ("outcome", "answered"),
+    ] {
         assert_eq!(of_requests[0][field], value, "{field}");
     }
-    assert_eq!((of_requests[0]["total_tokens"].as_u64(), of_requests[0]["status"].as_u64()), (Some(10), Some(200)));
-    assert_eq!((of_requests[1]["error"].as_str(), of_requests[1]["status"].as_u64()), (Some("invalid_api_key"), Some(401)));
+    assert_eq!(
+        (of_requests[0]["total_tokens"].as_u64(), of_requests[0]["status"].as_u64()),
+        (Some(10), Some(200))
+    );
+    assert_eq!(
+        (of_requests[1]["error"].as_str(), of_requests[1]["status"].as_u64()),
+        (Some("invalid_api_key"), Some(401))
+    );
     assert!(!rest.concat().contains("CANARY"), "{rest:#?}");
 }
 
@@ -217,7 +248,13 @@ fn check_lists_all_faults_at_once_with_their_places() {
     std::fs::write(&file, "upstreams:\n  a: { base_url: nonsense }\nenvironments:\n  e:\n    upstream: b\n    quotas: { total_tokens: { limit: 0, per: fortnight } }\nsevrer: {}\n").unwrap();
     let (code, _, errors) = run(&["check", "--config", file.to_str().unwrap()], "");
     assert_eq!(code, 2);
-    for place in ["bad.yaml:2:18: upstreams.a.base_url", "bad.yaml:5:15: environments.e.upstream", "bad.yaml:6:38: ", "bad.yaml:6:46: ", "bad.yaml:7:1: unknown key \"sevrer\"; did you mean \"server\"?"] {
+    for place in [
+        "bad.yaml:2:18: upstreams.a.base_url",
+        "bad.yaml:5:15: environments.e.upstream",
+        "bad.yaml:6:38: ",
+        "bad.yaml:6:46: ",
+        "bad.yaml:7:1: unknown key \"sevrer\"; did you mean \"server\"?",
+    ] {
         assert!(errors.contains(place), "{place}\n{errors}");
     }
     assert_eq!(run(&["serve", "--config", file.to_str().unwrap()], "").0, 2);
@@ -231,12 +268,21 @@ fn count_prints_the_estimate_and_its_parts() {
     let (code, words, _) = run(&["count", "--explain"], HELLO);
     assert_eq!(code, 0);
     assert!(words.contains("prompt tokens  8") && words.contains("o200k_base"), "{words}");
-    let (code, lines, _) = run(&["count", "--jsonl"], &format!("{HELLO}\nnot json\n{{\"model\":\"text-embedding-3-small\",\"input\":\"hello\"}}\n"));
+    let (code, lines, _) = run(
+        &["count", "--jsonl"],
+        &format!("{HELLO}\nnot json\n{{\"model\":\"text-embedding-3-small\",\"input\":\"hello\"}}\n"),
+    );
     let lines: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!((code, lines.len()), (0, 3));
-    assert_eq!((lines[0]["prompt_tokens"].as_u64(), lines[0]["parts"]["messages"].as_u64()), (Some(8), Some(2)));
+    assert_eq!(
+        (lines[0]["prompt_tokens"].as_u64(), lines[0]["parts"]["messages"].as_u64()),
+        (Some(8), Some(2))
+    );
     assert!(lines[1]["error"].is_string());
-    assert_eq!((lines[2]["prompt_tokens"].as_u64(), lines[2]["encoding"].as_str()), (Some(1), Some("cl100k_base")));
+    assert_eq!(
+        (lines[2]["prompt_tokens"].as_u64(), lines[2]["encoding"].as_str()),
+        (Some(1), Some("cl100k_base"))
+    );
     assert_eq!(run(&["count"], "[]").0, 1);
 }
 

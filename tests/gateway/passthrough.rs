@@ -49,11 +49,16 @@ async fn usage_is_not_asked_of_a_backend_that_refuses_it() {
 #[tokio::test]
 async fn just_the_chunk_that_was_asked_for_is_withheld() {
     let finish = "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1}}\n\n";
-    let events = [": ping\n\n".to_owned(), delta("Hi"), finish.to_owned(), usage_event(8, 2), DONE.to_owned()];
+    let events =
+        [": ping\n\n".to_owned(), delta("Hi"), finish.to_owned(), usage_event(8, 2), DONE.to_owned()];
     let without = [&events[..3], &events[4..]].concat().concat();
     let whole = Answer::stream().events(&events).end();
     let at_once = Answer::stream().event(&events.concat()).end();
-    let bytes = events.concat().bytes().fold(Answer::stream(), |a, b| a.event(std::str::from_utf8(&[b]).unwrap())).end();
+    let bytes = events
+        .concat()
+        .bytes()
+        .fold(Answer::stream(), |a, b| a.event(std::str::from_utf8(&[b]).unwrap()))
+        .end();
     for answer in [whole, at_once, bytes] {
         let upstream = Upstream::always(answer).await;
         let gateway = Gateway::before(&upstream, ROOM).await;
@@ -67,7 +72,8 @@ async fn just_the_chunk_that_was_asked_for_is_withheld() {
 
 #[tokio::test]
 async fn the_first_event_is_passed_on_within_five_milliseconds() {
-    let upstream = Upstream::always(Answer::stream().then(Step::Gate).event(&delta("Hi")).then(Step::Gate).end()).await;
+    let upstream =
+        Upstream::always(Answer::stream().then(Step::Gate).event(&delta("Hi")).then(Step::Gate).end()).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let mut took = Vec::new();
     for _ in 0..11 {
@@ -102,7 +108,19 @@ async fn headers_of_one_hop_and_of_other_peoples_business_stay_behind() {
         te: trailers\r\nupgrade: h2c\r\naccept-encoding: gzip\r\nx-both: callers\r\nx-kept: a\r\nx-kept: b\r\nuser-agent: sdk\r\n";
     let reply = gateway.send("POST", CHAT, headers, HELLO).await;
     let seen = upstream.only();
-    for gone in ["api-key", "x-api-key", "x-goog-api-key", "x-named", "cookie", "forwarded", "x-forwarded-for", "x-forwarded-host", "te", "upgrade", "connection"] {
+    for gone in [
+        "api-key",
+        "x-api-key",
+        "x-goog-api-key",
+        "x-named",
+        "cookie",
+        "forwarded",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "te",
+        "upgrade",
+        "connection",
+    ] {
         assert_eq!(seen.header(gone), None, "{gone}");
     }
     for (name, values) in [
@@ -133,13 +151,15 @@ async fn an_azure_upstream_gets_its_key_in_its_own_header() {
         upstream.address
     ))
     .await;
-    let reply = gateway.post("/openai/deployments/my-gpt4/chat/completions?api-version=2024-10-21", HELLO).await;
+    let reply =
+        gateway.post("/openai/deployments/my-gpt4/chat/completions?api-version=2024-10-21", HELLO).await;
     assert_eq!(reply.status, 200);
     let seen = upstream.only();
     assert_eq!(seen.target(), "/openai/deployments/my-gpt4/chat/completions?api-version=2024-10-21");
     assert_eq!((seen.header("api-key"), seen.header("authorization")), (Some("azure-key"), None));
     // The deployment in the path is the model, whatever the body says.
-    let other = gateway.post("/openai/deployments/other/chat/completions", &HELLO.replace("gpt-4o", "my-gpt")).await;
+    let other =
+        gateway.post("/openai/deployments/other/chat/completions", &HELLO.replace("gpt-4o", "my-gpt")).await;
     assert_eq!(other.refusal(), (404, "model_not_found".into()));
 }
 
@@ -216,7 +236,9 @@ fn answer_of(body: &[u8], kind: &str, framing: Framing, mut cuts: Vec<usize>) ->
         Framing::Chunks => "transfer-encoding: chunked\r\n".to_owned(),
         Framing::UntilClosed => String::new(),
     };
-    let mut answer = Answer::of(vec![Step::Send(format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{field}\r\n").into())]);
+    let mut answer = Answer::of(vec![Step::Send(
+        format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{field}\r\n").into(),
+    )]);
     let mut from = 0;
     for cut in cuts.into_iter().chain([body.len()]) {
         let cut = cut.clamp(from, body.len());

@@ -5,11 +5,15 @@ use crate::support::*;
 #[tokio::test]
 async fn a_quota_of_each_kind_denies_with_a_429_that_an_sdk_understands() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
-    for (kind, error_type, requested) in
-        [("total_tokens", "tokens", 108), ("prompt_tokens", "tokens", 8), ("completion_tokens", "tokens", 100), ("requests", "requests", 1)]
-    {
+    for (kind, error_type, requested) in [
+        ("total_tokens", "tokens", 108),
+        ("prompt_tokens", "tokens", 8),
+        ("completion_tokens", "tokens", 100),
+        ("requests", "requests", 1),
+    ] {
         let limit = requested + requested / 2;
-        let gateway = Gateway::before(&upstream, &format!("{{ {kind}: {{ limit: {limit}, per: hour }} }}")).await;
+        let gateway =
+            Gateway::before(&upstream, &format!("{{ {kind}: {{ limit: {limit}, per: hour }} }}")).await;
         // The upstream reports what fills the quota.
         let first = gateway.chat(&hello(r#""max_tokens":100"#)).await;
         assert_eq!(first.status, 200, "{kind}");
@@ -59,7 +63,8 @@ async fn a_retry_that_waits_as_long_as_it_was_told_is_admitted() {
 #[tokio::test]
 async fn a_quota_of_a_day_that_is_spent_is_no_matter_of_seconds() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
-    let gateway = Gateway::before(&upstream, "{ requests: [{ limit: 1, per: day }, { limit: 1, per: second }] }").await;
+    let gateway =
+        Gateway::before(&upstream, "{ requests: [{ limit: 1, per: day }, { limit: 1, per: second }] }").await;
     assert_eq!(gateway.chat(HELLO).await.status, 200);
     let denied = gateway.chat(HELLO).await;
     assert_eq!(denied.refusal(), (429, "insufficient_quota".into()));
@@ -86,10 +91,16 @@ async fn of_256_parallel_requests_exactly_as_many_are_served_as_fit() {
     // Every request reserves and uses 8 + 92 tokens; there is room for 50 of them. An answer is held
     // back until all requests are decided, so that none is admitted into room that another left.
     let served = Answer::of(vec![Step::Gate]).then(Step::Send(
-        format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}", chat_answer(&usage(8, 92)).len(), chat_answer(&usage(8, 92))).into(),
+        format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}",
+            chat_answer(&usage(8, 92)).len(),
+            chat_answer(&usage(8, 92))
+        )
+        .into(),
     ));
     let upstream = Upstream::always(served).await;
-    let gateway = std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 5000, per: day } }").await);
+    let gateway =
+        std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 5000, per: day } }").await);
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..256 {
         let gateway = gateway.clone();
@@ -116,7 +127,8 @@ async fn of_256_parallel_requests_exactly_as_many_are_served_as_fit() {
 #[tokio::test(flavor = "multi_thread")]
 async fn five_parallel_calls_cannot_spend_more_than_a_quota_of_a_hundred() {
     let upstream = Upstream::always(Answer::chat(8, 22)).await;
-    let gateway = std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: day } }").await);
+    let gateway =
+        std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: day } }").await);
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..5 {
         let gateway = gateway.clone();
@@ -130,7 +142,8 @@ async fn five_parallel_calls_cannot_spend_more_than_a_quota_of_a_hundred() {
 #[tokio::test]
 async fn a_small_quota_does_not_deny_its_first_request_for_ever() {
     let upstream = Upstream::always(Answer::chat(8, 5)).await;
-    let gateway = Gateway::reserving(&upstream, "{ total_tokens: { limit: 50, per: minute } }", "adaptive").await;
+    let gateway =
+        Gateway::reserving(&upstream, "{ total_tokens: { limit: 50, per: minute } }", "adaptive").await;
     assert_eq!(gateway.chat(HELLO).await.status, 200);
 }
 
@@ -149,11 +162,14 @@ async fn without_a_reservation_requests_are_admitted_while_anything_is_left() {
 #[tokio::test]
 async fn a_fixed_reservation_is_given_back_as_far_as_it_was_not_used() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::reserving(&upstream, "{ completion_tokens: { limit: 1000, per: day } }", "700").await;
+    let gateway =
+        Gateway::reserving(&upstream, "{ completion_tokens: { limit: 1000, per: day } }", "700").await;
     for _ in 0..3 {
         let reply = gateway.chat(HELLO).await;
         assert_eq!(reply.status, 200);
-        assert!(reply.header("x-ratelimit-remaining-completion-tokens").unwrap().parse::<u64>().unwrap() <= 300);
+        assert!(
+            reply.header("x-ratelimit-remaining-completion-tokens").unwrap().parse::<u64>().unwrap() <= 300
+        );
     }
     let environment = gateway.settled().await;
     assert_eq!(environment["quotas"][0]["level"], 994);
@@ -202,7 +218,8 @@ async fn callers_and_models_have_quotas_of_their_own_and_all_must_hold() {
     assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 429, "the environment's quota is spent");
     let environment = gateway.settled().await;
     assert_eq!(environment["totals"]["requests"], 3);
-    let scopes: Vec<_> = environment["quotas"].as_array().unwrap().iter().map(|q| q["scope"].as_str().unwrap()).collect();
+    let scopes: Vec<_> =
+        environment["quotas"].as_array().unwrap().iter().map(|q| q["scope"].as_str().unwrap()).collect();
     assert_eq!(scopes, ["environment", "caller", "model"]);
 }
 
@@ -232,7 +249,8 @@ async fn embeddings_ask_for_no_completion_tokens_and_a_spent_quota_of_those_does
     let gateway = Gateway::reserving(&upstream, "{ completion_tokens: { limit: 10, per: day } }", "10").await;
     assert_eq!(gateway.chat(HELLO).await.status, 200);
     assert_eq!(gateway.chat(HELLO).await.status, 429);
-    let embeddings = gateway.post("/v1/embeddings", r#"{"model":"text-embedding-3-small","input":["one","two"]}"#).await;
+    let embeddings =
+        gateway.post("/v1/embeddings", r#"{"model":"text-embedding-3-small","input":["one","two"]}"#).await;
     assert_eq!(embeddings.status, 200);
     assert_eq!(gateway.settled_charges().await, [2, 13, 10, 23]);
 }

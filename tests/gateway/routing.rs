@@ -34,16 +34,27 @@ async fn path_then_key_then_default_name_the_environment() {
     ] {
         let headers = key.map(bearer).unwrap_or_default();
         let reply = gateway.send("POST", path, &headers, HELLO).await;
-        assert_eq!((reply.status, reply.header("x-tollgate-environment")), (200, Some(environment)), "{path} {key:?}");
+        assert_eq!(
+            (reply.status, reply.header("x-tollgate-environment")),
+            (200, Some(environment)),
+            "{path} {key:?}"
+        );
     }
-    assert!(upstream.seen().iter().all(|s| s.target() == CHAT || s.target() == "/v1/openai/v1/chat/completions"));
+    assert!(
+        upstream.seen().iter().all(|s| s.target() == CHAT || s.target() == "/v1/openai/v1/chat/completions")
+    );
 }
 
 #[tokio::test]
 async fn every_header_that_sdks_use_can_carry_the_key() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
-    for headers in [bearer(WEB), format!("api-key: {WEB}\r\n"), format!("x-api-key: {WEB}\r\n"), format!("x-goog-api-key: {WEB}\r\n")] {
+    for headers in [
+        bearer(WEB),
+        format!("api-key: {WEB}\r\n"),
+        format!("x-api-key: {WEB}\r\n"),
+        format!("x-goog-api-key: {WEB}\r\n"),
+    ] {
         assert_eq!(gateway.send("POST", CHAT, &headers, HELLO).await.status, 200, "{headers}");
     }
 }
@@ -74,13 +85,38 @@ async fn what_is_not_served_is_a_404_that_says_which_base_url_would_be_right() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
     for path in [
-        "/", "/v2/chat/completions", "/nowhere/v1/chat/completions", "/v1/chat/completions/", "/v1//chat/completions",
-        "/V1/chat/completions", "/v1/chat%2fcompletions", "/v1/%63hat/completions", "/staging", "/staging/", "/staging/v1",
-        "/v1/files", "/v1/batches", "/v1/assistants", "/v1/realtime", "/v1/fine_tuning/jobs", "/staging/staging/v1/chat/completions",
+        "/",
+        "/v2/chat/completions",
+        "/nowhere/v1/chat/completions",
+        "/v1/chat/completions/",
+        "/v1//chat/completions",
+        "/V1/chat/completions",
+        "/v1/chat%2fcompletions",
+        "/v1/%63hat/completions",
+        "/staging",
+        "/staging/",
+        "/staging/v1",
+        "/v1/files",
+        "/v1/batches",
+        "/v1/assistants",
+        "/v1/realtime",
+        "/v1/fine_tuning/jobs",
+        "/staging/staging/v1/chat/completions",
     ] {
         let reply = gateway.post(path, HELLO).await;
-        assert_eq!(reply.refusal(), (if path == "/" { 405 } else { 404 }, if path == "/" { "method_not_allowed" } else { "unknown_path" }.to_owned()), "{path}");
-        assert!(path == "/" || reply.text().contains("base_url") && reply.text().contains("/v1"), "{}", reply.text());
+        assert_eq!(
+            reply.refusal(),
+            (
+                if path == "/" { 405 } else { 404 },
+                if path == "/" { "method_not_allowed" } else { "unknown_path" }.to_owned()
+            ),
+            "{path}"
+        );
+        assert!(
+            path == "/" || reply.text().contains("base_url") && reply.text().contains("/v1"),
+            "{}",
+            reply.text()
+        );
     }
     assert!(upstream.seen().is_empty());
 }
@@ -89,9 +125,14 @@ async fn what_is_not_served_is_a_404_that_says_which_base_url_would_be_right() {
 async fn another_method_is_a_405_that_says_which_is_taken() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
-    for (method, path, allow) in
-        [("GET", CHAT, "POST"), ("PUT", CHAT, "POST"), ("TRACE", CHAT, "POST"), ("OPTIONS", CHAT, "POST"), ("POST", "/v1/models", "GET"), ("DELETE", "/v1/models/gpt-4o", "GET")]
-    {
+    for (method, path, allow) in [
+        ("GET", CHAT, "POST"),
+        ("PUT", CHAT, "POST"),
+        ("TRACE", CHAT, "POST"),
+        ("OPTIONS", CHAT, "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("DELETE", "/v1/models/gpt-4o", "GET"),
+    ] {
         let reply = gateway.send(method, path, "", "").await;
         assert_eq!(reply.refusal(), (405, "method_not_allowed".into()), "{method} {path}");
         assert_eq!(reply.header("allow"), Some(allow));
@@ -105,7 +146,13 @@ async fn another_method_is_a_405_that_says_which_is_taken() {
 async fn models_that_are_not_listed_are_not_found() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
-    for (model, found) in [("gpt-4o", true), ("gpt-4o-mini", true), ("gpt-4", false), ("GPT-4o", false), ("gpt-4\u{43e}", false)] {
+    for (model, found) in [
+        ("gpt-4o", true),
+        ("gpt-4o-mini", true),
+        ("gpt-4", false),
+        ("GPT-4o", false),
+        ("gpt-4\u{43e}", false),
+    ] {
         let reply = gateway.send("POST", CHAT, &bearer(WEB), &HELLO.replace("gpt-4o", model)).await;
         assert_eq!(reply.status, if found { 200 } else { 404 }, "{model}");
         if !found {
@@ -122,7 +169,8 @@ async fn the_list_of_models_passes_and_is_not_charged() {
     let upstream = wiremock::MockServer::start().await;
     for path in ["/v1/models", "/v1/models/ft:gpt-4o:org::id"] {
         let answer = wiremock::ResponseTemplate::new(200).set_body_string(path);
-        let mock = wiremock::Mock::given(wiremock::matchers::method("GET")).and(wiremock::matchers::path(path));
+        let mock =
+            wiremock::Mock::given(wiremock::matchers::method("GET")).and(wiremock::matchers::path(path));
         mock.respond_with(answer).mount(&upstream).await;
     }
     let gateway = Gateway::from_config(&format!(
@@ -140,13 +188,17 @@ async fn the_list_of_models_passes_and_is_not_charged() {
 
 #[tokio::test]
 async fn other_paths_are_forwarded_as_one_request_where_the_environment_says_so() {
-    let upstream = Upstream::always(Answer::json(200, r#"{"usage":{"prompt_tokens":4,"total_tokens":4}}"#)).await;
+    let upstream =
+        Upstream::always(Answer::json(200, r#"{"usage":{"prompt_tokens":4,"total_tokens":4}}"#)).await;
     let gateway = gateway(&upstream, "").await;
     let reply = gateway.send("POST", "/open/v1/moderations?x=1", "", "not json at all").await;
     assert_eq!(reply.status, 200);
     assert_eq!(upstream.only().target(), "/v1/moderations?x=1");
     let open = &gateway.admin_get("/api/environments/open").await.json();
-    assert_eq!((open["totals"]["requests"].as_u64(), open["totals"]["total_tokens"].as_u64()), (Some(1), Some(4)));
+    assert_eq!(
+        (open["totals"]["requests"].as_u64(), open["totals"]["total_tokens"].as_u64()),
+        (Some(1), Some(4))
+    );
     let denied = gateway.send("POST", "/v1/moderations", &bearer(BOX), "{}").await;
     assert_eq!(denied.refusal(), (404, "unknown_path".into()));
     for path in ["/open/v1/%2e%2e/x", "/open/v1//x", "/open/v1/../x"] {

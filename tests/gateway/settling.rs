@@ -65,13 +65,19 @@ async fn usage_that_cannot_be_true_is_none() {
         assert_eq!(gateway.chat(HELLO).await.text(), chat_answer(bad), "it passes as it came");
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{bad}");
         let metrics = gateway.admin_get("/metrics").await;
-        assert!(metrics.text().contains(r#"tollgate_usage_missing_total{environment="staging",reason="not_credible"} 1"#));
+        assert!(
+            metrics
+                .text()
+                .contains(r#"tollgate_usage_missing_total{environment="staging",reason="not_credible"} 1"#)
+        );
     }
 }
 
 #[tokio::test]
 async fn a_caller_that_hangs_up_in_mid_stream_pays_for_what_it_received() {
-    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).event(&delta(" there")).then(Step::Gate)).await;
+    let upstream =
+        Upstream::always(Answer::stream().event(&delta("Hello")).event(&delta(" there")).then(Step::Gate))
+            .await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
@@ -88,7 +94,14 @@ async fn a_caller_that_hangs_up_in_mid_stream_pays_for_what_it_received() {
 
 #[tokio::test]
 async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that() {
-    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).event(&usage_event(9, 40)).event(&delta("x")).then(Step::Gate)).await;
+    let upstream = Upstream::always(
+        Answer::stream()
+            .event(&delta("Hello"))
+            .event(&usage_event(9, 40))
+            .event(&delta("x"))
+            .then(Step::Gate),
+    )
+    .await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
@@ -130,7 +143,8 @@ async fn an_upstream_that_breaks_off_ends_the_stream_with_an_error_and_no_done()
 #[tokio::test]
 async fn a_stream_cut_within_an_event_ends_with_an_error_event_of_its_own() {
     let half = &delta("Hello")[..40];
-    let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).event(half).then(Step::Cut)).await;
+    let upstream =
+        Upstream::always(Answer::stream().event(&delta("Hello")).event(half).then(Step::Cut)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     for fields in [r#""stream":true"#, r#""stream":true,"stream_options":{"include_usage":true}"#] {
         let reply = gateway.chat(&hello(fields)).await;
@@ -143,7 +157,10 @@ async fn a_stream_cut_within_an_event_ends_with_an_error_event_of_its_own() {
 #[tokio::test]
 async fn a_json_answer_cut_in_the_middle_costs_its_bytes_and_breaks_the_connection() {
     let whole = chat_answer(&usage(8, 2));
-    let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", whole.len());
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        whole.len()
+    );
     let half = [head.as_bytes(), &whole.as_bytes()[..80]].concat();
     let upstream = Upstream::always(Answer::of(vec![Step::Send(half), Step::Cut])).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
@@ -155,8 +172,11 @@ async fn a_json_answer_cut_in_the_middle_costs_its_bytes_and_breaks_the_connecti
 
 #[tokio::test]
 async fn an_error_of_the_upstreams_passes_and_costs_its_request_only() {
-    for (status, body) in [(400, r#"{"error":"text"}"#), (429, r#"{"detail":"slow down"}"#), (500, "oops"), (503, "")] {
-        let answer = Answer::with_headers(status, "content-type: application/json\r\nretry-after: 7\r\n", body);
+    for (status, body) in
+        [(400, r#"{"error":"text"}"#), (429, r#"{"detail":"slow down"}"#), (500, "oops"), (503, "")]
+    {
+        let answer =
+            Answer::with_headers(status, "content-type: application/json\r\nretry-after: 7\r\n", body);
         let upstream = Upstream::always(answer).await;
         let gateway = Gateway::before(&upstream, ROOM).await;
         let reply = gateway.chat(HELLO).await;
@@ -178,7 +198,10 @@ async fn an_upstream_that_cannot_be_reached_costs_nothing() {
         let reply = gateway.post(&format!("/{environment}{CHAT}"), HELLO).await;
         assert_eq!(reply.refusal(), (502, "upstream_unreachable".into()));
         assert_eq!(reply.json()["error"]["type"], "upstream_error");
-        assert!(!reply.text().contains("127.0.0.1") && !reply.text().contains("invalid\""), "no address is told");
+        assert!(
+            !reply.text().contains("127.0.0.1") && !reply.text().contains("invalid\""),
+            "no address is told"
+        );
     }
     assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
     assert!(upstream.seen().is_empty());
@@ -215,7 +238,11 @@ async fn a_stream_that_stalls_ends_with_an_error_event() {
         let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).then(Step::Stall)).await;
         let gateway = Gateway::with(&upstream, &format!("timeouts: {{ {setting} }}"), open_staging()).await;
         let reply = gateway.chat(&hello(r#""stream":true"#)).await;
-        assert!(reply.text().contains("upstream_timeout") && reply.text().contains(event), "{}", reply.text());
+        assert!(
+            reply.text().contains("upstream_timeout") && reply.text().contains(event),
+            "{}",
+            reply.text()
+        );
         upstream.was_hung_up_on().await;
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 1, HELLO_TOKENS + 1]);
     }
@@ -253,5 +280,8 @@ async fn after_any_mix_of_endings_nothing_is_held_and_all_is_accounted_for() {
     }
     // Twenty of each: reported twice, cut (prompt + 1), an error, hung up on (prompt + 1), no answer.
     let (p, n) = (HELLO_TOKENS, 20);
-    assert_eq!(gateway.settled_charges().await, [6 * n, (10 + 10 + p + p + p) * n, (5 + 5 + 1 + 1) * n, (15 + 15 + p + 1 + p + 1 + p) * n]);
+    assert_eq!(
+        gateway.settled_charges().await,
+        [6 * n, (10 + 10 + p + p + p) * n, (5 + 5 + 1 + 1) * n, (15 + 15 + p + 1 + p + 1 + p) * n]
+    );
 }

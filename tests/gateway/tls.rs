@@ -20,7 +20,9 @@ async fn answers_come_over_tls_with_http1_and_http2() {
         std::fs::write(&config, text).unwrap();
         for (trusts, status) in [(true, 200), (false, 502)] {
             let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
-            command.args(["serve", "--config", config.to_str().unwrap()]).stderr(std::process::Stdio::piped());
+            command
+                .args(["serve", "--config", config.to_str().unwrap()])
+                .stderr(std::process::Stdio::piped());
             if trusts {
                 command.env("SSL_CERT_FILE", &trusted);
             }
@@ -30,7 +32,10 @@ async fn answers_come_over_tls_with_http1_and_http2() {
                 use std::io::BufRead;
                 let lines = std::io::BufReader::new(stderr).lines();
                 let line = lines.map(Result::unwrap).find(|l| l.contains("\"serving\"")).unwrap();
-                serde_json::from_str::<serde_json::Value>(&line).unwrap()["address"].as_str().unwrap().to_owned()
+                serde_json::from_str::<serde_json::Value>(&line).unwrap()["address"]
+                    .as_str()
+                    .unwrap()
+                    .to_owned()
             })
             .await
             .unwrap();
@@ -42,7 +47,10 @@ async fn answers_come_over_tls_with_http1_and_http2() {
                 if trusts {
                     let body = format!("{}{}", delta("Hi"), DONE);
                     assert_eq!(reply.text(), body);
-                    assert_eq!(reply.header("x-protocol"), Some(if protocol == b"h2" { "HTTP/2.0" } else { "HTTP/1.1" }));
+                    assert_eq!(
+                        reply.header("x-protocol"),
+                        Some(if protocol == b"h2" { "HTTP/2.0" } else { "HTTP/1.1" })
+                    );
                 }
             }
             child.kill().unwrap();
@@ -101,13 +109,17 @@ mod server {
         Server { port, certificate: made.cert.pem() }
     }
 
-    async fn answer(request: http::Request<hyper::body::Incoming>) -> Result<http::Response<Full<Bytes>>, Infallible> {
+    async fn answer(
+        request: http::Request<hyper::body::Incoming>,
+    ) -> Result<http::Response<Full<Bytes>>, Infallible> {
         let version = format!("{:?}", request.version());
         assert_eq!(request.headers()["authorization"], "Bearer sk-upstream");
         let body = request.into_body().collect().await.unwrap().to_bytes();
         assert!(body.windows(13).any(|w| w == b"include_usage"));
         let events = format!("{}{}{}", delta("Hi"), usage_event(8, 1), DONE);
-        let response = http::Response::builder().header("content-type", "text/event-stream").header("x-protocol", version);
+        let response = http::Response::builder()
+            .header("content-type", "text/event-stream")
+            .header("x-protocol", version);
         Ok(response.body(Full::new(events.into())).unwrap())
     }
 }

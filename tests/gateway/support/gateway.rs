@@ -41,7 +41,8 @@ impl Gateway {
     }
 
     pub async fn from_config(text: &str) -> Self {
-        let loaded = parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        let loaded =
+            parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
         let app = tokio::task::spawn_blocking(move || App::start(loaded.config).unwrap()).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }
     }

@@ -19,7 +19,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(PATIENCE, future).await {
         Ok(value) => value,
-        Err(_) => panic!("waited in vain for {what}"),
+        Err(_elapsed) => panic!("waited in vain for {what}"),
     }
 }
 
@@ -50,7 +50,9 @@ pub fn usage(prompt: u64, completion: u64) -> String {
 
 /// An event of a chat stream.
 pub fn delta(text: &str) -> String {
-    format!("data: {{\"id\":\"c1\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}],\"usage\":null}}\n\n")
+    format!(
+        "data: {{\"id\":\"c1\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}],\"usage\":null}}\n\n"
+    )
 }
 
 /// The event that only reports usage.

@@ -161,7 +161,9 @@ impl Upstream {
     /// Waits until the gateway has closed a connection in the middle of an answer.
     pub async fn was_hung_up_on(&self) {
         let mut closed = self.closed.clone();
-        soon("the gateway to hang up", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) }).await.unwrap();
+        soon("the gateway to hang up", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) })
+            .await
+            .unwrap();
     }
 }
 
