@@ -1,1 +1,194 @@
-fn main() {}
+//! What the gateway costs: CPU microseconds per request and per streamed event, next to proxies that do
+//! nothing but pass on, all in one run.
+//!
+//! `cargo bench --bench overhead -- [--rounds N] [--seconds S] [--peers A,B] [--scenarios X,Y] [--quick]`
+//!
+//! The mock upstream, the load generator and the bare proxies are this very binary, started again with
+//! `--role`. Figures are CPU time of the proxy's process (user and system, all threads), because wall
+//! clock times swing with whatever else the machine does. Compare ratios within one run.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
+
+mod bodies;
+mod load;
+mod mock;
+mod peers;
+mod proxies;
+
+use peers::{Peer, free_port};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+
+/// One kind of traffic.
+struct Scenario {
+    name: &'static str,
+    connections: usize,
+    /// Figures are per event, not per request.
+    streams: bool,
+}
+
+const SCENARIOS: [Scenario; 4] = [
+    Scenario { name: "small", connections: 64, streams: false },
+    Scenario { name: "large", connections: 16, streams: false },
+    Scenario { name: "stream", connections: 16, streams: true },
+    Scenario { name: "stream-paced", connections: 64, streams: true },
+];
+
+struct Options {
+    rounds: usize,
+    seconds: f64,
+    peers: Vec<String>,
+    scenarios: Vec<String>,
+}
+
+/// What one run of one peer in one scenario gave.
+#[derive(Clone, Copy)]
+struct Measured {
+    cpu_us: f64,
+    per_second: f64,
+    p50_us: f64,
+    p99_us: f64,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if let [flag, role, rest @ ..] = arguments.as_slice()
+        && flag == "--role"
+    {
+        return play(role, rest);
+    }
+    let options = options(&arguments);
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = free_port();
+    let _mock = Peer::of_ours("mock", "mock", &[upstream.to_string()]).ready(upstream).unwrap();
+    let mut peers = start(&options, upstream, folder.path());
+    let results = measure(&options, &mut peers);
+    report(&options, &peers, &results);
+}
+
+/// A part that this binary plays in a process of its own.
+fn play(role: &str, arguments: &[String]) {
+    let address: SocketAddr = arguments[0].parse().unwrap();
+    match role {
+        "mock" => mock::run(address),
+        "load" => {
+            load::run(address, &arguments[1], arguments[2].parse().unwrap(), arguments[3].parse().unwrap())
+        }
+        _ => proxies::run(role, address, arguments[1].parse().unwrap()),
+    }
+}
+
+fn options(arguments: &[String]) -> Options {
+    let value = |flag: &str| arguments.iter().position(|a| a == flag).and_then(|at| arguments.get(at + 1));
+    let list = |flag: &str, default: &str| {
+        value(flag).map_or(default, String::as_str).split(',').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let is_quick = arguments.iter().any(|a| a == "--quick");
+    let number = |flag: &str, quick: f64, default: f64| {
+        value(flag).map_or(if is_quick { quick } else { default }, |v| v.parse().expect("a number"))
+    };
+    Options {
+        rounds: number("--rounds", 1.0, 3.0) as usize,
+        seconds: number("--seconds", 0.5, 3.0),
+        peers: list(
+            "--peers",
+            if is_quick {
+                "pool,tollgate"
+            } else {
+                "nginx,reqwest,pool,pool-percore,tollgate,tollgate-multi"
+            },
+        ),
+        scenarios: list(
+            "--scenarios",
+            if is_quick { "small,stream" } else { "small,large,stream,stream-paced" },
+        ),
+    }
+}
+
+/// Starts every peer; one that does not start is left out, unless it is the gateway itself.
+fn start(options: &Options, upstream: SocketAddr, folder: &Path) -> Vec<(Peer, SocketAddr)> {
+    let mut peers = Vec::new();
+    for name in &options.peers {
+        let port = free_port();
+        match peers::start(name, port, upstream, folder).and_then(|peer| peer.ready(port)) {
+            Ok(peer) => peers.push((peer, port)),
+            Err(reason) if name.starts_with("tollgate") => panic!("{name} does not start: {reason}"),
+            Err(reason) => eprintln!("{name} is left out: {reason}"),
+        }
+    }
+    peers
+}
+
+type Results = BTreeMap<(usize, usize), Vec<Measured>>;
+
+fn measure(options: &Options, peers: &mut [(Peer, SocketAddr)]) -> Results {
+    let mut results = Results::new();
+    for round in 1..=options.rounds {
+        for (s, scenario) in
+            SCENARIOS.iter().enumerate().filter(|(_, s)| options.scenarios.iter().any(|n| n == s.name))
+        {
+            for (p, (peer, address)) in peers.iter().enumerate() {
+                let measured =
+                    load::measure(peer, *address, scenario.name, scenario.connections, options.seconds);
+                eprintln!(
+                    "round {round}/{} {} {}: {:.1} us of CPU per {}",
+                    options.rounds,
+                    scenario.name,
+                    peer.name,
+                    measured.cpu_us,
+                    unit(scenario)
+                );
+                results.entry((s, p)).or_default().push(measured);
+            }
+        }
+    }
+    results
+}
+
+fn unit(scenario: &Scenario) -> &'static str {
+    if scenario.streams { "event" } else { "request" }
+}
+
+fn median(of: impl Iterator<Item = f64>) -> f64 {
+    let mut all: Vec<f64> = of.collect();
+    all.sort_by(f64::total_cmp);
+    all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn report(options: &Options, peers: &[(Peer, SocketAddr)], results: &Results) {
+    for (s, scenario) in SCENARIOS.iter().enumerate().filter(|(s, _)| results.keys().any(|(of, _)| of == s)) {
+        let cpu = |name: &str| {
+            let at = peers.iter().position(|(peer, _)| peer.name == name)?;
+            Some(median(results.get(&(s, at))?.iter().map(|m| m.cpu_us)))
+        };
+        let (pool, nginx) = (cpu("pool"), cpu("nginx"));
+        println!(
+            "\n### {}, {} connections, {} rounds of {} s\n",
+            scenario.name, scenario.connections, options.rounds, options.seconds
+        );
+        println!(
+            "| peer | CPU us per {} | least - most | to pool | to nginx | {}s / s | p50 us | p99 us |",
+            unit(scenario),
+            unit(scenario)
+        );
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+        for (p, (peer, _)) in peers.iter().enumerate() {
+            let Some(runs) = results.get(&(s, p)) else { continue };
+            let own = median(runs.iter().map(|m| m.cpu_us));
+            let (least, most) =
+                runs.iter().fold((f64::MAX, 0_f64), |(l, m), r| (l.min(r.cpu_us), m.max(r.cpu_us)));
+            let ratio = |to: Option<f64>| to.map_or("-".to_owned(), |to| format!("{:.2}", own / to));
+            println!(
+                "| {} | {own:.1} | {least:.1} - {most:.1} | {} | {} | {:.0} | {:.0} | {:.0} |",
+                peer.name,
+                ratio(pool),
+                ratio(nginx),
+                median(runs.iter().map(|m| m.per_second)),
+                median(runs.iter().map(|m| m.p50_us)),
+                median(runs.iter().map(|m| m.p99_us)),
+            );
+        }
+    }
+}

@@ -17,10 +17,8 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waits for something that has to happen.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, future).await {
-        Ok(value) => value,
-        Err(_elapsed) => panic!("waited in vain for {what}"),
-    }
+    let waited = tokio::time::timeout(PATIENCE, future).await;
+    waited.unwrap_or_else(|elapsed| panic!("waited in vain for {what}: {elapsed}"))
 }
 
 /// A chat request that its model answers with a few words.

@@ -1,0 +1,130 @@
+//! The proxies that are compared, as processes, and the CPU time they use.
+
+use crate::bodies::KEY;
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A running process; it is killed when dropped.
+pub(crate) struct Peer {
+    pub(crate) name: String,
+    process: Child,
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // SIGTERM first: nginx's workers end with their master only then.
+        let _ = Command::new("kill").arg(self.process.id().to_string()).status();
+        std::thread::sleep(Duration::from_millis(50));
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// An address that nobody listens at.
+pub(crate) fn free_port() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// Starts a peer by its name.
+pub(crate) fn start(
+    name: &str,
+    address: SocketAddr,
+    upstream: SocketAddr,
+    folder: &Path,
+) -> Result<Peer, String> {
+    match name {
+        "nginx" => nginx(address, upstream, folder),
+        "tollgate" | "tollgate-multi" => tollgate(name, address, upstream, folder),
+        "pool" | "pool-percore" | "reqwest" => {
+            Ok(Peer::of_ours(name, name, &[address.to_string(), upstream.to_string()]))
+        }
+        _ => Err("there is no such peer".to_owned()),
+    }
+}
+
+fn tollgate(name: &str, address: SocketAddr, upstream: SocketAddr, folder: &Path) -> Result<Peer, String> {
+    let config = folder.join(format!("{name}.yaml"));
+    let quota = "[{ limit: 1000000G, per: minute }, { limit: 1000000G, per: day }]";
+    let text = format!(
+        "server: {{ listen: '{address}' }}\nadmin: {{ listen: '{}' }}\nupstreams: {{ mock: {{ base_url: 'http://{upstream}/v1', api_key: sk-upstream }} }}\n\
+         environments:\n  production:\n    upstream: mock\n    keys: [{{ name: bench, secret: {KEY} }}]\n    quotas: {{ total_tokens: {quota}, prompt_tokens: {quota}, completion_tokens: {quota}, requests: {quota} }}\n\
+         store: {{ memory: true }}\n",
+        free_port()
+    );
+    fs::write(&config, text).unwrap();
+    let log = File::create(folder.join(format!("{name}.log"))).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
+    command.args(["serve", "--config"]).arg(config).stderr(log);
+    if name == "tollgate-multi" {
+        command.env("TOLLGATE_RUNTIME", "multi");
+    }
+    Peer::spawn(name, &mut command)
+}
+
+fn nginx(address: SocketAddr, upstream: SocketAddr, folder: &Path) -> Result<Peer, String> {
+    let (config, here) = (folder.join("nginx.conf"), folder.display());
+    let text = format!(
+        "daemon off; worker_processes 2; pid {here}/nginx.pid; error_log {here}/nginx.log warn;\n\
+         events {{ worker_connections 4096; }}\n\
+         http {{ access_log off; keepalive_requests 1000000000; client_body_buffer_size 128k;\n\
+         client_body_temp_path {here}/b; proxy_temp_path {here}/p; fastcgi_temp_path {here}/f; uwsgi_temp_path {here}/u; scgi_temp_path {here}/s;\n\
+         upstream mock {{ server {upstream}; keepalive 1024; keepalive_requests 1000000000; }}\n\
+         server {{ listen {address} reuseport; location / {{ proxy_pass http://mock; proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_buffering off; }} }} }}\n"
+    );
+    fs::write(&config, text).unwrap();
+    let path = if Path::new("/usr/sbin/nginx").exists() { "/usr/sbin/nginx" } else { "nginx" };
+    Peer::spawn("nginx", Command::new(path).arg("-c").arg(config).stderr(Stdio::null()))
+}
+
+impl Peer {
+    /// This binary in another role.
+    pub(crate) fn of_ours(name: &str, role: &str, arguments: &[String]) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        Self::spawn(name, command.args(["--role", role]).args(arguments)).unwrap()
+    }
+
+    fn spawn(name: &str, command: &mut Command) -> Result<Self, String> {
+        let process =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().map_err(|e| e.to_string())?;
+        Ok(Self { name: name.to_owned(), process })
+    }
+
+    /// Waits until it accepts connections.
+    pub(crate) fn ready(mut self, address: SocketAddr) -> Result<Self, String> {
+        let until = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < until {
+            if let Ok(Some(status)) = self.process.try_wait() {
+                return Err(format!("it ended with {status}"));
+            }
+            if TcpStream::connect(address).is_ok() {
+                return Ok(self);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Err("it does not accept connections".to_owned())
+    }
+
+    /// User and system time so far, of all threads and of child processes (nginx's workers).
+    pub(crate) fn cpu(&self) -> Duration {
+        let processes = [self.process.id()].into_iter().chain(children(self.process.id()));
+        Duration::from_nanos(processes.map(cpu_of_process).sum())
+    }
+}
+
+fn children(process: u32) -> Vec<u32> {
+    let list = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
+    list.split_whitespace().filter_map(|id| id.parse().ok()).collect()
+}
+
+/// The kernel's own account of run time, in nanoseconds.
+fn cpu_of_process(process: u32) -> u64 {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{process}/task")) else { return 0 };
+    let of_task = |path: std::path::PathBuf| -> Option<u64> {
+        let text = fs::read_to_string(path.join("schedstat")).ok()?;
+        text.split(' ').next()?.parse().ok()
+    };
+    tasks.filter_map(|task| of_task(task.ok()?.path())).sum()
+}
