@@ -326,3 +326,6 @@ impl Config {
         all
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,27 +1,53 @@
 //! Tollgate: an OpenAI-compatible gateway that keeps every environment within its token quotas.
+//!
+//! A request is read once (`body`), its prompt counted (`estimate`), room for it held in every quota
+//! (`ledger`, by the law in `quota`), and then it is sent on (`upstream`). Its answer passes through
+//! as it comes while usage is read on the side (`usage`), and when the answer ends, however it ends,
+//! the reservation settles to what was used. [`proxy`] tells that life from top to bottom; [`app`]
+//! puts the parts together.
+//!
+//! # What always holds
+//!
+//! - `level + held <= burst` in every rolling quota, at every moment, whatever the order of calls.
+//! - A request is admitted by every quota that it touches, or changes nothing.
+//! - A reservation settles exactly once, when its holder is dropped: at the last byte, at an error, at
+//!   a hang-up, at a panic.
+//! - The caller receives the upstream's bytes, less the one usage event that the gateway asked for.
+//!
+//! # What is deliberately absent
+//!
+//! Nothing in `quota`, `usage`, `estimate` and `body` reads the clock or the network. No lock is held
+//! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
+//! There is no `unsafe`.
+//!
+//! Imports point one way: `clock` and `glob`, then `quota`, then `config` (settings as those types), then
+//! `estimate`, `body` and `usage`, then `ledger`, `error`, `telemetry` and `upstream`, then `proxy` and
+//! `admin`, then [`app`], then [`cli`].
 
+// The core: pure.
+pub mod body;
 pub mod clock;
-pub mod glob;
-
 pub mod estimate;
+pub mod glob;
+mod json;
 pub mod quota;
 pub mod usage;
 
-pub mod body;
-mod json;
-
+// The settings.
 pub mod config;
 
+// What surrounds the core.
 pub mod error;
 pub mod ledger;
 pub mod telemetry;
 pub mod upstream;
 
-pub mod proxy;
-
+// The gateway at work.
 mod admin;
+pub mod app;
+pub mod proxy;
 mod server;
 
-pub mod app;
+// The program.
 pub mod cli;
 pub mod demo;

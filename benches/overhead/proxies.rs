@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
+use http::uri::{Authority, Scheme};
 use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -52,11 +53,13 @@ async fn pool(address: SocketAddr, upstream: SocketAddr) {
     let client: Client<_, Incoming> =
         Client::builder(TokioExecutor::new()).pool_max_idle_per_host(4_096).set_host(false).build(connector);
     let host = HeaderValue::from_str(&upstream.to_string()).unwrap();
+    let authority: Authority = upstream.to_string().parse().unwrap();
     loop {
         let (socket, _) = listener.accept().await.unwrap();
         socket.set_nodelay(true).unwrap();
-        let (client, host) = (client.clone(), host.clone());
-        let service = service_fn(move |request| forward(client.clone(), host.clone(), upstream, request));
+        let (client, host, authority) = (client.clone(), host.clone(), authority.clone());
+        let service =
+            service_fn(move |request| forward(client.clone(), host.clone(), authority.clone(), request));
         tokio::spawn(
             hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), service),
         );
@@ -66,12 +69,13 @@ async fn pool(address: SocketAddr, upstream: SocketAddr) {
 async fn forward(
     client: Client<HttpConnector, Incoming>,
     host: HeaderValue,
-    upstream: SocketAddr,
+    authority: Authority,
     mut request: Request<Incoming>,
 ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
-    let path = request.uri().path_and_query().map_or("/", |p| p.as_str());
-    let uri = Uri::builder().scheme("http").authority(upstream.to_string()).path_and_query(path).build();
-    *request.uri_mut() = uri.unwrap();
+    let mut parts = std::mem::take(request.uri_mut()).into_parts();
+    parts.scheme = Some(Scheme::HTTP);
+    parts.authority = Some(authority);
+    *request.uri_mut() = Uri::from_parts(parts).unwrap();
     request.headers_mut().insert(header::HOST, host);
     client.request(request).await
 }

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod estimate;
+mod fixtures;
 mod operations;
 mod passthrough;
 mod quotas;
