@@ -10,6 +10,11 @@ use smallvec::SmallVec;
 /// Headers that can carry a caller's key, in the order in which they are looked at.
 const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog-api-key"];
 
+const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
+const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
+/// As many headers as the gateway adds to an answer at most, with its request id.
+const ADDED: usize = 15;
+
 /// The key that a caller has sent, whichever header carries it.
 pub(super) fn callers_key(headers: &HeaderMap) -> Option<&[u8]> {
     KEY_HEADERS.iter().find_map(|name| {
@@ -116,25 +121,31 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<String> {
 
 /// The header names of one kind of quota: limit, remaining, reset.
 fn names(kind: Kind) -> [HeaderName; 3] {
-    let n = HeaderName::from_static;
+    // Constants: a name is checked when it is compiled, not for every answer.
+    macro_rules! names {
+        ($($name:literal),*) => {[$({
+            const NAME: HeaderName = HeaderName::from_static($name);
+            NAME
+        }),*]};
+    }
     match kind {
-        Kind::Requests => [
-            n("x-ratelimit-limit-requests"),
-            n("x-ratelimit-remaining-requests"),
-            n("x-ratelimit-reset-requests"),
+        Kind::Requests => names![
+            "x-ratelimit-limit-requests",
+            "x-ratelimit-remaining-requests",
+            "x-ratelimit-reset-requests"
         ],
         Kind::TotalTokens => {
-            [n("x-ratelimit-limit-tokens"), n("x-ratelimit-remaining-tokens"), n("x-ratelimit-reset-tokens")]
+            names!["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"]
         }
-        Kind::PromptTokens => [
-            n("x-ratelimit-limit-prompt-tokens"),
-            n("x-ratelimit-remaining-prompt-tokens"),
-            n("x-ratelimit-reset-prompt-tokens"),
+        Kind::PromptTokens => names![
+            "x-ratelimit-limit-prompt-tokens",
+            "x-ratelimit-remaining-prompt-tokens",
+            "x-ratelimit-reset-prompt-tokens"
         ],
-        Kind::CompletionTokens => [
-            n("x-ratelimit-limit-completion-tokens"),
-            n("x-ratelimit-remaining-completion-tokens"),
-            n("x-ratelimit-reset-completion-tokens"),
+        Kind::CompletionTokens => names![
+            "x-ratelimit-limit-completion-tokens",
+            "x-ratelimit-remaining-completion-tokens",
+            "x-ratelimit-reset-completion-tokens"
         ],
     }
 }
@@ -150,14 +161,12 @@ pub(super) struct Told {
 impl Told {
     /// An upstream's header of the same name gives way only where there is such a quota.
     pub(super) fn write(self, headers: &mut HeaderMap) {
+        headers.reserve(ADDED);
         if let Some(environment) = self.environment {
-            headers.insert(HeaderName::from_static("x-tollgate-environment"), environment);
+            headers.insert(ENVIRONMENT, environment);
         }
         if let Some(tokens) = self.estimated_prompt {
-            headers.insert(
-                HeaderName::from_static("x-tollgate-estimated-prompt-tokens"),
-                HeaderValue::from(tokens),
-            );
+            headers.insert(ESTIMATE, HeaderValue::from(tokens));
         }
         for (kind, standing) in Kind::ALL.into_iter().zip(self.standing) {
             let Some(Standing { limit, remaining, reset_ms }) = standing else { continue };

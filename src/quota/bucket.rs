@@ -89,7 +89,7 @@ impl Bucket {
 
     /// Whole tokens that are left, rounded down; below zero: debt.
     pub fn level(&self) -> i64 {
-        i64::try_from(self.level.div_euclid(self.scale)).unwrap_or(i64::MIN)
+        i64::try_from(divide_down(self.level, self.scale)).unwrap_or(i64::MIN)
     }
 
     /// Tokens held by requests in flight.
@@ -105,18 +105,26 @@ impl Bucket {
     /// Tokens spent and not yet refilled, rounded up.
     pub fn used(&self) -> u64 {
         let used = self.units(self.burst) - self.level - self.units(self.held);
-        u64::try_from((used + self.scale - 1).div_euclid(self.scale)).unwrap_or(0)
+        u64::try_from(divide_down(used + self.scale - 1, self.scale)).unwrap_or(0)
     }
 
     /// Milliseconds until what is spent has refilled; with `and_held`, what is held too.
     pub fn whole_again_ms(&self, and_held: bool) -> u64 {
         let held = if and_held { 0 } else { self.held };
         let missing = self.units(self.burst) - self.level - self.units(held);
-        u64::try_from((missing + self.rate - 1).div_euclid(self.rate)).unwrap_or(0)
+        u64::try_from(divide_down(missing + self.rate - 1, self.rate)).unwrap_or(0)
     }
 
     fn units(&self, tokens: u64) -> i128 {
         i128::from(tokens) * self.scale
+    }
+}
+
+/// Divides, rounding down, by a positive divisor. Most amounts fit 64 bits, where that is far cheaper.
+fn divide_down(dividend: i128, divisor: i128) -> i128 {
+    match (i64::try_from(dividend), i64::try_from(divisor)) {
+        (Ok(dividend), Ok(divisor)) => i128::from(dividend.div_euclid(divisor)),
+        _ => dividend.div_euclid(divisor),
     }
 }
 

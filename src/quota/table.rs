@@ -152,16 +152,16 @@ impl Quotas {
 
     /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
     pub fn standing(&mut self, now: Timestamp, asker: Asker<'_>) -> [Option<Standing>; 4] {
-        let mut tightest = [None; 4];
+        let mut tightest: [Option<(i64, &Cell)>; 4] = [None; 4];
         for cell in self.cells.iter_mut().filter(|c| c.is_touched_by(asker)) {
             cell.advance(now);
-            let standing = cell.standing(now);
-            let slot: &mut Option<Standing> = &mut tightest[cell.quota.kind as usize];
-            if slot.is_none_or(|s| standing.remaining < s.remaining) {
-                *slot = Some(standing);
+            let level = cell.level();
+            let slot = &mut tightest[cell.quota.kind as usize];
+            if slot.is_none_or(|(least, _)| level < least) {
+                *slot = Some((level, cell));
             }
         }
-        tightest
+        tightest.map(|found| found.map(|(level, cell)| cell.standing(now, level)))
     }
 
     /// The largest completion that the smallest quota could ever hold beside a prompt of this size.
@@ -260,12 +260,12 @@ impl Cell {
         }
     }
 
-    fn standing(&self, now: Timestamp) -> Standing {
+    fn standing(&self, now: Timestamp, level: i64) -> Standing {
         let reset_ms = match &self.counter {
             Counter::Rolling(bucket) => bucket.whole_again_ms(true),
             Counter::Calendar(calendar) => calendar.left_ms(now),
         };
-        Standing { limit: self.quota.limit, remaining: u64::try_from(self.level()).unwrap_or(0), reset_ms }
+        Standing { limit: self.quota.limit, remaining: u64::try_from(level).unwrap_or(0), reset_ms }
     }
 
     fn shortfall(&self, requested: u64, wait: Wait) -> Shortfall {
