@@ -3,13 +3,19 @@
 //! Every value here has passed its checks: names resolve, limits lie within the engine's range,
 //! secrets are digests where a digest is enough. The YAML's own reference is `config/tollgate.yaml`.
 
+mod callers;
 mod check;
 mod environments;
 mod fault;
 mod item;
 mod load;
 mod node;
+mod overrides;
+mod quotas;
 mod units;
+mod upstreams;
+mod variables;
+mod yaml;
 
 use crate::glob::Glob;
 use crate::quota::Quota;
@@ -131,6 +137,8 @@ pub struct Timeouts {
 
 /// One environment: an upstream, callers and quotas.
 #[derive(Clone, Debug)]
+// Each is a switch of the file.
+#[allow(clippy::struct_excessive_bools)]
 pub struct Environment {
     /// Its name: `[a-z0-9][a-z0-9_-]*`.
     pub name: String,

@@ -68,16 +68,18 @@ pub(super) fn size(text: &str) -> Option<usize> {
 fn times(digits: &str, factor: u64) -> Option<u64> {
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
     let is_number = |s: &str| {
-        s.as_bytes().first().is_some_and(u8::is_ascii_digit)
-            && s.bytes().all(|b| b.is_ascii_digit() || b == b'_')
+        s.bytes().all(|b| b.is_ascii_digit() || b == b'_')
+            && s.as_bytes().first().is_some_and(u8::is_ascii_digit)
+            && s.as_bytes().last().is_some_and(u8::is_ascii_digit)
     };
     if !is_number(whole) || !is_number(fraction) {
         return None;
     }
     let whole: u64 = whole.replace('_', "").parse().ok()?;
-    let fraction = fraction.replace('_', "");
+    // Zeros at the end say nothing, and could overflow.
+    let fraction = fraction.replace('_', "").trim_end_matches('0').to_owned();
     let scale = 10_u64.checked_pow(u32::try_from(fraction.len()).ok()?)?;
-    let part = fraction.parse::<u64>().ok()?.checked_mul(factor)?;
+    let part = format!("0{fraction}").parse::<u64>().ok()?.checked_mul(factor)?;
     if part % scale != 0 {
         return None;
     }
@@ -105,6 +107,14 @@ mod tests {
             ("", None),
             ("k", None),
             ("1m", None),
+            ("1_", None),
+            ("1._5M", None),
+            (".5M", None),
+            ("1.M", None),
+            ("007", Some(7)),
+            ("1.0", Some(1)),
+            ("1.50000000000000000000000000G", Some(1_500_000_000)),
+            ("0.0000000000000000001G", None),
             ("18446744073709551616", None),
             ("18446744073709551615k", None),
         ] {
