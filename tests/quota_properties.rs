@@ -1,6 +1,12 @@
 //! The quota arithmetic against a recount that shares nothing with it, over random steps.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_wrap)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_wrap,
+    clippy::cast_possible_truncation
+)]
 
 use proptest::prelude::*;
 use tollgate::clock::Timestamp;

@@ -37,7 +37,7 @@ pub(crate) fn measure(
     load(WARM_UP);
     let before = peer.cpu();
     let result = load(seconds);
-    let cpu = peer.cpu() - before;
+    let cpu = peer.cpu().saturating_sub(before);
     let get = |name: &str| result[name].as_f64().unwrap();
     Measured {
         cpu_us: cpu.as_secs_f64() * 1e6 / get("units"),

@@ -74,7 +74,7 @@ fn play(role: &str, arguments: &[String]) {
     match role {
         "mock" => mock::run(address),
         "load" => {
-            load::run(address, &arguments[1], arguments[2].parse().unwrap(), arguments[3].parse().unwrap())
+            load::run(address, &arguments[1], arguments[2].parse().unwrap(), arguments[3].parse().unwrap());
         }
         _ => proxies::run(role, address, arguments[1].parse().unwrap()),
     }

@@ -52,7 +52,7 @@ pub(super) fn run_until_told(app: App, log: &LogOutput) -> anyhow::Result<ExitCo
         if let Some(ShutdownReport { under_way, cut_off, took }) = ended {
             tracing::info!(under_way, cut_off, took_ms = took.as_millis(), "stopped");
         } else {
-            tracing::warn!("stopped at once")
+            tracing::warn!("stopped at once");
         }
         log.flush();
         if ended.is_none() {

@@ -314,7 +314,7 @@ impl Drop for Metered {
         match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
             State::Settled(_) => {}
             State::Counting(charge, counting, _) => {
-                finish_elsewhere(charge, self.reader.reported(), &self.terms, counting)
+                finish_elsewhere(charge, self.reader.reported(), &self.terms, counting);
             }
             State::Passing(mut charge) => {
                 charge.record.outcome = Outcome::CallerGone;

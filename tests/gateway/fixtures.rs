@@ -8,8 +8,7 @@ fn answers() -> Vec<(PathBuf, String, [u64; 3])> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
     let files = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path());
     let is_answer = |p: &PathBuf| {
-        let name = p.to_str().unwrap();
-        name.ends_with(".sse") || (name.ends_with(".json") && !name.ends_with(".usage.json"))
+        p.file_name().is_some_and(|n| n != "README.md") && p.with_extension("usage.json").exists()
     };
     files
         .filter(is_answer)
