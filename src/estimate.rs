@@ -2,6 +2,7 @@
 //!
 //! Pure: texts in, numbers out.
 
+mod known;
 mod tokenizer;
 
 use crate::config::{CompletionReserve, Reserve};
@@ -11,6 +12,10 @@ pub use tokenizer::{Encoding, Tokenizer, warm};
 
 /// Until answers were seen, this many completion tokens are expected of each.
 const PRIOR_COMPLETION: u64 = 512;
+/// So much text is counted where it arrives.
+const QUICK_TEXT: usize = 2 * 1024;
+/// Texts with longer stretches without a space are counted elsewhere.
+const LONGEST_QUICK_RUN: usize = 256;
 /// More text than this is not tokenised: two bytes a token, which no language exceeds for long.
 const MOST_TEXT: usize = 4 * 1024 * 1024;
 
@@ -87,6 +92,26 @@ impl<'a> Prompt<'a> {
         self.tokens[part as usize] += tokens;
     }
 
+    /// Counts everything, if that takes no more than about 50 microseconds: most of it was counted lately,
+    /// and what was not is little and ordinary.
+    pub fn estimate_if_quick(&self, tokenizer: &Tokenizer) -> Option<PromptEstimate> {
+        let (mut parts, mut anew) = (self.tokens, 0);
+        for (part, text, times) in &self.texts {
+            let tokens = match tokenizer.count_if_known(text) {
+                Some(tokens) => tokens,
+                None => {
+                    anew += text.len();
+                    if anew > QUICK_TEXT || longest_run(text) > LONGEST_QUICK_RUN {
+                        return None;
+                    }
+                    tokenizer.count(text)
+                }
+            };
+            parts[*part as usize] += tokens * u64::from(*times);
+        }
+        Some(PromptEstimate { parts, is_rough: false })
+    }
+
     /// Counts everything with the model's tokenizer. Takes time: about 30 microseconds for 1 KiB of text.
     pub fn estimate(&self, tokenizer: &Tokenizer) -> PromptEstimate {
         let bytes: usize = self.texts.iter().map(|(_, text, _)| text.len()).sum();
@@ -98,6 +123,14 @@ impl<'a> Prompt<'a> {
         }
         PromptEstimate { parts, is_rough }
     }
+}
+
+/// The longest stretch of a text without a space. Words are quick to count; one long run of dashes is
+/// the worst that the tokenizer knows, 40 times slower byte for byte.
+fn longest_run(text: &str) -> usize {
+    let mut last = 0;
+    let spaces = memchr::memchr_iter(b' ', text.as_bytes()).chain([text.len()]);
+    spaces.into_iter().map(|at| at - std::mem::replace(&mut last, at)).max().unwrap_or(0)
 }
 
 /// How many completion tokens to reserve.

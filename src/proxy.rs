@@ -11,7 +11,7 @@ use crate::error::ProxyError;
 use crate::estimate::completion_allowance;
 use crate::ledger::{Account, NoRoom, Reservation};
 use crate::quota::{Amounts, Ask, Asker};
-use crate::telemetry::{Metrics, Outcome, Record, RequestIds, model_label};
+use crate::telemetry::{Metrics, Outcome, Record, RequestIds, Series};
 use crate::upstream::{self, SendError, Upstream};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -44,11 +44,15 @@ pub struct Shared {
     draining: AtomicBool,
 }
 
-/// Names that every request mentions, shared instead of copied.
+/// What every request of an environment needs, looked up once and shared instead of copied.
 struct Names {
+    series: Arc<Series>,
+    /// Its index in the config.
+    upstream: usize,
     environment: Arc<str>,
     callers: Vec<Arc<str>>,
     header: HeaderValue,
+    credential: Option<headers::Credential>,
 }
 
 /// One worker's way to serve requests: what is shared, and its own upstream connections.
@@ -89,11 +93,14 @@ impl Shared {
         let metrics = Arc::new(Metrics::new()?);
         let mut names = Vec::new();
         for environment in &config.environments {
-            metrics.announce(environment);
+            let upstream = |u: &Arc<crate::config::Upstream>| Arc::ptr_eq(u, &environment.upstream);
             names.push(Names {
+                series: Arc::new(metrics.of_environment(environment)),
+                upstream: config.upstreams.iter().position(upstream).unwrap_or(0),
                 environment: environment.name.as_str().into(),
                 callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
                 header: HeaderValue::from_str(&environment.name)?,
+                credential: headers::credential(&environment.upstream),
             });
         }
         let open = |e: &Arc<Environment>| Arc::new(Account::open(&e.quotas, e.max_in_flight));
@@ -179,9 +186,10 @@ impl Proxy {
         describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told)?;
 
-        let upstream = &self.upstreams[self.upstream_index(environment)];
+        let upstream = &self.upstreams[self.shared.names[who.environment].upstream];
         let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
-        let headers = headers::for_upstream(head.headers, &environment.upstream);
+        let credential = self.shared.names[who.environment].credential.as_ref();
+        let headers = headers::for_upstream(head.headers, &environment.upstream, credential);
         let request = upstream::Request { method: head.method, target, headers, body: call.body.clone() };
         // From here on the request may have reached the upstream, whatever becomes of the caller.
         charge.observe(Amounts::of_request(call.estimate.tokens(), 0));
@@ -262,6 +270,7 @@ impl Proxy {
     fn name(&self, who: Caller, record: &mut Record, told: &mut Told) {
         let names = &self.shared.names[who.environment];
         record.environment = names.environment.clone();
+        record.series = Some(names.series.clone());
         record.caller = who.caller.map(|index| names.callers[index].clone());
         told.environment = Some(names.header.clone());
     }
@@ -336,11 +345,6 @@ impl Proxy {
         error
     }
 
-    fn upstream_index(&self, environment: &Environment) -> usize {
-        let upstreams = &self.shared.config.upstreams;
-        upstreams.iter().position(|u| Arc::ptr_eq(u, &environment.upstream)).unwrap_or(0)
-    }
-
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
     fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
         let Answer { mut parts, incoming, withholds, terms, told } = answer;
@@ -348,7 +352,8 @@ impl Proxy {
         let record = &mut charge.record;
         record.status = parts.status.as_u16();
         if let Some(id) = parts.headers.get(REQUEST_ID) {
-            record.request_id = id.to_str().unwrap_or_default().chars().take(128).collect();
+            let id = id.to_str().unwrap_or_default();
+            id[..id.floor_char_boundary(LONGEST_SHOWN)].clone_into(&mut record.request_id);
         } else {
             record.request_id = self.shared.request_ids.next();
             if let Ok(id) = HeaderValue::from_str(&record.request_id) {
@@ -389,6 +394,8 @@ impl Proxy {
     }
 }
 
+/// Names that others chose are shown up to so many bytes.
+const LONGEST_SHOWN: usize = 128;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// An upstream's answer on its way to the caller.
@@ -408,8 +415,8 @@ fn describe(
     record: &mut Record,
     told: &mut Told,
 ) -> Result<(), ProxyError> {
-    record.model_label = model_label(environment, &call.model);
-    record.model = call.model.chars().take(128).collect();
+    record.model_label = record.series.as_ref().map(|series| series.label(&call.model));
+    call.model[..call.model.floor_char_boundary(LONGEST_SHOWN)].clone_into(&mut record.model);
     record.streams = call.streams;
     record.estimated_prompt = call.estimate.tokens();
     if !matches!(route.endpoint, Endpoint::Counted(_)) {

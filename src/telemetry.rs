@@ -10,7 +10,7 @@ use std::time::Duration;
 
 pub use log::{LogOutput, init_logging};
 pub use metrics::Metrics;
-pub(crate) use metrics::model_label;
+pub(crate) use metrics::{ModelLabel, Series};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,17 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::Answered,
+        Self::UpstreamError,
+        Self::Refused,
+        Self::Rejected,
+        Self::UpstreamFailed,
+        Self::UpstreamCut,
+        Self::CallerGone,
+    ];
+
     /// Its name in logs and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -63,7 +74,9 @@ pub struct Record {
     /// As the request names it.
     pub model: String,
     /// What `model` is called in metrics: a bounded set of names.
-    pub model_label: String,
+    pub(crate) model_label: Option<ModelLabel>,
+    /// The environment's counters, once it is known.
+    pub(crate) series: Option<Arc<Series>>,
     /// How it ended; until something better is known the caller has gone.
     pub outcome: Outcome,
     /// Sent to the caller.
@@ -95,7 +108,8 @@ impl Record {
             caller: None,
             api: "none",
             model: String::new(),
-            model_label: String::new(),
+            model_label: None,
+            series: None,
             outcome: Outcome::CallerGone,
             status: 0,
             error: "",

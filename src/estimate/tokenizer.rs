@@ -1,5 +1,6 @@
 //! Which tokenizer counts for a model, and the counting.
 
+use super::known::Key;
 use crate::config::{ModelRule, TokenizerChoice};
 use rustc_hash::{FxHashSet, FxHasher};
 use std::cell::RefCell;
@@ -25,6 +26,9 @@ impl Encoding {
         }
     }
 }
+
+/// Shorter texts are counted as quickly as they are looked up.
+const SHORTEST_KNOWN: usize = 24;
 
 /// A vocabulary, and its tokens by their bytes: most words of ordinary text are one token, which a
 /// lookup tells much faster than the encoder.
@@ -181,10 +185,34 @@ impl Tokenizer {
 
     /// Tokens of a text. Spellings of special tokens are ordinary text.
     pub fn count(self, text: &str) -> u64 {
-        let tokens = RECENT.with(|recent| {
+        if text.len() < SHORTEST_KNOWN {
+            return self.scaled(self.count_anew(text));
+        }
+        let key = Key::of(self.encoding as u8, text);
+        self.scaled(key.count().unwrap_or_else(|| {
+            let tokens = self.count_anew(text);
+            key.remember(tokens);
+            tokens
+        }))
+    }
+
+    /// Tokens of a text, if that is told at once: because it was counted lately, or because it is so
+    /// short that counting takes no more than looking it up.
+    pub fn count_if_known(self, text: &str) -> Option<u64> {
+        if text.len() < SHORTEST_KNOWN {
+            return Some(self.count(text));
+        }
+        Key::of(self.encoding as u8, text).count().map(|tokens| self.scaled(tokens))
+    }
+
+    fn count_anew(self, text: &str) -> u64 {
+        RECENT.with(|recent| {
             let mut recent = recent[self.encoding as usize].borrow_mut();
             self.encoding.vocabulary().count(text, &mut recent)
-        });
+        })
+    }
+
+    fn scaled(self, tokens: u64) -> u64 {
         if self.percent == 100 { tokens } else { (tokens * self.percent).div_ceil(100) }
     }
 }

@@ -3,7 +3,7 @@
 use crate::body::{Api, Body};
 use crate::config::ModelRule;
 use crate::error::ProxyError;
-use crate::estimate::{PromptEstimate, Tokenizer};
+use crate::estimate::{Prompt, PromptEstimate, Tokenizer};
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap};
 use http_body_util::BodyExt as _;
@@ -13,11 +13,9 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-/// Ordinary bodies up to this size are parsed and counted where they arrive (about 100 microseconds);
-/// others on a thread for such work, which costs 10 to 20 more.
-const INLINE_BODY: usize = 2 * 1024;
-/// Longer stretches without a space are counted elsewhere too.
-const LONGEST_QUICK_RUN: usize = 256;
+/// Bodies up to this size are parsed where they arrive (about 50 microseconds), and counted there too if
+/// that is quick; all others on a thread for such work, which costs 10 to 20 more.
+const INLINE_BODY: usize = 40 * 1024;
 /// A body that stops arriving for so long is given up.
 const BODY_IDLE: Duration = Duration::from_secs(30);
 /// A buffer for a body grows as bytes arrive; it does not trust a length it was told beyond this.
@@ -49,12 +47,15 @@ pub(super) struct Reading {
 }
 
 impl Call {
-    /// Parses and counts a body, on this thread if it is small.
+    /// Parses and counts a body, on this thread if that is quick.
     pub(super) async fn read(body: Bytes, reading: Reading) -> Result<Self, ProxyError> {
-        if is_quick(&body) {
-            return Self::parse(&body, &reading);
+        if body.len() <= INLINE_BODY
+            && let Some(call) = Self::parse(&body, &reading, |prompt, t| prompt.estimate_if_quick(t))?
+        {
+            return Ok(call);
         }
-        spawn_blocking(move || Self::parse(&body, &reading)).await.map_err(|_| ProxyError::Internal)?
+        let parse = move || Self::parse(&body, &reading, |prompt, t| Some(prompt.estimate(t)));
+        spawn_blocking(parse).await.map_err(|_| ProxyError::Internal)??.ok_or(ProxyError::Internal)
     }
 
     /// A request whose body is not looked into.
@@ -62,34 +63,29 @@ impl Call {
         Self { body, ..Self::default() }
     }
 
-    fn parse(bytes: &Bytes, reading: &Reading) -> Result<Self, ProxyError> {
+    /// `None` if the prompt was not estimated.
+    fn parse(
+        bytes: &Bytes,
+        reading: &Reading,
+        estimate: impl FnOnce(&Prompt<'_>, &Tokenizer) -> Option<PromptEstimate>,
+    ) -> Result<Option<Self>, ProxyError> {
         let body = Body::read(reading.api, bytes).map_err(ProxyError::Body)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = reading.deployment.as_deref().unwrap_or(named).to_owned();
         let tokenizer = Tokenizer::of_model(&reading.models, &model);
+        let Some(estimate) = estimate(&body.prompt, &tokenizer) else { return Ok(None) };
         let asks = reading.ask_for_usage && body.streams && reading.api.generates() && !body.wants_usage();
-        Ok(Self {
+        Ok(Some(Self {
             body: if asks { body.usage_asked_for(bytes) } else { bytes.clone() },
             streams: body.streams,
             asked_for_usage: asks,
             completion_cap: body.completion_cap(),
             completions: body.completions(),
-            estimate: body.prompt.estimate(&tokenizer),
+            estimate,
             tokenizer: Some(tokenizer),
             model,
-        })
+        }))
     }
-}
-
-/// Whether a body can be counted in about 100 microseconds. Words are quick; one long run of dashes is
-/// the worst that the tokenizer knows, 40 times slower byte for byte.
-fn is_quick(body: &[u8]) -> bool {
-    if body.len() > INLINE_BODY {
-        return false;
-    }
-    let mut last = 0;
-    let spaces = memchr::memchr_iter(b' ', body).chain([body.len()]);
-    spaces.into_iter().all(|at| at - std::mem::replace(&mut last, at) <= LONGEST_QUICK_RUN)
 }
 
 /// Refuses what makes a request's head ambiguous or asks for more than is served.

@@ -1,6 +1,6 @@
 //! Which headers pass, in either direction, and those that the gateway adds.
 
-use crate::config::{ApiKind, Secret, Upstream};
+use crate::config::{ApiKind, Upstream};
 use crate::error::go_duration;
 use crate::quota::{Kind, Standing};
 use http::HeaderMap;
@@ -12,8 +12,6 @@ const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog
 
 const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
 const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
-/// As many headers as the gateway adds to an answer at most, with its request id.
-const ADDED: usize = 15;
 
 /// The key that a caller has sent, whichever header carries it.
 pub(super) fn callers_key(headers: &HeaderMap) -> Option<&[u8]> {
@@ -30,15 +28,19 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
 }
 
 /// The headers of the request to the upstream. The caller's key goes along only where the upstream has
-/// none of its own.
-pub(super) fn for_upstream(headers: HeaderMap, upstream: &Upstream) -> Vec<(HeaderName, HeaderValue)> {
+/// none of its own; `credential` is that.
+pub(super) fn for_upstream(
+    headers: HeaderMap,
+    upstream: &Upstream,
+    credential: Option<&Credential>,
+) -> Vec<(HeaderName, HeaderValue)> {
     let named = named_by_connection(&headers);
     let mut passed = Vec::with_capacity(headers.len() + 4);
     let mut last = None;
     for (name, value) in headers {
         // Of a header that stands there several times only the first carries the name.
         let Some(name) = name.or_else(|| last.clone()) else { continue };
-        let is_key = upstream.api_key.is_some() && KEY_HEADERS.contains(&name.as_str());
+        let is_key = credential.is_some() && KEY_HEADERS.contains(&name.as_str());
         let stays = is_key
             || is_hop_by_hop(&name)
             || is_ours_to_set(&name)
@@ -50,23 +52,26 @@ pub(super) fn for_upstream(headers: HeaderMap, upstream: &Upstream) -> Vec<(Head
         }
     }
     passed.push((header::ACCEPT_ENCODING, HeaderValue::from_static("identity")));
-    if let Some(key) = &upstream.api_key {
-        passed.push(credential(upstream.api, key));
-    }
+    passed.extend(credential.cloned());
     passed.extend(upstream.headers.iter().map(|(name, value)| (name.clone(), value.clone())));
     passed
 }
 
-fn credential(api: ApiKind, key: &Secret) -> (HeaderName, HeaderValue) {
-    let (name, text) = match api {
-        ApiKind::OpenAi => (header::AUTHORIZATION, format!("Bearer {}", key.expose())),
-        ApiKind::Azure => (HeaderName::from_static("api-key"), key.expose().to_owned()),
-        ApiKind::Anthropic => (HeaderName::from_static("x-api-key"), key.expose().to_owned()),
-        ApiKind::Gemini => (HeaderName::from_static("x-goog-api-key"), key.expose().to_owned()),
+/// The header that carries an upstream's own key.
+pub(super) type Credential = (HeaderName, HeaderValue);
+
+/// The credential of an upstream that has a key of its own.
+pub(super) fn credential(upstream: &Upstream) -> Option<Credential> {
+    let key = upstream.api_key.as_ref()?.expose();
+    let (name, text) = match upstream.api {
+        ApiKind::OpenAi => (header::AUTHORIZATION, format!("Bearer {key}")),
+        ApiKind::Azure => (HeaderName::from_static("api-key"), key.to_owned()),
+        ApiKind::Anthropic => (HeaderName::from_static("x-api-key"), key.to_owned()),
+        ApiKind::Gemini => (HeaderName::from_static("x-goog-api-key"), key.to_owned()),
     };
     let mut value = HeaderValue::from_str(&text).expect("Config::load refuses keys that no header can carry");
     value.set_sensitive(true);
-    (name, value)
+    Some((name, value))
 }
 
 /// The headers of the answer to the caller, in place.
@@ -161,7 +166,6 @@ pub(super) struct Told {
 impl Told {
     /// An upstream's header of the same name gives way only where there is such a quota.
     pub(super) fn write(self, headers: &mut HeaderMap) {
-        headers.reserve(ADDED);
         if let Some(environment) = self.environment {
             headers.insert(ENVIRONMENT, environment);
         }

@@ -2,13 +2,14 @@
 
 use super::{Outcome, Record};
 use crate::config::Environment;
+use crate::glob::Glob;
 use crate::ledger::Account;
 use crate::quota::{Scope, Shortfall};
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// All metrics of one gateway.
 #[derive(Debug)]
@@ -97,16 +98,9 @@ impl Metrics {
 
     /// A request has ended.
     pub(super) fn request(&self, record: &Record) {
-        let environment = &*record.environment;
-        self.requests.with_label_values(&[environment, record.api, record.outcome.as_str()]).inc();
-        for (kind, tokens) in [
-            ("prompt", record.charged.prompt),
-            ("completion", record.charged.completion),
-            ("total", record.charged.total),
-        ] {
-            if tokens > 0 {
-                self.tokens.with_label_values(&[environment, &record.model_label, kind]).inc_by(tokens);
-            }
+        match &record.series {
+            Some(series) => series.request(self, record),
+            None => self.requests.with_label_values(&["", record.api, record.outcome.as_str()]).inc(),
         }
         if let Some(first_byte) = record.first_byte {
             self.first_byte.observe(first_byte.as_secs_f64());
@@ -153,13 +147,17 @@ impl Metrics {
         Ok(text)
     }
 
-    /// Makes the series of an environment visible before its first request.
-    pub fn announce(&self, environment: &Environment) {
-        for kind in ["prompt", "completion", "total"] {
-            self.tokens.with_label_values(&[&environment.name, "other", kind]);
-        }
+    /// The series of an environment, visible before its first request.
+    pub(crate) fn of_environment(&self, environment: &Environment) -> Series {
+        let series = Series {
+            environment: environment.name.clone(),
+            globs: environment.models.clone(),
+            requests: (0..APIS.len() * Outcome::ALL.len()).map(|_| OnceLock::new()).collect(),
+            tokens: (0..=KNOWN_MODELS.len() + environment.models.len()).map(|_| OnceLock::new()).collect(),
+        };
+        series.tokens(self, ModelLabel(KNOWN_MODELS.len() + environment.models.len()));
         for outcome in [Outcome::Answered, Outcome::Rejected] {
-            self.requests.with_label_values(&[&environment.name, "chat", outcome.as_str()]);
+            series.requests(self, "chat", outcome);
         }
         for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
             let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
@@ -167,6 +165,68 @@ impl Metrics {
             self.rejections.with_label_values(&labels);
         }
         self.usage_missing.with_label_values(&[&environment.name, "not_reported"]);
+        series
+    }
+}
+
+/// The counters of one environment that every request adds to, each looked up once: by label values
+/// they took a microsecond of every request.
+#[derive(Debug)]
+pub(crate) struct Series {
+    environment: String,
+    globs: Vec<Glob>,
+    /// By API and outcome.
+    requests: Box<[OnceLock<IntCounter>]>,
+    /// By model label: prompt, completion, total.
+    tokens: Box<[OnceLock<[IntCounter; 3]>]>,
+}
+
+/// What a model is called in metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ModelLabel(usize);
+
+/// Values of the `api` label.
+const APIS: &[&str] = &["none", "chat", "completions", "embeddings", "models", "root", "other"];
+
+impl Series {
+    /// A known name, the entry of the environment's list that allows it, or `other`: the number of
+    /// series is bounded by the config.
+    pub(crate) fn label(&self, model: &str) -> ModelLabel {
+        let known = KNOWN_MODELS.iter().position(|known| *known == model);
+        let listed = || self.globs.iter().position(|glob| glob.matches(model));
+        ModelLabel(known.unwrap_or_else(|| KNOWN_MODELS.len() + listed().unwrap_or(self.globs.len())))
+    }
+
+    fn label_text(&self, label: ModelLabel) -> &str {
+        let listed = || self.globs.get(label.0.saturating_sub(KNOWN_MODELS.len())).map(Glob::as_str);
+        KNOWN_MODELS.get(label.0).copied().or_else(listed).unwrap_or("other")
+    }
+
+    fn requests(&self, metrics: &Metrics, api: &str, outcome: Outcome) -> &IntCounter {
+        let api = APIS.iter().position(|known| *known == api).unwrap_or(0);
+        self.requests[api * Outcome::ALL.len() + outcome as usize].get_or_init(|| {
+            metrics.requests.with_label_values(&[&self.environment, APIS[api], outcome.as_str()])
+        })
+    }
+
+    fn tokens(&self, metrics: &Metrics, label: ModelLabel) -> &[IntCounter; 3] {
+        self.tokens[label.0].get_or_init(|| {
+            ["prompt", "completion", "total"].map(|kind| {
+                metrics.tokens.with_label_values(&[self.environment.as_str(), self.label_text(label), kind])
+            })
+        })
+    }
+
+    fn request(&self, metrics: &Metrics, record: &Record) {
+        self.requests(metrics, record.api, record.outcome).inc();
+        let Some(label) = record.model_label else { return };
+        let charged = &record.charged;
+        let counters = self.tokens(metrics, label);
+        for (counter, tokens) in counters.iter().zip([charged.prompt, charged.completion, charged.total]) {
+            if tokens > 0 {
+                counter.inc_by(tokens);
+            }
+        }
     }
 }
 
@@ -216,13 +276,3 @@ const KNOWN_MODELS: &[&str] = &[
     "text-embedding-3-small",
     "text-embedding-ada-002",
 ];
-
-/// What a model is called in metrics: a known name, the entry of the environment's list that allows
-/// it, or `other`; so the number of series is bounded by the config.
-pub(crate) fn model_label(environment: &Environment, model: &str) -> String {
-    if KNOWN_MODELS.contains(&model) {
-        return model.to_owned();
-    }
-    let listed = environment.models.iter().find(|glob| glob.matches(model));
-    listed.map_or_else(|| "other".to_owned(), |glob| glob.as_str().to_owned())
-}

@@ -9,6 +9,7 @@ use super::{Request, Socket};
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, response};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
@@ -23,6 +24,8 @@ use crate::clock::Stopwatch;
 const READ: usize = 16 * 1024;
 const LONGEST_HEAD: usize = 64 * 1024;
 const MOST_HEADERS: usize = 128;
+/// So many headers are added to an answer on its way to the caller: room for them from the start.
+const ROOM_FOR_MORE: usize = 15;
 /// More interim answers (103 and the like) than this before the real one are a fault.
 const MOST_INTERIM: usize = 16;
 /// A chunk's size with its extensions, and all trailers, are no longer than this.
@@ -230,7 +233,7 @@ fn parse_head(
     let is_http11 = head.version == Some(1);
     // Places first: the values then share the head's bytes instead of copying them.
     let base = buffer.as_ptr() as usize;
-    let spans: Vec<(HeaderName, usize, usize)> = head
+    let spans: SmallVec<[(HeaderName, usize, usize); 16]> = head
         .headers
         .iter()
         .map(|h| {
@@ -239,7 +242,7 @@ fn parse_head(
         })
         .collect::<io::Result<_>>()?;
     let bytes = buffer.split_to(length).freeze();
-    let mut headers = HeaderMap::with_capacity(spans.len());
+    let mut headers = HeaderMap::with_capacity(spans.len() + ROOM_FOR_MORE);
     for (name, at, length) in spans {
         let value = HeaderValue::from_maybe_shared(bytes.slice(at..at + length))
             .map_err(|_| bad("a header's value"))?;
