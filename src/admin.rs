@@ -101,19 +101,20 @@ async fn page() -> Html<&'static str> {
     Html(include_str!("admin/page.html"))
 }
 
-async fn readyz(State(admin): State<Admin>) -> (StatusCode, &'static str) {
+async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     if admin.shared.is_draining() {
-        (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n")
-    } else {
-        (StatusCode::OK, "ready\n")
+        return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
+    }
+    match admin.shared.store_trouble() {
+        // It serves: whoever takes it out of service loses more than the store does.
+        Some(trouble) => (StatusCode::OK, format!("ready, but the store cannot be written: {trouble}\n")),
+        None => (StatusCode::OK, "ready\n".into()),
     }
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
     let shared = &admin.shared;
-    let accounts: Vec<(Arc<Environment>, Arc<Account>)> =
-        shared.config.environments.iter().cloned().zip(shared.accounts.iter().cloned()).collect();
-    match shared.metrics.render(&accounts) {
+    match shared.metrics.render(&shared.environments(), shared.store_trouble().is_none()) {
         Ok(text) => {
             let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
             (kind, Body::from(text)).into_response()

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::estimate;
 use crate::proxy::{Proxy, Shared};
 use crate::server::{self, Order};
+use crate::store::{Store, Writer};
 use crate::upstream;
 use anyhow::Context as _;
 use hyper::service::service_fn;
@@ -43,6 +44,8 @@ pub struct App {
     workers: Vec<Thread>,
     admin: Thread,
     drain_timeout: Duration,
+    /// Dropped last: it writes what the others have settled.
+    store: Option<Writer>,
 }
 
 /// A server on threads of its own.
@@ -90,29 +93,35 @@ impl App {
 
         let drain_timeout = config.server.drain_timeout;
         let tls = upstream::client_config()?;
-        let shared = Arc::new(Shared::new(config)?);
+        let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
+        let shared = Arc::new(Shared::new(config, store.as_ref())?);
+        let store = store.map(|store| store.start(shared.environments())).transpose()?;
         let mut threads = Vec::new();
         for listener in listeners {
             let proxy = Arc::new(Proxy::new(shared.clone(), &tls)?);
             let runtime = if workers == Workers::PerCore { one_core()? } else { all_cores(cores)? };
             threads.push(Thread::spawn("worker", runtime, move |orders| {
-                let service = service_fn(move |request| {
+                let service_for = move |peer: SocketAddr| {
                     let proxy = proxy.clone();
-                    async move { Ok::<_, Infallible>(proxy.serve(request).await) }
-                });
-                server::serve(listener, service, orders)
+                    service_fn(move |request| {
+                        let proxy = proxy.clone();
+                        async move { Ok::<_, Infallible>(proxy.serve(request, peer.ip()).await) }
+                    })
+                };
+                server::serve(listener, service_for, orders)
             })?);
         }
         let router = admin::service(shared.clone(), admin_address);
         let mut admin_listeners = admin_listeners;
         let admin_listener = admin_listeners.pop().context("no admin socket")?;
-        let admin =
-            Thread::spawn("admin", one_core()?, move |orders| server::serve(admin_listener, router, orders))?;
+        let admin = Thread::spawn("admin", one_core()?, move |orders| {
+            server::serve(admin_listener, move |_| router.clone(), orders)
+        })?;
         // The vocabularies are loaded off the request path, and nobody is served before they are.
         if warm.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        Ok(Self { address, admin_address, shared, workers: threads, admin, drain_timeout })
+        Ok(Self { address, admin_address, shared, workers: threads, admin, drain_timeout, store })
     }
 
     /// Where callers are served.
@@ -137,6 +146,7 @@ impl App {
         let cut_off = self.workers.iter_mut().map(Thread::join).sum();
         self.admin.order(ADMIN_DRAIN);
         self.admin.join();
+        drop(self.store.take());
         ShutdownReport { under_way, cut_off, took: clock.elapsed() }
     }
 }

@@ -1,7 +1,7 @@
 //! What of a request's JSON the gateway needs, in one pass over it, without building a tree.
 //!
-//! Pure. The body itself is forwarded as it came; where usage has to be asked for, `usage_asked_for`
-//! makes the one change.
+//! Pure. The body itself is forwarded as it came, but for two changes: usage that is asked for, and a bound
+//! that is lowered.
 
 mod prompt;
 
@@ -11,6 +11,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
+use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::fmt;
 
@@ -63,6 +64,10 @@ pub struct Body<'a> {
     pub n: Option<u64>,
     /// `best_of`.
     pub best_of: Option<u64>,
+    /// Where the values of the caller's bounds stand.
+    caps: SmallVec<[Span; 2]>,
+    /// Where the object begins.
+    opens_at: usize,
     /// What is to be counted.
     pub prompt: Prompt<'a>,
 }
@@ -77,7 +82,7 @@ struct StreamOptions {
     include_usage: Option<(Span, bool)>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Span {
     start: usize,
     end: usize,
@@ -129,6 +134,7 @@ impl<'a> Body<'a> {
             (_, Some(fault)) => Err(fault),
             (Ok(()), None) => {
                 body.prompt.finish(api);
+                body.opens_at = json.iter().position(|&b| b == b'{').unwrap_or(0);
                 Ok(body)
             }
             (Err(e), None) if e.is_data() && !field.is_empty() => Err(BodyFault::Invalid(format!(
@@ -155,23 +161,72 @@ impl<'a> Body<'a> {
         each.saturating_mul(self.prompt.prompts.max(1))
     }
 
-    /// The body with `stream_options.include_usage` set; every other byte stays where it was.
-    pub fn usage_asked_for(&self, json: &[u8]) -> Bytes {
-        const ASKED: &[u8] = br#""stream_options":{"include_usage":true},"#;
-        let (cut, insert): (Span, &[u8]) = match self.stream_options {
-            None => {
-                let open = json.iter().position(|&b| b == b'{').map_or(0, |at| at + 1);
-                (Span { start: open, end: open }, ASKED)
-            }
-            Some(StreamOptions { include_usage: Some((span, _)), .. }) => (span, b"true"),
-            Some(StreamOptions { at, is_null: true, .. }) => (at, br#"{"include_usage":true}"#),
+    /// What sets `stream_options.include_usage`.
+    pub fn ask_for_usage(&self) -> Edit {
+        let (at, text) = match self.stream_options {
+            None => (self.opening(), r#""stream_options":{"include_usage":true},"#),
+            Some(StreamOptions { include_usage: Some((span, _)), .. }) => (span, "true"),
+            Some(StreamOptions { at, is_null: true, .. }) => (at, r#"{"include_usage":true}"#),
             Some(StreamOptions { at, is_empty, .. }) => {
                 let open = Span { start: at.start + 1, end: at.start + 1 };
-                (open, if is_empty { br#""include_usage":true"# } else { br#""include_usage":true,"# })
+                (open, if is_empty { r#""include_usage":true"# } else { r#""include_usage":true,"# })
             }
         };
-        [&json[..cut.start], insert, &json[cut.end..]].concat().into()
+        Edit { at, text: text.into() }
     }
+
+    /// Where the bounds of a completion stand, or one could be put.
+    pub fn bounds(&self) -> Bounds {
+        Bounds { caps: self.caps.clone(), opening: self.opening() }
+    }
+
+    /// Just behind the brace that opens the body. There is a field behind it: without one nothing is
+    /// streamed or generated.
+    fn opening(&self) -> Span {
+        Span { start: self.opens_at + 1, end: self.opens_at + 1 }
+    }
+}
+
+/// A change to a body, of which every other byte stays as it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit {
+    at: Span,
+    text: Cow<'static, str>,
+}
+
+/// Where a body bounds its completions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bounds {
+    caps: SmallVec<[Span; 2]>,
+    opening: Span,
+}
+
+impl Bounds {
+    /// What bounds each completion to so many tokens: in every field that names a bound, or in a new
+    /// one, whose name depends on the model.
+    pub fn lower_to(&self, tokens: u64, model: &str) -> Vec<Edit> {
+        if self.caps.is_empty() {
+            let model = model.rsplit('/').next().unwrap_or(model);
+            let reasons = ["o1", "o3", "o4", "gpt-5"].iter().any(|prefix| model.starts_with(prefix));
+            let name = if reasons { "max_completion_tokens" } else { "max_tokens" };
+            return vec![Edit { at: self.opening, text: format!("\"{name}\":{tokens},").into() }];
+        }
+        self.caps.iter().map(|&at| Edit { at, text: tokens.to_string().into() }).collect()
+    }
+}
+
+/// The body with these changes, which do not overlap.
+pub fn edited(json: &[u8], mut edits: Vec<Edit>) -> Bytes {
+    edits.sort_by_key(|edit| edit.at.start);
+    let mut out = Vec::with_capacity(json.len() + edits.iter().map(|edit| edit.text.len()).sum::<usize>());
+    let mut from = 0;
+    for Edit { at, text } in edits {
+        out.extend_from_slice(&json[from..at.start]);
+        out.extend_from_slice(text.as_bytes());
+        from = at.end;
+    }
+    out.extend_from_slice(&json[from..]);
+    out.into()
 }
 
 /// Whether brackets outside of strings nest deeper than `most`. Linear and without recursion.
@@ -285,6 +340,10 @@ impl<'a> Reading<'a> {
             "suffix" => map.next_value_seed(prompt::Suffix(&mut self.body.prompt)),
             _ => {
                 let raw = map.next_value::<&'a RawValue>()?.get();
+                if matches!(name, "max_tokens" | "max_completion_tokens") {
+                    let start = offset(self.text, raw);
+                    self.body.caps.push(Span { start, end: start + raw.len() });
+                }
                 if raw != "null" || name == "stream_options" {
                     self.read_raw(name, raw);
                 }
@@ -415,6 +474,30 @@ mod tests {
     }
 
     #[test]
+    fn a_bound_is_lowered_wherever_it_stands() {
+        for (before, model, after) in [
+            (r#"{"model":"m","max_tokens":500,"n":2}"#, "m", r#"{"model":"m","max_tokens":7,"n":2}"#),
+            (
+                r#"{"max_completion_tokens": 500 , "x":[1], "max_tokens":null}"#,
+                "m",
+                r#"{"max_completion_tokens": 7 , "x":[1], "max_tokens":7}"#,
+            ),
+            (r#" { "model":"m"}"#, "gpt-4o", r#" {"max_tokens":7, "model":"m"}"#),
+            (r#"{"model":"m"}"#, "openai/o3-mini", r#"{"max_completion_tokens":7,"model":"m"}"#),
+            (r#"{"model":"m"}"#, "gpt-5-mini", r#"{"max_completion_tokens":7,"model":"m"}"#),
+        ] {
+            let edits = read(Api::Chat, before).unwrap().bounds().lower_to(7, model);
+            assert_eq!(edited(before.as_bytes(), edits), after.as_bytes(), "{before}");
+        }
+        let before = r#"{"stream":true,"max_tokens":9}"#;
+        let body = read(Api::Chat, before).unwrap();
+        let mut edits = body.bounds().lower_to(3, "m");
+        edits.push(body.ask_for_usage());
+        let after = r#"{"stream_options":{"include_usage":true},"stream":true,"max_tokens":3}"#;
+        assert_eq!(edited(before.as_bytes(), edits), after.as_bytes());
+    }
+
+    #[test]
     fn what_is_not_one_json_object_is_refused() {
         for json in [
             "",
@@ -530,7 +613,7 @@ mod tests {
         ] {
             let body = read(Api::Chat, &before).unwrap();
             assert!(!body.wants_usage());
-            let asked = body.usage_asked_for(before.as_bytes());
+            let asked = edited(before.as_bytes(), vec![body.ask_for_usage()]);
             assert_eq!(std::str::from_utf8(&asked).unwrap(), after);
             assert!(Body::read(Api::Chat, &asked).unwrap().wants_usage());
         }

@@ -45,6 +45,11 @@ impl Stopwatch {
         Instant::now().saturating_duration_since(self.0)
     }
 
+    /// Time from the start of an earlier one to the start of this.
+    pub fn since(&self, earlier: Self) -> Duration {
+        self.0.saturating_duration_since(earlier.0)
+    }
+
     /// The monotonic moment at which `after` will have passed since the start.
     pub fn deadline(&self, after: Duration) -> tokio::time::Instant {
         let far = Duration::from_hours(8760);

@@ -70,6 +70,9 @@ pub struct FloodGuard {
     pub requests: u32,
     /// In how long.
     pub per: Duration,
+    /// Also of this machine's own addresses. Default: only where the file sets the guard, since a proxy
+    /// on the same machine sends everybody's requests from one.
+    pub guards_loopback: bool,
 }
 
 /// `server.tls`.

@@ -86,6 +86,11 @@ pub enum ProxyError {
         /// The upstream's name in the config.
         upstream: String,
     },
+    /// One address sends more requests than `server.flood_guard` allows.
+    Flood {
+        /// Until its next one is let through.
+        wait: Duration,
+    },
     /// The gateway is about to stop.
     ShuttingDown,
     /// Something in the gateway itself.
@@ -114,6 +119,7 @@ impl ProxyError {
             Self::UpstreamUnreachable { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_unreachable"),
             Self::UpstreamTimeout { .. } => (S::GATEWAY_TIMEOUT, "upstream_error", "upstream_timeout"),
             Self::UpstreamCut { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_disconnected"),
+            Self::Flood { .. } => (S::TOO_MANY_REQUESTS, "requests", "flood_guard"),
             Self::ShuttingDown => (S::SERVICE_UNAVAILABLE, "server_error", "shutting_down"),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, "server_error", "internal_error"),
         }
@@ -162,6 +168,10 @@ impl ProxyError {
                     write_retry_after(headers, ms, *patience);
                 }
             }
+            Self::Flood { wait } => {
+                let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+                write_retry_after(headers, ms.saturating_add(1), Duration::MAX);
+            }
             Self::TooManyInFlight { .. } | Self::ShuttingDown => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
@@ -174,7 +184,8 @@ impl ProxyError {
     }
 }
 
-fn quota_shape(denied: &Denied) -> (StatusCode, &'static str, &'static str) {
+/// Status, type and code of a denial: those of the quota that takes longest.
+pub(crate) fn quota_shape(denied: &Denied) -> (StatusCode, &'static str, &'static str) {
     match denied.shortfalls().first() {
         Some(Shortfall { wait: Wait::Never, .. }) => {
             (StatusCode::BAD_REQUEST, "invalid_request_error", "request_exceeds_quota")
@@ -256,6 +267,11 @@ impl fmt::Display for ProxyError {
             }
             Self::UpstreamCut { upstream } => {
                 write!(f, "The upstream '{upstream}' broke off before its answer was complete.")
+            }
+            Self::Flood { wait } => {
+                let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
+                let wait = go_duration(ms);
+                write!(f, "Too many requests from your address (server.flood_guard). Try again in {wait}.")
             }
             Self::ShuttingDown => f.write_str("The gateway is shutting down. Try again in a moment."),
             Self::Internal => f.write_str("The gateway failed to handle this request."),

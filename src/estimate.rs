@@ -1,17 +1,14 @@
-//! What to reserve: the prompt tokens of a request body, and an allowance for the completion.
+//! The prompt tokens of a request body, counted before it is forwarded.
 //!
 //! Pure: texts in, numbers out.
 
 mod known;
 mod tokenizer;
 
-use crate::config::{CompletionReserve, Reserve};
 use std::borrow::Cow;
 
 pub use tokenizer::{Encoding, Tokenizer, warm};
 
-/// Until answers were seen, this many completion tokens are expected of each.
-const PRIOR_COMPLETION: u64 = 512;
 /// So much text is counted where it arrives.
 const QUICK_TEXT: usize = 2 * 1024;
 /// Texts with longer stretches without a space are counted elsewhere.
@@ -131,23 +128,4 @@ fn longest_run(text: &str) -> usize {
     let mut last = 0;
     let spaces = memchr::memchr_iter(b' ', text.as_bytes()).chain([text.len()]);
     spaces.into_iter().map(|at| at - std::mem::replace(&mut last, at)).max().unwrap_or(0)
-}
-
-/// How many completion tokens to reserve.
-///
-/// `cap` is the caller's own bound on all its completions together, `completions` how many there will
-/// be. `largest` is what the smallest quota could ever hold beside the prompt: a learned allowance
-/// beyond that would deny a small quota's first request for ever.
-pub fn completion_allowance(reserve: &Reserve, cap: Option<u64>, completions: u64, largest: u64) -> u64 {
-    match reserve.completion {
-        CompletionReserve::None => 0,
-        CompletionReserve::Fixed(tokens) => tokens,
-        CompletionReserve::MaxTokens => {
-            cap.unwrap_or_else(|| reserve.default_max_tokens.saturating_mul(completions))
-        }
-        CompletionReserve::Adaptive => {
-            let expected = PRIOR_COMPLETION.saturating_mul(completions);
-            expected.min(cap.unwrap_or(u64::MAX)).min(largest / 2).max(1)
-        }
-    }
 }

@@ -1,48 +1,44 @@
 //! Who holds what: the counters of every environment, and reservations that settle themselves.
 
+mod counters;
+mod history;
+mod learned;
+mod line;
+
 use crate::clock::{self, Timestamp};
-use crate::quota::{Amounts, Ask, Asker, Denied, Level, Quota, Quotas, Receipt, Standing};
+use crate::config::Environment;
+use crate::quota::{Amounts, Asker, Level, Quota, Saved, Standing};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+pub use counters::{Admission, Counters, Ended, Grant, NoRoom, Progress, Rules, Totals, Want};
+pub use history::Row;
+use line::Line;
+
+/// A store that does not take a reservation within this time is not waited for any longer.
+const LONGEST_WAIT_FOR_STORE: Duration = Duration::from_secs(1);
+
+/// Who keeps what changes, so that it outlives the process.
+pub trait Keeper: Send + Sync + std::fmt::Debug {
+    /// Something has changed. `urgent`: somebody waits until it is kept.
+    fn changed(&self, urgent: bool);
+
+    /// Whether waiting is any use: a store that cannot write now would only hold requests up.
+    fn is_writing(&self) -> bool;
+
+    /// A wait for it has taken too long.
+    fn is_late(&self);
+}
 
 /// The counters of one environment, shared by every request that draws on them.
 #[derive(Debug)]
 pub struct Account {
-    max_in_flight: Option<u64>,
     counters: Mutex<Counters>,
-}
-
-#[derive(Debug)]
-struct Counters {
-    quotas: Quotas,
-    in_flight: u64,
-    totals: Totals,
-}
-
-/// Sums since the account was opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Requests charged.
-    pub requests: u64,
-    /// Requests denied.
-    pub rejected: u64,
-    /// Prompt tokens charged.
-    pub prompt: u64,
-    /// Completion tokens charged.
-    pub completion: u64,
-    /// Total tokens charged.
-    pub total: u64,
-}
-
-/// Why there is no reservation.
-#[derive(Clone, Debug, PartialEq)]
-pub enum NoRoom {
-    /// Quotas that cannot hold it.
-    Quota(Denied),
-    /// So many requests are under way already.
-    InFlight {
-        /// The environment's bound.
-        limit: u64,
-    },
+    line: Line,
+    keeper: Option<Arc<dyn Keeper>>,
+    /// Requests that wait until their reservation is kept.
+    waiting: Mutex<Vec<oneshot::Sender<()>>>,
 }
 
 /// What an account looks like at one moment.
@@ -52,65 +48,148 @@ pub struct Snapshot {
     pub in_flight: u64,
     /// Every quota, in the config's order.
     pub levels: Vec<Level>,
-    /// Sums since the account was opened.
+    /// Sums since the store began.
     pub totals: Totals,
 }
 
+/// What has changed in an account and has to be kept.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Every quota that has changed.
+    pub quotas: Vec<(Quota, Saved)>,
+    /// Sums since the store began.
+    pub totals: Totals,
+    /// What requests in flight have reserved: spent, should the process die now.
+    pub held: Amounts,
+    /// Usage by minute, caller and model, and the model's name.
+    pub usage: Vec<(Row, Arc<str>)>,
+    /// To be told when all this is kept.
+    pub waiting: Vec<oneshot::Sender<()>>,
+}
+
+/// What another process has left of an account.
+#[derive(Debug, Default)]
+pub struct Left {
+    /// Quotas with what was kept of them.
+    pub quotas: Vec<(Quota, Saved)>,
+    /// Sums, without what was held.
+    pub totals: Totals,
+    /// What was in flight when the process died: charged in full.
+    pub held: Amounts,
+}
+
 impl Account {
-    /// Full quotas.
-    pub fn open(quotas: &[Quota], max_in_flight: Option<u64>) -> Self {
-        let quotas = Quotas::new(quotas, clock::now());
-        Self {
-            max_in_flight,
-            counters: Mutex::new(Counters { quotas, in_flight: 0, totals: Totals::default() }),
+    /// Full quotas, kept by nobody.
+    pub fn open(environment: &Environment) -> Self {
+        Self::open_with(environment, None, &Left::default())
+    }
+
+    /// The quotas as another process has left them, and `keeper` to keep them from now on.
+    pub fn open_with(environment: &Environment, keeper: Option<Arc<dyn Keeper>>, left: &Left) -> Self {
+        let now = clock::now();
+        let mut counters = Counters::new(Rules::of(environment), &environment.quotas, now);
+        if keeper.is_some() {
+            counters.take_over(now, left);
         }
+        Self { counters: Mutex::new(counters), line: Line::default(), keeper, waiting: Mutex::default() }
     }
 
     /// Holds room for one request in every quota it touches, or in none.
     ///
     /// # Errors
     /// What is in the way. A denied request changes nothing but the count of denials.
-    pub fn reserve(self: &Arc<Self>, asker: Asker<'_>, ask: &Ask) -> Result<Reservation, NoRoom> {
-        let now = clock::now();
-        let mut counters = self.lock();
-        match counters.reserve(now, asker, ask, self.max_in_flight) {
-            Ok(receipt) => {
-                counters.in_flight += 1;
-                let standing = counters.quotas.standing(now, asker);
-                drop(counters);
-                Ok(Reservation {
-                    account: self.clone(),
-                    receipt: Some(receipt),
-                    spent: Amounts::default(),
-                    standing,
-                })
-            }
-            Err(no_room) => {
-                counters.totals.rejected += 1;
-                Err(no_room)
-            }
+    pub fn reserve(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
+        self.reserve_by(want, Counters::admit)
+    }
+
+    /// The same, but a request that does not fit waits for room, at most so long, behind those that
+    /// wait already. Dropping the future leaves the line.
+    ///
+    /// # Errors
+    /// What is in the way, once no wait is left that could help.
+    pub async fn reserve_in_line(
+        self: &Arc<Self>,
+        want: &Want<'_>,
+        longest: Duration,
+    ) -> Result<Reservation, NoRoom> {
+        let waited = line::wait(&self.line, longest, || self.reserve_by(want, Counters::try_admit)).await;
+        // Whoever has waited in vain is denied by the quotas as they stand now.
+        match waited {
+            Some(reservation) => Ok(reservation),
+            None => self.reserve(want),
         }
+    }
+
+    fn reserve_by(
+        self: &Arc<Self>,
+        want: &Want<'_>,
+        admit: impl FnOnce(&mut Counters, Timestamp, &Want<'_>) -> Result<Admission, NoRoom>,
+    ) -> Result<Reservation, NoRoom> {
+        let mut counters = self.lock();
+        // Read under the lock, so that no request's clock runs behind that of the one before.
+        let now = clock::now();
+        let admitted = admit(&mut counters, now, want);
+        let keeper = self.keeper.as_deref();
+        let durable = keeper.is_some_and(Keeper::is_writing) && counters.are_durable(want.asker);
+        drop(counters);
+        let Admission { grant, clamped_to, would_deny, standing } = match admitted {
+            Ok(admission) => admission,
+            Err(no_room) => {
+                self.changed(false);
+                return Err(no_room);
+            }
+        };
+        let kept = durable.then(|| self.when_kept());
+        self.changed(durable);
+        Ok(Reservation {
+            account: self.clone(),
+            grant: Some(grant),
+            asker: (want.asker.caller, want.asker.model.into()),
+            ended: Ended::default(),
+            standing,
+            clamped_to,
+            would_deny,
+            kept,
+        })
+    }
+
+    /// Resolves when all that has changed until now is kept.
+    fn when_kept(&self) -> oneshot::Receiver<()> {
+        let (tell, told) = oneshot::channel();
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(tell);
+        told
+    }
+
+    fn changed(&self, urgent: bool) {
+        if let Some(keeper) = &self.keeper {
+            keeper.changed(urgent);
+        }
+    }
+
+    /// What has changed since the last call; `None`: nothing.
+    pub fn take_changes(&self) -> Option<Changes> {
+        // Those who wait now wait for changes made before: theirs are among what is taken below.
+        let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut counters = self.lock();
+        let mut quotas = Vec::new();
+        counters.quotas.take_changes(|quota, saved| quotas.push((quota.clone(), saved)));
+        let usage = counters.history.take();
+        let changes = Changes { quotas, totals: counters.totals, held: counters.held, usage, waiting };
+        let is_nothing = changes.quotas.is_empty() && changes.usage.is_empty() && changes.waiting.is_empty();
+        (!is_nothing).then_some(changes)
     }
 
     /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
     pub fn standing(&self, asker: Asker<'_>) -> [Option<Standing>; 4] {
-        self.lock().quotas.standing(clock::now(), asker)
-    }
-
-    /// The largest completion that the smallest quota could ever hold beside a prompt of this size.
-    pub fn largest_completion(&self, asker: Asker<'_>, prompt: u64) -> u64 {
-        self.lock().quotas.largest_completion(asker, prompt)
+        let counters = self.lock();
+        counters.quotas.standing(clock::now(), asker)
     }
 
     /// All counters at one moment.
     pub fn snapshot(&self) -> Snapshot {
-        let now = clock::now();
         let mut counters = self.lock();
-        Snapshot {
-            in_flight: counters.in_flight,
-            levels: counters.quotas.levels(now),
-            totals: counters.totals,
-        }
+        let levels = counters.quotas.levels(clock::now());
+        Snapshot { in_flight: counters.in_flight, levels, totals: counters.totals }
     }
 
     /// Reservations not yet settled.
@@ -118,16 +197,12 @@ impl Account {
         self.lock().in_flight
     }
 
-    fn settle(&self, receipt: Receipt, spent: Amounts) {
-        let now = clock::now();
+    fn settle(&self, asker: Asker<'_>, grant: Grant, ended: Ended) {
         let mut counters = self.lock();
-        counters.quotas.settle(now, receipt, spent);
-        counters.in_flight = counters.in_flight.saturating_sub(1);
-        let totals = &mut counters.totals;
-        totals.requests += spent.requests;
-        totals.prompt += spent.prompt;
-        totals.completion += spent.completion;
-        totals.total += spent.total;
+        counters.settle(clock::now(), asker, grant, ended);
+        drop(counters);
+        self.line.somebody_has_ended();
+        self.changed(false);
     }
 
     /// A panic elsewhere while the lock was held cannot have left it half changed: amounts are
@@ -137,53 +212,84 @@ impl Account {
     }
 }
 
-impl Counters {
-    fn reserve(
-        &mut self,
-        now: Timestamp,
-        asker: Asker<'_>,
-        ask: &Ask,
-        max_in_flight: Option<u64>,
-    ) -> Result<Receipt, NoRoom> {
-        if let Some(limit) = max_in_flight.filter(|&limit| self.in_flight >= limit) {
-            return Err(NoRoom::InFlight { limit });
-        }
-        self.quotas.reserve(now, asker, ask).map_err(NoRoom::Quota)
-    }
-}
-
 /// Room held in the quotas of one environment for one request. Dropping it settles the charge with
 /// the last amounts observed, which are nothing until the request has gone to the upstream.
 #[derive(Debug)]
 #[must_use = "dropping a reservation settles it at once"]
 pub struct Reservation {
     account: Arc<Account>,
-    receipt: Option<Receipt>,
-    spent: Amounts,
+    grant: Option<Grant>,
+    asker: (Option<usize>, Box<str>),
+    ended: Ended,
     standing: [Option<Standing>; 4],
+    clamped_to: Option<u64>,
+    would_deny: Option<NoRoom>,
+    kept: Option<oneshot::Receiver<()>>,
 }
 
 impl Reservation {
     /// Records the latest word on what the request has cost.
     pub fn observe(&mut self, spent: Amounts) {
-        self.spent = spent;
+        self.ended.spent = spent;
+    }
+
+    /// The answer has come to its end: its length tells what to expect of the next.
+    pub fn is_whole(&mut self) {
+        self.ended.is_whole = true;
     }
 
     /// The latest word on what the request has cost.
     pub fn spent(&self) -> Amounts {
-        self.spent
+        self.ended.spent
+    }
+
+    /// Takes note of what has certainly been used so far, so that it is held no longer.
+    pub fn progress(&mut self, spent: Amounts) -> Progress {
+        let Some(grant) = &mut self.grant else { return Progress::Within };
+        let mut counters = self.account.lock();
+        let progress = counters.progress(clock::now(), grant, spent);
+        drop(counters);
+        self.account.line.somebody_has_ended();
+        self.account.changed(false);
+        progress
+    }
+
+    /// Waits until the reservation would outlive the process, if one of its quotas asks for that.
+    pub async fn kept(&mut self) {
+        let Some(kept) = self.kept.take() else { return };
+        if tokio::time::timeout(LONGEST_WAIT_FOR_STORE, kept).await.is_err()
+            && let Some(keeper) = &self.account.keeper
+        {
+            keeper.is_late();
+        }
     }
 
     /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.
     pub fn standing(&self) -> &[Option<Standing>; 4] {
         &self.standing
     }
+
+    /// To how many tokens each completion was bounded so that the request fits.
+    pub fn clamped_to(&self) -> Option<u64> {
+        self.clamped_to
+    }
+
+    /// Why the request would have been denied if its quotas were enforced.
+    pub fn would_deny(&self) -> Option<&NoRoom> {
+        self.would_deny.as_ref()
+    }
+
+    /// All that is reserved so far.
+    pub fn reserved(&self) -> Amounts {
+        self.grant.as_ref().map_or_else(Amounts::default, Grant::reserved)
+    }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        if let Some(receipt) = self.receipt.take() {
-            self.account.settle(receipt, self.spent);
+        if let Some(grant) = self.grant.take() {
+            let (caller, model) = &self.asker;
+            self.account.settle(Asker { caller: *caller, model }, grant, self.ended);
         }
     }
 }

@@ -39,6 +39,7 @@ pub mod config;
 // What surrounds the core.
 pub mod error;
 pub mod ledger;
+pub mod store;
 pub mod telemetry;
 pub mod upstream;
 

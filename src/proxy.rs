@@ -1,16 +1,17 @@
 //! The life of a request, from its head to the last byte of its answer.
 
 mod call;
+mod flood;
 mod headers;
 mod metered;
 mod route;
 
 use crate::clock::Stopwatch;
-use crate::config::{Config, Environment, ModelRule};
+use crate::config::{Config, Environment, ModelRule, OnDisconnect};
 use crate::error::ProxyError;
-use crate::estimate::completion_allowance;
-use crate::ledger::{Account, NoRoom, Reservation};
-use crate::quota::{Amounts, Ask, Asker};
+use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
+use crate::quota::{Amounts, Asker};
+use crate::store::{Signal, Store};
 use crate::telemetry::{Metrics, Outcome, Record, RequestIds, Series};
 use crate::upstream::{self, SendError, Upstream};
 use bytes::Bytes;
@@ -19,11 +20,13 @@ use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use subtle::ConstantTimeEq as _;
 
 use call::{Call, Reading};
+use flood::Flood;
 use headers::Told;
 pub use metered::AnswerBody;
 use metered::{Metered, Terms};
@@ -41,6 +44,9 @@ pub struct Shared {
     models: Arc<[ModelRule]>,
     callers: HashMap<[u8; 32], (usize, usize)>,
     request_ids: RequestIds,
+    flood: Option<Flood>,
+    /// How the store does; `None`: nothing is kept.
+    store: Option<Arc<Signal>>,
     draining: AtomicBool,
 }
 
@@ -56,9 +62,10 @@ struct Names {
 }
 
 /// One worker's way to serve requests: what is shared, and its own upstream connections.
+#[derive(Clone)]
 pub struct Proxy {
     shared: Arc<Shared>,
-    upstreams: Vec<Upstream>,
+    upstreams: Arc<[Arc<Upstream>]>,
 }
 
 /// What a request holds and what will be told of it. Dropping it settles the one and writes the other.
@@ -85,11 +92,11 @@ struct Caller {
 }
 
 impl Shared {
-    /// Opens the accounts of a config's environments.
+    /// Opens the accounts of a config's environments, as the store has them.
     ///
     /// # Errors
-    /// The metrics cannot be registered.
-    pub fn new(config: Arc<Config>) -> anyhow::Result<Self> {
+    /// The metrics cannot be registered, or the store cannot be read.
+    pub fn new(config: Arc<Config>, store: Option<&Store>) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new()?);
         let mut names = Vec::new();
         for environment in &config.environments {
@@ -103,17 +110,28 @@ impl Shared {
                 credential: headers::credential(&environment.upstream),
             });
         }
-        let open = |e: &Arc<Environment>| Arc::new(Account::open(&e.quotas, e.max_in_flight));
+        let open = |environment: &Arc<Environment>| {
+            let keeper = store.map(|store| -> Arc<dyn Keeper> { store.keeper() });
+            let left = store.map_or_else(|| Ok(Left::default()), |store| store.left(environment))?;
+            anyhow::Ok(Arc::new(Account::open_with(environment, keeper, &left)))
+        };
         Ok(Self {
-            accounts: config.environments.iter().map(open).collect(),
+            accounts: config.environments.iter().map(open).collect::<anyhow::Result<_>>()?,
             names,
             models: config.models.clone().into(),
             callers: config.callers_by_digest().into_iter().collect(),
             metrics,
             request_ids: RequestIds::new(),
+            flood: config.server.flood_guard.and_then(Flood::new),
+            store: store.map(Store::keeper),
             draining: AtomicBool::new(false),
             config,
         })
+    }
+
+    /// Every environment with its account.
+    pub fn environments(&self) -> Vec<(Arc<Environment>, Arc<Account>)> {
+        self.config.environments.iter().cloned().zip(self.accounts.iter().cloned()).collect()
     }
 
     /// From now on new requests are refused.
@@ -124,6 +142,11 @@ impl Shared {
     /// Whether new requests are refused.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// What keeps the store from writing; `None`: nothing.
+    pub fn store_trouble(&self) -> Option<String> {
+        self.store.as_ref()?.trouble()
     }
 
     /// Requests under way in all environments.
@@ -138,18 +161,22 @@ impl Proxy {
     /// # Errors
     /// An upstream's host cannot be a TLS server's name.
     pub fn new(shared: Arc<Shared>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
-        let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls);
+        let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls).map(Arc::new);
         let upstreams = shared.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
         Ok(Self { shared, upstreams })
     }
 
     /// Serves one request: the upstream's answer, or the gateway's own refusal.
-    pub async fn serve(&self, request: Request<Incoming>) -> Response<AnswerBody> {
+    pub async fn serve(&self, request: Request<Incoming>, peer: IpAddr) -> Response<AnswerBody> {
         let record = Record::begin(self.shared.metrics.clone());
         let mut charge = Charge { reservation: None, record };
         let mut told = Told::default();
-        match self.forward(request, &mut charge, &mut told).await {
-            Ok(Some(answer)) => self.respond(answer, charge),
+        match self.admit(request, peer, &mut charge, &mut told).await {
+            Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
+                let proxy = self.clone();
+                metered::outlive_caller(async move { proxy.exchange(forward, charge, told).await }).await
+            }
+            Ok(Some(forward)) => self.exchange(forward, charge, told).await,
             Ok(None) => empty_answer(charge),
             Err(error) => self.refuse(error, charge, told),
         }
@@ -157,12 +184,16 @@ impl Proxy {
 
     /// Every step that can refuse a request comes before the upstream sees it. `None`: there is
     /// nothing to say but that somebody is there.
-    async fn forward(
+    async fn admit(
         &self,
         request: Request<Incoming>,
+        peer: IpAddr,
         charge: &mut Charge,
         told: &mut Told,
-    ) -> Result<Option<Answer>, ProxyError> {
+    ) -> Result<Option<Forward>, ProxyError> {
+        if let Some(Err(wait)) = self.shared.flood.as_ref().map(|flood| flood.check(peer)) {
+            return Err(ProxyError::Flood { wait });
+        }
         let (head, body) = request.into_parts();
         if self.shared.is_draining() {
             return Err(ProxyError::ShuttingDown);
@@ -174,7 +205,7 @@ impl Proxy {
             return Ok(None);
         }
         let who = self.identify(&route, &head.headers)?;
-        let environment = &*self.shared.config.environments[who.environment];
+        let environment = &self.shared.config.environments[who.environment];
         self.name(who, &mut charge.record, told);
         if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
             return Err(self.unknown_path(&head));
@@ -184,37 +215,44 @@ impl Proxy {
         let received = Stopwatch::start();
         let call = self.understand(&route, environment, body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
-        self.reserve(who, environment, &route, &call, charge, told)?;
+        self.reserve(who, environment, &route, &call, charge, told).await?;
 
-        let upstream = &self.upstreams[self.shared.names[who.environment].upstream];
+        let names = &self.shared.names[who.environment];
         let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
-        let credential = self.shared.names[who.environment].credential.as_ref();
-        let headers = headers::for_upstream(head.headers, &environment.upstream, credential);
-        let request = upstream::Request { method: head.method, target, headers, body: call.body.clone() };
+        let headers = headers::for_upstream(head.headers, &environment.upstream, names.credential.as_ref());
+        let body = call.forwarded(told.clamped_to);
+        Ok(Some(Forward {
+            request: upstream::Request { method: head.method, target, headers, body },
+            upstream: self.upstreams[names.upstream].clone(),
+            environment: environment.clone(),
+            call,
+            received,
+        }))
+    }
+
+    /// Sends an admitted request on and passes the answer back.
+    async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
+        let Forward { request, upstream, environment, call, received } = forward;
         // From here on the request may have reached the upstream, whatever becomes of the caller.
         charge.observe(Amounts::of_request(call.estimate.tokens(), 0));
-        let overhead = received.elapsed();
+        charge.record.overhead = Some(received.elapsed());
         let waiting = Stopwatch::start();
         let (parts, incoming) = match upstream.send(&request).await {
             Ok(answer) => answer,
-            Err(error) => return Err(no_answer(error, environment, charge)),
+            Err(error) => {
+                let error = no_answer(error, &environment, &mut charge);
+                return self.refuse(error, charge, told);
+            }
         };
         charge.record.first_byte = Some(waiting.elapsed());
-        charge.record.overhead = Some(overhead);
         let terms = Terms {
             estimated_prompt: call.estimate.tokens(),
+            completions: call.completions.max(1),
             tokenizer: call.tokenizer,
-            upstream: environment.upstream.name.clone(),
-            timeouts: environment.upstream.timeouts,
             status: parts.status,
+            environment,
         };
-        Ok(Some(Answer {
-            parts,
-            incoming,
-            withholds: call.asked_for_usage,
-            terms,
-            told: std::mem::take(told),
-        }))
+        self.respond(Answer { parts, incoming, withholds: call.asks_for_usage(), terms, told }, charge)
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -291,8 +329,8 @@ impl Proxy {
         Call::read(body, reading).await
     }
 
-    /// Holds room for the request in every quota that it touches.
-    fn reserve(
+    /// Holds room for the request in every quota that it touches, and waits for what has to be waited for.
+    async fn reserve(
         &self,
         who: Caller,
         environment: &Environment,
@@ -307,42 +345,62 @@ impl Proxy {
             Endpoint::Other => false,
         };
         let account = &self.shared.accounts[who.environment];
-        let asker = Asker { caller: who.caller, model: &call.model };
-        let prompt = if environment.reserve.prompt { call.estimate.tokens() } else { 0 };
-        let completion = if generates {
-            let largest = account.largest_completion(asker, prompt);
-            completion_allowance(&environment.reserve, call.completion_cap, call.completions.max(1), largest)
-        } else {
-            0
+        let want = Want {
+            asker: Asker { caller: who.caller, model: &call.model },
+            prompt: call.estimate.tokens(),
+            generates,
+            cap: call.completion_cap,
+            completions: call.completions.max(1),
         };
-        let ask = Ask { amounts: Amounts::of_request(prompt, completion), generates };
-        match account.reserve(asker, &ask) {
-            Ok(reservation) => {
-                told.standing = *reservation.standing();
-                charge.reservation = Some(reservation);
-                Ok(())
-            }
+        let longest = environment.reserve.max_wait;
+        let reserved = if longest.is_zero() {
+            account.reserve(&want)
+        } else {
+            account.reserve_in_line(&want, longest).await
+        };
+        let mut reservation = match reserved {
+            Ok(reservation) => reservation,
             Err(no_room) => {
-                told.standing = account.standing(asker);
-                Err(self.denied(no_room, environment))
+                told.standing = account.standing(want.asker);
+                return Err(self.denied(no_room, environment));
             }
+        };
+        if let Some(no_room) = reservation.would_deny() {
+            self.would_deny(no_room, environment, &charge.record);
         }
+        told.standing = *reservation.standing();
+        told.clamped_to = reservation.clamped_to();
+        reservation.kept().await;
+        charge.reservation = Some(reservation);
+        Ok(())
     }
 
     fn denied(&self, no_room: NoRoom, environment: &Environment) -> ProxyError {
+        let (code, worst) = (no_room_code(&no_room), no_room.worst());
+        self.shared.metrics.rejected(&environment.name, code, worst, false);
         let name = environment.name.clone();
-        let error = match no_room {
+        match no_room {
             NoRoom::Quota(denied) => {
                 ProxyError::Quota { denied, environment: name, patience: environment.retry_patience }
             }
             NoRoom::InFlight { limit } => ProxyError::TooManyInFlight { limit, environment: name },
-        };
-        let worst = match &error {
-            ProxyError::Quota { denied, .. } => denied.shortfalls().first(),
-            _ => None,
-        };
-        self.shared.metrics.rejected(&environment.name, error.code(), worst);
-        error
+        }
+    }
+
+    /// The quotas only watch: what they would have done is logged and counted apart.
+    fn would_deny(&self, no_room: &NoRoom, environment: &Environment, record: &Record) {
+        let (code, worst) = (no_room_code(no_room), no_room.worst());
+        self.shared.metrics.rejected(&environment.name, code, worst, true);
+        tracing::info!(
+            environment = environment.name,
+            caller = record.caller.as_deref(),
+            code,
+            kind = worst.map(|s| s.quota.kind.as_str()),
+            per = worst.map(|s| s.quota.per.written.as_str()),
+            requested = worst.map(|s| s.requested),
+            remaining = worst.map(|s| s.remaining),
+            "a request would have been refused if the quotas were enforced (enforce: false)"
+        );
     }
 
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
@@ -365,7 +423,7 @@ impl Proxy {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
         told.write(&mut parts.headers);
-        Response::from_parts(parts, AnswerBody::Metered(Box::new(metered)))
+        Response::from_parts(parts, AnswerBody::metered(metered))
     }
 
     /// The gateway's own answer.
@@ -373,7 +431,9 @@ impl Proxy {
         let record = &mut charge.record;
         record.error = error.code();
         record.outcome = match &error {
-            ProxyError::Quota { .. } | ProxyError::TooManyInFlight { .. } => Outcome::Rejected,
+            ProxyError::Quota { .. } | ProxyError::TooManyInFlight { .. } | ProxyError::Flood { .. } => {
+                Outcome::Rejected
+            }
             ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => {
                 Outcome::UpstreamFailed
             }
@@ -390,13 +450,23 @@ impl Proxy {
         }
         // Settled before the caller reads of it.
         drop(charge);
-        response.map(|body| AnswerBody::Whole(Some(body.into())))
+        response.map(|body| AnswerBody::whole(Some(body.into())))
     }
 }
 
 /// Names that others chose are shown up to so many bytes.
 const LONGEST_SHOWN: usize = 128;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// An admitted request on its way to the upstream.
+struct Forward {
+    request: upstream::Request,
+    upstream: Arc<Upstream>,
+    environment: Arc<Environment>,
+    call: Call,
+    /// Since its body was read.
+    received: Stopwatch,
+}
 
 /// An upstream's answer on its way to the caller.
 struct Answer {
@@ -433,6 +503,13 @@ fn describe(
     Ok(())
 }
 
+fn no_room_code(no_room: &NoRoom) -> &'static str {
+    match no_room {
+        NoRoom::Quota(denied) => crate::error::quota_shape(denied).2,
+        NoRoom::InFlight { .. } => "too_many_in_flight",
+    }
+}
+
 /// What a request that got no answer costs: nothing if it never reached the upstream, else its
 /// prompt, as far as it was estimated.
 fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -> ProxyError {
@@ -463,5 +540,5 @@ fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -
 fn empty_answer(mut charge: Charge) -> Response<AnswerBody> {
     charge.record.status = StatusCode::OK.as_u16();
     charge.record.outcome = Outcome::Answered;
-    Response::new(AnswerBody::Whole(None))
+    Response::new(AnswerBody::whole(None))
 }

@@ -6,6 +6,7 @@ mod bucket;
 mod period;
 mod table;
 
+use crate::clock::Timestamp;
 use crate::glob::Glob;
 use std::fmt;
 
@@ -62,6 +63,34 @@ pub enum Scope {
     Caller(usize, String),
     /// The requests for models that match the pattern.
     Model(Glob),
+}
+
+impl Scope {
+    /// A caller is known by its name: its place in the list may change.
+    fn is_same_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Caller(_, a), Self::Caller(_, b)) => a == b,
+            _ => self == other,
+        }
+    }
+
+    /// `environment`, `caller` or `model`.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Environment => "environment",
+            Self::Caller(..) => "caller",
+            Self::Model(_) => "model",
+        }
+    }
+
+    /// The caller's name or the models' pattern; empty for the environment.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Environment => "",
+            Self::Caller(_, name) => name,
+            Self::Model(pattern) => pattern.as_str(),
+        }
+    }
 }
 
 /// The length of a quota's period.
@@ -131,6 +160,26 @@ impl Quota {
         }
     }
 
+    /// Whether it is the same quota, at most with another limit: its counters then go on.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let same_window = match (&self.window, &other.window) {
+            (Window::Rolling { .. }, Window::Rolling { .. }) => true,
+            (Window::Calendar { unit: a, zone: x }, Window::Calendar { unit: b, zone: y }) => {
+                a == b && x == y
+            }
+            _ => false,
+        };
+        same_window
+            && self.scope.is_same_as(&other.scope)
+            && self.kind == other.kind
+            && self.per.ms == other.per.ms
+    }
+
+    /// An hour or longer: what is reserved in it must outlive the process.
+    pub fn is_durable(&self) -> bool {
+        self.per.ms >= 3600 * 1000
+    }
+
     /// A day or longer: exhausting it is not a matter of seconds.
     pub fn is_long(&self) -> bool {
         self.per.ms >= 24 * 3600 * 1000
@@ -161,11 +210,51 @@ impl Amounts {
         }
     }
 
+    /// Of each kind the smaller amount.
+    #[must_use]
+    pub fn at_most(self, other: Self) -> Self {
+        self.zip(other, u64::min)
+    }
+
+    /// Of each kind what is more than in `other`.
+    #[must_use]
+    pub fn less(self, other: Self) -> Self {
+        self.zip(other, u64::saturating_sub)
+    }
+
+    /// The sums of each kind.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        self.zip(other, u64::saturating_add)
+    }
+
+    fn zip(self, other: Self, f: impl Fn(u64, u64) -> u64) -> Self {
+        Self {
+            requests: f(self.requests, other.requests),
+            prompt: f(self.prompt, other.prompt),
+            completion: f(self.completion, other.completion),
+            total: f(self.total, other.total),
+        }
+    }
+
     /// Amounts of one request, each cut to `MAX_AMOUNT`.
     pub fn of_request(prompt: u64, completion: u64) -> Self {
         let (prompt, completion) = (prompt.min(MAX_AMOUNT), completion.min(MAX_AMOUNT));
         Self { requests: 1, prompt, completion, total: (prompt + completion).min(MAX_AMOUNT) }
     }
+}
+
+/// What is kept of one quota so that it outlives the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Spent and not yet back, in whole tokens or requests; below zero where the burst was lowered.
+    pub used: i64,
+    /// Of a rolling quota: how much of a token more than that is left, in 1/`period_ms`.
+    pub level_fraction: u64,
+    /// Held by requests in flight: spent, should the process die now.
+    pub held: u64,
+    /// Of a rolling quota: when it was last refilled. Of a calendar quota: the start of its period.
+    pub at: Timestamp,
 }
 
 /// What a request asks of its quotas.

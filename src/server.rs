@@ -65,11 +65,11 @@ fn socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener
 /// that is over. Returns how many connections were cut off then.
 pub(crate) async fn serve<S, B>(
     listener: std::net::TcpListener,
-    service: S,
+    service_for: impl Fn(SocketAddr) -> S,
     mut orders: watch::Receiver<Order>,
 ) -> io::Result<usize>
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
     S::Future: Send + 'static,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
     B: Body<Data = bytes::Bytes> + Send + 'static,
@@ -83,8 +83,8 @@ where
             biased;
             () = told_to_drain(&mut orders) => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    let connection = connection(stream, service.clone(), orders.clone(), alive.clone());
+                Ok((stream, peer)) => {
+                    let connection = connection(stream, service_for(peer), orders.clone(), alive.clone());
                     tokio::spawn(connection);
                 }
                 Err(error) => {

@@ -29,11 +29,13 @@ pub enum Outcome {
     UpstreamCut,
     /// The caller hung up.
     CallerGone,
+    /// The stream had outgrown its reservation, and nothing was left: ended by the gateway.
+    QuotaCut,
 }
 
 impl Outcome {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Answered,
         Self::UpstreamError,
         Self::Refused,
@@ -41,6 +43,7 @@ impl Outcome {
         Self::UpstreamFailed,
         Self::UpstreamCut,
         Self::CallerGone,
+        Self::QuotaCut,
     ];
 
     /// Its name in logs and metrics.
@@ -53,6 +56,7 @@ impl Outcome {
             Self::UpstreamFailed => "upstream_failed",
             Self::UpstreamCut => "upstream_cut",
             Self::CallerGone => "caller_gone",
+            Self::QuotaCut => "quota_cut",
         }
     }
 }

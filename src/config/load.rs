@@ -154,7 +154,7 @@ fn server(top: &Section<'_>) -> Server {
         listen: address(section.get("listen"), 8080),
         max_request_body: section.get("max_request_body").and_then(|i| body_size(&i)).unwrap_or(32 << 20),
         flood_guard: match section.get("flood_guard") {
-            None => Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1) }),
+            None => Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1), guards_loopback: false }),
             Some(item) => flood_guard(&item),
         },
         drain_timeout: section
@@ -187,7 +187,7 @@ fn flood_guard(item: &Item<'_>) -> Option<FloodGuard> {
     if per.is_zero() {
         section.fault("\"per\" must not be 0; flood_guard: 0 turns the guard off");
     }
-    (requests > 0).then_some(FloodGuard { requests, per })
+    (requests > 0).then_some(FloodGuard { requests, per, guards_loopback: true })
 }
 
 fn tls_files(item: &Item<'_>) -> Option<TlsFiles> {

@@ -82,7 +82,10 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(config.server.listen.to_string(), "127.0.0.1:8080");
     assert_eq!(config.admin.listen.to_string(), "127.0.0.1:9090");
     assert_eq!(config.server.max_request_body, 32 << 20);
-    assert_eq!(config.server.flood_guard, Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1) }));
+    assert_eq!(
+        config.server.flood_guard,
+        Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1), guards_loopback: false })
+    );
     assert_eq!(config.server.drain_timeout.as_secs(), 30);
     assert_eq!(config.store.path, Path::new("data/tollgate.db"));
     assert_eq!(config.store.history.as_secs(), 35 * 86_400);

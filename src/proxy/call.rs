@@ -1,6 +1,6 @@
 //! The caller's request: its body within bounds, and the few fields of it that are needed.
 
-use crate::body::{Api, Body};
+use crate::body::{Api, Body, Bounds, Edit, edited};
 use crate::config::ModelRule;
 use crate::error::ProxyError;
 use crate::estimate::{Prompt, PromptEstimate, Tokenizer};
@@ -24,12 +24,13 @@ const FIRST_BUFFER: usize = 256 * 1024;
 /// A request as far as the gateway understands it, and the bytes it forwards.
 #[derive(Debug, Default)]
 pub(super) struct Call {
-    /// What is forwarded: as it came, but for a stream's usage that is asked for.
-    pub(super) body: Bytes,
+    /// As it came.
+    body: Bytes,
+    /// What asks for usage where the caller did not.
+    asks_for_usage: Option<Edit>,
+    bounds: Bounds,
     pub(super) model: String,
     pub(super) streams: bool,
-    /// The gateway has asked for usage where the caller did not.
-    pub(super) asked_for_usage: bool,
     /// The caller's own bound on all its completions together.
     pub(super) completion_cap: Option<u64>,
     pub(super) completions: u64,
@@ -63,6 +64,19 @@ impl Call {
         Self { body, ..Self::default() }
     }
 
+    /// Whether the gateway asks for usage where the caller did not.
+    pub(super) fn asks_for_usage(&self) -> bool {
+        self.asks_for_usage.is_some()
+    }
+
+    /// What is forwarded: as it came, but for a stream's usage that is asked for, and each completion's
+    /// bound if it is to be lowered.
+    pub(super) fn forwarded(&self, bound: Option<u64>) -> Bytes {
+        let bound = bound.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model));
+        let edits: Vec<Edit> = bound.into_iter().chain(self.asks_for_usage.clone()).collect();
+        if edits.is_empty() { self.body.clone() } else { edited(&self.body, edits) }
+    }
+
     /// `None` if the prompt was not estimated.
     fn parse(
         bytes: &Bytes,
@@ -76,9 +90,10 @@ impl Call {
         let Some(estimate) = estimate(&body.prompt, &tokenizer) else { return Ok(None) };
         let asks = reading.ask_for_usage && body.streams && reading.api.generates() && !body.wants_usage();
         Ok(Some(Self {
-            body: if asks { body.usage_asked_for(bytes) } else { bytes.clone() },
+            body: bytes.clone(),
+            asks_for_usage: asks.then(|| body.ask_for_usage()),
+            bounds: body.bounds(),
             streams: body.streams,
-            asked_for_usage: asks,
             completion_cap: body.completion_cap(),
             completions: body.completions(),
             estimate,

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog-api-key"];
 
 const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
+const CLAMPED: HeaderName = HeaderName::from_static("x-tollgate-clamped-max-tokens");
 const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
 
 /// The key that a caller has sent, whichever header carries it.
@@ -161,6 +162,8 @@ pub(super) struct Told {
     pub(super) environment: Option<HeaderValue>,
     pub(super) estimated_prompt: Option<u64>,
     pub(super) standing: [Option<Standing>; 4],
+    /// To how many tokens each completion was bounded.
+    pub(super) clamped_to: Option<u64>,
 }
 
 impl Told {
@@ -168,6 +171,9 @@ impl Told {
     pub(super) fn write(self, headers: &mut HeaderMap) {
         if let Some(environment) = self.environment {
             headers.insert(ENVIRONMENT, environment);
+        }
+        if let Some(tokens) = self.clamped_to {
+            headers.insert(CLAMPED, HeaderValue::from(tokens));
         }
         if let Some(tokens) = self.estimated_prompt {
             headers.insert(ESTIMATE, HeaderValue::from(tokens));

@@ -3,35 +3,50 @@
 
 use super::Charge;
 use crate::clock::Stopwatch;
-use crate::config::Timeouts;
+use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
+use crate::ledger::Progress;
 use crate::quota::Amounts;
 use crate::telemetry::Outcome;
 use crate::upstream::Incoming;
 use crate::usage::{JsonReader, Received, Reported, SseReader, Texts};
 use bytes::Bytes;
 use http::header::{self, HeaderMap};
-use http::{HeaderValue, StatusCode};
+use http::{HeaderValue, Response, StatusCode};
 use hyper::body::{Body, Frame, SizeHint};
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{Sleep, sleep_until};
+use tokio::time::{Sleep, sleep_until, timeout};
 
 /// More text than this is counted on a thread for such work.
 const INLINE_TEXT: usize = 2 * 1024;
 
+/// How often what a stream has certainly used is taken out of what it holds.
+const PROGRESS: Duration = Duration::from_secs(1);
+/// So many answers are read to their end at once though their callers are gone.
+const MOST_DRAINED: usize = 1_024;
+/// And for so long.
+const LONGEST_DRAIN: Duration = Duration::from_mins(2);
+
+static DRAINS: Semaphore = Semaphore::const_new(MOST_DRAINED);
+
 /// The body of every answer to a caller.
-pub enum AnswerBody {
+pub struct AnswerBody(Kind);
+
+enum Kind {
     /// Made here.
     Whole(Option<Bytes>),
-    /// The upstream's.
-    Metered(Box<Metered>),
+    /// The upstream's. Taken when the caller hangs up.
+    Metered(Option<Box<Metered>>),
 }
 
 /// What has to be known to charge for an answer.
@@ -39,15 +54,21 @@ pub enum AnswerBody {
 pub(super) struct Terms {
     /// What is charged for the prompt if the upstream does not say.
     pub(super) estimated_prompt: u64,
+    /// How many completions were asked for.
+    pub(super) completions: u64,
     pub(super) tokenizer: Option<Tokenizer>,
-    /// Its name, for errors.
-    pub(super) upstream: String,
-    pub(super) timeouts: Timeouts,
     pub(super) status: StatusCode,
+    pub(super) environment: Arc<Environment>,
+}
+
+impl Terms {
+    fn upstream(&self) -> &str {
+        &self.environment.upstream.name
+    }
 }
 
 /// The upstream's body on its way to the caller.
-pub struct Metered {
+pub(super) struct Metered {
     incoming: Incoming,
     reader: Reader,
     /// Read and not yet passed on.
@@ -59,6 +80,11 @@ pub struct Metered {
     started: Stopwatch,
     last_data: Stopwatch,
     alarm: Option<Pin<Box<Sleep>>>,
+    last_progress: Stopwatch,
+    /// What the reservation holds for the completion; beyond it progress is looked at at once.
+    allowance: u64,
+    /// The caller has hung up, and the answer is read for its usage.
+    caller_is_gone: bool,
 }
 
 enum State {
@@ -104,17 +130,27 @@ impl Metered {
     ) -> Self {
         let reader = Reader::of(headers, withholds);
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
-        Self {
+        let now = Stopwatch::start();
+        let allowance = charge.reservation.as_ref().map_or(u64::MAX, |r| r.reserved().completion);
+        let mut metered = Self {
             incoming,
             length: if matches!(reader, Reader::Sse(_)) { None } else { length },
             reader,
             ready: VecDeque::new(),
             terms,
             state: State::Passing(charge),
-            started: Stopwatch::start(),
-            last_data: Stopwatch::start(),
+            started: now,
+            last_data: now,
             alarm: None,
+            last_progress: now,
+            allowance,
+            caller_is_gone: false,
+        };
+        if metered.is_stream() && metered.terms.status.is_success() {
+            // The model has begun: its prompt is spent.
+            metered.progress();
         }
+        metered
     }
 
     /// Whether the answer may become shorter or longer on its way, so that its length is not told.
@@ -129,11 +165,13 @@ impl Metered {
                 self.reader.feed(data, &mut self.ready);
                 if self.incoming.is_end() {
                     self.end();
+                } else if self.progress_is_due() && self.progress() == Progress::Overrun {
+                    self.overrun();
                 }
             }
             Poll::Ready(None) => self.end(),
             Poll::Ready(Some(Err(error))) => {
-                tracing::debug!(%error, upstream = self.terms.upstream, "an answer broke off");
+                tracing::debug!(%error, upstream = self.terms.upstream(), "an answer broke off");
                 self.cut(&Cut::Broken);
             }
             Poll::Pending => {
@@ -144,11 +182,44 @@ impl Metered {
         Poll::Ready(())
     }
 
+    fn progress_is_due(&self) -> bool {
+        let Reader::Sse(reader) = &self.reader else { return false };
+        reader.tokens_so_far() > self.allowance || self.last_data.since(self.last_progress) >= PROGRESS
+    }
+
+    /// What has certainly been used is held no longer, and a stream that outgrows its reservation gets
+    /// more of it.
+    fn progress(&mut self) -> Progress {
+        self.last_progress = self.last_data;
+        let (State::Passing(charge), Reader::Sse(reader)) = (&mut self.state, &self.reader) else {
+            return Progress::Within;
+        };
+        let spent = reader.reported().amounts(self.terms.estimated_prompt, reader.tokens_so_far());
+        let Some(reservation) = &mut charge.reservation else { return Progress::Within };
+        let progress = reservation.progress(spent);
+        // Where nothing more could be had, it is asked for again in a second, not at every event.
+        self.allowance =
+            if progress == Progress::Overrun { u64::MAX } else { reservation.reserved().completion };
+        progress
+    }
+
+    /// The stream goes on and becomes debt, or ends here as if it had reached its bound.
+    fn overrun(&mut self) {
+        let Reader::Sse(reader) = &mut self.reader else { return };
+        if self.terms.environment.reserve.on_overrun == OnOverrun::Finish {
+            return;
+        }
+        let separator = if reader.break_off() { "\n\n" } else { "" };
+        let ending = reader.length_ending(self.terms.completions);
+        self.ready.push_back(format!("{separator}{ending}").into());
+        self.close(Outcome::QuotaCut, true, Ending::End);
+    }
+
     /// Ready when the upstream has been silent, or the whole exchange has lasted, too long. The timer
     /// is set once and looked at when it fires: no timer is moved for every piece.
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
         loop {
-            let Timeouts { idle, total, .. } = self.terms.timeouts;
+            let Timeouts { idle, total, .. } = self.terms.environment.upstream.timeouts;
             let (silent, over) = (self.last_data.deadline(idle), self.started.deadline(total));
             let due = silent.min(over);
             let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
@@ -177,7 +248,7 @@ impl Metered {
         let ending = match &mut self.reader {
             Reader::Sse(reader) => {
                 let separator = if reader.break_off() { "\n\n" } else { "" };
-                let upstream = self.terms.upstream.clone();
+                let upstream = self.terms.upstream().to_owned();
                 let error = match *cut {
                     Cut::Broken => ProxyError::UpstreamCut { upstream },
                     Cut::Timeout(setting, after) => {
@@ -197,7 +268,12 @@ impl Metered {
         let State::Passing(mut charge) = std::mem::replace(&mut self.state, State::Settled(ending)) else {
             return;
         };
-        charge.record.outcome = outcome;
+        charge.record.outcome = if self.caller_is_gone { Outcome::CallerGone } else { outcome };
+        if outcome == Outcome::Answered
+            && let Some(reservation) = &mut charge.reservation
+        {
+            reservation.is_whole();
+        }
         let texts = self.texts_to_count(&mut charge, was_cut);
         if texts.bytes() <= INLINE_TEXT || self.terms.tokenizer.is_none() {
             self.settle(charge, count(self.terms.tokenizer, &texts));
@@ -219,7 +295,7 @@ impl Metered {
         charge.record.metrics().usage_missing(&charge.record.environment, reason);
         if reported.was_refused() {
             tracing::warn!(
-                upstream = self.terms.upstream,
+                upstream = self.terms.upstream(),
                 "an answer's usage cannot be true: counted here instead"
             );
         }
@@ -396,6 +472,91 @@ impl Body for Metered {
     }
 }
 
+impl Metered {
+    /// The answer is still coming, and is to be read to its end though the caller has gone.
+    fn wants_to_drain(&self) -> bool {
+        matches!(self.state, State::Passing(_)) && self.terms.environment.on_disconnect == OnDisconnect::Drain
+    }
+
+    /// Reads on without passing anything on, until it is settled.
+    fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            self.ready.clear();
+            match &self.state {
+                State::Passing(_) => ready!(self.poll_passing(cx)),
+                State::Counting(..) => drop(ready!(Pin::new(&mut *self).poll_frame(cx))),
+                State::Settled(_) => return Poll::Ready(()),
+            }
+        }
+    }
+}
+
+/// Runs an exchange so that it goes on without its caller: an answer that comes then is read to its end.
+pub(super) async fn outlive_caller(
+    exchange: impl Future<Output = Response<AnswerBody>> + Send + 'static,
+) -> Response<AnswerBody> {
+    let mut exchange = Detached(Some(tokio::spawn(exchange)));
+    let Some(handle) = &mut exchange.0 else { unreachable!("it was put there in the line before") };
+    let answer = handle.await;
+    exchange.0 = None;
+    match answer {
+        Ok(answer) => answer,
+        // A panic in there has settled and logged; the runtime's end leaves nobody to be answered.
+        Err(_) => ProxyError::Internal.into_response().map(|body| AnswerBody::whole(Some(body.into()))),
+    }
+}
+
+/// A task that is given up when its caller is gone, unless there is room to let it run to its end.
+struct Detached(Option<JoinHandle<Response<AnswerBody>>>);
+
+impl Drop for Detached {
+    fn drop(&mut self) {
+        let Some(handle) = self.0.take() else { return };
+        match (DRAINS.try_acquire(), Handle::try_current()) {
+            (Ok(permit), Ok(runtime)) => {
+                runtime.spawn(async move {
+                    let abort = handle.abort_handle();
+                    // The answer's body is dropped here, and drains by itself.
+                    if timeout(LONGEST_DRAIN, handle).await.is_err() {
+                        abort.abort();
+                    }
+                    drop(permit);
+                });
+            }
+            _ => handle.abort(),
+        }
+    }
+}
+
+impl AnswerBody {
+    /// Made here.
+    pub(super) fn whole(bytes: Option<Bytes>) -> Self {
+        Self(Kind::Whole(bytes))
+    }
+
+    /// The upstream's.
+    pub(super) fn metered(metered: Metered) -> Self {
+        Self(Kind::Metered(Some(Box::new(metered))))
+    }
+}
+
+/// The caller has hung up, or has all of it.
+impl Drop for AnswerBody {
+    fn drop(&mut self) {
+        let Kind::Metered(metered) = &mut self.0 else { return };
+        let Some(mut metered) = metered.take_if(|m| m.wants_to_drain()) else { return };
+        if let (Ok(permit), Ok(runtime)) = (DRAINS.try_acquire(), Handle::try_current()) {
+            metered.caller_is_gone = true;
+            runtime.spawn(async move {
+                let drained = poll_fn(|cx| metered.poll_drained(cx));
+                // What has come by then is counted when it is dropped.
+                drop(timeout(LONGEST_DRAIN, drained).await);
+                drop(permit);
+            });
+        }
+    }
+}
+
 impl Body for AnswerBody {
     type Data = Bytes;
     type Error = io::Error;
@@ -404,23 +565,24 @@ impl Body for AnswerBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        match &mut *self {
-            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
-            Self::Metered(metered) => Pin::new(metered.as_mut()).poll_frame(cx),
+        match &mut self.0 {
+            Kind::Whole(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
+            Kind::Metered(Some(metered)) => Pin::new(metered.as_mut()).poll_frame(cx),
+            Kind::Metered(None) => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Whole(bytes) => bytes.is_none(),
-            Self::Metered(metered) => metered.is_end_stream(),
+        match &self.0 {
+            Kind::Whole(bytes) => bytes.is_none(),
+            Kind::Metered(metered) => metered.as_ref().is_none_or(|m| m.is_end_stream()),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
-            Self::Metered(metered) => metered.size_hint(),
+        match &self.0 {
+            Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            Kind::Metered(metered) => metered.as_ref().map_or_else(SizeHint::default, |m| m.size_hint()),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! slow answers that overshoots the limit by its whole size. So `level + held <= burst` at every
 //! moment, whatever the order of calls.
 
-use super::Wait;
+use super::{Saved, Wait};
 use crate::clock::Timestamp;
 
 /// Where a request waits for room that others hold, no sooner than this (ms).
@@ -79,12 +79,52 @@ impl Bucket {
         self.held += amount;
     }
 
-    /// Replaces `held` tokens by the `spent` ones: gives back the rest, or becomes debt.
-    pub fn settle(&mut self, held: u64, spent: u64) {
+    /// What is certainly spent of a reservation does not stay held: the room it took refills from now on.
+    pub fn spend(&mut self, amount: u64) {
+        self.held = self.held.saturating_sub(amount);
+    }
+
+    /// Replaces what is still held of a reservation by what is owed for it beyond what `spend` has
+    /// moved: gives back the rest, or becomes debt. `owed` is below zero where too much was moved.
+    pub fn settle(&mut self, held: u64, owed: i64) {
         self.held = self.held.saturating_sub(held);
-        self.level += self.units(held) - self.units(spent);
+        self.level += self.units(held) - i128::from(owed) * self.scale;
         // Holds by construction; stated so that a slip elsewhere could never mint tokens.
         self.level = self.level.min(self.units(self.burst.saturating_sub(self.held)));
+    }
+
+    /// Another limit from now on: what was used stays used, what is held stays held.
+    pub fn set_limit(&mut self, limit: u64, burst: u64, now: Timestamp) {
+        self.refill(now);
+        self.level += self.units(burst) - self.units(self.burst);
+        self.rate = i128::from(limit.max(1));
+        self.burst = burst;
+    }
+
+    /// Full at once, but for what is held.
+    pub fn reset(&mut self) {
+        self.level = self.units(self.burst.saturating_sub(self.held));
+    }
+
+    /// What has to be kept so that the bucket outlives the process.
+    pub fn saved(&self) -> Saved {
+        let whole = divide_down(self.level, self.scale);
+        Saved {
+            level_fraction: u64::try_from(self.level - whole * self.scale).unwrap_or(0),
+            used: i64::try_from(i128::from(self.burst) - whole - i128::from(self.held)).unwrap_or(i64::MAX),
+            held: self.held,
+            at: self.at,
+        }
+    }
+
+    /// Takes over what another process has left: what it used, and, in full, what it held.
+    pub fn restore(&mut self, saved: &Saved, now: Timestamp) {
+        let spent = i128::from(saved.used) + i128::from(saved.held);
+        let level = (i128::from(self.burst) - spent) * self.scale + i128::from(saved.level_fraction);
+        self.level = level.min(self.units(self.burst));
+        self.held = 0;
+        self.at = saved.at;
+        self.refill(now);
     }
 
     /// Whole tokens that are left, rounded down; below zero: debt.
@@ -157,6 +197,47 @@ mod tests {
         assert_eq!((b.level(), b.held()), (20, 80));
         b.settle(80, 30);
         assert_eq!((b.level(), b.used()), (70, 30));
+    }
+
+    #[test]
+    fn what_is_spent_on_the_way_refills_and_is_settled_once() {
+        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        b.reserve(80);
+        b.spend(50);
+        assert_eq!((b.level(), b.held(), b.used()), (20, 30, 50));
+        b.refill(at(300));
+        assert_eq!((b.level(), b.used()), (50, 20));
+        b.settle(30, 40 - 50);
+        assert_eq!((b.level(), b.held(), b.used()), (90, 0, 10));
+    }
+
+    #[test]
+    fn another_limit_keeps_what_was_used() {
+        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        b.reserve(70);
+        b.settle(60, 60);
+        b.set_limit(50, 50, at(0));
+        assert_eq!((b.level(), b.held(), b.used()), (-20, 10, 60));
+        b.set_limit(200, 200, at(0));
+        assert_eq!((b.level(), b.held(), b.used()), (130, 10, 60));
+    }
+
+    #[test]
+    fn a_bucket_outlives_its_process_and_what_was_held_is_spent() {
+        let mut b = Bucket::full(100, 100, 60_000, at(0));
+        b.reserve(70);
+        b.settle(60, 60);
+        b.refill(at(1));
+        let saved = b.saved();
+        let mut after = Bucket::full(100, 100, 60_000, at(700));
+        after.restore(&saved, at(601));
+        assert_eq!((after.level(), after.held(), after.used()), (31, 0, 69));
+        let mut raised = Bucket::full(200, 200, 60_000, at(700));
+        raised.restore(&saved, at(1));
+        assert_eq!((raised.level(), raised.used()), (130, 70));
+        let mut stepped_back = Bucket::full(100, 100, 60_000, at(0));
+        stepped_back.restore(&saved, at(-5));
+        assert_eq!(stepped_back.level(), 30);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The calendar window: so much per minute, day or month of the clock, all back at its turn.
 
-use super::{ClockUnit, Wait};
+use super::{ClockUnit, Saved, Wait};
 use crate::clock::Timestamp;
 use jiff::ToSpan;
 use jiff::civil::DateTime;
@@ -14,6 +14,8 @@ pub struct Calendar {
     zone: TimeZone,
     start: Timestamp,
     end: Timestamp,
+    /// Counts the periods that were opened: a reservation names the one that admitted it by this.
+    turn: u64,
     used: u64,
     held: u64,
 }
@@ -22,16 +24,20 @@ impl Calendar {
     /// Nothing used yet in the period that `now` lies in.
     pub fn new(limit: u64, unit: ClockUnit, zone: TimeZone, now: Timestamp) -> Self {
         let (start, end) = bounds(unit, &zone, now);
-        Self { limit, unit, zone, start, end, used: 0, held: 0 }
+        Self { limit, unit, zone, start, end, turn: 0, used: 0, held: 0 }
     }
 
-    /// Turns the period over if its end has come. Never backwards: a clock that is stepped back
-    /// finds the later period still running.
+    /// Turns the period over if its end has come. A clock that was stepped back opens no new period:
+    /// what was used stays used until the end of the period that the clock now shows, so that nothing
+    /// is granted by stepping back and nobody waits longer than one period.
     pub fn roll(&mut self, now: Timestamp) {
         if now >= self.end {
             (self.start, self.end) = bounds(self.unit, &self.zone, now);
+            self.turn += 1;
             self.used = 0;
             self.held = 0;
+        } else if now < self.start {
+            (self.start, self.end) = bounds(self.unit, &self.zone, now);
         }
     }
 
@@ -50,20 +56,59 @@ impl Calendar {
         Err(Wait::Ms(self.left_ms(now).max(1)))
     }
 
-    /// Holds `amount`; the period that admitted it is named by `start`.
-    pub fn reserve(&mut self, amount: u64) -> Timestamp {
+    /// Holds `amount`; returns the turn that admitted it.
+    pub fn reserve(&mut self, amount: u64) -> u64 {
         self.held += amount;
-        self.start
+        self.turn
     }
 
-    /// Replaces `held` by `spent` in the period that admitted it. Of a request that a later period
-    /// settles only the overrun is owed: a refund has nothing left to refund.
-    pub fn settle(&mut self, admitted_in: Timestamp, held: u64, spent: u64) {
-        if admitted_in == self.start {
-            self.held = self.held.saturating_sub(held);
-            self.used = self.used.saturating_add(spent);
+    /// What is certainly spent of a reservation does not stay held.
+    pub fn spend(&mut self, admitted_in: u64, amount: u64) {
+        if admitted_in == self.turn {
+            self.held = self.held.saturating_sub(amount);
+            self.used = self.used.saturating_add(amount);
+        }
+    }
+
+    /// Replaces `reserved`, of which `moved` was counted as spent on the way, by `spent`, in the period
+    /// that admitted it. Of a request that a later period settles only the overrun is owed: a refund
+    /// has nothing left to refund.
+    pub fn settle(&mut self, admitted_in: u64, reserved: u64, moved: u64, spent: u64) {
+        if admitted_in == self.turn {
+            self.held = self.held.saturating_sub(reserved.saturating_sub(moved));
+            self.used = self.used.saturating_add(spent).saturating_sub(moved);
         } else {
-            self.used = self.used.saturating_add(spent.saturating_sub(held));
+            self.used = self.used.saturating_add(spent.saturating_sub(reserved));
+        }
+    }
+
+    /// Another limit from now on: what was used stays used, what is held stays held.
+    pub fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+    }
+
+    /// Nothing used any more, but for what is held.
+    pub fn reset(&mut self) {
+        self.used = 0;
+    }
+
+    /// What has to be kept so that the period outlives the process.
+    pub fn saved(&self) -> Saved {
+        Saved {
+            used: i64::try_from(self.used).unwrap_or(i64::MAX),
+            level_fraction: 0,
+            held: self.held,
+            at: self.start,
+        }
+    }
+
+    /// Takes over what another process has left, if its period is still running: what it used, and, in
+    /// full, what it held.
+    pub fn restore(&mut self, saved: &Saved, now: Timestamp) {
+        (self.start, self.end) = bounds(self.unit, &self.zone, now);
+        // A later start than the clock shows: it was stepped back meanwhile.
+        if saved.at >= self.start {
+            self.used = u64::try_from(saved.used).unwrap_or(0).saturating_add(saved.held);
         }
     }
 
@@ -235,19 +280,56 @@ mod tests {
         assert_eq!(c.fits(0, now), Err(Wait::Ms(60_000)));
         c.roll(now.plus_ms(60_000));
         assert_eq!((c.level(), c.held()), (100, 0));
-        c.settle(first, 60, 10);
+        c.settle(first, 60, 0, 10);
         assert_eq!(c.level(), 100, "a refund of yesterday's");
-        c.settle(second, 40, 70);
+        c.settle(second, 40, 0, 70);
         assert_eq!(c.level(), 70, "an overrun of yesterday's is owed today");
     }
 
     #[test]
-    fn a_clock_stepped_back_does_not_open_a_new_period() {
-        let now = at("2026-03-04T00:00:00Z");
+    fn what_is_spent_on_the_way_is_counted_once() {
+        let now = at("2026-03-04T23:59:00Z");
         let mut c = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, now);
+        let turn = c.reserve(60);
+        c.spend(turn, 40);
+        assert_eq!((c.level(), c.held(), c.used()), (40, 20, 40));
+        let mut early = c.clone();
+        early.settle(turn, 60, 40, 50);
+        assert_eq!((early.level(), early.held(), early.used()), (50, 0, 50));
+        c.roll(now.plus_ms(60_000));
+        c.spend(turn, 10);
+        c.settle(turn, 60, 50, 65);
+        assert_eq!((c.level(), c.held(), c.used()), (95, 0, 5), "only the overrun is owed");
+    }
+
+    #[test]
+    fn a_period_outlives_its_process_if_it_still_runs() {
+        let now = at("2026-03-04T10:00:00Z");
+        let mut c = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, now);
+        let turn = c.reserve(60);
+        c.settle(turn, 50, 0, 30);
+        let saved = c.saved();
+        for (restart, left) in
+            [("2026-03-04T23:59:59Z", 60), ("2026-03-05T00:00:00Z", 100), ("2026-03-03T12:00:00Z", 60)]
+        {
+            let mut after = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, at(restart));
+            after.restore(&saved, at(restart));
+            assert_eq!(after.level(), left, "{restart}");
+        }
+    }
+
+    #[test]
+    fn a_clock_stepped_back_neither_grants_nor_sticks() {
+        let now = at("2026-03-04T12:30:30Z");
+        let mut c = Calendar::new(100, ClockUnit::Minute, TimeZone::UTC, now);
         let admitted_in = c.reserve(100);
-        c.settle(admitted_in, 100, 100);
-        c.roll(at("2026-03-03T12:00:00Z"));
-        assert_eq!(c.level(), 0);
+        c.settle(admitted_in, 50, 0, 50);
+        let back = at("2026-03-03T12:30:10Z");
+        c.roll(back);
+        assert_eq!((c.level(), c.held()), (0, 50));
+        c.settle(admitted_in, 50, 0, 40);
+        assert_eq!((c.level(), c.held()), (10, 0), "it is still the same turn");
+        c.roll(back.plus_ms(50_000));
+        assert_eq!(c.level(), 100);
     }
 }

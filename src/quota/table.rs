@@ -1,8 +1,9 @@
 //! All quotas of one environment: a request is admitted by every one that it touches, or by none.
 
-use super::{Amounts, Ask, Bucket, Calendar, Kind, Quota, Scope, Window};
+use super::{Amounts, Ask, Bucket, Calendar, Kind, Quota, Saved, Scope, Window};
 use crate::clock::Timestamp;
 use smallvec::SmallVec;
+use std::collections::HashMap;
 
 /// When a request that does not fit now would fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,12 +27,27 @@ pub struct Asker<'a> {
 #[derive(Clone, Debug)]
 pub struct Quotas {
     cells: Vec<Cell>,
+    scopes: Scopes,
+    next_id: u32,
+}
+
+/// Which cells a request touches, by index: a thousand callers with quotas of their own cost a request
+/// no more than one does.
+#[derive(Clone, Debug, Default)]
+struct Scopes {
+    environment: Vec<u32>,
+    callers: HashMap<usize, Vec<u32>>,
+    models: Vec<u32>,
 }
 
 #[derive(Clone, Debug)]
 struct Cell {
+    /// Names the cell for receipts, also when quotas come and go around it.
+    id: u32,
     quota: Quota,
     counter: Counter,
+    /// Whether it has changed since it was last saved.
+    is_dirty: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -46,13 +62,17 @@ enum Counter {
 pub struct Receipt {
     holds: SmallVec<[Hold; 8]>,
     reserved: Amounts,
+    /// How much of that was counted as spent on the way.
+    moved: Amounts,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Hold {
-    cell: u32,
-    /// Of a calendar quota: the start of the period that admitted the request.
-    period: Timestamp,
+    /// Where the cell stood; `id` tells whether it still does.
+    index: u32,
+    id: u32,
+    /// Of a calendar quota: the turn that admitted the request.
+    turn: u64,
 }
 
 /// Why a request was denied: every quota that could not hold it, the one that takes longest first.
@@ -107,8 +127,30 @@ pub struct Standing {
 impl Quotas {
     /// Full quotas.
     pub fn new(quotas: &[Quota], now: Timestamp) -> Self {
-        let cells = quotas.iter().map(|quota| Cell::full(quota.clone(), now)).collect();
-        Self { cells }
+        let mut all = Self { cells: Vec::new(), scopes: Scopes::default(), next_id: 0 };
+        all.set_quotas(quotas, now);
+        all
+    }
+
+    /// Other quotas from now on. Those that stay (same scope, kind, period and window) keep what was
+    /// used and what is held; those that are gone are forgotten, new ones are full.
+    pub fn set_quotas(&mut self, quotas: &[Quota], now: Timestamp) {
+        let mut old = std::mem::take(&mut self.cells);
+        for quota in quotas {
+            let kept = old.iter().position(|cell| cell.quota.is_same_as(quota));
+            self.cells.push(match kept {
+                Some(at) => {
+                    let mut cell = old.swap_remove(at);
+                    cell.set_limit(quota.clone(), now);
+                    cell
+                }
+                None => {
+                    self.next_id += 1;
+                    Cell::full(self.next_id, quota.clone(), now)
+                }
+            });
+        }
+        self.scopes = Scopes::of(&self.cells);
     }
 
     /// Takes what is asked out of every quota the asker touches and holds it, or changes nothing.
@@ -116,8 +158,10 @@ impl Quotas {
     /// # Errors
     /// Lists every quota that cannot hold it.
     pub fn reserve(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Result<Receipt, Denied> {
+        let touched = self.touched(asker);
         let mut shortfalls = Vec::new();
-        for cell in self.cells.iter_mut().filter(|c| c.is_touched_by(asker)) {
+        for &index in &touched {
+            let cell = &mut self.cells[index as usize];
             cell.advance(now);
             if let Err(wait) = cell.fits(now, ask) {
                 shortfalls.push(cell.shortfall(ask.amounts.of(cell.quota.kind), wait));
@@ -127,34 +171,91 @@ impl Quotas {
             shortfalls.sort_by_key(|s| std::cmp::Reverse(s.wait));
             return Err(Denied { shortfalls });
         }
-        let mut holds = SmallVec::new();
-        for (index, cell) in (0..).zip(&mut self.cells).filter(|(_, c)| c.is_touched_by(asker)) {
-            let period = cell.reserve(ask.amounts.of(cell.quota.kind));
-            holds.push(Hold { cell: index, period });
+        Ok(self.take(&touched, ask.amounts))
+    }
+
+    /// Takes what is asked whether it fits or not: for quotas that only watch. What does not fit is debt.
+    pub fn reserve_regardless(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Receipt {
+        let touched = self.touched(asker);
+        for &index in &touched {
+            self.cells[index as usize].advance(now);
         }
-        Ok(Receipt { holds, reserved: ask.amounts })
+        self.take(&touched, ask.amounts)
+    }
+
+    /// Takes more for a request that has outgrown what was reserved for it, from all quotas that it
+    /// touches or from none. `None`: it does not fit.
+    pub fn extend(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Option<Receipt> {
+        let mut touched = SmallVec::<[u32; 8]>::new();
+        for hold in &receipt.holds {
+            let Some(index) = self.index_of(hold) else { continue };
+            let cell = &mut self.cells[index];
+            cell.advance(now);
+            let amount = more.of(cell.quota.kind);
+            if amount > 0 && cell.fits_amount(now, amount).is_err() {
+                return None;
+            }
+            touched.push(u32::try_from(index).unwrap_or(u32::MAX));
+        }
+        Some(self.take(&touched, more))
+    }
+
+    fn take(&mut self, touched: &[u32], amounts: Amounts) -> Receipt {
+        let hold = |&index: &u32| {
+            let cell = &mut self.cells[index as usize];
+            let turn = cell.reserve(amounts.of(cell.quota.kind));
+            Hold { index, id: cell.id, turn }
+        };
+        Receipt { holds: touched.iter().map(hold).collect(), reserved: amounts, moved: Amounts::default() }
+    }
+
+    /// Counts as spent what certainly is: it stays held no longer, so that one long answer does not
+    /// lock a bucket for as long as it runs. `spent` is all that was spent so far.
+    pub fn progress(&mut self, now: Timestamp, receipt: &mut Receipt, spent: Amounts) {
+        let spent = spent.at_most(receipt.reserved);
+        let more = spent.less(receipt.moved);
+        if more == Amounts::default() {
+            return;
+        }
+        receipt.moved = receipt.moved.plus(more);
+        for hold in &receipt.holds {
+            let Some(index) = self.index_of(hold) else { continue };
+            let cell = &mut self.cells[index];
+            cell.advance(now);
+            let amount = more.of(cell.quota.kind);
+            match &mut cell.counter {
+                Counter::Rolling(bucket) => bucket.spend(amount),
+                Counter::Calendar(calendar) => calendar.spend(hold.turn, amount),
+            }
+            cell.is_dirty = true;
+        }
     }
 
     /// Replaces what a receipt holds by what was spent, in every quota it touched.
     pub fn settle(&mut self, now: Timestamp, receipt: Receipt, spent: Amounts) {
-        let Receipt { holds, reserved } = receipt;
+        let Receipt { holds, reserved, moved } = receipt;
         for hold in holds {
-            let Some(cell) = self.cells.get_mut(hold.cell as usize) else { continue };
+            let Some(index) = self.index_of(&hold) else { continue };
+            let cell = &mut self.cells[index];
             cell.advance(now);
             let kind = cell.quota.kind;
-            let (held, spent) = (reserved.of(kind), spent.of(kind));
+            let (reserved, moved, spent) = (reserved.of(kind), moved.of(kind), spent.of(kind));
             match &mut cell.counter {
-                Counter::Rolling(bucket) => bucket.settle(held, spent),
-                Counter::Calendar(calendar) => calendar.settle(hold.period, held, spent),
+                Counter::Rolling(bucket) => {
+                    bucket.settle(reserved.saturating_sub(moved), spent.cast_signed() - moved.cast_signed());
+                }
+                Counter::Calendar(calendar) => calendar.settle(hold.turn, reserved, moved, spent),
             }
+            cell.is_dirty = true;
         }
     }
 
-    /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
-    pub fn standing(&mut self, now: Timestamp, asker: Asker<'_>) -> [Option<Standing>; 4] {
+    /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`. Call it right
+    /// after `reserve`: it does not look at the clock anew.
+    pub fn standing(&self, now: Timestamp, asker: Asker<'_>) -> [Option<Standing>; 4] {
         let mut tightest: [Option<(i64, &Cell)>; 4] = [None; 4];
-        for cell in self.cells.iter_mut().filter(|c| c.is_touched_by(asker)) {
-            cell.advance(now);
+        for index in self.touched(asker) {
+            let cell = &self.cells[index as usize];
             let level = cell.level();
             let slot = &mut tightest[cell.quota.kind as usize];
             if slot.is_none_or(|(least, _)| level < least) {
@@ -166,15 +267,85 @@ impl Quotas {
 
     /// The largest completion that the smallest quota could ever hold beside a prompt of this size.
     pub fn largest_completion(&self, asker: Asker<'_>, prompt: u64) -> u64 {
-        let touched = self.cells.iter().filter(|c| c.is_touched_by(asker));
-        touched
-            .filter_map(|cell| match cell.quota.kind {
-                Kind::TotalTokens => Some(cell.quota.capacity().saturating_sub(prompt)),
-                Kind::CompletionTokens => Some(cell.quota.capacity()),
+        self.room_for_completion(asker, prompt, |cell| cell.quota.capacity())
+    }
+
+    /// The largest completion that every quota can hold now beside a prompt of this size.
+    pub fn completion_that_fits(&mut self, now: Timestamp, asker: Asker<'_>, prompt: u64) -> u64 {
+        for index in self.touched(asker) {
+            self.cells[index as usize].advance(now);
+        }
+        self.room_for_completion(asker, prompt, |cell| u64::try_from(cell.level()).unwrap_or(0))
+    }
+
+    fn room_for_completion(&self, asker: Asker<'_>, prompt: u64, room: impl Fn(&Cell) -> u64) -> u64 {
+        let rooms = self.touched(asker).into_iter().filter_map(|index| {
+            let cell = &self.cells[index as usize];
+            match cell.quota.kind {
+                Kind::TotalTokens => Some(room(cell).saturating_sub(prompt)),
+                Kind::CompletionTokens => Some(room(cell)),
                 Kind::PromptTokens | Kind::Requests => None,
-            })
-            .min()
-            .unwrap_or(u64::MAX)
+            }
+        });
+        rooms.min().unwrap_or(u64::MAX)
+    }
+
+    /// Makes every quota whole again, but for what is held.
+    pub fn reset(&mut self, now: Timestamp) {
+        for cell in &mut self.cells {
+            cell.advance(now);
+            match &mut cell.counter {
+                Counter::Rolling(bucket) => bucket.reset(),
+                Counter::Calendar(calendar) => calendar.reset(),
+            }
+            cell.is_dirty = true;
+        }
+    }
+
+    /// What has changed since the last call: every such quota with what has to be kept of it.
+    pub fn take_changes(&mut self, mut keep: impl FnMut(&Quota, Saved)) {
+        for cell in self.cells.iter_mut().filter(|cell| cell.is_dirty) {
+            cell.is_dirty = false;
+            keep(&cell.quota, cell.saved());
+        }
+    }
+
+    /// Takes over what another process has left of the quotas, as far as they are still the same.
+    pub fn restore(&mut self, now: Timestamp, saved: impl Fn(&Quota) -> Option<Saved>) {
+        for cell in &mut self.cells {
+            let Some(saved) = saved(&cell.quota) else { continue };
+            match &mut cell.counter {
+                Counter::Rolling(bucket) => bucket.restore(&saved, now),
+                Counter::Calendar(calendar) => calendar.restore(&saved, now),
+            }
+            cell.is_dirty = true;
+        }
+    }
+
+    /// Whether what this asker reserves has to outlive the process: it touches a quota of an hour or more.
+    pub fn are_durable(&self, asker: Asker<'_>) -> bool {
+        self.touched(asker).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
+    }
+
+    fn touched(&self, asker: Asker<'_>) -> SmallVec<[u32; 8]> {
+        let mut touched = SmallVec::from_slice(&self.scopes.environment);
+        if let Some(of_caller) = asker.caller.and_then(|caller| self.scopes.callers.get(&caller)) {
+            touched.extend_from_slice(of_caller);
+        }
+        let matches = |index: &u32| match &self.cells[*index as usize].quota.scope {
+            Scope::Model(pattern) => pattern.matches(asker.model),
+            Scope::Environment | Scope::Caller(..) => false,
+        };
+        touched.extend(self.scopes.models.iter().copied().filter(matches));
+        touched
+    }
+
+    fn index_of(&self, hold: &Hold) -> Option<usize> {
+        let hint = hold.index as usize;
+        if self.cells.get(hint).is_some_and(|cell| cell.id == hold.id) {
+            return Some(hint);
+        }
+        self.cells.iter().position(|cell| cell.id == hold.id)
     }
 
     /// Every quota with its counters, in the config's order.
@@ -184,9 +355,23 @@ impl Quotas {
 }
 
 impl Receipt {
-    /// What is held in each quota of its kind.
+    /// What was reserved in each quota of its kind.
     pub fn reserved(&self) -> Amounts {
         self.reserved
+    }
+}
+
+impl Scopes {
+    fn of(cells: &[Cell]) -> Self {
+        let mut scopes = Self::default();
+        for (index, cell) in (0..).zip(cells) {
+            match cell.quota.scope {
+                Scope::Environment => scopes.environment.push(index),
+                Scope::Caller(caller, _) => scopes.callers.entry(caller).or_default().push(index),
+                Scope::Model(_) => scopes.models.push(index),
+            }
+        }
+        scopes
     }
 }
 
@@ -198,7 +383,7 @@ impl Denied {
 }
 
 impl Cell {
-    fn full(quota: Quota, now: Timestamp) -> Self {
+    fn full(id: u32, quota: Quota, now: Timestamp) -> Self {
         let counter = match &quota.window {
             Window::Rolling { burst } => {
                 Counter::Rolling(Bucket::full(quota.limit, *burst, quota.per.ms, now))
@@ -207,15 +392,20 @@ impl Cell {
                 Counter::Calendar(Calendar::new(quota.limit, *unit, zone.clone(), now))
             }
         };
-        Self { quota, counter }
+        Self { id, quota, counter, is_dirty: true }
     }
 
-    fn is_touched_by(&self, asker: Asker<'_>) -> bool {
-        match &self.quota.scope {
-            Scope::Environment => true,
-            Scope::Caller(index, _) => asker.caller == Some(*index),
-            Scope::Model(pattern) => pattern.matches(asker.model),
+    /// Takes the limit of a quota that is otherwise the same.
+    fn set_limit(&mut self, quota: Quota, now: Timestamp) {
+        match &mut self.counter {
+            Counter::Rolling(bucket) => bucket.set_limit(quota.limit, quota.capacity(), now),
+            Counter::Calendar(calendar) => {
+                calendar.roll(now);
+                calendar.set_limit(quota.limit);
+            }
         }
+        self.quota = quota;
+        self.is_dirty = true;
     }
 
     fn advance(&mut self, now: Timestamp) {
@@ -229,20 +419,32 @@ impl Cell {
         if self.quota.kind == Kind::CompletionTokens && !ask.generates {
             return Ok(());
         }
-        let amount = ask.amounts.of(self.quota.kind);
+        self.fits_amount(now, ask.amounts.of(self.quota.kind))
+    }
+
+    fn fits_amount(&self, now: Timestamp, amount: u64) -> Result<(), Wait> {
         match &self.counter {
             Counter::Rolling(bucket) => bucket.fits(amount),
             Counter::Calendar(calendar) => calendar.fits(amount, now),
         }
     }
 
-    fn reserve(&mut self, amount: u64) -> Timestamp {
+    /// Returns the turn of a calendar quota.
+    fn reserve(&mut self, amount: u64) -> u64 {
+        self.is_dirty = true;
         match &mut self.counter {
             Counter::Rolling(bucket) => {
                 bucket.reserve(amount);
-                Timestamp(0)
+                0
             }
             Counter::Calendar(calendar) => calendar.reserve(amount),
+        }
+    }
+
+    fn saved(&self) -> Saved {
+        match &self.counter {
+            Counter::Rolling(bucket) => bucket.saved(),
+            Counter::Calendar(calendar) => calendar.saved(),
         }
     }
 

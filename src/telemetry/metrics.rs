@@ -6,8 +6,7 @@ use crate::glob::Glob;
 use crate::ledger::Account;
 use crate::quota::{Scope, Shortfall};
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use std::sync::{Arc, OnceLock};
 
@@ -48,7 +47,7 @@ impl Metrics {
                 &r,
                 "tollgate_rejections_total",
                 "Requests refused for want of room.",
-                &["environment", "code", "kind", "per"],
+                &["environment", "code", "kind", "per", "shadow"],
             )?,
             tokens: counters(
                 &r,
@@ -87,7 +86,6 @@ impl Metrics {
             store_up: register(&r, IntGauge::new("tollgate_store_up", "1 while counters can be kept.")?)?,
             registry: r,
         };
-        metrics.store_up.set(1);
         // Stays at 0 until configs are reloaded; dashboards can be built on it already.
         register(
             &metrics.registry,
@@ -115,10 +113,11 @@ impl Metrics {
         }
     }
 
-    /// A request was refused for want of room.
-    pub fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>) {
+    /// A request was refused for want of room; with `shadow` it would have been, were quotas enforced.
+    pub fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>, shadow: bool) {
         let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.written.as_str()));
-        self.rejections.with_label_values(&[environment, code, kind, per]).inc();
+        let shadow = if shadow { "true" } else { "" };
+        self.rejections.with_label_values(&[environment, code, kind, per, shadow]).inc();
     }
 
     /// An answer did not say what it cost, or not credibly.
@@ -130,7 +129,12 @@ impl Metrics {
     ///
     /// # Errors
     /// A metric cannot be written as text.
-    pub fn render(&self, accounts: &[(Arc<Environment>, Arc<Account>)]) -> prometheus::Result<Vec<u8>> {
+    pub fn render(
+        &self,
+        accounts: &[(Arc<Environment>, Arc<Account>)],
+        store_is_up: bool,
+    ) -> prometheus::Result<String> {
+        self.store_up.set(i64::from(store_is_up));
         for (environment, account) in accounts {
             let name = environment.name.as_str();
             let snapshot = account.snapshot();
@@ -142,9 +146,8 @@ impl Metrics {
                 self.quota_held.with_label_values(&labels).set(signed(level.held));
             }
         }
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
-        Ok(text)
+        // To Prometheus a label without a value is no label; other readers need not know that.
+        Ok(TextEncoder::new().encode_to_string(&self.registry.gather())?.replace(r#",shadow="""#, ""))
     }
 
     /// The series of an environment, visible before its first request.
@@ -161,7 +164,7 @@ impl Metrics {
         }
         for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
             let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
-            let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.written];
+            let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.written, ""];
             self.rejections.with_label_values(&labels);
         }
         self.usage_missing.with_label_values(&[&environment.name, "not_reported"]);

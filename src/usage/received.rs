@@ -44,6 +44,7 @@ pub struct Received {
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
+    events: u64,
 }
 
 /// Which text a delta belongs to: tokens straddle deltas, so they are joined before they are counted.
@@ -64,6 +65,7 @@ enum Part {
 impl Received {
     /// Keeps the data of one event.
     pub fn push_event(&mut self, data: &[u8]) {
+        self.events += 1;
         if self.raw.len() + data.len() > COMPACT_AT {
             self.compact();
         }
@@ -73,6 +75,18 @@ impl Received {
             self.raw.extend_from_slice(data);
             self.raw.push(b'\n');
         }
+    }
+
+    /// How many tokens have come at least, without counting: an event carries one or more, and a token
+    /// has four bytes of text or so.
+    pub fn tokens_so_far(&self) -> u64 {
+        self.events.max((self.text_bytes as u64 + self.uncounted) / 4)
+    }
+
+    /// The data of the last event.
+    pub fn last_event(&self) -> &[u8] {
+        let raw = self.raw.strip_suffix(b"\n").unwrap_or(&self.raw);
+        raw.rsplit(|&b| b == b'\n').next().unwrap_or_default()
     }
 
     /// Keeps a piece of a whole JSON answer.

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use memchr::{memchr2, memmem};
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 
 /// An event longer than this passes through unread.
@@ -104,6 +105,26 @@ impl SseReader {
     /// What was reported so far.
     pub fn reported(&self) -> Reported {
         self.reported
+    }
+
+    /// How many tokens have come at least: reported, or guessed without counting.
+    pub fn tokens_so_far(&self) -> u64 {
+        self.reported.completion().unwrap_or(0).max(self.received.tokens_so_far())
+    }
+
+    /// What ends the stream as if the model had reached its bound: the last event of each choice with
+    /// `finish_reason: "length"`, then `[DONE]`. Made like the events that came.
+    pub fn length_ending(&self, choices: u64) -> String {
+        let mut chunk: Map<String, Value> =
+            serde_json::from_slice(self.received.last_event()).unwrap_or_default();
+        chunk.retain(|name, _| !matches!(name.as_str(), "choices" | "usage"));
+        let is_text = chunk.get("object").and_then(Value::as_str) == Some("text_completion");
+        let ended = |index| match is_text {
+            true => json!({"index": index, "text": "", "finish_reason": "length"}),
+            false => json!({"index": index, "delta": {}, "finish_reason": "length"}),
+        };
+        chunk.insert("choices".into(), (0..choices).map(ended).collect());
+        format!("data: {}\n\ndata: [DONE]\n\n", Value::Object(chunk))
     }
 
     /// How many events were withheld.

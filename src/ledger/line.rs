@@ -1,0 +1,104 @@
+//! The line of those who wait for room: first come, first served, bounded in number and in time.
+
+use super::{NoRoom, Reservation};
+use crate::clock::Stopwatch;
+use crate::quota::Wait;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::timeout;
+
+/// More than this do not wait in one environment: the next is denied at once.
+const LONGEST: usize = 1_000;
+
+/// The line before one environment's quotas.
+#[derive(Debug)]
+pub(super) struct Line {
+    /// Who holds the permit stands in front. Tokio's semaphore serves in the order of asking, and
+    /// whoever gives up leaves its place.
+    front: Semaphore,
+    waiting: AtomicUsize,
+    ended: Notify,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self { front: Semaphore::new(1), waiting: AtomicUsize::new(0), ended: Notify::new() }
+    }
+}
+
+impl Line {
+    /// A request has given room back: whoever stands in front may look again.
+    pub(super) fn somebody_has_ended(&self) {
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            self.ended.notify_one();
+        }
+    }
+}
+
+/// One who waits; leaves the line when dropped.
+struct Place<'a>(&'a Line);
+
+impl<'a> Place<'a> {
+    fn take(line: &'a Line) -> Option<Self> {
+        let before = line.waiting.fetch_add(1, Ordering::Relaxed);
+        let place = Self(line);
+        (before < LONGEST).then_some(place)
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Tries at once if nobody waits, else in turn, for at most `longest`. `None`: no wait would help, or
+/// all of it was in vain.
+pub(super) async fn wait(
+    line: &Line,
+    longest: Duration,
+    mut reserve: impl FnMut() -> Result<Reservation, NoRoom>,
+) -> Option<Reservation> {
+    if line.waiting.load(Ordering::Relaxed) == 0 {
+        match reserve() {
+            Ok(reservation) => return Some(reservation),
+            Err(no_room) if !is_worth_waiting(&no_room, longest) => return None,
+            Err(_) => {}
+        }
+    }
+    let _place = Place::take(line)?;
+    let clock = Stopwatch::start();
+    let in_turn = async {
+        // The semaphore is never closed.
+        let _front = line.front.acquire().await.ok()?;
+        loop {
+            let ended = line.ended.notified();
+            let left = longest.saturating_sub(clock.elapsed());
+            let wait = match reserve() {
+                Ok(reservation) => return Some(reservation),
+                Err(no_room) if !is_worth_waiting(&no_room, left) => return None,
+                Err(no_room) => until(&no_room),
+            };
+            // Either way it looks again: what ended may not have been enough.
+            drop(timeout(wait, ended).await);
+        }
+    };
+    timeout(longest, in_turn).await.ok().flatten()
+}
+
+fn is_worth_waiting(no_room: &NoRoom, left: Duration) -> bool {
+    match no_room.wait() {
+        Some(Wait::Never) => false,
+        Some(Wait::Ms(ms)) => no_room.may_end_sooner() || Duration::from_millis(ms) <= left,
+        None => true,
+    }
+}
+
+/// How long nothing can change but by the end of another request.
+fn until(no_room: &NoRoom) -> Duration {
+    match no_room.wait() {
+        Some(Wait::Ms(ms)) => Duration::from_millis(ms.max(1)),
+        Some(Wait::Never) | None => Duration::from_secs(1),
+    }
+}

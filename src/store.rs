@@ -1,0 +1,226 @@
+//! The embedded store: what has to outlive the process, in one SQLite file.
+//!
+//! It keeps states, not events: a commit writes how every quota that has changed stands now, so that a
+//! commit costs the same for one request as for a hundred. What requests in flight hold is left out of
+//! the level that is kept: a process that dies has charged them in full. One thread writes, and commits
+//! whatever has changed as soon as it is free; those that must not go on before their reservation is
+//! kept wait for that commit.
+//!
+//! `synchronous=NORMAL` in WAL mode: a killed process loses nothing that was committed; a power failure
+//! may lose the last commits.
+
+mod database;
+mod writer;
+
+use crate::config::{self, Environment};
+use crate::ledger::{Account, Keeper, Left};
+use crate::quota::Quota;
+use anyhow::Context as _;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use database::Database;
+
+/// An open store that nobody writes to yet.
+#[derive(Debug)]
+pub struct Store {
+    database: Database,
+    signal: Arc<Signal>,
+    path: PathBuf,
+    settings: config::Store,
+    /// Held as long as the store is open: no second process may count with the same file.
+    lock: File,
+}
+
+/// The thread that writes. Dropping it writes what is left.
+#[derive(Debug)]
+pub struct Writer {
+    signal: Arc<Signal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Tells the writer that there is something to write, and others how it does.
+#[derive(Debug, Default)]
+pub struct Signal {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    urgent: bool,
+    dirty: bool,
+    stops: bool,
+    sleep: Sleep,
+    /// Why the last commit failed.
+    failed: Option<String>,
+    /// A request has waited in vain: nobody waits until the next commit.
+    late: bool,
+}
+
+/// What wakes the writer: waking it for every request would cost more than writing does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Sleep {
+    #[default]
+    Awake,
+    UntilUrgent,
+    UntilChanged,
+}
+
+impl Signal {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What keeps the store from writing; `None`: nothing.
+    pub fn trouble(&self) -> Option<String> {
+        let state = self.lock();
+        let late = || state.late.then(|| "a commit takes longer than a second".to_owned());
+        state.failed.clone().or_else(late)
+    }
+}
+
+impl Keeper for Signal {
+    fn changed(&self, urgent: bool) {
+        let mut state = self.lock();
+        state.urgent |= urgent;
+        state.dirty = true;
+        let wakes = match state.sleep {
+            Sleep::Awake => false,
+            Sleep::UntilUrgent => urgent,
+            Sleep::UntilChanged => true,
+        };
+        if wakes {
+            state.sleep = Sleep::Awake;
+            drop(state);
+            self.changed.notify_one();
+        }
+    }
+
+    fn is_writing(&self) -> bool {
+        let state = self.lock();
+        state.failed.is_none() && !state.late
+    }
+
+    fn is_late(&self) {
+        let mut state = self.lock();
+        if !std::mem::replace(&mut state.late, true) {
+            tracing::error!(
+                "the store takes longer than a second to commit: requests do not wait for it any more"
+            );
+        }
+    }
+}
+
+impl Store {
+    /// Opens the store, or makes a new one.
+    ///
+    /// # Errors
+    /// The file cannot be opened or written, is no store, is of a newer version, or another process
+    /// uses it. Each names the file and what would mend it.
+    pub fn open(settings: &config::Store) -> anyhow::Result<Self> {
+        let path = settings.path.clone();
+        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+            fs::create_dir_all(folder)
+                .with_context(|| format!("the folder of store.path, {}, cannot be made", folder.display()))?;
+        }
+        let lock = only_process(&path)?;
+        let database = Database::open(&path)?;
+        Ok(Self { database, signal: Arc::default(), path, settings: settings.clone(), lock })
+    }
+
+    /// Who is to be told of changes.
+    pub fn keeper(&self) -> Arc<Signal> {
+        self.signal.clone()
+    }
+
+    /// What another process has left of an environment.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn left(&self, environment: &Environment) -> anyhow::Result<Left> {
+        let read = || -> rusqlite::Result<Left> {
+            let (totals, held) = self.database.totals(&environment.name)?;
+            let mut quotas = Vec::new();
+            for quota in &environment.quotas {
+                if let Some(saved) = self.database.quota(&environment.name, quota)? {
+                    quotas.push((quota.clone(), saved));
+                }
+            }
+            Ok(Left { quotas, totals, held })
+        };
+        read().with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
+    }
+
+    /// Starts to write what changes in these accounts.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn start(self, accounts: Vec<(Arc<Environment>, Arc<Account>)>) -> anyhow::Result<Writer> {
+        let signal = self.signal.clone();
+        let Self { database, signal: own, settings, lock, .. } = self;
+        let write = move || {
+            writer::run(database, &own, &accounts, &settings);
+            drop(lock);
+        };
+        let thread = thread::Builder::new().name("store".into()).spawn(write)?;
+        // What was in flight when the last process died is charged now, and kept as charged.
+        signal.changed(true);
+        Ok(Writer { signal, thread: Some(thread) })
+    }
+}
+
+impl Writer {
+    /// What keeps it from writing; `None`: nothing.
+    pub fn signal(&self) -> &Arc<Signal> {
+        &self.signal
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let mut state = self.signal.lock();
+        state.stops = true;
+        state.sleep = Sleep::Awake;
+        drop(state);
+        self.signal.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // A writer that has panicked has said so.
+            drop(thread.join());
+        }
+    }
+}
+
+/// A lock next to the file, not on it: whoever closes a file that SQLite has open, in the same process,
+/// gives up SQLite's own locks.
+fn only_process(path: &Path) -> anyhow::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let lock = File::options().create(true).write(true).truncate(false).open(&name).with_context(|| {
+        format!("store.path, {}, cannot be locked: its folder must be writable", path.display())
+    })?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => anyhow::bail!(
+            "store.path, {}, is in use by another process: two gateways on one file would lose counts; give each its own, \
+             or share quotas by store.redis",
+            path.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("store.path, {}, cannot be locked", path.display()))
+        }
+    }
+}
+
+/// How a quota is called in the store: what stays the same when its limit changes.
+fn window(quota: &Quota) -> &'static str {
+    match quota.window {
+        crate::quota::Window::Rolling { .. } => "rolling",
+        crate::quota::Window::Calendar { .. } => "calendar",
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,254 @@
+//! The SQLite file: its schema, and every statement.
+
+use super::window;
+use crate::clock::Timestamp;
+use crate::ledger::{Row, Totals};
+use crate::quota::{Amounts, Quota, Saved};
+use anyhow::Context as _;
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
+use std::path::Path;
+use std::time::Duration;
+
+/// The version of `schema.sql`.
+const VERSION: i64 = 1;
+/// "Tllg": marks the file as ours.
+const APPLICATION: i64 = 0x546c_6c67;
+/// Who else reads the file with a shell may hold a commit up so long.
+const BUSY: Duration = Duration::from_millis(500);
+/// The log is folded into the file when it has so many pages of 4 KiB: 16 MiB.
+const LOG_PAGES: i64 = 4_096;
+const MINUTES_A_DAY: i64 = 1_440;
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct Database(Connection);
+
+impl Database {
+    pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
+        let at = path.display();
+        let mend = |e: &rusqlite::Error| match e.sqlite_error_code() {
+            Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+                "it is damaged or no store of Tollgate: move it away to start with full quotas, or restore a copy"
+            }
+            Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied | ErrorCode::CannotOpen) => {
+                "it cannot be written: make the file and its folder writable, or set another path"
+            }
+            Some(ErrorCode::DiskFull) => "the disk is full: make room, or set another path",
+            _ => "set another path, or store.memory: true to keep nothing",
+        };
+        let connection = Self::prepare(path).map_err(|e| match e.downcast::<rusqlite::Error>() {
+            Ok(e) => {
+                let mend = mend(&e);
+                anyhow::Error::new(e).context(format!("store.path, {at}, cannot be used: {mend}"))
+            }
+            Err(e) => e.context(format!("store.path, {at}, cannot be used")),
+        })?;
+        Ok(Self(connection))
+    }
+
+    fn prepare(path: &Path) -> anyhow::Result<Connection> {
+        let db = Connection::open(path)?;
+        db.busy_timeout(BUSY)?;
+        db.set_prepared_statement_cache_capacity(32);
+        let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        let application: i64 = db.pragma_query_value(None, "application_id", |row| row.get(0))?;
+        let tables: i64 = db.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+        if version > VERSION && application == APPLICATION {
+            anyhow::bail!(
+                "it is of version {version}, and this Tollgate knows up to {VERSION}: run the newer one, or set another path"
+            );
+        }
+        if tables > 0 && application != APPLICATION {
+            anyhow::bail!("it is a database of something else: set another path");
+        }
+        // `journal_mode` answers with a row.
+        db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
+        db.pragma_update(None, "synchronous", "normal")?;
+        db.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
+        if tables == 0 {
+            let made = db.unchecked_transaction()?;
+            made.execute_batch(include_str!("schema.sql"))?;
+            made.pragma_update(None, "user_version", VERSION)?;
+            made.pragma_update(None, "application_id", APPLICATION)?;
+            made.commit()?;
+        } else {
+            Self::check(&db)?;
+        }
+        Ok(db)
+    }
+
+    /// A damaged or read-only file is found now and not by the first request. The few small tables are
+    /// looked through; the history, which may be large, is not.
+    fn check(db: &Connection) -> anyhow::Result<()> {
+        for table in ["quota", "totals", "limit_override"] {
+            let mut found = db.prepare(&format!("PRAGMA quick_check({table})"))?;
+            let word: String = found.query_row([], |row| row.get(0))?;
+            anyhow::ensure!(word == "ok", "it is damaged ({word}): move it away to start with full quotas");
+        }
+        // A lock for writing, given back at once.
+        let written = db.execute_batch("BEGIN IMMEDIATE; UPDATE totals SET requests = requests; COMMIT");
+        match written {
+            // A full disk is survived: counters go on from memory until there is room.
+            Err(e) if e.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
+                tracing::error!(
+                    "the disk of the store is full: counters are kept in memory until there is room"
+                );
+                drop(db.execute_batch("ROLLBACK"));
+                Ok(())
+            }
+            other => other.context("a first write has failed"),
+        }
+    }
+
+    pub(super) fn quota(&self, environment: &str, quota: &Quota) -> rusqlite::Result<Option<Saved>> {
+        let mut read = self.0.prepare_cached(
+            r#"SELECT used, level_fraction, held, at_ms FROM quota
+               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per = ? AND "window" = ?"#,
+        )?;
+        let key = params![
+            environment,
+            quota.scope.as_str(),
+            quota.scope.name(),
+            quota.kind.as_str(),
+            quota.per.written,
+            window(quota)
+        ];
+        read.query_row(key, |row| {
+            Ok(Saved {
+                used: row.get(0)?,
+                level_fraction: unsigned(row.get(1)?),
+                held: unsigned(row.get(2)?),
+                at: Timestamp(row.get(3)?),
+            })
+        })
+        .optional()
+    }
+
+    pub(super) fn totals(&self, environment: &str) -> rusqlite::Result<(Totals, Amounts)> {
+        let mut read = self.0.prepare_cached(
+            "SELECT requests, rejected, prompt_tokens, completion_tokens, total_tokens,
+                    held_requests, held_prompt, held_completion, held_total
+             FROM totals WHERE environment = ?",
+        )?;
+        let found = read.query_row([environment], |row| {
+            let n = |at: usize| row.get(at).map(unsigned);
+            let totals =
+                Totals { requests: n(0)?, rejected: n(1)?, prompt: n(2)?, completion: n(3)?, total: n(4)? };
+            Ok((totals, Amounts { requests: n(5)?, prompt: n(6)?, completion: n(7)?, total: n(8)? }))
+        });
+        Ok(found.optional()?.unwrap_or_default())
+    }
+
+    /// One transaction: all that `write` writes, or nothing.
+    pub(super) fn commit(
+        &mut self,
+        write: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<()> {
+        let transaction = self.0.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        write(&Transaction(&transaction))?;
+        transaction.commit()
+    }
+
+    /// Usage of a day that lies before this minute becomes one row a day, model and caller. Returns
+    /// whether there was any: one day a call, so that no call takes long.
+    pub(super) fn fold_oldest_day(&mut self, before_minute: i64) -> rusqlite::Result<bool> {
+        let oldest: Option<i64> = self.0.query_row("SELECT min(minute) FROM usage", [], |row| row.get(0))?;
+        let Some(oldest) = oldest.filter(|&minute| minute < before_minute) else { return Ok(false) };
+        let end = before_minute.min((oldest.div_euclid(MINUTES_A_DAY) + 1) * MINUTES_A_DAY);
+        let transaction = self.0.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        transaction.execute(
+            "INSERT INTO usage_daily
+             SELECT ?1, environment, model, caller, sum(requests), sum(rejections), sum(prompt_tokens),
+                    sum(completion_tokens), sum(total_tokens)
+             FROM usage WHERE minute < ?2 GROUP BY environment, model, caller
+             ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
+                 rejections = rejections + excluded.rejections,
+                 prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+                 completion_tokens = completion_tokens + excluded.completion_tokens,
+                 total_tokens = total_tokens + excluded.total_tokens",
+            [oldest.div_euclid(MINUTES_A_DAY), end],
+        )?;
+        transaction.execute("DELETE FROM usage WHERE minute < ?", [end])?;
+        transaction.commit()?;
+        Ok(true)
+    }
+}
+
+/// What a commit writes.
+pub(super) struct Transaction<'a>(&'a rusqlite::Transaction<'a>);
+
+impl Transaction<'_> {
+    pub(super) fn quota(&self, environment: &str, quota: &Quota, saved: &Saved) -> rusqlite::Result<()> {
+        let mut write =
+            self.0.prepare_cached("INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
+        write.execute(params![
+            environment,
+            quota.scope.as_str(),
+            quota.scope.name(),
+            quota.kind.as_str(),
+            quota.per.written,
+            window(quota),
+            signed(quota.limit),
+            saved.used,
+            signed(saved.level_fraction),
+            signed(saved.held),
+            saved.at.0,
+        ])?;
+        Ok(())
+    }
+
+    pub(super) fn totals(&self, environment: &str, totals: &Totals, held: &Amounts) -> rusqlite::Result<()> {
+        let mut write =
+            self.0.prepare_cached("INSERT OR REPLACE INTO totals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
+        write.execute(params![
+            environment,
+            signed(totals.requests),
+            signed(totals.rejected),
+            signed(totals.prompt),
+            signed(totals.completion),
+            signed(totals.total),
+            signed(held.requests),
+            signed(held.prompt),
+            signed(held.completion),
+            signed(held.total),
+        ])?;
+        Ok(())
+    }
+
+    pub(super) fn usage(
+        &self,
+        environment: &str,
+        model: &str,
+        caller: &str,
+        row: &Row,
+    ) -> rusqlite::Result<()> {
+        let mut write = self.0.prepare_cached(
+            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+             ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
+                 rejections = rejections + excluded.rejections,
+                 prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+                 completion_tokens = completion_tokens + excluded.completion_tokens,
+                 total_tokens = total_tokens + excluded.total_tokens",
+        )?;
+        write.execute(params![
+            row.minute,
+            environment,
+            model,
+            caller,
+            signed(row.spent.requests),
+            signed(row.rejections),
+            signed(row.spent.prompt),
+            signed(row.spent.completion),
+            signed(row.spent.total),
+        ])?;
+        Ok(())
+    }
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn unsigned(n: i64) -> u64 {
+    u64::try_from(n).unwrap_or(0)
+}

@@ -1,0 +1,202 @@
+//! The thread that writes.
+
+use super::database::Database;
+use super::{Signal, Sleep, State};
+use crate::clock::{self, Stopwatch};
+use crate::config::{self, Environment};
+use crate::ledger::{Account, Changes, Row, Totals};
+use crate::quota::{Amounts, Quota, Saved};
+use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// What nobody waits for is written so much later at most: one commit for many settlements.
+const LAZY: Duration = Duration::from_millis(10);
+/// After a commit that has failed the next one is tried so much later.
+const RETRY: Duration = Duration::from_millis(500);
+/// How often usage that has become old is looked for.
+const FOLDING: Duration = Duration::from_mins(10);
+/// Usage that cannot be written is kept up to so many rows; what comes then is counted as one model's.
+const MOST_ROWS: usize = 100_000;
+
+/// What has changed and is not yet written, of every environment.
+#[derive(Default)]
+struct Unwritten {
+    of: Vec<OfEnvironment>,
+    usage: HashMap<Key, Row>,
+    has_any: bool,
+}
+
+#[derive(Default)]
+struct OfEnvironment {
+    quotas: Vec<(Quota, Saved)>,
+    sums: Option<(Totals, Amounts)>,
+    waiting: Vec<oneshot::Sender<()>>,
+}
+
+/// Minute, index of the environment, model, index of the caller.
+type Key = (i64, usize, Arc<str>, Option<usize>);
+
+impl Unwritten {
+    /// Takes over what has changed. The newest state of a quota replaces the one before.
+    fn add(&mut self, at: usize, changes: Changes) {
+        let of = &mut self.of[at];
+        for (quota, saved) in changes.quotas {
+            match of.quotas.iter_mut().find(|(known, _)| known.is_same_as(&quota)) {
+                Some(known) => *known = (quota, saved),
+                None => of.quotas.push((quota, saved)),
+            }
+        }
+        of.sums = Some((changes.totals, changes.held));
+        of.waiting.extend(changes.waiting);
+        for (row, model) in changes.usage {
+            let model = if self.usage.len() < MOST_ROWS { model } else { "other".into() };
+            let sum = self.usage.entry((row.minute, at, model, row.caller)).or_default();
+            sum.minute = row.minute;
+            sum.rejections += row.rejections;
+            sum.spent = sum.spent.plus(row.spent);
+        }
+        self.has_any = true;
+    }
+
+    fn write(
+        &self,
+        database: &mut Database,
+        accounts: &[(Arc<Environment>, Arc<Account>)],
+    ) -> rusqlite::Result<()> {
+        database.commit(|transaction| {
+            for ((environment, _), changes) in accounts.iter().zip(&self.of) {
+                for (quota, saved) in &changes.quotas {
+                    transaction.quota(&environment.name, quota, saved)?;
+                }
+                if let Some((totals, held)) = &changes.sums {
+                    transaction.totals(&environment.name, totals, held)?;
+                }
+            }
+            for ((_, at, model, caller), row) in &self.usage {
+                let environment = &accounts[*at].0;
+                let caller = caller.and_then(|index| environment.callers.get(index));
+                transaction.usage(&environment.name, model, caller.map_or("", |c| &c.name), row)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whoever waited may go on: because all is written, or because it cannot be.
+    fn release(&mut self) {
+        for changes in &mut self.of {
+            for waiting in changes.waiting.drain(..) {
+                // It may have given up waiting.
+                let _ = waiting.send(());
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        for changes in &mut self.of {
+            changes.quotas.clear();
+            changes.sums = None;
+        }
+        self.usage.clear();
+        self.has_any = false;
+    }
+}
+
+/// Writes until it is told to stop, and once more then.
+pub(super) fn run(
+    mut database: Database,
+    signal: &Signal,
+    accounts: &[(Arc<Environment>, Arc<Account>)],
+    settings: &config::Store,
+) {
+    let mut unwritten =
+        Unwritten { of: accounts.iter().map(|_| OfEnvironment::default()).collect(), ..Unwritten::default() };
+    let mut folded: Option<Stopwatch> = None;
+    loop {
+        let stops = signal.wait(unwritten.has_any);
+        for (at, (_, account)) in accounts.iter().enumerate() {
+            if let Some(changes) = account.take_changes() {
+                unwritten.add(at, changes);
+            }
+        }
+        if unwritten.has_any {
+            let written = unwritten.write(&mut database, accounts);
+            unwritten.release();
+            if written.is_ok() {
+                unwritten.clear();
+            }
+            signal.report(written);
+        }
+        if stops {
+            return;
+        }
+        if !unwritten.has_any && folded.as_ref().is_none_or(|since| since.elapsed() >= FOLDING) {
+            let history = i64::try_from(settings.history.as_secs() / 60).unwrap_or(i64::MAX);
+            let before = clock::now().0.div_euclid(60_000).saturating_sub(history);
+            match database.fold_oldest_day(before) {
+                Ok(true) => {}
+                Ok(false) => folded = Some(Stopwatch::start()),
+                Err(error) => {
+                    tracing::warn!(%error, "old usage cannot be put together by days");
+                    folded = Some(Stopwatch::start());
+                }
+            }
+        }
+    }
+}
+
+impl Signal {
+    /// Waits for something to write, at once if somebody waits for it. Returns whether to stop.
+    fn wait(&self, is_behind: bool) -> bool {
+        let mut state = self.lock();
+        if is_behind {
+            // The last commit has failed; requests go on meanwhile.
+            state = self.sleep(state, Sleep::UntilUrgent, RETRY, |state| state.stops);
+        } else {
+            if !state.dirty && !state.stops {
+                state = self.sleep(state, Sleep::UntilChanged, FOLDING, |state| state.sleep == Sleep::Awake);
+            }
+            if !state.urgent && !state.stops {
+                state = self.sleep(state, Sleep::UntilUrgent, LAZY, |state| state.sleep == Sleep::Awake);
+            }
+        }
+        state.urgent = false;
+        state.dirty = false;
+        state.stops
+    }
+
+    fn sleep<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        sleep: Sleep,
+        longest: Duration,
+        until: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        state.sleep = sleep;
+        let waited = self.changed.wait_timeout_while(state, longest, |state| !until(state));
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.sleep = Sleep::Awake;
+        state
+    }
+
+    fn report(&self, written: rusqlite::Result<()>) {
+        let mut state = self.lock();
+        match written {
+            Ok(()) => {
+                state.late = false;
+                if state.failed.take().is_some() {
+                    drop(state);
+                    tracing::info!("the store can be written again: everything is kept");
+                }
+            }
+            Err(error) => {
+                let first = state.failed.replace(error.to_string()).is_none();
+                drop(state);
+                if first {
+                    tracing::error!(%error, "the store cannot be written: counters go on in memory until it can");
+                }
+            }
+        }
+    }
+}
