@@ -5,6 +5,7 @@ mod count;
 mod demo;
 mod hash_key;
 mod serve;
+mod simulate;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
@@ -33,6 +34,8 @@ enum Command {
     Check,
     /// Prints the prompt token estimate of a request body
     Count(count::Arguments),
+    /// Replays a trace through the quotas of the config and compares ways of reserving
+    Simulate(simulate::Arguments),
     /// Reads a key on standard input and prints its SHA-256 for the config
     HashKey,
     /// Prints completions for a shell
@@ -55,6 +58,7 @@ pub fn run() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Check => Ok(check::run(config)),
         Command::Count(arguments) => count::run(&arguments),
+        Command::Simulate(arguments) => simulate::run(config, &arguments),
         Command::HashKey => hash_key::run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "tollgate", &mut std::io::stdout());

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 pub use fault::{Fault, Faults};
 pub use load::{Loaded, Source, load, parse};
+pub(crate) use units::duration;
 
 /// A whole checked configuration.
 #[derive(Clone, Debug)]

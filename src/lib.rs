@@ -49,6 +49,9 @@ pub mod app;
 pub mod proxy;
 mod server;
 
+// The engine without the gateway.
+pub mod simulate;
+
 // The program.
 pub mod cli;
 pub mod demo;

@@ -24,7 +24,7 @@ pub(super) fn amount(text: &str) -> Option<u64> {
 }
 
 /// `500ms`, `30s`, `5m`, `1h`, `1d`, a word of the clock, or `0`.
-pub(super) fn duration(text: &str) -> Option<Duration> {
+pub(crate) fn duration(text: &str) -> Option<Duration> {
     if let Some(&(_, ms)) = WORDS.iter().find(|(word, _)| *word == text) {
         return Some(Duration::from_millis(ms));
     }

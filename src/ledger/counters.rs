@@ -6,7 +6,7 @@ use super::history::History;
 use super::learned::Learned;
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
-use crate::quota::{Amounts, Ask, Asker, Denied, Quotas, Receipt, Shortfall, Standing, Wait};
+use crate::quota::{Amounts, Ask, Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
 
 /// A reservation is extended by at least so many tokens.
 const SMALLEST_STEP: u64 = 64;
@@ -355,6 +355,11 @@ impl Counters {
             self.learned.learn(asker.model, ended.spent.completion.div_ceil(completions));
         }
         self.history.settled(now, asker, ended);
+    }
+
+    /// Every quota with its counters, in the config's order.
+    pub fn levels(&mut self, now: Timestamp) -> Vec<Level> {
+        self.quotas.levels(now)
     }
 
     /// Whether what this asker reserves has to outlive the process.

@@ -1,0 +1,83 @@
+//! `tollgate simulate`
+
+use super::load_or_explain;
+use crate::clock::Stopwatch;
+use crate::config::{Config, duration};
+use crate::simulate::{Call, Pace, Report, read_trace};
+use anyhow::Context as _;
+use serde_json::{Map, Value, json};
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// CSV with the columns timestamp, prompt_tokens, completion_tokens, and, if there, environment,
+    /// max_tokens, model; the column names of the Azure traces of 2023 do too
+    #[arg(long, value_name = "CSV")]
+    trace: PathBuf,
+    /// From a request to its first token
+    #[arg(long, default_value = "400ms", value_parser = a_duration)]
+    first_token: Duration,
+    /// From then on
+    #[arg(long, default_value_t = 30.0, value_parser = a_rate)]
+    tokens_per_second: f64,
+    /// For machines
+    #[arg(long)]
+    json: bool,
+}
+
+fn a_duration(text: &str) -> Result<Duration, String> {
+    duration(text).ok_or_else(|| "a duration such as 400ms or 2s".to_owned())
+}
+
+fn a_rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| "a number above 0".to_owned())
+}
+
+pub(super) fn run(config: Option<PathBuf>, arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let loaded = match load_or_explain(config) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    let path = arguments.trace.display();
+    let file = File::open(&arguments.trace).with_context(|| format!("cannot open {path}"))?;
+    let clock = Stopwatch::start();
+    let calls = read_trace(file).with_context(|| format!("the trace {path} cannot be read"))?;
+    let pace = Pace { first_token: arguments.first_token, tokens_per_second: arguments.tokens_per_second };
+    let reports: Vec<Report> = by_environment(&loaded.config, calls)?
+        .into_iter()
+        .map(|(index, calls)| Report::of(&loaded.config.environments[index], &calls, pace))
+        .collect();
+    if arguments.json {
+        let all: Map<String, Value> = reports.iter().map(|r| (r.environment.clone(), r.as_json())).collect();
+        println!("{}", json!({ "environments": all }));
+    } else {
+        for report in &reports {
+            println!("{}", report.in_words());
+        }
+        println!("Replayed in {:.2} s.", clock.elapsed().as_secs_f64());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The calls of each environment. Those that name none go to `default_environment`, or to the only one.
+fn by_environment(config: &Config, calls: Vec<Call>) -> anyhow::Result<Vec<(usize, Vec<Call>)>> {
+    let mut all: Vec<(usize, Vec<Call>)> =
+        (0..config.environments.len()).map(|at| (at, Vec::new())).collect();
+    let only = (config.environments.len() == 1).then_some(0);
+    for call in calls {
+        let at = match &call.environment {
+            Some(name) => config.environment(name).map(|(at, _)| at).with_context(|| {
+                format!("the trace names the environment \"{name}\", which the config does not have")
+            })?,
+            None => config.default_environment.or(only).context(
+                "the trace names no environment: give it a column environment, or set default_environment",
+            )?,
+        };
+        all[at].1.push(call);
+    }
+    Ok(all)
+}

@@ -1,0 +1,179 @@
+//! Traces: CSV with a header line.
+
+use crate::clock::Timestamp;
+use crate::quota::MAX_AMOUNT;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use std::fmt;
+use std::io::Read;
+
+/// One call of a trace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// When it came.
+    pub at: Timestamp,
+    /// Tokens it asked the model to read.
+    pub prompt: u64,
+    /// Tokens the model generated.
+    pub completion: u64,
+    /// Its environment, if the trace says.
+    pub environment: Option<String>,
+    /// Its own bound on the completion, if the trace says.
+    pub max_tokens: Option<u64>,
+    /// Its model, empty if the trace does not say.
+    pub model: String,
+}
+
+/// What is wrong with a trace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceFault {
+    /// Counted from 1.
+    pub line: u64,
+    /// What is wrong there.
+    pub message: String,
+}
+
+impl fmt::Display for TraceFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.message)
+    }
+}
+
+impl std::error::Error for TraceFault {}
+
+/// Names of the columns; the second is the one of the traces that Azure published in 2023.
+const TIMESTAMP: &[&str] = &["timestamp"];
+const PROMPT: &[&str] = &["prompt_tokens", "contexttokens"];
+const COMPLETION: &[&str] = &["completion_tokens", "generatedtokens"];
+
+struct Columns {
+    timestamp: usize,
+    prompt: usize,
+    completion: usize,
+    environment: Option<usize>,
+    max_tokens: Option<usize>,
+    model: Option<usize>,
+}
+
+/// Reads a trace; its calls come back in the order of time.
+///
+/// # Errors
+/// A column is missing, or the first value that cannot be read.
+pub fn read_trace(input: impl Read) -> Result<Vec<Call>, TraceFault> {
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(input);
+    let fault = |e: &csv::Error| TraceFault {
+        line: e.position().map_or(1, csv::Position::line),
+        message: e.to_string(),
+    };
+    let columns = Columns::of(reader.headers().map_err(|e| fault(&e))?)?;
+    let mut calls = Vec::new();
+    let mut record = csv::StringRecord::new();
+    while reader.read_record(&mut record).map_err(|e| fault(&e))? {
+        let line = record.position().map_or(0, csv::Position::line);
+        calls.push(columns.call(&record).map_err(|message| TraceFault { line, message })?);
+    }
+    calls.sort_by_key(|call| call.at);
+    Ok(calls)
+}
+
+impl Columns {
+    fn of(header: &csv::StringRecord) -> Result<Self, TraceFault> {
+        let find = |names: &[&str]| {
+            header.iter().position(|column| {
+                let column = column.trim_start_matches('\u{feff}');
+                names.iter().any(|name| column.eq_ignore_ascii_case(name))
+            })
+        };
+        let need = |names: &[&str]| {
+            find(names).ok_or_else(|| TraceFault {
+                line: 1,
+                message: format!(
+                    "there is no column '{}'; a trace has timestamp, prompt_tokens, completion_tokens, and may have environment, max_tokens, model",
+                    names.join("' or '")
+                ),
+            })
+        };
+        Ok(Self {
+            timestamp: need(TIMESTAMP)?,
+            prompt: need(PROMPT)?,
+            completion: need(COMPLETION)?,
+            environment: find(&["environment"]),
+            max_tokens: find(&["max_tokens"]),
+            model: find(&["model"]),
+        })
+    }
+
+    fn call(&self, record: &csv::StringRecord) -> Result<Call, String> {
+        let text = |column: usize| record.get(column).unwrap_or_default();
+        let some = |column: Option<usize>| column.map(text).filter(|value| !value.is_empty());
+        let amount = |name: &str, value: &str| {
+            let whole = value.parse::<u64>().ok().filter(|n| *n <= MAX_AMOUNT);
+            whole.ok_or_else(|| format!("{name} is \"{value}\", which is no whole number up to 2^40"))
+        };
+        let at = text(self.timestamp);
+        Ok(Call {
+            at: timestamp(at).ok_or_else(|| {
+                format!("timestamp is \"{at}\", which is neither an ISO date and time nor seconds")
+            })?,
+            prompt: amount("prompt_tokens", text(self.prompt))?,
+            completion: amount("completion_tokens", text(self.completion))?,
+            environment: some(self.environment).map(str::to_owned),
+            max_tokens: some(self.max_tokens).map(|value| amount("max_tokens", value)).transpose()?,
+            model: some(self.model).unwrap_or_default().to_owned(),
+        })
+    }
+}
+
+/// `2023-11-16 18:15:46.68`, with or without a zone (UTC without), or seconds.
+fn timestamp(text: &str) -> Option<Timestamp> {
+    if let Ok(zoned) = text.parse::<jiff::Timestamp>() {
+        return Some(Timestamp(zoned.as_millisecond()));
+    }
+    if let Ok(civil) = text.parse::<DateTime>() {
+        return Some(Timestamp(TimeZone::UTC.to_timestamp(civil).ok()?.as_millisecond()));
+    }
+    let seconds: f64 = text.parse().ok()?;
+    // Beyond this no millisecond is exact, and no clock has shown it.
+    if !(seconds.is_finite() && (0.0..1e12).contains(&seconds)) {
+        return None;
+    }
+    #[allow(clippy::cast_possible_truncation)]
+    Some(Timestamp((seconds * 1_000.0).round() as i64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_spellings_and_both_clocks_are_read() {
+        let azure = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n";
+        let ours = "timestamp,environment,prompt_tokens,completion_tokens,max_tokens,model\n1700158546.681,sandbox,374,44,,\n 3 ,,1,2,9,m\n";
+        let calls = read_trace(azure.as_bytes()).unwrap();
+        assert_eq!((calls[0].at.0, calls[0].prompt, calls[0].completion), (1_700_158_546_680, 374, 44));
+        let calls = read_trace(ours.as_bytes()).unwrap();
+        assert_eq!(calls.iter().map(|c| c.at.0).collect::<Vec<_>>(), [3_000, 1_700_158_546_681]);
+        assert_eq!(
+            (calls[0].max_tokens, calls[0].model.as_str(), &calls[0].environment),
+            (Some(9), "m", &None)
+        );
+        assert_eq!((calls[1].max_tokens, calls[1].environment.as_deref()), (None, Some("sandbox")));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_with_its_line() {
+        for (text, line, what) in [
+            ("timestamp,prompt_tokens\n", 1, "completion_tokens"),
+            ("", 1, "timestamp"),
+            ("timestamp,prompt_tokens,completion_tokens\n1,2,3\nyesterday,2,3\n", 3, "yesterday"),
+            ("timestamp,prompt_tokens,completion_tokens\n1,-2,3\n", 2, "-2"),
+            ("timestamp,prompt_tokens,completion_tokens\n1,2,3.5\n", 2, "3.5"),
+            ("timestamp,prompt_tokens,completion_tokens\n1,99999999999999,3\n", 2, "2^40"),
+            ("timestamp,prompt_tokens,completion_tokens\n1,2\n", 2, "record"),
+            ("timestamp,prompt_tokens,completion_tokens\nNaN,2,3\n", 2, "NaN"),
+        ] {
+            let fault = read_trace(text.as_bytes()).unwrap_err();
+            assert!(fault.line == line && fault.message.contains(what), "{text}: {fault}");
+        }
+    }
+}
