@@ -44,7 +44,7 @@ impl Bucket {
     /// Adds what has come back since the last call. A clock stepped backwards adds nothing, and the
     /// bucket counts on from there: it is never stuck until the old time comes round again.
     pub fn refill(&mut self, now: Timestamp) {
-        let top = self.units(self.burst.saturating_sub(self.held));
+        let top = self.top();
         if self.level < top {
             let elapsed = i128::from(now.ms_since(self.at));
             self.level = top.min(self.level + self.rate * elapsed);
@@ -90,7 +90,7 @@ impl Bucket {
         self.held = self.held.saturating_sub(held);
         self.level += self.units(held) - i128::from(owed) * self.scale;
         // Holds by construction; stated so that a slip elsewhere could never mint tokens.
-        self.level = self.level.min(self.units(self.burst.saturating_sub(self.held)));
+        self.level = self.level.min(self.top());
     }
 
     /// Another limit from now on: what was used stays used, what is held stays held.
@@ -103,7 +103,7 @@ impl Bucket {
 
     /// Full at once, but for what is held.
     pub fn reset(&mut self) {
-        self.level = self.units(self.burst.saturating_sub(self.held));
+        self.level = self.top();
     }
 
     /// What has to be kept so that the bucket outlives the process.
@@ -153,6 +153,11 @@ impl Bucket {
         let held = if and_held { 0 } else { self.held };
         let missing = self.units(self.burst) - self.level - self.units(held);
         u64::try_from(divide_down(missing + self.rate - 1, self.rate)).unwrap_or(0)
+    }
+
+    /// The highest level there can be now; below zero where the burst was lowered under what is held.
+    fn top(&self) -> i128 {
+        self.units(self.burst) - self.units(self.held)
     }
 
     fn units(&self, tokens: u64) -> i128 {

@@ -1,1 +1,164 @@
+use super::*;
+use crate::config::OnOverrun;
+use crate::quota::{Kind, Per, Quota, Scope, Window};
+use std::time::Duration;
 
+const NOW: Timestamp = Timestamp(1_774_700_000_000);
+
+fn total(limit: u64) -> Quota {
+    let per = Per { written: "day".into(), ms: 86_400_000 };
+    let window = Window::Rolling { burst: limit };
+    Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
+}
+
+fn rules(completion: CompletionReserve) -> Rules {
+    let reserve = Reserve {
+        prompt: true,
+        completion,
+        quantile: 0.9,
+        default_max_tokens: 4_096,
+        when_short: WhenShort::Reject,
+        on_overrun: OnOverrun::Finish,
+        max_wait: Duration::ZERO,
+    };
+    Rules { reserve, enforce: true, max_in_flight: None }
+}
+
+fn counters(rules: Rules, limit: u64) -> Counters {
+    Counters::new(rules, &[total(limit)], NOW)
+}
+
+fn asker() -> Asker<'static> {
+    Asker { caller: None, model: "m" }
+}
+
+fn want(prompt: u64, cap: Option<u64>) -> Want<'static> {
+    Want { asker: asker(), prompt, generates: true, cap, completions: 1 }
+}
+
+fn level(counters: &mut Counters) -> (i64, u64) {
+    let levels = counters.levels(NOW);
+    (levels[0].level, levels[0].held)
+}
+
+fn settle(counters: &mut Counters, admission: Admission, prompt: u64, completion: u64) {
+    let spent = Amounts::of_request(prompt, completion);
+    counters.settle(NOW, asker(), admission.grant, Ended { spent, is_whole: true });
+}
+
+#[test]
+fn adaptive_reserves_what_recent_answers_used() {
+    let mut c = counters(rules(CompletionReserve::Adaptive), 1_000_000);
+    let first = c.admit(NOW, &want(10, None)).unwrap();
+    assert_eq!(first.grant.reserved(), Amounts::of_request(10, 512), "the prior");
+    settle(&mut c, first, 10, 100);
+    for _ in 0..30 {
+        let next = c.admit(NOW, &want(10, None)).unwrap();
+        settle(&mut c, next, 10, 100);
+    }
+    let learned = c.admit(NOW, &want(10, None)).unwrap();
+    assert!((90..=112).contains(&learned.grant.reserved().completion), "{learned:?}");
+    let bounded = c.admit(NOW, &want(10, Some(7))).unwrap();
+    assert_eq!(bounded.grant.reserved().completion, 7, "never more than the request's own cap");
+    let several = Want { completions: 3, ..want(10, None) };
+    let several = c.admit(NOW, &several).unwrap();
+    assert_eq!(several.grant.reserved().completion, 3 * learned.grant.reserved().completion);
+}
+
+#[test]
+fn an_answer_that_was_cut_teaches_nothing() {
+    let mut c = counters(rules(CompletionReserve::Adaptive), 1_000_000);
+    for _ in 0..50 {
+        let admission = c.admit(NOW, &want(10, None)).unwrap();
+        let ended = Ended { spent: Amounts::of_request(10, 1), is_whole: false };
+        c.settle(NOW, asker(), admission.grant, ended);
+    }
+    assert_eq!(c.admit(NOW, &want(10, None)).unwrap().grant.reserved().completion, 512);
+}
+
+#[test]
+fn a_small_quota_does_not_deny_its_first_request_for_ever() {
+    for limit in [11, 20, 100, 600] {
+        let mut c = counters(rules(CompletionReserve::Adaptive), limit);
+        let admission = c.admit(NOW, &want(10, Some(4_096))).unwrap();
+        let allowance = admission.grant.reserved().completion;
+        assert!(allowance >= 1 && allowance <= (limit - 10).div_ceil(2), "{limit}: {allowance}");
+    }
+}
+
+#[test]
+fn a_request_that_is_short_of_room_is_clamped_to_what_is_left() {
+    let mut with_clamp = rules(CompletionReserve::MaxTokens);
+    with_clamp.reserve.when_short = WhenShort::Clamp;
+    let mut c = counters(with_clamp, 100);
+    let clamped = c.admit(NOW, &want(10, Some(4_000))).unwrap();
+    assert_eq!((clamped.clamped_to, clamped.grant.reserved().total), (Some(90), 100));
+    settle(&mut c, clamped, 10, 40);
+    let two = Want { completions: 2, ..want(9, Some(100)) };
+    let two = c.admit(NOW, &two).unwrap();
+    assert_eq!((two.clamped_to, two.grant.reserved().completion), (Some(20), 40), "both of them fit");
+    settle(&mut c, two, 9, 0);
+    let fits = c.admit(NOW, &want(10, Some(31))).unwrap();
+    assert_eq!(fits.clamped_to, None);
+    assert!(c.admit(NOW, &want(10, Some(5))).is_err(), "there is nothing left to be clamped to");
+    assert!(matches!(c.admit(NOW, &want(101, Some(5))).unwrap_err().wait(), Some(Wait::Never)));
+}
+
+#[test]
+fn quotas_that_only_watch_admit_and_tell_what_they_would_have_done() {
+    let mut watching = rules(CompletionReserve::MaxTokens);
+    watching.enforce = false;
+    watching.max_in_flight = Some(1);
+    let mut c = counters(watching, 100);
+    let fits = c.admit(NOW, &want(10, Some(50))).unwrap();
+    assert!(fits.would_deny.is_none());
+    let second = c.admit(NOW, &want(10, Some(10))).unwrap();
+    assert_eq!(second.would_deny, Some(NoRoom::InFlight { limit: 1 }));
+    settle(&mut c, second, 10, 10);
+    settle(&mut c, fits, 10, 50);
+    let beyond = c.admit(NOW, &want(10, Some(500))).unwrap();
+    assert!(matches!(beyond.would_deny, Some(NoRoom::Quota(_))));
+    assert_eq!(level(&mut c), (-490, 510));
+    settle(&mut c, beyond, 10, 90);
+    assert_eq!((level(&mut c), c.totals.rejected), ((-80, 0), 0));
+}
+
+#[test]
+fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
+    let mut c = counters(rules(CompletionReserve::Fixed(50)), 300);
+    let mut admission = c.admit(NOW, &want(10, None)).unwrap();
+    let grant = &mut admission.grant;
+    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 40)), Progress::Within);
+    assert_eq!(level(&mut c), (240, 10), "the prompt and 40 tokens are spent");
+    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 60)), Progress::Within);
+    assert_eq!((grant.reserved().completion, level(&mut c)), (50 + 64, (176, 54)));
+    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 280)), Progress::Within);
+    assert_eq!(level(&mut c), (10, 0));
+    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 291)), Progress::Overrun);
+    assert_eq!(c.held, grant.reserved());
+    settle(&mut c, admission, 12, 300);
+    assert_eq!((level(&mut c), c.held, c.in_flight), ((-12, 0), Amounts::default(), 0));
+    assert_eq!((c.totals.prompt, c.totals.completion, c.totals.total), (12, 300, 312));
+}
+
+#[test]
+fn what_was_moved_too_early_comes_back_at_the_end() {
+    let mut c = counters(rules(CompletionReserve::Fixed(50)), 300);
+    let mut admission = c.admit(NOW, &want(10, None)).unwrap();
+    c.progress(NOW, &mut admission.grant, Amounts::of_request(10, 70));
+    settle(&mut c, admission, 8, 30);
+    assert_eq!(level(&mut c), (262, 0));
+}
+
+#[test]
+fn reserving_nothing_is_never_extended() {
+    let mut afterwards = rules(CompletionReserve::None);
+    afterwards.reserve.prompt = false;
+    let mut c = counters(afterwards, 100);
+    let mut admission = c.admit(NOW, &want(10, None)).unwrap();
+    assert_eq!(c.progress(NOW, &mut admission.grant, Amounts::of_request(10, 500)), Progress::Within);
+    assert_eq!(level(&mut c), (100, 0));
+    settle(&mut c, admission, 10, 500);
+    assert_eq!(level(&mut c), (-410, 0));
+    assert!(c.admit(NOW, &want(0, None)).is_err(), "an exhausted quota admits nothing");
+}
