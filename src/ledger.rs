@@ -247,7 +247,7 @@ impl Reservation {
     pub fn progress(&mut self, spent: Amounts) -> Progress {
         let Some(grant) = &mut self.grant else { return Progress::Within };
         let mut counters = self.account.lock();
-        let progress = counters.progress(clock::now(), grant, spent);
+        let progress = counters.progress(clock::now(), &self.asker.1, grant, spent);
         drop(counters);
         self.account.line.somebody_has_ended();
         self.account.changed(false);

@@ -307,7 +307,7 @@ impl<'a> Replay<'a> {
             self.end(flight, spent);
             return;
         }
-        let progress = self.counters.progress(at, &mut flight.grant, spent);
+        let progress = self.counters.progress(at, &self.calls[flight.call].model, &mut flight.grant, spent);
         if progress == Progress::Overrun && self.cuts() {
             self.end(flight, spent);
             return;

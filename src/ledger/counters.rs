@@ -116,6 +116,8 @@ pub struct Grant {
     reserved: Amounts,
     step: u64,
     completions: u64,
+    /// What was learned of the answer before its end: it is longer than this.
+    longer_than: Option<u64>,
 }
 
 impl Grant {
@@ -254,6 +256,7 @@ impl Counters {
             reserved,
             step,
             completions: want.completions.max(1),
+            longer_than: None,
         };
         let standing = self.quotas.standing(now, want.asker);
         Admission { grant, clamped_to, would_deny, standing }
@@ -312,11 +315,12 @@ impl Counters {
 
     /// Takes note of what a request has certainly used so far: that is held no longer. A stream that
     /// outgrows its reservation gets more of it while there is room.
-    pub fn progress(&mut self, now: Timestamp, grant: &mut Grant, spent: Amounts) -> Progress {
+    pub fn progress(&mut self, now: Timestamp, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
         let mut outcome = Progress::Within;
         if spent.completion > grant.reserved.completion
             && self.rules.reserve.completion != CompletionReserve::None
         {
+            self.expect_longer(model, grant, spent.completion);
             let missing = spent.completion - grant.reserved.completion;
             let tokens = missing.max(grant.step);
             let more = Amounts { completion: tokens, total: tokens, ..Amounts::default() };
@@ -337,9 +341,17 @@ impl Counters {
         outcome
     }
 
+    fn expect_longer(&mut self, model: &str, grant: &mut Grant, tokens: u64) {
+        let each = tokens.div_ceil(grant.completions);
+        if let Some(before) = grant.longer_than.replace(each) {
+            self.learned.forget(model, before);
+        }
+        self.learned.expect_longer(model, each);
+    }
+
     /// Replaces what a grant holds by what was spent.
     pub fn settle(&mut self, now: Timestamp, asker: Asker<'_>, grant: Grant, ended: Ended) {
-        let Grant { receipts, reserved, completions, .. } = grant;
+        let Grant { receipts, reserved, completions, longer_than, .. } = grant;
         let mut left = ended.spent;
         let last = receipts.len().saturating_sub(1);
         for (at, receipt) in receipts.into_iter().enumerate() {
@@ -351,6 +363,9 @@ impl Counters {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.held = self.held.less(reserved);
         self.totals.add(ended.spent);
+        if let Some(before) = longer_than {
+            self.learned.forget(asker.model, before);
+        }
         if ended.is_whole && ended.spent.completion > 0 {
             self.learned.learn(asker.model, ended.spent.completion.div_ceil(completions));
         }

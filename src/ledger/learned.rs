@@ -53,6 +53,22 @@ impl Learned {
         }
     }
 
+    /// An answer that is not at its end has outgrown what was reserved for it: it will be longer than
+    /// that. Counts until `forget`, so that long answers are learned before they end, when many short
+    /// ones have long been learned.
+    pub(crate) fn expect_longer(&mut self, model: &str, completion_tokens: u64) {
+        if let Some(known) = self.models.get_mut(model) {
+            known.answers.add(completion_tokens);
+        }
+    }
+
+    /// Takes back what `expect_longer` has counted, as far as it has not faded.
+    pub(crate) fn forget(&mut self, model: &str, completion_tokens: u64) {
+        if let Some(known) = self.models.get_mut(model) {
+            known.answers.take(completion_tokens);
+        }
+    }
+
     fn make_room(&mut self) {
         if self.models.len() < MOST_MODELS {
             return;
@@ -89,6 +105,13 @@ impl Answers {
     fn put(&mut self, tokens: u64, weight: u32) {
         self.weights[slot(tokens)] += weight;
         self.total += weight;
+    }
+
+    fn take(&mut self, tokens: u64) {
+        let weight = &mut self.weights[slot(tokens)];
+        let taken = WEIGHT.min(*weight);
+        *weight -= taken;
+        self.total -= taken;
     }
 
     /// The value below which so many of a million answers lie; within a slot they are taken to be
@@ -167,6 +190,19 @@ mod tests {
             learned.learn("m", 20);
         }
         assert!(learned.expected("m", P90) <= 22, "{}", learned.expected("m", P90));
+    }
+
+    #[test]
+    fn answers_that_have_not_ended_are_expected_to_be_long() {
+        let mut learned = Learned::default();
+        (0..100).for_each(|_| learned.learn("m", 20));
+        (0..30).for_each(|_| learned.expect_longer("m", 700));
+        assert!(learned.expected("m", P90) > 600);
+        (0..30).for_each(|_| learned.forget("m", 700));
+        assert!(learned.expected("m", P90) < 25);
+        learned.forget("m", 12_345);
+        learned.expect_longer("unknown", 1);
+        assert_eq!(learned.expected("unknown", P90), PRIOR);
     }
 
     #[test]

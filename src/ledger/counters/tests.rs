@@ -128,13 +128,13 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
     let mut c = counters(rules(CompletionReserve::Fixed(50)), 300);
     let mut admission = c.admit(NOW, &want(10, None)).unwrap();
     let grant = &mut admission.grant;
-    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 40)), Progress::Within);
+    assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 40)), Progress::Within);
     assert_eq!(level(&mut c), (240, 10), "the prompt and 40 tokens are spent");
-    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 60)), Progress::Within);
+    assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 60)), Progress::Within);
     assert_eq!((grant.reserved().completion, level(&mut c)), (50 + 64, (176, 54)));
-    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 280)), Progress::Within);
+    assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 280)), Progress::Within);
     assert_eq!(level(&mut c), (10, 0));
-    assert_eq!(c.progress(NOW, grant, Amounts::of_request(10, 291)), Progress::Overrun);
+    assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 291)), Progress::Overrun);
     assert_eq!(c.held, grant.reserved());
     settle(&mut c, admission, 12, 300);
     assert_eq!((level(&mut c), c.held, c.in_flight), ((-12, 0), Amounts::default(), 0));
@@ -145,7 +145,7 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
 fn what_was_moved_too_early_comes_back_at_the_end() {
     let mut c = counters(rules(CompletionReserve::Fixed(50)), 300);
     let mut admission = c.admit(NOW, &want(10, None)).unwrap();
-    c.progress(NOW, &mut admission.grant, Amounts::of_request(10, 70));
+    c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 70));
     settle(&mut c, admission, 8, 30);
     assert_eq!(level(&mut c), (262, 0));
 }
@@ -156,7 +156,7 @@ fn reserving_nothing_is_never_extended() {
     afterwards.reserve.prompt = false;
     let mut c = counters(afterwards, 100);
     let mut admission = c.admit(NOW, &want(10, None)).unwrap();
-    assert_eq!(c.progress(NOW, &mut admission.grant, Amounts::of_request(10, 500)), Progress::Within);
+    assert_eq!(c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 500)), Progress::Within);
     assert_eq!(level(&mut c), (100, 0));
     settle(&mut c, admission, 10, 500);
     assert_eq!(level(&mut c), (-410, 0));
