@@ -1,5 +1,6 @@
 //! Who holds what: the counters of every environment, and reservations that settle themselves.
 
+mod commits;
 mod counters;
 mod history;
 mod learned;
@@ -10,8 +11,8 @@ use crate::config::Environment;
 use crate::quota::{Amounts, Asker, Level, Quota, Saved, Standing};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::oneshot;
 
+pub use commits::Commits;
 pub use counters::{Admission, Counters, Ended, Grant, NoRoom, Progress, Rules, Totals, Want};
 pub use history::Row;
 use line::Line;
@@ -29,6 +30,9 @@ pub trait Keeper: Send + Sync + std::fmt::Debug {
 
     /// A wait for it has taken too long.
     fn is_late(&self);
+
+    /// What a request waits for.
+    fn commits(&self) -> &Commits;
 }
 
 /// The counters of one environment, shared by every request that draws on them.
@@ -37,8 +41,6 @@ pub struct Account {
     counters: Mutex<Counters>,
     line: Line,
     keeper: Option<Arc<dyn Keeper>>,
-    /// Requests that wait until their reservation is kept.
-    waiting: Mutex<Vec<oneshot::Sender<()>>>,
 }
 
 /// What an account looks like at one moment.
@@ -63,8 +65,6 @@ pub struct Changes {
     pub held: Amounts,
     /// Usage by minute, caller and model, and the model's name.
     pub usage: Vec<(Row, Arc<str>)>,
-    /// To be told when all this is kept.
-    pub waiting: Vec<oneshot::Sender<()>>,
 }
 
 /// What another process has left of an account.
@@ -91,7 +91,7 @@ impl Account {
         if keeper.is_some() {
             counters.take_over(now, left);
         }
-        Self { counters: Mutex::new(counters), line: Line::default(), keeper, waiting: Mutex::default() }
+        Self { counters: Mutex::new(counters), line: Line::default(), keeper }
     }
 
     /// Holds room for one request in every quota it touches, or in none.
@@ -139,7 +139,7 @@ impl Account {
                 return Err(no_room);
             }
         };
-        let kept = durable.then(|| self.when_kept());
+        let kept = keeper.filter(|_| durable).map(|keeper| keeper.commits().next());
         self.changed(durable);
         Ok(Reservation {
             account: self.clone(),
@@ -153,13 +153,6 @@ impl Account {
         })
     }
 
-    /// Resolves when all that has changed until now is kept.
-    fn when_kept(&self) -> oneshot::Receiver<()> {
-        let (tell, told) = oneshot::channel();
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(tell);
-        told
-    }
-
     fn changed(&self, urgent: bool) {
         if let Some(keeper) = &self.keeper {
             keeper.changed(urgent);
@@ -168,15 +161,12 @@ impl Account {
 
     /// What has changed since the last call; `None`: nothing.
     pub fn take_changes(&self) -> Option<Changes> {
-        // Those who wait now wait for changes made before: theirs are among what is taken below.
-        let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
         let mut counters = self.lock();
         let mut quotas = Vec::new();
         counters.quotas.take_changes(|quota, saved| quotas.push((quota.clone(), saved)));
         let usage = counters.history.take();
-        let changes = Changes { quotas, totals: counters.totals, held: counters.held, usage, waiting };
-        let is_nothing = changes.quotas.is_empty() && changes.usage.is_empty() && changes.waiting.is_empty();
-        (!is_nothing).then_some(changes)
+        let is_nothing = quotas.is_empty() && usage.is_empty();
+        (!is_nothing).then(|| Changes { quotas, totals: counters.totals, held: counters.held, usage })
     }
 
     /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
@@ -224,7 +214,8 @@ pub struct Reservation {
     standing: [Option<Standing>; 4],
     clamped_to: Option<u64>,
     would_deny: Option<NoRoom>,
-    kept: Option<oneshot::Receiver<()>>,
+    /// The commit that will have it, if that has to be waited for.
+    kept: Option<u64>,
 }
 
 impl Reservation {
@@ -256,10 +247,8 @@ impl Reservation {
 
     /// Waits until the reservation would outlive the process, if one of its quotas asks for that.
     pub async fn kept(&mut self) {
-        let Some(kept) = self.kept.take() else { return };
-        if tokio::time::timeout(LONGEST_WAIT_FOR_STORE, kept).await.is_err()
-            && let Some(keeper) = &self.account.keeper
-        {
+        let (Some(commit), Some(keeper)) = (self.kept.take(), &self.account.keeper) else { return };
+        if tokio::time::timeout(LONGEST_WAIT_FOR_STORE, keeper.commits().done(commit)).await.is_err() {
             keeper.is_late();
         }
     }

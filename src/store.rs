@@ -13,7 +13,7 @@ mod database;
 mod writer;
 
 use crate::config::{self, Environment};
-use crate::ledger::{Account, Keeper, Left};
+use crate::ledger::{Account, Commits, Keeper, Left};
 use crate::quota::Quota;
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
@@ -46,6 +46,7 @@ pub struct Writer {
 pub struct Signal {
     state: Mutex<State>,
     changed: Condvar,
+    commits: Commits,
 }
 
 #[derive(Debug, Default)]
@@ -102,6 +103,10 @@ impl Keeper for Signal {
     fn is_writing(&self) -> bool {
         let state = self.lock();
         state.failed.is_none() && !state.late
+    }
+
+    fn commits(&self) -> &Commits {
+        &self.commits
     }
 
     fn is_late(&self) {

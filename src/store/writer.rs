@@ -9,7 +9,6 @@ use crate::quota::{Amounts, Quota, Saved};
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::oneshot;
 
 /// What nobody waits for is written so much later at most: one commit for many settlements.
 const LAZY: Duration = Duration::from_millis(10);
@@ -32,7 +31,6 @@ struct Unwritten {
 struct OfEnvironment {
     quotas: Vec<(Quota, Saved)>,
     sums: Option<(Totals, Amounts)>,
-    waiting: Vec<oneshot::Sender<()>>,
 }
 
 /// Minute, index of the environment, model, index of the caller.
@@ -49,7 +47,6 @@ impl Unwritten {
             }
         }
         of.sums = Some((changes.totals, changes.held));
-        of.waiting.extend(changes.waiting);
         for (row, model) in changes.usage {
             let model = if self.usage.len() < MOST_ROWS { model } else { "other".into() };
             let sum = self.usage.entry((row.minute, at, model, row.caller)).or_default();
@@ -83,16 +80,6 @@ impl Unwritten {
         })
     }
 
-    /// Whoever waited may go on: because all is written, or because it cannot be.
-    fn release(&mut self) {
-        for changes in &mut self.of {
-            for waiting in changes.waiting.drain(..) {
-                // It may have given up waiting.
-                let _ = waiting.send(());
-            }
-        }
-    }
-
     fn clear(&mut self) {
         for changes in &mut self.of {
             changes.quotas.clear();
@@ -115,6 +102,7 @@ pub(super) fn run(
     let mut folded: Option<Stopwatch> = None;
     loop {
         let stops = signal.wait(unwritten.has_any);
+        let commit = signal.commits.begin();
         for (at, (_, account)) in accounts.iter().enumerate() {
             if let Some(changes) = account.take_changes() {
                 unwritten.add(at, changes);
@@ -122,12 +110,13 @@ pub(super) fn run(
         }
         if unwritten.has_any {
             let written = unwritten.write(&mut database, accounts);
-            unwritten.release();
             if written.is_ok() {
                 unwritten.clear();
             }
             signal.report(written);
         }
+        // Also where it has failed: requests go on from memory.
+        signal.commits.finish(commit);
         if stops {
             return;
         }

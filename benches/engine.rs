@@ -1,0 +1,200 @@
+//! What the quota engine and its store can do.
+//!
+//! `cargo bench --bench engine -- [--quick]`
+//!
+//! 1. Reserve and settle on one environment with 16 quotas, in memory: how many a second, how long each.
+//! 2. A quota that must be durable: how long a reservation waits for its commit, and what that costs in
+//!    CPU, with 64 requests at a time, next to the same without a store.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
+
+use std::fmt::Write as _;
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tollgate::config::{Config, Environment, parse};
+use tollgate::ledger::{Account, Want};
+use tollgate::quota::{Amounts, Asker};
+use tollgate::store::Store;
+
+fn main() {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let rounds = if quick { 1 } else { 5 };
+    println!("### reserve + settle, one environment, 16 quotas, in memory\n");
+    println!("| threads | a second | p50 ns | p99 ns |\n| --- | --- | --- | --- |");
+    for threads in [1, 2] {
+        let best = (0..rounds).map(|_| in_memory(threads, if quick { 200_000 } else { 1_000_000 }));
+        let best = best.max_by(|a, b| a.per_second.total_cmp(&b.per_second)).unwrap();
+        println!(
+            "| {threads} | {:.0} | {} | {} |",
+            best.per_second,
+            best.p50.as_nanos(),
+            best.p99.as_nanos()
+        );
+    }
+    println!("\n### reserve, wait until kept, settle 5 to 15 ms later: 64 at a time, a quota per day\n");
+    println!(
+        "| store | requests / s | wait p50 us | wait p99 us | CPU us per request |\n| --- | --- | --- | --- | --- |"
+    );
+    let seconds = if quick { 1.0 } else { 3.0 };
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        without.push(kept(false, seconds));
+        with.push(kept(true, seconds));
+    }
+    let cpu = |of: &[Kept]| median(of.iter().map(|k| k.cpu_us).collect());
+    for (name, of) in [("memory", &without), ("SQLite", &with)] {
+        let wait = |at: fn(&Kept) -> Duration| median(of.iter().map(|k| at(k).as_secs_f64() * 1e6).collect());
+        println!(
+            "| {name} | {:.0} | {:.0} | {:.0} | {:.1} |",
+            median(of.iter().map(|k| k.per_second).collect()),
+            wait(|k| k.p50),
+            wait(|k| k.p99),
+            cpu(of)
+        );
+    }
+    println!("\nThe store adds {:.1} us of CPU to a request.", cpu(&with) - cpu(&without));
+}
+
+fn config(quotas: &str, store: &str) -> Config {
+    let text = format!(
+        "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\nenvironments: {{ e: {{ upstream: u, quotas: {quotas} }} }}\nstore: {store}\n"
+    );
+    parse(&text, "bench.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}")).config
+}
+
+/// Four kinds over four periods each, none of them ever short.
+fn sixteen_quotas() -> String {
+    let mut quotas = "{ ".to_owned();
+    for kind in ["total_tokens", "prompt_tokens", "completion_tokens", "requests"] {
+        let periods =
+            ["second", "minute", "hour", "day"].map(|per| format!("{{ limit: 1000000G, per: {per} }}"));
+        write!(quotas, "{kind}: [{}], ", periods.join(", ")).unwrap();
+    }
+    quotas + "}"
+}
+
+struct InMemory {
+    per_second: f64,
+    p50: Duration,
+    p99: Duration,
+}
+
+fn in_memory(threads: usize, operations: usize) -> InMemory {
+    let config = config(&sixteen_quotas(), "{ memory: true }");
+    assert_eq!(config.environments[0].quotas.len(), 16);
+    let account = Arc::new(Account::open(&config.environments[0]));
+    // Timed apart, since reading the clock twice takes a tenth of an operation.
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| (0..operations / threads).for_each(|_| reserve_and_settle(&account)));
+        }
+    });
+    let per_second = operations as f64 / began.elapsed().as_secs_f64();
+    let mut times: Vec<Duration> = std::thread::scope(|scope| {
+        let timed = || {
+            let time = |_| {
+                let began = Instant::now();
+                reserve_and_settle(&account);
+                began.elapsed()
+            };
+            (0..operations / threads / 4).map(time).collect::<Vec<_>>()
+        };
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(timed)).collect();
+        handles.into_iter().flat_map(|handle| handle.join().unwrap()).collect()
+    });
+    times.sort_unstable();
+    InMemory { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
+}
+
+fn want() -> Want<'static> {
+    let asker = Asker { caller: None, model: "gpt-4o" };
+    Want { asker, prompt: 100, generates: true, cap: Some(500), completions: 1 }
+}
+
+fn reserve_and_settle(account: &Arc<Account>) {
+    let mut reservation = account.reserve(&want()).unwrap();
+    reservation.observe(Amounts::of_request(100, 200));
+    reservation.is_whole();
+}
+
+struct Kept {
+    per_second: f64,
+    p50: Duration,
+    p99: Duration,
+    cpu_us: f64,
+}
+
+fn kept(stored: bool, seconds: f64) -> Kept {
+    let folder = tempfile::tempdir().unwrap();
+    let store = if stored {
+        format!("{{ path: {} }}", folder.path().join("bench.db").display())
+    } else {
+        "{ memory: true }".to_owned()
+    };
+    let config = config("{ total_tokens: { limit: 1000000G, per: day } }", &store);
+    let environment: &Arc<Environment> = &config.environments[0];
+    if !stored {
+        return load(&Arc::new(Account::open(environment)), seconds);
+    }
+    let store = Store::open(&config.store).unwrap();
+    let left = store.left(environment).unwrap();
+    let account = Arc::new(Account::open_with(environment, Some(store.keeper()), &left));
+    let _writer = store.start(vec![(environment.clone(), account.clone())]).unwrap();
+    load(&account, seconds)
+}
+
+/// 64 tasks on one thread, as one of the gateway's workers would run them.
+fn load(account: &Arc<Account>, seconds: f64) -> Kept {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (began, cpu_before) = (Instant::now(), cpu_time());
+    let until = began + Duration::from_secs_f64(seconds);
+    let mut waits: Vec<Duration> = runtime.block_on(async {
+        // Answers of differing lengths, or all would ask at once.
+        let tasks: Vec<_> =
+            (0..64).map(|n| tokio::spawn(requests(account.clone(), until, 5 + n * 37 % 11))).collect();
+        let mut waits = Vec::new();
+        for task in tasks {
+            waits.extend(task.await.unwrap());
+        }
+        waits
+    });
+    waits.sort_unstable();
+    let requests = waits.len();
+    Kept {
+        per_second: requests as f64 / began.elapsed().as_secs_f64(),
+        p50: waits[requests / 2],
+        p99: waits[requests * 99 / 100],
+        cpu_us: (cpu_time() - cpu_before).as_secs_f64() * 1e6 / requests as f64,
+    }
+}
+
+async fn requests(account: Arc<Account>, until: Instant, answer_ms: u64) -> Vec<Duration> {
+    let mut waits = Vec::new();
+    while Instant::now() < until {
+        let mut reservation = account.reserve(&want()).unwrap();
+        let began = Instant::now();
+        reservation.kept().await;
+        waits.push(began.elapsed());
+        tokio::time::sleep(Duration::from_millis(answer_ms)).await;
+        reservation.observe(Amounts::of_request(100, 200));
+        drop(reservation);
+    }
+    waits
+}
+
+/// User and system time of this process and all its threads, in ticks of 10 ms.
+fn cpu_time() -> Duration {
+    let text = fs::read_to_string("/proc/self/stat").unwrap();
+    // The second field, the command, may hold spaces; it ends with the last bracket.
+    let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+    Duration::from_millis(ticks * 10)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
