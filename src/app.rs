@@ -96,6 +96,10 @@ impl App {
         let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
         let shared = Arc::new(Shared::new(config, store.as_ref())?);
         let store = store.map(|store| store.start(shared.environments())).transpose()?;
+        // The vocabularies are loaded off the request path, and nobody is served before they are.
+        if warm.join().is_err() {
+            anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
+        }
         let mut threads = Vec::new();
         for listener in listeners {
             let proxy = Arc::new(Proxy::new(shared.clone(), &tls)?);
@@ -117,10 +121,6 @@ impl App {
         let admin = Thread::spawn("admin", one_core()?, move |orders| {
             server::serve(admin_listener, move |_| router.clone(), orders)
         })?;
-        // The vocabularies are loaded off the request path, and nobody is served before they are.
-        if warm.join().is_err() {
-            anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
-        }
         Ok(Self { address, admin_address, shared, workers: threads, admin, drain_timeout, store })
     }
 

@@ -1,0 +1,290 @@
+//! `kill -9` at random moments under load: no settled charge is lost, and what was in flight is charged
+//! in full.
+//!
+//! 25 kills; `TOLLGATE_CRASH_ROUNDS` says otherwise, with 1,000 for the long run:
+//! `TOLLGATE_CRASH_ROUNDS=1000 cargo test --release --test crash -- --nocapture`
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
+
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const CLIENTS: u64 = 8;
+const MAX_TOKENS: u64 = 50;
+/// As both the gateway and the upstream count it.
+const PROMPT: u64 = 8;
+const BODY: &str = r#"{"max_tokens":50,"model":"gpt-4o","messages":[{"role":"user","content":"hello"}]}"#;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Any number below `n`; not the same in every run, so that the moments differ.
+fn random(n: u64) -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(Instant::now()) % n
+}
+
+/// What the upstream has reported, and the callers have received whole.
+#[derive(Default)]
+struct Sums {
+    reported: AtomicU64,
+    received: AtomicU64,
+    answers: AtomicU64,
+}
+
+/// An upstream that answers after up to 3 ms and adds up what it reports.
+fn upstream(sums: &Arc<Sums>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let sums = sums.clone();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let sums = sums.clone();
+            thread::spawn(move || serve(stream, &sums));
+        }
+    });
+    port
+}
+
+/// Answers until the connection breaks, as it does when the gateway is killed.
+fn serve(stream: TcpStream, sums: &Sums) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut stream = stream;
+    loop {
+        read_message(&mut reader)?;
+        thread::sleep(Duration::from_micros(random(3_000)));
+        let completion = 1 + random(40);
+        let total = PROMPT + completion;
+        let body = format!(
+            r#"{{"choices":[],"usage":{{"prompt_tokens":{PROMPT},"completion_tokens":{completion},"total_tokens":{total}}}}}"#
+        );
+        sums.reported.fetch_add(total, Ordering::SeqCst);
+        write!(
+            stream,
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+    }
+}
+
+/// Reads a head and its body, whole.
+fn read_message(reader: &mut impl BufRead) -> io::Result<(String, Vec<u8>)> {
+    let mut head = String::new();
+    loop {
+        let before = head.len();
+        if reader.read_line(&mut head)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if head[before..].trim().is_empty() {
+            break;
+        }
+    }
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().unwrap())
+    });
+    let mut body = vec![0; length.unwrap_or(0)];
+    reader.read_exact(&mut body)?;
+    Ok((head, body))
+}
+
+struct Gateway {
+    process: Child,
+    port: u16,
+    admin: u16,
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Starts the program on a store file; does not wait for it.
+fn spawn(folder: &Path, name: &str, upstream: u16) -> Gateway {
+    let (port, admin) = (free_port(), free_port());
+    let store = folder.join("store/tollgate.db");
+    let mut config = format!("server: {{ listen: 127.0.0.1:{port}, flood_guard: 0 }}\n");
+    writeln!(config, "admin: {{ listen: 127.0.0.1:{admin} }}").unwrap();
+    writeln!(config, "upstreams: {{ u: {{ base_url: http://127.0.0.1:{upstream}/v1 }} }}").unwrap();
+    writeln!(config, "environments: {{ e: {{ upstream: u, reserve: {{ completion: max_tokens }}, quotas: {{")
+        .unwrap();
+    writeln!(
+        config,
+        "  total_tokens: [{{ limit: 1G, per: day }}, {{ limit: 1G, per: hour, window: calendar }}],"
+    )
+    .unwrap();
+    writeln!(config, "  requests: {{ limit: 1G, per: day }} }} }} }}\ndefault_environment: e").unwrap();
+    writeln!(config, "store: {{ path: {} }}", store.display()).unwrap();
+    let path = folder.join(name);
+    fs::write(&path, config).unwrap();
+    let log = fs::File::create(folder.join(format!("{name}.log"))).unwrap();
+    let program = std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into());
+    let process = Command::new(PathBuf::from(program))
+        .args(["serve", "--config"])
+        .arg(path)
+        .env("RUST_LOG", "warn")
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    Gateway { process, port, admin }
+}
+
+impl Gateway {
+    /// Starts it and waits until it serves; a port that another process has taken meanwhile is tried anew.
+    fn start(folder: &Path, upstream: u16) -> Self {
+        let began = Instant::now();
+        let mut gateway = spawn(folder, "gateway.yaml", upstream);
+        loop {
+            if gateway.get("/readyz").is_ok_and(|body| body == b"ready\n") {
+                return gateway;
+            }
+            if gateway.process.try_wait().unwrap().is_some() {
+                gateway = spawn(folder, "gateway.yaml", upstream);
+            }
+            let log = || fs::read_to_string(folder.join("gateway.yaml.log")).unwrap();
+            assert!(began.elapsed() < PATIENCE, "it does not start: {}", log());
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn get(&self, path: &str) -> io::Result<Vec<u8>> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.admin))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: 127.0.0.1:{}\r\n\r\n", self.admin)?;
+        Ok(read_message(&mut BufReader::new(stream))?.1)
+    }
+
+    fn environment(&self) -> Value {
+        let all: Value = serde_json::from_slice(&self.get("/api/environments").unwrap()).unwrap();
+        all["environments"][0].clone()
+    }
+}
+
+/// Sends chats until the connection breaks or all is over.
+fn call(port: u16, sums: &Sums, over: &AtomicBool) -> io::Result<()> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    while !over.load(Ordering::Relaxed) {
+        write!(
+            stream,
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{BODY}",
+            BODY.len()
+        )?;
+        let (head, body) = read_message(&mut reader)?;
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}{}", String::from_utf8_lossy(&body));
+        let answer: Value = serde_json::from_slice(&body).unwrap();
+        sums.received.fetch_add(answer["usage"]["total_tokens"].as_u64().unwrap(), Ordering::SeqCst);
+        sums.answers.fetch_add(1, Ordering::SeqCst);
+    }
+    Ok(())
+}
+
+/// Hours since the epoch: quotas of a period that has turned meanwhile say nothing.
+fn hour() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() / 3_600
+}
+
+/// What the store has, against what was seen on both sides of the gateway.
+fn check(environment: &Value, sums: &Sums, kills: u64, began: u64) {
+    let (received, answers) = (sums.received.load(Ordering::SeqCst), sums.answers.load(Ordering::SeqCst));
+    let in_flight = kills * CLIENTS;
+    let most = sums.reported.load(Ordering::SeqCst) + in_flight * (PROMPT + MAX_TOKENS);
+    let within = |what: &str, n: &Value, least: u64, most: u64| {
+        let n = n.as_u64().unwrap();
+        assert!(n >= least, "lost: {what} is {n}, but {least} were received ({kills} kills)");
+        assert!(
+            n <= most,
+            "{what} is {n}: more than {most}, all that was reported or in flight ({kills} kills)"
+        );
+    };
+    within("totals.total_tokens", &environment["totals"]["total_tokens"], received, most);
+    within("totals.requests", &environment["totals"]["requests"], answers, answers + in_flight);
+    for quota in environment["quotas"].as_array().unwrap() {
+        assert_eq!(quota["held"], 0, "nobody is left to settle it: {quota}");
+        let is_whole = if quota["per"] == "hour" { hour() == began } else { hour() / 24 == began / 24 };
+        if !is_whole {
+            continue;
+        }
+        match quota["kind"].as_str() {
+            Some("requests") => within("requests per day", &quota["used"], answers, answers + in_flight),
+            _ => within("tokens used", &quota["used"], received, most),
+        }
+    }
+}
+
+#[test]
+fn a_kill_at_any_moment_loses_no_settled_charge() {
+    let kills: u64 = std::env::var("TOLLGATE_CRASH_ROUNDS").map_or(25, |n| n.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let sums = Arc::new(Sums::default());
+    let upstream = upstream(&sums);
+    let (began, mut starting) = (hour(), Duration::ZERO);
+    for kill in 0..=kills {
+        let clock = Instant::now();
+        let mut gateway = Gateway::start(folder.path(), upstream);
+        starting += clock.elapsed();
+        check(&gateway.environment(), &sums, kill, began);
+        if kill % 25 == 0 || kill == kills {
+            println!(
+                "{kill} kills: {} answers, {} tokens received, {} used, {} reported; start-up {} ms on average",
+                sums.answers.load(Ordering::SeqCst),
+                sums.received.load(Ordering::SeqCst),
+                gateway.environment()["totals"]["total_tokens"],
+                sums.reported.load(Ordering::SeqCst),
+                starting.as_millis() / u128::from(kill + 1)
+            );
+        }
+        if kill == kills {
+            break;
+        }
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..CLIENTS {
+                scope.spawn(|| call(gateway.port, &sums, &over));
+            }
+            thread::sleep(Duration::from_micros(5_000 + random(55_000)));
+            gateway.process.kill().unwrap();
+            gateway.process.wait().unwrap();
+            over.store(true, Ordering::Relaxed);
+        });
+    }
+    let answers = sums.answers.load(Ordering::SeqCst);
+    assert!(answers > kills * 5, "there was hardly any load: {answers} answers");
+}
+
+#[test]
+fn a_second_process_on_one_store_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = upstream(&Arc::new(Sums::default()));
+    let first = Gateway::start(folder.path(), upstream);
+    let mut second = spawn(folder.path(), "second.yaml", upstream);
+    let began = Instant::now();
+    let status = loop {
+        match second.process.try_wait().unwrap() {
+            Some(status) => break status,
+            None => assert!(began.elapsed() < PATIENCE, "the second one goes on"),
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let log = fs::read_to_string(folder.path().join("second.yaml.log")).unwrap();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("store/tollgate.db") && log.contains("another process"), "{log}");
+    assert_eq!(first.get("/readyz").unwrap(), b"ready\n");
+}
