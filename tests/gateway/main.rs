@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods)] // tests time what they see
 #![allow(missing_docs, unreachable_pub, clippy::panic, clippy::unwrap_used, clippy::missing_panics_doc)]
 
+mod admission;
 mod bad_input;
 mod estimate;
 mod fixtures;

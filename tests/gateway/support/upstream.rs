@@ -29,6 +29,10 @@ impl Answer {
         Self { steps }
     }
 
+    pub fn steps(self) -> Vec<Step> {
+        self.steps
+    }
+
     /// Nothing at all.
     pub fn silence() -> Self {
         Self::of(vec![Step::Stall])
