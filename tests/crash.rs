@@ -23,6 +23,8 @@ const MAX_TOKENS: u64 = 50;
 /// As both the gateway and the upstream count it.
 const PROMPT: u64 = 8;
 const BODY: &str = r#"{"max_tokens":50,"model":"gpt-4o","messages":[{"role":"user","content":"hello"}]}"#;
+/// The program takes the place of the shell that starts it.
+const PLAIN: &str = r#"exec "$0" "$@""#;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Any number below `n`; not the same in every run, so that the moments differ.
@@ -113,8 +115,8 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Starts the program on a store file; does not wait for it.
-fn spawn(folder: &Path, name: &str, upstream: u16) -> Gateway {
+/// Starts the program on a store file, by a shell that says how; does not wait for it.
+fn spawn(folder: &Path, name: &str, upstream: u16, shell: &str) -> Gateway {
     let (port, admin) = (free_port(), free_port());
     let store = folder.join("store/tollgate.db");
     let mut config = format!("server: {{ listen: 127.0.0.1:{port}, flood_guard: 0 }}\n");
@@ -133,7 +135,9 @@ fn spawn(folder: &Path, name: &str, upstream: u16) -> Gateway {
     fs::write(&path, config).unwrap();
     let log = fs::File::create(folder.join(format!("{name}.log"))).unwrap();
     let program = std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into());
-    let process = Command::new(PathBuf::from(program))
+    let process = Command::new("sh")
+        .args(["-c", shell])
+        .arg(PathBuf::from(program))
         .args(["serve", "--config"])
         .arg(path)
         .env("RUST_LOG", "warn")
@@ -147,14 +151,18 @@ fn spawn(folder: &Path, name: &str, upstream: u16) -> Gateway {
 impl Gateway {
     /// Starts it and waits until it serves; a port that another process has taken meanwhile is tried anew.
     fn start(folder: &Path, upstream: u16) -> Self {
+        Self::start_with(folder, upstream, PLAIN)
+    }
+
+    fn start_with(folder: &Path, upstream: u16, shell: &str) -> Self {
         let began = Instant::now();
-        let mut gateway = spawn(folder, "gateway.yaml", upstream);
+        let mut gateway = spawn(folder, "gateway.yaml", upstream, shell);
         loop {
             if gateway.get("/readyz").is_ok_and(|body| body == b"ready\n") {
                 return gateway;
             }
             if gateway.process.try_wait().unwrap().is_some() {
-                gateway = spawn(folder, "gateway.yaml", upstream);
+                gateway = spawn(folder, "gateway.yaml", upstream, shell);
             }
             let log = || fs::read_to_string(folder.join("gateway.yaml.log")).unwrap();
             assert!(began.elapsed() < PATIENCE, "it does not start: {}", log());
@@ -270,11 +278,46 @@ fn a_kill_at_any_moment_loses_no_settled_charge() {
 }
 
 #[test]
+fn a_full_disk_is_survived() {
+    let folder = tempfile::tempdir().unwrap();
+    let sums = Arc::new(Sums::default());
+    let upstream = upstream(&sums);
+    drop(Gateway::start(folder.path(), upstream));
+    // No file may grow beyond 128 KiB: to the store that is a disk without room.
+    let gateway =
+        Gateway::start_with(folder.path(), upstream, "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\"");
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| call(gateway.port, &sums, &over).unwrap());
+        let began = Instant::now();
+        while !gateway.get("/readyz").unwrap().starts_with(b"ready, but the store cannot be written") {
+            assert!(began.elapsed() < PATIENCE, "nothing is amiss");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let before = sums.answers.load(Ordering::SeqCst);
+        while sums.answers.load(Ordering::SeqCst) < before + 50 {
+            assert!(began.elapsed() < PATIENCE, "nobody is served any more");
+            thread::sleep(Duration::from_millis(5));
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    let metrics = String::from_utf8(gateway.get("/metrics").unwrap()).unwrap();
+    assert!(metrics.contains("tollgate_store_up 0"), "{metrics}");
+    let received = sums.received.load(Ordering::SeqCst);
+    assert_eq!(gateway.environment()["totals"]["total_tokens"], received, "it counts on in memory");
+    drop(gateway);
+    // With room again it starts from what could be written.
+    let used =
+        Gateway::start(folder.path(), upstream).environment()["totals"]["total_tokens"].as_u64().unwrap();
+    assert!(used > 0 && used <= received + PROMPT + MAX_TOKENS, "{used} of {received}");
+}
+
+#[test]
 fn a_second_process_on_one_store_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = upstream(&Arc::new(Sums::default()));
     let first = Gateway::start(folder.path(), upstream);
-    let mut second = spawn(folder.path(), "second.yaml", upstream);
+    let mut second = spawn(folder.path(), "second.yaml", upstream, PLAIN);
     let began = Instant::now();
     let status = loop {
         match second.process.try_wait().unwrap() {

@@ -16,6 +16,7 @@ const LAZY: Duration = Duration::from_millis(10);
 const RETRY: Duration = Duration::from_millis(500);
 /// How often usage that has become old is looked for.
 const FOLDING: Duration = Duration::from_mins(10);
+const BETWEEN_FOLDS: Duration = Duration::from_millis(20);
 /// Usage that cannot be written is kept up to so many rows; what comes then is counted as one model's.
 const MOST_ROWS: usize = 100_000;
 
@@ -99,9 +100,10 @@ pub(super) fn run(
 ) {
     let mut unwritten =
         Unwritten { of: accounts.iter().map(|_| OfEnvironment::default()).collect(), ..Unwritten::default() };
-    let mut folded: Option<Stopwatch> = None;
+    // Old usage is looked for at once, and then now and then.
+    let mut folding = Folding { next: Duration::ZERO, since: Stopwatch::start() };
     loop {
-        let stops = signal.wait(unwritten.has_any);
+        let stops = signal.wait(unwritten.has_any, folding.due_in());
         let commit = signal.commits.begin();
         for (at, (_, account)) in accounts.iter().enumerate() {
             if let Some(changes) = account.take_changes() {
@@ -120,33 +122,49 @@ pub(super) fn run(
         if stops {
             return;
         }
-        if !unwritten.has_any && folded.as_ref().is_none_or(|since| since.elapsed() >= FOLDING) {
-            let history = i64::try_from(settings.history.as_secs() / 60).unwrap_or(i64::MAX);
-            let before = clock::now().0.div_euclid(60_000).saturating_sub(history);
-            match database.fold_oldest_day(before) {
-                Ok(true) => {}
-                Ok(false) => folded = Some(Stopwatch::start()),
-                Err(error) => {
-                    tracing::warn!(%error, "old usage cannot be put together by days");
-                    folded = Some(Stopwatch::start());
-                }
-            }
+        if !unwritten.has_any && folding.due_in().is_zero() {
+            folding.fold(&mut database, settings);
         }
     }
 }
 
+/// Puts old usage together, a day at a time.
+struct Folding {
+    next: Duration,
+    since: Stopwatch,
+}
+
+impl Folding {
+    fn due_in(&self) -> Duration {
+        self.next.saturating_sub(self.since.elapsed())
+    }
+
+    fn fold(&mut self, database: &mut Database, settings: &config::Store) {
+        let history = i64::try_from(settings.history.as_secs() / 60).unwrap_or(i64::MAX);
+        let before = clock::now().0.div_euclid(60_000).saturating_sub(history);
+        let is_more = database.fold_oldest_day(before).unwrap_or_else(|error| {
+            tracing::warn!(%error, "old usage cannot be put together by days");
+            false
+        });
+        // Between two days requests get their turn.
+        self.next = if is_more { BETWEEN_FOLDS } else { FOLDING };
+        self.since = Stopwatch::start();
+    }
+}
+
 impl Signal {
-    /// Waits for something to write, at once if somebody waits for it. Returns whether to stop.
-    fn wait(&self, is_behind: bool) -> bool {
+    /// Waits for something to write, at once if somebody waits for it, and at most so long. Returns whether
+    /// to stop.
+    fn wait(&self, is_behind: bool, longest: Duration) -> bool {
         let mut state = self.lock();
         if is_behind {
             // The last commit has failed; requests go on meanwhile.
             state = self.sleep(state, Sleep::UntilUrgent, RETRY, |state| state.stops);
         } else {
             if !state.dirty && !state.stops {
-                state = self.sleep(state, Sleep::UntilChanged, FOLDING, |state| state.sleep == Sleep::Awake);
+                state = self.sleep(state, Sleep::UntilChanged, longest, |state| state.sleep == Sleep::Awake);
             }
-            if !state.urgent && !state.stops {
+            if state.dirty && !state.urgent && !state.stops {
                 state = self.sleep(state, Sleep::UntilUrgent, LAZY, |state| state.sleep == Sleep::Awake);
             }
         }

@@ -1,0 +1,334 @@
+//! The embedded store: what outlives the process, and what becomes of a file that cannot be used.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
+
+use rusqlite::Connection;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use tollgate::config::{Config, parse};
+use tollgate::ledger::{Account, Keeper, Reservation, Snapshot, Want};
+use tollgate::quota::{Amounts, Asker};
+use tollgate::store::{Signal, Store, Writer};
+
+const QUOTAS: &str = "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: hour }], requests: { limit: 100, per: day } }";
+
+/// One environment with a caller `web` of its own share and a model with a quota.
+fn config(path: &Path, quotas: &str, store: &str) -> Config {
+    let text = format!(
+        "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\nenvironments:\n  e:\n    upstream: u\n    quotas: {quotas}\n    \
+         keys: [{{ name: web, secret: sk-some-key-of-web-app, quotas: {{ total_tokens: {{ limit: 900, per: day }} }} }}]\n    \
+         model_quotas: {{ 'gpt-4*': {{ total_tokens: {{ limit: 800, per: day }} }} }}\nstore: {{ path: '{}' {store} }}\n",
+        path.display()
+    );
+    parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}")).config
+}
+
+/// An account with its store at work.
+struct Node {
+    account: Arc<Account>,
+    signal: Arc<Signal>,
+    _writer: Writer,
+}
+
+impl Node {
+    fn open(config: &Config) -> Self {
+        Self::try_open(config).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    fn try_open(config: &Config) -> anyhow::Result<Self> {
+        let store = Store::open(&config.store)?;
+        let environment = &config.environments[0];
+        let (signal, left) = (store.keeper(), store.left(environment)?);
+        let account = Arc::new(Account::open_with(environment, Some(signal.clone()), &left));
+        let writer = store.start(vec![(environment.clone(), account.clone())])?;
+        Ok(Self { account, signal, _writer: writer })
+    }
+
+    fn reserve(&self, model: &str, prompt: u64, cap: u64) -> Reservation {
+        let asker = Asker { caller: Some(0), model };
+        let want = Want { asker, prompt, generates: true, cap: Some(cap), completions: 1 };
+        self.account.reserve(&want).unwrap()
+    }
+
+    fn spend(&self, model: &str, prompt: u64, completion: u64) {
+        let mut reservation = self.reserve(model, prompt, completion);
+        reservation.observe(Amounts::of_request(prompt, completion));
+        reservation.is_whole();
+    }
+
+    /// Used of each quota: of the environment per day and per hour, requests, the caller's, the model's.
+    fn used(&self) -> Vec<u64> {
+        let Snapshot { levels, .. } = self.account.snapshot();
+        levels.iter().map(|level| level.used).collect()
+    }
+}
+
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("data/tollgate.db")
+    }
+
+    fn sql(&self, text: &str) -> i64 {
+        Connection::open(self.file()).unwrap().query_row(text, [], |row| row.get(0)).unwrap()
+    }
+}
+
+async fn soon(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < Duration::from_secs(10), "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[test]
+fn what_was_settled_is_there_after_a_restart() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, "");
+    let first = Node::open(&config);
+    first.spend("gpt-4o", 30, 70);
+    first.spend("o3", 1, 9);
+    assert_eq!(first.used()[0], 110);
+    drop(first);
+    let second = Node::open(&config);
+    assert_eq!(second.used(), [110, 110, 2, 110, 100]);
+    let totals = second.account.snapshot().totals;
+    assert_eq!((totals.requests, totals.prompt, totals.completion, totals.total), (2, 31, 79, 110));
+}
+
+#[test]
+fn a_limit_that_was_changed_meanwhile_keeps_what_was_used() {
+    let folder = Folder::new();
+    Node::open(&config(&folder.file(), QUOTAS, "")).spend("gpt-4o", 30, 70);
+    let raised = config(&folder.file(), &QUOTAS.replace("limit: 1000", "limit: 2000"), "");
+    let node = Node::open(&raised);
+    let levels = node.account.snapshot().levels;
+    assert_eq!((levels[0].used, levels[0].level), (100, 1_900));
+    drop(node);
+    let lowered = config(&folder.file(), &QUOTAS.replace("limit: 1000", "limit: 60"), "");
+    let levels = Node::open(&lowered).account.snapshot().levels;
+    assert_eq!((levels[0].used, levels[0].level), (100, -40), "what is used beyond it is a debt");
+}
+
+#[tokio::test]
+async fn a_process_that_dies_has_charged_in_full_what_was_in_flight() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, "");
+    let node = Node::open(&config);
+    node.spend("gpt-4o", 10, 10);
+    let mut reservation = node.reserve("gpt-4o", 100, 200);
+    reservation.kept().await;
+
+    // The files as a crash would leave them.
+    let after = Folder::new();
+    fs::create_dir_all(after.file().parent().unwrap()).unwrap();
+    for suffix in ["", "-wal"] {
+        let of = |file: PathBuf| PathBuf::from(format!("{}{suffix}", file.display()));
+        fs::copy(of(folder.file()), of(after.file())).unwrap();
+    }
+    let recovered = Node::open(&self::config(&after.file(), QUOTAS, ""));
+    assert_eq!(recovered.used(), [320, 320, 2, 320, 320]);
+    let Snapshot { levels, totals, in_flight } = recovered.account.snapshot();
+    assert!(levels.iter().all(|level| level.held == 0) && in_flight == 0);
+    assert_eq!((totals.requests, totals.prompt, totals.completion, totals.total), (2, 110, 210, 320));
+    drop(recovered);
+    assert_eq!(
+        after.sql("SELECT total_tokens FROM usage WHERE model = 'other'"),
+        300,
+        "nobody knows whose it was"
+    );
+    assert_eq!(after.sql("SELECT sum(total_tokens) FROM usage"), 320);
+    // Charged once: another restart finds the same.
+    assert_eq!(Node::open(&self::config(&after.file(), QUOTAS, "")).used(), [320, 320, 2, 320, 320]);
+}
+
+#[tokio::test]
+async fn a_reservation_is_kept_before_its_request_goes_on() {
+    let folder = Folder::new();
+    let node = Node::open(&config(&folder.file(), QUOTAS, ""));
+    for n in 1..=20 {
+        let mut reservation = node.reserve("gpt-4o", 3, 4);
+        reservation.kept().await;
+        let held = folder.sql(
+            "SELECT held FROM quota WHERE per = 'day' AND kind = 'total_tokens' AND scope = 'environment'",
+        );
+        let used = folder.sql(
+            "SELECT used FROM quota WHERE per = 'day' AND kind = 'total_tokens' AND scope = 'environment'",
+        );
+        assert!(held >= 7 && held + used >= 7 * n, "{n}: {held} {used}");
+        reservation.observe(Amounts::of_request(3, 4));
+    }
+}
+
+#[tokio::test]
+async fn usage_is_kept_by_minute_model_and_caller_for_whoever_looks_with_a_shell() {
+    let folder = Folder::new();
+    let node = Node::open(&config(&folder.file(), QUOTAS, ""));
+    node.spend("gpt-4o", 10, 20);
+    node.spend("gpt-4o", 1, 2);
+    node.spend("o3", 5, 5);
+    let asker = Asker { caller: Some(0), model: "o3" };
+    let too_large = Want { asker, prompt: 5_000, generates: true, cap: Some(1), completions: 1 };
+    assert!(node.account.reserve(&too_large).is_err());
+    drop(node);
+    let of = |column: &str, model: &str| {
+        folder.sql(&format!(
+            "SELECT sum({column}) FROM usage_by_minute WHERE environment = 'e' AND caller = 'web' AND model = '{model}'"
+        ))
+    };
+    assert_eq!(
+        (of("requests", "gpt-4o"), of("prompt_tokens", "gpt-4o"), of("completion_tokens", "gpt-4o")),
+        (2, 11, 22)
+    );
+    assert_eq!((of("requests", "o3"), of("total_tokens", "o3"), of("rejections", "o3")), (1, 10, 1));
+    assert_eq!(
+        folder.sql("SELECT sum(total_tokens) FROM usage_by_day WHERE day >= date('now', '-1 day')"),
+        43
+    );
+}
+
+#[tokio::test]
+async fn old_usage_is_put_together_by_days_and_none_is_lost() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, ", history: 1d");
+    drop(Node::open(&config));
+    let db = Connection::open(folder.file()).unwrap();
+    // Three days of minutes, of two models.
+    db.execute_batch(
+        "WITH RECURSIVE m(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM m WHERE n < 4320)
+         INSERT INTO usage SELECT unixepoch() / 60 - 1500 - n, 'e', 'm' || (n % 2), 'web', 1, 2, 3, 4, 7 FROM m",
+    )
+    .unwrap();
+    let _node = Node::open(&config);
+    soon("old rows to be folded", || folder.sql("SELECT count(*) FROM usage") == 0).await;
+    assert_eq!(folder.sql("SELECT sum(requests) FROM usage_daily"), 4_320);
+    assert_eq!(folder.sql("SELECT sum(total_tokens) FROM usage_by_day"), 4_320 * 7);
+    let days = folder.sql("SELECT count(DISTINCT day) FROM usage_daily");
+    assert!((3..=4).contains(&days) && folder.sql("SELECT count(*) FROM usage_daily") == days * 2);
+}
+
+#[test]
+fn a_second_process_is_refused_while_the_first_one_lives() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, "");
+    let first = Store::open(&config.store).unwrap();
+    let refused = format!("{:#}", Store::open(&config.store).unwrap_err());
+    assert!(refused.contains("data/tollgate.db") && refused.contains("another process"), "{refused}");
+    drop(first);
+    assert!(Store::open(&config.store).is_ok());
+}
+
+/// A store with something in it, damaged by `damage`; what is said of it.
+fn refusal(damage: impl FnOnce(&Path)) -> String {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, "");
+    Node::open(&config).spend("gpt-4o", 30, 70);
+    damage(&folder.file());
+    let error = Node::try_open(&config).err().map(|error| format!("{error:#}"));
+    error.unwrap_or_else(|| panic!("it was opened"))
+}
+
+#[test]
+fn a_file_that_cannot_be_used_is_refused_with_what_mends_it() {
+    let sql =
+        |text: &'static str| move |file: &Path| Connection::open(file).unwrap().execute_batch(text).unwrap();
+    for (what, said, mend) in [
+        (
+            "no database",
+            refusal(|file| {
+                fs::write(file, "something else, and long enough for a header ".repeat(50)).unwrap()
+            }),
+            "move it away",
+        ),
+        (
+            "damaged",
+            refusal(|file| {
+                let mut bytes = fs::read(file).unwrap();
+                bytes[4_096..].iter_mut().for_each(|byte| *byte = 0xa5);
+                fs::write(file, bytes).unwrap();
+            }),
+            "move it away",
+        ),
+        ("another program's", refusal(sql("PRAGMA application_id = 1")), "set another path"),
+        ("newer", refusal(sql("PRAGMA user_version = 2")), "run the newer one"),
+        (
+            "a folder",
+            refusal(|file| {
+                fs::remove_file(file).unwrap();
+                fs::create_dir(file).unwrap();
+            }),
+            "set another path",
+        ),
+    ] {
+        assert!(said.contains("data/tollgate.db") && said.contains(mend), "{what}: {said}");
+    }
+}
+
+#[test]
+fn a_read_only_file_is_refused() {
+    let said = refusal(|file| {
+        // Root may write to whatever it likes; a file on which nobody can is one whose folder takes no log.
+        let log = PathBuf::from(format!("{}-wal", file.display()));
+        let _ = fs::remove_file(&log);
+        fs::create_dir(&log).unwrap();
+    });
+    assert!(said.contains("data/tollgate.db"), "{said}");
+    let folder = Folder::new();
+    fs::write(folder.0.path().join("data"), "a file where the folder should be").unwrap();
+    let error = Store::open(&config(&folder.file(), QUOTAS, "").store).unwrap_err();
+    assert!(format!("{error:#}").contains("store.path"), "{error:#}");
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_written_for_a_while_is_survived() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, "");
+    let node = Node::open(&config);
+    node.spend("gpt-4o", 10, 10);
+    soon("the first commit", || folder.sql("SELECT coalesce(sum(total_tokens), 0) FROM usage") == 20).await;
+    let elsewhere = Connection::open(folder.file()).unwrap();
+    elsewhere.execute_batch("BEGIN IMMEDIATE").unwrap();
+    node.spend("gpt-4o", 10, 10);
+    soon("the trouble to be noticed", || node.signal.trouble().is_some()).await;
+    assert!(!node.signal.is_writing());
+    let began = Instant::now();
+    for _ in 0..5 {
+        let mut reservation = node.reserve("gpt-4o", 10, 10);
+        reservation.kept().await;
+        reservation.observe(Amounts::of_request(10, 10));
+    }
+    assert!(began.elapsed() < Duration::from_millis(500), "nobody waits for what cannot be");
+    elsewhere.execute_batch("ROLLBACK").unwrap();
+    soon("writing to resume", || node.signal.trouble().is_none()).await;
+    soon("all to be kept", || folder.sql("SELECT sum(total_tokens) FROM usage") == 140).await;
+    assert_eq!(folder.sql("SELECT total_tokens FROM totals"), 140);
+}
+
+#[test]
+fn a_million_rows_of_usage_do_not_delay_the_start() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, ", history: 365d");
+    drop(Node::open(&config));
+    let db = Connection::open(folder.file()).unwrap();
+    db.execute_batch(
+        "WITH RECURSIVE m(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM m WHERE n < 999999)
+         INSERT INTO usage SELECT unixepoch() / 60 - n / 10, 'e', 'm' || (n % 10), 'web', 1, 0, 3, 4, 7 FROM m",
+    )
+    .unwrap();
+    drop(db);
+    let began = Instant::now();
+    let node = Node::open(&config);
+    let took = began.elapsed();
+    println!("opened with 1,000,000 rows of usage in {} ms", took.as_millis());
+    assert!(took < Duration::from_millis(200), "{took:?}");
+    drop(node);
+}
