@@ -149,8 +149,17 @@ impl Account {
             standing,
             clamped_to,
             would_deny,
+            is_durable: durable,
             kept,
         })
+    }
+
+    /// Waits for a commit, but no longer than a store in order takes.
+    async fn when_kept(&self, commit: u64) {
+        let Some(keeper) = &self.keeper else { return };
+        if tokio::time::timeout(LONGEST_WAIT_FOR_STORE, keeper.commits().done(commit)).await.is_err() {
+            keeper.is_late();
+        }
     }
 
     fn changed(&self, urgent: bool) {
@@ -214,7 +223,9 @@ pub struct Reservation {
     standing: [Option<Standing>; 4],
     clamped_to: Option<u64>,
     would_deny: Option<NoRoom>,
-    /// The commit that will have it, if that has to be waited for.
+    /// What it reserves has to outlive the process.
+    is_durable: bool,
+    /// The commit that will have it, until that was waited for.
     kept: Option<u64>,
 }
 
@@ -247,10 +258,22 @@ impl Reservation {
 
     /// Waits until the reservation would outlive the process, if one of its quotas asks for that.
     pub async fn kept(&mut self) {
-        let (Some(commit), Some(keeper)) = (self.kept.take(), &self.account.keeper) else { return };
-        if tokio::time::timeout(LONGEST_WAIT_FOR_STORE, keeper.commits().done(commit)).await.is_err() {
-            keeper.is_late();
+        if let Some(commit) = self.kept.take() {
+            self.account.when_kept(commit).await;
         }
+    }
+
+    /// Settles. Where more was used than was reserved, and that has to outlive the process, the last
+    /// bytes of an answer must not be passed on before it would: what is returned waits for that.
+    pub fn settle(self) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let spent = self.ended.spent;
+        let exceeds = spent.less(self.reserved()) != Amounts::default();
+        let account = (exceeds && self.is_durable).then(|| self.account.clone());
+        drop(self);
+        let account = account?;
+        let commit = account.keeper.as_ref().filter(|keeper| keeper.is_writing())?.commits().next();
+        account.changed(true);
+        Some(async move { account.when_kept(commit).await })
     }
 
     /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.

@@ -170,6 +170,23 @@ async fn a_reservation_is_kept_before_its_request_goes_on() {
 }
 
 #[tokio::test]
+async fn what_exceeds_a_reservation_is_kept_before_the_answer_ends() {
+    let folder = Folder::new();
+    let node = Node::open(&config(&folder.file(), QUOTAS, ""));
+    let used = || folder.sql("SELECT used FROM quota WHERE per = 'day' AND scope = 'model'");
+    for n in 1..=5 {
+        let mut reservation = node.reserve("gpt-4o", 3, 4);
+        reservation.kept().await;
+        reservation.observe(Amounts::of_request(3, 97));
+        reservation.settle().expect("it exceeds what was reserved").await;
+        assert_eq!(used(), n * 100);
+    }
+    let mut within = node.reserve("gpt-4o", 3, 4);
+    within.observe(Amounts::of_request(3, 4));
+    assert!(within.settle().is_none(), "nothing is to be waited for");
+}
+
+#[tokio::test]
 async fn usage_is_kept_by_minute_model_and_caller_for_whoever_looks_with_a_shell() {
     let folder = Folder::new();
     let node = Node::open(&config(&folder.file(), QUOTAS, ""));

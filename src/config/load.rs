@@ -115,7 +115,7 @@ fn read(root: &Item<'_>) -> Option<Config> {
     let models = top.get("models").and_then(|m| m.list()).unwrap_or_default();
     let models = models.iter().filter_map(model).collect();
     let store = store(&top);
-    check::not_in_force(&top, &store);
+    check::not_in_force(&top);
     Some(Config { server, admin, upstreams, environments, default_environment, models, store })
 }
 

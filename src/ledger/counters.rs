@@ -8,6 +8,9 @@ use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
 use crate::quota::{Amounts, Ask, Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
 
+/// A completion is not clamped to fewer tokens than this: some backends refuse less, and nobody is
+/// served by it.
+const SMALLEST_CLAMP: u64 = 16;
 /// A reservation is extended by at least so many tokens.
 const SMALLEST_STEP: u64 = 64;
 
@@ -306,7 +309,7 @@ impl Counters {
         let completions = want.completions.max(1);
         let each = self.quotas.completion_that_fits(now, want.asker, prompt) / completions;
         let ask = self.ask(want, each.saturating_mul(completions));
-        if each == 0 || ask.amounts.completion >= allowance {
+        if each < SMALLEST_CLAMP || ask.amounts.completion >= allowance {
             return None;
         }
         let receipt = self.quotas.reserve(now, want.asker, &ask).ok()?;

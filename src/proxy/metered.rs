@@ -6,7 +6,7 @@ use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
-use crate::ledger::Progress;
+use crate::ledger::{Progress, Reservation};
 use crate::quota::Amounts;
 use crate::telemetry::Outcome;
 use crate::upstream::Incoming;
@@ -33,9 +33,9 @@ const INLINE_TEXT: usize = 2 * 1024;
 /// How often what a stream has certainly used is taken out of what it holds.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// So many answers are read to their end at once though their callers are gone.
-const MOST_DRAINED: usize = 1_024;
+const MOST_DRAINED: usize = 100;
 /// And for so long.
-const LONGEST_DRAIN: Duration = Duration::from_mins(2);
+const LONGEST_DRAIN: Duration = Duration::from_secs(30);
 
 static DRAINS: Semaphore = Semaphore::const_new(MOST_DRAINED);
 
@@ -92,6 +92,8 @@ enum State {
     Passing(Charge),
     /// All has come and is being counted.
     Counting(Charge, JoinHandle<u64>, Ending),
+    /// Settled for more than was reserved, which has to be kept before the last bytes are passed on.
+    Keeping(Pin<Box<dyn Future<Output = ()> + Send>>, Ending),
     /// Settled; what is ready is still to be passed on.
     Settled(Ending),
 }
@@ -276,7 +278,7 @@ impl Metered {
         }
         let texts = self.texts_to_count(&mut charge, was_cut);
         if texts.bytes() <= INLINE_TEXT || self.terms.tokenizer.is_none() {
-            self.settle(charge, count(self.terms.tokenizer, &texts));
+            self.settle(charge, count(self.terms.tokenizer, &texts), ending);
         } else {
             let tokenizer = self.terms.tokenizer;
             let counted = spawn_blocking(move || count(tokenizer, &texts));
@@ -302,7 +304,7 @@ impl Metered {
         self.reader.take_texts(was_cut)
     }
 
-    fn settle(&self, mut charge: Charge, counted: u64) {
+    fn settle(&mut self, mut charge: Charge, counted: u64, ending: Ending) {
         let reported = self.reader.reported();
         let amounts = if self.terms.status.is_success() || reported.is_any() {
             let prompt = if self.terms.status.is_success() { self.terms.estimated_prompt } else { 0 };
@@ -311,6 +313,8 @@ impl Metered {
             Amounts { requests: 1, ..Amounts::default() }
         };
         charge.observe(amounts);
+        let kept = charge.reservation.take().and_then(Reservation::settle);
+        self.state = kept.map_or(State::Settled(ending), |kept| State::Keeping(Box::pin(kept), ending));
     }
 }
 
@@ -388,7 +392,7 @@ impl Reader {
 impl Drop for Metered {
     fn drop(&mut self) {
         match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
-            State::Settled(_) => {}
+            State::Settled(_) | State::Keeping(..) => {}
             State::Counting(charge, counting, _) => {
                 finish_elsewhere(charge, self.reader.reported(), &self.terms, counting);
             }
@@ -401,7 +405,7 @@ impl Drop for Metered {
                         let counting = runtime.spawn_blocking(move || count(tokenizer, &texts));
                         finish_elsewhere(charge, self.reader.reported(), &self.terms, counting);
                     }
-                    _ => self.settle(charge, count(tokenizer, &texts)),
+                    _ => self.settle(charge, count(tokenizer, &texts), Ending::End),
                 }
             }
         }
@@ -436,9 +440,14 @@ impl Body for Metered {
                 State::Counting(_, counting, ending) => {
                     let counted = ready!(Pin::new(counting).poll(cx)).unwrap_or(0);
                     let settled = State::Settled(*ending);
-                    if let State::Counting(charge, ..) = std::mem::replace(&mut me.state, settled) {
-                        me.settle(charge, counted);
+                    if let State::Counting(charge, _, ending) = std::mem::replace(&mut me.state, settled) {
+                        me.settle(charge, counted, ending);
                     }
+                }
+                State::Keeping(kept, ending) => {
+                    let ending = *ending;
+                    ready!(kept.as_mut().poll(cx));
+                    me.state = State::Settled(ending);
                 }
                 State::Passing(_) | State::Settled(_) if !me.ready.is_empty() => {
                     let data = me.ready.pop_front().unwrap_or_default();
@@ -485,7 +494,8 @@ impl Metered {
             match &self.state {
                 State::Passing(_) => ready!(self.poll_passing(cx)),
                 State::Counting(..) => drop(ready!(Pin::new(&mut *self).poll_frame(cx))),
-                State::Settled(_) => return Poll::Ready(()),
+                // Nobody is there whose last bytes would have to wait.
+                State::Settled(_) | State::Keeping(..) => return Poll::Ready(()),
             }
         }
     }
