@@ -167,7 +167,7 @@ fn load(account: &Arc<Account>, seconds: f64) -> Kept {
         per_second: requests as f64 / began.elapsed().as_secs_f64(),
         p50: waits[requests / 2],
         p99: waits[requests * 99 / 100],
-        cpu_us: (cpu_time() - cpu_before).as_secs_f64() * 1e6 / requests as f64,
+        cpu_us: cpu_time().saturating_sub(cpu_before).as_secs_f64() * 1e6 / requests as f64,
     }
 }
 

@@ -94,15 +94,14 @@ impl<'a> Prompt<'a> {
     pub fn estimate_if_quick(&self, tokenizer: &Tokenizer) -> Option<PromptEstimate> {
         let (mut parts, mut anew) = (self.tokens, 0);
         for (part, text, times) in &self.texts {
-            let tokens = match tokenizer.count_if_known(text) {
-                Some(tokens) => tokens,
-                None => {
-                    anew += text.len();
-                    if anew > QUICK_TEXT || longest_run(text) > LONGEST_QUICK_RUN {
-                        return None;
-                    }
-                    tokenizer.count(text)
+            let tokens = if let Some(tokens) = tokenizer.count_if_known(text) {
+                tokens
+            } else {
+                anew += text.len();
+                if anew > QUICK_TEXT || longest_run(text) > LONGEST_QUICK_RUN {
+                    return None;
                 }
+                tokenizer.count(text)
             };
             parts[*part as usize] += tokens * u64::from(*times);
         }

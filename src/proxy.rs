@@ -1,9 +1,11 @@
 //! The life of a request, from its head to the last byte of its answer.
 
+mod answer;
 mod call;
 mod flood;
 mod headers;
 mod metered;
+mod reader;
 mod route;
 
 use crate::clock::Stopwatch;
@@ -25,10 +27,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use subtle::ConstantTimeEq as _;
 
+pub use answer::AnswerBody;
 use call::{Call, Reading};
 use flood::Flood;
 use headers::Told;
-pub use metered::AnswerBody;
 use metered::{Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
 
@@ -174,7 +176,7 @@ impl Proxy {
         match self.admit(request, peer, &mut charge, &mut told).await {
             Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
                 let proxy = self.clone();
-                metered::outlive_caller(async move { proxy.exchange(forward, charge, told).await }).await
+                answer::outlive_caller(async move { proxy.exchange(forward, charge, told).await }).await
             }
             Ok(Some(forward)) => self.exchange(forward, charge, told).await,
             Ok(None) => empty_answer(charge),

@@ -51,7 +51,7 @@ impl Call {
     /// Parses and counts a body, on this thread if that is quick.
     pub(super) async fn read(body: Bytes, reading: Reading) -> Result<Self, ProxyError> {
         if body.len() <= INLINE_BODY
-            && let Some(call) = Self::parse(&body, &reading, |prompt, t| prompt.estimate_if_quick(t))?
+            && let Some(call) = Self::parse(&body, &reading, if_quick)?
         {
             return Ok(call);
         }
@@ -101,6 +101,10 @@ impl Call {
             model,
         }))
     }
+}
+
+fn if_quick(prompt: &Prompt<'_>, tokenizer: &Tokenizer) -> Option<PromptEstimate> {
+    prompt.estimate_if_quick(tokenizer)
 }
 
 /// Refuses what makes a request's head ambiguous or asks for more than is served.

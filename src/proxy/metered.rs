@@ -2,6 +2,7 @@
 //! the reservation until it is known what the answer has cost.
 
 use super::Charge;
+use super::reader::Reader;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
@@ -10,45 +11,26 @@ use crate::ledger::{Progress, Reservation};
 use crate::quota::Amounts;
 use crate::telemetry::Outcome;
 use crate::upstream::Incoming;
-use crate::usage::{JsonReader, Received, Reported, SseReader, Texts};
+use crate::usage::{Reported, Texts};
 use bytes::Bytes;
+use http::StatusCode;
 use http::header::{self, HeaderMap};
-use http::{HeaderValue, Response, StatusCode};
 use hyper::body::{Body, Frame, SizeHint};
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{Sleep, sleep_until, timeout};
+use tokio::time::{Sleep, sleep_until};
 
 /// More text than this is counted on a thread for such work.
 const INLINE_TEXT: usize = 2 * 1024;
 
 /// How often what a stream has certainly used is taken out of what it holds.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// So many answers are read to their end at once though their callers are gone.
-const MOST_DRAINED: usize = 100;
-/// And for so long.
-const LONGEST_DRAIN: Duration = Duration::from_secs(30);
-
-static DRAINS: Semaphore = Semaphore::const_new(MOST_DRAINED);
-
-/// The body of every answer to a caller.
-pub struct AnswerBody(Kind);
-
-enum Kind {
-    /// Made here.
-    Whole(Option<Bytes>),
-    /// The upstream's. Taken when the caller hangs up.
-    Metered(Option<Box<Metered>>),
-}
-
 /// What has to be known to charge for an answer.
 #[derive(Clone, Debug)]
 pub(super) struct Terms {
@@ -105,14 +87,6 @@ enum Ending {
     /// The connection is to be broken off, but not before what was passed on has been written.
     Flush,
     BreakOff,
-}
-
-/// Looks at the bytes that pass.
-enum Reader {
-    Sse(SseReader),
-    Json(JsonReader, Received),
-    /// Compressed, or not JSON: only its length is known.
-    Opaque(u64),
 }
 
 /// Why an answer ends before its end.
@@ -323,71 +297,6 @@ fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
     counted + texts.tokens
 }
 
-impl Reader {
-    fn of(headers: &HeaderMap, withholds: bool) -> Self {
-        let is = |value: Option<&HeaderValue>, what: &[u8]| {
-            value.is_some_and(|v| {
-                v.as_bytes().len() >= what.len() && v.as_bytes()[..what.len()].eq_ignore_ascii_case(what)
-            })
-        };
-        let encoding = headers.get(header::CONTENT_ENCODING);
-        let content = headers.get(header::CONTENT_TYPE);
-        if encoding.is_some() && !is(encoding, b"identity") {
-            Self::Opaque(0)
-        } else if is(content, b"text/event-stream") {
-            Self::Sse(SseReader::new(withholds))
-        } else if content.is_none() || is(content, b"application/json") {
-            Self::Json(JsonReader::default(), Received::default())
-        } else {
-            Self::Opaque(0)
-        }
-    }
-
-    fn feed(&mut self, data: Bytes, ready: &mut VecDeque<Bytes>) {
-        match self {
-            Self::Sse(reader) => reader.feed(&data, ready),
-            Self::Json(reader, received) => {
-                reader.feed(&data);
-                received.push_piece(&data);
-                ready.push_back(data);
-            }
-            Self::Opaque(bytes) => {
-                *bytes += data.len() as u64;
-                ready.push_back(data);
-            }
-        }
-    }
-
-    fn finish(&mut self, ready: &mut VecDeque<Bytes>) {
-        if let Self::Sse(reader) = self {
-            reader.finish(ready);
-        }
-    }
-
-    fn reported(&self) -> Reported {
-        match self {
-            Self::Sse(reader) => reader.reported(),
-            Self::Json(reader, _) => reader.reported(),
-            Self::Opaque(_) => Reported::default(),
-        }
-    }
-
-    fn take_texts(&mut self, was_cut: bool) -> Texts {
-        match self {
-            Self::Sse(reader) => reader.take_texts(),
-            Self::Json(reader, received) => {
-                let received = std::mem::take(received);
-                if was_cut && !reader.is_complete() {
-                    received.finish_cut_document()
-                } else {
-                    received.finish_document()
-                }
-            }
-            Self::Opaque(bytes) => Texts { texts: Vec::new(), tokens: bytes.div_ceil(4) },
-        }
-    }
-}
-
 /// The caller has hung up, or the gateway stops: what has come is counted and charged all the same.
 impl Drop for Metered {
     fn drop(&mut self) {
@@ -483,12 +392,13 @@ impl Body for Metered {
 
 impl Metered {
     /// The answer is still coming, and is to be read to its end though the caller has gone.
-    fn wants_to_drain(&self) -> bool {
+    pub(super) fn wants_to_drain(&self) -> bool {
         matches!(self.state, State::Passing(_)) && self.terms.environment.on_disconnect == OnDisconnect::Drain
     }
 
     /// Reads on without passing anything on, until it is settled.
-    fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(super) fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.caller_is_gone = true;
         loop {
             self.ready.clear();
             match &self.state {
@@ -497,102 +407,6 @@ impl Metered {
                 // Nobody is there whose last bytes would have to wait.
                 State::Settled(_) | State::Keeping(..) => return Poll::Ready(()),
             }
-        }
-    }
-}
-
-/// Runs an exchange so that it goes on without its caller: an answer that comes then is read to its end.
-pub(super) async fn outlive_caller(
-    exchange: impl Future<Output = Response<AnswerBody>> + Send + 'static,
-) -> Response<AnswerBody> {
-    let mut exchange = Detached(Some(tokio::spawn(exchange)));
-    let Some(handle) = &mut exchange.0 else { unreachable!("it was put there in the line before") };
-    let answer = handle.await;
-    exchange.0 = None;
-    match answer {
-        Ok(answer) => answer,
-        // A panic in there has settled and logged; the runtime's end leaves nobody to be answered.
-        Err(_) => ProxyError::Internal.into_response().map(|body| AnswerBody::whole(Some(body.into()))),
-    }
-}
-
-/// A task that is given up when its caller is gone, unless there is room to let it run to its end.
-struct Detached(Option<JoinHandle<Response<AnswerBody>>>);
-
-impl Drop for Detached {
-    fn drop(&mut self) {
-        let Some(handle) = self.0.take() else { return };
-        match (DRAINS.try_acquire(), Handle::try_current()) {
-            (Ok(permit), Ok(runtime)) => {
-                runtime.spawn(async move {
-                    let abort = handle.abort_handle();
-                    // The answer's body is dropped here, and drains by itself.
-                    if timeout(LONGEST_DRAIN, handle).await.is_err() {
-                        abort.abort();
-                    }
-                    drop(permit);
-                });
-            }
-            _ => handle.abort(),
-        }
-    }
-}
-
-impl AnswerBody {
-    /// Made here.
-    pub(super) fn whole(bytes: Option<Bytes>) -> Self {
-        Self(Kind::Whole(bytes))
-    }
-
-    /// The upstream's.
-    pub(super) fn metered(metered: Metered) -> Self {
-        Self(Kind::Metered(Some(Box::new(metered))))
-    }
-}
-
-/// The caller has hung up, or has all of it.
-impl Drop for AnswerBody {
-    fn drop(&mut self) {
-        let Kind::Metered(metered) = &mut self.0 else { return };
-        let Some(mut metered) = metered.take_if(|m| m.wants_to_drain()) else { return };
-        if let (Ok(permit), Ok(runtime)) = (DRAINS.try_acquire(), Handle::try_current()) {
-            metered.caller_is_gone = true;
-            runtime.spawn(async move {
-                let drained = poll_fn(|cx| metered.poll_drained(cx));
-                // What has come by then is counted when it is dropped.
-                drop(timeout(LONGEST_DRAIN, drained).await);
-                drop(permit);
-            });
-        }
-    }
-}
-
-impl Body for AnswerBody {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        match &mut self.0 {
-            Kind::Whole(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
-            Kind::Metered(Some(metered)) => Pin::new(metered.as_mut()).poll_frame(cx),
-            Kind::Metered(None) => Poll::Ready(None),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match &self.0 {
-            Kind::Whole(bytes) => bytes.is_none(),
-            Kind::Metered(metered) => metered.as_ref().is_none_or(|m| m.is_end_stream()),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match &self.0 {
-            Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
-            Kind::Metered(metered) => metered.as_ref().map_or_else(SizeHint::default, |m| m.size_hint()),
         }
     }
 }

@@ -138,16 +138,13 @@ impl Quotas {
         let mut old = std::mem::take(&mut self.cells);
         for quota in quotas {
             let kept = old.iter().position(|cell| cell.quota.is_same_as(quota));
-            self.cells.push(match kept {
-                Some(at) => {
-                    let mut cell = old.swap_remove(at);
-                    cell.set_limit(quota.clone(), now);
-                    cell
-                }
-                None => {
-                    self.next_id += 1;
-                    Cell::full(self.next_id, quota.clone(), now)
-                }
+            self.cells.push(if let Some(at) = kept {
+                let mut cell = old.swap_remove(at);
+                cell.set_limit(quota.clone(), now);
+                cell
+            } else {
+                self.next_id += 1;
+                Cell::full(self.next_id, quota.clone(), now)
             });
         }
         self.scopes = Scopes::of(&self.cells);

@@ -122,6 +122,6 @@ fn adaptive_comes_close_to_an_oracle_on_real_traffic() {
             "{percent} %: {share} {}",
             adaptive.overshoot()
         );
-        assert_eq!(oracle.overshoot(), 0.0);
+        assert!(oracle.overshoot() <= 0.0);
     }
 }

@@ -119,9 +119,12 @@ impl SseReader {
             serde_json::from_slice(self.received.last_event()).unwrap_or_default();
         chunk.retain(|name, _| !matches!(name.as_str(), "choices" | "usage"));
         let is_text = chunk.get("object").and_then(Value::as_str) == Some("text_completion");
-        let ended = |index| match is_text {
-            true => json!({"index": index, "text": "", "finish_reason": "length"}),
-            false => json!({"index": index, "delta": {}, "finish_reason": "length"}),
+        let ended = |index| {
+            if is_text {
+                json!({"index": index, "text": "", "finish_reason": "length"})
+            } else {
+                json!({"index": index, "delta": {}, "finish_reason": "length"})
+            }
         };
         chunk.insert("choices".into(), (0..choices).map(ended).collect());
         format!("data: {}\n\ndata: [DONE]\n\n", Value::Object(chunk))
