@@ -176,7 +176,9 @@ impl Proxy {
         match self.admit(request, peer, &mut charge, &mut told).await {
             Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
                 let proxy = self.clone();
-                answer::outlive_caller(async move { proxy.exchange(forward, charge, told).await }).await
+                // Boxed, or every request's future would be as large as both ways together.
+                Box::pin(answer::outlive_caller(async move { proxy.exchange(forward, charge, told).await }))
+                    .await
             }
             Ok(Some(forward)) => self.exchange(forward, charge, told).await,
             Ok(None) => empty_answer(charge),
@@ -358,7 +360,7 @@ impl Proxy {
         let reserved = if longest.is_zero() {
             account.reserve(&want)
         } else {
-            account.reserve_in_line(&want, longest).await
+            Box::pin(account.reserve_in_line(&want, longest)).await
         };
         let mut reservation = match reserved {
             Ok(reservation) => reservation,

@@ -117,13 +117,17 @@ impl Upstream {
         }
         let shared = self.http2.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(sender) = shared.filter(|s| !s.is_closed()) {
-            return wait(first_byte, self.exchange_http2(sender, request)).await;
+            return wait(first_byte, Box::pin(self.exchange_http2(sender, request))).await;
         }
-        match self.connect().await? {
+        // Boxed, as is HTTP/2: their states are large, and every request's future would carry them along.
+        match Box::pin(self.connect()).await? {
             Connected::Http1(socket) => {
-                wait(first_byte, self.exchange_http1(http1::Connection::new(socket), request)).await
+                let connection = http1::Connection::new(socket);
+                wait(first_byte, Box::pin(self.exchange_http1(connection, request))).await
             }
-            Connected::Http2(sender) => wait(first_byte, self.exchange_http2(sender, request)).await,
+            Connected::Http2(sender) => {
+                wait(first_byte, Box::pin(self.exchange_http2(sender, request))).await
+            }
         }
     }
 

@@ -183,16 +183,13 @@ impl Walk {
         };
         let asker = Asker { caller: usize::try_from(caller).ok(), model: "m" };
         let ask = Ask { amounts, generates: true };
-        match self.engine.reserve(Timestamp(self.now), asker, &ask) {
-            Ok(receipt) => {
-                assert!(fits, "admitted against the recount");
-                self.hold(receipt, caller, amounts);
-                self.note("admitted");
-            }
-            Err(_) => {
-                assert!(!fits, "denied against the recount");
-                self.note("denied");
-            }
+        if let Ok(receipt) = self.engine.reserve(Timestamp(self.now), asker, &ask) {
+            assert!(fits, "admitted against the recount");
+            self.hold(receipt, caller, amounts);
+            self.note("admitted");
+        } else {
+            assert!(!fits, "denied against the recount");
+            self.note("denied");
         }
     }
 

@@ -262,7 +262,7 @@ fn a_file_that_cannot_be_used_is_refused_with_what_mends_it() {
         (
             "no database",
             refusal(|file| {
-                fs::write(file, "something else, and long enough for a header ".repeat(50)).unwrap()
+                fs::write(file, "something else, and long enough for a header ".repeat(50)).unwrap();
             }),
             "move it away",
         ),

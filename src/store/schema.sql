@@ -7,14 +7,15 @@ CREATE TABLE quota (
     scope          TEXT NOT NULL,    -- environment, caller or model
     name           TEXT NOT NULL,    -- the caller's name, the models' pattern, or empty
     kind           TEXT NOT NULL,    -- total_tokens, prompt_tokens, completion_tokens or requests
-    per            TEXT NOT NULL,    -- the period as written in the config
+    per_ms         INTEGER NOT NULL, -- the period's length
     "window"       TEXT NOT NULL,    -- rolling or calendar
+    per            TEXT NOT NULL,    -- the period as written in the config
     "limit"        INTEGER NOT NULL,
     used           INTEGER NOT NULL, -- spent and not yet back
     level_fraction INTEGER NOT NULL, -- of a rolling quota: what is left beyond whole tokens, in 1/period_ms
     held           INTEGER NOT NULL, -- by requests in flight
     at_ms          INTEGER NOT NULL, -- of a rolling quota: last refilled; of a calendar quota: its period's start
-    PRIMARY KEY (environment, scope, name, kind, per, "window")
+    PRIMARY KEY (environment, scope, name, kind, per_ms, "window")
 ) WITHOUT ROWID;
 
 -- Sums since the store began, and what requests in flight have reserved.
@@ -58,27 +59,6 @@ CREATE TABLE usage_daily (
     total_tokens      INTEGER NOT NULL,
     PRIMARY KEY (day, environment, model, caller)
 ) WITHOUT ROWID;
-
--- Limits that an administrator has set in place of the config's.
-CREATE TABLE limit_override (
-    environment TEXT NOT NULL,
-    scope       TEXT NOT NULL,
-    name        TEXT NOT NULL,
-    kind        TEXT NOT NULL,
-    per         TEXT NOT NULL,
-    "limit"     INTEGER NOT NULL,
-    burst       INTEGER NOT NULL,
-    since_ms    INTEGER NOT NULL,
-    PRIMARY KEY (environment, scope, name, kind, per)
-) WITHOUT ROWID;
-
--- What administrators have done.
-CREATE TABLE audit (
-    at_ms       INTEGER NOT NULL,
-    action      TEXT NOT NULL,
-    environment TEXT NOT NULL,
-    detail      TEXT NOT NULL
-);
 
 -- For those who look with a shell.
 CREATE VIEW usage_by_minute AS
