@@ -13,5 +13,6 @@ mod passthrough;
 mod quotas;
 mod routing;
 mod settling;
+mod simulate;
 mod support;
 mod tls;
