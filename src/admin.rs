@@ -1,14 +1,15 @@
-//! The admin listener: health, metrics and the state of every quota. Read-only so far.
+//! The admin listener: health, metrics, the state of every quota, and limits that are changed for now.
 
-use crate::ledger::{Account, Snapshot};
+use crate::ledger::{Account, QuotaKey, Snapshot};
 use crate::proxy::Shared;
-use crate::quota::{Level, Scope, Window};
+use crate::quota::{Kind, Level, MAX_LIMIT, Quota, Scope, Window};
 use axum::Router;
-use axum::extract::{Path, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post, put};
 use axum::{Json, body::Body};
+use bytes::Bytes;
 use http::header::{self, HeaderMap};
 use http::{HeaderValue, StatusCode};
 use hyper::body::Incoming;
@@ -19,6 +20,9 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq as _;
 
 use crate::config::Environment;
+
+/// No request to this listener has a larger body.
+const LARGEST_BODY: usize = 64 * 1024;
 
 #[derive(Clone)]
 struct Admin {
@@ -47,6 +51,9 @@ pub(crate) fn service(
         .route("/metrics", get(metrics))
         .route("/api/environments", get(environments))
         .route("/api/environments/{environment}", get(environment))
+        .route("/api/environments/{environment}/reset", post(reset))
+        .route("/api/environments/{environment}/quotas/{kind}/{per}", put(set_limit).delete(unset_limit))
+        .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .fallback(|| async {
             refusal(StatusCode::NOT_FOUND, "unknown_path", "Nothing is served at this path.")
         })
@@ -135,17 +142,109 @@ async fn environments(State(admin): State<Admin>) -> Json<Value> {
 async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Response {
     match admin.shared.config.environment(&name) {
         Some((index, environment)) => Json(shown(environment, &admin.shared.accounts[index])).into_response(),
-        None => refusal(StatusCode::NOT_FOUND, "unknown_environment", "There is no such environment."),
+        None => unknown_environment(),
     }
 }
 
+/// The body of a `PUT`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewLimit {
+    limit: u64,
+    /// Of a rolling quota; without it the limit.
+    burst: Option<u64>,
+}
+
+/// Which of the quotas of one kind and period: of the environment, if nothing else is said.
+#[derive(serde::Deserialize)]
+struct Whose {
+    #[serde(default = "of_environment")]
+    scope: String,
+    #[serde(default)]
+    name: String,
+}
+
+fn of_environment() -> String {
+    "environment".to_owned()
+}
+
+async fn set_limit(
+    State(admin): State<Admin>,
+    Path((environment, kind, per)): Path<(String, String, String)>,
+    Query(whose): Query<Whose>,
+    body: Bytes,
+) -> Response {
+    let new: NewLimit = match serde_json::from_slice(&body) {
+        Ok(new) => new,
+        Err(error) => {
+            let said = format!("The body is not {{\"limit\": N, \"burst\": N}}: {error}.");
+            return refusal(StatusCode::BAD_REQUEST, "invalid_json", &said);
+        }
+    };
+    let burst = new.burst.unwrap_or(new.limit);
+    if ![new.limit, burst].iter().all(|n| (1..=MAX_LIMIT).contains(n)) {
+        let said = "limit and burst must be whole numbers from 1 to 2^50.";
+        return refusal(StatusCode::BAD_REQUEST, "invalid_value", said);
+    }
+    change_limit(&admin, (&environment, &kind, &per), &whose, Some((new.limit, burst))).await
+}
+
+async fn unset_limit(
+    State(admin): State<Admin>,
+    Path((environment, kind, per)): Path<(String, String, String)>,
+    Query(whose): Query<Whose>,
+) -> Response {
+    change_limit(&admin, (&environment, &kind, &per), &whose, None).await
+}
+
+async fn change_limit(
+    admin: &Admin,
+    (environment, kind, per): (&str, &str, &str),
+    whose: &Whose,
+    limit: Option<(u64, u64)>,
+) -> Response {
+    let Some((index, settings)) = admin.shared.config.environment(environment) else {
+        return unknown_environment();
+    };
+    let account = &admin.shared.accounts[index];
+    let Some(kind) = Kind::ALL.into_iter().find(|known| known.as_str() == kind) else {
+        return unknown_quota();
+    };
+    let key = QuotaKey { scope: &whose.scope, name: &whose.name, kind, per };
+    if !account.set_limit(key, limit).await {
+        return unknown_quota();
+    }
+    tracing::info!(environment, %kind, per, scope = whose.scope, name = whose.name, ?limit, "a limit was changed by the admin API");
+    Json(shown(settings, account)).into_response()
+}
+
+async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> Response {
+    let Some((index, settings)) = admin.shared.config.environment(&environment) else {
+        return unknown_environment();
+    };
+    let account = &admin.shared.accounts[index];
+    account.reset().await;
+    tracing::info!(environment, "its quotas were reset by the admin API");
+    Json(shown(settings, account)).into_response()
+}
+
+fn unknown_environment() -> Response {
+    refusal(StatusCode::NOT_FOUND, "unknown_environment", "There is no such environment.")
+}
+
+fn unknown_quota() -> Response {
+    let said = "The environment has no such quota: kind and period are those of the config, scope and name (if any) are parameters.";
+    refusal(StatusCode::NOT_FOUND, "unknown_quota", said)
+}
+
 fn shown(environment: &Environment, account: &Account) -> Value {
-    let Snapshot { in_flight, levels, totals } = account.snapshot();
+    let Snapshot { in_flight, levels, totals, overrides } = account.snapshot();
+    let is_override = |quota: &Quota| overrides.iter().any(|other| other.is_same_as(quota));
     json!({
         "name": environment.name,
         "upstream": environment.upstream.name,
         "in_flight": in_flight,
-        "quotas": levels.iter().map(level).collect::<Vec<_>>(),
+        "quotas": levels.iter().map(|shown| level(shown, is_override(&shown.quota))).collect::<Vec<_>>(),
         "totals": {
             "requests": totals.requests,
             "rejected": totals.rejected,
@@ -156,7 +255,7 @@ fn shown(environment: &Environment, account: &Account) -> Value {
     })
 }
 
-fn level(shown: &Level) -> Value {
+fn level(shown: &Level, is_override: bool) -> Value {
     let Level { quota, level, held, used, reset_ms } = shown;
     let (scope, name) = match &quota.scope {
         Scope::Environment => ("environment", None),
@@ -180,7 +279,7 @@ fn level(shown: &Level) -> Value {
         "held": held,
         "used": used,
         "reset_seconds": reset_seconds,
-        "source": "file",
+        "source": if is_override { "override" } else { "file" },
     });
     if let Some(name) = name {
         shown["name"] = json!(name);

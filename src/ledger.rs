@@ -4,6 +4,7 @@ mod commits;
 mod counters;
 mod history;
 mod learned;
+mod limits;
 mod line;
 
 use crate::clock::{self, Timestamp};
@@ -15,6 +16,7 @@ use std::time::Duration;
 pub use commits::Commits;
 pub use counters::{Admission, Counters, Ended, Grant, NoRoom, Progress, Rules, Totals, Want};
 pub use history::Row;
+pub use limits::{AuditEntry, QuotaKey};
 use line::Line;
 
 /// A store that does not take a reservation within this time is not waited for any longer.
@@ -52,6 +54,8 @@ pub struct Snapshot {
     pub levels: Vec<Level>,
     /// Sums since the store began.
     pub totals: Totals,
+    /// Quotas whose limit is not the config's for now.
+    pub overrides: Vec<Quota>,
 }
 
 /// What has changed in an account and has to be kept.
@@ -65,6 +69,10 @@ pub struct Changes {
     pub held: Amounts,
     /// Usage by minute, caller and model, and the model's name.
     pub usage: Vec<(Row, Arc<str>)>,
+    /// All overrides of limits, if they have changed.
+    pub overrides: Option<Vec<Quota>>,
+    /// What administrators have done.
+    pub audit: Vec<AuditEntry>,
 }
 
 /// What another process has left of an account.
@@ -76,6 +84,8 @@ pub struct Left {
     pub totals: Totals,
     /// What was in flight when the process died: charged in full.
     pub held: Amounts,
+    /// Quotas with limits that an administrator has set.
+    pub overrides: Vec<Quota>,
 }
 
 impl Account {
@@ -174,8 +184,10 @@ impl Account {
         let mut quotas = Vec::new();
         counters.quotas.take_changes(|quota, saved| quotas.push((quota.clone(), saved)));
         let usage = counters.history.take();
-        let is_nothing = quotas.is_empty() && usage.is_empty();
-        (!is_nothing).then(|| Changes { quotas, totals: counters.totals, held: counters.held, usage })
+        let (overrides, audit) = counters.limits.take_changes();
+        let is_nothing = quotas.is_empty() && usage.is_empty() && audit.is_empty();
+        let (totals, held) = (counters.totals, counters.held);
+        (!is_nothing).then_some(Changes { quotas, totals, held, usage, overrides, audit })
     }
 
     /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
@@ -188,7 +200,29 @@ impl Account {
     pub fn snapshot(&self) -> Snapshot {
         let mut counters = self.lock();
         let levels = counters.quotas.levels(clock::now());
-        Snapshot { in_flight: counters.in_flight, levels, totals: counters.totals }
+        let overrides = counters.limits.overrides().to_vec();
+        Snapshot { in_flight: counters.in_flight, levels, totals: counters.totals, overrides }
+    }
+
+    /// Sets a limit in place of the config's, or with `None` back to it: what was used stays used. Returns
+    /// whether there is such a quota, once that is kept.
+    pub async fn set_limit(&self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
+        let is_known = self.lock().set_limit(clock::now(), key, limit);
+        self.keep().await;
+        is_known
+    }
+
+    /// Makes every quota whole again, but for what is held. Returns once that is kept.
+    pub async fn reset(&self) {
+        self.lock().reset(clock::now());
+        self.keep().await;
+    }
+
+    async fn keep(&self) {
+        self.line.somebody_has_ended();
+        let Some(commit) = self.keeper.as_ref().map(|keeper| keeper.commits().next()) else { return };
+        self.changed(true);
+        self.when_kept(commit).await;
     }
 
     /// Reservations not yet settled.

@@ -16,13 +16,14 @@
 //!
 //! # What is deliberately absent
 //!
-//! Nothing in `quota`, `usage`, `estimate` and `body` reads the clock or the network. No lock is held
+//! Nothing in `quota`, `usage`, `estimate`, `body` and `ledger::Counters` reads the clock or the network. No lock is held
 //! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
 //! There is no `unsafe`.
 //!
 //! Imports point one way: `clock` and `glob`, then `quota`, then `config` (settings as those types), then
-//! `estimate`, `body` and `usage`, then `ledger`, `error`, `telemetry` and `upstream`, then `proxy` and
-//! `admin`, then [`app`], then [`cli`].
+//! `estimate`, `body` and `usage`, then `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
+//! the ledger holds), then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
+//! the ledger's counters alone.
 
 // The core: pure.
 pub mod body;

@@ -175,6 +175,16 @@ impl Quota {
             && self.per.ms == other.per.ms
     }
 
+    /// The same quota with another limit; a calendar quota has no burst of its own.
+    #[must_use]
+    pub fn with_limit(&self, limit: u64, burst: u64) -> Self {
+        let window = match &self.window {
+            Window::Rolling { .. } => Window::Rolling { burst },
+            calendar @ Window::Calendar { .. } => calendar.clone(),
+        };
+        Self { limit, window, ..self.clone() }
+    }
+
     /// An hour or longer: what is reserved in it must outlive the process.
     pub fn is_durable(&self) -> bool {
         self.per.ms >= 3600 * 1000

@@ -148,13 +148,16 @@ impl Store {
     pub fn left(&self, environment: &Environment) -> anyhow::Result<Left> {
         let read = || -> rusqlite::Result<Left> {
             let (totals, held) = self.database.totals(&environment.name)?;
-            let mut quotas = Vec::new();
+            let (mut quotas, mut overrides) = (Vec::new(), Vec::new());
             for quota in &environment.quotas {
                 if let Some(saved) = self.database.quota(&environment.name, quota)? {
                     quotas.push((quota.clone(), saved));
                 }
+                if let Some((limit, burst)) = self.database.limit_override(&environment.name, quota)? {
+                    overrides.push(quota.with_limit(limit, burst));
+                }
             }
-            Ok(Left { quotas, totals, held })
+            Ok(Left { quotas, totals, held, overrides })
         };
         read().with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
     }

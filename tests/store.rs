@@ -137,7 +137,7 @@ async fn a_process_that_dies_has_charged_in_full_what_was_in_flight() {
     }
     let recovered = Node::open(&self::config(&after.file(), QUOTAS, ""));
     assert_eq!(recovered.used(), [320, 320, 2, 320, 320]);
-    let Snapshot { levels, totals, in_flight } = recovered.account.snapshot();
+    let Snapshot { levels, totals, in_flight, .. } = recovered.account.snapshot();
     assert!(levels.iter().all(|level| level.held == 0) && in_flight == 0);
     assert_eq!((totals.requests, totals.prompt, totals.completion, totals.total), (2, 110, 210, 320));
     drop(recovered);

@@ -4,6 +4,7 @@
 use super::Left;
 use super::history::History;
 use super::learned::Learned;
+use super::limits::{Limits, QuotaKey};
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
 use crate::quota::{Amounts, Ask, Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
@@ -173,6 +174,7 @@ pub struct Counters {
     pub(super) held: Amounts,
     pub(super) totals: Totals,
     pub(super) history: History,
+    pub(super) limits: Limits,
 }
 
 impl Counters {
@@ -190,11 +192,30 @@ impl Counters {
             held: Amounts::default(),
             totals: Totals::default(),
             history: History::default(),
+            limits: Limits::of(quotas),
         }
+    }
+
+    /// Sets a limit in place of the config's, or with `None` back to it: what was used stays used. Returns
+    /// whether there is such a quota.
+    pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
+        let is_known = self.limits.set(now, key, limit);
+        if is_known {
+            self.quotas.set_quotas(&self.limits.quotas(), now);
+        }
+        is_known
+    }
+
+    /// Makes every quota whole again, but for what is held.
+    pub fn reset(&mut self, now: Timestamp) {
+        self.quotas.reset(now);
+        self.limits.note(now, "all quotas reset".to_owned());
     }
 
     /// Goes on from what another process has left, and gathers usage for the store from now on.
     pub(super) fn take_over(&mut self, now: Timestamp, left: &Left) {
+        self.limits.take_over(&left.overrides);
+        self.quotas.set_quotas(&self.limits.quotas(), now);
         self.quotas.restore(now, |quota| {
             left.quotas.iter().find(|(kept, _)| kept.is_same_as(quota)).map(|(_, saved)| *saved)
         });

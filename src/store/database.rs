@@ -2,7 +2,7 @@
 
 use super::window;
 use crate::clock::Timestamp;
-use crate::ledger::{Row, Totals};
+use crate::ledger::{AuditEntry, Row, Totals};
 use crate::quota::{Amounts, Quota, Saved};
 use anyhow::Context as _;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
@@ -80,7 +80,7 @@ impl Database {
     /// A damaged or read-only file is found now and not by the first request. The few small tables are
     /// looked through; the history, which may be large, is not.
     fn check(db: &Connection) -> anyhow::Result<()> {
-        for table in ["quota", "totals"] {
+        for table in ["quota", "totals", "limit_override"] {
             let mut found = db.prepare(&format!("PRAGMA quick_check({table})"))?;
             let word: String = found.query_row([], |row| row.get(0))?;
             anyhow::ensure!(word == "ok", "it is damaged ({word}): move it away to start with full quotas");
@@ -122,6 +122,21 @@ impl Database {
             })
         })
         .optional()
+    }
+
+    /// Limit and burst that an administrator has set.
+    pub(super) fn limit_override(
+        &self,
+        environment: &str,
+        quota: &Quota,
+    ) -> rusqlite::Result<Option<(u64, u64)>> {
+        let mut read = self.0.prepare_cached(
+            r#"SELECT "limit", burst FROM limit_override
+               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ?"#,
+        )?;
+        let (scope, name) = (quota.scope.as_str(), quota.scope.name());
+        let key = params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms)];
+        read.query_row(key, |row| Ok((unsigned(row.get(0)?).max(1), unsigned(row.get(1)?).max(1)))).optional()
     }
 
     pub(super) fn totals(&self, environment: &str) -> rusqlite::Result<(Totals, Amounts)> {
@@ -222,6 +237,32 @@ impl Transaction<'_> {
             signed(held.completion),
             signed(held.total),
         ])?;
+        Ok(())
+    }
+
+    pub(super) fn overrides(&self, environment: &str, all: &[Quota]) -> rusqlite::Result<()> {
+        self.0.execute("DELETE FROM limit_override WHERE environment = ?", [environment])?;
+        for quota in all {
+            self.0.execute(
+                "INSERT OR REPLACE INTO limit_override VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                params![
+                    environment,
+                    quota.scope.as_str(),
+                    quota.scope.name(),
+                    quota.kind.as_str(),
+                    signed(quota.per.ms),
+                    quota.per.written,
+                    signed(quota.limit),
+                    signed(quota.capacity()),
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn audit(&self, environment: &str, entry: &AuditEntry) -> rusqlite::Result<()> {
+        let values = params![entry.at.0, environment, entry.action];
+        self.0.execute("INSERT INTO audit VALUES (?, ?, ?)", values)?;
         Ok(())
     }
 

@@ -60,6 +60,26 @@ CREATE TABLE usage_daily (
     PRIMARY KEY (day, environment, model, caller)
 ) WITHOUT ROWID;
 
+-- Limits that an administrator has set in place of the config's.
+CREATE TABLE limit_override (
+    environment TEXT NOT NULL,
+    scope       TEXT NOT NULL,
+    name        TEXT NOT NULL,
+    kind        TEXT NOT NULL,
+    per_ms      INTEGER NOT NULL,
+    per         TEXT NOT NULL,
+    "limit"     INTEGER NOT NULL,
+    burst       INTEGER NOT NULL,
+    PRIMARY KEY (environment, scope, name, kind, per_ms)
+) WITHOUT ROWID;
+
+-- What administrators have done.
+CREATE TABLE audit (
+    at_ms       INTEGER NOT NULL,
+    environment TEXT NOT NULL,
+    action      TEXT NOT NULL
+);
+
 -- For those who look with a shell.
 CREATE VIEW usage_by_minute AS
     SELECT datetime(minute * 60, 'unixepoch') AS minute, environment, model, caller, requests, rejections,

@@ -4,7 +4,7 @@ use super::database::Database;
 use super::{Signal, Sleep, State};
 use crate::clock::{self, Stopwatch};
 use crate::config::{self, Environment};
-use crate::ledger::{Account, Changes, Row, Totals};
+use crate::ledger::{Account, AuditEntry, Changes, Row, Totals};
 use crate::quota::{Amounts, Quota, Saved};
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -32,6 +32,8 @@ struct Unwritten {
 struct OfEnvironment {
     quotas: Vec<(Quota, Saved)>,
     sums: Option<(Totals, Amounts)>,
+    overrides: Option<Vec<Quota>>,
+    audit: Vec<AuditEntry>,
 }
 
 /// Minute, index of the environment, model, index of the caller.
@@ -48,6 +50,8 @@ impl Unwritten {
             }
         }
         of.sums = Some((changes.totals, changes.held));
+        of.overrides = changes.overrides.or(of.overrides.take());
+        of.audit.extend(changes.audit);
         for (row, model) in changes.usage {
             let model = if self.usage.len() < MOST_ROWS { model } else { "other".into() };
             let sum = self.usage.entry((row.minute, at, model, row.caller)).or_default();
@@ -68,6 +72,12 @@ impl Unwritten {
                 for (quota, saved) in &changes.quotas {
                     transaction.quota(&environment.name, quota, saved)?;
                 }
+                if let Some(overrides) = &changes.overrides {
+                    transaction.overrides(&environment.name, overrides)?;
+                }
+                for entry in &changes.audit {
+                    transaction.audit(&environment.name, entry)?;
+                }
                 if let Some((totals, held)) = &changes.sums {
                     transaction.totals(&environment.name, totals, held)?;
                 }
@@ -85,6 +95,8 @@ impl Unwritten {
         for changes in &mut self.of {
             changes.quotas.clear();
             changes.sums = None;
+            changes.overrides = None;
+            changes.audit.clear();
         }
         self.usage.clear();
         self.has_any = false;

@@ -8,6 +8,7 @@ mod admission;
 mod bad_input;
 mod estimate;
 mod fixtures;
+mod limits;
 mod operations;
 mod passthrough;
 mod quotas;
