@@ -229,6 +229,3 @@ fn window(quota: &Quota) -> &'static str {
         crate::quota::Window::Calendar { .. } => "calendar",
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -102,3 +102,20 @@ fn until(no_room: &NoRoom) -> Duration {
         Some(Wait::Never) | None => Duration::from_secs(1),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_than_a_thousand_wait() {
+        let line = Line::default();
+        let mut places: Vec<Place<'_>> = (0..LONGEST).map_while(|_| Place::take(&line)).collect();
+        assert_eq!(places.len(), LONGEST);
+        assert!(Place::take(&line).is_none());
+        places.pop();
+        assert!(Place::take(&line).is_some(), "who leaves makes room");
+        drop(places);
+        assert_eq!(line.waiting.load(Ordering::Relaxed), 0);
+    }
+}
