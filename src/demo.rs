@@ -1,7 +1,8 @@
 //! A simulated backend for `tollgate demo`: answers like a model server, costs nothing, knows nothing.
 
-use crate::body::{Api, Body as RequestBody};
-use crate::estimate::Tokenizer;
+use crate::api::Api;
+use crate::body::Body as RequestBody;
+use crate::estimate::Model;
 use anyhow::Context as _;
 use axum::body::{Body, Bytes};
 use axum::response::{IntoResponse, Response};
@@ -79,13 +80,13 @@ impl Reply {
             Box::new((StatusCode::BAD_REQUEST, Json(error)).into_response())
         })?;
         let model = request.model.as_deref().unwrap_or("gpt-4o-mini").to_owned();
-        let tokenizer = Tokenizer::of_model(&[], &model);
-        let prompt = request.prompt.estimate(&tokenizer).tokens();
+        let known = Model::named(&[], &model);
+        let prompt = request.prompt.estimate(&known).tokens();
         let cap = request.completion_cap().and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX);
         let mut words: Vec<&str> = ANSWER.split_inclusive(' ').collect();
         let finish = if words.len() > cap { "length" } else { "stop" };
         words.truncate(cap);
-        let completion = if api.generates() { tokenizer.count(&words.concat()) } else { 0 };
+        let completion = if api.generates() { known.tokenizer.count(&words.concat()) } else { 0 };
         Ok(Self {
             streams: request.streams,
             wants_usage: request.wants_usage(),

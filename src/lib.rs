@@ -20,12 +20,13 @@
 //! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
 //! There is no `unsafe`.
 //!
-//! Imports point one way: `clock` and `glob`, then `quota`, then `config` (settings as those types), then
+//! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `config` (settings as those types), then
 //! `estimate`, `body` and `usage`, then `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
 //! the ledger holds), then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
 //! the ledger's counters alone.
 
 // The core: pure.
+pub mod api;
 pub mod body;
 pub mod clock;
 pub mod estimate;

@@ -1,8 +1,10 @@
 //! `tollgate count`
 
-use crate::body::{Api, Body};
-use crate::estimate::{Part, PromptEstimate, Tokenizer};
+use crate::api::Api;
+use crate::body::Body;
+use crate::estimate::{Model, Part, PromptEstimate, Tokenizer};
 use anyhow::Context as _;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -31,7 +33,23 @@ pub(super) struct Arguments {
 enum ApiName {
     Chat,
     Completions,
+    Responses,
     Embeddings,
+    Messages,
+    Gemini,
+}
+
+impl From<ApiName> for Api {
+    fn from(name: ApiName) -> Self {
+        match name {
+            ApiName::Chat => Self::Chat,
+            ApiName::Completions => Self::Completions,
+            ApiName::Responses => Self::Responses,
+            ApiName::Embeddings => Self::Embeddings,
+            ApiName::Messages => Self::Messages,
+            ApiName::Gemini => Self::Gemini,
+        }
+    }
 }
 
 /// What is said of one body.
@@ -84,29 +102,41 @@ fn each_line(arguments: &Arguments, input: &mut dyn BufRead) -> anyhow::Result<E
 }
 
 fn count(arguments: &Arguments, json: &[u8]) -> Result<Counted, String> {
-    let api = match arguments.api {
-        Some(ApiName::Chat) => Api::Chat,
-        Some(ApiName::Completions) => Api::Completions,
-        Some(ApiName::Embeddings) => Api::Embeddings,
-        None => api_of(json),
-    };
+    let api = arguments.api.map_or_else(|| api_of(json), Api::from);
     let body = Body::read(api, json).map_err(|fault| fault.to_string())?;
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
-    let tokenizer = Tokenizer::of_model(&[], &model);
-    Ok(Counted { api, estimate: body.prompt.estimate(&tokenizer), model, tokenizer })
+    let known = Model::named(&[], &model);
+    Ok(Counted { api, estimate: body.prompt.estimate(&known), model, tokenizer: known.tokenizer })
 }
 
-/// The API that a body is for: `input` is for embeddings, `prompt` for completions, the rest is chat.
+/// The API that a body is for, by the fields that only one of them has.
 fn api_of(json: &[u8]) -> Api {
-    #[derive(serde::Deserialize)]
+    #[derive(Default, serde::Deserialize)]
+    #[serde(default)]
     struct Shape {
-        messages: Option<serde::de::IgnoredAny>,
-        prompt: Option<serde::de::IgnoredAny>,
-        input: Option<serde::de::IgnoredAny>,
+        model: Value,
+        messages: Option<IgnoredAny>,
+        prompt: Option<IgnoredAny>,
+        input: Option<IgnoredAny>,
+        contents: Option<IgnoredAny>,
+        system: Option<IgnoredAny>,
+        instructions: Option<IgnoredAny>,
+        max_output_tokens: Option<IgnoredAny>,
+        dimensions: Option<IgnoredAny>,
+        encoding_format: Option<IgnoredAny>,
     }
-    match serde_json::from_slice::<Shape>(json) {
-        Ok(Shape { messages: None, input: Some(_), .. }) => Api::Embeddings,
-        Ok(Shape { messages: None, prompt: Some(_), .. }) => Api::Completions,
+    let shape: Shape = serde_json::from_slice(json).unwrap_or_default();
+    let model = shape.model.as_str().unwrap_or_default();
+    let embeds = shape.dimensions.is_some() || shape.encoding_format.is_some() || model.contains("embed");
+    let is_response = shape.instructions.is_some() || shape.max_output_tokens.is_some() || !model.is_empty();
+    match shape {
+        Shape { contents: Some(_), .. } => Api::Gemini,
+        Shape { messages: Some(_), system: Some(_), .. } => Api::Messages,
+        Shape { messages: Some(_), .. } if model.starts_with("claude") => Api::Messages,
+        Shape { messages: Some(_), .. } => Api::Chat,
+        Shape { input: Some(_), .. } if embeds || !is_response => Api::Embeddings,
+        Shape { input: Some(_), .. } | Shape { instructions: Some(_), .. } => Api::Responses,
+        Shape { prompt: Some(_), .. } => Api::Completions,
         _ => Api::Chat,
     }
 }

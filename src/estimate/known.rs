@@ -25,14 +25,28 @@ struct Known {
     slots: Box<[AtomicU64]>,
 }
 
+/// What a text is counted as.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Thing {
+    Text,
+    /// Definitions of tools, by how they are rendered.
+    ToolsInLines,
+    CompactTools,
+    TitledTools,
+    /// A part of a very long text.
+    Slice,
+}
+
 /// The hash of a text with what counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Key(u64);
 
 impl Key {
-    pub(super) fn of(encoding: u8, text: &str) -> Self {
+    /// Of a text that so counted, as this thing.
+    pub(super) fn of(tokenizer: u32, thing: Thing, text: &str) -> Self {
         let mut hasher = KNOWN.keys.build_hasher();
-        hasher.write_u8(encoding);
+        hasher.write_u32(tokenizer);
+        hasher.write_u8(thing as u8);
         hasher.write(text.as_bytes());
         Self(hasher.finish())
     }
@@ -67,13 +81,13 @@ mod tests {
 
     #[test]
     fn a_text_is_known_by_all_of_it_and_by_what_counts_it() {
-        let key = Key::of(0, "a text that only this test counts");
+        let key = Key::of(0, Thing::Text, "a text that only this test counts");
         assert_eq!(key.count(), None);
         key.remember(7);
         assert_eq!(key.count(), Some(7));
-        assert_eq!(Key::of(0, "a text that only this test counts").count(), Some(7));
-        assert_eq!(Key::of(1, "a text that only this test counts").count(), None);
-        assert_eq!(Key::of(0, "a text that only this test count").count(), None);
+        assert_eq!(Key::of(0, Thing::Text, "a text that only this test counts").count(), Some(7));
+        assert_eq!(Key::of(1, Thing::Text, "a text that only this test counts").count(), None);
+        assert_eq!(Key::of(0, Thing::Text, "a text that only this test count").count(), None);
         key.remember(LARGEST_COUNT + 1);
         assert_eq!(key.count(), Some(7), "what does not fit is not remembered");
     }

@@ -1,7 +1,6 @@
 //! Which tokenizer counts for a model, and the counting.
 
-use super::known::Key;
-use crate::config::{ModelRule, TokenizerChoice};
+use super::known::{Key, Thing};
 use rustc_hash::{FxHashSet, FxHasher};
 use std::cell::RefCell;
 use std::hash::Hasher as _;
@@ -105,7 +104,7 @@ impl Recent {
 }
 
 impl Encoding {
-    fn vocabulary(self) -> &'static Vocabulary {
+    fn cell(self) -> &'static LazyLock<Vocabulary> {
         match self {
             Self::O200k => &O200K,
             Self::Cl100k => &CL100K,
@@ -122,65 +121,24 @@ pub struct Tokenizer {
     pub percent: u64,
 }
 
-/// Models by the beginning of their name; the first match decides. Names whose vocabulary is
-/// published (tiktoken's model list) count exactly, the other families by measured ratios to o200k.
-const FAMILIES: &[(&str, Encoding, u64)] = &[
-    ("gpt-4o", Encoding::O200k, 100),
-    ("gpt-4.1", Encoding::O200k, 100),
-    ("gpt-4.5", Encoding::O200k, 100),
-    ("gpt-4", Encoding::Cl100k, 100),
-    ("gpt-3.5", Encoding::Cl100k, 100),
-    ("gpt-35", Encoding::Cl100k, 100),
-    ("text-", Encoding::Cl100k, 100),
-    ("davinci", Encoding::Cl100k, 100),
-    ("babbage", Encoding::Cl100k, 100),
-    ("curie", Encoding::Cl100k, 100),
-    ("ada", Encoding::Cl100k, 100),
-    ("code-", Encoding::Cl100k, 100),
-    ("gpt-", Encoding::O200k, 100),
-    ("chatgpt-", Encoding::O200k, 100),
-    ("o1", Encoding::O200k, 100),
-    ("o3", Encoding::O200k, 100),
-    ("o4", Encoding::O200k, 100),
-    ("codex-", Encoding::O200k, 100),
-    ("computer-use", Encoding::O200k, 100),
-    ("llama-2", Encoding::O200k, 135),
-    ("llama", Encoding::O200k, 105),
-    ("meta-llama", Encoding::O200k, 105),
-    ("kimi", Encoding::O200k, 105),
-    ("minimax", Encoding::O200k, 105),
-    ("glm", Encoding::O200k, 105),
-    ("deepseek", Encoding::O200k, 108),
-    ("qwen", Encoding::O200k, 110),
-    ("mistral-7b", Encoding::O200k, 135),
-    ("mistral", Encoding::O200k, 115),
-    ("gemma", Encoding::O200k, 115),
-    ("gemini", Encoding::O200k, 115),
-    ("claude", Encoding::O200k, 120),
-];
-
-/// Any other model.
-const UNKNOWN: Tokenizer = Tokenizer { encoding: Encoding::O200k, percent: 110 };
-
 impl Tokenizer {
-    /// The tokenizer of a model: by the config's rules, else by its name, else a guess on the safe side.
-    pub fn of_model(rules: &[ModelRule], model: &str) -> Self {
-        if let Some(rule) = rules.iter().find(|r| r.pattern.matches(model)) {
-            return match &rule.tokenizer {
-                TokenizerChoice::Cl100k => Self { encoding: Encoding::Cl100k, percent: 100 },
-                TokenizerChoice::O200k => Self { encoding: Encoding::O200k, percent: 100 },
-                TokenizerChoice::File(_) => UNKNOWN,
-            };
-        }
-        // `openai/gpt-4o` is gpt-4o, and so is the fine-tune `ft:gpt-4o:org::id`.
-        let name = model.rsplit('/').next().unwrap_or(model);
-        let name = name.strip_prefix("ft:").map_or(name, |base| base.split(':').next().unwrap_or(base));
-        let begins = |prefix: &str| {
-            name.len() >= prefix.len()
-                && name.as_bytes()[..prefix.len()].eq_ignore_ascii_case(prefix.as_bytes())
-        };
-        let family = FAMILIES.iter().find(|(prefix, ..)| begins(prefix));
-        family.map_or(UNKNOWN, |&(_, encoding, percent)| Self { encoding, percent })
+    pub(super) const fn exact(encoding: Encoding) -> Self {
+        Self { encoding, percent: 100 }
+    }
+
+    /// What tells this vocabulary's counts from others'.
+    fn tag(self) -> u32 {
+        self.encoding as u32
+    }
+
+    /// What tells its own counts, which are scaled, from others'.
+    pub(super) fn scaled_tag(self) -> u32 {
+        self.tag() | u32::try_from(self.percent).unwrap_or(0) << 8
+    }
+
+    /// Whether its vocabulary is at hand.
+    pub(super) fn is_loaded(self) -> bool {
+        LazyLock::get(self.encoding.cell()).is_some()
     }
 
     /// Tokens of a text. Spellings of special tokens are ordinary text.
@@ -188,7 +146,7 @@ impl Tokenizer {
         if text.len() < SHORTEST_KNOWN {
             return self.scaled(self.count_anew(text));
         }
-        let key = Key::of(self.encoding as u8, text);
+        let key = Key::of(self.tag(), Thing::Text, text);
         self.scaled(key.count().unwrap_or_else(|| {
             let tokens = self.count_anew(text);
             key.remember(tokens);
@@ -202,13 +160,13 @@ impl Tokenizer {
         if text.len() < SHORTEST_KNOWN {
             return Some(self.count(text));
         }
-        Key::of(self.encoding as u8, text).count().map(|tokens| self.scaled(tokens))
+        Key::of(self.tag(), Thing::Text, text).count().map(|tokens| self.scaled(tokens))
     }
 
     fn count_anew(self, text: &str) -> u64 {
         RECENT.with(|recent| {
             let mut recent = recent[self.encoding as usize].borrow_mut();
-            self.encoding.vocabulary().count(text, &mut recent)
+            self.encoding.cell().count(text, &mut recent)
         })
     }
 
@@ -219,8 +177,8 @@ impl Tokenizer {
 
 /// Loads both vocabularies, side by side: some 60 ms, so that no request has to wait for them.
 pub fn warm() {
-    let cl100k = thread::spawn(|| Encoding::Cl100k.vocabulary().tokens_of(b"warm"));
-    Encoding::O200k.vocabulary().tokens_of(b"warm");
+    let cl100k = thread::spawn(|| Encoding::Cl100k.cell().tokens_of(b"warm"));
+    Encoding::O200k.cell().tokens_of(b"warm");
     // A panic there would show again at the first count; there is nothing to add to it here.
     drop(cl100k.join());
 }
@@ -228,29 +186,6 @@ pub fn warm() {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_decides_the_encoding() {
-        for (model, encoding, percent) in [
-            ("gpt-4o-mini", Encoding::O200k, 100),
-            ("gpt-4.1", Encoding::O200k, 100),
-            ("gpt-4", Encoding::Cl100k, 100),
-            ("gpt-4-turbo-2024-04-09", Encoding::Cl100k, 100),
-            ("gpt-3.5-turbo", Encoding::Cl100k, 100),
-            ("gpt-35-turbo-16k", Encoding::Cl100k, 100),
-            ("ft:gpt-4o-2024-08-06:org::id", Encoding::O200k, 100),
-            ("ft:gpt-4.1-mini:org::id", Encoding::O200k, 100),
-            ("openai/GPT-4o", Encoding::O200k, 100),
-            ("gpt-6-x", Encoding::O200k, 100),
-            ("text-embedding-3-small", Encoding::Cl100k, 100),
-            ("claude-sonnet-4", Encoding::O200k, 120),
-            ("meta-llama/Llama-3-8b", Encoding::O200k, 105),
-            ("who-knows", Encoding::O200k, 110),
-            ("é", Encoding::O200k, 110),
-        ] {
-            assert_eq!(Tokenizer::of_model(&[], model), Tokenizer { encoding, percent }, "{model}");
-        }
-    }
 
     proptest::proptest! {
         #[test]

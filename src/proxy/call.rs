@@ -1,9 +1,10 @@
 //! The caller's request: its body within bounds, and the few fields of it that are needed.
 
-use crate::body::{Api, Body, Bounds, Edit, edited};
+use crate::api::Api;
+use crate::body::{Body, Bounds, Edit, edited};
 use crate::config::ModelRule;
 use crate::error::ProxyError;
-use crate::estimate::{Prompt, PromptEstimate, Tokenizer};
+use crate::estimate::{Model, Prompt, PromptEstimate, Tokenizer};
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap};
 use http_body_util::BodyExt as _;
@@ -55,7 +56,7 @@ impl Call {
         {
             return Ok(call);
         }
-        let parse = move || Self::parse(&body, &reading, |prompt, t| Some(prompt.estimate(t)));
+        let parse = move || Self::parse(&body, &reading, |prompt, model| Some(prompt.estimate(model)));
         spawn_blocking(parse).await.map_err(|_| ProxyError::Internal)??.ok_or(ProxyError::Internal)
     }
 
@@ -81,13 +82,13 @@ impl Call {
     fn parse(
         bytes: &Bytes,
         reading: &Reading,
-        estimate: impl FnOnce(&Prompt<'_>, &Tokenizer) -> Option<PromptEstimate>,
+        estimate: impl FnOnce(&Prompt<'_>, &Model) -> Option<PromptEstimate>,
     ) -> Result<Option<Self>, ProxyError> {
         let body = Body::read(reading.api, bytes).map_err(ProxyError::Body)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = reading.deployment.as_deref().unwrap_or(named).to_owned();
-        let tokenizer = Tokenizer::of_model(&reading.models, &model);
-        let Some(estimate) = estimate(&body.prompt, &tokenizer) else { return Ok(None) };
+        let known = Model::named(&reading.models, &model);
+        let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
         let asks = reading.ask_for_usage && body.streams && reading.api.generates() && !body.wants_usage();
         Ok(Some(Self {
             body: bytes.clone(),
@@ -97,14 +98,14 @@ impl Call {
             completion_cap: body.completion_cap(),
             completions: body.completions(),
             estimate,
-            tokenizer: Some(tokenizer),
+            tokenizer: Some(known.tokenizer),
             model,
         }))
     }
 }
 
-fn if_quick(prompt: &Prompt<'_>, tokenizer: &Tokenizer) -> Option<PromptEstimate> {
-    prompt.estimate_if_quick(tokenizer)
+fn if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimate> {
+    prompt.estimate_if_quick(model)
 }
 
 /// Refuses what makes a request's head ambiguous or asks for more than is served.

@@ -1,7 +1,7 @@
 //! Which endpoint of which environment a path names. Paths are matched as they were sent: nothing is
 //! decoded, folded or tidied up, so there is one way to write each.
 
-use crate::body::Api;
+use crate::api::Api;
 use crate::config::Config;
 use http::Method;
 

@@ -1,0 +1,163 @@
+//! Anthropic's messages: `system` and `messages`, each a text or a list of blocks.
+
+use super::chat::add_role;
+use super::content::document;
+use crate::estimate::{Detail, Part, Prompt, Role, media};
+use crate::json::{Expected, LooseText, Take, element, raw, string, value};
+use serde::de::{MapAccess, SeqAccess};
+use std::borrow::Cow;
+
+/// `system`.
+pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
+    let first = prompt.texts();
+    value(object, &mut Blocks(prompt))?;
+    if prompt.texts() > first {
+        let role = add_role(prompt, "system");
+        prompt.message(role, first);
+    }
+    Ok(())
+}
+
+/// `messages`.
+pub(super) struct Messages<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+
+const A_LIST: Expected = Expected("a list of messages");
+
+impl<'a> Take<'a> for Messages<'_, 'a> {
+    fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
+        Err(A_LIST)
+    }
+
+    fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
+        Err(A_LIST)
+    }
+
+    fn object(&mut self) -> Result<(), Expected> {
+        Err(A_LIST)
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let first = self.0.texts();
+        let there_is = element(list, &mut Message(self.0))?;
+        if there_is {
+            add_role(self.0, "user");
+            self.0.message(Role::Other, first);
+        }
+        Ok(there_is)
+    }
+}
+
+struct Message<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Message<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["role", "content"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "role" => string(object).map(drop),
+            _ => value(object, &mut Blocks(self.0)),
+        }
+    }
+}
+
+/// A text, or a list of blocks.
+struct Blocks<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Blocks<'_, 'a> {
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.0.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let mut block = Block { prompt: &mut *self.0, kind: Cow::Borrowed(""), source: None, name: Cow::Borrowed("") };
+        let there_is = element(list, &mut block)?;
+        block.finish();
+        Ok(there_is)
+    }
+}
+
+struct Block<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    kind: Cow<'a, str>,
+    source: Option<Source<'a>>,
+    name: Cow<'a, str>,
+}
+
+impl<'a> Take<'a> for Block<'_, 'a> {
+    const FIELDS: &'static [&'static str] =
+        &["type", "text", "thinking", "source", "content", "input", "name", "title", "context", "data"];
+
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.prompt.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "type" => self.kind = string(object)?,
+            "source" => value(object, self.source.get_or_insert_default())?,
+            "content" => value(object, &mut Blocks(self.prompt))?,
+            // The arguments of a call, as JSON.
+            "input" => self.prompt.count(Part::Messages, Cow::Borrowed(raw(object)?), 1),
+            "name" => self.name = string(object)?,
+            // Thinking that is not shown.
+            "data" => self.prompt.add(Part::Messages, string(object)?.len() as u64 * 3 / 16),
+            _ => {
+                let mut text = LooseText::default();
+                value(object, &mut text)?;
+                self.prompt.count(Part::Messages, text.0, 1);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Block<'_, 'a> {
+    fn finish(self) {
+        let Self { prompt, kind, source, name } = self;
+        prompt.count(Part::Messages, name, 1);
+        match (&*kind, source) {
+            ("image", source) => {
+                let data = source.map(|s| s.data).unwrap_or_default();
+                prompt.image(media::image_size(&data), Detail::Auto);
+            }
+            (_, Some(source)) => source.add_to(prompt),
+            _ => {}
+        }
+    }
+}
+
+/// Where the bytes of a document are.
+#[derive(Default)]
+struct Source<'a> {
+    kind: Cow<'a, str>,
+    media_type: Cow<'a, str>,
+    data: Cow<'a, str>,
+    content: LooseText<'a>,
+}
+
+impl<'a> Take<'a> for Source<'a> {
+    const FIELDS: &'static [&'static str] = &["type", "media_type", "data", "content"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "type" => self.kind = string(object)?,
+            "media_type" => self.media_type = string(object)?,
+            "data" => self.data = string(object)?,
+            _ => value(object, &mut self.content)?,
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Source<'a> {
+    fn add_to(self, prompt: &mut Prompt<'a>) {
+        match &*self.kind {
+            "text" => prompt.count(Part::Messages, self.data, 1),
+            "base64" => document(prompt, &self.media_type, "", &self.data),
+            "content" => prompt.count(Part::Messages, self.content.0, 1),
+            _ => prompt.unseen += 1,
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Content in OpenAI's shapes: text, or a list of parts.
+
+use crate::estimate::{Detail, Part, Prompt, media};
+use crate::json::{Expected, LooseText, Take, element, string, value};
+use serde::de::{MapAccess, SeqAccess};
+use std::borrow::Cow;
+
+/// Sound whose length cannot be told: a minute.
+const UNKNOWN_SOUND: u64 = 600;
+
+/// `content`, or another value of its shape.
+pub(super) struct Content<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    pub(super) has_any: bool,
+}
+
+impl<'p, 'a> Content<'p, 'a> {
+    pub(super) fn of(prompt: &'p mut Prompt<'a>) -> Self {
+        Self { prompt, has_any: false }
+    }
+
+    fn part<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let mut part = ContentPart::of(self.prompt);
+        let there_is = element(list, &mut part)?;
+        part.finish();
+        Ok(there_is)
+    }
+}
+
+impl<'a> Take<'a> for Content<'_, 'a> {
+    const FIELDS: &'static [&'static str] = ContentPart::FIELDS;
+
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.has_any |= !text.is_empty();
+        self.prompt.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let there_is = self.part(list)?;
+        self.has_any |= there_is;
+        Ok(there_is)
+    }
+
+    /// Some callers send one part without a list around it.
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        self.has_any = true;
+        let mut part = ContentPart::of(self.prompt);
+        part.field(name, object)?;
+        part.finish();
+        Ok(())
+    }
+}
+
+/// One part: what was found of it.
+struct ContentPart<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    image: Option<Image<'a>>,
+    file: Option<File<'a>>,
+}
+
+impl<'p, 'a> ContentPart<'p, 'a> {
+    fn of(prompt: &'p mut Prompt<'a>) -> Self {
+        Self { prompt, image: None, file: None }
+    }
+
+    fn finish(self) {
+        if let Some(image) = self.image {
+            let data = media::data_url(&image.url);
+            self.prompt.image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
+        } else if let Some(file) = self.file {
+            file.add_to(self.prompt);
+        }
+    }
+}
+
+impl<'a> Take<'a> for ContentPart<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &[
+        "type",
+        "text",
+        "refusal",
+        "image_url",
+        "detail",
+        "input_audio",
+        "file",
+        "file_data",
+        "file_id",
+        "file_url",
+        "filename",
+        "encrypted_content",
+    ];
+
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.prompt.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "type" => match &*string(object)? {
+                "image_url" | "input_image" => drop(self.image.get_or_insert_default()),
+                "file" | "input_file" => drop(self.file.get_or_insert_default()),
+                _ => {}
+            },
+            "text" | "refusal" => {
+                let mut text = LooseText::default();
+                value(object, &mut text)?;
+                self.prompt.count(Part::Messages, text.0, 1);
+            }
+            "image_url" => value(object, self.image.get_or_insert_default())?,
+            "detail" => self.image.get_or_insert_default().detail = Detail::named(&string(object)?),
+            "input_audio" => value(object, &mut Sound(self.prompt))?,
+            "file" => value(object, self.file.get_or_insert_default())?,
+            "encrypted_content" => super::responses::encrypted(self.prompt, &string(object)?),
+            _ => self.file.get_or_insert_default().field(name, object)?,
+        }
+        Ok(())
+    }
+}
+
+/// `image_url`: an object, or in some dialects the bare URL.
+#[derive(Default)]
+struct Image<'a> {
+    url: Cow<'a, str>,
+    detail: Detail,
+}
+
+impl<'a> Take<'a> for Image<'a> {
+    const FIELDS: &'static [&'static str] = &["url", "detail"];
+
+    fn text(&mut self, url: Cow<'a, str>) -> Result<(), Expected> {
+        self.url = url;
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "url" => self.url = string(object)?,
+            _ => self.detail = Detail::named(&string(object)?),
+        }
+        Ok(())
+    }
+}
+
+/// `input_audio`: ten tokens a second.
+struct Sound<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Sound<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["data"];
+
+    fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
+        let data = string(object)?;
+        let base64 = media::data_url(&data).map_or(&*data, |(_, base64)| base64);
+        self.0.add(Part::Messages, media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
+        Ok(())
+    }
+}
+
+/// `file`: its bytes, or where they are.
+#[derive(Default)]
+struct File<'a> {
+    data: Cow<'a, str>,
+    name: Cow<'a, str>,
+}
+
+impl<'a> Take<'a> for File<'a> {
+    const FIELDS: &'static [&'static str] = &["file_data", "file_id", "file_url", "filename"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        let text = string(object)?;
+        match name {
+            "file_data" => self.data = text,
+            "filename" => self.name = text,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl<'a> File<'a> {
+    fn add_to(self, prompt: &mut Prompt<'a>) {
+        if self.data.is_empty() {
+            prompt.unseen += 1;
+        } else {
+            let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));
+            document(prompt, kind, &self.name, base64);
+        }
+        prompt.count(Part::Messages, self.name, 1);
+    }
+}
+
+/// A document that a request carries in base64: its pages, its text, or a guess by its size.
+pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: &str) {
+    /// Of a word processor's or a spreadsheet's compressed file, for each token.
+    const BYTES_OF_A_TOKEN: u64 = 20;
+    let name = name.to_ascii_lowercase();
+    let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+    // Every PDF begins with "%PDF".
+    if kind == "application/pdf" || ends(&[".pdf"]) || base64.starts_with("JVBER") {
+        prompt.pages(media::pages(base64));
+    } else if kind.starts_with("image/") {
+        prompt.image(media::image_size(base64), Detail::Auto);
+    } else if kind.starts_with("audio/") {
+        prompt.add(Part::Messages, media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
+    } else if kind.starts_with("text/") || kind.ends_with("json") || kind.ends_with("xml") || ends(TEXTS) {
+        prompt.count(Part::Messages, Cow::Owned(media::text(base64)), 1);
+    } else {
+        prompt.add(Part::Messages, base64.len() as u64 * 3 / 4 / BYTES_OF_A_TOKEN);
+    }
+}
+
+const TEXTS: &[&str] = &[".txt", ".md", ".csv", ".json", ".html", ".xml", ".yaml", ".yml", ".py", ".js", ".ts"];

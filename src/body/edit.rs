@@ -1,0 +1,154 @@
+//! The changes that the gateway makes to a body; every other byte stays as it was.
+
+use super::offset;
+use crate::api::Api;
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::Deserializer;
+use serde_json::value::RawValue;
+use smallvec::SmallVec;
+use std::borrow::Cow;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) start: usize,
+    pub(super) end: usize,
+}
+
+impl Span {
+    /// Of a part of a text.
+    pub(super) fn of(whole: &str, part: &str) -> Self {
+        let start = offset(whole, part);
+        Self { start, end: start + part.len() }
+    }
+
+    fn at(place: usize) -> Self {
+        Self { start: place, end: place }
+    }
+}
+
+/// A change to a body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit {
+    at: Span,
+    text: Cow<'static, str>,
+}
+
+/// Where a body bounds its completions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bounds {
+    api: Api,
+    /// The values of the caller's bounds.
+    pub(super) caps: SmallVec<[Span; 2]>,
+    /// Just behind the brace that opens the body. There is a field behind it: without one nothing is
+    /// streamed or generated.
+    opening: usize,
+    /// Gemini's `generationConfig`, where bounds stand, and whether it is empty.
+    pub(super) config: Option<(usize, bool)>,
+}
+
+impl Bounds {
+    pub(super) fn open(&mut self, api: Api, opening: usize) {
+        self.api = api;
+        self.opening = opening;
+    }
+
+    /// What bounds each completion to so many tokens: in every field that names a bound, or in a new
+    /// one, whose name depends on the API and the model.
+    pub fn lower_to(&self, tokens: u64, model: &str) -> Vec<Edit> {
+        if !self.caps.is_empty() {
+            return self.caps.iter().map(|&at| Edit { at, text: tokens.to_string().into() }).collect();
+        }
+        let model = model.rsplit('/').next().unwrap_or(model);
+        let reasons = ["o1", "o3", "o4", "gpt-5"].iter().any(|prefix| model.starts_with(prefix));
+        let (at, text) = match (self.api, self.config) {
+            (Api::Responses, _) => (self.opening, format!("\"max_output_tokens\":{tokens},")),
+            (Api::Chat, _) if reasons => (self.opening, format!("\"max_completion_tokens\":{tokens},")),
+            (Api::Gemini, None) => {
+                (self.opening, format!("\"generationConfig\":{{\"maxOutputTokens\":{tokens}}},"))
+            }
+            (Api::Gemini, Some((at, true))) => (at, format!("\"maxOutputTokens\":{tokens}")),
+            (Api::Gemini, Some((at, false))) => (at, format!("\"maxOutputTokens\":{tokens},")),
+            _ => (self.opening, format!("\"max_tokens\":{tokens},")),
+        };
+        vec![Edit { at: Span::at(at), text: text.into() }]
+    }
+}
+
+/// The body with these changes, which do not overlap.
+pub fn edited(json: &[u8], mut edits: Vec<Edit>) -> Bytes {
+    edits.sort_by_key(|edit| edit.at.start);
+    let mut out = Vec::with_capacity(json.len() + edits.iter().map(|edit| edit.text.len()).sum::<usize>());
+    let mut from = 0;
+    for Edit { at, text } in edits {
+        out.extend_from_slice(&json[from..at.start]);
+        out.extend_from_slice(text.as_bytes());
+        from = at.end;
+    }
+    out.extend_from_slice(&json[from..]);
+    out.into()
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct StreamOptions {
+    /// Of the object, or of a `null` in its place.
+    at: Span,
+    is_null: bool,
+    is_empty: bool,
+    /// Of the value of `include_usage` within it, and whether that is `true`.
+    include_usage: Option<(Span, bool)>,
+}
+
+impl StreamOptions {
+    pub(super) fn read(raw: &str, start: usize) -> Result<Self, &'static str> {
+        #[derive(Deserialize)]
+        struct Object<'a> {
+            #[serde(borrow, default, deserialize_with = "present")]
+            include_usage: Option<&'a RawValue>,
+        }
+        const EXPECTED: &str =
+            "an object whose include_usage, if any, is true or false, and stands there once";
+        let at = Span { start, end: start + raw.len() };
+        if raw == "null" {
+            return Ok(Self { at, is_null: true, ..Self::default() });
+        }
+        if !raw.starts_with('{') {
+            return Err(EXPECTED);
+        }
+        let object: Object = serde_json::from_str(raw).map_err(|_| EXPECTED)?;
+        let include_usage = match object.include_usage.map(RawValue::get) {
+            None => None,
+            Some(value @ ("true" | "false" | "null")) => {
+                let start = start + offset(raw, value);
+                Some((Span { start, end: start + value.len() }, value == "true"))
+            }
+            Some(_) => return Err(EXPECTED),
+        };
+        let is_empty = raw[1..raw.len() - 1].trim().is_empty();
+        Ok(Self { at, is_null: false, is_empty, include_usage })
+    }
+
+    pub(super) fn wants_usage(&self) -> bool {
+        matches!(self.include_usage, Some((_, true)))
+    }
+
+    /// What sets `include_usage`, in the options that are there or in new ones.
+    pub(super) fn ask(options: Option<&Self>, bounds: &Bounds) -> Edit {
+        let (at, text) = match options {
+            None => (Span::at(bounds.opening), r#""stream_options":{"include_usage":true},"#),
+            Some(Self { include_usage: Some((span, _)), .. }) => (*span, "true"),
+            Some(Self { at, is_null: true, .. }) => (*at, r#"{"include_usage":true}"#),
+            Some(Self { at, is_empty, .. }) => {
+                let open = Span::at(at.start + 1);
+                (open, if *is_empty { r#""include_usage":true"# } else { r#""include_usage":true,"# })
+            }
+        };
+        Edit { at, text: text.into() }
+    }
+}
+
+/// A value that is there, be it `null`.
+fn present<'de: 'a, 'a, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'a RawValue>, D::Error> {
+    <&'a RawValue>::deserialize(deserializer).map(Some)
+}
+

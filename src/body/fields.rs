@@ -1,0 +1,372 @@
+//! The fields of a body that are governed: those that decide what a request may do and what it costs.
+
+use super::edit::{Span, StreamOptions};
+use super::inputs::Inputs;
+use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
+use crate::api::Api;
+use crate::estimate::{Part, Prompt};
+use crate::json::{Expected, LooseText, Take, Text, To, raw, string, value};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::fmt;
+
+const MAX_TOKENS: u64 = (1 << 31) - 1;
+const MOST_CHOICES: u64 = 128;
+
+/// The governed fields of an API. Each may stand in a body once, spelled exactly so: other parsers match
+/// names whatever their case, and take the last of two.
+fn governed(api: Api) -> &'static [&'static str] {
+    match api {
+        Api::Chat | Api::Completions | Api::Embeddings => &[
+            "model",
+            "stream",
+            "stream_options",
+            "max_tokens",
+            "max_completion_tokens",
+            "max_output_tokens",
+            "n",
+            "best_of",
+            "messages",
+            "prompt",
+            "suffix",
+            "input",
+            "tools",
+            "functions",
+            "tool_choice",
+            "function_call",
+            "response_format",
+        ],
+        Api::Responses => &[
+            "model",
+            "stream",
+            "max_output_tokens",
+            "instructions",
+            "input",
+            "tools",
+            "tool_choice",
+            "text",
+            "previous_response_id",
+            "conversation",
+            "prompt",
+        ],
+        Api::Messages => &[
+            "model",
+            "stream",
+            "max_tokens",
+            "system",
+            "messages",
+            "tools",
+            "tool_choice",
+            "output_format",
+            "output_config",
+        ],
+        // Google's servers take either spelling.
+        Api::Gemini => &[
+            "model",
+            "contents",
+            "systemInstruction",
+            "system_instruction",
+            "tools",
+            "generationConfig",
+            "generation_config",
+            "cachedContent",
+            "cached_content",
+        ],
+    }
+}
+
+/// What has been read so far.
+pub(super) struct Reading<'a> {
+    api: Api,
+    text: &'a str,
+    pub(super) body: Body<'a>,
+    /// The governed field that is being read.
+    pub(super) field: &'static str,
+    pub(super) fault: Option<BodyFault>,
+}
+
+impl<'a> Reading<'a> {
+    pub(super) fn of(api: Api, text: &'a str) -> Self {
+        let body = Body { prompt: Prompt::of(api), ..Body::default() };
+        Self { api, text, body, field: "", fault: None }
+    }
+}
+
+pub(super) struct TopLevel<'r, 'a>(pub(super) &'r mut Reading<'a>);
+
+impl<'a> DeserializeSeed<'a> for TopLevel<'_, 'a> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'a> Visitor<'a> for TopLevel<'_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        let names = governed(self.0.api);
+        let mut seen = [false; 32];
+        while let Some(Text(key)) = map.next_key()? {
+            let Some(field) = position(names, &key) else {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            let name = names[field];
+            self.0.field = name;
+            // Both spellings of a name are one field.
+            let first = names.iter().position(|other| same(other, name)).unwrap_or(field);
+            if seen[first] || key != name {
+                let how = if seen[first] { "twice" } else { "in another case" };
+                self.0.fault = Some(BodyFault::Invalid(format!("has the field '{name}' {how}")));
+            } else {
+                seen[first] = true;
+                self.0.read_field(name, &mut map)?;
+            }
+            if self.0.fault.is_some() {
+                return Err(A::Error::custom("refused"));
+            }
+            self.0.field = "";
+        }
+        Ok(())
+    }
+}
+
+/// Whether two names differ in case and underscores only.
+fn same(one: &'static str, other: &'static str) -> bool {
+    let letters = |name: &'static str| name.bytes().filter(|&b| b != b'_').map(|b| b.to_ascii_lowercase());
+    letters(one).eq(letters(other))
+}
+
+fn position(names: &[&str], key: &str) -> Option<usize> {
+    if key.len() > 64 {
+        return None;
+    }
+    names.iter().position(|name| *name == key).or_else(|| {
+        // The long s and the Kelvin sign fold to ASCII letters.
+        let folded: String = key
+            .chars()
+            .map(|c| match c {
+                'ſ' => 's',
+                '\u{212a}' => 'k',
+                c => c.to_ascii_lowercase(),
+            })
+            .collect();
+        names.iter().position(|name| name.eq_ignore_ascii_case(&folded))
+    })
+}
+
+impl<'a> Reading<'a> {
+    fn read_field<A: MapAccess<'a>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
+        let prompt = &mut self.body.prompt;
+        match (self.api, name) {
+            (Api::Messages, "messages") => value(map, &mut anthropic::Messages(prompt)),
+            (Api::Messages, "system") => anthropic::system(prompt, map),
+            (_, "messages") => value(map, &mut chat::Messages(prompt)),
+            (Api::Responses, "input") => value(map, &mut responses::Input(prompt)),
+            (Api::Responses, "instructions") => {
+                let mut text = LooseText::default();
+                value(map, &mut text)?;
+                responses::instructions(prompt, text.0);
+                Ok(())
+            }
+            (Api::Responses, "prompt" | "conversation" | "previous_response_id")
+            | (Api::Gemini, "cachedContent" | "cached_content") => {
+                prompt.unseen += u64::from(raw(map)? != "null");
+                Ok(())
+            }
+            (_, "prompt" | "input") => value(map, &mut Inputs::of(prompt)),
+            (_, "suffix") => {
+                let mut text = LooseText::default();
+                value(map, &mut text)?;
+                prompt.count(Part::Messages, text.0, 1);
+                Ok(())
+            }
+            (_, "contents") => value(map, &mut gemini::Contents(prompt)),
+            (_, "systemInstruction" | "system_instruction") => gemini::system(prompt, map),
+            (_, "tools" | "functions") => {
+                prompt.tools(raw(map)?);
+                Ok(())
+            }
+            (Api::Messages, "tool_choice") => raw(map).map(drop),
+            (_, "tool_choice" | "function_call") => value(map, &mut Choice(prompt)),
+            (_, "response_format" | "text" | "output_format" | "output_config") => {
+                let mut format = Format::default();
+                value(map, &mut format)?;
+                format.add_to(prompt);
+                Ok(())
+            }
+            _ => {
+                let raw = raw(map)?;
+                if raw != "null" || name == "stream_options" {
+                    self.read_raw(name, raw);
+                }
+                // A null is a bound too, as far as lowering goes.
+                let is_bound = matches!(name, "max_tokens" | "max_completion_tokens" | "max_output_tokens");
+                if is_bound && (name == "max_output_tokens") == (self.api == Api::Responses) {
+                    self.body.bounds.caps.push(Span::of(self.text, raw));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn read_raw(&mut self, name: &'static str, raw: &'a str) {
+        let zero_is_fine = self.api == Api::Completions && name == "max_tokens";
+        let read = match name {
+            "model" => serde_json::from_str(raw)
+                .map(|model: Text| self.body.model = Some(model.0))
+                .map_err(|_| "a string"),
+            "stream" => raw.parse().map(|streams| self.body.streams = streams).map_err(|_| "true or false"),
+            "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
+                let cap = bounded(raw, u64::from(!zero_is_fine), MAX_TOKENS);
+                self.body.max_tokens = self.body.max_tokens.max(cap);
+                cap.map(drop).ok_or(UP_TO_MAX)
+            }
+            "n" | "best_of" => {
+                let choices = bounded(raw, 1, MOST_CHOICES);
+                self.body.choices = self.body.choices.max(choices.unwrap_or(0));
+                choices.map(drop).ok_or(UP_TO_CHOICES)
+            }
+            "stream_options" => StreamOptions::read(raw, offset(self.text, raw))
+                .map(|options| self.body.stream_options = Some(options)),
+            _ => self.generation_config(raw),
+        };
+        if let Err(expected) = read {
+            self.fault.get_or_insert(BodyFault::Value { param: name, expected });
+        }
+    }
+
+    /// Gemini's `generationConfig`.
+    fn generation_config(&mut self, raw: &'a str) -> Result<(), &'static str> {
+        let mut config = GenerationConfig::default();
+        if !raw.starts_with('{')
+            || To(&mut config).deserialize(&mut serde_json::Deserializer::from_str(raw)).is_err()
+        {
+            return Err("an object whose fields stand there once");
+        }
+        let GenerationConfig { most, choices, format } = config;
+        let is_empty = raw[1..raw.len() - 1].trim().is_empty();
+        self.body.bounds.config = Some((offset(self.text, raw) + 1, is_empty));
+        if let Some(most) = most {
+            self.body.bounds.caps.push(Span::of(self.text, most));
+            if most != "null" {
+                let Some(tokens) = bounded(most, 1, MAX_TOKENS) else {
+                    self.fault = Some(BodyFault::Value { param: "maxOutputTokens", expected: UP_TO_MAX });
+                    return Ok(());
+                };
+                self.body.max_tokens = Some(tokens);
+            }
+        }
+        if let Some(choices) = choices.filter(|choices| *choices != "null") {
+            let Some(choices) = bounded(choices, 1, MOST_CHOICES) else {
+                self.fault = Some(BodyFault::Value { param: "candidateCount", expected: UP_TO_CHOICES });
+                return Ok(());
+            };
+            self.body.choices = choices;
+        }
+        format.add_to(&mut self.body.prompt);
+        Ok(())
+    }
+}
+
+const UP_TO_MAX: &str = "a whole number from 1 to 2147483647";
+const UP_TO_CHOICES: &str = "a whole number from 1 to 128";
+
+/// A whole number within bounds, as JSON text: no sign, no fraction, no exponent, no quotes.
+fn bounded(raw: &str, least: u64, most: u64) -> Option<u64> {
+    raw.parse().ok().filter(|n| (least..=most).contains(n))
+}
+
+/// `tool_choice`, or the `function_call` of old.
+struct Choice<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Choice<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["function", "name"];
+
+    fn text(&mut self, word: Cow<'a, str>) -> Result<(), Expected> {
+        match &*word {
+            "none" => self.0.forbid_tools(),
+            "required" => self.0.require_tools(),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "function" => value(object, self),
+            _ => string(object).map(|name| self.0.choose_tool(name)),
+        }
+    }
+}
+
+/// The format of the answer: a schema and its name, at whatever depth the API has them.
+#[derive(Default)]
+struct Format<'a> {
+    name: Cow<'a, str>,
+    description: Cow<'a, str>,
+    schema: Option<&'a str>,
+}
+
+impl<'a> Take<'a> for Format<'a> {
+    const FIELDS: &'static [&'static str] = &["format", "json_schema", "name", "description", "schema"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "name" => self.name = string(object)?,
+            "description" => self.description = string(object)?,
+            "schema" => self.schema = Some(raw(object)?),
+            _ => value(object, self)?,
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Format<'a> {
+    fn add_to(self, prompt: &mut Prompt<'a>) {
+        if let Some(schema) = self.schema.filter(|schema| *schema != "null") {
+            prompt.schema(self.name, self.description, schema);
+        }
+    }
+}
+
+/// What Gemini's `generationConfig` says of bounds and formats.
+#[derive(Default)]
+struct GenerationConfig<'a> {
+    most: Option<&'a str>,
+    choices: Option<&'a str>,
+    format: Format<'a>,
+}
+
+impl<'a> Take<'a> for GenerationConfig<'a> {
+    const FIELDS: &'static [&'static str] = &[
+        "maxOutputTokens",
+        "max_output_tokens",
+        "candidateCount",
+        "candidate_count",
+        "responseSchema",
+        "response_schema",
+        "responseJsonSchema",
+        "response_json_schema",
+    ];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        let value = Some(object.next_value::<&'a RawValue>()?.get());
+        let twice = match name {
+            "maxOutputTokens" | "max_output_tokens" => std::mem::replace(&mut self.most, value).is_some(),
+            "candidateCount" | "candidate_count" => std::mem::replace(&mut self.choices, value).is_some(),
+            _ => {
+                self.format.schema = value;
+                false
+            }
+        };
+        if twice { Err(M::Error::custom("a field that stands there twice")) } else { Ok(()) }
+    }
+}

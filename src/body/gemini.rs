@@ -1,0 +1,138 @@
+//! Gemini's contents and their parts. Fields may be written in camel case or with underscores.
+
+use super::chat::add_role;
+use super::content::document;
+use crate::estimate::{Part, Prompt, Role};
+use crate::json::{Expected, Take, element, raw, string, value};
+use serde::de::{MapAccess, SeqAccess};
+use std::borrow::Cow;
+
+/// `systemInstruction`.
+pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
+    let first = prompt.texts();
+    value(object, &mut Content(prompt))?;
+    if prompt.texts() > first {
+        prompt.message(Role::System, first);
+    }
+    Ok(())
+}
+
+/// `contents`: a list, or one of them.
+pub(super) struct Contents<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Contents<'_, 'a> {
+    const FIELDS: &'static [&'static str] = Content::FIELDS;
+
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.0.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let first = self.0.texts();
+        let there_is = element(list, &mut Content(self.0))?;
+        if there_is {
+            add_role(self.0, "user");
+            self.0.message(Role::Other, first);
+        }
+        Ok(there_is)
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        Content(self.0).field(name, object)
+    }
+}
+
+struct Content<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Content<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["role", "parts"];
+
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.0.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "role" => string(object).map(drop),
+            _ => value(object, &mut Parts(self.0)),
+        }
+    }
+}
+
+/// A list of parts, or one of them.
+struct Parts<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Parts<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &[
+        "text",
+        "inlineData",
+        "inline_data",
+        "fileData",
+        "file_data",
+        "functionCall",
+        "function_call",
+        "functionResponse",
+        "function_response",
+        "executableCode",
+        "executable_code",
+        "codeExecutionResult",
+        "code_execution_result",
+    ];
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        element(list, &mut Parts(self.0))
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "text" => self.0.count(Part::Messages, string(object)?, 1),
+            "inlineData" | "inline_data" => {
+                let mut blob = Blob::default();
+                value(object, &mut blob)?;
+                document(self.0, &blob.kind, "", &blob.data);
+            }
+            "fileData" | "file_data" => {
+                raw(object)?;
+                self.0.unseen += 1;
+            }
+            _ => value(object, &mut Call(self.0))?,
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Blob<'a> {
+    kind: Cow<'a, str>,
+    data: Cow<'a, str>,
+}
+
+impl<'a> Take<'a> for Blob<'a> {
+    const FIELDS: &'static [&'static str] = &["mimeType", "mime_type", "data"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "data" => self.data = string(object)?,
+            _ => self.kind = string(object)?,
+        }
+        Ok(())
+    }
+}
+
+/// A call of a function or of code, or the result of one: names and values.
+struct Call<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Call<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["name", "args", "response", "code", "output", "parts"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "args" | "response" => self.0.count(Part::Messages, Cow::Borrowed(raw(object)?), 1),
+            "parts" => value(object, &mut Parts(self.0))?,
+            _ => self.0.count(Part::Messages, string(object)?, 1),
+        }
+        Ok(())
+    }
+}

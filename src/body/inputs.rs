@@ -1,0 +1,53 @@
+//! `prompt` of completions and `input` of embeddings: a string, a list of strings, a list of tokens, a list of
+//! such lists.
+
+use crate::estimate::{Part, Prompt};
+use crate::json::{Expected, Take, element, raw};
+use serde::de::{MapAccess, SeqAccess};
+use std::borrow::Cow;
+
+pub(super) struct Inputs<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    /// Whether the list that was last read has tokens: together they are one prompt.
+    has_tokens: bool,
+}
+
+impl<'p, 'a> Inputs<'p, 'a> {
+    pub(super) fn of(prompt: &'p mut Prompt<'a>) -> Self {
+        Self { prompt, has_tokens: false }
+    }
+}
+
+impl<'a> Take<'a> for Inputs<'_, 'a> {
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.prompt.prompts += 1;
+        self.prompt.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
+        self.has_tokens = true;
+        self.prompt.add(Part::Messages, 1);
+        Ok(())
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        element(list, self)
+    }
+
+    fn list_end(&mut self) {
+        self.prompt.prompts += u64::from(std::mem::take(&mut self.has_tokens));
+    }
+
+    fn object(&mut self) -> Result<(), Expected> {
+        self.prompt.prompts += 1;
+        Ok(())
+    }
+
+    /// Some providers embed more than text: four bytes are taken for a token.
+    fn any_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+        let tokens = raw(object)?.len() as u64 / 4;
+        self.prompt.add(Part::Messages, tokens);
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! OpenAI's Responses: `instructions` and the items of `input`. What their terms are is published nowhere; they
+//! follow those of chats, and what answers report.
+
+use super::chat::add_role;
+use super::content::Content;
+use crate::estimate::{Detail, Part, Prompt, Role, media};
+use crate::json::{Expected, LooseText, Take, element, string, value};
+use serde::de::{MapAccess, SeqAccess};
+use std::borrow::Cow;
+
+/// `instructions`: a message before all others.
+pub(super) fn instructions<'a>(prompt: &mut Prompt<'a>, text: Cow<'a, str>) {
+    if !text.is_empty() {
+        let first = prompt.texts();
+        prompt.count(Part::Messages, text, 1);
+        add_role(prompt, "developer");
+        prompt.message(Role::System, first);
+    }
+}
+
+/// Reasoning that only the provider can read: what is left of its base64 without what comes around it.
+pub(super) fn encrypted(prompt: &mut Prompt<'_>, base64: &str) {
+    const AROUND: u64 = 650;
+    prompt.add(Part::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(AROUND) / 4);
+}
+
+/// `input`: a text, or a list of items.
+pub(super) struct Input<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Input<'_, 'a> {
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        let first = self.0.texts();
+        self.0.count(Part::Messages, text, 1);
+        let role = add_role(self.0, "user");
+        self.0.message(role, first);
+        Ok(())
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let first_text = self.0.texts();
+        let mut item = Item { prompt: &mut *self.0, role: Cow::Borrowed(""), kind: Cow::Borrowed("") };
+        let there_is = element(list, &mut item)?;
+        let Item { role, kind, .. } = item;
+        if there_is {
+            finish(self.0, &kind, &role, first_text);
+        }
+        Ok(there_is)
+    }
+}
+
+fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, first_text: usize) {
+    match kind {
+        "" | "message" => {
+            let role = add_role(prompt, role);
+            prompt.message(role, first_text);
+        }
+        "item_reference" => prompt.unseen += 1,
+        "function_call" | "custom_tool_call" => {
+            prompt.add(Part::Messages, 4);
+            prompt.call();
+            prompt.message(Role::Other, first_text);
+        }
+        "reasoning" => {}
+        _ => prompt.message(Role::Other, first_text),
+    }
+}
+
+struct Item<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    role: Cow<'a, str>,
+    kind: Cow<'a, str>,
+}
+
+impl<'a> Take<'a> for Item<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &[
+        "type",
+        "role",
+        "content",
+        "output",
+        "summary",
+        "name",
+        "arguments",
+        "input",
+        "encrypted_content",
+        "result",
+        "code",
+    ];
+
+    fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
+        self.prompt.count(Part::Messages, text, 1);
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "type" => self.kind = string(object)?,
+            "role" => self.role = string(object)?,
+            "content" | "output" => value(object, &mut Content::of(self.prompt))?,
+            "summary" => {
+                let mut text = LooseText::default();
+                value(object, &mut text)?;
+                self.prompt.count(Part::Messages, text.0, 1);
+            }
+            "name" => self.prompt.count(Part::Messages, string(object)?, 2),
+            "encrypted_content" => encrypted(self.prompt, &string(object)?),
+            // An image that was generated before.
+            "result" => {
+                let base64 = string(object)?;
+                if !base64.is_empty() {
+                    self.prompt.image(media::image_size(&base64), Detail::Auto);
+                }
+            }
+            _ => self.prompt.count(Part::Messages, string(object)?, 1),
+        }
+        Ok(())
+    }
+}
