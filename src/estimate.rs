@@ -94,6 +94,7 @@ pub struct Prompt<'a> {
     tool_choice: Choice,
     chosen_tool: Cow<'a, str>,
     schema: Option<tools::AnswerSchema<'a>>,
+    thinks: Option<bool>,
     images: Vec<images::Image>,
     pages: u64,
     /// How many prompts of a list are completed, each with its own answers.
@@ -192,6 +193,11 @@ impl<'a> Prompt<'a> {
         self.chosen_tool = name;
     }
 
+    /// The model is told to think, or not to.
+    pub(crate) fn thinks(&mut self, thinks: bool) {
+        self.thinks = Some(thinks);
+    }
+
     /// A schema for the answer, its name, and what is said of it.
     pub(crate) fn schema(&mut self, name: Cow<'a, str>, description: Cow<'a, str>, json: &'a str) {
         if !description.is_empty() {
@@ -266,7 +272,8 @@ impl<'a> Prompt<'a> {
         let mut parts = self.tokens;
         let mut add = |part: Part, tokens: u64| parts[part as usize] += tokens;
         let mut has_functions = false;
-        for json in &self.tools {
+        let drops_tools = self.tool_choice == Choice::Forbidden && !model.reads_forbidden_tools();
+        for json in self.tools.iter().filter(|_| !drops_tools) {
             let cost = count_tools(json)?;
             add(Part::Tools, cost.tokens);
             has_functions |= cost.has_functions;
@@ -280,7 +287,8 @@ impl<'a> Prompt<'a> {
         if self.tool_choice == Choice::Named && model.names_choice(self.api) {
             add(Part::Tools, count(&self.chosen_tool)?);
         }
-        if let Some(schema) = &self.schema {
+        let schema = self.schema.as_ref().filter(|_| model.reads_schema());
+        if let Some(schema) = schema {
             add(Part::Schema, count(&schema.rendered())?);
         }
         add(Part::Messages, self.crowded / 2);
@@ -292,9 +300,10 @@ impl<'a> Prompt<'a> {
             calls: self.calls,
             results: self.results,
             choice: self.tool_choice,
+            thinks: self.thinks,
             has_system: self.system.is_some(),
             has_functions,
-            has_schema: self.schema.is_some(),
+            has_schema: schema.is_some(),
         };
         model.overhead(&facts, &mut parts);
         let kind = self.kind();

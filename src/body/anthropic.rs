@@ -7,6 +7,11 @@ use crate::json::{Expected, LooseText, Take, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
+/// What stands around a document: its index, its title and the like. Fitted to 9 exchanges.
+const AROUND_A_DOCUMENT: u64 = 30;
+/// How answers cite documents is told where that is asked for. Fitted to 6 exchanges.
+const CITATIONS: u64 = 540;
+
 /// `system`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
     let first = prompt.texts();
@@ -86,7 +91,7 @@ struct Block<'p, 'a> {
 
 impl<'a> Take<'a> for Block<'_, 'a> {
     const FIELDS: &'static [&'static str] =
-        &["type", "text", "thinking", "source", "content", "input", "name", "title", "context", "data"];
+        &["type", "text", "thinking", "source", "content", "input", "name", "title", "context", "data", "citations"];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.prompt.count(Part::Messages, text, 1);
@@ -101,6 +106,7 @@ impl<'a> Take<'a> for Block<'_, 'a> {
             // The arguments of a call, as JSON.
             "input" => self.prompt.count(Part::Messages, Cow::Borrowed(raw(object)?), 1),
             "name" => self.name = string(object)?,
+            "citations" => value(object, &mut Citations(self.prompt))?,
             // Thinking that is not shown.
             "data" => self.prompt.add(Part::Messages, string(object)?.len() as u64 * 3 / 16),
             _ => {
@@ -122,9 +128,30 @@ impl<'a> Block<'_, 'a> {
                 let data = source.map(|s| s.data).unwrap_or_default();
                 prompt.image(media::image_size(&data), Detail::Auto);
             }
-            (_, Some(source)) => source.add_to(prompt),
+            (_, Some(source)) => {
+                prompt.add(Part::Messages, AROUND_A_DOCUMENT);
+                source.add_to(prompt);
+            }
             _ => {}
         }
+    }
+}
+
+/// `citations`: an object in a question; in an answer they are a list.
+struct Citations<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Citations<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["enabled"];
+
+    fn boolean(&mut self, enabled: bool) -> Result<(), Expected> {
+        if enabled {
+            self.0.add(Part::Messages, CITATIONS);
+        }
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
+        value(object, self)
     }
 }
 

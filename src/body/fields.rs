@@ -36,6 +36,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "tool_choice",
             "function_call",
             "response_format",
+            "thinking",
         ],
         Api::Responses => &[
             "model",
@@ -60,6 +61,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "tool_choice",
             "output_format",
             "output_config",
+            "thinking",
         ],
         // Google's servers take either spelling.
         Api::Gemini => &[
@@ -196,6 +198,7 @@ impl<'a> Reading<'a> {
             }
             (Api::Messages, "tool_choice") => raw(map).map(drop),
             (_, "tool_choice" | "function_call") => value(map, &mut Choice(prompt)),
+            (_, "thinking") => value(map, &mut Thinking(prompt)),
             (_, "response_format" | "text" | "output_format" | "output_config") => {
                 let mut format = Format::default();
                 value(map, &mut format)?;
@@ -304,6 +307,19 @@ impl<'a> Take<'a> for Choice<'_, 'a> {
             "function" => value(object, self),
             _ => string(object).map(|name| self.0.choose_tool(name)),
         }
+    }
+}
+
+/// `thinking`: `enabled`, `adaptive` or `disabled`.
+struct Thinking<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Thinking<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["type"];
+
+    fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
+        let kind = string(object)?;
+        self.0.thinks(kind != "disabled");
+        Ok(())
     }
 }
 

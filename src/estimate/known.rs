@@ -33,6 +33,7 @@ pub(super) enum Thing {
     ToolsInLines,
     CompactTools,
     TitledTools,
+    JsonTools,
     /// A part of a very long text.
     Slice,
 }

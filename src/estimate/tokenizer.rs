@@ -127,7 +127,7 @@ impl Tokenizer {
     }
 
     /// What tells this vocabulary's counts from others'.
-    fn tag(self) -> u32 {
+    pub(super) fn tag(self) -> u32 {
         self.encoding as u32
     }
 

@@ -25,6 +25,8 @@ pub(super) enum Style {
     Compact,
     /// The same, with titles.
     Titled,
+    /// As compact JSON, of which a token comes to so many of the model's, in per cent.
+    Json { percent: u64 },
 }
 
 /// What a list of tools costs.
@@ -37,20 +39,19 @@ pub(super) struct Cost {
 
 /// What a list of tools costs, if it was counted lately: callers send theirs with every request.
 pub(super) fn count_if_known(tokenizer: Tokenizer, style: Style, json: &str) -> Option<Cost> {
-    key(tokenizer, style, json).count().map(unpacked)
+    key(tokenizer, style, json).count().map(|packed| unpacked(packed, style))
 }
 
 /// Renders a list of tools and counts that.
 pub(super) fn count(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
     let key = key(tokenizer, style, json);
-    key.count().map_or_else(
-        || {
-            let cost = count_anew(tokenizer, style, json);
-            key.remember((cost.tokens + 1) << 1 | u64::from(cost.has_functions));
-            cost
-        },
-        unpacked,
-    )
+    let packed = key.count().unwrap_or_else(|| {
+        let cost = count_anew(tokenizer, style, json);
+        let packed = (cost.tokens + 1) << 1 | u64::from(cost.has_functions);
+        key.remember(packed);
+        packed
+    });
+    unpacked(packed, style)
 }
 
 /// Tools are not known by the same key as the text that they are written in.
@@ -59,12 +60,16 @@ fn key(tokenizer: Tokenizer, style: Style, json: &str) -> Key {
         Style::Lines => Thing::ToolsInLines,
         Style::Compact => Thing::CompactTools,
         Style::Titled => Thing::TitledTools,
+        // The same for all families; each takes its own part of it.
+        Style::Json { .. } => return Key::of(tokenizer.tag(), Thing::JsonTools, json),
     };
     Key::of(tokenizer.scaled_tag(), thing, json)
 }
 
-fn unpacked(packed: u64) -> Cost {
-    Cost { tokens: (packed >> 1).saturating_sub(1), has_functions: packed & 1 == 1 }
+fn unpacked(packed: u64, style: Style) -> Cost {
+    let tokens = (packed >> 1).saturating_sub(1);
+    let percent = if let Style::Json { percent } = style { percent } else { 100 };
+    Cost { tokens: (tokens * percent).div_ceil(100), has_functions: packed & 1 == 1 }
 }
 
 fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
@@ -75,7 +80,11 @@ fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
         return Cost { tokens: tokenizer.count(json), has_functions: false };
     }
     let mut tokens = tools.hosted * HOSTED_TOOL;
-    if tools.functions > 0 {
+    if let (Style::Json { .. }, true) = (style, tools.functions > 0) {
+        let mut text = String::new();
+        compact(json, &[], &mut text);
+        tokens += Tokenizer::exact(tokenizer.encoding).count(&text);
+    } else if tools.functions > 0 {
         tokens += tokenizer.count(&namespace(style, &tools.rendering.text));
     }
     Cost { tokens, has_functions: tools.functions > 0 }
@@ -97,7 +106,7 @@ impl AnswerSchema<'_> {
     /// As it stands in the prompt.
     pub(super) fn rendered(&self) -> String {
         let mut text = format!("# Response Formats\n\n## {}\n\n", self.name);
-        compact(self.json, &mut text);
+        compact(self.json, VALIDATING, &mut text);
         text
     }
 }
@@ -120,9 +129,9 @@ const VALIDATING: &[&str] = &[
     "\"pattern\"",
 ];
 
-/// Writes JSON without the spaces between its parts, and without the members that only validate.
+/// Writes JSON without the spaces between its parts, and without some members of its schemas.
 /// In one pass and without a tree: a member that is left out is cut away again at its end.
-fn compact(json: &str, out: &mut String) {
+fn compact(json: &str, without: &[&str], out: &mut String) {
     let mut objects: Vec<Open> = Vec::new();
     let mut chars = json.char_indices();
     while let Some((at, c)) = chars.next() {
@@ -132,7 +141,7 @@ fn compact(json: &str, out: &mut String) {
                 let end = at + 1 + end_of_string(&json[at + 1..]);
                 let text = json.get(at..end).unwrap_or_default();
                 if let Some(open) = objects.last_mut().filter(|open| open.expects_key) {
-                    open.begin_member(text, out.len());
+                    open.begin_member(text, without, out.len());
                 }
                 out.push_str(text);
                 while chars.offset() < end && chars.next().is_some() {}
@@ -192,11 +201,11 @@ struct Open {
 }
 
 impl Open {
-    fn begin_member(&mut self, key: &str, at: usize) {
+    fn begin_member(&mut self, key: &str, without: &[&str], at: usize) {
         self.expects_key = false;
         let is_word = !self.is_named;
         self.holds_names = is_word && matches!(key, "\"properties\"" | "\"$defs\"" | "\"definitions\"");
-        self.cut = (is_word && VALIDATING.contains(&key)).then_some(at);
+        self.cut = (is_word && without.contains(&key)).then_some(at);
     }
 
     fn end_member(&mut self, out: &mut String) -> bool {
