@@ -97,6 +97,10 @@ pub struct Prompt<'a> {
     thinks: Option<bool>,
     images: Vec<images::Image>,
     pages: u64,
+    /// Tokens of the text on them, by the number of its characters.
+    page_text: u64,
+    /// Tenths of a second of it.
+    sound: u64,
     /// How many prompts of a list are completed, each with its own answers.
     pub prompts: u64,
     /// What the request refers to but does not carry.
@@ -212,9 +216,15 @@ impl<'a> Prompt<'a> {
         self.images.push(images::Image { size, detail });
     }
 
-    /// Pages of a document.
-    pub(crate) fn pages(&mut self, pages: u64) {
+    /// Pages of a document, and the characters that stand on them.
+    pub(crate) fn pages(&mut self, pages: u64, characters: u64) {
         self.pages = self.pages.saturating_add(pages);
+        self.page_text = self.page_text.saturating_add(characters / 4);
+    }
+
+    /// Sound of so many tenths of a second.
+    pub(crate) fn sound(&mut self, tenths: u64) {
+        self.sound = self.sound.saturating_add(tenths);
     }
 
     fn kind(&self) -> Kind {
@@ -292,7 +302,8 @@ impl<'a> Prompt<'a> {
             add(Part::Schema, count(&schema.rendered())?);
         }
         add(Part::Messages, self.crowded / 2);
-        add(Part::Images, model.images(&self.images) + self.pages * model.page());
+        add(Part::Images, model.images(&self.images) + model.pages(self.api, self.pages, self.page_text));
+        add(Part::Messages, model.sound(self.api, self.sound));
         let facts = models::Facts {
             api: self.api,
             messages: self.messages,

@@ -5,7 +5,7 @@ use crate::json::{Expected, LooseText, Take, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// Sound whose length cannot be told: a minute.
+/// Sound whose length cannot be told: a minute, in tenths of a second.
 const UNKNOWN_SOUND: u64 = 600;
 
 /// `content`, or another value of its shape.
@@ -142,7 +142,7 @@ impl<'a> Take<'a> for Image<'a> {
     }
 }
 
-/// `input_audio`: ten tokens a second.
+/// `input_audio`.
 struct Sound<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> Take<'a> for Sound<'_, 'a> {
@@ -151,7 +151,7 @@ impl<'a> Take<'a> for Sound<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let data = string(object)?;
         let base64 = media::data_url(&data).map_or(&*data, |(_, base64)| base64);
-        self.0.add(Part::Messages, media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
+        self.0.sound(media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
         Ok(())
     }
 }
@@ -197,11 +197,12 @@ pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: 
     let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     // Every PDF begins with "%PDF".
     if kind == "application/pdf" || ends(&[".pdf"]) || base64.starts_with("JVBER") {
-        prompt.pages(media::pages(base64));
+        let pdf = media::pdf(base64);
+        prompt.pages(pdf.pages, pdf.characters);
     } else if kind.starts_with("image/") {
         prompt.image(media::image_size(base64), Detail::Auto);
     } else if kind.starts_with("audio/") {
-        prompt.add(Part::Messages, media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
+        prompt.sound(media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
     } else if kind.starts_with("text/") || kind.ends_with("json") || kind.ends_with("xml") || ends(TEXTS) {
         prompt.count(Part::Messages, Cow::Owned(media::text(base64)), 1);
     } else {

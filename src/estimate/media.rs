@@ -5,6 +5,7 @@ use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use std::borrow::Cow;
+use std::io::Read as _;
 
 const LENIENT: GeneralPurposeConfig = GeneralPurposeConfig::new()
     .with_decode_padding_mode(DecodePaddingMode::Indifferent)
@@ -15,8 +16,8 @@ const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIEN
 /// How much of an image is decoded, at first and at most: a JPEG has its size behind its EXIF data.
 const FIRST_BYTES: usize = 4 * 1024;
 const MOST_BYTES: usize = 256 * 1024;
-/// A document is decoded in steps of so many characters.
-const STEP: usize = 64 * 1024;
+/// No more than so much of a document is inflated.
+const MOST_INFLATED: usize = 8 * 1024 * 1024;
 /// The size of an average page, for documents whose pages cannot be counted.
 const BYTES_OF_A_PAGE: u64 = 50_000;
 /// Sound whose length cannot be told: compressed to 128 kbit/s.
@@ -40,39 +41,120 @@ pub(crate) fn image_size(base64: &str) -> Option<(u32, u32)> {
 /// Tenths of a second of a sound in base64; `None`: there are no bytes to tell from.
 pub(crate) fn tenths_of_sound(base64: &str) -> Option<u64> {
     let bytes = base64.len() as u64 * 3 / 4;
-    let header = decoded(base64, 64);
-    // In a WAV file bytes 28 to 31 are how many bytes there are to a second.
-    let rate = match header.get(28..32).map(<[u8; 4]>::try_from) {
-        Some(Ok(rate)) if header.starts_with(b"RIFF") => u64::from(u32::from_le_bytes(rate)),
-        _ => BYTES_OF_A_SECOND,
-    };
+    let rate = bytes_of_a_second(&decoded(base64, 4 * 1024)).unwrap_or(BYTES_OF_A_SECOND);
     (bytes > 0).then(|| (bytes * 10).div_ceil(rate.max(1_000)))
 }
 
-/// The pages of a PDF in base64: as often as it says that something is one.
-pub(crate) fn pages(base64: &str) -> u64 {
-    let (mut pages, mut kept) = (0, Vec::new());
-    let base64 = unwrapped(base64);
-    for step in base64.as_bytes().chunks(STEP) {
-        kept.extend_from_slice(&decoded(std::str::from_utf8(step).unwrap_or_default(), STEP));
-        pages += pages_in(&kept);
-        // What stands across two steps is found with the next.
-        let from = kept.len().saturating_sub(LONGEST_MARK);
-        kept.drain(..from);
-        pages -= pages_in(&kept);
+/// By the header of a WAV file, or of the first frame of an MP3.
+fn bytes_of_a_second(start: &[u8]) -> Option<u64> {
+    const OF_MPEG_1: [u64; 16] = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0];
+    const OF_MPEG_2: [u64; 16] = [0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0];
+    if start.starts_with(b"RIFF") {
+        let rate = start.get(28..32)?.try_into().ok()?;
+        return Some(u64::from(u32::from_le_bytes(rate)));
     }
-    if pages > 0 { pages } else { (base64.len() as u64 * 3 / 4 / BYTES_OF_A_PAGE).max(1) }
+    // Eleven set bits, the version, layer III; the rate is in the four bits after the next one.
+    let frame = start.windows(3).find(|w| w[0] == 0xff && w[1] & 0xe6 == 0xe2)?;
+    let rates = if frame[1] & 0x18 == 0x18 { OF_MPEG_1 } else { OF_MPEG_2 };
+    Some(rates[usize::from(frame[2] >> 4)] * 1_000 / 8).filter(|rate| *rate > 0)
 }
 
-/// `/Type`, some space, `/Page`, and what follows.
-const LONGEST_MARK: usize = 16;
+/// What is in a PDF.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pdf {
+    pub(crate) pages: u64,
+    /// Characters of text that its pages show.
+    pub(crate) characters: u64,
+}
 
-fn pages_in(pdf: &[u8]) -> u64 {
-    let is_page = |at: usize| {
-        let is_whole = !pdf.get(at + 5).is_none_or(u8::is_ascii_alphanumeric);
-        is_whole && pdf[at.saturating_sub(LONGEST_MARK - 6)..at].trim_ascii_end().ends_with(b"/Type")
-    };
-    memchr::memmem::find_iter(pdf, b"/Page").filter(|&at| is_page(at)).count() as u64
+/// What can be told of a PDF in base64 without drawing it: as many pages as it says that something is
+/// one, and the text in what draws them.
+pub(crate) fn pdf(base64: &str) -> Pdf {
+    /// Where pages cannot be counted, because they are compressed.
+    const CHARACTERS_OF_A_PAGE: u64 = 2_000;
+    let bytes = decoded(base64, base64.len());
+    let pages = memchr::memmem::find_iter(&bytes, b"/Page").filter(|&at| is_page(&bytes, at)).count() as u64;
+    if pages == 0 {
+        let pages = (bytes.len() as u64 / BYTES_OF_A_PAGE).max(1);
+        return Pdf { pages, characters: pages * CHARACTERS_OF_A_PAGE };
+    }
+    Pdf { pages, characters: characters_in(&bytes) }
+}
+
+/// `/Type`, some space, `/Page`, and not `/Pages`.
+fn is_page(pdf: &[u8], at: usize) -> bool {
+    const LONGEST: usize = 10;
+    let is_whole = pdf.get(at + 5).is_some_and(|b| !b.is_ascii_alphanumeric());
+    is_whole && pdf[at.saturating_sub(LONGEST)..at].trim_ascii_end().ends_with(b"/Type")
+}
+
+/// The characters that the streams of a PDF show, as far as they are plain or deflated.
+fn characters_in(pdf: &[u8]) -> u64 {
+    let (mut characters, mut room, mut at) = (0, MOST_INFLATED, 0);
+    while let Some(found) = memchr::memmem::find(&pdf[at..], b"stream") {
+        let start = at + found + b"stream".len();
+        let end = memchr::memmem::find(&pdf[start..], b"endstream").map_or(pdf.len(), |end| start + end);
+        let stream = pdf[start..end].trim_ascii_start();
+        let inflated = inflated(stream, room);
+        let content = if inflated.is_empty() { stream } else { &inflated[..] };
+        room = room.saturating_sub(content.len());
+        characters += shown(content);
+        at = (end + b"endstream".len()).min(pdf.len());
+        if room == 0 {
+            break;
+        }
+    }
+    characters
+}
+
+/// What is deflated within a stream, up to a bound: a small file can be made of an enormous one.
+fn inflated(stream: &[u8], most: usize) -> Vec<u8> {
+    let mut inflated = Vec::new();
+    let reader = flate2::read::ZlibDecoder::new(stream);
+    // A broken stream shows what comes before the fault.
+    drop(reader.take(most as u64).read_to_end(&mut inflated));
+    inflated
+}
+
+/// The characters in the strings of what draws text: `BT (Hello) Tj [(W) 20 (orld)] TJ <48656c> Tj ET`.
+fn shown(content: &[u8]) -> u64 {
+    let mut shown = 0;
+    let mut rest = content;
+    while let Some(begin) = memchr::memmem::find(rest, b"BT") {
+        let text = &rest[begin + 2..];
+        let end = memchr::memmem::find(text, b"ET").unwrap_or(text.len());
+        // Only what is drawn, and not bytes of an image that look like it.
+        if memchr::memmem::find(&text[..end], b"Tj").or(memchr::memmem::find(&text[..end], b"TJ")).is_some() {
+            shown += strings_in(&text[..end]) + 1;
+        }
+        rest = &text[end..];
+    }
+    shown
+}
+
+fn strings_in(text: &[u8]) -> u64 {
+    let (mut characters, mut depth, mut hex) = (0, 0u32, None);
+    let mut bytes = text.iter();
+    while let Some(&b) = bytes.next() {
+        match (b, depth, hex) {
+            (b'\\', 1.., _) => {
+                bytes.next();
+                characters += 1;
+            }
+            (b'(', _, None) => depth += 1,
+            (b')', 1.., _) => depth -= 1,
+            (_, 1.., _) => characters += 1,
+            (b'<', 0, _) => hex = Some(0),
+            // A character of such a string has four digits, most often.
+            (b'>', 0, Some(digits)) => {
+                characters += digits / 4;
+                hex = None;
+            }
+            (_, 0, Some(digits)) => hex = Some(digits + 1),
+            _ => {}
+        }
+    }
+    characters
 }
 
 /// A text in base64, as far as it is UTF-8.
