@@ -14,7 +14,7 @@ mod tools;
 use crate::api::Api;
 use std::borrow::Cow;
 
-pub use calibration::{Calibration, Correction, Kind};
+pub use calibration::{Calibration, Correction, Kind, Pair};
 pub use images::Detail;
 pub use models::Model;
 use models::Choice;
@@ -115,6 +115,9 @@ pub struct PromptEstimate {
     pub is_rough: bool,
     /// How many things the request refers to but does not carry; nothing is counted for them.
     pub unseen: u64,
+    /// Part of the prompt is the provider's own, or somewhere else: how far off this was says nothing of
+    /// the next one.
+    pub is_partial: bool,
     /// What the request is like, as far as estimates differ.
     pub kind: Kind,
 }
@@ -202,6 +205,11 @@ impl<'a> Prompt<'a> {
         self.thinks = Some(thinks);
     }
 
+    /// The model is told to think little; what says whether it thinks at all counts more.
+    pub(crate) fn thinks_little(&mut self) {
+        self.thinks.get_or_insert(false);
+    }
+
     /// A schema for the answer, its name, and what is said of it.
     pub(crate) fn schema(&mut self, name: Cow<'a, str>, description: Cow<'a, str>, json: &'a str) {
         if !description.is_empty() {
@@ -261,7 +269,7 @@ impl<'a> Prompt<'a> {
         let is_rough = bytes > MOST_TEXT;
         let roughly = |text: &str| Some(text.len() as u64 / 2);
         let estimate = if is_rough {
-            let of_tools = |json: &str| Some(tools::Cost { tokens: json.len() as u64 / 2, has_functions: true });
+            let of_tools = |json: &str| Some(tools::Cost { tokens: json.len() as u64 / 2, has_functions: true, has_hosted: false });
             self.sum(model, &mut { roughly }, &of_tools)
         } else {
             self.sum(model, &mut |text| Some(tokenizer.count(text)), &|json| {
@@ -281,12 +289,13 @@ impl<'a> Prompt<'a> {
     ) -> Option<PromptEstimate> {
         let mut parts = self.tokens;
         let mut add = |part: Part, tokens: u64| parts[part as usize] += tokens;
-        let mut has_functions = false;
+        let (mut has_functions, mut has_hosted) = (false, false);
         let drops_tools = self.tool_choice == Choice::Forbidden && !model.reads_forbidden_tools();
         for json in self.tools.iter().filter(|_| !drops_tools) {
             let cost = count_tools(json)?;
             add(Part::Tools, cost.tokens);
             has_functions |= cost.has_functions;
+            has_hosted |= cost.has_hosted;
         }
         // A namespace of functions stands at the end of the system message, a line further down.
         let joined = self.system.filter(|_| has_functions);
@@ -318,7 +327,8 @@ impl<'a> Prompt<'a> {
         };
         model.overhead(&facts, &mut parts);
         let kind = self.kind();
-        Some(PromptEstimate { parts, is_rough: self.crowded > 0, unseen: self.unseen, kind })
+        let is_partial = has_hosted || self.unseen > 0;
+        Some(PromptEstimate { parts, is_rough: self.crowded > 0, unseen: self.unseen, is_partial, kind })
     }
 }
 

@@ -6,7 +6,7 @@ use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
 use crate::api::Api;
 use crate::estimate::{Part, Prompt};
 use crate::json::{Expected, LooseText, Take, Text, To, raw, string, value};
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
@@ -37,6 +37,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "function_call",
             "response_format",
             "thinking",
+            "reasoning_effort",
         ],
         Api::Responses => &[
             "model",
@@ -62,6 +63,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "output_format",
             "output_config",
             "thinking",
+            "mcp_servers",
         ],
         // Google's servers take either spelling.
         Api::Gemini => &[
@@ -178,6 +180,14 @@ impl<'a> Reading<'a> {
                 responses::instructions(prompt, text.0);
                 Ok(())
             }
+            (_, "reasoning_effort") => {
+                let effort = string(map)?;
+                if matches!(&*effort, "none" | "minimal" | "low" | "medium") {
+                    prompt.thinks_little();
+                }
+                Ok(())
+            }
+            (_, "mcp_servers") => value(map, &mut Servers(prompt)),
             (Api::Responses, "prompt" | "conversation" | "previous_response_id")
             | (Api::Gemini, "cachedContent" | "cached_content") => {
                 prompt.unseen += u64::from(raw(map)? != "null");
@@ -310,6 +320,17 @@ impl<'a> Take<'a> for Choice<'_, 'a> {
     }
 }
 
+/// `mcp_servers`: their tools come from there.
+struct Servers<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Servers<'_, 'a> {
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let there_is = list.next_element::<IgnoredAny>()?.is_some();
+        self.0.unseen += u64::from(there_is);
+        Ok(there_is)
+    }
+}
+
 /// `thinking`: `enabled`, `adaptive` or `disabled`.
 struct Thinking<'p, 'a>(&'p mut Prompt<'a>);
 
@@ -318,7 +339,12 @@ impl<'a> Take<'a> for Thinking<'_, 'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let kind = string(object)?;
-        self.0.thinks(kind != "disabled");
+        // What is adaptive has the model decide, and says nothing in the prompt.
+        match &*kind {
+            "enabled" => self.0.thinks(true),
+            "disabled" | "adaptive" => self.0.thinks(false),
+            _ => {}
+        }
         Ok(())
     }
 }

@@ -127,6 +127,10 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("claude", CLAUDE),
     ("gemini-3", Rule::Fixed { image: 1_085, page: 520 }),
     ("gemini", Rule::Crops { tile: 258 }),
+    ("qwen", Rule::Area { pixels: 784, side: 4_096, most: 16_384 }),
+    ("mistral", Rule::Area { pixels: 256, side: 1_540, most: 4_096 }),
+    ("ministral", Rule::Area { pixels: 256, side: 1_540, most: 4_096 }),
+    ("pixtral", Rule::Area { pixels: 256, side: 1_024, most: 4_096 }),
     ("gemma", Rule::Fixed { image: 258, page: 258 }),
 ];
 

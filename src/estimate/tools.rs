@@ -35,6 +35,8 @@ pub(super) struct Cost {
     pub(super) tokens: u64,
     /// Whether there is a function among them.
     pub(super) has_functions: bool,
+    /// Whether there is one that the provider brings along.
+    pub(super) has_hosted: bool,
 }
 
 /// What a list of tools costs, if it was counted lately: callers send theirs with every request.
@@ -47,7 +49,7 @@ pub(super) fn count(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
     let key = key(tokenizer, style, json);
     let packed = key.count().unwrap_or_else(|| {
         let cost = count_anew(tokenizer, style, json);
-        let packed = (cost.tokens + 1) << 1 | u64::from(cost.has_functions);
+        let packed = (cost.tokens + 1) << 2 | u64::from(cost.has_hosted) << 1 | u64::from(cost.has_functions);
         key.remember(packed);
         packed
     });
@@ -67,9 +69,13 @@ fn key(tokenizer: Tokenizer, style: Style, json: &str) -> Key {
 }
 
 fn unpacked(packed: u64, style: Style) -> Cost {
-    let tokens = (packed >> 1).saturating_sub(1);
+    let tokens = (packed >> 2).saturating_sub(1);
     let percent = if let Style::Json { percent } = style { percent } else { 100 };
-    Cost { tokens: (tokens * percent).div_ceil(100), has_functions: packed & 1 == 1 }
+    Cost {
+        tokens: (tokens * percent).div_ceil(100),
+        has_functions: packed & 1 == 1,
+        has_hosted: packed & 2 == 2,
+    }
 }
 
 fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
@@ -77,7 +83,7 @@ fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
     let mut tools = Tools { rendering, functions: 0, hosted: 0 };
     // What is no list of tools is for the upstream to refuse: it is taken as the text that it is.
     if To(&mut tools).deserialize(&mut serde_json::Deserializer::from_str(json)).is_err() {
-        return Cost { tokens: tokenizer.count(json), has_functions: false };
+        return Cost { tokens: tokenizer.count(json), ..Cost::default() };
     }
     let mut tokens = tools.hosted * HOSTED_TOOL;
     if let (Style::Json { .. }, true) = (style, tools.functions > 0) {
@@ -87,7 +93,7 @@ fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
     } else if tools.functions > 0 {
         tokens += tokenizer.count(&namespace(style, &tools.rendering.text));
     }
-    Cost { tokens, has_functions: tools.functions > 0 }
+    Cost { tokens, has_functions: tools.functions > 0, has_hosted: tools.hosted > 0 }
 }
 
 fn namespace(style: Style, functions: &str) -> String {

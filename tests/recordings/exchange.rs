@@ -72,7 +72,10 @@ impl Exchange {
         let is_text = self.request_body_encoding.as_deref().is_none_or(|e| e == "text");
         let is_exact = self.request_recorded && !self.request_masked && is_text;
         let is_answered = self.status.is_none_or(|status| status < 400);
-        self.request_body.as_deref().filter(|_| is_exact && is_answered)
+        // Some sources replace what only the provider can read, and which it counts.
+        let replaced = ["encrypted_content_REDACTED", "ignature_REDACTED", "signature_REDACTED"];
+        let is_whole = |body: &&str| !replaced.iter().any(|mark| body.contains(mark));
+        self.request_body.as_deref().filter(|_| is_exact && is_answered).filter(is_whole)
     }
 
     /// Prompt tokens in all, as this product charges them.

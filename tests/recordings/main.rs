@@ -1,10 +1,12 @@
 //! The prompt estimate against what providers reported.
 mod exchange;
 
+use std::collections::HashMap;
 use tollgate::body::Body;
-use tollgate::estimate::{Model, Part};
+use tollgate::estimate::{Calibration, Model, Part};
 
 fn main() {
+    let mut learned: HashMap<String, (Calibration, u32)> = HashMap::new();
     for file in exchange::files(&exchange::folder()) {
         for e in exchange::read(&file) {
             let (Some(api), Some(text), Some(reported)) = (e.api(), e.exact_request(), e.reported()) else { continue };
@@ -15,8 +17,12 @@ fn main() {
             let name = body.model.clone().map(|m| m.into_owned()).or(e.model.clone()).unwrap_or_default();
             let model = Model::named(&[], &name);
             let est = body.prompt.estimate(&model);
-            println!("{}", serde_json::json!({"id": e.id, "api": e.api, "provider": e.provider, "model": name, "est": est.tokens(),
-               "rep": reported, "f": e.features, "parts": Part::ALL.map(|p| est.of(p)), "unseen": est.unseen, "kind": format!("{:?}", est.kind)}));
+            let key = format!("{}|{}|{:?}", e.provider, name, est.kind);
+            let (cal, n) = learned.entry(key).or_default();
+            let corrected = cal.correction().apply(est.tokens());
+            if !est.is_partial { cal.learn(est.tokens(), reported); *n += 1; }
+            println!("{}", serde_json::json!({"id": e.id, "api": e.api, "provider": e.provider, "model": name, "est": est.tokens(), "n": n, "cor": corrected,
+               "rep": reported, "f": e.features, "parts": Part::ALL.map(|p| est.of(p)), "unseen": u64::from(est.is_partial), "kind": format!("{:?}", est.kind)}));
         }
     }
 }
