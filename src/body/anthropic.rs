@@ -2,7 +2,7 @@
 
 use super::chat::add_role;
 use super::content::document;
-use crate::estimate::{Detail, Part, Prompt, Role, media};
+use crate::estimate::{Detail, Part, Prompt, media};
 use crate::json::{Expected, LooseText, Take, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -11,6 +11,8 @@ use std::borrow::Cow;
 const AROUND_A_DOCUMENT: u64 = 30;
 /// How answers cite documents is told where that is asked for. Fitted to 6 exchanges.
 const CITATIONS: u64 = 540;
+/// Fitted to 2 exchanges.
+const EMPTY_QUESTION: u64 = 10;
 
 /// `system`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
@@ -24,7 +26,17 @@ pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut
 }
 
 /// `messages`.
-pub(super) struct Messages<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+pub(super) struct Messages<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    /// How many there were so far.
+    count: u64,
+}
+
+impl<'p, 'a> Messages<'p, 'a> {
+    pub(super) fn of(prompt: &'p mut Prompt<'a>) -> Self {
+        Self { prompt, count: 0 }
+    }
+}
 
 const A_LIST: Expected = Expected("a list of messages");
 
@@ -42,25 +54,35 @@ impl<'a> Take<'a> for Messages<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let first = self.0.texts();
-        let there_is = element(list, &mut Message(self.0))?;
+        let first = self.prompt.texts();
+        let mut message = Message { prompt: &mut *self.prompt, role: Cow::Borrowed("") };
+        let there_is = element(list, &mut message)?;
+        let Message { role, .. } = message;
         if there_is {
-            add_role(self.0, "user");
-            self.0.message(Role::Other, first);
+            // The first one is the user's; where it is not, an empty one is put before it.
+            if self.count == 0 && role == "assistant" {
+                self.prompt.add(Part::Overhead, EMPTY_QUESTION);
+            }
+            self.count += 1;
+            let role = add_role(self.prompt, &role);
+            self.prompt.message(role, first);
         }
         Ok(there_is)
     }
 }
 
-struct Message<'p, 'a>(&'p mut Prompt<'a>);
+struct Message<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    role: Cow<'a, str>,
+}
 
 impl<'a> Take<'a> for Message<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["role", "content"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
-            "role" => string(object).map(drop),
-            _ => value(object, &mut Blocks(self.0)),
+            "role" => string(object).map(|role| self.role = role),
+            _ => value(object, &mut Blocks(self.prompt)),
         }
     }
 }
@@ -122,6 +144,9 @@ impl<'a> Take<'a> for Block<'_, 'a> {
 impl<'a> Block<'_, 'a> {
     fn finish(self) {
         let Self { prompt, kind, source, name } = self;
+        if kind == "tool_use" {
+            prompt.call();
+        }
         prompt.count(Part::Messages, name, 1);
         match (&*kind, source) {
             ("image", source) => {

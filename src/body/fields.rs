@@ -170,7 +170,7 @@ impl<'a> Reading<'a> {
     fn read_field<A: MapAccess<'a>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
         let prompt = &mut self.body.prompt;
         match (self.api, name) {
-            (Api::Messages, "messages") => value(map, &mut anthropic::Messages(prompt)),
+            (Api::Messages, "messages") => value(map, &mut anthropic::Messages::of(prompt)),
             (Api::Messages, "system") => anthropic::system(prompt, map),
             (_, "messages") => value(map, &mut chat::Messages(prompt)),
             (Api::Responses, "input") => value(map, &mut responses::Input(prompt)),

@@ -97,7 +97,12 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
                 raw(object)?;
                 self.0.unseen += 1;
             }
-            _ => value(object, &mut Call(self.0))?,
+            _ => {
+                if matches!(name, "functionCall" | "function_call") {
+                    self.0.call();
+                }
+                value(object, &mut Call(self.0))?;
+            }
         }
         Ok(())
     }

@@ -152,7 +152,9 @@ fn fit(pairs: &[Pair]) -> Correction {
         with_offset(slope, pairs),
     ];
     // The simplest, but for what fits better by more than chance.
-    let best = candidates.into_iter().enumerate().min_by_key(|(at, c)| misfit(*c, pairs) + *at as u64 * 10_000);
+    // No prompt has less than nothing around it: what takes a constant away has to fit much better.
+    let cost = |c: &Correction| misfit(*c, pairs) + if c.offset < -16 { 60_000 } else { 0 };
+    let best = candidates.into_iter().enumerate().min_by_key(|(at, c)| cost(c) + *at as u64 * 10_000);
     let sizes = pairs.iter().map(|p| p.estimated);
     let (smallest, largest) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(u32::MAX));
     Correction { smallest, largest, ..best.map(|(_, correction)| correction).unwrap_or_default() }

@@ -39,6 +39,8 @@ struct Template {
     message: i64,
     functions: i64,
     tools_percent: u64,
+    /// More for each call of a tool and its result.
+    call: i64,
     /// More for a request with a schema for the answer; `None`: it guides what is generated and is not
     /// put into the prompt.
     schema: Option<i64>,
@@ -55,14 +57,15 @@ const TEMPLATE: Template = Template {
     message: 3,
     functions: 80,
     tools_percent: 130,
+    call: 15,
     schema: None,
     thinking: 0,
     thinks: false,
     drops_forbidden: true,
 };
 
-const fn template(request: i64, message: i64, functions: i64, tools_percent: u64) -> Format {
-    Format::Template(Template { request, message, functions, tools_percent, ..TEMPLATE })
+const fn template(request: i64, message: i64, functions: i64, tools_percent: u64, call: i64) -> Format {
+    Format::Template(Template { request, message, functions, tools_percent, call, ..TEMPLATE })
 }
 
 /// Anthropic's: thinking was found in 30 exchanges, schemas in 14.
@@ -72,6 +75,7 @@ const fn claude(message: i64, functions: i64, tools_percent: u64, schema: i64) -
         message,
         functions,
         tools_percent,
+        call: 45,
         schema: Some(schema),
         thinking: 28,
         thinks: false,
@@ -127,6 +131,7 @@ impl Format {
                 request: t.request,
                 message: t.message,
                 functions: t.functions,
+                call: t.call,
                 result: 0,
                 after_system: 0,
                 schema: if let Some(schema) = t.schema { schema } else { 0 },
@@ -216,50 +221,50 @@ const FAMILIES: &[(&str, Encoding, u64, Format)] = &[
     ("o4", O200K, 100, Format::Reasoning),
     ("codex-", O200K, 100, Format::Harmony),
     ("computer-use", O200K, 100, Format::Omni),
-    ("llama-2", O200K, 135, template(4, 3, 150, 135)),
+    ("llama-2", O200K, 135, template(4, 3, 150, 135, 0)),
     // 39 plain, 27 with tools. From 3.1 on the template has a date.
-    ("llama-3.1", O200K, 105, template(28, 3, 130, 110)),
-    ("llama-3.2", O200K, 105, template(28, 3, 130, 110)),
-    ("llama-3.3", O200K, 105, template(28, 3, 130, 110)),
-    ("llama", O200K, 105, template(4, 3, 150, 110)),
-    ("meta-llama", O200K, 105, template(4, 3, 150, 110)),
+    ("llama-3.1", O200K, 105, template(28, 3, 130, 110, 0)),
+    ("llama-3.2", O200K, 105, template(28, 3, 130, 110, 0)),
+    ("llama-3.3", O200K, 105, template(28, 3, 130, 110, 0)),
+    ("llama", O200K, 105, template(4, 3, 150, 110, 0)),
+    ("meta-llama", O200K, 105, template(4, 3, 150, 110, 0)),
     // 8 plain, 30 with tools.
-    ("kimi", O200K, 105, template(3, 2, 5, 95)),
-    ("minimax", O200K, 105, template(3, 2, 80, 120)),
+    ("kimi", O200K, 105, template(3, 2, 5, 95, 10)),
+    ("minimax", O200K, 105, template(3, 2, 80, 120, 15)),
     // 24 with tools.
-    ("glm", O200K, 105, template(3, 2, 83, 127)),
+    ("glm", O200K, 105, template(3, 2, 83, 127, 40)),
     // 83 plain, 100 with tools.
     (
         "deepseek-v4",
         O200K,
         108,
-        Format::Template(Template { request: 2, message: -1, functions: 210, thinking: 80, thinks: true, ..TEMPLATE }),
+        Format::Template(Template { request: 2, message: -1, functions: 210, call: 40, thinking: 80, thinks: true, ..TEMPLATE }),
     ),
-    ("deepseek", O200K, 108, template(2, -1, 210, 130)),
+    ("deepseek", O200K, 108, template(2, -1, 210, 130, 40)),
     // 112 plain, 129 with tools. The template of 3.5 says more of tools.
-    ("qwen3.5", O200K, 103, template(4, 3, 230, 101)),
-    ("qwen3-5", O200K, 103, template(4, 3, 230, 101)),
-    ("qwen", O200K, 103, template(4, 3, 77, 132)),
-    ("mistral-7b", O200K, 135, template(2, -1, 10, 135)),
+    ("qwen3.5", O200K, 103, template(4, 3, 230, 101, 50)),
+    ("qwen3-5", O200K, 103, template(4, 3, 230, 101, 50)),
+    ("qwen", O200K, 103, template(4, 3, 77, 132, 30)),
+    ("mistral-7b", O200K, 135, template(2, -1, 10, 135, 0)),
     // 70 plain, 121 with tools.
-    ("mistral", O200K, 115, template(2, -1, 10, 132)),
-    ("ministral", O200K, 115, template(2, -1, 10, 132)),
-    ("magistral", O200K, 115, template(2, -1, 10, 132)),
-    ("codestral", O200K, 115, template(2, -1, 10, 132)),
-    ("pixtral", O200K, 115, template(2, -1, 10, 132)),
-    ("gemma", O200K, 108, template(0, 3, 10, 100)),
+    ("mistral", O200K, 115, template(2, -1, 10, 132, 0)),
+    ("ministral", O200K, 115, template(2, -1, 10, 132, 0)),
+    ("magistral", O200K, 115, template(2, -1, 10, 132, 0)),
+    ("codestral", O200K, 115, template(2, -1, 10, 132, 0)),
+    ("pixtral", O200K, 115, template(2, -1, 10, 132, 0)),
+    ("gemma", O200K, 108, template(0, 3, 10, 100, 8)),
     // 102 plain, 310 with tools.
-    ("gemini", O200K, 102, template(-1, 0, 0, 88)),
+    ("gemini", O200K, 102, template(-1, 0, 0, 88, 8)),
     // 22 plain, 91 with tools. It is told who it is.
     (
         "grok",
         O200K,
         105,
-        Format::Template(Template { request: 110, message: 2, functions: 120, tools_percent: 115, schema: Some(60), ..TEMPLATE }),
+        Format::Template(Template { request: 110, message: 2, functions: 120, tools_percent: 115, call: 50, schema: Some(60), ..TEMPLATE }),
     ),
     // 16 plain.
-    ("sonar", O200K, 100, template(-1, -1, 0, 100)),
-    ("command", O200K, 105, template(3, 3, 100, 120)),
+    ("sonar", O200K, 100, template(-1, -1, 0, 100, 0)),
+    ("command", O200K, 105, template(3, 3, 100, 120, 15)),
     // 298 plain, 230 with tools; the first prompts about tools are published, the later ones have grown.
     ("claude-3", O200K, 110, claude(2, 310, 133, 180)),
     ("claude-sonnet-4-6", O200K, 110, claude(2, 590, 95, 180)),
