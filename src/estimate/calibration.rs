@@ -36,6 +36,9 @@ const REMEMBERED: usize = 32;
 const FEWEST: usize = 3;
 /// Once so many answers have come as are remembered, a correction is worked out anew at each of these.
 const REFIT: u64 = 4;
+/// What was learned holds for sizes down to this part of the smallest and up to this many times the
+/// largest that it was learned from.
+const BEYOND: u32 = 4;
 /// No estimate is made smaller than a quarter, or larger than four times plus this.
 const MOST: u64 = 4;
 const MOST_MORE: u64 = 2_048;
@@ -54,7 +57,7 @@ pub struct Pair {
 pub struct Correction {
     per_mille: i64,
     offset: i64,
-    /// The smallest and the largest estimate that it was learned from.
+    /// The sizes that it holds for.
     smallest: u32,
     largest: u32,
 }
@@ -67,8 +70,8 @@ impl Default for Correction {
 
 impl Correction {
     /// An estimate as corrected: within a quarter and four times of itself and 2,048. Beyond the sizes that
-    /// it was learned from, what it adds stays as it is at the nearest of them; below them what it takes
-    /// away shrinks in proportion.
+    /// it holds for, what it adds stays as it is at the nearest of them; below them what it takes away
+    /// shrinks in proportion.
     pub fn apply(self, estimated: u64) -> u64 {
         let (smallest, largest) = (u64::from(self.smallest), u64::from(self.largest));
         let nearest = i128::from(estimated.clamp(smallest, largest));
@@ -156,7 +159,8 @@ fn fit(pairs: &[Pair]) -> Correction {
     let cost = |c: &Correction| misfit(*c, pairs) + if c.offset < -16 { 60_000 } else { 0 };
     let best = candidates.into_iter().enumerate().min_by_key(|(at, c)| cost(c) + *at as u64 * 10_000);
     let sizes = pairs.iter().map(|p| p.estimated);
-    let (smallest, largest) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(u32::MAX));
+    let smallest = sizes.clone().min().unwrap_or(0) / BEYOND;
+    let largest = sizes.max().unwrap_or(u32::MAX).saturating_mul(BEYOND);
     Correction { smallest, largest, ..best.map(|(_, correction)| correction).unwrap_or_default() }
 }
 
@@ -244,7 +248,7 @@ mod tests {
     #[test]
     fn a_lie_moves_it_within_bounds() {
         assert_eq!(learned([(1_000, 1); 32]).correction().apply(1_000), 250);
-        assert_eq!(learned([(1_000, u64::from(u32::MAX)); 32]).correction().apply(1_000), 6_048);
+        assert_eq!(learned([(1_000, 100_000); 32]).correction().apply(1_000), 6_048);
         assert_eq!(learned([(0, 7), (7, 0), (u64::MAX, 7)]), Calibration::default());
     }
 

@@ -409,3 +409,45 @@ fn family_name(model: &str) -> String {
     let name = name.strip_prefix("databricks-").unwrap_or(&name);
     if name.starts_with("claude") { name.replace('.', "-") } else { name.to_owned() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::glob::Glob;
+
+    #[test]
+    fn a_name_decides_the_encoding() {
+        for (model, encoding, percent) in [
+            ("gpt-4o-mini", O200K, 100),
+            ("gpt-4.1", O200K, 100),
+            ("gpt-4", CL100K, 100),
+            ("gpt-4-turbo-2024-04-09", CL100K, 100),
+            ("gpt-3.5-turbo", CL100K, 100),
+            ("gpt-35-turbo-16k", CL100K, 100),
+            ("ft:gpt-4o-2024-08-06:org::id", O200K, 100),
+            ("ft:gpt-4.1-mini:org::id", O200K, 100),
+            ("openai/GPT-4o", O200K, 100),
+            ("gpt-6-x", O200K, 100),
+            ("o4", O200K, 100),
+            ("codex-mini-latest", O200K, 100),
+            ("gpt-oss-120b", O200K, 100),
+            ("text-embedding-3-small", CL100K, 100),
+            ("claude-sonnet-4", O200K, 110),
+            ("anthropic/claude-sonnet-4.6", O200K, 110),
+            ("claude-opus-4-7", O200K, 140),
+            ("meta-llama/Llama-3-8b", O200K, 105),
+            ("who-knows", O200K, 110),
+            ("é", O200K, 110),
+        ] {
+            assert_eq!(Model::named(&[], model).tokenizer, Tokenizer { encoding, percent }, "{model}");
+        }
+    }
+
+    #[test]
+    fn a_rule_of_the_config_comes_first() {
+        let rule = |pattern: &str, tokenizer| ModelRule { pattern: Glob::new(pattern), tokenizer };
+        let rules = [rule("my-*", TokenizerChoice::Cl100k), rule("*", TokenizerChoice::O200k)];
+        assert_eq!(Model::named(&rules, "my-gpt-4o").tokenizer, Tokenizer::exact(CL100K));
+        assert_eq!(Model::named(&rules, "claude-3").tokenizer, Tokenizer::exact(O200K));
+    }
+}
