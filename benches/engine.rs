@@ -13,6 +13,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, Environment, parse};
 use tollgate::ledger::{Account, Want};
 use tollgate::quota::{Amounts, Asker};
@@ -142,7 +143,8 @@ fn kept(stored: bool, seconds: f64) -> Kept {
     let store = Store::open(&config.store).unwrap();
     let left = store.left(environment).unwrap();
     let account = Arc::new(Account::open_with(environment, Some(store.keeper()), &left));
-    let _writer = store.start(vec![(environment.clone(), account.clone())]).unwrap();
+    let _writer =
+        store.start(vec![(environment.clone(), account.clone())], Arc::new(Calibrations::new([]))).unwrap();
     load(&account, seconds)
 }
 

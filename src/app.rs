@@ -95,7 +95,9 @@ impl App {
         let tls = upstream::client_config()?;
         let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
         let shared = Arc::new(Shared::new(config, store.as_ref())?);
-        let store = store.map(|store| store.start(shared.environments())).transpose()?;
+        let store = store
+            .map(|store| store.start(shared.environments(), shared.calibrations().clone()))
+            .transpose()?;
         // The vocabularies are loaded off the request path, and nobody is served before they are.
         if warm.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");

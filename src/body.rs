@@ -18,8 +18,8 @@ use serde::de::DeserializeSeed as _;
 use std::borrow::Cow;
 use std::fmt;
 
-pub use edit::{Bounds, Edit, edited};
 use edit::StreamOptions;
+pub use edit::{Bounds, Edit, edited};
 use fields::{Reading, TopLevel};
 
 /// Deeper nesting is refused; the outermost object counts as 1.

@@ -57,7 +57,7 @@ pub fn run() -> ExitCode {
         Command::Serve => serve::run(config),
         Command::Demo => demo::run(),
         Command::Check => Ok(check::run(config)),
-        Command::Count(arguments) => count::run(&arguments),
+        Command::Count(arguments) => count::run(config, &arguments),
         Command::Simulate(arguments) => simulate::run(config, &arguments),
         Command::HashKey => hash_key::run(),
         Command::Completions { shell } => {
@@ -71,10 +71,14 @@ pub fn run() -> ExitCode {
     })
 }
 
+/// The config that was named, if any was.
+fn named(config: Option<PathBuf>) -> Option<PathBuf> {
+    config.or_else(|| std::env::var_os("TOLLGATE_CONFIG").map(PathBuf::from))
+}
+
 /// Loads the config that was asked for, or prints what is wrong with it.
 fn load_or_explain(config: Option<PathBuf>) -> Result<Loaded, ExitCode> {
-    let named = config.or_else(|| std::env::var_os("TOLLGATE_CONFIG").map(PathBuf::from));
-    let path = named.unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"));
+    let path = named(config).unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"));
     load(&Source { path }).map_err(|faults| {
         eprintln!("{faults}");
         ExitCode::from(BAD_CONFIG)

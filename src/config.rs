@@ -251,7 +251,7 @@ pub struct ModelRule {
     pub tokenizer: TokenizerChoice,
 }
 
-/// `models[].encoding` or `models[].tokenizer`.
+/// `models[].encoding`, `models[].tokenizer` or `models[].model`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenizerChoice {
     /// `o200k_base` (also written `o200k_harmony`, which counts alike).
@@ -260,6 +260,8 @@ pub enum TokenizerChoice {
     Cl100k,
     /// A `tokenizer.json` file.
     File(PathBuf),
+    /// Everything as for the model of this name.
+    Like(String),
 }
 
 /// `store`: where counters are kept.

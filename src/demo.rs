@@ -2,7 +2,7 @@
 
 use crate::api::Api;
 use crate::body::Body as RequestBody;
-use crate::estimate::Model;
+use crate::estimate::Models;
 use anyhow::Context as _;
 use axum::body::{Body, Bytes};
 use axum::response::{IntoResponse, Response};
@@ -80,13 +80,14 @@ impl Reply {
             Box::new((StatusCode::BAD_REQUEST, Json(error)).into_response())
         })?;
         let model = request.model.as_deref().unwrap_or("gpt-4o-mini").to_owned();
-        let known = Model::named(&[], &model);
+        let known = Models::default().named(&model);
         let prompt = request.prompt.estimate(&known).tokens();
         let cap = request.completion_cap().and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX);
         let mut words: Vec<&str> = ANSWER.split_inclusive(' ').collect();
         let finish = if words.len() > cap { "length" } else { "stop" };
         words.truncate(cap);
-        let completion = if api.generates() { known.tokenizer.count(&words.concat()) } else { 0 };
+        let completion =
+            if api.generates() { known.tokenizer.count_all([words.concat().as_str()]) } else { 0 };
         Ok(Self {
             streams: request.streams,
             wants_usage: request.wants_usage(),

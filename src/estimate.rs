@@ -4,24 +4,27 @@
 //! read; a [`Model`] knows what each of that costs; [`Calibration`] learns how far off that was.
 
 mod calibration;
+mod file;
 mod images;
 mod known;
 pub mod media;
 mod models;
+mod rules;
 mod tokenizer;
 mod tools;
+mod vocabulary;
 
 use crate::api::Api;
 use std::borrow::Cow;
 
 pub use calibration::{Calibration, Correction, Kind, Pair};
+pub use file::FileVocabulary;
 pub use images::Detail;
-pub use models::Model;
 use models::Choice;
+pub use models::Model;
+pub use rules::Models;
 pub use tokenizer::{Encoding, Tokenizer, warm};
 
-/// So much text is counted where it arrives.
-const QUICK_TEXT: usize = 2 * 1024;
 /// Texts with longer stretches without a space are counted elsewhere.
 const LONGEST_QUICK_RUN: usize = 256;
 /// More text than this is not tokenised: two bytes a token, which no language exceeds for long.
@@ -120,6 +123,8 @@ pub struct PromptEstimate {
     pub is_partial: bool,
     /// What the request is like, as far as estimates differ.
     pub kind: Kind,
+    /// The model's name, or that of its family, is known.
+    pub knows_model: bool,
 }
 
 impl PromptEstimate {
@@ -248,13 +253,13 @@ impl<'a> Prompt<'a> {
     /// Counts everything, if that takes no more than about 50 microseconds: most of it was counted lately,
     /// and what was not is little and ordinary.
     pub fn estimate_if_quick(&self, model: &Model) -> Option<PromptEstimate> {
+        vocabulary::begin();
         let tokenizer = model.tokenizer;
         let mut anew = 0;
         let mut count = |text: &str| {
             tokenizer.count_if_known(text).or_else(|| {
                 anew += text.len();
-                let is_quick =
-                    tokenizer.is_loaded() && anew <= QUICK_TEXT && longest_run(text) <= LONGEST_QUICK_RUN;
+                let is_quick = anew <= tokenizer.quick_text() && longest_run(text) <= LONGEST_QUICK_RUN;
                 is_quick.then(|| tokenizer.count(text))
             })
         };
@@ -263,13 +268,16 @@ impl<'a> Prompt<'a> {
 
     /// Counts everything with the model's tokenizer. Takes time: about 20 microseconds for 1 KiB of text.
     pub fn estimate(&self, model: &Model) -> PromptEstimate {
+        vocabulary::begin();
         let tokenizer = model.tokenizer;
         let bytes = self.texts.iter().map(|(_, text, _)| text.len()).sum::<usize>()
             + self.tools.iter().map(|json| json.len()).sum::<usize>();
         let is_rough = bytes > MOST_TEXT;
         let roughly = |text: &str| Some(text.len() as u64 / 2);
         let estimate = if is_rough {
-            let of_tools = |json: &str| Some(tools::Cost { tokens: json.len() as u64 / 2, has_functions: true, has_hosted: false });
+            let of_tools = |json: &str| {
+                Some(tools::Cost { tokens: json.len() as u64 / 2, has_functions: true, has_hosted: false })
+            };
             self.sum(model, &mut { roughly }, &of_tools)
         } else {
             self.sum(model, &mut |text| Some(tokenizer.count(text)), &|json| {
@@ -328,7 +336,14 @@ impl<'a> Prompt<'a> {
         model.overhead(&facts, &mut parts);
         let kind = self.kind();
         let is_partial = has_hosted || self.unseen > 0;
-        Some(PromptEstimate { parts, is_rough: self.crowded > 0, unseen: self.unseen, is_partial, kind })
+        Some(PromptEstimate {
+            parts,
+            is_rough: self.crowded > 0,
+            unseen: self.unseen,
+            is_partial,
+            kind,
+            knows_model: model.is_known,
+        })
     }
 }
 

@@ -137,10 +137,7 @@ impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
 }
 
 /// The next value of an object, handed to `taker`.
-pub(crate) fn value<'a, M: MapAccess<'a>>(
-    object: &mut M,
-    taker: &mut impl Take<'a>,
-) -> Result<(), M::Error> {
+pub(crate) fn value<'a, M: MapAccess<'a>>(object: &mut M, taker: &mut impl Take<'a>) -> Result<(), M::Error> {
     object.next_value_seed(To(taker))
 }
 

@@ -21,8 +21,8 @@
 //! There is no `unsafe`.
 //!
 //! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `config` (settings as those types), then
-//! `estimate`, `body` and `usage`, then `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
-//! the ledger holds), then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
+//! `estimate`, `body` and `usage`, then `calibrations`, `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
+//! these two hold), then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
 //! the ledger's counters alone.
 
 // The core: pure.
@@ -39,6 +39,7 @@ pub mod usage;
 pub mod config;
 
 // What surrounds the core.
+pub mod calibrations;
 pub mod error;
 pub mod ledger;
 pub mod store;

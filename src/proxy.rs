@@ -8,9 +8,11 @@ mod metered;
 mod reader;
 mod route;
 
+use crate::calibrations::{Calibrations, Lesson};
 use crate::clock::Stopwatch;
-use crate::config::{Config, Environment, ModelRule, OnDisconnect};
+use crate::config::{Config, Environment, OnDisconnect};
 use crate::error::ProxyError;
+use crate::estimate::Models;
 use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
 use crate::quota::{Amounts, Asker};
 use crate::store::{Signal, Store};
@@ -43,7 +45,9 @@ pub struct Shared {
     /// The metrics.
     pub metrics: Arc<Metrics>,
     names: Vec<Names>,
-    models: Arc<[ModelRule]>,
+    models: Models,
+    /// How far estimates were off, by upstream in the config's order.
+    calibrations: Arc<Calibrations>,
     callers: HashMap<[u8; 32], (usize, usize)>,
     request_ids: RequestIds,
     flood: Option<Flood>,
@@ -97,9 +101,13 @@ impl Shared {
     /// Opens the accounts of a config's environments, as the store has them.
     ///
     /// # Errors
-    /// The metrics cannot be registered, or the store cannot be read.
+    /// The metrics cannot be registered, the store cannot be read, or a tokenizer's file cannot be used.
     pub fn new(config: Arc<Config>, store: Option<&Store>) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new()?);
+        let calibrations = Calibrations::new(config.upstreams.iter().map(|u| u.name.as_str()));
+        if let Some(store) = store {
+            calibrations.restore(store.calibrations()?);
+        }
         let mut names = Vec::new();
         for environment in &config.environments {
             let upstream = |u: &Arc<crate::config::Upstream>| Arc::ptr_eq(u, &environment.upstream);
@@ -120,7 +128,8 @@ impl Shared {
         Ok(Self {
             accounts: config.environments.iter().map(open).collect::<anyhow::Result<_>>()?,
             names,
-            models: config.models.clone().into(),
+            models: Models::load(&config.models).map_err(anyhow::Error::msg)?,
+            calibrations: Arc::new(calibrations),
             callers: config.callers_by_digest().into_iter().collect(),
             metrics,
             request_ids: RequestIds::new(),
@@ -134,6 +143,11 @@ impl Shared {
     /// Every environment with its account.
     pub fn environments(&self) -> Vec<(Arc<Environment>, Arc<Account>)> {
         self.config.environments.iter().cloned().zip(self.accounts.iter().cloned()).collect()
+    }
+
+    /// What was learned of estimates.
+    pub fn calibrations(&self) -> &Arc<Calibrations> {
+        &self.calibrations
     }
 
     /// From now on new requests are refused.
@@ -217,7 +231,7 @@ impl Proxy {
 
         let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
         let received = Stopwatch::start();
-        let call = self.understand(&route, environment, body).await?;
+        let call = self.understand(who, &route, body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told).await?;
 
@@ -227,7 +241,7 @@ impl Proxy {
         let body = call.forwarded(told.clamped_to);
         Ok(Some(Forward {
             request: upstream::Request { method: head.method, target, headers, body },
-            upstream: self.upstreams[names.upstream].clone(),
+            upstream: names.upstream,
             environment: environment.clone(),
             call,
             received,
@@ -238,10 +252,10 @@ impl Proxy {
     async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
         let Forward { request, upstream, environment, call, received } = forward;
         // From here on the request may have reached the upstream, whatever becomes of the caller.
-        charge.observe(Amounts::of_request(call.estimate.tokens(), 0));
+        charge.observe(Amounts::of_request(call.prompt_tokens, 0));
         charge.record.overhead = Some(received.elapsed());
         let waiting = Stopwatch::start();
-        let (parts, incoming) = match upstream.send(&request).await {
+        let (parts, incoming) = match self.upstreams[upstream].send(&request).await {
             Ok(answer) => answer,
             Err(error) => {
                 let error = no_answer(error, &environment, &mut charge);
@@ -250,13 +264,16 @@ impl Proxy {
         };
         charge.record.first_byte = Some(waiting.elapsed());
         let terms = Terms {
-            estimated_prompt: call.estimate.tokens(),
+            estimated_prompt: call.prompt_tokens,
             completions: call.completions.max(1),
             tokenizer: call.tokenizer,
             status: parts.status,
             environment,
         };
-        self.respond(Answer { parts, incoming, withholds: call.asks_for_usage(), terms, told }, charge)
+        let withholds = call.asks_for_usage();
+        let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.shared.calibrations));
+        let lesson = lesson.flatten();
+        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge)
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -317,20 +334,23 @@ impl Proxy {
         told.environment = Some(names.header.clone());
     }
 
-    async fn understand(
-        &self,
-        route: &Route<'_>,
-        environment: &Environment,
-        body: Bytes,
-    ) -> Result<Call, ProxyError> {
+    /// Reads the body and estimates its prompt, as far as it is known by now how that is to be corrected.
+    async fn understand(&self, who: Caller, route: &Route<'_>, body: Bytes) -> Result<Call, ProxyError> {
         let Endpoint::Counted(api) = route.endpoint else { return Ok(Call::unread(body)) };
+        let environment = &self.shared.config.environments[who.environment];
         let reading = Reading {
             api,
             deployment: route.deployment.map(str::to_owned),
             models: self.shared.models.clone(),
             ask_for_usage: environment.upstream.ask_stream_usage,
         };
-        Call::read(body, reading).await
+        let mut call = Call::read(body, reading).await?;
+        if environment.calibrate {
+            let upstream = self.shared.names[who.environment].upstream;
+            call.correct(self.shared.calibrations.correction(upstream, &call.model, call.estimate.kind));
+        }
+        call.add_unseen(environment.unseen_prompt_tokens);
+        Ok(call)
     }
 
     /// Holds room for the request in every quota that it touches, and waits for what has to be waited for.
@@ -351,7 +371,7 @@ impl Proxy {
         let account = &self.shared.accounts[who.environment];
         let want = Want {
             asker: Asker { caller: who.caller, model: &call.model },
-            prompt: call.estimate.tokens(),
+            prompt: call.prompt_tokens,
             generates,
             cap: call.completion_cap,
             completions: call.completions.max(1),
@@ -409,7 +429,7 @@ impl Proxy {
 
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
     fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
-        let Answer { mut parts, incoming, withholds, terms, told } = answer;
+        let Answer { mut parts, incoming, withholds, terms, lesson, told } = answer;
         headers::for_caller(&mut parts.headers);
         let record = &mut charge.record;
         record.status = parts.status.as_u16();
@@ -422,7 +442,7 @@ impl Proxy {
                 parts.headers.insert(REQUEST_ID, id);
             }
         }
-        let metered = Metered::new(incoming, &parts.headers, withholds, charge, terms);
+        let metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
@@ -465,7 +485,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// An admitted request on its way to the upstream.
 struct Forward {
     request: upstream::Request,
-    upstream: Arc<Upstream>,
+    /// Its index in the config.
+    upstream: usize,
     environment: Arc<Environment>,
     call: Call,
     /// Since its body was read.
@@ -478,6 +499,7 @@ struct Answer {
     incoming: upstream::Incoming,
     withholds: bool,
     terms: Terms,
+    lesson: Option<Lesson>,
     told: Told,
 }
 
@@ -492,7 +514,8 @@ fn describe(
     record.model_label = record.series.as_ref().map(|series| series.label(&call.model));
     call.model[..call.model.floor_char_boundary(LONGEST_SHOWN)].clone_into(&mut record.model);
     record.streams = call.streams;
-    record.estimated_prompt = call.estimate.tokens();
+    record.estimated_prompt = call.prompt_tokens;
+    record.raw_estimate = call.estimate.tokens();
     if !matches!(route.endpoint, Endpoint::Counted(_)) {
         return Ok(());
     }
@@ -503,7 +526,10 @@ fn describe(
             environment: environment.name.clone(),
         });
     }
-    told.estimated_prompt = Some(record.estimated_prompt);
+    told.estimated_prompt = Some((call.prompt_tokens, call.estimate.tokens()));
+    if let Some(tokenizer) = call.tokenizer {
+        record.metrics().estimated(tokenizer, &call.estimate);
+    }
     Ok(())
 }
 

@@ -12,6 +12,7 @@
 mod database;
 mod writer;
 
+use crate::calibrations::{Calibrations, Kept};
 use crate::config::{self, Environment};
 use crate::ledger::{Account, Commits, Keeper, Left};
 use crate::quota::Quota;
@@ -22,6 +23,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use database::Database;
+
+/// What the writer looks at for changes.
+struct Watched<'a> {
+    accounts: &'a [(Arc<Environment>, Arc<Account>)],
+    calibrations: &'a Calibrations,
+}
+
+/// Looks up what was learned of estimates, also while a gateway runs on the file.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn calibrations(path: &Path) -> anyhow::Result<Vec<Kept>> {
+    let read = Database::open_to_read(path).and_then(|database| database.calibrations());
+    read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
+}
 
 /// An open store that nobody writes to yet.
 #[derive(Debug)]
@@ -162,15 +178,33 @@ impl Store {
         read().with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
     }
 
-    /// Starts to write what changes in these accounts.
+    /// What another process has learned of estimates.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn calibrations(&self) -> anyhow::Result<Vec<Kept>> {
+        let read = self.database.calibrations();
+        read.with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
+    }
+
+    /// Starts to write what changes in these accounts, and what is learned of estimates.
     ///
     /// # Errors
     /// There is no thread to be had.
-    pub fn start(self, accounts: Vec<(Arc<Environment>, Arc<Account>)>) -> anyhow::Result<Writer> {
+    pub fn start(
+        self,
+        accounts: Vec<(Arc<Environment>, Arc<Account>)>,
+        calibrations: Arc<Calibrations>,
+    ) -> anyhow::Result<Writer> {
         let signal = self.signal.clone();
         let Self { database, signal: own, settings, lock, .. } = self;
         let write = move || {
-            writer::run(database, &own, &accounts, &settings);
+            writer::run(
+                database,
+                &own,
+                &Watched { accounts: &accounts, calibrations: &calibrations },
+                &settings,
+            );
             drop(lock);
         };
         let thread = thread::Builder::new().name("store".into()).spawn(write)?;

@@ -89,8 +89,10 @@ pub struct Record {
     pub error: &'static str,
     /// Whether the answer is an event stream.
     pub streams: bool,
-    /// Counted before the call.
+    /// Reserved for the prompt before the call.
     pub estimated_prompt: u64,
+    /// What was counted of it, before that was corrected.
+    pub raw_estimate: u64,
     /// What was charged.
     pub charged: Amounts,
     /// Whether the upstream reported its usage.
@@ -119,6 +121,7 @@ impl Record {
             error: "",
             streams: false,
             estimated_prompt: 0,
+            raw_estimate: 0,
             charged: Amounts::default(),
             reported: false,
             first_byte: None,

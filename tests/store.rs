@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
 use tollgate::ledger::{Account, Keeper, Reservation, Snapshot, Want};
 use tollgate::quota::{Amounts, Asker};
@@ -43,7 +44,8 @@ impl Node {
         let environment = &config.environments[0];
         let (signal, left) = (store.keeper(), store.left(environment)?);
         let account = Arc::new(Account::open_with(environment, Some(signal.clone()), &left));
-        let writer = store.start(vec![(environment.clone(), account.clone())])?;
+        let writer =
+            store.start(vec![(environment.clone(), account.clone())], Arc::new(Calibrations::new([])))?;
         Ok(Self { account, signal, _writer: writer })
     }
 

@@ -97,7 +97,8 @@ impl<'a> Take<'a> for Blocks<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let mut block = Block { prompt: &mut *self.0, kind: Cow::Borrowed(""), source: None, name: Cow::Borrowed("") };
+        let mut block =
+            Block { prompt: &mut *self.0, kind: Cow::Borrowed(""), source: None, name: Cow::Borrowed("") };
         let there_is = element(list, &mut block)?;
         block.finish();
         Ok(there_is)
@@ -112,8 +113,19 @@ struct Block<'p, 'a> {
 }
 
 impl<'a> Take<'a> for Block<'_, 'a> {
-    const FIELDS: &'static [&'static str] =
-        &["type", "text", "thinking", "source", "content", "input", "name", "title", "context", "data", "citations"];
+    const FIELDS: &'static [&'static str] = &[
+        "type",
+        "text",
+        "thinking",
+        "source",
+        "content",
+        "input",
+        "name",
+        "title",
+        "context",
+        "data",
+        "citations",
+    ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.prompt.count(Part::Messages, text, 1);

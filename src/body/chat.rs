@@ -31,7 +31,8 @@ impl<'a> Take<'a> for Messages<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first_text = self.0.texts();
-        let mut message = Message { prompt: &mut *self.0, role: Cow::Borrowed(""), has_content: false, calls: 0 };
+        let mut message =
+            Message { prompt: &mut *self.0, role: Cow::Borrowed(""), has_content: false, calls: 0 };
         let there_is = element(list, &mut message)?;
         if there_is {
             let Message { role, has_content, calls, .. } = message;

@@ -210,4 +210,5 @@ pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: 
     }
 }
 
-const TEXTS: &[&str] = &[".txt", ".md", ".csv", ".json", ".html", ".xml", ".yaml", ".yml", ".py", ".js", ".ts"];
+const TEXTS: &[&str] =
+    &[".txt", ".md", ".csv", ".json", ".html", ".xml", ".yaml", ".yml", ".py", ".js", ".ts"];

@@ -2,7 +2,10 @@
 
 use crate::api::Api;
 use crate::body::Body;
-use crate::estimate::{Model, Part, PromptEstimate, Tokenizer};
+use crate::calibrations::{Calibrations, Kept};
+use crate::config::Config;
+use crate::estimate::{Model, Models, Part, PromptEstimate};
+use crate::store;
 use anyhow::Context as _;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
@@ -21,7 +24,7 @@ pub(super) struct Arguments {
     /// One body a line in, one JSON object a line out
     #[arg(long)]
     jsonl: bool,
-    /// Say how the figure comes about
+    /// Say how the figure comes about; with --config also what the gateway has learned to correct it by
     #[arg(long)]
     explain: bool,
     /// The model, for bodies without one
@@ -56,11 +59,35 @@ impl From<ApiName> for Api {
 struct Counted {
     api: Api,
     model: String,
-    tokenizer: Tokenizer,
+    known: Model,
     estimate: PromptEstimate,
 }
 
-pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+/// What a config adds to what is built in.
+#[derive(Default)]
+struct Known {
+    models: Models,
+    learned: Vec<Kept>,
+    config: Option<Config>,
+}
+
+impl Known {
+    fn of(config: Config, explains: bool) -> anyhow::Result<Self> {
+        let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
+        let is_kept = explains && !config.store.memory && config.store.path.exists();
+        let learned = if is_kept { store::calibrations(&config.store.path)? } else { Vec::new() };
+        Ok(Self { models, learned, config: Some(config) })
+    }
+}
+
+pub(super) fn run(config: Option<PathBuf>, arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let known = match super::named(config) {
+        None => Known::default(),
+        named => match super::load_or_explain(named) {
+            Ok(loaded) => Known::of(loaded.config, arguments.explain)?,
+            Err(code) => return Ok(code),
+        },
+    };
     let mut input: Box<dyn BufRead> = match &arguments.file {
         Some(path) => {
             let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
@@ -69,13 +96,16 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         None => Box::new(io::stdin().lock()),
     };
     if arguments.jsonl {
-        return each_line(arguments, input.as_mut());
+        return each_line(arguments, &known, input.as_mut());
     }
     let mut body = Vec::new();
     input.read_to_end(&mut body).context("cannot read the request body")?;
-    match count(arguments, &body) {
+    match count(arguments, &known, &body) {
         Ok(counted) => {
-            print!("{}", counted.in_words(arguments.explain));
+            print!("{}", counted.in_words());
+            if arguments.explain {
+                print!("{}{}", counted.explained(), counted.corrected(&known));
+            }
             Ok(ExitCode::SUCCESS)
         }
         Err(refused) => {
@@ -85,7 +115,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn each_line(arguments: &Arguments, input: &mut dyn BufRead) -> anyhow::Result<ExitCode> {
+fn each_line(arguments: &Arguments, known: &Known, input: &mut dyn BufRead) -> anyhow::Result<ExitCode> {
     let mut output = io::stdout().lock();
     let mut line = Vec::new();
     loop {
@@ -96,17 +126,18 @@ fn each_line(arguments: &Arguments, input: &mut dyn BufRead) -> anyhow::Result<E
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let said = count(arguments, &line).map_or_else(|error| json!({ "error": error }), |c| c.as_json());
+        let said =
+            count(arguments, known, &line).map_or_else(|error| json!({ "error": error }), |c| c.as_json());
         writeln!(output, "{said}")?;
     }
 }
 
-fn count(arguments: &Arguments, json: &[u8]) -> Result<Counted, String> {
+fn count(arguments: &Arguments, known: &Known, json: &[u8]) -> Result<Counted, String> {
     let api = arguments.api.map_or_else(|| api_of(json), Api::from);
     let body = Body::read(api, json).map_err(|fault| fault.to_string())?;
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
-    let known = Model::named(&[], &model);
-    Ok(Counted { api, estimate: body.prompt.estimate(&known), model, tokenizer: known.tokenizer })
+    let known = known.models.named(&model);
+    Ok(Counted { api, estimate: body.prompt.estimate(&known), model, known })
 }
 
 /// The API that a body is for, by the fields that only one of them has.
@@ -147,30 +178,71 @@ impl Counted {
             Part::ALL.iter().map(|&part| (part.as_str().to_owned(), json!(self.estimate.of(part)))).collect();
         json!({
             "prompt_tokens": self.estimate.tokens(),
-            "encoding": self.tokenizer.encoding.as_str(),
+            "encoding": self.known.tokenizer.encoding.as_str(),
             "parts": parts,
         })
     }
 
-    fn in_words(&self, explains: bool) -> String {
+    fn in_words(&self) -> String {
         let mut words = format!("prompt tokens  {}\n", self.estimate.tokens());
         for part in Part::ALL {
             words += &format!("  {:<12} {}\n", part.as_str(), self.estimate.of(part));
         }
-        words += &format!("encoding       {}\n", self.tokenizer.encoding.as_str());
-        if explains {
-            let model = if self.model.is_empty() { "none named" } else { &self.model };
-            words += &format!("api            {}\nmodel          {model}\n", self.api.as_str());
-            if self.tokenizer.percent != 100 {
-                words += &format!(
-                    "factor         {} %: this model's vocabulary is not built in, its tokens are taken in proportion\n",
-                    self.tokenizer.percent
-                );
-            }
-            if self.estimate.is_rough {
-                words += "rough          more than 4 MiB of text: two bytes are taken for a token\n";
-            }
+        words + &format!("encoding       {}\n", self.known.tokenizer.encoding.as_str())
+    }
+
+    fn explained(&self) -> String {
+        let (estimate, percent) = (&self.estimate, self.known.tokenizer.percent);
+        let model = if self.model.is_empty() { "none named" } else { &self.model };
+        let mut words = format!("api            {}\nmodel          {model}\n", self.api.as_str());
+        if !self.known.is_known {
+            words += "               nothing is known of it; `models` in the config can tell\n";
+        }
+        if percent != 100 {
+            words += &format!(
+                "factor         {percent} %: this model's vocabulary is not built in, its tokens are taken in proportion\n"
+            );
+        }
+        words += &format!("kind           {}\n", estimate.kind.as_str());
+        if estimate.is_rough {
+            words +=
+                "rough          there is too much text to count it all: two bytes are taken for a token\n";
+        }
+        if estimate.unseen > 0 {
+            words += &format!(
+                "unseen         {} thing(s) that it refers to; the gateway adds unseen_prompt_tokens for each\n",
+                estimate.unseen
+            );
+        } else if estimate.is_partial {
+            words += "partial        the provider adds to it what nobody else can count\n";
         }
         words
+    }
+
+    /// What a gateway with this config would make of the estimate, by what it has learned of each upstream.
+    fn corrected(&self, known: &Known) -> String {
+        let Some(config) = &known.config else {
+            return "corrected      with --config FILE this shows what the gateway has learned\n".to_owned();
+        };
+        let calibrations = Calibrations::new(config.upstreams.iter().map(|u| u.name.as_str()));
+        calibrations.restore(known.learned.clone());
+        let kind = self.estimate.kind;
+        let learned = config.upstreams.iter().enumerate().filter_map(|(at, upstream)| {
+            let is_it = |kept: &&Kept| {
+                (&*kept.upstream, &*kept.model, kept.kind) == (&upstream.name, &self.model, kind)
+            };
+            let answers = known.learned.iter().find(is_it)?.answers.len();
+            let tokens = calibrations.correction(at, &self.model, kind).apply(self.estimate.tokens());
+            Some(format!(
+                "corrected      {tokens} at {}, by its last {answers} answers of the kind\n",
+                upstream.name
+            ))
+        });
+        let learned: String = learned.collect();
+        if learned.is_empty() {
+            "corrected      nothing was learned of the like yet\n".to_owned()
+        } else {
+            learned
+        }
     }
 }

@@ -8,10 +8,7 @@ use super::node::Value;
 const NOT_IN_FORCE: &[(&[&str], &[&str], &str)] = &[
     (&["server", "tls"], &[], "callers are served plain HTTP"),
     (&["upstreams", "*", "api"], &["openai", "azure"], "only OpenAI's own paths are served"),
-    (&["environments", "*", "unseen_prompt_tokens"], &[], "nothing is reserved for what a request refers to"),
     (&["environments", "*", "cached_prompt_tokens"], &["count"], "cache reads count"),
-    (&["environments", "*", "calibrate"], &["false"], "estimates are not corrected"),
-    (&["models", "*", "tokenizer"], &[], "its models are counted like unknown ones"),
     (&["store", "redis"], &[], "counters are this node's own"),
 ];
 

@@ -219,24 +219,44 @@ pub(super) fn secret(item: &Item<'_>) -> Option<Secret> {
 }
 
 fn model(item: &Item<'_>) -> Option<ModelRule> {
-    let section = item.section(&["match", "encoding", "tokenizer"])?;
+    let section = item.section(&["match", "encoding", "tokenizer", "model"])?;
     let pattern = section.require("match", "\"llama-3*\"").and_then(|i| i.text().map(Glob::new));
     let encodings = [
         ("o200k_base", TokenizerChoice::O200k),
         ("o200k_harmony", TokenizerChoice::O200k),
         ("cl100k_base", TokenizerChoice::Cl100k),
     ];
-    let tokenizer = match (section.get("encoding"), section.get("tokenizer")) {
-        (Some(encoding), None) => encoding.choice(&encodings),
-        (None, Some(file)) => path(&file).map(TokenizerChoice::File),
+    let tokenizer = match (section.get("encoding"), section.get("tokenizer"), section.get("model")) {
+        (Some(encoding), None, None) => encoding.choice(&encodings),
+        (None, Some(file), None) => tokenizer_file(&file).map(TokenizerChoice::File),
+        (None, None, Some(model)) => model.text().map(|name| TokenizerChoice::Like(name.to_owned())),
         _ => {
             item.fault(
-                "give either an encoding, such as o200k_base, or the path of a tokenizer.json as tokenizer",
+                "give just one of these: an encoding, such as o200k_base; the path of a tokenizer.json as tokenizer; \
+                 the name of the model behind an alias as model",
             );
             None
         }
     };
     Some(ModelRule { pattern: pattern?, tokenizer: tokenizer? })
+}
+
+/// A file that is there and looks like a tokenizer.json; loading it is left to those who need it.
+fn tokenizer_file(item: &Item<'_>) -> Option<PathBuf> {
+    #[derive(serde::Deserialize)]
+    struct Shape {
+        #[serde(rename = "model")]
+        _model: serde::de::IgnoredAny,
+    }
+    let path = path(item)?;
+    let read = std::fs::File::open(&path).map_err(|error| format!("this file cannot be read: {error}"));
+    let is_one = read.and_then(|file| {
+        serde_json::from_reader(std::io::BufReader::new(file))
+            .map(|_: Shape| ())
+            .map_err(|error| format!("this file is no tokenizer.json: {error}"))
+    });
+    is_one.map_err(|message| item.fault(message)).ok()?;
+    Some(path)
 }
 
 fn store(top: &Section<'_>) -> Store {

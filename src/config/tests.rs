@@ -197,11 +197,12 @@ fn base_urls_lose_their_trailing_slash() {
 
 #[test]
 fn the_first_listed_model_rule_comes_first() {
-    let text = "models: [{ match: 'a*', encoding: cl100k_base }, { match: '*', encoding: o200k_harmony }, { match: b, tokenizer: t.json }]";
+    let text = "models: [{ match: 'a*', encoding: cl100k_base }, { match: '*', encoding: o200k_harmony }, { match: b, tokenizer: fixtures/tokenizer.json }, { match: c, model: gpt-5 }]";
     let config = config(&format!("{MINIMAL}{text}\n"));
     let tokenizers: Vec<_> = config.models.into_iter().map(|m| m.tokenizer).collect();
-    let file = TokenizerChoice::File("t.json".into());
-    assert_eq!(tokenizers, [TokenizerChoice::Cl100k, TokenizerChoice::O200k, file]);
+    let file = TokenizerChoice::File("fixtures/tokenizer.json".into());
+    let like = TokenizerChoice::Like("gpt-5".to_owned());
+    assert_eq!(tokenizers, [TokenizerChoice::Cl100k, TokenizerChoice::O200k, file, like]);
 }
 
 #[test]

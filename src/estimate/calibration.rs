@@ -187,7 +187,8 @@ fn slope(pairs: &[Pair]) -> i64 {
 fn misfit(correction: Correction, pairs: &[Pair]) -> u64 {
     let error = |p: &Pair| {
         let reported = u64::from(p.reported);
-        correction.apply(u64::from(p.estimated)).abs_diff(reported).saturating_mul(1_000_000) / reported.max(1)
+        correction.apply(u64::from(p.estimated)).abs_diff(reported).saturating_mul(1_000_000)
+            / reported.max(1)
     };
     let mut errors: Vec<u64> = pairs.iter().map(error).collect();
     errors.sort_unstable();

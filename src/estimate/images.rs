@@ -187,7 +187,9 @@ fn fit((width, height): (u32, u32), side: u32) -> (u32, u32) {
     if longer <= side {
         return (width, height);
     }
-    let scale = |n: u32| u32::try_from((2 * u64::from(n) * u64::from(side) / u64::from(longer) + 1) / 2).unwrap_or(side);
+    let scale = |n: u32| {
+        u32::try_from((2 * u64::from(n) * u64::from(side) / u64::from(longer) + 1) / 2).unwrap_or(side)
+    };
     (scale(width).max(1), scale(height).max(1))
 }
 

@@ -34,8 +34,8 @@ pub(super) enum Thing {
     CompactTools,
     TitledTools,
     JsonTools,
-    /// A part of a very long text.
-    Slice,
+    /// A part of a text that is slow to count.
+    Piece,
 }
 
 /// The hash of a text with what counts it.
@@ -44,11 +44,11 @@ pub(super) struct Key(u64);
 
 impl Key {
     /// Of a text that so counted, as this thing.
-    pub(super) fn of(tokenizer: u32, thing: Thing, text: &str) -> Self {
+    pub(super) fn of(tokenizer: u32, thing: Thing, text: &[u8]) -> Self {
         let mut hasher = KNOWN.keys.build_hasher();
         hasher.write_u32(tokenizer);
         hasher.write_u8(thing as u8);
-        hasher.write(text.as_bytes());
+        hasher.write(text);
         Self(hasher.finish())
     }
 
@@ -82,13 +82,13 @@ mod tests {
 
     #[test]
     fn a_text_is_known_by_all_of_it_and_by_what_counts_it() {
-        let key = Key::of(0, Thing::Text, "a text that only this test counts");
+        let key = Key::of(0, Thing::Text, b"a text that only this test counts");
         assert_eq!(key.count(), None);
         key.remember(7);
         assert_eq!(key.count(), Some(7));
-        assert_eq!(Key::of(0, Thing::Text, "a text that only this test counts").count(), Some(7));
-        assert_eq!(Key::of(1, Thing::Text, "a text that only this test counts").count(), None);
-        assert_eq!(Key::of(0, Thing::Text, "a text that only this test count").count(), None);
+        assert_eq!(Key::of(0, Thing::Text, b"a text that only this test counts").count(), Some(7));
+        assert_eq!(Key::of(1, Thing::Text, b"a text that only this test counts").count(), None);
+        assert_eq!(Key::of(0, Thing::Text, b"a text that only this test count").count(), None);
         key.remember(LARGEST_COUNT + 1);
         assert_eq!(key.count(), Some(7), "what does not fit is not remembered");
     }

@@ -1,17 +1,18 @@
 //! What is known of models: by which vocabulary they count, and what their APIs add to a prompt.
 
+use super::Part;
 use super::images::{Image, Rule};
 use super::tokenizer::{Encoding, Tokenizer};
 use super::tools::Style;
-use super::Part;
 use crate::api::Api;
-use crate::config::{ModelRule, TokenizerChoice};
 
 /// A model, as far as estimates differ.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Model {
     /// What counts its tokens.
     pub tokenizer: Tokenizer,
+    /// Whether its name, or a rule of the config, says anything of it.
+    pub is_known: bool,
     format: Format,
     images: Rule,
 }
@@ -140,9 +141,16 @@ impl Format {
                 ..EARLY
             },
             // 79 with tools, 28 with a schema.
-            (Self::Omni, Api::Responses) => {
-                Overhead { call: 3, result: 0, functions: -3, after_system: 0, schema: 1, named: 7, required: 9, ..EARLY }
-            }
+            (Self::Omni, Api::Responses) => Overhead {
+                call: 3,
+                result: 0,
+                functions: -3,
+                after_system: 0,
+                schema: 1,
+                named: 7,
+                required: 9,
+                ..EARLY
+            },
             // 115 with tools, 29 with a schema.
             (Self::Omni, _) => Overhead { call: 1, result: 0, functions: 3, schema: 8, named: 7, ..EARLY },
             // 83 plain, 81 with tools, 55 with a schema.
@@ -210,7 +218,13 @@ const FAMILIES: &[(&str, Encoding, u64, Format)] = &[
         "gpt-oss",
         O200K,
         100,
-        Format::Template(Template { request: 62, functions: 1, tools_percent: 140, schema: Some(80), ..TEMPLATE }),
+        Format::Template(Template {
+            request: 62,
+            functions: 1,
+            tools_percent: 140,
+            schema: Some(80),
+            ..TEMPLATE
+        }),
     ),
     ("gpt-audio", O200K, 100, Format::Omni),
     ("gpt-realtime", O200K, 100, Format::Omni),
@@ -238,7 +252,15 @@ const FAMILIES: &[(&str, Encoding, u64, Format)] = &[
         "deepseek-v4",
         O200K,
         108,
-        Format::Template(Template { request: 2, message: -1, functions: 210, call: 40, thinking: 80, thinks: true, ..TEMPLATE }),
+        Format::Template(Template {
+            request: 2,
+            message: -1,
+            functions: 210,
+            call: 40,
+            thinking: 80,
+            thinks: true,
+            ..TEMPLATE
+        }),
     ),
     ("deepseek", O200K, 108, template(2, -1, 210, 130, 40)),
     // 112 plain, 129 with tools. The template of 3.5 says more of tools.
@@ -260,7 +282,15 @@ const FAMILIES: &[(&str, Encoding, u64, Format)] = &[
         "grok",
         O200K,
         105,
-        Format::Template(Template { request: 110, message: 2, functions: 120, tools_percent: 115, call: 50, schema: Some(60), ..TEMPLATE }),
+        Format::Template(Template {
+            request: 110,
+            message: 2,
+            functions: 120,
+            tools_percent: 115,
+            call: 50,
+            schema: Some(60),
+            ..TEMPLATE
+        }),
     ),
     // 16 plain.
     ("sonar", O200K, 100, template(-1, -1, 0, 100, 0)),
@@ -313,19 +343,23 @@ pub(super) enum Choice {
 }
 
 impl Model {
-    /// The model of this name: its vocabulary by the config's rules, else by its name, else a guess on
-    /// the safe side.
-    pub fn named(rules: &[ModelRule], model: &str) -> Self {
-        let name = family_name(model);
+    /// The model of this name, by the built-in table, else a guess on the safe side.
+    pub(super) fn built_in(name: &str) -> Self {
+        let name = family_name(name);
         let known = FAMILIES.iter().find(|(prefix, ..)| name.starts_with(prefix));
         let (encoding, percent, format) = known.map_or(UNKNOWN, |&(_, e, percent, f)| (e, percent, f));
-        let ruled = rules.iter().find(|r| r.pattern.matches(model)).map(|rule| match &rule.tokenizer {
-            TokenizerChoice::Cl100k => Tokenizer::exact(Encoding::Cl100k),
-            TokenizerChoice::O200k => Tokenizer::exact(Encoding::O200k),
-            TokenizerChoice::File(_) => Tokenizer { encoding, percent },
-        });
-        let tokenizer = ruled.unwrap_or(Tokenizer { encoding, percent });
-        Self { tokenizer, format, images: Rule::of_model(&name) }
+        let (tokenizer, images) = (Tokenizer { encoding, percent }, Rule::of_model(&name));
+        Self { tokenizer, is_known: known.is_some(), format, images }
+    }
+
+    /// The same, counted by this vocabulary. What has one of OpenAI's and an unknown name is a model of theirs.
+    pub(super) fn counted_by(self, encoding: Encoding) -> Self {
+        let format = match encoding {
+            Encoding::O200k if !self.is_known => Format::Omni,
+            Encoding::Cl100k if !self.is_known => Format::Early,
+            _ => self.format,
+        };
+        Self { tokenizer: Tokenizer::exact(encoding), is_known: true, format, ..self }
     }
 
     pub(super) fn images(&self, images: &[Image]) -> u64 {
@@ -413,7 +447,6 @@ fn family_name(model: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::glob::Glob;
 
     #[test]
     fn a_name_decides_the_encoding() {
@@ -439,15 +472,7 @@ mod tests {
             ("who-knows", O200K, 110),
             ("é", O200K, 110),
         ] {
-            assert_eq!(Model::named(&[], model).tokenizer, Tokenizer { encoding, percent }, "{model}");
+            assert_eq!(Model::built_in(model).tokenizer, Tokenizer { encoding, percent }, "{model}");
         }
-    }
-
-    #[test]
-    fn a_rule_of_the_config_comes_first() {
-        let rule = |pattern: &str, tokenizer| ModelRule { pattern: Glob::new(pattern), tokenizer };
-        let rules = [rule("my-*", TokenizerChoice::Cl100k), rule("*", TokenizerChoice::O200k)];
-        assert_eq!(Model::named(&rules, "my-gpt-4o").tokenizer, Tokenizer::exact(CL100K));
-        assert_eq!(Model::named(&rules, "claude-3").tokenizer, Tokenizer::exact(O200K));
     }
 }

@@ -63,9 +63,9 @@ fn key(tokenizer: Tokenizer, style: Style, json: &str) -> Key {
         Style::Compact => Thing::CompactTools,
         Style::Titled => Thing::TitledTools,
         // The same for all families; each takes its own part of it.
-        Style::Json { .. } => return Key::of(tokenizer.tag(), Thing::JsonTools, json),
+        Style::Json { .. } => return Key::of(tokenizer.tag(), Thing::JsonTools, json.as_bytes()),
     };
-    Key::of(tokenizer.scaled_tag(), thing, json)
+    Key::of(tokenizer.scaled_tag(), thing, json.as_bytes())
 }
 
 fn unpacked(packed: u64, style: Style) -> Cost {
@@ -154,7 +154,12 @@ fn compact(json: &str, without: &[&str], out: &mut String) {
             }
             '{' | '[' => {
                 let names = objects.last().is_some_and(|open| open.holds_names);
-                objects.push(Open { is_object: c == '{', expects_key: c == '{', is_named: names, ..Open::default() });
+                objects.push(Open {
+                    is_object: c == '{',
+                    expects_key: c == '{',
+                    is_named: names,
+                    ..Open::default()
+                });
                 out.push(c);
             }
             '}' | ']' => {
@@ -233,7 +238,10 @@ impl<'a> Take<'a> for Tools {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let mut tool = Tool { functions: Functions { rendering: &mut self.rendering, count: 0 }, flat: Function::default() };
+        let mut tool = Tool {
+            functions: Functions { rendering: &mut self.rendering, count: 0 },
+            flat: Function::default(),
+        };
         let there_is = element(list, &mut tool)?;
         let Tool { mut functions, flat } = tool;
         if there_is && functions.count == 0 && flat.parameters.is_some() {

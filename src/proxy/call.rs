@@ -2,9 +2,10 @@
 
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited};
-use crate::config::ModelRule;
+use crate::calibrations::{Calibrations, Lesson};
 use crate::error::ProxyError;
-use crate::estimate::{Model, Prompt, PromptEstimate, Tokenizer};
+use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Tokenizer};
+use crate::quota::MAX_AMOUNT;
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap};
 use http_body_util::BodyExt as _;
@@ -35,7 +36,10 @@ pub(super) struct Call {
     /// The caller's own bound on all its completions together.
     pub(super) completion_cap: Option<u64>,
     pub(super) completions: u64,
+    /// What was counted of the prompt.
     pub(super) estimate: PromptEstimate,
+    /// What is reserved for it: the estimate, corrected, and what it refers to but does not carry.
+    pub(super) prompt_tokens: u64,
     pub(super) tokenizer: Option<Tokenizer>,
 }
 
@@ -44,7 +48,7 @@ pub(super) struct Call {
 pub(super) struct Reading {
     pub(super) api: Api,
     pub(super) deployment: Option<String>,
-    pub(super) models: Arc<[ModelRule]>,
+    pub(super) models: Models,
     pub(super) ask_for_usage: bool,
 }
 
@@ -70,6 +74,30 @@ impl Call {
         self.asks_for_usage.is_some()
     }
 
+    /// Corrects the estimate by what was learned of the like.
+    pub(super) fn correct(&mut self, correction: Correction) {
+        self.prompt_tokens = correction.apply(self.estimate.tokens());
+    }
+
+    /// Adds so many tokens for each thing that the request refers to but does not carry.
+    pub(super) fn add_unseen(&mut self, each: u64) {
+        let unseen = each.saturating_mul(self.estimate.unseen);
+        self.prompt_tokens = self.prompt_tokens.saturating_add(unseen).min(MAX_AMOUNT);
+    }
+
+    /// What its answer will teach of estimates; of a prompt that was not seen whole, or not counted, nothing.
+    pub(super) fn lesson(self, upstream: usize, calibrations: &Arc<Calibrations>) -> Option<Lesson> {
+        let Self { estimate, model, .. } = self;
+        let is_clear = !estimate.is_partial && !estimate.is_rough && estimate.tokens() > 0;
+        is_clear.then(|| Lesson {
+            calibrations: calibrations.clone(),
+            upstream,
+            model,
+            kind: estimate.kind,
+            estimated: estimate.tokens(),
+        })
+    }
+
     /// What is forwarded: as it came, but for a stream's usage that is asked for, and each completion's
     /// bound if it is to be lowered.
     pub(super) fn forwarded(&self, bound: Option<u64>) -> Bytes {
@@ -87,7 +115,7 @@ impl Call {
         let body = Body::read(reading.api, bytes).map_err(ProxyError::Body)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = reading.deployment.as_deref().unwrap_or(named).to_owned();
-        let known = Model::named(&reading.models, &model);
+        let known = reading.models.named(&model);
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
         let asks = reading.ask_for_usage && body.streams && reading.api.generates() && !body.wants_usage();
         Ok(Some(Self {
@@ -97,6 +125,7 @@ impl Call {
             streams: body.streams,
             completion_cap: body.completion_cap(),
             completions: body.completions(),
+            prompt_tokens: estimate.tokens(),
             estimate,
             tokenizer: Some(known.tokenizer),
             model,

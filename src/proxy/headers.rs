@@ -13,6 +13,7 @@ const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog
 const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
 const CLAMPED: HeaderName = HeaderName::from_static("x-tollgate-clamped-max-tokens");
 const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
+const RAW_ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-raw-estimated-prompt-tokens");
 
 /// The key that a caller has sent, whichever header carries it.
 pub(super) fn callers_key(headers: &HeaderMap) -> Option<&[u8]> {
@@ -160,7 +161,8 @@ fn names(kind: Kind) -> [HeaderName; 3] {
 #[derive(Default)]
 pub(super) struct Told {
     pub(super) environment: Option<HeaderValue>,
-    pub(super) estimated_prompt: Option<u64>,
+    /// What is reserved for the prompt, and what was counted of it before that was corrected.
+    pub(super) estimated_prompt: Option<(u64, u64)>,
     pub(super) standing: [Option<Standing>; 4],
     /// To how many tokens each completion was bounded.
     pub(super) clamped_to: Option<u64>,
@@ -175,8 +177,11 @@ impl Told {
         if let Some(tokens) = self.clamped_to {
             headers.insert(CLAMPED, HeaderValue::from(tokens));
         }
-        if let Some(tokens) = self.estimated_prompt {
+        if let Some((tokens, raw)) = self.estimated_prompt {
             headers.insert(ESTIMATE, HeaderValue::from(tokens));
+            if raw != tokens {
+                headers.insert(RAW_ESTIMATE, HeaderValue::from(raw));
+            }
         }
         for (kind, standing) in Kind::ALL.into_iter().zip(self.standing) {
             let Some(Standing { limit, remaining, reset_ms }) = standing else { continue };

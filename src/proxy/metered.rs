@@ -3,6 +3,7 @@
 
 use super::Charge;
 use super::reader::Reader;
+use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
@@ -58,6 +59,7 @@ pub(super) struct Metered {
     /// What is left to pass on if the answer is of known length.
     length: Option<u64>,
     terms: Terms,
+    lesson: Option<Lesson>,
     state: State,
     started: Stopwatch,
     last_data: Stopwatch,
@@ -103,6 +105,7 @@ impl Metered {
         withholds: bool,
         charge: Charge,
         terms: Terms,
+        lesson: Option<Lesson>,
     ) -> Self {
         let reader = Reader::of(headers, withholds);
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
@@ -114,6 +117,7 @@ impl Metered {
             reader,
             ready: VecDeque::new(),
             terms,
+            lesson,
             state: State::Passing(charge),
             started: now,
             last_data: now,
@@ -245,10 +249,13 @@ impl Metered {
             return;
         };
         charge.record.outcome = if self.caller_is_gone { Outcome::CallerGone } else { outcome };
-        if outcome == Outcome::Answered
-            && let Some(reservation) = &mut charge.reservation
-        {
-            reservation.is_whole();
+        if outcome == Outcome::Answered {
+            if let Some(reservation) = &mut charge.reservation {
+                reservation.is_whole();
+            }
+            if let (Some(lesson), Some(prompt)) = (self.lesson.take(), self.reader.reported().prompt()) {
+                lesson.learn(prompt);
+            }
         }
         let texts = self.texts_to_count(&mut charge, was_cut);
         if texts.bytes() <= INLINE_TEXT || self.terms.tokenizer.is_none() {
@@ -293,7 +300,7 @@ impl Metered {
 }
 
 fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
-    let counted: u64 = tokenizer.map_or(0, |t| texts.texts.iter().map(|text| t.count(text)).sum());
+    let counted: u64 = tokenizer.map_or(0, |t| t.count_all(texts.texts.iter().map(String::as_str)));
     counted + texts.tokens
 }
 

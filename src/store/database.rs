@@ -1,7 +1,9 @@
 //! The SQLite file: its schema, and every statement.
 
 use super::window;
+use crate::calibrations::Kept;
 use crate::clock::Timestamp;
+use crate::estimate::{Kind, Pair};
 use crate::ledger::{AuditEntry, Row, Totals};
 use crate::quota::{Amounts, Quota, Saved};
 use anyhow::Context as _;
@@ -9,8 +11,8 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
 use std::path::Path;
 use std::time::Duration;
 
-/// The version of `schema.sql`.
-const VERSION: i64 = 1;
+/// What makes a file of each version from one of the version before; the first from nothing.
+const SCHEMA: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 /// "Tllg": marks the file as ours.
 const APPLICATION: i64 = 0x546c_6c67;
 /// Who else reads the file with a shell may hold a commit up so long.
@@ -53,9 +55,10 @@ impl Database {
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         let application: i64 = db.pragma_query_value(None, "application_id", |row| row.get(0))?;
         let tables: i64 = db.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
-        if version > VERSION && application == APPLICATION {
+        let known = SCHEMA.len();
+        if application == APPLICATION && usize::try_from(version).is_ok_and(|version| version > known) {
             anyhow::bail!(
-                "it is of version {version}, and this Tollgate knows up to {VERSION}: run the newer one, or set another path"
+                "it is of version {version}, and this Tollgate knows up to {known}: run the newer one, or set another path"
             );
         }
         if tables > 0 && application != APPLICATION {
@@ -65,16 +68,32 @@ impl Database {
         db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
         db.pragma_update(None, "synchronous", "normal")?;
         db.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
-        if tables == 0 {
-            let made = db.unchecked_transaction()?;
-            made.execute_batch(include_str!("schema.sql"))?;
-            made.pragma_update(None, "user_version", VERSION)?;
-            made.pragma_update(None, "application_id", APPLICATION)?;
-            made.commit()?;
-        } else {
+        if tables > 0 {
             Self::check(&db)?;
         }
+        Self::bring_up_to_date(&db, if tables > 0 { usize::try_from(version)? } else { 0 })?;
         Ok(db)
+    }
+
+    /// Makes a file of the version that this program knows, all or nothing.
+    fn bring_up_to_date(db: &Connection, version: usize) -> anyhow::Result<()> {
+        if version == SCHEMA.len() {
+            return Ok(());
+        }
+        let made = db.unchecked_transaction()?;
+        for step in &SCHEMA[version..] {
+            made.execute_batch(step)?;
+        }
+        made.pragma_update(None, "user_version", i64::try_from(SCHEMA.len())?)?;
+        made.pragma_update(None, "application_id", APPLICATION)?;
+        made.commit().context("it is of an older version and cannot be brought up to date")
+    }
+
+    /// For looking only, also while a gateway runs on it.
+    pub(super) fn open_to_read(path: &Path) -> rusqlite::Result<Self> {
+        let db = Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        db.busy_timeout(BUSY)?;
+        Ok(Self(db))
     }
 
     /// A damaged or read-only file is found now and not by the first request. The few small tables are
@@ -152,6 +171,22 @@ impl Database {
             Ok((totals, Amounts { requests: n(5)?, prompt: n(6)?, completion: n(7)?, total: n(8)? }))
         });
         Ok(found.optional()?.unwrap_or_default())
+    }
+
+    /// All that was learned of estimates.
+    pub(super) fn calibrations(&self) -> rusqlite::Result<Vec<Kept>> {
+        let mut read = self.0.prepare("SELECT upstream, model, kind, answers FROM calibration")?;
+        let rows = read.query_map([], |row| {
+            let (model, kind, answers): (String, String, String) = (row.get(1)?, row.get(2)?, row.get(3)?);
+            let known = Kind::ALL.into_iter().find(|known| known.as_str() == kind);
+            let pairs = answers.split(' ').filter_map(|pair| {
+                let (estimated, reported) = pair.split_once(':')?;
+                Some(Pair { estimated: estimated.parse().ok()?, reported: reported.parse().ok()? })
+            });
+            let upstream = row.get(0)?;
+            Ok(known.map(|kind| Kept { upstream, model: model.into(), kind, answers: pairs.collect() }))
+        })?;
+        rows.filter_map(Result::transpose).collect()
     }
 
     /// One transaction: all that `write` writes, or nothing.
@@ -264,6 +299,19 @@ impl Transaction<'_> {
         let values = params![entry.at.0, environment, entry.action];
         self.0.execute("INSERT INTO audit VALUES (?, ?, ?)", values)?;
         Ok(())
+    }
+
+    pub(super) fn calibration(&self, kept: &Kept) -> rusqlite::Result<()> {
+        let Kept { upstream, model, kind, answers } = kept;
+        if answers.is_empty() {
+            let mut delete = self
+                .0
+                .prepare_cached("DELETE FROM calibration WHERE upstream = ? AND model = ? AND kind = ?")?;
+            return delete.execute(params![upstream, model, kind.as_str()]).map(drop);
+        }
+        let pairs: Vec<String> = answers.iter().map(|p| format!("{}:{}", p.estimated, p.reported)).collect();
+        let mut write = self.0.prepare_cached("INSERT OR REPLACE INTO calibration VALUES (?, ?, ?, ?)")?;
+        write.execute(params![upstream, model, kind.as_str(), pairs.join(" ")]).map(drop)
     }
 
     pub(super) fn usage(

@@ -1,10 +1,11 @@
 //! The thread that writes.
 
 use super::database::Database;
-use super::{Signal, Sleep, State};
+use super::{Signal, Sleep, State, Watched};
+use crate::calibrations::Kept;
 use crate::clock::{self, Stopwatch};
-use crate::config::{self, Environment};
-use crate::ledger::{Account, AuditEntry, Changes, Row, Totals};
+use crate::config;
+use crate::ledger::{AuditEntry, Changes, Row, Totals};
 use crate::quota::{Amounts, Quota, Saved};
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -16,6 +17,8 @@ const LAZY: Duration = Duration::from_millis(10);
 const RETRY: Duration = Duration::from_millis(500);
 /// How often usage that has become old is looked for.
 const FOLDING: Duration = Duration::from_mins(10);
+/// How often what was learned of estimates is written: every answer changes it.
+const LEARNED: Duration = Duration::from_secs(1);
 const BETWEEN_FOLDS: Duration = Duration::from_millis(20);
 /// Usage that cannot be written is kept up to so many rows; what comes then is counted as one model's.
 const MOST_ROWS: usize = 100_000;
@@ -25,6 +28,7 @@ const MOST_ROWS: usize = 100_000;
 struct Unwritten {
     of: Vec<OfEnvironment>,
     usage: HashMap<Key, Row>,
+    calibrations: Vec<Kept>,
     has_any: bool,
 }
 
@@ -62,11 +66,8 @@ impl Unwritten {
         self.has_any = true;
     }
 
-    fn write(
-        &self,
-        database: &mut Database,
-        accounts: &[(Arc<Environment>, Arc<Account>)],
-    ) -> rusqlite::Result<()> {
+    fn write(&self, database: &mut Database, watched: &Watched<'_>) -> rusqlite::Result<()> {
+        let accounts = watched.accounts;
         database.commit(|transaction| {
             for ((environment, _), changes) in accounts.iter().zip(&self.of) {
                 for (quota, saved) in &changes.quotas {
@@ -87,6 +88,9 @@ impl Unwritten {
                 let caller = caller.and_then(|index| environment.callers.get(index));
                 transaction.usage(&environment.name, model, caller.map_or("", |c| &c.name), row)?;
             }
+            for kept in &self.calibrations {
+                transaction.calibration(kept)?;
+            }
             Ok(())
         })
     }
@@ -99,31 +103,34 @@ impl Unwritten {
             changes.audit.clear();
         }
         self.usage.clear();
+        self.calibrations.clear();
         self.has_any = false;
     }
 }
 
 /// Writes until it is told to stop, and once more then.
-pub(super) fn run(
-    mut database: Database,
-    signal: &Signal,
-    accounts: &[(Arc<Environment>, Arc<Account>)],
-    settings: &config::Store,
-) {
-    let mut unwritten =
-        Unwritten { of: accounts.iter().map(|_| OfEnvironment::default()).collect(), ..Unwritten::default() };
+pub(super) fn run(mut database: Database, signal: &Signal, watched: &Watched<'_>, settings: &config::Store) {
+    let of = watched.accounts.iter().map(|_| OfEnvironment::default()).collect();
+    let mut unwritten = Unwritten { of, ..Unwritten::default() };
+    let mut learned = Stopwatch::start();
     // Old usage is looked for at once, and then now and then.
     let mut folding = Folding { next: Duration::ZERO, since: Stopwatch::start() };
     loop {
         let stops = signal.wait(unwritten.has_any, folding.due_in());
         let commit = signal.commits.begin();
-        for (at, (_, account)) in accounts.iter().enumerate() {
+        for (at, (_, account)) in watched.accounts.iter().enumerate() {
             if let Some(changes) = account.take_changes() {
                 unwritten.add(at, changes);
             }
         }
+        // What could not be written yet is not added to: it is bounded, and the next answer tells it again.
+        if unwritten.calibrations.is_empty() && (stops || learned.elapsed() >= LEARNED) {
+            learned = Stopwatch::start();
+            unwritten.calibrations = watched.calibrations.take_changes();
+            unwritten.has_any |= !unwritten.calibrations.is_empty();
+        }
         if unwritten.has_any {
-            let written = unwritten.write(&mut database, accounts);
+            let written = unwritten.write(&mut database, watched);
             if written.is_ok() {
                 unwritten.clear();
             }

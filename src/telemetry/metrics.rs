@@ -2,6 +2,7 @@
 
 use super::{Outcome, Record};
 use crate::config::Environment;
+use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
 use crate::glob::Glob;
 use crate::ledger::Account;
 use crate::quota::{Scope, Shortfall};
@@ -24,6 +25,8 @@ pub struct Metrics {
     overhead: Histogram,
     first_byte: Histogram,
     estimate_ratio: Histogram,
+    raw_estimate_ratio: Histogram,
+    estimates: Box<[IntCounter]>,
     usage_missing: IntCounterVec,
     store_up: IntGauge,
 }
@@ -36,6 +39,13 @@ impl Metrics {
     pub fn new() -> prometheus::Result<Self> {
         let r = Registry::new();
         let quota = ["environment", "kind", "per"];
+        let ratios = [0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0];
+        let estimates = counters(
+            &r,
+            "tollgate_estimates_total",
+            "Prompt estimates by what counted them and by whether all of the prompt could be counted.",
+            &["tokenizer", "estimate"],
+        )?;
         let metrics = Self {
             requests: counters(
                 &r,
@@ -74,9 +84,21 @@ impl Metrics {
             estimate_ratio: histogram(
                 &r,
                 "tollgate_estimate_ratio",
-                "Prompt tokens estimated before the call, divided by those reported after it.",
-                &[0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0],
+                "Prompt tokens reserved before the call, divided by those reported after it.",
+                &ratios,
             )?,
+            raw_estimate_ratio: histogram(
+                &r,
+                "tollgate_raw_estimate_ratio",
+                "The same before estimates are corrected by what was learned.",
+                &ratios,
+            )?,
+            estimates: TOKENIZERS
+                .iter()
+                .flat_map(|tokenizer| {
+                    COVERAGE.map(|coverage| estimates.with_label_values(&[*tokenizer, coverage]))
+                })
+                .collect(),
             usage_missing: counters(
                 &r,
                 "tollgate_usage_missing_total",
@@ -107,9 +129,11 @@ impl Metrics {
             self.overhead.observe(overhead.as_secs_f64());
         }
         if record.reported && record.outcome == Outcome::Answered && record.charged.prompt > 0 {
-            #[allow(clippy::cast_precision_loss)] // a ratio for a histogram
-            let ratio = record.estimated_prompt as f64 / record.charged.prompt as f64;
-            self.estimate_ratio.observe(ratio);
+            #[allow(clippy::cast_precision_loss)] // ratios for a histogram
+            let [reserved, counted, reported] =
+                [record.estimated_prompt, record.raw_estimate, record.charged.prompt].map(|n| n as f64);
+            self.estimate_ratio.observe(reserved / reported);
+            self.raw_estimate_ratio.observe(counted / reported);
         }
     }
 
@@ -118,6 +142,21 @@ impl Metrics {
         let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.written.as_str()));
         let shadow = if shadow { "true" } else { "" };
         self.rejections.with_label_values(&[environment, code, kind, per, shadow]).inc();
+    }
+
+    /// A prompt was estimated.
+    pub fn estimated(&self, tokenizer: Tokenizer, estimate: &PromptEstimate) {
+        let by = match (tokenizer.encoding, estimate.knows_model) {
+            (Encoding::File(_), _) => 2,
+            (_, false) => 4,
+            _ if tokenizer.percent != 100 => 3,
+            (Encoding::O200k, _) => 0,
+            (Encoding::Cl100k, _) => 1,
+        };
+        let coverage = if estimate.is_rough { 2 } else { usize::from(estimate.is_partial) };
+        if let Some(counter) = self.estimates.get(by * COVERAGE.len() + coverage) {
+            counter.inc();
+        }
     }
 
     /// An answer did not say what it cost, or not credibly.
@@ -187,6 +226,12 @@ pub(crate) struct Series {
 /// What a model is called in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ModelLabel(usize);
+
+/// What counts: a vocabulary of the model's own; one in proportion to which its family counts; one in
+/// proportion to which models that nobody knows are taken to count.
+const TOKENIZERS: [&str; 5] = ["o200k_base", "cl100k_base", "file", "family", "fallback"];
+/// All of the prompt was counted; some of it is elsewhere; there was too much of it.
+const COVERAGE: [&str; 3] = ["whole", "partial", "rough"];
 
 /// Values of the `api` label.
 const APIS: &[&str] = &["none", "chat", "completions", "embeddings", "models", "root", "other"];

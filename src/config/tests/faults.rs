@@ -225,8 +225,19 @@ fn listeners_and_the_store_fit_together() {
         (top("store: { redis: { url: 'http://r' } }"), "redis://127.0.0.1:6379/0"),
         (top("store: { redis: { prefix: p } }"), "\"url\" is missing"),
         (top("store: { path: '' }"), "is not a path"),
-        (top("models: [{ match: a }]"), "models[0]: give either an encoding"),
-        (top("models: [{ match: a, encoding: o200k_base, tokenizer: t }]"), "give either an encoding"),
+        (top("models: [{ match: a }]"), "models[0]: give just one of these: an encoding"),
+        (
+            top("models: [{ match: a, encoding: o200k_base, model: m }]"),
+            "give just one of these: an encoding",
+        ),
+        (
+            top("models: [{ match: a, tokenizer: no/such.json }]"),
+            "models[0].tokenizer: this file cannot be read",
+        ),
+        (
+            top("models: [{ match: a, tokenizer: Cargo.toml }]"),
+            "models[0].tokenizer: this file is no tokenizer.json",
+        ),
         (
             top("models: [{ match: a, encoding: p50k_base }]"),
             "is not one of o200k_base, o200k_harmony, cl100k_base",

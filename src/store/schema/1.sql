@@ -1,4 +1,4 @@
--- The store of one node, version 1. All times are UTC; a minute is counted from the Unix epoch.
+-- The store of one node. All times are UTC; a minute is counted from the Unix epoch.
 
 -- The state of every quota, as of the last commit. What requests in flight held is spent, should the
 -- process die: `used + held` is what a restart finds used.

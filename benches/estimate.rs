@@ -1,0 +1,254 @@
+//! What the prompt estimate costs.
+//!
+//! `cargo bench --bench estimate -- [--quick]`
+//!
+//! 1. Chats of 2 KB and 32 KB in three kinds of text, parsing included: never seen before, seen before,
+//!    and with one new message behind a history that was seen.
+//! 2. A megabyte of each text that tokenizers are known to be slow at. Exits with 1 if one takes longer than
+//!    `--bound` milliseconds (default 150).
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // it prints figures
+
+use std::hint::black_box;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use tollgate::api::Api;
+use tollgate::body::Body;
+use tollgate::estimate::{Models, warm};
+
+const MODEL: &str = "gpt-4o";
+const MEGABYTE: usize = 1 << 20;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let quick = arguments.iter().any(|a| a == "--quick");
+    let bound = arguments.iter().skip_while(|a| *a != "--bound").nth(1).map_or(150, |ms| ms.parse().unwrap());
+    warm();
+    chats(if quick { 40 } else { 400 });
+    if slow_texts(if quick { 1 } else { 3 }, Duration::from_millis(bound)) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn chats(rounds: usize) {
+    println!("### a chat, parsed and counted: median us of CPU of one thread\n");
+    println!("| text | size | first seen | on a new thread | seen | seen but for its last message |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    let mut random = Random(7);
+    for kind in [Kind::English, Kind::Code, Kind::ChineseAndJapanese] {
+        for size in [2 * 1024, 32 * 1024] {
+            let [mut first, mut alone, mut again, mut next] = [const { Vec::new() }; 4];
+            for _ in 0..rounds {
+                let mut chat = Chat::of(kind, size, &mut random);
+                let body = chat.body();
+                first.push(time(&body));
+                again.push(time(&body));
+                chat.add(kind, &mut random);
+                next.push(time(&chat.body()));
+                let other = Chat::of(kind, size, &mut random).body();
+                alone.push(std::thread::spawn(move || time(&other)).join().unwrap());
+            }
+            println!(
+                "| {} | {} KB | {:.0} | {:.0} | {:.1} | {:.1} |",
+                kind.name(),
+                size / 1024,
+                median(first),
+                median(alone),
+                median(again),
+                median(next)
+            );
+        }
+    }
+}
+
+/// Microseconds that it takes to parse and count a body.
+fn time(body: &str) -> f64 {
+    let started = Instant::now();
+    let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
+    black_box(read.prompt.estimate(&Models::default().named(MODEL)));
+    started.elapsed().as_secs_f64() * 1e6
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    English,
+    Code,
+    ChineseAndJapanese,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::English => "English",
+            Self::Code => "code",
+            Self::ChineseAndJapanese => "Chinese and Japanese",
+        }
+    }
+
+    /// Some text that nobody has seen: pieces of real text in another order.
+    fn text(self, bytes: usize, random: &mut Random) -> String {
+        let (source, separator) = match self {
+            Self::English => (include_str!("../README.md"), ' '),
+            Self::Code => (include_str!("../src/proxy.rs"), '\n'),
+            Self::ChineseAndJapanese => (PHRASES, ' '),
+        };
+        let pieces: Vec<&str> = source.split(separator).filter(|piece| !piece.is_empty()).collect();
+        let mut text = String::new();
+        while text.len() < bytes {
+            text.push_str(pieces[random.below(pieces.len())]);
+            if !matches!(self, Self::ChineseAndJapanese) {
+                text.push(separator);
+            }
+        }
+        text
+    }
+}
+
+const PHRASES: &str = "今天天气很好， 我们去公园散步吧。 请用两句话解释 为什么天空是蓝色的？ 网关在转发请求之前 会计算提示词的数量， 然后预留配额。 \
+    この文章を要約してください。 応答が終わると、 実際に使われたトークン数で 精算されます。 明日の会議は 午後三時からです。 数据库 服务器 错误 日志 \
+    環境ごとに 上限を設定 できます。 谢谢你的帮助！ よろしくお願いします。 机器学习模型 的训练需要 大量的数据 和计算资源。";
+
+struct Chat(Vec<String>);
+
+impl Chat {
+    /// Six messages that come to about this size.
+    fn of(kind: Kind, bytes: usize, random: &mut Random) -> Self {
+        Self((0..6).map(|_| kind.text(bytes / 6, random)).collect())
+    }
+
+    fn add(&mut self, kind: Kind, random: &mut Random) {
+        self.0.push(kind.text(200, random));
+    }
+
+    fn body(&self) -> String {
+        let message = |(at, text): (usize, &String)| {
+            let role = ["system", "user", "assistant"][if at == 0 { 0 } else { 1 + (at + 1) % 2 }];
+            serde_json::json!({"role": role, "content": text})
+        };
+        let messages: Vec<_> = self.0.iter().enumerate().map(message).collect();
+        serde_json::json!({"model": MODEL, "messages": messages}).to_string()
+    }
+}
+
+/// Prints how long each text takes; `false` if one took longer than the bound.
+fn slow_texts(rounds: usize, bound: Duration) -> bool {
+    println!(
+        "\n### a megabyte of one text: ms, least of {rounds}\n\n| text | o200k | cl100k |\n| --- | --- | --- |"
+    );
+    let mut worst = Duration::ZERO;
+    for (name, text) in slow() {
+        let of = |model: &str| {
+            let took = (0..rounds).map(|round| {
+                // Another text each time, or it would be known.
+                let text = format!("{round} {text}");
+                let body =
+                    serde_json::json!({"model": model, "messages": [{"role": "user", "content": text}]})
+                        .to_string();
+                let started = Instant::now();
+                let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
+                black_box(read.prompt.estimate(&Models::default().named(model)));
+                started.elapsed()
+            });
+            took.min().unwrap()
+        };
+        let [o200k, cl100k] = ["gpt-4o", "gpt-4"].map(of);
+        worst = worst.max(o200k).max(cl100k);
+        println!("| {name} | {:.0} | {:.0} |", o200k.as_secs_f64() * 1e3, cl100k.as_secs_f64() * 1e3);
+    }
+    println!(
+        "\nThe slowest took {:.0} ms; at most {} ms are allowed.",
+        worst.as_secs_f64() * 1e3,
+        bound.as_millis()
+    );
+    worst <= bound
+}
+
+/// Texts of a megabyte that are hard on tokenizers.
+fn slow() -> Vec<(&'static str, String)> {
+    let mut random = Random(11);
+    let mut of = |letters: &str| {
+        let letters: Vec<char> = letters.chars().collect();
+        let mut text = String::new();
+        while text.len() < MEGABYTE {
+            text.push(letters[random.below(letters.len())]);
+        }
+        text
+    };
+    let lower = "abcdefghijklmnopqrstuvwxyz";
+    let mut all = vec![
+        ("random small letters", of(lower)),
+        ("random letters", of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")),
+        ("base64", of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")),
+        ("random digits", of("0123456789")),
+        ("hexadecimal", of("0123456789abcdef")),
+        ("random marks", of("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")),
+        ("dashes with some equals signs", of(&("-".repeat(500) + "="))),
+        ("dashes and equals signs", of("-=")),
+        ("dashes, stars and rules", of("-*_=#~")),
+        ("a and b", of("ab")),
+        ("vowels", of("aeiou")),
+        ("random white space", of(" \t\n\r")),
+        ("spaces with some tabs", of(&(" ".repeat(300) + "\t"))),
+        ("spaces with some letters", of(&(" ".repeat(3_000) + "x"))),
+        (
+            "Chinese",
+            of(
+                "的一是不了在人有我他这中大来上国个到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可",
+            ),
+        ),
+        (
+            "Korean",
+            of("가나다라마바사아자차카타파하거너더러머버서어저처커터퍼허고노도로모보소오조초코토포호"),
+        ),
+        ("Thai", of("กขคงจฉชซญฐณดตถทธนบปผพฟภมยรลวศษสหอฮะาิีึืุูเแโใไ")),
+        ("Georgian", of("აბგდევზთიკლმნოპჟრსტუფქღყშჩცძწჭხჯჰ")),
+        ("emoji", of("😀😁😂🤣😃😄😅😆😉😊😋😎😍😘🥰😗😙😚🙂🤗🤩🤔🤨😐😑😶🙄😏😣😥😮🤐😯")),
+        ("combining marks", of("a\u{300}\u{301}\u{302}\u{303}\u{308}")),
+        ("private use", of("\u{e000}\u{e001}\u{f8ff}\u{10ffff}")),
+    ];
+    for (name, unit) in [
+        ("a", "a"),
+        ("A", "A"),
+        ("spaces", " "),
+        ("tabs", "\t"),
+        ("line feeds", "\n"),
+        ("CR LF", "\r\n"),
+        ("no-break spaces", "\u{a0}"),
+        ("zero width joiners", "\u{200d}"),
+        ("dashes", "-"),
+        ("equals signs", "="),
+        ("stars", "*"),
+        ("slashes", "/"),
+        ("underscores", "_"),
+        ("carets", "^"),
+        ("quotation marks", "\""),
+        ("NUL", "\0"),
+        ("zeros", "0"),
+        ("apostrophes and s", "'s"),
+        ("<|endoftext|>", "<|endoftext|>"),
+        ("the same Chinese character", "中"),
+        ("families", "👨‍👩‍👧‍👦"),
+        ("a long word", "pneumonoultramicroscopicsilicovolcanoconiosis"),
+    ] {
+        all.push((name, unit.repeat(MEGABYTE / unit.len())));
+    }
+    all
+}
+
+/// Always the same numbers.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+}
