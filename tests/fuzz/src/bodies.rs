@@ -1,0 +1,162 @@
+//! Bodies: what is accepted is counted within bounds and in time, and stays accepted when it is edited.
+
+use serde_json::{Map, Value};
+use tollgate::api::Api;
+use tollgate::body::{Body, edited};
+use tollgate::estimate::{Model, Part, PromptEstimate};
+
+pub const APIS: [Api; 6] =
+    [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini];
+
+/// One of each format of prompts and each rule for images; the empty one: what the body says itself.
+const MODELS: [&str; 16] = [
+    "gpt-4o",
+    "gpt-4",
+    "gpt-5",
+    "o3",
+    "claude-sonnet-4-5",
+    "gemini-2.5-pro",
+    "gpt-4o-mini",
+    "gpt-5.6",
+    "claude-opus-4-7",
+    "gemini-3-pro",
+    "deepseek-v4",
+    "llama-3.3-70b",
+    "qwen3.5-vl",
+    "pixtral-12b",
+    "gpt-oss-120b",
+    "",
+];
+
+/// More than an input may take of a processor: some 20 times what the slowest 64 KiB do.
+const MOST_NANOSECONDS: u64 = 1_000_000_000;
+
+pub fn check(api: Api, how: u8, json: &[u8]) {
+    let began = processor_time();
+    let Ok(body) = Body::read(api, json) else { return };
+    let model = match MODELS[usize::from(how) % MODELS.len()] {
+        "" => body.model.as_deref().unwrap_or_default(),
+        name => name,
+    };
+    let known = Model::named(&[], model);
+    let quick = body.prompt.estimate_if_quick(&known);
+    let estimate = body.prompt.estimate(&known);
+    let took = processor_time() - began;
+    assert!(took < MOST_NANOSECONDS, "{took} ns for {} bytes", json.len());
+    assert!(quick.is_none_or(|quick| quick == estimate), "quick: {quick:?}, else {estimate:?}");
+    let again = body.prompt.estimate_if_quick(&known);
+    assert!(again.is_none_or(|again| again == estimate), "known: {again:?}, else {estimate:?}");
+    is_bounded(&estimate, json.len());
+    assert!(body.completion_cap() >= body.max_tokens && body.completions() >= 1);
+    if has_a_field(json) && api.generates() {
+        edits(api, how, json, &body, model);
+    }
+}
+
+/// No byte of a body costs more than this, in the worst models and written as short as can be:
+///
+/// - Text: at most a token a byte, of which the dearest tokenizer makes 1.4; names count twice. An invalid byte of a
+///   text in base64 becomes three bytes. Sound of unknown length is 1,920 tokens by 36 bytes.
+/// - Tools: 300 tokens, times 1.6 with JSON, for one of the provider's own, which may be as short as `1,`; of
+///   functions a rendering, at most 5 bytes for one.
+/// - A schema for the answer: itself, at 1.4 tokens a byte.
+/// - Overhead: 50 tokens and what a message costs for a call as short as `1,`.
+/// - Images: at most 6,000,000 tokens (the tests in `src/estimate/images.rs`) by 13 bytes, `{"detail":1},`. A byte of
+///   a document inflates to at most 1,032, of which four are a token.
+fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
+    /// What a request costs whatever is in it: its template, an introduction to tools.
+    const FIXED: u64 = 2_000;
+    for part in Part::ALL {
+        let a_byte = match part {
+            Part::Messages => 64,
+            Part::Tools => 256,
+            Part::Schema => 8,
+            Part::Overhead => 64,
+            Part::Images => 500_000,
+        };
+        let most = FIXED + a_byte * bytes as u64;
+        let tokens = estimate.of(part);
+        assert!(tokens <= most, "{tokens} tokens of {part:?} from {bytes} bytes, {most} at most");
+    }
+}
+
+/// Edits are made where a request has a model, or messages.
+fn has_a_field(json: &[u8]) -> bool {
+    json.trim_ascii().strip_prefix(b"{").is_some_and(|rest| rest.trim_ascii_start().first() != Some(&b'}'))
+}
+
+fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
+    let bound = 1 + u64::from(how);
+    // As the proxy does; the other APIs report usage unasked.
+    let asks = matches!(api, Api::Chat | Api::Completions) && body.streams && !body.wants_usage();
+    let mut edits = body.bounds().lower_to(bound, model);
+    edits.extend(asks.then(|| body.ask_for_usage()));
+    let after = edited(json, edits);
+    let text = String::from_utf8_lossy(&after);
+    let again = Body::read(api, &after).unwrap_or_else(|fault| panic!("after edits: {fault} {text}"));
+    assert_eq!(again.wants_usage(), body.wants_usage() || asks, "{text}");
+    assert_eq!(
+        again.bounds().lower_to(bound, model).len(),
+        body.bounds().lower_to(bound, model).len(),
+        "{text}"
+    );
+    assert_eq!(edited(&after, again.bounds().lower_to(bound, model)), after, "lowered twice");
+    // Everything else is as it was.
+    assert_eq!(
+        (&again.model, again.streams, again.choices, again.completions()),
+        (&body.model, body.streams, body.choices, body.completions()),
+        "{text}"
+    );
+    let known = Model::named(&[], model);
+    assert_eq!(again.prompt.estimate(&known), body.prompt.estimate(&known), "{text}");
+    // Numbers that are too large for a tree are not for the gateway to refuse.
+    let (Some(tree), Some(tree_after)) = (tree(json), tree(&after)) else { return };
+    // Chats do not have this bound, but some upstreams read it.
+    let keeps_another =
+        api != Api::Responses && body.max_tokens > Some(bound) && tree.contains_key("max_output_tokens");
+    if !keeps_another {
+        assert_eq!(again.max_tokens, Some(bound), "{text}");
+    }
+    assert_eq!(without_edits(api, tree), without_edits(api, tree_after), "{text}");
+}
+
+fn tree(json: &[u8]) -> Option<Map<String, Value>> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    deserializer.disable_recursion_limit();
+    serde::Deserialize::deserialize(&mut deserializer).ok()
+}
+
+/// A body less what edits set.
+fn without_edits(api: Api, mut body: Map<String, Value>) -> Map<String, Value> {
+    let mut cut = |object: &str, members: &[&str]| {
+        let Some(inner) = body.get_mut(object) else { return };
+        if let Value::Object(inner) = inner {
+            inner.retain(|name, _| !members.contains(&name.as_str()));
+        }
+        let is_empty = inner.is_null() || inner.as_object().is_some_and(Map::is_empty);
+        if is_empty {
+            body.remove(object);
+        }
+    };
+    match api {
+        Api::Gemini => {
+            cut("generationConfig", &["maxOutputTokens", "max_output_tokens"]);
+            cut("generation_config", &["maxOutputTokens", "max_output_tokens"]);
+        }
+        Api::Responses => drop(body.remove("max_output_tokens")),
+        _ => {
+            cut("stream_options", &["include_usage"]);
+            body.retain(|name, _| name != "max_tokens" && name != "max_completion_tokens");
+        }
+    }
+    body
+}
+
+/// What this thread has had of a processor, in nanoseconds: unlike the clock's it does not grow while others run.
+fn processor_time() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a `timespec` of our own.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    assert_eq!(failed, 0);
+    u64::try_from(time.tv_sec * 1_000_000_000 + time.tv_nsec).unwrap()
+}

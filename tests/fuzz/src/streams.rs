@@ -1,0 +1,48 @@
+//! Streams of events: what the caller gets and what is read of it does not depend on how the network cut them.
+
+use bytes::Bytes;
+use tollgate::usage::{SseReader, Texts};
+
+pub fn check(how: u8, stream: &[u8]) {
+    let stream = Bytes::copy_from_slice(stream);
+    let withholds = how & 1 == 1;
+    let whole = follow(&stream, withholds, usize::MAX);
+    // Pieces of 1 to 128 bytes.
+    let cut = follow(&stream, withholds, 1 + usize::from(how / 2));
+    assert_eq!(whole.given, cut.given);
+    assert_eq!(whole.read, cut.read);
+    if withholds {
+        assert!(whole.given.len() <= stream.len());
+    } else {
+        assert_eq!(whole.given, stream);
+    }
+    let text = String::from_utf8(whole.ending.into()).unwrap();
+    for event in text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")) {
+        let is_json = event == "[DONE]" || serde_json::from_str::<serde_json::Value>(event).is_ok();
+        assert!(is_json, "{event}");
+    }
+}
+
+struct Followed {
+    /// What the caller gets.
+    given: Vec<u8>,
+    /// Usage, withheld events, tokens so far, texts.
+    read: (tollgate::usage::Reported, u32, u64, Texts),
+    /// What would end the stream at a bound.
+    ending: String,
+}
+
+fn follow(stream: &Bytes, withholds: bool, piece: usize) -> Followed {
+    let mut reader = SseReader::new(withholds);
+    let mut out: Vec<Bytes> = Vec::new();
+    let mut from = 0;
+    while from < stream.len() {
+        let to = from.saturating_add(piece).min(stream.len());
+        reader.feed(&stream.slice(from..to), &mut out);
+        from = to;
+    }
+    let ending = reader.length_ending(2);
+    reader.finish(&mut out);
+    let read = (reader.reported(), reader.withheld(), reader.tokens_so_far(), reader.take_texts());
+    Followed { given: out.concat(), read, ending }
+}
