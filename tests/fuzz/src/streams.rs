@@ -9,12 +9,13 @@ pub fn check(how: u8, stream: &[u8]) {
     let whole = follow(&stream, withholds, usize::MAX);
     // Pieces of 1 to 128 bytes.
     let cut = follow(&stream, withholds, 1 + usize::from(how / 2));
-    assert_eq!(whole.given, cut.given);
+    let shown = |given: &[u8]| given.escape_ascii().to_string();
+    assert!(whole.given == cut.given, "whole: {}\ncut: {}", shown(&whole.given), shown(&cut.given));
     assert_eq!(whole.read, cut.read);
     if withholds {
         assert!(whole.given.len() <= stream.len());
     } else {
-        assert_eq!(whole.given, stream);
+        assert!(whole.given == stream, "{}", shown(&whole.given));
     }
     let text = String::from_utf8(whole.ending.into()).unwrap();
     for event in text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")) {
