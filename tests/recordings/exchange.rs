@@ -11,36 +11,35 @@ use tollgate::api::Api;
 
 /// One exchange, as its file has it.
 #[derive(Deserialize)]
-pub struct Exchange {
-    pub id: String,
-    pub provider: String,
-    pub api: String,
+pub(crate) struct Exchange {
+    pub(crate) id: String,
+    pub(crate) provider: String,
+    pub(crate) api: String,
     #[serde(default)]
-    pub model: Option<String>,
-    pub request_body: Option<String>,
+    pub(crate) model: Option<String>,
+    pub(crate) request_body: Option<String>,
     #[serde(default)]
     request_body_encoding: Option<String>,
     request_recorded: bool,
     #[serde(default)]
     request_masked: bool,
-    pub status: Option<u16>,
+    pub(crate) status: Option<u16>,
     #[serde(default)]
-    pub prompt_tokens: Option<u64>,
+    pub(crate) prompt_tokens: Option<u64>,
     #[serde(default)]
     usage: Value,
     #[serde(default)]
-    pub features: Vec<String>,
+    pub(crate) features: Vec<String>,
 }
 
 /// Where the data are: `$TOLLGATE_DATA`, else beside the project.
-pub fn folder() -> PathBuf {
+pub(crate) fn data() -> PathBuf {
     std::env::var_os("TOLLGATE_DATA")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from)
-        .join("recordings")
 }
 
 /// Every file of recordings, by name.
-pub fn files(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
     let mut files: Vec<_> = entries.filter(|p| p.extension().is_some_and(|e| e == "gz")).collect();
     files.sort();
@@ -48,14 +47,14 @@ pub fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// The exchanges of one file.
-pub fn read(file: &Path) -> impl Iterator<Item = Exchange> + use<> {
+pub(crate) fn read(file: &Path) -> impl Iterator<Item = Exchange> + use<> {
     let lines = BufReader::new(GzDecoder::new(File::open(file).expect("the file was just found"))).lines();
     lines.map(|line| serde_json::from_str(&line.expect("gzip and UTF-8")).expect("an exchange a line"))
 }
 
 impl Exchange {
     /// The API, if its prompts are estimated.
-    pub fn api(&self) -> Option<Api> {
+    pub(crate) fn api(&self) -> Option<Api> {
         Some(match self.api.as_str() {
             "chat" => Api::Chat,
             "completions" => Api::Completions,
@@ -68,7 +67,7 @@ impl Exchange {
     }
 
     /// The request as it was sent, if it is known to the letter and was answered.
-    pub fn exact_request(&self) -> Option<&str> {
+    pub(crate) fn exact_request(&self) -> Option<&str> {
         let is_text = self.request_body_encoding.as_deref().is_none_or(|e| e == "text");
         let is_exact = self.request_recorded && !self.request_masked && is_text;
         let is_answered = self.status.is_none_or(|status| status < 400);
@@ -79,7 +78,7 @@ impl Exchange {
     }
 
     /// Prompt tokens in all, as this product charges them.
-    pub fn reported(&self) -> Option<u64> {
+    pub(crate) fn reported(&self) -> Option<u64> {
         let of = |name: &str| self.usage[name].as_u64().unwrap_or(0);
         let apart = match self.api()? {
             Api::Messages => of("cache_creation_input_tokens") + of("cache_read_input_tokens"),
@@ -87,9 +86,5 @@ impl Exchange {
             _ => 0,
         };
         self.prompt_tokens.map(|tokens| tokens + apart)
-    }
-
-    pub fn has(&self, feature: &str) -> bool {
-        self.features.iter().any(|f| f == feature)
     }
 }

@@ -1,39 +1,49 @@
-//! The prompt estimate against what providers reported.
+//! Prompt estimates against what providers have reported: counts measured at the API, and recorded exchanges.
+//!
+//! `cargo test --release --test recordings -- --table` prints how far off they are by API, provider and kind of
+//! request. The data stay outside the project, where `$TOLLGATE_DATA` says (default `../shared`).
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test; it prints shares
+
 mod exchange;
+mod figures;
+mod golden;
+mod measured;
+mod table;
 
-use std::collections::HashMap;
-use tollgate::body::Body;
-use tollgate::estimate::{Calibration, Models, Part};
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
 
-fn main() {
-    let mut learned: HashMap<String, (Calibration, u32)> = HashMap::new();
-    for file in exchange::files(&exchange::folder()) {
-        for e in exchange::read(&file) {
-            let (Some(api), Some(text), Some(reported)) = (e.api(), e.exact_request(), e.reported()) else {
-                continue;
-            };
-            let body = match Body::read(api, text.as_bytes()) {
-                Ok(b) => b,
-                Err(x) => {
-                    eprintln!("{} {} {x}", e.id, e.api);
-                    continue;
-                }
-            };
-            let name = body.model.clone().map(|m| m.into_owned()).or(e.model.clone()).unwrap_or_default();
-            let model = Models::default().named(&name);
-            let est = body.prompt.estimate(&model);
-            let key = format!("{}|{}|{:?}", e.provider, name, est.kind);
-            let (cal, n) = learned.entry(key).or_default();
-            let corrected = cal.correction().apply(est.tokens());
-            if !est.is_partial {
-                cal.learn(est.tokens(), reported);
-                *n += 1;
-            }
-            println!(
-                "{}",
-                serde_json::json!({"id": e.id, "api": e.api, "provider": e.provider, "model": name, "est": est.tokens(), "n": n, "cor": corrected,
-               "rep": reported, "f": e.features, "parts": Part::ALL.map(|p| est.of(p)), "unseen": u64::from(est.is_partial), "kind": format!("{:?}", est.kind)})
-            );
-        }
+fn main() -> ExitCode {
+    let data = exchange::data();
+    let shows_table = std::env::args().any(|argument| argument == "--table");
+    let mut is_fine = true;
+    if let Some(vectors) = golden::vectors(&data) {
+        is_fine &= golden::are_met(&vectors);
+    } else {
+        not_tested(&format!("there is no golden-vectors.jsonl in {}", data.display()));
     }
+    let files = exchange::files(&data.join("recordings"));
+    if files.is_empty() {
+        not_tested(&format!("there are no recordings in {}", data.display()));
+    } else {
+        let tells = shows_table || std::io::stderr().is_terminal();
+        let mut exchanges = Vec::new();
+        for (at, file) in files.iter().enumerate() {
+            exchanges.extend(exchange::read(file).filter_map(|e| measured::estimate(&e)));
+            if tells {
+                eprintln!("{} of {} files, {} requests counted", at + 1, files.len(), exchanges.len());
+            }
+        }
+        let orders = measured::orders(&exchanges);
+        if shows_table {
+            table::print(&exchanges, &orders);
+        }
+        is_fine &= figures::are_reached(&exchanges, &orders);
+    }
+    if is_fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn not_tested(why: &str) {
+    eprintln!("\n*** NOT TESTED: {why} (set TOLLGATE_DATA) ***\n");
 }

@@ -1,0 +1,102 @@
+//! Each recorded request with its estimate, and what calibration makes of it in several orders.
+
+use crate::exchange::Exchange;
+use std::collections::HashMap;
+use tollgate::api::Api;
+use tollgate::body::Body;
+use tollgate::estimate::{Calibration, Kind, Models};
+
+/// A request and what became of its estimate.
+pub(crate) struct Measured {
+    pub(crate) id: String,
+    pub(crate) api: Api,
+    pub(crate) provider: String,
+    pub(crate) model: String,
+    pub(crate) kind: Kind,
+    pub(crate) features: Vec<String>,
+    /// Uncorrected.
+    pub(crate) estimated: u64,
+    pub(crate) reported: u64,
+    /// The provider adds what nobody else can count, or it refers to something elsewhere.
+    pub(crate) is_partial: bool,
+}
+
+impl Measured {
+    pub(crate) fn has(&self, features: &[&str]) -> bool {
+        self.features.iter().any(|f| features.contains(&f.as_str()))
+    }
+
+    /// The relative error of an estimate.
+    pub(crate) fn error(&self, estimate: u64) -> f64 {
+        estimate.abs_diff(self.reported) as f64 / self.reported as f64
+    }
+}
+
+/// The estimate of a request that is known to the letter and whose prompt tokens were reported.
+pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
+    let (api, text) = (exchange.api()?, exchange.exact_request()?);
+    let reported = exchange.reported().filter(|&tokens| tokens > 0)?;
+    let body =
+        Body::read(api, text.as_bytes()).map_err(|fault| eprintln!("{}: {fault}", exchange.id)).ok()?;
+    let named = body.model.as_deref().or(exchange.model.as_deref()).unwrap_or_default().to_owned();
+    let estimate = body.prompt.estimate(&Models::default().named(&named));
+    Some(Measured {
+        id: exchange.id.clone(),
+        api,
+        provider: exchange.provider.clone(),
+        model: named,
+        kind: estimate.kind,
+        features: exchange.features.clone(),
+        estimated: estimate.tokens(),
+        reported,
+        is_partial: estimate.is_partial,
+    })
+}
+
+/// What one order of answers makes of each request.
+#[derive(Clone, Copy)]
+pub(crate) struct Corrected {
+    /// So many answers of the same kind had come before.
+    pub(crate) answers: u32,
+    pub(crate) tokens: u64,
+}
+
+/// As they were recorded, and in four other orders, which are always the same.
+pub(crate) fn orders(exchanges: &[Measured]) -> Vec<Vec<Corrected>> {
+    (0..5).map(|seed| corrected(exchanges, &order(exchanges.len(), seed))).collect()
+}
+
+fn order(length: usize, seed: u64) -> Vec<usize> {
+    let mut all: Vec<usize> = (0..length).collect();
+    if seed > 0 {
+        let mut state = seed;
+        for at in (1..length).rev() {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            all.swap(at, usize::try_from(state >> 33).unwrap() % (at + 1));
+        }
+    }
+    all
+}
+
+fn corrected(exchanges: &[Measured], order: &[usize]) -> Vec<Corrected> {
+    let mut learned: HashMap<(&str, &str, Kind), (Calibration, u32)> = HashMap::new();
+    let mut all = vec![Corrected { answers: 0, tokens: 0 }; exchanges.len()];
+    for &at in order {
+        let e = &exchanges[at];
+        let (calibration, answers) = learned.entry((&e.provider, &e.model, e.kind)).or_default();
+        all[at] = Corrected { answers: *answers, tokens: calibration.correction().apply(e.estimated) };
+        if !e.is_partial {
+            calibration.learn(e.estimated, e.reported);
+            *answers += 1;
+        }
+    }
+    all
+}
+
+/// The value that this share of all stays within.
+pub(crate) fn quantile(values: &mut [f64], share: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let at = (values.len() as f64 * share) as usize;
+    values.get(at.min(values.len().saturating_sub(1))).copied().unwrap_or(0.0)
+}
