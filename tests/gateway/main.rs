@@ -6,6 +6,7 @@
 
 mod admission;
 mod bad_input;
+mod count;
 mod estimate;
 mod fixtures;
 mod limits;

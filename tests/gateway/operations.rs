@@ -1,8 +1,8 @@
 //! Running it: health, metrics, the state of the quotas, logs, shutdown, the command line.
 
 use crate::support::*;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command};
 
 const ROOM: &str =
     "{ total_tokens: { limit: 1000, per: minute, burst: 1500 }, requests: { limit: 60, per: day } }";
@@ -165,21 +165,6 @@ async fn two_gateways_at_one_address_do_not_go_unnoticed() {
     assert!(error.to_string().contains("server.listen"), "{error}");
 }
 
-fn tollgate(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
-
-fn run(arguments: &[&str], input: &str) -> (i32, String, String) {
-    let mut child = tollgate(arguments).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
-}
-
 struct Running(Child);
 
 impl Drop for Running {
@@ -261,29 +246,6 @@ fn check_lists_all_faults_at_once_with_their_places() {
     assert_eq!(run(&["check", "--config", "/no/such/file"], "").0, 2);
     assert_eq!(run(&["check", "--config", "config/tollgate.yaml"], "").0, 0);
     assert_eq!(run(&["chekc"], "").0, 2);
-}
-
-#[test]
-fn count_prints_the_estimate_and_its_parts() {
-    let (code, words, _) = run(&["count", "--explain"], HELLO);
-    assert_eq!(code, 0);
-    assert!(words.contains("prompt tokens  8") && words.contains("o200k_base"), "{words}");
-    let (code, lines, _) = run(
-        &["count", "--jsonl"],
-        &format!("{HELLO}\nnot json\n{{\"model\":\"text-embedding-3-small\",\"input\":\"hello\"}}\n"),
-    );
-    let lines: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    assert_eq!((code, lines.len()), (0, 3));
-    assert_eq!(
-        (lines[0]["prompt_tokens"].as_u64(), lines[0]["parts"]["messages"].as_u64()),
-        (Some(8), Some(2))
-    );
-    assert!(lines[1]["error"].is_string());
-    assert_eq!(
-        (lines[2]["prompt_tokens"].as_u64(), lines[2]["encoding"].as_str()),
-        (Some(1), Some("cl100k_base"))
-    );
-    assert_eq!(run(&["count"], "[]").0, 1);
 }
 
 #[test]

@@ -4,10 +4,12 @@
 
 pub mod caller;
 pub mod gateway;
+pub mod program;
 pub mod upstream;
 
 pub use caller::{Caller, Reply};
 pub use gateway::Gateway;
+pub use program::{run, tollgate};
 pub use upstream::{Answer, Step, Upstream};
 
 use std::time::Duration;

@@ -1,0 +1,228 @@
+//! `tollgate count`, and prompts that are hard on whoever counts them.
+
+use crate::support::*;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+use tollgate::api::Api;
+use tollgate::body::{Body, BodyFault};
+use tollgate::estimate::{Models, Part, PromptEstimate};
+
+#[test]
+fn count_prints_the_estimate_and_its_parts() {
+    let (code, words, _) = run(&["count", "--explain"], HELLO);
+    assert_eq!(code, 0);
+    assert!(words.contains("prompt tokens  8") && words.contains("o200k_base"), "{words}");
+    let (code, lines, _) = run(
+        &["count", "--jsonl"],
+        &format!("{HELLO}\nnot json\n{{\"model\":\"text-embedding-3-small\",\"input\":\"hello\"}}\n"),
+    );
+    let lines: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!((code, lines.len()), (0, 3));
+    assert_eq!(
+        (lines[0]["prompt_tokens"].as_u64(), lines[0]["parts"]["messages"].as_u64()),
+        (Some(8), Some(2))
+    );
+    assert!(lines[1]["error"].is_string());
+    assert_eq!(
+        (lines[2]["prompt_tokens"].as_u64(), lines[2]["encoding"].as_str()),
+        (Some(1), Some("cl100k_base"))
+    );
+    assert_eq!(run(&["count"], "[]").0, 1);
+}
+
+#[test]
+fn count_tells_the_api_by_a_bodys_shape() {
+    for (body, api) in [
+        (HELLO, "chat"),
+        (r#"{"model":"gpt-4o","prompt":"a"}"#, "completions"),
+        (r#"{"model":"gpt-4o","input":"a"}"#, "responses"),
+        (r#"{"model":"gpt-5","instructions":"b"}"#, "responses"),
+        (r#"{"model":"text-embedding-3-small","input":"a"}"#, "embeddings"),
+        (
+            r#"{"model":"claude-haiku-4-5","max_tokens":9,"messages":[{"role":"user","content":"a"}]}"#,
+            "messages",
+        ),
+        (r#"{"contents":[{"parts":[{"text":"a"}]}]}"#, "gemini"),
+    ] {
+        let (code, words, errors) = run(&["count", "--explain"], body);
+        assert_eq!(code, 0, "{errors}");
+        assert!(words.contains(&format!("api            {api}\n")), "{body}: {words}");
+    }
+}
+
+/// What the gateway has learned is in its store; `count` may look while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn count_shows_what_the_gateway_has_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = Upstream::always(Answer::chat(HELLO_TOKENS + 40, 2)).await;
+    let file = folder.path().join("t.yaml");
+    let text = format!(
+        "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\n\
+         environments: {{ e: {{ upstream: backend, quotas: {{ requests: {{ limit: 99, per: minute }} }} }} }}\ndefault_environment: e\n\
+         models: [{{ match: mine, encoding: cl100k_base }}]\nstore: {{ path: '{}' }}\n",
+        upstream.address,
+        folder.path().join("tollgate.db").display()
+    );
+    std::fs::write(&file, &text).unwrap();
+    let explain = || run(&["count", "--explain", "--config", file.to_str().unwrap()], HELLO).1;
+    assert!(explain().contains("nothing was learned of the like yet"), "{}", explain());
+    let gateway = Gateway::from_config(&text).await;
+    for _ in 0..5 {
+        assert_eq!(gateway.chat(HELLO).await.status, 200);
+    }
+    soon("what was learned to be kept", async {
+        while !explain().contains("corrected      48 at backend, by its last") {
+            gateway.chat(HELLO).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    gateway.shutdown().await;
+    assert!(explain().contains("prompt tokens  8\n"), "{}", explain());
+    let mine = HELLO.replace("gpt-4o", "mine");
+    let (_, words, _) = run(&["count", "--config", file.to_str().unwrap()], &mine);
+    assert!(words.contains("cl100k_base"), "{words}");
+    assert_eq!(run(&["count", "--config", "no/such.yaml"], HELLO).0, 2);
+    assert!(run(&["count", "--explain"], HELLO).1.contains("with --config FILE"));
+}
+
+fn read(api: Api, json: &str) -> Result<PromptEstimate, BodyFault> {
+    let started = Instant::now();
+    let estimate = Body::read(api, json.as_bytes()).map(|body| {
+        let model = Models::default().named(body.model.as_deref().unwrap_or("gpt-4o"));
+        body.prompt.estimate(&model)
+    });
+    // Without optimisation, on a machine that does other things too.
+    assert!(started.elapsed() < Duration::from_secs(20), "{api:?}: {:.80}", json);
+    estimate
+}
+
+fn user(content: &Value) -> String {
+    json!({"model": "gpt-4o", "messages": [{"role": "user", "content": content}]}).to_string()
+}
+
+#[test]
+fn broken_images_and_files_are_counted_by_default_sizes() {
+    let image = |url: &str| user(&json!([{"type": "image_url", "image_url": {"url": url}}]));
+    let of_unknown = read(Api::Chat, &image("https://example.com/a.png")).unwrap().of(Part::Images);
+    assert_eq!(of_unknown, 765, "1,024 by 1,024 pixels");
+    for url in [
+        "data:image/png;base64,!!!!",
+        "data:image/png;base64,",
+        "data:,",
+        "data:image/png",
+        "",
+        "data:image/png;base64,iVBORw0KGgo",
+    ] {
+        assert_eq!(read(Api::Chat, &image(url)).unwrap().of(Part::Images), of_unknown, "{url}");
+    }
+    // A header that lies about its size costs what such an image would, and no more than any can.
+    let huge = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUv////////8IAgAAAA==";
+    assert!((85..=10_000).contains(&read(Api::Chat, &image(huge)).unwrap().of(Part::Images)));
+    for data in ["data:application/pdf;base64,JVBERi0=", "data:application/pdf;base64,%%%", "JVBERi0xLjQK"] {
+        let file = user(&json!([{"type": "file", "file": {"filename": "a.pdf", "file_data": data}}]));
+        assert!(read(Api::Chat, &file).unwrap().tokens() > 100, "{data}");
+    }
+    let sound =
+        user(&json!([{"type": "input_audio", "input_audio": {"data": "UklGRgAAAAA=", "format": "wav"}}]));
+    assert!((8..5_000).contains(&read(Api::Chat, &sound).unwrap().tokens()));
+}
+
+#[test]
+fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
+    let with = |schema: &Value| {
+        json!({"model": "gpt-4o", "messages": [{"role": "user", "content": "a"}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}})
+        .to_string()
+    };
+    let cyclic = json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/t"}},
+        "$defs": {"t": {"type": "object", "properties": {"b": {"$ref": "#/$defs/t"}, "c": {"$ref": "#/$defs/u"}}}, "u": {"$ref": "#/$defs/u"}}});
+    assert!((20..400).contains(&read(Api::Chat, &with(&cyclic)).unwrap().tokens()));
+    // Each level refers to the next one many times.
+    let many: serde_json::Map<String, Value> = (0..60)
+        .map(|n| {
+            (format!("t{n}"), json!({"anyOf": vec![json!({"$ref": format!("#/$defs/t{}", n + 1)}); 200]}))
+        })
+        .collect();
+    let exploding = json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/t0"}}, "$defs": many});
+    let body = with(&exploding);
+    assert!(read(Api::Chat, &body).unwrap().tokens() < 5 * body.len() as u64);
+    let mut deep = json!({"type": "string"});
+    for _ in 0..40 {
+        deep = json!({"type": "object", "properties": {"a": deep}});
+    }
+    assert!((40..2_000).contains(&read(Api::Chat, &with(&deep)).unwrap().tokens()));
+    let nested = format!("{}1{}", "{\"items\":".repeat(1_000), "}".repeat(1_000));
+    let refused = read(Api::Chat, &with(&json!("X")).replace("\"X\"", &nested)).unwrap_err();
+    assert!(refused.to_string().contains("128"), "{refused}");
+}
+
+#[test]
+fn any_number_of_messages_and_any_type_in_place_of_text_is_counted_or_refused() {
+    let many = json!({"model": "gpt-4o", "messages": vec![json!({"role": "user", "content": "a"}); 100_000]});
+    assert_eq!(read(Api::Chat, &many.to_string()).unwrap().tokens(), 3 + 5 * 100_000);
+    let many = json!({"model": "text-embedding-3-small", "input": vec!["a"; 300_000]});
+    assert!(read(Api::Embeddings, &many.to_string()).unwrap().tokens() >= 131_072);
+    for odd in [
+        "5",
+        "-1.5e300",
+        "true",
+        "null",
+        "[]",
+        "{}",
+        "[[[]]]",
+        "[null]",
+        "[5]",
+        "{\"type\":5}",
+        "[{\"type\":\"text\",\"text\":5}]",
+    ] {
+        for (api, body) in [
+            (
+                Api::Chat,
+                format!(
+                    r#"{{"model":"gpt-4o","messages":[{{"role":{odd},"content":{odd},"name":{odd},"tool_calls":{odd}}}]}}"#
+                ),
+            ),
+            (
+                Api::Chat,
+                format!(
+                    r#"{{"model":"gpt-4o","messages":{odd},"tools":{odd},"response_format":{odd},"tool_choice":{odd}}}"#
+                ),
+            ),
+            (Api::Completions, format!(r#"{{"model":"gpt-4o","prompt":{odd},"suffix":{odd}}}"#)),
+            (Api::Embeddings, format!(r#"{{"model":"gpt-4o","input":{odd}}}"#)),
+            (
+                Api::Responses,
+                format!(
+                    r#"{{"model":"gpt-4o","input":{odd},"instructions":{odd},"text":{odd},"reasoning":{odd}}}"#
+                ),
+            ),
+            (
+                Api::Messages,
+                format!(
+                    r#"{{"model":"claude-3","system":{odd},"messages":{odd},"tools":{odd},"thinking":{odd}}}"#
+                ),
+            ),
+            (
+                Api::Gemini,
+                format!(
+                    r#"{{"contents":{odd},"systemInstruction":{odd},"tools":{odd},"generationConfig":{odd}}}"#
+                ),
+            ),
+        ] {
+            if let Ok(estimate) = read(api, &body) {
+                assert!(estimate.tokens() < 5_000, "{body}: {}", estimate.tokens());
+            }
+        }
+    }
+}
+
+#[test]
+fn half_a_surrogate_pair_is_no_text() {
+    for half in [r"\ud800", r"\udfff", r"\ud800\u0041"] {
+        let refused = read(Api::Chat, &user(&json!("X")).replace('X', half)).unwrap_err();
+        assert!(matches!(refused, BodyFault::Invalid(_)), "{refused}");
+    }
+    assert_eq!(read(Api::Chat, &user(&json!("X")).replace('X', r"\ud83d\ude00")).unwrap().tokens(), 8);
+}
