@@ -89,7 +89,13 @@ pub struct Prompt<'a> {
     messages: u64,
     of_assistant: u64,
     calls: u64,
+    arguments: u64,
+    crowds: u64,
+    remarks: u64,
     results: u64,
+    /// What the model thought before.
+    thoughts: Vec<Cow<'a, str>>,
+    hidden_thoughts: u64,
     /// The first text of the first system message.
     system: Option<usize>,
     /// Lists of tool definitions, as written.
@@ -177,9 +183,30 @@ impl<'a> Prompt<'a> {
         }
     }
 
-    /// A tool was called.
-    pub(crate) fn call(&mut self) {
+    /// A tool was called, with so many arguments.
+    pub(crate) fn call(&mut self, arguments: u64) {
         self.calls += 1;
+        self.arguments += arguments;
+    }
+
+    /// A chat's message has called so many tools, perhaps after saying something.
+    pub(crate) fn calls(&mut self, calls: u64, says_something: bool) {
+        self.crowds += u64::from(calls > 1);
+        self.remarks += u64::from(calls > 0 && says_something);
+    }
+
+    /// What the model thought before; some models read it again.
+    pub(crate) fn thought(&mut self, text: Cow<'a, str>) {
+        if self.thoughts.len() < MOST_TEXTS {
+            self.thoughts.push(text);
+        } else {
+            self.crowded += text.len() as u64;
+        }
+    }
+
+    /// The same in base64 that only the provider can read. Fitted to 23 exchanges with Gemini's models.
+    pub(crate) fn hidden_thought(&mut self, base64: &str) {
+        self.hidden_thoughts = self.hidden_thoughts.saturating_add(base64.len() as u64 / 6);
     }
 
     /// A list of tool definitions, as written.
@@ -271,6 +298,7 @@ impl<'a> Prompt<'a> {
         vocabulary::begin();
         let tokenizer = model.tokenizer;
         let bytes = self.texts.iter().map(|(_, text, _)| text.len()).sum::<usize>()
+            + self.thoughts.iter().map(|text| text.len()).sum::<usize>()
             + self.tools.iter().map(|json| json.len()).sum::<usize>();
         let is_rough = bytes > MOST_TEXT;
         let roughly = |text: &str| Some(text.len() as u64 / 2);
@@ -311,21 +339,34 @@ impl<'a> Prompt<'a> {
             let tokens = if joined == Some(at) { count(&format!("{text}\n"))? } else { count(text)? };
             add(*part, tokens * u64::from(*times));
         }
+        if model.reads_thoughts() {
+            add(Part::Messages, self.hidden_thoughts);
+            for text in &self.thoughts {
+                add(Part::Messages, count(text)?);
+            }
+        }
         if self.tool_choice == Choice::Named && model.names_choice(self.api) {
             add(Part::Tools, count(&self.chosen_tool)?);
         }
         let schema = self.schema.as_ref().filter(|_| model.reads_schema());
         if let Some(schema) = schema {
-            add(Part::Schema, count(&schema.rendered())?);
+            let tokens = match model.schema_percent() {
+                Some(percent) => (count(&schema.whole())? * percent).div_ceil(100),
+                None => count(&schema.rendered())?,
+            };
+            add(Part::Schema, tokens);
         }
         add(Part::Messages, self.crowded / 2);
         add(Part::Images, model.images(&self.images) + model.pages(self.api, self.pages, self.page_text));
-        add(Part::Messages, model.sound(self.api, self.sound));
+        add(Part::Messages, Model::sound(self.api, self.sound));
         let facts = models::Facts {
             api: self.api,
             messages: self.messages,
             of_assistant: self.of_assistant,
             calls: self.calls,
+            arguments: self.arguments,
+            crowds: self.crowds,
+            remarks: self.remarks,
             results: self.results,
             choice: self.tool_choice,
             thinks: self.thinks,
@@ -353,4 +394,110 @@ fn longest_run(text: &str) -> usize {
     let mut last = 0;
     let spaces = memchr::memchr_iter(b' ', text.as_bytes()).chain([text.len()]);
     spaces.into_iter().map(|at| at - std::mem::replace(&mut last, at)).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::body::Body;
+    use serde_json::{Value, json};
+
+    fn estimate(api: Api, body: &Value) -> PromptEstimate {
+        let text = body.to_string();
+        let body = Body::read(api, text.as_bytes()).unwrap();
+        body.prompt.estimate(&Models::default().named(body.model.as_deref().unwrap_or_default()))
+    }
+
+    /// What a request costs more with these fields.
+    fn more(api: Api, body: &Value, fields: &Value) -> i64 {
+        let mut with = body.clone();
+        let fields = fields.as_object().unwrap().clone();
+        with.as_object_mut().unwrap().extend(fields);
+        let [without, with] = [body, &with].map(|b| i64::try_from(estimate(api, b).tokens()).unwrap());
+        with - without
+    }
+
+    #[test]
+    fn a_tool_that_must_be_used_costs_more_at_anthropic() {
+        let tool = json!({"name": "look", "description": "Looks.", "input_schema": {"type": "object"}});
+        let body = json!({"model": "claude-sonnet-4-6", "max_tokens": 9, "tools": [tool],
+            "messages": [{"role": "user", "content": "Hi"}]});
+        let more = |choice: Value| more(Api::Messages, &body, &json!({"tool_choice": choice}));
+        assert_eq!(more(json!({"type": "auto"})), 0);
+        assert_eq!(more(json!({"type": "none"})), 0);
+        let any = more(json!({"type": "any"}));
+        assert!(any > 50, "{any}");
+        let named = more(json!({"type": "tool", "name": "look"}));
+        assert!((any + 1..any + 4).contains(&named), "{named}");
+    }
+
+    #[test]
+    fn what_was_thought_counts_where_it_is_read_again() {
+        let thought = "First I look at the map. Then I count the bridges that lead across the river. ";
+        let cost = |model: &str| {
+            let [without, with] = ["", thought].map(|thought| {
+                let messages = json!([{"role": "user", "content": "How many?"},
+                    {"role": "assistant", "content": "7", "reasoning_content": thought}]);
+                estimate(Api::Chat, &json!({"model": model, "messages": messages})).tokens()
+            });
+            with - without
+        };
+        assert_eq!([cost("gpt-4o"), cost("glm-4.7"), cost("grok-4")], [0, 0, 0]);
+        assert!(cost("deepseek-chat") > 15 && cost("qwen3-8b") > 15);
+        let signed = |model: &str| {
+            let part = json!({"text": "7", "thoughtSignature": "A".repeat(180)});
+            estimate(Api::Gemini, &json!({"model": model, "contents": [{"role": "model", "parts": [part]}]}))
+        };
+        assert_eq!(signed("gemini-3-pro").tokens() - signed("gemini-2.5-pro").tokens(), 30);
+    }
+
+    #[test]
+    fn calls_cost_by_their_arguments_where_each_is_named() {
+        let cost = |model: &str, arguments: Value| {
+            let call = json!({"id": "1", "type": "function",
+                "function": {"name": "add", "arguments": arguments.to_string()}});
+            let messages =
+                json!([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]);
+            estimate(Api::Chat, &json!({"model": model, "messages": messages})).of(Part::Overhead)
+        };
+        let [none, two] =
+            [json!({}), json!({"a": {"x": 1, "y": 2}, "b": 2})].map(|a| cost("claude-sonnet-4-6", a));
+        assert_eq!(two - none, 20);
+        assert_eq!(cost("gpt-4o", json!({})), cost("gpt-4o", json!({"a": 1})));
+    }
+
+    #[test]
+    fn each_function_and_its_parameters_cost_by_the_family() {
+        let schema =
+            json!({"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}});
+        let tool = json!({"type": "function", "function": {"name": "weather", "description": "Tells it.",
+            "parameters": schema}});
+        let of = |tools: Vec<&Value>| {
+            let messages = json!([{"role": "user", "content": "?"}]);
+            estimate(Api::Chat, &json!({"model": "mistral-large", "messages": messages, "tools": tools}))
+                .of(Part::Tools)
+        };
+        let [one, two, three] = [vec![&tool], vec![&tool; 2], vec![&tool; 3]].map(of);
+        assert!((30..90).contains(&(two - one)), "{one} {two}");
+        assert!((two - one).abs_diff(three - two) <= 2, "{one} {two} {three}");
+    }
+
+    #[test]
+    fn what_is_not_in_the_request_makes_an_estimate_partial() {
+        let message = |part: Value| json!([{"role": "user", "content": [part]}]);
+        let part = |url: &str| message(json!({"type": "document_url", "document_url": url}));
+        let of =
+            |messages: Value| estimate(Api::Chat, &json!({"model": "mistral-large", "messages": messages}));
+        assert!(of(part("https://example.com/a.pdf")).is_partial);
+        // "%PDF-1.4 /Type /Page "
+        let pdf = of(part("data:application/pdf;base64,JVBERi0xLjQgL1R5cGUgL1BhZ2Ug"));
+        assert!(!pdf.is_partial && pdf.of(Part::Images) > 0);
+        let pro = |mode: &str| {
+            estimate(
+                Api::Responses,
+                &json!({"model": "gpt-5.6-x", "input": "Hi", "reasoning": {"mode": mode}}),
+            )
+        };
+        assert!(pro("pro").is_partial && !pro("standard").is_partial);
+    }
 }

@@ -1,7 +1,7 @@
 //! Anthropic's messages: `system` and `messages`, each a text or a list of blocks.
 
 use super::chat::add_role;
-use super::content::document;
+use super::content::{document, members};
 use crate::estimate::{Detail, Part, Prompt, media};
 use crate::json::{Expected, LooseText, Take, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
@@ -97,8 +97,13 @@ impl<'a> Take<'a> for Blocks<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let mut block =
-            Block { prompt: &mut *self.0, kind: Cow::Borrowed(""), source: None, name: Cow::Borrowed("") };
+        let mut block = Block {
+            prompt: &mut *self.0,
+            kind: Cow::Borrowed(""),
+            source: None,
+            name: Cow::Borrowed(""),
+            arguments: 0,
+        };
         let there_is = element(list, &mut block)?;
         block.finish();
         Ok(there_is)
@@ -110,6 +115,8 @@ struct Block<'p, 'a> {
     kind: Cow<'a, str>,
     source: Option<Source<'a>>,
     name: Cow<'a, str>,
+    /// How many a call has.
+    arguments: u64,
 }
 
 impl<'a> Take<'a> for Block<'_, 'a> {
@@ -138,7 +145,11 @@ impl<'a> Take<'a> for Block<'_, 'a> {
             "source" => value(object, self.source.get_or_insert_default())?,
             "content" => value(object, &mut Blocks(self.prompt))?,
             // The arguments of a call, as JSON.
-            "input" => self.prompt.count(Part::Messages, Cow::Borrowed(raw(object)?), 1),
+            "input" => {
+                let input = raw(object)?;
+                self.arguments = members(input);
+                self.prompt.count(Part::Messages, Cow::Borrowed(input), 1);
+            }
             "name" => self.name = string(object)?,
             "citations" => value(object, &mut Citations(self.prompt))?,
             // Thinking that is not shown.
@@ -153,11 +164,11 @@ impl<'a> Take<'a> for Block<'_, 'a> {
     }
 }
 
-impl<'a> Block<'_, 'a> {
+impl Block<'_, '_> {
     fn finish(self) {
-        let Self { prompt, kind, source, name } = self;
+        let Self { prompt, kind, source, name, arguments } = self;
         if kind == "tool_use" {
-            prompt.call();
+            prompt.call(arguments);
         }
         prompt.count(Part::Messages, name, 1);
         match (&*kind, source) {

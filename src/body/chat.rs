@@ -1,7 +1,7 @@
 //! Chat messages. 3 tokens a message and 3 for the reply (OpenAI's cookbook); the terms of tool calls and
 //! results were fitted to counts that the API reported.
 
-use super::content::Content;
+use super::content::{Content, members};
 use crate::estimate::{Part, Prompt, Role};
 use crate::json::{Expected, LooseText, Take, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
@@ -49,10 +49,8 @@ struct Message<'p, 'a> {
     calls: u64,
 }
 
-fn finish<'a>(prompt: &mut Prompt<'a>, role: &str, has_content: bool, calls: u64, first_text: usize) {
-    if calls > 0 {
-        prompt.add(Part::Messages, if calls > 1 { 15 } else { 0 } + if has_content { 6 } else { 0 });
-    }
+fn finish(prompt: &mut Prompt<'_>, role: &str, has_content: bool, calls: u64, first_text: usize) {
+    prompt.calls(calls, has_content);
     let kind = add_role(prompt, role);
     prompt.message(kind, first_text);
 }
@@ -70,8 +68,16 @@ pub(super) fn add_role(prompt: &mut Prompt<'_>, role: &str) -> Role {
 }
 
 impl<'a> Take<'a> for Message<'_, 'a> {
-    const FIELDS: &'static [&'static str] =
-        &["role", "content", "name", "refusal", "function_call", "tool_calls"];
+    const FIELDS: &'static [&'static str] = &[
+        "role",
+        "content",
+        "name",
+        "refusal",
+        "reasoning_content",
+        "reasoning",
+        "function_call",
+        "tool_calls",
+    ];
 
     fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
         Err(Expected("a message, which is an object"))
@@ -101,10 +107,16 @@ impl<'a> Take<'a> for Message<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.count(Part::Messages, text.0, 1);
             }
+            // Providers of open models name it one or the other way.
+            "reasoning_content" | "reasoning" => {
+                let mut text = LooseText::default();
+                value(object, &mut text)?;
+                self.prompt.thought(text.0);
+            }
             "function_call" => {
-                let mut call = Call { prompt: self.prompt, times_name: 1, is_there: false };
+                let mut call = Call { prompt: self.prompt, times_name: 1, arguments: None };
                 value(object, &mut call)?;
-                if call.is_there {
+                if call.arguments.is_some() {
                     self.prompt.add(Part::Messages, 3);
                 }
             }
@@ -129,8 +141,6 @@ impl<'a> Take<'a> for Calls<'_, 'a> {
         let there_is = element(list, &mut ToolCall(self.prompt))?;
         if there_is {
             self.count += 1;
-            self.prompt.add(Part::Messages, 4);
-            self.prompt.call();
         }
         Ok(there_is)
     }
@@ -142,7 +152,11 @@ impl<'a> Take<'a> for ToolCall<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["function", "custom"];
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
-        value(object, &mut Call { prompt: self.0, times_name: 2, is_there: false })
+        let mut call = Call { prompt: self.0, times_name: 2, arguments: None };
+        value(object, &mut call)?;
+        let arguments = call.arguments;
+        self.0.call(arguments.unwrap_or(0));
+        Ok(())
     }
 }
 
@@ -150,20 +164,24 @@ impl<'a> Take<'a> for ToolCall<'_, 'a> {
 struct Call<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     times_name: u32,
-    is_there: bool,
+    /// How many arguments; `None`: there is no call.
+    arguments: Option<u64>,
 }
 
 impl<'a> Take<'a> for Call<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["name", "arguments", "input"];
 
     fn object(&mut self) -> Result<(), Expected> {
-        self.is_there = true;
+        self.arguments = Some(0);
         Ok(())
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        let times = if name == "name" { self.times_name } else { 1 };
-        self.prompt.count(Part::Messages, string(object)?, times);
+        let text = string(object)?;
+        if name == "arguments" {
+            self.arguments = Some(members(&text));
+        }
+        self.prompt.count(Part::Messages, text, if name == "name" { self.times_name } else { 1 });
         Ok(())
     }
 }

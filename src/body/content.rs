@@ -1,10 +1,12 @@
 //! Content in OpenAI's shapes: text, or a list of parts.
 
 use crate::estimate::{Detail, Part, Prompt, media};
-use crate::json::{Expected, LooseText, Take, element, string, value};
-use serde::de::{MapAccess, SeqAccess};
+use crate::json::{Expected, LooseText, Take, To, element, string, value};
+use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
+/// What stands around a file besides its name. Fitted to 19 exchanges.
+const AROUND_A_FILE: u64 = 10;
 /// Sound whose length cannot be told: a minute, in tenths of a second.
 const UNKNOWN_SOUND: u64 = 600;
 
@@ -80,6 +82,7 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
         "text",
         "refusal",
         "image_url",
+        "document_url",
         "detail",
         "input_audio",
         "file",
@@ -110,6 +113,8 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
             "image_url" => value(object, self.image.get_or_insert_default())?,
             "detail" => self.image.get_or_insert_default().detail = Detail::named(&string(object)?),
             "input_audio" => value(object, &mut Sound(self.prompt))?,
+            // Mistral's: a URL, and a name that is not read.
+            "document_url" => self.file.get_or_insert_default().document(string(object)?),
             "file" => value(object, self.file.get_or_insert_default())?,
             "encrypted_content" => super::responses::encrypted(self.prompt, &string(object)?),
             _ => self.file.get_or_insert_default().field(name, object)?,
@@ -178,15 +183,39 @@ impl<'a> Take<'a> for File<'a> {
 }
 
 impl<'a> File<'a> {
+    fn document(&mut self, url: Cow<'a, str>) {
+        if media::data_url(&url).is_some() {
+            self.data = url;
+        }
+    }
+
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if self.data.is_empty() {
             prompt.unseen += 1;
         } else {
             let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));
             document(prompt, kind, &self.name, base64);
+            prompt.add(Part::Messages, AROUND_A_FILE);
         }
         prompt.count(Part::Messages, self.name, 1);
     }
+}
+
+/// How many members an object has; 0: it is none.
+pub(super) fn members(json: &str) -> u64 {
+    struct Members(u64);
+
+    impl<'a> Take<'a> for Members {
+        fn any_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+            self.0 += 1;
+            object.next_value::<IgnoredAny>().map(drop)
+        }
+    }
+
+    let mut members = Members(0);
+    // As far as it goes: the arguments of a call that was cut off are no whole object.
+    drop(To(&mut members).deserialize(&mut serde_json::Deserializer::from_str(json)));
+    members.0
 }
 
 /// A document that a request carries in base64: its pages, its text, or a guess by its size.

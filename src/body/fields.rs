@@ -37,6 +37,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "function_call",
             "response_format",
             "thinking",
+            "reasoning",
             "reasoning_effort",
         ],
         Api::Responses => &[
@@ -48,6 +49,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "tools",
             "tool_choice",
             "text",
+            "reasoning",
             "previous_response_id",
             "conversation",
             "prompt",
@@ -206,9 +208,10 @@ impl<'a> Reading<'a> {
                 prompt.tools(raw(map)?);
                 Ok(())
             }
-            (Api::Messages, "tool_choice") => raw(map).map(drop),
+            (Api::Messages, "tool_choice") => value(map, &mut MessagesChoice(prompt)),
             (_, "tool_choice" | "function_call") => value(map, &mut Choice(prompt)),
             (_, "thinking") => value(map, &mut Thinking(prompt)),
+            (_, "reasoning") => value(map, &mut Reasoning(prompt)),
             (_, "response_format" | "text" | "output_format" | "output_config") => {
                 let mut format = Format::default();
                 value(map, &mut format)?;
@@ -320,6 +323,24 @@ impl<'a> Take<'a> for Choice<'_, 'a> {
     }
 }
 
+/// Anthropic's `tool_choice`: `auto`, `any`, `none`, or a `tool` and its name.
+struct MessagesChoice<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for MessagesChoice<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["type", "name"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        let text = string(object)?;
+        match (name, &*text) {
+            ("name", _) => self.0.choose_tool(text),
+            (_, "any") => self.0.require_tools(),
+            (_, "none") => self.0.forbid_tools(),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
 /// `mcp_servers`: their tools come from there.
 struct Servers<'p, 'a>(&'p mut Prompt<'a>);
 
@@ -343,6 +364,37 @@ impl<'a> Take<'a> for Thinking<'_, 'a> {
         match &*kind {
             "enabled" => self.0.thinks(true),
             "disabled" | "adaptive" => self.0.thinks(false),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// `reasoning`: OpenAI's, or what resellers make of `thinking`.
+struct Reasoning<'p, 'a>(&'p mut Prompt<'a>);
+
+impl<'a> Take<'a> for Reasoning<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &["enabled", "effort", "max_tokens", "mode"];
+
+    fn boolean(&mut self, enabled: bool) -> Result<(), Expected> {
+        self.0.thinks(enabled);
+        Ok(())
+    }
+
+    fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
+        self.0.thinks(true);
+        Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        if matches!(name, "enabled" | "max_tokens") {
+            return value(object, self);
+        }
+        match (name, &*string(object)?) {
+            // Several models work on it, which is charged as several times the prompt.
+            ("mode", "pro") => self.0.unseen += 1,
+            ("effort", "none" | "minimal") => self.0.thinks(false),
+            ("effort", "low" | "medium" | "high" | "xhigh") => self.0.thinks(true),
             _ => {}
         }
         Ok(())

@@ -79,6 +79,8 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
         "executable_code",
         "codeExecutionResult",
         "code_execution_result",
+        "thoughtSignature",
+        "thought_signature",
     ];
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
@@ -93,13 +95,14 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
                 value(object, &mut blob)?;
                 document(self.0, &blob.kind, "", &blob.data);
             }
+            "thoughtSignature" | "thought_signature" => self.0.hidden_thought(&string(object)?),
             "fileData" | "file_data" => {
                 raw(object)?;
                 self.0.unseen += 1;
             }
             _ => {
                 if matches!(name, "functionCall" | "function_call") {
-                    self.0.call();
+                    self.0.call(0);
                 }
                 value(object, &mut Call(self.0))?;
             }

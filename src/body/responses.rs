@@ -2,7 +2,7 @@
 //! follow those of chats, and what answers report.
 
 use super::chat::add_role;
-use super::content::Content;
+use super::content::{Content, members};
 use crate::estimate::{Detail, Part, Prompt, Role, media};
 use crate::json::{Expected, LooseText, Take, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
@@ -19,8 +19,9 @@ pub(super) fn instructions<'a>(prompt: &mut Prompt<'a>, text: Cow<'a, str>) {
 }
 
 /// Reasoning that only the provider can read: what is left of its base64 without what comes around it.
+/// Fitted to 6 exchanges.
 pub(super) fn encrypted(prompt: &mut Prompt<'_>, base64: &str) {
-    const AROUND: u64 = 650;
+    const AROUND: u64 = 750;
     prompt.add(Part::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(AROUND) / 4);
 }
 
@@ -38,17 +39,18 @@ impl<'a> Take<'a> for Input<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first_text = self.0.texts();
-        let mut item = Item { prompt: &mut *self.0, role: Cow::Borrowed(""), kind: Cow::Borrowed("") };
+        let mut item =
+            Item { prompt: &mut *self.0, role: Cow::Borrowed(""), kind: Cow::Borrowed(""), arguments: 0 };
         let there_is = element(list, &mut item)?;
-        let Item { role, kind, .. } = item;
+        let Item { role, kind, arguments, .. } = item;
         if there_is {
-            finish(self.0, &kind, &role, first_text);
+            finish(self.0, &kind, &role, arguments, first_text);
         }
         Ok(there_is)
     }
 }
 
-fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, first_text: usize) {
+fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, arguments: u64, first_text: usize) {
     match kind {
         "" | "message" => {
             let role = add_role(prompt, role);
@@ -56,8 +58,7 @@ fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, first_text: usize) {
         }
         "item_reference" => prompt.unseen += 1,
         "function_call" | "custom_tool_call" => {
-            prompt.add(Part::Messages, 4);
-            prompt.call();
+            prompt.call(arguments);
             prompt.message(Role::Other, first_text);
         }
         "reasoning" => {}
@@ -69,6 +70,8 @@ struct Item<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     role: Cow<'a, str>,
     kind: Cow<'a, str>,
+    /// How many a call has.
+    arguments: u64,
 }
 
 impl<'a> Take<'a> for Item<'_, 'a> {
@@ -96,12 +99,18 @@ impl<'a> Take<'a> for Item<'_, 'a> {
             "type" => self.kind = string(object)?,
             "role" => self.role = string(object)?,
             "content" | "output" => value(object, &mut Content::of(self.prompt))?,
+            // What stands in the prompt is what was thought, if anything, and not what is said of it.
             "summary" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.count(Part::Messages, text.0, 1);
+                self.prompt.thought(text.0);
             }
             "name" => self.prompt.count(Part::Messages, string(object)?, 2),
+            "arguments" => {
+                let text = string(object)?;
+                self.arguments = members(&text);
+                self.prompt.count(Part::Messages, text, 1);
+            }
             "encrypted_content" => encrypted(self.prompt, &string(object)?),
             // An image that was generated before.
             "result" => {

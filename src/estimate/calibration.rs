@@ -36,6 +36,10 @@ const REMEMBERED: usize = 32;
 const FEWEST: usize = 3;
 /// Once so many answers have come as are remembered, a correction is worked out anew at each of these.
 const REFIT: u64 = 4;
+/// So many of the latest answers count twice: providers change what they add.
+const LATEST: usize = 12;
+/// A correction that is one step less simple has to fit so much better, in millionths.
+const STEP: u64 = 20_000;
 /// What was learned holds for sizes down to this part of the smallest and up to this many times the
 /// largest that it was learned from.
 const BEYOND: u32 = 4;
@@ -82,6 +86,12 @@ impl Correction {
         let corrected = u64::try_from((i128::from(estimated) + more).max(0)).unwrap_or(u64::MAX);
         corrected.clamp(estimated / MOST, estimated.saturating_mul(MOST).saturating_add(MOST_MORE))
     }
+
+    /// It holds for this size too, and what is near it.
+    fn reach(&mut self, estimated: u32) {
+        self.smallest = self.smallest.min(estimated / BEYOND);
+        self.largest = self.largest.max(estimated.saturating_mul(BEYOND));
+    }
 }
 
 /// What was learned of one upstream, model and kind of request.
@@ -99,7 +109,7 @@ impl Calibration {
     pub fn from_pairs(pairs: &[Pair]) -> Self {
         let mut calibration = Self::default();
         pairs.iter().for_each(|pair| calibration.remember(*pair));
-        calibration.correction = fit(&calibration.pairs);
+        calibration.correction = fit(&calibration.pairs().collect::<Vec<_>>());
         calibration
     }
 
@@ -124,9 +134,10 @@ impl Calibration {
         }
         let was_right = self.correction.apply(u64::from(estimated)) == u64::from(reported);
         self.remember(Pair { estimated, reported });
-        let is_time = self.answers <= REMEMBERED as u64 || self.answers.is_multiple_of(REFIT);
-        if is_time && !(was_right && self.pairs.len() >= FEWEST) {
-            self.correction = fit(&self.pairs);
+        if was_right && self.pairs.len() >= FEWEST {
+            self.correction.reach(estimated);
+        } else if self.answers <= REMEMBERED as u64 || self.answers.is_multiple_of(REFIT) {
+            self.correction = fit(&self.pairs().collect::<Vec<_>>());
         }
     }
 
@@ -141,27 +152,30 @@ impl Calibration {
     }
 }
 
-/// The simplest correction that fits best.
+/// The simplest correction that fits best, to answers from the oldest to the latest.
 fn fit(pairs: &[Pair]) -> Correction {
     if pairs.len() < FEWEST {
         return Correction::default();
     }
+    let latest = &pairs[pairs.len().saturating_sub(LATEST)..];
     let ratio = median(pairs.iter().map(|p| per_mille(i64::from(p.reported), i64::from(p.estimated))));
-    let slope = slope(pairs);
     let candidates = [
         Correction::default(),
         with_offset(1_000, pairs),
         Correction { per_mille: ratio.clamp(250, 4_000), ..Correction::default() },
-        with_offset(slope, pairs),
+        with_offset(slope(pairs), pairs),
     ];
     // The simplest, but for what fits better by more than chance.
-    // No prompt has less than nothing around it: what takes a constant away has to fit much better.
-    let cost = |c: &Correction| misfit(*c, pairs) + if c.offset < -16 { 60_000 } else { 0 };
-    let best = candidates.into_iter().enumerate().min_by_key(|(at, c)| cost(c) + *at as u64 * 10_000);
-    let sizes = pairs.iter().map(|p| p.estimated);
-    let smallest = sizes.clone().min().unwrap_or(0) / BEYOND;
-    let largest = sizes.max().unwrap_or(u32::MAX).saturating_mul(BEYOND);
-    Correction { smallest, largest, ..best.map(|(_, correction)| correction).unwrap_or_default() }
+    let cost = |step: usize, c: &Correction| {
+        // No prompt has less than nothing around it: what takes a constant away has to fit much better.
+        let taken = if c.offset < -16 { 3 * STEP } else { 0 };
+        u64::midpoint(misfit(*c, pairs), misfit(*c, latest)) + taken + step as u64 * STEP
+    };
+    let best = candidates.into_iter().enumerate().min_by_key(|(step, c)| cost(*step, c));
+    let mut best = best.map(|(_, correction)| correction).unwrap_or_default();
+    (best.smallest, best.largest) = (u32::MAX, 0);
+    pairs.iter().for_each(|pair| best.reach(pair.estimated));
+    best
 }
 
 fn with_offset(per_mille: i64, pairs: &[Pair]) -> Correction {
@@ -182,8 +196,8 @@ fn slope(pairs: &[Pair]) -> i64 {
     if slopes.is_empty() { 1_000 } else { middle(&mut slopes).clamp(600, 2_000) }
 }
 
-/// How far off a correction leaves estimates: the median and the upper quartile of relative errors, in
-/// millionths.
+/// How far off a correction leaves estimates: the median, the upper quartile and half the ninth tenth of
+/// relative errors, in millionths.
 fn misfit(correction: Correction, pairs: &[Pair]) -> u64 {
     let error = |p: &Pair| {
         let reported = u64::from(p.reported);
@@ -221,8 +235,8 @@ mod tests {
 
     #[test]
     fn a_constant_a_proportion_or_both_are_found_within_a_few_answers() {
-        let sizes = [40u64, 900, 120, 3_000, 75, 410, 1_800, 60];
         type Law = fn(u64) -> u64;
+        let sizes = [40u64, 900, 120, 3_000, 75, 410, 1_800, 60];
         let laws: [Law; 4] = [|n| n, |n| n + 82, |n| n * 13 / 10, |n| n * 5 / 4 + 300];
         for law in laws {
             let calibration = learned(sizes.map(|n| (n, law(n))));
@@ -251,6 +265,12 @@ mod tests {
         assert_eq!(learned([(1_000, 1); 32]).correction().apply(1_000), 250);
         assert_eq!(learned([(1_000, 100_000); 32]).correction().apply(1_000), 6_048);
         assert_eq!(learned([(0, 7), (7, 0), (u64::MAX, 7)]), Calibration::default());
+    }
+
+    #[test]
+    fn what_was_right_holds_for_larger_sizes_once_they_came() {
+        let calibration = learned([50, 900, 120, 3_000].map(|n| (n, n * 5 / 4 + 300)));
+        assert_eq!(calibration.correction().apply(10_000), 12_800);
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub(super) enum Rule {
     Patches { percent: u64, low: Limit, high: Limit, original: Limit, auto: Detail },
     /// A token for so many pixels, after fitting into a side and a number of tokens.
     Area { pixels: u64, side: u32, most: u64 },
+    /// Patches of so many pixels, and one more for the end of each row, after fitting into a side.
+    Rows { pixels: u32, side: u32 },
     /// Tiles of 768 pixels, one for images up to 384.
     Crops { tile: u64 },
     /// The same for every image, and for every page.
@@ -128,9 +130,10 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("gemini-3", Rule::Fixed { image: 1_085, page: 520 }),
     ("gemini", Rule::Crops { tile: 258 }),
     ("qwen", Rule::Area { pixels: 784, side: 4_096, most: 16_384 }),
-    ("mistral", Rule::Area { pixels: 256, side: 1_540, most: 4_096 }),
-    ("ministral", Rule::Area { pixels: 256, side: 1_540, most: 4_096 }),
-    ("pixtral", Rule::Area { pixels: 256, side: 1_024, most: 4_096 }),
+    // 15 exchanges.
+    ("mistral", Rule::Rows { pixels: 28, side: 1_540 }),
+    ("ministral", Rule::Rows { pixels: 28, side: 1_540 }),
+    ("pixtral", Rule::Rows { pixels: 16, side: 1_024 }),
     ("gemma", Rule::Fixed { image: 258, page: 258 }),
 ];
 
@@ -158,6 +161,10 @@ impl Rule {
                 let (width, height) = fit(size, side);
                 (u64::from(width) * u64::from(height)).div_ceil(pixels).min(most)
             }
+            Self::Rows { pixels, side } => {
+                let (width, height) = fit(size, side);
+                (u64::from(width.div_ceil(pixels)) + 1) * u64::from(height.div_ceil(pixels))
+            }
             Self::Crops { tile } => tile * crops(size),
             Self::Fixed { image, .. } => image,
         }
@@ -169,7 +176,7 @@ impl Rule {
         match self {
             Self::Fixed { page, .. } => page,
             Self::Crops { tile } => tile,
-            Self::Area { .. } => 1_545,
+            Self::Area { .. } | Self::Rows { .. } => 1_545,
             Self::Tiles { .. } | Self::Patches { .. } if api == Api::Responses => 0,
             Self::Tiles { .. } | Self::Patches { .. } => 980,
         }
@@ -188,7 +195,7 @@ fn fit((width, height): (u32, u32), side: u32) -> (u32, u32) {
         return (width, height);
     }
     let scale = |n: u32| {
-        u32::try_from((2 * u64::from(n) * u64::from(side) / u64::from(longer) + 1) / 2).unwrap_or(side)
+        u32::try_from((2 * u64::from(n) * u64::from(side) / u64::from(longer)).div_ceil(2)).unwrap_or(side)
     };
     (scale(width).max(1), scale(height).max(1))
 }
@@ -255,6 +262,8 @@ mod tests {
             ("gpt-5.4", (2_048, 2_048), High, 3_000),
             ("gpt-4.1-nano", (1_800, 2_400), Auto, 3_572),
             ("o3", (128, 64), High, 225),
+            ("mistral-small", (64, 64), Auto, 12),
+            ("ministral-3b", (3_080, 1_540), Auto, 56 * 28),
         ] {
             assert_eq!(tokens(model, size, detail), want, "{model} {size:?}");
         }

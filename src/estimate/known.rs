@@ -44,9 +44,9 @@ pub(super) struct Key(u64);
 
 impl Key {
     /// Of a text that so counted, as this thing.
-    pub(super) fn of(tokenizer: u32, thing: Thing, text: &[u8]) -> Self {
+    pub(super) fn of(tokenizer: u64, thing: Thing, text: &[u8]) -> Self {
         let mut hasher = KNOWN.keys.build_hasher();
-        hasher.write_u32(tokenizer);
+        hasher.write_u64(tokenizer);
         hasher.write_u8(thing as u8);
         hasher.write(text);
         Self(hasher.finish())

@@ -32,23 +32,29 @@ enum Format {
     Template(Template),
 }
 
-/// What the chat template of a family adds, and how many times the tokens of its compact JSON a
-/// definition of tools takes.
+/// What the chat template of a family adds, in its own tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Template {
+    /// For each request, and for each message.
     request: i64,
     message: i64,
+    /// For each request with functions, and around each of them.
     functions: i64,
-    tools_percent: u64,
-    /// More for each call of a tool and its result.
+    function: u8,
+    /// What a token of the compact JSON of parameters comes to, in per cent.
+    parameters: u8,
+    /// More if some tool must be used.
+    required: i64,
+    /// More for each call of a tool and its result, and for each argument of a call.
     call: i64,
-    /// More for a request with a schema for the answer; `None`: it guides what is generated and is not
-    /// put into the prompt.
-    schema: Option<i64>,
+    argument: i64,
+    /// More for a request with a schema for the answer, and what a token of it comes to, in per cent;
+    /// `None`: it guides what is generated and is not put into the prompt.
+    schema: Option<(i64, u64)>,
     /// More for a request that has the model think.
     thinking: i64,
-    /// Whether it thinks unless it is told not to.
-    thinks: bool,
+    /// Whether what it thought before is put into the prompt again.
+    recalls: bool,
     /// Whether tools that may not be used are left out.
     drops_forbidden: bool,
 }
@@ -56,32 +62,48 @@ struct Template {
 const TEMPLATE: Template = Template {
     request: 3,
     message: 3,
-    functions: 80,
-    tools_percent: 130,
-    call: 15,
+    functions: 60,
+    function: 15,
+    parameters: 125,
+    required: 0,
+    call: 20,
+    argument: 0,
     schema: None,
     thinking: 0,
-    thinks: false,
+    recalls: true,
     drops_forbidden: true,
 };
 
-const fn template(request: i64, message: i64, functions: i64, tools_percent: u64, call: i64) -> Format {
-    Format::Template(Template { request, message, functions, tools_percent, call, ..TEMPLATE })
+/// The request and a message; functions, one of them, its parameters; a call.
+const fn template(
+    around: (i64, i64),
+    (functions, function, parameters): (i64, u8, u8),
+    call: i64,
+) -> Template {
+    Template { request: around.0, message: around.1, functions, function, parameters, call, ..TEMPLATE }
 }
 
-/// Anthropic's: thinking was found in 30 exchanges, schemas in 14.
-const fn claude(message: i64, functions: i64, tools_percent: u64, schema: i64) -> Format {
-    Format::Template(Template {
-        request: 4,
-        message,
-        functions,
-        tools_percent,
-        call: 45,
-        schema: Some(schema),
+/// Anthropic's: thinking was found in 30 exchanges, schemas in 14, calls in 109, tools that must be used
+/// in 75.
+const fn claude(message: i64, functions: (i64, u8, u8), required: i64) -> Template {
+    Template {
+        required,
+        argument: 10,
+        schema: Some((105, 172)),
         thinking: 28,
-        thinks: false,
         drops_forbidden: false,
-    })
+        ..template((4, message), functions, 47)
+    }
+}
+
+/// xAI's: it is told who it is.
+const fn grok(request: i64, functions: (i64, u8, u8), call: i64) -> Template {
+    Template {
+        schema: Some((20, 100)),
+        recalls: false,
+        drops_forbidden: false,
+        ..template((request, 2), functions, call)
+    }
 }
 
 /// What an API adds to what a request says, in tokens of the model's own.
@@ -93,8 +115,12 @@ struct Overhead {
     message: i64,
     /// More for each message of the assistant's.
     assistant: i64,
-    /// More for each call of a tool, and for each result of one.
+    /// More for each call of a tool, for each argument of it, for each message with several calls or with
+    /// something said besides, and for each result.
     call: i64,
+    argument: i64,
+    crowd: i64,
+    remark: i64,
     result: i64,
     /// For each request with functions.
     functions: i64,
@@ -113,7 +139,10 @@ const EARLY: Overhead = Overhead {
     request: 3,
     message: 3,
     assistant: 0,
-    call: 0,
+    call: 4,
+    argument: 0,
+    crowd: 15,
+    remark: 6,
     result: -1,
     functions: 9,
     after_system: -4,
@@ -133,16 +162,20 @@ impl Format {
                 message: t.message,
                 functions: t.functions,
                 call: t.call,
+                argument: t.argument,
+                crowd: 0,
+                remark: 0,
                 result: 0,
                 after_system: 0,
-                schema: if let Some(schema) = t.schema { schema } else { 0 },
-                named: 0,
+                schema: if let Some((schema, _)) = t.schema { schema } else { 0 },
+                named: t.required,
+                required: t.required,
                 forbidden: 0,
                 ..EARLY
             },
             // 79 with tools, 28 with a schema.
             (Self::Omni, Api::Responses) => Overhead {
-                call: 3,
+                call: 7,
                 result: 0,
                 functions: -3,
                 after_system: 0,
@@ -152,12 +185,12 @@ impl Format {
                 ..EARLY
             },
             // 115 with tools, 29 with a schema.
-            (Self::Omni, _) => Overhead { call: 1, result: 0, functions: 3, schema: 8, named: 7, ..EARLY },
+            (Self::Omni, _) => Overhead { call: 5, result: 0, functions: 3, schema: 8, named: 7, ..EARLY },
             // 83 plain, 81 with tools, 55 with a schema.
             (Self::Harmony, Api::Responses) => Overhead {
                 request: 2,
                 assistant: 2,
-                call: 10,
+                call: 14,
                 result: 0,
                 functions: 3,
                 after_system: 0,
@@ -167,14 +200,14 @@ impl Format {
                 ..EARLY
             },
             (Self::Reasoning, Api::Responses) => {
-                Overhead { functions: -1, call: 7, ..Self::Harmony.overhead(Api::Responses) }
+                Overhead { functions: -1, call: 11, ..Self::Harmony.overhead(Api::Responses) }
             }
             (Self::Reasoning, _) => Overhead { functions: 3, ..Self::Harmony.overhead(Api::Chat) },
             // 46 plain, 22 with tools, 11 with a schema.
             (Self::Harmony, _) => Overhead {
                 request: 2,
                 assistant: 2,
-                call: 5,
+                call: 9,
                 result: 0,
                 functions: 84,
                 after_system: 0,
@@ -187,7 +220,7 @@ impl Format {
     const fn style(self, api: Api) -> Style {
         match (self, api) {
             (Self::Early, _) => Style::Lines,
-            (Self::Template(t), _) => Style::Json { percent: t.tools_percent },
+            (Self::Template(t), _) => Style::Json { function: t.function, percent: t.parameters },
             (_, Api::Responses) => Style::Titled,
             _ => Style::Compact,
         }
@@ -197,117 +230,124 @@ impl Format {
 const O200K: Encoding = Encoding::O200k;
 const CL100K: Encoding = Encoding::Cl100k;
 
-/// Models by the beginning of their name; the first match decides. Names whose vocabulary is
-/// published (tiktoken's model list) count exactly, the other families in proportion to o200k: by what the
-/// vocabularies make of the same texts, and for those that are not published by recorded exchanges.
-const FAMILIES: &[(&str, Encoding, u64, Format)] = &[
-    ("gpt-4o", O200K, 100, Format::Omni),
-    ("gpt-4.1", O200K, 100, Format::Omni),
-    ("gpt-4.5", O200K, 100, Format::Omni),
-    ("gpt-4", CL100K, 100, Format::Early),
-    ("gpt-3.5", CL100K, 100, Format::Early),
-    ("gpt-35", CL100K, 100, Format::Early),
-    ("text-", CL100K, 100, Format::Early),
-    ("davinci", CL100K, 100, Format::Early),
-    ("babbage", CL100K, 100, Format::Early),
-    ("curie", CL100K, 100, Format::Early),
-    ("ada", CL100K, 100, Format::Early),
-    ("code-", CL100K, 100, Format::Early),
-    // Its template says who it is in 61 tokens. 18 exchanges.
-    (
-        "gpt-oss",
-        O200K,
-        100,
-        Format::Template(Template {
-            request: 62,
-            functions: 1,
-            tools_percent: 140,
-            schema: Some(80),
-            ..TEMPLATE
-        }),
-    ),
-    ("gpt-audio", O200K, 100, Format::Omni),
-    ("gpt-realtime", O200K, 100, Format::Omni),
-    ("gpt-", O200K, 100, Format::Harmony),
-    ("chatgpt-", O200K, 100, Format::Omni),
-    ("o1", O200K, 100, Format::Reasoning),
-    ("o3", O200K, 100, Format::Reasoning),
-    ("o4", O200K, 100, Format::Reasoning),
-    ("codex-", O200K, 100, Format::Harmony),
-    ("computer-use", O200K, 100, Format::Omni),
-    ("llama-2", O200K, 135, template(4, 3, 150, 135, 0)),
-    // 39 plain, 27 with tools. From 3.1 on the template has a date.
-    ("llama-3.1", O200K, 105, template(28, 3, 130, 110, 0)),
-    ("llama-3.2", O200K, 105, template(28, 3, 130, 110, 0)),
-    ("llama-3.3", O200K, 105, template(28, 3, 130, 110, 0)),
-    ("llama", O200K, 105, template(4, 3, 150, 110, 0)),
-    ("meta-llama", O200K, 105, template(4, 3, 150, 110, 0)),
-    // 8 plain, 30 with tools.
-    ("kimi", O200K, 105, template(3, 2, 5, 95, 10)),
-    ("minimax", O200K, 105, template(3, 2, 80, 120, 15)),
-    // 24 with tools.
-    ("glm", O200K, 105, template(3, 2, 83, 127, 40)),
-    // 83 plain, 100 with tools.
-    (
-        "deepseek-v4",
-        O200K,
-        108,
-        Format::Template(Template {
-            request: 2,
-            message: -1,
-            functions: 210,
-            call: 40,
-            thinking: 80,
-            thinks: true,
-            ..TEMPLATE
-        }),
-    ),
-    ("deepseek", O200K, 108, template(2, -1, 210, 130, 40)),
-    // 112 plain, 129 with tools. The template of 3.5 says more of tools.
-    ("qwen3.5", O200K, 103, template(4, 3, 230, 101, 50)),
-    ("qwen3-5", O200K, 103, template(4, 3, 230, 101, 50)),
-    ("qwen", O200K, 103, template(4, 3, 77, 132, 30)),
-    ("mistral-7b", O200K, 135, template(2, -1, 10, 135, 0)),
-    // 70 plain, 121 with tools.
-    ("mistral", O200K, 115, template(2, -1, 10, 132, 0)),
-    ("ministral", O200K, 115, template(2, -1, 10, 132, 0)),
-    ("magistral", O200K, 115, template(2, -1, 10, 132, 0)),
-    ("codestral", O200K, 115, template(2, -1, 10, 132, 0)),
-    ("pixtral", O200K, 115, template(2, -1, 10, 132, 0)),
-    ("gemma", O200K, 108, template(0, 3, 10, 100, 8)),
-    // 102 plain, 310 with tools.
-    ("gemini", O200K, 102, template(-1, 0, 0, 88, 8)),
-    // 22 plain, 91 with tools. It is told who it is.
-    (
-        "grok",
-        O200K,
-        105,
-        Format::Template(Template {
-            request: 110,
-            message: 2,
-            functions: 120,
-            tools_percent: 115,
-            call: 50,
-            schema: Some(60),
-            ..TEMPLATE
-        }),
-    ),
-    // 16 plain.
-    ("sonar", O200K, 100, template(-1, -1, 0, 100, 0)),
-    ("command", O200K, 105, template(3, 3, 100, 120, 15)),
-    // 298 plain, 230 with tools; the first prompts about tools are published, the later ones have grown.
-    ("claude-3", O200K, 110, claude(2, 310, 133, 180)),
-    ("claude-sonnet-4-6", O200K, 110, claude(2, 590, 95, 180)),
-    ("claude-opus-4-6", O200K, 110, claude(2, 590, 95, 180)),
-    ("claude-haiku-4", O200K, 110, claude(2, 500, 120, 180)),
-    ("claude-opus-4-5", O200K, 110, claude(2, 500, 120, 180)),
-    ("claude-sonnet-4-5", O200K, 110, claude(2, 500, 120, 180)),
-    // 56 plain, 33 with tools.
-    ("claude-opus-4-7", O200K, 140, claude(3, 620, 160, 220)),
-    ("claude-opus-4-8", O200K, 140, claude(3, 620, 160, 220)),
-    ("claude-sonnet-4", O200K, 110, claude(2, 310, 133, 180)),
-    ("claude-opus-4", O200K, 110, claude(2, 310, 133, 180)),
-    ("claude", O200K, 140, claude(3, 460, 160, 220)),
+/// OpenAI's models by the beginning of their name; the first match decides. Their vocabularies are
+/// published (tiktoken's model list), and count exactly.
+const OPENAI: &[(&str, Encoding, Format)] = &[
+    ("gpt-4o", O200K, Format::Omni),
+    ("gpt-4.1", O200K, Format::Omni),
+    ("gpt-4.5", O200K, Format::Omni),
+    ("gpt-4", CL100K, Format::Early),
+    ("gpt-3.5", CL100K, Format::Early),
+    ("gpt-35", CL100K, Format::Early),
+    ("text-", CL100K, Format::Early),
+    ("davinci", CL100K, Format::Early),
+    ("babbage", CL100K, Format::Early),
+    ("curie", CL100K, Format::Early),
+    ("ada", CL100K, Format::Early),
+    ("code-", CL100K, Format::Early),
+    ("gpt-audio", O200K, Format::Omni),
+    ("gpt-realtime", O200K, Format::Omni),
+    ("gpt-", O200K, Format::Harmony),
+    ("chatgpt-", O200K, Format::Omni),
+    ("o1", O200K, Format::Reasoning),
+    ("o3", O200K, Format::Reasoning),
+    ("o4", O200K, Format::Reasoning),
+    ("codex-", O200K, Format::Harmony),
+    ("computer-use", O200K, Format::Omni),
+];
+
+const LLAMA: Template = template((4, 3), (144, 15, 100), 5);
+/// It has a date in its template.
+const LLAMA_3_1: Template = Template { request: 28, ..LLAMA };
+const GLM: Template = Template { recalls: false, ..template((1, 2), (104, 15, 125), 18) };
+const QWEN_3_5: Template = Template { argument: 8, ..template((6, 2), (199, 22, 142), 25) };
+const MISTRAL: Template = template((2, -1), (5, 19, 136), 3);
+const GEMINI_2: Template = Template { recalls: false, ..template((0, 0), (3, 8, 87), 12) };
+const GROK_FAST: Template = grok(149, (149, 10, 103), 40);
+const CLAUDE_4: Template = claude(1, (306, 17, 145), 0);
+const CLAUDE_4_5: Template = claude(1, (494, 17, 143), 94);
+const CLAUDE_4_6: Template = claude(1, (492, 18, 145), 92);
+const CLAUDE_4_7: Template = claude(3, (690, 17, 165), 115);
+
+/// Other families, also by the beginning of names, and before OpenAI's. They count in proportion to
+/// `o200k_base`, in per cent: by what the vocabularies make of the same texts, and for those that are not
+/// published by recorded exchanges. Beside each how many of those there were, plain and with tools.
+const OTHERS: &[(&str, u64, Template)] = &[
+    // 5, 13. Its template says who it is.
+    ("gpt-oss", 100, Template { schema: Some((50, 100)), ..template((63, 3), (4, 14, 123), 20) }),
+    ("llama-2", 135, Template { functions: 150, parameters: 125, ..LLAMA }),
+    // 42, 28.
+    ("llama-3.1", 105, LLAMA_3_1),
+    ("llama-3.2", 105, LLAMA_3_1),
+    ("llama-3.3", 105, LLAMA_3_1),
+    ("llama", 105, LLAMA),
+    ("meta-llama-3.1", 105, LLAMA_3_1),
+    ("meta-llama", 105, LLAMA),
+    // 8; 14 of k2.5, 16 of k2.
+    ("kimi-k2.", 105, template((4, 2), (4, 8, 100), 20)),
+    ("kimi", 105, template((4, 2), (5, 27, 125), 22)),
+    ("minimax", 105, template((3, 2), (70, 15, 120), 15)),
+    // 5; 16 of 4, 8 of 5.
+    ("glm-4", 105, Template { call: 50, ..GLM }),
+    ("glm", 105, GLM),
+    // 83, 100. Whether it thinks unless it is told to has changed; mostly it did not.
+    ("deepseek", 108, Template { argument: 10, thinking: 79, ..template((2, -1), (222, 13, 137), 33) }),
+    // 19, 38. The template says more of tools than that of 3.
+    ("qwen3.5", 103, QWEN_3_5),
+    // 9, 13. Venice's name for it; Venice adds a prompt of its own.
+    ("qwen3-5", 103, Template { functions: 981, ..QWEN_3_5 }),
+    // 86, 78.
+    ("qwen", 103, template((3, 3), (72, 24, 132), 18)),
+    ("mistral-7b", 135, MISTRAL),
+    // 0, 26. Venice's name for it, and Venice's prompt again.
+    ("mistral-small-3-2", 110, template((2, -1), (960, 17, 133), 20)),
+    ("mistral-small-2", 110, MISTRAL),
+    ("mistral-small-3", 110, MISTRAL),
+    // 29, 58. The latest has something more.
+    ("mistral-small", 110, Template { request: 14, ..MISTRAL }),
+    // 36, 40.
+    ("mistral", 110, MISTRAL),
+    ("ministral", 110, MISTRAL),
+    ("magistral", 110, MISTRAL),
+    ("codestral", 110, MISTRAL),
+    ("pixtral", 110, MISTRAL),
+    ("gemma", 108, template((0, 3), (10, 5, 100), 8)),
+    // 0, 17.
+    ("gemini-2.0", 100, Template { functions: 0, function: 0, parameters: 40, call: 8, ..GEMINI_2 }),
+    // 86, 155.
+    ("gemini-1", 100, GEMINI_2),
+    ("gemini-2", 100, GEMINI_2),
+    // 28, 54 of 3 and 3.5.
+    ("gemini", 100, template((0, 0), (0, 11, 133), 8)),
+    // 2, 12.
+    ("grok-code", 100, Template { recalls: true, ..grok(194, (119, 15, 114), 40) }),
+    // 4, 20.
+    ("grok-4-fast", 100, GROK_FAST),
+    ("grok-4.1-fast", 100, GROK_FAST),
+    // 14, 32.
+    ("grok-3-mini", 100, grok(128, (37, 18, 114), 20)),
+    // 2, 27.
+    ("grok", 100, grok(118, (53, 13, 126), 5)),
+    // 16, 0.
+    ("sonar", 100, template((0, 0), (0, 15, 100), 0)),
+    ("command", 105, template((3, 3), (90, 15, 120), 15)),
+    // 57, 18; what it is told of tools is published for these.
+    ("claude-3", 110, Template { parameters: 142, function: 15, ..CLAUDE_4 }),
+    // 99, 165.
+    ("claude-sonnet-4-6", 106, CLAUDE_4_6),
+    ("claude-opus-4-6", 106, CLAUDE_4_6),
+    // 90, 127.
+    ("claude-haiku-4", 110, CLAUDE_4_5),
+    ("claude-opus-4-5", 110, CLAUDE_4_5),
+    ("claude-sonnet-4-5", 110, CLAUDE_4_5),
+    // 10, 9.
+    ("claude-opus-4-7", 140, CLAUDE_4_7),
+    ("claude-opus-4-8", 140, CLAUDE_4_7),
+    // 9, 53.
+    ("claude-sonnet-4", 110, CLAUDE_4),
+    ("claude-opus-4", 110, CLAUDE_4),
+    // 40, 21 of sonnet-5; the later ones are taken to be like it.
+    ("claude", 140, Template { call: 32, ..claude(2, (372, 15, 170), 130) }),
 ];
 
 /// Any other model.
@@ -320,6 +360,10 @@ pub(super) struct Facts {
     pub(super) messages: u64,
     pub(super) of_assistant: u64,
     pub(super) calls: u64,
+    pub(super) arguments: u64,
+    /// Messages of chats with several calls, and those that say something besides.
+    pub(super) crowds: u64,
+    pub(super) remarks: u64,
     pub(super) results: u64,
     pub(super) has_system: bool,
     pub(super) has_functions: bool,
@@ -346,8 +390,12 @@ impl Model {
     /// The model of this name, by the built-in table, else a guess on the safe side.
     pub(super) fn built_in(name: &str) -> Self {
         let name = family_name(name);
-        let known = FAMILIES.iter().find(|(prefix, ..)| name.starts_with(prefix));
-        let (encoding, percent, format) = known.map_or(UNKNOWN, |&(_, e, percent, f)| (e, percent, f));
+        let openai =
+            || OPENAI.iter().find(|(prefix, ..)| name.starts_with(prefix)).map(|&(_, e, f)| (e, 100, f));
+        let other = OTHERS.iter().find(|(prefix, ..)| name.starts_with(prefix));
+        let other = other.map(|&(_, percent, template)| (O200K, percent, Format::Template(template)));
+        let known = other.or_else(openai);
+        let (encoding, percent, format) = known.unwrap_or(UNKNOWN);
         let (tokenizer, images) = (Tokenizer { encoding, percent }, Rule::of_model(&name));
         Self { tokenizer, is_known: known.is_some(), format, images }
     }
@@ -373,7 +421,7 @@ impl Model {
     }
 
     /// Sound of so many tenths of a second: 10 tokens a second at OpenAI, 32 at Google, as their guides say.
-    pub(super) fn sound(&self, api: Api, tenths: u64) -> u64 {
+    pub(super) fn sound(api: Api, tenths: u64) -> u64 {
         if api == Api::Gemini { tenths.saturating_mul(32).div_ceil(10) } else { tenths }
     }
 
@@ -385,6 +433,21 @@ impl Model {
     /// Whether a schema for the answer is put into its prompt.
     pub(super) fn reads_schema(&self) -> bool {
         !matches!(self.format, Format::Template(Template { schema: None, .. }))
+    }
+
+    /// What a token of a schema comes to that is put into its prompt as it is, in per cent; `None`: it is
+    /// written down without what only validates.
+    pub(super) fn schema_percent(&self) -> Option<u64> {
+        if let Format::Template(Template { schema: Some((_, percent)), .. }) = self.format {
+            Some(percent)
+        } else {
+            None
+        }
+    }
+
+    /// Whether what it thought before is put into its prompt again.
+    pub(super) fn reads_thoughts(&self) -> bool {
+        matches!(self.format, Format::Template(Template { recalls: true, .. }))
     }
 
     /// Whether tools are put into its prompt though none may be used.
@@ -407,9 +470,12 @@ impl Model {
         add(Part::Overhead, times(overhead.message, facts.messages));
         add(Part::Overhead, times(overhead.assistant, facts.of_assistant));
         add(Part::Overhead, times(overhead.call, facts.calls));
+        add(Part::Overhead, times(overhead.argument, facts.arguments));
+        add(Part::Overhead, times(overhead.crowd, facts.crowds));
+        add(Part::Overhead, times(overhead.remark, facts.remarks));
         add(Part::Overhead, times(overhead.result, facts.results));
-        if let Format::Template(Template { thinking, thinks, .. }) = self.format
-            && facts.thinks.unwrap_or(thinks)
+        if let Format::Template(Template { thinking, .. }) = self.format
+            && facts.thinks == Some(true)
         {
             add(Part::Overhead, thinking);
         }
@@ -466,7 +532,7 @@ mod tests {
             ("gpt-oss-120b", O200K, 100),
             ("text-embedding-3-small", CL100K, 100),
             ("claude-sonnet-4", O200K, 110),
-            ("anthropic/claude-sonnet-4.6", O200K, 110),
+            ("anthropic/claude-sonnet-4.6", O200K, 106),
             ("claude-opus-4-7", O200K, 140),
             ("meta-llama/Llama-3-8b", O200K, 105),
             ("who-knows", O200K, 110),

@@ -28,11 +28,11 @@ impl Encoding {
     }
 
     /// What tells its counts from others'.
-    pub(super) fn tag(self) -> u32 {
+    pub(super) fn tag(self) -> u64 {
         match self {
             Self::O200k => 0,
             Self::Cl100k => 1,
-            Self::File(file) => 2 + file.number(),
+            Self::File(file) => 2 + u64::from(file.number()),
         }
     }
 
@@ -75,13 +75,13 @@ impl Tokenizer {
     }
 
     /// What tells this vocabulary's counts from others'.
-    pub(super) fn tag(self) -> u32 {
+    pub(super) fn tag(self) -> u64 {
         self.encoding.tag()
     }
 
     /// What tells its own counts, which are scaled, from others'.
-    pub(super) fn scaled_tag(self) -> u32 {
-        self.tag() | u32::try_from(self.percent).unwrap_or(0) << 16
+    pub(super) fn scaled_tag(self) -> u64 {
+        self.tag() | self.percent << 32
     }
 
     /// Bytes of text not counted lately that take no more than about 50 microseconds.

@@ -25,8 +25,9 @@ pub(super) enum Style {
     Compact,
     /// The same, with titles.
     Titled,
-    /// As compact JSON, of which a token comes to so many of the model's, in per cent.
-    Json { percent: u64 },
+    /// What is said of a function as the text that it is, its parameters as compact JSON, of which a token
+    /// comes to so many of the model's, in per cent; so many tokens stand around each function.
+    Json { function: u8, percent: u8 },
 }
 
 /// What a list of tools costs.
@@ -41,7 +42,7 @@ pub(super) struct Cost {
 
 /// What a list of tools costs, if it was counted lately: callers send theirs with every request.
 pub(super) fn count_if_known(tokenizer: Tokenizer, style: Style, json: &str) -> Option<Cost> {
-    key(tokenizer, style, json).count().map(|packed| unpacked(packed, style))
+    key(tokenizer, style, json).count().map(unpacked)
 }
 
 /// Renders a list of tools and counts that.
@@ -53,45 +54,42 @@ pub(super) fn count(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
         key.remember(packed);
         packed
     });
-    unpacked(packed, style)
+    unpacked(packed)
 }
 
 /// Tools are not known by the same key as the text that they are written in.
 fn key(tokenizer: Tokenizer, style: Style, json: &str) -> Key {
-    let thing = match style {
-        Style::Lines => Thing::ToolsInLines,
-        Style::Compact => Thing::CompactTools,
-        Style::Titled => Thing::TitledTools,
-        // The same for all families; each takes its own part of it.
-        Style::Json { .. } => return Key::of(tokenizer.tag(), Thing::JsonTools, json.as_bytes()),
+    let (thing, how) = match style {
+        Style::Lines => (Thing::ToolsInLines, 0),
+        Style::Compact => (Thing::CompactTools, 0),
+        Style::Titled => (Thing::TitledTools, 0),
+        Style::Json { function, percent } => (Thing::JsonTools, u16::from_be_bytes([percent, function])),
     };
-    Key::of(tokenizer.scaled_tag(), thing, json.as_bytes())
+    Key::of(tokenizer.scaled_tag() | u64::from(how) << 48, thing, json.as_bytes())
 }
 
-fn unpacked(packed: u64, style: Style) -> Cost {
+fn unpacked(packed: u64) -> Cost {
     let tokens = (packed >> 2).saturating_sub(1);
-    let percent = if let Style::Json { percent } = style { percent } else { 100 };
-    Cost {
-        tokens: (tokens * percent).div_ceil(100),
-        has_functions: packed & 1 == 1,
-        has_hosted: packed & 2 == 2,
-    }
+    Cost { tokens, has_functions: packed & 1 == 1, has_hosted: packed & 2 == 2 }
 }
 
 fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
-    let rendering = Rendering { style, text: String::new(), most: json.len() * LONGEST_RENDERING + 256 };
+    let most = json.len() * LONGEST_RENDERING + 256;
+    let rendering = Rendering { style, text: String::new(), parameters: String::new(), most };
     let mut tools = Tools { rendering, functions: 0, hosted: 0 };
     // What is no list of tools is for the upstream to refuse: it is taken as the text that it is.
     if To(&mut tools).deserialize(&mut serde_json::Deserializer::from_str(json)).is_err() {
         return Cost { tokens: tokenizer.count(json), ..Cost::default() };
     }
     let mut tokens = tools.hosted * HOSTED_TOOL;
-    if let (Style::Json { .. }, true) = (style, tools.functions > 0) {
-        let mut text = String::new();
-        compact(json, &[], &mut text);
-        tokens += Tokenizer::exact(tokenizer.encoding).count(&text);
+    let rendered = &tools.rendering;
+    if let Style::Json { function, percent } = style {
+        let parameters = Tokenizer::exact(tokenizer.encoding).count(&rendered.parameters);
+        tokens += tokenizer.count(&rendered.text)
+            + (parameters * u64::from(percent)).div_ceil(100)
+            + tools.functions * u64::from(function);
     } else if tools.functions > 0 {
-        tokens += tokenizer.count(&namespace(style, &tools.rendering.text));
+        tokens += tokenizer.count(&namespace(style, &rendered.text));
     }
     Cost { tokens, has_functions: tools.functions > 0, has_hosted: tools.hosted > 0 }
 }
@@ -113,6 +111,13 @@ impl AnswerSchema<'_> {
     pub(super) fn rendered(&self) -> String {
         let mut text = format!("# Response Formats\n\n## {}\n\n", self.name);
         compact(self.json, VALIDATING, &mut text);
+        text
+    }
+
+    /// All of it.
+    pub(super) fn whole(&self) -> String {
+        let mut text = String::new();
+        compact(self.json, &[], &mut text);
         text
     }
 }
@@ -449,6 +454,8 @@ impl<'a> Take<'a> for Members<'_, 'a> {
 struct Rendering {
     style: Style,
     text: String,
+    /// Schemas of parameters, where they are kept apart.
+    parameters: String,
     most: usize,
 }
 
@@ -464,6 +471,12 @@ struct Place<'s, 'a> {
 
 impl Rendering {
     fn function(&mut self, function: &Function<'_>) {
+        if matches!(self.style, Style::Json { .. }) {
+            self.push(&[&function.name, " ", &function.description, " "]);
+            compact(function.parameters.unwrap_or("{}"), &[], &mut self.parameters);
+            self.parameters.push('\n');
+            return;
+        }
         self.comment(&function.description, 0);
         let schema = Schema::read(function.parameters.unwrap_or("{}"));
         let place = Place { definitions: &schema.definitions, depth: 0, indent: 0, referred: false };

@@ -25,7 +25,7 @@ const PART_OF_RUN: usize = 256;
 pub(super) struct Vocabulary {
     tokenizer: &'static bpe_openai::Tokenizer,
     tokens: FxHashSet<&'static [u8]>,
-    tag: u32,
+    tag: u64,
 }
 
 pub(super) static O200K: LazyLock<Vocabulary> =
@@ -52,7 +52,7 @@ pub(super) fn count(vocabulary: &LazyLock<Vocabulary>, text: &str) -> u64 {
 }
 
 impl Vocabulary {
-    fn of(tokenizer: &'static bpe_openai::Tokenizer, tag: u32) -> Self {
+    fn of(tokenizer: &'static bpe_openai::Tokenizer, tag: u64) -> Self {
         let ids = 0..u32::try_from(tokenizer.bpe.num_tokens()).unwrap_or(0);
         Self { tokenizer, tokens: ids.map(|id| tokenizer.bpe.token_bytes(id)).collect(), tag }
     }
