@@ -462,9 +462,15 @@ impl Model {
         }
         let overhead = self.format.overhead(facts.api);
         let times = |tokens: i64, n: u64| tokens.saturating_mul(i64::try_from(n).unwrap_or(i64::MAX));
+        // Where a template takes less than was counted, and there is nothing left to take it from, the
+        // messages pay: they were counted with their roles.
         let mut add = |part: Part, tokens: i64| {
-            let sum = &mut parts[part as usize];
-            *sum = sum.saturating_add_signed(tokens);
+            let missing = tokens.unsigned_abs().saturating_sub(parts[part as usize]);
+            parts[part as usize] = parts[part as usize].saturating_add_signed(tokens);
+            if tokens < 0 {
+                let messages = &mut parts[Part::Messages as usize];
+                *messages = messages.saturating_sub(missing);
+            }
         };
         add(Part::Overhead, overhead.request);
         add(Part::Overhead, times(overhead.message, facts.messages));
