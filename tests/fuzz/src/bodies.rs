@@ -28,7 +28,7 @@ const MODELS: [&str; 16] = [
     "",
 ];
 
-/// More than an input may take of a processor: some 20 times what the slowest 64 KiB do.
+/// More than an input may take of a processor: some five times what the slowest 64 KiB do, documents that inflate.
 const MOST_NANOSECONDS: u64 = 1_000_000_000;
 
 pub fn check(api: Api, how: u8, json: &[u8]) {
