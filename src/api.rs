@@ -31,6 +31,11 @@ impl Api {
         }
     }
 
+    /// Whether its streams report usage only where they are asked to.
+    pub fn reports_if_asked(self) -> bool {
+        matches!(self, Self::Chat | Self::Completions)
+    }
+
     /// Whether the model generates tokens.
     pub fn generates(self) -> bool {
         self != Self::Embeddings

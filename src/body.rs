@@ -200,6 +200,29 @@ mod tests {
     }
 
     #[test]
+    fn a_bound_takes_the_place_of_a_null_config() {
+        for name in ["generationConfig", "generation_config"] {
+            let before = format!(r#"{{"contents":[],"{name}": null }}"#);
+            let edits = read(Api::Gemini, &before).unwrap().bounds().lower_to(7, "gemini-2.5-pro");
+            let after = edited(before.as_bytes(), edits);
+            let want = format!(r#"{{"contents":[],"{name}": {{"maxOutputTokens":7}} }}"#);
+            assert_eq!(after, want.as_bytes());
+            assert_eq!(Body::read(Api::Gemini, &after).unwrap().max_tokens, Some(7));
+        }
+    }
+
+    #[test]
+    fn a_part_counts_the_same_with_and_without_a_list_around_it() {
+        let part = r#"{"type":"image_url","image_url":{"url":"https://example.com/a.png"}}"#;
+        let tokens = |content: &str| {
+            let body = format!(r#"{{"model":"gpt-4o","messages":[{{"role":"user","content":{content}}}]}}"#);
+            let body = read(Api::Chat, &body).unwrap();
+            body.prompt.estimate(&crate::estimate::Models::default().named("gpt-4o")).tokens()
+        };
+        assert_eq!(tokens(part), tokens(&format!("[{part}]")));
+    }
+
+    #[test]
     fn what_is_not_one_json_object_is_refused() {
         for json in [
             "",

@@ -108,6 +108,8 @@ pub struct Prompt<'a> {
     pages: u64,
     /// Tokens of the text on them, by the number of its characters.
     page_text: u64,
+    /// How many bytes of documents were inflated to be read.
+    pub(crate) inflated: usize,
     /// Tenths of a second of it.
     sound: u64,
     /// How many prompts of a list are completed, each with its own answers.

@@ -52,6 +52,9 @@ pub(crate) trait Take<'a> {
         object.next_value::<IgnoredAny>().map(drop)
     }
 
+    /// An object has come to its end.
+    fn object_end(&mut self) {}
+
     /// An object begins.
     fn object(&mut self) -> Result<(), Expected> {
         Ok(())
@@ -132,6 +135,7 @@ impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
             seen |= 1 << at;
             self.0.field(T::FIELDS[at], &mut object)?;
         }
+        self.0.object_end();
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 //! Pure: bytes in, numbers out. The shapes and their meaning follow the providers' documents and
 //! recorded answers; a field that is not a whole number from 0 to 2^40 does not count as reported.
 
+mod choices;
 mod json;
 mod received;
 mod sse;

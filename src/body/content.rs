@@ -14,17 +14,19 @@ const UNKNOWN_SOUND: u64 = 600;
 pub(super) struct Content<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     pub(super) has_any: bool,
+    /// Of a part without a list around it.
+    found: Found<'a>,
 }
 
 impl<'p, 'a> Content<'p, 'a> {
     pub(super) fn of(prompt: &'p mut Prompt<'a>) -> Self {
-        Self { prompt, has_any: false }
+        Self { prompt, has_any: false, found: Found::default() }
     }
 
     fn part<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let mut part = ContentPart::of(self.prompt);
+        let mut part = ContentPart { prompt: &mut *self.prompt, found: Found::default() };
         let there_is = element(list, &mut part)?;
-        part.finish();
+        std::mem::take(&mut part.found).add_to(part.prompt);
         Ok(there_is)
     }
 }
@@ -47,33 +49,40 @@ impl<'a> Take<'a> for Content<'_, 'a> {
     /// Some callers send one part without a list around it.
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         self.has_any = true;
-        let mut part = ContentPart::of(self.prompt);
+        let found = std::mem::take(&mut self.found);
+        let mut part = ContentPart { prompt: &mut *self.prompt, found };
         part.field(name, object)?;
-        part.finish();
+        self.found = part.found;
         Ok(())
+    }
+
+    fn object_end(&mut self) {
+        std::mem::take(&mut self.found).add_to(self.prompt);
     }
 }
 
-/// One part: what was found of it.
-struct ContentPart<'p, 'a> {
-    prompt: &'p mut Prompt<'a>,
+/// What was found of one part, to be counted when all of it was seen.
+#[derive(Default)]
+struct Found<'a> {
     image: Option<Image<'a>>,
     file: Option<File<'a>>,
 }
 
-impl<'p, 'a> ContentPart<'p, 'a> {
-    fn of(prompt: &'p mut Prompt<'a>) -> Self {
-        Self { prompt, image: None, file: None }
-    }
-
-    fn finish(self) {
+impl<'a> Found<'a> {
+    fn add_to(self, prompt: &mut Prompt<'a>) {
         if let Some(image) = self.image {
             let data = media::data_url(&image.url);
-            self.prompt.image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
+            prompt.image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
         } else if let Some(file) = self.file {
-            file.add_to(self.prompt);
+            file.add_to(prompt);
         }
     }
+}
+
+/// One part.
+struct ContentPart<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    found: Found<'a>,
 }
 
 impl<'a> Take<'a> for ContentPart<'_, 'a> {
@@ -101,8 +110,8 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "type" => match &*string(object)? {
-                "image_url" | "input_image" => drop(self.image.get_or_insert_default()),
-                "file" | "input_file" => drop(self.file.get_or_insert_default()),
+                "image_url" | "input_image" => drop(self.found.image.get_or_insert_default()),
+                "file" | "input_file" => drop(self.found.file.get_or_insert_default()),
                 _ => {}
             },
             "text" | "refusal" => {
@@ -110,14 +119,14 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.count(Part::Messages, text.0, 1);
             }
-            "image_url" => value(object, self.image.get_or_insert_default())?,
-            "detail" => self.image.get_or_insert_default().detail = Detail::named(&string(object)?),
+            "image_url" => value(object, self.found.image.get_or_insert_default())?,
+            "detail" => self.found.image.get_or_insert_default().detail = Detail::named(&string(object)?),
             "input_audio" => value(object, &mut Sound(self.prompt))?,
             // Mistral's: a URL, and a name that is not read.
-            "document_url" => self.file.get_or_insert_default().document(string(object)?),
-            "file" => value(object, self.file.get_or_insert_default())?,
+            "document_url" => self.found.file.get_or_insert_default().document(string(object)?),
+            "file" => value(object, self.found.file.get_or_insert_default())?,
             "encrypted_content" => super::responses::encrypted(self.prompt, &string(object)?),
-            _ => self.file.get_or_insert_default().field(name, object)?,
+            _ => self.found.file.get_or_insert_default().field(name, object)?,
         }
         Ok(())
     }
@@ -226,7 +235,7 @@ pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: 
     let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     // Every PDF begins with "%PDF".
     if kind == "application/pdf" || ends(&[".pdf"]) || base64.starts_with("JVBER") {
-        let pdf = media::pdf(base64);
+        let pdf = media::pdf(base64, &mut prompt.inflated);
         prompt.pages(pdf.pages, pdf.characters);
     } else if kind.starts_with("image/") {
         prompt.image(media::image_size(base64), Detail::Auto);

@@ -45,6 +45,8 @@ pub struct Bounds {
     opening: usize,
     /// Gemini's `generationConfig`, where bounds stand, and whether it is empty.
     pub(super) config: Option<(usize, bool)>,
+    /// A `null` in its place.
+    pub(super) null_config: Option<Span>,
 }
 
 impl Bounds {
@@ -58,6 +60,9 @@ impl Bounds {
     pub fn lower_to(&self, tokens: u64, model: &str) -> Vec<Edit> {
         if !self.caps.is_empty() {
             return self.caps.iter().map(|&at| Edit { at, text: tokens.to_string().into() }).collect();
+        }
+        if let Some(at) = self.null_config {
+            return vec![Edit { at, text: format!("{{\"maxOutputTokens\":{tokens}}}").into() }];
         }
         let model = model.rsplit('/').next().unwrap_or(model);
         let reasons = ["o1", "o3", "o4", "gpt-5"].iter().any(|prefix| model.starts_with(prefix));

@@ -220,6 +220,9 @@ impl<'a> Reading<'a> {
             }
             _ => {
                 let raw = raw(map)?;
+                if matches!(name, "generationConfig" | "generation_config") && raw == "null" {
+                    self.body.bounds.null_config = Some(Span::of(self.text, raw));
+                }
                 if raw != "null" || name == "stream_options" {
                     self.read_raw(name, raw);
                 }

@@ -16,7 +16,7 @@ const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIEN
 /// How much of an image is decoded, at first and at most: a JPEG has its size behind its EXIF data.
 const FIRST_BYTES: usize = 4 * 1024;
 const MOST_BYTES: usize = 256 * 1024;
-/// No more than so much of a document is inflated.
+/// No more than so much of the documents of a request is inflated.
 const MOST_INFLATED: usize = 8 * 1024 * 1024;
 /// The size of an average page, for documents whose pages cannot be counted.
 const BYTES_OF_A_PAGE: u64 = 50_000;
@@ -68,8 +68,8 @@ pub(crate) struct Pdf {
 }
 
 /// What can be told of a PDF in base64 without drawing it: as many pages as it says that something is
-/// one, and the text in what draws them.
-pub(crate) fn pdf(base64: &str) -> Pdf {
+/// one, and the text in what draws them. `inflated`: how much was inflated for this request, which is bounded.
+pub(crate) fn pdf(base64: &str, inflated: &mut usize) -> Pdf {
     /// Where pages cannot be counted, because they are compressed.
     const CHARACTERS_OF_A_PAGE: u64 = 2_000;
     let bytes = decoded(base64, base64.len());
@@ -78,7 +78,7 @@ pub(crate) fn pdf(base64: &str) -> Pdf {
         let pages = (bytes.len() as u64 / BYTES_OF_A_PAGE).max(1);
         return Pdf { pages, characters: pages * CHARACTERS_OF_A_PAGE };
     }
-    Pdf { pages, characters: characters_in(&bytes) }
+    Pdf { pages, characters: characters_in(&bytes, inflated) }
 }
 
 /// `/Type`, some space, `/Page`, and not `/Pages`.
@@ -89,18 +89,18 @@ fn is_page(pdf: &[u8], at: usize) -> bool {
 }
 
 /// The characters that the streams of a PDF show, as far as they are plain or deflated.
-fn characters_in(pdf: &[u8]) -> u64 {
-    let (mut characters, mut room, mut at) = (0, MOST_INFLATED, 0);
+fn characters_in(pdf: &[u8], all_inflated: &mut usize) -> u64 {
+    let (mut characters, mut at) = (0, 0);
     while let Some(found) = memchr::memmem::find(&pdf[at..], b"stream") {
         let start = at + found + b"stream".len();
         let end = memchr::memmem::find(&pdf[start..], b"endstream").map_or(pdf.len(), |end| start + end);
         let stream = pdf[start..end].trim_ascii_start();
-        let inflated = inflated(stream, room);
+        let inflated = inflated(stream, MOST_INFLATED.saturating_sub(*all_inflated));
         let content = if inflated.is_empty() { stream } else { &inflated[..] };
-        room = room.saturating_sub(content.len());
+        *all_inflated += content.len();
         characters += shown(content);
         at = (end + b"endstream".len()).min(pdf.len());
-        if room == 0 {
+        if *all_inflated >= MOST_INFLATED {
             break;
         }
     }

@@ -5,6 +5,7 @@
 use super::known::{Key, Thing};
 use super::tokenizer::Tokenizer;
 use crate::json::{Expected, Take, To, element, raw, string, value};
+use rustc_hash::FxHashSet;
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
@@ -15,6 +16,10 @@ const HOSTED_TOOL: u64 = 300;
 const DEEPEST: usize = 16;
 /// No rendering gets this many times longer than what it renders: references repeat what they refer to.
 const LONGEST_RENDERING: usize = 4;
+
+/// No definition is read more often than this on the whole: what is in unions and behind references is read again
+/// wherever it is rendered.
+const MOST_READINGS: usize = 64;
 
 /// How functions are written down for a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +80,8 @@ fn unpacked(packed: u64) -> Cost {
 
 fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
     let most = json.len() * LONGEST_RENDERING + 256;
-    let rendering = Rendering { style, text: String::new(), parameters: String::new(), most };
+    let work = json.len().saturating_mul(MOST_READINGS) + (1 << 16);
+    let rendering = Rendering { style, text: String::new(), parameters: String::new(), most, work };
     let mut tools = Tools { rendering, functions: 0, hosted: 0 };
     // What is no list of tools is for the upstream to refuse: it is taken as the text that it is.
     if To(&mut tools).deserialize(&mut serde_json::Deserializer::from_str(json)).is_err() {
@@ -457,6 +463,8 @@ struct Rendering {
     /// Schemas of parameters, where they are kept apart.
     parameters: String,
     most: usize,
+    /// Bytes that may still be read.
+    work: usize,
 }
 
 /// What a schema's references are looked up in, and how deep it stands.
@@ -478,7 +486,7 @@ impl Rendering {
             return;
         }
         self.comment(&function.description, 0);
-        let schema = Schema::read(function.parameters.unwrap_or("{}"));
+        let schema = self.read(function.parameters.unwrap_or("{}"));
         let place = Place { definitions: &schema.definitions, depth: 0, indent: 0, referred: false };
         self.push(&["type ", &function.name, " = "]);
         if schema.properties.is_empty() {
@@ -497,7 +505,12 @@ impl Rendering {
     }
 
     fn is_full(&self) -> bool {
-        self.text.len() > self.most
+        self.text.len() > self.most || self.work == 0
+    }
+
+    fn read<'a>(&mut self, json: &'a str) -> Schema<'a> {
+        self.work = self.work.saturating_sub(json.len());
+        Schema::read(json)
     }
 
     fn push(&mut self, parts: &[&str]) {
@@ -524,14 +537,15 @@ impl Rendering {
 
     fn object(&mut self, schema: &Schema<'_>, place: Place<'_, '_>) {
         let properties: Vec<(&str, Schema)> =
-            schema.properties.iter().map(|(name, json)| (&**name, Schema::read(json))).collect();
+            schema.properties.iter().map(|(name, json)| (&**name, self.read(json))).collect();
+        let required: FxHashSet<&str> = schema.required.iter().map(|name| &**name).collect();
         let in_lines = self.style == Style::Lines || properties.iter().any(|(_, p)| self.says(p));
         self.push(&[if in_lines { "{\n" } else { "{" }]);
         for (at, (name, property)) in properties.iter().enumerate() {
             if self.is_full() {
                 return;
             }
-            let mark = if schema.required.iter().any(|r| r == name) { ": " } else { "?: " };
+            let mark = if required.contains(name) { ": " } else { "?: " };
             if in_lines {
                 // In the old form comments further in were left out.
                 if place.indent < 2 || self.style != Style::Lines {
@@ -576,7 +590,10 @@ impl Rendering {
         } else if !schema.values.is_empty() {
             self.union(schema.values.iter(), |me, json| me.push(&[json]));
         } else if !schema.either.is_empty() {
-            self.union(schema.either.iter(), |me, json| me.kind(&Schema::read(json), deeper));
+            self.union(schema.either.iter(), |me, json| {
+                let schema = me.read(json);
+                me.kind(&schema, deeper);
+            });
         } else if schema.kinds.is_empty() {
             let kind = if schema.properties.is_empty() { "any" } else { "object" };
             self.named(kind, schema, deeper);
@@ -587,6 +604,9 @@ impl Rendering {
 
     fn union<T>(&mut self, all: impl Iterator<Item = T>, mut one: impl FnMut(&mut Self, T)) {
         for (at, item) in all.enumerate() {
+            if self.is_full() {
+                return;
+            }
             if at > 0 {
                 self.push(&[" | "]);
             }
@@ -606,16 +626,18 @@ impl Rendering {
     }
 
     fn array(&mut self, schema: &Schema<'_>, place: Place<'_, '_>) {
-        let Some(items) = schema.items.map(Schema::read) else { return self.push(&["any[]"]) };
+        let Some(items) = schema.items.map(|json| self.read(json)) else { return self.push(&["any[]"]) };
         self.kind(&items, place);
         self.push(&["[]"]);
     }
 
     fn referred(&mut self, reference: &str, place: Place<'_, '_>) {
         let name = reference.rsplit('/').next().unwrap_or_default();
+        self.work = self.work.saturating_sub(place.definitions.len());
         match place.definitions.iter().find(|(known, _)| known == name) {
             Some((_, json)) if !place.referred => {
-                self.kind(&Schema::read(json), Place { referred: true, ..place });
+                let schema = self.read(json);
+                self.kind(&schema, Place { referred: true, ..place });
             }
             _ => self.push(&["any"]),
         }

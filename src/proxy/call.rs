@@ -117,7 +117,8 @@ impl Call {
         let model = reading.deployment.as_deref().unwrap_or(named).to_owned();
         let known = reading.models.named(&model);
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
-        let asks = reading.ask_for_usage && body.streams && reading.api.generates() && !body.wants_usage();
+        let asks =
+            reading.ask_for_usage && body.streams && reading.api.reports_if_asked() && !body.wants_usage();
         Ok(Some(Self {
             body: bytes.clone(),
             asks_for_usage: asks.then(|| body.ask_for_usage()),

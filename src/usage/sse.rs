@@ -4,6 +4,7 @@
 //! Linear and bounded: each byte is looked at a fixed number of times, however the network cut the
 //! stream. Line ends are LF, CRLF or CR. Only events that name `usage` are parsed.
 
+use super::choices::Choices;
 use super::received::Received;
 use super::{Reported, Texts};
 use bytes::Bytes;
@@ -17,7 +18,6 @@ use std::borrow::Cow;
 const LONGEST_EVENT: usize = 4 * 1024 * 1024;
 /// No more than this of an event is ever kept back: the one to withhold is far smaller.
 const MOST_KEPT_BACK: usize = 256 * 1024;
-const CHOICES: &[u8] = b"\"choices\"";
 
 /// Where the pieces of a stream go that the caller is to receive, in order.
 pub trait Sink {
@@ -46,8 +46,8 @@ pub struct SseReader {
     begun: Vec<u8>,
     /// `begun` is kept back from the caller.
     kept_back: bool,
-    /// How far `begun` was searched for its choices.
-    searched: usize,
+    /// What is seen of the choices in `begun`.
+    choices: Choices,
     /// The event is too long: it is passed over.
     overlong: bool,
     /// The current line has bytes.
@@ -85,7 +85,7 @@ impl SseReader {
     pub fn finish(&mut self, out: &mut impl Sink) {
         let kept_back = std::mem::take(&mut self.kept_back);
         let event = std::mem::take(&mut self.begun);
-        self.searched = 0;
+        self.choices = Choices::default();
         let reports = !event.is_empty() && !self.overlong && self.event(&event);
         self.withheld += u32::from(reports && kept_back);
         if kept_back && !reports {
@@ -179,7 +179,7 @@ impl SseReader {
                     out.push(Bytes::copy_from_slice(&self.begun));
                 }
                 self.begun.clear();
-                self.searched = 0;
+                self.choices = Choices::default();
                 self.kept_back = false;
                 self.overlong = false;
                 event_start = at;
@@ -202,7 +202,10 @@ impl SseReader {
         let too_long = self.overlong || before + tail.len() > LONGEST_EVENT;
         if !too_long {
             self.begun.extend_from_slice(tail);
-            self.kept_back = may_keep_back && self.may_only_report();
+            if may_keep_back {
+                self.choices.feed(tail);
+                self.kept_back = !self.choices.has_item() && self.begun.len() <= MOST_KEPT_BACK;
+            }
         }
         if self.kept_back {
             out_slice(out, piece, given, event_start);
@@ -219,25 +222,6 @@ impl SseReader {
         }
     }
 
-    /// Whether the event that has begun can still be one with an empty list of choices. What was
-    /// searched once is not searched again.
-    fn may_only_report(&mut self) -> bool {
-        if self.begun.len() > MOST_KEPT_BACK {
-            return false;
-        }
-        let Some(found) = memmem::find(&self.begun[self.searched..], CHOICES) else {
-            self.searched = self.begun.len().saturating_sub(CHOICES.len() - 1).max(self.searched);
-            return true;
-        };
-        self.searched += found;
-        let after = &self.begun[self.searched + CHOICES.len()..];
-        let mut rest = after.iter().filter(|b| !b.is_ascii_whitespace());
-        matches!(
-            (rest.next(), rest.next(), rest.next()),
-            (None, ..) | (Some(b':'), None, _) | (Some(b':'), Some(b'['), Some(b']') | None)
-        )
-    }
-
     /// An event has ended with `tail`, after what has begun. Returns whether it is to be withheld.
     fn end_event(&mut self, tail: &[u8]) -> bool {
         if self.overlong {
@@ -245,12 +229,13 @@ impl SseReader {
             return false;
         }
         if self.begun.is_empty() {
-            return self.event(tail) && self.withholds;
+            // By the same measure as if it had come in pieces.
+            return self.event(tail) && self.withholds && tail.len() <= MOST_KEPT_BACK;
         }
         let before = self.begun.len();
         let mut event = std::mem::take(&mut self.begun);
         event.extend_from_slice(tail);
-        let reports = self.event(&event);
+        let reports = self.event(&event) && event.len() <= MOST_KEPT_BACK;
         event.truncate(before);
         self.begun = event;
         reports && self.kept_back
@@ -386,6 +371,18 @@ mod tests {
         assert_eq!(out.concat(), b"data: {\"id\":1,\"choices\":[{\"delta\":{}}]}\n\n");
         reader.finish(&mut out);
         assert!(out.concat().ends_with(b"\n\nda"));
+    }
+
+    #[test]
+    fn other_choices_before_the_list_make_no_difference_to_a_cut() {
+        let usage = r#""choices":[],"usage":{"completion_tokens":2}}"#;
+        for before in [r#""id":"choices","#, r#""a":{"choices":[1]},"#, r#""a":[{"choices":["b"]}],"#] {
+            let stream = format!("data: {{{before}{usage}\n\n");
+            for cuts in [vec![], every_byte(&stream)] {
+                let (got, reader) = follow(&stream, true, &cuts);
+                assert_eq!((got.as_str(), reader.withheld()), ("", 1), "{stream}");
+            }
+        }
     }
 
     #[test]

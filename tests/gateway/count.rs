@@ -148,6 +148,18 @@ fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
     let exploding = json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/t0"}}, "$defs": many});
     let body = with(&exploding);
     assert!(read(Api::Chat, &body).unwrap().tokens() < 5 * body.len() as u64);
+    // One large definition that is named in every way again and again.
+    let large: serde_json::Map<String, Value> =
+        (0..400).map(|n| (format!("p{n}"), json!({"type": "string"}))).collect();
+    let names: Vec<String> = (0..400).map(|n| format!("p{n}")).collect();
+    let again = json!({"type": "object", "required": names, "properties": large,
+        "$defs": {"a": {"type": vec!["object"; 2_000], "properties": large}}});
+    let unions = json!({"type": "object", "properties": {"a": {"anyOf": vec![json!({"$ref": "#/$defs/a"}); 2_000]}},
+        "$defs": {"a": {"type": vec!["object"; 500], "properties": large, "required": names}}});
+    for schema in [&again, &unions] {
+        let body = with(schema);
+        assert!(read(Api::Chat, &body).unwrap().tokens() < 6 * body.len() as u64);
+    }
     let mut deep = json!({"type": "string"});
     for _ in 0..40 {
         deep = json!({"type": "object", "properties": {"a": deep}});
@@ -156,6 +168,25 @@ fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
     let nested = format!("{}1{}", "{\"items\":".repeat(1_000), "}".repeat(1_000));
     let refused = read(Api::Chat, &with(&json!("X")).replace("\"X\"", &nested)).unwrap_err();
     assert!(refused.to_string().contains("128"), "{refused}");
+}
+
+/// A small file can be made of an enormous one; many of them too.
+#[test]
+fn what_is_inflated_of_files_is_bounded_for_each_request() {
+    use base64::Engine as _;
+    use std::io::Write as _;
+    let mut deflated = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+    deflated.write_all(format!("BT ({}) Tj ET", "a".repeat(1 << 20)).as_bytes()).unwrap();
+    let pdf = [b"%PDF-1.4 /Type /Page \nstream\n".as_slice(), &deflated.finish().unwrap(), b"\nendstream\n"]
+        .concat();
+    let data = base64::engine::general_purpose::STANDARD.encode(pdf);
+    let tokens = |files: usize| {
+        let part = json!({"type": "file", "file": {"filename": "a.pdf", "file_data": format!("data:application/pdf;base64,{data}")}});
+        read(Api::Chat, &user(&json!(vec![part; files]))).unwrap().tokens()
+    };
+    let (one, many) = (tokens(1), tokens(500));
+    assert!(one > (1 << 20) / 5, "{one}");
+    assert!(many < 500 * 2_000 + 9 * one, "{many}, of one {one}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 use tollgate::api::Api;
 use tollgate::body::{Body, edited};
-use tollgate::estimate::{Model, Part, PromptEstimate};
+use tollgate::estimate::{Models, Part, PromptEstimate};
 
 pub const APIS: [Api; 6] =
     [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini];
@@ -38,7 +38,7 @@ pub fn check(api: Api, how: u8, json: &[u8]) {
         "" => body.model.as_deref().unwrap_or_default(),
         name => name,
     };
-    let known = Model::named(&[], model);
+    let known = Models::default().named(model);
     let quick = body.prompt.estimate_if_quick(&known);
     let estimate = body.prompt.estimate(&known);
     let took = processor_time() - began;
@@ -107,7 +107,7 @@ fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
         (&body.model, body.streams, body.choices, body.completions()),
         "{text}"
     );
-    let known = Model::named(&[], model);
+    let known = Models::default().named(model);
     assert_eq!(again.prompt.estimate(&known), body.prompt.estimate(&known), "{text}");
     // Numbers that are too large for a tree are not for the gateway to refuse.
     let (Some(tree), Some(tree_after)) = (tree(json), tree(&after)) else { return };
