@@ -15,6 +15,7 @@ use std::time::Duration;
 
 pub use commits::Commits;
 pub use counters::{Admission, Counters, Ended, Grant, NoRoom, Progress, Rules, Totals, Want};
+pub(crate) use history::OTHER;
 pub use history::Row;
 pub use limits::{AuditEntry, QuotaKey};
 use line::Line;

@@ -472,13 +472,16 @@ impl Cell {
         Self { id, quota, counter, is_dirty: true }
     }
 
-    /// Takes the limit of a quota that is otherwise the same.
+    /// Takes the limit and the time zone of a quota that is otherwise the same.
     fn set_limit(&mut self, quota: Quota, now: Timestamp) {
-        match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.set_limit(quota.limit, quota.capacity(), now),
-            Counter::Calendar(calendar) => {
+        match (&mut self.counter, &quota.window) {
+            (Counter::Rolling(bucket), _) => bucket.set_limit(quota.limit, quota.capacity(), now),
+            (Counter::Calendar(calendar), window) => {
                 calendar.roll(now);
                 calendar.set_limit(quota.limit);
+                if let Window::Calendar { zone, .. } = window {
+                    calendar.set_zone(zone, now);
+                }
             }
         }
         self.quota = quota;
