@@ -184,16 +184,21 @@ mod tests {
                 "m",
                 r#"{"max_completion_tokens": 7 , "x":[1], "max_tokens":7}"#,
             ),
+            (
+                r#"{"max_completion_tokens":500,"max_tokens":5}"#,
+                "m",
+                r#"{"max_completion_tokens":7,"max_tokens":5}"#,
+            ),
             (r#" { "model":"m"}"#, "gpt-4o", r#" {"max_tokens":7, "model":"m"}"#),
             (r#"{"model":"m"}"#, "openai/o3-mini", r#"{"max_completion_tokens":7,"model":"m"}"#),
             (r#"{"model":"m"}"#, "gpt-5-mini", r#"{"max_completion_tokens":7,"model":"m"}"#),
         ] {
-            let edits = read(Api::Chat, before).unwrap().bounds().lower_to(7, model);
+            let edits = read(Api::Chat, before).unwrap().bounds().lower_to(7, model, before.as_bytes());
             assert_eq!(edited(before.as_bytes(), edits), after.as_bytes(), "{before}");
         }
         let before = r#"{"stream":true,"max_tokens":9}"#;
         let body = read(Api::Chat, before).unwrap();
-        let mut edits = body.bounds().lower_to(3, "m");
+        let mut edits = body.bounds().lower_to(3, "m", before.as_bytes());
         edits.push(body.ask_for_usage());
         let after = r#"{"stream_options":{"include_usage":true},"stream":true,"max_tokens":3}"#;
         assert_eq!(edited(before.as_bytes(), edits), after.as_bytes());

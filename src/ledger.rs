@@ -15,6 +15,7 @@ use std::time::Duration;
 
 pub use commits::Commits;
 pub use counters::{Admission, Counters, Ended, Grant, NoRoom, Progress, Rules, Totals, Want};
+pub(crate) use history::OTHER;
 pub use history::Row;
 pub use limits::{AuditEntry, QuotaKey};
 use line::Line;
@@ -122,12 +123,17 @@ impl Account {
         want: &Want<'_>,
         longest: Duration,
     ) -> Result<Reservation, NoRoom> {
-        let waited = line::wait(&self.line, longest, || self.reserve_by(want, Counters::try_admit)).await;
-        // Whoever has waited in vain is denied by the quotas as they stand now.
-        match waited {
-            Some(reservation) => Ok(reservation),
-            None => self.reserve(want),
-        }
+        let reserve = || self.reserve_by(want, Counters::try_admit);
+        let in_the_way = || self.lock().in_the_way(clock::now(), want);
+        let waited = line::wait(&self.line, longest, reserve, in_the_way).await;
+        // Whoever has waited in vain, or has found no place, does not overtake those who stand before.
+        waited.ok_or_else(|| self.deny(want))
+    }
+
+    fn deny(&self, want: &Want<'_>) -> NoRoom {
+        let no_room = self.lock().deny(clock::now(), want);
+        self.changed(false);
+        no_room
     }
 
     fn reserve_by(
@@ -282,12 +288,25 @@ impl Reservation {
     /// Takes note of what has certainly been used so far, so that it is held no longer.
     pub fn progress(&mut self, spent: Amounts) -> Progress {
         let Some(grant) = &mut self.grant else { return Progress::Within };
+        let before = grant.reserved();
         let mut counters = self.account.lock();
         let progress = counters.progress(clock::now(), &self.asker.1, grant, spent);
         drop(counters);
+        let has_grown = grant.reserved() != before;
         self.account.line.somebody_has_ended();
-        self.account.changed(false);
+        // Nobody waits for it, but what is delivered should be kept soon.
+        self.account.changed(self.is_durable && has_grown);
         progress
+    }
+
+    /// The most completion tokens that the request allows its answer.
+    pub fn cap(&self) -> u64 {
+        self.grant.as_ref().map_or(u64::MAX, Grant::cap)
+    }
+
+    /// Beyond so many completion tokens `progress` has something to do at once; below, now and then.
+    pub fn tell_beyond(&self) -> u64 {
+        self.grant.as_ref().map_or(u64::MAX, Grant::tell_beyond)
     }
 
     /// Waits until the reservation would outlive the process, if one of its quotas asks for that.
@@ -339,3 +358,6 @@ impl Drop for Reservation {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

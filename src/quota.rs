@@ -160,13 +160,11 @@ impl Quota {
         }
     }
 
-    /// Whether it is the same quota, at most with another limit: its counters then go on.
+    /// Whether it is the same quota, at most with another limit or time zone: its counters then go on.
     pub fn is_same_as(&self, other: &Self) -> bool {
         let same_window = match (&self.window, &other.window) {
             (Window::Rolling { .. }, Window::Rolling { .. }) => true,
-            (Window::Calendar { unit: a, zone: x }, Window::Calendar { unit: b, zone: y }) => {
-                a == b && x == y
-            }
+            (Window::Calendar { unit: a, .. }, Window::Calendar { unit: b, .. }) => a == b,
             _ => false,
         };
         same_window
@@ -265,6 +263,8 @@ pub struct Saved {
     pub held: u64,
     /// Of a rolling quota: when it was last refilled. Of a calendar quota: the start of its period.
     pub at: Timestamp,
+    /// Of a calendar quota: the end of its period; 0 where an older version has kept it.
+    pub until: Timestamp,
 }
 
 /// What a request asks of its quotas.

@@ -319,7 +319,8 @@ impl<'a> Replay<'a> {
     }
 
     fn cuts(&self) -> bool {
-        self.mode == Mode::Configured && self.environment.reserve.on_overrun == OnOverrun::Cut
+        let Environment { enforce, reserve, .. } = self.environment;
+        self.mode == Mode::Configured && *enforce && reserve.on_overrun == OnOverrun::Cut
     }
 
     fn end(&mut self, flight: Flight, spent: Amounts) {

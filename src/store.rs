@@ -13,16 +13,17 @@ mod database;
 mod writer;
 
 use crate::calibrations::{Calibrations, Kept};
+use crate::clock;
 use crate::config::{self, Environment};
-use crate::ledger::{Account, Commits, Keeper, Left};
-use crate::quota::Quota;
+use crate::ledger::{Account, Commits, Keeper, Left, OTHER};
+use crate::quota::{Calendar, Quota, Saved, Scope, Window};
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use database::Database;
+use database::{Database, Used};
 
 /// What the writer looks at for changes.
 struct Watched<'a> {
@@ -147,8 +148,9 @@ impl Store {
             fs::create_dir_all(folder)
                 .with_context(|| format!("the folder of store.path, {}, cannot be made", folder.display()))?;
         }
-        let lock = only_process(&path)?;
-        let database = Database::open(&path)?;
+        let file = real_path(&path);
+        let lock = only_process(&file, &path)?;
+        let database = Database::open(&file, &path)?;
         Ok(Self { database, signal: Arc::default(), path, settings: settings.clone(), lock })
     }
 
@@ -166,7 +168,9 @@ impl Store {
             let (totals, held) = self.database.totals(&environment.name)?;
             let (mut quotas, mut overrides) = (Vec::new(), Vec::new());
             for quota in &environment.quotas {
-                if let Some(saved) = self.database.quota(&environment.name, quota)? {
+                if let Some(mut saved) = self.database.quota(&environment.name, quota)? {
+                    let missing = self.used_before(&environment.name, quota, &saved)?;
+                    saved.used = saved.used.saturating_add(i64::try_from(missing).unwrap_or(i64::MAX));
                     quotas.push((quota.clone(), saved));
                 }
                 if let Some((limit, burst)) = self.database.limit_override(&environment.name, quota)? {
@@ -176,6 +180,26 @@ impl Store {
             Ok(Left { quotas, totals, held, overrides })
         };
         read().with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
+    }
+
+    /// What the usage history has of a calendar quota's running period before the period that is kept of it
+    /// began: there is such a time where the quota's time zone is another now. So what was used in the
+    /// period that the clock shows by the new zone stays used; usage of the hours around its start may be
+    /// counted in it too, and none is left out.
+    fn used_before(&self, environment: &str, quota: &Quota, saved: &Saved) -> rusqlite::Result<u64> {
+        let Window::Calendar { unit, zone } = &quota.window else { return Ok(0) };
+        let start = Calendar::new(quota.limit, *unit, zone.clone(), clock::now()).start();
+        if saved.at <= start {
+            return Ok(0);
+        }
+        let rows = self.database.used_between(environment, start, saved.at)?;
+        let binds = |row: &&Used| match &quota.scope {
+            Scope::Environment => true,
+            // Nobody knows whose it was that was in flight when a process died.
+            Scope::Caller(_, name) => row.caller == *name || row.caller.is_empty(),
+            Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER,
+        };
+        Ok(rows.iter().filter(binds).map(|row| row.amounts.of(quota.kind)).sum())
     }
 
     /// What another process has learned of estimates.
@@ -235,10 +259,21 @@ impl Drop for Writer {
     }
 }
 
+/// Where the file is, whatever links lead there: whoever comes by another way has to find the same lock.
+/// One that is not there yet is made, since a link may lead to it. Where that fails, so does what follows,
+/// and says why.
+fn real_path(path: &Path) -> PathBuf {
+    let real = path.canonicalize().or_else(|_| {
+        File::options().create(true).append(true).open(path)?;
+        path.canonicalize()
+    });
+    real.unwrap_or_else(|_| path.to_owned())
+}
+
 /// A lock next to the file, not on it: whoever closes a file that SQLite has open, in the same process,
 /// gives up SQLite's own locks.
-fn only_process(path: &Path) -> anyhow::Result<File> {
-    let mut name = path.as_os_str().to_owned();
+fn only_process(file: &Path, path: &Path) -> anyhow::Result<File> {
+    let mut name = file.as_os_str().to_owned();
     name.push(".lock");
     let lock = File::options().create(true).write(true).truncate(false).open(&name).with_context(|| {
         format!("store.path, {}, cannot be locked: its folder must be writable", path.display())
@@ -259,7 +294,7 @@ fn only_process(path: &Path) -> anyhow::Result<File> {
 /// How a quota is called in the store: what stays the same when its limit changes.
 fn window(quota: &Quota) -> &'static str {
     match quota.window {
-        crate::quota::Window::Rolling { .. } => "rolling",
-        crate::quota::Window::Calendar { .. } => "calendar",
+        Window::Rolling { .. } => "rolling",
+        Window::Calendar { .. } => "calendar",
     }
 }

@@ -14,7 +14,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::fmt;
 
 pub use json::JsonReader;
-pub use received::{Received, Texts};
+pub use received::{Received, SoFar, Texts};
 pub use sse::SseReader;
 
 /// What an upstream has reported so far. Each field is the last credible word on it.
@@ -78,6 +78,12 @@ impl Reported {
         let mut amounts = Amounts::of_request(prompt, completion);
         amounts.total = amounts.total.max(self.total.unwrap_or(0)).min(MAX_AMOUNT);
         amounts
+    }
+
+    /// What a stream has used so far that has come to so many completion tokens, whatever it reported on
+    /// its way.
+    pub fn amounts_so_far(&self, estimated_prompt: u64, completion: u64) -> Amounts {
+        Amounts::of_request(self.prompt().unwrap_or(estimated_prompt), completion)
     }
 }
 

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
-use tollgate::ledger::{Account, Keeper, Reservation, Snapshot, Want};
-use tollgate::quota::{Amounts, Asker};
+use tollgate::ledger::{Account, Keeper, QuotaKey, Reservation, Snapshot, Want};
+use tollgate::quota::{Amounts, Asker, Kind};
 use tollgate::store::{Signal, Store, Writer};
 
 const QUOTAS: &str = "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: hour }], requests: { limit: 100, per: day } }";
@@ -246,6 +246,138 @@ fn a_second_process_is_refused_while_the_first_one_lives() {
     assert!(Store::open(&config.store).is_ok());
 }
 
+#[cfg(unix)]
+#[test]
+fn a_second_process_is_refused_by_whatever_way_it_comes() {
+    use std::os::unix::fs::symlink;
+    let folder = Folder::new();
+    let config_of = |path: &str| config(&folder.0.path().join(path), QUOTAS, "");
+    fs::create_dir(folder.0.path().join("data")).unwrap();
+    // Links are there before the file is.
+    symlink(folder.file(), folder.0.path().join("link.db")).unwrap();
+    symlink(folder.0.path().join("data"), folder.0.path().join("folder")).unwrap();
+    let ways = ["link.db", "folder/tollgate.db", "data/../data/tollgate.db", "data/tollgate.db"];
+    for first in ways {
+        let store = Store::open(&config_of(first).store).unwrap();
+        for second in ways {
+            let refused = format!("{:#}", Store::open(&config_of(second).store).unwrap_err());
+            assert!(refused.contains(second) && refused.contains("another process"), "{first}: {refused}");
+        }
+        drop(store);
+    }
+    assert!(!folder.0.path().join("link.db.lock").exists());
+}
+
+/// A month of the calendar beside 30 days that roll: as long in milliseconds.
+const MONTHS: &str =
+    "{ total_tokens: [{ limit: 1000, per: month }, { limit: 2000, per: 30d, window: rolling }] }";
+
+fn limits(node: &Node) -> Vec<u64> {
+    node.account.snapshot().levels[..2].iter().map(|level| level.quota.limit).collect()
+}
+
+#[tokio::test]
+async fn an_override_is_of_one_quota_also_beside_one_of_the_same_length() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), MONTHS, "");
+    let node = Node::open(&config);
+    let key = |per| QuotaKey { scope: "environment", name: "", kind: Kind::TotalTokens, per };
+    assert!(node.account.set_limit(key("month"), Some((77, 77))).await);
+    assert_eq!(limits(&node), [77, 2_000]);
+    drop(node);
+    let node = Node::open(&config);
+    assert_eq!(limits(&node), [77, 2_000]);
+    assert!(node.account.set_limit(key("30d"), Some((88, 88))).await);
+    drop(node);
+    assert_eq!(limits(&Node::open(&config)), [77, 88]);
+}
+
+#[tokio::test]
+async fn a_file_of_the_first_version_is_brought_up_to_date() {
+    let folder = Folder::new();
+    fs::create_dir(folder.0.path().join("data")).unwrap();
+    let db = Connection::open(folder.file()).unwrap();
+    db.execute_batch(include_str!("../src/store/schema/1.sql")).unwrap();
+    db.execute_batch(
+        "PRAGMA user_version = 1; PRAGMA application_id = 0x546c6c67;
+         INSERT INTO quota VALUES
+             ('e', 'environment', '', 'total_tokens', 2592000000, 'calendar', 'month', 1000, 40, 0, 2, unixepoch() * 1000),
+             ('e', 'environment', '', 'total_tokens', 2592000000, 'rolling', '30d', 2000, 50, 0, 0, unixepoch() * 1000);
+         INSERT INTO limit_override VALUES ('e', 'environment', '', 'total_tokens', 2592000000, 'month', 77, 77);",
+    )
+    .unwrap();
+    drop(db);
+    let node = Node::open(&config(&folder.file(), MONTHS, ""));
+    assert_eq!((limits(&node), &node.used()[..2]), (vec![77, 2_000], &[42, 50][..]));
+    drop(node);
+    assert_eq!(folder.sql("PRAGMA user_version"), 2);
+    assert_eq!(folder.sql("SELECT count(*) FROM limit_override WHERE \"window\" = 'calendar'"), 1);
+}
+
+#[test]
+fn another_time_zone_forgets_nothing_that_was_used_in_the_period_it_shows() {
+    let zones = ["UTC", "Pacific/Kiritimati", "Pacific/Honolulu", "America/New_York", "Asia/Kolkata"];
+    for (before, after) in zones.iter().flat_map(|before| zones.map(|after| (before, after))) {
+        let folder = Folder::new();
+        let of = |zone: &str| {
+            let quotas = format!("{{ total_tokens: {{ limit: 100000, per: day, timezone: {zone} }} }}");
+            config(&folder.file(), &quotas, "")
+        };
+        let node = Node::open(&of(before));
+        node.spend("gpt-4o", 30, 70);
+        drop(node);
+        // Usage of every hour of two days, which periods before the one that is kept have counted.
+        Connection::open(folder.file())
+            .unwrap()
+            .execute_batch(
+                "WITH RECURSIVE h(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM h WHERE n < 48)
+                 INSERT INTO usage SELECT unixepoch() / 60 - n * 60, 'e', 'm', 'web', 1, 0, 1, 0, 1 FROM h",
+            )
+            .unwrap();
+        let used = Node::open(&of(after)).used()[0];
+        let now = jiff::Timestamp::now().in_tz(after).unwrap();
+        let hours = u64::try_from(now.hour()).unwrap();
+        if before == &after {
+            assert_eq!(used, 100, "{before}");
+        } else {
+            let offset =
+                |zone| jiff::Timestamp::now().in_tz(zone).unwrap().start_of_day().unwrap().timestamp();
+            let of_history = if offset(before) > offset(after) { hours } else { 0 };
+            assert!(used >= 100 && used <= 100 + hours, "{before} to {after}: {used}");
+            let missed = (offset(before).as_second() - offset(after).as_second()).max(0) / 3_600;
+            assert!(used + 1 >= 100 + missed.unsigned_abs().min(of_history), "{before} to {after}: {used}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn putting_old_usage_together_keeps_nobody_waiting() {
+    let folder = Folder::new();
+    let config = config(&folder.file(), QUOTAS, ", history: 1d");
+    drop(Node::open(&config));
+    // A busy day, all of it older than a day: 100 rows in each minute.
+    Connection::open(folder.file())
+        .unwrap()
+        .execute_batch(
+            "WITH RECURSIVE m(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM m WHERE n < 143999)
+             INSERT INTO usage SELECT (unixepoch() / 86400 - 3) * 1440 + n / 100, 'e', 'm' || (n % 100), 'web', 1, 0, 3, 4, 7 FROM m",
+        )
+        .unwrap();
+    let node = Node::open(&config);
+    let mut longest = Duration::ZERO;
+    let began = Instant::now();
+    while folder.sql("SELECT count(*) FROM usage WHERE minute < unixepoch() / 60 - 1440") > 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not end");
+        let clock = Instant::now();
+        let mut reservation = node.reserve("gpt-4o", 0, 1);
+        reservation.kept().await;
+        longest = longest.max(clock.elapsed());
+    }
+    assert!(longest < Duration::from_millis(500), "{longest:?}");
+    assert_eq!(folder.sql("SELECT sum(requests) FROM usage_daily"), 144_000);
+    assert_eq!(folder.sql("SELECT count(*) FROM usage_daily"), 100);
+}
+
 /// A store with something in it, damaged by `damage`; what is said of it.
 fn refusal(damage: impl FnOnce(&Path)) -> String {
     let folder = Folder::new();
@@ -278,7 +410,7 @@ fn a_file_that_cannot_be_used_is_refused_with_what_mends_it() {
             "move it away",
         ),
         ("another program's", refusal(sql("PRAGMA application_id = 1")), "set another path"),
-        ("newer", refusal(sql("PRAGMA user_version = 2")), "run the newer one"),
+        ("newer", refusal(sql("PRAGMA user_version = 99")), "run the newer one"),
         (
             "a folder",
             refusal(|file| {

@@ -25,6 +25,11 @@ impl Span {
     fn at(place: usize) -> Self {
         Self { start: place, end: place }
     }
+
+    /// The whole number that stands there.
+    fn number(self, body: &[u8]) -> Option<u64> {
+        std::str::from_utf8(body.get(self.start..self.end)?).ok()?.parse().ok()
+    }
 }
 
 /// A change to a body.
@@ -55,11 +60,13 @@ impl Bounds {
         self.opening = opening;
     }
 
-    /// What bounds each completion to so many tokens: in every field that names a bound, or in a new
-    /// one, whose name depends on the API and the model.
-    pub fn lower_to(&self, tokens: u64, model: &str) -> Vec<Edit> {
+    /// What bounds each completion of this body to so many tokens: in every field that names a larger bound
+    /// or is null, or in a new one, whose name depends on the API and the model.
+    pub fn lower_to(&self, tokens: u64, model: &str, body: &[u8]) -> Vec<Edit> {
         if !self.caps.is_empty() {
-            return self.caps.iter().map(|&at| Edit { at, text: tokens.to_string().into() }).collect();
+            let is_lower = |at: &&Span| at.number(body).is_some_and(|bound| bound <= tokens);
+            let edit = |&at: &Span| Edit { at, text: tokens.to_string().into() };
+            return self.caps.iter().filter(|at| !is_lower(at)).map(edit).collect();
         }
         if let Some(at) = self.null_config {
             return vec![Edit { at, text: format!("{{\"maxOutputTokens\":{tokens}}}").into() }];

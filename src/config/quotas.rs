@@ -5,7 +5,6 @@ use super::units::WORDS;
 use crate::glob::Glob;
 use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Per, Quota, Scope, Window};
 use jiff::tz::TimeZone;
-use std::collections::HashSet;
 
 const DAY_MS: u64 = 86_400_000;
 const LONGEST_PERIOD_MS: u64 = 366 * DAY_MS;
@@ -36,15 +35,22 @@ fn read(item: &Item<'_>, scope: &Scope, quotas: &mut Vec<Quota>) {
         if items.is_empty() {
             item.fault("there is no quota in this list; give one, or leave the key out");
         }
-        let mut periods = HashSet::new();
+        let first = quotas.len();
         for item in items {
             let Some(quota) = quota(&item, scope, kind) else { continue };
-            if !periods.insert((quota.per.ms, quota.per.written == "month")) {
+            if quotas[first..].iter().any(|other| is_given_twice(other, &quota)) {
                 item.fault(format!("{kind} has another quota over the same period: keep one of the two"));
             }
             quotas.push(quota);
         }
     }
+}
+
+/// A month of the calendar and 30 days that roll are as long in milliseconds, but not the same; where both
+/// roll, they are.
+fn is_given_twice(one: &Quota, other: &Quota) -> bool {
+    let is_month = |quota: &Quota| matches!(quota.window, Window::Calendar { unit: ClockUnit::Month, .. });
+    one.per.ms == other.per.ms && (one.per.written == other.per.written || is_month(one) == is_month(other))
 }
 
 fn quota(item: &Item<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {

@@ -3,7 +3,7 @@
 
 use super::Left;
 use super::history::History;
-use super::learned::Learned;
+use super::learned::{Learned, Longer};
 use super::limits::{Limits, QuotaKey};
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
@@ -102,11 +102,13 @@ impl NoRoom {
         self.worst().map(|worst| worst.wait)
     }
 
-    /// Whether something under way may make room by its end, sooner than time does.
-    pub fn may_end_sooner(&self) -> bool {
+    /// The soonest that it could fit, if all that is under way ended now and gave back what it holds.
+    pub fn soonest(&self) -> Wait {
         match self {
-            Self::Quota(denied) => denied.shortfalls().iter().all(|s| s.held > 0),
-            Self::InFlight { .. } => true,
+            Self::Quota(denied) => {
+                denied.shortfalls().iter().map(Shortfall::soonest).max().unwrap_or(Wait::Never)
+            }
+            Self::InFlight { .. } => Wait::Ms(0),
         }
     }
 }
@@ -120,14 +122,29 @@ pub struct Grant {
     reserved: Amounts,
     step: u64,
     completions: u64,
+    /// The request's own bound on its completions together, or the one it was clamped to.
+    cap: u64,
+    was_clamped: bool,
+    /// Beyond so many completion tokens the answer's progress is to be told at once.
+    tell_beyond: u64,
     /// What was learned of the answer before its end: it is longer than this.
-    longer_than: Option<u64>,
+    longer_than: Option<Longer>,
 }
 
 impl Grant {
     /// All that was reserved.
     pub fn reserved(&self) -> Amounts {
         self.reserved
+    }
+
+    /// The most completion tokens that the request allows its answer.
+    pub fn cap(&self) -> u64 {
+        self.cap
+    }
+
+    /// Beyond so many completion tokens `progress` has something to do at once; below, now and then.
+    pub fn tell_beyond(&self) -> u64 {
+        self.tell_beyond
     }
 }
 
@@ -230,14 +247,37 @@ impl Counters {
     /// # Errors
     /// What is in the way. A denied request changes nothing but the count of denials.
     pub fn admit(&mut self, now: Timestamp, want: &Want<'_>) -> Result<Admission, NoRoom> {
-        match self.try_admit(now, want) {
-            Err(no_room) if self.rules.enforce => {
-                self.totals.rejected += 1;
-                self.history.rejected(now, want.asker);
-                Err(no_room)
-            }
-            other => other,
+        self.try_admit(now, want).inspect_err(|_| self.count_denial(now, want.asker))
+    }
+
+    /// Denies a request that must not overtake those who wait, or has waited in vain: with what is in its
+    /// way now, or else with what those before it wait for.
+    pub fn deny(&mut self, now: Timestamp, want: &Want<'_>) -> NoRoom {
+        self.count_denial(now, want.asker);
+        let in_flight = NoRoom::InFlight { limit: self.rules.max_in_flight.unwrap_or(self.in_flight) };
+        if self.is_full() {
+            return in_flight;
         }
+        let ask = self.least(want);
+        self.quotas.deny(now, want.asker, &ask).map_or(in_flight, NoRoom::Quota)
+    }
+
+    /// What is in the way of a request now; `None`: it fits. Takes nothing.
+    pub fn in_the_way(&mut self, now: Timestamp, want: &Want<'_>) -> Option<NoRoom> {
+        if let Some(limit) = self.rules.max_in_flight.filter(|_| self.is_full()) {
+            return Some(NoRoom::InFlight { limit });
+        }
+        let ask = self.least(want);
+        self.quotas.denial(now, want.asker, &ask).map(NoRoom::Quota)
+    }
+
+    fn is_full(&self) -> bool {
+        self.rules.max_in_flight.is_some_and(|limit| self.in_flight >= limit)
+    }
+
+    fn count_denial(&mut self, now: Timestamp, asker: Asker<'_>) {
+        self.totals.rejected += 1;
+        self.history.rejected(now, asker);
     }
 
     /// The same for a request that may try again: a denial is not counted as one.
@@ -247,18 +287,27 @@ impl Counters {
     pub fn try_admit(&mut self, now: Timestamp, want: &Want<'_>) -> Result<Admission, NoRoom> {
         let allowance = self.allowance(want);
         let ask = self.ask(want, allowance);
-        let full = self.rules.max_in_flight.filter(|&limit| self.in_flight >= limit);
+        let full = self.rules.max_in_flight.filter(|_| self.is_full());
         let reserved = match full {
             Some(limit) => Err(NoRoom::InFlight { limit }),
             None => self.quotas.reserve(now, want.asker, &ask).map_err(NoRoom::Quota),
         };
         let (receipt, clamped_to, would_deny) = match reserved {
             Ok(receipt) => (receipt, None, None),
-            Err(no_room) => match self.clamp(now, want, allowance, &no_room) {
-                Some((receipt, each)) => (receipt, Some(each), None),
-                None if self.rules.enforce => return Err(no_room),
-                None => (self.quotas.reserve_regardless(now, want.asker, &ask), None, Some(no_room)),
-            },
+            Err(no_room) => {
+                let clamped = self.clamp(now, want, allowance, &no_room);
+                if self.rules.enforce {
+                    let Some((ask, each)) = clamped else {
+                        return Err(self.in_the_way(now, want).unwrap_or(no_room));
+                    };
+                    let reserved = self.quotas.reserve(now, want.asker, &ask);
+                    (reserved.map_err(NoRoom::Quota)?, Some(each), None)
+                } else {
+                    // Quotas that only watch alter nothing: neither is it denied nor clamped.
+                    let would_deny = clamped.is_none().then_some(no_room);
+                    (self.quotas.reserve_regardless(now, want.asker, &ask), None, would_deny)
+                }
+            }
         };
         Ok(self.admitted(now, want, receipt, clamped_to, would_deny))
     }
@@ -274,12 +323,16 @@ impl Counters {
         let reserved = receipt.reserved();
         self.in_flight += 1;
         self.held = self.held.plus(reserved);
-        let step = (reserved.completion / 2).max(SMALLEST_STEP);
+        let completions = want.completions.max(1);
+        let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(want.cap);
         let grant = Grant {
             receipts: smallvec::smallvec![receipt],
             reserved,
-            step,
-            completions: want.completions.max(1),
+            step: (reserved.completion / 2).max(SMALLEST_STEP),
+            completions,
+            cap: bound.unwrap_or(u64::MAX),
+            was_clamped: clamped_to.is_some(),
+            tell_beyond: if self.is_reserving() { reserved.completion } else { u64::MAX },
             longer_than: None,
         };
         let standing = self.quotas.standing(now, want.asker);
@@ -314,14 +367,14 @@ impl Counters {
         }
     }
 
-    /// Takes what is left instead of what was asked, if that is how the environment wants it.
+    /// What is left instead of what was asked, if that is how the environment wants it.
     fn clamp(
         &mut self,
         now: Timestamp,
         want: &Want<'_>,
         allowance: u64,
         no_room: &NoRoom,
-    ) -> Option<(Receipt, u64)> {
+    ) -> Option<(Ask, u64)> {
         let NoRoom::Quota(_) = no_room else { return None };
         if self.rules.reserve.when_short != WhenShort::Clamp || allowance == 0 {
             return None;
@@ -330,32 +383,34 @@ impl Counters {
         let completions = want.completions.max(1);
         let each = self.quotas.completion_that_fits(now, want.asker, prompt) / completions;
         let ask = self.ask(want, each.saturating_mul(completions));
-        if each < SMALLEST_CLAMP || ask.amounts.completion >= allowance {
-            return None;
-        }
-        let receipt = self.quotas.reserve(now, want.asker, &ask).ok()?;
-        Some((receipt, each))
+        let is_less = each >= SMALLEST_CLAMP && ask.amounts.completion < allowance;
+        (is_less && self.quotas.denial(now, want.asker, &ask).is_none()).then_some((ask, each))
+    }
+
+    /// The least that has to fit for a request to be admitted.
+    fn least(&self, want: &Want<'_>) -> Ask {
+        let allowance = self.allowance(want);
+        let smallest = SMALLEST_CLAMP.saturating_mul(want.completions.max(1));
+        let clamps = self.rules.reserve.when_short == WhenShort::Clamp;
+        self.ask(want, if clamps { allowance.min(smallest) } else { allowance })
+    }
+
+    /// Whether completions are reserved at all, or charged afterwards only.
+    fn is_reserving(&self) -> bool {
+        self.rules.reserve.completion != CompletionReserve::None
     }
 
     /// Takes note of what a request has certainly used so far: that is held no longer. A stream that
-    /// outgrows its reservation gets more of it while there is room.
+    /// outgrows its reservation gets more of it while there is room; what it uses beyond that is debt at
+    /// once, and not only when it ends: others see it, and it outlives the process.
     pub fn progress(&mut self, now: Timestamp, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
         let mut outcome = Progress::Within;
-        if spent.completion > grant.reserved.completion
-            && self.rules.reserve.completion != CompletionReserve::None
-        {
+        if spent.completion > grant.reserved.completion && self.is_reserving() {
             self.expect_longer(model, grant, spent.completion);
-            let missing = spent.completion - grant.reserved.completion;
-            let tokens = missing.max(grant.step);
-            let more = Amounts { completion: tokens, total: tokens, ..Amounts::default() };
-            match grant.receipts.first().and_then(|first| self.quotas.extend(now, first, more)) {
-                Some(receipt) => {
-                    grant.receipts.push(receipt);
-                    grant.reserved = grant.reserved.plus(more);
-                    self.held = self.held.plus(more);
-                }
-                None => outcome = Progress::Overrun,
-            }
+            outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
+            // Debt grows in steps too, so that not every event of a stream is looked at.
+            let step = if outcome == Progress::Overrun { SMALLEST_STEP } else { 0 };
+            grant.tell_beyond = grant.reserved.completion.saturating_add(step);
         }
         let mut left = spent;
         for receipt in &mut grant.receipts {
@@ -365,17 +420,38 @@ impl Counters {
         outcome
     }
 
+    /// Reserves a step more, or just what is missing, or takes that as debt.
+    fn extend(&mut self, now: Timestamp, grant: &mut Grant, missing: u64) -> Progress {
+        let Some(first) = grant.receipts.first() else { return Progress::Within };
+        let more = |tokens| Amounts { completion: tokens, total: tokens, ..Amounts::default() };
+        // No answer is expected to be longer than its request allows.
+        let step = grant.step.min(grant.cap.saturating_sub(grant.reserved.completion)).max(missing);
+        let steps = if step > missing { &[step, missing][..] } else { &[missing][..] };
+        let fitting =
+            steps.iter().find_map(|&tokens| Some((tokens, self.quotas.extend(now, first, more(tokens))?)));
+        let outcome = if fitting.is_some() { Progress::Within } else { Progress::Overrun };
+        let (tokens, receipt) =
+            fitting.unwrap_or_else(|| (missing, self.quotas.extend_regardless(now, first, more(missing))));
+        grant.reserved = grant.reserved.plus(more(tokens));
+        self.held = self.held.plus(more(tokens));
+        let apart = match grant.receipts.last_mut() {
+            Some(last) => last.join(receipt).err(),
+            None => Some(receipt),
+        };
+        grant.receipts.extend(apart);
+        outcome
+    }
+
     fn expect_longer(&mut self, model: &str, grant: &mut Grant, tokens: u64) {
-        let each = tokens.div_ceil(grant.completions);
-        if let Some(before) = grant.longer_than.replace(each) {
+        if let Some(before) = grant.longer_than.take() {
             self.learned.forget(model, before);
         }
-        self.learned.expect_longer(model, each);
+        grant.longer_than = self.learned.expect_longer(model, tokens.div_ceil(grant.completions));
     }
 
     /// Replaces what a grant holds by what was spent.
     pub fn settle(&mut self, now: Timestamp, asker: Asker<'_>, grant: Grant, ended: Ended) {
-        let Grant { receipts, reserved, completions, longer_than, .. } = grant;
+        let Grant { receipts, reserved, completions, cap, was_clamped, longer_than, .. } = grant;
         let mut left = ended.spent;
         let last = receipts.len().saturating_sub(1);
         for (at, receipt) in receipts.into_iter().enumerate() {
@@ -390,8 +466,11 @@ impl Counters {
         if let Some(before) = longer_than {
             self.learned.forget(asker.model, before);
         }
-        if ended.is_whole && ended.spent.completion > 0 {
-            self.learned.learn(asker.model, ended.spent.completion.div_ceil(completions));
+        let tokens = ended.spent.completion;
+        // An answer that ended where it was clamped to says nothing of how long it would have been.
+        let was_shortened = was_clamped && tokens >= cap;
+        if ended.is_whole && tokens > 0 && !was_shortened {
+            self.learned.learn(asker.model, tokens.div_ceil(completions));
         }
         self.history.settled(now, asker, ended);
     }

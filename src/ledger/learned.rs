@@ -11,6 +11,8 @@ const PRIOR: u64 = 512;
 const PRIOR_WEIGHT: u32 = 2;
 /// More models than this are not told apart: the least recently learned gives way.
 const MOST_MODELS: usize = 512;
+/// Models whose names are longer are told apart by so much of them.
+const LONGEST_NAME: usize = 128;
 /// What an answer weighs when it comes in.
 const WEIGHT: u32 = 64;
 /// When all weights together come to so many answers, they are halved.
@@ -32,20 +34,33 @@ pub(crate) struct Learned {
 struct Model {
     answers: Answers,
     seen: u64,
+    /// Tells it from another that had the same name before.
+    since: u64,
+}
+
+/// An answer that was counted before its end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Longer {
+    tokens: u64,
+    /// Of which memory of the model, and how often that had faded by then.
+    since: u64,
+    fadings: u32,
 }
 
 impl Learned {
     /// The completion tokens that so many of a million answers stay within.
     pub(crate) fn expected(&self, model: &str, quantile_ppm: u32) -> u64 {
-        self.models.get(model).map_or(PRIOR, |known| known.answers.quantile(quantile_ppm))
+        self.models.get(name(model)).map_or(PRIOR, |known| known.answers.quantile(quantile_ppm))
     }
 
     /// An answer that has come to its end.
     pub(crate) fn learn(&mut self, model: &str, completion_tokens: u64) {
         self.learned += 1;
+        let model = name(model);
         if !self.models.contains_key(model) {
             self.make_room();
-            self.models.insert(model.into(), Model { answers: Answers::new(), seen: 0 });
+            let new = Model { answers: Answers::new(), seen: 0, since: self.learned };
+            self.models.insert(model.into(), new);
         }
         if let Some(known) = self.models.get_mut(model) {
             known.seen = self.learned;
@@ -56,16 +71,17 @@ impl Learned {
     /// An answer that is not at its end has outgrown what was reserved for it: it will be longer than
     /// that. Counts until `forget`, so that long answers are learned before they end, when many short
     /// ones have long been learned.
-    pub(crate) fn expect_longer(&mut self, model: &str, completion_tokens: u64) {
-        if let Some(known) = self.models.get_mut(model) {
-            known.answers.add(completion_tokens);
-        }
+    pub(crate) fn expect_longer(&mut self, model: &str, completion_tokens: u64) -> Option<Longer> {
+        let known = self.models.get_mut(name(model))?;
+        known.answers.add(completion_tokens);
+        let fadings = known.answers.fadings;
+        Some(Longer { tokens: completion_tokens, since: known.since, fadings })
     }
 
     /// Takes back what `expect_longer` has counted, as far as it has not faded.
-    pub(crate) fn forget(&mut self, model: &str, completion_tokens: u64) {
-        if let Some(known) = self.models.get_mut(model) {
-            known.answers.take(completion_tokens);
+    pub(crate) fn forget(&mut self, model: &str, longer: Longer) {
+        if let Some(known) = self.models.get_mut(name(model)).filter(|known| known.since == longer.since) {
+            known.answers.take(longer.tokens, longer.fadings);
         }
     }
 
@@ -80,16 +96,23 @@ impl Learned {
     }
 }
 
+/// As much of a model's name as is kept: callers can make names up, of any length.
+fn name(model: &str) -> &str {
+    &model[..model.floor_char_boundary(LONGEST_NAME)]
+}
+
 /// A histogram of answer lengths whose weights fade.
 #[derive(Clone, Debug)]
 struct Answers {
     weights: Box<[u32; SLOTS]>,
     total: u32,
+    /// How often all weights were halved.
+    fadings: u32,
 }
 
 impl Answers {
     fn new() -> Self {
-        let mut answers = Self { weights: Box::new([0; SLOTS]), total: 0 };
+        let mut answers = Self { weights: Box::new([0; SLOTS]), total: 0, fadings: 0 };
         answers.put(PRIOR, PRIOR_WEIGHT * WEIGHT);
         answers
     }
@@ -98,6 +121,7 @@ impl Answers {
         if self.total >= MEMORY * WEIGHT {
             self.weights.iter_mut().for_each(|weight| *weight /= 2);
             self.total = self.weights.iter().sum();
+            self.fadings += 1;
         }
         self.put(tokens, WEIGHT);
     }
@@ -107,9 +131,11 @@ impl Answers {
         self.total += weight;
     }
 
-    fn take(&mut self, tokens: u64) {
+    /// Takes back what was added when it had faded so often.
+    fn take(&mut self, tokens: u64, fadings: u32) {
+        let left = WEIGHT.checked_shr(self.fadings.saturating_sub(fadings)).unwrap_or(0);
         let weight = &mut self.weights[slot(tokens)];
-        let taken = WEIGHT.min(*weight);
+        let taken = left.min(*weight);
         *weight -= taken;
         self.total -= taken;
     }
@@ -196,13 +222,44 @@ mod tests {
     fn answers_that_have_not_ended_are_expected_to_be_long() {
         let mut learned = Learned::default();
         (0..100).for_each(|_| learned.learn("m", 20));
-        (0..30).for_each(|_| learned.expect_longer("m", 700));
+        let longer: Vec<Longer> = (0..30).map_while(|_| learned.expect_longer("m", 700)).collect();
         assert!(learned.expected("m", P90) > 600);
-        (0..30).for_each(|_| learned.forget("m", 700));
+        longer.into_iter().for_each(|longer| learned.forget("m", longer));
         assert!(learned.expected("m", P90) < 25);
-        learned.forget("m", 12_345);
-        learned.expect_longer("unknown", 1);
+        assert!(learned.expect_longer("unknown", 1).is_none());
         assert_eq!(learned.expected("unknown", P90), PRIOR);
+    }
+
+    #[test]
+    fn no_more_is_taken_back_than_is_left_of_it() {
+        let mut learned = Learned::default();
+        (0..300).for_each(|_| learned.learn("m", 700));
+        let longer: Vec<Longer> = (0..100).map_while(|_| learned.expect_longer("m", 700)).collect();
+        (0..1_200).for_each(|_| learned.learn("m", 20));
+        let weight = |learned: &Learned| learned.models["m"].answers.weights[slot(700)];
+        let before = weight(&learned);
+        longer.into_iter().for_each(|longer| learned.forget("m", longer));
+        let (after, total) = (weight(&learned), learned.models["m"].answers.total);
+        assert!(after >= before * 7 / 10, "three in four were learned: {before} to {after}");
+        assert_eq!(total, learned.models["m"].answers.weights.iter().sum::<u32>());
+        let old = learned.expect_longer("m", 20).unwrap();
+        (0..MOST_MODELS).for_each(|n| learned.learn(&n.to_string(), 1));
+        learned.learn("m", 20);
+        let of_another = learned.models["m"].answers.total;
+        learned.forget("m", old);
+        assert_eq!(learned.models["m"].answers.total, of_another, "it was forgotten with its model");
+    }
+
+    #[test]
+    fn names_of_any_length_take_bounded_memory() {
+        let mut learned = Learned::default();
+        for n in 0..100 {
+            let name = format!("{}é{n}", "x".repeat(100_000));
+            learned.learn(&name, 10);
+        }
+        assert!(learned.models.keys().all(|name| name.len() <= LONGEST_NAME));
+        assert_eq!(learned.models.len(), 1);
+        assert!(learned.expected(&"x".repeat(200), P90) < 20, "they share one memory");
     }
 
     #[test]

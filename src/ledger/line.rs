@@ -54,18 +54,24 @@ impl Drop for Place<'_> {
 }
 
 /// Tries at once if nobody waits, else in turn, for at most `longest`. `None`: no wait would help, or
-/// all of it was in vain.
+/// all of it was in vain, or the line is full. `in_the_way` looks without taking anything.
 pub(super) async fn wait(
     line: &Line,
     longest: Duration,
     mut reserve: impl FnMut() -> Result<Reservation, NoRoom>,
+    in_the_way: impl FnOnce() -> Option<NoRoom>,
 ) -> Option<Reservation> {
-    if line.waiting.load(Ordering::Relaxed) == 0 {
+    let no_room = if line.waiting.load(Ordering::Relaxed) == 0 {
         match reserve() {
             Ok(reservation) => return Some(reservation),
-            Err(no_room) if !is_worth_waiting(&no_room, longest) => return None,
-            Err(_) => {}
+            Err(no_room) => Some(no_room),
         }
+    } else {
+        in_the_way()
+    };
+    // Behind others too: what cannot come in time for the first in line does not for the last.
+    if no_room.is_some_and(|no_room| !is_worth_waiting(&no_room, longest)) {
+        return None;
     }
     let _place = Place::take(line)?;
     let clock = Stopwatch::start();
@@ -88,10 +94,9 @@ pub(super) async fn wait(
 }
 
 fn is_worth_waiting(no_room: &NoRoom, left: Duration) -> bool {
-    match no_room.wait() {
-        Some(Wait::Never) => false,
-        Some(Wait::Ms(ms)) => no_room.may_end_sooner() || Duration::from_millis(ms) <= left,
-        None => true,
+    match no_room.soonest() {
+        Wait::Never => false,
+        Wait::Ms(ms) => Duration::from_millis(ms) <= left,
     }
 }
 

@@ -101,7 +101,8 @@ impl Call {
     /// What is forwarded: as it came, but for a stream's usage that is asked for, and each completion's
     /// bound if it is to be lowered.
     pub(super) fn forwarded(&self, bound: Option<u64>) -> Bytes {
-        let bound = bound.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model));
+        let bound =
+            bound.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model, &self.body));
         let edits: Vec<Edit> = bound.into_iter().chain(self.asks_for_usage.clone()).collect();
         if edits.is_empty() { self.body.clone() } else { edited(&self.body, edits) }
     }

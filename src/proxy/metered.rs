@@ -65,8 +65,10 @@ pub(super) struct Metered {
     last_data: Stopwatch,
     alarm: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
-    /// What the reservation holds for the completion; beyond it progress is looked at at once.
-    allowance: u64,
+    /// The most that the request allows its answer.
+    cap: u64,
+    /// Beyond so many completion tokens progress is told at once.
+    tell_beyond: u64,
     /// The caller has hung up, and the answer is read for its usage.
     caller_is_gone: bool,
 }
@@ -110,7 +112,8 @@ impl Metered {
         let reader = Reader::of(headers, withholds);
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
         let now = Stopwatch::start();
-        let allowance = charge.reservation.as_ref().map_or(u64::MAX, |r| r.reserved().completion);
+        let bounds = charge.reservation.as_ref().map(|held| (held.cap(), held.tell_beyond()));
+        let (cap, tell_beyond) = bounds.unwrap_or((u64::MAX, u64::MAX));
         let mut metered = Self {
             incoming,
             length: if matches!(reader, Reader::Sse(_)) { None } else { length },
@@ -123,7 +126,8 @@ impl Metered {
             last_data: now,
             alarm: None,
             last_progress: now,
-            allowance,
+            cap,
+            tell_beyond,
             caller_is_gone: false,
         };
         if metered.is_stream() && metered.terms.status.is_success() {
@@ -164,7 +168,8 @@ impl Metered {
 
     fn progress_is_due(&self) -> bool {
         let Reader::Sse(reader) = &self.reader else { return false };
-        reader.tokens_so_far() > self.allowance || self.last_data.since(self.last_progress) >= PROGRESS
+        reader.tokens_so_far(self.cap) > self.tell_beyond
+            || self.last_data.since(self.last_progress) >= PROGRESS
     }
 
     /// What has certainly been used is held no longer, and a stream that outgrows its reservation gets
@@ -174,19 +179,20 @@ impl Metered {
         let (State::Passing(charge), Reader::Sse(reader)) = (&mut self.state, &self.reader) else {
             return Progress::Within;
         };
-        let spent = reader.reported().amounts(self.terms.estimated_prompt, reader.tokens_so_far());
+        let tokens = reader.tokens_so_far(self.cap);
+        let spent = reader.reported().amounts_so_far(self.terms.estimated_prompt, tokens);
         let Some(reservation) = &mut charge.reservation else { return Progress::Within };
         let progress = reservation.progress(spent);
-        // Where nothing more could be had, it is asked for again in a second, not at every event.
-        self.allowance =
-            if progress == Progress::Overrun { u64::MAX } else { reservation.reserved().completion };
+        self.tell_beyond = reservation.tell_beyond();
         progress
     }
 
     /// The stream goes on and becomes debt, or ends here as if it had reached its bound.
     fn overrun(&mut self) {
         let Reader::Sse(reader) = &mut self.reader else { return };
-        if self.terms.environment.reserve.on_overrun == OnOverrun::Finish {
+        let Environment { enforce, reserve, .. } = &*self.terms.environment;
+        // Quotas that only watch alter nothing.
+        if !enforce || reserve.on_overrun == OnOverrun::Finish {
             return;
         }
         let separator = if reader.break_off() { "\n\n" } else { "" };

@@ -114,6 +114,7 @@ impl Bucket {
             used: i64::try_from(i128::from(self.burst) - whole - i128::from(self.held)).unwrap_or(i64::MAX),
             held: self.held,
             at: self.at,
+            until: Timestamp::default(),
         }
     }
 

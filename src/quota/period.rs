@@ -87,6 +87,15 @@ impl Calendar {
         self.limit = limit;
     }
 
+    /// Follows the clock of another time zone from now on. What was used in the period that is running
+    /// stays used until the new one's end.
+    pub fn set_zone(&mut self, zone: &TimeZone, now: Timestamp) {
+        if self.zone != *zone {
+            self.zone = zone.clone();
+            (self.start, self.end) = bounds(self.unit, zone, now);
+        }
+    }
+
     /// Nothing used any more, but for what is held.
     pub fn reset(&mut self) {
         self.used = 0;
@@ -99,6 +108,7 @@ impl Calendar {
             level_fraction: 0,
             held: self.held,
             at: self.start,
+            until: self.end,
         }
     }
 
@@ -106,8 +116,9 @@ impl Calendar {
     /// full, what it held.
     pub fn restore(&mut self, saved: &Saved, now: Timestamp) {
         (self.start, self.end) = bounds(self.unit, &self.zone, now);
-        // A later start than the clock shows: it was stepped back meanwhile.
-        if saved.at >= self.start {
+        // A later start than the clock shows: it was stepped back meanwhile. Periods that only overlap: the
+        // time zone is another now, and all of it may have been used since this period began.
+        if saved.at >= self.start || saved.until > self.start {
             self.used = u64::try_from(saved.used).unwrap_or(0).saturating_add(saved.held);
         }
     }
@@ -126,6 +137,11 @@ impl Calendar {
     /// Settled in this period.
     pub fn used(&self) -> u64 {
         self.used
+    }
+
+    /// When the period began.
+    pub fn start(&self) -> Timestamp {
+        self.start
     }
 
     /// The limit.
@@ -315,6 +331,31 @@ mod tests {
             let mut after = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, at(restart));
             after.restore(&saved, at(restart));
             assert_eq!(after.level(), left, "{restart}");
+        }
+    }
+
+    #[test]
+    fn another_time_zone_forgets_nothing_of_the_running_period() {
+        let kiritimati = TimeZone::get("Pacific/Kiritimati").unwrap();
+        let honolulu = TimeZone::get("Pacific/Honolulu").unwrap();
+        let zones = [TimeZone::UTC, berlin(), kiritimati, honolulu];
+        for unit in [ClockUnit::Day, ClockUnit::Week, ClockUnit::Month] {
+            for (before, after, hour) in
+                zones.iter().flat_map(|b| zones.iter().flat_map(move |a| (0..24).map(move |h| (b, a, h))))
+            {
+                let now = at("2026-03-31T00:00:00Z").plus_ms(hour * 3_600_000);
+                let mut c = Calendar::new(100, unit, before.clone(), now);
+                let turn = c.reserve(60);
+                c.settle(turn, 50, 0, 30);
+                let mut after_restart = Calendar::new(100, unit, after.clone(), now);
+                after_restart.restore(&c.saved(), now);
+                assert_eq!(after_restart.level(), 60, "{unit:?} {before:?} {after:?} {hour}");
+                c.set_zone(after, now);
+                assert_eq!((c.level(), c.held(), c.start()), (60, 10, after_restart.start()));
+                c.settle(turn, 10, 0, 10);
+                c.roll(c.end);
+                assert_eq!(c.level(), 100, "and no longer than that");
+            }
         }
     }
 

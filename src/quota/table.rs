@@ -5,6 +5,9 @@ use crate::clock::Timestamp;
 use smallvec::SmallVec;
 use std::collections::HashMap;
 
+/// A request that would fit but for those who stand before it is told to come back after this time (ms).
+const MIN_WAIT_FOR_OTHERS_MS: u64 = 1_000;
+
 /// When a request that does not fit now would fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Wait {
@@ -156,19 +159,43 @@ impl Quotas {
     /// Lists every quota that cannot hold it.
     pub fn reserve(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Result<Receipt, Denied> {
         let touched = self.touched(asker);
+        match self.in_the_way(now, &touched, ask) {
+            Some(denied) => Err(denied),
+            None => Ok(self.take(&touched, ask.amounts)),
+        }
+    }
+
+    /// Why a request is denied that stands behind others: what does not fit, or else the quota with the
+    /// least left of those that it touches, which those before it wait for. `None`: it touches none.
+    pub fn deny(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Option<Denied> {
+        let touched = self.touched(asker);
+        self.in_the_way(now, &touched, ask).or_else(|| {
+            let cells = touched.iter().map(|&index| &self.cells[index as usize]);
+            let tightest = cells.min_by_key(|cell| cell.level())?;
+            let wait = Wait::Ms(MIN_WAIT_FOR_OTHERS_MS);
+            let shortfall = tightest.shortfall(ask.amounts.of(tightest.quota.kind), wait);
+            Some(Denied { shortfalls: vec![shortfall] })
+        })
+    }
+
+    /// Why a request would be denied; `None`: it fits. Takes nothing.
+    pub fn denial(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Option<Denied> {
+        let touched = self.touched(asker);
+        self.in_the_way(now, &touched, ask)
+    }
+
+    /// The touched quotas that cannot hold it now, all brought up to now; `None`: it fits.
+    fn in_the_way(&mut self, now: Timestamp, touched: &[u32], ask: &Ask) -> Option<Denied> {
         let mut shortfalls = Vec::new();
-        for &index in &touched {
+        for &index in touched {
             let cell = &mut self.cells[index as usize];
             cell.advance(now);
             if let Err(wait) = cell.fits(now, ask) {
                 shortfalls.push(cell.shortfall(ask.amounts.of(cell.quota.kind), wait));
             }
         }
-        if !shortfalls.is_empty() {
-            shortfalls.sort_by_key(|s| std::cmp::Reverse(s.wait));
-            return Err(Denied { shortfalls });
-        }
-        Ok(self.take(&touched, ask.amounts))
+        shortfalls.sort_by_key(|s| std::cmp::Reverse(s.wait));
+        (!shortfalls.is_empty()).then_some(Denied { shortfalls })
     }
 
     /// Takes what is asked whether it fits or not: for quotas that only watch. What does not fit is debt.
@@ -183,18 +210,30 @@ impl Quotas {
     /// Takes more for a request that has outgrown what was reserved for it, from all quotas that it
     /// touches or from none. `None`: it does not fit.
     pub fn extend(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Option<Receipt> {
-        let mut touched = SmallVec::<[u32; 8]>::new();
+        let touched = self.touched_by(now, receipt);
+        let fits = |&index: &u32| {
+            let cell = &self.cells[index as usize];
+            let amount = more.of(cell.quota.kind);
+            amount == 0 || cell.fits_amount(now, amount).is_ok()
+        };
+        touched.iter().all(fits).then(|| self.take(&touched, more))
+    }
+
+    /// The same whether it fits or not: it has been used already, and what does not fit is debt.
+    pub fn extend_regardless(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Receipt {
+        let touched = self.touched_by(now, receipt);
+        self.take(&touched, more)
+    }
+
+    /// What is left of the quotas that a receipt touches, as they stand now.
+    fn touched_by(&mut self, now: Timestamp, receipt: &Receipt) -> SmallVec<[u32; 8]> {
+        let mut touched = SmallVec::new();
         for hold in &receipt.holds {
             let Some(index) = self.index_of(hold) else { continue };
-            let cell = &mut self.cells[index];
-            cell.advance(now);
-            let amount = more.of(cell.quota.kind);
-            if amount > 0 && cell.fits_amount(now, amount).is_err() {
-                return None;
-            }
+            self.cells[index].advance(now);
             touched.push(u32::try_from(index).unwrap_or(u32::MAX));
         }
-        Some(self.take(&touched, more))
+        touched
     }
 
     fn take(&mut self, touched: &[u32], amounts: Amounts) -> Receipt {
@@ -356,6 +395,47 @@ impl Receipt {
     pub fn reserved(&self) -> Amounts {
         self.reserved
     }
+
+    /// Makes one of two that hold in the same quotas and periods, so that a stream that is extended a
+    /// thousand times does not carry a thousand receipts.
+    ///
+    /// # Errors
+    /// Gives the other one back: a period has turned between them, or a quota is gone.
+    pub fn join(&mut self, other: Self) -> Result<(), Self> {
+        if self.holds.len() != other.holds.len() || !self.holds.iter().zip(&other.holds).all(Hold::is_in) {
+            return Err(other);
+        }
+        self.reserved = self.reserved.plus(other.reserved);
+        self.moved = self.moved.plus(other.moved);
+        Ok(())
+    }
+}
+
+impl Hold {
+    fn is_in((a, b): (&Self, &Self)) -> bool {
+        (a.id, a.turn) == (b.id, b.turn)
+    }
+}
+
+impl Shortfall {
+    /// The least that the wait can come to: if all that others hold came back now.
+    pub fn soonest(&self) -> Wait {
+        let Wait::Ms(ms) = self.wait else { return Wait::Never };
+        if self.held == 0 {
+            return self.wait;
+        }
+        // `used` is rounded up, so that one less may be missing than it seems.
+        let missing = (self.requested.max(1) + self.used).saturating_sub(self.quota.capacity());
+        let soonest = match self.quota.window {
+            Window::Rolling { .. } => {
+                u128::from(missing.saturating_sub(1)) * u128::from(self.quota.per.ms)
+                    / u128::from(self.quota.limit.max(1))
+            }
+            Window::Calendar { .. } if missing > 0 => u128::from(ms),
+            Window::Calendar { .. } => 0,
+        };
+        Wait::Ms(u64::try_from(soonest).unwrap_or(u64::MAX).min(ms))
+    }
 }
 
 impl Scopes {
@@ -392,13 +472,16 @@ impl Cell {
         Self { id, quota, counter, is_dirty: true }
     }
 
-    /// Takes the limit of a quota that is otherwise the same.
+    /// Takes the limit and the time zone of a quota that is otherwise the same.
     fn set_limit(&mut self, quota: Quota, now: Timestamp) {
-        match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.set_limit(quota.limit, quota.capacity(), now),
-            Counter::Calendar(calendar) => {
+        match (&mut self.counter, &quota.window) {
+            (Counter::Rolling(bucket), _) => bucket.set_limit(quota.limit, quota.capacity(), now),
+            (Counter::Calendar(calendar), window) => {
                 calendar.roll(now);
                 calendar.set_limit(quota.limit);
+                if let Window::Calendar { zone, .. } = window {
+                    calendar.set_zone(zone, now);
+                }
             }
         }
         self.quota = quota;

@@ -20,13 +20,16 @@ const BUSY: Duration = Duration::from_millis(500);
 /// The log is folded into the file when it has so many pages of 4 KiB: 16 MiB.
 const LOG_PAGES: i64 = 4_096;
 const MINUTES_A_DAY: i64 = 1_440;
+/// So many rows of usage are put together at once: a commit that somebody waits for comes soon after.
+const MOST_FOLDED: i64 = 2_000;
 
 /// An open file.
 #[derive(Debug)]
 pub(super) struct Database(Connection);
 
 impl Database {
-    pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
+    /// `path`: what the file is called, where links lead to it.
+    pub(super) fn open(file: &Path, path: &Path) -> anyhow::Result<Self> {
         let at = path.display();
         let mend = |e: &rusqlite::Error| match e.sqlite_error_code() {
             Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
@@ -38,7 +41,7 @@ impl Database {
             Some(ErrorCode::DiskFull) => "the disk is full: make room, or set another path",
             _ => "set another path, or store.memory: true to keep nothing",
         };
-        let connection = Self::prepare(path).map_err(|e| match e.downcast::<rusqlite::Error>() {
+        let connection = Self::prepare(file).map_err(|e| match e.downcast::<rusqlite::Error>() {
             Ok(e) => {
                 let mend = mend(&e);
                 anyhow::Error::new(e).context(format!("store.path, {at}, cannot be used: {mend}"))
@@ -121,7 +124,7 @@ impl Database {
 
     pub(super) fn quota(&self, environment: &str, quota: &Quota) -> rusqlite::Result<Option<Saved>> {
         let mut read = self.0.prepare_cached(
-            r#"SELECT used, level_fraction, held, at_ms FROM quota
+            r#"SELECT used, level_fraction, held, at_ms, until_ms FROM quota
                WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
         )?;
         let key = params![
@@ -138,6 +141,7 @@ impl Database {
                 level_fraction: unsigned(row.get(1)?),
                 held: unsigned(row.get(2)?),
                 at: Timestamp(row.get(3)?),
+                until: Timestamp(row.get(4)?),
             })
         })
         .optional()
@@ -151,11 +155,38 @@ impl Database {
     ) -> rusqlite::Result<Option<(u64, u64)>> {
         let mut read = self.0.prepare_cached(
             r#"SELECT "limit", burst FROM limit_override
-               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ?"#,
+               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
         )?;
         let (scope, name) = (quota.scope.as_str(), quota.scope.name());
-        let key = params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms)];
+        let key = params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms), window(quota)];
         read.query_row(key, |row| Ok((unsigned(row.get(0)?).max(1), unsigned(row.get(1)?).max(1)))).optional()
+    }
+
+    /// What was used from one moment to another, to the minute, or to the day where it has been put
+    /// together by days.
+    pub(super) fn used_between(
+        &self,
+        environment: &str,
+        from: Timestamp,
+        to: Timestamp,
+    ) -> rusqlite::Result<Vec<Used>> {
+        let mut read = self.0.prepare(
+            "SELECT model, caller, sum(requests), sum(prompt_tokens), sum(completion_tokens), sum(total_tokens)
+             FROM (SELECT environment, model, caller, requests, prompt_tokens, completion_tokens, total_tokens
+                   FROM usage WHERE minute >= ?2 AND minute < ?3
+                   UNION ALL
+                   SELECT environment, model, caller, requests, prompt_tokens, completion_tokens, total_tokens
+                   FROM usage_daily WHERE (day + 1) * ?4 > ?2 AND day * ?4 < ?3)
+             WHERE environment = ?1 GROUP BY model, caller",
+        )?;
+        let minute = |at: Timestamp| at.0.div_euclid(60_000);
+        let between = params![environment, minute(from), minute(to), MINUTES_A_DAY];
+        let rows = read.query_map(between, |row| {
+            let n = |at: usize| row.get(at).map(unsigned);
+            let amounts = Amounts { requests: n(2)?, prompt: n(3)?, completion: n(4)?, total: n(5)? };
+            Ok(Used { model: row.get(0)?, caller: row.get(1)?, amounts })
+        })?;
+        rows.collect()
     }
 
     pub(super) fn totals(&self, environment: &str) -> rusqlite::Result<(Totals, Amounts)> {
@@ -207,29 +238,55 @@ impl Database {
         written
     }
 
-    /// Usage of a day that lies before this minute becomes one row a day, model and caller. Returns
-    /// whether there was any: one day a call, so that no call takes long.
-    pub(super) fn fold_oldest_day(&mut self, before_minute: i64) -> rusqlite::Result<bool> {
+    /// Usage that lies before this minute becomes one row a day, model and caller: the oldest rows of one
+    /// day, and no more of them than are put together in a moment. Returns whether there were any.
+    pub(super) fn fold_oldest(&mut self, before_minute: i64) -> rusqlite::Result<bool> {
         let oldest: Option<i64> = self.0.query_row("SELECT min(minute) FROM usage", [], |row| row.get(0))?;
         let Some(oldest) = oldest.filter(|&minute| minute < before_minute) else { return Ok(false) };
-        let end = before_minute.min((oldest.div_euclid(MINUTES_A_DAY) + 1) * MINUTES_A_DAY);
+        let day = oldest.div_euclid(MINUTES_A_DAY);
+        let end = before_minute.min((day + 1) * MINUTES_A_DAY);
         let transaction = self.0.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        // The last row that belongs to them, in the order of the key.
+        transaction
+            .execute_batch("CREATE TEMP TABLE IF NOT EXISTS fold (minute, environment, model, caller)")?;
+        transaction.execute("DELETE FROM temp.fold", [])?;
+        transaction.execute(
+            "INSERT INTO temp.fold SELECT minute, environment, model, caller FROM (
+                 SELECT minute, environment, model, caller FROM usage WHERE minute < ?1
+                 ORDER BY minute, environment, model, caller LIMIT ?2
+             ) ORDER BY minute DESC, environment DESC, model DESC, caller DESC LIMIT 1",
+            [end, MOST_FOLDED],
+        )?;
         transaction.execute(
             "INSERT INTO usage_daily
              SELECT ?1, environment, model, caller, sum(requests), sum(rejections), sum(prompt_tokens),
                     sum(completion_tokens), sum(total_tokens)
-             FROM usage WHERE minute < ?2 GROUP BY environment, model, caller
+             FROM usage
+             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.fold)
+             GROUP BY environment, model, caller
              ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
                  rejections = rejections + excluded.rejections,
                  prompt_tokens = prompt_tokens + excluded.prompt_tokens,
                  completion_tokens = completion_tokens + excluded.completion_tokens,
                  total_tokens = total_tokens + excluded.total_tokens",
-            [oldest.div_euclid(MINUTES_A_DAY), end],
+            [day],
         )?;
-        transaction.execute("DELETE FROM usage WHERE minute < ?", [end])?;
+        transaction.execute(
+            "DELETE FROM usage
+             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.fold)",
+            [],
+        )?;
         transaction.commit()?;
         Ok(true)
     }
+}
+
+/// What was used of a model by a caller.
+#[derive(Debug)]
+pub(super) struct Used {
+    pub(super) model: String,
+    pub(super) caller: String,
+    pub(super) amounts: Amounts,
 }
 
 /// What a commit writes.
@@ -239,7 +296,7 @@ impl Transaction<'_> {
     pub(super) fn quota(&self, environment: &str, quota: &Quota, saved: &Saved) -> rusqlite::Result<()> {
         let mut write = self
             .0
-            .prepare_cached("INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
+            .prepare_cached("INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
         write.execute(params![
             environment,
             quota.scope.as_str(),
@@ -253,6 +310,7 @@ impl Transaction<'_> {
             signed(saved.level_fraction),
             signed(saved.held),
             saved.at.0,
+            saved.until.0,
         ])?;
         Ok(())
     }
@@ -279,13 +337,14 @@ impl Transaction<'_> {
         self.0.execute("DELETE FROM limit_override WHERE environment = ?", [environment])?;
         for quota in all {
             self.0.execute(
-                "INSERT OR REPLACE INTO limit_override VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO limit_override VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 params![
                     environment,
                     quota.scope.as_str(),
                     quota.scope.name(),
                     quota.kind.as_str(),
                     signed(quota.per.ms),
+                    window(quota),
                     quota.per.written,
                     signed(quota.limit),
                     signed(quota.capacity()),

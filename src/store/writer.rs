@@ -147,7 +147,7 @@ pub(super) fn run(mut database: Database, signal: &Signal, watched: &Watched<'_>
     }
 }
 
-/// Puts old usage together, a day at a time.
+/// Puts old usage together by days, a bounded piece at a time.
 struct Folding {
     next: Duration,
     since: Stopwatch,
@@ -161,11 +161,11 @@ impl Folding {
     fn fold(&mut self, database: &mut Database, settings: &config::Store) {
         let history = i64::try_from(settings.history.as_secs() / 60).unwrap_or(i64::MAX);
         let before = clock::now().0.div_euclid(60_000).saturating_sub(history);
-        let is_more = database.fold_oldest_day(before).unwrap_or_else(|error| {
+        let is_more = database.fold_oldest(before).unwrap_or_else(|error| {
             tracing::warn!(%error, "old usage cannot be put together by days");
             false
         });
-        // Between two days requests get their turn.
+        // Between two pieces requests get their turn.
         self.next = if is_more { BETWEEN_FOLDS } else { FOLDING };
         self.since = Stopwatch::start();
     }

@@ -4,7 +4,7 @@
 //! of text the rest counts as one token for four bytes.
 
 use crate::json::LooseText as Text;
-use memchr::memmem;
+use memchr::{memchr_iter, memmem};
 use serde::Deserialize;
 
 /// Raw events are boiled down to their text when they reach this size.
@@ -44,7 +44,17 @@ pub struct Received {
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
+    /// Events that carried something generated.
     events: u64,
+}
+
+/// How many tokens have come, without counting them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SoFar {
+    /// So many at least.
+    pub surely: u64,
+    /// So many or so.
+    pub probably: u64,
 }
 
 /// Which text a delta belongs to: tokens straddle deltas, so they are joined before they are counted.
@@ -65,7 +75,7 @@ enum Part {
 impl Received {
     /// Keeps the data of one event.
     pub fn push_event(&mut self, data: &[u8]) {
-        self.events += 1;
+        self.events += u64::from(is_generated(data));
         if self.raw.len() + data.len() > COMPACT_AT {
             self.compact();
         }
@@ -77,10 +87,11 @@ impl Received {
         }
     }
 
-    /// How many tokens have come at least, without counting: an event carries one or more, and a token
-    /// has four bytes of text or so.
-    pub fn tokens_so_far(&self) -> u64 {
-        self.events.max((self.text_bytes as u64 + self.uncounted) / 4)
+    /// How many tokens have come: an event that carries any carries one or more, and a token has four
+    /// bytes of text or so.
+    pub fn so_far(&self) -> SoFar {
+        let by_length = (self.text_bytes as u64 + self.uncounted) / 4;
+        SoFar { surely: self.events, probably: self.events.max(by_length) }
     }
 
     /// The data of the last event.
@@ -195,6 +206,38 @@ impl Received {
     }
 }
 
+/// Fields whose text is generated, whatever the API.
+const GENERATED: [&[u8]; 12] = [
+    b"content",
+    b"reasoning_content",
+    b"reasoning",
+    b"refusal",
+    b"text",
+    b"arguments",
+    b"name",
+    b"delta",
+    b"partial_json",
+    b"thinking",
+    b"data",
+    b"transcript",
+];
+/// Of the Responses API one field does: other events repeat what has come.
+const OF_RESPONSES: [&[u8]; 1] = [b"delta"];
+
+/// Whether an event carries something generated, unlike those that open and close an answer. A look at its
+/// fields and no parsing, since it is done for every event: a colon behind a quote ends a field's name,
+/// for a quote within a text has a backslash before it, which no such name ends in.
+fn is_generated(data: &[u8]) -> bool {
+    let is_of_responses = memmem::find(data, b"\"type\":\"response.").is_some();
+    let fields = if is_of_responses { &OF_RESPONSES[..] } else { &GENERATED[..] };
+    memchr_iter(b':', data).any(|at| {
+        let Some(name) = data[..at].trim_ascii_end().strip_suffix(b"\"") else { return false };
+        let named = |field: &&[u8]| name.strip_suffix(*field).is_some_and(|before| before.ends_with(b"\""));
+        let value = data[at + 1..].trim_ascii_start();
+        value.first() == Some(&b'"') && value.get(1) != Some(&b'"') && fields.iter().any(named)
+    })
+}
+
 #[derive(Deserialize)]
 struct Answer<'a> {
     #[serde(borrow, default)]
@@ -273,6 +316,40 @@ mod tests {
             r#"{"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"function":{"name":"put","arguments":"{}"}}]}}]}"#,
         ]);
         assert_eq!(texts, Texts { texts: vec!["get{\"a\":1}".into(), "put{}".into()], tokens: 8 });
+    }
+
+    #[test]
+    fn only_events_that_carry_something_count_as_tokens() {
+        for (event, is) in [
+            (r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"usage":null}"#, false),
+            (
+                r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":null,"refusal":null}}]}"#,
+                false,
+            ),
+            (r#"{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#, false),
+            (r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#, false),
+            ("[DONE]", false),
+            (r#"{"choices":[{"index":0,"delta":{"content":"Hi"}}]}"#, true),
+            (r#"{"choices": [{"delta": {"content" : "Hi"}}]}"#, true),
+            (r#"{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}"#, true),
+            (r#"{"choices":[{"delta":{"content":[{"type":"text","text":" you"}]}}]}"#, true),
+            (r#"{"choices":[{"delta":{"tool_calls":[{"function":{"name":"get","arguments":""}}]}}]}"#, true),
+            (r#"{"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"{\""}}]}}]}"#, true),
+            (r#"{"choices":[{"text":"Hi","index":0}],"object":"text_completion"}"#, true),
+            (r#"{"id":"\"content\":\"x\"","choices":[{"delta":{"content":""}}]}"#, false),
+            (r#"{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}"#, true),
+            (
+                r#"{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":3}}"#,
+                false,
+            ),
+            (r#"{"type":"response.output_text.delta","delta":"Hi"}"#, true),
+            (r#"{"type":"response.output_text.done","text":"Hi there"}"#, false),
+            (r#"{"candidates":[{"content":{"parts":[{"text":"Hi"}],"role":"model"}}]}"#, true),
+        ] {
+            let mut received = Received::default();
+            received.push_event(event.as_bytes());
+            assert_eq!(received.so_far().surely, u64::from(is), "{event}");
+        }
     }
 
     #[test]

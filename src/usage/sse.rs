@@ -5,7 +5,7 @@
 //! stream. Line ends are LF, CRLF or CR. Only events that name `usage` are parsed.
 
 use super::choices::Choices;
-use super::received::Received;
+use super::received::{Received, SoFar};
 use super::{Reported, Texts};
 use bytes::Bytes;
 use memchr::{memchr2, memmem};
@@ -58,6 +58,8 @@ pub struct SseReader {
     withheld_last: bool,
     reported: Reported,
     received: Received,
+    /// What had come when its tokens were last reported.
+    when_reported: SoFar,
     withheld: u32,
 }
 
@@ -107,9 +109,14 @@ impl SseReader {
         self.reported
     }
 
-    /// How many tokens have come at least: reported, or guessed without counting.
-    pub fn tokens_so_far(&self) -> u64 {
-        self.reported.completion().unwrap_or(0).max(self.received.tokens_so_far())
+    /// How many tokens have come: reported, and guessed of what has come since. By guessing alone it is
+    /// not taken to be longer than its request allows.
+    pub fn tokens_so_far(&self, cap: u64) -> u64 {
+        let (reported, before, now) =
+            (self.reported.completion().unwrap_or(0), self.when_reported, self.received.so_far());
+        let surely = reported + now.surely.saturating_sub(before.surely);
+        let probably = reported + now.probably.saturating_sub(before.probably);
+        surely.max(probably.min(cap))
     }
 
     /// What ends the stream as if the model had reached its bound: the last event of each choice with
@@ -248,10 +255,17 @@ impl SseReader {
             && let Ok(chunk) = serde_json::from_slice::<Chunk>(&data)
             && let Some(usage) = chunk.usage.map(RawValue::get).filter(|u| *u != "null")
         {
-            self.reported.update(Reported::read(usage));
+            let reported = Reported::read(usage);
+            self.reported.update(reported);
             if chunk.choices.is_some_and(|c| is_empty_array(c.get())) {
+                self.when_reported = self.received.so_far();
                 return true;
             }
+            self.received.push_event(&data);
+            if reported.completion().is_some() {
+                self.when_reported = self.received.so_far();
+            }
+            return false;
         }
         self.received.push_event(&data);
         false
@@ -345,6 +359,25 @@ mod tests {
                 assert_eq!((reader.reported().prompt(), reader.reported().completion()), (Some(7), Some(2)));
             }
         }
+    }
+
+    #[test]
+    fn what_has_come_is_what_was_reported_and_what_came_since() {
+        let event = |content: &str, usage: &str| {
+            format!(r#"data: {{"choices":[{{"index":0,"delta":{{"content":"{content}"}}}}]{usage}}}"#)
+                + "\n\n"
+        };
+        let (_, none) = follow(&event("a", "").repeat(30), false, &[]);
+        assert_eq!((none.tokens_so_far(u64::MAX), none.tokens_so_far(5)), (30, 30));
+        // Some backends report with every event; one token may come in two of them.
+        let reported = event("a", "") + &event("b", r#","usage":{"completion_tokens":1}"#);
+        let (_, running) = follow(&reported, false, &[]);
+        assert_eq!(running.tokens_so_far(u64::MAX), 1);
+        let (_, running) = follow(&(reported + &event("c", "")), false, &[]);
+        assert_eq!(running.tokens_so_far(u64::MAX), 2);
+        // Long texts in few events are guessed by their length, but not beyond what was asked for.
+        let (_, long) = follow(&event(&"a".repeat(40_000), "").repeat(2), false, &[]);
+        assert_eq!((long.tokens_so_far(u64::MAX), long.tokens_so_far(5_000)), (20_000, 5_000));
     }
 
     #[test]

@@ -62,6 +62,12 @@ async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_forwarded_as_i
             r#""max_tokens":92,"max_completion_tokens":92"#,
             "92",
         ),
+        (
+            r#""max_tokens":500,"max_completion_tokens":20"#,
+            "gpt-4o",
+            r#""max_tokens":92,"max_completion_tokens":20"#,
+            "92",
+        ),
         (r#""user":"u""#, "gpt-4o", r#""max_tokens":92,"user":"u""#, "92"),
         (r#""user":"u""#, "o3-mini", r#""max_completion_tokens":92,"user":"u""#, "92"),
         (r#""n":2,"max_tokens":500"#, "gpt-4o", r#""n":2,"max_tokens":46"#, "46"),
@@ -255,6 +261,92 @@ async fn a_stream_that_finds_no_more_room_goes_on_and_leaves_a_debt() {
     assert!(reply.text().ends_with(DONE) && reply.text().matches("word").count() == 40);
     gateway.settled().await;
     assert_eq!(level_and_held(&gateway).await, (20 - 8 - 41, 0));
+}
+
+#[tokio::test]
+async fn an_overrun_is_seen_before_the_stream_ends_and_nobody_else_is_let_in() {
+    let upstream = stream_of(290).await;
+    let quotas = "{ total_tokens: { limit: 60, per: day } }";
+    let gateway = gateway(&upstream, quotas, "{ completion: 5 }", "").await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+    caller.head().await;
+    read_events(&mut caller, 290).await;
+    let (level, _) = level_and_held(&gateway).await;
+    assert!(level <= 60 - 8 - 290 + 64, "{level}: no more than a step behind");
+    assert_eq!(gateway.chat(&hello(r#""max_tokens":1"#)).await.status, 429);
+    upstream.open_gate();
+    while !caller.chunk().await.unwrap().is_empty() {}
+    gateway.settled().await;
+    assert_eq!(level_and_held(&gateway).await, (60 - 8 - 291, 0), "and it is charged once");
+}
+
+/// A stream that is exactly as long as it may be, as OpenAI sends it.
+async fn bounded_stream(tokens: u64) -> Upstream {
+    let role =
+        r#"{"id":"c1","choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"usage":null}"#;
+    let last = r#"{"id":"c1","choices":[{"index":0,"delta":{},"finish_reason":"length"}],"usage":null}"#;
+    let event = |data: &str| format!("data: {data}\n\n");
+    let mut answer = Answer::stream().event(&event(role));
+    for _ in 0..tokens {
+        answer = answer.event(&delta(" word")).then(Step::Gate);
+    }
+    Upstream::always(answer.event(&event(last)).event(&usage_event(8, tokens)).event(DONE).end()).await
+}
+
+#[tokio::test]
+async fn a_stream_within_its_own_bound_comes_through_whole() {
+    let upstream = bounded_stream(20).await;
+    (0..20).for_each(|_| upstream.open_gate());
+    let quotas = "{ total_tokens: { limit: 28, per: day } }";
+    let gateway = gateway(&upstream, quotas, "{ completion: max_tokens, on_overrun: cut }", "").await;
+    let body = hello(r#""stream":true,"max_tokens":20,"stream_options":{"include_usage":true}"#);
+    let reply = gateway.chat(&body).await;
+    let text = reply.text();
+    assert_eq!(text.matches(" word").count(), 20, "{text}");
+    assert!(text.contains(&usage(8, 20)) && text.ends_with(DONE), "{text}");
+    assert_eq!(gateway.settled_charges().await, [1, 8, 20, 28]);
+}
+
+#[tokio::test]
+async fn quotas_that_only_watch_neither_clamp_nor_cut() {
+    let quotas = "{ total_tokens: { limit: 20, per: day } }";
+    let reserve = "{ completion: 5, on_overrun: cut, when_short: clamp }";
+    let upstream = stream_of(60).await;
+    upstream.open_gate();
+    let streaming = gateway(&upstream, quotas, reserve, ", enforce: false").await;
+    let reply = streaming.chat(&hello(r#""stream":true"#)).await;
+    assert!(reply.text().ends_with(DONE) && reply.text().matches("word").count() == 60, "{}", reply.text());
+
+    let upstream = Upstream::always(Answer::chat(8, 1)).await;
+    let reserve = "{ completion: max_tokens, when_short: clamp }";
+    let gateway =
+        gateway(&upstream, "{ total_tokens: { limit: 100, per: day } }", reserve, ", enforce: false").await;
+    let body = hello(r#""max_tokens":500"#);
+    let reply = gateway.chat(&body).await;
+    assert_eq!((reply.status, reply.header("x-tollgate-clamped-max-tokens")), (200, None));
+    assert_eq!(upstream.only().text(), body);
+}
+
+#[tokio::test]
+async fn what_can_never_fit_is_refused_at_once_behind_others_too() {
+    let upstream = slow(8, 1).await;
+    let gateway = gateway(&upstream, ROOM_FOR_ONE, WAITS, "").await;
+    let mut callers = Vec::new();
+    for _ in 0..2 {
+        let mut caller = gateway.caller().await;
+        caller.request("POST", CHAT, "", hello(r#""max_tokens":100"#).as_bytes()).await;
+        callers.push(caller);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    let began = Instant::now();
+    let never = gateway.chat(&hello(r#""max_tokens":1000"#)).await;
+    assert_eq!(never.refusal(), (400, "request_exceeds_quota".into()));
+    assert!(began.elapsed() < Duration::from_secs(2));
+    for caller in &mut callers {
+        upstream.open_gate();
+        assert_eq!(caller.reply().await.status, 200);
+    }
 }
 
 #[tokio::test]

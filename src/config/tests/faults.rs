@@ -53,6 +53,16 @@ fn quotas_are_possible() {
             with_quota("[{ limit: 5, per: day }, { limit: 6, per: 24h, window: rolling }]"),
             "over the same period",
         ),
+        (
+            with_quota(
+                "[{ limit: 5, per: month, window: rolling }, { limit: 6, per: 30d, window: rolling }]",
+            ),
+            "over the same period",
+        ),
+        (
+            with_quota("[{ limit: 5, per: month }, { limit: 6, per: month, window: rolling }]"),
+            "over the same period",
+        ),
         (with_quota("{ limit: 5, per: minute, windw: rolling }"), "did you mean \"window\"?"),
         (with_quota("5"), "this has to be a mapping, not a single value"),
         (with_quota("[]"), "there is no quota in this list"),

@@ -135,10 +135,135 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 280)), Progress::Within);
     assert_eq!(level(&mut c), (10, 0));
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 291)), Progress::Overrun);
+    assert_eq!(level(&mut c), (-1, 0), "what it has used is seen at once");
+    assert_eq!((grant.reserved().completion, grant.tell_beyond()), (291, 291 + 64));
     assert_eq!(c.held, grant.reserved());
     settle(&mut c, admission, 12, 300);
     assert_eq!((level(&mut c), c.held, c.in_flight), ((-12, 0), Amounts::default(), 0));
     assert_eq!((c.totals.prompt, c.totals.completion, c.totals.total), (12, 300, 312));
+}
+
+#[test]
+fn an_overrun_is_a_debt_before_the_stream_ends_and_is_counted_once() {
+    let mut c = counters(rules(CompletionReserve::Fixed(5)), 60);
+    let mut admission = c.admit(NOW, &want(8, None)).unwrap();
+    assert_eq!(c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(8, 30)), Progress::Within);
+    assert_eq!(level(&mut c), (22, 0), "64 more do not fit, but what it has used does");
+    for tokens in [290u64, 295, 400] {
+        let spent = Amounts::of_request(8, tokens);
+        let outcome = c.progress(NOW, "m", &mut admission.grant, spent);
+        assert_eq!((outcome, level(&mut c)), (Progress::Overrun, (52 - tokens.cast_signed(), 0)));
+        assert!(c.admit(NOW, &want(1, Some(1))).is_err(), "nobody else gets what is not there");
+    }
+    assert_eq!(c.held, admission.grant.reserved(), "a crash would charge all of it");
+    settle(&mut c, admission, 8, 390);
+    assert_eq!((level(&mut c), c.held), ((60 - 398, 0), Amounts::default()));
+}
+
+#[test]
+fn a_stream_within_its_own_bound_is_no_overrun_and_takes_no_more_than_it() {
+    let mut c = counters(rules(CompletionReserve::MaxTokens), 28);
+    let mut exact = c.admit(NOW, &want(8, Some(20))).unwrap();
+    assert_eq!((exact.grant.cap(), exact.grant.tell_beyond()), (20, 20));
+    assert_eq!(c.progress(NOW, "m", &mut exact.grant, Amounts::of_request(8, 20)), Progress::Within);
+    settle(&mut c, exact, 8, 20);
+
+    let mut c = counters(rules(CompletionReserve::Fixed(5)), 1_000);
+    let mut bounded = c.admit(NOW, &want(8, Some(20))).unwrap();
+    assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 6)), Progress::Within);
+    assert_eq!(bounded.grant.reserved().completion, 20, "a step would be 64");
+    assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 23)), Progress::Within);
+    assert_eq!(bounded.grant.reserved().completion, 23, "a backend that does not keep to it");
+    settle(&mut c, bounded, 8, 23);
+    assert_eq!(level(&mut c), (1_000 - 31, 0));
+}
+
+#[test]
+fn a_stream_that_is_extended_many_times_carries_one_receipt() {
+    let mut c = counters(rules(CompletionReserve::Fixed(5)), 500);
+    let mut admission = c.admit(NOW, &want(8, None)).unwrap();
+    for tokens in 0..2_000 {
+        c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(8, tokens));
+    }
+    assert_eq!(admission.grant.receipts.len(), 1);
+    settle(&mut c, admission, 8, 2_000);
+    assert_eq!((level(&mut c), c.held), ((500 - 2_008, 0), Amounts::default()));
+}
+
+#[test]
+fn quotas_that_only_watch_do_not_clamp() {
+    let mut watching = rules(CompletionReserve::MaxTokens);
+    (watching.enforce, watching.reserve.when_short) = (false, WhenShort::Clamp);
+    let mut c = counters(watching, 100);
+    let short = c.admit(NOW, &want(10, Some(500))).unwrap();
+    assert_eq!((short.clamped_to, short.grant.reserved().completion), (None, 500));
+    assert_eq!(short.would_deny, None, "it would have been served, with fewer tokens");
+    let denied = c.admit(NOW, &want(10, Some(500))).unwrap();
+    assert!(denied.would_deny.is_some());
+    settle(&mut c, short, 10, 500);
+    settle(&mut c, denied, 10, 500);
+}
+
+#[test]
+fn an_answer_that_was_clamped_short_teaches_nothing_of_how_long_answers_are() {
+    let mut clamping = rules(CompletionReserve::Adaptive);
+    clamping.reserve.when_short = WhenShort::Clamp;
+    let mut c = counters(clamping, 1_000);
+    let holds = c.admit(NOW, &want(800, None)).unwrap();
+    for _ in 0..50 {
+        let clamped = c.admit(NOW, &want(10, None)).unwrap();
+        let bound = clamped.clamped_to.unwrap();
+        assert!(bound < 256);
+        settle(&mut c, clamped, 10, bound);
+        c.reset(NOW);
+    }
+    settle(&mut c, holds, 800, 0);
+    c.reset(NOW);
+    assert_eq!(
+        c.admit(NOW, &want(10, None)).unwrap().grant.reserved().completion,
+        495,
+        "half of what is there"
+    );
+}
+
+#[test]
+fn what_could_be_clamped_later_is_not_told_that_it_never_fits() {
+    let mut clamping = rules(CompletionReserve::MaxTokens);
+    clamping.reserve.when_short = WhenShort::Clamp;
+    let mut c = counters(clamping, 100);
+    let first = c.admit(NOW, &want(10, Some(80))).unwrap();
+    let denied = c.admit(NOW, &want(10, Some(4_000))).unwrap_err();
+    assert!(matches!(denied.wait(), Some(Wait::Ms(_))), "{denied:?}");
+    assert_eq!(denied.worst().map(|s| s.requested), Some(26), "16 tokens would do");
+    settle(&mut c, first, 10, 80);
+}
+
+#[test]
+fn a_denial_in_line_takes_nothing_and_says_why() {
+    let mut c = counters(rules(CompletionReserve::MaxTokens), 100);
+    let first = c.admit(NOW, &want(10, Some(50))).unwrap();
+    let small = want(10, Some(10));
+    assert_eq!(c.in_the_way(NOW, &small), None);
+    let denied = c.deny(NOW, &small);
+    assert_eq!((denied.wait(), denied.worst().map(|s| s.remaining)), (Some(Wait::Ms(1_000)), Some(40)));
+    assert_eq!((level(&mut c), c.in_flight, c.totals.rejected), ((40, 60), 1, 1));
+    let never = c.in_the_way(NOW, &want(10, Some(91))).unwrap();
+    assert_eq!(never.soonest(), Wait::Never);
+    settle(&mut c, first, 10, 50);
+}
+
+#[test]
+fn the_soonest_is_when_all_that_is_held_comes_back_now() {
+    let mut c = counters(rules(CompletionReserve::MaxTokens), 86_400);
+    let spent = c.admit(NOW, &want(0, Some(80_000))).unwrap();
+    settle(&mut c, spent, 0, 80_000);
+    let held = c.admit(NOW, &want(0, Some(6_000))).unwrap();
+    let soonest = |c: &mut Counters, tokens| c.in_the_way(NOW, &want(0, Some(tokens))).unwrap().soonest();
+    assert_eq!(soonest(&mut c, 6_400), Wait::Ms(0), "it fits as soon as the other one ends");
+    // A token comes back every second.
+    assert_eq!(soonest(&mut c, 6_500), Wait::Ms(99_000));
+    settle(&mut c, held, 0, 0);
+    assert_eq!(soonest(&mut c, 6_500), Wait::Ms(100_000));
 }
 
 #[test]
