@@ -231,6 +231,10 @@ impl Proxy {
 
         let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
         let received = Stopwatch::start();
+        if route.endpoint == Endpoint::Other {
+            call::check_upgrade(&head.headers)?;
+        }
+        call::check_encoding(&head.headers)?;
         let call = self.understand(who, &route, body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told).await?;
@@ -286,11 +290,7 @@ impl Proxy {
     }
 
     fn unknown_path(&self, head: &http::request::Parts) -> ProxyError {
-        let config = &self.shared.config;
-        let base_path = match config.default_environment {
-            Some(_) => "/v1".to_owned(),
-            None => format!("/{}/v1", config.environments.first().map_or("", |e| &e.name)),
-        };
+        let base_path = route::base_path(&self.shared.config, head.uri.path());
         let path = head.uri.path().chars().take(200).collect();
         ProxyError::UnknownPath { path, base_path }
     }
@@ -363,16 +363,14 @@ impl Proxy {
         charge: &mut Charge,
         told: &mut Told,
     ) -> Result<(), ProxyError> {
-        let generates = match route.endpoint {
-            Endpoint::Models | Endpoint::Root => return Ok(()),
-            Endpoint::Counted(api) => api.generates(),
-            Endpoint::Other => false,
-        };
+        if matches!(route.endpoint, Endpoint::Models | Endpoint::Root) {
+            return Ok(());
+        }
         let account = &self.shared.accounts[who.environment];
         let want = Want {
             asker: Asker { caller: who.caller, model: &call.model },
             prompt: call.prompt_tokens,
-            generates,
+            generates: route.endpoint.generates(),
             cap: call.completion_cap,
             completions: call.completions.max(1),
         };
