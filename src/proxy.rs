@@ -10,7 +10,7 @@ mod route;
 
 use crate::calibrations::{Calibrations, Lesson};
 use crate::clock::Stopwatch;
-use crate::config::{Config, Environment, OnDisconnect};
+use crate::config::{Config, Environment, LONGEST_KEY, OnDisconnect};
 use crate::error::ProxyError;
 use crate::estimate::Models;
 use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
@@ -23,6 +23,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use sha2::{Digest as _, Sha256};
+use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use subtle::ConstantTimeEq as _;
 pub use answer::AnswerBody;
 use call::{Call, Reading};
 use flood::Flood;
-use headers::Told;
+use headers::{OurKeys, SentKey, Told};
 use metered::{Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
 
@@ -95,6 +96,8 @@ impl Charge {
 struct Caller {
     environment: usize,
     caller: Option<usize>,
+    /// Where keys of this gateway's stand, which are not passed on.
+    keys: OurKeys,
 }
 
 impl Shared {
@@ -241,7 +244,9 @@ impl Proxy {
 
         let names = &self.shared.names[who.environment];
         let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
-        let headers = headers::for_upstream(head.headers, &environment.upstream, names.credential.as_ref());
+        let endpoint = route.endpoint;
+        let credential = names.credential.as_ref();
+        let headers = headers::for_upstream(head.headers, &environment.upstream, credential, who.keys);
         let body = call.forwarded(told.clamped_to);
         Ok(Some(Forward {
             request: upstream::Request { method: head.method, target, headers, body },
@@ -296,32 +301,53 @@ impl Proxy {
     }
 
     /// The environment is named by the path, else by the key, else by `default_environment`; who has
-    /// keys takes only its own.
+    /// keys takes only its own. A key that belongs to another one is refused wherever it stands, since
+    /// the upstream would get to see it.
     fn identify(&self, route: &Route<'_>, headers: &HeaderMap) -> Result<Caller, ProxyError> {
-        let key = headers::callers_key(headers);
-        let known = key.and_then(|key| self.caller_of(key));
-        let environment = match (route.environment, known, self.shared.config.default_environment) {
-            (Some(named), ..) => named,
-            (None, Some((of_key, _)), _) => of_key,
-            (None, None, Some(default)) => default,
-            (None, None, None) => return Err(ProxyError::InvalidKey { given: key.is_some() }),
+        let Some(sent) = headers::sent_keys(headers) else {
+            return Err(ProxyError::BadHead("it has too many API keys"));
         };
-        match known {
-            Some((of_key, caller)) if of_key == environment => {
-                Ok(Caller { environment, caller: Some(caller) })
-            }
-            Some(_) => Err(ProxyError::WrongEnvironment),
-            None if self.shared.config.environments[environment].callers.is_empty() => {
-                Ok(Caller { environment, caller: None })
-            }
-            None => Err(ProxyError::InvalidKey { given: key.is_some() }),
+        let unknown = || ProxyError::InvalidKey { given: sent.iter().any(|key| key.is_regular) };
+        let known: SmallVec<[_; 2]> =
+            self.callers_of(&sent).filter_map(|(key, of)| of.map(|of| (key, of))).collect();
+        let first = known.iter().find(|(key, _)| key.is_regular).map(|&(_, of)| of);
+        let default = self.shared.config.default_environment;
+        let named = route.environment.or(first.map(|(environment, _)| environment)).or(default);
+        let environment = named.ok_or_else(unknown)?;
+        if known.iter().any(|(_, (of_key, _))| *of_key != environment) {
+            return Err(ProxyError::WrongEnvironment);
         }
     }
 
+        let caller = first.map(|(_, caller)| caller);
+        if caller.is_none() && !self.shared.config.environments[environment].callers.is_empty() {
+            return Err(unknown());
+        }
+        let mut keys = OurKeys::default();
+        known.iter().for_each(|(key, _)| keys.add(key.header));
+        Ok(Caller { environment, caller, keys })
+    }
+
+    /// Environment and caller of each key, if it is one of this gateway's. What stands in several
+    /// headers is looked up once.
+    fn callers_of<'k>(
+        &self,
+        sent: &'k [SentKey<'k>],
+    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<(usize, usize)>)> {
+        let mut last: Option<(&[u8], Option<(usize, usize)>)> = None;
+        sent.iter().map(move |sent| {
+            let found = last.filter(|(key, _)| *key == sent.key).map(|(_, found)| found);
+            let found = found.unwrap_or_else(|| self.caller_of(sent.key));
+            last = Some((sent.key, found));
+            (sent, found)
+        })
     /// Environment and caller of a key: found by its digest, compared in constant time.
     fn caller_of(&self, key: &[u8]) -> Option<(usize, usize)> {
         let digest: [u8; 32] = Sha256::digest(key).into();
         let &(environment, caller) = self.shared.callers.get(&digest)?;
+        if self.shared.callers.is_empty() || key.len() > LONGEST_KEY {
+            return None;
+        }
         let stored = &self.shared.config.environments[environment].callers[caller].sha256;
         bool::from(stored.ct_eq(&digest)).then_some((environment, caller))
     }
