@@ -231,13 +231,13 @@ impl Proxy {
         if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
             return Err(self.unknown_path(&head));
         }
-
-        let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
-        let received = Stopwatch::start();
         if route.endpoint == Endpoint::Other {
             call::check_upgrade(&head.headers)?;
         }
         call::check_encoding(&head.headers)?;
+
+        let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
+        let received = Stopwatch::start();
         let call = self.understand(who, &route, body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told).await?;
@@ -252,6 +252,7 @@ impl Proxy {
             request: upstream::Request { method: head.method, target, headers, body },
             upstream: names.upstream,
             environment: environment.clone(),
+            endpoint,
             call,
             received,
         }))
@@ -259,7 +260,7 @@ impl Proxy {
 
     /// Sends an admitted request on and passes the answer back.
     async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
-        let Forward { request, upstream, environment, call, received } = forward;
+        let Forward { request, upstream, environment, endpoint, call, received } = forward;
         // From here on the request may have reached the upstream, whatever becomes of the caller.
         charge.observe(Amounts::of_request(call.prompt_tokens, 0));
         charge.record.overhead = Some(received.elapsed());
@@ -277,12 +278,13 @@ impl Proxy {
             completions: call.completions.max(1),
             tokenizer: call.tokenizer,
             status: parts.status,
+            endpoint,
             environment,
         };
         let withholds = call.asks_for_usage();
         let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.shared.calibrations));
         let lesson = lesson.flatten();
-        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge)
+        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge).await
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -317,8 +319,6 @@ impl Proxy {
         if known.iter().any(|(_, (of_key, _))| *of_key != environment) {
             return Err(ProxyError::WrongEnvironment);
         }
-    }
-
         let caller = first.map(|(_, caller)| caller);
         if caller.is_none() && !self.shared.config.environments[environment].callers.is_empty() {
             return Err(unknown());
@@ -341,13 +341,15 @@ impl Proxy {
             last = Some((sent.key, found));
             (sent, found)
         })
+    }
+
     /// Environment and caller of a key: found by its digest, compared in constant time.
     fn caller_of(&self, key: &[u8]) -> Option<(usize, usize)> {
-        let digest: [u8; 32] = Sha256::digest(key).into();
-        let &(environment, caller) = self.shared.callers.get(&digest)?;
         if self.shared.callers.is_empty() || key.len() > LONGEST_KEY {
             return None;
         }
+        let digest: [u8; 32] = Sha256::digest(key).into();
+        let &(environment, caller) = self.shared.callers.get(&digest)?;
         let stored = &self.shared.config.environments[environment].callers[caller].sha256;
         bool::from(stored.ct_eq(&digest)).then_some((environment, caller))
     }
@@ -452,7 +454,7 @@ impl Proxy {
     }
 
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
-    fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
+    async fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
         let Answer { mut parts, incoming, withholds, terms, lesson, told } = answer;
         headers::for_caller(&mut parts.headers);
         let record = &mut charge.record;
@@ -466,7 +468,10 @@ impl Proxy {
                 parts.headers.insert(REQUEST_ID, id);
             }
         }
-        let metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
+        let mut metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
+        if metered.is_empty() {
+            metered.settled().await;
+        }
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
@@ -512,6 +517,7 @@ struct Forward {
     /// Its index in the config.
     upstream: usize,
     environment: Arc<Environment>,
+    endpoint: Endpoint,
     call: Call,
     /// Since its body was read.
     received: Stopwatch,
