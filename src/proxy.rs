@@ -261,24 +261,26 @@ impl Proxy {
     /// Sends an admitted request on and passes the answer back.
     async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
         let Forward { request, upstream, environment, endpoint, call, received } = forward;
-        // From here on the request may have reached the upstream, whatever becomes of the caller.
-        charge.observe(Amounts::of_request(call.prompt_tokens, 0));
         charge.record.overhead = Some(received.elapsed());
-        let waiting = Stopwatch::start();
-        let (parts, incoming) = match self.upstreams[upstream].send(&request).await {
+        let started = Stopwatch::start();
+        let prompt = Amounts::of_request(call.prompt_tokens, 0);
+        // Once the upstream may have read of it the request is paid for, whatever becomes of the caller.
+        let mut reached = |is_so| charge.observe(if is_so { prompt } else { Amounts::default() });
+        let (parts, incoming) = match self.upstreams[upstream].send(&request, started, &mut reached).await {
             Ok(answer) => answer,
             Err(error) => {
-                let error = no_answer(error, &environment, &mut charge);
+                let error = no_answer(error, &environment);
                 return self.refuse(error, charge, told);
             }
         };
-        charge.record.first_byte = Some(waiting.elapsed());
+        charge.record.first_byte = Some(started.elapsed());
         let terms = Terms {
             estimated_prompt: call.prompt_tokens,
             completions: call.completions.max(1),
             tokenizer: call.tokenizer,
             status: parts.status,
             endpoint,
+            started,
             environment,
         };
         let withholds = call.asks_for_usage();
@@ -570,14 +572,9 @@ fn no_room_code(no_room: &NoRoom) -> &'static str {
     }
 }
 
-/// What a request that got no answer costs: nothing if it never reached the upstream, else its
-/// prompt, as far as it was estimated.
-fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -> ProxyError {
+/// What the caller of a request that got no answer is told.
+fn no_answer(error: SendError, environment: &Environment) -> ProxyError {
     let upstream = environment.upstream.name.clone();
-    let timeouts = environment.upstream.timeouts;
-    if matches!(error, SendError::Unreachable(..) | SendError::ConnectTimeout) {
-        charge.observe(Amounts::default());
-    }
     match error {
         SendError::Unreachable(what, source) => {
             tracing::warn!(error = %source, upstream, what, "an upstream could not be reached");
@@ -587,8 +584,8 @@ fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -
             let what = "no connection came about in time (timeouts.connect)";
             ProxyError::UpstreamUnreachable { upstream, what }
         }
-        SendError::FirstByteTimeout => {
-            ProxyError::UpstreamTimeout { upstream, timeout: ("first_byte", timeouts.first_byte) }
+        SendError::Timeout(setting, after) => {
+            ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
         }
         SendError::Broken(source) => {
             tracing::warn!(error = %source, upstream, "an upstream broke off before it answered");

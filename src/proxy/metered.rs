@@ -44,6 +44,8 @@ pub(super) struct Terms {
     pub(super) tokenizer: Option<Tokenizer>,
     pub(super) status: StatusCode,
     pub(super) endpoint: Endpoint,
+    /// Since the request was sent: `timeouts.total` counts from there.
+    pub(super) started: Stopwatch,
     pub(super) environment: Arc<Environment>,
 }
 
@@ -64,7 +66,6 @@ pub(super) struct Metered {
     terms: Terms,
     lesson: Option<Lesson>,
     state: State,
-    started: Stopwatch,
     last_data: Stopwatch,
     alarm: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
@@ -122,7 +123,6 @@ impl Metered {
             terms,
             lesson,
             state: State::Passing(charge),
-            started: now,
             last_data: now,
             alarm: None,
             last_progress: now,
@@ -223,11 +223,11 @@ impl Metered {
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
         loop {
             let Timeouts { idle, total, .. } = self.terms.environment.upstream.timeouts;
-            let (silent, over) = (self.last_data.deadline(idle), self.started.deadline(total));
+            let (silent, over) = (self.last_data.deadline(idle), self.terms.started.deadline(total));
             let due = silent.min(over);
             let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
             ready!(alarm.as_mut().poll(cx));
-            if self.started.elapsed() >= total {
+            if self.terms.started.elapsed() >= total {
                 return Poll::Ready(Cut::Timeout("total", total));
             }
             if self.last_data.elapsed() >= idle {

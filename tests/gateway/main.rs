@@ -17,3 +17,4 @@ mod settling;
 mod simulate;
 mod support;
 mod tls;
+mod upstreams;
