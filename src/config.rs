@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use callers::LONGEST_KEY;
 pub use fault::{Fault, Faults};
 pub use load::{Loaded, Source, load, parse};
 pub(crate) use units::duration;

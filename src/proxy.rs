@@ -10,7 +10,7 @@ mod route;
 
 use crate::calibrations::{Calibrations, Lesson};
 use crate::clock::Stopwatch;
-use crate::config::{Config, Environment, OnDisconnect};
+use crate::config::{Config, Environment, LONGEST_KEY, OnDisconnect};
 use crate::error::ProxyError;
 use crate::estimate::Models;
 use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
@@ -23,6 +23,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use sha2::{Digest as _, Sha256};
+use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use subtle::ConstantTimeEq as _;
 pub use answer::AnswerBody;
 use call::{Call, Reading};
 use flood::Flood;
-use headers::Told;
+use headers::{OurKeys, SentKey, Told};
 use metered::{Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
 
@@ -95,6 +96,8 @@ impl Charge {
 struct Caller {
     environment: usize,
     caller: Option<usize>,
+    /// Where keys of this gateway's stand, which are not passed on.
+    keys: OurKeys,
 }
 
 impl Shared {
@@ -228,6 +231,10 @@ impl Proxy {
         if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
             return Err(self.unknown_path(&head));
         }
+        if route.endpoint == Endpoint::Other {
+            call::check_upgrade(&head.headers)?;
+        }
+        call::check_encoding(&head.headers)?;
 
         let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
         let received = Stopwatch::start();
@@ -237,12 +244,15 @@ impl Proxy {
 
         let names = &self.shared.names[who.environment];
         let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
-        let headers = headers::for_upstream(head.headers, &environment.upstream, names.credential.as_ref());
+        let endpoint = route.endpoint;
+        let credential = names.credential.as_ref();
+        let headers = headers::for_upstream(head.headers, &environment.upstream, credential, who.keys);
         let body = call.forwarded(told.clamped_to);
         Ok(Some(Forward {
             request: upstream::Request { method: head.method, target, headers, body },
             upstream: names.upstream,
             environment: environment.clone(),
+            endpoint,
             call,
             received,
         }))
@@ -250,30 +260,33 @@ impl Proxy {
 
     /// Sends an admitted request on and passes the answer back.
     async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
-        let Forward { request, upstream, environment, call, received } = forward;
-        // From here on the request may have reached the upstream, whatever becomes of the caller.
-        charge.observe(Amounts::of_request(call.prompt_tokens, 0));
+        let Forward { request, upstream, environment, endpoint, call, received } = forward;
         charge.record.overhead = Some(received.elapsed());
-        let waiting = Stopwatch::start();
-        let (parts, incoming) = match self.upstreams[upstream].send(&request).await {
+        let started = Stopwatch::start();
+        let prompt = Amounts::of_request(call.prompt_tokens, 0);
+        // Once the upstream may have read of it the request is paid for, whatever becomes of the caller.
+        let mut reached = |is_so| charge.observe(if is_so { prompt } else { Amounts::default() });
+        let (parts, incoming) = match self.upstreams[upstream].send(&request, started, &mut reached).await {
             Ok(answer) => answer,
             Err(error) => {
-                let error = no_answer(error, &environment, &mut charge);
+                let error = no_answer(error, &environment);
                 return self.refuse(error, charge, told);
             }
         };
-        charge.record.first_byte = Some(waiting.elapsed());
+        charge.record.first_byte = Some(started.elapsed());
         let terms = Terms {
             estimated_prompt: call.prompt_tokens,
             completions: call.completions.max(1),
             tokenizer: call.tokenizer,
             status: parts.status,
+            endpoint,
+            started,
             environment,
         };
         let withholds = call.asks_for_usage();
         let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.shared.calibrations));
         let lesson = lesson.flatten();
-        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge)
+        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge).await
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -286,40 +299,57 @@ impl Proxy {
     }
 
     fn unknown_path(&self, head: &http::request::Parts) -> ProxyError {
-        let config = &self.shared.config;
-        let base_path = match config.default_environment {
-            Some(_) => "/v1".to_owned(),
-            None => format!("/{}/v1", config.environments.first().map_or("", |e| &e.name)),
-        };
+        let base_path = route::base_path(&self.shared.config, head.uri.path());
         let path = head.uri.path().chars().take(200).collect();
         ProxyError::UnknownPath { path, base_path }
     }
 
     /// The environment is named by the path, else by the key, else by `default_environment`; who has
-    /// keys takes only its own.
+    /// keys takes only its own. A key that belongs to another one is refused wherever it stands, since
+    /// the upstream would get to see it.
     fn identify(&self, route: &Route<'_>, headers: &HeaderMap) -> Result<Caller, ProxyError> {
-        let key = headers::callers_key(headers);
-        let known = key.and_then(|key| self.caller_of(key));
-        let environment = match (route.environment, known, self.shared.config.default_environment) {
-            (Some(named), ..) => named,
-            (None, Some((of_key, _)), _) => of_key,
-            (None, None, Some(default)) => default,
-            (None, None, None) => return Err(ProxyError::InvalidKey { given: key.is_some() }),
+        let Some(sent) = headers::sent_keys(headers) else {
+            return Err(ProxyError::BadHead("it has too many API keys"));
         };
-        match known {
-            Some((of_key, caller)) if of_key == environment => {
-                Ok(Caller { environment, caller: Some(caller) })
-            }
-            Some(_) => Err(ProxyError::WrongEnvironment),
-            None if self.shared.config.environments[environment].callers.is_empty() => {
-                Ok(Caller { environment, caller: None })
-            }
-            None => Err(ProxyError::InvalidKey { given: key.is_some() }),
+        let unknown = || ProxyError::InvalidKey { given: sent.iter().any(|key| key.is_regular) };
+        let known: SmallVec<[_; 2]> =
+            self.callers_of(&sent).filter_map(|(key, of)| of.map(|of| (key, of))).collect();
+        let first = known.iter().find(|(key, _)| key.is_regular).map(|&(_, of)| of);
+        let default = self.shared.config.default_environment;
+        let named = route.environment.or(first.map(|(environment, _)| environment)).or(default);
+        let environment = named.ok_or_else(unknown)?;
+        if known.iter().any(|(_, (of_key, _))| *of_key != environment) {
+            return Err(ProxyError::WrongEnvironment);
         }
+        let caller = first.map(|(_, caller)| caller);
+        if caller.is_none() && !self.shared.config.environments[environment].callers.is_empty() {
+            return Err(unknown());
+        }
+        let mut keys = OurKeys::default();
+        known.iter().for_each(|(key, _)| keys.add(key.header));
+        Ok(Caller { environment, caller, keys })
+    }
+
+    /// Environment and caller of each key, if it is one of this gateway's. What stands in several
+    /// headers is looked up once.
+    fn callers_of<'k>(
+        &self,
+        sent: &'k [SentKey<'k>],
+    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<(usize, usize)>)> {
+        let mut last: Option<(&[u8], Option<(usize, usize)>)> = None;
+        sent.iter().map(move |sent| {
+            let found = last.filter(|(key, _)| *key == sent.key).map(|(_, found)| found);
+            let found = found.unwrap_or_else(|| self.caller_of(sent.key));
+            last = Some((sent.key, found));
+            (sent, found)
+        })
     }
 
     /// Environment and caller of a key: found by its digest, compared in constant time.
     fn caller_of(&self, key: &[u8]) -> Option<(usize, usize)> {
+        if self.shared.callers.is_empty() || key.len() > LONGEST_KEY {
+            return None;
+        }
         let digest: [u8; 32] = Sha256::digest(key).into();
         let &(environment, caller) = self.shared.callers.get(&digest)?;
         let stored = &self.shared.config.environments[environment].callers[caller].sha256;
@@ -363,16 +393,14 @@ impl Proxy {
         charge: &mut Charge,
         told: &mut Told,
     ) -> Result<(), ProxyError> {
-        let generates = match route.endpoint {
-            Endpoint::Models | Endpoint::Root => return Ok(()),
-            Endpoint::Counted(api) => api.generates(),
-            Endpoint::Other => false,
-        };
+        if matches!(route.endpoint, Endpoint::Models | Endpoint::Root) {
+            return Ok(());
+        }
         let account = &self.shared.accounts[who.environment];
         let want = Want {
             asker: Asker { caller: who.caller, model: &call.model },
             prompt: call.prompt_tokens,
-            generates,
+            generates: route.endpoint.generates(),
             cap: call.completion_cap,
             completions: call.completions.max(1),
         };
@@ -428,7 +456,7 @@ impl Proxy {
     }
 
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
-    fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
+    async fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
         let Answer { mut parts, incoming, withholds, terms, lesson, told } = answer;
         headers::for_caller(&mut parts.headers);
         let record = &mut charge.record;
@@ -442,7 +470,10 @@ impl Proxy {
                 parts.headers.insert(REQUEST_ID, id);
             }
         }
-        let metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
+        let mut metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
+        if metered.is_empty() {
+            metered.settled().await;
+        }
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
@@ -488,6 +519,7 @@ struct Forward {
     /// Its index in the config.
     upstream: usize,
     environment: Arc<Environment>,
+    endpoint: Endpoint,
     call: Call,
     /// Since its body was read.
     received: Stopwatch,
@@ -540,14 +572,9 @@ fn no_room_code(no_room: &NoRoom) -> &'static str {
     }
 }
 
-/// What a request that got no answer costs: nothing if it never reached the upstream, else its
-/// prompt, as far as it was estimated.
-fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -> ProxyError {
+/// What the caller of a request that got no answer is told.
+fn no_answer(error: SendError, environment: &Environment) -> ProxyError {
     let upstream = environment.upstream.name.clone();
-    let timeouts = environment.upstream.timeouts;
-    if matches!(error, SendError::Unreachable(..) | SendError::ConnectTimeout) {
-        charge.observe(Amounts::default());
-    }
     match error {
         SendError::Unreachable(what, source) => {
             tracing::warn!(error = %source, upstream, what, "an upstream could not be reached");
@@ -557,8 +584,8 @@ fn no_answer(error: SendError, environment: &Environment, charge: &mut Charge) -
             let what = "no connection came about in time (timeouts.connect)";
             ProxyError::UpstreamUnreachable { upstream, what }
         }
-        SendError::FirstByteTimeout => {
-            ProxyError::UpstreamTimeout { upstream, timeout: ("first_byte", timeouts.first_byte) }
+        SendError::Timeout(setting, after) => {
+            ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
         }
         SendError::Broken(source) => {
             tracing::warn!(error = %source, upstream, "an upstream broke off before it answered");

@@ -7,6 +7,7 @@
 mod http1;
 mod tls;
 
+use crate::clock::Stopwatch;
 use crate::config;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Uri, response};
@@ -46,8 +47,8 @@ pub enum SendError {
     Unreachable(&'static str, io::Error),
     /// `timeouts.connect` ran out; nothing was sent.
     ConnectTimeout,
-    /// `timeouts.first_byte` ran out after the request was sent.
-    FirstByteTimeout,
+    /// This setting ran out, after so long, before an answer came.
+    Timeout(&'static str, Duration),
     /// The connection broke, or what came is no HTTP, after the request was sent.
     Broken(io::Error),
 }
@@ -102,33 +103,70 @@ impl Upstream {
         })
     }
 
-    /// Sends a request and waits for the head of its answer.
+    /// Sends a request and waits for the head of its answer. `reached` is told `true` when the first byte
+    /// is about to be written, and `false` should it turn out that the upstream cannot have read it.
     ///
     /// # Errors
-    /// See [`SendError`]; whether the request may have reached the upstream is told by the variant.
-    pub async fn send(&self, request: &Request) -> Result<(response::Parts, Incoming), SendError> {
-        let first_byte = self.settings.timeouts.first_byte;
+    /// See [`SendError`].
+    pub async fn send(
+        &self,
+        request: &Request,
+        started: Stopwatch,
+        reached: &mut (dyn FnMut(bool) + Send),
+    ) -> Result<(response::Parts, Incoming), SendError> {
         if let Some(kept) = self.idle.take() {
-            match wait(first_byte, self.exchange_http1(kept, request)).await {
+            reached(true);
+            match self.first_byte(started, self.exchange_http1(kept, request)).await {
                 // The upstream had closed a kept connection before it read anything of this.
-                Err(SendError::Broken(e)) if http1::was_never_read(&e) => {}
+                Err(SendError::Broken(e)) if http1::was_never_read(&e) => reached(false),
                 done => return done,
             }
         }
         let shared = self.http2.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(sender) = shared.filter(|s| !s.is_closed()) {
-            return wait(first_byte, Box::pin(self.exchange_http2(sender, request))).await;
+            reached(true);
+            match self.first_byte(started, Box::pin(self.exchange_http2(sender, request))).await {
+                Err(SendError::Broken(e)) if http1::was_never_read(&e) => reached(false),
+                done => return done,
+            }
         }
         // Boxed, as is HTTP/2: their states are large, and every request's future would carry them along.
-        match Box::pin(self.connect()).await? {
+        let connected = Box::pin(self.connect(started)).await?;
+        reached(true);
+        let answer = match connected {
             Connected::Http1(socket) => {
-                let connection = http1::Connection::new(socket);
-                wait(first_byte, Box::pin(self.exchange_http1(connection, request))).await
+                let exchange = self.exchange_http1(http1::Connection::new(socket), request);
+                self.first_byte(started, Box::pin(exchange)).await
             }
             Connected::Http2(sender) => {
-                wait(first_byte, Box::pin(self.exchange_http2(sender, request))).await
+                self.first_byte(started, Box::pin(self.exchange_http2(sender, request))).await
             }
+        };
+        if let Err(SendError::Broken(e)) = &answer
+            && http1::was_never_read(e)
+        {
+            reached(false);
         }
+        answer
+    }
+
+    /// Waits for an answer's head as long as `first_byte` allows, and `total` of the whole exchange.
+    async fn first_byte<T>(
+        &self,
+        started: Stopwatch,
+        exchange: impl Future<Output = Result<T, SendError>>,
+    ) -> Result<T, SendError> {
+        let first_byte = self.settings.timeouts.first_byte;
+        let (within, out_of_time) =
+            self.bound(started, first_byte, SendError::Timeout("first_byte", first_byte));
+        timeout(within, exchange).await.unwrap_or(Err(out_of_time))
+    }
+
+    /// A time for a step, or what `total` leaves of it; and what is told when that is over.
+    fn bound(&self, started: Stopwatch, step: Duration, error: SendError) -> (Duration, SendError) {
+        let total = self.settings.timeouts.total;
+        let left = total.saturating_sub(started.elapsed());
+        if left < step { (left, SendError::Timeout("total", total)) } else { (step, error) }
     }
 
     async fn exchange_http1(
@@ -159,16 +197,16 @@ impl Upstream {
         message
             .headers_mut()
             .extend(request.headers.iter().cloned().map(|(name, value)| (Some(name), value)));
-        sender.ready().await.map_err(broken)?;
+        // It has ended: nothing of this was sent.
+        sender.ready().await.map_err(|e| SendError::Broken(http1::never_read(e)))?;
         let (parts, body) = sender.send_request(message).await.map_err(broken)?.into_parts();
         Ok((parts, Incoming(Source::Http2(body))))
     }
 
-    async fn connect(&self) -> Result<Connected, SendError> {
-        match timeout(self.settings.timeouts.connect, self.connect_unbounded()).await {
-            Ok(done) => done,
-            Err(_) => Err(SendError::ConnectTimeout),
-        }
+    async fn connect(&self, started: Stopwatch) -> Result<Connected, SendError> {
+        let connect = self.settings.timeouts.connect;
+        let (within, out_of_time) = self.bound(started, connect, SendError::ConnectTimeout);
+        timeout(within, self.connect_unbounded()).await.unwrap_or(Err(out_of_time))
     }
 
     async fn connect_unbounded(&self) -> Result<Connected, SendError> {
@@ -204,16 +242,6 @@ impl Upstream {
 enum Connected {
     Http1(Box<dyn Socket>),
     Http2(http2::SendRequest<Full<Bytes>>),
-}
-
-async fn wait<T>(
-    first_byte: Duration,
-    exchange: impl Future<Output = Result<T, SendError>>,
-) -> Result<T, SendError> {
-    match timeout(first_byte, exchange).await {
-        Ok(done) => done,
-        Err(_) => Err(SendError::FirstByteTimeout),
-    }
 }
 
 impl Incoming {

@@ -10,6 +10,9 @@ use std::collections::{HashMap, HashSet};
 /// Shorter keys can be guessed.
 const SHORT_SECRET: usize = 16;
 
+/// Longer ones are no key's: hashing them would only take time.
+pub(crate) const LONGEST_KEY: usize = 4 * 1024;
+
 /// Where each key of the config stands: a key says to which environment a request belongs.
 pub(super) type Digests = HashMap<[u8; 32], String>;
 
@@ -79,6 +82,10 @@ fn digest_of_secret(item: &Item<'_>) -> Option<[u8; 32]> {
     }
     if !secret.bytes().all(|b| b.is_ascii_graphic()) {
         item.fault("this key has spaces, or characters that no header can carry");
+        return None;
+    }
+    if secret.len() > LONGEST_KEY {
+        item.fault(format!("this key is longer than {LONGEST_KEY} characters"));
         return None;
     }
     if secret.len() < SHORT_SECRET {

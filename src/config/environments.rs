@@ -139,6 +139,13 @@ fn check_exposure(item: &Item<'_>, upstream: Option<&Upstream>, is_open: bool, i
             upstream.name
         ));
     }
+    if let Some(upstream) = upstream.filter(|u| !is_open && u.api_key.is_none()) {
+        item.warn(format!(
+            "the keys of this environment are never sent upstream, and upstream \"{}\" has no api_key: \
+             callers have to send the upstream's own key too, in another header; set api_key",
+            upstream.name
+        ));
+    }
 }
 
 fn allowed_models(item: &Item<'_>) -> Vec<Glob> {

@@ -6,6 +6,7 @@ use super::{ApiKind, Timeouts, Upstream};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 const EXAMPLE: &str = "upstreams: { openai: { base_url: https://api.openai.com/v1 } }";
 
@@ -76,6 +77,10 @@ fn base_url(item: &Item<'_>) -> Option<Uri> {
         || !authority.is_some_and(|a| !a.host().is_empty() && port_is_right(a))
     {
         item.fault("this has to be an http or https URL such as https://api.openai.com/v1");
+    } else if scheme == Some("https")
+        && !authority.is_some_and(|a| ServerName::try_from(a.host().trim_matches(['[', ']'])).is_ok())
+    {
+        item.fault("the host cannot be the name of a TLS server");
     } else {
         return uri;
     }

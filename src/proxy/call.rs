@@ -158,6 +158,21 @@ pub(super) fn check_head(
     {
         return Err(ProxyError::BadHead("its target and its Host differ"));
     }
+    Ok(())
+}
+
+/// Refuses what asks for a tunnel, where nobody knows what would go through it. HTTP/2 is what some
+/// clients offer to everybody; that offer stays here.
+pub(super) fn check_upgrade(headers: &HeaderMap) -> Result<(), ProxyError> {
+    let is_offer = |v: &http::HeaderValue| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"h2c");
+    if headers.get_all(header::UPGRADE).iter().all(is_offer) {
+        return Ok(());
+    }
+    Err(ProxyError::BadHead("it asks for an upgrade, and none is served"))
+}
+
+/// Refuses a body that would have to be decoded before it is read.
+pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), ProxyError> {
     let is_identity = |v: &http::HeaderValue| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
     if headers.get_all(header::CONTENT_ENCODING).iter().any(|v| !is_identity(v)) {
         return Err(ProxyError::ContentEncoding);

@@ -15,26 +15,74 @@ const CLAMPED: HeaderName = HeaderName::from_static("x-tollgate-clamped-max-toke
 const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
 const RAW_ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-raw-estimated-prompt-tokens");
 
-/// The key that a caller has sent, whichever header carries it.
-pub(super) fn callers_key(headers: &HeaderMap) -> Option<&[u8]> {
-    KEY_HEADERS.iter().find_map(|name| {
-        let value = headers.get(*name)?.as_bytes();
-        let key = if *name == "authorization" { bearer(value)? } else { value };
-        Some(key.trim_ascii()).filter(|key| !key.is_empty())
-    })
+/// More keys than this in one request are a riddle, and work to look up.
+const MOST_KEYS: usize = 8;
+
+/// A key that a caller has sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SentKey<'h> {
+    pub(super) key: &'h [u8],
+    pub(super) header: KeyHeader,
+    /// As it has to be sent; else it is looked at only so that it goes nowhere else.
+    pub(super) is_regular: bool,
+}
+
+/// Which of `KEY_HEADERS` a key stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct KeyHeader(u8);
+
+/// Headers whose values stay here, because a key of this gateway's stands among them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct OurKeys(u8);
+
+impl OurKeys {
+    pub(super) fn add(&mut self, header: KeyHeader) {
+        self.0 |= 1 << header.0;
+    }
+
+    fn stand_in(self, name: &str) -> bool {
+        KEY_HEADERS.iter().position(|header| *header == name).is_some_and(|at| self.0 & (1 << at) != 0)
+    }
+}
+
+/// Every key that a caller has sent, whichever header carries it, each value once in a header. `None`:
+/// they are too many.
+pub(super) fn sent_keys(headers: &HeaderMap) -> Option<SmallVec<[SentKey<'_>; 2]>> {
+    let mut keys = SmallVec::new();
+    for (at, name) in (0..).zip(KEY_HEADERS) {
+        for value in headers.get_all(name) {
+            let value = value.as_bytes().trim_ascii();
+            let bearer = if at == 0 { bearer(value) } else { Some(value) };
+            let key =
+                SentKey { key: bearer.unwrap_or(value), header: KeyHeader(at), is_regular: bearer.is_some() };
+            add_key(&mut keys, key);
+            // Under another scheme, or none.
+            if let (None, Some(space)) = (bearer, value.iter().rposition(|&b| b == b' ')) {
+                add_key(&mut keys, SentKey { key: &value[space + 1..], ..key });
+            }
+        }
+    }
+    (keys.len() <= MOST_KEYS).then_some(keys)
+}
+
+fn add_key<'h>(keys: &mut SmallVec<[SentKey<'h>; 2]>, key: SentKey<'h>) {
+    if !key.key.is_empty() && keys.len() <= MOST_KEYS && !keys.contains(&key) {
+        keys.push(key);
+    }
 }
 
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, key) = value.split_at_checked(7)?;
-    scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
 }
 
 /// The headers of the request to the upstream. The caller's key goes along only where the upstream has
-/// none of its own; `credential` is that.
+/// none of its own (`credential` is that), and a key of this gateway's never does.
 pub(super) fn for_upstream(
     headers: HeaderMap,
     upstream: &Upstream,
     credential: Option<&Credential>,
+    ours: OurKeys,
 ) -> Vec<(HeaderName, HeaderValue)> {
     let named = named_by_connection(&headers);
     let mut passed = Vec::with_capacity(headers.len() + 4);
@@ -42,7 +90,8 @@ pub(super) fn for_upstream(
     for (name, value) in headers {
         // Of a header that stands there several times only the first carries the name.
         let Some(name) = name.or_else(|| last.clone()) else { continue };
-        let is_key = credential.is_some() && KEY_HEADERS.contains(&name.as_str());
+        let is_key =
+            ours.stand_in(name.as_str()) || credential.is_some() && KEY_HEADERS.contains(&name.as_str());
         let stays = is_key
             || is_hop_by_hop(&name)
             || is_ours_to_set(&name)
@@ -199,21 +248,41 @@ impl Told {
 mod tests {
     use super::*;
 
+    fn keys<'h>(headers: &'h HeaderMap) -> Vec<(&'h str, bool)> {
+        let keys = sent_keys(headers).unwrap();
+        keys.iter().map(|k| (std::str::from_utf8(k.key).unwrap(), k.is_regular)).collect()
+    }
+
     #[test]
     fn a_key_is_read_from_whichever_header_carries_it() {
         for (name, value, key) in [
-            ("authorization", "Bearer k1", Some("k1")),
-            ("authorization", "bearer  k1 ", Some("k1")),
-            ("authorization", "Basic k1", None),
-            ("authorization", "Bearer ", None),
-            ("api-key", "k1", Some("k1")),
-            ("x-api-key", "k1", Some("k1")),
-            ("x-goog-api-key", "k1", Some("k1")),
-            ("x-api-key", "", None),
+            ("authorization", "Bearer k1", vec![("k1", true)]),
+            ("authorization", "bearer  k1 ", vec![("k1", true)]),
+            ("authorization", "Basic k1", vec![("Basic k1", false), ("k1", false)]),
+            ("authorization", "k1", vec![("k1", false)]),
+            ("authorization", "Bearer ", vec![("Bearer", false)]),
+            ("api-key", "k1", vec![("k1", true)]),
+            ("x-api-key", "k1", vec![("k1", true)]),
+            ("x-goog-api-key", "k1", vec![("k1", true)]),
+            ("x-api-key", "", vec![]),
         ] {
             let headers =
                 HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))]);
-            assert_eq!(callers_key(&headers), key.map(str::as_bytes), "{name}: {value}");
+            assert_eq!(keys(&headers), key, "{name}: {value}");
         }
+    }
+
+    #[test]
+    fn all_keys_are_read_each_once_and_too_many_refused() {
+        let mut headers = HeaderMap::new();
+        for value in ["a", "b", "a"] {
+            headers.append("x-api-key", HeaderValue::from_static(value));
+        }
+        headers.append("authorization", HeaderValue::from_static("Bearer a"));
+        assert_eq!(keys(&headers), [("a", true), ("a", true), ("b", true)]);
+        for n in 0..7 {
+            headers.append("api-key", HeaderValue::from(n));
+        }
+        assert!(sent_keys(&headers).is_none());
     }
 }

@@ -3,6 +3,7 @@
 
 use super::Charge;
 use super::reader::Reader;
+use super::route::Endpoint;
 use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
@@ -32,6 +33,7 @@ const INLINE_TEXT: usize = 2 * 1024;
 
 /// How often what a stream has certainly used is taken out of what it holds.
 const PROGRESS: Duration = Duration::from_secs(1);
+
 /// What has to be known to charge for an answer.
 #[derive(Clone, Debug)]
 pub(super) struct Terms {
@@ -41,6 +43,9 @@ pub(super) struct Terms {
     pub(super) completions: u64,
     pub(super) tokenizer: Option<Tokenizer>,
     pub(super) status: StatusCode,
+    pub(super) endpoint: Endpoint,
+    /// Since the request was sent: `timeouts.total` counts from there.
+    pub(super) started: Stopwatch,
     pub(super) environment: Arc<Environment>,
 }
 
@@ -61,7 +66,6 @@ pub(super) struct Metered {
     terms: Terms,
     lesson: Option<Lesson>,
     state: State,
-    started: Stopwatch,
     last_data: Stopwatch,
     alarm: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
@@ -122,7 +126,6 @@ impl Metered {
             terms,
             lesson,
             state: State::Passing(charge),
-            started: now,
             last_data: now,
             alarm: None,
             last_progress: now,
@@ -130,7 +133,8 @@ impl Metered {
             tell_beyond,
             caller_is_gone: false,
         };
-        if metered.is_stream() && metered.terms.status.is_success() {
+        let has_begun = metered.is_stream() && metered.terms.status.is_success();
+        if has_begun && metered.terms.endpoint.generates() {
             // The model has begun: its prompt is spent.
             metered.progress();
         }
@@ -140,6 +144,22 @@ impl Metered {
     /// Whether the answer may become shorter or longer on its way, so that its length is not told.
     pub(super) fn is_stream(&self) -> bool {
         matches!(self.reader, Reader::Sse(_))
+    }
+
+    /// Whether there is no body: nobody will ask for its bytes.
+    pub(super) fn is_empty(&self) -> bool {
+        self.incoming.is_end()
+    }
+
+    /// Settles an answer without a body.
+    pub(super) async fn settled(&mut self) {
+        self.end();
+        let kept = match &mut self.state {
+            State::Keeping(kept, _) => kept.as_mut(),
+            State::Passing(_) | State::Counting(..) | State::Settled(_) => return,
+        };
+        kept.await;
+        self.state = State::Settled(Ending::End);
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -168,8 +188,9 @@ impl Metered {
 
     fn progress_is_due(&self) -> bool {
         let Reader::Sse(reader) = &self.reader else { return false };
-        reader.tokens_so_far(self.cap) > self.tell_beyond
-            || self.last_data.since(self.last_progress) >= PROGRESS
+        self.terms.endpoint.generates()
+            && (reader.tokens_so_far(self.cap) > self.tell_beyond
+                || self.last_data.since(self.last_progress) >= PROGRESS)
     }
 
     /// What has certainly been used is held no longer, and a stream that outgrows its reservation gets
@@ -206,11 +227,11 @@ impl Metered {
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
         loop {
             let Timeouts { idle, total, .. } = self.terms.environment.upstream.timeouts;
-            let (silent, over) = (self.last_data.deadline(idle), self.started.deadline(total));
+            let (silent, over) = (self.last_data.deadline(idle), self.terms.started.deadline(total));
             let due = silent.min(over);
             let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
             ready!(alarm.as_mut().poll(cx));
-            if self.started.elapsed() >= total {
+            if self.terms.started.elapsed() >= total {
                 return Poll::Ready(Cut::Timeout("total", total));
             }
             if self.last_data.elapsed() >= idle {
@@ -273,22 +294,30 @@ impl Metered {
         }
     }
 
-    /// What has to be counted because the upstream did not report it.
+    /// What has to be counted because the upstream did not report it: where nothing is generated, nothing.
     fn texts_to_count(&mut self, charge: &mut Charge, was_cut: bool) -> Texts {
         let reported = self.reader.reported();
         charge.record.reported = reported.is_any();
-        if !self.terms.status.is_success() || reported.completion().is_some() {
+        self.tell_of_usage(charge, reported);
+        let is_known = !self.terms.status.is_success() || reported.completion().is_some();
+        if is_known || !self.terms.endpoint.generates() {
             return Texts::default();
         }
-        let reason = if reported.was_refused() { "not_credible" } else { "not_reported" };
-        charge.record.metrics().usage_missing(&charge.record.environment, reason);
-        if reported.was_refused() {
-            tracing::warn!(
-                upstream = self.terms.upstream(),
-                "an answer's usage cannot be true: counted here instead"
-            );
-        }
         self.reader.take_texts(was_cut)
+    }
+
+    /// Counts an answer whose usage is missing where there should be one, or cannot be true.
+    fn tell_of_usage(&self, charge: &Charge, reported: Reported) {
+        let is_charged = charge.reservation.is_some();
+        let is_due = self.terms.status.is_success() && matches!(self.terms.endpoint, Endpoint::Counted(_));
+        let (metrics, environment) = (charge.record.metrics(), &charge.record.environment);
+        if is_charged && reported.was_refused() {
+            metrics.usage_missing(environment, "not_credible");
+            let upstream = self.terms.upstream();
+            tracing::warn!(upstream, "an answer's usage, or part of it, cannot be true: it is not charged");
+        } else if is_charged && is_due && reported.completion().is_none() {
+            metrics.usage_missing(environment, "not_reported");
+        }
     }
 
     fn settle(&mut self, mut charge: Charge, counted: u64, ending: Ending) {

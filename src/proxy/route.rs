@@ -19,6 +19,11 @@ pub(super) enum Endpoint {
 }
 
 impl Endpoint {
+    /// Whether the model generates tokens.
+    pub(super) fn generates(self) -> bool {
+        matches!(self, Self::Counted(api) if api.generates())
+    }
+
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Counted(api) => api.as_str(),
@@ -47,6 +52,10 @@ pub(super) enum NoRoute {
     Method(&'static str),
 }
 
+/// Methods that are forwarded to paths that are not known: none that opens a tunnel or gives a trace.
+const OTHER_METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+const ALLOW_OTHER: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+
 /// Finds what a path names.
 pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Result<Route<'a>, NoRoute> {
     let (environment, path) = split_environment(config, path);
@@ -54,6 +63,9 @@ pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Resul
         Some(found) => found,
         None if environment.is_none() && path == "/" => (Endpoint::Root, "HEAD", None),
         None if forwards_others(config, environment) && is_plain(path) => {
+            if !OTHER_METHODS.contains(&method.as_str()) {
+                return Err(NoRoute::Method(ALLOW_OTHER));
+            }
             return Ok(Route { environment, path, endpoint: Endpoint::Other, deployment: None });
         }
         None => return Err(NoRoute::Unknown),
@@ -73,6 +85,18 @@ fn forwards_others(config: &Config, environment: Option<usize>) -> bool {
     }
 }
 
+/// The base path of an SDK that would be right for whoever asked for `path`. It names no environment
+/// that the path does not.
+pub(super) fn base_path(config: &Config, path: &str) -> String {
+    let needs_none = config.default_environment.is_some()
+        || config.environments.iter().any(|environment| !environment.callers.is_empty());
+    match split_environment(config, path).0 {
+        Some(index) => format!("/{}/v1", config.environments[index].name),
+        None if needs_none => "/v1".to_owned(),
+        None => "/<environment>/v1".to_owned(),
+    }
+}
+
 fn split_environment<'a>(config: &Config, path: &'a str) -> (Option<usize>, &'a str) {
     let Some(rest) = path.strip_prefix('/') else { return (None, path) };
     let end = rest.find('/').unwrap_or(rest.len());
@@ -86,7 +110,8 @@ fn split_environment<'a>(config: &Config, path: &'a str) -> (Option<usize>, &'a 
 fn endpoint(path: &str) -> Option<(Endpoint, &'static str, Option<&str>)> {
     if let Some(rest) = path.strip_prefix("/openai/deployments/") {
         let (deployment, operation) = rest.split_at(rest.find('/')?);
-        if !is_segment(deployment) {
+        // Decoded it would be the name of another model, with other quotas.
+        if !is_segment(deployment) || deployment.contains('%') {
             return None;
         }
         return Some((Endpoint::Counted(counted(operation)?), "POST", Some(deployment)));
@@ -174,6 +199,8 @@ mod tests {
             "/openai/deployments/../chat/completions",
             "/openai/deployments/a/b/chat/completions",
             "/openai/deployments/a/models",
+            "/openai/deployments/%67pt-4.1/chat/completions",
+            "/openai/deployments/gpt%/chat/completions",
             "/v1/openai/v1/chat/completions",
         ] {
             assert_eq!(at(path), None, "{path}");

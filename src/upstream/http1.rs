@@ -11,12 +11,15 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, response};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::AsyncWrite as _;
+use tokio::runtime::Handle;
+use tokio::time::sleep_until;
 use tokio_util::io::poll_read_buf;
 
 use crate::clock::Stopwatch;
@@ -30,13 +33,27 @@ const ROOM_FOR_MORE: usize = 15;
 const MOST_INTERIM: usize = 16;
 /// A chunk's size with its extensions, and all trailers, are no longer than this.
 const LONGEST_CHUNK_HEAD: usize = 8 * 1024;
-const MOST_IDLE: usize = 1_024;
+/// A large body is written in pieces of this size.
+const WRITE_AT_ONCE: usize = 128 * 1024;
+const MOST_IDLE: usize = 256;
 /// Shorter than the keep-alive times usual with servers (60 - 75 s).
 const IDLE_FOR: Duration = Duration::from_secs(50);
 
-/// Connections that wait for their next request, the most recently used last.
-#[derive(Clone, Default)]
-pub(super) struct Pool(Arc<Mutex<VecDeque<(Connection, Stopwatch)>>>);
+/// Connections that wait for their next request.
+#[derive(Clone)]
+pub(super) struct Pool {
+    idle: Arc<Mutex<Idle>>,
+    /// So long they are kept.
+    idle_for: Duration,
+}
+
+#[derive(Default)]
+struct Idle {
+    /// The most recently used last.
+    connections: VecDeque<(Connection, Stopwatch)>,
+    /// A task closes those that have waited too long.
+    is_pruned: bool,
+}
 
 /// One connection, between requests.
 pub(super) struct Connection {
@@ -72,12 +89,60 @@ enum Chunk {
     Trailers,
 }
 
+/// An answer's head: with how its body is framed, and whether the connection can be used again after it.
+struct Head {
+    parts: response::Parts,
+    framing: Framing,
+    keeps_alive: bool,
+}
+
+/// A request on its way out.
+struct Outgoing<'r> {
+    head: Vec<u8>,
+    body: &'r [u8],
+    /// Bytes of both.
+    written: usize,
+    /// Why no more can be written.
+    failed: Option<io::Error>,
+    /// It came before all was written.
+    answer: Option<Head>,
+    /// Interim answers that have come.
+    interim: usize,
+}
+
+impl<'r> Outgoing<'r> {
+    fn new(authority: &str, request: &'r Request) -> Self {
+        let head = head_of(authority, request);
+        Self { head, body: &request.body, written: 0, failed: None, answer: None, interim: 0 }
+    }
+
+    fn is_written(&self) -> bool {
+        self.written >= self.head.len() + self.body.len()
+    }
+
+    fn slices(&self) -> [IoSlice<'_>; 2] {
+        let head = self.head.get(self.written..).unwrap_or_default();
+        let body = self.body.get(self.written.saturating_sub(self.head.len())..).unwrap_or_default();
+        [IoSlice::new(head), IoSlice::new(&body[..body.len().min(WRITE_AT_ONCE)])]
+    }
+
+    fn fail(&mut self, error: io::Error) {
+        self.failed = Some(if self.written == 0 { io::Error::other(NeverRead(error)) } else { error });
+    }
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self { idle: Arc::default(), idle_for: IDLE_FOR }
+    }
+}
+
 impl Pool {
     /// A kept connection that is still open and silent.
     pub(super) fn take(&self) -> Option<Connection> {
         loop {
-            let (mut connection, since) = self.lock().pop_back()?;
-            if since.elapsed() < IDLE_FOR && connection.is_quiet() {
+            let (mut connection, since) = self.lock().connections.pop_back()?;
+            if since.elapsed() < self.idle_for && connection.is_quiet() {
                 return Some(connection);
             }
         }
@@ -85,14 +150,39 @@ impl Pool {
 
     fn keep(&self, connection: Connection) {
         let mut idle = self.lock();
-        if idle.len() >= MOST_IDLE || idle.front().is_some_and(|(_, since)| since.elapsed() >= IDLE_FOR) {
-            idle.pop_front();
+        if idle.connections.len() >= MOST_IDLE {
+            idle.connections.pop_front();
         }
-        idle.push_back((connection, Stopwatch::start()));
+        idle.connections.push_back((connection, Stopwatch::start()));
+        if !idle.is_pruned
+            && let Ok(runtime) = Handle::try_current()
+        {
+            idle.is_pruned = true;
+            runtime.spawn(self.clone().prune());
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Connection, Stopwatch)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Closes connections when they have waited too long; ends with the last of them. One task and one
+    /// timer for all.
+    async fn prune(self) {
+        while let Some(due) = self.next_due() {
+            sleep_until(due).await;
+        }
+    }
+
+    /// Drops what has waited too long, and tells when the next one will have.
+    fn next_due(&self) -> Option<tokio::time::Instant> {
+        let mut idle = self.lock();
+        while idle.connections.front().is_some_and(|(_, since)| since.elapsed() >= self.idle_for) {
+            idle.connections.pop_front();
+        }
+        let due = idle.connections.front().map(|(_, since)| since.deadline(self.idle_for));
+        idle.is_pruned = due.is_some();
+        due
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -108,11 +198,14 @@ impl std::fmt::Display for NeverRead {
 
 impl std::error::Error for NeverRead {}
 
+/// An error of a connection that had ended before the request was written.
+pub(super) fn never_read(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::other(NeverRead(io::Error::other(error)))
+}
+
 /// Whether the request can be sent again without being served twice.
 pub(super) fn was_never_read(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(
-        <dyn std::error::Error + std::marker::Send + std::marker::Sync + 'static>::is::<NeverRead>,
-    )
+    error.get_ref().is_some_and(|inner| inner.is::<NeverRead>())
 }
 
 impl Connection {
@@ -133,13 +226,10 @@ impl Connection {
         request: &Request,
         pool: &Pool,
     ) -> io::Result<(response::Parts, Incoming)> {
-        let written = self.write(authority, request).await;
-        // An upstream may answer and close before it has read everything: its word counts.
-        let (parts, framing, keeps_alive) = match (self.read_head(&request.method).await, written) {
-            (Ok(head), written) => (head.0, head.1, head.2 && written.is_ok()),
-            (Err(_), Err(not_written)) => return Err(not_written),
-            (Err(not_read), Ok(())) => return Err(not_read),
-        };
+        let mut outgoing = Outgoing::new(authority, request);
+        let Head { parts, framing, keeps_alive } =
+            poll_fn(|cx| self.poll_exchange(cx, &mut outgoing, &request.method)).await?;
+        let keeps_alive = keeps_alive && outgoing.is_written() && outgoing.failed.is_none();
         let mut body = Incoming { connection: Some(self), framing, keeps_alive, pool: pool.clone() };
         if body.framing == Framing::Length(0) {
             body.finish();
@@ -147,38 +237,78 @@ impl Connection {
         Ok((parts, body))
     }
 
-    /// Writes head and body, in one system call where the socket takes it.
-    async fn write(&mut self, authority: &str, request: &Request) -> io::Result<()> {
-        let head = head_of(authority, request);
-        let slices = [IoSlice::new(&head), IoSlice::new(&request.body)];
-        let first = match self.socket.write_vectored(&slices).await {
-            Ok(0) => return Err(io::Error::other(NeverRead(ErrorKind::WriteZero.into()))),
-            Ok(n) => n,
-            Err(e) => return Err(io::Error::other(NeverRead(e))),
-        };
-        self.socket.write_all(head.get(first..).unwrap_or_default()).await?;
-        let written = first.saturating_sub(head.len());
-        self.socket.write_all(request.body.get(written..).unwrap_or_default()).await?;
-        self.socket.flush().await
+    /// Writes and reads at once: an upstream may answer before it has read everything, and read no more.
+    /// Its word counts, and such a connection is not used again.
+    fn poll_exchange(
+        &mut self,
+        cx: &mut Context<'_>,
+        outgoing: &mut Outgoing<'_>,
+        method: &Method,
+    ) -> Poll<io::Result<Head>> {
+        let writing = self.poll_write(cx, outgoing);
+        if outgoing.answer.is_none() {
+            match ready!(self.poll_head(cx, method, &mut outgoing.interim)) {
+                Ok(head) => outgoing.answer = Some(head),
+                Err(not_read) => return Poll::Ready(Err(outgoing.failed.take().unwrap_or(not_read))),
+            }
+        }
+        // A refusal is the last word. Any other answer may depend on the rest of the request.
+        let is_refusal = |head: &mut Head| head.parts.status.as_u16() >= 400;
+        match outgoing.answer.take_if(|head| writing.is_ready() || is_refusal(head)) {
+            Some(head) => Poll::Ready(Ok(head)),
+            None => Poll::Pending,
+        }
     }
 
-    async fn read_head(&mut self, method: &Method) -> io::Result<(response::Parts, Framing, bool)> {
-        let mut interim = 0;
+    /// Writes head and body, in one system call where the socket takes it. Ready when all is written, or
+    /// nothing more can be; that is noted.
+    fn poll_write(&mut self, cx: &mut Context<'_>, outgoing: &mut Outgoing<'_>) -> Poll<()> {
+        let mut at_once = 0;
+        while outgoing.failed.is_none() && !outgoing.is_written() {
+            let slices = outgoing.slices();
+            match ready!(Pin::new(&mut self.socket).poll_write_vectored(cx, &slices)) {
+                Ok(0) => outgoing.fail(ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    outgoing.written += written;
+                    at_once += written;
+                }
+                Err(error) => outgoing.fail(error),
+            }
+            if at_once >= WRITE_AT_ONCE && !outgoing.is_written() {
+                // Copying megabytes into a socket would hold up everybody else on this thread.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
+        if outgoing.failed.is_none()
+            && let Err(error) = ready!(Pin::new(&mut self.socket).poll_flush(cx))
+        {
+            outgoing.fail(error);
+        }
+        Poll::Ready(())
+    }
+
+    fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+        method: &Method,
+        interim: &mut usize,
+    ) -> Poll<io::Result<Head>> {
         loop {
             if let Some(head) = parse_head(&mut self.buffer, method)? {
-                if !head.0.status.is_informational() {
-                    return Ok(head);
+                if !head.parts.status.is_informational() {
+                    return Poll::Ready(Ok(head));
                 }
-                interim += 1;
-                if interim > MOST_INTERIM || head.0.status == StatusCode::SWITCHING_PROTOCOLS {
-                    return Err(bad("an interim answer that was not asked for"));
+                *interim += 1;
+                if *interim > MOST_INTERIM || head.parts.status == StatusCode::SWITCHING_PROTOCOLS {
+                    return Poll::Ready(Err(bad("an interim answer that was not asked for")));
                 }
                 continue;
             }
             if self.buffer.len() > LONGEST_HEAD {
-                return Err(bad("the answer's head is too long"));
+                return Poll::Ready(Err(bad("the answer's head is too long")));
             }
-            std::future::poll_fn(|cx| self.poll_fill(cx)).await?;
+            ready!(self.poll_fill(cx))?;
         }
     }
 
@@ -213,12 +343,8 @@ fn head_of(authority: &str, request: &Request) -> Vec<u8> {
     head
 }
 
-/// Takes a head out of the buffer if it is whole: with how its body is framed, and whether the
-/// connection can be used again after it.
-fn parse_head(
-    buffer: &mut BytesMut,
-    method: &Method,
-) -> io::Result<Option<(response::Parts, Framing, bool)>> {
+/// Takes a head out of the buffer if it is whole.
+fn parse_head(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<Head>> {
     if buffer.is_empty() {
         return Ok(None);
     }
@@ -253,7 +379,7 @@ fn parse_head(
     let (mut parts, ()) = http::Response::new(()).into_parts();
     parts.status = status;
     parts.headers = headers;
-    Ok(Some((parts, framing, keeps_alive)))
+    Ok(Some(Head { parts, framing, keeps_alive }))
 }
 
 fn says_close(headers: &HeaderMap) -> bool {
@@ -434,9 +560,11 @@ impl Taken {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tokio::io::AsyncReadExt as _;
 
     fn parse(head: &str) -> io::Result<Option<(response::Parts, Framing, bool)>> {
-        parse_head(&mut BytesMut::from(head), &Method::POST)
+        let head = parse_head(&mut BytesMut::from(head), &Method::POST)?;
+        Ok(head.map(|Head { parts, framing, keeps_alive }| (parts, framing, keeps_alive)))
     }
 
     #[test]
@@ -470,6 +598,24 @@ mod tests {
         ] {
             assert!(parse(&format!("HTTP/1.1 200 OK\r\n{fields}\r\n")).is_err(), "{fields}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_nobody_needs_is_closed() {
+        let pool = Pool { idle_for: Duration::from_millis(100), ..Pool::default() };
+        let mut peers = Vec::new();
+        for _ in 0..MOST_IDLE + 1 {
+            let (ours, theirs) = tokio::io::duplex(64);
+            pool.keep(Connection::new(Box::new(ours)));
+            peers.push(theirs);
+        }
+        // One too many: the oldest makes room at once, the others when they have waited long enough.
+        assert_eq!(peers[0].read(&mut [0]).await.unwrap(), 0);
+        assert!(pool.take().is_some());
+        for peer in &mut peers[1..MOST_IDLE] {
+            assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+        }
+        assert!(pool.take().is_none() && !pool.lock().is_pruned);
     }
 
     fn dechunk(wire: &[u8], cuts: &[usize]) -> io::Result<(Vec<u8>, bool, usize)> {

@@ -80,6 +80,31 @@ async fn an_encoded_body_is_a_415() {
 }
 
 #[tokio::test]
+async fn what_is_wrong_first_is_told_path_key_body_model_quota() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let environments = "  staging: { upstream: backend, keys: [{ name: a, secret: a-key-of-staging-1 }], models: ['gpt-4o'], reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 9, per: minute } } }";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    let (bad_key, key) = ("api-key: nobodys\r\n", "api-key: a-key-of-staging-1\r\n");
+    let gzip = "content-encoding: gzip\r\n";
+    let (bad_body, bad_model, large) =
+        (r#"{"model":"gpt-9","n":0}"#, HELLO.replace("4o", "9"), hello(r#""max_tokens":100"#));
+    for (path, headers, body, refusal) in [
+        ("/v1/nothing", format!("{bad_key}{gzip}"), bad_body, (404, "unknown_path")),
+        (CHAT, format!("{bad_key}{gzip}"), bad_body, (401, "invalid_api_key")),
+        (CHAT, format!("{key}{gzip}"), bad_body, (415, "unsupported_content_encoding")),
+        (CHAT, key.to_owned(), bad_body, (400, "invalid_value")),
+        (CHAT, key.to_owned(), &*bad_model, (404, "model_not_found")),
+        (CHAT, key.to_owned(), &*large, (400, "request_exceeds_quota")),
+    ] {
+        let reply = gateway.send("POST", path, &headers, body).await;
+        assert_eq!(reply.refusal(), (refusal.0, refusal.1.to_owned()), "{path} {headers} {body}");
+    }
+    let reply = gateway.send("PUT", CHAT, &format!("{bad_key}{gzip}"), bad_body).await;
+    assert_eq!(reply.refusal(), (405, "method_not_allowed".into()));
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
 async fn an_ambiguous_head_is_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;

@@ -18,3 +18,4 @@ mod settling;
 mod simulate;
 mod support;
 mod tls;
+mod upstreams;

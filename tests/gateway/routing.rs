@@ -81,6 +81,96 @@ async fn missing_wrong_and_foreign_keys_are_told_apart() {
 }
 
 #[tokio::test]
+async fn a_key_of_this_gateways_is_never_sent_upstream() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "").await;
+    // The upstream has no key of its own: the caller brings that beside the gateway's.
+    for (ours, theirs) in [
+        (bearer(WEB), "x-api-key: sk-own"),
+        (format!("api-key: {WEB}\r\n"), "authorization: Bearer sk-own"),
+        (format!("x-goog-api-key: {WEB}\r\n"), "api-key: sk-own"),
+        (format!("x-api-key: {WEB}\r\nx-api-key: {WEB}\r\n"), "authorization: Bearer sk-own"),
+        (format!("{}authorization: {WEB}\r\n", bearer(WEB)), "x-goog-api-key: sk-own"),
+    ] {
+        for headers in [format!("{ours}{theirs}\r\n"), format!("{theirs}\r\n{ours}")] {
+            let reply = gateway.send("POST", "/production/v1/chat/completions", &headers, HELLO).await;
+            assert_eq!(reply.status, 200, "{headers}");
+            let seen = upstream.seen().pop().unwrap();
+            assert!(!seen.head.contains(WEB), "{headers}\n{}", seen.head);
+            assert!(seen.head.contains(theirs), "{headers}\n{}", seen.head);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_foreign_key_is_refused_wherever_it_stands() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "default_environment: open").await;
+    for (path, headers) in [
+        ("/production/v1/chat/completions", format!("{}x-api-key: {BOX}\r\n", bearer(WEB))),
+        ("/v1/chat/completions", format!("{}api-key: {BOX}\r\n", bearer(WEB))),
+        ("/open/v1/chat/completions", format!("{}x-goog-api-key: {BOX}\r\n", bearer("mine"))),
+        ("/open/v1/chat/completions", format!("api-key: mine\r\napi-key: {BOX}\r\n")),
+        ("/open/v1/chat/completions", format!("authorization: {BOX}\r\n")),
+        ("/open/v1/chat/completions", format!("authorization: Key {BOX}\r\n")),
+        ("/v1/chat/completions", format!("authorization: {BOX}\r\n")),
+    ] {
+        let reply = gateway.send("POST", path, &headers, HELLO).await;
+        assert_eq!(reply.refusal(), (403, "wrong_environment".into()), "{path} {headers}");
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_heap_of_keys_is_refused() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "default_environment: open").await;
+    let keys: String = (0..9).map(|n| format!("x-api-key: {n}\r\n")).collect();
+    assert_eq!(gateway.send("POST", CHAT, &keys, HELLO).await.refusal(), (400, "bad_request".into()));
+}
+
+#[tokio::test]
+async fn a_404_names_no_environment_that_was_not_asked_for() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    for (default, path, base_url) in [
+        ("", "/v2//chat", "'/v1'"),
+        ("", "/sandbox/v2/chat", "'/sandbox/v1'"),
+        ("", "/sandbox", "'/sandbox/v1'"),
+        ("default_environment: open", "/v2//chat", "'/v1'"),
+        ("default_environment: open", "/production/v2", "'/production/v1'"),
+    ] {
+        let gateway = gateway(&upstream, default).await;
+        let reply = gateway.post(path, HELLO).await;
+        assert!(reply.text().contains(base_url), "{default} {path} {}", reply.text());
+        let told = reply.text().replace(path, "").replace(base_url, "");
+        for name in ["production", "sandbox", "open"] {
+            assert!(!told.contains(&format!("/{name}")), "{default} {path} {}", reply.text());
+        }
+    }
+    // Nobody's key and no default tells: the path has to.
+    let environments = "  secret: { upstream: backend, quotas: { requests: { limit: 9, per: minute } } }";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    let reply = gateway.post("/v2/chat", HELLO).await;
+    assert!(
+        reply.text().contains("'/<environment>/v1'") && !reply.text().contains("secret"),
+        "{}",
+        reply.text()
+    );
+}
+
+#[tokio::test]
+async fn a_deployment_is_named_in_one_way_only() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let environments = "  staging: { upstream: backend, model_quotas: { gpt-4.1: { requests: { limit: 1, per: day } } } }\ndefault_environment: staging";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    for deployment in ["%67pt-4.1", "gpt-4%2E1", "gpt-4.1%20", "%", "gpt-4.1%"] {
+        let reply = gateway.post(&format!("/openai/deployments/{deployment}/chat/completions"), HELLO).await;
+        assert_eq!(reply.refusal(), (404, "unknown_path".into()), "{deployment}");
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
 async fn what_is_not_served_is_a_404_that_says_which_base_url_would_be_right() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
@@ -204,4 +294,23 @@ async fn other_paths_are_forwarded_as_one_request_where_the_environment_says_so(
     for path in ["/open/v1/%2e%2e/x", "/open/v1//x", "/open/v1/../x"] {
         assert_eq!(gateway.post(path, "{}").await.status, 404, "{path}");
     }
+}
+
+#[tokio::test]
+async fn a_forwarded_path_opens_no_tunnel_and_gives_no_trace() {
+    let upstream = Upstream::always(Answer::json(200, "{}")).await;
+    let gateway = gateway(&upstream, "").await;
+    for method in ["TRACE", "CONNECT", "PROPFIND"] {
+        let mut caller = gateway.caller().await;
+        caller.request(method, "/open/v1/files", "", b"").await;
+        let head = caller.head().await;
+        assert!(head.starts_with("HTTP/1.1 405") && head.contains("allow: GET"), "{method} {head}");
+    }
+    let upgrade = "connection: upgrade\r\nupgrade: websocket\r\n";
+    let reply = gateway.send("GET", "/open/v1/realtime", upgrade, "").await;
+    assert_eq!(reply.refusal(), (400, "bad_request".into()));
+    assert!(upstream.seen().is_empty());
+    // An offer of HTTP/2, as some clients make it to everybody, is no wish for a tunnel.
+    let offer = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAA\r\n";
+    assert_eq!(gateway.send("GET", "/open/v1/files", offer, "").await.status, 200);
 }

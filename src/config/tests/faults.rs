@@ -180,6 +180,8 @@ fn upstreams_can_be_reached() {
     let also = |settings: &str| with_upstream(&format!("base_url: 'http://u', {settings}"));
     check(&[
         (url("ftp://u"), "upstreams.up.base_url: this has to be an http or https URL"),
+        (url("https://a..b/v1"), "upstreams.up.base_url: the host cannot be the name of a TLS server"),
+        (url("https://-/v1"), "the host cannot be the name of a TLS server"),
         (url("u/v1"), "http or https"),
         (url("http://"), "http or https"),
         (url("http://u:99999"), "http or https"),

@@ -13,6 +13,8 @@ fn what_is_probably_not_meant_is_a_warning() {
     let key = with_upstream("base_url: 'http://u', api_key: k");
     assert!(told(&key).contains("environments.prod: this environment is open"));
     assert!(!told(&(key + "    keys: [{ name: a, secret: sixteen-letters-1 }]\n")).contains("open"));
+    let nobodys = told(&with("keys: [{ name: a, secret: sixteen-letters-1 }]"));
+    assert!(nobodys.contains("environments.prod: the keys of this environment are never sent upstream, and upstream \"up\" has no api_key"), "{nobodys}");
     assert!(told(&MINIMAL.replace("{ requests: { limit: 5, per: minute } }", "{}")).contains("has no quota"));
     assert!(
         told(&MINIMAL.replace("quotas: { requests: { limit: 5, per: minute } }", ""))

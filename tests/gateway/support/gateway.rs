@@ -83,6 +83,14 @@ impl Gateway {
             .map(|name| environment["totals"][name].as_u64().unwrap())
     }
 
+    /// How many answers had no usage, or one that cannot be true.
+    pub async fn usage_missing(&self, reason: &str) -> u64 {
+        let metrics = self.admin_get("/metrics").await;
+        let line = format!(r#"tollgate_usage_missing_total{{environment="staging",reason="{reason}"}} "#);
+        let count = metrics.text().lines().find_map(|l| l.strip_prefix(&line)).map(|n| n.parse().unwrap());
+        count.unwrap_or(0)
+    }
+
     /// Waits until nothing is under way; then nothing may be held.
     pub async fn settled(&self) -> Value {
         soon("everything to settle", async {

@@ -3,6 +3,7 @@
 use super::soon;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -15,6 +16,10 @@ pub enum Step {
     Gate,
     /// Says nothing more, and keeps the connection.
     Stall,
+    /// Says nothing for so long.
+    Wait(Duration),
+    /// Says nothing more, keeps the connection, and does not even notice when that is closed.
+    Hold,
     /// Closes the connection.
     Cut,
 }
@@ -118,6 +123,15 @@ pub struct Upstream {
 
 impl Upstream {
     pub async fn answering(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+        Self::reading(true, script).await
+    }
+
+    /// It answers each request once it has its head.
+    pub async fn not_reading_bodies(answer: Answer) -> Self {
+        Self::reading(false, move |_| answer.clone()).await
+    }
+
+    async fn reading(bodies: bool, script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, gate) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::new(Semaphore::new(0)));
@@ -126,7 +140,8 @@ impl Upstream {
         let (all, opening) = (seen.clone(), gate.clone());
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
-                let connection = serve(socket, script.clone(), all.clone(), opening.clone(), closing.clone());
+                let connection =
+                    serve(socket, bodies, script.clone(), all.clone(), opening.clone(), closing.clone());
                 tokio::spawn(connection);
             }
         });
@@ -173,13 +188,14 @@ impl Upstream {
 
 async fn serve(
     mut socket: TcpStream,
+    bodies: bool,
     script: Script,
     seen: Arc<Mutex<Vec<Seen>>>,
     gate: Arc<Semaphore>,
     closed: watch::Sender<usize>,
 ) {
     socket.set_nodelay(true).unwrap();
-    while let Some(request) = read_request(&mut socket).await {
+    while let Some(request) = read_request(&mut socket, bodies).await {
         let answer = script(&request);
         seen.lock().unwrap().push(request);
         for step in answer.steps {
@@ -206,13 +222,15 @@ async fn serve(
                     closed.send_modify(|n| *n += 1);
                     return;
                 }
+                Step::Wait(time) => tokio::time::sleep(time).await,
+                Step::Hold => std::future::pending().await,
                 Step::Cut => return,
             }
         }
     }
 }
 
-async fn read_request(socket: &mut TcpStream) -> Option<Seen> {
+async fn read_request(socket: &mut TcpStream, bodies: bool) -> Option<Seen> {
     let mut bytes = Vec::new();
     let head_end = loop {
         if let Some(at) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
@@ -225,7 +243,7 @@ async fn read_request(socket: &mut TcpStream) -> Option<Seen> {
     let head = String::from_utf8(bytes[..head_end].to_vec()).unwrap();
     let mut seen = Seen { head, body: bytes.split_off(head_end + 4) };
     let length: usize = seen.header("content-length").map_or(0, |l| l.parse().unwrap());
-    while seen.body.len() < length {
+    while bodies && seen.body.len() < length {
         if socket.read_buf(&mut seen.body).await.ok()? == 0 {
             return None;
         }

@@ -1,0 +1,133 @@
+//! Upstreams that are slow, that break off, that answer before they are asked; and what that costs.
+
+use crate::support::*;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+const STAGING: &str = "  staging: { upstream: backend, reserve: { completion: max_tokens }, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
+
+/// A gateway whose only upstream is there, with these settings.
+async fn gateway_before(base_url: &str, settings: &str) -> Gateway {
+    Gateway::from_config(&format!(
+        "server: {{ listen: '127.0.0.1:0', max_request_body: 32MiB }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
+         upstreams: {{ backend: {{ base_url: '{base_url}', {settings} }} }}\nenvironments:\n{STAGING}\nstore: {{ memory: true }}"
+    ))
+    .await
+}
+
+/// Takes connections, sends these bytes on each and says nothing more.
+async fn saying_only(bytes: &'static [u8]) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut all = Vec::new();
+        while let Ok((mut socket, _)) = listener.accept().await {
+            socket.write_all(bytes).await.unwrap();
+            all.push(socket);
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_slow_to_connect_to_is_a_502_and_costs_nothing() {
+    let silent = saying_only(b"").await;
+    let gateway = gateway_before(&format!("https://{silent}/v1"), "timeouts: { connect: 50ms }").await;
+    let reply = gateway.chat(HELLO).await;
+    assert_eq!(reply.refusal(), (502, "upstream_unreachable".into()));
+    assert!(reply.text().contains("timeouts.connect"), "{}", reply.text());
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_failed_tls_handshake_is_a_502_and_costs_nothing() {
+    let talkative = saying_only(b"SSH-2.0-OpenSSH_9.2\r\n").await;
+    let gateway = gateway_before(&format!("https://{talkative}/v1"), "").await;
+    assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_caller_that_hangs_up_while_the_upstream_is_connected_to_pays_nothing() {
+    let silent = saying_only(b"").await;
+    let gateway = gateway_before(&format!("https://{silent}/v1"), "").await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    soon("the request to be admitted", async { while gateway.environment().await["in_flight"] != 1 {} })
+        .await;
+    drop(caller);
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn the_whole_exchange_takes_no_longer_than_total() {
+    // No head in time: the answer names the setting that decided.
+    let upstream = Upstream::always(Answer::silence()).await;
+    let gateway = Gateway::with(&upstream, "timeouts: { total: 50ms, first_byte: 5s }", STAGING).await;
+    let reply = gateway.chat(HELLO).await;
+    assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
+    assert!(reply.text().contains("timeouts.total"), "{}", reply.text());
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
+    // What the head took is part of it.
+    let head = Answer::stream().steps();
+    let late = [vec![Step::Wait(Duration::from_millis(700))], head, vec![Step::Stall]].concat();
+    let upstream = Upstream::always(Answer::of(late)).await;
+    let gateway = Gateway::with(&upstream, "timeouts: { total: 1s }", STAGING).await;
+    let started = Instant::now();
+    let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+    assert!(reply.text().contains("timeouts.total"), "{}", reply.text());
+    assert!(started.elapsed() < Duration::from_millis(1_500), "{:?}", started.elapsed());
+    // Nor does a connection take longer.
+    let silent = saying_only(b"").await;
+    let gateway = gateway_before(&format!("https://{silent}/v1"), "timeouts: { total: 50ms }").await;
+    let reply = gateway.chat(HELLO).await;
+    assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
+    assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_refusal_that_comes_before_the_body_was_read_is_passed_on() {
+    let refusal = Answer::json(413, r#"{"error":"too much"}"#).then(Step::Hold);
+    let upstream = Upstream::not_reading_bodies(refusal).await;
+    let settings = "timeouts: { first_byte: 5s }";
+    let gateway = gateway_before(&format!("http://{}/v1", upstream.address), settings).await;
+    let large = hello(&format!(r#""x":"{}""#, "a ".repeat(10 << 20)));
+    for n in 1..=2 {
+        let started = Instant::now();
+        let reply = gateway.chat(&large).await;
+        assert_eq!((reply.status, reply.text()), (413, r#"{"error":"too much"}"#));
+        assert!(started.elapsed() < Duration::from_secs(4));
+        // The connection with the rest of the body in it is not used again.
+        assert_eq!(upstream.seen().len(), n);
+    }
+    assert_eq!(gateway.settled_charges().await, [2, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn an_upstream_that_reads_slowly_gets_the_whole_body() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let reader = tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        // An early word, and none that refuses anything.
+        socket
+            .write_all(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
+            .await
+            .unwrap();
+        let mut all = Vec::new();
+        while !all.ends_with(b"the end\"}]}") {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            socket.read_buf(&mut all).await.unwrap();
+            all.reserve(256 * 1024);
+        }
+        socket.write_all(b"{}").await.unwrap();
+        all.len()
+    });
+    let gateway = gateway_before(&format!("http://{address}/v1"), "").await;
+    let large = HELLO.replace("hello", &format!("{}the end", "a ".repeat(10 << 20)));
+    let reply = gateway.chat(&large).await;
+    assert_eq!((reply.status, reply.text()), (200, "{}"));
+    assert!(reader.await.unwrap() > large.len());
+}
