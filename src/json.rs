@@ -11,6 +11,7 @@ use std::fmt;
 pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
 /// Why a value of some shape is not taken: what it should have been.
+#[derive(Clone, Copy)]
 pub(crate) struct Expected(pub(crate) &'static str);
 
 /// What takes a JSON value apart as it is parsed. Values of every shape are taken, and passed over where
