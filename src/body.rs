@@ -208,7 +208,8 @@ mod tests {
     fn a_bound_takes_the_place_of_a_null_config() {
         for name in ["generationConfig", "generation_config"] {
             let before = format!(r#"{{"contents":[],"{name}": null }}"#);
-            let edits = read(Api::Gemini, &before).unwrap().bounds().lower_to(7, "gemini-2.5-pro", before.as_bytes());
+            let edits =
+                read(Api::Gemini, &before).unwrap().bounds().lower_to(7, "gemini-2.5-pro", before.as_bytes());
             let after = edited(before.as_bytes(), edits);
             let want = format!(r#"{{"contents":[],"{name}": {{"maxOutputTokens":7}} }}"#);
             assert_eq!(after, want.as_bytes());

@@ -97,6 +97,8 @@ pub struct Record {
     pub charged: Amounts,
     /// Whether the upstream reported its usage.
     pub reported: bool,
+    /// The prompt tokens that it reported.
+    pub reported_prompt: u64,
     /// From the request sent to the answer's head.
     pub first_byte: Option<Duration>,
     /// The gateway's own time.
@@ -124,6 +126,7 @@ impl Record {
             raw_estimate: 0,
             charged: Amounts::default(),
             reported: false,
+            reported_prompt: 0,
             first_byte: None,
             overhead: None,
         }

@@ -4,49 +4,77 @@
 //! recorded answers; a field that is not a whole number from 0 to 2^40 does not count as reported.
 
 mod choices;
+mod fields;
 mod json;
 mod received;
 mod sse;
 
 use crate::quota::{Amounts, MAX_AMOUNT};
-use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use std::fmt;
 
 pub use json::JsonReader;
 pub use received::{Received, SoFar, Texts};
 pub use sse::SseReader;
 
+/// What a usage says of a call. Names of the providers that have them apart in brackets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Field {
+    Prompt,
+    Completion,
+    Total,
+    /// Within the prompt: read from a cache.
+    Cached,
+    /// Beside the prompt (Anthropic).
+    CacheWritten,
+    CacheRead,
+    /// Beside the prompt (Gemini): results of tools that the provider brings along.
+    ToolUse,
+    /// Beside the prompt where the total says so (Mistral).
+    PromptAudio,
+    /// Beside the completion (Gemini).
+    Thoughts,
+    /// Beside the completion where the total says so (xAI).
+    Reasoning,
+    /// What is billed, where nothing else is said (Cohere).
+    BilledPrompt,
+    BilledCompletion,
+}
+
+const FIELDS: usize = 12;
+
 /// What an upstream has reported so far. Each field is the last credible word on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
-    prompt: Option<u64>,
-    completion: Option<u64>,
-    total: Option<u64>,
+    fields: [Option<u64>; FIELDS],
     /// A field was there that cannot be true: negative, not a whole number, absurdly large.
     refused: bool,
 }
 
 impl Reported {
-    /// Reads one usage object, as JSON text. What is not an object reports nothing; `null` neither.
+    /// Reads one usage object of any provider's shape, as JSON text. What is not an object reports nothing;
+    /// `null` neither.
     pub fn read(usage: &str) -> Self {
-        match serde_json::from_str::<Fields>(usage) {
-            Ok(fields) => fields.0,
-            Err(_) => Self { refused: true, ..Self::default() },
-        }
+        fields::read(usage)
+    }
+
+    fn get(&self, field: Field) -> Option<u64> {
+        self.fields[field as usize]
+    }
+
+    fn set(&mut self, field: Field, tokens: Option<u64>) {
+        self.fields[field as usize] = tokens;
     }
 
     /// Takes over what `later` reports; what it leaves out stays. Nothing is added up.
     pub fn update(&mut self, later: Self) {
-        self.prompt = later.prompt.or(self.prompt);
-        self.completion = later.completion.or(self.completion);
-        self.total = later.total.or(self.total);
+        for (known, later) in self.fields.iter_mut().zip(later.fields) {
+            *known = later.or(*known);
+        }
         self.refused |= later.refused;
     }
 
     /// Whether anything credible was reported.
     pub fn is_any(&self) -> bool {
-        self.prompt.is_some() || self.completion.is_some() || self.total.is_some()
+        self.named_prompt().is_some() || self.named_completion().is_some() || self.total().is_some()
     }
 
     /// Whether something was reported that cannot be true.
@@ -54,29 +82,65 @@ impl Reported {
         self.refused
     }
 
+    fn total(&self) -> Option<u64> {
+        self.get(Field::Total)
+    }
+
+    /// The prompt as far as it is named, with what the provider has beside it.
+    fn named_prompt(&self) -> Option<u64> {
+        let named = self.get(Field::Prompt).or(self.get(Field::BilledPrompt));
+        let beside = [Field::CacheWritten, Field::CacheRead, Field::ToolUse].map(|field| self.get(field));
+        let sum = beside.into_iter().flatten().fold(named.unwrap_or(0), u64::saturating_add);
+        (named.is_some() || beside.iter().any(Option::is_some))
+            .then_some(sum + self.apart(Field::PromptAudio))
+    }
+
+    /// The completion as far as it is named, with what the provider has beside it.
+    fn named_completion(&self) -> Option<u64> {
+        let named = self.get(Field::Completion).or(self.get(Field::BilledCompletion));
+        let thoughts = self.get(Field::Thoughts);
+        if named.is_none() && thoughts.is_none() {
+            return None;
+        }
+        Some(named.unwrap_or(0) + thoughts.unwrap_or(0) + self.apart(Field::Reasoning))
+    }
+
+    /// What is named besides, if it is just what the total has more than the other two.
+    fn apart(&self, field: Field) -> u64 {
+        let of = (self.get(field), self.get(Field::Prompt), self.get(Field::Completion), self.total());
+        let (Some(tokens), Some(prompt), Some(completion), Some(total)) = of else { return 0 };
+        if total == prompt + completion + tokens { tokens } else { 0 }
+    }
+
     /// Tokens the model read. A usage with nothing but a total is the prompt's.
     pub fn prompt(&self) -> Option<u64> {
-        match self.completion {
-            None => self.prompt.or(self.total),
-            Some(completion) => self.prompt.or(self.total.map(|t| t.saturating_sub(completion))),
+        let total = self.total();
+        match self.named_completion() {
+            None => self.named_prompt().or(total),
+            Some(completion) => self.named_prompt().or(total.map(|t| t.saturating_sub(completion))),
         }
     }
 
     /// Tokens the model generated; what the total leaves beside the prompt where it is not named.
     pub fn completion(&self) -> Option<u64> {
-        self.completion.or_else(|| match (self.prompt, self.total) {
+        self.named_completion().or_else(|| match (self.named_prompt(), self.total()) {
             (Some(prompt), Some(total)) => Some(total.saturating_sub(prompt)),
             (None, Some(_)) => Some(0),
             (_, None) => None,
         })
     }
 
+    /// Of the prompt: what the provider read from its cache.
+    pub fn cached(&self) -> u64 {
+        self.get(Field::Cached).or(self.get(Field::CacheRead)).unwrap_or(0)
+    }
+
     /// What is charged: what was reported, and for what was not the estimate and the count.
     pub fn amounts(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
-        let prompt = self.prompt().unwrap_or(estimated_prompt);
+        let prompt = self.prompt().unwrap_or(estimated_prompt).min(MAX_AMOUNT);
         let completion = self.completion().unwrap_or(counted_completion);
         let mut amounts = Amounts::of_request(prompt, completion);
-        amounts.total = amounts.total.max(self.total.unwrap_or(0)).min(MAX_AMOUNT);
+        amounts.total = amounts.total.max(self.total().unwrap_or(0)).min(MAX_AMOUNT);
         amounts
     }
 
@@ -85,107 +149,14 @@ impl Reported {
     pub fn amounts_so_far(&self, estimated_prompt: u64, completion: u64) -> Amounts {
         Amounts::of_request(self.prompt().unwrap_or(estimated_prompt), completion)
     }
-}
 
-/// A usage object of OpenAI's shape; unknown fields are passed over, of a repeated one the last counts.
-struct Fields(Reported);
-
-impl<'de> Deserialize<'de> for Fields {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Fields;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a usage object or null")
-            }
-
-            fn visit_unit<E>(self) -> Result<Fields, E> {
-                Ok(Fields(Reported::default()))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
-                let mut reported = Reported::default();
-                while let Some(key) = map.next_key::<std::borrow::Cow<'de, str>>()? {
-                    let field = match &*key {
-                        "prompt_tokens" | "input_tokens" => &mut reported.prompt,
-                        "completion_tokens" | "output_tokens" => &mut reported.completion,
-                        "total_tokens" => &mut reported.total,
-                        _ => {
-                            map.next_value::<IgnoredAny>()?;
-                            continue;
-                        }
-                    };
-                    match map.next_value::<Whole>()? {
-                        Whole::Number(n) => *field = Some(n),
-                        Whole::Null => {}
-                        Whole::Incredible => reported.refused = true,
-                    }
-                }
-                Ok(Fields(reported))
-            }
-        }
-        deserializer.deserialize_any(Object)
-    }
-}
-
-/// A number of tokens as somebody else reports it.
-enum Whole {
-    Number(u64),
-    Null,
-    Incredible,
-}
-
-impl<'de> Deserialize<'de> for Whole {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Any;
-        impl<'de> Visitor<'de> for Any {
-            type Value = Whole;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("anything")
-            }
-
-            fn visit_u64<E>(self, n: u64) -> Result<Whole, E> {
-                Ok(if n <= MAX_AMOUNT { Whole::Number(n) } else { Whole::Incredible })
-            }
-
-            fn visit_f64<E>(self, x: f64) -> Result<Whole, E> {
-                // Some providers send 12.0. 2^40 is exact in an f64, so the cast below is too.
-                #[allow(clippy::cast_precision_loss)]
-                let largest = MAX_AMOUNT as f64;
-                let whole = x.fract() == 0.0 && (0.0..=largest).contains(&x);
-                #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-                Ok(if whole { Whole::Number(x as u64) } else { Whole::Incredible })
-            }
-
-            fn visit_unit<E>(self) -> Result<Whole, E> {
-                Ok(Whole::Null)
-            }
-
-            fn visit_i64<E>(self, _: i64) -> Result<Whole, E> {
-                Ok(Whole::Incredible)
-            }
-
-            fn visit_bool<E>(self, _: bool) -> Result<Whole, E> {
-                Ok(Whole::Incredible)
-            }
-
-            fn visit_str<E>(self, _: &str) -> Result<Whole, E> {
-                Ok(Whole::Incredible)
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Whole, A::Error> {
-                while seq.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Whole::Incredible)
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Whole, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Whole::Incredible)
-            }
-        }
-        deserializer.deserialize_any(Any)
+    /// The same without what was read from a cache.
+    pub fn amounts_less_cached(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
+        let mut amounts = self.amounts(estimated_prompt, counted_completion);
+        let cached = self.cached().min(amounts.prompt);
+        amounts.prompt -= cached;
+        amounts.total -= cached.min(amounts.total);
+        amounts
     }
 }
 
@@ -209,6 +180,41 @@ mod tests {
             (r#"{"prompt_tokens":7}"#, (7, 50, 57)),
             (r#"{"completion_tokens":3}"#, (100, 3, 103)),
             (r#"{"input_tokens":7,"output_tokens":3}"#, (7, 3, 10)),
+            // Anthropic: caches beside the input; others who name them have them in it.
+            (
+                r#"{"input_tokens":7,"cache_creation_input_tokens":20,"cache_read_input_tokens":100,"output_tokens":3}"#,
+                (127, 3, 130),
+            ),
+            (
+                r#"{"cache_read_input_tokens":5,"prompt_tokens":7,"completion_tokens":3,"cache_creation_input_tokens":1}"#,
+                (7, 3, 10),
+            ),
+            // xAI: reasoning apart, where the total says so.
+            (
+                r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":60,"completion_tokens_details":{"reasoning_tokens":50}}"#,
+                (7, 53, 60),
+            ),
+            (
+                r#"{"prompt_tokens":7,"completion_tokens":53,"total_tokens":60,"completion_tokens_details":{"reasoning_tokens":50}}"#,
+                (7, 53, 60),
+            ),
+            // Mistral: sound apart, likewise.
+            (
+                r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":40,"prompt_tokens_details":{"audio_tokens":30,"cached_tokens":2}}"#,
+                (37, 3, 40),
+            ),
+            // Gemini.
+            (
+                r#"{"promptTokenCount":7,"candidatesTokenCount":3,"thoughtsTokenCount":20,"toolUsePromptTokenCount":9,"totalTokenCount":39}"#,
+                (16, 23, 39),
+            ),
+            (r#"{"promptTokenCount":7,"thoughtsTokenCount":20,"totalTokenCount":27}"#, (7, 20, 27)),
+            // Cohere: what was counted before what is billed.
+            (
+                r#"{"billed_units":{"input_tokens":4,"output_tokens":2},"tokens":{"input_tokens":70,"output_tokens":3}}"#,
+                (70, 3, 73),
+            ),
+            (r#"{"billed_units":{"input_tokens":4,"output_tokens":2}}"#, (4, 2, 6)),
             (r#"{"prompt_tokens":12.0,"completion_tokens":null}"#, (12, 50, 62)),
             ("null", (100, 50, 150)),
             ("{}", (100, 50, 150)),
@@ -225,8 +231,44 @@ mod tests {
             assert_eq!(charged(&usage), (100, 50, 150), "{usage}");
             assert!(Reported::read(&usage).was_refused(), "{usage}");
         }
+        // Details that make no sense take nothing from the rest.
+        for details in ["null", "[]", "5", "{\"cached_tokens\":-1}"] {
+            let usage =
+                format!(r#"{{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{details}}}"#);
+            assert_eq!(charged(&usage), (7, 3, 10), "{usage}");
+        }
         for bad in ["[]", "3", "\"x\"", "{"] {
             assert!(Reported::read(bad).was_refused() && !Reported::read(bad).is_any(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_was_read_from_a_cache_can_be_left_out() {
+        for (usage, want) in [
+            (
+                r#"{"prompt_tokens":70,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":60}}"#,
+                (10, 3, 13),
+            ),
+            (
+                r#"{"input_tokens":70,"output_tokens":3,"total_tokens":73,"input_tokens_details":{"cached_tokens":60}}"#,
+                (10, 3, 13),
+            ),
+            (
+                r#"{"input_tokens":7,"cache_creation_input_tokens":20,"cache_read_input_tokens":100,"output_tokens":3}"#,
+                (27, 3, 30),
+            ),
+            (
+                r#"{"promptTokenCount":70,"candidatesTokenCount":3,"totalTokenCount":73,"cachedContentTokenCount":60}"#,
+                (10, 3, 13),
+            ),
+            (
+                r#"{"prompt_cache_hit_tokens":60,"prompt_cache_miss_tokens":10,"prompt_tokens":70,"completion_tokens":3}"#,
+                (10, 3, 13),
+            ),
+            (r#"{"prompt_tokens":7,"completion_tokens":3,"cached_tokens":9000}"#, (0, 3, 3)),
+        ] {
+            let a = Reported::read(usage).amounts_less_cached(100, 50);
+            assert_eq!((a.prompt, a.completion, a.total), want, "{usage}");
         }
     }
 

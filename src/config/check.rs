@@ -8,7 +8,6 @@ use super::node::Value;
 const NOT_IN_FORCE: &[(&[&str], &[&str], &str)] = &[
     (&["server", "tls"], &[], "callers are served plain HTTP"),
     (&["upstreams", "*", "api"], &["openai", "azure"], "only OpenAI's own paths are served"),
-    (&["environments", "*", "cached_prompt_tokens"], &["count"], "cache reads count"),
     (&["store", "redis"], &[], "counters are this node's own"),
 ];
 

@@ -50,6 +50,15 @@ pub(super) struct Terms {
 }
 
 impl Terms {
+    /// What an answer is charged that has reported this.
+    fn amounts(&self, reported: Reported, estimated_prompt: u64, counted: u64) -> Amounts {
+        if self.environment.count_cached_prompt_tokens {
+            reported.amounts(estimated_prompt, counted)
+        } else {
+            reported.amounts_less_cached(estimated_prompt, counted)
+        }
+    }
+
     fn upstream(&self) -> &str {
         &self.environment.upstream.name
     }
@@ -298,6 +307,7 @@ impl Metered {
     fn texts_to_count(&mut self, charge: &mut Charge, was_cut: bool) -> Texts {
         let reported = self.reader.reported();
         charge.record.reported = reported.is_any();
+        charge.record.reported_prompt = reported.prompt().unwrap_or(0);
         self.tell_of_usage(charge, reported);
         let is_known = !self.terms.status.is_success() || reported.completion().is_some();
         if is_known || !self.terms.endpoint.generates() {
@@ -324,7 +334,7 @@ impl Metered {
         let reported = self.reader.reported();
         let amounts = if self.terms.status.is_success() || reported.is_any() {
             let prompt = if self.terms.status.is_success() { self.terms.estimated_prompt } else { 0 };
-            reported.amounts(prompt, counted)
+            self.terms.amounts(reported, prompt, counted)
         } else {
             Amounts { requests: 1, ..Amounts::default() }
         };
@@ -367,11 +377,12 @@ impl Drop for Metered {
 /// the gateway stops in the middle of it, what was reported and estimated is charged.
 fn finish_elsewhere(mut charge: Charge, reported: Reported, terms: &Terms, counting: JoinHandle<u64>) {
     let estimated_prompt = terms.estimated_prompt;
-    charge.observe(reported.amounts(estimated_prompt, 0));
+    charge.observe(terms.amounts(reported, estimated_prompt, 0));
+    let terms = terms.clone();
     let Ok(runtime) = Handle::try_current() else { return };
     runtime.spawn(async move {
         if let Ok(counted) = counting.await {
-            charge.observe(reported.amounts(estimated_prompt, counted));
+            charge.observe(terms.amounts(reported, estimated_prompt, counted));
         }
     });
 }

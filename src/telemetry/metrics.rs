@@ -128,10 +128,10 @@ impl Metrics {
         if let Some(overhead) = record.overhead {
             self.overhead.observe(overhead.as_secs_f64());
         }
-        if record.reported && record.outcome == Outcome::Answered && record.charged.prompt > 0 {
+        if record.outcome == Outcome::Answered && record.reported_prompt > 0 && record.raw_estimate > 0 {
             #[allow(clippy::cast_precision_loss)] // ratios for a histogram
             let [reserved, counted, reported] =
-                [record.estimated_prompt, record.raw_estimate, record.charged.prompt].map(|n| n as f64);
+                [record.estimated_prompt, record.raw_estimate, record.reported_prompt].map(|n| n as f64);
             self.estimate_ratio.observe(reserved / reported);
             self.raw_estimate_ratio.observe(counted / reported);
         }

@@ -1,26 +1,52 @@
 //! Usage of a whole JSON answer, found while its bytes go by.
 //!
-//! Only the value of the top-level key `usage` is kept and parsed. An answer may be megabytes long
-//! (embeddings); what stands elsewhere in it, also another `usage` further in, is passed over.
+//! Only the values of a few top-level keys are kept and parsed. An answer may be megabytes long
+//! (embeddings); what stands elsewhere in it, also another `usage` further in, is passed over. Gemini's streams
+//! can be one list of answers, of which the last word counts.
 
-use super::Reported;
+use super::{Reported, fields};
 use memchr::memchr2;
 
 /// No usage object is longer than this; one that is does not count as reported.
 const LONGEST_USAGE: usize = 64 * 1024;
-const KEY: &[u8] = b"usage";
+const LONGEST_KEY: usize = 13;
+
+/// What a key's value says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Says {
+    Usage,
+    /// Usage among other things: Cohere's `meta`.
+    Meta,
+    /// Groq's `x_groq`, with a `usage` of its own.
+    Holder,
+}
+
+impl Says {
+    /// By the key; in a list of answers only Gemini's.
+    fn of(key: &[u8], is_list: bool) -> Option<Self> {
+        match key {
+            b"usageMetadata" => Some(Self::Usage),
+            b"usage" if !is_list => Some(Self::Usage),
+            b"meta" if !is_list => Some(Self::Meta),
+            b"x_groq" if !is_list => Some(Self::Holder),
+            _ => None,
+        }
+    }
+}
 
 /// Follows one JSON document, fed in arbitrary pieces. Linear; keeps at most 64 KiB.
 #[derive(Debug, Default)]
 pub struct JsonReader {
     depth: u32,
+    /// The depth at which keys are looked at: 1, in a list of answers 2.
+    top: u32,
     place: Place,
-    /// At depth 1: the next string is a key.
+    /// At that depth: the next string is a key.
     expects_key: bool,
     in_key: bool,
     /// The key's first bytes; longer ones are of no interest.
     key: Vec<u8>,
-    value: Option<Vec<u8>>,
+    value: Option<(Says, Vec<u8>)>,
     too_long: bool,
     ended: bool,
     reported: Reported,
@@ -78,7 +104,7 @@ impl JsonReader {
         let end = memchr2(b'"', b'\\', rest);
         if self.in_key {
             let part = &rest[..end.unwrap_or(rest.len())];
-            let room = (KEY.len() + 1).saturating_sub(self.key.len());
+            let room = (LONGEST_KEY + 1).saturating_sub(self.key.len());
             self.key.extend_from_slice(&part[..part.len().min(room)]);
         }
         let Some(end) = end else { return bytes.len() };
@@ -101,7 +127,7 @@ impl JsonReader {
         match byte {
             b'"' => {
                 self.place = Place::String;
-                if self.depth == 1 && self.expects_key {
+                if self.depth == self.top && self.expects_key {
                     self.in_key = true;
                     self.key.clear();
                 }
@@ -109,21 +135,25 @@ impl JsonReader {
             }
             b'{' | b'[' => {
                 self.depth += 1;
-                self.expects_key = self.depth == 1 && byte == b'{';
+                if self.depth == 1 {
+                    self.top = if byte == b'[' { 2 } else { 1 };
+                }
+                self.expects_key = self.depth == self.top && byte == b'{';
                 None
             }
             b'}' | b']' => {
+                let ends_answer = self.depth == self.top;
                 self.depth = self.depth.saturating_sub(1);
                 self.ended |= self.depth == 0;
-                (self.depth == 0).then_some(true)
+                ends_answer.then_some(true)
             }
-            b',' if self.depth == 1 => {
+            b',' if self.depth == self.top => {
                 self.expects_key = true;
                 Some(true)
             }
-            b':' if self.depth == 1 && self.expects_key => {
+            b':' if self.depth == self.top && self.expects_key => {
                 self.expects_key = false;
-                self.value = (self.key == KEY).then(Vec::new);
+                self.value = Says::of(&self.key, self.top == 2).map(|says| (says, Vec::new()));
                 self.too_long = false;
                 Some(false)
             }
@@ -132,7 +162,7 @@ impl JsonReader {
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        if let Some(value) = &mut self.value {
+        if let Some((_, value)) = &mut self.value {
             if value.len() + bytes.len() > LONGEST_USAGE {
                 self.too_long = true;
             } else {
@@ -142,9 +172,13 @@ impl JsonReader {
     }
 
     fn finish_value(&mut self) {
-        let Some(value) = self.value.take() else { return };
+        let Some((says, value)) = self.value.take() else { return };
         let text = if self.too_long { None } else { std::str::from_utf8(&value).ok() };
-        self.reported.update(Reported::read(text.unwrap_or("broken")));
+        self.reported.update(match says {
+            Says::Usage => Reported::read(text.unwrap_or("broken")),
+            Says::Meta => fields::read_meta(text.unwrap_or("null")),
+            Says::Holder => fields::read_within(text.unwrap_or("null")).unwrap_or_default(),
+        });
     }
 }
 
@@ -184,6 +218,38 @@ mod tests {
     }
 
     #[test]
+    fn usage_is_found_where_each_provider_has_it() {
+        for (document, want) in [
+            (r#"{"candidates":[],"usageMetadata":{"promptTokenCount":2,"candidatesTokenCount":3}}"#, (2, 3)),
+            (
+                r#"[{"usageMetadata":{"promptTokenCount":2,"candidatesTokenCount":1}},
+                    {"a":[1],"usageMetadata":{"candidatesTokenCount":3}}]"#,
+                (2, 3),
+            ),
+            (r#"{"meta":{"x":1,"billed_units":{"input_tokens":2,"output_tokens":3}}}"#, (2, 3)),
+            (r#"{"x_groq":{"id":"r","usage":{"prompt_tokens":2,"completion_tokens":3}}}"#, (2, 3)),
+            (
+                r#"{"usage":{"prompt_tokens":2,"completion_tokens":3},"x_groq":{"usage":{"prompt_tokens":2,"completion_tokens":3}}}"#,
+                (2, 3),
+            ),
+        ] {
+            let cuts: Vec<usize> = (0..document.len()).collect();
+            for cuts in [&cuts[..], &[]] {
+                let (reported, ended) = read(document.as_bytes(), cuts);
+                assert_eq!(
+                    (reported.prompt(), reported.completion()),
+                    (Some(want.0), Some(want.1)),
+                    "{document}"
+                );
+                assert!(ended && !reported.was_refused());
+            }
+        }
+        // What else is called so says nothing.
+        let (reported, _) = read(br#"{"meta":"words","x_groq":[1],"a":1}"#, &[]);
+        assert_eq!(reported, Reported::default());
+    }
+
+    #[test]
     fn a_document_is_complete_at_its_last_brace() {
         assert!(read(br#"{"a":"}"}"#, &[]).1);
         assert!(!read(br#"{"a":"}""#, &[]).1);
@@ -196,7 +262,7 @@ mod tests {
         for _ in 0..100 {
             reader.feed(&[b'a'; 4096]);
         }
-        assert!(reader.value.as_ref().is_some_and(|v| v.len() <= LONGEST_USAGE));
+        assert!(reader.value.as_ref().is_some_and(|(_, v)| v.len() <= LONGEST_USAGE));
         reader.feed(br#"","completion_tokens":3}}"#);
         assert!(reader.reported().was_refused() && !reader.reported().is_any());
     }

@@ -6,7 +6,7 @@
 
 use super::choices::Choices;
 use super::received::{Received, SoFar};
-use super::{Reported, Texts};
+use super::{Reported, Texts, fields};
 use bytes::Bytes;
 use memchr::{memchr2, memmem};
 use serde::Deserialize;
@@ -251,13 +251,12 @@ impl SseReader {
     /// Reads one whole event. Returns whether it only reports usage.
     fn event(&mut self, event: &[u8]) -> bool {
         let Some(data) = data_of(event) else { return false };
-        if memmem::find(&data, b"\"usage\"").is_some()
+        if memmem::find(&data, b"\"usage").is_some()
             && let Ok(chunk) = serde_json::from_slice::<Chunk>(&data)
-            && let Some(usage) = chunk.usage.map(RawValue::get).filter(|u| *u != "null")
+            && let Some(reported) = chunk.reported()
         {
-            let reported = Reported::read(usage);
             self.reported.update(reported);
-            if chunk.choices.is_some_and(|c| is_empty_array(c.get())) {
+            if chunk.only_reports() {
                 self.when_reported = self.received.so_far();
                 return true;
             }
@@ -272,12 +271,57 @@ impl SseReader {
     }
 }
 
+/// An event, as far as usage can stand in it.
 #[derive(Deserialize)]
 struct Chunk<'a> {
     #[serde(borrow)]
     choices: Option<&'a RawValue>,
     #[serde(borrow)]
     usage: Option<&'a RawValue>,
+    /// Gemini's.
+    #[serde(borrow, rename = "usageMetadata")]
+    usage_metadata: Option<&'a RawValue>,
+    /// Groq's, with a `usage` of its own; the same numbers once more.
+    #[serde(borrow)]
+    x_groq: Option<&'a RawValue>,
+    /// Of Responses, with the whole of it.
+    #[serde(borrow)]
+    response: Option<&'a RawValue>,
+    /// Of Anthropic's first event.
+    #[serde(borrow)]
+    message: Option<&'a RawValue>,
+    /// Of Cohere's last one.
+    #[serde(borrow)]
+    delta: Option<&'a RawValue>,
+}
+
+impl Chunk<'_> {
+    /// What it reports; `None`: it says nothing of usage.
+    fn reported(&self) -> Option<Reported> {
+        let inner = |part: Option<&RawValue>| fields::read_within(part?.get());
+        let outer = |part: Option<&RawValue>| {
+            let usage = part.map(RawValue::get).filter(|usage| *usage != "null")?;
+            Some(Reported::read(usage))
+        };
+        let all = [
+            inner(self.response),
+            inner(self.message),
+            inner(self.delta),
+            inner(self.x_groq),
+            outer(self.usage_metadata),
+            outer(self.usage),
+        ];
+        all.into_iter().flatten().reduce(|mut sum, next| {
+            sum.update(next);
+            sum
+        })
+    }
+
+    /// No choices, and a usage: what comes extra where a stream is asked for it.
+    fn only_reports(&self) -> bool {
+        self.usage.is_some_and(|usage| usage.get() != "null")
+            && self.choices.is_some_and(|choices| is_empty_array(choices.get()))
+    }
 }
 
 fn out_slice(out: &mut impl Sink, piece: &Bytes, from: usize, to: usize) {

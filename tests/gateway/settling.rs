@@ -356,3 +356,20 @@ async fn after_any_mix_of_endings_nothing_is_held_and_all_is_accounted_for() {
         [6 * n, 5 * p * n, (5 + 5 + 1 + 1) * n, (5 * p + 5 + 5 + 1 + 1) * n]
     );
 }
+
+#[tokio::test]
+async fn what_came_from_the_providers_cache_is_charged_unless_it_is_to_be_skipped() {
+    let usage = r#"{"prompt_tokens":1000,"completion_tokens":5,"total_tokens":1005,"prompt_tokens_details":{"cached_tokens":900}}"#;
+    let upstream = Upstream::always(Answer::json(200, &chat_answer(usage))).await;
+    for (setting, charged) in [("count", [1, 1_000, 5, 1_005]), ("skip", [1, 100, 5, 105])] {
+        let environments = format!(
+            "  staging:\n    upstream: backend\n    cached_prompt_tokens: {setting}\n    quotas: {{ total_tokens: {{ limit: 9999, per: hour }} }}\ndefault_environment: staging"
+        );
+        let gateway = Gateway::with(&upstream, "", &environments).await;
+        assert_eq!(gateway.chat(HELLO).await.status, 200);
+        assert_eq!(gateway.settled_charges().await, charged, "{setting}");
+        // Estimates are about the whole prompt, wherever it came from.
+        let metrics = gateway.admin_get("/metrics").await;
+        assert!(metrics.text().contains("tollgate_estimate_ratio_sum 0.008"), "{}", metrics.text());
+    }
+}

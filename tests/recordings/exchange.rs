@@ -1,6 +1,8 @@
 //! Recorded exchanges with providers: what was asked, and what the provider said it cost. The data stay
 //! outside the project.
 
+use base64::Engine as _;
+use bytes::Bytes;
 use flate2::read::GzDecoder;
 use serde::Deserialize;
 use serde_json::Value;
@@ -27,7 +29,14 @@ pub(crate) struct Exchange {
     #[serde(default)]
     pub(crate) prompt_tokens: Option<u64>,
     #[serde(default)]
-    usage: Value,
+    pub(crate) usage: Value,
+    #[serde(default)]
+    pub(crate) stream: bool,
+    response_body: Option<String>,
+    #[serde(default)]
+    response_body_encoding: Option<String>,
+    #[serde(default)]
+    response_wire_compressed: bool,
     #[serde(default)]
     pub(crate) features: Vec<String>,
 }
@@ -75,6 +84,16 @@ impl Exchange {
         let replaced = ["encrypted_content_REDACTED", "ignature_REDACTED", "signature_REDACTED"];
         let is_whole = |body: &&str| !replaced.iter().any(|mark| body.contains(mark));
         self.request_body.as_deref().filter(|_| is_exact && is_answered).filter(is_whole)
+    }
+
+    /// The answer as it was sent, if there is one that is not an error and not compressed.
+    pub(crate) fn answer(&self) -> Option<Bytes> {
+        let is_good = self.status.is_none_or(|status| status < 400) && !self.response_wire_compressed;
+        let body = self.response_body.as_deref().filter(|_| is_good)?;
+        if self.response_body_encoding.as_deref() == Some("base64") {
+            return base64::engine::general_purpose::STANDARD.decode(body).ok().map(Bytes::from);
+        }
+        Some(Bytes::copy_from_slice(body.as_bytes()))
     }
 
     /// Prompt tokens in all, as this product charges them.

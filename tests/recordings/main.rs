@@ -1,10 +1,11 @@
-//! Prompt estimates against what providers have reported: counts measured at the API, and recorded exchanges.
+//! Recorded exchanges with providers: prompt estimates against what was reported, and what is read out of the answers.
 //!
 //! `cargo test --release --test recordings -- --table` prints how far off they are by API, provider and kind of
 //! request. The data stay outside the project, where `$TOLLGATE_DATA` says (default `../shared`).
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test; it prints shares
 
+mod charges;
 mod exchange;
 mod figures;
 mod golden;
@@ -28,9 +29,12 @@ fn main() -> ExitCode {
         not_tested(&format!("there are no recordings in {}", data.display()));
     } else {
         let tells = shows_table || std::io::stderr().is_terminal();
-        let mut exchanges = Vec::new();
+        let (mut exchanges, mut charges) = (Vec::new(), charges::Charges::default());
         for (at, file) in files.iter().enumerate() {
-            exchanges.extend(exchange::read(file).filter_map(|e| measured::estimate(&e)));
+            for exchange in exchange::read(file) {
+                charges.check(&exchange);
+                exchanges.extend(measured::estimate(&exchange));
+            }
             if tells {
                 eprintln!("{} of {} files, {} requests counted", at + 1, files.len(), exchanges.len());
             }
@@ -39,7 +43,7 @@ fn main() -> ExitCode {
         if shows_table {
             table::print(&exchanges, &orders);
         }
-        is_fine &= figures::are_reached(&exchanges, &orders);
+        is_fine &= figures::are_reached(&exchanges, &orders) & charges.are_right();
     }
     if is_fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -31,7 +31,6 @@ fn what_is_not_in_force_is_told_where_it_is_set() {
         (format!("{MINIMAL}server: {{ tls: {{ cert: c, key: k }} }}\n"), "t.yaml:7:16: server.tls"),
         (with_upstream("base_url: 'http://u', api: anthropic"), "upstreams.up.api"),
         (with_upstream("base_url: 'http://u', api: gemini"), "upstreams.up.api"),
-        (with("cached_prompt_tokens: skip"), "environments.prod.cached_prompt_tokens"),
         (format!("{MINIMAL}store: {{ redis: {{ url: 'redis://r' }} }}\n"), "store.redis"),
     ] {
         let told = told(&text);
@@ -45,7 +44,7 @@ fn what_is_not_in_force_is_told_where_it_is_set() {
 #[test]
 fn what_is_in_force_is_no_warning() {
     let text = with(
-        "enforce: false\n    on_disconnect: drain\n    cached_prompt_tokens: count\n    calibrate: true\n    unseen_prompt_tokens: 9\n    \
+        "enforce: false\n    on_disconnect: drain\n    cached_prompt_tokens: skip\n    calibrate: true\n    unseen_prompt_tokens: 9\n    \
          reserve: { when_short: clamp, on_overrun: cut, max_wait: 2s, quantile: 0.8 }",
     ) + "server: { flood_guard: { requests: 9, per: second } }\nstore: { path: p, history: 1d }\n";
     assert_eq!(told(&text), "");
