@@ -20,6 +20,8 @@ pub use trace::{Call, TraceFault, read_trace};
 
 /// How often a stream tells what it has used, as in the gateway.
 const PROGRESS_MS: u64 = 1_000;
+/// And so often at most: of an answer that lasts longer, in larger steps.
+const MOST_STEPS: u64 = 64;
 
 /// How answers come.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -198,6 +200,9 @@ struct Flight {
     began: Timestamp,
     /// Its answer's length, after any clamping.
     completion: u64,
+    /// How long it takes from its first token to its last, and how often it has been looked at.
+    whole_ms: u64,
+    steps: u64,
     /// What the meters have been told.
     metered: Amounts,
 }
@@ -283,7 +288,9 @@ impl<'a> Replay<'a> {
 
     fn begin(&mut self, call: usize, grant: Grant, completion: u64) {
         let began = self.now.plus_ms(ms(self.pace.first_token));
-        let flight = Flight { call, grant, began, completion, metered: Amounts::default() };
+        let whole_ms = self.ms_for(completion);
+        let flight =
+            Flight { call, grant, began, completion, whole_ms, steps: 0, metered: Amounts::default() };
         self.flights.push(Some(flight));
         self.schedule(began, self.flights.len() - 1);
     }
@@ -299,7 +306,11 @@ impl<'a> Replay<'a> {
         self.now = at;
         let Some(mut flight) = self.flights[index].take() else { return };
         let streamed = at.ms_since(flight.began);
-        let delivered = self.tokens_within(streamed).min(flight.completion);
+        flight.steps += 1;
+        // Times beyond the end of time never come: the last step is the answer's end all the same.
+        let is_last = flight.steps > MOST_STEPS + 1;
+        let within = if is_last { u64::MAX } else { self.tokens_within(streamed) };
+        let delivered = within.min(flight.completion);
         let prompt = self.calls[flight.call].prompt;
         let spent = Amounts::of_request(prompt, delivered);
         self.meter(&mut flight, spent);
@@ -312,8 +323,8 @@ impl<'a> Replay<'a> {
             self.end(flight, spent);
             return;
         }
-        let whole = self.ms_for(flight.completion);
-        let next = streamed.saturating_add(PROGRESS_MS).min(whole.max(streamed + 1));
+        let step = PROGRESS_MS.max(flight.whole_ms / MOST_STEPS);
+        let next = streamed.saturating_add(step).min(flight.whole_ms.max(streamed + 1));
         self.schedule(flight.began.plus_ms(next), index);
         self.flights[index] = Some(flight);
     }
@@ -328,11 +339,13 @@ impl<'a> Replay<'a> {
         let ended = Ended { spent, is_whole: spent.completion >= flight.completion };
         self.counters.settle(self.now, asker, flight.grant, ended);
         self.outcome.spent = self.outcome.spent.plus(spent);
-        let debts: Vec<i64> = self.counters.levels(self.now).iter().map(|l| l.level).collect();
-        for (meter, level) in self.meters.iter_mut().zip(debts) {
-            if matches!(meter.ideal, Ideal::Calendar) {
-                meter.worst = meter.worst.min(level);
-            }
+        let is_calendar = |meter: &Meter| matches!(meter.ideal, Ideal::Calendar);
+        if !self.meters.iter().any(is_calendar) {
+            return;
+        }
+        let levels = self.counters.levels(self.now);
+        for (meter, level) in self.meters.iter_mut().zip(levels).filter(|(meter, _)| is_calendar(meter)) {
+            meter.worst = meter.worst.min(level.level);
         }
     }
 

@@ -1,14 +1,22 @@
-//! A long random walk through the quota engine beside a recount that shares nothing with it: reserve,
-//! settle, extend, progress, clock steps either way, changed limits, restarts.
+//! Long random walks through the quota engine beside a recount that shares nothing with it.
 //!
-//! A million steps; `TOLLGATE_WALK_STEPS` says otherwise.
+//! The first drives the quotas: reserve, settle, extend, progress, clock steps either way, changed limits,
+//! quotas that come and go, restarts. The second drives the counters of an environment, which decide what
+//! is reserved: allowances, clamping, streams that are extended, overruns, quotas that only watch.
+//!
+//! A million steps each; `TOLLGATE_WALK_STEPS` says otherwise.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_wrap)]
 
+use jiff::tz::TimeZone;
 use std::collections::HashMap;
+use std::time::Duration;
 use tollgate::clock::Timestamp;
+use tollgate::config::{CompletionReserve, OnOverrun, Reserve, WhenShort};
+use tollgate::glob::Glob;
+use tollgate::ledger::{Counters, Ended, Grant, Progress, QuotaKey, Rules, Want};
 use tollgate::quota::{
-    Amounts, Ask, Asker, ClockUnit, Kind, Per, Quota, Quotas, Receipt, Saved, Scope, Window,
+    Amounts, Ask, Asker, ClockUnit, Kind, Level, Per, Quota, Quotas, Receipt, Saved, Scope, Window,
 };
 
 const DAY: i64 = 86_400_000;
@@ -37,8 +45,11 @@ fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota
 
 fn quotas() -> Vec<Quota> {
     let rolling = |burst| Window::Rolling { burst };
-    let day = Window::Calendar { unit: ClockUnit::Day, zone: jiff::tz::TimeZone::UTC };
+    let calendar = |unit, zone: &str| Window::Calendar { unit, zone: TimeZone::get(zone).unwrap() };
+    let day = calendar(ClockUnit::Day, "Europe/Berlin");
+    let month = calendar(ClockUnit::Month, "America/New_York");
     let caller = |n: usize| Scope::Caller(n, format!("caller-{n}"));
+    let model = |pattern: &str| Scope::Model(Glob::new(pattern));
     vec![
         quota(Scope::Environment, Kind::TotalTokens, 60_000, 60_000, rolling(4_000)),
         quota(Scope::Environment, Kind::PromptTokens, 700, 1_000, rolling(900)),
@@ -47,6 +58,8 @@ fn quotas() -> Vec<Quota> {
         quota(Scope::Environment, Kind::TotalTokens, 900_000, DAY.cast_unsigned(), day),
         quota(caller(0), Kind::TotalTokens, 30_000, 60_000, rolling(2_000)),
         quota(caller(1), Kind::Requests, 7, 1_000, rolling(7)),
+        quota(model("m-*"), Kind::CompletionTokens, 50_000, 60_000, rolling(3_000)),
+        quota(model("m-1"), Kind::TotalTokens, 2_000_000, 30 * DAY.cast_unsigned(), month),
     ]
 }
 
@@ -57,8 +70,42 @@ struct Recount {
     spent: i128,
     at: i64,
     turn: u64,
-    day: i64,
+    /// Of a calendar quota: its period.
+    period: (i64, i64),
     open: HashMap<u64, Hold>,
+}
+
+const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
+
+/// Who asks: a caller and a model, by number.
+#[derive(Clone, Copy)]
+struct Who(u64, usize);
+
+impl Who {
+    fn any(dice: &mut Dice) -> Self {
+        Self(dice.below(CALLERS), usize::try_from(dice.below(MODELS.len() as u64)).unwrap())
+    }
+
+    fn asker(self) -> Asker<'static> {
+        Asker { caller: usize::try_from(self.0).ok(), model: MODELS[self.1] }
+    }
+}
+
+/// The day or month that a moment lies in, from midnight to midnight.
+fn period_of(quota: &Quota, now: i64) -> (i64, i64) {
+    let Window::Calendar { unit, zone } = &quota.window else { return (0, 0) };
+    let day = jiff::Timestamp::from_millisecond(now)
+        .unwrap()
+        .to_zoned_datetime(zone.clone())
+        .start_of_day()
+        .unwrap();
+    let (start, span) = match unit {
+        ClockUnit::Day => (day, jiff::Span::new().days(1)),
+        ClockUnit::Month => (day.first_of_month().unwrap(), jiff::Span::new().months(1)),
+        _ => panic!("{unit:?}"),
+    };
+    let end = start.checked_add(span).unwrap();
+    (start.timestamp().as_millisecond(), end.timestamp().as_millisecond())
 }
 
 #[derive(Clone, Copy)]
@@ -70,7 +117,8 @@ struct Hold {
 
 impl Recount {
     fn new(quota: Quota, now: i64) -> Self {
-        Self { quota, spent: 0, at: now, turn: 0, day: now.div_euclid(DAY), open: HashMap::new() }
+        let period = period_of(&quota, now);
+        Self { quota, spent: 0, at: now, turn: 0, period, open: HashMap::new() }
     }
 
     fn is_rolling(&self) -> bool {
@@ -95,14 +143,29 @@ impl Recount {
         if self.is_rolling() {
             let back = i128::from(self.quota.limit) * i128::from((now - self.at).max(0));
             self.spent = (self.spent - back).max(0).min(self.spent);
-        } else if now.div_euclid(DAY) > self.day {
-            self.day = now.div_euclid(DAY);
-            self.turn += 1;
-            self.spent = 0;
-        } else {
-            self.day = now.div_euclid(DAY);
+        } else if !(self.period.0..self.period.1).contains(&now) {
+            let before = std::mem::replace(&mut self.period, period_of(&self.quota, now));
+            if self.period.0 > before.0 {
+                self.turn += 1;
+                self.spent = 0;
+            }
         }
         self.at = now;
+    }
+
+    fn touches(&self, Who(caller, model): Who) -> bool {
+        match &self.quota.scope {
+            Scope::Caller(index, _) => *index as u64 == caller,
+            Scope::Model(pattern) => {
+                pattern.as_str() == MODELS[model] || model < 2 && pattern.as_str() == "m-*"
+            }
+            Scope::Environment => true,
+        }
+    }
+
+    fn hold(&mut self, id: u64, amounts: Amounts) {
+        let reserved = i128::from(amounts.of(self.quota.kind));
+        self.open.insert(id, Hold { reserved, moved: 0, turn: self.turn });
     }
 
     fn fits(&self, amount: i128) -> bool {
@@ -139,53 +202,71 @@ impl Recount {
     }
 }
 
+/// The day before clocks go forward in Europe, and the last one but three of a month.
+const BEGIN: i64 = 1_774_700_000_000;
+
+fn clock_step(dice: &mut Dice) -> (i64, &'static str) {
+    match dice.below(400) {
+        0 => (-1_000, "stepped back"),
+        1 => (-3_600_000, "stepped back"),
+        2 => (-DAY, "stepped back"),
+        3 => (3_600_000, "stepped on"),
+        4 => (DAY, "stepped on"),
+        _ => (dice.below(1_500).cast_signed(), "went on"),
+    }
+}
+
+fn compare(levels: &[Level], recounts: &mut [Recount], now: i64) {
+    assert_eq!(levels.len(), recounts.len());
+    for (shown, r) in levels.iter().zip(recounts) {
+        r.advance(now);
+        let what = &r.quota;
+        assert_eq!(shown.quota, *what);
+        assert_eq!(i128::from(shown.held), r.held(), "held of {what:?}");
+        assert_eq!(i128::from(shown.level), r.left().div_euclid(r.scale()), "level of {what:?}");
+        assert!(r.spent >= 0, "spent of {what:?}");
+        assert!(shown.level.saturating_add_unsigned(shown.held) <= what.capacity() as i64);
+    }
+}
+
 struct Walk {
     dice: Dice,
     now: i64,
     engine: Quotas,
     recounts: Vec<Recount>,
-    open: Vec<(u64, Receipt, u64)>,
+    /// Quotas that are gone for now.
+    gone: Vec<Quota>,
+    open: Vec<(u64, Receipt)>,
     next: u64,
     counts: HashMap<&'static str, u64>,
 }
 
 impl Walk {
     fn new(seed: u64) -> Self {
-        let now = 1_774_700_000_000;
+        let now = BEGIN;
         let recounts = quotas().into_iter().map(|q| Recount::new(q, now)).collect();
         let engine = Quotas::new(&quotas(), Timestamp(now));
-        Self { dice: Dice(seed), now, engine, recounts, open: Vec::new(), next: 0, counts: HashMap::new() }
+        let (gone, open, counts) = (Vec::new(), Vec::new(), HashMap::new());
+        Self { dice: Dice(seed), now, engine, recounts, gone, open, next: 0, counts }
     }
 
     fn note(&mut self, what: &'static str) {
         *self.counts.entry(what).or_default() += 1;
     }
 
-    fn touches(recount: &Recount, caller: u64) -> bool {
-        match recount.quota.scope {
-            Scope::Caller(index, _) => index as u64 == caller,
-            _ => true,
-        }
-    }
-
-    fn advance(&mut self, caller: u64) {
-        let now = self.now;
-        self.recounts.iter_mut().filter(|r| Self::touches(r, caller)).for_each(|r| r.advance(now));
-    }
-
     fn reserve(&mut self) {
-        let caller = self.dice.below(CALLERS);
+        let who = Who::any(&mut self.dice);
         let amounts = Amounts::of_request(self.dice.below(300), self.dice.below(400));
-        let fits = {
-            self.advance(caller);
-            let mut touched = self.recounts.iter().filter(|r| Self::touches(r, caller));
-            touched.all(|r| r.fits(i128::from(amounts.of(r.quota.kind))))
-        };
-        let asker = Asker { caller: usize::try_from(caller).ok(), model: "m" };
+        let now = self.now;
+        self.recounts.iter_mut().for_each(|r| r.advance(now));
+        let mut touched = self.recounts.iter().filter(|r| r.touches(who));
+        let fits = touched.all(|r| r.fits(i128::from(amounts.of(r.quota.kind))));
         let ask = Ask { amounts, generates: true };
-        if let Ok(receipt) = self.engine.reserve(Timestamp(self.now), asker, &ask) {
+        if let Ok(receipt) = self.engine.reserve(Timestamp(now), who.asker(), &ask) {
             assert!(fits, "admitted against the recount");
-            self.hold(receipt, caller, amounts);
+            let id = self.next;
+            self.recounts.iter_mut().filter(|r| r.touches(who)).for_each(|r| r.hold(id, amounts));
+            self.hold(receipt);
             self.note("admitted");
         } else {
             assert!(!fits, "denied against the recount");
@@ -193,14 +274,9 @@ impl Walk {
         }
     }
 
-    fn hold(&mut self, receipt: Receipt, caller: u64, amounts: Amounts) {
-        let id = self.next;
+    fn hold(&mut self, receipt: Receipt) {
+        self.open.push((self.next, receipt));
         self.next += 1;
-        for r in self.recounts.iter_mut().filter(|r| Self::touches(r, caller)) {
-            let reserved = i128::from(amounts.of(r.quota.kind));
-            r.open.insert(id, Hold { reserved, moved: 0, turn: r.turn });
-        }
-        self.open.push((id, receipt, caller));
     }
 
     fn pick(&mut self) -> Option<usize> {
@@ -212,63 +288,79 @@ impl Walk {
         let Some(at) = self.pick() else { return };
         let tokens = 1 + self.dice.below(200);
         let more = Amounts { completion: tokens, total: tokens, ..Amounts::default() };
-        let caller = self.open[at].2;
-        self.advance(caller);
-        let mut touched = self.recounts.iter().filter(|r| Self::touches(r, caller));
+        let (now, first) = (self.now, self.open[at].0);
+        self.recounts.iter_mut().for_each(|r| r.advance(now));
+        let mut touched = self.recounts.iter().filter(|r| r.open.contains_key(&first));
         let fits = touched.all(|r| {
             let amount = i128::from(more.of(r.quota.kind));
             amount == 0 || r.fits(amount)
         });
-        let extended = self.engine.extend(Timestamp(self.now), &self.open[at].1, more);
+        let extended = self.engine.extend(Timestamp(now), &self.open[at].1, more);
         assert_eq!(extended.is_some(), fits, "extended against the recount");
-        if let Some(receipt) = extended {
-            self.hold(receipt, caller, more);
-            self.note("extended");
-        }
+        let receipt = match extended {
+            Some(receipt) => receipt,
+            None if self.dice.below(2) == 0 => return,
+            None => {
+                self.note("overrun");
+                self.engine.extend_regardless(Timestamp(now), &self.open[at].1, more)
+            }
+        };
+        let id = self.next;
+        let touched = self.recounts.iter_mut().filter(|r| r.open.contains_key(&first));
+        touched.for_each(|r| r.hold(id, more));
+        self.hold(receipt);
+        self.note("extended");
     }
 
     fn progress(&mut self) {
         let Some(at) = self.pick() else { return };
         let spent = Amounts::of_request(self.dice.below(300), self.dice.below(500));
-        let (id, receipt, caller) = &mut self.open[at];
-        let (id, caller) = (*id, *caller);
-        let moved_any = {
-            let before: Vec<i64> = self.engine.levels(Timestamp(self.now)).iter().map(|l| l.level).collect();
-            self.engine.progress(Timestamp(self.now), receipt, spent);
-            before
-        };
-        let after: Vec<i64> = self.engine.levels(Timestamp(self.now)).iter().map(|l| l.level).collect();
-        assert_eq!(moved_any, after, "progress gives no room by itself");
-        self.advance(caller);
-        for r in self.recounts.iter_mut().filter(|r| Self::touches(r, caller)) {
-            r.progress(id, i128::from(spent.of(r.quota.kind)));
+        let now = Timestamp(self.now);
+        let levels = |engine: &mut Quotas| engine.levels(now).iter().map(|l| l.level).collect::<Vec<_>>();
+        let before = levels(&mut self.engine);
+        let (id, receipt) = &mut self.open[at];
+        self.engine.progress(now, receipt, spent);
+        assert_eq!(before, levels(&mut self.engine), "progress gives no room by itself");
+        for r in &mut self.recounts {
+            r.advance(now.0);
+            r.progress(*id, i128::from(spent.of(r.quota.kind)));
         }
         self.note("progressed");
     }
 
     fn settle(&mut self) {
         let Some(at) = self.pick() else { return };
-        let (id, receipt, caller) = self.open.swap_remove(at);
+        let (id, receipt) = self.open.swap_remove(at);
         let spent = Amounts::of_request(self.dice.below(350), self.dice.below(600));
         self.engine.settle(Timestamp(self.now), receipt, spent);
-        self.advance(caller);
-        for r in self.recounts.iter_mut().filter(|r| Self::touches(r, caller)) {
+        for r in &mut self.recounts {
+            r.advance(self.now);
             r.settle(id, i128::from(spent.of(r.quota.kind)));
         }
         self.note("settled");
     }
 
     fn step_clock(&mut self) {
-        let (by, what) = match self.dice.below(400) {
-            0 => (-1_000, "stepped back"),
-            1 => (-3_600_000, "stepped back"),
-            2 => (-DAY, "stepped back"),
-            3 => (3_600_000, "stepped on"),
-            4 => (DAY, "stepped on"),
-            _ => (self.dice.below(1_500).cast_signed(), "went on"),
-        };
+        let (by, what) = clock_step(&mut self.dice);
         self.now += by;
         self.note(what);
+    }
+
+    /// A quota goes, with all that is held in it, or comes back, full.
+    fn come_and_go(&mut self) {
+        let pick = |dice: &mut Dice, of: usize| usize::try_from(dice.below(of as u64)).unwrap();
+        if self.gone.is_empty() || self.dice.below(2) == 0 && self.recounts.len() > 3 {
+            let at = pick(&mut self.dice, self.recounts.len());
+            self.gone.push(self.recounts.remove(at).quota);
+        } else {
+            let at = pick(&mut self.dice, self.gone.len());
+            let to = pick(&mut self.dice, self.recounts.len() + 1);
+            self.recounts.insert(to, Recount::new(self.gone.swap_remove(at), self.now));
+        }
+        self.recounts.iter_mut().for_each(|r| r.advance(self.now));
+        let all: Vec<Quota> = self.recounts.iter().map(|r| r.quota.clone()).collect();
+        self.engine.set_quotas(&all, Timestamp(self.now));
+        self.note("came and went");
     }
 
     /// Other limits, in another order: counters go on.
@@ -311,16 +403,7 @@ impl Walk {
     }
 
     fn compare(&mut self) {
-        let levels = self.engine.levels(Timestamp(self.now));
-        for (shown, r) in levels.iter().zip(&mut self.recounts) {
-            r.advance(self.now);
-            let what = &r.quota;
-            assert_eq!(shown.quota, *what);
-            assert_eq!(i128::from(shown.held), r.held(), "held of {what:?}");
-            assert_eq!(i128::from(shown.level), r.left().div_euclid(r.scale()), "level of {what:?}");
-            assert!(r.spent >= 0, "spent of {what:?}");
-            assert!(shown.level.saturating_add_unsigned(shown.held) <= what.capacity() as i64);
-        }
+        compare(&self.engine.levels(Timestamp(self.now)), &mut self.recounts, self.now);
     }
 
     fn step(&mut self) {
@@ -330,7 +413,8 @@ impl Walk {
             500..560 => self.extend(),
             560..680 => self.progress(),
             680..997 => self.step_clock(),
-            997..999 => self.change_limits(),
+            997 => self.change_limits(),
+            998 => self.come_and_go(),
             _ => self.restart(),
         }
         // Requests that never end would fill everything.
@@ -343,7 +427,7 @@ impl Walk {
 
 #[test]
 fn a_million_random_steps_give_what_a_recount_gives() {
-    let steps: u64 = std::env::var("TOLLGATE_WALK_STEPS").map_or(1_000_000, |n| n.parse().unwrap());
+    let steps = steps();
     let mut walk = Walk::new(0x7011_9a7e);
     for _ in 0..steps {
         walk.step();
@@ -356,7 +440,285 @@ fn a_million_random_steps_give_what_a_recount_gives() {
     let mut counts: Vec<_> = walk.counts.into_iter().collect();
     counts.sort_unstable();
     println!("{steps} steps, 0 mismatches: {counts:?}");
-    for what in ["admitted", "denied", "settled", "extended", "progressed", "limits changed", "restarted"] {
+    for what in [
+        "admitted",
+        "denied",
+        "settled",
+        "extended",
+        "overrun",
+        "progressed",
+        "limits changed",
+        "came and went",
+        "restarted",
+    ] {
         assert!(counts.iter().any(|(name, n)| *name == what && *n > steps / 2_000), "{what}: {counts:?}");
+    }
+}
+
+fn steps() -> u64 {
+    std::env::var("TOLLGATE_WALK_STEPS").map_or(1_000_000, |n| n.parse().unwrap())
+}
+
+/// A request under way, and what was reserved for it piece by piece.
+struct Stream {
+    who: Who,
+    grant: Grant,
+    pieces: Vec<(u64, Amounts)>,
+    spent: Amounts,
+}
+
+/// A walk through the counters of one environment.
+struct Streams {
+    dice: Dice,
+    now: i64,
+    rules: Rules,
+    counters: Counters,
+    recounts: Vec<Recount>,
+    open: Vec<Stream>,
+    next: u64,
+    settled: Amounts,
+    counts: HashMap<&'static str, u64>,
+}
+
+impl Streams {
+    fn new(seed: u64, completion: CompletionReserve, when_short: WhenShort, enforce: bool) -> Self {
+        let (quantile, on_overrun, max_wait) = (0.9, OnOverrun::Finish, Duration::ZERO);
+        let default_max_tokens = 300;
+        let reserve = Reserve {
+            prompt: true,
+            completion,
+            quantile,
+            default_max_tokens,
+            when_short,
+            on_overrun,
+            max_wait,
+        };
+        let rules = Rules { reserve, enforce, max_in_flight: None };
+        Self {
+            dice: Dice(seed),
+            now: BEGIN,
+            counters: Counters::new(rules.clone(), &quotas(), Timestamp(BEGIN)),
+            rules,
+            recounts: quotas().into_iter().map(|q| Recount::new(q, BEGIN)).collect(),
+            open: Vec::new(),
+            next: 0,
+            settled: Amounts::default(),
+            counts: HashMap::new(),
+        }
+    }
+
+    fn note(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    fn advance(&mut self) {
+        self.recounts.iter_mut().for_each(|r| r.advance(self.now));
+    }
+
+    fn admit(&mut self) {
+        let who = Who::any(&mut self.dice);
+        let cap = (self.dice.below(3) > 0).then(|| 1 + self.dice.below(500));
+        let completions = 1 + self.dice.below(4) / 3;
+        let want =
+            Want { asker: who.asker(), prompt: self.dice.below(300), generates: true, cap, completions };
+        self.advance();
+        let fits = |recounts: &[Recount], amounts: Amounts| {
+            let mut touched = recounts.iter().filter(|r| r.touches(who));
+            touched.all(|r| r.fits(i128::from(amounts.of(r.quota.kind))))
+        };
+        let asked = match self.rules.reserve.completion {
+            CompletionReserve::MaxTokens => Some(cap.unwrap_or(300 * completions)),
+            CompletionReserve::Fixed(tokens) => Some(tokens),
+            CompletionReserve::None => Some(0),
+            CompletionReserve::Adaptive => None,
+        };
+        let asked_fits = asked.map(|tokens| fits(&self.recounts, Amounts::of_request(want.prompt, tokens)));
+        match self.counters.admit(Timestamp(self.now), &want) {
+            Ok(admission) => {
+                let reserved = admission.grant.reserved();
+                assert_eq!(reserved, Amounts::of_request(want.prompt, reserved.completion));
+                assert!(
+                    fits(&self.recounts, reserved) || !self.rules.enforce,
+                    "admitted against the recount"
+                );
+                if let Some(each) = admission.clamped_to {
+                    assert_eq!(reserved.completion, each * completions);
+                    assert!(self.rules.enforce && asked_fits != Some(true) && each >= 16);
+                    self.note("clamped");
+                } else if let Some(tokens) = asked {
+                    assert_eq!(reserved.completion, tokens);
+                }
+                if admission.would_deny.is_some() {
+                    assert!(!self.rules.enforce && asked_fits != Some(true));
+                    self.note("only watched");
+                }
+                let id = self.next;
+                self.next += 1;
+                self.recounts.iter_mut().filter(|r| r.touches(who)).for_each(|r| r.hold(id, reserved));
+                let spent = Amounts::of_request(self.dice.below(300), 0);
+                self.open.push(Stream { who, grant: admission.grant, pieces: vec![(id, reserved)], spent });
+                self.note("admitted");
+            }
+            Err(_) => {
+                assert!(self.rules.enforce && asked_fits != Some(true), "denied against the recount");
+                self.note("denied");
+            }
+        }
+    }
+
+    /// A stream goes on: what it has used grows.
+    fn progress(&mut self) {
+        let Some(at) = self.pick() else { return };
+        let tokens = self.dice.below(120);
+        let is_reserving = self.rules.reserve.completion != CompletionReserve::None;
+        self.advance();
+        let stream = &mut self.open[at];
+        let who = stream.who;
+        stream.spent = Amounts::of_request(stream.spent.prompt, stream.spent.completion + tokens);
+        let before = stream.grant.reserved();
+        let missing = stream.spent.completion.saturating_sub(before.completion);
+        let more = |tokens| Amounts { completion: tokens, total: tokens, ..Amounts::default() };
+        let fits = |tokens: u64| {
+            let mut touched = self.recounts.iter().filter(|r| r.touches(who));
+            touched.all(|r| {
+                let amount = i128::from(more(tokens).of(r.quota.kind));
+                amount == 0 || r.fits(amount)
+            })
+        };
+        let missing_fits = fits(missing);
+        let (now, model) = (Timestamp(self.now), MODELS[who.1]);
+        let outcome = self.counters.progress(now, model, &mut stream.grant, stream.spent);
+        let grown = stream.grant.reserved().less(before);
+        assert_eq!(grown, more(grown.completion));
+        if missing == 0 || !is_reserving {
+            assert_eq!((outcome, grown), (Progress::Within, Amounts::default()));
+        } else {
+            assert_eq!(outcome == Progress::Overrun, !missing_fits, "extended against the recount");
+            assert!(grown.completion >= missing && (fits(grown.completion) || !missing_fits));
+            assert!(grown.completion == missing || stream.grant.reserved().completion <= stream.grant.cap());
+            let id = self.next;
+            self.next += 1;
+            self.recounts.iter_mut().filter(|r| r.touches(who)).for_each(|r| r.hold(id, grown));
+            stream.pieces.push((id, grown));
+        }
+        let mut left = stream.spent;
+        for &(id, reserved) in &stream.pieces {
+            self.recounts.iter_mut().for_each(|r| r.progress(id, i128::from(left.of(r.quota.kind))));
+            left = left.less(reserved);
+        }
+        if grown.completion > 0 {
+            self.note(if outcome == Progress::Overrun { "overrun" } else { "extended" });
+        }
+        self.note("progressed");
+    }
+
+    fn pick(&mut self) -> Option<usize> {
+        let open = self.open.len() as u64;
+        (open > 0).then(|| usize::try_from(self.dice.below(open)).unwrap())
+    }
+
+    fn settle(&mut self) {
+        let Some(at) = self.pick() else { return };
+        let Stream { who, grant, pieces, spent } = self.open.swap_remove(at);
+        let spent = match self.dice.below(4) {
+            0 => Amounts::default(),
+            1 => Amounts::of_request(self.dice.below(350), self.dice.below(600)),
+            _ => spent,
+        };
+        let is_whole = self.dice.below(2) == 0;
+        self.advance();
+        self.counters.settle(Timestamp(self.now), who.asker(), grant, Ended { spent, is_whole });
+        let mut left = spent;
+        for (n, &(id, reserved)) in (1..).zip(&pieces) {
+            let part = if n == pieces.len() { left } else { left.at_most(reserved) };
+            left = left.less(part);
+            self.recounts.iter_mut().for_each(|r| r.settle(id, i128::from(part.of(r.quota.kind))));
+        }
+        self.settled = self.settled.plus(spent);
+        self.note("settled");
+    }
+
+    fn change_limit(&mut self) {
+        let at = usize::try_from(self.dice.below(self.recounts.len() as u64)).unwrap();
+        let original = quotas()[at].clone();
+        let mut change = |n: u64| n / 2 + self.dice.below(n) + 1;
+        let (limit, burst) = (change(original.limit), change(original.capacity()));
+        self.advance();
+        self.recounts[at].quota = original.with_limit(limit, burst);
+        let (scope, name) = (original.scope.as_str(), original.scope.name());
+        let key = QuotaKey { scope, name, kind: original.kind, per: &original.per.written };
+        assert!(self.counters.set_limit(Timestamp(self.now), key, Some((limit, burst))));
+        self.note("limit changed");
+    }
+
+    fn reset(&mut self) {
+        self.advance();
+        self.recounts.iter_mut().for_each(|r| r.spent = 0);
+        self.counters.reset(Timestamp(self.now));
+    }
+
+    fn step(&mut self) {
+        match self.dice.below(1_000) {
+            0..200 => self.admit(),
+            200..390 => self.settle(),
+            390..640 => self.progress(),
+            640..997 => {
+                let (by, what) = clock_step(&mut self.dice);
+                self.now += by;
+                self.note(what);
+            }
+            997..999 => self.change_limit(),
+            _ => self.reset(),
+        }
+        if self.open.len() > 40 {
+            self.settle();
+        }
+        self.compare();
+    }
+
+    fn compare(&mut self) {
+        compare(&self.counters.levels(Timestamp(self.now)), &mut self.recounts, self.now);
+        let reserved = self.open.iter().map(|stream| stream.grant.reserved());
+        assert_eq!(self.counters.held(), reserved.fold(Amounts::default(), Amounts::plus), "held in all");
+        let totals = self.counters.totals();
+        let charged = [totals.requests, totals.prompt, totals.completion, totals.total];
+        let Amounts { requests, prompt, completion, total } = self.settled;
+        assert_eq!(charged, [requests, prompt, completion, total], "settled in all");
+    }
+}
+
+#[test]
+fn a_million_steps_of_streams_settle_and_hold_all_that_was_reserved() {
+    let adaptive = CompletionReserve::Adaptive;
+    let ways = [
+        (CompletionReserve::MaxTokens, WhenShort::Reject, true),
+        (CompletionReserve::MaxTokens, WhenShort::Clamp, true),
+        (CompletionReserve::Fixed(40), WhenShort::Reject, true),
+        (CompletionReserve::None, WhenShort::Reject, true),
+        (adaptive, WhenShort::Reject, true),
+        (adaptive, WhenShort::Clamp, true),
+        (adaptive, WhenShort::Clamp, false),
+        (CompletionReserve::Fixed(40), WhenShort::Reject, false),
+    ];
+    let mut counts: HashMap<&str, u64> = HashMap::new();
+    for (seed, (completion, when_short, enforce)) in (1..).zip(ways) {
+        let mut walk = Streams::new(seed, completion, when_short, enforce);
+        for _ in 0..steps() / ways.len() as u64 {
+            walk.step();
+        }
+        while !walk.open.is_empty() {
+            walk.settle();
+        }
+        walk.compare();
+        assert!(walk.recounts.iter().all(|r| r.held() == 0), "nothing is held in the end");
+        walk.counts.iter().for_each(|(what, n)| *counts.entry(what).or_default() += n);
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_unstable();
+    println!("{} steps, 0 mismatches: {counts:?}", steps());
+    for what in
+        ["admitted", "denied", "clamped", "only watched", "settled", "extended", "overrun", "limit changed"]
+    {
+        assert!(counts.iter().any(|(name, n)| *name == what && *n > steps() / 2_000), "{what}: {counts:?}");
     }
 }

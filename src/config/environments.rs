@@ -5,7 +5,7 @@ use super::item::{Item, Section};
 use super::{CompletionReserve, Environment, OnDisconnect, OnOverrun, Reserve, Upstream, WhenShort};
 use super::{quotas, units};
 use crate::glob::Glob;
-use crate::quota::MAX_AMOUNT;
+use crate::quota::{Kind, MAX_AMOUNT, Quota};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,6 +86,7 @@ fn environment(
     });
     let (callers, quotas) = callers_and_quotas(&section, digests);
     check_exposure(item, upstream.as_deref(), callers.is_empty(), quotas.is_empty());
+    let reserve = reserve(&section, &quotas);
     Some(Environment {
         name: name.to_owned(),
         callers,
@@ -95,7 +96,7 @@ fn environment(
         }),
         quotas,
         enforce: get("enforce").and_then(|i| i.boolean()).unwrap_or(true),
-        reserve: reserve(&section),
+        reserve,
         on_disconnect: get("on_disconnect")
             .and_then(|i| i.choice(&[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)]))
             .unwrap_or(OnDisconnect::Cancel),
@@ -112,10 +113,7 @@ fn environment(
     })
 }
 
-fn callers_and_quotas(
-    section: &Section<'_>,
-    digests: &mut Digests,
-) -> (Vec<super::Caller>, Vec<crate::quota::Quota>) {
+fn callers_and_quotas(section: &Section<'_>, digests: &mut Digests) -> (Vec<super::Caller>, Vec<Quota>) {
     let mut quotas = Vec::new();
     if let Some(item) = section.bound("quotas") {
         quotas::of_environment(&item, &mut quotas);
@@ -165,13 +163,13 @@ fn reservable(item: &Item<'_>) -> Option<u64> {
     Some(amount)
 }
 
-fn reserve(environment: &Section<'_>) -> Reserve {
+fn reserve(environment: &Section<'_>, quotas: &[Quota]) -> Reserve {
     let known =
         ["prompt", "completion", "quantile", "default_max_tokens", "when_short", "on_overrun", "max_wait"];
     let section = environment.section("reserve", &known);
     let get = |key: &str| section.get(key);
     let quantile = |text: &str| text.parse::<f64>().ok().filter(|q| *q > 0.0 && *q < 1.0);
-    Reserve {
+    let reserve = Reserve {
         prompt: get("prompt").and_then(|i| i.choice(&[("estimate", true), ("none", false)])).unwrap_or(true),
         completion: get("completion")
             .and_then(|i| i.parsed(completion, "adaptive, max_tokens, none or a number of tokens"))
@@ -189,6 +187,32 @@ fn reserve(environment: &Section<'_>) -> Reserve {
             .and_then(|i| i.choice(&[("finish", OnOverrun::Finish), ("cut", OnOverrun::Cut)]))
             .unwrap_or(OnOverrun::Finish),
         max_wait: get("max_wait").and_then(|i| i.duration()).unwrap_or(Duration::ZERO),
+    };
+    let told_at = get("default_max_tokens").filter(|_| reserve.completion == CompletionReserve::MaxTokens);
+    if let Some(item) = told_at.or_else(|| get("completion")) {
+        check_room(&item, &reserve, quotas);
+    }
+    reserve
+}
+
+/// What is reserved whatever the request has to fit the smallest quota, or it is refused for ever.
+fn check_room(item: &Item<'_>, reserve: &Reserve, quotas: &[Quota]) {
+    let (tokens, whose) = match reserve.completion {
+        CompletionReserve::Fixed(tokens) => (tokens, "every request"),
+        CompletionReserve::MaxTokens => (reserve.default_max_tokens, "a request that names no max_tokens"),
+        CompletionReserve::Adaptive | CompletionReserve::None => return,
+    };
+    let of_completions =
+        quotas.iter().filter(|q| matches!(q.kind, Kind::TotalTokens | Kind::CompletionTokens));
+    let Some(smallest) = of_completions.min_by_key(|quota| quota.capacity()) else { return };
+    if reserve.when_short == WhenShort::Reject && tokens > smallest.capacity() {
+        let Quota { kind, per, .. } = smallest;
+        item.warn(format!(
+            "{whose} reserves {tokens} completion tokens, more than {kind} per {} can ever hold, {}: it will be \
+             refused; reserve less, raise the quota, or write when_short: clamp",
+            per.written,
+            smallest.capacity()
+        ));
     }
 }
 

@@ -1,6 +1,7 @@
 //! The bodies of all answers to callers, and what becomes of those whose callers hang up.
 
 use super::metered::Metered;
+use crate::clock::Stopwatch;
 use crate::error::ProxyError;
 use bytes::Bytes;
 use http::Response;
@@ -11,14 +12,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 /// So many answers are read to their end at once though their callers are gone.
 const MOST_DRAINED: usize = 100;
-/// And for so long.
-const LONGEST_DRAIN: Duration = Duration::from_secs(30);
+/// And for so long after the caller has gone.
+const LONGEST_DRAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
 static DRAINS: Semaphore = Semaphore::const_new(MOST_DRAINED);
 
@@ -53,19 +54,43 @@ struct Detached(Option<JoinHandle<Response<AnswerBody>>>);
 impl Drop for Detached {
     fn drop(&mut self) {
         let Some(handle) = self.0.take() else { return };
-        match (DRAINS.try_acquire(), Handle::try_current()) {
-            (Ok(permit), Ok(runtime)) => {
-                runtime.spawn(async move {
-                    let abort = handle.abort_handle();
-                    // The answer's body is dropped here, and drains by itself.
-                    if timeout(LONGEST_DRAIN, handle).await.is_err() {
-                        abort.abort();
-                    }
-                    drop(permit);
-                });
-            }
+        match (Drain::begin(), Handle::try_current()) {
+            (Some(drain), Ok(runtime)) => drop(runtime.spawn(drain.exchange(handle))),
             _ => handle.abort(),
         }
+    }
+}
+
+/// One of the answers that are read to their end without a caller. Waiting for it and reading it take one
+/// place and one time together.
+struct Drain {
+    _place: SemaphorePermit<'static>,
+    until: Instant,
+}
+
+impl Drain {
+    fn begin() -> Option<Self> {
+        let until = Stopwatch::start().deadline(LONGEST_DRAIN);
+        DRAINS.try_acquire().ok().map(|place| Self { _place: place, until })
+    }
+
+    async fn exchange(self, handle: JoinHandle<Response<AnswerBody>>) {
+        let abort = handle.abort_handle();
+        match timeout_at(self.until, handle).await {
+            Ok(Ok(mut answer)) => {
+                if let Some(metered) = answer.body_mut().take_unread() {
+                    self.answer(metered).await;
+                }
+            }
+            Ok(Err(_)) => {}
+            Err(_) => abort.abort(),
+        }
+    }
+
+    async fn answer(self, mut metered: Box<Metered>) {
+        let drained = poll_fn(|cx| metered.poll_drained(cx));
+        // What has come by then is counted when it is dropped.
+        drop(timeout_at(self.until, drained).await);
     }
 }
 
@@ -79,20 +104,22 @@ impl AnswerBody {
     pub(super) fn metered(metered: Metered) -> Self {
         Self(Kind::Metered(Some(Box::new(metered))))
     }
+
+    /// What is to be read to its end though its caller has gone.
+    fn take_unread(&mut self) -> Option<Box<Metered>> {
+        match &mut self.0 {
+            Kind::Metered(metered) => metered.take_if(|m| m.wants_to_drain()),
+            Kind::Whole(_) => None,
+        }
+    }
 }
 
 /// The caller has hung up, or has all of it.
 impl Drop for AnswerBody {
     fn drop(&mut self) {
-        let Kind::Metered(metered) = &mut self.0 else { return };
-        let Some(mut metered) = metered.take_if(|m| m.wants_to_drain()) else { return };
-        if let (Ok(permit), Ok(runtime)) = (DRAINS.try_acquire(), Handle::try_current()) {
-            runtime.spawn(async move {
-                let drained = poll_fn(|cx| metered.poll_drained(cx));
-                // What has come by then is counted when it is dropped.
-                drop(timeout(LONGEST_DRAIN, drained).await);
-                drop(permit);
-            });
+        let Some(metered) = self.take_unread() else { return };
+        if let (Some(drain), Ok(runtime)) = (Drain::begin(), Handle::try_current()) {
+            runtime.spawn(drain.answer(metered));
         }
     }
 }
@@ -126,3 +153,6 @@ impl Body for AnswerBody {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -52,6 +52,24 @@ fn charging_afterwards_overshoots_and_reserving_does_not() {
 }
 
 #[test]
+fn absurd_input_ends_in_a_moment() {
+    let quotas = "quotas: { total_tokens: [{ limit: 1000G, per: minute, burst: 1000000G }, { limit: 1000000G, per: month }] }";
+    let environment = environment(quotas);
+    let most = crate::quota::MAX_AMOUNT;
+    let calls: Vec<Call> = (0..100).map(|second| call(second, most, most)).collect();
+    for tokens_per_second in [0.1, 1e-9, f64::MIN_POSITIVE, 1e18, f64::MAX] {
+        for first_token in [Duration::ZERO, Duration::from_secs(1 << 40), Duration::MAX] {
+            let pace = Pace { first_token, tokens_per_second };
+            for mode in [Mode::Configured, Mode::Oracle, Mode::Afterwards] {
+                let outcome = replay(&environment, &calls, pace, mode);
+                assert_eq!(outcome.admitted + outcome.rejected, 100);
+                assert!(outcome.admitted > 0 && outcome.spent.completion == outcome.admitted * most);
+            }
+        }
+    }
+}
+
+#[test]
 fn exhausted_is_the_time_from_a_denial_to_the_next_admission() {
     let environment = environment("quotas: { requests: { limit: 1, per: minute } }");
     let calls: Vec<Call> = [0, 10, 20, 61].map(|s| call(s, 1, 1)).into();

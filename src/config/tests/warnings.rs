@@ -26,6 +26,39 @@ fn what_is_probably_not_meant_is_a_warning() {
 }
 
 #[test]
+fn a_reserve_that_no_request_could_ever_have_is_a_warning() {
+    let quotas =
+        "quotas: { total_tokens: [{ limit: 500, per: minute, burst: 600 }, { limit: 1M, per: day }] }";
+    let with = |reserve: &str| {
+        let text = MINIMAL.replace("quotas: { requests: { limit: 5, per: minute } }", quotas);
+        format!("{text}    reserve: {reserve}\n")
+    };
+    for (reserve, path) in [
+        (
+            "{ completion: 700 }",
+            "t.yaml:7:28: environments.prod.reserve.completion: every request reserves 700",
+        ),
+        (
+            "{ completion: max_tokens }",
+            "reserve.completion: a request that names no max_tokens reserves 4096",
+        ),
+        ("{ completion: max_tokens, default_max_tokens: 601 }", "reserve.default_max_tokens: a request that"),
+    ] {
+        let told = told(&with(reserve));
+        assert!(told.contains(path) && told.contains("total_tokens per minute can ever hold, 600"), "{told}");
+    }
+    for fine in [
+        "{ completion: 600 }",
+        "{ completion: max_tokens, default_max_tokens: 600 }",
+        "{ completion: 700, when_short: clamp }",
+        "{ completion: adaptive, default_max_tokens: 4096 }",
+        "{ completion: none }",
+    ] {
+        assert_eq!(told(&with(fine)), "", "{fine}");
+    }
+}
+
+#[test]
 fn what_is_not_in_force_is_told_where_it_is_set() {
     for (text, path) in [
         (format!("{MINIMAL}server: {{ tls: {{ cert: c, key: k }} }}\n"), "t.yaml:7:16: server.tls"),
