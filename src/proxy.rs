@@ -7,6 +7,7 @@ mod headers;
 mod metered;
 mod reader;
 mod route;
+mod unsettled;
 
 use crate::calibrations::{Calibrations, Lesson};
 use crate::clock::Stopwatch;
@@ -247,7 +248,7 @@ impl Proxy {
         let endpoint = route.endpoint;
         let credential = names.credential.as_ref();
         let headers = headers::for_upstream(head.headers, &environment.upstream, credential, who.keys);
-        let body = call.forwarded(told.clamped_to);
+        let body = call.forwarded(told.clamped_to).await?;
         Ok(Some(Forward {
             request: upstream::Request { method: head.method, target, headers, body },
             upstream: names.upstream,

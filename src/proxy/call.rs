@@ -18,8 +18,10 @@ use tokio::time::timeout;
 /// Bodies up to this size are parsed where they arrive (about 50 microseconds), and counted there too if
 /// that is quick; all others on a thread for such work, which costs 10 to 20 more.
 const INLINE_BODY: usize = 40 * 1024;
-/// A body that stops arriving for so long is given up.
-const BODY_IDLE: Duration = Duration::from_secs(30);
+/// Changes to a larger body are made on a thread for such work, since they copy it.
+const INLINE_EDIT: usize = 64 * 1024;
+/// A body that is left unread is no more than this, or else the connection is closed.
+const LITTLE: u64 = 64 * 1024;
 /// A buffer for a body grows as bytes arrive; it does not trust a length it was told beyond this.
 const FIRST_BUFFER: usize = 256 * 1024;
 
@@ -100,10 +102,17 @@ impl Call {
 
     /// What is forwarded: as it came, but for a stream's usage that is asked for, and each completion's
     /// bound if it is to be lowered.
-    pub(super) fn forwarded(&self, bound: Option<u64>) -> Bytes {
+    pub(super) async fn forwarded(&self, bound: Option<u64>) -> Result<Bytes, ProxyError> {
         let bound = bound.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model));
         let edits: Vec<Edit> = bound.into_iter().chain(self.asks_for_usage.clone()).collect();
-        if edits.is_empty() { self.body.clone() } else { edited(&self.body, edits) }
+        if edits.is_empty() {
+            return Ok(self.body.clone());
+        }
+        if self.body.len() <= INLINE_EDIT {
+            return Ok(edited(&self.body, edits));
+        }
+        let body = self.body.clone();
+        spawn_blocking(move || edited(&body, edits)).await.map_err(|_| ProxyError::Internal)
     }
 
     /// `None` if the prompt was not estimated.
