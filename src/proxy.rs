@@ -16,6 +16,7 @@ use crate::error::ProxyError;
 use crate::estimate::Models;
 use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
 use crate::quota::{Amounts, Asker};
+use crate::server::Peer;
 use crate::store::{Signal, Store};
 use crate::telemetry::{Metrics, Outcome, Record, RequestIds, Series};
 use crate::upstream::{self, SendError, Upstream};
@@ -26,7 +27,6 @@ use hyper::body::Incoming;
 use sha2::{Digest as _, Sha256};
 use smallvec::SmallVec;
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use subtle::ConstantTimeEq as _;
@@ -34,7 +34,7 @@ use subtle::ConstantTimeEq as _;
 pub use answer::AnswerBody;
 use call::{Call, Reading};
 use flood::Flood;
-use headers::{OurKeys, SentKey, Told};
+use headers::{OurKeys, SentKey, Told, Unread};
 use metered::{Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
 
@@ -50,7 +50,7 @@ pub struct Shared {
     models: Models,
     /// How far estimates were off, by upstream in the config's order.
     calibrations: Arc<Calibrations>,
-    callers: HashMap<[u8; 32], (usize, usize)>,
+    callers: HashMap<[u8; 32], Owner>,
     request_ids: RequestIds,
     flood: Option<Flood>,
     /// How the store does; `None`: nothing is kept.
@@ -92,11 +92,15 @@ impl Charge {
     }
 }
 
+/// Whose a key is: an environment and a caller of it, by index.
+type Owner = (usize, usize);
+
 /// Who asks, and of which environment.
 #[derive(Clone, Copy)]
 struct Caller {
     environment: usize,
-    caller: Option<usize>,
+    /// Its index among those of the environment.
+    index: Option<usize>,
     /// Where keys of this gateway's stand, which are not passed on.
     keys: OurKeys,
 }
@@ -187,20 +191,28 @@ impl Proxy {
     }
 
     /// Serves one request: the upstream's answer, or the gateway's own refusal.
-    pub async fn serve(&self, request: Request<Incoming>, peer: IpAddr) -> Response<AnswerBody> {
+    pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
+        peer.begin();
         let record = Record::begin(self.shared.metrics.clone());
         let mut charge = Charge { reservation: None, record };
         let mut told = Told::default();
         match self.admit(request, peer, &mut charge, &mut told).await {
             Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
-                let proxy = self.clone();
+                let (proxy, peer) = (self.clone(), peer.clone());
                 // Boxed, or every request's future would be as large as both ways together.
-                Box::pin(answer::outlive_caller(async move { proxy.exchange(forward, charge, told).await }))
-                    .await
+                Box::pin(answer::outlive_caller(
+                    async move { proxy.exchange(forward, charge, told, &peer).await },
+                ))
+                .await
             }
-            Ok(Some(forward)) => self.exchange(forward, charge, told).await,
+            Ok(Some(forward)) => self.exchange(forward, charge, told, peer).await,
             Ok(None) => empty_answer(charge),
-            Err(error) => self.refuse(error, charge, told),
+            Err(error) => {
+                if told.unread != Unread::Nothing {
+                    peer.linger();
+                }
+                self.refuse(error, charge, told)
+            }
         }
     }
 
@@ -209,14 +221,15 @@ impl Proxy {
     async fn admit(
         &self,
         request: Request<Incoming>,
-        peer: IpAddr,
+        peer: &Peer,
         charge: &mut Charge,
         told: &mut Told,
     ) -> Result<Option<Forward>, ProxyError> {
-        if let Some(Err(wait)) = self.shared.flood.as_ref().map(|flood| flood.check(peer)) {
+        let (head, body) = request.into_parts();
+        told.unread = call::unread(&body);
+        if let Some(Err(wait)) = self.shared.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
             return Err(ProxyError::Flood { wait });
         }
-        let (head, body) = request.into_parts();
         if self.shared.is_draining() {
             return Err(ProxyError::ShuttingDown);
         }
@@ -237,7 +250,9 @@ impl Proxy {
         }
         call::check_encoding(&head.headers)?;
 
-        let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
+        let most = self.shared.config.server.max_request_body;
+        let body = call::read_body(body, most, peer.patience.body).await?;
+        told.unread = Unread::Nothing;
         let received = Stopwatch::start();
         let call = self.understand(who, &route, body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
@@ -260,7 +275,13 @@ impl Proxy {
     }
 
     /// Sends an admitted request on and passes the answer back.
-    async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
+    async fn exchange(
+        &self,
+        forward: Forward,
+        mut charge: Charge,
+        told: Told,
+        peer: &Peer,
+    ) -> Response<AnswerBody> {
         let Forward { request, upstream, environment, endpoint, call, received } = forward;
         charge.record.overhead = Some(received.elapsed());
         let started = Stopwatch::start();
@@ -275,6 +296,7 @@ impl Proxy {
             }
         };
         charge.record.first_byte = Some(started.elapsed());
+        peer.cut_off(started, environment.upstream.timeouts.total);
         let terms = Terms {
             estimated_prompt: call.prompt_tokens,
             completions: call.completions.max(1),
@@ -328,7 +350,7 @@ impl Proxy {
         }
         let mut keys = OurKeys::default();
         known.iter().for_each(|(key, _)| keys.add(key.header));
-        Ok(Caller { environment, caller, keys })
+        Ok(Caller { environment, index: caller, keys })
     }
 
     /// Environment and caller of each key, if it is one of this gateway's. What stands in several
@@ -336,8 +358,8 @@ impl Proxy {
     fn callers_of<'k>(
         &self,
         sent: &'k [SentKey<'k>],
-    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<(usize, usize)>)> {
-        let mut last: Option<(&[u8], Option<(usize, usize)>)> = None;
+    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<Owner>)> {
+        let mut last: Option<(&[u8], Option<Owner>)> = None;
         sent.iter().map(move |sent| {
             let found = last.filter(|(key, _)| *key == sent.key).map(|(_, found)| found);
             let found = found.unwrap_or_else(|| self.caller_of(sent.key));
@@ -347,7 +369,7 @@ impl Proxy {
     }
 
     /// Environment and caller of a key: found by its digest, compared in constant time.
-    fn caller_of(&self, key: &[u8]) -> Option<(usize, usize)> {
+    fn caller_of(&self, key: &[u8]) -> Option<Owner> {
         if self.shared.callers.is_empty() || key.len() > LONGEST_KEY {
             return None;
         }
@@ -361,7 +383,7 @@ impl Proxy {
         let names = &self.shared.names[who.environment];
         record.environment = names.environment.clone();
         record.series = Some(names.series.clone());
-        record.caller = who.caller.map(|index| names.callers[index].clone());
+        record.caller = who.index.map(|index| names.callers[index].clone());
         told.environment = Some(names.header.clone());
     }
 
@@ -399,7 +421,7 @@ impl Proxy {
         }
         let account = &self.shared.accounts[who.environment];
         let want = Want {
-            asker: Asker { caller: who.caller, model: &call.model },
+            asker: Asker { caller: who.index, model: &call.model },
             prompt: call.prompt_tokens,
             generates: route.endpoint.generates(),
             cap: call.completion_cap,

@@ -1,5 +1,6 @@
 //! The caller's request: its body within bounds, and the few fields of it that are needed.
 
+use super::headers::Unread;
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited};
 use crate::calibrations::{Calibrations, Lesson};
@@ -187,8 +188,17 @@ pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), ProxyError> {
     Ok(())
 }
 
-/// Reads a whole body of at most `limit` bytes.
-pub(super) async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes, ProxyError> {
+/// How much of a body is still to be read.
+pub(super) fn unread(body: &Incoming) -> Unread {
+    match body.size_hint().exact() {
+        _ if body.is_end_stream() => Unread::Nothing,
+        Some(length) if length <= LITTLE => Unread::Little,
+        _ => Unread::Much,
+    }
+}
+
+/// Reads a whole body of at most `limit` bytes. One that stops arriving for as long as `idle` is given up.
+pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) -> Result<Bytes, ProxyError> {
     let too_large = || ProxyError::BodyTooLarge { limit };
     let told = body.size_hint().exact();
     if told.is_some_and(|length| length > limit as u64) {
@@ -197,8 +207,8 @@ pub(super) async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes,
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
-        let frame = match timeout(BODY_IDLE, body.frame()).await {
-            Err(_) => return Err(ProxyError::BodyIncomplete("nothing came for 30 seconds")),
+        let frame = match timeout(idle, body.frame()).await {
+            Err(_) => return Err(ProxyError::BodyIncomplete("nothing more of it came")),
             Ok(None) => break,
             Ok(Some(Err(_))) => {
                 return Err(ProxyError::BodyIncomplete("the connection broke, or its framing is wrong"));

@@ -11,6 +11,7 @@ mod fixtures;
 mod limits;
 mod operations;
 mod passthrough;
+mod patience;
 mod quotas;
 mod routing;
 mod settling;

@@ -3,7 +3,7 @@
 use super::{Caller, Reply, Upstream, soon};
 use serde_json::Value;
 use std::net::SocketAddr;
-use tollgate::app::App;
+use tollgate::app::{App, Patience, Workers};
 use tollgate::config::parse;
 
 pub struct Gateway {
@@ -32,18 +32,33 @@ impl Gateway {
 
     /// `settings` of the upstream `backend` and the whole of `environments` with what follows.
     pub async fn with(upstream: &Upstream, settings: &str, environments: &str) -> Self {
+        Self::waiting(upstream, settings, environments, Patience::default()).await
+    }
+
+    /// One that waits so long for its callers.
+    pub async fn waiting(
+        upstream: &Upstream,
+        settings: &str,
+        environments: &str,
+        patience: Patience,
+    ) -> Self {
         let text = format!(
             "server: {{ listen: '127.0.0.1:0', max_request_body: 1MiB, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
              upstreams:\n  backend: {{ base_url: 'http://{}/v1', {settings} }}\nenvironments:\n{environments}\nstore: {{ memory: true }}\n",
             upstream.address
         );
-        Self::from_config(&text).await
+        Self::start(&text, patience).await
     }
 
     pub async fn from_config(text: &str) -> Self {
+        Self::start(text, Patience::default()).await
+    }
+
+    async fn start(text: &str, patience: Patience) -> Self {
         let loaded =
             parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        let app = tokio::task::spawn_blocking(move || App::start(loaded.config).unwrap()).await.unwrap();
+        let start = move || App::start_waiting(loaded.config, Workers::default(), patience).unwrap();
+        let app = tokio::task::spawn_blocking(start).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }
     }
 
