@@ -19,3 +19,4 @@ mod simulate;
 mod support;
 mod tls;
 mod upstreams;
+mod withholding;

@@ -4,10 +4,12 @@
 
 pub mod caller;
 pub mod gateway;
+pub mod process;
 pub mod upstream;
 
 pub use caller::{Caller, Reply};
 pub use gateway::Gateway;
+pub use process::Process;
 pub use upstream::{Answer, Step, Upstream};
 
 use std::time::Duration;
