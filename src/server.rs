@@ -3,6 +3,7 @@
 //! It is the gateway's own because callers that are slow, or gone, have to be noticed, and because a
 //! shutdown lets answers end that are under way.
 
+mod malformed;
 mod peer;
 mod socket;
 
@@ -144,6 +145,7 @@ async fn connection<S, B>(
         .timer(TokioTimer::new())
         .header_read_timeout(head)
         .max_buf_size(LARGEST_HEAD)
+        .max_header_size(LARGEST_HEAD)
         .serve_connection(TokioIo::new(Handle(&socket)), service);
     let mut connection = pin!(connection);
     let result = tokio::select! {

@@ -1,7 +1,7 @@
 //! A caller's socket, with what HTTP machinery does not look after: a caller that takes nothing of its
 //! answer, one that hangs up while nobody reads, and one that still sends when it has been refused.
 
-use super::Peer;
+use super::{Peer, malformed};
 use crate::clock::Stopwatch;
 use bytes::{Buf as _, BytesMut};
 use std::io::{self, ErrorKind, IoSlice};
@@ -35,6 +35,8 @@ struct Inner {
     /// Since when nothing could be written.
     stuck: Option<Stopwatch>,
     alarm: Option<Pin<Box<Sleep>>>,
+    /// What is written in place of what the machinery writes, and how much of it has been.
+    instead: Option<(Vec<u8>, usize)>,
     lingering: Option<Lingering>,
 }
 
@@ -50,7 +52,8 @@ pub(super) struct Handle<'s>(pub(super) &'s Socket);
 impl Socket {
     pub(super) fn new(stream: TcpStream, peer: Arc<Peer>) -> Self {
         let (ahead, is_read) = (BytesMut::new(), true);
-        let inner = Inner { stream, ahead, is_read, stuck: None, alarm: None, lingering: None };
+        let inner =
+            Inner { stream, ahead, is_read, stuck: None, alarm: None, instead: None, lingering: None };
         Self { peer, inner: Mutex::new(inner) }
     }
 
@@ -75,13 +78,25 @@ impl Socket {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Writes `first` and what follows it by `write`, or what has to be written in place of `first`.
     fn poll_write(
         &self,
         cx: &mut Context<'_>,
+        first: &[u8],
         write: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         let mut inner = self.lock();
-        if let Poll::Ready(written) = write(Pin::new(&mut inner.stream), cx) {
+        if inner.instead.is_none()
+            && let Some(instead) = malformed::instead_of(first)
+        {
+            self.peer.linger();
+            inner.instead = Some((instead, 0));
+        }
+        let written = match &mut inner.instead {
+            None => write(Pin::new(&mut inner.stream), cx),
+            Some(_) => inner.poll_instead(cx, first.len()),
+        };
+        if let Poll::Ready(written) = written {
             inner.stuck = None;
             return Poll::Ready(written);
         }
@@ -100,6 +115,16 @@ impl Inner {
             alarm.as_mut().reset(due);
         }
         alarm.as_mut().poll(cx)
+    }
+
+    /// `length`: of what it is written in place of.
+    fn poll_instead(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
+        let Self { stream, instead: Some((bytes, at)), .. } = self else { return Poll::Pending };
+        while *at < bytes.len() {
+            *at += ready!(Pin::new(&mut *stream).poll_write(cx, &bytes[*at..]))?;
+        }
+        self.instead = None;
+        Poll::Ready(Ok(length))
     }
 
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -148,7 +173,7 @@ impl AsyncRead for Handle<'_> {
 
 impl AsyncWrite for Handle<'_> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.0.poll_write(cx, |stream, cx| stream.poll_write(cx, bytes))
+        self.0.poll_write(cx, bytes, |stream, cx| stream.poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
@@ -156,7 +181,8 @@ impl AsyncWrite for Handle<'_> {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.0.poll_write(cx, |stream, cx| stream.poll_write_vectored(cx, slices))
+        let first = slices.first().map_or(&[][..], |slice| slice);
+        self.0.poll_write(cx, first, |stream, cx| stream.poll_write_vectored(cx, slices))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -99,7 +99,7 @@ proptest! {
     ) {
         let text = |withheld: bool| -> String {
             let kept = events.iter().filter(|((_, is_extra), _)| !(withheld && *is_extra));
-            kept.map(|((lines, _), end)| lines.iter().map(|l| format!("{l}{end}")).collect::<String>() + end).collect()
+            kept.map(|((lines, _), end)| lines.join(end) + end + end).collect()
         };
         let whole = text(false);
         let answer = answer_of(whole.as_bytes(), "text/event-stream", framing, cuts);
