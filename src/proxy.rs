@@ -35,7 +35,7 @@ pub use answer::AnswerBody;
 use call::{Call, Reading};
 use flood::Flood;
 use headers::{OurKeys, SentKey, Told, Unread};
-use metered::{Metered, Terms};
+use metered::{Kept, Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
 
 /// What all workers of a gateway share.
@@ -242,10 +242,10 @@ impl Proxy {
         let who = self.identify(&route, &head.headers)?;
         let environment = &self.shared.config.environments[who.environment];
         self.name(who, &mut charge.record, told);
-        if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
-            return Err(self.unknown_path(&head));
-        }
         if route.endpoint == Endpoint::Other {
+            if !environment.forward_other_paths {
+                return Err(self.unknown_path(&head));
+            }
             call::check_upgrade(&head.headers)?;
         }
         call::check_encoding(&head.headers)?;
@@ -309,7 +309,12 @@ impl Proxy {
         let withholds = call.asks_for_usage();
         let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.shared.calibrations));
         let lesson = lesson.flatten();
-        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge).await
+        let (response, kept) =
+            self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge);
+        if let Some(kept) = kept {
+            kept.await;
+        }
+        response
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -479,7 +484,9 @@ impl Proxy {
     }
 
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
-    async fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
+    /// Nobody asks for the bytes of an answer without a body: it is settled here, and what that has to
+    /// wait for comes with it.
+    fn respond(&self, answer: Answer, mut charge: Charge) -> (Response<AnswerBody>, Option<Kept>) {
         let Answer { mut parts, incoming, withholds, terms, lesson, told } = answer;
         headers::for_caller(&mut parts.headers);
         let record = &mut charge.record;
@@ -494,14 +501,12 @@ impl Proxy {
             }
         }
         let mut metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
-        if metered.is_empty() {
-            metered.settled().await;
-        }
+        let kept = if metered.is_empty() { metered.settle_empty() } else { None };
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
         told.write(&mut parts.headers);
-        Response::from_parts(parts, AnswerBody::metered(metered))
+        (Response::from_parts(parts, AnswerBody::metered(metered)), kept)
     }
 
     /// The gateway's own answer.

@@ -60,6 +60,8 @@ pub(super) struct Metered {
     ready: VecDeque<Bytes>,
     /// What is left to pass on if the answer is of known length.
     length: Option<u64>,
+    /// And what is left to come: nobody asks for more than that.
+    to_come: Option<u64>,
     terms: Terms,
     lesson: Option<Lesson>,
     state: State,
@@ -117,9 +119,11 @@ impl Metered {
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
         let now = Stopwatch::start();
         let allowance = charge.reservation.as_ref().map_or(u64::MAX, |r| r.reserved().completion);
+        let length = length.filter(|_| !matches!(reader, Reader::Sse(_)));
         let mut metered = Self {
             incoming,
-            length: if matches!(reader, Reader::Sse(_)) { None } else { length },
+            length,
+            to_come: length,
             reader,
             ready: VecDeque::new(),
             terms,
@@ -146,26 +150,30 @@ impl Metered {
 
     /// Whether there is no body: nobody will ask for its bytes.
     pub(super) fn is_empty(&self) -> bool {
-        self.incoming.is_end()
+        self.is_whole()
     }
 
-    /// Settles an answer without a body.
-    pub(super) async fn settled(&mut self) {
+    /// Whether all has come, as far as is known without asking for more.
+    fn is_whole(&self) -> bool {
+        self.incoming.is_end() || self.to_come == Some(0)
+    }
+
+    /// Settles an answer without a body. What is returned has to be waited for before the caller gets it.
+    pub(super) fn settle_empty(&mut self) -> Option<Kept> {
         self.end();
-        let kept = match &mut self.state {
-            State::Keeping(kept, _) => kept.as_mut(),
-            State::Passing(_) | State::Counting(..) | State::Settled(_) => return,
-        };
-        kept.await;
-        self.state = State::Settled(Ending::End);
+        match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
+            State::Keeping(kept, _) => Some(kept),
+            State::Passing(_) | State::Counting(..) | State::Settled(_) => None,
+        }
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.incoming.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
                 self.last_data = Stopwatch::start();
+                self.to_come = self.to_come.map(|bytes| bytes.saturating_sub(data.len() as u64));
                 self.reader.feed(data, &mut self.ready);
-                if self.incoming.is_end() {
+                if self.is_whole() {
                     self.end();
                 } else if self.progress_is_due() && self.progress() == Progress::Overrun {
                     self.overrun();

@@ -77,6 +77,20 @@ async fn a_stream_that_breaks_ends_with_an_error_event() {
 }
 
 #[tokio::test]
+async fn an_answer_of_known_length_is_whole_when_that_has_come() {
+    let server = Server::start(b"h2").await;
+    let gateway = gateway(&server, true, "").await;
+    for (act, body) in [("measured", chat_answer(&usage(8, 1))), ("nothing", String::new())] {
+        let reply = gateway.chat(&asking_to(act)).await;
+        assert_eq!((reply.text(), reply.header("content-length")), (&*body, Some(&*body.len().to_string())));
+    }
+    assert_eq!(gateway.settled_charges().await[0], 2);
+    let metrics = gateway.admin_get("/metrics").await;
+    let answered = r#"tollgate_requests_total{api="chat",environment="e",outcome="answered"} 2"#;
+    assert!(metrics.text().contains(answered), "{}", metrics.text());
+}
+
+#[tokio::test]
 async fn the_timeouts_hold_for_http2_too() {
     let server = Server::start(b"h2").await;
     let gateway = gateway(&server, true, "first_byte: 300ms, idle: 300ms").await;
@@ -109,7 +123,7 @@ async fn no_proxy_is_taken_from_the_environment() {
 
 /// An upstream that does what the request's `user` says.
 mod server {
-    use crate::support::{DONE, delta, soon, usage_event};
+    use crate::support::{DONE, chat_answer, delta, soon, usage, usage_event};
     use bytes::Bytes;
     use http_body_util::BodyExt;
     use hyper::body::{Body, Frame};
@@ -254,7 +268,10 @@ mod server {
         let body = String::from_utf8(body.to_vec()).unwrap();
         assert!(body.contains("include_usage"));
         let cancelled = Cancelled(Some(teller.cancelled));
-        let act = ["stall", "break", "silence"].into_iter().find(|act| body.contains(act)).unwrap_or("");
+        let act = ["stall", "break", "silence", "measured", "nothing"]
+            .into_iter()
+            .find(|act| body.contains(act))
+            .unwrap_or("");
         teller.seen.send_replace(body);
         if act == "silence" {
             std::future::pending::<()>().await;
@@ -263,9 +280,14 @@ mod server {
         if act.is_empty() {
             ready.extend([usage_event(8, 1), DONE.to_owned()]);
         }
-        let response = http::Response::builder()
-            .header("content-type", "text/event-stream")
-            .header("x-protocol", version);
+        let mut response = http::Response::builder().header("x-protocol", version);
+        if act == "measured" || act == "nothing" {
+            let body = if act == "nothing" { String::new() } else { chat_answer(&usage(8, 1)) };
+            response = response.header("content-length", body.len());
+            ready = VecDeque::from(if body.is_empty() { vec![] } else { vec![body] });
+        } else {
+            response = response.header("content-type", "text/event-stream");
+        }
         let pause = Box::pin(tokio::time::sleep(std::time::Duration::from_millis(100)));
         Ok(response.body(Events { ready, act, pause, cancelled }).unwrap())
     }

@@ -123,7 +123,8 @@ impl Gateway {
     }
 }
 
-async fn admin_get_at(admin: SocketAddr, target: &str) -> Reply {
+/// Asks this admin listener.
+pub async fn admin_get_at(admin: SocketAddr, target: &str) -> Reply {
     let mut caller = Caller::connect(admin).await;
     caller.send(format!("GET {target} HTTP/1.1\r\nhost: {admin}\r\n\r\n").as_bytes()).await;
     caller.reply().await

@@ -48,6 +48,10 @@ impl Process {
         caller.reply().await
     }
 
+    pub async fn admin_get(&self, target: &str) -> super::Reply {
+        super::gateway::admin_get_at(self.admin, target).await
+    }
+
     /// Waits until nothing is under way and tells what was charged.
     pub async fn settled_charges(&self) -> [u64; 4] {
         super::gateway::settled_at(self.admin).await;
