@@ -208,7 +208,8 @@ impl Proxy {
             Ok(Some(forward)) => self.exchange(forward, charge, told, peer).await,
             Ok(None) => empty_answer(charge),
             Err(error) => {
-                if told.unread != Unread::Nothing {
+                // A flood is to cost nothing.
+                if told.unread != Unread::Nothing && !matches!(error, ProxyError::Flood { .. }) {
                     peer.linger();
                 }
                 self.refuse(error, charge, told)

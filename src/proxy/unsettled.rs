@@ -119,3 +119,43 @@ fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
     let counted: u64 = tokenizer.map_or(0, |t| t.count_all(texts.texts.iter().map(String::as_str)));
     counted + texts.tokens
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+    use std::collections::VecDeque;
+
+    /// An answer with this text, as JSON or as a stream, of which nothing was reported.
+    fn answer(text: &str, streams: bool) -> Uncounted {
+        let kind = if streams { "text/event-stream" } else { "application/json" };
+        let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]);
+        let mut reader = Reader::of(&headers, false);
+        let json = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}"#);
+        let body = if streams { format!("data: {json}\n\n") } else { json };
+        reader.feed(Bytes::from(body), &mut VecDeque::new());
+        Uncounted::Raw(reader, false)
+    }
+
+    #[test]
+    fn only_little_and_ordinary_text_is_counted_on_an_event_loop() {
+        for streams in [false, true] {
+            for (text, is_quick) in [
+                (String::new(), true),
+                ("word ".repeat(400), true),
+                ("word ".repeat(500), false),
+                ("word ".repeat(200_000), false),
+                ("-".repeat(LONGEST_INLINE_RUN), true),
+                ("-".repeat(LONGEST_INLINE_RUN + 1), false),
+            ] {
+                let mut uncounted = answer(&text, streams);
+                let quick = uncounted.look_into() && uncounted.is_short(INLINE_TEXT);
+                assert_eq!(quick, is_quick, "{} bytes, streams: {streams}", text.len());
+                // What is more is not even looked into here.
+                assert_eq!(matches!(uncounted, Uncounted::Raw(..)), text.len() > INLINE_BYTES);
+                assert_eq!(uncounted.into_texts().texts.concat(), text);
+            }
+        }
+    }
+}

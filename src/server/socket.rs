@@ -13,10 +13,12 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::io::poll_read_buf;
 
-/// So much is read ahead of who asks for it, to see whether a hang-up follows.
+/// So much is read ahead of who asks for it, to see whether a hang-up follows. Behind more than this it
+/// is seen when the next piece of the answer is written.
 const MOST_AHEAD: usize = 64 * 1024;
-/// So much of a request that was refused is read and thrown away.
-const MOST_LINGERING: usize = 4 * 1024 * 1024;
+/// So much of a request that was refused is read and thrown away: twice the largest body there is by
+/// default, since its sender is the one who has to learn why it is refused.
+const MOST_LINGERING: usize = 64 * 1024 * 1024;
 /// Bytes thrown away before others on this thread have their turn.
 const LINGER_AT_ONCE: usize = 64 * 1024;
 
