@@ -5,7 +5,7 @@ use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::estimate;
 use crate::proxy::{Proxy, Shared};
-use crate::server::{self, Order};
+use crate::server::{self, Order, Peer};
 use crate::store::{Store, Writer};
 use crate::upstream;
 use anyhow::Context as _;
@@ -19,6 +19,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
+
+pub use crate::server::Patience;
 
 /// Threads for what must not hold up others: counting large prompts, looking up host names.
 const BLOCKING_THREADS: usize = 8;
@@ -79,6 +81,14 @@ impl App {
     /// # Errors
     /// An address cannot be listened at, or a thread or socket cannot be made.
     pub fn start_with(config: Config, workers: Workers) -> anyhow::Result<Self> {
+        Self::start_waiting(config, workers, Patience::default())
+    }
+
+    /// Starts a gateway that waits so long for its callers.
+    ///
+    /// # Errors
+    /// An address cannot be listened at, or a thread or socket cannot be made.
+    pub fn start_waiting(config: Config, workers: Workers, patience: Patience) -> anyhow::Result<Self> {
         let warm = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let config = Arc::new(config);
@@ -107,21 +117,21 @@ impl App {
             let proxy = Arc::new(Proxy::new(shared.clone(), &tls)?);
             let runtime = if workers == Workers::PerCore { one_core()? } else { all_cores(cores)? };
             threads.push(Thread::spawn("worker", runtime, move |orders| {
-                let service_for = move |peer: SocketAddr| {
+                let service_for = move |peer: Arc<Peer>| {
                     let proxy = proxy.clone();
                     service_fn(move |request| {
-                        let proxy = proxy.clone();
-                        async move { Ok::<_, Infallible>(proxy.serve(request, peer.ip()).await) }
+                        let (proxy, peer) = (proxy.clone(), peer.clone());
+                        async move { Ok::<_, Infallible>(proxy.serve(request, &peer).await) }
                     })
                 };
-                server::serve(listener, service_for, orders)
+                server::serve(listener, service_for, patience, orders)
             })?);
         }
         let router = admin::service(shared.clone(), admin_address);
         let mut admin_listeners = admin_listeners;
         let admin_listener = admin_listeners.pop().context("no admin socket")?;
         let admin = Thread::spawn("admin", one_core()?, move |orders| {
-            server::serve(admin_listener, move |_| router.clone(), orders)
+            server::serve(admin_listener, move |_| router.clone(), patience, orders)
         })?;
         Ok(Self { address, admin_address, shared, workers: threads, admin, drain_timeout, store })
     }

@@ -33,6 +33,8 @@ pub enum ProxyError {
     WrongEnvironment,
     /// The request's head is ambiguous.
     BadHead(&'static str),
+    /// It is no HTTP, or its head is too large: the status says which.
+    Malformed(StatusCode),
     /// The body is encoded.
     ContentEncoding,
     /// The body is larger than `server.max_request_body`.
@@ -108,6 +110,10 @@ impl ProxyError {
             Self::InvalidKey { .. } => (S::UNAUTHORIZED, INVALID, "invalid_api_key"),
             Self::WrongEnvironment => (S::FORBIDDEN, INVALID, "wrong_environment"),
             Self::BadHead(_) => (S::BAD_REQUEST, INVALID, "bad_request"),
+            Self::Malformed(S::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
+                (S::REQUEST_HEADER_FIELDS_TOO_LARGE, INVALID, "headers_too_large")
+            }
+            Self::Malformed(status) => (*status, INVALID, "bad_request"),
             Self::ContentEncoding => (S::UNSUPPORTED_MEDIA_TYPE, INVALID, "unsupported_content_encoding"),
             Self::BodyTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, INVALID, "request_body_too_large"),
             Self::BodyIncomplete(_) => (S::BAD_REQUEST, INVALID, "request_body_incomplete"),
@@ -176,7 +182,7 @@ impl ProxyError {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
             // What breaks the connection's framing, or may have left bytes of a body unread.
-            Self::BadHead(_) | Self::BodyTooLarge { .. } | Self::BodyIncomplete(_) => {
+            Self::BadHead(_) | Self::Malformed(_) | Self::BodyTooLarge { .. } | Self::BodyIncomplete(_) => {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             _ => {}
@@ -243,6 +249,10 @@ impl fmt::Display for ProxyError {
                 "This API key belongs to another environment than the one asked for. Use its own base_url, or one without an environment.",
             ),
             Self::BadHead(what) => write!(f, "The request's head is refused: {what}."),
+            Self::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
+                f.write_str("The request's head is too large, or has too many headers.")
+            }
+            Self::Malformed(_) => f.write_str("The request is not well-formed HTTP/1.1."),
             Self::ContentEncoding => f.write_str("The request body must not be encoded: send it as it is."),
             Self::BodyTooLarge { limit } => {
                 write!(f, "The request body is larger than {limit} bytes (server.max_request_body).")

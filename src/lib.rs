@@ -22,7 +22,7 @@
 //!
 //! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `config` (settings as those types), then
 //! `estimate`, `body` and `usage`, then `calibrations`, `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
-//! these two hold), then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
+//! these two hold), then `server`, then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
 //! the ledger's counters alone.
 
 // The core: pure.

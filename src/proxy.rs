@@ -7,6 +7,7 @@ mod headers;
 mod metered;
 mod reader;
 mod route;
+mod unsettled;
 
 use crate::calibrations::{Calibrations, Lesson};
 use crate::clock::Stopwatch;
@@ -15,6 +16,7 @@ use crate::error::ProxyError;
 use crate::estimate::Models;
 use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
 use crate::quota::{Amounts, Asker};
+use crate::server::Peer;
 use crate::store::{Signal, Store};
 use crate::telemetry::{Metrics, Outcome, Record, RequestIds, Series};
 use crate::upstream::{self, SendError, Upstream};
@@ -25,7 +27,6 @@ use hyper::body::Incoming;
 use sha2::{Digest as _, Sha256};
 use smallvec::SmallVec;
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use subtle::ConstantTimeEq as _;
@@ -33,8 +34,8 @@ use subtle::ConstantTimeEq as _;
 pub use answer::AnswerBody;
 use call::{Call, Reading};
 use flood::Flood;
-use headers::{OurKeys, SentKey, Told};
-use metered::{Metered, Terms};
+use headers::{OurKeys, SentKey, Told, Unread};
+use metered::{Kept, Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
 
 /// What all workers of a gateway share.
@@ -49,7 +50,7 @@ pub struct Shared {
     models: Models,
     /// How far estimates were off, by upstream in the config's order.
     calibrations: Arc<Calibrations>,
-    callers: HashMap<[u8; 32], (usize, usize)>,
+    callers: HashMap<[u8; 32], Owner>,
     request_ids: RequestIds,
     flood: Option<Flood>,
     /// How the store does; `None`: nothing is kept.
@@ -91,11 +92,15 @@ impl Charge {
     }
 }
 
+/// Whose a key is: an environment and a caller of it, by index.
+type Owner = (usize, usize);
+
 /// Who asks, and of which environment.
 #[derive(Clone, Copy)]
 struct Caller {
     environment: usize,
-    caller: Option<usize>,
+    /// Its index among those of the environment.
+    index: Option<usize>,
     /// Where keys of this gateway's stand, which are not passed on.
     keys: OurKeys,
 }
@@ -186,20 +191,29 @@ impl Proxy {
     }
 
     /// Serves one request: the upstream's answer, or the gateway's own refusal.
-    pub async fn serve(&self, request: Request<Incoming>, peer: IpAddr) -> Response<AnswerBody> {
+    pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
+        peer.begin();
         let record = Record::begin(self.shared.metrics.clone());
         let mut charge = Charge { reservation: None, record };
         let mut told = Told::default();
         match self.admit(request, peer, &mut charge, &mut told).await {
             Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
-                let proxy = self.clone();
+                let (proxy, peer) = (self.clone(), peer.clone());
                 // Boxed, or every request's future would be as large as both ways together.
-                Box::pin(answer::outlive_caller(async move { proxy.exchange(forward, charge, told).await }))
-                    .await
+                Box::pin(answer::outlive_caller(
+                    async move { proxy.exchange(forward, charge, told, &peer).await },
+                ))
+                .await
             }
-            Ok(Some(forward)) => self.exchange(forward, charge, told).await,
+            Ok(Some(forward)) => self.exchange(forward, charge, told, peer).await,
             Ok(None) => empty_answer(charge),
-            Err(error) => self.refuse(error, charge, told),
+            Err(error) => {
+                // A flood is to cost nothing.
+                if told.unread != Unread::Nothing && !matches!(error, ProxyError::Flood { .. }) {
+                    peer.linger();
+                }
+                self.refuse(error, charge, told)
+            }
         }
     }
 
@@ -208,14 +222,15 @@ impl Proxy {
     async fn admit(
         &self,
         request: Request<Incoming>,
-        peer: IpAddr,
+        peer: &Peer,
         charge: &mut Charge,
         told: &mut Told,
     ) -> Result<Option<Forward>, ProxyError> {
-        if let Some(Err(wait)) = self.shared.flood.as_ref().map(|flood| flood.check(peer)) {
+        let (head, body) = request.into_parts();
+        told.unread = call::unread(&body);
+        if let Some(Err(wait)) = self.shared.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
             return Err(ProxyError::Flood { wait });
         }
-        let (head, body) = request.into_parts();
         if self.shared.is_draining() {
             return Err(ProxyError::ShuttingDown);
         }
@@ -228,15 +243,17 @@ impl Proxy {
         let who = self.identify(&route, &head.headers)?;
         let environment = &self.shared.config.environments[who.environment];
         self.name(who, &mut charge.record, told);
-        if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
-            return Err(self.unknown_path(&head));
-        }
         if route.endpoint == Endpoint::Other {
+            if !environment.forward_other_paths {
+                return Err(self.unknown_path(&head));
+            }
             call::check_upgrade(&head.headers)?;
         }
         call::check_encoding(&head.headers)?;
 
-        let body = call::read_body(body, self.shared.config.server.max_request_body).await?;
+        let most = self.shared.config.server.max_request_body;
+        let body = call::read_body(body, most, peer.patience.body).await?;
+        told.unread = Unread::Nothing;
         let received = Stopwatch::start();
         let call = self.understand(who, &route, body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
@@ -247,7 +264,7 @@ impl Proxy {
         let endpoint = route.endpoint;
         let credential = names.credential.as_ref();
         let headers = headers::for_upstream(head.headers, &environment.upstream, credential, who.keys);
-        let body = call.forwarded(told.clamped_to);
+        let body = call.forwarded(told.clamped_to).await?;
         Ok(Some(Forward {
             request: upstream::Request { method: head.method, target, headers, body },
             upstream: names.upstream,
@@ -259,7 +276,13 @@ impl Proxy {
     }
 
     /// Sends an admitted request on and passes the answer back.
-    async fn exchange(&self, forward: Forward, mut charge: Charge, told: Told) -> Response<AnswerBody> {
+    async fn exchange(
+        &self,
+        forward: Forward,
+        mut charge: Charge,
+        told: Told,
+        peer: &Peer,
+    ) -> Response<AnswerBody> {
         let Forward { request, upstream, environment, endpoint, call, received } = forward;
         charge.record.overhead = Some(received.elapsed());
         let started = Stopwatch::start();
@@ -274,6 +297,7 @@ impl Proxy {
             }
         };
         charge.record.first_byte = Some(started.elapsed());
+        peer.cut_off(started, environment.upstream.timeouts.total);
         let terms = Terms {
             estimated_prompt: call.prompt_tokens,
             completions: call.completions.max(1),
@@ -286,7 +310,12 @@ impl Proxy {
         let withholds = call.asks_for_usage();
         let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.shared.calibrations));
         let lesson = lesson.flatten();
-        self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge).await
+        let (response, kept) =
+            self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge);
+        if let Some(kept) = kept {
+            kept.await;
+        }
+        response
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
@@ -327,7 +356,7 @@ impl Proxy {
         }
         let mut keys = OurKeys::default();
         known.iter().for_each(|(key, _)| keys.add(key.header));
-        Ok(Caller { environment, caller, keys })
+        Ok(Caller { environment, index: caller, keys })
     }
 
     /// Environment and caller of each key, if it is one of this gateway's. What stands in several
@@ -335,8 +364,8 @@ impl Proxy {
     fn callers_of<'k>(
         &self,
         sent: &'k [SentKey<'k>],
-    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<(usize, usize)>)> {
-        let mut last: Option<(&[u8], Option<(usize, usize)>)> = None;
+    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<Owner>)> {
+        let mut last: Option<(&[u8], Option<Owner>)> = None;
         sent.iter().map(move |sent| {
             let found = last.filter(|(key, _)| *key == sent.key).map(|(_, found)| found);
             let found = found.unwrap_or_else(|| self.caller_of(sent.key));
@@ -346,7 +375,7 @@ impl Proxy {
     }
 
     /// Environment and caller of a key: found by its digest, compared in constant time.
-    fn caller_of(&self, key: &[u8]) -> Option<(usize, usize)> {
+    fn caller_of(&self, key: &[u8]) -> Option<Owner> {
         if self.shared.callers.is_empty() || key.len() > LONGEST_KEY {
             return None;
         }
@@ -360,7 +389,7 @@ impl Proxy {
         let names = &self.shared.names[who.environment];
         record.environment = names.environment.clone();
         record.series = Some(names.series.clone());
-        record.caller = who.caller.map(|index| names.callers[index].clone());
+        record.caller = who.index.map(|index| names.callers[index].clone());
         told.environment = Some(names.header.clone());
     }
 
@@ -398,7 +427,7 @@ impl Proxy {
         }
         let account = &self.shared.accounts[who.environment];
         let want = Want {
-            asker: Asker { caller: who.caller, model: &call.model },
+            asker: Asker { caller: who.index, model: &call.model },
             prompt: call.prompt_tokens,
             generates: route.endpoint.generates(),
             cap: call.completion_cap,
@@ -456,7 +485,9 @@ impl Proxy {
     }
 
     /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
-    async fn respond(&self, answer: Answer, mut charge: Charge) -> Response<AnswerBody> {
+    /// Nobody asks for the bytes of an answer without a body: it is settled here, and what that has to
+    /// wait for comes with it.
+    fn respond(&self, answer: Answer, mut charge: Charge) -> (Response<AnswerBody>, Option<Kept>) {
         let Answer { mut parts, incoming, withholds, terms, lesson, told } = answer;
         headers::for_caller(&mut parts.headers);
         let record = &mut charge.record;
@@ -471,14 +502,12 @@ impl Proxy {
             }
         }
         let mut metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
-        if metered.is_empty() {
-            metered.settled().await;
-        }
+        let kept = if metered.is_empty() { metered.settle_empty() } else { None };
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
         told.write(&mut parts.headers);
-        Response::from_parts(parts, AnswerBody::metered(metered))
+        (Response::from_parts(parts, AnswerBody::metered(metered)), kept)
     }
 
     /// The gateway's own answer.

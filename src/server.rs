@@ -1,25 +1,34 @@
 //! The accept loop: connections in, requests to a service, an orderly end.
 //!
-//! It is the gateway's own because a slow request head has to be timed out, and because a shutdown
-//! lets answers end that are under way.
+//! It is the gateway's own because callers that are slow, or gone, have to be noticed, and because a
+//! shutdown lets answers end that are under way.
+
+mod malformed;
+mod peer;
+mod socket;
 
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use socket::{Handle, Socket as Connection};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::error::Error;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
-/// A request's head has to arrive within this time; so long may a connection also be idle.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+pub use peer::Patience;
+pub(crate) use peer::Peer;
+
 /// A request's head, and what is read ahead of a body, is no larger than this.
 const LARGEST_HEAD: usize = 64 * 1024;
 /// So long nothing is accepted when the process has run out of file descriptors.
@@ -65,7 +74,8 @@ fn socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener
 /// that is over. Returns how many connections were cut off then.
 pub(crate) async fn serve<S, B>(
     listener: std::net::TcpListener,
-    service_for: impl Fn(SocketAddr) -> S,
+    service_for: impl Fn(Arc<Peer>) -> S,
+    patience: Patience,
     mut orders: watch::Receiver<Order>,
 ) -> io::Result<usize>
 where
@@ -84,7 +94,9 @@ where
             () = told_to_drain(&mut orders) => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
-                    let connection = connection(stream, service_for(peer), orders.clone(), alive.clone());
+                    let peer = Arc::new(Peer::new(peer, patience));
+                    let service = service_for(peer.clone());
+                    let connection = connection(stream, peer, service, orders.clone(), alive.clone());
                     tokio::spawn(connection);
                 }
                 Err(error) => {
@@ -112,6 +124,7 @@ async fn told_to_drain(orders: &mut watch::Receiver<Order>) {
 
 async fn connection<S, B>(
     stream: TcpStream,
+    peer: Arc<Peer>,
     service: S,
     mut orders: watch::Receiver<Order>,
     alive: mpsc::Sender<()>,
@@ -126,21 +139,35 @@ async fn connection<S, B>(
         tracing::debug!(%error, "a connection broke at once");
         return;
     }
+    let head = peer.patience.head;
+    let socket = Connection::new(stream, peer);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
+        .header_read_timeout(head)
         .max_buf_size(LARGEST_HEAD)
-        .serve_connection(TokioIo::new(stream), service);
+        .max_header_size(LARGEST_HEAD)
+        .serve_connection(TokioIo::new(Handle(&socket)), service);
     let mut connection = pin!(connection);
     let result = tokio::select! {
-        result = connection.as_mut() => result,
+        result = unless_hung_up(connection.as_mut(), &socket) => result,
         () = told_to_drain(&mut orders) => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            unless_hung_up(connection.as_mut(), &socket).await
         }
     };
-    if let Err(error) = result {
-        tracing::debug!(%error, "a connection has ended early");
+    match result {
+        Some(Err(error)) => tracing::debug!(%error, "a connection has ended early"),
+        None => tracing::debug!("a caller has hung up"),
+        Some(Ok(())) => {}
     }
     drop(alive);
+}
+
+/// Serves a connection to its end. `None`: the caller has hung up before.
+async fn unless_hung_up<F: Future>(mut connection: Pin<&mut F>, socket: &Connection) -> Option<F::Output> {
+    poll_fn(|cx| match connection.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => socket.poll_hung_up(cx).map(|()| None),
+    })
+    .await
 }

@@ -47,6 +47,8 @@ pub struct Reported {
     fields: [Option<u64>; FIELDS],
     /// A field was there that cannot be true: negative, not a whole number, absurdly large.
     refused: bool,
+    /// What was read from a cache is not charged.
+    skips_cached: bool,
 }
 
 impl Reported {
@@ -135,12 +137,23 @@ impl Reported {
         self.get(Field::Cached).or(self.get(Field::CacheRead)).unwrap_or(0)
     }
 
+    /// The same, of which nothing is charged that was read from a cache.
+    #[must_use]
+    pub fn less_cached(self) -> Self {
+        Self { skips_cached: true, ..self }
+    }
+
     /// What is charged: what was reported, and for what was not the estimate and the count.
     pub fn amounts(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
         let prompt = self.prompt().unwrap_or(estimated_prompt).min(MAX_AMOUNT);
         let completion = self.completion().unwrap_or(counted_completion);
         let mut amounts = Amounts::of_request(prompt, completion);
         amounts.total = amounts.total.max(self.total().unwrap_or(0)).min(MAX_AMOUNT);
+        if self.skips_cached {
+            let cached = self.cached().min(amounts.prompt);
+            amounts.prompt -= cached;
+            amounts.total -= cached.min(amounts.total);
+        }
         amounts
     }
 
@@ -148,15 +161,6 @@ impl Reported {
     /// its way.
     pub fn amounts_so_far(&self, estimated_prompt: u64, completion: u64) -> Amounts {
         Amounts::of_request(self.prompt().unwrap_or(estimated_prompt), completion)
-    }
-
-    /// The same without what was read from a cache.
-    pub fn amounts_less_cached(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
-        let mut amounts = self.amounts(estimated_prompt, counted_completion);
-        let cached = self.cached().min(amounts.prompt);
-        amounts.prompt -= cached;
-        amounts.total -= cached.min(amounts.total);
-        amounts
     }
 }
 
@@ -267,7 +271,7 @@ mod tests {
             ),
             (r#"{"prompt_tokens":7,"completion_tokens":3,"cached_tokens":9000}"#, (0, 3, 3)),
         ] {
-            let a = Reported::read(usage).amounts_less_cached(100, 50);
+            let a = Reported::read(usage).less_cached().amounts(100, 50);
             assert_eq!((a.prompt, a.completion, a.total), want, "{usage}");
         }
     }

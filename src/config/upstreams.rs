@@ -78,7 +78,7 @@ fn base_url(item: &Item<'_>) -> Option<Uri> {
     {
         item.fault("this has to be an http or https URL such as https://api.openai.com/v1");
     } else if scheme == Some("https")
-        && !authority.is_some_and(|a| ServerName::try_from(a.host().trim_matches(['[', ']'])).is_ok())
+        && authority.is_none_or(|a| ServerName::try_from(a.host().trim_matches(['[', ']'])).is_err())
     {
         item.fault("the host cannot be the name of a TLS server");
     } else {

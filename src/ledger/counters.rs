@@ -480,6 +480,16 @@ impl Counters {
         self.quotas.levels(now)
     }
 
+    /// What all requests under way have reserved.
+    pub fn held(&self) -> Amounts {
+        self.held
+    }
+
+    /// Sums since the store began.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
     /// Whether what this asker reserves has to outlive the process.
     pub fn are_durable(&self, asker: Asker<'_>) -> bool {
         self.quotas.are_durable(asker)

@@ -1,5 +1,6 @@
 //! The caller's request: its body within bounds, and the few fields of it that are needed.
 
+use super::headers::Unread;
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited};
 use crate::calibrations::{Calibrations, Lesson};
@@ -18,8 +19,10 @@ use tokio::time::timeout;
 /// Bodies up to this size are parsed where they arrive (about 50 microseconds), and counted there too if
 /// that is quick; all others on a thread for such work, which costs 10 to 20 more.
 const INLINE_BODY: usize = 40 * 1024;
-/// A body that stops arriving for so long is given up.
-const BODY_IDLE: Duration = Duration::from_secs(30);
+/// Changes to a larger body are made on a thread for such work, since they copy it.
+const INLINE_EDIT: usize = 64 * 1024;
+/// A body that is left unread is no more than this, or else the connection is closed.
+const LITTLE: u64 = 64 * 1024;
 /// A buffer for a body grows as bytes arrive; it does not trust a length it was told beyond this.
 const FIRST_BUFFER: usize = 256 * 1024;
 
@@ -100,11 +103,18 @@ impl Call {
 
     /// What is forwarded: as it came, but for a stream's usage that is asked for, and each completion's
     /// bound if it is to be lowered.
-    pub(super) fn forwarded(&self, bound: Option<u64>) -> Bytes {
+    pub(super) async fn forwarded(&self, bound: Option<u64>) -> Result<Bytes, ProxyError> {
         let bound =
             bound.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model, &self.body));
         let edits: Vec<Edit> = bound.into_iter().chain(self.asks_for_usage.clone()).collect();
-        if edits.is_empty() { self.body.clone() } else { edited(&self.body, edits) }
+        if edits.is_empty() {
+            return Ok(self.body.clone());
+        }
+        if self.body.len() <= INLINE_EDIT {
+            return Ok(edited(&self.body, edits));
+        }
+        let body = self.body.clone();
+        spawn_blocking(move || edited(&body, edits)).await.map_err(|_| ProxyError::Internal)
     }
 
     /// `None` if the prompt was not estimated.
@@ -180,8 +190,17 @@ pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), ProxyError> {
     Ok(())
 }
 
-/// Reads a whole body of at most `limit` bytes.
-pub(super) async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes, ProxyError> {
+/// How much of a body is still to be read.
+pub(super) fn unread(body: &Incoming) -> Unread {
+    match body.size_hint().exact() {
+        _ if body.is_end_stream() => Unread::Nothing,
+        Some(length) if length <= LITTLE => Unread::Little,
+        _ => Unread::Much,
+    }
+}
+
+/// Reads a whole body of at most `limit` bytes. One that stops arriving for as long as `idle` is given up.
+pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) -> Result<Bytes, ProxyError> {
     let too_large = || ProxyError::BodyTooLarge { limit };
     let told = body.size_hint().exact();
     if told.is_some_and(|length| length > limit as u64) {
@@ -190,8 +209,8 @@ pub(super) async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes,
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
-        let frame = match timeout(BODY_IDLE, body.frame()).await {
-            Err(_) => return Err(ProxyError::BodyIncomplete("nothing came for 30 seconds")),
+        let frame = match timeout(idle, body.frame()).await {
+            Err(_) => return Err(ProxyError::BodyIncomplete("nothing more of it came")),
             Ok(None) => break,
             Ok(Some(Err(_))) => {
                 return Err(ProxyError::BodyIncomplete("the connection broke, or its framing is wrong"));

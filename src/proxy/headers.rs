@@ -215,6 +215,18 @@ pub(super) struct Told {
     pub(super) standing: [Option<Standing>; 4],
     /// To how many tokens each completion was bounded.
     pub(super) clamped_to: Option<u64>,
+    /// What of the request is answered without having been read.
+    pub(super) unread: Unread,
+}
+
+/// How much of a body has not been read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Unread {
+    #[default]
+    Nothing,
+    /// So little that reading it costs less than another connection.
+    Little,
+    Much,
 }
 
 impl Told {
@@ -232,6 +244,9 @@ impl Told {
                 headers.insert(RAW_ESTIMATE, HeaderValue::from(raw));
             }
         }
+        if self.unread == Unread::Much {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         for (kind, standing) in Kind::ALL.into_iter().zip(self.standing) {
             let Some(Standing { limit, remaining, reset_ms }) = standing else { continue };
             let [limit_name, remaining_name, reset_name] = names(kind);
@@ -248,7 +263,7 @@ impl Told {
 mod tests {
     use super::*;
 
-    fn keys<'h>(headers: &'h HeaderMap) -> Vec<(&'h str, bool)> {
+    fn keys(headers: &HeaderMap) -> Vec<(&str, bool)> {
         let keys = sent_keys(headers).unwrap();
         keys.iter().map(|k| (std::str::from_utf8(k.key).unwrap(), k.is_regular)).collect()
     }

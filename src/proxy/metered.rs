@@ -4,16 +4,16 @@
 use super::Charge;
 use super::reader::Reader;
 use super::route::Endpoint;
+use super::unsettled::{Uncounted, Unsettled};
 use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
-use crate::ledger::{Progress, Reservation};
-use crate::quota::Amounts;
+use crate::ledger::Progress;
 use crate::telemetry::Outcome;
 use crate::upstream::Incoming;
-use crate::usage::{Reported, Texts};
+use crate::usage::Reported;
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{self, HeaderMap};
@@ -27,9 +27,6 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Sleep, sleep_until};
-
-/// More text than this is counted on a thread for such work.
-const INLINE_TEXT: usize = 2 * 1024;
 
 /// How often what a stream has certainly used is taken out of what it holds.
 const PROGRESS: Duration = Duration::from_secs(1);
@@ -50,15 +47,6 @@ pub(super) struct Terms {
 }
 
 impl Terms {
-    /// What an answer is charged that has reported this.
-    fn amounts(&self, reported: Reported, estimated_prompt: u64, counted: u64) -> Amounts {
-        if self.environment.count_cached_prompt_tokens {
-            reported.amounts(estimated_prompt, counted)
-        } else {
-            reported.amounts_less_cached(estimated_prompt, counted)
-        }
-    }
-
     fn upstream(&self) -> &str {
         &self.environment.upstream.name
     }
@@ -72,6 +60,8 @@ pub(super) struct Metered {
     ready: VecDeque<Bytes>,
     /// What is left to pass on if the answer is of known length.
     length: Option<u64>,
+    /// And what is left to come: nobody asks for more than that.
+    to_come: Option<u64>,
     terms: Terms,
     lesson: Option<Lesson>,
     state: State,
@@ -86,13 +76,18 @@ pub(super) struct Metered {
     caller_is_gone: bool,
 }
 
+/// Ready when what was charged would outlive the process.
+pub(super) type Kept = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+// A whole life is spent in the large one, and the whole is boxed.
+#[allow(clippy::large_enum_variant)]
 enum State {
     /// Bytes are coming. The reservation lives here.
     Passing(Charge),
-    /// All has come and is being counted.
-    Counting(Charge, JoinHandle<u64>, Ending),
+    /// All has come, and is counted and settled on a thread for such work.
+    Counting(JoinHandle<Option<Kept>>, Ending),
     /// Settled for more than was reserved, which has to be kept before the last bytes are passed on.
-    Keeping(Pin<Box<dyn Future<Output = ()> + Send>>, Ending),
+    Keeping(Kept, Ending),
     /// Settled; what is ready is still to be passed on.
     Settled(Ending),
 }
@@ -127,9 +122,11 @@ impl Metered {
         let now = Stopwatch::start();
         let bounds = charge.reservation.as_ref().map(|held| (held.cap(), held.tell_beyond()));
         let (cap, tell_beyond) = bounds.unwrap_or((u64::MAX, u64::MAX));
+        let length = length.filter(|_| !matches!(reader, Reader::Sse(_)));
         let mut metered = Self {
             incoming,
-            length: if matches!(reader, Reader::Sse(_)) { None } else { length },
+            length,
+            to_come: length,
             reader,
             ready: VecDeque::new(),
             terms,
@@ -157,26 +154,30 @@ impl Metered {
 
     /// Whether there is no body: nobody will ask for its bytes.
     pub(super) fn is_empty(&self) -> bool {
-        self.incoming.is_end()
+        self.is_whole()
     }
 
-    /// Settles an answer without a body.
-    pub(super) async fn settled(&mut self) {
+    /// Whether all has come, as far as is known without asking for more.
+    fn is_whole(&self) -> bool {
+        self.incoming.is_end() || self.to_come == Some(0)
+    }
+
+    /// Settles an answer without a body. What is returned has to be waited for before the caller gets it.
+    pub(super) fn settle_empty(&mut self) -> Option<Kept> {
         self.end();
-        let kept = match &mut self.state {
-            State::Keeping(kept, _) => kept.as_mut(),
-            State::Passing(_) | State::Counting(..) | State::Settled(_) => return,
-        };
-        kept.await;
-        self.state = State::Settled(Ending::End);
+        match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
+            State::Keeping(kept, _) => Some(kept),
+            State::Passing(_) | State::Counting(..) | State::Settled(_) => None,
+        }
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.incoming.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
                 self.last_data = Stopwatch::start();
+                self.to_come = self.to_come.map(|bytes| bytes.saturating_sub(data.len() as u64));
                 self.reader.feed(data, &mut self.ready);
-                if self.incoming.is_end() {
+                if self.is_whole() {
                     self.end();
                 } else if self.progress_is_due() && self.progress() == Progress::Overrun {
                     self.overrun();
@@ -293,27 +294,32 @@ impl Metered {
                 lesson.learn(prompt);
             }
         }
-        let texts = self.texts_to_count(&mut charge, was_cut);
-        if texts.bytes() <= INLINE_TEXT || self.terms.tokenizer.is_none() {
-            self.settle(charge, count(self.terms.tokenizer, &texts), ending);
+        let mut unsettled = self.unsettled(charge, was_cut);
+        self.state = if unsettled.is_quick() {
+            State::settled(unsettled.settle(), ending)
         } else {
-            let tokenizer = self.terms.tokenizer;
-            let counted = spawn_blocking(move || count(tokenizer, &texts));
-            self.state = State::Counting(charge, counted, ending);
-        }
+            State::Counting(spawn_blocking(move || unsettled.settle()), ending)
+        };
     }
 
-    /// What has to be counted because the upstream did not report it: where nothing is generated, nothing.
-    fn texts_to_count(&mut self, charge: &mut Charge, was_cut: bool) -> Texts {
+    /// What is left to do for this answer. What came has to be counted where the upstream did not report
+    /// it; where nothing is generated, nothing.
+    fn unsettled(&mut self, mut charge: Charge, was_cut: bool) -> Unsettled {
         let reported = self.reader.reported();
         charge.record.reported = reported.is_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
-        self.tell_of_usage(charge, reported);
-        let is_known = !self.terms.status.is_success() || reported.completion().is_some();
-        if is_known || !self.terms.endpoint.generates() {
-            return Texts::default();
-        }
-        self.reader.take_texts(was_cut)
+        self.tell_of_usage(&charge, reported);
+        let Terms { status, endpoint, estimated_prompt, tokenizer, .. } = self.terms;
+        let is_known = !status.is_success() || reported.completion().is_some();
+        let uncounted = if is_known || !endpoint.generates() {
+            Uncounted::Nothing
+        } else {
+            Uncounted::Raw(std::mem::replace(&mut self.reader, Reader::Opaque(0)), was_cut)
+        };
+        let estimated_prompt = status.is_success().then_some(estimated_prompt);
+        let skips = !self.terms.environment.count_cached_prompt_tokens;
+        let reported = if skips { reported.less_cached() } else { reported };
+        Unsettled::new(charge, reported, estimated_prompt, tokenizer, uncounted)
     }
 
     /// Counts an answer whose usage is missing where there should be one, or cannot be true.
@@ -329,62 +335,27 @@ impl Metered {
             metrics.usage_missing(environment, "not_reported");
         }
     }
+}
 
-    fn settle(&mut self, mut charge: Charge, counted: u64, ending: Ending) {
-        let reported = self.reader.reported();
-        let amounts = if self.terms.status.is_success() || reported.is_any() {
-            let prompt = if self.terms.status.is_success() { self.terms.estimated_prompt } else { 0 };
-            self.terms.amounts(reported, prompt, counted)
-        } else {
-            Amounts { requests: 1, ..Amounts::default() }
-        };
-        charge.observe(amounts);
-        let kept = charge.reservation.take().and_then(Reservation::settle);
-        self.state = kept.map_or(State::Settled(ending), |kept| State::Keeping(Box::pin(kept), ending));
+impl State {
+    fn settled(kept: Option<Kept>, ending: Ending) -> Self {
+        kept.map_or(Self::Settled(ending), |kept| Self::Keeping(kept, ending))
     }
 }
 
-fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
-    let counted: u64 = tokenizer.map_or(0, |t| t.count_all(texts.texts.iter().map(String::as_str)));
-    counted + texts.tokens
-}
-
-/// The caller has hung up, or the gateway stops: what has come is counted and charged all the same.
+/// The caller has hung up, or the gateway stops: what has come is counted and charged all the same. A
+/// count that is under way goes on by itself.
 impl Drop for Metered {
     fn drop(&mut self) {
-        match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
-            State::Settled(_) | State::Keeping(..) => {}
-            State::Counting(charge, counting, _) => {
-                finish_elsewhere(charge, self.reader.reported(), &self.terms, counting);
-            }
-            State::Passing(mut charge) => {
-                charge.record.outcome = Outcome::CallerGone;
-                let texts = self.texts_to_count(&mut charge, true);
-                let tokenizer = self.terms.tokenizer;
-                match Handle::try_current() {
-                    Ok(runtime) if texts.bytes() > INLINE_TEXT => {
-                        let counting = runtime.spawn_blocking(move || count(tokenizer, &texts));
-                        finish_elsewhere(charge, self.reader.reported(), &self.terms, counting);
-                    }
-                    _ => self.settle(charge, count(tokenizer, &texts), Ending::End),
-                }
-            }
+        let state = std::mem::replace(&mut self.state, State::Settled(Ending::End));
+        let State::Passing(mut charge) = state else { return };
+        charge.record.outcome = Outcome::CallerGone;
+        let mut unsettled = self.unsettled(charge, true);
+        match Handle::try_current() {
+            Ok(runtime) if !unsettled.is_quick() => drop(runtime.spawn_blocking(move || unsettled.settle())),
+            _ => drop(unsettled),
         }
     }
-}
-
-/// Waits for a count in a task of its own and settles with it. Should the count never come, because
-/// the gateway stops in the middle of it, what was reported and estimated is charged.
-fn finish_elsewhere(mut charge: Charge, reported: Reported, terms: &Terms, counting: JoinHandle<u64>) {
-    let estimated_prompt = terms.estimated_prompt;
-    charge.observe(terms.amounts(reported, estimated_prompt, 0));
-    let terms = terms.clone();
-    let Ok(runtime) = Handle::try_current() else { return };
-    runtime.spawn(async move {
-        if let Ok(counted) = counting.await {
-            charge.observe(terms.amounts(reported, estimated_prompt, counted));
-        }
-    });
 }
 
 impl Body for Metered {
@@ -399,12 +370,10 @@ impl Body for Metered {
         loop {
             match &mut me.state {
                 // The last bytes wait for the count: whoever has read them finds it settled.
-                State::Counting(_, counting, ending) => {
-                    let counted = ready!(Pin::new(counting).poll(cx)).unwrap_or(0);
-                    let settled = State::Settled(*ending);
-                    if let State::Counting(charge, _, ending) = std::mem::replace(&mut me.state, settled) {
-                        me.settle(charge, counted, ending);
-                    }
+                State::Counting(counting, ending) => {
+                    let ending = *ending;
+                    let kept = ready!(Pin::new(counting).poll(cx)).ok().flatten();
+                    me.state = State::settled(kept, ending);
                 }
                 State::Keeping(kept, ending) => {
                     let ending = *ending;
@@ -456,9 +425,8 @@ impl Metered {
             self.ready.clear();
             match &self.state {
                 State::Passing(_) => ready!(self.poll_passing(cx)),
-                State::Counting(..) => drop(ready!(Pin::new(&mut *self).poll_frame(cx))),
                 // Nobody is there whose last bytes would have to wait.
-                State::Settled(_) | State::Keeping(..) => return Poll::Ready(()),
+                State::Counting(..) | State::Settled(_) | State::Keeping(..) => return Poll::Ready(()),
             }
         }
     }

@@ -67,6 +67,15 @@ impl Reader {
         }
     }
 
+    /// Bytes that have been kept to be counted.
+    pub(super) fn kept_bytes(&self) -> usize {
+        match self {
+            Self::Sse(reader) => reader.kept_bytes(),
+            Self::Json(_, received) => received.kept_bytes(),
+            Self::Opaque(_) => 0,
+        }
+    }
+
     /// What came and has to be counted.
     pub(super) fn take_texts(&mut self, was_cut: bool) -> Texts {
         match self {

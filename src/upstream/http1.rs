@@ -205,7 +205,7 @@ pub(super) fn never_read(error: impl Into<Box<dyn std::error::Error + Send + Syn
 
 /// Whether the request can be sent again without being served twice.
 pub(super) fn was_never_read(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(|inner| inner.is::<NeverRead>())
+    matches!(error.get_ref(), Some(inner) if inner.is::<NeverRead>())
 }
 
 impl Connection {
@@ -604,7 +604,7 @@ mod tests {
     async fn a_connection_that_nobody_needs_is_closed() {
         let pool = Pool { idle_for: Duration::from_millis(100), ..Pool::default() };
         let mut peers = Vec::new();
-        for _ in 0..MOST_IDLE + 1 {
+        for _ in 0..=MOST_IDLE {
             let (ours, theirs) = tokio::io::duplex(64);
             pool.keep(Connection::new(Box::new(ours)));
             peers.push(theirs);

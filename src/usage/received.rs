@@ -100,6 +100,11 @@ impl Received {
         raw.rsplit(|&b| b == b'\n').next().unwrap_or_default()
     }
 
+    /// Bytes that are kept: tells how long it will take to look into them.
+    pub fn kept_bytes(&self) -> usize {
+        self.raw.len() + self.text_bytes
+    }
+
     /// Keeps a piece of a whole JSON answer.
     pub fn push_piece(&mut self, piece: &[u8]) {
         if self.uncounted > 0 || self.raw.len() + piece.len() > MOST_DOCUMENT {

@@ -142,6 +142,11 @@ impl SseReader {
         self.withheld
     }
 
+    /// Bytes that are kept to be counted.
+    pub fn kept_bytes(&self) -> usize {
+        self.received.kept_bytes()
+    }
+
     /// The generated text so far, where usage has not come.
     pub fn take_texts(&mut self) -> Texts {
         std::mem::take(&mut self.received).finish_events()

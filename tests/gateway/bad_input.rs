@@ -123,6 +123,31 @@ async fn an_ambiguous_head_is_refused() {
 }
 
 #[tokio::test]
+async fn what_is_no_http_is_refused_in_the_shape_of_all_refusals() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    let long = "x".repeat(100_000);
+    let many = "x-a: 1\r\n".repeat(200);
+    for (head, refusal) in [
+        ("hello\r\n\r\n".to_owned(), (400, "bad_request")),
+        (format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: +2\r\n\r\n{{}}"), (400, "bad_request")),
+        (format!("GET /{long} HTTP/1.1\r\nhost: a\r\n\r\n"), (431, "headers_too_large")),
+        (format!("GET / HTTP/1.1\r\nhost: a\r\nx: {long}\r\n\r\n"), (431, "headers_too_large")),
+        (format!("GET / HTTP/1.1\r\nhost: a\r\n{many}\r\n"), (431, "headers_too_large")),
+    ] {
+        let mut caller = gateway.caller().await;
+        // A request that is fine before does not make it different.
+        caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+        assert_eq!(caller.reply().await.status, 200);
+        caller.send(head.as_bytes()).await;
+        let reply = caller.reply().await;
+        assert_eq!(reply.refusal(), (refusal.0, refusal.1.to_owned()), "{head:.60}");
+        assert_eq!(reply.header("connection"), Some("close"));
+        assert!(caller.is_closed().await);
+    }
+}
+
+#[tokio::test]
 async fn a_caller_that_sends_half_a_body_and_goes_costs_nothing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;

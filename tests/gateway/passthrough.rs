@@ -195,7 +195,7 @@ async fn kept_connections_serve_one_request_after_the_other_in_both_directions()
 
 /// How a body is framed on its way from the upstream.
 #[derive(Clone, Copy, Debug)]
-enum Framing {
+pub enum Framing {
     Length,
     Chunks,
     UntilClosed,
@@ -229,7 +229,7 @@ async fn shared_gateway(upstream: &Upstream) -> Gateway {
     Gateway::before(upstream, ROOM).await
 }
 
-fn answer_of(body: &[u8], kind: &str, framing: Framing, mut cuts: Vec<usize>) -> Answer {
+pub fn answer_of(body: &[u8], kind: &str, framing: Framing, mut cuts: Vec<usize>) -> Answer {
     cuts.sort_unstable();
     let field = match framing {
         Framing::Length => format!("content-length: {}\r\n", body.len()),

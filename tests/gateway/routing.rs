@@ -125,8 +125,11 @@ async fn a_foreign_key_is_refused_wherever_it_stands() {
 async fn a_heap_of_keys_is_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "default_environment: open").await;
-    let keys: String = (0..9).map(|n| format!("x-api-key: {n}\r\n")).collect();
-    assert_eq!(gateway.send("POST", CHAT, &keys, HELLO).await.refusal(), (400, "bad_request".into()));
+    let keys: Vec<_> = (0..9).map(|n| format!("x-api-key: {n}\r\n")).collect();
+    assert_eq!(
+        gateway.send("POST", CHAT, &keys.concat(), HELLO).await.refusal(),
+        (400, "bad_request".into())
+    );
 }
 
 #[tokio::test]

@@ -1,10 +1,12 @@
 use super::super::call::Call;
 use super::super::headers::Told;
+use super::super::route::Endpoint;
 use super::super::{Charge, Forward, Proxy, Shared};
 use super::*;
 use crate::config::parse;
 use crate::ledger::{Account, Want};
 use crate::quota::{Amounts, Asker};
+use crate::server::{Patience, Peer};
 use crate::telemetry::{Metrics, Record};
 use crate::upstream;
 use http::Method;
@@ -87,7 +89,8 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
         let (mut socket, _) = listener.accept().await.unwrap();
         let _ = socket.read(&mut [0; 4_096]).await;
         sleep(LONGEST_DRAIN * 3 / 4).await;
-        let head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        let head =
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
         socket.write_all(head).await.unwrap();
         pending::<()>().await;
     });
@@ -103,10 +106,12 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
         },
         upstream: 0,
         environment: shared.config.environments[0].clone(),
+        endpoint: Endpoint::Counted(crate::api::Api::Chat),
         call: Call::unread(Bytes::new()),
         received: Stopwatch::start(),
     };
-    let exchange = async move { proxy.exchange(forward, charge, Told::default()).await };
+    let peer = Peer::new(([127, 0, 0, 1], 9).into(), Patience::default());
+    let exchange = async move { proxy.exchange(forward, charge, Told::default(), &peer).await };
     begin_and_hang_up(outlive_caller(exchange)).await;
     let clock = Stopwatch::start();
     sleep(LONGEST_DRAIN / 2).await;

@@ -63,6 +63,11 @@ impl Caller {
         let _ = self.socket.write_all(bytes).await;
     }
 
+    /// Whether these bytes could still be sent.
+    pub async fn sends(&mut self, bytes: &[u8]) -> bool {
+        self.socket.write_all(bytes).await.is_ok()
+    }
+
     /// Sends a request; `headers` are lines that end in CRLF.
     pub async fn request(&mut self, method: &str, target: &str, headers: &str, body: &[u8]) {
         let head = format!(

@@ -3,7 +3,7 @@
 use super::{Caller, Reply, Upstream, soon};
 use serde_json::Value;
 use std::net::SocketAddr;
-use tollgate::app::App;
+use tollgate::app::{App, Patience, Workers};
 use tollgate::config::parse;
 
 pub struct Gateway {
@@ -32,18 +32,33 @@ impl Gateway {
 
     /// `settings` of the upstream `backend` and the whole of `environments` with what follows.
     pub async fn with(upstream: &Upstream, settings: &str, environments: &str) -> Self {
+        Self::waiting(upstream, settings, environments, Patience::default()).await
+    }
+
+    /// One that waits so long for its callers.
+    pub async fn waiting(
+        upstream: &Upstream,
+        settings: &str,
+        environments: &str,
+        patience: Patience,
+    ) -> Self {
         let text = format!(
             "server: {{ listen: '127.0.0.1:0', max_request_body: 1MiB, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
              upstreams:\n  backend: {{ base_url: 'http://{}/v1', {settings} }}\nenvironments:\n{environments}\nstore: {{ memory: true }}\n",
             upstream.address
         );
-        Self::from_config(&text).await
+        Self::start(&text, patience).await
     }
 
     pub async fn from_config(text: &str) -> Self {
+        Self::start(text, Patience::default()).await
+    }
+
+    async fn start(text: &str, patience: Patience) -> Self {
         let loaded =
             parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        let app = tokio::task::spawn_blocking(move || App::start(loaded.config).unwrap()).await.unwrap();
+        let start = move || App::start_waiting(loaded.config, Workers::default(), patience).unwrap();
+        let app = tokio::task::spawn_blocking(start).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }
     }
 
@@ -67,20 +82,16 @@ impl Gateway {
     }
 
     pub async fn admin_get(&self, target: &str) -> Reply {
-        let mut caller = Caller::connect(self.admin).await;
-        caller.send(format!("GET {target} HTTP/1.1\r\nhost: {}\r\n\r\n", self.admin).as_bytes()).await;
-        caller.reply().await
+        admin_get_at(self.admin, target).await
     }
 
     pub async fn environment(&self) -> Value {
-        self.admin_get("/api/environments").await.json()["environments"][0].clone()
+        environment_at(self.admin).await
     }
 
     /// Requests, prompt, completion and total tokens charged so far.
     pub async fn charged(&self) -> [u64; 4] {
-        let environment = self.environment().await;
-        ["requests", "prompt_tokens", "completion_tokens", "total_tokens"]
-            .map(|name| environment["totals"][name].as_u64().unwrap())
+        charged_at(self.admin).await
     }
 
     /// How many answers had no usage, or one that cannot be true.
@@ -93,18 +104,7 @@ impl Gateway {
 
     /// Waits until nothing is under way; then nothing may be held.
     pub async fn settled(&self) -> Value {
-        soon("everything to settle", async {
-            loop {
-                let environment = self.environment().await;
-                if environment["in_flight"] == 0 {
-                    for quota in environment["quotas"].as_array().unwrap() {
-                        assert_eq!(quota["held"], 0, "{environment}");
-                    }
-                    return environment;
-                }
-            }
-        })
-        .await
+        settled_at(self.admin).await
     }
 
     /// Waits until nothing is under way and tells what was charged.
@@ -121,6 +121,40 @@ impl Gateway {
     pub fn take(&mut self) -> App {
         self.app.take().unwrap()
     }
+}
+
+/// Asks this admin listener.
+pub async fn admin_get_at(admin: SocketAddr, target: &str) -> Reply {
+    let mut caller = Caller::connect(admin).await;
+    caller.send(format!("GET {target} HTTP/1.1\r\nhost: {admin}\r\n\r\n").as_bytes()).await;
+    caller.reply().await
+}
+
+async fn environment_at(admin: SocketAddr) -> Value {
+    admin_get_at(admin, "/api/environments").await.json()["environments"][0].clone()
+}
+
+/// What the gateway with this admin listener has charged.
+pub async fn charged_at(admin: SocketAddr) -> [u64; 4] {
+    let environment = environment_at(admin).await;
+    ["requests", "prompt_tokens", "completion_tokens", "total_tokens"]
+        .map(|name| environment["totals"][name].as_u64().unwrap())
+}
+
+/// Waits until nothing is under way there; then nothing may be held.
+pub async fn settled_at(admin: SocketAddr) -> Value {
+    soon("everything to settle", async {
+        loop {
+            let environment = environment_at(admin).await;
+            if environment["in_flight"] == 0 {
+                for quota in environment["quotas"].as_array().unwrap() {
+                    assert_eq!(quota["held"], 0, "{environment}");
+                }
+                return environment;
+            }
+        }
+    })
+    .await
 }
 
 impl Drop for Gateway {

@@ -4,11 +4,13 @@
 
 pub mod caller;
 pub mod gateway;
+pub mod process;
 pub mod program;
 pub mod upstream;
 
 pub use caller::{Caller, Reply};
 pub use gateway::Gateway;
+pub use process::Process;
 pub use program::{run, tollgate};
 pub use upstream::{Answer, Step, Upstream};
 

@@ -2,6 +2,7 @@
 
 use super::soon;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -117,6 +118,7 @@ pub struct Upstream {
     pub address: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
     gate: Arc<Semaphore>,
+    accepted: Arc<AtomicUsize>,
     /// Connections that the gateway has closed.
     closed: watch::Receiver<usize>,
 }
@@ -137,15 +139,17 @@ impl Upstream {
         let (seen, gate) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::new(Semaphore::new(0)));
         let (closing, closed) = watch::channel(0);
         let script: Script = Arc::new(script);
-        let (all, opening) = (seen.clone(), gate.clone());
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let (all, opening, count) = (seen.clone(), gate.clone(), accepted.clone());
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
                 let connection =
                     serve(socket, bodies, script.clone(), all.clone(), opening.clone(), closing.clone());
                 tokio::spawn(connection);
             }
         });
-        Self { address, seen, gate, closed }
+        Self { address, seen, gate, accepted, closed }
     }
 
     pub async fn always(answer: Answer) -> Self {
@@ -154,6 +158,11 @@ impl Upstream {
 
     pub fn open_gate(&self) {
         self.gate.add_permits(1);
+    }
+
+    /// How many connections it has taken.
+    pub fn connections(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
     }
 
     pub fn seen(&self) -> Vec<Seen> {

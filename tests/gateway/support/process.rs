@@ -1,0 +1,67 @@
+//! A gateway in a process of its own, for what depends on the environment variables.
+
+use super::Caller;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+
+pub struct Process {
+    child: Child,
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+    _folder: tempfile::TempDir,
+}
+
+impl Process {
+    /// Starts a gateway with these `upstreams` and `environments` (YAML) and these variables.
+    pub async fn start(sections: &str, variables: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("t.yaml");
+        let listeners = "server: { listen: '127.0.0.1:0' }\nadmin: { listen: '127.0.0.1:0' }\n";
+        std::fs::write(&config, format!("{listeners}{sections}\nstore: {{ memory: true }}\n")).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+            .args(["serve", "--config", config.to_str().unwrap()])
+            .envs(variables.iter().copied())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let serving = tokio::task::spawn_blocking(move || {
+            let line = lines.find(|line| line.contains("\"serving\"")).unwrap();
+            // Whoever writes a log has to find somebody who reads it.
+            std::thread::spawn(move || lines.for_each(drop));
+            serde_json::from_str::<serde_json::Value>(&line).unwrap()
+        })
+        .await
+        .unwrap();
+        let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
+        Self { child, address: address("address"), admin: address("admin"), _folder: folder }
+    }
+
+    pub async fn caller(&self) -> Caller {
+        Caller::connect(self.address).await
+    }
+
+    pub async fn chat(&self, body: &str) -> super::Reply {
+        let mut caller = self.caller().await;
+        caller.request("POST", super::CHAT, "", body.as_bytes()).await;
+        caller.reply().await
+    }
+
+    pub async fn admin_get(&self, target: &str) -> super::Reply {
+        super::gateway::admin_get_at(self.admin, target).await
+    }
+
+    /// Waits until nothing is under way and tells what was charged.
+    pub async fn settled_charges(&self) -> [u64; 4] {
+        super::gateway::settled_at(self.admin).await;
+        super::gateway::charged_at(self.admin).await
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

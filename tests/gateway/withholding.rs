@@ -1,0 +1,130 @@
+//! The one event that may be kept from the caller: the usage that the gateway asked for and it did not.
+
+use crate::passthrough::{Framing, answer_of};
+use crate::support::*;
+use proptest::prelude::*;
+use std::io::Write as _;
+
+const ROOM: &str = "{ requests: { limit: 1000000, per: minute } }";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn completion(fields: &str) -> String {
+    format!(r#"{{{fields},"model":"gpt-3.5-turbo-instruct","prompt":"hello"}}"#)
+}
+
+#[tokio::test]
+async fn a_stream_of_completions_is_asked_for_usage_too() {
+    let text = |t: &str| {
+        format!(
+            "data: {{\"id\":\"c\",\"object\":\"text_completion\",\"choices\":[{{\"index\":0,\"text\":\"{t}\"}}],\"usage\":null}}\n\n"
+        )
+    };
+    let events = [text("Hel"), text("lo"), usage_event(1, 2), DONE.to_owned()];
+    let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
+    let gateway = Gateway::before(&upstream, ROOM).await;
+    let reply = gateway.post(COMPLETIONS, &completion(r#""stream":true"#)).await;
+    assert_eq!(reply.text(), [&events[..2], &events[3..]].concat().concat());
+    assert!(upstream.only().text().contains(r#""stream_options":{"include_usage":true}"#));
+    let asked = completion(r#""stream":true,"stream_options":{"include_usage":true}"#);
+    assert_eq!(gateway.post(COMPLETIONS, &asked).await.text(), events.concat());
+    assert_eq!(gateway.settled_charges().await, [2, 2, 4, 6]);
+}
+
+#[tokio::test]
+async fn a_compressed_answer_passes_as_it_is() {
+    let events = [delta("Hi"), usage_event(8, 1), DONE.to_owned()].concat();
+    let json = chat_answer(&usage(8, 1));
+    for (kind, text) in [("text/event-stream", &events), ("application/json", &json)] {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        gzip.write_all(text.as_bytes()).unwrap();
+        let compressed = gzip.finish().unwrap();
+        let head = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-encoding: gzip\r\ncontent-length: {}\r\n\r\n",
+            compressed.len()
+        );
+        let answer = Answer::of(vec![Step::Send([head.as_bytes(), &compressed].concat())]);
+        let upstream = Upstream::always(answer).await;
+        let gateway = Gateway::before(&upstream, ROOM).await;
+        let mut caller = gateway.caller().await;
+        caller.request("POST", CHAT, "accept-encoding: gzip\r\n", hello(r#""stream":true"#).as_bytes()).await;
+        let reply = caller.reply().await;
+        assert_eq!(reply.body, compressed, "{kind}");
+        assert_eq!(reply.header("content-encoding"), Some("gzip"));
+        assert_eq!(reply.header("content-length"), Some(&*compressed.len().to_string()));
+        assert_eq!(upstream.only().header("accept-encoding"), Some("identity"));
+        assert_eq!(gateway.settled_charges().await[0], 1);
+    }
+}
+
+/// An event, and whether it is the one that only reports usage.
+fn event() -> impl Strategy<Value = (Vec<String>, bool)> {
+    let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+    let report = r#""usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}"#;
+    let extra = [
+        lines(&[&format!(r#"data: {{"id":"c","choices":[],{report}}}"#)]),
+        lines(&[&format!(r#"data:{{ {report} , "choices" : [ ] }}"#)]),
+        lines(&[": of it", "id: 7", &format!(r#"data: {{"choices":[],{report}}}"#), "retry: 9"]),
+        lines(&[r#"data: {"choices":[],"#, &format!("data: {report}}}")]),
+        lines(&["event: usage", &format!(r#"data: {{"note":"\"choices\":[{{","choices":[],{report}}}"#)]),
+    ];
+    let other = [
+        lines(&[r#"data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"}}],"usage":null}"#]),
+        lines(&[&format!(r#"data: {{"choices":[{{"index":0,"delta":{{}}}}],{report}}}"#)]),
+        // Azure's first event.
+        lines(&[r#"data: {"choices":[],"prompt_filter_results":[{"prompt_index":0}]}"#]),
+        lines(&[r#"data: {"choices":[],"usage":null}"#]),
+        lines(&[&format!("data: {{{report}}}")]),
+        lines(&[r#"data: {"choices":[{"delta":{"content":"\"choices\":[],\"usage\":{}"}}]}"#]),
+        lines(&[&format!(r#": {{"choices":[],{report}}}"#)]),
+        lines(&["data: [DONE]"]),
+        lines(&[": ping"]),
+        lines(&["data"]),
+        lines(&["data: é\u{1f600}"]),
+    ];
+    prop_oneof![
+        1 => proptest::sample::select(extra.to_vec()).prop_map(|e| (e, true)),
+        3 => proptest::sample::select(other.to_vec()).prop_map(|e| (e, false)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(80))]
+    #[test]
+    fn the_caller_receives_the_upstreams_bytes_less_exactly_that_event(
+        events in prop::collection::vec((event(), prop_oneof![Just("\n"), Just("\r\n"), Just("\r")]), 0..12),
+        cuts in prop::collection::vec(0usize..1500, 0..8),
+        framing in prop_oneof![Just(Framing::Chunks), Just(Framing::UntilClosed)],
+        is_slow in any::<bool>(),
+        of_chat in any::<bool>(),
+    ) {
+        let text = |withheld: bool| -> String {
+            let kept = events.iter().filter(|((_, is_extra), _)| !(withheld && *is_extra));
+            kept.map(|((lines, _), end)| lines.join(end) + end + end).collect()
+        };
+        let whole = text(false);
+        let answer = answer_of(whole.as_bytes(), "text/event-stream", framing, cuts);
+        let slowly = |step| [step, Step::Wait(std::time::Duration::from_micros(300))];
+        let steps = answer.steps();
+        let answer = Answer::of(if is_slow { steps.into_iter().flat_map(slowly).collect() } else { steps });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let upstream = Upstream::always(answer).await;
+            let gateway = Gateway::before(&upstream, ROOM).await;
+            for (options, withholds) in [
+                ("", true),
+                (r#","stream_options":{"include_usage":false}"#, true),
+                (r#","stream_options":{"include_usage":true}"#, false),
+            ] {
+                let fields = format!(r#""stream":true{options}"#);
+                let reply = if of_chat {
+                    gateway.chat(&hello(&fields)).await
+                } else {
+                    gateway.post(COMPLETIONS, &completion(&fields)).await
+                };
+                assert_eq!(reply.text(), text(withholds), "{options}");
+                assert!(!reply.broke_off);
+            }
+            gateway.settled().await;
+        });
+    }
+}
