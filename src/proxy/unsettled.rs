@@ -31,6 +31,8 @@ pub(super) struct Unsettled {
 }
 
 /// What came and was not reported.
+// It lives for one call: a box would only be made to be taken apart.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Uncounted {
     Nothing,
     /// What has been kept of an answer, and whether that was cut off in the middle.
