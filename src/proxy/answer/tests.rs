@@ -87,7 +87,8 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
         let (mut socket, _) = listener.accept().await.unwrap();
         let _ = socket.read(&mut [0; 4_096]).await;
         sleep(LONGEST_DRAIN * 3 / 4).await;
-        let head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        let head =
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
         socket.write_all(head).await.unwrap();
         pending::<()>().await;
     });
