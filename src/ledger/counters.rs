@@ -438,7 +438,7 @@ impl Counters {
         grant.reserved = grant.reserved.plus(more(tokens));
         self.held = self.held.plus(more(tokens));
         let apart = match grant.receipts.last_mut() {
-            Some(last) => last.join(receipt).err(),
+            Some(last) => last.join(receipt),
             None => Some(receipt),
         };
         grant.receipts.extend(apart);
