@@ -23,8 +23,19 @@ const MAX_TOKENS: u64 = 50;
 /// As both the gateway and the upstream count it.
 const PROMPT: u64 = 8;
 const BODY: &str = r#"{"max_tokens":50,"model":"gpt-4o","messages":[{"role":"user","content":"hello"}]}"#;
+/// How a gateway is started: by a shell, and with these settings of its environment.
+#[derive(Clone, Copy)]
+struct How {
+    shell: &'static str,
+    environment: &'static str,
+}
 /// The program takes the place of the shell that starts it.
-const PLAIN: &str = r#"exec "$0" "$@""#;
+const PLAIN: How = How {
+    shell: r#"exec "$0" "$@""#,
+    environment: "reserve: { completion: max_tokens }, quotas: {
+        total_tokens: [{ limit: 1G, per: day }, { limit: 1G, per: hour, window: calendar }],
+        requests: { limit: 1G, per: day } }",
+};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Any number below `n`; not the same in every run, so that the moments differ.
@@ -115,28 +126,22 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Starts the program on a store file, by a shell that says how; does not wait for it.
-fn spawn(folder: &Path, name: &str, upstream: u16, shell: &str) -> Gateway {
+/// Starts the program on a store file; does not wait for it.
+fn spawn(folder: &Path, name: &str, upstream: u16, how: How) -> Gateway {
     let (port, admin) = (free_port(), free_port());
     let store = folder.join("store/tollgate.db");
     let mut config = format!("server: {{ listen: 127.0.0.1:{port}, flood_guard: 0 }}\n");
     writeln!(config, "admin: {{ listen: 127.0.0.1:{admin} }}").unwrap();
     writeln!(config, "upstreams: {{ u: {{ base_url: http://127.0.0.1:{upstream}/v1 }} }}").unwrap();
-    writeln!(config, "environments: {{ e: {{ upstream: u, reserve: {{ completion: max_tokens }}, quotas: {{")
+    writeln!(config, "environments: {{ e: {{ upstream: u, {} }} }}\ndefault_environment: e", how.environment)
         .unwrap();
-    writeln!(
-        config,
-        "  total_tokens: [{{ limit: 1G, per: day }}, {{ limit: 1G, per: hour, window: calendar }}],"
-    )
-    .unwrap();
-    writeln!(config, "  requests: {{ limit: 1G, per: day }} }} }} }}\ndefault_environment: e").unwrap();
     writeln!(config, "store: {{ path: {} }}", store.display()).unwrap();
     let path = folder.join(name);
     fs::write(&path, config).unwrap();
     let log = fs::File::create(folder.join(format!("{name}.log"))).unwrap();
     let program = std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into());
     let process = Command::new("sh")
-        .args(["-c", shell])
+        .args(["-c", how.shell])
         .arg(PathBuf::from(program))
         .args(["serve", "--config"])
         .arg(path)
@@ -154,15 +159,15 @@ impl Gateway {
         Self::start_with(folder, upstream, PLAIN)
     }
 
-    fn start_with(folder: &Path, upstream: u16, shell: &str) -> Self {
+    fn start_with(folder: &Path, upstream: u16, how: How) -> Self {
         let began = Instant::now();
-        let mut gateway = spawn(folder, "gateway.yaml", upstream, shell);
+        let mut gateway = spawn(folder, "gateway.yaml", upstream, how);
         loop {
             if gateway.get("/readyz").is_ok_and(|body| body == b"ready\n") {
                 return gateway;
             }
             if gateway.process.try_wait().unwrap().is_some() {
-                gateway = spawn(folder, "gateway.yaml", upstream, shell);
+                gateway = spawn(folder, "gateway.yaml", upstream, how);
             }
             let log = || fs::read_to_string(folder.join("gateway.yaml.log")).unwrap();
             assert!(began.elapsed() < PATIENCE, "it does not start: {}", log());
@@ -277,6 +282,84 @@ fn a_kill_at_any_moment_loses_no_settled_charge() {
     assert!(answers > kills * 5, "there was hardly any load: {answers} answers");
 }
 
+/// An upstream that streams 400 tokens and reports no usage.
+fn streaming_upstream() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let stream = |stream: TcpStream| -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut stream = stream;
+        read_message(&mut reader)?;
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes())?;
+        let event = format!("data: {}\n\n", r#"{"choices":[{"index":0,"delta":{"content":" word"}}]}"#);
+        for _ in 0..400 {
+            write!(stream, "{:x}\r\n{event}\r\n", event.len())?;
+            thread::sleep(Duration::from_micros(500));
+        }
+        stream.write_all(b"0\r\n\r\n")
+    };
+    thread::spawn(move || {
+        for socket in listener.incoming().flatten() {
+            thread::spawn(move || stream(socket));
+        }
+    });
+    port
+}
+
+/// Tokens of one stream that have come by the time the connection breaks.
+fn follow(port: u16, delivered: &AtomicU64) -> io::Result<()> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let body = BODY.replacen(r#""max_tokens":50"#, r#""stream":true"#, 1);
+    let length = body.len();
+    write!(
+        stream,
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}"
+    )?;
+    for line in BufReader::new(stream).lines() {
+        delivered.fetch_add(line?.matches(" word").count() as u64, Ordering::SeqCst);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kill_in_the_middle_of_streams_charges_what_was_delivered() {
+    let kills = std::env::var("TOLLGATE_CRASH_ROUNDS").map_or(6, |n| n.parse::<u64>().unwrap().min(100));
+    let upstream = streaming_upstream();
+    // Streams that find more room, and one that soon finds none.
+    let extended = "reserve: { completion: 5 }, quotas: { total_tokens: { limit: 1G, per: day } }";
+    let overrun = "reserve: { completion: 5 }, quotas: { total_tokens: { limit: 60, per: day } }";
+    for (environment, streams) in [(extended, 4), (overrun, 1)] {
+        let folder = tempfile::tempdir().unwrap();
+        let how = How { environment, ..PLAIN };
+        for kill in 0..kills {
+            fs::remove_dir_all(folder.path().join("store")).ok();
+            let mut gateway = Gateway::start_with(folder.path(), upstream, how);
+            let delivered: Vec<AtomicU64> = (0..streams).map(|_| AtomicU64::new(0)).collect();
+            thread::scope(|scope| {
+                for of_one in &delivered {
+                    scope.spawn(|| follow(gateway.port, of_one));
+                }
+                thread::sleep(Duration::from_millis(80 + random(150)));
+                gateway.process.kill().unwrap();
+                gateway.process.wait().unwrap();
+            });
+            drop(gateway);
+            let environment = Gateway::start_with(folder.path(), upstream, how).environment();
+            let used = environment["quotas"][0]["used"].as_u64().unwrap();
+            assert_eq!(environment["totals"]["total_tokens"], used);
+            let delivered: Vec<u64> = delivered.iter().map(|n| n.load(Ordering::SeqCst)).collect();
+            println!("kill {kill}: delivered {delivered:?}, charged {used}");
+            // A debt grows by 64 tokens at a time, and some pass while a commit is under way.
+            let least: u64 = delivered.iter().map(|n| (PROMPT + n).saturating_sub(64 + 128)).sum();
+            let most: u64 = delivered.iter().map(|n| PROMPT + n + 64 + 200).sum();
+            assert!((least..=most).contains(&used), "{used} of {delivered:?}");
+        }
+    }
+}
+
 #[test]
 fn a_full_disk_is_survived() {
     let folder = tempfile::tempdir().unwrap();
@@ -284,8 +367,8 @@ fn a_full_disk_is_survived() {
     let upstream = upstream(&sums);
     drop(Gateway::start(folder.path(), upstream));
     // No file may grow beyond 128 KiB: to the store that is a disk without room.
-    let gateway =
-        Gateway::start_with(folder.path(), upstream, "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\"");
+    let shell = "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\"";
+    let gateway = Gateway::start_with(folder.path(), upstream, How { shell, ..PLAIN });
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| call(gateway.port, &sums, &over).unwrap());

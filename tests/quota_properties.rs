@@ -56,6 +56,69 @@ fn quotas() -> Vec<Quota> {
     ]
 }
 
+/// One quota that is used up all the time while its clock is stepped: what it lets through, and the
+/// longest that it lets nothing through before or after the step, in real time.
+fn through_a_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64, i64) {
+    let period = quota.per.ms.cast_signed();
+    let mut engine = Quotas::new(std::slice::from_ref(quota), Timestamp(begin));
+    let asker = Asker { caller: None, model: "m" };
+    let ask = Ask { amounts: Amounts::of_request(0, 1), generates: true };
+    let (mut admitted, mut last, mut longest) = (0, 0, 0);
+    for tick in 0..=80 {
+        let real = period * tick / 20;
+        let clock = begin + real + if tick >= step_at { step_ms } else { 0 };
+        if tick == step_at {
+            longest = longest.max(real - last);
+            last = real;
+        }
+        let before = admitted;
+        while let Ok(receipt) = engine.reserve(Timestamp(clock), asker, &ask) {
+            engine.settle(Timestamp(clock), receipt, ask.amounts);
+            admitted += 1;
+        }
+        if admitted > before {
+            longest = longest.max(real - last);
+            last = real;
+        }
+    }
+    (admitted, longest.max(period * 4 - last))
+}
+
+#[test]
+fn a_step_of_the_clock_grants_one_period_at_most_and_nothing_sticks_for_longer_than_one() {
+    let calendar = |unit, zone: &str| Window::Calendar { unit, zone: jiff::tz::TimeZone::get(zone).unwrap() };
+    let rolling = Window::Rolling { burst: 10 };
+    let (hour, day) = (3_600_000, 86_400_000);
+    let windows = [
+        (1_000, rolling.clone()),
+        (60_000, rolling.clone()),
+        (hour, rolling.clone()),
+        (day, rolling),
+        (60_000, calendar(ClockUnit::Minute, "UTC")),
+        (hour, calendar(ClockUnit::Hour, "Asia/Kolkata")),
+        (day, calendar(ClockUnit::Day, "UTC")),
+        (day, calendar(ClockUnit::Day, "Europe/Berlin")),
+    ];
+    for (ms, window) in windows {
+        let quota = quota(Kind::TotalTokens, 10, ms, window);
+        // Off the boundaries of any period, in a week when no clock is put forward or back.
+        for phase in [1, 7_019, 1_234_567, 40_000_001] {
+            let begin = 1_773_000_000_000 + phase;
+            for step_ms in [1_000, 3_600_000, 86_400_000].into_iter().flat_map(|step| [step, -step]) {
+                for step_at in [3, 17, 20, 41] {
+                    let (admitted, longest) = through_a_step(&quota, begin, step_ms, step_at);
+                    let what =
+                        format!("{:?} {phase} {step_ms} {step_at}: {admitted}, {longest}", quota.window);
+                    // Five periods of a calendar are touched in the time of four; a bucket starts full.
+                    assert!((30..=60).contains(&admitted), "{what}");
+                    // Looked at twenty times a period.
+                    assert!(longest <= quota.per.ms.cast_signed() * 21 / 20, "{what}");
+                }
+            }
+        }
+    }
+}
+
 /// An account of one rolling quota kept in exact fractions: what is held is a list, what was spent is
 /// a number that refilling lowers.
 struct Recount {

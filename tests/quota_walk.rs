@@ -533,37 +533,31 @@ impl Streams {
             CompletionReserve::Adaptive => None,
         };
         let asked_fits = asked.map(|tokens| fits(&self.recounts, Amounts::of_request(want.prompt, tokens)));
-        match self.counters.admit(Timestamp(self.now), &want) {
-            Ok(admission) => {
-                let reserved = admission.grant.reserved();
-                assert_eq!(reserved, Amounts::of_request(want.prompt, reserved.completion));
-                assert!(
-                    fits(&self.recounts, reserved) || !self.rules.enforce,
-                    "admitted against the recount"
-                );
-                if let Some(each) = admission.clamped_to {
-                    assert_eq!(reserved.completion, each * completions);
-                    assert!(self.rules.enforce && asked_fits != Some(true) && each >= 16);
-                    self.note("clamped");
-                } else if let Some(tokens) = asked {
-                    assert_eq!(reserved.completion, tokens);
-                }
-                if admission.would_deny.is_some() {
-                    assert!(!self.rules.enforce && asked_fits != Some(true));
-                    self.note("only watched");
-                }
-                let id = self.next;
-                self.next += 1;
-                self.recounts.iter_mut().filter(|r| r.touches(who)).for_each(|r| r.hold(id, reserved));
-                let spent = Amounts::of_request(self.dice.below(300), 0);
-                self.open.push(Stream { who, grant: admission.grant, pieces: vec![(id, reserved)], spent });
-                self.note("admitted");
-            }
-            Err(_) => {
-                assert!(self.rules.enforce && asked_fits != Some(true), "denied against the recount");
-                self.note("denied");
-            }
+        let Ok(admission) = self.counters.admit(Timestamp(self.now), &want) else {
+            assert!(self.rules.enforce && asked_fits != Some(true), "denied against the recount");
+            self.note("denied");
+            return;
+        };
+        let reserved = admission.grant.reserved();
+        assert_eq!(reserved, Amounts::of_request(want.prompt, reserved.completion));
+        assert!(fits(&self.recounts, reserved) || !self.rules.enforce, "admitted against the recount");
+        if let Some(each) = admission.clamped_to {
+            assert_eq!(reserved.completion, each * completions);
+            assert!(self.rules.enforce && asked_fits != Some(true) && each >= 16);
+            self.note("clamped");
+        } else if let Some(tokens) = asked {
+            assert_eq!(reserved.completion, tokens);
         }
+        if admission.would_deny.is_some() {
+            assert!(!self.rules.enforce && asked_fits != Some(true));
+            self.note("only watched");
+        }
+        let id = self.next;
+        self.next += 1;
+        self.recounts.iter_mut().filter(|r| r.touches(who)).for_each(|r| r.hold(id, reserved));
+        let spent = Amounts::of_request(self.dice.below(300), 0);
+        self.open.push(Stream { who, grant: admission.grant, pieces: vec![(id, reserved)], spent });
+        self.note("admitted");
     }
 
     /// A stream goes on: what it has used grows.

@@ -367,7 +367,7 @@ async fn putting_old_usage_together_keeps_nobody_waiting() {
     let mut longest = Duration::ZERO;
     let began = Instant::now();
     while folder.sql("SELECT count(*) FROM usage WHERE minute < unixepoch() / 60 - 1440") > 0 {
-        assert!(began.elapsed() < Duration::from_secs(60), "it does not end");
+        assert!(began.elapsed() < Duration::from_mins(1), "it does not end");
         let clock = Instant::now();
         let mut reservation = node.reserve("gpt-4o", 0, 1);
         reservation.kept().await;

@@ -129,6 +129,8 @@ pub struct Grant {
     tell_beyond: u64,
     /// What was learned of the answer before its end: it is longer than this.
     longer_than: Option<Longer>,
+    /// It is counted among the answers of its model that are under way.
+    under_way: Option<u64>,
 }
 
 impl Grant {
@@ -334,6 +336,7 @@ impl Counters {
             was_clamped: clamped_to.is_some(),
             tell_beyond: if self.is_reserving() { reserved.completion } else { u64::MAX },
             longer_than: None,
+            under_way: self.learned.began(want.asker.model).filter(|_| want.generates),
         };
         let standing = self.quotas.standing(now, want.asker);
         Admission { grant, clamped_to, would_deny, standing }
@@ -435,7 +438,7 @@ impl Counters {
         grant.reserved = grant.reserved.plus(more(tokens));
         self.held = self.held.plus(more(tokens));
         let apart = match grant.receipts.last_mut() {
-            Some(last) => last.join(receipt).err(),
+            Some(last) => last.join(receipt),
             None => Some(receipt),
         };
         grant.receipts.extend(apart);
@@ -451,7 +454,7 @@ impl Counters {
 
     /// Replaces what a grant holds by what was spent.
     pub fn settle(&mut self, now: Timestamp, asker: Asker<'_>, grant: Grant, ended: Ended) {
-        let Grant { receipts, reserved, completions, cap, was_clamped, longer_than, .. } = grant;
+        let Grant { receipts, reserved, completions, cap, was_clamped, longer_than, under_way, .. } = grant;
         let mut left = ended.spent;
         let last = receipts.len().saturating_sub(1);
         for (at, receipt) in receipts.into_iter().enumerate() {
@@ -465,6 +468,9 @@ impl Counters {
         self.totals.add(ended.spent);
         if let Some(before) = longer_than {
             self.learned.forget(asker.model, before);
+        }
+        if let Some(since) = under_way {
+            self.learned.ended(asker.model, since);
         }
         let tokens = ended.spent.completion;
         // An answer that ended where it was clamped to says nothing of how long it would have been.

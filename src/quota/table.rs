@@ -397,17 +397,16 @@ impl Receipt {
     }
 
     /// Makes one of two that hold in the same quotas and periods, so that a stream that is extended a
-    /// thousand times does not carry a thousand receipts.
-    ///
-    /// # Errors
-    /// Gives the other one back: a period has turned between them, or a quota is gone.
-    pub fn join(&mut self, other: Self) -> Result<(), Self> {
+    /// thousand times does not carry a thousand receipts. Gives the other one back where they have to stay
+    /// apart: a period has turned between them, or a quota is gone.
+    #[must_use = "a receipt that is not settled holds its room for ever"]
+    pub fn join(&mut self, other: Self) -> Option<Self> {
         if self.holds.len() != other.holds.len() || !self.holds.iter().zip(&other.holds).all(Hold::is_in) {
-            return Err(other);
+            return Some(other);
         }
         self.reserved = self.reserved.plus(other.reserved);
         self.moved = self.moved.plus(other.moved);
-        Ok(())
+        None
     }
 }
 

@@ -283,6 +283,7 @@ fn reserving_nothing_is_never_extended() {
     let mut admission = c.admit(NOW, &want(10, None)).unwrap();
     assert_eq!(c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 500)), Progress::Within);
     assert_eq!(level(&mut c), (100, 0));
+    assert_eq!(admission.grant.tell_beyond(), u64::MAX, "so there is nothing to tell at every event");
     settle(&mut c, admission, 10, 500);
     assert_eq!(level(&mut c), (-410, 0));
     assert!(c.admit(NOW, &want(0, None)).is_err(), "an exhausted quota admits nothing");

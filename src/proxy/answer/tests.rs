@@ -53,8 +53,9 @@ async fn no_more_than_a_hundred_are_drained_at_once_and_none_for_longer_than_it_
     let exchanges = (0..=MOST_DRAINED).map(|_| {
         let held = under_way.clone();
         outlive_caller(async move {
-            let _held = held;
-            pending().await
+            let answer = pending().await;
+            drop(held);
+            answer
         })
     });
     let mut exchanges: Vec<_> = exchanges.map(Box::pin).collect();
