@@ -70,7 +70,7 @@ fn mean(bodies: &[String]) -> f64 {
         let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
         black_box(read.prompt.estimate(&Models::default().named(MODEL)));
     }
-    (cpu() - started).as_secs_f64() * 1e6 / bodies.len() as f64
+    cpu().saturating_sub(started).as_secs_f64() * 1e6 / bodies.len() as f64
 }
 
 /// CPU time of this thread. The kernel brings it up to date when the thread yields, which it does here.
@@ -163,7 +163,7 @@ fn slow_texts(rounds: usize, bound: Duration) -> bool {
                 let started = cpu();
                 let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
                 black_box(read.prompt.estimate(&Models::default().named(model)));
-                cpu() - started
+                cpu().saturating_sub(started)
             });
             took.min().unwrap()
         };
