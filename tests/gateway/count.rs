@@ -93,7 +93,7 @@ fn read(api: Api, json: &str) -> Result<PromptEstimate, BodyFault> {
         body.prompt.estimate(&model)
     });
     // Without optimisation, on a machine that does other things too.
-    assert!(started.elapsed() < Duration::from_secs(20), "{api:?}: {:.80}", json);
+    assert!(started.elapsed() < Duration::from_secs(20), "{api:?}: {json:.80}");
     estimate
 }
 

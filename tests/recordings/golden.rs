@@ -19,7 +19,7 @@ pub(crate) fn are_met(vectors: &[Value]) -> bool {
         let (want, got) = if let Some(image) = vector.get("image") {
             (&vector["image_tokens"], of_image(image))
         } else {
-            (&vector["prompt_tokens"], estimate(with_images(&vector["body"])).tokens())
+            (&vector["prompt_tokens"], estimate(&with_images(&vector["body"])).tokens())
         };
         let want = want.as_u64().unwrap();
         let rule = vector["rule_gives"].as_u64().unwrap_or(want);
@@ -33,7 +33,7 @@ pub(crate) fn are_met(vectors: &[Value]) -> bool {
     missed == 0 && exact >= 40
 }
 
-fn estimate(body: Value) -> PromptEstimate {
+fn estimate(body: &Value) -> PromptEstimate {
     let text = body.to_string();
     let model = body["model"].as_str().unwrap_or_default();
     let body = Body::read(Api::Chat, text.as_bytes()).unwrap_or_else(|fault| panic!("{fault}: {text}"));
@@ -44,7 +44,7 @@ fn of_image(image: &Value) -> u64 {
     let part =
         json!({"type": "image_url", "image_url": {"size_px": image["size_px"], "detail": image["detail"]}});
     let body = json!({"model": image["model"], "messages": [{"role": "user", "content": [part]}]});
-    estimate(with_images(&body)).of(Part::Images)
+    estimate(&with_images(&body)).of(Part::Images)
 }
 
 /// Images stand there by their size alone; a header says it to the gateway.
