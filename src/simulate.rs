@@ -21,7 +21,7 @@ pub use trace::{Call, TraceFault, read_trace};
 /// How often a stream tells what it has used, as in the gateway.
 const PROGRESS_MS: u64 = 1_000;
 /// And so often at most: of an answer that lasts longer, in larger steps.
-const MOST_STEPS: u64 = 64;
+const MOST_STEPS: u64 = 40;
 
 /// How answers come.
 #[derive(Clone, Copy, Debug, PartialEq)]
