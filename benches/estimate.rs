@@ -19,6 +19,7 @@ use tollgate::estimate::{Models, warm};
 
 const MODEL: &str = "gpt-4o";
 const MEGABYTE: usize = 1 << 20;
+const BATCH: usize = 10;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -40,16 +41,21 @@ fn chats(rounds: usize) {
     let mut random = Random(7);
     for kind in [Kind::English, Kind::Code, Kind::ChineseAndJapanese] {
         for size in [2 * 1024, 32 * 1024] {
-            let mut some = || (0..rounds).map(|_| Chat::of(kind, size, &mut random)).collect::<Vec<_>>();
-            let (mut chats, others) = (some(), some());
-            let first = mean(&bodies(&chats));
-            let again = mean(&bodies(&chats));
-            chats.iter_mut().for_each(|chat| chat.add(kind, &mut random));
-            let next = mean(&bodies(&chats));
-            let alone = bodies(&others)
-                .into_iter()
-                .map(|body| std::thread::spawn(move || mean(&[body])).join().unwrap());
-            let alone = alone.sum::<f64>() / rounds as f64;
+            let [mut first, mut alone, mut again, mut next] = [0.0; 4];
+            // A few at a time: a body that has just arrived is in the core's cache.
+            for _ in 0..rounds / BATCH {
+                let mut some = || (0..BATCH).map(|_| Chat::of(kind, size, &mut random)).collect::<Vec<_>>();
+                let (mut chats, others) = (some(), some());
+                first += mean(&bodies(&chats));
+                again += mean(&bodies(&chats));
+                chats.iter_mut().for_each(|chat| chat.add(kind, &mut random));
+                next += mean(&bodies(&chats));
+                for body in bodies(&others) {
+                    alone += std::thread::spawn(move || mean(&[body])).join().unwrap() / BATCH as f64;
+                }
+            }
+            let mean = |sum: f64| sum * BATCH as f64 / rounds as f64;
+            let [first, alone, again, next] = [first, alone, again, next].map(mean);
             println!(
                 "| {} | {} KB | {first:.0} | {alone:.0} | {again:.1} | {next:.1} |",
                 kind.name(),
