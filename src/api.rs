@@ -18,7 +18,31 @@ pub enum Api {
     Gemini,
 }
 
+/// Whose SDKs speak to the gateway: it decides what its errors look like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dialect {
+    /// OpenAI's, and of all who follow it.
+    #[default]
+    OpenAi,
+    /// OpenAI's Responses: the same errors, but events of a stream that have a name and a type.
+    Responses,
+    /// Anthropic's.
+    Anthropic,
+    /// Google's.
+    Google,
+}
+
 impl Api {
+    /// Whose SDKs speak it.
+    pub fn dialect(self) -> Dialect {
+        match self {
+            Self::Chat | Self::Completions | Self::Embeddings => Dialect::OpenAi,
+            Self::Responses => Dialect::Responses,
+            Self::Messages => Dialect::Anthropic,
+            Self::Gemini => Dialect::Google,
+        }
+    }
+
     /// Its name in metrics, log lines and `count --api`.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -10,6 +10,7 @@ mod edit;
 mod fields;
 mod gemini;
 mod inputs;
+mod named;
 mod responses;
 
 use crate::api::Api;
@@ -21,6 +22,7 @@ use std::fmt;
 use edit::StreamOptions;
 pub use edit::{Bounds, Edit, edited};
 use fields::{Reading, TopLevel};
+pub use named::named_model;
 
 /// Deeper nesting is refused; the outermost object counts as 1.
 const DEEPEST: usize = 128;
@@ -74,11 +76,8 @@ impl<'a> Body<'a> {
     /// # Errors
     /// What the caller has to mend.
     pub fn read(api: Api, json: &'a [u8]) -> Result<Self, BodyFault> {
-        let text = std::str::from_utf8(json)
-            .map_err(|e| BodyFault::Invalid(format!("is not UTF-8 (byte {})", e.valid_up_to())))?;
-        if nests_deeper_than(DEEPEST, json) {
-            return Err(BodyFault::Invalid(format!("is nested more than {DEEPEST} levels deep")));
-        }
+        let text = text_of(json)?;
+        check_nesting(json)?;
         let mut deserializer = serde_json::Deserializer::from_str(text);
         // Bounded by the check above, at the contract's figure; serde_json's own bound is one lower.
         deserializer.disable_recursion_limit();
@@ -127,6 +126,18 @@ impl<'a> Body<'a> {
     pub fn bounds(&self) -> Bounds {
         self.bounds.clone()
     }
+}
+
+fn text_of(json: &[u8]) -> Result<&str, BodyFault> {
+    std::str::from_utf8(json)
+        .map_err(|e| BodyFault::Invalid(format!("is not UTF-8 (byte {})", e.valid_up_to())))
+}
+
+fn check_nesting(json: &[u8]) -> Result<(), BodyFault> {
+    if nests_deeper_than(DEEPEST, json) {
+        return Err(BodyFault::Invalid(format!("is nested more than {DEEPEST} levels deep")));
+    }
+    Ok(())
 }
 
 /// Whether brackets outside of strings nest deeper than `most`. Linear and without recursion.

@@ -18,7 +18,7 @@ mod variables;
 mod yaml;
 
 use crate::glob::Glob;
-use crate::quota::Quota;
+use crate::quota::{Quota, Scope};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -173,6 +173,13 @@ pub struct Environment {
     pub calibrate: bool,
     /// A 429 that would have to wait longer says `x-should-retry: false`. Default 30 s.
     pub retry_patience: Duration,
+}
+
+impl Environment {
+    /// Whether it makes a difference which model a request names.
+    pub fn tells_models_apart(&self) -> bool {
+        !self.models.is_empty() || self.quotas.iter().any(|quota| matches!(quota.scope, Scope::Model(_)))
+    }
 }
 
 /// A caller of an environment. Its index in `Environment::callers` is its id in `quota::Scope`.

@@ -1,10 +1,12 @@
-//! Every refusal and failure that the gateway itself answers with, and its one HTTP shape.
+//! Every refusal and failure that the gateway itself answers with, and its HTTP shape.
 
+mod dialects;
+
+use crate::api::Dialect;
 use crate::body::BodyFault;
 use crate::quota::{Denied, Kind, Shortfall, Wait};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
-use serde_json::{Value, json};
 use std::fmt;
 use std::time::Duration;
 
@@ -18,6 +20,8 @@ pub enum ProxyError {
         path: String,
         /// A `base_url` path that would be right.
         base_path: String,
+        /// Whose SDK asks.
+        dialect: Dialect,
     },
     /// The path is served, but not with this method.
     MethodNotAllowed {
@@ -136,25 +140,10 @@ impl ProxyError {
         self.shape().2
     }
 
-    /// The body: OpenAI's shape, and for a denial every quota that did not fit.
-    pub fn body(&self) -> Value {
-        let (_, kind, code) = self.shape();
-        let param = match self {
-            Self::Body(BodyFault::Value { param, .. }) => Some(*param),
-            Self::ModelNotFound { .. } => Some("model"),
-            _ => None,
-        };
-        let mut error = json!({"message": self.to_string(), "type": kind, "param": param, "code": code});
-        if let Self::Quota { denied, .. } = self {
-            error["quotas"] = denied.shortfalls().iter().map(shortfall_json).collect();
-        }
-        json!({ "error": error })
-    }
-
-    /// The whole answer.
-    pub fn into_response(self) -> Response<Vec<u8>> {
+    /// The whole answer, as an SDK of this dialect understands it.
+    pub fn into_response(self, dialect: Dialect) -> Response<Vec<u8>> {
         let (status, _, code) = self.shape();
-        let mut response = Response::new(self.body().to_string().into_bytes());
+        let mut response = Response::new(self.body(dialect).to_string().into_bytes());
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -215,28 +204,13 @@ fn write_retry_after(headers: &mut HeaderMap, ms: u64, patience: Duration) {
     }
 }
 
-fn shortfall_json(shortfall: &Shortfall) -> Value {
-    let Shortfall { quota, remaining, requested, wait, .. } = shortfall;
-    let retry_after_ms = match wait {
-        Wait::Ms(ms) => Some((*ms).max(1)),
-        Wait::Never => None,
-    };
-    json!({
-        "kind": quota.kind.as_str(),
-        "per": quota.per.written,
-        "limit": quota.limit,
-        "remaining": remaining,
-        "requested": requested,
-        "retry_after_ms": retry_after_ms,
-    })
-}
-
 impl fmt::Display for ProxyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownPath { path, base_path } => write!(
+            Self::UnknownPath { path, base_path, dialect } => write!(
                 f,
-                "Nothing is served at '{path}'. An OpenAI SDK reaches this gateway with a base_url that ends in '{base_path}'."
+                "Nothing is served at '{path}'. {} reaches this gateway with a base_url that ends in '{base_path}'.",
+                dialects::sdk(*dialect)
             ),
             Self::MethodNotAllowed { allow } => write!(f, "This path takes {allow} only."),
             Self::InvalidKey { given: false } => f.write_str(

@@ -3,71 +3,43 @@
 mod answer;
 mod call;
 mod flood;
+mod form;
 mod headers;
 mod metered;
+mod query;
 mod reader;
+mod refusal;
 mod route;
+mod shared;
 mod unsettled;
 
-use crate::calibrations::{Calibrations, Lesson};
+use crate::api::Dialect;
+use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
-use crate::config::{Config, Environment, LONGEST_KEY, OnDisconnect};
+use crate::config::{Environment, LONGEST_KEY, OnDisconnect};
 use crate::error::ProxyError;
-use crate::estimate::Models;
-use crate::ledger::{Account, Keeper, Left, NoRoom, Reservation, Want};
+use crate::ledger::{NoRoom, Reservation, Want};
 use crate::quota::{Amounts, Asker};
 use crate::server::Peer;
-use crate::store::{Signal, Store};
-use crate::telemetry::{Metrics, Outcome, Record, RequestIds, Series};
+use crate::telemetry::{Outcome, Record};
 use crate::upstream::{self, SendError, Upstream};
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode};
+use http::header::{self, HeaderName, HeaderValue};
+use http::{Request, Response, StatusCode, response};
 use hyper::body::Incoming;
 use sha2::{Digest as _, Sha256};
 use smallvec::SmallVec;
-use std::collections::HashMap;
+use std::borrow::Cow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use subtle::ConstantTimeEq as _;
 
 pub use answer::AnswerBody;
 use call::{Call, Reading};
-use flood::Flood;
 use headers::{OurKeys, SentKey, Told, Unread};
 use metered::{Kept, Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
-
-/// What all workers of a gateway share.
-pub struct Shared {
-    /// The settings.
-    pub config: Arc<Config>,
-    /// The counters of each environment, in the config's order.
-    pub accounts: Vec<Arc<Account>>,
-    /// The metrics.
-    pub metrics: Arc<Metrics>,
-    names: Vec<Names>,
-    models: Models,
-    /// How far estimates were off, by upstream in the config's order.
-    calibrations: Arc<Calibrations>,
-    callers: HashMap<[u8; 32], Owner>,
-    request_ids: RequestIds,
-    flood: Option<Flood>,
-    /// How the store does; `None`: nothing is kept.
-    store: Option<Arc<Signal>>,
-    draining: AtomicBool,
-}
-
-/// What every request of an environment needs, looked up once and shared instead of copied.
-struct Names {
-    series: Arc<Series>,
-    /// Its index in the config.
-    upstream: usize,
-    environment: Arc<str>,
-    callers: Vec<Arc<str>>,
-    header: HeaderValue,
-    credential: Option<headers::Credential>,
-}
+use shared::Owner;
+pub use shared::Shared;
 
 /// One worker's way to serve requests: what is shared, and its own upstream connections.
 #[derive(Clone)]
@@ -92,9 +64,6 @@ impl Charge {
     }
 }
 
-/// Whose a key is: an environment and a caller of it, by index.
-type Owner = (usize, usize);
-
 /// Who asks, and of which environment.
 #[derive(Clone, Copy)]
 struct Caller {
@@ -103,80 +72,8 @@ struct Caller {
     index: Option<usize>,
     /// Where keys of this gateway's stand, which are not passed on.
     keys: OurKeys,
-}
-
-impl Shared {
-    /// Opens the accounts of a config's environments, as the store has them.
-    ///
-    /// # Errors
-    /// The metrics cannot be registered, the store cannot be read, or a tokenizer's file cannot be used.
-    pub fn new(config: Arc<Config>, store: Option<&Store>) -> anyhow::Result<Self> {
-        let metrics = Arc::new(Metrics::new()?);
-        let calibrations = Calibrations::new(config.upstreams.iter().map(|u| u.name.as_str()));
-        if let Some(store) = store {
-            calibrations.restore(store.calibrations()?);
-        }
-        let mut names = Vec::new();
-        for environment in &config.environments {
-            let upstream = |u: &Arc<crate::config::Upstream>| Arc::ptr_eq(u, &environment.upstream);
-            names.push(Names {
-                series: Arc::new(metrics.of_environment(environment)),
-                upstream: config.upstreams.iter().position(upstream).unwrap_or(0),
-                environment: environment.name.as_str().into(),
-                callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
-                header: HeaderValue::from_str(&environment.name)?,
-                credential: headers::credential(&environment.upstream),
-            });
-        }
-        let open = |environment: &Arc<Environment>| {
-            let keeper = store.map(|store| -> Arc<dyn Keeper> { store.keeper() });
-            let left = store.map_or_else(|| Ok(Left::default()), |store| store.left(environment))?;
-            anyhow::Ok(Arc::new(Account::open_with(environment, keeper, &left)))
-        };
-        Ok(Self {
-            accounts: config.environments.iter().map(open).collect::<anyhow::Result<_>>()?,
-            names,
-            models: Models::load(&config.models).map_err(anyhow::Error::msg)?,
-            calibrations: Arc::new(calibrations),
-            callers: config.callers_by_digest().into_iter().collect(),
-            metrics,
-            request_ids: RequestIds::new(),
-            flood: config.server.flood_guard.and_then(Flood::new),
-            store: store.map(Store::keeper),
-            draining: AtomicBool::new(false),
-            config,
-        })
-    }
-
-    /// Every environment with its account.
-    pub fn environments(&self) -> Vec<(Arc<Environment>, Arc<Account>)> {
-        self.config.environments.iter().cloned().zip(self.accounts.iter().cloned()).collect()
-    }
-
-    /// What was learned of estimates.
-    pub fn calibrations(&self) -> &Arc<Calibrations> {
-        &self.calibrations
-    }
-
-    /// From now on new requests are refused.
-    pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether new requests are refused.
-    pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
-    }
-
-    /// What keeps the store from writing; `None`: nothing.
-    pub fn store_trouble(&self) -> Option<String> {
-        self.store.as_ref()?.trouble()
-    }
-
-    /// Requests under way in all environments.
-    pub fn in_flight(&self) -> u64 {
-        self.accounts.iter().map(|a| a.in_flight()).sum()
-    }
+    /// One of them in the query.
+    key_in_query: bool,
 }
 
 impl Proxy {
@@ -195,15 +92,14 @@ impl Proxy {
         peer.begin();
         let record = Record::begin(self.shared.metrics.clone());
         let mut charge = Charge { reservation: None, record };
-        let mut told = Told::default();
+        let dialect = route::dialect(request.uri().path());
+        let mut told = Told { dialect, ..Told::default() };
         match self.admit(request, peer, &mut charge, &mut told).await {
             Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
                 let (proxy, peer) = (self.clone(), peer.clone());
                 // Boxed, or every request's future would be as large as both ways together.
-                Box::pin(answer::outlive_caller(
-                    async move { proxy.exchange(forward, charge, told, &peer).await },
-                ))
-                .await
+                let exchange = async move { proxy.exchange(forward, charge, told, &peer).await };
+                Box::pin(answer::outlive_caller(dialect, exchange)).await
             }
             Ok(Some(forward)) => self.exchange(forward, charge, told, peer).await,
             Ok(None) => empty_answer(charge),
@@ -240,7 +136,7 @@ impl Proxy {
         if route.endpoint == Endpoint::Root {
             return Ok(None);
         }
-        let who = self.identify(&route, &head.headers)?;
+        let who = self.identify(&route, &head)?;
         let environment = &self.shared.config.environments[who.environment];
         self.name(who, &mut charge.record, told);
         if route.endpoint == Endpoint::Other {
@@ -255,14 +151,23 @@ impl Proxy {
         let body = call::read_body(body, most, peer.patience.body).await?;
         told.unread = Unread::Nothing;
         let received = Stopwatch::start();
-        let call = self.understand(who, &route, body).await?;
+        let call = self.understand(who, &route, head.headers.get(header::CONTENT_TYPE), body).await?;
         describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told).await?;
 
         let names = &self.shared.names[who.environment];
-        let target = route::upstream_path(environment.upstream.base_url.path(), route.path, head.uri.query());
         let endpoint = route.endpoint;
         let credential = names.credential.as_ref();
+        // Google's clients may have their key in the query.
+        let has_own_key = credential.is_some() && endpoint.dialect() == Dialect::Google;
+        let query = head.uri.query().map(Cow::Borrowed);
+        let query = if who.key_in_query || has_own_key {
+            query.and_then(|query| query::without_keys(&query)).map(Cow::Owned)
+        } else {
+            query
+        };
+        let base = environment.upstream.base_url.path();
+        let target = route::upstream_path(base, route.path, query.as_deref());
         let headers = headers::for_upstream(head.headers, &environment.upstream, credential, who.keys);
         let body = call.forwarded(told.clamped_to).await?;
         Ok(Some(Forward {
@@ -278,24 +183,18 @@ impl Proxy {
     /// Sends an admitted request on and passes the answer back.
     async fn exchange(
         &self,
-        forward: Forward,
+        mut forward: Forward,
         mut charge: Charge,
         told: Told,
         peer: &Peer,
     ) -> Response<AnswerBody> {
-        let Forward { request, upstream, environment, endpoint, call, received } = forward;
-        charge.record.overhead = Some(received.elapsed());
+        charge.record.overhead = Some(forward.received.elapsed());
         let started = Stopwatch::start();
-        let prompt = Amounts::of_request(call.prompt_tokens, 0);
-        // Once the upstream may have read of it the request is paid for, whatever becomes of the caller.
-        let mut reached = |is_so| charge.observe(if is_so { prompt } else { Amounts::default() });
-        let (parts, incoming) = match self.upstreams[upstream].send(&request, started, &mut reached).await {
+        let (parts, incoming) = match self.send(&mut forward, started, &told, &mut charge).await {
             Ok(answer) => answer,
-            Err(error) => {
-                let error = no_answer(error, &environment);
-                return self.refuse(error, charge, told);
-            }
+            Err(error) => return self.refuse(error, charge, told),
         };
+        let Forward { upstream, environment, endpoint, call, .. } = forward;
         charge.record.first_byte = Some(started.elapsed());
         peer.cut_off(started, environment.upstream.timeouts.total);
         let terms = Terms {
@@ -318,6 +217,40 @@ impl Proxy {
         response
     }
 
+    /// Sends a request and waits for the head of its answer; once more, if the upstream refuses what the
+    /// gateway added to it.
+    async fn send(
+        &self,
+        forward: &mut Forward,
+        started: Stopwatch,
+        told: &Told,
+        charge: &mut Charge,
+    ) -> Result<(response::Parts, upstream::Incoming), ProxyError> {
+        let prompt = Amounts::of_request(forward.call.prompt_tokens, 0);
+        // Once the upstream may have read of it the request is paid for, whatever becomes of the caller.
+        let mut reached = |is_so| charge.observe(if is_so { prompt } else { Amounts::default() });
+        let upstream = &self.upstreams[forward.upstream];
+        let failed = |error| no_answer(error, &forward.environment);
+        let answer = upstream.send(&forward.request, started, &mut reached).await.map_err(failed)?;
+        if !forward.call.asks_for_usage() || !refusal::is_possible(answer.0.status) {
+            return Ok(answer);
+        }
+        let (parts, incoming) = answer;
+        let (is_refusal, incoming) = Box::pin(refusal::names_stream_options(incoming)).await;
+        if !is_refusal {
+            return Ok((parts, incoming));
+        }
+        drop(incoming);
+        forward.call.ask_no_longer();
+        forward.request.body = forward.call.forwarded(told.clamped_to).await?;
+        let answer = upstream.send(&forward.request, started, &mut reached).await.map_err(failed)?;
+        // Else it was not what the gateway had added.
+        if answer.0.status.is_success() {
+            self.shared.ask_no_longer(forward.upstream);
+        }
+        Ok(answer)
+    }
+
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
         let path = head.uri.path();
         match route::find(&self.shared.config, &head.method, path) {
@@ -328,16 +261,17 @@ impl Proxy {
     }
 
     fn unknown_path(&self, head: &http::request::Parts) -> ProxyError {
-        let base_path = route::base_path(&self.shared.config, head.uri.path());
+        let dialect = route::dialect(head.uri.path());
+        let base_path = route::base_path(&self.shared.config, head.uri.path(), dialect);
         let path = head.uri.path().chars().take(200).collect();
-        ProxyError::UnknownPath { path, base_path }
+        ProxyError::UnknownPath { path, base_path, dialect }
     }
 
     /// The environment is named by the path, else by the key, else by `default_environment`; who has
     /// keys takes only its own. A key that belongs to another one is refused wherever it stands, since
     /// the upstream would get to see it.
-    fn identify(&self, route: &Route<'_>, headers: &HeaderMap) -> Result<Caller, ProxyError> {
-        let Some(sent) = headers::sent_keys(headers) else {
+    fn identify(&self, route: &Route<'_>, head: &http::request::Parts) -> Result<Caller, ProxyError> {
+        let Some(sent) = headers::sent_keys(&head.headers) else {
             return Err(ProxyError::BadHead("it has too many API keys"));
         };
         let unknown = || ProxyError::InvalidKey { given: sent.iter().any(|key| key.is_regular) };
@@ -356,7 +290,20 @@ impl Proxy {
         }
         let mut keys = OurKeys::default();
         known.iter().for_each(|(key, _)| keys.add(key.header));
-        Ok(Caller { environment, index: caller, keys })
+        let key_in_query = self.has_key_in_query(head.uri.query(), environment)?;
+        Ok(Caller { environment, index: caller, keys, key_in_query })
+    }
+
+    /// Whether a key of this gateway's stands in the query. It opens nothing there, and goes no further.
+    fn has_key_in_query(&self, query: Option<&str>, environment: usize) -> Result<bool, ProxyError> {
+        let mut is_there = false;
+        for key in query::keys(query.unwrap_or_default()).take(MOST_KEYS_IN_QUERY) {
+            match self.caller_of(key.as_bytes()) {
+                Some((of_key, _)) if of_key != environment => return Err(ProxyError::WrongEnvironment),
+                owner => is_there |= owner.is_some(),
+            }
+        }
+        Ok(is_there)
     }
 
     /// Environment and caller of each key, if it is one of this gateway's. What stands in several
@@ -394,18 +341,35 @@ impl Proxy {
     }
 
     /// Reads the body and estimates its prompt, as far as it is known by now how that is to be corrected.
-    async fn understand(&self, who: Caller, route: &Route<'_>, body: Bytes) -> Result<Call, ProxyError> {
-        let Endpoint::Counted(api) = route.endpoint else { return Ok(Call::unread(body)) };
+    async fn understand(
+        &self,
+        who: Caller,
+        route: &Route<'_>,
+        content_type: Option<&HeaderValue>,
+        body: Bytes,
+    ) -> Result<Call, ProxyError> {
         let environment = &self.shared.config.environments[who.environment];
+        let api = match route.endpoint {
+            Endpoint::Counted(api) => api,
+            Endpoint::Uncounted(_) => {
+                let mut call = Call::uncounted(body, content_type, environment.tells_models_apart()).await?;
+                if let Some(model) = route.model {
+                    model.clone_into(&mut call.model);
+                }
+                return Ok(call);
+            }
+            Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::unread(body)),
+        };
+        let upstream = self.shared.names[who.environment].upstream;
         let reading = Reading {
             api,
-            deployment: route.deployment.map(str::to_owned),
+            model: route.model.map(str::to_owned),
+            streams: route.streams,
             models: self.shared.models.clone(),
-            ask_for_usage: environment.upstream.ask_stream_usage,
+            ask_for_usage: self.shared.asks_for_usage(upstream),
         };
         let mut call = Call::read(body, reading).await?;
         if environment.calibrate {
-            let upstream = self.shared.names[who.environment].upstream;
             call.correct(self.shared.calibrations.correction(upstream, &call.model, call.estimate.kind));
         }
         call.add_unseen(environment.unseen_prompt_tokens);
@@ -526,7 +490,7 @@ impl Proxy {
         if record.request_id.is_empty() {
             record.request_id = self.shared.request_ids.next();
         }
-        let mut response = error.into_response();
+        let mut response = error.into_response(told.dialect);
         record.status = response.status().as_u16();
         told.write(response.headers_mut());
         if let Ok(id) = HeaderValue::from_str(&record.request_id) {
@@ -538,6 +502,8 @@ impl Proxy {
     }
 }
 
+/// More keys than this in a query are not looked at: none of them goes further.
+const MOST_KEYS_IN_QUERY: usize = 8;
 /// Names that others chose are shown up to so many bytes.
 const LONGEST_SHOWN: usize = 128;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -577,7 +543,7 @@ fn describe(
     record.streams = call.streams;
     record.estimated_prompt = call.prompt_tokens;
     record.raw_estimate = call.estimate.tokens();
-    if !matches!(route.endpoint, Endpoint::Counted(_)) {
+    if !matches!(route.endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_)) {
         return Ok(());
     }
     let listed = environment.models.iter().any(|glob| glob.matches(&call.model));
@@ -586,6 +552,9 @@ fn describe(
             model: record.model.clone(),
             environment: environment.name.clone(),
         });
+    }
+    if !matches!(route.endpoint, Endpoint::Counted(_)) {
+        return Ok(());
     }
     told.estimated_prompt = Some((call.prompt_tokens, call.estimate.tokens()));
     if let Some(tokenizer) = call.tokenizer {

@@ -70,7 +70,16 @@ pub(crate) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
 
 /// An answer's body, as it arrives.
-pub struct Incoming(Source);
+pub struct Incoming {
+    source: Source,
+    /// What was read of it before it is passed on.
+    read: Option<Box<Read>>,
+}
+
+struct Read {
+    data: Bytes,
+    broke_off: Option<io::Error>,
+}
 
 enum Source {
     Http1(http1::Incoming),
@@ -176,7 +185,7 @@ impl Upstream {
     ) -> Result<(response::Parts, Incoming), SendError> {
         let (parts, body) =
             connection.exchange(&self.authority, request, &self.idle).await.map_err(SendError::Broken)?;
-        Ok((parts, Incoming(Source::Http1(body))))
+        Ok((parts, Incoming { source: Source::Http1(body), read: None }))
     }
 
     async fn exchange_http2(
@@ -200,7 +209,7 @@ impl Upstream {
         // It has ended: nothing of this was sent.
         sender.ready().await.map_err(|e| SendError::Broken(http1::never_read(e)))?;
         let (parts, body) = sender.send_request(message).await.map_err(broken)?.into_parts();
-        Ok((parts, Incoming(Source::Http2(body))))
+        Ok((parts, Incoming { source: Source::Http2(body), read: None }))
     }
 
     async fn connect(&self, started: Stopwatch) -> Result<Connected, SendError> {
@@ -245,9 +254,24 @@ enum Connected {
 }
 
 impl Incoming {
+    /// The same, of which so much has been read, and perhaps how that ended: both are handed out first.
+    #[must_use]
+    pub fn with_read(self, data: Bytes, broke_off: Option<io::Error>) -> Self {
+        Self { read: Some(Box::new(Read { data, broke_off })), ..self }
+    }
+
     /// The next bytes of the body; `None` at its end. An error says that it broke off.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
-        match &mut self.0 {
+        if let Some(read) = &mut self.read {
+            if !read.data.is_empty() {
+                return Poll::Ready(Some(Ok(std::mem::take(&mut read.data))));
+            }
+            if let Some(error) = read.broke_off.take() {
+                return Poll::Ready(Some(Err(error)));
+            }
+            self.read = None;
+        }
+        match &mut self.source {
             Source::Http1(body) => body.poll_data(cx),
             Source::Http2(body) => loop {
                 match ready!(Pin::new(&mut *body).poll_frame(cx)) {
@@ -266,7 +290,10 @@ impl Incoming {
 
     /// Whether every byte has been handed out, as far as is known without reading on.
     pub fn is_end(&self) -> bool {
-        match &self.0 {
+        if self.read.as_ref().is_some_and(|read| !read.data.is_empty() || read.broke_off.is_some()) {
+            return false;
+        }
+        match &self.source {
             Source::Http1(body) => body.is_end(),
             Source::Http2(body) => body.is_end_stream(),
         }

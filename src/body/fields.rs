@@ -150,7 +150,8 @@ fn same(one: &'static str, other: &'static str) -> bool {
     letters(one).eq(letters(other))
 }
 
-fn position(names: &[&str], key: &str) -> Option<usize> {
+/// Which of these names a key is, as other parsers may read it: whatever its case.
+pub(super) fn position(names: &[&str], key: &str) -> Option<usize> {
     if key.len() > 64 {
         return None;
     }

@@ -1,6 +1,7 @@
 //! The bodies of all answers to callers, and what becomes of those whose callers hang up.
 
 use super::metered::Metered;
+use crate::api::Dialect;
 use crate::clock::Stopwatch;
 use crate::error::ProxyError;
 use bytes::Bytes;
@@ -35,6 +36,7 @@ enum Kind {
 
 /// Runs an exchange so that it goes on without its caller: an answer that comes then is read to its end.
 pub(super) async fn outlive_caller(
+    dialect: Dialect,
     exchange: impl Future<Output = Response<AnswerBody>> + Send + 'static,
 ) -> Response<AnswerBody> {
     let mut exchange = Detached(Some(tokio::spawn(exchange)));
@@ -44,7 +46,9 @@ pub(super) async fn outlive_caller(
     match answer {
         Ok(answer) => answer,
         // A panic in there has settled and logged; the runtime's end leaves nobody to be answered.
-        Err(_) => ProxyError::Internal.into_response().map(|body| AnswerBody::whole(Some(body.into()))),
+        Err(_) => {
+            ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::whole(Some(body.into())))
+        }
     }
 }
 

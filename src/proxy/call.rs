@@ -1,14 +1,15 @@
 //! The caller's request: its body within bounds, and the few fields of it that are needed.
 
+use super::form;
 use super::headers::Unread;
 use crate::api::Api;
-use crate::body::{Body, Bounds, Edit, edited};
+use crate::body::{Body, Bounds, Edit, edited, named_model};
 use crate::calibrations::{Calibrations, Lesson};
 use crate::error::ProxyError;
 use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Tokenizer};
 use crate::quota::MAX_AMOUNT;
 use bytes::{Bytes, BytesMut};
-use http::header::{self, HeaderMap};
+use http::header::{self, HeaderMap, HeaderValue};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
 use std::sync::Arc;
@@ -50,7 +51,10 @@ pub(super) struct Call {
 #[derive(Clone)]
 pub(super) struct Reading {
     pub(super) api: Api,
-    pub(super) deployment: Option<String>,
+    /// The model that the path names in place of the body.
+    pub(super) model: Option<String>,
+    /// The path asks for a stream.
+    pub(super) streams: bool,
     pub(super) models: Models,
     pub(super) ask_for_usage: bool,
 }
@@ -72,9 +76,34 @@ impl Call {
         Self { body, ..Self::default() }
     }
 
+    /// A request whose prompt is not counted: of its JSON or form no more is read than the model. Of forms
+    /// not even that where nothing depends on it.
+    pub(super) async fn uncounted(
+        body: Bytes,
+        content_type: Option<&HeaderValue>,
+        model_matters: bool,
+    ) -> Result<Self, ProxyError> {
+        let model = match form::boundary(content_type) {
+            Some(boundary) if model_matters => form::model(body.clone(), boundary).await?,
+            Some(_) => String::new(),
+            None if body.len() <= INLINE_BODY => named_model(&body).map_err(ProxyError::Body)?,
+            None => {
+                let body = body.clone();
+                let read = spawn_blocking(move || named_model(&body));
+                read.await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::Body)?
+            }
+        };
+        Ok(Self { body, model, ..Self::default() })
+    }
+
     /// Whether the gateway asks for usage where the caller did not.
     pub(super) fn asks_for_usage(&self) -> bool {
         self.asks_for_usage.is_some()
+    }
+
+    /// From now on it does not.
+    pub(super) fn ask_no_longer(&mut self) {
+        self.asks_for_usage = None;
     }
 
     /// Corrects the estimate by what was learned of the like.
@@ -125,7 +154,7 @@ impl Call {
     ) -> Result<Option<Self>, ProxyError> {
         let body = Body::read(reading.api, bytes).map_err(ProxyError::Body)?;
         let named = body.model.as_deref().unwrap_or_default();
-        let model = reading.deployment.as_deref().unwrap_or(named).to_owned();
+        let model = reading.model.as_deref().unwrap_or(named).to_owned();
         let known = reading.models.named(&model);
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
         let asks =
@@ -134,7 +163,7 @@ impl Call {
             body: bytes.clone(),
             asks_for_usage: asks.then(|| body.ask_for_usage()),
             bounds: body.bounds(),
-            streams: body.streams,
+            streams: body.streams || reading.streams,
             completion_cap: body.completion_cap(),
             completions: body.completions(),
             prompt_tokens: estimate.tokens(),

@@ -1,5 +1,6 @@
 //! Which headers pass, in either direction, and those that the gateway adds.
 
+use crate::api::Dialect;
 use crate::config::{ApiKind, Upstream};
 use crate::error::go_duration;
 use crate::quota::{Kind, Standing};
@@ -209,6 +210,8 @@ fn names(kind: Kind) -> [HeaderName; 3] {
 /// What every answer tells the caller beside the upstream's own headers, as far as it is known.
 #[derive(Default)]
 pub(super) struct Told {
+    /// Whose SDK is told.
+    pub(super) dialect: Dialect,
     pub(super) environment: Option<HeaderValue>,
     /// What is reserved for the prompt, and what was counted of it before that was corrected.
     pub(super) estimated_prompt: Option<(u64, u64)>,

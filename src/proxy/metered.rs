@@ -272,7 +272,8 @@ impl Metered {
                         ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
                     }
                 };
-                self.ready.push_back(format!("{separator}data: {}\n\n", error.body()).into());
+                self.ready
+                    .push_back(format!("{separator}{}", error.event(self.terms.endpoint.dialect())).into());
                 Ending::End
             }
             Reader::Json(..) | Reader::Opaque(_) => Ending::Flush,

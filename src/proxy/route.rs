@@ -1,7 +1,7 @@
 //! Which endpoint of which environment a path names. Paths are matched as they were sent: nothing is
 //! decoded, folded or tidied up, so there is one way to write each.
 
-use crate::api::Api;
+use crate::api::{Api, Dialect};
 use crate::config::Config;
 use http::Method;
 
@@ -10,6 +10,8 @@ use http::Method;
 pub(super) enum Endpoint {
     /// A request with a prompt: counted before and after.
     Counted(Api),
+    /// One request, whose prompt is not counted; usage where the answer has one. Its name in metrics.
+    Uncounted(&'static str),
     /// The list of models, or one of them: passed on, not charged.
     Models,
     /// `HEAD /`: clients ask whether anybody is there.
@@ -24,9 +26,18 @@ impl Endpoint {
         matches!(self, Self::Counted(api) if api.generates())
     }
 
+    /// Whose SDKs speak it.
+    pub(super) fn dialect(self) -> Dialect {
+        match self {
+            Self::Counted(api) => api.dialect(),
+            Self::Uncounted(_) | Self::Models | Self::Root | Self::Other => Dialect::OpenAi,
+        }
+    }
+
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Counted(api) => api.as_str(),
+            Self::Uncounted(name) => name,
             Self::Models => "models",
             Self::Root => "root",
             Self::Other => "other",
@@ -42,8 +53,16 @@ pub(super) struct Route<'a> {
     /// The path without that segment.
     pub(super) path: &'a str,
     pub(super) endpoint: Endpoint,
-    /// The deployment that an Azure path names in place of the body's model.
-    pub(super) deployment: Option<&'a str>,
+    /// The model that the path names in place of the body: Azure's deployment, Gemini's model.
+    pub(super) model: Option<&'a str>,
+    /// The path asks for a stream (Gemini).
+    pub(super) streams: bool,
+}
+
+impl Route<'_> {
+    fn to(endpoint: Endpoint) -> Self {
+        Self { environment: None, path: "", endpoint, model: None, streams: false }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -59,21 +78,36 @@ const ALLOW_OTHER: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 /// Finds what a path names.
 pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Result<Route<'a>, NoRoute> {
     let (environment, path) = split_environment(config, path);
-    let (endpoint, allow, deployment) = match endpoint(path) {
+    let (route, allow) = match route(path) {
         Some(found) => found,
-        None if environment.is_none() && path == "/" => (Endpoint::Root, "HEAD", None),
+        None if environment.is_none() && path == "/" => (Route::to(Endpoint::Root), "HEAD"),
         None if forwards_others(config, environment) && is_plain(path) => {
             if !OTHER_METHODS.contains(&method.as_str()) {
                 return Err(NoRoute::Method(ALLOW_OTHER));
             }
-            return Ok(Route { environment, path, endpoint: Endpoint::Other, deployment: None });
+            return Ok(Route { environment, path, ..Route::to(Endpoint::Other) });
         }
         None => return Err(NoRoute::Unknown),
     };
     if method.as_str() != allow {
         return Err(NoRoute::Method(allow));
     }
-    Ok(Route { environment, path, endpoint, deployment })
+    Ok(Route { environment, path, ..route })
+}
+
+/// Whose SDK asks for a path, be it served or not.
+pub(super) fn dialect(path: &str) -> Dialect {
+    let is_first =
+        |end: &str| path.strip_suffix(end).is_some_and(|before| before.rfind('/').is_none_or(|at| at == 0));
+    if path.ends_with("/v1/messages") || path.contains("/v1/messages/") || is_first("/messages") {
+        Dialect::Anthropic
+    } else if path.contains("/v1beta/") || generation(path).is_some() {
+        Dialect::Google
+    } else if path.ends_with("/responses") {
+        Dialect::Responses
+    } else {
+        Dialect::OpenAi
+    }
 }
 
 /// Whether somebody may forward this path: the environment it names, or, as long as the caller's key
@@ -85,15 +119,21 @@ fn forwards_others(config: &Config, environment: Option<usize>) -> bool {
     }
 }
 
-/// The base path of an SDK that would be right for whoever asked for `path`. It names no environment
-/// that the path does not.
-pub(super) fn base_path(config: &Config, path: &str) -> String {
+/// The base path of an SDK of this dialect that would be right for whoever asked for `path`. It names no
+/// environment that the path does not.
+pub(super) fn base_path(config: &Config, path: &str, dialect: Dialect) -> String {
     let needs_none = config.default_environment.is_some()
         || config.environments.iter().any(|environment| !environment.callers.is_empty());
-    match split_environment(config, path).0 {
-        Some(index) => format!("/{}/v1", config.environments[index].name),
-        None if needs_none => "/v1".to_owned(),
-        None => "/<environment>/v1".to_owned(),
+    let environment = match split_environment(config, path).0 {
+        Some(index) => format!("/{}", config.environments[index].name),
+        None if needs_none => String::new(),
+        None => "/<environment>".to_owned(),
+    };
+    match dialect {
+        Dialect::OpenAi | Dialect::Responses => environment + "/v1",
+        // These put the version in front of each path themselves.
+        Dialect::Anthropic | Dialect::Google if environment.is_empty() => "/".to_owned(),
+        Dialect::Anthropic | Dialect::Google => environment,
     }
 }
 
@@ -106,35 +146,77 @@ fn split_environment<'a>(config: &Config, path: &'a str) -> (Option<usize>, &'a 
     }
 }
 
-/// The endpoint of a path without its environment, the method it takes, and the Azure deployment.
-fn endpoint(path: &str) -> Option<(Endpoint, &'static str, Option<&str>)> {
+/// What a path without its environment names, and the method it takes.
+fn route(path: &str) -> Option<(Route<'_>, &'static str)> {
     if let Some(rest) = path.strip_prefix("/openai/deployments/") {
         let (deployment, operation) = rest.split_at(rest.find('/')?);
+        let endpoint = of_openai(operation).filter(|e| *e != Endpoint::Counted(Api::Responses))?;
         // Decoded it would be the name of another model, with other quotas.
-        if !is_segment(deployment) || deployment.contains('%') {
-            return None;
-        }
-        return Some((Endpoint::Counted(counted(operation)?), "POST", Some(deployment)));
+        let model = Some(deployment).filter(|name| is_segment(name) && !name.contains('%'));
+        return Some((Route { model: Some(model?), ..Route::to(endpoint) }, "POST"));
     }
-    let path = path.strip_prefix("/openai/v1").or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
-    if let Some(api) = counted(path) {
-        return Some((Endpoint::Counted(api), "POST", None));
+    if let Some((model, streams)) = generation(path) {
+        return Some((
+            Route { model: Some(model), streams, ..Route::to(Endpoint::Counted(Api::Gemini)) },
+            "POST",
+        ));
     }
-    match path.strip_prefix("/models")? {
-        "" => Some((Endpoint::Models, "GET", None)),
-        model => {
-            let model = model.strip_prefix('/')?;
-            model.split('/').all(is_segment).then_some((Endpoint::Models, "GET", None))
-        }
+    let of_azure = path.strip_prefix("/openai/v1");
+    let rest = of_azure.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
+    if rest == "/messages" && of_azure.is_none() {
+        return Some((Route::to(Endpoint::Counted(Api::Messages)), "POST"));
     }
+    // Azure's classic paths have these beside the deployments.
+    let rest = rest.strip_prefix("/openai").filter(|r| *r == "/responses" && rest == path).unwrap_or(rest);
+    if let Some(endpoint) = of_openai(rest) {
+        return Some((Route::to(endpoint), "POST"));
+    }
+    is_of_models(path).then_some((Route::to(Endpoint::Models), "GET"))
 }
 
-fn counted(path: &str) -> Option<Api> {
-    match path {
-        "/chat/completions" => Some(Api::Chat),
-        "/completions" => Some(Api::Completions),
-        "/embeddings" => Some(Api::Embeddings),
-        _ => None,
+/// The endpoint of one of OpenAI's paths without its version.
+fn of_openai(path: &str) -> Option<Endpoint> {
+    Some(match path {
+        "/chat/completions" => Endpoint::Counted(Api::Chat),
+        "/completions" => Endpoint::Counted(Api::Completions),
+        "/embeddings" => Endpoint::Counted(Api::Embeddings),
+        "/responses" => Endpoint::Counted(Api::Responses),
+        "/rerank" => Endpoint::Uncounted("rerank"),
+        "/moderations" => Endpoint::Uncounted("moderations"),
+        _ => {
+            let (family, operation) = path.strip_prefix('/')?.split_once('/')?;
+            let name = ["audio", "images"].into_iter().find(|name| *name == family)?;
+            Endpoint::Uncounted(Some(name).filter(|_| !operation.contains('/') && is_segment(operation))?)
+        }
+    })
+}
+
+/// The model of one of Gemini's paths that generate, and whether it asks for a stream.
+fn generation(path: &str) -> Option<(&str, bool)> {
+    let rest = path.strip_prefix("/v1beta").or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
+    let (model, operation) = rest.strip_prefix("/models/")?.rsplit_once(':')?;
+    let streams = match operation {
+        "generateContent" => false,
+        "streamGenerateContent" => true,
+        _ => return None,
+    };
+    let is_name = is_segment(model) && !model.contains(['/', '%', ':']);
+    is_name.then_some((model, streams))
+}
+
+/// Whether a path is the list of models or one of them.
+fn is_of_models(path: &str) -> bool {
+    let of_google = path.strip_prefix("/v1beta");
+    let rest = of_google.or_else(|| path.strip_prefix("/openai/v1")).or_else(|| path.strip_prefix("/openai"));
+    let rest = rest.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
+    match rest.strip_prefix("/models") {
+        Some("") => true,
+        // Behind a colon stands what Google is to do with a model.
+        Some(model) => {
+            let names = model.strip_prefix('/').filter(|model| of_google.is_none() || !model.contains(':'));
+            names.is_some_and(|model| model.split('/').all(is_segment))
+        }
+        None => false,
     }
 }
 
@@ -168,15 +250,45 @@ mod tests {
 
     #[test]
     fn a_path_is_matched_as_sent() {
-        let at = |path| endpoint(path).map(|(e, ..)| e);
+        let at = |path| route(path).map(|(route, _)| route.endpoint);
         for path in ["/v1/chat/completions", "/chat/completions", "/openai/v1/chat/completions"] {
             assert_eq!(at(path), Some(Endpoint::Counted(Api::Chat)), "{path}");
         }
+        for (path, endpoint) in [
+            ("/v1/responses", Endpoint::Counted(Api::Responses)),
+            ("/openai/responses", Endpoint::Counted(Api::Responses)),
+            ("/openai/v1/responses", Endpoint::Counted(Api::Responses)),
+            ("/v1/messages", Endpoint::Counted(Api::Messages)),
+            ("/messages", Endpoint::Counted(Api::Messages)),
+            ("/v1/rerank", Endpoint::Uncounted("rerank")),
+            ("/v1/moderations", Endpoint::Uncounted("moderations")),
+            ("/v1/audio/transcriptions", Endpoint::Uncounted("audio")),
+            ("/images/generations", Endpoint::Uncounted("images")),
+            ("/openai/deployments/my-dalle/images/generations", Endpoint::Uncounted("images")),
+            ("/v1/models/ft:gpt-4o:org::id", Endpoint::Models),
+            ("/openai/models", Endpoint::Models),
+            ("/v1beta/models", Endpoint::Models),
+            ("/v1beta/models/gemini-2.5-pro", Endpoint::Models),
+        ] {
+            assert_eq!(at(path), Some(endpoint), "{path}");
+        }
+        let (azure, method) = route("/openai/deployments/my-gpt/embeddings").unwrap();
         assert_eq!(
-            endpoint("/openai/deployments/my-gpt/embeddings"),
-            Some((Endpoint::Counted(Api::Embeddings), "POST", Some("my-gpt")))
+            (azure.endpoint, azure.model, method),
+            (Endpoint::Counted(Api::Embeddings), Some("my-gpt"), "POST")
         );
-        assert_eq!(at("/v1/models/ft:gpt-4o:org::id"), Some(Endpoint::Models));
+        for (path, streams) in [
+            ("/v1beta/models/gemini-2.5-pro:generateContent", false),
+            ("/v1/models/gemini-2.5-pro:streamGenerateContent", true),
+            ("/models/gemini-2.5-pro:streamGenerateContent", true),
+        ] {
+            let (gemini, method) = route(path).unwrap();
+            assert_eq!(
+                (gemini.endpoint, gemini.model),
+                (Endpoint::Counted(Api::Gemini), Some("gemini-2.5-pro"))
+            );
+            assert_eq!((gemini.streams, method), (streams, "POST"), "{path}");
+        }
         for path in [
             "",
             "/",
@@ -202,8 +314,50 @@ mod tests {
             "/openai/deployments/%67pt-4.1/chat/completions",
             "/openai/deployments/gpt%/chat/completions",
             "/v1/openai/v1/chat/completions",
+            "/openai/deployments/d/responses",
+            "/openai/deployments/d/messages",
+            "/openai/v1/messages",
+            "/openai/chat/completions",
+            "/v1/openai/responses",
+            "/v1/messages/count_tokens",
+            "/v1/messages/batches",
+            "/v1/responses/resp_1",
+            "/v1/audio",
+            "/v1/audio/",
+            "/v1/audio/speech/x",
+            "/v1/audio/%2e%2e",
+            "/v1/Audio/speech",
+            "/v1/realtime",
+            "/v1beta/models/gemini:countTokens",
+            "/v1beta/models/gemini:GenerateContent",
+            "/v1beta/models/:generateContent",
+            "/v1beta/models/a/b:generateContent",
+            "/v1beta/models/a%2fb:generateContent",
+            "/v1beta/models/a:b:generateContent",
+            "/v1beta/tunedModels/a:generateContent",
+            "/v1beta/chat/completions",
         ] {
             assert_eq!(at(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_path_tells_whose_sdk_asks() {
+        for (path, whose) in [
+            ("/v1/messages", Dialect::Anthropic),
+            ("/messages", Dialect::Anthropic),
+            ("/sandbox/messages", Dialect::Anthropic),
+            ("/sandbox/v1/messages", Dialect::Anthropic),
+            ("/v1/messages/batches", Dialect::Anthropic),
+            ("/v1/threads/t/messages", Dialect::OpenAi),
+            ("/v1/v1/messages", Dialect::Anthropic),
+            ("/v1beta/models/g:countTokens", Dialect::Google),
+            ("/models/g:generateContent", Dialect::Google),
+            ("/v1/responses", Dialect::Responses),
+            ("/v1/chat/completions", Dialect::OpenAi),
+            ("/", Dialect::OpenAi),
+        ] {
+            assert_eq!(dialect(path), whose, "{path}");
         }
     }
 
@@ -219,6 +373,9 @@ mod tests {
             ("/openai/v1", "/v1/embeddings", "/openai/v1/embeddings"),
             ("/x/openai/v1", "/embeddings", "/x/openai/v1/embeddings"),
             ("/api", "/v1/embeddings", "/api/v1/embeddings"),
+            ("/v1beta", "/v1beta/models/g:generateContent", "/v1beta/models/g:generateContent"),
+            ("", "/v1beta/models/g:generateContent", "/v1beta/models/g:generateContent"),
+            ("/openai", "/openai/responses", "/openai/responses"),
         ] {
             assert_eq!(upstream_path(base, path, None), want, "{base} {path}");
         }

@@ -1,6 +1,7 @@
 //! What the HTTP machinery answers by itself, when a request is no HTTP or its head too large, has no
 //! body. Callers get one that their SDK understands.
 
+use crate::api::Dialect;
 use crate::error::ProxyError;
 use http::StatusCode;
 
@@ -22,7 +23,7 @@ pub(super) fn instead_of(answer: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn whole_answer(error: ProxyError) -> Vec<u8> {
-    let (parts, body) = error.into_response().into_parts();
+    let (parts, body) = error.into_response(Dialect::OpenAi).into_parts();
     let mut answer = format!("HTTP/1.1 {}\r\n", parts.status).into_bytes();
     let mut put = |name: &str, value: &[u8]| {
         answer.extend([name.as_bytes(), b": ", value, b"\r\n"].concat());

@@ -5,6 +5,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::panic, clippy::unwrap_used, clippy::missing_panics_doc)]
 
 mod admission;
+mod apis;
 mod bad_input;
 mod count;
 mod estimate;

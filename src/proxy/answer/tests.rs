@@ -52,7 +52,7 @@ async fn no_more_than_a_hundred_are_drained_at_once_and_none_for_longer_than_it_
     let under_way = Arc::new(());
     let exchanges = (0..=MOST_DRAINED).map(|_| {
         let held = under_way.clone();
-        outlive_caller(async move {
+        outlive_caller(Dialect::OpenAi, async move {
             let answer = pending().await;
             drop(held);
             answer
@@ -113,7 +113,7 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
     };
     let peer = Peer::new(([127, 0, 0, 1], 9).into(), Patience::default());
     let exchange = async move { proxy.exchange(forward, charge, Told::default(), &peer).await };
-    begin_and_hang_up(outlive_caller(exchange)).await;
+    begin_and_hang_up(outlive_caller(Dialect::OpenAi, exchange)).await;
     let clock = Stopwatch::start();
     sleep(LONGEST_DRAIN / 2).await;
     assert_eq!(account.in_flight(), 1, "it goes on without its caller");
@@ -129,7 +129,7 @@ async fn an_exchange_that_panics_settles_once_and_is_answered() {
     let shared = shared(9);
     let account = shared.accounts[0].clone();
     let mut charge = charge(&account, &shared.metrics);
-    let answer = outlive_caller(async move {
+    let answer = outlive_caller(Dialect::OpenAi, async move {
         charge.observe(Amounts::of_request(8, 3));
         tokio::task::yield_now().await;
         panic!("on purpose");

@@ -1,0 +1,200 @@
+//! An error as each kind of SDK understands it: OpenAI's shape, Anthropic's, Google's.
+
+use super::ProxyError;
+use crate::api::Dialect;
+use crate::body::BodyFault;
+use crate::quota::{Shortfall, Wait};
+use http::StatusCode;
+use serde_json::{Value, json};
+
+impl ProxyError {
+    /// The body. For a denial `error.quotas` lists every quota that did not fit, in each shape.
+    pub fn body(&self, dialect: Dialect) -> Value {
+        let (status, kind, code) = self.shape();
+        let message = self.to_string();
+        let mut body = match dialect {
+            Dialect::OpenAi | Dialect::Responses => {
+                json!({"error": {"message": message, "type": kind, "param": self.param(), "code": code}})
+            }
+            Dialect::Anthropic => {
+                json!({"type": "error", "error": {"type": anthropic_type(status), "message": message}})
+            }
+            Dialect::Google => {
+                let name = google_status(status);
+                let details = self.google_details(code);
+                json!({"error": {"code": status.as_u16(), "message": message, "status": name, "details": details}})
+            }
+        };
+        if let Self::Quota { denied, .. } = self {
+            body["error"]["quotas"] = denied.shortfalls().iter().map(shortfall_json).collect();
+        }
+        body
+    }
+
+    /// The event that ends a stream of this dialect which cannot go on.
+    pub fn event(&self, dialect: Dialect) -> String {
+        let mut body = self.body(dialect);
+        match dialect {
+            Dialect::OpenAi | Dialect::Google => format!("data: {body}\n\n"),
+            Dialect::Anthropic => format!("event: error\ndata: {body}\n\n"),
+            Dialect::Responses => {
+                // Some clients look for the error within, as in any other stream; some read the event as
+                // it is documented.
+                for field in ["code", "message", "param"] {
+                    body[field] = body["error"][field].clone();
+                }
+                body["type"] = "error".into();
+                format!("event: error\ndata: {body}\n\n")
+            }
+        }
+    }
+
+    /// The field of the request that is at fault.
+    fn param(&self) -> Option<&'static str> {
+        match self {
+            Self::Body(BodyFault::Value { param, .. }) => Some(param),
+            Self::ModelNotFound { .. } => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// What Google's libraries look into: the reason, and when to try again.
+    fn google_details(&self, code: &str) -> Value {
+        let mut details = vec![json!({
+            "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+            "reason": code.to_ascii_uppercase(),
+            "domain": "tollgate",
+        })];
+        if let Self::Quota { denied, .. } = self
+            && let Some(Wait::Ms(ms)) = denied.shortfalls().first().map(|s| s.wait)
+        {
+            details.push(json!({
+                "@type": "type.googleapis.com/google.rpc.RetryInfo",
+                "retryDelay": format!("{}s", ms.div_ceil(1_000).max(1)),
+            }));
+        }
+        details.into()
+    }
+}
+
+/// Whose SDK it is that an error speaks to.
+pub(super) fn sdk(dialect: Dialect) -> &'static str {
+    match dialect {
+        Dialect::OpenAi | Dialect::Responses => "An OpenAI SDK",
+        Dialect::Anthropic => "An Anthropic SDK",
+        Dialect::Google => "A Google SDK",
+    }
+}
+
+/// Anthropic's types by status, as its documentation of errors lists them.
+fn anthropic_type(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        504 => "timeout_error",
+        400..=499 => "invalid_request_error",
+        _ => "api_error",
+    }
+}
+
+/// The names that Google's APIs have for statuses (`google.rpc.Code`).
+fn google_status(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "UNAUTHENTICATED",
+        403 => "PERMISSION_DENIED",
+        404 => "NOT_FOUND",
+        405 => "UNIMPLEMENTED",
+        429 => "RESOURCE_EXHAUSTED",
+        502 | 503 => "UNAVAILABLE",
+        504 => "DEADLINE_EXCEEDED",
+        400..=499 => "INVALID_ARGUMENT",
+        _ => "INTERNAL",
+    }
+}
+
+fn shortfall_json(shortfall: &Shortfall) -> Value {
+    let Shortfall { quota, remaining, requested, wait, .. } = shortfall;
+    let retry_after_ms = match wait {
+        Wait::Ms(ms) => Some((*ms).max(1)),
+        Wait::Never => None,
+    };
+    json!({
+        "kind": quota.kind.as_str(),
+        "per": quota.per.written,
+        "limit": quota.limit,
+        "remaining": remaining,
+        "requested": requested,
+        "retry_after_ms": retry_after_ms,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_has_the_shape_that_its_sdk_knows() {
+        let error = ProxyError::InvalidKey { given: true };
+        let [openai, anthropic, google] =
+            [Dialect::OpenAi, Dialect::Anthropic, Dialect::Google].map(|dialect| error.body(dialect));
+        assert_eq!(openai["error"]["code"], "invalid_api_key");
+        assert_eq!(anthropic["type"], "error");
+        assert_eq!(anthropic["error"]["type"], "authentication_error");
+        assert_eq!(
+            (&google["error"]["code"], &google["error"]["status"]),
+            (&json!(401), &json!("UNAUTHENTICATED"))
+        );
+        assert_eq!(google["error"]["details"][0]["reason"], "INVALID_API_KEY");
+        for body in [openai, anthropic, google] {
+            assert_eq!(body["error"]["message"], error.to_string());
+        }
+    }
+
+    #[test]
+    fn every_status_has_a_name_in_each_shape() {
+        for (status, anthropic, google) in [
+            (400, "invalid_request_error", "INVALID_ARGUMENT"),
+            (403, "permission_error", "PERMISSION_DENIED"),
+            (404, "not_found_error", "NOT_FOUND"),
+            (405, "invalid_request_error", "UNIMPLEMENTED"),
+            (413, "request_too_large", "INVALID_ARGUMENT"),
+            (415, "invalid_request_error", "INVALID_ARGUMENT"),
+            (429, "rate_limit_error", "RESOURCE_EXHAUSTED"),
+            (500, "api_error", "INTERNAL"),
+            (502, "api_error", "UNAVAILABLE"),
+            (503, "overloaded_error", "UNAVAILABLE"),
+            (504, "timeout_error", "DEADLINE_EXCEEDED"),
+        ] {
+            let status = StatusCode::from_u16(status).unwrap();
+            assert_eq!((anthropic_type(status), google_status(status)), (anthropic, google), "{status}");
+        }
+    }
+
+    #[test]
+    fn an_event_is_one_that_its_sdk_raises() {
+        let error = ProxyError::UpstreamCut { upstream: "u".into() };
+        let data = |event: &str| -> Value {
+            let data = event.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
+            serde_json::from_str(data).unwrap()
+        };
+        for (dialect, first_line) in [
+            (Dialect::OpenAi, "data: {\"error\""),
+            (Dialect::Responses, "event: error"),
+            (Dialect::Anthropic, "event: error"),
+            (Dialect::Google, "data: {\"error\""),
+        ] {
+            let event = error.event(dialect);
+            assert!(event.starts_with(first_line) && event.ends_with("}\n\n"), "{event}");
+            assert_eq!(data(&event)["error"]["message"], error.to_string());
+        }
+        let responses = data(&error.event(Dialect::Responses));
+        assert_eq!(
+            (&responses["type"], &responses["code"]),
+            (&json!("error"), &json!("upstream_disconnected"))
+        );
+    }
+}
