@@ -44,6 +44,6 @@ fn follow(stream: &Bytes, withholds: bool, piece: usize) -> Followed {
     }
     let ending = reader.length_ending(2);
     reader.finish(&mut out);
-    let read = (reader.reported(), reader.withheld(), reader.tokens_so_far(), reader.take_texts());
+    let read = (reader.reported(), reader.withheld(), reader.tokens_so_far(100_000), reader.take_texts());
     Followed { given: out.concat(), read, ending }
 }
