@@ -49,8 +49,7 @@ async fn find_model(body: Bytes, boundary: String) -> Result<String, BodyFault> 
 mod tests {
     use super::*;
 
-    const SOUND: &str =
-        "Content-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nRIFF";
+    const SOUND: &str = "Content-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nRIFF";
     const MODEL: &str = "Content-Disposition: form-data; name=\"model\"\r\n\r\nwhisper-1";
 
     async fn named(parts: &[&str]) -> Result<String, BodyFault> {

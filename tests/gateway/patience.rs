@@ -29,8 +29,12 @@ async fn a_caller_that_does_not_read_is_given_up_and_settled() {
     let [requests, prompt, completion, _] = gateway.settled_charges().await;
     assert_eq!((requests, prompt), (1, HELLO_TOKENS));
     assert!(completion > 10_000, "{completion}");
+    // It is told of a moment after it has settled.
     let gone = r#"tollgate_requests_total{api="chat",environment="staging",outcome="caller_gone"} 1"#;
-    assert!(gateway.admin_get("/metrics").await.text().contains(gone));
+    soon("the caller to be gone", async {
+        while !gateway.admin_get("/metrics").await.text().contains(gone) {}
+    })
+    .await;
     drop(caller);
 }
 

@@ -284,15 +284,15 @@ async fn other_paths_are_forwarded_as_one_request_where_the_environment_says_so(
     let upstream =
         Upstream::always(Answer::json(200, r#"{"usage":{"prompt_tokens":4,"total_tokens":4}}"#)).await;
     let gateway = gateway(&upstream, "").await;
-    let reply = gateway.send("POST", "/open/v1/moderations?x=1", "", "not json at all").await;
+    let reply = gateway.send("POST", "/open/v1/batches?x=1", "", "not json at all").await;
     assert_eq!(reply.status, 200);
-    assert_eq!(upstream.only().target(), "/v1/moderations?x=1");
+    assert_eq!(upstream.only().target(), "/v1/batches?x=1");
     let open = &gateway.admin_get("/api/environments/open").await.json();
     assert_eq!(
         (open["totals"]["requests"].as_u64(), open["totals"]["total_tokens"].as_u64()),
         (Some(1), Some(4))
     );
-    let denied = gateway.send("POST", "/v1/moderations", &bearer(BOX), "{}").await;
+    let denied = gateway.send("POST", "/v1/batches", &bearer(BOX), "{}").await;
     assert_eq!(denied.refusal(), (404, "unknown_path".into()));
     for path in ["/open/v1/%2e%2e/x", "/open/v1//x", "/open/v1/../x"] {
         assert_eq!(gateway.post(path, "{}").await.status, 404, "{path}");

@@ -95,7 +95,7 @@ async fn what_generates_nothing_costs_no_completion_tokens() {
         let upstream = Upstream::always(answer).await;
         let environments = "  staging: { upstream: backend, other_paths: forward, quotas: { requests: { limit: 9, per: minute } } }\ndefault_environment: staging";
         let gateway = Gateway::with(&upstream, "", environments).await;
-        assert_eq!(gateway.post("/v1/moderations", "{}").await.text(), body);
+        assert_eq!(gateway.post("/v1/batches", "{}").await.text(), body);
         assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0], "{kind}");
         let embeddings = r#"{"model":"text-embedding-3-small","input":"hello"}"#;
         assert_eq!(gateway.post("/v1/embeddings", embeddings).await.text(), body);
@@ -127,7 +127,7 @@ async fn an_answer_without_a_body_is_an_answer() {
         let environments = "  staging: { upstream: backend, other_paths: forward, quotas: { requests: { limit: 9, per: minute } } }\ndefault_environment: staging";
         let gateway = Gateway::with(&upstream, "", environments).await;
         let mut caller = gateway.caller().await;
-        caller.request(method, "/v1/moderations", "", b"{}").await;
+        caller.request(method, "/v1/batches", "", b"{}").await;
         let got = caller.head().await;
         assert!(got.starts_with(&format!("HTTP/1.1 {}", &head[..3])), "{got}");
         if method == "HEAD" {
