@@ -220,11 +220,6 @@ impl<'n> Section<'n> {
         self.entries.iter().map(|(key, node)| (key, self.item(&key.name, node)))
     }
 
-    /// The entries of that name; `*`: all.
-    pub(super) fn items_named(&self, name: &str) -> Vec<Item<'n>> {
-        self.items().filter(|(key, _)| name == "*" || key.name == name).map(|(_, item)| item).collect()
-    }
-
     /// The keys.
     pub(super) fn names(&self) -> Vec<&'n str> {
         self.entries.iter().map(|(key, _)| key.name.as_str()).collect()

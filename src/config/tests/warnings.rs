@@ -62,8 +62,6 @@ fn a_reserve_that_no_request_could_ever_have_is_a_warning() {
 fn what_is_not_in_force_is_told_where_it_is_set() {
     for (text, path) in [
         (format!("{MINIMAL}server: {{ tls: {{ cert: c, key: k }} }}\n"), "t.yaml:7:16: server.tls"),
-        (with_upstream("base_url: 'http://u', api: anthropic"), "upstreams.up.api"),
-        (with_upstream("base_url: 'http://u', api: gemini"), "upstreams.up.api"),
         (format!("{MINIMAL}store: {{ redis: {{ url: 'redis://r' }} }}\n"), "store.redis"),
     ] {
         let told = told(&text);
