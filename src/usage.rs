@@ -4,10 +4,12 @@
 //! recorded answers; a field that is not a whole number from 0 to 2^40 does not count as reported.
 
 mod choices;
+mod ending;
 mod fields;
 mod json;
 mod received;
 mod sse;
+mod texts;
 
 use crate::quota::{Amounts, MAX_AMOUNT};
 
