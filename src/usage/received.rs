@@ -87,7 +87,12 @@ impl Received {
         if data.len() > COMPACT_AT {
             self.read(data);
         } else {
+            let from = self.raw.len();
             self.raw.extend_from_slice(data);
+            // Between parts of JSON any space will do, and a newline ends an event here.
+            for at in memchr_iter(b'\n', data) {
+                self.raw[from + at] = b' ';
+            }
             self.raw.push(b'\n');
         }
     }

@@ -6,6 +6,8 @@ mod chat;
 mod cohere;
 mod gemini;
 mod responses;
+#[cfg(test)]
+mod tests;
 
 use super::received::Received;
 use crate::json::LooseText as Text;
