@@ -5,10 +5,12 @@
 
 mod choices;
 mod decode;
+mod ending;
 mod fields;
 mod json;
 mod received;
 mod sse;
+mod texts;
 
 use crate::quota::{Amounts, MAX_AMOUNT};
 

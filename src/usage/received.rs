@@ -3,9 +3,8 @@
 //! Bounded: events are kept raw until 32 KiB have come together, then only their text. Beyond 1 MiB
 //! of text the rest counts as one token for four bytes.
 
-use crate::json::LooseText as Text;
+use super::texts::{self, Part, Slot};
 use memchr::{memchr_iter, memmem};
-use serde::Deserialize;
 
 /// Raw events are boiled down to their text when they reach this size.
 const COMPACT_AT: usize = 32 * 1024;
@@ -13,6 +12,8 @@ const COMPACT_AT: usize = 32 * 1024;
 const MOST_TEXT: usize = 1024 * 1024;
 /// A whole JSON answer is kept up to this size.
 const MOST_DOCUMENT: usize = 1024 * 1024;
+/// A longer opening event is not kept.
+const LONGEST_OPENING: usize = 64 * 1024;
 /// More texts that are counted apart (choices, tool calls) than this are counted together.
 const MOST_TEXTS: usize = 256;
 /// What a tool call costs beside its name and arguments.
@@ -39,13 +40,28 @@ impl Texts {
 pub struct Received {
     /// Event data that has not been looked into, a newline after each.
     raw: Vec<u8>,
-    texts: Vec<(Slot, String)>,
+    texts: Vec<Kept>,
+    /// Calls that came whole.
+    whole_calls: u64,
+    /// The event that opened the answer, where the ending needs it.
+    opening: Option<Vec<u8>>,
+    /// Anthropic's block that is open, as far as events have been looked into.
+    pub(super) open_block: Option<u64>,
     text_bytes: usize,
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
     /// Events that carried something generated.
     events: u64,
+}
+
+/// One text.
+#[derive(Debug)]
+struct Kept {
+    slot: Slot,
+    text: String,
+    /// So much of it is the name of a tool.
+    name: usize,
 }
 
 /// How many tokens have come, without counting them.
@@ -57,32 +73,26 @@ pub struct SoFar {
     pub probably: u64,
 }
 
-/// Which text a delta belongs to: tokens straddle deltas, so they are joined before they are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Slot {
-    choice: u64,
-    part: Part,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
-    Content,
-    Refusal,
-    Reasoning,
-    ToolCall(u64),
-}
-
 impl Received {
     /// Keeps the data of one event.
     pub fn push_event(&mut self, data: &[u8]) {
         self.events += u64::from(is_generated(data));
+        if self.opening.is_none() && !is_ping(data) {
+            let is_needed = data.len() <= LONGEST_OPENING && memmem::find(data, b"\"choices\"").is_none();
+            self.opening = Some(if is_needed { data.to_vec() } else { Vec::new() });
+        }
         if self.raw.len() + data.len() > COMPACT_AT {
             self.compact();
         }
         if data.len() > COMPACT_AT {
             self.read(data);
         } else {
+            let from = self.raw.len();
             self.raw.extend_from_slice(data);
+            // Between parts of JSON any space will do, and a newline ends an event here.
+            for at in memchr_iter(b'\n', data) {
+                self.raw[from + at] = b' ';
+            }
             self.raw.push(b'\n');
         }
     }
@@ -94,10 +104,21 @@ impl Received {
         SoFar { surely: self.events, probably: self.events.max(by_length) }
     }
 
-    /// The data of the last event.
-    pub fn last_event(&self) -> &[u8] {
+    /// The data of the last events, the last one first.
+    pub fn last_events(&self) -> impl Iterator<Item = &[u8]> {
         let raw = self.raw.strip_suffix(b"\n").unwrap_or(&self.raw);
-        raw.rsplit(|&b| b == b'\n').next().unwrap_or_default()
+        raw.rsplit(|&b| b == b'\n')
+    }
+
+    /// The event that opened the answer, other than of a chat.
+    pub fn opening(&self) -> &[u8] {
+        self.opening.as_deref().unwrap_or_default()
+    }
+
+    /// The block of Anthropic's that has begun and not ended.
+    pub fn open_block(&self) -> Option<u64> {
+        let last = self.last_events().find_map(texts::block);
+        last.unwrap_or(self.open_block)
     }
 
     /// Bytes that are kept: tells how long it will take to look into them.
@@ -144,7 +165,7 @@ impl Received {
     }
 
     fn finish(self) -> Texts {
-        let texts = self.texts.into_iter().map(|(_, text)| text).collect();
+        let texts = self.texts.into_iter().map(|kept| kept.text).collect();
         Texts { texts, tokens: self.tokens + self.uncounted.div_ceil(4) }
     }
 
@@ -158,43 +179,54 @@ impl Received {
     }
 
     fn read(&mut self, json: &[u8]) {
-        if memmem::find(json, b"\"choices\"").is_none() {
-            return; // `[DONE]`, an error, a ping: nothing that was generated
-        }
-        match serde_json::from_slice::<Answer>(json) {
-            Ok(answer) => answer.choices.into_iter().for_each(|c| self.choice(c)),
-            Err(_) => self.uncounted += json.len() as u64,
+        if texts::read(self, json).is_err() {
+            self.uncounted += json.len() as u64;
         }
     }
 
-    fn choice(&mut self, choice: Choice) {
-        let Choice { index, delta, text } = choice;
-        let slot = |part| Slot { choice: index, part };
-        self.append(slot(Part::Content), &text.0);
-        let Some(delta) = delta else { return };
-        self.append(slot(Part::Content), &delta.content.0);
-        self.append(slot(Part::Refusal), &delta.refusal.0);
-        self.append(slot(Part::Reasoning), &delta.reasoning_content.0);
-        self.append(slot(Part::Reasoning), &delta.reasoning.0);
-        if let Some(call) = delta.function_call {
-            self.call(slot(Part::ToolCall(u64::MAX)), &call);
+    /// What a tool call costs beside its text, and its name.
+    pub(super) fn call(&mut self, slot: Slot, name: &str) {
+        if name.is_empty() {
+            return;
         }
-        for (at, call) in (0..).zip(delta.tool_calls.unwrap_or_default()) {
-            if let Some(function) = call.function {
-                self.call(slot(Part::ToolCall(call.index.unwrap_or(at))), &function);
-            }
+        self.tokens += TOKENS_PER_TOOL_CALL;
+        self.append(slot, name);
+        if let Some(kept) = self.texts.iter_mut().find(|kept| kept.slot == slot) {
+            kept.name = kept.text.len();
         }
     }
 
-    fn call(&mut self, slot: Slot, function: &Function) {
-        if !function.name.0.is_empty() {
-            self.tokens += TOKENS_PER_TOOL_CALL;
-        }
-        self.append(slot, &function.name.0);
-        self.append(slot, &function.arguments.0);
+    /// A call of its own, which no later event adds to.
+    pub(super) fn whole_call(&mut self, choice: u64, name: &str, arguments: &str) {
+        let slot = Slot { choice, part: Part::ToolCall(self.whole_calls) };
+        self.whole_calls += 1;
+        self.call(slot, name);
+        self.append(slot, arguments);
     }
 
-    fn append(&mut self, slot: Slot, text: &str) {
+    /// A text that may have come in deltas before. Nothing counts twice: past the bounds it is not known
+    /// what has come, and it is taken to have.
+    pub(super) fn repeat(&mut self, slot: Slot, text: &str) {
+        let is_new = match self.texts.iter().find(|kept| kept.slot == slot) {
+            Some(kept) => kept.text.len() == kept.name,
+            None => self.uncounted == 0 && self.texts.len() < MOST_TEXTS,
+        };
+        if is_new {
+            self.append(slot, text);
+        }
+    }
+
+    /// The call likewise.
+    pub(super) fn repeat_call(&mut self, slot: Slot, name: &str, arguments: &str) {
+        let is_known = self.texts.iter().any(|kept| kept.slot == slot);
+        if !is_known && self.uncounted == 0 && self.texts.len() < MOST_TEXTS {
+            self.call(slot, name);
+        }
+        self.repeat(slot, arguments);
+    }
+
+    /// Adds to a text.
+    pub(super) fn append(&mut self, slot: Slot, text: &str) {
         if text.is_empty() {
             return;
         }
@@ -203,10 +235,10 @@ impl Received {
             return;
         }
         self.text_bytes += text.len();
-        let known = self.texts.iter().position(|(s, _)| *s == slot);
+        let known = self.texts.iter().position(|kept| kept.slot == slot);
         match known.or_else(|| (self.texts.len() >= MOST_TEXTS).then_some(MOST_TEXTS - 1)) {
-            Some(at) => self.texts[at].1.push_str(text),
-            None => self.texts.push((slot, text.to_owned())),
+            Some(at) => self.texts[at].text.push_str(text),
+            None => self.texts.push(Kept { slot, text: text.to_owned(), name: 0 }),
         }
     }
 }
@@ -226,6 +258,10 @@ const GENERATED: [&[u8]; 12] = [
     b"data",
     b"transcript",
 ];
+fn is_ping(data: &[u8]) -> bool {
+    data.is_empty() || (data.len() < 64 && memmem::find(data, b"\"ping\"").is_some())
+}
+
 /// Of the Responses API one field does: other events repeat what has come.
 const OF_RESPONSES: [&[u8]; 1] = [b"delta"];
 
@@ -233,7 +269,13 @@ const OF_RESPONSES: [&[u8]; 1] = [b"delta"];
 /// fields and no parsing, since it is done for every event: a colon behind a quote ends a field's name,
 /// for a quote within a text has a backslash before it, which no such name ends in.
 fn is_generated(data: &[u8]) -> bool {
-    let is_of_responses = memmem::find(data, b"\"type\":\"response.").is_some();
+    let is_of_responses = memmem::find_iter(data, b"\"type\"").any(|at| {
+        let value = data[at + 6..].trim_ascii_start().strip_prefix(b":").unwrap_or_default();
+        value.trim_ascii_start().starts_with(b"\"response.")
+    });
+    if memmem::find_iter(data, b"\"error\":").any(|at| data[at + 8..].trim_ascii_start().starts_with(b"{")) {
+        return false;
+    }
     let fields = if is_of_responses { &OF_RESPONSES[..] } else { &GENERATED[..] };
     memchr_iter(b':', data).any(|at| {
         let Some(name) = data[..at].trim_ascii_end().strip_suffix(b"\"") else { return false };
@@ -241,53 +283,6 @@ fn is_generated(data: &[u8]) -> bool {
         let value = data[at + 1..].trim_ascii_start();
         value.first() == Some(&b'"') && value.get(1) != Some(&b'"') && fields.iter().any(named)
     })
-}
-
-#[derive(Deserialize)]
-struct Answer<'a> {
-    #[serde(borrow, default)]
-    choices: Vec<Choice<'a>>,
-}
-
-#[derive(Deserialize)]
-struct Choice<'a> {
-    #[serde(default)]
-    index: u64,
-    #[serde(borrow, alias = "message")]
-    delta: Option<Delta<'a>>,
-    #[serde(borrow, default)]
-    text: Text<'a>,
-}
-
-#[derive(Deserialize)]
-struct Delta<'a> {
-    #[serde(borrow, default)]
-    content: Text<'a>,
-    #[serde(borrow, default)]
-    refusal: Text<'a>,
-    #[serde(borrow, default)]
-    reasoning_content: Text<'a>,
-    #[serde(borrow, default)]
-    reasoning: Text<'a>,
-    #[serde(borrow)]
-    function_call: Option<Function<'a>>,
-    #[serde(borrow)]
-    tool_calls: Option<Vec<ToolCall<'a>>>,
-}
-
-#[derive(Deserialize)]
-struct ToolCall<'a> {
-    index: Option<u64>,
-    #[serde(borrow)]
-    function: Option<Function<'a>>,
-}
-
-#[derive(Deserialize)]
-struct Function<'a> {
-    #[serde(borrow, default)]
-    name: Text<'a>,
-    #[serde(borrow, default)]
-    arguments: Text<'a>,
 }
 
 #[cfg(test)]

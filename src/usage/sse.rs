@@ -6,12 +6,11 @@
 
 use super::choices::Choices;
 use super::received::{Received, SoFar};
-use super::{Reported, Texts, fields};
+use super::{Reported, Texts, ending, fields};
 use bytes::Bytes;
 use memchr::{memchr2, memmem};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 
 /// An event longer than this passes through unread.
@@ -127,22 +126,9 @@ impl SseReader {
         surely.max(probably.min(cap))
     }
 
-    /// What ends the stream as if the model had reached its bound: the last event of each choice with
-    /// `finish_reason: "length"`, then `[DONE]`. Made like the events that came.
+    /// What ends the stream as if the model had reached its bound, made like the events that came.
     pub fn length_ending(&self, choices: u64) -> String {
-        let mut chunk: Map<String, Value> =
-            serde_json::from_slice(self.received.last_event()).unwrap_or_default();
-        chunk.retain(|name, _| !matches!(name.as_str(), "choices" | "usage"));
-        let is_text = chunk.get("object").and_then(Value::as_str) == Some("text_completion");
-        let ended = |index| {
-            if is_text {
-                json!({"index": index, "text": "", "finish_reason": "length"})
-            } else {
-                json!({"index": index, "delta": {}, "finish_reason": "length"})
-            }
-        };
-        chunk.insert("choices".into(), (0..choices).map(ended).collect());
-        format!("data: {}\n\ndata: [DONE]\n\n", Value::Object(chunk))
+        ending::of_length(&self.received, choices, self.tokens_so_far(u64::MAX))
     }
 
     /// How many events were withheld.
@@ -264,6 +250,9 @@ impl SseReader {
     /// Reads one whole event. Returns whether it only reports usage.
     fn event(&mut self, event: &[u8]) -> bool {
         let Some(data) = data_of(event) else { return false };
+        if says_error(event) {
+            return false; // whatever its data look like, they are no completion
+        }
         if memmem::find(&data, b"\"usage").is_some()
             && let Ok(chunk) = serde_json::from_slice::<Chunk>(&data)
             && let Some(reported) = chunk.reported()
@@ -345,6 +334,12 @@ fn out_slice(out: &mut impl Sink, piece: &Bytes, from: usize, to: usize) {
 
 fn is_empty_array(json: &str) -> bool {
     json.strip_prefix('[').and_then(|j| j.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
+}
+
+/// Whether an event is called `error`.
+fn says_error(event: &[u8]) -> bool {
+    let name = event.strip_prefix(b"event:").unwrap_or_default().trim_ascii_start();
+    name.strip_prefix(b"error").is_some_and(|rest| matches!(rest.first(), Some(b'\n' | b'\r')))
 }
 
 /// The data of an event: of several `data` lines joined by LF. `None`: it has none.
