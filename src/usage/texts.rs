@@ -33,8 +33,8 @@ pub(super) enum Part {
     Code,
     ToolCall(u64),
     /// Parts of an item of Responses.
-    ContentPart(u64),
-    ReasoningPart(u64),
+    ItemContent(u64),
+    ItemReasoning(u64),
     Summary(u64),
 }
 
@@ -138,8 +138,7 @@ fn is_some(value: Option<&RawValue>) -> bool {
     value.is_some_and(|value| value.get() != "null")
 }
 
-/// JSON without the spaces between its parts; nothing of an empty object.
+/// JSON without the spaces between its parts.
 fn compact(json: &RawValue) -> Result<String, serde_json::Error> {
-    let text = serde_json::from_str::<serde_json::Value>(json.get())?.to_string();
-    Ok(if text == "{}" || text == "null" { String::new() } else { text })
+    Ok(serde_json::from_str::<serde_json::Value>(json.get())?.to_string())
 }

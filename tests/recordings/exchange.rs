@@ -29,6 +29,10 @@ pub(crate) struct Exchange {
     #[serde(default)]
     pub(crate) prompt_tokens: Option<u64>,
     #[serde(default)]
+    pub(crate) completion_tokens: Option<u64>,
+    #[serde(default)]
+    reasoning_tokens: Option<u64>,
+    #[serde(default)]
     pub(crate) usage: Value,
     #[serde(default)]
     pub(crate) stream: bool,
@@ -84,6 +88,17 @@ impl Exchange {
         let replaced = ["encrypted_content_REDACTED", "ignature_REDACTED", "signature_REDACTED"];
         let is_whole = |body: &&str| !replaced.iter().any(|mark| body.contains(mark));
         self.request_body.as_deref().filter(|_| is_exact && is_answered).filter(is_whole)
+    }
+
+    /// Whether it has one of these features.
+    pub(crate) fn has(&self, features: &[&str]) -> bool {
+        self.features.iter().any(|f| features.contains(&f.as_str()))
+    }
+
+    /// Whether the model reasoned, which not all of them show.
+    pub(crate) fn is_reasoning(&self) -> bool {
+        self.reasoning_tokens.is_some_and(|tokens| tokens > 0)
+            || self.has(&["reasoning", "reasoning_request", "reasoning_text_out"])
     }
 
     /// The answer as it was sent, if there is one that is not an error and not compressed.

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test; it prints shares
 
 mod charges;
+mod completions;
 mod exchange;
 mod figures;
 mod golden;
@@ -30,9 +31,11 @@ fn main() -> ExitCode {
     } else {
         let tells = shows_table || std::io::stderr().is_terminal();
         let (mut exchanges, mut charges) = (Vec::new(), charges::Charges::default());
+        let mut completions = completions::Completions::default();
         for (at, file) in files.iter().enumerate() {
             for exchange in exchange::read(file) {
                 charges.check(&exchange);
+                completions.count(&exchange);
                 exchanges.extend(measured::estimate(&exchange));
             }
             if tells {
@@ -42,8 +45,9 @@ fn main() -> ExitCode {
         let orders = measured::orders(&exchanges);
         if shows_table {
             table::print(&exchanges, &orders);
+            completions.print();
         }
-        is_fine &= figures::are_reached(&exchanges, &orders) & charges.are_right();
+        is_fine &= figures::are_reached(&exchanges, &orders) & charges.are_right() & completions.are_near();
     }
     if is_fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

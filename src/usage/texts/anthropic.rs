@@ -33,7 +33,9 @@ pub(super) fn event(received: &mut Received, event: &Answer) -> Result<(), serde
     let index = event.index.unwrap_or(0);
     received.open_block = (event.kind.0 != "content_block_stop").then_some(index);
     if let Some(of) = &event.content_block {
-        content(received, index, of)?;
+        // The input comes in deltas; what stands for it until then is empty.
+        let is_empty = |input: &&RawValue| input.get().trim_matches(['{', '}', ' ']).is_empty();
+        content(received, index, of, of.input.filter(|input| !is_empty(input)))?;
     }
     if let Some(delta) = event.delta {
         let delta: Delta = serde_json::from_str(delta.get())?;
@@ -49,18 +51,23 @@ pub(super) fn event(received: &mut Received, event: &Answer) -> Result<(), serde
 pub(super) fn document(received: &mut Received, blocks: &RawValue) -> Result<(), serde_json::Error> {
     let blocks: Vec<Block> = serde_json::from_str(blocks.get())?;
     for (index, block) in (0..).zip(&blocks) {
-        content(received, index, block)?;
+        content(received, index, block, block.input)?;
     }
     Ok(())
 }
 
-fn content(received: &mut Received, index: u64, block: &Block) -> Result<(), serde_json::Error> {
+fn content(
+    received: &mut Received,
+    index: u64,
+    block: &Block,
+    input: Option<&RawValue>,
+) -> Result<(), serde_json::Error> {
     let slot = Slot { choice: index, part: Part::Content };
     received.append(slot, &block.text.0);
     received.append(slot, &block.thinking.0);
     if block.kind.0.ends_with("tool_use") {
         received.call(slot, &block.name.0);
-        if let Some(input) = block.input {
+        if let Some(input) = input {
             received.append(slot, &compact(input)?);
         }
     }

@@ -64,9 +64,9 @@ pub(super) fn event(received: &mut Received, event: &Answer) -> Result<(), serde
     };
     let part = event.content_index.unwrap_or(0);
     let (part, whole) = match name {
-        "output_text" => (Part::ContentPart(part), &event.text),
-        "refusal" => (Part::ContentPart(part), &event.refusal),
-        "reasoning_text" | "reasoning" => (Part::ReasoningPart(part), &event.text),
+        "output_text" => (Part::ItemContent(part), &event.text),
+        "refusal" => (Part::ItemContent(part), &event.refusal),
+        "reasoning_text" | "reasoning" => (Part::ItemReasoning(part), &event.text),
         "reasoning_summary_text" => (Part::Summary(event.summary_index.unwrap_or(0)), &event.text),
         "function_call_arguments" | "mcp_call_arguments" => (Part::ToolCall(0), &event.arguments),
         "custom_tool_call_input" => (Part::ToolCall(0), &event.input),
@@ -104,7 +104,7 @@ fn item(received: &mut Received, choice: u64, item: &Item, is_done: bool) {
     received.repeat(slot(Part::Code), &item.code.0);
     for (at, part) in (0..).zip(item.content.iter().flatten()) {
         let is_reasoning = part.kind.0 == "reasoning_text" || item.kind.0 == "reasoning";
-        let of = if is_reasoning { Part::ReasoningPart(at) } else { Part::ContentPart(at) };
+        let of = if is_reasoning { Part::ItemReasoning(at) } else { Part::ItemContent(at) };
         let text = if part.text.0.is_empty() { &part.refusal } else { &part.text };
         received.repeat(slot(of), &text.0);
     }

@@ -8,8 +8,10 @@ fn fixture(name: &str) -> String {
     std::fs::read_to_string(format!("{}/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
 
-/// What each event of the fixture adds: the number of its text and what it adds to it.
-const STREAMS: [(&str, &[Option<(usize, &str)>]); 5] = [
+/// What an event adds: the number of its text and what comes to it.
+type Adds = Option<(usize, &'static str)>;
+
+const STREAMS: [(&str, &[Adds]); 5] = [
     ("chat_silent.sse", &[Some((0, "Hello")), Some((0, " there")), None]),
     (
         "responses_silent.sse",
@@ -42,7 +44,7 @@ const STREAMS: [(&str, &[Option<(usize, &str)>]); 5] = [
             None,
         ],
     ),
-    ("gemini_silent.sse", &[Some((0, "Hello")), Some((0, " there")), Some((1, "look"))]),
+    ("gemini_silent.sse", &[Some((0, "Hello")), Some((0, " there")), Some((1, "look{}"))]),
     (
         "cohere_silent.sse",
         &[
@@ -78,7 +80,7 @@ fn a_stream_broken_off_anywhere_counts_the_texts_of_its_whole_events() {
             for &(text, more) in adds[..whole].iter().flatten() {
                 want.texts.resize(want.texts.len().max(text + 1), String::new());
                 want.texts[text].push_str(more);
-                want.tokens += if more == "look" { 4 } else { 0 };
+                want.tokens += if more.starts_with("look") { 4 } else { 0 };
             }
             assert_eq!(broken_off(&stream[..at]).take_texts(), want, "{name}, {at} bytes");
         }
