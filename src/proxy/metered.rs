@@ -319,7 +319,7 @@ impl Metered {
         let uncounted = if is_known || !endpoint.generates() {
             Uncounted::Nothing
         } else {
-            Uncounted::Raw(std::mem::replace(&mut self.reader, Reader::Opaque(0)), was_cut)
+            Uncounted::Raw(std::mem::take(&mut self.reader), was_cut)
         };
         let estimated_prompt = status.is_success().then_some(estimated_prompt);
         let skips = !self.terms.environment.count_cached_prompt_tokens;

@@ -14,8 +14,18 @@ pub(super) enum Reader {
     Plain(Plain),
     /// Passes as it is, and is decoded to be looked at.
     Coded(Box<Decoder<Plain>>),
-    /// Compressed in a way that is not known, or neither events nor JSON: only its length is known.
-    Opaque(u64),
+    /// Neither events nor JSON, or compressed in a way that is not known: only its length is.
+    Opaque {
+        bytes: u64,
+        is_coded: bool,
+    },
+}
+
+/// What looks at nothing.
+impl Default for Reader {
+    fn default() -> Self {
+        Self::Opaque { bytes: 0, is_coded: false }
+    }
 }
 
 /// What is looked at, without its code.
@@ -94,12 +104,12 @@ impl Reader {
         } else if content.is_none() || is(content, b"application/json") {
             Plain::default()
         } else {
-            return Self::Opaque(0);
+            return Self::Opaque { bytes: 0, is_coded: encoding.is_some() };
         };
         let Some(encoding) = encoding else { return Self::Plain(plain) };
         let coding = Coding::named(encoding.as_bytes()).filter(|_| encodings.next().is_none());
         let decoder = coding.and_then(|coding| Decoder::new(coding, plain).ok());
-        decoder.map_or(Self::Opaque(0), |decoder| Self::Coded(Box::new(decoder)))
+        decoder.map_or(Self::Opaque { bytes: 0, is_coded: true }, |decoder| Self::Coded(Box::new(decoder)))
     }
 
     /// A stream that may be ended, or added to, by the gateway.
@@ -132,7 +142,7 @@ impl Reader {
         match self {
             Self::Plain(_) => false,
             Self::Coded(decoder) => decoder.gave_up(),
-            Self::Opaque(_) => true,
+            Self::Opaque { is_coded, .. } => *is_coded,
         }
     }
 
@@ -145,7 +155,7 @@ impl Reader {
                 received.push_piece(&data);
             }
             Self::Coded(decoder) => decoder.feed(&data),
-            Self::Opaque(bytes) => *bytes += data.len() as u64,
+            Self::Opaque { bytes, .. } => *bytes += data.len() as u64,
         }
         ready.push_back(data);
     }
@@ -168,7 +178,7 @@ impl Reader {
         match self {
             Self::Plain(plain) => plain.reported(),
             Self::Coded(decoder) => decoder.inner().reported(),
-            Self::Opaque(_) => Reported::default(),
+            Self::Opaque { .. } => Reported::default(),
         }
     }
 
@@ -177,7 +187,7 @@ impl Reader {
         match self {
             Self::Plain(plain) => plain.kept_bytes(),
             Self::Coded(decoder) => decoder.inner().kept_bytes(),
-            Self::Opaque(_) => 0,
+            Self::Opaque { .. } => 0,
         }
     }
 
@@ -192,7 +202,7 @@ impl Reader {
                 texts.tokens += unread.div_ceil(4);
                 texts
             }
-            Self::Opaque(bytes) => Texts { texts: Vec::new(), tokens: bytes.div_ceil(4) },
+            Self::Opaque { bytes, .. } => Texts { texts: Vec::new(), tokens: bytes.div_ceil(4) },
         }
     }
 }
