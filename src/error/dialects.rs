@@ -31,8 +31,8 @@ impl ProxyError {
         body
     }
 
-    /// The event that ends a stream of this dialect which cannot go on.
-    pub fn event(&self, dialect: Dialect) -> String {
+    /// The event that ends a stream of this dialect which cannot go on; `number`, where its events have one.
+    pub fn event(&self, dialect: Dialect, number: Option<u64>) -> String {
         let mut body = self.body(dialect);
         match dialect {
             Dialect::OpenAi | Dialect::Google => format!("data: {body}\n\n"),
@@ -44,6 +44,7 @@ impl ProxyError {
                     body[field] = body["error"][field].clone();
                 }
                 body["type"] = "error".into();
+                body["sequence_number"] = number.unwrap_or(0).into();
                 format!("event: error\ndata: {body}\n\n")
             }
         }
@@ -187,11 +188,11 @@ mod tests {
             (Dialect::Anthropic, "event: error"),
             (Dialect::Google, "data: {\"error\""),
         ] {
-            let event = error.event(dialect);
+            let event = error.event(dialect, None);
             assert!(event.starts_with(first_line) && event.ends_with("}\n\n"), "{event}");
             assert_eq!(data(&event)["error"]["message"], error.to_string());
         }
-        let responses = data(&error.event(Dialect::Responses));
+        let responses = data(&error.event(Dialect::Responses, Some(7)));
         assert_eq!(
             (&responses["type"], &responses["code"]),
             (&json!("error"), &json!("upstream_disconnected"))

@@ -268,6 +268,7 @@ impl Metered {
     fn cut(&mut self, cut: &Cut) {
         let ending = match self.reader.as_stream() {
             Some(reader) => {
+                let number = reader.next_sequence_number();
                 let separator = if reader.break_off() { "\n\n" } else { "" };
                 let upstream = self.terms.upstream().to_owned();
                 let error = match *cut {
@@ -276,8 +277,9 @@ impl Metered {
                         ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
                     }
                 };
-                self.ready
-                    .push_back(format!("{separator}{}", error.event(self.terms.endpoint.dialect())).into());
+                self.ready.push_back(
+                    format!("{separator}{}", error.event(self.terms.endpoint.dialect(), number)).into(),
+                );
                 Ending::End
             }
             None => Ending::Flush,

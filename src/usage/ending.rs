@@ -28,6 +28,12 @@ pub(super) fn of_length(received: &Received, choices: u64, tokens: u64) -> Strin
     of_chat(last_with(received, b"\"choices\"").unwrap_or(last), choices)
 }
 
+/// The number of the next event, where they have one (Responses).
+pub(super) fn next_sequence_number(received: &Received) -> Option<u64> {
+    let last = last_with(received, b"\"sequence_number\"")?;
+    last.get("sequence_number")?.as_u64()?.checked_add(1)
+}
+
 fn object(json: &[u8]) -> Object {
     serde_json::from_slice(json).unwrap_or_default()
 }
@@ -67,9 +73,8 @@ fn of_responses(mut opening: Object, received: &Received) -> String {
     response.insert("incomplete_details".into(), json!({"reason": "max_output_tokens"}));
     response.insert("usage".into(), Value::Null);
     let mut event = json!({"type": "response.incomplete", "response": response});
-    let last = last_with(received, b"\"sequence_number\"");
-    if let Some(number) = last.and_then(|event| event.get("sequence_number")?.as_u64()) {
-        event["sequence_number"] = number.saturating_add(1).into();
+    if let Some(number) = next_sequence_number(received) {
+        event["sequence_number"] = number.into();
     }
     let mut events = String::new();
     named(&mut events, &event);

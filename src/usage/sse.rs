@@ -131,6 +131,11 @@ impl SseReader {
         ending::of_length(&self.received, choices, self.tokens_so_far(u64::MAX))
     }
 
+    /// The number of the next event, where they have one (Responses).
+    pub fn next_sequence_number(&self) -> Option<u64> {
+        ending::next_sequence_number(&self.received)
+    }
+
     /// How many events were withheld.
     pub fn withheld(&self) -> u32 {
         self.withheld
