@@ -31,19 +31,21 @@ impl ProxyError {
         body
     }
 
-    /// The event that ends a stream of this dialect which cannot go on.
-    pub fn event(&self, dialect: Dialect) -> String {
+    /// The event that ends a stream of this dialect which cannot go on. Where events are numbered, it has
+    /// this number.
+    pub fn event(&self, dialect: Dialect, number: u64) -> String {
         let mut body = self.body(dialect);
         match dialect {
             Dialect::OpenAi | Dialect::Google => format!("data: {body}\n\n"),
             Dialect::Anthropic => format!("event: error\ndata: {body}\n\n"),
             Dialect::Responses => {
                 // Some clients look for the error within, as in any other stream; some read the event as
-                // it is documented.
+                // it is documented, and take none without all of its fields.
                 for field in ["code", "message", "param"] {
                     body[field] = body["error"][field].clone();
                 }
                 body["type"] = "error".into();
+                body["sequence_number"] = number.into();
                 format!("event: error\ndata: {body}\n\n")
             }
         }
@@ -187,14 +189,14 @@ mod tests {
             (Dialect::Anthropic, "event: error"),
             (Dialect::Google, "data: {\"error\""),
         ] {
-            let event = error.event(dialect);
+            let event = error.event(dialect, 7);
             assert!(event.starts_with(first_line) && event.ends_with("}\n\n"), "{event}");
             assert_eq!(data(&event)["error"]["message"], error.to_string());
         }
-        let responses = data(&error.event(Dialect::Responses));
+        let responses = data(&error.event(Dialect::Responses, 7));
         assert_eq!(
-            (&responses["type"], &responses["code"]),
-            (&json!("error"), &json!("upstream_disconnected"))
+            (&responses["type"], &responses["code"], &responses["sequence_number"]),
+            (&json!("error"), &json!("upstream_disconnected"), &json!(7))
         );
     }
 }

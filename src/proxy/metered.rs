@@ -272,8 +272,8 @@ impl Metered {
                         ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
                     }
                 };
-                self.ready
-                    .push_back(format!("{separator}{}", error.event(self.terms.endpoint.dialect())).into());
+                let event = error.event(self.terms.endpoint.dialect(), reader.next_number());
+                self.ready.push_back(format!("{separator}{event}").into());
                 Ending::End
             }
             Reader::Json(..) | Reader::Opaque(_) => Ending::Flush,

@@ -137,6 +137,12 @@ impl SseReader {
         format!("data: {}\n\ndata: [DONE]\n\n", Value::Object(chunk))
     }
 
+    /// The number of an event after the last one, in a stream that numbers them (Responses).
+    pub fn next_number(&self) -> u64 {
+        let last = serde_json::from_slice::<Numbered>(self.received.last_event());
+        last.map_or(0, |event| event.sequence_number.saturating_add(1))
+    }
+
     /// How many events were withheld.
     pub fn withheld(&self) -> u32 {
         self.withheld
@@ -274,6 +280,11 @@ impl SseReader {
         self.received.push_event(&data);
         false
     }
+}
+
+#[derive(Deserialize)]
+struct Numbered {
+    sequence_number: u64,
 }
 
 /// An event, as far as usage can stand in it.
@@ -427,6 +438,23 @@ mod tests {
         // Long texts in few events are guessed by their length, but not beyond what was asked for.
         let (_, long) = follow(&event(&"a".repeat(40_000), "").repeat(2), false, &[]);
         assert_eq!((long.tokens_so_far(u64::MAX), long.tokens_so_far(5_000)), (20_000, 5_000));
+    }
+
+    #[test]
+    fn the_next_number_follows_the_last_whole_event() {
+        for (stream, next) in [
+            ("", 0),
+            ("data: {\"sequence_number\":0}\n\n", 1),
+            ("data: {\"sequence_number\":4,\"usage\":{\"output_tokens\":1}}\n\n", 5),
+            ("data: {\"sequence_number\":4}\n\ndata: {\"sequence_number\":5", 5),
+            ("data: {\"sequence_number\":4}\n\ndata: {}\n\n", 0),
+            ("data: {\"sequence_number\":-4}\n\n", 0),
+        ] {
+            let mut reader = SseReader::new(false);
+            reader.feed(&Bytes::from(stream), &mut Vec::<Bytes>::new());
+            reader.break_off();
+            assert_eq!(reader.next_number(), next, "{stream}");
+        }
     }
 
     #[test]
