@@ -277,9 +277,8 @@ impl Metered {
                         ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
                     }
                 };
-                self.ready.push_back(
-                    format!("{separator}{}", error.event(self.terms.endpoint.dialect(), number)).into(),
-                );
+                let event = error.event(self.terms.endpoint.dialect(), number);
+                self.ready.push_back(format!("{separator}{event}").into());
                 Ending::End
             }
             None => Ending::Flush,

@@ -99,9 +99,11 @@ pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Resul
 pub(super) fn dialect(path: &str) -> Dialect {
     let is_first =
         |end: &str| path.strip_suffix(end).is_some_and(|before| before.rfind('/').is_none_or(|at| at == 0));
+    // Behind an environment and a version, if there are any.
+    let from_models = &path[path.rfind("/models/").unwrap_or(0)..];
     if path.ends_with("/v1/messages") || path.contains("/v1/messages/") || is_first("/messages") {
         Dialect::Anthropic
-    } else if path.contains("/v1beta/") || generation(path).is_some() {
+    } else if path.contains("/v1beta/") || generation(from_models).is_some() {
         Dialect::Google
     } else if path.ends_with("/responses") {
         Dialect::Responses
@@ -353,6 +355,10 @@ mod tests {
             ("/v1/v1/messages", Dialect::Anthropic),
             ("/v1beta/models/g:countTokens", Dialect::Google),
             ("/models/g:generateContent", Dialect::Google),
+            ("/v1/models/g:generateContent", Dialect::Google),
+            ("/sandbox/v1/models/g:streamGenerateContent", Dialect::Google),
+            ("/sandbox/models/g:generateContent", Dialect::Google),
+            ("/sandbox/v1/models/g", Dialect::OpenAi),
             ("/v1/responses", Dialect::Responses),
             ("/v1/chat/completions", Dialect::OpenAi),
             ("/", Dialect::OpenAi),

@@ -438,6 +438,22 @@ mod tests {
     }
 
     #[test]
+    fn the_next_number_follows_the_last_whole_event() {
+        for (stream, next) in [
+            ("", None),
+            ("data: {\"sequence_number\":0}\n\n", Some(1)),
+            ("data: {\"sequence_number\":4,\"usage\":{\"output_tokens\":1}}\n\n", Some(5)),
+            ("data: {\"sequence_number\":4}\n\ndata: {\"sequence_number\":5", Some(5)),
+            ("data: {\"sequence_number\":-4}\n\n", None),
+        ] {
+            let mut reader = SseReader::new(false);
+            reader.feed(&Bytes::from(stream), &mut Vec::<Bytes>::new());
+            reader.break_off();
+            assert_eq!(reader.next_sequence_number(), next, "{stream}");
+        }
+    }
+
+    #[test]
     fn usage_is_found_without_a_blank_line_at_the_end_and_behind_a_byte_order_mark() {
         let (got, reader) = follow(EXTRA, true, &[]);
         assert_eq!((got.as_str(), reader.reported().completion()), ("", Some(2)));

@@ -201,14 +201,17 @@ async fn a_stream_that_breaks_off_ends_with_an_error_of_its_api() {
         ("/v1/messages", messages, "event: error\ndata: {\"error\":{"),
         (gemini, r#"{"contents":"hello"}"#, "data: {\"error\":{\"code\":502"),
     ] {
-        let upstream = Upstream::always(Answer::stream().event("data: {}\n\n").then(Step::Cut)).await;
+        let first = "data: {\"sequence_number\":3}\n\n";
+        let upstream = Upstream::always(Answer::stream().event(first).then(Step::Cut)).await;
         let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
         let reply = gateway.post(path, body).await;
-        let rest = reply.text().strip_prefix("data: {}\n\n").unwrap();
+        let rest = reply.text().strip_prefix(first).unwrap();
         assert!(rest.starts_with(event) && rest.ends_with("}\n\n") && !reply.broke_off, "{path}: {rest}");
         let data = rest.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
         let data: Value = serde_json::from_str(data).unwrap();
         assert!(data["error"]["message"].as_str().unwrap().contains("broke off"), "{data}");
+        let number = (path == "/v1/responses").then_some(4);
+        assert_eq!(data["sequence_number"].as_u64(), number, "{data}");
     }
 }
 
