@@ -37,7 +37,7 @@ struct Counted {
     api: String,
     provider: String,
     is_plain_openai_stream: bool,
-    counted: u64,
+    tokens: u64,
     reported: u64,
 }
 
@@ -62,7 +62,7 @@ impl Completions {
             api: exchange.api.clone(),
             provider: exchange.provider.clone(),
             is_plain_openai_stream: is_plain && is_openai && exchange.stream,
-            counted,
+            tokens: counted,
             reported,
         });
     }
@@ -118,7 +118,7 @@ fn chats_are_near(all: &[&Counted]) -> bool {
 /// Responses are charged the token that ends them as well, with some models two, so that short ones are further
 /// off in per cent than any bound that says something of long ones.
 fn responses_are_near(all: &[&Counted]) -> bool {
-    let are_near = all.iter().all(|c| c.counted <= c.reported && c.counted + 2 >= c.reported);
+    let are_near = all.iter().all(|c| c.tokens <= c.reported && c.tokens + 2 >= c.reported);
     let is_fine = all.len() >= FEWEST_RESPONSES && are_near;
     let Errors { median, p90, sum } = Errors::of(all);
     println!(
@@ -142,8 +142,8 @@ struct Errors {
 impl Errors {
     fn of(all: &[&Counted]) -> Self {
         let mut errors: Vec<f64> =
-            all.iter().map(|c| c.counted.abs_diff(c.reported) as f64 / c.reported as f64).collect();
-        let counted: u64 = all.iter().map(|c| c.counted).sum();
+            all.iter().map(|c| c.tokens.abs_diff(c.reported) as f64 / c.reported as f64).collect();
+        let counted: u64 = all.iter().map(|c| c.tokens).sum();
         let reported: u64 = all.iter().map(|c| c.reported).sum();
         Self {
             median: quantile(&mut errors, 0.5),
