@@ -6,10 +6,12 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test; it prints shares
 
 mod charges;
+#[allow(dead_code)] // some of it is for the replay
 mod exchange;
 mod figures;
 mod golden;
 mod measured;
+mod rules;
 mod table;
 
 use std::io::IsTerminal as _;
