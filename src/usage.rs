@@ -4,6 +4,7 @@
 //! recorded answers; a field that is not a whole number from 0 to 2^40 does not count as reported.
 
 mod choices;
+mod decode;
 mod fields;
 mod json;
 mod received;
@@ -11,9 +12,10 @@ mod sse;
 
 use crate::quota::{Amounts, MAX_AMOUNT};
 
+pub use decode::{Coding, Decoder};
 pub use json::JsonReader;
 pub use received::{Received, SoFar, Texts};
-pub use sse::SseReader;
+pub use sse::{Nowhere, SseReader};
 
 /// What a usage says of a call. Names of the providers that have them apart in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -122,7 +122,7 @@ impl Metered {
         let now = Stopwatch::start();
         let bounds = charge.reservation.as_ref().map(|held| (held.cap(), held.tell_beyond()));
         let (cap, tell_beyond) = bounds.unwrap_or((u64::MAX, u64::MAX));
-        let length = length.filter(|_| !matches!(reader, Reader::Sse(_)));
+        let length = length.filter(|_| !reader.is_stream());
         let mut metered = Self {
             incoming,
             length,
@@ -139,7 +139,7 @@ impl Metered {
             tell_beyond,
             caller_is_gone: false,
         };
-        let has_begun = metered.is_stream() && metered.terms.status.is_success();
+        let has_begun = metered.reader.events().is_some() && metered.terms.status.is_success();
         if has_begun && metered.terms.endpoint.generates() {
             // The model has begun: its prompt is spent.
             metered.progress();
@@ -149,7 +149,7 @@ impl Metered {
 
     /// Whether the answer may become shorter or longer on its way, so that its length is not told.
     pub(super) fn is_stream(&self) -> bool {
-        matches!(self.reader, Reader::Sse(_))
+        self.reader.is_stream()
     }
 
     /// Whether there is no body: nobody will ask for its bytes.
@@ -197,7 +197,7 @@ impl Metered {
     }
 
     fn progress_is_due(&self) -> bool {
-        let Reader::Sse(reader) = &self.reader else { return false };
+        let Some(reader) = self.reader.events() else { return false };
         self.terms.endpoint.generates()
             && (reader.tokens_so_far(self.cap) > self.tell_beyond
                 || self.last_data.since(self.last_progress) >= PROGRESS)
@@ -207,7 +207,7 @@ impl Metered {
     /// more of it.
     fn progress(&mut self) -> Progress {
         self.last_progress = self.last_data;
-        let (State::Passing(charge), Reader::Sse(reader)) = (&mut self.state, &self.reader) else {
+        let (State::Passing(charge), Some(reader)) = (&mut self.state, self.reader.events()) else {
             return Progress::Within;
         };
         let tokens = reader.tokens_so_far(self.cap);
@@ -218,14 +218,18 @@ impl Metered {
         progress
     }
 
-    /// The stream goes on and becomes debt, or ends here as if it had reached its bound.
+    /// The stream goes on and becomes debt, or ends here as if it had reached its bound. To a compressed one
+    /// no such end can be added: it is broken off.
     fn overrun(&mut self) {
-        let Reader::Sse(reader) = &mut self.reader else { return };
         let Environment { enforce, reserve, .. } = &*self.terms.environment;
         // Quotas that only watch alter nothing.
         if !enforce || reserve.on_overrun == OnOverrun::Finish {
             return;
         }
+        let Some(reader) = self.reader.as_stream() else {
+            self.close(Outcome::QuotaCut, true, Ending::Flush);
+            return;
+        };
         let separator = if reader.break_off() { "\n\n" } else { "" };
         let ending = reader.length_ending(self.terms.completions);
         self.ready.push_back(format!("{separator}{ending}").into());
@@ -262,8 +266,8 @@ impl Metered {
     /// The answer ends before its end: a stream with an event that says so, anything else by breaking
     /// off the caller's connection too, so that it cannot be taken for whole.
     fn cut(&mut self, cut: &Cut) {
-        let ending = match &mut self.reader {
-            Reader::Sse(reader) => {
+        let ending = match self.reader.as_stream() {
+            Some(reader) => {
                 let separator = if reader.break_off() { "\n\n" } else { "" };
                 let upstream = self.terms.upstream().to_owned();
                 let error = match *cut {
@@ -276,7 +280,7 @@ impl Metered {
                     .push_back(format!("{separator}{}", error.event(self.terms.endpoint.dialect())).into());
                 Ending::End
             }
-            Reader::Json(..) | Reader::Opaque(_) => Ending::Flush,
+            None => Ending::Flush,
         };
         self.close(Outcome::UpstreamCut, true, ending);
     }
@@ -333,7 +337,8 @@ impl Metered {
             let upstream = self.terms.upstream();
             tracing::warn!(upstream, "an answer's usage, or part of it, cannot be true: it is not charged");
         } else if is_charged && is_due && reported.completion().is_none() {
-            metrics.usage_missing(environment, "not_reported");
+            let reason = if self.reader.is_unreadable() { "not_readable" } else { "not_reported" };
+            metrics.usage_missing(environment, reason);
         }
     }
 }

@@ -37,6 +37,14 @@ impl Sink for std::collections::VecDeque<Bytes> {
     }
 }
 
+/// Where pieces go that nobody is to receive.
+#[derive(Clone, Copy, Debug)]
+pub struct Nowhere;
+
+impl Sink for Nowhere {
+    fn push(&mut self, _: Bytes) {}
+}
+
 /// Follows one event stream, fed in arbitrary pieces.
 #[derive(Debug, Default)]
 pub struct SseReader {
@@ -76,7 +84,7 @@ impl SseReader {
     /// be kept back until it is whole or cannot be the one to withhold.
     pub fn feed(&mut self, piece: &Bytes, out: &mut impl Sink) {
         if !self.withholds {
-            self.scan(piece, &mut Vec::new());
+            self.scan(piece, &mut Nowhere);
             out.push(piece.clone());
             return;
         }

@@ -1,9 +1,10 @@
 //! Feeds requests and streams to what reads them, as libFuzzer thinks them up. The first byte of an input says
-//! what is read: `0` to `5` a body of an API, `6` the events of a stream; the second one which model it is for,
-//! or how the stream is cut. The rest is what is read.
+//! what is read: `0` to `5` a body of an API, `6` the events of a stream, `7` a compressed answer; the second one
+//! which model it is for, or how it is coded and cut. The rest is what is read.
 #![no_main]
 
 mod bodies;
+mod coded;
 mod mutate;
 mod streams;
 
@@ -12,8 +13,9 @@ const HEAD: usize = 2;
 
 libfuzzer_sys::fuzz_target!(init: tollgate::estimate::warm(), |input: &[u8]| {
     if let [what, how, rest @ ..] = input {
-        match what.wrapping_sub(b'0') % 7 {
+        match what.wrapping_sub(b'0') % 8 {
             6 => streams::check(*how, rest),
+            7 => coded::check(*how, rest),
             api => bodies::check(bodies::APIS[usize::from(api)], *how, rest),
         }
     }

@@ -1,0 +1,154 @@
+//! Answers that come compressed though the gateway asks for none: they pass as they are, and are read on the side.
+
+use crate::support::*;
+use std::io::Write as _;
+
+const OPEN: &str = "{ requests: { limit: 1000, per: minute }, total_tokens: { limit: 1M, per: minute } }";
+const CODINGS: [&str; 4] = ["gzip", "deflate", "br", "zstd"];
+
+fn encoded(coding: &str, plain: &str) -> Vec<u8> {
+    use flate2::{Compression, write};
+    let (level, plain) = (Compression::default(), plain.as_bytes());
+    match coding {
+        "gzip" => {
+            let mut encoder = write::GzEncoder::new(Vec::new(), level);
+            encoder.write_all(plain).unwrap();
+            encoder.finish().unwrap()
+        }
+        "deflate" => {
+            let mut encoder = write::ZlibEncoder::new(Vec::new(), level);
+            encoder.write_all(plain).unwrap();
+            encoder.finish().unwrap()
+        }
+        "br" => {
+            let mut out = Vec::new();
+            brotli::CompressorWriter::new(&mut out, 4096, 5, 22).write_all(plain).unwrap();
+            out
+        }
+        _ => zstd::encode_all(plain, 3).unwrap(),
+    }
+}
+
+/// In single bytes.
+fn answer(status: u16, coding: &str, kind: &str, code: &[u8]) -> Answer {
+    let head = format!(
+        "HTTP/1.1 {status} Some\r\ncontent-type: {kind}\r\ncontent-encoding: {coding}\r\ncontent-length: {}\r\n\r\n",
+        code.len()
+    );
+    let bytes = code.iter().map(|byte| Step::Send(vec![*byte]));
+    Answer::of([Step::Send(head.into())].into_iter().chain(bytes).collect())
+}
+
+#[tokio::test]
+async fn a_compressed_answer_passes_as_it_is_and_is_charged_what_it_reports() {
+    let stream = delta("Hello") + &delta(" there") + &usage_event(20, 5) + DONE;
+    for coding in CODINGS {
+        for (kind, plain) in
+            [("application/json", chat_answer(&usage(20, 5))), ("text/event-stream", stream.clone())]
+        {
+            let code = encoded(coding, &plain);
+            let upstream = Upstream::always(answer(200, coding, kind, &code)).await;
+            let gateway = Gateway::before(&upstream, OPEN).await;
+            let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+            assert!(reply.body == code, "{coding} {kind}: the bytes have changed");
+            assert_eq!(reply.header("content-encoding"), Some(coding));
+            assert_eq!(reply.header("content-length"), Some(code.len().to_string().as_str()));
+            assert_eq!(gateway.settled_charges().await, [1, 20, 5, 25], "{coding} {kind}");
+            assert_eq!(upstream.only().all("accept-encoding"), ["identity"]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_answer_without_usage_is_counted() {
+    for coding in CODINGS {
+        let code = encoded(coding, &(delta("Hello") + &delta(" there") + DONE));
+        let upstream = Upstream::always(answer(200, coding, "text/event-stream", &code)).await;
+        let gateway = Gateway::before(&upstream, OPEN).await;
+        gateway.chat(&hello(r#""stream":true"#)).await;
+        assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{coding}");
+        assert_eq!(gateway.usage_missing("not_reported").await, 1);
+        // An error costs its request.
+        let code = encoded(coding, r#"{"error":{"message":"no"}}"#);
+        let upstream = Upstream::always(answer(500, coding, "application/json", &code)).await;
+        let gateway = Gateway::before(&upstream, OPEN).await;
+        assert_eq!(gateway.chat(HELLO).await.status, 500);
+        assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0], "{coding}");
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_stream_that_breaks_off_is_broken_off_and_nothing_is_added_to_it() {
+    for coding in CODINGS {
+        let events: String = (0..2_000).map(|n| delta(&(n * n).to_string())).collect();
+        let mut code = encoded(coding, &events);
+        let cut = code.len() * 9 / 10;
+        let whole = answer(200, coding, "text/event-stream", &code);
+        code.truncate(cut);
+        let steps = whole.steps().into_iter().take(1 + cut).chain([Step::Cut]).collect();
+        let upstream = Upstream::always(Answer::of(steps)).await;
+        let gateway = Gateway::before(&upstream, OPEN).await;
+        let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+        assert!(reply.broke_off && reply.body == code, "{coding}");
+        let [_, _, completion, _] = gateway.settled_charges().await;
+        assert!((1_000..=6_000).contains(&completion), "{coding}: {completion}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_passes_and_is_charged_by_its_length() {
+    let plain = chat_answer(&usage(20, 5));
+    for (coding, code) in [
+        ("gzip", b"no gzip at all, whatever its head says".to_vec()),
+        ("gzip, br", encoded("gzip", &plain)),
+        ("compress", encoded("gzip", &plain)),
+    ] {
+        let upstream = Upstream::always(answer(200, coding, "application/json", &code)).await;
+        let gateway = Gateway::before(&upstream, OPEN).await;
+        let reply = gateway.chat(HELLO).await;
+        assert!(reply.body == code, "{coding}");
+        let counted = code.len().div_ceil(4) as u64;
+        assert_eq!(gateway.settled_charges().await[..3], [1, HELLO_TOKENS, counted], "{coding}");
+        assert_eq!(gateway.usage_missing("not_readable").await, 1, "{coding}");
+    }
+}
+
+#[tokio::test]
+async fn a_bomb_passes_and_holds_nobody_up() {
+    let bomb = encoded("zstd", &" ".repeat(256 << 20));
+    let upstream = Upstream::always(Answer::of(vec![Step::Send(
+        [
+            format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-encoding: zstd\r\ncontent-length: {}\r\n\r\n",
+                bomb.len()
+            )
+            .as_bytes(),
+            &bomb,
+        ]
+        .concat(),
+    )]))
+    .await;
+    let gateway = Gateway::before(&upstream, OPEN).await;
+    let started = std::time::Instant::now();
+    let reply = gateway.chat(HELLO).await;
+    assert!(reply.body == bomb && started.elapsed().as_millis() < 1_000, "{:?}", started.elapsed());
+    assert_eq!(gateway.usage_missing("not_readable").await, 1);
+}
+
+#[tokio::test]
+async fn a_compressed_stream_that_outgrows_its_quota_is_cut() {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(delta("Hello").repeat(400).as_bytes()).unwrap();
+    encoder.flush().unwrap();
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n";
+    let code = encoder.get_ref();
+    let chunk = [format!("{:x}\r\n", code.len()).as_bytes(), code, b"\r\n"].concat();
+    let upstream =
+        Upstream::always(Answer::of(vec![Step::Send(head.into()), Step::Send(chunk), Step::Stall])).await;
+    let environments = "  staging: { upstream: backend, reserve: { completion: 10, on_overrun: cut }, quotas: { completion_tokens: { limit: 20, per: hour } } }\ndefault_environment: staging";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+    assert!(reply.broke_off);
+    upstream.was_hung_up_on().await;
+    assert_eq!(gateway.settled_charges().await[2], 400);
+}
