@@ -12,7 +12,7 @@ pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
         return None;
     }
     let (prompt, completion, total) = match exchange.api.as_str() {
-        "gemini" => (
+        _ if of("/promptTokenCount").is_some() => (
             sum(&["/promptTokenCount", "/toolUsePromptTokenCount"]),
             sum(&["/candidatesTokenCount", "/thoughtsTokenCount"]),
             of("/totalTokenCount"),
@@ -31,7 +31,8 @@ pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
         _ if usage.get("tokens").is_some() => {
             (sum(&["/tokens/input_tokens"]), sum(&["/tokens/output_tokens"]), None)
         }
-        "other" => return None,
+        // Shapes of APIs that are not served.
+        "other" if of("/prompt_tokens").is_none() => return None,
         _ => {
             let (prompt, completion) = (sum(&["/prompt_tokens"]), sum(&["/completion_tokens"]));
             let total = of("/total_tokens");

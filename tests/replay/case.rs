@@ -6,7 +6,8 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use tollgate::api::Api;
 use tollgate::body::Body;
-use tollgate::usage::{JsonReader, Reported, SseReader};
+use tollgate::estimate::{Models, Tokenizer};
+use tollgate::usage::{JsonReader, Nowhere, Received, Reported, SseReader, Texts};
 
 /// A request, and what its answer is to become.
 pub(crate) struct Case<'a> {
@@ -33,11 +34,14 @@ pub(crate) struct Due {
     /// Left out of what was reported: the estimate and the count stand in for it.
     misses_prompt: bool,
     misses_completion: bool,
-    is_success: bool,
-    counts: bool,
+    /// Of an API whose prompts are estimated, and no error.
+    is_estimated: bool,
+    /// What the library counts in the answer where it is not reported.
+    counted: u64,
 }
 
 const GZIP: &[u8] = b"\x1f\x8b";
+const GEMINI: &str = "gemini-2.0-flash";
 
 impl<'a> Case<'a> {
     /// Every request that fits the exchange: as it was recorded, and for a stream whose usage the gateway may
@@ -53,10 +57,11 @@ impl<'a> Case<'a> {
             recorded.unwrap_or_else(|| minimal(api, exchange.stream))
         };
         let (status, is_compressed) = (exchange.status.unwrap_or(200), answer.starts_with(GZIP));
+        let tokenizer = Models::default().named(&model(&target, &request)).tokenizer;
         let whole = Self {
             exchange,
             method,
-            due: Due::of(exchange, &answer, status, target.starts_with("/v1/models")),
+            due: Due::of(exchange, &answer, status, target.starts_with("/v1/models"), tokenizer),
             target,
             request,
             status,
@@ -90,7 +95,7 @@ fn place(exchange: &Exchange) -> (&str, String) {
         Some(Api::Messages) => "/v1/messages".to_owned(),
         Some(Api::Gemini) => {
             let operation = path.rsplit(':').next().filter(|o| o.contains("enerateContent"));
-            format!("/v1beta/models/gemini-2.0-flash:{}", operation.unwrap_or("generateContent"))
+            format!("/v1beta/models/{GEMINI}:{}", operation.unwrap_or("generateContent"))
         }
         None => {
             let is_model = path.starts_with("/v1/models") && method == "GET";
@@ -128,6 +133,15 @@ fn minimal(api: Option<Api>, streams: bool) -> Bytes {
         body["stream"] = true.into();
     }
     body.to_string().into()
+}
+
+/// The model that is asked: the path names it, or the body.
+fn model(target: &str, request: &[u8]) -> String {
+    if target.contains(GEMINI) {
+        return GEMINI.to_owned();
+    }
+    let body: Value = serde_json::from_slice(request).unwrap_or_default();
+    body["model"].as_str().unwrap_or_default().to_owned()
 }
 
 /// A request for a stream that asks for its usage, or says nothing of it.
@@ -183,30 +197,32 @@ fn only_reports(data: &[u8]) -> bool {
 }
 
 impl Due {
-    fn of(exchange: &Exchange, answer: &Bytes, status: u16, is_free: bool) -> Self {
-        let reported = read(&unzipped(answer), exchange.stream);
+    fn of(exchange: &Exchange, answer: &Bytes, status: u16, is_free: bool, tokenizer: Tokenizer) -> Self {
+        let (reported, texts) = read(&unzipped(answer), exchange);
+        let is_estimated = (200..300).contains(&status) && exchange.api().is_some();
+        let generates = is_estimated && exchange.api().is_some_and(Api::generates);
+        let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.tokens;
         Self {
             requests: u64::from(!is_free),
             by_rules: charged(exchange),
             misses_prompt: reported.prompt().is_none(),
             misses_completion: reported.completion().is_none(),
-            is_success: (200..300).contains(&status),
-            counts: exchange.api().is_some(),
+            is_estimated,
+            counted: if generates { counted } else { 0 },
         }
     }
 
     /// Whether just this was charged: requests, prompt, completion and total; `told` is the estimate that the
-    /// answer's head told. What the upstream did not report is the estimate, and no more than a token a byte.
-    pub(crate) fn is_met(&self, charged: [u64; 4], told: u64, bytes: usize) -> bool {
+    /// answer's head told.
+    pub(crate) fn is_met(&self, charged: [u64; 4], told: u64) -> bool {
         let [requests, prompt, completion, total] = charged;
-        let estimate = if self.is_success && self.counts { told } else { 0 };
-        let most = if self.is_success && self.counts { bytes as u64 } else { 0 };
+        let estimate = if self.is_estimated { told } else { 0 };
         let (wanted, least_total) = match self.by_rules {
             Some((p, c, t)) => ((p, c), t),
             None => ((0, 0), 0),
         };
         let is_prompt = prompt == if self.misses_prompt { estimate } else { wanted.0 };
-        let is_completion = if self.misses_completion { completion <= most } else { completion == wanted.1 };
+        let is_completion = completion == if self.misses_completion { self.counted } else { wanted.1 };
         requests == self.requests
             && is_prompt
             && is_completion
@@ -220,21 +236,27 @@ impl Due {
             self.requests,
             self.by_rules,
             if self.misses_prompt { ", the prompt as estimated" } else { "" },
-            if self.misses_completion { ", the completion as counted" } else { "" }
+            if self.misses_completion { format!(", {} counted", self.counted) } else { String::new() }
         )
     }
 }
 
-fn read(answer: &Bytes, streams: bool) -> Reported {
-    if streams {
-        let (mut reader, mut passed) = (SseReader::new(false), Vec::<Bytes>::new());
-        reader.feed(answer, &mut passed);
-        reader.finish(&mut passed);
-        return reader.reported();
+/// What an answer reports, and what is counted where it does not.
+fn read(answer: &Bytes, exchange: &Exchange) -> (Reported, Texts) {
+    if exchange.stream {
+        let mut reader = SseReader::new(false);
+        reader.feed(answer, &mut Nowhere);
+        reader.finish(&mut Nowhere);
+        return (reader.reported(), reader.take_texts());
     }
-    let mut reader = JsonReader::default();
+    if !exchange.content_type().starts_with("application/json") {
+        let tokens = answer.len().div_ceil(4) as u64;
+        return (Reported::default(), Texts { texts: Vec::new(), tokens });
+    }
+    let (mut reader, mut received) = (JsonReader::default(), Received::default());
     reader.feed(answer);
-    reader.reported()
+    received.push_piece(answer);
+    (reader.reported(), received.finish_document())
 }
 
 fn unzipped(answer: &Bytes) -> Bytes {

@@ -63,7 +63,7 @@ impl Worker {
                 }
                 let told = reply.header("x-tollgate-estimated-prompt-tokens");
                 let told = told.map_or(0, |tokens| tokens.parse().unwrap());
-                let is_met = case.due.is_met(charged, told, case.answer.len());
+                let is_met = case.due.is_met(charged, told);
                 if !is_met || *first.get_or_insert(charged) != charged {
                     outcome.wrong_charges += 1;
                     let due = case.due.describe();
