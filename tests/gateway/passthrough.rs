@@ -193,14 +193,6 @@ async fn kept_connections_serve_one_request_after_the_other_in_both_directions()
     assert_eq!(gateway.settled_charges().await[0], 20);
 }
 
-/// How a body is framed on its way from the upstream.
-#[derive(Clone, Copy, Debug)]
-pub enum Framing {
-    Length,
-    Chunks,
-    UntilClosed,
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
     #[test]
@@ -215,7 +207,7 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let got = runtime.block_on(async {
-            let upstream = Upstream::always(answer_of(&body, kind, framing, cuts)).await;
+            let upstream = Upstream::always(framed(200, &of_type(kind), &body, framing, cuts)).await;
             let gateway = shared_gateway(&upstream).await;
             let reply = gateway.chat(&hello(r#""stream":true,"stream_options":{"include_usage":true}"#)).await;
             gateway.settled().await;
@@ -227,34 +219,4 @@ proptest! {
 
 async fn shared_gateway(upstream: &Upstream) -> Gateway {
     Gateway::before(upstream, ROOM).await
-}
-
-pub fn answer_of(body: &[u8], kind: &str, framing: Framing, mut cuts: Vec<usize>) -> Answer {
-    cuts.sort_unstable();
-    let field = match framing {
-        Framing::Length => format!("content-length: {}\r\n", body.len()),
-        Framing::Chunks => "transfer-encoding: chunked\r\n".to_owned(),
-        Framing::UntilClosed => String::new(),
-    };
-    let mut answer = Answer::of(vec![Step::Send(
-        format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{field}\r\n").into(),
-    )]);
-    let mut from = 0;
-    for cut in cuts.into_iter().chain([body.len()]) {
-        let cut = cut.clamp(from, body.len());
-        let piece = &body[from..cut];
-        from = cut;
-        if piece.is_empty() {
-            continue;
-        }
-        answer = answer.then(Step::Send(match framing {
-            Framing::Chunks => [format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat(),
-            _ => piece.to_vec(),
-        }));
-    }
-    match framing {
-        Framing::Length => answer,
-        Framing::Chunks => answer.end(),
-        Framing::UntilClosed => answer.then(Step::Cut),
-    }
 }

@@ -1,6 +1,5 @@
 //! The one event that may be kept from the caller: the usage that the gateway asked for and it did not.
 
-use crate::passthrough::{Framing, answer_of};
 use crate::support::*;
 use proptest::prelude::*;
 use std::io::Write as _;
@@ -102,7 +101,7 @@ proptest! {
             kept.map(|((lines, _), end)| lines.join(end) + end + end).collect()
         };
         let whole = text(false);
-        let answer = answer_of(whole.as_bytes(), "text/event-stream", framing, cuts);
+        let answer = framed(200, &of_type("text/event-stream"), whole.as_bytes(), framing, cuts);
         let slowly = |step| [step, Step::Wait(std::time::Duration::from_micros(300))];
         let steps = answer.steps();
         let answer = Answer::of(if is_slow { steps.into_iter().flat_map(slowly).collect() } else { steps });

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use flate2::read::GzDecoder;
 use serde::Deserialize;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -42,6 +43,16 @@ pub(crate) struct Exchange {
     #[serde(default)]
     response_wire_compressed: bool,
     #[serde(default)]
+    response_reserialised: bool,
+    #[serde(default)]
+    response_reframed: bool,
+    #[serde(default)]
+    response_headers: BTreeMap<String, Value>,
+    #[serde(default)]
+    method: Option<String>,
+    #[serde(default)]
+    path: Option<String>,
+    #[serde(default)]
     pub(crate) features: Vec<String>,
 }
 
@@ -63,6 +74,13 @@ pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
 pub(crate) fn read(file: &Path) -> impl Iterator<Item = Exchange> + use<> {
     let lines = BufReader::new(GzDecoder::new(File::open(file).expect("the file was just found"))).lines();
     lines.map(|line| serde_json::from_str(&line.expect("gzip and UTF-8")).expect("an exchange a line"))
+}
+
+fn decoded(body: &str, encoding: Option<&str>) -> Option<Bytes> {
+    if encoding == Some("base64") {
+        return base64::engine::general_purpose::STANDARD.decode(body).ok().map(Bytes::from);
+    }
+    Some(Bytes::copy_from_slice(body.as_bytes()))
 }
 
 impl Exchange {
@@ -104,11 +122,35 @@ impl Exchange {
     /// The answer as it was sent, if there is one that is not an error and not compressed.
     pub(crate) fn answer(&self) -> Option<Bytes> {
         let is_good = self.status.is_none_or(|status| status < 400) && !self.response_wire_compressed;
-        let body = self.response_body.as_deref().filter(|_| is_good)?;
-        if self.response_body_encoding.as_deref() == Some("base64") {
-            return base64::engine::general_purpose::STANDARD.decode(body).ok().map(Bytes::from);
-        }
-        Some(Bytes::copy_from_slice(body.as_bytes()))
+        self.body().filter(|_| is_good)
+    }
+
+    /// The bytes of the answer, whatever they are.
+    pub(crate) fn body(&self) -> Option<Bytes> {
+        decoded(self.response_body.as_deref()?, self.response_body_encoding.as_deref())
+    }
+
+    /// The bytes of the request as far as they are known.
+    pub(crate) fn request(&self) -> Option<Bytes> {
+        decoded(self.request_body.as_deref()?, self.request_body_encoding.as_deref())
+    }
+
+    /// Method and path as they were asked for.
+    pub(crate) fn asked_for(&self) -> (&str, &str) {
+        (self.method.as_deref().unwrap_or("POST"), self.path.as_deref().unwrap_or("/"))
+    }
+
+    /// Whether the answer was recorded byte for byte.
+    pub(crate) fn is_exact(&self) -> bool {
+        !self.response_reserialised && !self.response_reframed
+    }
+
+    /// The answer's `content-type`.
+    pub(crate) fn content_type(&self) -> &str {
+        let mut fields = self.response_headers.iter();
+        let recorded = fields.find(|(name, _)| name.eq_ignore_ascii_case("content-type"));
+        let recorded = recorded.and_then(|(_, value)| value.get(0).unwrap_or(value).as_str());
+        recorded.unwrap_or(if self.stream { "text/event-stream" } else { "application/json" })
     }
 
     /// Prompt tokens in all, as this product charges them.

@@ -7,10 +7,12 @@
 
 mod charges;
 mod completions;
+#[allow(dead_code)] // some of it is for the replay
 mod exchange;
 mod figures;
 mod golden;
 mod measured;
+mod rules;
 mod table;
 
 use std::io::IsTerminal as _;

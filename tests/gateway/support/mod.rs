@@ -3,12 +3,14 @@
 //! with a bound.
 
 pub mod caller;
+pub mod framing;
 pub mod gateway;
 pub mod process;
 pub mod program;
 pub mod upstream;
 
 pub use caller::{Caller, Reply};
+pub use framing::{Framing, framed, of_type};
 pub use gateway::Gateway;
 pub use process::Process;
 pub use program::{run, tollgate};

@@ -1,0 +1,270 @@
+//! One recorded exchange as it is replayed: what is asked, and what the caller is to get.
+
+use crate::exchange::Exchange;
+use crate::rules::charged;
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tollgate::api::Api;
+use tollgate::body::Body;
+use tollgate::estimate::{Models, Tokenizer};
+use tollgate::usage::{JsonReader, Nowhere, Received, Reported, SseReader, Texts};
+
+/// A request, and what its answer is to become.
+pub(crate) struct Case<'a> {
+    pub(crate) exchange: &'a Exchange,
+    pub(crate) method: &'a str,
+    /// Without the environment.
+    pub(crate) target: String,
+    pub(crate) request: Bytes,
+    pub(crate) status: u16,
+    /// What the upstream sends.
+    pub(crate) answer: Bytes,
+    pub(crate) is_compressed: bool,
+    /// What the caller receives.
+    pub(crate) passed: Bytes,
+    pub(crate) due: Due,
+}
+
+/// What is to be charged.
+#[derive(Clone, Copy)]
+pub(crate) struct Due {
+    pub(crate) requests: u64,
+    /// Prompt, completion and total by the rules; `None`: nothing was reported.
+    by_rules: Option<(u64, u64, u64)>,
+    /// Left out of what was reported: the estimate and the count stand in for it.
+    misses_prompt: bool,
+    misses_completion: bool,
+    /// Of an API whose prompts are estimated, and no error.
+    is_estimated: bool,
+    /// What the library counts in the answer where it is not reported.
+    counted: u64,
+}
+
+const GZIP: &[u8] = b"\x1f\x8b";
+const GEMINI: &str = "gemini-2.0-flash";
+
+impl<'a> Case<'a> {
+    /// Every request that fits the exchange: as it was recorded, and for a stream whose usage the gateway may
+    /// have to ask for, one that asks itself and one that does not.
+    pub(crate) fn all(exchange: &'a Exchange) -> Vec<Self> {
+        let Some(answer) = exchange.body() else { return Vec::new() };
+        let api = exchange.api();
+        let (method, target) = place(exchange);
+        let recorded = exchange.request().filter(|body| is_servable(api, body));
+        let request = if method == "GET" {
+            Bytes::new()
+        } else {
+            recorded.unwrap_or_else(|| minimal(api, exchange.stream))
+        };
+        let (status, is_compressed) = (exchange.status.unwrap_or(200), answer.starts_with(GZIP));
+        let tokenizer = Models::default().named(&model(&target, &request)).tokenizer;
+        let whole = Self {
+            exchange,
+            method,
+            due: Due::of(exchange, &answer, status, target.starts_with("/v1/models"), tokenizer),
+            target,
+            request,
+            status,
+            is_compressed,
+            passed: answer.clone(),
+            answer,
+        };
+        if !(exchange.stream && api.is_some_and(Api::reports_if_asked)) {
+            return vec![whole];
+        }
+        let withheld = if is_compressed { whole.answer.clone() } else { less_usage(&whole.answer) };
+        let asks = |asks: bool, passed: &Bytes| Self {
+            request: asking(&whole.request, asks),
+            passed: passed.clone(),
+            target: whole.target.clone(),
+            answer: whole.answer.clone(),
+            ..whole
+        };
+        vec![asks(true, &whole.answer), asks(false, &withheld)]
+    }
+}
+
+/// Method and path. What nobody counts is forwarded as it was asked for, if its path is an ordinary one.
+fn place(exchange: &Exchange) -> (&str, String) {
+    let (method, path) = exchange.asked_for();
+    let target = match exchange.api() {
+        Some(Api::Chat) => "/v1/chat/completions".to_owned(),
+        Some(Api::Completions) => "/v1/completions".to_owned(),
+        Some(Api::Responses) => "/v1/responses".to_owned(),
+        Some(Api::Embeddings) => "/v1/embeddings".to_owned(),
+        Some(Api::Messages) => "/v1/messages".to_owned(),
+        Some(Api::Gemini) => {
+            let operation = path.rsplit(':').next().filter(|o| o.contains("enerateContent"));
+            format!("/v1beta/models/{GEMINI}:{}", operation.unwrap_or("generateContent"))
+        }
+        None => {
+            let is_model = path.starts_with("/v1/models") && method == "GET";
+            let is_plain = !path.contains('%') && !path.starts_with("/v1/models");
+            return if is_model || (is_plain && method == "POST") {
+                (method, path.to_owned())
+            } else {
+                ("POST", "/v1/rerank".to_owned())
+            };
+        }
+    };
+    ("POST", target)
+}
+
+fn is_servable(api: Option<Api>, body: &[u8]) -> bool {
+    match api {
+        Some(api) => Body::read(api, body).is_ok(),
+        None => serde_json::from_slice::<Value>(body).is_ok_and(|body| body.is_object()),
+    }
+}
+
+fn minimal(api: Option<Api>, streams: bool) -> Bytes {
+    let messages = json!([{"role": "user", "content": "hello"}]);
+    let mut body = match api {
+        Some(Api::Chat | Api::Messages) => json!({"messages": messages, "max_tokens": 100}),
+        Some(Api::Completions) => json!({"prompt": "hello"}),
+        Some(Api::Responses | Api::Embeddings) => json!({"input": "hello"}),
+        Some(Api::Gemini) => json!({"contents": [{"parts": [{"text": "hello"}]}]}),
+        None => json!({}),
+    };
+    if api != Some(Api::Gemini) {
+        body["model"] = "gpt-4o".into();
+    }
+    if streams && !matches!(api, None | Some(Api::Gemini | Api::Embeddings)) {
+        body["stream"] = true.into();
+    }
+    body.to_string().into()
+}
+
+/// The model that is asked: the path names it, or the body.
+fn model(target: &str, request: &[u8]) -> String {
+    if target.contains(GEMINI) {
+        return GEMINI.to_owned();
+    }
+    let body: Value = serde_json::from_slice(request).unwrap_or_default();
+    body["model"].as_str().unwrap_or_default().to_owned()
+}
+
+/// A request for a stream that asks for its usage, or says nothing of it.
+fn asking(request: &[u8], asks: bool) -> Bytes {
+    let mut body: Value = serde_json::from_slice(request).unwrap();
+    body["stream"] = true.into();
+    if asks {
+        body["stream_options"] = json!({"include_usage": true});
+    } else {
+        body.as_object_mut().unwrap().remove("stream_options");
+    }
+    body.to_string().into()
+}
+
+/// A stream without the events that have a usage and no choices.
+fn less_usage(stream: &[u8]) -> Bytes {
+    let (mut kept, mut event, mut data) = (Vec::new(), Vec::new(), Vec::new());
+    for line in lines(stream) {
+        event.extend_from_slice(line);
+        let text = line.trim_ascii_end();
+        if let Some(rest) = text.strip_prefix(b"data:") {
+            data.extend_from_slice(rest);
+        }
+        if text.is_empty() {
+            let event = std::mem::take(&mut event);
+            if !only_reports(&std::mem::take(&mut data)) {
+                kept.extend(event);
+            }
+        }
+    }
+    if !only_reports(&data) {
+        kept.extend(event);
+    }
+    kept.into()
+}
+
+/// Lines with their ends: LF, CR or both.
+fn lines(mut text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let end = text
+            .iter()
+            .position(|&b| b == b'\n' || b == b'\r')
+            .map_or(text.len(), |at| at + if text[at..].starts_with(b"\r\n") { 2 } else { 1 });
+        let line;
+        (line, text) = text.split_at(end);
+        (!line.is_empty()).then_some(line)
+    })
+}
+
+fn only_reports(data: &[u8]) -> bool {
+    let event: Value = serde_json::from_slice(data).unwrap_or_default();
+    event["choices"].as_array().is_some_and(Vec::is_empty) && !event["usage"].is_null()
+}
+
+impl Due {
+    fn of(exchange: &Exchange, answer: &Bytes, status: u16, is_free: bool, tokenizer: Tokenizer) -> Self {
+        let (reported, texts) = read(&unzipped(answer), exchange);
+        let is_estimated = (200..300).contains(&status) && exchange.api().is_some();
+        let generates = is_estimated && exchange.api().is_some_and(Api::generates);
+        let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.tokens;
+        Self {
+            requests: u64::from(!is_free),
+            by_rules: charged(exchange),
+            misses_prompt: reported.prompt().is_none(),
+            misses_completion: reported.completion().is_none(),
+            is_estimated,
+            counted: if generates { counted } else { 0 },
+        }
+    }
+
+    /// Whether just this was charged: requests, prompt, completion and total; `told` is the estimate that the
+    /// answer's head told.
+    pub(crate) fn is_met(&self, charged: [u64; 4], told: u64) -> bool {
+        let [requests, prompt, completion, total] = charged;
+        let estimate = if self.is_estimated { told } else { 0 };
+        let (wanted, least_total) = match self.by_rules {
+            Some((p, c, t)) => ((p, c), t),
+            None => ((0, 0), 0),
+        };
+        let is_prompt = prompt == if self.misses_prompt { estimate } else { wanted.0 };
+        let is_completion = completion == if self.misses_completion { self.counted } else { wanted.1 };
+        requests == self.requests
+            && is_prompt
+            && is_completion
+            && total == least_total.max(prompt + completion)
+    }
+
+    /// In words, for a report.
+    pub(crate) fn describe(&self) -> String {
+        format!(
+            "{} request, {:?} by the rules{}{}",
+            self.requests,
+            self.by_rules,
+            if self.misses_prompt { ", the prompt as estimated" } else { "" },
+            if self.misses_completion { format!(", {} counted", self.counted) } else { String::new() }
+        )
+    }
+}
+
+/// What an answer reports, and what is counted where it does not.
+fn read(answer: &Bytes, exchange: &Exchange) -> (Reported, Texts) {
+    if exchange.stream {
+        let mut reader = SseReader::new(false);
+        reader.feed(answer, &mut Nowhere);
+        reader.finish(&mut Nowhere);
+        return (reader.reported(), reader.take_texts());
+    }
+    if !exchange.content_type().starts_with("application/json") {
+        let tokens = answer.len().div_ceil(4) as u64;
+        return (Reported::default(), Texts { texts: Vec::new(), tokens });
+    }
+    let (mut reader, mut received) = (JsonReader::default(), Received::default());
+    reader.feed(answer);
+    received.push_piece(answer);
+    (reader.reported(), received.finish_document())
+}
+
+fn unzipped(answer: &Bytes) -> Bytes {
+    if !answer.starts_with(GZIP) {
+        return answer.clone();
+    }
+    let mut text = Vec::new();
+    // What was recorded may end too early: what came counts.
+    let _ = std::io::Read::read_to_end(&mut flate2::read::MultiGzDecoder::new(&answer[..]), &mut text);
+    text.into()
+}
