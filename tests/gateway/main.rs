@@ -19,6 +19,7 @@ mod quotas;
 mod routing;
 mod settling;
 mod simulate;
+mod streams;
 mod support;
 mod tls;
 mod upstreams;
