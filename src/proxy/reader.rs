@@ -96,8 +96,9 @@ impl Reader {
                 v.as_bytes().len() >= what.len() && v.as_bytes()[..what.len()].eq_ignore_ascii_case(what)
             })
         };
-        let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter();
-        let encoding = encodings.next().filter(|encoding| !is(Some(encoding), b"identity"));
+        let is_coded = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
+        let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_coded);
+        let encoding = encodings.next();
         let content = headers.get(header::CONTENT_TYPE);
         let plain = if is(content, b"text/event-stream") {
             Plain::Sse(SseReader::new(withholds && encoding.is_none()))

@@ -3,7 +3,7 @@
 //! Bounded in memory (windows of 8 MiB for zstd, 16 MiB for Brotli, 32 KiB for the others) and in work: a
 //! piece that decodes to far more than it is ends the reading, so that a bomb costs no more than a piece.
 
-use brotli_decompressor::DecompressorWriter;
+use brotli_decompressor::{BrotliDecoderParameter, DecompressorWriter};
 use flate2::Decompress;
 use flate2::write::{MultiGzDecoder, ZlibDecoder};
 use std::io::{self, Write};
@@ -11,8 +11,11 @@ use zstd::stream::write::Decoder as ZstdDecoder;
 
 /// A piece may decode to so many times its size, and so much besides: about a millisecond's reading. Text
 /// of models shrinks to a third, the events around it to a thirtieth.
-const MOST_GROWTH: usize = 64;
+const MOST_GROWTH: usize = 32;
 const ALWAYS_FINE: usize = 256 * 1024;
+/// And an answer as a whole to so many times its size, and so much besides.
+const MOST_GROWTH_IN_ALL: u64 = 100;
+const ALWAYS_FINE_IN_ALL: u64 = 8 * 1024 * 1024;
 /// 8 MiB, which is what RFC 8878 asks a decoder for.
 const ZSTD_WINDOW_LOG: u32 = 23;
 /// Brotli writes through a buffer of this size.
@@ -49,6 +52,9 @@ impl Coding {
 /// Decodes what it is fed, and writes that to `W`.
 pub struct Decoder<W: Write + Default> {
     coder: Coder<W>,
+    /// Bytes that came, and that were made of them.
+    came: u64,
+    made: u64,
     /// Bytes that came and gave nothing.
     unread: u64,
     gave_up: bool,
@@ -93,26 +99,36 @@ impl<W: Write + Default> Decoder<W> {
         let coder = match coding {
             Coding::Gzip => Coder::Gzip(MultiGzDecoder::new(bounded)),
             Coding::Deflate => Coder::Deflate(bounded, Vec::new()),
-            Coding::Brotli => Coder::Brotli(Box::new(DecompressorWriter::new(bounded, BUFFER))),
+            Coding::Brotli => {
+                let mut decoder = DecompressorWriter::new(bounded, BUFFER);
+                // Windows of up to a gigabyte are no part of RFC 7932.
+                decoder.set_parameter(BrotliDecoderParameter::BROTLI_DECODER_PARAM_LARGE_WINDOW, 0);
+                Coder::Brotli(Box::new(decoder))
+            }
             Coding::Zstd => {
                 let mut decoder = ZstdDecoder::new(bounded)?;
                 decoder.window_log_max(ZSTD_WINDOW_LOG)?;
                 Coder::Zstd(decoder)
             }
         };
-        Ok(Self { coder, unread: 0, gave_up: false })
+        Ok(Self { coder, came: 0, made: 0, unread: 0, gave_up: false })
     }
 
     /// Decodes the next piece. What is no such code, or decodes to too much, ends the reading.
     pub fn feed(&mut self, piece: &[u8]) {
+        self.came += piece.len() as u64;
         self.unread += piece.len() as u64;
         if self.gave_up {
             return;
         }
         let room = piece.len().saturating_mul(MOST_GROWTH).saturating_add(ALWAYS_FINE);
         self.coder.bounded_mut().room = room;
-        self.gave_up = self.coder.decode(piece).is_err();
-        if !self.gave_up && self.coder.bounded().room < room {
+        let is_fine = self.coder.decode(piece).is_ok();
+        let made = (room - self.coder.bounded().room) as u64;
+        self.made += made;
+        let most = self.came.saturating_mul(MOST_GROWTH_IN_ALL).saturating_add(ALWAYS_FINE_IN_ALL);
+        self.gave_up = !is_fine || self.made > most;
+        if !self.gave_up && made > 0 {
             self.unread = 0;
         }
     }
@@ -290,10 +306,14 @@ mod tests {
         let plain = vec![b' '; 64 << 20];
         for (how, coding) in ALL {
             let code = encoded(how, &plain);
-            let pieces: Vec<usize> = (0..code.len()).step_by(16 * 1024).collect();
-            let decoder = decoded(coding, &code, &pieces);
+            let pieces = |size| -> Vec<usize> { (0..code.len()).step_by(size).collect() };
+            let decoder = decoded(coding, &code, &pieces(16 * 1024));
             assert!(decoder.gave_up(), "{how}");
             assert!(decoder.inner().len() <= 16 * 1024 * MOST_GROWTH + ALWAYS_FINE, "{how}");
+            // In small pieces it goes on for longer, but not to its end.
+            let decoder = decoded(coding, &code, &pieces(100));
+            assert!(decoder.gave_up(), "{how}");
+            assert!(decoder.inner().len() < 20 << 20, "{how}: {}", decoder.inner().len());
         }
     }
 
@@ -304,6 +324,10 @@ mod tests {
         encoder.write_all(b"hello").unwrap();
         encoder.flush().unwrap();
         assert!(decoded(Coding::Zstd, &encoder.finish().unwrap(), &[]).gave_up());
+        let large = brotli::enc::BrotliEncoderParams { large_window: true, lgwin: 28, ..Default::default() };
+        let mut code = Vec::new();
+        brotli::BrotliCompress(&mut &b"hello"[..], &mut code, &large).unwrap();
+        assert!(decoded(Coding::Brotli, &code, &[]).gave_up());
     }
 
     proptest! {

@@ -102,6 +102,8 @@ async fn what_cannot_be_read_passes_and_is_charged_by_its_length() {
         ("gzip", b"no gzip at all, whatever its head says".to_vec()),
         ("gzip, br", encoded("gzip", &plain)),
         ("compress", encoded("gzip", &plain)),
+        ("identity, gzip", encoded("gzip", &plain)),
+        ("identity\r\ncontent-encoding: compress", encoded("gzip", &plain)),
     ] {
         let upstream = Upstream::always(answer(200, coding, "application/json", &code)).await;
         let gateway = Gateway::before(&upstream, OPEN).await;
