@@ -20,7 +20,7 @@
 //! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
 //! There is no `unsafe`.
 //!
-//! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `config` (settings as those types), then
+//! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `shared` (the quotas of a cluster), then `config` (settings as those types), then
 //! `estimate`, `body` and `usage`, then `calibrations`, `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
 //! these two hold), then `server`, then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
 //! the ledger's counters alone.
@@ -33,6 +33,7 @@ pub mod estimate;
 pub mod glob;
 mod json;
 pub mod quota;
+pub mod shared;
 pub mod usage;
 
 // The settings.

@@ -12,7 +12,7 @@ use std::fmt;
 
 pub use bucket::Bucket;
 pub use period::Calendar;
-pub use table::{Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
+pub use table::{Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, State, Wait};
 
 /// Largest limit or burst: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;

@@ -128,6 +128,15 @@ impl Bucket {
         self.refill(now);
     }
 
+    /// Goes on from a state that another engine has reached: its level in whole tokens and 1/`period_ms` of one.
+    pub fn load(&mut self, limit: u64, burst: u64, level: (i64, u64), held: u64, at: Timestamp) {
+        self.rate = i128::from(limit.max(1));
+        self.burst = burst;
+        self.level = i128::from(level.0) * self.scale + i128::from(level.1);
+        self.held = held;
+        self.at = at;
+    }
+
     /// Whole tokens that are left, rounded down; below zero: debt.
     pub fn level(&self) -> i64 {
         i64::try_from(divide_down(self.level, self.scale)).unwrap_or(i64::MIN)

@@ -123,6 +123,19 @@ impl Calendar {
         }
     }
 
+    /// Goes on from a state that another engine has reached, in the period from `start` to `end`.
+    pub fn load(
+        &mut self,
+        limit: u64,
+        used: u64,
+        held: u64,
+        (start, end): (Timestamp, Timestamp),
+        turn: u64,
+    ) {
+        (self.limit, self.used, self.held, self.turn) = (limit, used, held, turn);
+        (self.start, self.end) = (start, end);
+    }
+
     /// What is left; below zero: debt.
     pub fn level(&self) -> i64 {
         let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
@@ -142,6 +155,11 @@ impl Calendar {
     /// When the period began.
     pub fn start(&self) -> Timestamp {
         self.start
+    }
+
+    /// When it ends.
+    pub fn end(&self) -> Timestamp {
+        self.end
     }
 
     /// The limit.

@@ -116,6 +116,37 @@ pub struct Level {
     pub reset_ms: u64,
 }
 
+/// The counters of one quota as another engine has them: those of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// A token bucket.
+    Rolling {
+        /// Tokens per period.
+        limit: u64,
+        /// Capacity.
+        burst: u64,
+        /// Whole tokens that are left, and 1/period of one.
+        level: (i64, u64),
+        /// Held by requests in flight.
+        held: u64,
+        /// When it was last refilled.
+        at: Timestamp,
+    },
+    /// A period of the clock.
+    Calendar {
+        /// Tokens in the period.
+        limit: u64,
+        /// Settled in it.
+        used: u64,
+        /// Held by requests that it admitted.
+        held: u64,
+        /// From when to when.
+        period: (Timestamp, Timestamp),
+        /// Which of the periods since the cell was made.
+        turn: u64,
+    },
+}
+
 /// What a caller is told of its quotas of one kind: of several scopes and periods the tightest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
@@ -363,7 +394,28 @@ impl Quotas {
         self.touched(asker).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
     }
 
-    fn touched(&self, asker: Asker<'_>) -> SmallVec<[u32; 8]> {
+    /// Takes over how a cluster has it. The quota gets the limit that is in force there.
+    pub fn load(&mut self, index: usize, state: &State) {
+        let Some(cell) = self.cells.get_mut(index) else { return };
+        match (&mut cell.counter, *state) {
+            (Counter::Rolling(bucket), State::Rolling { limit, burst, level, held, at }) => {
+                bucket.load(limit, burst, level, held, at);
+                cell.quota = cell.quota.with_limit(limit, burst);
+            }
+            (Counter::Calendar(calendar), State::Calendar { limit, used, held, period, turn }) => {
+                calendar.load(limit, used, held, period, turn);
+                cell.quota = cell.quota.with_limit(limit, limit);
+            }
+            // Another kind of window: not the same quota.
+            (Counter::Rolling(_), State::Calendar { .. }) | (Counter::Calendar(_), State::Rolling { .. }) => {
+                return;
+            }
+        }
+        cell.is_dirty = true;
+    }
+
+    /// The quotas that a request touches, by their place in the config's order.
+    pub fn touched(&self, asker: Asker<'_>) -> SmallVec<[u32; 8]> {
         let mut touched = SmallVec::from_slice(&self.scopes.environment);
         if let Some(of_caller) = asker.caller.and_then(|caller| self.scopes.callers.get(&caller)) {
             touched.extend_from_slice(of_caller);

@@ -1,0 +1,150 @@
+//! What the script of the shared counters costs: a Redis server of its own at a loopback port, whole round trips
+//! from threads that each wait for their answer.
+//!
+//! `cargo bench --bench redis`; `-- --quick`: a tenth of the calls.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods)]
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tollgate::clock;
+use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, State, Window};
+use tollgate::shared::{Cells, Otherwise, Reserve, SCRIPT, Speaker, Step, StepKind, Verdict};
+
+struct Server {
+    child: Child,
+    port: u16,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Command::new("redis-server")
+            .args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", "", "--dir"])
+            .arg(folder.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("redis-server cannot be started ({error}): is it installed?"));
+        let server = Self { child, port, _folder: folder };
+        let begun = Instant::now();
+        while server.connect().is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "redis-server does not answer");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        server
+    }
+
+    fn connect(&self) -> Option<redis::Connection> {
+        redis::Client::open(format!("redis://127.0.0.1:{}/", self.port)).ok()?.get_connection().ok()
+    }
+
+    /// Microseconds of the server's own time for each call since the last reset.
+    fn own_time(&self) -> String {
+        let info: String =
+            redis::cmd("INFO").arg("commandstats").query(&mut self.connect().unwrap()).unwrap();
+        let line = info.lines().find(|line| line.starts_with("cmdstat_evalsha:")).unwrap_or_default();
+        let field = line.split(',').find_map(|field| field.strip_prefix("usec_per_call="));
+        field.unwrap_or("?").to_owned()
+    }
+
+    fn forget_times(&self) {
+        let (): () = redis::cmd("CONFIG").arg("RESETSTAT").query(&mut self.connect().unwrap()).unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn quotas(number: u64) -> Vec<Quota> {
+    let quota = |n| {
+        let ms = 60_000 + n;
+        let per = Per { written: format!("{ms}ms"), ms };
+        let (limit, window) = (1 << 40, Window::Rolling { burst: 1 << 40 });
+        Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
+    };
+    (0..number).map(quota).collect()
+}
+
+/// One node: reserves and settles, call after call. Returns how long each reservation took.
+fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Duration> {
+    let now = clock::now();
+    let mut connection = server.connect().unwrap();
+    let sha: String = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
+    let mut speaker = Speaker::new(Cells::of(quotas, now), name, now);
+    let keys = speaker.keys("bench", "production");
+    let mut call = |command: &tollgate::shared::Command| {
+        let mut call = redis::cmd("EVALSHA");
+        call.arg(&sha).arg(3).arg(&keys[..]).arg(&command.arguments);
+        let numbers: Vec<i64> = call.query(&mut connection).unwrap();
+        command.answer(&numbers).unwrap().verdict
+    };
+    let full = |quota: &Quota| {
+        let burst = quota.capacity();
+        let level = (burst.cast_signed(), 0);
+        (State::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
+    };
+    let join = speaker.join(1, &quotas.iter().map(full).collect::<Vec<_>>(), &[]);
+    assert_eq!(call(&join), Verdict::Done);
+    let all: Vec<u32> = (0..).take(quotas.len()).collect();
+    let mut took = Vec::new();
+    for n in 1..=calls {
+        let id = n.to_string();
+        let reserve = Reserve {
+            id: &id,
+            deadline: None,
+            max_in_flight: 0,
+            otherwise: Otherwise::Reject,
+            generates: true,
+            amounts: Amounts::of_request(100, 200),
+            completions: 1,
+        };
+        let begun = Instant::now();
+        let command = speaker.reserve(&reserve, &all);
+        let verdict = call(&command);
+        took.push(begun.elapsed());
+        assert_eq!(verdict, Verdict::Admitted);
+        let settle = Step { what: StepKind::Settle, id, amounts: Amounts::of_request(100, 150) };
+        let command = speaker.apply(n, &[settle]);
+        assert_eq!(call(&command), Verdict::Done);
+    }
+    took
+}
+
+fn main() {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let calls = if quick { 1_000 } else { 10_000 };
+    println!("reserve and settle, one call each; a reservation's round trip in microseconds\n");
+    println!("| quotas | nodes | p50 | p99 | largest | calls a second | server's own us a call |");
+    println!("| --- | --- | --- | --- | --- | --- | --- |");
+    for number in [1, 4, 16] {
+        for nodes in [1_usize, 8] {
+            let server = Server::start();
+            let quotas = quotas(number);
+            server.forget_times();
+            let begun = Instant::now();
+            let mut took: Vec<Duration> = std::thread::scope(|scope| {
+                let one = |n| (&server, &quotas, format!("node-{n}"));
+                let threads: Vec<_> = (0..nodes)
+                    .map(one)
+                    .map(|(server, quotas, name)| scope.spawn(move || node(server, &name, quotas, calls)))
+                    .collect();
+                threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+            });
+            let seconds = begun.elapsed().as_secs_f64();
+            took.sort_unstable();
+            #[allow(clippy::cast_precision_loss)] // a figure to show
+            let rate = 2.0 * took.len() as f64 / seconds;
+            let us = |at: usize| took[at.min(took.len() - 1)].as_micros();
+            let (p50, p99, most) = (us(took.len() / 2), us(took.len() * 99 / 100), us(usize::MAX));
+            let own = server.own_time();
+            println!("| {number} | {nodes} | {p50} | {p99} | {most} | {rate:.0} | {own} |");
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! Counters that several nodes hold together in Redis: the script that decides there, and how it is spoken to.
+//!
+//! Redis decides, the node explains. The script does what has to happen at once, and answers with the state in
+//! which it found each quota; the node loads that into its own [`Quotas`] and comes to the same verdict by the same
+//! code as without Redis, and so to the same waits, headers and words. Pure: nothing here reads a clock or a socket.
+
+use crate::clock::Timestamp;
+use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
+
+/// The script, for `EVALSHA` and `EVAL`.
+pub const SCRIPT: &str = include_str!("shared/script.lua");
+
+/// What the script gives back for each cell.
+const FIELDS: usize = 9;
+
+/// How the script has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// A quota cannot hold it.
+    Denied,
+    /// It is held in all quotas.
+    Admitted,
+    /// So many requests are under way already.
+    Full,
+    /// The bounds of a calendar period are not those of the server's time: say them anew.
+    StaleBounds,
+    /// The session is over, or cells are missing: join again.
+    Unknown,
+    /// The command came after its deadline, and nothing was taken.
+    Late,
+    /// Done.
+    Done,
+}
+
+/// An answer of the script.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// What was decided.
+    pub verdict: Verdict,
+    /// The server's time.
+    pub now: Timestamp,
+    /// What the command tells beside that.
+    pub told: Vec<i64>,
+    /// The cells asked for, each with whether its limit is an administrator's.
+    pub states: Vec<(State, bool)>,
+}
+
+/// A call of the script: `EVALSHA sha 3 keys arguments`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// The arguments.
+    pub arguments: Vec<String>,
+    /// How many numbers come before the states in its answer.
+    told: usize,
+    /// The window of each cell whose state is asked for: whether it is a calendar's.
+    calendars: Vec<bool>,
+}
+
+/// What is done where a request does not fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Otherwise {
+    /// It is denied.
+    Reject,
+    /// Its completions are lowered to what is left.
+    Clamp,
+    /// It is taken all the same.
+    Watch,
+}
+
+/// What a reservation asks of the script.
+#[derive(Clone, Copy, Debug)]
+pub struct Reserve<'a> {
+    /// Its name, once and for all.
+    pub id: &'a str,
+    /// The script takes nothing after this time of the server's; `None`: whenever it comes.
+    pub deadline: Option<Timestamp>,
+    /// Requests under way at once; 0: any number.
+    pub max_in_flight: u64,
+    /// Where it does not fit.
+    pub otherwise: Otherwise,
+    /// Whether the model generates tokens for it.
+    pub generates: bool,
+    /// What is to be held.
+    pub amounts: Amounts,
+    /// How many completions share the completion tokens.
+    pub completions: u64,
+}
+
+/// What has become of a reservation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// What to do.
+    pub what: StepKind,
+    /// The reservation's name.
+    pub id: String,
+    /// More to be held, all that was spent so far, or all that is charged.
+    pub amounts: Amounts,
+}
+
+/// What to do with a reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepKind {
+    /// It holds more, whether that fits or not.
+    Extend,
+    /// What is spent is held no longer.
+    Progress,
+    /// It ends.
+    Settle,
+}
+
+/// A reservation as its node keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Its name.
+    pub id: String,
+    /// Whether the server has had it.
+    pub is_known: bool,
+    /// The number of the step that settles it, if that is on its way; else 0.
+    pub settled_by: u64,
+    /// What it holds: more than one where a period has turned between them.
+    pub pieces: Vec<Piece>,
+}
+
+/// What a reservation holds in cells, each with the turn that admitted it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// What was reserved.
+    pub reserved: Amounts,
+    /// How much of that is spent.
+    pub moved: Amounts,
+    /// Where, by place in the config's order.
+    pub cells: Vec<(u32, u64)>,
+}
+
+/// The names of an environment's cells, and the classes of calendar periods that they follow.
+#[derive(Clone, Debug)]
+pub struct Cells {
+    quotas: Vec<Quota>,
+    names: Vec<String>,
+    classes: Vec<(String, Calendar)>,
+}
+
+impl Cells {
+    /// Those of these quotas.
+    pub fn of(quotas: &[Quota], now: Timestamp) -> Self {
+        let mut classes: Vec<(String, Calendar)> = Vec::new();
+        for quota in quotas {
+            let Window::Calendar { unit, zone } = &quota.window else { continue };
+            let class = class(quota);
+            if classes.iter().all(|(known, _)| *known != class) {
+                classes.push((class, Calendar::new(1, *unit, zone.clone(), now)));
+            }
+        }
+        Self { quotas: quotas.to_vec(), names: quotas.iter().map(name).collect(), classes }
+    }
+
+    /// The quotas, in the config's order.
+    pub fn quotas(&self) -> &[Quota] {
+        &self.quotas
+    }
+
+    /// A command with what every one begins with. `clock`: the time to count by, in place of the server's;
+    /// `about`: what that is thought to be.
+    fn command(
+        &mut self,
+        command: &str,
+        clock: Option<Timestamp>,
+        about: Timestamp,
+        session: &str,
+    ) -> Command {
+        let now = clock.map_or(0, |now| now.0);
+        let mut arguments = vec![command.to_owned(), now.to_string(), session.to_owned()];
+        arguments.push(self.classes.len().to_string());
+        for (class, calendar) in &mut self.classes {
+            calendar.roll(about);
+            arguments.extend([class.clone(), calendar.start().0.to_string(), calendar.end().0.to_string()]);
+        }
+        Command { arguments, told: 0, calendars: Vec::new() }
+    }
+}
+
+/// Speaks to the script for one session of a node in one environment.
+#[derive(Clone, Debug)]
+pub struct Speaker {
+    cells: Cells,
+    session: String,
+    /// The time to count by, in place of the server's: for tests.
+    clock: Option<Timestamp>,
+    /// What the server's time is thought to be.
+    about: Timestamp,
+}
+
+impl Speaker {
+    /// For a session of this name, which nobody may have had before.
+    pub fn new(cells: Cells, session: &str, about: Timestamp) -> Self {
+        Self { cells, session: session.to_owned(), clock: None, about }
+    }
+
+    /// Counts by this clock instead of the server's.
+    pub fn set_clock(&mut self, now: Timestamp) {
+        self.clock = Some(now);
+        self.about = now;
+    }
+
+    /// The server has told its time.
+    pub fn set_about(&mut self, now: Timestamp) {
+        self.about = now;
+    }
+
+    /// The keys of an environment, and of this session in it: all in one slot.
+    pub fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
+        let of = |what: &str| format!("{prefix}:{{{environment}}}:{what}");
+        [of("q"), of("s"), of(&format!("r:{}", self.session))]
+    }
+
+    /// Takes part with a config of this stamp. Cells that are missing are made as `states` has them; of the
+    /// others the newest config's limits hold. `held`: what the node has reserved and not settled. Answers with
+    /// how many cells were made, how many have other limits than the node's, and the last step applied.
+    pub fn join(&mut self, stamp: u64, states: &[(State, bool)], held: &[Held]) -> Command {
+        let mut command = self.begin("join", 3);
+        command.int(stamp);
+        command.int(self.cells.quotas.len() as u64);
+        let cells = self.cells.quotas.iter().zip(&self.cells.names);
+        for ((quota, name), (state, is_override)) in cells.zip(states) {
+            command.text(name);
+            command.int(kind(quota.kind));
+            command.text(&class(quota));
+            command.int(quota.per.ms);
+            let (limit, burst, whole, fraction, turn) = match *state {
+                State::Rolling { limit, burst, level, held, .. } => {
+                    (limit, burst, level.0.saturating_add_unsigned(held), level.1, 0)
+                }
+                State::Calendar { limit, used, turn, .. } => {
+                    (limit, limit, i64::try_from(used).unwrap_or(i64::MAX), 0, turn)
+                }
+            };
+            [limit, burst, u64::from(*is_override)].into_iter().for_each(|number| command.int(number));
+            command.text(&whole.to_string());
+            command.int(fraction);
+            command.int(turn);
+        }
+        command.int(held.len() as u64);
+        for one in held {
+            command.text(&one.id);
+            command.int(u64::from(one.is_known));
+            command.int(one.settled_by);
+            command.int(one.pieces.len() as u64);
+            for piece in &one.pieces {
+                command.amounts(piece.reserved);
+                command.amounts(piece.moved);
+                command.int(piece.cells.len() as u64);
+                for &(index, turn) in &piece.cells {
+                    command.text(&self.cells.names[index as usize]);
+                    command.int(turn);
+                }
+            }
+        }
+        command
+    }
+
+    /// Holds room in these cells.
+    pub fn reserve(&mut self, reserve: &Reserve<'_>, touched: &[u32]) -> Command {
+        let mut command = self.begin("reserve", 1);
+        command.text(reserve.id);
+        command.text(&reserve.deadline.map_or(0, |at| at.0).to_string());
+        command.int(reserve.max_in_flight);
+        command.text(match reserve.otherwise {
+            Otherwise::Reject => "reject",
+            Otherwise::Clamp => "clamp",
+            Otherwise::Watch => "watch",
+        });
+        command.int(u64::from(reserve.generates));
+        command.amounts(reserve.amounts);
+        command.int(reserve.completions.max(1));
+        self.add_cells(&mut command, touched);
+        command
+    }
+
+    /// Steps of reservations, the first of which has this number in the session's sequence. Such as were
+    /// applied already are not applied again.
+    pub fn apply(&mut self, first: u64, steps: &[Step]) -> Command {
+        let mut command = self.begin("apply", 1);
+        command.int(first);
+        command.int(steps.len() as u64);
+        for step in steps {
+            command.text(match step.what {
+                StepKind::Extend => "extend",
+                StepKind::Progress => "progress",
+                StepKind::Settle => "settle",
+            });
+            command.text(&step.id);
+            command.amounts(step.amounts);
+        }
+        command
+    }
+
+    /// Renews the session; answers with the number of nodes alive, of requests in flight, and all cells.
+    pub fn beat(&mut self) -> Command {
+        let mut command = self.begin("beat", 2);
+        let all: Vec<u32> = (0..).take(self.cells.quotas.len()).collect();
+        self.add_cells(&mut command, &all);
+        command
+    }
+
+    /// Another limit for now, or (`is_override` false) the config's again.
+    pub fn limit(&mut self, index: usize, limit: u64, burst: u64, is_override: bool) -> Command {
+        let mut command = self.begin("limit", 0);
+        command.text(&self.cells.names[index]);
+        command.int(limit);
+        command.int(burst);
+        command.int(u64::from(is_override));
+        command
+    }
+
+    /// All quotas whole again, but for what is held.
+    pub fn reset(&mut self) -> Command {
+        self.begin("reset", 0)
+    }
+
+    /// The session ends; it holds nothing any more.
+    pub fn leave(&mut self) -> Command {
+        self.begin("leave", 0)
+    }
+
+    fn begin(&mut self, command: &str, told: usize) -> Command {
+        let Self { cells, session, clock, about } = self;
+        Command { told, ..cells.command(command, *clock, *about, session) }
+    }
+
+    fn add_cells(&self, command: &mut Command, touched: &[u32]) {
+        command.int(touched.len() as u64);
+        for &index in touched {
+            let index = index as usize;
+            command.text(&self.cells.names[index]);
+            command.calendars.push(matches!(self.cells.quotas[index].window, Window::Calendar { .. }));
+        }
+    }
+}
+
+impl Command {
+    fn text(&mut self, text: &str) {
+        self.arguments.push(text.to_owned());
+    }
+
+    fn int(&mut self, number: u64) {
+        self.arguments.push(number.to_string());
+    }
+
+    fn amounts(&mut self, amounts: Amounts) {
+        Kind::ALL.into_iter().for_each(|kind| self.int(amounts.of(kind)));
+    }
+
+    /// Reads the answer to it; `None`: it is none.
+    pub fn answer(&self, numbers: &[i64]) -> Option<Answer> {
+        let (&[verdict, now], rest) = numbers.split_first_chunk::<2>()?;
+        let verdict = match verdict {
+            0 => Verdict::Denied,
+            1 => Verdict::Admitted,
+            2 => Verdict::Full,
+            3 => Verdict::StaleBounds,
+            4 => Verdict::Unknown,
+            5 => Verdict::Late,
+            6 => Verdict::Done,
+            _ => return None,
+        };
+        let (told, cells) = rest.split_at_checked(self.told).unwrap_or_default();
+        let states = cells.chunks_exact(FIELDS).zip(&self.calendars);
+        let states =
+            states.map(|(cell, &is_calendar)| state(cell, is_calendar)).collect::<Option<Vec<_>>>()?;
+        Some(Answer { verdict, now: Timestamp(now), told: told.to_vec(), states })
+    }
+}
+
+/// Loads the states of an answer into the node's own quotas, so that they come to the same verdict.
+pub fn load(quotas: &mut Quotas, touched: &[u32], answer: &Answer) {
+    for (&index, (state, _)) in touched.iter().zip(&answer.states) {
+        quotas.load(index as usize, state);
+    }
+}
+
+fn state(cell: &[i64], is_calendar: bool) -> Option<(State, bool)> {
+    let &[limit, burst, third, fourth, held, since, until, turn, is_override] = cell else { return None };
+    let unsigned = |n: i64| u64::try_from(n).ok();
+    let (limit, held) = (unsigned(limit)?, unsigned(held)?);
+    let state = if is_calendar {
+        let period = (Timestamp(since), Timestamp(until));
+        State::Calendar { limit, used: unsigned(third)?, held, period, turn: unsigned(turn)? }
+    } else {
+        let level = (third, unsigned(fourth)?);
+        State::Rolling { limit, burst: unsigned(burst)?, level, held, at: Timestamp(since) }
+    };
+    Some((state, is_override != 0))
+}
+
+/// The script's number for a kind: its place among all, from 1 on.
+fn kind(kind: Kind) -> u64 {
+    kind as u64 + 1
+}
+
+/// What stays the same when a quota's limit changes.
+fn name(quota: &Quota) -> String {
+    let window = match quota.window {
+        Window::Rolling { .. } => "rolling".to_owned(),
+        // Of another time zone it is another cell, which the first node makes of what it knows was used.
+        Window::Calendar { .. } => class(quota),
+    };
+    let Quota { scope, kind, per, .. } = quota;
+    match scope {
+        Scope::Environment => format!("{kind}/{}/{window}", per.ms),
+        Scope::Caller(..) | Scope::Model(_) => {
+            format!("{kind}/{}/{window}/{}/{}", per.ms, scope.as_str(), scope.name())
+        }
+    }
+}
+
+/// Quotas of one class have their periods at the same time; empty: it rolls.
+fn class(quota: &Quota) -> String {
+    match &quota.window {
+        Window::Rolling { .. } => String::new(),
+        Window::Calendar { unit, zone } => {
+            format!("{unit:?}/{}", zone.iana_name().unwrap_or("UTC")).to_lowercase()
+        }
+    }
+}

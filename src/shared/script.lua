@@ -1,0 +1,538 @@
+-- The shared counters of one environment: everything that has to happen at once, and nothing else.
+--
+-- What a request is told (waits, headers, what is short) the node works out from the states that are returned.
+-- All numbers are whole and below 2^53, where doubles are exact: a bucket's level is kept as whole tokens and a
+-- fraction in 1/period tokens, and no product of two large numbers is ever formed.
+--
+-- KEYS: the cells; sessions and sums; this session's reservations. One slot: they share a hash tag.
+-- ARGV: command, now (0: the server's clock), session, bounds of calendar periods, the command's own arguments.
+
+local cells_key, meta_key, own_key = KEYS[1], KEYS[2], KEYS[3]
+local floor, max, min = math.floor, math.max, math.min
+
+-- What a command answers with first.
+local DENIED, ADMITTED, FULL, BOUNDS, UNKNOWN, LATE, DONE = 0, 1, 2, 3, 4, 5, 6
+local TOTAL, PROMPT, COMPLETION, REQUESTS = 1, 2, 3, 4
+local MAX_AMOUNT = 2 ^ 40
+local SMALLEST_CLAMP = 16
+-- A session that is not renewed for so long is over: what it holds is charged.
+local SESSION_MS = 15000
+-- Where nobody was heard of for so long, it was the server that was away.
+local SILENCE_MS = 5000
+-- Reservations charged in one go.
+local MOST_EXPIRED = 200
+-- For so long it is remembered that a session was charged.
+local FORGET_MS = 86400000
+
+local at = 0
+local function text() at = at + 1 return ARGV[at] end
+local function int() at = at + 1 return tonumber(ARGV[at]) end
+local function amounts() return { int(), int(), int(), int() } end
+local function texts(n) local all = {} for i = 1, n do all[i] = text() end return all end
+
+local command, now, session = text(), int(), text()
+if now == 0 then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + floor(time[2] / 1000)
+end
+local bounds = {}
+for _ = 1, int() do
+  local class, start = text(), int()
+  bounds[class] = { start, int() }
+end
+
+-- Cells: read once, written once.
+local cells, dirty = {}, {}
+
+local function load(names)
+  local missing = {}
+  for _, name in ipairs(names) do
+    if cells[name] == nil then missing[#missing + 1] = name cells[name] = false end
+  end
+  if #missing == 0 then return end
+  for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(missing))) do
+    if packed then cells[missing[i]] = cmsgpack.unpack(packed) end
+  end
+end
+
+local function save()
+  local fields = {}
+  for name in pairs(dirty) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = cmsgpack.pack(cells[name])
+  end
+  if #fields > 0 then redis.call('HSET', cells_key, unpack(fields)) end
+end
+
+-- Never fuller than the room that nobody holds.
+local function cap(cell)
+  local top = cell.burst - cell.held
+  if cell.whole >= top then cell.whole, cell.fraction = top, 0 end
+end
+
+-- Adds limit * elapsed / per tokens, exactly.
+local function refill(cell)
+  local elapsed = now - cell.at
+  cell.at = now
+  local missing = cell.burst - cell.held - cell.whole
+  if missing <= 0 or elapsed <= 0 then return end
+  local per, limit = cell.per, cell.limit
+  local periods = floor(elapsed / per)
+  -- A product that is not exact is larger than anything that can be missing.
+  if periods * limit >= missing then
+    cell.whole, cell.fraction = cell.whole + missing, 0
+    return
+  end
+  local rest = elapsed - periods * per
+  local each = floor(limit / per)
+  local odd = limit - each * per
+  -- odd * rest / per by long multiplication: both are below 2^35, a limb has 12 bits.
+  local quotient, remainder = 0, 0
+  for _, limb in ipairs({ floor(rest / 16777216), floor(rest / 4096) % 4096, rest % 4096 }) do
+    local part = remainder * 4096 + odd * limb
+    local whole = floor(part / per)
+    quotient = quotient * 4096 + whole
+    remainder = part - whole * per
+  end
+  cell.whole = cell.whole + periods * limit + each * rest + quotient
+  cell.fraction = cell.fraction + remainder
+  if cell.fraction >= per then
+    cell.whole, cell.fraction = cell.whole + 1, cell.fraction - per
+  end
+  cap(cell)
+end
+
+-- Turns the period if its end has come; a clock that was stepped back grants nothing.
+local function roll(cell)
+  if now >= cell.start and now < cell.stop then return true end
+  local period = bounds[cell.class]
+  if not period or now < period[1] or now >= period[2] then return false end
+  if now >= cell.stop then
+    cell.turn, cell.used, cell.held = cell.turn + 1, 0, 0
+  end
+  cell.start, cell.stop = period[1], period[2]
+  return true
+end
+
+-- Brings cells up to now; who only looks need not save that. False: the node has to say anew where calendar periods
+-- begin and end.
+local function advance(names)
+  for _, name in ipairs(names) do
+    local cell = cells[name]
+    if cell then
+      if cell.class then
+        if not roll(cell) then return false end
+      else
+        refill(cell)
+      end
+    end
+  end
+  return true
+end
+
+local function fits(cell, amount)
+  local needed = max(amount, 1)
+  if cell.class then return amount <= cell.limit and cell.used + cell.held + needed <= cell.limit end
+  return amount <= cell.burst and cell.whole >= needed
+end
+
+local function all_fit(names, ask, generates)
+  for _, name in ipairs(names) do
+    local cell = cells[name]
+    local is_asked = generates or cell.kind ~= COMPLETION
+    if is_asked and not fits(cell, ask[cell.kind]) then return false end
+  end
+  return true
+end
+
+-- Holds amounts in cells; returns what a reservation keeps of it.
+local function take(names, ask)
+  local turns = {}
+  for i, name in ipairs(names) do
+    local cell = cells[name]
+    turns[i] = 0
+    if cell then
+      local amount = ask[cell.kind]
+      cell.held = cell.held + amount
+      if cell.class then turns[i] = cell.turn else cell.whole = cell.whole - amount end
+      dirty[name] = true
+    end
+  end
+  return { ask, { 0, 0, 0, 0 }, names, turns }
+end
+
+local function each(f, ...)
+  local result = {}
+  for i = 1, 4 do
+    local values = {}
+    for j = 1, select('#', ...) do values[j] = select(j, ...)[i] end
+    result[i] = f(unpack(values))
+  end
+  return result
+end
+local function less(a, b) return each(function(x, y) return max(x - y, 0) end, a, b) end
+local function at_most(a, b) return each(min, a, b) end
+
+-- What is certainly spent is held no longer.
+local function progress(pieces, spent)
+  for _, piece in ipairs(pieces) do
+    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+    local more = less(at_most(spent, reserved), moved)
+    for k = 1, 4 do moved[k] = moved[k] + more[k] end
+    local is_any = more[1] + more[2] + more[3] + more[4] > 0
+    for i, name in ipairs(is_any and names or {}) do
+      local cell = cells[name]
+      if cell then
+        dirty[name] = true
+        local amount = more[cell.kind]
+        if not cell.class or cell.turn == turns[i] then
+          cell.held = max(cell.held - amount, 0)
+          if cell.class then cell.used = cell.used + amount end
+        end
+      end
+    end
+    spent = less(spent, reserved)
+  end
+end
+
+local function settle_piece(piece, spent)
+  local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+  for i, name in ipairs(names) do
+    local cell = cells[name]
+    if cell then
+      local r, m, s = reserved[cell.kind], moved[cell.kind], spent[cell.kind]
+      local held = max(r - m, 0)
+      if not cell.class then
+        cell.held = max(cell.held - held, 0)
+        cell.whole = cell.whole + held - (s - m)
+        cap(cell)
+      elseif cell.turn == turns[i] then
+        cell.held = max(cell.held - held, 0)
+        cell.used = max(cell.used + s - m, 0)
+      else
+        -- Of a period that is over only the overrun is owed.
+        cell.used = cell.used + max(s - r, 0)
+      end
+      dirty[name] = true
+    end
+  end
+end
+
+-- Each piece pays for what it holds, the last one for all that is beyond.
+local function settle(pieces, spent)
+  for i, piece in ipairs(pieces) do
+    local part = i == #pieces and spent or at_most(spent, piece[1])
+    spent = less(spent, part)
+    settle_piece(piece, part)
+  end
+end
+
+local function extend(pieces, more)
+  local piece, last = take(pieces[1][3], more), pieces[#pieces]
+  local is_same = #last[4] == #piece[4]
+  for i, turn in ipairs(piece[4]) do is_same = is_same and last[4][i] == turn end
+  if not is_same then
+    pieces[#pieces + 1] = piece
+    return
+  end
+  for k = 1, 4 do last[1][k] = last[1][k] + more[k] end
+end
+
+local function names_of(reservations)
+  local names, seen = {}, {}
+  for _, pieces in pairs(reservations) do
+    for _, piece in ipairs(pieces) do
+      for _, name in ipairs(piece[3]) do
+        if not seen[name] then seen[name] = true names[#names + 1] = name end
+      end
+    end
+  end
+  return names
+end
+
+local function shown(reply, name)
+  local cell = cells[name]
+  local state = cell.class and { cell.limit, cell.limit, cell.used, 0, cell.held, cell.start, cell.stop, cell.turn }
+    or { cell.limit, cell.burst, cell.whole, cell.fraction, cell.held, cell.at, 0, 0 }
+  for _, value in ipairs(state) do reply[#reply + 1] = value end
+  reply[#reply + 1] = cell.override
+end
+
+local function all_known(names)
+  for _, name in ipairs(names) do if not cells[name] then return false end end
+  return true
+end
+
+-- What is left for the completions beside the prompt, of every quota; nil: less than is worth admitting.
+local function clamped(names, ask, completions)
+  local room = math.huge
+  for _, name in ipairs(names) do
+    local cell = cells[name]
+    local left = max(cell.class and cell.limit - cell.used - cell.held or cell.whole, 0)
+    if cell.kind == TOTAL then room = min(room, max(left - ask[PROMPT], 0)) end
+    if cell.kind == COMPLETION then room = min(room, left) end
+  end
+  local one = floor(room / completions)
+  local completion = min(one * completions, MAX_AMOUNT)
+  if one < SMALLEST_CLAMP or completion >= ask[COMPLETION] then return nil end
+  local total = min(ask[PROMPT] + completion, MAX_AMOUNT)
+  local lowered = { total, ask[PROMPT], completion, ask[REQUESTS] }
+  return all_fit(names, lowered, true) and lowered or nil
+end
+
+local run = {}
+
+-- Holds room for a request in all cells or in none. The states returned are those before.
+function run.reserve()
+  local id, deadline, most, mode, generates = text(), int(), int(), text(), int() == 1
+  local ask, completions = amounts(), int()
+  local names = texts(int())
+  if deadline > 0 and now > deadline then return { LATE, now } end
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight')
+  load(names)
+  local in_flight = tonumber(known[2]) or 0
+  if (tonumber(known[1]) or 0) <= 0 or not all_known(names) then return { UNKNOWN, now } end
+  if not advance(names) then return { BOUNDS, now } end
+  local reply = { FULL, now, in_flight }
+  for _, name in ipairs(names) do
+    shown(reply, name)
+    dirty[name] = true
+  end
+  if most == 0 or in_flight < most then
+    local held = all_fit(names, ask, generates) and ask
+    if not held and mode == 'clamp' and ask[COMPLETION] > 0 then held = clamped(names, ask, completions) end
+    if not held and mode == 'watch' then held = ask end
+    reply[1] = held and ADMITTED or DENIED
+    if held then
+      redis.call('HSET', own_key, id, cmsgpack.pack({ take(names, held) }))
+      redis.call('HINCRBY', meta_key, 'in_flight', 1)
+    end
+  end
+  save()
+  return reply
+end
+
+-- What has become of reservations, in order. What was applied already is not applied again.
+function run.apply()
+  local first, count = int(), int()
+  local last = tonumber(redis.call('HGET', meta_key, 'q:' .. session)) or 0
+  local steps, reservations = {}, {}
+  for i = 0, count - 1 do
+    local step = { text(), text(), amounts() }
+    if first + i > last then
+      steps[#steps + 1] = step
+      if reservations[step[2]] == nil then
+        local packed = redis.call('HGET', own_key, step[2])
+        reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
+      end
+    end
+  end
+  local names = names_of(reservations)
+  load(names)
+  if not advance(names) then return { BOUNDS, now } end
+  local gone = 0
+  for _, step in ipairs(steps) do
+    local id = step[2]
+    local pieces = reservations[id]
+    if pieces and step[1] == 'settle' then
+      settle(pieces, step[3])
+      reservations[id] = nil
+      redis.call('HDEL', own_key, id)
+      gone = gone + 1
+    elseif pieces then
+      if step[1] == 'extend' then extend(pieces, step[3]) else progress(pieces, step[3]) end
+    end
+  end
+  for id, pieces in pairs(reservations) do redis.call('HSET', own_key, id, cmsgpack.pack(pieces)) end
+  if gone > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -gone) end
+  redis.call('HSET', meta_key, 'q:' .. session, max(last, first + count - 1))
+  save()
+  return { DONE, now, #steps }
+end
+
+-- Another limit for now, or with override 0 the config's again.
+function run.limit()
+  local name, limit, burst, override = text(), int(), int(), int()
+  local names = redis.call('HKEYS', cells_key)
+  load(names)
+  local cell = cells[name]
+  if not cell then return { UNKNOWN, now } end
+  if not advance(names) then return { BOUNDS, now } end
+  if not cell.class then cell.whole = cell.whole + burst - cell.burst end
+  cell.limit, cell.burst, cell.override = limit, burst, override
+  for _, other in ipairs(names) do dirty[other] = true end
+  save()
+  return { DONE, now }
+end
+
+-- Everything whole again, but for what is held.
+function run.reset()
+  local names = redis.call('HKEYS', cells_key)
+  if #names == 0 then return { UNKNOWN, now } end
+  load(names)
+  if not advance(names) then return { BOUNDS, now } end
+  for _, name in ipairs(names) do
+    local cell = cells[name]
+    if cell.class then cell.used = 0 else cell.whole, cell.fraction = cell.burst - cell.held, 0 end
+    dirty[name] = true
+  end
+  save()
+  return { DONE, now }
+end
+
+-- A cell as a node gives it: kind, class (empty: it rolls), period, limit, burst, whose limit, and what is left of it
+-- when nothing is held: level and fraction, or what was used and in which turn.
+local function given()
+  local kind, class, per = int(), text(), int()
+  local limit, burst, override = int(), int(), int()
+  local whole, fraction, turn = int(), int(), int()
+  local cell = { kind = kind, limit = limit, burst = burst, held = 0, override = override }
+  if class == '' then
+    cell.per, cell.whole, cell.fraction, cell.at = per, whole, fraction, now
+    return cell
+  end
+  local period = bounds[class]
+  if not period or now < period[1] or now >= period[2] then return nil end
+  cell.class, cell.used, cell.turn, cell.start, cell.stop = class, whole, turn, period[1], period[2]
+  return cell
+end
+
+-- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells, or with a
+-- session that was charged in full.
+local function take_up(pieces, was_charged)
+  for _, piece in ipairs(pieces) do
+    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+    for i, name in ipairs(names) do
+      local cell = cells[name]
+      if cell and (not cell.class or cell.turn == turns[i]) then
+        local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        cell.held = cell.held + held
+        if was_charged then
+          if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
+        elseif not cell.class then
+          cell.whole = cell.whole - held
+        end
+        dirty[name] = true
+      end
+    end
+  end
+end
+
+-- A node takes part. Cells that are missing are made as it has them; the limits of the others are those of the newest
+-- config, by its stamp, or an administrator's. What it holds and the server does not know is taken up. Returns how many
+-- cells were made, how many have other limits than the node's, and the last step applied.
+function run.join()
+  local stamp, count = int(), int()
+  local names, from_node = {}, {}
+  for i = 1, count do
+    local name = text()
+    names[i] = name
+    from_node[name] = given()
+    if not from_node[name] then return { BOUNDS, now } end
+  end
+  local held, all = {}, {}
+  for i = 1, int() do
+    local one = { id = text(), is_known = int() == 1, settled_by = int(), pieces = {} }
+    for k = 1, int() do
+      local piece = { amounts(), amounts(), {}, {} }
+      for j = 1, int() do piece[3][j], piece[4][j] = text(), int() end
+      one.pieces[k] = piece
+    end
+    held[i], all[one.id] = one, one.pieces
+  end
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session, 'stamp')
+  local expiry, last, newest = tonumber(known[1]) or 0, tonumber(known[2]) or 0, tonumber(known[3]) or 0
+  local touched = names_of(all)
+  load(names)
+  load(touched)
+  if not advance(names) or not advance(touched) then return { BOUNDS, now } end
+  local made, differing = 0, 0
+  for _, name in ipairs(names) do
+    local cell, node = cells[name], from_node[name]
+    if not cell then
+      cells[name], dirty[name], made = node, true, made + 1
+    elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
+      differing = differing + 1
+      if stamp > newest and cell.override == 0 then
+        if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
+        cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
+      end
+    end
+  end
+  local taken_up = 0
+  for _, one in ipairs(held) do
+    local is_over = one.settled_by > 0 and one.settled_by <= last
+    if not is_over and redis.call('HEXISTS', own_key, one.id) == 0 then
+      take_up(one.pieces, expiry < 0 and one.is_known and made == 0)
+      redis.call('HSET', own_key, one.id, cmsgpack.pack(one.pieces))
+      taken_up = taken_up + 1
+    end
+  end
+  redis.call('HINCRBY', meta_key, 'in_flight', taken_up)
+  redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
+  save()
+  return { DONE, now, made, differing, last }
+end
+
+-- Charges in full what a session held that is over. Returns whether that was all.
+local function charge(over)
+  local key = own_key:sub(1, #own_key - #session) .. over
+  local found = redis.call('HSCAN', key, 0, 'COUNT', MOST_EXPIRED)[2]
+  local reservations, ids = {}, {}
+  for i = 1, #found, 2 do
+    ids[#ids + 1] = found[i]
+    reservations[found[i]] = cmsgpack.unpack(found[i + 1])
+  end
+  if #ids == 0 then return true end
+  local names = names_of(reservations)
+  load(names)
+  if not advance(names) then return false end
+  for _, pieces in pairs(reservations) do
+    for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
+  end
+  for _, id in ipairs(ids) do redis.call('HDEL', key, id) end
+  redis.call('HINCRBY', meta_key, 'in_flight', -#ids)
+  return redis.call('HLEN', key) == 0
+end
+
+-- A node is alive. Returns how many are, and how all cells stand.
+function run.beat()
+  local names = texts(int())
+  load(names)
+  local is_known = (tonumber(redis.call('HGET', meta_key, 's:' .. session)) or 0) > 0
+  if not is_known or not all_known(names) then return { UNKNOWN, now } end
+  if not advance(names) then return { BOUNDS, now } end
+  local silence = now - (tonumber(redis.call('HGET', meta_key, 'beat')) or now)
+  redis.call('HSET', meta_key, 'beat', now, 's:' .. session, now + SESSION_MS)
+  local fields, alive = redis.call('HGETALL', meta_key), 0
+  for i = 1, #fields, 2 do
+    local field, expiry = fields[i], tonumber(fields[i + 1])
+    if field:sub(1, 2) == 's:' then
+      local other = field:sub(3)
+      if other == session then
+        alive = alive + 1
+      elseif expiry > 0 and silence > SILENCE_MS then
+        alive = alive + 1
+        redis.call('HSET', meta_key, field, max(expiry, now + SESSION_MS))
+      elseif expiry > now then
+        alive = alive + 1
+      elseif expiry > 0 then
+        if charge(other) then redis.call('HSET', meta_key, field, -now) end
+      elseif now + expiry > FORGET_MS then
+        redis.call('HDEL', meta_key, field, 'q:' .. other)
+      end
+    end
+  end
+  save()
+  local reply = { DONE, now, alive, tonumber(redis.call('HGET', meta_key, 'in_flight')) or 0 }
+  for _, name in ipairs(names) do shown(reply, name) end
+  return reply
+end
+
+-- A node goes: it has settled everything.
+function run.leave()
+  redis.call('HDEL', meta_key, 's:' .. session, 'q:' .. session)
+  return { DONE, now }
+end
+
+return run[command]()

@@ -1,0 +1,9 @@
+//! The script of the shared counters, in a Redis server of the test's own: the same steps give the same as the
+//! engine without Redis.
+
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::cast_possible_wrap)]
+
+mod burst;
+mod server;
+mod sessions;
+mod walk;

@@ -1,0 +1,114 @@
+//! A Redis server for one test, at a socket in a folder of its own.
+
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tollgate::clock::Stopwatch;
+use tollgate::clock::Timestamp;
+use tollgate::quota::{Quota, Quotas, State, Window};
+use tollgate::shared::{self, Answer, Cells, SCRIPT, Speaker, Verdict};
+
+pub struct Server {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Server {
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        // It ends when its standard input does: also if the test is killed.
+        let script = "redis-server --port 0 --unixsocket \"$1/s\" --save '' --dir \"$1\" >/dev/null & read -r _; kill $!; wait";
+        let child = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(folder.path())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let server = Self { child, folder };
+        let begun = Stopwatch::start();
+        while server.try_connect().is_none() {
+            assert!(
+                begun.elapsed() < Duration::from_secs(20),
+                "redis-server does not start: is the package redis-server installed?"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        server
+    }
+
+    fn try_connect(&self) -> Option<redis::Connection> {
+        let url = format!("redis+unix://{}/s", self.folder.path().display());
+        redis::Client::open(url).ok()?.get_connection().ok()
+    }
+
+    /// A node that takes part in the quotas of one environment.
+    pub fn node(&self, session: &str, quotas: &[Quota], now: Timestamp) -> Node {
+        let speaker = Speaker::new(Cells::of(quotas, now), session, now);
+        let keys = speaker.keys("test", "staging");
+        let mut connection = self.try_connect().unwrap();
+        let sha = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
+        Node { connection, speaker, keys, sha, quotas: quotas.to_vec() }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        self.child.wait().unwrap();
+    }
+}
+
+pub struct Node {
+    connection: redis::Connection,
+    pub speaker: Speaker,
+    keys: [String; 3],
+    sha: String,
+    pub quotas: Vec<Quota>,
+}
+
+impl Node {
+    pub fn call(&mut self, command: &shared::Command) -> Answer {
+        let mut call = redis::cmd("EVALSHA");
+        call.arg(&self.sha).arg(3).arg(&self.keys[..]).arg(&command.arguments);
+        let numbers: Vec<i64> = call.query(&mut self.connection).unwrap();
+        command.answer(&numbers).unwrap_or_else(|| panic!("{command:?}: {numbers:?}"))
+    }
+
+    /// Takes part with full quotas where there are none yet.
+    pub fn join(&mut self, now: Timestamp) {
+        let command = self.speaker.join(1, &full(&self.quotas, now), &[]);
+        assert_eq!(self.call(&command).verdict, Verdict::Done);
+    }
+
+    pub fn beat(&mut self) -> Answer {
+        let command = self.speaker.beat();
+        let answer = self.call(&command);
+        assert_eq!(answer.verdict, Verdict::Done);
+        answer
+    }
+
+    /// Loses everything, as a server that is started anew without its data.
+    pub fn flush(&mut self) {
+        let (): () = redis::cmd("FLUSHALL").query(&mut self.connection).unwrap();
+    }
+
+    /// Every quota as the server has it, in an engine of the node's own.
+    pub fn mirror(&mut self, now: Timestamp) -> Quotas {
+        let answer = self.beat();
+        let mut mirror = Quotas::new(&self.quotas, now);
+        let all: Vec<u32> = (0..).take(self.quotas.len()).collect();
+        shared::load(&mut mirror, &all, &answer);
+        mirror
+    }
+}
+
+pub fn full(quotas: &[Quota], now: Timestamp) -> Vec<(State, bool)> {
+    let full = |quota: &Quota| match quota.window {
+        Window::Rolling { burst } => {
+            State::Rolling { limit: quota.limit, burst, level: (burst.cast_signed(), 0), held: 0, at: now }
+        }
+        Window::Calendar { .. } => {
+            State::Calendar { limit: quota.limit, used: 0, held: 0, period: (now, now), turn: 0 }
+        }
+    };
+    quotas.iter().map(|quota| (full(quota), false)).collect()
+}

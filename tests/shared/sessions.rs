@@ -1,0 +1,222 @@
+//! Nodes that come, go and die.
+
+use super::server::{Node, Server, full};
+use tollgate::clock::Timestamp;
+use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
+use tollgate::shared::{Answer, Held, Otherwise, Piece, Reserve, Step, StepKind, Verdict};
+
+const BEGIN: Timestamp = Timestamp(1_774_700_000_000);
+
+/// 1,000 tokens a minute, and a month's quota: what is held longer than the first one lasts shows in it.
+fn quotas() -> Vec<Quota> {
+    let month = Window::Calendar { unit: tollgate::quota::ClockUnit::Month, zone: jiff::tz::TimeZone::UTC };
+    let quota = |limit, ms, window| {
+        let per = Per { written: format!("{ms}ms"), ms };
+        Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
+    };
+    vec![quota(1_000, 60_000, Window::Rolling { burst: 1_000 }), quota(1_000_000, 30 * 86_400_000, month)]
+}
+
+fn node(server: &Server, session: &str) -> Node {
+    let mut node = server.node(session, &quotas(), BEGIN);
+    node.speaker.set_clock(BEGIN);
+    node.join(BEGIN);
+    node
+}
+
+fn reserve(node: &mut Node, id: &str, tokens: u64, deadline: Option<Timestamp>, most: u64) -> Answer {
+    let amounts = Amounts::of_request(tokens, 0);
+    let otherwise = Otherwise::Reject;
+    let reserve =
+        Reserve { id, deadline, max_in_flight: most, otherwise, generates: true, amounts, completions: 1 };
+    let command = node.speaker.reserve(&reserve, &[0, 1]);
+    node.call(&command)
+}
+
+/// Level, held and used of the month's quota, by this node's clock.
+fn month(node: &mut Node, now: Timestamp) -> (i64, u64, u64) {
+    node.speaker.set_clock(now);
+    let level = node.mirror(now).levels(now).pop().unwrap();
+    (level.level, level.held, level.used)
+}
+
+#[test]
+fn what_a_dead_node_held_is_charged_in_full_and_once() {
+    let server = Server::start();
+    let (mut dies, mut lives) = (node(&server, "dies"), node(&server, "lives"));
+    dies.beat();
+    for n in 0..450 {
+        assert_eq!(reserve(&mut dies, &format!("a{n}"), 2, None, 0).verdict, Verdict::Admitted);
+    }
+    let spent = Step { what: StepKind::Progress, id: "a7".into(), amounts: Amounts::of_request(1, 0) };
+    let command = dies.speaker.apply(1, &[spent]);
+    dies.call(&command);
+    assert_eq!(reserve(&mut lives, "b", 30, None, 0).verdict, Verdict::Admitted);
+    for half_seconds in 1..=28 {
+        let now = BEGIN.plus_ms(half_seconds * 500);
+        assert_eq!(month(&mut lives, now), (999_070, 929, 1), "held for as long as it may live");
+    }
+    for half_seconds in 29..=36 {
+        month(&mut lives, BEGIN.plus_ms(half_seconds * 500));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!(month(&mut lives, now), (999_070, 30, 900));
+    assert_eq!(lives.beat().told, [1, 1], "one node alive, one request in flight");
+    // It was only cut off: it is told to join anew, and what it settles late changes nothing.
+    dies.speaker.set_clock(now);
+    assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Unknown);
+    let late = Step { what: StepKind::Settle, id: "a8".into(), amounts: Amounts::default() };
+    let command = dies.speaker.apply(2, &[late]);
+    dies.call(&command);
+    assert_eq!(month(&mut lives, now), (999_070, 30, 900));
+    dies.join(now);
+    assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Admitted);
+}
+
+#[test]
+fn nobody_is_charged_because_the_server_was_away() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    one.beat();
+    other.beat();
+    assert_eq!(reserve(&mut other, "a", 100, None, 0).verdict, Verdict::Admitted);
+    let thawed = BEGIN.plus_ms(300_000);
+    assert_eq!(month(&mut one, thawed), (999_900, 100, 0));
+    other.speaker.set_clock(thawed.plus_ms(400));
+    assert_eq!(other.beat().told, [2, 1]);
+}
+
+#[test]
+fn a_command_that_is_read_too_late_takes_nothing() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    node.speaker.set_clock(BEGIN.plus_ms(26));
+    assert_eq!(reserve(&mut node, "a", 100, Some(BEGIN.plus_ms(25)), 0).verdict, Verdict::Late);
+    assert_eq!(month(&mut node, BEGIN.plus_ms(26)), (1_000_000, 0, 0));
+    assert_eq!(reserve(&mut node, "a", 100, Some(BEGIN.plus_ms(26)), 0).verdict, Verdict::Admitted);
+}
+
+#[test]
+fn requests_in_flight_are_counted_over_all_nodes() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    assert_eq!(reserve(&mut one, "a", 1, None, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut other, "b", 1, None, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut one, "c", 1, None, 2).verdict, Verdict::Full);
+    let ends = Step { what: StepKind::Settle, id: "b".into(), amounts: Amounts::of_request(1, 0) };
+    let command = other.speaker.apply(1, &[ends]);
+    other.call(&command);
+    assert_eq!(reserve(&mut one, "c", 1, None, 2).verdict, Verdict::Admitted);
+    assert_eq!(month(&mut one, BEGIN), (999_997, 2, 1));
+}
+
+#[test]
+fn what_one_node_sets_every_node_sees() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    let command = one.speaker.limit(0, 50, 20, true);
+    assert_eq!(one.call(&command).verdict, Verdict::Done);
+    let answer = reserve(&mut other, "a", 30, None, 0);
+    assert_eq!((answer.verdict, answer.states[0].1), (Verdict::Denied, true));
+    // Whoever joins later does not undo it.
+    let mut third = node(&server, "third");
+    let quota = third.mirror(BEGIN).levels(BEGIN).swap_remove(0).quota;
+    assert_eq!((quota.limit, quota.capacity()), (50, 20));
+    assert_eq!(reserve(&mut other, "a", 20, None, 0).verdict, Verdict::Admitted);
+    let command = one.speaker.reset();
+    assert_eq!(one.call(&command).verdict, Verdict::Done);
+    assert_eq!(month(&mut other, BEGIN), (999_980, 20, 0), "what is held stays held");
+}
+
+#[test]
+fn a_calendar_period_that_the_node_has_wrong_is_asked_for_anew() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    let next_month = BEGIN.plus_ms(10 * 86_400_000);
+    node.speaker.set_clock(next_month);
+    node.speaker.set_about(BEGIN);
+    let answer = reserve(&mut node, "a", 1, None, 0);
+    assert_eq!((answer.verdict, answer.now), (Verdict::StaleBounds, next_month));
+    node.speaker.set_about(answer.now);
+    assert_eq!(reserve(&mut node, "a", 1, None, 0).verdict, Verdict::Admitted);
+}
+
+/// A reservation of so many tokens in both quotas, as its node keeps it.
+fn held(id: &str, tokens: u64, is_known: bool, settled_by: u64) -> Held {
+    let piece = Piece {
+        reserved: Amounts::of_request(tokens, 0),
+        moved: Amounts::default(),
+        cells: vec![(0, 0), (1, 0)],
+    };
+    Held { id: id.into(), is_known, settled_by, pieces: vec![piece] }
+}
+
+#[test]
+fn what_a_server_has_lost_the_nodes_bring_back() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    reserve(&mut one, "a", 100, None, 0);
+    reserve(&mut other, "b", 200, None, 0);
+    let spent = Step { what: StepKind::Settle, id: "b".into(), amounts: Amounts::of_request(70, 0) };
+    let command = other.speaker.apply(1, &[spent]);
+    other.call(&command);
+    reserve(&mut other, "c", 300, None, 0);
+    let answer = one.beat();
+    one.flush();
+    assert_eq!(reserve(&mut one, "d", 1, None, 0).verdict, Verdict::Unknown);
+    // The first to come makes the cells of what it knows, each brings what it holds, and nothing counts twice.
+    let of_one = [held("a", 100, true, 0)];
+    let of_other = [held("b", 200, true, 1), held("c", 300, true, 0)];
+    let command = one.speaker.join(1, &answer.states, &of_one);
+    assert_eq!(one.call(&command).told, [2, 0, 0]);
+    for _ in 0..2 {
+        let command = other.speaker.join(1, &full(&quotas(), BEGIN), &of_other);
+        assert_eq!(other.call(&command).told, [0, 0, 0]);
+    }
+    // What "b" has cost was in the cells already, and its settling is lost with the rest: it is sent again.
+    assert_eq!(month(&mut one, BEGIN), (1_000_000 - 70 - 600, 600, 70));
+    assert_eq!(one.beat().told, [2, 3]);
+}
+
+#[test]
+fn a_node_that_was_given_up_takes_back_what_was_charged() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    reserve(&mut cut_off, "a", 100, None, 0);
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!(month(&mut lives, now), (999_900, 0, 100), "charged in full");
+    cut_off.speaker.set_clock(now);
+    let command = cut_off.speaker.join(1, &full(&quotas(), now), &[held("a", 100, true, 0)]);
+    cut_off.call(&command);
+    assert_eq!(month(&mut lives, now), (999_900, 100, 0), "held again");
+    let ends = Step { what: StepKind::Settle, id: "a".into(), amounts: Amounts::of_request(30, 0) };
+    let command = cut_off.speaker.apply(1, &[ends]);
+    cut_off.call(&command);
+    assert_eq!(month(&mut lives, now), (999_970, 0, 30));
+    // Its answer was lost: what is over is not taken up again.
+    let command = cut_off.speaker.join(1, &full(&quotas(), now), &[held("a", 100, true, 1)]);
+    assert_eq!(cut_off.call(&command).told, [0, 0, 1]);
+    assert_eq!(month(&mut lives, now), (999_970, 0, 30));
+}
+
+#[test]
+fn the_limits_of_the_newest_config_hold() {
+    let server = Server::start();
+    let mut one = node(&server, "one");
+    reserve(&mut one, "a", 100, None, 0);
+    let limit = |node: &mut Node| {
+        let level = node.mirror(BEGIN).levels(BEGIN).swap_remove(0);
+        (level.quota.limit, level.quota.capacity(), level.level)
+    };
+    let with = |limit| vec![quotas()[0].with_limit(limit, limit), quotas()[1].clone()];
+    for (stamp, given, want) in [(5, 2_000, (2_000, 2_000, 1_900)), (4, 500, (2_000, 2_000, 1_900))] {
+        let mut other = server.node("other", &with(given), BEGIN);
+        other.speaker.set_clock(BEGIN);
+        let command = other.speaker.join(stamp, &full(&with(given), BEGIN), &[]);
+        assert_eq!(other.call(&command).told, [0, 1, 0], "the node is told");
+        assert_eq!(limit(&mut one), want);
+    }
+}
