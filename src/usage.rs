@@ -149,8 +149,16 @@ impl Reported {
 
     /// What is charged: what was reported, and for what was not the estimate and the count.
     pub fn amounts(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
+        self.amounts_of(estimated_prompt, self.completion().unwrap_or(counted_completion))
+    }
+
+    /// The same of an answer that broke off, of which so much has been counted that came after its last report.
+    pub fn amounts_and_since(&self, estimated_prompt: u64, counted_since: u64) -> Amounts {
+        self.amounts_of(estimated_prompt, self.completion().unwrap_or(0).saturating_add(counted_since))
+    }
+
+    fn amounts_of(&self, estimated_prompt: u64, completion: u64) -> Amounts {
         let prompt = self.prompt().unwrap_or(estimated_prompt).min(MAX_AMOUNT);
-        let completion = self.completion().unwrap_or(counted_completion);
         let mut amounts = Amounts::of_request(prompt, completion);
         amounts.total = amounts.total.max(self.total().unwrap_or(0)).min(MAX_AMOUNT);
         if self.skips_cached {

@@ -13,6 +13,7 @@
 mod bodies;
 mod load;
 mod mock;
+#[allow(dead_code)] // some of it is for the bench of streams
 mod peers;
 mod proxies;
 

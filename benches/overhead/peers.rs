@@ -107,11 +107,23 @@ impl Peer {
         Err("it does not accept connections".to_owned())
     }
 
+    /// Resident memory in bytes.
+    pub(crate) fn resident(&self) -> u64 {
+        resident_of_process(self.process.id())
+    }
+
     /// User and system time so far, of all threads and of child processes (nginx's workers).
     pub(crate) fn cpu(&self) -> Duration {
         let processes = [self.process.id()].into_iter().chain(children(self.process.id()));
         Duration::from_nanos(processes.map(cpu_of_process).sum())
     }
+}
+
+/// Resident memory of a process in bytes.
+fn resident_of_process(process: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 fn children(process: u32) -> Vec<u32> {

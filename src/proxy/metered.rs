@@ -309,14 +309,16 @@ impl Metered {
     }
 
     /// What is left to do for this answer. What came has to be counted where the upstream did not report
-    /// it; where nothing is generated, nothing.
+    /// it, or had not yet; where nothing is generated, nothing.
     fn unsettled(&mut self, mut charge: Charge, was_cut: bool) -> Unsettled {
         let reported = self.reader.reported();
         charge.record.reported = reported.is_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
         self.tell_of_usage(&charge, reported);
         let Terms { status, endpoint, estimated_prompt, tokenizer, .. } = self.terms;
-        let is_known = !status.is_success() || reported.completion().is_some();
+        // A stream that broke off has gone on after what it reported on its way.
+        let goes_on = was_cut && self.reader.events().is_some();
+        let is_known = !status.is_success() || reported.completion().is_some() && !goes_on;
         let uncounted = if is_known || !endpoint.generates() {
             Uncounted::Nothing
         } else {

@@ -70,12 +70,13 @@ impl Unsettled {
     }
 
     fn finish(&mut self) -> Option<Kept> {
-        // Taken first: should counting panic, what was reported and estimated is charged.
+        // Taken first: should counting panic, what was reported and estimated is charged. Where all is reported
+        // there is nothing left to be counted.
         let texts = std::mem::replace(&mut self.uncounted, Uncounted::Nothing).into_texts();
         let counted = count(self.tokenizer, &texts);
         let mut charge = self.charge.take()?;
         charge.observe(if self.is_success || self.reported.is_any() {
-            self.reported.amounts(self.estimated_prompt, counted)
+            self.reported.amounts_and_since(self.estimated_prompt, counted)
         } else {
             Amounts { requests: 1, ..Amounts::default() }
         });

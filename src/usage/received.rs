@@ -51,6 +51,9 @@ pub struct Received {
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
+    /// So much of `raw`, and of what was passed over, has been reported by the provider.
+    reported_raw: usize,
+    reported_uncounted: u64,
     /// Events that carried something generated.
     events: u64,
 }
@@ -141,6 +144,14 @@ impl Received {
         self.uncounted += bytes as u64;
     }
 
+    /// The provider has reported all that came so far: only what comes later is to be counted.
+    pub fn is_reported(&mut self) {
+        self.texts.clear();
+        self.tokens = 0;
+        self.reported_raw = self.raw.len();
+        self.reported_uncounted = self.uncounted;
+    }
+
     /// Forgets everything: usage has come.
     pub fn clear(&mut self) {
         *self = Self::default();
@@ -166,12 +177,14 @@ impl Received {
 
     fn finish(self) -> Texts {
         let texts = self.texts.into_iter().map(|kept| kept.text).collect();
-        Texts { texts, tokens: self.tokens + self.uncounted.div_ceil(4) }
+        let uncounted = self.uncounted.saturating_sub(self.reported_uncounted);
+        Texts { texts, tokens: self.tokens + uncounted.div_ceil(4) }
     }
 
     fn compact(&mut self) {
         let mut raw = std::mem::take(&mut self.raw);
-        for data in raw.split(|&b| b == b'\n') {
+        let from = std::mem::take(&mut self.reported_raw);
+        for data in raw[from.min(raw.len())..].split(|&b| b == b'\n') {
             self.read(data);
         }
         raw.clear();

@@ -146,7 +146,7 @@ impl SseReader {
         self.received.kept_bytes()
     }
 
-    /// The generated text so far, where usage has not come.
+    /// The generated text that has come since usage was reported, if it ever was.
     pub fn take_texts(&mut self) -> Texts {
         std::mem::take(&mut self.received).finish_events()
     }
@@ -263,15 +263,15 @@ impl SseReader {
             && let Some(reported) = chunk.reported()
         {
             self.reported.update(reported);
-            if chunk.only_reports() {
-                self.when_reported = self.received.so_far();
-                return true;
+            let only_reports = chunk.only_reports();
+            if !only_reports {
+                self.received.push_event(&data);
             }
-            self.received.push_event(&data);
             if reported.completion().is_some() {
                 self.when_reported = self.received.so_far();
+                self.received.is_reported();
             }
-            return false;
+            return only_reports;
         }
         self.received.push_event(&data);
         false
@@ -510,10 +510,15 @@ mod tests {
             assert!(reader.begun.len() <= LONGEST_EVENT);
         }
         let mut out: Vec<Bytes> = Vec::new();
-        reader.feed(&Bytes::from(format!("\n\n{EXTRA}\n\n")), &mut out);
-        assert_eq!((passed, out.concat().as_slice()), (200 * 64 * 1024, &b"\n\n"[..]));
+        reader.feed(&Bytes::from(format!("\n\n{HI}\n\n{EXTRA}\n\n")), &mut out);
+        assert_eq!((passed, out.concat()), (200 * 64 * 1024, format!("\n\n{HI}\n\n").into_bytes()));
         assert_eq!(reader.reported().completion(), Some(2));
-        assert_eq!(reader.take_texts().tokens, (passed as u64 + 2).div_ceil(4));
+        // All of it is reported now.
+        assert_eq!(reader.take_texts(), Texts::default());
+        let cuts: Vec<usize> = (0..=passed).step_by(64 * 1024).collect();
+        let (_, mut silent) = follow(&format!("{}\n\n{HI}\n\n", "x".repeat(passed)), false, &cuts);
+        let counted = silent.take_texts();
+        assert_eq!((counted.tokens, counted.texts), ((passed as u64 + 2).div_ceil(4), vec!["Hi".to_owned()]));
     }
 
     fn line() -> impl Strategy<Value = String> {

@@ -163,7 +163,7 @@ async fn a_caller_that_hangs_up_in_mid_stream_pays_for_what_it_received() {
 }
 
 #[tokio::test]
-async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that() {
+async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that_and_what_came_since() {
     let upstream = Upstream::always(
         Answer::stream()
             .event(&delta("Hello"))
@@ -181,7 +181,29 @@ async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that() {
         received.extend(caller.chunk().await.unwrap());
     }
     drop(caller);
-    assert_eq!(gateway.settled_charges().await, [1, 9, 40, 49]);
+    assert_eq!(gateway.settled_charges().await, [1, 9, 41, 50]);
+}
+
+#[tokio::test]
+async fn what_a_stream_reports_at_its_beginning_is_not_all_that_it_costs() {
+    let event = |data: &str| format!("data: {data}\n\n");
+    let start = event(
+        r#"{"type":"message_start","message":{"id":"m","usage":{"input_tokens":9,"output_tokens":1}}}"#,
+    );
+    let text = event(
+        r#"{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hello there"}}"#,
+    );
+    // Gemini's first chunks may have no more than the prompt's tokens in their total.
+    let chunk = event(
+        r#"{"candidates":[{"content":{"parts":[{"text":"Hello there"}]}}],"usageMetadata":{"promptTokenCount":9,"totalTokenCount":9}}"#,
+    );
+    let more = event(r#"{"candidates":[{"content":{"parts":[{"text":"Hello there"}]}}]}"#);
+    for (events, charged) in [(vec![start, text], [1, 9, 3, 12]), (vec![chunk, more], [1, 9, 2, 11])] {
+        let upstream = Upstream::always(Answer::stream().events(&events).then(Step::Cut)).await;
+        let gateway = Gateway::before(&upstream, ROOM).await;
+        gateway.chat(&hello(r#""stream":true"#)).await;
+        assert_eq!(gateway.settled_charges().await, charged, "{events:?}");
+    }
 }
 
 #[tokio::test]

@@ -29,9 +29,6 @@ class Contract:
     rate_limit_error = authentication_error = cut_stream_error = cut_answer_error = None
     # Whether it heeds `x-should-retry: false`, and waits as long as `retry-after` says.
     knows_when_to_retry = True
-    # What the provider's first event reports of a completion that has not come yet: it is charged where the
-    # last event does not come.
-    reported_at_first = None
 
     @classmethod
     def setUpClass(cls):
@@ -165,11 +162,8 @@ class Contract:
         charged, seen = watch()
         self.assertEqual((charged["requests"], seen["requests"]), (1, 1))
         self.assertGreater(charged["prompt_tokens"], 0)
-        if self.reported_at_first is not None:
-            self.assertEqual(charged["completion_tokens"], self.reported_at_first)
-        else:
-            # What came in before it was closed: at least what the SDK has given out.
-            self.assertTrue(3 <= charged["completion_tokens"] <= seen["words"], (charged, seen))
+        # What came in before it was closed: at least what the SDK has given out, and what was reported at first.
+        self.assertTrue(3 <= charged["completion_tokens"] <= seen["words"] + 1, (charged, seen))
 
     def test_a_bad_key_is_an_authentication_error(self):
         seen = self.house.account()["requests"]

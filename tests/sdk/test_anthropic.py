@@ -16,7 +16,6 @@ class Messages(Contract, unittest.TestCase):
     authentication_error = anthropic.AuthenticationError
     cut_stream_error = anthropic.APIError
     cut_answer_error = anthropic.APIConnectionError
-    reported_at_first = 1
 
     def client(self, environment, key, retries):
         options = {} if retries is None else {"max_retries": retries}

@@ -1,0 +1,39 @@
+//! What streams cost: the readers alone, and a thousand callers at once.
+//!
+//! `cargo bench --bench streams -- [--quick]`
+//!
+//! 1. Readers of usage: MB/s by the size of the pieces that arrive, and the time for twice the input.
+//! 2. A thousand streams with an event each 200 ms through a gateway in a process of its own, and straight to the
+//!    mock for comparison: how late events come, memory per stream, CPU per event.
+//! 3. Callers that do not read: memory per stream.
+//!
+//! Exits with 1 if a figure is missed: those of time by more than a busy machine explains.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
+
+#[allow(dead_code)] // most of it is for the bench of overhead
+#[path = "../overhead/bodies.rs"]
+mod bodies;
+mod live;
+#[allow(dead_code)] // most of it is for the bench of overhead
+#[path = "../overhead/peers.rs"]
+mod peers;
+mod readers;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let is_quick = std::env::args().any(|a| a == "--quick");
+    let readers = readers::measure(is_quick);
+    let live = live::measure(is_quick);
+    if readers && live { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Whether a figure is reached; tells if not.
+fn is_within(what: &str, figure: f64, most: f64) -> bool {
+    if figure > most {
+        println!("MISSED  {what}: {figure:.2}, at most {most}");
+    }
+    figure <= most
+}

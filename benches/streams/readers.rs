@@ -1,0 +1,138 @@
+//! The readers of usage alone, on one thread.
+
+use crate::is_within;
+use bytes::Bytes;
+use std::hint::black_box;
+use std::time::Duration;
+use tollgate::usage::{JsonReader, SseReader};
+
+const MB: f64 = 1e6;
+const MIB: usize = 1 << 20;
+const PIECES: [(&str, usize); 5] =
+    [("1 B", 1), ("64 B", 64), ("16 KiB", 16 * 1024), ("1 MiB", MIB), ("16 MiB", 16 * MIB)];
+/// Aimed at are 500 MB/s in pieces as they come from a socket, and 2.2 times as long for twice the input. The
+/// bounds leave room for what else the machine does.
+const LEAST: f64 = 200.0;
+const MOST_FOR_TWICE: f64 = 3.0;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Events that say nothing of usage.
+    Silent,
+    /// With `usage: null`, and one at the end that reports.
+    Usual,
+    Withholding,
+    /// One event, one line.
+    Long,
+    JsonText,
+    JsonNumbers,
+}
+
+const KINDS: [(&str, Kind); 6] = [
+    ("events without usage", Kind::Silent),
+    ("usual chat events", Kind::Usual),
+    ("usual chat events, withholding", Kind::Withholding),
+    ("one long event", Kind::Long),
+    ("JSON, one long text", Kind::JsonText),
+    ("JSON, numbers", Kind::JsonNumbers),
+];
+
+/// Prints the table; whether the bounds are kept.
+pub(crate) fn measure(is_quick: bool) -> bool {
+    let rounds = if is_quick { 3 } else { 7 };
+    println!(
+        "### readers of usage: MB a second of CPU, best of {rounds}; in brackets: how much longer twice the input takes\n"
+    );
+    println!("| input | {} |", PIECES.map(|(name, _)| name).join(" | "));
+    println!("| --- | --- | --- | --- | --- | --- |");
+    let mut is_fine = true;
+    for (name, kind) in KINDS {
+        let mut cells = Vec::new();
+        for (pieces, size) in PIECES {
+            let length = match size {
+                1 => MIB / 2,
+                64 => 4 * MIB,
+                _ if is_quick => 8 * MIB,
+                _ => 16 * MIB,
+            };
+            let (once, twice) = (input(kind, length), input(kind, 2 * length));
+            let (time, time_of_twice) = best(rounds, kind, size, &once, &twice);
+            let (speed, ratio) = (once.len() as f64 / MB / time, time_of_twice / time);
+            is_fine &=
+                is_within(&format!("{name} in pieces of {pieces}, twice the input"), ratio, MOST_FOR_TWICE);
+            if size == 16 * 1024 {
+                is_fine &= is_within(&format!("{name}: ns a byte"), 1_000.0 / speed, 1_000.0 / LEAST);
+            }
+            cells.push(format!("{speed:.0} ({ratio:.2})"));
+        }
+        println!("| {name} | {} |", cells.join(" | "));
+    }
+    println!();
+    is_fine
+}
+
+/// The shortest times, in turns.
+fn best(rounds: usize, kind: Kind, size: usize, once: &Bytes, twice: &Bytes) -> (f64, f64) {
+    let mut best = (f64::MAX, f64::MAX);
+    for _ in 0..rounds {
+        best.0 = best.0.min(read(kind, size, once));
+        best.1 = best.1.min(read(kind, size, twice));
+    }
+    best
+}
+
+/// CPU time of this thread. The kernel brings it up to date when the thread yields, which it does here.
+fn cpu() -> Duration {
+    std::thread::yield_now();
+    let all = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(all.split(' ').next().unwrap().parse().unwrap())
+}
+
+/// Seconds that it takes to read this in pieces.
+fn read(kind: Kind, size: usize, input: &Bytes) -> f64 {
+    let pieces = (0..input.len()).step_by(size).map(|at| input.slice(at..input.len().min(at + size)));
+    let started = cpu();
+    match kind {
+        Kind::JsonText | Kind::JsonNumbers => {
+            let mut reader = JsonReader::default();
+            pieces.for_each(|piece| reader.feed(&piece));
+            assert_eq!(reader.reported().completion(), Some(3));
+        }
+        Kind::Silent | Kind::Usual | Kind::Withholding | Kind::Long => {
+            let mut reader = SseReader::new(matches!(kind, Kind::Withholding));
+            let mut passed = Vec::<Bytes>::new();
+            for piece in pieces {
+                reader.feed(&piece, &mut passed);
+                black_box(&passed);
+                passed.clear();
+            }
+            reader.finish(&mut passed);
+            let reports = matches!(kind, Kind::Usual | Kind::Withholding);
+            assert_eq!(reader.reported().completion(), reports.then_some(3));
+        }
+    }
+    cpu().saturating_sub(started).as_secs_f64()
+}
+
+const REPORT: &str = r#""usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}"#;
+
+fn input(kind: Kind, length: usize) -> Bytes {
+    let head = r#"data: {"id":"chatcmpl-AAAAAAAAAAAAAAAAAAAAAAAAAAAAA","object":"chat.completion.chunk","created":1700000000,"model":"gpt-4o-mini","#;
+    let delta = r#""choices":[{"index":0,"delta":{"content":" token"},"finish_reason":null}]"#;
+    let fill = |piece: &str| piece.repeat(length / piece.len() + 1);
+    match kind {
+        Kind::Silent => fill(&format!("{head}{delta}}}\n\n")),
+        Kind::Usual | Kind::Withholding => {
+            fill(&format!("{head}{delta},\"usage\":null}}\n\n"))
+                + &format!("{head}\"choices\":[],{REPORT}}}\n\ndata: [DONE]\n\n")
+        }
+        Kind::Long => {
+            format!("{head}\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n", fill("a word "))
+        }
+        Kind::JsonText => {
+            format!(r#"{{"choices":[{{"message":{{"content":"{}"}}}}],{REPORT}}}"#, fill("a word "))
+        }
+        Kind::JsonNumbers => format!(r#"{{"data":[{}0],{REPORT}}}"#, fill("-0.0123456789,")),
+    }
+    .into()
+}
