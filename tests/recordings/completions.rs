@@ -154,10 +154,20 @@ impl Errors {
 }
 
 fn of_stream(answer: &Bytes) -> Texts {
-    let (mut reader, mut passed) = (SseReader::new(false), Vec::new());
-    reader.feed(answer, &mut passed);
-    reader.finish(&mut passed);
+    let mut reader = SseReader::new(false);
+    reader.feed(&without_usage(answer), &mut Vec::<Bytes>::new());
+    reader.finish(&mut Vec::<Bytes>::new());
     reader.take_texts()
+}
+
+/// The same stream, with fields of another name where usage was reported: what was is not counted any more.
+fn without_usage(answer: &[u8]) -> Bytes {
+    let mut answer = answer.to_vec();
+    for name in [&b"\"usage\""[..], b"\"usageMetadata\""] {
+        let places: Vec<usize> = memchr::memmem::find_iter(&answer, name).collect();
+        places.iter().for_each(|at| answer[at + 1] = b'x');
+    }
+    answer.into()
 }
 
 fn of_document(answer: &Bytes) -> Texts {
