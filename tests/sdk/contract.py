@@ -162,8 +162,10 @@ class Contract:
         charged, seen = watch()
         self.assertEqual((charged["requests"], seen["requests"]), (1, 1))
         self.assertGreater(charged["prompt_tokens"], 0)
-        # What came in before it was closed: at least what the SDK has given out, and what was reported at first.
-        self.assertTrue(3 <= charged["completion_tokens"] <= seen["words"] + 1, (charged, seen))
+        # What came in before it was closed: at least what the SDK has given out, and what was reported at first. Of a
+        # vocabulary that is not public it is guessed by how much finer it cuts.
+        most = 2 * seen["words"] + 1
+        self.assertTrue(3 <= charged["completion_tokens"] <= most, (charged, seen))
 
     def test_a_bad_key_is_an_authentication_error(self):
         seen = self.house.account()["requests"]
