@@ -168,7 +168,17 @@ impl<W: Write + Default> Coder<W> {
             }
             Self::Gzip(decoder) => push(decoder, piece),
             Self::Zlib(decoder) => push(decoder, piece),
-            Self::Brotli(decoder) => push(decoder.as_mut(), piece),
+            Self::Brotli(decoder) => {
+                push(decoder.as_mut(), piece)?;
+                // What its buffer had no room for it keeps until it is called again.
+                loop {
+                    let room = decoder.get_ref().room;
+                    let _none = decoder.write(&[])?;
+                    if decoder.get_ref().room == room {
+                        return Ok(());
+                    }
+                }
+            }
             Self::Zstd(decoder) => push(decoder, piece),
         }
     }
@@ -315,6 +325,17 @@ mod tests {
             assert!(decoder.gave_up(), "{how}");
             assert!(decoder.inner().len() < 20 << 20, "{how}: {}", decoder.inner().len());
         }
+    }
+
+    #[test]
+    fn what_has_come_is_read_without_waiting_for_more() {
+        // Flushed, but not ended: all of it can be read.
+        let plain = b"data: {\"choices\":[]}\n\n".repeat(5_000);
+        let mut encoder = brotli::CompressorWriter::new(Vec::new(), 4096, 5, 22);
+        encoder.write_all(&plain).unwrap();
+        encoder.flush().unwrap();
+        let decoder = decoded(Coding::Brotli, &encoder.get_ref().clone(), &[]);
+        assert_eq!((decoder.inner().len(), decoder.gave_up()), (plain.len(), false));
     }
 
     #[test]
