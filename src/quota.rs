@@ -176,11 +176,16 @@ impl Quota {
     /// The same quota with another limit; a calendar quota has no burst of its own.
     #[must_use]
     pub fn with_limit(&self, limit: u64, burst: u64) -> Self {
-        let window = match &self.window {
-            Window::Rolling { .. } => Window::Rolling { burst },
-            calendar @ Window::Calendar { .. } => calendar.clone(),
-        };
-        Self { limit, window, ..self.clone() }
+        let mut other = self.clone();
+        other.set_limit(limit, burst);
+        other
+    }
+
+    fn set_limit(&mut self, limit: u64, burst: u64) {
+        self.limit = limit;
+        if let Window::Rolling { burst: own } = &mut self.window {
+            *own = burst;
+        }
     }
 
     /// An hour or longer: what is reserved in it must outlive the process.

@@ -106,6 +106,8 @@ pub enum StepKind {
     Progress,
     /// It ends.
     Settle,
+    /// Not a reservation's: what was spent of a cell by the node alone, see [`Speaker::pay`].
+    Pay,
 }
 
 /// A reservation as its node keeps it.
@@ -207,6 +209,11 @@ impl Speaker {
         self.about = now;
     }
 
+    /// Its session's name.
+    pub fn session(&self) -> &str {
+        &self.session
+    }
+
     /// The keys of an environment, and of this session in it: all in one slot.
     pub fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
         let of = |what: &str| format!("{prefix}:{{{environment}}}:{what}");
@@ -214,11 +221,20 @@ impl Speaker {
     }
 
     /// Takes part with a config of this stamp. Cells that are missing are made as `states` has them; of the
-    /// others the newest config's limits hold. `held`: what the node has reserved and not settled. Answers with
-    /// how many cells were made, how many have other limits than the node's, and the last step applied.
-    pub fn join(&mut self, stamp: u64, states: &[(State, bool)], held: &[Held]) -> Command {
-        let mut command = self.begin("join", 3);
+    /// others the newest config's limits hold. `was_here`: the session has taken part before, so that its states
+    /// say what a server that has lost its data no longer knows. `held`: what the node has reserved and not settled.
+    /// Answers with how many cells were made, how many have other limits than the node's, the last step applied, and for
+    /// how many milliseconds other nodes that know more are to be waited for.
+    pub fn join(
+        &mut self,
+        stamp: u64,
+        was_here: bool,
+        states: &[(State, bool)],
+        held: &[Held],
+    ) -> Command {
+        let mut command = self.begin("join", 4);
         command.int(stamp);
+        command.int(u64::from(was_here));
         command.int(self.cells.quotas.len() as u64);
         let cells = self.cells.quotas.iter().zip(&self.cells.names);
         for ((quota, name), (state, is_override)) in cells.zip(states) {
@@ -287,11 +303,18 @@ impl Speaker {
                 StepKind::Extend => "extend",
                 StepKind::Progress => "progress",
                 StepKind::Settle => "settle",
+                StepKind::Pay => "pay",
             });
             command.text(&step.id);
             command.amounts(step.amounts);
         }
         command
+    }
+
+    /// A step that takes what the node has spent of this cell while it was cut off; `turn` names a calendar's period.
+    pub fn pay(&self, index: usize, amount: u64, turn: u64) -> Step {
+        let amounts = Amounts { total: amount, prompt: turn, ..Amounts::default() };
+        Step { what: StepKind::Pay, id: self.cells.names[index].clone(), amounts }
     }
 
     /// Renews the session; answers with the number of nodes alive, of requests in flight, and all cells.

@@ -4,7 +4,7 @@
 //! slow answers that overshoots the limit by its whole size. So `level + held <= burst` at every
 //! moment, whatever the order of calls.
 
-use super::{Saved, Wait};
+use super::{Saved, State, Wait};
 use crate::clock::Timestamp;
 
 /// Where a request waits for room that others hold, no sooner than this (ms).
@@ -135,6 +135,18 @@ impl Bucket {
         self.level = i128::from(level.0) * self.scale + i128::from(level.1);
         self.held = held;
         self.at = at;
+    }
+
+    /// The state that `load` goes on from.
+    pub fn state(&self) -> State {
+        let whole = divide_down(self.level, self.scale);
+        State::Rolling {
+            limit: u64::try_from(self.rate).unwrap_or(u64::MAX),
+            burst: self.burst,
+            level: (self.level(), u64::try_from(self.level - whole * self.scale).unwrap_or(0)),
+            held: self.held,
+            at: self.at,
+        }
     }
 
     /// Whole tokens that are left, rounded down; below zero: debt.

@@ -1,6 +1,6 @@
 //! The calendar window: so much per minute, day or month of the clock, all back at its turn.
 
-use super::{ClockUnit, Saved, Wait};
+use super::{ClockUnit, Saved, State, Wait};
 use crate::clock::Timestamp;
 use jiff::ToSpan;
 use jiff::civil::DateTime;
@@ -14,7 +14,8 @@ pub struct Calendar {
     zone: TimeZone,
     start: Timestamp,
     end: Timestamp,
-    /// Counts the periods that were opened: a reservation names the one that admitted it by this.
+    /// Names the period: a reservation says by this which one admitted it. It is the period's start, so that nodes
+    /// of a cluster agree on it without asking, or one more than the last where the clock was stepped back.
     turn: u64,
     used: u64,
     held: u64,
@@ -24,7 +25,7 @@ impl Calendar {
     /// Nothing used yet in the period that `now` lies in.
     pub fn new(limit: u64, unit: ClockUnit, zone: TimeZone, now: Timestamp) -> Self {
         let (start, end) = bounds(unit, &zone, now);
-        Self { limit, unit, zone, start, end, turn: 0, used: 0, held: 0 }
+        Self { limit, unit, zone, start, end, turn: turn_of(start), used: 0, held: 0 }
     }
 
     /// Turns the period over if its end has come. A clock that was stepped back opens no new period:
@@ -33,7 +34,7 @@ impl Calendar {
     pub fn roll(&mut self, now: Timestamp) {
         if now >= self.end {
             (self.start, self.end) = bounds(self.unit, &self.zone, now);
-            self.turn += 1;
+            self.turn = turn_of(self.start).max(self.turn + 1);
             self.used = 0;
             self.held = 0;
         } else if now < self.start {
@@ -82,6 +83,13 @@ impl Calendar {
         }
     }
 
+    /// Charges what was spent of a reservation that is held elsewhere: all of it in the period that admitted it, in
+    /// a later one the overrun.
+    pub fn owe(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
+        let owed = if admitted_in == self.turn { spent } else { spent.saturating_sub(reserved) };
+        self.used = self.used.saturating_add(owed);
+    }
+
     /// Another limit from now on: what was used stays used, what is held stays held.
     pub fn set_limit(&mut self, limit: u64) {
         self.limit = limit;
@@ -116,6 +124,7 @@ impl Calendar {
     /// full, what it held.
     pub fn restore(&mut self, saved: &Saved, now: Timestamp) {
         (self.start, self.end) = bounds(self.unit, &self.zone, now);
+        self.turn = turn_of(self.start);
         // A later start than the clock shows: it was stepped back meanwhile. Periods that only overlap: the
         // time zone is another now, and all of it may have been used since this period began.
         if saved.at >= self.start || saved.until > self.start {
@@ -134,6 +143,12 @@ impl Calendar {
     ) {
         (self.limit, self.used, self.held, self.turn) = (limit, used, held, turn);
         (self.start, self.end) = (start, end);
+    }
+
+    /// The state that `load` goes on from.
+    pub fn state(&self) -> State {
+        let Self { limit, used, held, turn, .. } = *self;
+        State::Calendar { limit, used, held, period: (self.start, self.end), turn }
     }
 
     /// What is left; below zero: debt.
@@ -171,6 +186,10 @@ impl Calendar {
     pub fn left_ms(&self, now: Timestamp) -> u64 {
         self.end.ms_since(now)
     }
+}
+
+fn turn_of(start: Timestamp) -> u64 {
+    u64::try_from(start.0).unwrap_or(0)
 }
 
 /// Start and end of the clock period that `now` lies in. Where daylight saving repeats or skips an

@@ -396,22 +396,52 @@ impl Quotas {
 
     /// Takes over how a cluster has it. The quota gets the limit that is in force there.
     pub fn load(&mut self, index: usize, state: &State) {
-        let Some(cell) = self.cells.get_mut(index) else { return };
-        match (&mut cell.counter, *state) {
-            (Counter::Rolling(bucket), State::Rolling { limit, burst, level, held, at }) => {
-                bucket.load(limit, burst, level, held, at);
-                cell.quota = cell.quota.with_limit(limit, burst);
-            }
-            (Counter::Calendar(calendar), State::Calendar { limit, used, held, period, turn }) => {
-                calendar.load(limit, used, held, period, turn);
-                cell.quota = cell.quota.with_limit(limit, limit);
-            }
-            // Another kind of window: not the same quota.
-            (Counter::Rolling(_), State::Calendar { .. }) | (Counter::Calendar(_), State::Rolling { .. }) => {
-                return;
+        if let Some(cell) = self.cells.get_mut(index) {
+            cell.load(state);
+        }
+    }
+
+    /// How every quota stands, as another engine takes it up: the reverse of `load`.
+    pub fn states(&mut self, now: Timestamp) -> Vec<State> {
+        self.cells.iter_mut().map(|cell| cell.state(now)).collect()
+    }
+
+    /// One node's part of `nodes`: of the limits, and of what is left. `held` is what this node's own requests hold of
+    /// each quota. The parts of all nodes together are never more than the whole: what is odd is nobody's, so that
+    /// a quota of fewer tokens than there are nodes admits nothing.
+    pub fn share(&mut self, now: Timestamp, nodes: u64, held: &[u64]) {
+        let nodes = nodes.max(1);
+        for (cell, &held) in self.cells.iter_mut().zip(held) {
+            let part = match cell.state(now) {
+                State::Rolling { limit, burst, level: (level, _), at, .. } => {
+                    let (burst, level) = (burst / nodes, level.div_euclid(nodes.cast_signed()));
+                    let level = level.min(burst.cast_signed().saturating_sub_unsigned(held));
+                    State::Rolling { limit: limit / nodes, burst, level: (level, 0), held, at }
+                }
+                State::Calendar { limit, used, held: all, period, turn } => {
+                    let left = limit.saturating_sub(used).saturating_sub(all) / nodes;
+                    let limit = limit / nodes;
+                    let used = limit.saturating_sub(left).saturating_sub(held);
+                    State::Calendar { limit, used, held, period, turn }
+                }
+            };
+            cell.load(&part);
+        }
+    }
+
+    /// Owes what a receipt of another copy of these quotas has spent; nothing was held for it here.
+    pub fn owe(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) {
+        for hold in &receipt.holds {
+            let Some(index) = self.index_of(hold) else { continue };
+            let cell = &mut self.cells[index];
+            cell.advance(now);
+            let kind = cell.quota.kind;
+            let (reserved, spent) = (receipt.reserved.of(kind), spent.of(kind));
+            match &mut cell.counter {
+                Counter::Rolling(bucket) => bucket.settle(0, spent.cast_signed()),
+                Counter::Calendar(calendar) => calendar.owe(hold.turn, reserved, spent),
             }
         }
-        cell.is_dirty = true;
     }
 
     /// The quotas that a request touches, by their place in the config's order.
@@ -446,6 +476,16 @@ impl Receipt {
     /// What was reserved in each quota of its kind.
     pub fn reserved(&self) -> Amounts {
         self.reserved
+    }
+
+    /// How much of that was counted as spent on the way.
+    pub fn moved(&self) -> Amounts {
+        self.moved
+    }
+
+    /// Where it holds: the quotas by their place when it was made, each with the turn that admitted it.
+    pub fn cells(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.holds.iter().map(|hold| (hold.index, hold.turn))
     }
 
     /// Makes one of two that hold in the same quotas and periods, so that a stream that is extended a
@@ -537,6 +577,32 @@ impl Cell {
         }
         self.quota = quota;
         self.is_dirty = true;
+    }
+
+    fn load(&mut self, state: &State) {
+        match (&mut self.counter, *state) {
+            (Counter::Rolling(bucket), State::Rolling { limit, burst, level, held, at }) => {
+                bucket.load(limit, burst, level, held, at);
+                self.quota.set_limit(limit, burst);
+            }
+            (Counter::Calendar(calendar), State::Calendar { limit, used, held, period, turn }) => {
+                calendar.load(limit, used, held, period, turn);
+                self.quota.set_limit(limit, limit);
+            }
+            // Another kind of window: not the same quota.
+            (Counter::Rolling(_), State::Calendar { .. }) | (Counter::Calendar(_), State::Rolling { .. }) => {
+                return;
+            }
+        }
+        self.is_dirty = true;
+    }
+
+    fn state(&mut self, now: Timestamp) -> State {
+        self.advance(now);
+        match &self.counter {
+            Counter::Rolling(bucket) => bucket.state(),
+            Counter::Calendar(calendar) => calendar.state(),
+        }
     }
 
     fn advance(&mut self, now: Timestamp) {

@@ -21,6 +21,8 @@ local SESSION_MS = 15000
 local SILENCE_MS = 5000
 -- Reservations charged in one go.
 local MOST_EXPIRED = 200
+-- Nodes that come back to a server that has lost its data have so much time to bring what they know.
+local REGAIN_MS = 1000
 -- For so long it is remembered that a session was charged.
 local FORGET_MS = 86400000
 
@@ -108,7 +110,7 @@ local function roll(cell)
   local period = bounds[cell.class]
   if not period or now < period[1] or now >= period[2] then return false end
   if now >= cell.stop then
-    cell.turn, cell.used, cell.held = cell.turn + 1, 0, 0
+    cell.turn, cell.used, cell.held = max(cell.turn + 1, period[1]), 0, 0
   end
   cell.start, cell.stop = period[1], period[2]
   return true
@@ -312,16 +314,27 @@ function run.reserve()
   return reply
 end
 
+-- What a node has spent of a quota while it was cut off and has not come back since; of a calendar's period only while
+-- it runs.
+local function pay(name, amount, turn)
+  local cell = cells[name]
+  if not cell or (cell.class and cell.turn ~= turn) then return end
+  if cell.class then cell.used = cell.used + amount else cell.whole = cell.whole - amount end
+  dirty[name] = true
+end
+
 -- What has become of reservations, in order. What was applied already is not applied again.
 function run.apply()
   local first, count = int(), int()
   local last = tonumber(redis.call('HGET', meta_key, 'q:' .. session)) or 0
-  local steps, reservations = {}, {}
+  local steps, reservations, paid = {}, {}, {}
   for i = 0, count - 1 do
     local step = { text(), text(), amounts() }
     if first + i > last then
       steps[#steps + 1] = step
-      if reservations[step[2]] == nil then
+      if step[1] == 'pay' then
+        paid[#paid + 1] = step[2]
+      elseif reservations[step[2]] == nil then
         local packed = redis.call('HGET', own_key, step[2])
         reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
       end
@@ -329,12 +342,15 @@ function run.apply()
   end
   local names = names_of(reservations)
   load(names)
-  if not advance(names) then return { BOUNDS, now } end
+  load(paid)
+  if not advance(names) or not advance(paid) then return { BOUNDS, now } end
   local gone = 0
   for _, step in ipairs(steps) do
     local id = step[2]
     local pieces = reservations[id]
-    if pieces and step[1] == 'settle' then
+    if step[1] == 'pay' then
+      pay(id, step[3][1], step[3][2])
+    elseif pieces and step[1] == 'settle' then
       settle(pieces, step[3])
       reservations[id] = nil
       redis.call('HDEL', own_key, id)
@@ -418,11 +434,21 @@ local function take_up(pieces, was_charged)
   end
 end
 
+-- Of what nodes know of a cell that was lost, the least is left.
+local function regain(cell, node)
+  if cell.class then
+    if cell.turn == node.turn then cell.used = max(cell.used, node.used) end
+  else
+    cell.whole = min(cell.whole, node.whole - cell.held)
+  end
+end
+
 -- A node takes part. Cells that are missing are made as it has them; the limits of the others are those of the newest
 -- config, by its stamp, or an administrator's. What it holds and the server does not know is taken up. Returns how many
--- cells were made, how many have other limits than the node's, and the last step applied.
+-- cells were made, how many have other limits than the node's, the last step applied, and for how many milliseconds
+-- others are still to be waited for, since the server had lost what the nodes knew.
 function run.join()
-  local stamp, count = int(), int()
+  local stamp, was_here, count = int(), int() == 1, int()
   local names, from_node = {}, {}
   for i = 1, count do
     local name = text()
@@ -440,8 +466,13 @@ function run.join()
     end
     held[i], all[one.id] = one, one.pieces
   end
-  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session, 'stamp')
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session, 'stamp', 'regains')
   local expiry, last, newest = tonumber(known[1]) or 0, tonumber(known[2]) or 0, tonumber(known[3]) or 0
+  local regains = tonumber(known[4]) or 0
+  if was_here and expiry == 0 and regains <= now then
+    regains = now + REGAIN_MS
+    redis.call('HSET', meta_key, 'regains', regains)
+  end
   local touched = names_of(all)
   load(names)
   load(touched)
@@ -451,11 +482,16 @@ function run.join()
     local cell, node = cells[name], from_node[name]
     if not cell then
       cells[name], dirty[name], made = node, true, made + 1
-    elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
-      differing = differing + 1
-      if stamp > newest and cell.override == 0 then
-        if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
-        cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
+    else
+      if cell.limit ~= node.limit or cell.burst ~= node.burst then
+        differing = differing + 1
+        if stamp > newest and cell.override == 0 then
+          if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
+          cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
+        end
+      elseif was_here and now < regains then
+        regain(cell, node)
+        dirty[name] = true
       end
     end
   end
@@ -471,7 +507,7 @@ function run.join()
   redis.call('HINCRBY', meta_key, 'in_flight', taken_up)
   redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
   save()
-  return { DONE, now, made, differing, last }
+  return { DONE, now, made, differing, last, max(regains - now, 0) }
 end
 
 -- Charges in full what a session held that is over. Returns whether that was all.

@@ -4,7 +4,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::clock::Timestamp;
-use tollgate::quota::{Quota, Quotas, State, Window};
+use tollgate::quota::{Calendar, Quota, Quotas, State, Window};
 use tollgate::shared::{self, Answer, Cells, SCRIPT, Speaker, Verdict};
 
 pub struct Server {
@@ -75,7 +75,7 @@ impl Node {
 
     /// Takes part with full quotas where there are none yet.
     pub fn join(&mut self, now: Timestamp) {
-        let command = self.speaker.join(1, &full(&self.quotas, now), &[]);
+        let command = self.speaker.join(1, false, &full(&self.quotas, now), &[]);
         assert_eq!(self.call(&command).verdict, Verdict::Done);
     }
 
@@ -106,9 +106,7 @@ pub fn full(quotas: &[Quota], now: Timestamp) -> Vec<(State, bool)> {
         Window::Rolling { burst } => {
             State::Rolling { limit: quota.limit, burst, level: (burst.cast_signed(), 0), held: 0, at: now }
         }
-        Window::Calendar { .. } => {
-            State::Calendar { limit: quota.limit, used: 0, held: 0, period: (now, now), turn: 0 }
-        }
+        Window::Calendar { unit, ref zone } => Calendar::new(quota.limit, unit, zone.clone(), now).state(),
     };
     quotas.iter().map(|quota| (full(quota), false)).collect()
 }

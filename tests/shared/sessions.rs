@@ -6,6 +6,8 @@ use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
 use tollgate::shared::{Answer, Held, Otherwise, Piece, Reserve, Step, StepKind, Verdict};
 
 const BEGIN: Timestamp = Timestamp(1_774_700_000_000);
+/// The start of its month: names that period.
+const MONTH: u64 = 1_772_323_200_000;
 
 /// 1,000 tokens a minute, and a month's quota: what is held longer than the first one lasts shows in it.
 fn quotas() -> Vec<Quota> {
@@ -146,7 +148,7 @@ fn held(id: &str, tokens: u64, is_known: bool, settled_by: u64) -> Held {
     let piece = Piece {
         reserved: Amounts::of_request(tokens, 0),
         moved: Amounts::default(),
-        cells: vec![(0, 0), (1, 0)],
+        cells: vec![(0, 0), (1, MONTH)],
     };
     Held { id: id.into(), is_known, settled_by, pieces: vec![piece] }
 }
@@ -167,11 +169,11 @@ fn what_a_server_has_lost_the_nodes_bring_back() {
     // The first to come makes the cells of what it knows, each brings what it holds, and nothing counts twice.
     let of_one = [held("a", 100, true, 0)];
     let of_other = [held("b", 200, true, 1), held("c", 300, true, 0)];
-    let command = one.speaker.join(1, &answer.states, &of_one);
-    assert_eq!(one.call(&command).told, [2, 0, 0]);
+    let command = one.speaker.join(1, true, &answer.states, &of_one);
+    assert_eq!(one.call(&command).told, [2, 0, 0, 1_000], "others are waited for");
     for _ in 0..2 {
-        let command = other.speaker.join(1, &full(&quotas(), BEGIN), &of_other);
-        assert_eq!(other.call(&command).told, [0, 0, 0]);
+        let command = other.speaker.join(1, true, &full(&quotas(), BEGIN), &of_other);
+        assert_eq!(other.call(&command).told, [0, 0, 0, 1_000]);
     }
     // What "b" has cost was in the cells already, and its settling is lost with the rest: it is sent again.
     assert_eq!(month(&mut one, BEGIN), (1_000_000 - 70 - 600, 600, 70));
@@ -189,7 +191,7 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
     let now = BEGIN.plus_ms(20_000);
     assert_eq!(month(&mut lives, now), (999_900, 0, 100), "charged in full");
     cut_off.speaker.set_clock(now);
-    let command = cut_off.speaker.join(1, &full(&quotas(), now), &[held("a", 100, true, 0)]);
+    let command = cut_off.speaker.join(1, false, &full(&quotas(), now), &[held("a", 100, true, 0)]);
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_900, 100, 0), "held again");
     let ends = Step { what: StepKind::Settle, id: "a".into(), amounts: Amounts::of_request(30, 0) };
@@ -197,8 +199,8 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
     // Its answer was lost: what is over is not taken up again.
-    let command = cut_off.speaker.join(1, &full(&quotas(), now), &[held("a", 100, true, 1)]);
-    assert_eq!(cut_off.call(&command).told, [0, 0, 1]);
+    let command = cut_off.speaker.join(1, false, &full(&quotas(), now), &[held("a", 100, true, 1)]);
+    assert_eq!(cut_off.call(&command).told, [0, 0, 1, 0]);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
 }
 
@@ -215,8 +217,8 @@ fn the_limits_of_the_newest_config_hold() {
     for (stamp, given, want) in [(5, 2_000, (2_000, 2_000, 1_900)), (4, 500, (2_000, 2_000, 1_900))] {
         let mut other = server.node("other", &with(given), BEGIN);
         other.speaker.set_clock(BEGIN);
-        let command = other.speaker.join(stamp, &full(&with(given), BEGIN), &[]);
-        assert_eq!(other.call(&command).told, [0, 1, 0], "the node is told");
+        let command = other.speaker.join(stamp, false, &full(&with(given), BEGIN), &[]);
+        assert_eq!(other.call(&command).told, [0, 1, 0, 0], "the node is told");
         assert_eq!(limit(&mut one), want);
     }
 }
