@@ -2,10 +2,15 @@
 //!
 //! Redis decides, the node explains. The script does what has to happen at once, and answers with the state in
 //! which it found each quota; the node loads that into its own [`Quotas`] and comes to the same verdict by the same
-//! code as without Redis, and so to the same waits, headers and words. Pure: nothing here reads a clock or a socket.
+//! code as without Redis, and so to the same waits, headers and words. Pure, but for [`Link`]: nothing else here reads a
+//! clock or a socket.
+
+mod link;
 
 use crate::clock::Timestamp;
 use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
+
+pub use link::{Away, DEADLINE, Link};
 
 /// The script, for `EVALSHA` and `EVAL`.
 pub const SCRIPT: &str = include_str!("shared/script.lua");

@@ -4,6 +4,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::cast_possible_wrap)]
 
 mod burst;
+mod link;
 mod server;
 mod sessions;
 mod walk;

@@ -8,36 +8,66 @@ use tollgate::quota::{Calendar, Quota, Quotas, State, Window};
 use tollgate::shared::{self, Answer, Cells, SCRIPT, Speaker, Verdict};
 
 pub struct Server {
-    child: Child,
+    child: Option<Child>,
     folder: tempfile::TempDir,
 }
 
 impl Server {
     pub fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let mut server = Self { child: None, folder: tempfile::tempdir().unwrap() };
+        server.start_again();
+        server
+    }
+
+    /// Starts it at the same place, empty.
+    pub fn start_again(&mut self) {
         // It ends when its standard input does: also if the test is killed.
-        let script = "redis-server --port 0 --unixsocket \"$1/s\" --save '' --dir \"$1\" >/dev/null & read -r _; kill $!; wait";
+        let script = "redis-server --port 0 --unixsocket \"$1/s\" --save '' --dir \"$1\" >/dev/null & read -r _; kill -9 $!; wait";
         let child = Command::new("sh")
             .args(["-c", script, "sh"])
-            .arg(folder.path())
+            .arg(self.folder.path())
             .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let server = Self { child, folder };
+            .spawn();
+        self.child = Some(child.unwrap());
         let begun = Stopwatch::start();
-        while server.try_connect().is_none() {
+        while self.try_connect().is_none() {
             assert!(
                 begun.elapsed() < Duration::from_secs(20),
                 "redis-server does not start: is the package redis-server installed?"
             );
             std::thread::sleep(Duration::from_millis(10));
         }
-        server
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis+unix://{}/s", self.folder.path().display())
+    }
+
+    /// Runs a command of an administrator's, its words apart by spaces.
+    pub fn admin(&self, words: &str) -> redis::Value {
+        let mut words = words.split(' ');
+        let mut command = redis::cmd(words.next().unwrap());
+        words.for_each(|word| {
+            command.arg(word);
+        });
+        command.query(&mut self.try_connect().unwrap()).unwrap()
+    }
+
+    /// Its number among the system's processes.
+    pub fn process(&self) -> String {
+        let info: String = redis::cmd("INFO").arg("server").query(&mut self.try_connect().unwrap()).unwrap();
+        info.lines().find_map(|line| line.strip_prefix("process_id:")).unwrap().trim().to_owned()
     }
 
     fn try_connect(&self) -> Option<redis::Connection> {
-        let url = format!("redis+unix://{}/s", self.folder.path().display());
-        redis::Client::open(url).ok()?.get_connection().ok()
+        redis::Client::open(self.url()).ok()?.get_connection().ok()
     }
 
     /// A node that takes part in the quotas of one environment.
@@ -52,8 +82,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        self.child.wait().unwrap();
+        self.kill();
     }
 }
 
