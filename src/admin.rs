@@ -1,6 +1,7 @@
 //! The admin listener: health, metrics, the state of every quota, and limits that are changed for now.
 
-use crate::ledger::{Account, QuotaKey, Snapshot};
+use crate::config::OnStoreFailure;
+use crate::ledger::{Account, NoRoom, QuotaKey, Sharing, Snapshot};
 use crate::proxy::Shared;
 use crate::quota::{Kind, Level, MAX_LIMIT, Quota, Scope, Window};
 use axum::Router;
@@ -15,6 +16,7 @@ use http::{HeaderValue, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use subtle::ConstantTimeEq as _;
@@ -112,11 +114,36 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     if admin.shared.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
     }
-    match admin.shared.store_trouble() {
-        // It serves: whoever takes it out of service loses more than the store does.
-        Some(trouble) => (StatusCode::OK, format!("ready, but the store cannot be written: {trouble}\n")),
-        None => (StatusCode::OK, "ready\n".into()),
+    let mut said = String::new();
+    // It serves: whoever takes it out of service loses more than the store does.
+    if let Some(trouble) = admin.shared.store_trouble() {
+        let _ = writeln!(said, "ready, but the store cannot be written: {trouble}");
     }
+    let mut status = StatusCode::OK;
+    let policy = admin.shared.config.store.redis.as_ref().map(|redis| redis.on_failure);
+    for (environment, account) in admin.shared.environments() {
+        let Some(Sharing { trouble, nodes, faults, .. }) = account.sharing() else { continue };
+        let name = &environment.name;
+        if let Some(trouble) = trouble {
+            let instead = match policy {
+                Some(OnStoreFailure::Closed) if environment.enforce => {
+                    status = StatusCode::SERVICE_UNAVAILABLE;
+                    "nothing is let through"
+                }
+                Some(OnStoreFailure::Open) => "this node admits by the whole limits",
+                _ if nodes > 1 => "this node admits by its share of what was left",
+                _ => "this node admits by its own counters",
+            };
+            let _ = writeln!(said, "{name}: Redis is away, {instead}: {trouble}");
+        }
+        for fault in faults {
+            let _ = writeln!(said, "{name}: Redis is not set up as quotas need it: {fault}");
+        }
+    }
+    if said.is_empty() {
+        said.push_str("ready\n");
+    }
+    (status, said)
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
@@ -135,13 +162,21 @@ async fn metrics(State(admin): State<Admin>) -> Response {
 
 async fn environments(State(admin): State<Admin>) -> Json<Value> {
     let shared = &admin.shared;
-    let all = shared.config.environments.iter().zip(&shared.accounts);
-    Json(json!({"environments": all.map(|(e, account)| shown(e, account)).collect::<Vec<_>>()}))
+    let mut all = Vec::new();
+    for (environment, account) in shared.config.environments.iter().zip(&shared.accounts) {
+        account.refresh().await;
+        all.push(shown(environment, account));
+    }
+    Json(json!({"environments": all}))
 }
 
 async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Response {
     match admin.shared.config.environment(&name) {
-        Some((index, environment)) => Json(shown(environment, &admin.shared.accounts[index])).into_response(),
+        Some((index, environment)) => {
+            let account = &admin.shared.accounts[index];
+            account.refresh().await;
+            Json(shown(environment, account)).into_response()
+        }
         None => unknown_environment(),
     }
 }
@@ -211,8 +246,10 @@ async fn change_limit(
         return unknown_quota();
     };
     let key = QuotaKey { scope: &whose.scope, name: &whose.name, kind, per };
-    if !account.set_limit(key, limit).await {
-        return unknown_quota();
+    match account.set_limit(key, limit).await {
+        Ok(true) => {}
+        Ok(false) => return unknown_quota(),
+        Err(no_room) => return away(&no_room),
     }
     tracing::info!(environment, %kind, per, scope = whose.scope, name = whose.name, ?limit, "a limit was changed by the admin API");
     Json(shown(settings, account)).into_response()
@@ -223,9 +260,16 @@ async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> R
         return unknown_environment();
     };
     let account = &admin.shared.accounts[index];
-    account.reset().await;
+    if let Err(no_room) = account.reset().await {
+        return away(&no_room);
+    }
     tracing::info!(environment, "its quotas were reset by the admin API");
     Json(shown(settings, account)).into_response()
+}
+
+fn away(_: &NoRoom) -> Response {
+    let said = "The counters are shared, and Redis cannot be reached: nothing was changed. Try again when /readyz has nothing to say.";
+    refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", said)
 }
 
 fn unknown_environment() -> Response {
@@ -238,9 +282,9 @@ fn unknown_quota() -> Response {
 }
 
 fn shown(environment: &Environment, account: &Account) -> Value {
-    let Snapshot { in_flight, levels, totals, overrides } = account.snapshot();
+    let Snapshot { in_flight, sharing, levels, totals, overrides } = account.snapshot();
     let is_override = |quota: &Quota| overrides.iter().any(|other| other.is_same_as(quota));
-    json!({
+    let mut shown = json!({
         "name": environment.name,
         "upstream": environment.upstream.name,
         "in_flight": in_flight,
@@ -252,7 +296,12 @@ fn shown(environment: &Environment, account: &Account) -> Value {
             "completion_tokens": totals.completion,
             "total_tokens": totals.total,
         },
-    })
+    });
+    if let Some(Sharing { trouble, nodes, .. }) = sharing {
+        shown["shared"] =
+            json!({"store": "redis", "up": trouble.is_none(), "nodes": nodes, "reason": trouble});
+    }
+    shown
 }
 
 fn level(shown: &Level, is_override: bool) -> Value {

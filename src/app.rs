@@ -4,6 +4,7 @@ use crate::admin;
 use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::estimate;
+use crate::ledger::Account;
 use crate::proxy::{Proxy, Shared};
 use crate::server::{self, Order, Peer};
 use crate::store::{Store, Writer};
@@ -19,11 +20,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 pub use crate::server::Patience;
 
 /// Threads for what must not hold up others: counting large prompts, looking up host names.
 const BLOCKING_THREADS: usize = 8;
+/// For so long a start waits for Redis.
+const LONGEST_START: Duration = Duration::from_secs(1);
 /// What the admin listener may take to end its answers.
 const ADMIN_DRAIN: Duration = Duration::from_secs(1);
 
@@ -45,6 +49,8 @@ pub struct App {
     shared: Arc<Shared>,
     workers: Vec<Thread>,
     admin: Thread,
+    /// Speaks to Redis, where counters are shared.
+    cluster: Option<Thread>,
     drain_timeout: Duration,
     /// Dropped last: it writes what the others have settled.
     store: Option<Writer>,
@@ -112,6 +118,7 @@ impl App {
         if warm.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
+        let cluster = if shared.config.store.redis.is_some() { Some(take_part(&shared)?) } else { None };
         let mut threads = Vec::new();
         for listener in listeners {
             let proxy = Arc::new(Proxy::new(shared.clone(), &tls)?);
@@ -133,7 +140,7 @@ impl App {
         let admin = Thread::spawn("admin", one_core()?, move |orders| {
             server::serve(admin_listener, move |_| router.clone(), patience, orders)
         })?;
-        Ok(Self { address, admin_address, shared, workers: threads, admin, drain_timeout, store })
+        Ok(Self { address, admin_address, shared, workers: threads, admin, cluster, drain_timeout, store })
     }
 
     /// Where callers are served.
@@ -158,8 +165,19 @@ impl App {
         let cut_off = self.workers.iter_mut().map(Thread::join).sum();
         self.admin.order(ADMIN_DRAIN);
         self.admin.join();
+        self.leave_cluster();
         drop(self.store.take());
         ShutdownReport { under_way, cut_off, took: clock.elapsed() }
+    }
+}
+
+impl App {
+    /// Everything has been settled: the last of it is told to Redis.
+    fn leave_cluster(&mut self) {
+        if let Some(mut cluster) = self.cluster.take() {
+            cluster.order(Duration::ZERO);
+            cluster.join();
+        }
     }
 }
 
@@ -171,7 +189,36 @@ impl Drop for App {
         for thread in self.workers.iter_mut().chain([&mut self.admin]) {
             thread.join();
         }
+        self.leave_cluster();
     }
+}
+
+/// Joins the cluster. Returns when every environment has, or when Redis lets it wait: nobody is to be admitted by
+/// counters of this node's own just because it was faster than its first connection.
+fn take_part(shared: &Shared) -> anyhow::Result<Thread> {
+    let accounts = shared.accounts.clone();
+    let thread = Thread::spawn("cluster", one_core()?, move |mut orders| async move {
+        let (stop, stops) = watch::channel(false);
+        let mut parts = JoinSet::new();
+        for account in accounts {
+            if let Some(link) = account.link() {
+                tokio::spawn(link.clone().run());
+                parts.spawn(account.clone().take_part(stops.clone()));
+            }
+        }
+        // An error says that nobody is left to give orders.
+        drop(orders.wait_for(|order| *order != Order::Run).await);
+        stop.send_replace(true);
+        parts.join_all().await;
+        Ok(0)
+    })?;
+    let clock = Stopwatch::start();
+    let is_missing =
+        |account: &Arc<Account>| account.sharing().is_some_and(|sharing| sharing.trouble.is_some());
+    while clock.elapsed() < LONGEST_START && shared.accounts.iter().any(is_missing) {
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(thread)
 }
 
 impl Thread {

@@ -48,6 +48,9 @@ pub struct Config {
     pub models: Vec<ModelRule>,
     /// Where counters are kept.
     pub store: Store,
+    /// When the file was written (ms since the Unix epoch): of nodes with differing limits the newest's hold. 0 where it
+    /// was not read from a file.
+    pub written: u64,
 }
 
 /// `server`: the listener that callers use.

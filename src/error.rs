@@ -73,6 +73,11 @@ pub enum ProxyError {
         /// The environment.
         environment: String,
     },
+    /// The counters are shared, and cannot be asked.
+    CountersAway {
+        /// The environment.
+        environment: String,
+    },
     /// No connection, or it broke before an answer came.
     UpstreamUnreachable {
         /// The upstream's name in the config.
@@ -126,6 +131,7 @@ impl ProxyError {
             Self::ModelNotFound { .. } => (S::NOT_FOUND, INVALID, "model_not_found"),
             Self::Quota { denied, .. } => quota_shape(denied),
             Self::TooManyInFlight { .. } => (S::TOO_MANY_REQUESTS, "requests", "too_many_in_flight"),
+            Self::CountersAway { .. } => (S::SERVICE_UNAVAILABLE, "server_error", "quota_store_unavailable"),
             Self::UpstreamUnreachable { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_unreachable"),
             Self::UpstreamTimeout { .. } => (S::GATEWAY_TIMEOUT, "upstream_error", "upstream_timeout"),
             Self::UpstreamCut { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_disconnected"),
@@ -167,7 +173,7 @@ impl ProxyError {
                 let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
                 write_retry_after(headers, ms.saturating_add(1), Duration::MAX);
             }
-            Self::TooManyInFlight { .. } | Self::ShuttingDown => {
+            Self::TooManyInFlight { .. } | Self::CountersAway { .. } | Self::ShuttingDown => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
             // What breaks the connection's framing, or may have left bytes of a body unread.
@@ -242,6 +248,9 @@ impl fmt::Display for ProxyError {
             Self::Quota { denied, environment, .. } => write_denial(f, denied, environment),
             Self::TooManyInFlight { limit, environment } => {
                 write!(f, "Environment '{environment}' has {limit} requests under way already (max_in_flight). Try again when one has ended.")
+            }
+            Self::CountersAway { environment } => {
+                write!(f, "The quotas of environment '{environment}' cannot be reached, and without them nothing is let through (store.redis.on_failure: closed). Try again in a moment.")
             }
             Self::UpstreamUnreachable { upstream, what } => {
                 write!(f, "The upstream '{upstream}' could not be reached: {what}.")

@@ -1,11 +1,13 @@
 //! Who holds what: the counters of every environment, and reservations that settle themselves.
 
+mod cluster;
 mod commits;
 mod counters;
 mod history;
 mod learned;
 mod limits;
 mod line;
+mod node;
 
 use crate::clock::{self, Timestamp};
 use crate::config::Environment;
@@ -19,6 +21,8 @@ pub(crate) use history::OTHER;
 pub use history::Row;
 pub use limits::{AuditEntry, QuotaKey};
 use line::Line;
+use node::Node;
+pub use node::Sharing;
 
 /// A store that does not take a reservation within this time is not waited for any longer.
 const LONGEST_WAIT_FOR_STORE: Duration = Duration::from_secs(1);
@@ -44,6 +48,8 @@ pub struct Account {
     counters: Mutex<Counters>,
     line: Line,
     keeper: Option<Arc<dyn Keeper>>,
+    /// The way to Redis, where counters are shared.
+    node: Option<Node>,
 }
 
 /// What an account looks like at one moment.
@@ -51,6 +57,8 @@ pub struct Account {
 pub struct Snapshot {
     /// Reservations not yet settled.
     pub in_flight: u64,
+    /// How the counters are shared; `None`: they are this node's own.
+    pub sharing: Option<Sharing>,
     /// Every quota, in the config's order.
     pub levels: Vec<Level>,
     /// Sums since the store began.
@@ -102,15 +110,23 @@ impl Account {
         if keeper.is_some() {
             counters.take_over(now, left);
         }
-        Self { counters: Mutex::new(counters), line: Line::default(), keeper }
+        Self { counters: Mutex::new(counters), line: Line::default(), keeper, node: None }
     }
 
-    /// Holds room for one request in every quota it touches, or in none.
+    /// Holds room for one request in every quota it touches, or in none. For counters that are this node's own.
     ///
     /// # Errors
     /// What is in the way. A denied request changes nothing but the count of denials.
     pub fn reserve(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
         self.reserve_by(want, Counters::admit)
+    }
+
+    /// The same where Redis may have to be asked. Dropping the future takes nothing.
+    ///
+    /// # Errors
+    /// What is in the way.
+    pub async fn reserve_shared(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
+        self.try_reserve(want).await.map_err(|no_room| self.deny_shared(no_room, want.asker))
     }
 
     /// The same, but a request that does not fit waits for room, at most so long, behind those that
@@ -123,15 +139,31 @@ impl Account {
         want: &Want<'_>,
         longest: Duration,
     ) -> Result<Reservation, NoRoom> {
-        let reserve = || self.reserve_by(want, Counters::try_admit);
-        let in_the_way = || self.lock().in_the_way(clock::now(), want);
+        let reserve = || self.try_reserve(want);
+        let in_the_way = || {
+            let mut counters = self.lock();
+            let now = counters.now(clock::now());
+            counters.in_the_way(now, want)
+        };
         let waited = line::wait(&self.line, longest, reserve, in_the_way).await;
         // Whoever has waited in vain, or has found no place, does not overtake those who stand before.
         waited.ok_or_else(|| self.deny(want))
     }
 
+    /// A denial is not counted: it may be tried again.
+    async fn try_reserve(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
+        if !self.is_shared() {
+            return self.reserve_by(want, Counters::try_admit);
+        }
+        let (admission, is_durable) = self.try_shared(want).await?;
+        Ok(self.hold(want, admission, is_durable))
+    }
+
     fn deny(&self, want: &Want<'_>) -> NoRoom {
-        let no_room = self.lock().deny(clock::now(), want);
+        let mut counters = self.lock();
+        let now = counters.now(clock::now());
+        let no_room = counters.deny(now, want);
+        drop(counters);
         self.changed(false);
         no_room
     }
@@ -143,21 +175,25 @@ impl Account {
     ) -> Result<Reservation, NoRoom> {
         let mut counters = self.lock();
         // Read under the lock, so that no request's clock runs behind that of the one before.
-        let now = clock::now();
+        let now = counters.now(clock::now());
         let admitted = admit(&mut counters, now, want);
-        let keeper = self.keeper.as_deref();
-        let durable = keeper.is_some_and(Keeper::is_writing) && counters.are_durable(want.asker);
+        let is_durable = counters.are_durable(want.asker);
         drop(counters);
-        let Admission { grant, clamped_to, would_deny, standing } = match admitted {
-            Ok(admission) => admission,
+        match admitted {
+            Ok(admission) => Ok(self.hold(want, admission, is_durable)),
             Err(no_room) => {
                 self.changed(false);
-                return Err(no_room);
+                Err(no_room)
             }
-        };
-        let kept = keeper.filter(|_| durable).map(|keeper| keeper.commits().next());
-        self.changed(durable);
-        Ok(Reservation {
+        }
+    }
+
+    fn hold(self: &Arc<Self>, want: &Want<'_>, admission: Admission, is_durable: bool) -> Reservation {
+        let Admission { grant, clamped_to, would_deny, standing } = admission;
+        let keeper = self.keeper.as_deref().filter(|keeper| is_durable && keeper.is_writing());
+        let kept = keeper.map(|keeper| keeper.commits().next());
+        self.changed(kept.is_some());
+        Reservation {
             account: self.clone(),
             grant: Some(grant),
             asker: (want.asker.caller, want.asker.model.into()),
@@ -165,9 +201,9 @@ impl Account {
             standing,
             clamped_to,
             would_deny,
-            is_durable: durable,
+            is_durable: kept.is_some(),
             kept,
-        })
+        }
     }
 
     /// Waits for a commit, but no longer than a store in order takes.
@@ -199,29 +235,47 @@ impl Account {
     /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
     pub fn standing(&self, asker: Asker<'_>) -> [Option<Standing>; 4] {
         let counters = self.lock();
-        counters.quotas.standing(clock::now(), asker)
+        counters.quotas.standing(counters.now(clock::now()), asker)
     }
 
     /// All counters at one moment.
     pub fn snapshot(&self) -> Snapshot {
+        let sharing = self.sharing();
         let mut counters = self.lock();
-        let levels = counters.quotas.levels(clock::now());
+        let now = counters.now(clock::now());
+        let levels = counters.quotas.levels(now);
         let overrides = counters.limits.overrides().to_vec();
-        Snapshot { in_flight: counters.in_flight, levels, totals: counters.totals, overrides }
+        let of_all =
+            counters.cluster().filter(|cluster| !cluster.is_alone()).map(|cluster| cluster.in_flight());
+        let in_flight = of_all.unwrap_or(counters.in_flight);
+        Snapshot { in_flight, sharing, levels, totals: counters.totals, overrides }
     }
 
     /// Sets a limit in place of the config's, or with `None` back to it: what was used stays used. Returns
-    /// whether there is such a quota, once that is kept.
-    pub async fn set_limit(&self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
+    /// whether there is such a quota, once that is kept, and known to all nodes.
+    ///
+    /// # Errors
+    /// The counters are shared, and cannot be reached.
+    pub async fn set_limit(&self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> Result<bool, NoRoom> {
+        if self.is_shared() && !self.set_limit_for_all(key, limit).await? {
+            return Ok(false);
+        }
         let is_known = self.lock().set_limit(clock::now(), key, limit);
         self.keep().await;
-        is_known
+        Ok(is_known)
     }
 
-    /// Makes every quota whole again, but for what is held. Returns once that is kept.
-    pub async fn reset(&self) {
+    /// Makes every quota whole again, but for what is held. Returns once that is kept, and known to all nodes.
+    ///
+    /// # Errors
+    /// The counters are shared, and cannot be reached.
+    pub async fn reset(&self) -> Result<(), NoRoom> {
+        if self.is_shared() {
+            self.reset_for_all().await?;
+        }
         self.lock().reset(clock::now());
         self.keep().await;
+        Ok(())
     }
 
     async fn keep(&self) {
@@ -238,8 +292,10 @@ impl Account {
 
     fn settle(&self, asker: Asker<'_>, grant: Grant, ended: Ended) {
         let mut counters = self.lock();
-        counters.settle(clock::now(), asker, grant, ended);
+        let now = counters.now(clock::now());
+        counters.settle(now, asker, grant, ended);
         drop(counters);
+        self.tell();
         self.line.somebody_has_ended();
         self.changed(false);
     }
@@ -290,8 +346,10 @@ impl Reservation {
         let Some(grant) = &mut self.grant else { return Progress::Within };
         let before = grant.reserved();
         let mut counters = self.account.lock();
-        let progress = counters.progress(clock::now(), &self.asker.1, grant, spent);
+        let now = counters.now(clock::now());
+        let progress = counters.progress(now, &self.asker.1, grant, spent);
         drop(counters);
+        self.account.tell();
         let has_grown = grant.reserved() != before;
         self.account.line.somebody_has_ended();
         // Nobody waits for it, but what is delivered should be kept soon.

@@ -398,10 +398,12 @@ impl Proxy {
             completions: call.completions.max(1),
         };
         let longest = environment.reserve.max_wait;
-        let reserved = if longest.is_zero() {
-            account.reserve(&want)
-        } else {
+        let reserved = if !longest.is_zero() {
             Box::pin(account.reserve_in_line(&want, longest)).await
+        } else if account.is_shared() {
+            Box::pin(account.reserve_shared(&want)).await
+        } else {
+            account.reserve(&want)
         };
         let mut reservation = match reserved {
             Ok(reservation) => reservation,
@@ -429,6 +431,7 @@ impl Proxy {
                 ProxyError::Quota { denied, environment: name, patience: environment.retry_patience }
             }
             NoRoom::InFlight { limit } => ProxyError::TooManyInFlight { limit, environment: name },
+            NoRoom::Unavailable => ProxyError::CountersAway { environment: name },
         }
     }
 
@@ -567,6 +570,7 @@ fn no_room_code(no_room: &NoRoom) -> &'static str {
     match no_room {
         NoRoom::Quota(denied) => crate::error::quota_shape(denied).2,
         NoRoom::InFlight { .. } => "too_many_in_flight",
+        NoRoom::Unavailable => "quota_store_unavailable",
     }
 }
 

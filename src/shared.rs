@@ -230,13 +230,7 @@ impl Speaker {
     /// say what a server that has lost its data no longer knows. `held`: what the node has reserved and not settled.
     /// Answers with how many cells were made, how many have other limits than the node's, the last step applied, and for
     /// how many milliseconds other nodes that know more are to be waited for.
-    pub fn join(
-        &mut self,
-        stamp: u64,
-        was_here: bool,
-        states: &[(State, bool)],
-        held: &[Held],
-    ) -> Command {
+    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(State, bool)], held: &[Held]) -> Command {
         let mut command = self.begin("join", 4);
         command.int(stamp);
         command.int(u64::from(was_here));

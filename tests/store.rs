@@ -282,12 +282,12 @@ async fn an_override_is_of_one_quota_also_beside_one_of_the_same_length() {
     let config = config(&folder.file(), MONTHS, "");
     let node = Node::open(&config);
     let key = |per| QuotaKey { scope: "environment", name: "", kind: Kind::TotalTokens, per };
-    assert!(node.account.set_limit(key("month"), Some((77, 77))).await);
+    assert!(node.account.set_limit(key("month"), Some((77, 77))).await.unwrap());
     assert_eq!(limits(&node), [77, 2_000]);
     drop(node);
     let node = Node::open(&config);
     assert_eq!(limits(&node), [77, 2_000]);
-    assert!(node.account.set_limit(key("30d"), Some((88, 88))).await);
+    assert!(node.account.set_limit(key("30d"), Some((88, 88))).await.unwrap());
     drop(node);
     assert_eq!(limits(&Node::open(&config)), [77, 88]);
 }

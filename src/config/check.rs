@@ -4,8 +4,7 @@
 use super::item::Section;
 
 /// A section, a setting of it, and what happens instead.
-const NOT_IN_FORCE: &[(&str, &str, &str)] =
-    &[("server", "tls", "callers are served plain HTTP"), ("store", "redis", "counters are this node's own")];
+const NOT_IN_FORCE: &[(&str, &str, &str)] = &[("server", "tls", "callers are served plain HTTP")];
 
 /// Warns of every setting that has no effect yet.
 pub(super) fn not_in_force(top: &Section<'_>) {

@@ -46,7 +46,15 @@ pub fn load(source: &Source) -> Result<Loaded, Faults> {
     };
     let variables = std::env::vars_os().filter_map(unicode);
     let overrides: Vec<_> = variables.filter(|(name, _)| name.starts_with(overrides::PREFIX)).collect();
-    parse(&text, &name, &|variable| std::env::var(variable).ok(), &overrides)
+    let mut loaded = parse(&text, &name, &|variable| std::env::var(variable).ok(), &overrides)?;
+    loaded.config.written = written(&source.path);
+    Ok(loaded)
+}
+
+fn written(path: &Path) -> u64 {
+    let modified = std::fs::metadata(path).and_then(|file| file.modified()).ok();
+    let since = modified.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn read_text(path: &Path) -> Result<String, String> {
@@ -116,7 +124,8 @@ fn read(root: &Item<'_>) -> Option<Config> {
     let models = models.iter().filter_map(model).collect();
     let store = store(&top);
     check::not_in_force(&top);
-    Some(Config { server, admin, upstreams, environments, default_environment, models, store })
+    let written = 0;
+    Some(Config { server, admin, upstreams, environments, default_environment, models, store, written })
 }
 
 fn check_listeners(top: &Section<'_>, server: &Server, admin: &Admin) {

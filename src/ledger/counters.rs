@@ -2,6 +2,7 @@
 //! `simulate` and the tests run hours in a second.
 
 use super::Left;
+use super::cluster::Cluster;
 use super::history::History;
 use super::learned::{Learned, Longer};
 use super::limits::{Limits, QuotaKey};
@@ -86,6 +87,8 @@ pub enum NoRoom {
         /// The environment's bound.
         limit: u64,
     },
+    /// The counters are shared, and cannot be asked.
+    Unavailable,
 }
 
 impl NoRoom {
@@ -93,7 +96,7 @@ impl NoRoom {
     pub fn worst(&self) -> Option<&Shortfall> {
         match self {
             Self::Quota(denied) => denied.shortfalls().first(),
-            Self::InFlight { .. } => None,
+            Self::InFlight { .. } | Self::Unavailable => None,
         }
     }
 
@@ -109,6 +112,7 @@ impl NoRoom {
                 denied.shortfalls().iter().map(Shortfall::soonest).max().unwrap_or(Wait::Never)
             }
             Self::InFlight { .. } => Wait::Ms(0),
+            Self::Unavailable => Wait::Never,
         }
     }
 }
@@ -118,7 +122,9 @@ impl NoRoom {
 #[must_use = "a grant that is not settled holds its room for ever"]
 pub struct Grant {
     /// What was reserved at first, and what was added on the way.
-    receipts: smallvec::SmallVec<[Receipt; 1]>,
+    pub(super) receipts: smallvec::SmallVec<[Receipt; 1]>,
+    /// Its name in a cluster.
+    pub(super) id: Option<u64>,
     reserved: Amounts,
     step: u64,
     completions: u64,
@@ -185,7 +191,7 @@ pub enum Progress {
 #[derive(Debug)]
 pub struct Counters {
     pub(super) quotas: Quotas,
-    rules: Rules,
+    pub(super) rules: Rules,
     quantile_ppm: u32,
     learned: Learned,
     pub(super) in_flight: u64,
@@ -194,6 +200,8 @@ pub struct Counters {
     pub(super) totals: Totals,
     pub(super) history: History,
     pub(super) limits: Limits,
+    /// This node's part in counters that are shared.
+    pub(super) cluster: Option<Box<Cluster>>,
 }
 
 impl Counters {
@@ -212,6 +220,7 @@ impl Counters {
             totals: Totals::default(),
             history: History::default(),
             limits: Limits::of(quotas),
+            cluster: None,
         }
     }
 
@@ -256,6 +265,9 @@ impl Counters {
     /// way now, or else with what those before it wait for.
     pub fn deny(&mut self, now: Timestamp, want: &Want<'_>) -> NoRoom {
         self.count_denial(now, want.asker);
+        if self.is_closed() {
+            return NoRoom::Unavailable;
+        }
         let in_flight = NoRoom::InFlight { limit: self.rules.max_in_flight.unwrap_or(self.in_flight) };
         if self.is_full() {
             return in_flight;
@@ -266,6 +278,9 @@ impl Counters {
 
     /// What is in the way of a request now; `None`: it fits. Takes nothing.
     pub fn in_the_way(&mut self, now: Timestamp, want: &Want<'_>) -> Option<NoRoom> {
+        if self.is_closed() {
+            return Some(NoRoom::Unavailable);
+        }
         if let Some(limit) = self.rules.max_in_flight.filter(|_| self.is_full()) {
             return Some(NoRoom::InFlight { limit });
         }
@@ -277,7 +292,7 @@ impl Counters {
         self.rules.max_in_flight.is_some_and(|limit| self.in_flight >= limit)
     }
 
-    fn count_denial(&mut self, now: Timestamp, asker: Asker<'_>) {
+    pub(super) fn count_denial(&mut self, now: Timestamp, asker: Asker<'_>) {
         self.totals.rejected += 1;
         self.history.rejected(now, asker);
     }
@@ -288,8 +303,19 @@ impl Counters {
     /// What is in the way.
     pub fn try_admit(&mut self, now: Timestamp, want: &Want<'_>) -> Result<Admission, NoRoom> {
         let allowance = self.allowance(want);
+        self.decide(now, want, allowance, self.is_full())
+    }
+
+    /// The same with what is to be reserved for the completion.
+    pub(super) fn decide(
+        &mut self,
+        now: Timestamp,
+        want: &Want<'_>,
+        allowance: u64,
+        is_full: bool,
+    ) -> Result<Admission, NoRoom> {
         let ask = self.ask(want, allowance);
-        let full = self.rules.max_in_flight.filter(|_| self.is_full());
+        let full = self.rules.max_in_flight.filter(|_| is_full);
         let reserved = match full {
             Some(limit) => Err(NoRoom::InFlight { limit }),
             None => self.quotas.reserve(now, want.asker, &ask).map_err(NoRoom::Quota),
@@ -329,6 +355,7 @@ impl Counters {
         let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(want.cap);
         let grant = Grant {
             receipts: smallvec::smallvec![receipt],
+            id: None,
             reserved,
             step: (reserved.completion / 2).max(SMALLEST_STEP),
             completions,
@@ -342,13 +369,13 @@ impl Counters {
         Admission { grant, clamped_to, would_deny, standing }
     }
 
-    fn ask(&self, want: &Want<'_>, completion: u64) -> Ask {
+    pub(super) fn ask(&self, want: &Want<'_>, completion: u64) -> Ask {
         let prompt = if self.rules.reserve.prompt { want.prompt } else { 0 };
         Ask { amounts: Amounts::of_request(prompt, completion), generates: want.generates }
     }
 
     /// How many completion tokens to reserve.
-    fn allowance(&self, want: &Want<'_>) -> u64 {
+    pub(super) fn allowance(&self, want: &Want<'_>) -> u64 {
         let reserve = &self.rules.reserve;
         let completions = want.completions.max(1);
         if !want.generates {
@@ -379,7 +406,7 @@ impl Counters {
         no_room: &NoRoom,
     ) -> Option<(Ask, u64)> {
         let NoRoom::Quota(_) = no_room else { return None };
-        if self.rules.reserve.when_short != WhenShort::Clamp || allowance == 0 {
+        if !self.clamps() || allowance == 0 {
             return None;
         }
         let prompt = if self.rules.reserve.prompt { want.prompt } else { 0 };
@@ -390,12 +417,15 @@ impl Counters {
         (is_less && self.quotas.denial(now, want.asker, &ask).is_none()).then_some((ask, each))
     }
 
+    pub(super) fn clamps(&self) -> bool {
+        self.rules.reserve.when_short == WhenShort::Clamp
+    }
+
     /// The least that has to fit for a request to be admitted.
     fn least(&self, want: &Want<'_>) -> Ask {
         let allowance = self.allowance(want);
         let smallest = SMALLEST_CLAMP.saturating_mul(want.completions.max(1));
-        let clamps = self.rules.reserve.when_short == WhenShort::Clamp;
-        self.ask(want, if clamps { allowance.min(smallest) } else { allowance })
+        self.ask(want, if self.clamps() { allowance.min(smallest) } else { allowance })
     }
 
     /// Whether completions are reserved at all, or charged afterwards only.
@@ -407,7 +437,7 @@ impl Counters {
     /// outgrows its reservation gets more of it while there is room; what it uses beyond that is debt at
     /// once, and not only when it ends: others see it, and it outlives the process.
     pub fn progress(&mut self, now: Timestamp, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
-        let mut outcome = Progress::Within;
+        let (mut outcome, before) = (Progress::Within, grant.reserved);
         if spent.completion > grant.reserved.completion && self.is_reserving() {
             self.expect_longer(model, grant, spent.completion);
             outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
@@ -419,6 +449,9 @@ impl Counters {
         for receipt in &mut grant.receipts {
             self.quotas.progress(now, receipt, left);
             left = left.less(receipt.reserved());
+        }
+        if let (Some(cluster), Some(id)) = (&mut self.cluster, grant.id) {
+            cluster.progressed(id, &grant.receipts, grant.reserved.less(before), spent);
         }
         outcome
     }
@@ -454,14 +487,21 @@ impl Counters {
 
     /// Replaces what a grant holds by what was spent.
     pub fn settle(&mut self, now: Timestamp, asker: Asker<'_>, grant: Grant, ended: Ended) {
-        let Grant { receipts, reserved, completions, cap, was_clamped, longer_than, under_way, .. } = grant;
+        let Grant { receipts, id, reserved, completions, cap, was_clamped, longer_than, under_way, .. } =
+            grant;
         let mut left = ended.spent;
         let last = receipts.len().saturating_sub(1);
         for (at, receipt) in receipts.into_iter().enumerate() {
             // Each receipt pays for what it holds; the last one for all that is beyond.
             let part = if at == last { left } else { left.at_most(receipt.reserved()) };
             left = left.less(part);
+            if let (Some(cluster), Some(id)) = (&mut self.cluster, id) {
+                cluster.owe(now, id, &receipt, part);
+            }
             self.quotas.settle(now, receipt, part);
+        }
+        if let (Some(cluster), Some(id)) = (&mut self.cluster, id) {
+            cluster.settled(id, ended.spent);
         }
         self.in_flight = self.in_flight.saturating_sub(1);
         self.held = self.held.less(reserved);
@@ -479,6 +519,22 @@ impl Counters {
             self.learned.learn(asker.model, tokens.div_ceil(completions));
         }
         self.history.settled(now, asker, ended);
+    }
+
+    /// Takes what another engine has admitted already.
+    pub(super) fn admit_regardless(&mut self, now: Timestamp, want: &Want<'_>, allowance: u64) -> Admission {
+        let ask = self.ask(want, allowance);
+        let receipt = self.quotas.reserve_regardless(now, want.asker, &ask);
+        self.admitted(now, want, receipt, None, None)
+    }
+
+    /// Gives back what another engine has denied.
+    pub(super) fn undo(&mut self, now: Timestamp, grant: Grant) {
+        for receipt in grant.receipts {
+            self.quotas.settle(now, receipt, Amounts::default());
+        }
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.held = self.held.less(grant.reserved);
     }
 
     /// Every quota with its counters, in the config's order.

@@ -17,7 +17,7 @@ pub struct QuotaKey<'a> {
 }
 
 impl QuotaKey<'_> {
-    fn names(&self, quota: &Quota) -> bool {
+    pub(super) fn names(&self, quota: &Quota) -> bool {
         (self.scope, self.name, self.kind, self.per)
             == (quota.scope.as_str(), quota.scope.name(), quota.kind, quota.per.written.as_str())
     }
@@ -51,6 +51,28 @@ impl Limits {
     pub(super) fn take_over(&mut self, overrides: &[Quota]) {
         let is_known = |quota: &&Quota| self.configured.iter().any(|known| known.is_same_as(quota));
         self.overrides = overrides.iter().filter(is_known).cloned().collect();
+    }
+
+    pub(super) fn configured(&self) -> &[Quota] {
+        &self.configured
+    }
+
+    pub(super) fn is_overridden(&self, quota: &Quota) -> bool {
+        self.overrides.iter().any(|other| other.is_same_as(quota))
+    }
+
+    /// Takes over what an administrator has set at another node, by place in the config's order; `None`: nothing.
+    pub(super) fn follow(&mut self, index: usize, limit: Option<(u64, u64)>) {
+        let Some(quota) = self.configured.get(index) else { return };
+        let known = self.overrides.iter().position(|other| other.is_same_as(quota));
+        let there = limit.map(|(limit, burst)| quota.with_limit(limit, burst));
+        match (known, there) {
+            (Some(at), Some(there)) if self.overrides[at] != there => self.overrides[at] = there,
+            (Some(at), None) => drop(self.overrides.swap_remove(at)),
+            (None, Some(there)) => self.overrides.push(there),
+            (Some(_), Some(_)) | (None, None) => return,
+        }
+        self.has_changed = true;
     }
 
     pub(super) fn overrides(&self) -> &[Quota] {

@@ -55,14 +55,14 @@ impl Drop for Place<'_> {
 
 /// Tries at once if nobody waits, else in turn, for at most `longest`. `None`: no wait would help, or
 /// all of it was in vain, or the line is full. `in_the_way` looks without taking anything.
-pub(super) async fn wait(
+pub(super) async fn wait<R: Future<Output = Result<Reservation, NoRoom>>>(
     line: &Line,
     longest: Duration,
-    mut reserve: impl FnMut() -> Result<Reservation, NoRoom>,
+    reserve: impl Fn() -> R,
     in_the_way: impl FnOnce() -> Option<NoRoom>,
 ) -> Option<Reservation> {
     let no_room = if line.waiting.load(Ordering::Relaxed) == 0 {
-        match reserve() {
+        match reserve().await {
             Ok(reservation) => return Some(reservation),
             Err(no_room) => Some(no_room),
         }
@@ -81,7 +81,7 @@ pub(super) async fn wait(
         loop {
             let ended = line.ended.notified();
             let left = longest.saturating_sub(clock.elapsed());
-            let wait = match reserve() {
+            let wait = match reserve().await {
                 Ok(reservation) => return Some(reservation),
                 Err(no_room) if !is_worth_waiting(&no_room, left) => return None,
                 Err(no_room) => until(&no_room),

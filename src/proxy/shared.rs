@@ -49,6 +49,13 @@ pub(super) struct Names {
 /// Whose a key is: an environment and a caller of it, by index.
 pub(super) type Owner = (usize, usize);
 
+/// A name that no process has had before: what a cluster holds for this one is found under it.
+fn session() -> anyhow::Result<String> {
+    let random =
+        || getrandom::u64().map_err(|error| anyhow::anyhow!("no random numbers are to be had: {error}"));
+    Ok(format!("{:016x}{:016x}", random()?, random()?))
+}
+
 impl Shared {
     /// Opens the accounts of a config's environments, as the store has them.
     ///
@@ -72,10 +79,15 @@ impl Shared {
                 credential: headers::credential(&environment.upstream),
             });
         }
+        let session = session()?;
         let open = |environment: &Arc<Environment>| {
             let keeper = store.map(|store| -> Arc<dyn Keeper> { store.keeper() });
             let left = store.map_or_else(|| Ok(Left::default()), |store| store.left(environment))?;
-            anyhow::Ok(Arc::new(Account::open_with(environment, keeper, &left)))
+            let mut account = Account::open_with(environment, keeper, &left);
+            if let Some(redis) = &config.store.redis {
+                account.share(environment, redis, &session, config.written)?;
+            }
+            anyhow::Ok(Arc::new(account))
         };
         Ok(Self {
             accounts: config.environments.iter().map(open).collect::<anyhow::Result<_>>()?,

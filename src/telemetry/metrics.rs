@@ -29,6 +29,10 @@ pub struct Metrics {
     estimates: Box<[IntCounter]>,
     usage_missing: IntCounterVec,
     store_up: IntGauge,
+    shared_up: IntGaugeVec,
+    shared_nodes: IntGaugeVec,
+    shared_faults: IntGaugeVec,
+    shared_losses: IntGaugeVec,
 }
 
 impl Metrics {
@@ -106,6 +110,30 @@ impl Metrics {
                 &["environment", "reason"],
             )?,
             store_up: register(&r, IntGauge::new("tollgate_store_up", "1 while counters can be kept.")?)?,
+            shared_up: gauges(
+                &r,
+                "tollgate_shared_up",
+                "1 while an environment's counters are shared through Redis, 0 while they are this node's own.",
+                &["environment"],
+            )?,
+            shared_nodes: gauges(
+                &r,
+                "tollgate_shared_nodes",
+                "Nodes that share an environment's counters, as last heard.",
+                &["environment"],
+            )?,
+            shared_faults: gauges(
+                &r,
+                "tollgate_shared_faults",
+                "Settings of the Redis server that lose counts or refuse calls; the log and /readyz name them.",
+                &["environment"],
+            )?,
+            shared_losses: gauges(
+                &r,
+                "tollgate_shared_losses_total",
+                "How often Redis was lost.",
+                &["environment"],
+            )?,
             registry: r,
         };
         // Stays at 0 until configs are reloaded; dashboards can be built on it already.
@@ -178,6 +206,12 @@ impl Metrics {
             let name = environment.name.as_str();
             let snapshot = account.snapshot();
             self.in_flight.with_label_values(&[name]).set(signed(snapshot.in_flight));
+            if let Some(sharing) = &snapshot.sharing {
+                self.shared_up.with_label_values(&[name]).set(i64::from(sharing.trouble.is_none()));
+                self.shared_nodes.with_label_values(&[name]).set(signed(sharing.nodes));
+                self.shared_faults.with_label_values(&[name]).set(signed(sharing.faults.len() as u64));
+                self.shared_losses.with_label_values(&[name]).set(signed(sharing.losses));
+            }
             for level in snapshot.levels.iter().filter(|l| l.quota.scope == Scope::Environment) {
                 let labels = [name, level.quota.kind.as_str(), &level.quota.per.written];
                 self.quota_limit.with_label_values(&labels).set(signed(level.quota.limit));

@@ -54,7 +54,7 @@ impl Client {
         loop {
             let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
             drop(waited.await.expect("Redis is back"));
-            let join = self.speaker.join(1, &full(&self.quotas, clock::now()), &[]);
+            let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()), &[]);
             // A server that is thawed may still be busy with what it was sent before.
             if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
                 return clock.elapsed();

@@ -1,5 +1,6 @@
 //! A gateway in this process, in front of an upstream.
 
+use super::redis::with_store;
 use super::{Caller, Reply, Upstream, soon};
 use serde_json::Value;
 use std::net::SocketAddr;
@@ -55,8 +56,9 @@ impl Gateway {
     }
 
     async fn start(text: &str, patience: Patience) -> Self {
+        let text = with_store(text);
         let loaded =
-            parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+            parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
         let start = move || App::start_waiting(loaded.config, Workers::default(), patience).unwrap();
         let app = tokio::task::spawn_blocking(start).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }

@@ -7,6 +7,7 @@ pub mod framing;
 pub mod gateway;
 pub mod process;
 pub mod program;
+pub mod redis;
 pub mod upstream;
 
 pub use caller::{Caller, Reply};

@@ -1,0 +1,569 @@
+//! One node's part in counters that a cluster shares. Pure: what is sent and what comes back are arguments.
+//!
+//! Redis decides who is admitted, and this node's own quotas mirror it: they explain a denial, decide whether a
+//! stream may grow, and are shown. While Redis cannot be asked the node is alone: its quotas become its part of
+//! what there was left, and what it spends is remembered and paid in when it takes part again. What becomes of
+//! reservations goes into a journal, which is sent in numbered batches, so that nothing is applied twice.
+
+use super::counters::{Admission, Counters, Grant, NoRoom, Want};
+use crate::clock::Timestamp;
+use crate::config::OnStoreFailure;
+use crate::quota::{Amounts, Quota, Quotas, Receipt, State};
+use crate::shared::{
+    self, Answer, Cells, Command, Held, Otherwise, Piece, Reserve, Speaker, Step, StepKind, Verdict,
+};
+use smallvec::SmallVec;
+use std::collections::{HashMap, VecDeque};
+
+/// Redis takes nothing for a call that it reads later than this after it was sent (ms): by then its caller has been told
+/// otherwise. Twice the time that is waited for an answer, since the server's clock is known to within that.
+const LATEST_MS: u64 = 50;
+/// Steps in one call.
+const LARGEST_BATCH: usize = 500;
+
+/// How a node takes part.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// What is done while Redis is away.
+    pub(super) on_failure: OnStoreFailure,
+    /// When the config was written: of two nodes' limits the newer hold.
+    pub(super) stamp: u64,
+}
+
+/// One node's part.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    terms: Terms,
+    speaker: Speaker,
+    alone: Option<Box<Alone>>,
+    /// Counts the times that Redis was lost: an answer to a call of before is no answer.
+    losses: u64,
+    /// It has taken part before.
+    was_here: bool,
+    /// Nodes alive, and requests in flight on all of them, as last heard.
+    nodes: u64,
+    in_flight: u64,
+    /// Redis's clock is so many milliseconds ahead of this node's.
+    ahead_ms: i64,
+    next_id: u64,
+    open: HashMap<u64, Open>,
+    journal: Journal,
+}
+
+/// While Redis is away.
+#[derive(Debug)]
+struct Alone {
+    /// The quotas of all, as they stood before.
+    before: Quotas,
+    /// This node's part, if nothing were spent of it, and with what is: the difference is paid in.
+    unspent: Quotas,
+    spent: Quotas,
+}
+
+/// A reservation that is not settled.
+#[derive(Debug)]
+struct Open {
+    /// Redis has it, or had it when it was lost.
+    is_known: bool,
+    pieces: SmallVec<[Piece; 1]>,
+}
+
+/// What Redis has still to be told.
+#[derive(Debug)]
+struct Journal {
+    entries: VecDeque<Entry>,
+    /// The number of the first of them.
+    first: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    step: Step,
+    /// Of a reservation that has ended: what it held, should Redis have lost it.
+    held: Option<Open>,
+}
+
+/// A call that asks Redis to admit a request.
+#[derive(Debug)]
+pub(super) struct Question {
+    pub(super) command: Command,
+    pub(super) id: u64,
+    allowance: u64,
+    touched: SmallVec<[u32; 8]>,
+    losses: u64,
+    /// Redis had still to be told of others that have ended.
+    pub(super) is_early: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) enum Answered {
+    Decided(Result<Admission, NoRoom>),
+    /// Nothing was taken, and it can be asked anew.
+    Again,
+    /// Redis does not know this node.
+    Unknown,
+}
+
+impl Journal {
+    fn push(&mut self, step: Step, held: Option<Open>) {
+        self.entries.push_back(Entry { step, held });
+    }
+
+    fn number(&self, at: usize) -> u64 {
+        self.first + at as u64
+    }
+}
+
+impl Cluster {
+    pub(super) fn new(terms: Terms, session: &str, quotas: &[Quota], now: Timestamp, own: &Quotas) -> Self {
+        Self {
+            terms,
+            speaker: Speaker::new(Cells::of(quotas, now), session, now),
+            alone: Some(Box::new(Alone { before: own.clone(), unspent: own.clone(), spent: own.clone() })),
+            losses: 0,
+            was_here: false,
+            nodes: 1,
+            in_flight: 0,
+            ahead_ms: 0,
+            next_id: 1,
+            open: HashMap::new(),
+            journal: Journal { entries: VecDeque::new(), first: 1 },
+        }
+    }
+
+    pub(super) fn is_alone(&self) -> bool {
+        self.alone.is_some()
+    }
+
+    /// By Redis's clock, which all nodes count by.
+    pub(super) fn now(&self, own: Timestamp) -> Timestamp {
+        Timestamp(own.0.saturating_add(self.ahead_ms))
+    }
+
+    pub(super) fn nodes(&self) -> u64 {
+        self.nodes
+    }
+
+    pub(super) fn losses(&self) -> u64 {
+        self.losses
+    }
+
+    pub(super) fn in_flight(&self) -> u64 {
+        self.in_flight
+    }
+
+    pub(super) fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
+        self.speaker.keys(prefix, environment)
+    }
+
+    /// Redis has told its time.
+    pub(super) fn heard(&mut self, own: Timestamp, answer: &Answer) {
+        self.ahead_ms = answer.now.0.saturating_sub(own.0);
+        self.speaker.set_about(answer.now);
+    }
+
+    fn begin(&mut self, is_known: bool, receipt: &Receipt) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.keep(id, is_known, std::slice::from_ref(receipt));
+        id
+    }
+
+    fn keep(&mut self, id: u64, is_known: bool, receipts: &[Receipt]) {
+        let pieces = receipts.iter().map(piece).collect();
+        self.open.insert(id, Open { is_known, pieces });
+    }
+
+    /// A reservation has used so much, and holds so much more.
+    pub(super) fn progressed(&mut self, id: u64, receipts: &[Receipt], more: Amounts, spent: Amounts) {
+        let is_known = self.open.get(&id).is_some_and(|open| open.is_known);
+        self.keep(id, is_known, receipts);
+        // What it has come to is told when it ends.
+        if self.is_alone() || !is_known {
+            return;
+        }
+        let mut tell = |what, amounts| self.journal.push(Step { what, id: id.to_string(), amounts }, None);
+        if more != Amounts::default() {
+            tell(StepKind::Extend, more);
+        }
+        tell(StepKind::Progress, spent);
+    }
+
+    /// One receipt of a reservation is about to be settled: what Redis has never heard of is owed.
+    pub(super) fn owe(&mut self, now: Timestamp, id: u64, receipt: &Receipt, spent: Amounts) {
+        let is_known = self.open.get(&id).is_some_and(|open| open.is_known);
+        if let Some(alone) = self.alone.as_mut().filter(|_| !is_known) {
+            alone.spent.owe(now, receipt, spent);
+        }
+    }
+
+    /// A reservation has ended.
+    pub(super) fn settled(&mut self, id: u64, spent: Amounts) {
+        let Some(open) = self.open.remove(&id) else { return };
+        if open.is_known || !self.is_alone() {
+            let step = Step { what: StepKind::Settle, id: id.to_string(), amounts: spent };
+            self.journal.push(step, Some(open));
+        }
+    }
+
+    /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
+    pub(super) fn cancel(&mut self, id: u64) {
+        let step = Step { what: StepKind::Settle, id: id.to_string(), amounts: Amounts::default() };
+        self.journal.push(step, None);
+    }
+
+    pub(super) fn is_behind(&self) -> bool {
+        !self.journal.entries.is_empty()
+    }
+
+    /// The next call that tells of reservations, and how many steps it has.
+    pub(super) fn batch(&mut self, own: Timestamp) -> Option<(Command, usize)> {
+        let steps: Vec<Step> =
+            self.journal.entries.iter().take(LARGEST_BATCH).map(|entry| entry.step.clone()).collect();
+        let now = self.now(own);
+        self.speaker.set_about(now);
+        (!steps.is_empty()).then(|| (self.speaker.apply(self.journal.first, &steps), steps.len()))
+    }
+
+    /// Redis has taken note of so many steps.
+    pub(super) fn told(&mut self, steps: usize) {
+        self.journal.entries.drain(..steps.min(self.journal.entries.len()));
+        self.journal.first += steps as u64;
+    }
+
+    /// What this node's requests hold of each quota.
+    fn own_holds(&self, quotas: &[Quota], states: &[State]) -> Vec<u64> {
+        let mut held = vec![0_u64; quotas.len()];
+        for piece in self.open.values().flat_map(|open| &open.pieces) {
+            for &(index, turn) in &piece.cells {
+                let index = index as usize;
+                let is_over =
+                    matches!(states.get(index), Some(State::Calendar { turn: now, .. }) if *now != turn);
+                if let (Some(held), Some(quota), false) = (held.get_mut(index), quotas.get(index), is_over) {
+                    *held += piece.reserved.less(piece.moved).of(quota.kind);
+                }
+            }
+        }
+        held
+    }
+
+    /// What Redis may have lost, or has never heard of.
+    fn to_take_up(&self) -> Vec<Held> {
+        let held = |id: u64, open: &Open, settled_by| Held {
+            id: id.to_string(),
+            is_known: open.is_known,
+            settled_by,
+            pieces: open.pieces.iter().map(|piece| known_piece(piece, open.is_known)).collect(),
+        };
+        let open = self.open.iter().filter(|(_, open)| open.is_known || !self.is_alone());
+        let mut all: Vec<Held> = open.map(|(&id, open)| held(id, open, 0)).collect();
+        for (at, entry) in self.journal.entries.iter().enumerate() {
+            if let (Some(open), Ok(id)) = (&entry.held, entry.step.id.parse()) {
+                all.push(held(id, open, self.journal.number(at)));
+            }
+        }
+        all
+    }
+
+    /// What is still to be paid for: of each quota, what was spent alone and has not come back.
+    fn pay(&mut self, now: Timestamp, alone: Alone) {
+        let Alone { mut unspent, mut spent, .. } = alone;
+        for (index, states) in unspent.states(now).into_iter().zip(spent.states(now)).enumerate() {
+            let (amount, turn) = match states {
+                (State::Rolling { level: (all, _), .. }, State::Rolling { level: (left, _), .. }) => {
+                    (all.saturating_sub(left), 0)
+                }
+                (State::Calendar { used: none, .. }, State::Calendar { used, turn, .. }) => {
+                    (i64::try_from(used.saturating_sub(none)).unwrap_or(i64::MAX), turn)
+                }
+                _ => continue,
+            };
+            if let Some(amount) = u64::try_from(amount).ok().filter(|amount| *amount > 0) {
+                let step = self.speaker.pay(index, amount, turn);
+                self.journal.push(step, None);
+            }
+        }
+    }
+}
+
+fn piece(receipt: &Receipt) -> Piece {
+    Piece { reserved: receipt.reserved(), moved: receipt.moved(), cells: receipt.cells().collect() }
+}
+
+/// Of what Redis has never heard of nothing has been counted there yet.
+fn known_piece(piece: &Piece, is_known: bool) -> Piece {
+    let mut piece = piece.clone();
+    if !is_known {
+        piece.moved = Amounts::default();
+    }
+    piece
+}
+
+/// How a cluster's counters differ from a node's own.
+impl Counters {
+    /// Takes part in a cluster from now on; alone, until it has joined.
+    pub(super) fn share(&mut self, now: Timestamp, terms: Terms, session: &str) {
+        let quotas = self.limits.configured().to_vec();
+        self.cluster = Some(Box::new(Cluster::new(terms, session, &quotas, now, &self.quotas)));
+    }
+
+    pub(super) fn cluster(&mut self) -> Option<&mut Cluster> {
+        self.cluster.as_deref_mut()
+    }
+
+    /// By whose clock the quotas count.
+    pub(super) fn now(&self, own: Timestamp) -> Timestamp {
+        self.cluster.as_ref().map_or(own, |cluster| cluster.now(own))
+    }
+
+    /// What to ask Redis; `None`: it cannot be asked.
+    pub(super) fn question(&mut self, own: Timestamp, want: &Want<'_>) -> Option<Question> {
+        let allowance = self.allowance(want);
+        let ask = self.ask(want, allowance);
+        let touched = self.quotas.touched(want.asker);
+        let otherwise = self.otherwise(allowance);
+        let max_in_flight = if self.rules.enforce { self.rules.max_in_flight.unwrap_or(0) } else { 0 };
+        let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
+        let now = cluster.now(own);
+        let id = cluster.next_id;
+        cluster.next_id += 1;
+        cluster.speaker.set_about(now);
+        let reserve = Reserve {
+            id: &id.to_string(),
+            deadline: Some(now.plus_ms(LATEST_MS)),
+            max_in_flight,
+            otherwise,
+            generates: ask.generates,
+            amounts: ask.amounts,
+            completions: want.completions,
+        };
+        let command = cluster.speaker.reserve(&reserve, &touched);
+        let (losses, is_early) = (cluster.losses, cluster.is_behind());
+        Some(Question { command, id, allowance, touched, losses, is_early })
+    }
+
+    /// Comes to the verdict that Redis has come to.
+    pub(super) fn answered(
+        &mut self,
+        own: Timestamp,
+        want: &Want<'_>,
+        question: &Question,
+        answer: &Answer,
+    ) -> Answered {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return Answered::Unknown };
+        cluster.heard(own, answer);
+        let was_admitted = match answer.verdict {
+            Verdict::Admitted => true,
+            Verdict::Denied | Verdict::Full => false,
+            Verdict::StaleBounds | Verdict::Late => return Answered::Again,
+            Verdict::Unknown | Verdict::Done => return Answered::Unknown,
+        };
+        if cluster.is_alone() || cluster.losses != question.losses {
+            // Redis was lost meanwhile, and what it said then is worth nothing now.
+            if was_admitted {
+                cluster.cancel(question.id);
+            }
+            return Answered::Again;
+        }
+        shared::load(&mut self.quotas, &question.touched, answer);
+        let in_flight = answer.told.first().map_or(0, |&n| u64::try_from(n).unwrap_or(0));
+        let is_full = self.rules.max_in_flight.is_some_and(|most| in_flight >= most);
+        let decided = self.decide(answer.now, want, question.allowance, is_full);
+        if decided.is_ok() != was_admitted {
+            tracing::error!(
+                redis = was_admitted,
+                "Redis and this node disagree about a request: Redis counts"
+            );
+        }
+        Answered::Decided(match decided {
+            Ok(mut admission) if was_admitted => {
+                admission.grant.id = Some(question.id);
+                self.keep(true, &admission.grant);
+                Ok(admission)
+            }
+            Ok(admission) => {
+                self.undo(answer.now, admission.grant);
+                Err(NoRoom::InFlight { limit: in_flight })
+            }
+            Err(_) if was_admitted => {
+                let mut admission = self.admit_regardless(answer.now, want, question.allowance);
+                admission.grant.id = Some(question.id);
+                self.keep(true, &admission.grant);
+                Ok(admission)
+            }
+            Err(no_room) => Err(no_room),
+        })
+    }
+
+    /// Admits without Redis, out of this node's own part.
+    pub(super) fn admit_alone(&mut self, now: Timestamp, want: &Want<'_>) -> Result<Admission, NoRoom> {
+        if self.is_closed() {
+            return Err(NoRoom::Unavailable);
+        }
+        let mut admission = self.try_admit(now, want)?;
+        if let (Some(cluster), Some(receipt)) = (&mut self.cluster, admission.grant.receipts.first()) {
+            admission.grant.id = Some(cluster.begin(false, receipt));
+        }
+        Ok(admission)
+    }
+
+    /// Whether nothing is let through for now. Quotas that only watch never stand in the way.
+    pub(super) fn is_closed(&self) -> bool {
+        let is_closed =
+            |cluster: &Cluster| cluster.is_alone() && cluster.terms.on_failure == OnStoreFailure::Closed;
+        self.rules.enforce && self.cluster.as_deref().is_some_and(is_closed)
+    }
+
+    fn keep(&mut self, is_known: bool, grant: &Grant) {
+        if let (Some(cluster), Some(id)) = (&mut self.cluster, grant.id) {
+            cluster.keep(id, is_known, &grant.receipts);
+        }
+    }
+
+    fn otherwise(&self, allowance: u64) -> Otherwise {
+        if !self.rules.enforce {
+            Otherwise::Watch
+        } else if self.clamps() && allowance > 0 {
+            Otherwise::Clamp
+        } else {
+            Otherwise::Reject
+        }
+    }
+
+    /// Redis cannot be asked any more: from now on this node counts alone.
+    pub(super) fn lose(&mut self, own: Timestamp) {
+        let Some(cluster) = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone()) else { return };
+        let now = cluster.now(own);
+        cluster.losses += 1;
+        let before = self.quotas.clone();
+        let states = self.quotas.states(now);
+        let own_holds = cluster.own_holds(self.limits.configured(), &states);
+        let nobodys = vec![0; own_holds.len()];
+        let nodes = if cluster.terms.on_failure == OnStoreFailure::Local { cluster.nodes } else { 1 };
+        let mut unspent = before.clone();
+        unspent.share(now, nodes, &nobodys);
+        match cluster.terms.on_failure {
+            OnStoreFailure::Local => self.quotas.share(now, nodes, &own_holds),
+            OnStoreFailure::Open => {
+                self.quotas.share(now, 1, &own_holds);
+                self.quotas.reset(now);
+            }
+            OnStoreFailure::Closed => {}
+        }
+        let spent = unspent.clone();
+        cluster.alone = Some(Box::new(Alone { before, unspent, spent }));
+    }
+
+    /// The call that takes part again, with what Redis may have lost.
+    pub(super) fn join(&mut self, own: Timestamp) -> Option<Command> {
+        let cluster = self.cluster.as_deref_mut()?;
+        let now = cluster.now(own);
+        cluster.speaker.set_about(now);
+        let quotas = self.limits.configured();
+        let states = match &mut cluster.alone {
+            Some(alone) => alone.before.states(now),
+            None => self.quotas.states(now),
+        };
+        let overridden = quotas.iter().map(|quota| self.limits.is_overridden(quota));
+        let states: Vec<_> = states.into_iter().zip(overridden).collect();
+        let held = cluster.to_take_up();
+        Some(cluster.speaker.join(cluster.terms.stamp, cluster.was_here, &states, &held))
+    }
+
+    /// Redis has answered to that. Returns how many quotas have other limits there, and for how many milliseconds
+    /// others are to be waited for; `None`: it has to be asked anew.
+    pub(super) fn joined(&mut self, own: Timestamp, answer: &Answer) -> Option<(u64, u64)> {
+        let cluster = self.cluster.as_deref_mut()?;
+        cluster.heard(own, answer);
+        if answer.verdict != Verdict::Done {
+            return None;
+        }
+        cluster.was_here = true;
+        let told = |at: usize| answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0));
+        Some((told(1), told(3)))
+    }
+
+    /// From now on Redis is asked. What was spent meanwhile is paid in, and what is in flight has to be told by one more
+    /// call to join.
+    pub(super) fn return_from_alone(&mut self, own: Timestamp) {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return };
+        let now = cluster.now(own);
+        if let Some(alone) = cluster.alone.take() {
+            cluster.pay(now, *alone);
+        }
+    }
+
+    /// Redis knows of everything that is in flight.
+    pub(super) fn all_is_known(&mut self) {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return };
+        cluster.open.values_mut().for_each(|open| open.is_known = true);
+        let ended = cluster.journal.entries.iter_mut().filter_map(|entry| entry.held.as_mut());
+        ended.for_each(|open| open.is_known = true);
+    }
+
+    /// The call that shows that this node is alive, and asks how all quotas stand.
+    pub(super) fn beat(&mut self, own: Timestamp) -> Option<Command> {
+        let cluster = self.cluster.as_deref_mut()?;
+        let now = cluster.now(own);
+        cluster.speaker.set_about(now);
+        Some(cluster.speaker.beat())
+    }
+
+    /// Redis has answered to that; `false`: it has to be asked anew.
+    pub(super) fn beaten(&mut self, own: Timestamp, answer: &Answer) -> bool {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return false };
+        cluster.heard(own, answer);
+        if answer.verdict != Verdict::Done {
+            return false;
+        }
+        let told = |at: usize| answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0));
+        (cluster.nodes, cluster.in_flight) = (told(0).max(1), told(1));
+        if cluster.is_alone() {
+            return true;
+        }
+        let all: Vec<u32> = (0..).take(answer.states.len()).collect();
+        shared::load(&mut self.quotas, &all, answer);
+        for (index, (state, is_override)) in answer.states.iter().enumerate() {
+            self.limits.follow(index, is_override.then(|| limit(state)));
+        }
+        true
+    }
+
+    /// The calls that set a limit: of each quota so named. Empty: there is none.
+    pub(super) fn limit_commands(
+        &mut self,
+        own: Timestamp,
+        key: super::QuotaKey<'_>,
+        limit: Option<(u64, u64)>,
+    ) -> Vec<Command> {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return Vec::new() };
+        let now = cluster.now(own);
+        cluster.speaker.set_about(now);
+        let named = self.limits.configured().iter().enumerate().filter(|(_, quota)| key.names(quota));
+        let command = |(index, quota): (usize, &Quota)| {
+            let (new, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
+            let new_burst = quota.with_limit(new, burst).capacity();
+            cluster.speaker.limit(index, new, new_burst, limit.is_some())
+        };
+        named.map(command).collect()
+    }
+
+    pub(super) fn reset_command(&mut self, own: Timestamp) -> Option<Command> {
+        let cluster = self.cluster.as_deref_mut()?;
+        let now = cluster.now(own);
+        cluster.speaker.set_about(now);
+        Some(cluster.speaker.reset())
+    }
+
+    pub(super) fn leave_command(&mut self) -> Option<Command> {
+        Some(self.cluster.as_deref_mut()?.speaker.leave())
+    }
+}
+
+fn limit(state: &State) -> (u64, u64) {
+    match *state {
+        State::Rolling { limit, burst, .. } => (limit, burst),
+        State::Calendar { limit, .. } => (limit, limit),
+    }
+}

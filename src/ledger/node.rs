@@ -1,0 +1,367 @@
+//! The part of an account that speaks to Redis: asks it for room, and one task that tells it the rest.
+
+use super::cluster::{Answered, Terms};
+use super::{Account, Admission, NoRoom, QuotaKey, Want};
+use crate::clock;
+use crate::config::{Environment, Redis};
+use crate::quota::Asker;
+use crate::shared::{Answer, Away, Command, Link, Verdict};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
+
+/// How often a node shows that it is alive, and looks how all quotas stand: what an administrator sets at another node
+/// holds here after so long.
+const BEAT: Duration = Duration::from_millis(500);
+/// A server that has just said something odd is asked again after this time.
+const PAUSE: Duration = Duration::from_millis(100);
+/// A call that has to be made anew is, at most so often.
+const ATTEMPTS: usize = 4;
+/// Longer than this nobody waits for the task to have told Redis everything.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// How an account reaches the counters that it shares.
+#[derive(Debug)]
+pub(super) struct Node {
+    link: Link,
+    keys: [String; 3],
+    environment: String,
+    wake: Notify,
+    waiting: Mutex<Vec<oneshot::Sender<()>>>,
+    faults: Mutex<Vec<String>>,
+}
+
+/// How an environment's counters are shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sharing {
+    /// Why they are this node's own for now; `None`: they are shared.
+    pub trouble: Option<String>,
+    /// Nodes alive, as last heard.
+    pub nodes: u64,
+    /// How often Redis was lost.
+    pub losses: u64,
+    /// What is wrong with the server's settings.
+    pub faults: Vec<String>,
+}
+
+/// Somebody who waits for Redis to admit a request may give up: then nobody knows what it has said.
+struct Limbo<'a> {
+    account: &'a Account,
+    id: Option<u64>,
+}
+
+impl Drop for Limbo<'_> {
+    fn drop(&mut self) {
+        let Some(id) = self.id else { return };
+        if let Some(cluster) = self.account.lock().cluster() {
+            cluster.cancel(id);
+        }
+        self.account.tell();
+    }
+}
+
+impl Node {
+    fn flushed(&self) -> Vec<oneshot::Sender<()>> {
+        std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn lock_faults(&self) -> MutexGuard<'_, Vec<String>> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the server's settings, and tells what is new.
+    async fn look_at_settings(&self) {
+        let Ok(faults) = self.link.faults().await else { return };
+        let mut known = self.lock_faults();
+        for fault in faults.iter().filter(|fault| !known.contains(fault)) {
+            tracing::warn!(environment = self.environment, fault, "Redis is not set up as quotas need it");
+        }
+        *known = faults;
+    }
+
+    async fn call(&self, command: &Command) -> Result<Answer, Away> {
+        self.link.call(&self.keys, command).await
+    }
+}
+
+impl Account {
+    /// Shares the counters from now on, in an account that nobody else has yet. `session`: a name that no process
+    /// has had before.
+    ///
+    /// # Errors
+    /// The URL is none of Redis.
+    pub fn share(
+        &mut self,
+        environment: &Environment,
+        redis: &Redis,
+        session: &str,
+        stamp: u64,
+    ) -> anyhow::Result<()> {
+        let terms = Terms { on_failure: redis.on_failure, stamp };
+        let mut counters = self.lock();
+        counters.share(clock::now(), terms, session);
+        let keys = counters.cluster().map(|cluster| cluster.keys(&redis.prefix, &environment.name));
+        drop(counters);
+        let Some(keys) = keys else { return Ok(()) };
+        let link = Link::new(redis.url.expose(), &redis.prefix, &keys[0])
+            .map_err(|error| anyhow::anyhow!("store.redis.url: {error}"))?;
+        self.node = Some(Node {
+            link,
+            keys,
+            environment: environment.name.clone(),
+            wake: Notify::new(),
+            waiting: Mutex::default(),
+            faults: Mutex::default(),
+        });
+        Ok(())
+    }
+
+    /// Whether a reservation may have to wait for Redis.
+    pub fn is_shared(&self) -> bool {
+        self.node.is_some()
+    }
+
+    /// How the counters are shared; `None`: they are this node's own.
+    pub fn sharing(&self) -> Option<Sharing> {
+        let node = self.node.as_ref()?;
+        let mut counters = self.lock();
+        let cluster = counters.cluster()?;
+        let (is_alone, nodes, losses) = (cluster.is_alone(), cluster.nodes(), cluster.losses());
+        drop(counters);
+        let unknown = || "this node has not taken part again yet".to_owned();
+        let trouble = is_alone.then(|| node.link.trouble().unwrap_or_else(unknown));
+        Some(Sharing { trouble, nodes, losses, faults: node.lock_faults().clone() })
+    }
+
+    /// The connection, for what has to keep it.
+    pub fn link(&self) -> Option<&Link> {
+        self.node.as_ref().map(|node| &node.link)
+    }
+
+    /// There is something to tell Redis.
+    pub(super) fn tell(&self) {
+        if let Some(node) = &self.node {
+            node.wake.notify_one();
+        }
+    }
+
+    /// Redis is asked, in one call; while it is away the node's own part is.
+    pub(super) async fn try_shared(&self, want: &Want<'_>) -> Result<(Admission, bool), NoRoom> {
+        let Some(node) = &self.node else { return self.try_alone(want) };
+        let mut has_waited = false;
+        for _ in 0..ATTEMPTS {
+            let Some(question) = self.lock().question(clock::now(), want) else { break };
+            let mut limbo = Limbo { account: self, id: Some(question.id) };
+            let Ok(answer) = node.call(&question.command).await else { break };
+            limbo.id = None;
+            match self.lock().answered(clock::now(), want, &question, &answer) {
+                // What has ended here is to be known there before anybody is denied.
+                Answered::Decided(Err(_)) if question.is_early && !has_waited => has_waited = true,
+                Answered::Decided(decided) => return decided.map(|admission| (admission, false)),
+                Answered::Again => continue,
+                Answered::Unknown => break,
+            }
+            self.refresh().await;
+        }
+        self.try_alone(want)
+    }
+
+    fn try_alone(&self, want: &Want<'_>) -> Result<(Admission, bool), NoRoom> {
+        let mut counters = self.lock();
+        counters.lose(clock::now());
+        let now = counters.now(clock::now());
+        let admission = counters.admit_alone(now, want)?;
+        let is_durable = counters.are_durable(want.asker);
+        drop(counters);
+        self.tell();
+        Ok((admission, is_durable))
+    }
+
+    /// Waits until Redis has been told what has ended here, and has told how all quotas stand; not long if it is away.
+    pub async fn refresh(&self) {
+        let Some(node) = &self.node else { return };
+        if self.lock().cluster().is_none_or(|cluster| cluster.is_alone()) {
+            return;
+        }
+        let (sender, receiver) = oneshot::channel();
+        node.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        node.wake.notify_one();
+        // Whoever cannot be told finds the counters as they were last heard of.
+        drop(timeout(PATIENCE, receiver).await);
+    }
+
+    /// Sets a limit for all nodes. `None`: there is no such quota.
+    pub(super) async fn set_limit_for_all(
+        &self,
+        key: QuotaKey<'_>,
+        limit: Option<(u64, u64)>,
+    ) -> Result<bool, NoRoom> {
+        let commands = self.lock().limit_commands(clock::now(), key, limit);
+        for command in &commands {
+            self.order(command).await?;
+        }
+        self.refresh().await;
+        Ok(!commands.is_empty())
+    }
+
+    /// Makes the quotas of all nodes whole.
+    pub(super) async fn reset_for_all(&self) -> Result<(), NoRoom> {
+        let Some(command) = self.lock().reset_command(clock::now()) else { return Ok(()) };
+        self.order(&command).await?;
+        self.refresh().await;
+        Ok(())
+    }
+
+    async fn order(&self, command: &Command) -> Result<(), NoRoom> {
+        let node = self.node.as_ref().ok_or(NoRoom::Unavailable)?;
+        let answer = node.call(command).await.map_err(|_| NoRoom::Unavailable)?;
+        if answer.verdict == Verdict::Done { Ok(()) } else { Err(NoRoom::Unavailable) }
+    }
+
+    /// Takes part in the cluster until `stops`, and then leaves it: everything has been settled by then. Returns at once
+    /// where the counters are the node's own.
+    pub async fn take_part(self: Arc<Self>, mut stops: watch::Receiver<bool>) {
+        let Some(node) = &self.node else { return };
+        let mut up = node.link.watch();
+        let work = async {
+            loop {
+                // The link lives as long as the account.
+                if up.wait_for(|number| *number != 0).await.is_err() {
+                    return;
+                }
+                node.look_at_settings().await;
+                if self.join(node).await.is_some() {
+                    tracing::info!(environment = node.environment, "its quotas are shared with other nodes");
+                    self.keep_up(node).await;
+                    tracing::warn!(environment = node.environment, "its quotas are this node's own for now");
+                }
+                self.lock().lose(clock::now());
+                node.flushed();
+                sleep(PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            _ = stops.wait_for(|stops| *stops) => {}
+        }
+        drop(timeout(Duration::from_secs(1), self.leave(node)).await);
+    }
+
+    async fn leave(&self, node: &Node) {
+        if self.lock().cluster().is_none_or(|cluster| cluster.is_alone()) || self.flush(node).await.is_none()
+        {
+            return;
+        }
+        let command = self.lock().leave_command();
+        if let Some(command) = command {
+            drop(node.call(&command).await);
+        }
+    }
+
+    /// Takes part again; `None`: Redis is away, or says something odd.
+    async fn join(&self, node: &Node) -> Option<()> {
+        let (differing, wait) = self.call_to_join(node).await?;
+        if differing > 0 {
+            tracing::warn!(
+                environment = node.environment,
+                quotas = differing,
+                "nodes have differing limits: those of the newest config file hold, or an administrator's"
+            );
+        }
+        if wait > 0 {
+            tracing::warn!(
+                environment = node.environment,
+                "Redis has lost its data: nodes bring back what they know"
+            );
+            sleep(Duration::from_millis(wait)).await;
+        }
+        self.lock().return_from_alone(clock::now());
+        self.call_to_join(node).await?;
+        self.lock().all_is_known();
+        self.flush(node).await?;
+        self.beat(node).await
+    }
+
+    async fn call_to_join(&self, node: &Node) -> Option<(u64, u64)> {
+        for _ in 0..ATTEMPTS {
+            let command = self.lock().join(clock::now())?;
+            let answer = node.call(&command).await.ok()?;
+            if let Some(joined) = self.lock().joined(clock::now(), &answer) {
+                return Some(joined);
+            }
+        }
+        None
+    }
+
+    /// Tells Redis what becomes of reservations, as soon as there is anything to tell, and shows that this node is
+    /// alive; returns when that fails.
+    async fn keep_up(&self, node: &Node) {
+        let mut beat = interval_at(Instant::now() + BEAT, BEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let is_due = tokio::select! {
+                () = node.wake.notified() => false,
+                _ = beat.tick() => true,
+            };
+            let waiting = node.flushed();
+            let told = self.flush(node).await;
+            let heard = if is_due || !waiting.is_empty() { self.beat(node).await } else { Some(()) };
+            drop(waiting);
+            if told.is_none() || heard.is_none() || self.lock().cluster().is_none_or(|c| c.is_alone()) {
+                return;
+            }
+        }
+    }
+
+    async fn flush(&self, node: &Node) -> Option<()> {
+        let mut attempts = 0;
+        loop {
+            let Some((command, steps)) = self.lock().cluster().and_then(|c| c.batch(clock::now())) else {
+                return Some(());
+            };
+            let answer = node.call(&command).await.ok()?;
+            if let Some(cluster) = self.lock().cluster() {
+                cluster.heard(clock::now(), &answer);
+                if answer.verdict == Verdict::Done {
+                    cluster.told(steps);
+                    attempts = 0;
+                    continue;
+                }
+            }
+            attempts += 1;
+            if attempts >= ATTEMPTS {
+                return None;
+            }
+        }
+    }
+
+    async fn beat(&self, node: &Node) -> Option<()> {
+        for _ in 0..ATTEMPTS {
+            let command = self.lock().beat(clock::now())?;
+            let answer = node.call(&command).await.ok()?;
+            let mut counters = self.lock();
+            if counters.beaten(clock::now(), &answer) {
+                drop(counters);
+                // Others may have given back what somebody here waits for.
+                self.line.somebody_has_ended();
+                return Some(());
+            }
+            drop(counters);
+            if answer.verdict == Verdict::Unknown {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Denies a request as Redis has.
+    pub(super) fn deny_shared(&self, no_room: NoRoom, asker: Asker<'_>) -> NoRoom {
+        let mut counters = self.lock();
+        let now = counters.now(clock::now());
+        counters.count_denial(now, asker);
+        drop(counters);
+        self.changed(false);
+        no_room
+    }
+}
