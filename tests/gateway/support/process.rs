@@ -15,10 +15,19 @@ pub struct Process {
 impl Process {
     /// Starts a gateway with these `upstreams` and `environments` (YAML) and these variables.
     pub async fn start(sections: &str, variables: &[(&str, &str)]) -> Self {
+        let listeners = "server: { listen: '127.0.0.1:0' }\nadmin: { listen: '127.0.0.1:0' }\n";
+        Self::run(&format!("{listeners}{sections}\nstore: {{ memory: true }}\n"), variables).await
+    }
+
+    /// With the whole of its config.
+    pub async fn of_config(text: &str) -> Self {
+        Self::run(text, &[]).await
+    }
+
+    async fn run(text: &str, variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("t.yaml");
-        let listeners = "server: { listen: '127.0.0.1:0' }\nadmin: { listen: '127.0.0.1:0' }\n";
-        std::fs::write(&config, format!("{listeners}{sections}\nstore: {{ memory: true }}\n")).unwrap();
+        std::fs::write(&config, text).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_tollgate"))
             .args(["serve", "--config", config.to_str().unwrap()])
             .envs(variables.iter().copied())
@@ -36,6 +45,11 @@ impl Process {
         .unwrap();
         let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
         Self { child, address: address("address"), admin: address("admin"), _folder: folder }
+    }
+
+    /// Among the system's processes.
+    pub fn number(&self) -> String {
+        self.child.id().to_string()
     }
 
     pub async fn caller(&self) -> Caller {

@@ -1,0 +1,1 @@
+//! Nodes whose Redis is killed, frozen, emptied or slow.

@@ -1,0 +1,55 @@
+//! Several gateways that hold one quota together in Redis, and what becomes of them when Redis is not there. Each test
+//! starts a server of its own.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // a test says what went wrong by failing there
+#![allow(dead_code)] // most of it is for the suite of one gateway
+
+mod away;
+mod nodes;
+#[path = "../gateway/support/mod.rs"]
+mod support;
+
+use support::redis::Redis;
+use support::{Gateway, Upstream};
+
+/// Nodes of one cluster, each a gateway of its own.
+pub struct Nodes(Vec<Gateway>);
+
+impl Nodes {
+    /// So many, with these quotas of an environment `staging`; `more`: settings of `store.redis`.
+    pub async fn start(redis: &Redis, upstream: &Upstream, nodes: u32, quotas: &str, more: &str) -> Self {
+        let mut all = Vec::new();
+        for n in 0..nodes {
+            all.push(Gateway::from_config(&config(redis, upstream, n, quotas, more)).await);
+        }
+        Self(all)
+    }
+
+    pub async fn levels(&self) -> Vec<i64> {
+        let mut levels = Vec::new();
+        for node in &self.0 {
+            levels.push(node.environment().await["quotas"][0]["level"].as_i64().unwrap());
+        }
+        levels
+    }
+}
+
+impl std::ops::Deref for Nodes {
+    type Target = [Gateway];
+
+    fn deref(&self) -> &[Gateway] {
+        &self.0
+    }
+}
+
+/// One node's config.
+pub fn config(redis: &Redis, upstream: &Upstream, n: u32, quotas: &str, more: &str) -> String {
+    format!(
+        "server: {{ listen: '127.0.0.1:0', flood_guard: 0, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
+         upstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\n\
+         environments: {{ staging: {{ upstream: backend, reserve: {{ completion: max_tokens }}, quotas: {quotas} }} }}\n\
+         default_environment: staging\n{}\n",
+        upstream.address,
+        redis.store(n, more)
+    )
+}

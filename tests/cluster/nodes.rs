@@ -1,0 +1,154 @@
+//! Nodes that share quotas, with Redis there.
+
+use super::support::redis::{Redis, signal};
+use super::support::*;
+use super::{Nodes, config};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// 1,000 tokens that do not come back while a test runs.
+const THOUSAND: &str = "{ total_tokens: { limit: 10, burst: 1000, per: day, window: rolling } }";
+
+#[tokio::test]
+async fn a_burst_through_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more() {
+    for count in [2, 4, 8] {
+        let redis = Redis::start();
+        let upstream = Upstream::always(Answer::chat(8, 12)).await;
+        // 20 tokens each, reserved and charged.
+        let nodes = Nodes::start(&redis, &upstream, count, THOUSAND, "").await;
+        let admitted = Arc::new(AtomicU64::new(0));
+        let mut requests = tokio::task::JoinSet::new();
+        for n in 0..1_000 {
+            let (address, admitted) = (nodes[n % nodes.len()].address, admitted.clone());
+            requests.spawn(async move {
+                let mut caller = Caller::connect(address).await;
+                caller.request("POST", CHAT, "", hello(r#""max_tokens":12"#).as_bytes()).await;
+                let reply = caller.reply().await;
+                assert!(matches!(reply.status, 200 | 429), "{}", reply.text());
+                admitted.fetch_add(u64::from(reply.status == 200), Ordering::Relaxed);
+            });
+        }
+        requests.join_all().await;
+        for node in nodes.iter() { eprintln!("{} {}", node.admin_get("/readyz").await.text(), node.environment().await); eprintln!("{}", node.admin_get("/metrics").await.text().lines().filter(|l| l.contains("shared_") && !l.starts_with('#')).collect::<Vec<_>>().join(" ")); }
+        assert_eq!((admitted.load(Ordering::Relaxed), upstream.seen().len()), (50, 50), "{count} nodes");
+        for node in nodes.iter() {
+            let environment = node.settled().await;
+            assert_eq!(environment["quotas"][0]["level"], 0, "{environment}");
+            let shared = &environment["shared"];
+            assert_eq!((shared["up"].as_bool(), shared["nodes"].as_u64()), (Some(true), Some(count.into())));
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_one_node_has_used_the_other_knows_when_the_answer_is_there() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND, "").await;
+    for n in 1..=9_i64 {
+        assert_eq!(nodes[0].chat(&hello(r#""max_tokens":192"#)).await.status, 200);
+        assert_eq!(nodes.levels().await, [1_000 - 100 * n; 2]);
+    }
+    // 100 are left: the smaller request fits, at either node, and then none does.
+    assert_eq!(nodes[1].chat(&hello(r#""max_tokens":93"#)).await.refusal(), (429, "insufficient_quota".into()));
+    assert_eq!(nodes[1].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
+    for node in nodes.iter() {
+        let denied = node.chat(&hello(r#""max_tokens":1"#)).await;
+        assert_eq!(denied.refusal(), (429, "insufficient_quota".into()));
+        assert_eq!(denied.json()["error"]["quotas"][0]["remaining"], 0);
+    }
+}
+
+#[tokio::test]
+async fn a_limit_set_at_one_node_holds_at_every_node_within_a_second() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 3, THOUSAND, "").await;
+    assert_eq!(nodes[2].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
+    let admin = nodes[0].admin;
+    let call = async |method: &str, path: &str, body: &str| {
+        let mut caller = Caller::connect(admin).await;
+        let path = format!("/api/environments/staging{path}");
+        let length = body.len();
+        let request = format!("{method} {path} HTTP/1.1\r\nhost: {admin}\r\ncontent-length: {length}\r\n\r\n{body}");
+        caller.send(request.as_bytes()).await;
+        let reply = caller.reply().await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        tokio::time::sleep(Duration::from_millis(900)).await;
+    };
+    let shown = async || {
+        let mut all = Vec::new();
+        for node in nodes.iter() {
+            let quota = node.environment().await["quotas"][0].clone();
+            all.push(["burst", "level"].map(|field| quota[field].as_u64().unwrap()));
+            all.push([u64::from(quota["source"] == "override"); 2]);
+        }
+        all
+    };
+    call("PUT", "/quotas/total_tokens/day", r#"{"limit":10,"burst":150}"#).await;
+    assert_eq!(shown().await, [[150, 50], [1, 1]].repeat(3));
+    assert_eq!(nodes[1].chat(&hello(r#""max_tokens":92"#)).await.status, 429);
+    call("POST", "/reset", "").await;
+    assert_eq!(shown().await, [[150, 150], [1, 1]].repeat(3));
+    assert_eq!(nodes[1].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
+    call("DELETE", "/quotas/total_tokens/day", "").await;
+    assert_eq!(shown().await, [[1_000, 900], [0, 0]].repeat(3));
+}
+
+#[tokio::test]
+async fn what_a_killed_node_held_is_charged_and_nothing_stays_held() {
+    let redis = Redis::start();
+    let upstream = Upstream::answering(|_| Answer::silence()).await;
+    let lives = Gateway::from_config(&config(&redis, &upstream, 0, THOUSAND, "")).await;
+    let text = config(&redis, &upstream, 1, THOUSAND, "");
+    let dies = Process::of_config(&text).await;
+    let mut callers = Vec::new();
+    for _ in 0..3 {
+        let mut caller = dies.caller().await;
+        caller.request("POST", CHAT, "", hello(r#""max_tokens":92"#).as_bytes()).await;
+        callers.push(caller);
+    }
+    upstream.has_seen(3).await;
+    let held = async || {
+        let environment = lives.environment().await;
+        ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())
+    };
+    assert_eq!(held().await, [700, 300, 0]);
+    signal(&dies.number(), "KILL");
+    let killed = tollgate::clock::Stopwatch::start();
+    while held().await != [700, 0, 300] {
+        assert!(killed.elapsed() < Duration::from_secs(60), "{:?}", held().await);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(killed.elapsed() > Duration::from_secs(10), "a node is given time to come back");
+    assert_eq!(lives.environment().await["shared"]["nodes"], 1);
+}
+
+#[tokio::test]
+async fn a_node_that_stops_leaves_nothing_behind() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND, "").await;
+    assert_eq!(nodes[0].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
+    let Nodes(mut nodes) = nodes;
+    nodes.remove(0).shutdown().await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let environment = nodes[0].environment().await;
+    assert_eq!((&environment["quotas"][0]["level"], &environment["shared"]["nodes"]), (&900.into(), &1.into()));
+}
+
+#[tokio::test]
+async fn a_caller_who_gives_up_while_redis_is_asked_holds_nothing() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 12)).await;
+    let nodes = Nodes::start(&redis, &upstream, 1, "{ total_tokens: { limit: 10, burst: 100000, per: day, window: rolling } }", "").await;
+    for _ in 0..300 {
+        let mut caller = nodes[0].caller().await;
+        caller.request("POST", CHAT, "", hello(r#""max_tokens":12"#).as_bytes()).await;
+        drop(caller);
+    }
+    let environment = nodes[0].settled().await;
+    let charged = 20 * nodes[0].charged().await[0];
+    assert_eq!(environment["quotas"][0]["level"].as_u64().unwrap(), 100_000 - charged, "{environment}");
+}
