@@ -10,7 +10,7 @@ mod link;
 use crate::clock::Timestamp;
 use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
 
-pub use link::{Away, DEADLINE, Link};
+pub use link::{Away, DEADLINE, Link, check_url};
 
 /// The script, for `EVALSHA` and `EVAL`.
 pub const SCRIPT: &str = include_str!("shared/script.lua");

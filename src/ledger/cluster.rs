@@ -16,8 +16,8 @@ use smallvec::SmallVec;
 use std::collections::{HashMap, VecDeque};
 
 /// Redis takes nothing for a call that it reads later than this after it was sent (ms): by then its caller has been told
-/// otherwise. Twice the time that is waited for an answer, since the server's clock is known to within that.
-const LATEST_MS: u64 = 50;
+/// otherwise. Longer than any answer is waited for, since the server's clock is not known better than that.
+pub(super) const LATEST_MS: u64 = 400;
 /// Steps in one call.
 const LARGEST_BATCH: usize = 500;
 

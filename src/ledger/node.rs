@@ -1,6 +1,6 @@
 //! The part of an account that speaks to Redis: asks it for room, and one task that tells it the rest.
 
-use super::cluster::{Answered, Terms};
+use super::cluster::{Answered, LATEST_MS, Terms};
 use super::{Account, Admission, NoRoom, QuotaKey, Want};
 use crate::clock;
 use crate::config::{Environment, Redis};
@@ -14,8 +14,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 /// How often a node shows that it is alive, and looks how all quotas stand: what an administrator sets at another node
 /// holds here after so long.
 const BEAT: Duration = Duration::from_millis(500);
-/// A server that has just said something odd is asked again after this time.
-const PAUSE: Duration = Duration::from_millis(100);
+/// A node takes part again so long after it has lost Redis: whatever it had asked is too late by then.
+const PAUSE: Duration = Duration::from_millis(LATEST_MS);
 /// A call that has to be made anew is, at most so often.
 const ATTEMPTS: usize = 4;
 /// Longer than this nobody waits for the task to have told Redis everything.

@@ -4,30 +4,47 @@
 //! Libraries that reconnect by themselves keep calls waiting meanwhile, far past their timeouts. So one task
 //! connects, and calls only ever see a connection that works. The first call that fails takes it away from all
 //! others, those under way too; the task comes back with a new one as soon as the server takes writes in time.
+//!
+//! All keys of an environment are in one slot, so one connection is enough for it in a cluster also: to the master of
+//! that slot. Where the slot moves, or another server becomes master, the connection is lost and looked for anew.
+
+mod faults;
+mod find;
+mod target;
+mod tls;
 
 use super::{Answer, Command, SCRIPT};
+use crate::clock::Stopwatch;
+use find::{Connection, Finder};
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, ErrorKind, RedisError, ServerErrorKind};
+use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
 use sha1_smol::Sha1;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use target::Target;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-/// A call that is not answered within this time has failed.
+/// A call has failed if for so long it is not answered, nor any other.
 pub const DEADLINE: Duration = Duration::from_millis(25);
-/// How long it may take to connect.
-const CONNECT: Duration = Duration::from_secs(1);
-/// After a failure the server is looked at again so much later.
+/// And at the latest after this time: behind a thousand others in a burst a call stands for longer than the deadline.
+pub const LONGEST: Duration = Duration::from_millis(200);
+/// After a failure the server is looked for again so much later.
 const RETRY: Duration = Duration::from_millis(200);
 /// How often a server that nobody calls is looked at.
 const LOOK: Duration = Duration::from_millis(500);
+/// A connection that has lasted for so long is replaced at once. One that is lost sooner would be lost again.
+const STABLE: Duration = Duration::from_secs(1);
+/// The same trouble is logged again after this time.
+const REMIND: Duration = Duration::from_mins(1);
 
 /// Redis cannot be asked now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Away;
 
-/// The way to Redis, shared by all who call it.
+/// The way to the Redis server that has the keys of one environment, shared by all who call it.
 #[derive(Clone, Debug)]
 pub struct Link {
     inner: Arc<Inner>,
@@ -35,35 +52,57 @@ pub struct Link {
 
 #[derive(Debug)]
 struct Inner {
-    client: Client,
+    finder: Finder,
+    /// For the log: what decides the slot, which is the environment's name.
+    environment: String,
+    prefix: String,
     /// What is written to see whether that is possible.
     probe: String,
     sha: String,
     state: Mutex<State>,
+    /// Counts answers.
+    answered: AtomicU64,
     /// The number of the connection that works; 0: there is none.
     up: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    connection: Option<MultiplexedConnection>,
+    connection: Option<Connection>,
     connected: u64,
     trouble: Option<String>,
+    /// The last trouble that was logged, and when.
+    logged: Option<(String, Stopwatch)>,
+    /// Whether the log's last word is that it is away.
+    is_away_in_log: bool,
+}
+
+/// Whether this can be a URL of Redis. No file that it names is looked at.
+///
+/// # Errors
+/// What is wrong with it, and which forms there are, without the password.
+pub fn check_url(url: &str) -> Result<(), String> {
+    Target::parse(url).map(|_| ())
 }
 
 impl Link {
-    /// To the server at this URL that has the slot of `slot_key`; nothing is connected before `run`. `prefix` begins the
-    /// name of every key.
+    /// To the server at this URL that has the slot of `slot_key`, a key of the environment. `prefix` begins the name of
+    /// every key. Nothing is connected before `run`.
     ///
     /// # Errors
-    /// It is no URL of a Redis server.
-    pub fn new(url: &str, prefix: &str, slot_key: &str) -> redis::RedisResult<Self> {
+    /// It is no URL of Redis, or a file that it names is no good. The password is not told.
+    pub fn new(url: &str, prefix: &str, slot_key: &str) -> anyhow::Result<Self> {
+        let target = Target::parse(url).map_err(anyhow::Error::msg)?;
+        let environment = find::hash_tag(slot_key).to_owned();
         let state = State { trouble: Some("it was not reached yet".to_owned()), ..State::default() };
         let inner = Inner {
-            client: Client::open(url)?,
-            probe: format!("{prefix}:{{{}}}:probe", hash_tag(slot_key)),
+            finder: Finder::new(target, slot_key)?,
+            probe: format!("{prefix}:{{{environment}}}:probe"),
+            environment,
+            prefix: prefix.to_owned(),
             sha: Sha1::from(SCRIPT).digest().to_string(),
             state: Mutex::new(state),
+            answered: AtomicU64::new(0),
             up: watch::channel(0).0,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -76,41 +115,57 @@ impl Link {
     pub async fn call(&self, keys: &[String; 3], command: &Command) -> Result<Answer, Away> {
         let mut up = self.inner.up.subscribe();
         let (number, connection) = self.connection().ok_or(Away)?;
+        let address = connection.address.clone();
         let gone = up.wait_for(|&now| now != number);
         let numbers = tokio::select! {
             biased;
-            numbers = timeout(DEADLINE, self.evaluate(connection, keys, command)) => numbers,
+            numbers = self.in_time(self.evaluate(connection.redis, keys, command)) => numbers,
             _ = gone => return Err(Away),
         };
         let answer = match numbers {
-            Ok(Ok(numbers)) => {
-                command.answer(&numbers).ok_or_else(|| "it answers in another way than the script".to_owned())
+            Some(Ok(numbers)) => {
+                command.answer(&numbers).ok_or_else(|| "answers in another way than the script".to_owned())
             }
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("it does not answer within {} ms", DEADLINE.as_millis())),
+            Some(Err(error)) => Err(self.inner.finder.told(&error)),
+            None => Err(late()),
         };
         answer.map_err(|trouble| {
-            self.lose(number, trouble);
+            self.lose(number, &format!("{address} {trouble}"));
             Away
         })
     }
 
+    /// Waits as long as the server answers others, who were there before. `None`: it does not, or too slowly.
+    async fn in_time<T>(&self, call: impl Future<Output = T>) -> Option<T> {
+        let answered = || self.inner.answered.load(Ordering::Relaxed);
+        let (mut call, begun, mut before) = (pin!(call), Stopwatch::start(), answered());
+        loop {
+            if let Ok(answer) = timeout(DEADLINE, call.as_mut()).await {
+                self.inner.answered.fetch_add(1, Ordering::Relaxed);
+                return Some(answer);
+            }
+            let now = answered();
+            if now == before || begun.elapsed() >= LONGEST {
+                return None;
+            }
+            before = now;
+        }
+    }
+
     async fn evaluate(
         &self,
-        mut connection: MultiplexedConnection,
+        mut redis: MultiplexedConnection,
         keys: &[String; 3],
         command: &Command,
-    ) -> redis::RedisResult<Vec<i64>> {
+    ) -> RedisResult<Vec<i64>> {
         let call = |how: &str, script: &str| {
             let mut call = redis::cmd(how);
             call.arg(script).arg(keys.len()).arg(&keys[..]).arg(&command.arguments);
             call
         };
-        match call("EVALSHA", &self.inner.sha).query_async(&mut connection).await {
+        match call("EVALSHA", &self.inner.sha).query_async(&mut redis).await {
             // Restarted, failed over, or its scripts were flushed.
-            Err(error) if is_unknown_script(&error) => {
-                call("EVAL", SCRIPT).query_async(&mut connection).await
-            }
+            Err(error) if is_unknown_script(&error) => call("EVAL", SCRIPT).query_async(&mut redis).await,
             answered => answered,
         }
     }
@@ -131,61 +186,93 @@ impl Link {
         loop {
             match self.connect().await {
                 Ok(connection) => {
+                    let begun = Stopwatch::start();
                     let number = self.found(connection.clone());
                     self.stay(number, connection).await;
+                    if begun.elapsed() >= STABLE {
+                        continue;
+                    }
                 }
-                Err(error) => self.note(error.to_string()),
+                Err(trouble) => self.note(&trouble),
             }
             sleep(RETRY).await;
         }
     }
 
-    /// A connection to a server that takes writes in time.
-    async fn connect(&self) -> redis::RedisResult<MultiplexedConnection> {
-        let config =
-            AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(None);
-        let connect = self.inner.client.get_multiplexed_async_connection_with_config(&config);
-        // Connecting says hello, which a frozen server does not answer.
-        let mut connection = timeout(CONNECT, connect).await.map_err(late)??;
-        self.look(&mut connection).await?;
-        Ok(connection)
+    /// A connection to a server that lets us do what is needed, and takes writes in time.
+    async fn connect(&self) -> Result<Connection, String> {
+        let mut connection = self.inner.finder.connect().await?;
+        let mut trial = redis::cmd("EVAL");
+        trial.arg(faults::TRIAL).arg(1).arg(format!("{}:trial", self.inner.probe)).arg(&faults::TRIED[..]);
+        let failed = trial.query_async::<Vec<String>>(&mut connection.redis).await;
+        let trouble = match &failed {
+            Ok(failed) => {
+                let code = failed.get(1).and_then(|says| says.split(' ').next()).unwrap_or_default();
+                let trouble = faults::trial(failed, &self.inner.prefix);
+                trouble.map(|trouble| self.inner.finder.with_hint(trouble, code))
+            }
+            Err(error) => Some(self.refused(error)),
+        };
+        match trouble {
+            Some(trouble) => Err(format!("{} {trouble}", connection.address)),
+            None => self.look(&mut connection).await.map(|()| connection),
+        }
     }
 
     /// Whether the server takes a write within the deadline: not one that is full, or a replica by now.
-    async fn look(&self, connection: &mut MultiplexedConnection) -> redis::RedisResult<()> {
+    async fn look(&self, connection: &mut Connection) -> Result<(), String> {
         let mut write = redis::cmd("SET");
         write.arg(&self.inner.probe).arg(1).arg("PX").arg(10_000);
-        timeout(DEADLINE, write.query_async(connection)).await.map_err(late)?
+        let trouble = match self.in_time(write.query_async(&mut connection.redis)).await {
+            Some(Ok(())) => return Ok(()),
+            Some(Err(error)) => self.refused(&error),
+            None => late(),
+        };
+        Err(format!("{} {trouble}", connection.address))
+    }
+
+    fn refused(&self, error: &RedisError) -> String {
+        let told = self.inner.finder.told(error);
+        if error.code() == Some("NOPERM") {
+            return format!("{told}; {}", faults::rights(&self.inner.prefix));
+        }
+        told
     }
 
     /// Returns when the connection of this number is lost, by a call or while nobody calls.
-    async fn stay(&self, number: u64, mut connection: MultiplexedConnection) {
+    async fn stay(&self, number: u64, mut connection: Connection) {
         let mut up = self.inner.up.subscribe();
         while timeout(LOOK, up.wait_for(|&now| now != number)).await.is_err() {
-            if let Err(error) = self.look(&mut connection).await {
-                self.lose(number, error.to_string());
+            if let Err(trouble) = self.look(&mut connection).await {
+                self.lose(number, &trouble);
             }
         }
     }
 
-    fn connection(&self) -> Option<(u64, MultiplexedConnection)> {
+    fn connection(&self) -> Option<(u64, Connection)> {
         let state = self.lock();
         state.connection.clone().map(|connection| (state.connected, connection))
     }
 
-    fn found(&self, connection: MultiplexedConnection) -> u64 {
+    fn found(&self, connection: Connection) -> u64 {
+        let address = connection.address.clone();
         let mut state = self.lock();
+        let is_news = state.is_away_in_log || state.connected == 0;
+        state.is_away_in_log = false;
         state.connection = Some(connection);
         state.connected += 1;
         state.trouble = None;
         let number = state.connected;
         drop(state);
         self.inner.up.send_replace(number);
-        tracing::info!("Redis is reached: quotas are shared");
+        if is_news {
+            let environment = &self.inner.environment;
+            tracing::info!(environment, server = %address, "Redis is reached: quotas are shared");
+        }
         number
     }
 
-    fn lose(&self, number: u64, trouble: String) {
+    fn lose(&self, number: u64, trouble: &str) {
         let mut state = self.lock();
         if state.connected != number || state.connection.take().is_none() {
             return;
@@ -195,13 +282,18 @@ impl Link {
         self.note(trouble);
     }
 
-    fn note(&self, trouble: String) {
+    fn note(&self, trouble: &str) {
         let mut state = self.lock();
-        let is_news = state.trouble.as_ref() != Some(&trouble);
-        state.trouble = Some(trouble.clone());
+        let is_known =
+            state.logged.as_ref().is_some_and(|(old, at)| *old == trouble && at.elapsed() < REMIND);
+        if !is_known {
+            state.logged = Some((trouble.to_owned(), Stopwatch::start()));
+            state.is_away_in_log = true;
+        }
+        state.trouble = Some(trouble.to_owned());
         drop(state);
-        if is_news {
-            tracing::warn!(trouble, "Redis is away");
+        if !is_known {
+            tracing::warn!(environment = self.inner.environment, trouble, "Redis is away");
         }
     }
 
@@ -215,72 +307,34 @@ impl Link {
     /// Redis is away.
     pub async fn faults(&self) -> Result<Vec<String>, Away> {
         let (number, mut connection) = self.connection().ok_or(Away)?;
-        let info = timeout(CONNECT, redis::cmd("INFO").query_async::<String>(&mut connection)).await;
-        match info.map_err(late).and_then(|info| info) {
-            Ok(info) => Ok(faults(&info)),
+        let info = redis::cmd("INFO").query_async::<String>(&mut connection.redis).await;
+        let mut save = redis::cmd("CONFIG");
+        let save = save.arg("GET").arg("save").query_async::<Vec<String>>(&mut connection.redis).await;
+        match info {
+            Ok(info) => {
+                // Who may not read the setting is not told of it.
+                let save = save.ok().and_then(|pair| pair.into_iter().nth(1));
+                Ok(faults::settings(&info, save.as_deref(), self.inner.finder.is_cluster()))
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension) => {
+                let told = self.inner.finder.told(&error);
+                Ok(vec![format!(
+                    "note: its settings are not known, as INFO {told}: maxmemory-policy has to be noeviction"
+                )])
+            }
             Err(error) => {
-                self.lose(number, error.to_string());
+                let told = self.inner.finder.told(&error);
+                self.lose(number, &format!("{} {told}", connection.address));
                 Err(Away)
             }
         }
     }
 }
 
-/// What of a key decides its slot.
-fn hash_tag(key: &str) -> &str {
-    let tag = key.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map(|(tag, _)| tag);
-    tag.filter(|tag| !tag.is_empty()).unwrap_or(key)
-}
-
 fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
-fn late<E>(_: E) -> RedisError {
-    (ErrorKind::Io, "it does not answer in time").into()
-}
-
-/// Looks through what `INFO` tells.
-fn faults(info: &str) -> Vec<String> {
-    let field = |name: &str| {
-        info.lines()
-            .find_map(|line| line.trim_end().strip_prefix(name)?.strip_prefix(':'))
-            .unwrap_or_default()
-    };
-    let mut faults = Vec::new();
-    let version = field("redis_version");
-    let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
-    let (major, minor) = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-    if (major, minor) < (6, 2) {
-        faults.push(format!("it is Redis {version}: quotas need 6.2 or newer, or Valkey"));
-    }
-    let policy = field("maxmemory_policy");
-    if policy != "noeviction" {
-        faults.push(format!(
-            "its maxmemory-policy is {policy}: a quota that is evicted is a fresh one; set it to noeviction"
-        ));
-    }
-    faults
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn settings_that_lose_counts_are_told() {
-        let told = |version: &str, policy: &str| {
-            faults(&format!("# Server\r\nredis_version:{version}\r\nmaxmemory_policy:{policy}\r\n")).len()
-        };
-        for (version, policy, count) in [
-            ("7.0.15", "noeviction", 0),
-            ("6.2.0", "noeviction", 0),
-            ("10.1", "noeviction", 0),
-            ("6.0.16", "noeviction", 1),
-            ("7.2.4", "allkeys-lru", 1),
-            ("5.0", "volatile-ttl", 2),
-        ] {
-            assert_eq!(told(version, policy), count, "{version} {policy}");
-        }
-    }
+fn late() -> String {
+    format!("does not answer within {} ms", DEADLINE.as_millis())
 }

@@ -27,12 +27,21 @@ impl Tls {
     }
 }
 
-/// The settings that all TLS connections share. Trusts the machine's roots (also those named by
-/// `SSL_CERT_FILE`), and Mozilla's list where the machine has none.
+/// The settings that all TLS connections to upstreams share.
 ///
 /// # Errors
 /// The cryptography library refuses its own defaults: cannot happen with the features built in.
 pub fn client_config() -> anyhow::Result<Arc<ClientConfig>> {
+    let mut config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(trusted_roots())
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// The machine's roots (also those named by `SSL_CERT_FILE`), and Mozilla's list where the machine has none.
+pub(crate) fn trusted_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     let native = rustls_native_certs::load_native_certs();
     for error in &native.errors {
@@ -42,10 +51,5 @@ pub fn client_config() -> anyhow::Result<Arc<ClientConfig>> {
     if added == 0 {
         roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     }
-    let mut config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+    roots
 }

@@ -3,8 +3,13 @@
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::cast_possible_wrap)]
 
+mod access;
 mod burst;
+mod client;
+mod cluster;
 mod link;
+mod proxy;
+mod sentinel;
 mod server;
 mod sessions;
 mod walk;

@@ -1,5 +1,7 @@
 //! A Redis server for one test, at a socket in a folder of its own.
 
+use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
@@ -10,11 +12,27 @@ use tollgate::shared::{self, Answer, Cells, SCRIPT, Speaker, Verdict};
 pub struct Server {
     child: Option<Child>,
     folder: tempfile::TempDir,
+    arguments: Vec<String>,
 }
 
 impl Server {
     pub fn start() -> Self {
-        let mut server = Self { child: None, folder: tempfile::tempdir().unwrap() };
+        Self::with("--port 0")
+    }
+
+    /// With these arguments, apart by spaces, beside those of a socket. `@` is its own folder.
+    pub fn with(arguments: &str) -> Self {
+        Self::prepared(arguments, |_| ())
+    }
+
+    /// As `with`, when something was put into its folder.
+    pub fn prepared(arguments: &str, prepare: impl FnOnce(&Path)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(folder.path());
+        let own = folder.path().display().to_string();
+        let arguments = format!("{arguments} --save '' --dir @ --unixsocket @/s").replace('@', &own);
+        let arguments = arguments.split(' ').map(|word| word.trim_matches('\'').to_owned()).collect();
+        let mut server = Self { child: None, folder, arguments };
         server.start_again();
         server
     }
@@ -22,12 +40,9 @@ impl Server {
     /// Starts it at the same place, empty.
     pub fn start_again(&mut self) {
         // It ends when its standard input does: also if the test is killed.
-        let script = "redis-server --port 0 --unixsocket \"$1/s\" --save '' --dir \"$1\" >/dev/null & read -r _; kill -9 $!; wait";
-        let child = Command::new("sh")
-            .args(["-c", script, "sh"])
-            .arg(self.folder.path())
-            .stdin(Stdio::piped())
-            .spawn();
+        let script = "redis-server \"$@\" >/dev/null & read -r _; kill -9 $!; wait";
+        let child =
+            Command::new("sh").args(["-c", script, "sh"]).args(&self.arguments).stdin(Stdio::piped()).spawn();
         self.child = Some(child.unwrap());
         let begun = Stopwatch::start();
         while self.try_connect().is_none() {
@@ -52,6 +67,11 @@ impl Server {
 
     /// Runs a command of an administrator's, its words apart by spaces.
     pub fn admin(&self, words: &str) -> redis::Value {
+        self.ask(words)
+    }
+
+    /// Runs a command of an administrator's, and reads the answer.
+    pub fn ask<T: redis::FromRedisValue>(&self, words: &str) -> T {
         let mut words = words.split(' ');
         let mut command = redis::cmd(words.next().unwrap());
         words.for_each(|word| {
@@ -60,9 +80,13 @@ impl Server {
         command.query(&mut self.try_connect().unwrap()).unwrap()
     }
 
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Its number among the system's processes.
     pub fn process(&self) -> String {
-        let info: String = redis::cmd("INFO").arg("server").query(&mut self.try_connect().unwrap()).unwrap();
+        let info: String = self.ask("INFO server");
         info.lines().find_map(|line| line.strip_prefix("process_id:")).unwrap().trim().to_owned()
     }
 
@@ -78,6 +102,11 @@ impl Server {
         let sha = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
         Node { connection, speaker, keys, sha, quotas: quotas.to_vec() }
     }
+}
+
+/// A port that nobody has now.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 impl Drop for Server {

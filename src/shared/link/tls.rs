@@ -1,0 +1,56 @@
+//! TLS toward Redis.
+
+use super::target::Files;
+use crate::upstream;
+use anyhow::{Context as _, bail};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+
+/// The machine's roots, which every environment's connection trusts: read once.
+static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
+
+/// What connects by TLS.
+///
+/// # Errors
+/// A file cannot be read, or holds something else.
+pub(super) fn connector(files: &Files) -> anyhow::Result<TlsConnector> {
+    let roots = match &files.ca {
+        Some(path) => Arc::new(roots_of(path)?),
+        None => ROOTS.get_or_init(|| Arc::new(upstream::trusted_roots())).clone(),
+    };
+    let config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots);
+    let config = match &files.own {
+        None => config.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let file = key.display();
+            let key = PrivateKeyDer::from_pem_file(key).with_context(|| format!("key_file {file}"))?;
+            let chain =
+                certificates(certificate).with_context(|| format!("cert_file {}", certificate.display()))?;
+            config.with_client_auth_cert(chain, key).with_context(|| format!("key_file {file}"))?
+        }
+    };
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+fn roots_of(path: &Path) -> anyhow::Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    let in_file = || format!("ca_file {}", path.display());
+    for certificate in certificates(path).with_context(in_file)? {
+        roots.add(certificate).with_context(in_file)?;
+    }
+    Ok(roots)
+}
+
+fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let certificates = CertificateDer::pem_file_iter(path)?.collect::<Result<Vec<_>, _>>()?;
+    if certificates.is_empty() {
+        bail!("there is no certificate in it");
+    }
+    Ok(certificates)
+}

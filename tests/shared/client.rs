@@ -1,0 +1,106 @@
+//! A node that reserves by a link of its own.
+
+use super::server::full;
+use std::time::Duration;
+use tollgate::clock::{self, Stopwatch};
+use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
+use tollgate::shared::{Away, Cells, Link, Otherwise, Reserve, Speaker, Verdict};
+
+/// Within this time of its return a server is in use again.
+pub const SOON: Duration = Duration::from_secs(2);
+
+/// A node with one quota that nothing exhausts.
+pub struct Client {
+    pub link: Link,
+    environment: &'static str,
+    speaker: Speaker,
+    quotas: Vec<Quota>,
+    next: u64,
+}
+
+impl Client {
+    /// Of the environment `staging`, when it has joined.
+    pub async fn of(url: &str) -> Self {
+        Self::in_environment(url, "staging").await
+    }
+
+    pub async fn in_environment(url: &str, environment: &'static str) -> Self {
+        let mut client = Self::waiting(url, environment);
+        client.is_back().await;
+        client
+    }
+
+    /// That has not joined yet.
+    pub fn waiting(url: &str, environment: &'static str) -> Self {
+        let per = Per { written: "minute".into(), ms: 60_000 };
+        let (kind, limit, window) = (Kind::Requests, 1 << 30, Window::Rolling { burst: 1 << 30 });
+        let quotas = vec![Quota { scope: Scope::Environment, kind, limit, per, window }];
+        let link = Link::new(url, "test", &format!("test:{{{environment}}}:q")).unwrap();
+        tokio::spawn(link.clone().run());
+        let now = clock::now();
+        let speaker = Speaker::new(Cells::of(&quotas, now), "one", now);
+        Self { link, environment, speaker, quotas, next: 0 }
+    }
+
+    /// Another user of its link, which numbers its requests from here.
+    pub fn twin(&self, next: u64) -> Self {
+        let Self { link, environment, speaker, quotas, .. } = self;
+        Self { link: link.clone(), environment, speaker: speaker.clone(), quotas: quotas.clone(), next }
+    }
+
+    fn keys(&self) -> [String; 3] {
+        self.speaker.keys("test", self.environment)
+    }
+
+    pub async fn reserve(&mut self) -> Result<Verdict, Away> {
+        self.next += 1;
+        let id = self.next.to_string();
+        let reserve = Reserve {
+            id: &id,
+            deadline: None,
+            max_in_flight: 0,
+            otherwise: Otherwise::Reject,
+            generates: true,
+            amounts: Amounts::of_request(1, 1),
+            completions: 1,
+        };
+        let command = self.speaker.reserve(&reserve, &[0]);
+        let keys = self.keys();
+        self.link.call(&keys, &command).await.map(|answer| answer.verdict)
+    }
+
+    /// Waits until calls are answered again, joins anew, and tells how long that took.
+    pub async fn is_back(&mut self) -> Duration {
+        let clock = Stopwatch::start();
+        let mut up = self.link.watch();
+        let keys = self.keys();
+        loop {
+            let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
+            drop(waited.await.expect("Redis is back"));
+            let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()), &[]);
+            // A server that is thawed may still be busy with what it was sent before.
+            if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
+                return clock.elapsed();
+            }
+        }
+    }
+
+    /// The first call fails within 50 ms, the others at once, for this long.
+    pub async fn is_away(&mut self, longest: Duration) {
+        let clock = Stopwatch::start();
+        assert_eq!(self.reserve().await, Err(Away));
+        let first = clock.elapsed();
+        assert!(first <= Duration::from_millis(50), "the first failing call took {first:?}");
+        let mut took = Vec::new();
+        while clock.elapsed() < longest {
+            let one = Stopwatch::start();
+            assert_eq!(self.reserve().await, Err(Away));
+            took.push(one.elapsed());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        took.sort_unstable();
+        let usual = took[took.len() / 2];
+        assert!(usual <= Duration::from_millis(1), "later calls take {usual:?}");
+        assert!(self.link.trouble().is_some());
+    }
+}

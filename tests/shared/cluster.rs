@@ -1,0 +1,123 @@
+//! Environments whose slots are on different servers of a cluster, and move.
+
+use super::client::{Client, SOON};
+use super::server::{Server, free_port};
+use std::time::Duration;
+use tollgate::clock::Stopwatch;
+use tollgate::shared::{Away, Verdict};
+
+const SLOTS: [&str; 3] = ["0 5460", "5461 10922", "10923 16383"];
+/// Environments that have slots on the first, second and third server.
+const ENVIRONMENTS: [&str; 3] = ["bar", "test", "foo"];
+
+struct Cluster {
+    servers: Vec<Server>,
+    ports: Vec<u16>,
+}
+
+impl Cluster {
+    async fn start() -> Self {
+        let (mut servers, mut ports) = (Vec::new(), Vec::new());
+        for (place, slots) in (1..).zip(SLOTS) {
+            let (port, bus) = (free_port(), free_port());
+            let server = Server::with(&format!(
+                "--port {port} --cluster-enabled yes --cluster-port {bus} --cluster-node-timeout 2000"
+            ));
+            server.admin(&format!("CLUSTER SET-CONFIG-EPOCH {place}"));
+            server.admin(&format!("CLUSTER ADDSLOTSRANGE {slots}"));
+            for other in &servers {
+                let other: &Server = other;
+                other.admin(&format!("CLUSTER MEET 127.0.0.1 {port} {bus}"));
+            }
+            servers.push(server);
+            ports.push(port);
+        }
+        let cluster = Self { servers, ports };
+        let clock = Stopwatch::start();
+        while !cluster.servers.iter().all(|server| {
+            let info = server.ask::<String>("CLUSTER INFO");
+            info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
+        }) {
+            assert!(clock.elapsed() < Duration::from_secs(20), "the cluster does not come together");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        cluster
+    }
+
+    fn url(&self) -> String {
+        let hosts: Vec<_> = self.ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        format!("redis+cluster://{}", hosts.join(","))
+    }
+
+    fn id(&self, server: usize) -> String {
+        self.servers[server].ask("CLUSTER MYID")
+    }
+
+    /// Moves an environment's slot with all that is in it.
+    fn move_slot(&self, environment: &str, from: usize, to: usize) {
+        let slot: u16 = self.servers[0].ask(&format!("CLUSTER KEYSLOT {environment}"));
+        self.servers[to].admin(&format!("CLUSTER SETSLOT {slot} IMPORTING {}", self.id(from)));
+        self.servers[from].admin(&format!("CLUSTER SETSLOT {slot} MIGRATING {}", self.id(to)));
+        let keys: Vec<String> = self.servers[from].ask(&format!("CLUSTER GETKEYSINSLOT {slot} 100"));
+        let port = self.ports[to];
+        self.servers[from].admin(&format!("MIGRATE 127.0.0.1 {port}  0 5000 KEYS {}", keys.join(" ")));
+        for server in [to, from, 3 - to - from] {
+            self.servers[server].admin(&format!("CLUSTER SETSLOT {slot} NODE {}", self.id(to)));
+        }
+    }
+}
+
+#[tokio::test]
+async fn each_environment_has_its_server() {
+    let mut cluster = Cluster::start().await;
+    let url = cluster.url();
+    let mut clients = Vec::new();
+    for environment in ENVIRONMENTS {
+        let mut client = Client::in_environment(&url, environment).await;
+        assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
+        assert_eq!(client.link.faults().await.unwrap().len(), 1, "that nothing is kept on disk");
+        clients.push(client);
+    }
+    for server in &cluster.servers {
+        let keys: Vec<String> = server.ask("KEYS test:*:q");
+        assert_eq!(keys.len(), 1, "{keys:?}");
+    }
+
+    // A server is gone: the environments of the others go on.
+    cluster.servers[1].kill();
+    clients[1].is_away(Duration::from_millis(300)).await;
+    for other in [0, 2] {
+        assert_eq!(clients[other].reserve().await, Ok(Verdict::Admitted));
+    }
+}
+
+#[tokio::test]
+async fn a_slot_that_moves_is_followed() {
+    let cluster = Cluster::start().await;
+    // The one who has the slot then is not among those asked first.
+    let url = format!("redis+cluster://127.0.0.1:{},127.0.0.1:{}", free_port(), cluster.ports[1]);
+    let mut client = Client::in_environment(&url, "bar").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for (from, to) in [(0, 2), (2, 1)] {
+        cluster.move_slot("bar", from, to);
+        let clock = Stopwatch::start();
+        assert_eq!(client.reserve().await, Err(Away));
+        assert!(clock.elapsed() < Duration::from_millis(50), "{:?}", clock.elapsed());
+        let mut up = client.link.watch();
+        up.wait_for(|&number| number > 0).await.unwrap();
+        assert_eq!(client.reserve().await, Ok(Verdict::Admitted), "the quotas have moved with the slot");
+        assert!(clock.elapsed() < SOON, "{:?}", clock.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn a_url_of_one_server_is_told_from_one_of_a_cluster() {
+    let cluster = Cluster::start().await;
+    let url = format!("redis://127.0.0.1:{}", cluster.ports[0]);
+    let elsewhere = Client::waiting(&url, "foo");
+    let here = Client::in_environment(&url, "bar").await;
+    let trouble = elsewhere.link.trouble().unwrap();
+    assert!(trouble.contains("MOVED") && trouble.contains("redis+cluster://"), "{trouble}");
+    let faults = here.link.faults().await.unwrap();
+    assert!(faults.iter().any(|fault| fault.contains("redis+cluster://")), "{faults:?}");
+}
