@@ -10,7 +10,7 @@ mod link;
 use crate::clock::Timestamp;
 use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
 
-pub use link::{Away, DEADLINE, Link, check_url};
+pub use link::{Away, DEADLINE, Link, Turn, check_url};
 
 /// The script, for `EVALSHA` and `EVAL`.
 pub const SCRIPT: &str = include_str!("shared/script.lua");
@@ -273,9 +273,9 @@ impl Speaker {
         command
     }
 
-    /// Holds room in these cells.
+    /// Holds room in these cells; answers with the number of requests in flight and of nodes alive.
     pub fn reserve(&mut self, reserve: &Reserve<'_>, touched: &[u32]) -> Command {
-        let mut command = self.begin("reserve", 1);
+        let mut command = self.begin("reserve", 2);
         command.text(reserve.id);
         command.text(&reserve.deadline.map_or(0, |at| at.0).to_string());
         command.int(reserve.max_in_flight);

@@ -367,7 +367,9 @@ impl Counters {
             return Answered::Again;
         }
         shared::load(&mut self.quotas, &question.touched, answer);
-        let in_flight = answer.told.first().map_or(0, |&n| u64::try_from(n).unwrap_or(0));
+        let told = |at: usize| answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0));
+        let in_flight = told(0);
+        cluster.nodes = told(1).max(1);
         let is_full = self.rules.max_in_flight.is_some_and(|most| in_flight >= most);
         let decided = self.decide(answer.now, want, question.allowance, is_full);
         if decided.is_ok() != was_admitted {

@@ -151,9 +151,10 @@ impl Account {
         let Some(node) = &self.node else { return self.try_alone(want) };
         let mut has_waited = false;
         for _ in 0..ATTEMPTS {
+            let Ok(turn) = node.link.turn().await else { break };
             let Some(question) = self.lock().question(clock::now(), want) else { break };
             let mut limbo = Limbo { account: self, id: Some(question.id) };
-            let Ok(answer) = node.call(&question.command).await else { break };
+            let Ok(answer) = turn.call(&node.keys, &question.command).await else { break };
             limbo.id = None;
             match self.lock().answered(clock::now(), want, &question, &answer) {
                 // What has ended here is to be known there before anybody is denied.

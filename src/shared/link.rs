@@ -19,18 +19,23 @@ use find::{Connection, Finder};
 use redis::aio::MultiplexedConnection;
 use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
 use sha1_smol::Sha1;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use target::Target;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
 /// A call has failed if for so long it is not answered, nor any other.
 pub const DEADLINE: Duration = Duration::from_millis(25);
-/// And at the latest after this time: behind a thousand others in a burst a call stands for longer than the deadline.
-pub const LONGEST: Duration = Duration::from_millis(200);
+/// Then it gets so much longer: where the machine is too busy, the server may have had no time yet.
+const SECOND_LOOK: Duration = Duration::from_millis(15);
+/// And at the latest after this time, though others are answered.
+const LONGEST: Duration = Duration::from_millis(200);
+/// More calls than this are not under way at once on one connection. Redis takes all that it finds of each before it
+/// answers any, so that with many nodes none would be answered in time.
+const MOST_AT_ONCE: usize = 16;
 /// After a failure the server is looked for again so much later.
 const RETRY: Duration = Duration::from_millis(200);
 /// How often a server that nobody calls is looked at.
@@ -50,6 +55,25 @@ pub struct Link {
     inner: Arc<Inner>,
 }
 
+/// A place among the calls that are under way on one connection.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    link: &'a Link,
+    number: u64,
+    connection: Connection,
+    _place: SemaphorePermit<'a>,
+}
+
+impl Turn<'_> {
+    /// Runs a command of the script: within the deadline, and at once if Redis is away.
+    ///
+    /// # Errors
+    /// Redis is away. It may have run the command, or may still run it.
+    pub async fn call(self, keys: &[String; 3], command: &Command) -> Result<Answer, Away> {
+        self.link.call_at((self.number, self.connection), keys, command).await
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     finder: Finder,
@@ -60,8 +84,12 @@ struct Inner {
     probe: String,
     sha: String,
     state: Mutex<State>,
+    turns: Semaphore,
     /// Counts answers.
     answered: AtomicU64,
+    /// Those who read answers are asked by this to look once more.
+    readers: mpsc::UnboundedSender<oneshot::Sender<()>>,
+    questions: Mutex<Option<mpsc::UnboundedReceiver<oneshot::Sender<()>>>>,
     /// The number of the connection that works; 0: there is none.
     up: watch::Sender<u64>,
 }
@@ -95,6 +123,7 @@ impl Link {
         let target = Target::parse(url).map_err(anyhow::Error::msg)?;
         let environment = find::hash_tag(slot_key).to_owned();
         let state = State { trouble: Some("it was not reached yet".to_owned()), ..State::default() };
+        let (readers, questions) = mpsc::unbounded_channel();
         let inner = Inner {
             finder: Finder::new(target, slot_key)?,
             probe: format!("{prefix}:{{{environment}}}:probe"),
@@ -102,19 +131,47 @@ impl Link {
             prefix: prefix.to_owned(),
             sha: Sha1::from(SCRIPT).digest().to_string(),
             state: Mutex::new(state),
+            turns: Semaphore::new(MOST_AT_ONCE),
             answered: AtomicU64::new(0),
+            readers,
+            questions: Mutex::new(Some(questions)),
             up: watch::channel(0).0,
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Runs a command of the script: within the deadline, and at once if Redis is away.
+    /// Waits for a place among the calls that are under way.
+    ///
+    /// # Errors
+    /// Redis is away, or went away meanwhile.
+    pub async fn turn(&self) -> Result<Turn<'_>, Away> {
+        let mut up = self.inner.up.subscribe();
+        let (number, connection) = self.connection().ok_or(Away)?;
+        tokio::select! {
+            biased;
+            place = self.inner.turns.acquire() => {
+                let place = place.map_err(|_| Away)?;
+                Ok(Turn { link: self, number, connection, _place: place })
+            }
+            _ = up.wait_for(|&now| now != number) => Err(Away),
+        }
+    }
+
+    /// Waits for its turn, and runs a command of the script.
     ///
     /// # Errors
     /// Redis is away. It may have run the command, or may still run it.
     pub async fn call(&self, keys: &[String; 3], command: &Command) -> Result<Answer, Away> {
+        self.turn().await?.call(keys, command).await
+    }
+
+    async fn call_at(
+        &self,
+        (number, connection): (u64, Connection),
+        keys: &[String; 3],
+        command: &Command,
+    ) -> Result<Answer, Away> {
         let mut up = self.inner.up.subscribe();
-        let (number, connection) = self.connection().ok_or(Away)?;
         let address = connection.address.clone();
         let gone = up.wait_for(|&now| now != number);
         let numbers = tokio::select! {
@@ -140,15 +197,37 @@ impl Link {
         let answered = || self.inner.answered.load(Ordering::Relaxed);
         let (mut call, begun, mut before) = (pin!(call), Stopwatch::start(), answered());
         loop {
-            if let Ok(answer) = timeout(DEADLINE, call.as_mut()).await {
+            let in_time = async { timeout(DEADLINE, call.as_mut()).await.ok() };
+            let answer = match in_time.await {
+                None => self.on_second_thoughts(call.as_mut(), LONGEST.saturating_sub(begun.elapsed())).await,
+                answer => answer,
+            };
+            if answer.is_some() {
                 self.inner.answered.fetch_add(1, Ordering::Relaxed);
-                return Some(answer);
+                return answer;
             }
             let now = answered();
             if now == before || begun.elapsed() >= LONGEST {
                 return None;
             }
             before = now;
+        }
+    }
+
+    /// On a machine that is too busy the answer may be there, and nobody has come to read it: whoever reads answers is
+    /// asked to look once more before the server is blamed.
+    async fn on_second_thoughts<T>(
+        &self,
+        mut call: Pin<&mut impl Future<Output = T>>,
+        longest: Duration,
+    ) -> Option<T> {
+        let (asks, has_looked) = oneshot::channel();
+        // Where nobody reads answers there is no connection either.
+        self.inner.readers.send(asks).ok()?;
+        tokio::select! {
+            biased;
+            answer = call.as_mut() => Some(answer),
+            _ = timeout(longest, has_looked) => timeout(Duration::ZERO, call).await.ok(),
         }
     }
 
@@ -181,8 +260,22 @@ impl Link {
         self.inner.up.subscribe()
     }
 
-    /// Connects, and connects anew whenever that is lost; runs for ever.
+    /// Connects, and connects anew whenever that is lost; runs for ever, in the runtime that reads the answers.
     pub async fn run(self) {
+        let questions = self.inner.questions.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let look = async {
+            let Some(mut questions) = questions else { return };
+            while let Some(asks) = questions.recv().await {
+                // Sleeping lets the runtime read what has come.
+                sleep(SECOND_LOOK).await;
+                // Whoever asked may have gone.
+                let _ = asks.send(());
+            }
+        };
+        tokio::join!(look, self.keep_connected());
+    }
+
+    async fn keep_connected(&self) {
         loop {
             match self.connect().await {
                 Ok(connection) => {

@@ -284,18 +284,19 @@ end
 
 local run = {}
 
--- Holds room for a request in all cells or in none. The states returned are those before.
+-- Holds room for a request in all cells or in none. Returns how many requests are in flight, how many nodes are alive,
+-- and the states before.
 function run.reserve()
   local id, deadline, most, mode, generates = text(), int(), int(), text(), int() == 1
   local ask, completions = amounts(), int()
   local names = texts(int())
   if deadline > 0 and now > deadline then return { LATE, now } end
-  local known = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight')
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight', 'alive')
   load(names)
   local in_flight = tonumber(known[2]) or 0
   if (tonumber(known[1]) or 0) <= 0 or not all_known(names) then return { UNKNOWN, now } end
   if not advance(names) then return { BOUNDS, now } end
-  local reply = { FULL, now, in_flight }
+  local reply = { FULL, now, in_flight, tonumber(known[3]) or 1 }
   for _, name in ipairs(names) do
     shown(reply, name)
     dirty[name] = true
@@ -506,6 +507,11 @@ function run.join()
   end
   redis.call('HINCRBY', meta_key, 'in_flight', taken_up)
   redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
+  local fields, alive = redis.call('HGETALL', meta_key), 0
+  for i = 1, #fields, 2 do
+    if fields[i]:sub(1, 2) == 's:' and tonumber(fields[i + 1]) > now then alive = alive + 1 end
+  end
+  redis.call('HSET', meta_key, 'alive', alive)
   save()
   return { DONE, now, made, differing, last, max(regains - now, 0) }
 end
@@ -559,6 +565,7 @@ function run.beat()
       end
     end
   end
+  redis.call('HSET', meta_key, 'alive', alive)
   save()
   local reply = { DONE, now, alive, tonumber(redis.call('HGET', meta_key, 'in_flight')) or 0 }
   for _, name in ipairs(names) do shown(reply, name) end
