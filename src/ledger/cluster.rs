@@ -43,6 +43,8 @@ pub(super) struct Cluster {
     /// Nodes alive, and requests in flight on all of them, as last heard.
     nodes: u64,
     in_flight: u64,
+    /// Quotas have other limits there than in this node's config.
+    differs: bool,
     /// Redis's clock is so many milliseconds ahead of this node's.
     ahead_ms: i64,
     next_id: u64,
@@ -125,6 +127,7 @@ impl Cluster {
             was_here: false,
             nodes: 1,
             in_flight: 0,
+            differs: false,
             ahead_ms: 0,
             next_id: 1,
             open: HashMap::new(),
@@ -367,9 +370,8 @@ impl Counters {
             return Answered::Again;
         }
         shared::load(&mut self.quotas, &question.touched, answer);
-        let told = |at: usize| answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0));
-        let in_flight = told(0);
-        cluster.nodes = told(1).max(1);
+        let in_flight = told(answer, 0);
+        cluster.nodes = told(answer, 1).max(1);
         let is_full = self.rules.max_in_flight.is_some_and(|most| in_flight >= most);
         let decided = self.decide(answer.now, want, question.allowance, is_full);
         if decided.is_ok() != was_admitted {
@@ -473,17 +475,16 @@ impl Counters {
         Some(cluster.speaker.join(cluster.terms.stamp, cluster.was_here, &states, &held))
     }
 
-    /// Redis has answered to that. Returns how many quotas have other limits there, and for how many milliseconds
-    /// others are to be waited for; `None`: it has to be asked anew.
-    pub(super) fn joined(&mut self, own: Timestamp, answer: &Answer) -> Option<(u64, u64)> {
+    /// Redis has answered to that. Returns for how many milliseconds others are to be waited for; `None`: it has to be
+    /// asked anew.
+    pub(super) fn joined(&mut self, own: Timestamp, answer: &Answer) -> Option<u64> {
         let cluster = self.cluster.as_deref_mut()?;
         cluster.heard(own, answer);
         if answer.verdict != Verdict::Done {
             return None;
         }
         cluster.was_here = true;
-        let told = |at: usize| answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0));
-        Some((told(1), told(3)))
+        Some(told(answer, 3))
     }
 
     /// From now on Redis is asked. What was spent meanwhile is paid in, and what is in flight has to be told by one more
@@ -512,24 +513,28 @@ impl Counters {
         Some(cluster.speaker.beat())
     }
 
-    /// Redis has answered to that; `false`: it has to be asked anew.
-    pub(super) fn beaten(&mut self, own: Timestamp, answer: &Answer) -> bool {
-        let Some(cluster) = self.cluster.as_deref_mut() else { return false };
+    /// Redis has answered to that. Returns whether quotas have other limits there than in this node's config, if that is
+    /// news; `None`: it has to be asked anew.
+    pub(super) fn beaten(&mut self, own: Timestamp, answer: &Answer) -> Option<bool> {
+        let cluster = self.cluster.as_deref_mut()?;
         cluster.heard(own, answer);
         if answer.verdict != Verdict::Done {
-            return false;
+            return None;
         }
-        let told = |at: usize| answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0));
-        (cluster.nodes, cluster.in_flight) = (told(0).max(1), told(1));
+        (cluster.nodes, cluster.in_flight) = (told(answer, 0).max(1), told(answer, 1));
         if cluster.is_alone() {
-            return true;
+            return Some(false);
         }
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
         shared::load(&mut self.quotas, &all, answer);
         for (index, (state, is_override)) in answer.states.iter().enumerate() {
             self.limits.follow(index, is_override.then(|| limit(state)));
         }
-        true
+        let differs = |(quota, (state, is_override)): (&Quota, &(State, bool))| {
+            !is_override && limit(state) != (quota.limit, quota.capacity())
+        };
+        let differs = self.limits.configured().iter().zip(&answer.states).any(differs);
+        Some(differs && !std::mem::replace(&mut cluster.differs, differs))
     }
 
     /// The calls that set a limit: of each quota so named. Empty: there is none.
@@ -561,6 +566,10 @@ impl Counters {
     pub(super) fn leave_command(&mut self) -> Option<Command> {
         Some(self.cluster.as_deref_mut()?.speaker.leave())
     }
+}
+
+fn told(answer: &Answer, at: usize) -> u64 {
+    answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0))
 }
 
 fn limit(state: &State) -> (u64, u64) {

@@ -262,14 +262,7 @@ impl Account {
 
     /// Takes part again; `None`: Redis is away, or says something odd.
     async fn join(&self, node: &Node) -> Option<()> {
-        let (differing, wait) = self.call_to_join(node).await?;
-        if differing > 0 {
-            tracing::warn!(
-                environment = node.environment,
-                quotas = differing,
-                "nodes have differing limits: those of the newest config file hold, or an administrator's"
-            );
-        }
+        let wait = self.call_to_join(node).await?;
         if wait > 0 {
             tracing::warn!(
                 environment = node.environment,
@@ -284,7 +277,7 @@ impl Account {
         self.beat(node).await
     }
 
-    async fn call_to_join(&self, node: &Node) -> Option<(u64, u64)> {
+    async fn call_to_join(&self, node: &Node) -> Option<u64> {
         for _ in 0..ATTEMPTS {
             let command = self.lock().join(clock::now())?;
             let answer = node.call(&command).await.ok()?;
@@ -342,8 +335,14 @@ impl Account {
             let command = self.lock().beat(clock::now())?;
             let answer = node.call(&command).await.ok()?;
             let mut counters = self.lock();
-            if counters.beaten(clock::now(), &answer) {
+            if let Some(differs) = counters.beaten(clock::now(), &answer) {
                 drop(counters);
+                if differs {
+                    tracing::warn!(
+                        environment = node.environment,
+                        "nodes have differing limits: those of the config file that was written last hold"
+                    );
+                }
                 // Others may have given back what somebody here waits for.
                 self.line.somebody_has_ended();
                 return Some(());
