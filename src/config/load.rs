@@ -9,6 +9,7 @@ use super::{
 };
 use super::{check, environments, overrides, units, upstreams, variables, yaml};
 use crate::glob::Glob;
+use crate::shared;
 use http::HeaderValue;
 use std::io::Read as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -306,11 +307,8 @@ fn redis(item: &Item<'_>) -> Option<Redis> {
 /// Not repeated in a message: it may hold a password.
 fn redis_url<'n>(item: &Item<'n>) -> Option<&'n str> {
     let url = item.text()?;
-    let has_host = ["redis://", "rediss://"]
-        .iter()
-        .any(|scheme| url.strip_prefix(scheme).is_some_and(|h| !h.is_empty()));
-    if !has_host {
-        item.fault("this has to be a URL such as redis://127.0.0.1:6379/0 (rediss: with TLS)");
+    if let Err(what) = shared::check_url(url) {
+        item.fault(what);
     }
     Some(url)
 }

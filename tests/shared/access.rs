@@ -7,11 +7,12 @@ use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::shared::{Away, Link, Verdict};
 
-const RIGHTS: &str = "~test:* +eval +evalsha +set +time +hset +hincrby +hget +hmget +hgetall +hkeys +hlen +hexists +hscan +hdel";
+/// What a user needs.
+pub const RIGHTS: &str = "~test:* +eval +evalsha +set +time +hset +hincrby +hget +hmget +hgetall +hkeys +hlen +hexists +hscan +hdel";
 
 /// Makes a certificate that both sides show, and that both trust.
-fn certify(folder: &Path) {
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+pub fn certify(folder: &Path) {
+    let made = rcgen::generate_simple_self_signed(["localhost", "127.0.0.1"].map(str::to_owned)).unwrap();
     std::fs::write(folder.join("cert.pem"), made.cert.pem()).unwrap();
     std::fs::write(folder.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
 }
@@ -65,7 +66,7 @@ async fn a_certificate_has_to_be_trusted_by_both() {
     for (url, says) in [
         (ca, "ertificate"),
         (format!("rediss://localhost:{port}"), "UnknownIssuer"),
-        (own.replace("localhost", "127.0.0.1"), "not valid for name"),
+        (own.replace("localhost", "[::1]"), "not valid for name"),
     ] {
         let client = Client::waiting(&url, "staging");
         let trouble = trouble(&client.link).await;

@@ -80,6 +80,7 @@ impl Client {
             let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()), &[]);
             // A server that is thawed may still be busy with what it was sent before.
             if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
+                println!("back after {:?}", clock.elapsed());
                 return clock.elapsed();
             }
         }
@@ -100,6 +101,7 @@ impl Client {
         }
         took.sort_unstable();
         let usual = took[took.len() / 2];
+        println!("the first failing call took {first:?}, later ones {usual:?}");
         assert!(usual <= Duration::from_millis(1), "later calls take {usual:?}");
         assert!(self.link.trouble().is_some());
     }

@@ -1,6 +1,7 @@
 //! Environments whose slots are on different servers of a cluster, and move.
 
 use super::client::{Client, SOON};
+use super::sentinel::until;
 use super::server::{Server, free_port};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
@@ -15,32 +16,32 @@ struct Cluster {
     ports: Vec<u16>,
 }
 
+/// A server with its port, and that of the cluster's own talk.
+fn node() -> (Server, u16, u16) {
+    let (port, bus) = (free_port(), free_port());
+    let how = "--cluster-enabled yes --cluster-node-timeout 1000 --repl-diskless-sync-delay 0";
+    (Server::with(&format!("--port {port} --cluster-port {bus} {how}")), port, bus)
+}
+
 impl Cluster {
     async fn start() -> Self {
         let (mut servers, mut ports) = (Vec::new(), Vec::new());
         for (place, slots) in (1..).zip(SLOTS) {
-            let (port, bus) = (free_port(), free_port());
-            let server = Server::with(&format!(
-                "--port {port} --cluster-enabled yes --cluster-port {bus} --cluster-node-timeout 2000"
-            ));
+            let (server, port, bus) = node();
             server.admin(&format!("CLUSTER SET-CONFIG-EPOCH {place}"));
             server.admin(&format!("CLUSTER ADDSLOTSRANGE {slots}"));
             for other in &servers {
-                let other: &Server = other;
-                other.admin(&format!("CLUSTER MEET 127.0.0.1 {port} {bus}"));
+                Server::admin(other, &format!("CLUSTER MEET 127.0.0.1 {port} {bus}"));
             }
             servers.push(server);
             ports.push(port);
         }
         let cluster = Self { servers, ports };
-        let clock = Stopwatch::start();
-        while !cluster.servers.iter().all(|server| {
+        let is_whole = |server: &Server| {
             let info = server.ask::<String>("CLUSTER INFO");
             info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
-        }) {
-            assert!(clock.elapsed() < Duration::from_secs(20), "the cluster does not come together");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        };
+        until("the cluster to come together", || cluster.servers.iter().all(is_whole)).await;
         cluster
     }
 
@@ -83,12 +84,27 @@ async fn each_environment_has_its_server() {
         assert_eq!(keys.len(), 1, "{keys:?}");
     }
 
-    // A server is gone: the environments of the others go on.
+    // A server is gone: the environments of the others go on, and its own when its replica has taken over.
+    let (replica, port, bus) = node();
+    cluster.servers[0].admin(&format!("CLUSTER MEET 127.0.0.1 {port} {bus}"));
+    let id = cluster.id(1);
+    until("to meet", || replica.ask::<String>("CLUSTER NODES").contains(&id)).await;
+    replica.admin(&format!("CLUSTER REPLICATE {id}"));
+    // Each has to know of it: they vote.
+    let nodes = |server: &Server| server.ask::<String>("CLUSTER NODES");
+    let is_known = |server: &Server| nodes(server).contains(&format!("slave {id}"));
+    until("to be known", || cluster.servers.iter().all(is_known) && nodes(&replica).contains("5461-10922"))
+        .await;
+    let info = || replica.ask::<String>("INFO replication");
+    until("replication", || info().contains("master_link_status:up")).await;
     cluster.servers[1].kill();
     clients[1].is_away(Duration::from_millis(300)).await;
     for other in [0, 2] {
         assert_eq!(clients[other].reserve().await, Ok(Verdict::Admitted));
     }
+    until("the failover", || info().contains("role:master")).await;
+    let back = clients[1].is_back().await;
+    assert!(back <= SOON, "{back:?}");
 }
 
 #[tokio::test]

@@ -1,9 +1,11 @@
 //! A master that is replaced by its replica, as sentinels tell.
 
+use super::access::{RIGHTS, certify};
 use super::client::{Client, SOON};
 use super::server::{Server, free_port};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
+use tollgate::shared::Verdict;
 
 fn sentinel(port: u16, master: u16) -> Server {
     let config = format!(
@@ -16,7 +18,8 @@ fn sentinel(port: u16, master: u16) -> Server {
     })
 }
 
-async fn until(what: &str, is_so: impl Fn() -> bool) {
+/// Waits until something is so.
+pub async fn until(what: &str, is_so: impl Fn() -> bool) {
     let clock = Stopwatch::start();
     while !is_so() {
         assert!(clock.elapsed() < Duration::from_secs(20), "{what} takes too long");
@@ -49,8 +52,37 @@ async fn a_replica_takes_over() {
     let number = *up.borrow();
     master.start_again();
     until("the old master's return", || info(&master).contains("role:slave")).await;
-    assert_eq!(client.reserve().await.unwrap(), tollgate::shared::Verdict::Admitted);
+    assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
     assert_eq!(*up.borrow(), number);
+}
+
+#[tokio::test]
+async fn sentinels_may_want_tls_and_a_password_too() {
+    let (first, watching) = (free_port(), free_port());
+    let files = "--tls-cert-file @/cert.pem --tls-key-file @/key.pem --tls-ca-cert-file @/cert.pem \
+                 --tls-auth-clients no --tls-replication yes --port 0";
+    let master = Server::prepared(&format!("{files} --tls-port {first}"), certify);
+    master.admin(&format!("ACL SETUSER gate on >a-secret {RIGHTS}"));
+    let config = format!(
+        "sentinel monitor quotas 127.0.0.1 {first} 1\nuser gate on >a-secret +sentinel|get-master-addr-by-name\n\
+         user default off\n"
+    );
+    let _sentinel =
+        Server::prepared(&format!("@/sentinel.conf --sentinel {files} --tls-port {watching}"), |own| {
+            std::fs::write(own.join("sentinel.conf"), config).unwrap();
+            for file in ["cert.pem", "key.pem"] {
+                std::fs::copy(master.folder().join(file), own.join(file)).unwrap();
+            }
+        });
+    let folder = master.folder().display();
+    let at = format!("127.0.0.1:{watching}/quotas?ca_file={folder}/cert.pem");
+    let mut client = Client::of(&format!("rediss+sentinel://gate:a-secret@{at}")).await;
+    assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
+
+    let client = Client::waiting(&format!("rediss+sentinel://gate:no-secret@{at}"), "staging");
+    let is_told = || client.link.trouble().is_some_and(|trouble| trouble.contains("WRONGPASS"));
+    until("to be told", is_told).await;
+    assert!(!client.link.trouble().unwrap().contains("no-secret"));
 }
 
 #[tokio::test]

@@ -234,7 +234,7 @@ fn listeners_and_the_store_fit_together() {
             top("store: { memory: true, redis: { url: 'redis://r' } }"),
             "store.memory: counters are kept in memory or in redis",
         ),
-        (top("store: { redis: { url: 'http://r' } }"), "redis://127.0.0.1:6379/0"),
+        (top("store: { redis: { url: 'http://r' } }"), "redis+sentinel://"),
         (top("store: { redis: { prefix: p } }"), "\"url\" is missing"),
         (top("store: { path: '' }"), "is not a path"),
         (top("models: [{ match: a }]"), "models[0]: give just one of these: an encoding"),
@@ -321,7 +321,8 @@ fn no_message_repeats_a_secret_or_what_comes_from_outside() {
         (with_upstream("base_url: 'http://me:a-key-from-outside-1@u'"), "user name or password"),
         (with_upstream("base_url: 'http://u', api_key: '${KEY} '"), "spaces around it"),
         (with_upstream("base_url: 'http://u', headers: { x: \"${KEY}\\n\" }"), "no header can carry"),
-        (top("store: { redis: { url: 'x://:a-key-from-outside-1@r' } }"), "this has to be a URL"),
+        (top("store: { redis: { url: 'x://:a-key-from-outside-1@r' } }"), "begins with no scheme"),
+        (top("store: { redis: { url: 'redis://:a-key-from-outside-1@r:x' } }"), "a port is a number"),
     ] {
         let all = faults(&text);
         assert!(all.contains(told), "{told}\n--- in\n{all}");

@@ -96,7 +96,7 @@ fn read(url: &str) -> Result<Target, String> {
     let options = Options::read(query, form, has_tls)?;
     // A path has no @, so a password may have one as it is.
     let (login, rest) = match rest.rsplit_once('@') {
-        Some((login, rest)) if !rest.is_empty() && !login.starts_with('/') => (login, rest),
+        Some((login, rest)) if !login.starts_with('/') => (login, rest),
         _ => ("", rest),
     };
     let login = login_of(login)?;
@@ -310,7 +310,7 @@ mod tests {
             ("localhost:6379", "no URL"),
             ("http://:secret@h", "no scheme"),
             ("redis://", "host is missing"),
-            ("redis://:secret@", "malformed"),
+            ("redis://:secret@", "host is missing"),
             ("redis://secret@h", "needs a password"),
             ("redis://:secret@h,b", "several hosts"),
             ("redis://:secret@h:0", "a port"),
