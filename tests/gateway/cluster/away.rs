@@ -1,8 +1,8 @@
 //! Nodes whose Redis is killed, frozen, emptied or not there yet.
 
-use super::support::redis::{Redis, signal};
-use super::support::*;
 use super::{Nodes, config};
+use crate::support::redis::{Redis, signal};
+use crate::support::*;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
 

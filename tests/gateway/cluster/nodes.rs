@@ -1,8 +1,8 @@
 //! Nodes that share quotas, with Redis there.
 
-use super::support::redis::{Redis, signal};
-use super::support::*;
 use super::{Nodes, config};
+use crate::support::redis::{Redis, signal};
+use crate::support::*;
 use std::time::Duration;
 
 /// 1,000 tokens that do not come back while a test runs.

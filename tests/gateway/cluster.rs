@@ -1,17 +1,11 @@
 //! Several gateways that hold one quota together in Redis, and what becomes of them when Redis is not there. Each test
 //! starts a server of its own.
 
-#![allow(clippy::disallowed_methods)] // tests time what they see
-#![allow(missing_docs, unreachable_pub, clippy::panic, clippy::unwrap_used, clippy::missing_panics_doc)]
-#![allow(dead_code, unused_imports)] // the suite of one gateway needs more of the support than these do
-
 mod away;
 mod nodes;
-#[path = "../gateway/support/mod.rs"]
-mod support;
 
-use support::redis::Redis;
-use support::{Gateway, Upstream};
+use crate::support::redis::Redis;
+use crate::support::{Gateway, Upstream};
 
 /// Nodes of one cluster, each a gateway of its own.
 pub struct Nodes(Vec<Gateway>);
