@@ -110,7 +110,7 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
         let verdict = call(&command);
         took.push(begun.elapsed());
         assert_eq!(verdict, Verdict::Admitted);
-        let settle = Step { what: StepKind::Settle, id, amounts: Amounts::of_request(100, 150) };
+        let settle = Step::of(StepKind::Settle, id, Amounts::of_request(100, 150));
         let command = speaker.apply(n, &[settle]);
         assert_eq!(call(&command), Verdict::Done);
     }

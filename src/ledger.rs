@@ -5,6 +5,7 @@ mod commits;
 mod counters;
 mod history;
 mod learned;
+mod lease;
 mod limits;
 mod line;
 mod node;

@@ -9,6 +9,7 @@ mod link;
 
 use crate::clock::Timestamp;
 use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
+use smallvec::SmallVec;
 
 pub use link::{Away, DEADLINE, Link, Turn, check_url};
 
@@ -100,7 +101,19 @@ pub struct Step {
     pub id: String,
     /// More to be held, all that was spent so far, or all that is charged.
     pub amounts: Amounts,
+    /// Of a request admitted out of a lease: where it holds, by place in the config's order.
+    pub cells: SmallVec<[u32; 8]>,
 }
+
+impl Step {
+    /// A step of a reservation that is known already.
+    pub fn of(what: StepKind, id: String, amounts: Amounts) -> Self {
+        Self { what, id, amounts, cells: SmallVec::new() }
+    }
+}
+
+/// The name under which a session's lease is settled, as if it were a reservation: then all of it is given back.
+pub const LEASE: &str = "lease";
 
 /// What to do with a reservation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +126,8 @@ pub enum StepKind {
     Settle,
     /// Not a reservation's: what was spent of a cell by the node alone, see [`Speaker::pay`].
     Pay,
+    /// A request that the node has admitted out of its lease, see [`Speaker::open`].
+    Open,
 }
 
 /// A reservation as its node keeps it.
@@ -303,9 +318,14 @@ impl Speaker {
                 StepKind::Progress => "progress",
                 StepKind::Settle => "settle",
                 StepKind::Pay => "pay",
+                StepKind::Open => "open",
             });
             command.text(&step.id);
             command.amounts(step.amounts);
+            if step.what == StepKind::Open {
+                command.int(step.cells.len() as u64);
+                step.cells.iter().for_each(|&index| command.text(&self.cells.names[index as usize]));
+            }
         }
         command
     }
@@ -313,7 +333,26 @@ impl Speaker {
     /// A step that takes what the node has spent of this cell while it was cut off; `turn` names a calendar's period.
     pub fn pay(&self, index: usize, amount: u64, turn: u64) -> Step {
         let amounts = Amounts { total: amount, prompt: turn, ..Amounts::default() };
-        Step { what: StepKind::Pay, id: self.cells.names[index].clone(), amounts }
+        Step::of(StepKind::Pay, self.cells.names[index].clone(), amounts)
+    }
+
+    /// A step that tells of a request that the node has admitted out of its lease of these cells.
+    pub fn open(&self, id: String, amounts: Amounts, touched: &[u32]) -> Step {
+        Step { what: StepKind::Open, id, amounts, cells: SmallVec::from_slice(touched) }
+    }
+
+    /// Asks for a lease of so much of each cell, together with what it has of them; answers with how much more it has
+    /// now.
+    pub fn lease(&mut self, wanted: &[u64]) -> Command {
+        let mut command = self.begin("lease", wanted.len());
+        command.int(wanted.len() as u64);
+        for (index, wanted) in wanted.iter().enumerate() {
+            command.text(&self.cells.names[index]);
+            command.int(*wanted);
+        }
+        command.calendars =
+            self.cells.quotas.iter().map(|q| matches!(q.window, Window::Calendar { .. })).collect();
+        command
     }
 
     /// Renews the session; answers with the number of nodes alive, of requests in flight, and all cells.

@@ -6,11 +6,12 @@
 //! reservations goes into a journal, which is sent in numbered batches, so that nothing is applied twice.
 
 use super::counters::{Admission, Counters, Grant, NoRoom, Want};
+use super::lease::{Lease, Wants};
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::quota::{Amounts, Quota, Quotas, Receipt, State};
 use crate::shared::{
-    self, Answer, Cells, Command, Held, Otherwise, Piece, Reserve, Speaker, Step, StepKind, Verdict,
+    self, Answer, Cells, Command, Held, LEASE, Otherwise, Piece, Reserve, Speaker, Step, StepKind, Verdict,
 };
 use smallvec::SmallVec;
 use std::collections::{HashMap, VecDeque};
@@ -28,6 +29,8 @@ pub(super) struct Terms {
     pub(super) on_failure: OnStoreFailure,
     /// When the config was written: of two nodes' limits the newer hold.
     pub(super) stamp: u64,
+    /// Requests are admitted out of what the node leases, as far as that reaches.
+    pub(super) leases: bool,
 }
 
 /// One node's part.
@@ -50,6 +53,7 @@ pub(super) struct Cluster {
     next_id: u64,
     open: HashMap<u64, Open>,
     journal: Journal,
+    lease: Option<Lease>,
 }
 
 /// While Redis is away.
@@ -132,6 +136,7 @@ impl Cluster {
             next_id: 1,
             open: HashMap::new(),
             journal: Journal { entries: VecDeque::new(), first: 1 },
+            lease: terms.leases.then(|| Lease::nothing(quotas.len())),
         }
     }
 
@@ -186,7 +191,7 @@ impl Cluster {
         if self.is_alone() || !is_known {
             return;
         }
-        let mut tell = |what, amounts| self.journal.push(Step { what, id: id.to_string(), amounts }, None);
+        let mut tell = |what, amounts| self.journal.push(Step::of(what, id.to_string(), amounts), None);
         if more != Amounts::default() {
             tell(StepKind::Extend, more);
         }
@@ -205,14 +210,22 @@ impl Cluster {
     pub(super) fn settled(&mut self, id: u64, spent: Amounts) {
         let Some(open) = self.open.remove(&id) else { return };
         if open.is_known || !self.is_alone() {
-            let step = Step { what: StepKind::Settle, id: id.to_string(), amounts: spent };
+            let step = Step::of(StepKind::Settle, id.to_string(), spent);
             self.journal.push(step, Some(open));
+        }
+    }
+
+    /// What is left of the lease is given back.
+    pub(super) fn give_lease_back(&mut self) {
+        if self.lease.as_mut().is_some_and(Lease::clear) {
+            let step = Step::of(StepKind::Settle, LEASE.to_owned(), Amounts::default());
+            self.journal.push(step, None);
         }
     }
 
     /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
     pub(super) fn cancel(&mut self, id: u64) {
-        let step = Step { what: StepKind::Settle, id: id.to_string(), amounts: Amounts::default() };
+        let step = Step::of(StepKind::Settle, id.to_string(), Amounts::default());
         self.journal.push(step, None);
     }
 
@@ -346,6 +359,64 @@ impl Counters {
         Some(Question { command, id, allowance, touched, losses, is_early })
     }
 
+    /// Admits out of what this node leases; `None`: that does not reach.
+    pub(super) fn admit_leased(&mut self, own: Timestamp, want: &Want<'_>) -> Option<Admission> {
+        // Requests in flight are counted by Redis alone, and what only watches has to see whether it fits.
+        if !self.rules.enforce || self.rules.max_in_flight.is_some() {
+            return None;
+        }
+        self.cluster.as_deref()?.lease.as_ref()?;
+        let allowance = self.allowance(want);
+        let ask = self.ask(want, allowance);
+        let touched = self.quotas.touched(want.asker);
+        let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
+        let now = cluster.now(own);
+        cluster.lease.as_mut()?.take(now, self.limits.configured(), &touched, &ask)?;
+        let id = cluster.next_id;
+        cluster.next_id += 1;
+        let step = cluster.speaker.open(id.to_string(), ask.amounts, &touched);
+        cluster.journal.push(step, None);
+        let mut admission = self.admit_regardless(now, want, allowance);
+        admission.grant.id = Some(id);
+        self.keep(true, &admission.grant);
+        Some(admission)
+    }
+
+    /// The call that leases more, if it is time for that.
+    pub(super) fn lease(&mut self, own: Timestamp) -> Option<Command> {
+        let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
+        let now = cluster.now(own);
+        let levels = self.quotas.levels(now);
+        let lease = cluster.lease.as_mut()?;
+        match lease.wants(now, &levels, cluster.nodes) {
+            Wants::Nothing => None,
+            Wants::ToGiveBack => {
+                cluster.give_lease_back();
+                None
+            }
+            Wants::More(wanted) => {
+                lease.is_asked_for();
+                cluster.speaker.set_about(now);
+                Some(cluster.speaker.lease(&wanted))
+            }
+        }
+    }
+
+    /// Redis has answered to that; `false`: it does not know this node.
+    pub(super) fn leased(&mut self, own: Timestamp, answer: &Answer) -> bool {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return false };
+        cluster.heard(own, answer);
+        if answer.verdict != Verdict::Done || cluster.is_alone() {
+            return answer.verdict != Verdict::Unknown;
+        }
+        let all: Vec<u32> = (0..).take(answer.states.len()).collect();
+        shared::load(&mut self.quotas, &all, answer);
+        if let Some(lease) = &mut cluster.lease {
+            lease.grow(answer);
+        }
+        true
+    }
+
     /// Comes to the verdict that Redis has come to.
     pub(super) fn answered(
         &mut self,
@@ -440,6 +511,7 @@ impl Counters {
         let Some(cluster) = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone()) else { return };
         let now = cluster.now(own);
         cluster.losses += 1;
+        cluster.give_lease_back();
         let before = self.quotas.clone();
         let states = self.quotas.states(now);
         let own_holds = cluster.own_holds(self.limits.configured(), &states);
@@ -561,6 +633,13 @@ impl Counters {
         let now = cluster.now(own);
         cluster.speaker.set_about(now);
         Some(cluster.speaker.reset())
+    }
+
+    /// The node stops: what it leases goes back.
+    pub(super) fn end_lease(&mut self) {
+        if let Some(cluster) = self.cluster.as_deref_mut() {
+            cluster.give_lease_back();
+        }
     }
 
     pub(super) fn leave_command(&mut self) -> Option<Command> {

@@ -98,7 +98,7 @@ impl Account {
         session: &str,
         stamp: u64,
     ) -> anyhow::Result<()> {
-        let terms = Terms { on_failure: redis.on_failure, stamp };
+        let terms = Terms { on_failure: redis.on_failure, stamp, leases: redis.lease };
         let mut counters = self.lock();
         counters.share(clock::now(), terms, session);
         let keys = counters.cluster().map(|cluster| cluster.keys(&redis.prefix, &environment.name));
@@ -149,6 +149,10 @@ impl Account {
     /// Redis is asked, in one call; while it is away the node's own part is.
     pub(super) async fn try_shared(&self, want: &Want<'_>) -> Result<(Admission, bool), NoRoom> {
         let Some(node) = &self.node else { return self.try_alone(want) };
+        if let Some(admission) = self.lock().admit_leased(clock::now(), want) {
+            self.tell();
+            return Ok((admission, false));
+        }
         let mut has_waited = false;
         for _ in 0..ATTEMPTS {
             let Ok(turn) = node.link.turn().await else { break };
@@ -250,6 +254,7 @@ impl Account {
     }
 
     async fn leave(&self, node: &Node) {
+        self.lock().end_lease();
         if self.lock().cluster().is_none_or(|cluster| cluster.is_alone()) || self.flush(node).await.is_none()
         {
             return;
@@ -299,13 +304,24 @@ impl Account {
                 _ = beat.tick() => true,
             };
             let waiting = node.flushed();
-            let told = self.flush(node).await;
+            let told = self.flush_and_lease(node).await;
             let heard = if is_due || !waiting.is_empty() { self.beat(node).await } else { Some(()) };
             drop(waiting);
             if told.is_none() || heard.is_none() || self.lock().cluster().is_none_or(|c| c.is_alone()) {
                 return;
             }
         }
+    }
+
+    async fn flush_and_lease(&self, node: &Node) -> Option<()> {
+        self.flush(node).await?;
+        let lease = self.lock().lease(clock::now());
+        if let Some(command) = lease {
+            let answer = node.call(&command).await.ok()?;
+            return self.lock().leased(clock::now(), &answer).then_some(());
+        }
+        // Leases may have been given back.
+        self.flush(node).await
     }
 
     async fn flush(&self, node: &Node) -> Option<()> {

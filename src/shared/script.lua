@@ -23,6 +23,8 @@ local SILENCE_MS = 5000
 local MOST_EXPIRED = 200
 -- Nodes that come back to a server that has lost its data have so much time to bring what they know.
 local REGAIN_MS = 1000
+-- The field of a session's reservations that has what it leases: no request's.
+local LEASE = 'lease'
 -- For so long it is remembered that a session was charged.
 local FORGET_MS = 86400000
 
@@ -324,17 +326,68 @@ local function pay(name, amount, turn)
   dirty[name] = true
 end
 
+local function lease_of(packed)
+  local lease = {}
+  for _, piece in ipairs(packed and cmsgpack.unpack(packed) or {}) do lease[piece[3][1]] = piece end
+  return lease
+end
+
+-- What is left of a lease in a cell; of a period that is over nothing is.
+local function leased(lease, name)
+  local piece, cell = lease[name], cells[name]
+  if not piece or not cell or (cell.class and piece[4][1] ~= cell.turn) then return 0 end
+  return piece[1][cell.kind]
+end
+
+local function set_leased(lease, name, amount)
+  local cell = cells[name]
+  local reserved = { 0, 0, 0, 0 }
+  reserved[cell.kind] = amount
+  lease[name] = { reserved, { 0, 0, 0, 0 }, { name }, { cell.class and cell.turn or 0 } }
+end
+
+local function save_lease(lease)
+  local pieces = {}
+  for _, piece in pairs(lease) do pieces[#pieces + 1] = piece end
+  if #pieces == 0 then
+    redis.call('HDEL', own_key, LEASE)
+  else
+    redis.call('HSET', own_key, LEASE, cmsgpack.pack(pieces))
+  end
+end
+
+-- A request that its node has admitted out of its lease: what it holds is taken from there, and the rest, if the lease
+-- has been lost meanwhile, from the cells.
+local function open(lease, names, ask)
+  for _, name in ipairs(names) do
+    local cell = cells[name]
+    if cell then
+      local amount = min(leased(lease, name), ask[cell.kind])
+      set_leased(lease, name, leased(lease, name) - amount)
+      cell.held = cell.held - amount
+      if not cell.class then cell.whole = cell.whole + amount end
+    end
+  end
+  return { take(names, ask) }
+end
+
 -- What has become of reservations, in order. What was applied already is not applied again.
 function run.apply()
   local first, count = int(), int()
   local last = tonumber(redis.call('HGET', meta_key, 'q:' .. session)) or 0
-  local steps, reservations, paid = {}, {}, {}
+  local steps, reservations, paid, opens = {}, {}, {}, nil
   for i = 0, count - 1 do
     local step = { text(), text(), amounts() }
+    if step[1] == 'open' then step[4] = texts(int()) end
     if first + i > last then
       steps[#steps + 1] = step
       if step[1] == 'pay' then
         paid[#paid + 1] = step[2]
+      elseif step[1] == 'open' then
+        opens = opens or lease_of(redis.call('HGET', own_key, LEASE))
+        for _, name in ipairs(step[4]) do paid[#paid + 1] = name end
+        local packed = redis.call('HGET', own_key, step[2])
+        reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
       elseif reservations[step[2]] == nil then
         local packed = redis.call('HGET', own_key, step[2])
         reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
@@ -351,6 +404,15 @@ function run.apply()
     local pieces = reservations[id]
     if step[1] == 'pay' then
       pay(id, step[3][1], step[3][2])
+    elseif step[1] == 'open' then
+      if not pieces then
+        reservations[id] = open(opens, step[4], step[3])
+        gone = gone - 1
+      end
+    elseif id == LEASE then
+      for _, piece in pairs(opens or pieces or {}) do settle_piece(piece, { 0, 0, 0, 0 }) end
+      reservations[id], opens = nil, opens and {}
+      redis.call('HDEL', own_key, id)
     elseif pieces and step[1] == 'settle' then
       settle(pieces, step[3])
       reservations[id] = nil
@@ -361,7 +423,8 @@ function run.apply()
     end
   end
   for id, pieces in pairs(reservations) do redis.call('HSET', own_key, id, cmsgpack.pack(pieces)) end
-  if gone > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -gone) end
+  if opens then save_lease(opens) end
+  if gone ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', -gone) end
   redis.call('HSET', meta_key, 'q:' .. session, max(last, first + count - 1))
   save()
   return { DONE, now, #steps }
@@ -533,7 +596,8 @@ local function charge(over)
     for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
   end
   for _, id in ipairs(ids) do redis.call('HDEL', key, id) end
-  redis.call('HINCRBY', meta_key, 'in_flight', -#ids)
+  local requests = #ids - (reservations[LEASE] and 1 or 0)
+  if requests > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -requests) end
   return redis.call('HLEN', key) == 0
 end
 
@@ -568,6 +632,34 @@ function run.beat()
   redis.call('HSET', meta_key, 'alive', alive)
   save()
   local reply = { DONE, now, alive, tonumber(redis.call('HGET', meta_key, 'in_flight')) or 0 }
+  for _, name in ipairs(names) do shown(reply, name) end
+  return reply
+end
+
+-- A node wants so much of each cell to admit requests out of. A tenth of each is never leased. Returns how much it has
+-- got of each, beside what it had.
+function run.lease()
+  local names, wanted = {}, {}
+  for i = 1, int() do names[i], wanted[i] = text(), int() end
+  load(names)
+  local is_known = (tonumber(redis.call('HGET', meta_key, 's:' .. session)) or 0) > 0
+  if not is_known or not all_known(names) then return { UNKNOWN, now } end
+  if not advance(names) then return { BOUNDS, now } end
+  local lease = lease_of(redis.call('HGET', own_key, LEASE))
+  local reply = { DONE, now }
+  for i, name in ipairs(names) do
+    local cell, has = cells[name], leased(lease, name)
+    local left = cell.class and cell.limit - cell.used - cell.held or cell.whole
+    local kept = floor((cell.class and cell.limit or cell.burst) / 10)
+    local more = max(min(wanted[i] - has, left - kept), 0)
+    cell.held = cell.held + more
+    if not cell.class then cell.whole = cell.whole - more end
+    set_leased(lease, name, has + more)
+    dirty[name] = true
+    reply[#reply + 1] = more
+  end
+  save_lease(lease)
+  save()
   for _, name in ipairs(names) do shown(reply, name) end
   return reply
 end

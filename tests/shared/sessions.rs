@@ -50,7 +50,7 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     for n in 0..450 {
         assert_eq!(reserve(&mut dies, &format!("a{n}"), 2, None, 0).verdict, Verdict::Admitted);
     }
-    let spent = Step { what: StepKind::Progress, id: "a7".into(), amounts: Amounts::of_request(1, 0) };
+    let spent = Step::of(StepKind::Progress, "a7".into(), Amounts::of_request(1, 0));
     let command = dies.speaker.apply(1, &[spent]);
     dies.call(&command);
     assert_eq!(reserve(&mut lives, "b", 30, None, 0).verdict, Verdict::Admitted);
@@ -67,7 +67,7 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     // It was only cut off: it is told to join anew, and what it settles late changes nothing.
     dies.speaker.set_clock(now);
     assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Unknown);
-    let late = Step { what: StepKind::Settle, id: "a8".into(), amounts: Amounts::default() };
+    let late = Step::of(StepKind::Settle, "a8".into(), Amounts::default());
     let command = dies.speaker.apply(2, &[late]);
     dies.call(&command);
     assert_eq!(month(&mut lives, now), (999_070, 30, 900));
@@ -105,7 +105,7 @@ fn requests_in_flight_are_counted_over_all_nodes() {
     assert_eq!(reserve(&mut one, "a", 1, None, 2).verdict, Verdict::Admitted);
     assert_eq!(reserve(&mut other, "b", 1, None, 2).verdict, Verdict::Admitted);
     assert_eq!(reserve(&mut one, "c", 1, None, 2).verdict, Verdict::Full);
-    let ends = Step { what: StepKind::Settle, id: "b".into(), amounts: Amounts::of_request(1, 0) };
+    let ends = Step::of(StepKind::Settle, "b".into(), Amounts::of_request(1, 0));
     let command = other.speaker.apply(1, &[ends]);
     other.call(&command);
     assert_eq!(reserve(&mut one, "c", 1, None, 2).verdict, Verdict::Admitted);
@@ -159,7 +159,7 @@ fn what_a_server_has_lost_the_nodes_bring_back() {
     let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
     reserve(&mut one, "a", 100, None, 0);
     reserve(&mut other, "b", 200, None, 0);
-    let spent = Step { what: StepKind::Settle, id: "b".into(), amounts: Amounts::of_request(70, 0) };
+    let spent = Step::of(StepKind::Settle, "b".into(), Amounts::of_request(70, 0));
     let command = other.speaker.apply(1, &[spent]);
     other.call(&command);
     reserve(&mut other, "c", 300, None, 0);
@@ -194,7 +194,7 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
     let command = cut_off.speaker.join(1, false, &full(&quotas(), now), &[held("a", 100, true, 0)]);
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_900, 100, 0), "held again");
-    let ends = Step { what: StepKind::Settle, id: "a".into(), amounts: Amounts::of_request(30, 0) };
+    let ends = Step::of(StepKind::Settle, "a".into(), Amounts::of_request(30, 0));
     let command = cut_off.speaker.apply(1, &[ends]);
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
@@ -221,4 +221,43 @@ fn the_limits_of_the_newest_config_hold() {
         assert_eq!(other.call(&command).told, [0, 1, 0, 0], "the node is told");
         assert_eq!(limit(&mut one), want);
     }
+}
+
+#[test]
+fn a_lease_is_held_until_it_is_used_given_back_or_its_node_is_dead() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    let levels = |node: &mut Node, now: Timestamp| {
+        node.speaker.set_clock(now);
+        let levels = node.mirror(now).levels(now);
+        levels.into_iter().map(|level| (level.level, level.held, level.used)).collect::<Vec<_>>()
+    };
+    let lease = |node: &mut Node, wanted: &[u64]| {
+        let command = node.speaker.lease(wanted);
+        node.call(&command).told
+    };
+    assert_eq!(lease(&mut one, &[100, 5_000]), [100, 5_000]);
+    assert_eq!(lease(&mut one, &[100, 5_000]), [0, 0], "together with what there is");
+    assert_eq!(levels(&mut other, BEGIN), [(900, 100, 0), (995_000, 5_000, 0)]);
+    // Two requests out of it, of which the second is too large by 20: that much is taken beside it.
+    let open =
+        |node: &Node, id: &str, tokens| node.speaker.open(id.into(), Amounts::of_request(tokens, 0), &[0, 1]);
+    let steps = [open(&one, "a", 80), open(&one, "b", 40)];
+    let command = one.speaker.apply(1, &steps);
+    one.call(&command);
+    assert_eq!(levels(&mut other, BEGIN), [(880, 120, 0), (995_000, 5_000, 0)]);
+    assert_eq!(one.beat().told, [2, 2], "a lease is no request");
+    let ends = |id: &str, tokens| Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
+    let command =
+        one.speaker.apply(3, &[ends("a", 30), ends("b", 50), open(&one, "c", 10), ends("lease", 0)]);
+    one.call(&command);
+    assert_eq!(levels(&mut other, BEGIN), [(910, 10, 80), (999_910, 10, 80)]);
+    // Never the last tenth; and what a dead node leased is charged with the rest.
+    assert_eq!(lease(&mut other, &[900, 999_000]), [810, 899_910]);
+    for seconds in 1..=20 {
+        levels(&mut one, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!(levels(&mut one, now)[1], (100_000, 10, 899_990));
+    assert_eq!(one.beat().told, [1, 1]);
 }

@@ -160,7 +160,7 @@ impl Walk<'_> {
     }
 
     fn step(&mut self, at: usize, what: StepKind, amounts: Amounts) -> Step {
-        Step { what, id: self.open[at].id.clone(), amounts }
+        Step::of(what, self.open[at].id.clone(), amounts)
     }
 
     fn extend(&mut self, at: usize) -> Step {

@@ -170,3 +170,39 @@ async fn a_caller_who_gives_up_while_redis_is_asked_holds_nothing() {
     let charged = 20 * nodes[0].charged().await[0];
     assert_eq!(environment["quotas"][0]["level"].as_u64().unwrap(), 100_000 - charged, "{environment}");
 }
+
+#[tokio::test]
+async fn leases_admit_without_asking_and_never_too_much() {
+    const QUOTA: &str = "{ total_tokens: { limit: 10, burst: 40000, per: day, window: rolling } }";
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 12)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, QUOTA, "lease: true").await;
+    // 2,000 requests of 20 tokens each are what there is.
+    let mut callers = tokio::task::JoinSet::new();
+    for n in 0..20 {
+        let address = nodes[n % nodes.len()].address;
+        callers.spawn(async move {
+            let mut admitted = 0;
+            for _ in 0..120 {
+                let mut caller = Caller::connect(address).await;
+                caller.request("POST", CHAT, "", hello(r#""max_tokens":12"#).as_bytes()).await;
+                let status = caller.reply().await.status;
+                assert!(matches!(status, 200 | 429), "{status}");
+                admitted += usize::from(status == 200);
+            }
+            admitted
+        });
+    }
+    let admitted: usize = callers.join_all().await.into_iter().sum();
+    assert!((1_960..=2_000).contains(&admitted), "{admitted} of 2000");
+    assert_eq!(upstream.seen().len(), admitted);
+    let calls = redis.calls("evalsha");
+    println!("{calls} calls of Redis for 2400 requests, {admitted} of them admitted");
+    // What was leased has gone back, and fits.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(nodes.levels().await, [40_000 - 20 * admitted as i64; 2]);
+    let Nodes(mut nodes) = nodes;
+    nodes.remove(0).shutdown().await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(nodes[0].environment().await["quotas"][0]["held"], 0);
+}

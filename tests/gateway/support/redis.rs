@@ -76,6 +76,15 @@ impl Redis {
         command.query(&mut client.get_connection().unwrap()).unwrap()
     }
 
+    /// How often this command was called.
+    pub fn calls(&self, command: &str) -> u64 {
+        let redis::Value::BulkString(info) = self.admin("INFO commandstats") else { panic!("no INFO") };
+        let info = String::from_utf8(info).unwrap();
+        let line = format!("cmdstat_{command}:calls=");
+        let calls = info.lines().find_map(|l| l.strip_prefix(&line)?.split(',').next()?.parse().ok());
+        calls.unwrap_or(0)
+    }
+
     /// Its number among the system's processes.
     pub fn process(&self) -> String {
         let redis::Value::BulkString(info) = self.admin("INFO server") else { panic!("no INFO") };
