@@ -1,66 +1,10 @@
-//! What the script of the shared counters costs: a Redis server of its own at a loopback port, whole round trips
-//! from threads that each wait for their answer.
-//!
-//! `cargo bench --bench redis`; `-- --quick`: a tenth of the calls.
+//! The script alone: whole round trips from threads that each wait for their answer.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods)]
-
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
+use super::server::Server;
 use std::time::{Duration, Instant};
 use tollgate::clock;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, State, Window};
 use tollgate::shared::{Cells, Otherwise, Reserve, SCRIPT, Speaker, Step, StepKind, Verdict};
-
-struct Server {
-    child: Child,
-    port: u16,
-    _folder: tempfile::TempDir,
-}
-
-impl Server {
-    fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let child = Command::new("redis-server")
-            .args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", "", "--dir"])
-            .arg(folder.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|error| panic!("redis-server cannot be started ({error}): is it installed?"));
-        let server = Self { child, port, _folder: folder };
-        let begun = Instant::now();
-        while server.connect().is_none() {
-            assert!(begun.elapsed() < Duration::from_secs(10), "redis-server does not answer");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        server
-    }
-
-    fn connect(&self) -> Option<redis::Connection> {
-        redis::Client::open(format!("redis://127.0.0.1:{}/", self.port)).ok()?.get_connection().ok()
-    }
-
-    /// Microseconds of the server's own time for each call since the last reset.
-    fn own_time(&self) -> String {
-        let info: String =
-            redis::cmd("INFO").arg("commandstats").query(&mut self.connect().unwrap()).unwrap();
-        let line = info.lines().find(|line| line.starts_with("cmdstat_evalsha:")).unwrap_or_default();
-        let field = line.split(',').find_map(|field| field.strip_prefix("usec_per_call="));
-        field.unwrap_or("?").to_owned()
-    }
-
-    fn forget_times(&self) {
-        let (): () = redis::cmd("CONFIG").arg("RESETSTAT").query(&mut self.connect().unwrap()).unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
 
 fn quotas(number: u64) -> Vec<Quota> {
     let quota = |n| {
@@ -117,9 +61,7 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
     took
 }
 
-fn main() {
-    let quick = std::env::args().any(|argument| argument == "--quick");
-    let calls = if quick { 1_000 } else { 10_000 };
+pub fn measure(calls: u64) {
     println!("reserve and settle, one call each; a reservation's round trip in microseconds\n");
     println!("| quotas | nodes | p50 | p99 | largest | calls a second | server's own us a call |");
     println!("| --- | --- | --- | --- | --- | --- | --- |");
