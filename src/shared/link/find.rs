@@ -80,10 +80,12 @@ impl Finder {
 
     /// What has gone wrong, in words: with what would mend it, without the password.
     pub(super) fn told(&self, error: &RedisError) -> String {
-        let text = match (error.code(), error.detail()) {
-            (Some(code), detail) => format!("answers: {code} {}", detail.unwrap_or_default()),
-            (None, Some(detail)) => format!("fails: {error} {detail}"),
-            (None, None) => format!("fails: {error}"),
+        let text = match error.code() {
+            Some(code) => format!("answers: {code} {}", error.detail().unwrap_or_default()),
+            None if error.kind() == ErrorKind::AuthenticationFailed => {
+                "refuses the user or password".to_owned()
+            }
+            None => format!("fails: {error}"),
         };
         self.with_hint(self.target.without_password(text), error.code().unwrap_or_default())
     }
@@ -234,7 +236,7 @@ where
 }
 
 /// Whether it is a master; `None`: this user may not ask.
-pub(super) async fn role(redis: &mut MultiplexedConnection) -> RedisResult<Option<String>> {
+async fn role(redis: &mut MultiplexedConnection) -> RedisResult<Option<String>> {
     match redis::cmd("ROLE").query_async::<Vec<Value>>(redis).await {
         Ok(role) => {
             let role = role.into_iter().next().ok_or((ErrorKind::Parse, "it tells no role"))?;
