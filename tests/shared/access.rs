@@ -44,6 +44,8 @@ async fn a_user_comes_in_by_tls_with_a_password() {
     let url = format!("rediss://gate:a-s%40cret%2F%25@localhost:{port}/0?ca_file={folder}/cert.pem");
     let mut client = Client::of(&url).await;
     assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
+    let debug = format!("{:?}", client.link);
+    assert!(!debug.contains("a-s@cret") && !debug.contains("a-s%40cret"), "{debug}");
     let faults = client.link.faults().await.unwrap();
     assert!(faults.len() == 1 && faults[0].starts_with("note: ") && faults[0].contains("info"), "{faults:?}");
 
