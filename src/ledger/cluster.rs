@@ -19,8 +19,8 @@ use std::collections::{HashMap, VecDeque};
 /// Redis takes nothing for a call that it reads later than this after it was sent (ms): by then its caller has been told
 /// otherwise. Longer than any answer is waited for, since the server's clock is not known better than that.
 pub(super) const LATEST_MS: u64 = 400;
-/// Steps in one call.
-const LARGEST_BATCH: usize = 500;
+/// Steps in one call: more would keep the server from others for longer than they wait.
+const LARGEST_BATCH: usize = 200;
 
 /// How a node takes part.
 #[derive(Clone, Copy, Debug)]
@@ -103,6 +103,7 @@ pub(super) struct Question {
 
 /// What came of it.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // the large one is the usual one, and is taken apart at once
 pub(super) enum Answered {
     Decided(Result<Admission, NoRoom>),
     /// Nothing was taken, and it can be asked anew.

@@ -27,8 +27,11 @@ use target::Target;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
-/// A call has failed if for so long it is not answered, nor any other.
+/// A call that is not answered within this time has failed.
 pub const DEADLINE: Duration = Duration::from_millis(25);
+/// And so much more for each argument: a node that joins with a thousand reservations open has some twenty thousand, which
+/// take the server 25 ms. For one reservation it is nothing.
+const PER_ARGUMENT: Duration = Duration::from_micros(4);
 /// Then it gets so much longer: where the machine is too busy, the server may have had no time yet.
 const SECOND_LOOK: Duration = Duration::from_millis(15);
 /// And at the latest after this time, though others are answered.
@@ -40,8 +43,10 @@ const MOST_AT_ONCE: usize = 16;
 const RETRY: Duration = Duration::from_millis(200);
 /// How often a server that nobody calls is looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// A connection that has lasted for so long is replaced at once. One that is lost sooner would be lost again.
+/// A connection that has lasted for so long is replaced at once. One that is lost sooner may be lost again: the pauses
+/// before the next ones grow.
 const STABLE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(1500);
 /// The same trouble is logged again after this time.
 const REMIND: Duration = Duration::from_mins(1);
 
@@ -173,10 +178,12 @@ impl Link {
     ) -> Result<Answer, Away> {
         let mut up = self.inner.up.subscribe();
         let address = connection.address.clone();
+        let count = u32::try_from(command.arguments.len()).unwrap_or(u32::MAX);
+        let deadline = DEADLINE.saturating_add(PER_ARGUMENT.saturating_mul(count));
         let gone = up.wait_for(|&now| now != number);
         let numbers = tokio::select! {
             biased;
-            numbers = self.in_time(self.evaluate(connection.redis, keys, command)) => numbers,
+            numbers = self.in_time(deadline, self.evaluate(connection.redis, keys, command)) => numbers,
             _ = gone => return Err(Away),
         };
         let answer = match numbers {
@@ -184,7 +191,7 @@ impl Link {
                 command.answer(&numbers).ok_or_else(|| "answers in another way than the script".to_owned())
             }
             Some(Err(error)) => Err(self.inner.finder.told(&error)),
-            None => Err(late()),
+            None => Err(late(deadline)),
         };
         answer.map_err(|trouble| {
             self.lose(number, &format!("{address} {trouble}"));
@@ -193,13 +200,14 @@ impl Link {
     }
 
     /// Waits as long as the server answers others, who were there before. `None`: it does not, or too slowly.
-    async fn in_time<T>(&self, call: impl Future<Output = T>) -> Option<T> {
+    async fn in_time<T>(&self, deadline: Duration, call: impl Future<Output = T>) -> Option<T> {
         let answered = || self.inner.answered.load(Ordering::Relaxed);
         let (mut call, begun, mut before) = (pin!(call), Stopwatch::start(), answered());
+        let longest = LONGEST.max(2 * deadline);
         loop {
-            let in_time = async { timeout(DEADLINE, call.as_mut()).await.ok() };
+            let in_time = async { timeout(deadline, call.as_mut()).await.ok() };
             let answer = match in_time.await {
-                None => self.on_second_thoughts(call.as_mut(), LONGEST.saturating_sub(begun.elapsed())).await,
+                None => self.on_second_thoughts(call.as_mut(), longest.saturating_sub(begun.elapsed())).await,
                 answer => answer,
             };
             if answer.is_some() {
@@ -207,7 +215,7 @@ impl Link {
                 return answer;
             }
             let now = answered();
-            if now == before || begun.elapsed() >= LONGEST {
+            if now == before || begun.elapsed() >= longest {
                 return None;
             }
             before = now;
@@ -276,6 +284,7 @@ impl Link {
     }
 
     async fn keep_connected(&self) {
+        let mut pause = Duration::ZERO;
         loop {
             match self.connect().await {
                 Ok(connection) => {
@@ -283,28 +292,29 @@ impl Link {
                     let number = self.found(connection.clone());
                     self.stay(number, connection).await;
                     if begun.elapsed() >= STABLE {
-                        continue;
+                        pause = Duration::ZERO;
                     }
+                    sleep(pause).await;
+                    pause = (pause * 2).clamp(RETRY, LONGEST_PAUSE);
                 }
-                Err(trouble) => self.note(&trouble),
+                Err(trouble) => {
+                    self.note(&trouble);
+                    sleep(RETRY).await;
+                }
             }
-            sleep(RETRY).await;
         }
     }
 
     /// A connection to a server that lets us do what is needed, and takes writes in time.
     async fn connect(&self) -> Result<Connection, String> {
         let mut connection = self.inner.finder.connect().await?;
-        let mut trial = redis::cmd("EVAL");
-        trial.arg(faults::TRIAL).arg(1).arg(format!("{}:trial", self.inner.probe)).arg(&faults::TRIED[..]);
-        let failed = trial.query_async::<Vec<String>>(&mut connection.redis).await;
-        let trouble = match &failed {
+        let trouble = match self.attempt(&mut connection.redis).await {
             Ok(failed) => {
                 let code = failed.get(1).and_then(|says| says.split(' ').next()).unwrap_or_default();
-                let trouble = faults::trial(failed, &self.inner.prefix);
+                let trouble = faults::trial(&failed, &self.inner.prefix);
                 trouble.map(|trouble| self.inner.finder.with_hint(trouble, code))
             }
-            Err(error) => Some(self.refused(error)),
+            Err(error) => Some(self.refused(&error)),
         };
         match trouble {
             Some(trouble) => Err(format!("{} {trouble}", connection.address)),
@@ -312,14 +322,29 @@ impl Link {
         }
     }
 
+    /// Tries what the script does; returns the commands that failed, each with what was said.
+    async fn attempt(&self, redis: &mut MultiplexedConnection) -> RedisResult<Vec<String>> {
+        let key = format!("{}:trial", self.inner.probe);
+        let mut trial = redis::cmd("EVAL");
+        trial.arg(faults::TRIAL).arg(1).arg(&key).arg(&faults::TRIED[..]);
+        let failed = trial.query_async(redis).await?;
+        // Having been sent, it has a name now.
+        let mut again = redis::cmd("EVALSHA");
+        again.arg(Sha1::from(faults::TRIAL).digest().to_string()).arg(1).arg(&key);
+        match again.query_async::<Vec<String>>(redis).await {
+            Err(error) if !is_unknown_script(&error) => Err(error),
+            _ => Ok(failed),
+        }
+    }
+
     /// Whether the server takes a write within the deadline: not one that is full, or a replica by now.
     async fn look(&self, connection: &mut Connection) -> Result<(), String> {
         let mut write = redis::cmd("SET");
         write.arg(&self.inner.probe).arg(1).arg("PX").arg(10_000);
-        let trouble = match self.in_time(write.query_async(&mut connection.redis)).await {
+        let trouble = match self.in_time(DEADLINE, write.query_async(&mut connection.redis)).await {
             Some(Ok(())) => return Ok(()),
             Some(Err(error)) => self.refused(&error),
-            None => late(),
+            None => late(DEADLINE),
         };
         Err(format!("{} {trouble}", connection.address))
     }
@@ -428,6 +453,6 @@ fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
-fn late() -> String {
-    format!("does not answer within {} ms", DEADLINE.as_millis())
+fn late(deadline: Duration) -> String {
+    format!("does not answer within {} ms", deadline.as_millis())
 }

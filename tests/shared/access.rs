@@ -44,6 +44,8 @@ async fn a_user_comes_in_by_tls_with_a_password() {
     let url = format!("rediss://gate:a-s%40cret%2F%25@localhost:{port}/0?ca_file={folder}/cert.pem");
     let mut client = Client::of(&url).await;
     assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
+    let debug = format!("{:?}", client.link);
+    assert!(!debug.contains("a-s@cret") && !debug.contains("a-s%40cret"), "{debug}");
     let faults = client.link.faults().await.unwrap();
     assert!(faults.len() == 1 && faults[0].starts_with("note: ") && faults[0].contains("info"), "{faults:?}");
 
@@ -83,7 +85,8 @@ async fn missing_rights_are_named() {
     let port = free_port();
     let server = Server::with(&format!("--port {port}"));
     for (rights, says) in [
-        (RIGHTS.replace(" +eval", ""), "eval"),
+        (RIGHTS.replace(" +eval ", " "), "'eval'"),
+        (RIGHTS.replace(" +evalsha", ""), "'evalsha'"),
         (RIGHTS.replace(" +hscan", "").replace(" +hdel", ""), "refuses HSCAN, HDEL"),
         (RIGHTS.replace(" +set", ""), "set"),
         (RIGHTS.replace("~test:*", "~other:*"), "keys"),
@@ -107,11 +110,11 @@ async fn a_password_is_shown_nowhere() {
     let other = free_port();
     let locked = Server::with(&format!("--port {other}"));
     locked.admin("ACL SETUSER gate on >another");
-    for (port, says) in [(port, "authentication failed"), (other, "authentication failed")] {
+    for port in [port, other] {
         let url = format!("redis://gate:a-secret@127.0.0.1:{port}");
         let client = Client::waiting(&url, "staging");
         let trouble = trouble(&client.link).await;
-        assert!(trouble.contains(says) && !trouble.contains("a-secret"), "{trouble}");
+        assert!(trouble.contains("refuses the user") && !trouble.contains("a-secret"), "{trouble}");
         let debug = format!("{:?}", client.link);
         assert!(!debug.contains("a-secret"), "{debug}");
     }

@@ -4,7 +4,7 @@ use super::server::full;
 use std::time::Duration;
 use tollgate::clock::{self, Stopwatch};
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::shared::{Away, Cells, Link, Otherwise, Reserve, Speaker, Verdict};
+use tollgate::shared::{Away, Cells, Held, Link, Otherwise, Piece, Reserve, Speaker, Verdict};
 
 /// Within this time of its return a server is in use again.
 pub const SOON: Duration = Duration::from_secs(2);
@@ -67,6 +67,21 @@ impl Client {
         let command = self.speaker.reserve(&reserve, &[0]);
         let keys = self.keys();
         self.link.call(&keys, &command).await.map(|answer| answer.verdict)
+    }
+
+    /// Joins anew with so many reservations that are still open.
+    pub async fn join_with(&mut self, count: u32) -> Result<Verdict, Away> {
+        let piece =
+            Piece { reserved: Amounts::of_request(1, 1), moved: Amounts::default(), cells: vec![(0, 0); 4] };
+        let held = (0..count).map(|n| Held {
+            id: format!("held-{n}"),
+            is_known: true,
+            settled_by: 0,
+            pieces: vec![piece.clone()],
+        });
+        let held: Vec<_> = held.collect();
+        let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()), &held);
+        self.link.call(&self.keys(), &join).await.map(|answer| answer.verdict)
     }
 
     /// Waits until calls are answered again, joins anew, and tells how long that took.

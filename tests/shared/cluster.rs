@@ -1,5 +1,6 @@
 //! Environments whose slots are on different servers of a cluster, and move.
 
+use super::access::certify;
 use super::client::{Client, SOON};
 use super::sentinel::until;
 use super::server::{Server, free_port};
@@ -136,4 +137,21 @@ async fn a_url_of_one_server_is_told_from_one_of_a_cluster() {
     assert!(trouble.contains("MOVED") && trouble.contains("redis+cluster://"), "{trouble}");
     let faults = here.link.faults().await.unwrap();
     assert!(faults.iter().any(|fault| fault.contains("redis+cluster://")), "{faults:?}");
+}
+
+#[tokio::test]
+async fn a_cluster_may_want_tls() {
+    let (port, bus) = (free_port(), free_port());
+    let server = Server::prepared(
+        &format!(
+            "--port 0 --tls-port {port} --tls-cert-file @/cert.pem --tls-key-file @/key.pem --tls-ca-cert-file @/cert.pem \
+             --tls-auth-clients no --tls-cluster yes --cluster-enabled yes --cluster-port {bus}"
+        ),
+        certify,
+    );
+    server.admin("CLUSTER ADDSLOTSRANGE 0 16383");
+    // A server alone does not know its own address: it is that by which it was reached.
+    let ca = server.folder().join("cert.pem");
+    let mut client = Client::of(&format!("rediss+cluster://localhost:{port}?ca_file={}", ca.display())).await;
+    assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
 }

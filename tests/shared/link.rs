@@ -70,6 +70,30 @@ async fn calls_under_way_are_let_go_when_one_has_failed() {
     assert!(clock.elapsed() < DEADLINE + Duration::from_millis(25), "{:?}", clock.elapsed());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_burst_is_no_sign_that_the_server_is_away() {
+    let server = Server::start();
+    let client = Client::of(&server.url()).await;
+    let number = *client.link.watch().borrow();
+    let calls = (1..=2_000).map(|n| {
+        let mut client = client.twin(1_000 * n);
+        tokio::spawn(async move { client.reserve().await })
+    });
+    for call in calls.collect::<Vec<_>>() {
+        let verdict = call.await.unwrap();
+        assert_eq!(verdict, Ok(Verdict::Admitted), "{:?}", client.link.trouble());
+    }
+    assert_eq!(*client.link.watch().borrow(), number);
+}
+
+#[tokio::test]
+async fn who_has_much_open_is_given_time_to_join() {
+    let server = Server::start();
+    let mut client = Client::of(&server.url()).await;
+    assert_eq!(client.join_with(8_000).await, Ok(Verdict::Done));
+    assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
+}
+
 #[tokio::test]
 async fn scripts_that_are_flushed_are_sent_again() {
     let server = Server::start();

@@ -1,5 +1,5 @@
-//! The script of the shared counters, in a Redis server of the test's own: the same steps give the same as the
-//! engine without Redis.
+//! The counters that nodes share, in Redis servers of the tests' own: the same steps give the same as the engine without
+//! Redis, and a server that is away holds nobody up.
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::cast_possible_wrap)]
 

@@ -4,6 +4,7 @@ use redis::ConnectionLike as _;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::clock::Timestamp;
@@ -109,9 +110,15 @@ impl Server {
     }
 }
 
-/// A port that nobody has now.
+/// A port that nobody has now, nor gets while a server is away: not one of those that connections are made from.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(61);
+    let mut ports = std::iter::repeat_with(|| {
+        10_000 + (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed))) % 20_000
+    });
+    let port = ports.find_map(|port| TcpListener::bind(("127.0.0.1", u16::try_from(port).ok()?)).ok());
+    port.unwrap().local_addr().unwrap().port()
 }
 
 impl Drop for Server {

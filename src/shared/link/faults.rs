@@ -37,7 +37,7 @@ pub(super) fn rights(prefix: &str) -> String {
     let commands: Vec<_> =
         ["eval", "evalsha", "set"].map(str::to_owned).into_iter().chain(commands).collect();
     format!(
-        "the user needs ~{prefix}:* +{} (and should have +info +role +config|get, in a cluster +cluster|slots)",
+        "the user needs ~{prefix}:* +{} (and should have +info +role +config|get; in a cluster it needs +cluster|slots)",
         commands.join(" +")
     )
 }

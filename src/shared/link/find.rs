@@ -7,6 +7,7 @@ use futures_util::stream::FuturesUnordered;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, ErrorKind, RedisConnectionInfo, RedisError, RedisResult, Value};
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -31,6 +32,8 @@ pub(super) struct Finder {
     target: Target,
     tls: Option<Tls>,
     slot: u16,
+    /// Who is asked first is another one each time: one that is cut off from the others would name the wrong server for ever.
+    turn: AtomicUsize,
     /// Further servers that the cluster has named: those of the URL may be gone one day.
     seen: Mutex<Vec<Address>>,
 }
@@ -64,7 +67,7 @@ impl Finder {
     /// For the slot of this key.
     pub(super) fn new(target: Target, key: &str) -> anyhow::Result<Self> {
         let tls = target.tls.as_ref().map(tls::connector).transpose()?.map(Tls);
-        Ok(Self { target, tls, slot: slot(key), seen: Mutex::default() })
+        Ok(Self { target, tls, slot: slot(key), turn: AtomicUsize::new(0), seen: Mutex::default() })
     }
 
     /// Connects to the server that has the slot.
@@ -80,10 +83,12 @@ impl Finder {
 
     /// What has gone wrong, in words: with what would mend it, without the password.
     pub(super) fn told(&self, error: &RedisError) -> String {
-        let text = match (error.code(), error.detail()) {
-            (Some(code), detail) => format!("answers: {code} {}", detail.unwrap_or_default()),
-            (None, Some(detail)) => format!("fails: {error} {detail}"),
-            (None, None) => format!("fails: {error}"),
+        let text = match error.code() {
+            Some(code) => format!("answers: {code} {}", error.detail().unwrap_or_default()),
+            None if error.kind() == ErrorKind::AuthenticationFailed => {
+                "refuses the user or password".to_owned()
+            }
+            None => format!("fails: {error}"),
         };
         self.with_hint(self.target.without_password(text), error.code().unwrap_or_default())
     }
@@ -117,14 +122,22 @@ impl Finder {
     async fn find(&self) -> Result<Connection, String> {
         match &self.target.place {
             Place::One(address) => self.open(address, &self.target.login).await,
-            Place::Sentinels(nodes, master) => first_of(nodes, |node| self.ask_sentinel(node, master)).await,
+            Place::Sentinels(nodes, master) => {
+                first_of(&self.in_turn(nodes.clone()), |node| self.ask_sentinel(node, master)).await
+            }
             Place::Cluster(nodes) => {
                 let mut nodes = nodes.clone();
                 let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 nodes.extend(seen.into_iter().filter(|node| !nodes.contains(node)).collect::<Vec<_>>());
-                first_of(&nodes, |node| self.ask_cluster(node)).await
+                first_of(&self.in_turn(nodes), |node| self.ask_cluster(node)).await
             }
         }
+    }
+
+    fn in_turn(&self, mut nodes: Vec<Address>) -> Vec<Address> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % nodes.len().max(1);
+        nodes.rotate_left(turn);
+        nodes
     }
 
     async fn ask_sentinel(&self, node: &Address, name: &str) -> Result<Connection, String> {
@@ -234,7 +247,7 @@ where
 }
 
 /// Whether it is a master; `None`: this user may not ask.
-pub(super) async fn role(redis: &mut MultiplexedConnection) -> RedisResult<Option<String>> {
+async fn role(redis: &mut MultiplexedConnection) -> RedisResult<Option<String>> {
     match redis::cmd("ROLE").query_async::<Vec<Value>>(redis).await {
         Ok(role) => {
             let role = role.into_iter().next().ok_or((ErrorKind::Parse, "it tells no role"))?;
