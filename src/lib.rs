@@ -16,12 +16,13 @@
 //!
 //! # What is deliberately absent
 //!
-//! Nothing in `quota`, `usage`, `estimate`, `body` and `ledger::Counters` reads the clock or the network. No lock is held
+//! Nothing in `quota`, `usage`, `estimate`, `body` and `ledger::Counters` reads the clock or the network, nor in `shared` but its
+//! `Link`. No lock is held
 //! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
 //! There is no `unsafe`.
 //!
-//! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `shared` (the quotas of a cluster), then `config` (settings as those types), then
-//! `estimate`, `body` and `usage`, then `calibrations`, `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
+//! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `shared` (the quotas of a cluster: its script, and the
+//! connection to Redis), then `config` (settings as those types), then `estimate`, `body` and `usage`, then `calibrations`, `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
 //! these two hold), then `server`, then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
 //! the ledger's counters alone.
 
@@ -33,6 +34,7 @@ pub mod estimate;
 pub mod glob;
 mod json;
 pub mod quota;
+mod roots;
 pub mod shared;
 pub mod usage;
 

@@ -24,8 +24,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+pub(crate) use tls::Tls;
 pub use tls::client_config;
-pub(crate) use tls::{Tls, trusted_roots};
 
 /// A request as it goes to the upstream.
 #[derive(Debug)]

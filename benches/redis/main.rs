@@ -11,7 +11,7 @@
 
 #![allow(missing_docs, unreachable_pub)] // a program of its own
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods)] // it fails loudly, and times things
-#![allow(clippy::cast_precision_loss)] // it prints figures
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
 
 mod nodes;
 mod script;

@@ -1,5 +1,6 @@
 //! TLS toward upstreams: rustls, the machine's trusted roots, HTTP/2 by ALPN.
 
+use crate::roots::trusted_roots;
 use anyhow::Context as _;
 use std::io;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+use tokio_rustls::rustls::{ClientConfig, crypto};
 
 /// One upstream's TLS settings.
 pub(crate) struct Tls {
@@ -38,18 +39,4 @@ pub fn client_config() -> anyhow::Result<Arc<ClientConfig>> {
         .with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
-}
-
-/// The machine's roots (also those named by `SSL_CERT_FILE`), and Mozilla's list where the machine has none.
-pub(crate) fn trusted_roots() -> RootCertStore {
-    let mut roots = RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    for error in &native.errors {
-        tracing::warn!(%error, "a trusted root certificate could not be read");
-    }
-    let (added, _) = roots.add_parsable_certificates(native.certs);
-    if added == 0 {
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    }
-    roots
 }

@@ -1,7 +1,7 @@
 //! TLS toward Redis.
 
 use super::target::Files;
-use crate::upstream;
+use crate::roots;
 use anyhow::{Context as _, bail};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -20,7 +20,7 @@ static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
 pub(super) fn connector(files: &Files) -> anyhow::Result<TlsConnector> {
     let roots = match &files.ca {
         Some(path) => Arc::new(roots_of(path)?),
-        None => ROOTS.get_or_init(|| Arc::new(upstream::trusted_roots())).clone(),
+        None => ROOTS.get_or_init(|| Arc::new(roots::trusted_roots())).clone(),
     };
     let config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()?

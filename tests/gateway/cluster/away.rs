@@ -99,9 +99,9 @@ async fn local_each_node_goes_on_with_its_share_and_pays_it_in() {
         // Both have to know how much is left when it goes.
         tokio::time::sleep(Duration::from_millis(700)).await;
         if restarts {
-            redis.kill()
+            redis.kill();
         } else {
-            signal(&process, "STOP")
+            signal(&process, "STOP");
         }
         assert_eq!(admitted(&nodes[0], 7, "insufficient_quota").await, 4, "half of what was left");
         assert_eq!(admitted(&nodes[1], 1, "").await, 1);
@@ -112,9 +112,9 @@ async fn local_each_node_goes_on_with_its_share_and_pays_it_in() {
             ready.text().contains("staging: Redis is away, this node admits by its share of what was left")
         );
         if restarts {
-            redis.start_again()
+            redis.start_again();
         } else {
-            signal(&process, "CONT")
+            signal(&process, "CONT");
         }
         until(&nodes, true).await;
         assert_eq!(nodes.levels().await, [300, 300], "{quotas} {restarts}");

@@ -17,13 +17,14 @@ pub struct Redis {
     child: Option<Child>,
 }
 
+static SERVER: OnceLock<Redis> = OnceLock::new();
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
 /// A config's text with the store that the suite runs on.
 pub fn with_store(text: &str) -> String {
     if std::env::var("TOLLGATE_TEST_STORE").as_deref() != Ok("redis") {
         return text.to_owned();
     }
-    static SERVER: OnceLock<Redis> = OnceLock::new();
-    static NEXT: AtomicU32 = AtomicU32::new(0);
     let server = SERVER.get_or_init(Redis::start);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     text.replace(OWN, &server.store(n, &format!("prefix: 't{n}'")))
