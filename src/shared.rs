@@ -242,13 +242,22 @@ impl Speaker {
 
     /// Takes part with a config of this stamp. Cells that are missing are made as `states` has them; of the
     /// others the newest config's limits hold. `was_here`: the session has taken part before, so that its states
-    /// say what a server that has lost its data no longer knows. `held`: what the node has reserved and not settled.
+    /// say what a server that has lost its data no longer knows. `held`: what the node has reserved and not settled;
+    /// with `is_all` everything, and what else the server has of this session is charged in full.
     /// Answers with how many cells were made, how many have other limits than the node's, the last step applied, and for
     /// how many milliseconds other nodes that know more are to be waited for.
-    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(State, bool)], held: &[Held]) -> Command {
+    pub fn join(
+        &mut self,
+        stamp: u64,
+        was_here: bool,
+        is_all: bool,
+        states: &[(State, bool)],
+        held: &[Held],
+    ) -> Command {
         let mut command = self.begin("join", 4);
         command.int(stamp);
         command.int(u64::from(was_here));
+        command.int(u64::from(is_all));
         command.int(self.cells.quotas.len() as u64);
         let cells = self.cells.quotas.iter().zip(&self.cells.names);
         for ((quota, name), (state, is_override)) in cells.zip(states) {

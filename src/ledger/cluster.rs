@@ -276,8 +276,13 @@ impl Cluster {
         let open = self.open.iter().filter(|(_, open)| open.is_known || !self.is_alone());
         let mut all: Vec<Held> = open.map(|(&id, open)| held(id, open, 0)).collect();
         for (at, entry) in self.journal.entries.iter().enumerate() {
-            if let (Some(open), Ok(id)) = (&entry.held, entry.step.id.parse()) {
-                all.push(held(id, open, self.journal.number(at)));
+            let Ok(id) = entry.step.id.parse() else { continue };
+            let settled_by = self.journal.number(at);
+            match &entry.held {
+                Some(open) => all.push(held(id, open, settled_by)),
+                // Redis is about to be told: it is not to think that it was forgotten.
+                None if entry.step.what == StepKind::Settle => all.push(cancelled(id, settled_by)),
+                None => {}
             }
         }
         all
@@ -302,6 +307,10 @@ impl Cluster {
             }
         }
     }
+}
+
+fn cancelled(id: u64, settled_by: u64) -> Held {
+    Held { id: id.to_string(), is_known: true, settled_by, pieces: Vec::new() }
 }
 
 fn piece(receipt: &Receipt) -> Piece {
@@ -545,7 +554,8 @@ impl Counters {
         let overridden = quotas.iter().map(|quota| self.limits.is_overridden(quota));
         let states: Vec<_> = states.into_iter().zip(overridden).collect();
         let held = cluster.to_take_up();
-        Some(cluster.speaker.join(cluster.terms.stamp, cluster.was_here, &states, &held))
+        let (stamp, is_alone) = (cluster.terms.stamp, cluster.is_alone());
+        Some(cluster.speaker.join(stamp, cluster.was_here, is_alone, &states, &held))
     }
 
     /// Redis has answered to that. Returns for how many milliseconds others are to be waited for; `None`: it has to be

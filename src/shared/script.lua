@@ -507,12 +507,33 @@ local function regain(cell, node)
   end
 end
 
+-- What the server has of this session and the node does not: that it has ended was lost, as by a server that is started
+-- again with what it had written last. It is charged in full.
+local function charge_orphans(known)
+  local orphans, count = {}, 0
+  for _, id in ipairs(redis.call('HKEYS', own_key)) do
+    if id ~= LEASE and not known[id] then
+      orphans[id] = cmsgpack.unpack(redis.call('HGET', own_key, id))
+      count = count + 1
+    end
+  end
+  local names = names_of(orphans)
+  load(names)
+  if not advance(names) then return 0 end
+  for id, pieces in pairs(orphans) do
+    for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
+    redis.call('HDEL', own_key, id)
+  end
+  return count
+end
+
 -- A node takes part. Cells that are missing are made as it has them; the limits of the others are those of the newest
--- config, by its stamp, or an administrator's. What it holds and the server does not know is taken up. Returns how many
+-- config, by its stamp, or an administrator's. What it holds and the server does not know is taken up; with `is_all` that is
+-- all it holds. Returns how many
 -- cells were made, how many have other limits than the node's, the last step applied, and for how many milliseconds
 -- others are still to be waited for, since the server had lost what the nodes knew.
 function run.join()
-  local stamp, was_here, count = int(), int() == 1, int()
+  local stamp, was_here, is_all, count = int(), int() == 1, int() == 1, int()
   local names, from_node = {}, {}
   for i = 1, count do
     local name = text()
@@ -560,15 +581,16 @@ function run.join()
     end
   end
   local taken_up = 0
+  if is_all then taken_up = -charge_orphans(all) end
   for _, one in ipairs(held) do
-    local is_over = one.settled_by > 0 and one.settled_by <= last
+    local is_over = #one.pieces == 0 or (one.settled_by > 0 and one.settled_by <= last)
     if not is_over and redis.call('HEXISTS', own_key, one.id) == 0 then
       take_up(one.pieces, expiry < 0 and one.is_known and made == 0)
       redis.call('HSET', own_key, one.id, cmsgpack.pack(one.pieces))
       taken_up = taken_up + 1
     end
   end
-  redis.call('HINCRBY', meta_key, 'in_flight', taken_up)
+  if taken_up ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', taken_up) end
   redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
   local fields, alive = redis.call('HGETALL', meta_key), 0
   for i = 1, #fields, 2 do

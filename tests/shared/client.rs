@@ -80,7 +80,7 @@ impl Client {
             pieces: vec![piece.clone()],
         });
         let held: Vec<_> = held.collect();
-        let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()), &held);
+        let join = self.speaker.join(1, false, false, &full(&self.quotas, clock::now()), &held);
         self.link.call(&self.keys(), &join).await.map(|answer| answer.verdict)
     }
 
@@ -92,7 +92,7 @@ impl Client {
         loop {
             let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
             drop(waited.await.expect("Redis is back"));
-            let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()), &[]);
+            let join = self.speaker.join(1, false, false, &full(&self.quotas, clock::now()), &[]);
             // A server that is thawed may still be busy with what it was sent before.
             if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
                 println!("back after {:?}", clock.elapsed());

@@ -169,10 +169,10 @@ fn what_a_server_has_lost_the_nodes_bring_back() {
     // The first to come makes the cells of what it knows, each brings what it holds, and nothing counts twice.
     let of_one = [held("a", 100, true, 0)];
     let of_other = [held("b", 200, true, 1), held("c", 300, true, 0)];
-    let command = one.speaker.join(1, true, &answer.states, &of_one);
+    let command = one.speaker.join(1, true, false, &answer.states, &of_one);
     assert_eq!(one.call(&command).told, [2, 0, 0, 1_000], "others are waited for");
     for _ in 0..2 {
-        let command = other.speaker.join(1, true, &full(&quotas(), BEGIN), &of_other);
+        let command = other.speaker.join(1, true, false, &full(&quotas(), BEGIN), &of_other);
         assert_eq!(other.call(&command).told, [0, 0, 0, 1_000]);
     }
     // What "b" has cost was in the cells already, and its settling is lost with the rest: it is sent again.
@@ -191,7 +191,7 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
     let now = BEGIN.plus_ms(20_000);
     assert_eq!(month(&mut lives, now), (999_900, 0, 100), "charged in full");
     cut_off.speaker.set_clock(now);
-    let command = cut_off.speaker.join(1, false, &full(&quotas(), now), &[held("a", 100, true, 0)]);
+    let command = cut_off.speaker.join(1, false, false, &full(&quotas(), now), &[held("a", 100, true, 0)]);
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_900, 100, 0), "held again");
     let ends = Step::of(StepKind::Settle, "a".into(), Amounts::of_request(30, 0));
@@ -199,7 +199,7 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
     // Its answer was lost: what is over is not taken up again.
-    let command = cut_off.speaker.join(1, false, &full(&quotas(), now), &[held("a", 100, true, 1)]);
+    let command = cut_off.speaker.join(1, false, false, &full(&quotas(), now), &[held("a", 100, true, 1)]);
     assert_eq!(cut_off.call(&command).told, [0, 0, 1, 0]);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
 }
@@ -217,7 +217,7 @@ fn the_limits_of_the_newest_config_hold() {
     for (stamp, given, want) in [(5, 2_000, (2_000, 2_000, 1_900)), (4, 500, (2_000, 2_000, 1_900))] {
         let mut other = server.node("other", &with(given), BEGIN);
         other.speaker.set_clock(BEGIN);
-        let command = other.speaker.join(stamp, false, &full(&with(given), BEGIN), &[]);
+        let command = other.speaker.join(stamp, false, false, &full(&with(given), BEGIN), &[]);
         assert_eq!(other.call(&command).told, [0, 1, 0, 0], "the node is told");
         assert_eq!(limit(&mut one), want);
     }
@@ -260,4 +260,26 @@ fn a_lease_is_held_until_it_is_used_given_back_or_its_node_is_dead() {
     let now = BEGIN.plus_ms(20_000);
     assert_eq!(levels(&mut one, now)[1], (100_000, 10, 899_990));
     assert_eq!(one.beat().told, [1, 1]);
+}
+
+#[test]
+fn what_the_server_has_and_its_node_has_not_is_charged_when_the_node_comes_back() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    for (id, tokens) in [("kept", 10), ("forgotten", 20), ("cancelled", 40)] {
+        assert_eq!(reserve(&mut node, id, tokens, None, 0).verdict, Verdict::Admitted);
+    }
+    let cancelled = Held { pieces: Vec::new(), ..held("cancelled", 0, true, 1) };
+    let all = [held("kept", 10, true, 0), cancelled];
+    let states = full(&quotas(), BEGIN);
+    let command = node.speaker.join(1, true, false, &states, &all);
+    node.call(&command);
+    assert_eq!(month(&mut node, BEGIN), (999_930, 70, 0), "the node does not say that this is all");
+    let command = node.speaker.join(1, true, true, &states, &all);
+    node.call(&command);
+    assert_eq!(month(&mut node, BEGIN), (999_930, 50, 20));
+    let command =
+        node.speaker.apply(1, &[Step::of(StepKind::Settle, "cancelled".into(), Amounts::default())]);
+    node.call(&command);
+    assert_eq!((month(&mut node, BEGIN), node.beat().told), ((999_970, 10, 20), vec![1, 1]));
 }
