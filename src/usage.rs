@@ -10,6 +10,7 @@ mod fields;
 mod json;
 mod received;
 mod sse;
+mod template;
 mod texts;
 
 use crate::quota::{Amounts, MAX_AMOUNT};

@@ -3,11 +3,19 @@
 //! Bounded: events are kept raw until 32 KiB have come together, then only their text. Beyond 1 MiB
 //! of text the rest counts as one token for four bytes.
 
+use super::template::{Effect, Template};
 use super::texts::{self, Part, Slot};
-use memchr::{memchr_iter, memmem};
+use memchr::memchr_iter;
+use memchr::memmem::{self, Finder};
+use std::sync::LazyLock;
 
 /// Raw events are boiled down to their text when they reach this size.
 const COMPACT_AT: usize = 32 * 1024;
+/// Those that have been looked into are kept up to this size: an ending is made like the last ones.
+const MOST_LOOKED_INTO: usize = 4 * 1024;
+/// A template is looked for in so many events of those that come to `COMPACT_AT`. Looking into them one by one
+/// costs no more, but would be in vain if usage comes before the rest.
+const TRIES: u8 = 4;
 /// More text than this is not kept.
 const MOST_TEXT: usize = 1024 * 1024;
 /// A whole JSON answer is kept up to this size.
@@ -38,21 +46,29 @@ impl Texts {
 /// The generated text of one answer, as far as it came.
 #[derive(Debug, Default)]
 pub struct Received {
-    /// Event data that has not been looked into, a newline after each.
+    /// The data of the last events, a newline after each. (Of a document: the document.)
     raw: Vec<u8>,
+    /// So much of `raw` has been looked into, or reported by the provider.
+    looked_into: usize,
+    /// What the last event that was looked into has done.
+    effect: Effect,
+    template: Option<Box<Template>>,
+    /// So many events have been looked into for a template since `raw` was emptied.
+    tries: u8,
+    #[cfg(test)]
+    parses_all: bool,
     texts: Vec<Kept>,
     /// Calls that came whole.
     whole_calls: u64,
     /// The event that opened the answer, where the ending needs it.
     opening: Option<Vec<u8>>,
     /// Anthropic's block that is open, as far as events have been looked into.
-    pub(super) open_block: Option<u64>,
+    open_block: Option<u64>,
     text_bytes: usize,
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
-    /// So much of `raw`, and of what was passed over, has been reported by the provider.
-    reported_raw: usize,
+    /// So much of what was passed over has been reported by the provider.
     reported_uncounted: u64,
     /// Events that carried something generated.
     events: u64,
@@ -77,14 +93,64 @@ pub struct SoFar {
 }
 
 impl Received {
-    /// Keeps the data of one event.
+    #[cfg(test)]
+    pub(super) fn that_parses_all() -> Self {
+        Self { parses_all: true, ..Self::default() }
+    }
+
+    /// Keeps the data of one event that reports no usage.
     pub fn push_event(&mut self, data: &[u8]) {
-        self.events += u64::from(is_generated(data));
+        if self.push_usual(data) {
+            return;
+        }
+        let is_generated = self.push_reporting(data);
+        if is_generated && self.tries < TRIES && data.len() <= COMPACT_AT {
+            self.tries += 1;
+            self.look_into_all();
+            let last = self.last_events().next().unwrap_or_default();
+            let template = Template::of(last, &self.effect).map(Box::new);
+            self.template = template.or(self.template.take());
+        }
+    }
+
+    /// The same, if the event is like those before it but for its text. Whether it was.
+    pub(super) fn push_usual(&mut self, data: &[u8]) -> bool {
+        #[cfg(test)]
+        if self.parses_all {
+            return false;
+        }
+        let is_kept = self.opening.is_some() && data.len() <= COMPACT_AT;
+        let Some(template) = self.template.take_if(|_| is_kept) else { return false };
+        let text = template.text_of(data);
+        if let Some(text) = text {
+            // In the order in which they came.
+            self.look_into_all();
+            self.append(template.slot, text);
+            self.open_block = template.open_block.unwrap_or(self.open_block);
+            self.events += 1;
+            self.tries = 0;
+            self.keep(data);
+            self.looked_into = self.raw.len();
+        }
+        self.template = Some(template);
+        text.is_some()
+    }
+
+    /// Keeps the data of one event, which may also report usage. Whether it carries something generated.
+    pub(super) fn push_reporting(&mut self, data: &[u8]) -> bool {
+        let is_generated = is_generated(data);
+        self.events += u64::from(is_generated);
         if self.opening.is_none() && !is_ping(data) {
             let is_needed = data.len() <= LONGEST_OPENING && memmem::find(data, b"\"choices\"").is_none();
             self.opening = Some(if is_needed { data.to_vec() } else { Vec::new() });
         }
-        if self.raw.len() + data.len() > COMPACT_AT {
+        self.keep(data);
+        is_generated
+    }
+
+    fn keep(&mut self, data: &[u8]) {
+        let is_done = self.looked_into == self.raw.len() && self.raw.len() > MOST_LOOKED_INTO;
+        if is_done || self.raw.len() + data.len() > COMPACT_AT {
             self.compact();
         }
         if data.len() > COMPACT_AT {
@@ -109,8 +175,7 @@ impl Received {
 
     /// The data of the last events, the last one first.
     pub fn last_events(&self) -> impl Iterator<Item = &[u8]> {
-        let raw = self.raw.strip_suffix(b"\n").unwrap_or(&self.raw);
-        raw.rsplit(|&b| b == b'\n')
+        backwards(&self.raw)
     }
 
     /// The event that opened the answer, other than of a chat.
@@ -120,7 +185,7 @@ impl Received {
 
     /// The block of Anthropic's that has begun and not ended.
     pub fn open_block(&self) -> Option<u64> {
-        let last = self.last_events().find_map(texts::block);
+        let last = backwards(&self.raw[self.looked_into..]).find_map(texts::block);
         last.unwrap_or(self.open_block)
     }
 
@@ -146,9 +211,11 @@ impl Received {
 
     /// The provider has reported all that came so far: only what comes later is to be counted.
     pub fn is_reported(&mut self) {
+        self.open_block = self.open_block();
         self.texts.clear();
+        self.whole_calls = 0;
         self.tokens = 0;
-        self.reported_raw = self.raw.len();
+        self.looked_into = self.raw.len();
         self.reported_uncounted = self.uncounted;
     }
 
@@ -159,7 +226,7 @@ impl Received {
 
     /// The texts of a stream, as far as it came.
     pub fn finish_events(mut self) -> Texts {
-        self.compact();
+        self.look_into_all();
         self.finish()
     }
 
@@ -182,17 +249,31 @@ impl Received {
     }
 
     fn compact(&mut self) {
-        let mut raw = std::mem::take(&mut self.raw);
-        let from = std::mem::take(&mut self.reported_raw);
-        for data in raw[from.min(raw.len())..].split(|&b| b == b'\n') {
-            self.read(data);
+        self.look_into_all();
+        self.raw.clear();
+        self.looked_into = 0;
+        self.tries = 0;
+    }
+
+    /// Looks into the events that have not been.
+    pub(super) fn look_into_all(&mut self) {
+        if self.looked_into == self.raw.len() {
+            return;
         }
-        raw.clear();
+        let raw = std::mem::take(&mut self.raw);
+        for data in raw[self.looked_into..].split_inclusive(|&b| b == b'\n') {
+            self.read(data.strip_suffix(b"\n").unwrap_or(data));
+        }
+        self.looked_into = raw.len();
         self.raw = raw;
     }
 
     fn read(&mut self, json: &[u8]) {
+        let open_block = texts::block(json);
+        self.open_block = open_block.unwrap_or(self.open_block);
+        self.effect = Effect::that_opens(open_block);
         if texts::read(self, json).is_err() {
+            self.effect.is_more();
             self.uncounted += json.len() as u64;
         }
     }
@@ -202,6 +283,7 @@ impl Received {
         if name.is_empty() {
             return;
         }
+        self.effect.is_more();
         self.tokens += TOKENS_PER_TOOL_CALL;
         self.append(slot, name);
         if let Some(kept) = self.texts.iter_mut().find(|kept| kept.slot == slot) {
@@ -213,6 +295,7 @@ impl Received {
     pub(super) fn whole_call(&mut self, choice: u64, name: &str, arguments: &str) {
         let slot = Slot { choice, part: Part::ToolCall(self.whole_calls) };
         self.whole_calls += 1;
+        self.effect.is_more();
         self.call(slot, name);
         self.append(slot, arguments);
     }
@@ -220,19 +303,25 @@ impl Received {
     /// A text that may have come in deltas before. Nothing counts twice: past the bounds it is not known
     /// what has come, and it is taken to have.
     pub(super) fn repeat(&mut self, slot: Slot, text: &str) {
+        self.effect.is_more();
         let is_new = match self.texts.iter().find(|kept| kept.slot == slot) {
             Some(kept) => kept.text.len() == kept.name,
-            None => self.uncounted == 0 && self.texts.len() < MOST_TEXTS,
+            None => self.knows_all() && self.texts.len() < MOST_TEXTS,
         };
         if is_new {
             self.append(slot, text);
         }
     }
 
+    /// Whether nothing has been passed over since usage was reported.
+    fn knows_all(&self) -> bool {
+        self.uncounted == self.reported_uncounted
+    }
+
     /// The call likewise.
     pub(super) fn repeat_call(&mut self, slot: Slot, name: &str, arguments: &str) {
         let is_known = self.texts.iter().any(|kept| kept.slot == slot);
-        if !is_known && self.uncounted == 0 && self.texts.len() < MOST_TEXTS {
+        if !is_known && self.knows_all() && self.texts.len() < MOST_TEXTS {
             self.call(slot, name);
         }
         self.repeat(slot, arguments);
@@ -243,6 +332,7 @@ impl Received {
         if text.is_empty() {
             return;
         }
+        self.effect.append(slot, text);
         if self.text_bytes + text.len() > MOST_TEXT {
             self.uncounted += text.len() as u64;
             return;
@@ -254,6 +344,11 @@ impl Received {
             None => self.texts.push(Kept { slot, text: text.to_owned(), name: 0 }),
         }
     }
+}
+
+/// Events, each with a newline behind it, the last one first.
+fn backwards(events: &[u8]) -> impl Iterator<Item = &[u8]> {
+    events.strip_suffix(b"\n").unwrap_or(events).rsplit(|&b| b == b'\n')
 }
 
 /// Fields whose text is generated, whatever the API.
@@ -271,22 +366,26 @@ const GENERATED: [&[u8]; 12] = [
     b"data",
     b"transcript",
 ];
-fn is_ping(data: &[u8]) -> bool {
-    data.is_empty() || (data.len() < 64 && memmem::find(data, b"\"ping\"").is_some())
-}
 
 /// Of the Responses API one field does: other events repeat what has come.
 const OF_RESPONSES: [&[u8]; 1] = [b"delta"];
+
+static TYPE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"type\""));
+static ERROR: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"error\":"));
+
+fn is_ping(data: &[u8]) -> bool {
+    data.is_empty() || (data.len() < 64 && memmem::find(data, b"\"ping\"").is_some())
+}
 
 /// Whether an event carries something generated, unlike those that open and close an answer. A look at its
 /// fields and no parsing, since it is done for every event: a colon behind a quote ends a field's name,
 /// for a quote within a text has a backslash before it, which no such name ends in.
 fn is_generated(data: &[u8]) -> bool {
-    let is_of_responses = memmem::find_iter(data, b"\"type\"").any(|at| {
+    let is_of_responses = TYPE.find_iter(data).any(|at| {
         let value = data[at + 6..].trim_ascii_start().strip_prefix(b":").unwrap_or_default();
         value.trim_ascii_start().starts_with(b"\"response.")
     });
-    if memmem::find_iter(data, b"\"error\":").any(|at| data[at + 8..].trim_ascii_start().starts_with(b"{")) {
+    if ERROR.find_iter(data).any(|at| data[at + 8..].trim_ascii_start().starts_with(b"{")) {
         return false;
     }
     let fields = if is_of_responses { &OF_RESPONSES[..] } else { &GENERATED[..] };
