@@ -8,6 +8,7 @@ mod decode;
 mod ending;
 mod fields;
 mod json;
+mod portions;
 mod received;
 mod sse;
 mod template;

@@ -1,13 +1,14 @@
 //! What was received of an answer, kept so that it can be counted if usage never comes.
 //!
-//! Bounded: events are kept raw until 32 KiB have come together, then only their text. Beyond 1 MiB
-//! of text the rest counts as one token for four bytes.
+//! Bounded: events are kept raw until 32 KiB have come together, then only their text, and of that some 32 KiB
+//! if it is counted in portions. Beyond 1 MiB of text the rest counts as one token for four bytes.
 
+use super::portions::take_front;
 use super::template::{Effect, Template};
 use super::texts::{self, Part, Slot};
 use memchr::memchr_iter;
 use memchr::memmem::{self, Finder};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 /// Raw events are boiled down to their text when they reach this size.
 const COMPACT_AT: usize = 32 * 1024;
@@ -16,7 +17,9 @@ const MOST_LOOKED_INTO: usize = 4 * 1024;
 /// A template is looked for in so many events of those that come to `COMPACT_AT`. Looking into them one by one
 /// costs no more, but would be in vain if usage comes before the rest.
 const TRIES: u8 = 4;
-/// More text than this is not kept.
+/// So much text makes a portion that is counted while the rest is coming.
+const PORTION: usize = 32 * 1024;
+/// More text than this is not counted.
 const MOST_TEXT: usize = 1024 * 1024;
 /// A whole JSON answer is kept up to this size.
 const MOST_DOCUMENT: usize = 1024 * 1024;
@@ -64,7 +67,11 @@ pub struct Received {
     opening: Option<Vec<u8>>,
     /// Anthropic's block that is open, as far as events have been looked into.
     open_block: Option<u64>,
+    /// All that has come, and so much of it since the last portion was taken.
     text_bytes: usize,
+    fresh: usize,
+    /// Is being counted.
+    portion: Option<Arc<Vec<String>>>,
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
@@ -78,7 +85,10 @@ pub struct Received {
 #[derive(Debug)]
 struct Kept {
     slot: Slot,
+    /// What has not been counted in a portion.
     text: String,
+    /// How long it is with what has been.
+    length: usize,
     /// So much of it is the name of a tool.
     name: usize,
 }
@@ -191,7 +201,34 @@ impl Received {
 
     /// Bytes that are kept: tells how long it will take to look into them.
     pub fn kept_bytes(&self) -> usize {
-        self.raw.len() + self.text_bytes
+        let in_portion = self.portion.iter().flat_map(|texts| texts.iter());
+        let texts = self.texts.iter().map(|kept| &kept.text).chain(in_portion);
+        self.raw.len() + texts.map(String::len).sum::<usize>()
+    }
+
+    /// Whether so much text has come that a portion of it can be counted.
+    pub fn has_portion(&self) -> bool {
+        self.fresh >= PORTION
+    }
+
+    /// Texts to be counted while the rest is coming, if there is enough for that. One portion at a time:
+    /// until `portion_counted` it is kept here too, so that nothing is left out where an answer ends before
+    /// that.
+    pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
+        if !self.has_portion() || self.portion.is_some() {
+            return None;
+        }
+        self.fresh = 0;
+        let fronts = self.texts.iter_mut().filter_map(|kept| take_front(&mut kept.text)).collect();
+        self.portion = Some(Arc::new(fronts));
+        self.portion.clone()
+    }
+
+    /// How many tokens the portion has; `None`: they could not be counted. Meanwhile it may have been reported.
+    pub fn portion_counted(&mut self, tokens: Option<u64>) {
+        let Some(portion) = self.portion.take() else { return };
+        let by_length = || portion.iter().map(String::len).sum::<usize>().div_ceil(4) as u64;
+        self.tokens += tokens.unwrap_or_else(by_length);
     }
 
     /// Keeps a piece of a whole JSON answer.
@@ -215,6 +252,8 @@ impl Received {
         self.texts.clear();
         self.whole_calls = 0;
         self.tokens = 0;
+        self.portion = None;
+        self.fresh = 0;
         self.looked_into = self.raw.len();
         self.reported_uncounted = self.uncounted;
     }
@@ -243,7 +282,8 @@ impl Received {
     }
 
     fn finish(self) -> Texts {
-        let texts = self.texts.into_iter().map(|kept| kept.text).collect();
+        let in_portion = self.portion.map(Arc::unwrap_or_clone).unwrap_or_default();
+        let texts = in_portion.into_iter().chain(self.texts.into_iter().map(|kept| kept.text)).collect();
         let uncounted = self.uncounted.saturating_sub(self.reported_uncounted);
         Texts { texts, tokens: self.tokens + uncounted.div_ceil(4) }
     }
@@ -287,7 +327,7 @@ impl Received {
         self.tokens += TOKENS_PER_TOOL_CALL;
         self.append(slot, name);
         if let Some(kept) = self.texts.iter_mut().find(|kept| kept.slot == slot) {
-            kept.name = kept.text.len();
+            kept.name = kept.length;
         }
     }
 
@@ -305,7 +345,7 @@ impl Received {
     pub(super) fn repeat(&mut self, slot: Slot, text: &str) {
         self.effect.is_more();
         let is_new = match self.texts.iter().find(|kept| kept.slot == slot) {
-            Some(kept) => kept.text.len() == kept.name,
+            Some(kept) => kept.length == kept.name,
             None => self.knows_all() && self.texts.len() < MOST_TEXTS,
         };
         if is_new {
@@ -338,10 +378,14 @@ impl Received {
             return;
         }
         self.text_bytes += text.len();
+        self.fresh += text.len();
         let known = self.texts.iter().position(|kept| kept.slot == slot);
         match known.or_else(|| (self.texts.len() >= MOST_TEXTS).then_some(MOST_TEXTS - 1)) {
-            Some(at) => self.texts[at].text.push_str(text),
-            None => self.texts.push(Kept { slot, text: text.to_owned(), name: 0 }),
+            Some(at) => {
+                self.texts[at].text.push_str(text);
+                self.texts[at].length += text.len();
+            }
+            None => self.texts.push(Kept { slot, text: text.to_owned(), length: text.len(), name: 0 }),
         }
     }
 }
@@ -491,6 +535,51 @@ mod tests {
             received.push_piece(&[b'x'; 10_000]);
         }
         assert_eq!(received.finish_document(), Texts { texts: vec![], tokens: 750_000 });
+    }
+
+    #[test]
+    fn portions_leave_little_and_lose_nothing() {
+        let event = |index: u64, text: &str| {
+            format!(r#"{{"choices":[{{"index":{index},"delta":{{"content":"{text}"}}}}]}}"#)
+        };
+        let text = "a word ".repeat(1_000);
+        let (mut received, mut counted) = (Received::default(), 0);
+        for n in 0..100 {
+            received.push_event(event(n % 2, &text).as_bytes());
+            if let Some(portion) = received.take_portion() {
+                assert!(received.take_portion().is_none());
+                // Until it is counted it is as if it had not been taken.
+                assert!(received.kept_bytes() >= PORTION);
+                let bytes: usize = portion.iter().map(String::len).sum();
+                counted += bytes as u64;
+                received.portion_counted(Some(bytes as u64));
+                assert!(received.kept_bytes() < 2 * PORTION);
+            }
+        }
+        assert!(counted > 600_000);
+        let texts = received.finish_events();
+        assert_eq!((texts.tokens, texts.bytes() as u64 + counted), (counted, 100 * 7_000));
+    }
+
+    #[test]
+    fn a_portion_that_is_not_counted_counts_at_the_end_unless_it_was_reported() {
+        let text = "a word ".repeat(6_000);
+        let event = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}"#);
+        let with_portion = || {
+            let mut received = Received::default();
+            received.push_event(event.as_bytes());
+            assert!(received.take_portion().is_some());
+            received
+        };
+        assert_eq!(with_portion().finish_events().bytes(), text.len());
+        let mut failed = with_portion();
+        failed.portion_counted(None);
+        let rest = failed.finish_events();
+        assert_eq!((rest.bytes() as u64 + 4 * rest.tokens).abs_diff(text.len() as u64) / 4, 0);
+        let mut reported = with_portion();
+        reported.is_reported();
+        reported.portion_counted(Some(9));
+        assert_eq!(reported.finish_events(), Texts::default());
     }
 
     #[test]

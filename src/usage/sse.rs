@@ -13,7 +13,7 @@ use memchr::memmem::Finder;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 static USAGE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"usage"));
 
@@ -158,6 +158,21 @@ impl SseReader {
     /// Bytes that are kept to be counted.
     pub fn kept_bytes(&self) -> usize {
         self.received.kept_bytes()
+    }
+
+    /// Whether so much text has come that a portion of it can be counted.
+    pub fn has_portion(&self) -> bool {
+        self.received.has_portion()
+    }
+
+    /// Texts to be counted while the rest is coming, if there is enough for that, one portion at a time.
+    pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
+        self.received.take_portion()
+    }
+
+    /// How many tokens the portion has; `None`: they could not be counted.
+    pub fn portion_counted(&mut self, tokens: Option<u64>) {
+        self.received.portion_counted(tokens);
     }
 
     /// The generated text that has come since usage was reported, if it ever was.
