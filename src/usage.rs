@@ -8,8 +8,10 @@ mod decode;
 mod ending;
 mod fields;
 mod json;
+mod portions;
 mod received;
 mod sse;
+mod template;
 mod texts;
 
 use crate::quota::{Amounts, MAX_AMOUNT};

@@ -1,6 +1,6 @@
 //! What streams cost: the readers alone, and a thousand callers at once.
 //!
-//! `cargo bench --bench streams -- [--quick]`
+//! `cargo bench --bench streams -- [--quick] [readers] [paced] [unread]`
 //!
 //! 1. Readers of usage: MB/s by the size of the pieces that arrive, and the time for twice the input.
 //! 2. A thousand streams with an event each 200 ms through a gateway in a process of its own, and straight to the
@@ -25,9 +25,13 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let is_quick = std::env::args().any(|a| a == "--quick");
-    let readers = readers::measure(is_quick);
-    let live = live::measure(is_quick);
-    if readers && live { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let names = ["readers", "paced", "unread"];
+    let named: Vec<String> = std::env::args().filter(|a| names.contains(&a.as_str())).collect();
+    let is_on = |name: &str| named.is_empty() || named.iter().any(|n| n == name);
+    let readers = !is_on("readers") || readers::measure(is_quick);
+    let paced = !is_on("paced") || live::measure_paced(is_quick);
+    let unread = !is_on("unread") || live::measure_unread();
+    if readers && paced && unread { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Whether a figure is reached; tells if not.

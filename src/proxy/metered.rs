@@ -65,6 +65,8 @@ pub(super) struct Metered {
     terms: Terms,
     lesson: Option<Lesson>,
     state: State,
+    /// Text of a long stream, which is being counted while the rest is coming.
+    portion: Option<JoinHandle<u64>>,
     last_data: Stopwatch,
     alarm: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
@@ -132,6 +134,7 @@ impl Metered {
             terms,
             lesson,
             state: State::Passing(charge),
+            portion: None,
             last_data: now,
             alarm: None,
             last_progress: now,
@@ -172,6 +175,7 @@ impl Metered {
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        ready!(self.poll_portion(cx));
         match self.incoming.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
                 self.last_data = Stopwatch::start();
@@ -194,6 +198,32 @@ impl Metered {
             }
         }
         Poll::Ready(())
+    }
+
+    /// A long stream is counted in portions, so that little of it is kept: one at a time, on a thread for such
+    /// work. Ready when more may come, which waits where the next portion is there before.
+    fn poll_portion(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(reader) = self.reader.events_mut() else { return Poll::Ready(()) };
+        loop {
+            if let Some(counting) = &mut self.portion {
+                match Pin::new(counting).poll(cx) {
+                    Poll::Ready(counted) => reader.portion_counted(counted.ok()),
+                    Poll::Pending if reader.has_portion() => return Poll::Pending,
+                    Poll::Pending => return Poll::Ready(()),
+                }
+                self.portion = None;
+            }
+            let Some(texts) = reader.take_portion() else { return Poll::Ready(()) };
+            let counts = self.terms.status.is_success() && self.terms.endpoint.generates();
+            match self.terms.tokenizer.filter(|_| counts) {
+                Some(tokenizer) => {
+                    let count = move || tokenizer.count_all(texts.iter().map(String::as_str));
+                    self.portion = Some(spawn_blocking(count));
+                }
+                // It would not be charged at the end either.
+                None => reader.portion_counted(Some(0)),
+            }
+        }
     }
 
     fn progress_is_due(&self) -> bool {

@@ -138,6 +138,17 @@ impl Reader {
         }
     }
 
+    pub(super) fn events_mut(&mut self) -> Option<&mut SseReader> {
+        match self {
+            Self::Plain(Plain::Sse(reader)) => Some(reader),
+            Self::Coded(decoder) => match decoder.inner_mut() {
+                Plain::Sse(reader) => Some(reader),
+                Plain::Json(..) => None,
+            },
+            _ => None,
+        }
+    }
+
     /// Whether it could not be read to its end, or not at all.
     pub(super) fn is_unreadable(&self) -> bool {
         match self {

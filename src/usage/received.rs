@@ -1,14 +1,25 @@
 //! What was received of an answer, kept so that it can be counted if usage never comes.
 //!
-//! Bounded: events are kept raw until 32 KiB have come together, then only their text. Beyond 1 MiB
-//! of text the rest counts as one token for four bytes.
+//! Bounded: events are kept raw until 32 KiB have come together, then only their text, and of that some 32 KiB
+//! if it is counted in portions. Beyond 1 MiB of text the rest counts as one token for four bytes.
 
+use super::portions::take_front;
+use super::template::{Effect, Template};
 use super::texts::{self, Part, Slot};
-use memchr::{memchr_iter, memmem};
+use memchr::memchr_iter;
+use memchr::memmem::{self, Finder};
+use std::sync::{Arc, LazyLock};
 
 /// Raw events are boiled down to their text when they reach this size.
 const COMPACT_AT: usize = 32 * 1024;
-/// More text than this is not kept.
+/// Those that have been looked into are kept up to this size: an ending is made like the last ones.
+const MOST_LOOKED_INTO: usize = 4 * 1024;
+/// A template is looked for in so many events of those that come to `COMPACT_AT`. Looking into them one by one
+/// costs no more, but would be in vain if usage comes before the rest.
+const TRIES: u8 = 4;
+/// So much text makes a portion that is counted while the rest is coming.
+const PORTION: usize = 32 * 1024;
+/// More text than this is not counted.
 const MOST_TEXT: usize = 1024 * 1024;
 /// A whole JSON answer is kept up to this size.
 const MOST_DOCUMENT: usize = 1024 * 1024;
@@ -38,21 +49,33 @@ impl Texts {
 /// The generated text of one answer, as far as it came.
 #[derive(Debug, Default)]
 pub struct Received {
-    /// Event data that has not been looked into, a newline after each.
+    /// The data of the last events, a newline after each. (Of a document: the document.)
     raw: Vec<u8>,
+    /// So much of `raw` has been looked into, or reported by the provider.
+    looked_into: usize,
+    /// What the last event that was looked into has done.
+    effect: Effect,
+    template: Option<Box<Template>>,
+    /// So many events have been looked into for a template since `raw` was emptied.
+    tries: u8,
+    #[cfg(test)]
+    parses_all: bool,
     texts: Vec<Kept>,
     /// Calls that came whole.
     whole_calls: u64,
     /// The event that opened the answer, where the ending needs it.
     opening: Option<Vec<u8>>,
     /// Anthropic's block that is open, as far as events have been looked into.
-    pub(super) open_block: Option<u64>,
+    open_block: Option<u64>,
+    /// All that has come, and so much of it since the last portion was taken.
     text_bytes: usize,
+    fresh: usize,
+    /// Is being counted.
+    portion: Option<Arc<Vec<String>>>,
     tokens: u64,
     /// Bytes that were passed over.
     uncounted: u64,
-    /// So much of `raw`, and of what was passed over, has been reported by the provider.
-    reported_raw: usize,
+    /// So much of what was passed over has been reported by the provider.
     reported_uncounted: u64,
     /// Events that carried something generated.
     events: u64,
@@ -62,7 +85,10 @@ pub struct Received {
 #[derive(Debug)]
 struct Kept {
     slot: Slot,
+    /// What has not been counted in a portion.
     text: String,
+    /// How long it is with what has been.
+    length: usize,
     /// So much of it is the name of a tool.
     name: usize,
 }
@@ -77,14 +103,64 @@ pub struct SoFar {
 }
 
 impl Received {
-    /// Keeps the data of one event.
+    #[cfg(test)]
+    pub(super) fn that_parses_all() -> Self {
+        Self { parses_all: true, ..Self::default() }
+    }
+
+    /// Keeps the data of one event that reports no usage.
     pub fn push_event(&mut self, data: &[u8]) {
-        self.events += u64::from(is_generated(data));
+        if self.push_usual(data) {
+            return;
+        }
+        let is_generated = self.push_reporting(data);
+        if is_generated && self.tries < TRIES && data.len() <= COMPACT_AT {
+            self.tries += 1;
+            self.look_into_all();
+            let last = self.last_events().next().unwrap_or_default();
+            let template = Template::of(last, &self.effect).map(Box::new);
+            self.template = template.or(self.template.take());
+        }
+    }
+
+    /// The same, if the event is like those before it but for its text. Whether it was.
+    pub(super) fn push_usual(&mut self, data: &[u8]) -> bool {
+        #[cfg(test)]
+        if self.parses_all {
+            return false;
+        }
+        let is_kept = self.opening.is_some() && data.len() <= COMPACT_AT;
+        let Some(template) = self.template.take_if(|_| is_kept) else { return false };
+        let text = template.text_of(data);
+        if let Some(text) = text {
+            // In the order in which they came.
+            self.look_into_all();
+            self.append(template.slot, text);
+            self.open_block = template.open_block.unwrap_or(self.open_block);
+            self.events += 1;
+            self.tries = 0;
+            self.keep(data);
+            self.looked_into = self.raw.len();
+        }
+        self.template = Some(template);
+        text.is_some()
+    }
+
+    /// Keeps the data of one event, which may also report usage. Whether it carries something generated.
+    pub(super) fn push_reporting(&mut self, data: &[u8]) -> bool {
+        let is_generated = is_generated(data);
+        self.events += u64::from(is_generated);
         if self.opening.is_none() && !is_ping(data) {
             let is_needed = data.len() <= LONGEST_OPENING && memmem::find(data, b"\"choices\"").is_none();
             self.opening = Some(if is_needed { data.to_vec() } else { Vec::new() });
         }
-        if self.raw.len() + data.len() > COMPACT_AT {
+        self.keep(data);
+        is_generated
+    }
+
+    fn keep(&mut self, data: &[u8]) {
+        let is_done = self.looked_into == self.raw.len() && self.raw.len() > MOST_LOOKED_INTO;
+        if is_done || self.raw.len() + data.len() > COMPACT_AT {
             self.compact();
         }
         if data.len() > COMPACT_AT {
@@ -109,8 +185,7 @@ impl Received {
 
     /// The data of the last events, the last one first.
     pub fn last_events(&self) -> impl Iterator<Item = &[u8]> {
-        let raw = self.raw.strip_suffix(b"\n").unwrap_or(&self.raw);
-        raw.rsplit(|&b| b == b'\n')
+        backwards(&self.raw)
     }
 
     /// The event that opened the answer, other than of a chat.
@@ -120,13 +195,40 @@ impl Received {
 
     /// The block of Anthropic's that has begun and not ended.
     pub fn open_block(&self) -> Option<u64> {
-        let last = self.last_events().find_map(texts::block);
+        let last = backwards(&self.raw[self.looked_into..]).find_map(texts::block);
         last.unwrap_or(self.open_block)
     }
 
     /// Bytes that are kept: tells how long it will take to look into them.
     pub fn kept_bytes(&self) -> usize {
-        self.raw.len() + self.text_bytes
+        let in_portion = self.portion.iter().flat_map(|texts| texts.iter());
+        let texts = self.texts.iter().map(|kept| &kept.text).chain(in_portion);
+        self.raw.len() + texts.map(String::len).sum::<usize>()
+    }
+
+    /// Whether so much text has come that a portion of it can be counted.
+    pub fn has_portion(&self) -> bool {
+        self.fresh >= PORTION
+    }
+
+    /// Texts to be counted while the rest is coming, if there is enough for that. One portion at a time:
+    /// until `portion_counted` it is kept here too, so that nothing is left out where an answer ends before
+    /// that.
+    pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
+        if !self.has_portion() || self.portion.is_some() {
+            return None;
+        }
+        self.fresh = 0;
+        let fronts = self.texts.iter_mut().filter_map(|kept| take_front(&mut kept.text)).collect();
+        self.portion = Some(Arc::new(fronts));
+        self.portion.clone()
+    }
+
+    /// How many tokens the portion has; `None`: they could not be counted. Meanwhile it may have been reported.
+    pub fn portion_counted(&mut self, tokens: Option<u64>) {
+        let Some(portion) = self.portion.take() else { return };
+        let by_length = || portion.iter().map(String::len).sum::<usize>().div_ceil(4) as u64;
+        self.tokens += tokens.unwrap_or_else(by_length);
     }
 
     /// Keeps a piece of a whole JSON answer.
@@ -146,9 +248,13 @@ impl Received {
 
     /// The provider has reported all that came so far: only what comes later is to be counted.
     pub fn is_reported(&mut self) {
+        self.open_block = self.open_block();
         self.texts.clear();
+        self.whole_calls = 0;
         self.tokens = 0;
-        self.reported_raw = self.raw.len();
+        self.portion = None;
+        self.fresh = 0;
+        self.looked_into = self.raw.len();
         self.reported_uncounted = self.uncounted;
     }
 
@@ -159,7 +265,7 @@ impl Received {
 
     /// The texts of a stream, as far as it came.
     pub fn finish_events(mut self) -> Texts {
-        self.compact();
+        self.look_into_all();
         self.finish()
     }
 
@@ -176,23 +282,38 @@ impl Received {
     }
 
     fn finish(self) -> Texts {
-        let texts = self.texts.into_iter().map(|kept| kept.text).collect();
+        let in_portion = self.portion.map(Arc::unwrap_or_clone).unwrap_or_default();
+        let texts = in_portion.into_iter().chain(self.texts.into_iter().map(|kept| kept.text)).collect();
         let uncounted = self.uncounted.saturating_sub(self.reported_uncounted);
         Texts { texts, tokens: self.tokens + uncounted.div_ceil(4) }
     }
 
     fn compact(&mut self) {
-        let mut raw = std::mem::take(&mut self.raw);
-        let from = std::mem::take(&mut self.reported_raw);
-        for data in raw[from.min(raw.len())..].split(|&b| b == b'\n') {
-            self.read(data);
+        self.look_into_all();
+        self.raw.clear();
+        self.looked_into = 0;
+        self.tries = 0;
+    }
+
+    /// Looks into the events that have not been.
+    pub(super) fn look_into_all(&mut self) {
+        if self.looked_into == self.raw.len() {
+            return;
         }
-        raw.clear();
+        let raw = std::mem::take(&mut self.raw);
+        for data in raw[self.looked_into..].split_inclusive(|&b| b == b'\n') {
+            self.read(data.strip_suffix(b"\n").unwrap_or(data));
+        }
+        self.looked_into = raw.len();
         self.raw = raw;
     }
 
     fn read(&mut self, json: &[u8]) {
+        let open_block = texts::block(json);
+        self.open_block = open_block.unwrap_or(self.open_block);
+        self.effect = Effect::that_opens(open_block);
         if texts::read(self, json).is_err() {
+            self.effect.is_more();
             self.uncounted += json.len() as u64;
         }
     }
@@ -202,10 +323,11 @@ impl Received {
         if name.is_empty() {
             return;
         }
+        self.effect.is_more();
         self.tokens += TOKENS_PER_TOOL_CALL;
         self.append(slot, name);
         if let Some(kept) = self.texts.iter_mut().find(|kept| kept.slot == slot) {
-            kept.name = kept.text.len();
+            kept.name = kept.length;
         }
     }
 
@@ -213,6 +335,7 @@ impl Received {
     pub(super) fn whole_call(&mut self, choice: u64, name: &str, arguments: &str) {
         let slot = Slot { choice, part: Part::ToolCall(self.whole_calls) };
         self.whole_calls += 1;
+        self.effect.is_more();
         self.call(slot, name);
         self.append(slot, arguments);
     }
@@ -220,19 +343,25 @@ impl Received {
     /// A text that may have come in deltas before. Nothing counts twice: past the bounds it is not known
     /// what has come, and it is taken to have.
     pub(super) fn repeat(&mut self, slot: Slot, text: &str) {
+        self.effect.is_more();
         let is_new = match self.texts.iter().find(|kept| kept.slot == slot) {
-            Some(kept) => kept.text.len() == kept.name,
-            None => self.uncounted == 0 && self.texts.len() < MOST_TEXTS,
+            Some(kept) => kept.length == kept.name,
+            None => self.knows_all() && self.texts.len() < MOST_TEXTS,
         };
         if is_new {
             self.append(slot, text);
         }
     }
 
+    /// Whether nothing has been passed over since usage was reported.
+    fn knows_all(&self) -> bool {
+        self.uncounted == self.reported_uncounted
+    }
+
     /// The call likewise.
     pub(super) fn repeat_call(&mut self, slot: Slot, name: &str, arguments: &str) {
         let is_known = self.texts.iter().any(|kept| kept.slot == slot);
-        if !is_known && self.uncounted == 0 && self.texts.len() < MOST_TEXTS {
+        if !is_known && self.knows_all() && self.texts.len() < MOST_TEXTS {
             self.call(slot, name);
         }
         self.repeat(slot, arguments);
@@ -243,17 +372,27 @@ impl Received {
         if text.is_empty() {
             return;
         }
+        self.effect.append(slot, text);
         if self.text_bytes + text.len() > MOST_TEXT {
             self.uncounted += text.len() as u64;
             return;
         }
         self.text_bytes += text.len();
+        self.fresh += text.len();
         let known = self.texts.iter().position(|kept| kept.slot == slot);
         match known.or_else(|| (self.texts.len() >= MOST_TEXTS).then_some(MOST_TEXTS - 1)) {
-            Some(at) => self.texts[at].text.push_str(text),
-            None => self.texts.push(Kept { slot, text: text.to_owned(), name: 0 }),
+            Some(at) => {
+                self.texts[at].text.push_str(text);
+                self.texts[at].length += text.len();
+            }
+            None => self.texts.push(Kept { slot, text: text.to_owned(), length: text.len(), name: 0 }),
         }
     }
+}
+
+/// Events, each with a newline behind it, the last one first.
+fn backwards(events: &[u8]) -> impl Iterator<Item = &[u8]> {
+    events.strip_suffix(b"\n").unwrap_or(events).rsplit(|&b| b == b'\n')
 }
 
 /// Fields whose text is generated, whatever the API.
@@ -271,22 +410,26 @@ const GENERATED: [&[u8]; 12] = [
     b"data",
     b"transcript",
 ];
-fn is_ping(data: &[u8]) -> bool {
-    data.is_empty() || (data.len() < 64 && memmem::find(data, b"\"ping\"").is_some())
-}
 
 /// Of the Responses API one field does: other events repeat what has come.
 const OF_RESPONSES: [&[u8]; 1] = [b"delta"];
+
+static TYPE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"type\""));
+static ERROR: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"error\":"));
+
+fn is_ping(data: &[u8]) -> bool {
+    data.is_empty() || (data.len() < 64 && memmem::find(data, b"\"ping\"").is_some())
+}
 
 /// Whether an event carries something generated, unlike those that open and close an answer. A look at its
 /// fields and no parsing, since it is done for every event: a colon behind a quote ends a field's name,
 /// for a quote within a text has a backslash before it, which no such name ends in.
 fn is_generated(data: &[u8]) -> bool {
-    let is_of_responses = memmem::find_iter(data, b"\"type\"").any(|at| {
+    let is_of_responses = TYPE.find_iter(data).any(|at| {
         let value = data[at + 6..].trim_ascii_start().strip_prefix(b":").unwrap_or_default();
         value.trim_ascii_start().starts_with(b"\"response.")
     });
-    if memmem::find_iter(data, b"\"error\":").any(|at| data[at + 8..].trim_ascii_start().starts_with(b"{")) {
+    if ERROR.find_iter(data).any(|at| data[at + 8..].trim_ascii_start().starts_with(b"{")) {
         return false;
     }
     let fields = if is_of_responses { &OF_RESPONSES[..] } else { &GENERATED[..] };
@@ -392,6 +535,51 @@ mod tests {
             received.push_piece(&[b'x'; 10_000]);
         }
         assert_eq!(received.finish_document(), Texts { texts: vec![], tokens: 750_000 });
+    }
+
+    #[test]
+    fn portions_leave_little_and_lose_nothing() {
+        let event = |index: u64, text: &str| {
+            format!(r#"{{"choices":[{{"index":{index},"delta":{{"content":"{text}"}}}}]}}"#)
+        };
+        let text = "a word ".repeat(1_000);
+        let (mut received, mut counted) = (Received::default(), 0);
+        for n in 0..100 {
+            received.push_event(event(n % 2, &text).as_bytes());
+            if let Some(portion) = received.take_portion() {
+                assert!(received.take_portion().is_none());
+                // Until it is counted it is as if it had not been taken.
+                assert!(received.kept_bytes() >= PORTION);
+                let bytes: usize = portion.iter().map(String::len).sum();
+                counted += bytes as u64;
+                received.portion_counted(Some(bytes as u64));
+                assert!(received.kept_bytes() < 2 * PORTION);
+            }
+        }
+        assert!(counted > 600_000);
+        let texts = received.finish_events();
+        assert_eq!((texts.tokens, texts.bytes() as u64 + counted), (counted, 100 * 7_000));
+    }
+
+    #[test]
+    fn a_portion_that_is_not_counted_counts_at_the_end_unless_it_was_reported() {
+        let text = "a word ".repeat(6_000);
+        let event = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}"#);
+        let with_portion = || {
+            let mut received = Received::default();
+            received.push_event(event.as_bytes());
+            assert!(received.take_portion().is_some());
+            received
+        };
+        assert_eq!(with_portion().finish_events().bytes(), text.len());
+        let mut failed = with_portion();
+        failed.portion_counted(None);
+        let rest = failed.finish_events();
+        assert_eq!((rest.bytes() as u64 + 4 * rest.tokens).abs_diff(text.len() as u64) / 4, 0);
+        let mut reported = with_portion();
+        reported.is_reported();
+        reported.portion_counted(Some(9));
+        assert_eq!(reported.finish_events(), Texts::default());
     }
 
     #[test]

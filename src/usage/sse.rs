@@ -8,10 +8,14 @@ use super::choices::Choices;
 use super::received::{Received, SoFar};
 use super::{Reported, Texts, ending, fields};
 use bytes::Bytes;
-use memchr::{memchr2, memmem};
+use memchr::memchr2;
+use memchr::memmem::Finder;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
+use std::sync::{Arc, LazyLock};
+
+static USAGE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"usage"));
 
 /// An event longer than this passes through unread.
 const LONGEST_EVENT: usize = 4 * 1024 * 1024;
@@ -75,6 +79,16 @@ impl SseReader {
     /// is kept from the caller.
     pub fn new(withholds: bool) -> Self {
         Self { withholds, ..Self::default() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn that_parses_all() -> Self {
+        Self { received: Received::that_parses_all(), ..Self::default() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn received(&mut self) -> &mut Received {
+        &mut self.received
     }
 
     /// Reads the next piece and hands on what the caller is to receive of it.
@@ -144,6 +158,21 @@ impl SseReader {
     /// Bytes that are kept to be counted.
     pub fn kept_bytes(&self) -> usize {
         self.received.kept_bytes()
+    }
+
+    /// Whether so much text has come that a portion of it can be counted.
+    pub fn has_portion(&self) -> bool {
+        self.received.has_portion()
+    }
+
+    /// Texts to be counted while the rest is coming, if there is enough for that, one portion at a time.
+    pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
+        self.received.take_portion()
+    }
+
+    /// How many tokens the portion has; `None`: they could not be counted.
+    pub fn portion_counted(&mut self, tokens: Option<u64>) {
+        self.received.portion_counted(tokens);
     }
 
     /// The generated text that has come since usage was reported, if it ever was.
@@ -258,14 +287,18 @@ impl SseReader {
         if says_error(event) {
             return false; // whatever its data look like, they are no completion
         }
-        if memmem::find(&data, b"\"usage").is_some()
+        // What is like the last one that reported nothing does not report either.
+        if self.received.push_usual(&data) {
+            return false;
+        }
+        if USAGE.find(&data).is_some()
             && let Ok(chunk) = serde_json::from_slice::<Chunk>(&data)
             && let Some(reported) = chunk.reported()
         {
             self.reported.update(reported);
             let only_reports = chunk.only_reports();
             if !only_reports {
-                self.received.push_event(&data);
+                self.received.push_reporting(&data);
             }
             if reported.completion().is_some() {
                 self.when_reported = self.received.so_far();

@@ -51,6 +51,36 @@ async fn a_long_answer_without_usage_is_counted_before_its_last_byte() {
 }
 
 #[tokio::test]
+async fn a_long_stream_without_usage_is_counted_in_portions() {
+    // 10,000 tokens in each, and several portions in all.
+    let events = vec![delta(&" word".repeat(10_000)); 4];
+    let gates = events.iter().fold(Answer::stream(), |answer, event| answer.event(event).then(Step::Gate));
+    let upstream = Upstream::always(gates.end()).await;
+    for read in [4, 3] {
+        let gateway = Gateway::before(&upstream, ROOM).await;
+        let mut caller = gateway.caller().await;
+        caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+        caller.head().await;
+        for event in &events[..read] {
+            let mut received = 0;
+            while received < event.len() {
+                received += caller.chunk().await.unwrap().len();
+            }
+            upstream.open_gate();
+        }
+        // To its end, or hung up while a portion may be under way.
+        if read == 4 {
+            assert_eq!(caller.chunk().await, Some(vec![]));
+        }
+        drop(caller);
+        let [requests, prompt, completion, _] = gateway.settled_charges().await;
+        assert_eq!((requests, prompt), (1, HELLO_TOKENS));
+        let all = if read == 4 { 40_000..=40_000 } else { 30_000..=40_000 };
+        assert!(all.contains(&completion), "{completion}");
+    }
+}
+
+#[tokio::test]
 async fn usage_that_cannot_be_true_is_none() {
     for bad in [
         r#"{"prompt_tokens":-3,"completion_tokens":-5,"total_tokens":-8}"#,

@@ -31,7 +31,6 @@ struct Delta<'a> {
 
 pub(super) fn event(received: &mut Received, event: &Answer) -> Result<(), serde_json::Error> {
     let index = event.index.unwrap_or(0);
-    received.open_block = (event.kind.0 != "content_block_stop").then_some(index);
     if let Some(of) = &event.content_block {
         // The input comes in deltas; what stands for it until then is empty.
         let is_empty = |input: &&RawValue| input.get().trim_matches(['{', '}', ' ']).is_empty();
