@@ -206,3 +206,24 @@ async fn leases_admit_without_asking_and_never_too_much() {
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert_eq!(nodes[0].environment().await["quotas"][0]["held"], 0);
 }
+
+#[tokio::test]
+async fn the_limits_of_the_config_that_was_written_last_hold_at_all_nodes() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let of = |burst: u64| {
+        format!("{{ total_tokens: {{ limit: 10, burst: {burst}, per: day, window: rolling }} }}")
+    };
+    // Not read from a file, so older than any.
+    let old = Gateway::from_config(&config(&redis, &upstream, 0, &of(1_000), "")).await;
+    assert_eq!(old.chat(&hello(r#""max_tokens":92"#)).await.status, 200);
+    let new = Process::of_config(&config(&redis, &upstream, 1, &of(2_000), "")).await;
+    let older_still = Gateway::from_config(&config(&redis, &upstream, 2, &of(500), "")).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    for admin in [old.admin, new.admin, older_still.admin] {
+        let shown = gateway::admin_get_at(admin, "/api/environments").await.json();
+        let quota = &shown["environments"][0]["quotas"][0];
+        assert_eq!((&quota["burst"], &quota["level"]), (&2_000.into(), &1_900.into()), "{quota}");
+        assert_eq!(quota["source"], "file");
+    }
+}
