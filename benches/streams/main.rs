@@ -3,8 +3,8 @@
 //! `cargo bench --bench streams -- [--quick] [readers] [paced] [unread]`
 //!
 //! 1. Readers of usage: MB/s by the size of the pieces that arrive, and the time for twice the input.
-//! 2. A thousand streams with an event each 200 ms through a gateway in a process of its own, and straight to the
-//!    mock for comparison: how late events come, memory per stream, CPU per event.
+//! 2. A thousand streams with an event each 200 ms through a gateway in a process of its own, and in turns straight
+//!    to the mock: how late events come, what of that the gateway adds, memory per stream, CPU per event.
 //! 3. Callers that do not read: memory per stream.
 //!
 //! Exits with 1 if a figure is missed: those of time by more than a busy machine explains.

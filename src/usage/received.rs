@@ -17,6 +17,8 @@ const MOST_LOOKED_INTO: usize = 4 * 1024;
 /// A template is looked for in so many events of those that come to `COMPACT_AT`. Looking into them one by one
 /// costs no more, but would be in vain if usage comes before the rest.
 const TRIES: u8 = 4;
+/// Choices, or reasoning and content, may come in turns.
+const MOST_TEMPLATES: usize = 4;
 /// So much text makes a portion that is counted while the rest is coming.
 const PORTION: usize = 32 * 1024;
 /// More text than this is not counted.
@@ -55,7 +57,7 @@ pub struct Received {
     looked_into: usize,
     /// What the last event that was looked into has done.
     effect: Effect,
-    template: Option<Box<Template>>,
+    templates: Vec<Template>,
     /// So many events have been looked into for a template since `raw` was emptied.
     tries: u8,
     #[cfg(test)]
@@ -118,32 +120,34 @@ impl Received {
             self.tries += 1;
             self.look_into_all();
             let last = self.last_events().next().unwrap_or_default();
-            let template = Template::of(last, &self.effect).map(Box::new);
-            self.template = template.or(self.template.take());
+            let template = Template::of(last, &self.effect);
+            if template.is_some() && self.templates.len() >= MOST_TEMPLATES {
+                self.templates.remove(0);
+            }
+            self.templates.extend(template);
         }
     }
 
-    /// The same, if the event is like those before it but for its text. Whether it was.
+    /// The same, if the event is like one before it but for its text. Whether it was.
     pub(super) fn push_usual(&mut self, data: &[u8]) -> bool {
         #[cfg(test)]
         if self.parses_all {
             return false;
         }
-        let is_kept = self.opening.is_some() && data.len() <= COMPACT_AT;
-        let Some(template) = self.template.take_if(|_| is_kept) else { return false };
-        let text = template.text_of(data);
-        if let Some(text) = text {
-            // In the order in which they came.
-            self.look_into_all();
-            self.append(template.slot, text);
-            self.open_block = template.open_block.unwrap_or(self.open_block);
-            self.events += 1;
-            self.tries = 0;
-            self.keep(data);
-            self.looked_into = self.raw.len();
+        if self.opening.is_none() || data.len() > COMPACT_AT {
+            return false;
         }
-        self.template = Some(template);
-        text.is_some()
+        let fits = |template: &Template| Some((template.slot, template.open_block, template.text_of(data)?));
+        let Some((slot, open_block, text)) = self.templates.iter().find_map(fits) else { return false };
+        // In the order in which they came.
+        self.look_into_all();
+        self.append(slot, text);
+        self.open_block = open_block.unwrap_or(self.open_block);
+        self.events += 1;
+        self.tries = 0;
+        self.keep(data);
+        self.looked_into = self.raw.len();
+        true
     }
 
     /// Keeps the data of one event, which may also report usage. Whether it carries something generated.

@@ -1,4 +1,4 @@
-//! Most events of a stream are like the one before but for their text: those are not parsed.
+//! Most events of a stream are like one before but for their text: those are not parsed.
 //!
 //! A template is made of an event that was parsed and did nothing but add one text, which stands in it as one
 //! whole string without escapes. An event fits if it is the same, byte for byte, but for its places: that
