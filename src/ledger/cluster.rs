@@ -558,16 +558,16 @@ impl Counters {
         Some(cluster.speaker.join(stamp, cluster.was_here, is_alone, &states, &held))
     }
 
-    /// Redis has answered to that. Returns for how many milliseconds others are to be waited for; `None`: it has to be
-    /// asked anew.
-    pub(super) fn joined(&mut self, own: Timestamp, answer: &Answer) -> Option<u64> {
+    /// Redis has answered to that. Returns how many quotas had other limits there, and for how many milliseconds others
+    /// are to be waited for; `None`: it has to be asked anew.
+    pub(super) fn joined(&mut self, own: Timestamp, answer: &Answer) -> Option<(u64, u64)> {
         let cluster = self.cluster.as_deref_mut()?;
         cluster.heard(own, answer);
         if answer.verdict != Verdict::Done {
             return None;
         }
         cluster.was_here = true;
-        Some(told(answer, 3))
+        Some((told(answer, 1), told(answer, 3)))
     }
 
     /// From now on Redis is asked. What was spent meanwhile is paid in, and what is in flight has to be told by one more

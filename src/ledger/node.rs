@@ -70,6 +70,13 @@ impl Node {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn tell_of_limits(&self) {
+        tracing::warn!(
+            environment = self.environment,
+            "nodes have differing limits: those of the config file that was written last hold"
+        );
+    }
+
     /// Looks at the server's settings, and tells what is new.
     async fn look_at_settings(&self) {
         let Ok(faults) = self.link.faults().await else { return };
@@ -267,7 +274,10 @@ impl Account {
 
     /// Takes part again; `None`: Redis is away, or says something odd.
     async fn join(&self, node: &Node) -> Option<()> {
-        let wait = self.call_to_join(node).await?;
+        let (differing, wait) = self.call_to_join(node).await?;
+        if differing > 0 {
+            node.tell_of_limits();
+        }
         if wait > 0 {
             tracing::warn!(
                 environment = node.environment,
@@ -282,7 +292,7 @@ impl Account {
         self.beat(node).await
     }
 
-    async fn call_to_join(&self, node: &Node) -> Option<u64> {
+    async fn call_to_join(&self, node: &Node) -> Option<(u64, u64)> {
         for _ in 0..ATTEMPTS {
             let command = self.lock().join(clock::now())?;
             let answer = node.call(&command).await.ok()?;
@@ -354,10 +364,7 @@ impl Account {
             if let Some(differs) = counters.beaten(clock::now(), &answer) {
                 drop(counters);
                 if differs {
-                    tracing::warn!(
-                        environment = node.environment,
-                        "nodes have differing limits: those of the config file that was written last hold"
-                    );
+                    node.tell_of_limits();
                 }
                 // Others may have given back what somebody here waits for.
                 self.line.somebody_has_ended();
