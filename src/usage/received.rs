@@ -180,11 +180,12 @@ impl Received {
         }
     }
 
-    /// How many tokens have come: an event that carries any carries one or more, and a token has four
-    /// bytes of text or so.
+    /// How many tokens have come: an event that carries any carries one or more. Only where their texts are so long
+    /// that they must have several is it one for each four bytes: a token of plain text often has five or six.
     pub fn so_far(&self) -> SoFar {
         let by_length = (self.text_bytes as u64 + self.uncounted) / 4;
-        SoFar { surely: self.events, probably: self.events.max(by_length) }
+        let probably = if by_length >= 2 * self.events { by_length } else { self.events };
+        SoFar { surely: self.events, probably }
     }
 
     /// The data of the last events, the last one first.
