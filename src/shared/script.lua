@@ -478,19 +478,23 @@ local function given()
 end
 
 -- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells, or with a
--- session that was charged in full.
-local function take_up(pieces, was_charged)
+-- session that was charged in full. `is_news`: the server has kept both and has never heard of it, so that what is spent of
+-- it has not been counted either.
+local function take_up(pieces, was_charged, is_news)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
     for i, name in ipairs(names) do
       local cell = cells[name]
       if cell and (not cell.class or cell.turn == turns[i]) then
         local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        local spent = is_news and moved[cell.kind] or 0
         cell.held = cell.held + held
         if was_charged then
           if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
-        elseif not cell.class then
-          cell.whole = cell.whole - held
+        elseif cell.class then
+          cell.used = cell.used + spent
+        else
+          cell.whole = cell.whole - held - spent
         end
         dirty[name] = true
       end
@@ -585,7 +589,7 @@ function run.join()
   for _, one in ipairs(held) do
     local is_over = #one.pieces == 0 or (one.settled_by > 0 and one.settled_by <= last)
     if not is_over and redis.call('HEXISTS', own_key, one.id) == 0 then
-      take_up(one.pieces, expiry < 0 and one.is_known and made == 0)
+      take_up(one.pieces, expiry < 0 and one.is_known and made == 0, expiry > 0)
       redis.call('HSET', own_key, one.id, cmsgpack.pack(one.pieces))
       taken_up = taken_up + 1
     end

@@ -283,3 +283,26 @@ fn what_the_server_has_and_its_node_has_not_is_charged_when_the_node_comes_back(
     node.call(&command);
     assert_eq!((month(&mut node, BEGIN), node.beat().told), ((999_970, 10, 20), vec![1, 1]));
 }
+
+/// As when a node has admitted it out of a lease, and Redis is lost before it was told.
+#[test]
+fn what_is_spent_of_a_reservation_that_the_server_has_never_heard_of_is_charged() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    let mut held = held("1", 100, true, 0);
+    held.pieces[0].moved = Amounts::of_request(30, 0);
+    let command = node.speaker.join(1, true, true, &full(&quotas(), BEGIN), &[held]);
+    node.call(&command);
+    assert_eq!(month(&mut node, BEGIN), (999_900, 70, 30));
+    assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 900);
+    // What was on its way takes nothing twice.
+    let steps = [
+        node.speaker.open("1".into(), Amounts::of_request(100, 0), &[0, 1]),
+        Step::of(StepKind::Progress, "1".into(), Amounts::of_request(30, 0)),
+        Step::of(StepKind::Settle, "1".into(), Amounts::of_request(50, 0)),
+    ];
+    let command = node.speaker.apply(1, &steps);
+    node.call(&command);
+    assert_eq!(month(&mut node, BEGIN), (999_950, 0, 50));
+    assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 950);
+}
