@@ -19,6 +19,8 @@ local SMALLEST_CLAMP = 16
 local SESSION_MS = 15000
 -- Where nobody was heard of for so long, it was the server that was away.
 local SILENCE_MS = 5000
+-- Arguments of one call: more than 8,000 there cannot be. Even, since fields are written with their values.
+local MOST_AT_ONCE = 1000
 -- Reservations charged in one go.
 local MOST_EXPIRED = 200
 -- Nodes that come back to a server that has lost its data have so much time to bring what they know.
@@ -54,8 +56,11 @@ local function load(names)
     if cells[name] == nil then missing[#missing + 1] = name cells[name] = false end
   end
   if #missing == 0 then return end
-  for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(missing))) do
-    if packed then cells[missing[i]] = cmsgpack.unpack(packed) end
+  for from = 1, #missing, MOST_AT_ONCE do
+    local part = { unpack(missing, from, min(from + MOST_AT_ONCE - 1, #missing)) }
+    for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(part))) do
+      if packed then cells[part[i]] = cmsgpack.unpack(packed) end
+    end
   end
 end
 
@@ -65,7 +70,9 @@ local function save()
     fields[#fields + 1] = name
     fields[#fields + 1] = cmsgpack.pack(cells[name])
   end
-  if #fields > 0 then redis.call('HSET', cells_key, unpack(fields)) end
+  for from = 1, #fields, MOST_AT_ONCE do
+    redis.call('HSET', cells_key, unpack(fields, from, min(from + MOST_AT_ONCE - 1, #fields)))
+  end
 end
 
 -- Never fuller than the room that nobody holds.
@@ -106,11 +113,13 @@ local function refill(cell)
   cap(cell)
 end
 
--- Turns the period if its end has come; a clock that was stepped back grants nothing.
+-- Turns the period if its end has come; a clock that was stepped back grants nothing. Of a quota that is none of this
+-- node's the period is left as it is: whoever has it turns it.
 local function roll(cell)
   if now >= cell.start and now < cell.stop then return true end
   local period = bounds[cell.class]
-  if not period or now < period[1] or now >= period[2] then return false end
+  if not period then return true end
+  if now < period[1] or now >= period[2] then return false end
   if now >= cell.stop then
     cell.turn, cell.used, cell.held = max(cell.turn + 1, period[1]), 0, 0
   end
@@ -690,8 +699,9 @@ function run.lease()
   return reply
 end
 
--- A node goes: it has settled everything.
+-- A node goes: it has settled everything. If not, it is over like one that has died, and what it holds is charged.
 function run.leave()
+  if redis.call('HLEN', own_key) > 0 then return { DONE, now } end
   redis.call('HDEL', meta_key, 's:' .. session, 'q:' .. session)
   return { DONE, now }
 end

@@ -306,3 +306,55 @@ fn what_is_spent_of_a_reservation_that_the_server_has_never_heard_of_is_charged(
     assert_eq!(month(&mut node, BEGIN), (999_950, 0, 50));
     assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 950);
 }
+
+#[test]
+fn a_quota_that_other_nodes_have_no_more_is_in_nobodys_way() {
+    let server = Server::start();
+    let mut lives = server.node("lives", &quotas()[..1], BEGIN);
+    lives.speaker.set_clock(BEGIN);
+    lives.join(BEGIN);
+    let mut dies = node(&server, "dies");
+    assert_eq!(reserve(&mut dies, "a", 100, None, 0).verdict, Verdict::Admitted);
+    // The month is over, which only the dead node could tell the end of.
+    let now = BEGIN.plus_ms(10 * 86_400_000);
+    for seconds in 0..=20 {
+        lives.speaker.set_clock(now.plus_ms(seconds * 1_000));
+        lives.beat();
+    }
+    assert_eq!(lives.beat().told, [1, 0], "what it held is charged");
+    let command = lives.speaker.limit(0, 50, 20, true);
+    assert_eq!(lives.call(&command).verdict, Verdict::Done);
+    let command = lives.speaker.reset();
+    assert_eq!(lives.call(&command).verdict, Verdict::Done);
+    let level = lives.mirror(now).levels(now).swap_remove(0);
+    assert_eq!((level.level, level.held), (20, 0));
+}
+
+#[test]
+fn who_goes_and_has_not_settled_everything_is_charged() {
+    let server = Server::start();
+    let (mut goes, mut stays) = (node(&server, "goes"), node(&server, "stays"));
+    assert_eq!(reserve(&mut goes, "a", 100, None, 0).verdict, Verdict::Admitted);
+    let command = goes.speaker.leave();
+    goes.call(&command);
+    for seconds in 1..=20 {
+        month(&mut stays, BEGIN.plus_ms(seconds * 1_000));
+    }
+    assert_eq!(month(&mut stays, BEGIN.plus_ms(20_000)), (999_900, 0, 100));
+}
+
+#[test]
+fn there_may_be_thousands_of_quotas() {
+    let server = Server::start();
+    let quota = |n: u64| {
+        let per = Per { written: format!("{n}ms"), ms: 60_000 + n };
+        let window = Window::Rolling { burst: 1_000 };
+        Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 1_000, per, window }
+    };
+    let quotas: Vec<_> = (0..9_000).map(quota).collect();
+    let mut node = server.node("one", &quotas, BEGIN);
+    node.speaker.set_clock(BEGIN);
+    node.join(BEGIN);
+    let levels = node.mirror(BEGIN).levels(BEGIN);
+    assert!(levels.len() == 9_000 && levels.iter().all(|level| level.level == 1_000));
+}
