@@ -19,6 +19,8 @@ use std::collections::{HashMap, VecDeque};
 /// Redis takes nothing for a call that it reads later than this after it was sent (ms): by then its caller has been told
 /// otherwise. Longer than any answer is waited for, since the server's clock is not known better than that.
 pub(super) const LATEST_MS: u64 = 400;
+/// For nodes that bring back what the server has lost nobody waits longer than this (ms), whatever it says.
+const LONGEST_REGAIN_MS: u64 = 2_000;
 /// Steps in one call: more would keep the server from others for longer than they wait.
 const LARGEST_BATCH: usize = 200;
 
@@ -486,7 +488,7 @@ impl Counters {
                 Ok(admission)
             }
             Ok(admission) => {
-                self.undo(answer.now, admission.grant);
+                self.undo(answer.now, want.asker.model, admission.grant);
                 Err(NoRoom::InFlight { limit: in_flight })
             }
             Err(_) if was_admitted => {
@@ -589,7 +591,8 @@ impl Counters {
             return None;
         }
         cluster.was_here = true;
-        Some(told(answer, 3))
+        // The server's clock may have been stepped back.
+        Some(told(answer, 3).min(LONGEST_REGAIN_MS))
     }
 
     /// From now on Redis is asked. What was spent meanwhile is paid in, and what is in flight has to be told by one more

@@ -529,12 +529,15 @@ impl Counters {
     }
 
     /// Gives back what another engine has denied.
-    pub(super) fn undo(&mut self, now: Timestamp, grant: Grant) {
+    pub(super) fn undo(&mut self, now: Timestamp, model: &str, grant: Grant) {
         for receipt in grant.receipts {
             self.quotas.settle(now, receipt, Amounts::default());
         }
         self.in_flight = self.in_flight.saturating_sub(1);
         self.held = self.held.less(grant.reserved);
+        if let Some(since) = grant.under_way {
+            self.learned.ended(model, since);
+        }
     }
 
     /// Every quota with its counters, in the config's order.

@@ -383,7 +383,10 @@ end
 -- What has become of reservations, in order. What was applied already is not applied again.
 function run.apply()
   local first, count = int(), int()
-  local last = tonumber(redis.call('HGET', meta_key, 'q:' .. session)) or 0
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session)
+  -- Of a session that is over, or was lost, a step would find nothing and be forgotten.
+  if (tonumber(known[1]) or 0) <= 0 then return { UNKNOWN, now } end
+  local last = tonumber(known[2]) or 0
   local steps, reservations, paid, opens = {}, {}, {}, nil
   for i = 0, count - 1 do
     local step = { text(), text(), amounts() }

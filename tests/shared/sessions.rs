@@ -69,7 +69,10 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Unknown);
     let late = Step::of(StepKind::Settle, "a8".into(), Amounts::default());
     let command = dies.speaker.apply(2, &[late]);
-    dies.call(&command);
+    assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "it is to be told again");
+    let opened = [dies.speaker.open("d".into(), Amounts::of_request(5, 0), &[0, 1])];
+    let command = dies.speaker.apply(2, &opened);
+    assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "nobody would charge it");
     assert_eq!(month(&mut lives, now), (999_070, 30, 900));
     dies.join(now);
     assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Admitted);
