@@ -231,6 +231,13 @@ fn faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
                 signal("-STOP", &process);
                 std::thread::sleep(dice.ms(50, 600));
                 signal("-CONT", &process);
+                // And once more about when nodes take part again.
+                if dice.below(2) == 0 {
+                    std::thread::sleep(dice.ms(200, 600));
+                    signal("-STOP", &process);
+                    std::thread::sleep(dice.ms(30, 150));
+                    signal("-CONT", &process);
+                }
             }
             1 => drop(server.admin("SCRIPT FLUSH")),
             2 => drop(server.admin("CLIENT KILL TYPE normal")),
