@@ -193,14 +193,17 @@ impl Cluster {
         self.open.insert(id, Open { is_known, is_certain, pieces });
     }
 
-    /// A reservation has used so much, and holds so much more.
-    pub(super) fn progressed(&mut self, id: u64, receipts: &[Receipt], more: Amounts, spent: Amounts) {
-        let is_known = self.open.get(&id).is_some_and(|open| open.is_known);
-        self.keep(id, is_known, receipts);
-        // What it has come to is told when it ends.
-        if self.is_alone() || !is_known {
+    /// A reservation has used so much, and may hold more than before.
+    pub(super) fn progressed(&mut self, id: u64, receipts: &[Receipt], spent: Amounts) {
+        let Some(open) = self.open.get(&id) else { return };
+        let (is_known, told) = (open.is_known, reserved(&open.pieces));
+        // What it has come to is told when it ends; should Redis have lost it, it takes up what it had.
+        if is_known && self.is_alone() {
             return;
         }
+        self.keep(id, is_known, receipts);
+        let Some(open) = self.open.get(&id).filter(|open| open.is_known) else { return };
+        let more = reserved(&open.pieces).less(told);
         let mut tell = |what, amounts| self.journal.push(Step::of(what, id.to_string(), amounts), None);
         if more != Amounts::default() {
             tell(StepKind::Extend, more);
@@ -335,6 +338,10 @@ fn cancelled(id: u64, settled_by: u64) -> Held {
 
 fn piece(receipt: &Receipt) -> Piece {
     Piece { reserved: receipt.reserved(), moved: receipt.moved(), cells: receipt.cells().collect() }
+}
+
+fn reserved(pieces: &[Piece]) -> Amounts {
+    pieces.iter().fold(Amounts::default(), |sum, piece| sum.plus(piece.reserved))
 }
 
 /// Of what Redis has never heard of nothing has been counted there yet.

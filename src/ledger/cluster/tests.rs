@@ -51,9 +51,22 @@ fn asker() -> Asker<'static> {
     Asker { caller: None, model: "m" }
 }
 
+fn want() -> Want<'static> {
+    Want { asker: asker(), prompt: 10, generates: true, cap: Some(90), completions: 1 }
+}
+
 fn admitted_alone(counters: &mut Counters) -> Grant {
-    let want = Want { asker: asker(), prompt: 10, generates: true, cap: Some(90), completions: 1 };
-    counters.admit_alone(NOW, &want).unwrap().grant
+    counters.admit_alone(NOW, &want()).unwrap().grant
+}
+
+fn admitted(counters: &mut Counters) -> Grant {
+    let question = counters.question(NOW, &want()).unwrap();
+    let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
+    let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], states) };
+    match counters.answered(NOW, &want(), &question, &answer) {
+        Answered::Decided(Ok(admission)) => admission.grant,
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -90,4 +103,23 @@ fn a_server_that_is_lost_again_and_empty_is_told_of_the_whole_and_not_of_a_part(
     for command in [in_return, counters.join(NOW).unwrap()] {
         assert_eq!(told(&command), 3, "limit, burst and level: {command:?}");
     }
+}
+
+#[test]
+fn of_what_a_reservation_has_come_to_meanwhile_redis_is_told_when_it_is_back() {
+    let mut counters = shared();
+    let mut grant = admitted(&mut counters);
+    counters.lose(NOW);
+    counters.progress(NOW, "m", &mut grant, Amounts::of_request(10, 95));
+    let held = counters.cluster().unwrap().to_take_up();
+    let piece = &held[0].pieces[0];
+    // Of a dead node's reservation so much is charged, and so much is given back to a node that was not dead.
+    assert_eq!((piece.reserved, piece.moved), (Amounts::of_request(10, 90), Amounts::default()));
+    takes_part(&mut counters);
+    counters.progress(NOW, "m", &mut grant, Amounts::of_request(10, 96));
+    let steps: Vec<_> =
+        counters.cluster().unwrap().journal.entries.iter().map(|entry| entry.step.clone()).collect();
+    let more = Amounts { completion: 6, total: 6, ..Amounts::default() };
+    assert_eq!((steps[0].what, steps[0].amounts), (StepKind::Extend, more));
+    assert_eq!((steps[1].what, steps[1].amounts), (StepKind::Progress, Amounts::of_request(10, 96)));
 }
