@@ -19,6 +19,8 @@ use std::collections::{HashMap, VecDeque};
 /// Redis takes nothing for a call that it reads later than this after it was sent (ms): by then its caller has been told
 /// otherwise. Longer than any answer is waited for, since the server's clock is not known better than that.
 pub(super) const LATEST_MS: u64 = 400;
+/// For nodes that bring back what the server has lost nobody waits longer than this (ms), whatever it says.
+const LONGEST_REGAIN_MS: u64 = 2_000;
 /// Steps in one call: more would keep the server from others for longer than they wait.
 const LARGEST_BATCH: usize = 200;
 
@@ -39,6 +41,9 @@ pub(super) struct Cluster {
     terms: Terms,
     speaker: Speaker,
     alone: Option<Box<Alone>>,
+    /// The quotas of all as they stood before it was alone, until Redis has told how they stand now: this node's own are
+    /// its part of them.
+    before: Option<Quotas>,
     /// Counts the times that Redis was lost: an answer to a call of before is no answer.
     losses: u64,
     /// It has taken part before.
@@ -69,8 +74,10 @@ struct Alone {
 /// A reservation that is not settled.
 #[derive(Debug)]
 struct Open {
-    /// Redis has it, or had it when it was lost.
+    /// Redis has it, or had it when it was lost, or may have heard of it by a call whose answer was lost.
     is_known: bool,
+    /// It has said so.
+    is_certain: bool,
     pieces: SmallVec<[Piece; 1]>,
 }
 
@@ -128,6 +135,7 @@ impl Cluster {
             terms,
             speaker: Speaker::new(Cells::of(quotas, now), session, now),
             alone: Some(Box::new(Alone { before: own.clone(), unspent: own.clone(), spent: own.clone() })),
+            before: None,
             losses: 0,
             was_here: false,
             nodes: 1,
@@ -181,17 +189,21 @@ impl Cluster {
 
     fn keep(&mut self, id: u64, is_known: bool, receipts: &[Receipt]) {
         let pieces = receipts.iter().map(piece).collect();
-        self.open.insert(id, Open { is_known, pieces });
+        let is_certain = self.open.get(&id).map_or(is_known, |open| open.is_certain);
+        self.open.insert(id, Open { is_known, is_certain, pieces });
     }
 
-    /// A reservation has used so much, and holds so much more.
-    pub(super) fn progressed(&mut self, id: u64, receipts: &[Receipt], more: Amounts, spent: Amounts) {
-        let is_known = self.open.get(&id).is_some_and(|open| open.is_known);
-        self.keep(id, is_known, receipts);
-        // What it has come to is told when it ends.
-        if self.is_alone() || !is_known {
+    /// A reservation has used so much, and may hold more than before.
+    pub(super) fn progressed(&mut self, id: u64, receipts: &[Receipt], spent: Amounts) {
+        let Some(open) = self.open.get(&id) else { return };
+        let (is_known, told) = (open.is_known, reserved(&open.pieces));
+        // What it has come to is told when it ends; should Redis have lost it, it takes up what it had.
+        if is_known && self.is_alone() {
             return;
         }
+        self.keep(id, is_known, receipts);
+        let Some(open) = self.open.get(&id).filter(|open| open.is_known) else { return };
+        let more = reserved(&open.pieces).less(told);
         let mut tell = |what, amounts| self.journal.push(Step::of(what, id.to_string(), amounts), None);
         if more != Amounts::default() {
             tell(StepKind::Extend, more);
@@ -269,7 +281,7 @@ impl Cluster {
     fn to_take_up(&self) -> Vec<Held> {
         let held = |id: u64, open: &Open, settled_by| Held {
             id: id.to_string(),
-            is_known: open.is_known,
+            is_known: open.is_certain,
             settled_by,
             pieces: open.pieces.iter().map(|piece| known_piece(piece, open.is_known)).collect(),
         };
@@ -286,6 +298,17 @@ impl Cluster {
             }
         }
         all
+    }
+
+    /// It is about to be told of everything that is in flight, and may hear of that though its answer is lost.
+    fn all_is_told(&mut self) {
+        self.all_open().for_each(|open| open.is_known = true);
+    }
+
+    /// All that is not settled there.
+    fn all_open(&mut self) -> impl Iterator<Item = &mut Open> {
+        let ended = self.journal.entries.iter_mut().filter_map(|entry| entry.held.as_mut());
+        self.open.values_mut().chain(ended)
     }
 
     /// What is still to be paid for: of each quota, what was spent alone and has not come back.
@@ -315,6 +338,10 @@ fn cancelled(id: u64, settled_by: u64) -> Held {
 
 fn piece(receipt: &Receipt) -> Piece {
     Piece { reserved: receipt.reserved(), moved: receipt.moved(), cells: receipt.cells().collect() }
+}
+
+fn reserved(pieces: &[Piece]) -> Amounts {
+    pieces.iter().fold(Amounts::default(), |sum, piece| sum.plus(piece.reserved))
 }
 
 /// Of what Redis has never heard of nothing has been counted there yet.
@@ -468,7 +495,7 @@ impl Counters {
                 Ok(admission)
             }
             Ok(admission) => {
-                self.undo(answer.now, admission.grant);
+                self.undo(answer.now, want.asker.model, admission.grant);
                 Err(NoRoom::InFlight { limit: in_flight })
             }
             Err(_) if was_admitted => {
@@ -522,12 +549,12 @@ impl Counters {
         let now = cluster.now(own);
         cluster.losses += 1;
         cluster.give_lease_back();
-        let before = self.quotas.clone();
+        let before = cluster.before.take().unwrap_or_else(|| self.quotas.clone());
         let states = self.quotas.states(now);
         let own_holds = cluster.own_holds(self.limits.configured(), &states);
         let nobodys = vec![0; own_holds.len()];
         let nodes = if cluster.terms.on_failure == OnStoreFailure::Local { cluster.nodes } else { 1 };
-        let mut unspent = before.clone();
+        let mut unspent = self.quotas.clone();
         unspent.share(now, nodes, &nobodys);
         match cluster.terms.on_failure {
             OnStoreFailure::Local => self.quotas.share(now, nodes, &own_holds),
@@ -547,14 +574,18 @@ impl Counters {
         let now = cluster.now(own);
         cluster.speaker.set_about(now);
         let quotas = self.limits.configured();
-        let states = match &mut cluster.alone {
-            Some(alone) => alone.before.states(now),
-            None => self.quotas.states(now),
+        let states = match (&mut cluster.alone, &mut cluster.before) {
+            (Some(alone), _) => alone.before.states(now),
+            (None, Some(before)) => before.states(now),
+            (None, None) => self.quotas.states(now),
         };
         let overridden = quotas.iter().map(|quota| self.limits.is_overridden(quota));
         let states: Vec<_> = states.into_iter().zip(overridden).collect();
         let held = cluster.to_take_up();
         let (stamp, is_alone) = (cluster.terms.stamp, cluster.is_alone());
+        if !is_alone {
+            cluster.all_is_told();
+        }
         Some(cluster.speaker.join(stamp, cluster.was_here, is_alone, &states, &held))
     }
 
@@ -567,7 +598,8 @@ impl Counters {
             return None;
         }
         cluster.was_here = true;
-        Some((told(answer, 1), told(answer, 3)))
+        // The server's clock may have been stepped back.
+        Some((told(answer, 1), told(answer, 3).min(LONGEST_REGAIN_MS)))
     }
 
     /// From now on Redis is asked. What was spent meanwhile is paid in, and what is in flight has to be told by one more
@@ -576,6 +608,7 @@ impl Counters {
         let Some(cluster) = self.cluster.as_deref_mut() else { return };
         let now = cluster.now(own);
         if let Some(alone) = cluster.alone.take() {
+            cluster.before = Some(alone.before.clone());
             cluster.pay(now, *alone);
         }
     }
@@ -583,9 +616,8 @@ impl Counters {
     /// Redis knows of everything that is in flight.
     pub(super) fn all_is_known(&mut self) {
         let Some(cluster) = self.cluster.as_deref_mut() else { return };
-        cluster.open.values_mut().for_each(|open| open.is_known = true);
-        let ended = cluster.journal.entries.iter_mut().filter_map(|entry| entry.held.as_mut());
-        ended.for_each(|open| open.is_known = true);
+        // What was admitted since it was lost once more it has not heard of.
+        cluster.all_open().for_each(|open| open.is_certain = open.is_known);
     }
 
     /// The call that shows that this node is alive, and asks how all quotas stand.
@@ -608,6 +640,7 @@ impl Counters {
         if cluster.is_alone() {
             return Some(false);
         }
+        cluster.before = None;
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
         shared::load(&mut self.quotas, &all, answer);
         for (index, (state, is_override)) in answer.states.iter().enumerate() {
@@ -668,3 +701,6 @@ fn limit(state: &State) -> (u64, u64) {
         State::Calendar { limit, .. } => (limit, limit),
     }
 }
+
+#[cfg(test)]
+mod tests;

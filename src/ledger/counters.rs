@@ -437,7 +437,7 @@ impl Counters {
     /// outgrows its reservation gets more of it while there is room; what it uses beyond that is debt at
     /// once, and not only when it ends: others see it, and it outlives the process.
     pub fn progress(&mut self, now: Timestamp, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
-        let (mut outcome, before) = (Progress::Within, grant.reserved);
+        let mut outcome = Progress::Within;
         if spent.completion > grant.reserved.completion && self.is_reserving() {
             self.expect_longer(model, grant, spent.completion);
             outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
@@ -451,7 +451,7 @@ impl Counters {
             left = left.less(receipt.reserved());
         }
         if let (Some(cluster), Some(id)) = (&mut self.cluster, grant.id) {
-            cluster.progressed(id, &grant.receipts, grant.reserved.less(before), spent);
+            cluster.progressed(id, &grant.receipts, spent);
         }
         outcome
     }
@@ -529,12 +529,15 @@ impl Counters {
     }
 
     /// Gives back what another engine has denied.
-    pub(super) fn undo(&mut self, now: Timestamp, grant: Grant) {
+    pub(super) fn undo(&mut self, now: Timestamp, model: &str, grant: Grant) {
         for receipt in grant.receipts {
             self.quotas.settle(now, receipt, Amounts::default());
         }
         self.in_flight = self.in_flight.saturating_sub(1);
         self.held = self.held.less(grant.reserved);
+        if let Some(since) = grant.under_way {
+            self.learned.ended(model, since);
+        }
     }
 
     /// Every quota with its counters, in the config's order.

@@ -349,6 +349,10 @@ impl Account {
                     continue;
                 }
             }
+            // What is to be told is kept until it takes part again.
+            if answer.verdict == Verdict::Unknown {
+                return None;
+            }
             attempts += 1;
             if attempts >= ATTEMPTS {
                 return None;

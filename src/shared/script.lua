@@ -19,6 +19,8 @@ local SMALLEST_CLAMP = 16
 local SESSION_MS = 15000
 -- Where nobody was heard of for so long, it was the server that was away.
 local SILENCE_MS = 5000
+-- Arguments of one call: more than 8,000 there cannot be. Even, since fields are written with their values.
+local MOST_AT_ONCE = 1000
 -- Reservations charged in one go.
 local MOST_EXPIRED = 200
 -- Nodes that come back to a server that has lost its data have so much time to bring what they know.
@@ -54,8 +56,11 @@ local function load(names)
     if cells[name] == nil then missing[#missing + 1] = name cells[name] = false end
   end
   if #missing == 0 then return end
-  for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(missing))) do
-    if packed then cells[missing[i]] = cmsgpack.unpack(packed) end
+  for from = 1, #missing, MOST_AT_ONCE do
+    local part = { unpack(missing, from, min(from + MOST_AT_ONCE - 1, #missing)) }
+    for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(part))) do
+      if packed then cells[part[i]] = cmsgpack.unpack(packed) end
+    end
   end
 end
 
@@ -65,7 +70,9 @@ local function save()
     fields[#fields + 1] = name
     fields[#fields + 1] = cmsgpack.pack(cells[name])
   end
-  if #fields > 0 then redis.call('HSET', cells_key, unpack(fields)) end
+  for from = 1, #fields, MOST_AT_ONCE do
+    redis.call('HSET', cells_key, unpack(fields, from, min(from + MOST_AT_ONCE - 1, #fields)))
+  end
 end
 
 -- Never fuller than the room that nobody holds.
@@ -106,11 +113,13 @@ local function refill(cell)
   cap(cell)
 end
 
--- Turns the period if its end has come; a clock that was stepped back grants nothing.
+-- Turns the period if its end has come; a clock that was stepped back grants nothing. Of a quota that is none of this
+-- node's the period is left as it is: whoever has it turns it.
 local function roll(cell)
   if now >= cell.start and now < cell.stop then return true end
   local period = bounds[cell.class]
-  if not period or now < period[1] or now >= period[2] then return false end
+  if not period then return true end
+  if now < period[1] or now >= period[2] then return false end
   if now >= cell.stop then
     cell.turn, cell.used, cell.held = max(cell.turn + 1, period[1]), 0, 0
   end
@@ -374,7 +383,10 @@ end
 -- What has become of reservations, in order. What was applied already is not applied again.
 function run.apply()
   local first, count = int(), int()
-  local last = tonumber(redis.call('HGET', meta_key, 'q:' .. session)) or 0
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session)
+  -- Of a session that is over, or was lost, a step would find nothing and be forgotten.
+  if (tonumber(known[1]) or 0) <= 0 then return { UNKNOWN, now } end
+  local last = tonumber(known[2]) or 0
   local steps, reservations, paid, opens = {}, {}, {}, nil
   for i = 0, count - 1 do
     local step = { text(), text(), amounts() }
@@ -478,19 +490,23 @@ local function given()
 end
 
 -- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells, or with a
--- session that was charged in full.
-local function take_up(pieces, was_charged)
+-- session that was charged in full. `is_news`: the server has kept both and has never heard of it, so that what is spent of
+-- it has not been counted either.
+local function take_up(pieces, was_charged, is_news)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
     for i, name in ipairs(names) do
       local cell = cells[name]
       if cell and (not cell.class or cell.turn == turns[i]) then
         local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        local spent = is_news and moved[cell.kind] or 0
         cell.held = cell.held + held
         if was_charged then
           if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
-        elseif not cell.class then
-          cell.whole = cell.whole - held
+        elseif cell.class then
+          cell.used = cell.used + spent
+        else
+          cell.whole = cell.whole - held - spent
         end
         dirty[name] = true
       end
@@ -585,7 +601,7 @@ function run.join()
   for _, one in ipairs(held) do
     local is_over = #one.pieces == 0 or (one.settled_by > 0 and one.settled_by <= last)
     if not is_over and redis.call('HEXISTS', own_key, one.id) == 0 then
-      take_up(one.pieces, expiry < 0 and one.is_known and made == 0)
+      take_up(one.pieces, expiry < 0 and one.is_known and made == 0, expiry > 0)
       redis.call('HSET', own_key, one.id, cmsgpack.pack(one.pieces))
       taken_up = taken_up + 1
     end
@@ -686,8 +702,9 @@ function run.lease()
   return reply
 end
 
--- A node goes: it has settled everything.
+-- A node goes: it has settled everything. If not, it is over like one that has died, and what it holds is charged.
 function run.leave()
+  if redis.call('HLEN', own_key) > 0 then return { DONE, now } end
   redis.call('HDEL', meta_key, 's:' .. session, 'q:' .. session)
   return { DONE, now }
 end

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::shared::{Away, DEADLINE, Verdict};
 
-fn signal(name: &str, process: &str) {
+pub fn signal(name: &str, process: &str) {
     assert!(Command::new("kill").args([name, process]).status().unwrap().success());
 }
 

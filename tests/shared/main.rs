@@ -5,6 +5,7 @@
 
 mod access;
 mod burst;
+mod chaos;
 mod client;
 mod cluster;
 mod link;

@@ -69,7 +69,10 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Unknown);
     let late = Step::of(StepKind::Settle, "a8".into(), Amounts::default());
     let command = dies.speaker.apply(2, &[late]);
-    dies.call(&command);
+    assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "it is to be told again");
+    let opened = [dies.speaker.open("d".into(), Amounts::of_request(5, 0), &[0, 1])];
+    let command = dies.speaker.apply(2, &opened);
+    assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "nobody would charge it");
     assert_eq!(month(&mut lives, now), (999_070, 30, 900));
     dies.join(now);
     assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Admitted);
@@ -282,4 +285,79 @@ fn what_the_server_has_and_its_node_has_not_is_charged_when_the_node_comes_back(
         node.speaker.apply(1, &[Step::of(StepKind::Settle, "cancelled".into(), Amounts::default())]);
     node.call(&command);
     assert_eq!((month(&mut node, BEGIN), node.beat().told), ((999_970, 10, 20), vec![1, 1]));
+}
+
+/// As when a node has admitted it out of a lease, and Redis is lost before it was told.
+#[test]
+fn what_is_spent_of_a_reservation_that_the_server_has_never_heard_of_is_charged() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    let mut held = held("1", 100, true, 0);
+    held.pieces[0].moved = Amounts::of_request(30, 0);
+    let command = node.speaker.join(1, true, true, &full(&quotas(), BEGIN), &[held]);
+    node.call(&command);
+    assert_eq!(month(&mut node, BEGIN), (999_900, 70, 30));
+    assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 900);
+    // What was on its way takes nothing twice.
+    let steps = [
+        node.speaker.open("1".into(), Amounts::of_request(100, 0), &[0, 1]),
+        Step::of(StepKind::Progress, "1".into(), Amounts::of_request(30, 0)),
+        Step::of(StepKind::Settle, "1".into(), Amounts::of_request(50, 0)),
+    ];
+    let command = node.speaker.apply(1, &steps);
+    node.call(&command);
+    assert_eq!(month(&mut node, BEGIN), (999_950, 0, 50));
+    assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 950);
+}
+
+#[test]
+fn a_quota_that_other_nodes_have_no_more_is_in_nobodys_way() {
+    let server = Server::start();
+    let mut lives = server.node("lives", &quotas()[..1], BEGIN);
+    lives.speaker.set_clock(BEGIN);
+    lives.join(BEGIN);
+    let mut dies = node(&server, "dies");
+    assert_eq!(reserve(&mut dies, "a", 100, None, 0).verdict, Verdict::Admitted);
+    // The month is over, which only the dead node could tell the end of.
+    let now = BEGIN.plus_ms(10 * 86_400_000);
+    for seconds in 0..=20 {
+        lives.speaker.set_clock(now.plus_ms(seconds * 1_000));
+        lives.beat();
+    }
+    assert_eq!(lives.beat().told, [1, 0], "what it held is charged");
+    let command = lives.speaker.limit(0, 50, 20, true);
+    assert_eq!(lives.call(&command).verdict, Verdict::Done);
+    let command = lives.speaker.reset();
+    assert_eq!(lives.call(&command).verdict, Verdict::Done);
+    let level = lives.mirror(now).levels(now).swap_remove(0);
+    assert_eq!((level.level, level.held), (20, 0));
+}
+
+#[test]
+fn who_goes_and_has_not_settled_everything_is_charged() {
+    let server = Server::start();
+    let (mut goes, mut stays) = (node(&server, "goes"), node(&server, "stays"));
+    assert_eq!(reserve(&mut goes, "a", 100, None, 0).verdict, Verdict::Admitted);
+    let command = goes.speaker.leave();
+    goes.call(&command);
+    for seconds in 1..=20 {
+        month(&mut stays, BEGIN.plus_ms(seconds * 1_000));
+    }
+    assert_eq!(month(&mut stays, BEGIN.plus_ms(20_000)), (999_900, 0, 100));
+}
+
+#[test]
+fn there_may_be_thousands_of_quotas() {
+    let server = Server::start();
+    let quota = |n: u64| {
+        let per = Per { written: format!("{n}ms"), ms: 60_000 + n };
+        let window = Window::Rolling { burst: 1_000 };
+        Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 1_000, per, window }
+    };
+    let quotas: Vec<_> = (0..9_000).map(quota).collect();
+    let mut node = server.node("one", &quotas, BEGIN);
+    node.speaker.set_clock(BEGIN);
+    node.join(BEGIN);
+    let levels = node.mirror(BEGIN).levels(BEGIN);
+    assert!(levels.len() == 9_000 && levels.iter().all(|level| level.level == 1_000));
 }

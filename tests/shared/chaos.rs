@@ -1,0 +1,361 @@
+//! Nodes that reserve, extend, settle and give up at random, while the server is frozen, killed and cut off: in the end
+//! it has charged what was spent, to the token.
+
+use super::link::signal;
+use super::server::Server;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::sleep;
+use tollgate::clock::Stopwatch;
+use tollgate::config::parse;
+use tollgate::ledger::{Account, Reservation, Want};
+use tollgate::quota::{Amounts, Asker};
+
+/// Nothing is used beyond this in a month; so what was used is to be seen.
+const MONTH: i64 = 1_000_000_000;
+const TASKS: u64 = 8;
+
+/// Numbers as at random: the same ones in every run, though what they meet is not.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % end.max(1)
+    }
+
+    fn ms(&mut self, from: u64, to: u64) -> Duration {
+        Duration::from_millis(from + self.below(to - from))
+    }
+}
+
+/// What all nodes have done.
+#[derive(Debug, Default)]
+struct Book {
+    stops: AtomicBool,
+    /// What every reservation was charged in the end.
+    spent: AtomicI64,
+    /// What is reserved, and of what has ended, that part of it which was spent; and the most that this ever was.
+    taken: AtomicI64,
+    most_taken: AtomicI64,
+    admitted: AtomicU64,
+    denied: AtomicU64,
+    dropped: AtomicU64,
+    progressed: AtomicU64,
+    outgrown: AtomicU64,
+}
+
+impl Book {
+    fn admits(&self, reservation: &Reservation) {
+        self.admitted.fetch_add(1, Ordering::SeqCst);
+        let reserved = total(reservation.reserved());
+        let taken = self.taken.fetch_add(reserved, Ordering::SeqCst) + reserved;
+        self.most_taken.fetch_max(taken, Ordering::SeqCst);
+    }
+
+    /// To be called before it is settled: nobody is to have what it gives back sooner.
+    fn ends(&self, reserved: i64, spent: i64) {
+        self.spent.fetch_add(spent, Ordering::SeqCst);
+        self.taken.fetch_sub((reserved - spent).max(0), Ordering::SeqCst);
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::SeqCst);
+}
+
+fn total(amounts: Amounts) -> i64 {
+    amounts.total.cast_signed()
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A node as the gateway has it, which speaks to the server on a thread of its own.
+struct Node {
+    account: Arc<Account>,
+    stop: watch::Sender<bool>,
+    kill: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Node {
+    fn start(server: &Server, name: &str, burst: i64, settings: &str) -> Self {
+        let text = format!(
+            "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\
+             environments: {{ e: {{ upstream: u, reserve: {{ completion: max_tokens }}, quotas: {{ total_tokens: [\
+             {{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH}, per: month }}] }} }} }}\n\
+             store: {{ redis: {{ url: '{}', {settings} }} }}\n",
+            server.url()
+        );
+        let loaded = parse(&text, "chaos.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
+        let environment = &loaded.config.environments[0];
+        let mut account = Account::open(environment);
+        account.share(environment, loaded.config.store.redis.as_ref().unwrap(), name, 1).unwrap();
+        let account = Arc::new(account);
+        let ((stop, stops), (kill, mut kills)) = (watch::channel(false), watch::channel(false));
+        let of_thread = account.clone();
+        let thread = std::thread::spawn(move || {
+            runtime().block_on(async {
+                tokio::spawn(of_thread.link().unwrap().clone().run());
+                tokio::select! {
+                    () = of_thread.take_part(stops) => {}
+                    _ = kills.wait_for(|kills| *kills) => {}
+                }
+            });
+        });
+        let node = Self { account, stop, kill, thread: Some(thread) };
+        node.shares();
+        node
+    }
+
+    fn losses(&self) -> u64 {
+        self.account.sharing().unwrap().losses
+    }
+
+    /// Waits until it shares its counters.
+    fn shares(&self) {
+        let begun = Stopwatch::start();
+        while let Some(trouble) = self.account.sharing().unwrap().trouble {
+            assert!(begun.elapsed() < Duration::from_secs(30), "it does not take part again: {trouble}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends it with all that it holds, and without a word. Returns what that is.
+    fn dies(mut self, book: &Book) -> Vec<Reservation> {
+        let held: Vec<_> = runtime().block_on(async {
+            let mut held = Vec::new();
+            for n in 0..20 {
+                let mut reservation = self.account.reserve_shared(&want(10, 50 + n)).await.unwrap();
+                reservation.progress(Amounts::of_request(10, 3 * n));
+                book.admits(&reservation);
+                held.push(reservation);
+            }
+            sleep(Duration::from_millis(800)).await;
+            held
+        });
+        for reservation in &held {
+            book.spent.fetch_add(total(reservation.reserved()), Ordering::SeqCst);
+        }
+        self.kill.send_replace(true);
+        self.thread.take().map(JoinHandle::join).unwrap().unwrap();
+        held
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        drop(self.thread.take().map(JoinHandle::join));
+    }
+}
+
+fn want(prompt: u64, cap: u64) -> Want<'static> {
+    let asker = Asker { caller: None, model: "m" };
+    Want { asker, prompt, generates: true, cap: Some(cap), completions: 1 }
+}
+
+async fn work(account: Arc<Account>, book: Arc<Book>, mut dice: Dice, largest: u64) {
+    while !book.stops.load(Ordering::SeqCst) {
+        let (prompt, cap) = (dice.below(20), 1 + dice.below(largest));
+        let want = want(prompt, cap);
+        // Some do not wait for the answer.
+        let polls = if dice.below(12) == 0 { dice.below(40) } else { u64::MAX };
+        let gives_up = async {
+            for _ in 0..polls {
+                yield_now().await;
+            }
+        };
+        let reserved = if polls == u64::MAX {
+            Some(account.reserve_shared(&want).await)
+        } else {
+            tokio::select! { biased; reserved = account.reserve_shared(&want) => Some(reserved), () = gives_up => None }
+        };
+        match reserved {
+            None => count(&book.dropped),
+            Some(Err(_)) => {
+                count(&book.denied);
+                sleep(Duration::from_millis(5)).await;
+            }
+            Some(Ok(reservation)) => answer(reservation, &book, &mut dice, prompt, cap).await,
+        }
+    }
+}
+
+/// What a request that was admitted costs, little by little.
+async fn answer(mut reservation: Reservation, book: &Book, dice: &mut Dice, prompt: u64, cap: u64) {
+    book.admits(&reservation);
+    let reserved = total(reservation.reserved());
+    let length = match dice.below(10) {
+        0 => cap.min(200),
+        1 if dice.below(4) == 0 => cap + dice.below(cap / 2 + 100),
+        _ => dice.below(cap.min(16)),
+    };
+    for part in 1..=dice.below(4) {
+        sleep(dice.ms(0, 20)).await;
+        count(&book.progressed);
+        reservation.progress(Amounts::of_request(prompt, length * part / 3));
+    }
+    sleep(dice.ms(0, 20)).await;
+    // Now and then the bill is smaller than what was seen, or there is none.
+    let spent = match dice.below(12) {
+        0 => Amounts::default(),
+        1 => Amounts::of_request(prompt, length / 2),
+        _ => Amounts::of_request(prompt, length),
+    };
+    if total(reservation.reserved()) > reserved {
+        count(&book.outgrown);
+    }
+    reservation.observe(spent);
+    book.ends(reserved, total(spent));
+}
+
+/// Does to the server what happens to servers; returns how often each.
+fn faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
+    let (begun, mut counts, mut process) = (Stopwatch::start(), [0; 4], server.process());
+    let seconds = std::env::var("TOLLGATE_CHAOS_SECONDS").map_or(8, |n| n.parse().unwrap());
+    while begun.elapsed() < Duration::from_secs(seconds) {
+        std::thread::sleep(dice.ms(50, 1_500));
+        let fault = usize::try_from(dice.below(7)).unwrap().saturating_sub(3);
+        match fault {
+            0 => {
+                signal("-STOP", &process);
+                std::thread::sleep(dice.ms(50, 600));
+                signal("-CONT", &process);
+                // And once more about when nodes take part again.
+                if dice.below(2) == 0 {
+                    std::thread::sleep(dice.ms(200, 600));
+                    signal("-STOP", &process);
+                    std::thread::sleep(dice.ms(30, 150));
+                    signal("-CONT", &process);
+                }
+            }
+            1 => drop(server.admin("SCRIPT FLUSH")),
+            2 => drop(server.admin("CLIENT KILL TYPE normal")),
+            _ => {
+                server.kill();
+                std::thread::sleep(dice.ms(0, 300));
+                server.start_again();
+                process = server.process();
+            }
+        }
+        counts[fault] += 1;
+    }
+    counts
+}
+
+/// What was used of the quotas and what is held, of both, and how many requests are in flight.
+fn counted(server: &Server, burst: i64) -> ([i64; 2], [i64; 2], i64) {
+    let names: Vec<String> = server.ask("HKEYS tollgate:{e}:q");
+    let (mut used, mut held) = ([0; 2], [0; 2]);
+    for name in names {
+        // Words of a command are apart by spaces: the script's own are not.
+        let script = "local\tc=cmsgpack.unpack(redis.call('HGET',KEYS[1],ARGV[1]))\treturn{c.whole\tor\tc.used,c.held}";
+        let [of_cell, is_held]: [i64; 2] = server.ask(&format!("EVAL {script} 1 tollgate:{{e}}:q {name}"));
+        let is_rolling = name.ends_with("rolling");
+        let place = usize::from(!is_rolling);
+        used[place] = if is_rolling { burst - is_held - of_cell } else { of_cell };
+        held[place] = is_held;
+    }
+    (used, held, server.ask::<Option<i64>>("HGET tollgate:{e}:s in_flight").unwrap_or(0))
+}
+
+/// Waits until nothing is held any more, and compares what was used with what was spent; what is leased by who dies may
+/// be charged beside it.
+fn compare(server: &Server, burst: i64, book: &Book, leased: [i64; 2]) {
+    let (begun, spent) = (Stopwatch::start(), book.spent.load(Ordering::SeqCst));
+    loop {
+        let found = counted(server, burst);
+        let (used, held, in_flight) = found;
+        let is_right = used.iter().zip(leased).all(|(used, leased)| (spent..=spent + leased).contains(used));
+        if is_right && held == [0, 0] && in_flight == 0 {
+            return;
+        }
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "{spent} were spent; used, held and in flight are {found:?}; {book:?}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn run(seed: u64, burst: i64, settings: &str, somebody_dies: bool) {
+    let mut server = Server::with("--port 0 --appendonly yes --appendfsync always");
+    let start = |name: &str| Node::start(&server, name, burst, settings);
+    let nodes = ["one", "two", "three"].map(start);
+    let book = Arc::new(Book::default());
+    let dead = somebody_dies.then(|| start("dies").dies(&book));
+    let workers = nodes.iter().zip(1..).map(|(node, number)| {
+        let (account, book) = (node.account.clone(), book.clone());
+        std::thread::spawn(move || {
+            runtime().block_on(async {
+                let mut tasks = JoinSet::new();
+                for task in 0..TASKS {
+                    let dice = Dice(seed * 1_000_003 + number * 7_919 + task * 104_729 + 1);
+                    tasks.spawn(work(account.clone(), book.clone(), dice, 1_000));
+                }
+                tasks.join_all().await;
+            });
+        })
+    });
+    let workers: Vec<_> = workers.collect();
+    let counts = faults(&mut server, &mut Dice(seed));
+    book.stops.store(true, Ordering::SeqCst);
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    nodes.iter().for_each(Node::shares);
+    let losses: u64 = nodes.iter().map(Node::losses).sum();
+    println!("{settings}: frozen, flushed, cut off, killed {counts:?}; {losses} losses; {book:?}");
+    let leased = if dead.is_some() && settings.contains("lease") { [burst / 50, MONTH / 50] } else { [0, 0] };
+    if !settings.contains("lease") {
+        compare(&server, burst, &book, leased);
+    }
+    if dead.is_some() {
+        let begun = Stopwatch::start();
+        let is_charged = || server.ask::<i64>("HGET tollgate:{e}:s s:dies") <= 0;
+        while !is_charged() {
+            assert!(begun.elapsed() < Duration::from_secs(30), "who is dead is charged");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    drop(nodes);
+    compare(&server, burst, &book, leased);
+    drop(dead);
+    if settings.contains("closed") {
+        let most = book.most_taken.load(Ordering::SeqCst);
+        assert!(most <= burst, "{most} were admitted of {burst}");
+    }
+}
+
+#[test]
+fn closed() {
+    run(1, 300_000, "on_failure: closed", false);
+}
+
+#[test]
+fn closed_with_leases() {
+    run(2, 600_000, "on_failure: closed, lease: true", false);
+}
+
+#[test]
+fn local_and_one_dies() {
+    run(3, 300_000, "on_failure: local", true);
+}
+
+#[test]
+fn local_with_leases() {
+    run(4, 600_000, "on_failure: local, lease: true", false);
+}
+
+#[test]
+fn closed_with_leases_and_one_dies() {
+    run(5, 600_000, "on_failure: closed, lease: true", true);
+}
