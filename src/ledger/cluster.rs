@@ -153,6 +153,11 @@ impl Cluster {
         self.alone.is_some()
     }
 
+    /// It takes part again, and what it has spent alone is being paid in: until then Redis has more than is left.
+    pub(super) fn is_returning(&self) -> bool {
+        self.before.is_some()
+    }
+
     /// By Redis's clock, which all nodes count by.
     pub(super) fn now(&self, own: Timestamp) -> Timestamp {
         Timestamp(own.0.saturating_add(self.ahead_ms))

@@ -134,7 +134,8 @@ impl Account {
         let node = self.node.as_ref()?;
         let mut counters = self.lock();
         let cluster = counters.cluster()?;
-        let (is_alone, nodes, losses) = (cluster.is_alone(), cluster.nodes(), cluster.losses());
+        let is_alone = cluster.is_alone() || cluster.is_returning();
+        let (nodes, losses) = (cluster.nodes(), cluster.losses());
         drop(counters);
         let unknown = || "this node has not taken part again yet".to_owned();
         let trouble = is_alone.then(|| node.link.trouble().unwrap_or_else(unknown));
@@ -156,6 +157,9 @@ impl Account {
     /// Redis is asked, in one call; while it is away the node's own part is.
     pub(super) async fn try_shared(&self, want: &Want<'_>) -> Result<(Admission, bool), NoRoom> {
         let Some(node) = &self.node else { return self.try_alone(want) };
+        if self.lock().cluster().is_some_and(|cluster| cluster.is_returning()) {
+            self.refresh().await;
+        }
         if let Some(admission) = self.lock().admit_leased(clock::now(), want) {
             self.tell();
             return Ok((admission, false));
