@@ -1,7 +1,8 @@
 use super::*;
 use crate::config::{CompletionReserve, OnOverrun, Reserve as Reserves, WhenShort};
-use crate::ledger::{Ended, Rules};
+use crate::ledger::{Counters, Ended, Grant, Rules, Want};
 use crate::quota::{Asker, Kind, Per, Scope, Window};
+use crate::shared::Verdict;
 use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
