@@ -33,7 +33,7 @@ pub const DEADLINE: Duration = Duration::from_millis(25);
 /// take the server 25 ms. For one reservation it is nothing.
 const PER_ARGUMENT: Duration = Duration::from_micros(4);
 /// Then it gets so much longer: where the machine is too busy, the server may have had no time yet.
-const SECOND_LOOK: Duration = Duration::from_millis(15);
+const SECOND_LOOK: Duration = Duration::from_millis(10);
 /// And at the latest after this time, though others are answered.
 const LONGEST: Duration = Duration::from_millis(200);
 /// More calls than this are not under way at once on one connection. Redis takes all that it finds of each before it
