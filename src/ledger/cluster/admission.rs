@@ -76,8 +76,9 @@ impl Counters {
     pub(in crate::ledger) fn lease(&mut self, own: Timestamp) -> Option<Command> {
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
         let now = cluster.now(own);
-        let levels = self.quotas.levels(now);
+        // Looked for first: without leases nobody pays for a look at all quotas.
         let lease = cluster.lease.as_mut()?;
+        let levels = self.quotas.levels(now);
         match lease.wants(now, &levels, cluster.nodes) {
             Wants::Nothing => None,
             Wants::ToGiveBack => {
