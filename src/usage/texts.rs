@@ -64,6 +64,8 @@ struct Answer<'a> {
     /// Of Responses.
     #[serde(borrow)]
     output: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    status: Text<'a>,
     #[serde(borrow)]
     response: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -124,6 +126,9 @@ fn answer(received: &mut Received, answer: Answer) -> Result<(), serde_json::Err
     }
     if let Some(output) = answer.output.filter(|o| o.get().starts_with('[')) {
         responses::output(received, output)?;
+        if answer.status.0 == "completed" {
+            received.ends();
+        }
     }
     if let Some(content) = answer.content.filter(|c| c.get().starts_with('[')) {
         anthropic::document(received, content)?;

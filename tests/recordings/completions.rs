@@ -96,38 +96,21 @@ impl Completions {
             let is_of = |c: &&Counted| c.is_plain_openai_stream && (c.api == "responses") == is_responses;
             self.0.iter().filter(is_of).collect()
         };
-        chats_are_near(&plain(false)) & responses_are_near(&plain(true))
+        are_near("chat", FEWEST, &plain(false)) & are_near("Responses", FEWEST_RESPONSES, &plain(true))
     }
 }
 
-fn chats_are_near(all: &[&Counted]) -> bool {
+fn are_near(what: &str, fewest: usize, all: &[&Counted]) -> bool {
     let Errors { median, p90, sum } = Errors::of(all);
-    let is_fine = all.len() >= FEWEST && median <= MOST && sum.abs() <= MOST;
+    let is_fine = all.len() >= fewest && median <= MOST && sum.abs() <= MOST;
     println!(
-        "{}  OpenAI's and Azure's chat streams of plain text, counted: {} answers, median error {:.1} %, p90 {:.1} %, all together {:+.2} % (wanted: median and all together within {:.0} %)",
+        "{}  OpenAI's and Azure's {what} streams of plain text, counted: {} answers, median error {:.1} %, p90 {:.1} %, all together {:+.2} % (wanted: median and all together within {:.0} %)",
         if is_fine { "ok    " } else { "MISSED" },
         all.len(),
         100.0 * median,
         100.0 * p90,
         100.0 * sum,
         100.0 * MOST
-    );
-    is_fine
-}
-
-/// Responses are charged the token that ends them as well, with some models two, so that short ones are further
-/// off in per cent than any bound that says something of long ones.
-fn responses_are_near(all: &[&Counted]) -> bool {
-    let are_near = all.iter().all(|c| c.tokens <= c.reported && c.tokens + 2 >= c.reported);
-    let is_fine = all.len() >= FEWEST_RESPONSES && are_near;
-    let Errors { median, p90, sum } = Errors::of(all);
-    println!(
-        "{}  OpenAI's and Azure's Responses streams of plain text, counted: {} answers, median error {:.1} %, p90 {:.1} %, all together {:+.2} % (wanted: each at most 2 tokens short)",
-        if is_fine { "ok    " } else { "MISSED" },
-        all.len(),
-        100.0 * median,
-        100.0 * p90,
-        100.0 * sum,
     );
     is_fine
 }

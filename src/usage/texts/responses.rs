@@ -49,6 +49,9 @@ pub(super) fn event(received: &mut Received, event: &Answer) -> Result<(), serde
             return Ok(());
         }
         "completed" | "incomplete" | "failed" => {
+            if kind == "completed" {
+                received.ends();
+            }
             let Some(response) = event.response else { return Ok(()) };
             let Response { output: Some(items) } = serde_json::from_str(response.get())? else {
                 return Ok(());

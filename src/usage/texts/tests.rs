@@ -122,6 +122,29 @@ fn what_only_comes_when_it_is_done_counts_and_nothing_twice() {
 }
 
 #[test]
+fn a_response_that_was_not_cut_short_has_a_token_that_ends_it() {
+    let delta = r#"{"type":"response.output_text.delta","output_index":0,"content_index":0,"delta":"Hi"}"#;
+    let call = r#"{"type":"response.output_item.added","output_index":1,"item":{"type":"function_call","name":"get","arguments":""}}"#;
+    let [completed, incomplete] = ["completed", "incomplete"].map(|status| {
+        format!(r#"{{"type":"response.{status}","response":{{"status":"{status}","output":null}}}}"#)
+    });
+    for (events, tokens) in [
+        (&[delta][..], 0),
+        (&[delta, &incomplete], 0),
+        (&[delta, &completed], 1),
+        (&[&completed], 0),
+        (&[delta, call, &completed], 4),
+    ] {
+        assert_eq!(texts(events).1, tokens, "{events:?}");
+    }
+    for (status, tokens) in [("completed", 1), ("incomplete", 0)] {
+        let output = r#"[{"type":"message","content":[{"type":"output_text","text":"Hi"}]}]"#;
+        let json = format!(r#"{{"object":"response","status":"{status}","output":{output}}}"#);
+        assert_eq!(document(&json), (vec!["Hi".to_owned()], tokens));
+    }
+}
+
+#[test]
 fn every_kind_of_text_counts_once() {
     let words = |text: &[&str]| text.iter().map(|&t| t.to_owned()).collect::<Vec<_>>();
     for (json, want, tokens) in [
