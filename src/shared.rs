@@ -78,8 +78,6 @@ pub enum Otherwise {
 pub struct Reserve<'a> {
     /// Its name, once and for all.
     pub id: &'a str,
-    /// The script takes nothing after this time of the server's; `None`: whenever it comes.
-    pub deadline: Option<Timestamp>,
     /// Requests under way at once; 0: any number.
     pub max_in_flight: u64,
     /// Where it does not fit.
@@ -135,12 +133,19 @@ pub enum StepKind {
 pub struct Held {
     /// Its name.
     pub id: String,
-    /// Whether the server has had it.
-    pub is_known: bool,
     /// The number of the step that settles it, if that is on its way; else 0.
     pub settled_by: u64,
     /// What it holds: more than one where a period has turned between them.
     pub pieces: Vec<Piece>,
+}
+
+/// What an administrator sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// Of a period.
+    pub limit: u64,
+    /// What the quota can hold at most.
+    pub burst: u64,
 }
 
 /// What a reservation holds in cells, each with the turn that admitted it.
@@ -188,10 +193,12 @@ impl Cells {
         command: &str,
         clock: Option<Timestamp>,
         about: Timestamp,
+        deadline: Option<Timestamp>,
         session: &str,
     ) -> Command {
-        let now = clock.map_or(0, |now| now.0);
-        let mut arguments = vec![command.to_owned(), now.to_string(), session.to_owned()];
+        let [now, deadline] = [clock, deadline].map(|time| time.map_or(0, |time| time.0));
+        let mut arguments =
+            vec![command.to_owned(), now.to_string(), deadline.to_string(), session.to_owned()];
         arguments.push(self.classes.len().to_string());
         for (class, calendar) in &mut self.classes {
             calendar.roll(about);
@@ -210,12 +217,20 @@ pub struct Speaker {
     clock: Option<Timestamp>,
     /// What the server's time is thought to be.
     about: Timestamp,
+    /// The server is to do nothing for a call that it reads so many ms after that.
+    patience: Option<u64>,
 }
 
 impl Speaker {
     /// For a session of this name, which nobody may have had before.
     pub fn new(cells: Cells, session: &str, about: Timestamp) -> Self {
-        Self { cells, session: session.to_owned(), clock: None, about }
+        Self { cells, session: session.to_owned(), clock: None, about, patience: None }
+    }
+
+    /// The server does nothing for a call that it reads later than so many ms after it was made: by then nobody waits for the
+    /// answer. Other calls tell it of what has happened, and may come late.
+    pub fn set_patience(&mut self, ms: u64) {
+        self.patience = Some(ms);
     }
 
     /// Counts by this clock instead of the server's.
@@ -242,22 +257,13 @@ impl Speaker {
 
     /// Takes part with a config of this stamp. Cells that are missing are made as `states` has them; of the
     /// others the newest config's limits hold. `was_here`: the session has taken part before, so that its states
-    /// say what a server that has lost its data no longer knows. `held`: what the node has reserved and not settled;
-    /// with `is_all` everything, and what else the server has of this session is charged in full.
-    /// Answers with how many cells were made, how many have other limits than the node's, the last step applied, and for
-    /// how many milliseconds other nodes that know more are to be waited for.
-    pub fn join(
-        &mut self,
-        stamp: u64,
-        was_here: bool,
-        is_all: bool,
-        states: &[(State, bool)],
-        held: &[Held],
-    ) -> Command {
-        let mut command = self.begin("join", 4);
+    /// say what a server that has lost its data no longer knows.
+    /// Answers with how many cells were made, how many have other limits than the node's, whether (1) the server has kept
+    /// what it knew of this session, and for how many milliseconds other nodes that know more are to be waited for.
+    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(State, bool)]) -> Command {
+        let mut command = self.timely("join", 4);
         command.int(stamp);
         command.int(u64::from(was_here));
-        command.int(u64::from(is_all));
         command.int(self.cells.quotas.len() as u64);
         let cells = self.cells.quotas.iter().zip(&self.cells.names);
         for ((quota, name), (state, is_override)) in cells.zip(states) {
@@ -278,10 +284,17 @@ impl Speaker {
             command.int(fraction);
             command.int(turn);
         }
+        command
+    }
+
+    /// Has reservations held again that the server may have lost, or charged as a dead node's. `is_news`: it has lost nothing,
+    /// so that it has never heard of what it does not know.
+    pub fn hold(&mut self, is_news: bool, held: &[Held]) -> Command {
+        let mut command = self.timely("hold", 0);
+        command.int(u64::from(is_news));
         command.int(held.len() as u64);
         for one in held {
             command.text(&one.id);
-            command.int(u64::from(one.is_known));
             command.int(one.settled_by);
             command.int(one.pieces.len() as u64);
             for piece in &one.pieces {
@@ -297,11 +310,19 @@ impl Speaker {
         command
     }
 
+    /// Says that the node holds nothing beside these: what else the server has of this session is charged in full, but a lease,
+    /// which goes back. Answers with how many are still to be charged, by another such call.
+    pub fn only(&mut self, ids: &[u64]) -> Command {
+        let mut command = self.timely("only", 1);
+        command.int(ids.len() as u64);
+        ids.iter().for_each(|&id| command.int(id));
+        command
+    }
+
     /// Holds room in these cells; answers with the number of requests in flight and of nodes alive.
     pub fn reserve(&mut self, reserve: &Reserve<'_>, touched: &[u32]) -> Command {
-        let mut command = self.begin("reserve", 2);
+        let mut command = self.timely("reserve", 2);
         command.text(reserve.id);
-        command.text(&reserve.deadline.map_or(0, |at| at.0).to_string());
         command.int(reserve.max_in_flight);
         command.text(match reserve.otherwise {
             Otherwise::Reject => "reject",
@@ -353,7 +374,7 @@ impl Speaker {
     /// Asks for a lease of so much of each cell, together with what it has of them; answers with how much more it has
     /// now.
     pub fn lease(&mut self, wanted: &[u64]) -> Command {
-        let mut command = self.begin("lease", wanted.len());
+        let mut command = self.timely("lease", wanted.len());
         command.int(wanted.len() as u64);
         for (index, wanted) in wanted.iter().enumerate() {
             command.text(&self.cells.names[index]);
@@ -372,19 +393,22 @@ impl Speaker {
         command
     }
 
-    /// Another limit for now, or (`is_override` false) the config's again.
-    pub fn limit(&mut self, index: usize, limit: u64, burst: u64, is_override: bool) -> Command {
-        let mut command = self.begin("limit", 0);
-        command.text(&self.cells.names[index]);
-        command.int(limit);
-        command.int(burst);
+    /// Other limits for now, each of the quota at this place, or (`is_override` false) the config's again.
+    pub fn limit(&mut self, is_override: bool, changes: &[(usize, Limit)]) -> Command {
+        let mut command = self.timely("limit", 0);
         command.int(u64::from(is_override));
+        command.int(changes.len() as u64);
+        for &(index, Limit { limit, burst }) in changes {
+            command.text(&self.cells.names[index]);
+            command.int(limit);
+            command.int(burst);
+        }
         command
     }
 
     /// All quotas whole again, but for what is held.
     pub fn reset(&mut self) -> Command {
-        self.begin("reset", 0)
+        self.timely("reset", 0)
     }
 
     /// The session ends; it holds nothing any more.
@@ -393,8 +417,14 @@ impl Speaker {
     }
 
     fn begin(&mut self, command: &str, told: usize) -> Command {
-        let Self { cells, session, clock, about } = self;
-        Command { told, ..cells.command(command, *clock, *about, session) }
+        let Self { cells, session, clock, about, .. } = self;
+        Command { told, ..cells.command(command, *clock, *about, None, session) }
+    }
+
+    fn timely(&mut self, command: &str, told: usize) -> Command {
+        let Self { cells, session, clock, about, patience } = self;
+        let deadline = patience.map(|ms| about.plus_ms(ms));
+        Command { told, ..cells.command(command, *clock, *about, deadline, session) }
     }
 
     fn add_cells(&self, command: &mut Command, touched: &[u32]) {

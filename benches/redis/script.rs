@@ -34,7 +34,7 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
         let level = (burst.cast_signed(), 0);
         (State::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
     };
-    let join = speaker.join(1, false, false, &quotas.iter().map(full).collect::<Vec<_>>(), &[]);
+    let join = speaker.join(1, false, &quotas.iter().map(full).collect::<Vec<_>>());
     assert_eq!(call(&join), Verdict::Done);
     let all: Vec<u32> = (0..).take(quotas.len()).collect();
     let mut took = Vec::new();
@@ -42,7 +42,6 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
         let id = n.to_string();
         let reserve = Reserve {
             id: &id,
-            deadline: None,
             max_in_flight: 0,
             otherwise: Otherwise::Reject,
             generates: true,

@@ -15,14 +15,14 @@ use crate::config::OnStoreFailure;
 use crate::quota::{Amounts, Quota, Quotas, Receipt, State};
 use crate::shared::{Answer, Cells, Command, Held, LEASE, Piece, Speaker, Step, StepKind};
 use smallvec::SmallVec;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Redis takes nothing for a call that it reads later than this after it was sent (ms): by then its caller has been told
 /// otherwise. Longer than any answer is waited for, since the server's clock is not known better than that.
 pub(super) const LATEST_MS: u64 = 400;
 /// For nodes that bring back what the server has lost nobody waits longer than this (ms), whatever it says.
 const LONGEST_REGAIN_MS: u64 = 2_000;
-/// Steps in one call: more would keep the server from others for longer than they wait.
+/// Steps in one call, and reservations in one call: more would keep the server from others for longer than they wait.
 const LARGEST_BATCH: usize = 200;
 
 /// How a node takes part.
@@ -49,6 +49,8 @@ pub(super) struct Cluster {
     losses: u64,
     /// It has taken part before.
     was_here: bool,
+    /// When it joined last, Redis had kept what it knew of this node.
+    was_kept: bool,
     /// Nodes alive, and requests in flight on all of them, as last heard.
     nodes: u64,
     in_flight: u64,
@@ -77,8 +79,9 @@ struct Alone {
 struct Open {
     /// Redis has it, or had it when it was lost, or may have heard of it by a call whose answer was lost.
     is_known: bool,
-    /// It has said so.
+    /// It has said so since it was lost last.
     is_certain: bool,
+    /// Nothing, where nobody knows whether Redis has admitted it, and it is to be given back.
     pieces: SmallVec<[Piece; 1]>,
 }
 
@@ -93,8 +96,8 @@ struct Journal {
 #[derive(Debug)]
 struct Entry {
     step: Step,
-    /// Of a reservation that has ended: what it held, should Redis have lost it.
-    held: Option<Open>,
+    /// Of a reservation that has ended: its number, and what it held, should Redis have lost it.
+    held: Option<(u64, Open)>,
 }
 
 /// A call that asks Redis to admit a request.
@@ -121,24 +124,34 @@ pub(super) enum Answered {
 }
 
 impl Journal {
-    fn push(&mut self, step: Step, held: Option<Open>) {
-        self.entries.push_back(Entry { step, held });
+    fn push(&mut self, step: Step) {
+        self.entries.push_back(Entry { step, held: None });
     }
 
-    fn number(&self, at: usize) -> u64 {
-        self.first + at as u64
+    fn push_end(&mut self, id: u64, spent: Amounts, held: Open) {
+        let step = Step::of(StepKind::Settle, id.to_string(), spent);
+        self.entries.push_back(Entry { step, held: Some((id, held)) });
+    }
+
+    /// What is not known to be over, each with its number and that of the step that ends it.
+    fn ended(&self) -> impl Iterator<Item = (u64, &Open, u64)> {
+        let numbered = self.entries.iter().zip(self.first..);
+        numbered.filter_map(|(entry, number)| entry.held.as_ref().map(|(id, open)| (*id, open, number)))
     }
 }
 
 impl Cluster {
     pub(super) fn new(terms: Terms, session: &str, quotas: &[Quota], now: Timestamp, own: &Quotas) -> Self {
+        let mut speaker = Speaker::new(Cells::of(quotas, now), session, now);
+        speaker.set_patience(LATEST_MS);
         Self {
             terms,
-            speaker: Speaker::new(Cells::of(quotas, now), session, now),
+            speaker,
             alone: Some(Box::new(Alone { before: own.clone(), unspent: own.clone(), spent: own.clone() })),
             before: None,
             losses: 0,
             was_here: false,
+            was_kept: false,
             nodes: 1,
             in_flight: 0,
             differs: false,
@@ -210,7 +223,7 @@ impl Cluster {
         self.keep(id, is_known, receipts);
         let Some(open) = self.open.get(&id).filter(|open| open.is_known) else { return };
         let more = reserved(&open.pieces).less(told);
-        let mut tell = |what, amounts| self.journal.push(Step::of(what, id.to_string(), amounts), None);
+        let mut tell = |what, amounts| self.journal.push(Step::of(what, id.to_string(), amounts));
         if more != Amounts::default() {
             tell(StepKind::Extend, more);
         }
@@ -229,23 +242,21 @@ impl Cluster {
     pub(super) fn settled(&mut self, id: u64, spent: Amounts) {
         let Some(open) = self.open.remove(&id) else { return };
         if open.is_known || !self.is_alone() {
-            let step = Step::of(StepKind::Settle, id.to_string(), spent);
-            self.journal.push(step, Some(open));
+            self.journal.push_end(id, spent, open);
         }
     }
 
     /// What is left of the lease is given back.
     pub(super) fn give_lease_back(&mut self) {
         if self.lease.as_mut().is_some_and(Lease::clear) {
-            let step = Step::of(StepKind::Settle, LEASE.to_owned(), Amounts::default());
-            self.journal.push(step, None);
+            self.journal.push(Step::of(StepKind::Settle, LEASE.to_owned(), Amounts::default()));
         }
     }
 
     /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
     pub(super) fn cancel(&mut self, id: u64) {
-        let step = Step::of(StepKind::Settle, id.to_string(), Amounts::default());
-        self.journal.push(step, None);
+        let nothing = Open { is_known: true, is_certain: false, pieces: SmallVec::new() };
+        self.journal.push_end(id, Amounts::default(), nothing);
     }
 
     pub(super) fn is_behind(&self) -> bool {
@@ -283,38 +294,37 @@ impl Cluster {
         held
     }
 
-    /// What Redis may have lost, or has never heard of.
-    fn to_take_up(&self) -> Vec<Held> {
-        let held = |id: u64, open: &Open, settled_by| Held {
-            id: id.to_string(),
-            is_known: open.is_certain,
-            settled_by,
-            pieces: open.pieces.iter().map(|piece| known_piece(piece, open.is_known)).collect(),
+    /// Some of what Redis may have lost, or has never heard of: their numbers, and what they hold. From now on it may have
+    /// heard of them, though its answer is lost.
+    fn next_to_hold(&mut self) -> (Vec<u64>, Vec<Held>) {
+        let is_alone = self.is_alone();
+        let open = self.open.iter().filter(|(_, open)| open.is_known || !is_alone);
+        let all = open.map(|(&id, open)| (id, open, 0)).chain(self.journal.ended());
+        let missing = all.filter(|(_, open, _)| !open.is_certain).take(LARGEST_BATCH);
+        let held = |(id, open, settled_by): (u64, &Open, u64)| {
+            let pieces = open.pieces.iter().map(|piece| known_piece(piece, open.is_known)).collect();
+            (id, Held { id: id.to_string(), settled_by, pieces })
         };
-        let open = self.open.iter().filter(|(_, open)| open.is_known || !self.is_alone());
-        let mut all: Vec<Held> = open.map(|(&id, open)| held(id, open, 0)).collect();
-        for (at, entry) in self.journal.entries.iter().enumerate() {
-            let Ok(id) = entry.step.id.parse() else { continue };
-            let settled_by = self.journal.number(at);
-            match &entry.held {
-                Some(open) => all.push(held(id, open, settled_by)),
-                // Redis is about to be told: it is not to think that it was forgotten.
-                None if entry.step.what == StepKind::Settle => all.push(cancelled(id, settled_by)),
-                None => {}
-            }
-        }
-        all
+        let (ids, held): (Vec<u64>, Vec<Held>) = missing.map(held).unzip();
+        self.of(&ids, |open| open.is_known = true);
+        (ids, held)
     }
 
-    /// It is about to be told of everything that is in flight, and may hear of that though its answer is lost.
-    fn all_is_told(&mut self) {
-        self.all_open().for_each(|open| open.is_known = true);
+    /// Redis has said that it knows of these.
+    pub(super) fn are_held(&mut self, ids: &[u64]) {
+        self.of(ids, |open| open.is_certain = true);
     }
 
-    /// All that is not settled there.
-    fn all_open(&mut self) -> impl Iterator<Item = &mut Open> {
+    fn of(&mut self, ids: &[u64], change: impl Fn(&mut Open)) {
+        let ids: HashSet<u64> = ids.iter().copied().collect();
+        self.all_open().filter(|(id, _)| ids.contains(id)).for_each(|(_, open)| change(open));
+    }
+
+    /// All that is not known to be over there.
+    fn all_open(&mut self) -> impl Iterator<Item = (u64, &mut Open)> {
         let ended = self.journal.entries.iter_mut().filter_map(|entry| entry.held.as_mut());
-        self.open.values_mut().chain(ended)
+        let open = self.open.iter_mut().map(|(&id, open)| (id, open));
+        open.chain(ended.map(|(id, open)| (*id, open)))
     }
 
     /// What is still to be paid for: of each quota, what was spent alone and has not come back.
@@ -332,14 +342,10 @@ impl Cluster {
             };
             if let Some(amount) = u64::try_from(amount).ok().filter(|amount| *amount > 0) {
                 let step = self.speaker.pay(index, amount, turn);
-                self.journal.push(step, None);
+                self.journal.push(step);
             }
         }
     }
-}
-
-fn cancelled(id: u64, settled_by: u64) -> Held {
-    Held { id: id.to_string(), is_known: true, settled_by, pieces: Vec::new() }
 }
 
 fn piece(receipt: &Receipt) -> Piece {

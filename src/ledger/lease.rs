@@ -14,6 +14,9 @@ const NEAR_EXHAUSTION: u64 = 10;
 /// And is taken again from this on: 1/5.
 const PLENTY: u64 = 5;
 
+/// Where it cannot have more, it does not look again for so long (ms): a look is one at all quotas.
+const PAUSE_MS: u64 = 10;
+
 /// What one node leases.
 #[derive(Debug)]
 pub(super) struct Lease {
@@ -23,6 +26,11 @@ pub(super) struct Lease {
     until: Vec<Timestamp>,
     /// Redis has something to take back.
     is_any: bool,
+    /// From where on more of each is wanted.
+    low: Vec<u64>,
+    /// There may be something to do about it, but not before this time.
+    is_to_be_looked_at: bool,
+    not_before: Timestamp,
 }
 
 /// What is to be done about it.
@@ -37,7 +45,25 @@ pub(super) enum Wants {
 
 impl Lease {
     pub(super) fn nothing(quotas: usize) -> Self {
-        Self { left: vec![0; quotas], until: vec![Timestamp(i64::MAX); quotas], is_any: false }
+        Self {
+            left: vec![0; quotas],
+            until: vec![Timestamp(i64::MAX); quotas],
+            is_any: false,
+            low: vec![0; quotas],
+            is_to_be_looked_at: true,
+            not_before: Timestamp(0),
+        }
+    }
+
+    /// Redis has told how all quotas stand.
+    pub(super) fn look(&mut self) {
+        self.is_to_be_looked_at = true;
+        self.not_before = Timestamp(0);
+    }
+
+    /// Whether it is to be looked at what it wants.
+    pub(super) fn is_due(&self, now: Timestamp) -> bool {
+        self.is_to_be_looked_at && now >= self.not_before
     }
 
     /// Nothing is left; whether there was anything that has to be given back.
@@ -62,28 +88,40 @@ impl Lease {
             !is_asked || (now < self.until[index] && self.left[index] >= amount(index).max(1))
         };
         if touched.is_empty() || !touched.iter().all(fits) {
+            self.is_to_be_looked_at = true;
             return None;
         }
-        for &index in touched {
-            let left = &mut self.left[index as usize];
-            *left = left.saturating_sub(amount(index as usize));
+        for index in touched.iter().map(|&index| index as usize) {
+            let left = self.left[index].saturating_sub(amount(index));
+            self.left[index] = left;
+            self.is_to_be_looked_at |= left <= self.low[index];
         }
         Some(())
     }
 
     /// Looks at how all quotas stand.
-    pub(super) fn wants(&self, now: Timestamp, levels: &[Level], nodes: u64) -> Wants {
+    pub(super) fn wants(&mut self, now: Timestamp, levels: &[Level], nodes: u64) -> Wants {
+        let wants = self.wanted(now, levels, nodes);
+        let is_more = matches!(wants, Wants::More(_));
+        self.is_to_be_looked_at = false;
+        self.not_before = if is_more { now } else { now.plus_ms(PAUSE_MS) };
+        wants
+    }
+
+    fn wanted(&mut self, now: Timestamp, levels: &[Level], nodes: u64) -> Wants {
         let part = |level: &Level| level.quota.capacity() / LARGEST_PART / nodes.max(1);
         let is_below = |level: &Level, part: u64| level.level < (level.quota.capacity() / part).cast_signed();
         let mut wants_more = false;
         let mut is_scarce = false;
-        for ((level, &left), &until) in levels.iter().zip(&self.left).zip(&self.until) {
+        let cells = self.left.iter().zip(&self.until).zip(&mut self.low);
+        for (level, ((&left, &until), low)) in levels.iter().zip(cells) {
+            *low = part(level) / 2;
             if is_below(level, NEAR_EXHAUSTION) || left > 2 * part(level) {
                 return if self.is_any { Wants::ToGiveBack } else { Wants::Nothing };
             }
             is_scarce |= is_below(level, PLENTY);
             let left = if now < until { left } else { 0 };
-            wants_more |= part(level) > 0 && left <= part(level) / 2;
+            wants_more |= part(level) > 0 && left <= *low;
         }
         if wants_more && !is_scarce { Wants::More(levels.iter().map(part).collect()) } else { Wants::Nothing }
     }

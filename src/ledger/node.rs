@@ -1,7 +1,7 @@
 //! The part of an account that speaks to Redis: asks it for room, and one task that tells it the rest.
 
 use super::cluster::{Answered, LATEST_MS, Terms};
-use super::{Account, Admission, NoRoom, QuotaKey, Want};
+use super::{Account, Admission, Counters, NoRoom, QuotaKey, Want};
 use crate::clock;
 use crate::config::{Environment, Redis};
 use crate::quota::Asker;
@@ -9,7 +9,7 @@ use crate::shared::{Answer, Away, Command, Link, Verdict};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
 
 /// How often a node shows that it is alive, and looks how all quotas stand: what an administrator sets at another node
 /// holds here after so long.
@@ -213,26 +213,35 @@ impl Account {
         key: QuotaKey<'_>,
         limit: Option<(u64, u64)>,
     ) -> Result<bool, NoRoom> {
-        let commands = self.lock().limit_commands(clock::now(), key, limit);
-        for command in &commands {
-            self.order(command).await?;
-        }
+        let is_any = self.order(|counters| counters.limit_command(clock::now(), key, limit)).await?;
         self.refresh().await;
-        Ok(!commands.is_empty())
+        Ok(is_any)
     }
 
     /// Makes the quotas of all nodes whole.
     pub(super) async fn reset_for_all(&self) -> Result<(), NoRoom> {
-        let Some(command) = self.lock().reset_command(clock::now()) else { return Ok(()) };
-        self.order(&command).await?;
+        self.order(|counters| counters.reset_command(clock::now())).await?;
         self.refresh().await;
         Ok(())
     }
 
-    async fn order(&self, command: &Command) -> Result<(), NoRoom> {
+    /// Has Redis do something for all nodes; whether there was anything to do. A period may turn on the way: then it is told
+    /// anew.
+    async fn order(&self, command: impl Fn(&mut Counters) -> Option<Command>) -> Result<bool, NoRoom> {
         let node = self.node.as_ref().ok_or(NoRoom::Unavailable)?;
-        let answer = node.call(command).await.map_err(|_| NoRoom::Unavailable)?;
-        if answer.verdict == Verdict::Done { Ok(()) } else { Err(NoRoom::Unavailable) }
+        for _ in 0..ATTEMPTS {
+            let Some(command) = command(&mut self.lock()) else { return Ok(false) };
+            let answer = node.call(&command).await.map_err(|_| NoRoom::Unavailable)?;
+            match answer.verdict {
+                Verdict::Done => return Ok(true),
+                Verdict::StaleBounds | Verdict::Late => {}
+                _ => return Err(NoRoom::Unavailable),
+            }
+            if let Some(cluster) = self.lock().cluster() {
+                cluster.heard(clock::now(), &answer);
+            }
+        }
+        Err(NoRoom::Unavailable)
     }
 
     /// Takes part in the cluster until `stops`, and then leaves it: everything has been settled by then. Returns at once
@@ -287,11 +296,14 @@ impl Account {
                 environment = node.environment,
                 "Redis has lost its data: nodes bring back what they know"
             );
-            sleep(Duration::from_millis(wait)).await;
         }
+        let others_are_here = Instant::now() + Duration::from_millis(wait);
+        self.have_all_held(node).await?;
+        self.have_nothing_else_held(node).await?;
+        sleep_until(others_are_here).await;
         self.lock().return_from_alone(clock::now());
-        self.call_to_join(node).await?;
-        self.lock().all_is_known();
+        // What was admitted meanwhile.
+        self.have_all_held(node).await?;
         self.flush(node).await?;
         self.beat(node).await
     }
@@ -305,6 +317,43 @@ impl Account {
             }
         }
         None
+    }
+
+    /// Redis is told of what is in flight, some of it at a time.
+    async fn have_all_held(&self, node: &Node) -> Option<()> {
+        let mut attempts = 0;
+        loop {
+            let Some((command, ids)) = self.lock().hold(clock::now()) else { return Some(()) };
+            let answer = node.call(&command).await.ok()?;
+            let mut counters = self.lock();
+            let cluster = counters.cluster()?;
+            cluster.heard(clock::now(), &answer);
+            match answer.verdict {
+                Verdict::Done => {
+                    cluster.are_held(&ids);
+                    attempts = 0;
+                }
+                Verdict::Unknown => return None,
+                _ if attempts == ATTEMPTS => return None,
+                _ => attempts += 1,
+            }
+        }
+    }
+
+    async fn have_nothing_else_held(&self, node: &Node) -> Option<()> {
+        let mut attempts = 0;
+        loop {
+            let command = self.lock().hold_only(clock::now())?;
+            let answer = node.call(&command).await.ok()?;
+            self.lock().cluster()?.heard(clock::now(), &answer);
+            match answer.verdict {
+                Verdict::Done if answer.told.first() == Some(&0) => return Some(()),
+                Verdict::Done => attempts = 0,
+                Verdict::Unknown => return None,
+                _ if attempts == ATTEMPTS => return None,
+                _ => attempts += 1,
+            }
+        }
     }
 
     /// Tells Redis what becomes of reservations, as soon as there is anything to tell, and shows that this node is

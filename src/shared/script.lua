@@ -4,8 +4,10 @@
 -- All numbers are whole and below 2^53, where doubles are exact: a bucket's level is kept as whole tokens and a
 -- fraction in 1/period tokens, and no product of two large numbers is ever formed.
 --
--- KEYS: the cells; sessions and sums; this session's reservations. One slot: they share a hash tag.
--- ARGV: command, now (0: the server's clock), session, bounds of calendar periods, the command's own arguments.
+-- KEYS: the cells; sessions and sums; this session's reservations. One slot: they share a hash tag, as do the keys of
+-- other sessions, which are made of this one's.
+-- ARGV: command, now (0: the server's clock), the time after which nothing is to be done (0: never), session, bounds of
+-- calendar periods, the command's own arguments.
 
 local cells_key, meta_key, own_key = KEYS[1], KEYS[2], KEYS[3]
 local floor, max, min = math.floor, math.max, math.min
@@ -27,8 +29,10 @@ local MOST_EXPIRED = 200
 local REGAIN_MS = 1000
 -- The field of a session's reservations that has what it leases: no request's.
 local LEASE = 'lease'
--- For so long it is remembered that a session was charged.
+-- For so long it is remembered what a session was charged for.
 local FORGET_MS = 86400000
+-- That a cell is in use is noted so often, and looked at as often.
+local SEEN_MS = 3600000
 
 local at = 0
 local function text() at = at + 1 return ARGV[at] end
@@ -36,16 +40,29 @@ local function int() at = at + 1 return tonumber(ARGV[at]) end
 local function amounts() return { int(), int(), int(), int() } end
 local function texts(n) local all = {} for i = 1, n do all[i] = text() end return all end
 
-local command, now, session = text(), int(), text()
+local command, now, deadline, session = text(), int(), int(), text()
 if now == 0 then
   local time = redis.call('TIME')
   now = time[1] * 1000 + floor(time[2] / 1000)
 end
+if deadline > 0 and now > deadline then return { LATE, now } end
 local bounds = {}
 for _ = 1, int() do
   local class, start = text(), int()
   bounds[class] = { start, int() }
 end
+
+-- Where a session's reservations are, and those that it was charged for.
+local own_prefix = own_key:sub(1, #own_key - #session)
+local function reserved_key(of) return own_prefix .. of end
+local function charged_key(of) return own_prefix .. 'charged:' .. of end
+
+local function is_known()
+  return (tonumber(redis.call('HGET', meta_key, 's:' .. session)) or 0) > 0
+end
+
+-- A cell that nobody has any more is forgotten when its period is over twice, and a day has gone by.
+local function kept_ms(cell) return 2 * cell.per + FORGET_MS end
 
 -- Cells: read once, written once.
 local cells, dirty = {}, {}
@@ -298,10 +315,9 @@ local run = {}
 -- Holds room for a request in all cells or in none. Returns how many requests are in flight, how many nodes are alive,
 -- and the states before.
 function run.reserve()
-  local id, deadline, most, mode, generates = text(), int(), int(), text(), int() == 1
+  local id, most, mode, generates = text(), int(), text(), int() == 1
   local ask, completions = amounts(), int()
   local names = texts(int())
-  if deadline > 0 and now > deadline then return { LATE, now } end
   local known = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight', 'alive')
   load(names)
   local in_flight = tonumber(known[2]) or 0
@@ -335,9 +351,11 @@ local function pay(name, amount, turn)
   dirty[name] = true
 end
 
+local function lease_pieces(packed) return packed and cmsgpack.unpack(packed) or {} end
+
 local function lease_of(packed)
   local lease = {}
-  for _, piece in ipairs(packed and cmsgpack.unpack(packed) or {}) do lease[piece[3][1]] = piece end
+  for _, piece in ipairs(lease_pieces(packed)) do lease[piece[3][1]] = piece end
   return lease
 end
 
@@ -442,17 +460,22 @@ function run.apply()
   return { DONE, now, #steps }
 end
 
--- Another limit for now, or with override 0 the config's again.
+-- Other limits for now, of all these cells or of none, or with override 0 the config's again.
 function run.limit()
-  local name, limit, burst, override = text(), int(), int(), int()
+  local override, changes = int(), {}
+  for i = 1, int() do changes[i] = { text(), int(), int() } end
   local names = redis.call('HKEYS', cells_key)
   load(names)
-  local cell = cells[name]
-  if not cell then return { UNKNOWN, now } end
+  for _, change in ipairs(changes) do
+    if not cells[change[1]] then return { UNKNOWN, now } end
+  end
   if not advance(names) then return { BOUNDS, now } end
-  if not cell.class then cell.whole = cell.whole + burst - cell.burst end
-  cell.limit, cell.burst, cell.override = limit, burst, override
-  for _, other in ipairs(names) do dirty[other] = true end
+  for _, change in ipairs(changes) do
+    local cell, limit, burst = cells[change[1]], change[2], change[3]
+    if not cell.class then cell.whole = cell.whole + burst - cell.burst end
+    cell.limit, cell.burst, cell.override = limit, burst, override
+  end
+  for _, name in ipairs(names) do dirty[name] = true end
   save()
   return { DONE, now }
 end
@@ -478,9 +501,9 @@ local function given()
   local kind, class, per = int(), text(), int()
   local limit, burst, override = int(), int(), int()
   local whole, fraction, turn = int(), int(), int()
-  local cell = { kind = kind, limit = limit, burst = burst, held = 0, override = override }
+  local cell = { kind = kind, per = per, limit = limit, burst = burst, held = 0, override = override, seen = now }
   if class == '' then
-    cell.per, cell.whole, cell.fraction, cell.at = per, whole, fraction, now
+    cell.whole, cell.fraction, cell.at = whole, fraction, now
     return cell
   end
   local period = bounds[class]
@@ -489,10 +512,9 @@ local function given()
   return cell
 end
 
--- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells, or with a
--- session that was charged in full. `is_news`: the server has kept both and has never heard of it, so that what is spent of
--- it has not been counted either.
-local function take_up(pieces, was_charged, is_news)
+-- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells. `is_news`: the
+-- server has kept those and has never heard of it, so that what is spent of it has not been counted either.
+local function take_up(pieces, is_news)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
     for i, name in ipairs(names) do
@@ -501,13 +523,28 @@ local function take_up(pieces, was_charged, is_news)
         local held = max(reserved[cell.kind] - moved[cell.kind], 0)
         local spent = is_news and moved[cell.kind] or 0
         cell.held = cell.held + held
-        if was_charged then
-          if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
-        elseif cell.class then
-          cell.used = cell.used + spent
-        else
-          cell.whole = cell.whole - held - spent
-        end
+        if cell.class then cell.used = cell.used + spent else cell.whole = cell.whole - held - spent end
+        dirty[name] = true
+      end
+    end
+  end
+end
+
+-- Charges a reservation in full: its node is dead, or has forgotten it.
+local function charge_in_full(pieces)
+  for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
+end
+
+-- Takes that back: the node was only cut off.
+local function hold_again(pieces)
+  for _, piece in ipairs(pieces) do
+    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+    for i, name in ipairs(names) do
+      local cell = cells[name]
+      if cell and (not cell.class or cell.turn == turns[i]) then
+        local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        cell.held = cell.held + held
+        if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
         dirty[name] = true
       end
     end
@@ -523,33 +560,20 @@ local function regain(cell, node)
   end
 end
 
--- What the server has of this session and the node does not: that it has ended was lost, as by a server that is started
--- again with what it had written last. It is charged in full.
-local function charge_orphans(known)
-  local orphans, count = {}, 0
-  for _, id in ipairs(redis.call('HKEYS', own_key)) do
-    if id ~= LEASE and not known[id] then
-      orphans[id] = cmsgpack.unpack(redis.call('HGET', own_key, id))
-      count = count + 1
-    end
+local function count_alive()
+  local fields, alive = redis.call('HGETALL', meta_key), 0
+  for i = 1, #fields, 2 do
+    if fields[i]:sub(1, 2) == 's:' and tonumber(fields[i + 1]) > now then alive = alive + 1 end
   end
-  local names = names_of(orphans)
-  load(names)
-  if not advance(names) then return 0 end
-  for id, pieces in pairs(orphans) do
-    for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
-    redis.call('HDEL', own_key, id)
-  end
-  return count
+  redis.call('HSET', meta_key, 'alive', alive)
 end
 
 -- A node takes part. Cells that are missing are made as it has them; the limits of the others are those of the newest
--- config, by its stamp, or an administrator's. What it holds and the server does not know is taken up; with `is_all` that is
--- all it holds. Returns how many
--- cells were made, how many have other limits than the node's, the last step applied, and for how many milliseconds
--- others are still to be waited for, since the server had lost what the nodes knew.
+-- config, by its stamp, or an administrator's. Returns how many cells were made, how many have other limits than the
+-- node's, whether the session was still known, and for how many milliseconds others are still to be waited for, since the
+-- server had lost what the nodes knew.
 function run.join()
-  local stamp, was_here, is_all, count = int(), int() == 1, int() == 1, int()
+  local stamp, was_here, count = int(), int() == 1, int()
   local names, from_node = {}, {}
   for i = 1, count do
     local name = text()
@@ -557,119 +581,200 @@ function run.join()
     from_node[name] = given()
     if not from_node[name] then return { BOUNDS, now } end
   end
-  local held, all = {}, {}
-  for i = 1, int() do
-    local one = { id = text(), is_known = int() == 1, settled_by = int(), pieces = {} }
-    for k = 1, int() do
-      local piece = { amounts(), amounts(), {}, {} }
-      for j = 1, int() do piece[3][j], piece[4][j] = text(), int() end
-      one.pieces[k] = piece
-    end
-    held[i], all[one.id] = one, one.pieces
-  end
-  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session, 'stamp', 'regains')
-  local expiry, last, newest = tonumber(known[1]) or 0, tonumber(known[2]) or 0, tonumber(known[3]) or 0
-  local regains = tonumber(known[4]) or 0
+  local known = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains')
+  local expiry, newest, regains = tonumber(known[1]) or 0, tonumber(known[2]) or 0, tonumber(known[3]) or 0
+  load(names)
+  if not advance(names) then return { BOUNDS, now } end
   if was_here and expiry == 0 and regains <= now then
     regains = now + REGAIN_MS
     redis.call('HSET', meta_key, 'regains', regains)
   end
-  local touched = names_of(all)
-  load(names)
-  load(touched)
-  if not advance(names) or not advance(touched) then return { BOUNDS, now } end
   local made, differing = 0, 0
   for _, name in ipairs(names) do
     local cell, node = cells[name], from_node[name]
     if not cell then
       cells[name], dirty[name], made = node, true, made + 1
-    else
-      if cell.limit ~= node.limit or cell.burst ~= node.burst then
-        differing = differing + 1
-        if stamp > newest and cell.override == 0 then
-          if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
-          cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
-        end
-      elseif was_here and now < regains then
-        regain(cell, node)
-        dirty[name] = true
+    elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
+      differing = differing + 1
+      if stamp > newest and cell.override == 0 then
+        if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
+        cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
+      end
+    elseif was_here and now < regains then
+      regain(cell, node)
+      dirty[name] = true
+    end
+  end
+  redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
+  redis.call('HDEL', meta_key, 'o:' .. session)
+  count_alive()
+  save()
+  return { DONE, now, made, differing, expiry == 0 and 0 or 1, max(regains - now, 0) }
+end
+
+-- What a node that takes part again still holds, and the server may not: as it was charged, or as it was lost. What the
+-- node has told it to settle is over.
+function run.hold()
+  local is_news, found, all = int() == 1, {}, {}
+  for i = 1, int() do
+    local one = { id = text(), settled_by = int(), pieces = {} }
+    for k = 1, int() do
+      local piece = { amounts(), amounts(), {}, {} }
+      for j = 1, int() do piece[3][j], piece[4][j] = text(), int() end
+      one.pieces[k] = piece
+    end
+    found[i] = one
+  end
+  if not is_known() then return { UNKNOWN, now } end
+  local last = tonumber(redis.call('HGET', meta_key, 'q:' .. session)) or 0
+  local missing = {}
+  for _, one in ipairs(found) do
+    local is_over = one.settled_by > 0 and one.settled_by <= last
+    if not is_over and redis.call('HEXISTS', own_key, one.id) == 0 then
+      one.charged = redis.call('HGET', charged_key(session), one.id)
+      if one.charged then one.pieces = cmsgpack.unpack(one.charged) end
+      if #one.pieces > 0 then missing[#missing + 1], all[one.id] = one, one.pieces end
+    end
+  end
+  local touched = names_of(all)
+  load(touched)
+  if not advance(touched) then return { BOUNDS, now } end
+  for _, one in ipairs(missing) do
+    if one.charged then hold_again(one.pieces) else take_up(one.pieces, is_news) end
+    redis.call('HSET', own_key, one.id, cmsgpack.pack(one.pieces))
+    redis.call('HDEL', charged_key(session), one.id)
+  end
+  if #missing > 0 then redis.call('HINCRBY', meta_key, 'in_flight', #missing) end
+  save()
+  return { DONE, now }
+end
+
+-- A node that takes part again holds nothing beside these. What else the server has of it has ended, and that was lost, as
+-- by a server that is started again with what it had written last: it is charged in full. What it had leased goes back.
+-- Returns how many are left to be charged.
+function run.only()
+  local is_held = {}
+  for _ = 1, int() do is_held[text()] = true end
+  if not is_known() then return { UNKNOWN, now } end
+  local charged, orphans, count, left = charged_key(session), {}, 0, 0
+  local own_lease, charged_lease = redis.call('HGET', own_key, LEASE), redis.call('HGET', charged, LEASE)
+  orphans[LEASE] = lease_pieces(own_lease or charged_lease)
+  for _, id in ipairs(redis.call('HKEYS', own_key)) do
+    if id ~= LEASE and not is_held[id] then
+      if count < MOST_EXPIRED then
+        orphans[id] = cmsgpack.unpack(redis.call('HGET', own_key, id))
+        count = count + 1
+      else
+        left = left + 1
       end
     end
   end
-  local taken_up = 0
-  if is_all then taken_up = -charge_orphans(all) end
-  for _, one in ipairs(held) do
-    local is_over = #one.pieces == 0 or (one.settled_by > 0 and one.settled_by <= last)
-    if not is_over and redis.call('HEXISTS', own_key, one.id) == 0 then
-      take_up(one.pieces, expiry < 0 and one.is_known and made == 0, expiry > 0)
-      redis.call('HSET', own_key, one.id, cmsgpack.pack(one.pieces))
-      taken_up = taken_up + 1
+  local names = names_of(orphans)
+  load(names)
+  if not advance(names) then return { BOUNDS, now } end
+  if not own_lease then hold_again(orphans[LEASE]) end
+  for id, pieces in pairs(orphans) do
+    if id ~= LEASE then
+      charge_in_full(pieces)
+    else
+      for _, piece in ipairs(pieces) do settle_piece(piece, { 0, 0, 0, 0 }) end
     end
+    redis.call('HDEL', own_key, id)
   end
-  if taken_up ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', taken_up) end
-  redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
-  local fields, alive = redis.call('HGETALL', meta_key), 0
-  for i = 1, #fields, 2 do
-    if fields[i]:sub(1, 2) == 's:' and tonumber(fields[i + 1]) > now then alive = alive + 1 end
-  end
-  redis.call('HSET', meta_key, 'alive', alive)
+  redis.call('HDEL', charged, LEASE)
+  if count > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -count) end
   save()
-  return { DONE, now, made, differing, last, max(regains - now, 0) }
+  return { DONE, now, left }
 end
 
--- Charges in full what a session held that is over. Returns whether that was all.
+-- Charges in full what a session held that is over, and keeps it apart, should its node come back. Returns whether that
+-- was all.
 local function charge(over)
-  local key = own_key:sub(1, #own_key - #session) .. over
-  local found = redis.call('HSCAN', key, 0, 'COUNT', MOST_EXPIRED)[2]
-  local reservations, ids = {}, {}
-  for i = 1, #found, 2 do
-    ids[#ids + 1] = found[i]
-    reservations[found[i]] = cmsgpack.unpack(found[i + 1])
-  end
-  if #ids == 0 then return true end
+  local from, to = reserved_key(over), charged_key(over)
+  local found = redis.call('HSCAN', from, 0, 'COUNT', MOST_EXPIRED)[2]
+  local reservations, count = {}, 0
+  for i = 1, #found, 2 do reservations[found[i]] = cmsgpack.unpack(found[i + 1]) end
   local names = names_of(reservations)
   load(names)
   if not advance(names) then return false end
-  for _, pieces in pairs(reservations) do
-    for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
+  for i = 1, #found, 2 do
+    local id = found[i]
+    charge_in_full(reservations[id])
+    redis.call('HSET', to, id, found[i + 1])
+    redis.call('HDEL', from, id)
+    if id ~= LEASE then count = count + 1 end
   end
-  for _, id in ipairs(ids) do redis.call('HDEL', key, id) end
-  local requests = #ids - (reservations[LEASE] and 1 or 0)
-  if requests > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -requests) end
-  return redis.call('HLEN', key) == 0
+  if #found == 0 then return true end
+  redis.call('PEXPIRE', to, FORGET_MS)
+  if count > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -count) end
+  return redis.call('HLEN', from) == 0
+end
+
+-- A cell is in use. Else it stays as it is: to be looked at changes nothing.
+local function note_use(name)
+  cells[name].seen = now
+  if dirty[name] then return end
+  local cell = cmsgpack.unpack(redis.call('HGET', cells_key, name))
+  cell.seen = now
+  redis.call('HSET', cells_key, name, cmsgpack.pack(cell))
+end
+
+-- Notes that these cells are in use, now and then, and forgets those that have not been for long.
+local function tidy(names)
+  local longest = 0
+  for _, name in ipairs(names) do
+    local cell = cells[name]
+    longest = max(longest, kept_ms(cell))
+    if now - cell.seen > SEEN_MS then note_use(name) end
+  end
+  for _, key in ipairs({ cells_key, meta_key, own_key }) do redis.call('PEXPIRE', key, longest) end
+  if now - (tonumber(redis.call('HGET', meta_key, 'tidied')) or 0) < SEEN_MS then return end
+  redis.call('HSET', meta_key, 'tidied', now)
+  local all = redis.call('HKEYS', cells_key)
+  load(all)
+  for _, name in ipairs(all) do
+    local cell = cells[name]
+    if cell.held == 0 and now - cell.seen > kept_ms(cell) then
+      redis.call('HDEL', cells_key, name)
+      cells[name], dirty[name] = false, nil
+    end
+  end
 end
 
 -- A node is alive. Returns how many are, and how all cells stand.
 function run.beat()
   local names = texts(int())
   load(names)
-  local is_known = (tonumber(redis.call('HGET', meta_key, 's:' .. session)) or 0) > 0
-  if not is_known or not all_known(names) then return { UNKNOWN, now } end
+  if not is_known() or not all_known(names) then return { UNKNOWN, now } end
   if not advance(names) then return { BOUNDS, now } end
   local silence = now - (tonumber(redis.call('HGET', meta_key, 'beat')) or now)
   redis.call('HSET', meta_key, 'beat', now, 's:' .. session, now + SESSION_MS)
-  local fields, alive = redis.call('HGETALL', meta_key), 0
+  local fields, over = redis.call('HGETALL', meta_key), {}
   for i = 1, #fields, 2 do
-    local field, expiry = fields[i], tonumber(fields[i + 1])
-    if field:sub(1, 2) == 's:' then
-      local other = field:sub(3)
-      if other == session then
-        alive = alive + 1
-      elseif expiry > 0 and silence > SILENCE_MS then
-        alive = alive + 1
-        redis.call('HSET', meta_key, field, max(expiry, now + SESSION_MS))
-      elseif expiry > now then
-        alive = alive + 1
-      elseif expiry > 0 then
-        if charge(other) then redis.call('HSET', meta_key, field, -now) end
-      elseif now + expiry > FORGET_MS then
+    local field, value = fields[i], tonumber(fields[i + 1])
+    local what, other = field:sub(1, 2), field:sub(3)
+    if what == 'o:' then
+      over[#over + 1] = other
+    elseif what == 's:' and other ~= session then
+      if value > 0 and silence > SILENCE_MS then
+        redis.call('HSET', meta_key, field, max(value, now + SESSION_MS))
+      elseif value > 0 and value <= now then
+        -- From now on it is over, though it may take some time until all is charged.
+        redis.call('HSET', meta_key, field, -now, 'o:' .. other, now)
+        over[#over + 1] = other
+      elseif value <= 0 and now + value > FORGET_MS then
         redis.call('HDEL', meta_key, field, 'q:' .. other)
       end
     end
   end
-  redis.call('HSET', meta_key, 'alive', alive)
+  for _, other in ipairs(over) do
+    if charge(other) then redis.call('HDEL', meta_key, 'o:' .. other) end
+  end
+  count_alive()
+  tidy(names)
   save()
-  local reply = { DONE, now, alive, tonumber(redis.call('HGET', meta_key, 'in_flight')) or 0 }
+  local known = redis.call('HMGET', meta_key, 'alive', 'in_flight')
+  local reply = { DONE, now, tonumber(known[1]), tonumber(known[2]) or 0 }
   for _, name in ipairs(names) do shown(reply, name) end
   return reply
 end
@@ -680,8 +785,7 @@ function run.lease()
   local names, wanted = {}, {}
   for i = 1, int() do names[i], wanted[i] = text(), int() end
   load(names)
-  local is_known = (tonumber(redis.call('HGET', meta_key, 's:' .. session)) or 0) > 0
-  if not is_known or not all_known(names) then return { UNKNOWN, now } end
+  if not is_known() or not all_known(names) then return { UNKNOWN, now } end
   if not advance(names) then return { BOUNDS, now } end
   local lease = lease_of(redis.call('HGET', own_key, LEASE))
   local reply = { DONE, now }

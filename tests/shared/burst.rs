@@ -22,7 +22,6 @@ fn a_burst_from_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more
                     let id = format!("{n}-{k}");
                     let reserve = Reserve {
                         id: &id,
-                        deadline: None,
                         max_in_flight: 0,
                         otherwise: Otherwise::Reject,
                         generates: true,

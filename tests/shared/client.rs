@@ -57,7 +57,6 @@ impl Client {
         let id = self.next.to_string();
         let reserve = Reserve {
             id: &id,
-            deadline: None,
             max_in_flight: 0,
             otherwise: Otherwise::Reject,
             generates: true,
@@ -69,19 +68,15 @@ impl Client {
         self.link.call(&keys, &command).await.map(|answer| answer.verdict)
     }
 
-    /// Joins anew with so many reservations that are still open.
-    pub async fn join_with(&mut self, count: u32) -> Result<Verdict, Away> {
+    /// Has so many reservations held again.
+    pub async fn hold(&mut self, count: u32) -> Result<Verdict, Away> {
         let piece =
             Piece { reserved: Amounts::of_request(1, 1), moved: Amounts::default(), cells: vec![(0, 0); 4] };
-        let held = (0..count).map(|n| Held {
-            id: format!("held-{n}"),
-            is_known: true,
-            settled_by: 0,
-            pieces: vec![piece.clone()],
-        });
+        let held =
+            (0..count).map(|n| Held { id: format!("held-{n}"), settled_by: 0, pieces: vec![piece.clone()] });
         let held: Vec<_> = held.collect();
-        let join = self.speaker.join(1, false, false, &full(&self.quotas, clock::now()), &held);
-        self.link.call(&self.keys(), &join).await.map(|answer| answer.verdict)
+        let hold = self.speaker.hold(true, &held);
+        self.link.call(&self.keys(), &hold).await.map(|answer| answer.verdict)
     }
 
     /// Waits until calls are answered again, joins anew, and tells how long that took.
@@ -92,7 +87,7 @@ impl Client {
         loop {
             let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
             drop(waited.await.expect("Redis is back"));
-            let join = self.speaker.join(1, false, false, &full(&self.quotas, clock::now()), &[]);
+            let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()));
             // A server that is thawed may still be busy with what it was sent before.
             if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
                 println!("back after {:?}", clock.elapsed());

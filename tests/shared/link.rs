@@ -90,7 +90,7 @@ async fn a_burst_is_no_sign_that_the_server_is_away() {
 async fn who_has_much_open_is_given_time_to_join() {
     let server = Server::start();
     let mut client = Client::of(&server.url()).await;
-    assert_eq!(client.join_with(8_000).await, Ok(Verdict::Done));
+    assert_eq!(client.hold(8_000).await, Ok(Verdict::Done));
     assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
 }
 

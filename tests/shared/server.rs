@@ -145,7 +145,7 @@ impl Node {
 
     /// Takes part with full quotas where there are none yet.
     pub fn join(&mut self, now: Timestamp) {
-        let command = self.speaker.join(1, false, false, &full(&self.quotas, now), &[]);
+        let command = self.speaker.join(1, false, &full(&self.quotas, now));
         assert_eq!(self.call(&command).verdict, Verdict::Done);
     }
 

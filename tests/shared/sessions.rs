@@ -3,7 +3,7 @@
 use super::server::{Node, Server, full};
 use tollgate::clock::Timestamp;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::shared::{Answer, Held, Otherwise, Piece, Reserve, Step, StepKind, Verdict};
+use tollgate::shared::{Answer, Held, Limit, Otherwise, Piece, Reserve, Step, StepKind, Verdict};
 
 const BEGIN: Timestamp = Timestamp(1_774_700_000_000);
 /// The start of its month: names that period.
@@ -26,11 +26,10 @@ fn node(server: &Server, session: &str) -> Node {
     node
 }
 
-fn reserve(node: &mut Node, id: &str, tokens: u64, deadline: Option<Timestamp>, most: u64) -> Answer {
+fn reserve(node: &mut Node, id: &str, tokens: u64, most: u64) -> Answer {
     let amounts = Amounts::of_request(tokens, 0);
     let otherwise = Otherwise::Reject;
-    let reserve =
-        Reserve { id, deadline, max_in_flight: most, otherwise, generates: true, amounts, completions: 1 };
+    let reserve = Reserve { id, max_in_flight: most, otherwise, generates: true, amounts, completions: 1 };
     let command = node.speaker.reserve(&reserve, &[0, 1]);
     node.call(&command)
 }
@@ -48,12 +47,12 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     let (mut dies, mut lives) = (node(&server, "dies"), node(&server, "lives"));
     dies.beat();
     for n in 0..450 {
-        assert_eq!(reserve(&mut dies, &format!("a{n}"), 2, None, 0).verdict, Verdict::Admitted);
+        assert_eq!(reserve(&mut dies, &format!("a{n}"), 2, 0).verdict, Verdict::Admitted);
     }
     let spent = Step::of(StepKind::Progress, "a7".into(), Amounts::of_request(1, 0));
     let command = dies.speaker.apply(1, &[spent]);
     dies.call(&command);
-    assert_eq!(reserve(&mut lives, "b", 30, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut lives, "b", 30, 0).verdict, Verdict::Admitted);
     for half_seconds in 1..=28 {
         let now = BEGIN.plus_ms(half_seconds * 500);
         assert_eq!(month(&mut lives, now), (999_070, 929, 1), "held for as long as it may live");
@@ -66,7 +65,7 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     assert_eq!(lives.beat().told, [1, 1], "one node alive, one request in flight");
     // It was only cut off: it is told to join anew, and what it settles late changes nothing.
     dies.speaker.set_clock(now);
-    assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Unknown);
+    assert_eq!(reserve(&mut dies, "c", 1, 0).verdict, Verdict::Unknown);
     let late = Step::of(StepKind::Settle, "a8".into(), Amounts::default());
     let command = dies.speaker.apply(2, &[late]);
     assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "it is to be told again");
@@ -75,7 +74,7 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "nobody would charge it");
     assert_eq!(month(&mut lives, now), (999_070, 30, 900));
     dies.join(now);
-    assert_eq!(reserve(&mut dies, "c", 1, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut dies, "c", 1, 0).verdict, Verdict::Admitted);
 }
 
 #[test]
@@ -84,7 +83,7 @@ fn nobody_is_charged_because_the_server_was_away() {
     let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
     one.beat();
     other.beat();
-    assert_eq!(reserve(&mut other, "a", 100, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut other, "a", 100, 0).verdict, Verdict::Admitted);
     let thawed = BEGIN.plus_ms(300_000);
     assert_eq!(month(&mut one, thawed), (999_900, 100, 0));
     other.speaker.set_clock(thawed.plus_ms(400));
@@ -95,23 +94,42 @@ fn nobody_is_charged_because_the_server_was_away() {
 fn a_command_that_is_read_too_late_takes_nothing() {
     let server = Server::start();
     let mut node = node(&server, "one");
-    node.speaker.set_clock(BEGIN.plus_ms(26));
-    assert_eq!(reserve(&mut node, "a", 100, Some(BEGIN.plus_ms(25)), 0).verdict, Verdict::Late);
-    assert_eq!(month(&mut node, BEGIN.plus_ms(26)), (1_000_000, 0, 0));
-    assert_eq!(reserve(&mut node, "a", 100, Some(BEGIN.plus_ms(26)), 0).verdict, Verdict::Admitted);
+    node.speaker.set_patience(25);
+    let limit = [(0, Limit { limit: 50, burst: 20 })];
+    for (late_ms, late) in [(26, true), (25, false)] {
+        node.speaker.set_clock(BEGIN.plus_ms(late_ms));
+        // When it was sent.
+        node.speaker.set_about(BEGIN);
+        let verdict = |on_time| if late { Verdict::Late } else { on_time };
+        let lease = node.speaker.lease(&[10, 10]);
+        assert_eq!(node.call(&lease).verdict, verdict(Verdict::Done));
+        assert_eq!(reserve(&mut node, "a", 100, 0).verdict, verdict(Verdict::Admitted));
+        node.speaker.set_about(BEGIN);
+        for command in [
+            node.speaker.reset(),
+            node.speaker.hold(true, &[held("b", 50, 0)]),
+            node.speaker.limit(true, &limit),
+            node.speaker.only(&[]),
+            node.speaker.join(2, true, &full(&quotas(), BEGIN)),
+        ] {
+            assert_eq!(node.call(&command).verdict, verdict(Verdict::Done), "{command:?}");
+        }
+        let is_taken = (999_850, 0, 150);
+        assert_eq!(month(&mut node, BEGIN.plus_ms(late_ms)), if late { (1_000_000, 0, 0) } else { is_taken });
+    }
 }
 
 #[test]
 fn requests_in_flight_are_counted_over_all_nodes() {
     let server = Server::start();
     let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
-    assert_eq!(reserve(&mut one, "a", 1, None, 2).verdict, Verdict::Admitted);
-    assert_eq!(reserve(&mut other, "b", 1, None, 2).verdict, Verdict::Admitted);
-    assert_eq!(reserve(&mut one, "c", 1, None, 2).verdict, Verdict::Full);
+    assert_eq!(reserve(&mut one, "a", 1, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut other, "b", 1, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::Full);
     let ends = Step::of(StepKind::Settle, "b".into(), Amounts::of_request(1, 0));
     let command = other.speaker.apply(1, &[ends]);
     other.call(&command);
-    assert_eq!(reserve(&mut one, "c", 1, None, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::Admitted);
     assert_eq!(month(&mut one, BEGIN), (999_997, 2, 1));
 }
 
@@ -119,15 +137,15 @@ fn requests_in_flight_are_counted_over_all_nodes() {
 fn what_one_node_sets_every_node_sees() {
     let server = Server::start();
     let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
-    let command = one.speaker.limit(0, 50, 20, true);
+    let command = one.speaker.limit(true, &[(0, Limit { limit: 50, burst: 20 })]);
     assert_eq!(one.call(&command).verdict, Verdict::Done);
-    let answer = reserve(&mut other, "a", 30, None, 0);
+    let answer = reserve(&mut other, "a", 30, 0);
     assert_eq!((answer.verdict, answer.states[0].1), (Verdict::Denied, true));
     // Whoever joins later does not undo it.
     let mut third = node(&server, "third");
     let quota = third.mirror(BEGIN).levels(BEGIN).swap_remove(0).quota;
     assert_eq!((quota.limit, quota.capacity()), (50, 20));
-    assert_eq!(reserve(&mut other, "a", 20, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut other, "a", 20, 0).verdict, Verdict::Admitted);
     let command = one.speaker.reset();
     assert_eq!(one.call(&command).verdict, Verdict::Done);
     assert_eq!(month(&mut other, BEGIN), (999_980, 20, 0), "what is held stays held");
@@ -140,43 +158,59 @@ fn a_calendar_period_that_the_node_has_wrong_is_asked_for_anew() {
     let next_month = BEGIN.plus_ms(10 * 86_400_000);
     node.speaker.set_clock(next_month);
     node.speaker.set_about(BEGIN);
-    let answer = reserve(&mut node, "a", 1, None, 0);
+    let answer = reserve(&mut node, "a", 1, 0);
     assert_eq!((answer.verdict, answer.now), (Verdict::StaleBounds, next_month));
     node.speaker.set_about(answer.now);
-    assert_eq!(reserve(&mut node, "a", 1, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut node, "a", 1, 0).verdict, Verdict::Admitted);
 }
 
 /// A reservation of so many tokens in both quotas, as its node keeps it.
-fn held(id: &str, tokens: u64, is_known: bool, settled_by: u64) -> Held {
+fn held(id: &str, tokens: u64, settled_by: u64) -> Held {
     let piece = Piece {
         reserved: Amounts::of_request(tokens, 0),
         moved: Amounts::default(),
         cells: vec![(0, 0), (1, MONTH)],
     };
-    Held { id: id.into(), is_known, settled_by, pieces: vec![piece] }
+    Held { id: id.into(), settled_by, pieces: vec![piece] }
+}
+
+fn hold(node: &mut Node, is_news: bool, held: &[Held]) {
+    let command = node.speaker.hold(is_news, held);
+    assert_eq!(node.call(&command).verdict, Verdict::Done);
+}
+
+fn settle(node: &mut Node, number: u64, id: &str, tokens: u64) {
+    let step = Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
+    let command = node.speaker.apply(number, &[step]);
+    assert_eq!(node.call(&command).verdict, Verdict::Done);
+}
+
+/// Joins once more, and tells whether the server still knew it.
+fn join_again(node: &mut Node, now: Timestamp) -> bool {
+    node.speaker.set_clock(now);
+    let command = node.speaker.join(1, true, &full(&quotas(), now));
+    node.call(&command).told[2] == 1
 }
 
 #[test]
 fn what_a_server_has_lost_the_nodes_bring_back() {
     let server = Server::start();
     let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
-    reserve(&mut one, "a", 100, None, 0);
-    reserve(&mut other, "b", 200, None, 0);
-    let spent = Step::of(StepKind::Settle, "b".into(), Amounts::of_request(70, 0));
-    let command = other.speaker.apply(1, &[spent]);
-    other.call(&command);
-    reserve(&mut other, "c", 300, None, 0);
+    reserve(&mut one, "a", 100, 0);
+    reserve(&mut other, "b", 200, 0);
+    settle(&mut other, 1, "b", 70);
+    reserve(&mut other, "c", 300, 0);
     let answer = one.beat();
     one.flush();
-    assert_eq!(reserve(&mut one, "d", 1, None, 0).verdict, Verdict::Unknown);
+    assert_eq!(reserve(&mut one, "d", 1, 0).verdict, Verdict::Unknown);
     // The first to come makes the cells of what it knows, each brings what it holds, and nothing counts twice.
-    let of_one = [held("a", 100, true, 0)];
-    let of_other = [held("b", 200, true, 1), held("c", 300, true, 0)];
-    let command = one.speaker.join(1, true, false, &answer.states, &of_one);
+    let command = one.speaker.join(1, true, &answer.states);
     assert_eq!(one.call(&command).told, [2, 0, 0, 1_000], "others are waited for");
+    hold(&mut one, false, &[held("a", 100, 0)]);
+    let command = other.speaker.join(1, true, &full(&quotas(), BEGIN));
+    assert_eq!(other.call(&command).told, [0, 0, 0, 1_000]);
     for _ in 0..2 {
-        let command = other.speaker.join(1, true, false, &full(&quotas(), BEGIN), &of_other);
-        assert_eq!(other.call(&command).told, [0, 0, 0, 1_000]);
+        hold(&mut other, false, &[held("b", 200, 1), held("c", 300, 0)]);
     }
     // What "b" has cost was in the cells already, and its settling is lost with the rest: it is sent again.
     assert_eq!(month(&mut one, BEGIN), (1_000_000 - 70 - 600, 600, 70));
@@ -187,31 +221,68 @@ fn what_a_server_has_lost_the_nodes_bring_back() {
 fn a_node_that_was_given_up_takes_back_what_was_charged() {
     let server = Server::start();
     let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
-    reserve(&mut cut_off, "a", 100, None, 0);
+    reserve(&mut cut_off, "a", 100, 0);
+    reserve(&mut cut_off, "b", 10, 0);
     for seconds in 1..=20 {
         month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
     }
     let now = BEGIN.plus_ms(20_000);
-    assert_eq!(month(&mut lives, now), (999_900, 0, 100), "charged in full");
-    cut_off.speaker.set_clock(now);
-    let command = cut_off.speaker.join(1, false, false, &full(&quotas(), now), &[held("a", 100, true, 0)]);
+    assert_eq!(month(&mut lives, now), (999_890, 0, 110), "charged in full");
+    assert!(join_again(&mut cut_off, now));
+    // It holds 50 more by now, which the server is about to be told. And of "b" nobody knows whether it was admitted.
+    let cancelled = Held { pieces: Vec::new(), ..held("b", 0, 2) };
+    hold(&mut cut_off, true, &[held("a", 150, 0), cancelled]);
+    assert_eq!(month(&mut lives, now), (999_890, 110, 0), "held again, as it was");
+    let steps = [
+        Step::of(StepKind::Extend, "a".into(), Amounts::of_request(50, 0)),
+        Step::of(StepKind::Settle, "b".into(), Amounts::default()),
+    ];
+    let command = cut_off.speaker.apply(1, &steps);
     cut_off.call(&command);
-    assert_eq!(month(&mut lives, now), (999_900, 100, 0), "held again");
-    let ends = Step::of(StepKind::Settle, "a".into(), Amounts::of_request(30, 0));
-    let command = cut_off.speaker.apply(1, &[ends]);
-    cut_off.call(&command);
+    assert_eq!(month(&mut lives, now), (999_850, 150, 0));
+    settle(&mut cut_off, 3, "a", 30);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
     // Its answer was lost: what is over is not taken up again.
-    let command = cut_off.speaker.join(1, false, false, &full(&quotas(), now), &[held("a", 100, true, 1)]);
-    assert_eq!(cut_off.call(&command).told, [0, 0, 1, 0]);
+    hold(&mut cut_off, true, &[held("a", 150, 3)]);
     assert_eq!(month(&mut lives, now), (999_970, 0, 30));
+    assert_eq!(lives.beat().told, [2, 0]);
+}
+
+#[test]
+fn who_comes_back_while_it_is_charged_pays_for_nothing_twice_and_nothing_less() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    let ids: Vec<_> = (0..900).map(|n| n.to_string()).collect();
+    for id in &ids {
+        assert_eq!(reserve(&mut cut_off, id, 1, 0).verdict, Verdict::Admitted);
+    }
+    for half_seconds in 1..=30 {
+        lives.speaker.set_clock(BEGIN.plus_ms(half_seconds * 500));
+        lives.beat();
+    }
+    let now = BEGIN.plus_ms(15_100);
+    let (level, still_held, charged) = month(&mut lives, now);
+    assert!(level == 999_100 && still_held > 0 && charged > 0, "{still_held} held, {charged} charged");
+    assert!(join_again(&mut cut_off, now));
+    let all: Vec<_> = ids.iter().map(|id| held(id, 1, 0)).collect();
+    for some in all.chunks(300) {
+        hold(&mut cut_off, true, some);
+    }
+    let command = cut_off.speaker.only(&(0..900).collect::<Vec<_>>());
+    assert_eq!(cut_off.call(&command).told, [0]);
+    assert_eq!(month(&mut lives, now), (999_100, 900, 0));
+    assert_eq!(lives.beat().told, [2, 900], "and the rest is not charged any more");
+    for (number, id) in (1..).zip(&ids) {
+        settle(&mut cut_off, number, id, 0);
+    }
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((1_000_000, 0, 0), vec![2, 0]));
 }
 
 #[test]
 fn the_limits_of_the_newest_config_hold() {
     let server = Server::start();
     let mut one = node(&server, "one");
-    reserve(&mut one, "a", 100, None, 0);
+    reserve(&mut one, "a", 100, 0);
     let limit = |node: &mut Node| {
         let level = node.mirror(BEGIN).levels(BEGIN).swap_remove(0);
         (level.quota.limit, level.quota.capacity(), level.level)
@@ -220,8 +291,9 @@ fn the_limits_of_the_newest_config_hold() {
     for (stamp, given, want) in [(5, 2_000, (2_000, 2_000, 1_900)), (4, 500, (2_000, 2_000, 1_900))] {
         let mut other = server.node("other", &with(given), BEGIN);
         other.speaker.set_clock(BEGIN);
-        let command = other.speaker.join(stamp, false, false, &full(&with(given), BEGIN), &[]);
-        assert_eq!(other.call(&command).told, [0, 1, 0, 0], "the node is told");
+        let command = other.speaker.join(stamp, false, &full(&with(given), BEGIN));
+        let told = other.call(&command).told;
+        assert_eq!((told[0], told[1], told[3]), (0, 1, 0), "the node is told");
         assert_eq!(limit(&mut one), want);
     }
 }
@@ -269,22 +341,51 @@ fn a_lease_is_held_until_it_is_used_given_back_or_its_node_is_dead() {
 fn what_the_server_has_and_its_node_has_not_is_charged_when_the_node_comes_back() {
     let server = Server::start();
     let mut node = node(&server, "one");
-    for (id, tokens) in [("kept", 10), ("forgotten", 20), ("cancelled", 40)] {
-        assert_eq!(reserve(&mut node, id, tokens, None, 0).verdict, Verdict::Admitted);
+    let (kept, cancelled, forgotten) = ("1", "2", "3");
+    for (id, tokens) in [(kept, 10), (cancelled, 40), (forgotten, 20)] {
+        assert_eq!(reserve(&mut node, id, tokens, 0).verdict, Verdict::Admitted);
     }
-    let cancelled = Held { pieces: Vec::new(), ..held("cancelled", 0, true, 1) };
-    let all = [held("kept", 10, true, 0), cancelled];
-    let states = full(&quotas(), BEGIN);
-    let command = node.speaker.join(1, true, false, &states, &all);
+    let command = node.speaker.lease(&[100, 100]);
     node.call(&command);
-    assert_eq!(month(&mut node, BEGIN), (999_930, 70, 0), "the node does not say that this is all");
-    let command = node.speaker.join(1, true, true, &states, &all);
-    node.call(&command);
-    assert_eq!(month(&mut node, BEGIN), (999_930, 50, 20));
-    let command =
-        node.speaker.apply(1, &[Step::of(StepKind::Settle, "cancelled".into(), Amounts::default())]);
-    node.call(&command);
+    assert!(join_again(&mut node, BEGIN));
+    hold(&mut node, true, &[held(kept, 10, 0), Held { pieces: Vec::new(), ..held(cancelled, 0, 1) }]);
+    assert_eq!(month(&mut node, BEGIN), (999_830, 170, 0), "the node does not say that this is all");
+    let command = node.speaker.only(&[1, 2]);
+    assert_eq!(node.call(&command).told, [0]);
+    assert_eq!(month(&mut node, BEGIN), (999_930, 50, 20), "what was leased goes back");
+    settle(&mut node, 1, cancelled, 0);
     assert_eq!((month(&mut node, BEGIN), node.beat().told), ((999_970, 10, 20), vec![1, 1]));
+}
+
+#[test]
+fn what_a_node_leased_that_was_given_up_goes_back_when_it_returns() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    let command = cut_off.speaker.lease(&[100, 5_000]);
+    cut_off.call(&command);
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!(month(&mut lives, now), (995_000, 0, 5_000), "charged in full");
+    assert!(join_again(&mut cut_off, now));
+    let command = cut_off.speaker.only(&[]);
+    assert_eq!(cut_off.call(&command).told, [0]);
+    assert_eq!(month(&mut lives, now), (1_000_000, 0, 0));
+}
+
+#[test]
+fn however_much_was_forgotten_is_charged_a_part_at_a_time() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    for n in 0..450 {
+        assert_eq!(reserve(&mut node, &n.to_string(), 1, 0).verdict, Verdict::Admitted);
+    }
+    for left in [250, 50, 0] {
+        let command = node.speaker.only(&[]);
+        assert_eq!(node.call(&command).told, [left]);
+    }
+    assert_eq!((month(&mut node, BEGIN), node.beat().told), ((999_550, 0, 450), vec![1, 0]));
 }
 
 /// As when a node has admitted it out of a lease, and Redis is lost before it was told.
@@ -292,10 +393,9 @@ fn what_the_server_has_and_its_node_has_not_is_charged_when_the_node_comes_back(
 fn what_is_spent_of_a_reservation_that_the_server_has_never_heard_of_is_charged() {
     let server = Server::start();
     let mut node = node(&server, "one");
-    let mut held = held("1", 100, true, 0);
+    let mut held = held("1", 100, 0);
     held.pieces[0].moved = Amounts::of_request(30, 0);
-    let command = node.speaker.join(1, true, true, &full(&quotas(), BEGIN), &[held]);
-    node.call(&command);
+    hold(&mut node, true, &[held]);
     assert_eq!(month(&mut node, BEGIN), (999_900, 70, 30));
     assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 900);
     // What was on its way takes nothing twice.
@@ -317,7 +417,7 @@ fn a_quota_that_other_nodes_have_no_more_is_in_nobodys_way() {
     lives.speaker.set_clock(BEGIN);
     lives.join(BEGIN);
     let mut dies = node(&server, "dies");
-    assert_eq!(reserve(&mut dies, "a", 100, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut dies, "a", 100, 0).verdict, Verdict::Admitted);
     // The month is over, which only the dead node could tell the end of.
     let now = BEGIN.plus_ms(10 * 86_400_000);
     for seconds in 0..=20 {
@@ -325,7 +425,7 @@ fn a_quota_that_other_nodes_have_no_more_is_in_nobodys_way() {
         lives.beat();
     }
     assert_eq!(lives.beat().told, [1, 0], "what it held is charged");
-    let command = lives.speaker.limit(0, 50, 20, true);
+    let command = lives.speaker.limit(true, &[(0, Limit { limit: 50, burst: 20 })]);
     assert_eq!(lives.call(&command).verdict, Verdict::Done);
     let command = lives.speaker.reset();
     assert_eq!(lives.call(&command).verdict, Verdict::Done);
@@ -334,10 +434,35 @@ fn a_quota_that_other_nodes_have_no_more_is_in_nobodys_way() {
 }
 
 #[test]
+fn what_nobody_uses_any_more_is_forgotten() {
+    let server = Server::start();
+    let mut lives = server.node("lives", &quotas()[..1], BEGIN);
+    lives.speaker.set_clock(BEGIN);
+    lives.join(BEGIN);
+    let mut goes = node(&server, "goes");
+    let command = goes.speaker.leave();
+    goes.call(&command);
+    let cells = || server.ask::<i64>("HLEN test:{staging}:q");
+    // Twice the month and a day: until then somebody may come back who has it.
+    for day in 0..=61 {
+        assert_eq!(cells(), 2, "{day}");
+        for hours in [0, 2, 4] {
+            lives.speaker.set_clock(BEGIN.plus_ms(day * 86_400_000 + hours * 3_600_000));
+            lives.beat();
+        }
+    }
+    assert_eq!(cells(), 1);
+    // Where there is no node at all the server does it, by its own clock.
+    let left: i64 = server.ask("PTTL test:{staging}:q");
+    let minutes_and_a_day = 2 * 60_000 + 86_400_000;
+    assert!((1..=minutes_and_a_day).contains(&left), "{left} ms");
+}
+
+#[test]
 fn who_goes_and_has_not_settled_everything_is_charged() {
     let server = Server::start();
     let (mut goes, mut stays) = (node(&server, "goes"), node(&server, "stays"));
-    assert_eq!(reserve(&mut goes, "a", 100, None, 0).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut goes, "a", 100, 0).verdict, Verdict::Admitted);
     let command = goes.speaker.leave();
     goes.call(&command);
     for seconds in 1..=20 {

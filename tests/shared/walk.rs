@@ -7,7 +7,7 @@ use tollgate::glob::Glob;
 use tollgate::quota::{
     Amounts, Ask, Asker, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Per, Quota, Quotas, Receipt, Scope, Window,
 };
-use tollgate::shared::{self, Otherwise, Reserve, Step, StepKind, Verdict};
+use tollgate::shared::{self, Limit, Otherwise, Reserve, Step, StepKind, Verdict};
 
 const DAY: u64 = 86_400_000;
 const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
@@ -109,8 +109,7 @@ impl Walk<'_> {
         let touched = self.local.touched(asker);
         let id = self.next.to_string();
         self.next += 1;
-        let reserve =
-            Reserve { id: &id, deadline: None, max_in_flight: 0, otherwise, generates, amounts, completions };
+        let reserve = Reserve { id: &id, max_in_flight: 0, otherwise, generates, amounts, completions };
         let command = self.node.speaker.reserve(&reserve, &touched);
         let answer = self.node.call(&command);
         shared::load(&mut self.mirror, &touched, &answer);
@@ -244,7 +243,7 @@ impl Walk<'_> {
         all[index] = all[index].with_limit(limit, burst);
         // The engine without Redis brings all quotas up to now where any is changed.
         self.local.set_quotas(&all, self.now);
-        let command = self.node.speaker.limit(index, limit, burst, true);
+        let command = self.node.speaker.limit(true, &[(index, Limit { limit, burst })]);
         assert_eq!(self.node.call(&command).verdict, Verdict::Done);
     }
 

@@ -1,6 +1,6 @@
 //! Who is admitted: by Redis's verdict, out of a lease, or out of this node's own part while it is alone.
 
-use super::{Answered, Cluster, LATEST_MS, Question, Terms, told};
+use super::{Answered, Cluster, Question, Terms, told};
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::lease::Wants;
@@ -37,7 +37,6 @@ impl Counters {
         cluster.speaker.set_about(now);
         let reserve = Reserve {
             id: &id.to_string(),
-            deadline: Some(now.plus_ms(LATEST_MS)),
             max_in_flight,
             otherwise,
             generates: ask.generates,
@@ -65,7 +64,7 @@ impl Counters {
         let id = cluster.next_id;
         cluster.next_id += 1;
         let step = cluster.speaker.open(id.to_string(), ask.amounts, &touched);
-        cluster.journal.push(step, None);
+        cluster.journal.push(step);
         let mut admission = self.admit_regardless(now, want, allowance);
         admission.grant.id = Some(id);
         self.keep(true, &admission.grant);
@@ -76,8 +75,7 @@ impl Counters {
     pub(in crate::ledger) fn lease(&mut self, own: Timestamp) -> Option<Command> {
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
         let now = cluster.now(own);
-        // Looked for first: without leases nobody pays for a look at all quotas.
-        let lease = cluster.lease.as_mut()?;
+        let lease = cluster.lease.as_mut().filter(|lease| lease.is_due(now))?;
         let levels = self.quotas.levels(now);
         match lease.wants(now, &levels, cluster.nodes) {
             Wants::Nothing => None,

@@ -5,7 +5,7 @@ use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::{Counters, QuotaKey};
 use crate::quota::{Quota, State};
-use crate::shared::{self, Answer, Command, Verdict};
+use crate::shared::{self, Answer, Command, Limit, Verdict};
 
 impl Counters {
     /// Redis cannot be asked any more: from now on this node counts alone.
@@ -33,7 +33,7 @@ impl Counters {
         cluster.alone = Some(Box::new(Alone { before, unspent, spent }));
     }
 
-    /// The call that takes part again, with what Redis may have lost.
+    /// The call that takes part again.
     pub(in crate::ledger) fn join(&mut self, own: Timestamp) -> Option<Command> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
@@ -46,12 +46,8 @@ impl Counters {
         };
         let overridden = quotas.iter().map(|quota| self.limits.is_overridden(quota));
         let states: Vec<_> = states.into_iter().zip(overridden).collect();
-        let held = cluster.to_take_up();
-        let (stamp, is_alone) = (cluster.terms.stamp, cluster.is_alone());
-        if !is_alone {
-            cluster.all_is_told();
-        }
-        Some(cluster.speaker.join(stamp, cluster.was_here, is_alone, &states, &held))
+        cluster.all_open().for_each(|(_, open)| open.is_certain = false);
+        Some(cluster.speaker.join(cluster.terms.stamp, cluster.was_here, &states))
     }
 
     /// Redis has answered to that. Returns how many quotas had other limits there, and for how many milliseconds others
@@ -63,12 +59,31 @@ impl Counters {
             return None;
         }
         cluster.was_here = true;
+        cluster.was_kept = told(answer, 2) == 1;
         // The server's clock may have been stepped back.
         Some((told(answer, 1), told(answer, 3).min(LONGEST_REGAIN_MS)))
     }
 
-    /// From now on Redis is asked. What was spent meanwhile is paid in, and what is in flight has to be told by one more
-    /// call to join.
+    /// The call that has Redis hold again what is in flight, or some of it, and the numbers of those that it tells of; of what
+    /// was admitted without Redis only when that is asked again. `None`: it has said that it knows of all.
+    pub(in crate::ledger) fn hold(&mut self, own: Timestamp) -> Option<(Command, Vec<u64>)> {
+        let cluster = self.cluster.as_deref_mut()?;
+        let now = cluster.now(own);
+        cluster.speaker.set_about(now);
+        let (ids, held) = cluster.next_to_hold();
+        (!ids.is_empty()).then(|| (cluster.speaker.hold(cluster.was_kept, &held), ids))
+    }
+
+    /// The call that says that there is nothing else.
+    pub(in crate::ledger) fn hold_only(&mut self, own: Timestamp) -> Option<Command> {
+        let cluster = self.cluster.as_deref_mut()?;
+        let now = cluster.now(own);
+        cluster.speaker.set_about(now);
+        let ids: Vec<u64> = cluster.all_open().map(|(id, _)| id).collect();
+        Some(cluster.speaker.only(&ids))
+    }
+
+    /// From now on Redis is asked. What was spent meanwhile is paid in, and what was admitted meanwhile has still to be held.
     pub(in crate::ledger) fn return_from_alone(&mut self, own: Timestamp) {
         let Some(cluster) = self.cluster.as_deref_mut() else { return };
         let now = cluster.now(own);
@@ -76,13 +91,6 @@ impl Counters {
             cluster.before = Some(alone.before.clone());
             cluster.pay(now, *alone);
         }
-    }
-
-    /// Redis knows of everything that is in flight.
-    pub(in crate::ledger) fn all_is_known(&mut self) {
-        let Some(cluster) = self.cluster.as_deref_mut() else { return };
-        // What was admitted since it was lost once more it has not heard of.
-        cluster.all_open().for_each(|open| open.is_certain = open.is_known);
     }
 
     /// The call that shows that this node is alive, and asks how all quotas stand.
@@ -106,6 +114,9 @@ impl Counters {
             return Some(false);
         }
         cluster.before = None;
+        if let Some(lease) = &mut cluster.lease {
+            lease.look();
+        }
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
         shared::load(&mut self.quotas, &all, answer);
         for (index, (state, is_override)) in answer.states.iter().enumerate() {
@@ -118,23 +129,23 @@ impl Counters {
         Some(differs && !std::mem::replace(&mut cluster.differs, differs))
     }
 
-    /// The calls that set a limit: of each quota so named. Empty: there is none.
-    pub(in crate::ledger) fn limit_commands(
+    /// The call that sets the limit of each quota so named. `None`: there is none.
+    pub(in crate::ledger) fn limit_command(
         &mut self,
         own: Timestamp,
         key: QuotaKey<'_>,
         limit: Option<(u64, u64)>,
-    ) -> Vec<Command> {
-        let Some(cluster) = self.cluster.as_deref_mut() else { return Vec::new() };
+    ) -> Option<Command> {
+        let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
         cluster.speaker.set_about(now);
         let named = self.limits.configured().iter().enumerate().filter(|(_, quota)| key.names(quota));
-        let command = |(index, quota): (usize, &Quota)| {
-            let (new, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
-            let new_burst = quota.with_limit(new, burst).capacity();
-            cluster.speaker.limit(index, new, new_burst, limit.is_some())
+        let change = |(index, quota): (usize, &Quota)| {
+            let (limit, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
+            (index, Limit { limit, burst: quota.with_limit(limit, burst).capacity() })
         };
-        named.map(command).collect()
+        let changes: Vec<_> = named.map(change).collect();
+        (!changes.is_empty()).then(|| cluster.speaker.limit(limit.is_some(), &changes))
     }
 
     pub(in crate::ledger) fn reset_command(&mut self, own: Timestamp) -> Option<Command> {

@@ -33,16 +33,31 @@ fn shared() -> Counters {
     counters
 }
 
+/// Redis is told of all that is in flight; returns who was held, and by which step they are settled.
+fn holds_all(counters: &mut Counters) -> Vec<(String, u64)> {
+    let mut all = Vec::new();
+    while let Some((_, ids)) = counters.hold(NOW) {
+        let cluster = counters.cluster().unwrap();
+        let settled_by = |id| cluster.journal.ended().find(|ended| ended.0 == id).map_or(0, |ended| ended.2);
+        all.extend(ids.iter().map(|&id| (id.to_string(), settled_by(id))));
+        cluster.are_held(&ids);
+    }
+    all.sort();
+    all
+}
+
+/// As far as what was admitted meanwhile has to be told.
 fn returns(counters: &mut Counters) -> Command {
-    counters.join(NOW).unwrap();
-    counters.joined(NOW, &done(&[0; 4], Vec::new())).unwrap();
+    let join = counters.join(NOW).unwrap();
+    counters.joined(NOW, &done(&[0, 0, 1, 0], Vec::new())).unwrap();
+    holds_all(counters);
     counters.return_from_alone(NOW);
-    counters.join(NOW).unwrap()
+    join
 }
 
 fn takes_part(counters: &mut Counters) {
     returns(counters);
-    counters.all_is_known();
+    holds_all(counters);
     let full = Quotas::new(counters.limits.configured(), NOW).states(NOW);
     let states = full.into_iter().map(|state| (state, false)).collect();
     counters.beaten(NOW, &done(&[2, 0], states)).unwrap();
@@ -75,23 +90,53 @@ fn what_redis_may_have_heard_of_is_told_anew_and_not_paid_for_beside_that() {
     let mut counters = shared();
     counters.lose(NOW);
     let (ends, goes_on) = (admitted_alone(&mut counters), admitted_alone(&mut counters));
+    let all = |counters: &mut Counters| counters.hold(NOW).map_or(0, |(_, ids)| ids.len());
+    // It has not heard of them while they were this node's own.
+    counters.join(NOW).unwrap();
+    assert_eq!(all(&mut counters), 0);
     // The server takes them up, and its answer is lost.
     returns(&mut counters);
+    assert_eq!(all(&mut counters), 2);
     counters.lose(NOW);
     let spent = Amounts::of_request(10, 30);
     counters.settle(NOW, asker(), ends, Ended { spent, is_whole: true });
+    counters.join(NOW).unwrap();
+    let told = holds_all(&mut counters);
+    assert_eq!(
+        told,
+        [("1".to_owned(), 1), ("2".to_owned(), 0)],
+        "the server is not to charge them as forgotten"
+    );
     let cluster = counters.cluster().unwrap();
-    let told: Vec<_> =
-        cluster.to_take_up().into_iter().map(|held| (held.is_known, held.settled_by)).collect();
-    assert_eq!(told, [(false, 0), (false, 1)], "the server is not to charge them as forgotten");
     assert_eq!(cluster.journal.entries[0].step.amounts, spent);
     returns(&mut counters);
-    let cluster = counters.cluster().unwrap();
-    assert_eq!(cluster.journal.entries.len(), 1, "it is not paid for as well");
-    counters.all_is_known();
+    assert_eq!(all(&mut counters), 0, "all has been told");
+    assert_eq!(counters.cluster().unwrap().journal.entries.len(), 1, "it is not paid for as well");
     counters.settle(NOW, asker(), goes_on, Ended { spent, is_whole: true });
-    let is_certain = |entry: &Entry| entry.held.as_ref().is_some_and(|open| open.is_certain);
-    assert!(counters.cluster().unwrap().journal.entries.iter().all(is_certain));
+    let mut ended = counters.cluster().unwrap().journal.ended();
+    assert!(ended.all(|(_, open, _)| open.is_certain));
+}
+
+#[test]
+fn thousands_in_flight_are_told_a_part_at_a_time() {
+    let mut counters = shared();
+    let mut cluster = counters.cluster().unwrap();
+    let open = || Open { is_known: true, is_certain: true, pieces: SmallVec::new() };
+    cluster.open.extend((1..=900).map(|id| (id, open())));
+    cluster.next_id = 901;
+    cluster.cancel(950);
+    counters.lose(NOW);
+    counters.join(NOW).unwrap();
+    let mut calls = Vec::new();
+    while let Some((command, ids)) = counters.hold(NOW) {
+        assert!(command.arguments.len() < 3_000);
+        calls.push(ids.len());
+        cluster = counters.cluster().unwrap();
+        cluster.are_held(&ids);
+    }
+    assert_eq!(calls, [200, 200, 200, 200, 101]);
+    let command = counters.hold_only(NOW).unwrap();
+    assert!(["1", "900", "950"].iter().all(|id| command.arguments.iter().any(|word| word == id)));
 }
 
 #[test]
@@ -112,7 +157,8 @@ fn of_what_a_reservation_has_come_to_meanwhile_redis_is_told_when_it_is_back() {
     let mut grant = admitted(&mut counters);
     counters.lose(NOW);
     counters.progress(NOW, "m", &mut grant, Amounts::of_request(10, 95));
-    let held = counters.cluster().unwrap().to_take_up();
+    counters.join(NOW).unwrap();
+    let (_, held) = counters.cluster().unwrap().next_to_hold();
     let piece = &held[0].pieces[0];
     // Of a dead node's reservation so much is charged, and so much is given back to a node that was not dead.
     assert_eq!((piece.reserved, piece.moved), (Amounts::of_request(10, 90), Amounts::default()));
