@@ -20,6 +20,8 @@ const PAUSE: Duration = Duration::from_millis(LATEST_MS);
 const ATTEMPTS: usize = 4;
 /// Longer than this nobody waits for the task to have told Redis everything.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// And a node that stops no longer than this.
+const PATIENCE_AT_THE_END: Duration = Duration::from_secs(2);
 
 /// How an account reaches the counters that it shares.
 #[derive(Debug)]
@@ -270,19 +272,30 @@ impl Account {
             () = work => {}
             _ = stops.wait_for(|stops| *stops) => {}
         }
-        drop(timeout(Duration::from_secs(1), self.leave(node)).await);
+        drop(timeout(PATIENCE_AT_THE_END, self.leave(node)).await);
     }
 
+    /// Tells Redis the rest; should it be away just then, when it is back.
     async fn leave(&self, node: &Node) {
         self.lock().end_lease();
-        if self.lock().cluster().is_none_or(|cluster| cluster.is_alone()) || self.flush(node).await.is_none()
-        {
-            return;
+        let mut up = node.link.watch();
+        while !self.takes_part() || self.flush(node).await.is_none() {
+            self.lock().lose(clock::now());
+            sleep(PAUSE).await;
+            if up.wait_for(|number| *number != 0).await.is_err() {
+                return;
+            }
+            self.join(node).await;
         }
         let command = self.lock().leave_command();
         if let Some(command) = command {
             drop(node.call(&command).await);
         }
+    }
+
+    /// Whether Redis knows all that this node holds.
+    fn takes_part(&self) -> bool {
+        self.lock().cluster().is_some_and(|cluster| !cluster.is_alone() && !cluster.is_returning())
     }
 
     /// Takes part again; `None`: Redis is away, or says something odd.

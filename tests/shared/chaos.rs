@@ -2,6 +2,7 @@
 //! it has charged what was spent, to the token.
 
 use super::link::signal;
+use super::proxy::{Mode, Proxy};
 use super::server::Server;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -79,6 +80,11 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
+/// For what goes on while the test itself waits.
+fn runtime_of_threads() -> Runtime {
+    Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
 /// A node as the gateway has it, which speaks to the server on a thread of its own.
 struct Node {
     account: Arc<Account>,
@@ -88,13 +94,12 @@ struct Node {
 }
 
 impl Node {
-    fn start(server: &Server, name: &str, burst: i64, settings: &str) -> Self {
+    fn start(url: &str, name: &str, burst: i64, settings: &str) -> Self {
         let text = format!(
             "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\
              environments: {{ e: {{ upstream: u, reserve: {{ completion: max_tokens }}, quotas: {{ total_tokens: [\
              {{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH}, per: month }}] }} }} }}\n\
-             store: {{ redis: {{ url: '{}', {settings} }} }}\n",
-            server.url()
+             store: {{ redis: {{ url: '{url}', {settings} }} }}\n"
         );
         let loaded = parse(&text, "chaos.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
         let environment = &loaded.config.environments[0];
@@ -219,11 +224,31 @@ async fn answer(mut reservation: Reservation, book: &Book, dice: &mut Dice, prom
     book.ends(reserved, total(spent));
 }
 
+fn seconds() -> Duration {
+    Duration::from_secs(std::env::var("TOLLGATE_CHAOS_SECONDS").map_or(8, |n| n.parse().unwrap()))
+}
+
+/// Kills a server that keeps nothing, again and again; returns how often, and what was spent in the half seconds before:
+/// what a node has spent since the others heard of it last, they cannot bring back.
+fn losses(server: &mut Server, dice: &mut Dice, book: &Book) -> (u64, i64) {
+    let (begun, mut count, mut unheard) = (Stopwatch::start(), 0, 0);
+    while begun.elapsed() < seconds() {
+        std::thread::sleep(dice.ms(500, 1_500));
+        let before = book.spent.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(500));
+        server.kill();
+        unheard += book.spent.load(Ordering::SeqCst) - before;
+        std::thread::sleep(dice.ms(0, 300));
+        server.start_again();
+        count += 1;
+    }
+    (count, unheard)
+}
+
 /// Does to the server what happens to servers; returns how often each.
 fn faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
     let (begun, mut counts, mut process) = (Stopwatch::start(), [0; 4], server.process());
-    let seconds = std::env::var("TOLLGATE_CHAOS_SECONDS").map_or(8, |n| n.parse().unwrap());
-    while begun.elapsed() < Duration::from_secs(seconds) {
+    while begun.elapsed() < seconds() {
         std::thread::sleep(dice.ms(50, 1_500));
         let fault = usize::try_from(dice.below(7)).unwrap().saturating_sub(3);
         match fault {
@@ -269,14 +294,21 @@ fn counted(server: &Server, burst: i64) -> ([i64; 2], [i64; 2], i64) {
     (used, held, server.ask::<Option<i64>>("HGET tollgate:{e}:s in_flight").unwrap_or(0))
 }
 
-/// Waits until nothing is held any more, and compares what was used with what was spent; what is leased by who dies may
-/// be charged beside it.
-fn compare(server: &Server, burst: i64, book: &Book, leased: [i64; 2]) {
+/// How far what was used may be from what was spent, of both quotas.
+#[derive(Clone, Copy, Default)]
+struct Bounds {
+    under: i64,
+    over: [i64; 2],
+}
+
+/// Waits until nothing is held any more, and compares what was used with what was spent.
+fn compare(server: &Server, burst: i64, book: &Book, bounds: Bounds) {
     let (begun, spent) = (Stopwatch::start(), book.spent.load(Ordering::SeqCst));
     loop {
         let found = counted(server, burst);
         let (used, held, in_flight) = found;
-        let is_right = used.iter().zip(leased).all(|(used, leased)| (spent..=spent + leased).contains(used));
+        let is_near = |(used, over): (&i64, i64)| (spent - bounds.under..=spent + over).contains(used);
+        let is_right = used.iter().zip(bounds.over).all(is_near);
         if is_right && held == [0, 0] && in_flight == 0 {
             return;
         }
@@ -288,14 +320,79 @@ fn compare(server: &Server, burst: i64, book: &Book, leased: [i64; 2]) {
     }
 }
 
-fn run(seed: u64, burst: i64, settings: &str, somebody_dies: bool) {
-    let mut server = Server::with("--port 0 --appendonly yes --appendfsync always");
-    let start = |name: &str| Node::start(&server, name, burst, settings);
-    let nodes = ["one", "two", "three"].map(start);
-    let book = Arc::new(Book::default());
-    let dead = somebody_dies.then(|| start("dies").dies(&book));
-    let workers = nodes.iter().zip(1..).map(|(node, number)| {
-        let (account, book) = (node.account.clone(), book.clone());
+/// What happens beside the faults of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Also {
+    Nothing,
+    /// One node more, which ends without a word.
+    OneDies,
+    /// One of the nodes does not reach the server for so long that it is given up.
+    OneIsCutOff,
+    /// The server keeps nothing when it is killed.
+    AllIsLost,
+}
+
+struct Run {
+    seed: u64,
+    /// What all nodes may use, nothing of which comes back while it lasts.
+    burst: i64,
+    settings: &'static str,
+    also: Also,
+}
+
+impl Run {
+    fn run(&self) {
+        let Self { burst, settings, also, .. } = *self;
+        let keeps = if also == Also::AllIsLost { "no" } else { "yes" };
+        let mut server = Server::with(&format!("--port 0 --appendonly {keeps} --appendfsync always"));
+        let outside = runtime_of_threads();
+        let proxy = outside.block_on(Proxy::start(&server));
+        let start = |url: &str, name: &str| Node::start(url, name, burst, settings);
+        let third = if also == Also::OneIsCutOff { proxy.url() } else { server.url() };
+        let nodes = [("one", server.url()), ("two", server.url()), ("three", third)];
+        let nodes = nodes.map(|(name, url)| start(&url, name));
+        let book = Arc::new(Book::default());
+        let dead = (also == Also::OneDies).then(|| start(&server.url(), "dies").dies(&book));
+        let workers: Vec<_> =
+            nodes.iter().zip(1..).map(|(node, number)| self.works(node, number, &book)).collect();
+        let (lost, is_leased) = (self.happens(&mut server, &proxy, &book), settings.contains("lease"));
+        let leased = if dead.is_some() && is_leased { [burst / 50, MONTH / 50] } else { [0, 0] };
+        let bounds = Bounds { under: lost, over: leased.map(|leased| leased + lost) };
+        book.stops.store(true, Ordering::SeqCst);
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        nodes.iter().for_each(Node::shares);
+        let losses: u64 = nodes.iter().map(Node::losses).sum();
+        println!("{settings}, {also:?}: {losses} losses; {book:?}");
+        self.check(&server, nodes, dead, &book, bounds);
+    }
+
+    /// Returns how much of what was spent nobody may know any more.
+    fn happens(&self, server: &mut Server, proxy: &Proxy, book: &Book) -> i64 {
+        let Self { settings, also, .. } = self;
+        let mut dice = Dice(self.seed);
+        match also {
+            Also::OneIsCutOff => {
+                std::thread::sleep(Duration::from_millis(500));
+                proxy.set(Mode::Silent);
+                // A session is over after 15 seconds.
+                std::thread::sleep(Duration::from_secs(17));
+                proxy.set(Mode::Through);
+                0
+            }
+            Also::AllIsLost => {
+                let (count, unheard) = losses(server, &mut dice, book);
+                println!("{settings}: killed {count} times; up to {unheard} may be lost");
+                unheard
+            }
+            Also::Nothing | Also::OneDies => {
+                println!("{settings}: frozen, flushed, cut off, killed {:?}", faults(server, &mut dice));
+                0
+            }
+        }
+    }
+
+    fn works(&self, node: &Node, number: u64, book: &Arc<Book>) -> JoinHandle<()> {
+        let (account, book, seed) = (node.account.clone(), book.clone(), self.seed);
         std::thread::spawn(move || {
             runtime().block_on(async {
                 let mut tasks = JoinSet::new();
@@ -306,56 +403,90 @@ fn run(seed: u64, burst: i64, settings: &str, somebody_dies: bool) {
                 tasks.join_all().await;
             });
         })
-    });
-    let workers: Vec<_> = workers.collect();
-    let counts = faults(&mut server, &mut Dice(seed));
-    book.stops.store(true, Ordering::SeqCst);
-    workers.into_iter().for_each(|worker| worker.join().unwrap());
-    nodes.iter().for_each(Node::shares);
-    let losses: u64 = nodes.iter().map(Node::losses).sum();
-    println!("{settings}: frozen, flushed, cut off, killed {counts:?}; {losses} losses; {book:?}");
-    let leased = if dead.is_some() && settings.contains("lease") { [burst / 50, MONTH / 50] } else { [0, 0] };
-    if !settings.contains("lease") {
-        compare(&server, burst, &book, leased);
     }
-    if dead.is_some() {
-        let begun = Stopwatch::start();
-        let is_charged = || server.ask::<i64>("HGET tollgate:{e}:s s:dies") <= 0;
-        while !is_charged() {
-            assert!(begun.elapsed() < Duration::from_secs(30), "who is dead is charged");
-            std::thread::sleep(Duration::from_millis(50));
+
+    /// What was charged is what was spent, when all that is there knows of each other, and when all have gone.
+    fn check(
+        &self,
+        server: &Server,
+        nodes: [Node; 3],
+        dead: Option<Vec<Reservation>>,
+        book: &Book,
+        bounds: Bounds,
+    ) {
+        if !self.settings.contains("lease") {
+            compare(server, self.burst, book, bounds);
         }
-    }
-    drop(nodes);
-    compare(&server, burst, &book, leased);
-    drop(dead);
-    if settings.contains("closed") {
-        let most = book.most_taken.load(Ordering::SeqCst);
-        assert!(most <= burst, "{most} were admitted of {burst}");
+        if dead.is_some() {
+            let begun = Stopwatch::start();
+            let is_charged = || server.ask::<i64>("HGET tollgate:{e}:s s:dies") <= 0;
+            while !is_charged() {
+                assert!(begun.elapsed() < Duration::from_secs(30), "who is dead is charged");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+        drop(nodes);
+        compare(server, self.burst, book, bounds);
+        drop(dead);
+        if self.settings.contains("closed") {
+            let most = book.most_taken.load(Ordering::SeqCst);
+            assert!(most <= self.burst + bounds.under, "{most} were admitted of {}", self.burst);
+        }
     }
 }
 
 #[test]
 fn closed() {
-    run(1, 300_000, "on_failure: closed", false);
+    Run { seed: 1, burst: 300_000, settings: "on_failure: closed", also: Also::Nothing }.run();
 }
 
 #[test]
 fn closed_with_leases() {
-    run(2, 600_000, "on_failure: closed, lease: true", false);
+    Run { seed: 2, burst: 600_000, settings: "on_failure: closed, lease: true", also: Also::Nothing }.run();
+}
+
+#[test]
+fn local() {
+    Run { seed: 6, burst: 300_000, settings: "on_failure: local", also: Also::Nothing }.run();
 }
 
 #[test]
 fn local_and_one_dies() {
-    run(3, 300_000, "on_failure: local", true);
+    Run { seed: 3, burst: 300_000, settings: "on_failure: local", also: Also::OneDies }.run();
+}
+
+#[test]
+fn local_and_one_is_given_up_and_comes_back() {
+    Run { seed: 7, burst: 3_000_000, settings: "on_failure: local", also: Also::OneIsCutOff }.run();
 }
 
 #[test]
 fn local_with_leases() {
-    run(4, 600_000, "on_failure: local, lease: true", false);
+    Run { seed: 4, burst: 600_000, settings: "on_failure: local, lease: true", also: Also::Nothing }.run();
+}
+
+#[test]
+fn local_with_leases_and_one_is_given_up_and_comes_back() {
+    Run { seed: 8, burst: 3_000_000, settings: "on_failure: local, lease: true", also: Also::OneIsCutOff }
+        .run();
 }
 
 #[test]
 fn closed_with_leases_and_one_dies() {
-    run(5, 600_000, "on_failure: closed, lease: true", true);
+    Run { seed: 5, burst: 600_000, settings: "on_failure: closed, lease: true", also: Also::OneDies }.run();
+}
+
+#[test]
+fn open() {
+    Run { seed: 9, burst: 300_000, settings: "on_failure: open", also: Also::Nothing }.run();
+}
+
+#[test]
+fn local_and_the_server_loses_everything() {
+    Run { seed: 10, burst: 300_000, settings: "on_failure: local", also: Also::AllIsLost }.run();
+}
+
+#[test]
+fn closed_and_the_server_loses_everything() {
+    Run { seed: 11, burst: 300_000, settings: "on_failure: closed", also: Also::AllIsLost }.run();
 }
