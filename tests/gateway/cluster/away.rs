@@ -231,6 +231,27 @@ async fn a_node_that_starts_without_redis_says_so_and_pays_in_later() {
 }
 
 #[tokio::test]
+async fn a_node_that_stops_while_redis_is_away_for_a_moment_tells_it_everything() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 42)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND, "").await;
+    assert_eq!(admitted(&nodes[0], 2, "").await, 2);
+    let process = redis.process();
+    signal(&process, "STOP");
+    // Half of what is reserved is spent.
+    assert_eq!(admitted(&nodes[0], 4, "").await, 4);
+    let Nodes(mut nodes) = nodes;
+    tokio::join!(nodes.remove(0).shutdown(), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        signal(&process, "CONT");
+    });
+    until(&nodes, true).await;
+    let nodes = Nodes(nodes);
+    assert_eq!(nodes.levels().await, [1_000 - 6 * 50]);
+    assert_eq!(nodes[0].environment().await["shared"]["nodes"], 1);
+}
+
+#[tokio::test]
 async fn a_limit_cannot_be_set_while_redis_is_away() {
     let mut redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
