@@ -118,6 +118,34 @@ fn what_redis_may_have_heard_of_is_told_anew_and_not_paid_for_beside_that() {
 }
 
 #[test]
+fn what_redis_denies_holds_nothing_whatever_the_node_makes_of_it() {
+    let mut counters = shared();
+    let stands = |counters: &mut Counters| {
+        let levels: Vec<_> = counters.levels(NOW).into_iter().map(|l| (l.level, l.held, l.used)).collect();
+        (levels, counters.held(), counters.in_flight)
+    };
+    let before = stands(&mut counters);
+    let question = counters.question(NOW, &want()).unwrap();
+    let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
+    let answer = Answer { verdict: Verdict::Denied, ..done(&[0, 2], states) };
+    let answered = counters.answered(NOW, &want(), &question, &answer);
+    assert!(matches!(answered, Answered::Decided(Err(_))), "{answered:?}");
+    assert_eq!(stands(&mut counters), before);
+    let cluster = counters.cluster().unwrap();
+    assert!(cluster.open.is_empty() && !cluster.is_behind());
+}
+
+#[test]
+fn for_what_others_bring_back_nobody_waits_for_longer_than_two_seconds() {
+    let mut counters = shared();
+    counters.lose(NOW);
+    for (says, waits) in [(1_000, 1_000), (86_400_000, 2_000), (-1, 0)] {
+        counters.join(NOW).unwrap();
+        assert_eq!(counters.joined(NOW, &done(&[0, 0, 0, says], Vec::new())), Some((0, waits)));
+    }
+}
+
+#[test]
 fn thousands_in_flight_are_told_a_part_at_a_time() {
     let mut counters = shared();
     let mut cluster = counters.cluster().unwrap();

@@ -17,7 +17,7 @@ if not cmsgpack then failed = { 'cmsgpack', 'there is no cmsgpack for scripts' }
 return failed";
 
 /// What the trial tries: the script's commands. The last one leaves nothing behind.
-pub(super) const TRIED: [&str; 11] = [
+pub(super) const TRIED: [&str; 12] = [
     "TIME",
     "HSET _ f 1",
     "HINCRBY _ f 1",
@@ -28,6 +28,7 @@ pub(super) const TRIED: [&str; 11] = [
     "HLEN _",
     "HEXISTS _ f",
     "HSCAN _ 0",
+    "PEXPIRE _ 60000",
     "HDEL _ f",
 ];
 
