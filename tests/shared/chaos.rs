@@ -2,6 +2,7 @@
 //! it has charged what was spent, to the token.
 
 use super::link::signal;
+use super::member::{Member, runtime};
 use super::proxy::{Mode, Proxy};
 use super::server::Server;
 use std::sync::Arc;
@@ -9,11 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::watch;
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::sleep;
 use tollgate::clock::Stopwatch;
-use tollgate::config::parse;
 use tollgate::ledger::{Account, Reservation, Want};
 use tollgate::quota::{Amounts, Asker};
 
@@ -76,92 +75,29 @@ fn total(amounts: Amounts) -> i64 {
     amounts.total.cast_signed()
 }
 
-fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_all().build().unwrap()
-}
-
 /// For what goes on while the test itself waits.
 fn runtime_of_threads() -> Runtime {
     Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
-/// A node as the gateway has it, which speaks to the server on a thread of its own.
-struct Node {
-    account: Arc<Account>,
-    stop: watch::Sender<bool>,
-    kill: watch::Sender<bool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Node {
-    fn start(url: &str, name: &str, burst: i64, settings: &str) -> Self {
-        let text = format!(
-            "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\
-             environments: {{ e: {{ upstream: u, reserve: {{ completion: max_tokens }}, quotas: {{ total_tokens: [\
-             {{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH}, per: month }}] }} }} }}\n\
-             store: {{ redis: {{ url: '{url}', {settings} }} }}\n"
-        );
-        let loaded = parse(&text, "chaos.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
-        let environment = &loaded.config.environments[0];
-        let mut account = Account::open(environment);
-        account.share(environment, loaded.config.store.redis.as_ref().unwrap(), name, 1).unwrap();
-        let account = Arc::new(account);
-        let ((stop, stops), (kill, mut kills)) = (watch::channel(false), watch::channel(false));
-        let of_thread = account.clone();
-        let thread = std::thread::spawn(move || {
-            runtime().block_on(async {
-                tokio::spawn(of_thread.link().unwrap().clone().run());
-                tokio::select! {
-                    () = of_thread.take_part(stops) => {}
-                    _ = kills.wait_for(|kills| *kills) => {}
-                }
-            });
-        });
-        let node = Self { account, stop, kill, thread: Some(thread) };
-        node.shares();
-        node
-    }
-
-    fn losses(&self) -> u64 {
-        self.account.sharing().unwrap().losses
-    }
-
-    /// Waits until it shares its counters.
-    fn shares(&self) {
-        let begun = Stopwatch::start();
-        while let Some(trouble) = self.account.sharing().unwrap().trouble {
-            assert!(begun.elapsed() < Duration::from_secs(30), "it does not take part again: {trouble}");
-            std::thread::sleep(Duration::from_millis(5));
+/// Ends a node with all that it holds, and without a word. Returns what that is.
+fn dies(node: Member, book: &Book) -> Vec<Reservation> {
+    let held: Vec<_> = runtime().block_on(async {
+        let mut held = Vec::new();
+        for n in 0..20 {
+            let mut reservation = node.account.reserve_shared(&want(10, 50 + n)).await.unwrap();
+            reservation.progress(Amounts::of_request(10, 3 * n));
+            book.admits(&reservation);
+            held.push(reservation);
         }
-    }
-
-    /// Ends it with all that it holds, and without a word. Returns what that is.
-    fn dies(mut self, book: &Book) -> Vec<Reservation> {
-        let held: Vec<_> = runtime().block_on(async {
-            let mut held = Vec::new();
-            for n in 0..20 {
-                let mut reservation = self.account.reserve_shared(&want(10, 50 + n)).await.unwrap();
-                reservation.progress(Amounts::of_request(10, 3 * n));
-                book.admits(&reservation);
-                held.push(reservation);
-            }
-            sleep(Duration::from_millis(800)).await;
-            held
-        });
-        for reservation in &held {
-            book.spent.fetch_add(total(reservation.reserved()), Ordering::SeqCst);
-        }
-        self.kill.send_replace(true);
-        self.thread.take().map(JoinHandle::join).unwrap().unwrap();
+        sleep(Duration::from_millis(800)).await;
         held
+    });
+    for reservation in &held {
+        book.spent.fetch_add(total(reservation.reserved()), Ordering::SeqCst);
     }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        self.stop.send_replace(true);
-        drop(self.thread.take().map(JoinHandle::join));
-    }
+    node.dies();
+    held
 }
 
 fn want(prompt: u64, cap: u64) -> Want<'static> {
@@ -347,12 +283,15 @@ impl Run {
         let mut server = Server::with(&format!("--port 0 --appendonly {keeps} --appendfsync always"));
         let outside = runtime_of_threads();
         let proxy = outside.block_on(Proxy::start(&server));
-        let start = |url: &str, name: &str| Node::start(url, name, burst, settings);
+        let quotas = format!(
+            "{{ total_tokens: [{{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH}, per: month }}] }}"
+        );
+        let start = |url: &str, name: &str| Member::start(url, name, &quotas, settings);
         let third = if also == Also::OneIsCutOff { proxy.url() } else { server.url() };
         let nodes = [("one", server.url()), ("two", server.url()), ("three", third)];
         let nodes = nodes.map(|(name, url)| start(&url, name));
         let book = Arc::new(Book::default());
-        let dead = (also == Also::OneDies).then(|| start(&server.url(), "dies").dies(&book));
+        let dead = (also == Also::OneDies).then(|| dies(start(&server.url(), "dies"), &book));
         let workers: Vec<_> =
             nodes.iter().zip(1..).map(|(node, number)| self.works(node, number, &book)).collect();
         let (lost, is_leased) = (self.happens(&mut server, &proxy, &book), settings.contains("lease"));
@@ -360,8 +299,8 @@ impl Run {
         let bounds = Bounds { under: lost, over: leased.map(|leased| leased + lost) };
         book.stops.store(true, Ordering::SeqCst);
         workers.into_iter().for_each(|worker| worker.join().unwrap());
-        nodes.iter().for_each(Node::shares);
-        let losses: u64 = nodes.iter().map(Node::losses).sum();
+        nodes.iter().for_each(Member::shares);
+        let losses: u64 = nodes.iter().map(Member::losses).sum();
         println!("{settings}, {also:?}: {losses} losses; {book:?}");
         self.check(&server, nodes, dead, &book, bounds);
     }
@@ -391,7 +330,7 @@ impl Run {
         }
     }
 
-    fn works(&self, node: &Node, number: u64, book: &Arc<Book>) -> JoinHandle<()> {
+    fn works(&self, node: &Member, number: u64, book: &Arc<Book>) -> JoinHandle<()> {
         let (account, book, seed) = (node.account.clone(), book.clone(), self.seed);
         std::thread::spawn(move || {
             runtime().block_on(async {
@@ -409,7 +348,7 @@ impl Run {
     fn check(
         &self,
         server: &Server,
-        nodes: [Node; 3],
+        nodes: [Member; 3],
         dead: Option<Vec<Reservation>>,
         book: &Book,
         bounds: Bounds,

@@ -1,0 +1,110 @@
+//! A node as the gateway has it, without the gateway.
+
+use super::server::Server;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+use tollgate::clock::Stopwatch;
+use tollgate::config::parse;
+use tollgate::ledger::{Account, QuotaKey};
+use tollgate::quota::Kind;
+
+/// Speaks to the server on a thread of its own.
+pub struct Member {
+    pub account: Arc<Account>,
+    stop: watch::Sender<bool>,
+    kill: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+pub fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+impl Member {
+    /// Of an environment `e` with these quotas; `settings` are those of `store.redis`.
+    pub fn start(url: &str, name: &str, quotas: &str, settings: &str) -> Self {
+        let text = format!(
+            "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\
+             environments: {{ e: {{ upstream: u, reserve: {{ completion: max_tokens }}, quotas: {quotas} }} }}\n\
+             store: {{ redis: {{ url: '{url}', {settings} }} }}\n"
+        );
+        let loaded = parse(&text, "node.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
+        let environment = &loaded.config.environments[0];
+        let mut account = Account::open(environment);
+        account.share(environment, loaded.config.store.redis.as_ref().unwrap(), name, 1).unwrap();
+        let account = Arc::new(account);
+        let ((stop, stops), (kill, mut kills)) = (watch::channel(false), watch::channel(false));
+        let of_thread = account.clone();
+        let thread = std::thread::spawn(move || {
+            runtime().block_on(async {
+                tokio::spawn(of_thread.link().unwrap().clone().run());
+                tokio::select! {
+                    () = of_thread.take_part(stops) => {}
+                    _ = kills.wait_for(|kills| *kills) => {}
+                }
+            });
+        });
+        let node = Self { account, stop, kill, thread: Some(thread) };
+        node.shares();
+        node
+    }
+
+    pub fn losses(&self) -> u64 {
+        self.account.sharing().unwrap().losses
+    }
+
+    /// Whether it has lost the server since then, or does so by now.
+    fn is_lost_since(&self, losses: u64) -> bool {
+        std::thread::sleep(Duration::from_millis(50));
+        self.losses() > losses
+    }
+
+    /// Waits until it shares its counters.
+    pub fn shares(&self) {
+        let begun = Stopwatch::start();
+        while let Some(trouble) = self.account.sharing().unwrap().trouble {
+            assert!(begun.elapsed() < Duration::from_secs(30), "it does not take part again: {trouble}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends it without a word.
+    pub fn dies(mut self) {
+        self.kill.send_replace(true);
+        self.thread.take().map(JoinHandle::join).unwrap().unwrap();
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        drop(self.thread.take().map(JoinHandle::join));
+    }
+}
+
+#[test]
+fn limits_are_set_also_while_periods_turn() {
+    let server = Server::start();
+    let quotas = "{ total_tokens: { limit: 1000, per: second, window: calendar }, requests: { limit: 9, per: second } }";
+    let node = Member::start(&server.url(), "one", quotas, "");
+    let key = QuotaKey { scope: "environment", name: "", kind: Kind::TotalTokens, per: "second" };
+    let (begun, mut count) = (Stopwatch::start(), 0);
+    runtime().block_on(async {
+        while begun.elapsed() < Duration::from_secs(5) {
+            count += 1;
+            let losses = node.losses();
+            let is_set = node.account.set_limit(key, Some((count, count))).await;
+            let is_reset = node.account.reset().await;
+            // A machine that is busy with other things may keep Redis from answering in time.
+            if (is_set.is_err() || is_reset.is_err()) && node.is_lost_since(losses) {
+                node.shares();
+                continue;
+            }
+            assert_eq!((is_set, is_reset), (Ok(true), Ok(())), "at {count}");
+        }
+    });
+    println!("{count} limits in {:?}", begun.elapsed());
+}
