@@ -374,58 +374,49 @@ impl Run {
     }
 }
 
-#[test]
-fn closed() {
-    Run { seed: 1, burst: 300_000, settings: "on_failure: closed", also: Also::Nothing }.run();
+/// They wait for most of the time.
+fn side_by_side(runs: &[Run]) {
+    std::thread::scope(|scope| {
+        runs.iter().for_each(|run| drop(scope.spawn(|| run.run())));
+    });
 }
 
+const CLOSED: &str = "on_failure: closed";
+const CLOSED_WITH_LEASES: &str = "on_failure: closed, lease: true";
+const LOCAL: &str = "on_failure: local";
+const LOCAL_WITH_LEASES: &str = "on_failure: local, lease: true";
+
 #[test]
-fn closed_with_leases() {
-    Run { seed: 2, burst: 600_000, settings: "on_failure: closed, lease: true", also: Also::Nothing }.run();
+fn closed() {
+    side_by_side(&[
+        Run { seed: 1, burst: 300_000, settings: CLOSED, also: Also::Nothing },
+        Run { seed: 2, burst: 600_000, settings: CLOSED_WITH_LEASES, also: Also::Nothing },
+        Run { seed: 5, burst: 600_000, settings: CLOSED_WITH_LEASES, also: Also::OneDies },
+    ]);
 }
 
 #[test]
 fn local() {
-    Run { seed: 6, burst: 300_000, settings: "on_failure: local", also: Also::Nothing }.run();
+    side_by_side(&[
+        Run { seed: 3, burst: 300_000, settings: LOCAL, also: Also::OneDies },
+        Run { seed: 4, burst: 600_000, settings: LOCAL_WITH_LEASES, also: Also::Nothing },
+        Run { seed: 6, burst: 300_000, settings: LOCAL, also: Also::Nothing },
+    ]);
 }
 
 #[test]
-fn local_and_one_dies() {
-    Run { seed: 3, burst: 300_000, settings: "on_failure: local", also: Also::OneDies }.run();
+fn open_and_where_everything_is_lost() {
+    side_by_side(&[
+        Run { seed: 9, burst: 300_000, settings: "on_failure: open", also: Also::Nothing },
+        Run { seed: 10, burst: 300_000, settings: LOCAL, also: Also::AllIsLost },
+        Run { seed: 11, burst: 300_000, settings: CLOSED, also: Also::AllIsLost },
+    ]);
 }
 
 #[test]
-fn local_and_one_is_given_up_and_comes_back() {
-    Run { seed: 7, burst: 3_000_000, settings: "on_failure: local", also: Also::OneIsCutOff }.run();
-}
-
-#[test]
-fn local_with_leases() {
-    Run { seed: 4, burst: 600_000, settings: "on_failure: local, lease: true", also: Also::Nothing }.run();
-}
-
-#[test]
-fn local_with_leases_and_one_is_given_up_and_comes_back() {
-    Run { seed: 8, burst: 3_000_000, settings: "on_failure: local, lease: true", also: Also::OneIsCutOff }
-        .run();
-}
-
-#[test]
-fn closed_with_leases_and_one_dies() {
-    Run { seed: 5, burst: 600_000, settings: "on_failure: closed, lease: true", also: Also::OneDies }.run();
-}
-
-#[test]
-fn open() {
-    Run { seed: 9, burst: 300_000, settings: "on_failure: open", also: Also::Nothing }.run();
-}
-
-#[test]
-fn local_and_the_server_loses_everything() {
-    Run { seed: 10, burst: 300_000, settings: "on_failure: local", also: Also::AllIsLost }.run();
-}
-
-#[test]
-fn closed_and_the_server_loses_everything() {
-    Run { seed: 11, burst: 300_000, settings: "on_failure: closed", also: Also::AllIsLost }.run();
+fn one_is_given_up_and_comes_back() {
+    side_by_side(&[
+        Run { seed: 7, burst: 3_000_000, settings: LOCAL, also: Also::OneIsCutOff },
+        Run { seed: 8, burst: 3_000_000, settings: LOCAL_WITH_LEASES, also: Also::OneIsCutOff },
+    ]);
 }
