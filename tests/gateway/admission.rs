@@ -114,8 +114,8 @@ async fn who_waits_in_line_is_served_in_the_order_of_coming() {
         let body = hello(&format!(r#""user":"{n}","max_tokens":100"#));
         caller.request("POST", CHAT, "", body.as_bytes()).await;
         callers.push(caller);
-        // Whoever has come is in line before the next one comes.
-        tokio::time::sleep(Duration::from_millis(30)).await;
+        // Whoever has come is in line before the next one comes: if Redis is asked, when it has answered.
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(upstream.seen().len(), 1, "the others wait");
     for caller in &mut callers {
