@@ -9,6 +9,7 @@ mod chaos;
 mod client;
 mod cluster;
 mod link;
+mod port;
 mod proxy;
 mod sentinel;
 mod server;
