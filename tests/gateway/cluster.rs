@@ -3,6 +3,7 @@
 
 mod away;
 mod nodes;
+mod policies;
 
 use crate::support::redis::Redis;
 use crate::support::{Gateway, Upstream};
