@@ -2,6 +2,7 @@
 //! starts a server of its own.
 
 mod away;
+mod load;
 mod nodes;
 mod policies;
 
