@@ -29,6 +29,18 @@ impl Nodes {
         }
         levels
     }
+
+    /// How often each has lost Redis.
+    pub async fn losses(&self) -> Vec<u64> {
+        let mut losses = Vec::new();
+        for node in &self.0 {
+            let metrics = node.admin_get("/metrics").await;
+            let name = r#"tollgate_shared_losses_total{environment="staging"} "#;
+            let count = metrics.text().lines().find_map(|line| line.strip_prefix(name)?.parse().ok());
+            losses.push(count.unwrap());
+        }
+        losses
+    }
 }
 
 impl std::ops::Deref for Nodes {

@@ -169,15 +169,25 @@ impl Scene {
     }
 }
 
-/// Two nodes that have spent three hundred tokens.
-async fn begun(scene: &Scene, upstream: &Upstream, policy: &Policy) -> Nodes {
-    let nodes =
-        Nodes::start(&scene.redis, upstream, 2, THOUSAND, &format!("on_failure: {}", policy.name)).await;
-    until(&nodes, true).await;
-    assert_eq!(admitted(&nodes[0], 2, "").await + admitted(&nodes[1], 1, "").await, 3);
-    assert_eq!(nodes.levels().await, [700, 700]);
-    scene.rests().await;
-    nodes
+/// Two nodes that have spent three hundred tokens. A machine that is too busy may lose Redis already, and then it is begun
+/// anew.
+async fn begun(fault: Fault, upstream: &Upstream, policy: &Policy) -> (Scene, Nodes) {
+    for _ in 0..10 {
+        let (scene, seen) = (Scene::start(fault).await, upstream.seen().len());
+        let more = format!("on_failure: {}", policy.name);
+        let nodes = Nodes::start(&scene.redis, upstream, 2, THOUSAND, &more).await;
+        until(&nodes, true).await;
+        let [one, other] = [&nodes[0], &nodes[1]];
+        let count = admitted(one, 2, policy.code).await + admitted(other, 1, policy.code).await;
+        scene.rests().await;
+        let levels = nodes.levels().await;
+        if nodes.losses().await == [0, 0] {
+            assert_eq!((count, levels, upstream.seen().len()), (3, vec![700, 700], seen + 3));
+            return (scene, nodes);
+        }
+        println!("{fault:?}, {}: Redis was lost too early", policy.name);
+    }
+    panic!("Redis is always lost too early");
 }
 
 /// Twelve requests at a node that has lost Redis, and what it says of itself. Returns how many it admitted, and how long
@@ -200,9 +210,9 @@ async fn without_redis(node: &Gateway, policy: &Policy) -> (usize, Duration) {
 /// One fault under one policy: tells what it has measured.
 async fn holds(fault: Fault, policy: &Policy) -> String {
     let what = format!("{fault:?}, {}", policy.name);
-    let mut scene = Scene::start(fault).await;
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
-    let nodes = begun(&scene, &upstream, policy).await;
+    let (mut scene, nodes) = begun(fault, &upstream, policy).await;
+    let seen = upstream.seen().len();
     let process = scene.redis.process();
     let clock = Stopwatch::start();
     scene.begins();
@@ -236,7 +246,7 @@ async fn holds(fault: Fault, policy: &Policy) -> String {
     let after = one + other;
     assert_eq!(after, usize::try_from(level.max(0) / 100).unwrap(), "{what}");
     assert_eq!(nodes.levels().await, [level.min(0); 2], "{what}");
-    assert_eq!(upstream.seen().len(), 3 + meanwhile + after, "{what}");
+    assert_eq!(upstream.seen().len(), seen + meanwhile + after, "{what}");
     for node in nodes.iter() {
         node.settled().await;
     }
@@ -296,9 +306,9 @@ async fn half_open_connections() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn scripts_that_are_forgotten_are_no_outage() {
     for policy in &POLICIES {
-        let scene = Scene::start(Fault::Full).await;
         let upstream = Upstream::always(Answer::chat(8, 92)).await;
-        let nodes = begun(&scene, &upstream, policy).await;
+        // Whichever fault, as it does not begin.
+        let (scene, nodes) = begun(Fault::Full, &upstream, policy).await;
         let mut count = 3;
         for n in 0..10 {
             scene.redis.admin("SCRIPT FLUSH");
@@ -306,10 +316,8 @@ async fn scripts_that_are_forgotten_are_no_outage() {
         }
         assert_eq!(count, 10, "{}", policy.name);
         assert_eq!(nodes.levels().await, [0, 0], "{}", policy.name);
+        assert_eq!(nodes.losses().await, [0, 0], "{}", policy.name);
         for node in nodes.iter() {
-            let metrics = node.admin_get("/metrics").await;
-            let never = "tollgate_shared_losses_total{environment=\"staging\"} 0\n";
-            assert!(metrics.text().contains(never), "{}: {}", policy.name, metrics.text());
             assert_eq!(node.settled().await["shared"]["up"], true);
         }
     }

@@ -87,15 +87,16 @@ impl Redis {
 
     /// Runs a command of an administrator's, its words apart by spaces.
     pub fn admin(&self, words: &str) -> redis::Value {
-        let mut words = words.split(' ');
-        let mut command = redis::cmd(words.next().unwrap());
-        words.for_each(|word| {
-            command.arg(word);
+        let mut parts = words.split(' ');
+        let mut command = redis::cmd(parts.next().unwrap());
+        parts.for_each(|part| {
+            command.arg(part);
         });
         let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
         // A server that becomes another's replica, or its master, cuts connections off.
         let ask = || command.query(&mut client.get_connection()?);
-        ask().or_else(|_: redis::RedisError| ask()).unwrap()
+        let answer = ask().or_else(|_: redis::RedisError| ask());
+        answer.unwrap_or_else(|error| panic!("no answer to {words:?} at {}: {error}", self.port))
     }
 
     /// What it tells of itself by this name.
