@@ -2,7 +2,9 @@
 //! starts a server of its own.
 
 mod away;
+mod load;
 mod nodes;
+mod policies;
 
 use crate::support::redis::Redis;
 use crate::support::{Gateway, Upstream};
@@ -26,6 +28,18 @@ impl Nodes {
             levels.push(node.environment().await["quotas"][0]["level"].as_i64().unwrap());
         }
         levels
+    }
+
+    /// How often each has lost Redis.
+    pub async fn losses(&self) -> Vec<u64> {
+        let mut losses = Vec::new();
+        for node in &self.0 {
+            let metrics = node.admin_get("/metrics").await;
+            let name = r#"tollgate_shared_losses_total{environment="staging"} "#;
+            let count = metrics.text().lines().find_map(|line| line.strip_prefix(name)?.parse().ok());
+            losses.push(count.unwrap());
+        }
+        losses
     }
 }
 

@@ -127,7 +127,7 @@ async fn a_server_that_takes_no_writes_is_away() {
 #[tokio::test]
 async fn a_slow_server_is_away() {
     let server = Server::start();
-    let proxy = Proxy::start(&server).await;
+    let proxy = Proxy::start(&server.folder().join("s")).await;
     let mut client = Client::of(&proxy.url()).await;
     for mode in [Mode::Slow, Mode::Silent] {
         proxy.set(mode);
@@ -141,9 +141,20 @@ async fn a_slow_server_is_away() {
 }
 
 #[tokio::test]
+async fn a_connection_that_is_half_open_is_replaced() {
+    let server = Server::start();
+    let proxy = Proxy::start(&server.folder().join("s")).await;
+    let mut client = Client::of(&proxy.url()).await;
+    proxy.forget();
+    assert_eq!(client.reserve().await, Err(Away));
+    let back = client.is_back().await;
+    assert!(back <= SOON, "{back:?}");
+}
+
+#[tokio::test]
 async fn a_loss_is_seen_also_while_nobody_calls() {
     let server = Server::start();
-    let proxy = Proxy::start(&server).await;
+    let proxy = Proxy::start(&server.folder().join("s")).await;
     let client = Client::of(&proxy.url()).await;
     let mut up = client.link.watch();
     proxy.set(Mode::Silent);

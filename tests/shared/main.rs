@@ -10,6 +10,7 @@ mod client;
 mod cluster;
 mod link;
 mod member;
+mod port;
 mod proxy;
 mod sentinel;
 mod server;

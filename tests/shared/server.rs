@@ -1,10 +1,9 @@
 //! A Redis server for one test, at a socket in a folder of its own.
 
+pub use super::port::free_port;
 use redis::ConnectionLike as _;
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::clock::Timestamp;
@@ -108,17 +107,6 @@ impl Server {
         let sha = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
         Node { connection, speaker, keys, sha, quotas: quotas.to_vec() }
     }
-}
-
-/// A port that nobody has now, nor gets while a server is away: not one of those that connections are made from.
-pub fn free_port() -> u16 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let first = std::process::id().wrapping_mul(61);
-    let mut ports = std::iter::repeat_with(|| {
-        10_000 + (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed))) % 20_000
-    });
-    let port = ports.find_map(|port| TcpListener::bind(("127.0.0.1", u16::try_from(port).ok()?)).ok());
-    port.unwrap().local_addr().unwrap().port()
 }
 
 impl Drop for Server {

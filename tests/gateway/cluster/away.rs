@@ -7,17 +7,17 @@ use std::time::Duration;
 use tollgate::clock::Stopwatch;
 
 /// 1,000 tokens that do not come back while a test runs.
-const THOUSAND: &str = "{ total_tokens: { limit: 10, burst: 1000, per: day, window: rolling } }";
+pub const THOUSAND: &str = "{ total_tokens: { limit: 10, burst: 1000, per: day, window: rolling } }";
 /// The same of a calendar's period.
 const CALENDAR: &str = "{ total_tokens: { limit: 1000, per: month } }";
 
 /// 100 tokens, reserved and charged.
-fn hundred() -> String {
+pub fn hundred() -> String {
     hello(r#""max_tokens":92"#)
 }
 
 /// So many requests one after the other: how many are admitted; the others get this code.
-async fn admitted(node: &Gateway, requests: usize, code: &str) -> usize {
+pub async fn admitted(node: &Gateway, requests: usize, code: &str) -> usize {
     let mut count = 0;
     for _ in 0..requests {
         let reply = node.chat(&hundred()).await;
@@ -31,7 +31,7 @@ async fn admitted(node: &Gateway, requests: usize, code: &str) -> usize {
 }
 
 /// Waits until all nodes share their quotas again, or all do without; tells how long that took.
-async fn until(nodes: &[Gateway], is_up: bool) -> Duration {
+pub async fn until(nodes: &[Gateway], is_up: bool) -> Duration {
     let begun = Stopwatch::start();
     soon("the cluster", async {
         for node in nodes {

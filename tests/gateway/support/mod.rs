@@ -5,8 +5,12 @@
 pub mod caller;
 pub mod framing;
 pub mod gateway;
+#[path = "../../shared/port.rs"]
+pub mod port;
 pub mod process;
 pub mod program;
+#[path = "../../shared/proxy.rs"]
+pub mod proxy;
 pub mod redis;
 pub mod upstream;
 

@@ -1,7 +1,9 @@
 //! Redis servers for tests. The suite runs on shared counters too: with `TOLLGATE_TEST_STORE=redis` every gateway keeps
 //! its counters in one of them, under a prefix of its own.
 
-use std::net::{TcpListener, TcpStream};
+use super::port::free_port;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,7 +14,10 @@ const OWN: &str = "store: { memory: true }";
 /// A server at a port of its own, which keeps nothing on disk.
 pub struct Redis {
     pub port: u16,
+    /// Where gateways find it.
+    pub url: String,
     folder: tempfile::TempDir,
+    arguments: Vec<String>,
     /// It ends when its standard input does: also if this process is killed.
     child: Option<Child>,
 }
@@ -32,17 +37,26 @@ pub fn with_store(text: &str) -> String {
 
 impl Redis {
     pub fn start() -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut server = Self { port, folder: tempfile::tempdir().unwrap(), child: None };
+        Self::with(|_| String::new())
+    }
+
+    /// With these arguments before the others, apart by spaces, when something was put into its folder.
+    pub fn with(prepare: impl FnOnce(&Path) -> String) -> Self {
+        let (port, folder) = (free_port(), tempfile::tempdir().unwrap());
+        let arguments = prepare(folder.path()).split_whitespace().map(str::to_owned).collect();
+        let url = format!("redis://127.0.0.1:{port}");
+        let mut server = Self { port, url, folder, arguments, child: None };
         server.start_again();
         server
     }
 
     /// Starts it at the same port, empty.
     pub fn start_again(&mut self) {
-        let script = "redis-server --bind 127.0.0.1 --port $2 --save '' --dir \"$1\" >/dev/null & read -r _; kill -9 $!; wait";
+        let script = "redis-server \"$@\" >/dev/null & read -r _; kill -9 $!; wait";
         let mut server = Command::new("sh");
-        server.args(["-c", script, "sh"]).arg(self.folder.path()).arg(self.port.to_string());
+        server.args(["-c", script, "sh"]).args(&self.arguments).args(["--bind", "127.0.0.1", "--save", ""]);
+        server.arg("--port").arg(self.port.to_string()).arg("--dir").arg(self.folder.path());
+        server.arg("--unixsocket").arg(self.socket());
         self.child = Some(server.stdin(Stdio::piped()).spawn().unwrap());
         for _ in 0..2_000 {
             if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
@@ -60,37 +74,50 @@ impl Redis {
         child.wait().unwrap();
     }
 
+    /// The socket at which it is too.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
     /// A node's `store`; `n` names its own file.
     pub fn store(&self, n: u32, more: &str) -> String {
-        let (port, folder) = (self.port, self.folder.path().display());
-        format!("store: {{ path: '{folder}/{n}.db', redis: {{ url: 'redis://127.0.0.1:{port}', {more} }} }}")
+        let (url, folder) = (&self.url, self.folder.path().display());
+        format!("store: {{ path: '{folder}/{n}.db', redis: {{ url: '{url}', {more} }} }}")
     }
 
     /// Runs a command of an administrator's, its words apart by spaces.
     pub fn admin(&self, words: &str) -> redis::Value {
-        let mut words = words.split(' ');
-        let mut command = redis::cmd(words.next().unwrap());
-        words.for_each(|word| {
-            command.arg(word);
+        let mut parts = words.split(' ');
+        let mut command = redis::cmd(parts.next().unwrap());
+        parts.for_each(|part| {
+            command.arg(part);
         });
         let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
-        command.query(&mut client.get_connection().unwrap()).unwrap()
+        // A server that becomes another's replica, or its master, cuts connections off.
+        let ask = || command.query(&mut client.get_connection()?);
+        let answer = ask().or_else(|_: redis::RedisError| ask());
+        answer.unwrap_or_else(|error| panic!("no answer to {words:?} at {}: {error}", self.port))
+    }
+
+    /// What it tells of itself by this name.
+    pub fn info(&self, section: &str, name: &str) -> Option<String> {
+        let redis::Value::BulkString(info) = self.admin(&format!("INFO {section}")) else {
+            panic!("no INFO")
+        };
+        let info = String::from_utf8(info).unwrap();
+        let mut lines = info.lines().filter_map(|line| line.split_once(':'));
+        lines.find(|(known, _)| *known == name).map(|(_, value)| value.trim().to_owned())
     }
 
     /// How often this command was called.
     pub fn calls(&self, command: &str) -> u64 {
-        let redis::Value::BulkString(info) = self.admin("INFO commandstats") else { panic!("no INFO") };
-        let info = String::from_utf8(info).unwrap();
-        let line = format!("cmdstat_{command}:calls=");
-        let calls = info.lines().find_map(|l| l.strip_prefix(&line)?.split(',').next()?.parse().ok());
-        calls.unwrap_or(0)
+        let calls = self.info("commandstats", &format!("cmdstat_{command}"));
+        calls.and_then(|calls| calls.strip_prefix("calls=")?.split(',').next()?.parse().ok()).unwrap_or(0)
     }
 
     /// Its number among the system's processes.
     pub fn process(&self) -> String {
-        let redis::Value::BulkString(info) = self.admin("INFO server") else { panic!("no INFO") };
-        let info = String::from_utf8(info).unwrap();
-        info.lines().find_map(|line| line.strip_prefix("process_id:")).unwrap().trim().to_owned()
+        self.info("server", "process_id").unwrap()
     }
 }
 
