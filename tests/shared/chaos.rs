@@ -282,7 +282,7 @@ impl Run {
         let keeps = if also == Also::AllIsLost { "no" } else { "yes" };
         let mut server = Server::with(&format!("--port 0 --appendonly {keeps} --appendfsync always"));
         let outside = runtime_of_threads();
-        let proxy = outside.block_on(Proxy::start(&server));
+        let proxy = outside.block_on(Proxy::start(&server.folder().join("s")));
         let quotas = format!(
             "{{ total_tokens: [{{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH}, per: month }}] }}"
         );
