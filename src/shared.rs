@@ -99,7 +99,7 @@ pub struct Step {
     pub id: String,
     /// More to be held, all that was spent so far, or all that is charged.
     pub amounts: Amounts,
-    /// Of a request admitted out of a lease: where it holds, by place in the config's order.
+    /// Of a request admitted out of a lease: where it holds; of what was spent alone: where. By place in the config's order.
     pub cells: SmallVec<[u32; 8]>,
 }
 
@@ -244,6 +244,11 @@ impl Speaker {
         self.about = now;
     }
 
+    /// How many cells there are.
+    pub fn cells(&self) -> usize {
+        self.cells.quotas.len()
+    }
+
     /// Its session's name.
     pub fn session(&self) -> &str {
         &self.session
@@ -337,8 +342,8 @@ impl Speaker {
     }
 
     /// Steps of reservations, the first of which has this number in the session's sequence. Such as were
-    /// applied already are not applied again.
-    pub fn apply(&mut self, first: u64, steps: &[Step]) -> Command {
+    /// applied already are not applied again. Answers with how many were, and with how these cells stand then.
+    pub fn apply(&mut self, first: u64, steps: &[Step], cells: &[u32]) -> Command {
         let mut command = self.begin("apply", 1);
         command.int(first);
         command.int(steps.len() as u64);
@@ -357,13 +362,15 @@ impl Speaker {
                 step.cells.iter().for_each(|&index| command.text(&self.cells.names[index as usize]));
             }
         }
+        self.add_cells(&mut command, cells);
         command
     }
 
     /// A step that takes what the node has spent of this cell while it was cut off; `turn` names a calendar's period.
-    pub fn pay(&self, index: usize, amount: u64, turn: u64) -> Step {
+    pub fn pay(&self, cell: u32, amount: u64, turn: u64) -> Step {
         let amounts = Amounts { total: amount, prompt: turn, ..Amounts::default() };
-        Step::of(StepKind::Pay, self.cells.names[index].clone(), amounts)
+        let id = self.cells.names[cell as usize].clone();
+        Step { what: StepKind::Pay, id, amounts, cells: SmallVec::from_slice(&[cell]) }
     }
 
     /// A step that tells of a request that the node has admitted out of its lease of these cells.

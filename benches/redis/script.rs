@@ -54,7 +54,7 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
         took.push(begun.elapsed());
         assert_eq!(verdict, Verdict::Admitted);
         let settle = Step::of(StepKind::Settle, id, Amounts::of_request(100, 150));
-        let command = speaker.apply(n, &[settle]);
+        let command = speaker.apply(n, &[settle], &[]);
         assert_eq!(call(&command), Verdict::Done);
     }
     took

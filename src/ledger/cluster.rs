@@ -83,6 +83,8 @@ struct Open {
     is_certain: bool,
     /// Nothing, where nobody knows whether Redis has admitted it, and it is to be given back.
     pieces: SmallVec<[Piece; 1]>,
+    /// Redis has been told that so much of it is spent. What it has still to be told is not to be taken for known.
+    told: Amounts,
 }
 
 /// What Redis has still to be told.
@@ -100,6 +102,15 @@ struct Entry {
     held: Option<(u64, Open)>,
 }
 
+/// A call that tells Redis what has become of reservations.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub(super) command: Command,
+    steps: usize,
+    /// How these stand afterwards it answers.
+    cells: Vec<u32>,
+}
+
 /// A call that asks Redis to admit a request.
 #[derive(Debug)]
 pub(super) struct Question {
@@ -108,6 +119,8 @@ pub(super) struct Question {
     allowance: u64,
     touched: SmallVec<[u32; 8]>,
     losses: u64,
+    /// The number of the first step that Redis had not taken note of.
+    first: u64,
     /// Redis had still to be told of others that have ended.
     pub(super) is_early: bool,
 }
@@ -131,6 +144,11 @@ impl Journal {
     fn push_end(&mut self, id: u64, spent: Amounts, held: Open) {
         let step = Step::of(StepKind::Settle, id.to_string(), spent);
         self.entries.push_back(Entry { step, held: Some((id, held)) });
+    }
+
+    fn ended_mut(&mut self, id: u64) -> Option<&mut Open> {
+        let mut ended = self.entries.iter_mut().filter_map(|entry| entry.held.as_mut());
+        ended.find(|(other, _)| *other == id).map(|(_, open)| open)
     }
 
     /// What is not known to be over, each with its number and that of the step that ends it.
@@ -208,8 +226,10 @@ impl Cluster {
 
     fn keep(&mut self, id: u64, is_known: bool, receipts: &[Receipt]) {
         let pieces = receipts.iter().map(piece).collect();
-        let is_certain = self.open.get(&id).map_or(is_known, |open| open.is_certain);
-        self.open.insert(id, Open { is_known, is_certain, pieces });
+        let before = self.open.get(&id);
+        let (is_certain, told) =
+            before.map_or((is_known, Amounts::default()), |open| (open.is_certain, open.told));
+        self.open.insert(id, Open { is_known, is_certain, pieces, told });
     }
 
     /// A reservation has used so much, and may hold more than before.
@@ -255,7 +275,8 @@ impl Cluster {
 
     /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
     pub(super) fn cancel(&mut self, id: u64) {
-        let nothing = Open { is_known: true, is_certain: false, pieces: SmallVec::new() };
+        let (pieces, told) = (SmallVec::new(), Amounts::default());
+        let nothing = Open { is_known: true, is_certain: false, pieces, told };
         self.journal.push_end(id, Amounts::default(), nothing);
     }
 
@@ -263,19 +284,47 @@ impl Cluster {
         !self.journal.entries.is_empty()
     }
 
-    /// The next call that tells of reservations, and how many steps it has.
-    pub(super) fn batch(&mut self, own: Timestamp) -> Option<(Command, usize)> {
-        let steps: Vec<Step> =
-            self.journal.entries.iter().take(LARGEST_BATCH).map(|entry| entry.step.clone()).collect();
+    /// The next call that tells of reservations; `None`: there is nothing to tell.
+    pub(super) fn batch(&mut self, own: Timestamp) -> Option<Batch> {
+        let entries = || self.journal.entries.iter().take(LARGEST_BATCH);
+        let steps: Vec<Step> = entries().map(|entry| entry.step.clone()).collect();
+        if steps.is_empty() {
+            return None;
+        }
+        let mut cells: Vec<u32> = entries().flat_map(|entry| self.cells_of(entry)).collect();
+        cells.sort_unstable();
+        cells.dedup();
         let now = self.now(own);
         self.speaker.set_about(now);
-        (!steps.is_empty()).then(|| (self.speaker.apply(self.journal.first, &steps), steps.len()))
+        Some(Batch {
+            command: self.speaker.apply(self.journal.first, &steps, &cells),
+            steps: steps.len(),
+            cells,
+        })
+    }
+
+    /// Where a step changes something.
+    fn cells_of(&self, Entry { step, held }: &Entry) -> Vec<u32> {
+        if step.id == LEASE {
+            return (0..).take(self.speaker.cells()).collect();
+        }
+        let of_step = step.cells.iter().copied();
+        let open = held.as_ref().map(|(_, open)| open).or_else(|| self.open.get(&step.id.parse().ok()?));
+        let pieces = open.into_iter().flat_map(|open| &open.pieces);
+        of_step.chain(pieces.flat_map(|piece| piece.cells.iter().map(|cell| cell.0))).collect()
     }
 
     /// Redis has taken note of so many steps.
-    pub(super) fn told(&mut self, steps: usize) {
-        self.journal.entries.drain(..steps.min(self.journal.entries.len()));
-        self.journal.first += steps as u64;
+    fn told(&mut self, steps: usize) {
+        let journal = &mut self.journal;
+        journal.first += steps as u64;
+        let told: Vec<Entry> = journal.entries.drain(..steps.min(journal.entries.len())).collect();
+        for Entry { step, .. } in told.iter().filter(|entry| entry.step.what == StepKind::Progress) {
+            let Ok(id) = step.id.parse() else { continue };
+            if let Some(open) = self.open.get_mut(&id).or_else(|| journal.ended_mut(id)) {
+                open.told = step.amounts;
+            }
+        }
     }
 
     /// What this node's requests hold of each quota.
@@ -302,8 +351,7 @@ impl Cluster {
         let all = open.map(|(&id, open)| (id, open, 0)).chain(self.journal.ended());
         let missing = all.filter(|(_, open, _)| !open.is_certain).take(LARGEST_BATCH);
         let held = |(id, open, settled_by): (u64, &Open, u64)| {
-            let pieces = open.pieces.iter().map(|piece| known_piece(piece, open.is_known)).collect();
-            (id, Held { id: id.to_string(), settled_by, pieces })
+            (id, Held { id: id.to_string(), settled_by, pieces: known_pieces(open) })
         };
         let (ids, held): (Vec<u64>, Vec<Held>) = missing.map(held).unzip();
         self.of(&ids, |open| open.is_known = true);
@@ -330,7 +378,7 @@ impl Cluster {
     /// What is still to be paid for: of each quota, what was spent alone and has not come back.
     fn pay(&mut self, now: Timestamp, alone: Alone) {
         let Alone { mut unspent, mut spent, .. } = alone;
-        for (index, states) in unspent.states(now).into_iter().zip(spent.states(now)).enumerate() {
+        for (index, states) in (0..).zip(unspent.states(now).into_iter().zip(spent.states(now))) {
             let (amount, turn) = match states {
                 (State::Rolling { level: (all, _), .. }, State::Rolling { level: (left, _), .. }) => {
                     (all.saturating_sub(left), 0)
@@ -356,13 +404,15 @@ fn reserved(pieces: &[Piece]) -> Amounts {
     pieces.iter().fold(Amounts::default(), |sum, piece| sum.plus(piece.reserved))
 }
 
-/// Of what Redis has never heard of nothing has been counted there yet.
-fn known_piece(piece: &Piece, is_known: bool) -> Piece {
-    let mut piece = piece.clone();
-    if !is_known {
-        piece.moved = Amounts::default();
-    }
-    piece
+/// A reservation as far as Redis has been told of it.
+fn known_pieces(open: &Open) -> Vec<Piece> {
+    let mut spent = open.told;
+    let known = |piece: &Piece| {
+        let moved = spent.at_most(piece.reserved);
+        spent = spent.less(moved);
+        Piece { moved, ..piece.clone() }
+    };
+    open.pieces.iter().map(known).collect()
 }
 
 fn told(answer: &Answer, at: usize) -> u64 {

@@ -498,7 +498,10 @@ impl Counters {
             if let (Some(cluster), Some(id)) = (&mut self.cluster, id) {
                 cluster.owe(now, id, &receipt, part);
             }
-            self.quotas.settle(now, receipt, part);
+            // Shared ones are known by what Redis says: until it has been told this is known by the journal, and by that alone.
+            if self.cluster.as_ref().is_none_or(|cluster| cluster.is_alone()) {
+                self.quotas.settle(now, receipt, part);
+            }
         }
         if let (Some(cluster), Some(id)) = (&mut self.cluster, id) {
             cluster.settled(id, ended.spent);

@@ -403,17 +403,13 @@ impl Account {
     async fn flush(&self, node: &Node) -> Option<()> {
         let mut attempts = 0;
         loop {
-            let Some((command, steps)) = self.lock().cluster().and_then(|c| c.batch(clock::now())) else {
+            let Some(batch) = self.lock().cluster().and_then(|c| c.batch(clock::now())) else {
                 return Some(());
             };
-            let answer = node.call(&command).await.ok()?;
-            if let Some(cluster) = self.lock().cluster() {
-                cluster.heard(clock::now(), &answer);
-                if answer.verdict == Verdict::Done {
-                    cluster.told(steps);
-                    attempts = 0;
-                    continue;
-                }
+            let answer = node.call(&batch.command).await.ok()?;
+            if self.lock().batch_is_told(clock::now(), &batch, &answer) {
+                attempts = 0;
+                continue;
             }
             // What is to be told is kept until it takes part again.
             if answer.verdict == Verdict::Unknown {

@@ -406,6 +406,12 @@ impl Quotas {
         self.cells.iter_mut().map(|cell| cell.state(now)).collect()
     }
 
+    /// Those of the quotas at these places.
+    pub fn some_states(&mut self, now: Timestamp, places: &[u32]) -> Vec<State> {
+        let mut state = |&index: &u32| Some(self.cells.get_mut(index as usize)?.state(now));
+        places.iter().filter_map(&mut state).collect()
+    }
+
     /// One node's part of `nodes`: of the limits, and of what is left. `held` is what this node's own requests hold of
     /// each quota. The parts of all nodes together are never more than the whole: what is odd is nobody's, so that
     /// a quota of fewer tokens than there are nodes admits nothing.

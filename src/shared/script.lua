@@ -398,7 +398,8 @@ local function open(lease, names, ask)
   return { take(names, ask) }
 end
 
--- What has become of reservations, in order. What was applied already is not applied again.
+-- What has become of reservations, in order. What was applied already is not applied again. Returns how many steps were, and
+-- how the cells stand that the node asks for.
 function run.apply()
   local first, count = int(), int()
   local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session)
@@ -424,10 +425,12 @@ function run.apply()
       end
     end
   end
-  local names = names_of(reservations)
+  local names, asked_for = names_of(reservations), texts(int())
   load(names)
   load(paid)
-  if not advance(names) or not advance(paid) then return { BOUNDS, now } end
+  load(asked_for)
+  if not all_known(asked_for) then return { UNKNOWN, now } end
+  if not advance(names) or not advance(paid) or not advance(asked_for) then return { BOUNDS, now } end
   local gone = 0
   for _, step in ipairs(steps) do
     local id = step[2]
@@ -457,7 +460,9 @@ function run.apply()
   if gone ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', -gone) end
   redis.call('HSET', meta_key, 'q:' .. session, max(last, first + count - 1))
   save()
-  return { DONE, now, #steps }
+  local reply = { DONE, now, #steps }
+  for _, name in ipairs(asked_for) do shown(reply, name) end
+  return reply
 end
 
 -- Other limits for now, of all these cells or of none, or with override 0 the config's again.

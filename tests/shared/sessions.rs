@@ -50,7 +50,7 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
         assert_eq!(reserve(&mut dies, &format!("a{n}"), 2, 0).verdict, Verdict::Admitted);
     }
     let spent = Step::of(StepKind::Progress, "a7".into(), Amounts::of_request(1, 0));
-    let command = dies.speaker.apply(1, &[spent]);
+    let command = dies.speaker.apply(1, &[spent], &[]);
     dies.call(&command);
     assert_eq!(reserve(&mut lives, "b", 30, 0).verdict, Verdict::Admitted);
     for half_seconds in 1..=28 {
@@ -67,10 +67,10 @@ fn what_a_dead_node_held_is_charged_in_full_and_once() {
     dies.speaker.set_clock(now);
     assert_eq!(reserve(&mut dies, "c", 1, 0).verdict, Verdict::Unknown);
     let late = Step::of(StepKind::Settle, "a8".into(), Amounts::default());
-    let command = dies.speaker.apply(2, &[late]);
+    let command = dies.speaker.apply(2, &[late], &[]);
     assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "it is to be told again");
     let opened = [dies.speaker.open("d".into(), Amounts::of_request(5, 0), &[0, 1])];
-    let command = dies.speaker.apply(2, &opened);
+    let command = dies.speaker.apply(2, &opened, &[]);
     assert_eq!(dies.call(&command).verdict, Verdict::Unknown, "nobody would charge it");
     assert_eq!(month(&mut lives, now), (999_070, 30, 900));
     dies.join(now);
@@ -127,7 +127,7 @@ fn requests_in_flight_are_counted_over_all_nodes() {
     assert_eq!(reserve(&mut other, "b", 1, 2).verdict, Verdict::Admitted);
     assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::Full);
     let ends = Step::of(StepKind::Settle, "b".into(), Amounts::of_request(1, 0));
-    let command = other.speaker.apply(1, &[ends]);
+    let command = other.speaker.apply(1, &[ends], &[]);
     other.call(&command);
     assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::Admitted);
     assert_eq!(month(&mut one, BEGIN), (999_997, 2, 1));
@@ -181,7 +181,7 @@ fn hold(node: &mut Node, is_news: bool, held: &[Held]) {
 
 fn settle(node: &mut Node, number: u64, id: &str, tokens: u64) {
     let step = Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
-    let command = node.speaker.apply(number, &[step]);
+    let command = node.speaker.apply(number, &[step], &[]);
     assert_eq!(node.call(&command).verdict, Verdict::Done);
 }
 
@@ -237,7 +237,7 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
         Step::of(StepKind::Extend, "a".into(), Amounts::of_request(50, 0)),
         Step::of(StepKind::Settle, "b".into(), Amounts::default()),
     ];
-    let command = cut_off.speaker.apply(1, &steps);
+    let command = cut_off.speaker.apply(1, &steps, &[]);
     cut_off.call(&command);
     assert_eq!(month(&mut lives, now), (999_850, 150, 0));
     settle(&mut cut_off, 3, "a", 30);
@@ -318,13 +318,13 @@ fn a_lease_is_held_until_it_is_used_given_back_or_its_node_is_dead() {
     let open =
         |node: &Node, id: &str, tokens| node.speaker.open(id.into(), Amounts::of_request(tokens, 0), &[0, 1]);
     let steps = [open(&one, "a", 80), open(&one, "b", 40)];
-    let command = one.speaker.apply(1, &steps);
+    let command = one.speaker.apply(1, &steps, &[]);
     one.call(&command);
     assert_eq!(levels(&mut other, BEGIN), [(880, 120, 0), (995_000, 5_000, 0)]);
     assert_eq!(one.beat().told, [2, 2], "a lease is no request");
     let ends = |id: &str, tokens| Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
     let command =
-        one.speaker.apply(3, &[ends("a", 30), ends("b", 50), open(&one, "c", 10), ends("lease", 0)]);
+        one.speaker.apply(3, &[ends("a", 30), ends("b", 50), open(&one, "c", 10), ends("lease", 0)], &[]);
     one.call(&command);
     assert_eq!(levels(&mut other, BEGIN), [(910, 10, 80), (999_910, 10, 80)]);
     // Never the last tenth; and what a dead node leased is charged with the rest.
@@ -404,7 +404,7 @@ fn what_is_spent_of_a_reservation_that_the_server_has_never_heard_of_is_charged(
         Step::of(StepKind::Progress, "1".into(), Amounts::of_request(30, 0)),
         Step::of(StepKind::Settle, "1".into(), Amounts::of_request(50, 0)),
     ];
-    let command = node.speaker.apply(1, &steps);
+    let command = node.speaker.apply(1, &steps, &[]);
     node.call(&command);
     assert_eq!(month(&mut node, BEGIN), (999_950, 0, 50));
     assert_eq!(node.mirror(BEGIN).levels(BEGIN)[0].level, 950);

@@ -146,14 +146,14 @@ impl Walk<'_> {
 
     /// Sends steps, and now and then sends them once more, as after a broken connection.
     fn apply(&mut self, steps: Vec<Step>) {
-        let command = self.node.speaker.apply(self.applied + 1, &steps);
+        let command = self.node.speaker.apply(self.applied + 1, &steps, &[]);
         assert_eq!(self.node.call(&command).told, [steps.len() as i64]);
         if self.dice.below(10) == 0 {
             assert_eq!(self.node.call(&command).told, [0], "nothing is applied twice");
         }
         self.applied += steps.len() as u64;
         if let Some((first, steps)) = self.last.replace((self.applied, steps)).filter(|(_, s)| s.len() == 1) {
-            let again = self.node.speaker.apply(first, &steps);
+            let again = self.node.speaker.apply(first, &steps, &[]);
             assert_eq!(self.node.call(&again).told, [0], "nor later");
         }
     }

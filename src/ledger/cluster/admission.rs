@@ -44,8 +44,8 @@ impl Counters {
             completions: want.completions,
         };
         let command = cluster.speaker.reserve(&reserve, &touched);
-        let (losses, is_early) = (cluster.losses, cluster.is_behind());
-        Some(Question { command, id, allowance, touched, losses, is_early })
+        let (losses, first, is_early) = (cluster.losses, cluster.journal.first, cluster.is_behind());
+        Some(Question { command, id, allowance, touched, losses, first, is_early })
     }
 
     /// Admits out of what this node leases; `None`: that does not reach.
@@ -129,6 +129,10 @@ impl Counters {
             }
             return Answered::Again;
         }
+        // What this node has told meanwhile may not be in what the quotas were then, and is remembered nowhere else.
+        let is_overtaken = cluster.journal.first != question.first;
+        let kept =
+            if is_overtaken { self.quotas.some_states(answer.now, &question.touched) } else { Vec::new() };
         shared::load(&mut self.quotas, &question.touched, answer);
         let in_flight = told(answer, 0);
         cluster.nodes = told(answer, 1).max(1);
@@ -140,7 +144,23 @@ impl Counters {
                 "Redis and this node disagree about a request: Redis counts"
             );
         }
-        Answered::Decided(match decided {
+        let decided = self.as_decided_there(decided, was_admitted, want, question, answer);
+        for (&index, state) in question.touched.iter().zip(&kept) {
+            self.quotas.load(index as usize, state);
+        }
+        Answered::Decided(decided)
+    }
+
+    /// Redis's verdict, explained by this node's own where they are the same.
+    fn as_decided_there(
+        &mut self,
+        decided: Result<Admission, NoRoom>,
+        was_admitted: bool,
+        want: &Want<'_>,
+        question: &Question,
+        answer: &Answer,
+    ) -> Result<Admission, NoRoom> {
+        match decided {
             Ok(mut admission) if was_admitted => {
                 admission.grant.id = Some(question.id);
                 self.keep(true, &admission.grant);
@@ -148,7 +168,7 @@ impl Counters {
             }
             Ok(admission) => {
                 self.undo(answer.now, want.asker.model, admission.grant);
-                Err(NoRoom::InFlight { limit: in_flight })
+                Err(NoRoom::InFlight { limit: told(answer, 0) })
             }
             Err(_) if was_admitted => {
                 let mut admission = self.admit_regardless(answer.now, want, question.allowance);
@@ -157,7 +177,7 @@ impl Counters {
                 Ok(admission)
             }
             Err(no_room) => Err(no_room),
-        })
+        }
     }
 
     /// Admits without Redis, out of this node's own part.

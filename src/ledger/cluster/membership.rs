@@ -1,6 +1,6 @@
 //! Losing Redis, taking part again, and showing that this node is alive; what administrators set for all nodes.
 
-use super::{Alone, LONGEST_REGAIN_MS, limit, told};
+use super::{Alone, Batch, LONGEST_REGAIN_MS, limit, told};
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::{Counters, QuotaKey};
@@ -91,6 +91,30 @@ impl Counters {
             cluster.before = Some(alone.before.clone());
             cluster.pay(now, *alone);
         }
+    }
+
+    /// Redis has answered to a call that tells what has become of reservations; `false`: it was not taken note of. What was,
+    /// nobody here remembers any more: from now on it is known by how the quotas stand.
+    pub(in crate::ledger) fn batch_is_told(
+        &mut self,
+        own: Timestamp,
+        batch: &Batch,
+        answer: &Answer,
+    ) -> bool {
+        let Some(cluster) = self.cluster.as_deref_mut() else { return false };
+        cluster.heard(own, answer);
+        if answer.verdict != Verdict::Done {
+            return false;
+        }
+        // While it returns its own quotas are its part, and those of all are kept apart.
+        let all = match (&mut cluster.alone, &mut cluster.before) {
+            (Some(alone), _) => &mut alone.before,
+            (None, Some(before)) => before,
+            (None, None) => &mut self.quotas,
+        };
+        shared::load(all, &batch.cells, answer);
+        cluster.told(batch.steps);
+        true
     }
 
     /// The call that shows that this node is alive, and asks how all quotas stand.

@@ -149,7 +149,8 @@ fn for_what_others_bring_back_nobody_waits_for_longer_than_two_seconds() {
 fn thousands_in_flight_are_told_a_part_at_a_time() {
     let mut counters = shared();
     let mut cluster = counters.cluster().unwrap();
-    let open = || Open { is_known: true, is_certain: true, pieces: SmallVec::new() };
+    let open =
+        || Open { is_known: true, is_certain: true, pieces: SmallVec::new(), told: Amounts::default() };
     cluster.open.extend((1..=900).map(|id| (id, open())));
     cluster.next_id = 901;
     cluster.cancel(950);
