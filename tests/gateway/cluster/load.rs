@@ -18,9 +18,6 @@ const CALLERS: usize = 6;
 /// that keeps nothing on disk may lose. Under load a node hears at each reservation, so that this is generous, and still
 /// less than a wrong share would make of it.
 const SINCE_HEARD: Duration = Duration::from_millis(100);
-/// A machine that is too busy may lose Redis once more than it should: then a round tells nothing, and is run again.
-const ROUNDS: usize = 5;
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     /// It comes back with all that it has answered.
@@ -79,6 +76,13 @@ struct Outcome {
     level: i64,
     /// How often the nodes have lost Redis.
     losses: Vec<u64>,
+}
+
+impl Outcome {
+    /// A machine that is too busy may lose Redis once more than it should: what is allowed then is allowed once more.
+    fn times(&self) -> usize {
+        self.losses.iter().max().map_or(1, |&times| usize::try_from(times).unwrap())
+    }
 }
 
 impl Fault {
@@ -155,28 +159,18 @@ async fn holds(policy: &str, limit: usize, most: impl Fn(usize, &Outcome) -> usi
     for nodes in [2, 4] {
         for fault in [Fault::Killed, Fault::KilledAndEmptied, Fault::Frozen] {
             let what = format!("{policy}, {nodes} nodes, {fault:?}");
-            let mut rounds = 0;
-            let outcome = loop {
-                let outcome = round(policy, limit, nodes, fault).await;
-                rounds += 1;
-                if outcome.losses.iter().all(|count| *count == 1) {
-                    break outcome;
-                }
-                println!("{what}: lost more than once: {outcome:?}");
-                assert!(rounds < ROUNDS, "{what}: {outcome:?}");
-            };
+            let outcome = round(policy, limit, nodes, fault).await;
             let over = outcome.admitted.saturating_sub(limit);
             // More of the limit is left in Redis than the nodes have charged.
             let left = i64::try_from(limit).unwrap() - i64::try_from(outcome.charged).unwrap();
             let forgotten = outcome.level - left * i64::try_from(TOKENS).unwrap();
             println!("{what}: {over} over, {forgotten} tokens forgotten, {outcome:?}");
-            let unsaved = if fault == Fault::KilledAndEmptied { outcome.since_heard } else { 0 };
-            let most = most(usize::try_from(nodes).unwrap(), &outcome) + unsaved;
+            let most = most(usize::try_from(nodes).unwrap(), &outcome);
             assert!(outcome.admitted <= most, "{what}: at most {most}, {outcome:?}");
-            assert!(
-                forgotten.unsigned_abs() <= (unsaved * TOKENS) as u64,
-                "{what}: {forgotten}, {outcome:?}"
-            );
+            // A server that keeps nothing may have taken note of what it could not confirm any more, and others have heard of it.
+            let twice = if fault == Fault::KilledAndEmptied { outcome.since_heard * TOKENS } else { 0 };
+            let allowed = -i64::try_from(twice).unwrap()..=0;
+            assert!(allowed.contains(&forgotten), "{what}: {forgotten}, {outcome:?}");
         }
     }
 }
@@ -184,7 +178,7 @@ async fn holds(policy: &str, limit: usize, most: impl Fn(usize, &Outcome) -> usi
 #[tokio::test]
 async fn local_admits_too_much_what_others_had_reserved_since_a_node_last_heard() {
     const LIMIT: usize = 4_000;
-    holds("local", LIMIT, |_, outcome| LIMIT + outcome.since_heard).await;
+    holds("local", LIMIT, |_, outcome| LIMIT + outcome.times() * outcome.since_heard).await;
 }
 
 #[tokio::test]
@@ -197,5 +191,6 @@ async fn closed_admits_nothing_too_much() {
 async fn open_admits_the_limit_once_for_each_node() {
     const LIMIT: usize = 1_000;
     // Each caller may have been admitted once more than it had read of.
-    holds("open", LIMIT, |nodes, outcome| outcome.before + nodes * (CALLERS + LIMIT)).await;
+    let most = |nodes, outcome: &Outcome| outcome.before + outcome.times() * nodes * (CALLERS + LIMIT);
+    holds("open", LIMIT, most).await;
 }
