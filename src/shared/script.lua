@@ -687,11 +687,15 @@ function run.only()
   return { DONE, now, left }
 end
 
--- Charges in full what a session held that is over, and keeps it apart, should its node come back. Returns whether that
--- was all.
+-- Charges in full some of what a session held that is over, and keeps it apart, should its node come back. Returns whether
+-- that was all. A scan begins where all may be gone already, and then finds nothing though there is more.
 local function charge(over)
   local from, to = reserved_key(over), charged_key(over)
-  local found = redis.call('HSCAN', from, 0, 'COUNT', MOST_EXPIRED)[2]
+  local cursor, found = 0, {}
+  repeat
+    local part = redis.call('HSCAN', from, cursor, 'COUNT', MOST_EXPIRED)
+    cursor, found = part[1], part[2]
+  until #found > 0 or cursor == '0'
   local reservations, count = {}, 0
   for i = 1, #found, 2 do reservations[found[i]] = cmsgpack.unpack(found[i + 1]) end
   local names = names_of(reservations)

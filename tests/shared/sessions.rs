@@ -486,3 +486,19 @@ fn there_may_be_thousands_of_quotas() {
     let levels = node.mirror(BEGIN).levels(BEGIN);
     assert!(levels.len() == 9_000 && levels.iter().all(|level| level.level == 1_000));
 }
+
+/// Of a large hash the server's scan goes over so many places at a time, and finds nothing where all that was there is gone.
+#[test]
+fn thousands_that_a_dead_node_held_are_all_charged() {
+    let server = Server::start();
+    let (mut dies, mut lives) = (node(&server, "dies"), node(&server, "lives"));
+    let all: Vec<_> = (0..5_000).map(|n| held(&n.to_string(), 1, 0)).collect();
+    for some in all.chunks(200) {
+        hold(&mut dies, true, some);
+    }
+    for half_seconds in 1..=60 {
+        month(&mut lives, BEGIN.plus_ms(half_seconds * 500));
+    }
+    let now = BEGIN.plus_ms(30_000);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((995_000, 0, 5_000), vec![1, 0]));
+}
