@@ -398,6 +398,22 @@ local function open(lease, names, ask)
   return { take(names, ask) }
 end
 
+-- Takes back that a reservation was charged in full: its node was only cut off.
+local function hold_again(pieces)
+  for _, piece in ipairs(pieces) do
+    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+    for i, name in ipairs(names) do
+      local cell = cells[name]
+      if cell and (not cell.class or cell.turn == turns[i]) then
+        local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        cell.held = cell.held + held
+        if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
+        dirty[name] = true
+      end
+    end
+  end
+end
+
 -- What has become of reservations, in order. What was applied already is not applied again.
 function run.apply()
   local first, count = int(), int()
@@ -405,7 +421,16 @@ function run.apply()
   -- Of a session that is over, or was lost, a step would find nothing and be forgotten.
   if (tonumber(known[1]) or 0) <= 0 then return { UNKNOWN, now } end
   local last = tonumber(known[2]) or 0
-  local steps, reservations, paid, opens = {}, {}, {}, nil
+  local steps, reservations, paid, opens, charged = {}, {}, {}, nil, {}
+  local function find(id)
+    local packed = redis.call('HGET', own_key, id)
+    if not packed and id ~= LEASE then
+      -- It comes late, before its node has said that it still holds it.
+      packed = redis.call('HGET', charged_key(session), id)
+      charged[id] = packed
+    end
+    reservations[id] = packed and cmsgpack.unpack(packed) or nil
+  end
   for i = 0, count - 1 do
     local step = { text(), text(), amounts() }
     if step[1] == 'open' then step[4] = texts(int()) end
@@ -416,11 +441,9 @@ function run.apply()
       elseif step[1] == 'open' then
         opens = opens or lease_of(redis.call('HGET', own_key, LEASE))
         for _, name in ipairs(step[4]) do paid[#paid + 1] = name end
-        local packed = redis.call('HGET', own_key, step[2])
-        reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
+        find(step[2])
       elseif reservations[step[2]] == nil then
-        local packed = redis.call('HGET', own_key, step[2])
-        reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
+        find(step[2])
       end
     end
   end
@@ -429,6 +452,13 @@ function run.apply()
   load(paid)
   if not advance(names) or not advance(paid) then return { BOUNDS, now } end
   local gone = 0
+  for id, packed in pairs(charged) do
+    if packed then
+      hold_again(reservations[id])
+      redis.call('HDEL', charged_key(session), id)
+      gone = gone - 1
+    end
+  end
   for _, step in ipairs(steps) do
     local id = step[2]
     local pieces = reservations[id]
@@ -533,22 +563,6 @@ end
 -- Charges a reservation in full: its node is dead, or has forgotten it.
 local function charge_in_full(pieces)
   for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
-end
-
--- Takes that back: the node was only cut off.
-local function hold_again(pieces)
-  for _, piece in ipairs(pieces) do
-    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
-    for i, name in ipairs(names) do
-      local cell = cells[name]
-      if cell and (not cell.class or cell.turn == turns[i]) then
-        local held = max(reserved[cell.kind] - moved[cell.kind], 0)
-        cell.held = cell.held + held
-        if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
-        dirty[name] = true
-      end
-    end
-  end
 end
 
 -- Of what nodes know of a cell that was lost, the least is left.

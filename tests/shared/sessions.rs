@@ -502,3 +502,27 @@ fn thousands_that_a_dead_node_held_are_all_charged() {
     let now = BEGIN.plus_ms(30_000);
     assert_eq!((month(&mut lives, now), lives.beat().told), ((995_000, 0, 5_000), vec![1, 0]));
 }
+
+/// What was on its way while the node was cut off comes when it is back, and before it has said what it holds.
+#[test]
+fn what_was_charged_and_ends_before_it_is_held_again_costs_what_was_spent() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    for (id, tokens) in [("1", 100), ("2", 10)] {
+        assert_eq!(reserve(&mut cut_off, id, tokens, 0).verdict, Verdict::Admitted);
+    }
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!(month(&mut lives, now), (999_890, 0, 110));
+    assert!(join_again(&mut cut_off, now));
+    let ends = |id: &str, tokens| Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
+    let steps = [ends("1", 30), ends("2", 500)];
+    let command = cut_off.speaker.apply(1, &steps);
+    assert_eq!(cut_off.call(&command).verdict, Verdict::Done);
+    hold(&mut cut_off, true, &[held("1", 100, 1), held("2", 10, 2)]);
+    let command = cut_off.speaker.only(&[1, 2]);
+    assert_eq!(cut_off.call(&command).told, [0]);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_470, 0, 530), vec![2, 0]));
+}
