@@ -745,7 +745,10 @@ local function tidy(names)
     longest = max(longest, kept_ms(cell))
     if now - cell.seen > SEEN_MS then note_use(name) end
   end
-  for _, key in ipairs({ cells_key, meta_key, own_key }) do redis.call('PEXPIRE', key, longest) end
+  -- Others may have quotas of longer periods.
+  for _, key in ipairs({ cells_key, meta_key, own_key }) do
+    if redis.call('PTTL', key) < longest then redis.call('PEXPIRE', key, longest) end
+  end
   if now - (tonumber(redis.call('HGET', meta_key, 'tidied')) or 0) < SEEN_MS then return end
   redis.call('HSET', meta_key, 'tidied', now)
   local all = redis.call('HKEYS', cells_key)

@@ -526,3 +526,18 @@ fn what_was_charged_and_ends_before_it_is_held_again_costs_what_was_spent() {
     assert_eq!(cut_off.call(&command).told, [0]);
     assert_eq!((month(&mut lives, now), lives.beat().told), ((999_470, 0, 530), vec![2, 0]));
 }
+
+/// Nodes of which one has a month's quota, and the last that is there has not.
+#[test]
+fn a_node_that_has_fewer_quotas_does_not_shorten_how_long_those_of_others_are_kept() {
+    let server = Server::start();
+    drop(node(&server, "one").beat());
+    let mut other = server.node("other", &quotas()[..1], BEGIN);
+    other.speaker.set_clock(BEGIN);
+    other.join(BEGIN);
+    other.beat();
+    for key in ["q", "s"] {
+        let left: i64 = server.ask(&format!("PTTL test:{{staging}}:{key}"));
+        assert!(left > 60 * 86_400_000, "{key}: {left} ms");
+    }
+}
