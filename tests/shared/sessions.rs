@@ -541,3 +541,22 @@ fn a_node_that_has_fewer_quotas_does_not_shorten_how_long_those_of_others_are_ke
         assert!(left > 60 * 86_400_000, "{key}: {left} ms");
     }
 }
+
+#[test]
+fn where_many_nodes_die_at_once_what_they_held_is_charged_a_part_at_a_time() {
+    let server = Server::start();
+    let mut lives = node(&server, "lives");
+    for n in 0..30 {
+        let mut dies = node(&server, &format!("dies-{n}"));
+        let all: Vec<_> = (0..100).map(|n| held(&n.to_string(), 1, 0)).collect();
+        hold(&mut dies, true, &all);
+    }
+    let mut before = 0;
+    for half_seconds in 1..=60 {
+        let (_, _, used) = month(&mut lives, BEGIN.plus_ms(half_seconds * 500));
+        assert!(used - before <= 400, "{} at once", used - before);
+        before = used;
+    }
+    assert_eq!(lives.beat().told, [1, 0]);
+    assert_eq!(before, 3_000);
+}
