@@ -263,8 +263,16 @@ impl Cluster {
         !self.journal.entries.is_empty()
     }
 
-    /// The next call that tells of reservations, and how many steps it has.
-    pub(super) fn batch(&mut self, own: Timestamp) -> Option<(Command, usize)> {
+    /// The number that the next step will have.
+    pub(super) fn next_step(&self) -> u64 {
+        self.journal.first + self.journal.entries.len() as u64
+    }
+
+    /// The next call that tells of reservations, and how many steps it has. `None`: all before the step `end` is told.
+    pub(super) fn batch(&mut self, own: Timestamp, end: u64) -> Option<(Command, usize)> {
+        if self.journal.first >= end {
+            return None;
+        }
         let steps: Vec<Step> =
             self.journal.entries.iter().take(LARGEST_BATCH).map(|entry| entry.step.clone()).collect();
         let now = self.now(own);
