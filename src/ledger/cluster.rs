@@ -81,6 +81,8 @@ struct Open {
     is_known: bool,
     /// It has said so since it was lost last.
     is_certain: bool,
+    /// It has said so ever: what was spent of it is in what nodes know of the quotas.
+    is_counted: bool,
     /// Nothing, where nobody knows whether Redis has admitted it, and it is to be given back.
     pieces: SmallVec<[Piece; 1]>,
 }
@@ -208,8 +210,9 @@ impl Cluster {
 
     fn keep(&mut self, id: u64, is_known: bool, receipts: &[Receipt]) {
         let pieces = receipts.iter().map(piece).collect();
-        let is_certain = self.open.get(&id).map_or(is_known, |open| open.is_certain);
-        self.open.insert(id, Open { is_known, is_certain, pieces });
+        let before = self.open.get(&id).map(|open| (open.is_certain, open.is_counted));
+        let (is_certain, is_counted) = before.unwrap_or((is_known, is_known));
+        self.open.insert(id, Open { is_known, is_certain, is_counted, pieces });
     }
 
     /// A reservation has used so much, and may hold more than before.
@@ -255,7 +258,7 @@ impl Cluster {
 
     /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
     pub(super) fn cancel(&mut self, id: u64) {
-        let nothing = Open { is_known: true, is_certain: false, pieces: SmallVec::new() };
+        let nothing = Open { is_known: true, is_certain: false, is_counted: true, pieces: SmallVec::new() };
         self.journal.push_end(id, Amounts::default(), nothing);
     }
 
@@ -310,7 +313,7 @@ impl Cluster {
         let all = open.map(|(&id, open)| (id, open, 0)).chain(self.journal.ended());
         let missing = all.filter(|(_, open, _)| !open.is_certain).take(LARGEST_BATCH);
         let held = |(id, open, settled_by): (u64, &Open, u64)| {
-            let pieces = open.pieces.iter().map(|piece| known_piece(piece, open.is_known)).collect();
+            let pieces = open.pieces.iter().map(|piece| known_piece(piece, open.is_counted)).collect();
             (id, Held { id: id.to_string(), settled_by, pieces })
         };
         let (ids, held): (Vec<u64>, Vec<Held>) = missing.map(held).unzip();
@@ -320,7 +323,7 @@ impl Cluster {
 
     /// Redis has said that it knows of these.
     pub(super) fn are_held(&mut self, ids: &[u64]) {
-        self.of(ids, |open| open.is_certain = true);
+        self.of(ids, |open| (open.is_certain, open.is_counted) = (true, true));
     }
 
     fn of(&mut self, ids: &[u64], change: impl Fn(&mut Open)) {
@@ -365,9 +368,9 @@ fn reserved(pieces: &[Piece]) -> Amounts {
 }
 
 /// Of what Redis has never heard of nothing has been counted there yet.
-fn known_piece(piece: &Piece, is_known: bool) -> Piece {
+fn known_piece(piece: &Piece, is_counted: bool) -> Piece {
     let mut piece = piece.clone();
-    if !is_known {
+    if !is_counted {
         piece.moved = Amounts::default();
     }
     piece

@@ -149,7 +149,7 @@ fn for_what_others_bring_back_nobody_waits_for_longer_than_two_seconds() {
 fn thousands_in_flight_are_told_a_part_at_a_time() {
     let mut counters = shared();
     let mut cluster = counters.cluster().unwrap();
-    let open = || Open { is_known: true, is_certain: true, pieces: SmallVec::new() };
+    let open = || Open { is_known: true, is_certain: true, is_counted: true, pieces: SmallVec::new() };
     cluster.open.extend((1..=900).map(|id| (id, open())));
     cluster.next_id = 901;
     cluster.cancel(950);
@@ -197,4 +197,29 @@ fn of_what_a_reservation_has_come_to_meanwhile_redis_is_told_when_it_is_back() {
     let more = Amounts { completion: 6, total: 6, ..Amounts::default() };
     assert_eq!((steps[0].what, steps[0].amounts), (StepKind::Extend, more));
     assert_eq!((steps[1].what, steps[1].amounts), (StepKind::Progress, Amounts::of_request(10, 96)));
+}
+
+#[test]
+fn what_was_used_alone_is_not_taken_to_be_counted_where_the_first_call_that_tells_of_it_was_in_vain() {
+    let mut counters = shared();
+    counters.lose(NOW);
+    let mut grant = admitted_alone(&mut counters);
+    counters.progress(NOW, "m", &mut grant, Amounts::of_request(10, 20));
+    // The server has lost its data, as all nodes have known them before.
+    counters.join(NOW).unwrap();
+    counters.joined(NOW, &done(&[0, 0, 0, 0], Vec::new())).unwrap();
+    counters.return_from_alone(NOW);
+    let first = counters.hold(NOW).unwrap();
+    // It has come too late, or the period was another one.
+    assert_eq!(counters.hold(NOW).unwrap(), first);
+    // Or it was lost, and so is everything once more.
+    counters.lose(NOW);
+    counters.join(NOW).unwrap();
+    counters.joined(NOW, &done(&[0, 0, 0, 0], Vec::new())).unwrap();
+    assert_eq!(counters.hold(NOW).unwrap(), first);
+    counters.cluster().unwrap().are_held(&first.1);
+    let cluster = counters.cluster().unwrap();
+    cluster.all_open().for_each(|(_, open)| open.is_certain = false);
+    let (_, held) = cluster.next_to_hold();
+    assert_eq!(held[0].pieces[0].moved, Amounts::of_request(10, 20));
 }
