@@ -398,16 +398,31 @@ local function open(lease, names, ask)
   return { take(names, ask) }
 end
 
--- Takes back that a reservation was charged in full: its node was only cut off.
+-- How often what was used of each was reset.
+local function resets_of(names)
+  local resets = {}
+  for i, name in ipairs(names) do resets[i] = cells[name] and cells[name].resets or 0 end
+  return resets
+end
+
+-- Takes back that a reservation was charged in full: its node was only cut off. Of a quota that was reset since there is
+-- nothing to take back.
 local function hold_again(pieces)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+    local before, resets = piece[5] or {}, resets_of(names)
     for i, name in ipairs(names) do
       local cell = cells[name]
       if cell and (not cell.class or cell.turn == turns[i]) then
         local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        local is_charged = (before[i] or 0) == resets[i]
         cell.held = cell.held + held
-        if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
+        if not cell.class then
+          if not is_charged then cell.whole = cell.whole - held end
+          cap(cell)
+        elseif is_charged then
+          cell.used = max(cell.used - held, 0)
+        end
         dirty[name] = true
       end
     end
@@ -519,6 +534,7 @@ function run.reset()
   for _, name in ipairs(names) do
     local cell = cells[name]
     if cell.class then cell.used = 0 else cell.whole, cell.fraction = cell.burst - cell.held, 0 end
+    cell.resets = (cell.resets or 0) + 1
     dirty[name] = true
   end
   save()
@@ -718,7 +734,8 @@ local function charge(over)
   for i = 1, #found, 2 do
     local id = found[i]
     charge_in_full(reservations[id])
-    redis.call('HSET', to, id, found[i + 1])
+    for _, piece in ipairs(reservations[id]) do piece[5] = resets_of(piece[3]) end
+    redis.call('HSET', to, id, cmsgpack.pack(reservations[id]))
     redis.call('HDEL', from, id)
     if id ~= LEASE then count = count + 1 end
   end

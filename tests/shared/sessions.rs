@@ -560,3 +560,28 @@ fn where_many_nodes_die_at_once_what_they_held_is_charged_a_part_at_a_time() {
     assert_eq!(lives.beat().told, [1, 0]);
     assert_eq!(before, 3_000);
 }
+
+#[test]
+fn what_was_reset_after_it_was_charged_is_not_given_back_once_more() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
+    let command = cut_off.speaker.lease(&[50, 50]);
+    cut_off.call(&command);
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    let reset = lives.speaker.reset();
+    assert_eq!(lives.call(&reset).verdict, Verdict::Done);
+    assert_eq!(reserve(&mut lives, "b", 400, 0).verdict, Verdict::Admitted);
+    settle(&mut lives, 1, "b", 400);
+    assert!(join_again(&mut cut_off, now));
+    hold(&mut cut_off, true, &[held("1", 100, 0)]);
+    let command = cut_off.speaker.only(&[1]);
+    cut_off.call(&command);
+    assert_eq!(month(&mut lives, now), (999_500, 100, 400));
+    settle(&mut cut_off, 1, "1", 30);
+    assert_eq!(month(&mut lives, now), (999_570, 0, 430));
+    assert_eq!(lives.mirror(now).levels(now)[0].level, 570);
+}
