@@ -794,7 +794,10 @@ function run.beat()
     if what == 'o:' then
       over[#over + 1] = other
     elseif what == 's:' and other ~= session then
-      if value > 0 and silence > SILENCE_MS then
+      if value > now + SESSION_MS then
+        -- The clock was stepped back.
+        redis.call('HSET', meta_key, field, now + SESSION_MS)
+      elseif value > 0 and silence > SILENCE_MS then
         redis.call('HSET', meta_key, field, max(value, now + SESSION_MS))
       elseif value > 0 and value <= now then
         -- From now on it is over, though it may take some time until all is charged.

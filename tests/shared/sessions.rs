@@ -585,3 +585,17 @@ fn what_was_reset_after_it_was_charged_is_not_given_back_once_more() {
     assert_eq!(month(&mut lives, now), (999_570, 0, 430));
     assert_eq!(lives.mirror(now).levels(now)[0].level, 570);
 }
+
+/// As by another server that takes over.
+#[test]
+fn who_dies_when_the_clock_is_stepped_back_is_charged_all_the_same() {
+    let server = Server::start();
+    let (mut dies, mut lives) = (node(&server, "dies"), node(&server, "lives"));
+    assert_eq!(reserve(&mut dies, "a", 100, 0).verdict, Verdict::Admitted);
+    lives.beat();
+    for seconds in 1..=20 {
+        month(&mut lives, Timestamp(BEGIN.0 - 7_200_000).plus_ms(seconds * 1_000));
+    }
+    let now = Timestamp(BEGIN.0 - 7_180_000);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_900, 0, 100), vec![1, 0]));
+}
