@@ -62,7 +62,7 @@ local function is_known()
 end
 
 -- A cell that nobody has any more is forgotten when its period is over twice, and a day has gone by.
-local function kept_ms(cell) return 2 * cell.per + FORGET_MS end
+local function kept_ms(cell) return 2 * (cell.per or cell.stop - cell.start) + FORGET_MS end
 
 -- Cells: read once, written once.
 local cells, dirty = {}, {}
@@ -760,7 +760,7 @@ local function tidy(names)
   for _, name in ipairs(names) do
     local cell = cells[name]
     longest = max(longest, kept_ms(cell))
-    if now - cell.seen > SEEN_MS then note_use(name) end
+    if now - (cell.seen or 0) > SEEN_MS then note_use(name) end
   end
   -- Others may have quotas of longer periods.
   for _, key in ipairs({ cells_key, meta_key, own_key }) do
@@ -772,7 +772,7 @@ local function tidy(names)
   load(all)
   for _, name in ipairs(all) do
     local cell = cells[name]
-    if cell.held == 0 and now - cell.seen > kept_ms(cell) then
+    if cell.held == 0 and now - (cell.seen or now) > kept_ms(cell) then
       redis.call('HDEL', cells_key, name)
       cells[name], dirty[name] = false, nil
     end

@@ -599,3 +599,18 @@ fn who_dies_when_the_clock_is_stepped_back_is_charged_all_the_same() {
     let now = Timestamp(BEGIN.0 - 7_180_000);
     assert_eq!((month(&mut lives, now), lives.beat().told), ((999_900, 0, 100), vec![1, 0]));
 }
+
+/// Before it was noted whether anybody uses a cell, and how long a calendar's period is.
+#[test]
+fn cells_that_an_older_version_has_made_are_used_on() {
+    let server = Server::start();
+    let (mut one, mut other) = (server.node("one", &quotas()[..1], BEGIN), node(&server, "other"));
+    one.speaker.set_clock(BEGIN);
+    for name in server.ask::<Vec<String>>("HKEYS test:{staging}:q") {
+        let script = "local\tc=cmsgpack.unpack(redis.call('HGET',KEYS[1],ARGV[1]))\tc.seen,c.per=nil,not\tc.class\tand\tc.per\tor\tnil\treturn\tredis.call('HSET',KEYS[1],ARGV[1],cmsgpack.pack(c))";
+        server.ask::<i64>(&format!("EVAL {script} 1 test:{{staging}}:q {name}"));
+    }
+    one.join(BEGIN);
+    one.beat();
+    assert_eq!(month(&mut other, BEGIN), (1_000_000, 0, 0));
+}
