@@ -687,8 +687,10 @@ function run.only()
   for _ = 1, int() do is_held[text()] = true end
   if not is_known() then return { UNKNOWN, now } end
   local charged, orphans, count, left = charged_key(session), {}, 0, 0
-  local own_lease, charged_lease = redis.call('HGET', own_key, LEASE), redis.call('HGET', charged, LEASE)
-  orphans[LEASE] = lease_pieces(own_lease or charged_lease)
+  local charged_lease = lease_pieces(redis.call('HGET', charged, LEASE))
+  -- There may be both, where a request out of the lease was told of late.
+  orphans[LEASE] = lease_pieces(redis.call('HGET', own_key, LEASE))
+  for _, piece in ipairs(charged_lease) do table.insert(orphans[LEASE], piece) end
   for _, id in ipairs(redis.call('HKEYS', own_key)) do
     if id ~= LEASE and not is_held[id] then
       if count < MOST_EXPIRED then
@@ -702,7 +704,7 @@ function run.only()
   local names = names_of(orphans)
   load(names)
   if not advance(names) then return { BOUNDS, now } end
-  if not own_lease then hold_again(orphans[LEASE]) end
+  hold_again(charged_lease)
   for id, pieces in pairs(orphans) do
     if id ~= LEASE then
       charge_in_full(pieces)

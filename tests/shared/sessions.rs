@@ -614,3 +614,25 @@ fn cells_that_an_older_version_has_made_are_used_on() {
     one.beat();
     assert_eq!(month(&mut other, BEGIN), (1_000_000, 0, 0));
 }
+
+/// A request that was admitted out of the lease is told of late: before the node has said what it holds.
+#[test]
+fn what_was_leased_goes_back_also_where_a_request_out_of_it_is_told_of_late() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    let command = cut_off.speaker.lease(&[100, 5_000]);
+    cut_off.call(&command);
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert!(join_again(&mut cut_off, now));
+    let opens = cut_off.speaker.open("1".into(), Amounts::of_request(10, 0), &[0, 1]);
+    let command = cut_off.speaker.apply(1, &[opens]);
+    cut_off.call(&command);
+    let command = cut_off.speaker.only(&[1]);
+    assert_eq!(cut_off.call(&command).told, [0]);
+    assert_eq!(month(&mut lives, now), (999_990, 10, 0));
+    settle(&mut cut_off, 2, "1", 4);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_996, 0, 4), vec![2, 0]));
+}
