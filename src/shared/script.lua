@@ -542,20 +542,21 @@ function run.reset()
 end
 
 -- A cell as a node gives it: kind, class (empty: it rolls), period, limit, burst, whose limit, and what is left of it
--- when nothing is held: level and fraction, or what was used and in which turn.
+-- when nothing is held: level and fraction, or what was used and in which turn. Beside it, limit and burst of its config.
 local function given()
   local kind, class, per = int(), text(), int()
+  local configured = { limit = int(), burst = int() }
   local limit, burst, override = int(), int(), int()
   local whole, fraction, turn = int(), int(), int()
   local cell = { kind = kind, per = per, limit = limit, burst = burst, held = 0, override = override, seen = now }
   if class == '' then
     cell.whole, cell.fraction, cell.at = whole, fraction, now
-    return cell
+    return cell, configured
   end
   local period = bounds[class]
   if not period or now < period[1] or now >= period[2] then return nil end
   cell.class, cell.used, cell.turn, cell.start, cell.stop = class, whole, turn, period[1], period[2]
-  return cell
+  return cell, configured
 end
 
 -- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells. `is_news`: the
@@ -604,11 +605,11 @@ end
 -- server had lost what the nodes knew.
 function run.join()
   local stamp, was_here, count = int(), int() == 1, int()
-  local names, from_node = {}, {}
+  local names, from_node, configured = {}, {}, {}
   for i = 1, count do
     local name = text()
     names[i] = name
-    from_node[name] = given()
+    from_node[name], configured[name] = given()
     if not from_node[name] then return { BOUNDS, now } end
   end
   local known = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains')
@@ -621,15 +622,15 @@ function run.join()
   end
   local made, differing = 0, 0
   for _, name in ipairs(names) do
-    local cell, node = cells[name], from_node[name]
-    if not cell then
+    local cell, node, new = cells[name], from_node[name], configured[name]
+    if cell and stamp > newest and cell.override == 0 and (cell.limit ~= new.limit or cell.burst ~= new.burst) then
+      if not cell.class then cell.whole = cell.whole + new.burst - cell.burst end
+      cell.limit, cell.burst, dirty[name] = new.limit, new.burst, true
+      differing = differing + 1
+    elseif not cell then
       cells[name], dirty[name], made = node, true, made + 1
     elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
       differing = differing + 1
-      if stamp > newest and cell.override == 0 then
-        if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
-        cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
-      end
     elseif was_here and now < regains then
       regain(cell, node)
       dirty[name] = true

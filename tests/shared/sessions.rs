@@ -636,3 +636,19 @@ fn what_was_leased_goes_back_also_where_a_request_out_of_it_is_told_of_late() {
     settle(&mut cut_off, 2, "1", 4);
     assert_eq!((month(&mut lives, now), lives.beat().told), ((999_996, 0, 4), vec![2, 0]));
 }
+
+/// A node has an administrator's limit in its store that was taken back at another one while it was away.
+#[test]
+fn a_limit_that_was_taken_back_is_not_the_newest_configs() {
+    let server = Server::start();
+    let mut one = node(&server, "one");
+    let quotas = vec![quotas()[0].with_limit(2_000, 2_000), quotas()[1].clone()];
+    let mut other = server.node("other", &quotas, BEGIN);
+    other.speaker.set_clock(BEGIN);
+    let mut states = full(&[quotas[0].with_limit(50, 50), quotas[1].clone()], BEGIN);
+    states[0].1 = true;
+    let command = other.speaker.join(5, false, &states);
+    assert_eq!(other.call(&command).verdict, Verdict::Done);
+    let level = one.mirror(BEGIN).levels(BEGIN).swap_remove(0);
+    assert_eq!((level.quota.limit, level.quota.capacity(), level.level), (2_000, 2_000, 2_000));
+}

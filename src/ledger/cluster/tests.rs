@@ -175,7 +175,7 @@ fn a_server_that_is_lost_again_and_empty_is_told_of_the_whole_and_not_of_a_part(
     let in_return = returns(&mut counters);
     counters.lose(NOW);
     for command in [in_return, counters.join(NOW).unwrap()] {
-        assert_eq!(told(&command), 3, "limit, burst and level: {command:?}");
+        assert_eq!(told(&command), 5, "limit and burst, also the config's, and level: {command:?}");
     }
 }
 
