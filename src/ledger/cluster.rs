@@ -60,6 +60,8 @@ pub(super) struct Cluster {
     ahead_ms: i64,
     next_id: u64,
     open: HashMap<u64, Open>,
+    /// Reservations that Redis was asked for, and whose answers nobody has looked at yet.
+    asked: HashSet<u64>,
     journal: Journal,
     lease: Option<Lease>,
 }
@@ -160,6 +162,7 @@ impl Cluster {
             ahead_ms: 0,
             next_id: 1,
             open: HashMap::new(),
+            asked: HashSet::new(),
             journal: Journal { entries: VecDeque::new(), first: 1 },
             lease: terms.leases.then(|| Lease::nothing(quotas.len())),
         }
@@ -258,6 +261,7 @@ impl Cluster {
 
     /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
     pub(super) fn cancel(&mut self, id: u64) {
+        self.asked.remove(&id);
         let nothing = Open { is_known: true, is_certain: false, is_counted: true, pieces: SmallVec::new() };
         self.journal.push_end(id, Amounts::default(), nothing);
     }

@@ -223,3 +223,23 @@ fn what_was_used_alone_is_not_taken_to_be_counted_where_the_first_call_that_tell
     let (_, held) = cluster.next_to_hold();
     assert_eq!(held[0].pieces[0].moved, Amounts::of_request(10, 20));
 }
+
+#[test]
+fn what_redis_was_asked_for_is_not_charged_before_somebody_has_looked_at_its_answer() {
+    let mut counters = shared();
+    let is_spared = |counters: &mut Counters, question: &Question| {
+        let command = counters.hold_only(NOW).unwrap();
+        command.arguments.iter().skip(5).any(|word| *word == question.id.to_string())
+    };
+    let question = counters.question(NOW, &want()).unwrap();
+    counters.lose(NOW);
+    counters.join(NOW).unwrap();
+    assert!(is_spared(&mut counters, &question), "it may have been admitted");
+    let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], Vec::new()) };
+    let answered = counters.answered(NOW, &want(), &question, &answer);
+    assert!(matches!(answered, Answered::Again), "{answered:?}");
+    assert!(is_spared(&mut counters, &question), "it is to be cancelled");
+    let steps = counters.cluster().unwrap().journal.entries.len();
+    counters.cluster().unwrap().told(steps);
+    assert!(!is_spared(&mut counters, &question));
+}
