@@ -759,7 +759,7 @@ end
 
 -- Notes that these cells are in use, now and then, and forgets those that have not been for long.
 local function tidy(names)
-  local longest = 0
+  local longest = FORGET_MS
   for _, name in ipairs(names) do
     local cell = cells[name]
     longest = max(longest, kept_ms(cell))

@@ -652,3 +652,20 @@ fn a_limit_that_was_taken_back_is_not_the_newest_configs() {
     let level = one.mirror(BEGIN).levels(BEGIN).swap_remove(0);
     assert_eq!((level.quota.limit, level.quota.capacity(), level.level), (2_000, 2_000, 2_000));
 }
+
+/// Requests in flight alone are counted, or nothing at all.
+#[test]
+fn an_environment_without_quotas_is_shared_too() {
+    let server = Server::start();
+    let mut one = server.node("one", &[], BEGIN);
+    one.speaker.set_clock(BEGIN);
+    one.join(BEGIN);
+    one.beat();
+    let amounts = Amounts::of_request(1, 0);
+    let otherwise = Otherwise::Reject;
+    let reserve = Reserve { id: "a", max_in_flight: 1, otherwise, generates: true, amounts, completions: 1 };
+    let command = one.speaker.reserve(&reserve, &[]);
+    assert_eq!(one.call(&command).verdict, Verdict::Admitted);
+    assert_eq!(one.beat().told, [1, 1]);
+    assert_eq!(one.call(&command).verdict, Verdict::Full);
+}
