@@ -276,6 +276,8 @@ impl Speaker {
             command.int(kind(quota.kind));
             command.text(&class(quota));
             command.int(quota.per.ms);
+            command.int(quota.limit);
+            command.int(quota.capacity());
             let (limit, burst, whole, fraction, turn) = match *state {
                 State::Rolling { limit, burst, level, held, .. } => {
                     (limit, burst, level.0.saturating_add_unsigned(held), level.1, 0)

@@ -60,6 +60,8 @@ pub(super) struct Cluster {
     ahead_ms: i64,
     next_id: u64,
     open: HashMap<u64, Open>,
+    /// Reservations that Redis was asked for, and whose answers nobody has looked at yet.
+    asked: HashSet<u64>,
     journal: Journal,
     lease: Option<Lease>,
 }
@@ -176,6 +178,7 @@ impl Cluster {
             ahead_ms: 0,
             next_id: 1,
             open: HashMap::new(),
+            asked: HashSet::new(),
             journal: Journal { entries: VecDeque::new(), first: 1 },
             lease: terms.leases.then(|| Lease::nothing(quotas.len())),
         }
@@ -275,6 +278,7 @@ impl Cluster {
 
     /// Nobody knows whether Redis has admitted this one: it is not to hold anything.
     pub(super) fn cancel(&mut self, id: u64) {
+        self.asked.remove(&id);
         let (pieces, told) = (SmallVec::new(), Amounts::default());
         let nothing = Open { is_known: true, is_certain: false, pieces, told };
         self.journal.push_end(id, Amounts::default(), nothing);
@@ -284,13 +288,18 @@ impl Cluster {
         !self.journal.entries.is_empty()
     }
 
-    /// The next call that tells of reservations; `None`: there is nothing to tell.
-    pub(super) fn batch(&mut self, own: Timestamp) -> Option<Batch> {
-        let entries = || self.journal.entries.iter().take(LARGEST_BATCH);
-        let steps: Vec<Step> = entries().map(|entry| entry.step.clone()).collect();
-        if steps.is_empty() {
+    /// The number that the next step will have.
+    pub(super) fn next_step(&self) -> u64 {
+        self.journal.first + self.journal.entries.len() as u64
+    }
+
+    /// The next call that tells of reservations; `None`: all before the step `end` is told.
+    pub(super) fn batch(&mut self, own: Timestamp, end: u64) -> Option<Batch> {
+        if self.journal.first >= end {
             return None;
         }
+        let entries = || self.journal.entries.iter().take(LARGEST_BATCH);
+        let steps: Vec<Step> = entries().map(|entry| entry.step.clone()).collect();
         let mut cells: Vec<u32> = entries().flat_map(|entry| self.cells_of(entry)).collect();
         cells.sort_unstable();
         cells.dedup();

@@ -400,10 +400,12 @@ impl Account {
         self.flush(node).await
     }
 
+    /// Tells Redis what there is to tell by now: what comes meanwhile may never end, and something else is due too.
     async fn flush(&self, node: &Node) -> Option<()> {
         let mut attempts = 0;
+        let end = self.lock().cluster()?.next_step();
         loop {
-            let Some(batch) = self.lock().cluster().and_then(|c| c.batch(clock::now())) else {
+            let Some(batch) = self.lock().cluster().and_then(|c| c.batch(clock::now(), end)) else {
                 return Some(());
             };
             let answer = node.call(&batch.command).await.ok()?;

@@ -23,7 +23,7 @@ local SESSION_MS = 15000
 local SILENCE_MS = 5000
 -- Arguments of one call: more than 8,000 there cannot be. Even, since fields are written with their values.
 local MOST_AT_ONCE = 1000
--- Reservations charged in one go.
+-- Reservations charged in one go, or little more.
 local MOST_EXPIRED = 200
 -- Nodes that come back to a server that has lost its data have so much time to bring what they know.
 local REGAIN_MS = 1000
@@ -62,7 +62,7 @@ local function is_known()
 end
 
 -- A cell that nobody has any more is forgotten when its period is over twice, and a day has gone by.
-local function kept_ms(cell) return 2 * cell.per + FORGET_MS end
+local function kept_ms(cell) return 2 * (cell.per or cell.stop - cell.start) + FORGET_MS end
 
 -- Cells: read once, written once.
 local cells, dirty = {}, {}
@@ -398,6 +398,37 @@ local function open(lease, names, ask)
   return { take(names, ask) }
 end
 
+-- How often what was used of each was reset.
+local function resets_of(names)
+  local resets = {}
+  for i, name in ipairs(names) do resets[i] = cells[name] and cells[name].resets or 0 end
+  return resets
+end
+
+-- Takes back that a reservation was charged in full: its node was only cut off. Of a quota that was reset since there is
+-- nothing to take back.
+local function hold_again(pieces)
+  for _, piece in ipairs(pieces) do
+    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
+    local before, resets = piece[5] or {}, resets_of(names)
+    for i, name in ipairs(names) do
+      local cell = cells[name]
+      if cell and (not cell.class or cell.turn == turns[i]) then
+        local held = max(reserved[cell.kind] - moved[cell.kind], 0)
+        local is_charged = (before[i] or 0) == resets[i]
+        cell.held = cell.held + held
+        if not cell.class then
+          if not is_charged then cell.whole = cell.whole - held end
+          cap(cell)
+        elseif is_charged then
+          cell.used = max(cell.used - held, 0)
+        end
+        dirty[name] = true
+      end
+    end
+  end
+end
+
 -- What has become of reservations, in order. What was applied already is not applied again. Returns how many steps were, and
 -- how the cells stand that the node asks for.
 function run.apply()
@@ -406,7 +437,16 @@ function run.apply()
   -- Of a session that is over, or was lost, a step would find nothing and be forgotten.
   if (tonumber(known[1]) or 0) <= 0 then return { UNKNOWN, now } end
   local last = tonumber(known[2]) or 0
-  local steps, reservations, paid, opens = {}, {}, {}, nil
+  local steps, reservations, paid, opens, charged = {}, {}, {}, nil, {}
+  local function find(id)
+    local packed = redis.call('HGET', own_key, id)
+    if not packed and id ~= LEASE then
+      -- It comes late, before its node has said that it still holds it.
+      packed = redis.call('HGET', charged_key(session), id)
+      charged[id] = packed
+    end
+    reservations[id] = packed and cmsgpack.unpack(packed) or nil
+  end
   for i = 0, count - 1 do
     local step = { text(), text(), amounts() }
     if step[1] == 'open' then step[4] = texts(int()) end
@@ -417,11 +457,9 @@ function run.apply()
       elseif step[1] == 'open' then
         opens = opens or lease_of(redis.call('HGET', own_key, LEASE))
         for _, name in ipairs(step[4]) do paid[#paid + 1] = name end
-        local packed = redis.call('HGET', own_key, step[2])
-        reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
+        find(step[2])
       elseif reservations[step[2]] == nil then
-        local packed = redis.call('HGET', own_key, step[2])
-        reservations[step[2]] = packed and cmsgpack.unpack(packed) or nil
+        find(step[2])
       end
     end
   end
@@ -432,6 +470,13 @@ function run.apply()
   if not all_known(asked_for) then return { UNKNOWN, now } end
   if not advance(names) or not advance(paid) or not advance(asked_for) then return { BOUNDS, now } end
   local gone = 0
+  for id, packed in pairs(charged) do
+    if packed then
+      hold_again(reservations[id])
+      redis.call('HDEL', charged_key(session), id)
+      gone = gone - 1
+    end
+  end
   for _, step in ipairs(steps) do
     local id = step[2]
     local pieces = reservations[id]
@@ -494,6 +539,7 @@ function run.reset()
   for _, name in ipairs(names) do
     local cell = cells[name]
     if cell.class then cell.used = 0 else cell.whole, cell.fraction = cell.burst - cell.held, 0 end
+    cell.resets = (cell.resets or 0) + 1
     dirty[name] = true
   end
   save()
@@ -501,20 +547,21 @@ function run.reset()
 end
 
 -- A cell as a node gives it: kind, class (empty: it rolls), period, limit, burst, whose limit, and what is left of it
--- when nothing is held: level and fraction, or what was used and in which turn.
+-- when nothing is held: level and fraction, or what was used and in which turn. Beside it, limit and burst of its config.
 local function given()
   local kind, class, per = int(), text(), int()
+  local configured = { limit = int(), burst = int() }
   local limit, burst, override = int(), int(), int()
   local whole, fraction, turn = int(), int(), int()
   local cell = { kind = kind, per = per, limit = limit, burst = burst, held = 0, override = override, seen = now }
   if class == '' then
     cell.whole, cell.fraction, cell.at = whole, fraction, now
-    return cell
+    return cell, configured
   end
   local period = bounds[class]
   if not period or now < period[1] or now >= period[2] then return nil end
   cell.class, cell.used, cell.turn, cell.start, cell.stop = class, whole, turn, period[1], period[2]
-  return cell
+  return cell, configured
 end
 
 -- Takes up a reservation that its node still has, and the server no longer: it was lost with the cells. `is_news`: the
@@ -540,22 +587,6 @@ local function charge_in_full(pieces)
   for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
 end
 
--- Takes that back: the node was only cut off.
-local function hold_again(pieces)
-  for _, piece in ipairs(pieces) do
-    local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
-    for i, name in ipairs(names) do
-      local cell = cells[name]
-      if cell and (not cell.class or cell.turn == turns[i]) then
-        local held = max(reserved[cell.kind] - moved[cell.kind], 0)
-        cell.held = cell.held + held
-        if cell.class then cell.used = max(cell.used - held, 0) else cap(cell) end
-        dirty[name] = true
-      end
-    end
-  end
-end
-
 -- Of what nodes know of a cell that was lost, the least is left.
 local function regain(cell, node)
   if cell.class then
@@ -579,11 +610,11 @@ end
 -- server had lost what the nodes knew.
 function run.join()
   local stamp, was_here, count = int(), int() == 1, int()
-  local names, from_node = {}, {}
+  local names, from_node, configured = {}, {}, {}
   for i = 1, count do
     local name = text()
     names[i] = name
-    from_node[name] = given()
+    from_node[name], configured[name] = given()
     if not from_node[name] then return { BOUNDS, now } end
   end
   local known = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains')
@@ -596,15 +627,15 @@ function run.join()
   end
   local made, differing = 0, 0
   for _, name in ipairs(names) do
-    local cell, node = cells[name], from_node[name]
-    if not cell then
+    local cell, node, new = cells[name], from_node[name], configured[name]
+    if cell and stamp > newest and cell.override == 0 and (cell.limit ~= new.limit or cell.burst ~= new.burst) then
+      if not cell.class then cell.whole = cell.whole + new.burst - cell.burst end
+      cell.limit, cell.burst, dirty[name] = new.limit, new.burst, true
+      differing = differing + 1
+    elseif not cell then
       cells[name], dirty[name], made = node, true, made + 1
     elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
       differing = differing + 1
-      if stamp > newest and cell.override == 0 then
-        if not cell.class then cell.whole = cell.whole + node.burst - cell.burst end
-        cell.limit, cell.burst, dirty[name] = node.limit, node.burst, true
-      end
     elseif was_here and now < regains then
       regain(cell, node)
       dirty[name] = true
@@ -662,8 +693,10 @@ function run.only()
   for _ = 1, int() do is_held[text()] = true end
   if not is_known() then return { UNKNOWN, now } end
   local charged, orphans, count, left = charged_key(session), {}, 0, 0
-  local own_lease, charged_lease = redis.call('HGET', own_key, LEASE), redis.call('HGET', charged, LEASE)
-  orphans[LEASE] = lease_pieces(own_lease or charged_lease)
+  local charged_lease = lease_pieces(redis.call('HGET', charged, LEASE))
+  -- There may be both, where a request out of the lease was told of late.
+  orphans[LEASE] = lease_pieces(redis.call('HGET', own_key, LEASE))
+  for _, piece in ipairs(charged_lease) do table.insert(orphans[LEASE], piece) end
   for _, id in ipairs(redis.call('HKEYS', own_key)) do
     if id ~= LEASE and not is_held[id] then
       if count < MOST_EXPIRED then
@@ -677,7 +710,7 @@ function run.only()
   local names = names_of(orphans)
   load(names)
   if not advance(names) then return { BOUNDS, now } end
-  if not own_lease then hold_again(orphans[LEASE]) end
+  hold_again(charged_lease)
   for id, pieces in pairs(orphans) do
     if id ~= LEASE then
       charge_in_full(pieces)
@@ -692,27 +725,32 @@ function run.only()
   return { DONE, now, left }
 end
 
--- Charges in full what a session held that is over, and keeps it apart, should its node come back. Returns whether that
--- was all.
+-- Charges in full some of what a session held that is over, and keeps it apart, should its node come back. Returns whether
+-- that was all, and how much it was. A scan begins where all may be gone already, and then finds nothing though there is more.
 local function charge(over)
   local from, to = reserved_key(over), charged_key(over)
-  local found = redis.call('HSCAN', from, 0, 'COUNT', MOST_EXPIRED)[2]
+  local cursor, found = 0, {}
+  repeat
+    local part = redis.call('HSCAN', from, cursor, 'COUNT', MOST_EXPIRED)
+    cursor, found = part[1], part[2]
+  until #found > 0 or cursor == '0'
   local reservations, count = {}, 0
   for i = 1, #found, 2 do reservations[found[i]] = cmsgpack.unpack(found[i + 1]) end
   local names = names_of(reservations)
   load(names)
-  if not advance(names) then return false end
+  if not advance(names) then return false, 0 end
   for i = 1, #found, 2 do
     local id = found[i]
     charge_in_full(reservations[id])
-    redis.call('HSET', to, id, found[i + 1])
+    for _, piece in ipairs(reservations[id]) do piece[5] = resets_of(piece[3]) end
+    redis.call('HSET', to, id, cmsgpack.pack(reservations[id]))
     redis.call('HDEL', from, id)
     if id ~= LEASE then count = count + 1 end
   end
-  if #found == 0 then return true end
+  if #found == 0 then return true, 0 end
   redis.call('PEXPIRE', to, FORGET_MS)
   if count > 0 then redis.call('HINCRBY', meta_key, 'in_flight', -count) end
-  return redis.call('HLEN', from) == 0
+  return redis.call('HLEN', from) == 0, #found / 2
 end
 
 -- A cell is in use. Else it stays as it is: to be looked at changes nothing.
@@ -726,20 +764,23 @@ end
 
 -- Notes that these cells are in use, now and then, and forgets those that have not been for long.
 local function tidy(names)
-  local longest = 0
+  local longest = FORGET_MS
   for _, name in ipairs(names) do
     local cell = cells[name]
     longest = max(longest, kept_ms(cell))
-    if now - cell.seen > SEEN_MS then note_use(name) end
+    if now - (cell.seen or 0) > SEEN_MS then note_use(name) end
   end
-  for _, key in ipairs({ cells_key, meta_key, own_key }) do redis.call('PEXPIRE', key, longest) end
+  -- Others may have quotas of longer periods.
+  for _, key in ipairs({ cells_key, meta_key, own_key }) do
+    if redis.call('PTTL', key) < longest then redis.call('PEXPIRE', key, longest) end
+  end
   if now - (tonumber(redis.call('HGET', meta_key, 'tidied')) or 0) < SEEN_MS then return end
   redis.call('HSET', meta_key, 'tidied', now)
   local all = redis.call('HKEYS', cells_key)
   load(all)
   for _, name in ipairs(all) do
     local cell = cells[name]
-    if cell.held == 0 and now - cell.seen > kept_ms(cell) then
+    if cell.held == 0 and now - (cell.seen or now) > kept_ms(cell) then
       redis.call('HDEL', cells_key, name)
       cells[name], dirty[name] = false, nil
     end
@@ -761,7 +802,10 @@ function run.beat()
     if what == 'o:' then
       over[#over + 1] = other
     elseif what == 's:' and other ~= session then
-      if value > 0 and silence > SILENCE_MS then
+      if value > now + SESSION_MS then
+        -- The clock was stepped back.
+        redis.call('HSET', meta_key, field, now + SESSION_MS)
+      elseif value > 0 and silence > SILENCE_MS then
         redis.call('HSET', meta_key, field, max(value, now + SESSION_MS))
       elseif value > 0 and value <= now then
         -- From now on it is over, though it may take some time until all is charged.
@@ -772,8 +816,13 @@ function run.beat()
       end
     end
   end
+  local charged = 0
   for _, other in ipairs(over) do
-    if charge(other) then redis.call('HDEL', meta_key, 'o:' .. other) end
+    -- The rest has time until the next beat: others wait for the server.
+    if charged >= MOST_EXPIRED then break end
+    local is_all, count = charge(other)
+    charged = charged + count
+    if is_all then redis.call('HDEL', meta_key, 'o:' .. other) end
   end
   count_alive()
   tidy(names)

@@ -8,7 +8,7 @@ use tollgate::clock::Stopwatch;
 use tollgate::shared::{Away, Link, Verdict};
 
 /// What a user needs.
-pub const RIGHTS: &str = "~test:* +eval +evalsha +set +time +hset +hincrby +hget +hmget +hgetall +hkeys +hlen +hexists +hscan +hdel +pexpire";
+pub const RIGHTS: &str = "~test:* +eval +evalsha +set +time +hset +hincrby +hget +hmget +hgetall +hkeys +hlen +hexists +hscan +hdel +pexpire +pttl";
 
 /// Makes a certificate that both sides show, and that both trust.
 pub fn certify(folder: &Path) {

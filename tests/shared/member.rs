@@ -1,15 +1,17 @@
 //! A node as the gateway has it, without the gateway.
 
+use super::proxy::{Mode, Proxy};
 use super::server::Server;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tollgate::clock::Stopwatch;
 use tollgate::config::parse;
-use tollgate::ledger::{Account, QuotaKey};
-use tollgate::quota::Kind;
+use tollgate::ledger::{Account, QuotaKey, Want};
+use tollgate::quota::{Asker, Kind};
 
 /// Speaks to the server on a thread of its own.
 pub struct Member {
@@ -107,4 +109,42 @@ fn limits_are_set_also_while_periods_turn() {
         }
     });
     println!("{count} limits in {:?}", begun.elapsed());
+}
+
+/// Requests end while Redis is told of those before, so that there is always something to tell.
+#[test]
+fn a_node_shows_that_it_is_alive_however_much_it_has_to_tell() {
+    let server = Server::start();
+    let outside = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let proxy = outside.block_on(Proxy::start(&server.folder().join("s")));
+    let node = Member::start(&proxy.url(), "one", "{ requests: { limit: 1000000000, per: day } }", "");
+    proxy.set(Mode::Far);
+    let account = node.account.clone();
+    let work = outside.spawn(async move {
+        let mut tasks = JoinSet::new();
+        for _ in 0..100 {
+            let account = account.clone();
+            tasks.spawn(async move {
+                let asker = Asker { caller: None, model: "m" };
+                let want = Want { asker, prompt: 1, generates: true, cap: Some(1), completions: 1 };
+                loop {
+                    drop(account.reserve_shared(&want).await);
+                }
+            });
+        }
+        tasks.join_all().await;
+    });
+    let (begun, mut changed, mut before, mut longest) =
+        (Stopwatch::start(), Stopwatch::start(), 0, Duration::ZERO);
+    while begun.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(50));
+        let alive: i64 = server.ask("HGET tollgate:{e}:s s:one");
+        if alive != before {
+            (before, changed) = (alive, Stopwatch::start());
+        }
+        longest = longest.max(changed.elapsed());
+    }
+    work.abort();
+    println!("{longest:?}, {} losses, {:?}", node.losses(), node.account.snapshot().totals);
+    assert!(longest < Duration::from_secs(2), "silent for {longest:?}");
 }

@@ -6,9 +6,12 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::watch;
 
+#[allow(dead_code)] // each kind of tests has use for some
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     Through,
+    /// 2 ms each way.
+    Far,
     /// 100 ms each way.
     Slow,
     /// It connects and takes everything, and nothing comes of it.
@@ -71,8 +74,10 @@ async fn pass(
     let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         let State { mode, forgotten, .. } = *state.borrow();
-        if mode == Mode::Slow {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        match mode {
+            Mode::Far => tokio::time::sleep(Duration::from_millis(2)).await,
+            Mode::Slow => tokio::time::sleep(Duration::from_millis(100)).await,
+            Mode::Through | Mode::Silent => {}
         }
         let is_lost = mode == Mode::Silent || number <= forgotten;
         if !is_lost && to.write_all(&buffer[..count]).await.is_err() {

@@ -486,3 +486,186 @@ fn there_may_be_thousands_of_quotas() {
     let levels = node.mirror(BEGIN).levels(BEGIN);
     assert!(levels.len() == 9_000 && levels.iter().all(|level| level.level == 1_000));
 }
+
+/// Of a large hash the server's scan goes over so many places at a time, and finds nothing where all that was there is gone.
+#[test]
+fn thousands_that_a_dead_node_held_are_all_charged() {
+    let server = Server::start();
+    let (mut dies, mut lives) = (node(&server, "dies"), node(&server, "lives"));
+    let all: Vec<_> = (0..5_000).map(|n| held(&n.to_string(), 1, 0)).collect();
+    for some in all.chunks(200) {
+        hold(&mut dies, true, some);
+    }
+    for half_seconds in 1..=60 {
+        month(&mut lives, BEGIN.plus_ms(half_seconds * 500));
+    }
+    let now = BEGIN.plus_ms(30_000);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((995_000, 0, 5_000), vec![1, 0]));
+}
+
+/// What was on its way while the node was cut off comes when it is back, and before it has said what it holds.
+#[test]
+fn what_was_charged_and_ends_before_it_is_held_again_costs_what_was_spent() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    for (id, tokens) in [("1", 100), ("2", 10)] {
+        assert_eq!(reserve(&mut cut_off, id, tokens, 0).verdict, Verdict::Admitted);
+    }
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!(month(&mut lives, now), (999_890, 0, 110));
+    assert!(join_again(&mut cut_off, now));
+    let ends = |id: &str, tokens| Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
+    let steps = [ends("1", 30), ends("2", 500)];
+    let command = cut_off.speaker.apply(1, &steps, &[]);
+    assert_eq!(cut_off.call(&command).verdict, Verdict::Done);
+    hold(&mut cut_off, true, &[held("1", 100, 1), held("2", 10, 2)]);
+    let command = cut_off.speaker.only(&[1, 2]);
+    assert_eq!(cut_off.call(&command).told, [0]);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_470, 0, 530), vec![2, 0]));
+}
+
+/// Nodes of which one has a month's quota, and the last that is there has not.
+#[test]
+fn a_node_that_has_fewer_quotas_does_not_shorten_how_long_those_of_others_are_kept() {
+    let server = Server::start();
+    drop(node(&server, "one").beat());
+    let mut other = server.node("other", &quotas()[..1], BEGIN);
+    other.speaker.set_clock(BEGIN);
+    other.join(BEGIN);
+    other.beat();
+    for key in ["q", "s"] {
+        let left: i64 = server.ask(&format!("PTTL test:{{staging}}:{key}"));
+        assert!(left > 60 * 86_400_000, "{key}: {left} ms");
+    }
+}
+
+#[test]
+fn where_many_nodes_die_at_once_what_they_held_is_charged_a_part_at_a_time() {
+    let server = Server::start();
+    let mut lives = node(&server, "lives");
+    for n in 0..30 {
+        let mut dies = node(&server, &format!("dies-{n}"));
+        let all: Vec<_> = (0..100).map(|n| held(&n.to_string(), 1, 0)).collect();
+        hold(&mut dies, true, &all);
+    }
+    let mut before = 0;
+    for half_seconds in 1..=60 {
+        let (_, _, used) = month(&mut lives, BEGIN.plus_ms(half_seconds * 500));
+        assert!(used - before <= 400, "{} at once", used - before);
+        before = used;
+    }
+    assert_eq!(lives.beat().told, [1, 0]);
+    assert_eq!(before, 3_000);
+}
+
+#[test]
+fn what_was_reset_after_it_was_charged_is_not_given_back_once_more() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
+    let command = cut_off.speaker.lease(&[50, 50]);
+    cut_off.call(&command);
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    let reset = lives.speaker.reset();
+    assert_eq!(lives.call(&reset).verdict, Verdict::Done);
+    assert_eq!(reserve(&mut lives, "b", 400, 0).verdict, Verdict::Admitted);
+    settle(&mut lives, 1, "b", 400);
+    assert!(join_again(&mut cut_off, now));
+    hold(&mut cut_off, true, &[held("1", 100, 0)]);
+    let command = cut_off.speaker.only(&[1]);
+    cut_off.call(&command);
+    assert_eq!(month(&mut lives, now), (999_500, 100, 400));
+    settle(&mut cut_off, 1, "1", 30);
+    assert_eq!(month(&mut lives, now), (999_570, 0, 430));
+    assert_eq!(lives.mirror(now).levels(now)[0].level, 570);
+}
+
+/// As by another server that takes over.
+#[test]
+fn who_dies_when_the_clock_is_stepped_back_is_charged_all_the_same() {
+    let server = Server::start();
+    let (mut dies, mut lives) = (node(&server, "dies"), node(&server, "lives"));
+    assert_eq!(reserve(&mut dies, "a", 100, 0).verdict, Verdict::Admitted);
+    lives.beat();
+    for seconds in 1..=20 {
+        month(&mut lives, Timestamp(BEGIN.0 - 7_200_000).plus_ms(seconds * 1_000));
+    }
+    let now = Timestamp(BEGIN.0 - 7_180_000);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_900, 0, 100), vec![1, 0]));
+}
+
+/// Before it was noted whether anybody uses a cell, and how long a calendar's period is.
+#[test]
+fn cells_that_an_older_version_has_made_are_used_on() {
+    let server = Server::start();
+    let (mut one, mut other) = (server.node("one", &quotas()[..1], BEGIN), node(&server, "other"));
+    one.speaker.set_clock(BEGIN);
+    for name in server.ask::<Vec<String>>("HKEYS test:{staging}:q") {
+        let script = "local\tc=cmsgpack.unpack(redis.call('HGET',KEYS[1],ARGV[1]))\tc.seen,c.per=nil,not\tc.class\tand\tc.per\tor\tnil\treturn\tredis.call('HSET',KEYS[1],ARGV[1],cmsgpack.pack(c))";
+        server.ask::<i64>(&format!("EVAL {script} 1 test:{{staging}}:q {name}"));
+    }
+    one.join(BEGIN);
+    one.beat();
+    assert_eq!(month(&mut other, BEGIN), (1_000_000, 0, 0));
+}
+
+/// A request that was admitted out of the lease is told of late: before the node has said what it holds.
+#[test]
+fn what_was_leased_goes_back_also_where_a_request_out_of_it_is_told_of_late() {
+    let server = Server::start();
+    let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
+    let command = cut_off.speaker.lease(&[100, 5_000]);
+    cut_off.call(&command);
+    for seconds in 1..=20 {
+        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert!(join_again(&mut cut_off, now));
+    let opens = cut_off.speaker.open("1".into(), Amounts::of_request(10, 0), &[0, 1]);
+    let command = cut_off.speaker.apply(1, &[opens], &[]);
+    cut_off.call(&command);
+    let command = cut_off.speaker.only(&[1]);
+    assert_eq!(cut_off.call(&command).told, [0]);
+    assert_eq!(month(&mut lives, now), (999_990, 10, 0));
+    settle(&mut cut_off, 2, "1", 4);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_996, 0, 4), vec![2, 0]));
+}
+
+/// A node has an administrator's limit in its store that was taken back at another one while it was away.
+#[test]
+fn a_limit_that_was_taken_back_is_not_the_newest_configs() {
+    let server = Server::start();
+    let mut one = node(&server, "one");
+    let quotas = vec![quotas()[0].with_limit(2_000, 2_000), quotas()[1].clone()];
+    let mut other = server.node("other", &quotas, BEGIN);
+    other.speaker.set_clock(BEGIN);
+    let mut states = full(&[quotas[0].with_limit(50, 50), quotas[1].clone()], BEGIN);
+    states[0].1 = true;
+    let command = other.speaker.join(5, false, &states);
+    assert_eq!(other.call(&command).verdict, Verdict::Done);
+    let level = one.mirror(BEGIN).levels(BEGIN).swap_remove(0);
+    assert_eq!((level.quota.limit, level.quota.capacity(), level.level), (2_000, 2_000, 2_000));
+}
+
+/// Requests in flight alone are counted, or nothing at all.
+#[test]
+fn an_environment_without_quotas_is_shared_too() {
+    let server = Server::start();
+    let mut one = server.node("one", &[], BEGIN);
+    one.speaker.set_clock(BEGIN);
+    one.join(BEGIN);
+    one.beat();
+    let amounts = Amounts::of_request(1, 0);
+    let otherwise = Otherwise::Reject;
+    let reserve = Reserve { id: "a", max_in_flight: 1, otherwise, generates: true, amounts, completions: 1 };
+    let command = one.speaker.reserve(&reserve, &[]);
+    assert_eq!(one.call(&command).verdict, Verdict::Admitted);
+    assert_eq!(one.beat().told, [1, 1]);
+    assert_eq!(one.call(&command).verdict, Verdict::Full);
+}

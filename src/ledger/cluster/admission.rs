@@ -34,6 +34,7 @@ impl Counters {
         let now = cluster.now(own);
         let id = cluster.next_id;
         cluster.next_id += 1;
+        cluster.asked.insert(id);
         cluster.speaker.set_about(now);
         let reserve = Reserve {
             id: &id.to_string(),
@@ -115,6 +116,7 @@ impl Counters {
         answer: &Answer,
     ) -> Answered {
         let Some(cluster) = self.cluster.as_deref_mut() else { return Answered::Unknown };
+        cluster.asked.remove(&question.id);
         cluster.heard(own, answer);
         let was_admitted = match answer.verdict {
             Verdict::Admitted => true,

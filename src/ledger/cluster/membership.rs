@@ -79,7 +79,8 @@ impl Counters {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
         cluster.speaker.set_about(now);
-        let ids: Vec<u64> = cluster.all_open().map(|(id, _)| id).collect();
+        let asked: Vec<u64> = cluster.asked.iter().copied().collect();
+        let ids: Vec<u64> = cluster.all_open().map(|(id, _)| id).chain(asked).collect();
         Some(cluster.speaker.only(&ids))
     }
 

@@ -176,7 +176,7 @@ fn a_server_that_is_lost_again_and_empty_is_told_of_the_whole_and_not_of_a_part(
     let in_return = returns(&mut counters);
     counters.lose(NOW);
     for command in [in_return, counters.join(NOW).unwrap()] {
-        assert_eq!(told(&command), 3, "limit, burst and level: {command:?}");
+        assert_eq!(told(&command), 5, "limit and burst, also the config's, and level: {command:?}");
     }
 }
 
@@ -198,4 +198,49 @@ fn of_what_a_reservation_has_come_to_meanwhile_redis_is_told_when_it_is_back() {
     let more = Amounts { completion: 6, total: 6, ..Amounts::default() };
     assert_eq!((steps[0].what, steps[0].amounts), (StepKind::Extend, more));
     assert_eq!((steps[1].what, steps[1].amounts), (StepKind::Progress, Amounts::of_request(10, 96)));
+}
+
+#[test]
+fn what_was_used_alone_is_not_taken_to_be_counted_where_the_first_call_that_tells_of_it_was_in_vain() {
+    let mut counters = shared();
+    counters.lose(NOW);
+    let mut grant = admitted_alone(&mut counters);
+    counters.progress(NOW, "m", &mut grant, Amounts::of_request(10, 20));
+    // The server has lost its data, as all nodes have known them before.
+    counters.join(NOW).unwrap();
+    counters.joined(NOW, &done(&[0, 0, 0, 0], Vec::new())).unwrap();
+    counters.return_from_alone(NOW);
+    let first = counters.hold(NOW).unwrap();
+    // It has come too late, or the period was another one.
+    assert_eq!(counters.hold(NOW).unwrap(), first);
+    // Or it was lost, and so is everything once more.
+    counters.lose(NOW);
+    counters.join(NOW).unwrap();
+    counters.joined(NOW, &done(&[0, 0, 0, 0], Vec::new())).unwrap();
+    assert_eq!(counters.hold(NOW).unwrap(), first);
+    counters.cluster().unwrap().are_held(&first.1);
+    let cluster = counters.cluster().unwrap();
+    cluster.all_open().for_each(|(_, open)| open.is_certain = false);
+    let (_, held) = cluster.next_to_hold();
+    assert_eq!(held[0].pieces[0].moved, Amounts::default(), "of that it has not been told yet");
+}
+
+#[test]
+fn what_redis_was_asked_for_is_not_charged_before_somebody_has_looked_at_its_answer() {
+    let mut counters = shared();
+    let is_spared = |counters: &mut Counters, question: &Question| {
+        let command = counters.hold_only(NOW).unwrap();
+        command.arguments.iter().skip(5).any(|word| *word == question.id.to_string())
+    };
+    let question = counters.question(NOW, &want()).unwrap();
+    counters.lose(NOW);
+    counters.join(NOW).unwrap();
+    assert!(is_spared(&mut counters, &question), "it may have been admitted");
+    let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], Vec::new()) };
+    let answered = counters.answered(NOW, &want(), &question, &answer);
+    assert!(matches!(answered, Answered::Again), "{answered:?}");
+    assert!(is_spared(&mut counters, &question), "it is to be cancelled");
+    let steps = counters.cluster().unwrap().journal.entries.len();
+    counters.cluster().unwrap().told(steps);
+    assert!(!is_spared(&mut counters, &question));
 }

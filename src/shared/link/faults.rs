@@ -17,7 +17,7 @@ if not cmsgpack then failed = { 'cmsgpack', 'there is no cmsgpack for scripts' }
 return failed";
 
 /// What the trial tries: the script's commands. The last one leaves nothing behind.
-pub(super) const TRIED: [&str; 12] = [
+pub(super) const TRIED: [&str; 13] = [
     "TIME",
     "HSET _ f 1",
     "HINCRBY _ f 1",
@@ -29,6 +29,7 @@ pub(super) const TRIED: [&str; 12] = [
     "HEXISTS _ f",
     "HSCAN _ 0",
     "PEXPIRE _ 60000",
+    "PTTL _",
     "HDEL _ f",
 ];
 
