@@ -1,3 +1,5 @@
+mod walk;
+
 use super::*;
 use crate::config::{CompletionReserve, OnOverrun, Reserve as Reserves, WhenShort};
 use crate::ledger::{Counters, Ended, Grant, Rules, Want};
