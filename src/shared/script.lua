@@ -596,6 +596,24 @@ local function regain(cell, node)
   end
 end
 
+-- Sessions that are over, each with the last step applied: by the day on which all was charged, so that they are forgotten
+-- by days, and nobody has to look through them.
+local function over_key(days_ago)
+  return meta_key .. ':over:' .. string.format('%.0f', floor(now / FORGET_MS) - days_ago)
+end
+
+local function bury(of)
+  local applied = redis.call('HGET', meta_key, 'q:' .. of) or 0
+  redis.call('HDEL', meta_key, 's:' .. of, 'q:' .. of, 'o:' .. of)
+  redis.call('HSET', over_key(0), of, applied)
+  redis.call('PEXPIRE', over_key(0), 2 * FORGET_MS)
+end
+
+-- The last step applied of this session, if it is over.
+local function buried()
+  return redis.call('HGET', over_key(0), session) or redis.call('HGET', over_key(1), session)
+end
+
 local function count_alive()
   local fields, alive = redis.call('HGETALL', meta_key), 0
   for i = 1, #fields, 2 do
@@ -618,10 +636,12 @@ function run.join()
     if not from_node[name] then return { BOUNDS, now } end
   end
   local known = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains')
-  local expiry, newest, regains = tonumber(known[1]) or 0, tonumber(known[2]) or 0, tonumber(known[3]) or 0
+  local newest, regains = tonumber(known[2]) or 0, tonumber(known[3]) or 0
+  local applied = not known[1] and buried()
+  local is_kept = known[1] or applied
   load(names)
   if not advance(names) then return { BOUNDS, now } end
-  if was_here and expiry == 0 and regains <= now then
+  if was_here and not is_kept and regains <= now then
     regains = now + REGAIN_MS
     redis.call('HSET', meta_key, 'regains', regains)
   end
@@ -643,9 +663,10 @@ function run.join()
   end
   redis.call('HSET', meta_key, 's:' .. session, now + SESSION_MS, 'stamp', max(stamp, newest))
   redis.call('HDEL', meta_key, 'o:' .. session)
+  if applied then redis.call('HSET', meta_key, 'q:' .. session, applied) end
   count_alive()
   save()
-  return { DONE, now, made, differing, expiry == 0 and 0 or 1, max(regains - now, 0) }
+  return { DONE, now, made, differing, is_kept and 1 or 0, max(regains - now, 0) }
 end
 
 -- What a node that takes part again still holds, and the server may not: as it was charged, or as it was lost. What the
@@ -795,24 +816,22 @@ function run.beat()
   if not advance(names) then return { BOUNDS, now } end
   local silence = now - (tonumber(redis.call('HGET', meta_key, 'beat')) or now)
   redis.call('HSET', meta_key, 'beat', now, 's:' .. session, now + SESSION_MS)
-  local fields, over = redis.call('HGETALL', meta_key), {}
+  local fields, over, alive = redis.call('HGETALL', meta_key), {}, 1
   for i = 1, #fields, 2 do
     local field, value = fields[i], tonumber(fields[i + 1])
     local what, other = field:sub(1, 2), field:sub(3)
     if what == 'o:' then
       over[#over + 1] = other
     elseif what == 's:' and other ~= session then
-      if value > now + SESSION_MS then
-        -- The clock was stepped back.
-        redis.call('HSET', meta_key, field, now + SESSION_MS)
-      elseif value > 0 and silence > SILENCE_MS then
-        redis.call('HSET', meta_key, field, max(value, now + SESSION_MS))
-      elseif value > 0 and value <= now then
+      -- Also where the clock was stepped back.
+      local is_given_time = value > now + SESSION_MS or (value > 0 and silence > SILENCE_MS)
+      if is_given_time then redis.call('HSET', meta_key, field, now + SESSION_MS) end
+      if is_given_time or value > now then
+        alive = alive + 1
+      elseif value > 0 then
         -- From now on it is over, though it may take some time until all is charged.
         redis.call('HSET', meta_key, field, -now, 'o:' .. other, now)
         over[#over + 1] = other
-      elseif value <= 0 and now + value > FORGET_MS then
-        redis.call('HDEL', meta_key, field, 'q:' .. other)
       end
     end
   end
@@ -822,13 +841,12 @@ function run.beat()
     if charged >= MOST_EXPIRED then break end
     local is_all, count = charge(other)
     charged = charged + count
-    if is_all then redis.call('HDEL', meta_key, 'o:' .. other) end
+    if is_all then bury(other) end
   end
-  count_alive()
+  redis.call('HSET', meta_key, 'alive', alive)
   tidy(names)
   save()
-  local known = redis.call('HMGET', meta_key, 'alive', 'in_flight')
-  local reply = { DONE, now, tonumber(known[1]), tonumber(known[2]) or 0 }
+  local reply = { DONE, now, alive, tonumber(redis.call('HGET', meta_key, 'in_flight')) or 0 }
   for _, name in ipairs(names) do shown(reply, name) end
   return reply
 end

@@ -358,7 +358,7 @@ impl Run {
         }
         if dead.is_some() {
             let begun = Stopwatch::start();
-            let is_charged = || server.ask::<i64>("HGET tollgate:{e}:s s:dies") <= 0;
+            let is_charged = || server.ask::<Option<i64>>("HGET tollgate:{e}:s s:dies").is_none();
             while !is_charged() {
                 assert!(begun.elapsed() < Duration::from_secs(30), "who is dead is charged");
                 std::thread::sleep(Duration::from_millis(50));

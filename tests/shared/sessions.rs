@@ -669,3 +669,26 @@ fn an_environment_without_quotas_is_shared_too() {
     assert_eq!(one.beat().told, [1, 1]);
     assert_eq!(one.call(&command).verdict, Verdict::Full);
 }
+
+#[test]
+fn those_who_are_dead_cost_the_living_nothing() {
+    let server = Server::start();
+    let mut lives = node(&server, "lives");
+    for n in 0..300 {
+        let mut dies = node(&server, &format!("dies-{n}"));
+        assert_eq!(reserve(&mut dies, "a", 1, 0).verdict, Verdict::Admitted);
+    }
+    for half_seconds in 1..=40 {
+        month(&mut lives, BEGIN.plus_ms(half_seconds * 500));
+    }
+    let now = BEGIN.plus_ms(20_000);
+    assert_eq!((month(&mut lives, now), lives.beat().told), ((999_700, 0, 300), vec![1, 0]));
+    let fields: i64 = server.ask("HLEN test:{staging}:s");
+    assert!(fields < 12, "{fields}");
+    // And still they may come back within a day.
+    let next_day = BEGIN.plus_ms(86_000_000);
+    let mut returns = server.node("dies-7", &quotas(), next_day);
+    assert!(join_again(&mut returns, next_day));
+    hold(&mut returns, true, &[held("a", 1, 0)]);
+    assert_eq!(month(&mut lives, next_day), (999_700, 1, 299));
+}
