@@ -29,8 +29,8 @@ const MOST_DOCUMENT: usize = 1024 * 1024;
 const LONGEST_OPENING: usize = 64 * 1024;
 /// More texts that are counted apart (choices, tool calls) than this are counted together.
 const MOST_TEXTS: usize = 256;
-/// Responses are charged the token that ends a message as well: 190 of 195 recorded ones that report their usage, have
-/// nothing but text, and were not cut short.
+/// Responses are charged the token that ends a message as well: 142 of 146 recorded ones of OpenAI's models that cannot
+/// reason, and that have nothing but text, cost just one token more than their text.
 const TOKENS_PER_ENDING: u64 = 1;
 /// What a tool call costs beside its name and arguments.
 const TOKENS_PER_TOOL_CALL: u64 = 4;
