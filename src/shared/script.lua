@@ -429,81 +429,94 @@ local function hold_again(pieces)
   end
 end
 
+-- The steps of a call that were not applied yet, and the number of its last one.
+local function new_steps(applied)
+  local first, count, steps = int(), int(), {}
+  for i = 0, count - 1 do
+    local step = { what = text(), id = text(), amounts = amounts() }
+    if step.what == 'open' then step.names = texts(int()) end
+    if first + i > applied then steps[#steps + 1] = step end
+  end
+  return steps, first + count - 1
+end
+
+-- The reservations that steps are about, and which of these were charged: such a step comes late, before its node has said
+-- that it still holds them.
+local function find_all(steps)
+  local reservations, charged = {}, {}
+  for _, step in ipairs(steps) do
+    local id = step.id
+    if step.what ~= 'pay' and not reservations[id] then
+      local packed = redis.call('HGET', own_key, id)
+      if not packed and id ~= LEASE then
+        packed = redis.call('HGET', charged_key(session), id)
+        charged[id] = packed or nil
+      end
+      reservations[id] = packed and cmsgpack.unpack(packed) or nil
+    end
+  end
+  return reservations, charged
+end
+
+-- Loads all cells that steps change, beside those of reservations; returns their names.
+local function load_changed(steps, reservations)
+  local names = names_of(reservations)
+  for _, step in ipairs(steps) do
+    if step.what == 'pay' then names[#names + 1] = step.id end
+    for _, name in ipairs(step.names or {}) do names[#names + 1] = name end
+  end
+  load(names)
+  return names
+end
+
 -- What has become of reservations, in order. What was applied already is not applied again. Returns how many steps were, and
 -- how the cells stand that the node asks for.
 function run.apply()
-  local first, count = int(), int()
   local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session)
   -- Of a session that is over, or was lost, a step would find nothing and be forgotten.
   if (tonumber(known[1]) or 0) <= 0 then return { UNKNOWN, now } end
-  local last = tonumber(known[2]) or 0
-  local steps, reservations, paid, opens, charged = {}, {}, {}, nil, {}
-  local function find(id)
-    local packed = redis.call('HGET', own_key, id)
-    if not packed and id ~= LEASE then
-      -- It comes late, before its node has said that it still holds it.
-      packed = redis.call('HGET', charged_key(session), id)
-      charged[id] = packed
-    end
-    reservations[id] = packed and cmsgpack.unpack(packed) or nil
-  end
-  for i = 0, count - 1 do
-    local step = { text(), text(), amounts() }
-    if step[1] == 'open' then step[4] = texts(int()) end
-    if first + i > last then
-      steps[#steps + 1] = step
-      if step[1] == 'pay' then
-        paid[#paid + 1] = step[2]
-      elseif step[1] == 'open' then
-        opens = opens or lease_of(redis.call('HGET', own_key, LEASE))
-        for _, name in ipairs(step[4]) do paid[#paid + 1] = name end
-        find(step[2])
-      elseif reservations[step[2]] == nil then
-        find(step[2])
-      end
-    end
-  end
-  local names, asked_for = names_of(reservations), texts(int())
-  load(names)
-  load(paid)
+  local applied = tonumber(known[2]) or 0
+  local steps, last = new_steps(applied)
+  local asked_for = texts(int())
+  local reservations, charged = find_all(steps)
+  local names = load_changed(steps, reservations)
   load(asked_for)
   if not all_known(asked_for) then return { UNKNOWN, now } end
-  if not advance(names) or not advance(paid) or not advance(asked_for) then return { BOUNDS, now } end
-  local gone = 0
-  for id, packed in pairs(charged) do
-    if packed then
-      hold_again(reservations[id])
-      redis.call('HDEL', charged_key(session), id)
-      gone = gone - 1
-    end
+  if not advance(names) or not advance(asked_for) then return { BOUNDS, now } end
+  local gone, lease = 0, nil
+  for id in pairs(charged) do
+    hold_again(reservations[id])
+    redis.call('HDEL', charged_key(session), id)
+    gone = gone - 1
   end
   for _, step in ipairs(steps) do
-    local id = step[2]
+    local id, what = step.id, step.what
     local pieces = reservations[id]
-    if step[1] == 'pay' then
-      pay(id, step[3][1], step[3][2])
-    elseif step[1] == 'open' then
+    if what == 'pay' then
+      pay(id, step.amounts[1], step.amounts[2])
+    elseif what == 'open' then
+      lease = lease or lease_of(redis.call('HGET', own_key, LEASE))
       if not pieces then
-        reservations[id] = open(opens, step[4], step[3])
+        reservations[id] = open(lease, step.names, step.amounts)
         gone = gone - 1
       end
     elseif id == LEASE then
-      for _, piece in pairs(opens or pieces or {}) do settle_piece(piece, { 0, 0, 0, 0 }) end
-      reservations[id], opens = nil, opens and {}
+      for _, piece in pairs(lease or pieces or {}) do settle_piece(piece, { 0, 0, 0, 0 }) end
+      reservations[id], lease = nil, lease and {}
       redis.call('HDEL', own_key, id)
-    elseif pieces and step[1] == 'settle' then
-      settle(pieces, step[3])
+    elseif pieces and what == 'settle' then
+      settle(pieces, step.amounts)
       reservations[id] = nil
       redis.call('HDEL', own_key, id)
       gone = gone + 1
     elseif pieces then
-      if step[1] == 'extend' then extend(pieces, step[3]) else progress(pieces, step[3]) end
+      if what == 'extend' then extend(pieces, step.amounts) else progress(pieces, step.amounts) end
     end
   end
   for id, pieces in pairs(reservations) do redis.call('HSET', own_key, id, cmsgpack.pack(pieces)) end
-  if opens then save_lease(opens) end
+  if lease then save_lease(lease) end
   if gone ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', -gone) end
-  redis.call('HSET', meta_key, 'q:' .. session, max(last, first + count - 1))
+  redis.call('HSET', meta_key, 'q:' .. session, max(applied, last))
   save()
   local reply = { DONE, now, #steps }
   for _, name in ipairs(asked_for) do shown(reply, name) end

@@ -41,6 +41,14 @@ fn month(node: &mut Node, now: Timestamp) -> (i64, u64, u64) {
     (level.level, level.held, level.used)
 }
 
+/// Shows that it is alive for twenty seconds, in which nobody else does; tells when that was over.
+fn gives_others_up(node: &mut Node) -> Timestamp {
+    for seconds in 1..=20 {
+        month(node, BEGIN.plus_ms(seconds * 1_000));
+    }
+    BEGIN.plus_ms(20_000)
+}
+
 #[test]
 fn what_a_dead_node_held_is_charged_in_full_and_once() {
     let server = Server::start();
@@ -223,10 +231,7 @@ fn a_node_that_was_given_up_takes_back_what_was_charged() {
     let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
     reserve(&mut cut_off, "a", 100, 0);
     reserve(&mut cut_off, "b", 10, 0);
-    for seconds in 1..=20 {
-        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
-    }
-    let now = BEGIN.plus_ms(20_000);
+    let now = gives_others_up(&mut lives);
     assert_eq!(month(&mut lives, now), (999_890, 0, 110), "charged in full");
     assert!(join_again(&mut cut_off, now));
     // It holds 50 more by now, which the server is about to be told. And of "b" nobody knows whether it was admitted.
@@ -363,10 +368,7 @@ fn what_a_node_leased_that_was_given_up_goes_back_when_it_returns() {
     let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
     let command = cut_off.speaker.lease(&[100, 5_000]);
     cut_off.call(&command);
-    for seconds in 1..=20 {
-        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
-    }
-    let now = BEGIN.plus_ms(20_000);
+    let now = gives_others_up(&mut lives);
     assert_eq!(month(&mut lives, now), (995_000, 0, 5_000), "charged in full");
     assert!(join_again(&mut cut_off, now));
     let command = cut_off.speaker.only(&[]);
@@ -465,9 +467,7 @@ fn who_goes_and_has_not_settled_everything_is_charged() {
     assert_eq!(reserve(&mut goes, "a", 100, 0).verdict, Verdict::Admitted);
     let command = goes.speaker.leave();
     goes.call(&command);
-    for seconds in 1..=20 {
-        month(&mut stays, BEGIN.plus_ms(seconds * 1_000));
-    }
+    gives_others_up(&mut stays);
     assert_eq!(month(&mut stays, BEGIN.plus_ms(20_000)), (999_900, 0, 100));
 }
 
@@ -511,10 +511,7 @@ fn what_was_charged_and_ends_before_it_is_held_again_costs_what_was_spent() {
     for (id, tokens) in [("1", 100), ("2", 10)] {
         assert_eq!(reserve(&mut cut_off, id, tokens, 0).verdict, Verdict::Admitted);
     }
-    for seconds in 1..=20 {
-        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
-    }
-    let now = BEGIN.plus_ms(20_000);
+    let now = gives_others_up(&mut lives);
     assert_eq!(month(&mut lives, now), (999_890, 0, 110));
     assert!(join_again(&mut cut_off, now));
     let ends = |id: &str, tokens| Step::of(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
@@ -568,10 +565,7 @@ fn what_was_reset_after_it_was_charged_is_not_given_back_once_more() {
     assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
     let command = cut_off.speaker.lease(&[50, 50]);
     cut_off.call(&command);
-    for seconds in 1..=20 {
-        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
-    }
-    let now = BEGIN.plus_ms(20_000);
+    let now = gives_others_up(&mut lives);
     let reset = lives.speaker.reset();
     assert_eq!(lives.call(&reset).verdict, Verdict::Done);
     assert_eq!(reserve(&mut lives, "b", 400, 0).verdict, Verdict::Admitted);
@@ -622,10 +616,7 @@ fn what_was_leased_goes_back_also_where_a_request_out_of_it_is_told_of_late() {
     let (mut cut_off, mut lives) = (node(&server, "cut-off"), node(&server, "lives"));
     let command = cut_off.speaker.lease(&[100, 5_000]);
     cut_off.call(&command);
-    for seconds in 1..=20 {
-        month(&mut lives, BEGIN.plus_ms(seconds * 1_000));
-    }
-    let now = BEGIN.plus_ms(20_000);
+    let now = gives_others_up(&mut lives);
     assert!(join_again(&mut cut_off, now));
     let opens = cut_off.speaker.open("1".into(), Amounts::of_request(10, 0), &[0, 1]);
     let command = cut_off.speaker.apply(1, &[opens], &[]);

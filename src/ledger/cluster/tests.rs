@@ -13,8 +13,8 @@ fn done(told: &[i64], states: Vec<(State, bool)>) -> Answer {
     Answer { verdict: Verdict::Done, now: NOW, told: told.to_vec(), states }
 }
 
-/// One of two nodes that share 1,000 tokens.
-fn shared() -> Counters {
+/// A node that has shared nothing yet.
+fn counters(quotas: &[Quota], now: Timestamp) -> Counters {
     let reserve = Reserves {
         prompt: true,
         completion: CompletionReserve::MaxTokens,
@@ -24,11 +24,15 @@ fn shared() -> Counters {
         on_overrun: OnOverrun::Finish,
         max_wait: Duration::ZERO,
     };
+    Counters::new(Rules { reserve, enforce: true, max_in_flight: None }, quotas, now)
+}
+
+/// One of two nodes that share 1,000 tokens.
+fn shared() -> Counters {
     let per = Per { written: "day".into(), ms: 86_400_000 };
     let (kind, window) = (Kind::TotalTokens, Window::Rolling { burst: 1_000 });
     let quotas = [Quota { scope: Scope::Environment, kind, limit: 1_000, per, window }];
-    let rules = Rules { reserve, enforce: true, max_in_flight: None };
-    let mut counters = Counters::new(rules, &quotas, NOW);
+    let mut counters = counters(&quotas, NOW);
     let terms = Terms { on_failure: OnStoreFailure::Local, stamp: 1, leases: false };
     counters.share(NOW, terms, "one");
     takes_part(&mut counters);

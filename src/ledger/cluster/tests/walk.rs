@@ -3,10 +3,10 @@
 //! token, and holds nothing.
 
 use super::super::*;
+use super::asker;
 use crate::clock::Stopwatch;
-use crate::config::{CompletionReserve, OnOverrun, Reserve as Reserves, WhenShort};
-use crate::ledger::{Counters, Ended, Grant, Rules, Want};
-use crate::quota::{Asker, ClockUnit, Kind, Per, Scope, Window};
+use crate::ledger::{Counters, Ended, Grant, Want};
+use crate::quota::{ClockUnit, Kind, Per, Scope, Window};
 use crate::shared::{SCRIPT, Verdict};
 use std::process::{Child, Command as Process, Stdio};
 use std::time::Duration;
@@ -139,21 +139,8 @@ struct Node {
     late: VecDeque<(Timestamp, Vec<String>)>,
 }
 
-fn asker() -> Asker<'static> {
-    Asker { caller: None, model: "m" }
-}
-
 impl Node {
     fn start(n: usize, policy: OnStoreFailure, leases: bool, now: Timestamp) -> Self {
-        let reserve = Reserves {
-            prompt: true,
-            completion: CompletionReserve::MaxTokens,
-            quantile: 0.9,
-            default_max_tokens: 100,
-            when_short: WhenShort::Reject,
-            on_overrun: OnOverrun::Finish,
-            max_wait: Duration::ZERO,
-        };
         let quota = |limit, ms, window| {
             let per = Per { written: format!("{ms}ms"), ms };
             Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
@@ -163,8 +150,7 @@ impl Node {
             quota(1, 366 * 86_400_000, Window::Rolling { burst: BURST.cast_unsigned() }),
             quota(1_000_000_000, 30 * 86_400_000, month),
         ];
-        let rules = Rules { reserve, enforce: true, max_in_flight: None };
-        let mut counters = Counters::new(rules, &quotas, now);
+        let mut counters = super::counters(&quotas, now);
         counters.share(now, Terms { on_failure: policy, stamp: 1, leases }, &format!("node-{n}"));
         let keys = counters.cluster().unwrap().keys("t", "e");
         let phase = Phase::Away { until: now };
