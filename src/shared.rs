@@ -14,7 +14,12 @@ use smallvec::SmallVec;
 pub use link::{Away, DEADLINE, Link, Turn, check_url};
 
 /// The script, for `EVALSHA` and `EVAL`.
-pub const SCRIPT: &str = include_str!("shared/script.lua");
+pub const SCRIPT: &str = concat!(
+    include_str!("shared/script/cells.lua"),
+    include_str!("shared/script/requests.lua"),
+    include_str!("shared/script/limits.lua"),
+    include_str!("shared/script/sessions.lua"),
+);
 
 /// What the script gives back for each cell.
 const FIELDS: usize = 9;

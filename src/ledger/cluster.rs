@@ -25,6 +25,9 @@ const LONGEST_REGAIN_MS: u64 = 2_000;
 /// Steps in one call, and reservations in one call: more would keep the server from others for longer than they wait.
 const LARGEST_BATCH: usize = 200;
 
+/// With so much to tell a node admits nothing out of a lease: it would go on faster than Redis can follow, without end.
+const MOST_BEHIND: usize = 10_000;
+
 /// How a node takes part.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
@@ -288,6 +291,10 @@ impl Cluster {
         !self.journal.entries.is_empty()
     }
 
+    fn is_far_behind(&self) -> bool {
+        self.journal.entries.len() >= MOST_BEHIND
+    }
+
     /// The number that the next step will have.
     pub(super) fn next_step(&self) -> u64 {
         self.journal.first + self.journal.entries.len() as u64
@@ -318,7 +325,10 @@ impl Cluster {
             return (0..).take(self.speaker.cells()).collect();
         }
         let of_step = step.cells.iter().copied();
-        let open = held.as_ref().map(|(_, open)| open).or_else(|| self.open.get(&step.id.parse().ok()?));
+        // What it was about may have ended since, and that may be told later.
+        let ended = |id| self.journal.ended().find(|(other, ..)| *other == id).map(|(_, open, _)| open);
+        let of = |id: u64| self.open.get(&id).or_else(|| ended(id));
+        let open = held.as_ref().map(|(_, open)| open).or_else(|| of(step.id.parse().ok()?));
         let pieces = open.into_iter().flat_map(|open| &open.pieces);
         of_step.chain(pieces.flat_map(|piece| piece.cells.iter().map(|cell| cell.0))).collect()
     }

@@ -59,7 +59,8 @@ impl Counters {
         let allowance = self.allowance(want);
         let ask = self.ask(want, allowance);
         let touched = self.quotas.touched(want.asker);
-        let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
+        let is_apart = |cluster: &&mut Cluster| cluster.is_alone() || cluster.is_far_behind();
+        let cluster = self.cluster.as_deref_mut().filter(|cluster| !is_apart(cluster))?;
         let now = cluster.now(own);
         cluster.lease.as_mut()?.take(now, self.limits.configured(), &touched, &ask)?;
         let id = cluster.next_id;

@@ -29,11 +29,15 @@ fn counters(quotas: &[Quota], now: Timestamp) -> Counters {
 
 /// One of two nodes that share 1,000 tokens.
 fn shared() -> Counters {
+    shared_with(1_000, false)
+}
+
+fn shared_with(limit: u64, leases: bool) -> Counters {
     let per = Per { written: "day".into(), ms: 86_400_000 };
-    let (kind, window) = (Kind::TotalTokens, Window::Rolling { burst: 1_000 });
-    let quotas = [Quota { scope: Scope::Environment, kind, limit: 1_000, per, window }];
+    let (kind, window) = (Kind::TotalTokens, Window::Rolling { burst: limit });
+    let quotas = [Quota { scope: Scope::Environment, kind, limit, per, window }];
     let mut counters = counters(&quotas, NOW);
-    let terms = Terms { on_failure: OnStoreFailure::Local, stamp: 1, leases: false };
+    let terms = Terms { on_failure: OnStoreFailure::Local, stamp: 1, leases };
     counters.share(NOW, terms, "one");
     takes_part(&mut counters);
     counters
@@ -139,6 +143,23 @@ fn what_redis_denies_holds_nothing_whatever_the_node_makes_of_it() {
     assert_eq!(stands(&mut counters), before);
     let cluster = counters.cluster().unwrap();
     assert!(cluster.open.is_empty() && !cluster.is_behind());
+}
+
+#[test]
+fn a_lease_does_not_let_a_node_run_ahead_of_what_redis_can_be_told() {
+    let mut counters = shared_with(1 << 40, true);
+    assert!(counters.lease(NOW).is_some());
+    let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
+    assert!(counters.leased(NOW, &done(&[1 << 30], states)));
+    let mut admitted = 0;
+    while let Some(admission) = counters.admit_leased(NOW, &want()) {
+        admitted += 1;
+        counters.settle(NOW, asker(), admission.grant, Ended { spent: Amounts::default(), is_whole: true });
+    }
+    assert_eq!(admitted, MOST_BEHIND / 2, "each has two steps");
+    let batch = counters.cluster().unwrap().batch(NOW, u64::MAX).unwrap();
+    assert!(counters.batch_is_told(NOW, &batch, &done(&[200], Vec::new())));
+    assert!(counters.admit_leased(NOW, &want()).is_some());
 }
 
 #[test]
