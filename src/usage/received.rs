@@ -4,7 +4,7 @@
 //! if it is counted in portions. Beyond 1 MiB of text the rest counts as one token for four bytes.
 
 use super::portions::take_front;
-use super::template::{Effect, Template};
+use super::template::{Effect, Template, without_escapes};
 use super::texts::{self, Part, Slot};
 use memchr::memchr_iter;
 use memchr::memmem::{self, Finder};
@@ -125,7 +125,7 @@ impl Received {
             self.tries += 1;
             self.look_into_all();
             let last = self.last_events().next().unwrap_or_default();
-            let template = Template::of(last, &self.effect);
+            let template = Template::of(last, &self.effect).or_else(|| template_of_escaped(last));
             if template.is_some() && self.templates.len() >= MOST_TEMPLATES {
                 self.templates.remove(0);
             }
@@ -146,7 +146,7 @@ impl Received {
         let Some((slot, open_block, text)) = self.templates.iter().find_map(fits) else { return false };
         // In the order in which they came.
         self.look_into_all();
-        self.append(slot, text);
+        self.append(slot, &text);
         self.open_block = open_block.unwrap_or(self.open_block);
         self.events += 1;
         self.tries = 0;
@@ -413,6 +413,13 @@ impl Received {
             None => self.texts.push(Kept { slot, text: text.to_owned(), length: text.len(), name: 0 }),
         }
     }
+}
+
+fn template_of_escaped(event: &[u8]) -> Option<Template> {
+    let plain = without_escapes(event)?;
+    let mut received = Received::default();
+    received.read(&plain);
+    Template::of(&plain, &received.effect)
 }
 
 /// Events, each with a newline behind it, the last one first.

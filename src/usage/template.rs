@@ -1,21 +1,24 @@
 //! Most events of a stream are like one before but for their text: those are not parsed.
 //!
 //! A template is made of an event that was parsed and did nothing but add one text, which stands in it as one
-//! whole string without escapes. An event fits if it is the same, byte for byte, but for its places: that
-//! text, the padding that OpenAI adds, and the number that events of Responses have. It can be told without
-//! parsing what that one does:
+//! whole string without escapes; where its text has some, of the same event with another text. An event fits if it is the same, byte for byte, but for its places: that
+//! text, which may have escapes, the padding that OpenAI adds, and the number that events of Responses
+//! have. It can be told without parsing what that one does:
 //!
-//! - A place begins and ends where it does in the first event: a string's place has no quote, backslash or
-//!   control byte in it and is UTF-8, a number's is a whole number. So both events have the same JSON tokens but
-//!   for the values in the places, and doubled, escaped or oddly ordered keys are read alike in both.
+//! - A place begins and ends where it does in the first event: a string's place has no control byte in it, no quote
+//!   that is not escaped, and is UTF-8; a number's is a whole number. So both events have the same JSON tokens
+//!   but for the values in the places, and doubled, escaped or oddly ordered keys are read alike in both.
 //! - Nothing else depends on those values. Padding and number have names that no reader knows. Of the text
 //!   it matters only that it is not empty: it is added where the first one's was. Were it a key, a type, an
 //!   error or a usage, it would not have been added.
 //! - A search for a quoted name finds none that begins or ends in a place but was not found in the first event: a
-//!   quote before or behind a place belongs to that string, which no colon follows.
+//!   quote before or behind a place belongs to that string, which no colon follows, and one within has a backslash
+//!   before it, which no name ends in.
 
 use super::texts::Slot;
-use memchr::{memchr2, memmem};
+use memchr::{memchr, memchr2, memmem};
+use std::borrow::Cow;
+use std::ops::Range;
 
 /// A longer event is none that many others are like.
 const LONGEST: usize = 4 * 1024;
@@ -95,32 +98,81 @@ impl Template {
     }
 
     /// The text of an event, if that is of this kind.
-    pub(super) fn text_of<'e>(&self, event: &'e [u8]) -> Option<&'e str> {
+    pub(super) fn text_of<'e>(&self, event: &'e [u8]) -> Option<Cow<'e, str>> {
         let (mut rest, mut text) = (event, None);
         for (before, place) in &self.parts {
             rest = rest.strip_prefix(&before[..])?;
             let length = match place {
                 Place::Number => whole_number(rest)?,
-                Place::Text | Place::Padding => plain_string(rest)?,
+                Place::Padding => plain_string(rest)?,
+                Place::Text => string(rest)?,
             };
             let (value, behind) = rest.split_at(length);
             match place {
                 Place::Number => {}
                 Place::Padding => drop(std::str::from_utf8(value).ok()?),
-                Place::Text => text = Some(std::str::from_utf8(value).ok().filter(|text| !text.is_empty())?),
+                Place::Text => {
+                    let from = event.len() - rest.len();
+                    text = Some(from..from + length);
+                }
             }
             rest = behind;
         }
-        text.filter(|_| rest == self.end)
+        // When all else fits, for an unescaped text is a new one.
+        text.filter(|_| rest == self.end).and_then(|text| unescaped(event, text))
     }
+}
+
+/// The event with another text in place of the only string in it that has escapes, if that is a value: as good to
+/// make a template of, and to be read if and only if this one can be.
+pub(super) fn without_escapes(event: &[u8]) -> Option<Vec<u8>> {
+    let (mut at, mut escaped) = (0, None);
+    while let Some(quote) = memchr(b'"', &event[at..]) {
+        let from = at + quote + 1;
+        let to = from + string(&event[from..])?;
+        if memchr(b'\\', &event[from..to]).is_some() && escaped.replace(from..to).is_some() {
+            return None;
+        }
+        at = to + 1;
+    }
+    let escaped = escaped?;
+    let is_key = event[escaped.end + 1..].trim_ascii_start().starts_with(b":");
+    unescaped(event, escaped.clone()).filter(|_| !is_key)?;
+    Some([&event[..escaped.start], b"text", &event[escaped.end..]].concat())
+}
+
+/// The string between these quotes, if it is one and not empty.
+fn unescaped(event: &[u8], text: Range<usize>) -> Option<Cow<'_, str>> {
+    let value = &event[text.clone()];
+    let text = if memchr(b'\\', value).is_some() {
+        Cow::Owned(serde_json::from_slice(&event[text.start - 1..=text.end]).ok()?)
+    } else {
+        Cow::Borrowed(std::str::from_utf8(value).ok().filter(|_| has_no_control(value))?)
+    };
+    Some(text).filter(|text| !text.is_empty())
+}
+
+/// The length of a string, up to its closing quote.
+fn string(json: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    loop {
+        at += memchr2(b'"', b'\\', json.get(at..)?)?;
+        if json[at] == b'"' {
+            return Some(at);
+        }
+        at += 2;
+    }
+}
+
+/// Whether none of the bytes is a control character. The smallest one, and no early end: many at a time.
+fn has_no_control(bytes: &[u8]) -> bool {
+    bytes.iter().fold(u8::MAX, |least, byte| least.min(*byte)) >= b' '
 }
 
 /// The length of a string, up to its closing quote, if it needs no unescaping.
 fn plain_string(json: &[u8]) -> Option<usize> {
     let end = memchr2(b'"', b'\\', json).filter(|&end| json[end] == b'"')?;
-    // The smallest one, and no early end: many bytes at a time.
-    let least = json[..end].iter().fold(u8::MAX, |least, byte| least.min(*byte));
-    (least >= b' ').then_some(end)
+    has_no_control(&json[..end]).then_some(end)
 }
 
 /// The length of a whole number from 0.
@@ -162,17 +214,31 @@ mod tests {
     #[test]
     fn an_event_fits_if_only_its_places_differ() {
         let made = template(EVENT).unwrap();
-        let fits = |from: &str, to: &str| made.text_of(EVENT.replace(from, to).as_bytes()).map(str::to_owned);
+        let fits =
+            |from: &str, to: &str| made.text_of(EVENT.replace(from, to).as_bytes()).map(Cow::into_owned);
         for text in ["Hi", " the\u{e9}re: {", "type", "\u{7f}"] {
             assert_eq!(fits("Hi", text).as_deref(), Some(text));
+        }
+        for (text, means) in [
+            (r"a\n", "a\n"),
+            (r"\u00e9\ud83d\ude00", "\u{e9}\u{1f600}"),
+            (r#"\"content\":\"b"#, "\"content\":\"b"),
+            (r#"\\\\"#, r"\\"),
+            (r#"\\\""#, "\\\""),
+        ] {
+            assert_eq!(fits("Hi", text).as_deref(), Some(means));
         }
         for (from, to) in [("xy", ""), ("7", "0"), ("7", "123456789012345"), ("xy", "\u{e9}")] {
             assert_eq!(fits(from, to).as_deref(), Some("Hi"), "{to}");
         }
         for (from, to) in [
             ("Hi", ""),
-            ("Hi", r"a\n"),
+            ("Hi", r"a\"),
+            ("Hi", r"a\x"),
+            ("Hi", r"\ud83d"),
+            ("Hi", "\\n\u{1}"),
             ("Hi", "\u{1}"),
+            ("xy", r"\n"),
             ("Hi", r#"a","content":"b"#),
             ("xy", "\t"),
             ("7", "07"),
@@ -234,7 +300,7 @@ mod tests {
         r#"{"choices":[{"text":"%"}]"#,
     ];
 
-    const TEXTS: [&[u8]; 22] = [
+    const TEXTS: [&[u8]; 29] = [
         b"",
         b"a",
         b" token",
@@ -248,6 +314,13 @@ mod tests {
         b": \\\"content\\\": ",
         b"\\n",
         b"\\u00e9",
+        b"\\ud83d",
+        b"\\ud83d\\ude00",
+        b"\\\\\\\"",
+        b"\\\"usage",
+        b"a\\\"type",
+        b"error\\\":{",
+        b"\\n\xc3",
         b"\\",
         b" : {[}]",
         b"\",\"content\":\"",
@@ -310,6 +383,28 @@ mod tests {
     }
 
     #[test]
+    fn where_every_text_has_escapes_they_are_usual_too() {
+        for text in [r"\n", r#"{\""#, r"\u00e9"] {
+            let event = EVENT.replace("Hi", text);
+            assert_eq!(without_escapes(event.as_bytes()), Some(EVENT.replace("Hi", "text").into()), "{text}");
+            let mut received = Received::default();
+            (0..2).for_each(|_| received.push_event(event.as_bytes()));
+            assert!(received.push_usual(EVENT.as_bytes()) && received.push_usual(event.as_bytes()), "{text}");
+        }
+        for event in [
+            EVENT,
+            r#"{"a":"\n","b":"\n"}"#,
+            r#"{"a":"\x"}"#,
+            r#"{"a\n" : 1}"#,
+            r#"{"a":"\n"#,
+            r#"{"a":"\"#,
+            "",
+        ] {
+            assert_eq!(without_escapes(event.as_bytes()), None, "{event}");
+        }
+    }
+
+    #[test]
     fn usual_events_are_not_parsed_and_others_in_between_change_nothing() {
         let role =
             r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"sequence_number":1}"#;
@@ -318,7 +413,7 @@ mod tests {
         received.push_event(EVENT.as_bytes());
         let long = "a".repeat(40_000);
         for (text, is_usual) in
-            [(" there", true), (r"\n", false), ("", false), (&long, false), ("!", true), (" ok", true)]
+            [(" there", true), (r"\x", false), ("", false), (&long, false), (r"!\n", true), (" ok", true)]
         {
             let event = EVENT.replace("Hi", text);
             assert_eq!(received.push_usual(event.as_bytes()), is_usual, "{text}");
@@ -327,6 +422,6 @@ mod tests {
             }
         }
         assert_eq!(received.so_far().surely, 6);
-        assert_eq!(received.finish_events().texts, [format!("Hi there\n{long}! ok")]);
+        assert_eq!(received.finish_events().texts, [format!("Hi there{long}!\n ok")]);
     }
 }
