@@ -207,7 +207,7 @@ fn structural(bytes: &[u8]) -> usize {
     let is = |byte: &u8| *byte == b'"' || matches!(byte | 0x20, b'{' | b'}');
     let has_none = |stride: &&[u8]| !stride.iter().fold(false, |any, byte| any | is(byte));
     let skipped = bytes.chunks_exact(STRIDE).take_while(has_none).count() * STRIDE;
-    skipped + bytes[skipped..].iter().position(|byte| is(byte)).unwrap_or(bytes.len() - skipped)
+    skipped + bytes[skipped..].iter().position(is).unwrap_or(bytes.len() - skipped)
 }
 
 #[cfg(test)]

@@ -223,7 +223,7 @@ mod tests {
             (r"a\n", "a\n"),
             (r"\u00e9\ud83d\ude00", "\u{e9}\u{1f600}"),
             (r#"\"content\":\"b"#, "\"content\":\"b"),
-            (r#"\\\\"#, r"\\"),
+            (r"\\\\", r"\\"),
             (r#"\\\""#, "\\\""),
         ] {
             assert_eq!(fits("Hi", text).as_deref(), Some(means));
