@@ -415,6 +415,7 @@ impl Received {
     }
 }
 
+/// Of an event whose text has escapes, by reading the same one with another text.
 fn template_of_escaped(event: &[u8]) -> Option<Template> {
     let plain = without_escapes(event)?;
     let mut received = Received::default();

@@ -1,9 +1,10 @@
 //! Most events of a stream are like one before but for their text: those are not parsed.
 //!
 //! A template is made of an event that was parsed and did nothing but add one text, which stands in it as one
-//! whole string without escapes; where its text has some, of the same event with another text. An event fits if it is the same, byte for byte, but for its places: that
-//! text, which may have escapes, the padding that OpenAI adds, and the number that events of Responses
-//! have. It can be told without parsing what that one does:
+//! whole string without escapes; where its text has some, of the same event with another text. An event fits
+//! if it is the same, byte for byte, but for its places: that text, which may have escapes, the padding that
+//! OpenAI adds, and the number that events of Responses have. It can be told without parsing what that one
+//! does:
 //!
 //! - A place begins and ends where it does in the first event: a string's place has no control byte in it, no quote
 //!   that is not escaped, and is UTF-8; a number's is a whole number. So both events have the same JSON tokens
