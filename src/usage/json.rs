@@ -132,13 +132,13 @@ impl JsonReader {
     fn further_in(&mut self, byte: u8) {
         match byte {
             b'"' => self.place = Place::String,
-            b'{' | b'[' => self.depth += 1,
+            b'{' | b'[' => self.depth = self.depth.saturating_add(1),
             _ => self.depth -= 1,
         }
     }
 
-    /// Takes one byte outside of strings, at the depth of those keys or above it. `Some(true)`: a top-level value ends before it;
-    /// `Some(false)`: one begins after it.
+    /// Takes one byte outside of strings, at the depth of those keys or above it. `Some(true)`: a top-level value
+    /// ends before it; `Some(false)`: one begins after it.
     fn outside(&mut self, byte: u8) -> Option<bool> {
         match byte {
             b'"' => {
@@ -313,6 +313,18 @@ mod tests {
             };
             let want = document.get("usage").and_then(|u| u.get("completion_tokens")).and_then(serde_json::Value::as_u64);
             prop_assert_eq!(completion(&document.to_string()), want);
+        }
+
+        #[test]
+        fn long_lists_are_passed_over_as_byte_by_byte(
+            parts in prop::collection::vec("[-0-9., \n]{0,70}|[\\[\\]{}]|\"[a-z\\[}]{0,3}\"", 0..20),
+        ) {
+            let text = format!(r#"{{"a":[{}],"usage":{{"x":[[{}]],"completion_tokens":3}}}}"#, parts.concat(), "1,".repeat(50));
+            let cuts: Vec<usize> = (0..text.len()).collect();
+            prop_assert_eq!(read(text.as_bytes(), &[]), read(text.as_bytes(), &cuts));
+            let bytes = parts.concat();
+            let want = bytes.find(|c| "\"{}[]".contains(c)).unwrap_or(bytes.len());
+            prop_assert_eq!(structural(bytes.as_bytes()), want);
         }
 
         #[test]
