@@ -48,17 +48,21 @@ pub(crate) enum Order {
 /// # Errors
 /// The address is taken or cannot be listened at.
 pub(crate) fn listen(address: SocketAddr, sockets: usize) -> io::Result<Vec<std::net::TcpListener>> {
-    // Without sharing first: two gateways at one address must not go unnoticed.
+    // The first one is bound without sharing: two gateways at one address must not go unnoticed. It shares only from then
+    // on, and is never let go, so that nobody can come between.
     let first = socket(address, false)?;
-    let address = first.local_addr()?;
-    if sockets == 1 {
-        return Ok(vec![first]);
+    let address = first.local_addr()?.as_socket().unwrap_or(address);
+    let mut all = vec![first];
+    if sockets > 1 {
+        all[0].set_reuse_port(true)?;
     }
-    drop(first);
-    (0..sockets).map(|_| socket(address, true)).collect()
+    for _ in 1..sockets {
+        all.push(socket(address, true)?);
+    }
+    Ok(all.into_iter().map(Into::into).collect())
 }
 
-fn socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
+fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if shared {
@@ -67,7 +71,7 @@ fn socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(4_096)?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 /// Serves until it is told to drain, and returns when the last connection has ended or the time for
@@ -170,4 +174,39 @@ async fn unless_hung_up<F: Future>(mut connection: Pin<&mut F>, socket: &Connect
         Poll::Pending => socket.poll_hung_up(cx).map(|()| None),
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    use super::*;
+
+    const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    fn ports(listeners: &[TcpListener]) -> BTreeSet<u16> {
+        listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
+    }
+
+    #[test]
+    fn sockets_of_one_address_share_its_connections_out() {
+        let listeners = listen(ANY, 3).unwrap();
+        assert_eq!(ports(&listeners).len(), 1);
+        let address = listeners[0].local_addr().unwrap();
+        let callers: Vec<_> = (0..120).map(|_| TcpStream::connect(address).unwrap()).collect();
+        let accepted = listeners.iter().map(|listener| std::iter::from_fn(|| listener.accept().ok()).count());
+        let accepted: Vec<_> = accepted.collect();
+        assert_eq!(accepted.iter().sum::<usize>(), callers.len(), "{accepted:?}");
+        assert!(accepted.iter().all(|&connections| connections > 0), "{accepted:?}");
+    }
+
+    #[test]
+    fn a_second_gateway_at_an_address_is_told_so() {
+        for (sockets, others) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
+            let listeners = listen(ANY, sockets).unwrap();
+            let error = listen(listeners[0].local_addr().unwrap(), others).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        }
+    }
 }
