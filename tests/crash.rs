@@ -6,6 +6,10 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
 
+#[path = "common/port.rs"]
+mod port;
+
+use port::free_port;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::fs;
@@ -120,10 +124,6 @@ impl Drop for Gateway {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Starts the program on a store file; does not wait for it.

@@ -17,7 +17,7 @@ mod mock;
 mod peers;
 mod proxies;
 
-use peers::{Peer, free_port};
+use peers::{Peer, free_address};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -62,7 +62,7 @@ fn main() {
     }
     let options = options(&arguments);
     let folder = tempfile::tempdir().unwrap();
-    let upstream = free_port();
+    let upstream = free_address();
     let _mock = Peer::of_ours("mock", "mock", &[upstream.to_string()]).ready(upstream).unwrap();
     let mut peers = start(&options, upstream, folder.path());
     let results = measure(&options, &mut peers);
@@ -112,7 +112,7 @@ fn options(arguments: &[String]) -> Options {
 fn start(options: &Options, upstream: SocketAddr, folder: &Path) -> Vec<(Peer, SocketAddr)> {
     let mut peers = Vec::new();
     for name in &options.peers {
-        let port = free_port();
+        let port = free_address();
         match peers::start(name, port, upstream, folder).and_then(|peer| peer.ready(port)) {
             Ok(peer) => peers.push((peer, port)),
             Err(reason) if name.starts_with("tollgate") => panic!("{name} does not start: {reason}"),

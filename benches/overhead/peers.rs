@@ -1,8 +1,11 @@
 //! The proxies that are compared, as processes, and the CPU time they use.
 
+#[path = "../../tests/common/port.rs"]
+mod port;
+
 use crate::bodies::KEY;
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -24,8 +27,8 @@ impl Drop for Peer {
 }
 
 /// An address that nobody listens at.
-pub(crate) fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+pub(crate) fn free_address() -> SocketAddr {
+    ([127, 0, 0, 1], port::free_port()).into()
 }
 
 /// Starts a peer by its name.
@@ -52,7 +55,7 @@ fn tollgate(name: &str, address: SocketAddr, upstream: SocketAddr, folder: &Path
         "server: {{ listen: '{address}' }}\nadmin: {{ listen: '{}' }}\nupstreams: {{ mock: {{ base_url: 'http://{upstream}/v1', api_key: sk-upstream }} }}\n\
          environments:\n  production:\n    upstream: mock\n    keys: [{{ name: bench, secret: {KEY} }}]\n    quotas: {{ total_tokens: {quota}, prompt_tokens: {quota}, completion_tokens: {quota}, requests: {quota} }}\n\
          store: {{ memory: true }}\n",
-        free_port()
+        free_address()
     );
     fs::write(&config, text).unwrap();
     let log = File::create(folder.join(format!("{name}.log"))).unwrap();

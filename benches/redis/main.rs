@@ -14,6 +14,8 @@
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
 
 mod nodes;
+#[path = "../../tests/common/port.rs"]
+mod port;
 mod script;
 mod server;
 

@@ -3,7 +3,7 @@
 
 use crate::bodies::{KEY, STREAM_HEAD, request};
 use crate::is_within;
-use crate::peers::{self, Peer, free_port};
+use crate::peers::{self, Peer, free_address};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::LazyLock;
@@ -58,7 +58,7 @@ fn runtime() -> Runtime {
 
 /// A gateway before this upstream.
 fn start(upstream: SocketAddr, folder: &Path) -> (Peer, SocketAddr) {
-    let port = free_port();
+    let port = free_address();
     let peer = peers::start("tollgate", port, upstream, folder).and_then(|peer| peer.ready(port));
     (peer.unwrap(), port)
 }

@@ -10,7 +10,9 @@ mod client;
 mod cluster;
 mod link;
 mod member;
+#[path = "../common/port.rs"]
 mod port;
+#[path = "../common/proxy.rs"]
 mod proxy;
 mod sentinel;
 mod server;

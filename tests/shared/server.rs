@@ -1,6 +1,6 @@
 //! A Redis server for one test, at a socket in a folder of its own.
 
-pub use super::port::free_port;
+pub(crate) use super::port::free_port;
 use redis::ConnectionLike as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

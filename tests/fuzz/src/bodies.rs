@@ -5,7 +5,7 @@ use tollgate::api::Api;
 use tollgate::body::{Body, edited};
 use tollgate::estimate::{Models, Part, PromptEstimate};
 
-pub const APIS: [Api; 6] =
+pub(crate) const APIS: [Api; 6] =
     [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini];
 
 /// One of each format of prompts and each rule for images; the empty one: what the body says itself.
@@ -31,7 +31,7 @@ const MODELS: [&str; 16] = [
 /// More than an input may take of a processor: some five times what the slowest 64 KiB do, documents that inflate.
 const MOST_NANOSECONDS: u64 = 1_000_000_000;
 
-pub fn check(api: Api, how: u8, json: &[u8]) {
+pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
     let began = processor_time();
     let Ok(body) = Body::read(api, json) else { return };
     let model = match MODELS[usize::from(how) % MODELS.len()] {
@@ -68,10 +68,9 @@ fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
     const FIXED: u64 = 2_000;
     for part in Part::ALL {
         let a_byte = match part {
-            Part::Messages => 64,
+            Part::Messages | Part::Overhead => 64,
             Part::Tools => 256,
             Part::Schema => 8,
-            Part::Overhead => 64,
             Part::Images => 500_000,
         };
         let most = FIXED + a_byte * bytes as u64;
@@ -109,7 +108,11 @@ fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
     // Chats do not have this bound, but some upstreams read it.
     let keeps_another = api != Api::Responses && tree.contains_key("max_output_tokens");
     if !keeps_another {
-        assert_eq!(again.max_tokens, Some(body.max_tokens.map_or(bound, |before| before.min(bound))), "{text}");
+        assert_eq!(
+            again.max_tokens,
+            Some(body.max_tokens.map_or(bound, |before| before.min(bound))),
+            "{text}"
+        );
     }
     assert_eq!(without_edits(api, tree), without_edits(api, tree_after), "{text}");
 }

@@ -4,7 +4,7 @@ use tollgate::usage::{Coding, Decoder};
 
 const CODINGS: [Coding; 4] = [Coding::Gzip, Coding::Deflate, Coding::Brotli, Coding::Zstd];
 
-pub fn check(how: u8, code: &[u8]) {
+pub(crate) fn check(how: u8, code: &[u8]) {
     let coding = CODINGS[usize::from(how % 4)];
     let whole = decoded(coding, code, usize::MAX);
     let cut = decoded(coding, code, 1 + usize::from(how / 4));

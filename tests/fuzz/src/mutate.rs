@@ -23,7 +23,7 @@ const VALUES: [&str; 16] = [
 ];
 
 /// The input with some value in it replaced, moved, wrapped, left out or repeated; nothing: there is none.
-pub fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
+pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
     let mut random = Random(u64::from(seed) | 1 << 40);
     let values = values(input);
     let at = values.get(random.below(values.len()))?.clone();

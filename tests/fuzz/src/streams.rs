@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use tollgate::usage::{SseReader, Texts};
 
-pub fn check(how: u8, stream: &[u8]) {
+pub(crate) fn check(how: u8, stream: &[u8]) {
     let stream = Bytes::copy_from_slice(stream);
     let withholds = how & 1 == 1;
     let whole = follow(&stream, withholds, usize::MAX);

@@ -5,11 +5,11 @@
 pub mod caller;
 pub mod framing;
 pub mod gateway;
-#[path = "../../shared/port.rs"]
+#[path = "../../common/port.rs"]
 pub mod port;
 pub mod process;
 pub mod program;
-#[path = "../../shared/proxy.rs"]
+#[path = "../../common/proxy.rs"]
 pub mod proxy;
 pub mod redis;
 pub mod upstream;
