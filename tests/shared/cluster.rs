@@ -4,6 +4,7 @@ use super::access::certify;
 use super::client::{Client, SOON};
 use super::sentinel::until;
 use super::server::{Server, free_port};
+use std::path::Path;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::shared::{Away, Verdict};
@@ -17,18 +18,32 @@ struct Cluster {
     ports: Vec<u16>,
 }
 
-/// A server with its port, and that of the cluster's own talk.
-fn node() -> (Server, u16, u16) {
+/// A server with its port, and that of the cluster's own talk; with TLS for all of it, if there are files for that.
+fn node(files: Option<&Path>) -> (Server, u16, u16) {
     let (port, bus) = (free_port(), free_port());
     let how = "--cluster-enabled yes --cluster-node-timeout 1000 --repl-diskless-sync-delay 0";
-    (Server::with(&format!("--port {port} --cluster-port {bus} {how}")), port, bus)
+    let listens = match files {
+        None => format!("--port {port}"),
+        Some(files) => {
+            let files = files.display();
+            format!(
+                "--port 0 --tls-port {port} --tls-cert-file {files}/cert.pem --tls-key-file {files}/key.pem \
+                 --tls-ca-cert-file {files}/cert.pem --tls-auth-clients no --tls-cluster yes --tls-replication yes"
+            )
+        }
+    };
+    (Server::with(&format!("{listens} --cluster-port {bus} {how}")), port, bus)
 }
 
 impl Cluster {
     async fn start() -> Self {
+        Self::with(None).await
+    }
+
+    async fn with(files: Option<&Path>) -> Self {
         let (mut servers, mut ports) = (Vec::new(), Vec::new());
         for (place, slots) in (1..).zip(SLOTS) {
-            let (server, port, bus) = node();
+            let (server, port, bus) = node(files);
             server.admin(&format!("CLUSTER SET-CONFIG-EPOCH {place}"));
             server.admin(&format!("CLUSTER ADDSLOTSRANGE {slots}"));
             for other in &servers {
@@ -38,12 +53,17 @@ impl Cluster {
             ports.push(port);
         }
         let cluster = Self { servers, ports };
+        cluster.is_whole().await;
+        cluster
+    }
+
+    /// Waits until all servers serve; one that was started takes some seconds.
+    async fn is_whole(&self) {
         let is_whole = |server: &Server| {
             let info = server.ask::<String>("CLUSTER INFO");
             info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
         };
-        until("the cluster to come together", || cluster.servers.iter().all(is_whole)).await;
-        cluster
+        until("the cluster to come together", || self.servers.iter().all(is_whole)).await;
     }
 
     fn url(&self) -> String {
@@ -86,7 +106,7 @@ async fn each_environment_has_its_server() {
     }
 
     // A server is gone: the environments of the others go on, and its own when its replica has taken over.
-    let (replica, port, bus) = node();
+    let (replica, port, bus) = node(None);
     cluster.servers[0].admin(&format!("CLUSTER MEET 127.0.0.1 {port} {bus}"));
     let id = cluster.id(1);
     until("to meet", || replica.ask::<String>("CLUSTER NODES").contains(&id)).await;
@@ -141,17 +161,39 @@ async fn a_url_of_one_server_is_told_from_one_of_a_cluster() {
 
 #[tokio::test]
 async fn a_cluster_may_want_tls() {
-    let (port, bus) = (free_port(), free_port());
-    let server = Server::prepared(
-        &format!(
-            "--port 0 --tls-port {port} --tls-cert-file @/cert.pem --tls-key-file @/key.pem --tls-ca-cert-file @/cert.pem \
-             --tls-auth-clients no --tls-cluster yes --cluster-enabled yes --cluster-port {bus}"
-        ),
-        certify,
-    );
+    let folder = tempfile::tempdir().unwrap();
+    certify(folder.path());
+    let mut cluster = Cluster::with(Some(folder.path())).await;
+    let ca = folder.path().join("cert.pem");
+    // By a name, though its servers tell addresses of each other.
+    let url = format!("rediss+cluster://localhost:{}?ca_file={}", cluster.ports[0], ca.display());
+    let mut clients = Vec::new();
+    for environment in ENVIRONMENTS {
+        let mut client = Client::in_environment(&url, environment).await;
+        assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
+        clients.push(client);
+    }
+    for server in &cluster.servers {
+        assert_eq!(server.ask::<Vec<String>>("KEYS test:*:q").len(), 1);
+    }
+
+    cluster.servers[2].kill();
+    clients[2].is_away(Duration::from_millis(300)).await;
+    assert_eq!(clients[1].reserve().await, Ok(Verdict::Admitted));
+    cluster.servers[2].start_again();
+    cluster.is_whole().await;
+    let back = clients[2].is_back().await;
+    assert!(back <= SOON, "{back:?}");
+}
+
+/// A server alone does not know its own address: it is that by which it was reached.
+#[tokio::test]
+async fn a_cluster_of_one_has_the_address_by_which_it_was_reached() {
+    let folder = tempfile::tempdir().unwrap();
+    certify(folder.path());
+    let (server, port, _bus) = node(Some(folder.path()));
     server.admin("CLUSTER ADDSLOTSRANGE 0 16383");
-    // A server alone does not know its own address: it is that by which it was reached.
-    let ca = server.folder().join("cert.pem");
+    let ca = folder.path().join("cert.pem");
     let mut client = Client::of(&format!("rediss+cluster://localhost:{port}?ca_file={}", ca.display())).await;
     assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
 }
