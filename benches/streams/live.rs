@@ -21,7 +21,7 @@ const FLOODS: [(usize, usize); 3] = [(4, 1), (16, 1), (16, 150)];
 /// Rounds of streams straight to the mock and by way of the gateway. More than the first number only until one is quiet:
 /// what else the machine does makes events later, and most of all those that pass through more processes.
 const ROUNDS: usize = 3;
-const MOST_ROUNDS: usize = 12;
+const MOST_ROUNDS: usize = 20;
 /// Figures to reach. Of lateness it is what the gateway adds; on a machine that is late by itself, as much more.
 const MOST_KIB: f64 = 64.0;
 const MOST_KIB_UNREAD: f64 = 256.0;

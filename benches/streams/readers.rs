@@ -13,8 +13,8 @@ const PIECES: [(&str, usize); 5] =
 /// MB a second, in pieces as they come from a socket: of a stream without usage, and of whatever else.
 const LEAST: f64 = 500.0;
 const LEAST_OF_OTHERS: f64 = 300.0;
-/// What a build with checks is held to, of that: it has few of the optimisations.
-const CHECKED: f64 = 0.25;
+/// What a build with checks is held to, of that: it has fewer optimisations.
+const CHECKED: f64 = 0.5;
 /// How much longer twice the input may take.
 const MOST_FOR_TWICE: f64 = 2.2;
 const ATTEMPTS: usize = 8;
