@@ -145,6 +145,11 @@ async fn open_each_node_admits_by_the_whole_limits_and_what_was_too_much_is_debt
     assert_eq!(admitted(&nodes[1], 1, "insufficient_quota").await, 0);
 }
 
+async fn shown(node: &Gateway) -> [i64; 3] {
+    let environment = node.environment().await;
+    ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())
+}
+
 #[tokio::test]
 async fn what_is_in_flight_stays_held_whatever_becomes_of_redis() {
     let mut redis = Redis::start();
@@ -162,9 +167,16 @@ async fn what_is_in_flight_stays_held_whatever_becomes_of_redis() {
         callers.push(caller);
         upstream.has_seen(callers.len()).await;
     };
-    let shown = async |node: &Gateway| {
-        let environment = node.environment().await;
-        ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())
+    // At both nodes, as soon as Redis has been told.
+    let come_to_show = async |level_held_used: [i64; 3]| {
+        let both_do = async {
+            for node in nodes.iter() {
+                while shown(node).await != level_held_used {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        };
+        soon(&format!("{level_held_used:?}"), both_do).await;
     };
     // Two before it is lost, one meanwhile.
     begin(&nodes[0]).await;
@@ -174,7 +186,7 @@ async fn what_is_in_flight_stays_held_whatever_becomes_of_redis() {
     begin(&nodes[0]).await;
     redis.start_again();
     until(&nodes, true).await;
-    assert_eq!((shown(&nodes[0]).await, shown(&nodes[1]).await), ([700, 300, 0], [700, 300, 0]));
+    come_to_show([700, 300, 0]).await;
     // One of them ends while it is lost once more.
     redis.kill();
     until(&nodes, false).await;
@@ -187,13 +199,13 @@ async fn what_is_in_flight_stays_held_whatever_becomes_of_redis() {
     .await;
     redis.start_again();
     until(&nodes, true).await;
-    assert_eq!((shown(&nodes[0]).await, shown(&nodes[1]).await), ([750, 200, 50], [750, 200, 50]));
+    come_to_show([750, 200, 50]).await;
     upstream.open_gate();
     upstream.open_gate();
     for caller in &mut callers {
         assert_eq!(caller.reply().await.status, 200);
     }
-    assert_eq!((shown(&nodes[0]).await, shown(&nodes[1]).await), ([850, 0, 150], [850, 0, 150]));
+    come_to_show([850, 0, 150]).await;
 }
 
 #[tokio::test]

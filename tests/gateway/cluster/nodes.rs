@@ -37,10 +37,19 @@ async fn a_burst_through_two_four_and_eight_nodes_gets_what_there_is_and_not_a_t
         }
         assert_eq!(admitted, 50, "{count} nodes");
         for node in nodes.iter() {
-            let environment = node.settled().await;
-            assert_eq!(environment["quotas"][0]["level"], 0, "{environment}");
-            let shared = &environment["shared"];
-            assert_eq!((shared["up"].as_bool(), shared["nodes"].as_u64()), (Some(true), Some(count.into())));
+            let knows_all = async {
+                loop {
+                    let environment = node.settled().await;
+                    let shared = &environment["shared"];
+                    if (&environment["quotas"][0]["level"], &shared["up"], &shared["nodes"])
+                        == (&0.into(), &true.into(), &count.into())
+                    {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            soon("a node to be up, to know the others, and that nothing is left", knows_all).await;
         }
     }
 }
