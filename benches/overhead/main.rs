@@ -112,9 +112,9 @@ fn options(arguments: &[String]) -> Options {
 fn start(options: &Options, upstream: SocketAddr, folder: &Path) -> Vec<(Peer, SocketAddr)> {
     let mut peers = Vec::new();
     for name in &options.peers {
-        let port = free_address();
-        match peers::start(name, port, upstream, folder).and_then(|peer| peer.ready(port)) {
-            Ok(peer) => peers.push((peer, port)),
+        let address = free_address();
+        match peers::start(name, address, upstream, folder).and_then(|peer| peer.ready(address)) {
+            Ok(peer) => peers.push((peer, address)),
             Err(reason) if name.starts_with("tollgate") => panic!("{name} does not start: {reason}"),
             Err(reason) => eprintln!("{name} is left out: {reason}"),
         }

@@ -58,9 +58,9 @@ fn runtime() -> Runtime {
 
 /// A gateway before this upstream.
 fn start(upstream: SocketAddr, folder: &Path) -> (Peer, SocketAddr) {
-    let port = free_address();
-    let peer = peers::start("tollgate", port, upstream, folder).and_then(|peer| peer.ready(port));
-    (peer.unwrap(), port)
+    let address = free_address();
+    let peer = peers::start("tollgate", address, upstream, folder).and_then(|peer| peer.ready(address));
+    (peer.unwrap(), address)
 }
 
 fn paced_streams(

@@ -53,12 +53,12 @@ impl Cluster {
             ports.push(port);
         }
         let cluster = Self { servers, ports };
-        cluster.is_whole().await;
+        cluster.comes_together().await;
         cluster
     }
 
     /// Waits until all servers serve; one that was started takes some seconds.
-    async fn is_whole(&self) {
+    async fn comes_together(&self) {
         let is_whole = |server: &Server| {
             let info = server.ask::<String>("CLUSTER INFO");
             info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
@@ -181,7 +181,7 @@ async fn a_cluster_may_want_tls() {
     clients[2].is_away(Duration::from_millis(300)).await;
     assert_eq!(clients[1].reserve().await, Ok(Verdict::Admitted));
     cluster.servers[2].start_again();
-    cluster.is_whole().await;
+    cluster.comes_together().await;
     let back = clients[2].is_back().await;
     assert!(back <= SOON, "{back:?}");
 }
