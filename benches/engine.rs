@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, Environment, parse};
-use tollgate::ledger::{Account, Want};
-use tollgate::quota::{Amounts, Asker};
+use tollgate::ledger::{Account, Demand};
+use tollgate::quota::{Amounts, Subject};
 use tollgate::store::Store;
 
 fn main() {
@@ -110,13 +110,13 @@ fn in_memory(threads: usize, operations: usize) -> InMemory {
     InMemory { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
 }
 
-fn want() -> Want<'static> {
-    let asker = Asker { caller: None, model: "gpt-4o" };
-    Want { asker, prompt: 100, generates: true, cap: Some(500), completions: 1 }
+fn demand() -> Demand<'static> {
+    let subject = Subject { caller: None, model: "gpt-4o" };
+    Demand { subject, prompt: 100, generates: true, cap: Some(500), completions: 1 }
 }
 
 fn reserve_and_settle(account: &Arc<Account>) {
-    let mut reservation = account.reserve(&want()).unwrap();
+    let mut reservation = account.reserve(&demand()).unwrap();
     reservation.observe(Amounts::of_request(100, 200));
     reservation.is_whole();
 }
@@ -176,7 +176,7 @@ fn load(account: &Arc<Account>, seconds: f64) -> Kept {
 async fn requests(account: Arc<Account>, until: Instant, answer_ms: u64) -> Vec<Duration> {
     let mut waits = Vec::new();
     while Instant::now() < until {
-        let mut reservation = account.reserve(&want()).unwrap();
+        let mut reservation = account.reserve(&demand()).unwrap();
         let began = Instant::now();
         reservation.kept().await;
         waits.push(began.elapsed());

@@ -2,7 +2,7 @@
 
 use crate::config::OnStoreFailure;
 use crate::ledger::{Account, NoRoom, QuotaKey, Sharing, Snapshot};
-use crate::proxy::Shared;
+use crate::proxy;
 use crate::quota::{Kind, Level, MAX_LIMIT, Quota, Scope, Window};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
@@ -28,14 +28,14 @@ const LARGEST_BODY: usize = 64 * 1024;
 
 #[derive(Clone)]
 struct Admin {
-    shared: Arc<Shared>,
+    state: Arc<proxy::State>,
     /// Names under which a browser on this machine may call the listener.
     hosts: Arc<[String]>,
 }
 
 /// The service behind the admin listener at this address.
 pub(crate) fn service(
-    shared: Arc<Shared>,
+    state: Arc<proxy::State>,
     address: SocketAddr,
 ) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
     let port = address.port();
@@ -45,7 +45,7 @@ pub(crate) fn service(
         format!("127.0.0.1:{port}"),
         format!("[::1]:{port}"),
     ];
-    let admin = Admin { shared, hosts: hosts.into() };
+    let admin = Admin { state, hosts: hosts.into() };
     let router = Router::new()
         .route("/", get(page))
         .route("/livez", get(|| async { "alive\n" }))
@@ -68,7 +68,7 @@ pub(crate) fn service(
 /// no web page of another site that a browser on this machine has open.
 async fn guard(State(admin): State<Admin>, request: Request, next: Next) -> Response {
     let open = matches!(request.uri().path(), "/livez" | "/readyz");
-    let refused = match &admin.shared.config.admin.token {
+    let refused = match &admin.state.config.admin.token {
         Some(_) if open => None,
         Some(token) => (!has_token(request.headers(), token.expose())).then(|| {
             refusal(StatusCode::UNAUTHORIZED, "invalid_token", "Send 'Authorization: Bearer <admin.token>'.")
@@ -111,17 +111,17 @@ async fn page() -> Html<&'static str> {
 }
 
 async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
-    if admin.shared.is_draining() {
+    if admin.state.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
     }
     let mut said = String::new();
     // It serves: whoever takes it out of service loses more than the store does.
-    if let Some(trouble) = admin.shared.store_trouble() {
+    if let Some(trouble) = admin.state.store_trouble() {
         let _ = writeln!(said, "ready, but the store cannot be written: {trouble}");
     }
     let mut status = StatusCode::OK;
-    let policy = admin.shared.config.store.redis.as_ref().map(|redis| redis.on_failure);
-    for (environment, account) in admin.shared.environments() {
+    let policy = admin.state.config.store.redis.as_ref().map(|redis| redis.on_failure);
+    for (environment, account) in admin.state.environments() {
         let Some(Sharing { trouble, nodes, faults, .. }) = account.sharing() else { continue };
         let name = &environment.name;
         if let Some(trouble) = trouble {
@@ -147,8 +147,8 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
-    let shared = &admin.shared;
-    match shared.metrics.render(&shared.environments(), shared.store_trouble().is_none()) {
+    let state = &admin.state;
+    match state.metrics.render(&state.environments(), state.store_trouble().is_none()) {
         Ok(text) => {
             let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
             (kind, Body::from(text)).into_response()
@@ -161,9 +161,9 @@ async fn metrics(State(admin): State<Admin>) -> Response {
 }
 
 async fn environments(State(admin): State<Admin>) -> Json<Value> {
-    let shared = &admin.shared;
+    let state = &admin.state;
     let mut all = Vec::new();
-    for (environment, account) in shared.config.environments.iter().zip(&shared.accounts) {
+    for (environment, account) in state.config.environments.iter().zip(&state.accounts) {
         account.refresh().await;
         all.push(shown(environment, account));
     }
@@ -171,9 +171,9 @@ async fn environments(State(admin): State<Admin>) -> Json<Value> {
 }
 
 async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Response {
-    match admin.shared.config.environment(&name) {
+    match admin.state.config.environment(&name) {
         Some((index, environment)) => {
-            let account = &admin.shared.accounts[index];
+            let account = &admin.state.accounts[index];
             account.refresh().await;
             Json(shown(environment, account)).into_response()
         }
@@ -238,10 +238,10 @@ async fn change_limit(
     whose: &Whose,
     limit: Option<(u64, u64)>,
 ) -> Response {
-    let Some((index, settings)) = admin.shared.config.environment(environment) else {
+    let Some((index, settings)) = admin.state.config.environment(environment) else {
         return unknown_environment();
     };
-    let account = &admin.shared.accounts[index];
+    let account = &admin.state.accounts[index];
     let Some(kind) = Kind::ALL.into_iter().find(|known| known.as_str() == kind) else {
         return unknown_quota();
     };
@@ -256,10 +256,10 @@ async fn change_limit(
 }
 
 async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> Response {
-    let Some((index, settings)) = admin.shared.config.environment(&environment) else {
+    let Some((index, settings)) = admin.state.config.environment(&environment) else {
         return unknown_environment();
     };
-    let account = &admin.shared.accounts[index];
+    let account = &admin.state.accounts[index];
     if let Err(no_room) = account.reset().await {
         return away(&no_room);
     }

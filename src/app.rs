@@ -5,7 +5,7 @@ use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::estimate;
 use crate::ledger::Account;
-use crate::proxy::{Proxy, Shared};
+use crate::proxy::{Proxy, State};
 use crate::server::{self, Order, Peer};
 use crate::store::{Store, Writer};
 use crate::upstream;
@@ -39,17 +39,17 @@ pub enum Workers {
     #[default]
     PerCore,
     /// One work-stealing runtime over all cores.
-    Shared,
+    WorkStealing,
 }
 
 /// A running gateway. Dropping it stops it at once: what is under way is cut off, and settled.
 pub struct App {
     address: SocketAddr,
     admin_address: SocketAddr,
-    shared: Arc<Shared>,
+    state: Arc<State>,
     workers: Vec<Thread>,
     admin: Thread,
-    /// Speaks to Redis, where counters are shared.
+    /// Speaks to Redis, where counters are state.
     cluster: Option<Thread>,
     drain_timeout: Duration,
     /// Dropped last: it writes what the others have settled.
@@ -110,18 +110,17 @@ impl App {
         let drain_timeout = config.server.drain_timeout;
         let tls = upstream::client_config()?;
         let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
-        let shared = Arc::new(Shared::new(config, store.as_ref())?);
-        let store = store
-            .map(|store| store.start(shared.environments(), shared.calibrations().clone()))
-            .transpose()?;
+        let state = Arc::new(State::new(config, store.as_ref())?);
+        let store =
+            store.map(|store| store.start(state.environments(), state.calibrations().clone())).transpose()?;
         // The vocabularies are loaded off the request path, and nobody is served before they are.
         if warm.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        let cluster = if shared.config.store.redis.is_some() { Some(take_part(&shared)?) } else { None };
+        let cluster = if state.config.store.redis.is_some() { Some(take_part(&state)?) } else { None };
         let mut threads = Vec::new();
         for listener in listeners {
-            let proxy = Arc::new(Proxy::new(shared.clone(), &tls)?);
+            let proxy = Arc::new(Proxy::new(state.clone(), &tls)?);
             let runtime = if workers == Workers::PerCore { one_core()? } else { all_cores(cores)? };
             threads.push(Thread::spawn("worker", runtime, move |orders| {
                 let service_for = move |peer: Arc<Peer>| {
@@ -134,13 +133,13 @@ impl App {
                 server::serve(listener, service_for, patience, orders)
             })?);
         }
-        let router = admin::service(shared.clone(), admin_address);
+        let router = admin::service(state.clone(), admin_address);
         let mut admin_listeners = admin_listeners;
         let admin_listener = admin_listeners.pop().context("no admin socket")?;
         let admin = Thread::spawn("admin", one_core()?, move |orders| {
             server::serve(admin_listener, move |_| router.clone(), patience, orders)
         })?;
-        Ok(Self { address, admin_address, shared, workers: threads, admin, cluster, drain_timeout, store })
+        Ok(Self { address, admin_address, state, workers: threads, admin, cluster, drain_timeout, store })
     }
 
     /// Where callers are served.
@@ -157,8 +156,8 @@ impl App {
     /// the others, and settles everything. Blocks until that is done.
     pub fn shutdown(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
-        let under_way = self.shared.in_flight();
-        self.shared.drain();
+        let under_way = self.state.in_flight();
+        self.state.drain();
         for worker in &self.workers {
             worker.order(self.drain_timeout);
         }
@@ -195,8 +194,8 @@ impl Drop for App {
 
 /// Joins the cluster. Returns when every environment has, or when Redis lets it wait: nobody is to be admitted by
 /// counters of this node's own just because it was faster than its first connection.
-fn take_part(shared: &Shared) -> anyhow::Result<Thread> {
-    let accounts = shared.accounts.clone();
+fn take_part(state: &State) -> anyhow::Result<Thread> {
+    let accounts = state.accounts.clone();
     let thread = Thread::spawn("cluster", one_core()?, move |mut orders| async move {
         let (stop, stops) = watch::channel(false);
         let mut parts = JoinSet::new();
@@ -215,7 +214,7 @@ fn take_part(shared: &Shared) -> anyhow::Result<Thread> {
     let clock = Stopwatch::start();
     let is_missing =
         |account: &Arc<Account>| account.sharing().is_some_and(|sharing| sharing.trouble.is_some());
-    while clock.elapsed() < LONGEST_START && shared.accounts.iter().any(is_missing) {
+    while clock.elapsed() < LONGEST_START && state.accounts.iter().any(is_missing) {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(thread)

@@ -1,35 +1,35 @@
 //! Who holds what: the counters of every environment, and reservations that settle themselves.
 
+mod allowance;
 mod cluster;
 mod commits;
 mod counters;
-mod history;
-mod learned;
 mod lease;
-mod limits;
-mod line;
 mod node;
+mod overrides;
+mod usage_history;
+mod wait_queue;
 
 use crate::clock::{self, Timestamp};
 use crate::config::Environment;
-use crate::quota::{Amounts, Asker, Level, Quota, Saved, Standing};
+use crate::quota::{Amounts, Level, Quota, Saved, Standing, Subject};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use commits::Commits;
-pub use counters::{Admission, Counters, Ended, Grant, NoRoom, Progress, Rules, Totals, Want};
-pub(crate) use history::OTHER;
-pub use history::Row;
-pub use limits::{AuditEntry, QuotaKey};
-use line::Line;
+pub use counters::{Admission, Counters, Demand, Ended, Grant, NoRoom, Progress, Rules, Totals};
 use node::Node;
 pub use node::Sharing;
+pub use overrides::{AuditEntry, QuotaKey};
+pub(crate) use usage_history::OTHER;
+pub use usage_history::Row;
+use wait_queue::WaitQueue;
 
 /// A store that does not take a reservation within this time is not waited for any longer.
 const LONGEST_WAIT_FOR_STORE: Duration = Duration::from_secs(1);
 
 /// Who keeps what changes, so that it outlives the process.
-pub trait Keeper: Send + Sync + std::fmt::Debug {
+pub trait Persistence: Send + Sync + std::fmt::Debug {
     /// Something has changed. `urgent`: somebody waits until it is kept.
     fn changed(&self, urgent: bool);
 
@@ -47,8 +47,8 @@ pub trait Keeper: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub struct Account {
     counters: Mutex<Counters>,
-    line: Line,
-    keeper: Option<Arc<dyn Keeper>>,
+    wait_queue: WaitQueue,
+    keeper: Option<Arc<dyn Persistence>>,
     /// The way to Redis, where counters are shared.
     node: Option<Node>,
 }
@@ -87,7 +87,7 @@ pub struct Changes {
 
 /// What another process has left of an account.
 #[derive(Debug, Default)]
-pub struct Left {
+pub struct RestoredState {
     /// Quotas with what was kept of them.
     pub quotas: Vec<(Quota, Saved)>,
     /// Sums, without what was held.
@@ -101,33 +101,37 @@ pub struct Left {
 impl Account {
     /// Full quotas, kept by nobody.
     pub fn open(environment: &Environment) -> Self {
-        Self::open_with(environment, None, &Left::default())
+        Self::open_with(environment, None, &RestoredState::default())
     }
 
     /// The quotas as another process has left them, and `keeper` to keep them from now on.
-    pub fn open_with(environment: &Environment, keeper: Option<Arc<dyn Keeper>>, left: &Left) -> Self {
+    pub fn open_with(
+        environment: &Environment,
+        keeper: Option<Arc<dyn Persistence>>,
+        left: &RestoredState,
+    ) -> Self {
         let now = clock::now();
         let mut counters = Counters::new(Rules::of(environment), &environment.quotas, now);
         if keeper.is_some() {
             counters.take_over(now, left);
         }
-        Self { counters: Mutex::new(counters), line: Line::default(), keeper, node: None }
+        Self { counters: Mutex::new(counters), wait_queue: WaitQueue::default(), keeper, node: None }
     }
 
     /// Holds room for one request in every quota it touches, or in none. For counters that are this node's own.
     ///
     /// # Errors
     /// What is in the way. A denied request changes nothing but the count of denials.
-    pub fn reserve(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
-        self.reserve_by(want, Counters::admit)
+    pub fn reserve(self: &Arc<Self>, demand: &Demand<'_>) -> Result<Reservation, NoRoom> {
+        self.reserve_by(demand, Counters::admit)
     }
 
     /// The same where Redis may have to be asked. Dropping the future takes nothing.
     ///
     /// # Errors
     /// What is in the way.
-    pub async fn reserve_shared(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
-        self.try_reserve(want).await.map_err(|no_room| self.deny_shared(no_room, want.asker))
+    pub async fn reserve_shared(self: &Arc<Self>, demand: &Demand<'_>) -> Result<Reservation, NoRoom> {
+        self.try_reserve(demand).await.map_err(|no_room| self.deny_shared(no_room, demand.subject))
     }
 
     /// The same, but a request that does not fit waits for room, at most so long, behind those that
@@ -137,33 +141,33 @@ impl Account {
     /// What is in the way, once no wait is left that could help.
     pub async fn reserve_in_line(
         self: &Arc<Self>,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
         longest: Duration,
     ) -> Result<Reservation, NoRoom> {
-        let reserve = || self.try_reserve(want);
+        let reserve = || self.try_reserve(demand);
         let in_the_way = || {
             let mut counters = self.lock();
             let now = counters.now(clock::now());
-            counters.in_the_way(now, want)
+            counters.in_the_way(now, demand)
         };
-        let waited = line::wait(&self.line, longest, reserve, in_the_way).await;
+        let waited = wait_queue::wait(&self.wait_queue, longest, reserve, in_the_way).await;
         // Whoever has waited in vain, or has found no place, does not overtake those who stand before.
-        waited.ok_or_else(|| self.deny(want))
+        waited.ok_or_else(|| self.deny(demand))
     }
 
     /// A denial is not counted: it may be tried again.
-    async fn try_reserve(self: &Arc<Self>, want: &Want<'_>) -> Result<Reservation, NoRoom> {
+    async fn try_reserve(self: &Arc<Self>, demand: &Demand<'_>) -> Result<Reservation, NoRoom> {
         if !self.is_shared() {
-            return self.reserve_by(want, Counters::try_admit);
+            return self.reserve_by(demand, Counters::try_admit);
         }
-        let (admission, is_durable) = self.try_shared(want).await?;
-        Ok(self.hold(want, admission, is_durable))
+        let (admission, is_durable) = self.try_shared(demand).await?;
+        Ok(self.hold(demand, admission, is_durable))
     }
 
-    fn deny(&self, want: &Want<'_>) -> NoRoom {
+    fn deny(&self, demand: &Demand<'_>) -> NoRoom {
         let mut counters = self.lock();
         let now = counters.now(clock::now());
-        let no_room = counters.deny(now, want);
+        let no_room = counters.deny(now, demand);
         drop(counters);
         self.changed(false);
         no_room
@@ -171,17 +175,17 @@ impl Account {
 
     fn reserve_by(
         self: &Arc<Self>,
-        want: &Want<'_>,
-        admit: impl FnOnce(&mut Counters, Timestamp, &Want<'_>) -> Result<Admission, NoRoom>,
+        demand: &Demand<'_>,
+        admit: impl FnOnce(&mut Counters, Timestamp, &Demand<'_>) -> Result<Admission, NoRoom>,
     ) -> Result<Reservation, NoRoom> {
         let mut counters = self.lock();
         // Read under the lock, so that no request's clock runs behind that of the one before.
         let now = counters.now(clock::now());
-        let admitted = admit(&mut counters, now, want);
-        let is_durable = counters.are_durable(want.asker);
+        let admitted = admit(&mut counters, now, demand);
+        let is_durable = counters.are_durable(demand.subject);
         drop(counters);
         match admitted {
-            Ok(admission) => Ok(self.hold(want, admission, is_durable)),
+            Ok(admission) => Ok(self.hold(demand, admission, is_durable)),
             Err(no_room) => {
                 self.changed(false);
                 Err(no_room)
@@ -189,7 +193,7 @@ impl Account {
         }
     }
 
-    fn hold(self: &Arc<Self>, want: &Want<'_>, admission: Admission, is_durable: bool) -> Reservation {
+    fn hold(self: &Arc<Self>, demand: &Demand<'_>, admission: Admission, is_durable: bool) -> Reservation {
         let Admission { grant, clamped_to, would_deny, standing } = admission;
         let keeper = self.keeper.as_deref().filter(|keeper| is_durable && keeper.is_writing());
         let kept = keeper.map(|keeper| keeper.commits().next());
@@ -197,7 +201,7 @@ impl Account {
         Reservation {
             account: self.clone(),
             grant: Some(grant),
-            asker: (want.asker.caller, want.asker.model.into()),
+            subject: (demand.subject.caller, demand.subject.model.into()),
             ended: Ended::default(),
             standing,
             clamped_to,
@@ -233,10 +237,10 @@ impl Account {
         (!is_nothing).then_some(Changes { quotas, totals, held, usage, overrides, audit })
     }
 
-    /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`.
-    pub fn standing(&self, asker: Asker<'_>) -> [Option<Standing>; 4] {
+    /// What the subject is told of its quotas of each kind, in the order of `Kind::ALL`.
+    pub fn standing(&self, subject: Subject<'_>) -> [Option<Standing>; 4] {
         let counters = self.lock();
-        counters.quotas.standing(counters.now(clock::now()), asker)
+        counters.quotas.standing(counters.now(clock::now()), subject)
     }
 
     /// All counters at one moment.
@@ -280,7 +284,7 @@ impl Account {
     }
 
     async fn keep(&self) {
-        self.line.somebody_has_ended();
+        self.wait_queue.somebody_has_ended();
         let Some(commit) = self.keeper.as_ref().map(|keeper| keeper.commits().next()) else { return };
         self.changed(true);
         self.when_kept(commit).await;
@@ -291,13 +295,13 @@ impl Account {
         self.lock().in_flight
     }
 
-    fn settle(&self, asker: Asker<'_>, grant: Grant, ended: Ended) {
+    fn settle(&self, subject: Subject<'_>, grant: Grant, ended: Ended) {
         let mut counters = self.lock();
         let now = counters.now(clock::now());
-        counters.settle(now, asker, grant, ended);
+        counters.settle(now, subject, grant, ended);
         drop(counters);
         self.tell();
-        self.line.somebody_has_ended();
+        self.wait_queue.somebody_has_ended();
         self.changed(false);
     }
 
@@ -315,7 +319,7 @@ impl Account {
 pub struct Reservation {
     account: Arc<Account>,
     grant: Option<Grant>,
-    asker: (Option<usize>, Box<str>),
+    subject: (Option<usize>, Box<str>),
     ended: Ended,
     standing: [Option<Standing>; 4],
     clamped_to: Option<u64>,
@@ -348,11 +352,11 @@ impl Reservation {
         let before = grant.reserved();
         let mut counters = self.account.lock();
         let now = counters.now(clock::now());
-        let progress = counters.progress(now, &self.asker.1, grant, spent);
+        let progress = counters.progress(now, &self.subject.1, grant, spent);
         drop(counters);
         self.account.tell();
         let has_grown = grant.reserved() != before;
-        self.account.line.somebody_has_ended();
+        self.account.wait_queue.somebody_has_ended();
         // Nobody waits for it, but what is delivered should be kept soon.
         self.account.changed(self.is_durable && has_grown);
         progress
@@ -412,8 +416,8 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if let Some(grant) = self.grant.take() {
-            let (caller, model) = &self.asker;
-            self.account.settle(Asker { caller: *caller, model }, grant, self.ended);
+            let (caller, model) = &self.subject;
+            self.account.settle(Subject { caller: *caller, model }, grant, self.ended);
         }
     }
 }

@@ -34,8 +34,8 @@ pub mod estimate;
 pub mod glob;
 mod json;
 pub mod quota;
+pub mod redis;
 mod roots;
-pub mod shared;
 pub mod usage;
 
 // The settings.

@@ -10,7 +10,7 @@ mod query;
 mod reader;
 mod refusal;
 mod route;
-mod shared;
+mod state;
 mod unsettled;
 
 use crate::api::Dialect;
@@ -18,8 +18,8 @@ use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, LONGEST_KEY, OnDisconnect};
 use crate::error::ProxyError;
-use crate::ledger::{NoRoom, Reservation, Want};
-use crate::quota::{Amounts, Asker};
+use crate::ledger::{Demand, NoRoom, Reservation};
+use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
 use crate::telemetry::{Outcome, Record};
 use crate::upstream::{self, SendError, Upstream};
@@ -38,13 +38,13 @@ use call::{Call, Reading};
 use headers::{OurKeys, SentKey, Told, Unread};
 use metered::{Kept, Metered, Terms};
 use route::{Endpoint, NoRoute, Route};
-use shared::Owner;
-pub use shared::Shared;
+use state::Owner;
+pub use state::State;
 
 /// One worker's way to serve requests: what is shared, and its own upstream connections.
 #[derive(Clone)]
 pub struct Proxy {
-    shared: Arc<Shared>,
+    state: Arc<State>,
     upstreams: Arc<[Arc<Upstream>]>,
 }
 
@@ -81,16 +81,16 @@ impl Proxy {
     ///
     /// # Errors
     /// An upstream's host cannot be a TLS server's name.
-    pub fn new(shared: Arc<Shared>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
+    pub fn new(state: Arc<State>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
         let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls).map(Arc::new);
-        let upstreams = shared.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
-        Ok(Self { shared, upstreams })
+        let upstreams = state.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
+        Ok(Self { state, upstreams })
     }
 
     /// Serves one request: the upstream's answer, or the gateway's own refusal.
     pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
         peer.begin();
-        let record = Record::begin(self.shared.metrics.clone());
+        let record = Record::begin(self.state.metrics.clone());
         let mut charge = Charge { reservation: None, record };
         let dialect = route::dialect(request.uri().path());
         let mut told = Told { dialect, ..Told::default() };
@@ -124,10 +124,10 @@ impl Proxy {
     ) -> Result<Option<Forward>, ProxyError> {
         let (head, body) = request.into_parts();
         told.unread = call::unread(&body);
-        if let Some(Err(wait)) = self.shared.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
+        if let Some(Err(wait)) = self.state.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
             return Err(ProxyError::Flood { wait });
         }
-        if self.shared.is_draining() {
+        if self.state.is_draining() {
             return Err(ProxyError::ShuttingDown);
         }
         call::check_head(&head.headers, &head.uri, head.version)?;
@@ -137,7 +137,7 @@ impl Proxy {
             return Ok(None);
         }
         let who = self.identify(&route, &head)?;
-        let environment = &self.shared.config.environments[who.environment];
+        let environment = &self.state.config.environments[who.environment];
         self.name(who, &mut charge.record, told);
         if route.endpoint == Endpoint::Other {
             if !environment.forward_other_paths {
@@ -147,7 +147,7 @@ impl Proxy {
         }
         call::check_encoding(&head.headers)?;
 
-        let most = self.shared.config.server.max_request_body;
+        let most = self.state.config.server.max_request_body;
         let body = call::read_body(body, most, peer.patience.body).await?;
         told.unread = Unread::Nothing;
         let received = Stopwatch::start();
@@ -155,7 +155,7 @@ impl Proxy {
         describe(&call, &route, environment, &mut charge.record, told)?;
         self.reserve(who, environment, &route, &call, charge, told).await?;
 
-        let names = &self.shared.names[who.environment];
+        let names = &self.state.names[who.environment];
         let endpoint = route.endpoint;
         let credential = names.credential.as_ref();
         // Google's clients may have their key in the query.
@@ -207,7 +207,7 @@ impl Proxy {
             environment,
         };
         let withholds = call.asks_for_usage();
-        let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.shared.calibrations));
+        let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.state.calibrations));
         let lesson = lesson.flatten();
         let (response, kept) =
             self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge);
@@ -246,14 +246,14 @@ impl Proxy {
         let answer = upstream.send(&forward.request, started, &mut reached).await.map_err(failed)?;
         // Else it was not what the gateway had added.
         if answer.0.status.is_success() {
-            self.shared.ask_no_longer(forward.upstream);
+            self.state.ask_no_longer(forward.upstream);
         }
         Ok(answer)
     }
 
     fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
         let path = head.uri.path();
-        match route::find(&self.shared.config, &head.method, path) {
+        match route::find(&self.state.config, &head.method, path) {
             Ok(route) => Ok(route),
             Err(NoRoute::Method(allow)) => Err(ProxyError::MethodNotAllowed { allow }),
             Err(NoRoute::Unknown) => Err(self.unknown_path(head)),
@@ -262,7 +262,7 @@ impl Proxy {
 
     fn unknown_path(&self, head: &http::request::Parts) -> ProxyError {
         let dialect = route::dialect(head.uri.path());
-        let base_path = route::base_path(&self.shared.config, head.uri.path(), dialect);
+        let base_path = route::base_path(&self.state.config, head.uri.path(), dialect);
         let path = head.uri.path().chars().take(200).collect();
         ProxyError::UnknownPath { path, base_path, dialect }
     }
@@ -278,14 +278,14 @@ impl Proxy {
         let known: SmallVec<[_; 2]> =
             self.callers_of(&sent).filter_map(|(key, of)| of.map(|of| (key, of))).collect();
         let first = known.iter().find(|(key, _)| key.is_regular).map(|&(_, of)| of);
-        let default = self.shared.config.default_environment;
+        let default = self.state.config.default_environment;
         let named = route.environment.or(first.map(|(environment, _)| environment)).or(default);
         let environment = named.ok_or_else(unknown)?;
         if known.iter().any(|(_, (of_key, _))| *of_key != environment) {
             return Err(ProxyError::WrongEnvironment);
         }
         let caller = first.map(|(_, caller)| caller);
-        if caller.is_none() && !self.shared.config.environments[environment].callers.is_empty() {
+        if caller.is_none() && !self.state.config.environments[environment].callers.is_empty() {
             return Err(unknown());
         }
         let mut keys = OurKeys::default();
@@ -323,17 +323,17 @@ impl Proxy {
 
     /// Environment and caller of a key: found by its digest, compared in constant time.
     fn caller_of(&self, key: &[u8]) -> Option<Owner> {
-        if self.shared.callers.is_empty() || key.len() > LONGEST_KEY {
+        if self.state.callers.is_empty() || key.len() > LONGEST_KEY {
             return None;
         }
         let digest: [u8; 32] = Sha256::digest(key).into();
-        let &(environment, caller) = self.shared.callers.get(&digest)?;
-        let stored = &self.shared.config.environments[environment].callers[caller].sha256;
+        let &(environment, caller) = self.state.callers.get(&digest)?;
+        let stored = &self.state.config.environments[environment].callers[caller].sha256;
         bool::from(stored.ct_eq(&digest)).then_some((environment, caller))
     }
 
     fn name(&self, who: Caller, record: &mut Record, told: &mut Told) {
-        let names = &self.shared.names[who.environment];
+        let names = &self.state.names[who.environment];
         record.environment = names.environment.clone();
         record.series = Some(names.series.clone());
         record.caller = who.index.map(|index| names.callers[index].clone());
@@ -348,7 +348,7 @@ impl Proxy {
         content_type: Option<&HeaderValue>,
         body: Bytes,
     ) -> Result<Call, ProxyError> {
-        let environment = &self.shared.config.environments[who.environment];
+        let environment = &self.state.config.environments[who.environment];
         let api = match route.endpoint {
             Endpoint::Counted(api) => api,
             Endpoint::Uncounted(_) => {
@@ -360,17 +360,17 @@ impl Proxy {
             }
             Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::unread(body)),
         };
-        let upstream = self.shared.names[who.environment].upstream;
+        let upstream = self.state.names[who.environment].upstream;
         let reading = Reading {
             api,
             model: route.model.map(str::to_owned),
             streams: route.streams,
-            models: self.shared.models.clone(),
-            ask_for_usage: self.shared.asks_for_usage(upstream),
+            models: self.state.models.clone(),
+            ask_for_usage: self.state.asks_for_usage(upstream),
         };
         let mut call = Call::read(body, reading).await?;
         if environment.calibrate {
-            call.correct(self.shared.calibrations.correction(upstream, &call.model, call.estimate.kind));
+            call.correct(self.state.calibrations.correction(upstream, &call.model, call.estimate.kind));
         }
         call.add_unseen(environment.unseen_prompt_tokens);
         Ok(call)
@@ -389,9 +389,9 @@ impl Proxy {
         if matches!(route.endpoint, Endpoint::Models | Endpoint::Root) {
             return Ok(());
         }
-        let account = &self.shared.accounts[who.environment];
-        let want = Want {
-            asker: Asker { caller: who.index, model: &call.model },
+        let account = &self.state.accounts[who.environment];
+        let demand = Demand {
+            subject: Subject { caller: who.index, model: &call.model },
             prompt: call.prompt_tokens,
             generates: route.endpoint.generates(),
             cap: call.completion_cap,
@@ -399,16 +399,16 @@ impl Proxy {
         };
         let longest = environment.reserve.max_wait;
         let reserved = if !longest.is_zero() {
-            Box::pin(account.reserve_in_line(&want, longest)).await
+            Box::pin(account.reserve_in_line(&demand, longest)).await
         } else if account.is_shared() {
-            Box::pin(account.reserve_shared(&want)).await
+            Box::pin(account.reserve_shared(&demand)).await
         } else {
-            account.reserve(&want)
+            account.reserve(&demand)
         };
         let mut reservation = match reserved {
             Ok(reservation) => reservation,
             Err(no_room) => {
-                told.standing = account.standing(want.asker);
+                told.standing = account.standing(demand.subject);
                 return Err(self.denied(no_room, environment));
             }
         };
@@ -424,7 +424,7 @@ impl Proxy {
 
     fn denied(&self, no_room: NoRoom, environment: &Environment) -> ProxyError {
         let (code, worst) = (no_room_code(&no_room), no_room.worst());
-        self.shared.metrics.rejected(&environment.name, code, worst, false);
+        self.state.metrics.rejected(&environment.name, code, worst, false);
         let name = environment.name.clone();
         match no_room {
             NoRoom::Quota(denied) => {
@@ -438,7 +438,7 @@ impl Proxy {
     /// The quotas only watch: what they would have done is logged and counted apart.
     fn would_deny(&self, no_room: &NoRoom, environment: &Environment, record: &Record) {
         let (code, worst) = (no_room_code(no_room), no_room.worst());
-        self.shared.metrics.rejected(&environment.name, code, worst, true);
+        self.state.metrics.rejected(&environment.name, code, worst, true);
         tracing::info!(
             environment = environment.name,
             caller = record.caller.as_deref(),
@@ -463,7 +463,7 @@ impl Proxy {
             let id = id.to_str().unwrap_or_default();
             id[..id.floor_char_boundary(LONGEST_SHOWN)].clone_into(&mut record.request_id);
         } else {
-            record.request_id = self.shared.request_ids.next();
+            record.request_id = self.state.request_ids.next();
             if let Ok(id) = HeaderValue::from_str(&record.request_id) {
                 parts.headers.insert(REQUEST_ID, id);
             }
@@ -491,7 +491,7 @@ impl Proxy {
             _ => Outcome::Refused,
         };
         if record.request_id.is_empty() {
-            record.request_id = self.shared.request_ids.next();
+            record.request_id = self.state.request_ids.next();
         }
         let mut response = error.into_response(told.dialect);
         record.status = response.status().as_u16();

@@ -12,7 +12,7 @@ use std::fmt;
 
 pub use bucket::Bucket;
 pub use period::Calendar;
-pub use table::{Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, State, Wait};
+pub use table::{Denied, Level, Quotas, Receipt, Shortfall, Standing, State, Subject, Wait};
 
 /// Largest limit or burst: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;
@@ -274,7 +274,7 @@ pub struct Saved {
 
 /// What a request asks of its quotas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ask {
+pub struct Required {
     /// What is to be held while it is in flight.
     pub amounts: Amounts,
     /// Whether the model generates tokens for it. If not, an exhausted quota of completion tokens

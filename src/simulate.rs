@@ -9,8 +9,8 @@ mod trace;
 
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, OnOverrun, WhenShort};
-use crate::ledger::{Counters, Ended, Grant, NoRoom, Progress, Rules, Want};
-use crate::quota::{Amounts, Asker, Bucket, Kind, Quota, Scope, Window};
+use crate::ledger::{Counters, Demand, Ended, Grant, NoRoom, Progress, Rules};
+use crate::quota::{Amounts, Bucket, Kind, Quota, Scope, Subject, Window};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
@@ -267,14 +267,14 @@ impl<'a> Replay<'a> {
         let column = self.column(call.at);
         self.outcome.offered_by_time[column] += tokens;
         let cap = if self.mode == Mode::Oracle { Some(call.completion) } else { call.max_tokens };
-        let want = Want {
-            asker: Asker { caller: None, model: &call.model },
+        let demand = Demand {
+            subject: Subject { caller: None, model: &call.model },
             prompt: call.prompt,
             generates: true,
             cap,
             completions: 1,
         };
-        match self.counters.admit(self.now, &want) {
+        match self.counters.admit(self.now, &demand) {
             Ok(admission) => {
                 self.outcome.admitted += 1;
                 self.outcome.admitted_by_time[column] += tokens;
@@ -335,9 +335,9 @@ impl<'a> Replay<'a> {
     }
 
     fn end(&mut self, flight: Flight, spent: Amounts) {
-        let asker = Asker { caller: None, model: &self.calls[flight.call].model };
+        let subject = Subject { caller: None, model: &self.calls[flight.call].model };
         let ended = Ended { spent, is_whole: spent.completion >= flight.completion };
-        self.counters.settle(self.now, asker, flight.grant, ended);
+        self.counters.settle(self.now, subject, flight.grant, ended);
         self.outcome.spent = self.outcome.spent.plus(spent);
         let is_calendar = |meter: &Meter| matches!(meter.ideal, Ideal::Calendar);
         if !self.meters.iter().any(is_calendar) {

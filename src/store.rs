@@ -15,7 +15,7 @@ mod writer;
 use crate::calibrations::{Calibrations, Kept};
 use crate::clock;
 use crate::config::{self, Environment};
-use crate::ledger::{Account, Commits, Keeper, Left, OTHER};
+use crate::ledger::{Account, Commits, OTHER, Persistence, RestoredState};
 use crate::quota::{Calendar, Quota, Saved, Scope, Window};
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
@@ -100,7 +100,7 @@ impl Signal {
     }
 }
 
-impl Keeper for Signal {
+impl Persistence for Signal {
     fn changed(&self, urgent: bool) {
         let mut state = self.lock();
         state.urgent |= urgent;
@@ -163,8 +163,8 @@ impl Store {
     ///
     /// # Errors
     /// The file cannot be read.
-    pub fn left(&self, environment: &Environment) -> anyhow::Result<Left> {
-        let read = || -> rusqlite::Result<Left> {
+    pub fn left(&self, environment: &Environment) -> anyhow::Result<RestoredState> {
+        let read = || -> rusqlite::Result<RestoredState> {
             let (totals, held) = self.database.totals(&environment.name)?;
             let (mut quotas, mut overrides) = (Vec::new(), Vec::new());
             for quota in &environment.quotas {
@@ -177,7 +177,7 @@ impl Store {
                     overrides.push(quota.with_limit(limit, burst));
                 }
             }
-            Ok(Left { quotas, totals, held, overrides })
+            Ok(RestoredState { quotas, totals, held, overrides })
         };
         read().with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
     }

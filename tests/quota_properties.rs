@@ -11,7 +11,7 @@
 use proptest::prelude::*;
 use tollgate::clock::Timestamp;
 use tollgate::quota::{
-    Amounts, Ask, Asker, ClockUnit, Kind, Per, Quota, Quotas, Receipt, Scope, Wait, Window,
+    Amounts, ClockUnit, Kind, Per, Quota, Quotas, Receipt, Required, Scope, Subject, Wait, Window,
 };
 
 #[derive(Clone, Debug)]
@@ -61,8 +61,8 @@ fn quotas() -> Vec<Quota> {
 fn through_a_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64, i64) {
     let period = quota.per.ms.cast_signed();
     let mut engine = Quotas::new(std::slice::from_ref(quota), Timestamp(begin));
-    let asker = Asker { caller: None, model: "m" };
-    let ask = Ask { amounts: Amounts::of_request(0, 1), generates: true };
+    let subject = Subject { caller: None, model: "m" };
+    let required = Required { amounts: Amounts::of_request(0, 1), generates: true };
     let (mut admitted, mut last, mut longest) = (0, 0, 0);
     for tick in 0..=80 {
         let real = period * tick / 20;
@@ -72,8 +72,8 @@ fn through_a_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64
             last = real;
         }
         let before = admitted;
-        while let Ok(receipt) = engine.reserve(Timestamp(clock), asker, &ask) {
-            engine.settle(Timestamp(clock), receipt, ask.amounts);
+        while let Ok(receipt) = engine.reserve(Timestamp(clock), subject, &required) {
+            engine.settle(Timestamp(clock), receipt, required.amounts);
             admitted += 1;
         }
         if admitted > before {
@@ -149,7 +149,7 @@ impl Recount {
     }
 }
 
-const ASKER: Asker<'_> = Asker { caller: None, model: "m" };
+const ASKER: Subject<'_> = Subject { caller: None, model: "m" };
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
@@ -174,19 +174,19 @@ proptest! {
             match step {
                 Step::Clock(ms) => now = Timestamp(now.0 + ms),
                 Step::Reserve { prompt, completion } => {
-                    let ask = Ask { amounts: Amounts::of_request(prompt, completion), generates: true };
+                    let required = Required { amounts: Amounts::of_request(prompt, completion), generates: true };
                     let fit = recounts.iter_mut().all(|(at, r)| {
                         r.advance(now.0);
-                        r.fits(i128::from(ask.amounts.of(all[*at].kind)))
+                        r.fits(i128::from(required.amounts.of(all[*at].kind)))
                     });
-                    match engine.reserve(now, ASKER, &ask) {
+                    match engine.reserve(now, ASKER, &required) {
                         Ok(receipt) => {
                             prop_assert!(fit, "admitted against the recount");
                             for (at, r) in &mut recounts {
                                 r.advance(now.0);
-                                r.held.push(i128::from(ask.amounts.of(all[*at].kind)));
+                                r.held.push(i128::from(required.amounts.of(all[*at].kind)));
                             }
-                            open.push((receipt, ask.amounts));
+                            open.push((receipt, required.amounts));
                         }
                         Err(denied) => {
                             let rolling = denied.shortfalls().iter().any(|s| matches!(s.quota.window, Window::Rolling { .. }));
@@ -232,13 +232,13 @@ proptest! {
         let now = Timestamp(1_774_700_000_000);
         let all = [quota(Kind::TotalTokens, 1_000, 60_000, Window::Rolling { burst: 1_500 })];
         let mut engine = Quotas::new(&all, now);
-        let ask = |tokens| Ask { amounts: Amounts::of_request(tokens, 0), generates: true };
-        let receipt = engine.reserve(now, ASKER, &ask(1)).unwrap();
+        let required = |tokens| Required { amounts: Amounts::of_request(tokens, 0), generates: true };
+        let receipt = engine.reserve(now, ASKER, &required(1)).unwrap();
         engine.settle(now, receipt, Amounts::of_request(spent, 0));
-        if let Err(denied) = engine.reserve(now, ASKER, &ask(amount)) {
+        if let Err(denied) = engine.reserve(now, ASKER, &required(amount)) {
             let Wait::Ms(ms) = denied.shortfalls()[0].wait else { panic!("it fits some day") };
-            prop_assert!(engine.clone().reserve(now.plus_ms(ms - 1), ASKER, &ask(amount)).is_err());
-            prop_assert!(engine.reserve(now.plus_ms(ms), ASKER, &ask(amount)).is_ok());
+            prop_assert!(engine.clone().reserve(now.plus_ms(ms - 1), ASKER, &required(amount)).is_err());
+            prop_assert!(engine.reserve(now.plus_ms(ms), ASKER, &required(amount)).is_ok());
         }
     }
 
@@ -247,8 +247,8 @@ proptest! {
         let now = Timestamp(1_774_700_000_000);
         let mut engine = Quotas::new(&quotas(), now);
         let before: Vec<_> = engine.levels(now).iter().map(|l| (l.level, l.held, l.used)).collect();
-        let ask = Ask { amounts: Amounts::of_request(prompt, completion), generates: true };
-        if engine.reserve(now, ASKER, &ask).is_err() {
+        let required = Required { amounts: Amounts::of_request(prompt, completion), generates: true };
+        if engine.reserve(now, ASKER, &required).is_err() {
             let after: Vec<_> = engine.levels(now).iter().map(|l| (l.level, l.held, l.used)).collect();
             prop_assert_eq!(before, after);
         }

@@ -14,9 +14,9 @@ use std::time::Duration;
 use tollgate::clock::Timestamp;
 use tollgate::config::{CompletionReserve, OnOverrun, Reserve, WhenShort};
 use tollgate::glob::Glob;
-use tollgate::ledger::{Counters, Ended, Grant, Progress, QuotaKey, Rules, Want};
+use tollgate::ledger::{Counters, Demand, Ended, Grant, Progress, QuotaKey, Rules};
 use tollgate::quota::{
-    Amounts, Ask, Asker, ClockUnit, Kind, Level, Per, Quota, Quotas, Receipt, Saved, Scope, Window,
+    Amounts, ClockUnit, Kind, Level, Per, Quota, Quotas, Receipt, Required, Saved, Scope, Subject, Window,
 };
 
 const DAY: i64 = 86_400_000;
@@ -86,8 +86,8 @@ impl Who {
         Self(dice.below(CALLERS), usize::try_from(dice.below(MODELS.len() as u64)).unwrap())
     }
 
-    fn asker(self) -> Asker<'static> {
-        Asker { caller: usize::try_from(self.0).ok(), model: MODELS[self.1] }
+    fn subject(self) -> Subject<'static> {
+        Subject { caller: usize::try_from(self.0).ok(), model: MODELS[self.1] }
     }
 }
 
@@ -261,8 +261,8 @@ impl Walk {
         self.recounts.iter_mut().for_each(|r| r.advance(now));
         let mut touched = self.recounts.iter().filter(|r| r.touches(who));
         let fits = touched.all(|r| r.fits(i128::from(amounts.of(r.quota.kind))));
-        let ask = Ask { amounts, generates: true };
-        if let Ok(receipt) = self.engine.reserve(Timestamp(now), who.asker(), &ask) {
+        let required = Required { amounts, generates: true };
+        if let Ok(receipt) = self.engine.reserve(Timestamp(now), who.subject(), &required) {
             assert!(fits, "admitted against the recount");
             let id = self.next;
             self.recounts.iter_mut().filter(|r| r.touches(who)).for_each(|r| r.hold(id, amounts));
@@ -519,8 +519,13 @@ impl Streams {
         let who = Who::any(&mut self.dice);
         let cap = (self.dice.below(3) > 0).then(|| 1 + self.dice.below(500));
         let completions = 1 + self.dice.below(4) / 3;
-        let want =
-            Want { asker: who.asker(), prompt: self.dice.below(300), generates: true, cap, completions };
+        let demand = Demand {
+            subject: who.subject(),
+            prompt: self.dice.below(300),
+            generates: true,
+            cap,
+            completions,
+        };
         self.advance();
         let fits = |recounts: &[Recount], amounts: Amounts| {
             let mut touched = recounts.iter().filter(|r| r.touches(who));
@@ -532,14 +537,14 @@ impl Streams {
             CompletionReserve::None => Some(0),
             CompletionReserve::Adaptive => None,
         };
-        let asked_fits = asked.map(|tokens| fits(&self.recounts, Amounts::of_request(want.prompt, tokens)));
-        let Ok(admission) = self.counters.admit(Timestamp(self.now), &want) else {
+        let asked_fits = asked.map(|tokens| fits(&self.recounts, Amounts::of_request(demand.prompt, tokens)));
+        let Ok(admission) = self.counters.admit(Timestamp(self.now), &demand) else {
             assert!(self.rules.enforce && asked_fits != Some(true), "denied against the recount");
             self.note("denied");
             return;
         };
         let reserved = admission.grant.reserved();
-        assert_eq!(reserved, Amounts::of_request(want.prompt, reserved.completion));
+        assert_eq!(reserved, Amounts::of_request(demand.prompt, reserved.completion));
         assert!(fits(&self.recounts, reserved) || !self.rules.enforce, "admitted against the recount");
         if let Some(each) = admission.clamped_to {
             assert_eq!(reserved.completion, each * completions);
@@ -621,7 +626,7 @@ impl Streams {
         };
         let is_whole = self.dice.below(2) == 0;
         self.advance();
-        self.counters.settle(Timestamp(self.now), who.asker(), grant, Ended { spent, is_whole });
+        self.counters.settle(Timestamp(self.now), who.subject(), grant, Ended { spent, is_whole });
         let mut left = spent;
         for (n, &(id, reserved)) in (1..).zip(&pieces) {
             let part = if n == pieces.len() { left } else { left.at_most(reserved) };

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
-use tollgate::ledger::{Account, Keeper, QuotaKey, Reservation, Snapshot, Want};
-use tollgate::quota::{Amounts, Asker, Kind};
+use tollgate::ledger::{Account, Demand, Persistence, QuotaKey, Reservation, Snapshot};
+use tollgate::quota::{Amounts, Kind, Subject};
 use tollgate::store::{Signal, Store, Writer};
 
 const QUOTAS: &str = "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: hour }], requests: { limit: 100, per: day } }";
@@ -50,9 +50,9 @@ impl Node {
     }
 
     fn reserve(&self, model: &str, prompt: u64, cap: u64) -> Reservation {
-        let asker = Asker { caller: Some(0), model };
-        let want = Want { asker, prompt, generates: true, cap: Some(cap), completions: 1 };
-        self.account.reserve(&want).unwrap()
+        let subject = Subject { caller: Some(0), model };
+        let demand = Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1 };
+        self.account.reserve(&demand).unwrap()
     }
 
     fn spend(&self, model: &str, prompt: u64, completion: u64) {
@@ -195,8 +195,8 @@ async fn usage_is_kept_by_minute_model_and_caller_for_whoever_looks_with_a_shell
     node.spend("gpt-4o", 10, 20);
     node.spend("gpt-4o", 1, 2);
     node.spend("o3", 5, 5);
-    let asker = Asker { caller: Some(0), model: "o3" };
-    let too_large = Want { asker, prompt: 5_000, generates: true, cap: Some(1), completions: 1 };
+    let subject = Subject { caller: Some(0), model: "o3" };
+    let too_large = Demand { subject, prompt: 5_000, generates: true, cap: Some(1), completions: 1 };
     assert!(node.account.reserve(&too_large).is_err());
     drop(node);
     let of = |column: &str, model: &str| {

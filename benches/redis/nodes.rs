@@ -9,8 +9,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tollgate::config::parse;
-use tollgate::ledger::{Account, Want};
-use tollgate::quota::{Amounts, Asker};
+use tollgate::ledger::{Account, Demand};
+use tollgate::quota::{Amounts, Subject};
 
 /// So much that it is never used up.
 const PLENTY: &str = "{ total_tokens: { limit: 1000000000, per: minute } }";
@@ -74,9 +74,9 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-fn want() -> Want<'static> {
-    Want {
-        asker: Asker { caller: None, model: "m" },
+fn demand() -> Demand<'static> {
+    Demand {
+        subject: Subject { caller: None, model: "m" },
         prompt: 8,
         generates: true,
         cap: Some(12),
@@ -87,7 +87,7 @@ fn want() -> Want<'static> {
 /// One request, which costs what it has reserved. Returns whether it was admitted, and how long that took to know.
 async fn request(account: &Arc<Account>) -> (bool, Duration) {
     let begun = Instant::now();
-    let reserved = account.reserve_shared(&want()).await;
+    let reserved = account.reserve_shared(&demand()).await;
     let took = begun.elapsed();
     let is_admitted = reserved.is_ok();
     if let Ok(mut reservation) = reserved {

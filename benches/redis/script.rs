@@ -4,7 +4,7 @@ use super::server::Server;
 use std::time::{Duration, Instant};
 use tollgate::clock;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, State, Window};
-use tollgate::shared::{Cells, Otherwise, Reserve, SCRIPT, Speaker, Step, StepKind, Verdict};
+use tollgate::redis::{Cells, Otherwise, Reserve, SCRIPT, Speaker, Step, StepKind, Verdict};
 
 fn quotas(number: u64) -> Vec<Quota> {
     let quota = |n| {
@@ -23,7 +23,7 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
     let sha: String = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
     let mut speaker = Speaker::new(Cells::of(quotas, now), name, now);
     let keys = speaker.keys("bench", "production");
-    let mut call = |command: &tollgate::shared::Command| {
+    let mut call = |command: &tollgate::redis::Command| {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&sha).arg(3).arg(&keys[..]).arg(&command.arguments);
         let numbers: Vec<i64> = call.query(&mut connection).unwrap();

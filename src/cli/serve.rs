@@ -25,7 +25,7 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
 /// `TOLLGATE_RUNTIME=multi` is for comparing the two (see "What it costs" in the README).
 fn workers() -> Workers {
     match std::env::var("TOLLGATE_RUNTIME").as_deref() {
-        Ok("multi") => Workers::Shared,
+        Ok("multi") => Workers::WorkStealing,
         _ => Workers::PerCore,
     }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use super::{check, environments, overrides, units, upstreams, variables, yaml};
 use crate::glob::Glob;
-use crate::shared;
+use crate::redis;
 use http::HeaderValue;
 use std::io::Read as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -307,7 +307,7 @@ fn redis(item: &Item<'_>) -> Option<Redis> {
 /// Not repeated in a message: it may hold a password.
 fn redis_url<'n>(item: &Item<'n>) -> Option<&'n str> {
     let url = item.text()?;
-    if let Err(what) = shared::check_url(url) {
+    if let Err(what) = redis::check_url(url) {
         item.fault(what);
     }
     Some(url)

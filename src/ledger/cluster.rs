@@ -13,7 +13,7 @@ use super::lease::Lease;
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::quota::{Amounts, Quota, Quotas, Receipt, State};
-use crate::shared::{Answer, Cells, Command, Held, LEASE, Piece, Speaker, Step, StepKind};
+use crate::redis::{Answer, Cells, Command, Held, LEASE, Piece, Speaker, Step, StepKind};
 use smallvec::SmallVec;
 use std::collections::{HashMap, HashSet, VecDeque};
 

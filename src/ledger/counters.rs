@@ -1,14 +1,14 @@
 //! The counters of one environment and the decisions made on them. Pure: `now` is an argument, so that
 //! `simulate` and the tests run hours in a second.
 
-use super::Left;
+use super::RestoredState;
+use super::allowance::{Learned, Longer};
 use super::cluster::Cluster;
-use super::history::History;
-use super::learned::{Learned, Longer};
-use super::limits::{Limits, QuotaKey};
+use super::overrides::{Limits, QuotaKey};
+use super::usage_history::History;
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
-use crate::quota::{Amounts, Ask, Asker, Denied, Level, Quotas, Receipt, Shortfall, Standing, Wait};
+use crate::quota::{Amounts, Denied, Level, Quotas, Receipt, Required, Shortfall, Standing, Subject, Wait};
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse less, and nobody is
 /// served by it.
@@ -40,9 +40,9 @@ impl Rules {
 
 /// What a request wants.
 #[derive(Clone, Copy, Debug)]
-pub struct Want<'a> {
+pub struct Demand<'a> {
     /// Who asks, and for which model.
-    pub asker: Asker<'a>,
+    pub subject: Subject<'a>,
     /// Its prompt as estimated.
     pub prompt: u64,
     /// Whether the model generates tokens for it.
@@ -241,7 +241,7 @@ impl Counters {
     }
 
     /// Goes on from what another process has left, and gathers usage for the store from now on.
-    pub(super) fn take_over(&mut self, now: Timestamp, left: &Left) {
+    pub(super) fn take_over(&mut self, now: Timestamp, left: &RestoredState) {
         self.limits.take_over(&left.overrides);
         self.quotas.set_quotas(&self.limits.quotas(), now);
         self.quotas.restore(now, |quota| {
@@ -257,14 +257,14 @@ impl Counters {
     ///
     /// # Errors
     /// What is in the way. A denied request changes nothing but the count of denials.
-    pub fn admit(&mut self, now: Timestamp, want: &Want<'_>) -> Result<Admission, NoRoom> {
-        self.try_admit(now, want).inspect_err(|_| self.count_denial(now, want.asker))
+    pub fn admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        self.try_admit(now, demand).inspect_err(|_| self.count_denial(now, demand.subject))
     }
 
     /// Denies a request that must not overtake those who wait, or has waited in vain: with what is in its
     /// way now, or else with what those before it wait for.
-    pub fn deny(&mut self, now: Timestamp, want: &Want<'_>) -> NoRoom {
-        self.count_denial(now, want.asker);
+    pub fn deny(&mut self, now: Timestamp, demand: &Demand<'_>) -> NoRoom {
+        self.count_denial(now, demand.subject);
         if self.is_closed() {
             return NoRoom::Unavailable;
         }
@@ -272,78 +272,78 @@ impl Counters {
         if self.is_full() {
             return in_flight;
         }
-        let ask = self.least(want);
-        self.quotas.deny(now, want.asker, &ask).map_or(in_flight, NoRoom::Quota)
+        let required = self.least(demand);
+        self.quotas.deny(now, demand.subject, &required).map_or(in_flight, NoRoom::Quota)
     }
 
     /// What is in the way of a request now; `None`: it fits. Takes nothing.
-    pub fn in_the_way(&mut self, now: Timestamp, want: &Want<'_>) -> Option<NoRoom> {
+    pub fn in_the_way(&mut self, now: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
         if self.is_closed() {
             return Some(NoRoom::Unavailable);
         }
         if let Some(limit) = self.rules.max_in_flight.filter(|_| self.is_full()) {
             return Some(NoRoom::InFlight { limit });
         }
-        let ask = self.least(want);
-        self.quotas.denial(now, want.asker, &ask).map(NoRoom::Quota)
+        let required = self.least(demand);
+        self.quotas.denial(now, demand.subject, &required).map(NoRoom::Quota)
     }
 
     fn is_full(&self) -> bool {
         self.rules.max_in_flight.is_some_and(|limit| self.in_flight >= limit)
     }
 
-    pub(super) fn count_denial(&mut self, now: Timestamp, asker: Asker<'_>) {
+    pub(super) fn count_denial(&mut self, now: Timestamp, subject: Subject<'_>) {
         self.totals.rejected += 1;
-        self.history.rejected(now, asker);
+        self.history.rejected(now, subject);
     }
 
     /// The same for a request that may try again: a denial is not counted as one.
     ///
     /// # Errors
     /// What is in the way.
-    pub fn try_admit(&mut self, now: Timestamp, want: &Want<'_>) -> Result<Admission, NoRoom> {
-        let allowance = self.allowance(want);
-        self.decide(now, want, allowance, self.is_full())
+    pub fn try_admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        let allowance = self.allowance(demand);
+        self.decide(now, demand, allowance, self.is_full())
     }
 
     /// The same with what is to be reserved for the completion.
     pub(super) fn decide(
         &mut self,
         now: Timestamp,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
         allowance: u64,
         is_full: bool,
     ) -> Result<Admission, NoRoom> {
-        let ask = self.ask(want, allowance);
+        let required = self.required(demand, allowance);
         let full = self.rules.max_in_flight.filter(|_| is_full);
         let reserved = match full {
             Some(limit) => Err(NoRoom::InFlight { limit }),
-            None => self.quotas.reserve(now, want.asker, &ask).map_err(NoRoom::Quota),
+            None => self.quotas.reserve(now, demand.subject, &required).map_err(NoRoom::Quota),
         };
         let (receipt, clamped_to, would_deny) = match reserved {
             Ok(receipt) => (receipt, None, None),
             Err(no_room) => {
-                let clamped = self.clamp(now, want, allowance, &no_room);
+                let clamped = self.clamp(now, demand, allowance, &no_room);
                 if self.rules.enforce {
-                    let Some((ask, each)) = clamped else {
-                        return Err(self.in_the_way(now, want).unwrap_or(no_room));
+                    let Some((required, each)) = clamped else {
+                        return Err(self.in_the_way(now, demand).unwrap_or(no_room));
                     };
-                    let reserved = self.quotas.reserve(now, want.asker, &ask);
+                    let reserved = self.quotas.reserve(now, demand.subject, &required);
                     (reserved.map_err(NoRoom::Quota)?, Some(each), None)
                 } else {
                     // Quotas that only watch alter nothing: neither is it denied nor clamped.
                     let would_deny = clamped.is_none().then_some(no_room);
-                    (self.quotas.reserve_regardless(now, want.asker, &ask), None, would_deny)
+                    (self.quotas.reserve_regardless(now, demand.subject, &required), None, would_deny)
                 }
             }
         };
-        Ok(self.admitted(now, want, receipt, clamped_to, would_deny))
+        Ok(self.admitted(now, demand, receipt, clamped_to, would_deny))
     }
 
     fn admitted(
         &mut self,
         now: Timestamp,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
         receipt: Receipt,
         clamped_to: Option<u64>,
         would_deny: Option<NoRoom>,
@@ -351,8 +351,8 @@ impl Counters {
         let reserved = receipt.reserved();
         self.in_flight += 1;
         self.held = self.held.plus(reserved);
-        let completions = want.completions.max(1);
-        let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(want.cap);
+        let completions = demand.completions.max(1);
+        let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(demand.cap);
         let grant = Grant {
             receipts: smallvec::smallvec![receipt],
             id: None,
@@ -363,36 +363,36 @@ impl Counters {
             was_clamped: clamped_to.is_some(),
             tell_beyond: if self.is_reserving() { reserved.completion } else { u64::MAX },
             longer_than: None,
-            under_way: self.learned.began(want.asker.model).filter(|_| want.generates),
+            under_way: self.learned.began(demand.subject.model).filter(|_| demand.generates),
         };
-        let standing = self.quotas.standing(now, want.asker);
+        let standing = self.quotas.standing(now, demand.subject);
         Admission { grant, clamped_to, would_deny, standing }
     }
 
-    pub(super) fn ask(&self, want: &Want<'_>, completion: u64) -> Ask {
-        let prompt = if self.rules.reserve.prompt { want.prompt } else { 0 };
-        Ask { amounts: Amounts::of_request(prompt, completion), generates: want.generates }
+    pub(super) fn required(&self, demand: &Demand<'_>, completion: u64) -> Required {
+        let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
+        Required { amounts: Amounts::of_request(prompt, completion), generates: demand.generates }
     }
 
     /// How many completion tokens to reserve.
-    pub(super) fn allowance(&self, want: &Want<'_>) -> u64 {
+    pub(super) fn allowance(&self, demand: &Demand<'_>) -> u64 {
         let reserve = &self.rules.reserve;
-        let completions = want.completions.max(1);
-        if !want.generates {
+        let completions = demand.completions.max(1);
+        if !demand.generates {
             return 0;
         }
         match reserve.completion {
             CompletionReserve::None => 0,
             CompletionReserve::Fixed(tokens) => tokens,
             CompletionReserve::MaxTokens => {
-                want.cap.unwrap_or_else(|| reserve.default_max_tokens.saturating_mul(completions))
+                demand.cap.unwrap_or_else(|| reserve.default_max_tokens.saturating_mul(completions))
             }
             CompletionReserve::Adaptive => {
-                let each = self.learned.expected(want.asker.model, self.quantile_ppm);
-                let prompt = if reserve.prompt { want.prompt } else { 0 };
+                let each = self.learned.expected(demand.subject.model, self.quantile_ppm);
+                let prompt = if reserve.prompt { demand.prompt } else { 0 };
                 // More than a quota could ever hold would deny its first request for ever.
-                let largest = self.quotas.largest_completion(want.asker, prompt) / 2;
-                each.saturating_mul(completions).min(want.cap.unwrap_or(u64::MAX)).min(largest).max(1)
+                let largest = self.quotas.largest_completion(demand.subject, prompt) / 2;
+                each.saturating_mul(completions).min(demand.cap.unwrap_or(u64::MAX)).min(largest).max(1)
             }
         }
     }
@@ -401,20 +401,20 @@ impl Counters {
     fn clamp(
         &mut self,
         now: Timestamp,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
         allowance: u64,
         no_room: &NoRoom,
-    ) -> Option<(Ask, u64)> {
+    ) -> Option<(Required, u64)> {
         let NoRoom::Quota(_) = no_room else { return None };
         if !self.clamps() || allowance == 0 {
             return None;
         }
-        let prompt = if self.rules.reserve.prompt { want.prompt } else { 0 };
-        let completions = want.completions.max(1);
-        let each = self.quotas.completion_that_fits(now, want.asker, prompt) / completions;
-        let ask = self.ask(want, each.saturating_mul(completions));
-        let is_less = each >= SMALLEST_CLAMP && ask.amounts.completion < allowance;
-        (is_less && self.quotas.denial(now, want.asker, &ask).is_none()).then_some((ask, each))
+        let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
+        let completions = demand.completions.max(1);
+        let each = self.quotas.completion_that_fits(now, demand.subject, prompt) / completions;
+        let required = self.required(demand, each.saturating_mul(completions));
+        let is_less = each >= SMALLEST_CLAMP && required.amounts.completion < allowance;
+        (is_less && self.quotas.denial(now, demand.subject, &required).is_none()).then_some((required, each))
     }
 
     pub(super) fn clamps(&self) -> bool {
@@ -422,10 +422,10 @@ impl Counters {
     }
 
     /// The least that has to fit for a request to be admitted.
-    fn least(&self, want: &Want<'_>) -> Ask {
-        let allowance = self.allowance(want);
-        let smallest = SMALLEST_CLAMP.saturating_mul(want.completions.max(1));
-        self.ask(want, if self.clamps() { allowance.min(smallest) } else { allowance })
+    fn least(&self, demand: &Demand<'_>) -> Required {
+        let allowance = self.allowance(demand);
+        let smallest = SMALLEST_CLAMP.saturating_mul(demand.completions.max(1));
+        self.required(demand, if self.clamps() { allowance.min(smallest) } else { allowance })
     }
 
     /// Whether completions are reserved at all, or charged afterwards only.
@@ -486,7 +486,7 @@ impl Counters {
     }
 
     /// Replaces what a grant holds by what was spent.
-    pub fn settle(&mut self, now: Timestamp, asker: Asker<'_>, grant: Grant, ended: Ended) {
+    pub fn settle(&mut self, now: Timestamp, subject: Subject<'_>, grant: Grant, ended: Ended) {
         let Grant { receipts, id, reserved, completions, cap, was_clamped, longer_than, under_way, .. } =
             grant;
         let mut left = ended.spent;
@@ -510,25 +510,30 @@ impl Counters {
         self.held = self.held.less(reserved);
         self.totals.add(ended.spent);
         if let Some(before) = longer_than {
-            self.learned.forget(asker.model, before);
+            self.learned.forget(subject.model, before);
         }
         if let Some(since) = under_way {
-            self.learned.ended(asker.model, since);
+            self.learned.ended(subject.model, since);
         }
         let tokens = ended.spent.completion;
         // An answer that ended where it was clamped to says nothing of how long it would have been.
         let was_shortened = was_clamped && tokens >= cap;
         if ended.is_whole && tokens > 0 && !was_shortened {
-            self.learned.learn(asker.model, tokens.div_ceil(completions));
+            self.learned.learn(subject.model, tokens.div_ceil(completions));
         }
-        self.history.settled(now, asker, ended);
+        self.history.settled(now, subject, ended);
     }
 
     /// Takes what another engine has admitted already.
-    pub(super) fn admit_regardless(&mut self, now: Timestamp, want: &Want<'_>, allowance: u64) -> Admission {
-        let ask = self.ask(want, allowance);
-        let receipt = self.quotas.reserve_regardless(now, want.asker, &ask);
-        self.admitted(now, want, receipt, None, None)
+    pub(super) fn admit_regardless(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        allowance: u64,
+    ) -> Admission {
+        let required = self.required(demand, allowance);
+        let receipt = self.quotas.reserve_regardless(now, demand.subject, &required);
+        self.admitted(now, demand, receipt, None, None)
     }
 
     /// Gives back what another engine has denied.
@@ -558,9 +563,9 @@ impl Counters {
         self.totals
     }
 
-    /// Whether what this asker reserves has to outlive the process.
-    pub fn are_durable(&self, asker: Asker<'_>) -> bool {
-        self.quotas.are_durable(asker)
+    /// Whether what this subject reserves has to outlive the process.
+    pub fn are_durable(&self, subject: Subject<'_>) -> bool {
+        self.quotas.are_durable(subject)
     }
 }
 

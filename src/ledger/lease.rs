@@ -4,8 +4,8 @@
 //! mentioning.
 
 use crate::clock::Timestamp;
-use crate::quota::{Ask, Kind, Level, Quota, State};
-use crate::shared::Answer;
+use crate::quota::{Kind, Level, Quota, Required, State};
+use crate::redis::Answer;
 
 /// All nodes together lease so much of a quota's capacity at most: 1/50.
 const LARGEST_PART: u64 = 50;
@@ -78,13 +78,14 @@ impl Lease {
         now: Timestamp,
         quotas: &[Quota],
         touched: &[u32],
-        ask: &Ask,
+        required: &Required,
     ) -> Option<()> {
-        let amount = |index: usize| quotas.get(index).map_or(u64::MAX, |quota| ask.amounts.of(quota.kind));
+        let amount =
+            |index: usize| quotas.get(index).map_or(u64::MAX, |quota| required.amounts.of(quota.kind));
         let fits = |&index: &u32| {
             let index = index as usize;
             let is_asked =
-                ask.generates || quotas.get(index).is_some_and(|q| q.kind != Kind::CompletionTokens);
+                required.generates || quotas.get(index).is_some_and(|q| q.kind != Kind::CompletionTokens);
             !is_asked || (now < self.until[index] && self.left[index] >= amount(index).max(1))
         };
         if touched.is_empty() || !touched.iter().all(fits) {
@@ -151,7 +152,7 @@ impl Lease {
 mod tests {
     use super::*;
     use crate::quota::{Amounts, Per, Quotas, Scope, Window};
-    use crate::shared::Verdict;
+    use crate::redis::Verdict;
 
     fn quota(kind: Kind, limit: u64) -> Quota {
         let per = Per { written: "hour".into(), ms: 3_600_000 };
@@ -164,22 +165,22 @@ mod tests {
         Answer { verdict: Verdict::Done, now: Timestamp(0), told: more.to_vec(), states }
     }
 
-    fn ask(prompt: u64, completion: u64) -> Ask {
-        Ask { amounts: Amounts::of_request(prompt, completion), generates: true }
+    fn required(prompt: u64, completion: u64) -> Required {
+        Required { amounts: Amounts::of_request(prompt, completion), generates: true }
     }
 
     #[test]
     fn a_request_takes_from_all_that_it_touches_or_from_none() {
         let quotas = [quota(Kind::TotalTokens, 10_000), quota(Kind::Requests, 100)];
         let mut lease = Lease::nothing(2);
-        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &ask(5, 5)), None);
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(5, 5)), None);
         lease.grow(&granted(&quotas, &[100, 2]));
-        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &ask(60, 41)), None);
-        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &ask(60, 30)), Some(()));
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(60, 41)), None);
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(60, 30)), Some(()));
         assert_eq!((lease.left[0], lease.left[1]), (10, 1));
-        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &ask(6, 5)), None, "too large");
-        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &ask(5, 5)), Some(()));
-        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &ask(0, 0)), None, "nothing is left");
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(6, 5)), None, "too large");
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(5, 5)), Some(()));
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(0, 0)), None, "nothing is left");
         assert!(lease.clear() && !lease.clear(), "it is given back once");
     }
 
@@ -209,9 +210,9 @@ mod tests {
         let mut lease = Lease::nothing(1);
         lease.grow(&granted(&quotas, &[200]));
         let next = Timestamp(3_600_000);
-        assert_eq!(lease.take(next, &quotas, &[0], &ask(5, 5)), None);
+        assert_eq!(lease.take(next, &quotas, &[0], &required(5, 5)), None);
         let levels = Quotas::new(&quotas, next).levels(next);
         assert_eq!(lease.wants(next, &levels, 1), Wants::More(vec![200]));
-        assert_eq!(lease.take(Timestamp(3_599_999), &quotas, &[0], &ask(5, 5)), Some(()));
+        assert_eq!(lease.take(Timestamp(3_599_999), &quotas, &[0], &required(5, 5)), Some(()));
     }
 }

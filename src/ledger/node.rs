@@ -1,11 +1,11 @@
 //! The part of an account that speaks to Redis: asks it for room, and one task that tells it the rest.
 
 use super::cluster::{Answered, LATEST_MS, Terms};
-use super::{Account, Admission, Counters, NoRoom, QuotaKey, Want};
+use super::{Account, Admission, Counters, Demand, NoRoom, QuotaKey};
 use crate::clock;
 use crate::config::{Environment, Redis};
-use crate::quota::Asker;
-use crate::shared::{Answer, Away, Command, Link, Verdict};
+use crate::quota::Subject;
+use crate::redis::{Answer, Command, Link, Unavailable, Verdict};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot, watch};
@@ -89,7 +89,7 @@ impl Node {
         *known = faults;
     }
 
-    async fn call(&self, command: &Command) -> Result<Answer, Away> {
+    async fn call(&self, command: &Command) -> Result<Answer, Unavailable> {
         self.link.call(&self.keys, command).await
     }
 }
@@ -157,23 +157,23 @@ impl Account {
     }
 
     /// Redis is asked, in one call; while it is away the node's own part is.
-    pub(super) async fn try_shared(&self, want: &Want<'_>) -> Result<(Admission, bool), NoRoom> {
-        let Some(node) = &self.node else { return self.try_alone(want) };
+    pub(super) async fn try_shared(&self, demand: &Demand<'_>) -> Result<(Admission, bool), NoRoom> {
+        let Some(node) = &self.node else { return self.try_alone(demand) };
         if self.lock().cluster().is_some_and(|cluster| cluster.is_returning()) {
             self.refresh().await;
         }
-        if let Some(admission) = self.lock().admit_leased(clock::now(), want) {
+        if let Some(admission) = self.lock().admit_leased(clock::now(), demand) {
             self.tell();
             return Ok((admission, false));
         }
         let mut has_waited = false;
         for _ in 0..ATTEMPTS {
             let Ok(turn) = node.link.turn().await else { break };
-            let Some(question) = self.lock().question(clock::now(), want) else { break };
+            let Some(question) = self.lock().question(clock::now(), demand) else { break };
             let mut limbo = Limbo { account: self, id: Some(question.id) };
             let Ok(answer) = turn.call(&node.keys, &question.command).await else { break };
             limbo.id = None;
-            match self.lock().answered(clock::now(), want, &question, &answer) {
+            match self.lock().answered(clock::now(), demand, &question, &answer) {
                 // What has ended here is to be known there before anybody is denied.
                 Answered::Decided(Err(_)) if question.is_early && !has_waited => has_waited = true,
                 Answered::Decided(decided) => return decided.map(|admission| (admission, false)),
@@ -182,15 +182,15 @@ impl Account {
             }
             self.refresh().await;
         }
-        self.try_alone(want)
+        self.try_alone(demand)
     }
 
-    fn try_alone(&self, want: &Want<'_>) -> Result<(Admission, bool), NoRoom> {
+    fn try_alone(&self, demand: &Demand<'_>) -> Result<(Admission, bool), NoRoom> {
         let mut counters = self.lock();
         counters.lose(clock::now());
         let now = counters.now(clock::now());
-        let admission = counters.admit_alone(now, want)?;
-        let is_durable = counters.are_durable(want.asker);
+        let admission = counters.admit_alone(now, demand)?;
+        let is_durable = counters.are_durable(demand.subject);
         drop(counters);
         self.tell();
         Ok((admission, is_durable))
@@ -435,7 +435,7 @@ impl Account {
                     node.tell_of_limits();
                 }
                 // Others may have given back what somebody here waits for.
-                self.line.somebody_has_ended();
+                self.wait_queue.somebody_has_ended();
                 return Some(());
             }
             drop(counters);
@@ -447,10 +447,10 @@ impl Account {
     }
 
     /// Denies a request as Redis has.
-    pub(super) fn deny_shared(&self, no_room: NoRoom, asker: Asker<'_>) -> NoRoom {
+    pub(super) fn deny_shared(&self, no_room: NoRoom, subject: Subject<'_>) -> NoRoom {
         let mut counters = self.lock();
         let now = counters.now(clock::now());
-        counters.count_denial(now, asker);
+        counters.count_denial(now, subject);
         drop(counters);
         self.changed(false);
         no_room

@@ -15,9 +15,9 @@ fn account(settings: &str) -> Arc<Account> {
 const ROOM_FOR_ONE: &str =
     "reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 150, per: day } }";
 
-fn want(cap: u64) -> Want<'static> {
-    let asker = Asker { caller: None, model: "m" };
-    Want { asker, prompt: 8, generates: true, cap: Some(cap), completions: 1 }
+fn demand(cap: u64) -> Demand<'static> {
+    let subject = Subject { caller: None, model: "m" };
+    Demand { subject, prompt: 8, generates: true, cap: Some(cap), completions: 1 }
 }
 
 const LONG: Duration = Duration::from_secs(20);
@@ -37,19 +37,19 @@ async fn settle_down() {
 #[tokio::test]
 async fn a_full_line_is_not_overtaken() {
     let account = account(ROOM_FOR_ONE);
-    let first = account.reserve(&want(100)).unwrap();
+    let first = account.reserve(&demand(100)).unwrap();
     let mut waiting = Vec::new();
     for n in 0..1_000_u64 {
         let account = account.clone();
         waiting.push(tokio::spawn(async move {
-            let reservation = account.reserve_in_line(&want(100), LONG).await.unwrap();
+            let reservation = account.reserve_in_line(&demand(100), LONG).await.unwrap();
             drop(reservation);
             n
         }));
     }
     settle_down().await;
     // 42 tokens are left, and all who wait want more.
-    let denied = at_once(account.reserve_in_line(&want(8), LONG)).await.unwrap_err();
+    let denied = at_once(account.reserve_in_line(&demand(8), LONG)).await.unwrap_err();
     assert_eq!(denied.wait(), Some(crate::quota::Wait::Ms(1_000)));
     let snapshot = account.snapshot();
     assert_eq!((snapshot.in_flight, snapshot.totals.rejected), (1, 1));
@@ -57,13 +57,13 @@ async fn a_full_line_is_not_overtaken() {
     for (n, waited) in (0..).zip(waiting) {
         assert_eq!(at_once(waited).await.unwrap(), n);
     }
-    drop(at_once(account.reserve_in_line(&want(8), LONG)).await.unwrap());
+    drop(at_once(account.reserve_in_line(&demand(8), LONG)).await.unwrap());
 }
 
 #[tokio::test]
 async fn everybody_in_line_is_served_in_turn() {
     let account = account(ROOM_FOR_ONE);
-    let first = account.reserve(&want(100)).unwrap();
+    let first = account.reserve(&demand(100)).unwrap();
     let served = Arc::new(Mutex::new(Vec::new()));
     let mut waiting = Vec::new();
     for n in 0..1_000_u64 {
@@ -71,7 +71,7 @@ async fn everybody_in_line_is_served_in_turn() {
         waiting.push(tokio::spawn(async move {
             // Small ones behind large ones wait as well.
             let cap = if n % 2 == 0 { 100 } else { 1 };
-            let reservation = account.reserve_in_line(&want(cap), LONG).await.unwrap();
+            let reservation = account.reserve_in_line(&demand(cap), LONG).await.unwrap();
             served.lock().unwrap().push(n);
             tokio::task::yield_now().await;
             drop(reservation);
@@ -89,17 +89,17 @@ async fn everybody_in_line_is_served_in_turn() {
 #[tokio::test]
 async fn what_cannot_come_in_time_does_not_wait_behind_others() {
     let account = account(ROOM_FOR_ONE);
-    let first = account.reserve(&want(100)).unwrap();
+    let first = account.reserve(&demand(100)).unwrap();
     let behind = account.clone();
-    let second = tokio::spawn(async move { behind.reserve_in_line(&want(100), LONG).await.map(drop) });
+    let second = tokio::spawn(async move { behind.reserve_in_line(&demand(100), LONG).await.map(drop) });
     settle_down().await;
-    let never = at_once(account.reserve_in_line(&want(143), LONG)).await.unwrap_err();
+    let never = at_once(account.reserve_in_line(&demand(143), LONG)).await.unwrap_err();
     assert_eq!(never.wait(), Some(crate::quota::Wait::Never));
     // Of what is used nothing comes back today.
     let mut first = first;
     first.observe(Amounts::of_request(8, 100));
     first.progress(Amounts::of_request(8, 50));
-    let late = at_once(account.reserve_in_line(&want(90), LONG)).await.unwrap_err();
+    let late = at_once(account.reserve_in_line(&demand(90), LONG)).await.unwrap_err();
     assert!(matches!(late.wait(), Some(crate::quota::Wait::Ms(_))));
     drop(first);
     assert!(at_once(second).await.unwrap().is_err(), "the one in line learns of it when it looks again");
@@ -109,11 +109,11 @@ async fn what_cannot_come_in_time_does_not_wait_behind_others() {
 #[tokio::test]
 async fn who_has_waited_in_vain_does_not_overtake_either() {
     let account = account(ROOM_FOR_ONE);
-    let first = account.reserve(&want(100)).unwrap();
+    let first = account.reserve(&demand(100)).unwrap();
     let front = account.clone();
-    let front = tokio::spawn(async move { front.reserve_in_line(&want(100), LONG).await.map(drop) });
+    let front = tokio::spawn(async move { front.reserve_in_line(&demand(100), LONG).await.map(drop) });
     settle_down().await;
-    let behind = account.reserve_in_line(&want(8), Duration::from_millis(50)).await;
+    let behind = account.reserve_in_line(&demand(8), Duration::from_millis(50)).await;
     assert!(behind.is_err(), "there is room for it, but it was not its turn");
     drop(first);
     at_once(front).await.unwrap().unwrap();
@@ -124,7 +124,7 @@ async fn a_panic_settles_exactly_once_with_what_was_seen_last() {
     let account = account(ROOM_FOR_ONE);
     let holder = account.clone();
     let panicked = tokio::spawn(async move {
-        let mut reservation = holder.reserve(&want(100)).unwrap();
+        let mut reservation = holder.reserve(&demand(100)).unwrap();
         reservation.observe(Amounts::of_request(8, 0));
         reservation.progress(Amounts::of_request(8, 110));
         reservation.observe(Amounts::of_request(8, 12));
@@ -135,21 +135,21 @@ async fn a_panic_settles_exactly_once_with_what_was_seen_last() {
     let snapshot = account.snapshot();
     assert_eq!((snapshot.in_flight, snapshot.totals.requests, snapshot.totals.total), (0, 1, 20));
     assert_eq!((snapshot.levels[0].used, snapshot.levels[0].held), (20, 0));
-    drop(account.reserve(&want(100)).unwrap());
+    drop(account.reserve(&demand(100)).unwrap());
 }
 
 #[test]
 fn a_request_that_is_given_up_in_line_leaves_it() {
     let account = account(ROOM_FOR_ONE);
-    let first = account.reserve(&want(100)).unwrap();
+    let first = account.reserve(&demand(100)).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _in_it = runtime.enter();
     {
-        let (want, mut context) = (want(100), Context::from_waker(Waker::noop()));
-        let mut waits = pin!(account.reserve_in_line(&want, LONG));
+        let (demand, mut context) = (demand(100), Context::from_waker(Waker::noop()));
+        let mut waits = pin!(account.reserve_in_line(&demand, LONG));
         assert!(matches!(waits.as_mut().poll(&mut context), Poll::Pending));
     }
-    let small = runtime.block_on(account.reserve_in_line(&want(8), LONG));
+    let small = runtime.block_on(account.reserve_in_line(&demand(8), LONG));
     assert!(small.is_ok(), "nobody is in line any more");
     drop((first, small));
 }

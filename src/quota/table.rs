@@ -1,6 +1,6 @@
 //! All quotas of one environment: a request is admitted by every one that it touches, or by none.
 
-use super::{Amounts, Ask, Bucket, Calendar, Kind, Quota, Saved, Scope, Window};
+use super::{Amounts, Bucket, Calendar, Kind, Quota, Required, Saved, Scope, Window};
 use crate::clock::Timestamp;
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ pub enum Wait {
 
 /// Who asks: decides which scopes are touched.
 #[derive(Clone, Copy, Debug)]
-pub struct Asker<'a> {
+pub struct Subject<'a> {
     /// Index of the caller in its environment; `None` in an open one.
     pub caller: Option<usize>,
     /// The model's name; empty where the request names none.
@@ -184,45 +184,50 @@ impl Quotas {
         self.scopes = Scopes::of(&self.cells);
     }
 
-    /// Takes what is asked out of every quota the asker touches and holds it, or changes nothing.
+    /// Takes what is asked out of every quota the subject touches and holds it, or changes nothing.
     ///
     /// # Errors
     /// Lists every quota that cannot hold it.
-    pub fn reserve(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Result<Receipt, Denied> {
-        let touched = self.touched(asker);
-        match self.in_the_way(now, &touched, ask) {
+    pub fn reserve(
+        &mut self,
+        now: Timestamp,
+        subject: Subject<'_>,
+        required: &Required,
+    ) -> Result<Receipt, Denied> {
+        let touched = self.touched(subject);
+        match self.in_the_way(now, &touched, required) {
             Some(denied) => Err(denied),
-            None => Ok(self.take(&touched, ask.amounts)),
+            None => Ok(self.take(&touched, required.amounts)),
         }
     }
 
     /// Why a request is denied that stands behind others: what does not fit, or else the quota with the
     /// least left of those that it touches, which those before it wait for. `None`: it touches none.
-    pub fn deny(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Option<Denied> {
-        let touched = self.touched(asker);
-        self.in_the_way(now, &touched, ask).or_else(|| {
+    pub fn deny(&mut self, now: Timestamp, subject: Subject<'_>, required: &Required) -> Option<Denied> {
+        let touched = self.touched(subject);
+        self.in_the_way(now, &touched, required).or_else(|| {
             let cells = touched.iter().map(|&index| &self.cells[index as usize]);
             let tightest = cells.min_by_key(|cell| cell.level())?;
             let wait = Wait::Ms(MIN_WAIT_FOR_OTHERS_MS);
-            let shortfall = tightest.shortfall(ask.amounts.of(tightest.quota.kind), wait);
+            let shortfall = tightest.shortfall(required.amounts.of(tightest.quota.kind), wait);
             Some(Denied { shortfalls: vec![shortfall] })
         })
     }
 
     /// Why a request would be denied; `None`: it fits. Takes nothing.
-    pub fn denial(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Option<Denied> {
-        let touched = self.touched(asker);
-        self.in_the_way(now, &touched, ask)
+    pub fn denial(&mut self, now: Timestamp, subject: Subject<'_>, required: &Required) -> Option<Denied> {
+        let touched = self.touched(subject);
+        self.in_the_way(now, &touched, required)
     }
 
     /// The touched quotas that cannot hold it now, all brought up to now; `None`: it fits.
-    fn in_the_way(&mut self, now: Timestamp, touched: &[u32], ask: &Ask) -> Option<Denied> {
+    fn in_the_way(&mut self, now: Timestamp, touched: &[u32], required: &Required) -> Option<Denied> {
         let mut shortfalls = Vec::new();
         for &index in touched {
             let cell = &mut self.cells[index as usize];
             cell.advance(now);
-            if let Err(wait) = cell.fits(now, ask) {
-                shortfalls.push(cell.shortfall(ask.amounts.of(cell.quota.kind), wait));
+            if let Err(wait) = cell.fits(now, required) {
+                shortfalls.push(cell.shortfall(required.amounts.of(cell.quota.kind), wait));
             }
         }
         shortfalls.sort_by_key(|s| std::cmp::Reverse(s.wait));
@@ -230,12 +235,17 @@ impl Quotas {
     }
 
     /// Takes what is asked whether it fits or not: for quotas that only watch. What does not fit is debt.
-    pub fn reserve_regardless(&mut self, now: Timestamp, asker: Asker<'_>, ask: &Ask) -> Receipt {
-        let touched = self.touched(asker);
+    pub fn reserve_regardless(
+        &mut self,
+        now: Timestamp,
+        subject: Subject<'_>,
+        required: &Required,
+    ) -> Receipt {
+        let touched = self.touched(subject);
         for &index in &touched {
             self.cells[index as usize].advance(now);
         }
-        self.take(&touched, ask.amounts)
+        self.take(&touched, required.amounts)
     }
 
     /// Takes more for a request that has outgrown what was reserved for it, from all quotas that it
@@ -317,11 +327,11 @@ impl Quotas {
         }
     }
 
-    /// What the asker is told of its quotas of each kind, in the order of `Kind::ALL`. Call it right
+    /// What the subject is told of its quotas of each kind, in the order of `Kind::ALL`. Call it right
     /// after `reserve`: it does not look at the clock anew.
-    pub fn standing(&self, now: Timestamp, asker: Asker<'_>) -> [Option<Standing>; 4] {
+    pub fn standing(&self, now: Timestamp, subject: Subject<'_>) -> [Option<Standing>; 4] {
         let mut tightest: [Option<(i64, &Cell)>; 4] = [None; 4];
-        for index in self.touched(asker) {
+        for index in self.touched(subject) {
             let cell = &self.cells[index as usize];
             let level = cell.level();
             let slot = &mut tightest[cell.quota.kind as usize];
@@ -333,20 +343,20 @@ impl Quotas {
     }
 
     /// The largest completion that the smallest quota could ever hold beside a prompt of this size.
-    pub fn largest_completion(&self, asker: Asker<'_>, prompt: u64) -> u64 {
-        self.room_for_completion(asker, prompt, |cell| cell.quota.capacity())
+    pub fn largest_completion(&self, subject: Subject<'_>, prompt: u64) -> u64 {
+        self.room_for_completion(subject, prompt, |cell| cell.quota.capacity())
     }
 
     /// The largest completion that every quota can hold now beside a prompt of this size.
-    pub fn completion_that_fits(&mut self, now: Timestamp, asker: Asker<'_>, prompt: u64) -> u64 {
-        for index in self.touched(asker) {
+    pub fn completion_that_fits(&mut self, now: Timestamp, subject: Subject<'_>, prompt: u64) -> u64 {
+        for index in self.touched(subject) {
             self.cells[index as usize].advance(now);
         }
-        self.room_for_completion(asker, prompt, |cell| u64::try_from(cell.level()).unwrap_or(0))
+        self.room_for_completion(subject, prompt, |cell| u64::try_from(cell.level()).unwrap_or(0))
     }
 
-    fn room_for_completion(&self, asker: Asker<'_>, prompt: u64, room: impl Fn(&Cell) -> u64) -> u64 {
-        let rooms = self.touched(asker).into_iter().filter_map(|index| {
+    fn room_for_completion(&self, subject: Subject<'_>, prompt: u64, room: impl Fn(&Cell) -> u64) -> u64 {
+        let rooms = self.touched(subject).into_iter().filter_map(|index| {
             let cell = &self.cells[index as usize];
             match cell.quota.kind {
                 Kind::TotalTokens => Some(room(cell).saturating_sub(prompt)),
@@ -389,9 +399,9 @@ impl Quotas {
         }
     }
 
-    /// Whether what this asker reserves has to outlive the process: it touches a quota of an hour or more.
-    pub fn are_durable(&self, asker: Asker<'_>) -> bool {
-        self.touched(asker).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
+    /// Whether what this subject reserves has to outlive the process: it touches a quota of an hour or more.
+    pub fn are_durable(&self, subject: Subject<'_>) -> bool {
+        self.touched(subject).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
     }
 
     /// Takes over how a cluster has it. The quota gets the limit that is in force there.
@@ -451,13 +461,13 @@ impl Quotas {
     }
 
     /// The quotas that a request touches, by their place in the config's order.
-    pub fn touched(&self, asker: Asker<'_>) -> SmallVec<[u32; 8]> {
+    pub fn touched(&self, subject: Subject<'_>) -> SmallVec<[u32; 8]> {
         let mut touched = SmallVec::from_slice(&self.scopes.environment);
-        if let Some(of_caller) = asker.caller.and_then(|caller| self.scopes.callers.get(&caller)) {
+        if let Some(of_caller) = subject.caller.and_then(|caller| self.scopes.callers.get(&caller)) {
             touched.extend_from_slice(of_caller);
         }
         let matches = |index: &u32| match &self.cells[*index as usize].quota.scope {
-            Scope::Model(pattern) => pattern.matches(asker.model),
+            Scope::Model(pattern) => pattern.matches(subject.model),
             Scope::Environment | Scope::Caller(..) => false,
         };
         touched.extend(self.scopes.models.iter().copied().filter(matches));
@@ -618,11 +628,11 @@ impl Cell {
         }
     }
 
-    fn fits(&self, now: Timestamp, ask: &Ask) -> Result<(), Wait> {
-        if self.quota.kind == Kind::CompletionTokens && !ask.generates {
+    fn fits(&self, now: Timestamp, required: &Required) -> Result<(), Wait> {
+        if self.quota.kind == Kind::CompletionTokens && !required.generates {
             return Ok(());
         }
-        self.fits_amount(now, ask.amounts.of(self.quota.kind))
+        self.fits_amount(now, required.amounts.of(self.quota.kind))
     }
 
     fn fits_amount(&self, now: Timestamp, amount: u64) -> Result<(), Wait> {

@@ -4,8 +4,8 @@ use super::{Answered, Cluster, Question, Terms, told};
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::lease::Wants;
-use crate::ledger::{Admission, Counters, Grant, NoRoom, Want};
-use crate::shared::{self, Answer, Command, Otherwise, Reserve, Verdict};
+use crate::ledger::{Admission, Counters, Demand, Grant, NoRoom};
+use crate::redis::{self, Answer, Command, Otherwise, Reserve, Verdict};
 
 impl Counters {
     /// Takes part in a cluster from now on; alone, until it has joined.
@@ -24,10 +24,10 @@ impl Counters {
     }
 
     /// What to ask Redis; `None`: it cannot be asked.
-    pub(in crate::ledger) fn question(&mut self, own: Timestamp, want: &Want<'_>) -> Option<Question> {
-        let allowance = self.allowance(want);
-        let ask = self.ask(want, allowance);
-        let touched = self.quotas.touched(want.asker);
+    pub(in crate::ledger) fn question(&mut self, own: Timestamp, demand: &Demand<'_>) -> Option<Question> {
+        let allowance = self.allowance(demand);
+        let required = self.required(demand, allowance);
+        let touched = self.quotas.touched(demand.subject);
         let otherwise = self.otherwise(allowance);
         let max_in_flight = if self.rules.enforce { self.rules.max_in_flight.unwrap_or(0) } else { 0 };
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
@@ -40,9 +40,9 @@ impl Counters {
             id: &id.to_string(),
             max_in_flight,
             otherwise,
-            generates: ask.generates,
-            amounts: ask.amounts,
-            completions: want.completions,
+            generates: required.generates,
+            amounts: required.amounts,
+            completions: demand.completions,
         };
         let command = cluster.speaker.reserve(&reserve, &touched);
         let (losses, first, is_early) = (cluster.losses, cluster.journal.first, cluster.is_behind());
@@ -50,24 +50,28 @@ impl Counters {
     }
 
     /// Admits out of what this node leases; `None`: that does not reach.
-    pub(in crate::ledger) fn admit_leased(&mut self, own: Timestamp, want: &Want<'_>) -> Option<Admission> {
+    pub(in crate::ledger) fn admit_leased(
+        &mut self,
+        own: Timestamp,
+        demand: &Demand<'_>,
+    ) -> Option<Admission> {
         // Requests in flight are counted by Redis alone, and what only watches has to see whether it fits.
         if !self.rules.enforce || self.rules.max_in_flight.is_some() {
             return None;
         }
         self.cluster.as_deref()?.lease.as_ref()?;
-        let allowance = self.allowance(want);
-        let ask = self.ask(want, allowance);
-        let touched = self.quotas.touched(want.asker);
+        let allowance = self.allowance(demand);
+        let required = self.required(demand, allowance);
+        let touched = self.quotas.touched(demand.subject);
         let is_apart = |cluster: &&mut Cluster| cluster.is_alone() || cluster.is_far_behind();
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !is_apart(cluster))?;
         let now = cluster.now(own);
-        cluster.lease.as_mut()?.take(now, self.limits.configured(), &touched, &ask)?;
+        cluster.lease.as_mut()?.take(now, self.limits.configured(), &touched, &required)?;
         let id = cluster.next_id;
         cluster.next_id += 1;
-        let step = cluster.speaker.open(id.to_string(), ask.amounts, &touched);
+        let step = cluster.speaker.open(id.to_string(), required.amounts, &touched);
         cluster.journal.push(step);
-        let mut admission = self.admit_regardless(now, want, allowance);
+        let mut admission = self.admit_regardless(now, demand, allowance);
         admission.grant.id = Some(id);
         self.keep(true, &admission.grant);
         Some(admission)
@@ -101,7 +105,7 @@ impl Counters {
             return answer.verdict != Verdict::Unknown;
         }
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
-        shared::load(&mut self.quotas, &all, answer);
+        redis::load(&mut self.quotas, &all, answer);
         if let Some(lease) = &mut cluster.lease {
             lease.grow(answer);
         }
@@ -112,7 +116,7 @@ impl Counters {
     pub(in crate::ledger) fn answered(
         &mut self,
         own: Timestamp,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
         question: &Question,
         answer: &Answer,
     ) -> Answered {
@@ -136,18 +140,18 @@ impl Counters {
         let is_overtaken = cluster.journal.first != question.first;
         let kept =
             if is_overtaken { self.quotas.some_states(answer.now, &question.touched) } else { Vec::new() };
-        shared::load(&mut self.quotas, &question.touched, answer);
+        redis::load(&mut self.quotas, &question.touched, answer);
         let in_flight = told(answer, 0);
         cluster.nodes = told(answer, 1).max(1);
         let is_full = self.rules.max_in_flight.is_some_and(|most| in_flight >= most);
-        let decided = self.decide(answer.now, want, question.allowance, is_full);
+        let decided = self.decide(answer.now, demand, question.allowance, is_full);
         if decided.is_ok() != was_admitted {
             tracing::error!(
                 redis = was_admitted,
                 "Redis and this node disagree about a request: Redis counts"
             );
         }
-        let decided = self.as_decided_there(decided, was_admitted, want, question, answer);
+        let decided = self.as_decided_there(decided, was_admitted, demand, question, answer);
         for (&index, state) in question.touched.iter().zip(&kept) {
             self.quotas.load(index as usize, state);
         }
@@ -159,7 +163,7 @@ impl Counters {
         &mut self,
         decided: Result<Admission, NoRoom>,
         was_admitted: bool,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
         question: &Question,
         answer: &Answer,
     ) -> Result<Admission, NoRoom> {
@@ -170,11 +174,11 @@ impl Counters {
                 Ok(admission)
             }
             Ok(admission) => {
-                self.undo(answer.now, want.asker.model, admission.grant);
+                self.undo(answer.now, demand.subject.model, admission.grant);
                 Err(NoRoom::InFlight { limit: told(answer, 0) })
             }
             Err(_) if was_admitted => {
-                let mut admission = self.admit_regardless(answer.now, want, question.allowance);
+                let mut admission = self.admit_regardless(answer.now, demand, question.allowance);
                 admission.grant.id = Some(question.id);
                 self.keep(true, &admission.grant);
                 Ok(admission)
@@ -187,12 +191,12 @@ impl Counters {
     pub(in crate::ledger) fn admit_alone(
         &mut self,
         now: Timestamp,
-        want: &Want<'_>,
+        demand: &Demand<'_>,
     ) -> Result<Admission, NoRoom> {
         if self.is_closed() {
             return Err(NoRoom::Unavailable);
         }
-        let mut admission = self.try_admit(now, want)?;
+        let mut admission = self.try_admit(now, demand)?;
         if let (Some(cluster), Some(receipt)) = (&mut self.cluster, admission.grant.receipts.first()) {
             admission.grant.id = Some(cluster.begin(false, receipt));
         }

@@ -5,7 +5,7 @@ use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::{Counters, QuotaKey};
 use crate::quota::{Quota, State};
-use crate::shared::{self, Answer, Command, Limit, Verdict};
+use crate::redis::{self, Answer, Command, Limit, Verdict};
 
 impl Counters {
     /// Redis cannot be asked any more: from now on this node counts alone.
@@ -113,7 +113,7 @@ impl Counters {
             (None, Some(before)) => before,
             (None, None) => &mut self.quotas,
         };
-        shared::load(all, &batch.cells, answer);
+        redis::load(all, &batch.cells, answer);
         cluster.told(batch.steps);
         true
     }
@@ -143,7 +143,7 @@ impl Counters {
             lease.look();
         }
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
-        shared::load(&mut self.quotas, &all, answer);
+        redis::load(&mut self.quotas, &all, answer);
         for (index, (state, is_override)) in answer.states.iter().enumerate() {
             self.limits.follow(index, is_override.then(|| limit(state)));
         }

@@ -2,9 +2,9 @@ mod walk;
 
 use super::*;
 use crate::config::{CompletionReserve, OnOverrun, Reserve as Reserves, WhenShort};
-use crate::ledger::{Counters, Ended, Grant, Rules, Want};
-use crate::quota::{Asker, Kind, Per, Scope, Window};
-use crate::shared::Verdict;
+use crate::ledger::{Counters, Demand, Ended, Grant, Rules};
+use crate::quota::{Kind, Per, Scope, Subject, Window};
+use crate::redis::Verdict;
 use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
@@ -73,23 +73,23 @@ fn takes_part(counters: &mut Counters) {
     counters.beaten(NOW, &done(&[2, 0], states)).unwrap();
 }
 
-fn asker() -> Asker<'static> {
-    Asker { caller: None, model: "m" }
+fn subject() -> Subject<'static> {
+    Subject { caller: None, model: "m" }
 }
 
-fn want() -> Want<'static> {
-    Want { asker: asker(), prompt: 10, generates: true, cap: Some(90), completions: 1 }
+fn demand() -> Demand<'static> {
+    Demand { subject: subject(), prompt: 10, generates: true, cap: Some(90), completions: 1 }
 }
 
 fn admitted_alone(counters: &mut Counters) -> Grant {
-    counters.admit_alone(NOW, &want()).unwrap().grant
+    counters.admit_alone(NOW, &demand()).unwrap().grant
 }
 
 fn admitted(counters: &mut Counters) -> Grant {
-    let question = counters.question(NOW, &want()).unwrap();
+    let question = counters.question(NOW, &demand()).unwrap();
     let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
     let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], states) };
-    match counters.answered(NOW, &want(), &question, &answer) {
+    match counters.answered(NOW, &demand(), &question, &answer) {
         Answered::Decided(Ok(admission)) => admission.grant,
         other => panic!("{other:?}"),
     }
@@ -109,7 +109,7 @@ fn what_redis_may_have_heard_of_is_told_anew_and_not_paid_for_beside_that() {
     assert_eq!(all(&mut counters), 2);
     counters.lose(NOW);
     let spent = Amounts::of_request(10, 30);
-    counters.settle(NOW, asker(), ends, Ended { spent, is_whole: true });
+    counters.settle(NOW, subject(), ends, Ended { spent, is_whole: true });
     counters.join(NOW).unwrap();
     let told = holds_all(&mut counters);
     assert_eq!(
@@ -122,7 +122,7 @@ fn what_redis_may_have_heard_of_is_told_anew_and_not_paid_for_beside_that() {
     returns(&mut counters);
     assert_eq!(all(&mut counters), 0, "all has been told");
     assert_eq!(counters.cluster().unwrap().journal.entries.len(), 1, "it is not paid for as well");
-    counters.settle(NOW, asker(), goes_on, Ended { spent, is_whole: true });
+    counters.settle(NOW, subject(), goes_on, Ended { spent, is_whole: true });
     let mut ended = counters.cluster().unwrap().journal.ended();
     assert!(ended.all(|(_, open, _)| open.is_certain));
 }
@@ -135,10 +135,10 @@ fn what_redis_denies_holds_nothing_whatever_the_node_makes_of_it() {
         (levels, counters.held(), counters.in_flight)
     };
     let before = stands(&mut counters);
-    let question = counters.question(NOW, &want()).unwrap();
+    let question = counters.question(NOW, &demand()).unwrap();
     let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
     let answer = Answer { verdict: Verdict::Denied, ..done(&[0, 2], states) };
-    let answered = counters.answered(NOW, &want(), &question, &answer);
+    let answered = counters.answered(NOW, &demand(), &question, &answer);
     assert!(matches!(answered, Answered::Decided(Err(_))), "{answered:?}");
     assert_eq!(stands(&mut counters), before);
     let cluster = counters.cluster().unwrap();
@@ -152,14 +152,14 @@ fn a_lease_does_not_let_a_node_run_ahead_of_what_redis_can_be_told() {
     let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
     assert!(counters.leased(NOW, &done(&[1 << 30], states)));
     let mut admitted = 0;
-    while let Some(admission) = counters.admit_leased(NOW, &want()) {
+    while let Some(admission) = counters.admit_leased(NOW, &demand()) {
         admitted += 1;
-        counters.settle(NOW, asker(), admission.grant, Ended { spent: Amounts::default(), is_whole: true });
+        counters.settle(NOW, subject(), admission.grant, Ended { spent: Amounts::default(), is_whole: true });
     }
     assert_eq!(admitted, MOST_BEHIND / 2, "each has two steps");
     let batch = counters.cluster().unwrap().batch(NOW, u64::MAX).unwrap();
     assert!(counters.batch_is_told(NOW, &batch, &done(&[200], Vec::new())));
-    assert!(counters.admit_leased(NOW, &want()).is_some());
+    assert!(counters.admit_leased(NOW, &demand()).is_some());
 }
 
 #[test]
@@ -259,12 +259,12 @@ fn what_redis_was_asked_for_is_not_charged_before_somebody_has_looked_at_its_ans
         let command = counters.hold_only(NOW).unwrap();
         command.arguments.iter().skip(5).any(|word| *word == question.id.to_string())
     };
-    let question = counters.question(NOW, &want()).unwrap();
+    let question = counters.question(NOW, &demand()).unwrap();
     counters.lose(NOW);
     counters.join(NOW).unwrap();
     assert!(is_spared(&mut counters, &question), "it may have been admitted");
     let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], Vec::new()) };
-    let answered = counters.answered(NOW, &want(), &question, &answer);
+    let answered = counters.answered(NOW, &demand(), &question, &answer);
     assert!(matches!(answered, Answered::Again), "{answered:?}");
     assert!(is_spared(&mut counters, &question), "it is to be cancelled");
     let steps = counters.cluster().unwrap().journal.entries.len();

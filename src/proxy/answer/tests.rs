@@ -1,11 +1,11 @@
 use super::super::call::Call;
 use super::super::headers::Told;
 use super::super::route::Endpoint;
-use super::super::{Charge, Forward, Proxy, Shared};
+use super::super::{Charge, Forward, Proxy, State};
 use super::*;
 use crate::config::parse;
-use crate::ledger::{Account, Want};
-use crate::quota::{Amounts, Asker};
+use crate::ledger::{Account, Demand};
+use crate::quota::{Amounts, Subject};
 use crate::server::{Patience, Peer};
 use crate::telemetry::{Metrics, Record};
 use crate::upstream;
@@ -20,20 +20,20 @@ use tokio::time::sleep;
 /// The places are one for all tests of this process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-fn shared(port: u16) -> Arc<Shared> {
+fn state(port: u16) -> Arc<State> {
     let text = format!(
         "upstreams: {{ u: {{ base_url: 'http://127.0.0.1:{port}/v1' }} }}\n\
          environments: {{ e: {{ upstream: u, on_disconnect: drain, quotas: {{ total_tokens: {{ limit: 1000, per: day }} }} }} }}\n\
          store: {{ memory: true }}\n"
     );
     let loaded = parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
-    Arc::new(Shared::new(Arc::new(loaded.config), None).unwrap())
+    Arc::new(State::new(Arc::new(loaded.config), None).unwrap())
 }
 
 fn charge(account: &Arc<Account>, metrics: &Arc<Metrics>) -> Charge {
-    let asker = Asker { caller: None, model: "m" };
-    let want = Want { asker, prompt: 8, generates: true, cap: Some(100), completions: 1 };
-    Charge { reservation: Some(account.reserve(&want).unwrap()), record: Record::begin(metrics.clone()) }
+    let subject = Subject { caller: None, model: "m" };
+    let demand = Demand { subject, prompt: 8, generates: true, cap: Some(100), completions: 1 };
+    Charge { reservation: Some(account.reserve(&demand).unwrap()), record: Record::begin(metrics.clone()) }
 }
 
 /// Takes the first steps of an exchange and hangs up.
@@ -84,7 +84,7 @@ async fn begin_and_hang_up_soon(exchange: &mut (impl Future<Output = Response<An
 async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let shared = shared(listener.local_addr().unwrap().port());
+    let state = state(listener.local_addr().unwrap().port());
     // The answer's head comes late, and its body never.
     tokio::spawn(async move {
         let (mut socket, _) = listener.accept().await.unwrap();
@@ -95,9 +95,9 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
         socket.write_all(head).await.unwrap();
         pending::<()>().await;
     });
-    let proxy = Proxy::new(shared.clone(), &upstream::client_config().unwrap()).unwrap();
-    let account = shared.accounts[0].clone();
-    let charge = charge(&account, &shared.metrics);
+    let proxy = Proxy::new(state.clone(), &upstream::client_config().unwrap()).unwrap();
+    let account = state.accounts[0].clone();
+    let charge = charge(&account, &state.metrics);
     let forward = Forward {
         request: upstream::Request {
             method: Method::POST,
@@ -106,7 +106,7 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
             body: Bytes::from_static(b"{}"),
         },
         upstream: 0,
-        environment: shared.config.environments[0].clone(),
+        environment: state.config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
         call: Call::unread(Bytes::new()),
         received: Stopwatch::start(),
@@ -126,9 +126,9 @@ async fn waiting_for_an_answer_and_reading_it_take_one_time_together() {
 
 #[tokio::test]
 async fn an_exchange_that_panics_settles_once_and_is_answered() {
-    let shared = shared(9);
-    let account = shared.accounts[0].clone();
-    let mut charge = charge(&account, &shared.metrics);
+    let state = state(9);
+    let account = state.accounts[0].clone();
+    let mut charge = charge(&account, &state.metrics);
     let answer = outlive_caller(Dialect::OpenAi, async move {
         charge.observe(Amounts::of_request(8, 3));
         tokio::task::yield_now().await;

@@ -3,11 +3,11 @@
 //! token, and holds nothing.
 
 use super::super::*;
-use super::asker;
+use super::subject;
 use crate::clock::Stopwatch;
-use crate::ledger::{Counters, Ended, Grant, Want};
+use crate::ledger::{Counters, Demand, Ended, Grant};
 use crate::quota::{ClockUnit, Kind, Per, Scope, Window};
-use crate::shared::{SCRIPT, Verdict};
+use crate::redis::{SCRIPT, Verdict};
 use std::process::{Child, Command as Process, Stdio};
 use std::time::Duration;
 
@@ -119,7 +119,7 @@ impl World {
 /// Where a node is on its way to take part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    Away { until: Timestamp },
+    Unavailable { until: Timestamp },
     Joins,
     Holds,
     HoldsOnly,
@@ -153,7 +153,7 @@ impl Node {
         let mut counters = super::counters(&quotas, now);
         counters.share(now, Terms { on_failure: policy, stamp: 1, leases }, &format!("node-{n}"));
         let keys = counters.cluster().unwrap().keys("t", "e");
-        let phase = Phase::Away { until: now };
+        let phase = Phase::Unavailable { until: now };
         let (open, late) = (Vec::new(), VecDeque::new());
         Self { counters, keys, phase, is_cut_off: false, next_beat: now, open, late }
     }
@@ -190,19 +190,20 @@ impl Node {
 
     fn loses(&mut self, world: &World) {
         self.counters.lose(world.now);
-        self.phase = Phase::Away { until: world.now.plus_ms(LATEST_MS) };
+        self.phase = Phase::Unavailable { until: world.now.plus_ms(LATEST_MS) };
     }
 
     fn request(&mut self, world: &mut World) {
         let cap = Some(1 + world.dice.below(500));
-        let want = Want { asker: asker(), prompt: 10, generates: true, cap, completions: 1 };
-        if let Some(admission) = self.counters.admit_leased(world.now, &want) {
+        let demand = Demand { subject: subject(), prompt: 10, generates: true, cap, completions: 1 };
+        if let Some(admission) = self.counters.admit_leased(world.now, &demand) {
             world.counts.leased += 1;
             return self.open.push((admission.grant, 0));
         }
-        if let Some(question) = self.counters.question(world.now, &want) {
+        if let Some(question) = self.counters.question(world.now, &demand) {
             let answer = self.call(world, &question.command);
-            let answered = answer.map(|answer| self.counters.answered(world.now, &want, &question, &answer));
+            let answered =
+                answer.map(|answer| self.counters.answered(world.now, &demand, &question, &answer));
             match answered {
                 None => {
                     self.counters.cluster().unwrap().cancel(question.id);
@@ -216,7 +217,7 @@ impl Node {
                 Some(Answered::Unknown) => self.loses(world),
             }
         }
-        if let Ok(admission) = self.counters.admit_alone(world.now, &want) {
+        if let Ok(admission) = self.counters.admit_alone(world.now, &demand) {
             world.counts.alone += 1;
             self.open.push((admission.grant, 0));
         }
@@ -243,7 +244,7 @@ impl Node {
             _ => Amounts::of_request(10, completion + world.dice.below(50)),
         };
         world.spent += spent.total.cast_signed();
-        self.counters.settle(world.now, asker(), grant, Ended { spent, is_whole: true });
+        self.counters.settle(world.now, subject(), grant, Ended { spent, is_whole: true });
     }
 
     fn flush(&mut self, world: &mut World) -> Option<()> {
@@ -282,7 +283,7 @@ impl Node {
     /// What its task does, a call or two at a time, so that others come in between. `None`: Redis is lost.
     fn works(&mut self, world: &mut World) -> Option<()> {
         match self.phase {
-            Phase::Away { until } => {
+            Phase::Unavailable { until } => {
                 if world.now >= until && !self.is_cut_off {
                     self.phase = Phase::Joins;
                 }

@@ -4,7 +4,7 @@ use super::server::full;
 use std::time::Duration;
 use tollgate::clock::{self, Stopwatch};
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::shared::{Away, Cells, Held, Link, Otherwise, Piece, Reserve, Speaker, Verdict};
+use tollgate::redis::{Cells, Held, Link, Otherwise, Piece, Reserve, Speaker, Unavailable, Verdict};
 
 /// Within this time of its return a server is in use again.
 pub const SOON: Duration = Duration::from_secs(2);
@@ -52,7 +52,7 @@ impl Client {
         self.speaker.keys("test", self.environment)
     }
 
-    pub async fn reserve(&mut self) -> Result<Verdict, Away> {
+    pub async fn reserve(&mut self) -> Result<Verdict, Unavailable> {
         self.next += 1;
         let id = self.next.to_string();
         let reserve = Reserve {
@@ -69,7 +69,7 @@ impl Client {
     }
 
     /// Has so many reservations held again.
-    pub async fn hold(&mut self, count: u32) -> Result<Verdict, Away> {
+    pub async fn hold(&mut self, count: u32) -> Result<Verdict, Unavailable> {
         let piece =
             Piece { reserved: Amounts::of_request(1, 1), moved: Amounts::default(), cells: vec![(0, 0); 4] };
         let held =
@@ -99,13 +99,13 @@ impl Client {
     /// The first call fails within 50 ms, the others at once, for this long.
     pub async fn is_away(&mut self, longest: Duration) {
         let clock = Stopwatch::start();
-        assert_eq!(self.reserve().await, Err(Away));
+        assert_eq!(self.reserve().await, Err(Unavailable));
         let first = clock.elapsed();
         assert!(first <= Duration::from_millis(50), "the first failing call took {first:?}");
         let mut took = Vec::new();
         while clock.elapsed() < longest {
             let one = Stopwatch::start();
-            assert_eq!(self.reserve().await, Err(Away));
+            assert_eq!(self.reserve().await, Err(Unavailable));
             took.push(one.elapsed());
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -5,9 +5,10 @@ use jiff::tz::TimeZone;
 use tollgate::clock::Timestamp;
 use tollgate::glob::Glob;
 use tollgate::quota::{
-    Amounts, Ask, Asker, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Per, Quota, Quotas, Receipt, Scope, Window,
+    Amounts, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Per, Quota, Quotas, Receipt, Required, Scope, Subject,
+    Window,
 };
-use tollgate::shared::{self, Limit, Otherwise, Reserve, Step, StepKind, Verdict};
+use tollgate::redis::{Limit, Otherwise, Reserve, Step, StepKind, Verdict};
 
 const DAY: u64 = 86_400_000;
 const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
@@ -99,36 +100,36 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     fn reserve(&mut self) {
-        let asker = Asker { caller: Some(self.dice.pick(3)), model: MODELS[self.dice.pick(3)] };
+        let subject = Subject { caller: Some(self.dice.pick(3)), model: MODELS[self.dice.pick(3)] };
         let amounts = Amounts::of_request(self.dice.below(self.largest), self.dice.below(self.largest));
         let generates = self.dice.below(5) > 0;
-        let ask = Ask { amounts, generates };
+        let required = Required { amounts, generates };
         let otherwise =
             [Otherwise::Reject, Otherwise::Reject, Otherwise::Watch, Otherwise::Clamp][self.dice.pick(4)];
         let completions = 1 + self.dice.below(3);
-        let touched = self.local.touched(asker);
+        let touched = self.local.touched(subject);
         let id = self.next.to_string();
         self.next += 1;
         let reserve = Reserve { id: &id, max_in_flight: 0, otherwise, generates, amounts, completions };
         let command = self.node.speaker.reserve(&reserve, &touched);
         let answer = self.node.call(&command);
-        shared::load(&mut self.mirror, &touched, &answer);
+        tollgate::redis::load(&mut self.mirror, &touched, &answer);
         let decide = |quotas: &mut Quotas, now| {
-            quotas.reserve(now, asker, &ask).or_else(|denied| match otherwise {
-                Otherwise::Watch => Ok(quotas.reserve_regardless(now, asker, &ask)),
+            quotas.reserve(now, subject, &required).or_else(|denied| match otherwise {
+                Otherwise::Watch => Ok(quotas.reserve_regardless(now, subject, &required)),
                 Otherwise::Clamp => {
-                    let each = quotas.completion_that_fits(now, asker, amounts.prompt) / completions;
+                    let each = quotas.completion_that_fits(now, subject, amounts.prompt) / completions;
                     let less = Amounts::of_request(amounts.prompt, each.saturating_mul(completions));
                     let is_less = each >= 16 && less.completion < amounts.completion;
-                    let lowered = Ask { amounts: less, generates: true };
-                    if is_less { quotas.reserve(now, asker, &lowered) } else { Err(denied) }
+                    let lowered = Required { amounts: less, generates: true };
+                    if is_less { quotas.reserve(now, subject, &lowered) } else { Err(denied) }
                 }
                 Otherwise::Reject => Err(denied),
             })
         };
         let local = decide(&mut self.local, self.now);
         let mirrored = decide(&mut self.mirror, answer.now);
-        let standing = |quotas: &Quotas| quotas.standing(self.now, asker);
+        let standing = |quotas: &Quotas| quotas.standing(self.now, subject);
         assert_eq!(standing(&self.local), standing(&self.mirror));
         match (local, mirrored, answer.verdict) {
             (Ok(receipt), Ok(mirrored), Verdict::Admitted) => {

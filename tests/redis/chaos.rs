@@ -13,8 +13,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::sleep;
 use tollgate::clock::Stopwatch;
-use tollgate::ledger::{Account, Reservation, Want};
-use tollgate::quota::{Amounts, Asker};
+use tollgate::ledger::{Account, Demand, Reservation};
+use tollgate::quota::{Amounts, Subject};
 
 /// Nothing is used beyond this in a month; so what was used is to be seen.
 const MONTH: i64 = 1_000_000_000;
@@ -85,7 +85,7 @@ fn dies(node: Member, book: &Book) -> Vec<Reservation> {
     let held: Vec<_> = runtime().block_on(async {
         let mut held = Vec::new();
         for n in 0..20 {
-            let mut reservation = node.account.reserve_shared(&want(10, 50 + n)).await.unwrap();
+            let mut reservation = node.account.reserve_shared(&demand(10, 50 + n)).await.unwrap();
             reservation.progress(Amounts::of_request(10, 3 * n));
             book.admits(&reservation);
             held.push(reservation);
@@ -100,15 +100,15 @@ fn dies(node: Member, book: &Book) -> Vec<Reservation> {
     held
 }
 
-fn want(prompt: u64, cap: u64) -> Want<'static> {
-    let asker = Asker { caller: None, model: "m" };
-    Want { asker, prompt, generates: true, cap: Some(cap), completions: 1 }
+fn demand(prompt: u64, cap: u64) -> Demand<'static> {
+    let subject = Subject { caller: None, model: "m" };
+    Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1 }
 }
 
 async fn work(account: Arc<Account>, book: Arc<Book>, mut dice: Dice, largest: u64) {
     while !book.stops.load(Ordering::SeqCst) {
         let (prompt, cap) = (dice.below(20), 1 + dice.below(largest));
-        let want = want(prompt, cap);
+        let demand = demand(prompt, cap);
         // Some do not wait for the answer.
         let polls = if dice.below(12) == 0 { dice.below(40) } else { u64::MAX };
         let gives_up = async {
@@ -117,9 +117,9 @@ async fn work(account: Arc<Account>, book: Arc<Book>, mut dice: Dice, largest: u
             }
         };
         let reserved = if polls == u64::MAX {
-            Some(account.reserve_shared(&want).await)
+            Some(account.reserve_shared(&demand).await)
         } else {
-            tokio::select! { biased; reserved = account.reserve_shared(&want) => Some(reserved), () = gives_up => None }
+            tokio::select! { biased; reserved = account.reserve_shared(&demand) => Some(reserved), () = gives_up => None }
         };
         match reserved {
             None => count(&book.dropped),

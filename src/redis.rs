@@ -11,14 +11,14 @@ use crate::clock::Timestamp;
 use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
 use smallvec::SmallVec;
 
-pub use link::{Away, DEADLINE, Link, Turn, check_url};
+pub use link::{DEADLINE, Link, Turn, Unavailable, check_url};
 
 /// The script, for `EVALSHA` and `EVAL`.
 pub const SCRIPT: &str = concat!(
-    include_str!("shared/script/cells.lua"),
-    include_str!("shared/script/requests.lua"),
-    include_str!("shared/script/limits.lua"),
-    include_str!("shared/script/sessions.lua"),
+    include_str!("redis/script/cells.lua"),
+    include_str!("redis/script/requests.lua"),
+    include_str!("redis/script/limits.lua"),
+    include_str!("redis/script/sessions.lua"),
 );
 
 /// What the script gives back for each cell.

@@ -10,8 +10,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tollgate::clock::Stopwatch;
 use tollgate::config::parse;
-use tollgate::ledger::{Account, QuotaKey, Want};
-use tollgate::quota::{Asker, Kind};
+use tollgate::ledger::{Account, Demand, QuotaKey};
+use tollgate::quota::{Kind, Subject};
 
 /// Speaks to the server on a thread of its own.
 pub struct Member {
@@ -125,10 +125,10 @@ fn a_node_shows_that_it_is_alive_however_much_it_has_to_tell() {
         for _ in 0..100 {
             let account = account.clone();
             tasks.spawn(async move {
-                let asker = Asker { caller: None, model: "m" };
-                let want = Want { asker, prompt: 1, generates: true, cap: Some(1), completions: 1 };
+                let subject = Subject { caller: None, model: "m" };
+                let demand = Demand { subject, prompt: 1, generates: true, cap: Some(1), completions: 1 };
                 loop {
-                    drop(account.reserve_shared(&want).await);
+                    drop(account.reserve_shared(&demand).await);
                 }
             });
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::clock::Timestamp;
 use tollgate::quota::{Calendar, Quota, Quotas, State, Window};
-use tollgate::shared::{self, Answer, Cells, SCRIPT, Speaker, Verdict};
+use tollgate::redis::{Answer, Cells, SCRIPT, Speaker, Verdict};
 
 pub struct Server {
     child: Option<Child>,
@@ -124,7 +124,7 @@ pub struct Node {
 }
 
 impl Node {
-    pub fn call(&mut self, command: &shared::Command) -> Answer {
+    pub fn call(&mut self, command: &tollgate::redis::Command) -> Answer {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&self.sha).arg(3).arg(&self.keys[..]).arg(&command.arguments);
         let numbers: Vec<i64> = call.query(&mut self.connection).unwrap();
@@ -154,7 +154,7 @@ impl Node {
         let answer = self.beat();
         let mut mirror = Quotas::new(&self.quotas, now);
         let all: Vec<u32> = (0..).take(self.quotas.len()).collect();
-        shared::load(&mut mirror, &all, &answer);
+        tollgate::redis::load(&mut mirror, &all, &answer);
         mirror
     }
 }

@@ -3,7 +3,7 @@
 use super::server::{Node, Server, full};
 use tollgate::clock::Timestamp;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::shared::{Answer, Held, Limit, Otherwise, Piece, Reserve, Step, StepKind, Verdict};
+use tollgate::redis::{Answer, Held, Limit, Otherwise, Piece, Reserve, Step, StepKind, Verdict};
 
 const BEGIN: Timestamp = Timestamp(1_774_700_000_000);
 /// The start of its month: names that period.

@@ -278,9 +278,9 @@ mod tests {
         for n in 0..2_000u64 {
             learned.learn("m", 1 + n * 7_919 % 1_000);
         }
-        for (ppm, want) in [(500_000, 500), (900_000, 900), (990_000, 990)] {
+        for (ppm, demand) in [(500_000, 500), (900_000, 900), (990_000, 990)] {
             let got = learned.expected("m", ppm);
-            assert!(got.abs_diff(want) <= 40, "{ppm}: {got}");
+            assert!(got.abs_diff(demand) <= 40, "{ppm}: {got}");
         }
         for _ in 0..1_000 {
             learned.learn("m", 20);
@@ -340,12 +340,12 @@ mod tests {
         let alone = learned.expected("m", P90);
         assert!((860..=940).contains(&alone), "{alone}");
         let mut under_way = Vec::new();
-        for (others, want) in [(1, alone), (8, 788), (99, 587), (9_999, 509)] {
+        for (others, demand) in [(1, alone), (8, 788), (99, 587), (9_999, 509)] {
             while under_way.len() < others {
                 under_way.extend(learned.began("m"));
             }
             let got = learned.expected("m", P90);
-            assert!(got.abs_diff(want) <= 30, "beside {others}: {got}");
+            assert!(got.abs_diff(demand) <= 30, "beside {others}: {got}");
         }
         assert!(learned.expected("m", 400_000) <= 420, "never more than the quantile");
         under_way.drain(11..).for_each(|since| learned.ended("m", since));

@@ -3,7 +3,7 @@
 use super::server::Server;
 use tollgate::clock;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::shared::{Otherwise, Reserve, Verdict};
+use tollgate::redis::{Otherwise, Reserve, Verdict};
 
 #[test]
 fn a_burst_from_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more() {

@@ -5,7 +5,7 @@ use super::server::{Server, free_port};
 use std::path::Path;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::shared::{Away, Link, Verdict};
+use tollgate::redis::{Link, Unavailable, Verdict};
 
 /// What a user needs.
 pub const RIGHTS: &str = "~test:* +eval +evalsha +set +time +hset +hincrby +hget +hmget +hgetall +hkeys +hlen +hexists +hscan +hdel +pexpire +pttl";
@@ -95,7 +95,7 @@ async fn missing_rights_are_named() {
         let mut client = Client::waiting(&format!("redis://gate:a-secret@127.0.0.1:{port}"), "staging");
         let trouble = trouble(&client.link).await;
         assert!(trouble.contains(says) && trouble.contains("needs ~test:* +eval +evalsha"), "{trouble}");
-        assert_eq!(client.reserve().await, Err(Away));
+        assert_eq!(client.reserve().await, Err(Unavailable));
         server.admin(&format!("ACL SETUSER gate {RIGHTS}"));
         let back = client.is_back().await;
         assert!(back <= SOON, "{back:?}");

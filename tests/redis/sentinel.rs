@@ -5,7 +5,7 @@ use super::client::{Client, SOON};
 use super::server::{Server, free_port};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::shared::Verdict;
+use tollgate::redis::Verdict;
 
 fn sentinel(port: u16, master: u16) -> Server {
     let config = format!(

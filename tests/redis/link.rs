@@ -6,7 +6,7 @@ use super::server::Server;
 use std::process::Command;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::shared::{Away, DEADLINE, Verdict};
+use tollgate::redis::{DEADLINE, Unavailable, Verdict};
 
 pub fn signal(name: &str, process: &str) {
     assert!(Command::new("kill").args([name, process]).status().unwrap().success());
@@ -65,7 +65,7 @@ async fn calls_under_way_are_let_go_when_one_has_failed() {
     });
     let clock = Stopwatch::start();
     for call in calls.collect::<Vec<_>>() {
-        assert_eq!(call.await.unwrap(), Err(Away));
+        assert_eq!(call.await.unwrap(), Err(Unavailable));
     }
     assert!(clock.elapsed() < DEADLINE + Duration::from_millis(25), "{:?}", clock.elapsed());
 }
@@ -146,7 +146,7 @@ async fn a_connection_that_is_half_open_is_replaced() {
     let proxy = Proxy::start(&server.folder().join("s")).await;
     let mut client = Client::of(&proxy.url()).await;
     proxy.forget();
-    assert_eq!(client.reserve().await, Err(Away));
+    assert_eq!(client.reserve().await, Err(Unavailable));
     let back = client.is_back().await;
     assert!(back <= SOON, "{back:?}");
 }

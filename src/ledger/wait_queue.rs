@@ -13,7 +13,7 @@ const LONGEST: usize = 1_000;
 
 /// The line before one environment's quotas.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct WaitQueue {
     /// Who holds the permit stands in front. Tokio's semaphore serves in the order of asking, and
     /// whoever gives up leaves its place.
     front: Semaphore,
@@ -21,13 +21,13 @@ pub(super) struct Line {
     ended: Notify,
 }
 
-impl Default for Line {
+impl Default for WaitQueue {
     fn default() -> Self {
         Self { front: Semaphore::new(1), waiting: AtomicUsize::new(0), ended: Notify::new() }
     }
 }
 
-impl Line {
+impl WaitQueue {
     /// A request has given room back: whoever stands in front may look again.
     pub(super) fn somebody_has_ended(&self) {
         if self.waiting.load(Ordering::Relaxed) > 0 {
@@ -37,12 +37,12 @@ impl Line {
 }
 
 /// One who waits; leaves the line when dropped.
-struct Place<'a>(&'a Line);
+struct Place<'a>(&'a WaitQueue);
 
 impl<'a> Place<'a> {
-    fn take(line: &'a Line) -> Option<Self> {
-        let before = line.waiting.fetch_add(1, Ordering::Relaxed);
-        let place = Self(line);
+    fn take(wait_queue: &'a WaitQueue) -> Option<Self> {
+        let before = wait_queue.waiting.fetch_add(1, Ordering::Relaxed);
+        let place = Self(wait_queue);
         (before < LONGEST).then_some(place)
     }
 }
@@ -56,12 +56,12 @@ impl Drop for Place<'_> {
 /// Tries at once if nobody waits, else in turn, for at most `longest`. `None`: no wait would help, or
 /// all of it was in vain, or the line is full. `in_the_way` looks without taking anything.
 pub(super) async fn wait<R: Future<Output = Result<Reservation, NoRoom>>>(
-    line: &Line,
+    wait_queue: &WaitQueue,
     longest: Duration,
     reserve: impl Fn() -> R,
     in_the_way: impl FnOnce() -> Option<NoRoom>,
 ) -> Option<Reservation> {
-    let no_room = if line.waiting.load(Ordering::Relaxed) == 0 {
+    let no_room = if wait_queue.waiting.load(Ordering::Relaxed) == 0 {
         match reserve().await {
             Ok(reservation) => return Some(reservation),
             Err(no_room) => Some(no_room),
@@ -73,13 +73,13 @@ pub(super) async fn wait<R: Future<Output = Result<Reservation, NoRoom>>>(
     if no_room.is_some_and(|no_room| !is_worth_waiting(&no_room, longest)) {
         return None;
     }
-    let _place = Place::take(line)?;
+    let _place = Place::take(wait_queue)?;
     let clock = Stopwatch::start();
     let in_turn = async {
         // The semaphore is never closed.
-        let _front = line.front.acquire().await.ok()?;
+        let _front = wait_queue.front.acquire().await.ok()?;
         loop {
-            let ended = line.ended.notified();
+            let ended = wait_queue.ended.notified();
             let left = longest.saturating_sub(clock.elapsed());
             let wait = match reserve().await {
                 Ok(reservation) => return Some(reservation),
@@ -114,13 +114,13 @@ mod tests {
 
     #[test]
     fn no_more_than_a_thousand_wait() {
-        let line = Line::default();
-        let mut places: Vec<Place<'_>> = (0..LONGEST).map_while(|_| Place::take(&line)).collect();
+        let wait_queue = WaitQueue::default();
+        let mut places: Vec<Place<'_>> = (0..LONGEST).map_while(|_| Place::take(&wait_queue)).collect();
         assert_eq!(places.len(), LONGEST);
-        assert!(Place::take(&line).is_none());
+        assert!(Place::take(&wait_queue).is_none());
         places.pop();
-        assert!(Place::take(&line).is_some(), "who leaves makes room");
+        assert!(Place::take(&wait_queue).is_some(), "who leaves makes room");
         drop(places);
-        assert_eq!(line.waiting.load(Ordering::Relaxed), 0);
+        assert_eq!(wait_queue.waiting.load(Ordering::Relaxed), 0);
     }
 }

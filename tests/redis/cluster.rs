@@ -7,7 +7,7 @@ use super::server::{Server, free_port};
 use std::path::Path;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::shared::{Away, Verdict};
+use tollgate::redis::{Unavailable, Verdict};
 
 const SLOTS: [&str; 3] = ["0 5460", "5461 10922", "10923 16383"];
 /// Environments that have slots on the first, second and third server.
@@ -138,7 +138,7 @@ async fn a_slot_that_moves_is_followed() {
     for (from, to) in [(0, 2), (2, 1)] {
         cluster.move_slot("bar", from, to);
         let clock = Stopwatch::start();
-        assert_eq!(client.reserve().await, Err(Away));
+        assert_eq!(client.reserve().await, Err(Unavailable));
         assert!(clock.elapsed() < Duration::from_millis(50), "{:?}", clock.elapsed());
         let mut up = client.link.watch();
         up.wait_for(|&number| number > 0).await.unwrap();

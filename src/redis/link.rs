@@ -52,7 +52,7 @@ const REMIND: Duration = Duration::from_mins(1);
 
 /// Redis cannot be asked now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Away;
+pub struct Unavailable;
 
 /// The way to the Redis server that has the keys of one environment, shared by all who call it.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ impl Turn<'_> {
     ///
     /// # Errors
     /// Redis is away. It may have run the command, or may still run it.
-    pub async fn call(self, keys: &[String; 3], command: &Command) -> Result<Answer, Away> {
+    pub async fn call(self, keys: &[String; 3], command: &Command) -> Result<Answer, Unavailable> {
         self.link.call_at((self.number, self.connection), keys, command).await
     }
 }
@@ -149,16 +149,16 @@ impl Link {
     ///
     /// # Errors
     /// Redis is away, or went away meanwhile.
-    pub async fn turn(&self) -> Result<Turn<'_>, Away> {
+    pub async fn turn(&self) -> Result<Turn<'_>, Unavailable> {
         let mut up = self.inner.up.subscribe();
-        let (number, connection) = self.connection().ok_or(Away)?;
+        let (number, connection) = self.connection().ok_or(Unavailable)?;
         tokio::select! {
             biased;
             place = self.inner.turns.acquire() => {
-                let place = place.map_err(|_| Away)?;
+                let place = place.map_err(|_| Unavailable)?;
                 Ok(Turn { link: self, number, connection, _place: place })
             }
-            _ = up.wait_for(|&now| now != number) => Err(Away),
+            _ = up.wait_for(|&now| now != number) => Err(Unavailable),
         }
     }
 
@@ -166,7 +166,7 @@ impl Link {
     ///
     /// # Errors
     /// Redis is away. It may have run the command, or may still run it.
-    pub async fn call(&self, keys: &[String; 3], command: &Command) -> Result<Answer, Away> {
+    pub async fn call(&self, keys: &[String; 3], command: &Command) -> Result<Answer, Unavailable> {
         self.turn().await?.call(keys, command).await
     }
 
@@ -175,7 +175,7 @@ impl Link {
         (number, connection): (u64, Connection),
         keys: &[String; 3],
         command: &Command,
-    ) -> Result<Answer, Away> {
+    ) -> Result<Answer, Unavailable> {
         let mut up = self.inner.up.subscribe();
         let address = connection.address.clone();
         let count = u32::try_from(command.arguments.len()).unwrap_or(u32::MAX);
@@ -184,7 +184,7 @@ impl Link {
         let numbers = tokio::select! {
             biased;
             numbers = self.in_time(deadline, self.evaluate(connection.redis, keys, command)) => numbers,
-            _ = gone => return Err(Away),
+            _ = gone => return Err(Unavailable),
         };
         let answer = match numbers {
             Some(Ok(numbers)) => {
@@ -195,7 +195,7 @@ impl Link {
         };
         answer.map_err(|trouble| {
             self.lose(number, &format!("{address} {trouble}"));
-            Away
+            Unavailable
         })
     }
 
@@ -423,8 +423,8 @@ impl Link {
     ///
     /// # Errors
     /// Redis is away.
-    pub async fn faults(&self) -> Result<Vec<String>, Away> {
-        let (number, mut connection) = self.connection().ok_or(Away)?;
+    pub async fn faults(&self) -> Result<Vec<String>, Unavailable> {
+        let (number, mut connection) = self.connection().ok_or(Unavailable)?;
         let info = redis::cmd("INFO").query_async::<String>(&mut connection.redis).await;
         let mut save = redis::cmd("CONFIG");
         let save = save.arg("GET").arg("save").query_async::<Vec<String>>(&mut connection.redis).await;
@@ -443,7 +443,7 @@ impl Link {
             Err(error) => {
                 let told = self.inner.finder.told(&error);
                 self.lose(number, &format!("{} {told}", connection.address));
-                Err(Away)
+                Err(Unavailable)
             }
         }
     }

@@ -5,7 +5,7 @@ use super::headers;
 use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
-use crate::ledger::{Account, Keeper, Left};
+use crate::ledger::{Account, Persistence, RestoredState};
 use crate::store::{Signal, Store};
 use crate::telemetry::{Metrics, RequestIds, Series};
 use http::header::HeaderValue;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What all workers of a gateway share.
-pub struct Shared {
+pub struct State {
     /// The settings.
     pub config: Arc<Config>,
     /// The counters of each environment, in the config's order.
@@ -56,7 +56,7 @@ fn session() -> anyhow::Result<String> {
     Ok(format!("{:016x}{:016x}", random()?, random()?))
 }
 
-impl Shared {
+impl State {
     /// Opens the accounts of a config's environments, as the store has them.
     ///
     /// # Errors
@@ -81,8 +81,8 @@ impl Shared {
         }
         let session = session()?;
         let open = |environment: &Arc<Environment>| {
-            let keeper = store.map(|store| -> Arc<dyn Keeper> { store.keeper() });
-            let left = store.map_or_else(|| Ok(Left::default()), |store| store.left(environment))?;
+            let keeper = store.map(|store| -> Arc<dyn Persistence> { store.keeper() });
+            let left = store.map_or_else(|| Ok(RestoredState::default()), |store| store.left(environment))?;
             let mut account = Account::open_with(environment, keeper, &left);
             if let Some(redis) = &config.store.redis {
                 account.share(environment, redis, &session, config.written)?;

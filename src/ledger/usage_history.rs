@@ -2,7 +2,7 @@
 
 use super::counters::Ended;
 use crate::clock::Timestamp;
-use crate::quota::{Amounts, Asker};
+use crate::quota::{Amounts, Subject};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -40,17 +40,17 @@ pub struct Row {
 }
 
 impl History {
-    pub(super) fn rejected(&mut self, now: Timestamp, asker: Asker<'_>) {
+    pub(super) fn rejected(&mut self, now: Timestamp, subject: Subject<'_>) {
         if self.is_kept {
-            let model = self.models.get(asker.model).copied().unwrap_or(0);
-            self.row(now, model, asker.caller).rejections += 1;
+            let model = self.models.get(subject.model).copied().unwrap_or(0);
+            self.row(now, model, subject.caller).rejections += 1;
         }
     }
 
-    pub(super) fn settled(&mut self, now: Timestamp, asker: Asker<'_>, ended: Ended) {
+    pub(super) fn settled(&mut self, now: Timestamp, subject: Subject<'_>, ended: Ended) {
         if self.is_kept && ended.spent != Amounts::default() {
-            let model = self.model(asker.model, ended.is_whole);
-            let row = self.row(now, model, asker.caller);
+            let model = self.model(subject.model, ended.is_whole);
+            let row = self.row(now, model, subject.caller);
             row.spent = row.spent.plus(ended.spent);
         }
     }
