@@ -32,61 +32,61 @@ pub enum Verdict {
     /// It is held in all quotas.
     Admitted,
     /// So many requests are under way already.
-    Full,
+    TooManyInFlight,
     /// The bounds of a calendar period are not those of the server's time: say them anew.
-    StaleBounds,
+    StalePeriod,
     /// The session is over, or cells are missing: join again.
-    Unknown,
+    UnknownSession,
     /// The command came after its deadline, and nothing was taken.
-    Late,
+    DeadlinePassed,
     /// Done.
     Done,
 }
 
 /// An answer of the script.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct ScriptReply {
     /// What was decided.
     pub verdict: Verdict,
     /// The server's time.
     pub now: Timestamp,
     /// What the command tells beside that.
-    pub told: Vec<i64>,
+    pub values: Vec<i64>,
     /// The cells asked for, each with whether its limit is an administrator's.
     pub states: Vec<(State, bool)>,
 }
 
 /// A call of the script: `EVALSHA sha 3 keys arguments`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Command {
+pub struct ScriptCommand {
     /// The arguments.
     pub arguments: Vec<String>,
     /// How many numbers come before the states in its answer.
-    told: usize,
+    value_count: usize,
     /// The window of each cell whose state is asked for: whether it is a calendar's.
     calendars: Vec<bool>,
 }
 
 /// What is done where a request does not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Otherwise {
+pub enum OnShortage {
     /// It is denied.
     Reject,
     /// Its completions are lowered to what is left.
     Clamp,
     /// It is taken all the same.
-    Watch,
+    AdmitAnyway,
 }
 
 /// What a reservation asks of the script.
 #[derive(Clone, Copy, Debug)]
-pub struct Reserve<'a> {
+pub struct ReserveRequest<'a> {
     /// Its name, once and for all.
     pub id: &'a str,
     /// Requests under way at once; 0: any number.
     pub max_in_flight: u64,
     /// Where it does not fit.
-    pub otherwise: Otherwise,
+    pub on_shortage: OnShortage,
     /// Whether the model generates tokens for it.
     pub generates: bool,
     /// What is to be held.
@@ -99,7 +99,7 @@ pub struct Reserve<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// What to do.
-    pub what: StepKind,
+    pub kind: StepKind,
     /// The reservation's name.
     pub id: String,
     /// More to be held, all that was spent so far, or all that is charged.
@@ -110,13 +110,13 @@ pub struct Step {
 
 impl Step {
     /// A step of a reservation that is known already.
-    pub fn of(what: StepKind, id: String, amounts: Amounts) -> Self {
-        Self { what, id, amounts, cells: SmallVec::new() }
+    pub fn new(kind: StepKind, id: String, amounts: Amounts) -> Self {
+        Self { kind, id, amounts, cells: SmallVec::new() }
     }
 }
 
 /// The name under which a session's lease is settled, as if it were a reservation: then all of it is given back.
-pub const LEASE: &str = "lease";
+pub const LEASE_ID: &str = "lease";
 
 /// What to do with a reservation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,15 +127,15 @@ pub enum StepKind {
     Progress,
     /// It ends.
     Settle,
-    /// Not a reservation's: what was spent of a cell by the node alone, see [`Speaker::pay`].
-    Pay,
-    /// A request that the node has admitted out of its lease, see [`Speaker::open`].
-    Open,
+    /// Not a reservation's: what was spent of a cell by the node alone, see [`CommandBuilder::pay`].
+    OfflineUsage,
+    /// A request that the node has admitted out of its lease, see [`CommandBuilder::open`].
+    LeasedAdmission,
 }
 
 /// A reservation as its node keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct HeldReservation {
     /// Its name.
     pub id: String,
     /// The number of the step that settles it, if that is on its way; else 0.
@@ -146,7 +146,7 @@ pub struct Held {
 
 /// What an administrator sets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limit {
+pub struct NewLimit {
     /// Of a period.
     pub limit: u64,
     /// What the quota can hold at most.
@@ -159,7 +159,7 @@ pub struct Piece {
     /// What was reserved.
     pub reserved: Amounts,
     /// How much of that is spent.
-    pub moved: Amounts,
+    pub spent: Amounts,
     /// Where, by place in the config's order.
     pub cells: Vec<(u32, u64)>,
 }
@@ -174,7 +174,7 @@ pub struct Cells {
 
 impl Cells {
     /// Those of these quotas.
-    pub fn of(quotas: &[Quota], now: Timestamp) -> Self {
+    pub fn new(quotas: &[Quota], now: Timestamp) -> Self {
         let mut classes: Vec<(String, Calendar)> = Vec::new();
         for quota in quotas {
             let Window::Calendar { unit, zone } = &quota.window else { continue };
@@ -197,60 +197,60 @@ impl Cells {
         &mut self,
         command: &str,
         clock: Option<Timestamp>,
-        about: Timestamp,
+        redis_time: Timestamp,
         deadline: Option<Timestamp>,
         session: &str,
-    ) -> Command {
+    ) -> ScriptCommand {
         let [now, deadline] = [clock, deadline].map(|time| time.map_or(0, |time| time.0));
         let mut arguments =
             vec![command.to_owned(), now.to_string(), deadline.to_string(), session.to_owned()];
         arguments.push(self.classes.len().to_string());
         for (class, calendar) in &mut self.classes {
-            calendar.roll(about);
+            calendar.roll(redis_time);
             arguments.extend([class.clone(), calendar.start().0.to_string(), calendar.end().0.to_string()]);
         }
-        Command { arguments, told: 0, calendars: Vec::new() }
+        ScriptCommand { arguments, value_count: 0, calendars: Vec::new() }
     }
 }
 
 /// Speaks to the script for one session of a node in one environment.
 #[derive(Clone, Debug)]
-pub struct Speaker {
+pub struct CommandBuilder {
     cells: Cells,
     session: String,
     /// The time to count by, in place of the server's: for tests.
     clock: Option<Timestamp>,
     /// What the server's time is thought to be.
-    about: Timestamp,
+    redis_time: Timestamp,
     /// The server is to do nothing for a call that it reads so many ms after that.
-    patience: Option<u64>,
+    max_delay_ms: Option<u64>,
 }
 
-impl Speaker {
+impl CommandBuilder {
     /// For a session of this name, which nobody may have had before.
-    pub fn new(cells: Cells, session: &str, about: Timestamp) -> Self {
-        Self { cells, session: session.to_owned(), clock: None, about, patience: None }
+    pub fn new(cells: Cells, session: &str, redis_time: Timestamp) -> Self {
+        Self { cells, session: session.to_owned(), clock: None, redis_time, max_delay_ms: None }
     }
 
     /// The server does nothing for a call that it reads later than so many ms after it was made: by then nobody waits for the
     /// answer. Other calls tell it of what has happened, and may come late.
-    pub fn set_patience(&mut self, ms: u64) {
-        self.patience = Some(ms);
+    pub fn set_max_delay_ms(&mut self, ms: u64) {
+        self.max_delay_ms = Some(ms);
     }
 
     /// Counts by this clock instead of the server's.
     pub fn set_clock(&mut self, now: Timestamp) {
         self.clock = Some(now);
-        self.about = now;
+        self.redis_time = now;
     }
 
     /// The server has told its time.
-    pub fn set_about(&mut self, now: Timestamp) {
-        self.about = now;
+    pub fn set_redis_time(&mut self, now: Timestamp) {
+        self.redis_time = now;
     }
 
     /// How many cells there are.
-    pub fn cells(&self) -> usize {
+    pub fn cell_count(&self) -> usize {
         self.cells.quotas.len()
     }
 
@@ -270,7 +270,7 @@ impl Speaker {
     /// say what a server that has lost its data no longer knows.
     /// Answers with how many cells were made, how many have other limits than the node's, whether (1) the server has kept
     /// what it knew of this session, and for how many milliseconds other nodes that know more are to be waited for.
-    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(State, bool)]) -> Command {
+    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(State, bool)]) -> ScriptCommand {
         let mut command = self.timely("join", 4);
         command.int(stamp);
         command.int(u64::from(was_here));
@@ -301,7 +301,7 @@ impl Speaker {
 
     /// Has reservations held again that the server may have lost, or charged as a dead node's. `is_news`: it has lost nothing,
     /// so that it has never heard of what it does not know.
-    pub fn hold(&mut self, is_news: bool, held: &[Held]) -> Command {
+    pub fn hold(&mut self, is_news: bool, held: &[HeldReservation]) -> ScriptCommand {
         let mut command = self.timely("hold", 0);
         command.int(u64::from(is_news));
         command.int(held.len() as u64);
@@ -311,7 +311,7 @@ impl Speaker {
             command.int(one.pieces.len() as u64);
             for piece in &one.pieces {
                 command.amounts(piece.reserved);
-                command.amounts(piece.moved);
+                command.amounts(piece.spent);
                 command.int(piece.cells.len() as u64);
                 for &(index, turn) in &piece.cells {
                     command.text(&self.cells.names[index as usize]);
@@ -324,7 +324,7 @@ impl Speaker {
 
     /// Says that the node holds nothing beside these: what else the server has of this session is charged in full, but a lease,
     /// which goes back. Answers with how many are still to be charged, by another such call.
-    pub fn only(&mut self, ids: &[u64]) -> Command {
+    pub fn release_unlisted(&mut self, ids: &[u64]) -> ScriptCommand {
         let mut command = self.timely("only", 1);
         command.int(ids.len() as u64);
         ids.iter().for_each(|&id| command.int(id));
@@ -332,14 +332,14 @@ impl Speaker {
     }
 
     /// Holds room in these cells; answers with the number of requests in flight and of nodes alive.
-    pub fn reserve(&mut self, reserve: &Reserve<'_>, touched: &[u32]) -> Command {
+    pub fn reserve(&mut self, reserve: &ReserveRequest<'_>, touched: &[u32]) -> ScriptCommand {
         let mut command = self.timely("reserve", 2);
         command.text(reserve.id);
         command.int(reserve.max_in_flight);
-        command.text(match reserve.otherwise {
-            Otherwise::Reject => "reject",
-            Otherwise::Clamp => "clamp",
-            Otherwise::Watch => "watch",
+        command.text(match reserve.on_shortage {
+            OnShortage::Reject => "reject",
+            OnShortage::Clamp => "clamp",
+            OnShortage::AdmitAnyway => "watch",
         });
         command.int(u64::from(reserve.generates));
         command.amounts(reserve.amounts);
@@ -350,21 +350,21 @@ impl Speaker {
 
     /// Steps of reservations, the first of which has this number in the session's sequence. Such as were
     /// applied already are not applied again. Answers with how many were, and with how these cells stand then.
-    pub fn apply(&mut self, first: u64, steps: &[Step], cells: &[u32]) -> Command {
+    pub fn apply(&mut self, first: u64, steps: &[Step], cells: &[u32]) -> ScriptCommand {
         let mut command = self.begin("apply", 1);
         command.int(first);
         command.int(steps.len() as u64);
         for step in steps {
-            command.text(match step.what {
+            command.text(match step.kind {
                 StepKind::Extend => "extend",
                 StepKind::Progress => "progress",
                 StepKind::Settle => "settle",
-                StepKind::Pay => "pay",
-                StepKind::Open => "open",
+                StepKind::OfflineUsage => "pay",
+                StepKind::LeasedAdmission => "open",
             });
             command.text(&step.id);
             command.amounts(step.amounts);
-            if step.what == StepKind::Open {
+            if step.kind == StepKind::LeasedAdmission {
                 command.int(step.cells.len() as u64);
                 step.cells.iter().for_each(|&index| command.text(&self.cells.names[index as usize]));
             }
@@ -374,20 +374,20 @@ impl Speaker {
     }
 
     /// A step that takes what the node has spent of this cell while it was cut off; `turn` names a calendar's period.
-    pub fn pay(&self, cell: u32, amount: u64, turn: u64) -> Step {
+    pub fn offline_usage_step(&self, cell: u32, amount: u64, turn: u64) -> Step {
         let amounts = Amounts { total: amount, prompt: turn, ..Amounts::default() };
         let id = self.cells.names[cell as usize].clone();
-        Step { what: StepKind::Pay, id, amounts, cells: SmallVec::from_slice(&[cell]) }
+        Step { kind: StepKind::OfflineUsage, id, amounts, cells: SmallVec::from_slice(&[cell]) }
     }
 
     /// A step that tells of a request that the node has admitted out of its lease of these cells.
-    pub fn open(&self, id: String, amounts: Amounts, touched: &[u32]) -> Step {
-        Step { what: StepKind::Open, id, amounts, cells: SmallVec::from_slice(touched) }
+    pub fn leased_admission_step(&self, id: String, amounts: Amounts, touched: &[u32]) -> Step {
+        Step { kind: StepKind::LeasedAdmission, id, amounts, cells: SmallVec::from_slice(touched) }
     }
 
     /// Asks for a lease of so much of each cell, together with what it has of them; answers with how much more it has
     /// now.
-    pub fn lease(&mut self, wanted: &[u64]) -> Command {
+    pub fn lease(&mut self, wanted: &[u64]) -> ScriptCommand {
         let mut command = self.timely("lease", wanted.len());
         command.int(wanted.len() as u64);
         for (index, wanted) in wanted.iter().enumerate() {
@@ -400,7 +400,7 @@ impl Speaker {
     }
 
     /// Renews the session; answers with the number of nodes alive, of requests in flight, and all cells.
-    pub fn beat(&mut self) -> Command {
+    pub fn heartbeat(&mut self) -> ScriptCommand {
         let mut command = self.begin("beat", 2);
         let all: Vec<u32> = (0..).take(self.cells.quotas.len()).collect();
         self.add_cells(&mut command, &all);
@@ -408,11 +408,11 @@ impl Speaker {
     }
 
     /// Other limits for now, each of the quota at this place, or (`is_override` false) the config's again.
-    pub fn limit(&mut self, is_override: bool, changes: &[(usize, Limit)]) -> Command {
+    pub fn limit(&mut self, is_override: bool, changes: &[(usize, NewLimit)]) -> ScriptCommand {
         let mut command = self.timely("limit", 0);
         command.int(u64::from(is_override));
         command.int(changes.len() as u64);
-        for &(index, Limit { limit, burst }) in changes {
+        for &(index, NewLimit { limit, burst }) in changes {
             command.text(&self.cells.names[index]);
             command.int(limit);
             command.int(burst);
@@ -421,27 +421,27 @@ impl Speaker {
     }
 
     /// All quotas whole again, but for what is held.
-    pub fn reset(&mut self) -> Command {
+    pub fn reset(&mut self) -> ScriptCommand {
         self.timely("reset", 0)
     }
 
     /// The session ends; it holds nothing any more.
-    pub fn leave(&mut self) -> Command {
+    pub fn leave(&mut self) -> ScriptCommand {
         self.begin("leave", 0)
     }
 
-    fn begin(&mut self, command: &str, told: usize) -> Command {
-        let Self { cells, session, clock, about, .. } = self;
-        Command { told, ..cells.command(command, *clock, *about, None, session) }
+    fn begin(&mut self, command: &str, value_count: usize) -> ScriptCommand {
+        let Self { cells, session, clock, redis_time, .. } = self;
+        ScriptCommand { value_count, ..cells.command(command, *clock, *redis_time, None, session) }
     }
 
-    fn timely(&mut self, command: &str, told: usize) -> Command {
-        let Self { cells, session, clock, about, patience } = self;
-        let deadline = patience.map(|ms| about.plus_ms(ms));
-        Command { told, ..cells.command(command, *clock, *about, deadline, session) }
+    fn timely(&mut self, command: &str, value_count: usize) -> ScriptCommand {
+        let Self { cells, session, clock, redis_time, max_delay_ms } = self;
+        let deadline = max_delay_ms.map(|ms| redis_time.plus_ms(ms));
+        ScriptCommand { value_count, ..cells.command(command, *clock, *redis_time, deadline, session) }
     }
 
-    fn add_cells(&self, command: &mut Command, touched: &[u32]) {
+    fn add_cells(&self, command: &mut ScriptCommand, touched: &[u32]) {
         command.int(touched.len() as u64);
         for &index in touched {
             let index = index as usize;
@@ -451,7 +451,7 @@ impl Speaker {
     }
 }
 
-impl Command {
+impl ScriptCommand {
     fn text(&mut self, text: &str) {
         self.arguments.push(text.to_owned());
     }
@@ -465,28 +465,28 @@ impl Command {
     }
 
     /// Reads the answer to it; `None`: it is none.
-    pub fn answer(&self, numbers: &[i64]) -> Option<Answer> {
+    pub fn parse_reply(&self, numbers: &[i64]) -> Option<ScriptReply> {
         let (&[verdict, now], rest) = numbers.split_first_chunk::<2>()?;
         let verdict = match verdict {
             0 => Verdict::Denied,
             1 => Verdict::Admitted,
-            2 => Verdict::Full,
-            3 => Verdict::StaleBounds,
-            4 => Verdict::Unknown,
-            5 => Verdict::Late,
+            2 => Verdict::TooManyInFlight,
+            3 => Verdict::StalePeriod,
+            4 => Verdict::UnknownSession,
+            5 => Verdict::DeadlinePassed,
             6 => Verdict::Done,
             _ => return None,
         };
-        let (told, cells) = rest.split_at_checked(self.told).unwrap_or_default();
+        let (values, cells) = rest.split_at_checked(self.value_count).unwrap_or_default();
         let states = cells.chunks_exact(FIELDS).zip(&self.calendars);
         let states =
             states.map(|(cell, &is_calendar)| state(cell, is_calendar)).collect::<Option<Vec<_>>>()?;
-        Some(Answer { verdict, now: Timestamp(now), told: told.to_vec(), states })
+        Some(ScriptReply { verdict, now: Timestamp(now), values: values.to_vec(), states })
     }
 }
 
 /// Loads the states of an answer into the node's own quotas, so that they come to the same verdict.
-pub fn load(quotas: &mut Quotas, touched: &[u32], answer: &Answer) {
+pub fn load_states(quotas: &mut Quotas, touched: &[u32], answer: &ScriptReply) {
     for (&index, (state, _)) in touched.iter().zip(&answer.states) {
         quotas.load(index as usize, state);
     }

@@ -4,7 +4,7 @@ use super::server::Server;
 use std::time::{Duration, Instant};
 use tollgate::clock;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, State, Window};
-use tollgate::redis::{Cells, Otherwise, Reserve, SCRIPT, Speaker, Step, StepKind, Verdict};
+use tollgate::redis::{Cells, CommandBuilder, OnShortage, ReserveRequest, SCRIPT, Step, StepKind, Verdict};
 
 fn quotas(number: u64) -> Vec<Quota> {
     let quota = |n| {
@@ -21,40 +21,40 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
     let now = clock::now();
     let mut connection = server.connect().unwrap();
     let sha: String = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
-    let mut speaker = Speaker::new(Cells::of(quotas, now), name, now);
-    let keys = speaker.keys("bench", "production");
-    let mut call = |command: &tollgate::redis::Command| {
+    let mut commands = CommandBuilder::new(Cells::new(quotas, now), name, now);
+    let keys = commands.keys("bench", "production");
+    let mut call = |command: &tollgate::redis::ScriptCommand| {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&sha).arg(3).arg(&keys[..]).arg(&command.arguments);
         let numbers: Vec<i64> = call.query(&mut connection).unwrap();
-        command.answer(&numbers).unwrap().verdict
+        command.parse_reply(&numbers).unwrap().verdict
     };
     let full = |quota: &Quota| {
         let burst = quota.capacity();
         let level = (burst.cast_signed(), 0);
         (State::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
     };
-    let join = speaker.join(1, false, &quotas.iter().map(full).collect::<Vec<_>>());
+    let join = commands.join(1, false, &quotas.iter().map(full).collect::<Vec<_>>());
     assert_eq!(call(&join), Verdict::Done);
     let all: Vec<u32> = (0..).take(quotas.len()).collect();
     let mut took = Vec::new();
     for n in 1..=calls {
         let id = n.to_string();
-        let reserve = Reserve {
+        let reserve = ReserveRequest {
             id: &id,
             max_in_flight: 0,
-            otherwise: Otherwise::Reject,
+            on_shortage: OnShortage::Reject,
             generates: true,
             amounts: Amounts::of_request(100, 200),
             completions: 1,
         };
         let begun = Instant::now();
-        let command = speaker.reserve(&reserve, &all);
+        let command = commands.reserve(&reserve, &all);
         let verdict = call(&command);
         took.push(begun.elapsed());
         assert_eq!(verdict, Verdict::Admitted);
-        let settle = Step::of(StepKind::Settle, id, Amounts::of_request(100, 150));
-        let command = speaker.apply(n, &[settle], &[]);
+        let settle = Step::new(StepKind::Settle, id, Amounts::of_request(100, 150));
+        let command = commands.apply(n, &[settle], &[]);
         assert_eq!(call(&command), Verdict::Done);
     }
     took

@@ -13,7 +13,9 @@ use super::lease::Lease;
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::quota::{Amounts, Quota, Quotas, Receipt, State};
-use crate::redis::{Answer, Cells, Command, Held, LEASE, Piece, Speaker, Step, StepKind};
+use crate::redis::{
+    Cells, CommandBuilder, HeldReservation, LEASE_ID, Piece, ScriptCommand, ScriptReply, Step, StepKind,
+};
 use smallvec::SmallVec;
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -43,7 +45,7 @@ pub(super) struct Terms {
 #[derive(Debug)]
 pub(super) struct Cluster {
     terms: Terms,
-    speaker: Speaker,
+    commands: CommandBuilder,
     alone: Option<Box<Alone>>,
     /// The quotas of all as they stood before it was alone, until Redis has told how they stand now: this node's own are
     /// its part of them.
@@ -110,7 +112,7 @@ struct Entry {
 /// A call that tells Redis what has become of reservations.
 #[derive(Debug)]
 pub(super) struct Batch {
-    pub(super) command: Command,
+    pub(super) command: ScriptCommand,
     steps: usize,
     /// How these stand afterwards it answers.
     cells: Vec<u32>,
@@ -119,7 +121,7 @@ pub(super) struct Batch {
 /// A call that asks Redis to admit a request.
 #[derive(Debug)]
 pub(super) struct Question {
-    pub(super) command: Command,
+    pub(super) command: ScriptCommand,
     pub(super) id: u64,
     allowance: u64,
     touched: SmallVec<[u32; 8]>,
@@ -147,7 +149,7 @@ impl Journal {
     }
 
     fn push_end(&mut self, id: u64, spent: Amounts, held: Open) {
-        let step = Step::of(StepKind::Settle, id.to_string(), spent);
+        let step = Step::new(StepKind::Settle, id.to_string(), spent);
         self.entries.push_back(Entry { step, held: Some((id, held)) });
     }
 
@@ -165,11 +167,11 @@ impl Journal {
 
 impl Cluster {
     pub(super) fn new(terms: Terms, session: &str, quotas: &[Quota], now: Timestamp, own: &Quotas) -> Self {
-        let mut speaker = Speaker::new(Cells::of(quotas, now), session, now);
-        speaker.set_patience(LATEST_MS);
+        let mut commands = CommandBuilder::new(Cells::new(quotas, now), session, now);
+        commands.set_max_delay_ms(LATEST_MS);
         Self {
             terms,
-            speaker,
+            commands,
             alone: Some(Box::new(Alone { before: own.clone(), unspent: own.clone(), spent: own.clone() })),
             before: None,
             losses: 0,
@@ -214,13 +216,13 @@ impl Cluster {
     }
 
     pub(super) fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
-        self.speaker.keys(prefix, environment)
+        self.commands.keys(prefix, environment)
     }
 
     /// Redis has told its time.
-    pub(super) fn heard(&mut self, own: Timestamp, answer: &Answer) {
+    pub(super) fn heard(&mut self, own: Timestamp, answer: &ScriptReply) {
         self.ahead_ms = answer.now.0.saturating_sub(own.0);
-        self.speaker.set_about(answer.now);
+        self.commands.set_redis_time(answer.now);
     }
 
     fn begin(&mut self, is_known: bool, receipt: &Receipt) -> u64 {
@@ -249,7 +251,7 @@ impl Cluster {
         self.keep(id, is_known, receipts);
         let Some(open) = self.open.get(&id).filter(|open| open.is_known) else { return };
         let more = reserved(&open.pieces).less(told);
-        let mut tell = |what, amounts| self.journal.push(Step::of(what, id.to_string(), amounts));
+        let mut tell = |what, amounts| self.journal.push(Step::new(what, id.to_string(), amounts));
         if more != Amounts::default() {
             tell(StepKind::Extend, more);
         }
@@ -275,7 +277,7 @@ impl Cluster {
     /// What is left of the lease is given back.
     pub(super) fn give_lease_back(&mut self) {
         if self.lease.as_mut().is_some_and(Lease::clear) {
-            self.journal.push(Step::of(StepKind::Settle, LEASE.to_owned(), Amounts::default()));
+            self.journal.push(Step::new(StepKind::Settle, LEASE_ID.to_owned(), Amounts::default()));
         }
     }
 
@@ -311,9 +313,9 @@ impl Cluster {
         cells.sort_unstable();
         cells.dedup();
         let now = self.now(own);
-        self.speaker.set_about(now);
+        self.commands.set_redis_time(now);
         Some(Batch {
-            command: self.speaker.apply(self.journal.first, &steps, &cells),
+            command: self.commands.apply(self.journal.first, &steps, &cells),
             steps: steps.len(),
             cells,
         })
@@ -321,8 +323,8 @@ impl Cluster {
 
     /// Where a step changes something.
     fn cells_of(&self, Entry { step, held }: &Entry) -> Vec<u32> {
-        if step.id == LEASE {
-            return (0..).take(self.speaker.cells()).collect();
+        if step.id == LEASE_ID {
+            return (0..).take(self.commands.cell_count()).collect();
         }
         let of_step = step.cells.iter().copied();
         // What it was about may have ended since, and that may be told later.
@@ -338,7 +340,7 @@ impl Cluster {
         let journal = &mut self.journal;
         journal.first += steps as u64;
         let told: Vec<Entry> = journal.entries.drain(..steps.min(journal.entries.len())).collect();
-        for Entry { step, .. } in told.iter().filter(|entry| entry.step.what == StepKind::Progress) {
+        for Entry { step, .. } in told.iter().filter(|entry| entry.step.kind == StepKind::Progress) {
             let Ok(id) = step.id.parse() else { continue };
             if let Some(open) = self.open.get_mut(&id).or_else(|| journal.ended_mut(id)) {
                 open.told = step.amounts;
@@ -355,7 +357,7 @@ impl Cluster {
                 let is_over =
                     matches!(states.get(index), Some(State::Calendar { turn: now, .. }) if *now != turn);
                 if let (Some(held), Some(quota), false) = (held.get_mut(index), quotas.get(index), is_over) {
-                    *held += piece.reserved.less(piece.moved).of(quota.kind);
+                    *held += piece.reserved.less(piece.spent).of(quota.kind);
                 }
             }
         }
@@ -364,15 +366,15 @@ impl Cluster {
 
     /// Some of what Redis may have lost, or has never heard of: their numbers, and what they hold. From now on it may have
     /// heard of them, though its answer is lost.
-    fn next_to_hold(&mut self) -> (Vec<u64>, Vec<Held>) {
+    fn next_to_hold(&mut self) -> (Vec<u64>, Vec<HeldReservation>) {
         let is_alone = self.is_alone();
         let open = self.open.iter().filter(|(_, open)| open.is_known || !is_alone);
         let all = open.map(|(&id, open)| (id, open, 0)).chain(self.journal.ended());
         let missing = all.filter(|(_, open, _)| !open.is_certain).take(LARGEST_BATCH);
         let held = |(id, open, settled_by): (u64, &Open, u64)| {
-            (id, Held { id: id.to_string(), settled_by, pieces: known_pieces(open) })
+            (id, HeldReservation { id: id.to_string(), settled_by, pieces: known_pieces(open) })
         };
-        let (ids, held): (Vec<u64>, Vec<Held>) = missing.map(held).unzip();
+        let (ids, held): (Vec<u64>, Vec<HeldReservation>) = missing.map(held).unzip();
         self.of(&ids, |open| open.is_known = true);
         (ids, held)
     }
@@ -408,7 +410,7 @@ impl Cluster {
                 _ => continue,
             };
             if let Some(amount) = u64::try_from(amount).ok().filter(|amount| *amount > 0) {
-                let step = self.speaker.pay(index, amount, turn);
+                let step = self.commands.offline_usage_step(index, amount, turn);
                 self.journal.push(step);
             }
         }
@@ -416,7 +418,7 @@ impl Cluster {
 }
 
 fn piece(receipt: &Receipt) -> Piece {
-    Piece { reserved: receipt.reserved(), moved: receipt.moved(), cells: receipt.cells().collect() }
+    Piece { reserved: receipt.reserved(), spent: receipt.moved(), cells: receipt.cells().collect() }
 }
 
 fn reserved(pieces: &[Piece]) -> Amounts {
@@ -429,13 +431,13 @@ fn known_pieces(open: &Open) -> Vec<Piece> {
     let known = |piece: &Piece| {
         let moved = spent.at_most(piece.reserved);
         spent = spent.less(moved);
-        Piece { moved, ..piece.clone() }
+        Piece { spent: moved, ..piece.clone() }
     };
     open.pieces.iter().map(known).collect()
 }
 
-fn told(answer: &Answer, at: usize) -> u64 {
-    answer.told.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0))
+fn told(answer: &ScriptReply, at: usize) -> u64 {
+    answer.values.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0))
 }
 
 fn limit(state: &State) -> (u64, u64) {

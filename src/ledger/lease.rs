@@ -5,7 +5,7 @@
 
 use crate::clock::Timestamp;
 use crate::quota::{Kind, Level, Quota, Required, State};
-use crate::redis::Answer;
+use crate::redis::ScriptReply;
 
 /// All nodes together lease so much of a quota's capacity at most: 1/50.
 const LARGEST_PART: u64 = 50;
@@ -133,10 +133,10 @@ impl Lease {
     }
 
     /// Redis has granted so much more of each.
-    pub(super) fn grow(&mut self, answer: &Answer) {
+    pub(super) fn grow(&mut self, answer: &ScriptReply) {
         self.is_asked_for();
         let cells = self.left.iter_mut().zip(&mut self.until);
-        for ((left, until), (&more, (state, _))) in cells.zip(answer.told.iter().zip(&answer.states)) {
+        for ((left, until), (&more, (state, _))) in cells.zip(answer.values.iter().zip(&answer.states)) {
             let (lapses, has_lapsed) = match state {
                 State::Calendar { period: (start, end), .. } => (*end, *until <= *start),
                 State::Rolling { .. } => (Timestamp(i64::MAX), false),
@@ -159,10 +159,10 @@ mod tests {
         Quota { scope: Scope::Environment, kind, limit, per, window: Window::Rolling { burst: limit } }
     }
 
-    fn granted(quotas: &[Quota], more: &[i64]) -> Answer {
+    fn granted(quotas: &[Quota], more: &[i64]) -> ScriptReply {
         let states = Quotas::new(quotas, Timestamp(0)).states(Timestamp(0));
         let states = states.into_iter().map(|state| (state, false)).collect();
-        Answer { verdict: Verdict::Done, now: Timestamp(0), told: more.to_vec(), states }
+        ScriptReply { verdict: Verdict::Done, now: Timestamp(0), values: more.to_vec(), states }
     }
 
     fn required(prompt: u64, completion: u64) -> Required {

@@ -5,7 +5,7 @@ use super::{Account, Admission, Counters, Demand, NoRoom, QuotaKey};
 use crate::clock;
 use crate::config::{Environment, Redis};
 use crate::quota::Subject;
-use crate::redis::{Answer, Command, Link, Unavailable, Verdict};
+use crate::redis::{Link, ScriptCommand, ScriptReply, Unavailable, Verdict};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot, watch};
@@ -89,7 +89,7 @@ impl Node {
         *known = faults;
     }
 
-    async fn call(&self, command: &Command) -> Result<Answer, Unavailable> {
+    async fn call(&self, command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
         self.link.call(&self.keys, command).await
     }
 }
@@ -229,14 +229,14 @@ impl Account {
 
     /// Has Redis do something for all nodes; whether there was anything to do. A period may turn on the way: then it is told
     /// anew.
-    async fn order(&self, command: impl Fn(&mut Counters) -> Option<Command>) -> Result<bool, NoRoom> {
+    async fn order(&self, command: impl Fn(&mut Counters) -> Option<ScriptCommand>) -> Result<bool, NoRoom> {
         let node = self.node.as_ref().ok_or(NoRoom::Unavailable)?;
         for _ in 0..ATTEMPTS {
             let Some(command) = command(&mut self.lock()) else { return Ok(false) };
             let answer = node.call(&command).await.map_err(|_| NoRoom::Unavailable)?;
             match answer.verdict {
                 Verdict::Done => return Ok(true),
-                Verdict::StaleBounds | Verdict::Late => {}
+                Verdict::StalePeriod | Verdict::DeadlinePassed => {}
                 _ => return Err(NoRoom::Unavailable),
             }
             if let Some(cluster) = self.lock().cluster() {
@@ -346,7 +346,7 @@ impl Account {
                     cluster.are_held(&ids);
                     attempts = 0;
                 }
-                Verdict::Unknown => return None,
+                Verdict::UnknownSession => return None,
                 _ if attempts == ATTEMPTS => return None,
                 _ => attempts += 1,
             }
@@ -360,9 +360,9 @@ impl Account {
             let answer = node.call(&command).await.ok()?;
             self.lock().cluster()?.heard(clock::now(), &answer);
             match answer.verdict {
-                Verdict::Done if answer.told.first() == Some(&0) => return Some(()),
+                Verdict::Done if answer.values.first() == Some(&0) => return Some(()),
                 Verdict::Done => attempts = 0,
-                Verdict::Unknown => return None,
+                Verdict::UnknownSession => return None,
                 _ if attempts == ATTEMPTS => return None,
                 _ => attempts += 1,
             }
@@ -414,7 +414,7 @@ impl Account {
                 continue;
             }
             // What is to be told is kept until it takes part again.
-            if answer.verdict == Verdict::Unknown {
+            if answer.verdict == Verdict::UnknownSession {
                 return None;
             }
             attempts += 1;
@@ -439,7 +439,7 @@ impl Account {
                 return Some(());
             }
             drop(counters);
-            if answer.verdict == Verdict::Unknown {
+            if answer.verdict == Verdict::UnknownSession {
                 return None;
             }
         }

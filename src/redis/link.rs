@@ -13,7 +13,7 @@ mod find;
 mod target;
 mod tls;
 
-use super::{Answer, Command, SCRIPT};
+use super::{SCRIPT, ScriptCommand, ScriptReply};
 use crate::clock::Stopwatch;
 use find::{Connection, Finder};
 use redis::aio::MultiplexedConnection;
@@ -74,7 +74,7 @@ impl Turn<'_> {
     ///
     /// # Errors
     /// Redis is away. It may have run the command, or may still run it.
-    pub async fn call(self, keys: &[String; 3], command: &Command) -> Result<Answer, Unavailable> {
+    pub async fn call(self, keys: &[String; 3], command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
         self.link.call_at((self.number, self.connection), keys, command).await
     }
 }
@@ -166,7 +166,11 @@ impl Link {
     ///
     /// # Errors
     /// Redis is away. It may have run the command, or may still run it.
-    pub async fn call(&self, keys: &[String; 3], command: &Command) -> Result<Answer, Unavailable> {
+    pub async fn call(
+        &self,
+        keys: &[String; 3],
+        command: &ScriptCommand,
+    ) -> Result<ScriptReply, Unavailable> {
         self.turn().await?.call(keys, command).await
     }
 
@@ -174,8 +178,8 @@ impl Link {
         &self,
         (number, connection): (u64, Connection),
         keys: &[String; 3],
-        command: &Command,
-    ) -> Result<Answer, Unavailable> {
+        command: &ScriptCommand,
+    ) -> Result<ScriptReply, Unavailable> {
         let mut up = self.inner.up.subscribe();
         let address = connection.address.clone();
         let count = u32::try_from(command.arguments.len()).unwrap_or(u32::MAX);
@@ -187,9 +191,9 @@ impl Link {
             _ = gone => return Err(Unavailable),
         };
         let answer = match numbers {
-            Some(Ok(numbers)) => {
-                command.answer(&numbers).ok_or_else(|| "answers in another way than the script".to_owned())
-            }
+            Some(Ok(numbers)) => command
+                .parse_reply(&numbers)
+                .ok_or_else(|| "answers in another way than the script".to_owned()),
             Some(Err(error)) => Err(self.inner.finder.told(&error)),
             None => Err(late(deadline)),
         };
@@ -243,7 +247,7 @@ impl Link {
         &self,
         mut redis: MultiplexedConnection,
         keys: &[String; 3],
-        command: &Command,
+        command: &ScriptCommand,
     ) -> RedisResult<Vec<i64>> {
         let call = |how: &str, script: &str| {
             let mut call = redis::cmd(how);

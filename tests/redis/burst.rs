@@ -3,7 +3,7 @@
 use super::server::Server;
 use tollgate::clock;
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::redis::{Otherwise, Reserve, Verdict};
+use tollgate::redis::{OnShortage, ReserveRequest, Verdict};
 
 #[test]
 fn a_burst_from_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more() {
@@ -20,15 +20,15 @@ fn a_burst_from_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more
             (0..1_000 / nodes)
                 .filter(|k| {
                     let id = format!("{n}-{k}");
-                    let reserve = Reserve {
+                    let reserve = ReserveRequest {
                         id: &id,
                         max_in_flight: 0,
-                        otherwise: Otherwise::Reject,
+                        on_shortage: OnShortage::Reject,
                         generates: true,
                         amounts: Amounts::of_request(40, 60),
                         completions: 1,
                     };
-                    let command = node.speaker.reserve(&reserve, &[0]);
+                    let command = node.commands.reserve(&reserve, &[0]);
                     node.call(&command).verdict == Verdict::Admitted
                 })
                 .count()

@@ -4,7 +4,9 @@ use super::server::full;
 use std::time::Duration;
 use tollgate::clock::{self, Stopwatch};
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
-use tollgate::redis::{Cells, Held, Link, Otherwise, Piece, Reserve, Speaker, Unavailable, Verdict};
+use tollgate::redis::{
+    Cells, CommandBuilder, HeldReservation, Link, OnShortage, Piece, ReserveRequest, Unavailable, Verdict,
+};
 
 /// Within this time of its return a server is in use again.
 pub const SOON: Duration = Duration::from_secs(2);
@@ -13,7 +15,7 @@ pub const SOON: Duration = Duration::from_secs(2);
 pub struct Client {
     pub link: Link,
     environment: &'static str,
-    speaker: Speaker,
+    commands: CommandBuilder,
     quotas: Vec<Quota>,
     next: u64,
 }
@@ -38,32 +40,32 @@ impl Client {
         let link = Link::new(url, "test", &format!("test:{{{environment}}}:q")).unwrap();
         tokio::spawn(link.clone().run());
         let now = clock::now();
-        let speaker = Speaker::new(Cells::of(&quotas, now), "one", now);
-        Self { link, environment, speaker, quotas, next: 0 }
+        let commands = CommandBuilder::new(Cells::new(&quotas, now), "one", now);
+        Self { link, environment, commands, quotas, next: 0 }
     }
 
     /// Another user of its link, which numbers its requests from here.
     pub fn twin(&self, next: u64) -> Self {
-        let Self { link, environment, speaker, quotas, .. } = self;
-        Self { link: link.clone(), environment, speaker: speaker.clone(), quotas: quotas.clone(), next }
+        let Self { link, environment, commands, quotas, .. } = self;
+        Self { link: link.clone(), environment, commands: commands.clone(), quotas: quotas.clone(), next }
     }
 
     fn keys(&self) -> [String; 3] {
-        self.speaker.keys("test", self.environment)
+        self.commands.keys("test", self.environment)
     }
 
     pub async fn reserve(&mut self) -> Result<Verdict, Unavailable> {
         self.next += 1;
         let id = self.next.to_string();
-        let reserve = Reserve {
+        let reserve = ReserveRequest {
             id: &id,
             max_in_flight: 0,
-            otherwise: Otherwise::Reject,
+            on_shortage: OnShortage::Reject,
             generates: true,
             amounts: Amounts::of_request(1, 1),
             completions: 1,
         };
-        let command = self.speaker.reserve(&reserve, &[0]);
+        let command = self.commands.reserve(&reserve, &[0]);
         let keys = self.keys();
         self.link.call(&keys, &command).await.map(|answer| answer.verdict)
     }
@@ -71,11 +73,14 @@ impl Client {
     /// Has so many reservations held again.
     pub async fn hold(&mut self, count: u32) -> Result<Verdict, Unavailable> {
         let piece =
-            Piece { reserved: Amounts::of_request(1, 1), moved: Amounts::default(), cells: vec![(0, 0); 4] };
-        let held =
-            (0..count).map(|n| Held { id: format!("held-{n}"), settled_by: 0, pieces: vec![piece.clone()] });
+            Piece { reserved: Amounts::of_request(1, 1), spent: Amounts::default(), cells: vec![(0, 0); 4] };
+        let held = (0..count).map(|n| HeldReservation {
+            id: format!("held-{n}"),
+            settled_by: 0,
+            pieces: vec![piece.clone()],
+        });
         let held: Vec<_> = held.collect();
-        let hold = self.speaker.hold(true, &held);
+        let hold = self.commands.hold(true, &held);
         self.link.call(&self.keys(), &hold).await.map(|answer| answer.verdict)
     }
 
@@ -87,7 +92,7 @@ impl Client {
         loop {
             let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
             drop(waited.await.expect("Redis is back"));
-            let join = self.speaker.join(1, false, &full(&self.quotas, clock::now()));
+            let join = self.commands.join(1, false, &full(&self.quotas, clock::now()));
             // A server that is thawed may still be busy with what it was sent before.
             if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
                 println!("back after {:?}", clock.elapsed());

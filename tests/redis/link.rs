@@ -23,7 +23,7 @@ async fn a_killed_server_holds_nobody_up_and_is_found_when_it_is_back() {
     server.start_again();
     let mut up = client.link.watch();
     up.wait_for(|&number| number > 0).await.unwrap();
-    assert_eq!(client.reserve().await, Ok(Verdict::Unknown), "it is empty, and asks to join anew");
+    assert_eq!(client.reserve().await, Ok(Verdict::UnknownSession), "it is empty, and asks to join anew");
     let back = client.is_back().await;
     assert!(back <= SOON, "{back:?}");
     assert_eq!(client.link.trouble(), None);
@@ -103,7 +103,7 @@ async fn scripts_that_are_flushed_are_sent_again() {
         assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
     }
     server.admin("FLUSHALL");
-    assert_eq!(client.reserve().await, Ok(Verdict::Unknown), "it is there, and asks to join anew");
+    assert_eq!(client.reserve().await, Ok(Verdict::UnknownSession), "it is there, and asks to join anew");
 }
 
 #[tokio::test]

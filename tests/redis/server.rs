@@ -8,7 +8,7 @@ use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::clock::Timestamp;
 use tollgate::quota::{Calendar, Quota, Quotas, State, Window};
-use tollgate::redis::{Answer, Cells, SCRIPT, Speaker, Verdict};
+use tollgate::redis::{Cells, CommandBuilder, SCRIPT, ScriptReply, Verdict};
 
 pub struct Server {
     child: Option<Child>,
@@ -101,11 +101,11 @@ impl Server {
 
     /// A node that takes part in the quotas of one environment.
     pub fn node(&self, session: &str, quotas: &[Quota], now: Timestamp) -> Node {
-        let speaker = Speaker::new(Cells::of(quotas, now), session, now);
-        let keys = speaker.keys("test", "staging");
+        let commands = CommandBuilder::new(Cells::new(quotas, now), session, now);
+        let keys = commands.keys("test", "staging");
         let mut connection = self.try_connect().unwrap();
         let sha = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
-        Node { connection, speaker, keys, sha, quotas: quotas.to_vec() }
+        Node { connection, commands, keys, sha, quotas: quotas.to_vec() }
     }
 }
 
@@ -117,28 +117,28 @@ impl Drop for Server {
 
 pub struct Node {
     connection: redis::Connection,
-    pub speaker: Speaker,
+    pub commands: CommandBuilder,
     keys: [String; 3],
     sha: String,
     pub quotas: Vec<Quota>,
 }
 
 impl Node {
-    pub fn call(&mut self, command: &tollgate::redis::Command) -> Answer {
+    pub fn call(&mut self, command: &tollgate::redis::ScriptCommand) -> ScriptReply {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&self.sha).arg(3).arg(&self.keys[..]).arg(&command.arguments);
         let numbers: Vec<i64> = call.query(&mut self.connection).unwrap();
-        command.answer(&numbers).unwrap_or_else(|| panic!("{command:?}: {numbers:?}"))
+        command.parse_reply(&numbers).unwrap_or_else(|| panic!("{command:?}: {numbers:?}"))
     }
 
     /// Takes part with full quotas where there are none yet.
     pub fn join(&mut self, now: Timestamp) {
-        let command = self.speaker.join(1, false, &full(&self.quotas, now));
+        let command = self.commands.join(1, false, &full(&self.quotas, now));
         assert_eq!(self.call(&command).verdict, Verdict::Done);
     }
 
-    pub fn beat(&mut self) -> Answer {
-        let command = self.speaker.beat();
+    pub fn beat(&mut self) -> ScriptReply {
+        let command = self.commands.heartbeat();
         let answer = self.call(&command);
         assert_eq!(answer.verdict, Verdict::Done);
         answer
@@ -154,7 +154,7 @@ impl Node {
         let answer = self.beat();
         let mut mirror = Quotas::new(&self.quotas, now);
         let all: Vec<u32> = (0..).take(self.quotas.len()).collect();
-        tollgate::redis::load(&mut mirror, &all, &answer);
+        tollgate::redis::load_states(&mut mirror, &all, &answer);
         mirror
     }
 }

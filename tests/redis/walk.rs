@@ -8,7 +8,7 @@ use tollgate::quota::{
     Amounts, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Per, Quota, Quotas, Receipt, Required, Scope, Subject,
     Window,
 };
-use tollgate::redis::{Limit, Otherwise, Reserve, Step, StepKind, Verdict};
+use tollgate::redis::{NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
 
 const DAY: u64 = 86_400_000;
 const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
@@ -104,27 +104,29 @@ impl Walk<'_> {
         let amounts = Amounts::of_request(self.dice.below(self.largest), self.dice.below(self.largest));
         let generates = self.dice.below(5) > 0;
         let required = Required { amounts, generates };
-        let otherwise =
-            [Otherwise::Reject, Otherwise::Reject, Otherwise::Watch, Otherwise::Clamp][self.dice.pick(4)];
+        let on_shortage =
+            [OnShortage::Reject, OnShortage::Reject, OnShortage::AdmitAnyway, OnShortage::Clamp]
+                [self.dice.pick(4)];
         let completions = 1 + self.dice.below(3);
         let touched = self.local.touched(subject);
         let id = self.next.to_string();
         self.next += 1;
-        let reserve = Reserve { id: &id, max_in_flight: 0, otherwise, generates, amounts, completions };
-        let command = self.node.speaker.reserve(&reserve, &touched);
+        let reserve =
+            ReserveRequest { id: &id, max_in_flight: 0, on_shortage, generates, amounts, completions };
+        let command = self.node.commands.reserve(&reserve, &touched);
         let answer = self.node.call(&command);
-        tollgate::redis::load(&mut self.mirror, &touched, &answer);
+        tollgate::redis::load_states(&mut self.mirror, &touched, &answer);
         let decide = |quotas: &mut Quotas, now| {
-            quotas.reserve(now, subject, &required).or_else(|denied| match otherwise {
-                Otherwise::Watch => Ok(quotas.reserve_regardless(now, subject, &required)),
-                Otherwise::Clamp => {
+            quotas.reserve(now, subject, &required).or_else(|denied| match on_shortage {
+                OnShortage::AdmitAnyway => Ok(quotas.reserve_regardless(now, subject, &required)),
+                OnShortage::Clamp => {
                     let each = quotas.completion_that_fits(now, subject, amounts.prompt) / completions;
                     let less = Amounts::of_request(amounts.prompt, each.saturating_mul(completions));
                     let is_less = each >= 16 && less.completion < amounts.completion;
                     let lowered = Required { amounts: less, generates: true };
                     if is_less { quotas.reserve(now, subject, &lowered) } else { Err(denied) }
                 }
-                Otherwise::Reject => Err(denied),
+                OnShortage::Reject => Err(denied),
             })
         };
         let local = decide(&mut self.local, self.now);
@@ -147,20 +149,20 @@ impl Walk<'_> {
 
     /// Sends steps, and now and then sends them once more, as after a broken connection.
     fn apply(&mut self, steps: Vec<Step>) {
-        let command = self.node.speaker.apply(self.applied + 1, &steps, &[]);
-        assert_eq!(self.node.call(&command).told, [steps.len() as i64]);
+        let command = self.node.commands.apply(self.applied + 1, &steps, &[]);
+        assert_eq!(self.node.call(&command).values, [steps.len() as i64]);
         if self.dice.below(10) == 0 {
-            assert_eq!(self.node.call(&command).told, [0], "nothing is applied twice");
+            assert_eq!(self.node.call(&command).values, [0], "nothing is applied twice");
         }
         self.applied += steps.len() as u64;
         if let Some((first, steps)) = self.last.replace((self.applied, steps)).filter(|(_, s)| s.len() == 1) {
-            let again = self.node.speaker.apply(first, &steps, &[]);
-            assert_eq!(self.node.call(&again).told, [0], "nor later");
+            let again = self.node.commands.apply(first, &steps, &[]);
+            assert_eq!(self.node.call(&again).values, [0], "nor later");
         }
     }
 
-    fn step(&mut self, at: usize, what: StepKind, amounts: Amounts) -> Step {
-        Step::of(what, self.open[at].id.clone(), amounts)
+    fn step(&mut self, at: usize, kind: StepKind, amounts: Amounts) -> Step {
+        Step::new(kind, self.open[at].id.clone(), amounts)
     }
 
     fn extend(&mut self, at: usize) -> Step {
@@ -229,7 +231,7 @@ impl Walk<'_> {
             _ => self.dice.below(1_500) as i64,
         };
         self.now = Timestamp(self.now.0 + by);
-        self.node.speaker.set_clock(self.now);
+        self.node.commands.set_clock(self.now);
     }
 
     fn change_limit(&mut self) {
@@ -244,13 +246,13 @@ impl Walk<'_> {
         all[index] = all[index].with_limit(limit, burst);
         // The engine without Redis brings all quotas up to now where any is changed.
         self.local.set_quotas(&all, self.now);
-        let command = self.node.speaker.limit(true, &[(index, Limit { limit, burst })]);
+        let command = self.node.commands.limit(true, &[(index, NewLimit { limit, burst })]);
         assert_eq!(self.node.call(&command).verdict, Verdict::Done);
     }
 
     fn reset(&mut self) {
         self.local.reset(self.now);
-        let command = self.node.speaker.reset();
+        let command = self.node.commands.reset();
         assert_eq!(self.node.call(&command).verdict, Verdict::Done);
     }
 
@@ -290,7 +292,7 @@ fn walk(quotas: &[Quota], largest: u64, seed: u64) {
     let server = Server::start();
     let now = Timestamp(BEGIN);
     let mut node = server.node("one", quotas, now);
-    node.speaker.set_clock(now);
+    node.commands.set_clock(now);
     node.join(now);
     let steps = std::env::var("TOLLGATE_SHARED_STEPS").map_or(30_000, |n| n.parse().unwrap());
     let mut walk = Walk {

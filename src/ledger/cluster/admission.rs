@@ -5,7 +5,7 @@ use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::lease::Wants;
 use crate::ledger::{Admission, Counters, Demand, Grant, NoRoom};
-use crate::redis::{self, Answer, Command, Otherwise, Reserve, Verdict};
+use crate::redis::{self, OnShortage, ReserveRequest, ScriptCommand, ScriptReply, Verdict};
 
 impl Counters {
     /// Takes part in a cluster from now on; alone, until it has joined.
@@ -28,23 +28,23 @@ impl Counters {
         let allowance = self.allowance(demand);
         let required = self.required(demand, allowance);
         let touched = self.quotas.touched(demand.subject);
-        let otherwise = self.otherwise(allowance);
+        let on_shortage = self.otherwise(allowance);
         let max_in_flight = if self.rules.enforce { self.rules.max_in_flight.unwrap_or(0) } else { 0 };
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
         let now = cluster.now(own);
         let id = cluster.next_id;
         cluster.next_id += 1;
         cluster.asked.insert(id);
-        cluster.speaker.set_about(now);
-        let reserve = Reserve {
+        cluster.commands.set_redis_time(now);
+        let reserve = ReserveRequest {
             id: &id.to_string(),
             max_in_flight,
-            otherwise,
+            on_shortage,
             generates: required.generates,
             amounts: required.amounts,
             completions: demand.completions,
         };
-        let command = cluster.speaker.reserve(&reserve, &touched);
+        let command = cluster.commands.reserve(&reserve, &touched);
         let (losses, first, is_early) = (cluster.losses, cluster.journal.first, cluster.is_behind());
         Some(Question { command, id, allowance, touched, losses, first, is_early })
     }
@@ -69,7 +69,7 @@ impl Counters {
         cluster.lease.as_mut()?.take(now, self.limits.configured(), &touched, &required)?;
         let id = cluster.next_id;
         cluster.next_id += 1;
-        let step = cluster.speaker.open(id.to_string(), required.amounts, &touched);
+        let step = cluster.commands.leased_admission_step(id.to_string(), required.amounts, &touched);
         cluster.journal.push(step);
         let mut admission = self.admit_regardless(now, demand, allowance);
         admission.grant.id = Some(id);
@@ -78,7 +78,7 @@ impl Counters {
     }
 
     /// The call that leases more, if it is time for that.
-    pub(in crate::ledger) fn lease(&mut self, own: Timestamp) -> Option<Command> {
+    pub(in crate::ledger) fn lease(&mut self, own: Timestamp) -> Option<ScriptCommand> {
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
         let now = cluster.now(own);
         let lease = cluster.lease.as_mut().filter(|lease| lease.is_due(now))?;
@@ -91,21 +91,21 @@ impl Counters {
             }
             Wants::More(wanted) => {
                 lease.is_asked_for();
-                cluster.speaker.set_about(now);
-                Some(cluster.speaker.lease(&wanted))
+                cluster.commands.set_redis_time(now);
+                Some(cluster.commands.lease(&wanted))
             }
         }
     }
 
     /// Redis has answered to that; `false`: it does not know this node.
-    pub(in crate::ledger) fn leased(&mut self, own: Timestamp, answer: &Answer) -> bool {
+    pub(in crate::ledger) fn leased(&mut self, own: Timestamp, answer: &ScriptReply) -> bool {
         let Some(cluster) = self.cluster.as_deref_mut() else { return false };
         cluster.heard(own, answer);
         if answer.verdict != Verdict::Done || cluster.is_alone() {
-            return answer.verdict != Verdict::Unknown;
+            return answer.verdict != Verdict::UnknownSession;
         }
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
-        redis::load(&mut self.quotas, &all, answer);
+        redis::load_states(&mut self.quotas, &all, answer);
         if let Some(lease) = &mut cluster.lease {
             lease.grow(answer);
         }
@@ -118,16 +118,16 @@ impl Counters {
         own: Timestamp,
         demand: &Demand<'_>,
         question: &Question,
-        answer: &Answer,
+        answer: &ScriptReply,
     ) -> Answered {
         let Some(cluster) = self.cluster.as_deref_mut() else { return Answered::Unknown };
         cluster.asked.remove(&question.id);
         cluster.heard(own, answer);
         let was_admitted = match answer.verdict {
             Verdict::Admitted => true,
-            Verdict::Denied | Verdict::Full => false,
-            Verdict::StaleBounds | Verdict::Late => return Answered::Again,
-            Verdict::Unknown | Verdict::Done => return Answered::Unknown,
+            Verdict::Denied | Verdict::TooManyInFlight => false,
+            Verdict::StalePeriod | Verdict::DeadlinePassed => return Answered::Again,
+            Verdict::UnknownSession | Verdict::Done => return Answered::Unknown,
         };
         if cluster.is_alone() || cluster.losses != question.losses {
             // Redis was lost meanwhile, and what it said then is worth nothing now.
@@ -140,7 +140,7 @@ impl Counters {
         let is_overtaken = cluster.journal.first != question.first;
         let kept =
             if is_overtaken { self.quotas.some_states(answer.now, &question.touched) } else { Vec::new() };
-        redis::load(&mut self.quotas, &question.touched, answer);
+        redis::load_states(&mut self.quotas, &question.touched, answer);
         let in_flight = told(answer, 0);
         cluster.nodes = told(answer, 1).max(1);
         let is_full = self.rules.max_in_flight.is_some_and(|most| in_flight >= most);
@@ -165,7 +165,7 @@ impl Counters {
         was_admitted: bool,
         demand: &Demand<'_>,
         question: &Question,
-        answer: &Answer,
+        answer: &ScriptReply,
     ) -> Result<Admission, NoRoom> {
         match decided {
             Ok(mut admission) if was_admitted => {
@@ -216,13 +216,13 @@ impl Counters {
         }
     }
 
-    fn otherwise(&self, allowance: u64) -> Otherwise {
+    fn otherwise(&self, allowance: u64) -> OnShortage {
         if !self.rules.enforce {
-            Otherwise::Watch
+            OnShortage::AdmitAnyway
         } else if self.clamps() && allowance > 0 {
-            Otherwise::Clamp
+            OnShortage::Clamp
         } else {
-            Otherwise::Reject
+            OnShortage::Reject
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::{Counters, QuotaKey};
 use crate::quota::{Quota, State};
-use crate::redis::{self, Answer, Command, Limit, Verdict};
+use crate::redis::{self, NewLimit, ScriptCommand, ScriptReply, Verdict};
 
 impl Counters {
     /// Redis cannot be asked any more: from now on this node counts alone.
@@ -34,10 +34,10 @@ impl Counters {
     }
 
     /// The call that takes part again.
-    pub(in crate::ledger) fn join(&mut self, own: Timestamp) -> Option<Command> {
+    pub(in crate::ledger) fn join(&mut self, own: Timestamp) -> Option<ScriptCommand> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
-        cluster.speaker.set_about(now);
+        cluster.commands.set_redis_time(now);
         let quotas = self.limits.configured();
         let states = match (&mut cluster.alone, &mut cluster.before) {
             (Some(alone), _) => alone.before.states(now),
@@ -47,12 +47,12 @@ impl Counters {
         let overridden = quotas.iter().map(|quota| self.limits.is_overridden(quota));
         let states: Vec<_> = states.into_iter().zip(overridden).collect();
         cluster.all_open().for_each(|(_, open)| open.is_certain = false);
-        Some(cluster.speaker.join(cluster.terms.stamp, cluster.was_here, &states))
+        Some(cluster.commands.join(cluster.terms.stamp, cluster.was_here, &states))
     }
 
     /// Redis has answered to that. Returns how many quotas had other limits there, and for how many milliseconds others
     /// are to be waited for; `None`: it has to be asked anew.
-    pub(in crate::ledger) fn joined(&mut self, own: Timestamp, answer: &Answer) -> Option<(u64, u64)> {
+    pub(in crate::ledger) fn joined(&mut self, own: Timestamp, answer: &ScriptReply) -> Option<(u64, u64)> {
         let cluster = self.cluster.as_deref_mut()?;
         cluster.heard(own, answer);
         if answer.verdict != Verdict::Done {
@@ -66,22 +66,22 @@ impl Counters {
 
     /// The call that has Redis hold again what is in flight, or some of it, and the numbers of those that it tells of; of what
     /// was admitted without Redis only when that is asked again. `None`: it has said that it knows of all.
-    pub(in crate::ledger) fn hold(&mut self, own: Timestamp) -> Option<(Command, Vec<u64>)> {
+    pub(in crate::ledger) fn hold(&mut self, own: Timestamp) -> Option<(ScriptCommand, Vec<u64>)> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
-        cluster.speaker.set_about(now);
+        cluster.commands.set_redis_time(now);
         let (ids, held) = cluster.next_to_hold();
-        (!ids.is_empty()).then(|| (cluster.speaker.hold(cluster.was_kept, &held), ids))
+        (!ids.is_empty()).then(|| (cluster.commands.hold(cluster.was_kept, &held), ids))
     }
 
     /// The call that says that there is nothing else.
-    pub(in crate::ledger) fn hold_only(&mut self, own: Timestamp) -> Option<Command> {
+    pub(in crate::ledger) fn hold_only(&mut self, own: Timestamp) -> Option<ScriptCommand> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
-        cluster.speaker.set_about(now);
+        cluster.commands.set_redis_time(now);
         let asked: Vec<u64> = cluster.asked.iter().copied().collect();
         let ids: Vec<u64> = cluster.all_open().map(|(id, _)| id).chain(asked).collect();
-        Some(cluster.speaker.only(&ids))
+        Some(cluster.commands.release_unlisted(&ids))
     }
 
     /// From now on Redis is asked. What was spent meanwhile is paid in, and what was admitted meanwhile has still to be held.
@@ -100,7 +100,7 @@ impl Counters {
         &mut self,
         own: Timestamp,
         batch: &Batch,
-        answer: &Answer,
+        answer: &ScriptReply,
     ) -> bool {
         let Some(cluster) = self.cluster.as_deref_mut() else { return false };
         cluster.heard(own, answer);
@@ -113,22 +113,22 @@ impl Counters {
             (None, Some(before)) => before,
             (None, None) => &mut self.quotas,
         };
-        redis::load(all, &batch.cells, answer);
+        redis::load_states(all, &batch.cells, answer);
         cluster.told(batch.steps);
         true
     }
 
     /// The call that shows that this node is alive, and asks how all quotas stand.
-    pub(in crate::ledger) fn beat(&mut self, own: Timestamp) -> Option<Command> {
+    pub(in crate::ledger) fn beat(&mut self, own: Timestamp) -> Option<ScriptCommand> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
-        cluster.speaker.set_about(now);
-        Some(cluster.speaker.beat())
+        cluster.commands.set_redis_time(now);
+        Some(cluster.commands.heartbeat())
     }
 
     /// Redis has answered to that. Returns whether quotas have other limits there than in this node's config, if that is
     /// news; `None`: it has to be asked anew.
-    pub(in crate::ledger) fn beaten(&mut self, own: Timestamp, answer: &Answer) -> Option<bool> {
+    pub(in crate::ledger) fn beaten(&mut self, own: Timestamp, answer: &ScriptReply) -> Option<bool> {
         let cluster = self.cluster.as_deref_mut()?;
         cluster.heard(own, answer);
         if answer.verdict != Verdict::Done {
@@ -143,7 +143,7 @@ impl Counters {
             lease.look();
         }
         let all: Vec<u32> = (0..).take(answer.states.len()).collect();
-        redis::load(&mut self.quotas, &all, answer);
+        redis::load_states(&mut self.quotas, &all, answer);
         for (index, (state, is_override)) in answer.states.iter().enumerate() {
             self.limits.follow(index, is_override.then(|| limit(state)));
         }
@@ -160,24 +160,24 @@ impl Counters {
         own: Timestamp,
         key: QuotaKey<'_>,
         limit: Option<(u64, u64)>,
-    ) -> Option<Command> {
+    ) -> Option<ScriptCommand> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
-        cluster.speaker.set_about(now);
+        cluster.commands.set_redis_time(now);
         let named = self.limits.configured().iter().enumerate().filter(|(_, quota)| key.names(quota));
         let change = |(index, quota): (usize, &Quota)| {
             let (limit, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
-            (index, Limit { limit, burst: quota.with_limit(limit, burst).capacity() })
+            (index, NewLimit { limit, burst: quota.with_limit(limit, burst).capacity() })
         };
         let changes: Vec<_> = named.map(change).collect();
-        (!changes.is_empty()).then(|| cluster.speaker.limit(limit.is_some(), &changes))
+        (!changes.is_empty()).then(|| cluster.commands.limit(limit.is_some(), &changes))
     }
 
-    pub(in crate::ledger) fn reset_command(&mut self, own: Timestamp) -> Option<Command> {
+    pub(in crate::ledger) fn reset_command(&mut self, own: Timestamp) -> Option<ScriptCommand> {
         let cluster = self.cluster.as_deref_mut()?;
         let now = cluster.now(own);
-        cluster.speaker.set_about(now);
-        Some(cluster.speaker.reset())
+        cluster.commands.set_redis_time(now);
+        Some(cluster.commands.reset())
     }
 
     /// The node stops: what it leases goes back.
@@ -187,7 +187,7 @@ impl Counters {
         }
     }
 
-    pub(in crate::ledger) fn leave_command(&mut self) -> Option<Command> {
-        Some(self.cluster.as_deref_mut()?.speaker.leave())
+    pub(in crate::ledger) fn leave_command(&mut self) -> Option<ScriptCommand> {
+        Some(self.cluster.as_deref_mut()?.commands.leave())
     }
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
 
-fn done(told: &[i64], states: Vec<(State, bool)>) -> Answer {
-    Answer { verdict: Verdict::Done, now: NOW, told: told.to_vec(), states }
+fn done(told: &[i64], states: Vec<(State, bool)>) -> ScriptReply {
+    ScriptReply { verdict: Verdict::Done, now: NOW, values: told.to_vec(), states }
 }
 
 /// A node that has shared nothing yet.
@@ -57,7 +57,7 @@ fn holds_all(counters: &mut Counters) -> Vec<(String, u64)> {
 }
 
 /// As far as what was admitted meanwhile has to be told.
-fn returns(counters: &mut Counters) -> Command {
+fn returns(counters: &mut Counters) -> ScriptCommand {
     let join = counters.join(NOW).unwrap();
     counters.joined(NOW, &done(&[0, 0, 1, 0], Vec::new())).unwrap();
     holds_all(counters);
@@ -88,7 +88,7 @@ fn admitted_alone(counters: &mut Counters) -> Grant {
 fn admitted(counters: &mut Counters) -> Grant {
     let question = counters.question(NOW, &demand()).unwrap();
     let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
-    let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], states) };
+    let answer = ScriptReply { verdict: Verdict::Admitted, ..done(&[0, 2], states) };
     match counters.answered(NOW, &demand(), &question, &answer) {
         Answered::Decided(Ok(admission)) => admission.grant,
         other => panic!("{other:?}"),
@@ -137,7 +137,7 @@ fn what_redis_denies_holds_nothing_whatever_the_node_makes_of_it() {
     let before = stands(&mut counters);
     let question = counters.question(NOW, &demand()).unwrap();
     let states = counters.quotas.states(NOW).into_iter().map(|state| (state, false)).collect();
-    let answer = Answer { verdict: Verdict::Denied, ..done(&[0, 2], states) };
+    let answer = ScriptReply { verdict: Verdict::Denied, ..done(&[0, 2], states) };
     let answered = counters.answered(NOW, &demand(), &question, &answer);
     assert!(matches!(answered, Answered::Decided(Err(_))), "{answered:?}");
     assert_eq!(stands(&mut counters), before);
@@ -199,7 +199,7 @@ fn thousands_in_flight_are_told_a_part_at_a_time() {
 fn a_server_that_is_lost_again_and_empty_is_told_of_the_whole_and_not_of_a_part() {
     let mut counters = shared();
     counters.lose(NOW);
-    let told = |command: &Command| command.arguments.iter().filter(|word| *word == "1000").count();
+    let told = |command: &ScriptCommand| command.arguments.iter().filter(|word| *word == "1000").count();
     let in_return = returns(&mut counters);
     counters.lose(NOW);
     for command in [in_return, counters.join(NOW).unwrap()] {
@@ -217,14 +217,14 @@ fn of_what_a_reservation_has_come_to_meanwhile_redis_is_told_when_it_is_back() {
     let (_, held) = counters.cluster().unwrap().next_to_hold();
     let piece = &held[0].pieces[0];
     // Of a dead node's reservation so much is charged, and so much is given back to a node that was not dead.
-    assert_eq!((piece.reserved, piece.moved), (Amounts::of_request(10, 90), Amounts::default()));
+    assert_eq!((piece.reserved, piece.spent), (Amounts::of_request(10, 90), Amounts::default()));
     takes_part(&mut counters);
     counters.progress(NOW, "m", &mut grant, Amounts::of_request(10, 96));
     let steps: Vec<_> =
         counters.cluster().unwrap().journal.entries.iter().map(|entry| entry.step.clone()).collect();
     let more = Amounts { completion: 6, total: 6, ..Amounts::default() };
-    assert_eq!((steps[0].what, steps[0].amounts), (StepKind::Extend, more));
-    assert_eq!((steps[1].what, steps[1].amounts), (StepKind::Progress, Amounts::of_request(10, 96)));
+    assert_eq!((steps[0].kind, steps[0].amounts), (StepKind::Extend, more));
+    assert_eq!((steps[1].kind, steps[1].amounts), (StepKind::Progress, Amounts::of_request(10, 96)));
 }
 
 #[test]
@@ -249,7 +249,7 @@ fn what_was_used_alone_is_not_taken_to_be_counted_where_the_first_call_that_tell
     let cluster = counters.cluster().unwrap();
     cluster.all_open().for_each(|(_, open)| open.is_certain = false);
     let (_, held) = cluster.next_to_hold();
-    assert_eq!(held[0].pieces[0].moved, Amounts::default(), "of that it has not been told yet");
+    assert_eq!(held[0].pieces[0].spent, Amounts::default(), "of that it has not been told yet");
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn what_redis_was_asked_for_is_not_charged_before_somebody_has_looked_at_its_ans
     counters.lose(NOW);
     counters.join(NOW).unwrap();
     assert!(is_spared(&mut counters, &question), "it may have been admitted");
-    let answer = Answer { verdict: Verdict::Admitted, ..done(&[0, 2], Vec::new()) };
+    let answer = ScriptReply { verdict: Verdict::Admitted, ..done(&[0, 2], Vec::new()) };
     let answered = counters.answered(NOW, &demand(), &question, &answer);
     assert!(matches!(answered, Answered::Again), "{answered:?}");
     assert!(is_spared(&mut counters, &question), "it is to be cancelled");

@@ -159,7 +159,7 @@ impl Node {
     }
 
     /// `None`: it does not come there, comes there late, or its answer does not come back.
-    fn call(&mut self, world: &mut World, command: &Command) -> Option<Answer> {
+    fn call(&mut self, world: &mut World, command: &ScriptCommand) -> Option<ScriptReply> {
         let fate = if self.is_cut_off { world.dice.below(2) } else { world.dice.below(60) };
         if world.is_rough && fate < 3 {
             match fate {
@@ -178,7 +178,7 @@ impl Node {
             return None;
         }
         let numbers = world.run(&self.keys, &command.arguments);
-        Some(command.answer(&numbers).unwrap())
+        Some(command.parse_reply(&numbers).unwrap())
     }
 
     /// In their order: they are of one connection.
@@ -252,7 +252,7 @@ impl Node {
         while let Some(batch) = self.counters.cluster()?.batch(world.now, end) {
             let answer = self.call(world, &batch.command)?;
             if !self.counters.batch_is_told(world.now, &batch, &answer) {
-                assert_eq!(answer.verdict, Verdict::Unknown);
+                assert_eq!(answer.verdict, Verdict::UnknownSession);
                 return None;
             }
         }
@@ -303,7 +303,7 @@ impl Node {
                 let command = self.counters.hold_only(world.now)?;
                 let answer = self.call(world, &command)?;
                 (answer.verdict == Verdict::Done).then_some(())?;
-                if answer.told == [0] {
+                if answer.values == [0] {
                     self.counters.return_from_alone(world.now);
                     self.phase = Phase::HoldsTheRest;
                 }
