@@ -200,8 +200,8 @@ fn take_part(state: &State) -> anyhow::Result<Thread> {
         let (stop, stops) = watch::channel(false);
         let mut parts = JoinSet::new();
         for account in accounts {
-            if let Some(link) = account.link() {
-                tokio::spawn(link.clone().run());
+            if let Some(connection) = account.connection() {
+                tokio::spawn(connection.clone().run());
                 parts.spawn(account.clone().take_part(stops.clone()));
             }
         }

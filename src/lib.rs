@@ -17,7 +17,7 @@
 //! # What is deliberately absent
 //!
 //! Nothing in `quota`, `usage`, `estimate`, `body` and `ledger::Counters` reads the clock or the network, nor in `shared` but its
-//! `Link`. No lock is held
+//! `FailFastConnection`. No lock is held
 //! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
 //! There is no `unsafe`.
 //!

@@ -2,16 +2,16 @@
 //!
 //! Redis decides, the node explains. The script does what has to happen at once, and answers with the state in
 //! which it found each quota; the node loads that into its own [`Quotas`] and comes to the same verdict by the same
-//! code as without Redis, and so to the same waits, headers and words. Pure, but for [`Link`]: nothing else here reads a
+//! code as without Redis, and so to the same waits, headers and words. Pure, but for [`FailFastConnection`]: nothing else here reads a
 //! clock or a socket.
 
-mod link;
+mod connection;
 
 use crate::clock::Timestamp;
 use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
 use smallvec::SmallVec;
 
-pub use link::{DEADLINE, Link, Turn, Unavailable, check_url};
+pub use connection::{CALL_DEADLINE, CallPermit, FailFastConnection, Unavailable, check_url};
 
 /// The script, for `EVALSHA` and `EVAL`.
 pub const SCRIPT: &str = concat!(

@@ -41,8 +41,8 @@ impl Node {
         let of_thread = account.clone();
         let thread = std::thread::spawn(move || {
             runtime().block_on(async {
-                let link = of_thread.link().unwrap().clone();
-                tokio::spawn(link.run());
+                let connection = of_thread.connection().unwrap().clone();
+                tokio::spawn(connection.run());
                 of_thread.take_part(stops).await;
             });
         });

@@ -5,7 +5,7 @@ use super::{Account, Admission, Counters, Demand, NoRoom, QuotaKey};
 use crate::clock;
 use crate::config::{Environment, Redis};
 use crate::quota::Subject;
-use crate::redis::{Link, ScriptCommand, ScriptReply, Unavailable, Verdict};
+use crate::redis::{FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot, watch};
@@ -26,7 +26,7 @@ const PATIENCE_AT_THE_END: Duration = Duration::from_secs(2);
 /// How an account reaches the counters that it shares.
 #[derive(Debug)]
 pub(super) struct Node {
-    link: Link,
+    connection: FailFastConnection,
     keys: [String; 3],
     environment: String,
     wake: Notify,
@@ -81,7 +81,7 @@ impl Node {
 
     /// Looks at the server's settings, and tells what is new.
     async fn look_at_settings(&self) {
-        let Ok(faults) = self.link.faults().await else { return };
+        let Ok(faults) = self.connection.setting_faults().await else { return };
         let mut known = self.lock_faults();
         for fault in faults.iter().filter(|fault| !known.contains(fault)) {
             tracing::warn!(environment = self.environment, fault, "Redis is not set up as quotas need it");
@@ -90,7 +90,7 @@ impl Node {
     }
 
     async fn call(&self, command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
-        self.link.call(&self.keys, command).await
+        self.connection.call(&self.keys, command).await
     }
 }
 
@@ -113,10 +113,10 @@ impl Account {
         let keys = counters.cluster().map(|cluster| cluster.keys(&redis.prefix, &environment.name));
         drop(counters);
         let Some(keys) = keys else { return Ok(()) };
-        let link = Link::new(redis.url.expose(), &redis.prefix, &keys[0])
+        let connection = FailFastConnection::new(redis.url.expose(), &redis.prefix, &keys[0])
             .map_err(|error| anyhow::anyhow!("store.redis.url: {error}"))?;
         self.node = Some(Node {
-            link,
+            connection,
             keys,
             environment: environment.name.clone(),
             wake: Notify::new(),
@@ -140,13 +140,13 @@ impl Account {
         let (nodes, losses) = (cluster.nodes(), cluster.losses());
         drop(counters);
         let unknown = || "this node has not taken part again yet".to_owned();
-        let trouble = is_alone.then(|| node.link.trouble().unwrap_or_else(unknown));
+        let trouble = is_alone.then(|| node.connection.unavailable_reason().unwrap_or_else(unknown));
         Some(Sharing { trouble, nodes, losses, faults: node.lock_faults().clone() })
     }
 
     /// The connection, for what has to keep it.
-    pub fn link(&self) -> Option<&Link> {
-        self.node.as_ref().map(|node| &node.link)
+    pub fn connection(&self) -> Option<&FailFastConnection> {
+        self.node.as_ref().map(|node| &node.connection)
     }
 
     /// There is something to tell Redis.
@@ -168,10 +168,10 @@ impl Account {
         }
         let mut has_waited = false;
         for _ in 0..ATTEMPTS {
-            let Ok(turn) = node.link.turn().await else { break };
+            let Ok(permit) = node.connection.permit().await else { break };
             let Some(question) = self.lock().question(clock::now(), demand) else { break };
             let mut limbo = Limbo { account: self, id: Some(question.id) };
-            let Ok(answer) = turn.call(&node.keys, &question.command).await else { break };
+            let Ok(answer) = permit.call(&node.keys, &question.command).await else { break };
             limbo.id = None;
             match self.lock().answered(clock::now(), demand, &question, &answer) {
                 // What has ended here is to be known there before anybody is denied.
@@ -250,10 +250,10 @@ impl Account {
     /// where the counters are the node's own.
     pub async fn take_part(self: Arc<Self>, mut stops: watch::Receiver<bool>) {
         let Some(node) = &self.node else { return };
-        let mut up = node.link.watch();
+        let mut up = node.connection.watch_generation();
         let work = async {
             loop {
-                // The link lives as long as the account.
+                // The connection lives as long as the account.
                 if up.wait_for(|number| *number != 0).await.is_err() {
                     return;
                 }
@@ -278,7 +278,7 @@ impl Account {
     /// Tells Redis the rest; should it be away just then, when it is back.
     async fn leave(&self, node: &Node) {
         self.lock().end_lease();
-        let mut up = node.link.watch();
+        let mut up = node.connection.watch_generation();
         while !self.takes_part() || self.flush(node).await.is_none() {
             self.lock().lose(clock::now());
             sleep(PAUSE).await;

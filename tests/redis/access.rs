@@ -5,7 +5,7 @@ use super::server::{Server, free_port};
 use std::path::Path;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::redis::{Link, Unavailable, Verdict};
+use tollgate::redis::{FailFastConnection, Unavailable, Verdict};
 
 /// What a user needs.
 pub const RIGHTS: &str = "~test:* +eval +evalsha +set +time +hset +hincrby +hget +hmget +hgetall +hkeys +hlen +hexists +hscan +hdel +pexpire +pttl";
@@ -23,10 +23,10 @@ fn with_tls(port: u16, clients: &str) -> Server {
 }
 
 /// Waits until something keeps it away, beside that it was not tried yet.
-async fn trouble(link: &Link) -> String {
+async fn trouble(connection: &FailFastConnection) -> String {
     let clock = Stopwatch::start();
     loop {
-        let trouble = link.trouble().unwrap_or_default();
+        let trouble = connection.unavailable_reason().unwrap_or_default();
         if !trouble.is_empty() && !trouble.contains("not reached yet") {
             return trouble;
         }
@@ -44,9 +44,9 @@ async fn a_user_comes_in_by_tls_with_a_password() {
     let url = format!("rediss://gate:a-s%40cret%2F%25@localhost:{port}/0?ca_file={folder}/cert.pem");
     let mut client = Client::of(&url).await;
     assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
-    let debug = format!("{:?}", client.link);
+    let debug = format!("{:?}", client.connection);
     assert!(!debug.contains("a-s@cret") && !debug.contains("a-s%40cret"), "{debug}");
-    let faults = client.link.faults().await.unwrap();
+    let faults = client.connection.setting_faults().await.unwrap();
     assert!(faults.len() == 1 && faults[0].starts_with("note: ") && faults[0].contains("info"), "{faults:?}");
 
     server.kill();
@@ -71,12 +71,12 @@ async fn a_certificate_has_to_be_trusted_by_both() {
         (own.replace("localhost", "[::1]"), "not valid for name"),
     ] {
         let client = Client::waiting(&url, "staging");
-        let trouble = trouble(&client.link).await;
+        let trouble = trouble(&client.connection).await;
         assert!(trouble.contains(says), "{url}: {trouble}");
     }
-    let no_file = Link::new(&own.replace("key.pem", "none.pem"), "test", "{a}").unwrap_err();
+    let no_file = FailFastConnection::new(&own.replace("key.pem", "none.pem"), "test", "{a}").unwrap_err();
     assert!(format!("{no_file:#}").contains("none.pem"), "{no_file:#}");
-    let no_key = Link::new(&own.replace("key.pem", "cert.pem"), "test", "{a}").unwrap_err();
+    let no_key = FailFastConnection::new(&own.replace("key.pem", "cert.pem"), "test", "{a}").unwrap_err();
     assert!(format!("{no_key:#}").contains("key_file"), "{no_key:#}");
 }
 
@@ -93,7 +93,7 @@ async fn missing_rights_are_named() {
     ] {
         server.admin(&format!("ACL SETUSER gate reset on >a-secret {rights}"));
         let mut client = Client::waiting(&format!("redis://gate:a-secret@127.0.0.1:{port}"), "staging");
-        let trouble = trouble(&client.link).await;
+        let trouble = trouble(&client.connection).await;
         assert!(trouble.contains(says) && trouble.contains("needs ~test:* +eval +evalsha"), "{trouble}");
         assert_eq!(client.reserve().await, Err(Unavailable));
         server.admin(&format!("ACL SETUSER gate {RIGHTS}"));
@@ -113,12 +113,12 @@ async fn a_password_is_shown_nowhere() {
     for port in [port, other] {
         let url = format!("redis://gate:a-secret@127.0.0.1:{port}");
         let client = Client::waiting(&url, "staging");
-        let trouble = trouble(&client.link).await;
+        let trouble = trouble(&client.connection).await;
         assert!(trouble.contains("refuses the user") && !trouble.contains("a-secret"), "{trouble}");
-        let debug = format!("{:?}", client.link);
+        let debug = format!("{:?}", client.connection);
         assert!(!debug.contains("a-secret"), "{debug}");
     }
     drop(server);
-    let error = Link::new("redis://gate:a-secret@host:port", "test", "{a}").unwrap_err();
+    let error = FailFastConnection::new("redis://gate:a-secret@host:port", "test", "{a}").unwrap_err();
     assert!(!format!("{error:?} {error:#}").contains("a-secret"));
 }

@@ -1,7 +1,7 @@
 //! Nodes that reserve, extend, settle and give up at random, while the server is frozen, killed and cut off: in the end
 //! it has charged what was spent, to the token.
 
-use super::link::signal;
+use super::connection::signal;
 use super::member::{Member, runtime};
 use super::proxy::{Mode, Proxy};
 use super::server::Server;

@@ -1,11 +1,12 @@
-//! A node that reserves by a link of its own.
+//! A node that reserves by a connection of its own.
 
 use super::server::full;
 use std::time::Duration;
 use tollgate::clock::{self, Stopwatch};
 use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
 use tollgate::redis::{
-    Cells, CommandBuilder, HeldReservation, Link, OnShortage, Piece, ReserveRequest, Unavailable, Verdict,
+    Cells, CommandBuilder, FailFastConnection, HeldReservation, OnShortage, Piece, ReserveRequest,
+    Unavailable, Verdict,
 };
 
 /// Within this time of its return a server is in use again.
@@ -13,7 +14,7 @@ pub const SOON: Duration = Duration::from_secs(2);
 
 /// A node with one quota that nothing exhausts.
 pub struct Client {
-    pub link: Link,
+    pub connection: FailFastConnection,
     environment: &'static str,
     commands: CommandBuilder,
     quotas: Vec<Quota>,
@@ -37,17 +38,23 @@ impl Client {
         let per = Per { written: "minute".into(), ms: 60_000 };
         let (kind, limit, window) = (Kind::Requests, 1 << 30, Window::Rolling { burst: 1 << 30 });
         let quotas = vec![Quota { scope: Scope::Environment, kind, limit, per, window }];
-        let link = Link::new(url, "test", &format!("test:{{{environment}}}:q")).unwrap();
-        tokio::spawn(link.clone().run());
+        let connection = FailFastConnection::new(url, "test", &format!("test:{{{environment}}}:q")).unwrap();
+        tokio::spawn(connection.clone().run());
         let now = clock::now();
         let commands = CommandBuilder::new(Cells::new(&quotas, now), "one", now);
-        Self { link, environment, commands, quotas, next: 0 }
+        Self { connection, environment, commands, quotas, next: 0 }
     }
 
-    /// Another user of its link, which numbers its requests from here.
+    /// Another user of its connection, which numbers its requests from here.
     pub fn twin(&self, next: u64) -> Self {
-        let Self { link, environment, commands, quotas, .. } = self;
-        Self { link: link.clone(), environment, commands: commands.clone(), quotas: quotas.clone(), next }
+        let Self { connection, environment, commands, quotas, .. } = self;
+        Self {
+            connection: connection.clone(),
+            environment,
+            commands: commands.clone(),
+            quotas: quotas.clone(),
+            next,
+        }
     }
 
     fn keys(&self) -> [String; 3] {
@@ -67,7 +74,7 @@ impl Client {
         };
         let command = self.commands.reserve(&reserve, &[0]);
         let keys = self.keys();
-        self.link.call(&keys, &command).await.map(|answer| answer.verdict)
+        self.connection.call(&keys, &command).await.map(|answer| answer.verdict)
     }
 
     /// Has so many reservations held again.
@@ -81,20 +88,22 @@ impl Client {
         });
         let held: Vec<_> = held.collect();
         let hold = self.commands.hold(true, &held);
-        self.link.call(&self.keys(), &hold).await.map(|answer| answer.verdict)
+        self.connection.call(&self.keys(), &hold).await.map(|answer| answer.verdict)
     }
 
     /// Waits until calls are answered again, joins anew, and tells how long that took.
     pub async fn is_back(&mut self) -> Duration {
         let clock = Stopwatch::start();
-        let mut up = self.link.watch();
+        let mut up = self.connection.watch_generation();
         let keys = self.keys();
         loop {
             let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
             drop(waited.await.expect("Redis is back"));
             let join = self.commands.join(1, false, &full(&self.quotas, clock::now()));
             // A server that is thawed may still be busy with what it was sent before.
-            if self.link.call(&keys, &join).await.is_ok() && self.reserve().await == Ok(Verdict::Admitted) {
+            if self.connection.call(&keys, &join).await.is_ok()
+                && self.reserve().await == Ok(Verdict::Admitted)
+            {
                 println!("back after {:?}", clock.elapsed());
                 return clock.elapsed();
             }
@@ -118,6 +127,6 @@ impl Client {
         let usual = took[took.len() / 2];
         println!("the first failing call took {first:?}, later ones {usual:?}");
         assert!(usual <= Duration::from_millis(1), "later calls take {usual:?}");
-        assert!(self.link.trouble().is_some());
+        assert!(self.connection.unavailable_reason().is_some());
     }
 }

@@ -97,7 +97,11 @@ async fn each_environment_has_its_server() {
     for environment in ENVIRONMENTS {
         let mut client = Client::in_environment(&url, environment).await;
         assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
-        assert_eq!(client.link.faults().await.unwrap().len(), 1, "that nothing is kept on disk");
+        assert_eq!(
+            client.connection.setting_faults().await.unwrap().len(),
+            1,
+            "that nothing is kept on disk"
+        );
         clients.push(client);
     }
     for server in &cluster.servers {
@@ -140,7 +144,7 @@ async fn a_slot_that_moves_is_followed() {
         let clock = Stopwatch::start();
         assert_eq!(client.reserve().await, Err(Unavailable));
         assert!(clock.elapsed() < Duration::from_millis(50), "{:?}", clock.elapsed());
-        let mut up = client.link.watch();
+        let mut up = client.connection.watch_generation();
         up.wait_for(|&number| number > 0).await.unwrap();
         assert_eq!(client.reserve().await, Ok(Verdict::Admitted), "the quotas have moved with the slot");
         assert!(clock.elapsed() < SOON, "{:?}", clock.elapsed());
@@ -153,9 +157,9 @@ async fn a_url_of_one_server_is_told_from_one_of_a_cluster() {
     let url = format!("redis://127.0.0.1:{}", cluster.ports[0]);
     let elsewhere = Client::waiting(&url, "foo");
     let here = Client::in_environment(&url, "bar").await;
-    let trouble = elsewhere.link.trouble().unwrap();
+    let trouble = elsewhere.connection.unavailable_reason().unwrap();
     assert!(trouble.contains("MOVED") && trouble.contains("redis+cluster://"), "{trouble}");
-    let faults = here.link.faults().await.unwrap();
+    let faults = here.connection.setting_faults().await.unwrap();
     assert!(faults.iter().any(|fault| fault.contains("redis+cluster://")), "{faults:?}");
 }
 

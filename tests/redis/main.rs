@@ -8,7 +8,7 @@ mod burst;
 mod chaos;
 mod client;
 mod cluster;
-mod link;
+mod connection;
 mod member;
 #[path = "../common/port.rs"]
 mod port;

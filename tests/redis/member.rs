@@ -42,7 +42,7 @@ impl Member {
         let of_thread = account.clone();
         let thread = std::thread::spawn(move || {
             runtime().block_on(async {
-                tokio::spawn(of_thread.link().unwrap().clone().run());
+                tokio::spawn(of_thread.connection().unwrap().clone().run());
                 tokio::select! {
                     () = of_thread.take_part(stops) => {}
                     _ = kills.wait_for(|kills| *kills) => {}

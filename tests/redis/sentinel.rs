@@ -45,10 +45,10 @@ async fn a_replica_takes_over() {
     until("the failover", || info(&replica).contains("role:master")).await;
     let back = client.is_back().await;
     assert!(back <= SOON, "{back:?}");
-    assert_eq!(client.link.trouble(), None);
+    assert_eq!(client.connection.unavailable_reason(), None);
 
     // The old one is back: nobody goes there.
-    let up = client.link.watch();
+    let up = client.connection.watch_generation();
     let number = *up.borrow();
     master.start_again();
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -80,9 +80,10 @@ async fn sentinels_may_want_tls_and_a_password_too() {
     assert_eq!(client.reserve().await, Ok(Verdict::Admitted));
 
     let client = Client::waiting(&format!("rediss+sentinel://gate:no-secret@{at}"), "staging");
-    let is_told = || client.link.trouble().is_some_and(|trouble| trouble.contains("WRONGPASS"));
+    let is_told =
+        || client.connection.unavailable_reason().is_some_and(|trouble| trouble.contains("WRONGPASS"));
     until("to be told", is_told).await;
-    assert!(!client.link.trouble().unwrap().contains("no-secret"));
+    assert!(!client.connection.unavailable_reason().unwrap().contains("no-secret"));
 }
 
 #[tokio::test]
@@ -91,6 +92,11 @@ async fn what_sentinels_do_not_know_is_told() {
     let _master = Server::with(&format!("--port {first}"));
     let _sentinel = sentinel(watching, first);
     let client = Client::waiting(&format!("redis+sentinel://127.0.0.1:{watching}/other"), "staging");
-    let is_told = || client.link.trouble().is_some_and(|trouble| trouble.contains("knows no master other"));
+    let is_told = || {
+        client
+            .connection
+            .unavailable_reason()
+            .is_some_and(|trouble| trouble.contains("knows no master other"))
+    };
     until("to be told", is_told).await;
 }

@@ -6,7 +6,7 @@ use super::server::Server;
 use std::process::Command;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::redis::{DEADLINE, Unavailable, Verdict};
+use tollgate::redis::{CALL_DEADLINE, Unavailable, Verdict};
 
 pub fn signal(name: &str, process: &str) {
     assert!(Command::new("kill").args([name, process]).status().unwrap().success());
@@ -21,12 +21,12 @@ async fn a_killed_server_holds_nobody_up_and_is_found_when_it_is_back() {
     server.kill();
     client.is_away(AWAY).await;
     server.start_again();
-    let mut up = client.link.watch();
+    let mut up = client.connection.watch_generation();
     up.wait_for(|&number| number > 0).await.unwrap();
     assert_eq!(client.reserve().await, Ok(Verdict::UnknownSession), "it is empty, and asks to join anew");
     let back = client.is_back().await;
     assert!(back <= SOON, "{back:?}");
-    assert_eq!(client.link.trouble(), None);
+    assert_eq!(client.connection.unavailable_reason(), None);
 }
 
 #[tokio::test]
@@ -67,23 +67,23 @@ async fn calls_under_way_are_let_go_when_one_has_failed() {
     for call in calls.collect::<Vec<_>>() {
         assert_eq!(call.await.unwrap(), Err(Unavailable));
     }
-    assert!(clock.elapsed() < DEADLINE + Duration::from_millis(25), "{:?}", clock.elapsed());
+    assert!(clock.elapsed() < CALL_DEADLINE + Duration::from_millis(25), "{:?}", clock.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_is_no_sign_that_the_server_is_away() {
     let server = Server::start();
     let client = Client::of(&server.url()).await;
-    let number = *client.link.watch().borrow();
+    let number = *client.connection.watch_generation().borrow();
     let calls = (1..=2_000).map(|n| {
         let mut client = client.twin(1_000 * n);
         tokio::spawn(async move { client.reserve().await })
     });
     for call in calls.collect::<Vec<_>>() {
         let verdict = call.await.unwrap();
-        assert_eq!(verdict, Ok(Verdict::Admitted), "{:?}", client.link.trouble());
+        assert_eq!(verdict, Ok(Verdict::Admitted), "{:?}", client.connection.unavailable_reason());
     }
-    assert_eq!(*client.link.watch().borrow(), number);
+    assert_eq!(*client.connection.watch_generation().borrow(), number);
 }
 
 #[tokio::test]
@@ -116,7 +116,7 @@ async fn a_server_that_takes_no_writes_is_away() {
     ] {
         server.admin(begins);
         client.is_away(AWAY).await;
-        let trouble = client.link.trouble().unwrap();
+        let trouble = client.connection.unavailable_reason().unwrap();
         assert!(trouble.contains(says), "{trouble}");
         server.admin(ends);
         let back = client.is_back().await;
@@ -132,7 +132,7 @@ async fn a_slow_server_is_away() {
     for mode in [Mode::Slow, Mode::Silent] {
         proxy.set(mode);
         client.is_away(AWAY).await;
-        let trouble = client.link.trouble().unwrap();
+        let trouble = client.connection.unavailable_reason().unwrap();
         assert!(trouble.contains("does not answer within"), "{trouble}");
         proxy.set(Mode::Through);
         let back = client.is_back().await;
@@ -156,7 +156,7 @@ async fn a_loss_is_seen_also_while_nobody_calls() {
     let server = Server::start();
     let proxy = Proxy::start(&server.folder().join("s")).await;
     let client = Client::of(&proxy.url()).await;
-    let mut up = client.link.watch();
+    let mut up = client.connection.watch_generation();
     proxy.set(Mode::Silent);
     let clock = Stopwatch::start();
     up.wait_for(|&number| number == 0).await.unwrap();
@@ -173,7 +173,7 @@ async fn settings_that_lose_counts_are_found() {
         ("CONFIG SET appendonly yes", None),
     ] {
         server.admin(setting);
-        let faults = client.link.faults().await.unwrap();
+        let faults = client.connection.setting_faults().await.unwrap();
         assert_eq!(faults.iter().any(|fault| says.is_some_and(|says| fault.contains(says))), says.is_some());
         assert!(says.is_some() || faults.is_empty(), "{setting}: {faults:?}");
     }

@@ -15,7 +15,7 @@ mod tls;
 
 use super::{SCRIPT, ScriptCommand, ScriptReply};
 use crate::clock::Stopwatch;
-use find::{Connection, Finder};
+use find::{Finder, ServerConnection};
 use redis::aio::MultiplexedConnection;
 use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
 use sha1_smol::Sha1;
@@ -28,7 +28,7 @@ use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
 /// A call that is not answered within this time has failed.
-pub const DEADLINE: Duration = Duration::from_millis(25);
+pub const CALL_DEADLINE: Duration = Duration::from_millis(25);
 /// And so much more for each argument: a node that joins with a thousand reservations open has some twenty thousand, which
 /// take the server 25 ms. For one reservation it is nothing.
 const PER_ARGUMENT: Duration = Duration::from_micros(4);
@@ -56,20 +56,20 @@ pub struct Unavailable;
 
 /// The way to the Redis server that has the keys of one environment, shared by all who call it.
 #[derive(Clone, Debug)]
-pub struct Link {
+pub struct FailFastConnection {
     inner: Arc<Inner>,
 }
 
 /// A place among the calls that are under way on one connection.
 #[derive(Debug)]
-pub struct Turn<'a> {
-    link: &'a Link,
+pub struct CallPermit<'a> {
+    link: &'a FailFastConnection,
     number: u64,
-    connection: Connection,
+    connection: ServerConnection,
     _place: SemaphorePermit<'a>,
 }
 
-impl Turn<'_> {
+impl CallPermit<'_> {
     /// Runs a command of the script: within the deadline, and at once if Redis is away.
     ///
     /// # Errors
@@ -101,7 +101,7 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct State {
-    connection: Option<Connection>,
+    connection: Option<ServerConnection>,
     connected: u64,
     trouble: Option<String>,
     /// The last trouble that was logged, and when.
@@ -118,7 +118,7 @@ pub fn check_url(url: &str) -> Result<(), String> {
     Target::parse(url).map(|_| ())
 }
 
-impl Link {
+impl FailFastConnection {
     /// To the server at this URL that has the slot of `slot_key`, a key of the environment. `prefix` begins the name of
     /// every key. Nothing is connected before `run`.
     ///
@@ -149,14 +149,14 @@ impl Link {
     ///
     /// # Errors
     /// Redis is away, or went away meanwhile.
-    pub async fn turn(&self) -> Result<Turn<'_>, Unavailable> {
+    pub async fn permit(&self) -> Result<CallPermit<'_>, Unavailable> {
         let mut up = self.inner.up.subscribe();
         let (number, connection) = self.connection().ok_or(Unavailable)?;
         tokio::select! {
             biased;
             place = self.inner.turns.acquire() => {
                 let place = place.map_err(|_| Unavailable)?;
-                Ok(Turn { link: self, number, connection, _place: place })
+                Ok(CallPermit { link: self, number, connection, _place: place })
             }
             _ = up.wait_for(|&now| now != number) => Err(Unavailable),
         }
@@ -171,19 +171,19 @@ impl Link {
         keys: &[String; 3],
         command: &ScriptCommand,
     ) -> Result<ScriptReply, Unavailable> {
-        self.turn().await?.call(keys, command).await
+        self.permit().await?.call(keys, command).await
     }
 
     async fn call_at(
         &self,
-        (number, connection): (u64, Connection),
+        (number, connection): (u64, ServerConnection),
         keys: &[String; 3],
         command: &ScriptCommand,
     ) -> Result<ScriptReply, Unavailable> {
         let mut up = self.inner.up.subscribe();
         let address = connection.address.clone();
         let count = u32::try_from(command.arguments.len()).unwrap_or(u32::MAX);
-        let deadline = DEADLINE.saturating_add(PER_ARGUMENT.saturating_mul(count));
+        let deadline = CALL_DEADLINE.saturating_add(PER_ARGUMENT.saturating_mul(count));
         let gone = up.wait_for(|&now| now != number);
         let numbers = tokio::select! {
             biased;
@@ -211,7 +211,9 @@ impl Link {
         loop {
             let in_time = async { timeout(deadline, call.as_mut()).await.ok() };
             let answer = match in_time.await {
-                None => self.on_second_thoughts(call.as_mut(), longest.saturating_sub(begun.elapsed())).await,
+                None => {
+                    self.recheck_before_timeout(call.as_mut(), longest.saturating_sub(begun.elapsed())).await
+                }
                 answer => answer,
             };
             if answer.is_some() {
@@ -228,7 +230,7 @@ impl Link {
 
     /// On a machine that is too busy the answer may be there, and nobody has come to read it: whoever reads answers is
     /// asked to look once more before the server is blamed.
-    async fn on_second_thoughts<T>(
+    async fn recheck_before_timeout<T>(
         &self,
         mut call: Pin<&mut impl Future<Output = T>>,
         longest: Duration,
@@ -262,13 +264,13 @@ impl Link {
     }
 
     /// What keeps Redis away; `None`: nothing.
-    pub fn trouble(&self) -> Option<String> {
+    pub fn unavailable_reason(&self) -> Option<String> {
         let state = self.lock();
         state.trouble.clone()
     }
 
     /// Tells the number of the connection that works, 0 while there is none: each loss shows.
-    pub fn watch(&self) -> watch::Receiver<u64> {
+    pub fn watch_generation(&self) -> watch::Receiver<u64> {
         self.inner.up.subscribe()
     }
 
@@ -310,7 +312,7 @@ impl Link {
     }
 
     /// A connection to a server that lets us do what is needed, and takes writes in time.
-    async fn connect(&self) -> Result<Connection, String> {
+    async fn connect(&self) -> Result<ServerConnection, String> {
         let mut connection = self.inner.finder.connect().await?;
         let trouble = match self.attempt(&mut connection.redis).await {
             Ok(failed) => {
@@ -342,13 +344,13 @@ impl Link {
     }
 
     /// Whether the server takes a write within the deadline: not one that is full, or a replica by now.
-    async fn look(&self, connection: &mut Connection) -> Result<(), String> {
+    async fn look(&self, connection: &mut ServerConnection) -> Result<(), String> {
         let mut write = redis::cmd("SET");
         write.arg(&self.inner.probe).arg(1).arg("PX").arg(10_000);
-        let trouble = match self.in_time(DEADLINE, write.query_async(&mut connection.redis)).await {
+        let trouble = match self.in_time(CALL_DEADLINE, write.query_async(&mut connection.redis)).await {
             Some(Ok(())) => return Ok(()),
             Some(Err(error)) => self.refused(&error),
-            None => late(DEADLINE),
+            None => late(CALL_DEADLINE),
         };
         Err(format!("{} {trouble}", connection.address))
     }
@@ -362,7 +364,7 @@ impl Link {
     }
 
     /// Returns when the connection of this number is lost, by a call or while nobody calls.
-    async fn stay(&self, number: u64, mut connection: Connection) {
+    async fn stay(&self, number: u64, mut connection: ServerConnection) {
         let mut up = self.inner.up.subscribe();
         while timeout(LOOK, up.wait_for(|&now| now != number)).await.is_err() {
             if let Err(trouble) = self.look(&mut connection).await {
@@ -371,12 +373,12 @@ impl Link {
         }
     }
 
-    fn connection(&self) -> Option<(u64, Connection)> {
+    fn connection(&self) -> Option<(u64, ServerConnection)> {
         let state = self.lock();
         state.connection.clone().map(|connection| (state.connected, connection))
     }
 
-    fn found(&self, connection: Connection) -> u64 {
+    fn found(&self, connection: ServerConnection) -> u64 {
         let address = connection.address.clone();
         let mut state = self.lock();
         let is_news = state.is_away_in_log || state.connected == 0;
@@ -427,7 +429,7 @@ impl Link {
     ///
     /// # Errors
     /// Redis is away.
-    pub async fn faults(&self) -> Result<Vec<String>, Unavailable> {
+    pub async fn setting_faults(&self) -> Result<Vec<String>, Unavailable> {
         let (number, mut connection) = self.connection().ok_or(Unavailable)?;
         let info = redis::cmd("INFO").query_async::<String>(&mut connection.redis).await;
         let mut save = redis::cmd("CONFIG");

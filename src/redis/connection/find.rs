@@ -48,7 +48,7 @@ impl std::fmt::Debug for Tls {
 
 /// A connection to one server. It is closed when its last clone is gone, whatever is under way.
 #[derive(Clone, Debug)]
-pub(super) struct Connection {
+pub(super) struct ServerConnection {
     pub(super) redis: MultiplexedConnection,
     pub(super) address: Arc<Address>,
     _driver: Arc<Driver>,
@@ -74,7 +74,7 @@ impl Finder {
     ///
     /// # Errors
     /// What keeps that from happening, without the password.
-    pub(super) async fn connect(&self) -> Result<Connection, String> {
+    pub(super) async fn connect(&self) -> Result<ServerConnection, String> {
         match timeout(LONGEST, self.find()).await {
             Ok(found) => found.map_err(|trouble| self.target.without_password(trouble)),
             Err(_) => Err(format!("no server was found within {} ms", LONGEST.as_millis())),
@@ -119,7 +119,7 @@ impl Finder {
         matches!(self.target.place, Place::Cluster(_))
     }
 
-    async fn find(&self) -> Result<Connection, String> {
+    async fn find(&self) -> Result<ServerConnection, String> {
         match &self.target.place {
             Place::One(address) => self.open(address, &self.target.login).await,
             Place::Sentinels(nodes, master) => {
@@ -140,7 +140,7 @@ impl Finder {
         nodes
     }
 
-    async fn ask_sentinel(&self, node: &Address, name: &str) -> Result<Connection, String> {
+    async fn ask_sentinel(&self, node: &Address, name: &str) -> Result<ServerConnection, String> {
         // A sentinel's password is its own, and most have none.
         let login = RedisConnectionInfo::default().set_skip_set_lib_name();
         let mut sentinel = self.open(node, &login).await?;
@@ -167,7 +167,7 @@ impl Finder {
         }
     }
 
-    async fn ask_cluster(&self, node: &Address) -> Result<Connection, String> {
+    async fn ask_cluster(&self, node: &Address) -> Result<ServerConnection, String> {
         let mut asked = self.open(node, &self.target.login).await?;
         let slots = redis::cmd("CLUSTER").arg("SLOTS").query_async::<Vec<Vec<Value>>>(&mut asked.redis).await;
         let slots = slots.map_err(|error| format!("{node} {}", self.told(&error)))?;
@@ -180,14 +180,18 @@ impl Finder {
         if owner == *node { Ok(asked) } else { self.open(&owner, &self.target.login).await }
     }
 
-    async fn open(&self, address: &Address, login: &RedisConnectionInfo) -> Result<Connection, String> {
+    async fn open(&self, address: &Address, login: &RedisConnectionInfo) -> Result<ServerConnection, String> {
         match timeout(CONNECT, self.open_slowly(address, login)).await {
             Ok(opened) => opened.map_err(|error| format!("{address} {}", self.told(&error))),
             Err(_) => Err(format!("{address} does not answer within {} ms", CONNECT.as_millis())),
         }
     }
 
-    async fn open_slowly(&self, address: &Address, login: &RedisConnectionInfo) -> RedisResult<Connection> {
+    async fn open_slowly(
+        &self,
+        address: &Address,
+        login: &RedisConnectionInfo,
+    ) -> RedisResult<ServerConnection> {
         let (host, port) = match address {
             Address::Unix(path) => return greet(UnixStream::connect(path).await?, login, address).await,
             Address::Tcp(host, port) => (host, *port),
@@ -201,14 +205,14 @@ impl Finder {
 }
 
 /// Logs in.
-async fn greet<S>(stream: S, login: &RedisConnectionInfo, address: &Address) -> RedisResult<Connection>
+async fn greet<S>(stream: S, login: &RedisConnectionInfo, address: &Address) -> RedisResult<ServerConnection>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let config = AsyncConnectionConfig::new().set_response_timeout(Some(CONNECT));
     let (redis, driver) = MultiplexedConnection::new_with_config(login, stream, config).await?;
     let driver = Arc::new(Driver(tokio::spawn(driver)));
-    Ok(Connection { redis, address: Arc::new(address.clone()), _driver: driver })
+    Ok(ServerConnection { redis, address: Arc::new(address.clone()), _driver: driver })
 }
 
 fn auth(user: Option<&str>, password: &str) -> redis::Cmd {
@@ -222,9 +226,12 @@ fn auth(user: Option<&str>, password: &str) -> redis::Cmd {
 
 /// The first of these that leads somewhere: each is begun a little after the one before, so that one which does not
 /// answer holds the others up but little.
-async fn first_of<'a, F>(nodes: &'a [Address], way: impl Fn(&'a Address) -> F) -> Result<Connection, String>
+async fn first_of<'a, F>(
+    nodes: &'a [Address],
+    way: impl Fn(&'a Address) -> F,
+) -> Result<ServerConnection, String>
 where
-    F: Future<Output = Result<Connection, String>>,
+    F: Future<Output = Result<ServerConnection, String>>,
 {
     let ways = (0..).zip(nodes).map(|(place, node)| {
         let way = way(node);
