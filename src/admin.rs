@@ -3,7 +3,7 @@
 use crate::config::OnStoreFailure;
 use crate::ledger::{Account, NoRoom, QuotaKey, Sharing, Snapshot};
 use crate::proxy;
-use crate::quota::{Kind, Level, MAX_LIMIT, Quota, Scope, Window};
+use crate::quota::{Kind, MAX_LIMIT, Quota, QuotaLevel, Scope, Window};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::middleware::{self, Next};
@@ -304,8 +304,8 @@ fn shown(environment: &Environment, account: &Account) -> Value {
     shown
 }
 
-fn level(shown: &Level, is_override: bool) -> Value {
-    let Level { quota, level, held, used, reset_ms } = shown;
+fn level(shown: &QuotaLevel, is_override: bool) -> Value {
+    let QuotaLevel { quota, level, held, used, reset_ms } = shown;
     let (scope, name) = match &quota.scope {
         Scope::Environment => ("environment", None),
         Scope::Caller(_, name) => ("caller", Some(name.as_str())),
@@ -320,7 +320,7 @@ fn level(shown: &Level, is_override: bool) -> Value {
     let mut shown = json!({
         "scope": scope,
         "kind": quota.kind.as_str(),
-        "per": quota.per.written,
+        "per": quota.per.text,
         "window": window,
         "limit": quota.limit,
         "burst": quota.capacity(),

@@ -276,7 +276,7 @@ fn write_denial(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) 
     let Some(Shortfall { quota, used, held, requested, wait, .. }) = denied.shortfalls().first() else {
         return Ok(());
     };
-    let (kind, per, limit) = (quota.kind.as_str(), &quota.per.written, quota.limit);
+    let (kind, per, limit) = (quota.kind.as_str(), &quota.per.text, quota.limit);
     match wait {
         Wait::Never => write!(
             f,

@@ -12,7 +12,7 @@ mod wait_queue;
 
 use crate::clock::{self, Timestamp};
 use crate::config::Environment;
-use crate::quota::{Amounts, Level, Quota, Saved, Standing, Subject};
+use crate::quota::{Amounts, PersistedCounter, Quota, QuotaLevel, QuotaStatus, Subject};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ pub struct Snapshot {
     /// How the counters are shared; `None`: they are this node's own.
     pub sharing: Option<Sharing>,
     /// Every quota, in the config's order.
-    pub levels: Vec<Level>,
+    pub levels: Vec<QuotaLevel>,
     /// Sums since the store began.
     pub totals: Totals,
     /// Quotas whose limit is not the config's for now.
@@ -72,7 +72,7 @@ pub struct Snapshot {
 #[derive(Debug, Default)]
 pub struct Changes {
     /// Every quota that has changed.
-    pub quotas: Vec<(Quota, Saved)>,
+    pub quotas: Vec<(Quota, PersistedCounter)>,
     /// Sums since the store began.
     pub totals: Totals,
     /// What requests in flight have reserved: spent, should the process die now.
@@ -89,7 +89,7 @@ pub struct Changes {
 #[derive(Debug, Default)]
 pub struct RestoredState {
     /// Quotas with what was kept of them.
-    pub quotas: Vec<(Quota, Saved)>,
+    pub quotas: Vec<(Quota, PersistedCounter)>,
     /// Sums, without what was held.
     pub totals: Totals,
     /// What was in flight when the process died: charged in full.
@@ -238,9 +238,9 @@ impl Account {
     }
 
     /// What the subject is told of its quotas of each kind, in the order of `Kind::ALL`.
-    pub fn standing(&self, subject: Subject<'_>) -> [Option<Standing>; 4] {
+    pub fn standing(&self, subject: Subject<'_>) -> [Option<QuotaStatus>; 4] {
         let counters = self.lock();
-        counters.quotas.standing(counters.now(clock::now()), subject)
+        counters.quotas.status_by_kind(counters.now(clock::now()), subject)
     }
 
     /// All counters at one moment.
@@ -321,7 +321,7 @@ pub struct Reservation {
     grant: Option<Grant>,
     subject: (Option<usize>, Box<str>),
     ended: Ended,
-    standing: [Option<Standing>; 4],
+    standing: [Option<QuotaStatus>; 4],
     clamped_to: Option<u64>,
     would_deny: Option<NoRoom>,
     /// What it reserves has to outlive the process.
@@ -383,7 +383,7 @@ impl Reservation {
     /// bytes of an answer must not be passed on before it would: what is returned waits for that.
     pub fn settle(self) -> Option<impl Future<Output = ()> + Send + 'static> {
         let spent = self.ended.spent;
-        let exceeds = spent.less(self.reserved()) != Amounts::default();
+        let exceeds = spent.saturating_sub(self.reserved()) != Amounts::default();
         let account = (exceeds && self.is_durable).then(|| self.account.clone());
         drop(self);
         let account = account?;
@@ -393,7 +393,7 @@ impl Reservation {
     }
 
     /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.
-    pub fn standing(&self) -> &[Option<Standing>; 4] {
+    pub fn standing(&self) -> &[Option<QuotaStatus>; 4] {
         &self.standing
     }
 

@@ -444,7 +444,7 @@ impl Proxy {
             caller = record.caller.as_deref(),
             code,
             kind = worst.map(|s| s.quota.kind.as_str()),
-            per = worst.map(|s| s.quota.per.written.as_str()),
+            per = worst.map(|s| s.quota.per.text.as_str()),
             requested = worst.map(|s| s.requested),
             remaining = worst.map(|s| s.remaining),
             "a request would have been refused if the quotas were enforced (enforce: false)"

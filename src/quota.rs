@@ -10,9 +10,9 @@ use crate::clock::Timestamp;
 use crate::glob::Glob;
 use std::fmt;
 
-pub use bucket::Bucket;
-pub use period::Calendar;
-pub use table::{Denied, Level, Quotas, Receipt, Shortfall, Standing, State, Subject, Wait};
+pub use bucket::TokenBucket;
+pub use period::CalendarPeriod;
+pub use table::{CounterState, Denied, QuotaLevel, QuotaStatus, Quotas, Receipt, Shortfall, Subject, Wait};
 
 /// Largest limit or burst: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;
@@ -95,9 +95,9 @@ impl Scope {
 
 /// The length of a quota's period.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Per {
+pub struct Period {
     /// As written in the config: `minute`, `10s`.
-    pub written: String,
+    pub text: String,
     /// Its length; a month counts as 30 days where it rolls.
     pub ms: u64,
 }
@@ -146,7 +146,7 @@ pub struct Quota {
     /// How much, in 1 ..= `MAX_LIMIT`.
     pub limit: u64,
     /// Over how long.
-    pub per: Per,
+    pub per: Period,
     /// How it comes back.
     pub window: Window,
 }
@@ -225,19 +225,19 @@ impl Amounts {
 
     /// Of each kind the smaller amount.
     #[must_use]
-    pub fn at_most(self, other: Self) -> Self {
+    pub fn min(self, other: Self) -> Self {
         self.zip(other, u64::min)
     }
 
     /// Of each kind what is more than in `other`.
     #[must_use]
-    pub fn less(self, other: Self) -> Self {
+    pub fn saturating_sub(self, other: Self) -> Self {
         self.zip(other, u64::saturating_sub)
     }
 
     /// The sums of each kind.
     #[must_use]
-    pub fn plus(self, other: Self) -> Self {
+    pub fn saturating_add(self, other: Self) -> Self {
         self.zip(other, u64::saturating_add)
     }
 
@@ -259,7 +259,7 @@ impl Amounts {
 
 /// What is kept of one quota so that it outlives the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Saved {
+pub struct PersistedCounter {
     /// Spent and not yet back, in whole tokens or requests; below zero where the burst was lowered.
     pub used: i64,
     /// Of a rolling quota: how much of a token more than that is left, in 1/`period_ms`.

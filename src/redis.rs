@@ -8,7 +8,7 @@
 mod connection;
 
 use crate::clock::Timestamp;
-use crate::quota::{Amounts, Calendar, Kind, Quota, Quotas, Scope, State, Window};
+use crate::quota::{Amounts, CalendarPeriod, CounterState, Kind, Quota, Quotas, Scope, Window};
 use smallvec::SmallVec;
 
 pub use connection::{CALL_DEADLINE, CallPermit, FailFastConnection, Unavailable, check_url};
@@ -53,7 +53,7 @@ pub struct ScriptReply {
     /// What the command tells beside that.
     pub values: Vec<i64>,
     /// The cells asked for, each with whether its limit is an administrator's.
-    pub states: Vec<(State, bool)>,
+    pub states: Vec<(CounterState, bool)>,
 }
 
 /// A call of the script: `EVALSHA sha 3 keys arguments`.
@@ -169,18 +169,18 @@ pub struct Piece {
 pub struct Cells {
     quotas: Vec<Quota>,
     names: Vec<String>,
-    classes: Vec<(String, Calendar)>,
+    classes: Vec<(String, CalendarPeriod)>,
 }
 
 impl Cells {
     /// Those of these quotas.
     pub fn new(quotas: &[Quota], now: Timestamp) -> Self {
-        let mut classes: Vec<(String, Calendar)> = Vec::new();
+        let mut classes: Vec<(String, CalendarPeriod)> = Vec::new();
         for quota in quotas {
             let Window::Calendar { unit, zone } = &quota.window else { continue };
             let class = class(quota);
             if classes.iter().all(|(known, _)| *known != class) {
-                classes.push((class, Calendar::new(1, *unit, zone.clone(), now)));
+                classes.push((class, CalendarPeriod::new(1, *unit, zone.clone(), now)));
             }
         }
         Self { quotas: quotas.to_vec(), names: quotas.iter().map(name).collect(), classes }
@@ -270,7 +270,7 @@ impl CommandBuilder {
     /// say what a server that has lost its data no longer knows.
     /// Answers with how many cells were made, how many have other limits than the node's, whether (1) the server has kept
     /// what it knew of this session, and for how many milliseconds other nodes that know more are to be waited for.
-    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(State, bool)]) -> ScriptCommand {
+    pub fn join(&mut self, stamp: u64, was_here: bool, states: &[(CounterState, bool)]) -> ScriptCommand {
         let mut command = self.timely("join", 4);
         command.int(stamp);
         command.int(u64::from(was_here));
@@ -284,10 +284,10 @@ impl CommandBuilder {
             command.int(quota.limit);
             command.int(quota.capacity());
             let (limit, burst, whole, fraction, turn) = match *state {
-                State::Rolling { limit, burst, level, held, .. } => {
+                CounterState::Rolling { limit, burst, level, held, .. } => {
                     (limit, burst, level.0.saturating_add_unsigned(held), level.1, 0)
                 }
-                State::Calendar { limit, used, turn, .. } => {
+                CounterState::Calendar { limit, used, period_id: turn, .. } => {
                     (limit, limit, i64::try_from(used).unwrap_or(i64::MAX), 0, turn)
                 }
             };
@@ -492,16 +492,16 @@ pub fn load_states(quotas: &mut Quotas, touched: &[u32], answer: &ScriptReply) {
     }
 }
 
-fn state(cell: &[i64], is_calendar: bool) -> Option<(State, bool)> {
+fn state(cell: &[i64], is_calendar: bool) -> Option<(CounterState, bool)> {
     let &[limit, burst, third, fourth, held, since, until, turn, is_override] = cell else { return None };
     let unsigned = |n: i64| u64::try_from(n).ok();
     let (limit, held) = (unsigned(limit)?, unsigned(held)?);
     let state = if is_calendar {
         let period = (Timestamp(since), Timestamp(until));
-        State::Calendar { limit, used: unsigned(third)?, held, period, turn: unsigned(turn)? }
+        CounterState::Calendar { limit, used: unsigned(third)?, held, period, period_id: unsigned(turn)? }
     } else {
         let level = (third, unsigned(fourth)?);
-        State::Rolling { limit, burst: unsigned(burst)?, level, held, at: Timestamp(since) }
+        CounterState::Rolling { limit, burst: unsigned(burst)?, level, held, at: Timestamp(since) }
     };
     Some((state, is_override != 0))
 }

@@ -10,7 +10,7 @@ mod trace;
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, OnOverrun, WhenShort};
 use crate::ledger::{Counters, Demand, Ended, Grant, NoRoom, Progress, Rules};
-use crate::quota::{Amounts, Bucket, Kind, Quota, Scope, Subject, Window};
+use crate::quota::{Amounts, Kind, Quota, Scope, Subject, TokenBucket, Window};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
@@ -219,7 +219,7 @@ struct Meter {
 }
 
 enum Ideal {
-    Rolling(Box<Bucket>),
+    Rolling(Box<TokenBucket>),
     /// The engine's own count serves: debt is excess.
     Calendar,
 }
@@ -230,7 +230,7 @@ impl<'a> Replay<'a> {
         let meter = |quota: &Quota| Meter {
             ideal: match quota.window {
                 Window::Rolling { burst } => {
-                    Ideal::Rolling(Box::new(Bucket::full(quota.limit, burst, quota.per.ms, start)))
+                    Ideal::Rolling(Box::new(TokenBucket::full(quota.limit, burst, quota.per.ms, start)))
                 }
                 Window::Calendar { .. } => Ideal::Calendar,
             },
@@ -338,7 +338,7 @@ impl<'a> Replay<'a> {
         let subject = Subject { caller: None, model: &self.calls[flight.call].model };
         let ended = Ended { spent, is_whole: spent.completion >= flight.completion };
         self.counters.settle(self.now, subject, flight.grant, ended);
-        self.outcome.spent = self.outcome.spent.plus(spent);
+        self.outcome.spent = self.outcome.spent.saturating_add(spent);
         let is_calendar = |meter: &Meter| matches!(meter.ideal, Ideal::Calendar);
         if !self.meters.iter().any(is_calendar) {
             return;
@@ -350,7 +350,7 @@ impl<'a> Replay<'a> {
     }
 
     fn meter(&mut self, flight: &mut Flight, spent: Amounts) {
-        let more = spent.less(flight.metered);
+        let more = spent.saturating_sub(flight.metered);
         flight.metered = spent;
         let model = &self.calls[flight.call].model;
         for meter in self.meters.iter_mut().filter(|meter| meter.measures(model)) {

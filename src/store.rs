@@ -16,7 +16,7 @@ use crate::calibrations::{Calibrations, Kept};
 use crate::clock;
 use crate::config::{self, Environment};
 use crate::ledger::{Account, Commits, OTHER, Persistence, RestoredState};
-use crate::quota::{Calendar, Quota, Saved, Scope, Window};
+use crate::quota::{CalendarPeriod, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -186,9 +186,14 @@ impl Store {
     /// began: there is such a time where the quota's time zone is another now. So what was used in the
     /// period that the clock shows by the new zone stays used; usage of the hours around its start may be
     /// counted in it too, and none is left out.
-    fn used_before(&self, environment: &str, quota: &Quota, saved: &Saved) -> rusqlite::Result<u64> {
+    fn used_before(
+        &self,
+        environment: &str,
+        quota: &Quota,
+        saved: &PersistedCounter,
+    ) -> rusqlite::Result<u64> {
         let Window::Calendar { unit, zone } = &quota.window else { return Ok(0) };
-        let start = Calendar::new(quota.limit, *unit, zone.clone(), clock::now()).start();
+        let start = CalendarPeriod::new(quota.limit, *unit, zone.clone(), clock::now()).start();
         if saved.at <= start {
             return Ok(0);
         }

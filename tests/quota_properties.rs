@@ -11,7 +11,7 @@
 use proptest::prelude::*;
 use tollgate::clock::Timestamp;
 use tollgate::quota::{
-    Amounts, ClockUnit, Kind, Per, Quota, Quotas, Receipt, Required, Scope, Subject, Wait, Window,
+    Amounts, ClockUnit, Kind, Period, Quota, Quotas, Receipt, Required, Scope, Subject, Wait, Window,
 };
 
 #[derive(Clone, Debug)]
@@ -40,7 +40,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn quota(kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
-    let per = Per { written: format!("{ms}ms"), ms };
+    let per = Period { text: format!("{ms}ms"), ms };
     Quota { scope: Scope::Environment, kind, limit, per, window }
 }
 

@@ -16,7 +16,8 @@ use tollgate::config::{CompletionReserve, OnOverrun, Reserve, WhenShort};
 use tollgate::glob::Glob;
 use tollgate::ledger::{Counters, Demand, Ended, Grant, Progress, QuotaKey, Rules};
 use tollgate::quota::{
-    Amounts, ClockUnit, Kind, Level, Per, Quota, Quotas, Receipt, Required, Saved, Scope, Subject, Window,
+    Amounts, ClockUnit, Kind, Period, PersistedCounter, Quota, QuotaLevel, Quotas, Receipt, Required, Scope,
+    Subject, Window,
 };
 
 const DAY: i64 = 86_400_000;
@@ -40,7 +41,7 @@ impl Dice {
 }
 
 fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
-    Quota { scope, kind, limit, per: Per { written: format!("{ms}ms"), ms }, window }
+    Quota { scope, kind, limit, per: Period { text: format!("{ms}ms"), ms }, window }
 }
 
 fn quotas() -> Vec<Quota> {
@@ -216,7 +217,7 @@ fn clock_step(dice: &mut Dice) -> (i64, &'static str) {
     }
 }
 
-fn compare(levels: &[Level], recounts: &mut [Recount], now: i64) {
+fn compare(levels: &[QuotaLevel], recounts: &mut [Recount], now: i64) {
     assert_eq!(levels.len(), recounts.len());
     for (shown, r) in levels.iter().zip(recounts) {
         r.advance(now);
@@ -302,7 +303,7 @@ impl Walk {
             None if self.dice.below(2) == 0 => return,
             None => {
                 self.note("overrun");
-                self.engine.extend_regardless(Timestamp(now), &self.open[at].1, more)
+                self.engine.extend_unchecked(Timestamp(now), &self.open[at].1, more)
             }
         };
         let id = self.next;
@@ -386,7 +387,7 @@ impl Walk {
 
     fn restart(&mut self) {
         self.engine.levels(Timestamp(self.now));
-        let mut kept: Vec<(Quota, Saved)> = Vec::new();
+        let mut kept: Vec<(Quota, PersistedCounter)> = Vec::new();
         // All of them: as if each had been changed since it was kept.
         let all: Vec<Quota> = self.recounts.iter().map(|r| r.quota.clone()).collect();
         self.engine.set_quotas(&all, Timestamp(self.now));
@@ -587,7 +588,7 @@ impl Streams {
         let missing_fits = fits(missing);
         let (now, model) = (Timestamp(self.now), MODELS[who.1]);
         let outcome = self.counters.progress(now, model, &mut stream.grant, stream.spent);
-        let grown = stream.grant.reserved().less(before);
+        let grown = stream.grant.reserved().saturating_sub(before);
         assert_eq!(grown, more(grown.completion));
         if missing == 0 || !is_reserving {
             assert_eq!((outcome, grown), (Progress::Within, Amounts::default()));
@@ -603,7 +604,7 @@ impl Streams {
         let mut left = stream.spent;
         for &(id, reserved) in &stream.pieces {
             self.recounts.iter_mut().for_each(|r| r.progress(id, i128::from(left.of(r.quota.kind))));
-            left = left.less(reserved);
+            left = left.saturating_sub(reserved);
         }
         if grown.completion > 0 {
             self.note(if outcome == Progress::Overrun { "overrun" } else { "extended" });
@@ -629,11 +630,11 @@ impl Streams {
         self.counters.settle(Timestamp(self.now), who.subject(), grant, Ended { spent, is_whole });
         let mut left = spent;
         for (n, &(id, reserved)) in (1..).zip(&pieces) {
-            let part = if n == pieces.len() { left } else { left.at_most(reserved) };
-            left = left.less(part);
+            let part = if n == pieces.len() { left } else { left.min(reserved) };
+            left = left.saturating_sub(part);
             self.recounts.iter_mut().for_each(|r| r.settle(id, i128::from(part.of(r.quota.kind))));
         }
-        self.settled = self.settled.plus(spent);
+        self.settled = self.settled.saturating_add(spent);
         self.note("settled");
     }
 
@@ -645,7 +646,7 @@ impl Streams {
         self.advance();
         self.recounts[at].quota = original.with_limit(limit, burst);
         let (scope, name) = (original.scope.as_str(), original.scope.name());
-        let key = QuotaKey { scope, name, kind: original.kind, per: &original.per.written };
+        let key = QuotaKey { scope, name, kind: original.kind, per: &original.per.text };
         assert!(self.counters.set_limit(Timestamp(self.now), key, Some((limit, burst))));
         self.note("limit changed");
     }
@@ -678,7 +679,11 @@ impl Streams {
     fn compare(&mut self) {
         compare(&self.counters.levels(Timestamp(self.now)), &mut self.recounts, self.now);
         let reserved = self.open.iter().map(|stream| stream.grant.reserved());
-        assert_eq!(self.counters.held(), reserved.fold(Amounts::default(), Amounts::plus), "held in all");
+        assert_eq!(
+            self.counters.held(),
+            reserved.fold(Amounts::default(), Amounts::saturating_add),
+            "held in all"
+        );
         let totals = self.counters.totals();
         let charged = [totals.requests, totals.prompt, totals.completion, totals.total];
         let Amounts { requests, prompt, completion, total } = self.settled;

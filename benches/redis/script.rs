@@ -3,13 +3,13 @@
 use super::server::Server;
 use std::time::{Duration, Instant};
 use tollgate::clock;
-use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, State, Window};
+use tollgate::quota::{Amounts, CounterState, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{Cells, CommandBuilder, OnShortage, ReserveRequest, SCRIPT, Step, StepKind, Verdict};
 
 fn quotas(number: u64) -> Vec<Quota> {
     let quota = |n| {
         let ms = 60_000 + n;
-        let per = Per { written: format!("{ms}ms"), ms };
+        let per = Period { text: format!("{ms}ms"), ms };
         let (limit, window) = (1 << 40, Window::Rolling { burst: 1 << 40 });
         Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
     };
@@ -32,7 +32,7 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
     let full = |quota: &Quota| {
         let burst = quota.capacity();
         let level = (burst.cast_signed(), 0);
-        (State::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
+        (CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
     };
     let join = commands.join(1, false, &quotas.iter().map(full).collect::<Vec<_>>());
     assert_eq!(call(&join), Verdict::Done);

@@ -210,7 +210,7 @@ fn check_room(item: &Item<'_>, reserve: &Reserve, quotas: &[Quota]) {
         item.warn(format!(
             "{whose} reserves {tokens} completion tokens, more than {kind} per {} can ever hold, {}: it will be \
              refused; reserve less, raise the quota, or write when_short: clamp",
-            per.written,
+            per.text,
             smallest.capacity()
         ));
     }

@@ -3,7 +3,7 @@
 use super::item::{Item, Section};
 use super::units::WORDS;
 use crate::glob::Glob;
-use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Per, Quota, Scope, Window};
+use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, Window};
 use jiff::tz::TimeZone;
 
 const DAY_MS: u64 = 86_400_000;
@@ -50,7 +50,7 @@ fn read(item: &Item<'_>, scope: &Scope, quotas: &mut Vec<Quota>) {
 /// roll, they are.
 fn is_given_twice(one: &Quota, other: &Quota) -> bool {
     let is_month = |quota: &Quota| matches!(quota.window, Window::Calendar { unit: ClockUnit::Month, .. });
-    one.per.ms == other.per.ms && (one.per.written == other.per.written || is_month(one) == is_month(other))
+    one.per.ms == other.per.ms && (one.per.text == other.per.text || is_month(one) == is_month(other))
 }
 
 fn quota(item: &Item<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
@@ -76,7 +76,7 @@ fn rolling(section: &Section<'_>, limit: Option<u64>) -> Option<Window> {
     Some(Window::Rolling { burst })
 }
 
-fn calendar(section: &Section<'_>, per: &Per) -> Option<Window> {
+fn calendar(section: &Section<'_>, per: &Period) -> Option<Window> {
     if let Some(item) = section.get("burst") {
         item.fault("a calendar window has no burst: its whole limit is there from the start; remove the key");
     }
@@ -91,18 +91,18 @@ fn calendar(section: &Section<'_>, per: &Per) -> Option<Window> {
     Some(Window::Calendar { unit: unit?, zone: zone? })
 }
 
-fn period(item: &Item<'_>) -> Option<Per> {
+fn period(item: &Item<'_>) -> Option<Period> {
     let ms = u64::try_from(item.duration()?.as_millis()).unwrap_or(u64::MAX);
     if ms == 0 || ms > LONGEST_PERIOD_MS {
         item.fault("a period is at least 1ms and at most a year");
         return None;
     }
-    Some(Per { written: item.text()?.to_owned(), ms })
+    Some(Period { text: item.text()?.to_owned(), ms })
 }
 
 /// `24h` is a day of the clock; `7d` and `30d` say nothing of Mondays and firsts.
-fn clock_unit(per: &Per) -> Option<ClockUnit> {
-    let is_meant = |word: &str, ms: u64| per.written == word || (per.ms == ms && ms <= DAY_MS);
+fn clock_unit(per: &Period) -> Option<ClockUnit> {
+    let is_meant = |word: &str, ms: u64| per.text == word || (per.ms == ms && ms <= DAY_MS);
     let (word, _) = WORDS.iter().find(|(word, ms)| is_meant(word, *ms))?;
     match *word {
         "second" => Some(ClockUnit::Second),

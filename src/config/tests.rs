@@ -146,7 +146,7 @@ fn quotas_roll_up_to_an_hour_and_follow_the_calendar_from_a_day_on() {
         assert_eq!((quota.kind, quota.limit), (Kind::Requests, 7), "{text}");
         assert_eq!((quota.per.ms, quota.window), (ms, window), "{text}");
     }
-    assert_eq!(quota("{ limit: 1, per: 90s }").per.written, "90s");
+    assert_eq!(quota("{ limit: 1, per: 90s }").per.text, "90s");
     let Window::Calendar { zone, .. } = quota("{ limit: 1, per: 1d, timezone: Europe/Berlin }").window else {
         panic!("a day is a day of the calendar");
     };

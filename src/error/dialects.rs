@@ -125,7 +125,7 @@ fn shortfall_json(shortfall: &Shortfall) -> Value {
     };
     json!({
         "kind": quota.kind.as_str(),
-        "per": quota.per.written,
+        "per": quota.per.text,
         "limit": quota.limit,
         "remaining": remaining,
         "requested": requested,

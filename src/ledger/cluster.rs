@@ -12,7 +12,7 @@ use super::counters::{Admission, NoRoom};
 use super::lease::Lease;
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
-use crate::quota::{Amounts, Quota, Quotas, Receipt, State};
+use crate::quota::{Amounts, CounterState, Quota, Quotas, Receipt};
 use crate::redis::{
     Cells, CommandBuilder, HeldReservation, LEASE_ID, Piece, ScriptCommand, ScriptReply, Step, StepKind,
 };
@@ -250,7 +250,7 @@ impl Cluster {
         }
         self.keep(id, is_known, receipts);
         let Some(open) = self.open.get(&id).filter(|open| open.is_known) else { return };
-        let more = reserved(&open.pieces).less(told);
+        let more = reserved(&open.pieces).saturating_sub(told);
         let mut tell = |what, amounts| self.journal.push(Step::new(what, id.to_string(), amounts));
         if more != Amounts::default() {
             tell(StepKind::Extend, more);
@@ -262,7 +262,7 @@ impl Cluster {
     pub(super) fn owe(&mut self, now: Timestamp, id: u64, receipt: &Receipt, spent: Amounts) {
         let is_known = self.open.get(&id).is_some_and(|open| open.is_known);
         if let Some(alone) = self.alone.as_mut().filter(|_| !is_known) {
-            alone.spent.owe(now, receipt, spent);
+            alone.spent.charge_without_hold(now, receipt, spent);
         }
     }
 
@@ -349,15 +349,14 @@ impl Cluster {
     }
 
     /// What this node's requests hold of each quota.
-    fn own_holds(&self, quotas: &[Quota], states: &[State]) -> Vec<u64> {
+    fn own_holds(&self, quotas: &[Quota], states: &[CounterState]) -> Vec<u64> {
         let mut held = vec![0_u64; quotas.len()];
         for piece in self.open.values().flat_map(|open| &open.pieces) {
             for &(index, turn) in &piece.cells {
                 let index = index as usize;
-                let is_over =
-                    matches!(states.get(index), Some(State::Calendar { turn: now, .. }) if *now != turn);
+                let is_over = matches!(states.get(index), Some(CounterState::Calendar { period_id: now, .. }) if *now != turn);
                 if let (Some(held), Some(quota), false) = (held.get_mut(index), quotas.get(index), is_over) {
-                    *held += piece.reserved.less(piece.spent).of(quota.kind);
+                    *held += piece.reserved.saturating_sub(piece.spent).of(quota.kind);
                 }
             }
         }
@@ -401,12 +400,14 @@ impl Cluster {
         let Alone { mut unspent, mut spent, .. } = alone;
         for (index, states) in (0..).zip(unspent.states(now).into_iter().zip(spent.states(now))) {
             let (amount, turn) = match states {
-                (State::Rolling { level: (all, _), .. }, State::Rolling { level: (left, _), .. }) => {
-                    (all.saturating_sub(left), 0)
-                }
-                (State::Calendar { used: none, .. }, State::Calendar { used, turn, .. }) => {
-                    (i64::try_from(used.saturating_sub(none)).unwrap_or(i64::MAX), turn)
-                }
+                (
+                    CounterState::Rolling { level: (all, _), .. },
+                    CounterState::Rolling { level: (left, _), .. },
+                ) => (all.saturating_sub(left), 0),
+                (
+                    CounterState::Calendar { used: none, .. },
+                    CounterState::Calendar { used, period_id: turn, .. },
+                ) => (i64::try_from(used.saturating_sub(none)).unwrap_or(i64::MAX), turn),
                 _ => continue,
             };
             if let Some(amount) = u64::try_from(amount).ok().filter(|amount| *amount > 0) {
@@ -418,19 +419,19 @@ impl Cluster {
 }
 
 fn piece(receipt: &Receipt) -> Piece {
-    Piece { reserved: receipt.reserved(), spent: receipt.moved(), cells: receipt.cells().collect() }
+    Piece { reserved: receipt.reserved(), spent: receipt.marked_spent(), cells: receipt.holds().collect() }
 }
 
 fn reserved(pieces: &[Piece]) -> Amounts {
-    pieces.iter().fold(Amounts::default(), |sum, piece| sum.plus(piece.reserved))
+    pieces.iter().fold(Amounts::default(), |sum, piece| sum.saturating_add(piece.reserved))
 }
 
 /// A reservation as far as Redis has been told of it.
 fn known_pieces(open: &Open) -> Vec<Piece> {
     let mut spent = open.told;
     let known = |piece: &Piece| {
-        let moved = spent.at_most(piece.reserved);
-        spent = spent.less(moved);
+        let moved = spent.min(piece.reserved);
+        spent = spent.saturating_sub(moved);
         Piece { spent: moved, ..piece.clone() }
     };
     open.pieces.iter().map(known).collect()
@@ -440,10 +441,10 @@ fn told(answer: &ScriptReply, at: usize) -> u64 {
     answer.values.get(at).map_or(0, |&n| u64::try_from(n).unwrap_or(0))
 }
 
-fn limit(state: &State) -> (u64, u64) {
+fn limit(state: &CounterState) -> (u64, u64) {
     match *state {
-        State::Rolling { limit, burst, .. } => (limit, burst),
-        State::Calendar { limit, .. } => (limit, limit),
+        CounterState::Rolling { limit, burst, .. } => (limit, burst),
+        CounterState::Calendar { limit, .. } => (limit, limit),
     }
 }
 

@@ -8,7 +8,9 @@ use super::overrides::{Limits, QuotaKey};
 use super::usage_history::History;
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
-use crate::quota::{Amounts, Denied, Level, Quotas, Receipt, Required, Shortfall, Standing, Subject, Wait};
+use crate::quota::{
+    Amounts, Denied, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Shortfall, Subject, Wait,
+};
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse less, and nobody is
 /// served by it.
@@ -109,7 +111,7 @@ impl NoRoom {
     pub fn soonest(&self) -> Wait {
         match self {
             Self::Quota(denied) => {
-                denied.shortfalls().iter().map(Shortfall::soonest).max().unwrap_or(Wait::Never)
+                denied.shortfalls().iter().map(Shortfall::min_wait).max().unwrap_or(Wait::Never)
             }
             Self::InFlight { .. } => Wait::Ms(0),
             Self::Unavailable => Wait::Never,
@@ -166,7 +168,7 @@ pub struct Admission {
     /// Why it would have been denied if the quotas were enforced.
     pub would_deny: Option<NoRoom>,
     /// The quotas of each kind right after it, in the order of `Kind::ALL`.
-    pub standing: [Option<Standing>; 4],
+    pub standing: [Option<QuotaStatus>; 4],
 }
 
 /// How a request ended, for its settlement.
@@ -273,7 +275,7 @@ impl Counters {
             return in_flight;
         }
         let required = self.least(demand);
-        self.quotas.deny(now, demand.subject, &required).map_or(in_flight, NoRoom::Quota)
+        self.quotas.denial_behind_queue(now, demand.subject, &required).map_or(in_flight, NoRoom::Quota)
     }
 
     /// What is in the way of a request now; `None`: it fits. Takes nothing.
@@ -333,7 +335,7 @@ impl Counters {
                 } else {
                     // Quotas that only watch alter nothing: neither is it denied nor clamped.
                     let would_deny = clamped.is_none().then_some(no_room);
-                    (self.quotas.reserve_regardless(now, demand.subject, &required), None, would_deny)
+                    (self.quotas.reserve_unchecked(now, demand.subject, &required), None, would_deny)
                 }
             }
         };
@@ -350,7 +352,7 @@ impl Counters {
     ) -> Admission {
         let reserved = receipt.reserved();
         self.in_flight += 1;
-        self.held = self.held.plus(reserved);
+        self.held = self.held.saturating_add(reserved);
         let completions = demand.completions.max(1);
         let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(demand.cap);
         let grant = Grant {
@@ -365,7 +367,7 @@ impl Counters {
             longer_than: None,
             under_way: self.learned.began(demand.subject.model).filter(|_| demand.generates),
         };
-        let standing = self.quotas.standing(now, demand.subject);
+        let standing = self.quotas.status_by_kind(now, demand.subject);
         Admission { grant, clamped_to, would_deny, standing }
     }
 
@@ -448,7 +450,7 @@ impl Counters {
         let mut left = spent;
         for receipt in &mut grant.receipts {
             self.quotas.progress(now, receipt, left);
-            left = left.less(receipt.reserved());
+            left = left.saturating_sub(receipt.reserved());
         }
         if let (Some(cluster), Some(id)) = (&mut self.cluster, grant.id) {
             cluster.progressed(id, &grant.receipts, spent);
@@ -467,11 +469,11 @@ impl Counters {
             steps.iter().find_map(|&tokens| Some((tokens, self.quotas.extend(now, first, more(tokens))?)));
         let outcome = if fitting.is_some() { Progress::Within } else { Progress::Overrun };
         let (tokens, receipt) =
-            fitting.unwrap_or_else(|| (missing, self.quotas.extend_regardless(now, first, more(missing))));
-        grant.reserved = grant.reserved.plus(more(tokens));
-        self.held = self.held.plus(more(tokens));
+            fitting.unwrap_or_else(|| (missing, self.quotas.extend_unchecked(now, first, more(missing))));
+        grant.reserved = grant.reserved.saturating_add(more(tokens));
+        self.held = self.held.saturating_add(more(tokens));
         let apart = match grant.receipts.last_mut() {
-            Some(last) => last.join(receipt),
+            Some(last) => last.merge(receipt),
             None => Some(receipt),
         };
         grant.receipts.extend(apart);
@@ -493,8 +495,8 @@ impl Counters {
         let last = receipts.len().saturating_sub(1);
         for (at, receipt) in receipts.into_iter().enumerate() {
             // Each receipt pays for what it holds; the last one for all that is beyond.
-            let part = if at == last { left } else { left.at_most(receipt.reserved()) };
-            left = left.less(part);
+            let part = if at == last { left } else { left.min(receipt.reserved()) };
+            left = left.saturating_sub(part);
             if let (Some(cluster), Some(id)) = (&mut self.cluster, id) {
                 cluster.owe(now, id, &receipt, part);
             }
@@ -507,7 +509,7 @@ impl Counters {
             cluster.settled(id, ended.spent);
         }
         self.in_flight = self.in_flight.saturating_sub(1);
-        self.held = self.held.less(reserved);
+        self.held = self.held.saturating_sub(reserved);
         self.totals.add(ended.spent);
         if let Some(before) = longer_than {
             self.learned.forget(subject.model, before);
@@ -532,7 +534,7 @@ impl Counters {
         allowance: u64,
     ) -> Admission {
         let required = self.required(demand, allowance);
-        let receipt = self.quotas.reserve_regardless(now, demand.subject, &required);
+        let receipt = self.quotas.reserve_unchecked(now, demand.subject, &required);
         self.admitted(now, demand, receipt, None, None)
     }
 
@@ -542,14 +544,14 @@ impl Counters {
             self.quotas.settle(now, receipt, Amounts::default());
         }
         self.in_flight = self.in_flight.saturating_sub(1);
-        self.held = self.held.less(grant.reserved);
+        self.held = self.held.saturating_sub(grant.reserved);
         if let Some(since) = grant.under_way {
             self.learned.ended(model, since);
         }
     }
 
     /// Every quota with its counters, in the config's order.
-    pub fn levels(&mut self, now: Timestamp) -> Vec<Level> {
+    pub fn levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
         self.quotas.levels(now)
     }
 
@@ -565,7 +567,7 @@ impl Counters {
 
     /// Whether what this subject reserves has to outlive the process.
     pub fn are_durable(&self, subject: Subject<'_>) -> bool {
-        self.quotas.are_durable(subject)
+        self.quotas.need_durability(subject)
     }
 }
 

@@ -4,7 +4,7 @@
 //! mentioning.
 
 use crate::clock::Timestamp;
-use crate::quota::{Kind, Level, Quota, Required, State};
+use crate::quota::{CounterState, Kind, Quota, QuotaLevel, Required};
 use crate::redis::ScriptReply;
 
 /// All nodes together lease so much of a quota's capacity at most: 1/50.
@@ -101,7 +101,7 @@ impl Lease {
     }
 
     /// Looks at how all quotas stand.
-    pub(super) fn wants(&mut self, now: Timestamp, levels: &[Level], nodes: u64) -> Wants {
+    pub(super) fn wants(&mut self, now: Timestamp, levels: &[QuotaLevel], nodes: u64) -> Wants {
         let wants = self.wanted(now, levels, nodes);
         let is_more = matches!(wants, Wants::More(_));
         self.is_to_be_looked_at = false;
@@ -109,9 +109,10 @@ impl Lease {
         wants
     }
 
-    fn wanted(&mut self, now: Timestamp, levels: &[Level], nodes: u64) -> Wants {
-        let part = |level: &Level| level.quota.capacity() / LARGEST_PART / nodes.max(1);
-        let is_below = |level: &Level, part: u64| level.level < (level.quota.capacity() / part).cast_signed();
+    fn wanted(&mut self, now: Timestamp, levels: &[QuotaLevel], nodes: u64) -> Wants {
+        let part = |level: &QuotaLevel| level.quota.capacity() / LARGEST_PART / nodes.max(1);
+        let is_below =
+            |level: &QuotaLevel, part: u64| level.level < (level.quota.capacity() / part).cast_signed();
         let mut wants_more = false;
         let mut is_scarce = false;
         let cells = self.left.iter().zip(&self.until).zip(&mut self.low);
@@ -138,8 +139,8 @@ impl Lease {
         let cells = self.left.iter_mut().zip(&mut self.until);
         for ((left, until), (&more, (state, _))) in cells.zip(answer.values.iter().zip(&answer.states)) {
             let (lapses, has_lapsed) = match state {
-                State::Calendar { period: (start, end), .. } => (*end, *until <= *start),
-                State::Rolling { .. } => (Timestamp(i64::MAX), false),
+                CounterState::Calendar { period: (start, end), .. } => (*end, *until <= *start),
+                CounterState::Rolling { .. } => (Timestamp(i64::MAX), false),
             };
             let more = u64::try_from(more).unwrap_or(0);
             *left = if has_lapsed { more } else { left.saturating_add(more) };
@@ -151,11 +152,11 @@ impl Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quota::{Amounts, Per, Quotas, Scope, Window};
+    use crate::quota::{Amounts, Period, Quotas, Scope, Window};
     use crate::redis::Verdict;
 
     fn quota(kind: Kind, limit: u64) -> Quota {
-        let per = Per { written: "hour".into(), ms: 3_600_000 };
+        let per = Period { text: "hour".into(), ms: 3_600_000 };
         Quota { scope: Scope::Environment, kind, limit, per, window: Window::Rolling { burst: limit } }
     }
 

@@ -19,7 +19,7 @@ pub struct QuotaKey<'a> {
 impl QuotaKey<'_> {
     pub(super) fn names(&self, quota: &Quota) -> bool {
         (self.scope, self.name, self.kind, self.per)
-            == (quota.scope.as_str(), quota.scope.name(), quota.kind, quota.per.written.as_str())
+            == (quota.scope.as_str(), quota.scope.name(), quota.kind, quota.per.text.as_str())
     }
 }
 

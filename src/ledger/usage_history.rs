@@ -51,7 +51,7 @@ impl History {
         if self.is_kept && ended.spent != Amounts::default() {
             let model = self.model(subject.model, ended.is_whole);
             let row = self.row(now, model, subject.caller);
-            row.spent = row.spent.plus(ended.spent);
+            row.spent = row.spent.saturating_add(ended.spent);
         }
     }
 

@@ -3,7 +3,7 @@
 use crate::api::Dialect;
 use crate::config::{ApiKind, Upstream};
 use crate::error::go_duration;
-use crate::quota::{Kind, Standing};
+use crate::quota::{Kind, QuotaStatus};
 use http::HeaderMap;
 use http::header::{self, HeaderName, HeaderValue};
 use smallvec::SmallVec;
@@ -215,7 +215,7 @@ pub(super) struct Told {
     pub(super) environment: Option<HeaderValue>,
     /// What is reserved for the prompt, and what was counted of it before that was corrected.
     pub(super) estimated_prompt: Option<(u64, u64)>,
-    pub(super) standing: [Option<Standing>; 4],
+    pub(super) standing: [Option<QuotaStatus>; 4],
     /// To how many tokens each completion was bounded.
     pub(super) clamped_to: Option<u64>,
     /// What of the request is answered without having been read.
@@ -251,7 +251,7 @@ impl Told {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         for (kind, standing) in Kind::ALL.into_iter().zip(self.standing) {
-            let Some(Standing { limit, remaining, reset_ms }) = standing else { continue };
+            let Some(QuotaStatus { limit, remaining, reset_ms }) = standing else { continue };
             let [limit_name, remaining_name, reset_name] = names(kind);
             headers.insert(limit_name, HeaderValue::from(limit));
             headers.insert(remaining_name, HeaderValue::from(remaining));

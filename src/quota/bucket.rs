@@ -4,7 +4,7 @@
 //! slow answers that overshoots the limit by its whole size. So `level + held <= burst` at every
 //! moment, whatever the order of calls.
 
-use super::{Saved, State, Wait};
+use super::{CounterState, PersistedCounter, Wait};
 use crate::clock::Timestamp;
 
 /// Where a request waits for room that others hold, no sooner than this (ms).
@@ -13,7 +13,7 @@ const MIN_WAIT_FOR_HELD_MS: u64 = 1_000;
 /// A token bucket. Its level is kept in units of 1/`period_ms` token, so that one millisecond adds
 /// exactly `limit` units and nothing is ever rounded.
 #[derive(Clone, Debug)]
-pub struct Bucket {
+pub struct TokenBucket {
     /// Units per millisecond: the limit, in tokens per period.
     rate: i128,
     /// Units per token: the period in milliseconds.
@@ -27,7 +27,7 @@ pub struct Bucket {
     at: Timestamp,
 }
 
-impl Bucket {
+impl TokenBucket {
     /// A full bucket that holds `burst` tokens and refills at `limit` per `period_ms`; all at least 1.
     pub fn full(limit: u64, burst: u64, period_ms: u64, now: Timestamp) -> Self {
         let scale = i128::from(period_ms.max(1));
@@ -80,7 +80,7 @@ impl Bucket {
     }
 
     /// What is certainly spent of a reservation does not stay held: the room it took refills from now on.
-    pub fn spend(&mut self, amount: u64) {
+    pub fn mark_spent(&mut self, amount: u64) {
         self.held = self.held.saturating_sub(amount);
     }
 
@@ -107,9 +107,9 @@ impl Bucket {
     }
 
     /// What has to be kept so that the bucket outlives the process.
-    pub fn saved(&self) -> Saved {
+    pub fn saved(&self) -> PersistedCounter {
         let whole = divide_down(self.level, self.scale);
-        Saved {
+        PersistedCounter {
             level_fraction: u64::try_from(self.level - whole * self.scale).unwrap_or(0),
             used: i64::try_from(i128::from(self.burst) - whole - i128::from(self.held)).unwrap_or(i64::MAX),
             held: self.held,
@@ -119,7 +119,7 @@ impl Bucket {
     }
 
     /// Takes over what another process has left: what it used, and, in full, what it held.
-    pub fn restore(&mut self, saved: &Saved, now: Timestamp) {
+    pub fn restore(&mut self, saved: &PersistedCounter, now: Timestamp) {
         let spent = i128::from(saved.used) + i128::from(saved.held);
         let level = (i128::from(self.burst) - spent) * self.scale + i128::from(saved.level_fraction);
         self.level = level.min(self.units(self.burst));
@@ -138,9 +138,9 @@ impl Bucket {
     }
 
     /// The state that `load` goes on from.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> CounterState {
         let whole = divide_down(self.level, self.scale);
-        State::Rolling {
+        CounterState::Rolling {
             limit: u64::try_from(self.rate).unwrap_or(u64::MAX),
             burst: self.burst,
             level: (self.level(), u64::try_from(self.level - whole * self.scale).unwrap_or(0)),
@@ -171,7 +171,7 @@ impl Bucket {
     }
 
     /// Milliseconds until what is spent has refilled; with `and_held`, what is held too.
-    pub fn whole_again_ms(&self, and_held: bool) -> u64 {
+    pub fn refill_ms(&self, and_held: bool) -> u64 {
         let held = if and_held { 0 } else { self.held };
         let missing = self.units(self.burst) - self.level - self.units(held);
         u64::try_from(divide_down(missing + self.rate - 1, self.rate)).unwrap_or(0)
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn refills_at_its_rate_to_the_millisecond() {
-        let mut b = Bucket::full(60, 60, 60_000, at(0));
+        let mut b = TokenBucket::full(60, 60, 60_000, at(0));
         b.reserve(60);
         b.settle(60, 60);
         b.refill(at(999));
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn held_room_does_not_refill() {
-        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(80);
         b.refill(at(60_000));
         assert_eq!((b.level(), b.held()), (20, 80));
@@ -228,9 +228,9 @@ mod tests {
 
     #[test]
     fn what_is_spent_on_the_way_refills_and_is_settled_once() {
-        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(80);
-        b.spend(50);
+        b.mark_spent(50);
         assert_eq!((b.level(), b.held(), b.used()), (20, 30, 50));
         b.refill(at(300));
         assert_eq!((b.level(), b.used()), (50, 20));
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn another_limit_keeps_what_was_used() {
-        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(70);
         b.settle(60, 60);
         b.set_limit(50, 50, at(0));
@@ -251,25 +251,25 @@ mod tests {
 
     #[test]
     fn a_bucket_outlives_its_process_and_what_was_held_is_spent() {
-        let mut b = Bucket::full(100, 100, 60_000, at(0));
+        let mut b = TokenBucket::full(100, 100, 60_000, at(0));
         b.reserve(70);
         b.settle(60, 60);
         b.refill(at(1));
         let saved = b.saved();
-        let mut after = Bucket::full(100, 100, 60_000, at(700));
+        let mut after = TokenBucket::full(100, 100, 60_000, at(700));
         after.restore(&saved, at(601));
         assert_eq!((after.level(), after.held(), after.used()), (31, 0, 69));
-        let mut raised = Bucket::full(200, 200, 60_000, at(700));
+        let mut raised = TokenBucket::full(200, 200, 60_000, at(700));
         raised.restore(&saved, at(1));
         assert_eq!((raised.level(), raised.used()), (130, 70));
-        let mut stepped_back = Bucket::full(100, 100, 60_000, at(0));
+        let mut stepped_back = TokenBucket::full(100, 100, 60_000, at(0));
         stepped_back.restore(&saved, at(-5));
         assert_eq!(stepped_back.level(), 30);
     }
 
     #[test]
     fn an_overrun_is_debt_and_debt_refills() {
-        let mut b = Bucket::full(100, 100, 1_000, at(0));
+        let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(10);
         b.settle(10, 150);
         assert_eq!((b.level(), b.fits(0)), (-50, Err(Wait::Ms(510))));
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn what_waits_for_held_room_waits_a_second_at_least() {
-        let mut b = Bucket::full(1_000_000, 100, 1_000, at(0));
+        let mut b = TokenBucket::full(1_000_000, 100, 1_000, at(0));
         b.reserve(60);
         assert_eq!(b.fits(50), Err(Wait::Ms(1_000)));
         assert_eq!(b.fits(101), Err(Wait::Never));
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_clock_stepped_back_neither_grants_nor_sticks() {
-        let mut b = Bucket::full(60, 60, 60_000, at(3_600_000));
+        let mut b = TokenBucket::full(60, 60, 60_000, at(3_600_000));
         b.reserve(60);
         b.settle(60, 60);
         b.refill(at(0));

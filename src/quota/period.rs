@@ -1,6 +1,6 @@
 //! The calendar window: so much per minute, day or month of the clock, all back at its turn.
 
-use super::{ClockUnit, Saved, State, Wait};
+use super::{ClockUnit, CounterState, PersistedCounter, Wait};
 use crate::clock::Timestamp;
 use jiff::ToSpan;
 use jiff::civil::DateTime;
@@ -8,7 +8,7 @@ use jiff::tz::TimeZone;
 
 /// The counters of one clock period.
 #[derive(Clone, Debug)]
-pub struct Calendar {
+pub struct CalendarPeriod {
     limit: u64,
     unit: ClockUnit,
     zone: TimeZone,
@@ -16,16 +16,16 @@ pub struct Calendar {
     end: Timestamp,
     /// Names the period: a reservation says by this which one admitted it. It is the period's start, so that nodes
     /// of a cluster agree on it without asking, or one more than the last where the clock was stepped back.
-    turn: u64,
+    period_id: u64,
     used: u64,
     held: u64,
 }
 
-impl Calendar {
+impl CalendarPeriod {
     /// Nothing used yet in the period that `now` lies in.
     pub fn new(limit: u64, unit: ClockUnit, zone: TimeZone, now: Timestamp) -> Self {
         let (start, end) = bounds(unit, &zone, now);
-        Self { limit, unit, zone, start, end, turn: turn_of(start), used: 0, held: 0 }
+        Self { limit, unit, zone, start, end, period_id: id_of(start), used: 0, held: 0 }
     }
 
     /// Turns the period over if its end has come. A clock that was stepped back opens no new period:
@@ -34,7 +34,7 @@ impl Calendar {
     pub fn roll(&mut self, now: Timestamp) {
         if now >= self.end {
             (self.start, self.end) = bounds(self.unit, &self.zone, now);
-            self.turn = turn_of(self.start).max(self.turn + 1);
+            self.period_id = id_of(self.start).max(self.period_id + 1);
             self.used = 0;
             self.held = 0;
         } else if now < self.start {
@@ -60,12 +60,12 @@ impl Calendar {
     /// Holds `amount`; returns the turn that admitted it.
     pub fn reserve(&mut self, amount: u64) -> u64 {
         self.held += amount;
-        self.turn
+        self.period_id
     }
 
     /// What is certainly spent of a reservation does not stay held.
-    pub fn spend(&mut self, admitted_in: u64, amount: u64) {
-        if admitted_in == self.turn {
+    pub fn mark_spent(&mut self, admitted_in: u64, amount: u64) {
+        if admitted_in == self.period_id {
             self.held = self.held.saturating_sub(amount);
             self.used = self.used.saturating_add(amount);
         }
@@ -75,7 +75,7 @@ impl Calendar {
     /// that admitted it. Of a request that a later period settles only the overrun is owed: a refund
     /// has nothing left to refund.
     pub fn settle(&mut self, admitted_in: u64, reserved: u64, moved: u64, spent: u64) {
-        if admitted_in == self.turn {
+        if admitted_in == self.period_id {
             self.held = self.held.saturating_sub(reserved.saturating_sub(moved));
             self.used = self.used.saturating_add(spent).saturating_sub(moved);
         } else {
@@ -85,8 +85,8 @@ impl Calendar {
 
     /// Charges what was spent of a reservation that is held elsewhere: all of it in the period that admitted it, in
     /// a later one the overrun.
-    pub fn owe(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
-        let owed = if admitted_in == self.turn { spent } else { spent.saturating_sub(reserved) };
+    pub fn charge_without_hold(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
+        let owed = if admitted_in == self.period_id { spent } else { spent.saturating_sub(reserved) };
         self.used = self.used.saturating_add(owed);
     }
 
@@ -110,8 +110,8 @@ impl Calendar {
     }
 
     /// What has to be kept so that the period outlives the process.
-    pub fn saved(&self) -> Saved {
-        Saved {
+    pub fn saved(&self) -> PersistedCounter {
+        PersistedCounter {
             used: i64::try_from(self.used).unwrap_or(i64::MAX),
             level_fraction: 0,
             held: self.held,
@@ -122,9 +122,9 @@ impl Calendar {
 
     /// Takes over what another process has left, if its period is still running: what it used, and, in
     /// full, what it held.
-    pub fn restore(&mut self, saved: &Saved, now: Timestamp) {
+    pub fn restore(&mut self, saved: &PersistedCounter, now: Timestamp) {
         (self.start, self.end) = bounds(self.unit, &self.zone, now);
-        self.turn = turn_of(self.start);
+        self.period_id = id_of(self.start);
         // A later start than the clock shows: it was stepped back meanwhile. Periods that only overlap: the
         // time zone is another now, and all of it may have been used since this period began.
         if saved.at >= self.start || saved.until > self.start {
@@ -139,16 +139,16 @@ impl Calendar {
         used: u64,
         held: u64,
         (start, end): (Timestamp, Timestamp),
-        turn: u64,
+        period_id: u64,
     ) {
-        (self.limit, self.used, self.held, self.turn) = (limit, used, held, turn);
+        (self.limit, self.used, self.held, self.period_id) = (limit, used, held, period_id);
         (self.start, self.end) = (start, end);
     }
 
     /// The state that `load` goes on from.
-    pub fn state(&self) -> State {
-        let Self { limit, used, held, turn, .. } = *self;
-        State::Calendar { limit, used, held, period: (self.start, self.end), turn }
+    pub fn state(&self) -> CounterState {
+        let Self { limit, used, held, period_id, .. } = *self;
+        CounterState::Calendar { limit, used, held, period: (self.start, self.end), period_id }
     }
 
     /// What is left; below zero: debt.
@@ -188,7 +188,7 @@ impl Calendar {
     }
 }
 
-fn turn_of(start: Timestamp) -> u64 {
+fn id_of(start: Timestamp) -> u64 {
     u64::try_from(start.0).unwrap_or(0)
 }
 
@@ -327,7 +327,7 @@ mod tests {
     #[test]
     fn a_request_counts_in_the_period_that_admitted_it() {
         let now = at("2026-03-04T23:59:00Z");
-        let mut c = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, now);
+        let mut c = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, now);
         let first = c.reserve(60);
         let second = c.reserve(40);
         assert_eq!(c.fits(0, now), Err(Wait::Ms(60_000)));
@@ -342,30 +342,30 @@ mod tests {
     #[test]
     fn what_is_spent_on_the_way_is_counted_once() {
         let now = at("2026-03-04T23:59:00Z");
-        let mut c = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, now);
-        let turn = c.reserve(60);
-        c.spend(turn, 40);
+        let mut c = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, now);
+        let period_id = c.reserve(60);
+        c.mark_spent(period_id, 40);
         assert_eq!((c.level(), c.held(), c.used()), (40, 20, 40));
         let mut early = c.clone();
-        early.settle(turn, 60, 40, 50);
+        early.settle(period_id, 60, 40, 50);
         assert_eq!((early.level(), early.held(), early.used()), (50, 0, 50));
         c.roll(now.plus_ms(60_000));
-        c.spend(turn, 10);
-        c.settle(turn, 60, 50, 65);
+        c.mark_spent(period_id, 10);
+        c.settle(period_id, 60, 50, 65);
         assert_eq!((c.level(), c.held(), c.used()), (95, 0, 5), "only the overrun is owed");
     }
 
     #[test]
     fn a_period_outlives_its_process_if_it_still_runs() {
         let now = at("2026-03-04T10:00:00Z");
-        let mut c = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, now);
-        let turn = c.reserve(60);
-        c.settle(turn, 50, 0, 30);
+        let mut c = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, now);
+        let period_id = c.reserve(60);
+        c.settle(period_id, 50, 0, 30);
         let saved = c.saved();
         for (restart, left) in
             [("2026-03-04T23:59:59Z", 60), ("2026-03-05T00:00:00Z", 100), ("2026-03-03T12:00:00Z", 60)]
         {
-            let mut after = Calendar::new(100, ClockUnit::Day, TimeZone::UTC, at(restart));
+            let mut after = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, at(restart));
             after.restore(&saved, at(restart));
             assert_eq!(after.level(), left, "{restart}");
         }
@@ -381,15 +381,15 @@ mod tests {
                 zones.iter().flat_map(|b| zones.iter().flat_map(move |a| (0..24).map(move |h| (b, a, h))))
             {
                 let now = at("2026-03-31T00:00:00Z").plus_ms(hour * 3_600_000);
-                let mut c = Calendar::new(100, unit, before.clone(), now);
-                let turn = c.reserve(60);
-                c.settle(turn, 50, 0, 30);
-                let mut after_restart = Calendar::new(100, unit, after.clone(), now);
+                let mut c = CalendarPeriod::new(100, unit, before.clone(), now);
+                let period_id = c.reserve(60);
+                c.settle(period_id, 50, 0, 30);
+                let mut after_restart = CalendarPeriod::new(100, unit, after.clone(), now);
                 after_restart.restore(&c.saved(), now);
                 assert_eq!(after_restart.level(), 60, "{unit:?} {before:?} {after:?} {hour}");
                 c.set_zone(after, now);
                 assert_eq!((c.level(), c.held(), c.start()), (60, 10, after_restart.start()));
-                c.settle(turn, 10, 0, 10);
+                c.settle(period_id, 10, 0, 10);
                 c.roll(c.end);
                 assert_eq!(c.level(), 100, "and no longer than that");
             }
@@ -399,14 +399,14 @@ mod tests {
     #[test]
     fn a_clock_stepped_back_neither_grants_nor_sticks() {
         let now = at("2026-03-04T12:30:30Z");
-        let mut c = Calendar::new(100, ClockUnit::Minute, TimeZone::UTC, now);
+        let mut c = CalendarPeriod::new(100, ClockUnit::Minute, TimeZone::UTC, now);
         let admitted_in = c.reserve(100);
         c.settle(admitted_in, 50, 0, 50);
         let back = at("2026-03-03T12:30:10Z");
         c.roll(back);
         assert_eq!((c.level(), c.held()), (0, 50));
         c.settle(admitted_in, 50, 0, 40);
-        assert_eq!((c.level(), c.held()), (10, 0), "it is still the same turn");
+        assert_eq!((c.level(), c.held()), (10, 0), "it is still the same period_id");
         c.roll(back.plus_ms(50_000));
         assert_eq!(c.level(), 100);
     }

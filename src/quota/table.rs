@@ -1,6 +1,6 @@
 //! All quotas of one environment: a request is admitted by every one that it touches, or by none.
 
-use super::{Amounts, Bucket, Calendar, Kind, Quota, Required, Saved, Scope, Window};
+use super::{Amounts, CalendarPeriod, Kind, PersistedCounter, Quota, Required, Scope, TokenBucket, Window};
 use crate::clock::Timestamp;
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -55,8 +55,8 @@ struct Cell {
 
 #[derive(Clone, Debug)]
 enum Counter {
-    Rolling(Bucket),
-    Calendar(Calendar),
+    Rolling(TokenBucket),
+    Calendar(CalendarPeriod),
 }
 
 /// What a request holds in each quota it touched. Handing it to `settle` is the only way back.
@@ -75,7 +75,7 @@ struct Hold {
     index: u32,
     id: u32,
     /// Of a calendar quota: the turn that admitted the request.
-    turn: u64,
+    period_id: u64,
 }
 
 /// Why a request was denied: every quota that could not hold it, the one that takes longest first.
@@ -103,7 +103,7 @@ pub struct Shortfall {
 
 /// A quota and its counters, as the admin API shows them.
 #[derive(Clone, Debug)]
-pub struct Level {
+pub struct QuotaLevel {
     /// The quota.
     pub quota: Quota,
     /// What is left; below zero: debt.
@@ -118,7 +118,7 @@ pub struct Level {
 
 /// The counters of one quota as another engine has them: those of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum CounterState {
     /// A token bucket.
     Rolling {
         /// Tokens per period.
@@ -143,13 +143,13 @@ pub enum State {
         /// From when to when.
         period: (Timestamp, Timestamp),
         /// Which of the periods since the cell was made.
-        turn: u64,
+        period_id: u64,
     },
 }
 
 /// What a caller is told of its quotas of one kind: of several scopes and periods the tightest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub struct QuotaStatus {
     /// The quota's limit.
     pub limit: u64,
     /// Whole tokens or requests left, never negative.
@@ -194,8 +194,8 @@ impl Quotas {
         subject: Subject<'_>,
         required: &Required,
     ) -> Result<Receipt, Denied> {
-        let touched = self.touched(subject);
-        match self.in_the_way(now, &touched, required) {
+        let touched = self.applicable(subject);
+        match self.shortfalls_of(now, &touched, required) {
             Some(denied) => Err(denied),
             None => Ok(self.take(&touched, required.amounts)),
         }
@@ -203,9 +203,14 @@ impl Quotas {
 
     /// Why a request is denied that stands behind others: what does not fit, or else the quota with the
     /// least left of those that it touches, which those before it wait for. `None`: it touches none.
-    pub fn deny(&mut self, now: Timestamp, subject: Subject<'_>, required: &Required) -> Option<Denied> {
-        let touched = self.touched(subject);
-        self.in_the_way(now, &touched, required).or_else(|| {
+    pub fn denial_behind_queue(
+        &mut self,
+        now: Timestamp,
+        subject: Subject<'_>,
+        required: &Required,
+    ) -> Option<Denied> {
+        let touched = self.applicable(subject);
+        self.shortfalls_of(now, &touched, required).or_else(|| {
             let cells = touched.iter().map(|&index| &self.cells[index as usize]);
             let tightest = cells.min_by_key(|cell| cell.level())?;
             let wait = Wait::Ms(MIN_WAIT_FOR_OTHERS_MS);
@@ -216,12 +221,12 @@ impl Quotas {
 
     /// Why a request would be denied; `None`: it fits. Takes nothing.
     pub fn denial(&mut self, now: Timestamp, subject: Subject<'_>, required: &Required) -> Option<Denied> {
-        let touched = self.touched(subject);
-        self.in_the_way(now, &touched, required)
+        let touched = self.applicable(subject);
+        self.shortfalls_of(now, &touched, required)
     }
 
     /// The touched quotas that cannot hold it now, all brought up to now; `None`: it fits.
-    fn in_the_way(&mut self, now: Timestamp, touched: &[u32], required: &Required) -> Option<Denied> {
+    fn shortfalls_of(&mut self, now: Timestamp, touched: &[u32], required: &Required) -> Option<Denied> {
         let mut shortfalls = Vec::new();
         for &index in touched {
             let cell = &mut self.cells[index as usize];
@@ -235,13 +240,13 @@ impl Quotas {
     }
 
     /// Takes what is asked whether it fits or not: for quotas that only watch. What does not fit is debt.
-    pub fn reserve_regardless(
+    pub fn reserve_unchecked(
         &mut self,
         now: Timestamp,
         subject: Subject<'_>,
         required: &Required,
     ) -> Receipt {
-        let touched = self.touched(subject);
+        let touched = self.applicable(subject);
         for &index in &touched {
             self.cells[index as usize].advance(now);
         }
@@ -261,7 +266,7 @@ impl Quotas {
     }
 
     /// The same whether it fits or not: it has been used already, and what does not fit is debt.
-    pub fn extend_regardless(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Receipt {
+    pub fn extend_unchecked(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Receipt {
         let touched = self.touched_by(now, receipt);
         self.take(&touched, more)
     }
@@ -280,8 +285,8 @@ impl Quotas {
     fn take(&mut self, touched: &[u32], amounts: Amounts) -> Receipt {
         let hold = |&index: &u32| {
             let cell = &mut self.cells[index as usize];
-            let turn = cell.reserve(amounts.of(cell.quota.kind));
-            Hold { index, id: cell.id, turn }
+            let period_id = cell.reserve(amounts.of(cell.quota.kind));
+            Hold { index, id: cell.id, period_id }
         };
         Receipt { holds: touched.iter().map(hold).collect(), reserved: amounts, moved: Amounts::default() }
     }
@@ -289,20 +294,20 @@ impl Quotas {
     /// Counts as spent what certainly is: it stays held no longer, so that one long answer does not
     /// lock a bucket for as long as it runs. `spent` is all that was spent so far.
     pub fn progress(&mut self, now: Timestamp, receipt: &mut Receipt, spent: Amounts) {
-        let spent = spent.at_most(receipt.reserved);
-        let more = spent.less(receipt.moved);
+        let spent = spent.min(receipt.reserved);
+        let more = spent.saturating_sub(receipt.moved);
         if more == Amounts::default() {
             return;
         }
-        receipt.moved = receipt.moved.plus(more);
+        receipt.moved = receipt.moved.saturating_add(more);
         for hold in &receipt.holds {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
             let amount = more.of(cell.quota.kind);
             match &mut cell.counter {
-                Counter::Rolling(bucket) => bucket.spend(amount),
-                Counter::Calendar(calendar) => calendar.spend(hold.turn, amount),
+                Counter::Rolling(bucket) => bucket.mark_spent(amount),
+                Counter::Calendar(calendar) => calendar.mark_spent(hold.period_id, amount),
             }
             cell.is_dirty = true;
         }
@@ -321,7 +326,7 @@ impl Quotas {
                 Counter::Rolling(bucket) => {
                     bucket.settle(reserved.saturating_sub(moved), spent.cast_signed() - moved.cast_signed());
                 }
-                Counter::Calendar(calendar) => calendar.settle(hold.turn, reserved, moved, spent),
+                Counter::Calendar(calendar) => calendar.settle(hold.period_id, reserved, moved, spent),
             }
             cell.is_dirty = true;
         }
@@ -329,9 +334,9 @@ impl Quotas {
 
     /// What the subject is told of its quotas of each kind, in the order of `Kind::ALL`. Call it right
     /// after `reserve`: it does not look at the clock anew.
-    pub fn standing(&self, now: Timestamp, subject: Subject<'_>) -> [Option<Standing>; 4] {
+    pub fn status_by_kind(&self, now: Timestamp, subject: Subject<'_>) -> [Option<QuotaStatus>; 4] {
         let mut tightest: [Option<(i64, &Cell)>; 4] = [None; 4];
-        for index in self.touched(subject) {
+        for index in self.applicable(subject) {
             let cell = &self.cells[index as usize];
             let level = cell.level();
             let slot = &mut tightest[cell.quota.kind as usize];
@@ -339,7 +344,7 @@ impl Quotas {
                 *slot = Some((level, cell));
             }
         }
-        tightest.map(|found| found.map(|(level, cell)| cell.standing(now, level)))
+        tightest.map(|found| found.map(|(level, cell)| cell.status(now, level)))
     }
 
     /// The largest completion that the smallest quota could ever hold beside a prompt of this size.
@@ -349,14 +354,14 @@ impl Quotas {
 
     /// The largest completion that every quota can hold now beside a prompt of this size.
     pub fn completion_that_fits(&mut self, now: Timestamp, subject: Subject<'_>, prompt: u64) -> u64 {
-        for index in self.touched(subject) {
+        for index in self.applicable(subject) {
             self.cells[index as usize].advance(now);
         }
         self.room_for_completion(subject, prompt, |cell| u64::try_from(cell.level()).unwrap_or(0))
     }
 
     fn room_for_completion(&self, subject: Subject<'_>, prompt: u64, room: impl Fn(&Cell) -> u64) -> u64 {
-        let rooms = self.touched(subject).into_iter().filter_map(|index| {
+        let rooms = self.applicable(subject).into_iter().filter_map(|index| {
             let cell = &self.cells[index as usize];
             match cell.quota.kind {
                 Kind::TotalTokens => Some(room(cell).saturating_sub(prompt)),
@@ -380,7 +385,7 @@ impl Quotas {
     }
 
     /// What has changed since the last call: every such quota with what has to be kept of it.
-    pub fn take_changes(&mut self, mut keep: impl FnMut(&Quota, Saved)) {
+    pub fn take_changes(&mut self, mut keep: impl FnMut(&Quota, PersistedCounter)) {
         for cell in self.cells.iter_mut().filter(|cell| cell.is_dirty) {
             cell.is_dirty = false;
             keep(&cell.quota, cell.saved());
@@ -388,7 +393,7 @@ impl Quotas {
     }
 
     /// Takes over what another process has left of the quotas, as far as they are still the same.
-    pub fn restore(&mut self, now: Timestamp, saved: impl Fn(&Quota) -> Option<Saved>) {
+    pub fn restore(&mut self, now: Timestamp, saved: impl Fn(&Quota) -> Option<PersistedCounter>) {
         for cell in &mut self.cells {
             let Some(saved) = saved(&cell.quota) else { continue };
             match &mut cell.counter {
@@ -400,24 +405,24 @@ impl Quotas {
     }
 
     /// Whether what this subject reserves has to outlive the process: it touches a quota of an hour or more.
-    pub fn are_durable(&self, subject: Subject<'_>) -> bool {
-        self.touched(subject).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
+    pub fn need_durability(&self, subject: Subject<'_>) -> bool {
+        self.applicable(subject).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
     }
 
     /// Takes over how a cluster has it. The quota gets the limit that is in force there.
-    pub fn load(&mut self, index: usize, state: &State) {
+    pub fn load(&mut self, index: usize, state: &CounterState) {
         if let Some(cell) = self.cells.get_mut(index) {
             cell.load(state);
         }
     }
 
     /// How every quota stands, as another engine takes it up: the reverse of `load`.
-    pub fn states(&mut self, now: Timestamp) -> Vec<State> {
+    pub fn states(&mut self, now: Timestamp) -> Vec<CounterState> {
         self.cells.iter_mut().map(|cell| cell.state(now)).collect()
     }
 
     /// Those of the quotas at these places.
-    pub fn some_states(&mut self, now: Timestamp, places: &[u32]) -> Vec<State> {
+    pub fn states_of(&mut self, now: Timestamp, places: &[u32]) -> Vec<CounterState> {
         let mut state = |&index: &u32| Some(self.cells.get_mut(index as usize)?.state(now));
         places.iter().filter_map(&mut state).collect()
     }
@@ -425,20 +430,20 @@ impl Quotas {
     /// One node's part of `nodes`: of the limits, and of what is left. `held` is what this node's own requests hold of
     /// each quota. The parts of all nodes together are never more than the whole: what is odd is nobody's, so that
     /// a quota of fewer tokens than there are nodes admits nothing.
-    pub fn share(&mut self, now: Timestamp, nodes: u64, held: &[u64]) {
+    pub fn reduce_to_share(&mut self, now: Timestamp, nodes: u64, held: &[u64]) {
         let nodes = nodes.max(1);
         for (cell, &held) in self.cells.iter_mut().zip(held) {
             let part = match cell.state(now) {
-                State::Rolling { limit, burst, level: (level, _), at, .. } => {
+                CounterState::Rolling { limit, burst, level: (level, _), at, .. } => {
                     let (burst, level) = (burst / nodes, level.div_euclid(nodes.cast_signed()));
                     let level = level.min(burst.cast_signed().saturating_sub_unsigned(held));
-                    State::Rolling { limit: limit / nodes, burst, level: (level, 0), held, at }
+                    CounterState::Rolling { limit: limit / nodes, burst, level: (level, 0), held, at }
                 }
-                State::Calendar { limit, used, held: all, period, turn } => {
+                CounterState::Calendar { limit, used, held: all, period, period_id } => {
                     let left = limit.saturating_sub(used).saturating_sub(all) / nodes;
                     let limit = limit / nodes;
                     let used = limit.saturating_sub(left).saturating_sub(held);
-                    State::Calendar { limit, used, held, period, turn }
+                    CounterState::Calendar { limit, used, held, period, period_id }
                 }
             };
             cell.load(&part);
@@ -446,7 +451,7 @@ impl Quotas {
     }
 
     /// Owes what a receipt of another copy of these quotas has spent; nothing was held for it here.
-    pub fn owe(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) {
+    pub fn charge_without_hold(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) {
         for hold in &receipt.holds {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
@@ -455,13 +460,13 @@ impl Quotas {
             let (reserved, spent) = (receipt.reserved.of(kind), spent.of(kind));
             match &mut cell.counter {
                 Counter::Rolling(bucket) => bucket.settle(0, spent.cast_signed()),
-                Counter::Calendar(calendar) => calendar.owe(hold.turn, reserved, spent),
+                Counter::Calendar(calendar) => calendar.charge_without_hold(hold.period_id, reserved, spent),
             }
         }
     }
 
     /// The quotas that a request touches, by their place in the config's order.
-    pub fn touched(&self, subject: Subject<'_>) -> SmallVec<[u32; 8]> {
+    pub fn applicable(&self, subject: Subject<'_>) -> SmallVec<[u32; 8]> {
         let mut touched = SmallVec::from_slice(&self.scopes.environment);
         if let Some(of_caller) = subject.caller.and_then(|caller| self.scopes.callers.get(&caller)) {
             touched.extend_from_slice(of_caller);
@@ -483,8 +488,8 @@ impl Quotas {
     }
 
     /// Every quota with its counters, in the config's order.
-    pub fn levels(&mut self, now: Timestamp) -> Vec<Level> {
-        self.cells.iter_mut().map(|cell| cell.shown(now)).collect()
+    pub fn levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
+        self.cells.iter_mut().map(|cell| cell.to_level(now)).collect()
     }
 }
 
@@ -495,45 +500,45 @@ impl Receipt {
     }
 
     /// How much of that was counted as spent on the way.
-    pub fn moved(&self) -> Amounts {
+    pub fn marked_spent(&self) -> Amounts {
         self.moved
     }
 
     /// Where it holds: the quotas by their place when it was made, each with the turn that admitted it.
-    pub fn cells(&self) -> impl Iterator<Item = (u32, u64)> {
-        self.holds.iter().map(|hold| (hold.index, hold.turn))
+    pub fn holds(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.holds.iter().map(|hold| (hold.index, hold.period_id))
     }
 
     /// Makes one of two that hold in the same quotas and periods, so that a stream that is extended a
     /// thousand times does not carry a thousand receipts. Gives the other one back where they have to stay
     /// apart: a period has turned between them, or a quota is gone.
     #[must_use = "a receipt that is not settled holds its room for ever"]
-    pub fn join(&mut self, other: Self) -> Option<Self> {
+    pub fn merge(&mut self, other: Self) -> Option<Self> {
         if self.holds.len() != other.holds.len() || !self.holds.iter().zip(&other.holds).all(Hold::is_in) {
             return Some(other);
         }
-        self.reserved = self.reserved.plus(other.reserved);
-        self.moved = self.moved.plus(other.moved);
+        self.reserved = self.reserved.saturating_add(other.reserved);
+        self.moved = self.moved.saturating_add(other.moved);
         None
     }
 }
 
 impl Hold {
     fn is_in((a, b): (&Self, &Self)) -> bool {
-        (a.id, a.turn) == (b.id, b.turn)
+        (a.id, a.period_id) == (b.id, b.period_id)
     }
 }
 
 impl Shortfall {
     /// The least that the wait can come to: if all that others hold came back now.
-    pub fn soonest(&self) -> Wait {
+    pub fn min_wait(&self) -> Wait {
         let Wait::Ms(ms) = self.wait else { return Wait::Never };
         if self.held == 0 {
             return self.wait;
         }
         // `used` is rounded up, so that one less may be missing than it seems.
         let missing = (self.requested.max(1) + self.used).saturating_sub(self.quota.capacity());
-        let soonest = match self.quota.window {
+        let min_wait = match self.quota.window {
             Window::Rolling { .. } => {
                 u128::from(missing.saturating_sub(1)) * u128::from(self.quota.per.ms)
                     / u128::from(self.quota.limit.max(1))
@@ -541,7 +546,7 @@ impl Shortfall {
             Window::Calendar { .. } if missing > 0 => u128::from(ms),
             Window::Calendar { .. } => 0,
         };
-        Wait::Ms(u64::try_from(soonest).unwrap_or(u64::MAX).min(ms))
+        Wait::Ms(u64::try_from(min_wait).unwrap_or(u64::MAX).min(ms))
     }
 }
 
@@ -570,10 +575,10 @@ impl Cell {
     fn full(id: u32, quota: Quota, now: Timestamp) -> Self {
         let counter = match &quota.window {
             Window::Rolling { burst } => {
-                Counter::Rolling(Bucket::full(quota.limit, *burst, quota.per.ms, now))
+                Counter::Rolling(TokenBucket::full(quota.limit, *burst, quota.per.ms, now))
             }
             Window::Calendar { unit, zone } => {
-                Counter::Calendar(Calendar::new(quota.limit, *unit, zone.clone(), now))
+                Counter::Calendar(CalendarPeriod::new(quota.limit, *unit, zone.clone(), now))
             }
         };
         Self { id, quota, counter, is_dirty: true }
@@ -595,25 +600,29 @@ impl Cell {
         self.is_dirty = true;
     }
 
-    fn load(&mut self, state: &State) {
+    fn load(&mut self, state: &CounterState) {
         match (&mut self.counter, *state) {
-            (Counter::Rolling(bucket), State::Rolling { limit, burst, level, held, at }) => {
+            (Counter::Rolling(bucket), CounterState::Rolling { limit, burst, level, held, at }) => {
                 bucket.load(limit, burst, level, held, at);
                 self.quota.set_limit(limit, burst);
             }
-            (Counter::Calendar(calendar), State::Calendar { limit, used, held, period, turn }) => {
-                calendar.load(limit, used, held, period, turn);
+            (
+                Counter::Calendar(calendar),
+                CounterState::Calendar { limit, used, held, period, period_id },
+            ) => {
+                calendar.load(limit, used, held, period, period_id);
                 self.quota.set_limit(limit, limit);
             }
             // Another kind of window: not the same quota.
-            (Counter::Rolling(_), State::Calendar { .. }) | (Counter::Calendar(_), State::Rolling { .. }) => {
+            (Counter::Rolling(_), CounterState::Calendar { .. })
+            | (Counter::Calendar(_), CounterState::Rolling { .. }) => {
                 return;
             }
         }
         self.is_dirty = true;
     }
 
-    fn state(&mut self, now: Timestamp) -> State {
+    fn state(&mut self, now: Timestamp) -> CounterState {
         self.advance(now);
         match &self.counter {
             Counter::Rolling(bucket) => bucket.state(),
@@ -654,7 +663,7 @@ impl Cell {
         }
     }
 
-    fn saved(&self) -> Saved {
+    fn saved(&self) -> PersistedCounter {
         match &self.counter {
             Counter::Rolling(bucket) => bucket.saved(),
             Counter::Calendar(calendar) => calendar.saved(),
@@ -675,12 +684,12 @@ impl Cell {
         }
     }
 
-    fn standing(&self, now: Timestamp, level: i64) -> Standing {
+    fn status(&self, now: Timestamp, level: i64) -> QuotaStatus {
         let reset_ms = match &self.counter {
-            Counter::Rolling(bucket) => bucket.whole_again_ms(true),
+            Counter::Rolling(bucket) => bucket.refill_ms(true),
             Counter::Calendar(calendar) => calendar.left_ms(now),
         };
-        Standing { limit: self.quota.limit, remaining: u64::try_from(level).unwrap_or(0), reset_ms }
+        QuotaStatus { limit: self.quota.limit, remaining: u64::try_from(level).unwrap_or(0), reset_ms }
     }
 
     fn shortfall(&self, requested: u64, wait: Wait) -> Shortfall {
@@ -689,13 +698,13 @@ impl Cell {
         Shortfall { quota: self.quota.clone(), remaining, used, held, requested, wait }
     }
 
-    fn shown(&mut self, now: Timestamp) -> Level {
+    fn to_level(&mut self, now: Timestamp) -> QuotaLevel {
         self.advance(now);
         let (held, used) = self.held_and_used();
         let reset_ms = match &self.counter {
-            Counter::Rolling(bucket) => bucket.whole_again_ms(false),
+            Counter::Rolling(bucket) => bucket.refill_ms(false),
             Counter::Calendar(calendar) => calendar.left_ms(now),
         };
-        Level { quota: self.quota.clone(), level: self.level(), held, used, reset_ms }
+        QuotaLevel { quota: self.quota.clone(), level: self.level(), held, used, reset_ms }
     }
 }

@@ -48,7 +48,7 @@ impl Report {
                     "scope": q.quota.scope.as_str(),
                     "name": q.quota.scope.name(),
                     "kind": q.quota.kind.as_str(),
-                    "per": q.quota.per.written,
+                    "per": q.quota.per.text,
                     "limit": q.quota.limit,
                     "denials": q.denials,
                     "utilisation": rounded(q.utilisation),
@@ -87,7 +87,7 @@ impl Report {
             let name = q.quota.scope.name();
             let of =
                 if name.is_empty() { String::new() } else { format!(" ({} {name})", q.quota.scope.as_str()) };
-            let what = format!("{} {} per {}{of}", q.quota.limit, q.quota.kind, q.quota.per.written);
+            let what = format!("{} {} per {}{of}", q.quota.limit, q.quota.kind, q.quota.per.text);
             words += &format!(
                 "{what:<40} {:>9} {:>12} {:>11} {:>9.0} s\n",
                 q.denials,
@@ -146,7 +146,7 @@ pub fn chart(outcome: &Outcome) -> String {
         && tightest.denials > 0
     {
         let quota = &tightest.quota;
-        chart += &format!("  most denials     by {} {} per {}\n", quota.limit, quota.kind, quota.per.written);
+        chart += &format!("  most denials     by {} {} per {}\n", quota.limit, quota.kind, quota.per.text);
     }
     chart
 }

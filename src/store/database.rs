@@ -5,7 +5,7 @@ use crate::calibrations::Kept;
 use crate::clock::Timestamp;
 use crate::estimate::{Kind, Pair};
 use crate::ledger::{AuditEntry, Row, Totals};
-use crate::quota::{Amounts, Quota, Saved};
+use crate::quota::{Amounts, PersistedCounter, Quota};
 use anyhow::Context as _;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
 use std::path::Path;
@@ -122,7 +122,11 @@ impl Database {
         }
     }
 
-    pub(super) fn quota(&self, environment: &str, quota: &Quota) -> rusqlite::Result<Option<Saved>> {
+    pub(super) fn quota(
+        &self,
+        environment: &str,
+        quota: &Quota,
+    ) -> rusqlite::Result<Option<PersistedCounter>> {
         let mut read = self.0.prepare_cached(
             r#"SELECT used, level_fraction, held, at_ms, until_ms FROM quota
                WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
@@ -136,7 +140,7 @@ impl Database {
             window(quota)
         ];
         read.query_row(key, |row| {
-            Ok(Saved {
+            Ok(PersistedCounter {
                 used: row.get(0)?,
                 level_fraction: unsigned(row.get(1)?),
                 held: unsigned(row.get(2)?),
@@ -293,7 +297,12 @@ pub(super) struct Used {
 pub(super) struct Transaction<'a>(&'a Connection);
 
 impl Transaction<'_> {
-    pub(super) fn quota(&self, environment: &str, quota: &Quota, saved: &Saved) -> rusqlite::Result<()> {
+    pub(super) fn quota(
+        &self,
+        environment: &str,
+        quota: &Quota,
+        saved: &PersistedCounter,
+    ) -> rusqlite::Result<()> {
         let mut write = self
             .0
             .prepare_cached("INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
@@ -304,7 +313,7 @@ impl Transaction<'_> {
             quota.kind.as_str(),
             signed(quota.per.ms),
             window(quota),
-            quota.per.written,
+            quota.per.text,
             signed(quota.limit),
             saved.used,
             signed(saved.level_fraction),
@@ -345,7 +354,7 @@ impl Transaction<'_> {
                     quota.kind.as_str(),
                     signed(quota.per.ms),
                     window(quota),
-                    quota.per.written,
+                    quota.per.text,
                     signed(quota.limit),
                     signed(quota.capacity()),
                 ],

@@ -6,7 +6,7 @@ use crate::calibrations::Kept;
 use crate::clock::{self, Stopwatch};
 use crate::config;
 use crate::ledger::{AuditEntry, Changes, Row, Totals};
-use crate::quota::{Amounts, Quota, Saved};
+use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -37,7 +37,7 @@ struct Unwritten {
 
 #[derive(Default)]
 struct OfEnvironment {
-    quotas: Vec<(Quota, Saved)>,
+    quotas: Vec<(Quota, PersistedCounter)>,
     sums: Option<(Totals, Amounts)>,
     overrides: Option<Vec<Quota>>,
     audit: Vec<AuditEntry>,
@@ -64,7 +64,7 @@ impl Unwritten {
             let sum = self.usage.entry((row.minute, at, model, row.caller)).or_default();
             sum.minute = row.minute;
             sum.rejections += row.rejections;
-            sum.spent = sum.spent.plus(row.spent);
+            sum.spent = sum.spent.saturating_add(row.spent);
         }
         self.has_any = true;
     }

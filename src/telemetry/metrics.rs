@@ -167,7 +167,7 @@ impl Metrics {
 
     /// A request was refused for want of room; with `shadow` it would have been, were quotas enforced.
     pub fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>, shadow: bool) {
-        let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.written.as_str()));
+        let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.text.as_str()));
         let shadow = if shadow { "true" } else { "" };
         self.rejections.with_label_values(&[environment, code, kind, per, shadow]).inc();
     }
@@ -213,7 +213,7 @@ impl Metrics {
                 self.shared_losses.with_label_values(&[name]).set(signed(sharing.losses));
             }
             for level in snapshot.levels.iter().filter(|l| l.quota.scope == Scope::Environment) {
-                let labels = [name, level.quota.kind.as_str(), &level.quota.per.written];
+                let labels = [name, level.quota.kind.as_str(), &level.quota.per.text];
                 self.quota_limit.with_label_values(&labels).set(signed(level.quota.limit));
                 self.quota_level.with_label_values(&labels).set(level.level);
                 self.quota_held.with_label_values(&labels).set(signed(level.held));
@@ -237,7 +237,7 @@ impl Metrics {
         }
         for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
             let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
-            let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.written, ""];
+            let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.text, ""];
             self.rejections.with_label_values(&labels);
         }
         self.usage_missing.with_label_values(&[&environment.name, "not_reported"]);

@@ -2,7 +2,7 @@
 
 use super::server::Server;
 use tollgate::clock;
-use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
+use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{OnShortage, ReserveRequest, Verdict};
 
 #[test]
@@ -10,7 +10,7 @@ fn a_burst_from_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more
     for nodes in [2_u64, 4, 8] {
         let server = Server::start();
         // 50 requests of 100 tokens; nothing to speak of comes back while the test runs.
-        let per = Per { written: "day".into(), ms: 86_400_000 };
+        let per = Period { text: "day".into(), ms: 86_400_000 };
         let window = Window::Rolling { burst: 5_050 };
         let quota = Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 10, per, window };
         let now = clock::now();

@@ -3,7 +3,7 @@
 use super::server::full;
 use std::time::Duration;
 use tollgate::clock::{self, Stopwatch};
-use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
+use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{
     Cells, CommandBuilder, FailFastConnection, HeldReservation, OnShortage, Piece, ReserveRequest,
     Unavailable, Verdict,
@@ -35,7 +35,7 @@ impl Client {
 
     /// That has not joined yet.
     pub fn waiting(url: &str, environment: &'static str) -> Self {
-        let per = Per { written: "minute".into(), ms: 60_000 };
+        let per = Period { text: "minute".into(), ms: 60_000 };
         let (kind, limit, window) = (Kind::Requests, 1 << 30, Window::Rolling { burst: 1 << 30 });
         let quotas = vec![Quota { scope: Scope::Environment, kind, limit, per, window }];
         let connection = FailFastConnection::new(url, "test", &format!("test:{{{environment}}}:q")).unwrap();

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
 use tollgate::clock::Timestamp;
-use tollgate::quota::{Calendar, Quota, Quotas, State, Window};
+use tollgate::quota::{CalendarPeriod, CounterState, Quota, Quotas, Window};
 use tollgate::redis::{Cells, CommandBuilder, SCRIPT, ScriptReply, Verdict};
 
 pub struct Server {
@@ -159,12 +159,18 @@ impl Node {
     }
 }
 
-pub fn full(quotas: &[Quota], now: Timestamp) -> Vec<(State, bool)> {
+pub fn full(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, bool)> {
     let full = |quota: &Quota| match quota.window {
-        Window::Rolling { burst } => {
-            State::Rolling { limit: quota.limit, burst, level: (burst.cast_signed(), 0), held: 0, at: now }
+        Window::Rolling { burst } => CounterState::Rolling {
+            limit: quota.limit,
+            burst,
+            level: (burst.cast_signed(), 0),
+            held: 0,
+            at: now,
+        },
+        Window::Calendar { unit, ref zone } => {
+            CalendarPeriod::new(quota.limit, unit, zone.clone(), now).state()
         }
-        Window::Calendar { unit, ref zone } => Calendar::new(quota.limit, unit, zone.clone(), now).state(),
     };
     quotas.iter().map(|quota| (full(quota), false)).collect()
 }

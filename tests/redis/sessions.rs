@@ -2,7 +2,7 @@
 
 use super::server::{Node, Server, full};
 use tollgate::clock::Timestamp;
-use tollgate::quota::{Amounts, Kind, Per, Quota, Scope, Window};
+use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{
     HeldReservation, NewLimit, OnShortage, Piece, ReserveRequest, ScriptReply, Step, StepKind, Verdict,
 };
@@ -15,7 +15,7 @@ const MONTH: u64 = 1_772_323_200_000;
 fn quotas() -> Vec<Quota> {
     let month = Window::Calendar { unit: tollgate::quota::ClockUnit::Month, zone: jiff::tz::TimeZone::UTC };
     let quota = |limit, ms, window| {
-        let per = Per { written: format!("{ms}ms"), ms };
+        let per = Period { text: format!("{ms}ms"), ms };
         Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
     };
     vec![quota(1_000, 60_000, Window::Rolling { burst: 1_000 }), quota(1_000_000, 30 * 86_400_000, month)]
@@ -483,7 +483,7 @@ fn who_goes_and_has_not_settled_everything_is_charged() {
 fn there_may_be_thousands_of_quotas() {
     let server = Server::start();
     let quota = |n: u64| {
-        let per = Per { written: format!("{n}ms"), ms: 60_000 + n };
+        let per = Period { text: format!("{n}ms"), ms: 60_000 + n };
         let window = Window::Rolling { burst: 1_000 };
         Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 1_000, per, window }
     };

@@ -5,8 +5,8 @@ use jiff::tz::TimeZone;
 use tollgate::clock::Timestamp;
 use tollgate::glob::Glob;
 use tollgate::quota::{
-    Amounts, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Per, Quota, Quotas, Receipt, Required, Scope, Subject,
-    Window,
+    Amounts, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Period, Quota, Quotas, Receipt, Required, Scope,
+    Subject, Window,
 };
 use tollgate::redis::{NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
 
@@ -33,7 +33,7 @@ impl Dice {
 }
 
 fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
-    Quota { scope, kind, limit, per: Per { written: format!("{ms}ms"), ms }, window }
+    Quota { scope, kind, limit, per: Period { text: format!("{ms}ms"), ms }, window }
 }
 
 /// Amounts as they are.
@@ -108,7 +108,7 @@ impl Walk<'_> {
             [OnShortage::Reject, OnShortage::Reject, OnShortage::AdmitAnyway, OnShortage::Clamp]
                 [self.dice.pick(4)];
         let completions = 1 + self.dice.below(3);
-        let touched = self.local.touched(subject);
+        let touched = self.local.applicable(subject);
         let id = self.next.to_string();
         self.next += 1;
         let reserve =
@@ -118,7 +118,7 @@ impl Walk<'_> {
         tollgate::redis::load_states(&mut self.mirror, &touched, &answer);
         let decide = |quotas: &mut Quotas, now| {
             quotas.reserve(now, subject, &required).or_else(|denied| match on_shortage {
-                OnShortage::AdmitAnyway => Ok(quotas.reserve_regardless(now, subject, &required)),
+                OnShortage::AdmitAnyway => Ok(quotas.reserve_unchecked(now, subject, &required)),
                 OnShortage::Clamp => {
                     let each = quotas.completion_that_fits(now, subject, amounts.prompt) / completions;
                     let less = Amounts::of_request(amounts.prompt, each.saturating_mul(completions));
@@ -131,7 +131,7 @@ impl Walk<'_> {
         };
         let local = decide(&mut self.local, self.now);
         let mirrored = decide(&mut self.mirror, answer.now);
-        let standing = |quotas: &Quotas| quotas.standing(self.now, subject);
+        let standing = |quotas: &Quotas| quotas.status_by_kind(self.now, subject);
         assert_eq!(standing(&self.local), standing(&self.mirror));
         match (local, mirrored, answer.verdict) {
             (Ok(receipt), Ok(mirrored), Verdict::Admitted) => {
@@ -169,8 +169,8 @@ impl Walk<'_> {
         let tokens = 1 + self.dice.below(self.largest);
         let more = Amounts { completion: tokens, total: tokens, ..Amounts::default() };
         let receipts = &mut self.open[at].receipts;
-        let piece = self.local.extend_regardless(self.now, &receipts[0], more);
-        let apart = receipts.last_mut().unwrap().join(piece);
+        let piece = self.local.extend_unchecked(self.now, &receipts[0], more);
+        let apart = receipts.last_mut().unwrap().merge(piece);
         self.counts[3] += u64::from(apart.is_some());
         receipts.extend(apart);
         self.step(at, StepKind::Extend, more)
@@ -181,7 +181,7 @@ impl Walk<'_> {
         let mut left = spent;
         for receipt in &mut self.open[at].receipts {
             self.local.progress(self.now, receipt, left);
-            left = left.less(receipt.reserved());
+            left = left.saturating_sub(receipt.reserved());
         }
         self.counts[4] += 1;
         self.step(at, StepKind::Progress, spent)
@@ -193,8 +193,8 @@ impl Walk<'_> {
         let receipts = self.open.swap_remove(at).receipts;
         let (mut left, last) = (spent, receipts.len() - 1);
         for (n, receipt) in receipts.into_iter().enumerate() {
-            let part = if n == last { left } else { left.at_most(receipt.reserved()) };
-            left = left.less(part);
+            let part = if n == last { left } else { left.min(receipt.reserved()) };
+            left = left.saturating_sub(part);
             self.local.settle(self.now, receipt, part);
         }
         self.counts[5] += 1;

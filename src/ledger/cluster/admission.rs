@@ -27,7 +27,7 @@ impl Counters {
     pub(in crate::ledger) fn question(&mut self, own: Timestamp, demand: &Demand<'_>) -> Option<Question> {
         let allowance = self.allowance(demand);
         let required = self.required(demand, allowance);
-        let touched = self.quotas.touched(demand.subject);
+        let touched = self.quotas.applicable(demand.subject);
         let on_shortage = self.otherwise(allowance);
         let max_in_flight = if self.rules.enforce { self.rules.max_in_flight.unwrap_or(0) } else { 0 };
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !cluster.is_alone())?;
@@ -62,7 +62,7 @@ impl Counters {
         self.cluster.as_deref()?.lease.as_ref()?;
         let allowance = self.allowance(demand);
         let required = self.required(demand, allowance);
-        let touched = self.quotas.touched(demand.subject);
+        let touched = self.quotas.applicable(demand.subject);
         let is_apart = |cluster: &&mut Cluster| cluster.is_alone() || cluster.is_far_behind();
         let cluster = self.cluster.as_deref_mut().filter(|cluster| !is_apart(cluster))?;
         let now = cluster.now(own);
@@ -139,7 +139,7 @@ impl Counters {
         // What this node has told meanwhile may not be in what the quotas were then, and is remembered nowhere else.
         let is_overtaken = cluster.journal.first != question.first;
         let kept =
-            if is_overtaken { self.quotas.some_states(answer.now, &question.touched) } else { Vec::new() };
+            if is_overtaken { self.quotas.states_of(answer.now, &question.touched) } else { Vec::new() };
         redis::load_states(&mut self.quotas, &question.touched, answer);
         let in_flight = told(answer, 0);
         cluster.nodes = told(answer, 1).max(1);

@@ -4,7 +4,7 @@ use super::{Alone, Batch, LONGEST_REGAIN_MS, limit, told};
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::{Counters, QuotaKey};
-use crate::quota::{Quota, State};
+use crate::quota::{CounterState, Quota};
 use crate::redis::{self, NewLimit, ScriptCommand, ScriptReply, Verdict};
 
 impl Counters {
@@ -20,11 +20,11 @@ impl Counters {
         let nobodys = vec![0; own_holds.len()];
         let nodes = if cluster.terms.on_failure == OnStoreFailure::Local { cluster.nodes } else { 1 };
         let mut unspent = self.quotas.clone();
-        unspent.share(now, nodes, &nobodys);
+        unspent.reduce_to_share(now, nodes, &nobodys);
         match cluster.terms.on_failure {
-            OnStoreFailure::Local => self.quotas.share(now, nodes, &own_holds),
+            OnStoreFailure::Local => self.quotas.reduce_to_share(now, nodes, &own_holds),
             OnStoreFailure::Open => {
-                self.quotas.share(now, 1, &own_holds);
+                self.quotas.reduce_to_share(now, 1, &own_holds);
                 self.quotas.reset(now);
             }
             OnStoreFailure::Closed => {}
@@ -147,7 +147,7 @@ impl Counters {
         for (index, (state, is_override)) in answer.states.iter().enumerate() {
             self.limits.follow(index, is_override.then(|| limit(state)));
         }
-        let differs = |(quota, (state, is_override)): (&Quota, &(State, bool))| {
+        let differs = |(quota, (state, is_override)): (&Quota, &(CounterState, bool))| {
             !is_override && limit(state) != (quota.limit, quota.capacity())
         };
         let differs = self.limits.configured().iter().zip(&answer.states).any(differs);

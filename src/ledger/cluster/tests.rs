@@ -3,13 +3,13 @@ mod walk;
 use super::*;
 use crate::config::{CompletionReserve, OnOverrun, Reserve as Reserves, WhenShort};
 use crate::ledger::{Counters, Demand, Ended, Grant, Rules};
-use crate::quota::{Kind, Per, Scope, Subject, Window};
+use crate::quota::{Kind, Period, Scope, Subject, Window};
 use crate::redis::Verdict;
 use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
 
-fn done(told: &[i64], states: Vec<(State, bool)>) -> ScriptReply {
+fn done(told: &[i64], states: Vec<(CounterState, bool)>) -> ScriptReply {
     ScriptReply { verdict: Verdict::Done, now: NOW, values: told.to_vec(), states }
 }
 
@@ -33,7 +33,7 @@ fn shared() -> Counters {
 }
 
 fn shared_with(limit: u64, leases: bool) -> Counters {
-    let per = Per { written: "day".into(), ms: 86_400_000 };
+    let per = Period { text: "day".into(), ms: 86_400_000 };
     let (kind, window) = (Kind::TotalTokens, Window::Rolling { burst: limit });
     let quotas = [Quota { scope: Scope::Environment, kind, limit, per, window }];
     let mut counters = counters(&quotas, NOW);

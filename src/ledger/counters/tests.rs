@@ -1,12 +1,12 @@
 use super::*;
 use crate::config::OnOverrun;
-use crate::quota::{Kind, Per, Quota, Scope, Window};
+use crate::quota::{Kind, Period, Quota, Scope, Window};
 use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
 
 fn total(limit: u64) -> Quota {
-    let per = Per { written: "day".into(), ms: 86_400_000 };
+    let per = Period { text: "day".into(), ms: 86_400_000 };
     let window = Window::Rolling { burst: limit };
     Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
 }

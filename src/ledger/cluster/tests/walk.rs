@@ -6,7 +6,7 @@ use super::super::*;
 use super::subject;
 use crate::clock::Stopwatch;
 use crate::ledger::{Counters, Demand, Ended, Grant};
-use crate::quota::{ClockUnit, Kind, Per, Scope, Window};
+use crate::quota::{ClockUnit, Kind, Period, Scope, Window};
 use crate::redis::{SCRIPT, Verdict};
 use std::process::{Child, Command as Process, Stdio};
 use std::time::Duration;
@@ -142,7 +142,7 @@ struct Node {
 impl Node {
     fn start(n: usize, policy: OnStoreFailure, leases: bool, now: Timestamp) -> Self {
         let quota = |limit, ms, window| {
-            let per = Per { written: format!("{ms}ms"), ms };
+            let per = Period { text: format!("{ms}ms"), ms };
             Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
         };
         let month = Window::Calendar { unit: ClockUnit::Month, zone: jiff::tz::TimeZone::UTC };
