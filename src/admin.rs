@@ -116,7 +116,7 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     }
     let mut said = String::new();
     // It serves: whoever takes it out of service loses more than the store does.
-    if let Some(trouble) = admin.state.store_trouble() {
+    if let Some(trouble) = admin.state.store_failure() {
         let _ = writeln!(said, "ready, but the store cannot be written: {trouble}");
     }
     let mut status = StatusCode::OK;
@@ -148,7 +148,7 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
 
 async fn metrics(State(admin): State<Admin>) -> Response {
     let state = &admin.state;
-    match state.metrics.render(&state.environments(), state.store_trouble().is_none()) {
+    match state.metrics.render(&state.environments(), state.store_failure().is_none()) {
         Ok(text) => {
             let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
             (kind, Body::from(text)).into_response()

@@ -1,4 +1,4 @@
-//! The APIs that the gateway understands.
+//! The APIs that the gateway can parse.
 
 /// An API whose prompts are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -18,22 +18,22 @@ pub enum Api {
     Gemini,
 }
 
-/// Whose SDKs speak to the gateway: it decides what its errors look like.
+/// The family of SDKs that a caller uses. It decides the shape of the gateway's errors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Dialect {
-    /// OpenAI's, and of all who follow it.
+    /// OpenAI, and compatible APIs.
     #[default]
     OpenAi,
-    /// OpenAI's Responses: the same errors, but events of a stream that have a name and a type.
+    /// OpenAI's Responses API: errors as `OpenAi`, but the events of its streams have a name and a type.
     Responses,
-    /// Anthropic's.
+    /// Anthropic.
     Anthropic,
-    /// Google's.
+    /// Google.
     Google,
 }
 
 impl Api {
-    /// Whose SDKs speak it.
+    /// The SDKs that use this API.
     pub fn dialect(self) -> Dialect {
         match self {
             Self::Chat | Self::Completions | Self::Embeddings => Dialect::OpenAi,
@@ -43,7 +43,7 @@ impl Api {
         }
     }
 
-    /// Its name in metrics, log lines and `count --api`.
+    /// The name in metrics, log lines and `count --api`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Chat => "chat",
@@ -55,8 +55,8 @@ impl Api {
         }
     }
 
-    /// Whether its streams report usage only where they are asked to.
-    pub fn reports_if_asked(self) -> bool {
+    /// Whether its streams report usage only if the request sets `stream_options.include_usage`.
+    pub fn reports_stream_usage_on_request(self) -> bool {
         matches!(self, Self::Chat | Self::Completions)
     }
 

@@ -1,4 +1,4 @@
-//! Every refusal and failure that the gateway itself answers with, and its HTTP shape.
+//! The errors that the gateway itself answers with, and their HTTP shape.
 
 mod dialects;
 
@@ -10,106 +10,107 @@ use http::{Response, StatusCode};
 use std::fmt;
 use std::time::Duration;
 
-/// Something a caller is told instead of the upstream's answer. `Display` is for the caller: it names
-/// no key, no other caller and no upstream address.
+/// An error that the caller receives instead of the upstream's answer. `Display` is the message for the caller. It
+/// contains no key, no other caller and no upstream address.
 #[derive(Debug)]
 pub enum ProxyError {
-    /// Nothing is served at this path.
+    /// The path is not served.
     UnknownPath {
-        /// What was asked.
+        /// The path that was requested.
         path: String,
-        /// A `base_url` path that would be right.
+        /// The path of a `base_url` that would be right.
         base_path: String,
-        /// Whose SDK asks.
+        /// The kind of SDK that `base_path` is for.
         dialect: Dialect,
     },
     /// The path is served, but not with this method.
     MethodNotAllowed {
-        /// The methods it takes.
+        /// The methods that the path accepts.
         allow: &'static str,
     },
-    /// No key, or one that nobody has.
+    /// The key is missing or unknown.
     InvalidKey {
-        /// Whether there was one.
+        /// Whether the request has a key.
         given: bool,
     },
-    /// The key belongs to another environment than the path names.
+    /// The key belongs to another environment than the one that is addressed.
     WrongEnvironment,
-    /// The request's head is ambiguous.
-    BadHead(&'static str),
-    /// It is no HTTP, or its head is too large: the status says which.
-    Malformed(StatusCode),
-    /// The body is encoded.
-    ContentEncoding,
+    /// The request's head is ambiguous or requests something unsupported. The text follows "The request head is not
+    /// accepted: ".
+    InvalidHead(&'static str),
+    /// The request is not well-formed HTTP, or its head is too large. The status distinguishes them.
+    MalformedHttp(StatusCode),
+    /// The body has a `content-encoding`.
+    UnsupportedContentEncoding,
     /// The body is larger than `server.max_request_body`.
     BodyTooLarge {
-        /// The setting, in bytes.
+        /// The setting in bytes.
         limit: usize,
     },
-    /// The body did not arrive.
+    /// The body did not arrive completely. The text is the reason.
     BodyIncomplete(&'static str),
-    /// The body is not what the API takes.
-    Body(BodyFault),
-    /// Not on the environment's list.
+    /// The API does not accept the body.
+    InvalidBody(BodyFault),
+    /// The model is not on the environment's allow-list.
     ModelNotFound {
-        /// As the request names it.
+        /// The model as the request names it.
         model: String,
-        /// The environment.
+        /// The environment's name.
         environment: String,
     },
-    /// Quotas cannot hold it.
-    Quota {
-        /// Which ones.
+    /// At least one quota has no room for the request.
+    QuotaExceeded {
+        /// The quotas without room.
         denied: Denied,
-        /// The environment.
+        /// The environment's name.
         environment: String,
-        /// Longer waits say: do not retry.
-        patience: Duration,
+        /// `retry_patience`: a longer wait is answered with `x-should-retry: false`.
+        retry_patience: Duration,
     },
-    /// `max_in_flight` requests are under way.
+    /// `max_in_flight` requests are in flight.
     TooManyInFlight {
         /// The setting.
         limit: u64,
-        /// The environment.
+        /// The environment's name.
         environment: String,
     },
-    /// The counters are shared, and cannot be asked.
-    CountersAway {
-        /// The environment.
+    /// Redis is unavailable, and `store.redis.on_failure` is `closed`.
+    QuotaStoreUnavailable {
+        /// The environment's name.
         environment: String,
     },
-    /// No connection, or it broke before an answer came.
+    /// No connection was established, or it broke before an answer arrived.
     UpstreamUnreachable {
         /// The upstream's name in the config.
         upstream: String,
-        /// What failed, in general words.
+        /// What failed, without addresses.
         what: &'static str,
     },
-    /// It took too long.
+    /// A timeout of the upstream ran out.
     UpstreamTimeout {
         /// The upstream's name in the config.
         upstream: String,
-        /// Which setting ran out, and after how long.
+        /// The setting below `timeouts`, and its value.
         timeout: (&'static str, Duration),
     },
-    /// The answer broke off.
-    UpstreamCut {
+    /// The answer is incomplete because the connection to the upstream broke.
+    UpstreamDisconnected {
         /// The upstream's name in the config.
         upstream: String,
     },
     /// One address sends more requests than `server.flood_guard` allows.
-    Flood {
-        /// Until its next one is let through.
+    FloodGuard {
+        /// The time until its next request is let through.
         wait: Duration,
     },
-    /// The gateway is about to stop.
+    /// The gateway is shutting down.
     ShuttingDown,
-    /// Something in the gateway itself.
+    /// The gateway itself failed.
     Internal,
 }
 
 impl ProxyError {
-    /// Status, OpenAI error type and code: the whole contract, in one table.
+    /// HTTP status, OpenAI error type and error code.
     pub fn shape(&self) -> (StatusCode, &'static str, &'static str) {
         use StatusCode as S;
         const INVALID: &str = "invalid_request_error";
@@ -118,35 +119,39 @@ impl ProxyError {
             Self::MethodNotAllowed { .. } => (S::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed"),
             Self::InvalidKey { .. } => (S::UNAUTHORIZED, INVALID, "invalid_api_key"),
             Self::WrongEnvironment => (S::FORBIDDEN, INVALID, "wrong_environment"),
-            Self::BadHead(_) => (S::BAD_REQUEST, INVALID, "bad_request"),
-            Self::Malformed(S::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
+            Self::InvalidHead(_) => (S::BAD_REQUEST, INVALID, "bad_request"),
+            Self::MalformedHttp(S::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
                 (S::REQUEST_HEADER_FIELDS_TOO_LARGE, INVALID, "headers_too_large")
             }
-            Self::Malformed(status) => (*status, INVALID, "bad_request"),
-            Self::ContentEncoding => (S::UNSUPPORTED_MEDIA_TYPE, INVALID, "unsupported_content_encoding"),
+            Self::MalformedHttp(status) => (*status, INVALID, "bad_request"),
+            Self::UnsupportedContentEncoding => {
+                (S::UNSUPPORTED_MEDIA_TYPE, INVALID, "unsupported_content_encoding")
+            }
             Self::BodyTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, INVALID, "request_body_too_large"),
             Self::BodyIncomplete(_) => (S::BAD_REQUEST, INVALID, "request_body_incomplete"),
-            Self::Body(BodyFault::Invalid(_)) => (S::BAD_REQUEST, INVALID, "invalid_json"),
-            Self::Body(BodyFault::Value { .. }) => (S::BAD_REQUEST, INVALID, "invalid_value"),
+            Self::InvalidBody(BodyFault::Invalid(_)) => (S::BAD_REQUEST, INVALID, "invalid_json"),
+            Self::InvalidBody(BodyFault::Value { .. }) => (S::BAD_REQUEST, INVALID, "invalid_value"),
             Self::ModelNotFound { .. } => (S::NOT_FOUND, INVALID, "model_not_found"),
-            Self::Quota { denied, .. } => quota_shape(denied),
+            Self::QuotaExceeded { denied, .. } => quota_shape(denied),
             Self::TooManyInFlight { .. } => (S::TOO_MANY_REQUESTS, "requests", "too_many_in_flight"),
-            Self::CountersAway { .. } => (S::SERVICE_UNAVAILABLE, "server_error", "quota_store_unavailable"),
+            Self::QuotaStoreUnavailable { .. } => {
+                (S::SERVICE_UNAVAILABLE, "server_error", "quota_store_unavailable")
+            }
             Self::UpstreamUnreachable { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_unreachable"),
             Self::UpstreamTimeout { .. } => (S::GATEWAY_TIMEOUT, "upstream_error", "upstream_timeout"),
-            Self::UpstreamCut { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_disconnected"),
-            Self::Flood { .. } => (S::TOO_MANY_REQUESTS, "requests", "flood_guard"),
+            Self::UpstreamDisconnected { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_disconnected"),
+            Self::FloodGuard { .. } => (S::TOO_MANY_REQUESTS, "requests", "flood_guard"),
             Self::ShuttingDown => (S::SERVICE_UNAVAILABLE, "server_error", "shutting_down"),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, "server_error", "internal_error"),
         }
     }
 
-    /// The code of the table above.
+    /// The error code.
     pub fn code(&self) -> &'static str {
         self.shape().2
     }
 
-    /// The whole answer, as an SDK of this dialect understands it.
+    /// The complete answer, in the shape that SDKs of this dialect parse.
     pub fn into_response(self, dialect: Dialect) -> Response<Vec<u8>> {
         let (status, _, code) = self.shape();
         let mut response = Response::new(self.body(dialect).to_string().into_bytes());
@@ -163,21 +168,24 @@ impl ProxyError {
             Self::MethodNotAllowed { allow } => {
                 headers.insert(header::ALLOW, HeaderValue::from_static(allow));
             }
-            Self::Quota { denied, patience, .. } => {
-                // A 400 for what never fits has no time at which it would.
+            Self::QuotaExceeded { denied, retry_patience, .. } => {
+                // A request that never fits has no time to retry at.
                 if let Some(Wait::Ms(ms)) = denied.shortfalls().first().map(|s| s.wait) {
-                    write_retry_after(headers, ms, *patience);
+                    write_retry_after(headers, ms, *retry_patience);
                 }
             }
-            Self::Flood { wait } => {
+            Self::FloodGuard { wait } => {
                 let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
                 write_retry_after(headers, ms.saturating_add(1), Duration::MAX);
             }
-            Self::TooManyInFlight { .. } | Self::CountersAway { .. } | Self::ShuttingDown => {
+            Self::TooManyInFlight { .. } | Self::QuotaStoreUnavailable { .. } | Self::ShuttingDown => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
-            // What breaks the connection's framing, or may have left bytes of a body unread.
-            Self::BadHead(_) | Self::Malformed(_) | Self::BodyTooLarge { .. } | Self::BodyIncomplete(_) => {
+            // The connection is out of sync, or unread bytes of a body may follow.
+            Self::InvalidHead(_)
+            | Self::MalformedHttp(_)
+            | Self::BodyTooLarge { .. }
+            | Self::BodyIncomplete(_) => {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             _ => {}
@@ -185,7 +193,7 @@ impl ProxyError {
     }
 }
 
-/// Status, type and code of a denial: those of the quota that takes longest.
+/// Status, type and code of a denial. The quota with the longest wait decides them.
 pub(crate) fn quota_shape(denied: &Denied) -> (StatusCode, &'static str, &'static str) {
     match denied.shortfalls().first() {
         Some(Shortfall { wait: Wait::Never, .. }) => {
@@ -201,11 +209,11 @@ pub(crate) fn quota_shape(denied: &Denied) -> (StatusCode, &'static str, &'stati
     }
 }
 
-fn write_retry_after(headers: &mut HeaderMap, ms: u64, patience: Duration) {
+fn write_retry_after(headers: &mut HeaderMap, ms: u64, retry_patience: Duration) {
     let ms = ms.max(1);
     headers.insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1_000)));
     headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(ms));
-    if u128::from(ms) > patience.as_millis() {
+    if u128::from(ms) > retry_patience.as_millis() {
         headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
     }
 }
@@ -215,59 +223,59 @@ impl fmt::Display for ProxyError {
         match self {
             Self::UnknownPath { path, base_path, dialect } => write!(
                 f,
-                "Nothing is served at '{path}'. {} reaches this gateway with a base_url that ends in '{base_path}'.",
+                "This gateway serves nothing at '{path}'. {} needs a base_url that ends in '{base_path}'.",
                 dialects::sdk(*dialect)
             ),
-            Self::MethodNotAllowed { allow } => write!(f, "This path takes {allow} only."),
+            Self::MethodNotAllowed { allow } => write!(f, "This path accepts {allow} only."),
             Self::InvalidKey { given: false } => f.write_str(
-                "No API key was given. Send the key that the gateway's operator gave you as 'Authorization: Bearer <key>'.",
+                "The request has no API key. Send the key that the gateway's operator gave you as 'Authorization: Bearer <key>'.",
             ),
             Self::InvalidKey { given: true } => {
-                f.write_str("The API key is not one of this gateway's. Ask its operator for one.")
+                f.write_str("The API key is not valid for this gateway. Ask its operator for a valid key.")
             }
             Self::WrongEnvironment => f.write_str(
-                "This API key belongs to another environment than the one asked for. Use its own base_url, or one without an environment.",
+                "The API key belongs to another environment than the one addressed. Use that environment's base_url, or one without an environment.",
             ),
-            Self::BadHead(what) => write!(f, "The request's head is refused: {what}."),
-            Self::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
-                f.write_str("The request's head is too large, or has too many headers.")
+            Self::InvalidHead(what) => write!(f, "The request head is not accepted: {what}."),
+            Self::MalformedHttp(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
+                f.write_str("The request head is too large or has too many headers.")
             }
-            Self::Malformed(_) => f.write_str("The request is not well-formed HTTP/1.1."),
-            Self::ContentEncoding => f.write_str("The request body must not be encoded: send it as it is."),
+            Self::MalformedHttp(_) => f.write_str("The request is not well-formed HTTP/1.1."),
+            Self::UnsupportedContentEncoding => f.write_str("The gateway does not accept an encoded request body. Send it without content-encoding."),
             Self::BodyTooLarge { limit } => {
-                write!(f, "The request body is larger than {limit} bytes (server.max_request_body).")
+                write!(f, "The request body is larger than the {limit} bytes that the gateway accepts (server.max_request_body).")
             }
-            Self::BodyIncomplete(what) => write!(f, "The request body did not arrive: {what}."),
-            Self::Body(fault) => fault.fmt(f),
+            Self::BodyIncomplete(what) => write!(f, "The request body did not arrive completely: {what}."),
+            Self::InvalidBody(fault) => fault.fmt(f),
             Self::ModelNotFound { model, environment } if model.is_empty() => {
-                write!(f, "The request names no model; environment '{environment}' serves listed models only.")
+                write!(f, "The request names no model, and environment '{environment}' allows only the models on its list (models).")
             }
             Self::ModelNotFound { model, environment } => {
-                write!(f, "The model '{model}' does not exist or environment '{environment}' may not use it.")
+                write!(f, "The model '{model}' does not exist, or environment '{environment}' does not allow it (models).")
             }
-            Self::Quota { denied, environment, .. } => write_denial(f, denied, environment),
+            Self::QuotaExceeded { denied, environment, .. } => write_denial(f, denied, environment),
             Self::TooManyInFlight { limit, environment } => {
-                write!(f, "Environment '{environment}' has {limit} requests under way already (max_in_flight). Try again when one has ended.")
+                write!(f, "Environment '{environment}' already has {limit} requests in flight (max_in_flight). Try again when one of them has ended.")
             }
-            Self::CountersAway { environment } => {
-                write!(f, "The quotas of environment '{environment}' cannot be reached, and without them nothing is let through (store.redis.on_failure: closed). Try again in a moment.")
+            Self::QuotaStoreUnavailable { environment } => {
+                write!(f, "Redis, which stores the quotas of environment '{environment}', is unavailable, and the gateway admits no request without it (store.redis.on_failure: closed). Try again in a moment.")
             }
             Self::UpstreamUnreachable { upstream, what } => {
-                write!(f, "The upstream '{upstream}' could not be reached: {what}.")
+                write!(f, "The gateway cannot reach the upstream '{upstream}': {what}.")
             }
             Self::UpstreamTimeout { upstream, timeout: (setting, after) } => {
-                write!(f, "The upstream '{upstream}' took too long: nothing within {after:?} (timeouts.{setting}).")
+                write!(f, "The upstream '{upstream}' was too slow: timeouts.{setting} ({after:?}) ran out.")
             }
-            Self::UpstreamCut { upstream } => {
-                write!(f, "The upstream '{upstream}' broke off before its answer was complete.")
+            Self::UpstreamDisconnected { upstream } => {
+                write!(f, "The upstream '{upstream}' broke off the connection before its answer was complete.")
             }
-            Self::Flood { wait } => {
+            Self::FloodGuard { wait } => {
                 let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
                 let wait = go_duration(ms);
-                write!(f, "Too many requests from your address (server.flood_guard). Try again in {wait}.")
+                write!(f, "Your address sends more requests than the gateway accepts (server.flood_guard). Try again in {wait}.")
             }
             Self::ShuttingDown => f.write_str("The gateway is shutting down. Try again in a moment."),
-            Self::Internal => f.write_str("The gateway failed to handle this request."),
+            Self::Internal => f.write_str("The gateway failed to process this request because of an internal error."),
         }
     }
 }
@@ -280,7 +288,7 @@ fn write_denial(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) 
     match wait {
         Wait::Never => write!(
             f,
-            "This request can never fit: it asks for {requested} {kind}, and environment '{environment}' holds at most {} per {per}.",
+            "This request can never fit: it needs {requested} {kind}, and environment '{environment}' allows at most {} per {per}.",
             quota.capacity()
         ),
         Wait::Ms(ms) => write!(
@@ -291,11 +299,11 @@ fn write_denial(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) 
     }
 }
 
-/// A duration as Go prints it, and OpenAI in its rate limit headers: `120ms`, `1.5s`, `6m0s`, `1h0m0s`.
+/// Formats a duration as Go does, and OpenAI in its rate limit headers: `120ms`, `1.5s`, `6m0s`, `1h0m0s`.
 pub fn go_duration(ms: u64) -> String {
     use std::fmt::Write as _;
     let mut text = String::with_capacity(16);
-    // Writing to a string cannot fail.
+    // Results are ignored: writing to a string cannot fail.
     if (1..1_000).contains(&ms) {
         let _ = write!(text, "{ms}ms");
         return text;
@@ -321,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_read_as_go_prints_them() {
+    fn durations_are_formatted_as_in_go() {
         for (ms, text) in [
             (0, "0s"),
             (1, "1ms"),

@@ -1,354 +1,242 @@
 //! The life of a request, from its head to the last byte of its answer.
+//!
+//! [`Proxy::serve`] is the entry point. `admit` takes every step that can refuse the request: the path, the caller,
+//! the body, the model, the quotas. `exchange` sends the admitted request to the upstream and passes the answer on.
+//! The answer's body, `metered::Metered`, settles the reservation when it ends or is dropped.
 
 mod answer;
 mod call;
+mod caller;
+mod charge;
 mod flood;
 mod form;
 mod headers;
+mod keys;
 mod metered;
 mod query;
 mod reader;
 mod refusal;
 mod route;
+mod settlement;
 mod state;
-mod unsettled;
+mod stream_options;
 
 use crate::api::Dialect;
-use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
-use crate::config::{Environment, LONGEST_KEY, OnDisconnect};
+use crate::config::{Environment, OnDisconnect};
 use crate::error::ProxyError;
-use crate::ledger::{Demand, NoRoom, Reservation};
+use crate::ledger::{Account, Demand, NoRoom, Reservation};
 use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
-use crate::telemetry::{Outcome, Record};
-use crate::upstream::{self, SendError, Upstream};
+use crate::telemetry::Record;
+use crate::upstream::{self, Upstream};
 use bytes::Bytes;
-use http::header::{self, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode, response};
+use http::header::{self, HeaderValue};
+use http::request::Parts;
+use http::{Request, Response, StatusCode, Uri, response};
 use hyper::body::Incoming;
-use sha2::{Digest as _, Sha256};
-use smallvec::SmallVec;
-use std::borrow::Cow;
 use std::sync::Arc;
-use subtle::ConstantTimeEq as _;
+use std::time::Duration;
 
 pub use answer::AnswerBody;
-use call::{Call, Reading};
-use headers::{OurKeys, SentKey, Told, Unread};
-use metered::{Kept, Metered, Terms};
-use route::{Endpoint, NoRoute, Route};
-use state::Owner;
+use call::{Call, ParseOptions};
+use caller::Caller;
+use charge::Charge;
+use headers::{AddedHeaders, UnreadBody};
+use metered::{MeterContext, Metered};
+use refusal::Refusal;
+use route::{Endpoint, Route};
+use settlement::WhenDurable;
 pub use state::State;
 
-/// One worker's way to serve requests: what is shared, and its own upstream connections.
+/// Serves the requests of one worker: the state that all workers share, and the worker's own upstream connections.
 #[derive(Clone)]
 pub struct Proxy {
     state: Arc<State>,
     upstreams: Arc<[Arc<Upstream>]>,
 }
 
-/// What a request holds and what will be told of it. Dropping it settles the one and writes the other.
-pub(crate) struct Charge {
+/// A request that may be sent to the upstream.
+struct Admitted {
+    outgoing: Outgoing,
+    /// `None`: the endpoint is not charged.
     reservation: Option<Reservation>,
-    record: Record,
+    headers: AddedHeaders,
+    /// Whether the exchange goes on after the caller hangs up (`on_disconnect: drain`).
+    outlives_caller: bool,
 }
 
-impl Charge {
-    /// Records the latest word on what the request has cost.
-    fn observe(&mut self, spent: Amounts) {
-        if let Some(reservation) = &mut self.reservation {
-            reservation.observe(spent);
-            self.record.charged = spent;
-        }
-    }
-}
-
-/// Who asks, and of which environment.
-#[derive(Clone, Copy)]
-struct Caller {
-    environment: usize,
-    /// Its index among those of the environment.
-    index: Option<usize>,
-    /// Where keys of this gateway's stand, which are not passed on.
-    keys: OurKeys,
-    /// One of them in the query.
-    key_in_query: bool,
+/// The request to the upstream and the context of its exchange. With `on_disconnect: drain` it moves to a separate
+/// task, which outlives the caller's connection.
+struct Outgoing {
+    request: upstream::Request,
+    /// Index of the upstream in the config.
+    upstream: usize,
+    environment: Arc<Environment>,
+    endpoint: Endpoint,
+    call: Call,
+    /// Runs since the body was read.
+    received: Stopwatch,
 }
 
 impl Proxy {
-    /// A worker's own proxy. Nothing is connected yet.
+    /// Creates the proxy of one worker. It connects to no upstream yet.
     ///
     /// # Errors
-    /// An upstream's host cannot be a TLS server's name.
+    /// An upstream's host is not a valid TLS server name.
     pub fn new(state: Arc<State>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
         let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls).map(Arc::new);
         let upstreams = state.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
         Ok(Self { state, upstreams })
     }
 
-    /// Serves one request: the upstream's answer, or the gateway's own refusal.
+    /// Serves one request with the upstream's answer or an error of the gateway.
     pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
         peer.begin();
-        let record = Record::begin(self.state.metrics.clone());
-        let mut charge = Charge { reservation: None, record };
+        let mut record = Record::begin(self.state.metrics.clone());
         let dialect = route::dialect(request.uri().path());
-        let mut told = Told { dialect, ..Told::default() };
-        match self.admit(request, peer, &mut charge, &mut told).await {
-            Ok(Some(forward)) if forward.environment.on_disconnect == OnDisconnect::Drain => {
-                let (proxy, peer) = (self.clone(), peer.clone());
-                // Boxed, or every request's future would be as large as both ways together.
-                let exchange = async move { proxy.exchange(forward, charge, told, &peer).await };
-                Box::pin(answer::outlive_caller(dialect, exchange)).await
+        match self.admit(request, peer, &mut record).await {
+            Ok(Some(Admitted { outgoing, reservation, headers, outlives_caller })) => {
+                let charge = Charge { reservation, record };
+                if outlives_caller {
+                    let (proxy, peer) = (self.clone(), peer.clone());
+                    let exchange =
+                        async move { proxy.exchange(outgoing, headers, charge, dialect, &peer).await };
+                    // Boxed, so that the future of every request does not contain both branches.
+                    return Box::pin(answer::outlive_caller(dialect, exchange)).await;
+                }
+                self.exchange(outgoing, headers, charge, dialect, peer).await
             }
-            Ok(Some(forward)) => self.exchange(forward, charge, told, peer).await,
-            Ok(None) => empty_answer(charge),
-            Err(error) => {
-                // A flood is to cost nothing.
-                if told.unread != Unread::Nothing && !matches!(error, ProxyError::Flood { .. }) {
+            Ok(None) => refusal::respond_to_root_check(record),
+            Err(refusal) => {
+                // Lingering would let a flood hold connections open.
+                let is_flood = matches!(refusal.error, ProxyError::FloodGuard { .. });
+                if refusal.headers.unread != UnreadBody::None && !is_flood {
                     peer.linger();
                 }
-                self.refuse(error, charge, told)
+                refusal::respond(&self.state, refusal, Charge { reservation: None, record }, dialect)
             }
         }
     }
 
-    /// Every step that can refuse a request comes before the upstream sees it. `None`: there is
-    /// nothing to say but that somebody is there.
+    /// Takes every step that can refuse a request, before the upstream receives any of it. `None`: the request is
+    /// `HEAD /`, which the gateway answers itself.
     async fn admit(
         &self,
         request: Request<Incoming>,
         peer: &Peer,
-        charge: &mut Charge,
-        told: &mut Told,
-    ) -> Result<Option<Forward>, ProxyError> {
+        record: &mut Record,
+    ) -> Result<Option<Admitted>, Refusal> {
         let (head, body) = request.into_parts();
-        told.unread = call::unread(&body);
+        let mut headers = AddedHeaders { unread: call::unread(&body), ..AddedHeaders::default() };
+
+        // Path and caller.
+        let addressed = self.address(&head, peer, record).map_err(|error| Refusal::new(error, &headers))?;
+        let Some((route, caller)) = addressed else { return Ok(None) };
+        let environment = &self.state.config.environments[caller.environment];
+        let context = &self.state.contexts[caller.environment];
+        headers.environment = Some(context.header.clone());
+
+        // Body and model.
+        self.check_supported(&head, &route, environment).map_err(|error| Refusal::new(error, &headers))?;
+        let body = call::read_body(body, self.state.config.server.max_request_body, peer.patience.body)
+            .await
+            .map_err(|error| Refusal::new(error, &headers))?;
+        headers.unread = UnreadBody::None;
+        let received = Stopwatch::start();
+        let content_type = head.headers.get(header::CONTENT_TYPE);
+        let call = self
+            .parse(caller, &route, content_type, body)
+            .await
+            .map_err(|error| Refusal::new(error, &headers))?;
+        call.describe(record);
+        call.check_model(route.endpoint, environment).map_err(|error| Refusal::new(error, &headers))?;
+        if let Endpoint::Counted(_) = route.endpoint {
+            headers.estimated_prompt = Some((call.prompt_tokens, call.estimate.tokens()));
+            call.record_estimate(record.metrics());
+        }
+
+        // Quotas.
+        let reservation = match self.reserve(caller, route.endpoint, &call, record).await {
+            Ok(reservation) => reservation,
+            Err(no_room) => {
+                let subject = Subject { caller: caller.index, model: &call.model };
+                headers.quotas = self.state.accounts[caller.environment].standing(subject);
+                let error = refusal::denied(no_room, environment, &self.state.metrics);
+                return Err(Refusal { error, headers });
+            }
+        };
+        if let Some(reservation) = &reservation {
+            headers.quotas = *reservation.standing();
+            headers.clamped_to = reservation.clamped_to();
+        }
+
+        // The request to the upstream.
+        let body = call.forwarded_body(headers.clamped_to).await;
+        let body = body.map_err(|error| Refusal::new(error, &headers))?;
+        let (target, endpoint) = (self.upstream_target(&head.uri, &route, caller), route.endpoint);
+        let credential = context.credential.as_ref();
+        let passed =
+            headers::for_upstream(head.headers, &environment.upstream, credential, caller.key_headers);
+        let request = upstream::Request { method: head.method, target, headers: passed, body };
+        let outlives_caller = environment.on_disconnect == OnDisconnect::Drain;
+        let (upstream, environment) = (context.upstream, environment.clone());
+        let outgoing = Outgoing { request, upstream, environment, endpoint, call, received };
+        Ok(Some(Admitted { outgoing, reservation, headers, outlives_caller }))
+    }
+
+    /// Finds the endpoint and the caller of a request by its head. `None`: the request is `HEAD /`.
+    fn address<'h>(
+        &self,
+        head: &'h Parts,
+        peer: &Peer,
+        record: &mut Record,
+    ) -> Result<Option<(Route<'h>, Caller)>, ProxyError> {
         if let Some(Err(wait)) = self.state.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
-            return Err(ProxyError::Flood { wait });
+            return Err(ProxyError::FloodGuard { wait });
         }
         if self.state.is_draining() {
             return Err(ProxyError::ShuttingDown);
         }
         call::check_head(&head.headers, &head.uri, head.version)?;
-        let route = self.route(&head)?;
-        charge.record.api = route.endpoint.as_str();
+        let route = route::find(&self.state.config, &head.method, head.uri.path())?;
+        record.api = route.endpoint.as_str();
         if route.endpoint == Endpoint::Root {
             return Ok(None);
         }
-        let who = self.identify(&route, &head)?;
-        let environment = &self.state.config.environments[who.environment];
-        self.name(who, &mut charge.record, told);
+        let caller = caller::identify(&self.state, &route, head)?;
+        let context = &self.state.contexts[caller.environment];
+        record.environment = context.name.clone();
+        record.series = Some(context.series.clone());
+        record.caller = caller.index.map(|index| context.callers[index].clone());
+        Ok(Some((route, caller)))
+    }
+
+    /// Refuses what the gateway does not support, before the body is read.
+    fn check_supported(
+        &self,
+        head: &Parts,
+        route: &Route<'_>,
+        environment: &Environment,
+    ) -> Result<(), ProxyError> {
         if route.endpoint == Endpoint::Other {
             if !environment.forward_other_paths {
-                return Err(self.unknown_path(&head));
+                return Err(route::unknown_path(&self.state.config, head.uri.path()));
             }
             call::check_upgrade(&head.headers)?;
         }
-        call::check_encoding(&head.headers)?;
-
-        let most = self.state.config.server.max_request_body;
-        let body = call::read_body(body, most, peer.patience.body).await?;
-        told.unread = Unread::Nothing;
-        let received = Stopwatch::start();
-        let call = self.understand(who, &route, head.headers.get(header::CONTENT_TYPE), body).await?;
-        describe(&call, &route, environment, &mut charge.record, told)?;
-        self.reserve(who, environment, &route, &call, charge, told).await?;
-
-        let names = &self.state.names[who.environment];
-        let endpoint = route.endpoint;
-        let credential = names.credential.as_ref();
-        // Google's clients may have their key in the query.
-        let has_own_key = credential.is_some() && endpoint.dialect() == Dialect::Google;
-        let query = head.uri.query().map(Cow::Borrowed);
-        let query = if who.key_in_query || has_own_key {
-            query.and_then(|query| query::without_keys(&query)).map(Cow::Owned)
-        } else {
-            query
-        };
-        let base = environment.upstream.base_url.path();
-        let target = route::upstream_path(base, route.path, query.as_deref());
-        let headers = headers::for_upstream(head.headers, &environment.upstream, credential, who.keys);
-        let body = call.forwarded(told.clamped_to).await?;
-        Ok(Some(Forward {
-            request: upstream::Request { method: head.method, target, headers, body },
-            upstream: names.upstream,
-            environment: environment.clone(),
-            endpoint,
-            call,
-            received,
-        }))
+        call::check_encoding(&head.headers)
     }
 
-    /// Sends an admitted request on and passes the answer back.
-    async fn exchange(
+    /// Parses the body, and estimates and corrects the prompt tokens if the endpoint is counted.
+    async fn parse(
         &self,
-        mut forward: Forward,
-        mut charge: Charge,
-        told: Told,
-        peer: &Peer,
-    ) -> Response<AnswerBody> {
-        charge.record.overhead = Some(forward.received.elapsed());
-        let started = Stopwatch::start();
-        let (parts, incoming) = match self.send(&mut forward, started, &told, &mut charge).await {
-            Ok(answer) => answer,
-            Err(error) => return self.refuse(error, charge, told),
-        };
-        let Forward { upstream, environment, endpoint, call, .. } = forward;
-        charge.record.first_byte = Some(started.elapsed());
-        peer.cut_off(started, environment.upstream.timeouts.total);
-        let terms = Terms {
-            estimated_prompt: call.prompt_tokens,
-            completions: call.completions.max(1),
-            tokenizer: call.tokenizer,
-            status: parts.status,
-            endpoint,
-            started,
-            environment,
-        };
-        let withholds = call.asks_for_usage();
-        let lesson = terms.environment.calibrate.then(|| call.lesson(upstream, &self.state.calibrations));
-        let lesson = lesson.flatten();
-        let (response, kept) =
-            self.respond(Answer { parts, incoming, withholds, terms, lesson, told }, charge);
-        if let Some(kept) = kept {
-            kept.await;
-        }
-        response
-    }
-
-    /// Sends a request and waits for the head of its answer; once more, if the upstream refuses what the
-    /// gateway added to it.
-    async fn send(
-        &self,
-        forward: &mut Forward,
-        started: Stopwatch,
-        told: &Told,
-        charge: &mut Charge,
-    ) -> Result<(response::Parts, upstream::Incoming), ProxyError> {
-        let prompt = Amounts::of_request(forward.call.prompt_tokens, 0);
-        // Once the upstream may have read of it the request is paid for, whatever becomes of the caller.
-        let mut reached = |is_so| charge.observe(if is_so { prompt } else { Amounts::default() });
-        let upstream = &self.upstreams[forward.upstream];
-        let failed = |error| no_answer(error, &forward.environment);
-        let answer = upstream.send(&forward.request, started, &mut reached).await.map_err(failed)?;
-        if !forward.call.asks_for_usage() || !refusal::is_possible(answer.0.status) {
-            return Ok(answer);
-        }
-        let (parts, incoming) = answer;
-        let (is_refusal, incoming) = Box::pin(refusal::names_stream_options(incoming)).await;
-        if !is_refusal {
-            return Ok((parts, incoming));
-        }
-        drop(incoming);
-        forward.call.ask_no_longer();
-        forward.request.body = forward.call.forwarded(told.clamped_to).await?;
-        let answer = upstream.send(&forward.request, started, &mut reached).await.map_err(failed)?;
-        // Else it was not what the gateway had added.
-        if answer.0.status.is_success() {
-            self.state.ask_no_longer(forward.upstream);
-        }
-        Ok(answer)
-    }
-
-    fn route<'a>(&self, head: &'a http::request::Parts) -> Result<Route<'a>, ProxyError> {
-        let path = head.uri.path();
-        match route::find(&self.state.config, &head.method, path) {
-            Ok(route) => Ok(route),
-            Err(NoRoute::Method(allow)) => Err(ProxyError::MethodNotAllowed { allow }),
-            Err(NoRoute::Unknown) => Err(self.unknown_path(head)),
-        }
-    }
-
-    fn unknown_path(&self, head: &http::request::Parts) -> ProxyError {
-        let dialect = route::dialect(head.uri.path());
-        let base_path = route::base_path(&self.state.config, head.uri.path(), dialect);
-        let path = head.uri.path().chars().take(200).collect();
-        ProxyError::UnknownPath { path, base_path, dialect }
-    }
-
-    /// The environment is named by the path, else by the key, else by `default_environment`; who has
-    /// keys takes only its own. A key that belongs to another one is refused wherever it stands, since
-    /// the upstream would get to see it.
-    fn identify(&self, route: &Route<'_>, head: &http::request::Parts) -> Result<Caller, ProxyError> {
-        let Some(sent) = headers::sent_keys(&head.headers) else {
-            return Err(ProxyError::BadHead("it has too many API keys"));
-        };
-        let unknown = || ProxyError::InvalidKey { given: sent.iter().any(|key| key.is_regular) };
-        let known: SmallVec<[_; 2]> =
-            self.callers_of(&sent).filter_map(|(key, of)| of.map(|of| (key, of))).collect();
-        let first = known.iter().find(|(key, _)| key.is_regular).map(|&(_, of)| of);
-        let default = self.state.config.default_environment;
-        let named = route.environment.or(first.map(|(environment, _)| environment)).or(default);
-        let environment = named.ok_or_else(unknown)?;
-        if known.iter().any(|(_, (of_key, _))| *of_key != environment) {
-            return Err(ProxyError::WrongEnvironment);
-        }
-        let caller = first.map(|(_, caller)| caller);
-        if caller.is_none() && !self.state.config.environments[environment].callers.is_empty() {
-            return Err(unknown());
-        }
-        let mut keys = OurKeys::default();
-        known.iter().for_each(|(key, _)| keys.add(key.header));
-        let key_in_query = self.has_key_in_query(head.uri.query(), environment)?;
-        Ok(Caller { environment, index: caller, keys, key_in_query })
-    }
-
-    /// Whether a key of this gateway's stands in the query. It opens nothing there, and goes no further.
-    fn has_key_in_query(&self, query: Option<&str>, environment: usize) -> Result<bool, ProxyError> {
-        let mut is_there = false;
-        for key in query::keys(query.unwrap_or_default()).take(MOST_KEYS_IN_QUERY) {
-            match self.caller_of(key.as_bytes()) {
-                Some((of_key, _)) if of_key != environment => return Err(ProxyError::WrongEnvironment),
-                owner => is_there |= owner.is_some(),
-            }
-        }
-        Ok(is_there)
-    }
-
-    /// Environment and caller of each key, if it is one of this gateway's. What stands in several
-    /// headers is looked up once.
-    fn callers_of<'k>(
-        &self,
-        sent: &'k [SentKey<'k>],
-    ) -> impl Iterator<Item = (&'k SentKey<'k>, Option<Owner>)> {
-        let mut last: Option<(&[u8], Option<Owner>)> = None;
-        sent.iter().map(move |sent| {
-            let found = last.filter(|(key, _)| *key == sent.key).map(|(_, found)| found);
-            let found = found.unwrap_or_else(|| self.caller_of(sent.key));
-            last = Some((sent.key, found));
-            (sent, found)
-        })
-    }
-
-    /// Environment and caller of a key: found by its digest, compared in constant time.
-    fn caller_of(&self, key: &[u8]) -> Option<Owner> {
-        if self.state.callers.is_empty() || key.len() > LONGEST_KEY {
-            return None;
-        }
-        let digest: [u8; 32] = Sha256::digest(key).into();
-        let &(environment, caller) = self.state.callers.get(&digest)?;
-        let stored = &self.state.config.environments[environment].callers[caller].sha256;
-        bool::from(stored.ct_eq(&digest)).then_some((environment, caller))
-    }
-
-    fn name(&self, who: Caller, record: &mut Record, told: &mut Told) {
-        let names = &self.state.names[who.environment];
-        record.environment = names.environment.clone();
-        record.series = Some(names.series.clone());
-        record.caller = who.index.map(|index| names.callers[index].clone());
-        told.environment = Some(names.header.clone());
-    }
-
-    /// Reads the body and estimates its prompt, as far as it is known by now how that is to be corrected.
-    async fn understand(
-        &self,
-        who: Caller,
+        caller: Caller,
         route: &Route<'_>,
         content_type: Option<&HeaderValue>,
         body: Bytes,
     ) -> Result<Call, ProxyError> {
-        let environment = &self.state.config.environments[who.environment];
+        let environment = &self.state.config.environments[caller.environment];
         let api = match route.endpoint {
             Endpoint::Counted(api) => api,
             Endpoint::Uncounted(_) => {
@@ -358,17 +246,17 @@ impl Proxy {
                 }
                 return Ok(call);
             }
-            Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::unread(body)),
+            Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::opaque(body)),
         };
-        let upstream = self.state.names[who.environment].upstream;
-        let reading = Reading {
+        let upstream = self.state.contexts[caller.environment].upstream;
+        let options = ParseOptions {
             api,
-            model: route.model.map(str::to_owned),
-            streams: route.streams,
+            path_model: route.model.map(str::to_owned),
+            path_streams: route.streams,
             models: self.state.models.clone(),
-            ask_for_usage: self.state.asks_for_usage(upstream),
+            requests_stream_usage: self.state.requests_stream_usage(upstream),
         };
-        let mut call = Call::read(body, reading).await?;
+        let mut call = Call::parse(body, options).await?;
         if environment.calibrate {
             call.correct(self.state.calibrations.correction(upstream, &call.model, call.estimate.kind));
         }
@@ -376,228 +264,160 @@ impl Proxy {
         Ok(call)
     }
 
-    /// Holds room for the request in every quota that it touches, and waits for what has to be waited for.
+    /// Reserves room in every quota that the request touches, and waits until the reservation is durable if a quota
+    /// requires that. `None`: the endpoint is not charged.
     async fn reserve(
         &self,
-        who: Caller,
-        environment: &Environment,
-        route: &Route<'_>,
+        caller: Caller,
+        endpoint: Endpoint,
         call: &Call,
-        charge: &mut Charge,
-        told: &mut Told,
-    ) -> Result<(), ProxyError> {
-        if matches!(route.endpoint, Endpoint::Models | Endpoint::Root) {
-            return Ok(());
+        record: &Record,
+    ) -> Result<Option<Reservation>, NoRoom> {
+        if matches!(endpoint, Endpoint::Models | Endpoint::Root) {
+            return Ok(None);
         }
-        let account = &self.state.accounts[who.environment];
         let demand = Demand {
-            subject: Subject { caller: who.index, model: &call.model },
+            subject: Subject { caller: caller.index, model: &call.model },
             prompt: call.prompt_tokens,
-            generates: route.endpoint.generates(),
+            generates: endpoint.generates(),
             cap: call.completion_cap,
             completions: call.completions.max(1),
         };
-        let longest = environment.reserve.max_wait;
-        let reserved = if !longest.is_zero() {
-            Box::pin(account.reserve_in_line(&demand, longest)).await
-        } else if account.is_shared() {
-            Box::pin(account.reserve_shared(&demand)).await
-        } else {
-            account.reserve(&demand)
-        };
-        let mut reservation = match reserved {
-            Ok(reservation) => reservation,
-            Err(no_room) => {
-                told.standing = account.standing(demand.subject);
-                return Err(self.denied(no_room, environment));
-            }
-        };
+        let environment = &self.state.config.environments[caller.environment];
+        let account = &self.state.accounts[caller.environment];
+        let mut reservation = reserve_within(account, &demand, environment.reserve.max_wait).await?;
         if let Some(no_room) = reservation.would_deny() {
-            self.would_deny(no_room, environment, &charge.record);
+            refusal::record_shadow_denial(no_room, environment, record);
         }
-        told.standing = *reservation.standing();
-        told.clamped_to = reservation.clamped_to();
         reservation.kept().await;
-        charge.reservation = Some(reservation);
-        Ok(())
+        Ok(Some(reservation))
     }
 
-    fn denied(&self, no_room: NoRoom, environment: &Environment) -> ProxyError {
-        let (code, worst) = (no_room_code(&no_room), no_room.worst());
-        self.state.metrics.rejected(&environment.name, code, worst, false);
-        let name = environment.name.clone();
-        match no_room {
-            NoRoom::Quota(denied) => {
-                ProxyError::Quota { denied, environment: name, patience: environment.retry_patience }
+    /// Path and query of the request to the upstream.
+    fn upstream_target(&self, uri: &Uri, route: &Route<'_>, caller: Caller) -> String {
+        let base_path = self.state.config.environments[caller.environment].upstream.base_url.path();
+        let has_credential = self.state.contexts[caller.environment].credential.is_some();
+        // Google's SDKs may send the caller's key in the query.
+        let replaces_key = has_credential && route.endpoint.dialect() == Dialect::Google;
+        let query = query::forwarded(uri, caller.has_key_in_query || replaces_key);
+        route::upstream_path(base_path, route.path, query.as_deref())
+    }
+
+    /// Sends an admitted request to the upstream and passes the answer on.
+    async fn exchange(
+        &self,
+        mut outgoing: Outgoing,
+        headers: AddedHeaders,
+        mut charge: Charge,
+        dialect: Dialect,
+        peer: &Peer,
+    ) -> Response<AnswerBody> {
+        charge.record.overhead = Some(outgoing.received.elapsed());
+        let started = Stopwatch::start();
+        let (parts, incoming) = match self.send(&mut outgoing, headers.clamped_to, started, &mut charge).await
+        {
+            Ok(answer) => answer,
+            Err(error) => {
+                return refusal::respond(&self.state, Refusal { error, headers }, charge, dialect);
             }
-            NoRoom::InFlight { limit } => ProxyError::TooManyInFlight { limit, environment: name },
-            NoRoom::Unavailable => ProxyError::CountersAway { environment: name },
+        };
+        charge.record.first_byte = Some(started.elapsed());
+        peer.cut_off(started, outgoing.environment.upstream.timeouts.total);
+        let context = self.meter_context(outgoing, parts.status, started);
+        let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
+        if let Some(when_durable) = when_durable {
+            when_durable.await;
+        }
+        response
+    }
+
+    /// Sends a request and waits for the head of the answer. If the upstream refuses the `stream_options` that the
+    /// gateway added, the request is sent once more without them.
+    async fn send(
+        &self,
+        outgoing: &mut Outgoing,
+        clamped_to: Option<u64>,
+        started: Stopwatch,
+        charge: &mut Charge,
+    ) -> Result<(response::Parts, upstream::Incoming), ProxyError> {
+        let prompt = Amounts::of_request(outgoing.call.prompt_tokens, 0);
+        // Once the upstream may have read the request, the prompt is charged, even if the caller hangs up.
+        let mut reached = |is_reached| charge.observe(if is_reached { prompt } else { Amounts::default() });
+        let upstream = &self.upstreams[outgoing.upstream];
+        let failed = |error| refusal::send_failed(error, &outgoing.environment);
+        let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;
+        if !outgoing.call.adds_usage_request() || !stream_options::may_be_refusal(answer.0.status) {
+            return Ok(answer);
+        }
+        let (parts, incoming) = answer;
+        let (is_refusal, incoming) = Box::pin(stream_options::mentions_stream_options(incoming)).await;
+        if !is_refusal {
+            return Ok((parts, incoming));
+        }
+        drop(incoming);
+        outgoing.call.drop_usage_request();
+        outgoing.request.body = outgoing.call.forwarded_body(clamped_to).await?;
+        let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;
+        // Another error means that `stream_options` was not the cause.
+        if answer.0.status.is_success() {
+            self.state.stop_requesting_stream_usage(outgoing.upstream);
+        }
+        Ok(answer)
+    }
+
+    fn meter_context(&self, outgoing: Outgoing, status: StatusCode, started: Stopwatch) -> MeterContext {
+        let Outgoing { upstream, environment, endpoint, call, .. } = outgoing;
+        MeterContext {
+            estimated_prompt: call.prompt_tokens,
+            completions: call.completions.max(1),
+            tokenizer: call.tokenizer,
+            withholds_usage: call.adds_usage_request(),
+            lesson: environment.calibrate.then(|| call.lesson(upstream, &self.state.calibrations)).flatten(),
+            status,
+            endpoint,
+            started,
+            environment,
         }
     }
 
-    /// The quotas only watch: what they would have done is logged and counted apart.
-    fn would_deny(&self, no_room: &NoRoom, environment: &Environment, record: &Record) {
-        let (code, worst) = (no_room_code(no_room), no_room.worst());
-        self.state.metrics.rejected(&environment.name, code, worst, true);
-        tracing::info!(
-            environment = environment.name,
-            caller = record.caller.as_deref(),
-            code,
-            kind = worst.map(|s| s.quota.kind.as_str()),
-            per = worst.map(|s| s.quota.per.text.as_str()),
-            requested = worst.map(|s| s.requested),
-            remaining = worst.map(|s| s.remaining),
-            "a request would have been refused if the quotas were enforced (enforce: false)"
-        );
-    }
-
-    /// Passes an answer on: its status, its headers but for those of one hop, and its body as it comes.
-    /// Nobody asks for the bytes of an answer without a body: it is settled here, and what that has to
-    /// wait for comes with it.
-    fn respond(&self, answer: Answer, mut charge: Charge) -> (Response<AnswerBody>, Option<Kept>) {
-        let Answer { mut parts, incoming, withholds, terms, lesson, told } = answer;
+    /// Builds the answer to the caller from the upstream's. The server never polls the body of an answer without one,
+    /// so such an answer settles here, and must not be passed on before the returned future resolves.
+    fn respond(
+        &self,
+        mut parts: response::Parts,
+        incoming: upstream::Incoming,
+        context: MeterContext,
+        added: AddedHeaders,
+        mut charge: Charge,
+    ) -> (Response<AnswerBody>, Option<WhenDurable>) {
         headers::for_caller(&mut parts.headers);
-        let record = &mut charge.record;
-        record.status = parts.status.as_u16();
-        if let Some(id) = parts.headers.get(REQUEST_ID) {
-            let id = id.to_str().unwrap_or_default();
-            id[..id.floor_char_boundary(LONGEST_SHOWN)].clone_into(&mut record.request_id);
-        } else {
-            record.request_id = self.state.request_ids.next();
-            if let Ok(id) = HeaderValue::from_str(&record.request_id) {
-                parts.headers.insert(REQUEST_ID, id);
-            }
-        }
-        let mut metered = Metered::new(incoming, &parts.headers, withholds, charge, terms, lesson);
-        let kept = if metered.is_empty() { metered.settle_empty() } else { None };
+        charge.record.status = parts.status.as_u16();
+        charge.record.request_id = headers::request_id(&mut parts.headers, &self.state.request_ids);
+        let mut metered = Metered::new(incoming, &parts.headers, context, charge);
+        let when_durable = if metered.is_empty() { metered.settle_empty() } else { None };
         if metered.is_stream() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
-        told.write(&mut parts.headers);
-        (Response::from_parts(parts, AnswerBody::metered(metered)), kept)
-    }
-
-    /// The gateway's own answer.
-    fn refuse(&self, error: ProxyError, mut charge: Charge, told: Told) -> Response<AnswerBody> {
-        let record = &mut charge.record;
-        record.error = error.code();
-        record.outcome = match &error {
-            ProxyError::Quota { .. } | ProxyError::TooManyInFlight { .. } | ProxyError::Flood { .. } => {
-                Outcome::Rejected
-            }
-            ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => {
-                Outcome::UpstreamFailed
-            }
-            _ => Outcome::Refused,
-        };
-        if record.request_id.is_empty() {
-            record.request_id = self.state.request_ids.next();
-        }
-        let mut response = error.into_response(told.dialect);
-        record.status = response.status().as_u16();
-        told.write(response.headers_mut());
-        if let Ok(id) = HeaderValue::from_str(&record.request_id) {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        // Settled before the caller reads of it.
-        drop(charge);
-        response.map(|body| AnswerBody::whole(Some(body.into())))
+        added.write(&mut parts.headers);
+        (Response::from_parts(parts, AnswerBody::metered(metered)), when_durable)
     }
 }
 
-/// More keys than this in a query are not looked at: none of them goes further.
-const MOST_KEYS_IN_QUERY: usize = 8;
-/// Names that others chose are shown up to so many bytes.
-const LONGEST_SHOWN: usize = 128;
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// An admitted request on its way to the upstream.
-struct Forward {
-    request: upstream::Request,
-    /// Its index in the config.
-    upstream: usize,
-    environment: Arc<Environment>,
-    endpoint: Endpoint,
-    call: Call,
-    /// Since its body was read.
-    received: Stopwatch,
-}
-
-/// An upstream's answer on its way to the caller.
-struct Answer {
-    parts: http::response::Parts,
-    incoming: upstream::Incoming,
-    withholds: bool,
-    terms: Terms,
-    lesson: Option<Lesson>,
-    told: Told,
-}
-
-/// Notes what the call is, and refuses a model that the environment may not use.
-fn describe(
-    call: &Call,
-    route: &Route<'_>,
-    environment: &Environment,
-    record: &mut Record,
-    told: &mut Told,
-) -> Result<(), ProxyError> {
-    record.model_label = record.series.as_ref().map(|series| series.label(&call.model));
-    call.model[..call.model.floor_char_boundary(LONGEST_SHOWN)].clone_into(&mut record.model);
-    record.streams = call.streams;
-    record.estimated_prompt = call.prompt_tokens;
-    record.raw_estimate = call.estimate.tokens();
-    if !matches!(route.endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_)) {
-        return Ok(());
-    }
-    let listed = environment.models.iter().any(|glob| glob.matches(&call.model));
-    if !environment.models.is_empty() && !listed {
-        return Err(ProxyError::ModelNotFound {
-            model: record.model.clone(),
-            environment: environment.name.clone(),
-        });
-    }
-    if !matches!(route.endpoint, Endpoint::Counted(_)) {
-        return Ok(());
-    }
-    told.estimated_prompt = Some((call.prompt_tokens, call.estimate.tokens()));
-    if let Some(tokenizer) = call.tokenizer {
-        record.metrics().estimated(tokenizer, &call.estimate);
-    }
-    Ok(())
-}
-
-fn no_room_code(no_room: &NoRoom) -> &'static str {
-    match no_room {
-        NoRoom::Quota(denied) => crate::error::quota_shape(denied).2,
-        NoRoom::InFlight { .. } => "too_many_in_flight",
-        NoRoom::Unavailable => "quota_store_unavailable",
+/// Reserves in one account, and waits at most `max_wait` for room. The futures that can suspend are boxed, to keep
+/// them out of the future of every request.
+async fn reserve_within(
+    account: &Arc<Account>,
+    demand: &Demand<'_>,
+    max_wait: Duration,
+) -> Result<Reservation, NoRoom> {
+    if !max_wait.is_zero() {
+        Box::pin(account.reserve_in_line(demand, max_wait)).await
+    } else if account.is_shared() {
+        Box::pin(account.reserve_shared(demand)).await
+    } else {
+        account.reserve(demand)
     }
 }
 
-/// What the caller of a request that got no answer is told.
-fn no_answer(error: SendError, environment: &Environment) -> ProxyError {
-    let upstream = environment.upstream.name.clone();
-    match error {
-        SendError::Unreachable(what, source) => {
-            tracing::warn!(error = %source, upstream, what, "an upstream could not be reached");
-            ProxyError::UpstreamUnreachable { upstream, what }
-        }
-        SendError::ConnectTimeout => {
-            let what = "no connection came about in time (timeouts.connect)";
-            ProxyError::UpstreamUnreachable { upstream, what }
-        }
-        SendError::Timeout(setting, after) => {
-            ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
-        }
-        SendError::Broken(source) => {
-            tracing::warn!(error = %source, upstream, "an upstream broke off before it answered");
-            ProxyError::UpstreamUnreachable { upstream, what: "it broke off before it answered" }
-        }
-    }
-}
-
-fn empty_answer(mut charge: Charge) -> Response<AnswerBody> {
-    charge.record.status = StatusCode::OK.as_u16();
-    charge.record.outcome = Outcome::Answered;
-    Response::new(AnswerBody::whole(None))
-}
+#[cfg(test)]
+mod tests;

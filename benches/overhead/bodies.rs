@@ -1,6 +1,6 @@
-//! The requests and answers of the bench.
+//! The requests and answers that the benchmark sends.
 
-/// Events of a streamed answer, not counting usage and the end.
+/// Events of a streamed answer, without the usage chunk and `[DONE]`.
 pub(crate) const EVENTS: usize = 100;
 pub(crate) const KEY: &str = "sk-bench-0123456789abcdef0123456789abcdef";
 
@@ -9,7 +9,7 @@ const WORDS: [&str; 24] = [
     "settles", "what", "was", "reserved", "when", "answer", "ends", "so", "that", "nothing", "is lost",
 ];
 
-/// A request body for a scenario.
+/// The request body of a scenario.
 pub(crate) fn request(scenario: &str) -> String {
     let small = "Explain in two sentences why the sky looks blue at noon and red in the evening, for a child of ten years.";
     let (fields, messages) = match scenario {
@@ -28,7 +28,7 @@ fn message(role: &str, content: &str) -> String {
     format!(r#"{{"role":"{role}","content":"{content}"}}"#)
 }
 
-/// An ordinary conversation of about this size, always the same.
+/// A conversation of about this many bytes. It is the same in every run.
 fn conversation(bytes: usize) -> String {
     let (mut all, mut seed, mut turn) = (Vec::new(), 1_u32, 0);
     let mut size = 0;
@@ -47,7 +47,7 @@ fn conversation(bytes: usize) -> String {
     all.join(",")
 }
 
-/// The whole answer to a request that does not stream.
+/// The complete answer to a request that does not stream.
 pub(crate) fn answer() -> String {
     let body = r#"{"id":"chatcmpl-bench","object":"chat.completion","created":1700000000,"model":"gpt-4o-mini","choices":[{"index":0,"message":{"role":"assistant","content":"Air scatters blue light more than red. In the evening the light crosses more air, and the blue is gone.","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":30,"completion_tokens":24,"total_tokens":54}}"#;
     format!(
@@ -59,7 +59,7 @@ pub(crate) fn answer() -> String {
 pub(crate) const STREAM_HEAD: &str =
     "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
 
-/// The events of a stream, each as a chunk.
+/// The events of a stream, each encoded as one HTTP chunk, and the last chunk.
 pub(crate) fn events() -> Vec<String> {
     let event = |choices: &str, usage: &str| {
         format!(

@@ -1,4 +1,4 @@
-//! The load: so many connections, each sending its next request when it has the whole answer.
+//! The load generator: each connection sends its next request when it has received the complete answer.
 
 use crate::Measured;
 use crate::bodies::{EVENTS, KEY, request};
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// Time before measuring begins, in which connections are made and caches fill.
+/// Seconds of load before each measurement, in which connections are established and caches fill.
 const WARM_UP: f64 = 0.4;
 
-/// Loads a peer from a process of its own and measures the peer's CPU time meanwhile.
+/// Runs the load generator in a separate process and measures the CPU time of the peer meanwhile.
 pub(crate) fn measure(
     peer: &Peer,
     address: SocketAddr,
@@ -38,16 +38,16 @@ pub(crate) fn measure(
     let before = peer.cpu();
     let result = load(seconds);
     let cpu = peer.cpu().saturating_sub(before);
-    let get = |name: &str| result[name].as_f64().unwrap();
+    let figure = |name: &str| result[name].as_f64().unwrap();
     Measured {
-        cpu_us: cpu.as_secs_f64() * 1e6 / get("units"),
-        per_second: get("units") / get("seconds"),
-        p50_us: get("p50_us"),
-        p99_us: get("p99_us"),
+        cpu_us: cpu.as_secs_f64() * 1e6 / figure("units"),
+        per_second: figure("units") / figure("seconds"),
+        p50_us: figure("p50_us"),
+        p99_us: figure("p99_us"),
     }
 }
 
-/// The process that loads; prints one JSON line.
+/// The main function of the load generator's process. It prints one JSON line.
 pub(crate) fn run(address: SocketAddr, scenario: &str, connections: usize, seconds: f64) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let body = request(scenario);
@@ -72,7 +72,7 @@ pub(crate) fn run(address: SocketAddr, scenario: &str, connections: usize, secon
     println!("{}", json!({"units": units, "seconds": seconds, "p50_us": at(0.5), "p99_us": at(0.99)}));
 }
 
-/// One connection; returns the latency of every request in microseconds.
+/// Sends requests on one connection until `until`. Returns the latency of each in microseconds.
 async fn caller(address: SocketAddr, request: String, is_stream: bool, until: Instant) -> Vec<u32> {
     let mut socket = TcpStream::connect(address).await.unwrap();
     socket.set_nodelay(true).unwrap();
@@ -81,7 +81,6 @@ async fn caller(address: SocketAddr, request: String, is_stream: bool, until: In
         let started = Instant::now();
         socket.write_all(request.as_bytes()).await.unwrap();
         buffer.clear();
-        // Only the end has to be looked for anew.
         while !is_whole(&buffer, is_stream) {
             assert!(socket.read_buf(&mut buffer).await.unwrap() > 0, "the connection was closed");
         }

@@ -1,19 +1,18 @@
-//! What the gateway costs: CPU microseconds per request and per streamed event, next to proxies that do
-//! nothing but pass on, all in one run.
+//! Measures the gateway's CPU time per request and per streamed event, and compares it with bare proxies in the same run.
 //!
 //! `cargo bench --bench overhead -- [--rounds N] [--seconds S] [--peers A,B] [--scenarios X,Y] [--quick]`
 //!
-//! The mock upstream, the load generator and the bare proxies are this very binary, started again with
-//! `--role`. Figures are CPU time of the proxy's process (user and system, all threads), because wall
-//! clock times swing with whatever else the machine does. Compare ratios within one run.
+//! The mock upstream, the load generator and the bare proxies are this binary, started with `--role`. The figures are
+//! CPU times of the proxy's process (user and system, all threads), because wall-clock times depend on the other load
+//! of the machine. Compare ratios within one run only.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a benchmark may panic, and measures time
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // figures are printed with few digits
 
 mod bodies;
 mod load;
 mod mock;
-#[allow(dead_code)] // some of it is for the bench of streams
+#[allow(dead_code)] // the benchmark of streams uses the rest
 mod peers;
 mod proxies;
 
@@ -26,7 +25,7 @@ use std::path::Path;
 struct Scenario {
     name: &'static str,
     connections: usize,
-    /// Figures are per event, not per request.
+    /// The figures are per event instead of per request.
     streams: bool,
 }
 
@@ -44,7 +43,7 @@ struct Options {
     scenarios: Vec<String>,
 }
 
-/// What one run of one peer in one scenario gave.
+/// The result of one run of one peer in one scenario.
 #[derive(Clone, Copy)]
 struct Measured {
     cpu_us: f64,
@@ -58,19 +57,19 @@ fn main() {
     if let [flag, role, rest @ ..] = arguments.as_slice()
         && flag == "--role"
     {
-        return play(role, rest);
+        return run_role(role, rest);
     }
     let options = options(&arguments);
     let folder = tempfile::tempdir().unwrap();
     let upstream = free_address();
-    let _mock = Peer::of_ours("mock", "mock", &[upstream.to_string()]).ready(upstream).unwrap();
+    let _mock = Peer::this_binary("mock", "mock", &[upstream.to_string()]).ready(upstream).unwrap();
     let mut peers = start(&options, upstream, folder.path());
     let results = measure(&options, &mut peers);
     report(&options, &peers, &results);
 }
 
-/// A part that this binary plays in a process of its own.
-fn play(role: &str, arguments: &[String]) {
+/// Runs one of this binary's roles.
+fn run_role(role: &str, arguments: &[String]) {
     let address: SocketAddr = arguments[0].parse().unwrap();
     match role {
         "mock" => mock::run(address),
@@ -108,7 +107,7 @@ fn options(arguments: &[String]) -> Options {
     }
 }
 
-/// Starts every peer; one that does not start is left out, unless it is the gateway itself.
+/// Starts every peer. A peer that does not start is skipped; the gateway must start.
 fn start(options: &Options, upstream: SocketAddr, folder: &Path) -> Vec<(Peer, SocketAddr)> {
     let mut peers = Vec::new();
     for name in &options.peers {
@@ -116,12 +115,13 @@ fn start(options: &Options, upstream: SocketAddr, folder: &Path) -> Vec<(Peer, S
         match peers::start(name, address, upstream, folder).and_then(|peer| peer.ready(address)) {
             Ok(peer) => peers.push((peer, address)),
             Err(reason) if name.starts_with("tollgate") => panic!("{name} does not start: {reason}"),
-            Err(reason) => eprintln!("{name} is left out: {reason}"),
+            Err(reason) => eprintln!("{name} is skipped: {reason}"),
         }
     }
     peers
 }
 
+/// Measurements by scenario and peer.
 type Results = BTreeMap<(usize, usize), Vec<Measured>>;
 
 fn measure(options: &Options, peers: &mut [(Peer, SocketAddr)]) -> Results {
@@ -152,8 +152,8 @@ fn unit(scenario: &Scenario) -> &'static str {
     if scenario.streams { "event" } else { "request" }
 }
 
-fn median(of: impl Iterator<Item = f64>) -> f64 {
-    let mut all: Vec<f64> = of.collect();
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut all: Vec<f64> = values.collect();
     all.sort_by(f64::total_cmp);
     all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
 }
@@ -170,7 +170,7 @@ fn report(options: &Options, peers: &[(Peer, SocketAddr)], results: &Results) {
             scenario.name, scenario.connections, options.rounds, options.seconds
         );
         println!(
-            "| peer | CPU us per {} | least - most | to pool | to nginx | {}s / s | p50 us | p99 us |",
+            "| peer | CPU us per {} | min - max | to pool | to nginx | {}s / s | p50 us | p99 us |",
             unit(scenario),
             unit(scenario)
         );
@@ -178,11 +178,11 @@ fn report(options: &Options, peers: &[(Peer, SocketAddr)], results: &Results) {
         for (p, (peer, _)) in peers.iter().enumerate() {
             let Some(runs) = results.get(&(s, p)) else { continue };
             let own = median(runs.iter().map(|m| m.cpu_us));
-            let (least, most) =
+            let (min, max) =
                 runs.iter().fold((f64::MAX, 0_f64), |(l, m), r| (l.min(r.cpu_us), m.max(r.cpu_us)));
             let ratio = |to: Option<f64>| to.map_or("-".to_owned(), |to| format!("{:.2}", own / to));
             println!(
-                "| {} | {own:.1} | {least:.1} - {most:.1} | {} | {} | {:.0} | {:.0} | {:.0} |",
+                "| {} | {own:.1} | {min:.1} - {max:.1} | {} | {} | {:.0} | {:.0} | {:.0} |",
                 peer.name,
                 ratio(pool),
                 ratio(nginx),

@@ -1,4 +1,4 @@
-//! The upstream of the bench: answers as cheaply as it can. Each event of a stream is a write of its own.
+//! The mock upstream. It uses as little CPU as possible and writes each event of a stream separately.
 
 use crate::bodies::{STREAM_HEAD, answer, events};
 use memchr::memmem;
@@ -26,7 +26,7 @@ pub(crate) fn run(address: SocketAddr) {
     });
 }
 
-/// Serves one connection until it breaks.
+/// Serves one connection until it ends.
 async fn serve(mut socket: TcpStream, answers: &Answers) -> Option<()> {
     socket.set_nodelay(true).ok()?;
     let mut buffer = Vec::with_capacity(64 * 1024);
@@ -59,10 +59,12 @@ async fn serve(mut socket: TcpStream, answers: &Answers) -> Option<()> {
     }
 }
 
+/// Reads more bytes. `None`: the connection has ended.
 async fn read(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<()> {
     (socket.read_buf(buffer).await.ok()? > 0).then_some(())
 }
 
+/// The `content-length` of a request.
 fn length(head: &[u8]) -> usize {
     let mut fields = [httparse::EMPTY_HEADER; 64];
     let mut request = httparse::Request::new(&mut fields);

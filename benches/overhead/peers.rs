@@ -1,4 +1,4 @@
-//! The proxies that are compared, as processes, and the CPU time they use.
+//! The processes of the proxies that are compared, and their CPU time.
 
 #[path = "../../tests/common/port.rs"]
 mod port;
@@ -18,7 +18,7 @@ pub(crate) struct Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // SIGTERM first: nginx's workers end with their master only then.
+        // SIGTERM first: after SIGKILL nginx's workers would survive their master.
         let _ = Command::new("kill").arg(self.process.id().to_string()).status();
         std::thread::sleep(Duration::from_millis(50));
         let _ = self.process.kill();
@@ -26,12 +26,12 @@ impl Drop for Peer {
     }
 }
 
-/// An address that nobody listens at.
+/// A free loopback address.
 pub(crate) fn free_address() -> SocketAddr {
     ([127, 0, 0, 1], port::free_port()).into()
 }
 
-/// Starts a peer by its name.
+/// Starts the peer with this name.
 pub(crate) fn start(
     name: &str,
     address: SocketAddr,
@@ -42,9 +42,9 @@ pub(crate) fn start(
         "nginx" => nginx(address, upstream, folder),
         "tollgate" | "tollgate-multi" => tollgate(name, address, upstream, folder),
         "pool" | "pool-percore" | "reqwest" => {
-            Ok(Peer::of_ours(name, name, &[address.to_string(), upstream.to_string()]))
+            Ok(Peer::this_binary(name, name, &[address.to_string(), upstream.to_string()]))
         }
-        _ => Err("there is no such peer".to_owned()),
+        _ => Err("there is no peer with this name".to_owned()),
     }
 }
 
@@ -83,8 +83,8 @@ fn nginx(address: SocketAddr, upstream: SocketAddr, folder: &Path) -> Result<Pee
 }
 
 impl Peer {
-    /// This binary in another role.
-    pub(crate) fn of_ours(name: &str, role: &str, arguments: &[String]) -> Self {
+    /// Starts this binary in another role.
+    pub(crate) fn this_binary(name: &str, role: &str, arguments: &[String]) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         Self::spawn(name, command.args(["--role", role]).args(arguments)).unwrap()
     }
@@ -100,14 +100,14 @@ impl Peer {
         let until = Instant::now() + Duration::from_secs(10);
         while Instant::now() < until {
             if let Ok(Some(status)) = self.process.try_wait() {
-                return Err(format!("it ended with {status}"));
+                return Err(format!("the process ended with {status}"));
             }
             if TcpStream::connect(address).is_ok() {
                 return Ok(self);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        Err("it does not accept connections".to_owned())
+        Err("the process does not accept connections".to_owned())
     }
 
     /// Resident memory in bytes.
@@ -115,7 +115,7 @@ impl Peer {
         resident_of_process(self.process.id())
     }
 
-    /// User and system time so far, of all threads and of child processes (nginx's workers).
+    /// User and system time so far, of all threads and child processes (nginx's workers).
     pub(crate) fn cpu(&self) -> Duration {
         let processes = [self.process.id()].into_iter().chain(children(self.process.id()));
         Duration::from_nanos(processes.map(cpu_of_process).sum())
@@ -134,11 +134,11 @@ fn children(process: u32) -> Vec<u32> {
     list.split_whitespace().filter_map(|id| id.parse().ok()).collect()
 }
 
-/// User and system time of a process, threads that have ended included, in the kernel's 10 ms steps.
+/// User and system time of a process in nanoseconds, including ended threads. The kernel's resolution is 10 ms.
 fn cpu_of_process(process: u32) -> u64 {
     const NS_PER_TICK: u64 = 10_000_000;
     let text = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    // The second field, the name, may hold anything up to its closing bracket.
+    // The second field, the process name in parentheses, may contain spaces.
     let fields = text.rsplit(')').next().unwrap_or_default();
     let ticks = fields.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok());
     ticks.sum::<u64>() * NS_PER_TICK

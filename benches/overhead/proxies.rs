@@ -1,4 +1,4 @@
-//! Proxies that do nothing but pass on: what the gateway is measured against.
+//! Bare proxies that only forward. The gateway is compared with them.
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
@@ -45,7 +45,7 @@ fn listen(address: SocketAddr) -> TcpListener {
     TcpListener::from_std(socket.into()).unwrap()
 }
 
-/// hyper's server and hyper-util's pooled client.
+/// A proxy of hyper's server and hyper-util's pooled client.
 async fn pool(address: SocketAddr, upstream: SocketAddr) {
     let listener = listen(address);
     let mut connector = HttpConnector::new();
@@ -80,7 +80,7 @@ async fn forward(
     client.request(request).await
 }
 
-/// axum's router and reqwest.
+/// A proxy of axum's router and reqwest.
 async fn reqwest(address: SocketAddr, upstream: SocketAddr) {
     let client = ::reqwest::Client::builder()
         .pool_max_idle_per_host(4_096)

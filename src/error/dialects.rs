@@ -1,4 +1,4 @@
-//! An error as each kind of SDK understands it: OpenAI's shape, Anthropic's, Google's.
+//! The JSON shapes of errors: OpenAI's, Anthropic's and Google's.
 
 use super::ProxyError;
 use crate::api::Dialect;
@@ -8,7 +8,7 @@ use http::StatusCode;
 use serde_json::{Value, json};
 
 impl ProxyError {
-    /// The body. For a denial `error.quotas` lists every quota that did not fit, in each shape.
+    /// The body of the answer. For a denial, `error.quotas` lists every quota that has no room, in each shape.
     pub fn body(&self, dialect: Dialect) -> Value {
         let (status, kind, code) = self.shape();
         let message = self.to_string();
@@ -25,48 +25,49 @@ impl ProxyError {
                 json!({"error": {"code": status.as_u16(), "message": message, "status": name, "details": details}})
             }
         };
-        if let Self::Quota { denied, .. } = self {
+        if let Self::QuotaExceeded { denied, .. } = self {
             body["error"]["quotas"] = denied.shortfalls().iter().map(shortfall_json).collect();
         }
         body
     }
 
-    /// The event that ends a stream of this dialect which cannot go on; `number`, where its events have one.
-    pub fn event(&self, dialect: Dialect, number: Option<u64>) -> String {
+    /// The SSE event that ends an interrupted stream. `sequence_number` is that of the event, for streams that number
+    /// their events.
+    pub fn event(&self, dialect: Dialect, sequence_number: Option<u64>) -> String {
         let mut body = self.body(dialect);
         match dialect {
             Dialect::OpenAi | Dialect::Google => format!("data: {body}\n\n"),
             Dialect::Anthropic => format!("event: error\ndata: {body}\n\n"),
             Dialect::Responses => {
-                // Some clients look for the error within, as in any other stream; some read the event as
-                // it is documented.
+                // The documented event has these fields at its top level. Some clients read `error` instead, as in
+                // other streams.
                 for field in ["code", "message", "param"] {
                     body[field] = body["error"][field].clone();
                 }
                 body["type"] = "error".into();
-                body["sequence_number"] = number.unwrap_or(0).into();
+                body["sequence_number"] = sequence_number.unwrap_or(0).into();
                 format!("event: error\ndata: {body}\n\n")
             }
         }
     }
 
-    /// The field of the request that is at fault.
+    /// The invalid field of the request.
     fn param(&self) -> Option<&'static str> {
         match self {
-            Self::Body(BodyFault::Value { param, .. }) => Some(param),
+            Self::InvalidBody(BodyFault::Value { param, .. }) => Some(param),
             Self::ModelNotFound { .. } => Some("model"),
             _ => None,
         }
     }
 
-    /// What Google's libraries look into: the reason, and when to try again.
+    /// The details that Google's client libraries read: the reason, and when to retry.
     fn google_details(&self, code: &str) -> Value {
         let mut details = vec![json!({
             "@type": "type.googleapis.com/google.rpc.ErrorInfo",
             "reason": code.to_ascii_uppercase(),
             "domain": "tollgate",
         })];
-        if let Self::Quota { denied, .. } = self
+        if let Self::QuotaExceeded { denied, .. } = self
             && let Some(Wait::Ms(ms)) = denied.shortfalls().first().map(|s| s.wait)
         {
             details.push(json!({
@@ -78,7 +79,7 @@ impl ProxyError {
     }
 }
 
-/// Whose SDK it is that an error speaks to.
+/// The SDK's name in a message.
 pub(super) fn sdk(dialect: Dialect) -> &'static str {
     match dialect {
         Dialect::OpenAi | Dialect::Responses => "An OpenAI SDK",
@@ -87,7 +88,7 @@ pub(super) fn sdk(dialect: Dialect) -> &'static str {
     }
 }
 
-/// Anthropic's types by status, as its documentation of errors lists them.
+/// Anthropic's error types by status, as its documentation lists them.
 fn anthropic_type(status: StatusCode) -> &'static str {
     match status.as_u16() {
         401 => "authentication_error",
@@ -102,7 +103,7 @@ fn anthropic_type(status: StatusCode) -> &'static str {
     }
 }
 
-/// The names that Google's APIs have for statuses (`google.rpc.Code`).
+/// Google's names for statuses (`google.rpc.Code`).
 fn google_status(status: StatusCode) -> &'static str {
     match status.as_u16() {
         401 => "UNAUTHENTICATED",
@@ -138,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_has_the_shape_that_its_sdk_knows() {
+    fn errors_have_the_shape_of_each_dialect() {
         let error = ProxyError::InvalidKey { given: true };
         let [openai, anthropic, google] =
             [Dialect::OpenAi, Dialect::Anthropic, Dialect::Google].map(|dialect| error.body(dialect));
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn every_status_has_a_name_in_each_shape() {
+    fn every_status_has_an_error_type_in_each_dialect() {
         for (status, anthropic, google) in [
             (400, "invalid_request_error", "INVALID_ARGUMENT"),
             (403, "permission_error", "PERMISSION_DENIED"),
@@ -176,8 +177,8 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_one_that_its_sdk_raises() {
-        let error = ProxyError::UpstreamCut { upstream: "u".into() };
+    fn error_events_have_the_shape_of_each_dialect() {
+        let error = ProxyError::UpstreamDisconnected { upstream: "u".into() };
         let data = |event: &str| -> Value {
             let data = event.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
             serde_json::from_str(data).unwrap()

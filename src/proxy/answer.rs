@@ -1,4 +1,4 @@
-//! The bodies of all answers to callers, and what becomes of those whose callers hang up.
+//! The bodies of all answers to callers, and the draining of answers whose callers have hung up.
 
 use super::metered::Metered;
 use crate::api::Dialect;
@@ -17,42 +17,39 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
-/// So many answers are read to their end at once though their callers are gone.
-const MOST_DRAINED: usize = 100;
-/// And for so long after the caller has gone.
-const LONGEST_DRAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
+/// At most this many answers are drained at once.
+pub(super) const MAX_DRAINS: usize = 100;
+/// An answer is drained for at most this long after its caller has hung up.
+pub(super) const MAX_DRAIN_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
-static DRAINS: Semaphore = Semaphore::const_new(MOST_DRAINED);
+pub(super) static DRAINS: Semaphore = Semaphore::const_new(MAX_DRAINS);
 
 /// The body of every answer to a caller.
-pub struct AnswerBody(Kind);
+pub struct AnswerBody(AnswerSource);
 
-enum Kind {
-    /// Made here.
-    Whole(Option<Bytes>),
-    /// The upstream's. Taken when the caller hangs up.
-    Metered(Option<Box<Metered>>),
+enum AnswerSource {
+    /// The gateway's own answer. `None`: it has no body, or the body is sent.
+    Gateway(Option<Bytes>),
+    /// The upstream's answer. `None`: it is being drained without the caller.
+    Upstream(Option<Box<Metered>>),
 }
 
-/// Runs an exchange so that it goes on without its caller: an answer that comes then is read to its end.
+/// Runs an exchange in a separate task. If the caller hangs up, the task goes on and the answer is drained.
 pub(super) async fn outlive_caller(
     dialect: Dialect,
     exchange: impl Future<Output = Response<AnswerBody>> + Send + 'static,
 ) -> Response<AnswerBody> {
     let mut exchange = Detached(Some(tokio::spawn(exchange)));
-    let Some(handle) = &mut exchange.0 else { unreachable!("it was put there in the line before") };
+    let Some(handle) = &mut exchange.0 else { unreachable!("the handle is set in the previous line") };
     let answer = handle.await;
     exchange.0 = None;
-    match answer {
-        Ok(answer) => answer,
-        // A panic in there has settled and logged; the runtime's end leaves nobody to be answered.
-        Err(_) => {
-            ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::whole(Some(body.into())))
-        }
-    }
+    // After a panic in the task, its charge has settled and its record is written.
+    answer.unwrap_or_else(|_| {
+        ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::whole(Some(body.into())))
+    })
 }
 
-/// A task that is given up when its caller is gone, unless there is room to let it run to its end.
+/// A task whose caller may hang up. When this is dropped, the task is drained, or aborted if `MAX_DRAINS` are running.
 struct Detached(Option<JoinHandle<Response<AnswerBody>>>);
 
 impl Drop for Detached {
@@ -65,24 +62,24 @@ impl Drop for Detached {
     }
 }
 
-/// One of the answers that are read to their end without a caller. Waiting for it and reading it take one
-/// place and one time together.
+/// The permit and the deadline for draining one answer. Both cover the wait for its head and the reading of its body.
 struct Drain {
-    _place: SemaphorePermit<'static>,
-    until: Instant,
+    _permit: SemaphorePermit<'static>,
+    deadline: Instant,
 }
 
 impl Drain {
+    /// `None`: `MAX_DRAINS` answers are being drained.
     fn begin() -> Option<Self> {
-        let until = Stopwatch::start().deadline(LONGEST_DRAIN);
-        DRAINS.try_acquire().ok().map(|place| Self { _place: place, until })
+        let deadline = Stopwatch::start().deadline(MAX_DRAIN_TIME);
+        DRAINS.try_acquire().ok().map(|permit| Self { _permit: permit, deadline })
     }
 
     async fn exchange(self, handle: JoinHandle<Response<AnswerBody>>) {
         let abort = handle.abort_handle();
-        match timeout_at(self.until, handle).await {
+        match timeout_at(self.deadline, handle).await {
             Ok(Ok(mut answer)) => {
-                if let Some(metered) = answer.body_mut().take_unread() {
+                if let Some(metered) = answer.body_mut().take_to_drain() {
                     self.answer(metered).await;
                 }
             }
@@ -93,35 +90,35 @@ impl Drain {
 
     async fn answer(self, mut metered: Box<Metered>) {
         let drained = poll_fn(|cx| metered.poll_drained(cx));
-        // What has come by then is counted when it is dropped.
-        drop(timeout_at(self.until, drained).await);
+        // After the deadline the answer is dropped, which settles it with the text delivered so far.
+        drop(timeout_at(self.deadline, drained).await);
     }
 }
 
 impl AnswerBody {
-    /// Made here.
+    /// The body of the gateway's own answer.
     pub(super) fn whole(bytes: Option<Bytes>) -> Self {
-        Self(Kind::Whole(bytes))
+        Self(AnswerSource::Gateway(bytes))
     }
 
-    /// The upstream's.
+    /// The body of an upstream's answer.
     pub(super) fn metered(metered: Metered) -> Self {
-        Self(Kind::Metered(Some(Box::new(metered))))
+        Self(AnswerSource::Upstream(Some(Box::new(metered))))
     }
 
-    /// What is to be read to its end though its caller has gone.
-    fn take_unread(&mut self) -> Option<Box<Metered>> {
+    /// Takes the upstream's answer if it is to be drained.
+    fn take_to_drain(&mut self) -> Option<Box<Metered>> {
         match &mut self.0 {
-            Kind::Metered(metered) => metered.take_if(|m| m.wants_to_drain()),
-            Kind::Whole(_) => None,
+            AnswerSource::Upstream(metered) => metered.take_if(|m| m.wants_drain()),
+            AnswerSource::Gateway(_) => None,
         }
     }
 }
 
-/// The caller has hung up, or has all of it.
+/// Drains the answer if the caller has hung up before its end and `on_disconnect` is `drain`.
 impl Drop for AnswerBody {
     fn drop(&mut self) {
-        let Some(metered) = self.take_unread() else { return };
+        let Some(metered) = self.take_to_drain() else { return };
         if let (Some(drain), Ok(runtime)) = (Drain::begin(), Handle::try_current()) {
             runtime.spawn(drain.answer(metered));
         }
@@ -137,26 +134,27 @@ impl Body for AnswerBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match &mut self.0 {
-            Kind::Whole(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
-            Kind::Metered(Some(metered)) => Pin::new(metered.as_mut()).poll_frame(cx),
-            Kind::Metered(None) => Poll::Ready(None),
+            AnswerSource::Gateway(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
+            AnswerSource::Upstream(Some(metered)) => Pin::new(metered.as_mut()).poll_frame(cx),
+            AnswerSource::Upstream(None) => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.0 {
-            Kind::Whole(bytes) => bytes.is_none(),
-            Kind::Metered(metered) => metered.as_ref().is_none_or(Body::is_end_stream),
+            AnswerSource::Gateway(bytes) => bytes.is_none(),
+            AnswerSource::Upstream(metered) => metered.as_ref().is_none_or(Body::is_end_stream),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.0 {
-            Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
-            Kind::Metered(metered) => metered.as_ref().map_or_else(SizeHint::default, Body::size_hint),
+            AnswerSource::Gateway(bytes) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64))
+            }
+            AnswerSource::Upstream(metered) => {
+                metered.as_ref().map_or_else(SizeHint::default, Body::size_hint)
+            }
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

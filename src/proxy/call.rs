@@ -1,13 +1,17 @@
-//! The caller's request: its body within bounds, and the few fields of it that are needed.
+//! The caller's request: reads its body up to a size limit and parses the fields that the gateway needs.
 
+use super::charge::logged_name;
 use super::form;
-use super::headers::Unread;
+use super::headers::UnreadBody;
+use super::route::Endpoint;
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited, named_model};
 use crate::calibrations::{Calibrations, Lesson};
+use crate::config::Environment;
 use crate::error::ProxyError;
 use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Tokenizer};
 use crate::quota::MAX_AMOUNT;
+use crate::telemetry::{Metrics, Record};
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
 use http_body_util::BodyExt as _;
@@ -17,67 +21,68 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-/// Bodies up to this size are parsed where they arrive (about 50 microseconds), and counted there too if
-/// that is quick; all others on a thread for such work, which costs 10 to 20 more.
-const INLINE_BODY: usize = 40 * 1024;
-/// Changes to a larger body are made on a thread for such work, since they copy it.
-const INLINE_EDIT: usize = 64 * 1024;
-/// A body that is left unread is no more than this, or else the connection is closed.
-const LITTLE: u64 = 64 * 1024;
-/// A buffer for a body grows as bytes arrive; it does not trust a length it was told beyond this.
-const FIRST_BUFFER: usize = 256 * 1024;
+/// Bodies up to this size are parsed on the event loop (about 50 microseconds), and counted there if that is quick.
+/// Larger ones are parsed on the blocking pool, which adds 10 to 20 microseconds.
+const MAX_INLINE_BODY: usize = 40 * 1024;
+/// Larger bodies are edited on the blocking pool, because an edit copies the body.
+const MAX_INLINE_EDIT: usize = 64 * 1024;
+/// After a refusal that leaves more than this of the body unread, the connection is closed.
+const MAX_SMALL_UNREAD: u64 = 64 * 1024;
+/// A declared body length beyond this is not trusted: the buffer grows as bytes arrive.
+const MAX_INITIAL_BUFFER: usize = 256 * 1024;
 
-/// A request as far as the gateway understands it, and the bytes it forwards.
+/// A parsed request, and the bytes that are forwarded.
 #[derive(Debug, Default)]
 pub(super) struct Call {
-    /// As it came.
+    /// As received.
     body: Bytes,
-    /// What asks for usage where the caller did not.
-    asks_for_usage: Option<Edit>,
+    /// Makes a stream report its usage. `None`: the caller requested usage itself, or usage is not requested.
+    usage_request: Option<Edit>,
     bounds: Bounds,
     pub(super) model: String,
     pub(super) streams: bool,
-    /// The caller's own bound on all its completions together.
+    /// The caller's own limit of completion tokens, over all completions.
     pub(super) completion_cap: Option<u64>,
     pub(super) completions: u64,
-    /// What was counted of the prompt.
     pub(super) estimate: PromptEstimate,
-    /// What is reserved for it: the estimate, corrected, and what it refers to but does not carry.
+    /// Tokens to reserve for the prompt: the corrected estimate, and an amount for content that the request only
+    /// refers to.
     pub(super) prompt_tokens: u64,
     pub(super) tokenizer: Option<Tokenizer>,
 }
 
-/// What the reading of a body depends on.
+/// How to parse a body.
 #[derive(Clone)]
-pub(super) struct Reading {
+pub(super) struct ParseOptions {
     pub(super) api: Api,
-    /// The model that the path names in place of the body.
-    pub(super) model: Option<String>,
-    /// The path asks for a stream.
-    pub(super) streams: bool,
+    /// The model that the path names. It takes precedence over the body's.
+    pub(super) path_model: Option<String>,
+    /// The path requests a stream.
+    pub(super) path_streams: bool,
     pub(super) models: Models,
-    pub(super) ask_for_usage: bool,
+    /// Whether to request usage in a stream where the caller did not.
+    pub(super) requests_stream_usage: bool,
 }
 
 impl Call {
-    /// Parses and counts a body, on this thread if that is quick.
-    pub(super) async fn read(body: Bytes, reading: Reading) -> Result<Self, ProxyError> {
-        if body.len() <= INLINE_BODY
-            && let Some(call) = Self::parse(&body, &reading, if_quick)?
+    /// Parses a body and estimates its prompt, on the blocking pool unless that is quick.
+    pub(super) async fn parse(body: Bytes, options: ParseOptions) -> Result<Self, ProxyError> {
+        if body.len() <= MAX_INLINE_BODY
+            && let Some(call) = Self::parse_with(&body, &options, estimate_if_quick)?
         {
             return Ok(call);
         }
-        let parse = move || Self::parse(&body, &reading, |prompt, model| Some(prompt.estimate(model)));
+        let parse = move || Self::parse_with(&body, &options, |prompt, model| Some(prompt.estimate(model)));
         spawn_blocking(parse).await.map_err(|_| ProxyError::Internal)??.ok_or(ProxyError::Internal)
     }
 
-    /// A request whose body is not looked into.
-    pub(super) fn unread(body: Bytes) -> Self {
+    /// A request whose body is forwarded without being parsed.
+    pub(super) fn opaque(body: Bytes) -> Self {
         Self { body, ..Self::default() }
     }
 
-    /// A request whose prompt is not counted: of its JSON or form no more is read than the model. Of forms
-    /// not even that where nothing depends on it.
+    /// A request whose prompt is not counted. Only the model is read from its JSON, and from a form only if
+    /// `model_matters`.
     pub(super) async fn uncounted(
         body: Bytes,
         content_type: Option<&HeaderValue>,
@@ -86,42 +91,74 @@ impl Call {
         let model = match form::boundary(content_type) {
             Some(boundary) if model_matters => form::model(body.clone(), boundary).await?,
             Some(_) => String::new(),
-            None if body.len() <= INLINE_BODY => named_model(&body).map_err(ProxyError::Body)?,
+            None if body.len() <= MAX_INLINE_BODY => named_model(&body).map_err(ProxyError::InvalidBody)?,
             None => {
                 let body = body.clone();
                 let read = spawn_blocking(move || named_model(&body));
-                read.await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::Body)?
+                read.await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::InvalidBody)?
             }
         };
         Ok(Self { body, model, ..Self::default() })
     }
 
-    /// Whether the gateway asks for usage where the caller did not.
-    pub(super) fn asks_for_usage(&self) -> bool {
-        self.asks_for_usage.is_some()
+    /// Whether the gateway requests usage where the caller did not. It then withholds the usage chunk.
+    pub(super) fn adds_usage_request(&self) -> bool {
+        self.usage_request.is_some()
     }
 
-    /// From now on it does not.
-    pub(super) fn ask_no_longer(&mut self) {
-        self.asks_for_usage = None;
+    /// Forwards the request without a usage request of the gateway.
+    pub(super) fn drop_usage_request(&mut self) {
+        self.usage_request = None;
     }
 
-    /// Corrects the estimate by what was learned of the like.
+    /// Applies the correction that was learned for the model and this kind of request.
     pub(super) fn correct(&mut self, correction: Correction) {
         self.prompt_tokens = correction.apply(self.estimate.tokens());
     }
 
-    /// Adds so many tokens for each thing that the request refers to but does not carry.
-    pub(super) fn add_unseen(&mut self, each: u64) {
-        let unseen = each.saturating_mul(self.estimate.unseen);
+    /// Adds this many tokens for each item that the request refers to but does not contain.
+    pub(super) fn add_unseen(&mut self, tokens_per_item: u64) {
+        let unseen = tokens_per_item.saturating_mul(self.estimate.unseen);
         self.prompt_tokens = self.prompt_tokens.saturating_add(unseen).min(MAX_AMOUNT);
     }
 
-    /// What its answer will teach of estimates; of a prompt that was not seen whole, or not counted, nothing.
+    /// Adds to a log record what the request is for.
+    pub(super) fn describe(&self, record: &mut Record) {
+        record.model_label = record.series.as_ref().map(|series| series.label(&self.model));
+        logged_name(&self.model).clone_into(&mut record.model);
+        record.streams = self.streams;
+        record.estimated_prompt = self.prompt_tokens;
+        record.raw_estimate = self.estimate.tokens();
+    }
+
+    /// Records the estimate in metrics.
+    pub(super) fn record_estimate(&self, metrics: &Metrics) {
+        if let Some(tokenizer) = self.tokenizer {
+            metrics.estimated(tokenizer, &self.estimate);
+        }
+    }
+
+    /// Refuses a model that is not on the environment's allow-list.
+    pub(super) fn check_model(
+        &self,
+        endpoint: Endpoint,
+        environment: &Environment,
+    ) -> Result<(), ProxyError> {
+        let has_model = matches!(endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_));
+        let is_allowed =
+            environment.models.is_empty() || environment.models.iter().any(|glob| glob.matches(&self.model));
+        if !has_model || is_allowed {
+            return Ok(());
+        }
+        let (model, environment) = (logged_name(&self.model).to_owned(), environment.name.clone());
+        Err(ProxyError::ModelNotFound { model, environment })
+    }
+
+    /// What the answer's usage will calibrate. `None`: the prompt was not counted exactly and as a whole.
     pub(super) fn lesson(self, upstream: usize, calibrations: &Arc<Calibrations>) -> Option<Lesson> {
         let Self { estimate, model, .. } = self;
-        let is_clear = !estimate.is_partial && !estimate.is_rough && estimate.tokens() > 0;
-        is_clear.then(|| Lesson {
+        let is_exact = !estimate.is_partial && !estimate.is_rough && estimate.tokens() > 0;
+        is_exact.then(|| Lesson {
             calibrations: calibrations.clone(),
             upstream,
             model,
@@ -130,40 +167,42 @@ impl Call {
         })
     }
 
-    /// What is forwarded: as it came, but for a stream's usage that is asked for, and each completion's
-    /// bound if it is to be lowered.
-    pub(super) async fn forwarded(&self, bound: Option<u64>) -> Result<Bytes, ProxyError> {
-        let bound =
-            bound.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model, &self.body));
-        let edits: Vec<Edit> = bound.into_iter().chain(self.asks_for_usage.clone()).collect();
+    /// The body to forward: as received, except for the usage request and for token limits that are lowered to
+    /// `clamped_to` per completion.
+    pub(super) async fn forwarded_body(&self, clamped_to: Option<u64>) -> Result<Bytes, ProxyError> {
+        let clamp =
+            clamped_to.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model, &self.body));
+        let edits: Vec<Edit> = clamp.into_iter().chain(self.usage_request.clone()).collect();
         if edits.is_empty() {
             return Ok(self.body.clone());
         }
-        if self.body.len() <= INLINE_EDIT {
+        if self.body.len() <= MAX_INLINE_EDIT {
             return Ok(edited(&self.body, edits));
         }
         let body = self.body.clone();
         spawn_blocking(move || edited(&body, edits)).await.map_err(|_| ProxyError::Internal)
     }
 
-    /// `None` if the prompt was not estimated.
-    fn parse(
+    /// `None`: `estimate` returned `None`.
+    fn parse_with(
         bytes: &Bytes,
-        reading: &Reading,
+        options: &ParseOptions,
         estimate: impl FnOnce(&Prompt<'_>, &Model) -> Option<PromptEstimate>,
     ) -> Result<Option<Self>, ProxyError> {
-        let body = Body::read(reading.api, bytes).map_err(ProxyError::Body)?;
+        let body = Body::read(options.api, bytes).map_err(ProxyError::InvalidBody)?;
         let named = body.model.as_deref().unwrap_or_default();
-        let model = reading.model.as_deref().unwrap_or(named).to_owned();
-        let known = reading.models.named(&model);
+        let model = options.path_model.as_deref().unwrap_or(named).to_owned();
+        let known = options.models.named(&model);
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
-        let asks =
-            reading.ask_for_usage && body.streams && reading.api.reports_if_asked() && !body.wants_usage();
+        let adds_usage_request = options.requests_stream_usage
+            && body.streams
+            && options.api.reports_stream_usage_on_request()
+            && !body.wants_usage();
         Ok(Some(Self {
             body: bytes.clone(),
-            asks_for_usage: asks.then(|| body.ask_for_usage()),
+            usage_request: adds_usage_request.then(|| body.ask_for_usage()),
             bounds: body.bounds(),
-            streams: body.streams || reading.streams,
+            streams: body.streams || options.path_streams,
             completion_cap: body.completion_cap(),
             completions: body.completions(),
             prompt_tokens: estimate.tokens(),
@@ -174,11 +213,11 @@ impl Call {
     }
 }
 
-fn if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimate> {
+fn estimate_if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimate> {
     prompt.estimate_if_quick(model)
 }
 
-/// Refuses what makes a request's head ambiguous or asks for more than is served.
+/// Refuses a head from which caller, gateway and upstream could read different hosts.
 pub(super) fn check_head(
     headers: &HeaderMap,
     uri: &http::Uri,
@@ -187,62 +226,62 @@ pub(super) fn check_head(
     let mut hosts = headers.get_all(header::HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
-        return Err(ProxyError::BadHead("it has more than one Host"));
+        return Err(ProxyError::InvalidHead("it has more than one Host header"));
     }
     if host.is_none() && version == http::Version::HTTP_11 {
-        return Err(ProxyError::BadHead("it has no Host"));
+        return Err(ProxyError::InvalidHead("it has no Host header"));
     }
     if let (Some(authority), Some(host)) = (uri.authority(), host)
         && !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())
     {
-        return Err(ProxyError::BadHead("its target and its Host differ"));
+        return Err(ProxyError::InvalidHead("the host in its target differs from its Host header"));
     }
     Ok(())
 }
 
-/// Refuses what asks for a tunnel, where nobody knows what would go through it. HTTP/2 is what some
-/// clients offer to everybody; that offer stays here.
+/// Refuses protocol upgrades, because the gateway could not count what passes through them. Some clients offer
+/// `h2c` with every request; that offer is ignored and not forwarded.
 pub(super) fn check_upgrade(headers: &HeaderMap) -> Result<(), ProxyError> {
     let is_offer = |v: &http::HeaderValue| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"h2c");
     if headers.get_all(header::UPGRADE).iter().all(is_offer) {
         return Ok(());
     }
-    Err(ProxyError::BadHead("it asks for an upgrade, and none is served"))
+    Err(ProxyError::InvalidHead("it requests a protocol upgrade, and the gateway supports none"))
 }
 
-/// Refuses a body that would have to be decoded before it is read.
+/// Refuses an encoded body, which the gateway could not parse without decoding it.
 pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), ProxyError> {
     let is_identity = |v: &http::HeaderValue| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
     if headers.get_all(header::CONTENT_ENCODING).iter().any(|v| !is_identity(v)) {
-        return Err(ProxyError::ContentEncoding);
+        return Err(ProxyError::UnsupportedContentEncoding);
     }
     Ok(())
 }
 
-/// How much of a body is still to be read.
-pub(super) fn unread(body: &Incoming) -> Unread {
+/// How much of a body is still unread.
+pub(super) fn unread(body: &Incoming) -> UnreadBody {
     match body.size_hint().exact() {
-        _ if body.is_end_stream() => Unread::Nothing,
-        Some(length) if length <= LITTLE => Unread::Little,
-        _ => Unread::Much,
+        _ if body.is_end_stream() => UnreadBody::None,
+        Some(length) if length <= MAX_SMALL_UNREAD => UnreadBody::Small,
+        _ => UnreadBody::Large,
     }
 }
 
-/// Reads a whole body of at most `limit` bytes. One that stops arriving for as long as `idle` is given up.
+/// Reads a whole body of at most `limit` bytes. Fails if no bytes arrive for `idle`.
 pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) -> Result<Bytes, ProxyError> {
     let too_large = || ProxyError::BodyTooLarge { limit };
-    let told = body.size_hint().exact();
-    if told.is_some_and(|length| length > limit as u64) {
+    let declared = body.size_hint().exact();
+    if declared.is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
         let frame = match timeout(idle, body.frame()).await {
-            Err(_) => return Err(ProxyError::BodyIncomplete("nothing more of it came")),
+            Err(_) => return Err(ProxyError::BodyIncomplete("no more of it arrived in time")),
             Ok(None) => break,
             Ok(Some(Err(_))) => {
-                return Err(ProxyError::BodyIncomplete("the connection broke, or its framing is wrong"));
+                return Err(ProxyError::BodyIncomplete("the connection broke, or the framing is invalid"));
             }
             Ok(Some(Ok(frame))) => frame,
         };
@@ -250,13 +289,13 @@ pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) 
         if first.len() + whole.len() + data.len() > limit {
             return Err(too_large());
         }
-        // Most bodies come in one piece, which is then passed on as it is.
+        // Most bodies arrive in one piece, which is used without a copy.
         if first.is_empty() && whole.is_empty() {
             first = data;
             continue;
         }
         if whole.is_empty() {
-            let room = told.and_then(|n| usize::try_from(n).ok()).unwrap_or(0).min(FIRST_BUFFER);
+            let room = declared.and_then(|n| usize::try_from(n).ok()).unwrap_or(0).min(MAX_INITIAL_BUFFER);
             whole.reserve(room.max(first.len() + data.len()));
             whole.extend_from_slice(&std::mem::take(&mut first));
         }

@@ -1,6 +1,6 @@
-//! The flood guard: how many requests one peer address may send, before anything of them is read.
+//! The flood guard: limits the request rate of each peer address, before a request is parsed.
 //!
-//! It protects the gateway, not the quotas: `governor` only admits and cannot give back.
+//! It protects the gateway and is no quota: `governor` cannot refund what a request did not use.
 
 use crate::clock::Stopwatch;
 use crate::config::FloodGuard;
@@ -12,23 +12,25 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Addresses that have been silent are forgotten so often, once there are many.
-const SWEEP: Duration = Duration::from_secs(10);
-const MANY: usize = 4_096;
-/// That there are many is looked for once in so many calls.
-const LOOKS: u32 = 1_024;
+/// Idle addresses are removed at most this often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// Idle addresses are removed only above this number of addresses.
+const MIN_ADDRESSES_TO_SWEEP: usize = 4_096;
+/// One in this many calls checks whether a sweep is due.
+const CALLS_PER_SWEEP_CHECK: u32 = 1_024;
 
-/// Counts requests by address.
+/// Limits requests by address.
 #[derive(Debug)]
-pub(super) struct Flood {
+pub(super) struct FloodLimiter {
     limiter: DefaultKeyedRateLimiter<u64>,
     guard: FloodGuard,
     clock: DefaultClock,
     calls: AtomicU32,
-    swept: Mutex<Stopwatch>,
+    last_sweep: Mutex<Stopwatch>,
 }
 
-impl Flood {
+impl FloodLimiter {
+    /// `None`: the guard is off.
     pub(super) fn new(guard: FloodGuard) -> Option<Self> {
         let requests = NonZeroU32::new(guard.requests)?;
         let quota = Quota::with_period(guard.per / guard.requests)?.allow_burst(requests);
@@ -37,19 +39,19 @@ impl Flood {
             guard,
             clock: DefaultClock::default(),
             calls: AtomicU32::new(0),
-            swept: Mutex::new(Stopwatch::start()),
+            last_sweep: Mutex::new(Stopwatch::start()),
         })
     }
 
     /// Counts a request of this address.
     ///
     /// # Errors
-    /// How long to wait for the next one.
+    /// The time until the next request of this address is let through.
     pub(super) fn check(&self, peer: IpAddr) -> Result<(), Duration> {
         if !self.guard.guards_loopback && peer.to_canonical().is_loopback() {
             return Ok(());
         }
-        if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOKS) {
+        if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(CALLS_PER_SWEEP_CHECK) {
             self.sweep();
         }
         let Err(not_until) = self.limiter.check_key(&key(peer)) else { return Ok(()) };
@@ -57,19 +59,19 @@ impl Flood {
     }
 
     fn sweep(&self) {
-        if self.limiter.len() < MANY {
+        if self.limiter.len() < MIN_ADDRESSES_TO_SWEEP {
             return;
         }
-        let mut swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
-        if swept.elapsed() >= SWEEP {
-            *swept = Stopwatch::start();
-            drop(swept);
+        let mut last_sweep = self.last_sweep.lock().unwrap_or_else(PoisonError::into_inner);
+        if last_sweep.elapsed() >= SWEEP_INTERVAL {
+            *last_sweep = Stopwatch::start();
+            drop(last_sweep);
             self.limiter.retain_recent();
         }
     }
 }
 
-/// Whoever has one IPv6 address has all of its /64.
+/// IPv6 addresses are counted by their /64 network, because one host usually controls all of it.
 fn key(peer: IpAddr) -> u64 {
     match peer.to_canonical() {
         IpAddr::V4(v4) => u64::from(v4.to_bits()),
@@ -81,24 +83,24 @@ fn key(peer: IpAddr) -> u64 {
 mod tests {
     use super::*;
 
-    fn guard(requests: u32, guards_loopback: bool) -> Flood {
-        Flood::new(FloodGuard { requests, per: Duration::from_mins(1), guards_loopback }).unwrap()
+    fn guard(requests: u32, guards_loopback: bool) -> FloodLimiter {
+        FloodLimiter::new(FloodGuard { requests, per: Duration::from_mins(1), guards_loopback }).unwrap()
     }
 
     #[test]
-    fn each_address_has_its_own_count() {
+    fn each_address_has_its_own_limit() {
         let flood = guard(3, true);
         let [a, b]: [IpAddr; 2] = ["192.0.2.1", "192.0.2.2"].map(|a| a.parse().unwrap());
         assert_eq!((0..5).filter(|_| flood.check(a).is_ok()).count(), 3);
         assert!(flood.check(b).is_ok());
         let wait = flood.check(a).unwrap_err();
         assert!(wait > Duration::from_secs(15) && wait <= Duration::from_secs(20), "{wait:?}");
-        // One peer, written in two ways.
+        // The same address, written as an IPv4-mapped IPv6 address.
         assert!(flood.check("::ffff:192.0.2.1".parse().unwrap()).is_err());
     }
 
     #[test]
-    fn a_network_of_addresses_counts_as_one() {
+    fn an_ipv6_network_counts_as_one_address() {
         let flood = guard(2, true);
         let admitted = (0..10).filter(|n| flood.check(format!("2001:db8::{n}").parse().unwrap()).is_ok());
         assert_eq!(admitted.count(), 2);
@@ -106,11 +108,11 @@ mod tests {
     }
 
     #[test]
-    fn by_default_this_machine_itself_is_not_held_back() {
+    fn loopback_is_not_limited_by_default() {
         let flood = guard(1, false);
         assert!((0..100).all(|_| flood.check("127.0.0.1".parse().unwrap()).is_ok()));
         assert!(
-            Flood::new(FloodGuard { requests: 0, per: Duration::from_secs(1), guards_loopback: true })
+            FloodLimiter::new(FloodGuard { requests: 0, per: Duration::from_secs(1), guards_loopback: true })
                 .is_none()
         );
     }

@@ -1,10 +1,10 @@
-//! The answer's body: passes the upstream's bytes on as they come, reads usage on the side, and holds
-//! the reservation until it is known what the answer has cost.
+//! The body of an upstream's answer. It passes the bytes on as they arrive, reads usage from them, and holds the
+//! reservation until the answer's cost is known.
 
-use super::Charge;
-use super::reader::Reader;
+use super::charge::Charge;
+use super::reader::AnswerReader;
 use super::route::Endpoint;
-use super::unsettled::{Uncounted, Unsettled};
+use super::settlement::{Settlement, Unreported, WhenDurable};
 use crate::calibrations::Lesson;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
@@ -28,199 +28,199 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Sleep, sleep_until};
 
-/// How often what a stream has certainly used is taken out of what it holds.
-const PROGRESS: Duration = Duration::from_secs(1);
+/// How often the tokens that a stream has delivered move from held to used.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What has to be known to charge for an answer.
-#[derive(Clone, Debug)]
-pub(super) struct Terms {
-    /// What is charged for the prompt if the upstream does not say.
+/// Facts about the request and its answer that metering depends on.
+#[derive(Debug)]
+pub(super) struct MeterContext {
+    /// Charged for the prompt if the upstream does not report it.
     pub(super) estimated_prompt: u64,
-    /// How many completions were asked for.
+    /// The number of completions requested.
     pub(super) completions: u64,
     pub(super) tokenizer: Option<Tokenizer>,
+    /// The gateway requested usage where the caller did not, so the usage chunk is withheld.
+    pub(super) withholds_usage: bool,
+    /// What the reported usage calibrates.
+    pub(super) lesson: Option<Lesson>,
     pub(super) status: StatusCode,
     pub(super) endpoint: Endpoint,
-    /// Since the request was sent: `timeouts.total` counts from there.
+    /// Runs since the request was sent. `timeouts.total` counts from then.
     pub(super) started: Stopwatch,
     pub(super) environment: Arc<Environment>,
 }
 
-impl Terms {
+impl MeterContext {
     fn upstream(&self) -> &str {
         &self.environment.upstream.name
     }
 }
 
-/// The upstream's body on its way to the caller.
+/// The body of an upstream's answer on its way to the caller.
 pub(super) struct Metered {
     incoming: Incoming,
-    reader: Reader,
-    /// Read and not yet passed on.
+    reader: AnswerReader,
+    /// Pieces that have been read and not yet passed on.
     ready: VecDeque<Bytes>,
-    /// What is left to pass on if the answer is of known length.
-    length: Option<u64>,
-    /// And what is left to come: nobody asks for more than that.
-    to_come: Option<u64>,
-    terms: Terms,
-    lesson: Option<Lesson>,
-    state: State,
-    /// Text of a long stream, which is being counted while the rest is coming.
-    portion: Option<JoinHandle<u64>>,
+    /// Bytes still to pass on, if the length of the answer is known.
+    bytes_to_send: Option<u64>,
+    /// Bytes still to receive, if the length of the answer is known.
+    bytes_to_receive: Option<u64>,
+    context: MeterContext,
+    phase: MeterPhase,
+    /// The count of a portion of a long stream, which runs on the blocking pool while the stream goes on.
+    portion_count: Option<JoinHandle<u64>>,
     last_data: Stopwatch,
-    alarm: Option<Pin<Box<Sleep>>>,
+    timeout: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
-    /// The most that the request allows its answer.
-    cap: u64,
-    /// Beyond so many completion tokens progress is told at once.
-    tell_beyond: u64,
-    /// The caller has hung up, and the answer is read for its usage.
-    caller_is_gone: bool,
+    /// The most completion tokens that the request allows.
+    completion_cap: u64,
+    /// Beyond this number of completion tokens, progress is reported to the ledger at once.
+    progress_threshold: u64,
+    /// The caller has hung up, and the answer is drained for its usage.
+    is_draining: bool,
 }
 
-/// Ready when what was charged would outlive the process.
-pub(super) type Kept = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-// A whole life is spent in the large one, and the whole is boxed.
+// Nearly always `Passing`, and the enclosing struct is boxed.
 #[allow(clippy::large_enum_variant)]
-enum State {
-    /// Bytes are coming. The reservation lives here.
+enum MeterPhase {
+    /// Bytes are arriving. The charge is not settled.
     Passing(Charge),
-    /// All has come, and is counted and settled on a thread for such work.
-    Counting(JoinHandle<Option<Kept>>, Ending),
-    /// Settled for more than was reserved, which has to be kept before the last bytes are passed on.
-    Keeping(Kept, Ending),
-    /// Settled; what is ready is still to be passed on.
+    /// The answer has ended, and is counted and settled on the blocking pool.
+    Counting(JoinHandle<Option<WhenDurable>>, Ending),
+    /// Settled for more than was reserved. The last bytes wait until that is durable.
+    AwaitingDurability(WhenDurable, Ending),
+    /// Settled. Pieces that are ready are still to be passed on.
     Settled(Ending),
 }
 
-/// What comes after the last bytes of an answer.
+/// How the caller's body ends after the last bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
-    End,
-    /// The connection is to be broken off, but not before what was passed on has been written.
-    Flush,
-    BreakOff,
+    Complete,
+    /// The last bytes are to be written to the socket, then the connection is aborted.
+    FlushAndAbort,
+    Abort,
 }
 
-/// Why an answer ends before its end.
-enum Cut {
-    Broken,
+/// Why an answer is incomplete.
+enum Interruption {
+    Disconnected,
+    /// The setting below `timeouts`, and its value.
     Timeout(&'static str, Duration),
 }
 
 impl Metered {
-    /// `withholds`: the gateway asked for usage in a stream where the caller did not.
+    /// `headers` are those of the upstream's answer.
     pub(super) fn new(
         incoming: Incoming,
         headers: &HeaderMap,
-        withholds: bool,
+        context: MeterContext,
         charge: Charge,
-        terms: Terms,
-        lesson: Option<Lesson>,
     ) -> Self {
-        let reader = Reader::of(headers, withholds);
+        let reader = AnswerReader::new(headers, context.withholds_usage);
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
-        let now = Stopwatch::start();
-        let bounds = charge.reservation.as_ref().map(|held| (held.cap(), held.tell_beyond()));
-        let (cap, tell_beyond) = bounds.unwrap_or((u64::MAX, u64::MAX));
         let length = length.filter(|_| !reader.is_stream());
+        let now = Stopwatch::start();
+        let limits = charge.reservation.as_ref().map(|held| (held.cap(), held.tell_beyond()));
+        let (completion_cap, progress_threshold) = limits.unwrap_or((u64::MAX, u64::MAX));
         let mut metered = Self {
             incoming,
-            length,
-            to_come: length,
+            bytes_to_send: length,
+            bytes_to_receive: length,
             reader,
             ready: VecDeque::new(),
-            terms,
-            lesson,
-            state: State::Passing(charge),
-            portion: None,
+            context,
+            phase: MeterPhase::Passing(charge),
+            portion_count: None,
             last_data: now,
-            alarm: None,
+            timeout: None,
             last_progress: now,
-            cap,
-            tell_beyond,
-            caller_is_gone: false,
+            completion_cap,
+            progress_threshold,
+            is_draining: false,
         };
-        let has_begun = metered.reader.events().is_some() && metered.terms.status.is_success();
-        if has_begun && metered.terms.endpoint.generates() {
-            // The model has begun: its prompt is spent.
+        let has_begun = metered.reader.events().is_some() && metered.context.status.is_success();
+        if has_begun && metered.context.endpoint.generates() {
+            // The model has begun, so the prompt is spent.
             metered.progress();
         }
         metered
     }
 
-    /// Whether the answer may become shorter or longer on its way, so that its length is not told.
+    /// Whether the gateway may withhold or add events, so that the length of the body can change.
     pub(super) fn is_stream(&self) -> bool {
         self.reader.is_stream()
     }
 
-    /// Whether there is no body: nobody will ask for its bytes.
+    /// Whether the answer has no body. The server then never polls it.
     pub(super) fn is_empty(&self) -> bool {
         self.is_whole()
     }
 
-    /// Whether all has come, as far as is known without asking for more.
+    /// Whether the whole body has arrived, as far as is known without polling.
     fn is_whole(&self) -> bool {
-        self.incoming.is_end() || self.to_come == Some(0)
+        self.incoming.is_end() || self.bytes_to_receive == Some(0)
     }
 
-    /// Settles an answer without a body. What is returned has to be waited for before the caller gets it.
-    pub(super) fn settle_empty(&mut self) -> Option<Kept> {
-        self.end();
-        match std::mem::replace(&mut self.state, State::Settled(Ending::End)) {
-            State::Keeping(kept, _) => Some(kept),
-            State::Passing(_) | State::Counting(..) | State::Settled(_) => None,
+    /// Settles an answer without a body. The answer must not be passed on before the returned future resolves.
+    pub(super) fn settle_empty(&mut self) -> Option<WhenDurable> {
+        self.complete();
+        match std::mem::replace(&mut self.phase, MeterPhase::Settled(Ending::Complete)) {
+            MeterPhase::AwaitingDurability(when_durable, _) => Some(when_durable),
+            MeterPhase::Passing(_) | MeterPhase::Counting(..) | MeterPhase::Settled(_) => None,
         }
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        ready!(self.poll_portion(cx));
+        ready!(self.poll_portion_count(cx));
         match self.incoming.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
                 self.last_data = Stopwatch::start();
-                self.to_come = self.to_come.map(|bytes| bytes.saturating_sub(data.len() as u64));
+                self.bytes_to_receive =
+                    self.bytes_to_receive.map(|bytes| bytes.saturating_sub(data.len() as u64));
                 self.reader.feed(data, &mut self.ready);
                 if self.is_whole() {
-                    self.end();
+                    self.complete();
                 } else if self.progress_is_due() && self.progress() == Progress::Overrun {
                     self.overrun();
                 }
             }
-            Poll::Ready(None) => self.end(),
+            Poll::Ready(None) => self.complete(),
             Poll::Ready(Some(Err(error))) => {
-                tracing::debug!(%error, upstream = self.terms.upstream(), "an answer broke off");
-                self.cut(&Cut::Broken);
+                tracing::debug!(%error, upstream = self.context.upstream(), "the upstream broke off its answer");
+                self.interrupt(&Interruption::Disconnected);
             }
             Poll::Pending => {
-                let cut = ready!(self.poll_alarm(cx));
-                self.cut(&cut);
+                let interruption = ready!(self.poll_timeout(cx));
+                self.interrupt(&interruption);
             }
         }
         Poll::Ready(())
     }
 
-    /// A long stream is counted in portions, so that little of it is kept: one at a time, on a thread for such
-    /// work. Ready when more may come, which waits where the next portion is there before.
-    fn poll_portion(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Counts a long stream in portions, so that little of its text is buffered. One portion at a time is counted,
+    /// on the blocking pool. Pending while a portion is being counted and the next one is already complete: the
+    /// upstream is then not read.
+    fn poll_portion_count(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(reader) = self.reader.events_mut() else { return Poll::Ready(()) };
         loop {
-            if let Some(counting) = &mut self.portion {
-                match Pin::new(counting).poll(cx) {
+            if let Some(count) = &mut self.portion_count {
+                match Pin::new(count).poll(cx) {
                     Poll::Ready(counted) => reader.portion_counted(counted.ok()),
                     Poll::Pending if reader.has_portion() => return Poll::Pending,
                     Poll::Pending => return Poll::Ready(()),
                 }
-                self.portion = None;
+                self.portion_count = None;
             }
             let Some(texts) = reader.take_portion() else { return Poll::Ready(()) };
-            let counts = self.terms.status.is_success() && self.terms.endpoint.generates();
-            match self.terms.tokenizer.filter(|_| counts) {
+            let counts = self.context.status.is_success() && self.context.endpoint.generates();
+            match self.context.tokenizer.filter(|_| counts) {
                 Some(tokenizer) => {
                     let count = move || tokenizer.count_all(texts.iter().map(String::as_str));
-                    self.portion = Some(spawn_blocking(count));
+                    self.portion_count = Some(spawn_blocking(count));
                 }
-                // It would not be charged at the end either.
+                // Such an answer is not charged for completion tokens.
                 None => reader.portion_counted(Some(0)),
             }
         }
@@ -228,171 +228,179 @@ impl Metered {
 
     fn progress_is_due(&self) -> bool {
         let Some(reader) = self.reader.events() else { return false };
-        self.terms.endpoint.generates()
-            && (reader.tokens_so_far(self.cap) > self.tell_beyond
-                || self.last_data.since(self.last_progress) >= PROGRESS)
+        self.context.endpoint.generates()
+            && (reader.tokens_so_far(self.completion_cap) > self.progress_threshold
+                || self.last_data.since(self.last_progress) >= PROGRESS_INTERVAL)
     }
 
-    /// What has certainly been used is held no longer, and a stream that outgrows its reservation gets
-    /// more of it.
+    /// Moves delivered tokens from held to used, and extends the reservation of a stream that outgrows it.
     fn progress(&mut self) -> Progress {
         self.last_progress = self.last_data;
-        let (State::Passing(charge), Some(reader)) = (&mut self.state, self.reader.events()) else {
+        let (MeterPhase::Passing(charge), Some(reader)) = (&mut self.phase, self.reader.events()) else {
             return Progress::Within;
         };
-        let tokens = reader.tokens_so_far(self.cap);
-        let spent = reader.reported().amounts_so_far(self.terms.estimated_prompt, tokens);
+        let tokens = reader.tokens_so_far(self.completion_cap);
+        let spent = reader.reported().amounts_so_far(self.context.estimated_prompt, tokens);
         let Some(reservation) = &mut charge.reservation else { return Progress::Within };
         let progress = reservation.progress(spent);
-        self.tell_beyond = reservation.tell_beyond();
+        self.progress_threshold = reservation.tell_beyond();
         progress
     }
 
-    /// The stream goes on and becomes debt, or ends here as if it had reached its bound. To a compressed one
-    /// no such end can be added: it is broken off.
+    /// Applies `on_overrun`: the stream goes on and becomes debt, or ends here with `finish_reason: "length"`. A
+    /// compressed stream, to which no event can be added, is aborted.
     fn overrun(&mut self) {
-        let Environment { enforce, reserve, .. } = &*self.terms.environment;
-        // Quotas that only watch alter nothing.
+        let Environment { enforce, reserve, .. } = &*self.context.environment;
+        // Shadow mode changes no answer.
         if !enforce || reserve.on_overrun == OnOverrun::Finish {
             return;
         }
         let Some(reader) = self.reader.as_stream() else {
-            self.close(Outcome::QuotaCut, true, Ending::Flush);
+            self.close(Outcome::QuotaCut, true, Ending::FlushAndAbort);
             return;
         };
         let separator = if reader.break_off() { "\n\n" } else { "" };
-        let ending = reader.length_ending(self.terms.completions);
+        let ending = reader.length_ending(self.context.completions);
         self.ready.push_back(format!("{separator}{ending}").into());
-        self.close(Outcome::QuotaCut, true, Ending::End);
+        self.close(Outcome::QuotaCut, true, Ending::Complete);
     }
 
-    /// Ready when the upstream has been silent, or the whole exchange has lasted, too long. The timer
-    /// is set once and looked at when it fires: no timer is moved for every piece.
-    fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
+    /// Ready when `timeouts.idle` or `timeouts.total` has run out. The timer is only reset when it fires, not for
+    /// every piece.
+    fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<Interruption> {
         loop {
-            let Timeouts { idle, total, .. } = self.terms.environment.upstream.timeouts;
-            let (silent, over) = (self.last_data.deadline(idle), self.terms.started.deadline(total));
-            let due = silent.min(over);
-            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
-            ready!(alarm.as_mut().poll(cx));
-            if self.terms.started.elapsed() >= total {
-                return Poll::Ready(Cut::Timeout("total", total));
+            let Timeouts { idle, total, .. } = self.context.environment.upstream.timeouts;
+            let (idle_end, total_end) = (self.last_data.deadline(idle), self.context.started.deadline(total));
+            let due = idle_end.min(total_end);
+            let timeout = self.timeout.get_or_insert_with(|| Box::pin(sleep_until(due)));
+            ready!(timeout.as_mut().poll(cx));
+            if self.context.started.elapsed() >= total {
+                return Poll::Ready(Interruption::Timeout("total", total));
             }
             if self.last_data.elapsed() >= idle {
-                return Poll::Ready(Cut::Timeout("idle", idle));
+                return Poll::Ready(Interruption::Timeout("idle", idle));
             }
-            alarm.as_mut().reset(due);
+            timeout.as_mut().reset(due);
         }
     }
 
-    /// The answer is whole.
-    fn end(&mut self) {
+    /// Ends an answer that has arrived as a whole.
+    fn complete(&mut self) {
         self.reader.finish(&mut self.ready);
         let outcome =
-            if self.terms.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
-        self.close(outcome, false, Ending::End);
+            if self.context.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
+        self.close(outcome, false, Ending::Complete);
     }
 
-    /// The answer ends before its end: a stream with an event that says so, anything else by breaking
-    /// off the caller's connection too, so that it cannot be taken for whole.
-    fn cut(&mut self, cut: &Cut) {
+    /// Ends an incomplete answer. A stream ends with an error event. Any other answer is aborted, so that the caller
+    /// does not take it for complete.
+    fn interrupt(&mut self, interruption: &Interruption) {
         let ending = match self.reader.as_stream() {
             Some(reader) => {
                 let number = reader.next_sequence_number();
                 let separator = if reader.break_off() { "\n\n" } else { "" };
-                let upstream = self.terms.upstream().to_owned();
-                let error = match *cut {
-                    Cut::Broken => ProxyError::UpstreamCut { upstream },
-                    Cut::Timeout(setting, after) => {
+                let upstream = self.context.upstream().to_owned();
+                let error = match *interruption {
+                    Interruption::Disconnected => ProxyError::UpstreamDisconnected { upstream },
+                    Interruption::Timeout(setting, after) => {
                         ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
                     }
                 };
-                let event = error.event(self.terms.endpoint.dialect(), number);
+                let event = error.event(self.context.endpoint.dialect(), number);
                 self.ready.push_back(format!("{separator}{event}").into());
-                Ending::End
+                Ending::Complete
             }
-            None => Ending::Flush,
+            None => Ending::FlushAndAbort,
         };
         self.close(Outcome::UpstreamCut, true, ending);
     }
 
-    /// Settles, at once or when what came has been counted.
+    /// Settles the charge, at once or after counting on the blocking pool. `was_cut`: the answer is incomplete.
     fn close(&mut self, outcome: Outcome, was_cut: bool, ending: Ending) {
-        let State::Passing(mut charge) = std::mem::replace(&mut self.state, State::Settled(ending)) else {
+        let MeterPhase::Passing(mut charge) = std::mem::replace(&mut self.phase, MeterPhase::Settled(ending))
+        else {
             return;
         };
-        charge.record.outcome = if self.caller_is_gone { Outcome::CallerGone } else { outcome };
+        charge.record.outcome = if self.is_draining { Outcome::CallerGone } else { outcome };
         if outcome == Outcome::Answered {
             if let Some(reservation) = &mut charge.reservation {
                 reservation.is_whole();
             }
-            if let (Some(lesson), Some(prompt)) = (self.lesson.take(), self.reader.reported().prompt()) {
+            if let (Some(lesson), Some(prompt)) =
+                (self.context.lesson.take(), self.reader.reported().prompt())
+            {
                 lesson.learn(prompt);
             }
         }
-        let mut unsettled = self.unsettled(charge, was_cut);
-        self.state = if unsettled.is_quick() {
-            State::settled(unsettled.settle(), ending)
+        let mut settlement = self.settlement(charge, was_cut);
+        self.phase = if settlement.is_quick() {
+            MeterPhase::settled(settlement.settle(), ending)
         } else {
-            State::Counting(spawn_blocking(move || unsettled.settle()), ending)
+            MeterPhase::Counting(spawn_blocking(move || settlement.settle()), ending)
         };
     }
 
-    /// What is left to do for this answer. What came has to be counted where the upstream did not report
-    /// it, or had not yet; where nothing is generated, nothing.
-    fn unsettled(&mut self, mut charge: Charge, was_cut: bool) -> Unsettled {
+    /// Prepares the settlement. Delivered text is counted if the upstream has not reported its final usage and the
+    /// endpoint generates tokens.
+    fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> Settlement {
         let reported = self.reader.reported();
         charge.record.reported = reported.is_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
-        self.tell_of_usage(&charge, reported);
-        let Terms { status, endpoint, estimated_prompt, tokenizer, .. } = self.terms;
-        // A stream that broke off has gone on after what it reported on its way.
-        let goes_on = was_cut && self.reader.events().is_some();
-        let is_known = !status.is_success() || reported.completion().is_some() && !goes_on;
-        let uncounted = if is_known || !endpoint.generates() {
-            Uncounted::Nothing
+        self.record_missing_usage(&charge, reported);
+        let MeterContext { status, endpoint, estimated_prompt, tokenizer, .. } = self.context;
+        // A report in the middle of an interrupted stream does not cover the text that followed it.
+        let may_be_partial = was_cut && self.reader.events().is_some();
+        let is_known = !status.is_success() || reported.completion().is_some() && !may_be_partial;
+        let unreported = if is_known || !endpoint.generates() {
+            Unreported::Nothing
         } else {
-            Uncounted::Raw(std::mem::take(&mut self.reader), was_cut)
+            Unreported::Raw { reader: std::mem::take(&mut self.reader), was_cut }
         };
         let estimated_prompt = status.is_success().then_some(estimated_prompt);
-        let skips = !self.terms.environment.count_cached_prompt_tokens;
-        let reported = if skips { reported.less_cached() } else { reported };
-        Unsettled::new(charge, reported, estimated_prompt, tokenizer, uncounted)
+        let skips_cached = !self.context.environment.count_cached_prompt_tokens;
+        let reported = if skips_cached { reported.less_cached() } else { reported };
+        Settlement::new(charge, reported, estimated_prompt, tokenizer, unreported)
     }
 
-    /// Counts an answer whose usage is missing where there should be one, or cannot be true.
-    fn tell_of_usage(&self, charge: &Charge, reported: Reported) {
+    /// Counts in metrics an answer whose usage is missing or not credible.
+    fn record_missing_usage(&self, charge: &Charge, reported: Reported) {
         let is_charged = charge.reservation.is_some();
-        let is_due = self.terms.status.is_success() && matches!(self.terms.endpoint, Endpoint::Counted(_));
+        let is_expected =
+            self.context.status.is_success() && matches!(self.context.endpoint, Endpoint::Counted(_));
         let (metrics, environment) = (charge.record.metrics(), &charge.record.environment);
         if is_charged && reported.was_refused() {
             metrics.usage_missing(environment, "not_credible");
-            let upstream = self.terms.upstream();
-            tracing::warn!(upstream, "an answer's usage, or part of it, cannot be true: it is not charged");
-        } else if is_charged && is_due && reported.completion().is_none() {
+            let upstream = self.context.upstream();
+            tracing::warn!(
+                upstream,
+                "the upstream reported usage that is not credible; the gateway charges its own count for those fields"
+            );
+        } else if is_charged && is_expected && reported.completion().is_none() {
             let reason = if self.reader.is_unreadable() { "not_readable" } else { "not_reported" };
             metrics.usage_missing(environment, reason);
         }
     }
 }
 
-impl State {
-    fn settled(kept: Option<Kept>, ending: Ending) -> Self {
-        kept.map_or(Self::Settled(ending), |kept| Self::Keeping(kept, ending))
+impl MeterPhase {
+    fn settled(when_durable: Option<WhenDurable>, ending: Ending) -> Self {
+        when_durable.map_or(Self::Settled(ending), |future| Self::AwaitingDurability(future, ending))
     }
 }
 
-/// The caller has hung up, or the gateway stops: what has come is counted and charged all the same. A
-/// count that is under way goes on by itself.
+/// Settles if the caller has hung up or the gateway stops. Delivered text is counted and charged as usual. A count
+/// that already runs on the blocking pool continues and settles there.
 impl Drop for Metered {
     fn drop(&mut self) {
-        let state = std::mem::replace(&mut self.state, State::Settled(Ending::End));
-        let State::Passing(mut charge) = state else { return };
+        let phase = std::mem::replace(&mut self.phase, MeterPhase::Settled(Ending::Complete));
+        let MeterPhase::Passing(mut charge) = phase else { return };
         charge.record.outcome = Outcome::CallerGone;
-        let mut unsettled = self.unsettled(charge, true);
+        let mut settlement = self.settlement(charge, true);
         match Handle::try_current() {
-            Ok(runtime) if !unsettled.is_quick() => drop(runtime.spawn_blocking(move || unsettled.settle())),
-            _ => drop(unsettled),
+            Ok(runtime) if !settlement.is_quick() => {
+                drop(runtime.spawn_blocking(move || settlement.settle()));
+            }
+            _ => drop(settlement),
         }
     }
 }
@@ -407,35 +415,35 @@ impl Body for Metered {
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         let me = &mut *self;
         loop {
-            match &mut me.state {
-                // The last bytes wait for the count: whoever has read them finds it settled.
-                State::Counting(counting, ending) => {
+            match &mut me.phase {
+                // The last bytes wait for the count, so that a caller that has the whole answer finds it settled.
+                MeterPhase::Counting(count, ending) => {
                     let ending = *ending;
-                    let kept = ready!(Pin::new(counting).poll(cx)).ok().flatten();
-                    me.state = State::settled(kept, ending);
+                    let when_durable = ready!(Pin::new(count).poll(cx)).ok().flatten();
+                    me.phase = MeterPhase::settled(when_durable, ending);
                 }
-                State::Keeping(kept, ending) => {
+                MeterPhase::AwaitingDurability(when_durable, ending) => {
                     let ending = *ending;
-                    ready!(kept.as_mut().poll(cx));
-                    me.state = State::Settled(ending);
+                    ready!(when_durable.as_mut().poll(cx));
+                    me.phase = MeterPhase::Settled(ending);
                 }
-                State::Passing(_) | State::Settled(_) if !me.ready.is_empty() => {
+                MeterPhase::Passing(_) | MeterPhase::Settled(_) if !me.ready.is_empty() => {
                     let data = me.ready.pop_front().unwrap_or_default();
-                    if let Some(length) = &mut me.length {
-                        *length = length.saturating_sub(data.len() as u64);
+                    if let Some(bytes) = &mut me.bytes_to_send {
+                        *bytes = bytes.saturating_sub(data.len() as u64);
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                State::Passing(_) => ready!(me.poll_passing(cx)),
-                State::Settled(Ending::End) => return Poll::Ready(None),
-                State::Settled(ending @ Ending::Flush) => {
-                    // The server writes out what it has when a body has nothing ready.
-                    *ending = Ending::BreakOff;
+                MeterPhase::Passing(_) => ready!(me.poll_passing(cx)),
+                MeterPhase::Settled(Ending::Complete) => return Poll::Ready(None),
+                MeterPhase::Settled(ending @ Ending::FlushAndAbort) => {
+                    // The server writes its buffer to the socket when the body is pending.
+                    *ending = Ending::Abort;
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                State::Settled(ending @ Ending::BreakOff) => {
-                    *ending = Ending::End;
+                MeterPhase::Settled(ending @ Ending::Abort) => {
+                    *ending = Ending::Complete;
                     return Poll::Ready(Some(Err(io::ErrorKind::ConnectionAborted.into())));
                 }
             }
@@ -443,29 +451,32 @@ impl Body for Metered {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.state, State::Settled(Ending::End)) && self.ready.is_empty()
+        matches!(self.phase, MeterPhase::Settled(Ending::Complete)) && self.ready.is_empty()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.length.map_or_else(SizeHint::default, SizeHint::with_exact)
+        self.bytes_to_send.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
 
 impl Metered {
-    /// The answer is still coming, and is to be read to its end though the caller has gone.
-    pub(super) fn wants_to_drain(&self) -> bool {
-        matches!(self.state, State::Passing(_)) && self.terms.environment.on_disconnect == OnDisconnect::Drain
+    /// Whether the answer is incomplete and `on_disconnect` is `drain`.
+    pub(super) fn wants_drain(&self) -> bool {
+        matches!(self.phase, MeterPhase::Passing(_))
+            && self.context.environment.on_disconnect == OnDisconnect::Drain
     }
 
-    /// Reads on without passing anything on, until it is settled.
+    /// Reads the rest of the answer and discards it. Ready when the answer has ended.
     pub(super) fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.caller_is_gone = true;
+        self.is_draining = true;
         loop {
             self.ready.clear();
-            match &self.state {
-                State::Passing(_) => ready!(self.poll_passing(cx)),
-                // Nobody is there whose last bytes would have to wait.
-                State::Counting(..) | State::Settled(_) | State::Keeping(..) => return Poll::Ready(()),
+            match &self.phase {
+                MeterPhase::Passing(_) => ready!(self.poll_passing(cx)),
+                // Without a caller no bytes have to wait for the settlement.
+                MeterPhase::Counting(..) | MeterPhase::Settled(_) | MeterPhase::AwaitingDurability(..) => {
+                    return Poll::Ready(());
+                }
             }
         }
     }

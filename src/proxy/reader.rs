@@ -1,4 +1,4 @@
-//! The side glance at the bytes of an answer: what it reports, and what came of it.
+//! Reads usage and delivered text from an answer while its bytes pass through unchanged.
 
 use crate::usage::{Coding, Decoder, JsonReader, Nowhere, Received, Reported, SseReader, Texts};
 use bytes::Bytes;
@@ -7,40 +7,39 @@ use http::header::{self, HeaderMap};
 use std::collections::VecDeque;
 use std::io::{self, Write};
 
-/// Looks at the bytes that pass.
-// The large one is the usual one, and lives in a box with the rest of its answer.
+/// Reads an answer's body in the form in which the upstream sends it.
+// The large variant is the usual one, and the enclosing `Metered` is boxed.
 #[allow(clippy::large_enum_variant)]
-pub(super) enum Reader {
-    Plain(Plain),
-    /// Passes as it is, and is decoded to be looked at.
-    Coded(Box<Decoder<Plain>>),
-    /// Neither events nor JSON, or compressed in a way that is not known: only its length is.
+pub(super) enum AnswerReader {
+    Plain(BodyParser),
+    /// Compressed. The caller receives the compressed bytes; a decompressed copy is parsed.
+    Compressed(Box<Decoder<BodyParser>>),
+    /// Neither SSE nor JSON, or compressed with an unknown coding. Only the bytes are counted.
     Opaque {
         bytes: u64,
-        is_coded: bool,
+        is_compressed: bool,
     },
 }
 
-/// What looks at nothing.
-impl Default for Reader {
+impl Default for AnswerReader {
     fn default() -> Self {
-        Self::Opaque { bytes: 0, is_coded: false }
+        Self::Opaque { bytes: 0, is_compressed: false }
     }
 }
 
-/// What is looked at, without its code.
-pub(super) enum Plain {
+/// Parses the uncompressed body.
+pub(super) enum BodyParser {
     Sse(SseReader),
     Json(JsonReader, Received),
 }
 
-impl Default for Plain {
+impl Default for BodyParser {
     fn default() -> Self {
         Self::Json(JsonReader::default(), Received::default())
     }
 }
 
-impl Plain {
+impl BodyParser {
     fn reported(&self) -> Reported {
         match self {
             Self::Sse(reader) => reader.reported(),
@@ -70,8 +69,8 @@ impl Plain {
     }
 }
 
-/// What a decoder gives; the caller gets nothing of it.
-impl Write for Plain {
+/// Takes a decoder's output. The caller receives nothing of it.
+impl Write for BodyParser {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         match self {
             Self::Sse(reader) => reader.feed(&Bytes::copy_from_slice(data), &mut Nowhere),
@@ -88,51 +87,53 @@ impl Write for Plain {
     }
 }
 
-impl Reader {
-    /// By what the answer's head says of its body. Nothing is withheld from what is compressed.
-    pub(super) fn of(headers: &HeaderMap, withholds: bool) -> Self {
-        let is = |value: Option<&HeaderValue>, what: &[u8]| {
-            value.is_some_and(|v| {
-                v.as_bytes().len() >= what.len() && v.as_bytes()[..what.len()].eq_ignore_ascii_case(what)
-            })
+impl AnswerReader {
+    /// Chooses the parser by the answer's headers. `withholds`: the usage chunk is withheld from the caller, unless
+    /// the answer is compressed.
+    pub(super) fn new(headers: &HeaderMap, withholds: bool) -> Self {
+        let has_prefix = |value: Option<&HeaderValue>, prefix: &[u8]| {
+            let start = value.and_then(|value| value.as_bytes().get(..prefix.len()));
+            start.is_some_and(|start| start.eq_ignore_ascii_case(prefix))
         };
-        let is_coded = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
-        let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_coded);
+        let is_compressed = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
+        let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_compressed);
         let encoding = encodings.next();
         let content = headers.get(header::CONTENT_TYPE);
-        let plain = if is(content, b"text/event-stream") {
-            Plain::Sse(SseReader::new(withholds && encoding.is_none()))
-        } else if content.is_none() || is(content, b"application/json") {
-            Plain::default()
+        let parser = if has_prefix(content, b"text/event-stream") {
+            BodyParser::Sse(SseReader::new(withholds && encoding.is_none()))
+        } else if content.is_none() || has_prefix(content, b"application/json") {
+            BodyParser::default()
         } else {
-            return Self::Opaque { bytes: 0, is_coded: encoding.is_some() };
+            return Self::Opaque { bytes: 0, is_compressed: encoding.is_some() };
         };
-        let Some(encoding) = encoding else { return Self::Plain(plain) };
+        let Some(encoding) = encoding else { return Self::Plain(parser) };
         let coding = Coding::named(encoding.as_bytes()).filter(|_| encodings.next().is_none());
-        let decoder = coding.and_then(|coding| Decoder::new(coding, plain).ok());
-        decoder.map_or(Self::Opaque { bytes: 0, is_coded: true }, |decoder| Self::Coded(Box::new(decoder)))
+        let decoder = coding.and_then(|coding| Decoder::new(coding, parser).ok());
+        decoder.map_or(Self::Opaque { bytes: 0, is_compressed: true }, |decoder| {
+            Self::Compressed(Box::new(decoder))
+        })
     }
 
-    /// A stream that may be ended, or added to, by the gateway.
+    /// The SSE parser of an uncompressed stream. Only to such a stream can the gateway add events.
     pub(super) fn as_stream(&mut self) -> Option<&mut SseReader> {
         match self {
-            Self::Plain(Plain::Sse(reader)) => Some(reader),
+            Self::Plain(BodyParser::Sse(reader)) => Some(reader),
             _ => None,
         }
     }
 
-    /// Whether the answer may become shorter or longer on its way.
+    /// Whether the gateway may withhold or add events, so that the length of the body can change.
     pub(super) fn is_stream(&self) -> bool {
-        matches!(self, Self::Plain(Plain::Sse(_)))
+        matches!(self, Self::Plain(BodyParser::Sse(_)))
     }
 
-    /// The events of a stream, compressed or not.
+    /// The SSE parser of a stream, compressed or not.
     pub(super) fn events(&self) -> Option<&SseReader> {
         match self {
-            Self::Plain(Plain::Sse(reader)) => Some(reader),
-            Self::Coded(decoder) => match decoder.inner() {
-                Plain::Sse(reader) => Some(reader),
-                Plain::Json(..) => None,
+            Self::Plain(BodyParser::Sse(reader)) => Some(reader),
+            Self::Compressed(decoder) => match decoder.inner() {
+                BodyParser::Sse(reader) => Some(reader),
+                BodyParser::Json(..) => None,
             },
             _ => None,
         }
@@ -140,44 +141,44 @@ impl Reader {
 
     pub(super) fn events_mut(&mut self) -> Option<&mut SseReader> {
         match self {
-            Self::Plain(Plain::Sse(reader)) => Some(reader),
-            Self::Coded(decoder) => match decoder.inner_mut() {
-                Plain::Sse(reader) => Some(reader),
-                Plain::Json(..) => None,
+            Self::Plain(BodyParser::Sse(reader)) => Some(reader),
+            Self::Compressed(decoder) => match decoder.inner_mut() {
+                BodyParser::Sse(reader) => Some(reader),
+                BodyParser::Json(..) => None,
             },
             _ => None,
         }
     }
 
-    /// Whether it could not be read to its end, or not at all.
+    /// Whether the answer is compressed and could not be decompressed completely.
     pub(super) fn is_unreadable(&self) -> bool {
         match self {
             Self::Plain(_) => false,
-            Self::Coded(decoder) => decoder.gave_up(),
-            Self::Opaque { is_coded, .. } => *is_coded,
+            Self::Compressed(decoder) => decoder.gave_up(),
+            Self::Opaque { is_compressed, .. } => *is_compressed,
         }
     }
 
-    /// Reads a piece and hands on what the caller is to receive.
+    /// Reads a piece and appends to `ready` what the caller receives.
     pub(super) fn feed(&mut self, data: Bytes, ready: &mut VecDeque<Bytes>) {
         match self {
-            Self::Plain(Plain::Sse(reader)) => return reader.feed(&data, ready),
-            Self::Plain(Plain::Json(reader, received)) => {
+            Self::Plain(BodyParser::Sse(reader)) => return reader.feed(&data, ready),
+            Self::Plain(BodyParser::Json(reader, received)) => {
                 reader.feed(&data);
                 received.push_piece(&data);
             }
-            Self::Coded(decoder) => decoder.feed(&data),
+            Self::Compressed(decoder) => decoder.feed(&data),
             Self::Opaque { bytes, .. } => *bytes += data.len() as u64,
         }
         ready.push_back(data);
     }
 
-    /// The answer has ended.
+    /// Flushes buffered bytes at the end of the answer.
     pub(super) fn finish(&mut self, ready: &mut VecDeque<Bytes>) {
         match self {
-            Self::Plain(Plain::Sse(reader)) => reader.finish(ready),
-            Self::Coded(decoder) => {
-                if let Plain::Sse(reader) = decoder.inner_mut() {
+            Self::Plain(BodyParser::Sse(reader)) => reader.finish(ready),
+            Self::Compressed(decoder) => {
+                if let BodyParser::Sse(reader) = decoder.inner_mut() {
                     reader.finish(&mut Nowhere);
                 }
             }
@@ -185,29 +186,29 @@ impl Reader {
         }
     }
 
-    /// What was reported so far.
+    /// The usage reported so far.
     pub(super) fn reported(&self) -> Reported {
         match self {
             Self::Plain(plain) => plain.reported(),
-            Self::Coded(decoder) => decoder.inner().reported(),
+            Self::Compressed(decoder) => decoder.inner().reported(),
             Self::Opaque { .. } => Reported::default(),
         }
     }
 
-    /// Bytes that have been kept to be counted.
+    /// Bytes buffered for counting.
     pub(super) fn kept_bytes(&self) -> usize {
         match self {
             Self::Plain(plain) => plain.kept_bytes(),
-            Self::Coded(decoder) => decoder.inner().kept_bytes(),
+            Self::Compressed(decoder) => decoder.inner().kept_bytes(),
             Self::Opaque { .. } => 0,
         }
     }
 
-    /// What came and has to be counted; of what could not be read one token for four bytes.
+    /// Takes the delivered text, to be counted. Bytes that could not be parsed count as one token per four bytes.
     pub(super) fn take_texts(&mut self, was_cut: bool) -> Texts {
         match self {
             Self::Plain(plain) => plain.take_texts(was_cut),
-            Self::Coded(decoder) => {
+            Self::Compressed(decoder) => {
                 let is_cut = was_cut || decoder.gave_up();
                 let unread = if is_cut { decoder.unread() } else { 0 };
                 let mut texts = decoder.inner_mut().take_texts(is_cut);

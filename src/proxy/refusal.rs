@@ -1,37 +1,131 @@
-//! Whether an upstream refuses what the gateway has added to a request: `stream_options`.
+//! Requests that the gateway answers itself: denials by quotas, and failures to get an answer from the upstream.
 
-use crate::upstream::Incoming;
-use bytes::BytesMut;
-use http::StatusCode;
-use memchr::memmem;
-use std::future::poll_fn;
-use std::time::Duration;
-use tokio::time::timeout;
+use super::answer::AnswerBody;
+use super::charge::Charge;
+use super::headers::{AddedHeaders, REQUEST_ID};
+use super::state::State;
+use crate::api::Dialect;
+use crate::config::Environment;
+use crate::error::{ProxyError, quota_shape};
+use crate::ledger::NoRoom;
+use crate::telemetry::{Metrics, Outcome, Record};
+use crate::upstream::SendError;
+use http::header::HeaderValue;
+use http::{Response, StatusCode};
 
-/// No more of an error is read before it is passed on.
-const MOST_READ: usize = 64 * 1024;
-/// And it is not waited for any longer.
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
-
-/// Whether an answer with this status may say so.
-pub(super) fn is_possible(status: StatusCode) -> bool {
-    matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY)
+/// A request that is not forwarded, and the headers that the gateway adds to the error answer.
+pub(super) struct Refusal {
+    pub(super) error: ProxyError,
+    pub(super) headers: AddedHeaders,
 }
 
-/// Reads an error and tells whether it names `stream_options`. The answer is given back as it was.
-pub(super) async fn names_stream_options(mut incoming: Incoming) -> (bool, Incoming) {
-    let mut read = BytesMut::new();
-    let reading = async {
-        while read.len() < MOST_READ {
-            match poll_fn(|cx| incoming.poll_data(cx)).await {
-                Some(Ok(data)) => read.extend_from_slice(&data),
-                Some(Err(error)) => return Some(error),
-                None => return None,
+impl Refusal {
+    pub(super) fn new(error: ProxyError, headers: &AddedHeaders) -> Self {
+        Self { error, headers: headers.clone() }
+    }
+}
+
+/// Builds the error answer. The charge settles before the caller receives it.
+pub(super) fn respond(
+    state: &State,
+    refusal: Refusal,
+    mut charge: Charge,
+    dialect: Dialect,
+) -> Response<AnswerBody> {
+    let Refusal { error, headers } = refusal;
+    let record = &mut charge.record;
+    record.error = error.code();
+    record.outcome = outcome(&error);
+    record.request_id = state.request_ids.next();
+    let mut response = error.into_response(dialect);
+    record.status = response.status().as_u16();
+    headers.write(response.headers_mut());
+    if let Ok(id) = HeaderValue::from_str(&record.request_id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    drop(charge);
+    response.map(|body| AnswerBody::whole(Some(body.into())))
+}
+
+/// Answers `HEAD /` with 200 and no body.
+pub(super) fn respond_to_root_check(mut record: Record) -> Response<AnswerBody> {
+    record.status = StatusCode::OK.as_u16();
+    record.outcome = Outcome::Answered;
+    Response::new(AnswerBody::whole(None))
+}
+
+fn outcome(error: &ProxyError) -> Outcome {
+    match error {
+        ProxyError::QuotaExceeded { .. }
+        | ProxyError::TooManyInFlight { .. }
+        | ProxyError::FloodGuard { .. } => Outcome::Rejected,
+        ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => {
+            Outcome::UpstreamFailed
+        }
+        _ => Outcome::Refused,
+    }
+}
+
+/// Counts a denial in metrics and converts it to an error.
+pub(super) fn denied(no_room: NoRoom, environment: &Environment, metrics: &Metrics) -> ProxyError {
+    metrics.rejected(&environment.name, no_room_code(&no_room), no_room.worst(), false);
+    let name = environment.name.clone();
+    match no_room {
+        NoRoom::Quota(denied) => ProxyError::QuotaExceeded {
+            denied,
+            environment: name,
+            retry_patience: environment.retry_patience,
+        },
+        NoRoom::InFlight { limit } => ProxyError::TooManyInFlight { limit, environment: name },
+        NoRoom::Unavailable => ProxyError::QuotaStoreUnavailable { environment: name },
+    }
+}
+
+/// Counts and logs, in shadow mode, the denial that enforced quotas would have caused.
+pub(super) fn record_shadow_denial(no_room: &NoRoom, environment: &Environment, record: &Record) {
+    let (code, worst) = (no_room_code(no_room), no_room.worst());
+    record.metrics().rejected(&environment.name, code, worst, true);
+    tracing::info!(
+        environment = environment.name,
+        caller = record.caller.as_deref(),
+        code,
+        kind = worst.map(|s| s.quota.kind.as_str()),
+        per = worst.map(|s| s.quota.per.text.as_str()),
+        requested = worst.map(|s| s.requested),
+        remaining = worst.map(|s| s.remaining),
+        "enforced quotas would have denied this request (shadow mode, enforce: false)"
+    );
+}
+
+fn no_room_code(no_room: &NoRoom) -> &'static str {
+    match no_room {
+        NoRoom::Quota(denied) => quota_shape(denied).2,
+        NoRoom::InFlight { .. } => "too_many_in_flight",
+        NoRoom::Unavailable => "quota_store_unavailable",
+    }
+}
+
+/// The error for a request that got no answer from the upstream.
+pub(super) fn send_failed(error: SendError, environment: &Environment) -> ProxyError {
+    let upstream = environment.upstream.name.clone();
+    match error {
+        SendError::Unreachable(what, source) => {
+            tracing::warn!(error = %source, upstream, what, "the gateway cannot reach an upstream");
+            ProxyError::UpstreamUnreachable { upstream, what }
+        }
+        SendError::ConnectTimeout => {
+            let what = "the connection was not established in time (timeouts.connect)";
+            ProxyError::UpstreamUnreachable { upstream, what }
+        }
+        SendError::Timeout(setting, after) => {
+            ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
+        }
+        SendError::Broken(source) => {
+            tracing::warn!(error = %source, upstream, "an upstream broke off the connection before it answered");
+            ProxyError::UpstreamUnreachable {
+                upstream,
+                what: "it broke off the connection before it answered",
             }
         }
-        None
-    };
-    let broke_off = timeout(LONGEST_WAIT, reading).await.ok().flatten();
-    let names = memmem::find(&read, b"stream_options").is_some();
-    (names, incoming.with_read(read.freeze(), broke_off))
+    }
 }

@@ -1,22 +1,24 @@
-//! Which endpoint of which environment a path names. Paths are matched as they were sent: nothing is
-//! decoded, folded or tidied up, so there is one way to write each.
+//! Maps a path to an endpoint and an environment. Paths are matched as sent, without decoding, case folding or
+//! normalization, so each endpoint has one spelling.
 
 use crate::api::{Api, Dialect};
 use crate::config::Config;
+use crate::error::ProxyError;
 use http::Method;
 
-/// What is served at a path.
+/// The kind of service at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Endpoint {
-    /// A request with a prompt: counted before and after.
+    /// A request with a prompt. Its tokens are estimated before the call and settled after it.
     Counted(Api),
-    /// One request, whose prompt is not counted; usage where the answer has one. Its name in metrics.
+    /// Charged as one request, and the usage that the answer reports. The prompt is not estimated. The value is the
+    /// name in metrics.
     Uncounted(&'static str),
-    /// The list of models, or one of them: passed on, not charged.
+    /// The list of models, or one model. Forwarded and not charged.
     Models,
-    /// `HEAD /`: clients ask whether anybody is there.
+    /// `HEAD /`, which clients send to check that the gateway is reachable.
     Root,
-    /// A path that is not known, of an environment that forwards those: one request.
+    /// An unknown path of an environment with `other_paths: forward`. Charged as one request.
     Other,
 }
 
@@ -26,7 +28,7 @@ impl Endpoint {
         matches!(self, Self::Counted(api) if api.generates())
     }
 
-    /// Whose SDKs speak it.
+    /// The SDKs that use this endpoint.
     pub(super) fn dialect(self) -> Dialect {
         match self {
             Self::Counted(api) => api.dialect(),
@@ -45,61 +47,70 @@ impl Endpoint {
     }
 }
 
-/// A path taken apart.
+/// A parsed path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Route<'a> {
-    /// The environment that its first segment names, by index.
+    /// Index of the environment that the first segment names.
     pub(super) environment: Option<usize>,
     /// The path without that segment.
     pub(super) path: &'a str,
     pub(super) endpoint: Endpoint,
-    /// The model that the path names in place of the body: Azure's deployment, Gemini's model.
+    /// The model that the path names instead of the body: an Azure deployment or a Gemini model.
     pub(super) model: Option<&'a str>,
-    /// The path asks for a stream (Gemini).
+    /// The path requests a stream (Gemini).
     pub(super) streams: bool,
 }
 
 impl Route<'_> {
-    fn to(endpoint: Endpoint) -> Self {
+    fn new(endpoint: Endpoint) -> Self {
         Self { environment: None, path: "", endpoint, model: None, streams: false }
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum NoRoute {
-    Unknown,
-    Method(&'static str),
-}
-
-/// Methods that are forwarded to paths that are not known: none that opens a tunnel or gives a trace.
+/// Methods that are forwarded to unknown paths. CONNECT would open a tunnel and TRACE would reveal headers.
 const OTHER_METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+/// The `allow` header for these.
 const ALLOW_OTHER: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 
-/// Finds what a path names.
-pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Result<Route<'a>, NoRoute> {
-    let (environment, path) = split_environment(config, path);
+/// An error repeats at most this many characters of the path.
+const MAX_SHOWN_PATH: usize = 200;
+
+/// Finds the endpoint and the environment of a path.
+///
+/// # Errors
+/// The path is unknown, or the endpoint does not accept the method.
+pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Result<Route<'a>, ProxyError> {
+    let full_path = path;
+    let (environment, path) = split_environment(config, full_path);
     let (route, allow) = match route(path) {
         Some(found) => found,
-        None if environment.is_none() && path == "/" => (Route::to(Endpoint::Root), "HEAD"),
+        None if environment.is_none() && path == "/" => (Route::new(Endpoint::Root), "HEAD"),
         None if forwards_others(config, environment) && is_plain(path) => {
             if !OTHER_METHODS.contains(&method.as_str()) {
-                return Err(NoRoute::Method(ALLOW_OTHER));
+                return Err(ProxyError::MethodNotAllowed { allow: ALLOW_OTHER });
             }
-            return Ok(Route { environment, path, ..Route::to(Endpoint::Other) });
+            return Ok(Route { environment, path, ..Route::new(Endpoint::Other) });
         }
-        None => return Err(NoRoute::Unknown),
+        None => return Err(unknown_path(config, full_path)),
     };
     if method.as_str() != allow {
-        return Err(NoRoute::Method(allow));
+        return Err(ProxyError::MethodNotAllowed { allow });
     }
     Ok(Route { environment, path, ..route })
 }
 
-/// Whose SDK asks for a path, be it served or not.
+/// The error for a path that is not served. It suggests a `base_url` path that would be right.
+pub(super) fn unknown_path(config: &Config, path: &str) -> ProxyError {
+    let dialect = dialect(path);
+    let base_path = base_path(config, path, dialect);
+    ProxyError::UnknownPath { path: path.chars().take(MAX_SHOWN_PATH).collect(), base_path, dialect }
+}
+
+/// The kind of SDK that requests a path. It is defined for paths that are not served, too.
 pub(super) fn dialect(path: &str) -> Dialect {
     let is_first =
         |end: &str| path.strip_suffix(end).is_some_and(|before| before.rfind('/').is_none_or(|at| at == 0));
-    // Behind an environment and a version, if there are any.
+    // Skips the environment and the version, if the path has them.
     let from_models = &path[path.rfind("/models/").unwrap_or(0)..];
     if path.ends_with("/v1/messages") || path.contains("/v1/messages/") || is_first("/messages") {
         Dialect::Anthropic
@@ -112,8 +123,8 @@ pub(super) fn dialect(path: &str) -> Dialect {
     }
 }
 
-/// Whether somebody may forward this path: the environment it names, or, as long as the caller's key
-/// is not known, any.
+/// Whether the environment that the path names forwards unknown paths. If the path names none, whether any
+/// environment does: the caller's key, which is looked up later, then decides.
 fn forwards_others(config: &Config, environment: Option<usize>) -> bool {
     match environment {
         Some(index) => config.environments[index].forward_other_paths,
@@ -121,9 +132,9 @@ fn forwards_others(config: &Config, environment: Option<usize>) -> bool {
     }
 }
 
-/// The base path of an SDK of this dialect that would be right for whoever asked for `path`. It names no
-/// environment that the path does not.
-pub(super) fn base_path(config: &Config, path: &str, dialect: Dialect) -> String {
+/// The path of the `base_url` that would be right for an SDK of this dialect that requested `path`. It reveals no
+/// environment that `path` does not name.
+fn base_path(config: &Config, path: &str, dialect: Dialect) -> String {
     let needs_none = config.default_environment.is_some()
         || config.environments.iter().any(|environment| !environment.callers.is_empty());
     let environment = match split_environment(config, path).0 {
@@ -133,7 +144,7 @@ pub(super) fn base_path(config: &Config, path: &str, dialect: Dialect) -> String
     };
     match dialect {
         Dialect::OpenAi | Dialect::Responses => environment + "/v1",
-        // These put the version in front of each path themselves.
+        // These SDKs add the version to each path themselves.
         Dialect::Anthropic | Dialect::Google if environment.is_empty() => "/".to_owned(),
         Dialect::Anthropic | Dialect::Google => environment,
     }
@@ -148,36 +159,36 @@ fn split_environment<'a>(config: &Config, path: &'a str) -> (Option<usize>, &'a 
     }
 }
 
-/// What a path without its environment names, and the method it takes.
+/// The route of a path without its environment, and the method that it accepts.
 fn route(path: &str) -> Option<(Route<'_>, &'static str)> {
     if let Some(rest) = path.strip_prefix("/openai/deployments/") {
         let (deployment, operation) = rest.split_at(rest.find('/')?);
-        let endpoint = of_openai(operation).filter(|e| *e != Endpoint::Counted(Api::Responses))?;
-        // Decoded it would be the name of another model, with other quotas.
+        let endpoint = openai_endpoint(operation).filter(|e| *e != Endpoint::Counted(Api::Responses))?;
+        // The upstream would decode `%` and serve another model than the one whose quotas are charged.
         let model = Some(deployment).filter(|name| is_segment(name) && !name.contains('%'));
-        return Some((Route { model: Some(model?), ..Route::to(endpoint) }, "POST"));
+        return Some((Route { model: Some(model?), ..Route::new(endpoint) }, "POST"));
     }
     if let Some((model, streams)) = generation(path) {
         return Some((
-            Route { model: Some(model), streams, ..Route::to(Endpoint::Counted(Api::Gemini)) },
+            Route { model: Some(model), streams, ..Route::new(Endpoint::Counted(Api::Gemini)) },
             "POST",
         ));
     }
-    let of_azure = path.strip_prefix("/openai/v1");
-    let rest = of_azure.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
-    if rest == "/messages" && of_azure.is_none() {
-        return Some((Route::to(Endpoint::Counted(Api::Messages)), "POST"));
+    let azure_rest = path.strip_prefix("/openai/v1");
+    let rest = azure_rest.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
+    if rest == "/messages" && azure_rest.is_none() {
+        return Some((Route::new(Endpoint::Counted(Api::Messages)), "POST"));
     }
-    // Azure's classic paths have these beside the deployments.
+    // Azure serves `/openai/responses` besides its deployments.
     let rest = rest.strip_prefix("/openai").filter(|r| *r == "/responses" && rest == path).unwrap_or(rest);
-    if let Some(endpoint) = of_openai(rest) {
-        return Some((Route::to(endpoint), "POST"));
+    if let Some(endpoint) = openai_endpoint(rest) {
+        return Some((Route::new(endpoint), "POST"));
     }
-    is_of_models(path).then_some((Route::to(Endpoint::Models), "GET"))
+    is_models_path(path).then_some((Route::new(Endpoint::Models), "GET"))
 }
 
-/// The endpoint of one of OpenAI's paths without its version.
-fn of_openai(path: &str) -> Option<Endpoint> {
+/// The endpoint of an OpenAI path without its version.
+fn openai_endpoint(path: &str) -> Option<Endpoint> {
     Some(match path {
         "/chat/completions" => Endpoint::Counted(Api::Chat),
         "/completions" => Endpoint::Counted(Api::Completions),
@@ -193,7 +204,7 @@ fn of_openai(path: &str) -> Option<Endpoint> {
     })
 }
 
-/// The model of one of Gemini's paths that generate, and whether it asks for a stream.
+/// The model of a Gemini path that generates, and whether the path requests a stream.
 fn generation(path: &str) -> Option<(&str, bool)> {
     let rest = path.strip_prefix("/v1beta").or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
     let (model, operation) = rest.strip_prefix("/models/")?.rsplit_once(':')?;
@@ -206,34 +217,37 @@ fn generation(path: &str) -> Option<(&str, bool)> {
     is_name.then_some((model, streams))
 }
 
-/// Whether a path is the list of models or one of them.
-fn is_of_models(path: &str) -> bool {
-    let of_google = path.strip_prefix("/v1beta");
-    let rest = of_google.or_else(|| path.strip_prefix("/openai/v1")).or_else(|| path.strip_prefix("/openai"));
+/// Whether a path is the list of models or one model.
+fn is_models_path(path: &str) -> bool {
+    let google_rest = path.strip_prefix("/v1beta");
+    let rest =
+        google_rest.or_else(|| path.strip_prefix("/openai/v1")).or_else(|| path.strip_prefix("/openai"));
     let rest = rest.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
     match rest.strip_prefix("/models") {
         Some("") => true,
-        // Behind a colon stands what Google is to do with a model.
+        // In Google's paths an operation follows a colon.
         Some(model) => {
-            let names = model.strip_prefix('/').filter(|model| of_google.is_none() || !model.contains(':'));
-            names.is_some_and(|model| model.split('/').all(is_segment))
+            let name = model.strip_prefix('/').filter(|model| google_rest.is_none() || !model.contains(':'));
+            name.is_some_and(|model| model.split('/').all(is_segment))
         }
         None => false,
     }
 }
 
-/// A name as one segment of a path: nothing in it that anybody could take for a path of its own.
+/// Whether this is one segment of a path: an upstream can read no part of it as a separator or as `..`.
 fn is_segment(segment: &str) -> bool {
     let lower = segment.to_ascii_lowercase();
-    let is_tricky = ["%2e", "%2f", "%5c", "\\", ";"].iter().any(|trick| lower.contains(trick));
-    !is_tricky && !matches!(segment, "" | "." | "..")
+    let is_ambiguous = ["%2e", "%2f", "%5c", "\\", ";"].iter().any(|part| lower.contains(part));
+    !is_ambiguous && !matches!(segment, "" | "." | "..")
 }
 
+/// Whether every segment of a path is unambiguous.
 fn is_plain(path: &str) -> bool {
     path.strip_prefix('/').is_some_and(|rest| !rest.is_empty() && rest.split('/').all(is_segment))
 }
 
-/// The path at the upstream: its own base path, and the caller's without what the base ends in.
+/// The path and query at the upstream: the path of `base_url`, then the caller's path without the segments that
+/// `base_url` already ends in.
 pub(super) fn upstream_path(base: &str, path: &str, query: Option<&str>) -> String {
     let base = base.trim_end_matches('/');
     let repeated = ["/openai/v1", "/openai", "/v1beta", "/v1"].into_iter().find(|segments| {
@@ -344,8 +358,8 @@ mod tests {
     }
 
     #[test]
-    fn a_path_tells_whose_sdk_asks() {
-        for (path, whose) in [
+    fn the_dialect_follows_from_the_path() {
+        for (path, expected) in [
             ("/v1/messages", Dialect::Anthropic),
             ("/messages", Dialect::Anthropic),
             ("/sandbox/messages", Dialect::Anthropic),
@@ -363,12 +377,12 @@ mod tests {
             ("/v1/chat/completions", Dialect::OpenAi),
             ("/", Dialect::OpenAi),
         ] {
-            assert_eq!(dialect(path), whose, "{path}");
+            assert_eq!(dialect(path), expected, "{path}");
         }
     }
 
     #[test]
-    fn the_base_path_is_not_repeated() {
+    fn segments_that_the_base_url_ends_in_are_not_repeated() {
         for (base, path, want) in [
             ("/v1", "/v1/chat/completions", "/v1/chat/completions"),
             ("/v1", "/chat/completions", "/v1/chat/completions"),

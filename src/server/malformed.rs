@@ -19,7 +19,7 @@ pub(super) fn instead_of(answer: &[u8]) -> Option<Vec<u8>> {
     if !head.split(|&b| b == b'\n').skip(1).all(is_its_own) {
         return None;
     }
-    Some(whole_answer(ProxyError::Malformed(StatusCode::from_bytes(status).ok()?)))
+    Some(whole_answer(ProxyError::MalformedHttp(StatusCode::from_bytes(status).ok()?)))
 }
 
 fn whole_answer(error: ProxyError) -> Vec<u8> {

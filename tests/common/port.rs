@@ -1,9 +1,10 @@
-//! Ports for servers that are killed and started again.
+//! Fixed ports for servers that tests stop and restart.
 
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A port that nobody has now, nor gets while a server is away: not one of those that connections are made from.
+/// Returns a free port. It lies outside the ephemeral range, so that the kernel assigns it to no connection while its
+/// server is stopped.
 pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let first = std::process::id().wrapping_mul(61);

@@ -1,4 +1,4 @@
-//! A way to a server that can be made slow or silent, or lose its connections without a word.
+//! A TCP proxy in front of a server that simulates a slow network, a silent server and half-open connections.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,24 +6,26 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::watch;
 
-#[allow(dead_code)] // each kind of tests has use for some
+#[allow(dead_code)] // each test binary uses some of them
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
+    /// Forwards without delay.
     Through,
-    /// 2 ms each way.
+    /// Delays by 2 ms in each direction.
     Far,
-    /// 100 ms each way.
+    /// Delays by 100 ms in each direction.
     Slow,
-    /// It connects and takes everything, and nothing comes of it.
+    /// Accepts connections and bytes, and forwards nothing.
     Silent,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct State {
     mode: Mode,
-    /// Connections so far, and of how many of the first of them nothing comes any more.
+    /// Connections accepted so far.
     accepted: u64,
-    forgotten: u64,
+    /// This many of the first connections are half open: nothing is forwarded on them.
+    half_open: u64,
 }
 
 pub struct Proxy {
@@ -32,11 +34,11 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Before the server at this socket.
+    /// Starts a proxy in front of the server at this Unix socket.
     pub async fn start(socket: &Path) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let state = watch::Sender::new(State { mode: Mode::Through, accepted: 0, forgotten: 0 });
+        let state = watch::Sender::new(State { mode: Mode::Through, accepted: 0, half_open: 0 });
         let (socket, accepting) = (socket.to_owned(), state.clone());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -59,9 +61,9 @@ impl Proxy {
         self.state.send_modify(|state| state.mode = mode);
     }
 
-    /// Nothing comes of the connections that there are now, and nobody is told: they are half open. New ones are good.
-    pub fn forget(&self) {
-        self.state.send_modify(|state| state.forgotten = state.accepted);
+    /// Makes all current connections half open: neither end is notified. New connections work.
+    pub fn make_half_open(&self) {
+        self.state.send_modify(|state| state.half_open = state.accepted);
     }
 }
 
@@ -73,13 +75,13 @@ async fn pass(
 ) {
     let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        let State { mode, forgotten, .. } = *state.borrow();
+        let State { mode, half_open, .. } = *state.borrow();
         match mode {
             Mode::Far => tokio::time::sleep(Duration::from_millis(2)).await,
             Mode::Slow => tokio::time::sleep(Duration::from_millis(100)).await,
             Mode::Through | Mode::Silent => {}
         }
-        let is_lost = mode == Mode::Silent || number <= forgotten;
+        let is_lost = mode == Mode::Silent || number <= half_open;
         if !is_lost && to.write_all(&buffer[..count]).await.is_err() {
             return;
         }

@@ -1,10 +1,10 @@
-//! What happens to requests that do not fit, and to streams that outgrow what was reserved for them.
+//! Shadow mode, clamping, the wait queue, learned allowances, overruns, draining and the flood guard.
 
 use crate::support::*;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-/// An open environment with these quotas and this `reserve`, and more settings if there are any.
+/// A gateway with one open environment, these quotas, this `reserve`, and more settings of the environment.
 async fn gateway(upstream: &Upstream, quotas: &str, reserve: &str, more: &str) -> Gateway {
     let environments = format!(
         "  staging: {{ upstream: backend, quotas: {quotas}, reserve: {reserve} {more} }}\ndefault_environment: staging"
@@ -17,7 +17,7 @@ async fn level_and_held(gateway: &Gateway) -> (i64, u64) {
     (quota["level"].as_i64().unwrap(), quota["held"].as_u64().unwrap())
 }
 
-/// Reads so many events of a stream, however they were put together.
+/// Reads this many events of a stream, in any number of chunks.
 async fn read_events(caller: &mut Caller, events: usize) {
     let mut text = String::new();
     while text.matches("\n\n").count() < events {
@@ -25,14 +25,14 @@ async fn read_events(caller: &mut Caller, events: usize) {
     }
 }
 
-/// Answers chats with usage once the gate opens.
-async fn slow(prompt: u64, completion: u64) -> Upstream {
+/// An upstream that answers each chat when the gate is opened for it.
+async fn gated_upstream(prompt: u64, completion: u64) -> Upstream {
     let answer = Answer::chat(prompt, completion);
     Upstream::always(Answer::of([vec![Step::Gate], answer.steps()].concat())).await
 }
 
 #[tokio::test]
-async fn quotas_that_are_not_enforced_only_watch() {
+async fn shadow_mode_admits_and_counts_would_be_denials() {
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
     let quotas = "{ total_tokens: { limit: 150, per: hour } }";
     let gateway = gateway(&upstream, quotas, "{ completion: max_tokens }", ", enforce: false").await;
@@ -52,9 +52,9 @@ async fn quotas_that_are_not_enforced_only_watch() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_forwarded_as_it_came() {
+async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_unchanged() {
     let upstream = Upstream::always(Answer::chat(8, 1)).await;
-    for (fields, model, forwarded, told) in [
+    for (fields, model, forwarded, clamped_to) in [
         (r#""max_tokens": 500 ,"x":1e2"#, "gpt-4o", r#""max_tokens": 92 ,"x":1e2"#, "92"),
         (
             r#""max_tokens":500,"max_completion_tokens":400"#,
@@ -69,7 +69,7 @@ async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_forwarded_as_i
             "92",
         ),
         (r#""user":"u""#, "gpt-4o", r#""max_tokens":92,"user":"u""#, "92"),
-        // The same prompt is one token shorter to a model that reasons.
+        // The same prompt is one token shorter for a reasoning model.
         (r#""user":"u""#, "o3-mini", r#""max_completion_tokens":93,"user":"u""#, "93"),
         (r#""n":2,"max_tokens":500"#, "gpt-4o", r#""n":2,"max_tokens":46"#, "46"),
     ] {
@@ -79,7 +79,7 @@ async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_forwarded_as_i
         let reply = gateway.chat(&hello(fields).replace("gpt-4o", model)).await;
         assert_eq!(
             (reply.status, reply.header("x-tollgate-clamped-max-tokens")),
-            (200, Some(told)),
+            (200, Some(clamped_to)),
             "{fields}"
         );
         let seen = upstream.seen().pop().unwrap();
@@ -88,7 +88,7 @@ async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_forwarded_as_i
 }
 
 #[tokio::test]
-async fn a_request_that_fits_is_not_clamped_and_one_for_which_nothing_is_left_is_refused() {
+async fn a_request_that_fits_is_not_clamped_and_one_without_any_room_is_denied() {
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
     let quotas = "{ total_tokens: { limit: 100, per: hour } }";
     let gateway = gateway(&upstream, quotas, "{ completion: max_tokens, when_short: clamp }", "").await;
@@ -105,8 +105,8 @@ const ROOM_FOR_ONE: &str = "{ total_tokens: { limit: 150, per: day, window: cale
 const WAITS: &str = "{ completion: max_tokens, max_wait: 5s }";
 
 #[tokio::test]
-async fn who_waits_in_line_is_served_in_the_order_of_coming() {
-    let upstream = slow(8, 1).await;
+async fn the_wait_queue_is_served_in_the_order_of_arrival() {
+    let upstream = gated_upstream(8, 1).await;
     let gateway = gateway(&upstream, ROOM_FOR_ONE, WAITS, "").await;
     let mut callers = Vec::new();
     for n in 0..4 {
@@ -114,10 +114,10 @@ async fn who_waits_in_line_is_served_in_the_order_of_coming() {
         let body = hello(&format!(r#""user":"{n}","max_tokens":100"#));
         caller.request("POST", CHAT, "", body.as_bytes()).await;
         callers.push(caller);
-        // Whoever has come is in line before the next one comes: if Redis is asked, when it has answered.
+        // Lets the request enter the wait queue before the next one is sent; with Redis that takes a round trip.
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert_eq!(upstream.seen().len(), 1, "the others wait");
+    assert_eq!(upstream.seen().len(), 1, "the others wait in the queue");
     for caller in &mut callers {
         upstream.open_gate();
         assert_eq!(caller.reply().await.status, 200);
@@ -128,8 +128,8 @@ async fn who_waits_in_line_is_served_in_the_order_of_coming() {
 }
 
 #[tokio::test]
-async fn a_caller_that_hangs_up_leaves_the_line() {
-    let upstream = slow(8, 1).await;
+async fn a_caller_that_hangs_up_leaves_the_wait_queue() {
+    let upstream = gated_upstream(8, 1).await;
     let gateway = gateway(&upstream, ROOM_FOR_ONE, WAITS, "").await;
     let body = hello(r#""max_tokens":100"#);
     let mut callers = Vec::new();
@@ -144,13 +144,13 @@ async fn a_caller_that_hangs_up_leaves_the_line() {
     assert_eq!(callers[0].reply().await.status, 200);
     upstream.open_gate();
     assert_eq!(callers[1].reply().await.status, 200);
-    assert_eq!(upstream.seen().len(), 2, "the one that has gone was never forwarded");
+    assert_eq!(upstream.seen().len(), 2, "the request whose caller hung up was not forwarded");
     gateway.settled().await;
 }
 
 #[tokio::test]
-async fn who_waits_in_vain_is_refused_after_max_wait_and_not_sooner() {
-    let upstream = slow(8, 1).await;
+async fn a_request_without_room_is_denied_after_max_wait_and_not_sooner() {
+    let upstream = gated_upstream(8, 1).await;
     let gateway = gateway(&upstream, ROOM_FOR_ONE, "{ completion: max_tokens, max_wait: 300ms }", "").await;
     let body = hello(r#""max_tokens":100"#);
     let mut first = gateway.caller().await;
@@ -166,27 +166,27 @@ async fn who_waits_in_vain_is_refused_after_max_wait_and_not_sooner() {
 }
 
 #[tokio::test]
-async fn nobody_waits_for_what_cannot_come_in_time() {
+async fn a_request_that_cannot_fit_within_max_wait_is_denied_at_once() {
     let upstream = Upstream::always(Answer::chat(8, 142)).await;
     let gateway = gateway(&upstream, ROOM_FOR_ONE, WAITS, "").await;
     let began = Instant::now();
     let never = gateway.chat(&hello(r#""max_tokens":1000"#)).await;
     assert_eq!(never.refusal(), (400, "request_exceeds_quota".into()));
     assert_eq!(gateway.chat(&hello(r#""max_tokens":142"#)).await.status, 200);
-    // All of it is spent, and the day ends later than that.
+    // The quota is spent, and the day ends later than `max_wait`.
     assert_eq!(gateway.chat(&hello(r#""max_tokens":100"#)).await.refusal().0, 429);
     assert!(began.elapsed() < Duration::from_secs(3));
 }
 
 #[tokio::test]
-async fn what_answers_use_is_learned() {
+async fn the_adaptive_allowance_is_learned_from_answers() {
     let upstream = Upstream::always(Answer::chat(8, 20)).await;
     let quotas = "{ total_tokens: { limit: 1M, per: hour } }";
     let gateway = gateway(&upstream, quotas, "{ completion: adaptive }", "").await;
     let remaining =
         |reply: &Reply| reply.header("x-ratelimit-remaining-tokens").unwrap().parse::<i64>().unwrap();
     let first = gateway.chat(HELLO).await;
-    assert_eq!(remaining(&first), 1_000_000 - 8 - 512, "the prior");
+    assert_eq!(remaining(&first), 1_000_000 - 8 - 512, "the prior is reserved");
     for _ in 0..24 {
         gateway.chat(HELLO).await;
     }
@@ -198,7 +198,7 @@ async fn what_answers_use_is_learned() {
 const LONG: &str = "{ total_tokens: { limit: 10000, per: day, window: calendar } }";
 
 #[tokio::test]
-async fn what_a_long_stream_has_used_is_held_no_longer() {
+async fn delivered_tokens_of_a_stream_move_from_held_to_used() {
     let answer = Answer::stream()
         .events(&vec![delta("word "); 10])
         .then(Step::Gate)
@@ -214,7 +214,11 @@ async fn what_a_long_stream_has_used_is_held_no_longer() {
     caller.head().await;
     read_events(&mut caller, 10).await;
     let quota = gateway.environment().await["quotas"][0].clone();
-    assert_eq!((&quota["used"], &quota["held"]), (&8.into(), &100.into()), "the model has read the prompt");
+    assert_eq!(
+        (&quota["used"], &quota["held"]),
+        (&8.into(), &100.into()),
+        "the prompt is used as soon as the stream begins"
+    );
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     upstream.open_gate();
     read_events(&mut caller, 10).await;
@@ -227,7 +231,7 @@ async fn what_a_long_stream_has_used_is_held_no_longer() {
     assert_eq!(level_and_held(&gateway).await, (10_000 - 39, 0));
 }
 
-/// A stream of so many tokens, one for each event, which waits before its end.
+/// An upstream whose stream has this many events of one token each, and waits for the gate before its end.
 async fn stream_of(events: usize) -> Upstream {
     Upstream::always(
         Answer::stream().events(&vec![delta("word "); events]).then(Step::Gate).event(DONE).end(),
@@ -249,11 +253,11 @@ async fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() 
     upstream.open_gate();
     while !caller.chunk().await.unwrap().is_empty() {}
     let [_, prompt, completion, _] = gateway.settled_charges().await;
-    assert_eq!((prompt, completion), (8, 41), "40 times 'word ', as the tokenizer counts it");
+    assert_eq!((prompt, completion), (8, 41), "the tokenizer counts 41 tokens for 40 times 'word '");
 }
 
 #[tokio::test]
-async fn a_stream_that_finds_no_more_room_goes_on_and_leaves_a_debt() {
+async fn a_stream_that_outgrows_the_quota_goes_on_and_becomes_debt() {
     let upstream = stream_of(40).await;
     let quotas = "{ total_tokens: { limit: 20, per: day, window: calendar } }";
     let gateway = gateway(&upstream, quotas, "{ completion: 5 }", "").await;
@@ -265,7 +269,7 @@ async fn a_stream_that_finds_no_more_room_goes_on_and_leaves_a_debt() {
 }
 
 #[tokio::test]
-async fn an_overrun_is_seen_before_the_stream_ends_and_nobody_else_is_let_in() {
+async fn an_overrun_lowers_the_level_before_the_stream_ends() {
     let upstream = stream_of(290).await;
     let quotas = "{ total_tokens: { limit: 60, per: day } }";
     let gateway = gateway(&upstream, quotas, "{ completion: 5 }", "").await;
@@ -274,15 +278,15 @@ async fn an_overrun_is_seen_before_the_stream_ends_and_nobody_else_is_let_in() {
     caller.head().await;
     read_events(&mut caller, 290).await;
     let (level, _) = level_and_held(&gateway).await;
-    assert!(level <= 60 - 8 - 290 + 64, "{level}: no more than a step behind");
+    assert!(level <= 60 - 8 - 290 + 64, "{level}: the level lags by at most one step of 64 tokens");
     assert_eq!(gateway.chat(&hello(r#""max_tokens":1"#)).await.status, 429);
     upstream.open_gate();
     while !caller.chunk().await.unwrap().is_empty() {}
     gateway.settled().await;
-    assert_eq!(level_and_held(&gateway).await, (60 - 8 - 291, 0), "and it is charged once");
+    assert_eq!(level_and_held(&gateway).await, (60 - 8 - 291, 0), "each token is charged once");
 }
 
-/// A stream that is exactly as long as it may be, as OpenAI sends it.
+/// An upstream whose stream, in OpenAI's form, ends at its token limit with `finish_reason: "length"`.
 async fn bounded_stream(tokens: u64) -> Upstream {
     let role =
         r#"{"id":"c1","choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"usage":null}"#;
@@ -296,7 +300,7 @@ async fn bounded_stream(tokens: u64) -> Upstream {
 }
 
 #[tokio::test]
-async fn a_stream_within_its_own_bound_comes_through_whole() {
+async fn a_stream_within_its_reservation_is_not_cut() {
     let upstream = bounded_stream(20).await;
     (0..20).for_each(|_| upstream.open_gate());
     let quotas = "{ total_tokens: { limit: 28, per: day } }";
@@ -310,7 +314,7 @@ async fn a_stream_within_its_own_bound_comes_through_whole() {
 }
 
 #[tokio::test]
-async fn quotas_that_only_watch_neither_clamp_nor_cut() {
+async fn shadow_mode_neither_clamps_nor_cuts() {
     let quotas = "{ total_tokens: { limit: 20, per: day } }";
     let reserve = "{ completion: 5, on_overrun: cut, when_short: clamp }";
     let upstream = stream_of(60).await;
@@ -330,8 +334,8 @@ async fn quotas_that_only_watch_neither_clamp_nor_cut() {
 }
 
 #[tokio::test]
-async fn what_can_never_fit_is_refused_at_once_behind_others_too() {
-    let upstream = slow(8, 1).await;
+async fn a_request_that_can_never_fit_is_refused_at_once_even_behind_a_wait_queue() {
+    let upstream = gated_upstream(8, 1).await;
     let gateway = gateway(&upstream, ROOM_FOR_ONE, WAITS, "").await;
     let mut callers = Vec::new();
     for _ in 0..2 {
@@ -351,7 +355,7 @@ async fn what_can_never_fit_is_refused_at_once_behind_others_too() {
 }
 
 #[tokio::test]
-async fn or_it_is_ended_as_if_it_had_reached_its_bound() {
+async fn on_overrun_cut_ends_the_stream_with_finish_reason_length() {
     let upstream = stream_of(40).await;
     let quotas = "{ total_tokens: { limit: 20, per: day, window: calendar } }";
     let gateway = gateway(&upstream, quotas, "{ completion: 5, on_overrun: cut }", "").await;
@@ -373,7 +377,7 @@ async fn or_it_is_ended_as_if_it_had_reached_its_bound() {
 }
 
 #[tokio::test]
-async fn an_answer_is_read_to_its_end_for_a_caller_that_has_gone_if_that_is_asked_for() {
+async fn on_disconnect_drain_reads_the_answer_to_its_end_after_the_caller_hangs_up() {
     let stream =
         Answer::stream().event(&delta("Hi")).then(Step::Gate).event(&usage_event(9, 77)).event(DONE).end();
     let json = Answer::of([vec![Step::Gate], Answer::chat(9, 77).steps()].concat());
@@ -396,7 +400,7 @@ async fn an_answer_is_read_to_its_end_for_a_caller_that_has_gone_if_that_is_aske
 }
 
 #[tokio::test]
-async fn a_flood_from_one_address_is_held_back_before_anything_is_read() {
+async fn the_flood_guard_refuses_requests_before_they_are_parsed() {
     let upstream = Upstream::always(Answer::chat(8, 1)).await;
     let text = format!(
         "server: {{ listen: '127.0.0.1:0', flood_guard: {{ requests: 5, per: minute }} }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
@@ -410,18 +414,22 @@ async fn a_flood_from_one_address_is_held_back_before_anything_is_read() {
         assert_eq!(gateway.chat(HELLO).await.status, 200);
     }
     for (path, body) in [(CHAT, HELLO), (CHAT, "not JSON"), ("/nowhere", "")] {
-        let held_back = gateway.post(path, body).await;
-        assert_eq!(held_back.refusal(), (429, "flood_guard".into()), "{path} {body}");
-        assert_eq!(held_back.json()["error"]["type"], "requests");
-        let seconds: u64 = held_back.header("retry-after").unwrap().parse().unwrap();
+        let refused = gateway.post(path, body).await;
+        assert_eq!(refused.refusal(), (429, "flood_guard".into()), "{path} {body}");
+        assert_eq!(refused.json()["error"]["type"], "requests");
+        let seconds: u64 = refused.header("retry-after").unwrap().parse().unwrap();
         assert!((1..=12).contains(&seconds), "{seconds}");
     }
     assert_eq!(upstream.seen().len(), 5);
-    assert_eq!(gateway.settled().await["totals"]["rejected"], 0, "it is no matter of quotas");
+    assert_eq!(
+        gateway.settled().await["totals"]["rejected"],
+        0,
+        "a refusal of the flood guard is no denial by quotas"
+    );
 }
 
 #[tokio::test]
-async fn by_default_this_machine_is_not_held_back() {
+async fn the_flood_guard_does_not_limit_loopback_by_default() {
     let upstream = Upstream::always(Answer::chat(8, 1)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 1M, per: minute } }").await;
     let mut caller = gateway.caller().await;

@@ -1,4 +1,4 @@
-//! Bad input: a clear error, nothing at the upstream, nothing charged.
+//! Invalid requests get a clear error, reach no upstream and are not charged.
 
 use crate::support::*;
 
@@ -7,7 +7,7 @@ async fn gateway(upstream: &Upstream) -> Gateway {
 }
 
 #[tokio::test]
-async fn bodies_that_the_api_does_not_take_are_refused_before_the_upstream_sees_them() {
+async fn invalid_bodies_are_refused_before_the_upstream_receives_them() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
     let deep = format!(r#"{{"messages":{}{}}}"#, "[".repeat(128), "]".repeat(128));
@@ -45,7 +45,7 @@ async fn bodies_that_the_api_does_not_take_are_refused_before_the_upstream_sees_
 }
 
 #[tokio::test]
-async fn a_stream_is_refused_with_plain_json_too() {
+async fn a_streaming_request_is_refused_with_json() {
     let upstream = Upstream::always(Answer::silence()).await;
     let gateway = gateway(&upstream).await;
     let reply = gateway.chat(&hello(r#""stream":true,"n":0"#)).await;
@@ -54,7 +54,7 @@ async fn a_stream_is_refused_with_plain_json_too() {
 }
 
 #[tokio::test]
-async fn a_body_over_the_limit_is_a_413_however_it_is_framed() {
+async fn a_body_over_the_limit_is_a_413_in_every_framing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
     let large = hello(&format!(r#""x":"{}""#, "a".repeat(1 << 20)));
@@ -64,13 +64,13 @@ async fn a_body_over_the_limit_is_a_413_however_it_is_framed() {
         format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n", large.len());
     caller.send(&[head.as_bytes(), large.as_bytes(), b"\r\n0\r\n\r\n"].concat()).await;
     assert_eq!(caller.reply().await.refusal(), (413, "request_body_too_large".into()));
-    // Just below it passes.
+    // A body just below the limit passes.
     let fits = hello(&format!(r#""x":"{}""#, "a".repeat((1 << 20) - 200)));
     assert_eq!(gateway.chat(&fits).await.status, 200);
 }
 
 #[tokio::test]
-async fn an_encoded_body_is_a_415() {
+async fn a_body_with_a_content_encoding_is_a_415() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
     for (encoding, status) in [("gzip", 415), ("identity, br", 415), ("identity", 200)] {
@@ -80,11 +80,11 @@ async fn an_encoded_body_is_a_415() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_first_is_told_path_key_body_model_quota() {
+async fn errors_take_precedence_in_the_order_path_key_body_model_quota() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let environments = "  staging: { upstream: backend, keys: [{ name: a, secret: a-key-of-staging-1 }], models: ['gpt-4o'], reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 9, per: minute } } }";
     let gateway = Gateway::with(&upstream, "", environments).await;
-    let (bad_key, key) = ("api-key: nobodys\r\n", "api-key: a-key-of-staging-1\r\n");
+    let (bad_key, key) = ("api-key: unknown\r\n", "api-key: a-key-of-staging-1\r\n");
     let gzip = "content-encoding: gzip\r\n";
     let (bad_body, bad_model, large) =
         (r#"{"model":"gpt-9","n":0}"#, HELLO.replace("4o", "9"), hello(r#""max_tokens":100"#));
@@ -123,7 +123,7 @@ async fn an_ambiguous_head_is_refused() {
 }
 
 #[tokio::test]
-async fn what_is_no_http_is_refused_in_the_shape_of_all_refusals() {
+async fn malformed_http_is_refused_with_an_error_in_openais_shape() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
     let long = "x".repeat(100_000);
@@ -136,7 +136,7 @@ async fn what_is_no_http_is_refused_in_the_shape_of_all_refusals() {
         (format!("GET / HTTP/1.1\r\nhost: a\r\n{many}\r\n"), (431, "headers_too_large")),
     ] {
         let mut caller = gateway.caller().await;
-        // A request that is fine before does not make it different.
+        // The same holds after a valid request on the same connection.
         caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
         assert_eq!(caller.reply().await.status, 200);
         caller.send(head.as_bytes()).await;
@@ -148,7 +148,7 @@ async fn what_is_no_http_is_refused_in_the_shape_of_all_refusals() {
 }
 
 #[tokio::test]
-async fn a_caller_that_sends_half_a_body_and_goes_costs_nothing() {
+async fn a_caller_that_hangs_up_within_its_body_costs_nothing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
     let mut caller = gateway.caller().await;
@@ -159,10 +159,10 @@ async fn a_caller_that_sends_half_a_body_and_goes_costs_nothing() {
 }
 
 #[tokio::test]
-async fn counting_stays_out_of_the_way_of_other_requests() {
+async fn a_slow_count_does_not_delay_other_requests() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
-    // A megabyte of dashes is the worst that the tokenizer knows: more than half a second of work.
+    // A megabyte of dashes is the slowest input for the tokenizer: it takes more than half a second.
     let hard = HELLO.replace("hello", &"-".repeat(900_000));
     let mut slow = gateway.caller().await;
     slow.request("POST", CHAT, "", hard.as_bytes()).await;

@@ -1,10 +1,10 @@
-//! Limits that are changed while the gateway runs.
+//! Limits that the admin API overrides while the gateway runs.
 
 use crate::support::*;
 use serde_json::Value;
 use std::path::Path;
 
-/// A gateway with a store in this folder.
+/// A gateway whose store is in this folder.
 async fn gateway(upstream: &Upstream, folder: &Path) -> Gateway {
     let text = format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\n\
@@ -43,7 +43,7 @@ fn hourly(environment: &Value) -> (u64, i64, u64, String) {
 }
 
 #[tokio::test]
-async fn a_limit_can_be_overridden_and_what_was_used_stays_used() {
+async fn an_override_changes_the_limit_and_keeps_the_used_amount() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(300, 300)).await;
     let gateway = gateway(&upstream, folder.path()).await;
@@ -56,7 +56,7 @@ async fn a_limit_can_be_overridden_and_what_was_used_stays_used() {
     assert_eq!(
         gateway.chat(&hello(r#""max_tokens":1"#)).await.status,
         429,
-        "what is used beyond it is a debt"
+        "usage beyond the lowered limit is debt"
     );
 
     let raised = admin(&gateway, "PUT", HOURLY, r#"{"limit":2000,"burst":4000}"#).await;
@@ -71,11 +71,11 @@ async fn a_limit_can_be_overridden_and_what_was_used_stays_used() {
     let reset = admin(&gateway, "POST", "/api/environments/staging/reset", "").await;
     assert_eq!(hourly(&reset.json()), (1_000, 1_000, 0, "file".into()));
     assert_eq!(reset.json()["quotas"][1]["used"], 0);
-    assert_eq!(reset.json()["totals"]["total_tokens"], 1_200, "what was spent was spent");
+    assert_eq!(reset.json()["totals"]["total_tokens"], 1_200, "a reset does not change the totals");
 }
 
 #[tokio::test]
-async fn an_override_outlives_the_process_and_what_was_done_is_written_down() {
+async fn overrides_survive_a_restart_and_are_in_the_audit_log() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(8, 8)).await;
     let first = gateway(&upstream, folder.path()).await;
@@ -108,7 +108,7 @@ async fn an_override_outlives_the_process_and_what_was_done_is_written_down() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_set_is_refused_and_changes_nothing() {
+async fn an_invalid_override_is_refused_and_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(8, 8)).await;
     let gateway = gateway(&upstream, folder.path()).await;
@@ -130,7 +130,7 @@ async fn what_cannot_be_set_is_refused_and_changes_nothing() {
         let refused = admin(&gateway, method, target, body).await;
         assert_eq!(refused.status, status, "{method} {target} {body}: {}", refused.text());
     }
-    // A web page of another site that a browser on this machine has open.
+    // A cross-site request from a browser on this machine.
     let mut caller = Caller::connect(gateway.admin).await;
     let foreign = format!(
         "POST /api/environments/staging/reset HTTP/1.1\r\nhost: {}\r\norigin: http://evil.example\r\ncontent-length: 0\r\n\r\n",

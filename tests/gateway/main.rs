@@ -1,7 +1,6 @@
-//! The gateway as its callers, its upstreams and its operators see it. One module for each chapter of
-//! the README.
+//! End-to-end tests: a gateway between a caller and a mock upstream. There is one module per topic of the documentation.
 
-#![allow(clippy::disallowed_methods)] // tests time what they see
+#![allow(clippy::disallowed_methods)] // tests measure wall-clock time
 #![allow(missing_docs, unreachable_pub, clippy::panic, clippy::unwrap_used, clippy::missing_panics_doc)]
 
 mod admission;

@@ -1,4 +1,4 @@
-//! What passes is not changed, and passes at once.
+//! Requests and answers pass through unchanged and without delay.
 
 use crate::support::*;
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 const ROOM: &str = "{ requests: { limit: 1000000, per: minute } }";
 
 #[tokio::test]
-async fn the_request_reaches_the_upstream_byte_for_byte() {
+async fn the_request_body_is_forwarded_byte_for_byte() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let body = "{ \"zz\" : [1.50, 1e2, \"\\u00e9é\"],\n\t\"messages\":[{\"content\":\"hello\",\"x\":null,\"role\":\"user\"}], \"model\":\"gpt-4o\" ,\"seed\":7}";
@@ -17,7 +17,7 @@ async fn the_request_reaches_the_upstream_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn of_a_stream_only_the_request_for_usage_is_added() {
+async fn only_stream_options_are_added_to_a_streaming_request() {
     for (body, forwarded) in [
         (hello(r#""stream":true"#), hello(r#""stream_options":{"include_usage":true},"stream":true"#)),
         (
@@ -38,7 +38,7 @@ async fn of_a_stream_only_the_request_for_usage_is_added() {
 }
 
 #[tokio::test]
-async fn usage_is_not_asked_of_a_backend_that_refuses_it() {
+async fn stream_usage_never_adds_no_stream_options() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let environments = "  staging: { upstream: backend, quotas: { requests: { limit: 9, per: minute } } }\ndefault_environment: staging";
     let gateway = Gateway::with(&upstream, "stream_usage: never", environments).await;
@@ -47,7 +47,7 @@ async fn usage_is_not_asked_of_a_backend_that_refuses_it() {
 }
 
 #[tokio::test]
-async fn just_the_chunk_that_was_asked_for_is_withheld() {
+async fn only_the_usage_chunk_is_withheld() {
     let finish = "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1}}\n\n";
     let events =
         [": ping\n\n".to_owned(), delta("Hi"), finish.to_owned(), usage_event(8, 2), DONE.to_owned()];
@@ -79,7 +79,7 @@ async fn the_first_event_is_passed_on_within_five_milliseconds() {
     for _ in 0..11 {
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
-        // The head comes before any event, and the event while the upstream still holds the rest back.
+        // The head must arrive before any event, and the event while the upstream holds back the rest.
         caller.head().await;
         let started = Instant::now();
         upstream.open_gate();
@@ -93,7 +93,7 @@ async fn the_first_event_is_passed_on_within_five_milliseconds() {
 }
 
 #[tokio::test]
-async fn headers_of_one_hop_and_of_other_peoples_business_stay_behind() {
+async fn hop_by_hop_headers_keys_cookies_and_forwarding_headers_are_not_forwarded() {
     let answer = Answer::with_headers(
         200,
         "content-type: application/json\r\nconnection: keep-alive, x-hop\r\nx-hop: 1\r\nkeep-alive: timeout=5\r\nx-own: kept\r\nset-cookie: a=1\r\nset-cookie: b=2\r\n",
@@ -108,7 +108,7 @@ async fn headers_of_one_hop_and_of_other_peoples_business_stay_behind() {
         te: trailers\r\nupgrade: h2c\r\naccept-encoding: gzip\r\nx-both: callers\r\nx-kept: a\r\nx-kept: b\r\nuser-agent: sdk\r\n";
     let reply = gateway.send("POST", CHAT, headers, HELLO).await;
     let seen = upstream.only();
-    for gone in [
+    for dropped in [
         "api-key",
         "x-api-key",
         "x-goog-api-key",
@@ -121,7 +121,7 @@ async fn headers_of_one_hop_and_of_other_peoples_business_stay_behind() {
         "upgrade",
         "connection",
     ] {
-        assert_eq!(seen.header(gone), None, "{gone}");
+        assert_eq!(seen.header(dropped), None, "{dropped}");
     }
     for (name, values) in [
         ("authorization", vec!["Bearer sk-of-the-upstream"]),
@@ -135,15 +135,15 @@ async fn headers_of_one_hop_and_of_other_peoples_business_stay_behind() {
     ] {
         assert_eq!(seen.all(name), values, "{name}");
     }
-    for gone in ["x-hop", "keep-alive", "connection"] {
-        assert_eq!(reply.header(gone), None, "{gone}");
+    for dropped in ["x-hop", "keep-alive", "connection"] {
+        assert_eq!(reply.header(dropped), None, "{dropped}");
     }
     assert_eq!(reply.header("x-own"), Some("kept"));
     assert_eq!(reply.head.matches("set-cookie").count(), 2);
 }
 
 #[tokio::test]
-async fn an_azure_upstream_gets_its_key_in_its_own_header() {
+async fn an_azure_upstream_receives_its_key_in_the_api_key_header() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ azure: {{ base_url: 'http://{}/openai', api: azure, api_key: azure-key }} }}\n\
@@ -157,14 +157,14 @@ async fn an_azure_upstream_gets_its_key_in_its_own_header() {
     let seen = upstream.only();
     assert_eq!(seen.target(), "/openai/deployments/my-gpt4/chat/completions?api-version=2024-10-21");
     assert_eq!((seen.header("api-key"), seen.header("authorization")), (Some("azure-key"), None));
-    // The deployment in the path is the model, whatever the body says.
+    // The deployment in the path is the model, not the model in the body.
     let other =
         gateway.post("/openai/deployments/other/chat/completions", &HELLO.replace("gpt-4o", "my-gpt")).await;
     assert_eq!(other.refusal(), (404, "model_not_found".into()));
 }
 
 #[tokio::test]
-async fn a_redirect_passes_and_is_not_followed() {
+async fn a_redirect_is_passed_on_and_not_followed() {
     let trap = Upstream::always(Answer::chat(1, 1)).await;
     let answer = Answer::with_headers(307, &format!("location: http://{}/v1\r\n", trap.address), "");
     let upstream = Upstream::always(answer).await;
@@ -176,7 +176,7 @@ async fn a_redirect_passes_and_is_not_followed() {
 }
 
 #[tokio::test]
-async fn kept_connections_serve_one_request_after_the_other_in_both_directions() {
+async fn a_kept_alive_connection_serves_json_and_streams_in_turn() {
     let upstream = Upstream::answering(|seen| {
         let answer = Answer::stream().events(&[delta("a"), usage_event(1, 1), DONE.to_owned()]).end();
         if seen.text().contains("stream") { answer } else { Answer::chat(8, 2) }
@@ -196,7 +196,7 @@ async fn kept_connections_serve_one_request_after_the_other_in_both_directions()
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
     #[test]
-    fn the_caller_receives_the_upstreams_bytes_however_they_are_framed_and_cut(
+    fn the_answer_passes_byte_for_byte_in_every_framing_and_split(
         body in prop_oneof![
             prop::collection::vec(any::<u8>(), 0..2000),
             "(data: [ -~]{0,40}\n{1,2}|: c\n\n|event: e\r\n|data: \\{\"choices\":\\[\\],\"usage\":\\{\"prompt_tokens\":1\\}\\}\n\n|\r){0,30}".prop_map(String::into_bytes),

@@ -1,9 +1,9 @@
-//! Who is admitted, and what those who are not are told.
+//! Which requests the quotas admit, and the headers and errors that callers receive.
 
 use crate::support::*;
 
 #[tokio::test]
-async fn a_quota_of_each_kind_denies_with_a_429_that_an_sdk_understands() {
+async fn each_kind_of_quota_denies_with_a_429_in_openais_shape() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
     for (kind, error_type, requested) in [
         ("total_tokens", "tokens", 108),
@@ -14,7 +14,7 @@ async fn a_quota_of_each_kind_denies_with_a_429_that_an_sdk_understands() {
         let limit = requested + requested / 2;
         let gateway =
             Gateway::before(&upstream, &format!("{{ {kind}: {{ limit: {limit}, per: hour }} }}")).await;
-        // The upstream reports what fills the quota.
+        // The reported usage leaves too little room for another request.
         let first = gateway.chat(&hello(r#""max_tokens":100"#)).await;
         assert_eq!(first.status, 200, "{kind}");
         let mut denied = gateway.chat(&hello(r#""max_tokens":100"#)).await;
@@ -34,7 +34,7 @@ async fn a_quota_of_each_kind_denies_with_a_429_that_an_sdk_understands() {
         let seconds: u64 = denied.header("retry-after").unwrap().parse().unwrap();
         assert_eq!((quota["retry_after_ms"].as_u64(), seconds), (Some(ms), ms.div_ceil(1_000)), "{kind}");
         assert!(seconds >= 1);
-        // An hour's quota refills too slowly to be waited for.
+        // An hourly quota refills more slowly than `retry_patience` allows.
         assert_eq!(denied.header("x-should-retry"), Some("false"));
         assert_eq!(denied.header("x-tollgate-environment"), Some("staging"));
         for word in ["staging", kind, "hour", "used", "held"] {
@@ -46,7 +46,7 @@ async fn a_quota_of_each_kind_denies_with_a_429_that_an_sdk_understands() {
 }
 
 #[tokio::test]
-async fn a_retry_that_waits_as_long_as_it_was_told_is_admitted() {
+async fn a_retry_after_the_given_time_is_admitted() {
     let upstream = Upstream::always(Answer::chat(8, 100)).await;
     let gateway = Gateway::before(&upstream, "{ total_tokens: { limit: 200, per: second } }").await;
     let request = hello(r#""max_tokens":100"#);
@@ -61,7 +61,7 @@ async fn a_retry_that_waits_as_long_as_it_was_told_is_admitted() {
 }
 
 #[tokio::test]
-async fn a_quota_of_a_day_that_is_spent_is_no_matter_of_seconds() {
+async fn a_spent_daily_quota_is_reported_as_insufficient_quota() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
     let gateway =
         Gateway::before(&upstream, "{ requests: [{ limit: 1, per: day }, { limit: 1, per: second }] }").await;
@@ -75,7 +75,7 @@ async fn a_quota_of_a_day_that_is_spent_is_no_matter_of_seconds() {
 }
 
 #[tokio::test]
-async fn what_can_never_fit_is_a_400_and_the_upstream_sees_nothing() {
+async fn a_request_larger_than_the_quota_is_a_400_and_is_not_forwarded() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
     let gateway = Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: minute } }").await;
     let refused = gateway.chat(&hello(r#""max_tokens":101"#)).await;
@@ -87,9 +87,9 @@ async fn what_can_never_fit_is_a_400_and_the_upstream_sees_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_256_parallel_requests_exactly_as_many_are_served_as_fit() {
-    // Every request reserves and uses 8 + 92 tokens; there is room for 50 of them. An answer is held
-    // back until all requests are decided, so that none is admitted into room that another left.
+async fn of_256_parallel_requests_exactly_those_that_fit_are_served() {
+    // Every request reserves and uses 8 + 92 tokens, so there is room for 50. The upstream answers only after all
+    // requests are admitted or denied, so that no settlement makes room.
     let served = Answer::of(vec![Step::Gate]).then(Step::Send(
         format!(
             "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}",
@@ -125,7 +125,7 @@ async fn of_256_parallel_requests_exactly_as_many_are_served_as_fit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn five_parallel_calls_cannot_spend_more_than_a_quota_of_a_hundred() {
+async fn parallel_requests_cannot_overspend_a_quota() {
     let upstream = Upstream::always(Answer::chat(8, 22)).await;
     let gateway =
         std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: day } }").await);
@@ -140,7 +140,7 @@ async fn five_parallel_calls_cannot_spend_more_than_a_quota_of_a_hundred() {
 }
 
 #[tokio::test]
-async fn a_small_quota_does_not_deny_its_first_request_for_ever() {
+async fn the_prior_allowance_fits_into_a_small_quota() {
     let upstream = Upstream::always(Answer::chat(8, 5)).await;
     let gateway =
         Gateway::reserving(&upstream, "{ total_tokens: { limit: 50, per: minute } }", "adaptive").await;
@@ -148,7 +148,7 @@ async fn a_small_quota_does_not_deny_its_first_request_for_ever() {
 }
 
 #[tokio::test]
-async fn without_a_reservation_requests_are_admitted_while_anything_is_left() {
+async fn without_a_reservation_requests_are_admitted_while_the_level_is_positive() {
     let upstream = Upstream::always(Answer::chat(8, 30)).await;
     let environments = "  staging:\n    upstream: backend\n    reserve: { prompt: none, completion: none }\n    quotas: { total_tokens: { limit: 50, per: day } }\ndefault_environment: staging";
     let gateway = Gateway::with(&upstream, "", environments).await;
@@ -160,7 +160,7 @@ async fn without_a_reservation_requests_are_admitted_while_anything_is_left() {
 }
 
 #[tokio::test]
-async fn a_fixed_reservation_is_given_back_as_far_as_it_was_not_used() {
+async fn the_unused_part_of_a_fixed_allowance_is_refunded() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway =
         Gateway::reserving(&upstream, "{ completion_tokens: { limit: 1000, per: day } }", "700").await;
@@ -176,7 +176,7 @@ async fn a_fixed_reservation_is_given_back_as_far_as_it_was_not_used() {
 }
 
 #[tokio::test]
-async fn answers_tell_how_the_quotas_stand_and_the_tightest_speaks() {
+async fn rate_limit_headers_report_the_tightest_quota() {
     let limited = Answer::with_headers(
         200,
         "content-type: application/json\r\nx-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 7777\r\nx-request-id: up-1\r\n",
@@ -189,7 +189,7 @@ async fn answers_tell_how_the_quotas_stand_and_the_tightest_speaks() {
     for (name, value) in [
         ("x-ratelimit-limit-tokens", "600"),
         ("x-ratelimit-remaining-tokens", "500"),
-        // Of requests the environment has no quota: the upstream's own word stays.
+        // The environment has no quota of requests, so the upstream's header stays.
         ("x-ratelimit-remaining-requests", "9999"),
         ("x-tollgate-environment", "staging"),
         ("x-tollgate-estimated-prompt-tokens", "8"),
@@ -202,7 +202,7 @@ async fn answers_tell_how_the_quotas_stand_and_the_tightest_speaks() {
 }
 
 #[tokio::test]
-async fn callers_and_models_have_quotas_of_their_own_and_all_must_hold() {
+async fn a_request_must_fit_the_quotas_of_environment_caller_and_model() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
     let environments = "  production:\n    upstream: backend\n    reserve: { completion: 10 }\n    keys:\n      - { name: web, secret: key-of-the-web-app-1, quotas: { requests: { limit: 1, per: day } } }\n      - { name: batch, secret: key-of-the-batch-job }\n    quotas: { requests: { limit: 3, per: day } }\n    model_quotas: { 'gpt-4o*': { completion_tokens: { limit: 15, per: day } } }";
     let gateway = Gateway::with(&upstream, "", environments).await;
@@ -211,8 +211,8 @@ async fn callers_and_models_have_quotas_of_their_own_and_all_must_hold() {
         gateway.send("POST", CHAT, &headers, &HELLO.replace("gpt-4o", model)).await.status
     };
     assert_eq!(as_caller("key-of-the-web-app-1", "gpt-4o").await, 200);
-    assert_eq!(as_caller("key-of-the-web-app-1", "o3").await, 429, "its own share is spent");
-    assert_eq!(as_caller("key-of-the-batch-job", "gpt-4o-mini").await, 429, "the model's share is spent");
+    assert_eq!(as_caller("key-of-the-web-app-1", "o3").await, 429, "the caller's quota is spent");
+    assert_eq!(as_caller("key-of-the-batch-job", "gpt-4o-mini").await, 429, "the model's quota is spent");
     assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 200);
     assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 200);
     assert_eq!(as_caller("key-of-the-batch-job", "o3").await, 429, "the environment's quota is spent");
@@ -224,7 +224,7 @@ async fn callers_and_models_have_quotas_of_their_own_and_all_must_hold() {
 }
 
 #[tokio::test]
-async fn no_more_are_under_way_than_may_be() {
+async fn max_in_flight_is_enforced() {
     let upstream = Upstream::always(Answer::of(vec![Step::Gate])).await;
     let environments = "  staging: { upstream: backend, max_in_flight: 1, quotas: { requests: { limit: 100, per: minute } } }\ndefault_environment: staging";
     let gateway = Gateway::with(&upstream, "", environments).await;
@@ -237,7 +237,7 @@ async fn no_more_are_under_way_than_may_be() {
 }
 
 #[tokio::test]
-async fn embeddings_ask_for_no_completion_tokens_and_a_spent_quota_of_those_does_not_stop_them() {
+async fn embeddings_need_no_completion_tokens_and_pass_a_spent_completion_quota() {
     let upstream = Upstream::answering(|seen| {
         if seen.target().contains("embeddings") {
             Answer::json(200, r#"{"data":[],"usage":{"prompt_tokens":5,"total_tokens":5}}"#)

@@ -1,4 +1,4 @@
-//! Which environment a request belongs to, who may use it, and what is served.
+//! How a request is mapped to an environment, a caller and an endpoint.
 
 use crate::support::*;
 
@@ -19,7 +19,7 @@ fn bearer(key: &str) -> String {
 }
 
 #[tokio::test]
-async fn path_then_key_then_default_name_the_environment() {
+async fn path_key_and_default_select_the_environment_in_this_order() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "default_environment: open").await;
     for (path, key, environment) in [
@@ -46,7 +46,7 @@ async fn path_then_key_then_default_name_the_environment() {
 }
 
 #[tokio::test]
-async fn every_header_that_sdks_use_can_carry_the_key() {
+async fn the_key_is_accepted_in_every_header_that_sdks_use() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
     for headers in [
@@ -60,7 +60,7 @@ async fn every_header_that_sdks_use_can_carry_the_key() {
 }
 
 #[tokio::test]
-async fn missing_wrong_and_foreign_keys_are_told_apart() {
+async fn missing_unknown_and_foreign_keys_have_distinct_errors() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
     for (path, headers, refusal) in [
@@ -70,7 +70,7 @@ async fn missing_wrong_and_foreign_keys_are_told_apart() {
         ("/production/v1/chat/completions", bearer("no such key"), (401, "invalid_api_key")),
         ("/production/v1/chat/completions", bearer(""), (401, "invalid_api_key")),
         ("/production/v1/chat/completions", bearer(BOX), (403, "wrong_environment")),
-        // Also where nobody needs a key: a key of this gateway's is never sent to an upstream.
+        // An open environment refuses it too, because a key of this gateway must never reach an upstream.
         ("/open/v1/chat/completions", bearer(BOX), (403, "wrong_environment")),
     ] {
         let reply = gateway.send("POST", path, &headers, HELLO).await;
@@ -81,10 +81,10 @@ async fn missing_wrong_and_foreign_keys_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_key_of_this_gateways_is_never_sent_upstream() {
+async fn a_key_of_the_gateway_is_never_forwarded() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
-    // The upstream has no key of its own: the caller brings that beside the gateway's.
+    // The upstream has no key in the config. The caller sends one besides the gateway's key.
     for (ours, theirs) in [
         (bearer(WEB), "x-api-key: sk-own"),
         (format!("api-key: {WEB}\r\n"), "authorization: Bearer sk-own"),
@@ -103,7 +103,7 @@ async fn a_key_of_this_gateways_is_never_sent_upstream() {
 }
 
 #[tokio::test]
-async fn a_foreign_key_is_refused_wherever_it_stands() {
+async fn a_key_of_another_environment_is_refused_in_every_header() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "default_environment: open").await;
     for (path, headers) in [
@@ -122,7 +122,7 @@ async fn a_foreign_key_is_refused_wherever_it_stands() {
 }
 
 #[tokio::test]
-async fn a_heap_of_keys_is_refused() {
+async fn a_request_with_more_than_eight_keys_is_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "default_environment: open").await;
     let keys: Vec<_> = (0..9).map(|n| format!("x-api-key: {n}\r\n")).collect();
@@ -133,7 +133,7 @@ async fn a_heap_of_keys_is_refused() {
 }
 
 #[tokio::test]
-async fn a_404_names_no_environment_that_was_not_asked_for() {
+async fn a_404_reveals_no_environment_that_the_path_does_not_name() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     for (default, path, base_url) in [
         ("", "/v2//chat", "'/v1'"),
@@ -145,12 +145,12 @@ async fn a_404_names_no_environment_that_was_not_asked_for() {
         let gateway = gateway(&upstream, default).await;
         let reply = gateway.post(path, HELLO).await;
         assert!(reply.text().contains(base_url), "{default} {path} {}", reply.text());
-        let told = reply.text().replace(path, "").replace(base_url, "");
+        let rest = reply.text().replace(path, "").replace(base_url, "");
         for name in ["production", "sandbox", "open"] {
-            assert!(!told.contains(&format!("/{name}")), "{default} {path} {}", reply.text());
+            assert!(!rest.contains(&format!("/{name}")), "{default} {path} {}", reply.text());
         }
     }
-    // Nobody's key and no default tells: the path has to.
+    // Without keys and without a default, only the path can name the environment.
     let environments = "  secret: { upstream: backend, quotas: { requests: { limit: 9, per: minute } } }";
     let gateway = Gateway::with(&upstream, "", environments).await;
     let reply = gateway.post("/v2/chat", HELLO).await;
@@ -162,7 +162,7 @@ async fn a_404_names_no_environment_that_was_not_asked_for() {
 }
 
 #[tokio::test]
-async fn a_deployment_is_named_in_one_way_only() {
+async fn a_deployment_name_with_percent_encoding_is_an_unknown_path() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let environments = "  staging: { upstream: backend, model_quotas: { gpt-4.1: { requests: { limit: 1, per: day } } } }\ndefault_environment: staging";
     let gateway = Gateway::with(&upstream, "", environments).await;
@@ -174,7 +174,7 @@ async fn a_deployment_is_named_in_one_way_only() {
 }
 
 #[tokio::test]
-async fn what_is_not_served_is_a_404_that_says_which_base_url_would_be_right() {
+async fn an_unknown_path_is_a_404_that_suggests_a_base_url() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
     for path in [
@@ -215,7 +215,7 @@ async fn what_is_not_served_is_a_404_that_says_which_base_url_would_be_right() {
 }
 
 #[tokio::test]
-async fn another_method_is_a_405_that_says_which_is_taken() {
+async fn a_wrong_method_is_a_405_with_an_allow_header() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
     for (method, path, allow) in [
@@ -236,7 +236,7 @@ async fn another_method_is_a_405_that_says_which_is_taken() {
 }
 
 #[tokio::test]
-async fn models_that_are_not_listed_are_not_found() {
+async fn a_model_that_is_not_on_the_allow_list_is_a_404() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
     for (model, found) in [
@@ -258,7 +258,7 @@ async fn models_that_are_not_listed_are_not_found() {
 }
 
 #[tokio::test]
-async fn the_list_of_models_passes_and_is_not_charged() {
+async fn the_list_of_models_is_forwarded_and_not_charged() {
     let upstream = wiremock::MockServer::start().await;
     for path in ["/v1/models", "/v1/models/ft:gpt-4o:org::id"] {
         let answer = wiremock::ResponseTemplate::new(200).set_body_string(path);
@@ -280,7 +280,7 @@ async fn the_list_of_models_passes_and_is_not_charged() {
 }
 
 #[tokio::test]
-async fn other_paths_are_forwarded_as_one_request_where_the_environment_says_so() {
+async fn other_paths_forward_forwards_unknown_paths_and_charges_one_request() {
     let upstream =
         Upstream::always(Answer::json(200, r#"{"usage":{"prompt_tokens":4,"total_tokens":4}}"#)).await;
     let gateway = gateway(&upstream, "").await;
@@ -300,7 +300,7 @@ async fn other_paths_are_forwarded_as_one_request_where_the_environment_says_so(
 }
 
 #[tokio::test]
-async fn a_forwarded_path_opens_no_tunnel_and_gives_no_trace() {
+async fn forwarded_paths_accept_neither_tunnels_nor_trace() {
     let upstream = Upstream::always(Answer::json(200, "{}")).await;
     let gateway = gateway(&upstream, "").await;
     for method in ["TRACE", "CONNECT", "PROPFIND"] {
@@ -313,7 +313,7 @@ async fn a_forwarded_path_opens_no_tunnel_and_gives_no_trace() {
     let reply = gateway.send("GET", "/open/v1/realtime", upgrade, "").await;
     assert_eq!(reply.refusal(), (400, "bad_request".into()));
     assert!(upstream.seen().is_empty());
-    // An offer of HTTP/2, as some clients make it to everybody, is no wish for a tunnel.
+    // Some clients offer HTTP/2 with every request; that does not request a tunnel.
     let offer = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAA\r\n";
     assert_eq!(gateway.send("GET", "/open/v1/files", offer, "").await.status, 200);
 }

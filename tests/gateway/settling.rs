@@ -1,22 +1,22 @@
-//! What each way in which a request can end costs. One test for each row of the README's table.
+//! What a request costs, for each way in which it can end.
 
 use crate::support::*;
 
 const ROOM: &str = "{ total_tokens: { limit: 10000000, per: day }, requests: { limit: 1000, per: minute } }";
 
 #[tokio::test]
-async fn usage_that_is_reported_is_charged() {
+async fn reported_usage_is_charged() {
     let upstream = Upstream::always(Answer::chat(11, 5)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.text(), chat_answer(&usage(11, 5)));
-    // At the latest with the last byte of the answer.
+    // The charge is visible at the latest with the last byte of the answer.
     assert_eq!(gateway.charged().await, [1, 11, 5, 16]);
     assert_eq!(gateway.settled_charges().await, [1, 11, 5, 16]);
 }
 
 #[tokio::test]
-async fn usage_of_a_stream_is_charged() {
+async fn reported_usage_of_a_stream_is_charged() {
     let events = [delta("Hi"), usage_event(11, 5), DONE.to_owned()];
     let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
@@ -26,8 +26,8 @@ async fn usage_of_a_stream_is_charged() {
 }
 
 #[tokio::test]
-async fn an_answer_without_usage_costs_the_estimate_and_what_was_received() {
-    // "Hello there" is two tokens, and so is "Hello there" in two deltas.
+async fn an_answer_without_usage_costs_the_estimate_and_the_delivered_tokens() {
+    // "Hello there" is two tokens, in one piece or in two deltas.
     let json = Upstream::always(Answer::json(200, &chat_answer("null"))).await;
     let gateway = Gateway::before(&json, ROOM).await;
     gateway.chat(HELLO).await;
@@ -52,7 +52,7 @@ async fn a_long_answer_without_usage_is_counted_before_its_last_byte() {
 
 #[tokio::test]
 async fn a_long_stream_without_usage_is_counted_in_portions() {
-    // 10,000 tokens in each, and several portions in all.
+    // Each event has 10,000 tokens, so the stream is counted in several portions.
     let events = vec![delta(&" word".repeat(10_000)); 4];
     let gates = events.iter().fold(Answer::stream(), |answer, event| answer.event(event).then(Step::Gate));
     let upstream = Upstream::always(gates.end()).await;
@@ -68,7 +68,7 @@ async fn a_long_stream_without_usage_is_counted_in_portions() {
             }
             upstream.open_gate();
         }
-        // To its end, or hung up while a portion may be under way.
+        // The caller reads to the end, or hangs up while a portion may still be counted.
         if read == 4 {
             assert_eq!(caller.chunk().await, Some(vec![]));
         }
@@ -81,7 +81,7 @@ async fn a_long_stream_without_usage_is_counted_in_portions() {
 }
 
 #[tokio::test]
-async fn usage_that_cannot_be_true_is_none() {
+async fn usage_that_is_not_credible_is_replaced_by_the_count() {
     for bad in [
         r#"{"prompt_tokens":-3,"completion_tokens":-5,"total_tokens":-8}"#,
         r#"{"prompt_tokens":"3","completion_tokens":"5"}"#,
@@ -92,7 +92,7 @@ async fn usage_that_cannot_be_true_is_none() {
     ] {
         let upstream = Upstream::always(Answer::json(200, &chat_answer(bad))).await;
         let gateway = Gateway::before(&upstream, ROOM).await;
-        assert_eq!(gateway.chat(HELLO).await.text(), chat_answer(bad), "it passes as it came");
+        assert_eq!(gateway.chat(HELLO).await.text(), chat_answer(bad), "the answer passes unchanged");
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{bad}");
         let metrics = gateway.admin_get("/metrics").await;
         assert!(
@@ -104,7 +104,7 @@ async fn usage_that_cannot_be_true_is_none() {
 }
 
 #[tokio::test]
-async fn usage_that_is_true_in_part_is_charged_in_part_and_told_all_the_same() {
+async fn credible_fields_are_charged_even_if_another_field_is_not_credible() {
     let reported = r#"{"prompt_tokens":9,"completion_tokens":4,"total_tokens":-1}"#;
     let upstream = Upstream::always(Answer::json(200, &chat_answer(reported))).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
@@ -115,7 +115,7 @@ async fn usage_that_is_true_in_part_is_charged_in_part_and_told_all_the_same() {
 }
 
 #[tokio::test]
-async fn what_generates_nothing_costs_no_completion_tokens() {
+async fn an_endpoint_that_generates_nothing_costs_no_completion_tokens() {
     let long = format!(r#"{{"data":"{}","choices":[{{"text":"so many words"}}]}}"#, "x".repeat(4_000));
     let stream = format!("data: {long}\n\n");
     for (kind, body) in
@@ -130,13 +130,13 @@ async fn what_generates_nothing_costs_no_completion_tokens() {
         let embeddings = r#"{"model":"text-embedding-3-small","input":"hello"}"#;
         assert_eq!(gateway.post("/v1/embeddings", embeddings).await.text(), body);
         assert_eq!(gateway.settled_charges().await, [2, 1, 0, 1], "{kind}");
-        // Of the embeddings usage was to be expected.
+        // The gateway expects usage from embeddings.
         assert_eq!(gateway.usage_missing("not_reported").await, 1, "{kind}");
     }
 }
 
 #[tokio::test]
-async fn of_what_is_not_charged_no_usage_is_missed() {
+async fn missing_usage_is_not_counted_for_endpoints_that_are_not_charged() {
     let upstream = Upstream::always(Answer::json(200, r#"{"object":"list","data":[]}"#)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     assert_eq!(gateway.send("GET", "/v1/models", "", "").await.status, 200);
@@ -145,7 +145,7 @@ async fn of_what_is_not_charged_no_usage_is_missed() {
 }
 
 #[tokio::test]
-async fn an_answer_without_a_body_is_an_answer() {
+async fn an_answer_without_a_body_is_settled_and_recorded() {
     for (method, head, outcome) in [
         ("POST", "200 OK\r\ncontent-length: 0", "answered"),
         ("POST", "204 No Content", "answered"),
@@ -163,7 +163,7 @@ async fn an_answer_without_a_body_is_an_answer() {
         if method == "HEAD" {
             assert!(got.contains("content-length: 17"), "{got}");
         }
-        // At the latest with the last byte of the answer.
+        // The charge is visible at the latest with the last byte of the answer.
         assert_eq!(gateway.charged().await[0], 1, "{method} {head}");
         gateway.settled().await;
         let counted =
@@ -174,7 +174,7 @@ async fn an_answer_without_a_body_is_an_answer() {
 }
 
 #[tokio::test]
-async fn a_caller_that_hangs_up_in_mid_stream_pays_for_what_it_received() {
+async fn a_cancelled_stream_is_charged_for_delivered_tokens() {
     let upstream =
         Upstream::always(Answer::stream().event(&delta("Hello")).event(&delta(" there")).then(Step::Gate))
             .await;
@@ -193,7 +193,7 @@ async fn a_caller_that_hangs_up_in_mid_stream_pays_for_what_it_received() {
 }
 
 #[tokio::test]
-async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that_and_what_came_since() {
+async fn a_cancelled_stream_is_charged_for_reported_usage_and_tokens_delivered_after_it() {
     let upstream = Upstream::always(
         Answer::stream()
             .event(&delta("Hello"))
@@ -215,7 +215,7 @@ async fn a_caller_that_hangs_up_after_usage_was_reported_pays_that_and_what_came
 }
 
 #[tokio::test]
-async fn what_a_stream_reports_at_its_beginning_is_not_all_that_it_costs() {
+async fn usage_at_the_beginning_of_a_cut_stream_does_not_replace_the_count() {
     let event = |data: &str| format!("data: {data}\n\n");
     let start = event(
         r#"{"type":"message_start","message":{"id":"m","usage":{"input_tokens":9,"output_tokens":1}}}"#,
@@ -223,7 +223,7 @@ async fn what_a_stream_reports_at_its_beginning_is_not_all_that_it_costs() {
     let text = event(
         r#"{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hello there"}}"#,
     );
-    // Gemini's first chunks may have no more than the prompt's tokens in their total.
+    // The total of Gemini's first chunks may contain the prompt tokens only.
     let chunk = event(
         r#"{"candidates":[{"content":{"parts":[{"text":"Hello there"}]}}],"usageMetadata":{"promptTokenCount":9,"totalTokenCount":9}}"#,
     );
@@ -237,7 +237,7 @@ async fn what_a_stream_reports_at_its_beginning_is_not_all_that_it_costs() {
 }
 
 #[tokio::test]
-async fn a_caller_that_gives_up_before_an_answer_pays_its_prompt() {
+async fn a_request_cancelled_before_its_answer_costs_the_prompt() {
     let upstream = Upstream::always(Answer::silence()).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let mut caller = gateway.caller().await;
@@ -250,7 +250,7 @@ async fn a_caller_that_gives_up_before_an_answer_pays_its_prompt() {
 }
 
 #[tokio::test]
-async fn an_upstream_that_breaks_off_ends_the_stream_with_an_error_and_no_done() {
+async fn a_stream_that_the_upstream_breaks_off_ends_with_an_error_event_and_no_done() {
     let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).then(Step::Cut)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
@@ -263,7 +263,7 @@ async fn an_upstream_that_breaks_off_ends_the_stream_with_an_error_and_no_done()
 }
 
 #[tokio::test]
-async fn a_stream_cut_within_an_event_ends_with_an_error_event_of_its_own() {
+async fn an_error_event_is_separated_from_a_half_delivered_event() {
     let half = &delta("Hello")[..40];
     let upstream =
         Upstream::always(Answer::stream().event(&delta("Hello")).event(half).then(Step::Cut)).await;
@@ -277,7 +277,7 @@ async fn a_stream_cut_within_an_event_ends_with_an_error_event_of_its_own() {
 }
 
 #[tokio::test]
-async fn a_json_answer_cut_in_the_middle_costs_its_bytes_and_breaks_the_connection() {
+async fn a_json_answer_cut_in_the_middle_is_charged_by_bytes_and_aborts_the_connection() {
     let whole = chat_answer(&usage(8, 2));
     let head = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -293,7 +293,7 @@ async fn a_json_answer_cut_in_the_middle_costs_its_bytes_and_breaks_the_connecti
 }
 
 #[tokio::test]
-async fn an_error_of_the_upstreams_passes_and_costs_its_request_only() {
+async fn an_error_of_the_upstream_passes_unchanged_and_costs_one_request() {
     for (status, body) in
         [(400, r#"{"error":"text"}"#), (429, r#"{"detail":"slow down"}"#), (500, "oops"), (503, "")]
     {
@@ -309,7 +309,7 @@ async fn an_error_of_the_upstreams_passes_and_costs_its_request_only() {
 }
 
 #[tokio::test]
-async fn an_upstream_that_cannot_be_reached_costs_nothing() {
+async fn an_unreachable_upstream_costs_nothing() {
     let upstream = Upstream::always(Answer::silence()).await;
     let gateway = Gateway::from_config(
         "server: { listen: '127.0.0.1:0' }\nadmin: { listen: '127.0.0.1:0' }\nupstreams: { gone: { base_url: 'http://127.0.0.1:9' }, nowhere: { base_url: 'http://no-such-host.invalid' } }\n\
@@ -322,7 +322,7 @@ async fn an_upstream_that_cannot_be_reached_costs_nothing() {
         assert_eq!(reply.json()["error"]["type"], "upstream_error");
         assert!(
             !reply.text().contains("127.0.0.1") && !reply.text().contains("invalid\""),
-            "no address is told"
+            "the error contains no address"
         );
     }
     assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
@@ -336,7 +336,7 @@ async fn an_upstream_that_closes_without_an_answer_is_a_502_and_costs_the_prompt
         let gateway = Gateway::before(&upstream, ROOM).await;
         assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
-        assert_eq!(upstream.seen().len(), 1, "a request that was read is not sent again");
+        assert_eq!(upstream.seen().len(), 1, "a request that the upstream has read is not retried");
     }
 }
 
@@ -345,7 +345,7 @@ fn open_staging() -> &'static str {
 }
 
 #[tokio::test]
-async fn an_upstream_that_says_nothing_is_a_504_and_costs_the_prompt() {
+async fn a_first_byte_timeout_is_a_504_and_costs_the_prompt() {
     let upstream = Upstream::always(Answer::silence()).await;
     let gateway = Gateway::with(&upstream, "timeouts: { first_byte: 50ms }", open_staging()).await;
     let reply = gateway.chat(HELLO).await;
@@ -371,9 +371,9 @@ async fn a_stream_that_stalls_ends_with_an_error_event() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_any_mix_of_endings_nothing_is_held_and_all_is_accounted_for() {
+async fn after_any_mix_of_endings_nothing_is_held_and_every_charge_is_counted() {
     let upstream = Upstream::answering(|seen| match seen.text().matches('x').count() % 6 {
-        // As it was estimated, so that there is nothing to learn.
+        // Reports the estimated prompt tokens, so that calibration changes nothing.
         0 => Answer::chat(HELLO_TOKENS, 5),
         1 => Answer::stream().event(&delta("Hello")).event(&usage_event(HELLO_TOKENS, 5)).event(DONE).end(),
         2 => Answer::stream().event(&delta("Hello")).then(Step::Cut),
@@ -401,7 +401,7 @@ async fn after_any_mix_of_endings_nothing_is_held_and_all_is_accounted_for() {
     while let Some(call) = calls.join_next().await {
         call.unwrap();
     }
-    // Twenty of each: reported twice, cut (prompt + 1), an error, hung up on (prompt + 1), no answer.
+    // Twenty requests each: usage reported (twice), cut (prompt + 1), error, cancelled (prompt + 1), no answer.
     let (p, n) = (HELLO_TOKENS, 20);
     assert_eq!(
         gateway.settled_charges().await,
@@ -410,7 +410,7 @@ async fn after_any_mix_of_endings_nothing_is_held_and_all_is_accounted_for() {
 }
 
 #[tokio::test]
-async fn what_came_from_the_providers_cache_is_charged_unless_it_is_to_be_skipped() {
+async fn cached_prompt_tokens_are_charged_unless_the_config_skips_them() {
     let usage = r#"{"prompt_tokens":1000,"completion_tokens":5,"total_tokens":1005,"prompt_tokens_details":{"cached_tokens":900}}"#;
     let upstream = Upstream::always(Answer::json(200, &chat_answer(usage))).await;
     for (setting, charged) in [("count", [1, 1_000, 5, 1_005]), ("skip", [1, 100, 5, 105])] {
@@ -420,7 +420,7 @@ async fn what_came_from_the_providers_cache_is_charged_unless_it_is_to_be_skippe
         let gateway = Gateway::with(&upstream, "", &environments).await;
         assert_eq!(gateway.chat(HELLO).await.status, 200);
         assert_eq!(gateway.settled_charges().await, charged, "{setting}");
-        // Estimates are about the whole prompt, wherever it came from.
+        // The estimate metric compares with the whole prompt, including its cached part.
         let metrics = gateway.admin_get("/metrics").await;
         assert!(metrics.text().contains("tollgate_estimate_ratio_sum 0.008"), "{}", metrics.text());
     }

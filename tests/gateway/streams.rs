@@ -1,4 +1,4 @@
-//! Streams between a caller and an upstream that do not keep the same pace.
+//! Cancellation, keep-alive comments and back-pressure of streams.
 
 use crate::support::*;
 use socket2::SockRef;
@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 const ROOM: &str = "{ requests: { limit: 1000000, per: minute } }";
 
 #[tokio::test]
-async fn a_caller_that_hangs_up_ends_the_upstreams_call_within_a_tenth_of_a_second() {
+async fn a_hang_up_cancels_the_upstream_call_within_100_ms() {
     let mut took = Vec::new();
     for _ in 0..5 {
         let upstream = Upstream::always(Answer::stream().event(&delta("Hi")).then(Step::Gate).end()).await;
@@ -28,7 +28,7 @@ async fn a_caller_that_hangs_up_ends_the_upstreams_call_within_a_tenth_of_a_seco
 }
 
 #[tokio::test]
-async fn comments_that_keep_a_stream_alive_pass_at_once() {
+async fn keep_alive_comments_pass_without_delay() {
     const PING: &str = ": keep-alive\n\n";
     let pings = (0..11).fold(Answer::stream(), |answer, _| answer.then(Step::Gate).event(PING));
     let upstream = Upstream::always(pings.then(Step::Gate).end()).await;
@@ -51,11 +51,10 @@ async fn comments_that_keep_a_stream_alive_pass_at_once() {
     }
 }
 
-/// An upstream whose own socket keeps little, and that tells how much it could write before nothing more was
-/// taken for so long.
-async fn written_until_stuck(listener: TcpListener, patience: Duration) -> (usize, TcpStream) {
+/// An upstream that streams without end. Returns the bytes written until a write made no progress for `stall`.
+async fn write_until_stalled(listener: TcpListener, stall: Duration) -> (usize, TcpStream) {
     let (mut socket, _) = listener.accept().await.unwrap();
-    SockRef::from(&socket).set_send_buffer_size(SMALL).unwrap();
+    SockRef::from(&socket).set_send_buffer_size(SOCKET_BUFFER).unwrap();
     let mut request = vec![0; 64 * 1024];
     assert!(socket.read(&mut request).await.unwrap() > 0);
     let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -64,45 +63,49 @@ async fn written_until_stuck(listener: TcpListener, patience: Duration) -> (usiz
     let chunk = format!("{:x}\r\n{event}\r\n", event.len());
     let mut written = 0;
     loop {
-        match tokio::time::timeout(patience, socket.write(&chunk.as_bytes()[written % chunk.len()..])).await {
+        match tokio::time::timeout(stall, socket.write(&chunk.as_bytes()[written % chunk.len()..])).await {
             Ok(n) => written += n.unwrap(),
             Err(_) => return (written, socket),
         }
-        assert!(written < ENDLESS, "the upstream is not held back");
+        assert!(written < ENDLESS, "there is no back-pressure");
     }
 }
 
-/// A socket's buffer.
-const SMALL: usize = 16 * 1024;
-/// What the gateway itself may keep of a stream.
-const MOST: usize = 256 * 1024;
+/// The buffer size of the sockets at both ends.
+const SOCKET_BUFFER: usize = 16 * 1024;
+/// At most this much of a stream may be buffered in the gateway.
+const MAX_BUFFERED: usize = 256 * 1024;
+/// If the upstream can write this much, there is no back-pressure.
 const ENDLESS: usize = 64 * 1024 * 1024;
 
 #[tokio::test]
-async fn a_caller_that_does_not_read_holds_the_upstream_back() {
+async fn a_caller_that_does_not_read_causes_back_pressure_at_the_upstream() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let writing = tokio::spawn(written_until_stuck(listener, Duration::from_secs(1)));
+    let writing = tokio::spawn(write_until_stalled(listener, Duration::from_secs(1)));
     let gateway = Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{address}' }} }}\n\
          environments: {{ staging: {{ upstream: backend }} }}\ndefault_environment: staging\nstore: {{ memory: true }}"
     ))
     .await;
     let socket = TcpSocket::new_v4().unwrap();
-    socket.set_recv_buffer_size(u32::try_from(SMALL).unwrap()).unwrap();
+    socket.set_recv_buffer_size(u32::try_from(SOCKET_BUFFER).unwrap()).unwrap();
     let mut caller = socket.connect(gateway.address).await.unwrap();
     let body = hello(r#""stream":true"#);
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {}\r\n\r\n", body.len());
     caller.write_all((head + &body).as_bytes()).await.unwrap();
-    let (written, upstream) = soon("the upstream to be held back", writing).await.unwrap();
+    let (written, upstream) = soon("back-pressure at the upstream", writing).await.unwrap();
     let Ok(sockets) = std::fs::read_to_string("/proc/net/tcp") else { return };
     let in_sockets = queued(&sockets, [address.port(), gateway.address.port()]);
-    let kept = written.saturating_sub(in_sockets);
-    assert!(kept < MOST, "{kept} of {written} bytes are kept, {in_sockets} lie in the system's buffers");
+    let buffered = written.saturating_sub(in_sockets);
+    assert!(
+        buffered < MAX_BUFFERED,
+        "the gateway buffers {buffered} of {written} bytes; socket buffers hold {in_sockets}"
+    );
     drop((caller, upstream));
 }
 
-/// Bytes in the system's buffers of all connections from or to these ports.
+/// The bytes in the kernel's socket buffers of all connections from or to these ports.
 fn queued(sockets: &str, ports: [u16; 2]) -> usize {
     let number = |hex: &str| usize::from_str_radix(hex, 16).unwrap();
     let of_line = |line: &str| {
@@ -110,7 +113,7 @@ fn queued(sockets: &str, ports: [u16; 2]) -> usize {
         let [local, remote, state, queues] = std::array::from_fn(|_| fields.next().unwrap());
         let port = |address: &str| number(address.rsplit(':').next().unwrap());
         let is_ours = ports.iter().any(|p| [port(local), port(remote)].contains(&usize::from(*p)));
-        // Of what listens it is not bytes that are queued.
+        // The queues of a listening socket count connections, not bytes.
         if !is_ours || state == "0A" {
             return 0;
         }

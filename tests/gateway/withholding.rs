@@ -1,4 +1,4 @@
-//! The one event that may be kept from the caller: the usage that the gateway asked for and it did not.
+//! The usage chunk that the gateway requests where the caller did not, and withholds from the caller.
 
 use crate::support::*;
 use proptest::prelude::*;
@@ -12,7 +12,7 @@ fn completion(fields: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_stream_of_completions_is_asked_for_usage_too() {
+async fn usage_is_requested_and_withheld_in_streams_of_completions() {
     let text = |t: &str| {
         format!(
             "data: {{\"id\":\"c\",\"object\":\"text_completion\",\"choices\":[{{\"index\":0,\"text\":\"{t}\"}}],\"usage\":null}}\n\n"
@@ -30,7 +30,7 @@ async fn a_stream_of_completions_is_asked_for_usage_too() {
 }
 
 #[tokio::test]
-async fn a_compressed_answer_passes_as_it_is() {
+async fn a_compressed_answer_passes_unchanged() {
     let events = [delta("Hi"), usage_event(8, 1), DONE.to_owned()].concat();
     let json = chat_answer(&usage(8, 1));
     for (kind, text) in [("text/event-stream", &events), ("application/json", &json)] {
@@ -55,7 +55,7 @@ async fn a_compressed_answer_passes_as_it_is() {
     }
 }
 
-/// An event, and whether it is the one that only reports usage.
+/// The lines of an event, and whether it is a usage chunk.
 fn event() -> impl Strategy<Value = (Vec<String>, bool)> {
     let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
     let report = r#""usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}"#;
@@ -89,7 +89,7 @@ fn event() -> impl Strategy<Value = (Vec<String>, bool)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(80))]
     #[test]
-    fn the_caller_receives_the_upstreams_bytes_less_exactly_that_event(
+    fn the_caller_receives_all_bytes_except_the_usage_chunk(
         events in prop::collection::vec((event(), prop_oneof![Just("\n"), Just("\r\n"), Just("\r")]), 0..12),
         cuts in prop::collection::vec(0usize..1500, 0..8),
         framing in prop_oneof![Just(Framing::Chunks), Just(Framing::UntilClosed)],

@@ -145,7 +145,7 @@ async fn a_connection_that_is_half_open_is_replaced() {
     let server = Server::start();
     let proxy = Proxy::start(&server.folder().join("s")).await;
     let mut client = Client::of(&proxy.url()).await;
-    proxy.forget();
+    proxy.make_half_open();
     assert_eq!(client.reserve().await, Err(Unavailable));
     let back = client.is_back().await;
     assert!(back <= SOON, "{back:?}");

@@ -69,7 +69,7 @@ impl<'a> Case<'a> {
             passed: answer.clone(),
             answer,
         };
-        if !(exchange.stream && api.is_some_and(Api::reports_if_asked)) {
+        if !(exchange.stream && api.is_some_and(Api::reports_stream_usage_on_request)) {
             return vec![whole];
         }
         let withheld = if is_compressed { whole.answer.clone() } else { less_usage(&whole.answer) };

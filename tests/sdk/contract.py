@@ -172,5 +172,5 @@ class Contract:
         for ask in [self.chat, lambda client, text: list(self.stream(client, text))]:
             with self.assertRaises(self.authentication_error) as raised:
                 ask(self.client("roomy", "wrong", 2), HELLO)
-            self.assertIn("not one of this gateway's", str(raised.exception))
+            self.assertIn("not valid for this gateway", str(raised.exception))
         self.assertEqual(self.house.account()["requests"], seen)

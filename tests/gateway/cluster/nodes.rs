@@ -132,7 +132,7 @@ async fn what_a_killed_node_held_is_charged_and_nothing_stays_held() {
         ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())
     };
     assert_eq!(held().await, [700, 300, 0]);
-    signal(&dies.number(), "KILL");
+    signal(&dies.id(), "KILL");
     let killed = tollgate::clock::Stopwatch::start();
     while held().await != [700, 0, 300] {
         assert!(killed.elapsed() < Duration::from_mins(1), "{:?}", held().await);

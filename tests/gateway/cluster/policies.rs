@@ -146,7 +146,7 @@ impl Scene {
             Fault::Slow => self.proxy.set(Mode::Slow),
             Fault::Full => drop(self.redis.admin("CONFIG SET maxmemory 1")),
             Fault::Silent => self.proxy.set(Mode::Silent),
-            Fault::HalfOpen => self.proxy.forget(),
+            Fault::HalfOpen => self.proxy.make_half_open(),
         }
     }
 
@@ -160,7 +160,7 @@ impl Scene {
             }
             Fault::Slow => self.proxy.set(Mode::Through),
             Fault::Silent => {
-                self.proxy.forget();
+                self.proxy.make_half_open();
                 self.proxy.set(Mode::Through);
             }
             Fault::Full => drop(self.redis.admin("CONFIG SET maxmemory 0")),

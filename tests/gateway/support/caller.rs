@@ -1,23 +1,23 @@
-//! A caller on a bare socket: what it reads is what was on the wire.
+//! A caller on a raw socket, so that tests see the bytes on the wire.
 
 use super::soon;
 use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// One request on a connection of its own.
+/// A connection to the gateway.
 pub struct Caller {
     socket: TcpStream,
     buffer: Vec<u8>,
 }
 
-/// An answer, whole.
+/// A complete answer.
 #[derive(Debug)]
 pub struct Reply {
     pub status: u16,
     pub head: String,
     pub body: Vec<u8>,
-    /// The connection ended before the body did.
+    /// The connection ended before the end of the body.
     pub broke_off: bool,
 }
 
@@ -38,7 +38,7 @@ impl Reply {
         self.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
     }
 
-    /// Status and error code.
+    /// The status and the error code of an error that the gateway made.
     pub fn refusal(&self) -> (u16, String) {
         assert_eq!(self.header("x-tollgate-error"), Some(self.code().as_str()), "{}", self.head);
         (self.status, self.code())
@@ -59,11 +59,11 @@ impl Caller {
     }
 
     pub async fn send(&mut self, bytes: &[u8]) {
-        // A gateway that has refused a request may close before it has read all of it.
+        // The gateway may close the connection after a refusal, before it has read the whole request.
         let _ = self.socket.write_all(bytes).await;
     }
 
-    /// Whether these bytes could still be sent.
+    /// Sends bytes and returns whether the connection was still open.
     pub async fn sends(&mut self, bytes: &[u8]) -> bool {
         self.socket.write_all(bytes).await.is_ok()
     }
@@ -77,11 +77,13 @@ impl Caller {
         self.send(&[head.as_bytes(), body].concat()).await;
     }
 
-    async fn more(&mut self) -> bool {
+    /// Reads more bytes into the buffer. `false`: the connection has ended.
+    async fn read_more(&mut self) -> bool {
         let read = soon("bytes from the gateway", self.socket.read_buf(&mut self.buffer)).await;
         read.is_ok_and(|n| n > 0)
     }
 
+    /// Reads the head of an answer.
     pub async fn head(&mut self) -> String {
         loop {
             if let Some(at) = self.buffer.windows(4).position(|w| w == b"\r\n\r\n") {
@@ -89,11 +91,11 @@ impl Caller {
                 let head = std::mem::replace(&mut self.buffer, rest);
                 return String::from_utf8(head).unwrap().trim_end().to_owned();
             }
-            assert!(self.more().await, "the connection ended before the head of an answer");
+            assert!(self.read_more().await, "the connection ended before the head of an answer");
         }
     }
 
-    /// The whole answer.
+    /// Reads a complete answer.
     pub async fn reply(&mut self) -> Reply {
         let head = self.head().await;
         let status = head[9..12].parse().unwrap();
@@ -112,7 +114,7 @@ impl Caller {
         } else {
             let length: usize = header(&head, "content-length").map_or(0, |l| l.parse().unwrap());
             while self.buffer.len() < length && !broke_off {
-                broke_off = !self.more().await;
+                broke_off = !self.read_more().await;
             }
             let rest = self.buffer.split_off(length.min(self.buffer.len()));
             body = std::mem::replace(&mut self.buffer, rest);
@@ -120,7 +122,7 @@ impl Caller {
         Reply { status, head, body, broke_off }
     }
 
-    /// The next chunk of a chunked answer; an empty one is its end, `None` a connection that broke.
+    /// Reads the next chunk of a chunked answer. The last chunk is empty. `None`: the connection broke.
     pub async fn chunk(&mut self) -> Option<Vec<u8>> {
         loop {
             if let Some(line) = self.buffer.windows(2).position(|w| w == b"\r\n") {
@@ -132,14 +134,14 @@ impl Caller {
                     return Some(data);
                 }
             }
-            if !self.more().await {
+            if !self.read_more().await {
                 return None;
             }
         }
     }
 
-    /// Whether the gateway has closed the connection.
+    /// Waits for more bytes or the end of the connection. Returns whether the gateway closed it.
     pub async fn is_closed(&mut self) -> bool {
-        !self.more().await
+        !self.read_more().await
     }
 }

@@ -1,4 +1,4 @@
-//! A gateway in this process, in front of an upstream.
+//! A gateway that runs in the test's process, in front of an upstream.
 
 use super::redis::with_store;
 use super::{Caller, Reply, Upstream, soon};
@@ -13,8 +13,7 @@ pub struct Gateway {
     pub admin: SocketAddr,
 }
 
-/// An environment `staging` that anybody may use, with these quotas (YAML) and its completions
-/// reserved like this.
+/// The YAML of an open environment `staging` with these quotas and this value of `reserve.completion`.
 fn staging(quotas: &str, completion: &str) -> String {
     format!(
         "  staging:\n    upstream: backend\n    reserve: {{ completion: {completion} }}\n    quotas: {quotas}\ndefault_environment: staging"
@@ -22,21 +21,22 @@ fn staging(quotas: &str, completion: &str) -> String {
 }
 
 impl Gateway {
-    /// One open environment `staging` with these quotas; completions are reserved by `max_tokens`.
+    /// A gateway with one open environment `staging`, these quotas, and `reserve.completion: max_tokens`.
     pub async fn before(upstream: &Upstream, quotas: &str) -> Self {
         Self::reserving(upstream, quotas, "max_tokens").await
     }
 
+    /// The same with this value of `reserve.completion`.
     pub async fn reserving(upstream: &Upstream, quotas: &str, completion: &str) -> Self {
         Self::with(upstream, "", &staging(quotas, completion)).await
     }
 
-    /// `settings` of the upstream `backend` and the whole of `environments` with what follows.
+    /// A gateway with more settings of the upstream `backend`, and this content of `environments`.
     pub async fn with(upstream: &Upstream, settings: &str, environments: &str) -> Self {
         Self::waiting(upstream, settings, environments, Patience::default()).await
     }
 
-    /// One that waits so long for its callers.
+    /// The same with these timeouts for callers.
     pub async fn waiting(
         upstream: &Upstream,
         settings: &str,
@@ -51,6 +51,7 @@ impl Gateway {
         Self::start(&text, patience).await
     }
 
+    /// A gateway with this config.
     pub async fn from_config(text: &str) -> Self {
         Self::start(text, Patience::default()).await
     }
@@ -68,7 +69,7 @@ impl Gateway {
         Caller::connect(self.address).await
     }
 
-    /// Sends a request and reads its whole answer.
+    /// Sends a request on a new connection and reads the complete answer.
     pub async fn send(&self, method: &str, target: &str, headers: &str, body: &str) -> Reply {
         let mut caller = self.caller().await;
         caller.request(method, target, headers, body.as_bytes()).await;
@@ -96,7 +97,7 @@ impl Gateway {
         charged_at(self.admin).await
     }
 
-    /// How many answers had no usage, or one that cannot be true.
+    /// The metric that counts answers whose usage is missing or not credible.
     pub async fn usage_missing(&self, reason: &str) -> u64 {
         let metrics = self.admin_get("/metrics").await;
         let line = format!(r#"tollgate_usage_missing_total{{environment="staging",reason="{reason}"}} "#);
@@ -104,12 +105,12 @@ impl Gateway {
         count.unwrap_or(0)
     }
 
-    /// Waits until nothing is under way; then nothing may be held.
+    /// Waits until no request is in flight, checks that nothing is held, and returns the environment.
     pub async fn settled(&self) -> Value {
         settled_at(self.admin).await
     }
 
-    /// Waits until nothing is under way and tells what was charged.
+    /// Waits until no request is in flight and returns what was charged, as `charged` does.
     pub async fn settled_charges(&self) -> [u64; 4] {
         self.settled().await;
         self.charged().await
@@ -120,12 +121,13 @@ impl Gateway {
         tokio::task::spawn_blocking(move || app.shutdown()).await.unwrap()
     }
 
+    /// Takes the application out, so that the test controls its shutdown.
     pub fn take(&mut self) -> App {
         self.app.take().unwrap()
     }
 }
 
-/// Asks this admin listener.
+/// Sends a GET request to an admin listener.
 pub async fn admin_get_at(admin: SocketAddr, target: &str) -> Reply {
     let mut caller = Caller::connect(admin).await;
     caller.send(format!("GET {target} HTTP/1.1\r\nhost: {admin}\r\n\r\n").as_bytes()).await;
@@ -136,14 +138,14 @@ async fn environment_at(admin: SocketAddr) -> Value {
     admin_get_at(admin, "/api/environments").await.json()["environments"][0].clone()
 }
 
-/// What the gateway with this admin listener has charged.
+/// Requests, prompt, completion and total tokens charged by the gateway with this admin listener.
 pub async fn charged_at(admin: SocketAddr) -> [u64; 4] {
     let environment = environment_at(admin).await;
     ["requests", "prompt_tokens", "completion_tokens", "total_tokens"]
         .map(|name| environment["totals"][name].as_u64().unwrap())
 }
 
-/// Waits until nothing is under way there; then nothing may be held.
+/// Waits until no request is in flight at the gateway with this admin listener, and checks that nothing is held.
 pub async fn settled_at(admin: SocketAddr) -> Value {
     soon("everything to settle", async {
         loop {
@@ -161,7 +163,7 @@ pub async fn settled_at(admin: SocketAddr) -> Value {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        // Stopping joins threads, which must not hold up the test's own runtime.
+        // The shutdown joins threads, which must not block the test's runtime.
         if let Some(app) = self.app.take() {
             std::thread::spawn(move || drop(app));
         }

@@ -1,6 +1,5 @@
-//! The language the tests are written in: an upstream that does what it is told, a gateway in front of
-//! it, a caller that sees every byte. Ports are always the kernel's choice; waiting is for an event,
-//! with a bound.
+//! Test support: a scripted upstream, a gateway in front of it, and a caller that reads raw bytes. The kernel chooses
+//! the ports. Tests wait for events, with a time limit, and not for fixed durations.
 
 pub mod caller;
 pub mod framing;
@@ -23,33 +22,34 @@ pub use upstream::{Answer, Step, Upstream};
 
 use std::time::Duration;
 
-/// Nothing that is waited for takes longer.
+/// A test fails if an expected event takes longer than this.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Waits for something that has to happen.
+/// Waits for an event that must happen, and panics after `PATIENCE`.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     let waited = tokio::time::timeout(PATIENCE, future).await;
-    waited.unwrap_or_else(|elapsed| panic!("waited in vain for {what}: {elapsed}"))
+    waited.unwrap_or_else(|elapsed| panic!("{what} did not happen in time: {elapsed}"))
 }
 
-/// A chat request that its model answers with a few words.
+/// A minimal chat request.
 pub const HELLO: &str = r#"{"model":"gpt-4o","messages":[{"role":"user","content":"hello"}]}"#;
-/// The prompt tokens of `HELLO` by OpenAI's rule: 3 for the reply, 3 for the message, its role, its word.
+/// The prompt tokens of `HELLO` by OpenAI's rule: 3 for the reply, 3 for the message, 1 for its role, 1 for its word.
 pub const HELLO_TOKENS: u64 = 8;
 pub const CHAT: &str = "/v1/chat/completions";
 
-/// `HELLO` with more fields in front.
+/// `HELLO` with these fields added in front.
 pub fn hello(fields: &str) -> String {
     HELLO.replacen('{', &format!("{{{fields},"), 1)
 }
 
-/// A whole chat answer that reports this usage.
+/// A complete chat answer that reports this usage.
 pub fn chat_answer(usage: &str) -> String {
     format!(
         r#"{{"id":"c1","object":"chat.completion","choices":[{{"index":0,"message":{{"role":"assistant","content":"Hello there"}},"finish_reason":"stop"}}],"usage":{usage}}}"#
     )
 }
 
+/// The `usage` object of OpenAI's APIs.
 pub fn usage(prompt: u64, completion: u64) -> String {
     format!(
         r#"{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{}}}"#,
@@ -57,14 +57,14 @@ pub fn usage(prompt: u64, completion: u64) -> String {
     )
 }
 
-/// An event of a chat stream.
+/// A chunk of a chat stream that delivers this text.
 pub fn delta(text: &str) -> String {
     format!(
         "data: {{\"id\":\"c1\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}],\"usage\":null}}\n\n"
     )
 }
 
-/// The event that only reports usage.
+/// The usage chunk of a chat stream.
 pub fn usage_event(prompt: u64, completion: u64) -> String {
     format!("data: {{\"id\":\"c1\",\"choices\":[],\"usage\":{}}}\n\n", usage(prompt, completion))
 }

@@ -1,4 +1,4 @@
-//! A gateway in a process of its own, for what depends on the environment variables.
+//! A gateway in a separate process, for tests of environment variables.
 
 use super::Caller;
 use std::io::{BufRead, BufReader};
@@ -19,7 +19,7 @@ impl Process {
         Self::run(&format!("{listeners}{sections}\nstore: {{ memory: true }}\n"), variables).await
     }
 
-    /// With the whole of its config.
+    /// Starts a gateway with this config.
     pub async fn of_config(text: &str) -> Self {
         Self::run(text, &[]).await
     }
@@ -37,7 +37,7 @@ impl Process {
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
         let serving = tokio::task::spawn_blocking(move || {
             let line = lines.find(|line| line.contains("\"serving\"")).unwrap();
-            // Whoever writes a log has to find somebody who reads it.
+            // The log pipe must be read, or the gateway blocks when it is full.
             std::thread::spawn(move || lines.for_each(drop));
             serde_json::from_str::<serde_json::Value>(&line).unwrap()
         })
@@ -47,8 +47,8 @@ impl Process {
         Self { child, address: address("address"), admin: address("admin"), _folder: folder }
     }
 
-    /// Among the system's processes.
-    pub fn number(&self) -> String {
+    /// The process id.
+    pub fn id(&self) -> String {
         self.child.id().to_string()
     }
 
@@ -66,7 +66,7 @@ impl Process {
         super::gateway::admin_get_at(self.admin, target).await
     }
 
-    /// Waits until nothing is under way and tells what was charged.
+    /// Waits until no request is in flight and returns requests, prompt, completion and total tokens charged.
     pub async fn settled_charges(&self) -> [u64; 4] {
         super::gateway::settled_at(self.admin).await;
         super::gateway::charged_at(self.admin).await

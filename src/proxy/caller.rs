@@ -1,0 +1,82 @@
+//! Identifies the caller of a request and the environment that it addresses.
+
+use super::keys::{self, GatewayKeyHeaders, KeyOwner, PresentedKey};
+use super::query;
+use super::route::Route;
+use super::state::State;
+use crate::error::ProxyError;
+use http::request::Parts;
+use smallvec::SmallVec;
+
+/// At most this many keys of a query are looked up. A query with more is forwarded without any key.
+const MAX_KEYS_IN_QUERY: usize = 8;
+
+/// The caller of a request, and what its request must not carry to the upstream.
+#[derive(Clone, Copy)]
+pub(super) struct Caller {
+    /// Index of the environment in the config.
+    pub(super) environment: usize,
+    /// Index of the caller in the environment. `None`: the environment is open and the request has no known key.
+    pub(super) index: Option<usize>,
+    /// The headers that carry a key of this gateway.
+    pub(super) key_headers: GatewayKeyHeaders,
+    /// The query carries a key that must not be forwarded.
+    pub(super) has_key_in_query: bool,
+}
+
+/// Determines environment and caller.
+///
+/// The path names the environment, else the key, else `default_environment`. An environment with keys accepts only
+/// its own. A key of another environment is refused in every header, because the upstream would receive it.
+pub(super) fn identify(state: &State, route: &Route<'_>, head: &Parts) -> Result<Caller, ProxyError> {
+    let Some(presented) = keys::presented_keys(&head.headers) else {
+        return Err(ProxyError::InvalidHead("it has too many API keys"));
+    };
+    let unknown = || ProxyError::InvalidKey { given: presented.iter().any(|key| key.is_well_formed) };
+    let known: SmallVec<[_; 2]> =
+        owners(state, &presented).filter_map(|(key, owner)| owner.map(|owner| (key, owner))).collect();
+    let owner = known.iter().find(|(key, _)| key.is_well_formed).map(|&(_, owner)| owner);
+    let environment = route
+        .environment
+        .or(owner.map(|owner| owner.environment))
+        .or(state.config.default_environment)
+        .ok_or_else(unknown)?;
+    if known.iter().any(|(_, owner)| owner.environment != environment) {
+        return Err(ProxyError::WrongEnvironment);
+    }
+    if owner.is_none() && !state.config.environments[environment].callers.is_empty() {
+        return Err(unknown());
+    }
+    let mut key_headers = GatewayKeyHeaders::default();
+    known.iter().for_each(|(key, _)| key_headers.add(key.header));
+    let has_key_in_query = has_key_in_query(state, head.uri.query(), environment)?;
+    Ok(Caller { environment, index: owner.map(|owner| owner.caller), key_headers, has_key_in_query })
+}
+
+/// Whether the query carries a key of this gateway, or more keys than are looked up. A key in the query grants no
+/// access.
+fn has_key_in_query(state: &State, query: Option<&str>, environment: usize) -> Result<bool, ProxyError> {
+    let mut found = false;
+    let mut keys = query::keys(query.unwrap_or_default());
+    for key in keys.by_ref().take(MAX_KEYS_IN_QUERY) {
+        match state.keys.owner(&state.config, key.as_bytes()) {
+            Some(owner) if owner.environment != environment => return Err(ProxyError::WrongEnvironment),
+            owner => found |= owner.is_some(),
+        }
+    }
+    Ok(found || keys.next().is_some())
+}
+
+/// The owner of each key. A key that several headers repeat in a row is hashed once.
+fn owners<'k>(
+    state: &State,
+    presented: &'k [PresentedKey<'k>],
+) -> impl Iterator<Item = (&'k PresentedKey<'k>, Option<KeyOwner>)> {
+    let mut last: Option<(&[u8], Option<KeyOwner>)> = None;
+    presented.iter().map(move |presented| {
+        let repeated = last.filter(|(key, _)| *key == presented.key).map(|(_, owner)| owner);
+        let owner = repeated.unwrap_or_else(|| state.keys.owner(&state.config, presented.key));
+        last = Some((presented.key, owner));
+        (presented, owner)
+    })
+}

@@ -1,0 +1,170 @@
+//! Settles the charge for an answer that has ended. Delivered text that the upstream did not report is counted first.
+
+use super::charge::Charge;
+use super::reader::AnswerReader;
+use crate::estimate::{Encoding, Tokenizer};
+use crate::ledger::Reservation;
+use crate::quota::Amounts;
+use crate::usage::{Reported, Texts};
+use std::pin::Pin;
+
+/// Text is extracted from up to this many bytes on the event loop, in some 20 microseconds.
+const MAX_INLINE_BYTES: usize = 8 * 1024;
+/// More text than this is counted on the blocking pool.
+const MAX_INLINE_TEXT: usize = 2 * 1024;
+/// The same for vocabularies from files, which are slower.
+const MAX_INLINE_TEXT_FROM_FILE: usize = 128;
+/// Text with a longer run without white space is counted on the blocking pool, because such text is slow to count.
+const MAX_INLINE_RUN: usize = 256;
+
+/// Resolves when a settled charge is durable.
+pub(super) type WhenDurable = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The pending settlement of an answer that has ended.
+///
+/// Dropping it counts and settles on the current thread. It is normally moved to the blocking pool if counting takes
+/// long. When the gateway stops and the pool refuses the work, the drop still settles, so every delivered token is
+/// charged.
+pub(super) struct Settlement {
+    charge: Option<Charge>,
+    reported: Reported,
+    estimated_prompt: u64,
+    is_success: bool,
+    tokenizer: Option<Tokenizer>,
+    unreported: Unreported,
+}
+
+/// Delivered content whose tokens the upstream did not report.
+// It exists for the length of one call, so a box would only add an allocation.
+#[allow(clippy::large_enum_variant)]
+pub(super) enum Unreported {
+    Nothing,
+    /// The content as it was buffered.
+    Raw {
+        reader: AnswerReader,
+        was_cut: bool,
+    },
+    Texts(Texts),
+}
+
+impl Settlement {
+    /// `estimated_prompt` is `None` if the answer is no success: then only reported usage is charged.
+    pub(super) fn new(
+        charge: Charge,
+        reported: Reported,
+        estimated_prompt: Option<u64>,
+        tokenizer: Option<Tokenizer>,
+        unreported: Unreported,
+    ) -> Self {
+        let is_success = estimated_prompt.is_some();
+        let estimated_prompt = estimated_prompt.unwrap_or(0);
+        Self { charge: Some(charge), reported, estimated_prompt, is_success, tokenizer, unreported }
+    }
+
+    /// Whether settling is quick enough for an event loop. Extracts the text if there is little of it.
+    pub(super) fn is_quick(&mut self) -> bool {
+        let Some(tokenizer) = self.tokenizer else { return self.unreported.extract_if_small() };
+        let max_text = match tokenizer.encoding {
+            Encoding::File(_) => MAX_INLINE_TEXT_FROM_FILE,
+            Encoding::O200k | Encoding::Cl100k => MAX_INLINE_TEXT,
+        };
+        self.unreported.extract_if_small() && self.unreported.is_short(max_text)
+    }
+
+    /// Counts and settles. The last bytes of the answer must not be passed on before the returned future resolves.
+    pub(super) fn settle(mut self) -> Option<WhenDurable> {
+        self.finish()
+    }
+
+    fn finish(&mut self) -> Option<WhenDurable> {
+        // Taken out first: if counting panics, the drop that follows charges the reported and estimated tokens.
+        let texts = std::mem::replace(&mut self.unreported, Unreported::Nothing).into_texts();
+        let counted = count(self.tokenizer, &texts);
+        let mut charge = self.charge.take()?;
+        charge.observe(if self.is_success || self.reported.is_any() {
+            self.reported.amounts_and_since(self.estimated_prompt, counted)
+        } else {
+            Amounts { requests: 1, ..Amounts::default() }
+        });
+        let when_durable = charge.reservation.take().and_then(Reservation::settle)?;
+        Some(Box::pin(when_durable))
+    }
+}
+
+impl Drop for Settlement {
+    fn drop(&mut self) {
+        drop(self.finish());
+    }
+}
+
+impl Unreported {
+    /// Extracts the texts if they are in few bytes. Returns whether they are extracted.
+    fn extract_if_small(&mut self) -> bool {
+        if let Self::Raw { reader, .. } = self {
+            if reader.kept_bytes() > MAX_INLINE_BYTES {
+                return false;
+            }
+            *self = Self::Texts(std::mem::replace(self, Self::Nothing).into_texts());
+        }
+        true
+    }
+
+    fn is_short(&self, max_text: usize) -> bool {
+        let Self::Texts(texts) = self else { return true };
+        let runs = |text: &String| text.split_ascii_whitespace().all(|run| run.len() <= MAX_INLINE_RUN);
+        texts.bytes() <= max_text && texts.texts.iter().all(runs)
+    }
+
+    fn into_texts(self) -> Texts {
+        match self {
+            Self::Nothing => Texts::default(),
+            Self::Raw { mut reader, was_cut } => reader.take_texts(was_cut),
+            Self::Texts(texts) => texts,
+        }
+    }
+}
+
+fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
+    let counted: u64 = tokenizer.map_or(0, |t| t.count_all(texts.texts.iter().map(String::as_str)));
+    counted + texts.tokens
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+    use std::collections::VecDeque;
+
+    /// An answer with this text, as JSON or as a stream, without reported usage.
+    fn answer(text: &str, streams: bool) -> Unreported {
+        let kind = if streams { "text/event-stream" } else { "application/json" };
+        let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]);
+        let mut reader = AnswerReader::new(&headers, false);
+        let json = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}"#);
+        let body = if streams { format!("data: {json}\n\n") } else { json };
+        reader.feed(Bytes::from(body), &mut VecDeque::new());
+        Unreported::Raw { reader, was_cut: false }
+    }
+
+    #[test]
+    fn only_short_ordinary_text_is_counted_on_the_event_loop() {
+        for streams in [false, true] {
+            for (text, is_quick) in [
+                (String::new(), true),
+                ("word ".repeat(400), true),
+                ("word ".repeat(500), false),
+                ("word ".repeat(200_000), false),
+                ("-".repeat(MAX_INLINE_RUN), true),
+                ("-".repeat(MAX_INLINE_RUN + 1), false),
+            ] {
+                let mut unreported = answer(&text, streams);
+                let quick = unreported.extract_if_small() && unreported.is_short(MAX_INLINE_TEXT);
+                assert_eq!(quick, is_quick, "{} bytes, streams: {streams}", text.len());
+                // Larger content is not even parsed on the event loop.
+                assert_eq!(matches!(unreported, Unreported::Raw { .. }), text.len() > MAX_INLINE_BYTES);
+                assert_eq!(unreported.into_texts().texts.concat(), text);
+            }
+        }
+    }
+}
