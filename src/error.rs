@@ -5,8 +5,10 @@ mod dialects;
 use crate::api::Dialect;
 use crate::body::BodyFault;
 use crate::quota::{Denied, Kind, Shortfall, Wait};
+use dialects::ErrorContent;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
+use serde_json::Value;
 use std::fmt;
 use std::time::Duration;
 
@@ -161,6 +163,31 @@ impl ProxyError {
         headers.insert("x-tollgate-error", HeaderValue::from_static(code));
         self.write_headers(headers);
         response
+    }
+
+    /// The body of the answer.
+    pub fn body(&self, dialect: Dialect) -> Value {
+        self.content().body(dialect)
+    }
+
+    /// The SSE event that ends an interrupted stream. `sequence_number` is that of the event, for streams that number
+    /// their events.
+    pub fn event(&self, dialect: Dialect, sequence_number: Option<u64>) -> String {
+        self.content().event(dialect, sequence_number)
+    }
+
+    fn content(&self) -> ErrorContent<'_> {
+        let (status, kind, code) = self.shape();
+        let param = match self {
+            Self::InvalidBody(BodyFault::Value { param, .. }) => Some(*param),
+            Self::ModelNotFound { .. } => Some("model"),
+            _ => None,
+        };
+        let shortfalls = match self {
+            Self::QuotaExceeded { denied, .. } => Some(denied.shortfalls()),
+            _ => None,
+        };
+        ErrorContent { status, kind, code, message: self.to_string(), param, shortfalls }
     }
 
     fn write_headers(&self, headers: &mut HeaderMap) {

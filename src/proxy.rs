@@ -30,8 +30,7 @@ use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
 use crate::telemetry::Record;
 use crate::upstream::{self, Upstream};
-use bytes::Bytes;
-use http::header::{self, HeaderValue};
+use http::header;
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri, response};
 use hyper::body::Incoming;
@@ -39,8 +38,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use answer::AnswerBody;
-use call::{Call, ParseOptions};
-use caller::Caller;
+use call::Call;
+use caller::IdentifiedCaller;
 use charge::Charge;
 use headers::{AddedHeaders, UnreadBody};
 use metered::{MeterContext, Metered};
@@ -58,23 +57,23 @@ pub struct Proxy {
 
 /// A request that may be sent to the upstream.
 struct Admitted {
-    outgoing: Outgoing,
+    outgoing: OutgoingRequest,
     /// `None`: the endpoint is not charged.
     reservation: Option<Reservation>,
     headers: AddedHeaders,
-    /// Whether the exchange goes on after the caller hangs up (`on_disconnect: drain`).
-    outlives_caller: bool,
 }
 
 /// The request to the upstream and the context of its exchange. With `on_disconnect: drain` it moves to a separate
 /// task, which outlives the caller's connection.
-struct Outgoing {
+struct OutgoingRequest {
     request: upstream::Request,
     /// Index of the upstream in the config.
     upstream: usize,
     environment: Arc<Environment>,
     endpoint: Endpoint,
     call: Call,
+    /// Whether the exchange goes on after the caller hangs up (`on_disconnect: drain`).
+    outlives_caller: bool,
     /// Runs since the body was read.
     received: Stopwatch,
 }
@@ -95,28 +94,30 @@ impl Proxy {
         peer.begin();
         let mut record = Record::begin(self.state.metrics.clone());
         let dialect = route::dialect(request.uri().path());
-        match self.admit(request, peer, &mut record).await {
-            Ok(Some(Admitted { outgoing, reservation, headers, outlives_caller })) => {
-                let charge = Charge { reservation, record };
-                if outlives_caller {
-                    let (proxy, peer) = (self.clone(), peer.clone());
-                    let exchange =
-                        async move { proxy.exchange(outgoing, headers, charge, dialect, &peer).await };
-                    // Boxed, so that the future of every request does not contain both branches.
-                    return Box::pin(answer::outlive_caller(dialect, exchange)).await;
-                }
-                self.exchange(outgoing, headers, charge, dialect, peer).await
+        // The result of `admit` is taken apart in this statement, and not borrowed later. Otherwise the future would
+        // keep a second copy of it during the exchange.
+        let (outgoing, headers, charge) = match self.admit(request, peer, &mut record).await {
+            Ok(Some(Admitted { outgoing, reservation, headers })) => {
+                (outgoing, headers, Charge { reservation, record })
             }
-            Ok(None) => refusal::respond_to_root_check(record),
+            Ok(None) => return refusal::respond_to_root_check(record),
             Err(refusal) => {
                 // Lingering would let a flood hold connections open.
                 let is_flood = matches!(refusal.error, ProxyError::FloodGuard { .. });
                 if refusal.headers.unread != UnreadBody::None && !is_flood {
                     peer.linger();
                 }
-                refusal::respond(&self.state, refusal, Charge { reservation: None, record }, dialect)
+                let charge = Charge { reservation: None, record };
+                return refusal::respond(&self.state, refusal, charge, dialect);
             }
+        };
+        if outgoing.outlives_caller {
+            let (proxy, peer) = (self.clone(), peer.clone());
+            let exchange = async move { proxy.exchange(outgoing, headers, charge, dialect, &peer).await };
+            // Boxed, so that the future of every request does not contain both branches.
+            return Box::pin(answer::outlive_caller(dialect, exchange)).await;
         }
+        self.exchange(outgoing, headers, charge, dialect, peer).await
     }
 
     /// Takes every step that can refuse a request, before the upstream receives any of it. `None`: the request is
@@ -145,8 +146,7 @@ impl Proxy {
         headers.unread = UnreadBody::None;
         let received = Stopwatch::start();
         let content_type = head.headers.get(header::CONTENT_TYPE);
-        let call = self
-            .parse(caller, &route, content_type, body)
+        let call = call::parse(&self.state, caller, &route, content_type, body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         call.describe(record);
@@ -159,12 +159,7 @@ impl Proxy {
         // Quotas.
         let reservation = match self.reserve(caller, route.endpoint, &call, record).await {
             Ok(reservation) => reservation,
-            Err(no_room) => {
-                let subject = Subject { caller: caller.index, model: &call.model };
-                headers.quotas = self.state.accounts[caller.environment].standing(subject);
-                let error = refusal::denied(no_room, environment, &self.state.metrics);
-                return Err(Refusal { error, headers });
-            }
+            Err(no_room) => return Err(self.deny(no_room, caller, &call, headers)),
         };
         if let Some(reservation) = &reservation {
             headers.quotas = *reservation.standing();
@@ -179,10 +174,16 @@ impl Proxy {
         let passed =
             headers::for_upstream(head.headers, &environment.upstream, credential, caller.key_headers);
         let request = upstream::Request { method: head.method, target, headers: passed, body };
-        let outlives_caller = environment.on_disconnect == OnDisconnect::Drain;
-        let (upstream, environment) = (context.upstream, environment.clone());
-        let outgoing = Outgoing { request, upstream, environment, endpoint, call, received };
-        Ok(Some(Admitted { outgoing, reservation, headers, outlives_caller }))
+        let outgoing = OutgoingRequest {
+            request,
+            upstream: context.upstream,
+            environment: environment.clone(),
+            endpoint,
+            call,
+            outlives_caller: environment.on_disconnect == OnDisconnect::Drain,
+            received,
+        };
+        Ok(Some(Admitted { outgoing, reservation, headers }))
     }
 
     /// Finds the endpoint and the caller of a request by its head. `None`: the request is `HEAD /`.
@@ -191,7 +192,7 @@ impl Proxy {
         head: &'h Parts,
         peer: &Peer,
         record: &mut Record,
-    ) -> Result<Option<(Route<'h>, Caller)>, ProxyError> {
+    ) -> Result<Option<(Route<'h>, IdentifiedCaller)>, ProxyError> {
         if let Some(Err(wait)) = self.state.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
             return Err(ProxyError::FloodGuard { wait });
         }
@@ -228,47 +229,11 @@ impl Proxy {
         call::check_encoding(&head.headers)
     }
 
-    /// Parses the body, and estimates and corrects the prompt tokens if the endpoint is counted.
-    async fn parse(
-        &self,
-        caller: Caller,
-        route: &Route<'_>,
-        content_type: Option<&HeaderValue>,
-        body: Bytes,
-    ) -> Result<Call, ProxyError> {
-        let environment = &self.state.config.environments[caller.environment];
-        let api = match route.endpoint {
-            Endpoint::Counted(api) => api,
-            Endpoint::Uncounted(_) => {
-                let mut call = Call::uncounted(body, content_type, environment.tells_models_apart()).await?;
-                if let Some(model) = route.model {
-                    model.clone_into(&mut call.model);
-                }
-                return Ok(call);
-            }
-            Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::opaque(body)),
-        };
-        let upstream = self.state.contexts[caller.environment].upstream;
-        let options = ParseOptions {
-            api,
-            path_model: route.model.map(str::to_owned),
-            path_streams: route.streams,
-            models: self.state.models.clone(),
-            requests_stream_usage: self.state.requests_stream_usage(upstream),
-        };
-        let mut call = Call::parse(body, options).await?;
-        if environment.calibrate {
-            call.correct(self.state.calibrations.correction(upstream, &call.model, call.estimate.kind));
-        }
-        call.add_unseen(environment.unseen_prompt_tokens);
-        Ok(call)
-    }
-
     /// Reserves room in every quota that the request touches, and waits until the reservation is durable if a quota
     /// requires that. `None`: the endpoint is not charged.
     async fn reserve(
         &self,
-        caller: Caller,
+        caller: IdentifiedCaller,
         endpoint: Endpoint,
         call: &Call,
         record: &Record,
@@ -293,8 +258,22 @@ impl Proxy {
         Ok(Some(reservation))
     }
 
+    /// Refuses a request that does not fit its quotas, and reports their status.
+    fn deny(
+        &self,
+        no_room: NoRoom,
+        caller: IdentifiedCaller,
+        call: &Call,
+        mut headers: AddedHeaders,
+    ) -> Refusal {
+        let subject = Subject { caller: caller.index, model: &call.model };
+        headers.quotas = self.state.accounts[caller.environment].standing(subject);
+        let environment = &self.state.config.environments[caller.environment];
+        Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
+    }
+
     /// Path and query of the request to the upstream.
-    fn upstream_target(&self, uri: &Uri, route: &Route<'_>, caller: Caller) -> String {
+    fn upstream_target(&self, uri: &Uri, route: &Route<'_>, caller: IdentifiedCaller) -> String {
         let base_path = self.state.config.environments[caller.environment].upstream.base_url.path();
         let has_credential = self.state.contexts[caller.environment].credential.is_some();
         // Google's SDKs may send the caller's key in the query.
@@ -306,7 +285,7 @@ impl Proxy {
     /// Sends an admitted request to the upstream and passes the answer on.
     async fn exchange(
         &self,
-        mut outgoing: Outgoing,
+        mut outgoing: OutgoingRequest,
         headers: AddedHeaders,
         mut charge: Charge,
         dialect: Dialect,
@@ -335,7 +314,7 @@ impl Proxy {
     /// gateway added, the request is sent once more without them.
     async fn send(
         &self,
-        outgoing: &mut Outgoing,
+        outgoing: &mut OutgoingRequest,
         clamped_to: Option<u64>,
         started: Stopwatch,
         charge: &mut Charge,
@@ -365,8 +344,13 @@ impl Proxy {
         Ok(answer)
     }
 
-    fn meter_context(&self, outgoing: Outgoing, status: StatusCode, started: Stopwatch) -> MeterContext {
-        let Outgoing { upstream, environment, endpoint, call, .. } = outgoing;
+    fn meter_context(
+        &self,
+        outgoing: OutgoingRequest,
+        status: StatusCode,
+        started: Stopwatch,
+    ) -> MeterContext {
+        let OutgoingRequest { upstream, environment, endpoint, call, .. } = outgoing;
         MeterContext {
             estimated_prompt: call.prompt_tokens,
             completions: call.completions.max(1),

@@ -1,39 +1,49 @@
 //! The JSON shapes of errors: OpenAI's, Anthropic's and Google's.
 
-use super::ProxyError;
 use crate::api::Dialect;
-use crate::body::BodyFault;
 use crate::quota::{Shortfall, Wait};
 use http::StatusCode;
 use serde_json::{Value, json};
 
-impl ProxyError {
-    /// The body of the answer. For a denial, `error.quotas` lists every quota that has no room, in each shape.
-    pub fn body(&self, dialect: Dialect) -> Value {
-        let (status, kind, code) = self.shape();
-        let message = self.to_string();
+/// The content of an error, which each dialect arranges in its own way.
+pub(super) struct ErrorContent<'e> {
+    pub(super) status: StatusCode,
+    /// OpenAI's error type.
+    pub(super) kind: &'static str,
+    pub(super) code: &'static str,
+    pub(super) message: String,
+    /// The invalid field of the request.
+    pub(super) param: Option<&'static str>,
+    /// The quotas without room, of a denial. The first has the longest wait.
+    pub(super) shortfalls: Option<&'e [Shortfall]>,
+}
+
+impl ErrorContent<'_> {
+    /// The body of the answer. For a denial, `error.quotas` lists every quota without room, in each dialect.
+    pub(super) fn body(&self, dialect: Dialect) -> Value {
+        let Self { status, kind, code, message, param, shortfalls } = self;
         let mut body = match dialect {
             Dialect::OpenAi | Dialect::Responses => {
-                json!({"error": {"message": message, "type": kind, "param": self.param(), "code": code}})
+                json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
             }
             Dialect::Anthropic => {
-                json!({"type": "error", "error": {"type": anthropic_type(status), "message": message}})
+                json!({"type": "error", "error": {"type": anthropic_type(*status), "message": message}})
             }
             Dialect::Google => {
-                let name = google_status(status);
-                let details = self.google_details(code);
+                let name = google_status(*status);
+                let details = self.google_details();
                 json!({"error": {"code": status.as_u16(), "message": message, "status": name, "details": details}})
             }
         };
-        if let Self::QuotaExceeded { denied, .. } = self {
-            body["error"]["quotas"] = denied.shortfalls().iter().map(shortfall_json).collect();
+        if let Some(shortfalls) = shortfalls {
+            body["error"]["quotas"] = shortfalls.iter().map(shortfall_json).collect();
         }
         body
     }
 
     /// The SSE event that ends an interrupted stream. `sequence_number` is that of the event, for streams that number
     /// their events.
-    pub fn event(&self, dialect: Dialect, sequence_number: Option<u64>) -> String {
+    pub(super) fn event(&self, dialect: Dialect, sequence_number: Option<u64>) -> String {
         let mut body = self.body(dialect);
         match dialect {
             Dialect::OpenAi | Dialect::Google => format!("data: {body}\n\n"),
@@ -51,25 +61,15 @@ impl ProxyError {
         }
     }
 
-    /// The invalid field of the request.
-    fn param(&self) -> Option<&'static str> {
-        match self {
-            Self::InvalidBody(BodyFault::Value { param, .. }) => Some(param),
-            Self::ModelNotFound { .. } => Some("model"),
-            _ => None,
-        }
-    }
-
     /// The details that Google's client libraries read: the reason, and when to retry.
-    fn google_details(&self, code: &str) -> Value {
+    fn google_details(&self) -> Value {
         let mut details = vec![json!({
             "@type": "type.googleapis.com/google.rpc.ErrorInfo",
-            "reason": code.to_ascii_uppercase(),
+            "reason": self.code.to_ascii_uppercase(),
             "domain": "tollgate",
         })];
-        if let Self::QuotaExceeded { denied, .. } = self
-            && let Some(Wait::Ms(ms)) = denied.shortfalls().first().map(|s| s.wait)
-        {
+        let wait = self.shortfalls.and_then(|shortfalls| shortfalls.first()).map(|s| s.wait);
+        if let Some(Wait::Ms(ms)) = wait {
             details.push(json!({
                 "@type": "type.googleapis.com/google.rpc.RetryInfo",
                 "retryDelay": format!("{}s", ms.div_ceil(1_000).max(1)),
@@ -138,9 +138,14 @@ fn shortfall_json(shortfall: &Shortfall) -> Value {
 mod tests {
     use super::*;
 
+    fn content(status: StatusCode, code: &'static str) -> ErrorContent<'static> {
+        let message = "A message.".to_owned();
+        ErrorContent { status, kind: "invalid_request_error", code, message, param: None, shortfalls: None }
+    }
+
     #[test]
     fn errors_have_the_shape_of_each_dialect() {
-        let error = ProxyError::InvalidKey { given: true };
+        let error = content(StatusCode::UNAUTHORIZED, "invalid_api_key");
         let [openai, anthropic, google] =
             [Dialect::OpenAi, Dialect::Anthropic, Dialect::Google].map(|dialect| error.body(dialect));
         assert_eq!(openai["error"]["code"], "invalid_api_key");
@@ -152,7 +157,7 @@ mod tests {
         );
         assert_eq!(google["error"]["details"][0]["reason"], "INVALID_API_KEY");
         for body in [openai, anthropic, google] {
-            assert_eq!(body["error"]["message"], error.to_string());
+            assert_eq!(body["error"]["message"], error.message);
         }
     }
 
@@ -178,7 +183,7 @@ mod tests {
 
     #[test]
     fn error_events_have_the_shape_of_each_dialect() {
-        let error = ProxyError::UpstreamDisconnected { upstream: "u".into() };
+        let error = content(StatusCode::BAD_GATEWAY, "upstream_disconnected");
         let data = |event: &str| -> Value {
             let data = event.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
             serde_json::from_str(data).unwrap()
@@ -191,7 +196,7 @@ mod tests {
         ] {
             let event = error.event(dialect, None);
             assert!(event.starts_with(first_line) && event.ends_with("}\n\n"), "{event}");
-            assert_eq!(data(&event)["error"]["message"], error.to_string());
+            assert_eq!(data(&event)["error"]["message"], error.message);
         }
         let responses = data(&error.event(Dialect::Responses, Some(7)));
         assert_eq!(

@@ -1,9 +1,11 @@
 //! The caller's request: reads its body up to a size limit and parses the fields that the gateway needs.
 
+use super::caller::IdentifiedCaller;
 use super::charge::logged_name;
 use super::form;
 use super::headers::UnreadBody;
-use super::route::Endpoint;
+use super::route::{Endpoint, Route};
+use super::state::State;
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited, named_model};
 use crate::calibrations::{Calibrations, Lesson};
@@ -52,21 +54,20 @@ pub(super) struct Call {
 }
 
 /// How to parse a body.
-#[derive(Clone)]
-pub(super) struct ParseOptions {
-    pub(super) api: Api,
+struct ParseOptions {
+    api: Api,
     /// The model that the path names. It takes precedence over the body's.
-    pub(super) path_model: Option<String>,
+    path_model: Option<String>,
     /// The path requests a stream.
-    pub(super) path_streams: bool,
-    pub(super) models: Models,
+    path_streams: bool,
+    models: Models,
     /// Whether to request usage in a stream where the caller did not.
-    pub(super) requests_stream_usage: bool,
+    requests_stream_usage: bool,
 }
 
 impl Call {
-    /// Parses a body and estimates its prompt, on the blocking pool unless that is quick.
-    pub(super) async fn parse(body: Bytes, options: ParseOptions) -> Result<Self, ProxyError> {
+    /// A request whose prompt is counted, on the blocking pool unless that is quick.
+    async fn counted(body: Bytes, options: ParseOptions) -> Result<Self, ProxyError> {
         if body.len() <= MAX_INLINE_BODY
             && let Some(call) = Self::parse_with(&body, &options, estimate_if_quick)?
         {
@@ -83,7 +84,7 @@ impl Call {
 
     /// A request whose prompt is not counted. Only the model is read from its JSON, and from a form only if
     /// `model_matters`.
-    pub(super) async fn uncounted(
+    async fn uncounted(
         body: Bytes,
         content_type: Option<&HeaderValue>,
         model_matters: bool,
@@ -112,12 +113,12 @@ impl Call {
     }
 
     /// Applies the correction that was learned for the model and this kind of request.
-    pub(super) fn correct(&mut self, correction: Correction) {
+    fn correct(&mut self, correction: Correction) {
         self.prompt_tokens = correction.apply(self.estimate.tokens());
     }
 
     /// Adds this many tokens for each item that the request refers to but does not contain.
-    pub(super) fn add_unseen(&mut self, tokens_per_item: u64) {
+    fn add_unseen(&mut self, tokens_per_item: u64) {
         let unseen = tokens_per_item.saturating_mul(self.estimate.unseen);
         self.prompt_tokens = self.prompt_tokens.saturating_add(unseen).min(MAX_AMOUNT);
     }
@@ -211,6 +212,42 @@ impl Call {
             model,
         }))
     }
+}
+
+/// Parses the body, and estimates and corrects the prompt tokens if the endpoint is counted.
+pub(super) async fn parse(
+    state: &State,
+    caller: IdentifiedCaller,
+    route: &Route<'_>,
+    content_type: Option<&HeaderValue>,
+    body: Bytes,
+) -> Result<Call, ProxyError> {
+    let environment = &state.config.environments[caller.environment];
+    let api = match route.endpoint {
+        Endpoint::Counted(api) => api,
+        Endpoint::Uncounted(_) => {
+            let mut call = Call::uncounted(body, content_type, environment.tells_models_apart()).await?;
+            if let Some(model) = route.model {
+                model.clone_into(&mut call.model);
+            }
+            return Ok(call);
+        }
+        Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::opaque(body)),
+    };
+    let upstream = state.contexts[caller.environment].upstream;
+    let options = ParseOptions {
+        api,
+        path_model: route.model.map(str::to_owned),
+        path_streams: route.streams,
+        models: state.models.clone(),
+        requests_stream_usage: state.requests_stream_usage(upstream),
+    };
+    let mut call = Call::counted(body, options).await?;
+    if environment.calibrate {
+        call.correct(state.calibrations.correction(upstream, &call.model, call.estimate.kind));
+    }
+    call.add_unseen(environment.unseen_prompt_tokens);
+    Ok(call)
 }
 
 fn estimate_if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimate> {

@@ -13,7 +13,7 @@ const MAX_KEYS_IN_QUERY: usize = 8;
 
 /// The caller of a request, and what its request must not carry to the upstream.
 #[derive(Clone, Copy)]
-pub(super) struct Caller {
+pub(super) struct IdentifiedCaller {
     /// Index of the environment in the config.
     pub(super) environment: usize,
     /// Index of the caller in the environment. `None`: the environment is open and the request has no known key.
@@ -28,7 +28,11 @@ pub(super) struct Caller {
 ///
 /// The path names the environment, else the key, else `default_environment`. An environment with keys accepts only
 /// its own. A key of another environment is refused in every header, because the upstream would receive it.
-pub(super) fn identify(state: &State, route: &Route<'_>, head: &Parts) -> Result<Caller, ProxyError> {
+pub(super) fn identify(
+    state: &State,
+    route: &Route<'_>,
+    head: &Parts,
+) -> Result<IdentifiedCaller, ProxyError> {
     let Some(presented) = keys::presented_keys(&head.headers) else {
         return Err(ProxyError::InvalidHead("it has too many API keys"));
     };
@@ -50,7 +54,12 @@ pub(super) fn identify(state: &State, route: &Route<'_>, head: &Parts) -> Result
     let mut key_headers = GatewayKeyHeaders::default();
     known.iter().for_each(|(key, _)| key_headers.add(key.header));
     let has_key_in_query = has_key_in_query(state, head.uri.query(), environment)?;
-    Ok(Caller { environment, index: owner.map(|owner| owner.caller), key_headers, has_key_in_query })
+    Ok(IdentifiedCaller {
+        environment,
+        index: owner.map(|owner| owner.caller),
+        key_headers,
+        has_key_in_query,
+    })
 }
 
 /// Whether the query carries a key of this gateway, or more keys than are looked up. A key in the query grants no

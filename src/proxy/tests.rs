@@ -3,6 +3,7 @@ use super::*;
 use crate::config::parse;
 use crate::server::Patience;
 use crate::telemetry::Metrics;
+use bytes::Bytes;
 use http::Method;
 use std::future::pending;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -91,7 +92,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
     let proxy = Proxy::new(state.clone(), &upstream::client_config().unwrap()).unwrap();
     let account = state.accounts[0].clone();
     let charge = charge(&account, &state.metrics).await;
-    let outgoing = Outgoing {
+    let outgoing = OutgoingRequest {
         request: upstream::Request {
             method: Method::POST,
             target: "/v1/chat/completions".into(),
@@ -102,6 +103,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         environment: state.config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
         call: Call::opaque(Bytes::new()),
+        outlives_caller: true,
         received: Stopwatch::start(),
     };
     let peer = Peer::new(([127, 0, 0, 1], 9).into(), Patience::default());
