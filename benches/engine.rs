@@ -141,8 +141,8 @@ fn kept(stored: bool, seconds: f64) -> Kept {
         return load(&Arc::new(Account::open(environment)), seconds);
     }
     let store = Store::open(&config.store).unwrap();
-    let left = store.left(environment).unwrap();
-    let account = Arc::new(Account::open_with(environment, Some(store.keeper()), &left));
+    let left = store.restored_state(environment).unwrap();
+    let account = Arc::new(Account::open_with(environment, Some(store.persistence()), &left));
     let _writer =
         store.start(vec![(environment.clone(), account.clone())], Arc::new(Calibrations::new([]))).unwrap();
     load(&account, seconds)

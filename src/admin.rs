@@ -1,6 +1,6 @@
-//! The admin listener: health, metrics, the state of every quota, and limits that are changed for now.
+//! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
-use crate::config::OnStoreFailure;
+use crate::config::{Environment, OnStoreFailure};
 use crate::ledger::{Account, NoRoom, QuotaKey, Sharing, Snapshot};
 use crate::proxy;
 use crate::quota::{Kind, MAX_LIMIT, Quota, QuotaLevel, Scope, Window};
@@ -21,19 +21,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use subtle::ConstantTimeEq as _;
 
-use crate::config::Environment;
-
-/// No request to this listener has a larger body.
-const LARGEST_BODY: usize = 64 * 1024;
+/// Maximum size of a request body in bytes.
+const MAX_BODY_BYTES: usize = 64 * 1024;
 
 #[derive(Clone)]
 struct Admin {
     state: Arc<proxy::State>,
-    /// Names under which a browser on this machine may call the listener.
+    /// `Host` values that a request may have if there is no token: the addresses and names of this listener.
     hosts: Arc<[String]>,
 }
 
-/// The service behind the admin listener at this address.
+/// The HTTP service of the admin listener at this address.
 pub(crate) fn service(
     state: Arc<proxy::State>,
     address: SocketAddr,
@@ -55,29 +53,34 @@ pub(crate) fn service(
         .route("/api/environments/{environment}", get(environment))
         .route("/api/environments/{environment}/reset", post(reset))
         .route("/api/environments/{environment}/quotas/{kind}/{per}", put(set_limit).delete(unset_limit))
-        .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .fallback(|| async {
-            refusal(StatusCode::NOT_FOUND, "unknown_path", "Nothing is served at this path.")
+            refusal(StatusCode::NOT_FOUND, "unknown_path", "There is no such path on the admin listener.")
         })
-        .layer(middleware::from_fn_with_state(admin.clone(), guard))
+        .layer(middleware::from_fn_with_state(admin.clone(), authorize))
         .with_state(admin);
     TowerToHyperService::new(router.into_service())
 }
 
-/// Who may ask: with a token whoever has it; without one whoever can reach the loopback listener, but
-/// no web page of another site that a browser on this machine has open.
-async fn guard(State(admin): State<Admin>, request: Request, next: Next) -> Response {
-    let open = matches!(request.uri().path(), "/livez" | "/readyz");
+/// Refuses requests that are not allowed. With `admin.token` a request needs the token, except for health checks. Without
+/// it every request to the loopback listener is allowed, but not from web pages of other sites in a browser on this
+/// machine.
+async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+    let is_health_check = matches!(request.uri().path(), "/livez" | "/readyz");
     let refused = match &admin.state.config.admin.token {
-        Some(_) if open => None,
+        Some(_) if is_health_check => None,
         Some(token) => (!has_token(request.headers(), token.expose())).then(|| {
-            refusal(StatusCode::UNAUTHORIZED, "invalid_token", "Send 'Authorization: Bearer <admin.token>'.")
+            refusal(
+                StatusCode::UNAUTHORIZED,
+                "invalid_token",
+                "The token is missing or wrong. Send 'Authorization: Bearer <admin.token>'.",
+            )
         }),
         None => (!is_own_site(request.headers(), &admin.hosts)).then(|| {
             refusal(
                 StatusCode::FORBIDDEN,
                 "foreign_site",
-                "Without admin.token this listener answers only under its own address.",
+                "Without admin.token this listener accepts only requests to its own address.",
             )
         }),
     };
@@ -94,10 +97,10 @@ fn has_token(headers: &HeaderMap, token: &str) -> bool {
 }
 
 fn is_own_site(headers: &HeaderMap, hosts: &[String]) -> bool {
-    let is_ours = |name: &str| hosts.iter().any(|host| host == name);
+    let is_own = |name: &str| hosts.iter().any(|host| host == name);
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok());
     let origin = headers.get(header::ORIGIN).map(|o| o.to_str().unwrap_or_default());
-    host.is_some_and(is_ours) && origin.is_none_or(|o| o.strip_prefix("http://").is_some_and(is_ours))
+    host.is_some_and(is_own) && origin.is_none_or(|o| o.strip_prefix("http://").is_some_and(is_own))
 }
 
 fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
@@ -114,10 +117,10 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     if admin.state.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
     }
-    let mut said = String::new();
-    // It serves: whoever takes it out of service loses more than the store does.
-    if let Some(trouble) = admin.state.store_failure() {
-        let _ = writeln!(said, "ready, but the store cannot be written: {trouble}");
+    let mut text = String::new();
+    // The node stays ready: it serves requests, and only the durability of its counters is affected.
+    if let Some(reason) = admin.state.store_failure() {
+        let _ = writeln!(text, "ready, but the store cannot be written: {reason}");
     }
     let mut status = StatusCode::OK;
     let policy = admin.state.config.store.redis.as_ref().map(|redis| redis.on_failure);
@@ -125,37 +128,41 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
         let Some(Sharing { trouble, nodes, faults, .. }) = account.sharing() else { continue };
         let name = &environment.name;
         if let Some(trouble) = trouble {
-            let instead = match policy {
+            let consequence = match policy {
                 Some(OnStoreFailure::Closed) if environment.enforce => {
                     status = StatusCode::SERVICE_UNAVAILABLE;
-                    "nothing is let through"
+                    "this node admits no request"
                 }
-                Some(OnStoreFailure::Open) => "this node admits by the whole limits",
-                _ if nodes > 1 => "this node admits by its share of what was left",
+                Some(OnStoreFailure::Open) => "this node admits up to the whole limits",
+                _ if nodes > 1 => "this node admits from its share of the last known levels",
                 _ => "this node admits by its own counters",
             };
-            let _ = writeln!(said, "{name}: Redis is away, {instead}: {trouble}");
+            let _ = writeln!(text, "{name}: Redis is unavailable, {consequence}: {trouble}");
         }
         for fault in faults {
-            let _ = writeln!(said, "{name}: Redis is not set up as quotas need it: {fault}");
+            let _ = writeln!(text, "{name}: a setting of the Redis server is wrong for quotas: {fault}");
         }
     }
-    if said.is_empty() {
-        said.push_str("ready\n");
+    if text.is_empty() {
+        text.push_str("ready\n");
     }
-    (status, said)
+    (status, text)
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
     let state = &admin.state;
     match state.metrics.render(&state.environments(), state.store_failure().is_none()) {
         Ok(text) => {
-            let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-            (kind, Body::from(text)).into_response()
+            let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+            (content_type, Body::from(text)).into_response()
         }
         Err(error) => {
-            tracing::error!(%error, "the metrics cannot be written");
-            refusal(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "The metrics cannot be written.")
+            tracing::error!(%error, "the metrics cannot be encoded as text");
+            refusal(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal_error",
+                "The metrics cannot be encoded as text. The log has the error.",
+            )
         }
     }
 }
@@ -165,7 +172,7 @@ async fn environments(State(admin): State<Admin>) -> Json<Value> {
     let mut all = Vec::new();
     for (environment, account) in state.config.environments.iter().zip(&state.accounts) {
         account.refresh().await;
-        all.push(shown(environment, account));
+        all.push(environment_json(environment, account));
     }
     Json(json!({"environments": all}))
 }
@@ -175,67 +182,67 @@ async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Re
         Some((index, environment)) => {
             let account = &admin.state.accounts[index];
             account.refresh().await;
-            Json(shown(environment, account)).into_response()
+            Json(environment_json(environment, account)).into_response()
         }
         None => unknown_environment(),
     }
 }
 
-/// The body of a `PUT`.
+/// The body of a `PUT` request.
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NewLimit {
     limit: u64,
-    /// Of a rolling quota; without it the limit.
+    /// For a rolling quota. Default: `limit`.
     burst: Option<u64>,
 }
 
-/// Which of the quotas of one kind and period: of the environment, if nothing else is said.
+/// The query parameters that select a quota of one kind and period. Default: the quota of the environment.
 #[derive(serde::Deserialize)]
-struct Whose {
-    #[serde(default = "of_environment")]
+struct QuotaScope {
+    #[serde(default = "environment_scope")]
     scope: String,
     #[serde(default)]
     name: String,
 }
 
-fn of_environment() -> String {
+fn environment_scope() -> String {
     "environment".to_owned()
 }
 
 async fn set_limit(
     State(admin): State<Admin>,
     Path((environment, kind, per)): Path<(String, String, String)>,
-    Query(whose): Query<Whose>,
+    Query(scope): Query<QuotaScope>,
     body: Bytes,
 ) -> Response {
     let new: NewLimit = match serde_json::from_slice(&body) {
         Ok(new) => new,
         Err(error) => {
-            let said = format!("The body is not {{\"limit\": N, \"burst\": N}}: {error}.");
-            return refusal(StatusCode::BAD_REQUEST, "invalid_json", &said);
+            let message = format!("The body is not {{\"limit\": N, \"burst\": N}}: {error}.");
+            return refusal(StatusCode::BAD_REQUEST, "invalid_json", &message);
         }
     };
     let burst = new.burst.unwrap_or(new.limit);
     if ![new.limit, burst].iter().all(|n| (1..=MAX_LIMIT).contains(n)) {
-        let said = "limit and burst must be whole numbers from 1 to 2^50.";
-        return refusal(StatusCode::BAD_REQUEST, "invalid_value", said);
+        let message = "limit and burst must be whole numbers from 1 to 2^50.";
+        return refusal(StatusCode::BAD_REQUEST, "invalid_value", message);
     }
-    change_limit(&admin, (&environment, &kind, &per), &whose, Some((new.limit, burst))).await
+    change_limit(&admin, (&environment, &kind, &per), &scope, Some((new.limit, burst))).await
 }
 
 async fn unset_limit(
     State(admin): State<Admin>,
     Path((environment, kind, per)): Path<(String, String, String)>,
-    Query(whose): Query<Whose>,
+    Query(scope): Query<QuotaScope>,
 ) -> Response {
-    change_limit(&admin, (&environment, &kind, &per), &whose, None).await
+    change_limit(&admin, (&environment, &kind, &per), &scope, None).await
 }
 
 async fn change_limit(
     admin: &Admin,
     (environment, kind, per): (&str, &str, &str),
-    whose: &Whose,
+    scope: &QuotaScope,
     limit: Option<(u64, u64)>,
 ) -> Response {
     let Some((index, settings)) = admin.state.config.environment(environment) else {
@@ -245,14 +252,14 @@ async fn change_limit(
     let Some(kind) = Kind::ALL.into_iter().find(|known| known.as_str() == kind) else {
         return unknown_quota();
     };
-    let key = QuotaKey { scope: &whose.scope, name: &whose.name, kind, per };
+    let key = QuotaKey { scope: &scope.scope, name: &scope.name, kind, per };
     match account.set_limit(key, limit).await {
         Ok(true) => {}
         Ok(false) => return unknown_quota(),
-        Err(no_room) => return away(&no_room),
+        Err(no_room) => return redis_unavailable(&no_room),
     }
-    tracing::info!(environment, %kind, per, scope = whose.scope, name = whose.name, ?limit, "a limit was changed by the admin API");
-    Json(shown(settings, account)).into_response()
+    tracing::info!(environment, %kind, per, scope = scope.scope, name = scope.name, ?limit, "the admin API changed a limit");
+    Json(environment_json(settings, account)).into_response()
 }
 
 async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> Response {
@@ -261,34 +268,38 @@ async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> R
     };
     let account = &admin.state.accounts[index];
     if let Err(no_room) = account.reset().await {
-        return away(&no_room);
+        return redis_unavailable(&no_room);
     }
-    tracing::info!(environment, "its quotas were reset by the admin API");
-    Json(shown(settings, account)).into_response()
+    tracing::info!(environment, "the admin API reset all quotas of this environment");
+    Json(environment_json(settings, account)).into_response()
 }
 
-fn away(_: &NoRoom) -> Response {
-    let said = "The counters are shared, and Redis cannot be reached: nothing was changed. Try again when /readyz has nothing to say.";
-    refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", said)
+fn redis_unavailable(_: &NoRoom) -> Response {
+    let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz answers 'ready'.";
+    refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message)
 }
 
 fn unknown_environment() -> Response {
-    refusal(StatusCode::NOT_FOUND, "unknown_environment", "There is no such environment.")
+    refusal(
+        StatusCode::NOT_FOUND,
+        "unknown_environment",
+        "There is no such environment. GET /api/environments lists all.",
+    )
 }
 
 fn unknown_quota() -> Response {
-    let said = "The environment has no such quota: kind and period are those of the config, scope and name (if any) are parameters.";
-    refusal(StatusCode::NOT_FOUND, "unknown_quota", said)
+    let message = "The environment has no such quota. Write kind and period as in the config, and scope and name as query parameters.";
+    refusal(StatusCode::NOT_FOUND, "unknown_quota", message)
 }
 
-fn shown(environment: &Environment, account: &Account) -> Value {
+fn environment_json(environment: &Environment, account: &Account) -> Value {
     let Snapshot { in_flight, sharing, levels, totals, overrides } = account.snapshot();
     let is_override = |quota: &Quota| overrides.iter().any(|other| other.is_same_as(quota));
-    let mut shown = json!({
+    let mut json = json!({
         "name": environment.name,
         "upstream": environment.upstream.name,
         "in_flight": in_flight,
-        "quotas": levels.iter().map(|shown| level(shown, is_override(&shown.quota))).collect::<Vec<_>>(),
+        "quotas": levels.iter().map(|level| level_json(level, is_override(&level.quota))).collect::<Vec<_>>(),
         "totals": {
             "requests": totals.requests,
             "rejected": totals.rejected,
@@ -298,14 +309,14 @@ fn shown(environment: &Environment, account: &Account) -> Value {
         },
     });
     if let Some(Sharing { trouble, nodes, .. }) = sharing {
-        shown["shared"] =
+        json["shared"] =
             json!({"store": "redis", "up": trouble.is_none(), "nodes": nodes, "reason": trouble});
     }
-    shown
+    json
 }
 
-fn level(shown: &QuotaLevel, is_override: bool) -> Value {
-    let QuotaLevel { quota, level, held, used, reset_ms } = shown;
+fn level_json(level: &QuotaLevel, is_override: bool) -> Value {
+    let QuotaLevel { quota, level, held, used, reset_ms } = level;
     let (scope, name) = match &quota.scope {
         Scope::Environment => ("environment", None),
         Scope::Caller(_, name) => ("caller", Some(name.as_str())),
@@ -315,9 +326,9 @@ fn level(shown: &QuotaLevel, is_override: bool) -> Value {
         Window::Rolling { .. } => "rolling",
         Window::Calendar { .. } => "calendar",
     };
-    #[allow(clippy::cast_precision_loss)] // seconds to show, exact below 285,000 years
+    #[allow(clippy::cast_precision_loss)] // exact below 285,000 years
     let reset_seconds = *reset_ms as f64 / 1_000.0;
-    let mut shown = json!({
+    let mut json = json!({
         "scope": scope,
         "kind": quota.kind.as_str(),
         "per": quota.per.text,
@@ -331,7 +342,7 @@ fn level(shown: &QuotaLevel, is_override: bool) -> Value {
         "source": if is_override { "override" } else { "file" },
     });
     if let Some(name) = name {
-        shown["name"] = json!(name);
+        json["name"] = json!(name);
     }
-    shown
+    json
 }

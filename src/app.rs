@@ -1,4 +1,4 @@
-//! The composition root: builds every part from a config, starts them, and stops them in order.
+//! The composition root: builds all parts from a config, starts them, and stops them in order.
 
 use crate::admin;
 use crate::clock::Stopwatch;
@@ -7,7 +7,7 @@ use crate::estimate;
 use crate::ledger::Account;
 use crate::proxy::{Proxy, State};
 use crate::server::{self, Order, Peer};
-use crate::store::{Store, Writer};
+use crate::store::{Store, StoreWriter};
 use crate::upstream;
 use anyhow::Context as _;
 use hyper::service::service_fn;
@@ -24,88 +24,85 @@ use tokio::task::JoinSet;
 
 pub use crate::server::Patience;
 
-/// Threads for what must not hold up others: counting large prompts, looking up host names.
-const BLOCKING_THREADS: usize = 8;
-/// For so long a start waits for Redis.
-const LONGEST_START: Duration = Duration::from_secs(1);
-/// What the admin listener may take to end its answers.
+/// Size of each runtime's blocking pool, which counts large prompts and resolves host names.
+const MAX_BLOCKING_THREADS: usize = 8;
+/// How long the start waits until Redis is connected.
+const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);
+/// How long the admin listener drains at shutdown.
 const ADMIN_DRAIN: Duration = Duration::from_secs(1);
+/// How long a thread waits for tasks of its blocking pool when it ends.
+const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
 
-/// How requests are spread over the machine's cores.
+/// How requests are distributed over the cores of the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Workers {
-    /// One event loop a core, each with its own listening socket and upstream connections. Measured
-    /// to cost less CPU per request than the other.
+    /// One event loop per core, each with its own listening socket and its own upstream connections. It uses less CPU
+    /// per request than the other mode (measured).
     #[default]
     PerCore,
-    /// One work-stealing runtime over all cores.
+    /// One work-stealing runtime for all cores.
     WorkStealing,
 }
 
-/// A running gateway. Dropping it stops it at once: what is under way is cut off, and settled.
+/// A running gateway. Dropping it stops it at once: requests in flight are cut off and settled.
 pub struct App {
     address: SocketAddr,
     admin_address: SocketAddr,
     state: Arc<State>,
-    workers: Vec<Thread>,
-    admin: Thread,
-    /// Speaks to Redis, where counters are state.
-    cluster: Option<Thread>,
+    workers: Vec<ServerThread>,
+    admin: ServerThread,
+    /// Communicates with Redis. `None` without `store.redis`.
+    cluster: Option<ServerThread>,
     drain_timeout: Duration,
-    /// Dropped last: it writes what the others have settled.
-    store: Option<Writer>,
+    /// Dropped last, so that it writes what the other threads have settled.
+    store: Option<StoreWriter>,
 }
 
-/// A server on threads of its own.
-struct Thread {
+/// A thread that runs one server or task on its own runtime.
+struct ServerThread {
     orders: watch::Sender<Order>,
     handle: Option<JoinHandle<usize>>,
 }
 
-/// How a shutdown went.
+/// The result of a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShutdownReport {
-    /// Requests that were under way when it began.
-    pub under_way: u64,
-    /// Connections that had to be cut off because the time was over.
+    /// Number of requests in flight when the shutdown began.
+    pub in_flight: u64,
+    /// Number of connections that were cut off after `server.drain_timeout`.
     pub cut_off: usize,
-    /// How long it took.
+    /// How long the shutdown took.
     pub took: Duration,
 }
 
+/// The sockets of both listeners, with their addresses.
+struct Sockets {
+    /// One for each worker.
+    workers: Vec<TcpListener>,
+    address: SocketAddr,
+    admin: TcpListener,
+    admin_address: SocketAddr,
+}
+
 impl App {
-    /// Starts a gateway, one worker for each core.
+    /// Starts a gateway with one worker per core and the default timeouts.
     ///
     /// # Errors
-    /// An address cannot be listened at, or a thread or socket cannot be made.
+    /// An address cannot be used, or a thread or socket cannot be created.
     pub fn start(config: Config) -> anyhow::Result<Self> {
-        Self::start_with(config, Workers::default())
+        Self::start_with(config, Workers::default(), Patience::default())
     }
 
-    /// Starts a gateway.
+    /// Starts a gateway with these workers and these timeouts for callers.
     ///
     /// # Errors
-    /// An address cannot be listened at, or a thread or socket cannot be made.
-    pub fn start_with(config: Config, workers: Workers) -> anyhow::Result<Self> {
-        Self::start_waiting(config, workers, Patience::default())
-    }
-
-    /// Starts a gateway that waits so long for its callers.
-    ///
-    /// # Errors
-    /// An address cannot be listened at, or a thread or socket cannot be made.
-    pub fn start_waiting(config: Config, workers: Workers, patience: Patience) -> anyhow::Result<Self> {
-        let warm = thread::spawn(estimate::warm);
+    /// An address cannot be used, or a thread or socket cannot be created.
+    pub fn start_with(config: Config, workers: Workers, patience: Patience) -> anyhow::Result<Self> {
+        let vocabularies = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let config = Arc::new(config);
-        let (listen, admin_listen) = (config.server.listen, config.admin.listen);
-        let sockets = if workers == Workers::PerCore { cores } else { 1 };
-        let at = |address: SocketAddr, setting: &str| format!("cannot listen at {address} ({setting})");
-        let listeners = server::listen(listen, sockets).with_context(|| at(listen, "server.listen"))?;
-        let address = first_address(&listeners)?;
-        let admin_listeners =
-            server::listen(admin_listen, 1).with_context(|| at(admin_listen, "admin.listen"))?;
-        let admin_address = first_address(&admin_listeners)?;
+        let sockets = bind(&config, if workers == Workers::PerCore { cores } else { 1 })?;
+        let Sockets { address, admin_address, .. } = sockets;
 
         let drain_timeout = config.server.drain_timeout;
         let tls = upstream::client_config()?;
@@ -113,68 +110,59 @@ impl App {
         let state = Arc::new(State::new(config, store.as_ref())?);
         let store =
             store.map(|store| store.start(state.environments(), state.calibrations().clone())).transpose()?;
-        // The vocabularies are loaded off the request path, and nobody is served before they are.
-        if warm.join().is_err() {
+        // Requests are served only after the vocabularies are loaded, so that none has to wait for them.
+        if vocabularies.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        let cluster = if state.config.store.redis.is_some() { Some(take_part(&state)?) } else { None };
+        let cluster = if state.config.store.redis.is_some() { Some(join_cluster(&state)?) } else { None };
         let mut threads = Vec::new();
-        for listener in listeners {
+        for listener in sockets.workers {
             let proxy = Arc::new(Proxy::new(state.clone(), &tls)?);
-            let runtime = if workers == Workers::PerCore { one_core()? } else { all_cores(cores)? };
-            threads.push(Thread::spawn("worker", runtime, move |orders| {
-                let service_for = move |peer: Arc<Peer>| {
-                    let proxy = proxy.clone();
-                    service_fn(move |request| {
-                        let (proxy, peer) = (proxy.clone(), peer.clone());
-                        async move { Ok::<_, Infallible>(proxy.serve(request, &peer).await) }
-                    })
-                };
-                server::serve(listener, service_for, patience, orders)
-            })?);
+            let runtime = if workers == Workers::PerCore {
+                single_thread_runtime()?
+            } else {
+                multi_thread_runtime(cores)?
+            };
+            threads.push(start_worker(listener, proxy, runtime, patience)?);
         }
         let router = admin::service(state.clone(), admin_address);
-        let mut admin_listeners = admin_listeners;
-        let admin_listener = admin_listeners.pop().context("no admin socket")?;
-        let admin = Thread::spawn("admin", one_core()?, move |orders| {
-            server::serve(admin_listener, move |_| router.clone(), patience, orders)
+        let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |orders| {
+            server::serve(sockets.admin, move |_| router.clone(), patience, orders)
         })?;
         Ok(Self { address, admin_address, state, workers: threads, admin, cluster, drain_timeout, store })
     }
 
-    /// Where callers are served.
+    /// The address of the listener for callers.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where health, metrics and the admin API are.
+    /// The address of the listener for health checks, metrics and the admin API.
     pub fn admin_address(&self) -> SocketAddr {
         self.admin_address
     }
 
-    /// Stops in order: accepts nothing more, lets answers end within `server.drain_timeout`, cuts off
-    /// the others, and settles everything. Blocks until that is done.
+    /// Shuts down in order: it stops accepting connections, drains requests in flight for `server.drain_timeout`, cuts
+    /// off the others, and settles all. It blocks until that is done.
     pub fn shutdown(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
-        let under_way = self.state.in_flight();
+        let in_flight = self.state.in_flight();
         self.state.drain();
         for worker in &self.workers {
-            worker.order(self.drain_timeout);
+            worker.stop(self.drain_timeout);
         }
-        let cut_off = self.workers.iter_mut().map(Thread::join).sum();
-        self.admin.order(ADMIN_DRAIN);
+        let cut_off = self.workers.iter_mut().map(ServerThread::join).sum();
+        self.admin.stop(ADMIN_DRAIN);
         self.admin.join();
         self.leave_cluster();
         drop(self.store.take());
-        ShutdownReport { under_way, cut_off, took: clock.elapsed() }
+        ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
-}
 
-impl App {
-    /// Everything has been settled: the last of it is told to Redis.
+    /// Ends the thread that communicates with Redis. All reservations are settled by now, so it sends the last of them.
     fn leave_cluster(&mut self) {
         if let Some(mut cluster) = self.cluster.take() {
-            cluster.order(Duration::ZERO);
+            cluster.stop(Duration::ZERO);
             cluster.join();
         }
     }
@@ -183,7 +171,7 @@ impl App {
 impl Drop for App {
     fn drop(&mut self) {
         for thread in self.workers.iter_mut().chain([&mut self.admin]) {
-            thread.order(Duration::ZERO);
+            thread.stop(Duration::ZERO);
         }
         for thread in self.workers.iter_mut().chain([&mut self.admin]) {
             thread.join();
@@ -192,37 +180,71 @@ impl Drop for App {
     }
 }
 
-/// Joins the cluster. Returns when every environment has, or when Redis lets it wait: nobody is to be admitted by
-/// counters of this node's own just because it was faster than its first connection.
-fn take_part(state: &State) -> anyhow::Result<Thread> {
+/// Binds one socket for each worker and one for the admin listener.
+fn bind(config: &Config, workers: usize) -> anyhow::Result<Sockets> {
+    let listen = |address: SocketAddr, sockets: usize, setting: &str| {
+        let listeners = server::listen(address, sockets).with_context(|| {
+            format!("cannot listen at {address}; set {setting} to a free address of this machine")
+        })?;
+        let address = listeners.first().context("no socket")?.local_addr()?;
+        anyhow::Ok((listeners, address))
+    };
+    let (workers, address) = listen(config.server.listen, workers, "server.listen")?;
+    let (mut admin, admin_address) = listen(config.admin.listen, 1, "admin.listen")?;
+    Ok(Sockets { workers, address, admin: admin.pop().context("no admin socket")?, admin_address })
+}
+
+fn start_worker(
+    listener: TcpListener,
+    proxy: Arc<Proxy>,
+    runtime: Runtime,
+    patience: Patience,
+) -> anyhow::Result<ServerThread> {
+    ServerThread::spawn("worker", runtime, move |orders| {
+        let service_for = move |peer: Arc<Peer>| {
+            let proxy = proxy.clone();
+            service_fn(move |request| {
+                let (proxy, peer) = (proxy.clone(), peer.clone());
+                async move { Ok::<_, Infallible>(proxy.serve(request, &peer).await) }
+            })
+        };
+        server::serve(listener, service_for, patience, orders)
+    })
+}
+
+/// Starts the thread that shares the counters through Redis.
+///
+/// It returns when every environment is connected, at the latest after [`MAX_REDIS_WAIT`]. Without this wait the node
+/// would admit its first requests by its own counters.
+fn join_cluster(state: &State) -> anyhow::Result<ServerThread> {
     let accounts = state.accounts.clone();
-    let thread = Thread::spawn("cluster", one_core()?, move |mut orders| async move {
+    let thread = ServerThread::spawn("cluster", single_thread_runtime()?, move |mut orders| async move {
         let (stop, stops) = watch::channel(false);
-        let mut parts = JoinSet::new();
+        let mut tasks = JoinSet::new();
         for account in accounts {
             if let Some(connection) = account.connection() {
                 tokio::spawn(connection.clone().run());
-                parts.spawn(account.clone().take_part(stops.clone()));
+                tasks.spawn(account.clone().take_part(stops.clone()));
             }
         }
-        // An error says that nobody is left to give orders.
+        // An error means that the sender was dropped, which also ends the thread.
         drop(orders.wait_for(|order| *order != Order::Run).await);
         stop.send_replace(true);
-        parts.join_all().await;
+        tasks.join_all().await;
         Ok(0)
     })?;
     let clock = Stopwatch::start();
-    let is_missing =
+    let is_offline =
         |account: &Arc<Account>| account.sharing().is_some_and(|sharing| sharing.trouble.is_some());
-    while clock.elapsed() < LONGEST_START && state.accounts.iter().any(is_missing) {
+    while clock.elapsed() < MAX_REDIS_WAIT && state.accounts.iter().any(is_offline) {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(thread)
 }
 
-impl Thread {
+impl ServerThread {
     fn spawn<F>(
-        name: &str,
+        thread: &'static str,
         runtime: Runtime,
         serve: impl FnOnce(watch::Receiver<Order>) -> F + Send + 'static,
     ) -> anyhow::Result<Self>
@@ -232,39 +254,37 @@ impl Thread {
         let (orders, receiver) = watch::channel(Order::Run);
         let run = move || {
             let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
-                tracing::error!(%error, "a listener has failed");
+                tracing::error!(%error, thread, "a listener failed and serves no requests any more: restart the gateway");
                 0
             });
-            // Drops what is left of tasks, which settles it, and waits for counts that have begun.
-            runtime.shutdown_timeout(Duration::from_secs(5));
+            // This drops the remaining tasks, which settles their reservations, and waits for the blocking pool.
+            runtime.shutdown_timeout(MAX_BLOCKING_WAIT);
             cut_off
         };
-        let handle = thread::Builder::new().name(name.into()).spawn(run)?;
+        let handle = thread::Builder::new().name(thread.into()).spawn(run)?;
         Ok(Self { orders, handle: Some(handle) })
     }
 
-    fn order(&self, drain: Duration) {
-        // Nobody listens any more if it has stopped already.
+    /// Makes the server drain for this time and then end.
+    fn stop(&self, drain: Duration) {
+        // An error means that the thread has ended already.
         let _ = self.orders.send(Order::Drain(drain));
     }
 
+    /// Waits until the thread ends. Returns the number of connections that it cut off.
     fn join(&mut self) -> usize {
         self.handle.take().and_then(|handle| handle.join().ok()).unwrap_or(0)
     }
 }
 
-fn first_address(listeners: &[TcpListener]) -> anyhow::Result<SocketAddr> {
-    Ok(listeners.first().context("no socket")?.local_addr()?)
+fn single_thread_runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).build()
 }
 
-fn one_core() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS).build()
-}
-
-fn all_cores(cores: usize) -> io::Result<Runtime> {
+fn multi_thread_runtime(cores: usize) -> io::Result<Runtime> {
     Builder::new_multi_thread()
         .worker_threads(cores)
         .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
         .build()
 }

@@ -1,94 +1,95 @@
-//! How far prompt estimates were off, of every upstream, model and kind of request: shared by all workers,
-//! bounded for any number of names, and kept by the store.
+//! The calibrations of prompt estimates, one for each upstream, model and kind of request.
 //!
-//! Nothing here is on trust: a correction moves an estimate within a quarter and four times of itself, and
-//! the answer's own usage settles the charge in any case.
+//! All workers share them, the store saves them, and their memory is bounded for any number of model names. A wrong
+//! calibration does limited harm: a correction multiplies an estimate by a quarter to four, and the reported usage
+//! settles the charge in any case.
 
 use crate::estimate::{Calibration, Correction, Kind, Pair};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// So many models and kinds of each upstream are told apart; the least recently learned gives way.
-const MOST: usize = 1_024;
-/// Longer names are not learned: callers can make them up.
-const LONGEST_NAME: usize = 128;
+/// Maximum number of calibrations per upstream. A new one replaces the one that was updated least recently.
+const MAX_ENTRIES: usize = 1_024;
+/// Maximum length of a model name with a calibration in bytes. Callers can invent names.
+const MAX_NAME_BYTES: usize = 128;
 
-/// All that was learned.
+/// The calibrations of all upstreams.
 #[derive(Debug)]
 pub struct Calibrations {
-    upstreams: Vec<(String, Mutex<OfUpstream>)>,
+    upstreams: Vec<(String, Mutex<UpstreamCalibrations>)>,
 }
 
 #[derive(Debug, Default)]
-struct OfUpstream {
-    models: HashMap<Box<str>, [Option<Entry>; Kind::ALL.len()]>,
-    /// How many there are, over all models and kinds.
+struct UpstreamCalibrations {
+    models: HashMap<Box<str>, [Option<CalibrationEntry>; Kind::ALL.len()]>,
+    /// Number of calibrations over all models and kinds.
     entries: usize,
-    /// Counts the answers, to tell which entry was learned last.
+    /// Number of answers so far. It orders the entries by their last update.
     answers: u64,
-    /// Given up since the last call of `take_changes`.
-    forgotten: Vec<(Box<str>, Kind)>,
+    /// Entries that were removed since the last call of `take_changes`.
+    removed: Vec<(Box<str>, Kind)>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct CalibrationEntry {
     calibration: Calibration,
-    learned: u64,
+    /// The value of `answers` at the last update.
+    updated: u64,
     has_changed: bool,
 }
 
-/// What the store keeps of one entry.
+/// One calibration as the store saves it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kept {
+pub(crate) struct SavedCalibration {
     /// The upstream's name.
-    pub upstream: String,
-    /// As the requests name it.
-    pub model: Box<str>,
-    /// What its requests are like.
-    pub kind: Kind,
-    /// The last answers, oldest first; none: it was forgotten.
-    pub answers: Vec<Pair>,
+    pub(crate) upstream: String,
+    /// The model name of the requests.
+    pub(crate) model: Box<str>,
+    /// The kind of its requests.
+    pub(crate) kind: Kind,
+    /// The last answers, oldest first. Empty: the calibration was removed.
+    pub(crate) answers: Vec<Pair>,
 }
 
-/// What an answer will teach once it has reported its prompt tokens.
+/// Updates a calibration once the answer has reported its prompt tokens.
 #[derive(Debug)]
-pub struct Lesson {
-    /// Where it is learned.
-    pub calibrations: Arc<Calibrations>,
+pub(crate) struct Lesson {
+    /// The calibrations to update.
+    pub(crate) calibrations: Arc<Calibrations>,
     /// The upstream's index.
-    pub upstream: usize,
-    /// As the request names it.
-    pub model: String,
-    /// What the request is like.
-    pub kind: Kind,
-    /// Its prompt tokens as estimated, uncorrected.
-    pub estimated: u64,
+    pub(crate) upstream: usize,
+    /// The model name of the request.
+    pub(crate) model: String,
+    /// The kind of the request.
+    pub(crate) kind: Kind,
+    /// The estimated prompt tokens before any correction.
+    pub(crate) estimated: u64,
 }
 
 impl Lesson {
-    /// Learns it.
-    pub fn learn(self, reported: u64) {
+    /// Updates the calibration with the reported prompt tokens.
+    pub(crate) fn learn(self, reported: u64) {
         self.calibrations.learn(self.upstream, &self.model, self.kind, self.estimated, reported);
     }
 }
 
 impl Calibrations {
-    /// Nothing learned of these upstreams, which are known by their index from now on.
+    /// Empty calibrations for these upstreams. Other methods take the index of an upstream in this order.
     pub fn new<'n>(upstreams: impl IntoIterator<Item = &'n str>) -> Self {
         let of = |name: &str| (name.to_owned(), Mutex::default());
         Self { upstreams: upstreams.into_iter().map(of).collect() }
     }
 
-    /// How an estimate is to be corrected.
-    pub fn correction(&self, upstream: usize, model: &str, kind: Kind) -> Correction {
+    /// The correction for estimates of a model.
+    pub(crate) fn correction(&self, upstream: usize, model: &str, kind: Kind) -> Correction {
         let Some(of) = self.upstream(upstream) else { return Correction::default() };
         let entry = of.models.get(model).and_then(|kinds| kinds[kind as usize].as_ref());
         entry.map_or_else(Correction::default, |entry| entry.calibration.correction())
     }
 
-    /// Learns from an answer that came to its end: what was estimated, uncorrected, and what was reported.
-    pub fn learn(&self, upstream: usize, model: &str, kind: Kind, estimated: u64, reported: u64) {
-        if model.len() > LONGEST_NAME {
+    /// Updates a calibration after a complete answer. `estimated` is the estimate before any correction.
+    pub(crate) fn learn(&self, upstream: usize, model: &str, kind: Kind, estimated: u64, reported: u64) {
+        if model.len() > MAX_NAME_BYTES {
             return;
         }
         let Some(mut of) = self.upstream(upstream) else { return };
@@ -97,25 +98,25 @@ impl Calibrations {
         entry.has_changed = true;
     }
 
-    /// What has changed since the last call, for the store.
-    pub fn take_changes(&self) -> Vec<Kept> {
+    /// The calibrations that have changed since the last call, for the store.
+    pub(crate) fn take_changes(&self) -> Vec<SavedCalibration> {
         let mut changes = Vec::new();
         for (at, (name, _)) in self.upstreams.iter().enumerate() {
             let Some(mut of) = self.upstream(at) else { continue };
-            let kept = |model: &str, kind, answers| Kept {
+            let saved = |model: &str, kind, answers| SavedCalibration {
                 upstream: name.clone(),
                 model: model.into(),
                 kind,
                 answers,
             };
-            for (model, kind) in std::mem::take(&mut of.forgotten) {
-                changes.push(kept(&model, kind, Vec::new()));
+            for (model, kind) in std::mem::take(&mut of.removed) {
+                changes.push(saved(&model, kind, Vec::new()));
             }
             for (model, kinds) in &mut of.models {
                 for (kind, entry) in Kind::ALL.into_iter().zip(kinds) {
                     if let Some(entry) = entry.as_mut().filter(|entry| entry.has_changed) {
                         entry.has_changed = false;
-                        changes.push(kept(model, kind, entry.calibration.pairs().collect()));
+                        changes.push(saved(model, kind, entry.calibration.pairs().collect()));
                     }
                 }
             }
@@ -123,47 +124,47 @@ impl Calibrations {
         changes
     }
 
-    /// Goes on from what another process has learned, as far as there still are such upstreams.
-    pub fn restore(&self, kept: Vec<Kept>) {
-        for Kept { upstream, model, kind, answers } in kept {
+    /// Restores saved calibrations. It ignores those of upstreams that no longer exist.
+    pub(crate) fn restore(&self, saved: Vec<SavedCalibration>) {
+        for SavedCalibration { upstream, model, kind, answers } in saved {
             let at = self.upstreams.iter().position(|(name, _)| *name == upstream);
             let Some(mut of) = at.and_then(|at| self.upstream(at)) else { continue };
             of.entry(&model, kind).calibration = Calibration::from_pairs(&answers);
         }
     }
 
-    fn upstream(&self, at: usize) -> Option<MutexGuard<'_, OfUpstream>> {
-        // A panic elsewhere cannot have left an entry half changed.
+    fn upstream(&self, at: usize) -> Option<MutexGuard<'_, UpstreamCalibrations>> {
+        // A poisoned lock is usable: no update of an entry can panic halfway.
         Some(self.upstreams.get(at)?.1.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-impl OfUpstream {
-    fn entry(&mut self, model: &str, kind: Kind) -> &mut Entry {
+impl UpstreamCalibrations {
+    fn entry(&mut self, model: &str, kind: Kind) -> &mut CalibrationEntry {
         self.answers += 1;
         let is_known = self.models.get(model).is_some_and(|kinds| kinds[kind as usize].is_some());
         if !is_known {
-            if self.entries >= MOST {
-                self.forget_oldest();
+            if self.entries >= MAX_ENTRIES {
+                self.remove_oldest();
             }
             self.entries += 1;
-            // Forgotten and learned anew before the store has heard of it.
-            self.forgotten.retain(|(name, other)| (&**name, *other) != (model, kind));
+            // The entry was removed and is added again before the store has read the removal.
+            self.removed.retain(|(name, other)| (&**name, *other) != (model, kind));
             self.models.entry(model.into()).or_default();
         }
-        let new = || Entry { calibration: Calibration::default(), learned: 0, has_changed: false };
+        let new = || CalibrationEntry { calibration: Calibration::default(), updated: 0, has_changed: false };
         let kinds = self.models.entry(model.into()).or_default();
         let entry = kinds[kind as usize].get_or_insert_with(new);
-        entry.learned = self.answers;
+        entry.updated = self.answers;
         entry
     }
 
-    fn forget_oldest(&mut self) {
+    fn remove_oldest(&mut self) {
         let all = self.models.iter().flat_map(|(model, kinds)| {
             let entries = Kind::ALL.into_iter().zip(kinds);
-            entries.filter_map(move |(kind, entry)| Some((entry.as_ref()?.learned, model, kind)))
+            entries.filter_map(move |(kind, entry)| Some((entry.as_ref()?.updated, model, kind)))
         });
-        let Some((_, model, kind)) = all.min_by_key(|(learned, ..)| *learned) else { return };
+        let Some((_, model, kind)) = all.min_by_key(|(updated, ..)| *updated) else { return };
         let model = model.clone();
         if let Some(kinds) = self.models.get_mut(&model) {
             kinds[kind as usize] = None;
@@ -172,9 +173,10 @@ impl OfUpstream {
             }
         }
         self.entries -= 1;
-        // Where nothing is kept nobody asks for these; a store that has missed one forgets it when it is read.
-        if self.forgotten.len() < MOST {
-            self.forgotten.push((model, kind));
+        // Without a store nothing takes the removals, so their number is bounded. If the store misses a removal, its
+        // row is dropped after the next restart: `restore` enforces the maximum too.
+        if self.removed.len() < MAX_ENTRIES {
+            self.removed.push((model, kind));
         }
     }
 }
@@ -190,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_learned_counts_for_its_upstream_model_and_kind_alone() {
+    fn a_calibration_applies_only_to_its_upstream_model_and_kind() {
         let all = learned(5);
         assert_eq!(all.correction(0, "m", Kind::Tools).apply(100), 200);
         for (upstream, model, kind) in
@@ -201,41 +203,46 @@ mod tests {
     }
 
     #[test]
-    fn what_was_kept_is_what_was_learned_and_only_what_changed_is_kept_again() {
+    fn restored_calibrations_equal_the_saved_ones_and_only_changes_are_saved() {
         let all = learned(5);
-        let kept = all.take_changes();
-        assert_eq!((kept.len(), kept[0].answers.len()), (1, 5));
+        let saved = all.take_changes();
+        assert_eq!((saved.len(), saved[0].answers.len()), (1, 5));
         assert!(all.take_changes().is_empty());
         let again = Calibrations::new(["c", "a"]);
         again.restore(
             [
-                kept,
-                vec![Kept { upstream: "gone".into(), model: "m".into(), kind: Kind::Plain, answers: vec![] }],
+                saved,
+                vec![SavedCalibration {
+                    upstream: "gone".into(),
+                    model: "m".into(),
+                    kind: Kind::Plain,
+                    answers: vec![],
+                }],
             ]
             .concat(),
         );
         assert_eq!(again.correction(1, "m", Kind::Tools).apply(100), 200);
-        assert!(again.take_changes().is_empty(), "it stands in the store already");
+        assert!(again.take_changes().is_empty(), "the store has it already");
     }
 
     #[test]
-    fn any_number_of_names_takes_bounded_memory_in_the_store_too() {
+    fn any_number_of_names_takes_bounded_memory_and_bounded_rows() {
         let all = Calibrations::new(["a"]);
         let mut stored = std::collections::HashSet::new();
-        for n in 0..4 * MOST {
+        for n in 0..4 * MAX_ENTRIES {
             all.learn(0, "kept", Kind::Plain, 100, 150);
             all.learn(0, &format!("made-up-{n}"), Kind::ALL[n % 3], 100, 100);
             if n % 100 == 0 {
-                for kept in all.take_changes() {
-                    let key = (kept.model, kept.kind);
-                    let _ = if kept.answers.is_empty() { stored.remove(&key) } else { stored.insert(key) };
+                for saved in all.take_changes() {
+                    let key = (saved.model, saved.kind);
+                    let _ = if saved.answers.is_empty() { stored.remove(&key) } else { stored.insert(key) };
                 }
-                assert!(stored.len() <= MOST, "{}", stored.len());
+                assert!(stored.len() <= MAX_ENTRIES, "{}", stored.len());
             }
         }
-        assert_eq!(all.upstream(0).unwrap().entries, MOST);
+        assert_eq!(all.upstream(0).unwrap().entries, MAX_ENTRIES);
         assert_eq!(all.correction(0, "kept", Kind::Plain).apply(100), 150);
-        all.learn(0, &"x".repeat(LONGEST_NAME + 1), Kind::Plain, 100, 900);
-        assert_eq!(all.upstream(0).unwrap().entries, MOST);
+        all.learn(0, &"x".repeat(MAX_NAME_BYTES + 1), Kind::Plain, 100, 900);
+        assert_eq!(all.upstream(0).unwrap().entries, MAX_ENTRIES);
     }
 }

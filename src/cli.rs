@@ -1,4 +1,4 @@
-//! The command line: what each command reads and prints. The work is done elsewhere.
+//! The command line. Each command is a file that reads arguments and prints results; other modules do the work.
 
 mod check;
 mod count;
@@ -11,56 +11,56 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::{Loaded, Source, load};
+use crate::config::{Loaded, load};
 
-/// An OpenAI-compatible gateway that keeps every environment within its token quotas.
+/// An OpenAI-compatible gateway that keeps every environment within its token quotas
 #[derive(Parser)]
 #[command(version, about, propagate_version = true)]
 struct Arguments {
-    /// The config file. Default: $TOLLGATE_CONFIG, else config/tollgate.yaml
+    /// Path of the config file [default: $TOLLGATE_CONFIG, else config/tollgate.yaml]
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<CliCommand>,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum CliCommand {
     /// Runs the gateway (the default command)
     Serve,
-    /// Runs the gateway against a built-in simulated backend: no key, no network
+    /// Runs the gateway with a built-in simulated backend, without a key and without network
     Demo,
-    /// Validates the config and prints every fault with its place and how to mend it
+    /// Validates the config and prints every fault with its location and how to fix it
     Check,
     /// Prints the prompt token estimate of a request body
-    Count(count::Arguments),
-    /// Replays a trace through the quotas of the config and compares ways of reserving
-    Simulate(simulate::Arguments),
-    /// Reads a key on standard input and prints its SHA-256 for the config
+    Count(count::CountArguments),
+    /// Replays a trace of requests through the quotas of the config and compares reservation modes
+    Simulate(simulate::SimulateArguments),
+    /// Reads a key from standard input and prints its SHA-256 for the config
     HashKey,
-    /// Prints completions for a shell
+    /// Prints a script with command completions for a shell
     Completions {
-        /// The shell
+        /// Name of the shell
         shell: clap_complete::Shell,
     },
 }
 
-/// Failed while running.
+/// Exit code of a command that failed while running.
 const FAILED: u8 = 1;
-/// Bad usage or bad config.
+/// Exit code for wrong usage or an invalid config.
 const BAD_CONFIG: u8 = 2;
 
-/// Runs the program with the process's arguments.
+/// Runs the command that the arguments of the process name.
 pub fn run() -> ExitCode {
     let Arguments { config, command } = Arguments::parse();
-    let result = match command.unwrap_or(Command::Serve) {
-        Command::Serve => serve::run(config),
-        Command::Demo => demo::run(),
-        Command::Check => Ok(check::run(config)),
-        Command::Count(arguments) => count::run(config, &arguments),
-        Command::Simulate(arguments) => simulate::run(config, &arguments),
-        Command::HashKey => hash_key::run(),
-        Command::Completions { shell } => {
+    let result = match command.unwrap_or(CliCommand::Serve) {
+        CliCommand::Serve => serve::run(config),
+        CliCommand::Demo => demo::run(),
+        CliCommand::Check => Ok(check::run(config)),
+        CliCommand::Count(arguments) => count::run(config, &arguments),
+        CliCommand::Simulate(arguments) => simulate::run(config, &arguments),
+        CliCommand::HashKey => hash_key::run(),
+        CliCommand::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "tollgate", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
@@ -71,15 +71,15 @@ pub fn run() -> ExitCode {
     })
 }
 
-/// The config that was named, if any was.
-fn named(config: Option<PathBuf>) -> Option<PathBuf> {
+/// The path from the arguments or from `TOLLGATE_CONFIG`, if there is one.
+fn config_path(config: Option<PathBuf>) -> Option<PathBuf> {
     config.or_else(|| std::env::var_os("TOLLGATE_CONFIG").map(PathBuf::from))
 }
 
-/// Loads the config that was asked for, or prints what is wrong with it.
+/// Loads the config, or prints its faults and returns the exit code.
 fn load_or_explain(config: Option<PathBuf>) -> Result<Loaded, ExitCode> {
-    let path = named(config).unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"));
-    load(&Source { path }).map_err(|faults| {
+    let path = config_path(config).unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"));
+    load(&path).map_err(|faults| {
         eprintln!("{faults}");
         ExitCode::from(BAD_CONFIG)
     })

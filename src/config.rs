@@ -1,18 +1,21 @@
-//! The settings, checked: what `config/load.rs` makes of the YAML file.
+//! The checked configuration. `config/load.rs` builds it from the YAML file.
 //!
-//! Every value here has passed its checks: names resolve, limits lie within the engine's range,
-//! secrets are digests where a digest is enough. The YAML's own reference is `config/tollgate.yaml`.
+//! Every value here has passed its checks: names resolve, limits lie within the engine's range, and callers' keys
+//! are stored as digests. The reference of the YAML file itself is `config/tollgate.yaml`.
 
 mod callers;
-mod check;
 mod environments;
 mod fault;
-mod item;
+mod listeners;
 mod load;
-mod node;
+mod models;
 mod overrides;
 mod quotas;
+mod setting;
+mod store;
+mod tree;
 mod units;
+mod unsupported;
 mod upstreams;
 mod variables;
 mod yaml;
@@ -26,57 +29,58 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use callers::LONGEST_KEY;
+pub(crate) use callers::MAX_KEY_BYTES;
 pub use fault::{Fault, Faults};
-pub use load::{Loaded, Source, load, parse};
+pub use load::{Loaded, load, parse};
 pub(crate) use units::duration;
 
-/// A whole checked configuration.
+/// The checked configuration of one gateway.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The listener that callers use.
-    pub server: Server,
-    /// The listener of health, metrics and the admin API.
-    pub admin: Admin,
-    /// Backends, in the file's order.
-    pub upstreams: Vec<Arc<Upstream>>,
-    /// Environments, in the file's order.
+    /// The listener for callers.
+    pub server: ServerSettings,
+    /// The listener for health checks, metrics and the admin API.
+    pub admin: AdminSettings,
+    /// The upstreams, in the order of the file.
+    pub upstreams: Vec<Arc<UpstreamSettings>>,
+    /// The environments, in the order of the file.
     pub environments: Vec<Arc<Environment>>,
-    /// For callers with neither path prefix nor key: an index into `environments`.
+    /// The environment of requests that name none by path prefix or key: an index into `environments`.
     pub default_environment: Option<usize>,
-    /// Model name patterns and their tokenizers; the first match wins.
+    /// Model name patterns with their tokenizers. The first match wins.
     pub models: Vec<ModelRule>,
-    /// Where counters are kept.
-    pub store: Store,
-    /// When the file was written (ms since the Unix epoch): of nodes with differing limits the newest's hold. 0 where it
-    /// was not read from a file.
-    pub written: u64,
+    /// Where counters are stored.
+    pub store: StoreSettings,
+    /// When the file was last modified, in milliseconds since the Unix epoch. If the nodes of a cluster have different
+    /// limits, the limits of the newest file apply. 0 if the configuration was not read from a file.
+    pub file_modified_ms: u64,
 }
 
-/// `server`: the listener that callers use.
+/// `server`: the listener for callers.
 #[derive(Clone, Debug)]
-pub struct Server {
+pub struct ServerSettings {
     /// Default `127.0.0.1:8080`.
     pub listen: SocketAddr,
-    /// Largest request body in bytes. Default 32 MiB.
+    /// Maximum size of a request body in bytes. Default 32 MiB.
     pub max_request_body: usize,
-    /// Requests of one peer address before anything is parsed; `None`: off. Default 1,000 a second.
+    /// Limits the requests of one peer address, before the gateway parses them. `None` turns the guard off.
+    /// Default 1,000 requests per second.
     pub flood_guard: Option<FloodGuard>,
-    /// At shutdown streams may end within this time. Default 30 s.
+    /// At shutdown, the gateway waits this long for requests in flight. Default 30 s.
     pub drain_timeout: Duration,
-    /// Certificate and key files for TLS toward callers. Default: plain HTTP.
+    /// Certificate and key files for TLS with callers. Default: plain HTTP.
     pub tls: Option<TlsFiles>,
 }
 
 /// `server.flood_guard`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FloodGuard {
-    /// How many requests.
+    /// Maximum number of requests per `per`.
     pub requests: u32,
-    /// In how long.
+    /// Length of the period.
     pub per: Duration,
-    /// Also of this machine's own addresses. Default: only where the file sets the guard, since a proxy
-    /// on the same machine sends everybody's requests from one.
+    /// Whether the guard also limits loopback addresses. It does so only if the file sets the guard, because a proxy
+    /// on the same machine sends the requests of all callers from one address.
     pub guards_loopback: bool,
 }
 
@@ -89,16 +93,16 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// `admin`: health, metrics, admin API.
+/// `admin`: the listener for health checks, metrics and the admin API.
 #[derive(Clone, Debug)]
-pub struct Admin {
+pub struct AdminSettings {
     /// Default `127.0.0.1:9090`.
     pub listen: SocketAddr,
-    /// Required unless `listen` is a loopback address.
+    /// Bearer token of the admin API. Required unless `listen` is a loopback address.
     pub token: Option<Secret>,
 }
 
-/// How an upstream wants its key, and which paths it has.
+/// `upstreams.*.api`: the header that carries the upstream's key, and the paths that the upstream serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ApiKind {
     /// `authorization: Bearer`.
@@ -111,149 +115,147 @@ pub enum ApiKind {
     Gemini,
 }
 
-/// One backend.
+/// `upstreams.*`: one upstream.
 #[derive(Clone, Debug)]
-pub struct Upstream {
+pub struct UpstreamSettings {
     /// Its name in the file.
     pub name: String,
-    /// `base_url`: scheme `http` or `https`, authority, path without trailing slash, no query.
+    /// `base_url`: an `http` or `https` URL without query. Its path has no trailing slash.
     pub base_url: http::Uri,
     /// Default `openai`.
     pub api: ApiKind,
-    /// `None`: the caller's own key is passed through.
+    /// The upstream's key. `None`: the gateway passes the caller's key through.
     pub api_key: Option<Secret>,
-    /// Bounds on waiting.
+    /// How long the gateway waits for the upstream.
     pub timeouts: Timeouts,
-    /// Headers added to every request, replacing the caller's of the same name.
+    /// Headers that the gateway adds to every request. They replace the caller's headers of the same name.
     pub headers: http::HeaderMap,
-    /// Whether streams are asked for usage. Default `ask`.
-    pub ask_stream_usage: bool,
+    /// Whether the gateway requests usage for streams (`stream_usage: ask`). Default `true`.
+    pub requests_stream_usage: bool,
 }
 
 /// `upstreams.*.timeouts`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// TCP and TLS handshakes together. Default 5 s.
+    /// Name lookup, TCP handshake and TLS handshake together. Default 5 s.
     pub connect: Duration,
-    /// From the request sent to the answer's head. Default 120 s.
+    /// From the end of the request to the head of the answer. Default 120 s.
     pub first_byte: Duration,
-    /// Between two pieces of the answer's body. Default 60 s.
+    /// Between two chunks of the answer's body. Default 60 s.
     pub idle: Duration,
     /// The whole exchange. Default 15 min.
     pub total: Duration,
 }
 
-/// One environment: an upstream, callers and quotas.
+/// `environments.*`: an upstream, its callers and their quotas.
 #[derive(Clone, Debug)]
-// Each is a switch of the file.
-#[allow(clippy::struct_excessive_bools)]
 pub struct Environment {
     /// Its name: `[a-z0-9][a-z0-9_-]*`.
     pub name: String,
-    /// Where its requests go.
-    pub upstream: Arc<Upstream>,
-    /// Its callers; empty: the environment is open.
-    pub callers: Vec<Caller>,
-    /// Globs of the models it may use; empty: all.
+    /// The upstream that receives its requests.
+    pub upstream: Arc<UpstreamSettings>,
+    /// Its callers. Empty: the environment is open to all callers.
+    pub callers: Vec<CallerSettings>,
+    /// Patterns of the models that callers may use. Empty: all models.
     pub models: Vec<Glob>,
-    /// Requests and streams under way at once. Default: no bound.
+    /// Maximum number of requests in flight. Default: no limit.
     pub max_in_flight: Option<u64>,
-    /// Every quota: of the environment, of its callers, of its models.
+    /// All quotas: those of the environment, of its callers and of its models.
     pub quotas: Vec<Quota>,
-    /// `false`: would-be refusals are only counted. Default `true`.
+    /// `false` is shadow mode: the gateway counts denials but forwards the request. Default `true`.
     pub enforce: bool,
-    /// How much is reserved before a request is forwarded.
-    pub reserve: Reserve,
-    /// What becomes of the upstream call when the caller hangs up. Default `cancel`.
+    /// How much the gateway reserves before it forwards a request.
+    pub reserve: ReserveSettings,
+    /// What the gateway does with the upstream's answer when the caller disconnects. Default `cancel`.
     pub on_disconnect: OnDisconnect,
-    /// Paths that the gateway does not know: `true` forwards them as one request. Default `false`.
+    /// Whether the gateway forwards unknown paths and charges each as one request. Default `false`: it answers 404.
     pub forward_other_paths: bool,
-    /// Tokens reserved for what a request refers to but does not carry. Default 2,000.
+    /// Prompt tokens reserved for each item that the request refers to but does not contain. Default 2,000.
     pub unseen_prompt_tokens: u64,
-    /// Whether cache reads count as prompt tokens. Default `true`.
+    /// Whether prompt tokens that the upstream read from its cache are charged. Default `true`.
     pub count_cached_prompt_tokens: bool,
-    /// Whether estimates are corrected by what was reported. Default `true`.
+    /// Whether prompt estimates are corrected by the usage that upstreams reported before. Default `true`.
     pub calibrate: bool,
-    /// A 429 that would have to wait longer says `x-should-retry: false`. Default 30 s.
+    /// If a caller would have to wait longer than this, its 429 carries `x-should-retry: false`. Default 30 s.
     pub retry_patience: Duration,
 }
 
 impl Environment {
-    /// Whether it makes a difference which model a request names.
-    pub fn tells_models_apart(&self) -> bool {
+    /// Whether the model of a request affects its admission.
+    pub(crate) fn depends_on_model(&self) -> bool {
         !self.models.is_empty() || self.quotas.iter().any(|quota| matches!(quota.scope, Scope::Model(_)))
     }
 }
 
-/// A caller of an environment. Its index in `Environment::callers` is its id in `quota::Scope`.
+/// `environments.*.keys[]`: a caller of an environment. Its index in `Environment::callers` is its id in `quota::Scope`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
-    /// How logs and metrics call it.
+pub struct CallerSettings {
+    /// The caller's name in logs and metrics.
     pub name: String,
-    /// SHA-256 of its key; the key itself is not kept.
+    /// SHA-256 of the caller's key. The key itself is not stored.
     pub sha256: [u8; 32],
 }
 
-/// What is reserved for the answer.
+/// `reserve.completion`: how many completion tokens the gateway reserves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CompletionReserve {
-    /// What recent answers used.
+    /// A quantile of the completion tokens of recent answers.
     Adaptive,
-    /// The request's own cap.
+    /// The request's own token limit, or `default_max_tokens`.
     MaxTokens,
-    /// Nothing.
+    /// No tokens.
     None,
-    /// Always this many tokens.
+    /// This number of tokens.
     Fixed(u64),
 }
 
-/// What to do with a request that has more to say than room is left.
+/// `reserve.when_short`: what the gateway does with a request whose completion tokens do not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenShort {
-    /// Refuse it.
+    /// It answers 429.
     Reject,
-    /// Lower its max tokens.
+    /// It lowers the request's token limit to what is left.
     Clamp,
 }
 
-/// What to do with a stream that outgrows its allowance when nothing is left.
+/// `reserve.on_overrun`: what the gateway does with a stream that exceeds its allowance when no quota is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnOverrun {
-    /// Let it end; the excess is debt.
+    /// The stream continues. The excess becomes debt.
     Finish,
-    /// End it.
+    /// The gateway ends the stream.
     Cut,
 }
 
-/// What becomes of the upstream call when the caller hangs up.
+/// `on_disconnect`: what the gateway does with the upstream's answer when the caller disconnects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDisconnect {
-    /// It is cancelled at once.
+    /// It cancels the upstream request at once.
     Cancel,
-    /// It is read to its end, within bounds, so that its usage is exact.
+    /// It reads the answer to its end, within bounds, and charges the reported usage.
     Drain,
 }
 
 /// `environments.*.reserve`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Reserve {
-    /// `false`: the prompt is not counted beforehand. Default `true`.
+pub struct ReserveSettings {
+    /// Whether the gateway reserves the estimated prompt tokens. Default `true`.
     pub prompt: bool,
-    /// Default `adaptive`.
+    /// How many completion tokens it reserves. Default `adaptive`.
     pub completion: CompletionReserve,
-    /// For `adaptive`, in 0 .. 1 (exclusive). Default 0.9.
+    /// The quantile for `adaptive`, between 0 and 1 (both excluded). Default 0.9.
     pub quantile: f64,
-    /// For `max_tokens`, where the request names none. Default 4,096.
+    /// Completion tokens that `max_tokens` reserves if the request has no limit. Default 4,096.
     pub default_max_tokens: u64,
-    /// Default `reject`.
+    /// What happens to a request that does not fit. Default `reject`.
     pub when_short: WhenShort,
-    /// Default `finish`.
+    /// What happens to a stream that exceeds its allowance. Default `finish`.
     pub on_overrun: OnOverrun,
-    /// How long a request may wait in line for room. Default 0: not at all.
+    /// How long a request may stay in the wait queue. Default 0: it does not wait.
     pub max_wait: Duration,
 }
 
-/// `models[]`: which tokenizer counts for the models that match.
+/// `models[]`: the tokenizer for the models whose names match a pattern.
 #[derive(Clone, Debug)]
 pub struct ModelRule {
     /// Model name pattern.
@@ -271,59 +273,59 @@ pub enum TokenizerChoice {
     Cl100k,
     /// A `tokenizer.json` file.
     File(PathBuf),
-    /// Everything as for the model of this name.
-    Like(String),
+    /// The tokenizer and the counting rules of the model with this name.
+    SameAs(String),
 }
 
-/// `store`: where counters are kept.
+/// `store`: where counters are stored.
 #[derive(Clone, Debug)]
-pub struct Store {
-    /// Default `data/tollgate.db`.
+pub struct StoreSettings {
+    /// The SQLite file. Default `data/tollgate.db`.
     pub path: PathBuf,
-    /// How long usage is kept per minute. Default 35 days.
+    /// How long the store has one usage row per minute. Older rows are merged into one per day. Default 35 days.
     pub history: Duration,
-    /// Keep nothing. Default `false`.
+    /// Whether counters are only in memory. Default `false`.
     pub memory: bool,
-    /// Shared counters of a cluster.
-    pub redis: Option<Redis>,
+    /// The Redis server that has the shared counters of a cluster.
+    pub redis: Option<RedisSettings>,
 }
 
 /// `store.redis`.
 #[derive(Clone, Debug)]
-pub struct Redis {
-    /// May hold a password: not for logs.
+pub struct RedisSettings {
+    /// The URL, which may contain a password.
     pub url: Secret,
-    /// Prefix of every key. Default `tollgate`.
+    /// Prefix of every Redis key. Default `tollgate`.
     pub prefix: String,
-    /// Default `local`.
+    /// What a node does while Redis is unavailable. Default `local`.
     pub on_failure: OnStoreFailure,
-    /// Default `false`.
+    /// Whether nodes lease parts of the quotas, so that most requests do not wait for Redis. Default `false`.
     pub lease: bool,
 }
 
-/// `store.redis.on_failure`.
+/// `store.redis.on_failure`: how a node admits requests while Redis is unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnStoreFailure {
-    /// Each node goes on with its share.
+    /// Each node admits from its share of the last known levels.
     Local,
-    /// 503.
+    /// The node answers 503.
     Closed,
-    /// Admits, rate-capped.
+    /// Each node admits up to the whole limits.
     Open,
 }
 
-/// A string that must not be printed: `Debug` shows `***`, there is no `Display` and no `Serialize`.
+/// A string that must not be printed. `Debug` prints `***`; the type has no `Display` and no `Serialize`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes the secret over.
-    pub fn new(secret: impl Into<String>) -> Self {
+    /// Wraps a secret.
+    pub(crate) fn new(secret: impl Into<String>) -> Self {
         Self(secret.into())
     }
 
-    /// The secret itself, for the one place that sends or compares it.
-    pub fn expose(&self) -> &str {
+    /// The secret itself, for the code that sends or compares it.
+    pub(crate) fn expose(&self) -> &str {
         &self.0
     }
 }
@@ -335,13 +337,13 @@ impl fmt::Debug for Secret {
 }
 
 impl Config {
-    /// The environment of that name, with its index.
+    /// Returns the environment with this name, and its index.
     pub fn environment(&self, name: &str) -> Option<(usize, &Arc<Environment>)> {
         self.environments.iter().enumerate().find(|(_, e)| e.name == name)
     }
 
-    /// Which environment and caller each key digest belongs to.
-    pub fn callers_by_digest(&self) -> BTreeMap<[u8; 32], (usize, usize)> {
+    /// Maps the digest of each caller's key to the indexes of its environment and its caller.
+    pub(crate) fn callers_by_digest(&self) -> BTreeMap<[u8; 32], (usize, usize)> {
         let mut all = BTreeMap::new();
         for (e, environment) in self.environments.iter().enumerate() {
             for (c, caller) in environment.callers.iter().enumerate() {

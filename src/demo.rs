@@ -1,4 +1,4 @@
-//! A simulated backend for `tollgate demo`: answers like a model server, costs nothing, knows nothing.
+//! A simulated backend for `tollgate demo`. It answers like a model server and needs no model and no network.
 
 use crate::api::Api;
 use crate::body::Body as RequestBody;
@@ -21,21 +21,22 @@ const ANSWER: &str = "Sunlight is made of all colours, and air scatters the shor
     long red ones. So blue light reaches your eyes from every part of the sky, while the sun itself looks a \
     little yellow. At sunset the light has to cross so much air that most of the blue is gone, and what is \
     left is red.";
-/// About thirty words a second, as a hosted model writes.
-const PACE: Duration = Duration::from_millis(30);
+/// Delay between two words: about thirty words per second, like a hosted model.
+const WORD_DELAY: Duration = Duration::from_millis(30);
 
-/// The running backend; it ends with the process.
-pub struct Backend {
+/// A running simulated backend. It ends with the process.
+pub(crate) struct Backend {
     address: SocketAddr,
 }
 
 impl Backend {
-    /// Starts it on a free port of this machine.
+    /// Starts a backend on a free port of this machine.
     ///
     /// # Errors
-    /// There is no free port or no thread to be had.
-    pub fn start() -> anyhow::Result<Self> {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").context("no free port for the backend")?;
+    /// There is no free port, or the thread cannot be started.
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")
+            .context("there is no free port for the simulated backend")?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -52,8 +53,8 @@ impl Backend {
         Ok(Self { address })
     }
 
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
+    /// The address of its listener.
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 }
@@ -63,11 +64,11 @@ async fn models() -> Json<Value> {
     Json(json!({"object": "list", "data": [model("gpt-4o-mini"), model("text-embedding-3-small")]}))
 }
 
-/// What an answer to this body says and costs.
+/// The answer to one request, with its usage.
 struct Reply {
     model: String,
     words: Vec<&'static str>,
-    streams: bool,
+    is_streaming: bool,
     wants_usage: bool,
     finish: &'static str,
     usage: Value,
@@ -89,7 +90,7 @@ impl Reply {
         let completion =
             if api.generates() { known.tokenizer.count_all([words.concat().as_str()]) } else { 0 };
         Ok(Self {
-            streams: request.streams,
+            is_streaming: request.streams,
             wants_usage: request.wants_usage(),
             usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
             model,
@@ -110,10 +111,10 @@ async fn chat(body: Bytes) -> Response {
         Ok(reply) => reply,
         Err(refusal) => return *refusal,
     };
-    if reply.streams {
+    if reply.is_streaming {
         return stream(reply);
     }
-    sleep(PACE).await;
+    sleep(WORD_DELAY).await;
     let message = json!({"role": "assistant", "content": reply.words.concat(), "refusal": null});
     Json(json!({"id": "chatcmpl-demo", "object": "chat.completion", "created": 1_700_000_000, "model": reply.model,
         "choices": [{"index": 0, "message": message, "finish_reason": reply.finish}], "usage": reply.usage}))
@@ -141,9 +142,9 @@ fn stream(reply: Reply) -> Response {
         chunks.push(Bytes::from_static(b"data: [DONE]\n\n"));
         for chunk in chunks {
             if sender.send_data(chunk).await.is_err() {
-                return; // the caller has gone
+                return; // the caller has disconnected
             }
-            sleep(PACE).await;
+            sleep(WORD_DELAY).await;
         }
     });
     ([(header::CONTENT_TYPE, "text/event-stream")], Body::new(body)).into_response()

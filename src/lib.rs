@@ -46,7 +46,7 @@ pub mod calibrations;
 pub mod error;
 pub mod ledger;
 pub mod store;
-pub mod telemetry;
+mod telemetry;
 pub mod upstream;
 
 // The gateway at work.
@@ -60,4 +60,4 @@ pub mod simulate;
 
 // The program.
 pub mod cli;
-pub mod demo;
+mod demo;

@@ -84,7 +84,7 @@ impl Proxy {
     /// # Errors
     /// An upstream's host is not a valid TLS server name.
     pub fn new(state: Arc<State>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
-        let connect = |u: &Arc<crate::config::Upstream>| Upstream::new(u.clone(), tls).map(Arc::new);
+        let connect = |u: &Arc<crate::config::UpstreamSettings>| Upstream::new(u.clone(), tls).map(Arc::new);
         let upstreams = state.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
         Ok(Self { state, upstreams })
     }

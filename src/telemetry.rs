@@ -1,4 +1,4 @@
-//! What the gateway tells of itself: metrics, and one log line per request.
+//! Metrics, and one log line for each request.
 
 mod log;
 mod metrics;
@@ -8,34 +8,34 @@ use crate::quota::Amounts;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use log::{LogOutput, init_logging};
-pub use metrics::Metrics;
+pub(crate) use log::{LogOutput, init_logging};
+pub(crate) use metrics::Metrics;
 pub(crate) use metrics::{ModelLabel, Series};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The upstream's answer, whole.
+pub(crate) enum RequestOutcome {
+    /// The caller got the upstream's complete answer.
     Answered,
-    /// The upstream's answer, with a status of 400 or more.
+    /// The caller got the upstream's complete answer, with a status of 400 or more.
     UpstreamError,
-    /// The gateway answered in its own name.
+    /// The gateway answered with an error of its own.
     Refused,
-    /// A quota was short: refused.
+    /// A quota denied the request.
     Rejected,
-    /// No answer came from the upstream.
+    /// The upstream gave no answer.
     UpstreamFailed,
-    /// The upstream broke off.
+    /// The upstream ended its answer before it was complete.
     UpstreamCut,
-    /// The caller hung up.
+    /// The caller disconnected.
     CallerGone,
-    /// The stream had outgrown its reservation, and nothing was left: ended by the gateway.
+    /// The gateway ended a stream that exceeded its reservation when no quota was left.
     QuotaCut,
 }
 
-impl Outcome {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+impl RequestOutcome {
+    /// All outcomes, in the order of their discriminants.
+    pub(crate) const ALL: [Self; 8] = [
         Self::Answered,
         Self::UpstreamError,
         Self::Refused,
@@ -46,8 +46,8 @@ impl Outcome {
         Self::QuotaCut,
     ];
 
-    /// Its name in logs and metrics.
-    pub fn as_str(self) -> &'static str {
+    /// The value of the `outcome` field of logs and the `outcome` label of metrics.
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Answered => "answered",
             Self::UpstreamError => "upstream_error",
@@ -61,53 +61,53 @@ impl Outcome {
     }
 }
 
-/// What is told of one request. Dropping it writes the log line and counts the request: every path
-/// out of the gateway leads through here, a caller that hangs up included.
+/// What the gateway logs and counts about one request. Dropping it writes the log line and updates the metrics, so no
+/// request is left out, also not one whose caller disconnects.
 #[derive(Debug)]
-pub struct Record {
+pub(crate) struct Record {
     metrics: Arc<Metrics>,
     started: Stopwatch,
-    /// The upstream's request id, or one made here.
-    pub request_id: String,
-    /// Empty until it is known.
-    pub environment: Arc<str>,
-    /// The caller's name; empty in an open environment.
-    pub caller: Option<Arc<str>>,
-    /// The API, or the kind of path.
-    pub api: &'static str,
-    /// As the request names it.
-    pub model: String,
-    /// What `model` is called in metrics: a bounded set of names.
+    /// The upstream's request id, or one of [`RequestIds`].
+    pub(crate) request_id: String,
+    /// Name of the environment. Empty until it is identified.
+    pub(crate) environment: Arc<str>,
+    /// The caller's name. `None` in an open environment.
+    pub(crate) caller: Option<Arc<str>>,
+    /// The API, or the kind of path without one.
+    pub(crate) api: &'static str,
+    /// The model that the request names.
+    pub(crate) model: String,
+    /// The label of `model` in metrics. The set of labels is bounded.
     pub(crate) model_label: Option<ModelLabel>,
-    /// The environment's counters, once it is known.
+    /// The metric series of the environment, once it is identified.
     pub(crate) series: Option<Arc<Series>>,
-    /// How it ended; until something better is known the caller has gone.
-    pub outcome: Outcome,
-    /// Sent to the caller.
-    pub status: u16,
-    /// The code of the gateway's own error.
-    pub error: &'static str,
+    /// How the request ended. `CallerGone` until another outcome is recorded.
+    pub(crate) outcome: RequestOutcome,
+    /// The status sent to the caller.
+    pub(crate) status: u16,
+    /// The code of the gateway's error. Empty if there is none.
+    pub(crate) error: &'static str,
     /// Whether the answer is an event stream.
-    pub streams: bool,
-    /// Reserved for the prompt before the call.
-    pub estimated_prompt: u64,
-    /// What was counted of it, before that was corrected.
-    pub raw_estimate: u64,
-    /// What was charged.
-    pub charged: Amounts,
+    pub(crate) is_stream: bool,
+    /// Prompt tokens reserved before the request was forwarded.
+    pub(crate) estimated_prompt: u64,
+    /// The prompt estimate before any correction.
+    pub(crate) raw_estimate: u64,
+    /// The amounts charged.
+    pub(crate) charged: Amounts,
     /// Whether the upstream reported its usage.
-    pub reported: bool,
-    /// The prompt tokens that it reported.
-    pub reported_prompt: u64,
-    /// From the request sent to the answer's head.
-    pub first_byte: Option<Duration>,
-    /// The gateway's own time.
-    pub overhead: Option<Duration>,
+    pub(crate) is_usage_reported: bool,
+    /// The prompt tokens that the upstream reported.
+    pub(crate) reported_prompt: u64,
+    /// Time from the end of the request to the head of the answer.
+    pub(crate) first_byte: Option<Duration>,
+    /// Time that the gateway itself used.
+    pub(crate) overhead: Option<Duration>,
 }
 
 impl Record {
-    /// A record of the request that has just come in.
-    pub fn begin(metrics: Arc<Metrics>) -> Self {
+    /// Begins the record of a request that has just arrived.
+    pub(crate) fn begin(metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
             started: Stopwatch::start(),
@@ -118,28 +118,23 @@ impl Record {
             model: String::new(),
             model_label: None,
             series: None,
-            outcome: Outcome::CallerGone,
+            outcome: RequestOutcome::CallerGone,
             status: 0,
             error: "",
-            streams: false,
+            is_stream: false,
             estimated_prompt: 0,
             raw_estimate: 0,
             charged: Amounts::default(),
-            reported: false,
+            is_usage_reported: false,
             reported_prompt: 0,
             first_byte: None,
             overhead: None,
         }
     }
 
-    /// The metrics it will be counted in.
-    pub fn metrics(&self) -> &Metrics {
+    /// The metrics that this record updates.
+    pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
-    }
-
-    /// Since the request came in.
-    pub fn elapsed(&self) -> Duration {
-        self.started.elapsed()
     }
 }
 
@@ -150,24 +145,24 @@ impl Drop for Record {
     }
 }
 
-/// A request id of the gateway's own: unique across restarts, tells nothing.
+/// Generates request ids. They are unique across restarts and reveal nothing about the gateway.
 #[derive(Debug)]
-pub struct RequestIds {
+pub(crate) struct RequestIds {
     start: u64,
     next: std::sync::atomic::AtomicU64,
 }
 
 impl RequestIds {
-    /// Starts at a random place.
-    pub fn new() -> Self {
+    /// Starts at a random number.
+    pub(crate) fn new() -> Self {
         let start = getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()));
         Self { start, next: 0.into() }
     }
 
-    /// The next id.
-    pub fn next(&self) -> String {
+    /// Returns a new id.
+    pub(crate) fn next(&self) -> String {
         let n = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        // An odd factor maps the counter one to one onto numbers that look unrelated.
+        // An odd factor maps the counter one to one to numbers that look random.
         format!("req_{:016x}{:016x}", self.start, n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 }

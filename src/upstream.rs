@@ -55,7 +55,7 @@ pub enum SendError {
 
 /// One upstream as one worker sees it: its own connections, so that no lock is shared between cores.
 pub struct Upstream {
-    settings: Arc<config::Upstream>,
+    settings: Arc<config::UpstreamSettings>,
     host: String,
     port: u16,
     /// The `host` header.
@@ -92,7 +92,7 @@ impl Upstream {
     /// # Errors
     /// The host cannot be a TLS server's name.
     pub fn new(
-        settings: Arc<config::Upstream>,
+        settings: Arc<config::UpstreamSettings>,
         tls: &Arc<tokio_rustls::rustls::ClientConfig>,
     ) -> anyhow::Result<Self> {
         let uri = &settings.base_url;

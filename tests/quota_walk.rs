@@ -12,7 +12,7 @@ use jiff::tz::TimeZone;
 use std::collections::HashMap;
 use std::time::Duration;
 use tollgate::clock::Timestamp;
-use tollgate::config::{CompletionReserve, OnOverrun, Reserve, WhenShort};
+use tollgate::config::{CompletionReserve, OnOverrun, ReserveSettings, WhenShort};
 use tollgate::glob::Glob;
 use tollgate::ledger::{Counters, Demand, Ended, Grant, Progress, QuotaKey, Rules};
 use tollgate::quota::{
@@ -485,7 +485,7 @@ impl Streams {
     fn new(seed: u64, completion: CompletionReserve, when_short: WhenShort, enforce: bool) -> Self {
         let (quantile, on_overrun, max_wait) = (0.9, OnOverrun::Finish, Duration::ZERO);
         let default_max_tokens = 300;
-        let reserve = Reserve {
+        let reserve = ReserveSettings {
             prompt: true,
             completion,
             quantile,

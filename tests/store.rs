@@ -12,7 +12,7 @@ use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
 use tollgate::ledger::{Account, Demand, Persistence, QuotaKey, Reservation, Snapshot};
 use tollgate::quota::{Amounts, Kind, Subject};
-use tollgate::store::{Signal, Store, Writer};
+use tollgate::store::{Store, StoreWriter, WriterControl};
 
 const QUOTAS: &str = "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: hour }], requests: { limit: 100, per: day } }";
 
@@ -30,8 +30,8 @@ fn config(path: &Path, quotas: &str, store: &str) -> Config {
 /// An account with its store at work.
 struct Node {
     account: Arc<Account>,
-    signal: Arc<Signal>,
-    _writer: Writer,
+    control: Arc<WriterControl>,
+    _writer: StoreWriter,
 }
 
 impl Node {
@@ -42,11 +42,11 @@ impl Node {
     fn try_open(config: &Config) -> anyhow::Result<Self> {
         let store = Store::open(&config.store)?;
         let environment = &config.environments[0];
-        let (signal, left) = (store.keeper(), store.left(environment)?);
-        let account = Arc::new(Account::open_with(environment, Some(signal.clone()), &left));
+        let (control, restored) = (store.persistence(), store.restored_state(environment)?);
+        let account = Arc::new(Account::open_with(environment, Some(control.clone()), &restored));
         let writer =
             store.start(vec![(environment.clone(), account.clone())], Arc::new(Calibrations::new([])))?;
-        Ok(Self { account, signal, _writer: writer })
+        Ok(Self { account, control, _writer: writer })
     }
 
     fn reserve(&self, model: &str, prompt: u64, cap: u64) -> Reservation {
@@ -449,8 +449,8 @@ async fn a_file_that_cannot_be_written_for_a_while_is_survived() {
     let elsewhere = Connection::open(folder.file()).unwrap();
     elsewhere.execute_batch("BEGIN IMMEDIATE").unwrap();
     node.spend("gpt-4o", 10, 10);
-    soon("the trouble to be noticed", || node.signal.trouble().is_some()).await;
-    assert!(!node.signal.is_writing());
+    soon("the trouble to be noticed", || node.control.unavailable_reason().is_some()).await;
+    assert!(!node.control.is_writing());
     let began = Instant::now();
     for _ in 0..5 {
         let mut reservation = node.reserve("gpt-4o", 10, 10);
@@ -459,7 +459,7 @@ async fn a_file_that_cannot_be_written_for_a_while_is_survived() {
     }
     assert!(began.elapsed() < Duration::from_millis(500), "nobody waits for what cannot be");
     elsewhere.execute_batch("ROLLBACK").unwrap();
-    soon("writing to resume", || node.signal.trouble().is_none()).await;
+    soon("writing to resume", || node.control.unavailable_reason().is_none()).await;
     soon("all to be kept", || folder.sql("SELECT sum(total_tokens) FROM usage") == 140).await;
     assert_eq!(folder.sql("SELECT total_tokens FROM totals"), 140);
 }

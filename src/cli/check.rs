@@ -1,4 +1,4 @@
-//! `tollgate check`
+//! `tollgate check`: validates the config.
 
 use super::load_or_explain;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ pub(super) fn run(config: Option<PathBuf>) -> ExitCode {
             }
             let config = &loaded.config;
             println!(
-                "The config is valid: {} environment(s), {} upstream(s), callers at {}, admin at {}.",
+                "The config is valid. Environments: {}. Upstreams: {}. Listener for callers: {}. Admin listener: {}.",
                 config.environments.len(),
                 config.upstreams.len(),
                 config.server.listen,

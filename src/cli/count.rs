@@ -1,8 +1,8 @@
-//! `tollgate count`
+//! `tollgate count`: prints the prompt estimate of a request body.
 
 use crate::api::Api;
 use crate::body::Body;
-use crate::calibrations::{Calibrations, Kept};
+use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::config::Config;
 use crate::estimate::{Model, Models, Part, PromptEstimate};
 use crate::store;
@@ -15,19 +15,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
-pub(super) struct Arguments {
-    /// The request body; without it standard input
+pub(super) struct CountArguments {
+    /// File with the request body [default: standard input]
     file: Option<PathBuf>,
-    /// The API it is for; without it told by its shape
+    /// API of the request body [default: detected from its fields]
     #[arg(long, value_enum)]
     api: Option<ApiName>,
-    /// One body a line in, one JSON object a line out
+    /// Read one body per line and print one JSON object per line
     #[arg(long)]
     jsonl: bool,
-    /// Say how the figure comes about; with --config also what the gateway has learned to correct it by
+    /// Explain the estimate; with --config also print the corrections that the gateway has learned
     #[arg(long)]
     explain: bool,
-    /// The model, for bodies without one
+    /// Model for bodies that name none
     #[arg(long, default_value = "")]
     model: String,
 }
@@ -55,36 +55,36 @@ impl From<ApiName> for Api {
     }
 }
 
-/// What is said of one body.
-struct Counted {
+/// The estimate of one body.
+struct CountResult {
     api: Api,
     model: String,
-    known: Model,
+    rules: Model,
     estimate: PromptEstimate,
 }
 
-/// What a config adds to what is built in.
+/// The models and calibrations of the config. Without a config only the built-in models.
 #[derive(Default)]
-struct Known {
+struct CountContext {
     models: Models,
-    learned: Vec<Kept>,
+    calibrations: Vec<SavedCalibration>,
     config: Option<Config>,
 }
 
-impl Known {
-    fn of(config: Config, explains: bool) -> anyhow::Result<Self> {
+impl CountContext {
+    fn new(config: Config, explains: bool) -> anyhow::Result<Self> {
         let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
-        let is_kept = explains && !config.store.memory && config.store.path.exists();
-        let learned = if is_kept { store::calibrations(&config.store.path)? } else { Vec::new() };
-        Ok(Self { models, learned, config: Some(config) })
+        let has_store = explains && !config.store.memory && config.store.path.exists();
+        let calibrations = if has_store { store::read_calibrations(&config.store.path)? } else { Vec::new() };
+        Ok(Self { models, calibrations, config: Some(config) })
     }
 }
 
-pub(super) fn run(config: Option<PathBuf>, arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let known = match super::named(config) {
-        None => Known::default(),
-        named => match super::load_or_explain(named) {
-            Ok(loaded) => Known::of(loaded.config, arguments.explain)?,
+pub(super) fn run(config: Option<PathBuf>, arguments: &CountArguments) -> anyhow::Result<ExitCode> {
+    let context = match super::config_path(config) {
+        None => CountContext::default(),
+        path => match super::load_or_explain(path) {
+            Ok(loaded) => CountContext::new(loaded.config, arguments.explain)?,
             Err(code) => return Ok(code),
         },
     };
@@ -96,26 +96,30 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &Arguments) -> anyhow::Res
         None => Box::new(io::stdin().lock()),
     };
     if arguments.jsonl {
-        return each_line(arguments, &known, input.as_mut());
+        return count_lines(arguments, &context, input.as_mut());
     }
     let mut body = Vec::new();
     input.read_to_end(&mut body).context("cannot read the request body")?;
-    match count(arguments, &known, &body) {
-        Ok(counted) => {
-            print!("{}", counted.in_words());
+    match count(arguments, &context, &body) {
+        Ok(result) => {
+            print!("{}", result.in_words());
             if arguments.explain {
-                print!("{}{}", counted.explained(), counted.corrected(&known));
+                print!("{}{}", result.explanation(), result.corrections(&context));
             }
             Ok(ExitCode::SUCCESS)
         }
-        Err(refused) => {
-            eprintln!("tollgate: {refused}");
+        Err(fault) => {
+            eprintln!("tollgate: {fault}");
             Ok(ExitCode::from(super::FAILED))
         }
     }
 }
 
-fn each_line(arguments: &Arguments, known: &Known, input: &mut dyn BufRead) -> anyhow::Result<ExitCode> {
+fn count_lines(
+    arguments: &CountArguments,
+    context: &CountContext,
+    input: &mut dyn BufRead,
+) -> anyhow::Result<ExitCode> {
     let mut output = io::stdout().lock();
     let mut line = Vec::new();
     loop {
@@ -126,25 +130,25 @@ fn each_line(arguments: &Arguments, known: &Known, input: &mut dyn BufRead) -> a
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let said =
-            count(arguments, known, &line).map_or_else(|error| json!({ "error": error }), |c| c.as_json());
-        writeln!(output, "{said}")?;
+        let result =
+            count(arguments, context, &line).map_or_else(|error| json!({ "error": error }), |c| c.as_json());
+        writeln!(output, "{result}")?;
     }
 }
 
-fn count(arguments: &Arguments, known: &Known, json: &[u8]) -> Result<Counted, String> {
-    let api = arguments.api.map_or_else(|| api_of(json), Api::from);
+fn count(arguments: &CountArguments, context: &CountContext, json: &[u8]) -> Result<CountResult, String> {
+    let api = arguments.api.map_or_else(|| detect_api(json), Api::from);
     let body = Body::read(api, json).map_err(|fault| fault.to_string())?;
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
-    let known = known.models.named(&model);
-    Ok(Counted { api, estimate: body.prompt.estimate(&known), model, known })
+    let rules = context.models.named(&model);
+    Ok(CountResult { api, estimate: body.prompt.estimate(&rules), model, rules })
 }
 
-/// The API that a body is for, by the fields that only one of them has.
-fn api_of(json: &[u8]) -> Api {
+/// Detects the API of a body from its fields.
+fn detect_api(json: &[u8]) -> Api {
     #[derive(Default, serde::Deserialize)]
     #[serde(default)]
-    struct Shape {
+    struct BodyShape {
         model: Value,
         messages: Option<IgnoredAny>,
         prompt: Option<IgnoredAny>,
@@ -156,29 +160,30 @@ fn api_of(json: &[u8]) -> Api {
         dimensions: Option<IgnoredAny>,
         encoding_format: Option<IgnoredAny>,
     }
-    let shape: Shape = serde_json::from_slice(json).unwrap_or_default();
+    let shape: BodyShape = serde_json::from_slice(json).unwrap_or_default();
     let model = shape.model.as_str().unwrap_or_default();
-    let embeds = shape.dimensions.is_some() || shape.encoding_format.is_some() || model.contains("embed");
+    let is_embedding =
+        shape.dimensions.is_some() || shape.encoding_format.is_some() || model.contains("embed");
     let is_response = shape.instructions.is_some() || shape.max_output_tokens.is_some() || !model.is_empty();
     match shape {
-        Shape { contents: Some(_), .. } => Api::Gemini,
-        Shape { messages: Some(_), system: Some(_), .. } => Api::Messages,
-        Shape { messages: Some(_), .. } if model.starts_with("claude") => Api::Messages,
-        Shape { messages: Some(_), .. } => Api::Chat,
-        Shape { input: Some(_), .. } if embeds || !is_response => Api::Embeddings,
-        Shape { input: Some(_), .. } | Shape { instructions: Some(_), .. } => Api::Responses,
-        Shape { prompt: Some(_), .. } => Api::Completions,
+        BodyShape { contents: Some(_), .. } => Api::Gemini,
+        BodyShape { messages: Some(_), system: Some(_), .. } => Api::Messages,
+        BodyShape { messages: Some(_), .. } if model.starts_with("claude") => Api::Messages,
+        BodyShape { messages: Some(_), .. } => Api::Chat,
+        BodyShape { input: Some(_), .. } if is_embedding || !is_response => Api::Embeddings,
+        BodyShape { input: Some(_), .. } | BodyShape { instructions: Some(_), .. } => Api::Responses,
+        BodyShape { prompt: Some(_), .. } => Api::Completions,
         _ => Api::Chat,
     }
 }
 
-impl Counted {
+impl CountResult {
     fn as_json(&self) -> Value {
         let parts: serde_json::Map<String, Value> =
             Part::ALL.iter().map(|&part| (part.as_str().to_owned(), json!(self.estimate.of(part)))).collect();
         json!({
             "prompt_tokens": self.estimate.tokens(),
-            "encoding": self.known.tokenizer.encoding.as_str(),
+            "encoding": self.rules.tokenizer.encoding.as_str(),
             "parts": parts,
         })
     }
@@ -188,61 +193,61 @@ impl Counted {
         for part in Part::ALL {
             words += &format!("  {:<12} {}\n", part.as_str(), self.estimate.of(part));
         }
-        words + &format!("encoding       {}\n", self.known.tokenizer.encoding.as_str())
+        words + &format!("encoding       {}\n", self.rules.tokenizer.encoding.as_str())
     }
 
-    fn explained(&self) -> String {
-        let (estimate, percent) = (&self.estimate, self.known.tokenizer.percent);
-        let model = if self.model.is_empty() { "none named" } else { &self.model };
+    fn explanation(&self) -> String {
+        let (estimate, percent) = (&self.estimate, self.rules.tokenizer.percent);
+        let model = if self.model.is_empty() { "(none)" } else { &self.model };
         let mut words = format!("api            {}\nmodel          {model}\n", self.api.as_str());
-        if !self.known.is_known {
-            words += "               nothing is known of it; `models` in the config can tell\n";
+        if !self.rules.is_known {
+            words +=
+                "               Tollgate does not know this model; add a rule to `models` in the config\n";
         }
         if percent != 100 {
             words += &format!(
-                "factor         {percent} %: this model's vocabulary is not built in, its tokens are taken in proportion\n"
+                "factor         {percent} %: the vocabulary of this model is not built in, so the count of another one is scaled\n"
             );
         }
         words += &format!("kind           {}\n", estimate.kind.as_str());
         if estimate.is_rough {
-            words +=
-                "rough          there is too much text to count it all: two bytes are taken for a token\n";
+            words += "rough          the text is too long to be counted exactly; two bytes are counted as one token\n";
         }
         if estimate.unseen > 0 {
             words += &format!(
-                "unseen         {} thing(s) that it refers to; the gateway adds unseen_prompt_tokens for each\n",
+                "unseen         {} reference(s) to content outside the request; the gateway adds unseen_prompt_tokens for each\n",
                 estimate.unseen
             );
         } else if estimate.is_partial {
-            words += "partial        the provider adds to it what nobody else can count\n";
+            words += "partial        the provider adds tokens that the gateway cannot count\n";
         }
         words
     }
 
-    /// What a gateway with this config would make of the estimate, by what it has learned of each upstream.
-    fn corrected(&self, known: &Known) -> String {
-        let Some(config) = &known.config else {
-            return "corrected      with --config FILE this shows what the gateway has learned\n".to_owned();
+    /// The estimates that a gateway with this config would reserve, by the calibrations of each upstream.
+    fn corrections(&self, context: &CountContext) -> String {
+        let Some(config) = &context.config else {
+            return "corrected      with --config FILE this line shows the corrected estimate\n".to_owned();
         };
         let calibrations = Calibrations::new(config.upstreams.iter().map(|u| u.name.as_str()));
-        calibrations.restore(known.learned.clone());
+        calibrations.restore(context.calibrations.clone());
         let kind = self.estimate.kind;
-        let learned = config.upstreams.iter().enumerate().filter_map(|(at, upstream)| {
-            let is_it = |kept: &&Kept| {
-                (&*kept.upstream, &*kept.model, kept.kind) == (&upstream.name, &self.model, kind)
+        let corrected = config.upstreams.iter().enumerate().filter_map(|(at, upstream)| {
+            let matches = |saved: &&SavedCalibration| {
+                (&*saved.upstream, &*saved.model, saved.kind) == (&upstream.name, &self.model, kind)
             };
-            let answers = known.learned.iter().find(is_it)?.answers.len();
+            let answers = context.calibrations.iter().find(matches)?.answers.len();
             let tokens = calibrations.correction(at, &self.model, kind).apply(self.estimate.tokens());
             Some(format!(
-                "corrected      {tokens} at {}, by its last {answers} answers of the kind\n",
+                "corrected      {tokens} for upstream {}, from its last {answers} answers of this kind\n",
                 upstream.name
             ))
         });
-        let learned: String = learned.collect();
-        if learned.is_empty() {
-            "corrected      nothing was learned of the like yet\n".to_owned()
+        let corrected: String = corrected.collect();
+        if corrected.is_empty() {
+            "corrected      there is no answer for this model and kind yet\n".to_owned()
         } else {
-            learned
+            corrected
         }
     }
 }

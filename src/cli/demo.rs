@@ -1,6 +1,6 @@
-//! `tollgate demo`
+//! `tollgate demo`: runs the gateway with a simulated backend.
 
-use super::serve::run_until_told;
+use super::serve::run_until_signal;
 use crate::app::App;
 use crate::config::parse;
 use crate::demo::Backend;
@@ -16,10 +16,10 @@ pub(super) fn run() -> anyhow::Result<ExitCode> {
     let app = App::start(loaded.config)?;
     print!("{}", introduction(app.address(), app.admin_address()));
     let log = init_logging();
-    run_until_told(app, &log)
+    run_until_signal(app, &log)
 }
 
-/// Quotas small enough to run out while one tries.
+/// The config of the demo. Its quotas are so small that a few requests exhaust them.
 const CONFIG: &str = r#"
 server: { listen: "127.0.0.1:0" }
 admin: { listen: "127.0.0.1:0" }
@@ -44,18 +44,18 @@ fn introduction(address: SocketAddr, admin: SocketAddr) -> String {
     let json = "-H 'content-type: application/json'";
     format!(
         r#"
-Tollgate is running in front of a simulated backend. Paste into another terminal:
+Tollgate is running in front of a simulated backend. Paste these lines into another terminal:
 
-  # a chat completion: the x-ratelimit headers tell what is left
+  # a chat completion: the x-ratelimit headers show what is left of the quotas
   curl -si http://{address}/v1/chat/completions {json} -d '{{{chat}}}'
 
-  # the same as a stream
+  # the same request as a stream
   curl -sN http://{address}/v1/chat/completions {json} -d '{{{chat},"stream":true}}'
 
-  # the sandbox may spend 300 tokens a minute: the last of these are refused with 429
+  # the sandbox has 300 tokens per minute: the gateway refuses the last of these requests with 429
   for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{http_code}}\n' http://{address}/sandbox/v1/chat/completions {json} -d '{{{chat},"max_tokens":60}}'; done
 
-  # what every quota has left
+  # the level of every quota
   curl -s http://{admin}/api/environments
 
 An OpenAI SDK needs base_url="http://{address}/v1" and any api_key.

@@ -1,4 +1,4 @@
-//! `tollgate hash-key`
+//! `tollgate hash-key`: prints the SHA-256 of a key.
 
 use anyhow::{Context as _, bail};
 use sha2::{Digest as _, Sha256};
@@ -6,16 +6,16 @@ use std::fmt::Write as _;
 use std::io::Read as _;
 use std::process::ExitCode;
 
-/// No key is longer than this.
-const LONGEST_KEY: u64 = 64 * 1024;
+/// Maximum number of bytes that the command reads.
+const MAX_INPUT_BYTES: u64 = 64 * 1024;
 
 pub(super) fn run() -> anyhow::Result<ExitCode> {
     let mut key = Vec::new();
-    std::io::stdin().lock().take(LONGEST_KEY).read_to_end(&mut key).context("cannot read the key")?;
-    // A line end is the terminal's, not the key's.
+    std::io::stdin().lock().take(MAX_INPUT_BYTES).read_to_end(&mut key).context("cannot read the key")?;
+    // A line end at the end of the input is not part of the key.
     let key = key.trim_ascii_end();
     if key.is_empty() {
-        bail!("the key is empty: give it on standard input");
+        bail!("the key is empty: write it to standard input");
     }
     println!("{}", hex(&Sha256::digest(key)));
     Ok(ExitCode::SUCCESS)

@@ -1,7 +1,7 @@
-//! `tollgate serve`
+//! `tollgate serve`: runs the gateway.
 
 use super::load_or_explain;
-use crate::app::{App, ShutdownReport, Workers};
+use crate::app::{App, Patience, ShutdownReport, Workers};
 use crate::telemetry::{LogOutput, init_logging};
 use anyhow::Context as _;
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    let app = App::start_with(loaded.config, workers())?;
+    let app = App::start_with(loaded.config, workers(), Patience::default())?;
     tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
-    run_until_told(app, &log)
+    run_until_signal(app, &log)
 }
 
-/// `TOLLGATE_RUNTIME=multi` is for comparing the two (see "What it costs" in the README).
+/// How requests are distributed over the cores. `TOLLGATE_RUNTIME=multi` is for benchmarks that compare both modes.
 fn workers() -> Workers {
     match std::env::var("TOLLGATE_RUNTIME").as_deref() {
         Ok("multi") => Workers::WorkStealing,
@@ -30,32 +30,32 @@ fn workers() -> Workers {
     }
 }
 
-/// Runs until SIGTERM or SIGINT, then stops in order; a second signal stops at once.
-pub(super) fn run_until_told(app: App, log: &LogOutput) -> anyhow::Result<ExitCode> {
+/// Runs until SIGTERM or SIGINT, then shuts down in order. A second signal ends the process at once.
+pub(super) fn run_until_signal(app: App, log: &LogOutput) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
-        let mut told = async || {
+        let mut stop_signal = async || {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
         };
-        told().await;
-        tracing::info!("shutting down: what is under way may end, nothing new is accepted");
-        let ending = tokio::task::spawn_blocking(move || app.shutdown());
-        let ended = tokio::select! {
-            report = ending => Some(report?),
-            () = told() => None,
+        stop_signal().await;
+        tracing::info!("shutting down: no new request is accepted, and requests in flight may end within server.drain_timeout");
+        let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
+        let report = tokio::select! {
+            report = shutdown => Some(report?),
+            () = stop_signal() => None,
         };
-        if let Some(ShutdownReport { under_way, cut_off, took }) = ended {
-            tracing::info!(under_way, cut_off, took_ms = took.as_millis(), "stopped");
+        if let Some(ShutdownReport { in_flight, cut_off, took }) = report {
+            tracing::info!(in_flight, cut_off, took_ms = took.as_millis(), "stopped");
         } else {
-            tracing::warn!("stopped at once");
+            tracing::warn!("stopped at once by a second signal: requests in flight were cut off");
         }
         log.flush();
-        if ended.is_none() {
+        if report.is_none() {
             std::process::exit(i32::from(super::FAILED));
         }
         Ok(ExitCode::SUCCESS)

@@ -1,4 +1,4 @@
-//! `tollgate simulate`
+//! `tollgate simulate`: replays a trace through the quotas of the config.
 
 use super::load_or_explain;
 use crate::clock::Stopwatch;
@@ -12,32 +12,32 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 #[derive(clap::Args)]
-pub(super) struct Arguments {
-    /// CSV with the columns timestamp, prompt_tokens, completion_tokens, and, if there, environment,
-    /// max_tokens, model; the column names of the Azure traces of 2023 do too
+pub(super) struct SimulateArguments {
+    /// CSV file with the columns timestamp, prompt_tokens and completion_tokens, and optionally environment, max_tokens
+    /// and model; the column names of the Azure traces of 2023 are accepted too
     #[arg(long, value_name = "CSV")]
     trace: PathBuf,
-    /// From a request to its first token
-    #[arg(long, default_value = "400ms", value_parser = a_duration)]
+    /// Time from a request to its first token
+    #[arg(long, default_value = "400ms", value_parser = parse_duration)]
     first_token: Duration,
-    /// From then on
-    #[arg(long, default_value_t = 30.0, value_parser = a_rate)]
+    /// Speed of an answer after its first token
+    #[arg(long, default_value_t = 30.0, value_parser = parse_rate)]
     tokens_per_second: f64,
-    /// For machines
+    /// Print the results as JSON
     #[arg(long)]
     json: bool,
 }
 
-fn a_duration(text: &str) -> Result<Duration, String> {
-    duration(text).ok_or_else(|| "a duration such as 400ms or 2s".to_owned())
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    duration(text).ok_or_else(|| "this is not a duration; write for example 400ms or 2s".to_owned())
 }
 
-fn a_rate(text: &str) -> Result<f64, String> {
+fn parse_rate(text: &str) -> Result<f64, String> {
     let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
-    rate.ok_or_else(|| "a number above 0".to_owned())
+    rate.ok_or_else(|| "this is not a number above 0; write for example 30".to_owned())
 }
 
-pub(super) fn run(config: Option<PathBuf>, arguments: &Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> anyhow::Result<ExitCode> {
     let loaded = match load_or_explain(config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
@@ -63,7 +63,7 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &Arguments) -> anyhow::Res
     Ok(ExitCode::SUCCESS)
 }
 
-/// The calls of each environment. Those that name none go to `default_environment`, or to the only one.
+/// The calls of each environment. Calls without an environment go to `default_environment`, or to the only environment.
 fn by_environment(config: &Config, calls: Vec<Call>) -> anyhow::Result<Vec<(usize, Vec<Call>)>> {
     let mut all: Vec<(usize, Vec<Call>)> =
         (0..config.environments.len()).map(|at| (at, Vec::new())).collect();
@@ -71,10 +71,10 @@ fn by_environment(config: &Config, calls: Vec<Call>) -> anyhow::Result<Vec<(usiz
     for call in calls {
         let at = match &call.environment {
             Some(name) => config.environment(name).map(|(at, _)| at).with_context(|| {
-                format!("the trace names the environment \"{name}\", which the config does not have")
+                format!("the trace contains the environment \"{name}\", which is not in the config")
             })?,
             None => config.default_environment.or(only).context(
-                "the trace names no environment: give it a column environment, or set default_environment",
+                "the trace has calls without an environment: add a column environment, or set default_environment in the config",
             )?,
         };
         all[at].1.push(call);

@@ -1,56 +1,60 @@
-//! `environments.*.keys`: who may call.
+//! `environments.*.keys`: the callers of an environment.
 
-use super::Caller;
-use super::item::{Item, Section};
+use super::CallerSettings;
 use super::quotas;
+use super::setting::{Section, Setting};
 use crate::quota::Quota;
 use sha2::{Digest as _, Sha256};
 use std::collections::{HashMap, HashSet};
 
-/// Shorter keys can be guessed.
-const SHORT_SECRET: usize = 16;
+/// A shorter key can be guessed, which is worth a warning.
+const MIN_SECURE_KEY_BYTES: usize = 16;
 
-/// Longer ones are no key's: hashing them would only take time.
-pub(crate) const LONGEST_KEY: usize = 4 * 1024;
+/// Maximum length of a caller's key. The gateway refuses a longer one without hashing it.
+pub(crate) const MAX_KEY_BYTES: usize = 4 * 1024;
 
-/// Where each key of the config stands: a key says to which environment a request belongs.
+/// The path of the setting that declares each key. A key must be unique, because it identifies the environment.
 pub(super) type Digests = HashMap<[u8; 32], String>;
 
-/// Reads the callers of one environment, and adds their own quotas.
-pub(super) fn read(item: &Item<'_>, digests: &mut Digests, quotas: &mut Vec<Quota>) -> Vec<Caller> {
+/// Reads the callers of one environment and adds their own quotas to `quotas`.
+pub(super) fn read(
+    setting: &Setting<'_>,
+    digests: &mut Digests,
+    quotas: &mut Vec<Quota>,
+) -> Vec<CallerSettings> {
     let mut names = HashSet::new();
     let mut callers = Vec::new();
-    for item in item.list().unwrap_or_default() {
-        let Some(key) = item.section(&["name", "secret", "sha256", "quotas"]) else { continue };
+    for setting in setting.list().unwrap_or_default() {
+        let Some(key) = setting.section(&["name", "secret", "sha256", "quotas"]) else { continue };
         let name = key.require("name", "web-app").and_then(|i| caller_name(&i, &mut names));
         let digest = digest(&key);
-        if let Some(other) = digest.and_then(|digest| digests.insert(digest, item.path.clone())) {
-            item.fault(format!("this key stands at {other} too; every caller needs a key of its own"));
+        if let Some(other) = digest.and_then(|digest| digests.insert(digest, setting.path.clone())) {
+            setting.fault(format!("this key is already used at {other}; give each caller a different key"));
         }
-        if let Some(own) = key.bound("quotas") {
+        if let Some(own) = key.restriction("quotas") {
             quotas::of_caller(&own, callers.len(), name.unwrap_or_default(), quotas);
         }
         if let (Some(name), Some(sha256)) = (name, digest) {
-            callers.push(Caller { name: name.to_owned(), sha256 });
+            callers.push(CallerSettings { name: name.to_owned(), sha256 });
         }
     }
     callers
 }
 
-fn caller_name<'n>(item: &Item<'n>, names: &mut HashSet<&'n str>) -> Option<&'n str> {
-    let name = item.text()?;
+fn caller_name<'n>(setting: &Setting<'n>, names: &mut HashSet<&'n str>) -> Option<&'n str> {
+    let name = setting.text()?;
     let is_allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
     if !(1..=64).contains(&name.len()) || !name.bytes().all(is_allowed) {
-        item.fault(format!(
-            "{} is not a caller's name: 1 to 64 letters, digits, \".\", \"_\" and \"-\"",
-            item.shown()
+        setting.fault(format!(
+            "{} is not a valid caller name; use 1 to 64 letters, digits, \".\", \"_\" and \"-\"",
+            setting.quoted()
         ));
         return None;
     }
     if !names.insert(name) {
-        item.fault(format!(
-            "another caller of this environment has the name {}; give each its own",
-            item.shown()
+        setting.fault(format!(
+            "another caller of this environment has the name {}; give each caller a different name",
+            setting.quoted()
         ));
     }
     Some(name)
@@ -62,34 +66,40 @@ fn digest(key: &Section<'_>) -> Option<[u8; 32]> {
         (None, Some(sha256)) => {
             let digest = digest_in_hex(sha256.text()?);
             if digest.is_none() {
-                // Not repeated: it may be the key itself.
-                sha256.fault("this is not the SHA-256 of a key: 64 hexadecimal digits, as `tollgate hash-key` prints them");
+                // The message does not contain the value, which may be the key itself.
+                sha256.fault(
+                    "this is not a SHA-256; write the 64 hexadecimal digits that `tollgate hash-key` prints",
+                );
             }
             digest
         }
         _ => {
-            key.fault("give either the key, as secret: ${VARIABLE}, or what `tollgate hash-key` makes of it, as sha256");
+            key.fault("set either secret (the key, for example ${VARIABLE}) or sha256 (the output of `tollgate hash-key`)");
             None
         }
     }
 }
 
-fn digest_of_secret(item: &Item<'_>) -> Option<[u8; 32]> {
-    let secret = item.text()?;
+fn digest_of_secret(setting: &Setting<'_>) -> Option<[u8; 32]> {
+    let secret = setting.text()?;
     if secret.is_empty() {
-        item.fault("this key is empty, so that everybody would have it; set it, or remove the caller");
+        setting.fault("this key is empty, so every request would match it; set a key or remove the caller");
         return None;
     }
     if !secret.bytes().all(|b| b.is_ascii_graphic()) {
-        item.fault("this key has spaces, or characters that no header can carry");
+        setting.fault(
+            "this key contains a space or another character that a header must not contain; remove it",
+        );
         return None;
     }
-    if secret.len() > LONGEST_KEY {
-        item.fault(format!("this key is longer than {LONGEST_KEY} characters"));
+    if secret.len() > MAX_KEY_BYTES {
+        setting.fault(format!("this key is longer than {MAX_KEY_BYTES} characters; use a shorter one"));
         return None;
     }
-    if secret.len() < SHORT_SECRET {
-        item.warn(format!("this key is shorter than {SHORT_SECRET} characters: it can be guessed"));
+    if secret.len() < MIN_SECURE_KEY_BYTES {
+        setting.warn(format!(
+            "this key is shorter than {MIN_SECURE_KEY_BYTES} characters and can be guessed; use a longer one"
+        ));
     }
     Some(Sha256::digest(secret).into())
 }

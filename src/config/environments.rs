@@ -1,8 +1,10 @@
-//! `environments`: who may spend how much, and where it goes.
+//! `environments`: upstream, callers, quotas and policies of each environment.
 
 use super::callers::{self, Digests};
-use super::item::{Item, Section};
-use super::{CompletionReserve, Environment, OnDisconnect, OnOverrun, Reserve, Upstream, WhenShort};
+use super::setting::{Section, Setting};
+use super::{
+    CompletionReserve, Environment, OnDisconnect, OnOverrun, ReserveSettings, UpstreamSettings, WhenShort,
+};
 use super::{quotas, units};
 use crate::glob::Glob;
 use crate::quota::{Kind, MAX_AMOUNT, Quota};
@@ -11,7 +13,7 @@ use std::time::Duration;
 
 const EXAMPLE: &str = "environments: { production: { upstream: openai, quotas: { total_tokens: { limit: 200k, per: minute } } } }";
 
-/// Path segments that mean something else.
+/// Names that an environment must not have, because they are the first segments of API paths.
 const RESERVED_NAMES: [&str; 3] = ["v1", "v1beta", "openai"];
 
 const SETTINGS: &[&str] = &[
@@ -31,29 +33,29 @@ const SETTINGS: &[&str] = &[
     "retry_patience",
 ];
 
-/// Reads every environment; what is wrong is noted.
-pub(super) fn read(top: &Section<'_>, upstreams: &[Arc<Upstream>]) -> Vec<Arc<Environment>> {
-    let item = top.require("environments", EXAMPLE);
-    let Some(section) = item.and_then(|i| i.map("a mapping of names to environments")) else {
+/// Reads every environment and records its faults.
+pub(super) fn read(top: &Section<'_>, upstreams: &[Arc<UpstreamSettings>]) -> Vec<Arc<Environment>> {
+    let setting = top.require("environments", EXAMPLE);
+    let Some(section) = setting.and_then(|s| s.map("a mapping of names to environments")) else {
         return Vec::new();
     };
     if section.names().is_empty() {
-        section.fault(format!("there has to be one; for example: {EXAMPLE}"));
+        section.fault(format!("at least one environment is required; for example: {EXAMPLE}"));
     }
-    let known = top.get("upstreams").and_then(|i| i.map("a mapping of names to upstreams"));
-    let context = Context { known: known.map_or(Vec::new(), |s| s.names()), upstreams };
+    let declared = top.get("upstreams").and_then(|s| s.map("a mapping of names to upstreams"));
+    let upstreams = DeclaredUpstreams { names: declared.map_or(Vec::new(), |s| s.names()), valid: upstreams };
     let mut digests = Digests::default();
     let mut environments = Vec::new();
-    for (key, item) in section.items() {
+    for (key, setting) in section.entries() {
         if !is_name(&key.name) {
             let message = format!(
-                "\"{}\" cannot be the name of an environment, which is the first segment of a path: \
-                 small letters, digits, _ and - are allowed, and not v1, v1beta or openai",
+                "\"{}\" cannot be the name of an environment, which is the first segment of a path; use small \
+                 letters, digits, _ and -, and not v1, v1beta or openai",
                 key.name
             );
-            item.findings.fault(&key.place, &section.path, message);
+            setting.findings.fault(&key.location, &section.path, message);
         }
-        environments.extend(environment(&key.name, &item, &context, &mut digests).map(Arc::new));
+        environments.extend(environment(&key.name, &setting, &upstreams, &mut digests).map(Arc::new));
     }
     environments
 }
@@ -65,141 +67,156 @@ fn is_name(name: &str) -> bool {
         && !RESERVED_NAMES.contains(&name)
 }
 
-struct Context<'a> {
-    /// The names of all upstreams in the file, also of those that are at fault.
-    known: Vec<&'a str>,
-    upstreams: &'a [Arc<Upstream>],
+struct DeclaredUpstreams<'a> {
+    /// The names of all upstreams in the file, also of those that have faults.
+    names: Vec<&'a str>,
+    /// The upstreams that have no faults.
+    valid: &'a [Arc<UpstreamSettings>],
 }
 
 fn environment(
     name: &str,
-    item: &Item<'_>,
-    context: &Context<'_>,
+    setting: &Setting<'_>,
+    upstreams: &DeclaredUpstreams<'_>,
     digests: &mut Digests,
 ) -> Option<Environment> {
-    let section = item.section(SETTINGS)?;
+    let section = setting.section(SETTINGS)?;
     let get = |key: &str| section.get(key);
-    let upstream = section.require("upstream", context.known.first().unwrap_or(&"openai"));
-    let upstream = upstream.and_then(|i| i.name_among("upstream", &context.known)).and_then(|at| {
-        let name = context.known[at];
-        context.upstreams.iter().find(|u| u.name == name).cloned()
+    let upstream = section.require("upstream", upstreams.names.first().unwrap_or(&"openai"));
+    let upstream = upstream.and_then(|s| s.index_of_name("upstream", &upstreams.names)).and_then(|at| {
+        let name = upstreams.names[at];
+        upstreams.valid.iter().find(|u| u.name == name).cloned()
     });
     let (callers, quotas) = callers_and_quotas(&section, digests);
-    check_exposure(item, upstream.as_deref(), callers.is_empty(), quotas.is_empty());
+    check_exposure(setting, upstream.as_deref(), callers.is_empty(), quotas.is_empty());
     let reserve = reserve(&section, &quotas);
     Some(Environment {
         name: name.to_owned(),
         callers,
-        models: section.bound("models").map(|i| allowed_models(&i)).unwrap_or_default(),
-        max_in_flight: section.bound("max_in_flight").and_then(|i| {
-            i.positive(u64::MAX, "0 would refuse every request; leave the key out for no bound")
+        models: section.restriction("models").map(|s| allowed_models(&s)).unwrap_or_default(),
+        max_in_flight: section.restriction("max_in_flight").and_then(|s| {
+            s.positive(u64::MAX, "0 would refuse every request; leave the key out for no limit")
         }),
         quotas,
-        enforce: get("enforce").and_then(|i| i.boolean()).unwrap_or(true),
+        enforce: get("enforce").and_then(|s| s.boolean()).unwrap_or(true),
         reserve,
         on_disconnect: get("on_disconnect")
-            .and_then(|i| i.choice(&[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)]))
+            .and_then(|s| s.choice(&[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)]))
             .unwrap_or(OnDisconnect::Cancel),
         forward_other_paths: get("other_paths")
-            .and_then(|i| i.choice(&[("deny", false), ("forward", true)]))
+            .and_then(|s| s.choice(&[("deny", false), ("forward", true)]))
             .unwrap_or(false),
-        unseen_prompt_tokens: get("unseen_prompt_tokens").and_then(|i| reservable(&i)).unwrap_or(2_000),
+        unseen_prompt_tokens: get("unseen_prompt_tokens").and_then(|s| reservable(&s)).unwrap_or(2_000),
         count_cached_prompt_tokens: get("cached_prompt_tokens")
-            .and_then(|i| i.choice(&[("count", true), ("skip", false)]))
+            .and_then(|s| s.choice(&[("count", true), ("skip", false)]))
             .unwrap_or(true),
-        calibrate: get("calibrate").and_then(|i| i.boolean()).unwrap_or(true),
-        retry_patience: get("retry_patience").and_then(|i| i.duration()).unwrap_or(Duration::from_secs(30)),
+        calibrate: get("calibrate").and_then(|s| s.boolean()).unwrap_or(true),
+        retry_patience: get("retry_patience").and_then(|s| s.duration()).unwrap_or(Duration::from_secs(30)),
         upstream: upstream?,
     })
 }
 
-fn callers_and_quotas(section: &Section<'_>, digests: &mut Digests) -> (Vec<super::Caller>, Vec<Quota>) {
+fn callers_and_quotas(
+    section: &Section<'_>,
+    digests: &mut Digests,
+) -> (Vec<super::CallerSettings>, Vec<Quota>) {
     let mut quotas = Vec::new();
-    if let Some(item) = section.bound("quotas") {
-        quotas::of_environment(&item, &mut quotas);
+    if let Some(setting) = section.restriction("quotas") {
+        quotas::of_environment(&setting, &mut quotas);
     }
-    let callers = section.bound("keys").map(|i| callers::read(&i, digests, &mut quotas)).unwrap_or_default();
-    if let Some(item) = section.bound("model_quotas") {
-        quotas::of_models(&item, &mut quotas);
+    let callers =
+        section.restriction("keys").map(|s| callers::read(&s, digests, &mut quotas)).unwrap_or_default();
+    if let Some(setting) = section.restriction("model_quotas") {
+        quotas::of_models(&setting, &mut quotas);
     }
     (callers, quotas)
 }
 
-/// What is allowed, but may cost somebody money who did not mean it.
-fn check_exposure(item: &Item<'_>, upstream: Option<&Upstream>, is_open: bool, is_unbounded: bool) {
+/// Warns about settings that are allowed but may let callers spend without limit.
+fn check_exposure(
+    setting: &Setting<'_>,
+    upstream: Option<&UpstreamSettings>,
+    is_open: bool,
+    is_unbounded: bool,
+) {
     if is_unbounded {
-        item.warn("this environment has no quota: its callers may spend without bound");
+        setting.warn("this environment has no quota, so its callers can spend without limit; add a quota");
     }
     if let Some(upstream) = upstream.filter(|u| is_open && u.api_key.is_some()) {
-        item.warn(format!(
-            "this environment is open: whoever reaches the gateway spends on the api_key of upstream \"{}\"; \
-             give the environment keys",
+        setting.warn(format!(
+            "this environment is open, so anyone who reaches the gateway can spend on the api_key of upstream \"{}\"; \
+             add keys to the environment",
             upstream.name
         ));
     }
     if let Some(upstream) = upstream.filter(|u| !is_open && u.api_key.is_none()) {
-        item.warn(format!(
-            "the keys of this environment are never sent upstream, and upstream \"{}\" has no api_key: \
-             callers have to send the upstream's own key too, in another header; set api_key",
+        setting.warn(format!(
+            "the keys of this environment are never sent upstream, and upstream \"{}\" has no api_key, so \
+             callers must also send the upstream's key in another header; set api_key",
             upstream.name
         ));
     }
 }
 
-fn allowed_models(item: &Item<'_>) -> Vec<Glob> {
-    let list = item.list();
+fn allowed_models(setting: &Setting<'_>) -> Vec<Glob> {
+    let list = setting.list();
     if list.as_ref().is_some_and(Vec::is_empty) {
-        item.fault("an empty list would allow no model; leave the key out to allow all");
+        setting.fault("an empty list would allow no model; leave the key out to allow all models");
     }
-    list.unwrap_or_default().iter().filter_map(|i| i.text().map(Glob::new)).collect()
+    list.unwrap_or_default().iter().filter_map(|s| s.text().map(Glob::new)).collect()
 }
 
-/// An amount that a request can reserve.
-fn reservable(item: &Item<'_>) -> Option<u64> {
-    let amount = item.amount()?;
+/// An amount of tokens that one request can reserve.
+fn reservable(setting: &Setting<'_>) -> Option<u64> {
+    let amount = setting.amount()?;
     if amount > MAX_AMOUNT {
-        item.fault(format!("{} is more than a request can reserve, at most {MAX_AMOUNT}", item.shown()));
+        setting.fault(format!(
+            "{} is more than a request can reserve; the maximum is {MAX_AMOUNT}",
+            setting.quoted()
+        ));
     }
     Some(amount)
 }
 
-fn reserve(environment: &Section<'_>, quotas: &[Quota]) -> Reserve {
+fn reserve(environment: &Section<'_>, quotas: &[Quota]) -> ReserveSettings {
     let known =
         ["prompt", "completion", "quantile", "default_max_tokens", "when_short", "on_overrun", "max_wait"];
     let section = environment.section("reserve", &known);
     let get = |key: &str| section.get(key);
     let quantile = |text: &str| text.parse::<f64>().ok().filter(|q| *q > 0.0 && *q < 1.0);
-    let reserve = Reserve {
-        prompt: get("prompt").and_then(|i| i.choice(&[("estimate", true), ("none", false)])).unwrap_or(true),
+    let reserve = ReserveSettings {
+        prompt: get("prompt").and_then(|s| s.choice(&[("estimate", true), ("none", false)])).unwrap_or(true),
         completion: get("completion")
-            .and_then(|i| i.parsed(completion, "adaptive, max_tokens, none or a number of tokens"))
+            .and_then(|s| s.parsed(completion, "adaptive, max_tokens, none or a number of tokens"))
             .unwrap_or(CompletionReserve::Adaptive),
         quantile: get("quantile")
-            .and_then(|i| i.parsed(quantile, "a number between 0 and 1, such as 0.9"))
+            .and_then(|s| s.parsed(quantile, "a number between 0 and 1, such as 0.9"))
             .unwrap_or(0.9),
         default_max_tokens: get("default_max_tokens")
-            .and_then(|i| i.positive(MAX_AMOUNT, "0 would reserve nothing; completion: none does that"))
+            .and_then(|s| {
+                s.positive(MAX_AMOUNT, "0 would reserve nothing; to reserve nothing, write completion: none")
+            })
             .unwrap_or(4_096),
         when_short: get("when_short")
-            .and_then(|i| i.choice(&[("reject", WhenShort::Reject), ("clamp", WhenShort::Clamp)]))
+            .and_then(|s| s.choice(&[("reject", WhenShort::Reject), ("clamp", WhenShort::Clamp)]))
             .unwrap_or(WhenShort::Reject),
         on_overrun: get("on_overrun")
-            .and_then(|i| i.choice(&[("finish", OnOverrun::Finish), ("cut", OnOverrun::Cut)]))
+            .and_then(|s| s.choice(&[("finish", OnOverrun::Finish), ("cut", OnOverrun::Cut)]))
             .unwrap_or(OnOverrun::Finish),
-        max_wait: get("max_wait").and_then(|i| i.duration()).unwrap_or(Duration::ZERO),
+        max_wait: get("max_wait").and_then(|s| s.duration()).unwrap_or(Duration::ZERO),
     };
-    let told_at = get("default_max_tokens").filter(|_| reserve.completion == CompletionReserve::MaxTokens);
-    if let Some(item) = told_at.or_else(|| get("completion")) {
-        check_room(&item, &reserve, quotas);
+    let checked = get("default_max_tokens").filter(|_| reserve.completion == CompletionReserve::MaxTokens);
+    if let Some(setting) = checked.or_else(|| get("completion")) {
+        check_reserve_fits(&setting, &reserve, quotas);
     }
     reserve
 }
 
-/// What is reserved whatever the request has to fit the smallest quota, or it is refused for ever.
-fn check_room(item: &Item<'_>, reserve: &Reserve, quotas: &[Quota]) {
-    let (tokens, whose) = match reserve.completion {
+/// Warns if the fixed part of the reservation exceeds the smallest quota. Such a request could never be admitted.
+fn check_reserve_fits(setting: &Setting<'_>, reserve: &ReserveSettings, quotas: &[Quota]) {
+    let (tokens, which) = match reserve.completion {
         CompletionReserve::Fixed(tokens) => (tokens, "every request"),
-        CompletionReserve::MaxTokens => (reserve.default_max_tokens, "a request that names no max_tokens"),
+        CompletionReserve::MaxTokens => (reserve.default_max_tokens, "a request without max_tokens"),
         CompletionReserve::Adaptive | CompletionReserve::None => return,
     };
     let of_completions =
@@ -207,8 +224,8 @@ fn check_room(item: &Item<'_>, reserve: &Reserve, quotas: &[Quota]) {
     let Some(smallest) = of_completions.min_by_key(|quota| quota.capacity()) else { return };
     if reserve.when_short == WhenShort::Reject && tokens > smallest.capacity() {
         let Quota { kind, per, .. } = smallest;
-        item.warn(format!(
-            "{whose} reserves {tokens} completion tokens, more than {kind} per {} can ever hold, {}: it will be \
+        setting.warn(format!(
+            "{which} reserves {tokens} completion tokens, but {kind} per {} holds at most {}, so the request is always \
              refused; reserve less, raise the quota, or write when_short: clamp",
             per.text,
             smallest.capacity()

@@ -1,34 +1,34 @@
-//! What is wrong with a config, and where.
+//! Faults and warnings of a config, each with its location.
 
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 
-/// Where a setting stands.
+/// The location of a setting.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Place {
-    /// In the file: line and column, both from 1.
+pub(super) enum Location {
+    /// Line and column in the file, both from 1.
     File(usize, usize),
-    /// In this environment variable.
+    /// The name of the environment variable that overrides the setting.
     Variable(Arc<str>),
 }
 
-/// One thing that is wrong, or worth a warning.
+/// One fault or warning.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Fault {
     file: Arc<str>,
-    place: Place,
-    /// The setting: `environments.staging.quotas`; empty for the file as a whole.
+    location: Location,
+    /// The path of the setting, such as `environments.staging.quotas`. Empty for the whole file.
     path: String,
-    /// What is wrong with it and what would mend it. Never a key, never a value from outside the file.
+    /// What is wrong and how to fix it. It never contains a key or a value from outside the file.
     message: String,
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.place {
-            Place::File(line, column) => write!(f, "{}:{line}:{column}: ", self.file)?,
-            Place::Variable(name) => write!(f, "${name}: ")?,
+        match &self.location {
+            Location::File(line, column) => write!(f, "{}:{line}:{column}: ", self.file)?,
+            Location::Variable(name) => write!(f, "${name}: ")?,
         }
         if !self.path.is_empty() {
             write!(f, "{}: ", self.path)?;
@@ -37,18 +37,19 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Everything that is wrong with a config, in the file's order; never empty.
+/// All faults of a config, in the order of the file. There is at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// The file as a whole is at fault.
+    /// A fault of the whole file.
     pub(super) fn of_file(file: &str, message: String) -> Self {
-        Self(vec![Fault { file: file.into(), place: Place::File(1, 1), path: String::new(), message }])
+        Self(vec![Fault { file: file.into(), location: Location::File(1, 1), path: String::new(), message }])
     }
 
-    /// One by one.
-    pub fn iter(&self) -> impl Iterator<Item = &Fault> {
+    /// Iterates over the faults.
+    #[cfg(test)]
+    fn iter(&self) -> impl Iterator<Item = &Fault> {
         self.0.iter()
     }
 }
@@ -67,14 +68,14 @@ impl fmt::Display for Faults {
 
 impl std::error::Error for Faults {}
 
-/// Nobody mends more in one go; a hostile file could have millions.
-const MOST_FINDINGS: usize = 1_000;
-/// A list of names is compared with the wrong one for this many faults at most.
-const MOST_HINTS: usize = 100;
-/// Longer names are not compared.
-const LONGEST_TYPO: usize = 64;
+/// Maximum number of faults, and of warnings. A hostile file could have millions.
+const MAX_FINDINGS: usize = 1_000;
+/// After this many faults, messages list the known names and suggest none: a suggestion compares all names.
+const MAX_SUGGESTIONS: usize = 100;
+/// A longer name gets no suggestion.
+const MAX_TYPO_BYTES: usize = 64;
 
-/// Collects faults and warnings while a config is read: reading goes on, so that all are told at once.
+/// Collects faults and warnings while a config is read. Reading continues after a fault, so that one run reports all.
 pub(super) struct Findings {
     file: Arc<str>,
     faults: RefCell<Vec<Fault>>,
@@ -82,40 +83,42 @@ pub(super) struct Findings {
 }
 
 impl Findings {
-    pub(super) fn of(file: &str) -> Self {
+    pub(super) fn new(file: &str) -> Self {
         Self { file: file.into(), faults: RefCell::default(), warnings: RefCell::default() }
     }
 
-    pub(super) fn fault(&self, place: &Place, path: &str, message: impl Into<String>) {
-        self.note(&self.faults, place, path, message.into());
+    pub(super) fn fault(&self, location: &Location, path: &str, message: impl Into<String>) {
+        self.record(&self.faults, location, path, message.into());
     }
 
-    pub(super) fn warn(&self, place: &Place, path: &str, message: impl Into<String>) {
-        self.note(&self.warnings, place, path, message.into());
+    pub(super) fn warn(&self, location: &Location, path: &str, message: impl Into<String>) {
+        self.record(&self.warnings, location, path, message.into());
     }
 
-    fn note(&self, findings: &RefCell<Vec<Fault>>, place: &Place, path: &str, message: String) {
+    fn record(&self, findings: &RefCell<Vec<Fault>>, location: &Location, path: &str, message: String) {
         let mut findings = findings.borrow_mut();
-        if findings.len() < MOST_FINDINGS {
-            let (file, place, path) = (self.file.clone(), place.clone(), path.to_owned());
-            findings.push(Fault { file, place, path, message });
+        if findings.len() < MAX_FINDINGS {
+            let (file, location, path) = (self.file.clone(), location.clone(), path.to_owned());
+            findings.push(Fault { file, location, path, message });
         }
     }
 
-    /// What to write in place of `name`: the nearest of the known names, else all of them.
-    pub(super) fn hint(&self, name: &str, known: &[&str]) -> String {
-        const ENOUGH: usize = 20;
-        let is_busy = self.faults.borrow().len() >= MOST_HINTS;
-        match nearest(name, known).filter(|_| !is_busy) {
-            Some(near) => format!("did you mean \"{near}\"?"),
-            None if known.is_empty() => "there is none".to_owned(),
-            None if known.len() > ENOUGH => format!("known here: {}, ...", known[..ENOUGH].join(", ")),
-            None => format!("known here: {}", known.join(", ")),
+    /// The end of a message about an unknown name: a suggestion if a known name is similar, else the known names.
+    pub(super) fn suggestion(&self, name: &str, known: &[&str]) -> String {
+        const MAX_LISTED: usize = 20;
+        let is_exhausted = self.faults.borrow().len() >= MAX_SUGGESTIONS;
+        match most_similar(name, known).filter(|_| !is_exhausted) {
+            Some(similar) => format!("did you mean \"{similar}\"?"),
+            None if known.is_empty() => "none is declared".to_owned(),
+            None if known.len() > MAX_LISTED => {
+                format!("known names: {}, ...", known[..MAX_LISTED].join(", "))
+            }
+            None => format!("known names: {}", known.join(", ")),
         }
     }
 
-    /// The warnings, if there is no fault.
-    pub(super) fn end(self) -> Result<Vec<Fault>, Faults> {
+    /// Returns the warnings, or the faults if there are any. Both are sorted and without duplicates.
+    pub(super) fn into_warnings(self) -> Result<Vec<Fault>, Faults> {
         let (mut faults, mut warnings) = (self.faults.into_inner(), self.warnings.into_inner());
         for findings in [&mut faults, &mut warnings] {
             findings.sort();
@@ -125,16 +128,20 @@ impl Findings {
     }
 }
 
-/// The name that somebody may have meant, if one is near enough.
-fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
-    if name.len() > LONGEST_TYPO {
+/// The most similar known name, if it is similar enough to be the intended one.
+fn most_similar<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    if name.len() > MAX_TYPO_BYTES {
         return None;
     }
     let distance =
         |candidate: &str| strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase());
-    let worst = |candidate: &str| 1 + candidate.len().max(name.len()) / 4;
-    let near = known.iter().filter(|c| c.len().abs_diff(name.len()) <= worst(c)).map(|c| (distance(c), *c));
-    near.filter(|(distance, candidate)| *distance <= worst(candidate)).min().map(|(_, candidate)| candidate)
+    let max_distance = |candidate: &str| 1 + candidate.len().max(name.len()) / 4;
+    let candidates =
+        known.iter().filter(|c| c.len().abs_diff(name.len()) <= max_distance(c)).map(|c| (distance(c), *c));
+    candidates
+        .filter(|(distance, candidate)| *distance <= max_distance(candidate))
+        .min()
+        .map(|(_, candidate)| candidate)
 }
 
 #[cfg(test)]
@@ -142,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_name_is_suggested_if_it_is_near() {
+    fn a_similar_known_name_is_suggested() {
         let known = ["total_tokens", "prompt_tokens", "requests"];
         for (name, want) in [
             ("total_token", Some("total_tokens")),
@@ -153,25 +160,25 @@ mod tests {
             ("", None),
             (&"x".repeat(1_000_000), None),
         ] {
-            assert_eq!(nearest(name, &known), want);
+            assert_eq!(most_similar(name, &known), want);
         }
     }
 
     #[test]
-    fn faults_are_printed_one_a_line_in_the_files_order() {
-        let findings = Findings::of("a.yaml");
-        findings.fault(&Place::Variable("TOLLGATE__X".into()), "", "third");
-        findings.fault(&Place::File(10, 1), "store", "second");
-        findings.fault(&Place::File(9, 80), "", "first");
-        findings.fault(&Place::File(9, 80), "", "first");
-        let faults = findings.end().unwrap_err();
+    fn faults_are_printed_one_per_line_in_the_order_of_the_file() {
+        let findings = Findings::new("a.yaml");
+        findings.fault(&Location::Variable("TOLLGATE__X".into()), "", "third");
+        findings.fault(&Location::File(10, 1), "store", "second");
+        findings.fault(&Location::File(9, 80), "", "first");
+        findings.fault(&Location::File(9, 80), "", "first");
+        let faults = findings.into_warnings().unwrap_err();
         assert_eq!(faults.to_string(), "a.yaml:9:80: first\na.yaml:10:1: store: second\n$TOLLGATE__X: third");
         assert_eq!(faults.iter().count(), 3);
     }
 
     #[test]
     fn faults_can_be_sent_between_threads() {
-        fn is_shared<T: Send + Sync + 'static>() {}
-        is_shared::<Faults>();
+        fn assert_shareable<T: Send + Sync + 'static>() {}
+        assert_shareable::<Faults>();
     }
 }

@@ -1,109 +1,107 @@
-//! Quotas: of an environment, of a caller, of models.
+//! Reads the quotas of an environment, of its callers and of its models.
 
-use super::item::{Item, Section};
-use super::units::WORDS;
+use super::setting::{Section, Setting};
+use super::units::PERIOD_WORDS;
 use crate::glob::Glob;
 use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, Window};
 use jiff::tz::TimeZone;
 
 const DAY_MS: u64 = 86_400_000;
-const LONGEST_PERIOD_MS: u64 = 366 * DAY_MS;
+const MAX_PERIOD_MS: u64 = 366 * DAY_MS;
 
-/// `environments.*.quotas`
-pub(super) fn of_environment(item: &Item<'_>, quotas: &mut Vec<Quota>) {
-    read(item, &Scope::Environment, quotas);
+/// Reads `environments.*.quotas`.
+pub(super) fn of_environment(setting: &Setting<'_>, quotas: &mut Vec<Quota>) {
+    read(setting, &Scope::Environment, quotas);
 }
 
-/// `environments.*.keys[].quotas`
-pub(super) fn of_caller(item: &Item<'_>, index: usize, name: &str, quotas: &mut Vec<Quota>) {
-    read(item, &Scope::Caller(index, name.to_owned()), quotas);
+/// Reads `environments.*.keys[].quotas`.
+pub(super) fn of_caller(setting: &Setting<'_>, index: usize, name: &str, quotas: &mut Vec<Quota>) {
+    read(setting, &Scope::Caller(index, name.to_owned()), quotas);
 }
 
-/// `environments.*.model_quotas`
-pub(super) fn of_models(item: &Item<'_>, quotas: &mut Vec<Quota>) {
-    let Some(section) = item.map("a mapping of model patterns to quotas") else { return };
-    for (key, item) in section.items() {
-        read(&item, &Scope::Model(Glob::new(&key.name)), quotas);
+/// Reads `environments.*.model_quotas`.
+pub(super) fn of_models(setting: &Setting<'_>, quotas: &mut Vec<Quota>) {
+    let Some(section) = setting.map("a mapping of model patterns to quotas") else { return };
+    for (key, setting) in section.entries() {
+        read(&setting, &Scope::Model(Glob::new(&key.name)), quotas);
     }
 }
 
-fn read(item: &Item<'_>, scope: &Scope, quotas: &mut Vec<Quota>) {
-    let Some(section) = item.section(&Kind::ALL.map(Kind::as_str)) else { return };
+fn read(setting: &Setting<'_>, scope: &Scope, quotas: &mut Vec<Quota>) {
+    let Some(section) = setting.section(&Kind::ALL.map(Kind::as_str)) else { return };
     for kind in Kind::ALL {
-        let Some(item) = section.bound(kind.as_str()) else { continue };
-        let items = item.one_or_more();
+        let Some(setting) = section.restriction(kind.as_str()) else { continue };
+        let items = setting.one_or_more();
         if items.is_empty() {
-            item.fault("there is no quota in this list; give one, or leave the key out");
+            setting.fault("this list is empty; add a quota or remove the key");
         }
         let first = quotas.len();
-        for item in items {
-            let Some(quota) = quota(&item, scope, kind) else { continue };
-            if quotas[first..].iter().any(|other| is_given_twice(other, &quota)) {
-                item.fault(format!("{kind} has another quota over the same period: keep one of the two"));
+        for setting in items {
+            let Some(quota) = quota(&setting, scope, kind) else { continue };
+            if quotas[first..].iter().any(|other| is_duplicate(other, &quota)) {
+                setting.fault(format!("{kind} has two quotas with the same period; remove one of them"));
             }
             quotas.push(quota);
         }
     }
 }
 
-/// A month of the calendar and 30 days that roll are as long in milliseconds, but not the same; where both
-/// roll, they are.
-fn is_given_twice(one: &Quota, other: &Quota) -> bool {
+/// Whether two quotas of one kind have the same period. A calendar month and a rolling window of 30 days have the same
+/// length in milliseconds but are different periods. Two rolling windows of that length are the same period.
+fn is_duplicate(one: &Quota, other: &Quota) -> bool {
     let is_month = |quota: &Quota| matches!(quota.window, Window::Calendar { unit: ClockUnit::Month, .. });
     one.per.ms == other.per.ms && (one.per.text == other.per.text || is_month(one) == is_month(other))
 }
 
-fn quota(item: &Item<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
-    const ZERO: &str =
-        "a limit of 0 would refuse everything: to forbid it, remove the caller, or the model from models:";
-    let section = item.section(&["limit", "per", "window", "burst", "timezone"])?;
-    let limit = section.require("limit", "limit: 200k").and_then(|i| i.positive(MAX_LIMIT, ZERO));
-    let per = section.require("per", "per: minute").and_then(|i| period(&i));
-    let per = per?;
+fn quota(setting: &Setting<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
+    const ZERO: &str = "a limit of 0 would refuse every request; to block a caller, remove it; to block a model, remove it from models";
+    let section = setting.section(&["limit", "per", "window", "burst", "timezone"])?;
+    let limit = section.require("limit", "limit: 200k").and_then(|s| s.positive(MAX_LIMIT, ZERO));
+    let per = section.require("per", "per: minute").and_then(|s| period(&s))?;
     let windows = [("rolling", false), ("calendar", true)];
-    let is_calendar = section.get("window").map_or(Some(per.ms >= DAY_MS), |i| i.choice(&windows))?;
+    let is_calendar = section.get("window").map_or(Some(per.ms >= DAY_MS), |s| s.choice(&windows))?;
     let window = if is_calendar { calendar(&section, &per) } else { rolling(&section, limit) };
     Some(Quota { scope: scope.clone(), kind, limit: limit?, per, window: window? })
 }
 
 fn rolling(section: &Section<'_>, limit: Option<u64>) -> Option<Window> {
-    const ZERO: &str =
-        "a burst of 0 would refuse everything; leave the key out for a burst of the limit's size";
-    if let Some(item) = section.get("timezone") {
-        item.fault("a rolling window has no time zone; remove the key, or write window: calendar");
+    const ZERO: &str = "a burst of 0 would refuse every request; without the key the burst equals the limit";
+    if let Some(setting) = section.get("timezone") {
+        setting.fault("a rolling window has no time zone; remove the key or write window: calendar");
     }
-    let burst = section.get("burst").map_or(limit, |i| i.positive(MAX_LIMIT, ZERO))?;
+    let burst = section.get("burst").map_or(limit, |s| s.positive(MAX_LIMIT, ZERO))?;
     Some(Window::Rolling { burst })
 }
 
 fn calendar(section: &Section<'_>, per: &Period) -> Option<Window> {
-    if let Some(item) = section.get("burst") {
-        item.fault("a calendar window has no burst: its whole limit is there from the start; remove the key");
+    if let Some(setting) = section.get("burst") {
+        setting.fault("a calendar window has no burst, because its whole limit is available from the start; remove the key");
     }
     let unit = clock_unit(per);
     if unit.is_none() {
         section.fault(
-            "a calendar window follows the clock: its period is second, minute, hour, day, week or month; \
-             for any other write window: rolling",
+            "a calendar window must have the period second, minute, hour, day, week or month; \
+             for another period write window: rolling",
         );
     }
-    let zone = section.get("timezone").map_or(Some(TimeZone::UTC), |i| zone(&i));
+    let zone = section.get("timezone").map_or(Some(TimeZone::UTC), |s| zone(&s));
     Some(Window::Calendar { unit: unit?, zone: zone? })
 }
 
-fn period(item: &Item<'_>) -> Option<Period> {
-    let ms = u64::try_from(item.duration()?.as_millis()).unwrap_or(u64::MAX);
-    if ms == 0 || ms > LONGEST_PERIOD_MS {
-        item.fault("a period is at least 1ms and at most a year");
+fn period(setting: &Setting<'_>) -> Option<Period> {
+    let ms = u64::try_from(setting.duration()?.as_millis()).unwrap_or(u64::MAX);
+    if ms == 0 || ms > MAX_PERIOD_MS {
+        setting.fault("a period must be at least 1ms and at most a year (366d)");
         return None;
     }
-    Some(Period { text: item.text()?.to_owned(), ms })
+    Some(Period { text: setting.text()?.to_owned(), ms })
 }
 
-/// `24h` is a day of the clock; `7d` and `30d` say nothing of Mondays and firsts.
+/// The unit of a calendar window. `24h` counts as a day, but `7d` and `30d` do not count as a week and a month, because
+/// they do not define where the period begins.
 fn clock_unit(per: &Period) -> Option<ClockUnit> {
-    let is_meant = |word: &str, ms: u64| per.text == word || (per.ms == ms && ms <= DAY_MS);
-    let (word, _) = WORDS.iter().find(|(word, ms)| is_meant(word, *ms))?;
+    let matches = |word: &str, ms: u64| per.text == word || (per.ms == ms && ms <= DAY_MS);
+    let (word, _) = PERIOD_WORDS.iter().find(|(word, ms)| matches(word, *ms))?;
     match *word {
         "second" => Some(ClockUnit::Second),
         "minute" => Some(ClockUnit::Minute),
@@ -114,15 +112,15 @@ fn clock_unit(per: &Period) -> Option<ClockUnit> {
     }
 }
 
-fn zone(item: &Item<'_>) -> Option<TimeZone> {
-    let name = item.text()?;
+fn zone(setting: &Setting<'_>) -> Option<TimeZone> {
+    let name = setting.text()?;
     let database = jiff::tz::db();
-    // jiff has a zone named "Etc/Unknown", which stands for having none.
+    // jiff's zone "Etc/Unknown" means that the time zone is not known.
     if let Some(zone) = database.get(name).ok().filter(|zone| !zone.is_unknown()) {
         return Some(zone);
     }
     let known: Vec<String> = database.available().map(|n| n.as_str().to_owned()).collect();
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
-    item.name_among("time zone", &known);
+    setting.index_of_name("time zone", &known);
     None
 }

@@ -1,4 +1,4 @@
-//! What a config may say, and what is told when it says something else.
+//! Valid configs and their values. The submodules test faults, hostile files and warnings.
 
 mod faults;
 mod hostile;
@@ -36,20 +36,20 @@ fn overridden(text: &str, variable: &str, value: &str) -> Result<Loaded, Faults>
 }
 
 fn config(text: &str) -> Config {
-    read(text).unwrap_or_else(|faults| panic!("{faults}\n--- of\n{text}")).config
+    read(text).unwrap_or_else(|faults| panic!("{faults}\n--- config\n{text}")).config
 }
 
-/// What is told of a faulty config.
+/// The faults of a config, one per line.
 fn faults(text: &str) -> String {
-    read(text).map_or_else(|faults| faults.to_string(), |_| panic!("no fault in\n{text}"))
+    read(text).map_or_else(|faults| faults.to_string(), |_| panic!("no fault in config\n{text}"))
 }
 
-/// `MINIMAL` with this line within its environment.
+/// `MINIMAL` with this line in its environment.
 fn with(line: &str) -> String {
     format!("{MINIMAL}    {line}\n")
 }
 
-/// `MINIMAL` with this quota on requests.
+/// `MINIMAL` with this quota for requests.
 fn with_quota(quota: &str) -> String {
     MINIMAL.replace("{ limit: 5, per: minute }", quota)
 }
@@ -72,7 +72,7 @@ fn every_example_config_is_valid_and_needs_no_variable() {
         let text = std::fs::read_to_string(&path).unwrap();
         let loaded = parse(&text, "example", &|_| None, &[]);
         let loaded = loaded.unwrap_or_else(|f| panic!("{}: {f}", path.display()));
-        // Without one the upstreams have no key, which is worth a word where callers have.
+        // Without variables the upstreams have no key, which gives a warning if the callers have keys.
         let others: Vec<_> =
             loaded.warnings.iter().filter(|w| !w.to_string().contains("has no api_key")).collect();
         assert!(others.is_empty(), "{}: {others:?}", path.display());
@@ -83,7 +83,7 @@ fn every_example_config_is_valid_and_needs_no_variable() {
 }
 
 #[test]
-fn what_is_left_out_has_its_default() {
+fn absent_settings_have_their_defaults() {
     let config = config(MINIMAL);
     assert_eq!(config.server.listen.to_string(), "127.0.0.1:8080");
     assert_eq!(config.admin.listen.to_string(), "127.0.0.1:9090");
@@ -101,7 +101,7 @@ fn what_is_left_out_has_its_default() {
     assert!(environment.enforce && environment.calibrate && environment.count_cached_prompt_tokens);
     assert!(!environment.forward_other_paths && environment.on_disconnect == OnDisconnect::Cancel);
     assert_eq!((environment.unseen_prompt_tokens, environment.retry_patience.as_secs()), (2_000, 30));
-    let reserve = Reserve {
+    let reserve = ReserveSettings {
         prompt: true,
         completion: CompletionReserve::Adaptive,
         quantile: 0.9,
@@ -112,19 +112,19 @@ fn what_is_left_out_has_its_default() {
     };
     assert_eq!(environment.reserve, reserve);
     let upstream = &environment.upstream;
-    assert!(upstream.api == ApiKind::OpenAi && upstream.api_key.is_none() && upstream.ask_stream_usage);
+    assert!(upstream.api == ApiKind::OpenAi && upstream.api_key.is_none() && upstream.requests_stream_usage);
     let Timeouts { connect, first_byte, idle, total } = upstream.timeouts;
     assert_eq!([connect, first_byte, idle, total].map(|t| t.as_secs()), [5, 120, 60, 900]);
 }
 
 #[test]
-fn sections_without_a_value_have_their_defaults() {
+fn empty_sections_have_their_defaults() {
     let config = config(&format!("{MINIMAL}server:\nadmin: ~\nstore: null\nmodels:\n"));
     assert_eq!(config.server.listen.port(), 8080);
 }
 
 #[test]
-fn quotas_roll_up_to_an_hour_and_follow_the_calendar_from_a_day_on() {
+fn windows_are_rolling_below_a_day_and_calendar_from_a_day_on() {
     let rolling = |burst| Window::Rolling { burst };
     let calendar = |unit| Window::Calendar { unit, zone: jiff::tz::TimeZone::UTC };
     for (text, ms, window) in [
@@ -148,18 +148,18 @@ fn quotas_roll_up_to_an_hour_and_follow_the_calendar_from_a_day_on() {
     }
     assert_eq!(quota("{ limit: 1, per: 90s }").per.text, "90s");
     let Window::Calendar { zone, .. } = quota("{ limit: 1, per: 1d, timezone: Europe/Berlin }").window else {
-        panic!("a day is a day of the calendar");
+        panic!("a quota per day has a calendar window");
     };
     assert_eq!(zone.iana_name(), Some("Europe/Berlin"));
 }
 
 #[test]
-fn limits_reach_up_to_two_to_the_fiftieth() {
+fn the_maximum_limit_is_two_to_the_fiftieth() {
     assert_eq!(quota("{ limit: 1_125_899_906_842_624, per: hour }").limit, crate::quota::MAX_LIMIT);
 }
 
 #[test]
-fn callers_and_models_have_quotas_in_scopes_of_their_own() {
+fn quotas_of_callers_and_models_have_their_own_scopes() {
     let text = with(
         "keys: [{ name: a, secret: sixteen-letters-1, quotas: { requests: { limit: 1, per: day } } }]\n    \
          model_quotas: { 'gpt-*': { total_tokens: [{ limit: 1, per: day }, { limit: 1, per: hour }] } }",
@@ -171,7 +171,7 @@ fn callers_and_models_have_quotas_in_scopes_of_their_own() {
 }
 
 #[test]
-fn a_key_and_its_digest_are_the_same_caller() {
+fn a_key_and_its_digest_identify_the_same_caller() {
     let sha256 = "6ca13d52ca70c883e0f0bb101e425a89e8624de51db2d2392593af6a84118090";
     let digest = config(&with(&format!("keys: [{{ name: a, sha256: {sha256} }}]")));
     let secret = config(&with("keys: [{ name: a, secret: abc123 }]"));
@@ -180,7 +180,7 @@ fn a_key_and_its_digest_are_the_same_caller() {
 }
 
 #[test]
-fn secrets_are_in_no_debug_output() {
+fn debug_output_contains_no_secret() {
     let text = with_upstream("base_url: 'http://u', api_key: secret-one, headers: { x-key: secret-two }")
         + "    keys: [{ name: a, secret: secret-three-is-long }]\n"
         + "store: { redis: { url: 'redis://:secret-four@r' } }\nadmin: { token: secret-five }\n";
@@ -189,7 +189,7 @@ fn secrets_are_in_no_debug_output() {
 }
 
 #[test]
-fn base_urls_lose_their_trailing_slash() {
+fn a_trailing_slash_of_a_base_url_is_removed() {
     for (written, want) in [
         ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
         ("HTTPS://API.openai.com/v1", "https://API.openai.com/v1"),
@@ -202,17 +202,17 @@ fn base_urls_lose_their_trailing_slash() {
 }
 
 #[test]
-fn the_first_listed_model_rule_comes_first() {
+fn model_rules_keep_the_order_of_the_file() {
     let text = "models: [{ match: 'a*', encoding: cl100k_base }, { match: '*', encoding: o200k_harmony }, { match: b, tokenizer: fixtures/tokenizer.json }, { match: c, model: gpt-5 }]";
     let config = config(&format!("{MINIMAL}{text}\n"));
     let tokenizers: Vec<_> = config.models.into_iter().map(|m| m.tokenizer).collect();
     let file = TokenizerChoice::File("fixtures/tokenizer.json".into());
-    let like = TokenizerChoice::Like("gpt-5".to_owned());
-    assert_eq!(tokenizers, [TokenizerChoice::Cl100k, TokenizerChoice::O200k, file, like]);
+    let same_as = TokenizerChoice::SameAs("gpt-5".to_owned());
+    assert_eq!(tokenizers, [TokenizerChoice::Cl100k, TokenizerChoice::O200k, file, same_as]);
 }
 
 #[test]
-fn references_take_variables_defaults_and_files() {
+fn references_resolve_variables_defaults_and_files() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("key");
     std::fs::write(&file, "\n from-a-file-12345\n").unwrap();
@@ -239,7 +239,7 @@ fn references_take_variables_defaults_and_files() {
 }
 
 #[test]
-fn text_from_variables_never_becomes_structure() {
+fn text_from_a_variable_never_changes_the_structure() {
     let config = config(&with("models: [a, ${EVIL}, '${EVIL}', ${UNSET:-b, [c: #d]}-e]"));
     let models: Vec<_> = config.environments[0].models.iter().map(Glob::as_str).collect();
     assert_eq!(models, ["a", "x, upstream: other }\n# ", "x, upstream: other }\n# ", "b, [c: #d]-e"]);
@@ -264,7 +264,7 @@ fn a_variable_can_override_any_setting() {
 }
 
 #[test]
-fn merges_and_aliases_never_lose_a_limit() {
+fn merges_and_aliases_keep_every_limit() {
     let text = "\
 upstreams: { up: { base_url: 'http://u' } }
 environments:

@@ -1,9 +1,9 @@
-//! Amounts, durations and sizes as people write them.
+//! Parsers of amounts, durations and sizes.
 
 use std::time::Duration;
 
-/// The clock's words for durations, in milliseconds. A month that rolls has 30 days.
-pub(super) const WORDS: &[(&str, u64)] = &[
+/// Words for periods, with their lengths in milliseconds. A month of a rolling window has 30 days.
+pub(super) const PERIOD_WORDS: &[(&str, u64)] = &[
     ("second", 1_000),
     ("minute", 60_000),
     ("hour", 3_600_000),
@@ -12,7 +12,7 @@ pub(super) const WORDS: &[(&str, u64)] = &[
     ("month", 2_592_000_000),
 ];
 
-/// `1500`, `1_500`, `200k`, `1.5M`, `2G`: decimal, and exactly a whole number.
+/// Parses `1500`, `1_500`, `200k`, `1.5M` or `2G`. The result must be a whole number.
 pub(super) fn amount(text: &str) -> Option<u64> {
     let (digits, factor) = match text.as_bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 1_000),
@@ -20,12 +20,12 @@ pub(super) fn amount(text: &str) -> Option<u64> {
         b'G' => (&text[..text.len() - 1], 1_000_000_000),
         _ => (text, 1),
     };
-    times(digits, factor)
+    scaled(digits, factor)
 }
 
-/// `500ms`, `30s`, `5m`, `1h`, `1d`, a word of the clock, or `0`.
+/// Parses `500ms`, `30s`, `5m`, `1h`, `1d`, one of [`PERIOD_WORDS`], or `0`.
 pub(crate) fn duration(text: &str) -> Option<Duration> {
-    if let Some(&(_, ms)) = WORDS.iter().find(|(word, _)| *word == text) {
+    if let Some(&(_, ms)) = PERIOD_WORDS.iter().find(|(word, _)| *word == text) {
         return Some(Duration::from_millis(ms));
     }
     if text == "0" {
@@ -41,13 +41,13 @@ pub(crate) fn duration(text: &str) -> Option<Duration> {
         "d" => 86_400_000,
         _ => return None,
     };
-    times(digits, ms).filter(|&ms| ms <= MOST_MS).map(Duration::from_millis)
+    scaled(digits, ms).filter(|&ms| ms <= MAX_DURATION_MS).map(Duration::from_millis)
 }
 
-/// A thousand years; longer is a slip.
-const MOST_MS: u64 = 1_000 * 366 * 86_400_000;
+/// Maximum duration: a thousand years. A longer one is a mistake.
+const MAX_DURATION_MS: u64 = 1_000 * 366 * 86_400_000;
 
-/// `512KiB`, `32MiB`, `1GiB`, `10MB`, or bytes.
+/// Parses `512KiB`, `32MiB`, `1GiB`, `10MB` or a number of bytes.
 pub(super) fn size(text: &str) -> Option<usize> {
     let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (digits, unit) = text.split_at(split);
@@ -61,11 +61,11 @@ pub(super) fn size(text: &str) -> Option<usize> {
         "GB" => 1_000_000_000,
         _ => return None,
     };
-    usize::try_from(times(digits.trim_end(), factor)?).ok()
+    usize::try_from(scaled(digits.trim_end(), factor)?).ok()
 }
 
-/// A decimal number times a factor, if that is exactly a whole number.
-fn times(digits: &str, factor: u64) -> Option<u64> {
+/// Returns a decimal number times a factor, if the product is a whole number.
+fn scaled(digits: &str, factor: u64) -> Option<u64> {
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
     let is_number = |s: &str| {
         s.bytes().all(|b| b.is_ascii_digit() || b == b'_')
@@ -76,7 +76,7 @@ fn times(digits: &str, factor: u64) -> Option<u64> {
         return None;
     }
     let whole: u64 = whole.replace('_', "").parse().ok()?;
-    // Zeros at the end say nothing, and could overflow.
+    // Trailing zeros do not change the value, but many of them would overflow `scale`.
     let fraction = fraction.replace('_', "").trim_end_matches('0').to_owned();
     let scale = 10_u64.checked_pow(u32::try_from(fraction.len()).ok()?)?;
     let part = format!("0{fraction}").parse::<u64>().ok()?.checked_mul(factor)?;
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn amounts_are_decimal_and_whole() {
+    fn amounts_are_whole_decimal_numbers() {
         for (text, want) in [
             ("1500", Some(1_500)),
             ("1_500", Some(1_500)),
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_binary_or_decimal() {
+    fn sizes_have_binary_or_decimal_units() {
         for (text, want) in [
             ("512KiB", Some(524_288)),
             ("32MiB", Some(33_554_432)),

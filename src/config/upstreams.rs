@@ -1,8 +1,7 @@
-//! `upstreams`: where requests go.
+//! `upstreams`: the servers that receive the requests.
 
-use super::item::{Item, Section};
-use super::load::secret;
-use super::{ApiKind, Timeouts, Upstream};
+use super::setting::{Section, Setting};
+use super::{ApiKind, Timeouts, UpstreamSettings};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +9,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 const EXAMPLE: &str = "upstreams: { openai: { base_url: https://api.openai.com/v1 } }";
 
-/// Headers that belong to one connection, and those that the gateway sets itself.
+/// Headers that the config must not set: hop-by-hop headers, and headers that the gateway sets itself.
 const RESERVED_HEADERS: &[&str] = &[
     "accept-encoding",
     "connection",
@@ -26,20 +25,20 @@ const RESERVED_HEADERS: &[&str] = &[
     "upgrade",
 ];
 
-/// Reads every upstream; what is wrong is noted.
-pub(super) fn read(top: &Section<'_>) -> Vec<Arc<Upstream>> {
-    let item = top.require("upstreams", EXAMPLE);
-    let Some(section) = item.and_then(|i| i.map("a mapping of names to upstreams")) else {
+/// Reads every upstream and records its faults.
+pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
+    let setting = top.require("upstreams", EXAMPLE);
+    let Some(section) = setting.and_then(|s| s.map("a mapping of names to upstreams")) else {
         return Vec::new();
     };
     if section.names().is_empty() {
-        section.fault(format!("there has to be one; for example: {EXAMPLE}"));
+        section.fault(format!("at least one upstream is required; for example: {EXAMPLE}"));
     }
-    section.items().filter_map(|(key, item)| upstream(&key.name, &item)).map(Arc::new).collect()
+    section.entries().filter_map(|(key, setting)| upstream(&key.name, &setting)).map(Arc::new).collect()
 }
 
-fn upstream(name: &str, item: &Item<'_>) -> Option<Upstream> {
-    let section = item.section(&["base_url", "api", "api_key", "timeouts", "headers", "stream_usage"])?;
+fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
+    let section = setting.section(&["base_url", "api", "api_key", "timeouts", "headers", "stream_usage"])?;
     let apis = [
         ("openai", ApiKind::OpenAi),
         ("azure", ApiKind::Azure),
@@ -48,39 +47,42 @@ fn upstream(name: &str, item: &Item<'_>) -> Option<Upstream> {
     ];
     let stream_usage = [("ask", true), ("never", false)];
     let base_url = section.require("base_url", "https://api.openai.com/v1");
-    Some(Upstream {
+    Some(UpstreamSettings {
         name: name.to_owned(),
-        api: section.get("api").and_then(|i| i.choice(&apis)).unwrap_or(ApiKind::OpenAi),
-        api_key: section.get("api_key").and_then(|i| secret(&i)),
+        api: section.get("api").and_then(|s| s.choice(&apis)).unwrap_or(ApiKind::OpenAi),
+        api_key: section.get("api_key").and_then(|s| s.secret()),
         timeouts: timeouts(&section),
-        headers: section.get("headers").and_then(|i| headers(&i)).unwrap_or_default(),
-        ask_stream_usage: section.get("stream_usage").and_then(|i| i.choice(&stream_usage)).unwrap_or(true),
-        base_url: base_url.and_then(|i| self::base_url(&i))?,
+        headers: section.get("headers").and_then(|s| headers(&s)).unwrap_or_default(),
+        requests_stream_usage: section
+            .get("stream_usage")
+            .and_then(|s| s.choice(&stream_usage))
+            .unwrap_or(true),
+        base_url: base_url.and_then(|s| self::base_url(&s))?,
     })
 }
 
-/// Not repeated in a message: it may hold a password.
-fn base_url(item: &Item<'_>) -> Option<Uri> {
-    let text = item.text()?;
+/// A valid base URL. It may contain a password, so no message contains it.
+fn base_url(setting: &Setting<'_>) -> Option<Uri> {
+    let text = setting.text()?;
     let uri = text.trim_end_matches('/').parse::<Uri>().ok();
     let authority = uri.as_ref().and_then(Uri::authority);
-    let port_is_right = |a: &http::uri::Authority| {
+    let has_valid_port = |a: &http::uri::Authority| {
         let port = a.as_str().rsplit_once(':').filter(|(_, port)| !port.ends_with(']'));
         port.is_none_or(|(_, port)| port.parse::<u16>().is_ok_and(|p| p > 0))
     };
     let scheme = uri.as_ref().and_then(Uri::scheme_str);
     if authority.is_some_and(|a| a.as_str().contains('@')) {
-        item.fault("this must not hold a user name or password; the upstream's key is set as api_key");
+        setting.fault("this URL must not contain a user name or password; set the upstream's key as api_key");
     } else if text.contains(['?', '#']) {
-        item.fault("this must not have a query or a fragment; the caller's own query is passed on");
+        setting.fault("this URL must not have a query or a fragment; remove it (the gateway forwards the caller's query)");
     } else if !matches!(scheme, Some("http" | "https"))
-        || !authority.is_some_and(|a| !a.host().is_empty() && port_is_right(a))
+        || !authority.is_some_and(|a| !a.host().is_empty() && has_valid_port(a))
     {
-        item.fault("this has to be an http or https URL such as https://api.openai.com/v1");
+        setting.fault("this must be an http or https URL such as https://api.openai.com/v1");
     } else if scheme == Some("https")
         && authority.is_none_or(|a| ServerName::try_from(a.host().trim_matches(['[', ']'])).is_err())
     {
-        item.fault("the host cannot be the name of a TLS server");
+        setting.fault("the host is not a valid name of a TLS server; write a DNS name or an IP address");
     } else {
         return uri;
     }
@@ -90,10 +92,10 @@ fn base_url(item: &Item<'_>) -> Option<Uri> {
 fn timeouts(upstream: &Section<'_>) -> Timeouts {
     let section = upstream.section("timeouts", &["connect", "first_byte", "idle", "total"]);
     let get = |name: &str, default: u64| {
-        let item = section.get(name);
-        let duration = item.as_ref().and_then(Item::duration);
-        if let (Some(item), Some(Duration::ZERO)) = (&item, duration) {
-            item.fault("a timeout of 0 would fail every request");
+        let setting = section.get(name);
+        let duration = setting.as_ref().and_then(Setting::duration);
+        if let (Some(setting), Some(Duration::ZERO)) = (&setting, duration) {
+            setting.fault("a timeout of 0 would fail every request; set a longer one or remove the key");
         }
         duration.unwrap_or(Duration::from_secs(default))
     };
@@ -105,25 +107,39 @@ fn timeouts(upstream: &Section<'_>) -> Timeouts {
     }
 }
 
-fn headers(item: &Item<'_>) -> Option<HeaderMap> {
-    let section = item.map("a mapping of names to values")?;
+fn headers(setting: &Setting<'_>) -> Option<HeaderMap> {
+    let section = setting.map("a mapping of names to values")?;
     let mut headers = HeaderMap::new();
-    for (key, item) in section.items() {
+    for (key, setting) in section.entries() {
         let Ok(name) = key.name.parse::<HeaderName>() else {
-            item.findings.fault(&key.place, &section.path, format!("\"{}\" is no header name", key.name));
+            setting.findings.fault(
+                &key.location,
+                &section.path,
+                format!("\"{}\" is not a valid header name", key.name),
+            );
             continue;
         };
         if RESERVED_HEADERS.contains(&name.as_str()) {
-            item.findings.fault(&key.place, &item.path, "this header is the gateway's to set: remove it");
+            setting.findings.fault(
+                &key.location,
+                &setting.path,
+                "the gateway sets this header itself; remove it",
+            );
         }
-        match item.text().map(HeaderValue::from_str) {
+        match setting.text().map(HeaderValue::from_str) {
             Some(Ok(mut value)) => {
                 value.set_sensitive(true);
                 if headers.insert(name, value).is_some() {
-                    item.findings.fault(&key.place, &item.path, "this header stands here twice");
+                    setting.findings.fault(
+                        &key.location,
+                        &setting.path,
+                        "this header is set twice; remove one of them",
+                    );
                 }
             }
-            Some(Err(_)) => item.fault("this value has characters that no header can carry"),
+            Some(Err(_)) => {
+                setting.fault("this value contains a character that a header must not contain; remove it")
+            }
             None => {}
         }
     }

@@ -1,92 +1,93 @@
 //! `${NAME}`, `${NAME:-default}` and `${file:/path}` in values.
 //!
-//! They are filled in after the YAML is parsed, so that no variable's text can become structure.
+//! They are resolved after the YAML is parsed, so that the text of a variable cannot change the structure of the file.
 
 use super::fault::Findings;
-use super::node::{Node, Value, join};
+use super::tree::{YamlNode, YamlValue, join};
 use std::fs::File;
 use std::io::Read as _;
 
-/// Where variables come from.
+/// Returns the value of an environment variable.
 pub(super) type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// `${...}` is hidden from the YAML parser behind characters of a private use plane, so that it may
-/// stand anywhere a plain word may, also within `{ }`.
-const HIDDEN: u32 = 0xF_0000;
-/// Of a file that a `${file:...}` names: it holds a key.
-const LARGEST_FILE: u64 = 64 * 1024;
-/// Of everything that is filled in.
-const MOST_TEXT: usize = 4 << 20;
+/// The first code point of a private use plane. Each ASCII character of a `${...}` is replaced by a character of this
+/// plane before the YAML parser runs. So a `${...}` may appear wherever a plain word may, also within `{ }`.
+const MASK_BASE: u32 = 0xF_0000;
+/// Maximum size in bytes of a file that a `${file:...}` names. Such a file contains a key.
+const MAX_FILE_BYTES: u64 = 64 * 1024;
+/// Maximum size in bytes of all inserted text.
+const MAX_INSERTED_BYTES: usize = 4 << 20;
 
-/// Whether the character is one that this module hides others behind.
-pub(super) fn is_hidden(c: char) -> bool {
-    (HIDDEN..HIDDEN + 128).contains(&u32::from(c))
+/// Whether this module uses the character to replace another one.
+pub(super) fn is_masked(c: char) -> bool {
+    (MASK_BASE..MASK_BASE + 128).contains(&u32::from(c))
 }
 
-/// Puts every `${...}` out of the YAML parser's sight, character by character: places stay right.
-pub(super) fn hide(text: &str) -> String {
-    let hide = |c: char| if c.is_ascii() { char::from_u32(HIDDEN + u32::from(c)).unwrap_or(c) } else { c };
-    let mut hidden = String::with_capacity(text.len());
+/// Masks every `${...}` from the YAML parser, character by character, so that columns do not change.
+pub(super) fn mask(text: &str) -> String {
+    let mask = |c: char| if c.is_ascii() { char::from_u32(MASK_BASE + u32::from(c)).unwrap_or(c) } else { c };
+    let mut masked = String::with_capacity(text.len());
     for mut line in text.split_inclusive('\n') {
         while let Some(start) = line.find("${")
             && let Some(length) = line[start..].find('}')
         {
             let end = start + length + 1;
-            hidden.push_str(&line[..start]);
-            hidden.extend(line[start..end].chars().map(hide));
+            masked.push_str(&line[..start]);
+            masked.extend(line[start..end].chars().map(mask));
             line = &line[end..];
         }
-        hidden.push_str(line);
+        masked.push_str(line);
     }
-    hidden
+    masked
 }
 
-/// What the characters stood for before they were hidden.
-pub(super) fn reveal(text: &str) -> String {
-    let show = |c: char| if is_hidden(c) { char::from_u32(u32::from(c) - HIDDEN).unwrap_or(c) } else { c };
-    text.chars().map(show).collect()
+/// Restores the characters that [`mask`] replaced.
+pub(super) fn unmask(text: &str) -> String {
+    let unmask =
+        |c: char| if is_masked(c) { char::from_u32(u32::from(c) - MASK_BASE).unwrap_or(c) } else { c };
+    text.chars().map(unmask).collect()
 }
 
-/// Replaces every `${...}` in the values of a tree.
-pub(super) fn fill_in(root: &mut Node, lookup: Lookup<'_>, findings: &Findings) {
-    Filling { lookup, findings, filled: 0 }.fill(root, "");
+/// Replaces every `${...}` in the values of a tree and records those that cannot be resolved.
+pub(super) fn fill_in(root: &mut YamlNode, lookup: Lookup<'_>, findings: &Findings) {
+    Resolver { lookup, findings, inserted: 0 }.fill(root, "");
 }
 
-struct Filling<'a> {
+struct Resolver<'a> {
     lookup: Lookup<'a>,
     findings: &'a Findings,
-    /// How much text was filled in.
-    filled: usize,
+    /// Bytes of text inserted so far.
+    inserted: usize,
 }
 
-impl Filling<'_> {
-    fn fill(&mut self, node: &mut Node, path: &str) {
+impl Resolver<'_> {
+    fn fill(&mut self, node: &mut YamlNode, path: &str) {
         match &mut node.value {
-            Value::List(items) => {
+            YamlValue::List(items) => {
                 for (index, item) in items.iter_mut().enumerate() {
                     self.fill(item, &format!("{path}[{index}]"));
                 }
             }
-            Value::Map(entries) => {
+            YamlValue::Map(entries) => {
                 for (key, value) in entries {
                     self.fill(value, &join(path, &key.name));
                 }
             }
-            Value::Scalar(scalar) if !scalar.is_foreign => {
-                let text = reveal(&scalar.text);
+            YamlValue::Scalar(scalar) if !scalar.is_external => {
+                let text = unmask(&scalar.text);
                 if !text.contains("${") {
                     return;
                 }
-                scalar.is_foreign = true;
+                scalar.is_external = true;
                 match self.resolve(&text) {
                     Ok(resolved) => scalar.text = resolved,
                     Err(message) => {
-                        self.findings.fault(&node.place, path, message);
-                        node.value = Value::Unknown;
+                        self.findings.fault(&node.location, path, message);
+                        node.value = YamlValue::Unknown;
                     }
                 }
             }
-            Value::Scalar(_) | Value::Unknown => {}
+            YamlValue::Scalar(_) | YamlValue::Unknown => {}
         }
     }
 
@@ -94,13 +95,13 @@ impl Filling<'_> {
         let mut resolved = String::new();
         let mut rest = text;
         while let Some((before, reference)) = rest.split_once("${") {
-            let (reference, after) = reference.split_once('}').ok_or("\"${\" is not closed by a \"}\"")?;
+            let (reference, after) = reference.split_once('}').ok_or("\"${\" has no closing \"}\"")?;
             let value = self.look_up(reference)?;
-            self.filled += value.len();
-            if self.filled > MOST_TEXT {
+            self.inserted += value.len();
+            if self.inserted > MAX_INSERTED_BYTES {
                 return Err(format!(
-                    "the variables and files of this config hold more than {} MiB",
-                    MOST_TEXT >> 20
+                    "the variables and files of this config are larger than {} MiB together",
+                    MAX_INSERTED_BYTES >> 20
                 ));
             }
             resolved.push_str(before);
@@ -119,26 +120,28 @@ impl Filling<'_> {
             Some((name, default)) => (name, Some(default)),
             None => (reference, None),
         };
-        // What stands here may be a key by mistake: it is not repeated.
+        // The message does not contain the name, which may be a key by mistake.
         if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-            return Err("this names no variable: write ${NAME}, ${NAME:-default} or ${file:/path}".to_owned());
+            return Err(
+                "this is not a valid reference; write ${NAME}, ${NAME:-default} or ${file:/path}".to_owned()
+            );
         }
         if default.is_some_and(|default| default.contains("${")) {
-            return Err("a default cannot hold another ${...}".to_owned());
+            return Err("a default must not contain another ${...}".to_owned());
         }
-        // As in a shell, an empty variable takes the default too.
+        // As in a shell, the default also replaces an empty variable.
         let value = (self.lookup)(name).filter(|value| default.is_none() || !value.is_empty());
         value.or_else(|| default.map(str::to_owned)).ok_or_else(|| {
-            format!("the variable {name} is not set; set it, or give a default: ${{{name}:-value}}")
+            format!("the variable {name} is not set; set it or write a default: ${{{name}:-value}}")
         })
     }
 }
 
 fn read(path: &str) -> std::io::Result<String> {
     let mut content = String::new();
-    File::open(path)?.take(LARGEST_FILE + 1).read_to_string(&mut content)?;
-    if content.len() as u64 > LARGEST_FILE {
-        return Err(std::io::Error::other(format!("it is larger than {} KiB", LARGEST_FILE / 1024)));
+    File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_string(&mut content)?;
+    if content.len() as u64 > MAX_FILE_BYTES {
+        return Err(std::io::Error::other(format!("it is larger than {} KiB", MAX_FILE_BYTES / 1024)));
     }
     Ok(content.trim().to_owned())
 }

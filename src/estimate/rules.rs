@@ -33,7 +33,7 @@ impl Models {
             let counts = match &rule.tokenizer {
                 TokenizerChoice::O200k => Counts::By(Encoding::O200k),
                 TokenizerChoice::Cl100k => Counts::By(Encoding::Cl100k),
-                TokenizerChoice::Like(model) => Counts::Like(model.clone()),
+                TokenizerChoice::SameAs(model) => Counts::Like(model.clone()),
                 TokenizerChoice::File(path) => {
                     let refused = |why| format!("models[{at}].tokenizer: {}: {why}", path.display());
                     Counts::By(Encoding::File(FileVocabulary::load(path).map_err(refused)?))
@@ -72,7 +72,7 @@ mod tests {
     fn the_first_rule_that_matches_comes_before_the_table() {
         let models = rules(&[
             ("my-*", TokenizerChoice::Cl100k),
-            ("prod", TokenizerChoice::Like("gpt-5-mini".to_owned())),
+            ("prod", TokenizerChoice::SameAs("gpt-5-mini".to_owned())),
             ("*", TokenizerChoice::O200k),
         ])
         .unwrap();

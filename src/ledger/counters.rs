@@ -7,7 +7,7 @@ use super::cluster::Cluster;
 use super::overrides::{Limits, QuotaKey};
 use super::usage_history::History;
 use crate::clock::Timestamp;
-use crate::config::{CompletionReserve, Environment, Reserve, WhenShort};
+use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
 use crate::quota::{
     Amounts, Denied, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Shortfall, Subject, Wait,
 };
@@ -22,7 +22,7 @@ const SMALLEST_STEP: u64 = 64;
 #[derive(Clone, Debug)]
 pub struct Rules {
     /// How much is reserved.
-    pub reserve: Reserve,
+    pub reserve: ReserveSettings,
     /// `false`: what does not fit is admitted all the same, and only reported.
     pub enforce: bool,
     /// Requests under way at once.

@@ -3,7 +3,7 @@
 use super::cluster::{Answered, LATEST_MS, Terms};
 use super::{Account, Admission, Counters, Demand, NoRoom, QuotaKey};
 use crate::clock;
-use crate::config::{Environment, Redis};
+use crate::config::{Environment, RedisSettings};
 use crate::quota::Subject;
 use crate::redis::{FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -103,7 +103,7 @@ impl Account {
     pub fn share(
         &mut self,
         environment: &Environment,
-        redis: &Redis,
+        redis: &RedisSettings,
         session: &str,
         stamp: u64,
     ) -> anyhow::Result<()> {

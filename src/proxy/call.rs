@@ -127,7 +127,7 @@ impl Call {
     pub(super) fn describe(&self, record: &mut Record) {
         record.model_label = record.series.as_ref().map(|series| series.label(&self.model));
         logged_name(&self.model).clone_into(&mut record.model);
-        record.streams = self.streams;
+        record.is_stream = self.streams;
         record.estimated_prompt = self.prompt_tokens;
         record.raw_estimate = self.estimate.tokens();
     }
@@ -226,7 +226,7 @@ pub(super) async fn parse(
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
         Endpoint::Uncounted(_) => {
-            let mut call = Call::uncounted(body, content_type, environment.tells_models_apart()).await?;
+            let mut call = Call::uncounted(body, content_type, environment.depends_on_model()).await?;
             if let Some(model) = route.model {
                 model.clone_into(&mut call.model);
             }

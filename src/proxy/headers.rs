@@ -2,7 +2,7 @@
 
 use super::charge::logged_name;
 use super::keys::{GatewayKeyHeaders, KEY_HEADERS};
-use crate::config::{ApiKind, Upstream};
+use crate::config::{ApiKind, UpstreamSettings};
 use crate::error::go_duration;
 use crate::quota::{Kind, QuotaStatus};
 use crate::telemetry::RequestIds;
@@ -20,7 +20,7 @@ const RAW_ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-raw-estimat
 /// `credential` configured. A key of this gateway is never forwarded.
 pub(super) fn for_upstream(
     headers: HeaderMap,
-    upstream: &Upstream,
+    upstream: &UpstreamSettings,
     credential: Option<&Credential>,
     gateway_keys: GatewayKeyHeaders,
 ) -> Vec<(HeaderName, HeaderValue)> {
@@ -52,7 +52,7 @@ pub(super) fn for_upstream(
 pub(super) type Credential = (HeaderName, HeaderValue);
 
 /// The credential of an upstream. `None`: no `api_key` is configured.
-pub(super) fn credential(upstream: &Upstream) -> Option<Credential> {
+pub(super) fn credential(upstream: &UpstreamSettings) -> Option<Credential> {
     let key = upstream.api_key.as_ref()?.expose();
     let (name, text) = match upstream.api {
         ApiKind::OpenAi => (header::AUTHORIZATION, format!("Bearer {key}")),

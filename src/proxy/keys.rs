@@ -1,6 +1,6 @@
 //! API keys: where a caller may send them, and which of them belong to this gateway.
 
-use crate::config::{Config, LONGEST_KEY};
+use crate::config::{Config, MAX_KEY_BYTES};
 use http::HeaderMap;
 use sha2::{Digest as _, Sha256};
 use smallvec::SmallVec;
@@ -98,7 +98,7 @@ impl KeyTable {
 
     /// Finds the owner of a key by its digest, and compares that with the configured digest in constant time.
     pub(super) fn owner(&self, config: &Config, key: &[u8]) -> Option<KeyOwner> {
-        if self.0.is_empty() || key.len() > LONGEST_KEY {
+        if self.0.is_empty() || key.len() > MAX_KEY_BYTES {
             return None;
         }
         let digest: [u8; 32] = Sha256::digest(key).into();

@@ -11,7 +11,7 @@ use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
 use crate::ledger::Progress;
-use crate::telemetry::Outcome;
+use crate::telemetry::RequestOutcome;
 use crate::upstream::Incoming;
 use crate::usage::Reported;
 use bytes::Bytes;
@@ -256,13 +256,13 @@ impl Metered {
             return;
         }
         let Some(reader) = self.reader.as_stream() else {
-            self.close(Outcome::QuotaCut, true, Ending::FlushAndAbort);
+            self.close(RequestOutcome::QuotaCut, true, Ending::FlushAndAbort);
             return;
         };
         let separator = if reader.break_off() { "\n\n" } else { "" };
         let ending = reader.length_ending(self.context.completions);
         self.ready.push_back(format!("{separator}{ending}").into());
-        self.close(Outcome::QuotaCut, true, Ending::Complete);
+        self.close(RequestOutcome::QuotaCut, true, Ending::Complete);
     }
 
     /// Ready when `timeouts.idle` or `timeouts.total` has run out. The timer is only reset when it fires, not for
@@ -287,8 +287,11 @@ impl Metered {
     /// Ends an answer that has arrived as a whole.
     fn complete(&mut self) {
         self.reader.finish(&mut self.ready);
-        let outcome =
-            if self.context.status.as_u16() < 400 { Outcome::Answered } else { Outcome::UpstreamError };
+        let outcome = if self.context.status.as_u16() < 400 {
+            RequestOutcome::Answered
+        } else {
+            RequestOutcome::UpstreamError
+        };
         self.close(outcome, false, Ending::Complete);
     }
 
@@ -312,17 +315,17 @@ impl Metered {
             }
             None => Ending::FlushAndAbort,
         };
-        self.close(Outcome::UpstreamCut, true, ending);
+        self.close(RequestOutcome::UpstreamCut, true, ending);
     }
 
     /// Settles the charge, at once or after counting on the blocking pool. `was_cut`: the answer is incomplete.
-    fn close(&mut self, outcome: Outcome, was_cut: bool, ending: Ending) {
+    fn close(&mut self, outcome: RequestOutcome, was_cut: bool, ending: Ending) {
         let MeterPhase::Passing(mut charge) = std::mem::replace(&mut self.phase, MeterPhase::Settled(ending))
         else {
             return;
         };
-        charge.record.outcome = if self.is_draining { Outcome::CallerGone } else { outcome };
-        if outcome == Outcome::Answered {
+        charge.record.outcome = if self.is_draining { RequestOutcome::CallerGone } else { outcome };
+        if outcome == RequestOutcome::Answered {
             if let Some(reservation) = &mut charge.reservation {
                 reservation.is_whole();
             }
@@ -344,7 +347,7 @@ impl Metered {
     /// endpoint generates tokens.
     fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> Settlement {
         let reported = self.reader.reported();
-        charge.record.reported = reported.is_any();
+        charge.record.is_usage_reported = reported.is_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
         self.record_missing_usage(&charge, reported);
         let MeterContext { status, endpoint, estimated_prompt, tokenizer, .. } = self.context;
@@ -394,7 +397,7 @@ impl Drop for Metered {
     fn drop(&mut self) {
         let phase = std::mem::replace(&mut self.phase, MeterPhase::Settled(Ending::Complete));
         let MeterPhase::Passing(mut charge) = phase else { return };
-        charge.record.outcome = Outcome::CallerGone;
+        charge.record.outcome = RequestOutcome::CallerGone;
         let mut settlement = self.settlement(charge, true);
         match Handle::try_current() {
             Ok(runtime) if !settlement.is_quick() => {

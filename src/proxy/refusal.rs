@@ -8,7 +8,7 @@ use crate::api::Dialect;
 use crate::config::Environment;
 use crate::error::{ProxyError, quota_shape};
 use crate::ledger::NoRoom;
-use crate::telemetry::{Metrics, Outcome, Record};
+use crate::telemetry::{Metrics, Record, RequestOutcome};
 use crate::upstream::SendError;
 use http::header::HeaderValue;
 use http::{Response, StatusCode};
@@ -50,19 +50,19 @@ pub(super) fn respond(
 /// Answers `HEAD /` with 200 and no body.
 pub(super) fn respond_to_root_check(mut record: Record) -> Response<AnswerBody> {
     record.status = StatusCode::OK.as_u16();
-    record.outcome = Outcome::Answered;
+    record.outcome = RequestOutcome::Answered;
     Response::new(AnswerBody::whole(None))
 }
 
-fn outcome(error: &ProxyError) -> Outcome {
+fn outcome(error: &ProxyError) -> RequestOutcome {
     match error {
         ProxyError::QuotaExceeded { .. }
         | ProxyError::TooManyInFlight { .. }
-        | ProxyError::FloodGuard { .. } => Outcome::Rejected,
+        | ProxyError::FloodGuard { .. } => RequestOutcome::Rejected,
         ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => {
-            Outcome::UpstreamFailed
+            RequestOutcome::UpstreamFailed
         }
-        _ => Outcome::Refused,
+        _ => RequestOutcome::Refused,
     }
 }
 

@@ -7,7 +7,7 @@ use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
 use crate::ledger::{Account, Persistence, RestoredState};
-use crate::store::{Signal, Store};
+use crate::store::{Store, WriterControl};
 use crate::telemetry::{Metrics, RequestIds, Series};
 use http::header::HeaderValue;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub struct State {
     /// The counters of each environment, in the order of the config.
     pub accounts: Vec<Arc<Account>>,
     /// The metrics.
-    pub metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     /// In the order of the config.
     pub(super) contexts: Vec<EnvironmentContext>,
     pub(super) models: Models,
@@ -32,7 +32,7 @@ pub struct State {
     /// Whether each upstream has refused `stream_options`, in the order of the config.
     refuses_stream_options: Vec<AtomicBool>,
     /// The status of the store. `None`: nothing is persisted.
-    store: Option<Arc<Signal>>,
+    store: Option<Arc<WriterControl>>,
     draining: AtomicBool,
 }
 
@@ -70,9 +70,9 @@ impl State {
         }
         let mut contexts = Vec::new();
         for environment in &config.environments {
-            let upstream = |u: &Arc<crate::config::Upstream>| Arc::ptr_eq(u, &environment.upstream);
+            let upstream = |u: &Arc<crate::config::UpstreamSettings>| Arc::ptr_eq(u, &environment.upstream);
             contexts.push(EnvironmentContext {
-                series: Arc::new(metrics.of_environment(environment)),
+                series: Arc::new(metrics.series_of(environment)),
                 upstream: config.upstreams.iter().position(upstream).unwrap_or(0),
                 name: environment.name.as_str().into(),
                 callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
@@ -82,11 +82,12 @@ impl State {
         }
         let session = session_id()?;
         let open = |environment: &Arc<Environment>| {
-            let keeper = store.map(|store| -> Arc<dyn Persistence> { store.keeper() });
-            let left = store.map_or_else(|| Ok(RestoredState::default()), |store| store.left(environment))?;
+            let keeper = store.map(|store| -> Arc<dyn Persistence> { store.persistence() });
+            let left = store
+                .map_or_else(|| Ok(RestoredState::default()), |store| store.restored_state(environment))?;
             let mut account = Account::open_with(environment, keeper, &left);
             if let Some(redis) = &config.store.redis {
-                account.share(environment, redis, &session, config.written)?;
+                account.share(environment, redis, &session, config.file_modified_ms)?;
             }
             anyhow::Ok(Arc::new(account))
         };
@@ -100,7 +101,7 @@ impl State {
             request_ids: RequestIds::new(),
             refuses_stream_options: config.upstreams.iter().map(|_| AtomicBool::new(false)).collect(),
             flood: config.server.flood_guard.and_then(FloodLimiter::new),
-            store: store.map(Store::keeper),
+            store: store.map(Store::persistence),
             draining: AtomicBool::new(false),
             config,
         })
@@ -129,7 +130,7 @@ impl State {
     /// Whether the gateway requests usage in streams of this upstream. It does not if `stream_usage` is `never`, or
     /// if the upstream has refused `stream_options`.
     pub(super) fn requests_stream_usage(&self, upstream: usize) -> bool {
-        self.config.upstreams[upstream].ask_stream_usage
+        self.config.upstreams[upstream].requests_stream_usage
             && !self.refuses_stream_options[upstream].load(Ordering::Relaxed)
     }
 
@@ -146,7 +147,7 @@ impl State {
 
     /// Why the store cannot write. `None`: it can, or there is none.
     pub fn store_failure(&self) -> Option<String> {
-        self.store.as_ref()?.trouble()
+        self.store.as_ref()?.unavailable_reason()
     }
 
     /// Requests in flight in all environments.

@@ -1,7 +1,7 @@
-//! The SQLite file: its schema, and every statement.
+//! The SQLite file: its schema and all SQL statements.
 
-use super::window;
-use crate::calibrations::Kept;
+use super::window_name;
+use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{Kind, Pair};
 use crate::ledger::{AuditEntry, Row, Totals};
@@ -11,40 +11,41 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
 use std::path::Path;
 use std::time::Duration;
 
-/// What makes a file of each version from one of the version before; the first from nothing.
+/// The scripts that bring a file from each version to the next one. The first script creates the tables.
 const SCHEMA: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
-/// "Tllg": marks the file as ours.
-const APPLICATION: i64 = 0x546c_6c67;
-/// Who else reads the file with a shell may hold a commit up so long.
-const BUSY: Duration = Duration::from_millis(500);
-/// The log is folded into the file when it has so many pages of 4 KiB: 16 MiB.
-const LOG_PAGES: i64 = 4_096;
-const MINUTES_A_DAY: i64 = 1_440;
-/// So many rows of usage are put together at once: a commit that somebody waits for comes soon after.
-const MOST_FOLDED: i64 = 2_000;
+/// SQLite's application id of a Tollgate store: the letters "Tllg".
+const APPLICATION_ID: i64 = 0x546c_6c67;
+/// How long a statement waits for the lock of another process, for example of an SQLite shell.
+const BUSY_TIMEOUT: Duration = Duration::from_millis(500);
+/// SQLite writes the WAL back to the file when it has this many pages of 4 KiB: 16 MiB.
+const CHECKPOINT_PAGES: i64 = 4_096;
+const MINUTES_PER_DAY: i64 = 1_440;
+/// Maximum number of usage rows that one merge removes, so that a commit of a request has to wait only briefly.
+const MAX_MERGED_ROWS: i64 = 2_000;
 
-/// An open file.
+/// An open store file.
 #[derive(Debug)]
 pub(super) struct Database(Connection);
 
 impl Database {
-    /// `path`: what the file is called, where links lead to it.
+    /// Opens the file and brings its schema up to date. `path` is the path from the config, which may be a link to
+    /// `file`. Error messages contain it.
     pub(super) fn open(file: &Path, path: &Path) -> anyhow::Result<Self> {
         let at = path.display();
-        let mend = |e: &rusqlite::Error| match e.sqlite_error_code() {
+        let fix = |e: &rusqlite::Error| match e.sqlite_error_code() {
             Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-                "it is damaged or no store of Tollgate: move it away to start with full quotas, or restore a copy"
+                "it is damaged or not a store of Tollgate: move it away to start with full quotas, or restore a copy"
             }
             Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied | ErrorCode::CannotOpen) => {
                 "it cannot be written: make the file and its folder writable, or set another path"
             }
             Some(ErrorCode::DiskFull) => "the disk is full: make room, or set another path",
-            _ => "set another path, or store.memory: true to keep nothing",
+            _ => "set another path, or set store.memory: true to store nothing",
         };
         let connection = Self::prepare(file).map_err(|e| match e.downcast::<rusqlite::Error>() {
             Ok(e) => {
-                let mend = mend(&e);
-                anyhow::Error::new(e).context(format!("store.path, {at}, cannot be used: {mend}"))
+                let fix = fix(&e);
+                anyhow::Error::new(e).context(format!("store.path, {at}, cannot be used: {fix}"))
             }
             Err(e) => e.context(format!("store.path, {at}, cannot be used")),
         })?;
@@ -53,75 +54,79 @@ impl Database {
 
     fn prepare(path: &Path) -> anyhow::Result<Connection> {
         let db = Connection::open(path)?;
-        db.busy_timeout(BUSY)?;
+        db.busy_timeout(BUSY_TIMEOUT)?;
         db.set_prepared_statement_cache_capacity(32);
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         let application: i64 = db.pragma_query_value(None, "application_id", |row| row.get(0))?;
         let tables: i64 = db.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
         let known = SCHEMA.len();
-        if application == APPLICATION && usize::try_from(version).is_ok_and(|version| version > known) {
+        if application == APPLICATION_ID && usize::try_from(version).is_ok_and(|version| version > known) {
             anyhow::bail!(
-                "it is of version {version}, and this Tollgate knows up to {known}: run the newer one, or set another path"
+                "it has version {version}, but this Tollgate supports versions up to {known}: run the newer Tollgate, or set another path"
             );
         }
-        if tables > 0 && application != APPLICATION {
-            anyhow::bail!("it is a database of something else: set another path");
+        if tables > 0 && application != APPLICATION_ID {
+            anyhow::bail!("it is a database of another program: set another path");
         }
         // `journal_mode` answers with a row.
         db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
         db.pragma_update(None, "synchronous", "normal")?;
-        db.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
+        db.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
         if tables > 0 {
             Self::check(&db)?;
         }
-        Self::bring_up_to_date(&db, if tables > 0 { usize::try_from(version)? } else { 0 })?;
+        Self::migrate(&db, if tables > 0 { usize::try_from(version)? } else { 0 })?;
         Ok(db)
     }
 
-    /// Makes a file of the version that this program knows, all or nothing.
-    fn bring_up_to_date(db: &Connection, version: usize) -> anyhow::Result<()> {
+    /// Brings the schema to the current version in one transaction.
+    fn migrate(db: &Connection, version: usize) -> anyhow::Result<()> {
         if version == SCHEMA.len() {
             return Ok(());
         }
-        let made = db.unchecked_transaction()?;
+        let transaction = db.unchecked_transaction()?;
         for step in &SCHEMA[version..] {
-            made.execute_batch(step)?;
+            transaction.execute_batch(step)?;
         }
-        made.pragma_update(None, "user_version", i64::try_from(SCHEMA.len())?)?;
-        made.pragma_update(None, "application_id", APPLICATION)?;
-        made.commit().context("it is of an older version and cannot be brought up to date")
+        transaction.pragma_update(None, "user_version", i64::try_from(SCHEMA.len())?)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.commit().context("it has an older version and cannot be migrated")
     }
 
-    /// For looking only, also while a gateway runs on it.
-    pub(super) fn open_to_read(path: &Path) -> rusqlite::Result<Self> {
+    /// Opens the file read-only, also while a gateway uses it.
+    pub(super) fn open_read_only(path: &Path) -> rusqlite::Result<Self> {
         let db = Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-        db.busy_timeout(BUSY)?;
+        db.busy_timeout(BUSY_TIMEOUT)?;
         Ok(Self(db))
     }
 
-    /// A damaged or read-only file is found now and not by the first request. The few small tables are
-    /// looked through; the history, which may be large, is not.
+    /// Detects a damaged or read-only file at start, before the first request does. It checks the small tables and not
+    /// the usage history, which may be large.
     fn check(db: &Connection) -> anyhow::Result<()> {
         for table in ["quota", "totals", "limit_override"] {
-            let mut found = db.prepare(&format!("PRAGMA quick_check({table})"))?;
-            let word: String = found.query_row([], |row| row.get(0))?;
-            anyhow::ensure!(word == "ok", "it is damaged ({word}): move it away to start with full quotas");
+            let mut check = db.prepare(&format!("PRAGMA quick_check({table})"))?;
+            let result: String = check.query_row([], |row| row.get(0))?;
+            anyhow::ensure!(
+                result == "ok",
+                "it is damaged ({result}): move it away to start with full quotas"
+            );
         }
-        // A lock for writing, given back at once.
+        // A write that changes nothing.
         let written = db.execute_batch("BEGIN IMMEDIATE; UPDATE totals SET requests = requests; COMMIT");
         match written {
-            // A full disk is survived: counters go on from memory until there is room.
+            // The gateway starts in spite of a full disk. Counters stay in memory until there is space.
             Err(e) if e.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
                 tracing::error!(
-                    "the disk of the store is full: counters are kept in memory until there is room"
+                    "the disk of store.path is full: counters stay in memory until there is space; make room or set another path"
                 );
                 drop(db.execute_batch("ROLLBACK"));
                 Ok(())
             }
-            other => other.context("a first write has failed"),
+            other => other.context("a test write failed"),
         }
     }
 
+    /// The saved state of a quota.
     pub(super) fn quota(
         &self,
         environment: &str,
@@ -137,7 +142,7 @@ impl Database {
             quota.scope.name(),
             quota.kind.as_str(),
             signed(quota.per.ms),
-            window(quota)
+            window_name(quota)
         ];
         read.query_row(key, |row| {
             Ok(PersistedCounter {
@@ -151,7 +156,7 @@ impl Database {
         .optional()
     }
 
-    /// Limit and burst that an administrator has set.
+    /// The limit and the burst that an administrator has set for a quota.
     pub(super) fn limit_override(
         &self,
         environment: &str,
@@ -162,12 +167,13 @@ impl Database {
                WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
         )?;
         let (scope, name) = (quota.scope.as_str(), quota.scope.name());
-        let key = params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms), window(quota)];
+        let key =
+            params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms), window_name(quota)];
         read.query_row(key, |row| Ok((unsigned(row.get(0)?).max(1), unsigned(row.get(1)?).max(1)))).optional()
     }
 
-    /// What was used from one moment to another, to the minute, or to the day where it has been put
-    /// together by days.
+    /// The usage between two times, by model and caller. It is exact to the minute, or to the day where the rows are
+    /// merged into days.
     pub(super) fn used_between(
         &self,
         environment: &str,
@@ -184,7 +190,7 @@ impl Database {
              WHERE environment = ?1 GROUP BY model, caller",
         )?;
         let minute = |at: Timestamp| at.0.div_euclid(60_000);
-        let between = params![environment, minute(from), minute(to), MINUTES_A_DAY];
+        let between = params![environment, minute(from), minute(to), MINUTES_PER_DAY];
         let rows = read.query_map(between, |row| {
             let n = |at: usize| row.get(at).map(unsigned);
             let amounts = Amounts { requests: n(2)?, prompt: n(3)?, completion: n(4)?, total: n(5)? };
@@ -193,6 +199,7 @@ impl Database {
         rows.collect()
     }
 
+    /// The totals of an environment, and what requests in flight held.
     pub(super) fn totals(&self, environment: &str) -> rusqlite::Result<(Totals, Amounts)> {
         let mut read = self.0.prepare_cached(
             "SELECT requests, rejected, prompt_tokens, completion_tokens, total_tokens,
@@ -208,8 +215,8 @@ impl Database {
         Ok(found.optional()?.unwrap_or_default())
     }
 
-    /// All that was learned of estimates.
-    pub(super) fn calibrations(&self) -> rusqlite::Result<Vec<Kept>> {
+    /// All saved calibrations.
+    pub(super) fn calibrations(&self) -> rusqlite::Result<Vec<SavedCalibration>> {
         let mut read = self.0.prepare("SELECT upstream, model, kind, answers FROM calibration")?;
         let rows = read.query_map([], |row| {
             let (model, kind, answers): (String, String, String) = (row.get(1)?, row.get(2)?, row.get(3)?);
@@ -219,54 +226,60 @@ impl Database {
                 Some(Pair { estimated: estimated.parse().ok()?, reported: reported.parse().ok()? })
             });
             let upstream = row.get(0)?;
-            Ok(known.map(|kind| Kept { upstream, model: model.into(), kind, answers: pairs.collect() }))
+            Ok(known.map(|kind| SavedCalibration {
+                upstream,
+                model: model.into(),
+                kind,
+                answers: pairs.collect(),
+            }))
         })?;
         rows.filter_map(Result::transpose).collect()
     }
 
-    /// One transaction: all that `write` writes, or nothing.
+    /// Runs `write` in one transaction and commits it.
     pub(super) fn commit(
         &self,
         write: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
     ) -> rusqlite::Result<()> {
-        // Prepared once, unlike the library's own transactions: this happens a thousand times a second.
+        // Cached statements, because this runs a thousand times a second. The transactions of rusqlite prepare theirs
+        // each time.
         self.0.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
         let written = write(&Transaction(&self.0)).and_then(|()| {
             self.0.prepare_cached("COMMIT")?.execute([])?;
             Ok(())
         });
         if written.is_err() && !self.0.is_autocommit() {
-            // What has failed has said why; whether this fails too adds nothing.
+            // The first error is returned. A failed rollback adds no information.
             drop(self.0.execute_batch("ROLLBACK"));
         }
         written
     }
 
-    /// Usage that lies before this minute becomes one row a day, model and caller: the oldest rows of one
-    /// day, and no more of them than are put together in a moment. Returns whether there were any.
-    pub(super) fn fold_oldest(&mut self, before_minute: i64) -> rusqlite::Result<bool> {
+    /// Merges the oldest usage rows before this minute into one row per day, model and caller: rows of one day, at most
+    /// [`MAX_MERGED_ROWS`]. Returns whether it merged any.
+    pub(super) fn merge_oldest_usage(&mut self, before_minute: i64) -> rusqlite::Result<bool> {
         let oldest: Option<i64> = self.0.query_row("SELECT min(minute) FROM usage", [], |row| row.get(0))?;
         let Some(oldest) = oldest.filter(|&minute| minute < before_minute) else { return Ok(false) };
-        let day = oldest.div_euclid(MINUTES_A_DAY);
-        let end = before_minute.min((day + 1) * MINUTES_A_DAY);
+        let day = oldest.div_euclid(MINUTES_PER_DAY);
+        let end = before_minute.min((day + 1) * MINUTES_PER_DAY);
         let transaction = self.0.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        // The last row that belongs to them, in the order of the key.
+        // The temporary table contains the key of the last row to merge, in the order of the primary key.
         transaction
-            .execute_batch("CREATE TEMP TABLE IF NOT EXISTS fold (minute, environment, model, caller)")?;
-        transaction.execute("DELETE FROM temp.fold", [])?;
+            .execute_batch("CREATE TEMP TABLE IF NOT EXISTS merged (minute, environment, model, caller)")?;
+        transaction.execute("DELETE FROM temp.merged", [])?;
         transaction.execute(
-            "INSERT INTO temp.fold SELECT minute, environment, model, caller FROM (
+            "INSERT INTO temp.merged SELECT minute, environment, model, caller FROM (
                  SELECT minute, environment, model, caller FROM usage WHERE minute < ?1
                  ORDER BY minute, environment, model, caller LIMIT ?2
              ) ORDER BY minute DESC, environment DESC, model DESC, caller DESC LIMIT 1",
-            [end, MOST_FOLDED],
+            [end, MAX_MERGED_ROWS],
         )?;
         transaction.execute(
             "INSERT INTO usage_daily
              SELECT ?1, environment, model, caller, sum(requests), sum(rejections), sum(prompt_tokens),
                     sum(completion_tokens), sum(total_tokens)
              FROM usage
-             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.fold)
+             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.merged)
              GROUP BY environment, model, caller
              ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
                  rejections = rejections + excluded.rejections,
@@ -277,7 +290,7 @@ impl Database {
         )?;
         transaction.execute(
             "DELETE FROM usage
-             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.fold)",
+             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.merged)",
             [],
         )?;
         transaction.commit()?;
@@ -285,7 +298,7 @@ impl Database {
     }
 }
 
-/// What was used of a model by a caller.
+/// The usage of one model by one caller.
 #[derive(Debug)]
 pub(super) struct Used {
     pub(super) model: String,
@@ -293,7 +306,7 @@ pub(super) struct Used {
     pub(super) amounts: Amounts,
 }
 
-/// What a commit writes.
+/// The statements of one commit.
 pub(super) struct Transaction<'a>(&'a Connection);
 
 impl Transaction<'_> {
@@ -312,7 +325,7 @@ impl Transaction<'_> {
             quota.scope.name(),
             quota.kind.as_str(),
             signed(quota.per.ms),
-            window(quota),
+            window_name(quota),
             quota.per.text,
             signed(quota.limit),
             saved.used,
@@ -353,7 +366,7 @@ impl Transaction<'_> {
                     quota.scope.name(),
                     quota.kind.as_str(),
                     signed(quota.per.ms),
-                    window(quota),
+                    window_name(quota),
                     quota.per.text,
                     signed(quota.limit),
                     signed(quota.capacity()),
@@ -369,8 +382,8 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    pub(super) fn calibration(&self, kept: &Kept) -> rusqlite::Result<()> {
-        let Kept { upstream, model, kind, answers } = kept;
+    pub(super) fn calibration(&self, calibration: &SavedCalibration) -> rusqlite::Result<()> {
+        let SavedCalibration { upstream, model, kind, answers } = calibration;
         if answers.is_empty() {
             let mut delete = self
                 .0

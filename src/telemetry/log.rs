@@ -1,8 +1,8 @@
-//! Log lines: JSON, one a line, on standard error.
+//! Log lines: one JSON object per line, on standard error.
 //!
-//! Lines are put into a buffer that a thread of its own writes out, so that a slow terminal or pipe
-//! never holds up a request; while it writes, the next lines gather (no timer, no line later than a
-//! few milliseconds). A reader that stalls for long loses lines, and is told how many.
+//! Requests add lines to a buffer, and a separate thread writes the buffer to standard error. So a slow terminal or pipe
+//! never delays a request. A line is written a few milliseconds later at most. If the reader of standard error stalls for
+//! long, lines are dropped, and a later line reports their number.
 
 use super::Record;
 use crate::clock::{self, Timestamp};
@@ -16,15 +16,15 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// More than this is not kept for a reader that does not read.
-const MOST_WAITING: usize = 8 * 1024 * 1024;
-/// Lines that come within this time leave in one write.
-const GATHER: Duration = Duration::from_millis(5);
+/// Maximum size of the buffer in bytes. Further lines are dropped.
+const MAX_BUFFER_BYTES: usize = 8 * 1024 * 1024;
+/// Lines that arrive within this time are written together.
+const BATCH_TIME: Duration = Duration::from_millis(5);
 
-/// Where this process's log lines go, once that is set up.
+/// The output of this process, once logging is initialised.
 static OUTPUT: OnceLock<LogOutput> = OnceLock::new();
 
-/// The line of one request, in the shape of all other lines.
+/// The log line of one request. It has the same form as the lines of `tracing`.
 #[derive(Serialize)]
 struct RequestLine<'a> {
     timestamp: &'a str,
@@ -45,16 +45,16 @@ struct RequestLine<'a> {
     completion_tokens: u64,
     total_tokens: u64,
     usage_reported: bool,
-    /// Durations in microseconds.
+    // Durations in microseconds.
     first_byte_us: Option<u64>,
     overhead_us: Option<u64>,
     duration_us: u64,
 }
 
-/// Writes the line of one request: what it was, how it ended, what it cost. No body, no key.
+/// Writes the log line of one request. It contains no body and no key.
 ///
-/// Written directly: through the general formatter this line took a third of all the CPU that the
-/// gateway used for a small request (measured: 10 of 35 microseconds).
+/// This function writes the line directly. Through the formatter of `tracing` the line took 10 of the 35 microseconds of
+/// CPU that the gateway used for a small request (measured).
 pub(super) fn request(record: &Record, elapsed: Duration) {
     if !tracing::enabled!(target: "tollgate::request", tracing::Level::INFO) {
         return;
@@ -74,49 +74,52 @@ pub(super) fn request(record: &Record, elapsed: Duration) {
             outcome: record.outcome.as_str(),
             status: record.status,
             error: record.error,
-            stream: record.streams,
+            stream: record.is_stream,
             estimated_prompt_tokens: record.estimated_prompt,
             prompt_tokens: record.charged.prompt,
             completion_tokens: record.charged.completion,
             total_tokens: record.charged.total,
-            usage_reported: record.reported,
+            usage_reported: record.is_usage_reported,
             first_byte_us: record.first_byte.map(us),
             overhead_us: record.overhead.map(us),
             duration_us: us(elapsed),
         };
-        // Neither these values nor a vector can fail to be written.
+        // Writing these values to a vector cannot fail.
         drop(serde_json::to_writer(&mut *buffer, &line));
         buffer.push(b'\n');
     });
 }
 
-/// Where log lines go until the process ends.
+/// The buffer and the thread that writes it.
 #[derive(Clone)]
-pub struct LogOutput(Arc<Shared>);
+pub(crate) struct LogOutput(Arc<LogState>);
 
-struct Shared {
-    buffer: Mutex<Buffer>,
+struct LogState {
+    buffer: Mutex<LogBuffer>,
+    /// Wakes the writing thread.
     filled: Condvar,
+    /// Wakes threads that wait in [`LogOutput::flush`].
     written: Condvar,
 }
 
 #[derive(Default)]
-struct Buffer {
+struct LogBuffer {
     bytes: Vec<u8>,
-    lost: u64,
+    /// Number of lines dropped because the buffer was full.
+    dropped: u64,
     is_writing: bool,
-    clock: Clock,
+    time: TimeText,
 }
 
-/// The time of day as text, written anew once a millisecond at most.
+/// The current time as text, formatted at most once per millisecond.
 #[derive(Default)]
-struct Clock {
+struct TimeText {
     at: Timestamp,
     text: String,
 }
 
-impl Clock {
-    fn text(&mut self) -> &str {
+impl TimeText {
+    fn current(&mut self) -> &str {
         let now = clock::now();
         if now != self.at || self.text.is_empty() {
             self.at = now;
@@ -127,9 +130,9 @@ impl Clock {
     }
 }
 
-/// Sets up logging for the process. `RUST_LOG` decides what is logged; without it everything from
-/// `info` on. Fails silently if it was set up before.
-pub fn init_logging() -> LogOutput {
+/// Initialises logging for the process. `RUST_LOG` selects what is logged. Default: everything from level `info` on. It
+/// has no effect if logging was initialised before.
+pub(crate) fn init_logging() -> LogOutput {
     let output = LogOutput::start();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer()
@@ -139,7 +142,7 @@ pub fn init_logging() -> LogOutput {
         .with_span_list(false)
         .with_writer(output.clone());
     if tracing_subscriber::registry().with(filter).with(lines).try_init().is_ok() {
-        // The first to set up logging decides where it goes.
+        // The first initialisation decides where log lines go.
         drop(OUTPUT.set(output.clone()));
     }
     output
@@ -148,41 +151,41 @@ pub fn init_logging() -> LogOutput {
 impl LogOutput {
     fn start() -> Self {
         let shared =
-            Arc::new(Shared { buffer: Mutex::default(), filled: Condvar::new(), written: Condvar::new() });
+            Arc::new(LogState { buffer: Mutex::default(), filled: Condvar::new(), written: Condvar::new() });
         let writer = shared.clone();
         let started = thread::Builder::new().name("log".into()).spawn(move || writer.write_out());
         if let Err(error) = started {
-            eprintln!("log lines cannot be written: {error}");
+            eprintln!("tollgate: the thread that writes log lines cannot be started: {error}");
         }
         Self(shared)
     }
 
-    /// Puts a line into the buffer, unless that is full.
+    /// Adds a line to the buffer, or drops it if the buffer is full.
     fn add(&self, write: impl FnOnce(&mut Vec<u8>, &str)) {
         let mut guard = self.0.lock();
         let buffer = &mut *guard;
-        if buffer.bytes.len() > MOST_WAITING {
-            buffer.lost += 1;
+        if buffer.bytes.len() > MAX_BUFFER_BYTES {
+            buffer.dropped += 1;
             return;
         }
         let wakes = buffer.bytes.is_empty() && !buffer.is_writing;
-        write(&mut buffer.bytes, buffer.clock.text());
+        write(&mut buffer.bytes, buffer.time.current());
         drop(guard);
         if wakes {
             self.0.filled.notify_one();
         }
     }
 
-    /// Waits until everything logged so far is written, at most a second.
-    pub fn flush(&self) {
+    /// Waits until all lines so far are written, at most a second.
+    pub(crate) fn flush(&self) {
         let buffer = self.0.lock();
-        let is_busy = |b: &mut Buffer| b.is_writing || !b.bytes.is_empty();
+        let is_busy = |b: &mut LogBuffer| b.is_writing || !b.bytes.is_empty();
         drop(self.0.written.wait_timeout_while(buffer, Duration::from_secs(1), is_busy));
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Buffer> {
+impl LogState {
+    fn lock(&self) -> MutexGuard<'_, LogBuffer> {
         self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -197,17 +200,17 @@ impl Shared {
             }
             buffer.is_writing = true;
             drop(buffer);
-            thread::sleep(GATHER);
+            thread::sleep(BATCH_TIME);
             let mut buffer = self.lock();
             std::mem::swap(&mut bytes, &mut buffer.bytes);
-            let lost = std::mem::take(&mut buffer.lost);
+            let dropped = std::mem::take(&mut buffer.dropped);
             drop(buffer);
-            if lost > 0 {
+            if dropped > 0 {
                 bytes.extend_from_slice(
-                    format!("{{\"level\":\"WARN\",\"message\":\"{lost} log lines were lost: their reader is too slow\"}}\n").as_bytes(),
+                    format!("{{\"level\":\"WARN\",\"message\":\"{dropped} log lines were dropped, because the reader of standard error is too slow\"}}\n").as_bytes(),
                 );
             }
-            // Nobody is left to be told if standard error is gone.
+            // There is no other place for this error than standard error.
             drop(io::stderr().write_all(&bytes));
             bytes.clear();
         }
@@ -215,17 +218,17 @@ impl Shared {
 }
 
 impl<'a> MakeWriter<'a> for LogOutput {
-    type Writer = Line<'a>;
+    type Writer = LogLine<'a>;
 
-    fn make_writer(&'a self) -> Line<'a> {
-        Line(self)
+    fn make_writer(&'a self) -> LogLine<'a> {
+        LogLine(self)
     }
 }
 
-/// One log line: it arrives in one piece.
-pub struct Line<'a>(&'a LogOutput);
+/// Writes one log line. `tracing` passes each line in one call.
+pub(crate) struct LogLine<'a>(&'a LogOutput);
 
-impl Write for Line<'_> {
+impl Write for LogLine<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.0.add(|buffer, _| buffer.extend_from_slice(line));
         Ok(line.len())

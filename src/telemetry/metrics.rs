@@ -1,6 +1,6 @@
-//! Names, labels and buckets of every metric, and one function per event.
+//! The names, labels and buckets of all metrics, and one function for each event.
 
-use super::{Outcome, Record};
+use super::{Record, RequestOutcome};
 use crate::config::Environment;
 use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
 use crate::glob::Glob;
@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 
 /// All metrics of one gateway.
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     rejections: IntCounterVec,
@@ -39,28 +39,28 @@ impl Metrics {
     /// Registers every metric.
     ///
     /// # Errors
-    /// Two metrics have one name: a slip in this file that every test finds.
-    pub fn new() -> prometheus::Result<Self> {
+    /// Two metrics have the same name. That is a mistake in this file, which every test detects.
+    pub(crate) fn new() -> prometheus::Result<Self> {
         let r = Registry::new();
         let quota = ["environment", "kind", "per"];
         let ratios = [0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0];
         let estimates = counters(
             &r,
             "tollgate_estimates_total",
-            "Prompt estimates by what counted them and by whether all of the prompt could be counted.",
+            "Prompt estimates, by tokenizer and by whether the whole prompt was counted.",
             &["tokenizer", "estimate"],
         )?;
         let metrics = Self {
             requests: counters(
                 &r,
                 "tollgate_requests_total",
-                "Requests by how they ended.",
+                "Requests, by outcome.",
                 &["environment", "api", "outcome"],
             )?,
             rejections: counters(
                 &r,
                 "tollgate_rejections_total",
-                "Requests refused for want of room.",
+                "Requests that a quota or limit denied; shadow=\"true\": denials that were not enforced.",
                 &["environment", "code", "kind", "per", "shadow"],
             )?,
             tokens: counters(
@@ -69,32 +69,47 @@ impl Metrics {
                 "Tokens charged.",
                 &["environment", "model", "kind"],
             )?,
-            quota_limit: gauges(&r, "tollgate_quota_limit", "Limit of an environment's quota.", &quota)?,
-            quota_level: gauges(&r, "tollgate_quota_level", "What is left of it; below zero: debt.", &quota)?,
-            quota_held: gauges(&r, "tollgate_quota_held", "What requests in flight hold of it.", &quota)?,
-            in_flight: gauges(&r, "tollgate_in_flight", "Requests and streams under way.", &["environment"])?,
+            quota_limit: gauges(&r, "tollgate_quota_limit", "Limit of a quota of the environment.", &quota)?,
+            quota_level: gauges(
+                &r,
+                "tollgate_quota_level",
+                "Amount that is left of the quota; below zero it is debt.",
+                &quota,
+            )?,
+            quota_held: gauges(
+                &r,
+                "tollgate_quota_held",
+                "Amount of the quota that requests in flight hold.",
+                &quota,
+            )?,
+            in_flight: gauges(
+                &r,
+                "tollgate_in_flight",
+                "Requests in flight, streams included.",
+                &["environment"],
+            )?,
             overhead: histogram(
                 &r,
                 "tollgate_overhead_seconds",
-                "The gateway's own time per request: reading it, counting, reserving, preparing the answer.",
+                "Time the gateway itself uses per request: reading, counting, reserving, preparing the answer.",
                 &[0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05, 0.25],
             )?,
             first_byte: histogram(
                 &r,
                 "tollgate_upstream_first_byte_seconds",
-                "From the request sent to the head of the answer.",
+                "Time from the end of the request to the head of the upstream's answer.",
                 &[0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0],
             )?,
             estimate_ratio: histogram(
                 &r,
                 "tollgate_estimate_ratio",
-                "Prompt tokens reserved before the call, divided by those reported after it.",
+                "Prompt tokens reserved for a request, divided by those the upstream reported.",
                 &ratios,
             )?,
             raw_estimate_ratio: histogram(
                 &r,
                 "tollgate_raw_estimate_ratio",
-                "The same before estimates are corrected by what was learned.",
+                "Prompt tokens estimated without correction, divided by those the upstream reported.",
                 &ratios,
             )?,
             estimates: TOKENIZERS
@@ -106,45 +121,54 @@ impl Metrics {
             usage_missing: counters(
                 &r,
                 "tollgate_usage_missing_total",
-                "Answers whose usage was counted here.",
+                "Answers without credible usage, which the gateway charged by its own count.",
                 &["environment", "reason"],
             )?,
-            store_up: register(&r, IntGauge::new("tollgate_store_up", "1 while counters can be kept.")?)?,
+            store_up: register(
+                &r,
+                IntGauge::new(
+                    "tollgate_store_up",
+                    "1 while the store can be written, so that counters are durable.",
+                )?,
+            )?,
             shared_up: gauges(
                 &r,
                 "tollgate_shared_up",
-                "1 while an environment's counters are shared through Redis, 0 while they are this node's own.",
+                "1 while the counters of the environment are shared through Redis, 0 while this node is offline.",
                 &["environment"],
             )?,
             shared_nodes: gauges(
                 &r,
                 "tollgate_shared_nodes",
-                "Nodes that share an environment's counters, as last heard.",
+                "Nodes that share the counters of the environment, by the last answer of Redis.",
                 &["environment"],
             )?,
             shared_faults: gauges(
                 &r,
                 "tollgate_shared_faults",
-                "Settings of the Redis server that lose counts or refuse calls; the log and /readyz name them.",
+                "Wrong settings of the Redis server, which can lose counts or refuse requests; the log and /readyz name them.",
                 &["environment"],
             )?,
             shared_losses: gauges(
                 &r,
                 "tollgate_shared_losses_total",
-                "How often Redis was lost.",
+                "Number of times the connection to Redis was lost.",
                 &["environment"],
             )?,
             registry: r,
         };
-        // Stays at 0 until configs are reloaded; dashboards can be built on it already.
+        // This version does not reload configs, so the metric stays 0. It exists so that dashboards can use it already.
         register(
             &metrics.registry,
-            IntCounter::new("tollgate_config_reload_failures_total", "New configs that were refused.")?,
+            IntCounter::new(
+                "tollgate_config_reload_failures_total",
+                "Reloads that failed because the new config was invalid.",
+            )?,
         )?;
         Ok(metrics)
     }
 
-    /// A request has ended.
+    /// Counts a request that has ended.
     pub(super) fn request(&self, record: &Record) {
         match &record.series {
             Some(series) => series.request(self, record),
@@ -156,7 +180,8 @@ impl Metrics {
         if let Some(overhead) = record.overhead {
             self.overhead.observe(overhead.as_secs_f64());
         }
-        if record.outcome == Outcome::Answered && record.reported_prompt > 0 && record.raw_estimate > 0 {
+        if record.outcome == RequestOutcome::Answered && record.reported_prompt > 0 && record.raw_estimate > 0
+        {
             #[allow(clippy::cast_precision_loss)] // ratios for a histogram
             let [reserved, counted, reported] =
                 [record.estimated_prompt, record.raw_estimate, record.reported_prompt].map(|n| n as f64);
@@ -165,16 +190,16 @@ impl Metrics {
         }
     }
 
-    /// A request was refused for want of room; with `shadow` it would have been, were quotas enforced.
-    pub fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>, shadow: bool) {
+    /// Counts a denial by a quota or limit. `shadow`: the environment does not enforce its quotas.
+    pub(crate) fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>, shadow: bool) {
         let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.text.as_str()));
         let shadow = if shadow { "true" } else { "" };
         self.rejections.with_label_values(&[environment, code, kind, per, shadow]).inc();
     }
 
-    /// A prompt was estimated.
-    pub fn estimated(&self, tokenizer: Tokenizer, estimate: &PromptEstimate) {
-        let by = match (tokenizer.encoding, estimate.knows_model) {
+    /// Counts a prompt estimate.
+    pub(crate) fn estimated(&self, tokenizer: Tokenizer, estimate: &PromptEstimate) {
+        let tokenizer = match (tokenizer.encoding, estimate.knows_model) {
             (Encoding::File(_), _) => 2,
             (_, false) => 4,
             _ if tokenizer.percent != 100 => 3,
@@ -182,21 +207,21 @@ impl Metrics {
             (Encoding::Cl100k, _) => 1,
         };
         let coverage = if estimate.is_rough { 2 } else { usize::from(estimate.is_partial) };
-        if let Some(counter) = self.estimates.get(by * COVERAGE.len() + coverage) {
+        if let Some(counter) = self.estimates.get(tokenizer * COVERAGE.len() + coverage) {
             counter.inc();
         }
     }
 
-    /// An answer did not say what it cost, or not credibly.
-    pub fn usage_missing(&self, environment: &str, reason: &str) {
+    /// Counts an answer without credible usage.
+    pub(crate) fn usage_missing(&self, environment: &str, reason: &str) {
         self.usage_missing.with_label_values(&[environment, reason]).inc();
     }
 
-    /// Everything in Prometheus's text format, with the counters of these accounts as they stand now.
+    /// Returns all metrics in Prometheus's text format, with the current levels of these accounts.
     ///
     /// # Errors
-    /// A metric cannot be written as text.
-    pub fn render(
+    /// A metric cannot be encoded as text.
+    pub(crate) fn render(
         &self,
         accounts: &[(Arc<Environment>, Arc<Account>)],
         store_is_up: bool,
@@ -219,20 +244,20 @@ impl Metrics {
                 self.quota_held.with_label_values(&labels).set(signed(level.held));
             }
         }
-        // To Prometheus a label without a value is no label; other readers need not know that.
+        // An empty label equals an absent one in Prometheus. It is removed for other readers of this text.
         Ok(TextEncoder::new().encode_to_string(&self.registry.gather())?.replace(r#",shadow="""#, ""))
     }
 
-    /// The series of an environment, visible before its first request.
-    pub(crate) fn of_environment(&self, environment: &Environment) -> Series {
+    /// The series of an environment. It creates the most important ones, so that they exist before the first request.
+    pub(crate) fn series_of(&self, environment: &Environment) -> Series {
         let series = Series {
             environment: environment.name.clone(),
             globs: environment.models.clone(),
-            requests: (0..APIS.len() * Outcome::ALL.len()).map(|_| OnceLock::new()).collect(),
+            requests: (0..APIS.len() * RequestOutcome::ALL.len()).map(|_| OnceLock::new()).collect(),
             tokens: (0..=KNOWN_MODELS.len() + environment.models.len()).map(|_| OnceLock::new()).collect(),
         };
         series.tokens(self, ModelLabel(KNOWN_MODELS.len() + environment.models.len()));
-        for outcome in [Outcome::Answered, Outcome::Rejected] {
+        for outcome in [RequestOutcome::Answered, RequestOutcome::Rejected] {
             series.requests(self, "chat", outcome);
         }
         for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
@@ -245,34 +270,35 @@ impl Metrics {
     }
 }
 
-/// The counters of one environment that every request adds to, each looked up once: by label values
-/// they took a microsecond of every request.
+/// The counters of one environment that every request updates. Each is looked up once. A lookup by label values for
+/// every request took a microsecond.
 #[derive(Debug)]
 pub(crate) struct Series {
     environment: String,
     globs: Vec<Glob>,
-    /// By API and outcome.
+    /// Indexed by API and outcome.
     requests: Box<[OnceLock<IntCounter>]>,
-    /// By model label: prompt, completion, total.
+    /// Indexed by model label. Each has the counters of prompt, completion and total tokens.
     tokens: Box<[OnceLock<[IntCounter; 3]>]>,
 }
 
-/// What a model is called in metrics.
+/// The index of a model's label in metrics: known models, then the globs of the environment, then `other`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ModelLabel(usize);
 
-/// What counts: a vocabulary of the model's own; one in proportion to which its family counts; one in
-/// proportion to which models that nobody knows are taken to count.
+/// Values of the `tokenizer` label. The first three are exact vocabularies of the model. `family` is a scaled vocabulary
+/// for the model's family. `fallback` is a scaled vocabulary for unknown models.
 const TOKENIZERS: [&str; 5] = ["o200k_base", "cl100k_base", "file", "family", "fallback"];
-/// All of the prompt was counted; some of it is elsewhere; there was too much of it.
+/// Values of the `estimate` label: the whole prompt was counted; a part is outside the request; the prompt was too long to
+/// be counted exactly.
 const COVERAGE: [&str; 3] = ["whole", "partial", "rough"];
 
 /// Values of the `api` label.
 const APIS: &[&str] = &["none", "chat", "completions", "embeddings", "models", "root", "other"];
 
 impl Series {
-    /// A known name, the entry of the environment's list that allows it, or `other`: the number of
-    /// series is bounded by the config.
+    /// The label of a model: its name if it is a known one, else the glob of the environment that matches it, else `other`.
+    /// So the config bounds the number of series.
     pub(crate) fn label(&self, model: &str) -> ModelLabel {
         let known = KNOWN_MODELS.iter().position(|known| *known == model);
         let listed = || self.globs.iter().position(|glob| glob.matches(model));
@@ -284,9 +310,9 @@ impl Series {
         KNOWN_MODELS.get(label.0).copied().or_else(listed).unwrap_or("other")
     }
 
-    fn requests(&self, metrics: &Metrics, api: &str, outcome: Outcome) -> &IntCounter {
+    fn requests(&self, metrics: &Metrics, api: &str, outcome: RequestOutcome) -> &IntCounter {
         let api = APIS.iter().position(|known| *known == api).unwrap_or(0);
-        self.requests[api * Outcome::ALL.len() + outcome as usize].get_or_init(|| {
+        self.requests[api * RequestOutcome::ALL.len() + outcome as usize].get_or_init(|| {
             metrics.requests.with_label_values(&[&self.environment, APIS[api], outcome.as_str()])
         })
     }
@@ -336,7 +362,7 @@ fn histogram(r: &Registry, name: &str, help: &str, buckets: &[f64]) -> prometheu
     register(r, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
 }
 
-/// Models whose names are public: they may stand in metrics. Any other name a caller can make up.
+/// Public model names, which may appear in metrics. Callers can invent any other name.
 const KNOWN_MODELS: &[&str] = &[
     "gpt-3.5-turbo",
     "gpt-4",

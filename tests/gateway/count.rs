@@ -65,13 +65,13 @@ async fn count_shows_what_the_gateway_has_learned() {
     );
     std::fs::write(&file, &text).unwrap();
     let explain = || run(&["count", "--explain", "--config", file.to_str().unwrap()], HELLO).1;
-    assert!(explain().contains("nothing was learned of the like yet"), "{}", explain());
+    assert!(explain().contains("there is no answer for this model and kind yet"), "{}", explain());
     let gateway = Gateway::from_config(&text).await;
     for _ in 0..5 {
         assert_eq!(gateway.chat(HELLO).await.status, 200);
     }
     soon("what was learned to be kept", async {
-        while !explain().contains("corrected      48 at backend, by its last") {
+        while !explain().contains("corrected      48 for upstream backend, from its last") {
             gateway.chat(HELLO).await;
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

@@ -131,7 +131,7 @@ async fn a_shutdown_lets_streams_end_and_accepts_nothing_more() {
     assert_eq!(caller.chunk().await, Some(vec![]));
     assert!(caller.is_closed().await);
     let report = ending.await.unwrap();
-    assert_eq!((report.under_way, report.cut_off), (1, 0));
+    assert_eq!((report.in_flight, report.cut_off), (1, 0));
 }
 
 #[tokio::test]
@@ -147,7 +147,7 @@ async fn what_does_not_end_in_time_is_cut_off() {
     caller.head().await;
     caller.chunk().await;
     let report = gateway.shutdown().await;
-    assert_eq!((report.under_way, report.cut_off), (1, 1));
+    assert_eq!((report.in_flight, report.cut_off), (1, 1));
     assert_eq!(caller.chunk().await, None);
 }
 

@@ -1,32 +1,34 @@
-//! What is allowed, but probably not meant, or not in force.
+//! Warnings: settings that are allowed but probably not intended, or that have no effect yet.
 
 use super::*;
 
-/// The warnings, one a line.
-fn told(text: &str) -> String {
-    let loaded = read(text).unwrap_or_else(|faults| panic!("{faults}\n--- of\n{text}"));
+/// The warnings, one per line.
+fn warnings(text: &str) -> String {
+    let loaded = read(text).unwrap_or_else(|faults| panic!("{faults}\n--- config\n{text}"));
     loaded.warnings.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 #[test]
-fn what_is_probably_not_meant_is_a_warning() {
+fn a_setting_that_is_probably_not_intended_gives_a_warning() {
     let key = with_upstream("base_url: 'http://u', api_key: k");
-    assert!(told(&key).contains("environments.prod: this environment is open"));
-    assert!(!told(&(key + "    keys: [{ name: a, secret: sixteen-letters-1 }]\n")).contains("open"));
-    let nobodys = told(&with("keys: [{ name: a, secret: sixteen-letters-1 }]"));
-    assert!(nobodys.contains("environments.prod: the keys of this environment are never sent upstream, and upstream \"up\" has no api_key"), "{nobodys}");
-    assert!(told(&MINIMAL.replace("{ requests: { limit: 5, per: minute } }", "{}")).contains("has no quota"));
+    assert!(warnings(&key).contains("environments.prod: this environment is open"));
+    assert!(!warnings(&(key + "    keys: [{ name: a, secret: sixteen-letters-1 }]\n")).contains("open"));
+    let keyless = warnings(&with("keys: [{ name: a, secret: sixteen-letters-1 }]"));
+    assert!(keyless.contains("environments.prod: the keys of this environment are never sent upstream, and upstream \"up\" has no api_key"), "{keyless}");
     assert!(
-        told(&MINIMAL.replace("quotas: { requests: { limit: 5, per: minute } }", ""))
+        warnings(&MINIMAL.replace("{ requests: { limit: 5, per: minute } }", "{}")).contains("has no quota")
+    );
+    assert!(
+        warnings(&MINIMAL.replace("quotas: { requests: { limit: 5, per: minute } }", ""))
             .contains("has no quota")
     );
-    let short = told(&with("keys: [{ name: a, secret: not-so-long-a-1 }]"));
+    let short = warnings(&with("keys: [{ name: a, secret: not-so-long-a-1 }]"));
     assert!(short.contains("t.yaml:7:31: environments.prod.keys[0].secret: this key is shorter"), "{short}");
     assert!(!short.contains("not-so"));
 }
 
 #[test]
-fn a_reserve_that_no_request_could_ever_have_is_a_warning() {
+fn a_reservation_that_can_never_fit_gives_a_warning() {
     let quotas =
         "quotas: { total_tokens: [{ limit: 500, per: minute, burst: 600 }, { limit: 1M, per: day }] }";
     let with = |reserve: &str| {
@@ -38,14 +40,17 @@ fn a_reserve_that_no_request_could_ever_have_is_a_warning() {
             "{ completion: 700 }",
             "t.yaml:7:28: environments.prod.reserve.completion: every request reserves 700",
         ),
+        ("{ completion: max_tokens }", "reserve.completion: a request without max_tokens reserves 4096"),
         (
-            "{ completion: max_tokens }",
-            "reserve.completion: a request that names no max_tokens reserves 4096",
+            "{ completion: max_tokens, default_max_tokens: 601 }",
+            "reserve.default_max_tokens: a request without",
         ),
-        ("{ completion: max_tokens, default_max_tokens: 601 }", "reserve.default_max_tokens: a request that"),
     ] {
-        let told = told(&with(reserve));
-        assert!(told.contains(path) && told.contains("total_tokens per minute can ever hold, 600"), "{told}");
+        let warnings = warnings(&with(reserve));
+        assert!(
+            warnings.contains(path) && warnings.contains("total_tokens per minute holds at most 600"),
+            "{warnings}"
+        );
     }
     for fine in [
         "{ completion: 600 }",
@@ -54,21 +59,24 @@ fn a_reserve_that_no_request_could_ever_have_is_a_warning() {
         "{ completion: adaptive, default_max_tokens: 4096 }",
         "{ completion: none }",
     ] {
-        assert_eq!(told(&with(fine)), "", "{fine}");
+        assert_eq!(warnings(&with(fine)), "", "{fine}");
     }
 }
 
 #[test]
-fn what_is_not_in_force_is_told_where_it_is_set() {
-    let told = told(&format!("{MINIMAL}server: {{ tls: {{ cert: c, key: k }} }}\n"));
-    assert!(told.contains("t.yaml:7:16: server.tls: this is not in force in this version: "), "{told}");
+fn an_unsupported_setting_gives_a_warning() {
+    let warnings = warnings(&format!("{MINIMAL}server: {{ tls: {{ cert: c, key: k }} }}\n"));
+    assert!(
+        warnings.contains("t.yaml:7:16: server.tls: this setting has no effect in this version: "),
+        "{warnings}"
+    );
 }
 
 #[test]
-fn what_is_in_force_is_no_warning() {
+fn a_supported_setting_gives_no_warning() {
     let text = with(
         "enforce: false\n    on_disconnect: drain\n    cached_prompt_tokens: skip\n    calibrate: true\n    unseen_prompt_tokens: 9\n    \
          reserve: { when_short: clamp, on_overrun: cut, max_wait: 2s, quantile: 0.8 }",
     ) + "server: { flood_guard: { requests: 9, per: second } }\nstore: { path: p, history: 1d, redis: { url: 'redis://r', on_failure: open, lease: true } }\n";
-    assert_eq!(told(&text), "");
+    assert_eq!(warnings(&text), "");
 }

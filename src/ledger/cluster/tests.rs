@@ -1,7 +1,7 @@
 mod walk;
 
 use super::*;
-use crate::config::{CompletionReserve, OnOverrun, Reserve as Reserves, WhenShort};
+use crate::config::{CompletionReserve, OnOverrun, ReserveSettings, WhenShort};
 use crate::ledger::{Counters, Demand, Ended, Grant, Rules};
 use crate::quota::{Kind, Period, Scope, Subject, Window};
 use crate::redis::Verdict;
@@ -15,7 +15,7 @@ fn done(told: &[i64], states: Vec<(CounterState, bool)>) -> ScriptReply {
 
 /// A node that has shared nothing yet.
 fn counters(quotas: &[Quota], now: Timestamp) -> Counters {
-    let reserve = Reserves {
+    let reserve = ReserveSettings {
         prompt: true,
         completion: CompletionReserve::MaxTokens,
         quantile: 0.9,

@@ -12,7 +12,7 @@ fn total(limit: u64) -> Quota {
 }
 
 fn rules(completion: CompletionReserve) -> Rules {
-    let reserve = Reserve {
+    let reserve = ReserveSettings {
         prompt: true,
         completion,
         quantile: 0.9,

@@ -70,7 +70,7 @@ async fn closed_nothing_is_let_through_and_nothing_is_forgotten_when_redis_comes
             let ready = node.admin_get("/readyz").await;
             assert_eq!(ready.status, 503);
             assert!(
-                ready.text().contains("staging: Redis is away, nothing is let through"),
+                ready.text().contains("staging: Redis is unavailable, this node admits no request"),
                 "{}",
                 ready.text()
             );
@@ -108,9 +108,9 @@ async fn local_each_node_goes_on_with_its_share_and_pays_it_in() {
         until(&nodes, false).await;
         let ready = nodes[0].admin_get("/readyz").await;
         assert_eq!(ready.status, 200);
-        assert!(
-            ready.text().contains("staging: Redis is away, this node admits by its share of what was left")
-        );
+        assert!(ready.text().contains(
+            "staging: Redis is unavailable, this node admits from its share of the last known levels"
+        ));
         if restarts {
             redis.start_again();
         } else {
@@ -138,7 +138,7 @@ async fn open_each_node_admits_by_the_whole_limits_and_what_was_too_much_is_debt
     assert_eq!(admitted(&nodes[0], 12, "insufficient_quota").await, 10, "capped by the limit");
     assert_eq!(admitted(&nodes[1], 1, "").await, 1);
     let ready = nodes[0].admin_get("/readyz").await;
-    assert!(ready.status == 200 && ready.text().contains("this node admits by the whole limits"));
+    assert!(ready.status == 200 && ready.text().contains("this node admits up to the whole limits"));
     redis.start_again();
     until(&nodes, true).await;
     assert_eq!(nodes.levels().await, [-600, -600]);
@@ -235,7 +235,7 @@ async fn a_node_that_starts_without_redis_says_so_and_pays_in_later() {
     let node = Gateway::from_config(&local).await;
     assert_eq!(admitted(&node, 3, "").await, 3);
     let ready = node.admin_get("/readyz").await;
-    assert!(ready.status == 200 && ready.text().contains("Redis is away"), "{}", ready.text());
+    assert!(ready.status == 200 && ready.text().contains("Redis is unavailable"), "{}", ready.text());
     redis.start_again();
     let nodes = Nodes(vec![node]);
     until(&nodes, true).await;

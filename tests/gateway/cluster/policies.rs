@@ -42,19 +42,19 @@ struct Policy {
 const POLICIES: [Policy; 3] = [
     Policy {
         name: "local",
-        ready: (200, "this node admits by its share of what was left"),
+        ready: (200, "this node admits from its share of the last known levels"),
         code: "insufficient_quota",
         admits: 3,
     },
     Policy {
         name: "closed",
-        ready: (503, "nothing is let through"),
+        ready: (503, "this node admits no request"),
         code: "quota_store_unavailable",
         admits: 0,
     },
     Policy {
         name: "open",
-        ready: (200, "this node admits by the whole limits"),
+        ready: (200, "this node admits up to the whole limits"),
         code: "insufficient_quota",
         admits: 10,
     },
@@ -199,7 +199,7 @@ async fn without_redis(node: &Gateway, policy: &Policy) -> (usize, Duration) {
     let ready = node.admin_get("/readyz").await;
     let (status, says) = policy.ready;
     assert_eq!(ready.status, status, "{}", ready.text());
-    assert!(ready.text().contains(&format!("staging: Redis is away, {says}: ")), "{}", ready.text());
+    assert!(ready.text().contains(&format!("staging: Redis is unavailable, {says}: ")), "{}", ready.text());
     let shared = &node.environment().await["shared"];
     assert_eq!(shared["up"], false);
     assert!(!shared["reason"].as_str().unwrap_or_default().is_empty(), "{shared}");

@@ -60,7 +60,7 @@ impl Gateway {
         let text = with_store(text);
         let loaded =
             parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        let start = move || App::start_waiting(loaded.config, Workers::default(), patience).unwrap();
+        let start = move || App::start_with(loaded.config, Workers::default(), patience).unwrap();
         let app = tokio::task::spawn_blocking(start).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }
     }

@@ -1,0 +1,166 @@
+//! The shared state of the writer thread and the requests: wakes the thread, and reports whether commits succeed.
+
+use crate::ledger::{Commits, Persistence};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Upper bound of the delay of changes that no request waits for, so that one commit writes many settlements. It does
+/// not delay a request that waits. Without it nearly every settlement has a commit of its own, also with quotas of less
+/// than an hour. Measured with one quota per minute, that costs 10 us of CPU per request at 6,000 requests per second,
+/// and 50 to 80 us at 500.
+const LAZY_DELAY: Duration = Duration::from_millis(10);
+/// Delay between a failed commit and the next attempt.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
+
+/// Wakes the writer thread when there are changes, and reports whether the store can be written.
+#[derive(Debug, Default)]
+pub struct WriterControl {
+    state: Mutex<WriterState>,
+    /// Wakes the writer thread.
+    wake: Condvar,
+    pub(super) commits: Commits,
+}
+
+#[derive(Debug, Default)]
+struct WriterState {
+    /// A request waits for the next commit.
+    is_urgent: bool,
+    /// There are changes to write.
+    has_changes: bool,
+    /// The thread must write the last changes and end.
+    is_stopping: bool,
+    wakes_on: WakesOn,
+    /// The error of the last commit, if it failed.
+    commit_error: Option<String>,
+    /// A request has waited too long for a commit. No request waits again before the next commit.
+    is_late: bool,
+}
+
+/// What wakes the writer thread. To wake it for every request would cost more than the commits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum WakesOn {
+    /// The thread is awake.
+    #[default]
+    Nothing,
+    UrgentChange,
+    AnyChange,
+}
+
+impl WriterControl {
+    fn lock(&self) -> MutexGuard<'_, WriterState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why the store is unavailable. `None`: it is available.
+    pub fn unavailable_reason(&self) -> Option<String> {
+        let state = self.lock();
+        let late = || state.is_late.then(|| "a commit takes longer than a second".to_owned());
+        state.commit_error.clone().or_else(late)
+    }
+
+    /// Makes the thread write the last changes and end.
+    pub(super) fn stop(&self) {
+        let mut state = self.lock();
+        state.is_stopping = true;
+        state.wakes_on = WakesOn::Nothing;
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// Blocks the writer thread until there is something to write, at most `max_wait`. It returns at once if a request
+    /// waits for a commit. `is_behind`: the last commit failed. Returns whether the thread must stop.
+    pub(super) fn wait(&self, is_behind: bool, max_wait: Duration) -> bool {
+        let mut state = self.lock();
+        if is_behind {
+            // Requests do not wait for commits while the store is unavailable.
+            state = self.sleep(state, WakesOn::UrgentChange, RETRY_DELAY, |state| state.is_stopping);
+        } else {
+            let is_woken = |state: &WriterState| state.wakes_on == WakesOn::Nothing;
+            if !state.has_changes && !state.is_stopping {
+                state = self.sleep(state, WakesOn::AnyChange, max_wait, is_woken);
+            }
+            if state.has_changes && !state.is_urgent && !state.is_stopping {
+                state = self.sleep(state, WakesOn::UrgentChange, LAZY_DELAY, is_woken);
+            }
+        }
+        state.is_urgent = false;
+        state.has_changes = false;
+        state.is_stopping
+    }
+
+    fn sleep<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, WriterState>,
+        wakes_on: WakesOn,
+        max_wait: Duration,
+        until: impl Fn(&WriterState) -> bool,
+    ) -> MutexGuard<'a, WriterState> {
+        state.wakes_on = wakes_on;
+        let waited = self.wake.wait_timeout_while(state, max_wait, |state| !until(state));
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.wakes_on = WakesOn::Nothing;
+        state
+    }
+
+    /// Records the result of a commit.
+    pub(super) fn record_commit(&self, result: rusqlite::Result<()>) {
+        let mut state = self.lock();
+        match result {
+            Ok(()) => {
+                state.is_late = false;
+                if state.commit_error.take().is_some() {
+                    drop(state);
+                    tracing::info!("the store can be written again: all counters are durable");
+                }
+            }
+            Err(error) => {
+                let is_first = state.commit_error.replace(error.to_string()).is_none();
+                drop(state);
+                if is_first {
+                    tracing::error!(
+                        %error,
+                        "the store cannot be written: counters stay in memory until it can; check the disk and the \
+                         permissions of store.path"
+                    );
+                }
+            }
+        }
+    }
+}
+
+impl Persistence for WriterControl {
+    fn changed(&self, urgent: bool) {
+        let mut state = self.lock();
+        state.is_urgent |= urgent;
+        state.has_changes = true;
+        let wakes = match state.wakes_on {
+            WakesOn::Nothing => false,
+            WakesOn::UrgentChange => urgent,
+            WakesOn::AnyChange => true,
+        };
+        if wakes {
+            state.wakes_on = WakesOn::Nothing;
+            drop(state);
+            self.wake.notify_one();
+        }
+    }
+
+    fn is_writing(&self) -> bool {
+        let state = self.lock();
+        state.commit_error.is_none() && !state.is_late
+    }
+
+    fn commits(&self) -> &Commits {
+        &self.commits
+    }
+
+    fn is_late(&self) {
+        let mut state = self.lock();
+        if !std::mem::replace(&mut state.is_late, true) {
+            tracing::error!(
+                "a commit of the store takes longer than a second: requests do not wait for it any longer; move \
+                 store.path to a faster disk"
+            );
+        }
+    }
+}
