@@ -1,4 +1,4 @@
-//! The embedded store: what outlives the process, and what becomes of a file that cannot be used.
+//! The embedded store: what survives a restart, and what happens with a file that cannot be used.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
 
@@ -16,7 +16,7 @@ use tollgate::store::{Store, StoreWriter, WriterControl};
 
 const QUOTAS: &str = "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: hour }], requests: { limit: 100, per: day } }";
 
-/// One environment with a caller `web` of its own share and a model with a quota.
+/// One environment with a caller `web` that has a quota, and with a quota for a model.
 fn config(path: &Path, quotas: &str, store: &str) -> Config {
     let text = format!(
         "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\nenvironments:\n  e:\n    upstream: u\n    quotas: {quotas}\n    \
@@ -27,7 +27,7 @@ fn config(path: &Path, quotas: &str, store: &str) -> Config {
     parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}")).config
 }
 
-/// An account with its store at work.
+/// An account with a running store.
 struct Node {
     account: Arc<Account>,
     control: Arc<WriterControl>,
@@ -61,7 +61,7 @@ impl Node {
         reservation.is_whole();
     }
 
-    /// Used of each quota: of the environment per day and per hour, requests, the caller's, the model's.
+    /// The used amount of each quota: of the environment per day and per hour, its requests, the caller's, the model's.
     fn used(&self) -> Vec<u64> {
         let Snapshot { levels, .. } = self.account.snapshot();
         levels.iter().map(|level| level.used).collect()
@@ -87,13 +87,13 @@ impl Folder {
 async fn soon(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_so() {
-        assert!(began.elapsed() < Duration::from_secs(10), "waited in vain: {what}");
+        assert!(began.elapsed() < Duration::from_secs(10), "timeout: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 #[test]
-fn what_was_settled_is_there_after_a_restart() {
+fn settled_usage_survives_a_restart() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, "");
     let first = Node::open(&config);
@@ -108,7 +108,7 @@ fn what_was_settled_is_there_after_a_restart() {
 }
 
 #[test]
-fn a_limit_that_was_changed_meanwhile_keeps_what_was_used() {
+fn a_changed_limit_keeps_the_used_amount() {
     let folder = Folder::new();
     Node::open(&config(&folder.file(), QUOTAS, "")).spend("gpt-4o", 30, 70);
     let raised = config(&folder.file(), &QUOTAS.replace("limit: 1000", "limit: 2000"), "");
@@ -118,11 +118,11 @@ fn a_limit_that_was_changed_meanwhile_keeps_what_was_used() {
     drop(node);
     let lowered = config(&folder.file(), &QUOTAS.replace("limit: 1000", "limit: 60"), "");
     let levels = Node::open(&lowered).account.snapshot().levels;
-    assert_eq!((levels[0].used, levels[0].level), (100, -40), "what is used beyond it is a debt");
+    assert_eq!((levels[0].used, levels[0].level), (100, -40), "usage beyond the new limit is debt");
 }
 
 #[tokio::test]
-async fn a_process_that_dies_has_charged_in_full_what_was_in_flight() {
+async fn a_crash_charges_requests_in_flight_in_full() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, "");
     let node = Node::open(&config);
@@ -130,31 +130,31 @@ async fn a_process_that_dies_has_charged_in_full_what_was_in_flight() {
     let mut reservation = node.reserve("gpt-4o", 100, 200);
     reservation.kept().await;
 
-    // The files as a crash would leave them.
-    let after = Folder::new();
-    fs::create_dir_all(after.file().parent().unwrap()).unwrap();
+    // A copy of the files is what a crash leaves behind.
+    let crashed = Folder::new();
+    fs::create_dir_all(crashed.file().parent().unwrap()).unwrap();
     for suffix in ["", "-wal"] {
         let of = |file: PathBuf| PathBuf::from(format!("{}{suffix}", file.display()));
-        fs::copy(of(folder.file()), of(after.file())).unwrap();
+        fs::copy(of(folder.file()), of(crashed.file())).unwrap();
     }
-    let recovered = Node::open(&self::config(&after.file(), QUOTAS, ""));
+    let recovered = Node::open(&self::config(&crashed.file(), QUOTAS, ""));
     assert_eq!(recovered.used(), [320, 320, 2, 320, 320]);
     let Snapshot { levels, totals, in_flight, .. } = recovered.account.snapshot();
     assert!(levels.iter().all(|level| level.held == 0) && in_flight == 0);
     assert_eq!((totals.requests, totals.prompt, totals.completion, totals.total), (2, 110, 210, 320));
     drop(recovered);
     assert_eq!(
-        after.sql("SELECT total_tokens FROM usage WHERE model = 'other'"),
+        crashed.sql("SELECT total_tokens FROM usage WHERE model = 'other'"),
         300,
-        "nobody knows whose it was"
+        "the model of requests in flight is not recorded"
     );
-    assert_eq!(after.sql("SELECT sum(total_tokens) FROM usage"), 320);
-    // Charged once: another restart finds the same.
-    assert_eq!(Node::open(&self::config(&after.file(), QUOTAS, "")).used(), [320, 320, 2, 320, 320]);
+    assert_eq!(crashed.sql("SELECT sum(total_tokens) FROM usage"), 320);
+    // A second restart does not charge them again.
+    assert_eq!(Node::open(&self::config(&crashed.file(), QUOTAS, "")).used(), [320, 320, 2, 320, 320]);
 }
 
 #[tokio::test]
-async fn a_reservation_is_kept_before_its_request_goes_on() {
+async fn a_reservation_is_durable_before_its_request_continues() {
     let folder = Folder::new();
     let node = Node::open(&config(&folder.file(), QUOTAS, ""));
     for n in 1..=20 {
@@ -172,7 +172,7 @@ async fn a_reservation_is_kept_before_its_request_goes_on() {
 }
 
 #[tokio::test]
-async fn what_exceeds_a_reservation_is_kept_before_the_answer_ends() {
+async fn usage_beyond_a_reservation_is_durable_before_the_answer_ends() {
     let folder = Folder::new();
     let node = Node::open(&config(&folder.file(), QUOTAS, ""));
     let used = || folder.sql("SELECT used FROM quota WHERE per = 'day' AND scope = 'model'");
@@ -180,16 +180,16 @@ async fn what_exceeds_a_reservation_is_kept_before_the_answer_ends() {
         let mut reservation = node.reserve("gpt-4o", 3, 4);
         reservation.kept().await;
         reservation.observe(Amounts::of_request(3, 97));
-        reservation.settle().expect("it exceeds what was reserved").await;
+        reservation.settle().expect("the usage exceeds the reservation").await;
         assert_eq!(used(), n * 100);
     }
     let mut within = node.reserve("gpt-4o", 3, 4);
     within.observe(Amounts::of_request(3, 4));
-    assert!(within.settle().is_none(), "nothing is to be waited for");
+    assert!(within.settle().is_none(), "there is no commit to wait for");
 }
 
 #[tokio::test]
-async fn usage_is_kept_by_minute_model_and_caller_for_whoever_looks_with_a_shell() {
+async fn usage_can_be_queried_by_minute_model_and_caller() {
     let folder = Folder::new();
     let node = Node::open(&config(&folder.file(), QUOTAS, ""));
     node.spend("gpt-4o", 10, 20);
@@ -216,19 +216,19 @@ async fn usage_is_kept_by_minute_model_and_caller_for_whoever_looks_with_a_shell
 }
 
 #[tokio::test]
-async fn old_usage_is_put_together_by_days_and_none_is_lost() {
+async fn old_usage_is_merged_into_days_without_loss() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, ", history: 1d");
     drop(Node::open(&config));
     let db = Connection::open(folder.file()).unwrap();
-    // Three days of minutes, of two models.
+    // One row per minute for three days, of two models.
     db.execute_batch(
         "WITH RECURSIVE m(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM m WHERE n < 4320)
          INSERT INTO usage SELECT unixepoch() / 60 - 1500 - n, 'e', 'm' || (n % 2), 'web', 1, 2, 3, 4, 7 FROM m",
     )
     .unwrap();
     let _node = Node::open(&config);
-    soon("old rows to be folded", || folder.sql("SELECT count(*) FROM usage") == 0).await;
+    soon("old rows are merged", || folder.sql("SELECT count(*) FROM usage") == 0).await;
     assert_eq!(folder.sql("SELECT sum(requests) FROM usage_daily"), 4_320);
     assert_eq!(folder.sql("SELECT sum(total_tokens) FROM usage_by_day"), 4_320 * 7);
     let days = folder.sql("SELECT count(DISTINCT day) FROM usage_daily");
@@ -236,7 +236,7 @@ async fn old_usage_is_put_together_by_days_and_none_is_lost() {
 }
 
 #[test]
-fn a_second_process_is_refused_while_the_first_one_lives() {
+fn a_second_process_is_refused_while_the_first_one_runs() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, "");
     let first = Store::open(&config.store).unwrap();
@@ -248,18 +248,18 @@ fn a_second_process_is_refused_while_the_first_one_lives() {
 
 #[cfg(unix)]
 #[test]
-fn a_second_process_is_refused_by_whatever_way_it_comes() {
+fn a_second_process_is_refused_whatever_path_it_uses() {
     use std::os::unix::fs::symlink;
     let folder = Folder::new();
     let config_of = |path: &str| config(&folder.0.path().join(path), QUOTAS, "");
     fs::create_dir(folder.0.path().join("data")).unwrap();
-    // Links are there before the file is.
+    // The links exist before the file does.
     symlink(folder.file(), folder.0.path().join("link.db")).unwrap();
     symlink(folder.0.path().join("data"), folder.0.path().join("folder")).unwrap();
-    let ways = ["link.db", "folder/tollgate.db", "data/../data/tollgate.db", "data/tollgate.db"];
-    for first in ways {
+    let paths = ["link.db", "folder/tollgate.db", "data/../data/tollgate.db", "data/tollgate.db"];
+    for first in paths {
         let store = Store::open(&config_of(first).store).unwrap();
-        for second in ways {
+        for second in paths {
             let refused = format!("{:#}", Store::open(&config_of(second).store).unwrap_err());
             assert!(refused.contains(second) && refused.contains("another process"), "{first}: {refused}");
         }
@@ -268,7 +268,7 @@ fn a_second_process_is_refused_by_whatever_way_it_comes() {
     assert!(!folder.0.path().join("link.db.lock").exists());
 }
 
-/// A month of the calendar beside 30 days that roll: as long in milliseconds.
+/// A calendar month and a rolling window of 30 days. They have the same length in milliseconds.
 const MONTHS: &str =
     "{ total_tokens: [{ limit: 1000, per: month }, { limit: 2000, per: 30d, window: rolling }] }";
 
@@ -277,7 +277,7 @@ fn limits(node: &Node) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn an_override_is_of_one_quota_also_beside_one_of_the_same_length() {
+async fn an_override_applies_to_one_of_two_quotas_of_the_same_length() {
     let folder = Folder::new();
     let config = config(&folder.file(), MONTHS, "");
     let node = Node::open(&config);
@@ -293,7 +293,7 @@ async fn an_override_is_of_one_quota_also_beside_one_of_the_same_length() {
 }
 
 #[tokio::test]
-async fn a_file_of_the_first_version_is_brought_up_to_date() {
+async fn a_file_of_the_first_version_is_migrated() {
     let folder = Folder::new();
     fs::create_dir(folder.0.path().join("data")).unwrap();
     let db = Connection::open(folder.file()).unwrap();
@@ -315,7 +315,7 @@ async fn a_file_of_the_first_version_is_brought_up_to_date() {
 }
 
 #[test]
-fn another_time_zone_forgets_nothing_that_was_used_in_the_period_it_shows() {
+fn a_new_time_zone_keeps_the_usage_of_its_current_period() {
     let zones = ["UTC", "Pacific/Kiritimati", "Pacific/Honolulu", "America/New_York", "Asia/Kolkata"];
     for (before, after) in zones.iter().flat_map(|before| zones.map(|after| (before, after))) {
         let folder = Folder::new();
@@ -326,7 +326,7 @@ fn another_time_zone_forgets_nothing_that_was_used_in_the_period_it_shows() {
         let node = Node::open(&of(before));
         node.spend("gpt-4o", 30, 70);
         drop(node);
-        // Usage of every hour of two days, which periods before the one that is kept have counted.
+        // Usage of every hour of two days. Periods before the saved one have counted it.
         Connection::open(folder.file())
             .unwrap()
             .execute_batch(
@@ -351,11 +351,11 @@ fn another_time_zone_forgets_nothing_that_was_used_in_the_period_it_shows() {
 }
 
 #[tokio::test]
-async fn putting_old_usage_together_keeps_nobody_waiting() {
+async fn merging_old_usage_does_not_delay_requests() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, ", history: 1d");
     drop(Node::open(&config));
-    // A busy day, all of it older than a day: 100 rows in each minute.
+    // A busy day that is older than `history`: 100 rows per minute.
     Connection::open(folder.file())
         .unwrap()
         .execute_batch(
@@ -367,7 +367,7 @@ async fn putting_old_usage_together_keeps_nobody_waiting() {
     let mut longest = Duration::ZERO;
     let began = Instant::now();
     while folder.sql("SELECT count(*) FROM usage WHERE minute < unixepoch() / 60 - 1440") > 0 {
-        assert!(began.elapsed() < Duration::from_mins(1), "it does not end");
+        assert!(began.elapsed() < Duration::from_mins(1), "the merge does not end");
         let clock = Instant::now();
         let mut reservation = node.reserve("gpt-4o", 0, 1);
         reservation.kept().await;
@@ -378,21 +378,21 @@ async fn putting_old_usage_together_keeps_nobody_waiting() {
     assert_eq!(folder.sql("SELECT count(*) FROM usage_daily"), 100);
 }
 
-/// A store with something in it, damaged by `damage`; what is said of it.
+/// Applies `damage` to a store with usage, and returns the error of opening it.
 fn refusal(damage: impl FnOnce(&Path)) -> String {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, "");
     Node::open(&config).spend("gpt-4o", 30, 70);
     damage(&folder.file());
     let error = Node::try_open(&config).err().map(|error| format!("{error:#}"));
-    error.unwrap_or_else(|| panic!("it was opened"))
+    error.unwrap_or_else(|| panic!("the damaged store was opened"))
 }
 
 #[test]
-fn a_file_that_cannot_be_used_is_refused_with_what_mends_it() {
+fn an_unusable_file_is_refused_with_a_way_to_fix_it() {
     let sql =
         |text: &'static str| move |file: &Path| Connection::open(file).unwrap().execute_batch(text).unwrap();
-    for (what, said, mend) in [
+    for (what, error, fix) in [
         (
             "no database",
             refusal(|file| {
@@ -420,19 +420,19 @@ fn a_file_that_cannot_be_used_is_refused_with_what_mends_it() {
             "set another path",
         ),
     ] {
-        assert!(said.contains("data/tollgate.db") && said.contains(mend), "{what}: {said}");
+        assert!(error.contains("data/tollgate.db") && error.contains(fix), "{what}: {error}");
     }
 }
 
 #[test]
 fn a_read_only_file_is_refused() {
-    let said = refusal(|file| {
-        // Root may write to whatever it likes; a file on which nobody can is one whose folder takes no log.
+    let error = refusal(|file| {
+        // Root can write to read-only files. A directory in place of the WAL prevents writes for every user.
         let log = PathBuf::from(format!("{}-wal", file.display()));
         let _ = fs::remove_file(&log);
         fs::create_dir(&log).unwrap();
     });
-    assert!(said.contains("data/tollgate.db"), "{said}");
+    assert!(error.contains("data/tollgate.db"), "{error}");
     let folder = Folder::new();
     fs::write(folder.0.path().join("data"), "a file where the folder should be").unwrap();
     let error = Store::open(&config(&folder.file(), QUOTAS, "").store).unwrap_err();
@@ -440,7 +440,7 @@ fn a_read_only_file_is_refused() {
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_be_written_for_a_while_is_survived() {
+async fn requests_continue_while_the_file_cannot_be_written() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, "");
     let node = Node::open(&config);
@@ -449,7 +449,7 @@ async fn a_file_that_cannot_be_written_for_a_while_is_survived() {
     let elsewhere = Connection::open(folder.file()).unwrap();
     elsewhere.execute_batch("BEGIN IMMEDIATE").unwrap();
     node.spend("gpt-4o", 10, 10);
-    soon("the trouble to be noticed", || node.control.unavailable_reason().is_some()).await;
+    soon("the store is reported as unavailable", || node.control.unavailable_reason().is_some()).await;
     assert!(!node.control.is_writing());
     let began = Instant::now();
     for _ in 0..5 {
@@ -457,15 +457,15 @@ async fn a_file_that_cannot_be_written_for_a_while_is_survived() {
         reservation.kept().await;
         reservation.observe(Amounts::of_request(10, 10));
     }
-    assert!(began.elapsed() < Duration::from_millis(500), "nobody waits for what cannot be");
+    assert!(began.elapsed() < Duration::from_millis(500), "no request waits for a commit");
     elsewhere.execute_batch("ROLLBACK").unwrap();
-    soon("writing to resume", || node.control.unavailable_reason().is_none()).await;
-    soon("all to be kept", || folder.sql("SELECT sum(total_tokens) FROM usage") == 140).await;
+    soon("the store is available again", || node.control.unavailable_reason().is_none()).await;
+    soon("all usage is durable", || folder.sql("SELECT sum(total_tokens) FROM usage") == 140).await;
     assert_eq!(folder.sql("SELECT total_tokens FROM totals"), 140);
 }
 
 #[test]
-fn a_million_rows_of_usage_do_not_delay_the_start() {
+fn a_million_usage_rows_do_not_delay_the_start() {
     let folder = Folder::new();
     let config = config(&folder.file(), QUOTAS, ", history: 365d");
     drop(Node::open(&config));

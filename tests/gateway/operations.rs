@@ -1,4 +1,4 @@
-//! Running it: health, metrics, the state of the quotas, logs, shutdown, the command line.
+//! Operations: the admin listener, health checks, metrics, logs, shutdown, and the command line.
 
 use crate::support::*;
 use std::io::{BufRead, BufReader};
@@ -42,7 +42,7 @@ async fn the_admin_listener_shows_every_quota() {
 }
 
 #[tokio::test]
-async fn health_and_metrics_are_there_from_the_start() {
+async fn health_checks_and_metrics_answer_from_the_start() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     assert_eq!(gateway.admin_get("/livez").await.status, 200);
@@ -72,7 +72,7 @@ async fn health_and_metrics_are_there_from_the_start() {
 }
 
 #[tokio::test]
-async fn without_a_token_no_other_site_may_ask_through_a_browser() {
+async fn without_a_token_requests_from_other_sites_are_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     for (headers, status) in [
@@ -90,7 +90,7 @@ async fn without_a_token_no_other_site_may_ask_through_a_browser() {
 }
 
 #[tokio::test]
-async fn with_a_token_everything_but_health_asks_for_it() {
+async fn with_a_token_only_health_checks_answer_without_it() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0', token: let-me-in }}\nupstreams: {{ u: {{ base_url: 'http://{}' }} }}\nenvironments: {{ e: {{ upstream: u }} }}\nstore: {{ memory: true }}",
@@ -111,7 +111,7 @@ async fn with_a_token_everything_but_health_asks_for_it() {
 }
 
 #[tokio::test]
-async fn a_shutdown_lets_streams_end_and_accepts_nothing_more() {
+async fn a_shutdown_drains_streams_and_accepts_no_connection() {
     let events = [delta("Hi"), DONE.to_owned()];
     let upstream =
         Upstream::always(Answer::stream().event(&events[0]).then(Step::Gate).event(&events[1]).end()).await;
@@ -122,7 +122,7 @@ async fn a_shutdown_lets_streams_end_and_accepts_nothing_more() {
     assert_eq!(caller.chunk().await.unwrap(), events[0].as_bytes());
     let address = gateway.address;
     let app = gateway.take();
-    let ending = tokio::task::spawn_blocking(move || app.shutdown());
+    let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
     soon("the listener to close", async { while tokio::net::TcpStream::connect(address).await.is_ok() {} })
         .await;
     assert_eq!(gateway.admin_get("/readyz").await.status, 503);
@@ -130,12 +130,12 @@ async fn a_shutdown_lets_streams_end_and_accepts_nothing_more() {
     assert_eq!(caller.chunk().await.unwrap(), events[1].as_bytes());
     assert_eq!(caller.chunk().await, Some(vec![]));
     assert!(caller.is_closed().await);
-    let report = ending.await.unwrap();
+    let report = shutdown.await.unwrap();
     assert_eq!((report.in_flight, report.cut_off), (1, 0));
 }
 
 #[tokio::test]
-async fn what_does_not_end_in_time_is_cut_off() {
+async fn a_shutdown_cuts_off_streams_after_the_drain_timeout() {
     let upstream = Upstream::always(Answer::stream().event(&delta("Hi")).then(Step::Stall)).await;
     let gateway = Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0', drain_timeout: 50ms }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://{}' }} }}\nenvironments: {{ e: {{ upstream: u }} }}\ndefault_environment: e\nstore: {{ memory: true }}",
@@ -152,7 +152,7 @@ async fn what_does_not_end_in_time_is_cut_off() {
 }
 
 #[tokio::test]
-async fn two_gateways_at_one_address_do_not_go_unnoticed() {
+async fn a_second_gateway_on_the_same_address_fails_to_start() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, ROOM).await;
     let text = format!(
@@ -165,9 +165,10 @@ async fn two_gateways_at_one_address_do_not_go_unnoticed() {
     assert!(error.to_string().contains("server.listen"), "{error}");
 }
 
-struct Running(Child);
+/// Kills the process when a test ends.
+struct ChildGuard(Child);
 
-impl Drop for Running {
+impl Drop for ChildGuard {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -175,7 +176,7 @@ impl Drop for Running {
 }
 
 #[tokio::test]
-async fn each_request_leaves_one_log_line_without_key_or_body() {
+async fn each_request_has_one_log_line_without_key_and_body() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("t.yaml");
@@ -187,7 +188,7 @@ async fn each_request_leaves_one_log_line_without_key_or_body() {
     std::fs::write(&file, text).unwrap();
     let mut child = tollgate(&["serve", "--config", file.to_str().unwrap()]).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let mut running = Running(child);
+    let mut running = ChildGuard(child);
     let started = lines.by_ref().map(Result::unwrap).find(|l| l.contains("\"serving\"")).unwrap();
     let started: serde_json::Value = serde_json::from_str(&started).unwrap();
     let mut caller = Caller::connect(started["address"].as_str().unwrap().parse().unwrap()).await;
@@ -198,14 +199,14 @@ async fn each_request_leaves_one_log_line_without_key_or_body() {
     }
     let status = Command::new("kill").arg(running.0.id().to_string()).status().unwrap();
     assert!(status.success());
-    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    let remaining: Vec<String> = lines.map(Result::unwrap).collect();
     assert_eq!(running.0.wait().unwrap().code(), Some(0));
-    let of_requests: Vec<serde_json::Value> = rest
+    let requests: Vec<serde_json::Value> = remaining
         .iter()
         .filter(|l| l.contains("tollgate::request"))
         .map(|l| serde_json::from_str(l).unwrap())
         .collect();
-    assert_eq!(of_requests.len(), 2, "{rest:#?}");
+    assert_eq!(requests.len(), 2, "{remaining:#?}");
     for (field, value) in [
         ("environment", "prod"),
         ("caller", "web"),
@@ -213,34 +214,31 @@ async fn each_request_leaves_one_log_line_without_key_or_body() {
         ("model", "gpt-4o"),
         ("outcome", "answered"),
     ] {
-        assert_eq!(of_requests[0][field], value, "{field}");
+        assert_eq!(requests[0][field], value, "{field}");
     }
+    assert_eq!((requests[0]["total_tokens"].as_u64(), requests[0]["status"].as_u64()), (Some(10), Some(200)));
     assert_eq!(
-        (of_requests[0]["total_tokens"].as_u64(), of_requests[0]["status"].as_u64()),
-        (Some(10), Some(200))
-    );
-    assert_eq!(
-        (of_requests[1]["error"].as_str(), of_requests[1]["status"].as_u64()),
+        (requests[1]["error"].as_str(), requests[1]["status"].as_u64()),
         (Some("invalid_api_key"), Some(401))
     );
-    assert!(!rest.concat().contains("CANARY"), "{rest:#?}");
+    assert!(!remaining.concat().contains("CANARY"), "{remaining:#?}");
 }
 
 #[test]
-fn check_lists_all_faults_at_once_with_their_places() {
+fn check_reports_all_faults_at_once_with_their_locations() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("bad.yaml");
     std::fs::write(&file, "upstreams:\n  a: { base_url: nonsense }\nenvironments:\n  e:\n    upstream: b\n    quotas: { total_tokens: { limit: 0, per: fortnight } }\nsevrer: {}\n").unwrap();
     let (code, _, errors) = run(&["check", "--config", file.to_str().unwrap()], "");
     assert_eq!(code, 2);
-    for place in [
+    for location in [
         "bad.yaml:2:18: upstreams.a.base_url",
         "bad.yaml:5:15: environments.e.upstream",
         "bad.yaml:6:38: ",
         "bad.yaml:6:46: ",
         "bad.yaml:7:1: unknown key \"sevrer\"; did you mean \"server\"?",
     ] {
-        assert!(errors.contains(place), "{place}\n{errors}");
+        assert!(errors.contains(location), "{location}\n{errors}");
     }
     assert_eq!(run(&["serve", "--config", file.to_str().unwrap()], "").0, 2);
     assert_eq!(run(&["check", "--config", "/no/such/file"], "").0, 2);
@@ -249,14 +247,14 @@ fn check_lists_all_faults_at_once_with_their_places() {
 }
 
 #[test]
-fn hash_key_prints_a_digest_for_the_config() {
+fn hash_key_prints_the_digest_of_a_key() {
     let want = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
     assert_eq!(run(&["hash-key"], "abc\n"), (0, format!("{want}\n"), String::new()));
     assert_eq!(run(&["hash-key"], "\n").0, 1);
 }
 
 #[test]
-fn help_version_and_completions_are_there() {
+fn help_version_and_completions_are_printed() {
     for arguments in [&["--help"][..], &["--version"], &["completions", "bash"], &["count", "--help"]] {
         let (code, output, _) = run(arguments, "");
         assert!(code == 0 && output.contains("tollgate"), "{arguments:?}");

@@ -1,4 +1,4 @@
-//! `tollgate simulate`, as it is called.
+//! The command `tollgate simulate`.
 
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -7,12 +7,12 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-fn simulate(folder: &Path, trace: &Path, more: &[&str]) -> Output {
+fn simulate(folder: &Path, trace: &Path, arguments: &[&str]) -> Output {
     let config = folder.join("config.yaml");
     let text = "upstreams: { u: { base_url: http://u/v1 } }\nenvironments:\n  production: { upstream: u, quotas: { total_tokens: { limit: 3k, per: minute }, requests: { limit: 1k, per: day } } }\n  sandbox: { upstream: u, quotas: { total_tokens: { limit: 1k, per: minute } } }\nstore: { memory: true }\n";
     fs::write(&config, text).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
-    command.args(["simulate", "--config"]).arg(config).arg("--trace").arg(trace).args(more);
+    command.args(["simulate", "--config"]).arg(config).arg("--trace").arg(trace).args(arguments);
     command.output().unwrap()
 }
 
@@ -21,7 +21,7 @@ fn fixture() -> std::path::PathBuf {
 }
 
 #[test]
-fn each_environment_is_told_what_its_quotas_would_have_done() {
+fn the_report_has_the_outcome_of_each_environment() {
     let folder = tempfile::tempdir().unwrap();
     let output = simulate(folder.path(), &fixture(), &["--json"]);
     assert!(output.status.success(), "{output:?}");
@@ -56,10 +56,10 @@ fn each_environment_is_told_what_its_quotas_would_have_done() {
 }
 
 #[test]
-fn what_cannot_be_replayed_is_told() {
+fn an_invalid_trace_is_reported() {
     let folder = tempfile::tempdir().unwrap();
     let trace = folder.path().join("trace.csv");
-    for (text, said) in [
+    for (text, expected) in [
         ("timestamp,prompt_tokens,completion_tokens\n1,2,three\n", "line 2"),
         ("timestamp,prompt_tokens,completion_tokens,environment\n1,2,3,staging\n", "staging"),
         ("timestamp,prompt_tokens,completion_tokens\n1,2,3\n", "default_environment"),
@@ -67,7 +67,7 @@ fn what_cannot_be_replayed_is_told() {
         fs::write(&trace, text).unwrap();
         let output = simulate(folder.path(), &trace, &[]);
         let stderr = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.code() == Some(1) && stderr.contains(said), "{said}: {stderr}");
+        assert!(output.status.code() == Some(1) && stderr.contains(expected), "{expected}: {stderr}");
     }
     let missing = simulate(folder.path(), &folder.path().join("nowhere.csv"), &[]);
     assert_eq!(missing.status.code(), Some(1));
@@ -86,7 +86,7 @@ fn twenty_thousand_requests_take_less_than_a_second() {
     fs::write(&trace, text).unwrap();
     let began = Instant::now();
     assert!(simulate(folder.path(), &trace, &["--json"]).status.success());
-    // A debug build is some six times slower than what users run.
-    let most = if cfg!(debug_assertions) { Duration::from_secs(6) } else { Duration::from_secs(1) };
-    assert!(began.elapsed() < most, "{:?}", began.elapsed());
+    // A debug build is about six times slower than a release build.
+    let max = if cfg!(debug_assertions) { Duration::from_secs(6) } else { Duration::from_secs(1) };
+    assert!(began.elapsed() < max, "{:?}", began.elapsed());
 }

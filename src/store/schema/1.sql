@@ -1,24 +1,24 @@
--- The store of one node. All times are UTC; a minute is counted from the Unix epoch.
+-- The store of one node. All times are UTC. `minute` counts minutes since the Unix epoch.
 
--- The state of every quota, as of the last commit. What requests in flight held is spent, should the
--- process die: `used + held` is what a restart finds used.
+-- The state of every quota at the last commit. If the process crashes, a restart counts `used + held` as used, so requests
+-- in flight are charged in full.
 CREATE TABLE quota (
     environment    TEXT NOT NULL,
     scope          TEXT NOT NULL,    -- environment, caller or model
-    name           TEXT NOT NULL,    -- the caller's name, the models' pattern, or empty
+    name           TEXT NOT NULL,    -- the caller's name, the model pattern, or empty
     kind           TEXT NOT NULL,    -- total_tokens, prompt_tokens, completion_tokens or requests
-    per_ms         INTEGER NOT NULL, -- the period's length
+    per_ms         INTEGER NOT NULL, -- length of the period in milliseconds
     "window"       TEXT NOT NULL,    -- rolling or calendar
-    per            TEXT NOT NULL,    -- the period as written in the config
+    per            TEXT NOT NULL,    -- the period as the config writes it
     "limit"        INTEGER NOT NULL,
-    used           INTEGER NOT NULL, -- spent and not yet back
-    level_fraction INTEGER NOT NULL, -- of a rolling quota: what is left beyond whole tokens, in 1/period_ms
-    held           INTEGER NOT NULL, -- by requests in flight
-    at_ms          INTEGER NOT NULL, -- of a rolling quota: last refilled; of a calendar quota: its period's start
+    used           INTEGER NOT NULL, -- spent and not yet refilled
+    level_fraction INTEGER NOT NULL, -- rolling quotas: the fraction of a token in the level, in units of 1/per_ms
+    held           INTEGER NOT NULL, -- held by requests in flight
+    at_ms          INTEGER NOT NULL, -- rolling quotas: time of the last refill; calendar quotas: start of the period
     PRIMARY KEY (environment, scope, name, kind, per_ms, "window")
 ) WITHOUT ROWID;
 
--- Sums since the store began, and what requests in flight have reserved.
+-- Totals since the store was created, and the amounts that requests in flight have reserved.
 CREATE TABLE totals (
     environment       TEXT PRIMARY KEY,
     requests          INTEGER NOT NULL,
@@ -32,11 +32,11 @@ CREATE TABLE totals (
     held_total        INTEGER NOT NULL
 ) WITHOUT ROWID;
 
--- Usage per minute, kept as long as `store.history` says.
+-- Usage per minute, for the time of `store.history`.
 CREATE TABLE usage (
     minute            INTEGER NOT NULL,
     environment       TEXT NOT NULL,
-    model             TEXT NOT NULL, -- 'other': not told apart
+    model             TEXT NOT NULL, -- 'other': usage whose model is not recorded
     caller            TEXT NOT NULL, -- empty in an open environment
     requests          INTEGER NOT NULL,
     rejections        INTEGER NOT NULL,
@@ -46,7 +46,7 @@ CREATE TABLE usage (
     PRIMARY KEY (minute, environment, model, caller)
 ) WITHOUT ROWID;
 
--- What was per minute and has become old: per day from then on.
+-- Usage per day, merged from minutes that are older than `store.history`.
 CREATE TABLE usage_daily (
     day               INTEGER NOT NULL, -- days since the Unix epoch
     environment       TEXT NOT NULL,
@@ -60,7 +60,7 @@ CREATE TABLE usage_daily (
     PRIMARY KEY (day, environment, model, caller)
 ) WITHOUT ROWID;
 
--- Limits that an administrator has set in place of the config's.
+-- Limits that an administrator has set instead of the limits of the config.
 CREATE TABLE limit_override (
     environment TEXT NOT NULL,
     scope       TEXT NOT NULL,
@@ -73,14 +73,14 @@ CREATE TABLE limit_override (
     PRIMARY KEY (environment, scope, name, kind, per_ms)
 ) WITHOUT ROWID;
 
--- What administrators have done.
+-- Actions of administrators.
 CREATE TABLE audit (
     at_ms       INTEGER NOT NULL,
     environment TEXT NOT NULL,
     action      TEXT NOT NULL
 );
 
--- For those who look with a shell.
+-- Views for readers with an SQLite shell.
 CREATE VIEW usage_by_minute AS
     SELECT datetime(minute * 60, 'unixepoch') AS minute, environment, model, caller, requests, rejections,
            prompt_tokens, completion_tokens, total_tokens

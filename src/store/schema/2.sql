@@ -1,15 +1,15 @@
 -- Version 2.
 
--- How far prompt estimates were off, so that what was learned outlives the process.
+-- The calibrations of prompt estimates, so that they survive a restart.
 CREATE TABLE calibration (
     upstream TEXT NOT NULL,
-    model    TEXT NOT NULL, -- as the requests name it
+    model    TEXT NOT NULL, -- the model name of the requests
     kind     TEXT NOT NULL, -- plain, tools or images
-    answers  TEXT NOT NULL, -- the last ones, oldest first: prompt tokens estimated:reported, between spaces
+    answers  TEXT NOT NULL, -- the last answers, oldest first, separated by spaces: estimated:reported prompt tokens
     PRIMARY KEY (upstream, model, kind)
 ) WITHOUT ROWID;
 
--- Overrides tell quotas that roll from those of the calendar, which may be as long: a month and 30 days.
+-- Overrides get the column "window", because a rolling and a calendar quota can have the same length: a month and 30 days.
 ALTER TABLE limit_override RENAME TO limit_override_1;
 CREATE TABLE limit_override (
     environment TEXT NOT NULL,
@@ -23,7 +23,7 @@ CREATE TABLE limit_override (
     burst       INTEGER NOT NULL,
     PRIMARY KEY (environment, scope, name, kind, per_ms, "window")
 ) WITHOUT ROWID;
--- An older one is of the quota that was written like that.
+-- An existing override belongs to the quota with the same spelling of the period.
 INSERT OR REPLACE INTO limit_override
     SELECT environment, scope, name, kind, per_ms,
            coalesce("window", CASE WHEN per_ms < 86400000 THEN 'rolling' ELSE 'calendar' END),
@@ -31,5 +31,5 @@ INSERT OR REPLACE INTO limit_override
     FROM limit_override_1 LEFT JOIN quota USING (environment, scope, name, kind, per_ms, per);
 DROP TABLE limit_override_1;
 
--- Of a calendar quota: the end of its period, which a change of its time zone would not tell otherwise.
+-- Calendar quotas: the end of the period. It cannot be computed from `at_ms` after a change of the time zone.
 ALTER TABLE quota ADD COLUMN until_ms INTEGER NOT NULL DEFAULT 0;
