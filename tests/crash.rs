@@ -238,7 +238,7 @@ fn check(environment: &Value, sums: &Sums, kills: u64, began: u64) {
             "{what} is {n}: more than {max}, the sum of all reported usage and all requests in flight ({kills} kills)"
         );
     };
-    assert_within("totals.total_tokens", &environment["totals"]["total_tokens"], received, most);
+    assert_within("totals.total_tokens", &environment["totals"]["total_tokens"], received, max);
     assert_within("totals.requests", &environment["totals"]["requests"], answers, answers + in_flight);
     for quota in environment["quotas"].as_array().unwrap() {
         assert_eq!(quota["held"], 0, "no request is in flight after a restart: {quota}");
@@ -250,7 +250,7 @@ fn check(environment: &Value, sums: &Sums, kills: u64, began: u64) {
             Some("requests") => {
                 assert_within("requests per day", &quota["used"], answers, answers + in_flight)
             }
-            _ => assert_within("tokens used", &quota["used"], received, most),
+            _ => assert_within("tokens used", &quota["used"], received, max),
         }
     }
 }

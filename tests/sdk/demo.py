@@ -1,4 +1,4 @@
-"""Starts `tollgate demo` and runs the lines that it prints, as a newcomer would."""
+"""Starts `tollgate demo` and runs the commands that it prints. Needs $TOLLGATE_BIN, the gateway's binary."""
 
 import os
 import re
@@ -22,7 +22,7 @@ try:
     assert '"held":0' in quotas.replace(" ", "") and '"name":"sandbox"' in quotas.replace(" ", ""), quotas
     page = re.search(r"Dashboard: (\S+)", lines[-1]).group(1)
     assert "<title>Tollgate</title>" in run(f"curl -s {page}")
-    print("the demo's lines work:", refused.split())
+    print("all commands of the demo work; status codes of the sandbox:", " ".join(refused.split()))
 finally:
     demo.terminate()
     sys.exit(demo.wait(20) if sys.exc_info()[0] is None else 1)

@@ -1,10 +1,10 @@
-"""How each API writes an answer: as JSON, and as the events of a stream. As the providers' documentation has it."""
+"""The answers of each API, as JSON and as events of a stream, as the documentation of the providers describes them."""
 
 import json
 
 
-def of(path, body):
-    """The dialect that a request is in."""
+def dialect_of(path, body):
+    """The dialect of a request, by its path."""
     if path.endswith("/chat/completions"):
         return Chat(path, body)
     if path.endswith("/responses"):
@@ -15,7 +15,7 @@ def of(path, body):
 
 
 def pieces(text):
-    """A text as a model sends it: in pieces that mind neither words nor escapes."""
+    """Splits a text like a model does: pieces may end within words and escapes."""
     return [text[i : i + 7] for i in range(0, len(text), 7)]
 
 
@@ -29,7 +29,7 @@ class Dialect:
     def __init__(self, path, body):
         self.path, self.body = path, body
         self.model = body.get("model", "gemini-2.5-flash")
-        self.streams = body.get("stream") is True
+        self.is_streaming = body.get("stream") is True
 
     @staticmethod
     def key_value(key):
@@ -248,7 +248,7 @@ class Gemini(Dialect):
 
     def __init__(self, path, body):
         super().__init__(path, body)
-        self.streams = ":streamGenerateContent" in path
+        self.is_streaming = ":streamGenerateContent" in path
 
     @staticmethod
     def key_value(key):

@@ -7,7 +7,7 @@ from contract import QUESTION, Contract
 
 MODEL = "claude-sonnet-5"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-TOOL = {"name": "weather", "description": "Tells the weather", "input_schema": SCHEMA}
+TOOL = {"name": "weather", "description": "Returns the weather", "input_schema": SCHEMA}
 
 
 class Messages(Contract, unittest.TestCase):
@@ -21,18 +21,18 @@ class Messages(Contract, unittest.TestCase):
         options = {} if retries is None else {"max_retries": retries}
         return anthropic.Anthropic(base_url=self.base(environment), api_key=key, **options)
 
-    def asking(self, text, **options):
+    def request(self, text, **options):
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
         return {"model": MODEL, "max_tokens": 100, "messages": messages, **options}
 
     def chat(self, client, text, **options):
-        return client.messages.create(**self.asking(text, **options)).content[0].text
+        return client.messages.create(**self.request(text, **options)).content[0].text
 
     def stream(self, client, text):
-        with client.messages.stream(**self.asking(text)) as stream:
+        with client.messages.stream(**self.request(text)) as stream:
             yield from stream.text_stream
 
-    def called(self, client, message):
+    def calls_and_reply(self, client, message):
         self.assertEqual(message.stop_reason, "tool_use")
 
         def send_back(results):
@@ -40,18 +40,18 @@ class Messages(Contract, unittest.TestCase):
                 {"type": "tool_result", "tool_use_id": block.id, "content": result}
                 for block, result in zip(message.content, results)
             ]
-            asked = {"role": "user", "content": QUESTION}
-            called = {"role": "assistant", "content": message.content}
-            return self.chat(client, [asked, called, {"role": "user", "content": answers}], tools=[TOOL])
+            question = {"role": "user", "content": QUESTION}
+            tool_calls = {"role": "assistant", "content": message.content}
+            return self.chat(client, [question, tool_calls, {"role": "user", "content": answers}], tools=[TOOL])
 
         return [(block.name, block.input) for block in message.content], send_back
 
     def tools(self, client):
-        return self.called(client, client.messages.create(**self.asking(QUESTION, tools=[TOOL])))
+        return self.calls_and_reply(client, client.messages.create(**self.request(QUESTION, tools=[TOOL])))
 
     def stream_tools(self, client):
-        with client.messages.stream(**self.asking(QUESTION, tools=[TOOL])) as stream:
-            return self.called(client, stream.get_final_message())
+        with client.messages.stream(**self.request(QUESTION, tools=[TOOL])) as stream:
+            return self.calls_and_reply(client, stream.get_final_message())
 
     def check_refusal(self, error):
         self.assertEqual(error.body["error"]["type"], "rate_limit_error")

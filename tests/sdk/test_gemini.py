@@ -10,7 +10,7 @@ from google.genai import errors, types
 MODEL = "gemini-2.5-flash"
 PARAMETERS = {"type": "OBJECT", "properties": {"city": {"type": "STRING"}, "days": {"type": "INTEGER"}}}
 TOOLS = types.GenerateContentConfig(
-    tools=[{"function_declarations": [{"name": "weather", "description": "Tells the weather", "parameters": PARAMETERS}]}]
+    tools=[{"function_declarations": [{"name": "weather", "description": "Returns the weather", "parameters": PARAMETERS}]}]
 )
 
 
@@ -19,7 +19,7 @@ class Gemini(Contract, unittest.TestCase):
     rate_limit_error = authentication_error = errors.ClientError
     cut_stream_error = errors.ServerError
     cut_answer_error = httpx2.RemoteProtocolError
-    knows_when_to_retry = False
+    honours_retry_headers = False
 
     def client(self, environment, key, retries):
         retry = types.HttpRetryOptions(attempts=(retries or 0) + 1, initial_delay=1, http_status_codes=[429])
@@ -33,7 +33,7 @@ class Gemini(Contract, unittest.TestCase):
         for chunk in client.models.generate_content_stream(model=MODEL, contents=text):
             yield chunk.text or ""
 
-    def called(self, client, parts):
+    def calls_and_reply(self, client, parts):
         calls = [part.function_call for part in parts if part.function_call]
 
         def send_back(results):
@@ -41,20 +41,20 @@ class Gemini(Contract, unittest.TestCase):
                 types.Part.from_function_response(name=call.name, response={"result": result})
                 for call, result in zip(calls, results)
             ]
-            asked = types.UserContent(QUESTION)
-            contents = [asked, types.ModelContent(parts), types.UserContent(answers)]
+            question = types.UserContent(QUESTION)
+            contents = [question, types.ModelContent(parts), types.UserContent(answers)]
             return client.models.generate_content(model=MODEL, contents=contents, config=TOOLS).text
 
         return [(call.name, call.args) for call in calls], send_back
 
     def tools(self, client):
         answer = client.models.generate_content(model=MODEL, contents=QUESTION, config=TOOLS)
-        return self.called(client, answer.candidates[0].content.parts)
+        return self.calls_and_reply(client, answer.candidates[0].content.parts)
 
     def stream_tools(self, client):
         chunks = client.models.generate_content_stream(model=MODEL, contents=QUESTION, config=TOOLS)
         parts = [part for chunk in chunks for part in chunk.candidates[0].content.parts]
-        return self.called(client, [part for part in parts if part.function_call])
+        return self.calls_and_reply(client, [part for part in parts if part.function_call])
 
     def check_refusal(self, error):
         self.assertEqual((error.code, error.status), (429, "RESOURCE_EXHAUSTED"))

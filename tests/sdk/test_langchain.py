@@ -1,4 +1,4 @@
-"""LangChain's `ChatOpenAI`, through chats and through Responses."""
+"""LangChain's `ChatOpenAI`, with chat completions and with Responses."""
 
 import unittest
 
@@ -9,7 +9,7 @@ from langchain_openai import ChatOpenAI
 
 
 def weather(city: str, days: int) -> str:
-    """Tells the weather."""
+    """Returns the weather."""
     raise NotImplementedError
 
 
@@ -34,7 +34,7 @@ class LangChain(Contract):
         for chunk in client.stream(text):
             yield chunk.text
 
-    def called(self, client, message):
+    def calls_and_reply(self, client, message):
         def send_back(results):
             answers = [
                 ToolMessage(result, tool_call_id=call["id"]) for call, result in zip(message.tool_calls, results)
@@ -45,14 +45,14 @@ class LangChain(Contract):
 
     def tools(self, client):
         client = client.bind_tools([weather])
-        return self.called(client, client.invoke(QUESTION))
+        return self.calls_and_reply(client, client.invoke(QUESTION))
 
     def stream_tools(self, client):
         client = client.bind_tools([weather])
         message = None
         for chunk in client.stream(QUESTION):
             message = chunk if message is None else message + chunk
-        return self.called(client, message)
+        return self.calls_and_reply(client, message)
 
     def check_refusal(self, error):
         self.assertEqual((error.code, error.type), ("rate_limit_exceeded", "tokens"))

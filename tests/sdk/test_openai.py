@@ -1,16 +1,16 @@
-"""The `openai` package: chats, Responses, embeddings, models."""
+"""The `openai` package: chat completions, Responses, embeddings, models."""
 
 import asyncio
 import json
 import unittest
 
-import house
+import testbed
 import openai
 from contract import HELLO, QUESTION, Contract
 
 MODEL = "gpt-4o"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-FUNCTION = {"name": "weather", "description": "Tells the weather", "parameters": PARAMETERS}
+FUNCTION = {"name": "weather", "description": "Returns the weather", "parameters": PARAMETERS}
 
 
 class OpenAi(Contract):
@@ -42,11 +42,11 @@ class Chats(OpenAi, unittest.TestCase):
     def stream(self, client, text):
         with self.create(client, text, stream=True) as stream:
             for chunk in stream:
-                # The usage that the gateway has asked for is its own business.
+                # The gateway requested usage for itself and must withhold the chunk.
                 self.assertTrue(chunk.choices)
                 yield chunk.choices[0].delta.content or ""
 
-    def called(self, client, message):
+    def calls_and_reply(self, client, message):
         def send_back(results):
             answers = [
                 {"role": "tool", "tool_call_id": call["id"], "content": result}
@@ -62,7 +62,7 @@ class Chats(OpenAi, unittest.TestCase):
     def tools(self, client):
         answer = self.create(client, QUESTION, tools=[self.tool])
         self.assertEqual(answer.choices[0].finish_reason, "tool_calls")
-        return self.called(client, answer.choices[0].message.to_dict())
+        return self.calls_and_reply(client, answer.choices[0].message.to_dict())
 
     def stream_tools(self, client):
         messages = [{"role": "user", "content": QUESTION}]
@@ -71,18 +71,18 @@ class Chats(OpenAi, unittest.TestCase):
         calls = [call.to_dict() for call in message.tool_calls]
         for call in calls:
             call["function"].pop("parsed_arguments", None)
-        return self.called(client, {"role": "assistant", "tool_calls": calls})
+        return self.calls_and_reply(client, {"role": "assistant", "tool_calls": calls})
 
-    def test_a_stream_gets_the_usage_that_was_asked_for(self):
+    def test_a_stream_contains_usage_if_the_caller_requests_it(self):
         options = {"include_usage": True}
         chunks = list(self.create(self.roomy(), HELLO, stream=True, stream_options=options))
-        self.assertEqual((chunks[-1].choices, chunks[-1].usage.total_tokens), ([], house.COST))
+        self.assertEqual((chunks[-1].choices, chunks[-1].usage.total_tokens), ([], testbed.COST))
 
-    def test_an_asynchronous_stream_that_is_cancelled_ends_upstream_too(self):
-        watch = self.house.watch("roomy")
+    def test_a_cancelled_asynchronous_stream_is_cancelled_upstream(self):
+        watch = self.testbed.watch("roomy")
 
         async def cancel():
-            client = openai.AsyncOpenAI(base_url=f"{self.base('roomy')}/v1", api_key=house.KEY)
+            client = openai.AsyncOpenAI(base_url=f"{self.base('roomy')}/v1", api_key=testbed.KEY)
             first = asyncio.Event()
 
             async def read():
@@ -101,18 +101,18 @@ class Chats(OpenAi, unittest.TestCase):
         self.assertLess(seen["words"], 30)
 
     def test_embeddings(self):
-        watch = self.house.watch("roomy")
+        watch = self.testbed.watch("roomy")
         answer = self.roomy().embeddings.create(model="text-embedding-3-small", input=["a", "b"], encoding_format="float")
         self.assertEqual([item.embedding for item in answer.data], [[0.5, -0.25]] * 2)
         charged, seen = watch()
         self.assertEqual((charged["prompt_tokens"], charged["completion_tokens"]), (seen["prompt_tokens"], 0))
 
     def test_models(self):
-        watch = self.house.watch("roomy")
+        watch = self.testbed.watch("roomy")
         self.assertEqual([model.id for model in self.roomy().models.list()], [MODEL])
         self.assertEqual(watch()[0]["requests"], 0)
 
-    def test_the_headers_say_how_much_is_left(self):
+    def test_rate_limit_headers_show_what_is_left(self):
         answer = self.roomy().chat.completions.with_raw_response.create(
             model=MODEL, messages=[{"role": "user", "content": HELLO}]
         )
@@ -141,7 +141,7 @@ class Responses(OpenAi, unittest.TestCase):
                 if event.type == "response.output_text.delta":
                     yield event.delta
 
-    def called(self, client, response):
+    def calls_and_reply(self, client, response):
         calls = [item for item in response.output if item.type == "function_call"]
 
         def send_back(results):
@@ -149,7 +149,7 @@ class Responses(OpenAi, unittest.TestCase):
                 {"type": "function_call_output", "call_id": call.call_id, "output": result}
                 for call, result in zip(calls, results)
             ]
-            # `parsed_arguments` is the package's own.
+            # The package adds `parsed_arguments`, which is not part of the API.
             items = [item.to_dict() for item in calls]
             for item in items:
                 item.pop("parsed_arguments", None)
@@ -158,11 +158,11 @@ class Responses(OpenAi, unittest.TestCase):
         return [(call.name, json.loads(call.arguments)) for call in calls], send_back
 
     def tools(self, client):
-        return self.called(client, self.create(client, QUESTION, tools=[self.tool]))
+        return self.calls_and_reply(client, self.create(client, QUESTION, tools=[self.tool]))
 
     def stream_tools(self, client):
         with client.responses.stream(model=MODEL, input=QUESTION, tools=[self.tool]) as stream:
-            return self.called(client, stream.get_final_response())
+            return self.calls_and_reply(client, stream.get_final_response())
 
 
 if __name__ == "__main__":

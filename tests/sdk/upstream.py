@@ -1,12 +1,12 @@
-"""A scriptable upstream: it speaks OpenAI's chats and Responses, Anthropic's Messages and Gemini's contents.
+"""A scriptable upstream for OpenAI's chat completions and Responses, Anthropic's Messages, and Gemini.
 
-What it answers is decided by the request's text, so that every SDK can ask for it in the same way:
+The text of a request selects the answer, so that every SDK can select it in the same way:
 
-    [cut]    the answer breaks off: a stream after its first word, JSON in its middle
-    [slow]   a stream that goes on, a word each tenth of a second, until the caller hangs up
-    tools    two calls of them in parallel; their results, sent back, become the answer's text
+    [cut]    an interrupted answer: a stream ends after its first word, JSON ends in the middle
+    [slow]   a stream with a word every tenth of a second, until the caller disconnects
+    tools    two parallel tool calls; when the caller sends their results, they become the text of the answer
 
-It reports usage as each provider does, and keeps account of it. `GET /account` shows the account.
+It reports usage like each provider, and adds it up. `GET /stats` returns the sums.
 """
 
 import json
@@ -24,15 +24,15 @@ USAGE = (20, 5)
 CALLS = [("weather", {"city": "Zürich", "days": 3}), ("weather", {"city": "São \"Paulo\"", "days": 1})]
 USAGE_OF_CALLS = (31, 9)
 USAGE_OF_RESULTS = (47, 6)
-SLOWEST = 20
+MAX_SLOW_SECONDS = 20
 
 
-class Account:
-    """What the upstream has seen. Streams are counted when their head is sent."""
+class UpstreamStats:
+    """Sums over all requests that the upstream has received."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.state = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "hangups": 0, "words": 0, "faults": []}
+        self.state = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "disconnects": 0, "words": 0, "faults": []}
 
     def add(self, **amounts):
         with self.lock:
@@ -52,28 +52,28 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        if self.path == "/account":
-            return self.send(self.server.account.snapshot())
+        if self.path == "/stats":
+            return self.send(self.server.stats.snapshot())
         model = {"id": "gpt-4o", "object": "model", "created": 1, "owned_by": "mock"}
         self.send({"object": "list", "data": [model]})
 
     def do_POST(self):
-        account = self.server.account
-        account.add(requests=1)
+        stats = self.server.stats
+        stats.add(requests=1)
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path.endswith("/embeddings"):
             return self.embeddings(body)
-        dialect = dialects.of(self.path, body)
+        dialect = dialects.dialect_of(self.path, body)
         if self.headers[dialect.key_header] != dialect.key_value(KEY) or "key-of" in str(self.headers):
-            account.add(faults=[f"{self.path}: the upstream's own key was not sent, or another was: {self.headers}"])
+            stats.add(faults=[f"{self.path}: the request does not have the upstream's key, or has another one: {self.headers}"])
         self.script = json.dumps(body)
-        if dialect.streams:
+        if dialect.is_streaming:
             self.stream(dialect)
         else:
             self.whole(dialect)
 
     def answer(self, dialect):
-        """Words, calls and usage of the answer."""
+        """Returns the words, tool calls and usage of the answer."""
         if results := dialect.results():
             return [" and ".join(results)], [], USAGE_OF_RESULTS
         if dialect.has_tools():
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         return TEXT, [], USAGE
 
     def report(self, usage):
-        self.server.account.add(prompt_tokens=usage[0], completion_tokens=usage[1])
+        self.server.stats.add(prompt_tokens=usage[0], completion_tokens=usage[1])
 
     def embeddings(self, body):
         data = [{"object": "embedding", "index": i, "embedding": [0.5, -0.25]} for i in range(len(body["input"]))]
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         words, calls, usage = self.answer(dialect)
         self.events(dialect.begin(usage))
         if "[slow]" in self.script:
-            return self.go_on_until_hung_up(dialect)
+            return self.stream_until_disconnect(dialect)
         for word in words:
             self.events(dialect.word(word))
             if "[cut]" in self.script:
@@ -123,22 +123,22 @@ class Handler(BaseHTTPRequestHandler):
         for index, (name, arguments) in enumerate(calls):
             self.events(dialect.call(index, name, json.dumps(arguments, ensure_ascii=False)))
         self.events(dialect.end(usage))
-        # Before the last byte, so that whoever has that sees it in the account.
+        # Counted before the last byte is sent, so that a caller with the complete answer sees it in the sums.
         self.report(usage)
         self.wfile.write(b"0\r\n\r\n")
 
-    def go_on_until_hung_up(self, dialect):
-        deadline = time.monotonic() + SLOWEST
+    def stream_until_disconnect(self, dialect):
+        deadline = time.monotonic() + MAX_SLOW_SECONDS
         while time.monotonic() < deadline:
-            self.server.account.add(words=1)
+            self.server.stats.add(words=1)
             try:
                 self.events(dialect.word(" word"))
                 readable, _, _ = select.select([self.connection], [], [], 0.1)
-                hung_up = readable and not self.connection.recv(1, socket.MSG_PEEK)
+                has_disconnected = readable and not self.connection.recv(1, socket.MSG_PEEK)
             except OSError:
-                hung_up = True
-            if hung_up:
-                self.server.account.add(hangups=1)
+                has_disconnected = True
+            if has_disconnected:
+                self.server.stats.add(disconnects=1)
                 break
         self.close_connection = True
 
@@ -150,19 +150,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Upstream(ThreadingHTTPServer):
-    """Serves on a free port of this machine until it is closed."""
+    """A server on a free port of this machine."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.account = Account()
+        self.stats = UpstreamStats()
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """A connection that the gateway has closed is no news."""
+        """Ignores errors: the gateway may close a connection at any time."""
 
     def close(self):
         self.shutdown()

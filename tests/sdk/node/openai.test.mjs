@@ -1,4 +1,4 @@
-// The `openai` package: chats and Responses.
+// The `openai` package: chat completions and Responses.
 
 import OpenAI from "openai";
 import { contract, QUESTION, RESULTS } from "./contract.mjs";
@@ -7,14 +7,14 @@ const MODEL = "gpt-4o";
 const USER = { role: "user", content: QUESTION };
 const FUNCTION = {
   name: "weather",
-  description: "Tells the weather",
+  description: "Returns the weather",
   parameters: { type: "object", properties: { city: { type: "string" }, days: { type: "integer" } } },
 };
 
 const common = {
-  heedsShouldRetry: true,
+  honoursRetryHeaders: true,
   client: (baseURL, apiKey, maxRetries) => new OpenAI({ baseURL, apiKey, maxRetries }),
-  told(error) {
+  describe(error) {
     const { status, code, type, message } = error;
     const expected = { 401: OpenAI.AuthenticationError, 429: OpenAI.RateLimitError }[status] ?? OpenAI.APIError;
     if (!(error instanceof expected)) throw error;
@@ -23,7 +23,7 @@ const common = {
   isCutStream: (error) => error instanceof OpenAI.APIError,
 };
 
-const called = ({ name, arguments: text }) => ({ name, arguments: JSON.parse(text) });
+const toCall = ({ name, arguments: text }) => ({ name, arguments: JSON.parse(text) });
 
 const CHAT_TOOLS = [{ type: "function", function: FUNCTION }];
 
@@ -31,12 +31,12 @@ async function answerChat(client, { role, content, tool_calls }) {
   const results = tool_calls.map((call, i) => ({ role: "tool", tool_call_id: call.id, content: RESULTS[i] }));
   const messages = [USER, { role, content, tool_calls }, ...results];
   const answer = await client.chat.completions.create({ model: MODEL, messages, tools: CHAT_TOOLS });
-  return { calls: tool_calls.map((call) => called(call.function)), answer: answer.choices[0].message.content };
+  return { calls: tool_calls.map((call) => toCall(call.function)), answer: answer.choices[0].message.content };
 }
 
-contract("openai, chats", {
+contract("openai, chat completions", {
   ...common,
-  // What comes with 200 and is no JSON is raised as the parser raises it, or as the connection does.
+  // The SDK passes on the error of the JSON parser or of the connection.
   isCutAnswer: (error) => error instanceof Error,
   async chat(client, text) {
     const answer = await client.chat.completions.create({ model: MODEL, messages: [{ role: "user", content: text }] });
@@ -46,7 +46,7 @@ contract("openai, chats", {
     const messages = [{ role: "user", content: text }];
     const stream = await client.chat.completions.create({ model: MODEL, messages, stream: true });
     for await (const chunk of stream) {
-      // The usage that the gateway has asked for is its own business.
+      // The gateway requested usage for itself and must withhold the chunk.
       if (chunk.choices.length === 0) throw new Error("a chunk without choices");
       yield chunk.choices[0].delta.content ?? "";
     }
@@ -69,7 +69,7 @@ async function answerResponse(client, { output }) {
   const results = calls.map((call, i) => ({ type: "function_call_output", call_id: call.call_id, output: RESULTS[i] }));
   const input = [USER, ...items, ...results];
   const answer = await client.responses.create({ model: MODEL, input, tools: RESPONSES_TOOLS });
-  return { calls: calls.map(called), answer: answer.output_text };
+  return { calls: calls.map(toCall), answer: answer.output_text };
 }
 
 contract("openai, Responses", {

@@ -1,4 +1,4 @@
-"""A gateway with the scriptable upstream behind it, and what can be seen of both from outside.
+"""A gateway with the scriptable upstream behind it, and access to the counters of both.
 
 Needs $TOLLGATE_BIN, the gateway's binary.
 """
@@ -15,7 +15,8 @@ import urllib.request
 import upstream
 
 KEY = "key-of-the-sdk-tests-1"
-# What an answer costs in `burst` and `patient`, whatever comes of it: room for four, and for one each two seconds.
+# Tokens that the environments `burst` and `patient` reserve for an answer, which is also its usage. `burst` has room for
+# ROOM answers, and `patient` for one answer per PERIOD (in seconds).
 COST = sum(upstream.USAGE)
 PARALLEL, ROOM = 10, 4
 PERIOD = 2
@@ -40,11 +41,11 @@ store: {{ memory: true }}
 """
 
 
-class House:
-    """`api` is the upstream's setting: how it takes its key."""
+class Testbed:
+    """`api` is the setting of the upstream with this name."""
 
     def __init__(self, api):
-        # Proxies are for what is not on this machine.
+        # Requests to this machine must not use a proxy.
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
         self.upstream = upstream.Upstream()
         self.folder = tempfile.TemporaryDirectory()
@@ -61,7 +62,7 @@ class House:
                 break
         else:
             raise RuntimeError("the gateway did not start")
-        # Its log has to be read on, or it would be in its own way.
+        # This thread reads the rest of the log, so that the pipe does not fill up.
         self.log = threading.Thread(target=self.gateway.stderr.read, daemon=True)
         self.log.start()
 
@@ -77,15 +78,15 @@ class House:
             self.folder.cleanup()
         assert code == 0, f"the gateway ended with {code}"
 
-    def account(self):
-        return self.upstream.account.snapshot()
+    def stats(self):
+        return self.upstream.stats.snapshot()
 
     def refill(self, environment):
         request = urllib.request.Request(f"{self.admin}/api/environments/{environment}/reset", method="POST")
         urllib.request.urlopen(request).close()
 
     def totals(self, environment):
-        """What was charged, once nothing is under way."""
+        """The charged totals, once no request is in flight."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with urllib.request.urlopen(f"{self.admin}/api/environments/{environment}") as answer:
@@ -94,21 +95,21 @@ class House:
                 assert all(quota["held"] == 0 for quota in state["quotas"]), state
                 return state["totals"]
             time.sleep(0.01)
-        raise AssertionError(f"never settled: {state}")
+        raise AssertionError(f"requests are still in flight: {state}")
 
     def watch(self, environment):
         return Watch(self, environment)
 
 
 class Watch:
-    """What happens from here on: `charged` by the gateway, `seen` by the upstream."""
+    """Measures from its creation on what the gateway has charged and what the upstream has seen."""
 
-    def __init__(self, house, environment):
-        self.house, self.environment = house, environment
-        self.before = house.totals(environment), house.account()
+    def __init__(self, testbed, environment):
+        self.testbed, self.environment = testbed, environment
+        self.before = testbed.totals(environment), testbed.stats()
 
     def __call__(self):
-        """Both, once nothing is under way."""
-        after = self.house.totals(self.environment), self.house.account()
+        """Returns both, once no request is in flight."""
+        after = self.testbed.totals(self.environment), self.testbed.stats()
         charged, seen = ({k: v - b[k] for k, v in a.items() if k != "faults"} for a, b in zip(after, self.before))
         return charged, seen
