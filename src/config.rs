@@ -31,7 +31,8 @@ use std::time::Duration;
 
 pub(crate) use callers::MAX_KEY_BYTES;
 pub use fault::{Fault, Faults};
-pub use load::{Loaded, load, parse};
+pub(crate) use load::load;
+pub use load::{Loaded, parse};
 pub(crate) use units::duration;
 
 /// The checked configuration of one gateway.

@@ -2,6 +2,7 @@
 
 mod log;
 mod metrics;
+mod series;
 
 use crate::clock::Stopwatch;
 use crate::quota::Amounts;
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 pub(crate) use log::{LogOutput, init_logging};
 pub(crate) use metrics::Metrics;
-pub(crate) use metrics::{ModelLabel, Series};
+pub(crate) use series::{ModelLabel, Series};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

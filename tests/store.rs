@@ -410,7 +410,7 @@ fn an_unusable_file_is_refused_with_a_way_to_fix_it() {
             "move it away",
         ),
         ("another program's", refusal(sql("PRAGMA application_id = 1")), "set another path"),
-        ("newer", refusal(sql("PRAGMA user_version = 99")), "run the newer one"),
+        ("newer", refusal(sql("PRAGMA user_version = 99")), "run the newer Tollgate"),
         (
             "a folder",
             refusal(|file| {

@@ -24,7 +24,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// Returns all faults of the file at once.
-pub fn load(path: &Path) -> Result<Loaded, Faults> {
+pub(crate) fn load(path: &Path) -> Result<Loaded, Faults> {
     let name = path.display().to_string();
     let text = read_text(path).map_err(|message| Faults::of_file(&name, message))?;
     let unicode = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {

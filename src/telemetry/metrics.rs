@@ -1,38 +1,56 @@
 //! The names, labels and buckets of all metrics, and one function for each event.
 
+use super::series::{Series, SeriesMetrics};
 use super::{Record, RequestOutcome};
 use crate::config::Environment;
 use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
-use crate::glob::Glob;
 use crate::ledger::Account;
 use crate::quota::{Scope, Shortfall};
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// All metrics of one gateway.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
-    requests: IntCounterVec,
+    series: SeriesMetrics,
     rejections: IntCounterVec,
-    tokens: IntCounterVec,
-    quota_limit: IntGaugeVec,
-    quota_level: IntGaugeVec,
-    quota_held: IntGaugeVec,
-    in_flight: IntGaugeVec,
+    usage_missing: IntCounterVec,
     overhead: Histogram,
     first_byte: Histogram,
-    estimate_ratio: Histogram,
-    raw_estimate_ratio: Histogram,
-    estimates: Box<[IntCounter]>,
-    usage_missing: IntCounterVec,
     store_up: IntGauge,
-    shared_up: IntGaugeVec,
-    shared_nodes: IntGaugeVec,
-    shared_faults: IntGaugeVec,
-    shared_losses: IntGaugeVec,
+    quotas: QuotaMetrics,
+    estimates: EstimateMetrics,
+    redis: RedisMetrics,
+}
+
+/// The state of an environment's quotas and requests. [`Metrics::render`] sets them.
+#[derive(Debug)]
+struct QuotaMetrics {
+    limit: IntGaugeVec,
+    level: IntGaugeVec,
+    held: IntGaugeVec,
+    in_flight: IntGaugeVec,
+}
+
+/// Prompt estimates and how far they are off.
+#[derive(Debug)]
+struct EstimateMetrics {
+    ratio: Histogram,
+    raw_ratio: Histogram,
+    /// Indexed by tokenizer and coverage.
+    counts: Box<[IntCounter]>,
+}
+
+/// The state of the counters that are shared through Redis. [`Metrics::render`] sets them.
+#[derive(Debug)]
+struct RedisMetrics {
+    up: IntGaugeVec,
+    nodes: IntGaugeVec,
+    faults: IntGaugeVec,
+    losses: IntGaugeVec,
 }
 
 impl Metrics {
@@ -42,51 +60,27 @@ impl Metrics {
     /// Two metrics have the same name. That is a mistake in this file, which every test detects.
     pub(crate) fn new() -> prometheus::Result<Self> {
         let r = Registry::new();
-        let quota = ["environment", "kind", "per"];
-        let ratios = [0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0];
-        let estimates = counters(
+        // This version does not reload configs, so the metric stays 0. It exists so that dashboards can use it already.
+        register(
             &r,
-            "tollgate_estimates_total",
-            "Prompt estimates, by tokenizer and by whether the whole prompt was counted.",
-            &["tokenizer", "estimate"],
-        )?;
-        let metrics = Self {
-            requests: counters(
-                &r,
-                "tollgate_requests_total",
-                "Requests, by outcome.",
-                &["environment", "api", "outcome"],
+            IntCounter::new(
+                "tollgate_config_reload_failures_total",
+                "Reloads that failed because the new config was invalid.",
             )?,
+        )?;
+        Ok(Self {
+            series: series_metrics(&r)?,
             rejections: counters(
                 &r,
                 "tollgate_rejections_total",
                 "Requests that a quota or limit denied; shadow=\"true\": denials that were not enforced.",
                 &["environment", "code", "kind", "per", "shadow"],
             )?,
-            tokens: counters(
+            usage_missing: counters(
                 &r,
-                "tollgate_tokens_total",
-                "Tokens charged.",
-                &["environment", "model", "kind"],
-            )?,
-            quota_limit: gauges(&r, "tollgate_quota_limit", "Limit of a quota of the environment.", &quota)?,
-            quota_level: gauges(
-                &r,
-                "tollgate_quota_level",
-                "Amount that is left of the quota; below zero it is debt.",
-                &quota,
-            )?,
-            quota_held: gauges(
-                &r,
-                "tollgate_quota_held",
-                "Amount of the quota that requests in flight hold.",
-                &quota,
-            )?,
-            in_flight: gauges(
-                &r,
-                "tollgate_in_flight",
-                "Requests in flight, streams included.",
-                &["environment"],
+                "tollgate_usage_missing_total",
+                "Answers without credible usage, which the gateway charged by its own count.",
+                &["environment", "reason"],
             )?,
             overhead: histogram(
                 &r,
@@ -100,30 +94,6 @@ impl Metrics {
                 "Time from the end of the request to the head of the upstream's answer.",
                 &[0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0],
             )?,
-            estimate_ratio: histogram(
-                &r,
-                "tollgate_estimate_ratio",
-                "Prompt tokens reserved for a request, divided by those the upstream reported.",
-                &ratios,
-            )?,
-            raw_estimate_ratio: histogram(
-                &r,
-                "tollgate_raw_estimate_ratio",
-                "Prompt tokens estimated without correction, divided by those the upstream reported.",
-                &ratios,
-            )?,
-            estimates: TOKENIZERS
-                .iter()
-                .flat_map(|tokenizer| {
-                    COVERAGE.map(|coverage| estimates.with_label_values(&[*tokenizer, coverage]))
-                })
-                .collect(),
-            usage_missing: counters(
-                &r,
-                "tollgate_usage_missing_total",
-                "Answers without credible usage, which the gateway charged by its own count.",
-                &["environment", "reason"],
-            )?,
             store_up: register(
                 &r,
                 IntGauge::new(
@@ -131,48 +101,18 @@ impl Metrics {
                     "1 while the store can be written, so that counters are durable.",
                 )?,
             )?,
-            shared_up: gauges(
-                &r,
-                "tollgate_shared_up",
-                "1 while the counters of the environment are shared through Redis, 0 while this node is offline.",
-                &["environment"],
-            )?,
-            shared_nodes: gauges(
-                &r,
-                "tollgate_shared_nodes",
-                "Nodes that share the counters of the environment, by the last answer of Redis.",
-                &["environment"],
-            )?,
-            shared_faults: gauges(
-                &r,
-                "tollgate_shared_faults",
-                "Wrong settings of the Redis server, which can lose counts or refuse requests; the log and /readyz name them.",
-                &["environment"],
-            )?,
-            shared_losses: gauges(
-                &r,
-                "tollgate_shared_losses_total",
-                "Number of times the connection to Redis was lost.",
-                &["environment"],
-            )?,
+            quotas: QuotaMetrics::new(&r)?,
+            estimates: EstimateMetrics::new(&r)?,
+            redis: RedisMetrics::new(&r)?,
             registry: r,
-        };
-        // This version does not reload configs, so the metric stays 0. It exists so that dashboards can use it already.
-        register(
-            &metrics.registry,
-            IntCounter::new(
-                "tollgate_config_reload_failures_total",
-                "Reloads that failed because the new config was invalid.",
-            )?,
-        )?;
-        Ok(metrics)
+        })
     }
 
     /// Counts a request that has ended.
     pub(super) fn request(&self, record: &Record) {
         match &record.series {
-            Some(series) => series.request(self, record),
-            None => self.requests.with_label_values(&["", record.api, record.outcome.as_str()]).inc(),
+            Some(series) => series.count(&self.series, record),
+            None => self.series.requests.with_label_values(&["", record.api, record.outcome.as_str()]).inc(),
         }
         if let Some(first_byte) = record.first_byte {
             self.first_byte.observe(first_byte.as_secs_f64());
@@ -185,8 +125,8 @@ impl Metrics {
             #[allow(clippy::cast_precision_loss)] // ratios for a histogram
             let [reserved, counted, reported] =
                 [record.estimated_prompt, record.raw_estimate, record.reported_prompt].map(|n| n as f64);
-            self.estimate_ratio.observe(reserved / reported);
-            self.raw_estimate_ratio.observe(counted / reported);
+            self.estimates.ratio.observe(reserved / reported);
+            self.estimates.raw_ratio.observe(counted / reported);
         }
     }
 
@@ -207,7 +147,7 @@ impl Metrics {
             (Encoding::Cl100k, _) => 1,
         };
         let coverage = if estimate.is_rough { 2 } else { usize::from(estimate.is_partial) };
-        if let Some(counter) = self.estimates.get(tokenizer * COVERAGE.len() + coverage) {
+        if let Some(counter) = self.estimates.counts.get(tokenizer * COVERAGE.len() + coverage) {
             counter.inc();
         }
     }
@@ -230,18 +170,18 @@ impl Metrics {
         for (environment, account) in accounts {
             let name = environment.name.as_str();
             let snapshot = account.snapshot();
-            self.in_flight.with_label_values(&[name]).set(signed(snapshot.in_flight));
+            self.quotas.in_flight.with_label_values(&[name]).set(signed(snapshot.in_flight));
             if let Some(sharing) = &snapshot.sharing {
-                self.shared_up.with_label_values(&[name]).set(i64::from(sharing.trouble.is_none()));
-                self.shared_nodes.with_label_values(&[name]).set(signed(sharing.nodes));
-                self.shared_faults.with_label_values(&[name]).set(signed(sharing.faults.len() as u64));
-                self.shared_losses.with_label_values(&[name]).set(signed(sharing.losses));
+                self.redis.up.with_label_values(&[name]).set(i64::from(sharing.trouble.is_none()));
+                self.redis.nodes.with_label_values(&[name]).set(signed(sharing.nodes));
+                self.redis.faults.with_label_values(&[name]).set(signed(sharing.faults.len() as u64));
+                self.redis.losses.with_label_values(&[name]).set(signed(sharing.losses));
             }
             for level in snapshot.levels.iter().filter(|l| l.quota.scope == Scope::Environment) {
                 let labels = [name, level.quota.kind.as_str(), &level.quota.per.text];
-                self.quota_limit.with_label_values(&labels).set(signed(level.quota.limit));
-                self.quota_level.with_label_values(&labels).set(level.level);
-                self.quota_held.with_label_values(&labels).set(signed(level.held));
+                self.quotas.limit.with_label_values(&labels).set(signed(level.quota.limit));
+                self.quotas.level.with_label_values(&labels).set(level.level);
+                self.quotas.held.with_label_values(&labels).set(signed(level.held));
             }
         }
         // An empty label equals an absent one in Prometheus. It is removed for other readers of this text.
@@ -250,16 +190,7 @@ impl Metrics {
 
     /// The series of an environment. It creates the most important ones, so that they exist before the first request.
     pub(crate) fn series_of(&self, environment: &Environment) -> Series {
-        let series = Series {
-            environment: environment.name.clone(),
-            globs: environment.models.clone(),
-            requests: (0..APIS.len() * RequestOutcome::ALL.len()).map(|_| OnceLock::new()).collect(),
-            tokens: (0..=KNOWN_MODELS.len() + environment.models.len()).map(|_| OnceLock::new()).collect(),
-        };
-        series.tokens(self, ModelLabel(KNOWN_MODELS.len() + environment.models.len()));
-        for outcome in [RequestOutcome::Answered, RequestOutcome::Rejected] {
-            series.requests(self, "chat", outcome);
-        }
+        let series = Series::new(&self.series, environment);
         for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
             let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
             let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.text, ""];
@@ -270,21 +201,109 @@ impl Metrics {
     }
 }
 
-/// The counters of one environment that every request updates. Each is looked up once. A lookup by label values for
-/// every request took a microsecond.
-#[derive(Debug)]
-pub(crate) struct Series {
-    environment: String,
-    globs: Vec<Glob>,
-    /// Indexed by API and outcome.
-    requests: Box<[OnceLock<IntCounter>]>,
-    /// Indexed by model label. Each has the counters of prompt, completion and total tokens.
-    tokens: Box<[OnceLock<[IntCounter; 3]>]>,
+fn series_metrics(r: &Registry) -> prometheus::Result<SeriesMetrics> {
+    Ok(SeriesMetrics {
+        requests: counters(
+            r,
+            "tollgate_requests_total",
+            "Requests, by outcome.",
+            &["environment", "api", "outcome"],
+        )?,
+        tokens: counters(r, "tollgate_tokens_total", "Tokens charged.", &["environment", "model", "kind"])?,
+    })
 }
 
-/// The index of a model's label in metrics: known models, then the globs of the environment, then `other`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ModelLabel(usize);
+impl QuotaMetrics {
+    fn new(r: &Registry) -> prometheus::Result<Self> {
+        let quota = ["environment", "kind", "per"];
+        Ok(Self {
+            limit: gauges(r, "tollgate_quota_limit", "Limit of a quota of the environment.", &quota)?,
+            level: gauges(
+                r,
+                "tollgate_quota_level",
+                "Amount that is left of the quota; below zero it is debt.",
+                &quota,
+            )?,
+            held: gauges(
+                r,
+                "tollgate_quota_held",
+                "Amount of the quota that requests in flight hold.",
+                &quota,
+            )?,
+            in_flight: gauges(
+                r,
+                "tollgate_in_flight",
+                "Requests in flight, streams included.",
+                &["environment"],
+            )?,
+        })
+    }
+}
+
+impl EstimateMetrics {
+    fn new(r: &Registry) -> prometheus::Result<Self> {
+        let ratios = [0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0];
+        let counts = counters(
+            r,
+            "tollgate_estimates_total",
+            "Prompt estimates, by tokenizer and by whether the whole prompt was counted.",
+            &["tokenizer", "estimate"],
+        )?;
+        Ok(Self {
+            ratio: histogram(
+                r,
+                "tollgate_estimate_ratio",
+                "Prompt tokens reserved for a request, divided by those the upstream reported.",
+                &ratios,
+            )?,
+            raw_ratio: histogram(
+                r,
+                "tollgate_raw_estimate_ratio",
+                "Prompt tokens estimated without correction, divided by those the upstream reported.",
+                &ratios,
+            )?,
+            counts: TOKENIZERS
+                .iter()
+                .flat_map(|tokenizer| {
+                    COVERAGE.map(|coverage| counts.with_label_values(&[*tokenizer, coverage]))
+                })
+                .collect(),
+        })
+    }
+}
+
+impl RedisMetrics {
+    fn new(r: &Registry) -> prometheus::Result<Self> {
+        let labels = ["environment"];
+        Ok(Self {
+            up: gauges(
+                r,
+                "tollgate_shared_up",
+                "1 while the counters of the environment are shared through Redis, 0 while this node is offline.",
+                &labels,
+            )?,
+            nodes: gauges(
+                r,
+                "tollgate_shared_nodes",
+                "Nodes that share the counters of the environment, by the last answer of Redis.",
+                &labels,
+            )?,
+            faults: gauges(
+                r,
+                "tollgate_shared_faults",
+                "Wrong settings of the Redis server, which can lose counts or refuse requests; the log and /readyz name \
+                 them.",
+                &labels,
+            )?,
+            losses: gauges(
+                r,
+                "tollgate_shared_losses_total",
+                "Number of times the connection to Redis was lost.",
+                &labels,
+            )?,
+        })
+    }
+}
 
 /// Values of the `tokenizer` label. The first three are exact vocabularies of the model. `family` is a scaled vocabulary
 /// for the model's family. `fallback` is a scaled vocabulary for unknown models.
@@ -292,51 +311,6 @@ const TOKENIZERS: [&str; 5] = ["o200k_base", "cl100k_base", "file", "family", "f
 /// Values of the `estimate` label: the whole prompt was counted; a part is outside the request; the prompt was too long to
 /// be counted exactly.
 const COVERAGE: [&str; 3] = ["whole", "partial", "rough"];
-
-/// Values of the `api` label.
-const APIS: &[&str] = &["none", "chat", "completions", "embeddings", "models", "root", "other"];
-
-impl Series {
-    /// The label of a model: its name if it is a known one, else the glob of the environment that matches it, else `other`.
-    /// So the config bounds the number of series.
-    pub(crate) fn label(&self, model: &str) -> ModelLabel {
-        let known = KNOWN_MODELS.iter().position(|known| *known == model);
-        let listed = || self.globs.iter().position(|glob| glob.matches(model));
-        ModelLabel(known.unwrap_or_else(|| KNOWN_MODELS.len() + listed().unwrap_or(self.globs.len())))
-    }
-
-    fn label_text(&self, label: ModelLabel) -> &str {
-        let listed = || self.globs.get(label.0.saturating_sub(KNOWN_MODELS.len())).map(Glob::as_str);
-        KNOWN_MODELS.get(label.0).copied().or_else(listed).unwrap_or("other")
-    }
-
-    fn requests(&self, metrics: &Metrics, api: &str, outcome: RequestOutcome) -> &IntCounter {
-        let api = APIS.iter().position(|known| *known == api).unwrap_or(0);
-        self.requests[api * RequestOutcome::ALL.len() + outcome as usize].get_or_init(|| {
-            metrics.requests.with_label_values(&[&self.environment, APIS[api], outcome.as_str()])
-        })
-    }
-
-    fn tokens(&self, metrics: &Metrics, label: ModelLabel) -> &[IntCounter; 3] {
-        self.tokens[label.0].get_or_init(|| {
-            ["prompt", "completion", "total"].map(|kind| {
-                metrics.tokens.with_label_values(&[self.environment.as_str(), self.label_text(label), kind])
-            })
-        })
-    }
-
-    fn request(&self, metrics: &Metrics, record: &Record) {
-        self.requests(metrics, record.api, record.outcome).inc();
-        let Some(label) = record.model_label else { return };
-        let charged = &record.charged;
-        let counters = self.tokens(metrics, label);
-        for (counter, tokens) in counters.iter().zip([charged.prompt, charged.completion, charged.total]) {
-            if tokens > 0 {
-                counter.inc_by(tokens);
-            }
-        }
-    }
-}
 
 fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
@@ -361,26 +335,3 @@ fn gauges(r: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::
 fn histogram(r: &Registry, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
     register(r, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
 }
-
-/// Public model names, which may appear in metrics. Callers can invent any other name.
-const KNOWN_MODELS: &[&str] = &[
-    "gpt-3.5-turbo",
-    "gpt-4",
-    "gpt-4-turbo",
-    "gpt-4.1",
-    "gpt-4.1-mini",
-    "gpt-4.1-nano",
-    "gpt-4o",
-    "gpt-4o-mini",
-    "gpt-5",
-    "gpt-5-mini",
-    "gpt-5-nano",
-    "gpt-5.1",
-    "o1",
-    "o3",
-    "o3-mini",
-    "o4-mini",
-    "text-embedding-3-large",
-    "text-embedding-3-small",
-    "text-embedding-ada-002",
-];
