@@ -32,7 +32,22 @@ pub(super) struct SeriesMetrics {
 pub(crate) struct ModelLabel(usize);
 
 /// Values of the `api` label. A request without an endpoint has the first one.
-const APIS: &[&str] = &["none", "chat", "completions", "embeddings", "models", "root", "other"];
+const APIS: &[&str] = &[
+    "none",
+    "chat",
+    "completions",
+    "responses",
+    "embeddings",
+    "messages",
+    "gemini",
+    "rerank",
+    "moderations",
+    "audio",
+    "images",
+    "models",
+    "root",
+    "other",
+];
 
 impl Series {
     /// The series of an environment. It creates the most important ones, so that they exist before the first request.
@@ -115,3 +130,17 @@ const KNOWN_MODELS: &[&str] = &[
     "text-embedding-3-small",
     "text-embedding-ada-002",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::Api;
+
+    #[test]
+    fn every_api_has_a_label() {
+        for api in [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini]
+        {
+            assert!(APIS.contains(&api.as_str()), "{}", api.as_str());
+        }
+    }
+}
