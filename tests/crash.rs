@@ -248,7 +248,7 @@ fn check(environment: &Value, sums: &Sums, kills: u64, began: u64) {
         }
         match quota["kind"].as_str() {
             Some("requests") => {
-                assert_within("requests per day", &quota["used"], answers, answers + in_flight)
+                assert_within("requests per day", &quota["used"], answers, answers + in_flight);
             }
             _ => assert_within("tokens used", &quota["used"], received, max),
         }

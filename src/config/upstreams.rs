@@ -138,7 +138,7 @@ fn headers(setting: &Setting<'_>) -> Option<HeaderMap> {
                 }
             }
             Some(Err(_)) => {
-                setting.fault("this value contains a character that a header must not contain; remove it")
+                setting.fault("this value contains a character that a header must not contain; remove it");
             }
             None => {}
         }

@@ -37,7 +37,7 @@ pub(super) fn parse(text: &str, findings: &Findings) -> Option<YamlNode> {
     for next in Parser::new_from_str(&masked) {
         match next {
             Ok((event, span)) => {
-                tree.on_event(event, Location::File(span.start.line(), span.start.col() + 1))?
+                tree.on_event(event, Location::File(span.start.line(), span.start.col() + 1))?;
             }
             Err(error) => {
                 let location = Location::File(error.marker().line(), error.marker().col() + 1);
