@@ -133,6 +133,16 @@ async fn a_request_with_more_than_eight_keys_is_refused() {
 }
 
 #[tokio::test]
+async fn a_query_with_more_than_eight_keys_is_forwarded_without_any() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "").await;
+    let query = format!("x=1&{}key={WEB}", "key=a&".repeat(8));
+    let reply = gateway.send("POST", &format!("/production{CHAT}?{query}"), &bearer(WEB), HELLO).await;
+    assert_eq!(reply.status, 200);
+    assert_eq!(upstream.only().target(), format!("{CHAT}?x=1"));
+}
+
+#[tokio::test]
 async fn a_404_reveals_no_environment_that_the_path_does_not_name() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     for (default, path, base_url) in [

@@ -28,7 +28,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Waits for an event that must happen, and panics after `PATIENCE`.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     let waited = tokio::time::timeout(PATIENCE, future).await;
-    waited.unwrap_or_else(|elapsed| panic!("{what} did not happen in time: {elapsed}"))
+    waited.unwrap_or_else(|elapsed| panic!("timed out waiting for {what}: {elapsed}"))
 }
 
 /// A minimal chat request.
