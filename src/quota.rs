@@ -1,43 +1,52 @@
-//! The law: whether a request fits its quotas, and what it leaves behind when it has ended.
+//! The quota arithmetic: it admits or denies requests, and settles their reservations.
 //!
-//! Pure arithmetic on integers; `now` is an argument. Nothing here reads the clock or the network.
+//! Exact integers only, and `now` is an argument. Nothing here reads the clock or the network.
+//!
+//! [`Quotas`] holds the quotas of one environment. Each has a counter: a [`TokenBucket`] for a rolling
+//! window, a [`CalendarPeriod`] for a calendar window.
 
 mod bucket;
+mod counter;
+mod denial;
 mod period;
+mod receipt;
+mod snapshot;
 mod table;
 
-use crate::clock::Timestamp;
 use crate::glob::Glob;
 use std::fmt;
 
 pub use bucket::TokenBucket;
+pub use denial::{Denied, Shortfall, Wait};
 pub use period::CalendarPeriod;
-pub use table::{CounterState, Denied, QuotaLevel, QuotaStatus, Quotas, Receipt, Shortfall, Subject, Wait};
+pub use receipt::Receipt;
+pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
+pub use table::{Quotas, Subject};
 
-/// Largest limit or burst: 2^50.
+/// Largest limit or burst, in tokens or requests: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;
-/// Largest amount a single request may reserve or be charged: 2^40.
+/// Largest amount that one request may reserve or be charged, in tokens: 2^40.
 pub const MAX_AMOUNT: u64 = 1 << 40;
 
 /// What a quota counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// What the provider calls total.
+    /// The total that the provider reports; at least prompt and completion together.
     TotalTokens,
-    /// What the model reads.
+    /// Tokens that the model reads.
     PromptTokens,
-    /// What the model generates.
+    /// Tokens that the model generates.
     CompletionTokens,
     /// Requests forwarded.
     Requests,
 }
 
 impl Kind {
-    /// All kinds, in the order in which they are shown.
+    /// All kinds, in display order.
     pub const ALL: [Self; 4] =
         [Self::TotalTokens, Self::PromptTokens, Self::CompletionTokens, Self::Requests];
 
-    /// Its name in the config, in metrics and in answers.
+    /// The name in the config, in metrics and in error answers.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::TotalTokens => "total_tokens",
@@ -54,19 +63,19 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Whom a quota binds within its environment.
+/// Which requests of its environment a quota applies to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Every request.
     Environment,
-    /// The requests of one caller: its index in the environment's list, and its name.
+    /// The requests of one caller: its index in the environment's list of callers, and its name.
     Caller(usize, String),
-    /// The requests for models that match the pattern.
+    /// The requests whose model matches the pattern.
     Model(Glob),
 }
 
 impl Scope {
-    /// A caller is known by its name: its place in the list may change.
+    /// Compares callers by name, because a reload of the config may change their index.
     fn is_same_as(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Caller(_, a), Self::Caller(_, b)) => a == b,
@@ -83,7 +92,7 @@ impl Scope {
         }
     }
 
-    /// The caller's name or the models' pattern; empty for the environment.
+    /// The caller's name or the model pattern; empty for the environment.
     pub fn name(&self) -> &str {
         match self {
             Self::Environment => "",
@@ -93,16 +102,16 @@ impl Scope {
     }
 }
 
-/// The length of a quota's period.
+/// The period over which a quota's limit applies: the config key `per`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Period {
-    /// As written in the config: `minute`, `10s`.
+    /// The text in the config: `minute`, `10s`.
     pub text: String,
-    /// Its length; a month counts as 30 days where it rolls.
+    /// Length in milliseconds; a month is 30 days here.
     pub ms: u64,
 }
 
-/// The clock's own periods.
+/// The period of a calendar quota.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClockUnit {
     /// Begins at :00.
@@ -119,40 +128,40 @@ pub enum ClockUnit {
     Month,
 }
 
-/// How a quota comes back.
+/// How spent amounts become available again.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Window {
-    /// Continuously: a token bucket of `burst` capacity.
+    /// Continuously: a token bucket refills at the limit per period.
     Rolling {
-        /// Capacity; at least 1.
+        /// Capacity of the bucket in tokens or requests; at least 1.
         burst: u64,
     },
-    /// All at once when the clock's period turns.
+    /// All at once, when the next calendar period begins.
     Calendar {
-        /// Which period.
+        /// The calendar period.
         unit: ClockUnit,
-        /// In which time zone.
+        /// The time zone in which the period begins and ends.
         zone: jiff::tz::TimeZone,
     },
 }
 
-/// One quota: how much of what, over which period, for whom.
+/// One quota: an amount per period for a set of requests.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Quota {
-    /// Whom it binds.
+    /// Which requests the quota applies to.
     pub scope: Scope,
-    /// What it counts.
+    /// What the quota counts.
     pub kind: Kind,
-    /// How much, in 1 ..= `MAX_LIMIT`.
+    /// Tokens or requests per period, in 1 ..= `MAX_LIMIT`.
     pub limit: u64,
-    /// Over how long.
+    /// The period.
     pub per: Period,
-    /// How it comes back.
+    /// How spent amounts become available again.
     pub window: Window,
 }
 
 impl Quota {
-    /// The most it can ever hold at once.
+    /// The largest amount that the quota can ever admit at once, in tokens or requests.
     pub fn capacity(&self) -> u64 {
         match self.window {
             Window::Rolling { burst } => burst,
@@ -160,7 +169,9 @@ impl Quota {
         }
     }
 
-    /// Whether it is the same quota, at most with another limit or time zone: its counters then go on.
+    /// Whether both are the same quota, apart from the limit, burst and time zone.
+    ///
+    /// A reload of the config keeps the counter of a quota that stays the same.
     pub fn is_same_as(&self, other: &Self) -> bool {
         let same_window = match (&self.window, &other.window) {
             (Window::Rolling { .. }, Window::Rolling { .. }) => true,
@@ -173,7 +184,7 @@ impl Quota {
             && self.per.ms == other.per.ms
     }
 
-    /// The same quota with another limit; a calendar quota has no burst of its own.
+    /// Returns the quota with another limit and burst; a calendar quota ignores `burst`.
     #[must_use]
     pub fn with_limit(&self, limit: u64, burst: u64) -> Self {
         let mut other = self.clone();
@@ -188,32 +199,32 @@ impl Quota {
         }
     }
 
-    /// An hour or longer: what is reserved in it must outlive the process.
+    /// Whether the period is an hour or longer. Reservations in such a quota must survive a crash.
     pub fn is_durable(&self) -> bool {
         self.per.ms >= 3600 * 1000
     }
 
-    /// A day or longer: exhausting it is not a matter of seconds.
+    /// Whether the period is a day or longer. A caller cannot wait for such a quota to refill.
     pub fn is_long(&self) -> bool {
         self.per.ms >= 24 * 3600 * 1000
     }
 }
 
-/// Amounts of each kind, in requests and tokens.
+/// An amount of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Amounts {
-    /// 1 for a request that reached the upstream.
+    /// Requests; 1 for a request that reached the upstream.
     pub requests: u64,
-    /// Tokens the model read.
+    /// Tokens that the model read.
     pub prompt: u64,
-    /// Tokens the model generated.
+    /// Tokens that the model generated.
     pub completion: u64,
-    /// What the provider calls total; at least prompt + completion.
+    /// Total tokens that the provider reports; at least `prompt + completion`.
     pub total: u64,
 }
 
 impl Amounts {
-    /// The amount that a quota of this kind counts.
+    /// Returns the amount that a quota of this kind counts.
     pub fn of(&self, kind: Kind) -> u64 {
         match kind {
             Kind::TotalTokens => self.total,
@@ -223,19 +234,19 @@ impl Amounts {
         }
     }
 
-    /// Of each kind the smaller amount.
+    /// Returns the smaller amount of each kind.
     #[must_use]
     pub fn min(self, other: Self) -> Self {
         self.zip(other, u64::min)
     }
 
-    /// Of each kind what is more than in `other`.
+    /// Subtracts each kind; a negative difference becomes 0.
     #[must_use]
     pub fn saturating_sub(self, other: Self) -> Self {
         self.zip(other, u64::saturating_sub)
     }
 
-    /// The sums of each kind.
+    /// Adds each kind; a sum saturates at `u64::MAX`.
     #[must_use]
     pub fn saturating_add(self, other: Self) -> Self {
         self.zip(other, u64::saturating_add)
@@ -250,34 +261,19 @@ impl Amounts {
         }
     }
 
-    /// Amounts of one request, each cut to `MAX_AMOUNT`.
+    /// The amounts of one request, each capped at `MAX_AMOUNT`.
     pub fn of_request(prompt: u64, completion: u64) -> Self {
         let (prompt, completion) = (prompt.min(MAX_AMOUNT), completion.min(MAX_AMOUNT));
         Self { requests: 1, prompt, completion, total: (prompt + completion).min(MAX_AMOUNT) }
     }
 }
 
-/// What is kept of one quota so that it outlives the process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PersistedCounter {
-    /// Spent and not yet back, in whole tokens or requests; below zero where the burst was lowered.
-    pub used: i64,
-    /// Of a rolling quota: how much of a token more than that is left, in 1/`period_ms`.
-    pub level_fraction: u64,
-    /// Held by requests in flight: spent, should the process die now.
-    pub held: u64,
-    /// Of a rolling quota: when it was last refilled. Of a calendar quota: the start of its period.
-    pub at: Timestamp,
-    /// Of a calendar quota: the end of its period; 0 where an older version has kept it.
-    pub until: Timestamp,
-}
-
-/// What a request asks of its quotas.
+/// The amounts that a request needs from its quotas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Required {
-    /// What is to be held while it is in flight.
+    /// Amounts to hold while the request is in flight.
     pub amounts: Amounts,
-    /// Whether the model generates tokens for it. If not, an exhausted quota of completion tokens
-    /// does not deny it.
+    /// Whether the model generates tokens for the request. If not, an exhausted quota of completion
+    /// tokens does not deny it.
     pub generates: bool,
 }

@@ -1,22 +1,22 @@
-//! The rolling window: a token bucket whose held room does not refill.
+//! The rolling window: a token bucket in which held tokens do not refill.
 //!
-//! A bucket that refills while tokens are held lets a late refund pile on top of a full bucket: with
-//! slow answers that overshoots the limit by its whole size. So `level + held <= burst` at every
-//! moment, whatever the order of calls.
+//! If held tokens refilled, a late refund would add to a full bucket: with slow answers the limit would
+//! be exceeded by up to the whole burst. Therefore `level + held <= burst` at every moment, whatever the
+//! order of calls.
 
 use super::{CounterState, PersistedCounter, Wait};
 use crate::clock::Timestamp;
 
-/// Where a request waits for room that others hold, no sooner than this (ms).
+/// Minimum retry delay for a request that needs tokens which other requests hold (ms).
 const MIN_WAIT_FOR_HELD_MS: u64 = 1_000;
 
-/// A token bucket. Its level is kept in units of 1/`period_ms` token, so that one millisecond adds
-/// exactly `limit` units and nothing is ever rounded.
+/// A token bucket. Its level is counted in units of 1/`period_ms` token: one millisecond adds exactly
+/// `limit` units, and nothing is ever rounded.
 #[derive(Clone, Debug)]
 pub struct TokenBucket {
-    /// Units per millisecond: the limit, in tokens per period.
+    /// Units per millisecond. Equals the limit in tokens per period.
     rate: i128,
-    /// Units per token: the period in milliseconds.
+    /// Units per token. Equals the period in milliseconds.
     scale: i128,
     /// Capacity in tokens.
     burst: u64,
@@ -24,11 +24,13 @@ pub struct TokenBucket {
     level: i128,
     /// In tokens.
     held: u64,
-    at: Timestamp,
+    /// When the level was computed.
+    refilled_at: Timestamp,
 }
 
 impl TokenBucket {
-    /// A full bucket that holds `burst` tokens and refills at `limit` per `period_ms`; all at least 1.
+    /// Creates a full bucket of `burst` tokens that refills `limit` tokens per `period_ms`. Requires all
+    /// three to be at least 1.
     pub fn full(limit: u64, burst: u64, period_ms: u64, now: Timestamp) -> Self {
         let scale = i128::from(period_ms.max(1));
         Self {
@@ -37,147 +39,148 @@ impl TokenBucket {
             burst,
             level: i128::from(burst) * scale,
             held: 0,
-            at: now,
+            refilled_at: now,
         }
     }
 
-    /// Adds what has come back since the last call. A clock stepped backwards adds nothing, and the
-    /// bucket counts on from there: it is never stuck until the old time comes round again.
+    /// Adds the units since the last refill. If the clock was stepped back, this adds nothing, and the next
+    /// refill counts from the new time: the bucket does not wait until the old time is reached again.
     pub fn refill(&mut self, now: Timestamp) {
         let top = self.top();
         if self.level < top {
-            let elapsed = i128::from(now.ms_since(self.at));
+            let elapsed = i128::from(now.ms_since(self.refilled_at));
             self.level = top.min(self.level + self.rate * elapsed);
         }
-        self.at = now;
+        self.refilled_at = now;
     }
 
-    /// Whether `amount` fits now (call `refill` first); if not, when it does.
+    /// Whether `amount` tokens fit now. Requires a preceding `refill`.
     ///
     /// # Errors
-    /// How long the same request has to wait, or that it never fits.
-    pub fn fits(&self, amount: u64) -> Result<(), Wait> {
+    /// The time until the same request fits.
+    pub(super) fn fits(&self, amount: u64) -> Result<(), Wait> {
         if amount > self.burst {
             return Err(Wait::Never);
         }
-        // Also a request for 0 tokens needs something left: an exhausted bucket admits nothing.
+        // A request for 0 tokens needs one token too: an exhausted bucket admits nothing.
         let needed = amount.max(1);
         let short = self.units(needed) - self.level;
         if short <= 0 {
             return Ok(());
         }
         let ms = u64::try_from((short + self.rate - 1) / self.rate).unwrap_or(u64::MAX);
-        // Where others hold the room, refilling alone never makes it fit: what is in flight is taken
-        // to settle as reserved by then.
+        // If other requests hold the tokens, refilling alone is not enough. The wait then assumes that
+        // they settle as reserved.
         let waits_for_held = needed > self.burst.saturating_sub(self.held);
         Err(Wait::Ms(if waits_for_held { ms.max(MIN_WAIT_FOR_HELD_MS) } else { ms }))
     }
 
-    /// Takes `amount` out and holds it.
+    /// Moves `amount` tokens from the level to held.
     pub fn reserve(&mut self, amount: u64) {
         self.level -= self.units(amount);
         self.held += amount;
     }
 
-    /// What is certainly spent of a reservation does not stay held: the room it took refills from now on.
-    pub fn mark_spent(&mut self, amount: u64) {
+    /// Moves `amount` tokens of a reservation from held to spent, so that they refill from now on.
+    pub(super) fn mark_spent(&mut self, amount: u64) {
         self.held = self.held.saturating_sub(amount);
     }
 
-    /// Replaces what is still held of a reservation by what is owed for it beyond what `spend` has
-    /// moved: gives back the rest, or becomes debt. `owed` is below zero where too much was moved.
+    /// Releases the `held` tokens of a reservation and charges `owed` tokens: the amount spent beyond what
+    /// `mark_spent` has moved. A difference is refunded, or becomes debt. `owed` is negative if
+    /// `mark_spent` has moved too much.
     pub fn settle(&mut self, held: u64, owed: i64) {
         self.held = self.held.saturating_sub(held);
         self.level += self.units(held) - i128::from(owed) * self.scale;
-        // Holds by construction; stated so that a slip elsewhere could never mint tokens.
+        // Holds by construction. The bound makes sure that a fault elsewhere cannot create tokens.
         self.level = self.level.min(self.top());
     }
 
-    /// Another limit from now on: what was used stays used, what is held stays held.
-    pub fn set_limit(&mut self, limit: u64, burst: u64, now: Timestamp) {
+    /// Changes the limit and the burst. Spent and held amounts stay.
+    pub(super) fn set_limit(&mut self, limit: u64, burst: u64, now: Timestamp) {
         self.refill(now);
         self.level += self.units(burst) - self.units(self.burst);
         self.rate = i128::from(limit.max(1));
         self.burst = burst;
     }
 
-    /// Full at once, but for what is held.
-    pub fn reset(&mut self) {
+    /// Fills the bucket, except for the held tokens.
+    pub(super) fn reset(&mut self) {
         self.level = self.top();
     }
 
-    /// What has to be kept so that the bucket outlives the process.
-    pub fn saved(&self) -> PersistedCounter {
+    /// The counter for the store.
+    pub(super) fn to_persisted(&self) -> PersistedCounter {
         let whole = divide_down(self.level, self.scale);
         PersistedCounter {
             level_fraction: u64::try_from(self.level - whole * self.scale).unwrap_or(0),
             used: i64::try_from(i128::from(self.burst) - whole - i128::from(self.held)).unwrap_or(i64::MAX),
             held: self.held,
-            at: self.at,
+            at: self.refilled_at,
             until: Timestamp::default(),
         }
     }
 
-    /// Takes over what another process has left: what it used, and, in full, what it held.
-    pub fn restore(&mut self, saved: &PersistedCounter, now: Timestamp) {
-        let spent = i128::from(saved.used) + i128::from(saved.held);
-        let level = (i128::from(self.burst) - spent) * self.scale + i128::from(saved.level_fraction);
+    /// Continues from the counter that another process has persisted. Tokens that it held count as spent.
+    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
+        let spent = i128::from(persisted.used) + i128::from(persisted.held);
+        let level = (i128::from(self.burst) - spent) * self.scale + i128::from(persisted.level_fraction);
         self.level = level.min(self.units(self.burst));
         self.held = 0;
-        self.at = saved.at;
+        self.refilled_at = persisted.at;
         self.refill(now);
     }
 
-    /// Goes on from a state that another engine has reached: its level in whole tokens and 1/`period_ms` of one.
-    pub fn load(&mut self, limit: u64, burst: u64, level: (i64, u64), held: u64, at: Timestamp) {
+    /// Replaces the whole state by the one in Redis. `level` is in whole tokens and units of 1/`period_ms`.
+    pub(super) fn load(&mut self, limit: u64, burst: u64, level: (i64, u64), held: u64, at: Timestamp) {
         self.rate = i128::from(limit.max(1));
         self.burst = burst;
         self.level = i128::from(level.0) * self.scale + i128::from(level.1);
         self.held = held;
-        self.at = at;
+        self.refilled_at = at;
     }
 
-    /// The state that `load` goes on from.
-    pub fn state(&self) -> CounterState {
+    /// The whole state, which `load` accepts.
+    pub(super) fn state(&self) -> CounterState {
         let whole = divide_down(self.level, self.scale);
         CounterState::Rolling {
             limit: u64::try_from(self.rate).unwrap_or(u64::MAX),
             burst: self.burst,
             level: (self.level(), u64::try_from(self.level - whole * self.scale).unwrap_or(0)),
             held: self.held,
-            at: self.at,
+            at: self.refilled_at,
         }
     }
 
-    /// Whole tokens that are left, rounded down; below zero: debt.
+    /// Available whole tokens, rounded down; below zero: debt.
     pub fn level(&self) -> i64 {
         i64::try_from(divide_down(self.level, self.scale)).unwrap_or(i64::MIN)
     }
 
     /// Tokens held by requests in flight.
-    pub fn held(&self) -> u64 {
+    pub(super) fn held(&self) -> u64 {
         self.held
     }
 
     /// Capacity in tokens.
-    pub fn burst(&self) -> u64 {
+    pub(super) fn burst(&self) -> u64 {
         self.burst
     }
 
     /// Tokens spent and not yet refilled, rounded up.
-    pub fn used(&self) -> u64 {
+    pub(super) fn used(&self) -> u64 {
         let used = self.units(self.burst) - self.level - self.units(self.held);
         u64::try_from(divide_down(used + self.scale - 1, self.scale)).unwrap_or(0)
     }
 
-    /// Milliseconds until what is spent has refilled; with `and_held`, what is held too.
-    pub fn refill_ms(&self, and_held: bool) -> u64 {
-        let held = if and_held { 0 } else { self.held };
+    /// Milliseconds until the spent tokens have refilled; with `includes_held`, until the held ones have too.
+    pub(super) fn refill_ms(&self, includes_held: bool) -> u64 {
+        let held = if includes_held { 0 } else { self.held };
         let missing = self.units(self.burst) - self.level - self.units(held);
         u64::try_from(divide_down(missing + self.rate - 1, self.rate)).unwrap_or(0)
     }
 
-    /// The highest level there can be now; below zero where the burst was lowered under what is held.
+    /// The highest possible level, in units; below zero if the burst was lowered below the held tokens.
     fn top(&self) -> i128 {
         self.units(self.burst) - self.units(self.held)
     }
@@ -187,7 +190,7 @@ impl TokenBucket {
     }
 }
 
-/// Divides, rounding down, by a positive divisor. Most amounts fit 64 bits, where that is far cheaper.
+/// Divides by a positive divisor and rounds down. Most amounts fit in 64 bits, where division is far cheaper.
 fn divide_down(dividend: i128, divisor: i128) -> i128 {
     match (i64::try_from(dividend), i64::try_from(divisor)) {
         (Ok(dividend), Ok(divisor)) => i128::from(dividend.div_euclid(divisor)),
@@ -204,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn refills_at_its_rate_to_the_millisecond() {
+    fn a_bucket_refills_to_the_millisecond() {
         let mut b = TokenBucket::full(60, 60, 60_000, at(0));
         b.reserve(60);
         b.settle(60, 60);
@@ -217,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn held_room_does_not_refill() {
+    fn held_tokens_do_not_refill() {
         let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(80);
         b.refill(at(60_000));
@@ -227,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_spent_on_the_way_refills_and_is_settled_once() {
+    fn tokens_marked_spent_refill_and_are_settled_once() {
         let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(80);
         b.mark_spent(50);
@@ -239,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn another_limit_keeps_what_was_used() {
+    fn a_changed_limit_keeps_used_tokens() {
         let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(70);
         b.settle(60, 60);
@@ -250,25 +253,25 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_outlives_its_process_and_what_was_held_is_spent() {
+    fn a_restored_bucket_counts_held_tokens_as_spent() {
         let mut b = TokenBucket::full(100, 100, 60_000, at(0));
         b.reserve(70);
         b.settle(60, 60);
         b.refill(at(1));
-        let saved = b.saved();
+        let persisted = b.to_persisted();
         let mut after = TokenBucket::full(100, 100, 60_000, at(700));
-        after.restore(&saved, at(601));
+        after.restore(&persisted, at(601));
         assert_eq!((after.level(), after.held(), after.used()), (31, 0, 69));
         let mut raised = TokenBucket::full(200, 200, 60_000, at(700));
-        raised.restore(&saved, at(1));
+        raised.restore(&persisted, at(1));
         assert_eq!((raised.level(), raised.used()), (130, 70));
         let mut stepped_back = TokenBucket::full(100, 100, 60_000, at(0));
-        stepped_back.restore(&saved, at(-5));
+        stepped_back.restore(&persisted, at(-5));
         assert_eq!(stepped_back.level(), 30);
     }
 
     #[test]
-    fn an_overrun_is_debt_and_debt_refills() {
+    fn an_overrun_becomes_debt_that_refills() {
         let mut b = TokenBucket::full(100, 100, 1_000, at(0));
         b.reserve(10);
         b.settle(10, 150);
@@ -278,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_held_room_waits_a_second_at_least() {
+    fn a_request_waits_at_least_a_second_for_held_tokens() {
         let mut b = TokenBucket::full(1_000_000, 100, 1_000, at(0));
         b.reserve(60);
         assert_eq!(b.fits(50), Err(Wait::Ms(1_000)));
@@ -286,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_stepped_back_neither_grants_nor_sticks() {
+    fn a_clock_stepped_back_grants_no_tokens_and_blocks_no_refill() {
         let mut b = TokenBucket::full(60, 60, 60_000, at(3_600_000));
         b.reserve(60);
         b.settle(60, 60);

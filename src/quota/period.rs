@@ -1,4 +1,4 @@
-//! The calendar window: so much per minute, day or month of the clock, all back at its turn.
+//! The calendar window: a limit per calendar minute, day or month. The next period starts at zero.
 
 use super::{ClockUnit, CounterState, PersistedCounter, Wait};
 use crate::clock::Timestamp;
@@ -6,7 +6,7 @@ use jiff::ToSpan;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 
-/// The counters of one clock period.
+/// The counter of the current calendar period. Amounts are tokens or requests.
 #[derive(Clone, Debug)]
 pub struct CalendarPeriod {
     limit: u64,
@@ -14,24 +14,27 @@ pub struct CalendarPeriod {
     zone: TimeZone,
     start: Timestamp,
     end: Timestamp,
-    /// Names the period: a reservation says by this which one admitted it. It is the period's start, so that nodes
-    /// of a cluster agree on it without asking, or one more than the last where the clock was stepped back.
+    /// Identifies the period. A reservation records it to find the period that admitted it.
+    ///
+    /// It is the start of the period in milliseconds, so that nodes agree on it without communication. If
+    /// the clock was stepped back, it is one more than the previous identifier.
     period_id: u64,
     used: u64,
     held: u64,
 }
 
 impl CalendarPeriod {
-    /// Nothing used yet in the period that `now` lies in.
+    /// Creates the counter for the period that contains `now`, with nothing used.
     pub fn new(limit: u64, unit: ClockUnit, zone: TimeZone, now: Timestamp) -> Self {
         let (start, end) = bounds(unit, &zone, now);
         Self { limit, unit, zone, start, end, period_id: id_of(start), used: 0, held: 0 }
     }
 
-    /// Turns the period over if its end has come. A clock that was stepped back opens no new period:
-    /// what was used stays used until the end of the period that the clock now shows, so that nothing
-    /// is granted by stepping back and nobody waits longer than one period.
-    pub fn roll(&mut self, now: Timestamp) {
+    /// Begins the next period if the current one has ended.
+    ///
+    /// A clock that was stepped back begins no new period: the used amount stays until the end of the period
+    /// that the clock now shows. So stepping back grants nothing, and no request waits longer than a period.
+    pub(crate) fn roll(&mut self, now: Timestamp) {
         if now >= self.end {
             (self.start, self.end) = bounds(self.unit, &self.zone, now);
             self.period_id = id_of(self.start).max(self.period_id + 1);
@@ -42,11 +45,11 @@ impl CalendarPeriod {
         }
     }
 
-    /// Whether `amount` fits in what is left (call `roll` first); if not, when it does.
+    /// Whether `amount` fits now. Requires a preceding `roll`.
     ///
     /// # Errors
-    /// How long the same request has to wait, or that it never fits.
-    pub fn fits(&self, amount: u64, now: Timestamp) -> Result<(), Wait> {
+    /// The time until the same request fits.
+    pub(super) fn fits(&self, amount: u64, now: Timestamp) -> Result<(), Wait> {
         if amount > self.limit {
             return Err(Wait::Never);
         }
@@ -54,63 +57,63 @@ impl CalendarPeriod {
         if self.used.saturating_add(self.held).saturating_add(needed) <= self.limit {
             return Ok(());
         }
-        Err(Wait::Ms(self.left_ms(now).max(1)))
+        Err(Wait::Ms(self.remaining_ms(now).max(1)))
     }
 
-    /// Holds `amount`; returns the turn that admitted it.
-    pub fn reserve(&mut self, amount: u64) -> u64 {
+    /// Holds `amount`. Returns the identifier of the period that admitted it.
+    pub(super) fn reserve(&mut self, amount: u64) -> u64 {
         self.held += amount;
         self.period_id
     }
 
-    /// What is certainly spent of a reservation does not stay held.
-    pub fn mark_spent(&mut self, admitted_in: u64, amount: u64) {
+    /// Moves `amount` of a reservation from held to used.
+    pub(super) fn mark_spent(&mut self, admitted_in: u64, amount: u64) {
         if admitted_in == self.period_id {
             self.held = self.held.saturating_sub(amount);
             self.used = self.used.saturating_add(amount);
         }
     }
 
-    /// Replaces `reserved`, of which `moved` was counted as spent on the way, by `spent`, in the period
-    /// that admitted it. Of a request that a later period settles only the overrun is owed: a refund
-    /// has nothing left to refund.
-    pub fn settle(&mut self, admitted_in: u64, reserved: u64, moved: u64, spent: u64) {
+    /// Replaces `reserved`, of which `mark_spent` has moved `marked_spent`, by `spent`.
+    ///
+    /// If the period that admitted the request has ended, only an overrun is charged: a refund would
+    /// belong to the ended period.
+    pub(super) fn settle(&mut self, admitted_in: u64, reserved: u64, marked_spent: u64, spent: u64) {
         if admitted_in == self.period_id {
-            self.held = self.held.saturating_sub(reserved.saturating_sub(moved));
-            self.used = self.used.saturating_add(spent).saturating_sub(moved);
+            self.held = self.held.saturating_sub(reserved.saturating_sub(marked_spent));
+            self.used = self.used.saturating_add(spent).saturating_sub(marked_spent);
         } else {
             self.used = self.used.saturating_add(spent.saturating_sub(reserved));
         }
     }
 
-    /// Charges what was spent of a reservation that is held elsewhere: all of it in the period that admitted it, in
-    /// a later one the overrun.
-    pub fn charge_without_hold(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
+    /// Charges a request whose reservation another copy of this counter holds: all of `spent` in the period
+    /// that admitted it, only the overrun in a later one.
+    pub(super) fn charge_without_hold(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
         let owed = if admitted_in == self.period_id { spent } else { spent.saturating_sub(reserved) };
         self.used = self.used.saturating_add(owed);
     }
 
-    /// Another limit from now on: what was used stays used, what is held stays held.
-    pub fn set_limit(&mut self, limit: u64) {
+    /// Changes the limit. Used and held amounts stay.
+    pub(super) fn set_limit(&mut self, limit: u64) {
         self.limit = limit;
     }
 
-    /// Follows the clock of another time zone from now on. What was used in the period that is running
-    /// stays used until the new one's end.
-    pub fn set_zone(&mut self, zone: &TimeZone, now: Timestamp) {
+    /// Changes the time zone. The used amount stays until the end of the current period in the new zone.
+    pub(super) fn set_zone(&mut self, zone: &TimeZone, now: Timestamp) {
         if self.zone != *zone {
             self.zone = zone.clone();
             (self.start, self.end) = bounds(self.unit, zone, now);
         }
     }
 
-    /// Nothing used any more, but for what is held.
-    pub fn reset(&mut self) {
+    /// Sets the used amount to 0; the held amount stays.
+    pub(super) fn reset(&mut self) {
         self.used = 0;
     }
 
-    /// What has to be kept so that the period outlives the process.
-    pub fn saved(&self) -> PersistedCounter {
+    /// The counter for the store.
+    pub(super) fn to_persisted(&self) -> PersistedCounter {
         PersistedCounter {
             used: i64::try_from(self.used).unwrap_or(i64::MAX),
             level_fraction: 0,
@@ -120,20 +123,20 @@ impl CalendarPeriod {
         }
     }
 
-    /// Takes over what another process has left, if its period is still running: what it used, and, in
-    /// full, what it held.
-    pub fn restore(&mut self, saved: &PersistedCounter, now: Timestamp) {
+    /// Continues from the counter that another process has persisted, if its period has not ended. The
+    /// amount that it held counts as used.
+    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
         (self.start, self.end) = bounds(self.unit, &self.zone, now);
         self.period_id = id_of(self.start);
-        // A later start than the clock shows: it was stepped back meanwhile. Periods that only overlap: the
-        // time zone is another now, and all of it may have been used since this period began.
-        if saved.at >= self.start || saved.until > self.start {
-            self.used = u64::try_from(saved.used).unwrap_or(0).saturating_add(saved.held);
+        // A later start means that the clock was stepped back since. An overlap means that the time zone has
+        // changed; everything may have been used since the current period began.
+        if persisted.at >= self.start || persisted.until > self.start {
+            self.used = u64::try_from(persisted.used).unwrap_or(0).saturating_add(persisted.held);
         }
     }
 
-    /// Goes on from a state that another engine has reached, in the period from `start` to `end`.
-    pub fn load(
+    /// Replaces the whole state by the one in Redis.
+    pub(super) fn load(
         &mut self,
         limit: u64,
         used: u64,
@@ -145,45 +148,45 @@ impl CalendarPeriod {
         (self.start, self.end) = (start, end);
     }
 
-    /// The state that `load` goes on from.
+    /// The whole state, which `load` accepts.
     pub fn state(&self) -> CounterState {
         let Self { limit, used, held, period_id, .. } = *self;
         CounterState::Calendar { limit, used, held, period: (self.start, self.end), period_id }
     }
 
-    /// What is left; below zero: debt.
-    pub fn level(&self) -> i64 {
+    /// The available amount; below zero: debt.
+    pub(super) fn level(&self) -> i64 {
         let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         signed(self.limit).saturating_sub(signed(self.used)).saturating_sub(signed(self.held))
     }
 
-    /// Held by requests that this period admitted and that are in flight.
-    pub fn held(&self) -> u64 {
+    /// The amount held by requests in flight that this period admitted.
+    pub(super) fn held(&self) -> u64 {
         self.held
     }
 
-    /// Settled in this period.
-    pub fn used(&self) -> u64 {
+    /// The amount settled in this period.
+    pub(super) fn used(&self) -> u64 {
         self.used
     }
 
-    /// When the period began.
+    /// Start of the period.
     pub fn start(&self) -> Timestamp {
         self.start
     }
 
-    /// When it ends.
+    /// End of the period, exclusive.
     pub fn end(&self) -> Timestamp {
         self.end
     }
 
-    /// The limit.
-    pub fn limit(&self) -> u64 {
+    /// The limit per period.
+    pub(super) fn limit(&self) -> u64 {
         self.limit
     }
 
     /// Milliseconds until the period ends.
-    pub fn left_ms(&self, now: Timestamp) -> u64 {
+    pub(super) fn remaining_ms(&self, now: Timestamp) -> u64 {
         self.end.ms_since(now)
     }
 }
@@ -192,8 +195,10 @@ fn id_of(start: Timestamp) -> u64 {
     u64::try_from(start.0).unwrap_or(0)
 }
 
-/// Start and end of the clock period that `now` lies in. Where daylight saving repeats or skips an
-/// hour, the time zone library decides; the period never ends before it began.
+/// Start and end of the calendar period that contains `now`.
+///
+/// The time zone library resolves hours that daylight saving time repeats or skips. A period never ends
+/// before it begins.
 fn bounds(unit: ClockUnit, zone: &TimeZone, now: Timestamp) -> (Timestamp, Timestamp) {
     let fixed = |ms: i64| {
         let start = now.0.div_euclid(ms).saturating_mul(ms);
@@ -209,8 +214,8 @@ fn bounds(unit: ClockUnit, zone: &TimeZone, now: Timestamp) -> (Timestamp, Times
 fn civil_bounds(unit: ClockUnit, zone: &TimeZone, now: Timestamp) -> Option<(Timestamp, Timestamp)> {
     let zoned = jiff::Timestamp::from_millisecond(now.0).ok()?.to_zoned_datetime(zone.clone());
     let (start, end) = match unit {
-        // An hour is counted on the line of time, from its :00: where the clocks go back, the
-        // hour that is told twice is two hours.
+        // An hour is 3,600 seconds from its :00. When the clocks go back, the repeated hour counts as
+        // two periods.
         ClockUnit::Second | ClockUnit::Minute | ClockUnit::Hour => {
             let into = i64::from(zoned.minute()) * 60_000
                 + i64::from(zoned.second()) * 1_000
@@ -241,7 +246,7 @@ fn midnight(civil: DateTime, zone: &TimeZone) -> Option<Timestamp> {
     Some(Timestamp(zone.to_timestamp(civil).ok()?.as_millisecond()))
 }
 
-/// Only for moments outside the calendar that the time zone library covers (years -9999 .. 9999).
+/// Fallback length in milliseconds for times outside the years -9999 to 9999 of the time zone library.
 fn approximate_ms(unit: ClockUnit) -> i64 {
     const DAY: i64 = 24 * 3_600_000;
     match unit {
@@ -267,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn periods_follow_the_clock_of_their_zone() {
+    fn periods_follow_the_time_zone() {
         for (unit, zone, now, start, end) in [
             (
                 ClockUnit::Minute,
@@ -334,13 +339,13 @@ mod tests {
         c.roll(now.plus_ms(60_000));
         assert_eq!((c.level(), c.held()), (100, 0));
         c.settle(first, 60, 0, 10);
-        assert_eq!(c.level(), 100, "a refund of yesterday's");
+        assert_eq!(c.level(), 100, "a refund of an ended period is dropped");
         c.settle(second, 40, 0, 70);
-        assert_eq!(c.level(), 70, "an overrun of yesterday's is owed today");
+        assert_eq!(c.level(), 70, "an overrun of an ended period is charged");
     }
 
     #[test]
-    fn what_is_spent_on_the_way_is_counted_once() {
+    fn amounts_marked_spent_are_counted_once() {
         let now = at("2026-03-04T23:59:00Z");
         let mut c = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, now);
         let period_id = c.reserve(60);
@@ -352,27 +357,27 @@ mod tests {
         c.roll(now.plus_ms(60_000));
         c.mark_spent(period_id, 10);
         c.settle(period_id, 60, 50, 65);
-        assert_eq!((c.level(), c.held(), c.used()), (95, 0, 5), "only the overrun is owed");
+        assert_eq!((c.level(), c.held(), c.used()), (95, 0, 5), "only the overrun is charged");
     }
 
     #[test]
-    fn a_period_outlives_its_process_if_it_still_runs() {
+    fn a_restored_period_keeps_used_amounts_until_it_ends() {
         let now = at("2026-03-04T10:00:00Z");
         let mut c = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, now);
         let period_id = c.reserve(60);
         c.settle(period_id, 50, 0, 30);
-        let saved = c.saved();
+        let persisted = c.to_persisted();
         for (restart, left) in
             [("2026-03-04T23:59:59Z", 60), ("2026-03-05T00:00:00Z", 100), ("2026-03-03T12:00:00Z", 60)]
         {
             let mut after = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, at(restart));
-            after.restore(&saved, at(restart));
+            after.restore(&persisted, at(restart));
             assert_eq!(after.level(), left, "{restart}");
         }
     }
 
     #[test]
-    fn another_time_zone_forgets_nothing_of_the_running_period() {
+    fn a_changed_time_zone_keeps_used_amounts_of_the_current_period() {
         let kiritimati = TimeZone::get("Pacific/Kiritimati").unwrap();
         let honolulu = TimeZone::get("Pacific/Honolulu").unwrap();
         let zones = [TimeZone::UTC, berlin(), kiritimati, honolulu];
@@ -385,19 +390,19 @@ mod tests {
                 let period_id = c.reserve(60);
                 c.settle(period_id, 50, 0, 30);
                 let mut after_restart = CalendarPeriod::new(100, unit, after.clone(), now);
-                after_restart.restore(&c.saved(), now);
+                after_restart.restore(&c.to_persisted(), now);
                 assert_eq!(after_restart.level(), 60, "{unit:?} {before:?} {after:?} {hour}");
                 c.set_zone(after, now);
                 assert_eq!((c.level(), c.held(), c.start()), (60, 10, after_restart.start()));
                 c.settle(period_id, 10, 0, 10);
                 c.roll(c.end);
-                assert_eq!(c.level(), 100, "and no longer than that");
+                assert_eq!(c.level(), 100, "the next period starts at zero");
             }
         }
     }
 
     #[test]
-    fn a_clock_stepped_back_neither_grants_nor_sticks() {
+    fn a_clock_stepped_back_grants_nothing_and_blocks_nothing() {
         let now = at("2026-03-04T12:30:30Z");
         let mut c = CalendarPeriod::new(100, ClockUnit::Minute, TimeZone::UTC, now);
         let admitted_in = c.reserve(100);
@@ -406,7 +411,7 @@ mod tests {
         c.roll(back);
         assert_eq!((c.level(), c.held()), (0, 50));
         c.settle(admitted_in, 50, 0, 40);
-        assert_eq!((c.level(), c.held()), (10, 0), "it is still the same period_id");
+        assert_eq!((c.level(), c.held()), (10, 0), "the period is still the same");
         c.roll(back.plus_ms(50_000));
         assert_eq!(c.level(), 100);
     }

@@ -1,0 +1,64 @@
+//! What an admitted request holds in its quotas.
+
+use super::Amounts;
+use smallvec::SmallVec;
+
+/// The amounts that a request holds in each of its quotas. Only `Quotas::settle` releases them.
+#[derive(Debug)]
+#[must_use = "a receipt that is never settled holds its amounts for ever"]
+pub struct Receipt {
+    pub(super) holds: SmallVec<[Hold; 8]>,
+    pub(super) reserved: Amounts,
+    /// How much of `reserved` `Quotas::progress` has marked as spent.
+    pub(super) marked_spent: Amounts,
+}
+
+/// The part of a receipt that belongs to one quota.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hold {
+    /// Index of the quota's cell when the request was admitted. A reload of the config may move the cell.
+    pub(super) index: u32,
+    /// Identifier of the cell; a reload does not change it.
+    pub(super) id: u32,
+    /// Of a calendar quota: the period that admitted the request.
+    pub(super) period_id: u64,
+}
+
+impl Receipt {
+    /// The reserved amounts. Each quota holds the amount of its kind.
+    pub fn reserved(&self) -> Amounts {
+        self.reserved
+    }
+
+    /// How much of the reserved amounts was marked as spent while the answer was streaming.
+    pub fn marked_spent(&self) -> Amounts {
+        self.marked_spent
+    }
+
+    /// The quotas of this receipt: their index at admission, and the period that admitted the request.
+    pub fn holds(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.holds.iter().map(|hold| (hold.index, hold.period_id))
+    }
+
+    /// Adds the amounts of `other` to this receipt, so that a stream that is extended a thousand times
+    /// does not carry a thousand receipts.
+    ///
+    /// Returns `other` if the two do not hold in the same quotas and periods: a calendar period has ended
+    /// between them, or a quota was removed.
+    #[must_use = "a receipt that is never settled holds its amounts for ever"]
+    pub fn merge(&mut self, other: Self) -> Option<Self> {
+        let mut pairs = self.holds.iter().zip(&other.holds);
+        if self.holds.len() != other.holds.len() || !pairs.all(|(a, b)| a.is_in_same_period(b)) {
+            return Some(other);
+        }
+        self.reserved = self.reserved.saturating_add(other.reserved);
+        self.marked_spent = self.marked_spent.saturating_add(other.marked_spent);
+        None
+    }
+}
+
+impl Hold {
+    fn is_in_same_period(&self, other: &Self) -> bool {
+        (self.id, self.period_id) == (other.id, other.period_id)
+    }
+}

@@ -1,0 +1,77 @@
+//! The counter of a quota as other modules see it: persisted, copied, or shown to people.
+
+use super::Quota;
+use crate::clock::Timestamp;
+
+/// The counter of one quota in the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PersistedCounter {
+    /// Spent and not yet refilled, in whole tokens or requests. Below zero where the burst was lowered
+    /// under the amount that requests hold.
+    pub used: i64,
+    /// Of a rolling quota: the level beyond the whole tokens, in units of 1/`period_ms` token.
+    pub level_fraction: u64,
+    /// Held by requests in flight. A restart counts this amount as spent.
+    pub held: u64,
+    /// Of a rolling quota: the time of the last refill. Of a calendar quota: the start of its period.
+    pub at: Timestamp,
+    /// Of a calendar quota: the end of its period; 0 if an older version of the gateway wrote it.
+    pub until: Timestamp,
+}
+
+/// The complete counter of one quota. Nodes exchange it with Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CounterState {
+    /// A token bucket.
+    Rolling {
+        /// Tokens per period.
+        limit: u64,
+        /// Capacity in tokens.
+        burst: u64,
+        /// The level: whole tokens, and a remainder in units of 1/`period_ms` token.
+        level: (i64, u64),
+        /// Tokens held by requests in flight.
+        held: u64,
+        /// The time of the last refill.
+        at: Timestamp,
+    },
+    /// A calendar period.
+    Calendar {
+        /// Tokens per period.
+        limit: u64,
+        /// Tokens settled in the period.
+        used: u64,
+        /// Tokens held by requests that the period admitted.
+        held: u64,
+        /// Start and end of the period.
+        period: (Timestamp, Timestamp),
+        /// Identifies the period; see [`CalendarPeriod`](super::CalendarPeriod).
+        period_id: u64,
+    },
+}
+
+/// A quota with its counter, for the admin API.
+#[derive(Clone, Debug)]
+pub struct QuotaLevel {
+    /// The quota.
+    pub quota: Quota,
+    /// Whole tokens or requests that are available; below zero: debt.
+    pub level: i64,
+    /// Held by requests in flight.
+    pub held: u64,
+    /// Spent and not yet refilled.
+    pub used: u64,
+    /// Milliseconds until the spent amount is available again.
+    pub reset_ms: u64,
+}
+
+/// The tightest quota of one kind that applies to a caller, for the rate limit headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuotaStatus {
+    /// Limit of the quota, in tokens or requests per period.
+    pub limit: u64,
+    /// Whole tokens or requests that are available, never negative.
+    pub remaining: u64,
+    /// Milliseconds until the quota is full again.
+    pub reset_ms: u64,
+}
