@@ -162,11 +162,6 @@ impl TokenBucket {
         self.held
     }
 
-    /// Capacity in tokens.
-    pub(super) fn burst(&self) -> u64 {
-        self.burst
-    }
-
     /// Tokens spent and not yet refilled, rounded up.
     pub(super) fn used(&self) -> u64 {
         let used = self.units(self.burst) - self.level - self.units(self.held);

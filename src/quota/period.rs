@@ -180,11 +180,6 @@ impl CalendarPeriod {
         self.end
     }
 
-    /// The limit per period.
-    pub(super) fn limit(&self) -> u64 {
-        self.limit
-    }
-
     /// Milliseconds until the period ends.
     pub(super) fn remaining_ms(&self, now: Timestamp) -> u64 {
         self.end.ms_since(now)
