@@ -89,7 +89,7 @@ impl<'a> Body<'a> {
             (Ok(()), None) => {
                 // Without a prompt the model starts from its end-of-text token.
                 if api == Api::Completions && body.prompt.prompts == 0 {
-                    body.prompt.add(crate::estimate::Part::Overhead, 1);
+                    body.prompt.add_tokens(crate::estimate::PromptPart::Overhead, 1);
                 }
                 let opening = json.iter().position(|&b| b == b'{').unwrap_or(0) + 1;
                 body.bounds.open(api, opening);

@@ -4,7 +4,7 @@
 //! calibration does limited harm: a correction multiplies an estimate by a quarter to four, and the reported usage
 //! settles the charge in any case.
 
-use crate::estimate::{Calibration, Correction, Kind, Pair};
+use crate::estimate::{Calibration, CalibrationSample, Correction, RequestKind};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,13 +21,13 @@ pub struct Calibrations {
 
 #[derive(Debug, Default)]
 struct UpstreamCalibrations {
-    models: HashMap<Box<str>, [Option<CalibrationEntry>; Kind::ALL.len()]>,
+    models: HashMap<Box<str>, [Option<CalibrationEntry>; RequestKind::ALL.len()]>,
     /// Number of calibrations over all models and kinds.
     entries: usize,
     /// Number of answers so far. It orders the entries by their last update.
     answers: u64,
     /// Entries that were removed since the last call of `take_changes`.
-    removed: Vec<(Box<str>, Kind)>,
+    removed: Vec<(Box<str>, RequestKind)>,
 }
 
 #[derive(Debug)]
@@ -46,9 +46,9 @@ pub(crate) struct SavedCalibration {
     /// The model name of the requests.
     pub(crate) model: Box<str>,
     /// The kind of its requests.
-    pub(crate) kind: Kind,
+    pub(crate) kind: RequestKind,
     /// The last answers, oldest first. Empty: the calibration was removed.
-    pub(crate) answers: Vec<Pair>,
+    pub(crate) answers: Vec<CalibrationSample>,
 }
 
 /// Updates a calibration once the answer has reported its prompt tokens.
@@ -61,7 +61,7 @@ pub(crate) struct Lesson {
     /// The model name of the request.
     pub(crate) model: String,
     /// The kind of the request.
-    pub(crate) kind: Kind,
+    pub(crate) kind: RequestKind,
     /// The estimated prompt tokens before any correction.
     pub(crate) estimated: u64,
 }
@@ -81,14 +81,21 @@ impl Calibrations {
     }
 
     /// The correction for estimates of a model.
-    pub(crate) fn correction(&self, upstream: usize, model: &str, kind: Kind) -> Correction {
+    pub(crate) fn correction(&self, upstream: usize, model: &str, kind: RequestKind) -> Correction {
         let Some(of) = self.upstream(upstream) else { return Correction::default() };
         let entry = of.models.get(model).and_then(|kinds| kinds[kind as usize].as_ref());
         entry.map_or_else(Correction::default, |entry| entry.calibration.correction())
     }
 
     /// Updates a calibration after a complete answer. `estimated` is the estimate before any correction.
-    pub(crate) fn learn(&self, upstream: usize, model: &str, kind: Kind, estimated: u64, reported: u64) {
+    pub(crate) fn learn(
+        &self,
+        upstream: usize,
+        model: &str,
+        kind: RequestKind,
+        estimated: u64,
+        reported: u64,
+    ) {
         if model.len() > MAX_NAME_BYTES {
             return;
         }
@@ -113,7 +120,7 @@ impl Calibrations {
                 changes.push(saved(&model, kind, Vec::new()));
             }
             for (model, kinds) in &mut of.models {
-                for (kind, entry) in Kind::ALL.into_iter().zip(kinds) {
+                for (kind, entry) in RequestKind::ALL.into_iter().zip(kinds) {
                     if let Some(entry) = entry.as_mut().filter(|entry| entry.has_changed) {
                         entry.has_changed = false;
                         changes.push(saved(model, kind, entry.calibration.pairs().collect()));
@@ -140,7 +147,7 @@ impl Calibrations {
 }
 
 impl UpstreamCalibrations {
-    fn entry(&mut self, model: &str, kind: Kind) -> &mut CalibrationEntry {
+    fn entry(&mut self, model: &str, kind: RequestKind) -> &mut CalibrationEntry {
         self.answers += 1;
         let is_known = self.models.get(model).is_some_and(|kinds| kinds[kind as usize].is_some());
         if !is_known {
@@ -161,7 +168,7 @@ impl UpstreamCalibrations {
 
     fn remove_oldest(&mut self) {
         let all = self.models.iter().flat_map(|(model, kinds)| {
-            let entries = Kind::ALL.into_iter().zip(kinds);
+            let entries = RequestKind::ALL.into_iter().zip(kinds);
             entries.filter_map(move |(kind, entry)| Some((entry.as_ref()?.updated, model, kind)))
         });
         let Some((_, model, kind)) = all.min_by_key(|(updated, ..)| *updated) else { return };
@@ -187,17 +194,20 @@ mod tests {
 
     fn learned(answers: u64) -> Calibrations {
         let all = Calibrations::new(["a", "b"]);
-        (0..answers).for_each(|n| all.learn(0, "m", Kind::Tools, 100 + n, 200 + n));
+        (0..answers).for_each(|n| all.learn(0, "m", RequestKind::Tools, 100 + n, 200 + n));
         all
     }
 
     #[test]
     fn a_calibration_applies_only_to_its_upstream_model_and_kind() {
         let all = learned(5);
-        assert_eq!(all.correction(0, "m", Kind::Tools).apply(100), 200);
-        for (upstream, model, kind) in
-            [(1, "m", Kind::Tools), (0, "n", Kind::Tools), (0, "m", Kind::Plain), (9, "m", Kind::Tools)]
-        {
+        assert_eq!(all.correction(0, "m", RequestKind::Tools).apply(100), 200);
+        for (upstream, model, kind) in [
+            (1, "m", RequestKind::Tools),
+            (0, "n", RequestKind::Tools),
+            (0, "m", RequestKind::Plain),
+            (9, "m", RequestKind::Tools),
+        ] {
             assert_eq!(all.correction(upstream, model, kind).apply(100), 100);
         }
     }
@@ -215,13 +225,13 @@ mod tests {
                 vec![SavedCalibration {
                     upstream: "gone".into(),
                     model: "m".into(),
-                    kind: Kind::Plain,
+                    kind: RequestKind::Plain,
                     answers: vec![],
                 }],
             ]
             .concat(),
         );
-        assert_eq!(again.correction(1, "m", Kind::Tools).apply(100), 200);
+        assert_eq!(again.correction(1, "m", RequestKind::Tools).apply(100), 200);
         assert!(again.take_changes().is_empty(), "the store has it already");
     }
 
@@ -230,8 +240,8 @@ mod tests {
         let all = Calibrations::new(["a"]);
         let mut stored = std::collections::HashSet::new();
         for n in 0..4 * MAX_ENTRIES {
-            all.learn(0, "kept", Kind::Plain, 100, 150);
-            all.learn(0, &format!("made-up-{n}"), Kind::ALL[n % 3], 100, 100);
+            all.learn(0, "kept", RequestKind::Plain, 100, 150);
+            all.learn(0, &format!("made-up-{n}"), RequestKind::ALL[n % 3], 100, 100);
             if n % 100 == 0 {
                 for saved in all.take_changes() {
                     let key = (saved.model, saved.kind);
@@ -241,8 +251,8 @@ mod tests {
             }
         }
         assert_eq!(all.upstream(0).unwrap().entries, MAX_ENTRIES);
-        assert_eq!(all.correction(0, "kept", Kind::Plain).apply(100), 150);
-        all.learn(0, &"x".repeat(MAX_NAME_BYTES + 1), Kind::Plain, 100, 900);
+        assert_eq!(all.correction(0, "kept", RequestKind::Plain).apply(100), 150);
+        all.learn(0, &"x".repeat(MAX_NAME_BYTES + 1), RequestKind::Plain, 100, 900);
         assert_eq!(all.upstream(0).unwrap().entries, MAX_ENTRIES);
     }
 }

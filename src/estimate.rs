@@ -17,9 +17,9 @@ mod vocabulary;
 use crate::api::Api;
 use std::borrow::Cow;
 
-pub use calibration::{Calibration, Correction, Kind, Pair};
+pub use calibration::{Calibration, CalibrationSample, Correction, RequestKind};
 pub use file::FileVocabulary;
-pub use images::Detail;
+pub use images::ImageDetail;
 use models::Choice;
 pub use models::Model;
 pub use rules::Models;
@@ -35,7 +35,7 @@ const MOST_TEXTS: usize = 1 << 17;
 
 /// Which part of a request a token belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum PromptPart {
     /// What messages or inputs say.
     Messages,
     /// Definitions of tools and functions.
@@ -48,7 +48,7 @@ pub enum Part {
     Overhead,
 }
 
-impl Part {
+impl PromptPart {
     /// All parts, in the order in which they are shown.
     pub const ALL: [Self; 5] = [Self::Messages, Self::Tools, Self::Schema, Self::Images, Self::Overhead];
 
@@ -82,10 +82,10 @@ pub enum Role {
 #[derive(Debug, Default)]
 pub struct Prompt<'a> {
     api: Api,
-    texts: Vec<(Part, Cow<'a, str>, u32)>,
+    texts: Vec<(PromptPart, Cow<'a, str>, u32)>,
     /// Bytes of texts beyond `MOST_TEXTS`.
     crowded: u64,
-    tokens: [u64; Part::ALL.len()],
+    tokens: [u64; PromptPart::ALL.len()],
     messages: u64,
     of_assistant: u64,
     calls: u64,
@@ -121,7 +121,7 @@ pub struct Prompt<'a> {
 /// Prompt tokens by part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PromptEstimate {
-    parts: [u64; Part::ALL.len()],
+    parts: [u64; PromptPart::ALL.len()],
     /// There was too much text to count it exactly.
     pub is_rough: bool,
     /// How many things the request refers to but does not carry; nothing is counted for them.
@@ -130,7 +130,7 @@ pub struct PromptEstimate {
     /// the next one.
     pub is_partial: bool,
     /// What the request is like, as far as estimates differ.
-    pub kind: Kind,
+    pub kind: RequestKind,
     /// The model's name, or that of its family, is known.
     pub knows_model: bool,
 }
@@ -142,7 +142,7 @@ impl PromptEstimate {
     }
 
     /// Those of one part.
-    pub fn of(&self, part: Part) -> u64 {
+    pub fn of(&self, part: PromptPart) -> u64 {
         self.parts[part as usize]
     }
 }
@@ -153,7 +153,7 @@ impl<'a> Prompt<'a> {
     }
 
     /// Adds a text that is to be counted, so many times.
-    pub(crate) fn count(&mut self, part: Part, text: Cow<'a, str>, times: u32) {
+    pub(crate) fn add_text(&mut self, part: PromptPart, text: Cow<'a, str>, times: u32) {
         if text.is_empty() {
             return;
         }
@@ -165,18 +165,18 @@ impl<'a> Prompt<'a> {
     }
 
     /// Adds tokens that are known.
-    pub(crate) fn add(&mut self, part: Part, tokens: u64) {
+    pub(crate) fn add_tokens(&mut self, part: PromptPart, tokens: u64) {
         let sum = &mut self.tokens[part as usize];
         *sum = sum.saturating_add(tokens);
     }
 
     /// How many texts there are so far: where the next one will stand.
-    pub(crate) fn texts(&self) -> usize {
+    pub(crate) fn text_count(&self) -> usize {
         self.texts.len()
     }
 
     /// A message has ended whose texts began at `first_text`.
-    pub(crate) fn message(&mut self, role: Role, first_text: usize) {
+    pub(crate) fn end_message(&mut self, role: Role, first_text: usize) {
         self.messages += 1;
         self.of_assistant += u64::from(role == Role::Assistant);
         self.results += u64::from(role == Role::Tool);
@@ -186,19 +186,19 @@ impl<'a> Prompt<'a> {
     }
 
     /// A tool was called, with so many arguments.
-    pub(crate) fn call(&mut self, arguments: u64) {
+    pub(crate) fn add_tool_call(&mut self, arguments: u64) {
         self.calls += 1;
         self.arguments += arguments;
     }
 
     /// A chat's message has called so many tools, perhaps after saying something.
-    pub(crate) fn calls(&mut self, calls: u64, says_something: bool) {
+    pub(crate) fn end_tool_calls(&mut self, calls: u64, says_something: bool) {
         self.crowds += u64::from(calls > 1);
         self.remarks += u64::from(calls > 0 && says_something);
     }
 
     /// What the model thought before; some models read it again.
-    pub(crate) fn thought(&mut self, text: Cow<'a, str>) {
+    pub(crate) fn add_reasoning(&mut self, text: Cow<'a, str>) {
         if self.thoughts.len() < MOST_TEXTS {
             self.thoughts.push(text);
         } else {
@@ -207,12 +207,12 @@ impl<'a> Prompt<'a> {
     }
 
     /// The same in base64 that only the provider can read. Fitted to 23 exchanges with Gemini's models.
-    pub(crate) fn hidden_thought(&mut self, base64: &str) {
+    pub(crate) fn add_encrypted_reasoning(&mut self, base64: &str) {
         self.hidden_thoughts = self.hidden_thoughts.saturating_add(base64.len() as u64 / 6);
     }
 
     /// A list of tool definitions, as written.
-    pub(crate) fn tools(&mut self, json: &'a str) {
+    pub(crate) fn add_tools(&mut self, json: &'a str) {
         if json != "null" {
             self.tools.push(json);
         }
@@ -229,53 +229,53 @@ impl<'a> Prompt<'a> {
     }
 
     /// This tool must be used.
-    pub(crate) fn choose_tool(&mut self, name: Cow<'a, str>) {
+    pub(crate) fn require_tool_named(&mut self, name: Cow<'a, str>) {
         self.tool_choice = Choice::Named;
         self.chosen_tool = name;
     }
 
     /// The model is told to think, or not to.
-    pub(crate) fn thinks(&mut self, thinks: bool) {
+    pub(crate) fn set_reasoning(&mut self, thinks: bool) {
         self.thinks = Some(thinks);
     }
 
     /// The model is told to think little; what says whether it thinks at all counts more.
-    pub(crate) fn thinks_little(&mut self) {
+    pub(crate) fn default_to_no_reasoning(&mut self) {
         self.thinks.get_or_insert(false);
     }
 
     /// A schema for the answer, its name, and what is said of it.
-    pub(crate) fn schema(&mut self, name: Cow<'a, str>, description: Cow<'a, str>, json: &'a str) {
+    pub(crate) fn set_answer_schema(&mut self, name: Cow<'a, str>, description: Cow<'a, str>, json: &'a str) {
         if !description.is_empty() {
-            self.add(Part::Schema, 1);
-            self.count(Part::Schema, description, 1);
+            self.add_tokens(PromptPart::Schema, 1);
+            self.add_text(PromptPart::Schema, description, 1);
         }
         self.schema = Some(tools::AnswerSchema { name, json });
     }
 
     /// An image; `None`: its size cannot be told.
-    pub(crate) fn image(&mut self, size: Option<(u32, u32)>, detail: Detail) {
+    pub(crate) fn add_image(&mut self, size: Option<(u32, u32)>, detail: ImageDetail) {
         self.images.push(images::Image { size, detail });
     }
 
     /// Pages of a document, and the characters that stand on them.
-    pub(crate) fn pages(&mut self, pages: u64, characters: u64) {
+    pub(crate) fn add_pages(&mut self, pages: u64, characters: u64) {
         self.pages = self.pages.saturating_add(pages);
         self.page_text = self.page_text.saturating_add(characters / 4);
     }
 
     /// Sound of so many tenths of a second.
-    pub(crate) fn sound(&mut self, tenths: u64) {
+    pub(crate) fn add_audio(&mut self, tenths: u64) {
         self.sound = self.sound.saturating_add(tenths);
     }
 
-    fn kind(&self) -> Kind {
+    fn kind(&self) -> RequestKind {
         if !self.images.is_empty() || self.pages > 0 {
-            Kind::Images
+            RequestKind::Images
         } else if !self.tools.is_empty() || self.schema.is_some() {
-            Kind::Tools
+            RequestKind::Tools
         } else {
-            Kind::Plain
+            RequestKind::Plain
         }
     }
 
@@ -326,12 +326,12 @@ impl<'a> Prompt<'a> {
         count_tools: &dyn Fn(&str) -> Option<tools::Cost>,
     ) -> Option<PromptEstimate> {
         let mut parts = self.tokens;
-        let mut add = |part: Part, tokens: u64| parts[part as usize] += tokens;
+        let mut add = |part: PromptPart, tokens: u64| parts[part as usize] += tokens;
         let (mut has_functions, mut has_hosted) = (false, false);
         let drops_tools = self.tool_choice == Choice::Forbidden && !model.reads_forbidden_tools();
         for json in self.tools.iter().filter(|_| !drops_tools) {
             let cost = count_tools(json)?;
-            add(Part::Tools, cost.tokens);
+            add(PromptPart::Tools, cost.tokens);
             has_functions |= cost.has_functions;
             has_hosted |= cost.has_hosted;
         }
@@ -342,13 +342,13 @@ impl<'a> Prompt<'a> {
             add(*part, tokens * u64::from(*times));
         }
         if model.reads_thoughts() {
-            add(Part::Messages, self.hidden_thoughts);
+            add(PromptPart::Messages, self.hidden_thoughts);
             for text in &self.thoughts {
-                add(Part::Messages, count(text)?);
+                add(PromptPart::Messages, count(text)?);
             }
         }
         if self.tool_choice == Choice::Named && model.names_choice(self.api) {
-            add(Part::Tools, count(&self.chosen_tool)?);
+            add(PromptPart::Tools, count(&self.chosen_tool)?);
         }
         let schema = self.schema.as_ref().filter(|_| model.reads_schema());
         if let Some(schema) = schema {
@@ -356,11 +356,14 @@ impl<'a> Prompt<'a> {
                 Some(percent) => (count(&schema.whole())? * percent).div_ceil(100),
                 None => count(&schema.rendered())?,
             };
-            add(Part::Schema, tokens);
+            add(PromptPart::Schema, tokens);
         }
-        add(Part::Messages, self.crowded / 2);
-        add(Part::Images, model.images(&self.images) + model.pages(self.api, self.pages, self.page_text));
-        add(Part::Messages, Model::sound(self.api, self.sound));
+        add(PromptPart::Messages, self.crowded / 2);
+        add(
+            PromptPart::Images,
+            model.images(&self.images) + model.pages(self.api, self.pages, self.page_text),
+        );
+        add(PromptPart::Messages, Model::sound(self.api, self.sound));
         let facts = models::Facts {
             api: self.api,
             messages: self.messages,
@@ -460,7 +463,7 @@ mod tests {
                 "function": {"name": "add", "arguments": arguments.to_string()}});
             let messages =
                 json!([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]);
-            estimate(Api::Chat, &json!({"model": model, "messages": messages})).of(Part::Overhead)
+            estimate(Api::Chat, &json!({"model": model, "messages": messages})).of(PromptPart::Overhead)
         };
         let [none, two] =
             [json!({}), json!({"a": {"x": 1, "y": 2}, "b": 2})].map(|a| cost("claude-sonnet-4-6", a));
@@ -477,7 +480,7 @@ mod tests {
         let of = |tools: Vec<&Value>| {
             let messages = json!([{"role": "user", "content": "?"}]);
             estimate(Api::Chat, &json!({"model": "mistral-large", "messages": messages, "tools": tools}))
-                .of(Part::Tools)
+                .of(PromptPart::Tools)
         };
         let [one, two, three] = [vec![&tool], vec![&tool; 2], vec![&tool; 3]].map(of);
         assert!((30..90).contains(&(two - one)), "{one} {two}");
@@ -493,7 +496,7 @@ mod tests {
         assert!(of(part("https://example.com/a.pdf")).is_partial);
         // "%PDF-1.4 /Type /Page "
         let pdf = of(part("data:application/pdf;base64,JVBERi0xLjQgL1R5cGUgL1BhZ2Ug"));
-        assert!(!pdf.is_partial && pdf.of(Part::Images) > 0);
+        assert!(!pdf.is_partial && pdf.of(PromptPart::Images) > 0);
         let pro = |mode: &str| {
             estimate(
                 Api::Responses,

@@ -2,7 +2,7 @@
 
 use super::chat::add_role;
 use super::content::{document, members};
-use crate::estimate::{Detail, Part, Prompt, media};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
 use crate::json::{Expected, LooseText, Take, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -16,11 +16,11 @@ const EMPTY_QUESTION: u64 = 10;
 
 /// `system`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
-    let first = prompt.texts();
+    let first = prompt.text_count();
     value(object, &mut Blocks(prompt))?;
-    if prompt.texts() > first {
+    if prompt.text_count() > first {
         let role = add_role(prompt, "system");
-        prompt.message(role, first);
+        prompt.end_message(role, first);
     }
     Ok(())
 }
@@ -54,18 +54,18 @@ impl<'a> Take<'a> for Messages<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let first = self.prompt.texts();
+        let first = self.prompt.text_count();
         let mut message = Message { prompt: &mut *self.prompt, role: Cow::Borrowed("") };
         let there_is = element(list, &mut message)?;
         let Message { role, .. } = message;
         if there_is {
             // The first one is the user's; where it is not, an empty one is put before it.
             if self.count == 0 && role == "assistant" {
-                self.prompt.add(Part::Overhead, EMPTY_QUESTION);
+                self.prompt.add_tokens(PromptPart::Overhead, EMPTY_QUESTION);
             }
             self.count += 1;
             let role = add_role(self.prompt, &role);
-            self.prompt.message(role, first);
+            self.prompt.end_message(role, first);
         }
         Ok(there_is)
     }
@@ -92,7 +92,7 @@ struct Blocks<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> Take<'a> for Blocks<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.0.count(Part::Messages, text, 1);
+        self.0.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
@@ -135,7 +135,7 @@ impl<'a> Take<'a> for Block<'_, 'a> {
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.prompt.count(Part::Messages, text, 1);
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
@@ -148,16 +148,16 @@ impl<'a> Take<'a> for Block<'_, 'a> {
             "input" => {
                 let input = raw(object)?;
                 self.arguments = members(input);
-                self.prompt.count(Part::Messages, Cow::Borrowed(input), 1);
+                self.prompt.add_text(PromptPart::Messages, Cow::Borrowed(input), 1);
             }
             "name" => self.name = string(object)?,
             "citations" => value(object, &mut Citations(self.prompt))?,
             // Thinking that is not shown.
-            "data" => self.prompt.add(Part::Messages, string(object)?.len() as u64 * 3 / 16),
+            "data" => self.prompt.add_tokens(PromptPart::Messages, string(object)?.len() as u64 * 3 / 16),
             _ => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.count(Part::Messages, text.0, 1);
+                self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
         }
         Ok(())
@@ -168,16 +168,16 @@ impl Block<'_, '_> {
     fn finish(self) {
         let Self { prompt, kind, source, name, arguments } = self;
         if kind == "tool_use" {
-            prompt.call(arguments);
+            prompt.add_tool_call(arguments);
         }
-        prompt.count(Part::Messages, name, 1);
+        prompt.add_text(PromptPart::Messages, name, 1);
         match (&*kind, source) {
             ("image", source) => {
                 let data = source.map(|s| s.data).unwrap_or_default();
-                prompt.image(media::image_size(&data), Detail::Auto);
+                prompt.add_image(media::image_size(&data), ImageDetail::Auto);
             }
             (_, Some(source)) => {
-                prompt.add(Part::Messages, AROUND_A_DOCUMENT);
+                prompt.add_tokens(PromptPart::Messages, AROUND_A_DOCUMENT);
                 source.add_to(prompt);
             }
             _ => {}
@@ -193,7 +193,7 @@ impl<'a> Take<'a> for Citations<'_, 'a> {
 
     fn boolean(&mut self, enabled: bool) -> Result<(), Expected> {
         if enabled {
-            self.0.add(Part::Messages, CITATIONS);
+            self.0.add_tokens(PromptPart::Messages, CITATIONS);
         }
         Ok(())
     }
@@ -229,9 +229,9 @@ impl<'a> Take<'a> for Source<'a> {
 impl<'a> Source<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         match &*self.kind {
-            "text" => prompt.count(Part::Messages, self.data, 1),
+            "text" => prompt.add_text(PromptPart::Messages, self.data, 1),
             "base64" => document(prompt, &self.media_type, "", &self.data),
-            "content" => prompt.count(Part::Messages, self.content.0, 1),
+            "content" => prompt.add_text(PromptPart::Messages, self.content.0, 1),
             _ => prompt.unseen += 1,
         }
     }

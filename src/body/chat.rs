@@ -2,7 +2,7 @@
 //! results were fitted to counts that the API reported.
 
 use super::content::{Content, members};
-use crate::estimate::{Part, Prompt, Role};
+use crate::estimate::{Prompt, PromptPart, Role};
 use crate::json::{Expected, LooseText, Take, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -30,7 +30,7 @@ impl<'a> Take<'a> for Messages<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let first_text = self.0.texts();
+        let first_text = self.0.text_count();
         let mut message =
             Message { prompt: &mut *self.0, role: Cow::Borrowed(""), has_content: false, calls: 0 };
         let there_is = element(list, &mut message)?;
@@ -50,15 +50,15 @@ struct Message<'p, 'a> {
 }
 
 fn finish(prompt: &mut Prompt<'_>, role: &str, has_content: bool, calls: u64, first_text: usize) {
-    prompt.calls(calls, has_content);
+    prompt.end_tool_calls(calls, has_content);
     let kind = add_role(prompt, role);
-    prompt.message(kind, first_text);
+    prompt.end_message(kind, first_text);
 }
 
 /// Every role that the API knows is one token.
 pub(super) fn add_role(prompt: &mut Prompt<'_>, role: &str) -> Role {
     // The role of a function's result is free.
-    prompt.add(Part::Messages, if role == "function" { 0 } else { 1 + role.len() as u64 / 16 });
+    prompt.add_tokens(PromptPart::Messages, if role == "function" { 0 } else { 1 + role.len() as u64 / 16 });
     match role {
         "system" | "developer" => Role::System,
         "tool" | "function" => Role::Tool,
@@ -98,26 +98,26 @@ impl<'a> Take<'a> for Message<'_, 'a> {
             "name" => {
                 let name = string(object)?;
                 if !name.is_empty() {
-                    self.prompt.count(Part::Messages, name, 1);
-                    self.prompt.add(Part::Overhead, 1);
+                    self.prompt.add_text(PromptPart::Messages, name, 1);
+                    self.prompt.add_tokens(PromptPart::Overhead, 1);
                 }
             }
             "refusal" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.count(Part::Messages, text.0, 1);
+                self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
             // Providers of open models name it one or the other way.
             "reasoning_content" | "reasoning" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.thought(text.0);
+                self.prompt.add_reasoning(text.0);
             }
             "function_call" => {
                 let mut call = Call { prompt: self.prompt, times_name: 1, arguments: None };
                 value(object, &mut call)?;
                 if call.arguments.is_some() {
-                    self.prompt.add(Part::Messages, 3);
+                    self.prompt.add_tokens(PromptPart::Messages, 3);
                 }
             }
             _ => {
@@ -155,7 +155,7 @@ impl<'a> Take<'a> for ToolCall<'_, 'a> {
         let mut call = Call { prompt: self.0, times_name: 2, arguments: None };
         value(object, &mut call)?;
         let arguments = call.arguments;
-        self.0.call(arguments.unwrap_or(0));
+        self.0.add_tool_call(arguments.unwrap_or(0));
         Ok(())
     }
 }
@@ -181,7 +181,7 @@ impl<'a> Take<'a> for Call<'_, 'a> {
         if name == "arguments" {
             self.arguments = Some(members(&text));
         }
-        self.prompt.count(Part::Messages, text, if name == "name" { self.times_name } else { 1 });
+        self.prompt.add_text(PromptPart::Messages, text, if name == "name" { self.times_name } else { 1 });
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! Content in OpenAI's shapes: text, or a list of parts.
 
-use crate::estimate::{Detail, Part, Prompt, media};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
 use crate::json::{Expected, LooseText, Take, To, element, string, value};
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -36,7 +36,7 @@ impl<'a> Take<'a> for Content<'_, 'a> {
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.has_any |= !text.is_empty();
-        self.prompt.count(Part::Messages, text, 1);
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
@@ -72,7 +72,7 @@ impl<'a> Found<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if let Some(image) = self.image {
             let data = media::data_url(&image.url);
-            prompt.image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
+            prompt.add_image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
         } else if let Some(file) = self.file {
             file.add_to(prompt);
         }
@@ -103,7 +103,7 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.prompt.count(Part::Messages, text, 1);
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
@@ -117,10 +117,12 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
             "text" | "refusal" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.count(Part::Messages, text.0, 1);
+                self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
             "image_url" => value(object, self.found.image.get_or_insert_default())?,
-            "detail" => self.found.image.get_or_insert_default().detail = Detail::named(&string(object)?),
+            "detail" => {
+                self.found.image.get_or_insert_default().detail = ImageDetail::named(&string(object)?)
+            }
             "input_audio" => value(object, &mut Sound(self.prompt))?,
             // Mistral's: a URL, and a name that is not read.
             "document_url" => self.found.file.get_or_insert_default().document(string(object)?),
@@ -136,7 +138,7 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
 #[derive(Default)]
 struct Image<'a> {
     url: Cow<'a, str>,
-    detail: Detail,
+    detail: ImageDetail,
 }
 
 impl<'a> Take<'a> for Image<'a> {
@@ -150,7 +152,7 @@ impl<'a> Take<'a> for Image<'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "url" => self.url = string(object)?,
-            _ => self.detail = Detail::named(&string(object)?),
+            _ => self.detail = ImageDetail::named(&string(object)?),
         }
         Ok(())
     }
@@ -165,7 +167,7 @@ impl<'a> Take<'a> for Sound<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let data = string(object)?;
         let base64 = media::data_url(&data).map_or(&*data, |(_, base64)| base64);
-        self.0.sound(media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
+        self.0.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_SOUND));
         Ok(())
     }
 }
@@ -204,9 +206,9 @@ impl<'a> File<'a> {
         } else {
             let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));
             document(prompt, kind, &self.name, base64);
-            prompt.add(Part::Messages, AROUND_A_FILE);
+            prompt.add_tokens(PromptPart::Messages, AROUND_A_FILE);
         }
-        prompt.count(Part::Messages, self.name, 1);
+        prompt.add_text(PromptPart::Messages, self.name, 1);
     }
 }
 
@@ -236,15 +238,15 @@ pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: 
     // Every PDF begins with "%PDF".
     if kind == "application/pdf" || ends(&[".pdf"]) || base64.starts_with("JVBER") {
         let pdf = media::pdf(base64, &mut prompt.inflated);
-        prompt.pages(pdf.pages, pdf.characters);
+        prompt.add_pages(pdf.pages, pdf.characters);
     } else if kind.starts_with("image/") {
-        prompt.image(media::image_size(base64), Detail::Auto);
+        prompt.add_image(media::image_size(base64), ImageDetail::Auto);
     } else if kind.starts_with("audio/") {
-        prompt.sound(media::tenths_of_sound(base64).unwrap_or(UNKNOWN_SOUND));
+        prompt.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_SOUND));
     } else if kind.starts_with("text/") || kind.ends_with("json") || kind.ends_with("xml") || ends(TEXTS) {
-        prompt.count(Part::Messages, Cow::Owned(media::text(base64)), 1);
+        prompt.add_text(PromptPart::Messages, Cow::Owned(media::text(base64)), 1);
     } else {
-        prompt.add(Part::Messages, base64.len() as u64 * 3 / 4 / BYTES_OF_A_TOKEN);
+        prompt.add_tokens(PromptPart::Messages, base64.len() as u64 * 3 / 4 / BYTES_OF_A_TOKEN);
     }
 }
 

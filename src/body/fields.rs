@@ -4,7 +4,7 @@ use super::edit::{Span, StreamOptions};
 use super::inputs::Inputs;
 use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
 use crate::api::Api;
-use crate::estimate::{Part, Prompt};
+use crate::estimate::{Prompt, PromptPart};
 use crate::json::{Expected, LooseText, Take, Text, To, raw, string, value};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -186,7 +186,7 @@ impl<'a> Reading<'a> {
             (_, "reasoning_effort") => {
                 let effort = string(map)?;
                 if matches!(&*effort, "none" | "minimal" | "low" | "medium") {
-                    prompt.thinks_little();
+                    prompt.default_to_no_reasoning();
                 }
                 Ok(())
             }
@@ -200,13 +200,13 @@ impl<'a> Reading<'a> {
             (_, "suffix") => {
                 let mut text = LooseText::default();
                 value(map, &mut text)?;
-                prompt.count(Part::Messages, text.0, 1);
+                prompt.add_text(PromptPart::Messages, text.0, 1);
                 Ok(())
             }
             (_, "contents") => value(map, &mut gemini::Contents(prompt)),
             (_, "systemInstruction" | "system_instruction") => gemini::system(prompt, map),
             (_, "tools" | "functions") => {
-                prompt.tools(raw(map)?);
+                prompt.add_tools(raw(map)?);
                 Ok(())
             }
             (Api::Messages, "tool_choice") => value(map, &mut MessagesChoice(prompt)),
@@ -322,7 +322,7 @@ impl<'a> Take<'a> for Choice<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "function" => value(object, self),
-            _ => string(object).map(|name| self.0.choose_tool(name)),
+            _ => string(object).map(|name| self.0.require_tool_named(name)),
         }
     }
 }
@@ -336,7 +336,7 @@ impl<'a> Take<'a> for MessagesChoice<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         let text = string(object)?;
         match (name, &*text) {
-            ("name", _) => self.0.choose_tool(text),
+            ("name", _) => self.0.require_tool_named(text),
             (_, "any") => self.0.require_tools(),
             (_, "none") => self.0.forbid_tools(),
             _ => {}
@@ -366,8 +366,8 @@ impl<'a> Take<'a> for Thinking<'_, 'a> {
         let kind = string(object)?;
         // What is adaptive has the model decide, and says nothing in the prompt.
         match &*kind {
-            "enabled" => self.0.thinks(true),
-            "disabled" | "adaptive" => self.0.thinks(false),
+            "enabled" => self.0.set_reasoning(true),
+            "disabled" | "adaptive" => self.0.set_reasoning(false),
             _ => {}
         }
         Ok(())
@@ -381,12 +381,12 @@ impl<'a> Take<'a> for Reasoning<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["enabled", "effort", "max_tokens", "mode"];
 
     fn boolean(&mut self, enabled: bool) -> Result<(), Expected> {
-        self.0.thinks(enabled);
+        self.0.set_reasoning(enabled);
         Ok(())
     }
 
     fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
-        self.0.thinks(true);
+        self.0.set_reasoning(true);
         Ok(())
     }
 
@@ -397,8 +397,8 @@ impl<'a> Take<'a> for Reasoning<'_, 'a> {
         match (name, &*string(object)?) {
             // Several models work on it, which is charged as several times the prompt.
             ("mode", "pro") => self.0.unseen += 1,
-            ("effort", "none" | "minimal") => self.0.thinks(false),
-            ("effort", "low" | "medium" | "high" | "xhigh") => self.0.thinks(true),
+            ("effort", "none" | "minimal") => self.0.set_reasoning(false),
+            ("effort", "low" | "medium" | "high" | "xhigh") => self.0.set_reasoning(true),
             _ => {}
         }
         Ok(())
@@ -430,7 +430,7 @@ impl<'a> Take<'a> for Format<'a> {
 impl<'a> Format<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if let Some(schema) = self.schema.filter(|schema| *schema != "null") {
-            prompt.schema(self.name, self.description, schema);
+            prompt.set_answer_schema(self.name, self.description, schema);
         }
     }
 }

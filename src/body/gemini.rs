@@ -2,17 +2,17 @@
 
 use super::chat::add_role;
 use super::content::document;
-use crate::estimate::{Part, Prompt, Role};
+use crate::estimate::{Prompt, PromptPart, Role};
 use crate::json::{Expected, Take, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
 /// `systemInstruction`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
-    let first = prompt.texts();
+    let first = prompt.text_count();
     value(object, &mut Content(prompt))?;
-    if prompt.texts() > first {
-        prompt.message(Role::System, first);
+    if prompt.text_count() > first {
+        prompt.end_message(Role::System, first);
     }
     Ok(())
 }
@@ -24,16 +24,16 @@ impl<'a> Take<'a> for Contents<'_, 'a> {
     const FIELDS: &'static [&'static str] = Content::FIELDS;
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.0.count(Part::Messages, text, 1);
+        self.0.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let first = self.0.texts();
+        let first = self.0.text_count();
         let there_is = element(list, &mut Content(self.0))?;
         if there_is {
             add_role(self.0, "user");
-            self.0.message(Role::Other, first);
+            self.0.end_message(Role::Other, first);
         }
         Ok(there_is)
     }
@@ -49,7 +49,7 @@ impl<'a> Take<'a> for Content<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["role", "parts"];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.0.count(Part::Messages, text, 1);
+        self.0.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
@@ -89,20 +89,20 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
-            "text" => self.0.count(Part::Messages, string(object)?, 1),
+            "text" => self.0.add_text(PromptPart::Messages, string(object)?, 1),
             "inlineData" | "inline_data" => {
                 let mut blob = Blob::default();
                 value(object, &mut blob)?;
                 document(self.0, &blob.kind, "", &blob.data);
             }
-            "thoughtSignature" | "thought_signature" => self.0.hidden_thought(&string(object)?),
+            "thoughtSignature" | "thought_signature" => self.0.add_encrypted_reasoning(&string(object)?),
             "fileData" | "file_data" => {
                 raw(object)?;
                 self.0.unseen += 1;
             }
             _ => {
                 if matches!(name, "functionCall" | "function_call") {
-                    self.0.call(0);
+                    self.0.add_tool_call(0);
                 }
                 value(object, &mut Call(self.0))?;
             }
@@ -137,9 +137,9 @@ impl<'a> Take<'a> for Call<'_, 'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
-            "args" | "response" => self.0.count(Part::Messages, Cow::Borrowed(raw(object)?), 1),
+            "args" | "response" => self.0.add_text(PromptPart::Messages, Cow::Borrowed(raw(object)?), 1),
             "parts" => value(object, &mut Parts(self.0))?,
-            _ => self.0.count(Part::Messages, string(object)?, 1),
+            _ => self.0.add_text(PromptPart::Messages, string(object)?, 1),
         }
         Ok(())
     }

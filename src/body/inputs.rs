@@ -1,7 +1,7 @@
 //! `prompt` of completions and `input` of embeddings: a string, a list of strings, a list of tokens, a list of
 //! such lists.
 
-use crate::estimate::{Part, Prompt};
+use crate::estimate::{Prompt, PromptPart};
 use crate::json::{Expected, Take, element, raw};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -21,13 +21,13 @@ impl<'p, 'a> Inputs<'p, 'a> {
 impl<'a> Take<'a> for Inputs<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.prompt.prompts += 1;
-        self.prompt.count(Part::Messages, text, 1);
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
     fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
         self.has_tokens = true;
-        self.prompt.add(Part::Messages, 1);
+        self.prompt.add_tokens(PromptPart::Messages, 1);
         Ok(())
     }
 
@@ -47,7 +47,7 @@ impl<'a> Take<'a> for Inputs<'_, 'a> {
     /// Some providers embed more than text: four bytes are taken for a token.
     fn any_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
         let tokens = raw(object)?.len() as u64 / 4;
-        self.prompt.add(Part::Messages, tokens);
+        self.prompt.add_tokens(PromptPart::Messages, tokens);
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 
 use super::chat::add_role;
 use super::content::{Content, members};
-use crate::estimate::{Detail, Part, Prompt, Role, media};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, Role, media};
 use crate::json::{Expected, LooseText, Take, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -11,10 +11,10 @@ use std::borrow::Cow;
 /// `instructions`: a message before all others.
 pub(super) fn instructions<'a>(prompt: &mut Prompt<'a>, text: Cow<'a, str>) {
     if !text.is_empty() {
-        let first = prompt.texts();
-        prompt.count(Part::Messages, text, 1);
+        let first = prompt.text_count();
+        prompt.add_text(PromptPart::Messages, text, 1);
         add_role(prompt, "developer");
-        prompt.message(Role::System, first);
+        prompt.end_message(Role::System, first);
     }
 }
 
@@ -22,7 +22,7 @@ pub(super) fn instructions<'a>(prompt: &mut Prompt<'a>, text: Cow<'a, str>) {
 /// Fitted to 6 exchanges.
 pub(super) fn encrypted(prompt: &mut Prompt<'_>, base64: &str) {
     const AROUND: u64 = 750;
-    prompt.add(Part::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(AROUND) / 4);
+    prompt.add_tokens(PromptPart::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(AROUND) / 4);
 }
 
 /// `input`: a text, or a list of items.
@@ -30,15 +30,15 @@ pub(super) struct Input<'p, 'a>(pub(super) &'p mut Prompt<'a>);
 
 impl<'a> Take<'a> for Input<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        let first = self.0.texts();
-        self.0.count(Part::Messages, text, 1);
+        let first = self.0.text_count();
+        self.0.add_text(PromptPart::Messages, text, 1);
         let role = add_role(self.0, "user");
-        self.0.message(role, first);
+        self.0.end_message(role, first);
         Ok(())
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let first_text = self.0.texts();
+        let first_text = self.0.text_count();
         let mut item =
             Item { prompt: &mut *self.0, role: Cow::Borrowed(""), kind: Cow::Borrowed(""), arguments: 0 };
         let there_is = element(list, &mut item)?;
@@ -54,15 +54,15 @@ fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, arguments: u64, first
     match kind {
         "" | "message" => {
             let role = add_role(prompt, role);
-            prompt.message(role, first_text);
+            prompt.end_message(role, first_text);
         }
         "item_reference" => prompt.unseen += 1,
         "function_call" | "custom_tool_call" => {
-            prompt.call(arguments);
-            prompt.message(Role::Other, first_text);
+            prompt.add_tool_call(arguments);
+            prompt.end_message(Role::Other, first_text);
         }
         "reasoning" => {}
-        _ => prompt.message(Role::Other, first_text),
+        _ => prompt.end_message(Role::Other, first_text),
     }
 }
 
@@ -90,7 +90,7 @@ impl<'a> Take<'a> for Item<'_, 'a> {
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.prompt.count(Part::Messages, text, 1);
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
@@ -103,23 +103,23 @@ impl<'a> Take<'a> for Item<'_, 'a> {
             "summary" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.thought(text.0);
+                self.prompt.add_reasoning(text.0);
             }
-            "name" => self.prompt.count(Part::Messages, string(object)?, 2),
+            "name" => self.prompt.add_text(PromptPart::Messages, string(object)?, 2),
             "arguments" => {
                 let text = string(object)?;
                 self.arguments = members(&text);
-                self.prompt.count(Part::Messages, text, 1);
+                self.prompt.add_text(PromptPart::Messages, text, 1);
             }
             "encrypted_content" => encrypted(self.prompt, &string(object)?),
             // An image that was generated before.
             "result" => {
                 let base64 = string(object)?;
                 if !base64.is_empty() {
-                    self.prompt.image(media::image_size(&base64), Detail::Auto);
+                    self.prompt.add_image(media::image_size(&base64), ImageDetail::Auto);
                 }
             }
-            _ => self.prompt.count(Part::Messages, string(object)?, 1),
+            _ => self.prompt.add_text(PromptPart::Messages, string(object)?, 1),
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use crate::api::Api;
 use crate::body::Body;
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::config::Config;
-use crate::estimate::{Model, Models, Part, PromptEstimate};
+use crate::estimate::{Model, Models, PromptEstimate, PromptPart};
 use crate::store;
 use anyhow::Context as _;
 use serde::de::IgnoredAny;
@@ -179,8 +179,10 @@ fn detect_api(json: &[u8]) -> Api {
 
 impl CountResult {
     fn as_json(&self) -> Value {
-        let parts: serde_json::Map<String, Value> =
-            Part::ALL.iter().map(|&part| (part.as_str().to_owned(), json!(self.estimate.of(part)))).collect();
+        let parts: serde_json::Map<String, Value> = PromptPart::ALL
+            .iter()
+            .map(|&part| (part.as_str().to_owned(), json!(self.estimate.of(part))))
+            .collect();
         json!({
             "prompt_tokens": self.estimate.tokens(),
             "encoding": self.rules.tokenizer.encoding.as_str(),
@@ -190,7 +192,7 @@ impl CountResult {
 
     fn in_words(&self) -> String {
         let mut words = format!("prompt tokens  {}\n", self.estimate.tokens());
-        for part in Part::ALL {
+        for part in PromptPart::ALL {
             words += &format!("  {:<12} {}\n", part.as_str(), self.estimate.of(part));
         }
         words + &format!("encoding       {}\n", self.rules.tokenizer.encoding.as_str())

@@ -6,7 +6,7 @@
 
 /// What a request is like, as far as estimates differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum RequestKind {
     /// Text alone.
     #[default]
     Plain,
@@ -16,7 +16,7 @@ pub enum Kind {
     Images,
 }
 
-impl Kind {
+impl RequestKind {
     /// All kinds.
     pub const ALL: [Self; 3] = [Self::Plain, Self::Tools, Self::Images];
 
@@ -49,7 +49,7 @@ const MOST_MORE: u64 = 2_048;
 
 /// What an estimate and an answer said of one prompt, in tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pair {
+pub struct CalibrationSample {
     /// The estimate, uncorrected.
     pub estimated: u32,
     /// What the answer reported.
@@ -98,7 +98,7 @@ impl Correction {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Calibration {
     /// The last answers; the oldest is overwritten.
-    pairs: Vec<Pair>,
+    pairs: Vec<CalibrationSample>,
     next: usize,
     answers: u64,
     correction: Correction,
@@ -106,7 +106,7 @@ pub struct Calibration {
 
 impl Calibration {
     /// As it was kept, oldest first.
-    pub fn from_pairs(pairs: &[Pair]) -> Self {
+    pub fn from_pairs(pairs: &[CalibrationSample]) -> Self {
         let mut calibration = Self::default();
         pairs.iter().for_each(|pair| calibration.remember(*pair));
         calibration.correction = fit(&calibration.pairs().collect::<Vec<_>>());
@@ -114,7 +114,7 @@ impl Calibration {
     }
 
     /// The answers that are remembered, oldest first.
-    pub fn pairs(&self) -> impl Iterator<Item = Pair> {
+    pub fn pairs(&self) -> impl Iterator<Item = CalibrationSample> {
         let (later, earlier) = self.pairs.split_at(self.next.min(self.pairs.len()));
         earlier.iter().chain(later).copied()
     }
@@ -133,7 +133,7 @@ impl Calibration {
             return;
         }
         let was_right = self.correction.apply(u64::from(estimated)) == u64::from(reported);
-        self.remember(Pair { estimated, reported });
+        self.remember(CalibrationSample { estimated, reported });
         if was_right && self.pairs.len() >= FEWEST {
             self.correction.reach(estimated);
         } else if self.answers <= REMEMBERED as u64 || self.answers.is_multiple_of(REFIT) {
@@ -141,7 +141,7 @@ impl Calibration {
         }
     }
 
-    fn remember(&mut self, pair: Pair) {
+    fn remember(&mut self, pair: CalibrationSample) {
         self.answers += 1;
         if self.pairs.len() < REMEMBERED {
             self.pairs.push(pair);
@@ -153,7 +153,7 @@ impl Calibration {
 }
 
 /// The simplest correction that fits best, to answers from the oldest to the latest.
-fn fit(pairs: &[Pair]) -> Correction {
+fn fit(pairs: &[CalibrationSample]) -> Correction {
     if pairs.len() < FEWEST {
         return Correction::default();
     }
@@ -178,13 +178,13 @@ fn fit(pairs: &[Pair]) -> Correction {
     best
 }
 
-fn with_offset(per_mille: i64, pairs: &[Pair]) -> Correction {
-    let left = |p: &Pair| i64::from(p.reported) - i64::from(p.estimated) * per_mille / 1_000;
+fn with_offset(per_mille: i64, pairs: &[CalibrationSample]) -> Correction {
+    let left = |p: &CalibrationSample| i64::from(p.reported) - i64::from(p.estimated) * per_mille / 1_000;
     Correction { per_mille, offset: median(pairs.iter().map(left)), ..Correction::default() }
 }
 
 /// The median slope between any two answers (Theil and Sen), as far as they tell one.
-fn slope(pairs: &[Pair]) -> i64 {
+fn slope(pairs: &[CalibrationSample]) -> i64 {
     let between = pairs.iter().enumerate().flat_map(|(at, a)| pairs[at + 1..].iter().map(move |b| (a, b)));
     let slopes = between.filter_map(|(a, b)| {
         let run = i64::from(b.estimated) - i64::from(a.estimated);
@@ -198,8 +198,8 @@ fn slope(pairs: &[Pair]) -> i64 {
 
 /// How far off a correction leaves estimates: the median, the upper quartile and half the ninth tenth of
 /// relative errors, in millionths.
-fn misfit(correction: Correction, pairs: &[Pair]) -> u64 {
-    let error = |p: &Pair| {
+fn misfit(correction: Correction, pairs: &[CalibrationSample]) -> u64 {
+    let error = |p: &CalibrationSample| {
         let reported = u64::from(p.reported);
         correction.apply(u64::from(p.estimated)).abs_diff(reported).saturating_mul(1_000_000)
             / reported.max(1)
@@ -284,7 +284,7 @@ mod tests {
     fn what_is_kept_is_what_was_learned() {
         for answers in [0, 1, 5, 32, 33, 100] {
             let calibration = learned((0..answers).map(|n| (100 + n * 7, 120 + n * 9)));
-            let kept: Vec<Pair> = calibration.pairs().collect();
+            let kept: Vec<CalibrationSample> = calibration.pairs().collect();
             assert_eq!(kept.len() as u64, answers.min(32));
             let again = Calibration::from_pairs(&kept);
             assert_eq!(again.pairs().collect::<Vec<_>>(), kept);

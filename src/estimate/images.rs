@@ -7,7 +7,7 @@ use crate::api::Api;
 
 /// How closely an image is to be looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Detail {
+pub enum ImageDetail {
     /// As the model sees fit.
     #[default]
     Auto,
@@ -19,7 +19,7 @@ pub enum Detail {
     Original,
 }
 
-impl Detail {
+impl ImageDetail {
     /// The detail that a request names.
     pub(crate) fn named(name: &str) -> Self {
         match name {
@@ -35,7 +35,7 @@ impl Detail {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Image {
     pub(super) size: Option<(u32, u32)>,
-    pub(super) detail: Detail,
+    pub(super) detail: ImageDetail,
 }
 
 const UNKNOWN_SIZE: (u32, u32) = (1_024, 1_024);
@@ -59,7 +59,7 @@ pub(super) enum Rule {
     /// So much, and so much for each tile of 512 pixels.
     Tiles { base: u64, tile: u64 },
     /// Patches of 32 pixels times a factor in per cent; a limit for each detail.
-    Patches { percent: u64, low: Limit, high: Limit, original: Limit, auto: Detail },
+    Patches { percent: u64, low: Limit, high: Limit, original: Limit, auto: ImageDetail },
     /// A token for so many pixels, after fitting into a side and a number of tokens.
     Area { pixels: u64, side: u32, most: u64 },
     /// Patches of so many pixels, and one more for the end of each row, after fitting into a side.
@@ -75,7 +75,7 @@ const OLD: Limit = limit(u32::MAX, 1_536);
 
 /// A rule whose limit is the same whatever the detail.
 pub(super) const fn patches(percent: u64, same: Limit) -> Rule {
-    Rule::Patches { percent, low: same, high: same, original: same, auto: Detail::High }
+    Rule::Patches { percent, low: same, high: same, original: same, auto: ImageDetail::High }
 }
 
 pub(super) const GPT_4O: Rule = Rule::Tiles { base: 85, tile: 170 };
@@ -90,7 +90,7 @@ pub(super) const RULES: &[(&str, Rule)] = &[
             low: Limit { side: 512, patches: None },
             high: limit(2_048, 2_500),
             original: Limit { side: LONGEST_SIDE, patches: None },
-            auto: Detail::Original,
+            auto: ImageDetail::Original,
         },
     ),
     (
@@ -100,7 +100,7 @@ pub(super) const RULES: &[(&str, Rule)] = &[
             low: Limit { side: 512, patches: None },
             high: limit(2_048, 2_500),
             original: limit(6_000, 10_000),
-            auto: Detail::Original,
+            auto: ImageDetail::Original,
         },
     ),
     (
@@ -110,7 +110,7 @@ pub(super) const RULES: &[(&str, Rule)] = &[
             low: SMALL,
             high: limit(2_048, 2_500),
             original: limit(6_000, 10_000),
-            auto: Detail::High,
+            auto: ImageDetail::High,
         },
     ),
     ("gpt-5.3", patches(120, SMALL)),
@@ -146,14 +146,14 @@ impl Rule {
         let (width, height) = image.size.unwrap_or(UNKNOWN_SIZE);
         let size = (width.clamp(1, LONGEST_SIDE), height.clamp(1, LONGEST_SIDE));
         match self {
-            Self::Tiles { base, .. } if image.detail == Detail::Low => base,
+            Self::Tiles { base, .. } if image.detail == ImageDetail::Low => base,
             Self::Tiles { base, tile } => base + tile * tiles(size),
             Self::Patches { percent, low, high, original, auto } => {
-                let detail = if image.detail == Detail::Auto { auto } else { image.detail };
+                let detail = if image.detail == ImageDetail::Auto { auto } else { image.detail };
                 let limit = match detail {
-                    Detail::Low => low,
-                    Detail::Original => original,
-                    Detail::High | Detail::Auto => high,
+                    ImageDetail::Low => low,
+                    ImageDetail::Original => original,
+                    ImageDetail::High | ImageDetail::Auto => high,
                 };
                 (limit.patches_of(size) * percent).div_ceil(100)
             }
@@ -245,14 +245,14 @@ impl Limit {
 mod tests {
     use super::*;
 
-    fn tokens(model: &str, size: (u32, u32), detail: Detail) -> u64 {
+    fn tokens(model: &str, size: (u32, u32), detail: ImageDetail) -> u64 {
         Rule::of_model(model).tokens(Image { size: Some(size), detail })
     }
 
     /// The examples of OpenAI's guide on images.
     #[test]
     fn images_cost_what_the_guide_says() {
-        use Detail::{Auto, High, Low};
+        use ImageDetail::{Auto, High, Low};
         for (model, size, detail, want) in [
             ("gpt-4o", (1_024, 1_024), High, 765),
             ("gpt-4o", (2_048, 4_096), High, 1_105),
@@ -274,7 +274,8 @@ mod tests {
         let sizes = [(0, 0), (1, 1), (1, u32::MAX), (u32::MAX, u32::MAX), (3, 70_000)];
         for (model, _) in RULES {
             for size in sizes {
-                for detail in [Detail::Auto, Detail::Low, Detail::High, Detail::Original] {
+                for detail in [ImageDetail::Auto, ImageDetail::Low, ImageDetail::High, ImageDetail::Original]
+                {
                     let tokens = tokens(model, size, detail);
                     assert!((1..=6_000_000).contains(&tokens), "{model} {size:?} {detail:?}: {tokens}");
                 }

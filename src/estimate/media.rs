@@ -39,7 +39,7 @@ pub(crate) fn image_size(base64: &str) -> Option<(u32, u32)> {
 }
 
 /// Tenths of a second of a sound in base64; `None`: there are no bytes to tell from.
-pub(crate) fn tenths_of_sound(base64: &str) -> Option<u64> {
+pub(crate) fn audio_tenths(base64: &str) -> Option<u64> {
     let bytes = base64.len() as u64 * 3 / 4;
     let rate = bytes_of_a_second(&decoded(base64, 4 * 1024)).unwrap_or(BYTES_OF_A_SECOND);
     (bytes > 0).then(|| (bytes * 10).div_ceil(rate.max(1_000)))

@@ -1,6 +1,6 @@
 //! What is known of models: by which vocabulary they count, and what their APIs add to a prompt.
 
-use super::Part;
+use super::PromptPart;
 use super::images::{Image, Rule};
 use super::tokenizer::{Encoding, Tokenizer};
 use super::tools::Style;
@@ -456,7 +456,7 @@ impl Model {
     }
 
     /// Adds to the parts what the API adds to the request.
-    pub(super) fn overhead(&self, facts: &Facts, parts: &mut [u64; Part::ALL.len()]) {
+    pub(super) fn overhead(&self, facts: &Facts, parts: &mut [u64; PromptPart::ALL.len()]) {
         if matches!(facts.api, Api::Completions | Api::Embeddings) {
             return;
         }
@@ -464,26 +464,26 @@ impl Model {
         let times = |tokens: i64, n: u64| tokens.saturating_mul(i64::try_from(n).unwrap_or(i64::MAX));
         // Where a template takes less than was counted, and there is nothing left to take it from, the
         // messages pay: they were counted with their roles.
-        let mut add = |part: Part, tokens: i64| {
+        let mut add = |part: PromptPart, tokens: i64| {
             let missing = tokens.unsigned_abs().saturating_sub(parts[part as usize]);
             parts[part as usize] = parts[part as usize].saturating_add_signed(tokens);
             if tokens < 0 {
-                let messages = &mut parts[Part::Messages as usize];
+                let messages = &mut parts[PromptPart::Messages as usize];
                 *messages = messages.saturating_sub(missing);
             }
         };
-        add(Part::Overhead, overhead.request);
-        add(Part::Overhead, times(overhead.message, facts.messages));
-        add(Part::Overhead, times(overhead.assistant, facts.of_assistant));
-        add(Part::Overhead, times(overhead.call, facts.calls));
-        add(Part::Overhead, times(overhead.argument, facts.arguments));
-        add(Part::Overhead, times(overhead.crowd, facts.crowds));
-        add(Part::Overhead, times(overhead.remark, facts.remarks));
-        add(Part::Overhead, times(overhead.result, facts.results));
+        add(PromptPart::Overhead, overhead.request);
+        add(PromptPart::Overhead, times(overhead.message, facts.messages));
+        add(PromptPart::Overhead, times(overhead.assistant, facts.of_assistant));
+        add(PromptPart::Overhead, times(overhead.call, facts.calls));
+        add(PromptPart::Overhead, times(overhead.argument, facts.arguments));
+        add(PromptPart::Overhead, times(overhead.crowd, facts.crowds));
+        add(PromptPart::Overhead, times(overhead.remark, facts.remarks));
+        add(PromptPart::Overhead, times(overhead.result, facts.results));
         if let Format::Template(Template { thinking, .. }) = self.format
             && facts.thinks == Some(true)
         {
-            add(Part::Overhead, thinking);
+            add(PromptPart::Overhead, thinking);
         }
         let after_system = if facts.has_system { overhead.after_system } else { 0 };
         if facts.has_functions {
@@ -493,10 +493,10 @@ impl Model {
                 Choice::Required => overhead.required,
                 Choice::Named => overhead.named,
             };
-            add(Part::Tools, overhead.functions + after_system + choice);
+            add(PromptPart::Tools, overhead.functions + after_system + choice);
         }
         if facts.has_schema {
-            add(Part::Schema, overhead.schema + if facts.has_functions { 0 } else { after_system });
+            add(PromptPart::Schema, overhead.schema + if facts.has_functions { 0 } else { after_system });
         }
     }
 

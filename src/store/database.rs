@@ -3,7 +3,7 @@
 use super::window_name;
 use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
-use crate::estimate::{Kind, Pair};
+use crate::estimate::{CalibrationSample, RequestKind};
 use crate::ledger::{AuditEntry, Row, Totals};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use anyhow::Context as _;
@@ -220,10 +220,13 @@ impl Database {
         let mut read = self.0.prepare("SELECT upstream, model, kind, answers FROM calibration")?;
         let rows = read.query_map([], |row| {
             let (model, kind, answers): (String, String, String) = (row.get(1)?, row.get(2)?, row.get(3)?);
-            let known = Kind::ALL.into_iter().find(|known| known.as_str() == kind);
+            let known = RequestKind::ALL.into_iter().find(|known| known.as_str() == kind);
             let pairs = answers.split(' ').filter_map(|pair| {
                 let (estimated, reported) = pair.split_once(':')?;
-                Some(Pair { estimated: estimated.parse().ok()?, reported: reported.parse().ok()? })
+                Some(CalibrationSample {
+                    estimated: estimated.parse().ok()?,
+                    reported: reported.parse().ok()?,
+                })
             });
             let upstream = row.get(0)?;
             Ok(known.map(|kind| SavedCalibration {

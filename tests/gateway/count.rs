@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tollgate::api::Api;
 use tollgate::body::{Body, BodyFault};
-use tollgate::estimate::{Models, Part, PromptEstimate};
+use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 
 #[test]
 fn count_prints_the_estimate_and_its_parts() {
@@ -104,7 +104,7 @@ fn user(content: &Value) -> String {
 #[test]
 fn broken_images_and_files_are_counted_by_default_sizes() {
     let image = |url: &str| user(&json!([{"type": "image_url", "image_url": {"url": url}}]));
-    let of_unknown = read(Api::Chat, &image("https://example.com/a.png")).unwrap().of(Part::Images);
+    let of_unknown = read(Api::Chat, &image("https://example.com/a.png")).unwrap().of(PromptPart::Images);
     assert_eq!(of_unknown, 765, "1,024 by 1,024 pixels");
     for url in [
         "data:image/png;base64,!!!!",
@@ -114,11 +114,11 @@ fn broken_images_and_files_are_counted_by_default_sizes() {
         "",
         "data:image/png;base64,iVBORw0KGgo",
     ] {
-        assert_eq!(read(Api::Chat, &image(url)).unwrap().of(Part::Images), of_unknown, "{url}");
+        assert_eq!(read(Api::Chat, &image(url)).unwrap().of(PromptPart::Images), of_unknown, "{url}");
     }
     // A header that lies about its size costs what such an image would, and no more than any can.
     let huge = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUv////////8IAgAAAA==";
-    assert!((85..=10_000).contains(&read(Api::Chat, &image(huge)).unwrap().of(Part::Images)));
+    assert!((85..=10_000).contains(&read(Api::Chat, &image(huge)).unwrap().of(PromptPart::Images)));
     for data in ["data:application/pdf;base64,JVBERi0=", "data:application/pdf;base64,%%%", "JVBERi0xLjQK"] {
         let file = user(&json!([{"type": "file", "file": {"filename": "a.pdf", "file_data": data}}]));
         assert!(read(Api::Chat, &file).unwrap().tokens() > 100, "{data}");

@@ -3,7 +3,7 @@
 use crate::measured::{Corrected, Measured, quantile};
 use std::collections::BTreeMap;
 use tollgate::api::Api;
-use tollgate::estimate::Kind;
+use tollgate::estimate::RequestKind;
 
 /// After so many answers of its kind a model's estimates are to be near.
 pub(crate) const EXPERIENCED: u32 = 20;
@@ -78,12 +78,12 @@ fn is_openai_text(e: &Measured) -> bool {
         "prediction",
         "web_search_options",
     ];
-    is_openai(e) && e.api == Api::Chat && e.kind == Kind::Plain && !e.is_partial && !e.has(MORE)
+    is_openai(e) && e.api == Api::Chat && e.kind == RequestKind::Plain && !e.is_partial && !e.has(MORE)
 }
 
 /// A draft of the answer counts as far as it is used.
 fn is_plain(e: &Measured) -> bool {
-    e.kind == Kind::Plain && !e.is_partial && !e.has(&["prediction"])
+    e.kind == RequestKind::Plain && !e.is_partial && !e.has(&["prediction"])
 }
 
 fn has_tools(e: &Measured) -> bool {

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use tollgate::api::Api;
 use tollgate::body::Body;
-use tollgate::estimate::{Models, Part, PromptEstimate};
+use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 
 pub(crate) fn vectors(data: &Path) -> Option<Vec<Value>> {
     let text = std::fs::read_to_string(data.join("golden-vectors.jsonl")).ok()?;
@@ -44,7 +44,7 @@ fn of_image(image: &Value) -> u64 {
     let part =
         json!({"type": "image_url", "image_url": {"size_px": image["size_px"], "detail": image["detail"]}});
     let body = json!({"model": image["model"], "messages": [{"role": "user", "content": [part]}]});
-    estimate(&with_images(&body)).of(Part::Images)
+    estimate(&with_images(&body)).of(PromptPart::Images)
 }
 
 /// Images stand there by their size alone; a header says it to the gateway.

@@ -4,7 +4,7 @@ use crate::exchange::Exchange;
 use std::collections::HashMap;
 use tollgate::api::Api;
 use tollgate::body::Body;
-use tollgate::estimate::{Calibration, Kind, Models};
+use tollgate::estimate::{Calibration, Models, RequestKind};
 
 /// A request and what became of its estimate.
 pub(crate) struct Measured {
@@ -12,7 +12,7 @@ pub(crate) struct Measured {
     pub(crate) api: Api,
     pub(crate) provider: String,
     pub(crate) model: String,
-    pub(crate) kind: Kind,
+    pub(crate) kind: RequestKind,
     pub(crate) features: Vec<String>,
     /// Uncorrected.
     pub(crate) estimated: u64,
@@ -79,7 +79,7 @@ fn order(length: usize, seed: u64) -> Vec<usize> {
 }
 
 fn corrected(exchanges: &[Measured], order: &[usize]) -> Vec<Corrected> {
-    let mut learned: HashMap<(&str, &str, Kind), (Calibration, u32)> = HashMap::new();
+    let mut learned: HashMap<(&str, &str, RequestKind), (Calibration, u32)> = HashMap::new();
     let mut all = vec![Corrected { answers: 0, tokens: 0 }; exchanges.len()];
     for &at in order {
         let e = &exchanges[at];

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 use tollgate::api::Api;
 use tollgate::body::{Body, edited};
-use tollgate::estimate::{Models, Part, PromptEstimate};
+use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 
 pub(crate) const APIS: [Api; 6] =
     [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini];
@@ -66,12 +66,12 @@ pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
 fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
     /// What a request costs whatever is in it: its template, an introduction to tools.
     const FIXED: u64 = 2_000;
-    for part in Part::ALL {
+    for part in PromptPart::ALL {
         let a_byte = match part {
-            Part::Messages | Part::Overhead => 64,
-            Part::Tools => 256,
-            Part::Schema => 8,
-            Part::Images => 500_000,
+            PromptPart::Messages | PromptPart::Overhead => 64,
+            PromptPart::Tools => 256,
+            PromptPart::Schema => 8,
+            PromptPart::Images => 500_000,
         };
         let most = FIXED + a_byte * bytes as u64;
         let tokens = estimate.of(part);
