@@ -1,7 +1,7 @@
-//! What of a request's JSON the gateway needs, in one pass over it, without building a tree.
+//! Reads the fields of a request body that the gateway needs, in one pass and without building a tree.
 //!
-//! Pure. The body itself is forwarded as it came, but for two changes: usage that is asked for, and a bound
-//! that is lowered.
+//! Pure. The gateway forwards the body unchanged except for two edits: it requests usage, and it lowers the bound
+//! on completion tokens.
 
 mod anthropic;
 mod chat;
@@ -15,46 +15,48 @@ mod responses;
 
 use crate::api::Api;
 use crate::estimate::Prompt;
+use crate::json::nests_deeper_than;
 use serde::de::DeserializeSeed as _;
 use std::borrow::Cow;
 use std::fmt;
 
 use edit::StreamOptions;
 pub use edit::{Bounds, Edit, edited};
-use fields::{Reading, TopLevel};
+use fields::{BodyReader, TopLevel};
 pub use named::named_model;
 
-/// Deeper nesting is refused; the outermost object counts as 1.
-const DEEPEST: usize = 128;
+/// Deeper nesting is rejected; the outermost object is level 1.
+const MAX_NESTING: usize = 128;
 
-/// What a request's body says, as far as the gateway is concerned.
+/// The fields of a request body that the gateway needs.
 #[derive(Debug, Default)]
 pub struct Body<'a> {
     /// `model`.
     pub model: Option<Cow<'a, str>>,
     /// `stream`.
     pub streams: bool,
-    /// Where `stream_options` stands in the body, and what it says of usage.
+    /// The position of `stream_options` in the body and its `include_usage`.
     stream_options: Option<StreamOptions>,
-    /// The caller's own bound on a completion, by whatever name its API has for it; of two the larger.
+    /// The caller's bound on each completion (`max_tokens` or its equivalent); the larger one if there are two.
     pub max_tokens: Option<u64>,
-    /// How many completions there are to each prompt.
+    /// Completions for each prompt (`n`, `best_of`); 0 if not set.
     pub choices: u64,
     bounds: Bounds,
-    /// What is to be counted.
+    /// The prompt whose tokens are to be counted.
     pub prompt: Prompt<'a>,
 }
 
-/// Why a body is refused.
+/// Why a body is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BodyFault {
-    /// Not JSON, not an object, a governed field twice, nested too deep. The text says which.
+    /// Not JSON, not an object, a governed field twice, or nested too deep. The text is a predicate of "the request
+    /// body".
     Invalid(String),
-    /// A governed field with a value that it cannot have: its name and what it may be.
+    /// A governed field has an invalid value.
     Value {
-        /// The field.
+        /// The name of the field.
         param: &'static str,
-        /// What it may be.
+        /// A description of its valid values.
         expected: &'static str,
     },
 }
@@ -74,20 +76,20 @@ impl<'a> Body<'a> {
     /// Reads a request body of the given API.
     ///
     /// # Errors
-    /// What the caller has to mend.
+    /// The body is invalid.
     pub fn read(api: Api, json: &'a [u8]) -> Result<Self, BodyFault> {
         let text = text_of(json)?;
         check_nesting(json)?;
         let mut deserializer = serde_json::Deserializer::from_str(text);
-        // Bounded by the check above, at the contract's figure; serde_json's own bound is one lower.
+        // `check_nesting` has bounded the recursion. serde_json's own limit is 127 levels.
         deserializer.disable_recursion_limit();
-        let mut reading = Reading::of(api, text);
-        let read = TopLevel(&mut reading).deserialize(&mut deserializer).and_then(|()| deserializer.end());
-        let Reading { mut body, field, fault, .. } = reading;
+        let mut reader = BodyReader::of(api, text);
+        let read = TopLevel(&mut reader).deserialize(&mut deserializer).and_then(|()| deserializer.end());
+        let BodyReader { mut body, field, fault, .. } = reader;
         match (read, fault) {
             (_, Some(fault)) => Err(fault),
             (Ok(()), None) => {
-                // Without a prompt the model starts from its end-of-text token.
+                // Without a prompt the model starts with its end-of-text token.
                 if api == Api::Completions && body.prompt.prompts == 0 {
                     body.prompt.add_tokens(crate::estimate::PromptPart::Overhead, 1);
                 }
@@ -96,33 +98,33 @@ impl<'a> Body<'a> {
                 Ok(body)
             }
             (Err(e), None) if e.is_data() && !field.is_empty() => Err(BodyFault::Invalid(format!(
-                "has a field '{field}' of another shape than the API takes: {e}"
+                "has a field '{field}' of a shape that the API does not accept: {e}"
             ))),
             (Err(e), None) => Err(BodyFault::Invalid(format!("is not a valid JSON object: {e}"))),
         }
     }
 
-    /// Whether the caller has asked for usage in its stream; an explicit `false` has not.
+    /// Whether the caller has requested usage in its stream; an explicit `false` has not.
     pub fn wants_usage(&self) -> bool {
         self.stream_options.as_ref().is_some_and(StreamOptions::wants_usage)
     }
 
-    /// The caller's own bound on all completions together.
+    /// The caller's bound on all completions together.
     pub fn completion_cap(&self) -> Option<u64> {
         Some(self.max_tokens?.saturating_mul(self.completions()))
     }
 
-    /// How many completions are generated: so many for each prompt.
+    /// How many completions are generated, for all prompts together.
     pub fn completions(&self) -> u64 {
         self.choices.max(1).saturating_mul(self.prompt.prompts.max(1))
     }
 
-    /// What sets `stream_options.include_usage`.
-    pub fn ask_for_usage(&self) -> Edit {
-        StreamOptions::ask(self.stream_options.as_ref(), &self.bounds)
+    /// The edit that sets `stream_options.include_usage`.
+    pub fn request_usage(&self) -> Edit {
+        StreamOptions::request(self.stream_options.as_ref(), &self.bounds)
     }
 
-    /// Where the bounds of a completion stand, or one could be put.
+    /// The positions in the body where a completion is bounded or a bound can be inserted.
     pub fn bounds(&self) -> Bounds {
         self.bounds.clone()
     }
@@ -134,42 +136,13 @@ fn text_of(json: &[u8]) -> Result<&str, BodyFault> {
 }
 
 fn check_nesting(json: &[u8]) -> Result<(), BodyFault> {
-    if nests_deeper_than(DEEPEST, json) {
-        return Err(BodyFault::Invalid(format!("is nested more than {DEEPEST} levels deep")));
+    if nests_deeper_than(MAX_NESTING, json) {
+        return Err(BodyFault::Invalid(format!("is nested more than {MAX_NESTING} levels deep")));
     }
     Ok(())
 }
 
-/// Whether brackets outside of strings nest deeper than `most`. Linear and without recursion.
-fn nests_deeper_than(most: usize, json: &[u8]) -> bool {
-    let (mut depth, mut at) = (0usize, 0);
-    while at < json.len() {
-        match json[at] {
-            b'"' => {
-                at += 1;
-                while let Some(found) = memchr::memchr2(b'"', b'\\', &json[at..]) {
-                    at += found;
-                    if json[at] == b'"' {
-                        break;
-                    }
-                    at = (at + 2).min(json.len());
-                }
-            }
-            b'{' | b'[' => {
-                depth += 1;
-                if depth > most {
-                    return true;
-                }
-            }
-            b'}' | b']' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        at += 1;
-    }
-    false
-}
-
-/// Where `part` stands in `whole`, of which it is a slice.
+/// The byte offset of `part` in `whole`, of which it is a slice.
 fn offset(whole: &str, part: &str) -> usize {
     (part.as_ptr() as usize).saturating_sub(whole.as_ptr() as usize)
 }
@@ -187,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bound_is_lowered_wherever_it_stands() {
+    fn a_bound_is_lowered_in_place_or_inserted() {
         for (before, model, after) in [
             (r#"{"model":"m","max_tokens":500,"n":2}"#, "m", r#"{"model":"m","max_tokens":7,"n":2}"#),
             (
@@ -210,13 +183,13 @@ mod tests {
         let before = r#"{"stream":true,"max_tokens":9}"#;
         let body = read(Api::Chat, before).unwrap();
         let mut edits = body.bounds().lower_to(3, "m", before.as_bytes());
-        edits.push(body.ask_for_usage());
+        edits.push(body.request_usage());
         let after = r#"{"stream_options":{"include_usage":true},"stream":true,"max_tokens":3}"#;
         assert_eq!(edited(before.as_bytes(), edits), after.as_bytes());
     }
 
     #[test]
-    fn a_bound_takes_the_place_of_a_null_config() {
+    fn a_bound_replaces_a_null_generation_config() {
         for name in ["generationConfig", "generation_config"] {
             let before = format!(r#"{{"contents":[],"{name}": null }}"#);
             let edits =
@@ -240,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_one_json_object_is_refused() {
+    fn anything_but_one_json_object_is_rejected() {
         for json in [
             "",
             "x",
@@ -260,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_governed_field_twice_is_refused_also_escaped_or_in_another_case() {
+    fn a_repeated_governed_field_is_rejected_also_escaped_or_in_another_case() {
         for json in [
             r#"{"model":"a","model":"b"}"#,
             r#"{"model":"a","\u006dodel":"b"}"#,
@@ -269,17 +242,17 @@ mod tests {
             r#"{"\u017ftream":true}"#,
             r#"{"messages":[{"role":"user","content":"a","content":"b"}]}"#,
         ] {
-            let refused = fault(json);
+            let message = fault(json);
             assert!(
-                refused.contains("twice") || refused.contains("case") || refused.contains("duplicate"),
-                "{json}: {refused}"
+                message.contains("twice") || message.contains("case") || message.contains("duplicate"),
+                "{json}: {message}"
             );
         }
         assert!(read(Api::Chat, r#"{"x":1,"x":2,"X":3}"#).is_ok());
     }
 
     #[test]
-    fn nesting_is_bounded_at_128_wherever_it_stands() {
+    fn nesting_is_bounded_at_128_in_every_field() {
         for field in ["x", "messages", "tools", "stream_options"] {
             let nested = |levels: usize| {
                 let inner = levels - 1;
@@ -293,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_flags_have_bounds_and_types() {
+    fn numbers_and_flags_are_checked() {
         for (field, bad) in [
             ("max_tokens", "0"),
             ("max_tokens", "-1"),
@@ -314,8 +287,8 @@ mod tests {
             ("stream_options", r#"{"include_usage":1}"#),
             ("stream_options", r#"{"include_usage":true,"include_usage":false}"#),
         ] {
-            let refused = read(Api::Chat, &format!("{{\"{field}\":{bad}}}")).unwrap_err();
-            assert!(matches!(refused, BodyFault::Value { param, .. } if param == field), "{field}: {bad}");
+            let fault = read(Api::Chat, &format!("{{\"{field}\":{bad}}}")).unwrap_err();
+            assert!(matches!(fault, BodyFault::Value { param, .. } if param == field), "{field}: {bad}");
         }
         let body =
             read(Api::Chat, r#"{"max_tokens":7,"max_completion_tokens":9,"n":2,"best_of":3,"stream":null}"#)
@@ -325,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn asking_for_usage_changes_nothing_else() {
+    fn requesting_usage_changes_nothing_else() {
         const ASKED: &str = r#"{"include_usage":true}"#;
         for (before, after) in [
             (
@@ -355,7 +328,7 @@ mod tests {
         ] {
             let body = read(Api::Chat, &before).unwrap();
             assert!(!body.wants_usage());
-            let asked = edited(before.as_bytes(), vec![body.ask_for_usage()]);
+            let asked = edited(before.as_bytes(), vec![body.request_usage()]);
             assert_eq!(std::str::from_utf8(&asked).unwrap(), after);
             assert!(Body::read(Api::Chat, &asked).unwrap().wants_usage());
         }
@@ -367,7 +340,7 @@ mod tests {
 
         proptest! {
             #[test]
-            fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            fn no_input_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
                 let _ = Body::read(Api::Chat, &bytes);
             }
 

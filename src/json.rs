@@ -1,4 +1,6 @@
-//! Reading JSON of which only some is wanted, in one pass and without a tree.
+//! Reads selected parts of JSON in one pass, without building a tree.
+
+mod scan;
 
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -6,27 +8,28 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
+pub(crate) use scan::{Found, MemberScanner, nests_deeper_than, string_length};
+
 /// A string, borrowed where it needs no unescaping (`Cow` by itself is always owned).
 #[derive(Deserialize)]
 pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
-/// Why a value of some shape is not taken: what it should have been.
+/// The shape that a value should have had, for the error message.
 #[derive(Clone, Copy)]
 pub(crate) struct Expected(pub(crate) &'static str);
 
-/// What takes a JSON value apart as it is parsed. Values of every shape are taken, and passed over where
-/// nothing is done with them.
-pub(crate) trait Take<'a> {
-    /// The members of an object that are taken.
+/// Receives the parts of a JSON value as it is parsed. By default each part is accepted and ignored.
+pub(crate) trait JsonVisitor<'a> {
+    /// The object members that `field` receives; at most 32.
     const FIELDS: &'static [&'static str] = &[];
-    /// Whether an object that has one of them twice is refused: other parsers may take the other one.
-    const ONCE: bool = true;
+    /// Whether an object with one of `FIELDS` twice is an error: parsers differ in which of the two they use.
+    const REJECTS_DUPLICATES: bool = true;
 
     fn text(&mut self, _text: Cow<'a, str>) -> Result<(), Expected> {
         Ok(())
     }
 
-    /// Whole numbers from 0 have a value, others none.
+    /// A number; `None` unless it is a whole number from 0 to 2^64 - 1.
     fn number(&mut self, _number: Option<u64>) -> Result<(), Expected> {
         Ok(())
     }
@@ -35,25 +38,25 @@ pub(crate) trait Take<'a> {
         Ok(())
     }
 
-    /// The next element of a list; `false`: there is none.
+    /// Reads the next element of a list; `false`: the list has ended.
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         Ok(list.next_element::<IgnoredAny>()?.is_some())
     }
 
-    /// A list has come to its end.
+    /// A list has ended.
     fn list_end(&mut self) {}
 
-    /// The value of one of `FIELDS`.
+    /// Reads the value of one of `FIELDS`.
     fn field<M: MapAccess<'a>>(&mut self, _name: &'static str, object: &mut M) -> Result<(), M::Error> {
         object.next_value::<IgnoredAny>().map(drop)
     }
 
-    /// The value of a member that is not among `FIELDS`.
-    fn any_field<M: MapAccess<'a>>(&mut self, _name: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+    /// Reads the value of a member that is not in `FIELDS`.
+    fn other_field<M: MapAccess<'a>>(&mut self, _name: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
         object.next_value::<IgnoredAny>().map(drop)
     }
 
-    /// An object has come to its end.
+    /// An object has ended.
     fn object_end(&mut self) {}
 
     /// An object begins.
@@ -62,10 +65,10 @@ pub(crate) trait Take<'a> {
     }
 }
 
-/// Deserialises by handing every part to a `Take`.
-pub(crate) struct To<'t, T>(pub(crate) &'t mut T);
+/// Deserialises a value by passing its parts to a `JsonVisitor`.
+pub(crate) struct Visit<'t, T>(pub(crate) &'t mut T);
 
-impl<'a, T: Take<'a>> DeserializeSeed<'a> for To<'_, T> {
+impl<'a, T: JsonVisitor<'a>> DeserializeSeed<'a> for Visit<'_, T> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -73,11 +76,11 @@ impl<'a, T: Take<'a>> DeserializeSeed<'a> for To<'_, T> {
     }
 }
 
-fn refused<E: serde::de::Error>(expected: Expected) -> E {
+fn unexpected<E: serde::de::Error>(expected: Expected) -> E {
     E::custom(format_args!("expected {}", expected.0))
 }
 
-impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
+impl<'a, T: JsonVisitor<'a>> Visitor<'a> for Visit<'_, T> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -85,15 +88,15 @@ impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
     }
 
     fn visit_borrowed_str<E: serde::de::Error>(self, text: &'a str) -> Result<(), E> {
-        self.0.text(Cow::Borrowed(text)).map_err(refused)
+        self.0.text(Cow::Borrowed(text)).map_err(unexpected)
     }
 
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<(), E> {
-        self.0.text(Cow::Owned(text.to_owned())).map_err(refused)
+        self.0.text(Cow::Owned(text.to_owned())).map_err(unexpected)
     }
 
     fn visit_string<E: serde::de::Error>(self, text: String) -> Result<(), E> {
-        self.0.text(Cow::Owned(text)).map_err(refused)
+        self.0.text(Cow::Owned(text)).map_err(unexpected)
     }
 
     fn visit_unit<E>(self) -> Result<(), E> {
@@ -101,19 +104,19 @@ impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
     }
 
     fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<(), E> {
-        self.0.boolean(value).map_err(refused)
+        self.0.boolean(value).map_err(unexpected)
     }
 
     fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<(), E> {
-        self.0.number(Some(number)).map_err(refused)
+        self.0.number(Some(number)).map_err(unexpected)
     }
 
     fn visit_i64<E: serde::de::Error>(self, _: i64) -> Result<(), E> {
-        self.0.number(None).map_err(refused)
+        self.0.number(None).map_err(unexpected)
     }
 
     fn visit_f64<E: serde::de::Error>(self, _: f64) -> Result<(), E> {
-        self.0.number(None).map_err(refused)
+        self.0.number(None).map_err(unexpected)
     }
 
     fn visit_seq<S: SeqAccess<'a>>(self, mut list: S) -> Result<(), S::Error> {
@@ -123,14 +126,14 @@ impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
     }
 
     fn visit_map<M: MapAccess<'a>>(self, mut object: M) -> Result<(), M::Error> {
-        self.0.object().map_err(refused)?;
+        self.0.object().map_err(unexpected)?;
         let mut seen = 0u32;
         while let Some(Text(key)) = object.next_key()? {
             let Some(at) = T::FIELDS.iter().position(|name| *name == key) else {
-                self.0.any_field(key, &mut object)?;
+                self.0.other_field(key, &mut object)?;
                 continue;
             };
-            if T::ONCE && seen & (1 << at) != 0 {
+            if T::REJECTS_DUPLICATES && seen & (1 << at) != 0 {
                 return Err(M::Error::custom(format_args!("duplicate field `{key}`")));
             }
             seen |= 1 << at;
@@ -141,27 +144,30 @@ impl<'a, T: Take<'a>> Visitor<'a> for To<'_, T> {
     }
 }
 
-/// The next value of an object, handed to `taker`.
-pub(crate) fn value<'a, M: MapAccess<'a>>(object: &mut M, taker: &mut impl Take<'a>) -> Result<(), M::Error> {
-    object.next_value_seed(To(taker))
+/// Reads the next value of an object into `receiver`.
+pub(crate) fn value<'a, M: MapAccess<'a>>(
+    object: &mut M,
+    receiver: &mut impl JsonVisitor<'a>,
+) -> Result<(), M::Error> {
+    object.next_value_seed(Visit(receiver))
 }
 
-/// The next element of a list, handed to `taker`; `false`: there is none.
+/// Reads the next element of a list into `receiver`; `false`: the list has ended.
 pub(crate) fn element<'a, S: SeqAccess<'a>>(
     list: &mut S,
-    taker: &mut impl Take<'a>,
+    receiver: &mut impl JsonVisitor<'a>,
 ) -> Result<bool, S::Error> {
-    Ok(list.next_element_seed(To(taker))?.is_some())
+    Ok(list.next_element_seed(Visit(receiver))?.is_some())
 }
 
-/// The next value of an object if it is a string, else empty.
+/// Reads the next value of an object if it is a string; any other value gives an empty string.
 pub(crate) fn string<'a, M: MapAccess<'a>>(object: &mut M) -> Result<Cow<'a, str>, M::Error> {
     let mut text = OneText::default();
     value(object, &mut text)?;
     Ok(text.0)
 }
 
-/// The next value of an object as it is written.
+/// Returns the JSON text of the next value of an object.
 pub(crate) fn raw<'a, M: MapAccess<'a>>(object: &mut M) -> Result<&'a str, M::Error> {
     object.next_value::<&'a RawValue>().map(RawValue::get)
 }
@@ -169,20 +175,20 @@ pub(crate) fn raw<'a, M: MapAccess<'a>>(object: &mut M) -> Result<&'a str, M::Er
 #[derive(Default)]
 struct OneText<'a>(Cow<'a, str>);
 
-impl<'a> Take<'a> for OneText<'a> {
+impl<'a> JsonVisitor<'a> for OneText<'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.0 = text;
         Ok(())
     }
 }
 
-/// Text in whatever shape: a string, or a list of parts of which the `text` counts.
+/// Text in any shape: a string, or a list of parts with a `text` or `thinking`.
 #[derive(Default)]
 pub(crate) struct LooseText<'a>(pub(crate) Cow<'a, str>);
 
-impl<'a> Take<'a> for LooseText<'a> {
+impl<'a> JsonVisitor<'a> for LooseText<'a> {
     const FIELDS: &'static [&'static str] = &["text", "thinking"];
-    const ONCE: bool = false;
+    const REJECTS_DUPLICATES: bool = false;
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         if self.0.is_empty() {
@@ -205,7 +211,7 @@ impl<'a> Take<'a> for LooseText<'a> {
 impl<'de: 'a, 'a> Deserialize<'de> for LooseText<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut text = LooseText::default();
-        To(&mut text).deserialize(deserializer)?;
+        Visit(&mut text).deserialize(deserializer)?;
         Ok(text)
     }
 }

@@ -1,65 +1,68 @@
-//! What a request has cost: read out of the upstream's answer, or counted where it says nothing.
+//! What a request cost: the usage that the upstream reports, or else a count of the delivered text.
 //!
-//! Pure: bytes in, numbers out. The shapes and their meaning follow the providers' documents and
-//! recorded answers; a field that is not a whole number from 0 to 2^40 does not count as reported.
+//! Pure: bytes in, numbers out. The shapes follow the providers' documentation and recorded answers. A field that
+//! is not a whole number from 0 to 2^40 is not credible and does not count as reported.
 
 mod choices;
+mod collector;
 mod decode;
+mod delivered;
+mod document;
 mod ending;
 mod fields;
-mod json;
-mod portions;
-mod received;
+mod sink;
 mod sse;
 mod template;
 mod texts;
 
 use crate::quota::{Amounts, MAX_AMOUNT};
 
-pub use decode::{Coding, Decoder};
-pub use json::JsonReader;
-pub use received::{Received, SoFar, Texts};
-pub use sse::{Nowhere, SseReader};
+pub use collector::TextToCount;
+pub use decode::{ContentCoding, Decoder};
+pub use delivered::{Delivered, DeliveredTokens};
+pub use document::JsonReader;
+pub use sink::Discard;
+pub use sse::SseReader;
 
-/// What a usage says of a call. Names of the providers that have them apart in brackets.
+/// A number of tokens in a usage object. Some providers count parts of prompt or completion separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Field {
     Prompt,
     Completion,
     Total,
-    /// Within the prompt: read from a cache.
+    /// Part of the prompt: read from the provider's cache.
     Cached,
-    /// Beside the prompt (Anthropic).
+    /// In addition to the prompt (Anthropic).
     CacheWritten,
+    /// In addition to the prompt (Anthropic).
     CacheRead,
-    /// Beside the prompt (Gemini): results of tools that the provider brings along.
+    /// In addition to the prompt (Gemini): results of the provider's own tools.
     ToolUse,
-    /// Beside the prompt where the total says so (Mistral).
+    /// In addition to the prompt if the total includes it separately (Mistral).
     PromptAudio,
-    /// Beside the completion (Gemini).
+    /// In addition to the completion (Gemini).
     Thoughts,
-    /// Beside the completion where the total says so (xAI).
+    /// In addition to the completion if the total includes it separately (xAI).
     Reasoning,
-    /// What is billed, where nothing else is said (Cohere).
+    /// Billed tokens, used only where nothing else is reported (Cohere).
     BilledPrompt,
     BilledCompletion,
 }
 
-const FIELDS: usize = 12;
+const FIELD_COUNT: usize = 12;
 
-/// What an upstream has reported so far. Each field is the last credible word on it.
+/// The usage that an upstream has reported so far: the last credible value of each field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
-    fields: [Option<u64>; FIELDS],
-    /// A field was there that cannot be true: negative, not a whole number, absurdly large.
-    refused: bool,
-    /// What was read from a cache is not charged.
+    fields: [Option<u64>; FIELD_COUNT],
+    /// A reported value was not credible: negative, not a whole number, or too large.
+    has_incredible: bool,
+    /// Tokens read from a cache are not charged.
     skips_cached: bool,
 }
 
 impl Reported {
-    /// Reads one usage object of any provider's shape, as JSON text. What is not an object reports nothing;
-    /// `null` neither.
+    /// Reads one usage object of any provider's shape, as JSON text. `null` reports nothing.
     pub fn read(usage: &str) -> Self {
         fields::read(usage)
     }
@@ -72,55 +75,55 @@ impl Reported {
         self.fields[field as usize] = tokens;
     }
 
-    /// Takes over what `later` reports; what it leaves out stays. Nothing is added up.
+    /// Replaces the fields that `later` reports and keeps the others. Values are never added up.
     pub fn update(&mut self, later: Self) {
         for (known, later) in self.fields.iter_mut().zip(later.fields) {
             *known = later.or(*known);
         }
-        self.refused |= later.refused;
+        self.has_incredible |= later.has_incredible;
     }
 
-    /// Whether anything credible was reported.
-    pub fn is_any(&self) -> bool {
+    /// Whether any credible amount was reported.
+    pub fn has_any(&self) -> bool {
         self.named_prompt().is_some() || self.named_completion().is_some() || self.total().is_some()
     }
 
-    /// Whether something was reported that cannot be true.
-    pub fn was_refused(&self) -> bool {
-        self.refused
+    /// Whether a reported value was not credible.
+    pub fn has_incredible(&self) -> bool {
+        self.has_incredible
     }
 
     fn total(&self) -> Option<u64> {
         self.get(Field::Total)
     }
 
-    /// The prompt as far as it is named, with what the provider has beside it.
+    /// The prompt if its fields were reported, including what the provider counts separately.
     fn named_prompt(&self) -> Option<u64> {
         let named = self.get(Field::Prompt).or(self.get(Field::BilledPrompt));
-        let beside = [Field::CacheWritten, Field::CacheRead, Field::ToolUse].map(|field| self.get(field));
-        let sum = beside.into_iter().flatten().fold(named.unwrap_or(0), u64::saturating_add);
-        (named.is_some() || beside.iter().any(Option::is_some))
-            .then_some(sum + self.apart(Field::PromptAudio))
+        let added = [Field::CacheWritten, Field::CacheRead, Field::ToolUse].map(|field| self.get(field));
+        let sum = added.into_iter().flatten().fold(named.unwrap_or(0), u64::saturating_add);
+        (named.is_some() || added.iter().any(Option::is_some))
+            .then_some(sum + self.separate(Field::PromptAudio))
     }
 
-    /// The completion as far as it is named, with what the provider has beside it.
+    /// The completion if its fields were reported, including what the provider counts separately.
     fn named_completion(&self) -> Option<u64> {
         let named = self.get(Field::Completion).or(self.get(Field::BilledCompletion));
         let thoughts = self.get(Field::Thoughts);
         if named.is_none() && thoughts.is_none() {
             return None;
         }
-        Some(named.unwrap_or(0) + thoughts.unwrap_or(0) + self.apart(Field::Reasoning))
+        Some(named.unwrap_or(0) + thoughts.unwrap_or(0) + self.separate(Field::Reasoning))
     }
 
-    /// What is named besides, if it is just what the total has more than the other two.
-    fn apart(&self, field: Field) -> u64 {
-        let of = (self.get(field), self.get(Field::Prompt), self.get(Field::Completion), self.total());
-        let (Some(tokens), Some(prompt), Some(completion), Some(total)) = of else { return 0 };
+    /// The value of `field` if the total exceeds prompt plus completion by exactly that value; else 0.
+    fn separate(&self, field: Field) -> u64 {
+        let all = (self.get(field), self.get(Field::Prompt), self.get(Field::Completion), self.total());
+        let (Some(tokens), Some(prompt), Some(completion), Some(total)) = all else { return 0 };
         if total == prompt + completion + tokens { tokens } else { 0 }
     }
 
-    /// Tokens the model read. A usage with nothing but a total is the prompt's.
+    /// Tokens that the model read. If only a total was reported, all of it is the prompt.
     pub fn prompt(&self) -> Option<u64> {
         let total = self.total();
         match self.named_completion() {
@@ -129,7 +132,7 @@ impl Reported {
         }
     }
 
-    /// Tokens the model generated; what the total leaves beside the prompt where it is not named.
+    /// Tokens that the model generated; if not reported, the total less the prompt.
     pub fn completion(&self) -> Option<u64> {
         self.named_completion().or_else(|| match (self.named_prompt(), self.total()) {
             (Some(prompt), Some(total)) => Some(total.saturating_sub(prompt)),
@@ -138,24 +141,25 @@ impl Reported {
         })
     }
 
-    /// Of the prompt: what the provider read from its cache.
+    /// Prompt tokens that the provider read from its cache.
     pub fn cached(&self) -> u64 {
         self.get(Field::Cached).or(self.get(Field::CacheRead)).unwrap_or(0)
     }
 
-    /// The same, of which nothing is charged that was read from a cache.
+    /// The same usage, whose `amounts` leave out tokens read from a cache.
     #[must_use]
-    pub fn less_cached(self) -> Self {
+    pub fn without_cached(self) -> Self {
         Self { skips_cached: true, ..self }
     }
 
-    /// What is charged: what was reported, and for what was not the estimate and the count.
+    /// The amounts to charge. The estimate and the count replace missing fields.
     pub fn amounts(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
         self.amounts_of(estimated_prompt, self.completion().unwrap_or(counted_completion))
     }
 
-    /// The same of an answer that broke off, of which so much has been counted that came after its last report.
-    pub fn amounts_and_since(&self, estimated_prompt: u64, counted_since: u64) -> Amounts {
+    /// The amounts to charge for an answer that may have broken off: the count is of the text delivered since
+    /// completion tokens were last reported, and is added to them.
+    pub fn amounts_with_count(&self, estimated_prompt: u64, counted_since: u64) -> Amounts {
         self.amounts_of(estimated_prompt, self.completion().unwrap_or(0).saturating_add(counted_since))
     }
 
@@ -171,8 +175,7 @@ impl Reported {
         amounts
     }
 
-    /// What a stream has used so far that has come to so many completion tokens, whatever it reported on
-    /// its way.
+    /// The amounts of a running stream that has delivered this many completion tokens.
     pub fn amounts_so_far(&self, estimated_prompt: u64, completion: u64) -> Amounts {
         Amounts::of_request(self.prompt().unwrap_or(estimated_prompt), completion)
     }
@@ -188,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_reported_is_charged_and_the_rest_is_counted() {
+    fn reported_fields_are_charged_and_missing_ones_estimated() {
         for (usage, want) in [
             (r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}"#, (7, 3, 10)),
             (r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":25}"#, (7, 3, 25)),
@@ -198,7 +201,7 @@ mod tests {
             (r#"{"prompt_tokens":7}"#, (7, 50, 57)),
             (r#"{"completion_tokens":3}"#, (100, 3, 103)),
             (r#"{"input_tokens":7,"output_tokens":3}"#, (7, 3, 10)),
-            // Anthropic: caches beside the input; others who name them have them in it.
+            // Anthropic adds cache tokens to the input; other providers include them in the prompt.
             (
                 r#"{"input_tokens":7,"cache_creation_input_tokens":20,"cache_read_input_tokens":100,"output_tokens":3}"#,
                 (127, 3, 130),
@@ -207,7 +210,7 @@ mod tests {
                 r#"{"cache_read_input_tokens":5,"prompt_tokens":7,"completion_tokens":3,"cache_creation_input_tokens":1}"#,
                 (7, 3, 10),
             ),
-            // xAI: reasoning apart, where the total says so.
+            // xAI counts reasoning separately if the total exceeds prompt plus completion by it.
             (
                 r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":60,"completion_tokens_details":{"reasoning_tokens":50}}"#,
                 (7, 53, 60),
@@ -216,7 +219,7 @@ mod tests {
                 r#"{"prompt_tokens":7,"completion_tokens":53,"total_tokens":60,"completion_tokens_details":{"reasoning_tokens":50}}"#,
                 (7, 53, 60),
             ),
-            // Mistral: sound apart, likewise.
+            // Mistral counts audio separately in the same way.
             (
                 r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":40,"prompt_tokens_details":{"audio_tokens":30,"cached_tokens":2}}"#,
                 (37, 3, 40),
@@ -227,7 +230,7 @@ mod tests {
                 (16, 23, 39),
             ),
             (r#"{"promptTokenCount":7,"thoughtsTokenCount":20,"totalTokenCount":27}"#, (7, 20, 27)),
-            // Cohere: what was counted before what is billed.
+            // Cohere: token counts come before billed units.
             (
                 r#"{"billed_units":{"input_tokens":4,"output_tokens":2},"tokens":{"input_tokens":70,"output_tokens":3}}"#,
                 (70, 3, 73),
@@ -238,30 +241,30 @@ mod tests {
             ("{}", (100, 50, 150)),
         ] {
             assert_eq!(charged(usage), want, "{usage}");
-            assert!(!Reported::read(usage).was_refused(), "{usage}");
+            assert!(!Reported::read(usage).has_incredible(), "{usage}");
         }
     }
 
     #[test]
-    fn what_cannot_be_true_is_refused() {
+    fn incredible_values_are_ignored_and_recorded() {
         for bad in ["-1", "1.5", "\"12\"", "1e300", "1099511627777", "true", "[1]", "{\"a\":1}", "1e999"] {
             let usage = format!(r#"{{"prompt_tokens":{bad}}}"#);
             assert_eq!(charged(&usage), (100, 50, 150), "{usage}");
-            assert!(Reported::read(&usage).was_refused(), "{usage}");
+            assert!(Reported::read(&usage).has_incredible(), "{usage}");
         }
-        // Details that make no sense take nothing from the rest.
+        // Incredible details leave the other fields intact.
         for details in ["null", "[]", "5", "{\"cached_tokens\":-1}"] {
             let usage =
                 format!(r#"{{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{details}}}"#);
             assert_eq!(charged(&usage), (7, 3, 10), "{usage}");
         }
         for bad in ["[]", "3", "\"x\"", "{"] {
-            assert!(Reported::read(bad).was_refused() && !Reported::read(bad).is_any(), "{bad}");
+            assert!(Reported::read(bad).has_incredible() && !Reported::read(bad).has_any(), "{bad}");
         }
     }
 
     #[test]
-    fn what_was_read_from_a_cache_can_be_left_out() {
+    fn cached_tokens_can_be_left_out() {
         for (usage, want) in [
             (
                 r#"{"prompt_tokens":70,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":60}}"#,
@@ -285,13 +288,13 @@ mod tests {
             ),
             (r#"{"prompt_tokens":7,"completion_tokens":3,"cached_tokens":9000}"#, (0, 3, 3)),
         ] {
-            let a = Reported::read(usage).less_cached().amounts(100, 50);
+            let a = Reported::read(usage).without_cached().amounts(100, 50);
             assert_eq!((a.prompt, a.completion, a.total), want, "{usage}");
         }
     }
 
     #[test]
-    fn the_last_word_counts_and_null_takes_nothing_back() {
+    fn the_last_report_of_a_field_counts_and_null_changes_nothing() {
         let mut r = Reported::read(r#"{"prompt_tokens":7,"completion_tokens":1}"#);
         r.update(Reported::read(r#"{"prompt_tokens":7,"completion_tokens":5,"total_tokens":12}"#));
         r.update(Reported::read(r#"{"prompt_tokens":null}"#));

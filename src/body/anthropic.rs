@@ -1,20 +1,21 @@
-//! Anthropic's messages: `system` and `messages`, each a text or a list of blocks.
+//! Anthropic Messages: `system` and `messages`, each a text or a list of blocks.
 
 use super::chat::add_role;
-use super::content::{document, members};
+use super::content::{document, member_count};
 use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
-use crate::json::{Expected, LooseText, Take, element, raw, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// What stands around a document: its index, its title and the like. Fitted to 9 exchanges.
-const AROUND_A_DOCUMENT: u64 = 30;
-/// How answers cite documents is told where that is asked for. Fitted to 6 exchanges.
-const CITATIONS: u64 = 540;
-/// Fitted to 2 exchanges.
-const EMPTY_QUESTION: u64 = 10;
+/// Tokens around a document: its index, its title and the like. Fitted to 9 exchanges.
+const TOKENS_AROUND_DOCUMENT: u64 = 30;
+/// Tokens of the instructions on citing documents, which the provider adds if citations are enabled. Fitted to 6
+/// exchanges.
+const CITATION_TOKENS: u64 = 540;
+/// Tokens of an empty user message. Fitted to 2 exchanges.
+const EMPTY_USER_MESSAGE_TOKENS: u64 = 10;
 
-/// `system`.
+/// Reads `system`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
     let first = prompt.text_count();
     value(object, &mut Blocks(prompt))?;
@@ -25,58 +26,58 @@ pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut
     Ok(())
 }
 
-/// `messages`.
-pub(super) struct Messages<'p, 'a> {
+/// `messages` of Anthropic.
+pub(super) struct AnthropicMessages<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
-    /// How many there were so far.
+    /// Messages read so far.
     count: u64,
 }
 
-impl<'p, 'a> Messages<'p, 'a> {
+impl<'p, 'a> AnthropicMessages<'p, 'a> {
     pub(super) fn of(prompt: &'p mut Prompt<'a>) -> Self {
         Self { prompt, count: 0 }
     }
 }
 
-const A_LIST: Expected = Expected("a list of messages");
+const MESSAGE_LIST: Expected = Expected("a list of messages");
 
-impl<'a> Take<'a> for Messages<'_, 'a> {
+impl<'a> JsonVisitor<'a> for AnthropicMessages<'_, 'a> {
     fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn object(&mut self) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first = self.prompt.text_count();
-        let mut message = Message { prompt: &mut *self.prompt, role: Cow::Borrowed("") };
-        let there_is = element(list, &mut message)?;
-        let Message { role, .. } = message;
-        if there_is {
-            // The first one is the user's; where it is not, an empty one is put before it.
+        let mut message = AnthropicMessage { prompt: &mut *self.prompt, role: Cow::Borrowed("") };
+        let is_some = element(list, &mut message)?;
+        let AnthropicMessage { role, .. } = message;
+        if is_some {
+            // If the first message is not the user's, the provider inserts an empty one before it.
             if self.count == 0 && role == "assistant" {
-                self.prompt.add_tokens(PromptPart::Overhead, EMPTY_QUESTION);
+                self.prompt.add_tokens(PromptPart::Overhead, EMPTY_USER_MESSAGE_TOKENS);
             }
             self.count += 1;
             let role = add_role(self.prompt, &role);
             self.prompt.end_message(role, first);
         }
-        Ok(there_is)
+        Ok(is_some)
     }
 }
 
-struct Message<'p, 'a> {
+struct AnthropicMessage<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     role: Cow<'a, str>,
 }
 
-impl<'a> Take<'a> for Message<'_, 'a> {
+impl<'a> JsonVisitor<'a> for AnthropicMessage<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["role", "content"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
@@ -90,36 +91,36 @@ impl<'a> Take<'a> for Message<'_, 'a> {
 /// A text, or a list of blocks.
 struct Blocks<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Blocks<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Blocks<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.0.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let mut block = Block {
+        let mut block = MessageBlock {
             prompt: &mut *self.0,
             kind: Cow::Borrowed(""),
             source: None,
             name: Cow::Borrowed(""),
             arguments: 0,
         };
-        let there_is = element(list, &mut block)?;
+        let is_some = element(list, &mut block)?;
         block.finish();
-        Ok(there_is)
+        Ok(is_some)
     }
 }
 
-struct Block<'p, 'a> {
+struct MessageBlock<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     kind: Cow<'a, str>,
-    source: Option<Source<'a>>,
+    source: Option<BlockSource<'a>>,
     name: Cow<'a, str>,
-    /// How many a call has.
+    /// The number of arguments of a call.
     arguments: u64,
 }
 
-impl<'a> Take<'a> for Block<'_, 'a> {
+impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
         "type",
         "text",
@@ -147,12 +148,12 @@ impl<'a> Take<'a> for Block<'_, 'a> {
             // The arguments of a call, as JSON.
             "input" => {
                 let input = raw(object)?;
-                self.arguments = members(input);
+                self.arguments = member_count(input);
                 self.prompt.add_text(PromptPart::Messages, Cow::Borrowed(input), 1);
             }
             "name" => self.name = string(object)?,
             "citations" => value(object, &mut Citations(self.prompt))?,
-            // Thinking that is not shown.
+            // Redacted thinking.
             "data" => self.prompt.add_tokens(PromptPart::Messages, string(object)?.len() as u64 * 3 / 16),
             _ => {
                 let mut text = LooseText::default();
@@ -164,7 +165,7 @@ impl<'a> Take<'a> for Block<'_, 'a> {
     }
 }
 
-impl Block<'_, '_> {
+impl MessageBlock<'_, '_> {
     fn finish(self) {
         let Self { prompt, kind, source, name, arguments } = self;
         if kind == "tool_use" {
@@ -177,7 +178,7 @@ impl Block<'_, '_> {
                 prompt.add_image(media::image_size(&data), ImageDetail::Auto);
             }
             (_, Some(source)) => {
-                prompt.add_tokens(PromptPart::Messages, AROUND_A_DOCUMENT);
+                prompt.add_tokens(PromptPart::Messages, TOKENS_AROUND_DOCUMENT);
                 source.add_to(prompt);
             }
             _ => {}
@@ -185,15 +186,15 @@ impl Block<'_, '_> {
     }
 }
 
-/// `citations`: an object in a question; in an answer they are a list.
+/// `citations`: an object in a request. In an answer that is sent back it is a list.
 struct Citations<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Citations<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Citations<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["enabled"];
 
     fn boolean(&mut self, enabled: bool) -> Result<(), Expected> {
         if enabled {
-            self.0.add_tokens(PromptPart::Messages, CITATIONS);
+            self.0.add_tokens(PromptPart::Messages, CITATION_TOKENS);
         }
         Ok(())
     }
@@ -203,16 +204,16 @@ impl<'a> Take<'a> for Citations<'_, 'a> {
     }
 }
 
-/// Where the bytes of a document are.
+/// `source` of a document or image.
 #[derive(Default)]
-struct Source<'a> {
+struct BlockSource<'a> {
     kind: Cow<'a, str>,
     media_type: Cow<'a, str>,
     data: Cow<'a, str>,
     content: LooseText<'a>,
 }
 
-impl<'a> Take<'a> for Source<'a> {
+impl<'a> JsonVisitor<'a> for BlockSource<'a> {
     const FIELDS: &'static [&'static str] = &["type", "media_type", "data", "content"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
@@ -226,7 +227,7 @@ impl<'a> Take<'a> for Source<'a> {
     }
 }
 
-impl<'a> Source<'a> {
+impl<'a> BlockSource<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         match &*self.kind {
             "text" => prompt.add_text(PromptPart::Messages, self.data, 1),

@@ -1,48 +1,48 @@
-//! Chat messages. 3 tokens a message and 3 for the reply (OpenAI's cookbook); the terms of tool calls and
-//! results were fitted to counts that the API reported.
+//! Chat messages. Each message costs 3 tokens and the reply 3 (OpenAI's cookbook). The costs of tool calls and
+//! results were fitted to counts reported by the API.
 
-use super::content::{Content, members};
+use super::content::{MessageContent, member_count};
 use crate::estimate::{Prompt, PromptPart, Role};
-use crate::json::{Expected, LooseText, Take, element, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// `messages`.
-pub(super) struct Messages<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+/// `messages` of a chat.
+pub(super) struct ChatMessages<'p, 'a>(pub(super) &'p mut Prompt<'a>);
 
-const A_LIST: Expected = Expected("a list of messages");
+const MESSAGE_LIST: Expected = Expected("a list of messages");
 
-impl<'a> Take<'a> for Messages<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ChatMessages<'_, 'a> {
     fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn number(&mut self, _: Option<u64>) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn boolean(&mut self, _: bool) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn object(&mut self) -> Result<(), Expected> {
-        Err(A_LIST)
+        Err(MESSAGE_LIST)
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first_text = self.0.text_count();
         let mut message =
-            Message { prompt: &mut *self.0, role: Cow::Borrowed(""), has_content: false, calls: 0 };
-        let there_is = element(list, &mut message)?;
-        if there_is {
-            let Message { role, has_content, calls, .. } = message;
+            ChatMessage { prompt: &mut *self.0, role: Cow::Borrowed(""), has_content: false, calls: 0 };
+        let is_some = element(list, &mut message)?;
+        if is_some {
+            let ChatMessage { role, has_content, calls, .. } = message;
             finish(self.0, &role, has_content, calls, first_text);
         }
-        Ok(there_is)
+        Ok(is_some)
     }
 }
 
-struct Message<'p, 'a> {
+struct ChatMessage<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     role: Cow<'a, str>,
     has_content: bool,
@@ -55,9 +55,9 @@ fn finish(prompt: &mut Prompt<'_>, role: &str, has_content: bool, calls: u64, fi
     prompt.end_message(kind, first_text);
 }
 
-/// Every role that the API knows is one token.
+/// Adds the tokens of a role. Each role of the API is one token.
 pub(super) fn add_role(prompt: &mut Prompt<'_>, role: &str) -> Role {
-    // The role of a function's result is free.
+    // The role of a function result costs nothing.
     prompt.add_tokens(PromptPart::Messages, if role == "function" { 0 } else { 1 + role.len() as u64 / 16 });
     match role {
         "system" | "developer" => Role::System,
@@ -67,7 +67,7 @@ pub(super) fn add_role(prompt: &mut Prompt<'_>, role: &str) -> Role {
     }
 }
 
-impl<'a> Take<'a> for Message<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ChatMessage<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
         "role",
         "content",
@@ -91,7 +91,7 @@ impl<'a> Take<'a> for Message<'_, 'a> {
         match name {
             "role" => self.role = string(object)?,
             "content" => {
-                let mut content = Content::of(self.prompt);
+                let mut content = MessageContent::of(self.prompt);
                 value(object, &mut content)?;
                 self.has_content = content.has_any;
             }
@@ -107,21 +107,21 @@ impl<'a> Take<'a> for Message<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
-            // Providers of open models name it one or the other way.
+            // Providers of open models use either name.
             "reasoning_content" | "reasoning" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
                 self.prompt.add_reasoning(text.0);
             }
             "function_call" => {
-                let mut call = Call { prompt: self.prompt, times_name: 1, arguments: None };
+                let mut call = FunctionCall { prompt: self.prompt, name_count: 1, arguments: None };
                 value(object, &mut call)?;
                 if call.arguments.is_some() {
                     self.prompt.add_tokens(PromptPart::Messages, 3);
                 }
             }
             _ => {
-                let mut calls = Calls { prompt: self.prompt, count: 0 };
+                let mut calls = ToolCalls { prompt: self.prompt, count: 0 };
                 value(object, &mut calls)?;
                 self.calls = calls.count;
             }
@@ -131,28 +131,28 @@ impl<'a> Take<'a> for Message<'_, 'a> {
 }
 
 /// `tool_calls`.
-struct Calls<'p, 'a> {
+struct ToolCalls<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     count: u64,
 }
 
-impl<'a> Take<'a> for Calls<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ToolCalls<'_, 'a> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let there_is = element(list, &mut ToolCall(self.prompt))?;
-        if there_is {
+        let is_some = element(list, &mut ToolCall(self.prompt))?;
+        if is_some {
             self.count += 1;
         }
-        Ok(there_is)
+        Ok(is_some)
     }
 }
 
 struct ToolCall<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for ToolCall<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ToolCall<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["function", "custom"];
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
-        let mut call = Call { prompt: self.0, times_name: 2, arguments: None };
+        let mut call = FunctionCall { prompt: self.0, name_count: 2, arguments: None };
         value(object, &mut call)?;
         let arguments = call.arguments;
         self.0.add_tool_call(arguments.unwrap_or(0));
@@ -160,15 +160,16 @@ impl<'a> Take<'a> for ToolCall<'_, 'a> {
     }
 }
 
-/// The name and the arguments of a call.
-struct Call<'p, 'a> {
+/// The name and arguments of a call.
+struct FunctionCall<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
-    times_name: u32,
-    /// How many arguments; `None`: there is no call.
+    /// How often the name occurs in the prompt.
+    name_count: u32,
+    /// The number of arguments; `None`: the value is not an object.
     arguments: Option<u64>,
 }
 
-impl<'a> Take<'a> for Call<'_, 'a> {
+impl<'a> JsonVisitor<'a> for FunctionCall<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["name", "arguments", "input"];
 
     fn object(&mut self) -> Result<(), Expected> {
@@ -179,9 +180,9 @@ impl<'a> Take<'a> for Call<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         let text = string(object)?;
         if name == "arguments" {
-            self.arguments = Some(members(&text));
+            self.arguments = Some(member_count(&text));
         }
-        self.prompt.add_text(PromptPart::Messages, text, if name == "name" { self.times_name } else { 1 });
+        self.prompt.add_text(PromptPart::Messages, text, if name == "name" { self.name_count } else { 1 });
         Ok(())
     }
 }

@@ -1,37 +1,37 @@
-//! Content in OpenAI's shapes: text, or a list of parts.
+//! Message content in OpenAI's shapes: text, or a list of parts.
 
 use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
-use crate::json::{Expected, LooseText, Take, To, element, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, Visit, element, string, value};
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// What stands around a file besides its name. Fitted to 19 exchanges.
-const AROUND_A_FILE: u64 = 10;
-/// Sound whose length cannot be told: a minute, in tenths of a second.
-const UNKNOWN_SOUND: u64 = 600;
+/// Tokens around a file besides its name. Fitted to 19 exchanges.
+const TOKENS_AROUND_FILE: u64 = 10;
+/// Assumed length of audio whose length cannot be read: one minute, in tenths of a second.
+const UNKNOWN_AUDIO_TENTHS: u64 = 600;
 
-/// `content`, or another value of its shape.
-pub(super) struct Content<'p, 'a> {
+/// `content`, or another value of the same shape.
+pub(super) struct MessageContent<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     pub(super) has_any: bool,
-    /// Of a part without a list around it.
-    found: Found<'a>,
+    /// Media in a part that is not in a list.
+    media: PartMedia<'a>,
 }
 
-impl<'p, 'a> Content<'p, 'a> {
+impl<'p, 'a> MessageContent<'p, 'a> {
     pub(super) fn of(prompt: &'p mut Prompt<'a>) -> Self {
-        Self { prompt, has_any: false, found: Found::default() }
+        Self { prompt, has_any: false, media: PartMedia::default() }
     }
 
     fn part<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let mut part = ContentPart { prompt: &mut *self.prompt, found: Found::default() };
-        let there_is = element(list, &mut part)?;
-        std::mem::take(&mut part.found).add_to(part.prompt);
-        Ok(there_is)
+        let mut part = ContentPart { prompt: &mut *self.prompt, media: PartMedia::default() };
+        let is_some = element(list, &mut part)?;
+        std::mem::take(&mut part.media).add_to(part.prompt);
+        Ok(is_some)
     }
 }
 
-impl<'a> Take<'a> for Content<'_, 'a> {
+impl<'a> JsonVisitor<'a> for MessageContent<'_, 'a> {
     const FIELDS: &'static [&'static str] = ContentPart::FIELDS;
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
@@ -41,34 +41,34 @@ impl<'a> Take<'a> for Content<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let there_is = self.part(list)?;
-        self.has_any |= there_is;
-        Ok(there_is)
+        let is_some = self.part(list)?;
+        self.has_any |= is_some;
+        Ok(is_some)
     }
 
-    /// Some callers send one part without a list around it.
+    /// Some callers send one part that is not in a list.
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         self.has_any = true;
-        let found = std::mem::take(&mut self.found);
-        let mut part = ContentPart { prompt: &mut *self.prompt, found };
+        let media = std::mem::take(&mut self.media);
+        let mut part = ContentPart { prompt: &mut *self.prompt, media };
         part.field(name, object)?;
-        self.found = part.found;
+        self.media = part.media;
         Ok(())
     }
 
     fn object_end(&mut self) {
-        std::mem::take(&mut self.found).add_to(self.prompt);
+        std::mem::take(&mut self.media).add_to(self.prompt);
     }
 }
 
-/// What was found of one part, to be counted when all of it was seen.
+/// The image or file of one part. Counted after all fields of the part were read.
 #[derive(Default)]
-struct Found<'a> {
-    image: Option<Image<'a>>,
-    file: Option<File<'a>>,
+struct PartMedia<'a> {
+    image: Option<ImageUrl<'a>>,
+    file: Option<FilePart<'a>>,
 }
 
-impl<'a> Found<'a> {
+impl<'a> PartMedia<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if let Some(image) = self.image {
             let data = media::data_url(&image.url);
@@ -79,13 +79,13 @@ impl<'a> Found<'a> {
     }
 }
 
-/// One part.
+/// One part of a content list.
 struct ContentPart<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
-    found: Found<'a>,
+    media: PartMedia<'a>,
 }
 
-impl<'a> Take<'a> for ContentPart<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
         "type",
         "text",
@@ -110,8 +110,8 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "type" => match &*string(object)? {
-                "image_url" | "input_image" => drop(self.found.image.get_or_insert_default()),
-                "file" | "input_file" => drop(self.found.file.get_or_insert_default()),
+                "image_url" | "input_image" => drop(self.media.image.get_or_insert_default()),
+                "file" | "input_file" => drop(self.media.file.get_or_insert_default()),
                 _ => {}
             },
             "text" | "refusal" => {
@@ -119,29 +119,29 @@ impl<'a> Take<'a> for ContentPart<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
-            "image_url" => value(object, self.found.image.get_or_insert_default())?,
+            "image_url" => value(object, self.media.image.get_or_insert_default())?,
             "detail" => {
-                self.found.image.get_or_insert_default().detail = ImageDetail::named(&string(object)?)
+                self.media.image.get_or_insert_default().detail = ImageDetail::named(&string(object)?)
             }
-            "input_audio" => value(object, &mut Sound(self.prompt))?,
-            // Mistral's: a URL, and a name that is not read.
-            "document_url" => self.found.file.get_or_insert_default().document(string(object)?),
-            "file" => value(object, self.found.file.get_or_insert_default())?,
-            "encrypted_content" => super::responses::encrypted(self.prompt, &string(object)?),
-            _ => self.found.file.get_or_insert_default().field(name, object)?,
+            "input_audio" => value(object, &mut InputAudio(self.prompt))?,
+            // Mistral: a URL. The document's name is ignored.
+            "document_url" => self.media.file.get_or_insert_default().document(string(object)?),
+            "file" => value(object, self.media.file.get_or_insert_default())?,
+            "encrypted_content" => encrypted_reasoning(self.prompt, &string(object)?),
+            _ => self.media.file.get_or_insert_default().field(name, object)?,
         }
         Ok(())
     }
 }
 
-/// `image_url`: an object, or in some dialects the bare URL.
+/// `image_url`: an object, or the bare URL in some dialects.
 #[derive(Default)]
-struct Image<'a> {
+struct ImageUrl<'a> {
     url: Cow<'a, str>,
     detail: ImageDetail,
 }
 
-impl<'a> Take<'a> for Image<'a> {
+impl<'a> JsonVisitor<'a> for ImageUrl<'a> {
     const FIELDS: &'static [&'static str] = &["url", "detail"];
 
     fn text(&mut self, url: Cow<'a, str>) -> Result<(), Expected> {
@@ -159,27 +159,27 @@ impl<'a> Take<'a> for Image<'a> {
 }
 
 /// `input_audio`.
-struct Sound<'p, 'a>(&'p mut Prompt<'a>);
+struct InputAudio<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Sound<'_, 'a> {
+impl<'a> JsonVisitor<'a> for InputAudio<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["data"];
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let data = string(object)?;
         let base64 = media::data_url(&data).map_or(&*data, |(_, base64)| base64);
-        self.0.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_SOUND));
+        self.0.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_AUDIO_TENTHS));
         Ok(())
     }
 }
 
-/// `file`: its bytes, or where they are.
+/// `file`: its bytes, or a reference to them.
 #[derive(Default)]
-struct File<'a> {
+struct FilePart<'a> {
     data: Cow<'a, str>,
     name: Cow<'a, str>,
 }
 
-impl<'a> Take<'a> for File<'a> {
+impl<'a> JsonVisitor<'a> for FilePart<'a> {
     const FIELDS: &'static [&'static str] = &["file_data", "file_id", "file_url", "filename"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
@@ -193,7 +193,7 @@ impl<'a> Take<'a> for File<'a> {
     }
 }
 
-impl<'a> File<'a> {
+impl<'a> FilePart<'a> {
     fn document(&mut self, url: Cow<'a, str>) {
         if media::data_url(&url).is_some() {
             self.data = url;
@@ -206,49 +206,59 @@ impl<'a> File<'a> {
         } else {
             let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));
             document(prompt, kind, &self.name, base64);
-            prompt.add_tokens(PromptPart::Messages, AROUND_A_FILE);
+            prompt.add_tokens(PromptPart::Messages, TOKENS_AROUND_FILE);
         }
         prompt.add_text(PromptPart::Messages, self.name, 1);
     }
 }
 
-/// How many members an object has; 0: it is none.
-pub(super) fn members(json: &str) -> u64 {
-    struct Members(u64);
+/// Counts reasoning that only the provider can read: its base64 less a fixed overhead. Fitted to 6 exchanges.
+pub(super) fn encrypted_reasoning(prompt: &mut Prompt<'_>, base64: &str) {
+    const OVERHEAD_BYTES: u64 = 750;
+    prompt.add_tokens(PromptPart::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(OVERHEAD_BYTES) / 4);
+}
 
-    impl<'a> Take<'a> for Members {
-        fn any_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+/// Counts the members of an object; 0 for any other value.
+pub(super) fn member_count(json: &str) -> u64 {
+    struct MemberCounter(u64);
+
+    impl<'a> JsonVisitor<'a> for MemberCounter {
+        fn other_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
             self.0 += 1;
             object.next_value::<IgnoredAny>().map(drop)
         }
     }
 
-    let mut members = Members(0);
-    // As far as it goes: the arguments of a call that was cut off are no whole object.
-    drop(To(&mut members).deserialize(&mut serde_json::Deserializer::from_str(json)));
+    let mut members = MemberCounter(0);
+    // Errors are ignored: the arguments of a call that was cut off are an incomplete object.
+    drop(Visit(&mut members).deserialize(&mut serde_json::Deserializer::from_str(json)));
     members.0
 }
 
-/// A document that a request carries in base64: its pages, its text, or a guess by its size.
+/// Counts a document in base64: its pages, its text, or an estimate by its size.
 pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: &str) {
-    /// Of a word processor's or a spreadsheet's compressed file, for each token.
-    const BYTES_OF_A_TOKEN: u64 = 20;
+    /// Of compressed files of word processors and spreadsheets.
+    const BYTES_PER_TOKEN: u64 = 20;
     let name = name.to_ascii_lowercase();
-    let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
-    // Every PDF begins with "%PDF".
-    if kind == "application/pdf" || ends(&[".pdf"]) || base64.starts_with("JVBER") {
+    let has_extension = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+    // Every PDF begins with "%PDF", which is "JVBER" in base64.
+    if kind == "application/pdf" || has_extension(&[".pdf"]) || base64.starts_with("JVBER") {
         let pdf = media::pdf(base64, &mut prompt.inflated);
         prompt.add_pages(pdf.pages, pdf.characters);
     } else if kind.starts_with("image/") {
         prompt.add_image(media::image_size(base64), ImageDetail::Auto);
     } else if kind.starts_with("audio/") {
-        prompt.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_SOUND));
-    } else if kind.starts_with("text/") || kind.ends_with("json") || kind.ends_with("xml") || ends(TEXTS) {
+        prompt.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_AUDIO_TENTHS));
+    } else if kind.starts_with("text/")
+        || kind.ends_with("json")
+        || kind.ends_with("xml")
+        || has_extension(TEXT_EXTENSIONS)
+    {
         prompt.add_text(PromptPart::Messages, Cow::Owned(media::text(base64)), 1);
     } else {
-        prompt.add_tokens(PromptPart::Messages, base64.len() as u64 * 3 / 4 / BYTES_OF_A_TOKEN);
+        prompt.add_tokens(PromptPart::Messages, base64.len() as u64 * 3 / 4 / BYTES_PER_TOKEN);
     }
 }
 
-const TEXTS: &[&str] =
+const TEXT_EXTENSIONS: &[&str] =
     &[".txt", ".md", ".csv", ".json", ".html", ".xml", ".yaml", ".yml", ".py", ".js", ".ts"];

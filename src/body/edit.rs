@@ -1,4 +1,4 @@
-//! The changes that the gateway makes to a body; every other byte stays as it was.
+//! The edits that the gateway makes to a body. All other bytes stay unchanged.
 
 use super::offset;
 use crate::api::Api;
@@ -9,6 +9,7 @@ use serde_json::value::RawValue;
 use smallvec::SmallVec;
 use std::borrow::Cow;
 
+/// A range of bytes in the body.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) start: usize,
@@ -16,41 +17,41 @@ pub(super) struct Span {
 }
 
 impl Span {
-    /// Of a part of a text.
+    /// The range of `part`, which is a slice of `whole`.
     pub(super) fn of(whole: &str, part: &str) -> Self {
         let start = offset(whole, part);
         Self { start, end: start + part.len() }
     }
 
-    fn at(place: usize) -> Self {
-        Self { start: place, end: place }
+    fn empty(at: usize) -> Self {
+        Self { start: at, end: at }
     }
 
-    /// The whole number that stands there.
+    /// The whole number in this range.
     fn number(self, body: &[u8]) -> Option<u64> {
         std::str::from_utf8(body.get(self.start..self.end)?).ok()?.parse().ok()
     }
 }
 
-/// A change to a body.
+/// Replaces a range of the body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Edit {
     at: Span,
     text: Cow<'static, str>,
 }
 
-/// Where a body bounds its completions.
+/// The positions where a body bounds its completions, or where a bound can be inserted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bounds {
     api: Api,
-    /// The values of the caller's bounds.
+    /// The values of the caller's bounds, including nulls.
     pub(super) caps: SmallVec<[Span; 2]>,
-    /// Just behind the brace that opens the body. There is a field behind it: without one nothing is
-    /// streamed or generated.
+    /// Just after the body's opening brace. A field follows: an empty body is neither streamed nor
+    /// generated from.
     opening: usize,
-    /// Gemini's `generationConfig`, where bounds stand, and whether it is empty.
+    /// Just after the opening brace of Gemini's `generationConfig`, and whether that is empty.
     pub(super) config: Option<(usize, bool)>,
-    /// A `null` in its place.
+    /// A `null` as `generationConfig`.
     pub(super) null_config: Option<Span>,
 }
 
@@ -60,8 +61,8 @@ impl Bounds {
         self.opening = opening;
     }
 
-    /// What bounds each completion of this body to so many tokens: in every field that names a larger bound
-    /// or is null, or in a new one, whose name depends on the API and the model.
+    /// The edits that bound each completion to `tokens`. They change every field with a larger bound or null, or
+    /// insert a new field, whose name depends on the API and the model.
     pub fn lower_to(&self, tokens: u64, model: &str, body: &[u8]) -> Vec<Edit> {
         if !self.caps.is_empty() {
             let is_lower = |at: &&Span| at.number(body).is_some_and(|bound| bound <= tokens);
@@ -72,10 +73,12 @@ impl Bounds {
             return vec![Edit { at, text: format!("{{\"maxOutputTokens\":{tokens}}}").into() }];
         }
         let model = model.rsplit('/').next().unwrap_or(model);
-        let reasons = ["o1", "o3", "o4", "gpt-5"].iter().any(|prefix| model.starts_with(prefix));
+        let is_reasoning_model = ["o1", "o3", "o4", "gpt-5"].iter().any(|prefix| model.starts_with(prefix));
         let (at, text) = match (self.api, self.config) {
             (Api::Responses, _) => (self.opening, format!("\"max_output_tokens\":{tokens},")),
-            (Api::Chat, _) if reasons => (self.opening, format!("\"max_completion_tokens\":{tokens},")),
+            (Api::Chat, _) if is_reasoning_model => {
+                (self.opening, format!("\"max_completion_tokens\":{tokens},"))
+            }
             (Api::Gemini, None) => {
                 (self.opening, format!("\"generationConfig\":{{\"maxOutputTokens\":{tokens}}},"))
             }
@@ -83,11 +86,11 @@ impl Bounds {
             (Api::Gemini, Some((at, false))) => (at, format!("\"maxOutputTokens\":{tokens},")),
             _ => (self.opening, format!("\"max_tokens\":{tokens},")),
         };
-        vec![Edit { at: Span::at(at), text: text.into() }]
+        vec![Edit { at: Span::empty(at), text: text.into() }]
     }
 }
 
-/// The body with these changes, which do not overlap.
+/// Applies edits, which must not overlap.
 pub fn edited(json: &[u8], mut edits: Vec<Edit>) -> Bytes {
     edits.sort_by_key(|edit| edit.at.start);
     let mut out = Vec::with_capacity(json.len() + edits.iter().map(|edit| edit.text.len()).sum::<usize>());
@@ -101,13 +104,14 @@ pub fn edited(json: &[u8], mut edits: Vec<Edit>) -> Bytes {
     out.into()
 }
 
+/// `stream_options` of a body.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct StreamOptions {
-    /// Of the object, or of a `null` in its place.
+    /// The range of the object or null.
     at: Span,
     is_null: bool,
     is_empty: bool,
-    /// Of the value of `include_usage` within it, and whether that is `true`.
+    /// The range of the value of `include_usage`, and whether it is `true`.
     include_usage: Option<(Span, bool)>,
 }
 
@@ -118,8 +122,7 @@ impl StreamOptions {
             #[serde(borrow, default, deserialize_with = "present")]
             include_usage: Option<&'a RawValue>,
         }
-        const EXPECTED: &str =
-            "an object whose include_usage, if any, is true or false, and stands there once";
+        const EXPECTED: &str = "an object with at most one include_usage, which is true or false";
         let at = Span { start, end: start + raw.len() };
         if raw == "null" {
             return Ok(Self { at, is_null: true, ..Self::default() });
@@ -144,14 +147,14 @@ impl StreamOptions {
         matches!(self.include_usage, Some((_, true)))
     }
 
-    /// What sets `include_usage`, in the options that are there or in new ones.
-    pub(super) fn ask(options: Option<&Self>, bounds: &Bounds) -> Edit {
+    /// The edit that sets `include_usage`, in the existing options or in new ones.
+    pub(super) fn request(options: Option<&Self>, bounds: &Bounds) -> Edit {
         let (at, text) = match options {
-            None => (Span::at(bounds.opening), r#""stream_options":{"include_usage":true},"#),
+            None => (Span::empty(bounds.opening), r#""stream_options":{"include_usage":true},"#),
             Some(Self { include_usage: Some((span, _)), .. }) => (*span, "true"),
             Some(Self { at, is_null: true, .. }) => (*at, r#"{"include_usage":true}"#),
             Some(Self { at, is_empty, .. }) => {
-                let open = Span::at(at.start + 1);
+                let open = Span::empty(at.start + 1);
                 (open, if *is_empty { r#""include_usage":true"# } else { r#""include_usage":true,"# })
             }
         };
@@ -159,7 +162,7 @@ impl StreamOptions {
     }
 }
 
-/// A value that is there, be it `null`.
+/// Reads a value that is present, also `null`.
 fn present<'de: 'a, 'a, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'a RawValue>, D::Error> {
     <&'a RawValue>::deserialize(deserializer).map(Some)
 }

@@ -1,21 +1,21 @@
-//! The fields of a body that are governed: those that decide what a request may do and what it costs.
+//! The governed fields of a body: those that decide what a request may do and what it costs.
 
 use super::edit::{Span, StreamOptions};
 use super::inputs::Inputs;
 use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
 use crate::api::Api;
 use crate::estimate::{Prompt, PromptPart};
-use crate::json::{Expected, LooseText, Take, Text, To, raw, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, Text, Visit, raw, string, value};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-const MAX_TOKENS: u64 = (1 << 31) - 1;
-const MOST_CHOICES: u64 = 128;
+const MAX_COMPLETION_BOUND: u64 = (1 << 31) - 1;
+const MAX_CHOICES: u64 = 128;
 
-/// The governed fields of an API. Each may stand in a body once, spelled exactly so: other parsers match
-/// names whatever their case, and take the last of two.
+/// The governed fields of an API. Each may occur in a body once and in exactly this spelling: other parsers ignore
+/// the case of names, and use the last of two.
 fn governed(api: Api) -> &'static [&'static str] {
     match api {
         Api::Chat | Api::Completions | Api::Embeddings => &[
@@ -67,7 +67,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "thinking",
             "mcp_servers",
         ],
-        // Google's servers take either spelling.
+        // Google's servers accept both spellings.
         Api::Gemini => &[
             "model",
             "contents",
@@ -82,24 +82,24 @@ fn governed(api: Api) -> &'static [&'static str] {
     }
 }
 
-/// What has been read so far.
-pub(super) struct Reading<'a> {
+/// The state of reading one body.
+pub(super) struct BodyReader<'a> {
     api: Api,
     text: &'a str,
     pub(super) body: Body<'a>,
-    /// The governed field that is being read.
+    /// The governed field that is being read; empty outside of one.
     pub(super) field: &'static str,
     pub(super) fault: Option<BodyFault>,
 }
 
-impl<'a> Reading<'a> {
+impl<'a> BodyReader<'a> {
     pub(super) fn of(api: Api, text: &'a str) -> Self {
         let body = Body { prompt: Prompt::of(api), ..Body::default() };
         Self { api, text, body, field: "", fault: None }
     }
 }
 
-pub(super) struct TopLevel<'r, 'a>(pub(super) &'r mut Reading<'a>);
+pub(super) struct TopLevel<'r, 'a>(pub(super) &'r mut BodyReader<'a>);
 
 impl<'a> DeserializeSeed<'a> for TopLevel<'_, 'a> {
     type Value = ();
@@ -126,8 +126,8 @@ impl<'a> Visitor<'a> for TopLevel<'_, 'a> {
             };
             let name = names[field];
             self.0.field = name;
-            // Both spellings of a name are one field.
-            let first = names.iter().position(|other| same(other, name)).unwrap_or(field);
+            // Camel case and snake case of a name are one field.
+            let first = names.iter().position(|other| is_same_field(other, name)).unwrap_or(field);
             if seen[first] || key != name {
                 let how = if seen[first] { "twice" } else { "in another case" };
                 self.0.fault = Some(BodyFault::Invalid(format!("has the field '{name}' {how}")));
@@ -136,7 +136,7 @@ impl<'a> Visitor<'a> for TopLevel<'_, 'a> {
                 self.0.read_field(name, &mut map)?;
             }
             if self.0.fault.is_some() {
-                return Err(A::Error::custom("refused"));
+                return Err(A::Error::custom("see `fault`"));
             }
             self.0.field = "";
         }
@@ -144,13 +144,13 @@ impl<'a> Visitor<'a> for TopLevel<'_, 'a> {
     }
 }
 
-/// Whether two names differ in case and underscores only.
-fn same(one: &'static str, other: &'static str) -> bool {
+/// Whether two names differ at most in case and underscores.
+fn is_same_field(one: &'static str, other: &'static str) -> bool {
     let letters = |name: &'static str| name.bytes().filter(|&b| b != b'_').map(|b| b.to_ascii_lowercase());
     letters(one).eq(letters(other))
 }
 
-/// Which of these names a key is, as other parsers may read it: whatever its case.
+/// The index of the name that a key equals when case is ignored, as other parsers may do.
 pub(super) fn position(names: &[&str], key: &str) -> Option<usize> {
     if key.len() > 64 {
         return None;
@@ -169,14 +169,14 @@ pub(super) fn position(names: &[&str], key: &str) -> Option<usize> {
     })
 }
 
-impl<'a> Reading<'a> {
+impl<'a> BodyReader<'a> {
     fn read_field<A: MapAccess<'a>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
         let prompt = &mut self.body.prompt;
         match (self.api, name) {
-            (Api::Messages, "messages") => value(map, &mut anthropic::Messages::of(prompt)),
+            (Api::Messages, "messages") => value(map, &mut anthropic::AnthropicMessages::of(prompt)),
             (Api::Messages, "system") => anthropic::system(prompt, map),
-            (_, "messages") => value(map, &mut chat::Messages(prompt)),
-            (Api::Responses, "input") => value(map, &mut responses::Input(prompt)),
+            (_, "messages") => value(map, &mut chat::ChatMessages(prompt)),
+            (Api::Responses, "input") => value(map, &mut responses::ResponsesInput(prompt)),
             (Api::Responses, "instructions") => {
                 let mut text = LooseText::default();
                 value(map, &mut text)?;
@@ -190,7 +190,7 @@ impl<'a> Reading<'a> {
                 }
                 Ok(())
             }
-            (_, "mcp_servers") => value(map, &mut Servers(prompt)),
+            (_, "mcp_servers") => value(map, &mut McpServers(prompt)),
             (Api::Responses, "prompt" | "conversation" | "previous_response_id")
             | (Api::Gemini, "cachedContent" | "cached_content") => {
                 prompt.unseen += u64::from(raw(map)? != "null");
@@ -203,18 +203,18 @@ impl<'a> Reading<'a> {
                 prompt.add_text(PromptPart::Messages, text.0, 1);
                 Ok(())
             }
-            (_, "contents") => value(map, &mut gemini::Contents(prompt)),
+            (_, "contents") => value(map, &mut gemini::GeminiContents(prompt)),
             (_, "systemInstruction" | "system_instruction") => gemini::system(prompt, map),
             (_, "tools" | "functions") => {
                 prompt.add_tools(raw(map)?);
                 Ok(())
             }
-            (Api::Messages, "tool_choice") => value(map, &mut MessagesChoice(prompt)),
-            (_, "tool_choice" | "function_call") => value(map, &mut Choice(prompt)),
+            (Api::Messages, "tool_choice") => value(map, &mut AnthropicToolChoice(prompt)),
+            (_, "tool_choice" | "function_call") => value(map, &mut ToolChoice(prompt)),
             (_, "thinking") => value(map, &mut Thinking(prompt)),
             (_, "reasoning") => value(map, &mut Reasoning(prompt)),
             (_, "response_format" | "text" | "output_format" | "output_config") => {
-                let mut format = Format::default();
+                let mut format = ResponseFormat::default();
                 value(map, &mut format)?;
                 format.add_to(prompt);
                 Ok(())
@@ -225,9 +225,9 @@ impl<'a> Reading<'a> {
                     self.body.bounds.null_config = Some(Span::of(self.text, raw));
                 }
                 if raw != "null" || name == "stream_options" {
-                    self.read_raw(name, raw);
+                    self.read_json(name, raw);
                 }
-                // A null is a bound too, as far as lowering goes.
+                // A null is replaced when the bound is lowered.
                 let is_bound = matches!(name, "max_tokens" | "max_completion_tokens" | "max_output_tokens");
                 if is_bound && (name == "max_output_tokens") == (self.api == Api::Responses) {
                     self.body.bounds.caps.push(Span::of(self.text, raw));
@@ -237,20 +237,20 @@ impl<'a> Reading<'a> {
         }
     }
 
-    fn read_raw(&mut self, name: &'static str, raw: &'a str) {
-        let zero_is_fine = self.api == Api::Completions && name == "max_tokens";
+    fn read_json(&mut self, name: &'static str, raw: &'a str) {
+        let accepts_zero = self.api == Api::Completions && name == "max_tokens";
         let read = match name {
             "model" => serde_json::from_str(raw)
                 .map(|model: Text| self.body.model = Some(model.0))
                 .map_err(|_| "a string"),
             "stream" => raw.parse().map(|streams| self.body.streams = streams).map_err(|_| "true or false"),
             "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
-                let cap = bounded(raw, u64::from(!zero_is_fine), MAX_TOKENS);
+                let cap = bounded(raw, u64::from(!accepts_zero), MAX_COMPLETION_BOUND);
                 self.body.max_tokens = self.body.max_tokens.max(cap);
                 cap.map(drop).ok_or(UP_TO_MAX)
             }
             "n" | "best_of" => {
-                let choices = bounded(raw, 1, MOST_CHOICES);
+                let choices = bounded(raw, 1, MAX_CHOICES);
                 self.body.choices = self.body.choices.max(choices.unwrap_or(0));
                 choices.map(drop).ok_or(UP_TO_CHOICES)
             }
@@ -263,21 +263,21 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Gemini's `generationConfig`.
+    /// Reads Gemini's `generationConfig`.
     fn generation_config(&mut self, raw: &'a str) -> Result<(), &'static str> {
         let mut config = GenerationConfig::default();
         if !raw.starts_with('{')
-            || To(&mut config).deserialize(&mut serde_json::Deserializer::from_str(raw)).is_err()
+            || Visit(&mut config).deserialize(&mut serde_json::Deserializer::from_str(raw)).is_err()
         {
-            return Err("an object whose fields stand there once");
+            return Err("an object without duplicate fields");
         }
-        let GenerationConfig { most, choices, format } = config;
+        let GenerationConfig { max_tokens, choices, format } = config;
         let is_empty = raw[1..raw.len() - 1].trim().is_empty();
         self.body.bounds.config = Some((offset(self.text, raw) + 1, is_empty));
-        if let Some(most) = most {
-            self.body.bounds.caps.push(Span::of(self.text, most));
-            if most != "null" {
-                let Some(tokens) = bounded(most, 1, MAX_TOKENS) else {
+        if let Some(max_tokens) = max_tokens {
+            self.body.bounds.caps.push(Span::of(self.text, max_tokens));
+            if max_tokens != "null" {
+                let Some(tokens) = bounded(max_tokens, 1, MAX_COMPLETION_BOUND) else {
                     self.fault = Some(BodyFault::Value { param: "maxOutputTokens", expected: UP_TO_MAX });
                     return Ok(());
                 };
@@ -285,7 +285,7 @@ impl<'a> Reading<'a> {
             }
         }
         if let Some(choices) = choices.filter(|choices| *choices != "null") {
-            let Some(choices) = bounded(choices, 1, MOST_CHOICES) else {
+            let Some(choices) = bounded(choices, 1, MAX_CHOICES) else {
                 self.fault = Some(BodyFault::Value { param: "candidateCount", expected: UP_TO_CHOICES });
                 return Ok(());
             };
@@ -299,15 +299,15 @@ impl<'a> Reading<'a> {
 const UP_TO_MAX: &str = "a whole number from 1 to 2147483647";
 const UP_TO_CHOICES: &str = "a whole number from 1 to 128";
 
-/// A whole number within bounds, as JSON text: no sign, no fraction, no exponent, no quotes.
-fn bounded(raw: &str, least: u64, most: u64) -> Option<u64> {
-    raw.parse().ok().filter(|n| (least..=most).contains(n))
+/// Reads a whole number within bounds from JSON text: no sign, fraction, exponent or quotes.
+fn bounded(raw: &str, min: u64, max: u64) -> Option<u64> {
+    raw.parse().ok().filter(|n| (min..=max).contains(n))
 }
 
-/// `tool_choice`, or the `function_call` of old.
-struct Choice<'p, 'a>(&'p mut Prompt<'a>);
+/// `tool_choice`, or the deprecated `function_call`.
+struct ToolChoice<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Choice<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ToolChoice<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["function", "name"];
 
     fn text(&mut self, word: Cow<'a, str>) -> Result<(), Expected> {
@@ -328,9 +328,9 @@ impl<'a> Take<'a> for Choice<'_, 'a> {
 }
 
 /// Anthropic's `tool_choice`: `auto`, `any`, `none`, or a `tool` and its name.
-struct MessagesChoice<'p, 'a>(&'p mut Prompt<'a>);
+struct AnthropicToolChoice<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for MessagesChoice<'_, 'a> {
+impl<'a> JsonVisitor<'a> for AnthropicToolChoice<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["type", "name"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
@@ -345,26 +345,26 @@ impl<'a> Take<'a> for MessagesChoice<'_, 'a> {
     }
 }
 
-/// `mcp_servers`: their tools come from there.
-struct Servers<'p, 'a>(&'p mut Prompt<'a>);
+/// `mcp_servers`: the gateway cannot see the tools of these servers.
+struct McpServers<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Servers<'_, 'a> {
+impl<'a> JsonVisitor<'a> for McpServers<'_, 'a> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let there_is = list.next_element::<IgnoredAny>()?.is_some();
-        self.0.unseen += u64::from(there_is);
-        Ok(there_is)
+        let is_some = list.next_element::<IgnoredAny>()?.is_some();
+        self.0.unseen += u64::from(is_some);
+        Ok(is_some)
     }
 }
 
 /// `thinking`: `enabled`, `adaptive` or `disabled`.
 struct Thinking<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Thinking<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Thinking<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["type"];
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let kind = string(object)?;
-        // What is adaptive has the model decide, and says nothing in the prompt.
+        // With `adaptive` the model decides; the provider adds nothing to the prompt.
         match &*kind {
             "enabled" => self.0.set_reasoning(true),
             "disabled" | "adaptive" => self.0.set_reasoning(false),
@@ -374,10 +374,10 @@ impl<'a> Take<'a> for Thinking<'_, 'a> {
     }
 }
 
-/// `reasoning`: OpenAI's, or what resellers make of `thinking`.
+/// `reasoning`: of OpenAI, or the form in which resellers offer `thinking`.
 struct Reasoning<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Reasoning<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Reasoning<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["enabled", "effort", "max_tokens", "mode"];
 
     fn boolean(&mut self, enabled: bool) -> Result<(), Expected> {
@@ -395,7 +395,7 @@ impl<'a> Take<'a> for Reasoning<'_, 'a> {
             return value(object, self);
         }
         match (name, &*string(object)?) {
-            // Several models work on it, which is charged as several times the prompt.
+            // Several models work on the request, and the prompt is charged several times.
             ("mode", "pro") => self.0.unseen += 1,
             ("effort", "none" | "minimal") => self.0.set_reasoning(false),
             ("effort", "low" | "medium" | "high" | "xhigh") => self.0.set_reasoning(true),
@@ -405,15 +405,15 @@ impl<'a> Take<'a> for Reasoning<'_, 'a> {
     }
 }
 
-/// The format of the answer: a schema and its name, at whatever depth the API has them.
+/// The format of the answer: a schema and its name, at any depth.
 #[derive(Default)]
-struct Format<'a> {
+struct ResponseFormat<'a> {
     name: Cow<'a, str>,
     description: Cow<'a, str>,
     schema: Option<&'a str>,
 }
 
-impl<'a> Take<'a> for Format<'a> {
+impl<'a> JsonVisitor<'a> for ResponseFormat<'a> {
     const FIELDS: &'static [&'static str] = &["format", "json_schema", "name", "description", "schema"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
@@ -427,7 +427,7 @@ impl<'a> Take<'a> for Format<'a> {
     }
 }
 
-impl<'a> Format<'a> {
+impl<'a> ResponseFormat<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if let Some(schema) = self.schema.filter(|schema| *schema != "null") {
             prompt.set_answer_schema(self.name, self.description, schema);
@@ -435,15 +435,15 @@ impl<'a> Format<'a> {
     }
 }
 
-/// What Gemini's `generationConfig` says of bounds and formats.
+/// Bounds and formats in Gemini's `generationConfig`.
 #[derive(Default)]
 struct GenerationConfig<'a> {
-    most: Option<&'a str>,
+    max_tokens: Option<&'a str>,
     choices: Option<&'a str>,
-    format: Format<'a>,
+    format: ResponseFormat<'a>,
 }
 
-impl<'a> Take<'a> for GenerationConfig<'a> {
+impl<'a> JsonVisitor<'a> for GenerationConfig<'a> {
     const FIELDS: &'static [&'static str] = &[
         "maxOutputTokens",
         "max_output_tokens",
@@ -457,14 +457,16 @@ impl<'a> Take<'a> for GenerationConfig<'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         let value = Some(object.next_value::<&'a RawValue>()?.get());
-        let twice = match name {
-            "maxOutputTokens" | "max_output_tokens" => std::mem::replace(&mut self.most, value).is_some(),
+        let is_duplicate = match name {
+            "maxOutputTokens" | "max_output_tokens" => {
+                std::mem::replace(&mut self.max_tokens, value).is_some()
+            }
             "candidateCount" | "candidate_count" => std::mem::replace(&mut self.choices, value).is_some(),
             _ => {
                 self.format.schema = value;
                 false
             }
         };
-        if twice { Err(M::Error::custom("a field that stands there twice")) } else { Ok(()) }
+        if is_duplicate { Err(M::Error::custom("duplicate field")) } else { Ok(()) }
     }
 }

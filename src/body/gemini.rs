@@ -1,27 +1,27 @@
-//! Gemini's contents and their parts. Fields may be written in camel case or with underscores.
+//! Gemini contents and their parts. Field names may be in camel case or snake case.
 
 use super::chat::add_role;
 use super::content::document;
 use crate::estimate::{Prompt, PromptPart, Role};
-use crate::json::{Expected, Take, element, raw, string, value};
+use crate::json::{Expected, JsonVisitor, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// `systemInstruction`.
+/// Reads `systemInstruction`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
     let first = prompt.text_count();
-    value(object, &mut Content(prompt))?;
+    value(object, &mut GeminiContent(prompt))?;
     if prompt.text_count() > first {
         prompt.end_message(Role::System, first);
     }
     Ok(())
 }
 
-/// `contents`: a list, or one of them.
-pub(super) struct Contents<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+/// `contents`: a list of contents, or one content.
+pub(super) struct GeminiContents<'p, 'a>(pub(super) &'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Contents<'_, 'a> {
-    const FIELDS: &'static [&'static str] = Content::FIELDS;
+impl<'a> JsonVisitor<'a> for GeminiContents<'_, 'a> {
+    const FIELDS: &'static [&'static str] = GeminiContent::FIELDS;
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.0.add_text(PromptPart::Messages, text, 1);
@@ -30,22 +30,22 @@ impl<'a> Take<'a> for Contents<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first = self.0.text_count();
-        let there_is = element(list, &mut Content(self.0))?;
-        if there_is {
+        let is_some = element(list, &mut GeminiContent(self.0))?;
+        if is_some {
             add_role(self.0, "user");
             self.0.end_message(Role::Other, first);
         }
-        Ok(there_is)
+        Ok(is_some)
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        Content(self.0).field(name, object)
+        GeminiContent(self.0).field(name, object)
     }
 }
 
-struct Content<'p, 'a>(&'p mut Prompt<'a>);
+struct GeminiContent<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Content<'_, 'a> {
+impl<'a> JsonVisitor<'a> for GeminiContent<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["role", "parts"];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
@@ -56,15 +56,15 @@ impl<'a> Take<'a> for Content<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "role" => string(object).map(drop),
-            _ => value(object, &mut Parts(self.0)),
+            _ => value(object, &mut GeminiParts(self.0)),
         }
     }
 }
 
-/// A list of parts, or one of them.
-struct Parts<'p, 'a>(&'p mut Prompt<'a>);
+/// A list of parts, or one part.
+struct GeminiParts<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Parts<'_, 'a> {
+impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
         "text",
         "inlineData",
@@ -84,14 +84,14 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
     ];
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        element(list, &mut Parts(self.0))
+        element(list, &mut GeminiParts(self.0))
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "text" => self.0.add_text(PromptPart::Messages, string(object)?, 1),
             "inlineData" | "inline_data" => {
-                let mut blob = Blob::default();
+                let mut blob = InlineBlob::default();
                 value(object, &mut blob)?;
                 document(self.0, &blob.kind, "", &blob.data);
             }
@@ -104,7 +104,7 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
                 if matches!(name, "functionCall" | "function_call") {
                     self.0.add_tool_call(0);
                 }
-                value(object, &mut Call(self.0))?;
+                value(object, &mut CallOrResult(self.0))?;
             }
         }
         Ok(())
@@ -112,12 +112,12 @@ impl<'a> Take<'a> for Parts<'_, 'a> {
 }
 
 #[derive(Default)]
-struct Blob<'a> {
+struct InlineBlob<'a> {
     kind: Cow<'a, str>,
     data: Cow<'a, str>,
 }
 
-impl<'a> Take<'a> for Blob<'a> {
+impl<'a> JsonVisitor<'a> for InlineBlob<'a> {
     const FIELDS: &'static [&'static str] = &["mimeType", "mime_type", "data"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
@@ -129,16 +129,16 @@ impl<'a> Take<'a> for Blob<'a> {
     }
 }
 
-/// A call of a function or of code, or the result of one: names and values.
-struct Call<'p, 'a>(&'p mut Prompt<'a>);
+/// A call of a function or code, or its result: names and values.
+struct CallOrResult<'p, 'a>(&'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Call<'_, 'a> {
+impl<'a> JsonVisitor<'a> for CallOrResult<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["name", "args", "response", "code", "output", "parts"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "args" | "response" => self.0.add_text(PromptPart::Messages, Cow::Borrowed(raw(object)?), 1),
-            "parts" => value(object, &mut Parts(self.0))?,
+            "parts" => value(object, &mut GeminiParts(self.0))?,
             _ => self.0.add_text(PromptPart::Messages, string(object)?, 1),
         }
         Ok(())

@@ -1,14 +1,14 @@
-//! `prompt` of completions and `input` of embeddings: a string, a list of strings, a list of tokens, a list of
-//! such lists.
+//! `prompt` of completions and `input` of embeddings: a string, a list of strings, a list of tokens, or a list
+//! of token lists.
 
 use crate::estimate::{Prompt, PromptPart};
-use crate::json::{Expected, Take, element, raw};
+use crate::json::{Expected, JsonVisitor, element, raw};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
 pub(super) struct Inputs<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
-    /// Whether the list that was last read has tokens: together they are one prompt.
+    /// The current list has tokens, which together are one prompt.
     has_tokens: bool,
 }
 
@@ -18,7 +18,7 @@ impl<'p, 'a> Inputs<'p, 'a> {
     }
 }
 
-impl<'a> Take<'a> for Inputs<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Inputs<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.prompt.prompts += 1;
         self.prompt.add_text(PromptPart::Messages, text, 1);
@@ -44,8 +44,8 @@ impl<'a> Take<'a> for Inputs<'_, 'a> {
         Ok(())
     }
 
-    /// Some providers embed more than text: four bytes are taken for a token.
-    fn any_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+    /// Some providers embed more than text. Four bytes count as one token.
+    fn other_field<M: MapAccess<'a>>(&mut self, _: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
         let tokens = raw(object)?.len() as u64 / 4;
         self.prompt.add_tokens(PromptPart::Messages, tokens);
         Ok(())

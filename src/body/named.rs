@@ -1,4 +1,4 @@
-//! The model that a body names whose prompt is not counted.
+//! Reads the model of a body whose prompt is not counted.
 
 use super::fields::position;
 use super::{BodyFault, check_nesting, text_of};
@@ -6,16 +6,16 @@ use crate::json::Text;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
 
-/// Reads the `model` of a JSON object; empty, if it names none.
+/// Reads the `model` of a JSON object; empty if it has none.
 ///
 /// # Errors
-/// It is not JSON, not an object, nested too deep, or has a `model` twice or in another case.
+/// The body is not JSON, not an object, nested too deep, or has `model` twice or in another case.
 pub fn named_model(json: &[u8]) -> Result<String, BodyFault> {
     let text = text_of(json)?;
     check_nesting(json)?;
     let mut deserializer = serde_json::Deserializer::from_str(text);
     deserializer.disable_recursion_limit();
-    let mut model = Model::default();
+    let mut model = ModelVisitor::default();
     let read = deserializer.deserialize_map(&mut model).and_then(|()| deserializer.end());
     match (model.fault, read) {
         (Some(fault), _) => Err(fault),
@@ -25,12 +25,12 @@ pub fn named_model(json: &[u8]) -> Result<String, BodyFault> {
 }
 
 #[derive(Default)]
-struct Model {
+struct ModelVisitor {
     name: Option<String>,
     fault: Option<BodyFault>,
 }
 
-impl<'de> Visitor<'de> for &mut Model {
+impl<'de> Visitor<'de> for &mut ModelVisitor {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_model_is_named_once_or_not_at_all() {
+    fn a_model_is_read_if_it_is_unambiguous() {
         for (json, model) in [
             (r#"{"model":"rerank-2","query":"q","documents":[{"model":5}]}"#, "rerank-2"),
             (r#"{"mod\u0065l":"m"}"#, "m"),

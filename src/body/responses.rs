@@ -1,14 +1,14 @@
-//! OpenAI's Responses: `instructions` and the items of `input`. What their terms are is published nowhere; they
-//! follow those of chats, and what answers report.
+//! OpenAI Responses: `instructions` and the items of `input`. OpenAI does not publish their token costs; these follow
+//! the costs of chats and the usage in answers.
 
 use super::chat::add_role;
-use super::content::{Content, members};
+use super::content::{MessageContent, encrypted_reasoning, member_count};
 use crate::estimate::{ImageDetail, Prompt, PromptPart, Role, media};
-use crate::json::{Expected, LooseText, Take, element, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// `instructions`: a message before all others.
+/// Counts `instructions`: a message before all others.
 pub(super) fn instructions<'a>(prompt: &mut Prompt<'a>, text: Cow<'a, str>) {
     if !text.is_empty() {
         let first = prompt.text_count();
@@ -18,17 +18,10 @@ pub(super) fn instructions<'a>(prompt: &mut Prompt<'a>, text: Cow<'a, str>) {
     }
 }
 
-/// Reasoning that only the provider can read: what is left of its base64 without what comes around it.
-/// Fitted to 6 exchanges.
-pub(super) fn encrypted(prompt: &mut Prompt<'_>, base64: &str) {
-    const AROUND: u64 = 750;
-    prompt.add_tokens(PromptPart::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(AROUND) / 4);
-}
-
 /// `input`: a text, or a list of items.
-pub(super) struct Input<'p, 'a>(pub(super) &'p mut Prompt<'a>);
+pub(super) struct ResponsesInput<'p, 'a>(pub(super) &'p mut Prompt<'a>);
 
-impl<'a> Take<'a> for Input<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ResponsesInput<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         let first = self.0.text_count();
         self.0.add_text(PromptPart::Messages, text, 1);
@@ -39,14 +32,18 @@ impl<'a> Take<'a> for Input<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first_text = self.0.text_count();
-        let mut item =
-            Item { prompt: &mut *self.0, role: Cow::Borrowed(""), kind: Cow::Borrowed(""), arguments: 0 };
-        let there_is = element(list, &mut item)?;
-        let Item { role, kind, arguments, .. } = item;
-        if there_is {
+        let mut item = InputItem {
+            prompt: &mut *self.0,
+            role: Cow::Borrowed(""),
+            kind: Cow::Borrowed(""),
+            arguments: 0,
+        };
+        let is_some = element(list, &mut item)?;
+        let InputItem { role, kind, arguments, .. } = item;
+        if is_some {
             finish(self.0, &kind, &role, arguments, first_text);
         }
-        Ok(there_is)
+        Ok(is_some)
     }
 }
 
@@ -66,15 +63,15 @@ fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, arguments: u64, first
     }
 }
 
-struct Item<'p, 'a> {
+struct InputItem<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     role: Cow<'a, str>,
     kind: Cow<'a, str>,
-    /// How many a call has.
+    /// The number of arguments of a call.
     arguments: u64,
 }
 
-impl<'a> Take<'a> for Item<'_, 'a> {
+impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
         "type",
         "role",
@@ -98,8 +95,8 @@ impl<'a> Take<'a> for Item<'_, 'a> {
         match name {
             "type" => self.kind = string(object)?,
             "role" => self.role = string(object)?,
-            "content" | "output" => value(object, &mut Content::of(self.prompt))?,
-            // What stands in the prompt is what was thought, if anything, and not what is said of it.
+            "content" | "output" => value(object, &mut MessageContent::of(self.prompt))?,
+            // The prompt holds the reasoning itself, if anything, and not its summary.
             "summary" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
@@ -108,11 +105,11 @@ impl<'a> Take<'a> for Item<'_, 'a> {
             "name" => self.prompt.add_text(PromptPart::Messages, string(object)?, 2),
             "arguments" => {
                 let text = string(object)?;
-                self.arguments = members(&text);
+                self.arguments = member_count(&text);
                 self.prompt.add_text(PromptPart::Messages, text, 1);
             }
-            "encrypted_content" => encrypted(self.prompt, &string(object)?),
-            // An image that was generated before.
+            "encrypted_content" => encrypted_reasoning(self.prompt, &string(object)?),
+            // An image that the model generated earlier.
             "result" => {
                 let base64 = string(object)?;
                 if !base64.is_empty() {

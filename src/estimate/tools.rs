@@ -4,7 +4,7 @@
 
 use super::known::{Key, Thing};
 use super::tokenizer::Tokenizer;
-use crate::json::{Expected, Take, To, element, raw, string, value};
+use crate::json::{Expected, JsonVisitor, Visit, element, raw, string, value};
 use rustc_hash::FxHashSet;
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use serde_json::value::RawValue;
@@ -84,7 +84,7 @@ fn count_anew(tokenizer: Tokenizer, style: Style, json: &str) -> Cost {
     let rendering = Rendering { style, text: String::new(), parameters: String::new(), most, work };
     let mut tools = Tools { rendering, functions: 0, hosted: 0 };
     // What is no list of tools is for the upstream to refuse: it is taken as the text that it is.
-    if To(&mut tools).deserialize(&mut serde_json::Deserializer::from_str(json)).is_err() {
+    if Visit(&mut tools).deserialize(&mut serde_json::Deserializer::from_str(json)).is_err() {
         return Cost { tokens: tokenizer.count(json), ..Cost::default() };
     }
     let mut tokens = tools.hosted * HOSTED_TOOL;
@@ -243,7 +243,7 @@ struct Tools {
     hosted: u64,
 }
 
-impl<'a> Take<'a> for Tools {
+impl<'a> JsonVisitor<'a> for Tools {
     fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
         Err(Expected("a list of tools"))
     }
@@ -270,7 +270,7 @@ struct Tool<'r, 'a> {
     flat: Function<'a>,
 }
 
-impl<'a> Take<'a> for Tool<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Tool<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
         "type",
         "function",
@@ -319,7 +319,7 @@ impl Functions<'_> {
     }
 }
 
-impl<'a> Take<'a> for Functions<'_> {
+impl<'a> JsonVisitor<'a> for Functions<'_> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let mut function = Function::default();
         let there_is = element(list, &mut function)?;
@@ -335,7 +335,7 @@ struct Function<'a> {
     parameters: Option<&'a str>,
 }
 
-impl<'a> Take<'a> for Function<'a> {
+impl<'a> JsonVisitor<'a> for Function<'a> {
     const FIELDS: &'static [&'static str] = &[
         "name",
         "description",
@@ -375,12 +375,12 @@ impl<'a> Schema<'a> {
     fn read(json: &'a str) -> Self {
         let mut schema = Self::default();
         // As far as it goes: what follows a fault is not rendered.
-        drop(To(&mut schema).deserialize(&mut serde_json::Deserializer::from_str(json)));
+        drop(Visit(&mut schema).deserialize(&mut serde_json::Deserializer::from_str(json)));
         schema
     }
 }
 
-impl<'a> Take<'a> for Schema<'a> {
+impl<'a> JsonVisitor<'a> for Schema<'a> {
     const FIELDS: &'static [&'static str] = &[
         "type",
         "title",
@@ -398,7 +398,7 @@ impl<'a> Take<'a> for Schema<'a> {
         "$defs",
         "definitions",
     ];
-    const ONCE: bool = false;
+    const REJECTS_DUPLICATES: bool = false;
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
@@ -421,7 +421,7 @@ impl<'a> Take<'a> for Schema<'a> {
 /// A string or a list of them.
 struct Strings<'r, 'a>(&'r mut Vec<Cow<'a, str>>);
 
-impl<'a> Take<'a> for Strings<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Strings<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.0.push(text);
         Ok(())
@@ -435,7 +435,7 @@ impl<'a> Take<'a> for Strings<'_, 'a> {
 /// A list of values as written.
 struct Raws<'r, 'a>(&'r mut Vec<&'a str>);
 
-impl<'a> Take<'a> for Raws<'_, 'a> {
+impl<'a> JsonVisitor<'a> for Raws<'_, 'a> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let next = list.next_element::<&'a RawValue>()?;
         self.0.extend(next.map(RawValue::get));
@@ -446,8 +446,8 @@ impl<'a> Take<'a> for Raws<'_, 'a> {
 /// The members of an object, in their order, with values as written.
 struct Members<'r, 'a>(&'r mut Vec<(Cow<'a, str>, &'a str)>);
 
-impl<'a> Take<'a> for Members<'_, 'a> {
-    fn any_field<M: MapAccess<'a>>(&mut self, name: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+impl<'a> JsonVisitor<'a> for Members<'_, 'a> {
+    fn other_field<M: MapAccess<'a>>(&mut self, name: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
         self.0.push((name, raw(object)?));
         Ok(())
     }

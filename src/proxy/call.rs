@@ -201,7 +201,7 @@ impl Call {
             && !body.wants_usage();
         Ok(Some(Self {
             body: bytes.clone(),
-            usage_request: adds_usage_request.then(|| body.ask_for_usage()),
+            usage_request: adds_usage_request.then(|| body.request_usage()),
             bounds: body.bounds(),
             streams: body.streams || options.path_streams,
             completion_cap: body.completion_cap(),

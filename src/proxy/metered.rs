@@ -347,7 +347,7 @@ impl Metered {
     /// endpoint generates tokens.
     fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> Settlement {
         let reported = self.reader.reported();
-        charge.record.is_usage_reported = reported.is_any();
+        charge.record.is_usage_reported = reported.has_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
         self.record_missing_usage(&charge, reported);
         let MeterContext { status, endpoint, estimated_prompt, tokenizer, .. } = self.context;
@@ -361,7 +361,7 @@ impl Metered {
         };
         let estimated_prompt = status.is_success().then_some(estimated_prompt);
         let skips_cached = !self.context.environment.count_cached_prompt_tokens;
-        let reported = if skips_cached { reported.less_cached() } else { reported };
+        let reported = if skips_cached { reported.without_cached() } else { reported };
         Settlement::new(charge, reported, estimated_prompt, tokenizer, unreported)
     }
 
@@ -371,7 +371,7 @@ impl Metered {
         let is_expected =
             self.context.status.is_success() && matches!(self.context.endpoint, Endpoint::Counted(_));
         let (metrics, environment) = (charge.record.metrics(), &charge.record.environment);
-        if is_charged && reported.was_refused() {
+        if is_charged && reported.has_incredible() {
             metrics.usage_missing(environment, "not_credible");
             let upstream = self.context.upstream();
             tracing::warn!(

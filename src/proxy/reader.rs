@@ -1,6 +1,8 @@
 //! Reads usage and delivered text from an answer while its bytes pass through unchanged.
 
-use crate::usage::{Coding, Decoder, JsonReader, Nowhere, Received, Reported, SseReader, Texts};
+use crate::usage::{
+    ContentCoding, Decoder, Delivered, Discard, JsonReader, Reported, SseReader, TextToCount,
+};
 use bytes::Bytes;
 use http::HeaderValue;
 use http::header::{self, HeaderMap};
@@ -30,12 +32,12 @@ impl Default for AnswerReader {
 /// Parses the uncompressed body.
 pub(super) enum BodyParser {
     Sse(SseReader),
-    Json(JsonReader, Received),
+    Json(JsonReader, Delivered),
 }
 
 impl Default for BodyParser {
     fn default() -> Self {
-        Self::Json(JsonReader::default(), Received::default())
+        Self::Json(JsonReader::default(), Delivered::default())
     }
 }
 
@@ -47,16 +49,16 @@ impl BodyParser {
         }
     }
 
-    fn kept_bytes(&self) -> usize {
+    fn buffered_bytes(&self) -> usize {
         match self {
-            Self::Sse(reader) => reader.kept_bytes(),
-            Self::Json(_, received) => received.kept_bytes(),
+            Self::Sse(reader) => reader.buffered_bytes(),
+            Self::Json(_, received) => received.buffered_bytes(),
         }
     }
 
-    fn take_texts(&mut self, was_cut: bool) -> Texts {
+    fn take_text(&mut self, was_cut: bool) -> TextToCount {
         match self {
-            Self::Sse(reader) => reader.take_texts(),
+            Self::Sse(reader) => reader.take_text(),
             Self::Json(reader, received) => {
                 let received = std::mem::take(received);
                 if was_cut && !reader.is_complete() {
@@ -73,7 +75,7 @@ impl BodyParser {
 impl Write for BodyParser {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Sse(reader) => reader.feed(&Bytes::copy_from_slice(data), &mut Nowhere),
+            Self::Sse(reader) => reader.feed(&Bytes::copy_from_slice(data), &mut Discard),
             Self::Json(reader, received) => {
                 reader.feed(data);
                 received.push_piece(data);
@@ -107,10 +109,9 @@ impl AnswerReader {
             return Self::Opaque { bytes: 0, is_compressed: encoding.is_some() };
         };
         let Some(encoding) = encoding else { return Self::Plain(parser) };
-        let coding = Coding::named(encoding.as_bytes()).filter(|_| encodings.next().is_none());
-        let decoder = coding.and_then(|coding| Decoder::new(coding, parser).ok());
-        decoder.map_or(Self::Opaque { bytes: 0, is_compressed: true }, |decoder| {
-            Self::Compressed(Box::new(decoder))
+        let coding = ContentCoding::named(encoding.as_bytes()).filter(|_| encodings.next().is_none());
+        coding.map_or(Self::Opaque { bytes: 0, is_compressed: true }, |coding| {
+            Self::Compressed(Box::new(Decoder::new(coding, parser)))
         })
     }
 
@@ -154,7 +155,7 @@ impl AnswerReader {
     pub(super) fn is_unreadable(&self) -> bool {
         match self {
             Self::Plain(_) => false,
-            Self::Compressed(decoder) => decoder.gave_up(),
+            Self::Compressed(decoder) => decoder.has_failed(),
             Self::Opaque { is_compressed, .. } => *is_compressed,
         }
     }
@@ -179,7 +180,7 @@ impl AnswerReader {
             Self::Plain(BodyParser::Sse(reader)) => reader.finish(ready),
             Self::Compressed(decoder) => {
                 if let BodyParser::Sse(reader) = decoder.inner_mut() {
-                    reader.finish(&mut Nowhere);
+                    reader.finish(&mut Discard);
                 }
             }
             _ => {}
@@ -196,26 +197,26 @@ impl AnswerReader {
     }
 
     /// Bytes buffered for counting.
-    pub(super) fn kept_bytes(&self) -> usize {
+    pub(super) fn buffered_bytes(&self) -> usize {
         match self {
-            Self::Plain(plain) => plain.kept_bytes(),
-            Self::Compressed(decoder) => decoder.inner().kept_bytes(),
+            Self::Plain(plain) => plain.buffered_bytes(),
+            Self::Compressed(decoder) => decoder.inner().buffered_bytes(),
             Self::Opaque { .. } => 0,
         }
     }
 
     /// Takes the delivered text, to be counted. Bytes that could not be parsed count as one token per four bytes.
-    pub(super) fn take_texts(&mut self, was_cut: bool) -> Texts {
+    pub(super) fn take_text(&mut self, was_cut: bool) -> TextToCount {
         match self {
-            Self::Plain(plain) => plain.take_texts(was_cut),
+            Self::Plain(plain) => plain.take_text(was_cut),
             Self::Compressed(decoder) => {
-                let is_cut = was_cut || decoder.gave_up();
-                let unread = if is_cut { decoder.unread() } else { 0 };
-                let mut texts = decoder.inner_mut().take_texts(is_cut);
-                texts.tokens += unread.div_ceil(4);
+                let is_cut = was_cut || decoder.has_failed();
+                let unread = if is_cut { decoder.undecoded_bytes() } else { 0 };
+                let mut texts = decoder.inner_mut().take_text(is_cut);
+                texts.known_tokens += unread.div_ceil(4);
                 texts
             }
-            Self::Opaque { bytes, .. } => Texts { texts: Vec::new(), tokens: bytes.div_ceil(4) },
+            Self::Opaque { bytes, .. } => TextToCount { texts: Vec::new(), known_tokens: bytes.div_ceil(4) },
         }
     }
 }

@@ -5,7 +5,7 @@ use super::reader::AnswerReader;
 use crate::estimate::{Encoding, Tokenizer};
 use crate::ledger::Reservation;
 use crate::quota::Amounts;
-use crate::usage::{Reported, Texts};
+use crate::usage::{Reported, TextToCount};
 use std::pin::Pin;
 
 /// Text is extracted from up to this many bytes on the event loop, in some 20 microseconds.
@@ -44,7 +44,7 @@ pub(super) enum Unreported {
         reader: AnswerReader,
         was_cut: bool,
     },
-    Texts(Texts),
+    Texts(TextToCount),
 }
 
 impl Settlement {
@@ -81,8 +81,8 @@ impl Settlement {
         let texts = std::mem::replace(&mut self.unreported, Unreported::Nothing).into_texts();
         let counted = count(self.tokenizer, &texts);
         let mut charge = self.charge.take()?;
-        charge.observe(if self.is_success || self.reported.is_any() {
-            self.reported.amounts_and_since(self.estimated_prompt, counted)
+        charge.observe(if self.is_success || self.reported.has_any() {
+            self.reported.amounts_with_count(self.estimated_prompt, counted)
         } else {
             Amounts { requests: 1, ..Amounts::default() }
         });
@@ -101,7 +101,7 @@ impl Unreported {
     /// Extracts the texts if they are in few bytes. Returns whether they are extracted.
     fn extract_if_small(&mut self) -> bool {
         if let Self::Raw { reader, .. } = self {
-            if reader.kept_bytes() > MAX_INLINE_BYTES {
+            if reader.buffered_bytes() > MAX_INLINE_BYTES {
                 return false;
             }
             *self = Self::Texts(std::mem::replace(self, Self::Nothing).into_texts());
@@ -115,18 +115,18 @@ impl Unreported {
         texts.bytes() <= max_text && texts.texts.iter().all(runs)
     }
 
-    fn into_texts(self) -> Texts {
+    fn into_texts(self) -> TextToCount {
         match self {
-            Self::Nothing => Texts::default(),
-            Self::Raw { mut reader, was_cut } => reader.take_texts(was_cut),
+            Self::Nothing => TextToCount::default(),
+            Self::Raw { mut reader, was_cut } => reader.take_text(was_cut),
             Self::Texts(texts) => texts,
         }
     }
 }
 
-fn count(tokenizer: Option<Tokenizer>, texts: &Texts) -> u64 {
+fn count(tokenizer: Option<Tokenizer>, texts: &TextToCount) -> u64 {
     let counted: u64 = tokenizer.map_or(0, |t| t.count_all(texts.texts.iter().map(String::as_str)));
-    counted + texts.tokens
+    counted + texts.known_tokens
 }
 
 #[cfg(test)]

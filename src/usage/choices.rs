@@ -1,111 +1,81 @@
-//! Whether an event that has come in part can still be the one that only reports usage: not once its list of
-//! choices is seen to have an item.
+//! Detects that a partly received event has a choice: then it cannot be the extra usage chunk, whose list of
+//! choices is empty.
 
-/// Follows the JSON of one event, fed in pieces; linear, keeps nothing of it.
+use crate::json::{Found, MemberScanner};
+
+/// Bytes of `data:`.
+const DATA_PREFIX: usize = 5;
+
+/// Follows one event, fed in arbitrary pieces. Linear, without buffering.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Choices {
-    depth: u32,
-    place: Place,
-    /// How much of the name was matched by the key that is being read; `None`: it is another one.
-    matched: Option<usize>,
-    has_item: bool,
-    line: Line,
-}
-
-/// Only lines of data have JSON.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-enum Line {
-    #[default]
-    Begins,
-    Data,
-    Other,
+pub(super) struct ChoiceDetector {
+    scanner: MemberScanner,
+    list: ChoiceList,
+    /// Bytes of the current line so far.
+    column: usize,
+    is_data_line: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-enum Place {
-    /// Outside of strings, or before the JSON.
+enum ChoiceList {
+    /// The current value is not a list of choices.
     #[default]
-    Outside,
-    String,
-    Escape,
-    /// Behind a top-level string that is the name.
-    BehindName,
-    /// Behind the name and its colon.
-    BeforeList,
-    /// In the list, before an item.
-    InList,
+    Elsewhere,
+    /// After the key `choices`.
+    Expected,
+    /// After the opening bracket.
+    Open,
+    HasChoice,
 }
 
-const NAME: &[u8] = b"choices";
-
-impl Choices {
-    /// Whether an item was seen in the list of choices.
-    pub(super) fn has_item(&self) -> bool {
-        self.has_item
+impl ChoiceDetector {
+    /// Whether the event's list of choices has an item.
+    pub(super) fn has_choice(&self) -> bool {
+        self.list == ChoiceList::HasChoice
     }
 
     /// Reads the next piece.
-    pub(super) fn feed(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            if self.has_item {
+    pub(super) fn feed(&mut self, piece: &[u8]) {
+        for line in piece.split_inclusive(|byte| matches!(byte, b'\n' | b'\r')) {
+            if self.has_choice() {
                 return;
             }
-            self.line = match (self.line, byte) {
-                (_, b'\n' | b'\r') => Line::Begins,
-                (Line::Begins, b'd') => Line::Data,
-                (Line::Begins, _) => Line::Other,
-                (line, _) => line,
-            };
-            if self.line != Line::Other {
-                self.place = self.after(byte);
+            if self.column == 0 {
+                self.is_data_line = line.first() == Some(&b'd');
             }
+            let prefix = DATA_PREFIX.saturating_sub(self.column).min(line.len());
+            if self.is_data_line {
+                self.scan(&line[prefix..]);
+            }
+            self.column =
+                if line.ends_with(b"\n") || line.ends_with(b"\r") { 0 } else { self.column + line.len() };
         }
     }
 
-    fn after(&mut self, byte: u8) -> Place {
-        match self.place {
-            Place::Escape => Place::String,
-            Place::String => self.in_string(byte),
-            Place::BehindName if byte == b':' => Place::BeforeList,
-            Place::BeforeList if byte == b'[' => Place::InList,
-            Place::InList if byte != b']' && !byte.is_ascii_whitespace() => {
-                self.has_item = true;
-                Place::InList
+    fn scan(&mut self, json: &[u8]) {
+        let Self { scanner, list, .. } = self;
+        scanner.feed(json, |found| {
+            *list = match (*list, found) {
+                (ChoiceList::HasChoice, _) => ChoiceList::HasChoice,
+                (_, Found::Key { key, is_in_list }) if key == b"choices" && !is_in_list => {
+                    ChoiceList::Expected
+                }
+                (list, Found::Value(part)) => part.iter().fold(list, |list, &byte| list.after(byte)),
+                _ => ChoiceList::Elsewhere,
             }
-            Place::InList if byte == b']' => Place::Outside,
-            waits @ (Place::BehindName | Place::BeforeList | Place::InList) if byte.is_ascii_whitespace() => {
-                waits
-            }
-            _ => self.outside(byte),
-        }
+        });
     }
+}
 
-    fn in_string(&mut self, byte: u8) -> Place {
-        match byte {
-            b'"' if self.matched == Some(NAME.len()) => Place::BehindName,
-            b'"' => Place::Outside,
-            b'\\' => {
-                self.matched = None;
-                Place::Escape
-            }
-            _ => {
-                self.matched = self.matched.filter(|&at| NAME.get(at) == Some(&byte)).map(|at| at + 1);
-                Place::String
-            }
+impl ChoiceList {
+    fn after(self, byte: u8) -> Self {
+        match (self, byte) {
+            _ if byte.is_ascii_whitespace() => self,
+            (Self::Expected, b'[') => Self::Open,
+            (Self::Open, b']') | (Self::Expected, _) => Self::Elsewhere,
+            (Self::Open, _) => Self::HasChoice,
+            _ => self,
         }
-    }
-
-    fn outside(&mut self, byte: u8) -> Place {
-        match byte {
-            b'"' => {
-                self.matched = (self.depth == 1).then_some(0);
-                return Place::String;
-            }
-            b'{' | b'[' => self.depth += 1,
-            b'}' | b']' => self.depth = self.depth.saturating_sub(1),
-            _ => {}
-        }
-        Place::Outside
     }
 }
 
@@ -113,17 +83,17 @@ impl Choices {
 mod tests {
     use super::*;
 
-    fn has_item(event: &str) -> bool {
-        let mut choices = Choices::default();
-        choices.feed(event.as_bytes());
-        let mut in_pieces = Choices::default();
+    fn has_choice(event: &str) -> bool {
+        let mut detector = ChoiceDetector::default();
+        detector.feed(event.as_bytes());
+        let mut in_pieces = ChoiceDetector::default();
         event.bytes().for_each(|byte| in_pieces.feed(&[byte]));
-        assert_eq!(choices.has_item(), in_pieces.has_item());
-        choices.has_item()
+        assert_eq!(detector.has_choice(), in_pieces.has_choice());
+        detector.has_choice()
     }
 
     #[test]
-    fn only_an_item_of_the_events_own_list_of_choices_counts() {
+    fn only_an_item_in_the_top_level_choices_is_a_choice() {
         for (event, want) in [
             (r#"data: {"id":1,"choices":[{"#, true),
             (r#"data: {"choices" : [ 5"#, true),
@@ -136,8 +106,9 @@ mod tests {
             (r#"data: {"choicest":[1"#, false),
             (": {\"choices\":[1\ndata: {\"choices\":[]", false),
             ("event: {\"choices\":[1\r\ndata: {\"choices\":[2", true),
+            ("data: {\"choices\":\r\ndata:[\ndata: ],\"usage\":1", false),
         ] {
-            assert_eq!(has_item(event), want, "{event}");
+            assert_eq!(has_choice(event), want, "{event}");
         }
     }
 }

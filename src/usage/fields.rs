@@ -1,4 +1,4 @@
-//! Usage objects of every provider's shape.
+//! Reads usage objects in the shape of any provider.
 
 use super::{Field, Reported};
 use crate::quota::MAX_AMOUNT;
@@ -8,20 +8,20 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-/// What stands under a name.
+/// What a key of a usage object holds.
 #[derive(Clone, Copy)]
-enum Place {
+enum FieldShape {
     /// A number of tokens.
     Number(Field),
-    /// An object with more of them.
-    Object(&'static [(&'static str, Place)]),
+    /// An object with more keys.
+    Object(&'static [(&'static str, FieldShape)]),
 }
 
-use Place::{Number, Object};
+use FieldShape::{Number, Object};
 
-/// The names by provider; where several have one, it means the same.
-const USAGE: &[(&str, Place)] = &[
-    // OpenAI, Azure and most others; of Responses and Anthropic the second name.
+/// Keys by provider. A key that several providers use means the same for all.
+const USAGE: &[(&str, FieldShape)] = &[
+    // OpenAI, Azure and most others. The Responses API and Anthropic use `input_` and `output_`.
     ("prompt_tokens", Number(Field::Prompt)),
     ("input_tokens", Number(Field::Prompt)),
     ("completion_tokens", Number(Field::Completion)),
@@ -49,48 +49,48 @@ const USAGE: &[(&str, Place)] = &[
     ("tokens", Object(COUNTED)),
     ("billed_units", Object(BILLED)),
 ];
-const OF_PROMPT: &[(&str, Place)] =
+const OF_PROMPT: &[(&str, FieldShape)] =
     &[("cached_tokens", Number(Field::Cached)), ("audio_tokens", Number(Field::PromptAudio))];
-const OF_COMPLETION: &[(&str, Place)] = &[("reasoning_tokens", Number(Field::Reasoning))];
-const COUNTED: &[(&str, Place)] =
+const OF_COMPLETION: &[(&str, FieldShape)] = &[("reasoning_tokens", Number(Field::Reasoning))];
+const COUNTED: &[(&str, FieldShape)] =
     &[("input_tokens", Number(Field::Prompt)), ("output_tokens", Number(Field::Completion))];
-const BILLED: &[(&str, Place)] =
+const BILLED: &[(&str, FieldShape)] =
     &[("input_tokens", Number(Field::BilledPrompt)), ("output_tokens", Number(Field::BilledCompletion))];
-/// Cohere's `meta`, of which nothing else is of interest.
-const META: &[(&str, Place)] = &[("tokens", Object(COUNTED)), ("billed_units", Object(BILLED))];
+/// Cohere's `meta`. Its other keys are ignored.
+const META: &[(&str, FieldShape)] = &[("tokens", Object(COUNTED)), ("billed_units", Object(BILLED))];
 
-/// Reads one usage object, as JSON text. What is not an object reports nothing; `null` neither.
+/// Reads one usage object, as JSON text. `null` reports nothing.
 pub(super) fn read(usage: &str) -> Reported {
     read_as(USAGE, usage)
 }
 
-/// The same for an object that has the usage among other things.
+/// Reads the token counts in Cohere's `meta`.
 pub(super) fn read_meta(meta: &str) -> Reported {
-    Reported { refused: false, ..read_as(META, meta) }
+    Reported { has_incredible: false, ..read_as(META, meta) }
 }
 
-/// Reads the `usage` of an object; `None`: there is none, or it is null.
+/// Reads the `usage` member of an object; `None`: it has none, or null.
 pub(super) fn read_within(object: &str) -> Option<Reported> {
     #[derive(Deserialize)]
     struct Holder<'a> {
         #[serde(borrow)]
         usage: Option<&'a RawValue>,
     }
-    // A list would do for a structure too.
+    // serde would also read a list into the struct.
     let object = Some(object).filter(|json| json.starts_with('{'))?;
     let usage = serde_json::from_str::<Holder>(object).ok()?.usage?.get();
     (usage != "null").then(|| read(usage))
 }
 
-fn read_as(names: &'static [(&'static str, Place)], json: &str) -> Reported {
-    let mut reading = Reading { names, reported: Reported::default(), has_prompt_tokens: false };
+fn read_as(names: &'static [(&'static str, FieldShape)], json: &str) -> Reported {
+    let mut visitor = UsageVisitor { names, reported: Reported::default(), has_prompt_tokens: false };
     let mut deserializer = serde_json::Deserializer::from_str(json);
-    if reading.deserialize(&mut deserializer).and_then(|()| deserializer.end()).is_err() {
-        return Reported { refused: true, ..Reported::default() };
+    if visitor.deserialize(&mut deserializer).and_then(|()| deserializer.end()).is_err() {
+        return Reported { has_incredible: true, ..Reported::default() };
     }
-    let Reading { mut reported, has_prompt_tokens, .. } = reading;
+    let UsageVisitor { mut reported, has_prompt_tokens, .. } = visitor;
     if has_prompt_tokens {
-        // Others than Anthropic who name its caches have them within the prompt.
+        // A provider other than Anthropic that reports cache tokens includes them in the prompt.
         let [read, cached] = [Field::CacheRead, Field::Cached].map(|field| reported.get(field));
         reported.set(Field::Cached, cached.or(read));
         reported.set(Field::CacheRead, None);
@@ -99,13 +99,13 @@ fn read_as(names: &'static [(&'static str, Place)], json: &str) -> Reported {
     reported
 }
 
-struct Reading {
-    names: &'static [(&'static str, Place)],
+struct UsageVisitor {
+    names: &'static [(&'static str, FieldShape)],
     reported: Reported,
     has_prompt_tokens: bool,
 }
 
-impl<'de> DeserializeSeed<'de> for &mut Reading {
+impl<'de> DeserializeSeed<'de> for &mut UsageVisitor {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -113,7 +113,7 @@ impl<'de> DeserializeSeed<'de> for &mut Reading {
     }
 }
 
-impl<'de> Visitor<'de> for &mut Reading {
+impl<'de> Visitor<'de> for &mut UsageVisitor {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -127,14 +127,14 @@ impl<'de> Visitor<'de> for &mut Reading {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let names = self.names;
         while let Some(key) = map.next_key::<Cow<'de, str>>()? {
-            match names.iter().find(|(name, _)| *name == key).map(|(_, place)| *place) {
+            match names.iter().find(|(name, _)| *name == key).map(|(_, shape)| *shape) {
                 None => drop(map.next_value::<IgnoredAny>()?),
                 Some(Number(field)) => {
                     self.has_prompt_tokens |= key == "prompt_tokens";
-                    match map.next_value::<Whole>()? {
-                        Whole::Number(n) => self.reported.set(field, Some(n)),
-                        Whole::Null => {}
-                        Whole::Incredible => self.reported.refused = true,
+                    match map.next_value::<TokenCount>()? {
+                        TokenCount::Number(n) => self.reported.set(field, Some(n)),
+                        TokenCount::Null => {}
+                        TokenCount::Incredible => self.reported.has_incredible = true,
                     }
                 }
                 Some(Object(names)) => {
@@ -147,65 +147,65 @@ impl<'de> Visitor<'de> for &mut Reading {
     }
 }
 
-/// What stands further in adds to what is known; where it is no object there is nothing of it.
-fn details(names: &'static [(&'static str, Place)], json: &str) -> Reported {
+/// Reads a nested object. Other values are ignored.
+fn details(names: &'static [(&'static str, FieldShape)], json: &str) -> Reported {
     if json.starts_with('{') { read_as(names, json) } else { Reported::default() }
 }
 
-/// A number of tokens as somebody else reports it.
-enum Whole {
+/// A number of tokens as reported.
+enum TokenCount {
     Number(u64),
     Null,
     Incredible,
 }
 
-impl<'de> Deserialize<'de> for Whole {
+impl<'de> Deserialize<'de> for TokenCount {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Any;
         impl<'de> Visitor<'de> for Any {
-            type Value = Whole;
+            type Value = TokenCount;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("anything")
             }
 
-            fn visit_u64<E>(self, n: u64) -> Result<Whole, E> {
-                Ok(if n <= MAX_AMOUNT { Whole::Number(n) } else { Whole::Incredible })
+            fn visit_u64<E>(self, n: u64) -> Result<TokenCount, E> {
+                Ok(if n <= MAX_AMOUNT { TokenCount::Number(n) } else { TokenCount::Incredible })
             }
 
-            fn visit_f64<E>(self, x: f64) -> Result<Whole, E> {
+            fn visit_f64<E>(self, x: f64) -> Result<TokenCount, E> {
                 // Some providers send 12.0. 2^40 is exact in an f64, so the cast below is too.
                 #[allow(clippy::cast_precision_loss)]
                 let largest = MAX_AMOUNT as f64;
                 let whole = x.fract() == 0.0 && (0.0..=largest).contains(&x);
                 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-                Ok(if whole { Whole::Number(x as u64) } else { Whole::Incredible })
+                Ok(if whole { TokenCount::Number(x as u64) } else { TokenCount::Incredible })
             }
 
-            fn visit_unit<E>(self) -> Result<Whole, E> {
-                Ok(Whole::Null)
+            fn visit_unit<E>(self) -> Result<TokenCount, E> {
+                Ok(TokenCount::Null)
             }
 
-            fn visit_i64<E>(self, _: i64) -> Result<Whole, E> {
-                Ok(Whole::Incredible)
+            fn visit_i64<E>(self, _: i64) -> Result<TokenCount, E> {
+                Ok(TokenCount::Incredible)
             }
 
-            fn visit_bool<E>(self, _: bool) -> Result<Whole, E> {
-                Ok(Whole::Incredible)
+            fn visit_bool<E>(self, _: bool) -> Result<TokenCount, E> {
+                Ok(TokenCount::Incredible)
             }
 
-            fn visit_str<E>(self, _: &str) -> Result<Whole, E> {
-                Ok(Whole::Incredible)
+            fn visit_str<E>(self, _: &str) -> Result<TokenCount, E> {
+                Ok(TokenCount::Incredible)
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Whole, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<TokenCount, A::Error> {
                 while seq.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Whole::Incredible)
+                Ok(TokenCount::Incredible)
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Whole, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TokenCount, A::Error> {
                 while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Whole::Incredible)
+                Ok(TokenCount::Incredible)
             }
         }
         deserializer.deserialize_any(Any)

@@ -1,12 +1,13 @@
-//! Usage of a server-sent event stream, read while the bytes go by, and the one event that may be
-//! withheld from the caller.
+//! Reads the usage of a server-sent event stream while its bytes pass, and withholds one event: the usage chunk
+//! that the gateway requested and the caller did not.
 //!
-//! Linear and bounded: each byte is looked at a fixed number of times, however the network cut the
-//! stream. Line ends are LF, CRLF or CR. Only events that name `usage` are parsed.
+//! Linear and bounded: each byte is examined a fixed number of times, however the network cut the stream. Lines end
+//! with LF, CRLF or CR. Only events with a `usage` that is not null are parsed at once.
 
-use super::choices::Choices;
-use super::received::{Received, SoFar};
-use super::{Reported, Texts, ending, fields};
+use super::choices::ChoiceDetector;
+use super::delivered::{Delivered, DeliveredTokens};
+use super::sink::{Discard, Sink};
+use super::{Reported, TextToCount, ending, fields};
 use bytes::Bytes;
 use memchr::memchr2;
 use memchr::memmem::Finder;
@@ -17,137 +18,111 @@ use std::sync::{Arc, LazyLock};
 
 static USAGE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"usage"));
 
-/// An event longer than this passes through unread.
-const LONGEST_EVENT: usize = 4 * 1024 * 1024;
-/// No more than this of an event is ever kept back: the one to withhold is far smaller.
-const MOST_KEPT_BACK: usize = 256 * 1024;
-
-/// Where the pieces of a stream go that the caller is to receive, in order.
-pub trait Sink {
-    /// Takes the next piece.
-    fn push(&mut self, piece: Bytes);
-}
-
-impl Sink for Vec<Bytes> {
-    fn push(&mut self, piece: Bytes) {
-        Vec::push(self, piece);
-    }
-}
-
-impl Sink for std::collections::VecDeque<Bytes> {
-    fn push(&mut self, piece: Bytes) {
-        self.push_back(piece);
-    }
-}
-
-/// Where pieces go that nobody is to receive.
-#[derive(Clone, Copy, Debug)]
-pub struct Nowhere;
-
-impl Sink for Nowhere {
-    fn push(&mut self, _: Bytes) {}
-}
+/// A longer event passes through unread.
+const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;
+/// A longer event is not buffered for withholding; the usage chunk is far smaller.
+const MAX_WITHHELD_BYTES: usize = 256 * 1024;
 
 /// Follows one event stream, fed in arbitrary pieces.
 #[derive(Debug, Default)]
 pub struct SseReader {
-    /// Whether the gateway itself asked for usage: then the event that only carries it is withheld.
+    /// The gateway requested usage for itself: the event that carries only usage is withheld.
     withholds: bool,
     /// The event that has begun and not ended.
-    begun: Vec<u8>,
-    /// `begun` is kept back from the caller.
-    kept_back: bool,
-    /// What is seen of the choices in `begun`.
-    choices: Choices,
-    /// The event is too long: it is passed over.
-    overlong: bool,
+    partial: Vec<u8>,
+    /// `partial` was not passed to the caller yet.
+    is_held_back: bool,
+    /// Looks for choices in `partial`.
+    choices: ChoiceDetector,
+    /// The current event exceeds `MAX_EVENT_BYTES` and is skipped.
+    is_too_long: bool,
     /// The current line has bytes.
     in_line: bool,
     /// The last byte was a CR: an LF that follows belongs to it.
     after_cr: bool,
-    /// The event that ended with the last byte was withheld, so the LF of its CRLF is too.
+    /// The event that ended with the last byte was withheld, so the LF of its CRLF is withheld too.
     withheld_last: bool,
     reported: Reported,
-    received: Received,
-    /// What had come when its tokens were last reported.
-    when_reported: SoFar,
+    delivered: Delivered,
+    /// Tokens delivered when the upstream last reported completion tokens.
+    delivered_at_report: DeliveredTokens,
     withheld: u32,
 }
 
 impl SseReader {
-    /// A reader from the start of a stream. With `withholds` the event that has no choices and a usage
-    /// is kept from the caller.
+    /// A reader from the start of a stream. With `withholds`, the event with a usage and no choices is not passed
+    /// to the caller.
     pub fn new(withholds: bool) -> Self {
         Self { withholds, ..Self::default() }
     }
 
     #[cfg(test)]
-    pub(super) fn that_parses_all() -> Self {
-        Self { received: Received::that_parses_all(), ..Self::default() }
+    pub(super) fn without_templates() -> Self {
+        Self { delivered: Delivered::without_templates(), ..Self::default() }
     }
 
     #[cfg(test)]
-    pub(super) fn received(&mut self) -> &mut Received {
-        &mut self.received
+    pub(super) fn delivered(&mut self) -> &mut Delivered {
+        &mut self.delivered
     }
 
-    /// Reads the next piece and hands on what the caller is to receive of it.
+    /// Reads the next piece and passes on the caller's part of it.
     ///
-    /// Without withholding that is always the piece itself. With it, an event that came in pieces may
-    /// be kept back until it is whole or cannot be the one to withhold.
+    /// Without withholding that is the piece itself. With it, a partial event may be held back until it is complete
+    /// or cannot be the usage chunk.
     pub fn feed(&mut self, piece: &Bytes, out: &mut impl Sink) {
         if !self.withholds {
-            self.scan(piece, &mut Nowhere);
+            self.scan(piece, &mut Discard);
             out.push(piece.clone());
             return;
         }
         self.scan(piece, out);
     }
 
-    /// The stream has ended: hands on what was kept back. A last event without its blank line counts.
+    /// The stream has ended: passes on the held-back bytes. A last event without its blank line counts.
     pub fn finish(&mut self, out: &mut impl Sink) {
-        let kept_back = std::mem::take(&mut self.kept_back);
-        let event = std::mem::take(&mut self.begun);
-        self.choices = Choices::default();
-        let reports = !event.is_empty() && !self.overlong && self.event(&event);
-        self.withheld += u32::from(reports && kept_back);
-        if kept_back && !reports {
+        let was_held_back = std::mem::take(&mut self.is_held_back);
+        let event = std::mem::take(&mut self.partial);
+        self.choices = ChoiceDetector::default();
+        let is_usage_chunk = !event.is_empty() && !self.is_too_long && self.read_event(&event);
+        self.withheld += u32::from(is_usage_chunk && was_held_back);
+        if was_held_back && !is_usage_chunk {
             out.push(Bytes::from(event));
         }
     }
 
-    /// The stream has broken off: hands on nothing, an event cut in half is of no use to the caller.
-    /// Returns whether the caller has been given a part of an event.
+    /// The stream has broken off: drops the partial event. Returns whether the caller has received a part of it.
     pub fn break_off(&mut self) -> bool {
-        let given = self.overlong || !(self.begun.is_empty() || self.kept_back);
-        self.begun = Vec::new();
-        self.kept_back = false;
-        given
+        let is_passed_on = self.is_too_long || !(self.partial.is_empty() || self.is_held_back);
+        self.partial = Vec::new();
+        self.is_held_back = false;
+        is_passed_on
     }
 
-    /// What was reported so far.
+    /// The usage reported so far.
     pub fn reported(&self) -> Reported {
         self.reported
     }
 
-    /// How many tokens have come: reported, and guessed of what has come since. By guessing alone it is
-    /// not taken to be longer than its request allows.
+    /// Completion tokens so far: those reported, plus an estimate of those delivered since. A guess by text length
+    /// is clamped to `cap`, the request's bound.
     pub fn tokens_so_far(&self, cap: u64) -> u64 {
         let (reported, before, now) =
-            (self.reported.completion().unwrap_or(0), self.when_reported, self.received.so_far());
-        let surely = reported + now.surely.saturating_sub(before.surely);
-        let probably = reported + now.probably.saturating_sub(before.probably);
-        surely.max(probably.min(cap))
+            (self.reported.completion().unwrap_or(0), self.delivered_at_report, self.delivered.tokens());
+        let at_least = reported + now.at_least.saturating_sub(before.at_least);
+        let about = reported + now.about.saturating_sub(before.about);
+        at_least.max(about.min(cap))
     }
 
-    /// What ends the stream as if the model had reached its bound, made like the events that came.
+    /// The events that end the stream as if the model had reached its token limit, in the shape of the events
+    /// delivered.
     pub fn length_ending(&self, choices: u64) -> String {
-        ending::of_length(&self.received, choices, self.tokens_so_far(u64::MAX))
+        ending::at_length(&self.delivered, choices, self.tokens_so_far(u64::MAX))
     }
 
-    /// The number of the next event, where they have one (Responses).
+    /// The sequence number of the next event, if the events are numbered (Responses API).
     pub fn next_sequence_number(&self) -> Option<u64> {
-        ending::next_sequence_number(&self.received)
+        ending::next_sequence_number(&self.delivered)
     }
 
     /// How many events were withheld.
@@ -155,40 +130,40 @@ impl SseReader {
         self.withheld
     }
 
-    /// Bytes that are kept to be counted.
-    pub fn kept_bytes(&self) -> usize {
-        self.received.kept_bytes()
+    /// Bytes buffered for counting.
+    pub fn buffered_bytes(&self) -> usize {
+        self.delivered.buffered_bytes()
     }
 
-    /// Whether so much text has come that a portion of it can be counted.
+    /// Whether enough text has arrived to count a portion of it.
     pub fn has_portion(&self) -> bool {
-        self.received.has_portion()
+        self.delivered.has_portion()
     }
 
-    /// Texts to be counted while the rest is coming, if there is enough for that, one portion at a time.
+    /// Takes text to count while the rest of the stream arrives, one portion at a time; `None`: too little.
     pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
-        self.received.take_portion()
+        self.delivered.take_portion()
     }
 
-    /// How many tokens the portion has; `None`: they could not be counted.
+    /// Records the tokens of the portion; `None`: counting failed.
     pub fn portion_counted(&mut self, tokens: Option<u64>) {
-        self.received.portion_counted(tokens);
+        self.delivered.portion_counted(tokens);
     }
 
-    /// The generated text that has come since usage was reported, if it ever was.
-    pub fn take_texts(&mut self) -> Texts {
-        std::mem::take(&mut self.received).finish_events()
+    /// Takes the generated text that was delivered since usage was last reported.
+    pub fn take_text(&mut self) -> TextToCount {
+        std::mem::take(&mut self.delivered).finish_events()
     }
 
     fn scan(&mut self, piece: &Bytes, out: &mut impl Sink) {
-        // Start of what the caller has not been given of this piece, and of the event in it.
-        let (mut given, mut event_start, mut at) = (0, 0, 0);
+        // `passed`: start of the bytes of this piece that were not passed on yet.
+        let (mut passed, mut event_start, mut at) = (0, 0, 0);
         if self.after_cr && piece.first() == Some(&b'\n') {
             at = 1;
-            if self.begun.is_empty() {
+            if self.partial.is_empty() {
                 event_start = 1;
                 if self.withheld_last {
-                    given = 1;
+                    passed = 1;
                 }
             }
         }
@@ -207,149 +182,149 @@ impl SseReader {
                     None => self.after_cr = true,
                 }
             }
-            let blank = !std::mem::take(&mut self.in_line);
-            if blank {
+            let is_blank = !std::mem::take(&mut self.in_line);
+            if is_blank {
                 if self.end_event(&piece[event_start..at]) {
                     self.withheld += 1;
                     self.withheld_last = self.after_cr;
-                    out_slice(out, piece, given, event_start);
-                    given = at;
-                } else if self.kept_back {
-                    // It came in pieces and is not to be withheld: what came before goes first.
-                    out.push(Bytes::copy_from_slice(&self.begun));
+                    push_slice(out, piece, passed, event_start);
+                    passed = at;
+                } else if self.is_held_back {
+                    // The event is not withheld: its earlier pieces go first.
+                    out.push(Bytes::copy_from_slice(&self.partial));
                 }
-                self.begun.clear();
-                self.choices = Choices::default();
-                self.kept_back = false;
-                self.overlong = false;
+                self.partial.clear();
+                self.choices = ChoiceDetector::default();
+                self.is_held_back = false;
+                self.is_too_long = false;
                 event_start = at;
             }
         }
         self.in_line |= at < piece.len();
-        self.begin(piece, given, event_start, out);
+        self.extend_partial(piece, passed, event_start, out);
     }
 
-    /// Keeps what has begun and not ended, and hands on what need not be kept back.
-    fn begin(&mut self, piece: &Bytes, given: usize, event_start: usize, out: &mut impl Sink) {
+    /// Buffers the event that has begun in `piece` and not ended, and passes on what need not be held back.
+    fn extend_partial(&mut self, piece: &Bytes, passed: usize, event_start: usize, out: &mut impl Sink) {
         let tail = &piece[event_start..];
         if tail.is_empty() {
-            out_slice(out, piece, given, event_start);
+            push_slice(out, piece, passed, event_start);
             return;
         }
-        let before = self.begun.len();
-        let may_keep_back = self.withholds && !self.overlong && (before == 0 || self.kept_back);
-        let was_kept_back = std::mem::take(&mut self.kept_back);
-        let too_long = self.overlong || before + tail.len() > LONGEST_EVENT;
-        if !too_long {
-            self.begun.extend_from_slice(tail);
-            if may_keep_back {
+        let before = self.partial.len();
+        let may_hold_back = self.withholds && !self.is_too_long && (before == 0 || self.is_held_back);
+        let was_held_back = std::mem::take(&mut self.is_held_back);
+        let is_too_long = self.is_too_long || before + tail.len() > MAX_EVENT_BYTES;
+        if !is_too_long {
+            self.partial.extend_from_slice(tail);
+            if may_hold_back {
                 self.choices.feed(tail);
-                self.kept_back = !self.choices.has_item() && self.begun.len() <= MOST_KEPT_BACK;
+                self.is_held_back = !self.choices.has_choice() && self.partial.len() <= MAX_WITHHELD_BYTES;
             }
         }
-        if self.kept_back {
-            out_slice(out, piece, given, event_start);
+        if self.is_held_back {
+            push_slice(out, piece, passed, event_start);
         } else {
-            if was_kept_back {
-                out.push(Bytes::copy_from_slice(&self.begun[..before]));
+            if was_held_back {
+                out.push(Bytes::copy_from_slice(&self.partial[..before]));
             }
-            out_slice(out, piece, given, piece.len());
+            push_slice(out, piece, passed, piece.len());
         }
-        if too_long {
-            self.overlong = true;
-            self.received.pass_over(before + tail.len());
-            self.begun = Vec::new();
+        if is_too_long {
+            self.is_too_long = true;
+            self.delivered.skip(before + tail.len());
+            self.partial = Vec::new();
         }
     }
 
-    /// An event has ended with `tail`, after what has begun. Returns whether it is to be withheld.
+    /// Ends the event that consists of `partial` and `tail`. Returns whether to withhold it.
     fn end_event(&mut self, tail: &[u8]) -> bool {
-        if self.overlong {
-            self.received.pass_over(tail.len());
+        if self.is_too_long {
+            self.delivered.skip(tail.len());
             return false;
         }
-        if self.begun.is_empty() {
-            // By the same measure as if it had come in pieces.
-            return self.event(tail) && self.withholds && tail.len() <= MOST_KEPT_BACK;
+        if self.partial.is_empty() {
+            // The size limit must not depend on cuts.
+            return self.read_event(tail) && self.withholds && tail.len() <= MAX_WITHHELD_BYTES;
         }
-        let before = self.begun.len();
-        let mut event = std::mem::take(&mut self.begun);
+        let before = self.partial.len();
+        let mut event = std::mem::take(&mut self.partial);
         event.extend_from_slice(tail);
-        let reports = self.event(&event) && event.len() <= MOST_KEPT_BACK;
+        let is_usage_chunk = self.read_event(&event) && event.len() <= MAX_WITHHELD_BYTES;
         event.truncate(before);
-        self.begun = event;
-        reports && self.kept_back
+        self.partial = event;
+        is_usage_chunk && self.is_held_back
     }
 
-    /// Reads one whole event. Returns whether it only reports usage.
-    fn event(&mut self, event: &[u8]) -> bool {
+    /// Reads one complete event. Returns whether it carries only usage.
+    fn read_event(&mut self, event: &[u8]) -> bool {
         let Some(data) = data_of(event) else { return false };
-        if says_error(event) {
-            return false; // whatever its data look like, they are no completion
+        if is_error_event(event) {
+            return false; // its data is not a completion, whatever its shape
         }
-        // What is like the last one that reported nothing does not report either.
-        if self.received.push_usual(&data) {
+        // An event that matches a template reports no usage, like the event the template was made from.
+        if self.delivered.push_matching(&data) {
             return false;
         }
-        if USAGE.find(&data).is_some()
-            && let Ok(chunk) = serde_json::from_slice::<Chunk>(&data)
+        if mentions_usage(&data)
+            && let Ok(chunk) = serde_json::from_slice::<UsageEvent>(&data)
             && let Some(reported) = chunk.reported()
         {
             self.reported.update(reported);
-            let only_reports = chunk.only_reports();
-            if !only_reports {
-                self.received.push_reporting(&data);
+            let is_usage_chunk = chunk.is_usage_chunk();
+            if !is_usage_chunk {
+                self.delivered.push_unmatched(&data);
             }
             if reported.completion().is_some() {
-                self.when_reported = self.received.so_far();
-                self.received.is_reported();
+                self.delivered_at_report = self.delivered.tokens();
+                self.delivered.usage_reported();
             }
-            return only_reports;
+            return is_usage_chunk;
         }
-        self.received.push_event(&data);
+        self.delivered.push_event(&data);
         false
     }
 }
 
-/// An event, as far as usage can stand in it.
+/// The fields of an event that can hold usage.
 #[derive(Deserialize)]
-struct Chunk<'a> {
+struct UsageEvent<'a> {
     #[serde(borrow)]
     choices: Option<&'a RawValue>,
     #[serde(borrow)]
     usage: Option<&'a RawValue>,
-    /// Gemini's.
+    /// Gemini.
     #[serde(borrow, rename = "usageMetadata")]
     usage_metadata: Option<&'a RawValue>,
-    /// Groq's, with a `usage` of its own; the same numbers once more.
+    /// Groq: holds a `usage` that repeats the numbers.
     #[serde(borrow)]
     x_groq: Option<&'a RawValue>,
-    /// Of Responses, with the whole of it.
+    /// Responses API: the complete response.
     #[serde(borrow)]
     response: Option<&'a RawValue>,
-    /// Of Anthropic's first event.
+    /// Anthropic's first event.
     #[serde(borrow)]
     message: Option<&'a RawValue>,
-    /// Of Cohere's last one.
+    /// Cohere's last event.
     #[serde(borrow)]
     delta: Option<&'a RawValue>,
 }
 
-impl Chunk<'_> {
-    /// What it reports; `None`: it says nothing of usage.
+impl UsageEvent<'_> {
+    /// The usage that the event reports; `None`: it has none.
     fn reported(&self) -> Option<Reported> {
-        let inner = |part: Option<&RawValue>| fields::read_within(part?.get());
-        let outer = |part: Option<&RawValue>| {
-            let usage = part.map(RawValue::get).filter(|usage| *usage != "null")?;
+        let nested = |parent: Option<&RawValue>| fields::read_within(parent?.get());
+        let direct = |usage: Option<&RawValue>| {
+            let usage = usage.map(RawValue::get).filter(|usage| *usage != "null")?;
             Some(Reported::read(usage))
         };
         let all = [
-            inner(self.response),
-            inner(self.message),
-            inner(self.delta),
-            inner(self.x_groq),
-            outer(self.usage_metadata),
-            outer(self.usage),
+            nested(self.response),
+            nested(self.message),
+            nested(self.delta),
+            nested(self.x_groq),
+            direct(self.usage_metadata),
+            direct(self.usage),
         ];
         all.into_iter().flatten().reduce(|mut sum, next| {
             sum.update(next);
@@ -357,14 +332,14 @@ impl Chunk<'_> {
         })
     }
 
-    /// No choices, and a usage: what comes extra where a stream is asked for it.
-    fn only_reports(&self) -> bool {
+    /// Whether this is the extra event of a stream with `include_usage`: usage and an empty list of choices.
+    fn is_usage_chunk(&self) -> bool {
         self.usage.is_some_and(|usage| usage.get() != "null")
             && self.choices.is_some_and(|choices| is_empty_array(choices.get()))
     }
 }
 
-fn out_slice(out: &mut impl Sink, piece: &Bytes, from: usize, to: usize) {
+fn push_slice(out: &mut impl Sink, piece: &Bytes, from: usize, to: usize) {
     if from < to {
         out.push(piece.slice(from..to));
     }
@@ -374,13 +349,23 @@ fn is_empty_array(json: &str) -> bool {
     json.strip_prefix('[').and_then(|j| j.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
 }
 
-/// Whether an event is called `error`.
-fn says_error(event: &[u8]) -> bool {
+/// Whether data may report usage: a key begins with `usage` and its value is not null. Many upstreams send
+/// `"usage":null` in every event.
+fn mentions_usage(data: &[u8]) -> bool {
+    USAGE.find_iter(data).any(|at| {
+        let after = &data[at + USAGE.needle().len()..];
+        let value = after.strip_prefix(b"\"").and_then(|after| after.trim_ascii_start().strip_prefix(b":"));
+        !value.is_some_and(|value| value.trim_ascii_start().starts_with(b"null"))
+    })
+}
+
+/// Whether an event has the name `error`.
+fn is_error_event(event: &[u8]) -> bool {
     let name = event.strip_prefix(b"event:").unwrap_or_default().trim_ascii_start();
     name.strip_prefix(b"error").is_some_and(|rest| matches!(rest.first(), Some(b'\n' | b'\r')))
 }
 
-/// The data of an event: of several `data` lines joined by LF. `None`: it has none.
+/// The data of an event; several `data` lines are joined by LF. `None`: it has no data.
 fn data_of(event: &[u8]) -> Option<Cow<'_, [u8]>> {
     let event = event.strip_prefix(b"\xef\xbb\xbf").unwrap_or(event);
     let mut data: Option<Cow<'_, [u8]>> = None;
@@ -413,7 +398,7 @@ mod tests {
     const HI: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"}}],"usage":null}"#;
     const LAST: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
 
-    /// Feeds a stream cut at the given places; returns what the caller got, and the reader.
+    /// Feeds a stream cut at the given places; returns the caller's bytes and the reader.
     fn follow(stream: &str, withholds: bool, cuts: &[usize]) -> (String, SseReader) {
         let mut reader = SseReader::new(withholds);
         let mut out: Vec<Bytes> = Vec::new();
@@ -433,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn just_the_event_that_only_reports_usage_is_withheld() {
+    fn only_the_usage_chunk_is_withheld() {
         for nl in ["\n", "\r\n", "\r"] {
             let e = |s: &str| format!("{s}{nl}{nl}");
             let before = e(": keepalive") + &e(HI) + &e(LAST);
@@ -452,26 +437,26 @@ mod tests {
     }
 
     #[test]
-    fn what_has_come_is_what_was_reported_and_what_came_since() {
+    fn tokens_so_far_are_those_reported_and_those_delivered_since() {
         let event = |content: &str, usage: &str| {
             format!(r#"data: {{"choices":[{{"index":0,"delta":{{"content":"{content}"}}}}]{usage}}}"#)
                 + "\n\n"
         };
         let (_, none) = follow(&event("a", "").repeat(30), false, &[]);
         assert_eq!((none.tokens_so_far(u64::MAX), none.tokens_so_far(5)), (30, 30));
-        // Some backends report with every event; one token may come in two of them.
+        // Some upstreams report usage in every event; one token may arrive in two events.
         let reported = event("a", "") + &event("b", r#","usage":{"completion_tokens":1}"#);
         let (_, running) = follow(&reported, false, &[]);
         assert_eq!(running.tokens_so_far(u64::MAX), 1);
         let (_, running) = follow(&(reported + &event("c", "")), false, &[]);
         assert_eq!(running.tokens_so_far(u64::MAX), 2);
-        // Long texts in few events are guessed by their length, but not beyond what was asked for.
+        // Long texts in few events are estimated by length, but not beyond the request's bound.
         let (_, long) = follow(&event(&"a".repeat(40_000), "").repeat(2), false, &[]);
         assert_eq!((long.tokens_so_far(u64::MAX), long.tokens_so_far(5_000)), (20_000, 5_000));
     }
 
     #[test]
-    fn the_next_number_follows_the_last_whole_event() {
+    fn the_next_sequence_number_follows_the_last_complete_event() {
         for (stream, next) in [
             ("", None),
             ("data: {\"sequence_number\":0}\n\n", Some(1)),
@@ -487,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn usage_is_found_without_a_blank_line_at_the_end_and_behind_a_byte_order_mark() {
+    fn usage_is_found_without_a_final_blank_line_and_after_a_byte_order_mark() {
         let (got, reader) = follow(EXTRA, true, &[]);
         assert_eq!((got.as_str(), reader.reported().completion()), ("", Some(2)));
         let (_, reader) = follow(&format!("\u{feff}{EXTRA}\n\n"), false, &[]);
@@ -498,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_in_pieces_is_kept_back_only_while_it_may_be_the_one() {
+    fn a_partial_event_is_held_back_only_while_it_may_be_the_usage_chunk() {
         let mut reader = SseReader::new(true);
         let mut out: Vec<Bytes> = Vec::new();
         let piece = |s: &'static str| Bytes::from_static(s.as_bytes());
@@ -513,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn other_choices_before_the_list_make_no_difference_to_a_cut() {
+    fn nested_choices_do_not_prevent_withholding_a_cut_usage_chunk() {
         let usage = r#""choices":[],"usage":{"completion_tokens":2}}"#;
         for before in [r#""id":"choices","#, r#""a":{"choices":[1]},"#, r#""a":[{"choices":["b"]}],"#] {
             let stream = format!("data: {{{before}{usage}\n\n");
@@ -525,10 +510,10 @@ mod tests {
     }
 
     #[test]
-    fn text_is_there_to_be_counted_where_usage_never_comes() {
+    fn text_is_collected_if_usage_never_arrives() {
         let (_, mut reader) = follow(&format!("{HI}\n\n{HI}\n\ndata: [DONE]\n\n"), true, &[]);
-        assert_eq!(reader.take_texts().texts, ["HiHi"]);
-        assert!(!reader.reported().is_any());
+        assert_eq!(reader.take_text().texts, ["HiHi"]);
+        assert!(!reader.reported().has_any());
     }
 
     #[test]
@@ -540,18 +525,21 @@ mod tests {
             let mut out: Vec<Bytes> = Vec::new();
             reader.feed(&piece, &mut out);
             passed += out.iter().map(Bytes::len).sum::<usize>();
-            assert!(reader.begun.len() <= LONGEST_EVENT);
+            assert!(reader.partial.len() <= MAX_EVENT_BYTES);
         }
         let mut out: Vec<Bytes> = Vec::new();
         reader.feed(&Bytes::from(format!("\n\n{HI}\n\n{EXTRA}\n\n")), &mut out);
         assert_eq!((passed, out.concat()), (200 * 64 * 1024, format!("\n\n{HI}\n\n").into_bytes()));
         assert_eq!(reader.reported().completion(), Some(2));
-        // All of it is reported now.
-        assert_eq!(reader.take_texts(), Texts::default());
+        // The usage covers everything.
+        assert_eq!(reader.take_text(), TextToCount::default());
         let cuts: Vec<usize> = (0..=passed).step_by(64 * 1024).collect();
         let (_, mut silent) = follow(&format!("{}\n\n{HI}\n\n", "x".repeat(passed)), false, &cuts);
-        let counted = silent.take_texts();
-        assert_eq!((counted.tokens, counted.texts), ((passed as u64 + 2).div_ceil(4), vec!["Hi".to_owned()]));
+        let counted = silent.take_text();
+        assert_eq!(
+            (counted.known_tokens, counted.texts),
+            ((passed as u64 + 2).div_ceil(4), vec!["Hi".to_owned()])
+        );
     }
 
     fn line() -> impl Strategy<Value = String> {
@@ -568,7 +556,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_depends_on_where_the_bytes_are_cut(
+        fn results_do_not_depend_on_cuts(
             lines in prop::collection::vec((line(), prop_oneof![Just("\n"), Just("\r\n"), Just("\r")]), 0..16),
             cuts in prop::collection::vec(0usize..1200, 0..12),
             withholds in any::<bool>(),
@@ -583,9 +571,9 @@ mod tests {
             prop_assert_eq!(&whole, &single);
             prop_assert_eq!(a.reported(), b.reported());
             prop_assert_eq!(a.reported(), c.reported());
-            let texts = a.take_texts();
-            prop_assert_eq!(&texts, &b.take_texts());
-            prop_assert_eq!(&texts, &c.take_texts());
+            let texts = a.take_text();
+            prop_assert_eq!(&texts, &b.take_text());
+            prop_assert_eq!(&texts, &c.take_text());
             if !withholds {
                 prop_assert_eq!(whole, stream);
             }

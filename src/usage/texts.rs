@@ -1,5 +1,6 @@
-//! The generated text in an answer's JSON, event or whole document, by its shape: routes do not tell, since
-//! some upstreams have several APIs' shapes.
+//! Finds the generated text in the JSON of an answer: one stream event or a whole document.
+//!
+//! The shape of the JSON decides, not the route: some upstreams answer in the shapes of several APIs.
 
 mod anthropic;
 mod chat;
@@ -9,36 +10,14 @@ mod responses;
 #[cfg(test)]
 mod tests;
 
-use super::received::Received;
+use super::collector::{TextCollector, TextKind, TextSlot};
 use crate::json::LooseText as Text;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-pub(super) use anthropic::block;
+pub(super) use anthropic::open_block_after;
 
-/// Which text a delta belongs to: tokens straddle deltas, so they are joined before they are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Slot {
-    /// Choice, output item, block or candidate.
-    pub(super) choice: u64,
-    pub(super) part: Part,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Part {
-    Content,
-    Refusal,
-    Reasoning,
-    Sound,
-    Code,
-    ToolCall(u64),
-    /// Parts of an item of Responses.
-    ItemContent(u64),
-    ItemReasoning(u64),
-    Summary(u64),
-}
-
-/// All fields that text can stand in, whatever the API.
+/// All fields that can hold text, of all APIs.
 #[derive(Deserialize)]
 struct Answer<'a> {
     #[serde(rename = "type", borrow, default)]
@@ -46,22 +25,22 @@ struct Answer<'a> {
     #[serde(borrow)]
     error: Option<&'a RawValue>,
     #[serde(borrow)]
-    choices: Option<Vec<chat::Choice<'a>>>,
+    choices: Option<Vec<chat::ChatChoice<'a>>>,
     #[serde(borrow)]
     candidates: Option<Vec<gemini::Candidate<'a>>>,
-    /// An event's.
+    /// Events of Anthropic, Cohere and the Responses API.
     #[serde(borrow)]
     delta: Option<&'a RawValue>,
     index: Option<u64>,
     #[serde(borrow)]
     content_block: Option<anthropic::Block<'a>>,
-    /// Anthropic's document.
+    /// Documents of Anthropic.
     #[serde(borrow)]
     content: Option<&'a RawValue>,
-    /// Cohere's document, and what opens a stream of Anthropic's.
+    /// Documents of Cohere; also in Anthropic's opening event.
     #[serde(borrow)]
     message: Option<&'a RawValue>,
-    /// Of Responses.
+    /// From here on: the Responses API.
     #[serde(borrow)]
     output: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -69,7 +48,7 @@ struct Answer<'a> {
     #[serde(borrow)]
     response: Option<&'a RawValue>,
     #[serde(borrow)]
-    item: Option<responses::Item<'a>>,
+    item: Option<responses::OutputItem<'a>>,
     output_index: Option<u64>,
     content_index: Option<u64>,
     summary_index: Option<u64>,
@@ -83,16 +62,16 @@ struct Answer<'a> {
     input: Text<'a>,
 }
 
-/// Adds the texts of an event or document. An error is no completion, nor is what is no object.
-pub(super) fn read(received: &mut Received, json: &[u8]) -> Result<(), serde_json::Error> {
+/// Collects the text of an event or document. An error object is not a completion, and adds nothing.
+pub(super) fn collect(texts: &mut TextCollector, json: &[u8]) -> Result<(), serde_json::Error> {
     let json = json.trim_ascii();
     match json.first() {
-        Some(b'{') => answer(received, serde_json::from_slice(json)?),
-        // A stream of Gemini's as one list, a data line of `[DONE]`.
+        Some(b'{') => answer(texts, serde_json::from_slice(json)?),
+        // Gemini can send a stream as one list. `[DONE]` ends a chat stream.
         Some(b'[') if json != b"[DONE]" => {
             for chunk in serde_json::from_slice::<Vec<&RawValue>>(json)? {
                 if chunk.get().starts_with('{') {
-                    answer(received, serde_json::from_str(chunk.get())?)?;
+                    answer(texts, serde_json::from_str(chunk.get())?)?;
                 }
             }
             Ok(())
@@ -101,49 +80,50 @@ pub(super) fn read(received: &mut Received, json: &[u8]) -> Result<(), serde_jso
     }
 }
 
-fn answer(received: &mut Received, answer: Answer) -> Result<(), serde_json::Error> {
-    if is_some(answer.error) || answer.kind.0 == "error" {
+fn answer(texts: &mut TextCollector, answer: Answer) -> Result<(), serde_json::Error> {
+    if is_present(answer.error) || answer.kind.0 == "error" {
         return Ok(());
     }
     let kind = &*answer.kind.0;
     if kind.starts_with("response.") {
-        return responses::event(received, &answer);
+        return responses::event(texts, &answer);
     }
     match kind {
         "content_block_start" | "content_block_delta" | "content_block_stop" => {
-            return anthropic::event(received, &answer);
+            return anthropic::event(texts, &answer);
         }
         "content-start" | "content-delta" | "tool-plan-delta" | "tool-call-start" | "tool-call-delta" => {
-            return cohere::event(received, &answer);
+            return cohere::event(texts, &answer);
         }
         _ => {}
     }
     for choice in answer.choices.into_iter().flatten() {
-        chat::choice(received, choice);
+        chat::choice(texts, choice);
     }
-    for (at, candidate) in (0..).zip(answer.candidates.into_iter().flatten()) {
-        gemini::candidate(received, at, candidate);
+    for (position, candidate) in (0..).zip(answer.candidates.into_iter().flatten()) {
+        gemini::candidate(texts, position, candidate);
     }
     if let Some(output) = answer.output.filter(|o| o.get().starts_with('[')) {
-        responses::output(received, output)?;
+        responses::output(texts, output)?;
         if answer.status.0 == "completed" {
-            received.ends();
+            texts.response_completed();
         }
     }
     if let Some(content) = answer.content.filter(|c| c.get().starts_with('[')) {
-        anthropic::document(received, content)?;
+        anthropic::document(texts, content)?;
     }
     if let Some(message) = answer.message.filter(|m| kind != "message_start" && m.get().starts_with('{')) {
-        cohere::message(received, 0, message)?;
+        cohere::message(texts, 0, message)?;
     }
     Ok(())
 }
 
-fn is_some(value: Option<&RawValue>) -> bool {
+/// Whether a value is present and not null.
+fn is_present(value: Option<&RawValue>) -> bool {
     value.is_some_and(|value| value.get() != "null")
 }
 
-/// JSON without the spaces between its parts.
+/// JSON without whitespace between its tokens.
 fn compact(json: &RawValue) -> Result<String, serde_json::Error> {
     Ok(serde_json::from_str::<serde_json::Value>(json.get())?.to_string())
 }

@@ -1,6 +1,9 @@
-//! Answers that come compressed though the gateway asks for none: they pass as they are, and are read on the side.
+//! Compressed answers, which the gateway did not request: they pass unchanged, and a decoded copy is read.
 
 use crate::support::*;
+use compression_codecs::brotli::params::EncoderParams;
+use compression_codecs::core::util::{PartialBuffer, WriteBuffer};
+use compression_codecs::{BrotliEncoder, EncodeV2, ZstdEncoder};
 use std::io::Write as _;
 
 const OPEN: &str = "{ requests: { limit: 1000, per: minute }, total_tokens: { limit: 1M, per: minute } }";
@@ -20,13 +23,17 @@ fn encoded(coding: &str, plain: &str) -> Vec<u8> {
             encoder.write_all(plain).unwrap();
             encoder.finish().unwrap()
         }
-        "br" => {
-            let mut out = Vec::new();
-            brotli::CompressorWriter::new(&mut out, 4096, 5, 22).write_all(plain).unwrap();
-            out
-        }
-        _ => zstd::encode_all(plain, 3).unwrap(),
+        "br" => encoded_by(&mut BrotliEncoder::new(EncoderParams::default()), plain),
+        _ => encoded_by(&mut ZstdEncoder::new(3), plain),
     }
+}
+
+fn encoded_by(encoder: &mut impl EncodeV2, plain: &[u8]) -> Vec<u8> {
+    let mut code = vec![0; plain.len() + 1024];
+    let mut output = WriteBuffer::new_initialized(&mut code);
+    encoder.encode(&mut PartialBuffer::new(plain), &mut output).unwrap();
+    assert!(encoder.finish(&mut output).unwrap());
+    output.written().to_vec()
 }
 
 /// In single bytes.

@@ -1,12 +1,12 @@
-//! What is read out of recorded answers, cut in every way, beside what the rules make of the usage that their
-//! recorders found.
+//! Compares the usage that the readers find in recorded answers, cut in several ways, with the usage that the
+//! recordings list.
 
 use crate::exchange::Exchange;
 use crate::rules::{charged, random_cuts};
 use bytes::Bytes;
 use tollgate::usage::{JsonReader, Reported, SseReader};
 
-/// What was compared so far.
+/// Comparisons so far.
 #[derive(Default)]
 pub(crate) struct Charges {
     answers: usize,
@@ -28,7 +28,7 @@ impl Charges {
             let (reported, passed) =
                 if exchange.stream { follow(&answer, &cuts) } else { read(&answer, &cuts) };
             let amounts = reported.amounts(0, 0);
-            let got = reported.is_any().then_some((amounts.prompt, amounts.completion, amounts.total));
+            let got = reported.has_any().then_some((amounts.prompt, amounts.completion, amounts.total));
             if got != want || passed != answer {
                 self.wrong += 1;
                 eprintln!(
@@ -40,7 +40,7 @@ impl Charges {
         }
     }
 
-    /// Prints how many there were; whether all were right.
+    /// Prints the number of comparisons. Returns whether all were right.
     pub(crate) fn are_right(&self) -> bool {
         let Self { answers, with_usage, wrong } = self;
         println!(

@@ -1,34 +1,33 @@
-//! What the count of a received answer makes of recorded ones, beside the completion tokens that their providers
-//! reported.
+//! Compares the count of delivered text in recorded answers with the completion tokens that the providers reported.
 //!
-//! The figure is of plain text from OpenAI's models that cannot reason: those that can are charged for text that is
-//! not shown, also where they report no reasoning. What costs more than its text is left out too: calls of
-//! tools, which have a syntax of their own, sound, answers by a schema.
+//! The bounds apply to plain text of OpenAI models that cannot reason. Reasoning models are charged for hidden text,
+//! even where they report no reasoning. Answers that cost more than their text are left out too: tool calls, which
+//! have their own syntax, audio, and answers that follow a schema.
 
 use crate::exchange::Exchange;
 use crate::measured::quantile;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use tollgate::estimate::Models;
-use tollgate::usage::{Received, SseReader, Texts};
+use tollgate::usage::{Delivered, SseReader, TextToCount};
 
-/// Fewer streams say nothing.
-const FEWEST: usize = 50;
-const FEWEST_RESPONSES: usize = 30;
+/// With fewer streams the figures mean nothing.
+const MIN_STREAMS: usize = 50;
+const MIN_RESPONSES: usize = 30;
 /// Median error, and the deviation of the sum of all.
-const MOST: f64 = 0.02;
+const MAX_ERROR: f64 = 0.02;
 
-/// Features of answers that are not text alone.
+/// Features of answers that hold more than text.
 const MORE_THAN_TEXT: &[&str] =
     &["tools", "functions", "tool_calls_out", "audio", "json_schema", "prediction", "stream_error"];
 
-/// OpenAI's models that can.
+/// Whether an OpenAI model can reason.
 fn can_reason(model: &str) -> bool {
     let name = model.rsplit('/').next().unwrap_or_default();
     ["gpt-5", "o1", "o3", "o4", "codex"].iter().any(|family| name.starts_with(family))
 }
 
-/// Whether a response has items that are calls, which some recordings show only there.
+/// Whether a response has tool calls among its items. Some recordings show calls only there.
 fn calls_a_tool(answer: &[u8]) -> bool {
     answer.windows(6).any(|bytes| bytes == b"_call\"")
 }
@@ -41,7 +40,7 @@ struct Counted {
     reported: u64,
 }
 
-/// All answers that were counted.
+/// All counted answers.
 #[derive(Default)]
 pub(crate) struct Completions(Vec<Counted>);
 
@@ -55,7 +54,7 @@ impl Completions {
         }
         let texts = if exchange.stream { of_stream(&answer) } else { of_document(&answer) };
         let tokenizer = Models::default().named(model).tokenizer;
-        let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.tokens;
+        let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.known_tokens;
         let is_plain = !exchange.has(MORE_THAN_TEXT) && !can_reason(model) && !calls_a_tool(&answer);
         let is_openai = matches!(exchange.provider.as_str(), "openai" | "azure");
         self.0.push(Counted {
@@ -90,19 +89,19 @@ impl Completions {
         println!();
     }
 
-    /// Prints the figures; whether they are reached.
+    /// Prints the figures. Returns whether they are within bounds.
     pub(crate) fn are_near(&self) -> bool {
         let plain = |is_responses: bool| -> Vec<&Counted> {
             let is_of = |c: &&Counted| c.is_plain_openai_stream && (c.api == "responses") == is_responses;
             self.0.iter().filter(is_of).collect()
         };
-        are_near("chat", FEWEST, &plain(false)) & are_near("Responses", FEWEST_RESPONSES, &plain(true))
+        are_near("chat", MIN_STREAMS, &plain(false)) & are_near("Responses", MIN_RESPONSES, &plain(true))
     }
 }
 
 fn are_near(what: &str, fewest: usize, all: &[&Counted]) -> bool {
     let Errors { median, p90, sum } = Errors::of(all);
-    let is_fine = all.len() >= fewest && median <= MOST && sum.abs() <= MOST;
+    let is_fine = all.len() >= fewest && median <= MAX_ERROR && sum.abs() <= MAX_ERROR;
     println!(
         "{}  OpenAI's and Azure's {what} streams of plain text, counted: {} answers, median error {:.1} %, p90 {:.1} %, all together {:+.2} % (wanted: median and all together within {:.0} %)",
         if is_fine { "ok    " } else { "MISSED" },
@@ -110,7 +109,7 @@ fn are_near(what: &str, fewest: usize, all: &[&Counted]) -> bool {
         100.0 * median,
         100.0 * p90,
         100.0 * sum,
-        100.0 * MOST
+        100.0 * MAX_ERROR
     );
     is_fine
 }
@@ -136,14 +135,14 @@ impl Errors {
     }
 }
 
-fn of_stream(answer: &Bytes) -> Texts {
+fn of_stream(answer: &Bytes) -> TextToCount {
     let mut reader = SseReader::new(false);
     reader.feed(&without_usage(answer), &mut Vec::<Bytes>::new());
     reader.finish(&mut Vec::<Bytes>::new());
-    reader.take_texts()
+    reader.take_text()
 }
 
-/// The same stream, with fields of another name where usage was reported: what was is not counted any more.
+/// The same stream without usage: its usage fields are renamed, because text whose usage was reported is not counted.
 fn without_usage(answer: &[u8]) -> Bytes {
     let mut answer = answer.to_vec();
     for name in [&b"\"usage\""[..], b"\"usageMetadata\""] {
@@ -153,8 +152,8 @@ fn without_usage(answer: &[u8]) -> Bytes {
     answer.into()
 }
 
-fn of_document(answer: &Bytes) -> Texts {
-    let mut received = Received::default();
+fn of_document(answer: &Bytes) -> TextToCount {
+    let mut received = Delivered::default();
     received.push_piece(answer);
     received.finish_document()
 }

@@ -1,5 +1,5 @@
-//! Recorded exchanges with providers: what was asked, and what the provider said it cost. The data stay
-//! outside the project.
+//! Recorded exchanges with providers: the request, the answer and the reported usage. The data stay outside the
+//! project.
 
 use base64::Engine as _;
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use tollgate::api::Api;
 
-/// One exchange, as its file has it.
+/// One exchange as stored in its file.
 #[derive(Deserialize)]
 pub(crate) struct Exchange {
     pub(crate) id: String,
@@ -56,7 +56,7 @@ pub(crate) struct Exchange {
     pub(crate) features: Vec<String>,
 }
 
-/// Where the data are: `$TOLLGATE_DATA`, else beside the project.
+/// The folder of the data: `$TOLLGATE_DATA`, or else next to the project.
 pub(crate) fn data() -> PathBuf {
     std::env::var_os("TOLLGATE_DATA")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from)
@@ -97,46 +97,46 @@ impl Exchange {
         })
     }
 
-    /// The request as it was sent, if it is known to the letter and was answered.
+    /// The request, if it was recorded byte for byte and was answered.
     pub(crate) fn exact_request(&self) -> Option<&str> {
         let is_text = self.request_body_encoding.as_deref().is_none_or(|e| e == "text");
         let is_exact = self.request_recorded && !self.request_masked && is_text;
         let is_answered = self.status.is_none_or(|status| status < 400);
-        // Some sources replace what only the provider can read, and which it counts.
+        // Some recorders replace encrypted content, which the provider counts.
         let replaced = ["encrypted_content_REDACTED", "ignature_REDACTED", "signature_REDACTED"];
         let is_whole = |body: &&str| !replaced.iter().any(|mark| body.contains(mark));
         self.request_body.as_deref().filter(|_| is_exact && is_answered).filter(is_whole)
     }
 
-    /// Whether it has one of these features.
+    /// Whether the exchange has one of these features.
     pub(crate) fn has(&self, features: &[&str]) -> bool {
         self.features.iter().any(|f| features.contains(&f.as_str()))
     }
 
-    /// Whether the model reasoned, which not all of them show.
+    /// Whether the model reasoned. Not all models report it.
     pub(crate) fn is_reasoning(&self) -> bool {
         self.reasoning_tokens.is_some_and(|tokens| tokens > 0)
             || self.has(&["reasoning", "reasoning_request", "reasoning_text_out"])
     }
 
-    /// The answer as it was sent, if there is one that is not an error and not compressed.
+    /// The answer, if it is neither an error nor compressed.
     pub(crate) fn answer(&self) -> Option<Bytes> {
         let is_good = self.status.is_none_or(|status| status < 400) && !self.response_wire_compressed;
         self.body().filter(|_| is_good)
     }
 
-    /// The bytes of the answer, whatever they are.
+    /// The bytes of the answer.
     pub(crate) fn body(&self) -> Option<Bytes> {
         decoded(self.response_body.as_deref()?, self.response_body_encoding.as_deref())
     }
 
-    /// The bytes of the request as far as they are known.
+    /// The bytes of the request, if they were recorded.
     pub(crate) fn request(&self) -> Option<Bytes> {
         decoded(self.request_body.as_deref()?, self.request_body_encoding.as_deref())
     }
 
-    /// Method and path as they were asked for.
-    pub(crate) fn asked_for(&self) -> (&str, &str) {
+    /// Method and path of the request.
+    pub(crate) fn method_and_path(&self) -> (&str, &str) {
         (self.method.as_deref().unwrap_or("POST"), self.path.as_deref().unwrap_or("/"))
     }
 
@@ -153,7 +153,7 @@ impl Exchange {
         recorded.unwrap_or(if self.stream { "text/event-stream" } else { "application/json" })
     }
 
-    /// Prompt tokens in all, as this product charges them.
+    /// All prompt tokens, as the gateway charges them.
     pub(crate) fn reported(&self) -> Option<u64> {
         let of = |name: &str| self.usage[name].as_u64().unwrap_or(0);
         let apart = match self.api()? {

@@ -1,28 +1,28 @@
-//! The figures that estimates have to reach.
+//! The accuracy that estimates must reach.
 
 use crate::measured::{Corrected, Measured, quantile};
 use std::collections::BTreeMap;
 use tollgate::api::Api;
 use tollgate::estimate::RequestKind;
 
-/// After so many answers of its kind a model's estimates are to be near.
+/// Answers of the same kind after which a model's estimates must be accurate.
 pub(crate) const EXPERIENCED: u32 = 20;
-/// Fewer requests say nothing of a provider's model.
-const FEWEST: usize = 10;
+/// With fewer requests the figures of a model mean nothing.
+const MIN_REQUESTS: usize = 10;
 
-/// What of the errors is bounded.
+/// How errors are bounded.
 enum Bound {
-    /// At least this share is exact.
+    /// At least this share of the estimates is exact.
     Exact(f64),
-    /// Every one is off by one token at most.
+    /// Each estimate is off by one token at most.
     WithinOne,
-    /// Median and nine tenths of all.
+    /// Median and 90th percentile of the relative errors.
     Errors(f64, f64),
 }
 
 const ANY: f64 = f64::INFINITY;
 
-/// Prints every figure; whether all are reached.
+/// Prints every figure. Returns whether all are within bounds.
 pub(crate) fn are_reached(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {
     let mut is_fine = true;
     for (name, bound, of) in before_answers() {
@@ -34,7 +34,7 @@ pub(crate) fn are_reached(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> 
 
 type Filter = fn(&Measured) -> bool;
 
-/// Without having seen an answer.
+/// Bounds before any calibration.
 fn before_answers() -> [(&'static str, Bound, Filter); 8] {
     [
         ("OpenAI's chats, text, gpt-3.5 to gpt-4.1", Bound::Exact(0.99), |e| {
@@ -66,7 +66,7 @@ fn is_openai(e: &Measured) -> bool {
     matches!(e.provider.as_str(), "openai" | "azure")
 }
 
-/// Text alone, and nothing that the provider adds to it: searches, drafts of the answer.
+/// Only text, without additions by the provider such as searches or predicted outputs.
 fn is_openai_text(e: &Measured) -> bool {
     const MORE: &[&str] = &[
         "tool_calls_in",
@@ -81,7 +81,7 @@ fn is_openai_text(e: &Measured) -> bool {
     is_openai(e) && e.api == Api::Chat && e.kind == RequestKind::Plain && !e.is_partial && !e.has(MORE)
 }
 
-/// A draft of the answer counts as far as it is used.
+/// A predicted output counts only as far as the model uses it.
 fn is_plain(e: &Measured) -> bool {
     e.kind == RequestKind::Plain && !e.is_partial && !e.has(&["prediction"])
 }
@@ -100,7 +100,7 @@ fn is_reached(name: &str, bound: &Bound, of: &[&Measured]) -> bool {
         Bound::WithinOne => (near == of.len(), "all within 1 token".to_owned()),
         Bound::Errors(most, most_p90) => (median <= most && p90 <= most_p90, errors_wanted(most, most_p90)),
     };
-    let is_fine = is_fine && of.len() >= FEWEST;
+    let is_fine = is_fine && of.len() >= MIN_REQUESTS;
     println!(
         "{}  {name}: {} requests, {:.1} % exact, {:.1} % within 1 token, median error {:.1} %, p90 {:.1} % (wanted: {wanted})",
         if is_fine { "ok    " } else { "MISSED" },
@@ -118,7 +118,7 @@ fn errors_wanted(median: f64, p90: f64) -> String {
     format!("median at most {:.0} %{p90}", 100.0 * median)
 }
 
-/// Every provider's models after some answers of the same kind.
+/// Bounds for the models of each provider after some answers of the same kind.
 fn after_answers(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {
     let mut all: Vec<f64> = Vec::new();
     let mut by_model: BTreeMap<(&str, &str), Vec<f64>> = BTreeMap::new();
@@ -132,7 +132,7 @@ fn after_answers(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {
         }
     }
     let (median, p90) = (quantile(&mut all, 0.5), quantile(&mut all, 0.9));
-    by_model.retain(|_, errors| errors.len() >= FEWEST * orders.len());
+    by_model.retain(|_, errors| errors.len() >= MIN_REQUESTS * orders.len());
     let models = by_model.len();
     let mut far = Vec::new();
     for ((provider, model), errors) in &mut by_model {
@@ -155,9 +155,9 @@ fn after_answers(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {
     is_fine
 }
 
-/// Of plain text after calibration no request may be taken for much smaller than it is, but for those few whose
-/// provider counted otherwise at another time: 8 short prompts to gpt-4o of March 2025 with 18 tokens more than
-/// ever since, and DeepSeek's models with and without an introduction to thinking.
+/// After calibration no plain text may be underestimated by much. A few requests are exempt because their provider
+/// counted differently at another time. These are 8 short prompts to gpt-4o in March 2025, which cost 18 tokens more
+/// than later ones, and DeepSeek models with and without an introduction to thinking.
 const PROVIDER_CHANGED: f64 = 0.02;
 
 fn never_far_below(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {

@@ -1,4 +1,4 @@
-//! Counts measured at OpenAI's API, as others have published them.
+//! Token counts of OpenAI's API, as published by third parties.
 
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ pub(crate) fn vectors(data: &Path) -> Option<Vec<Value>> {
     Some(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
 }
 
-/// Whether each is met to the token, or missed by what the published rules miss it by.
+/// Whether each estimate is exact, or off by the same amount as the published rules.
 pub(crate) fn are_met(vectors: &[Value]) -> bool {
     let (mut exact, mut missed) = (0, 0);
     for vector in vectors {
@@ -47,7 +47,7 @@ fn of_image(image: &Value) -> u64 {
     estimate(&with_images(&body)).of(PromptPart::Images)
 }
 
-/// Images stand there by their size alone; a header says it to the gateway.
+/// Replaces images, which the vectors give by size only, by a PNG header of that size.
 fn with_images(body: &Value) -> Value {
     let mut body = body.clone();
     let parts = body["messages"].as_array_mut().into_iter().flatten();

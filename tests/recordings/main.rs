@@ -1,13 +1,13 @@
-//! Recorded exchanges with providers: prompt estimates against what was reported, and what is read out of the answers.
+//! Compares prompt estimates and usage readers with recorded exchanges of providers.
 //!
-//! `cargo test --release --test recordings -- --table` prints how far off they are by API, provider and kind of
-//! request. The data stay outside the project, where `$TOLLGATE_DATA` says (default `../shared`).
+//! `cargo test --release --test recordings -- --table` prints the errors of the estimates by API, provider and
+//! kind of request. The data stay outside the project, in the folder `$TOLLGATE_DATA` (default `../shared`).
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test; it prints shares
 
 mod charges;
 mod completions;
-#[allow(dead_code)] // some of it is for the replay
+#[allow(dead_code)] // partly used by the replay only
 mod exchange;
 mod figures;
 mod golden;

@@ -1,4 +1,4 @@
-//! Each recorded request with its estimate, and what calibration makes of it in several orders.
+//! Estimates of recorded requests, uncorrected and calibrated in several orders.
 
 use crate::exchange::Exchange;
 use std::collections::HashMap;
@@ -6,7 +6,7 @@ use tollgate::api::Api;
 use tollgate::body::Body;
 use tollgate::estimate::{Calibration, Models, RequestKind};
 
-/// A request and what became of its estimate.
+/// A request with its estimate and its reported tokens.
 pub(crate) struct Measured {
     pub(crate) id: String,
     pub(crate) api: Api,
@@ -14,10 +14,10 @@ pub(crate) struct Measured {
     pub(crate) model: String,
     pub(crate) kind: RequestKind,
     pub(crate) features: Vec<String>,
-    /// Uncorrected.
+    /// The estimate before calibration.
     pub(crate) estimated: u64,
     pub(crate) reported: u64,
-    /// The provider adds what nobody else can count, or it refers to something elsewhere.
+    /// The provider adds text that the gateway cannot see, or the request refers to stored content.
     pub(crate) is_partial: bool,
 }
 
@@ -32,7 +32,7 @@ impl Measured {
     }
 }
 
-/// The estimate of a request that is known to the letter and whose prompt tokens were reported.
+/// Estimates a request that was recorded byte for byte and whose prompt tokens were reported.
 pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
     let (api, text) = (exchange.api()?, exchange.exact_request()?);
     let reported = exchange.reported().filter(|&tokens| tokens > 0)?;
@@ -53,15 +53,15 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
     })
 }
 
-/// What one order of answers makes of each request.
+/// The calibrated estimate of a request in one order of answers.
 #[derive(Clone, Copy)]
 pub(crate) struct Corrected {
-    /// So many answers of the same kind had come before.
+    /// Earlier answers of the same kind.
     pub(crate) answers: u32,
     pub(crate) tokens: u64,
 }
 
-/// As they were recorded, and in four other orders, which are always the same.
+/// The recorded order and four fixed other orders.
 pub(crate) fn orders(exchanges: &[Measured]) -> Vec<Vec<Corrected>> {
     (0..5).map(|seed| corrected(exchanges, &order(exchanges.len(), seed))).collect()
 }
@@ -93,7 +93,7 @@ fn corrected(exchanges: &[Measured], order: &[usize]) -> Vec<Corrected> {
     all
 }
 
-/// The value that this share of all stays within.
+/// The quantile of the values at `share`.
 pub(crate) fn quantile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]

@@ -1,9 +1,9 @@
-//! What is charged by the rules for the usage that recorders found in an answer, and where answers are cut.
+//! The charge that follows from the usage listed in a recording, and the places where answers are cut.
 
 use crate::exchange::Exchange;
 use serde_json::Value;
 
-/// Prompt, completion and total by the rules.
+/// Prompt, completion and total tokens to charge.
 pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
     let usage = &exchange.usage;
     let of = |path: &str| usage.pointer(path).and_then(Value::as_u64);
@@ -17,7 +17,7 @@ pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
             sum(&["/candidatesTokenCount", "/thoughtsTokenCount"]),
             of("/totalTokenCount"),
         ),
-        // Anthropic's models elsewhere too.
+        // Also Anthropic models at other providers.
         api if api == "anthropic_messages"
             || usage.get("cache_read_input_tokens").is_some() && of("/prompt_tokens").is_none() =>
         {
@@ -31,7 +31,7 @@ pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
         _ if usage.get("tokens").is_some() => {
             (sum(&["/tokens/input_tokens"]), sum(&["/tokens/output_tokens"]), None)
         }
-        // Shapes of APIs that are not served.
+        // Shapes of APIs that the gateway does not serve.
         "other" if of("/prompt_tokens").is_none() => return None,
         _ => {
             let (prompt, completion) = (sum(&["/prompt_tokens"]), sum(&["/completion_tokens"]));
@@ -49,7 +49,7 @@ pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
     Some((prompt, completion, total.unwrap_or(0).max(prompt + completion)))
 }
 
-/// Places in an answer, always the same for a seed.
+/// Random places in an answer; the same for the same seed.
 pub(crate) fn random_cuts(length: usize, seed: usize) -> Vec<usize> {
     let mut state = seed as u64 + 1;
     let mut next = || {

@@ -1,4 +1,4 @@
-//! How far off estimates are, by API, provider and kind of request.
+//! Prints the errors of estimates by API, provider and kind of request.
 
 use crate::figures::EXPERIENCED;
 use crate::measured::{Corrected, Measured, quantile};

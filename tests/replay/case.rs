@@ -1,4 +1,4 @@
-//! One recorded exchange as it is replayed: what is asked, and what the caller is to get.
+//! One recorded exchange to replay: the request, the upstream's answer and the expected result.
 
 use crate::exchange::Exchange;
 use crate::rules::charged;
@@ -7,36 +7,36 @@ use serde_json::{Value, json};
 use tollgate::api::Api;
 use tollgate::body::Body;
 use tollgate::estimate::{Models, Tokenizer};
-use tollgate::usage::{JsonReader, Nowhere, Received, Reported, SseReader, Texts};
+use tollgate::usage::{Delivered, Discard, JsonReader, Reported, SseReader, TextToCount};
 
-/// A request, and what its answer is to become.
+/// A request with the answer and the result expected.
 pub(crate) struct Case<'a> {
     pub(crate) exchange: &'a Exchange,
     pub(crate) method: &'a str,
-    /// Without the environment.
+    /// The path without the environment.
     pub(crate) target: String,
     pub(crate) request: Bytes,
     pub(crate) status: u16,
-    /// What the upstream sends.
+    /// The answer that the upstream sends.
     pub(crate) answer: Bytes,
     pub(crate) is_compressed: bool,
-    /// What the caller receives.
+    /// The body that the caller must receive.
     pub(crate) passed: Bytes,
     pub(crate) due: Due,
 }
 
-/// What is to be charged.
+/// The expected charge.
 #[derive(Clone, Copy)]
 pub(crate) struct Due {
     pub(crate) requests: u64,
-    /// Prompt, completion and total by the rules; `None`: nothing was reported.
+    /// Prompt, completion and total tokens; `None`: the answer reports no usage.
     by_rules: Option<(u64, u64, u64)>,
-    /// Left out of what was reported: the estimate and the count stand in for it.
+    /// The usage lacks fields, which the estimate and the count replace.
     misses_prompt: bool,
     misses_completion: bool,
-    /// Of an API whose prompts are estimated, and no error.
+    /// The API's prompts are estimated, and the answer is not an error.
     is_estimated: bool,
-    /// What the library counts in the answer where it is not reported.
+    /// The count of the answer's text, where usage is not reported.
     counted: u64,
 }
 
@@ -44,8 +44,8 @@ const GZIP: &[u8] = b"\x1f\x8b";
 const GEMINI: &str = "gemini-2.0-flash";
 
 impl<'a> Case<'a> {
-    /// Every request that fits the exchange: as it was recorded, and for a stream whose usage the gateway may
-    /// have to ask for, one that asks itself and one that does not.
+    /// The cases of an exchange: the recorded request, and for a stream whose usage the gateway may request, one that
+    /// requests usage itself and one that does not.
     pub(crate) fn all(exchange: &'a Exchange) -> Vec<Self> {
         let Some(answer) = exchange.body() else { return Vec::new() };
         let api = exchange.api();
@@ -84,9 +84,9 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Method and path. What nobody counts is forwarded as it was asked for, if its path is an ordinary one.
+/// Method and path. A request to an uncounted path is replayed as recorded if the path is plain.
 fn place(exchange: &Exchange) -> (&str, String) {
-    let (method, path) = exchange.asked_for();
+    let (method, path) = exchange.method_and_path();
     let target = match exchange.api() {
         Some(Api::Chat) => "/v1/chat/completions".to_owned(),
         Some(Api::Completions) => "/v1/completions".to_owned(),
@@ -135,7 +135,7 @@ fn minimal(api: Option<Api>, streams: bool) -> Bytes {
     body.to_string().into()
 }
 
-/// The model that is asked: the path names it, or the body.
+/// The model in the path or body.
 fn model(target: &str, request: &[u8]) -> String {
     if target.contains(GEMINI) {
         return GEMINI.to_owned();
@@ -144,7 +144,7 @@ fn model(target: &str, request: &[u8]) -> String {
     body["model"].as_str().unwrap_or_default().to_owned()
 }
 
-/// A request for a stream that asks for its usage, or says nothing of it.
+/// A request for a stream, with or without a request for usage.
 fn asking(request: &[u8], asks: bool) -> Bytes {
     let mut body: Value = serde_json::from_slice(request).unwrap();
     body["stream"] = true.into();
@@ -156,7 +156,7 @@ fn asking(request: &[u8], asks: bool) -> Bytes {
     body.to_string().into()
 }
 
-/// A stream without the events that have a usage and no choices.
+/// Removes the events with a usage and no choices from a stream.
 fn less_usage(stream: &[u8]) -> Bytes {
     let (mut kept, mut event, mut data) = (Vec::new(), Vec::new(), Vec::new());
     for line in lines(stream) {
@@ -178,7 +178,7 @@ fn less_usage(stream: &[u8]) -> Bytes {
     kept.into()
 }
 
-/// Lines with their ends: LF, CR or both.
+/// Splits into lines with their ends: LF, CR or CRLF.
 fn lines(mut text: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let end = text
@@ -201,7 +201,7 @@ impl Due {
         let (reported, texts) = read(&unzipped(answer), exchange);
         let is_estimated = (200..300).contains(&status) && exchange.api().is_some();
         let generates = is_estimated && exchange.api().is_some_and(Api::generates);
-        let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.tokens;
+        let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.known_tokens;
         Self {
             requests: u64::from(!is_free),
             by_rules: charged(exchange),
@@ -212,11 +212,11 @@ impl Due {
         }
     }
 
-    /// Whether just this was charged: requests, prompt, completion and total; `told` is the estimate that the
-    /// answer's head told.
-    pub(crate) fn is_met(&self, charged: [u64; 4], told: u64) -> bool {
+    /// Whether the charge (requests, prompt, completion, total) is as expected. `estimate_header` is the estimate in the answer's
+    /// headers.
+    pub(crate) fn is_met(&self, charged: [u64; 4], estimate_header: u64) -> bool {
         let [requests, prompt, completion, total] = charged;
-        let estimate = if self.is_estimated { told } else { 0 };
+        let estimate = if self.is_estimated { estimate_header } else { 0 };
         let (wanted, least_total) = match self.by_rules {
             Some((p, c, t)) => ((p, c), t),
             None => ((0, 0), 0),
@@ -229,7 +229,7 @@ impl Due {
             && total == least_total.max(prompt + completion)
     }
 
-    /// In words, for a report.
+    /// A description for the report.
     pub(crate) fn describe(&self) -> String {
         format!(
             "{} request, {:?} by the rules{}{}",
@@ -241,19 +241,19 @@ impl Due {
     }
 }
 
-/// What an answer reports, and what is counted where it does not.
-fn read(answer: &Bytes, exchange: &Exchange) -> (Reported, Texts) {
+/// The usage that an answer reports, and the text to count.
+fn read(answer: &Bytes, exchange: &Exchange) -> (Reported, TextToCount) {
     if exchange.stream {
         let mut reader = SseReader::new(false);
-        reader.feed(answer, &mut Nowhere);
-        reader.finish(&mut Nowhere);
-        return (reader.reported(), reader.take_texts());
+        reader.feed(answer, &mut Discard);
+        reader.finish(&mut Discard);
+        return (reader.reported(), reader.take_text());
     }
     if !exchange.content_type().starts_with("application/json") {
         let tokens = answer.len().div_ceil(4) as u64;
-        return (Reported::default(), Texts { texts: Vec::new(), tokens });
+        return (Reported::default(), TextToCount { texts: Vec::new(), known_tokens: tokens });
     }
-    let (mut reader, mut received) = (JsonReader::default(), Received::default());
+    let (mut reader, mut received) = (JsonReader::default(), Delivered::default());
     reader.feed(answer);
     received.push_piece(answer);
     (reader.reported(), received.finish_document())
@@ -264,7 +264,7 @@ fn unzipped(answer: &Bytes) -> Bytes {
         return answer.clone();
     }
     let mut text = Vec::new();
-    // What was recorded may end too early: what came counts.
+    // A recording may be incomplete: the part before its end counts.
     let _ = std::io::Read::read_to_end(&mut flate2::read::MultiGzDecoder::new(&answer[..]), &mut text);
     text.into()
 }

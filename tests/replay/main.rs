@@ -1,18 +1,18 @@
-//! Recorded answers from an upstream that sends them whole, in single bytes and at random cuts, through a
-//! running gateway: each has to come out as it went in, and to be charged by the usage in it.
+//! Replays recorded answers through a running gateway. The upstream sends each answer whole, in single bytes and cut at
+//! random. The gateway must pass it on unchanged and charge the usage in it.
 //!
-//! A fixed tenth of them, or all: `cargo test --release --test replay -- --all`. The data stay outside the
-//! project, where `$TOLLGATE_DATA` says (default `../shared`).
+//! Replays a fixed tenth, or all: `cargo test --release --test replay -- --all`. The data stay outside the
+//! project, in the folder `$TOLLGATE_DATA` (default `../shared`).
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a test fails loudly, and times things
 
 mod case;
-#[allow(dead_code)] // some of it is for the estimates
+#[allow(dead_code)] // partly used by the estimates only
 #[path = "../recordings/exchange.rs"]
 mod exchange;
 #[path = "../recordings/rules.rs"]
 mod rules;
-#[allow(dead_code, unused_imports, unreachable_pub, missing_docs)] // most of it is for the gateway's tests
+#[allow(dead_code, unused_imports, unreachable_pub, missing_docs)] // mostly used by the gateway's tests
 #[path = "../gateway/support/mod.rs"]
 mod support;
 mod worker;
@@ -26,9 +26,9 @@ use std::time::Instant;
 use support::Gateway;
 use worker::{Outcome, Scripted, Worker};
 
-/// So many exchanges are under way at once, each in an environment of its own.
+/// Exchanges in flight at once, each in its own environment.
 const WORKERS: usize = 8;
-/// Progress is told after so many.
+/// Progress is printed after this many exchanges.
 const STEP: usize = 500;
 
 fn main() -> ExitCode {
@@ -54,12 +54,12 @@ fn main() -> ExitCode {
     if is_fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// By its id, which is a hash.
+/// Selects an exchange by its id, which is a hash.
 fn is_of_the_tenth(exchange: &Exchange) -> bool {
     exchange.id.bytes().fold(0, |sum, byte| (sum * 16 + u32::from(byte)) % 1_009) % 10 == 0
 }
 
-/// A line of the table.
+/// One line of the table.
 #[derive(Default)]
 struct Row {
     exchanges: usize,
@@ -106,7 +106,7 @@ fn add(rows: &mut Rows, exchange: &Exchange, outcome: &Outcome) {
     row.wrong_charges += outcome.wrong_charges;
 }
 
-/// One gateway with an environment and an upstream for each worker.
+/// Starts one gateway with an environment and an upstream for each worker.
 async fn start() -> (Gateway, Vec<Worker>) {
     let (mut upstreams, mut environments, mut scripted) = (String::new(), String::new(), Vec::new());
     for n in 0..WORKERS {
@@ -128,7 +128,7 @@ async fn start() -> (Gateway, Vec<Worker>) {
     (gateway, workers)
 }
 
-/// The table; whether everything was right.
+/// Prints the table. Returns whether all exchanges were right.
 fn print(rows: &Rows) -> bool {
     println!("| API | provider | exchanges | recorded to the byte | replays | changed | wrongly charged |");
     println!("| --- | --- | --- | --- | --- | --- | --- |");

@@ -1,5 +1,5 @@
-//! Replays exchanges one after the other through an environment of its own, so that what each was charged is
-//! the difference of two sums.
+//! Replays exchanges one after the other through one environment, so that the charge of each is the difference of two
+//! sums.
 
 use crate::case::Case;
 use crate::exchange::Exchange;
@@ -8,12 +8,12 @@ use crate::support::{Answer, Caller, Framing, Reply, Upstream, framed};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-/// Of an answer that comes in single bytes so many at its head and its tail come one by one; between them
-/// they lie close together.
+/// In an answer of single bytes, this many bytes at head and tail are sent in separate writes; the bytes between them
+/// without pauses.
 const HEAD: usize = 256;
 const TAIL: usize = 768;
 
-/// What became of an exchange.
+/// The result of an exchange.
 pub(crate) struct Outcome {
     pub(crate) replays: usize,
     pub(crate) wrong_bytes: usize,
@@ -27,7 +27,7 @@ pub(crate) struct Worker {
     pub(crate) upstream: Scripted,
 }
 
-/// An upstream that answers everything as it was told last.
+/// An upstream that sends the last answer set.
 pub(crate) struct Scripted {
     pub(crate) upstream: Upstream,
     next: Arc<Mutex<Answer>>,
@@ -43,7 +43,7 @@ impl Scripted {
 }
 
 impl Worker {
-    /// Every way through the gateway; tells on standard error what was wrong.
+    /// Replays all cases of an exchange. Prints faults to standard error.
     pub(crate) async fn replay(&self, exchange: &Exchange) -> Outcome {
         let mut outcome = Outcome { replays: 0, wrong_bytes: 0, wrong_charges: 0 };
         for case in Case::all(exchange) {
@@ -85,7 +85,7 @@ impl Worker {
         caller.reply().await
     }
 
-    /// Requests, prompt, completion and total tokens so far.
+    /// Requests, prompt, completion and total tokens charged so far.
     async fn charged(&self) -> [u64; 4] {
         let target = format!("/api/environments/{}", self.environment);
         let environment = crate::support::gateway::admin_get_at(self.admin, &target).await.json();
@@ -94,7 +94,7 @@ impl Worker {
     }
 }
 
-/// Whole, in single bytes, and cut at random.
+/// The ways to send an answer: whole, in single bytes, and cut at random.
 fn ways(exchange: &Exchange, length: usize) -> [(&'static str, Framing, Vec<usize>); 3] {
     let seed = exchange.id.bytes().fold(0_usize, |seed, byte| seed * 31 % 1_000_003 + usize::from(byte));
     let whole = if exchange.stream { Framing::Chunks } else { Framing::Length };
@@ -112,7 +112,7 @@ fn head(case: &Case<'_>) -> String {
     format!("content-type: {}\r\n{encoding}", case.exchange.content_type())
 }
 
-/// What is not as it should be of an answer.
+/// The faults of an answer.
 fn difference(case: &Case<'_>, reply: &Reply) -> Option<String> {
     if let Some(error) = reply.header("x-tollgate-error") {
         return Some(format!("the gateway itself answers: {error}"));

@@ -1,20 +1,20 @@
-//! OpenAI's chat and completions, and what others have beside them.
+//! Chat and text completions of OpenAI, with the fields that other providers add.
 
-use super::{Part, Received, Slot, Text};
+use super::{Text, TextCollector, TextKind, TextSlot};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
-pub(super) struct Choice<'a> {
+pub(super) struct ChatChoice<'a> {
     #[serde(default)]
     index: u64,
     #[serde(borrow, alias = "message")]
-    delta: Option<Delta<'a>>,
+    delta: Option<ChoiceDelta<'a>>,
     #[serde(borrow, default)]
     text: Text<'a>,
 }
 
 #[derive(Deserialize)]
-struct Delta<'a> {
+struct ChoiceDelta<'a> {
     #[serde(borrow, default)]
     content: Text<'a>,
     #[serde(borrow, default)]
@@ -23,19 +23,19 @@ struct Delta<'a> {
     reasoning_content: Text<'a>,
     #[serde(borrow, default)]
     reasoning: Text<'a>,
-    /// OpenRouter's, mostly the same as `reasoning` once more.
+    /// Sent by OpenRouter. Mostly repeats `reasoning`.
     #[serde(borrow)]
-    reasoning_details: Option<Vec<Detail<'a>>>,
+    reasoning_details: Option<Vec<ReasoningDetail<'a>>>,
     #[serde(borrow)]
     audio: Option<Audio<'a>>,
     #[serde(borrow)]
-    function_call: Option<Function<'a>>,
+    function_call: Option<ChatFunction<'a>>,
     #[serde(borrow)]
-    tool_calls: Option<Vec<ToolCall<'a>>>,
+    tool_calls: Option<Vec<ChatToolCall<'a>>>,
 }
 
 #[derive(Deserialize)]
-struct Detail<'a> {
+struct ReasoningDetail<'a> {
     #[serde(borrow, default)]
     text: Text<'a>,
     #[serde(borrow, default)]
@@ -49,52 +49,52 @@ struct Audio<'a> {
 }
 
 #[derive(Deserialize)]
-struct ToolCall<'a> {
+struct ChatToolCall<'a> {
     index: Option<u64>,
     #[serde(borrow, alias = "custom")]
-    function: Option<Function<'a>>,
+    function: Option<ChatFunction<'a>>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Function<'a> {
+pub(super) struct ChatFunction<'a> {
     #[serde(borrow, default)]
     pub(super) name: Text<'a>,
     #[serde(borrow, default, alias = "input")]
     pub(super) arguments: Text<'a>,
 }
 
-pub(super) fn choice(received: &mut Received, choice: Choice) {
-    let Choice { index, delta, text } = choice;
-    let slot = |part| Slot { choice: index, part };
-    received.append(slot(Part::Content), &text.0);
+pub(super) fn choice(texts: &mut TextCollector, choice: ChatChoice) {
+    let ChatChoice { index, delta, text } = choice;
+    let slot = |kind| TextSlot { choice: index, kind };
+    texts.append(slot(TextKind::Content), &text.0);
     let Some(delta) = delta else { return };
-    received.append(slot(Part::Content), &delta.content.0);
-    received.append(slot(Part::Refusal), &delta.refusal.0);
-    // Of several fields one is read: they say the same.
+    texts.append(slot(TextKind::Content), &delta.content.0);
+    texts.append(slot(TextKind::Refusal), &delta.refusal.0);
+    // These fields repeat each other, so only one of them counts.
     let reasoning = [&delta.reasoning_content, &delta.reasoning];
     match reasoning.into_iter().find(|text| !text.0.is_empty()) {
-        Some(text) => received.append(slot(Part::Reasoning), &text.0),
+        Some(text) => texts.append(slot(TextKind::Reasoning), &text.0),
         None => {
             for detail in delta.reasoning_details.into_iter().flatten() {
-                received.append(slot(Part::Reasoning), &detail.text.0);
-                received.append(slot(Part::Reasoning), &detail.summary.0);
+                texts.append(slot(TextKind::Reasoning), &detail.text.0);
+                texts.append(slot(TextKind::Reasoning), &detail.summary.0);
             }
         }
     }
     if let Some(audio) = delta.audio {
-        received.append(slot(Part::Sound), &audio.transcript.0);
+        texts.append(slot(TextKind::AudioTranscript), &audio.transcript.0);
     }
     if let Some(call) = delta.function_call {
-        function(received, slot(Part::ToolCall(u64::MAX)), &call);
+        function(texts, slot(TextKind::ToolCall(u64::MAX)), &call);
     }
-    for (at, call) in (0..).zip(delta.tool_calls.unwrap_or_default()) {
-        if let Some(call_of) = call.function {
-            function(received, slot(Part::ToolCall(call.index.unwrap_or(at))), &call_of);
+    for (position, call) in (0..).zip(delta.tool_calls.unwrap_or_default()) {
+        if let Some(called) = call.function {
+            function(texts, slot(TextKind::ToolCall(call.index.unwrap_or(position))), &called);
         }
     }
 }
 
-pub(super) fn function(received: &mut Received, slot: Slot, function: &Function) {
-    received.call(slot, &function.name.0);
-    received.append(slot, &function.arguments.0);
+pub(super) fn function(texts: &mut TextCollector, slot: TextSlot, function: &ChatFunction) {
+    texts.call(slot, &function.name.0);
+    texts.append(slot, &function.arguments.0);
 }

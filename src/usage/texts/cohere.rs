@@ -1,18 +1,18 @@
-//! Cohere's chat, version 2.
+//! Cohere Chat, version 2.
 
-use super::chat::{Function, function};
-use super::{Answer, Part, Received, Slot, Text};
+use super::chat::{ChatFunction, function};
+use super::{Answer, Text, TextCollector, TextKind, TextSlot};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 #[derive(Deserialize)]
-struct Delta<'a> {
+struct CohereDelta<'a> {
     #[serde(borrow)]
     message: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
-struct Message<'a> {
+struct CohereMessage<'a> {
     #[serde(borrow)]
     content: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -22,7 +22,7 @@ struct Message<'a> {
 }
 
 #[derive(Deserialize)]
-struct Content<'a> {
+struct CohereContent<'a> {
     #[serde(borrow, default)]
     text: Text<'a>,
     #[serde(borrow, default)]
@@ -30,31 +30,36 @@ struct Content<'a> {
 }
 
 #[derive(Deserialize)]
-struct Call<'a> {
+struct CohereToolCall<'a> {
     #[serde(borrow)]
-    function: Option<Function<'a>>,
+    function: Option<ChatFunction<'a>>,
 }
 
-pub(super) fn event(received: &mut Received, event: &Answer) -> Result<(), serde_json::Error> {
+pub(super) fn event(texts: &mut TextCollector, event: &Answer) -> Result<(), serde_json::Error> {
     let Some(delta) = event.delta.filter(|delta| delta.get().starts_with('{')) else { return Ok(()) };
-    match serde_json::from_str::<Delta>(delta.get())?.message {
-        Some(of) if of.get().starts_with('{') => message(received, event.index.unwrap_or(0), of),
+    match serde_json::from_str::<CohereDelta>(delta.get())?.message {
+        Some(json) if json.get().starts_with('{') => message(texts, event.index.unwrap_or(0), json),
         _ => Ok(()),
     }
 }
 
-/// A message, whole or a part of it: what a whole one has in a list stands alone in an event.
-pub(super) fn message(received: &mut Received, index: u64, of: &RawValue) -> Result<(), serde_json::Error> {
-    let message: Message = serde_json::from_str(of.get())?;
-    let slot = |choice, part| Slot { choice, part };
-    received.append(slot(0, Part::Reasoning), &message.tool_plan.0);
-    for (choice, content) in (index..).zip(one_or_many::<Content>(message.content)?) {
-        received.append(slot(choice, Part::Content), &content.text.0);
-        received.append(slot(choice, Part::Content), &content.thinking.0);
+/// Collects a message. A document has lists of contents and tool calls; an event has one item in place of a list, and
+/// `index` is the item's place.
+pub(super) fn message(
+    texts: &mut TextCollector,
+    index: u64,
+    json: &RawValue,
+) -> Result<(), serde_json::Error> {
+    let message: CohereMessage = serde_json::from_str(json.get())?;
+    let slot = |choice, kind| TextSlot { choice, kind };
+    texts.append(slot(0, TextKind::Reasoning), &message.tool_plan.0);
+    for (choice, content) in (index..).zip(one_or_many::<CohereContent>(message.content)?) {
+        texts.append(slot(choice, TextKind::Content), &content.text.0);
+        texts.append(slot(choice, TextKind::Content), &content.thinking.0);
     }
-    for (at, call) in (index..).zip(one_or_many::<Call>(message.tool_calls)?) {
-        if let Some(of) = call.function {
-            function(received, slot(0, Part::ToolCall(at)), &of);
+    for (position, call) in (index..).zip(one_or_many::<CohereToolCall>(message.tool_calls)?) {
+        if let Some(called) = call.function {
+            function(texts, slot(0, TextKind::ToolCall(position)), &called);
         }
     }
     Ok(())

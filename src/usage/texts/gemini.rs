@@ -1,6 +1,6 @@
-//! Gemini's: candidates and their parts. A call comes whole.
+//! Gemini: candidates and their parts. A function call arrives complete in one event.
 
-use super::{Part as Of, Received, Slot, Text, compact};
+use super::{Text, TextCollector, TextKind, TextSlot, compact};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -8,29 +8,29 @@ use serde_json::value::RawValue;
 pub(super) struct Candidate<'a> {
     index: Option<u64>,
     #[serde(borrow)]
-    content: Option<Content<'a>>,
+    content: Option<CandidateContent<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Content<'a> {
+struct CandidateContent<'a> {
     #[serde(borrow)]
-    parts: Option<Vec<Part<'a>>>,
+    parts: Option<Vec<CandidatePart<'a>>>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Part<'a> {
+struct CandidatePart<'a> {
     #[serde(borrow, default)]
     text: Text<'a>,
     thought: Option<bool>,
     #[serde(borrow)]
-    function_call: Option<Call<'a>>,
+    function_call: Option<GeminiFunctionCall<'a>>,
     #[serde(borrow)]
-    executable_code: Option<Code<'a>>,
+    executable_code: Option<ExecutableCode<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Call<'a> {
+struct GeminiFunctionCall<'a> {
     #[serde(borrow, default)]
     name: Text<'a>,
     #[serde(borrow)]
@@ -38,23 +38,24 @@ struct Call<'a> {
 }
 
 #[derive(Deserialize)]
-struct Code<'a> {
+struct ExecutableCode<'a> {
     #[serde(borrow, default)]
     code: Text<'a>,
 }
 
-pub(super) fn candidate(received: &mut Received, at: u64, candidate: Candidate) {
-    let choice = candidate.index.unwrap_or(at);
+/// Collects a candidate. `position` is its place in the list, which serves as index where it has none.
+pub(super) fn candidate(texts: &mut TextCollector, position: u64, candidate: Candidate) {
+    let choice = candidate.index.unwrap_or(position);
     let parts = candidate.content.and_then(|content| content.parts);
     for part in parts.into_iter().flatten() {
-        let of = if part.thought == Some(true) { Of::Reasoning } else { Of::Content };
-        received.append(Slot { choice, part: of }, &part.text.0);
+        let kind = if part.thought == Some(true) { TextKind::Reasoning } else { TextKind::Content };
+        texts.append(TextSlot { choice, kind }, &part.text.0);
         if let Some(call) = part.function_call {
             let arguments = call.args.and_then(|args| compact(args).ok()).unwrap_or_default();
-            received.whole_call(choice, &call.name.0, &arguments);
+            texts.complete_call(choice, &call.name.0, &arguments);
         }
         if let Some(code) = part.executable_code {
-            received.append(Slot { choice, part: Of::Code }, &code.code.0);
+            texts.append(TextSlot { choice, kind: TextKind::Code }, &code.code.0);
         }
     }
 }

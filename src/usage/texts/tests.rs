@@ -1,6 +1,6 @@
-//! Each API's streams, broken off after every event, and the shapes that fixtures do not have.
+//! Streams of each API, broken off after every event, and shapes that the fixtures lack.
 
-use crate::usage::{Received, SseReader, Texts};
+use crate::usage::{Delivered, SseReader, TextToCount};
 use bytes::Bytes;
 use serde_json::Value;
 
@@ -8,7 +8,7 @@ fn fixture(name: &str) -> String {
     std::fs::read_to_string(format!("{}/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
 
-/// What an event adds: the number of its text and what comes to it.
+/// The text that an event adds: its index and the addition.
 type Adds = Option<(usize, &'static str)>;
 
 const STREAMS: [(&str, &[Adds]); 5] = [
@@ -69,40 +69,40 @@ fn broken_off(stream: &str) -> SseReader {
 }
 
 #[test]
-fn a_stream_broken_off_anywhere_counts_the_texts_of_its_whole_events() {
+fn a_broken_stream_counts_the_text_of_its_complete_events() {
     for (name, adds) in STREAMS {
         let stream = fixture(name);
         let ends: Vec<usize> = stream.match_indices("\n\n").map(|(at, _)| at + 2).collect();
         assert_eq!(ends.len(), adds.len(), "{name}");
         for at in 0..=stream.len() {
             let whole = ends.iter().filter(|&&end| end <= at).count();
-            let mut want = Texts::default();
+            let mut want = TextToCount::default();
             for &(text, more) in adds[..whole].iter().flatten() {
                 want.texts.resize(want.texts.len().max(text + 1), String::new());
                 want.texts[text].push_str(more);
-                want.tokens += if more.starts_with("look") { 4 } else { 0 };
+                want.known_tokens += if more.starts_with("look") { 4 } else { 0 };
             }
-            assert_eq!(broken_off(&stream[..at]).take_texts(), want, "{name}, {at} bytes");
+            assert_eq!(broken_off(&stream[..at]).take_text(), want, "{name}, {at} bytes");
         }
     }
 }
 
 fn texts(events: &[&str]) -> (Vec<String>, u64) {
-    let mut received = Received::default();
-    events.iter().for_each(|event| received.push_event(event.as_bytes()));
-    let Texts { texts, tokens } = received.finish_events();
-    (texts, tokens)
+    let mut delivered = Delivered::default();
+    events.iter().for_each(|event| delivered.push_event(event.as_bytes()));
+    let TextToCount { texts, known_tokens } = delivered.finish_events();
+    (texts, known_tokens)
 }
 
 fn document(json: &str) -> (Vec<String>, u64) {
-    let mut received = Received::default();
-    received.push_piece(json.as_bytes());
-    let Texts { texts, tokens } = received.finish_document();
-    (texts, tokens)
+    let mut delivered = Delivered::default();
+    delivered.push_piece(json.as_bytes());
+    let TextToCount { texts, known_tokens } = delivered.finish_document();
+    (texts, known_tokens)
 }
 
 #[test]
-fn what_only_comes_when_it_is_done_counts_and_nothing_twice() {
+fn repeated_text_counts_once() {
     let delta = r#"{"type":"response.output_text.delta","output_index":0,"content_index":0,"delta":"Hi"}"#;
     let done = r#"{"type":"response.output_text.done","output_index":0,"content_index":0,"text":"Hi"}"#;
     let call_done =
@@ -122,7 +122,7 @@ fn what_only_comes_when_it_is_done_counts_and_nothing_twice() {
 }
 
 #[test]
-fn a_response_that_was_not_cut_short_has_a_token_that_ends_it() {
+fn a_completed_response_has_one_more_token_for_its_end() {
     let delta = r#"{"type":"response.output_text.delta","output_index":0,"content_index":0,"delta":"Hi"}"#;
     let call = r#"{"type":"response.output_item.added","output_index":1,"item":{"type":"function_call","name":"get","arguments":""}}"#;
     let [completed, incomplete] = ["completed", "incomplete"].map(|status| {
@@ -174,7 +174,7 @@ fn every_kind_of_text_counts_once() {
             &["hm", "Hi", r#"get{"a":1}"#, "1"],
             4,
         ),
-        // Errors are no completion, whatever stands beside them.
+        // An error is not a completion, whatever other fields it has.
         (r#"{"error":{"message":"x"},"choices":[{"delta":{"content":"Hi"}}]}"#, &[], 0),
         (r#"{"type":"error","content":[{"type":"text","text":"Hi"}]}"#, &[], 0),
         (r#"{"message":"not allowed"}"#, &[], 0),
@@ -183,7 +183,7 @@ fn every_kind_of_text_counts_once() {
         assert_eq!(document(json), (words(want), tokens), "document {json}");
     }
     let named = "event: error\ndata: {\"choices\":[{\"delta\":{\"content\":\"Hi\"}}]}\n\n";
-    assert_eq!(broken_off(named).take_texts(), Texts::default());
+    assert_eq!(broken_off(named).take_text(), TextToCount::default());
     assert_eq!(broken_off(named).tokens_so_far(9), 0);
 }
 
@@ -218,7 +218,7 @@ fn a_response_ends_incomplete() {
 }
 
 #[test]
-fn a_message_of_anthropics_ends_with_its_open_block() {
+fn an_anthropic_ending_closes_the_open_block() {
     for (after, open, tokens) in
         [(1, None, 0), (2, Some(0), 0), (3, Some(0), 0), (5, Some(0), 2), (6, None, 2), (8, Some(1), 4)]
     {
@@ -236,7 +236,7 @@ fn a_message_of_anthropics_ends_with_its_open_block() {
 }
 
 #[test]
-fn an_open_block_is_known_when_its_events_are_no_longer_kept() {
+fn an_open_block_is_known_after_its_events_were_dropped() {
     let start = "data: {\"type\":\"content_block_start\",\"index\":3,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n";
     let opened = "data: {\"type\":\"message_start\",\"message\":{}}\n\n".to_owned() + start;
     let pings = "data: {\"type\":\"ping\"}\n\n".repeat(3000);
@@ -245,7 +245,7 @@ fn an_open_block_is_known_when_its_events_are_no_longer_kept() {
 }
 
 #[test]
-fn geminis_and_coheres_and_chats_end_like_their_last_chunk() {
+fn endings_of_gemini_cohere_and_chat_resemble_the_last_chunk() {
     let gemini = ending("gemini_silent.sse", 2);
     let [(_, chunk)] = &events(&gemini)[..] else { panic!("{gemini}") };
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Bodies: what is accepted is counted within bounds and in time, and stays accepted when it is edited.
+//! Fuzzes request bodies: an accepted body is counted within bounds and in time, and is still accepted after edits.
 
 use serde_json::{Map, Value};
 use tollgate::api::Api;
@@ -8,7 +8,7 @@ use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 pub(crate) const APIS: [Api; 6] =
     [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini];
 
-/// One of each format of prompts and each rule for images; the empty one: what the body says itself.
+/// One model of each prompt format and each image rule. The empty name stands for the body's own model.
 const MODELS: [&str; 16] = [
     "gpt-4o",
     "gpt-4",
@@ -28,8 +28,8 @@ const MODELS: [&str; 16] = [
     "",
 ];
 
-/// More than an input may take of a processor: some five times what the slowest 64 KiB do, documents that inflate.
-const MOST_NANOSECONDS: u64 = 1_000_000_000;
+/// An input may not use this much CPU time: five times that of the slowest 64 KiB, which are inflating documents.
+const MAX_NANOSECONDS: u64 = 1_000_000_000;
 
 pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
     let began = processor_time();
@@ -42,7 +42,7 @@ pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
     let quick = body.prompt.estimate_if_quick(&known);
     let estimate = body.prompt.estimate(&known);
     let took = processor_time() - began;
-    assert!(took < MOST_NANOSECONDS, "{took} ns for {} bytes", json.len());
+    assert!(took < MAX_NANOSECONDS, "{took} ns for {} bytes", json.len());
     assert!(quick.is_none_or(|quick| quick == estimate), "quick: {quick:?}, else {estimate:?}");
     let again = body.prompt.estimate_if_quick(&known);
     assert!(again.is_none_or(|again| again == estimate), "known: {again:?}, else {estimate:?}");
@@ -53,18 +53,18 @@ pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
     }
 }
 
-/// No byte of a body costs more than this, in the worst models and written as short as can be:
+/// Upper bound of the tokens per byte of a body, for the worst model and the shortest spelling:
 ///
-/// - Text: at most a token a byte, of which the dearest tokenizer makes 1.4; names count twice. An invalid byte of a
-///   text in base64 becomes three bytes. Sound of unknown length is 1,920 tokens by 36 bytes.
-/// - Tools: 300 tokens, times 1.6 with JSON, for one of the provider's own, which may be as short as `1,`; of
-///   functions a rendering, at most 5 bytes for one.
-/// - A schema for the answer: itself, at 1.4 tokens a byte.
-/// - Overhead: 50 tokens and what a message costs for a call as short as `1,`.
-/// - Images: at most 6,000,000 tokens (the tests in `src/estimate/images.rs`) by 13 bytes, `{"detail":1},`. A byte of
-///   a document inflates to at most 1,032, of which four are a token.
+/// - Text: at most one token a byte, times 1.4 for the most expensive tokenizer; names count twice. An invalid byte in
+///   base64 text becomes three bytes. Audio of unknown length is 1,920 tokens for 36 bytes.
+/// - Tools: a provider's own tool is 300 tokens, times 1.6 in JSON, and may be as short as `1,`. A function is rendered
+///   to at most 5 bytes for each byte.
+/// - A response schema: 1.4 tokens a byte.
+/// - Overhead: 50 tokens and those of a message for a call as short as `1,`.
+/// - Images: at most 6,000,000 tokens (see the tests in `src/estimate/images.rs`) for 13 bytes, `{"detail":1},`. A byte
+///   of a document inflates to at most 1,032 bytes, of which four are a token.
 fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
-    /// What a request costs whatever is in it: its template, an introduction to tools.
+    /// Fixed tokens of a request: its template and an introduction to tools.
     const FIXED: u64 = 2_000;
     for part in PromptPart::ALL {
         let a_byte = match part {
@@ -79,23 +79,23 @@ fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
     }
 }
 
-/// Edits are made where a request has a model, or messages.
+/// Applies the gateway's edits to a request that has a model or messages.
 fn has_a_field(json: &[u8]) -> bool {
     json.trim_ascii().strip_prefix(b"{").is_some_and(|rest| rest.trim_ascii_start().first() != Some(&b'}'))
 }
 
 fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
     let bound = 1 + u64::from(how);
-    // As the proxy does; the other APIs report usage unasked.
+    // Like the proxy. The other APIs always report usage.
     let asks = matches!(api, Api::Chat | Api::Completions) && body.streams && !body.wants_usage();
     let mut edits = body.bounds().lower_to(bound, model, json);
-    edits.extend(asks.then(|| body.ask_for_usage()));
+    edits.extend(asks.then(|| body.request_usage()));
     let after = edited(json, edits);
     let text = String::from_utf8_lossy(&after);
     let again = Body::read(api, &after).unwrap_or_else(|fault| panic!("after edits: {fault} {text}"));
     assert_eq!(again.wants_usage(), body.wants_usage() || asks, "{text}");
     assert_eq!(edited(&after, again.bounds().lower_to(bound, model, &after)), after, "lowered twice");
-    // Everything else is as it was.
+    // Everything else is unchanged.
     assert_eq!(
         (&again.model, again.streams, again.choices, again.completions()),
         (&body.model, body.streams, body.choices, body.completions()),
@@ -103,9 +103,9 @@ fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
     );
     let known = Models::default().named(model);
     assert_eq!(again.prompt.estimate(&known), body.prompt.estimate(&known), "{text}");
-    // Numbers that are too large for a tree are not for the gateway to refuse.
+    // The gateway accepts numbers that are too large for serde_json's tree.
     let (Some(tree), Some(tree_after)) = (tree(json), tree(&after)) else { return };
-    // Chats do not have this bound, but some upstreams read it.
+    // Not a field of chats, but some upstreams read it.
     let keeps_another = api != Api::Responses && tree.contains_key("max_output_tokens");
     if !keeps_another {
         assert_eq!(
@@ -123,7 +123,7 @@ fn tree(json: &[u8]) -> Option<Map<String, Value>> {
     serde::Deserialize::deserialize(&mut deserializer).ok()
 }
 
-/// A body less what edits set.
+/// A body without the fields that edits set.
 fn without_edits(api: Api, mut body: Map<String, Value>) -> Map<String, Value> {
     let mut cut = |object: &str, members: &[&str]| {
         let Some(inner) = body.get_mut(object) else { return };
@@ -149,7 +149,7 @@ fn without_edits(api: Api, mut body: Map<String, Value>) -> Map<String, Value> {
     body
 }
 
-/// What this thread has had of a processor, in nanoseconds: unlike the clock's it does not grow while others run.
+/// CPU time of this thread in nanoseconds. Unlike wall-clock time it is independent of other processes.
 fn processor_time() -> u64 {
     let all = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     all.split(' ').next().and_then(|nanoseconds| nanoseconds.parse().ok()).unwrap_or(0)

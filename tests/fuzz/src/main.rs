@@ -1,15 +1,15 @@
-//! Feeds requests and streams to what reads them, as libFuzzer thinks them up. The first byte of an input says
-//! what is read: `0` to `5` a body of an API, `6` the events of a stream, `7` a compressed answer; the second one
-//! which model it is for, or how it is coded and cut. The rest is what is read.
+//! Fuzz target for the readers of requests and answers, run by libFuzzer. The first byte of an input selects the
+//! reader: `0` to `5` a body of an API, `6` the events of a stream, `7` a compressed answer. The second byte selects the
+//! model, or the coding and the cuts. The rest is the body, stream or answer.
 #![no_main]
-#![allow(clippy::unwrap_used, clippy::panic)] // how it tells what it found
+#![allow(clippy::unwrap_used, clippy::panic)] // a panic reports a finding
 
 mod bodies;
 mod coded;
 mod mutate;
 mod streams;
 
-/// The two bytes before what is read.
+/// The two selecting bytes.
 const HEAD: usize = 2;
 
 libfuzzer_sys::fuzz_target!(init: tollgate::estimate::warm(), |input: &[u8]| {
@@ -22,7 +22,7 @@ libfuzzer_sys::fuzz_target!(init: tollgate::estimate::warm(), |input: &[u8]| {
     }
 });
 
-// Every other change is one of libFuzzer's own: bytes, and words of the dictionary.
+// Every second mutation is one of libFuzzer's own: bytes, and words of the dictionary.
 libfuzzer_sys::fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     if seed.is_multiple_of(2)
         && size > HEAD

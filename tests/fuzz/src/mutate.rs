@@ -1,8 +1,8 @@
-//! Changes to JSON that leave it JSON: what changes single bytes seldom gets further than its parser.
+//! Mutations of JSON that keep it valid. Mutated single bytes seldom get past the parser.
 
 use std::ops::Range;
 
-/// What a value is replaced by: one of each kind, and numbers at bounds.
+/// Replacement values: one of each kind, and numbers at bounds.
 const VALUES: [&str; 16] = [
     "null",
     "{}",
@@ -22,7 +22,7 @@ const VALUES: [&str; 16] = [
     "[[1],{\"a\":{}}]",
 ];
 
-/// The input with some value in it replaced, moved, wrapped, left out or repeated; nothing: there is none.
+/// Replaces, moves, wraps, removes or repeats one value of the input; `None`: the input has no value.
 pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
     let mut random = Random(u64::from(seed) | 1 << 40);
     let values = values(input);
@@ -35,7 +35,7 @@ pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
         0..3 => VALUES[random.below(VALUES.len())].into(),
         3 | 4 => other.to_vec(),
         5 => [open.as_bytes(), value, close.as_bytes()].concat(),
-        // An element, or a member with a name that is its own.
+        // An element, or a member with its own name.
         6 => {
             let most = 4 << random.below(12);
             let times = 1 + random.below(room.min(most));
@@ -48,7 +48,7 @@ pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
             }
             with
         }
-        // Nothing: with the comma behind it, if there is one.
+        // Removes the value with the comma after it, if any.
         _ => {
             let comma = usize::from(input.get(at.end) == Some(&b','));
             return Some([&input[..at.start], &input[at.end + comma..]].concat());
@@ -58,7 +58,7 @@ pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
     (output.len() <= most).then_some(output)
 }
 
-/// Where values and names stand, as far as brackets and quotes go.
+/// The ranges of values and names, judged by brackets and quotes.
 fn values(input: &[u8]) -> Vec<Range<usize>> {
     let (mut found, mut open, mut at) = (Vec::new(), Vec::new(), 0);
     while at < input.len() {
@@ -86,7 +86,7 @@ fn values(input: &[u8]) -> Vec<Range<usize>> {
     found
 }
 
-/// SplitMix64.
+/// A SplitMix64 generator.
 struct Random(u64);
 
 impl Random {

@@ -1,7 +1,7 @@
-//! Streams of events: what the caller gets and what is read of it does not depend on how the network cut them.
+//! Fuzzes event streams: the caller's bytes and the usage read do not depend on cuts.
 
 use bytes::Bytes;
-use tollgate::usage::{SseReader, Texts};
+use tollgate::usage::{SseReader, TextToCount};
 
 pub(crate) fn check(how: u8, stream: &[u8]) {
     let stream = Bytes::copy_from_slice(stream);
@@ -25,11 +25,11 @@ pub(crate) fn check(how: u8, stream: &[u8]) {
 }
 
 struct Followed {
-    /// What the caller gets.
+    /// The bytes that the caller receives.
     given: Vec<u8>,
     /// Usage, withheld events, tokens so far, texts.
-    read: (tollgate::usage::Reported, u32, u64, Texts),
-    /// What would end the stream at a bound.
+    read: (tollgate::usage::Reported, u32, u64, TextToCount),
+    /// The events that would end the stream at its token limit.
     ending: String,
 }
 
@@ -44,6 +44,6 @@ fn follow(stream: &Bytes, withholds: bool, piece: usize) -> Followed {
     }
     let ending = reader.length_ending(2);
     reader.finish(&mut out);
-    let read = (reader.reported(), reader.withheld(), reader.tokens_so_far(100_000), reader.take_texts());
+    let read = (reader.reported(), reader.withheld(), reader.tokens_so_far(100_000), reader.take_text());
     Followed { given: out.concat(), read, ending }
 }

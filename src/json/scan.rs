@@ -1,0 +1,341 @@
+//! Scans the structure of JSON without parsing values. Linear in the input, without recursion.
+
+use memchr::memchr2;
+
+/// Longer keys are cut to this length. The longest key that callers look for is `usageMetadata`.
+const MAX_KEY_BYTES: usize = 16;
+/// This many bytes are examined together.
+const STRIDE: usize = 32;
+
+/// Whether brackets outside of strings nest deeper than `max` levels.
+pub(crate) fn nests_deeper_than(max: usize, json: &[u8]) -> bool {
+    let (mut lexer, mut depth, mut at) = (Lexer::default(), 0usize, 0);
+    while let Some(found) = lexer.next_bracket(json, at) {
+        at = found + 1;
+        if matches!(json[found], b'{' | b'[') {
+            depth += 1;
+            if depth > max {
+                return true;
+            }
+        } else {
+            depth = depth.saturating_sub(1);
+        }
+    }
+    false
+}
+
+/// The length of a string without its quotes; `json` begins after the opening quote. `None`: the string does not end.
+pub(crate) fn string_length(json: &[u8]) -> Option<usize> {
+    Lexer::InString.skip_string(json, 0).map(|end| end - 1)
+}
+
+/// What a `MemberScanner` finds, in the order of the input.
+pub(crate) enum Found<'a> {
+    /// A member's key as written, cut to `MAX_KEY_BYTES`. Escapes are not resolved.
+    Key {
+        key: &'a [u8],
+        /// The document is a list of objects.
+        is_in_list: bool,
+    },
+    /// The next bytes of the member's value, with surrounding whitespace.
+    Value(&'a [u8]),
+    /// The value is complete.
+    ValueEnd,
+}
+
+/// Finds the top-level members of a JSON document: of an object, or of each object in a list.
+///
+/// The document may be cut into pieces anywhere. Keeps one key and nothing else.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MemberScanner {
+    lexer: Lexer,
+    depth: u32,
+    /// The depth of the members: 1 in an object, 2 in a list of objects. 0 before the document begins.
+    member_depth: u32,
+    /// At `member_depth`: the next string is a key.
+    expects_key: bool,
+    capture: Capture,
+    key: [u8; MAX_KEY_BYTES],
+    key_length: usize,
+    is_complete: bool,
+}
+
+/// What the current bytes belong to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+enum Capture {
+    #[default]
+    Nothing,
+    Key,
+    Value,
+}
+
+impl MemberScanner {
+    /// Whether the document's last bracket was seen.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// Scans the next piece.
+    pub(crate) fn feed(&mut self, piece: &[u8], mut found: impl FnMut(Found<'_>)) {
+        // Start of the captured bytes in this piece.
+        let (mut from, mut at) = (0, 0);
+        while at < piece.len() {
+            if self.lexer != Lexer::Outside {
+                let Some(end) = self.lexer.skip_string(piece, at) else { break };
+                at = end;
+                if self.capture == Capture::Key {
+                    self.extend_key(&piece[from..end - 1]);
+                    self.capture = Capture::Nothing;
+                }
+                continue;
+            }
+            if self.depth > self.member_depth {
+                at = self.skip_below_members(piece, at);
+                continue;
+            }
+            let byte = piece[at];
+            at += 1;
+            let is_at_members = self.depth == self.member_depth && self.depth > 0;
+            match byte {
+                b'"' => {
+                    self.lexer = Lexer::InString;
+                    if is_at_members && self.expects_key {
+                        self.capture = Capture::Key;
+                        self.key_length = 0;
+                        from = at;
+                    }
+                }
+                b'{' | b'[' => self.open(byte),
+                b'}' | b']' => {
+                    if is_at_members {
+                        self.end_value(&piece[from..at - 1], &mut found);
+                    }
+                    self.depth = self.depth.saturating_sub(1);
+                    self.is_complete |= self.depth == 0;
+                }
+                b',' if is_at_members => {
+                    self.end_value(&piece[from..at - 1], &mut found);
+                    self.expects_key = true;
+                }
+                b':' if is_at_members && self.expects_key => {
+                    self.expects_key = false;
+                    self.capture = Capture::Value;
+                    let key = &self.key[..self.key_length];
+                    found(Found::Key { key, is_in_list: self.member_depth == 2 });
+                    from = at;
+                }
+                _ => {}
+            }
+        }
+        match self.capture {
+            Capture::Nothing => {}
+            Capture::Key => self.extend_key(&piece[from..]),
+            Capture::Value => found(Found::Value(&piece[from..])),
+        }
+    }
+
+    /// Skips to the next quote or bracket below the members and passes it. Returns the index after it.
+    fn skip_below_members(&mut self, piece: &[u8], at: usize) -> usize {
+        let at = at + until_structural(&piece[at..]);
+        match piece.get(at) {
+            None => return at,
+            Some(b'"') => self.lexer = Lexer::InString,
+            Some(b'{' | b'[') => self.depth = self.depth.saturating_add(1),
+            Some(_) => self.depth -= 1,
+        }
+        at + 1
+    }
+
+    fn open(&mut self, bracket: u8) {
+        self.depth = self.depth.saturating_add(1);
+        if self.depth == 1 {
+            self.member_depth = if bracket == b'[' { 2 } else { 1 };
+        }
+        self.expects_key = self.depth == self.member_depth && bracket == b'{';
+    }
+
+    fn end_value(&mut self, last_bytes: &[u8], found: &mut impl FnMut(Found<'_>)) {
+        if self.capture == Capture::Value {
+            self.capture = Capture::Nothing;
+            found(Found::Value(last_bytes));
+            found(Found::ValueEnd);
+        }
+    }
+
+    fn extend_key(&mut self, part: &[u8]) {
+        let part = &part[..part.len().min(MAX_KEY_BYTES - self.key_length)];
+        self.key[self.key_length..][..part.len()].copy_from_slice(part);
+        self.key_length += part.len();
+    }
+}
+
+/// Position in the text as far as strings matter.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+enum Lexer {
+    #[default]
+    Outside,
+    InString,
+    AfterBackslash,
+}
+
+impl Lexer {
+    /// Finds the next bracket outside of strings, at `at` or later.
+    fn next_bracket(&mut self, json: &[u8], mut at: usize) -> Option<usize> {
+        loop {
+            if *self != Self::Outside {
+                at = self.skip_string(json, at)?;
+            }
+            at += until_structural(json.get(at..)?);
+            if *json.get(at)? != b'"' {
+                return Some(at);
+            }
+            *self = Self::InString;
+            at += 1;
+        }
+    }
+
+    /// Skips the rest of a string. Returns the index after its closing quote; `None`: it continues in the next
+    /// piece.
+    fn skip_string(&mut self, json: &[u8], mut at: usize) -> Option<usize> {
+        loop {
+            if *self == Self::AfterBackslash {
+                json.get(at)?;
+                *self = Self::InString;
+                at += 1;
+            }
+            at += memchr2(b'"', b'\\', json.get(at..)?)? + 1;
+            if json[at - 1] == b'"' {
+                *self = Self::Outside;
+                return Some(at);
+            }
+            *self = Self::AfterBackslash;
+        }
+    }
+}
+
+/// How many bytes come before the next quote or bracket. In embeddings most bytes are neither.
+fn until_structural(bytes: &[u8]) -> usize {
+    // A brace differs from a square bracket in one bit. A stride is examined without early exit, so that the compiler
+    // can vectorise it.
+    let is_structural = |byte: &u8| *byte == b'"' || matches!(byte | 0x20, b'{' | b'}');
+    let has_none = |stride: &&[u8]| !stride.iter().fold(false, |any, byte| any | is_structural(byte));
+    let skipped = bytes.chunks_exact(STRIDE).take_while(has_none).count() * STRIDE;
+    skipped + bytes[skipped..].iter().position(is_structural).unwrap_or(bytes.len() - skipped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Members of a document as (key, value), and whether it is complete.
+    fn members(pieces: &[&[u8]]) -> (Vec<(String, String)>, bool) {
+        let (mut scanner, mut members) = (MemberScanner::default(), Vec::<(String, Vec<u8>, bool)>::new());
+        for piece in pieces {
+            scanner.feed(piece, |found| match found {
+                Found::Key { key, .. } => {
+                    members.push((String::from_utf8_lossy(key).into(), Vec::new(), false));
+                }
+                Found::Value(part) => members.last_mut().unwrap().1.extend_from_slice(part),
+                Found::ValueEnd => members.last_mut().unwrap().2 = true,
+            });
+        }
+        let text = |value: Vec<u8>| String::from_utf8_lossy(&value).trim().to_owned();
+        let complete = members.into_iter().filter(|(.., is_complete)| *is_complete);
+        (complete.map(|(key, value, _)| (key, text(value))).collect(), scanner.is_complete())
+    }
+
+    fn cut(text: &[u8], cuts: &[usize]) -> (Vec<(String, String)>, bool) {
+        let (mut pieces, mut from) = (Vec::new(), 0);
+        for cut in cuts.iter().copied().chain([text.len()]) {
+            let cut = cut.clamp(from, text.len());
+            pieces.push(&text[from..cut]);
+            from = cut;
+        }
+        members(&pieces)
+    }
+
+    #[test]
+    fn only_top_level_members_are_found() {
+        for (json, want) in [
+            (r#"{"a":1,"b":{"c":[2,"}"]}}"#, &[("a", "1"), ("b", r#"{"c":[2,"}"]}"#)][..]),
+            (r#" {"a" : "x,\"y\":" , "b":[]} "#, &[("a", r#""x,\"y\":""#), ("b", "[]")]),
+            (r#"[{"a":1},{"b":[{"c":2}]}]"#, &[("a", "1"), ("b", r#"[{"c":2}]"#)]),
+            (
+                r#"{"\u0061":null,"a key that is too long":1}"#,
+                &[(r"\u0061", "null"), ("a key that is to", "1")],
+            ),
+            (r#""a":1"#, &[]),
+            (r#"{"a":1"#, &[]),
+            ("[1,2]", &[]),
+        ] {
+            let want: Vec<_> =
+                want.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            assert_eq!(cut(json.as_bytes(), &[]).0, want, "{json}");
+            assert_eq!(cut(json.as_bytes(), &(0..json.len()).collect::<Vec<_>>()).0, want, "{json}");
+        }
+    }
+
+    #[test]
+    fn a_document_is_complete_at_its_last_bracket() {
+        assert!(members(&[br#"{"a":"}"}"#]).1);
+        assert!(!members(&[br#"{"a":"}""#]).1);
+    }
+
+    #[test]
+    fn a_string_ends_at_its_first_unescaped_quote() {
+        for (json, length) in [
+            (r#"ab":1"#, Some(2)),
+            (r#"","#, Some(0)),
+            (r#"a\"b\\""#, Some(6)),
+            ("ab", None),
+            (r"a\\", None),
+            (r"\", None),
+        ] {
+            assert_eq!(string_length(json.as_bytes()), length, "{json}");
+        }
+    }
+
+    #[test]
+    fn brackets_within_strings_do_not_nest() {
+        let nested = |levels: usize| "[".repeat(levels) + &"]".repeat(levels);
+        assert!(!nests_deeper_than(3, nested(3).as_bytes()) && nests_deeper_than(3, nested(4).as_bytes()));
+        for (json, is_deeper) in [
+            (r#"["[[\"[["]"#, false),
+            (r#"["\\",[[["#, true),
+            ("]]][[[[", true),
+            ("[[[][][]]]", false),
+            ("\"[[[[\\", false),
+        ] {
+            assert_eq!(nests_deeper_than(3, json.as_bytes()), is_deeper, "{json}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn members_do_not_depend_on_cuts(
+            parts in prop::collection::vec("[-0-9., \n]{0,70}|[\\[\\]{}:,\\\\]|\"[a-z\\[}:,]{0,3}\"", 0..20),
+            mut cuts in prop::collection::vec(0usize..300, 0..12),
+        ) {
+            let text = format!(r#"{{"a":[{}],"b":{{"x":[[{}]],"c":3}}}}"#, parts.concat(), "1,".repeat(50));
+            cuts.sort_unstable();
+            let whole = cut(text.as_bytes(), &[]);
+            prop_assert_eq!(&whole, &cut(text.as_bytes(), &cuts));
+            prop_assert_eq!(&whole, &cut(text.as_bytes(), &(0..text.len()).collect::<Vec<_>>()));
+        }
+
+        #[test]
+        fn strides_find_the_same_byte_as_a_plain_search(parts in prop::collection::vec("[-0-9., \n]{0,70}|[\\[\\]{}\"]", 0..20)) {
+            let text = parts.concat();
+            let want = text.find(|c| "\"{}[]".contains(c)).unwrap_or(text.len());
+            prop_assert_eq!(until_structural(text.as_bytes()), want);
+        }
+
+        #[test]
+        fn nesting_agrees_with_a_json_parser(levels in 0usize..20, text in "[\\[\\]{}\\\\\"a]{0,12}", max in 0usize..20) {
+            let inner = serde_json::json!([&text]);
+            let json = (0..levels).fold(inner, |inner, _| serde_json::json!({ &text: inner })).to_string();
+            prop_assert_eq!(nests_deeper_than(max, json.as_bytes()), levels + 1 > max);
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Finds the usage in a JSON answer while its bytes pass.
+//!
+//! Only the values of a few top-level keys are kept and parsed. An answer may be megabytes long (embeddings), and a
+//! nested `usage` does not count. Gemini can answer with a list of chunks; the last usage in it counts.
+
+use super::{Reported, fields};
+use crate::json::{Found, MemberScanner};
+
+/// A longer usage object does not count as reported.
+const MAX_USAGE_BYTES: usize = 64 * 1024;
+
+/// How usage stands in the value of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum UsageHolder {
+    /// The value is the usage.
+    Usage,
+    /// Cohere's `meta`: token counts among other fields.
+    Meta,
+    /// Groq's `x_groq`: an object with a `usage`.
+    Parent,
+}
+
+impl UsageHolder {
+    fn of_key(key: &[u8], is_in_list: bool) -> Option<Self> {
+        match key {
+            b"usageMetadata" => Some(Self::Usage),
+            b"usage" if !is_in_list => Some(Self::Usage),
+            b"meta" if !is_in_list => Some(Self::Meta),
+            b"x_groq" if !is_in_list => Some(Self::Parent),
+            _ => None,
+        }
+    }
+}
+
+/// Follows one JSON document, fed in arbitrary pieces. Linear; keeps at most 64 KiB.
+#[derive(Debug, Default)]
+pub struct JsonReader {
+    scanner: MemberScanner,
+    value: PartialValue,
+    reported: Reported,
+}
+
+/// The value that is being read, if it can hold usage.
+#[derive(Debug, Default)]
+struct PartialValue {
+    holder: Option<UsageHolder>,
+    json: Vec<u8>,
+    is_too_long: bool,
+}
+
+impl JsonReader {
+    /// Reads the next piece.
+    pub fn feed(&mut self, piece: &[u8]) {
+        let Self { scanner, value, reported } = self;
+        scanner.feed(piece, |found| match found {
+            Found::Key { key, is_in_list } => {
+                *value = PartialValue { holder: UsageHolder::of_key(key, is_in_list), ..Default::default() };
+            }
+            Found::Value(part) => value.extend(part),
+            Found::ValueEnd => {
+                if let Some(usage) = std::mem::take(value).usage() {
+                    reported.update(usage);
+                }
+            }
+        });
+    }
+
+    /// The usage reported so far.
+    pub fn reported(&self) -> Reported {
+        self.reported
+    }
+
+    /// Whether the document's end was seen.
+    pub fn is_complete(&self) -> bool {
+        self.scanner.is_complete()
+    }
+}
+
+impl PartialValue {
+    fn extend(&mut self, part: &[u8]) {
+        if self.holder.is_none() {
+            return;
+        }
+        if self.json.len() + part.len() > MAX_USAGE_BYTES {
+            self.is_too_long = true;
+        } else {
+            self.json.extend_from_slice(part);
+        }
+    }
+
+    fn usage(self) -> Option<Reported> {
+        let text = if self.is_too_long { None } else { std::str::from_utf8(&self.json).ok() };
+        match self.holder? {
+            UsageHolder::Usage => Some(Reported::read(text.unwrap_or("invalid"))),
+            UsageHolder::Meta => Some(fields::read_meta(text.unwrap_or("null"))),
+            UsageHolder::Parent => fields::read_within(text.unwrap_or("null").trim_start()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(text: &[u8], cuts: &[usize]) -> (Reported, bool) {
+        let mut reader = JsonReader::default();
+        let mut from = 0;
+        for cut in cuts.iter().copied().chain([text.len()]) {
+            let cut = cut.clamp(from, text.len());
+            reader.feed(&text[from..cut]);
+            from = cut;
+        }
+        (reader.reported(), reader.is_complete())
+    }
+
+    fn completion(text: &str) -> Option<u64> {
+        read(text.as_bytes(), &[]).0.completion()
+    }
+
+    #[test]
+    fn only_the_top_level_usage_counts() {
+        assert_eq!(
+            completion(r#"{"a":[1,{"usage":{"completion_tokens":9}}],"usage":{"completion_tokens":3}}"#),
+            Some(3)
+        );
+        assert_eq!(completion(r#"{"a":{"usage":{"completion_tokens":9}}}"#), None);
+        assert_eq!(completion(r#"[{"usage":{"completion_tokens":9}}]"#), None);
+        assert_eq!(completion(r#"{"a":"\"usage\":{\"completion_tokens\":9}"}"#), None);
+        assert_eq!(completion(r#"{"a":"usage","completion_tokens":9}"#), None);
+        assert_eq!(completion("{ \"usage\" : \n {\"completion_tokens\" : 3 } \r\n}"), Some(3));
+        assert_eq!(completion(r#"{"usage":null}"#), None);
+        assert_eq!(completion(r#"{"usages":{"completion_tokens":3},"usag":{"completion_tokens":4}}"#), None);
+    }
+
+    #[test]
+    fn usage_is_found_in_the_shape_of_each_provider() {
+        for (document, want) in [
+            (r#"{"candidates":[],"usageMetadata":{"promptTokenCount":2,"candidatesTokenCount":3}}"#, (2, 3)),
+            (
+                r#"[{"usageMetadata":{"promptTokenCount":2,"candidatesTokenCount":1}},
+                    {"a":[1],"usageMetadata":{"candidatesTokenCount":3}}]"#,
+                (2, 3),
+            ),
+            (r#"{"meta":{"x":1,"billed_units":{"input_tokens":2,"output_tokens":3}}}"#, (2, 3)),
+            (r#"{"x_groq":{"id":"r","usage":{"prompt_tokens":2,"completion_tokens":3}}}"#, (2, 3)),
+            (
+                r#"{"usage":{"prompt_tokens":2,"completion_tokens":3},"x_groq":{"usage":{"prompt_tokens":2,"completion_tokens":3}}}"#,
+                (2, 3),
+            ),
+        ] {
+            let cuts: Vec<usize> = (0..document.len()).collect();
+            for cuts in [&cuts[..], &[]] {
+                let (reported, ended) = read(document.as_bytes(), cuts);
+                assert_eq!(
+                    (reported.prompt(), reported.completion()),
+                    (Some(want.0), Some(want.1)),
+                    "{document}"
+                );
+                assert!(ended && !reported.has_incredible());
+            }
+        }
+        // Other values under these keys report nothing.
+        let (reported, _) = read(br#"{"meta":"words","x_groq":[1],"a":1}"#, &[]);
+        assert_eq!(reported, Reported::default());
+    }
+
+    #[test]
+    fn an_endless_usage_is_not_kept() {
+        let mut reader = JsonReader::default();
+        reader.feed(br#"{"usage":{"x":""#);
+        for _ in 0..100 {
+            reader.feed(&[b'a'; 4096]);
+        }
+        assert!(reader.value.json.len() <= MAX_USAGE_BYTES);
+        reader.feed(br#"","completion_tokens":3}}"#);
+        assert!(reader.reported().has_incredible() && !reader.reported().has_any());
+    }
+
+    proptest! {
+        #[test]
+        fn usage_does_not_depend_on_cuts(mut cuts in prop::collection::vec(0usize..140, 0..20)) {
+            let text = br#"{"id":"x","choices":[{"message":{"content":"a \"b\" \\ c","n":[1,{}]}}],"usage":{"prompt_tokens":7,"completion_tokens":3},"x":0}"#;
+            cuts.sort_unstable();
+            prop_assert_eq!(read(text, &cuts), read(text, &[]));
+        }
+
+        #[test]
+        fn agrees_with_a_json_parser(n in 0u64..100_000, text in ".{0,60}", key in "[a-z]{0,8}", wrap in 0..3) {
+            let inner = serde_json::json!({"usage": {"completion_tokens": n + 1}, &key: &text});
+            let document = match wrap {
+                0 => serde_json::json!({"k": &text, "usage": {"completion_tokens": n}, "z": inner}),
+                1 => serde_json::json!({&key: [inner], "a": text}),
+                _ => serde_json::json!([inner, text]),
+            };
+            let want = document.get("usage").and_then(|u| u.get("completion_tokens")).and_then(serde_json::Value::as_u64);
+            prop_assert_eq!(completion(&document.to_string()), want);
+        }
+
+        #[test]
+        fn no_input_makes_it_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..10)) {
+            let mut reader = JsonReader::default();
+            for piece in pieces {
+                reader.feed(&piece);
+            }
+        }
+    }
+}
