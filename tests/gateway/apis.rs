@@ -1,4 +1,4 @@
-//! Every API of the contract: where it is served, what it costs, what its errors look like.
+//! Every API: its paths, its charges and the shape of its errors.
 
 use crate::support::*;
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ async fn gateway_at_root(upstream: &Upstream, settings: &str, environment: &str)
     .await
 }
 
-/// A request of each counted API, with its path and what its answer costs: prompt, completion, total.
+/// A request of each counted API: path, body, answer, and the prompt, completion and total tokens of the answer.
 fn counted() -> Vec<(&'static str, &'static str, String, [u64; 3])> {
     let fixture = |name: &str| {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
@@ -60,7 +60,7 @@ fn answering(body: &str) -> Answer {
 }
 
 #[tokio::test]
-async fn every_counted_api_is_served_unchanged_and_charged_what_it_reports() {
+async fn every_counted_api_passes_unchanged_and_is_charged_its_reported_usage() {
     for (path, body, answer, [prompt, completion, total]) in counted() {
         let upstream = Upstream::always(answering(&answer)).await;
         let gateway = gateway_at_root(&upstream, "stream_usage: never", &format!("quotas: {OPEN}")).await;
@@ -75,7 +75,7 @@ async fn every_counted_api_is_served_unchanged_and_charged_what_it_reports() {
 }
 
 #[tokio::test]
-async fn what_is_not_counted_is_one_request_and_the_usage_that_it_reports() {
+async fn an_uncounted_path_is_charged_one_request_and_its_reported_usage() {
     let form = "--x\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper-1\r\n\
                 --x\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nRIFF\r\n--x--\r\n";
     let form_head = "content-type: multipart/form-data; boundary=x\r\n";
@@ -104,7 +104,7 @@ async fn what_is_not_counted_is_one_request_and_the_usage_that_it_reports() {
 }
 
 #[tokio::test]
-async fn the_list_of_models_holds_for_every_path_that_names_one() {
+async fn the_model_list_applies_to_every_path_with_a_model() {
     let upstream = Upstream::always(Answer::json(200, "{}")).await;
     let environment = format!("models: ['whisper-*', 'gemini-*'], quotas: {OPEN}");
     let gateway = gateway_at_root(&upstream, "", &environment).await;
@@ -121,7 +121,7 @@ async fn the_list_of_models_holds_for_every_path_that_names_one() {
         ("/v1/rerank", "", r#"{"query":"q"}"#.to_owned(), false),
         ("/openai/deployments/whisper-2/audio/transcriptions", form_head, form("other"), true),
         ("/openai/deployments/other/audio/transcriptions", form_head, form("whisper-1"), false),
-        // The path's word counts, not the body's.
+        // The model in the path applies, not the one in the body.
         ("/v1beta/models/palm-2:generateContent", "", contents.to_owned(), false),
         ("/v1beta/models/gemini-2.5-flash:generateContent", "", contents.to_owned(), true),
     ] {
@@ -143,7 +143,7 @@ async fn the_list_of_models_holds_for_every_path_that_names_one() {
 }
 
 #[tokio::test]
-async fn refusals_have_the_shape_of_the_api() {
+async fn errors_have_the_shape_of_the_api() {
     let upstream = Upstream::always(Answer::json(200, "{}")).await;
     let environment =
         "keys: [{ name: web, secret: key-of-the-web-app-1 }], quotas: { requests: { limit: 1, per: hour } }";
@@ -184,7 +184,7 @@ async fn refusals_have_the_shape_of_the_api() {
     let reply = gateway.send("GET", "/v1/messages", key, "").await;
     assert_eq!((reply.status, reply.header("allow")), (405, Some("POST")));
     assert_eq!(reply.json()["error"]["type"], "invalid_request_error");
-    // The hint is right for the SDK that asks.
+    // The hint fits the caller's SDK.
     let hint = |path: &'static str| async { gateway.send("POST", path, key, "{}").await.text().to_owned() };
     assert!(hint("/staging/v1/v1/messages").await.contains("ends in '/staging'"));
     assert!(hint("/v1/v1/messages").await.contains("ends in '/'"));
@@ -192,7 +192,7 @@ async fn refusals_have_the_shape_of_the_api() {
 }
 
 #[tokio::test]
-async fn a_stream_that_breaks_off_ends_with_an_error_of_its_api() {
+async fn a_broken_stream_ends_with_an_error_in_the_shape_of_its_api() {
     let gemini = "/v1beta/models/gemini-2.5-flash:streamGenerateContent?alt=sse";
     let messages = r#"{"max_tokens":64,"stream":true,"messages":[{"role":"user","content":"hello"}]}"#;
     for (path, body, event) in [
@@ -216,7 +216,7 @@ async fn a_stream_that_breaks_off_ends_with_an_error_of_its_api() {
 }
 
 #[tokio::test]
-async fn keys_go_upstream_as_each_provider_takes_them() {
+async fn upstream_keys_are_sent_in_the_header_of_each_provider() {
     let gemini = "/v1beta/models/gemini-2.5-flash:generateContent?alt=sse&key=the-callers-own";
     for (api, header, value) in [
         ("openai", "authorization", "Bearer sk-up"),
@@ -239,7 +239,7 @@ async fn keys_go_upstream_as_each_provider_takes_them() {
 }
 
 #[tokio::test]
-async fn a_key_in_the_query_is_the_callers_own_or_goes_nowhere() {
+async fn a_key_in_the_query_is_the_callers_and_is_not_forwarded() {
     let upstream = Upstream::always(Answer::json(200, "{}")).await;
     let config = format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
@@ -255,7 +255,7 @@ async fn a_key_in_the_query_is_the_callers_own_or_goes_nowhere() {
     };
     assert_eq!(gateway.post(&path("open", "own"), "{}").await.status, 200);
     assert!(upstream.seen()[0].target().ends_with("?key=own&alt=sse"));
-    // It opens nothing, and is not passed on.
+    // An upstream key in the query does not authenticate, and is not forwarded.
     let ours = "key-of-the%2Dweb-app-1";
     assert_eq!(gateway.post(&path("closed", ours), "{}").await.status, 401);
     assert_eq!(gateway.post(&path("open", ours), "{}").await.status, 403);
@@ -265,8 +265,8 @@ async fn a_key_in_the_query_is_the_callers_own_or_goes_nowhere() {
     assert_eq!(upstream.seen().len(), 2);
 }
 
-/// A request for a stream that says nothing of usage.
-fn asking(fields: &str) -> String {
+/// A request for a stream that does not mention usage.
+fn stream_request(fields: &str) -> String {
     hello(&format!(r#""stream":true{fields}"#))
 }
 
@@ -275,7 +275,7 @@ fn refusal(status: u16) -> Answer {
 }
 
 #[tokio::test]
-async fn a_backend_that_refuses_stream_options_is_found_out_and_remembered() {
+async fn an_upstream_that_rejects_stream_options_is_detected_and_remembered() {
     for status in [400, 422] {
         let upstream = Upstream::answering(move |seen| {
             if seen.text().contains("stream_options") {
@@ -287,24 +287,24 @@ async fn a_backend_that_refuses_stream_options_is_found_out_and_remembered() {
         .await;
         let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
         for _ in 0..2 {
-            let reply = gateway.chat(&asking("")).await;
+            let reply = gateway.chat(&stream_request("")).await;
             assert_eq!((reply.status, reply.text()), (200, (delta("Hello") + DONE).as_str()));
         }
         let bodies: Vec<bool> =
             upstream.seen().iter().map(|seen| seen.text().contains("stream_options")).collect();
         assert_eq!(bodies, [true, false, false], "asked once");
-        assert_eq!(upstream.seen()[1].text(), asking(""), "as the caller sent it");
-        // Each is one request, and its answer is counted.
+        assert_eq!(upstream.seen()[1].text(), stream_request(""), "as the caller sent it");
+        // Each call is charged one request and the count of its answer.
         assert_eq!(gateway.settled_charges().await, [2, 2 * HELLO_TOKENS, 2, 2 * HELLO_TOKENS + 2]);
-        // Who asks for it is still told no.
-        let reply = gateway.chat(&asking(r#","stream_options":{"include_usage":true}"#)).await;
+        // A caller that requests usage itself still receives the error.
+        let reply = gateway.chat(&stream_request(r#","stream_options":{"include_usage":true}"#)).await;
         assert_eq!(reply.status, status);
     }
 }
 
 #[tokio::test]
-async fn an_error_that_is_not_about_what_was_added_passes_and_turns_nothing_off() {
-    // Whatever is asked, this upstream complains of it.
+async fn an_unrelated_error_passes_and_stream_options_stay_on() {
+    // This upstream rejects every request.
     let upstream = Upstream::answering(|seen| match seen.text() {
         text if text.contains("no-such-model") => refusal(400),
         text if text.contains("bad") => Answer::json(400, r#"{"error":"too bad"}"#),
@@ -312,28 +312,28 @@ async fn an_error_that_is_not_about_what_was_added_passes_and_turns_nothing_off(
     })
     .await;
     let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
-    let reply = gateway.chat(&asking("").replace("gpt-4o", "no-such-model")).await;
+    let reply = gateway.chat(&stream_request("").replace("gpt-4o", "no-such-model")).await;
     assert_eq!((reply.status, upstream.seen().len()), (400, 2));
-    let reply = gateway.chat(&asking("").replace("gpt-4o", "bad")).await;
+    let reply = gateway.chat(&stream_request("").replace("gpt-4o", "bad")).await;
     assert_eq!((reply.status, reply.text(), upstream.seen().len()), (400, r#"{"error":"too bad"}"#, 3));
     assert_eq!(gateway.settled_charges().await, [2, 0, 0, 0]);
-    assert_eq!(gateway.chat(&asking("")).await.text(), DONE);
+    assert_eq!(gateway.chat(&stream_request("")).await.text(), DONE);
     assert!(upstream.seen()[3].text().contains("stream_options"), "it is still asked");
 }
 
 #[tokio::test]
-async fn an_error_that_is_slow_or_large_or_broken_passes_as_it_came() {
+async fn a_slow_large_or_broken_error_passes_unchanged() {
     let large = "x".repeat(300_000);
     let head = "HTTP/1.1 400 No\r\ncontent-type: application/json\r\ncontent-length: 300000\r\n\r\n";
     let whole = Answer::of(vec![Step::Send([head.as_bytes(), large.as_bytes()].concat())]);
     let upstream = Upstream::always(whole).await;
     let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
-    let reply = gateway.chat(&asking("")).await;
+    let reply = gateway.chat(&stream_request("")).await;
     assert_eq!((reply.status, reply.body.len(), upstream.seen().len()), (400, 300_000, 1));
     let cut = Answer::of(vec![Step::Send(head.into()), Step::Send(b"abc".to_vec()), Step::Cut]);
     let upstream = Upstream::always(cut).await;
     let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
-    let reply = gateway.chat(&asking("")).await;
+    let reply = gateway.chat(&stream_request("")).await;
     assert_eq!((reply.text(), reply.broke_off), ("abc", true));
     assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0]);
 }

@@ -1,4 +1,4 @@
-//! Every answer in `fixtures/`, whole and in single bytes: unchanged, and charged what stands beside it.
+//! Each answer in `fixtures/`, sent whole and in single bytes, passes unchanged and is charged as listed.
 
 use crate::support::*;
 use serde_json::Value;
