@@ -1,5 +1,5 @@
-//! Many streams at once through a gateway in a process of its own. Mock and callers are in this one, so that
-//! they have one clock: each event says when it was written.
+//! Many streams at once through a gateway in its own process. Mock and callers share this process and its clock, and
+//! each event carries the time at which it was written.
 
 use crate::bodies::{KEY, STREAM_HEAD, request};
 use crate::is_within;
@@ -16,16 +16,16 @@ use tokio::task::JoinSet;
 const STREAMS: usize = 1_000;
 const EVENT_EVERY: Duration = Duration::from_millis(200);
 const SLOW_READERS: usize = 200;
-/// What is sent to callers that do not read: MiB, and tokens in each event.
+/// Streams to callers that do not read: MiB, and tokens in each event.
 const FLOODS: [(usize, usize); 3] = [(4, 1), (16, 1), (16, 150)];
-/// Rounds of streams straight to the mock and by way of the gateway. More than the first number only until one is quiet:
-/// what else the machine does makes events later, and most of all those that pass through more processes.
+/// Rounds of streams, each directly to the mock and through the gateway. After `ROUNDS`, rounds go on until one is
+/// within bounds: other load on the machine delays events, most of all those that pass through more processes.
 const ROUNDS: usize = 3;
-const MOST_ROUNDS: usize = 20;
-/// Figures to reach. Of lateness it is what the gateway adds; on a machine that is late by itself, as much more.
-const MOST_KIB: f64 = 64.0;
-const MOST_KIB_UNREAD: f64 = 256.0;
-const MOST_LATE_MS: f64 = 5.0;
+const MAX_ROUNDS: usize = 20;
+const MAX_KIB_PER_STREAM: f64 = 64.0;
+const MAX_KIB_PER_UNREAD_STREAM: f64 = 256.0;
+/// Latency that the gateway may add, besides as much again as events have without it.
+const MAX_ADDED_MS: f64 = 5.0;
 
 static CLOCK: LazyLock<Instant> = LazyLock::new(Instant::now);
 
@@ -48,7 +48,7 @@ pub(crate) fn measure_unread() -> bool {
         println!(
             "{SLOW_READERS} callers that do not read while {mib} MiB are sent to each, {tokens} tokens an event: {kib:.1} KiB a stream\n"
         );
-        is_within("KiB a stream that is not read", kib, MOST_KIB_UNREAD) && is_fine
+        is_within("KiB a stream that is not read", kib, MAX_KIB_PER_UNREAD_STREAM) && is_fine
     })
 }
 
@@ -56,7 +56,7 @@ fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// A gateway before this upstream.
+/// Starts a gateway in front of this upstream.
 fn start(upstream: SocketAddr, folder: &Path) -> (Peer, SocketAddr) {
     let address = free_address();
     let peer = peers::start("tollgate", address, upstream, folder).and_then(|peer| peer.ready(address));
@@ -73,12 +73,12 @@ fn paced_streams(
     println!("### {STREAMS} streams of {} s, an event each {} ms\n", life.as_secs(), EVENT_EVERY.as_millis());
     println!("| by way of | events | p50 late | p99 | p99.9 | latest |");
     println!("| --- | --- | --- | --- | --- | --- |");
-    // Its vocabularies are loaded as it starts, and the first requests fill what every process needs once.
+    // The gateway loads its vocabularies at start, and the first requests fill its caches.
     std::thread::sleep(Duration::from_secs(1));
     runtime.block_on(follow(address, 20, Duration::from_millis(500), || ()));
     let (idle, before) = (gateway.resident(), gateway.cpu());
     let (mut rounds, mut resident, mut events) = (Vec::new(), 0, 0);
-    while rounds.len() < ROUNDS || rounds.len() < MOST_ROUNDS && !rounds.iter().any(Round::is_within) {
+    while rounds.len() < ROUNDS || rounds.len() < MAX_ROUNDS && !rounds.iter().any(Round::is_within) {
         let (late, ()) = runtime.block_on(follow(upstream, STREAMS, life, || ()));
         let straight = quantiles("nobody", &late);
         let (late, seen) = runtime.block_on(follow(address, STREAMS, life, || gateway.resident()));
@@ -88,10 +88,10 @@ fn paced_streams(
     let cpu = gateway.cpu().saturating_sub(before).as_secs_f64() * 1e6 / events as f64;
     let kib = resident.saturating_sub(idle) as f64 / 1024.0 / STREAMS as f64;
     println!("\nthe gateway: {kib:.1} KiB a stream, {cpu:.1} us of CPU an event");
-    is_within("KiB a stream", kib, MOST_KIB) & add_little(&rounds)
+    is_within("KiB a stream", kib, MAX_KIB_PER_STREAM) & check_added_latency(&rounds)
 }
 
-/// How late events came, by quantile, in milliseconds.
+/// Latency of events by quantile, in milliseconds.
 struct Round {
     straight: [f64; 4],
     through: [f64; 4],
@@ -102,38 +102,42 @@ impl Round {
         self.through[at] - self.straight[at]
     }
 
-    fn most(&self, at: usize) -> f64 {
-        MOST_LATE_MS + self.straight[at]
+    fn max_added(&self, at: usize) -> f64 {
+        MAX_ADDED_MS + self.straight[at]
     }
 
     fn is_within(&self) -> bool {
-        (0..QUANTILES.len()).all(|at| self.added(at) <= self.most(at))
+        (0..QUANTILES.len()).all(|at| self.added(at) <= self.max_added(at))
     }
 }
 
 const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("the latest", 1.0)];
 
-/// A line of the table: how late events came, in milliseconds.
+/// Prints a line of the table: latency of events in milliseconds.
 fn quantiles(name: &str, late: &[u64]) -> [f64; 4] {
     let at = QUANTILES.map(|(_, share)| late[((late.len() - 1) as f64 * share) as usize] as f64 / 1e6);
     println!("| {name} | {} | {} |", late.len(), at.map(|ms| format!("{ms:.2} ms")).join(" | "));
     at
 }
 
-/// Tells what the gateway adds, by the quietest round; whether it is little.
-fn add_little(rounds: &[Round]) -> bool {
+/// Prints the latency that the gateway adds in the quietest round. Returns whether it is within bounds.
+fn check_added_latency(rounds: &[Round]) -> bool {
     let latest = QUANTILES.len() - 1;
     let quietest = rounds.iter().min_by(|a, b| a.through[latest].total_cmp(&b.through[latest])).unwrap();
     let added = (0..=latest).map(|at| format!("{:.2} ms at {}", quietest.added(at), QUANTILES[at].0));
     println!("it adds {} in the quietest round\n", added.collect::<Vec<_>>().join(", "));
     (0..=latest).fold(true, |is_fine, at| {
         is_fine
-            & is_within(&format!("ms added at {}", QUANTILES[at].0), quietest.added(at), quietest.most(at))
+            & is_within(
+                &format!("ms added at {}", QUANTILES[at].0),
+                quietest.added(at),
+                quietest.max_added(at),
+            )
     })
 }
 
-/// How late each event came, in order, and what `look` saw when all streams were under way. They begin one
-/// after the other, as callers do, and so do their events.
+/// The sorted latencies of all events, and the result of `look` while all streams are in flight. Streams start one after
+/// the other, like real callers, so that their events are spread as well.
 async fn follow<T>(
     address: SocketAddr,
     streams: usize,
@@ -158,11 +162,11 @@ async fn follow<T>(
     (all, seen)
 }
 
-/// How late each event of one stream came.
+/// The latency of each event of one stream.
 async fn caller(address: SocketAddr, until: Instant) -> Vec<u64> {
     const MARK: &[u8] = b"\"written\":";
     let mut socket = TcpStream::connect(address).await.unwrap();
-    ask(&mut socket).await;
+    send_request(&mut socket).await;
     let (mut buffer, mut late) = (Vec::with_capacity(4 * 1024), Vec::new());
     while Instant::now() < until {
         assert!(socket.read_buf(&mut buffer).await.unwrap() > 0, "the stream has ended");
@@ -180,7 +184,7 @@ async fn caller(address: SocketAddr, until: Instant) -> Vec<u64> {
     late
 }
 
-async fn ask(socket: &mut TcpStream) {
+async fn send_request(socket: &mut TcpStream) {
     let body = request("stream");
     let head = format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -189,9 +193,9 @@ async fn ask(socket: &mut TcpStream) {
     socket.write_all((head + &body).as_bytes()).await.unwrap();
 }
 
-/// KiB for each of many callers that take nothing: the gateway keeps no more of their answers than it has to.
+/// KiB of memory for each of many callers that do not read.
 fn unread_streams(runtime: &Runtime, gateway: &Peer, address: SocketAddr) -> f64 {
-    // Its vocabularies, which it loads as it starts, are no stream's.
+    // The gateway loads its vocabularies at start; they do not count.
     std::thread::sleep(Duration::from_secs(1));
     let idle = gateway.resident();
     let resident = runtime.block_on(async {
@@ -200,7 +204,7 @@ fn unread_streams(runtime: &Runtime, gateway: &Peer, address: SocketAddr) -> f64
             let socket = TcpSocket::new_v4().unwrap();
             socket.set_recv_buffer_size(16 * 1024).unwrap();
             let mut socket = socket.connect(address).await.unwrap();
-            ask(&mut socket).await;
+            send_request(&mut socket).await;
             sockets.push(socket);
         }
         tokio::time::sleep(Duration::from_secs(4)).await;
@@ -209,7 +213,7 @@ fn unread_streams(runtime: &Runtime, gateway: &Peer, address: SocketAddr) -> f64
     resident.saturating_sub(idle) as f64 / 1024.0 / SLOW_READERS as f64
 }
 
-/// An upstream that answers each connection's request in one way.
+/// An upstream that answers every request in the same way.
 async fn mock<F: Future<Output = Option<()>> + Send + 'static>(
     answer: impl Fn(TcpStream) -> F + Send + 'static,
 ) -> SocketAddr {
@@ -226,7 +230,7 @@ async fn mock<F: Future<Output = Option<()>> + Send + 'static>(
 }
 
 async fn begin(socket: &mut TcpStream) -> Option<()> {
-    // The request is small, and comes in one piece or two.
+    // The request is small and arrives in one or two pieces.
     let mut request = Vec::new();
     while !request.ends_with(b"}") {
         if socket.read_buf(&mut request).await.ok()? == 0 {
@@ -243,7 +247,7 @@ fn chunk(text: &str, fields: &str) -> Vec<u8> {
     format!("{:x}\r\n{event}\r\n", event.len()).into()
 }
 
-/// An event now and then, until the connection breaks.
+/// Sends an event every `EVENT_EVERY` until the connection breaks.
 async fn paced(mut socket: TcpStream) -> Option<()> {
     begin(&mut socket).await?;
     let mut ticks = tokio::time::interval(EVENT_EVERY);
@@ -254,7 +258,7 @@ async fn paced(mut socket: TcpStream) -> Option<()> {
     }
 }
 
-/// As much as is taken.
+/// Sends `bytes` as fast as the gateway reads.
 async fn flood(mut socket: TcpStream, bytes: usize, tokens: usize) -> Option<()> {
     begin(&mut socket).await?;
     let events = chunk(&" token".repeat(tokens), "\"usage\":null").repeat(100);

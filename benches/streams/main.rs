@@ -1,22 +1,22 @@
-//! What streams cost: the readers alone, and a thousand callers at once.
+//! The cost of streams: the readers alone, and a thousand callers at once.
 //!
 //! `cargo bench --bench streams -- [--quick] [readers] [paced] [unread]`
 //!
-//! 1. Readers of usage: MB/s by the size of the pieces that arrive, and the time for twice the input.
-//! 2. A thousand streams with an event each 200 ms through a gateway in a process of its own, and in turns straight
-//!    to the mock: how late events come, what of that the gateway adds, memory per stream, CPU per event.
+//! 1. Readers of usage: MB/s by piece size, and the time for twice the input.
+//! 2. A thousand streams with an event every 200 ms, alternately through a gateway in its own process and directly to the
+//!    mock: latency of events, the part that the gateway adds, memory per stream, CPU per event.
 //! 3. Callers that do not read: memory per stream.
 //!
-//! Exits with 1 if a figure is missed: those of time by more than a busy machine explains.
+//! Exits with 1 if a figure is missed. Time figures have a margin for a busy machine.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
 
-#[allow(dead_code)] // most of it is for the bench of overhead
+#[allow(dead_code)] // mostly used by the overhead bench
 #[path = "../overhead/bodies.rs"]
 mod bodies;
 mod live;
-#[allow(dead_code)] // most of it is for the bench of overhead
+#[allow(dead_code)] // mostly used by the overhead bench
 #[path = "../overhead/peers.rs"]
 mod peers;
 mod readers;
@@ -34,10 +34,10 @@ fn main() -> ExitCode {
     if readers && paced && unread { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Whether a figure is reached; tells if not.
-fn is_within(what: &str, figure: f64, most: f64) -> bool {
-    if figure > most {
-        println!("MISSED  {what}: {figure:.2}, at most {most}");
+/// Whether a figure is within its bound. Prints a line if not.
+fn is_within(what: &str, figure: f64, max: f64) -> bool {
+    if figure > max {
+        println!("MISSED  {what}: {figure:.2}, at most {max}");
     }
-    figure <= most
+    figure <= max
 }

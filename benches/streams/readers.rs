@@ -1,4 +1,4 @@
-//! The readers of usage alone, on one thread.
+//! Measures the usage readers alone, on one thread.
 
 use crate::is_within;
 use bytes::Bytes;
@@ -10,25 +10,26 @@ const MB: f64 = 1e6;
 const MIB: usize = 1 << 20;
 const PIECES: [(&str, usize); 5] =
     [("1 B", 1), ("64 B", 64), ("16 KiB", 16 * 1024), ("1 MiB", MIB), ("16 MiB", 16 * MIB)];
-/// MB a second, in pieces as they come from a socket: of a stream without usage, and of whatever else.
-const LEAST: f64 = 500.0;
-const LEAST_OF_OTHERS: f64 = 300.0;
-/// What a build with checks is held to, of that: it has fewer optimisations.
-const CHECKED: f64 = 0.5;
+/// Minimum MB a second in pieces of the size that sockets deliver: streams of one choice without escapes.
+const MIN_SPEED: f64 = 500.0;
+/// The same for other input.
+const MIN_SPEED_OTHER: f64 = 300.0;
+/// A build with debug assertions has fewer optimisations, and must reach this part of the minimum.
+const CHECKED_BUILD_SHARE: f64 = 0.5;
 /// How much longer twice the input may take.
-const MOST_FOR_TWICE: f64 = 2.2;
+const MAX_RATIO_FOR_TWICE: f64 = 2.2;
 const ATTEMPTS: usize = 8;
 
 #[derive(Clone, Copy)]
 enum Kind {
-    /// Events that say nothing of usage.
+    /// Events that do not mention usage.
     Silent,
-    /// With `usage: null`, and one at the end that reports.
+    /// Events with `usage: null`, and usage at the end.
     Usual,
     Withholding,
-    /// Of two choices in turns, with escapes in each text.
+    /// Two alternating choices, with an escape in each text.
     Escaped,
-    /// One event, one line.
+    /// One event of one line.
     Long,
     JsonText,
     JsonNumbers,
@@ -47,7 +48,7 @@ const KINDS: [(&str, Kind); 8] = [
     ("JSON, log probabilities", Kind::JsonProbabilities),
 ];
 
-/// Prints the table; whether the bounds are kept.
+/// Prints the table. Returns whether all bounds are met.
 pub(crate) fn measure(is_quick: bool) -> bool {
     let rounds = if is_quick { 3 } else { 7 };
     println!(
@@ -58,14 +59,14 @@ pub(crate) fn measure(is_quick: bool) -> bool {
     let mut is_fine = true;
     for (name, kind) in KINDS {
         let mut cells = Vec::new();
-        let least = if matches!(kind, Kind::Silent | Kind::Usual | Kind::Withholding | Kind::Long) {
-            LEAST
+        let min_speed = if matches!(kind, Kind::Silent | Kind::Usual | Kind::Withholding | Kind::Long) {
+            MIN_SPEED
         } else {
-            LEAST_OF_OTHERS
+            MIN_SPEED_OTHER
         };
-        let least = if cfg!(debug_assertions) { least * CHECKED } else { least };
+        let min_speed = if cfg!(debug_assertions) { min_speed * CHECKED_BUILD_SHARE } else { min_speed };
         for (pieces, size) in PIECES {
-            // What is read at some GB/s is read by how fast memory is: from none of the caches, once or twice as much.
+            // At some GB/s, memory is the limit. Both inputs exceed all caches, so that they are comparable.
             let length = match size {
                 1 => MIB / 2,
                 _ if matches!(kind, Kind::Long | Kind::JsonText | Kind::JsonNumbers) => 32 * MIB,
@@ -75,18 +76,21 @@ pub(crate) fn measure(is_quick: bool) -> bool {
             };
             let (once, twice) = (input(kind, length), input(kind, 2 * length));
             let mut runs = Runs::default();
-            // Again, should the machine have been busy with other things.
+            // Repeated in case the machine was busy.
             for _ in 0..ATTEMPTS {
                 (0..rounds).for_each(|_| runs.add(read(kind, size, &once), read(kind, size, &twice)));
-                if runs.ratio() <= MOST_FOR_TWICE && once.len() as f64 / MB / runs.best >= least {
+                if runs.ratio() <= MAX_RATIO_FOR_TWICE && once.len() as f64 / MB / runs.best >= min_speed {
                     break;
                 }
             }
             let (speed, ratio) = (once.len() as f64 / MB / runs.best, runs.ratio());
-            is_fine &=
-                is_within(&format!("{name} in pieces of {pieces}, twice the input"), ratio, MOST_FOR_TWICE);
+            is_fine &= is_within(
+                &format!("{name} in pieces of {pieces}, twice the input"),
+                ratio,
+                MAX_RATIO_FOR_TWICE,
+            );
             if size == 16 * 1024 {
-                is_fine &= is_within(&format!("{name}: ns a byte"), 1_000.0 / speed, 1_000.0 / least);
+                is_fine &= is_within(&format!("{name}: ns a byte"), 1_000.0 / speed, 1_000.0 / min_speed);
             }
             cells.push(format!("{speed:.0} ({ratio:.2})"));
         }
@@ -96,11 +100,11 @@ pub(crate) fn measure(is_quick: bool) -> bool {
     is_fine
 }
 
-/// Of an input and twice as much, in turns.
+/// Alternating runs of an input and of twice as much.
 struct Runs {
     /// The shortest time of the input, in seconds.
     best: f64,
-    /// How much longer twice as much took right after it, in order.
+    /// How much longer twice as much took right after it, sorted.
     ratios: Vec<f64>,
 }
 
@@ -117,20 +121,20 @@ impl Runs {
         self.ratios.sort_by(f64::total_cmp);
     }
 
-    /// The median: a core's speed changes while it is measured, for the better and for the worse.
+    /// The median, because the speed of a core changes during the measurement.
     fn ratio(&self) -> f64 {
         self.ratios[self.ratios.len() / 2]
     }
 }
 
-/// CPU time of this thread. The kernel brings it up to date when the thread yields, which it does here.
+/// CPU time of this thread. The kernel updates the figure when the thread yields.
 fn cpu() -> Duration {
     std::thread::yield_now();
     let all = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     Duration::from_nanos(all.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// Seconds that it takes to read this in pieces.
+/// Seconds of CPU to read an input in pieces.
 fn read(kind: Kind, size: usize, input: &Bytes) -> f64 {
     let pieces = (0..input.len()).step_by(size).map(|at| input.slice(at..input.len().min(at + size)));
     let started = cpu();
