@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
 
+use futures_util::FutureExt as _;
 use std::fmt::Write as _;
 use std::fs;
 use std::sync::Arc;
@@ -116,9 +117,9 @@ fn demand() -> Demand<'static> {
 }
 
 fn reserve_and_settle(account: &Arc<Account>) {
-    let mut reservation = account.reserve(&demand()).unwrap();
+    let mut reservation = account.reserve(&demand(), Duration::ZERO).now_or_never().unwrap().unwrap();
     reservation.observe(Amounts::of_request(100, 200));
-    reservation.is_whole();
+    reservation.mark_complete();
 }
 
 struct Kept {
@@ -176,9 +177,9 @@ fn load(account: &Arc<Account>, seconds: f64) -> Kept {
 async fn requests(account: Arc<Account>, until: Instant, answer_ms: u64) -> Vec<Duration> {
     let mut waits = Vec::new();
     while Instant::now() < until {
-        let mut reservation = account.reserve(&demand()).unwrap();
+        let mut reservation = account.reserve(&demand(), Duration::ZERO).now_or_never().unwrap().unwrap();
         let began = Instant::now();
-        reservation.kept().await;
+        reservation.wait_until_durable().await;
         waits.push(began.elapsed());
         tokio::time::sleep(Duration::from_millis(answer_ms)).await;
         reservation.observe(Amounts::of_request(100, 200));

@@ -1,7 +1,7 @@
 //! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
 use crate::config::{Environment, OnStoreFailure};
-use crate::ledger::{Account, NoRoom, QuotaKey, Sharing, Snapshot};
+use crate::ledger::{Account, NoRoom, QuotaKey, RedisStatus, Snapshot};
 use crate::proxy;
 use crate::quota::{Kind, MAX_LIMIT, Quota, QuotaLevel, Scope, Window};
 use axum::Router;
@@ -125,9 +125,10 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     let mut status = StatusCode::OK;
     let policy = admin.state.config.store.redis.as_ref().map(|redis| redis.on_failure);
     for (environment, account) in admin.state.environments() {
-        let Some(Sharing { trouble, nodes, faults, .. }) = account.sharing() else { continue };
+        let Some(redis) = account.redis_status() else { continue };
+        let RedisStatus { unavailable_reason, nodes, server_faults, .. } = redis;
         let name = &environment.name;
-        if let Some(trouble) = trouble {
+        if let Some(trouble) = unavailable_reason {
             let consequence = match policy {
                 Some(OnStoreFailure::Closed) if environment.enforce => {
                     status = StatusCode::SERVICE_UNAVAILABLE;
@@ -139,7 +140,7 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
             };
             let _ = writeln!(text, "{name}: Redis is unavailable, {consequence}: {trouble}");
         }
-        for fault in faults {
+        for fault in server_faults {
             let _ = writeln!(text, "{name}: a setting of the Redis server is wrong for quotas: {fault}");
         }
     }
@@ -293,7 +294,7 @@ fn unknown_quota() -> Response {
 }
 
 fn environment_json(environment: &Environment, account: &Account) -> Value {
-    let Snapshot { in_flight, sharing, levels, totals, overrides } = account.snapshot();
+    let Snapshot { in_flight, redis, levels, totals, overrides } = account.snapshot();
     let is_override = |quota: &Quota| overrides.iter().any(|other| other.is_same_as(quota));
     let mut json = json!({
         "name": environment.name,
@@ -308,9 +309,8 @@ fn environment_json(environment: &Environment, account: &Account) -> Value {
             "total_tokens": totals.total,
         },
     });
-    if let Some(Sharing { trouble, nodes, .. }) = sharing {
-        json["shared"] =
-            json!({"store": "redis", "up": trouble.is_none(), "nodes": nodes, "reason": trouble});
+    if let Some(RedisStatus { unavailable_reason, nodes, .. }) = redis {
+        json["shared"] = json!({"store": "redis", "up": unavailable_reason.is_none(), "nodes": nodes, "reason": unavailable_reason});
     }
     json
 }

@@ -222,9 +222,9 @@ fn join_cluster(state: &State) -> anyhow::Result<ServerThread> {
         let (stop, stops) = watch::channel(false);
         let mut tasks = JoinSet::new();
         for account in accounts {
-            if let Some(connection) = account.connection() {
+            if let Some(connection) = account.redis_connection() {
                 tokio::spawn(connection.clone().run());
-                tasks.spawn(account.clone().take_part(stops.clone()));
+                tasks.spawn(account.clone().run_redis_sync(stops.clone()));
             }
         }
         // An error means that the sender was dropped, which also ends the thread.
@@ -234,8 +234,9 @@ fn join_cluster(state: &State) -> anyhow::Result<ServerThread> {
         Ok(0)
     })?;
     let clock = Stopwatch::start();
-    let is_offline =
-        |account: &Arc<Account>| account.sharing().is_some_and(|sharing| sharing.trouble.is_some());
+    let is_offline = |account: &Arc<Account>| {
+        account.redis_status().is_some_and(|redis| redis.unavailable_reason.is_some())
+    };
     while clock.elapsed() < MAX_REDIS_WAIT && state.accounts.iter().any(is_offline) {
         thread::sleep(Duration::from_millis(5));
     }

@@ -25,7 +25,7 @@ use crate::api::Dialect;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect};
 use crate::error::ProxyError;
-use crate::ledger::{Account, Demand, NoRoom, Reservation};
+use crate::ledger::{Demand, NoRoom, Reservation};
 use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
 use crate::telemetry::Record;
@@ -35,7 +35,6 @@ use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri, response};
 use hyper::body::Incoming;
 use std::sync::Arc;
-use std::time::Duration;
 
 pub use answer::AnswerBody;
 use call::Call;
@@ -250,11 +249,11 @@ impl Proxy {
         };
         let environment = &self.state.config.environments[caller.environment];
         let account = &self.state.accounts[caller.environment];
-        let mut reservation = reserve_within(account, &demand, environment.reserve.max_wait).await?;
+        let mut reservation = account.reserve(&demand, environment.reserve.max_wait).await?;
         if let Some(no_room) = reservation.would_deny() {
             refusal::record_shadow_denial(no_room, environment, record);
         }
-        reservation.kept().await;
+        reservation.wait_until_durable().await;
         Ok(Some(reservation))
     }
 
@@ -384,22 +383,6 @@ impl Proxy {
         }
         added.write(&mut parts.headers);
         (Response::from_parts(parts, AnswerBody::metered(metered)), when_durable)
-    }
-}
-
-/// Reserves in one account, and waits at most `max_wait` for room. The futures that can suspend are boxed, to keep
-/// them out of the future of every request.
-async fn reserve_within(
-    account: &Arc<Account>,
-    demand: &Demand<'_>,
-    max_wait: Duration,
-) -> Result<Reservation, NoRoom> {
-    if !max_wait.is_zero() {
-        Box::pin(account.reserve_in_line(demand, max_wait)).await
-    } else if account.is_shared() {
-        Box::pin(account.reserve_shared(demand)).await
-    } else {
-        account.reserve(demand)
     }
 }
 

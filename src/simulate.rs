@@ -9,7 +9,7 @@ mod trace;
 
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, OnOverrun, WhenShort};
-use crate::ledger::{Counters, Demand, Ended, Grant, NoRoom, Progress, Rules};
+use crate::ledger::{Demand, Grant, Local, NoRoom, Progress, Rules, Settlement};
 use crate::quota::{Amounts, Kind, Quota, Scope, Subject, TokenBucket, Window};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -177,7 +177,7 @@ pub fn replay(environment: &Environment, calls: &[Call], pace: Pace, mode: Mode)
 const COLUMNS: usize = 60;
 
 struct Replay<'a> {
-    counters: Counters,
+    local: Local,
     environment: &'a Environment,
     calls: &'a [Call],
     pace: Pace,
@@ -242,7 +242,7 @@ impl<'a> Replay<'a> {
             exhausted_ms: 0,
         };
         Self {
-            counters: Counters::new(mode.rules(environment), &environment.quotas, start),
+            local: Local::new(mode.rules(environment), &environment.quotas, start),
             environment,
             calls,
             pace,
@@ -274,7 +274,7 @@ impl<'a> Replay<'a> {
             cap,
             completions: 1,
         };
-        match self.counters.admit(self.now, &demand) {
+        match self.local.admit(self.now, &demand) {
             Ok(admission) => {
                 self.outcome.admitted += 1;
                 self.outcome.admitted_by_time[column] += tokens;
@@ -318,7 +318,7 @@ impl<'a> Replay<'a> {
             self.end(flight, spent);
             return;
         }
-        let progress = self.counters.progress(at, &self.calls[flight.call].model, &mut flight.grant, spent);
+        let progress = self.local.progress(at, &self.calls[flight.call].model, &mut flight.grant, spent);
         if progress == Progress::Overrun && self.cuts() {
             self.end(flight, spent);
             return;
@@ -336,14 +336,14 @@ impl<'a> Replay<'a> {
 
     fn end(&mut self, flight: Flight, spent: Amounts) {
         let subject = Subject { caller: None, model: &self.calls[flight.call].model };
-        let ended = Ended { spent, is_whole: spent.completion >= flight.completion };
-        self.counters.settle(self.now, subject, flight.grant, ended);
+        let settlement = Settlement { spent, is_complete: spent.completion >= flight.completion };
+        self.local.settle(self.now, subject, flight.grant, settlement);
         self.outcome.spent = self.outcome.spent.saturating_add(spent);
         let is_calendar = |meter: &Meter| matches!(meter.ideal, Ideal::Calendar);
         if !self.meters.iter().any(is_calendar) {
             return;
         }
-        let levels = self.counters.levels(self.now);
+        let levels = self.local.levels(self.now);
         for (meter, level) in self.meters.iter_mut().zip(levels).filter(|(meter, _)| is_calendar(meter)) {
             meter.worst = meter.worst.min(level.level);
         }

@@ -14,7 +14,7 @@ mod writer;
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::clock;
 use crate::config::{Environment, StoreSettings};
-use crate::ledger::{Account, OTHER, Persistence, RestoredState};
+use crate::ledger::{Account, OTHER_MODELS, Persistence, RestoredState};
 use crate::quota::{CalendarPeriod, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
@@ -125,7 +125,7 @@ impl Store {
             Scope::Environment => true,
             // The caller is empty for requests that were in flight when a process crashed.
             Scope::Caller(_, name) => row.caller == *name || row.caller.is_empty(),
-            Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER,
+            Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER_MODELS,
         };
         Ok(rows.iter().filter(applies).map(|row| row.amounts.of(quota.kind)).sum())
     }

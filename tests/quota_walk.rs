@@ -14,7 +14,7 @@ use std::time::Duration;
 use tollgate::clock::Timestamp;
 use tollgate::config::{CompletionReserve, OnOverrun, ReserveSettings, WhenShort};
 use tollgate::glob::Glob;
-use tollgate::ledger::{Counters, Demand, Ended, Grant, Progress, QuotaKey, Rules};
+use tollgate::ledger::{Demand, Grant, Local, Progress, QuotaKey, Rules, Settlement};
 use tollgate::quota::{
     Amounts, ClockUnit, Kind, Period, PersistedCounter, Quota, QuotaLevel, Quotas, Receipt, Required, Scope,
     Subject, Window,
@@ -473,7 +473,7 @@ struct Streams {
     dice: Dice,
     now: i64,
     rules: Rules,
-    counters: Counters,
+    local: Local,
     recounts: Vec<Recount>,
     open: Vec<Stream>,
     next: u64,
@@ -498,7 +498,7 @@ impl Streams {
         Self {
             dice: Dice(seed),
             now: BEGIN,
-            counters: Counters::new(rules.clone(), &quotas(), Timestamp(BEGIN)),
+            local: Local::new(rules.clone(), &quotas(), Timestamp(BEGIN)),
             rules,
             recounts: quotas().into_iter().map(|q| Recount::new(q, BEGIN)).collect(),
             open: Vec::new(),
@@ -539,7 +539,7 @@ impl Streams {
             CompletionReserve::Adaptive => None,
         };
         let asked_fits = asked.map(|tokens| fits(&self.recounts, Amounts::of_request(demand.prompt, tokens)));
-        let Ok(admission) = self.counters.admit(Timestamp(self.now), &demand) else {
+        let Ok(admission) = self.local.admit(Timestamp(self.now), &demand) else {
             assert!(self.rules.enforce && asked_fits != Some(true), "denied against the recount");
             self.note("denied");
             return;
@@ -587,7 +587,7 @@ impl Streams {
         };
         let missing_fits = fits(missing);
         let (now, model) = (Timestamp(self.now), MODELS[who.1]);
-        let outcome = self.counters.progress(now, model, &mut stream.grant, stream.spent);
+        let outcome = self.local.progress(now, model, &mut stream.grant, stream.spent);
         let grown = stream.grant.reserved().saturating_sub(before);
         assert_eq!(grown, more(grown.completion));
         if missing == 0 || !is_reserving {
@@ -625,9 +625,9 @@ impl Streams {
             1 => Amounts::of_request(self.dice.below(350), self.dice.below(600)),
             _ => spent,
         };
-        let is_whole = self.dice.below(2) == 0;
+        let is_complete = self.dice.below(2) == 0;
         self.advance();
-        self.counters.settle(Timestamp(self.now), who.subject(), grant, Ended { spent, is_whole });
+        self.local.settle(Timestamp(self.now), who.subject(), grant, Settlement { spent, is_complete });
         let mut left = spent;
         for (n, &(id, reserved)) in (1..).zip(&pieces) {
             let part = if n == pieces.len() { left } else { left.min(reserved) };
@@ -647,14 +647,14 @@ impl Streams {
         self.recounts[at].quota = original.with_limit(limit, burst);
         let (scope, name) = (original.scope.as_str(), original.scope.name());
         let key = QuotaKey { scope, name, kind: original.kind, per: &original.per.text };
-        assert!(self.counters.set_limit(Timestamp(self.now), key, Some((limit, burst))));
+        assert!(self.local.set_limit(Timestamp(self.now), key, Some((limit, burst))));
         self.note("limit changed");
     }
 
     fn reset(&mut self) {
         self.advance();
         self.recounts.iter_mut().for_each(|r| r.spent = 0);
-        self.counters.reset(Timestamp(self.now));
+        self.local.reset(Timestamp(self.now));
     }
 
     fn step(&mut self) {
@@ -677,14 +677,14 @@ impl Streams {
     }
 
     fn compare(&mut self) {
-        compare(&self.counters.levels(Timestamp(self.now)), &mut self.recounts, self.now);
+        compare(&self.local.levels(Timestamp(self.now)), &mut self.recounts, self.now);
         let reserved = self.open.iter().map(|stream| stream.grant.reserved());
         assert_eq!(
-            self.counters.held(),
+            self.local.held(),
             reserved.fold(Amounts::default(), Amounts::saturating_add),
             "held in all"
         );
-        let totals = self.counters.totals();
+        let totals = self.local.totals();
         let charged = [totals.requests, totals.prompt, totals.completion, totals.total];
         let Amounts { requests, prompt, completion, total } = self.settled;
         assert_eq!(charged, [requests, prompt, completion, total], "settled in all");

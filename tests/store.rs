@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
 
+use futures_util::FutureExt as _;
 use rusqlite::Connection;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,13 +53,13 @@ impl Node {
     fn reserve(&self, model: &str, prompt: u64, cap: u64) -> Reservation {
         let subject = Subject { caller: Some(0), model };
         let demand = Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1 };
-        self.account.reserve(&demand).unwrap()
+        self.account.reserve(&demand, Duration::ZERO).now_or_never().unwrap().unwrap()
     }
 
     fn spend(&self, model: &str, prompt: u64, completion: u64) {
         let mut reservation = self.reserve(model, prompt, completion);
         reservation.observe(Amounts::of_request(prompt, completion));
-        reservation.is_whole();
+        reservation.mark_complete();
     }
 
     /// The used amount of each quota: of the environment per day and per hour, its requests, the caller's, the model's.
@@ -128,7 +129,7 @@ async fn a_crash_charges_requests_in_flight_in_full() {
     let node = Node::open(&config);
     node.spend("gpt-4o", 10, 10);
     let mut reservation = node.reserve("gpt-4o", 100, 200);
-    reservation.kept().await;
+    reservation.wait_until_durable().await;
 
     // A copy of the files is what a crash leaves behind.
     let crashed = Folder::new();
@@ -159,7 +160,7 @@ async fn a_reservation_is_durable_before_its_request_continues() {
     let node = Node::open(&config(&folder.file(), QUOTAS, ""));
     for n in 1..=20 {
         let mut reservation = node.reserve("gpt-4o", 3, 4);
-        reservation.kept().await;
+        reservation.wait_until_durable().await;
         let held = folder.sql(
             "SELECT held FROM quota WHERE per = 'day' AND kind = 'total_tokens' AND scope = 'environment'",
         );
@@ -178,7 +179,7 @@ async fn usage_beyond_a_reservation_is_durable_before_the_answer_ends() {
     let used = || folder.sql("SELECT used FROM quota WHERE per = 'day' AND scope = 'model'");
     for n in 1..=5 {
         let mut reservation = node.reserve("gpt-4o", 3, 4);
-        reservation.kept().await;
+        reservation.wait_until_durable().await;
         reservation.observe(Amounts::of_request(3, 97));
         reservation.settle().expect("the usage exceeds the reservation").await;
         assert_eq!(used(), n * 100);
@@ -197,7 +198,7 @@ async fn usage_can_be_queried_by_minute_model_and_caller() {
     node.spend("o3", 5, 5);
     let subject = Subject { caller: Some(0), model: "o3" };
     let too_large = Demand { subject, prompt: 5_000, generates: true, cap: Some(1), completions: 1 };
-    assert!(node.account.reserve(&too_large).is_err());
+    assert!(node.account.reserve(&too_large, Duration::ZERO).now_or_never().unwrap().is_err());
     drop(node);
     let of = |column: &str, model: &str| {
         folder.sql(&format!(
@@ -370,7 +371,7 @@ async fn merging_old_usage_does_not_delay_requests() {
         assert!(began.elapsed() < Duration::from_mins(1), "the merge does not end");
         let clock = Instant::now();
         let mut reservation = node.reserve("gpt-4o", 0, 1);
-        reservation.kept().await;
+        reservation.wait_until_durable().await;
         longest = longest.max(clock.elapsed());
     }
     assert!(longest < Duration::from_millis(500), "{longest:?}");
@@ -454,7 +455,7 @@ async fn requests_continue_while_the_file_cannot_be_written() {
     let began = Instant::now();
     for _ in 0..5 {
         let mut reservation = node.reserve("gpt-4o", 10, 10);
-        reservation.kept().await;
+        reservation.wait_until_durable().await;
         reservation.observe(Amounts::of_request(10, 10));
     }
     assert!(began.elapsed() < Duration::from_millis(500), "no request waits for a commit");

@@ -34,16 +34,15 @@ impl Node {
         );
         let loaded = parse(&text, "bench.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
         let environment = &loaded.config.environments[0];
-        let mut account = Account::open(environment);
-        account.share(environment, loaded.config.store.redis.as_ref().unwrap(), name, 1).unwrap();
-        let account = Arc::new(account);
+        let redis = loaded.config.store.redis.as_ref().unwrap();
+        let account = Arc::new(Account::open(environment).share(environment, redis, name, 1).unwrap());
         let (stop, stops) = watch::channel(false);
         let of_thread = account.clone();
         let thread = std::thread::spawn(move || {
             runtime().block_on(async {
-                let connection = of_thread.connection().unwrap().clone();
+                let connection = of_thread.redis_connection().unwrap().clone();
                 tokio::spawn(connection.run());
-                of_thread.take_part(stops).await;
+                of_thread.run_redis_sync(stops).await;
             });
         });
         let node = Self { account, stop, thread: Some(thread) };
@@ -54,7 +53,7 @@ impl Node {
     fn shares_within(&self, longest: Duration) -> Option<Duration> {
         let begun = Instant::now();
         while begun.elapsed() < longest {
-            if self.account.sharing().is_some_and(|sharing| sharing.trouble.is_none()) {
+            if self.account.redis_status().is_some_and(|redis| redis.unavailable_reason.is_none()) {
                 return Some(begun.elapsed());
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -87,7 +86,7 @@ fn demand() -> Demand<'static> {
 /// One request, which costs what it has reserved. Returns whether it was admitted, and how long that took to know.
 async fn request(account: &Arc<Account>) -> (bool, Duration) {
     let begun = Instant::now();
-    let reserved = account.reserve_shared(&demand()).await;
+    let reserved = account.reserve(&demand(), Duration::ZERO).await;
     let took = begun.elapsed();
     let is_admitted = reserved.is_ok();
     if let Ok(mut reservation) = reserved {

@@ -1,224 +1,231 @@
-//! How long answers are: what the last ones of each model used, in bounded memory.
+//! The learned lengths of answers: how many completion tokens the recent answers of each model used, in bounded memory.
 //!
-//! Recent answers count more, so that a change of traffic is followed within a few hundred answers.
-//! Integers only; the same answers in the same order always give the same allowance.
+//! Recent answers weigh more, so that the allowance follows a change of traffic within a few hundred answers. All arithmetic is
+//! on integers: the same answers in the same order give the same allowance.
 
 use std::collections::HashMap;
 
-/// Until answers were seen, this many completion tokens are expected of each.
+/// Completion tokens assumed for each answer of a model that has not answered yet.
 const PRIOR: u64 = 512;
-/// The prior counts as much as so many answers.
+/// The prior weighs as much as this many answers.
 const PRIOR_WEIGHT: u32 = 2;
-/// More models than this are not told apart: the least recently learned gives way.
-const MOST_MODELS: usize = 512;
-/// Models whose names are longer are told apart by so much of them.
-const LONGEST_NAME: usize = 128;
-/// What an answer weighs when it comes in.
+/// Maximum models with a histogram. A further model replaces the one that learned least recently.
+const MAX_MODELS: usize = 512;
+/// Models with longer names are distinguished by this many bytes of them.
+const MAX_NAME_BYTES: usize = 128;
+/// The weight of a new answer.
 const WEIGHT: u32 = 64;
-/// When all weights together come to so many answers, they are halved.
-const MEMORY: u32 = 512;
-/// Of many answers under way, all together are taken to stay within three standard errors of the mean. With
-/// two, traces at 30 and at 3 tokens a second showed no overshoot either and 0.3 % more were admitted, but of
-/// a trickle of requests a few less.
+/// All weights are halved when their sum reaches that of this many new answers.
+const MAX_ANSWERS: u32 = 512;
+/// The square of the number of standard errors above the mean that are reserved for an answer beside others. With two
+/// standard errors in place of three, traces at 30 and at 3 tokens a second had no overshoot either; 0.3 % more requests were
+/// admitted, but slightly fewer of a trickle of requests.
 const ERRORS_SQUARED: u128 = 9;
-/// Values below this have a slot each; above, each power of two has `STEPS` slots.
+/// Lengths below this have a slot each. Above, each power of two has `STEPS` slots.
 const EXACT: u64 = 16;
 const STEPS: usize = 8;
 const SLOTS: usize = 16 + (32 - 4) * STEPS;
 
-/// What was learned of each model of one environment.
+/// The learned lengths of the answers of each model in one environment.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Learned {
-    models: HashMap<Box<str>, Model>,
-    /// Counts the answers learned, to tell which model was seen last.
+pub(crate) struct LearnedLengths {
+    models: HashMap<Box<str>, ModelLengths>,
+    /// Number of answers learned, which orders the models by the last one.
     learned: u64,
 }
 
 #[derive(Clone, Debug)]
-struct Model {
-    answers: Answers,
-    seen: u64,
-    /// Tells it from another that had the same name before.
-    since: u64,
-    /// Requests whose answers have not ended.
-    under_way: u64,
-    /// Of those, the ones that have outgrown what was reserved for them.
+struct ModelLengths {
+    histogram: Histogram,
+    /// `learned` at the last answer of this model.
+    last_learned: u64,
+    /// Distinguishes these lengths from those of the same model that were replaced before.
+    generation: u64,
+    /// Requests that have not ended.
+    in_flight: u64,
+    /// How many of the requests in flight have outgrown their reservation.
     outgrown: u64,
 }
 
 /// An answer that was counted before its end.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Longer {
+pub(crate) struct PartialLength {
     tokens: u64,
-    /// Of which memory of the model, and how often that had faded by then.
-    since: u64,
-    fadings: u32,
+    /// The model's generation, and how often its weights had been halved, when the answer was counted.
+    generation: u64,
+    halvings: u32,
 }
 
-impl Learned {
-    /// What to reserve for the next answer: the completion tokens that so many of a million answers stay
-    /// within, when it is alone. Of many that are under way the long ones are paid for by the short ones:
-    /// beside others it is no more than makes all of them together unlikely to be longer.
-    pub(crate) fn expected(&self, model: &str, quantile_ppm: u32) -> u64 {
-        let Some(known) = self.models.get(name(model)) else { return PRIOR };
-        let alone = known.answers.quantile(quantile_ppm);
-        // Where most of them are longer than was thought, answers are about to change: they no longer
-        // pay for each other.
-        let is_changing = known.outgrown * 2 > known.under_way;
-        if known.under_way == 0 || is_changing {
+impl LearnedLengths {
+    /// Completion tokens to reserve for the next answer.
+    ///
+    /// For a request alone this is the given quantile (parts per million) of the lengths. Beside other requests, short answers
+    /// make up for long ones: the allowance is then only as large as keeps the sum of all answers very probably within the sum
+    /// of their reservations.
+    pub(crate) fn allowance(&self, model: &str, quantile_ppm: u32) -> u64 {
+        let Some(known) = self.models.get(model_key(model)) else { return PRIOR };
+        let alone = known.histogram.quantile(quantile_ppm);
+        // If most requests in flight have outgrown their reservation, answers are becoming longer and no longer make up for
+        // each other.
+        let is_changing = known.outgrown * 2 > known.in_flight;
+        if known.in_flight == 0 || is_changing {
             alone
         } else {
-            alone.min(known.answers.beside(known.under_way))
+            alone.min(known.histogram.allowance_beside(known.in_flight))
         }
     }
 
-    /// A request is under way. Returns what `ended` is to be told; `None`: nothing is known of its model.
-    pub(crate) fn began(&mut self, model: &str) -> Option<u64> {
-        let known = self.models.get_mut(name(model))?;
-        known.under_way += 1;
-        Some(known.since)
+    /// Counts a request as in flight. Returns the generation to pass to `end`; `None`: the model is unknown and nothing was
+    /// counted.
+    pub(crate) fn begin(&mut self, model: &str) -> Option<u64> {
+        let known = self.models.get_mut(model_key(model))?;
+        known.in_flight += 1;
+        Some(known.generation)
     }
 
-    /// It is no longer.
-    pub(crate) fn ended(&mut self, model: &str, since: u64) {
-        if let Some(known) = self.models.get_mut(name(model)).filter(|known| known.since == since) {
-            known.under_way = known.under_way.saturating_sub(1);
+    /// Counts a request as no longer in flight.
+    pub(crate) fn end(&mut self, model: &str, generation: u64) {
+        if let Some(known) =
+            self.models.get_mut(model_key(model)).filter(|known| known.generation == generation)
+        {
+            known.in_flight = known.in_flight.saturating_sub(1);
         }
     }
 
-    /// An answer that has come to its end.
+    /// Learns the length of a complete answer.
     pub(crate) fn learn(&mut self, model: &str, completion_tokens: u64) {
         self.learned += 1;
-        let model = name(model);
+        let model = model_key(model);
         if !self.models.contains_key(model) {
             self.make_room();
-            let new =
-                Model { answers: Answers::new(), seen: 0, since: self.learned, under_way: 0, outgrown: 0 };
+            let generation = self.learned;
+            let histogram = Histogram::new();
+            let new = ModelLengths { histogram, last_learned: 0, generation, in_flight: 0, outgrown: 0 };
             self.models.insert(model.into(), new);
         }
         if let Some(known) = self.models.get_mut(model) {
-            known.seen = self.learned;
-            known.answers.add(completion_tokens);
+            known.last_learned = self.learned;
+            known.histogram.add(completion_tokens);
         }
     }
 
-    /// An answer that is not at its end has outgrown what was reserved for it: it will be longer than
-    /// that. Counts until `forget`, so that long answers are learned before they end, when many short
-    /// ones have long been learned.
-    pub(crate) fn expect_longer(&mut self, model: &str, completion_tokens: u64) -> Option<Longer> {
-        let known = self.models.get_mut(name(model))?;
-        known.answers.add(completion_tokens);
+    /// Counts an unfinished answer that has outgrown its reservation as at least this long, until `forget_partial`. So long
+    /// answers are learned before they end. Otherwise the many short ones that end earlier would dominate.
+    pub(crate) fn learn_partial(&mut self, model: &str, completion_tokens: u64) -> Option<PartialLength> {
+        let known = self.models.get_mut(model_key(model))?;
+        known.histogram.add(completion_tokens);
         known.outgrown += 1;
-        let fadings = known.answers.fadings;
-        Some(Longer { tokens: completion_tokens, since: known.since, fadings })
+        let halvings = known.histogram.halvings;
+        Some(PartialLength { tokens: completion_tokens, generation: known.generation, halvings })
     }
 
-    /// Takes back what `expect_longer` has counted, as far as it has not faded.
-    pub(crate) fn forget(&mut self, model: &str, longer: Longer) {
-        if let Some(known) = self.models.get_mut(name(model)).filter(|known| known.since == longer.since) {
-            known.answers.take(longer.tokens, longer.fadings);
+    /// Reverts `learn_partial`, as far as that answer's weight has not been halved since.
+    pub(crate) fn forget_partial(&mut self, model: &str, partial: PartialLength) {
+        let known = self.models.get_mut(model_key(model));
+        if let Some(known) = known.filter(|known| known.generation == partial.generation) {
+            known.histogram.remove(partial.tokens, partial.halvings);
             known.outgrown = known.outgrown.saturating_sub(1);
         }
     }
 
     fn make_room(&mut self) {
-        if self.models.len() < MOST_MODELS {
+        if self.models.len() < MAX_MODELS {
             return;
         }
-        let oldest = self.models.iter().min_by_key(|(_, known)| known.seen).map(|(name, _)| name.clone());
+        let oldest =
+            self.models.iter().min_by_key(|(_, known)| known.last_learned).map(|(name, _)| name.clone());
         if let Some(oldest) = oldest {
             self.models.remove(&oldest);
         }
     }
 }
 
-/// As much of a model's name as is kept: callers can make names up, of any length.
-fn name(model: &str) -> &str {
-    &model[..model.floor_char_boundary(LONGEST_NAME)]
+/// The part of a model's name that is stored: callers can invent names of any length.
+fn model_key(model: &str) -> &str {
+    &model[..model.floor_char_boundary(MAX_NAME_BYTES)]
 }
 
-/// A histogram of answer lengths whose weights fade.
+/// A histogram of answer lengths with decaying weights.
 #[derive(Clone, Debug)]
-struct Answers {
+struct Histogram {
     weights: Box<[u32; SLOTS]>,
     total: u32,
     /// How often all weights were halved.
-    fadings: u32,
-    /// The weighted sums of all lengths, taken to lie in the middle of their slots, and of their squares.
+    halvings: u32,
+    /// The weighted sums of all lengths and of their squares. A length counts as the middle of its slot.
     sum: u128,
     squares: u128,
 }
 
-impl Answers {
+impl Histogram {
     fn new() -> Self {
-        let mut answers = Self { weights: Box::new([0; SLOTS]), total: 0, fadings: 0, sum: 0, squares: 0 };
-        answers.put(PRIOR, PRIOR_WEIGHT * WEIGHT);
-        answers
+        let mut histogram = Self { weights: Box::new([0; SLOTS]), total: 0, halvings: 0, sum: 0, squares: 0 };
+        histogram.add_weight(PRIOR, PRIOR_WEIGHT * WEIGHT);
+        histogram
     }
 
     fn add(&mut self, tokens: u64) {
-        if self.total >= MEMORY * WEIGHT {
+        if self.total >= MAX_ANSWERS * WEIGHT {
             self.weights.iter_mut().for_each(|weight| *weight /= 2);
-            self.fadings += 1;
+            self.halvings += 1;
             (self.total, self.sum, self.squares) = (0, 0, 0);
-            for at in 0..SLOTS {
-                self.count(at, self.weights[at], true);
+            for slot in 0..SLOTS {
+                self.update_sums(slot, self.weights[slot], true);
             }
         }
-        self.put(tokens, WEIGHT);
+        self.add_weight(tokens, WEIGHT);
     }
 
-    fn put(&mut self, tokens: u64, weight: u32) {
-        let at = slot(tokens);
-        self.weights[at] += weight;
-        self.count(at, weight, true);
+    fn add_weight(&mut self, tokens: u64, weight: u32) {
+        let slot = slot_of(tokens);
+        self.weights[slot] += weight;
+        self.update_sums(slot, weight, true);
     }
 
-    /// Adds a weight in a slot to the sums, or takes it out.
-    fn count(&mut self, at: usize, weight: u32, adds: bool) {
-        let (first, width) = span(at);
-        let (tokens, weight_of) = (u128::from(first + width / 2), u128::from(weight));
+    /// Adds a weight in a slot to the sums, or subtracts it.
+    fn update_sums(&mut self, slot: usize, weight: u32, adds: bool) {
+        let (first, width) = span_of(slot);
+        let (tokens, wide_weight) = (u128::from(first + width / 2), u128::from(weight));
         if adds {
             self.total += weight;
-            self.sum += weight_of * tokens;
-            self.squares += weight_of * tokens * tokens;
+            self.sum += wide_weight * tokens;
+            self.squares += wide_weight * tokens * tokens;
         } else {
             self.total -= weight;
-            self.sum -= weight_of * tokens;
-            self.squares -= weight_of * tokens * tokens;
+            self.sum -= wide_weight * tokens;
+            self.squares -= wide_weight * tokens * tokens;
         }
     }
 
-    /// The mean of an answer beside so many others, and three standard errors more.
-    fn beside(&self, others: u64) -> u64 {
+    /// The allowance of an answer beside this many others: the mean and three standard errors.
+    fn allowance_beside(&self, others: u64) -> u64 {
         if self.total == 0 {
             return PRIOR;
         }
         let total = u128::from(self.total);
-        // The variance times `total` squared: weights below 2^17 of lengths up to 2^32 are within 128 bits.
+        // The variance times the square of `total`. Weights below 2^17 of lengths up to 2^32 fit in 128 bits.
         let spread = (total * self.squares).saturating_sub(self.sum * self.sum);
         let squared = spread / (total * total) * ERRORS_SQUARED / (u128::from(others) + 1);
         u64::try_from(self.sum / total + squared.isqrt() + 1).unwrap_or(u64::MAX)
     }
 
-    /// Takes back what was added when it had faded so often.
-    fn take(&mut self, tokens: u64, fadings: u32) {
-        let left = WEIGHT.checked_shr(self.fadings.saturating_sub(fadings)).unwrap_or(0);
-        let at = slot(tokens);
-        let taken = left.min(self.weights[at]);
-        self.weights[at] -= taken;
-        self.count(at, taken, false);
+    /// Removes what is left of a weight that was added when all weights had been halved `halvings` times.
+    fn remove(&mut self, tokens: u64, halvings: u32) {
+        let left = WEIGHT.checked_shr(self.halvings.saturating_sub(halvings)).unwrap_or(0);
+        let slot = slot_of(tokens);
+        let removed = left.min(self.weights[slot]);
+        self.weights[slot] -= removed;
+        self.update_sums(slot, removed, false);
     }
 
-    /// The value below which so many of a million answers lie; within a slot they are taken to be
-    /// spread evenly.
+    /// The length that `ppm` of a million answers stay below. Lengths within a slot are assumed to be spread evenly.
     fn quantile(&self, ppm: u32) -> u64 {
         let wanted = u64::from(self.total) * u64::from(ppm.min(1_000_000)) / 1_000_000;
         let mut below = 0;
-        for (at, &weight) in self.weights.iter().enumerate() {
+        for (slot, &weight) in self.weights.iter().enumerate() {
             let weight = u64::from(weight);
             if weight > 0 && below + weight >= wanted {
-                let (first, width) = span(at);
+                let (first, width) = span_of(slot);
                 return first + (width - 1) * wanted.saturating_sub(below) / weight;
             }
             below += weight;
@@ -227,7 +234,8 @@ impl Answers {
     }
 }
 
-fn slot(tokens: u64) -> usize {
+/// The slot of a length.
+fn slot_of(tokens: u64) -> usize {
     let tokens = tokens.min(u64::from(u32::MAX));
     if tokens < EXACT {
         return usize::try_from(tokens).unwrap_or(0);
@@ -237,8 +245,8 @@ fn slot(tokens: u64) -> usize {
     16 + (power as usize - 4) * STEPS + step
 }
 
-/// The smallest value of a slot, and how many values it has.
-fn span(slot: usize) -> (u64, u64) {
+/// The smallest length of a slot, and the number of lengths in it.
+fn span_of(slot: usize) -> (u64, u64) {
     let Some(above) = slot.checked_sub(16) else { return (slot as u64, 1) };
     let (power, step) = (above / STEPS + 4, (above % STEPS) as u64);
     ((8 + step) << (power - 3), 1 << (power - 3))
@@ -251,10 +259,10 @@ mod tests {
     const P90: u32 = 900_000;
 
     #[test]
-    fn every_length_lies_in_its_slot() {
+    fn each_length_is_within_the_span_of_its_slot() {
         let lengths = (0..5_000).chain([1 << 20, (1 << 31) - 1, 1 << 31, u64::from(u32::MAX), u64::MAX]);
         for tokens in lengths {
-            let (first, width) = span(slot(tokens));
+            let (first, width) = span_of(slot_of(tokens));
             let tokens = tokens.min(u64::from(u32::MAX));
             assert!((first..first + width).contains(&tokens), "{tokens} {first} {width}");
             assert!(width == 1 || width * 8 <= tokens, "{tokens}: {width}");
@@ -263,125 +271,128 @@ mod tests {
 
     #[test]
     fn a_model_starts_from_the_prior_and_is_learned_within_twenty_answers() {
-        let mut learned = Learned::default();
-        assert_eq!(learned.expected("m", P90), PRIOR);
+        let mut learned = LearnedLengths::default();
+        assert_eq!(learned.allowance("m", P90), PRIOR);
         for _ in 0..20 {
             learned.learn("m", 100);
         }
-        assert!((90..=112).contains(&learned.expected("m", P90)), "{}", learned.expected("m", P90));
-        assert_eq!(learned.expected("another", P90), PRIOR);
+        assert!((90..=112).contains(&learned.allowance("m", P90)), "{}", learned.allowance("m", P90));
+        assert_eq!(learned.allowance("another", P90), PRIOR);
     }
 
     #[test]
-    fn the_quantile_is_close_and_follows_what_changes() {
-        let mut learned = Learned::default();
+    fn the_quantile_is_accurate_and_follows_a_change_of_lengths() {
+        let mut learned = LearnedLengths::default();
         for n in 0..2_000u64 {
             learned.learn("m", 1 + n * 7_919 % 1_000);
         }
-        for (ppm, demand) in [(500_000, 500), (900_000, 900), (990_000, 990)] {
-            let got = learned.expected("m", ppm);
-            assert!(got.abs_diff(demand) <= 40, "{ppm}: {got}");
+        for (ppm, expected) in [(500_000, 500), (900_000, 900), (990_000, 990)] {
+            let got = learned.allowance("m", ppm);
+            assert!(got.abs_diff(expected) <= 40, "{ppm}: {got}");
         }
         for _ in 0..1_000 {
             learned.learn("m", 20);
         }
-        assert!(learned.expected("m", P90) <= 22, "{}", learned.expected("m", P90));
+        assert!(learned.allowance("m", P90) <= 22, "{}", learned.allowance("m", P90));
     }
 
     #[test]
-    fn answers_that_have_not_ended_are_expected_to_be_long() {
-        let mut learned = Learned::default();
+    fn unfinished_answers_that_outgrew_their_reservation_count_as_long() {
+        let mut learned = LearnedLengths::default();
         (0..100).for_each(|_| learned.learn("m", 20));
-        let longer: Vec<Longer> = (0..30).map_while(|_| learned.expect_longer("m", 700)).collect();
-        assert!(learned.expected("m", P90) > 600);
-        longer.into_iter().for_each(|longer| learned.forget("m", longer));
-        assert!(learned.expected("m", P90) < 25);
-        assert!(learned.expect_longer("unknown", 1).is_none());
-        assert_eq!(learned.expected("unknown", P90), PRIOR);
+        let partial: Vec<PartialLength> = (0..30).map_while(|_| learned.learn_partial("m", 700)).collect();
+        assert!(learned.allowance("m", P90) > 600);
+        partial.into_iter().for_each(|partial| learned.forget_partial("m", partial));
+        assert!(learned.allowance("m", P90) < 25);
+        assert!(learned.learn_partial("unknown", 1).is_none());
+        assert_eq!(learned.allowance("unknown", P90), PRIOR);
     }
 
     #[test]
-    fn no_more_is_taken_back_than_is_left_of_it() {
-        let mut learned = Learned::default();
+    fn forgetting_a_partial_length_removes_only_its_decayed_weight() {
+        let mut learned = LearnedLengths::default();
         (0..300).for_each(|_| learned.learn("m", 700));
-        let longer: Vec<Longer> = (0..100).map_while(|_| learned.expect_longer("m", 700)).collect();
+        let partial: Vec<PartialLength> = (0..100).map_while(|_| learned.learn_partial("m", 700)).collect();
         (0..1_200).for_each(|_| learned.learn("m", 20));
-        let weight = |learned: &Learned| learned.models["m"].answers.weights[slot(700)];
+        let weight = |learned: &LearnedLengths| learned.models["m"].histogram.weights[slot_of(700)];
         let before = weight(&learned);
-        longer.into_iter().for_each(|longer| learned.forget("m", longer));
-        let (after, total) = (weight(&learned), learned.models["m"].answers.total);
-        assert!(after >= before * 7 / 10, "three in four were learned: {before} to {after}");
-        assert_eq!(total, learned.models["m"].answers.weights.iter().sum::<u32>());
-        let old = learned.expect_longer("m", 20).unwrap();
-        (0..MOST_MODELS).for_each(|n| learned.learn(&n.to_string(), 1));
+        partial.into_iter().for_each(|partial| learned.forget_partial("m", partial));
+        let (after, total) = (weight(&learned), learned.models["m"].histogram.total);
+        assert!(after >= before * 7 / 10, "about three in four weights remain: {before} to {after}");
+        assert_eq!(total, learned.models["m"].histogram.weights.iter().sum::<u32>());
+        let old = learned.learn_partial("m", 20).unwrap();
+        (0..MAX_MODELS).for_each(|n| learned.learn(&n.to_string(), 1));
         learned.learn("m", 20);
-        let of_another = learned.models["m"].answers.total;
-        learned.forget("m", old);
-        assert_eq!(learned.models["m"].answers.total, of_another, "it was forgotten with its model");
+        let of_another = learned.models["m"].histogram.total;
+        learned.forget_partial("m", old);
+        assert_eq!(learned.models["m"].histogram.total, of_another, "its model was replaced");
     }
 
     #[test]
-    fn names_of_any_length_take_bounded_memory() {
-        let mut learned = Learned::default();
+    fn long_model_names_take_bounded_memory() {
+        let mut learned = LearnedLengths::default();
         for n in 0..100 {
             let name = format!("{}é{n}", "x".repeat(100_000));
             learned.learn(&name, 10);
         }
-        assert!(learned.models.keys().all(|name| name.len() <= LONGEST_NAME));
+        assert!(learned.models.keys().all(|name| name.len() <= MAX_NAME_BYTES));
         assert_eq!(learned.models.len(), 1);
-        assert!(learned.expected(&"x".repeat(200), P90) < 20, "they share one memory");
+        assert!(
+            learned.allowance(&"x".repeat(200), P90) < 20,
+            "names with the same first 128 bytes share a histogram"
+        );
     }
 
     #[test]
-    fn many_answers_pay_for_each_other_and_one_alone_for_itself() {
-        let mut learned = Learned::default();
+    fn the_allowance_shrinks_with_requests_in_flight_and_equals_the_quantile_alone() {
+        let mut learned = LearnedLengths::default();
         // Lengths of 1 to 1,000: a mean of 500, a deviation of 289.
         (0..400_u64).for_each(|n| learned.learn("m", 1 + n * 7_919 % 1_000));
-        let alone = learned.expected("m", P90);
+        let alone = learned.allowance("m", P90);
         assert!((860..=940).contains(&alone), "{alone}");
-        let mut under_way = Vec::new();
-        for (others, demand) in [(1, alone), (8, 788), (99, 587), (9_999, 509)] {
-            while under_way.len() < others {
-                under_way.extend(learned.began("m"));
+        let mut in_flight = Vec::new();
+        for (others, expected) in [(1, alone), (8, 788), (99, 587), (9_999, 509)] {
+            while in_flight.len() < others {
+                in_flight.extend(learned.begin("m"));
             }
-            let got = learned.expected("m", P90);
-            assert!(got.abs_diff(demand) <= 30, "beside {others}: {got}");
+            let got = learned.allowance("m", P90);
+            assert!(got.abs_diff(expected) <= 30, "beside {others}: {got}");
         }
-        assert!(learned.expected("m", 400_000) <= 420, "never more than the quantile");
-        under_way.drain(11..).for_each(|since| learned.ended("m", since));
-        let beside = learned.expected("m", P90);
-        let longer: Vec<Longer> = (0..6).map_while(|_| learned.expect_longer("m", 900)).collect();
-        let changing = learned.expected("m", P90);
-        longer.into_iter().for_each(|longer| learned.forget("m", longer));
+        assert!(learned.allowance("m", 400_000) <= 420, "never more than the quantile");
+        in_flight.drain(11..).for_each(|generation| learned.end("m", generation));
+        let beside = learned.allowance("m", P90);
+        let partial: Vec<PartialLength> = (0..6).map_while(|_| learned.learn_partial("m", 900)).collect();
+        let changing = learned.allowance("m", P90);
+        partial.into_iter().for_each(|partial| learned.forget_partial("m", partial));
         assert!(
             beside < 790 && changing >= alone,
-            "most are longer than they were thought to be: {changing}"
+            "most requests in flight have outgrown their reservation: {changing}"
         );
-        under_way.into_iter().for_each(|since| learned.ended("m", since));
-        assert_eq!(learned.models["m"].under_way, 0);
-        assert!(learned.began("unknown").is_none());
-        learned.ended("m", 12_345);
-        assert_eq!((learned.models["m"].under_way, learned.models["m"].outgrown), (0, 0));
+        in_flight.into_iter().for_each(|generation| learned.end("m", generation));
+        assert_eq!(learned.models["m"].in_flight, 0);
+        assert!(learned.begin("unknown").is_none());
+        learned.end("m", 12_345);
+        assert_eq!((learned.models["m"].in_flight, learned.models["m"].outgrown), (0, 0));
     }
 
     #[test]
-    fn the_longest_answers_overflow_nothing() {
-        let mut learned = Learned::default();
+    fn the_longest_answers_cause_no_overflow() {
+        let mut learned = LearnedLengths::default();
         for n in 0..5_000_u64 {
             learned.learn("m", u64::MAX - n);
-            learned.began("m");
+            learned.begin("m");
         }
-        assert!(learned.expected("m", P90) >= u64::from(u32::MAX) / 2);
+        assert!(learned.allowance("m", P90) >= u64::from(u32::MAX) / 2);
     }
 
     #[test]
-    fn any_number_of_names_takes_bounded_memory() {
-        let mut learned = Learned::default();
+    fn any_number_of_models_takes_bounded_memory() {
+        let mut learned = LearnedLengths::default();
         for n in 0..10_000 {
             learned.learn("kept", 10);
             learned.learn(&format!("made-up-{n}"), 10);
         }
-        assert_eq!(learned.models.len(), MOST_MODELS);
-        assert!(learned.expected("kept", P90) < 20);
+        assert_eq!(learned.models.len(), MAX_MODELS);
+        assert!(learned.allowance("kept", P90) < 20);
     }
 }

@@ -1,56 +1,56 @@
-//! Limits that an administrator has set in place of the config's.
+//! Limits set by an administrator, which override those of the config.
 
 use crate::clock::Timestamp;
 use crate::quota::{Kind, Quota};
 
-/// Names one quota of an environment, as the admin API does.
+/// Identifies a quota of an environment, as the admin API does.
 #[derive(Clone, Copy, Debug)]
 pub struct QuotaKey<'a> {
     /// `environment`, `caller` or `model`.
     pub scope: &'a str,
     /// The caller's name or the models' pattern; empty for the environment.
     pub name: &'a str,
-    /// What it counts.
+    /// What the quota counts.
     pub kind: Kind,
-    /// As written in the config.
+    /// The period as written in the config.
     pub per: &'a str,
 }
 
 impl QuotaKey<'_> {
-    pub(super) fn names(&self, quota: &Quota) -> bool {
+    pub(super) fn matches(&self, quota: &Quota) -> bool {
         (self.scope, self.name, self.kind, self.per)
             == (quota.scope.as_str(), quota.scope.name(), quota.kind, quota.per.text.as_str())
     }
 }
 
-/// Something an administrator has done.
+/// An action of an administrator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditEntry {
-    /// When.
+    /// When it was done.
     pub at: Timestamp,
-    /// What, in words.
+    /// A description of the action.
     pub action: String,
 }
 
-/// The quotas of the config, and those of them that have another limit for now.
+/// The quotas of the config, and those of them whose limit is overridden.
 #[derive(Debug, Default)]
-pub(super) struct Limits {
+pub(super) struct Overrides {
     configured: Vec<Quota>,
-    overrides: Vec<Quota>,
-    /// The overrides have changed since they were last kept.
+    overridden: Vec<Quota>,
+    /// The overrides have changed since the store last took them.
     has_changed: bool,
     audit: Vec<AuditEntry>,
 }
 
-impl Limits {
-    pub(super) fn of(configured: &[Quota]) -> Self {
+impl Overrides {
+    pub(super) fn new(configured: &[Quota]) -> Self {
         Self { configured: configured.to_vec(), ..Self::default() }
     }
 
-    /// Takes over the overrides that another process has left, as far as there still are such quotas.
-    pub(super) fn take_over(&mut self, overrides: &[Quota]) {
-        let is_known = |quota: &&Quota| self.configured.iter().any(|known| known.is_same_as(quota));
-        self.overrides = overrides.iter().filter(is_known).cloned().collect();
+    /// Adopts the overrides of the restored state, except those of quotas that no longer exist.
+    pub(super) fn restore(&mut self, overridden: &[Quota]) {
+        let exists = |quota: &&Quota| self.configured.iter().any(|known| known.is_same_as(quota));
+        self.overridden = overridden.iter().filter(exists).cloned().collect();
     }
 
     pub(super) fn configured(&self) -> &[Quota] {
@@ -58,44 +58,44 @@ impl Limits {
     }
 
     pub(super) fn is_overridden(&self, quota: &Quota) -> bool {
-        self.overrides.iter().any(|other| other.is_same_as(quota))
+        self.overridden.iter().any(|other| other.is_same_as(quota))
     }
 
-    /// Takes over what an administrator has set at another node, by place in the config's order; `None`: nothing.
+    /// Adopts the limit and burst that Redis has for the quota at this index of the config. `None`: it has no override.
     pub(super) fn follow(&mut self, index: usize, limit: Option<(u64, u64)>) {
         let Some(quota) = self.configured.get(index) else { return };
-        let known = self.overrides.iter().position(|other| other.is_same_as(quota));
-        let there = limit.map(|(limit, burst)| quota.with_limit(limit, burst));
-        match (known, there) {
-            (Some(at), Some(there)) if self.overrides[at] != there => self.overrides[at] = there,
-            (Some(at), None) => drop(self.overrides.swap_remove(at)),
-            (None, Some(there)) => self.overrides.push(there),
+        let known = self.overridden.iter().position(|other| other.is_same_as(quota));
+        let in_redis = limit.map(|(limit, burst)| quota.with_limit(limit, burst));
+        match (known, in_redis) {
+            (Some(at), Some(in_redis)) if self.overridden[at] != in_redis => self.overridden[at] = in_redis,
+            (Some(at), None) => drop(self.overridden.swap_remove(at)),
+            (None, Some(in_redis)) => self.overridden.push(in_redis),
             (Some(_), Some(_)) | (None, None) => return,
         }
         self.has_changed = true;
     }
 
-    pub(super) fn overrides(&self) -> &[Quota] {
-        &self.overrides
+    /// The quotas whose limit is overridden, with that limit.
+    pub(super) fn overridden(&self) -> &[Quota] {
+        &self.overridden
     }
 
-    /// Every quota with the limit that it has now.
-    pub(super) fn quotas(&self) -> Vec<Quota> {
+    /// Every quota with the limit that is in force.
+    pub(super) fn in_force(&self) -> Vec<Quota> {
         let in_force = |quota: &Quota| {
-            let other = self.overrides.iter().find(|other| other.is_same_as(quota));
+            let other = self.overridden.iter().find(|other| other.is_same_as(quota));
             other.unwrap_or(quota).clone()
         };
         self.configured.iter().map(in_force).collect()
     }
 
-    /// Sets limit and burst of the quotas so named, or with `None` back to the config's. Returns
-    /// whether there is one.
+    /// Sets limit and burst of the quotas that match the key; `None` restores the config's. Returns whether a quota matches.
     pub(super) fn set(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
-        let named: Vec<Quota> = self.configured.iter().filter(|quota| key.names(quota)).cloned().collect();
+        let named: Vec<Quota> = self.configured.iter().filter(|quota| key.matches(quota)).cloned().collect();
         for quota in &named {
-            self.overrides.retain(|other| !other.is_same_as(quota));
+            self.overridden.retain(|other| !other.is_same_as(quota));
             if let Some((limit, burst)) = limit {
-                self.overrides.push(quota.with_limit(limit, burst));
+                self.overridden.push(quota.with_limit(limit, burst));
             }
         }
         if named.is_empty() {
@@ -107,7 +107,7 @@ impl Limits {
         } else {
             format!("{kind} per {per} of {scope} {name}")
         };
-        self.note(
+        self.record(
             now,
             match limit {
                 Some((limit, burst)) => format!("limit of {what} set to {limit}, burst {burst}"),
@@ -118,13 +118,14 @@ impl Limits {
         true
     }
 
-    pub(super) fn note(&mut self, at: Timestamp, action: String) {
+    /// Adds an action to the audit log.
+    pub(super) fn record(&mut self, at: Timestamp, action: String) {
         self.audit.push(AuditEntry { at, action });
     }
 
-    /// What has to be kept: all overrides if they have changed, and what was done.
+    /// Takes what the store has to persist: all overrides if they changed, and the new audit entries.
     pub(super) fn take_changes(&mut self) -> (Option<Vec<Quota>>, Vec<AuditEntry>) {
-        let overrides = std::mem::take(&mut self.has_changed).then(|| self.overrides.clone());
-        (overrides, std::mem::take(&mut self.audit))
+        let overridden = std::mem::take(&mut self.has_changed).then(|| self.overridden.clone());
+        (overridden, std::mem::take(&mut self.audit))
     }
 }

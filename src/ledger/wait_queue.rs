@@ -1,6 +1,6 @@
-//! The line of those who wait for room: first come, first served, bounded in number and in time.
+//! The queue of requests that wait for room: first come, first served, bounded in length and in time.
 
-use super::{NoRoom, Reservation};
+use super::demand::NoRoom;
 use crate::clock::Stopwatch;
 use crate::quota::Wait;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,103 +8,97 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
-/// More than this do not wait in one environment: the next is denied at once.
-const LONGEST: usize = 1_000;
+/// Maximum requests that wait in one environment. A further request is denied at once.
+const MAX_WAITING: usize = 1_000;
+/// A request at the head of the queue retries after this time if the time of the next refill is not known.
+const DEFAULT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The line before one environment's quotas.
+/// The wait queue of one environment.
 #[derive(Debug)]
 pub(super) struct WaitQueue {
-    /// Who holds the permit stands in front. Tokio's semaphore serves in the order of asking, and
-    /// whoever gives up leaves its place.
-    front: Semaphore,
+    /// The request that holds the permit is at the head. Tokio's semaphore is fair, and a request that stops waiting leaves
+    /// its place.
+    head: Semaphore,
     waiting: AtomicUsize,
-    ended: Notify,
+    released: Notify,
 }
 
 impl Default for WaitQueue {
     fn default() -> Self {
-        Self { front: Semaphore::new(1), waiting: AtomicUsize::new(0), ended: Notify::new() }
+        Self { head: Semaphore::new(1), waiting: AtomicUsize::new(0), released: Notify::new() }
     }
 }
 
 impl WaitQueue {
-    /// A request has given room back: whoever stands in front may look again.
-    pub(super) fn somebody_has_ended(&self) {
-        if self.waiting.load(Ordering::Relaxed) > 0 {
-            self.ended.notify_one();
+    /// Whether no request waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) == 0
+    }
+
+    /// Wakes the request at the head: a quota may have more room.
+    pub(super) fn notify_released(&self) {
+        if !self.is_empty() {
+            self.released.notify_one();
         }
+    }
+
+    /// Waits in the queue and calls `reserve` when this request is at the head, for at most `max_wait`. Returns `None` if the
+    /// queue is full, the time is over, or the room cannot be there in time.
+    pub(super) async fn wait_in_turn<T, R>(&self, max_wait: Duration, reserve: impl Fn() -> R) -> Option<T>
+    where
+        R: Future<Output = Result<T, NoRoom>>,
+    {
+        let _place = QueuePlace::take(self)?;
+        let clock = Stopwatch::start();
+        let in_turn = async {
+            // The semaphore is never closed.
+            let _head = self.head.acquire().await.ok()?;
+            loop {
+                let released = self.released.notified();
+                let left = max_wait.saturating_sub(clock.elapsed());
+                let retry_after = match reserve().await {
+                    Ok(reservation) => return Some(reservation),
+                    Err(no_room) if !may_clear_within(&no_room, left) => return None,
+                    Err(no_room) => retry_interval(&no_room),
+                };
+                // Both a release and the timeout lead to another attempt: the released room may be too small.
+                drop(timeout(retry_after, released).await);
+            }
+        };
+        timeout(max_wait, in_turn).await.ok().flatten()
     }
 }
 
-/// One who waits; leaves the line when dropped.
-struct Place<'a>(&'a WaitQueue);
+/// The place of one waiting request. Dropping it leaves the queue.
+struct QueuePlace<'a>(&'a WaitQueue);
 
-impl<'a> Place<'a> {
+impl<'a> QueuePlace<'a> {
     fn take(wait_queue: &'a WaitQueue) -> Option<Self> {
         let before = wait_queue.waiting.fetch_add(1, Ordering::Relaxed);
         let place = Self(wait_queue);
-        (before < LONGEST).then_some(place)
+        (before < MAX_WAITING).then_some(place)
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueuePlace<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Tries at once if nobody waits, else in turn, for at most `longest`. `None`: no wait would help, or
-/// all of it was in vain, or the line is full. `in_the_way` looks without taking anything.
-pub(super) async fn wait<R: Future<Output = Result<Reservation, NoRoom>>>(
-    wait_queue: &WaitQueue,
-    longest: Duration,
-    reserve: impl Fn() -> R,
-    in_the_way: impl FnOnce() -> Option<NoRoom>,
-) -> Option<Reservation> {
-    let no_room = if wait_queue.waiting.load(Ordering::Relaxed) == 0 {
-        match reserve().await {
-            Ok(reservation) => return Some(reservation),
-            Err(no_room) => Some(no_room),
-        }
-    } else {
-        in_the_way()
-    };
-    // Behind others too: what cannot come in time for the first in line does not for the last.
-    if no_room.is_some_and(|no_room| !is_worth_waiting(&no_room, longest)) {
-        return None;
-    }
-    let _place = Place::take(wait_queue)?;
-    let clock = Stopwatch::start();
-    let in_turn = async {
-        // The semaphore is never closed.
-        let _front = wait_queue.front.acquire().await.ok()?;
-        loop {
-            let ended = wait_queue.ended.notified();
-            let left = longest.saturating_sub(clock.elapsed());
-            let wait = match reserve().await {
-                Ok(reservation) => return Some(reservation),
-                Err(no_room) if !is_worth_waiting(&no_room, left) => return None,
-                Err(no_room) => until(&no_room),
-            };
-            // Either way it looks again: what ended may not have been enough.
-            drop(timeout(wait, ended).await);
-        }
-    };
-    timeout(longest, in_turn).await.ok().flatten()
-}
-
-fn is_worth_waiting(no_room: &NoRoom, left: Duration) -> bool {
+/// Whether a request that does not fit now could fit within this time.
+pub(super) fn may_clear_within(no_room: &NoRoom, left: Duration) -> bool {
     match no_room.soonest() {
         Wait::Never => false,
         Wait::Ms(ms) => Duration::from_millis(ms) <= left,
     }
 }
 
-/// How long nothing can change but by the end of another request.
-fn until(no_room: &NoRoom) -> Duration {
+/// How long only the end of another request can make room.
+fn retry_interval(no_room: &NoRoom) -> Duration {
     match no_room.wait() {
         Some(Wait::Ms(ms)) => Duration::from_millis(ms.max(1)),
-        Some(Wait::Never) | None => Duration::from_secs(1),
+        Some(Wait::Never) | None => DEFAULT_RETRY_INTERVAL,
     }
 }
 
@@ -113,14 +107,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_than_a_thousand_wait() {
+    fn at_most_a_thousand_requests_wait() {
         let wait_queue = WaitQueue::default();
-        let mut places: Vec<Place<'_>> = (0..LONGEST).map_while(|_| Place::take(&wait_queue)).collect();
-        assert_eq!(places.len(), LONGEST);
-        assert!(Place::take(&wait_queue).is_none());
+        let mut places: Vec<QueuePlace<'_>> =
+            (0..MAX_WAITING).map_while(|_| QueuePlace::take(&wait_queue)).collect();
+        assert_eq!(places.len(), MAX_WAITING);
+        assert!(QueuePlace::take(&wait_queue).is_none());
         places.pop();
-        assert!(Place::take(&wait_queue).is_some(), "who leaves makes room");
+        assert!(QueuePlace::take(&wait_queue).is_some(), "a request that leaves makes room");
         drop(places);
-        assert_eq!(wait_queue.waiting.load(Ordering::Relaxed), 0);
+        assert!(wait_queue.is_empty());
     }
 }

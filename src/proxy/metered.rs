@@ -122,7 +122,7 @@ impl Metered {
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
         let length = length.filter(|_| !reader.is_stream());
         let now = Stopwatch::start();
-        let limits = charge.reservation.as_ref().map(|held| (held.cap(), held.tell_beyond()));
+        let limits = charge.reservation.as_ref().map(|held| (held.cap(), held.progress_threshold()));
         let (completion_cap, progress_threshold) = limits.unwrap_or((u64::MAX, u64::MAX));
         let mut metered = Self {
             incoming,
@@ -243,7 +243,7 @@ impl Metered {
         let spent = reader.reported().amounts_so_far(self.context.estimated_prompt, tokens);
         let Some(reservation) = &mut charge.reservation else { return Progress::Within };
         let progress = reservation.progress(spent);
-        self.progress_threshold = reservation.tell_beyond();
+        self.progress_threshold = reservation.progress_threshold();
         progress
     }
 
@@ -327,7 +327,7 @@ impl Metered {
         charge.record.outcome = if self.is_draining { RequestOutcome::CallerGone } else { outcome };
         if outcome == RequestOutcome::Answered {
             if let Some(reservation) = &mut charge.reservation {
-                reservation.is_whole();
+                reservation.mark_complete();
             }
             if let (Some(lesson), Some(prompt)) =
                 (self.context.lesson.take(), self.reader.reported().prompt())

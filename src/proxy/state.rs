@@ -85,11 +85,11 @@ impl State {
             let keeper = store.map(|store| -> Arc<dyn Persistence> { store.persistence() });
             let left = store
                 .map_or_else(|| Ok(RestoredState::default()), |store| store.restored_state(environment))?;
-            let mut account = Account::open_with(environment, keeper, &left);
-            if let Some(redis) = &config.store.redis {
-                account.share(environment, redis, &session, config.file_modified_ms)?;
-            }
-            anyhow::Ok(Arc::new(account))
+            let account = Account::open_with(environment, keeper, &left);
+            anyhow::Ok(Arc::new(match &config.store.redis {
+                Some(redis) => account.share(environment, redis, &session, config.file_modified_ms)?,
+                None => account,
+            }))
         };
         Ok(Self {
             accounts: config.environments.iter().map(open).collect::<anyhow::Result<_>>()?,

@@ -1,11 +1,13 @@
 use super::answer::{DRAINS, MAX_DRAIN_TIME, MAX_DRAINS, outlive_caller};
 use super::*;
 use crate::config::parse;
+use crate::ledger::Account;
 use crate::server::Patience;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
 use http::Method;
 use std::future::pending;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::sync::Mutex;
@@ -27,7 +29,7 @@ fn state(port: u16) -> Arc<State> {
 async fn charge(account: &Arc<Account>, metrics: &Arc<Metrics>) -> Charge {
     let subject = Subject { caller: None, model: "m" };
     let demand = Demand { subject, prompt: 8, generates: true, cap: Some(100), completions: 1 };
-    let reservation = reserve_within(account, &demand, Duration::ZERO).await.unwrap();
+    let reservation = account.reserve(&demand, Duration::ZERO).await.unwrap();
     Charge { reservation: Some(reservation), record: Record::begin(metrics.clone()) }
 }
 

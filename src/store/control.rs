@@ -154,7 +154,7 @@ impl Persistence for WriterControl {
         &self.commits
     }
 
-    fn is_late(&self) {
+    fn on_wait_timeout(&self) {
         let mut state = self.lock();
         if !std::mem::replace(&mut state.is_late, true) {
             tracing::error!(

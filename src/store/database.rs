@@ -4,7 +4,7 @@ use super::window_name;
 use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{CalibrationSample, RequestKind};
-use crate::ledger::{AuditEntry, Row, Totals};
+use crate::ledger::{AuditEntry, Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use anyhow::Context as _;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
@@ -403,7 +403,7 @@ impl Transaction<'_> {
         environment: &str,
         model: &str,
         caller: &str,
-        row: &Row,
+        row: &UsageRow,
     ) -> rusqlite::Result<()> {
         let mut write = self.0.prepare_cached(
             "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)

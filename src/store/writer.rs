@@ -6,7 +6,7 @@ use super::database::Database;
 use crate::calibrations::SavedCalibration;
 use crate::clock::{self, Stopwatch};
 use crate::config::StoreSettings;
-use crate::ledger::{AuditEntry, Changes, Row, Totals};
+use crate::ledger::{AuditEntry, Changes, Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const MAX_UNWRITTEN_ROWS: usize = 100_000;
 #[derive(Default)]
 struct Unwritten {
     environments: Vec<UnwrittenEnvironment>,
-    usage: HashMap<UsageKey, Row>,
+    usage: HashMap<UsageKey, UsageRow>,
     calibrations: Vec<SavedCalibration>,
     has_changes: bool,
 }

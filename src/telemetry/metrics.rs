@@ -171,11 +171,11 @@ impl Metrics {
             let name = environment.name.as_str();
             let snapshot = account.snapshot();
             self.quotas.in_flight.with_label_values(&[name]).set(signed(snapshot.in_flight));
-            if let Some(sharing) = &snapshot.sharing {
-                self.redis.up.with_label_values(&[name]).set(i64::from(sharing.trouble.is_none()));
-                self.redis.nodes.with_label_values(&[name]).set(signed(sharing.nodes));
-                self.redis.faults.with_label_values(&[name]).set(signed(sharing.faults.len() as u64));
-                self.redis.losses.with_label_values(&[name]).set(signed(sharing.losses));
+            if let Some(redis) = &snapshot.redis {
+                self.redis.up.with_label_values(&[name]).set(i64::from(redis.unavailable_reason.is_none()));
+                self.redis.nodes.with_label_values(&[name]).set(signed(redis.nodes));
+                self.redis.faults.with_label_values(&[name]).set(signed(redis.server_faults.len() as u64));
+                self.redis.losses.with_label_values(&[name]).set(signed(redis.losses));
             }
             for level in snapshot.levels.iter().filter(|l| l.quota.scope == Scope::Environment) {
                 let labels = [name, level.quota.kind.as_str(), &level.quota.per.text];

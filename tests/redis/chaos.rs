@@ -85,7 +85,7 @@ fn dies(node: Member, book: &Book) -> Vec<Reservation> {
     let held: Vec<_> = runtime().block_on(async {
         let mut held = Vec::new();
         for n in 0..20 {
-            let mut reservation = node.account.reserve_shared(&demand(10, 50 + n)).await.unwrap();
+            let mut reservation = node.account.reserve(&demand(10, 50 + n), Duration::ZERO).await.unwrap();
             reservation.progress(Amounts::of_request(10, 3 * n));
             book.admits(&reservation);
             held.push(reservation);
@@ -117,9 +117,9 @@ async fn work(account: Arc<Account>, book: Arc<Book>, mut dice: Dice, largest: u
             }
         };
         let reserved = if polls == u64::MAX {
-            Some(account.reserve_shared(&demand).await)
+            Some(account.reserve(&demand, Duration::ZERO).await)
         } else {
-            tokio::select! { biased; reserved = account.reserve_shared(&demand) => Some(reserved), () = gives_up => None }
+            tokio::select! { biased; reserved = account.reserve(&demand, Duration::ZERO) => Some(reserved), () = gives_up => None }
         };
         match reserved {
             None => count(&book.dropped),

@@ -35,16 +35,15 @@ impl Member {
         );
         let loaded = parse(&text, "node.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
         let environment = &loaded.config.environments[0];
-        let mut account = Account::open(environment);
-        account.share(environment, loaded.config.store.redis.as_ref().unwrap(), name, 1).unwrap();
-        let account = Arc::new(account);
+        let redis = loaded.config.store.redis.as_ref().unwrap();
+        let account = Arc::new(Account::open(environment).share(environment, redis, name, 1).unwrap());
         let ((stop, stops), (kill, mut kills)) = (watch::channel(false), watch::channel(false));
         let of_thread = account.clone();
         let thread = std::thread::spawn(move || {
             runtime().block_on(async {
-                tokio::spawn(of_thread.connection().unwrap().clone().run());
+                tokio::spawn(of_thread.redis_connection().unwrap().clone().run());
                 tokio::select! {
-                    () = of_thread.take_part(stops) => {}
+                    () = of_thread.run_redis_sync(stops) => {}
                     _ = kills.wait_for(|kills| *kills) => {}
                 }
             });
@@ -55,7 +54,7 @@ impl Member {
     }
 
     pub fn losses(&self) -> u64 {
-        self.account.sharing().unwrap().losses
+        self.account.redis_status().unwrap().losses
     }
 
     /// Whether it has lost the server since then, or does so by now.
@@ -67,7 +66,7 @@ impl Member {
     /// Waits until it shares its counters.
     pub fn shares(&self) {
         let begun = Stopwatch::start();
-        while let Some(trouble) = self.account.sharing().unwrap().trouble {
+        while let Some(trouble) = self.account.redis_status().unwrap().unavailable_reason {
             assert!(begun.elapsed() < Duration::from_secs(30), "it does not take part again: {trouble}");
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -128,7 +127,7 @@ fn a_node_shows_that_it_is_alive_however_much_it_has_to_tell() {
                 let subject = Subject { caller: None, model: "m" };
                 let demand = Demand { subject, prompt: 1, generates: true, cap: Some(1), completions: 1 };
                 loop {
-                    drop(account.reserve_shared(&demand).await);
+                    drop(account.reserve(&demand, Duration::ZERO).await);
                 }
             });
         }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::config::OnOverrun;
-use crate::quota::{Kind, Period, Quota, Scope, Window};
+use crate::quota::{Kind, Period, Quota, Scope, Wait, Window};
 use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
@@ -24,8 +24,8 @@ fn rules(completion: CompletionReserve) -> Rules {
     Rules { reserve, enforce: true, max_in_flight: None }
 }
 
-fn counters(rules: Rules, limit: u64) -> Counters {
-    Counters::new(rules, &[total(limit)], NOW)
+fn local(rules: Rules, limit: u64) -> Local {
+    Local::new(rules, &[total(limit)], NOW)
 }
 
 fn subject() -> Subject<'static> {
@@ -36,19 +36,19 @@ fn demand(prompt: u64, cap: Option<u64>) -> Demand<'static> {
     Demand { subject: subject(), prompt, generates: true, cap, completions: 1 }
 }
 
-fn level(counters: &mut Counters) -> (i64, u64) {
-    let levels = counters.levels(NOW);
+fn level(local: &mut Local) -> (i64, u64) {
+    let levels = local.levels(NOW);
     (levels[0].level, levels[0].held)
 }
 
-fn settle(counters: &mut Counters, admission: Admission, prompt: u64, completion: u64) {
+fn settle(local: &mut Local, admission: Admission, prompt: u64, completion: u64) {
     let spent = Amounts::of_request(prompt, completion);
-    counters.settle(NOW, subject(), admission.grant, Ended { spent, is_whole: true });
+    local.settle(NOW, subject(), admission.grant, Settlement { spent, is_complete: true });
 }
 
 #[test]
-fn adaptive_reserves_what_recent_answers_used() {
-    let mut c = counters(rules(CompletionReserve::Adaptive), 1_000_000);
+fn adaptive_reserves_the_length_of_recent_answers() {
+    let mut c = local(rules(CompletionReserve::Adaptive), 1_000_000);
     let first = c.admit(NOW, &demand(10, None)).unwrap();
     assert_eq!(first.grant.reserved(), Amounts::of_request(10, 512), "the prior");
     settle(&mut c, first, 10, 100);
@@ -66,12 +66,12 @@ fn adaptive_reserves_what_recent_answers_used() {
 }
 
 #[test]
-fn an_answer_that_was_cut_teaches_nothing() {
-    let mut c = counters(rules(CompletionReserve::Adaptive), 1_000_000);
+fn an_incomplete_answer_is_not_learned() {
+    let mut c = local(rules(CompletionReserve::Adaptive), 1_000_000);
     for _ in 0..50 {
         let admission = c.admit(NOW, &demand(10, None)).unwrap();
-        let ended = Ended { spent: Amounts::of_request(10, 1), is_whole: false };
-        c.settle(NOW, subject(), admission.grant, ended);
+        let settlement = Settlement { spent: Amounts::of_request(10, 1), is_complete: false };
+        c.settle(NOW, subject(), admission.grant, settlement);
     }
     assert_eq!(c.admit(NOW, &demand(10, None)).unwrap().grant.reserved().completion, 512);
 }
@@ -79,7 +79,7 @@ fn an_answer_that_was_cut_teaches_nothing() {
 #[test]
 fn a_small_quota_does_not_deny_its_first_request_for_ever() {
     for limit in [11, 20, 100, 600] {
-        let mut c = counters(rules(CompletionReserve::Adaptive), limit);
+        let mut c = local(rules(CompletionReserve::Adaptive), limit);
         let admission = c.admit(NOW, &demand(10, Some(4_096))).unwrap();
         let allowance = admission.grant.reserved().completion;
         assert!(allowance >= 1 && allowance <= (limit - 10).div_ceil(2), "{limit}: {allowance}");
@@ -87,29 +87,29 @@ fn a_small_quota_does_not_deny_its_first_request_for_ever() {
 }
 
 #[test]
-fn a_request_that_is_short_of_room_is_clamped_to_what_is_left() {
-    let mut with_clamp = rules(CompletionReserve::MaxTokens);
-    with_clamp.reserve.when_short = WhenShort::Clamp;
-    let mut c = counters(with_clamp, 100);
+fn a_request_that_does_not_fit_is_clamped_to_what_is_left() {
+    let mut clamping = rules(CompletionReserve::MaxTokens);
+    clamping.reserve.when_short = WhenShort::Clamp;
+    let mut c = local(clamping, 100);
     let clamped = c.admit(NOW, &demand(10, Some(4_000))).unwrap();
     assert_eq!((clamped.clamped_to, clamped.grant.reserved().total), (Some(90), 100));
     settle(&mut c, clamped, 10, 40);
     let two = Demand { completions: 2, ..demand(9, Some(100)) };
     let two = c.admit(NOW, &two).unwrap();
-    assert_eq!((two.clamped_to, two.grant.reserved().completion), (Some(20), 40), "both of them fit");
+    assert_eq!((two.clamped_to, two.grant.reserved().completion), (Some(20), 40), "both completions fit");
     settle(&mut c, two, 9, 0);
     let fits = c.admit(NOW, &demand(10, Some(31))).unwrap();
     assert_eq!(fits.clamped_to, None);
-    assert!(c.admit(NOW, &demand(10, Some(5))).is_err(), "there is nothing left to be clamped to");
+    assert!(c.admit(NOW, &demand(10, Some(5))).is_err(), "less than the minimum clamp is left");
     assert!(matches!(c.admit(NOW, &demand(101, Some(5))).unwrap_err().wait(), Some(Wait::Never)));
 }
 
 #[test]
-fn quotas_that_only_watch_admit_and_tell_what_they_would_have_done() {
-    let mut watching = rules(CompletionReserve::MaxTokens);
-    watching.enforce = false;
-    watching.max_in_flight = Some(1);
-    let mut c = counters(watching, 100);
+fn shadow_mode_admits_and_reports_what_would_have_been_denied() {
+    let mut shadow = rules(CompletionReserve::MaxTokens);
+    shadow.enforce = false;
+    shadow.max_in_flight = Some(1);
+    let mut c = local(shadow, 100);
     let fits = c.admit(NOW, &demand(10, Some(50))).unwrap();
     assert!(fits.would_deny.is_none());
     let second = c.admit(NOW, &demand(10, Some(10))).unwrap();
@@ -125,7 +125,7 @@ fn quotas_that_only_watch_admit_and_tell_what_they_would_have_done() {
 
 #[test]
 fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
-    let mut c = counters(rules(CompletionReserve::Fixed(50)), 300);
+    let mut c = local(rules(CompletionReserve::Fixed(50)), 300);
     let mut admission = c.admit(NOW, &demand(10, None)).unwrap();
     let grant = &mut admission.grant;
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 40)), Progress::Within);
@@ -135,8 +135,8 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 280)), Progress::Within);
     assert_eq!(level(&mut c), (10, 0));
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 291)), Progress::Overrun);
-    assert_eq!(level(&mut c), (-1, 0), "what it has used is seen at once");
-    assert_eq!((grant.reserved().completion, grant.tell_beyond()), (291, 291 + 64));
+    assert_eq!(level(&mut c), (-1, 0), "the overrun is debt at once");
+    assert_eq!((grant.reserved().completion, grant.progress_threshold()), (291, 291 + 64));
     assert_eq!(c.held, grant.reserved());
     settle(&mut c, admission, 12, 300);
     assert_eq!((level(&mut c), c.held, c.in_flight), ((-12, 0), Amounts::default(), 0));
@@ -144,43 +144,43 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
 }
 
 #[test]
-fn an_overrun_is_a_debt_before_the_stream_ends_and_is_counted_once() {
-    let mut c = counters(rules(CompletionReserve::Fixed(5)), 60);
+fn an_overrun_is_debt_before_the_stream_ends_and_counts_once() {
+    let mut c = local(rules(CompletionReserve::Fixed(5)), 60);
     let mut admission = c.admit(NOW, &demand(8, None)).unwrap();
     assert_eq!(c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(8, 30)), Progress::Within);
-    assert_eq!(level(&mut c), (22, 0), "64 more do not fit, but what it has used does");
+    assert_eq!(level(&mut c), (22, 0), "64 more do not fit, but the used tokens do");
     for tokens in [290u64, 295, 400] {
         let spent = Amounts::of_request(8, tokens);
         let outcome = c.progress(NOW, "m", &mut admission.grant, spent);
         assert_eq!((outcome, level(&mut c)), (Progress::Overrun, (52 - tokens.cast_signed(), 0)));
-        assert!(c.admit(NOW, &demand(1, Some(1))).is_err(), "nobody else gets what is not there");
+        assert!(c.admit(NOW, &demand(1, Some(1))).is_err(), "other requests are denied while there is debt");
     }
-    assert_eq!(c.held, admission.grant.reserved(), "a crash would charge all of it");
+    assert_eq!(c.held, admission.grant.reserved(), "a crash would charge everything");
     settle(&mut c, admission, 8, 390);
     assert_eq!((level(&mut c), c.held), ((60 - 398, 0), Amounts::default()));
 }
 
 #[test]
-fn a_stream_within_its_own_bound_is_no_overrun_and_takes_no_more_than_it() {
-    let mut c = counters(rules(CompletionReserve::MaxTokens), 28);
+fn a_stream_within_its_cap_is_no_overrun_and_is_not_extended_beyond_the_cap() {
+    let mut c = local(rules(CompletionReserve::MaxTokens), 28);
     let mut exact = c.admit(NOW, &demand(8, Some(20))).unwrap();
-    assert_eq!((exact.grant.cap(), exact.grant.tell_beyond()), (20, 20));
+    assert_eq!((exact.grant.cap(), exact.grant.progress_threshold()), (20, 20));
     assert_eq!(c.progress(NOW, "m", &mut exact.grant, Amounts::of_request(8, 20)), Progress::Within);
     settle(&mut c, exact, 8, 20);
 
-    let mut c = counters(rules(CompletionReserve::Fixed(5)), 1_000);
+    let mut c = local(rules(CompletionReserve::Fixed(5)), 1_000);
     let mut bounded = c.admit(NOW, &demand(8, Some(20))).unwrap();
     assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 6)), Progress::Within);
     assert_eq!(bounded.grant.reserved().completion, 20, "a step would be 64");
     assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 23)), Progress::Within);
-    assert_eq!(bounded.grant.reserved().completion, 23, "a backend that does not keep to it");
+    assert_eq!(bounded.grant.reserved().completion, 23, "an upstream that exceeds the cap");
     settle(&mut c, bounded, 8, 23);
     assert_eq!(level(&mut c), (1_000 - 31, 0));
 }
 
 #[test]
-fn a_stream_that_is_extended_many_times_carries_one_receipt() {
-    let mut c = counters(rules(CompletionReserve::Fixed(5)), 500);
+fn a_stream_with_many_extensions_has_one_receipt() {
+    let mut c = local(rules(CompletionReserve::Fixed(5)), 500);
     let mut admission = c.admit(NOW, &demand(8, None)).unwrap();
     for tokens in 0..2_000 {
         c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(8, tokens));
@@ -191,13 +191,13 @@ fn a_stream_that_is_extended_many_times_carries_one_receipt() {
 }
 
 #[test]
-fn quotas_that_only_watch_do_not_clamp() {
-    let mut watching = rules(CompletionReserve::MaxTokens);
-    (watching.enforce, watching.reserve.when_short) = (false, WhenShort::Clamp);
-    let mut c = counters(watching, 100);
+fn shadow_mode_does_not_clamp() {
+    let mut shadow = rules(CompletionReserve::MaxTokens);
+    (shadow.enforce, shadow.reserve.when_short) = (false, WhenShort::Clamp);
+    let mut c = local(shadow, 100);
     let short = c.admit(NOW, &demand(10, Some(500))).unwrap();
     assert_eq!((short.clamped_to, short.grant.reserved().completion), (None, 500));
-    assert_eq!(short.would_deny, None, "it would have been served, with fewer tokens");
+    assert_eq!(short.would_deny, None, "it would have been clamped, not denied");
     let denied = c.admit(NOW, &demand(10, Some(500))).unwrap();
     assert!(denied.would_deny.is_some());
     settle(&mut c, short, 10, 500);
@@ -205,10 +205,10 @@ fn quotas_that_only_watch_do_not_clamp() {
 }
 
 #[test]
-fn an_answer_that_was_clamped_short_teaches_nothing_of_how_long_answers_are() {
+fn an_answer_that_ended_at_its_clamped_limit_is_not_learned() {
     let mut clamping = rules(CompletionReserve::Adaptive);
     clamping.reserve.when_short = WhenShort::Clamp;
-    let mut c = counters(clamping, 1_000);
+    let mut c = local(clamping, 1_000);
     let holds = c.admit(NOW, &demand(800, None)).unwrap();
     for _ in 0..50 {
         let clamped = c.admit(NOW, &demand(10, None)).unwrap();
@@ -222,53 +222,57 @@ fn an_answer_that_was_clamped_short_teaches_nothing_of_how_long_answers_are() {
     assert_eq!(
         c.admit(NOW, &demand(10, None)).unwrap().grant.reserved().completion,
         495,
-        "half of what is there"
+        "half of the quota, less the prompt"
     );
 }
 
 #[test]
-fn what_could_be_clamped_later_is_not_told_that_it_never_fits() {
+fn a_request_that_could_be_clamped_later_is_not_denied_for_ever() {
     let mut clamping = rules(CompletionReserve::MaxTokens);
     clamping.reserve.when_short = WhenShort::Clamp;
-    let mut c = counters(clamping, 100);
+    let mut c = local(clamping, 100);
     let first = c.admit(NOW, &demand(10, Some(80))).unwrap();
     let denied = c.admit(NOW, &demand(10, Some(4_000))).unwrap_err();
     assert!(matches!(denied.wait(), Some(Wait::Ms(_))), "{denied:?}");
-    assert_eq!(denied.worst().map(|s| s.requested), Some(26), "16 tokens would do");
+    assert_eq!(
+        denied.worst().map(|s| s.requested),
+        Some(26),
+        "the prompt and the minimum clamp of 16 tokens"
+    );
     settle(&mut c, first, 10, 80);
 }
 
 #[test]
-fn a_denial_in_line_takes_nothing_and_says_why() {
-    let mut c = counters(rules(CompletionReserve::MaxTokens), 100);
+fn a_denial_behind_waiting_requests_reserves_nothing_and_has_a_reason() {
+    let mut c = local(rules(CompletionReserve::MaxTokens), 100);
     let first = c.admit(NOW, &demand(10, Some(50))).unwrap();
     let small = demand(10, Some(10));
-    assert_eq!(c.in_the_way(NOW, &small), None);
+    assert_eq!(c.obstacle(NOW, &small), None);
     let denied = c.deny(NOW, &small);
     assert_eq!((denied.wait(), denied.worst().map(|s| s.remaining)), (Some(Wait::Ms(1_000)), Some(40)));
     assert_eq!((level(&mut c), c.in_flight, c.totals.rejected), ((40, 60), 1, 1));
-    let never = c.in_the_way(NOW, &demand(10, Some(91))).unwrap();
+    let never = c.obstacle(NOW, &demand(10, Some(91))).unwrap();
     assert_eq!(never.soonest(), Wait::Never);
     settle(&mut c, first, 10, 50);
 }
 
 #[test]
-fn the_soonest_is_when_all_that_is_held_comes_back_now() {
-    let mut c = counters(rules(CompletionReserve::MaxTokens), 86_400);
+fn the_soonest_time_assumes_that_everything_held_is_released_now() {
+    let mut c = local(rules(CompletionReserve::MaxTokens), 86_400);
     let spent = c.admit(NOW, &demand(0, Some(80_000))).unwrap();
     settle(&mut c, spent, 0, 80_000);
     let held = c.admit(NOW, &demand(0, Some(6_000))).unwrap();
-    let soonest = |c: &mut Counters, tokens| c.in_the_way(NOW, &demand(0, Some(tokens))).unwrap().soonest();
-    assert_eq!(soonest(&mut c, 6_400), Wait::Ms(0), "it fits as soon as the other one ends");
-    // A token comes back every second.
+    let soonest = |c: &mut Local, tokens| c.obstacle(NOW, &demand(0, Some(tokens))).unwrap().soonest();
+    assert_eq!(soonest(&mut c, 6_400), Wait::Ms(0), "it fits as soon as the other request ends");
+    // The quota refills one token a second.
     assert_eq!(soonest(&mut c, 6_500), Wait::Ms(99_000));
     settle(&mut c, held, 0, 0);
     assert_eq!(soonest(&mut c, 6_500), Wait::Ms(100_000));
 }
 
 #[test]
-fn what_was_moved_too_early_comes_back_at_the_end() {
-    let mut c = counters(rules(CompletionReserve::Fixed(50)), 300);
+fn tokens_counted_too_high_during_the_stream_are_refunded_at_the_end() {
+    let mut c = local(rules(CompletionReserve::Fixed(50)), 300);
     let mut admission = c.admit(NOW, &demand(10, None)).unwrap();
     c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 70));
     settle(&mut c, admission, 8, 30);
@@ -276,15 +280,58 @@ fn what_was_moved_too_early_comes_back_at_the_end() {
 }
 
 #[test]
-fn reserving_nothing_is_never_extended() {
+fn a_request_without_a_reserved_completion_is_never_extended() {
     let mut afterwards = rules(CompletionReserve::None);
     afterwards.reserve.prompt = false;
-    let mut c = counters(afterwards, 100);
+    let mut c = local(afterwards, 100);
     let mut admission = c.admit(NOW, &demand(10, None)).unwrap();
     assert_eq!(c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 500)), Progress::Within);
     assert_eq!(level(&mut c), (100, 0));
-    assert_eq!(admission.grant.tell_beyond(), u64::MAX, "so there is nothing to tell at every event");
+    assert_eq!(admission.grant.progress_threshold(), u64::MAX, "no event requires a call of progress");
     settle(&mut c, admission, 10, 500);
     assert_eq!(level(&mut c), (-410, 0));
     assert!(c.admit(NOW, &demand(0, None)).is_err(), "an exhausted quota admits nothing");
+}
+
+#[test]
+fn requests_that_generate_nothing_do_not_lower_the_adaptive_allowance() {
+    let mut c = local(rules(CompletionReserve::Adaptive), 100_000_000);
+    for n in 0..99 {
+        let answer = c.admit(NOW, &demand(10, None)).unwrap();
+        settle(&mut c, answer, 10, [20, 30, 400][n % 3]);
+    }
+    let allowance = |c: &Local| c.allowance(&demand(10, None));
+    let alone = allowance(&c);
+    for _ in 0..1_000 {
+        let embedding = Demand { generates: false, ..demand(10, None) };
+        let embedding = c.admit(NOW, &embedding).unwrap();
+        assert_eq!(allowance(&c), alone, "an embedding in flight has no answer to balance others with");
+        settle(&mut c, embedding, 10, 0);
+    }
+    assert_eq!(allowance(&c), alone);
+    let denied_by_redis = c.admit(NOW, &Demand { generates: false, ..demand(10, None) }).unwrap();
+    c.revert(NOW, "m", denied_by_redis.grant);
+    assert_eq!(allowance(&c), alone);
+}
+
+#[test]
+fn every_way_to_end_a_request_takes_it_out_of_all_counts_in_flight() {
+    let mut c = local(rules(CompletionReserve::Adaptive), 100_000_000);
+    for _ in 0..99 {
+        let answer = c.admit(NOW, &demand(10, None)).unwrap();
+        settle(&mut c, answer, 10, 100);
+    }
+    let alone = c.allowance(&demand(10, None));
+    let outgrow = |c: &mut Local| {
+        let mut admission = c.admit(NOW, &demand(10, None)).unwrap();
+        c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 5_000));
+        admission
+    };
+    let (settled, reverted, cut) = (outgrow(&mut c), outgrow(&mut c), outgrow(&mut c));
+    let nothing = Settlement::default();
+    c.settle(NOW, subject(), cut.grant, nothing);
+    c.revert(NOW, "m", reverted.grant);
+    c.settle(NOW, subject(), settled.grant, Settlement { spent: Amounts::of_request(10, 100), ..nothing });
+    assert_eq!((c.in_flight, c.held, c.allowance(&demand(10, None))), (0, Amounts::default(), alone));
+    assert_eq!(level(&mut c).1, 0);
 }

@@ -1,0 +1,146 @@
+//! The values of a reservation: what a request demands, what it was granted, and how it ended.
+
+use super::allowance::PartialLength;
+use crate::quota::{Amounts, Denied, QuotaStatus, Receipt, Shortfall, Subject, Wait};
+use smallvec::SmallVec;
+
+/// What a request demands of its quotas.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand<'a> {
+    /// The caller and the model of the request.
+    pub subject: Subject<'a>,
+    /// Estimated prompt tokens.
+    pub prompt: u64,
+    /// Whether the model generates tokens for this request.
+    pub generates: bool,
+    /// The request's own limit on the completion tokens of all its completions together.
+    pub cap: Option<u64>,
+    /// Number of completions requested; at least 1.
+    pub completions: u64,
+}
+
+/// Why a request got no reservation.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NoRoom {
+    /// One or more quotas have no room for it.
+    Quota(Denied),
+    /// The environment has its maximum number of requests in flight.
+    InFlight {
+        /// The environment's maximum.
+        limit: u64,
+    },
+    /// The counters are in Redis, and Redis is unavailable.
+    Unavailable,
+}
+
+impl NoRoom {
+    /// The quota that takes longest to have room.
+    pub fn worst(&self) -> Option<&Shortfall> {
+        match self {
+            Self::Quota(denied) => denied.shortfalls().first(),
+            Self::InFlight { .. } | Self::Unavailable => None,
+        }
+    }
+
+    /// When the same request would fit. `None`: when another request ends.
+    pub fn wait(&self) -> Option<Wait> {
+        self.worst().map(|worst| worst.wait)
+    }
+
+    /// The earliest time at which the request could fit: if every request in flight ended now and returned what it holds.
+    pub fn soonest(&self) -> Wait {
+        match self {
+            Self::Quota(denied) => {
+                denied.shortfalls().iter().map(Shortfall::min_wait).max().unwrap_or(Wait::Never)
+            }
+            Self::InFlight { .. } => Wait::Ms(0),
+            Self::Unavailable => Wait::Never,
+        }
+    }
+}
+
+/// What a request holds until it is settled.
+#[derive(Debug)]
+#[must_use = "a grant that is not settled holds its room for ever"]
+pub struct Grant {
+    /// The initial reservation and its extensions.
+    pub(super) receipts: SmallVec<[Receipt; 1]>,
+    /// The reservation's number in this node's Redis session. `None`: the counters are local.
+    pub(super) id: Option<u64>,
+    /// Sum of all receipts.
+    pub(super) reserved: Amounts,
+    /// Completion tokens that one extension adds, if there is room.
+    pub(super) extension: u64,
+    pub(super) completions: u64,
+    /// Maximum completion tokens of all completions: the request's own limit, or the clamped one.
+    pub(super) cap: u64,
+    pub(super) was_clamped: bool,
+    pub(super) progress_threshold: u64,
+    /// The unfinished answer is already counted as at least this long in the learned lengths.
+    pub(super) partial_length: Option<PartialLength>,
+    /// The request is counted as in flight in this generation of its model's learned lengths.
+    pub(super) in_flight_generation: Option<u64>,
+}
+
+impl Grant {
+    /// Everything reserved so far.
+    pub fn reserved(&self) -> Amounts {
+        self.reserved
+    }
+
+    /// The maximum number of completion tokens that the request allows its answer.
+    pub fn cap(&self) -> u64 {
+        self.cap
+    }
+
+    /// When the answer has more completion tokens than this, `progress` must be called at once. Below, now and then.
+    pub fn progress_threshold(&self) -> u64 {
+        self.progress_threshold
+    }
+
+    /// Splits `spent` over the receipts and passes each receipt with its part to `settle`. A receipt pays at most what it
+    /// holds; the last one pays everything beyond.
+    pub(super) fn settle_receipts(&mut self, spent: Amounts, mut settle: impl FnMut(Receipt, Amounts)) {
+        let receipts = std::mem::take(&mut self.receipts);
+        let last = receipts.len().saturating_sub(1);
+        let mut left = spent;
+        for (index, receipt) in receipts.into_iter().enumerate() {
+            let part = if index == last { left } else { left.min(receipt.reserved()) };
+            left = left.saturating_sub(part);
+            settle(receipt, part);
+        }
+    }
+}
+
+/// An admitted request.
+#[derive(Debug)]
+pub struct Admission {
+    /// What it holds.
+    pub grant: Grant,
+    /// Completion tokens per completion to which the request was limited so that it fits.
+    pub clamped_to: Option<u64>,
+    /// Why the request would have been denied if its quotas were enforced.
+    pub would_deny: Option<NoRoom>,
+    /// The quotas of each kind right after the reservation, in the order of `Kind::ALL`.
+    pub standing: [Option<QuotaStatus>; 4],
+    /// This node's store has to persist the reservation before the request is forwarded.
+    pub is_durable: bool,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settlement {
+    /// What the request is charged.
+    pub spent: Amounts,
+    /// The answer is complete, so that its length can be learned.
+    pub is_complete: bool,
+}
+
+/// Whether a stream still fits in its reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It fits, possibly after an extension.
+    Within,
+    /// It used more than is reserved, and the quotas have no room for an extension. Further tokens become debt.
+    Overrun,
+}

@@ -1,0 +1,156 @@
+//! The switch between the two engines: counters of this node alone, or a replica of counters in Redis.
+//!
+//! Each engine is behind one lock per environment. The clock is read under that lock, so that the time never goes backwards
+//! from one request to the next.
+
+use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+use super::local::Local;
+use super::overrides::QuotaKey;
+use super::sync::{RedisStatus, RedisSync};
+use super::usage_history::Totals;
+use crate::clock::{self, Timestamp};
+use crate::quota::{Amounts, Quota, QuotaLevel, Subject};
+use std::sync::{Mutex, PoisonError};
+
+/// The counters of one environment.
+#[derive(Debug)]
+pub(super) enum Engine {
+    /// The counters belong to this node alone.
+    Local(Box<Mutex<Local>>),
+    /// The counters are in Redis. This node has a replica of them.
+    Shared(Box<RedisSync>),
+}
+
+/// The counters of an account.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Reservations that are not settled: those of all nodes if the counters are shared, or else those of this node.
+    pub in_flight: u64,
+    /// The state of the connection to Redis. `None`: the counters belong to this node alone.
+    pub redis: Option<RedisStatus>,
+    /// Every quota, in the config's order.
+    pub levels: Vec<QuotaLevel>,
+    /// Sums since the store was created.
+    pub totals: Totals,
+    /// Quotas whose limit is overridden.
+    pub overrides: Vec<Quota>,
+}
+
+impl Engine {
+    pub(super) fn local(counters: Local) -> Self {
+        Self::Local(Box::new(Mutex::new(counters)))
+    }
+
+    /// Reserves room for a request; does not count a denial. With local counters this future never suspends.
+    pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        match self {
+            Self::Local(_) => self.with_local(|local, now| local.try_admit(now, demand)),
+            // Boxed, so that the future stays small for local counters.
+            Self::Shared(sync) => Box::pin(sync.try_admit(demand)).await,
+        }
+    }
+
+    /// Denies a request that has waited in vain.
+    pub(super) fn deny(&self, demand: &Demand<'_>) -> NoRoom {
+        match self {
+            Self::Local(_) => self.with_local(|local, now| local.deny(now, demand)),
+            Self::Shared(sync) => sync.with_replica(|replica| replica.deny(clock::now(), demand)),
+        }
+    }
+
+    /// What the request lacks now. `None`: it fits. Reserves nothing.
+    pub(super) fn obstacle(&self, demand: &Demand<'_>) -> Option<NoRoom> {
+        match self {
+            Self::Local(_) => self.with_local(|local, now| local.obstacle(now, demand)),
+            Self::Shared(sync) => sync.with_replica(|replica| replica.obstacle(clock::now(), demand)),
+        }
+    }
+
+    pub(super) fn count_denial(&self, subject: Subject<'_>) {
+        self.with_local(|local, now| local.count_denial(now, subject));
+    }
+
+    /// Records what a request has certainly used so far.
+    pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
+        match self {
+            Self::Local(_) => self.with_local(|local, now| local.progress(now, model, grant, spent)),
+            Self::Shared(sync) => sync.progress(model, grant, spent),
+        }
+    }
+
+    /// Replaces what a grant holds by what was spent.
+    pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
+        match self {
+            Self::Local(_) => self.with_local(|local, now| local.settle(now, subject, grant, settlement)),
+            Self::Shared(sync) => sync.settle(subject, grant, settlement),
+        }
+    }
+
+    /// Overrides a limit, or with `None` restores the config's. Returns whether the quota exists.
+    ///
+    /// # Errors
+    /// The counters are in Redis, and Redis is unavailable.
+    pub(super) async fn set_limit(
+        &self,
+        key: QuotaKey<'_>,
+        limit: Option<(u64, u64)>,
+    ) -> Result<bool, NoRoom> {
+        if let Self::Shared(sync) = self
+            && !sync.set_limit(key, limit).await?
+        {
+            return Ok(false);
+        }
+        Ok(self.with_local(|local, now| local.set_limit(now, key, limit)))
+    }
+
+    /// Resets every quota to full, except for what is held.
+    ///
+    /// # Errors
+    /// The counters are in Redis, and Redis is unavailable.
+    pub(super) async fn reset(&self) -> Result<(), NoRoom> {
+        if let Self::Shared(sync) = self {
+            sync.reset().await?;
+        }
+        self.with_local(Local::reset);
+        Ok(())
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let (redis, shared_in_flight) = match self {
+            Self::Local(_) => (None, None),
+            Self::Shared(sync) => {
+                (Some(sync.status()), Some(sync.with_replica(|replica| replica.in_flight())))
+            }
+        };
+        self.with_local(|local, now| Snapshot {
+            in_flight: shared_in_flight.unwrap_or(local.in_flight),
+            redis,
+            levels: local.levels(now),
+            totals: local.totals,
+            overrides: local.overrides.overridden().to_vec(),
+        })
+    }
+
+    /// The connection to Redis and its replica. `None`: the counters are local.
+    pub(super) fn sync(&self) -> Option<&RedisSync> {
+        match self {
+            Self::Local(_) => None,
+            Self::Shared(sync) => Some(sync),
+        }
+    }
+
+    /// Runs `access` under the lock, on this node's counters and with the time by which they count.
+    pub(super) fn with_local<T>(&self, access: impl FnOnce(&mut Local, Timestamp) -> T) -> T {
+        match self {
+            Self::Local(local) => {
+                // A panic elsewhere cannot leave the counters half changed: amounts are checked before anything changes.
+                let mut local = local.lock().unwrap_or_else(PoisonError::into_inner);
+                access(&mut local, clock::now())
+            }
+            Self::Shared(sync) => sync.with_replica(|replica| {
+                let now = replica.redis_time(clock::now());
+                access(replica.local_mut(), now)
+            }),
+        }
+    }
+}

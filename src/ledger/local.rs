@@ -1,0 +1,409 @@
+//! The counters of one node: the quotas of one environment and the decisions made on them. Pure: `now` is an argument, so that
+//! `simulate` and the tests run hours in a second. Nothing here depends on Redis.
+
+use super::allowance::LearnedLengths;
+use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+use super::durability::RestoredState;
+use super::overrides::{Overrides, QuotaKey};
+use super::usage_history::{Totals, UsageHistory};
+use crate::clock::Timestamp;
+use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
+use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject};
+
+/// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and the answer would be of
+/// no use.
+const MIN_CLAMP: u64 = 16;
+/// A reservation is extended by at least this many tokens, unless the request allows or the quotas have fewer.
+const MIN_EXTENSION: u64 = 64;
+
+/// The settings by which an environment decides.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// How much is reserved.
+    pub reserve: ReserveSettings,
+    /// `false` (shadow mode): a request that does not fit is admitted and only reported.
+    pub enforce: bool,
+    /// Maximum requests in flight.
+    pub max_in_flight: Option<u64>,
+}
+
+impl Rules {
+    /// The rules of an environment of the config.
+    pub fn of(environment: &Environment) -> Self {
+        Self {
+            reserve: environment.reserve,
+            enforce: environment.enforce,
+            max_in_flight: environment.max_in_flight,
+        }
+    }
+}
+
+/// The counters of one environment on one node.
+#[derive(Debug)]
+pub struct Local {
+    pub(super) quotas: Quotas,
+    pub(super) rules: Rules,
+    quantile_ppm: u32,
+    lengths: LearnedLengths,
+    pub(super) in_flight: u64,
+    /// What all unsettled grants have reserved.
+    pub(super) held: Amounts,
+    pub(super) totals: Totals,
+    pub(super) history: UsageHistory,
+    pub(super) overrides: Overrides,
+}
+
+impl Local {
+    /// Full quotas, no learned lengths of answers.
+    pub fn new(rules: Rules, quotas: &[Quota], now: Timestamp) -> Self {
+        // The only fraction of the config. It becomes an integer before any decision depends on it.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let quantile_ppm = (rules.reserve.quantile * 1e6) as u32;
+        Self {
+            quotas: Quotas::new(quotas, now),
+            rules,
+            quantile_ppm,
+            lengths: LearnedLengths::default(),
+            in_flight: 0,
+            held: Amounts::default(),
+            totals: Totals::default(),
+            history: UsageHistory::default(),
+            overrides: Overrides::new(quotas),
+        }
+    }
+
+    /// Overrides a limit of the config, or with `None` restores it. Usage so far still counts. Returns whether the quota
+    /// exists.
+    pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
+        let exists = self.overrides.set(now, key, limit);
+        if exists {
+            self.quotas.set_quotas(&self.overrides.in_force(), now);
+        }
+        exists
+    }
+
+    /// Resets every quota to full, except for what is held.
+    pub fn reset(&mut self, now: Timestamp) {
+        self.quotas.reset(now);
+        self.overrides.record(now, "all quotas reset".to_owned());
+    }
+
+    /// Continues from the restored state, and collects usage for the store from now on.
+    pub(super) fn restore(&mut self, now: Timestamp, restored: &RestoredState) {
+        self.overrides.restore(&restored.overrides);
+        self.quotas.set_quotas(&self.overrides.in_force(), now);
+        self.quotas.restore(now, |quota| {
+            restored.quotas.iter().find(|(stored, _)| stored.is_same_as(quota)).map(|(_, saved)| *saved)
+        });
+        self.totals = restored.totals;
+        self.totals.add(restored.held);
+        self.history.is_enabled = true;
+        self.history.record_recovered(now, restored.held);
+    }
+
+    /// Reserves room for one request in every quota that it touches, or in none.
+    ///
+    /// # Errors
+    /// Why it does not fit. A denied request changes only the count of denials.
+    pub fn admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        self.try_admit(now, demand).inspect_err(|_| self.count_denial(now, demand.subject))
+    }
+
+    /// Like `admit`, but does not count a denial: the request may try again.
+    ///
+    /// # Errors
+    /// Why it does not fit.
+    pub fn try_admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        let allowance = self.allowance(demand);
+        self.try_admit_with(now, demand, allowance, self.is_full())
+    }
+
+    /// Denies a request that must not overtake waiting requests, or that has waited in vain. Returns what it lacks now, or
+    /// else what the requests before it wait for.
+    pub fn deny(&mut self, now: Timestamp, demand: &Demand<'_>) -> NoRoom {
+        self.count_denial(now, demand.subject);
+        let in_flight = NoRoom::InFlight { limit: self.rules.max_in_flight.unwrap_or(self.in_flight) };
+        if self.is_full() {
+            return in_flight;
+        }
+        let required = self.min_required(demand);
+        self.quotas.denial_behind_queue(now, demand.subject, &required).map_or(in_flight, NoRoom::Quota)
+    }
+
+    /// What the request lacks now. `None`: it fits. Reserves nothing.
+    pub fn obstacle(&mut self, now: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
+        if let Some(limit) = self.rules.max_in_flight.filter(|_| self.is_full()) {
+            return Some(NoRoom::InFlight { limit });
+        }
+        let required = self.min_required(demand);
+        self.quotas.denial(now, demand.subject, &required).map(NoRoom::Quota)
+    }
+
+    fn is_full(&self) -> bool {
+        self.rules.max_in_flight.is_some_and(|limit| self.in_flight >= limit)
+    }
+
+    pub(super) fn count_denial(&mut self, now: Timestamp, subject: Subject<'_>) {
+        self.totals.rejected += 1;
+        self.history.record_denial(now, subject);
+    }
+
+    /// Like `try_admit`, with a given allowance and a given answer to whether too many requests are in flight.
+    pub(super) fn try_admit_with(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        allowance: u64,
+        is_full: bool,
+    ) -> Result<Admission, NoRoom> {
+        let required = self.required(demand, allowance);
+        let full = self.rules.max_in_flight.filter(|_| is_full);
+        let reserved = match full {
+            Some(limit) => Err(NoRoom::InFlight { limit }),
+            None => self.quotas.reserve(now, demand.subject, &required).map_err(NoRoom::Quota),
+        };
+        let (receipt, clamped_to, would_deny) = match reserved {
+            Ok(receipt) => (receipt, None, None),
+            Err(no_room) => {
+                let clamped = self.clamp(now, demand, allowance, &no_room);
+                if self.rules.enforce {
+                    let Some((required, each)) = clamped else {
+                        return Err(self.obstacle(now, demand).unwrap_or(no_room));
+                    };
+                    let reserved = self.quotas.reserve(now, demand.subject, &required);
+                    (reserved.map_err(NoRoom::Quota)?, Some(each), None)
+                } else {
+                    // Shadow mode changes nothing: the request is neither denied nor clamped.
+                    let would_deny = clamped.is_none().then_some(no_room);
+                    (self.quotas.reserve_unchecked(now, demand.subject, &required), None, would_deny)
+                }
+            }
+        };
+        Ok(self.admitted(now, demand, receipt, clamped_to, would_deny))
+    }
+
+    /// Reserves for a request that Redis has admitted already, whether it fits or not.
+    pub(super) fn admit_regardless(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        allowance: u64,
+    ) -> Admission {
+        let required = self.required(demand, allowance);
+        let receipt = self.quotas.reserve_unchecked(now, demand.subject, &required);
+        self.admitted(now, demand, receipt, None, None)
+    }
+
+    fn admitted(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        receipt: Receipt,
+        clamped_to: Option<u64>,
+        would_deny: Option<NoRoom>,
+    ) -> Admission {
+        let reserved = receipt.reserved();
+        self.in_flight += 1;
+        self.held = self.held.saturating_add(reserved);
+        let completions = demand.completions.max(1);
+        let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(demand.cap);
+        // A request that generates nothing has no length, so that it is not counted among the answers in flight.
+        let in_flight_generation =
+            if demand.generates { self.lengths.begin(demand.subject.model) } else { None };
+        let grant = Grant {
+            receipts: smallvec::smallvec![receipt],
+            id: None,
+            reserved,
+            extension: (reserved.completion / 2).max(MIN_EXTENSION),
+            completions,
+            cap: bound.unwrap_or(u64::MAX),
+            was_clamped: clamped_to.is_some(),
+            progress_threshold: if self.is_reserving() { reserved.completion } else { u64::MAX },
+            partial_length: None,
+            in_flight_generation,
+        };
+        let standing = self.quotas.status_by_kind(now, demand.subject);
+        let is_durable = self.quotas.need_durability(demand.subject);
+        Admission { grant, clamped_to, would_deny, standing, is_durable }
+    }
+
+    /// Reverts an admission that Redis has denied.
+    pub(super) fn revert(&mut self, now: Timestamp, model: &str, mut grant: Grant) {
+        grant.settle_receipts(Amounts::default(), |receipt, part| self.quotas.settle(now, receipt, part));
+        self.release(model, &grant);
+    }
+
+    pub(super) fn required(&self, demand: &Demand<'_>, completion: u64) -> Required {
+        let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
+        Required { amounts: Amounts::of_request(prompt, completion), generates: demand.generates }
+    }
+
+    /// How many completion tokens to reserve.
+    pub(super) fn allowance(&self, demand: &Demand<'_>) -> u64 {
+        let reserve = &self.rules.reserve;
+        let completions = demand.completions.max(1);
+        if !demand.generates {
+            return 0;
+        }
+        match reserve.completion {
+            CompletionReserve::None => 0,
+            CompletionReserve::Fixed(tokens) => tokens,
+            CompletionReserve::MaxTokens => {
+                demand.cap.unwrap_or_else(|| reserve.default_max_tokens.saturating_mul(completions))
+            }
+            CompletionReserve::Adaptive => {
+                let each = self.lengths.allowance(demand.subject.model, self.quantile_ppm);
+                let prompt = if reserve.prompt { demand.prompt } else { 0 };
+                // If the allowance exceeded what a quota can hold, that quota would deny its first request for ever.
+                let max = self.quotas.largest_completion(demand.subject, prompt) / 2;
+                each.saturating_mul(completions).min(demand.cap.unwrap_or(u64::MAX)).min(max).max(1)
+            }
+        }
+    }
+
+    /// If the environment clamps: the requirement that still fits, and its completion tokens per completion.
+    fn clamp(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        allowance: u64,
+        no_room: &NoRoom,
+    ) -> Option<(Required, u64)> {
+        let NoRoom::Quota(_) = no_room else { return None };
+        if !self.clamps() || allowance == 0 {
+            return None;
+        }
+        let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
+        let completions = demand.completions.max(1);
+        let each = self.quotas.completion_that_fits(now, demand.subject, prompt) / completions;
+        let required = self.required(demand, each.saturating_mul(completions));
+        let is_less = each >= MIN_CLAMP && required.amounts.completion < allowance;
+        (is_less && self.quotas.denial(now, demand.subject, &required).is_none()).then_some((required, each))
+    }
+
+    pub(super) fn clamps(&self) -> bool {
+        self.rules.reserve.when_short == WhenShort::Clamp
+    }
+
+    /// The smallest amounts with which the request would be admitted.
+    fn min_required(&self, demand: &Demand<'_>) -> Required {
+        let allowance = self.allowance(demand);
+        let min_clamp = MIN_CLAMP.saturating_mul(demand.completions.max(1));
+        self.required(demand, if self.clamps() { allowance.min(min_clamp) } else { allowance })
+    }
+
+    /// Whether completions are reserved, rather than only charged afterwards.
+    fn is_reserving(&self) -> bool {
+        self.rules.reserve.completion != CompletionReserve::None
+    }
+
+    /// Moves what a request has certainly used from held to spent.
+    ///
+    /// A stream that outgrows its reservation gets an extension while there is room. Beyond that, its tokens become debt now
+    /// and not only when it ends: other requests see the debt, and it survives a crash.
+    pub fn progress(&mut self, now: Timestamp, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
+        let mut outcome = Progress::Within;
+        if spent.completion > grant.reserved.completion && self.is_reserving() {
+            self.learn_partial(model, grant, spent.completion);
+            outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
+            // Debt grows in steps too, so that not every event of a stream calls this function.
+            let step = if outcome == Progress::Overrun { MIN_EXTENSION } else { 0 };
+            grant.progress_threshold = grant.reserved.completion.saturating_add(step);
+        }
+        let mut left = spent;
+        for receipt in &mut grant.receipts {
+            self.quotas.progress(now, receipt, left);
+            left = left.saturating_sub(receipt.reserved());
+        }
+        outcome
+    }
+
+    /// Reserves a full extension, or only the missing tokens, or takes the missing tokens as debt.
+    fn extend(&mut self, now: Timestamp, grant: &mut Grant, missing: u64) -> Progress {
+        let Some(first) = grant.receipts.first() else { return Progress::Within };
+        let more = |tokens| Amounts { completion: tokens, total: tokens, ..Amounts::default() };
+        // An answer does not become longer than its request allows.
+        let full = grant.extension.min(grant.cap.saturating_sub(grant.reserved.completion)).max(missing);
+        let steps = if full > missing { &[full, missing][..] } else { &[missing][..] };
+        let fitting =
+            steps.iter().find_map(|&tokens| Some((tokens, self.quotas.extend(now, first, more(tokens))?)));
+        let outcome = if fitting.is_some() { Progress::Within } else { Progress::Overrun };
+        let (tokens, receipt) =
+            fitting.unwrap_or_else(|| (missing, self.quotas.extend_unchecked(now, first, more(missing))));
+        grant.reserved = grant.reserved.saturating_add(more(tokens));
+        self.held = self.held.saturating_add(more(tokens));
+        let separate = match grant.receipts.last_mut() {
+            Some(last) => last.merge(receipt),
+            None => Some(receipt),
+        };
+        grant.receipts.extend(separate);
+        outcome
+    }
+
+    fn learn_partial(&mut self, model: &str, grant: &mut Grant, tokens: u64) {
+        if let Some(before) = grant.partial_length.take() {
+            self.lengths.forget_partial(model, before);
+        }
+        grant.partial_length = self.lengths.learn_partial(model, tokens.div_ceil(grant.completions));
+    }
+
+    /// Replaces what a grant holds by what was spent.
+    pub fn settle(&mut self, now: Timestamp, subject: Subject<'_>, mut grant: Grant, settlement: Settlement) {
+        grant.settle_receipts(settlement.spent, |receipt, part| self.quotas.settle(now, receipt, part));
+        self.close(now, subject, &grant, settlement);
+    }
+
+    /// Everything that settling does beside the quotas: totals, learned lengths and usage history.
+    pub(super) fn close(
+        &mut self,
+        now: Timestamp,
+        subject: Subject<'_>,
+        grant: &Grant,
+        settlement: Settlement,
+    ) {
+        self.release(subject.model, grant);
+        self.totals.add(settlement.spent);
+        let tokens = settlement.spent.completion;
+        // An answer that ended at its clamped limit does not show how long it would have been.
+        let was_shortened = grant.was_clamped && tokens >= grant.cap;
+        if settlement.is_complete && tokens > 0 && !was_shortened {
+            self.lengths.learn(subject.model, tokens.div_ceil(grant.completions));
+        }
+        self.history.record_settlement(now, subject, settlement);
+    }
+
+    /// Takes a grant out of all counts of requests in flight. Each count that `admitted` and `progress` increase decreases here.
+    fn release(&mut self, model: &str, grant: &Grant) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.held = self.held.saturating_sub(grant.reserved);
+        if let Some(partial) = grant.partial_length {
+            self.lengths.forget_partial(model, partial);
+        }
+        if let Some(generation) = grant.in_flight_generation {
+            self.lengths.end(model, generation);
+        }
+    }
+
+    /// Every quota with its counters, in the config's order.
+    pub fn levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
+        self.quotas.levels(now)
+    }
+
+    /// What all requests in flight have reserved.
+    pub fn held(&self) -> Amounts {
+        self.held
+    }
+
+    /// Sums since the store was created.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The quotas of the subject by kind, in the order of `Kind::ALL`.
+    pub(super) fn standing(&self, now: Timestamp, subject: Subject<'_>) -> [Option<QuotaStatus>; 4] {
+        self.quotas.status_by_kind(now, subject)
+    }
+}
+
+#[cfg(test)]
+mod tests;

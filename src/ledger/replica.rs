@@ -1,0 +1,347 @@
+//! One node's replica of the counters that several nodes share in Redis. Pure: replies and `now` are arguments.
+//!
+//! Redis decides which requests are admitted. The node's own quotas mirror Redis: they explain a denial, decide whether a
+//! stream gets an extension, and are displayed. While Redis is unavailable the node is *offline*: its quotas become its share
+//! of what was left, and it records what it spends. When Redis is available again, the node *resyncs*: it sends what it spent.
+//! What happens to reservations goes into a journal, which is sent in numbered batches, so that nothing is applied twice.
+
+pub(super) mod admission;
+pub(super) mod journal;
+mod lease;
+mod offline;
+mod session;
+
+use super::demand::{Demand, Grant, NoRoom, Progress, Settlement};
+use super::local::Local;
+use crate::clock::Timestamp;
+use crate::config::OnStoreFailure;
+use crate::quota::{Amounts, Quotas, Receipt, Subject};
+use crate::redis::{Cells, CommandBuilder, LEASE_ID, ScriptReply, Step, StepKind};
+use journal::{Batch, Journal, JournalEntry, MAX_BATCH, TrackedReservation};
+use lease::Lease;
+use std::collections::{HashMap, HashSet};
+
+/// Redis does nothing for a call that it reads later than this (ms) after the call was sent: by then its caller got another
+/// answer. Longer than any reply is waited for, since Redis's clock is known no more accurately than that.
+pub(super) const MAX_CALL_DELAY_MS: u64 = 400;
+/// With more unsent steps than this a node admits nothing from its lease. Otherwise it could go on faster than Redis applies
+/// its steps.
+const MAX_BACKLOG: usize = 10_000;
+
+/// How a node takes part in the shared counters.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReplicaConfig {
+    /// What happens to requests while Redis is unavailable.
+    pub(super) on_failure: OnStoreFailure,
+    /// When the config was written. If nodes have different limits, those of the newest config are in force.
+    pub(super) stamp: u64,
+    /// Whether the node leases part of each quota and admits requests from it.
+    pub(super) leases: bool,
+}
+
+/// One node's replica of the shared counters.
+#[derive(Debug)]
+pub(super) struct Replica {
+    local: Local,
+    config: ReplicaConfig,
+    commands: CommandBuilder,
+    /// `Some` while Redis is unavailable.
+    offline: Option<Box<Offline>>,
+    /// `Some` during a resync, which ends with the first heartbeat: the shared quotas as they were before the node went
+    /// offline. Until then `local` has only this node's share.
+    resyncing: Option<Quotas>,
+    /// How often Redis was lost. A reply to a call from before the last loss is ignored.
+    losses: u64,
+    has_joined_before: bool,
+    /// At the last join, Redis still had this node's session.
+    redis_kept_session: bool,
+    /// Nodes alive and requests in flight on all nodes, as in the last reply.
+    nodes: u64,
+    in_flight: u64,
+    /// Quotas in Redis have other limits than in this node's config.
+    limits_differ: bool,
+    /// Redis's clock minus this node's clock (ms).
+    clock_offset_ms: i64,
+    next_id: u64,
+    /// Reservations that are not settled, by number.
+    tracked: HashMap<u64, TrackedReservation>,
+    /// Reservations requested from Redis, without a reply so far.
+    pending: HashSet<u64>,
+    journal: Journal,
+    lease: Option<Lease>,
+}
+
+/// The state of a node while Redis is unavailable.
+#[derive(Debug)]
+struct Offline {
+    /// The shared quotas as they were before the loss.
+    before: Quotas,
+    /// This node's share without and with what it spent. The difference is sent during the resync.
+    unspent: Quotas,
+    spent: Quotas,
+}
+
+impl Replica {
+    /// Makes a replica of local counters. It is offline until it has joined. `session`: a name never used before.
+    pub(super) fn new(local: Local, config: ReplicaConfig, session: &str, now: Timestamp) -> Self {
+        let quotas = local.overrides.configured();
+        let mut commands = CommandBuilder::new(Cells::new(quotas, now), session, now);
+        commands.set_max_delay_ms(MAX_CALL_DELAY_MS);
+        let lease = config.leases.then(|| Lease::new(quotas.len()));
+        let own = &local.quotas;
+        let offline = Offline { before: own.clone(), unspent: own.clone(), spent: own.clone() };
+        Self {
+            local,
+            config,
+            commands,
+            offline: Some(Box::new(offline)),
+            resyncing: None,
+            losses: 0,
+            has_joined_before: false,
+            redis_kept_session: false,
+            nodes: 1,
+            in_flight: 0,
+            limits_differ: false,
+            clock_offset_ms: 0,
+            next_id: 1,
+            tracked: HashMap::new(),
+            pending: HashSet::new(),
+            journal: Journal::new(),
+            lease,
+        }
+    }
+
+    /// This node's own counters.
+    pub(super) fn local_mut(&mut self) -> &mut Local {
+        &mut self.local
+    }
+
+    /// Whether Redis is unavailable.
+    pub(super) fn is_offline(&self) -> bool {
+        self.offline.is_some()
+    }
+
+    /// Whether Redis is available again but has not applied everything that this node spent offline. Until then Redis may
+    /// over-admit.
+    pub(super) fn is_resyncing(&self) -> bool {
+        self.resyncing.is_some()
+    }
+
+    /// Whether no request is admitted for now. In shadow mode requests are always admitted.
+    pub(super) fn is_closed(&self) -> bool {
+        self.local.rules.enforce && self.is_offline() && self.config.on_failure == OnStoreFailure::Closed
+    }
+
+    /// The time on Redis's clock, which all nodes use. `own`: the time on this node's clock.
+    pub(super) fn redis_time(&self, own: Timestamp) -> Timestamp {
+        Timestamp(own.0.saturating_add(self.clock_offset_ms))
+    }
+
+    /// Nodes alive, as in the last reply.
+    pub(super) fn nodes(&self) -> u64 {
+        self.nodes
+    }
+
+    /// How often Redis was lost.
+    pub(super) fn losses(&self) -> u64 {
+        self.losses
+    }
+
+    /// Requests in flight: of all nodes, or while offline of this one.
+    pub(super) fn in_flight(&self) -> u64 {
+        if self.is_offline() { self.local.in_flight } else { self.in_flight }
+    }
+
+    pub(super) fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
+        self.commands.keys(prefix, environment)
+    }
+
+    /// Adjusts to Redis's clock by the time in a reply.
+    pub(super) fn record_time(&mut self, own: Timestamp, reply: &ScriptReply) {
+        self.clock_offset_ms = reply.now.0.saturating_sub(own.0);
+        self.commands.set_redis_time(reply.now);
+    }
+
+    /// Prepares for a command: sets the time from which its deadline is counted. Returns that time.
+    fn set_command_time(&mut self, own: Timestamp) -> Timestamp {
+        let now = self.redis_time(own);
+        self.commands.set_redis_time(now);
+        now
+    }
+
+    /// Denies a request that has waited in vain.
+    pub(super) fn deny(&mut self, own: Timestamp, demand: &Demand<'_>) -> NoRoom {
+        let now = self.redis_time(own);
+        if self.is_closed() {
+            self.local.count_denial(now, demand.subject);
+            return NoRoom::Unavailable;
+        }
+        self.local.deny(now, demand)
+    }
+
+    /// What the request lacks now. `None`: it fits. Reserves nothing.
+    pub(super) fn obstacle(&mut self, own: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
+        if self.is_closed() {
+            return Some(NoRoom::Unavailable);
+        }
+        let now = self.redis_time(own);
+        self.local.obstacle(now, demand)
+    }
+
+    /// Moves what a request has certainly used from held to spent, and may extend its reservation.
+    pub(super) fn progress(
+        &mut self,
+        own: Timestamp,
+        model: &str,
+        grant: &mut Grant,
+        spent: Amounts,
+    ) -> Progress {
+        let now = self.redis_time(own);
+        let outcome = self.local.progress(now, model, grant, spent);
+        if let Some(id) = grant.id {
+            self.record_progress(id, &grant.receipts, spent);
+        }
+        outcome
+    }
+
+    fn record_progress(&mut self, id: u64, receipts: &[Receipt], spent: Amounts) {
+        let Some(before) = self.tracked.get(&id) else { return };
+        let (may_be_in_redis, reserved_before) = (before.may_be_in_redis, before.reserved());
+        // While offline nothing is recorded: if Redis loses the reservation, it restores the state that it acknowledged. The
+        // settlement reports the rest.
+        if may_be_in_redis && self.is_offline() {
+            return;
+        }
+        self.track(id, may_be_in_redis, receipts);
+        let Some(tracked) = self.tracked.get(&id).filter(|tracked| tracked.may_be_in_redis) else { return };
+        let more = tracked.reserved().saturating_sub(reserved_before);
+        let mut push = |kind, amounts| self.journal.push(Step::new(kind, id.to_string(), amounts));
+        if more != Amounts::default() {
+            push(StepKind::Extend, more);
+        }
+        push(StepKind::Progress, spent);
+    }
+
+    /// Replaces what a grant holds by what was spent.
+    pub(super) fn settle(
+        &mut self,
+        own: Timestamp,
+        subject: Subject<'_>,
+        mut grant: Grant,
+        settlement: Settlement,
+    ) {
+        let now = self.redis_time(own);
+        let id = grant.id;
+        let may_be_in_redis = id.and_then(|id| self.tracked.get(&id)).is_some_and(|t| t.may_be_in_redis);
+        grant.settle_receipts(settlement.spent, |receipt, part| {
+            // While online the mirrored quotas change with Redis's reply. Until then only the journal has the settlement.
+            let Some(offline) = &mut self.offline else { return };
+            // Redis learns the usage of a reservation that it does not have as a sum, at the resync.
+            if !may_be_in_redis {
+                offline.spent.charge_without_hold(now, &receipt, part);
+            }
+            self.local.quotas.settle(now, receipt, part);
+        });
+        if let Some((id, tracked)) = id.and_then(|id| self.tracked.remove_entry(&id))
+            && (tracked.may_be_in_redis || !self.is_offline())
+        {
+            self.journal.push_settlement(id, settlement.spent, tracked);
+        }
+        self.local.close(now, subject, &grant, settlement);
+    }
+
+    fn take_id(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    /// Tracks a reservation, or updates what it holds.
+    fn track(&mut self, id: u64, may_be_in_redis: bool, receipts: &[Receipt]) {
+        let pieces = receipts.iter().map(journal::piece).collect();
+        let before = self.tracked.get(&id);
+        let (is_confirmed, acknowledged) =
+            before.map_or((may_be_in_redis, Amounts::default()), |t| (t.is_confirmed, t.acknowledged));
+        let tracked = TrackedReservation { may_be_in_redis, is_confirmed, pieces, acknowledged };
+        self.tracked.insert(id, tracked);
+    }
+
+    /// All reservations that are not known to be over in Redis.
+    fn all_tracked(&mut self) -> impl Iterator<Item = (u64, &mut TrackedReservation)> {
+        let unsettled = self.tracked.iter_mut().map(|(&id, tracked)| (id, tracked));
+        unsettled.chain(self.journal.settled_mut())
+    }
+
+    /// Cancels a reservation that was requested from Redis without a known decision: if Redis admitted it, it is released.
+    pub(super) fn cancel(&mut self, id: u64) {
+        self.pending.remove(&id);
+        let (pieces, acknowledged) = (smallvec::SmallVec::new(), Amounts::default());
+        let nothing = TrackedReservation { may_be_in_redis: true, is_confirmed: false, pieces, acknowledged };
+        self.journal.push_settlement(id, Amounts::default(), nothing);
+    }
+
+    /// Returns what is left of the lease.
+    pub(super) fn return_lease(&mut self) {
+        if self.lease.as_mut().is_some_and(Lease::clear) {
+            self.journal.push(Step::new(StepKind::Settle, LEASE_ID.to_owned(), Amounts::default()));
+        }
+    }
+
+    fn has_unsent_steps(&self) -> bool {
+        !self.journal.entries.is_empty()
+    }
+
+    fn has_large_backlog(&self) -> bool {
+        self.journal.entries.len() >= MAX_BACKLOG
+    }
+
+    /// The number that the next step of the journal will get.
+    pub(super) fn next_step(&self) -> u64 {
+        self.journal.next_step()
+    }
+
+    /// The next call that sends steps of the journal. `None`: all steps before the step `end` are acknowledged.
+    pub(super) fn next_batch(&mut self, own: Timestamp, end: u64) -> Option<Batch> {
+        if self.journal.first >= end {
+            return None;
+        }
+        let entries = || self.journal.entries.iter().take(MAX_BATCH);
+        let steps: Vec<Step> = entries().map(|entry| entry.step.clone()).collect();
+        let mut cells: Vec<u32> = entries().flat_map(|entry| self.cells_of(entry)).collect();
+        cells.sort_unstable();
+        cells.dedup();
+        self.set_command_time(own);
+        let command = self.commands.apply(self.journal.first, &steps, &cells);
+        Some(Batch { command, steps: steps.len(), cells })
+    }
+
+    /// The cells that a step changes.
+    fn cells_of(&self, JournalEntry { step, settled }: &JournalEntry) -> Vec<u32> {
+        if step.id == LEASE_ID {
+            return (0..).take(self.commands.cell_count()).collect();
+        }
+        let of_step = step.cells.iter().copied();
+        // The reservation may be settled by a later step of the journal.
+        let find_settled =
+            |id| self.journal.settled().find(|(other, ..)| *other == id).map(|(_, tracked, _)| tracked);
+        let find = |id: u64| self.tracked.get(&id).or_else(|| find_settled(id));
+        let reservation =
+            settled.as_ref().map(|(_, tracked)| tracked).or_else(|| find(step.id.parse().ok()?));
+        let pieces = reservation.into_iter().flat_map(|tracked| &tracked.pieces);
+        of_step.chain(pieces.flat_map(|piece| piece.cells.iter().map(|cell| cell.0))).collect()
+    }
+
+    /// Removes steps that Redis has applied from the journal.
+    fn acknowledge(&mut self, steps: usize) {
+        for (id, spent) in self.journal.remove(steps) {
+            if let Some(tracked) = self.tracked.get_mut(&id) {
+                tracked.acknowledged = spent;
+            } else if let Some((_, settled)) = self.journal.settled_mut().find(|(other, _)| *other == id) {
+                settled.acknowledged = spent;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,235 @@
+//! The three ways to admit a request: by Redis, from a lease, or while offline from this node's share.
+
+use super::Replica;
+use super::lease::LeaseAction;
+use super::session::value;
+use crate::clock::Timestamp;
+use crate::ledger::demand::{Admission, Demand, NoRoom};
+use crate::redis::{self, OnShortage, ReserveRequest, ScriptCommand, ScriptReply, Verdict};
+use smallvec::SmallVec;
+
+/// A call that requests a reservation from Redis.
+#[derive(Debug)]
+pub(in crate::ledger) struct ReserveCall {
+    pub(in crate::ledger) command: ScriptCommand,
+    pub(in crate::ledger) id: u64,
+    allowance: u64,
+    touched: SmallVec<[u32; 8]>,
+    /// `Replica::losses` when the call was made.
+    losses: u64,
+    /// The number of the first step that Redis had not acknowledged then.
+    first_step: u64,
+    /// The journal had unsent steps then, so that Redis may not have had the room of requests that ended here.
+    pub(in crate::ledger) had_unsent_steps: bool,
+}
+
+/// The outcome of a `ReserveCall`.
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // the large variant is the usual one and is taken apart at once
+pub(in crate::ledger) enum ReserveOutcome {
+    Decided(Result<Admission, NoRoom>),
+    /// Nothing was reserved, and the call can be repeated.
+    Retry,
+    /// Redis does not have this node's session.
+    UnknownSession,
+}
+
+impl Replica {
+    /// The call that requests a reservation from Redis. `None`: this node is offline.
+    pub(in crate::ledger) fn reserve_call(
+        &mut self,
+        own: Timestamp,
+        demand: &Demand<'_>,
+    ) -> Option<ReserveCall> {
+        if self.is_offline() {
+            return None;
+        }
+        let allowance = self.local.allowance(demand);
+        let required = self.local.required(demand, allowance);
+        let touched = self.local.quotas.applicable(demand.subject);
+        let rules = &self.local.rules;
+        let max_in_flight = if rules.enforce { rules.max_in_flight.unwrap_or(0) } else { 0 };
+        let id = self.take_id();
+        self.pending.insert(id);
+        self.set_command_time(own);
+        let request = ReserveRequest {
+            id: &id.to_string(),
+            max_in_flight,
+            on_shortage: self.on_shortage(allowance),
+            generates: required.generates,
+            amounts: required.amounts,
+            completions: demand.completions,
+        };
+        let command = self.commands.reserve(&request, &touched);
+        let (losses, first_step) = (self.losses, self.journal.first);
+        let had_unsent_steps = self.has_unsent_steps();
+        Some(ReserveCall { command, id, allowance, touched, losses, first_step, had_unsent_steps })
+    }
+
+    fn on_shortage(&self, allowance: u64) -> OnShortage {
+        if !self.local.rules.enforce {
+            OnShortage::AdmitAnyway
+        } else if self.local.clamps() && allowance > 0 {
+            OnShortage::Clamp
+        } else {
+            OnShortage::Reject
+        }
+    }
+
+    /// The reply to a `ReserveCall`: comes to the same decision as Redis by the same code as without Redis.
+    pub(in crate::ledger) fn on_reserve(
+        &mut self,
+        own: Timestamp,
+        demand: &Demand<'_>,
+        call: &ReserveCall,
+        reply: &ScriptReply,
+    ) -> ReserveOutcome {
+        self.pending.remove(&call.id);
+        self.record_time(own, reply);
+        let was_admitted = match reply.verdict {
+            Verdict::Admitted => true,
+            Verdict::Denied | Verdict::TooManyInFlight => false,
+            Verdict::StalePeriod | Verdict::DeadlinePassed => return ReserveOutcome::Retry,
+            Verdict::UnknownSession | Verdict::Done => return ReserveOutcome::UnknownSession,
+        };
+        if self.is_offline() || self.losses != call.losses {
+            // Redis was lost since the call, so that its decision no longer counts.
+            if was_admitted {
+                self.cancel(call.id);
+            }
+            return ReserveOutcome::Retry;
+        }
+        // If Redis acknowledged steps since the call, the states in this reply may lack them, and they have left the journal.
+        // The newer states are put back after the decision.
+        let is_overtaken = self.journal.first != call.first_step;
+        let newer_states =
+            if is_overtaken { self.local.quotas.states_of(reply.now, &call.touched) } else { Vec::new() };
+        redis::load_states(&mut self.local.quotas, &call.touched, reply);
+        let in_flight = value(reply, 0);
+        self.nodes = value(reply, 1).max(1);
+        let is_full = self.local.rules.max_in_flight.is_some_and(|max| in_flight >= max);
+        let decided = self.local.try_admit_with(reply.now, demand, call.allowance, is_full);
+        let decided = self.align_with_redis(decided, was_admitted, demand, call, reply);
+        for (&index, state) in call.touched.iter().zip(&newer_states) {
+            self.local.quotas.load(index as usize, state);
+        }
+        ReserveOutcome::Decided(decided)
+    }
+
+    /// Makes this node's decision that of Redis. They are the same unless the node and the script have different code.
+    fn align_with_redis(
+        &mut self,
+        decided: Result<Admission, NoRoom>,
+        was_admitted: bool,
+        demand: &Demand<'_>,
+        call: &ReserveCall,
+        reply: &ScriptReply,
+    ) -> Result<Admission, NoRoom> {
+        if decided.is_ok() != was_admitted {
+            tracing::error!(
+                redis = was_admitted,
+                "Redis and this node decided differently about a request: the decision of Redis counts"
+            );
+        }
+        match decided {
+            Ok(admission) if was_admitted => Ok(self.track_online(call.id, admission)),
+            Ok(admission) => {
+                self.local.revert(reply.now, demand.subject.model, admission.grant);
+                Err(NoRoom::InFlight { limit: value(reply, 0) })
+            }
+            Err(_) if was_admitted => {
+                let admission = self.local.admit_regardless(reply.now, demand, call.allowance);
+                Ok(self.track_online(call.id, admission))
+            }
+            Err(no_room) => Err(no_room),
+        }
+    }
+
+    /// Admits a request from this node's lease. `None`: there is no lease, or it does not suffice.
+    pub(in crate::ledger) fn admit_leased(
+        &mut self,
+        own: Timestamp,
+        demand: &Demand<'_>,
+    ) -> Option<Admission> {
+        // Only Redis counts the requests in flight of all nodes. And shadow mode needs the decision of the whole quota.
+        let rules = &self.local.rules;
+        if self.lease.is_none() || !rules.enforce || rules.max_in_flight.is_some() {
+            return None;
+        }
+        if self.is_offline() || self.has_large_backlog() {
+            return None;
+        }
+        let allowance = self.local.allowance(demand);
+        let required = self.local.required(demand, allowance);
+        let touched = self.local.quotas.applicable(demand.subject);
+        let now = self.redis_time(own);
+        self.lease.as_mut()?.take(now, self.local.overrides.configured(), &touched, &required)?;
+        let id = self.take_id();
+        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, &touched));
+        let admission = self.local.admit_regardless(now, demand, allowance);
+        Some(self.track_online(id, admission))
+    }
+
+    /// Admits a request without Redis, from this node's share.
+    ///
+    /// # Errors
+    /// Why it does not fit.
+    pub(in crate::ledger) fn admit_offline(
+        &mut self,
+        own: Timestamp,
+        demand: &Demand<'_>,
+    ) -> Result<Admission, NoRoom> {
+        if self.is_closed() {
+            return Err(NoRoom::Unavailable);
+        }
+        let now = self.redis_time(own);
+        let mut admission = self.local.try_admit(now, demand)?;
+        let id = self.take_id();
+        admission.grant.id = Some(id);
+        self.track(id, false, &admission.grant.receipts);
+        Ok(admission)
+    }
+
+    /// Tracks a reservation that Redis holds. Redis persists it, so this node's store need not.
+    fn track_online(&mut self, id: u64, mut admission: Admission) -> Admission {
+        admission.grant.id = Some(id);
+        admission.is_durable = false;
+        self.track(id, true, &admission.grant.receipts);
+        admission
+    }
+
+    /// The command that takes a larger lease, if the lease needs one now.
+    pub(in crate::ledger) fn lease_command(&mut self, own: Timestamp) -> Option<ScriptCommand> {
+        if self.is_offline() {
+            return None;
+        }
+        let now = self.redis_time(own);
+        let lease = self.lease.as_mut().filter(|lease| lease.is_due(now))?;
+        match lease.review(now, &self.local.quotas.levels(now), self.nodes) {
+            LeaseAction::Keep => None,
+            LeaseAction::Return => {
+                self.return_lease();
+                None
+            }
+            LeaseAction::Take(wanted) => {
+                lease.mark_requested();
+                self.set_command_time(own);
+                Some(self.commands.lease(&wanted))
+            }
+        }
+    }
+
+    /// The reply to `lease_command`. Returns `false` if Redis does not have this node's session.
+    pub(in crate::ledger) fn on_lease(&mut self, own: Timestamp, reply: &ScriptReply) -> bool {
+        self.record_time(own, reply);
+        if reply.verdict != Verdict::Done || self.is_offline() {
+            return reply.verdict != Verdict::UnknownSession;
+        }
+        let all: Vec<u32> = (0..).take(reply.states.len()).collect();
+        redis::load_states(&mut self.local.quotas, &all, reply);
+        if let Some(lease) = &mut self.lease {
+            lease.grow(reply);
+        }
+        true
+    }
+}

@@ -1,0 +1,109 @@
+//! The journal of what happened to reservations and has not been acknowledged by Redis. Its steps are numbered and sent in
+//! batches, so that Redis applies each step once.
+
+use crate::quota::{Amounts, Receipt};
+use crate::redis::{Piece, ScriptCommand, Step, StepKind};
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+
+/// Maximum steps in one call, and reservations in one call. A longer call would keep Redis from other nodes for longer than
+/// they wait.
+pub(super) const MAX_BATCH: usize = 200;
+
+/// A reservation of this node that is not known to be over in Redis.
+#[derive(Debug)]
+pub(super) struct TrackedReservation {
+    /// Redis may have this reservation: it admitted it, or it may have received a call whose reply was lost.
+    pub(super) may_be_in_redis: bool,
+    /// Redis confirmed this reservation after the last reconnect.
+    pub(super) is_confirmed: bool,
+    /// What the reservation holds. Empty if the request was cancelled before this node learned Redis's decision.
+    pub(super) pieces: SmallVec<[Piece; 1]>,
+    /// What Redis has acknowledged as spent. Steps that are still in the journal are not included.
+    pub(super) acknowledged: Amounts,
+}
+
+impl TrackedReservation {
+    /// Sum of all pieces.
+    pub(super) fn reserved(&self) -> Amounts {
+        self.pieces.iter().fold(Amounts::default(), |sum, piece| sum.saturating_add(piece.reserved))
+    }
+
+    /// The reservation in the state that Redis has acknowledged.
+    pub(super) fn acknowledged_pieces(&self) -> Vec<Piece> {
+        let mut left = self.acknowledged;
+        let acknowledged = |piece: &Piece| {
+            let spent = left.min(piece.reserved);
+            left = left.saturating_sub(spent);
+            Piece { spent, ..piece.clone() }
+        };
+        self.pieces.iter().map(acknowledged).collect()
+    }
+}
+
+/// A receipt in the form in which Redis stores it.
+pub(super) fn piece(receipt: &Receipt) -> Piece {
+    Piece { reserved: receipt.reserved(), spent: receipt.marked_spent(), cells: receipt.holds().collect() }
+}
+
+/// Steps that Redis has not acknowledged.
+#[derive(Debug)]
+pub(super) struct Journal {
+    pub(super) entries: VecDeque<JournalEntry>,
+    /// The number of the first entry.
+    pub(super) first: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct JournalEntry {
+    pub(super) step: Step,
+    /// If the step settles a reservation: its number, and what it held, in case Redis loses it.
+    pub(super) settled: Option<(u64, TrackedReservation)>,
+}
+
+/// A call that sends steps of the journal.
+#[derive(Debug)]
+pub(in crate::ledger) struct Batch {
+    pub(in crate::ledger) command: ScriptCommand,
+    pub(super) steps: usize,
+    /// The cells whose states the reply contains.
+    pub(super) cells: Vec<u32>,
+}
+
+impl Journal {
+    pub(super) fn new() -> Self {
+        Self { entries: VecDeque::new(), first: 1 }
+    }
+
+    pub(super) fn push(&mut self, step: Step) {
+        self.entries.push_back(JournalEntry { step, settled: None });
+    }
+
+    pub(super) fn push_settlement(&mut self, id: u64, spent: Amounts, reservation: TrackedReservation) {
+        let step = Step::new(StepKind::Settle, id.to_string(), spent);
+        self.entries.push_back(JournalEntry { step, settled: Some((id, reservation)) });
+    }
+
+    /// The number that the next step will get.
+    pub(super) fn next_step(&self) -> u64 {
+        self.first + self.entries.len() as u64
+    }
+
+    /// The settled reservations whose settlement Redis has not acknowledged, each with its number and that of the step.
+    pub(super) fn settled(&self) -> impl Iterator<Item = (u64, &TrackedReservation, u64)> {
+        let numbered = self.entries.iter().zip(self.first..);
+        numbered.filter_map(|(entry, step)| entry.settled.as_ref().map(|(id, held)| (*id, held, step)))
+    }
+
+    pub(super) fn settled_mut(&mut self) -> impl Iterator<Item = (u64, &mut TrackedReservation)> {
+        self.entries.iter_mut().filter_map(|entry| entry.settled.as_mut()).map(|(id, held)| (*id, held))
+    }
+
+    /// Removes the first steps. Returns how much of which reservation they reported as spent.
+    pub(super) fn remove(&mut self, steps: usize) -> Vec<(u64, Amounts)> {
+        self.first += steps as u64;
+        let removed = self.entries.drain(..steps.min(self.entries.len())).map(|entry| entry.step);
+        let progress = removed.filter(|step| step.kind == StepKind::Progress);
+        progress.filter_map(|step| Some((step.id.parse().ok()?, step.amounts))).collect()
+    }
+}

@@ -1,0 +1,221 @@
+//! The part of the shared quotas that a node leases. The node admits requests from its lease without a call to Redis and
+//! reports them afterwards in batches. Redis holds what is leased, so that nothing is admitted twice. All nodes together lease
+//! little enough that it hardly matters what they could still admit while another node is denied.
+
+use crate::clock::Timestamp;
+use crate::quota::{CounterState, Kind, Quota, QuotaLevel, Required};
+use crate::redis::ScriptReply;
+
+/// All nodes together lease at most this part of a quota's capacity: 1/50.
+const MAX_LEASED_PART: u64 = 50;
+/// The lease is returned if less than this part of a quota is left: 1/10.
+const MIN_LEFT_PART: u64 = 10;
+/// A lease is taken only if at least this part of each quota is left: 1/5.
+const PLENTY_PART: u64 = 5;
+/// Minimum time between two reviews of the lease, if the first one found nothing to take (ms). A review reads all quotas.
+const REVIEW_INTERVAL_MS: u64 = 10;
+
+/// What one node leases.
+#[derive(Debug)]
+pub(super) struct Lease {
+    /// What is left of the lease of each quota.
+    left: Vec<u64>,
+    /// When the lease of each quota lapses: at the end of its calendar period.
+    until: Vec<Timestamp>,
+    /// Redis may hold something for this lease, which has to be returned.
+    is_open: bool,
+    /// At or below this amount, more of each quota is wanted.
+    low: Vec<u64>,
+    /// The lease may need a change. The review waits until `not_before`.
+    needs_review: bool,
+    not_before: Timestamp,
+}
+
+/// What a review of the lease found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum LeaseAction {
+    Keep,
+    /// A quota is nearly exhausted: return the lease, so that Redis decides about every request.
+    Return,
+    /// Raise the lease of each quota to this amount.
+    Take(Vec<u64>),
+}
+
+impl Lease {
+    pub(super) fn new(quotas: usize) -> Self {
+        Self {
+            left: vec![0; quotas],
+            until: vec![Timestamp(i64::MAX); quotas],
+            is_open: false,
+            low: vec![0; quotas],
+            needs_review: true,
+            not_before: Timestamp(0),
+        }
+    }
+
+    /// The state of all quotas is new: review the lease as soon as possible.
+    pub(super) fn request_review(&mut self) {
+        self.needs_review = true;
+        self.not_before = Timestamp(0);
+    }
+
+    /// Whether to review the lease now.
+    pub(super) fn is_due(&self, now: Timestamp) -> bool {
+        self.needs_review && now >= self.not_before
+    }
+
+    /// Drops what is left. Returns whether Redis may hold something for this lease.
+    pub(super) fn clear(&mut self) -> bool {
+        self.left.fill(0);
+        std::mem::take(&mut self.is_open)
+    }
+
+    /// Takes the required amounts from all touched quotas, or from none.
+    pub(super) fn take(
+        &mut self,
+        now: Timestamp,
+        quotas: &[Quota],
+        touched: &[u32],
+        required: &Required,
+    ) -> Option<()> {
+        let amount =
+            |index: usize| quotas.get(index).map_or(u64::MAX, |quota| required.amounts.of(quota.kind));
+        let fits = |&index: &u32| {
+            let index = index as usize;
+            let is_affected =
+                required.generates || quotas.get(index).is_some_and(|q| q.kind != Kind::CompletionTokens);
+            !is_affected || (now < self.until[index] && self.left[index] >= amount(index).max(1))
+        };
+        if touched.is_empty() || !touched.iter().all(fits) {
+            self.needs_review = true;
+            return None;
+        }
+        for index in touched.iter().map(|&index| index as usize) {
+            let left = self.left[index].saturating_sub(amount(index));
+            self.left[index] = left;
+            self.needs_review |= left <= self.low[index];
+        }
+        Some(())
+    }
+
+    /// Compares the lease with the levels of all quotas.
+    pub(super) fn review(&mut self, now: Timestamp, levels: &[QuotaLevel], nodes: u64) -> LeaseAction {
+        let action = self.next_action(now, levels, nodes);
+        let takes = matches!(action, LeaseAction::Take(_));
+        self.needs_review = false;
+        self.not_before = if takes { now } else { now.plus_ms(REVIEW_INTERVAL_MS) };
+        action
+    }
+
+    fn next_action(&mut self, now: Timestamp, levels: &[QuotaLevel], nodes: u64) -> LeaseAction {
+        let max_lease = |level: &QuotaLevel| level.quota.capacity() / MAX_LEASED_PART / nodes.max(1);
+        let is_below =
+            |level: &QuotaLevel, part: u64| level.level < (level.quota.capacity() / part).cast_signed();
+        let mut wants_more = false;
+        let mut is_scarce = false;
+        let cells = self.left.iter().zip(&self.until).zip(&mut self.low);
+        for (level, ((&left, &until), low)) in levels.iter().zip(cells) {
+            *low = max_lease(level) / 2;
+            if is_below(level, MIN_LEFT_PART) || left > 2 * max_lease(level) {
+                return if self.is_open { LeaseAction::Return } else { LeaseAction::Keep };
+            }
+            is_scarce |= is_below(level, PLENTY_PART);
+            let left = if now < until { left } else { 0 };
+            wants_more |= max_lease(level) > 0 && left <= *low;
+        }
+        if wants_more && !is_scarce {
+            LeaseAction::Take(levels.iter().map(max_lease).collect())
+        } else {
+            LeaseAction::Keep
+        }
+    }
+
+    /// Records that more was requested: Redis may grant it even if its reply is lost.
+    pub(super) fn mark_requested(&mut self) {
+        self.is_open = true;
+    }
+
+    /// Adds what Redis granted.
+    pub(super) fn grow(&mut self, reply: &ScriptReply) {
+        self.mark_requested();
+        let cells = self.left.iter_mut().zip(&mut self.until);
+        for ((left, until), (&more, (state, _))) in cells.zip(reply.values.iter().zip(&reply.states)) {
+            let (lapses, has_lapsed) = match state {
+                CounterState::Calendar { period: (start, end), .. } => (*end, *until <= *start),
+                CounterState::Rolling { .. } => (Timestamp(i64::MAX), false),
+            };
+            let more = u64::try_from(more).unwrap_or(0);
+            *left = if has_lapsed { more } else { left.saturating_add(more) };
+            *until = lapses;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quota::{Amounts, Period, Quotas, Scope, Window};
+    use crate::redis::Verdict;
+
+    fn quota(kind: Kind, limit: u64) -> Quota {
+        let per = Period { text: "hour".into(), ms: 3_600_000 };
+        Quota { scope: Scope::Environment, kind, limit, per, window: Window::Rolling { burst: limit } }
+    }
+
+    fn granted(quotas: &[Quota], more: &[i64]) -> ScriptReply {
+        let states = Quotas::new(quotas, Timestamp(0)).states(Timestamp(0));
+        let states = states.into_iter().map(|state| (state, false)).collect();
+        ScriptReply { verdict: Verdict::Done, now: Timestamp(0), values: more.to_vec(), states }
+    }
+
+    fn required(prompt: u64, completion: u64) -> Required {
+        Required { amounts: Amounts::of_request(prompt, completion), generates: true }
+    }
+
+    #[test]
+    fn a_request_takes_from_all_touched_quotas_or_from_none() {
+        let quotas = [quota(Kind::TotalTokens, 10_000), quota(Kind::Requests, 100)];
+        let mut lease = Lease::new(2);
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(5, 5)), None);
+        lease.grow(&granted(&quotas, &[100, 2]));
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(60, 41)), None);
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(60, 30)), Some(()));
+        assert_eq!((lease.left[0], lease.left[1]), (10, 1));
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(6, 5)), None, "too large");
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(5, 5)), Some(()));
+        assert_eq!(lease.take(Timestamp(0), &quotas, &[0, 1], &required(0, 0)), None, "the lease is used up");
+        assert!(lease.clear() && !lease.clear(), "the lease is returned once");
+    }
+
+    #[test]
+    fn all_nodes_together_lease_at_most_a_fiftieth_and_nothing_from_a_scarce_quota() {
+        let quotas = [quota(Kind::TotalTokens, 10_000)];
+        let mut lease = Lease::new(1);
+        let mut levels = Quotas::new(&quotas, Timestamp(0)).levels(Timestamp(0));
+        assert_eq!(lease.review(Timestamp(0), &levels, 1), LeaseAction::Take(vec![200]));
+        assert_eq!(lease.review(Timestamp(0), &levels, 4), LeaseAction::Take(vec![50]));
+        lease.grow(&granted(&quotas, &[50]));
+        assert_eq!(lease.review(Timestamp(0), &levels, 4), LeaseAction::Keep);
+        levels[0].level = 1_999;
+        lease.left[0] = 0;
+        assert_eq!(lease.review(Timestamp(0), &levels, 4), LeaseAction::Keep, "less than a fifth is left");
+        levels[0].level = 999;
+        assert_eq!(lease.review(Timestamp(0), &levels, 4), LeaseAction::Return);
+        lease.clear();
+        assert_eq!(lease.review(Timestamp(0), &levels, 4), LeaseAction::Keep);
+    }
+
+    #[test]
+    fn a_lease_of_a_calendar_quota_lapses_with_the_period() {
+        let zone = jiff::tz::TimeZone::UTC;
+        let window = Window::Calendar { unit: crate::quota::ClockUnit::Hour, zone };
+        let quotas = [Quota { window, ..quota(Kind::TotalTokens, 10_000) }];
+        let mut lease = Lease::new(1);
+        lease.grow(&granted(&quotas, &[200]));
+        let next = Timestamp(3_600_000);
+        assert_eq!(lease.take(next, &quotas, &[0], &required(5, 5)), None);
+        let levels = Quotas::new(&quotas, next).levels(next);
+        assert_eq!(lease.review(next, &levels, 1), LeaseAction::Take(vec![200]));
+        assert_eq!(lease.take(Timestamp(3_599_999), &quotas, &[0], &required(5, 5)), Some(()));
+    }
+}

@@ -1,0 +1,175 @@
+//! The session of this node in Redis: join, heartbeat, batches, leave; limits that an administrator sets for all nodes.
+
+use super::Replica;
+use super::journal::{Batch, MAX_BATCH, TrackedReservation};
+use crate::clock::Timestamp;
+use crate::ledger::overrides::QuotaKey;
+use crate::quota::{CounterState, Quota};
+use crate::redis::{self, HeldReservation, NewLimit, ScriptCommand, ScriptReply, Verdict};
+use std::collections::HashSet;
+
+/// Maximum time to wait for other nodes that restore what Redis has lost (ms), whatever Redis replies.
+const MAX_RECOVERY_WAIT_MS: u64 = 2_000;
+
+impl Replica {
+    /// The command that joins the shared counters.
+    pub(in crate::ledger) fn join_command(&mut self, own: Timestamp) -> ScriptCommand {
+        let now = self.set_command_time(own);
+        let states = match (&mut self.offline, &mut self.resyncing) {
+            (Some(offline), _) => offline.before.states(now),
+            (None, Some(before)) => before.states(now),
+            (None, None) => self.local.quotas.states(now),
+        };
+        self.all_tracked().for_each(|(_, tracked)| tracked.is_confirmed = false);
+        let overrides = &self.local.overrides;
+        let overridden = overrides.configured().iter().map(|quota| overrides.is_overridden(quota));
+        let states: Vec<_> = states.into_iter().zip(overridden).collect();
+        self.commands.join(self.config.stamp, self.has_joined_before, &states)
+    }
+
+    /// The reply to `join_command`. Returns how many quotas had other limits in Redis, and how many milliseconds to wait for
+    /// other nodes. `None`: the command has to be repeated.
+    pub(in crate::ledger) fn on_join(&mut self, own: Timestamp, reply: &ScriptReply) -> Option<(u64, u64)> {
+        self.record_time(own, reply);
+        if reply.verdict != Verdict::Done {
+            return None;
+        }
+        self.has_joined_before = true;
+        self.redis_kept_session = value(reply, 2) == 1;
+        // Bounded, because Redis's clock may have been set back.
+        Some((value(reply, 1), value(reply, 3).min(MAX_RECOVERY_WAIT_MS)))
+    }
+
+    /// The command that makes Redis hold this node's reservations again, at most `MAX_BATCH` of them, and their numbers. A
+    /// reservation that was admitted offline is included only after `begin_resync`. `None`: Redis has confirmed all of them.
+    pub(in crate::ledger) fn hold_command(&mut self, own: Timestamp) -> Option<(ScriptCommand, Vec<u64>)> {
+        self.set_command_time(own);
+        let (ids, held) = self.next_to_hold();
+        (!ids.is_empty()).then(|| (self.commands.hold(self.redis_kept_session, &held), ids))
+    }
+
+    /// The next reservations that Redis has not confirmed. From now on Redis may have them, even if its reply is lost.
+    pub(super) fn next_to_hold(&mut self) -> (Vec<u64>, Vec<HeldReservation>) {
+        let is_offline = self.is_offline();
+        let unsettled = self.tracked.iter().filter(|(_, tracked)| tracked.may_be_in_redis || !is_offline);
+        let all = unsettled.map(|(&id, tracked)| (id, tracked, 0)).chain(self.journal.settled());
+        let unconfirmed = all.filter(|(_, tracked, _)| !tracked.is_confirmed).take(MAX_BATCH);
+        let held = |(id, tracked, settled_by): (u64, &TrackedReservation, u64)| {
+            (id, HeldReservation { id: id.to_string(), settled_by, pieces: tracked.acknowledged_pieces() })
+        };
+        let (ids, held): (Vec<u64>, Vec<HeldReservation>) = unconfirmed.map(held).unzip();
+        self.update(&ids, |tracked| tracked.may_be_in_redis = true);
+        (ids, held)
+    }
+
+    /// Redis has confirmed that it holds these reservations.
+    pub(in crate::ledger) fn confirm_held(&mut self, ids: &[u64]) {
+        self.update(ids, |tracked| tracked.is_confirmed = true);
+    }
+
+    fn update(&mut self, ids: &[u64], change: impl Fn(&mut TrackedReservation)) {
+        let ids: HashSet<u64> = ids.iter().copied().collect();
+        self.all_tracked().filter(|(id, _)| ids.contains(id)).for_each(|(_, tracked)| change(tracked));
+    }
+
+    /// The command that makes Redis release what it holds for this session beside the reservations known here.
+    pub(in crate::ledger) fn release_unlisted_command(&mut self, own: Timestamp) -> ScriptCommand {
+        self.set_command_time(own);
+        let pending: Vec<u64> = self.pending.iter().copied().collect();
+        let ids: Vec<u64> = self.all_tracked().map(|(id, _)| id).chain(pending).collect();
+        self.commands.release_unlisted(&ids)
+    }
+
+    /// The reply to a batch. Returns `false` if Redis did not apply it. Applied steps leave the journal: from now on the
+    /// quotas contain them.
+    pub(in crate::ledger) fn on_batch(&mut self, own: Timestamp, batch: &Batch, reply: &ScriptReply) -> bool {
+        self.record_time(own, reply);
+        if reply.verdict != Verdict::Done {
+            return false;
+        }
+        // While offline or resyncing, `local` has this node's share, and the shared quotas are kept apart.
+        let shared = match (&mut self.offline, &mut self.resyncing) {
+            (Some(offline), _) => &mut offline.before,
+            (None, Some(before)) => before,
+            (None, None) => &mut self.local.quotas,
+        };
+        redis::load_states(shared, &batch.cells, reply);
+        self.acknowledge(batch.steps);
+        true
+    }
+
+    /// The command that renews the session and reads the state of all quotas.
+    pub(in crate::ledger) fn heartbeat_command(&mut self, own: Timestamp) -> ScriptCommand {
+        self.set_command_time(own);
+        self.commands.heartbeat()
+    }
+
+    /// The reply to a heartbeat. Returns whether quotas in Redis have other limits than this node's config, and had not
+    /// before. `None`: the command has to be repeated.
+    pub(in crate::ledger) fn on_heartbeat(&mut self, own: Timestamp, reply: &ScriptReply) -> Option<bool> {
+        self.record_time(own, reply);
+        if reply.verdict != Verdict::Done {
+            return None;
+        }
+        (self.nodes, self.in_flight) = (value(reply, 0).max(1), value(reply, 1));
+        if self.is_offline() {
+            return Some(false);
+        }
+        self.resyncing = None;
+        if let Some(lease) = &mut self.lease {
+            lease.request_review();
+        }
+        let all: Vec<u32> = (0..).take(reply.states.len()).collect();
+        redis::load_states(&mut self.local.quotas, &all, reply);
+        for (index, (state, is_override)) in reply.states.iter().enumerate() {
+            self.local.overrides.follow(index, is_override.then(|| limit_of(state)));
+        }
+        let differs = |(quota, (state, is_override)): (&Quota, &(CounterState, bool))| {
+            !is_override && limit_of(state) != (quota.limit, quota.capacity())
+        };
+        let limits_differ = self.local.overrides.configured().iter().zip(&reply.states).any(differs);
+        Some(limits_differ && !std::mem::replace(&mut self.limits_differ, limits_differ))
+    }
+
+    /// The command that sets the limit of each quota that matches the key. `None`: no quota matches.
+    pub(in crate::ledger) fn limit_command(
+        &mut self,
+        own: Timestamp,
+        key: QuotaKey<'_>,
+        limit: Option<(u64, u64)>,
+    ) -> Option<ScriptCommand> {
+        self.set_command_time(own);
+        let configured = self.local.overrides.configured();
+        let named = configured.iter().enumerate().filter(|(_, quota)| key.matches(quota));
+        let change = |(index, quota): (usize, &Quota)| {
+            let (limit, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
+            (index, NewLimit { limit, burst: quota.with_limit(limit, burst).capacity() })
+        };
+        let changes: Vec<_> = named.map(change).collect();
+        (!changes.is_empty()).then(|| self.commands.limit(limit.is_some(), &changes))
+    }
+
+    /// The command that resets the quotas of all nodes to full.
+    pub(in crate::ledger) fn reset_command(&mut self, own: Timestamp) -> ScriptCommand {
+        self.set_command_time(own);
+        self.commands.reset()
+    }
+
+    /// The command that ends the session.
+    pub(in crate::ledger) fn leave_command(&mut self) -> ScriptCommand {
+        self.commands.leave()
+    }
+}
+
+/// A value of a reply. A missing or negative one is 0.
+pub(super) fn value(reply: &ScriptReply, index: usize) -> u64 {
+    reply.values.get(index).map_or(0, |&n| u64::try_from(n).unwrap_or(0))
+}
+
+/// Limit and burst.
+fn limit_of(state: &CounterState) -> (u64, u64) {
+    match *state {
+        CounterState::Rolling { limit, burst, .. } => (limit, burst),
+        CounterState::Calendar { limit, .. } => (limit, limit),
+    }
+}

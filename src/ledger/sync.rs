@@ -1,0 +1,239 @@
+//! The connection of one account to Redis: requests that are admitted through it, and the state that its task shares with them.
+//!
+//! This file is part of `ledger` and not of `redis`: it needs both the replica and the connection, and the replica needs the
+//! commands of `redis`. Under `redis` it would make the two modules import each other.
+
+mod task;
+
+use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+use super::overrides::QuotaKey;
+use super::replica::admission::ReserveOutcome;
+use super::replica::{MAX_CALL_DELAY_MS, Replica};
+use super::wait_queue::WaitQueue;
+use crate::clock;
+use crate::quota::{Amounts, Subject};
+use crate::redis::{FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout;
+
+/// Maximum attempts of one call that Redis asks to repeat, for example because a calendar period has turned.
+const MAX_ATTEMPTS: usize = 4;
+/// Maximum time that a request waits until the task has sent everything to Redis.
+const MAX_FLUSH_WAIT: Duration = Duration::from_millis(250);
+/// A node joins again this long after it lost Redis: by then Redis ignores all calls from before.
+const REJOIN_DELAY: Duration = Duration::from_millis(MAX_CALL_DELAY_MS);
+
+/// One account's replica, its connection to Redis, and what the account's requests exchange with the task.
+#[derive(Debug)]
+pub(super) struct RedisSync {
+    replica: Mutex<Replica>,
+    connection: FailFastConnection,
+    keys: [String; 3],
+    environment: String,
+    wait_queue: Arc<WaitQueue>,
+    /// Wakes the task: the journal has new steps.
+    wake: Notify,
+    /// Requests that wait for the next flush.
+    waiting_for_flush: Mutex<Vec<oneshot::Sender<()>>>,
+    server_faults: Mutex<Vec<String>>,
+}
+
+/// The state of an account's connection to Redis.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RedisStatus {
+    /// Why this node counts on its own for now. `None`: Redis is available.
+    pub unavailable_reason: Option<String>,
+    /// Nodes alive, as in Redis's last reply.
+    pub nodes: u64,
+    /// How often Redis was lost.
+    pub losses: u64,
+    /// Faults of the server's settings.
+    pub server_faults: Vec<String>,
+}
+
+/// A reservation that was requested from Redis. If the request is dropped before the reply, Redis's decision stays unknown.
+/// Dropping this value then cancels the reservation.
+struct PendingAdmission<'a> {
+    sync: &'a RedisSync,
+    id: Option<u64>,
+}
+
+impl Drop for PendingAdmission<'_> {
+    fn drop(&mut self) {
+        let Some(id) = self.id else { return };
+        self.sync.with_replica(|replica| replica.cancel(id));
+        self.sync.wake_task();
+    }
+}
+
+impl RedisSync {
+    pub(super) fn new(
+        replica: Replica,
+        connection: FailFastConnection,
+        keys: [String; 3],
+        environment: String,
+        wait_queue: Arc<WaitQueue>,
+    ) -> Self {
+        Self {
+            replica: Mutex::new(replica),
+            connection,
+            keys,
+            environment,
+            wait_queue,
+            wake: Notify::new(),
+            waiting_for_flush: Mutex::default(),
+            server_faults: Mutex::default(),
+        }
+    }
+
+    /// The connection.
+    pub(super) fn connection(&self) -> &FailFastConnection {
+        &self.connection
+    }
+
+    /// Runs `access` on the replica, under the account's lock.
+    pub(super) fn with_replica<T>(&self, access: impl FnOnce(&mut Replica) -> T) -> T {
+        // A panic elsewhere cannot leave the replica half changed: amounts are checked before anything changes.
+        access(&mut self.replica.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn status(&self) -> RedisStatus {
+        let (is_available, nodes, losses) = self.with_replica(|replica| {
+            (!replica.is_offline() && !replica.is_resyncing(), replica.nodes(), replica.losses())
+        });
+        let not_joined = || "this node has not joined the shared counters yet".to_owned();
+        let unavailable_reason =
+            (!is_available).then(|| self.connection.unavailable_reason().unwrap_or_else(not_joined));
+        RedisStatus { unavailable_reason, nodes, losses, server_faults: self.lock_server_faults().clone() }
+    }
+
+    /// Reserves room for one request: from the lease, by one call to Redis, or, while Redis is unavailable, from this node's
+    /// share. Does not count a denial. Dropping the future releases what Redis may have reserved.
+    pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        // During a resync Redis has more room than is left.
+        if self.with_replica(|replica| replica.is_resyncing()) {
+            self.refresh().await;
+        }
+        if let Some(admission) = self.with_replica(|replica| replica.admit_leased(clock::now(), demand)) {
+            self.wake_task();
+            return Ok(admission);
+        }
+        match self.try_admit_by_redis(demand).await {
+            Some(decided) => decided,
+            None => self.try_admit_offline(demand),
+        }
+    }
+
+    /// `None`: Redis is unavailable or does not have this node's session.
+    async fn try_admit_by_redis(&self, demand: &Demand<'_>) -> Option<Result<Admission, NoRoom>> {
+        let mut has_refreshed = false;
+        for _ in 0..MAX_ATTEMPTS {
+            let permit = self.connection.permit().await.ok()?;
+            let call = self.with_replica(|replica| replica.reserve_call(clock::now(), demand))?;
+            let mut pending = PendingAdmission { sync: self, id: Some(call.id) };
+            let reply = permit.call(&self.keys, &call.command).await.ok()?;
+            pending.id = None;
+            match self.with_replica(|replica| replica.on_reserve(clock::now(), demand, &call, &reply)) {
+                // Redis may not have had the room of requests that ended here. A denial counts only when it has.
+                ReserveOutcome::Decided(Err(_)) if call.had_unsent_steps && !has_refreshed => {
+                    has_refreshed = true;
+                    self.refresh().await;
+                }
+                ReserveOutcome::Decided(decided) => return Some(decided),
+                ReserveOutcome::Retry => {}
+                ReserveOutcome::UnknownSession => return None,
+            }
+        }
+        None
+    }
+
+    fn try_admit_offline(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+        let admission = self.with_replica(|replica| {
+            replica.go_offline(clock::now());
+            replica.admit_offline(clock::now(), demand)
+        })?;
+        self.wake_task();
+        Ok(admission)
+    }
+
+    pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
+        let progress = self.with_replica(|replica| replica.progress(clock::now(), model, grant, spent));
+        self.wake_task();
+        progress
+    }
+
+    pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
+        self.with_replica(|replica| replica.settle(clock::now(), subject, grant, settlement));
+        self.wake_task();
+    }
+
+    /// Waits until the task has sent the journal and received the state of all quotas, for at most `MAX_FLUSH_WAIT`. After
+    /// that the counters are as in the last reply.
+    pub(super) async fn refresh(&self) {
+        if self.with_replica(|replica| replica.is_offline()) {
+            return;
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.waiting_for_flush.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        self.wake.notify_one();
+        drop(timeout(MAX_FLUSH_WAIT, receiver).await);
+    }
+
+    /// Sets a limit for all nodes. Returns whether the quota exists.
+    ///
+    /// # Errors
+    /// Redis is unavailable.
+    pub(super) async fn set_limit(
+        &self,
+        key: QuotaKey<'_>,
+        limit: Option<(u64, u64)>,
+    ) -> Result<bool, NoRoom> {
+        let exists = self.run(|replica| replica.limit_command(clock::now(), key, limit)).await?;
+        self.refresh().await;
+        Ok(exists)
+    }
+
+    /// Resets the quotas of all nodes to full.
+    ///
+    /// # Errors
+    /// Redis is unavailable.
+    pub(super) async fn reset(&self) -> Result<(), NoRoom> {
+        self.run(|replica| Some(replica.reset_command(clock::now()))).await?;
+        self.refresh().await;
+        Ok(())
+    }
+
+    /// Runs a command of an administrator. `false`: there is no command to run. A calendar period may turn on the way: then the
+    /// command is made again.
+    async fn run(&self, command: impl Fn(&mut Replica) -> Option<ScriptCommand>) -> Result<bool, NoRoom> {
+        for _ in 0..MAX_ATTEMPTS {
+            let Some(command) = self.with_replica(&command) else { return Ok(false) };
+            let reply = self.call(&command).await.map_err(|_| NoRoom::Unavailable)?;
+            match reply.verdict {
+                Verdict::Done => return Ok(true),
+                Verdict::StalePeriod | Verdict::DeadlinePassed => {}
+                _ => return Err(NoRoom::Unavailable),
+            }
+            self.with_replica(|replica| replica.record_time(clock::now(), &reply));
+        }
+        Err(NoRoom::Unavailable)
+    }
+
+    async fn call(&self, command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
+        self.connection.call(&self.keys, command).await
+    }
+
+    fn wake_task(&self) {
+        self.wake.notify_one();
+    }
+
+    fn take_waiting_for_flush(&self) -> Vec<oneshot::Sender<()>> {
+        std::mem::take(&mut *self.waiting_for_flush.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn lock_server_faults(&self) -> MutexGuard<'_, Vec<String>> {
+        self.server_faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,232 @@
+//! The task that keeps one account's replica in step with Redis: join, heartbeat, flush of the journal, lease, leave.
+
+use super::{MAX_ATTEMPTS, REJOIN_DELAY, RedisSync};
+use crate::clock;
+use crate::redis::Verdict;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
+
+/// How often a node renews its session and reads the state of all quotas. A limit that an administrator sets on another node
+/// is in force here after this time.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
+/// Maximum time that a stopping node spends on sending its journal.
+const MAX_LEAVE_TIME: Duration = Duration::from_secs(2);
+
+impl RedisSync {
+    /// Keeps the replica in step with Redis until `stop` is true, and then leaves. By then all reservations must be settled.
+    pub(in crate::ledger) async fn run_task(&self, mut stop: watch::Receiver<bool>) {
+        let mut connected = self.connection.watch_generation();
+        let work = async {
+            loop {
+                // An error is impossible: the connection object lives as long as the account.
+                if connected.wait_for(|number| *number != 0).await.is_err() {
+                    return;
+                }
+                self.check_server_settings().await;
+                if self.join().await.is_some() {
+                    tracing::info!(environment = self.environment, "quotas are shared through Redis");
+                    self.stay_in_step().await;
+                    tracing::warn!(
+                        environment = self.environment,
+                        "Redis is unavailable: quotas are counted on this node"
+                    );
+                }
+                self.with_replica(|replica| replica.go_offline(clock::now()));
+                self.take_waiting_for_flush();
+                sleep(REJOIN_DELAY).await;
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            _ = stop.wait_for(|stops| *stops) => {}
+        }
+        drop(timeout(MAX_LEAVE_TIME, self.leave()).await);
+    }
+
+    /// Logs each new fault of the server's settings.
+    async fn check_server_settings(&self) {
+        let Ok(faults) = self.connection.setting_faults().await else { return };
+        let mut known = self.lock_server_faults();
+        for fault in faults.iter().filter(|fault| !known.contains(fault)) {
+            tracing::warn!(environment = self.environment, fault, "Redis is not set up as quotas need it");
+        }
+        *known = faults;
+    }
+
+    /// Sends the rest of the journal and ends the session. If Redis is unavailable, this waits until it is available again.
+    async fn leave(&self) {
+        self.with_replica(|replica| replica.return_lease());
+        let mut connected = self.connection.watch_generation();
+        while !self.is_in_step() || self.flush().await.is_none() {
+            self.with_replica(|replica| replica.go_offline(clock::now()));
+            sleep(REJOIN_DELAY).await;
+            if connected.wait_for(|number| *number != 0).await.is_err() {
+                return;
+            }
+            self.join().await;
+        }
+        let command = self.with_replica(|replica| replica.leave_command());
+        drop(self.call(&command).await);
+    }
+
+    /// Whether Redis has everything that this node holds and spent, except for the journal.
+    fn is_in_step(&self) -> bool {
+        self.with_replica(|replica| !replica.is_offline() && !replica.is_resyncing())
+    }
+
+    /// Joins the shared counters. `None`: Redis is unavailable or sent an unexpected reply.
+    async fn join(&self) -> Option<()> {
+        let (differing, wait_ms) = self.send_join().await?;
+        if differing > 0 {
+            self.warn_of_differing_limits();
+        }
+        if wait_ms > 0 {
+            tracing::warn!(
+                environment = self.environment,
+                "Redis has lost its data: the nodes restore it from their replicas"
+            );
+        }
+        let others_have_joined = Instant::now() + Duration::from_millis(wait_ms);
+        self.hold_all().await?;
+        self.release_unlisted().await?;
+        sleep_until(others_have_joined).await;
+        self.with_replica(|replica| replica.begin_resync(clock::now()));
+        // Now also the reservations that were admitted offline.
+        self.hold_all().await?;
+        self.flush().await?;
+        self.heartbeat().await
+    }
+
+    async fn send_join(&self) -> Option<(u64, u64)> {
+        for _ in 0..MAX_ATTEMPTS {
+            let command = self.with_replica(|replica| replica.join_command(clock::now()));
+            let reply = self.call(&command).await.ok()?;
+            if let Some(joined) = self.with_replica(|replica| replica.on_join(clock::now(), &reply)) {
+                return Some(joined);
+            }
+        }
+        None
+    }
+
+    /// Makes Redis hold this node's reservations, one batch after the other.
+    async fn hold_all(&self) -> Option<()> {
+        let mut attempts = 0;
+        loop {
+            let next = self.with_replica(|replica| replica.hold_command(clock::now()));
+            let Some((command, ids)) = next else { return Some(()) };
+            let reply = self.call(&command).await.ok()?;
+            let is_done = reply.verdict == Verdict::Done;
+            self.with_replica(|replica| {
+                replica.record_time(clock::now(), &reply);
+                if is_done {
+                    replica.confirm_held(&ids);
+                }
+            });
+            match reply.verdict {
+                Verdict::Done => attempts = 0,
+                Verdict::UnknownSession => return None,
+                _ if attempts == MAX_ATTEMPTS => return None,
+                _ => attempts += 1,
+            }
+        }
+    }
+
+    /// Makes Redis release what it holds for this session beside the reservations known here, one batch after the other.
+    async fn release_unlisted(&self) -> Option<()> {
+        let mut attempts = 0;
+        loop {
+            let command = self.with_replica(|replica| replica.release_unlisted_command(clock::now()));
+            let reply = self.call(&command).await.ok()?;
+            self.with_replica(|replica| replica.record_time(clock::now(), &reply));
+            match reply.verdict {
+                Verdict::Done if reply.values.first() == Some(&0) => return Some(()),
+                Verdict::Done => attempts = 0,
+                Verdict::UnknownSession => return None,
+                _ if attempts == MAX_ATTEMPTS => return None,
+                _ => attempts += 1,
+            }
+        }
+    }
+
+    /// Sends the journal whenever it has new steps, and heartbeats. Returns when Redis is lost.
+    async fn stay_in_step(&self) {
+        let mut heartbeat = interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let is_due = tokio::select! {
+                () = self.wake.notified() => false,
+                _ = heartbeat.tick() => true,
+            };
+            // Requests that wait for a flush go on when this is dropped, after the heartbeat.
+            let waiting = self.take_waiting_for_flush();
+            let flushed = self.flush_and_lease().await;
+            let beat = if is_due || !waiting.is_empty() { self.heartbeat().await } else { Some(()) };
+            drop(waiting);
+            if flushed.is_none() || beat.is_none() || self.with_replica(|replica| replica.is_offline()) {
+                return;
+            }
+        }
+    }
+
+    async fn flush_and_lease(&self) -> Option<()> {
+        self.flush().await?;
+        if let Some(command) = self.with_replica(|replica| replica.lease_command(clock::now())) {
+            let reply = self.call(&command).await.ok()?;
+            return self.with_replica(|replica| replica.on_lease(clock::now(), &reply)).then_some(());
+        }
+        // The lease may have been returned, which is a step of the journal.
+        self.flush().await
+    }
+
+    /// Sends the steps that the journal has now. Later steps wait for the next flush: there could be new ones for ever, and the
+    /// heartbeat is due too. `None`: Redis is lost, and the steps stay in the journal until the node has joined again.
+    async fn flush(&self) -> Option<()> {
+        let mut attempts = 0;
+        let end = self.with_replica(|replica| replica.next_step());
+        loop {
+            let batch = self.with_replica(|replica| replica.next_batch(clock::now(), end));
+            let Some(batch) = batch else { return Some(()) };
+            let reply = self.call(&batch.command).await.ok()?;
+            if self.with_replica(|replica| replica.on_batch(clock::now(), &batch, &reply)) {
+                attempts = 0;
+                continue;
+            }
+            if reply.verdict == Verdict::UnknownSession {
+                return None;
+            }
+            attempts += 1;
+            if attempts >= MAX_ATTEMPTS {
+                return None;
+            }
+        }
+    }
+
+    async fn heartbeat(&self) -> Option<()> {
+        for _ in 0..MAX_ATTEMPTS {
+            let command = self.with_replica(|replica| replica.heartbeat_command(clock::now()));
+            let reply = self.call(&command).await.ok()?;
+            if let Some(limits_differ) =
+                self.with_replica(|replica| replica.on_heartbeat(clock::now(), &reply))
+            {
+                if limits_differ {
+                    self.warn_of_differing_limits();
+                }
+                // Other nodes may have released room for which a request waits here.
+                self.wait_queue.notify_released();
+                return Some(());
+            }
+            if reply.verdict == Verdict::UnknownSession {
+                return None;
+            }
+        }
+        None
+    }
+
+    fn warn_of_differing_limits(&self) {
+        tracing::warn!(
+            environment = self.environment,
+            "nodes have different limits: those of the newest config file are in force"
+        );
+    }
+}
