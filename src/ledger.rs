@@ -163,7 +163,7 @@ impl Account {
         }
     }
 
-    /// What has changed since the last call. `None`: nothing.
+    /// Takes the changes since the last call. `None`: there are none.
     pub fn take_changes(&self) -> Option<Changes> {
         self.engine.with_local(|local, _| {
             let mut quotas = Vec::new();
@@ -311,8 +311,8 @@ impl Reservation {
         }
     }
 
-    /// Settles the reservation. If more was used than reserved, and the reservation is durable, the last bytes of the answer
-    /// must not reach the caller before the settlement is durable: the returned future waits for that.
+    /// Settles the reservation. If a durable reservation used more than it reserved, the settlement must be
+    /// durable before the caller gets the last bytes of the answer. The returned future waits for that.
     pub fn settle(self) -> Option<impl Future<Output = ()> + Send + 'static> {
         let spent = self.settlement.spent;
         let exceeds = spent.saturating_sub(self.reserved()) != Amounts::default();

@@ -21,8 +21,8 @@ use journal::{Batch, Journal, JournalEntry, MAX_BATCH, TrackedReservation};
 use lease::Lease;
 use std::collections::{HashMap, HashSet};
 
-/// Redis does nothing for a call that it reads later than this (ms) after the call was sent: by then its caller got another
-/// answer. Longer than any reply is waited for, since Redis's clock is known no more accurately than that.
+/// Redis does nothing for a call that it reads later than this (ms) after the call was sent, because its caller has gone on
+/// without it. Longer than any reply is waited for, since Redis's clock is known no more accurately than that.
 pub(super) const MAX_CALL_DELAY_MS: u64 = 400;
 /// With more unsent steps than this a node admits nothing from its lease. Otherwise it could go on faster than Redis applies
 /// its steps.

@@ -72,7 +72,8 @@ impl Replica {
         self.all_tracked().filter(|(id, _)| ids.contains(id)).for_each(|(_, tracked)| change(tracked));
     }
 
-    /// The command that makes Redis release what it holds for this session beside the reservations known here.
+    /// The command that makes Redis release what it holds for this session and this node does not track: Redis charges such a
+    /// reservation in full, and returns a lease.
     pub(in crate::ledger) fn release_unlisted_command(&mut self, own: Timestamp) -> ScriptCommand {
         self.set_command_time(own);
         let pending: Vec<u64> = self.pending.iter().copied().collect();

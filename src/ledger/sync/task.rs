@@ -132,7 +132,7 @@ impl RedisSync {
         }
     }
 
-    /// Makes Redis release what it holds for this session beside the reservations known here, one batch after the other.
+    /// Makes Redis charge the reservations that it holds for this session and this node does not track, one batch after the other.
     async fn release_unlisted(&self) -> Option<()> {
         let mut attempts = 0;
         loop {

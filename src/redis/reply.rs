@@ -1,0 +1,82 @@
+//! The replies of the script.
+
+use crate::clock::Timestamp;
+use crate::quota::{CounterState, Quotas};
+
+/// Numbers per cell in a reply.
+const NUMBERS_PER_CELL: usize = 9;
+
+/// The result of a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// A quota has no room for the request.
+    Denied,
+    /// The amounts are reserved in all quotas.
+    Admitted,
+    /// The maximum number of requests is in flight.
+    TooManyInFlight,
+    /// A calendar period in the command is not the one of Redis's time: repeat the command.
+    StalePeriod,
+    /// The session is over, or cells are missing: join again.
+    UnknownSession,
+    /// The command arrived after its deadline, and the script did nothing.
+    DeadlinePassed,
+    /// The command was executed.
+    Done,
+}
+
+/// A reply of the script.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScriptReply {
+    /// The result.
+    pub verdict: Verdict,
+    /// The time on Redis's clock.
+    pub now: Timestamp,
+    /// Further numbers. Each command documents its own.
+    pub values: Vec<i64>,
+    /// The states of the requested cells, each with whether an administrator has set its limit.
+    pub states: Vec<(CounterState, bool)>,
+}
+
+impl ScriptReply {
+    /// Parses a reply. `calendars`: for each cell in it, whether it is a calendar quota. `None`: it is not a reply of the script.
+    pub(super) fn parse(numbers: &[i64], value_count: usize, calendars: &[bool]) -> Option<Self> {
+        let (&[verdict, now], rest) = numbers.split_first_chunk::<2>()?;
+        let verdict = match verdict {
+            0 => Verdict::Denied,
+            1 => Verdict::Admitted,
+            2 => Verdict::TooManyInFlight,
+            3 => Verdict::StalePeriod,
+            4 => Verdict::UnknownSession,
+            5 => Verdict::DeadlinePassed,
+            6 => Verdict::Done,
+            _ => return None,
+        };
+        let (values, cells) = rest.split_at_checked(value_count).unwrap_or_default();
+        let states = cells.chunks_exact(NUMBERS_PER_CELL).zip(calendars);
+        let states =
+            states.map(|(cell, &is_calendar)| parse_state(cell, is_calendar)).collect::<Option<Vec<_>>>()?;
+        Some(Self { verdict, now: Timestamp(now), values: values.to_vec(), states })
+    }
+}
+
+/// Loads the states of a reply into the node's own quotas, so that they come to the same decision.
+pub fn load_states(quotas: &mut Quotas, touched: &[u32], reply: &ScriptReply) {
+    for (&index, (state, _)) in touched.iter().zip(&reply.states) {
+        quotas.load(index as usize, state);
+    }
+}
+
+fn parse_state(cell: &[i64], is_calendar: bool) -> Option<(CounterState, bool)> {
+    let &[limit, burst, third, fourth, held, since, until, turn, is_override] = cell else { return None };
+    let unsigned = |n: i64| u64::try_from(n).ok();
+    let (limit, held) = (unsigned(limit)?, unsigned(held)?);
+    let state = if is_calendar {
+        let period = (Timestamp(since), Timestamp(until));
+        CounterState::Calendar { limit, used: unsigned(third)?, held, period, period_id: unsigned(turn)? }
+    } else {
+        let level = (third, unsigned(fourth)?);
+        CounterState::Rolling { limit, burst: unsigned(burst)?, level, held, at: Timestamp(since) }
+    };
+    Some((state, is_override != 0))
+}
