@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::estimate;
 use crate::ledger::Account;
 use crate::proxy::{Proxy, State};
-use crate::server::{self, Order, Peer};
+use crate::server::{self, Peer, RunState};
 use crate::store::{Store, StoreWriter};
 use crate::upstream;
 use anyhow::Context as _;
@@ -22,7 +22,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-pub use crate::server::Patience;
+pub use crate::server::CallerTimeouts;
 
 /// Size of each runtime's blocking pool, which counts large prompts and resolves host names.
 const MAX_BLOCKING_THREADS: usize = 8;
@@ -60,7 +60,7 @@ pub struct App {
 
 /// A thread that runs one server or task on its own runtime.
 struct ServerThread {
-    orders: watch::Sender<Order>,
+    orders: watch::Sender<RunState>,
     handle: Option<JoinHandle<usize>>,
 }
 
@@ -90,14 +90,14 @@ impl App {
     /// # Errors
     /// An address cannot be used, or a thread or socket cannot be created.
     pub fn start(config: Config) -> anyhow::Result<Self> {
-        Self::start_with(config, Workers::default(), Patience::default())
+        Self::start_with(config, Workers::default(), CallerTimeouts::default())
     }
 
     /// Starts a gateway with these workers and these timeouts for callers.
     ///
     /// # Errors
     /// An address cannot be used, or a thread or socket cannot be created.
-    pub fn start_with(config: Config, workers: Workers, patience: Patience) -> anyhow::Result<Self> {
+    pub fn start_with(config: Config, workers: Workers, patience: CallerTimeouts) -> anyhow::Result<Self> {
         let vocabularies = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let config = Arc::new(config);
@@ -198,7 +198,7 @@ fn start_worker(
     listener: TcpListener,
     proxy: Arc<Proxy>,
     runtime: Runtime,
-    patience: Patience,
+    patience: CallerTimeouts,
 ) -> anyhow::Result<ServerThread> {
     ServerThread::spawn("worker", runtime, move |orders| {
         let service_for = move |peer: Arc<Peer>| {
@@ -228,7 +228,7 @@ fn join_cluster(state: &State) -> anyhow::Result<ServerThread> {
             }
         }
         // An error means that the sender was dropped, which also ends the thread.
-        drop(orders.wait_for(|order| *order != Order::Run).await);
+        drop(orders.wait_for(|order| *order != RunState::Running).await);
         stop.send_replace(true);
         tasks.join_all().await;
         Ok(0)
@@ -247,12 +247,12 @@ impl ServerThread {
     fn spawn<F>(
         thread: &'static str,
         runtime: Runtime,
-        serve: impl FnOnce(watch::Receiver<Order>) -> F + Send + 'static,
+        serve: impl FnOnce(watch::Receiver<RunState>) -> F + Send + 'static,
     ) -> anyhow::Result<Self>
     where
         F: Future<Output = io::Result<usize>>,
     {
-        let (orders, receiver) = watch::channel(Order::Run);
+        let (orders, receiver) = watch::channel(RunState::Running);
         let run = move || {
             let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
                 tracing::error!(%error, thread, "a listener failed and serves no requests any more: restart the gateway");
@@ -269,7 +269,7 @@ impl ServerThread {
     /// Makes the server drain for this time and then end.
     fn stop(&self, drain: Duration) {
         // An error means that the thread has ended already.
-        let _ = self.orders.send(Order::Drain(drain));
+        let _ = self.orders.send(RunState::Draining(drain));
     }
 
     /// Waits until the thread ends. Returns the number of connections that it cut off.

@@ -90,7 +90,6 @@ impl Proxy {
 
     /// Serves one request with the upstream's answer or an error of the gateway.
     pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
-        peer.begin();
         let mut record = Record::begin(self.state.metrics.clone());
         let dialect = route::dialect(request.uri().path());
         // The result of `admit` is taken apart in this statement, and not borrowed later. Otherwise the future would
@@ -139,7 +138,7 @@ impl Proxy {
 
         // Body and model.
         self.check_supported(&head, &route, environment).map_err(|error| Refusal::new(error, &headers))?;
-        let body = call::read_body(body, self.state.config.server.max_request_body, peer.patience.body)
+        let body = call::read_body(body, self.state.config.server.max_request_body, peer.timeouts.body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         headers.unread = UnreadBody::None;
@@ -300,7 +299,7 @@ impl Proxy {
             }
         };
         charge.record.first_byte = Some(started.elapsed());
-        peer.cut_off(started, outgoing.environment.upstream.timeouts.total);
+        peer.limit_answer(started, outgoing.environment.upstream.timeouts.total);
         let context = self.meter_context(outgoing, parts.status, started);
         let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
         if let Some(when_durable) = when_durable {

@@ -1,10 +1,11 @@
-//! The accept loop: connections in, requests to a service, an orderly end.
+//! The accept loop: accepts connections, serves their requests, and drains on shutdown.
 //!
-//! It is the gateway's own because callers that are slow, or gone, have to be noticed, and because a
-//! shutdown lets answers end that are under way.
+//! It is the gateway's own because it has to notice callers that are slow or disconnected, and to let
+//! answers in flight end at a shutdown.
 
 mod malformed;
 mod peer;
+mod served;
 mod socket;
 
 use http::{Request, Response};
@@ -12,7 +13,7 @@ use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use socket::{Handle, Socket as Connection};
+use socket::{CallerSocket, SocketHandle};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::error::Error;
 use std::future::poll_fn;
@@ -26,82 +27,83 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
-pub use peer::Patience;
+pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
 
-/// A request's head, and what is read ahead of a body, is no larger than this.
-const LARGEST_HEAD: usize = 64 * 1024;
-/// So long nothing is accepted when the process has run out of file descriptors.
+/// The largest head of a request, and the most of a body that hyper reads ahead.
+const MAX_HEAD_BYTES: usize = 64 * 1024;
+/// The pause after an error of `accept`, such as when the process has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that the kernel completes before they are accepted.
+const LISTEN_BACKLOG: i32 = 4_096;
 
-/// What a server is told by whoever started it.
+/// The state that a server is to be in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Order {
-    /// Serve.
-    Run,
-    /// Accept nothing more, let answers end within this time, then stop.
-    Drain(Duration),
+pub(crate) enum RunState {
+    /// Accepts and serves connections.
+    Running,
+    /// Accepts nothing more, lets answers end within this time, then stops.
+    Draining(Duration),
 }
 
-/// Sockets that listen at one address, one for each worker: the kernel shares connections out.
+/// Opens sockets that listen at one address, one for each worker. The kernel distributes connections over them.
 ///
 /// # Errors
-/// The address is taken or cannot be listened at.
+/// The address is in use or cannot be listened at.
 pub(crate) fn listen(address: SocketAddr, sockets: usize) -> io::Result<Vec<std::net::TcpListener>> {
-    // The first one is bound without sharing: two gateways at one address must not go unnoticed. It shares only from then
-    // on, and is never let go, so that nobody can come between.
-    let first = socket(address, false)?;
+    // The first socket is bound without `SO_REUSEPORT`, so that a second gateway at this address fails. It shares the
+    // address from then on, and stays open, so that no other process can bind it in between.
+    let first = bind(address, false)?;
     let address = first.local_addr()?.as_socket().unwrap_or(address);
     let mut all = vec![first];
     if sockets > 1 {
         all[0].set_reuse_port(true)?;
     }
     for _ in 1..sockets {
-        all.push(socket(address, true)?);
+        all.push(bind(address, true)?);
     }
     Ok(all.into_iter().map(Into::into).collect())
 }
 
-fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+fn bind(address: SocketAddr, is_shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
-    if shared {
+    if is_shared {
         socket.set_reuse_port(true)?;
     }
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(4_096)?;
+    socket.listen(LISTEN_BACKLOG)?;
     Ok(socket)
 }
 
-/// Serves until it is told to drain, and returns when the last connection has ended or the time for
-/// that is over. Returns how many connections were cut off then.
+/// Serves connections until `state` is draining. Returns when the last connection has ended or the drain time has
+/// elapsed, with the number of connections that were cut off.
 pub(crate) async fn serve<S, B>(
     listener: std::net::TcpListener,
     service_for: impl Fn(Arc<Peer>) -> S,
-    patience: Patience,
-    mut orders: watch::Receiver<Order>,
+    timeouts: CallerTimeouts,
+    mut state: watch::Receiver<RunState>,
 ) -> io::Result<usize>
 where
     S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
     S::Future: Send + 'static,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
-    B: Body<Data = bytes::Bytes> + Send + 'static,
+    B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
     let listener = TcpListener::from_std(listener)?;
-    // Every connection holds a sender: when all are dropped, all have ended.
+    // Every connection holds a sender: the channel closes with the last connection.
     let (alive, mut all_ended) = mpsc::channel::<()>(1);
     loop {
         tokio::select! {
             biased;
-            () = told_to_drain(&mut orders) => break,
+            () = draining(&mut state) => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => {
-                    let peer = Arc::new(Peer::new(peer, patience));
+                Ok((stream, address)) => {
+                    let peer = Arc::new(Peer::new(address, timeouts));
                     let service = service_for(peer.clone());
-                    let connection = connection(stream, peer, service, orders.clone(), alive.clone());
-                    tokio::spawn(connection);
+                    tokio::spawn(serve_connection(stream, peer, service, state.clone(), alive.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -111,77 +113,80 @@ where
         }
     }
     drop(listener);
-    let within = match *orders.borrow() {
-        Order::Drain(within) => within,
-        Order::Run => Duration::ZERO,
+    let drain_timeout = match *state.borrow() {
+        RunState::Draining(limit) => limit,
+        RunState::Running => Duration::ZERO,
     };
-    let cut_off = alive.strong_count() - 1;
+    let open = alive.strong_count() - 1;
     drop(alive);
-    let ended = timeout(within, all_ended.recv()).await.is_ok();
-    Ok(if ended { 0 } else { cut_off })
+    let has_drained = timeout(drain_timeout, all_ended.recv()).await.is_ok();
+    Ok(if has_drained { 0 } else { open })
 }
 
-/// Returns when nothing more is to be accepted; whoever gave the orders being gone means that too.
-async fn told_to_drain(orders: &mut watch::Receiver<Order>) {
-    drop(orders.wait_for(|order| *order != Order::Run).await);
+/// Returns when the server is to drain. Also returns when the sender was dropped.
+async fn draining(state: &mut watch::Receiver<RunState>) {
+    drop(state.wait_for(|state| *state != RunState::Running).await);
 }
 
-async fn connection<S, B>(
+async fn serve_connection<S, B>(
     stream: TcpStream,
     peer: Arc<Peer>,
     service: S,
-    mut orders: watch::Receiver<Order>,
+    mut state: watch::Receiver<RunState>,
     alive: mpsc::Sender<()>,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
     S::Future: Send + 'static,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
-    B: Body<Data = bytes::Bytes> + Send + 'static,
+    B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
     if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "a connection broke at once");
+        tracing::debug!(%error, "a connection failed when it was accepted");
         return;
     }
-    let head = peer.patience.head;
-    let socket = Connection::new(stream, peer);
+    let head_timeout = peer.timeouts.head;
+    let service = served::marking(service, peer.clone());
+    let socket = CallerSocket::new(stream, peer);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(head)
-        .max_buf_size(LARGEST_HEAD)
-        .max_header_size(LARGEST_HEAD)
-        .serve_connection(TokioIo::new(Handle(&socket)), service);
+        .header_read_timeout(head_timeout)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .max_header_size(MAX_HEAD_BYTES)
+        .serve_connection(TokioIo::new(SocketHandle(&socket)), service);
     let mut connection = pin!(connection);
     let result = tokio::select! {
-        result = unless_hung_up(connection.as_mut(), &socket) => result,
-        () = told_to_drain(&mut orders) => {
+        result = until_disconnected(connection.as_mut(), &socket) => result,
+        () = draining(&mut state) => {
             connection.as_mut().graceful_shutdown();
-            unless_hung_up(connection.as_mut(), &socket).await
+            until_disconnected(connection.as_mut(), &socket).await
         }
     };
     match result {
-        Some(Err(error)) => tracing::debug!(%error, "a connection has ended early"),
-        None => tracing::debug!("a caller has hung up"),
+        Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
+        None => tracing::debug!("a caller disconnected"),
         Some(Ok(())) => {}
     }
     drop(alive);
 }
 
-/// Serves a connection to its end. `None`: the caller has hung up before.
-async fn unless_hung_up<F: Future>(mut connection: Pin<&mut F>, socket: &Connection) -> Option<F::Output> {
+/// Serves a connection to its end. `None`: the caller disconnected before.
+async fn until_disconnected<F: Future>(
+    mut connection: Pin<&mut F>,
+    socket: &CallerSocket,
+) -> Option<F::Output> {
     poll_fn(|cx| match connection.as_mut().poll(cx) {
         Poll::Ready(done) => Poll::Ready(Some(done)),
-        Poll::Pending => socket.poll_hung_up(cx).map(|()| None),
+        Poll::Pending => socket.poll_disconnected(cx).map(|()| None),
     })
     .await
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use std::collections::BTreeSet;
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
-
-    use super::*;
 
     const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
@@ -190,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_of_one_address_share_its_connections_out() {
+    fn the_sockets_of_one_address_share_its_connections() {
         let listeners = listen(ANY, 3).unwrap();
         assert_eq!(ports(&listeners).len(), 1);
         let address = listeners[0].local_addr().unwrap();
@@ -202,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_gateway_at_an_address_is_told_so() {
+    fn a_second_gateway_at_an_address_fails_to_start() {
         for (sockets, others) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
             let listeners = listen(ANY, sockets).unwrap();
             let error = listen(listeners[0].local_addr().unwrap(), others).unwrap_err();

@@ -1,7 +1,7 @@
 //! `tollgate serve`: runs the gateway.
 
 use super::load_or_explain;
-use crate::app::{App, Patience, ShutdownReport, Workers};
+use crate::app::{App, CallerTimeouts, ShutdownReport, Workers};
 use crate::telemetry::{LogOutput, init_logging};
 use anyhow::Context as _;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    let app = App::start_with(loaded.config, workers(), Patience::default())?;
+    let app = App::start_with(loaded.config, workers(), CallerTimeouts::default())?;
     tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
     run_until_signal(app, &log)
 }

@@ -1,26 +1,26 @@
-//! What the two ends of a connection's life know of each other: the loop that holds the socket, and the
-//! service that answers its requests.
+//! State that a caller's socket and the service that answers its requests share.
 
 use crate::clock::Stopwatch;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long callers are waited for.
+/// How long the gateway waits for a caller.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
-    /// A request's head has to arrive within this time; so long may a connection also be idle.
+pub struct CallerTimeouts {
+    /// For the head of a request. Also the idle timeout of a connection.
     pub head: Duration,
-    /// A body that stops arriving for so long is given up.
+    /// For the next bytes of a request's body.
     pub body: Duration,
-    /// A caller that takes nothing of its answer for so long has hung up.
+    /// For the caller to take any bytes of its answer.
     pub write: Duration,
-    /// So long what a caller still sends is read and thrown away, so that it gets to see its refusal.
+    /// How long the rest of a refused request is read and discarded, so that the caller receives the refusal.
     pub linger: Duration,
 }
 
-impl Default for Patience {
+impl Default for CallerTimeouts {
     fn default() -> Self {
         Self {
             head: Duration::from_secs(10),
@@ -34,37 +34,77 @@ impl Default for Patience {
 /// A caller's connection, as the service sees it.
 #[derive(Debug)]
 pub(crate) struct Peer {
-    /// Whose it is.
+    /// The caller's address.
     pub(crate) address: SocketAddr,
-    pub(crate) patience: Patience,
-    born: Stopwatch,
-    /// Milliseconds since then at which the answer under way has to be over; 0: there is no bound.
-    over_at: AtomicU64,
-    /// The caller may still be sending what nobody will read.
+    pub(crate) timeouts: CallerTimeouts,
+    opened: Stopwatch,
+    /// The time at which the current answer has to be complete, in milliseconds since `opened`. 0: no limit.
+    answer_deadline_ms: AtomicU64,
+    /// Whether the caller may still be sending a body that is not read.
     lingers: AtomicBool,
+    /// One of `BETWEEN_REQUESTS`, `IN_SERVICE`, `ANSWERED`.
+    phase: AtomicU8,
+}
+
+/// All earlier answers are flushed, and the service has not received the next request.
+const BETWEEN_REQUESTS: u8 = 0;
+/// The service has a request, or its answer's body is not complete.
+const IN_SERVICE: u8 = 1;
+/// The service has completed its answer, which may not be flushed yet.
+const ANSWERED: u8 = 2;
+
+/// A request that the service has received. Dropping it marks the answer as complete.
+#[derive(Debug)]
+pub(super) struct ServedRequest(Arc<Peer>);
+
+impl Drop for ServedRequest {
+    fn drop(&mut self) {
+        self.0.phase.store(ANSWERED, Ordering::Relaxed);
+    }
 }
 
 impl Peer {
-    pub(crate) fn new(address: SocketAddr, patience: Patience) -> Self {
-        let (over_at, lingers) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self { address, patience, born: Stopwatch::start(), over_at, lingers }
+    pub(crate) fn new(address: SocketAddr, timeouts: CallerTimeouts) -> Self {
+        Self {
+            address,
+            timeouts,
+            opened: Stopwatch::start(),
+            answer_deadline_ms: AtomicU64::new(0),
+            lingers: AtomicBool::new(false),
+            phase: AtomicU8::new(BETWEEN_REQUESTS),
+        }
     }
 
-    /// A new request has come: what was said of the last one is over.
-    pub(crate) fn begin(&self) {
-        self.over_at.store(0, Ordering::Relaxed);
+    /// The service receives a request. Resets what was set for the last one.
+    pub(super) fn begin_request(self: &Arc<Self>) -> ServedRequest {
+        self.answer_deadline_ms.store(0, Ordering::Relaxed);
         self.lingers.store(false, Ordering::Relaxed);
+        self.phase.store(IN_SERVICE, Ordering::Relaxed);
+        ServedRequest(self.clone())
     }
 
-    /// The answer under way is cut off when so much time has passed since `started`, though the caller
-    /// does not read and so nobody asks for more of it.
-    pub(crate) fn cut_off(&self, started: Stopwatch, after: Duration) {
-        let ms = u64::try_from((started.since(self.born) + after).as_millis()).unwrap_or(u64::MAX);
-        self.over_at.store(ms.max(1), Ordering::Relaxed);
+    /// hyper's write buffer is empty: a complete answer has been written.
+    pub(super) fn on_flush(&self) {
+        // Only this connection's task changes the phase.
+        if self.phase.load(Ordering::Relaxed) == ANSWERED {
+            self.phase.store(BETWEEN_REQUESTS, Ordering::Relaxed);
+        }
     }
 
-    /// The request is answered though its body was not read: when the connection closes, that is thrown
-    /// away for a while, or the caller would see its connection reset instead of the answer.
+    /// Whether the next bytes that hyper writes are not from the service.
+    pub(super) fn is_between_requests(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == BETWEEN_REQUESTS
+    }
+
+    /// Cuts the current answer off when `limit` has passed since `started`, even if the caller does not read and
+    /// hyper therefore does not poll the body.
+    pub(crate) fn limit_answer(&self, started: Stopwatch, limit: Duration) {
+        let ms = u64::try_from((started.since(self.opened) + limit).as_millis()).unwrap_or(u64::MAX);
+        self.answer_deadline_ms.store(ms.max(1), Ordering::Relaxed);
+    }
+
+    /// The request is answered without its body having been read. When the connection is closed, the body is
+    /// discarded for a while: otherwise the caller would see a reset instead of the answer.
     pub(crate) fn linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
     }
@@ -73,12 +113,12 @@ impl Peer {
         self.lingers.load(Ordering::Relaxed)
     }
 
-    /// When a write that has been stuck since then is given up.
-    pub(super) fn give_up_at(&self, stuck_since: Stopwatch) -> Instant {
-        let idle = stuck_since.deadline(self.patience.write);
-        match self.over_at.load(Ordering::Relaxed) {
+    /// The time at which a write fails that has been blocked since `blocked_since`.
+    pub(super) fn write_deadline(&self, blocked_since: Stopwatch) -> Instant {
+        let idle = blocked_since.deadline(self.timeouts.write);
+        match self.answer_deadline_ms.load(Ordering::Relaxed) {
             0 => idle,
-            ms => idle.min(self.born.deadline(Duration::from_millis(ms))),
+            ms => idle.min(self.opened.deadline(Duration::from_millis(ms))),
         }
     }
 }

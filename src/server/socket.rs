@@ -1,7 +1,8 @@
-//! A caller's socket, with what HTTP machinery does not look after: a caller that takes nothing of its
-//! answer, one that hangs up while nobody reads, and one that still sends when it has been refused.
+//! A caller's socket. It adds what hyper does not do: a timeout for a caller that does not read its answer,
+//! detection of a disconnect behind unread bytes, and a lingering close for a caller that still sends.
 
-use super::{Peer, malformed};
+use super::malformed;
+use super::peer::Peer;
 use crate::clock::Stopwatch;
 use bytes::{Buf as _, BytesMut};
 use std::io::{self, ErrorKind, IoSlice};
@@ -13,62 +14,70 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::io::poll_read_buf;
 
-/// So much is read ahead of who asks for it, to see whether a hang-up follows. Behind more than this it
-/// is seen when the next piece of the answer is written.
-const MOST_AHEAD: usize = 64 * 1024;
-/// So much of a request that was refused is read and thrown away: twice the largest body there is by
-/// default, since its sender is the one who has to learn why it is refused.
-const MOST_LINGERING: usize = 64 * 1024 * 1024;
-/// Bytes thrown away before others on this thread have their turn.
-const LINGER_AT_ONCE: usize = 64 * 1024;
+/// The most bytes read ahead of hyper to find a disconnect. A disconnect behind more bytes is noticed when the
+/// next piece of the answer is written.
+const MAX_READ_AHEAD_BYTES: usize = 64 * 1024;
+/// The most bytes of a refused request that are discarded. Twice the default of `max_request_body`, because the
+/// sender of a too large body has to receive the refusal.
+const MAX_LINGER_BYTES: usize = 64 * 1024 * 1024;
+/// Bytes discarded before other tasks of the thread run.
+const LINGER_BATCH_BYTES: usize = 64 * 1024;
 
-/// One connection. The machinery reads and writes through [`Handle`]s, the loop around it looks for hang-ups.
-pub(super) struct Socket {
+/// One caller's connection. hyper reads and writes through a [`SocketHandle`]; the connection's task calls
+/// `poll_disconnected`.
+pub(super) struct CallerSocket {
     peer: Arc<Peer>,
-    inner: Mutex<Inner>,
+    state: Mutex<SocketState>,
 }
 
-struct Inner {
+struct SocketState {
     stream: TcpStream,
-    /// Read before anybody asked for it.
-    ahead: BytesMut,
-    /// Somebody has asked for bytes and is woken when they come, or a hang-up.
-    is_read: bool,
-    /// Since when nothing could be written.
-    stuck: Option<Stopwatch>,
-    alarm: Option<Pin<Box<Sleep>>>,
-    /// What is written in place of what the machinery writes, and how much of it has been.
-    instead: Option<(Vec<u8>, usize)>,
+    /// Bytes that were read before hyper requested them.
+    read_ahead: BytesMut,
+    /// Whether hyper waits for bytes: it is then woken by a disconnect too.
+    is_read_pending: bool,
+    /// Since when a write has been blocked.
+    blocked_since: Option<Stopwatch>,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// The bytes to write in place of hyper's answer, and how many of them are written.
+    replacement: Option<(Vec<u8>, usize)>,
     lingering: Option<Lingering>,
 }
 
-/// Nothing more is written, and what still comes is thrown away.
+/// The write half is shut down, and what still arrives is discarded.
+#[derive(Clone, Copy)]
 struct Lingering {
     until: Instant,
-    left: usize,
+    bytes_left: usize,
 }
 
-/// What reads and writes.
-pub(super) struct Handle<'s>(pub(super) &'s Socket);
+/// hyper's access to the socket.
+pub(super) struct SocketHandle<'s>(pub(super) &'s CallerSocket);
 
-impl Socket {
+impl CallerSocket {
     pub(super) fn new(stream: TcpStream, peer: Arc<Peer>) -> Self {
-        let (ahead, is_read) = (BytesMut::new(), true);
-        let inner =
-            Inner { stream, ahead, is_read, stuck: None, alarm: None, instead: None, lingering: None };
-        Self { peer, inner: Mutex::new(inner) }
+        let state = SocketState {
+            stream,
+            read_ahead: BytesMut::new(),
+            is_read_pending: true,
+            blocked_since: None,
+            timer: None,
+            replacement: None,
+            lingering: None,
+        };
+        Self { peer, state: Mutex::new(state) }
     }
 
-    /// Ready when the caller has hung up and nobody else would notice, because bytes lie before the end
-    /// that have not been asked for, and are not asked for before the answer is whole.
-    pub(super) fn poll_hung_up(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut inner = self.lock();
-        let Inner { stream, ahead, is_read, .. } = &mut *inner;
-        while !*is_read && ahead.len() < MOST_AHEAD {
-            if ahead.capacity() - ahead.len() < 1024 {
-                ahead.reserve(4 * 1024);
+    /// Ready when the caller has disconnected and hyper would not notice: hyper reads nothing before the answer is
+    /// complete, so unread bytes hide the end of the stream.
+    pub(super) fn poll_disconnected(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        let SocketState { stream, read_ahead, is_read_pending, .. } = &mut *state;
+        while !*is_read_pending && read_ahead.len() < MAX_READ_AHEAD_BYTES {
+            if read_ahead.capacity() - read_ahead.len() < 1024 {
+                read_ahead.reserve(4 * 1024);
             }
-            match ready!(poll_read_buf(Pin::new(&mut *stream), cx, ahead)) {
+            match ready!(poll_read_buf(Pin::new(&mut *stream), cx, read_ahead)) {
                 Ok(0) | Err(_) => return Poll::Ready(()),
                 Ok(_) => {}
             }
@@ -76,68 +85,71 @@ impl Socket {
         Poll::Pending
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, SocketState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes `first` and what follows it by `write`, or what has to be written in place of `first`.
+    /// Performs `write`, whose first slice is `first`. If `first` is an answer that hyper made, writes its
+    /// replacement.
     fn poll_write(
         &self,
         cx: &mut Context<'_>,
         first: &[u8],
         write: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        let mut inner = self.lock();
-        if inner.instead.is_none()
-            && let Some(instead) = malformed::instead_of(first)
+        let mut state = self.lock();
+        if state.replacement.is_none()
+            && self.peer.is_between_requests()
+            && let Some(replacement) = malformed::replacement_for(first)
         {
             self.peer.linger();
-            inner.instead = Some((instead, 0));
+            state.replacement = Some((replacement, 0));
         }
-        let written = match &mut inner.instead {
-            None => write(Pin::new(&mut inner.stream), cx),
-            Some(_) => inner.poll_instead(cx, first.len()),
+        let written = match &mut state.replacement {
+            None => write(Pin::new(&mut state.stream), cx),
+            Some(_) => state.poll_write_replacement(cx, first.len()),
         };
         if let Poll::Ready(written) = written {
-            inner.stuck = None;
+            state.blocked_since = None;
             return Poll::Ready(written);
         }
-        let stuck = *inner.stuck.get_or_insert_with(Stopwatch::start);
-        ready!(inner.poll_alarm(cx, self.peer.give_up_at(stuck)));
-        tracing::debug!(peer = %self.peer.address, "a caller does not take its answer");
+        let blocked_since = *state.blocked_since.get_or_insert_with(Stopwatch::start);
+        ready!(state.poll_timer(cx, self.peer.write_deadline(blocked_since)));
+        tracing::debug!(peer = %self.peer.address, "a caller does not read its answer");
         Poll::Ready(Err(ErrorKind::TimedOut.into()))
     }
 }
 
-impl Inner {
-    /// One timer, made when a write is stuck for the first time, and moved only when it is looked at.
-    fn poll_alarm(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
-        if alarm.deadline() != due {
-            alarm.as_mut().reset(due);
+impl SocketState {
+    /// Polls the connection's only timer, which is allocated when a write is blocked for the first time.
+    fn poll_timer(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
+        if timer.deadline() != due {
+            timer.as_mut().reset(due);
         }
-        alarm.as_mut().poll(cx)
+        timer.as_mut().poll(cx)
     }
 
-    /// `length`: of what it is written in place of.
-    fn poll_instead(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
-        let Self { stream, instead: Some((bytes, at)), .. } = self else { return Poll::Pending };
-        while *at < bytes.len() {
-            *at += ready!(Pin::new(&mut *stream).poll_write(cx, &bytes[*at..]))?;
+    /// Returns `replaced`, the number of bytes that the replacement stands for, when it is written.
+    fn poll_write_replacement(&mut self, cx: &mut Context<'_>, replaced: usize) -> Poll<io::Result<usize>> {
+        let Self { stream, replacement: Some((bytes, written)), .. } = self else { return Poll::Pending };
+        while *written < bytes.len() {
+            *written += ready!(Pin::new(&mut *stream).poll_write(cx, &bytes[*written..]))?;
         }
-        self.instead = None;
-        Poll::Ready(Ok(length))
+        self.replacement = None;
+        Poll::Ready(Ok(replaced))
     }
 
+    /// Discards what arrives, until the caller closes, the linger timeout elapses or `MAX_LINGER_BYTES` came.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(Lingering { until, left }) = self.lingering else { return Poll::Ready(()) };
-        if self.poll_alarm(cx, until).is_ready() {
+        let Some(Lingering { until, bytes_left }) = self.lingering else { return Poll::Ready(()) };
+        if self.poll_timer(cx, until).is_ready() {
             return Poll::Ready(());
         }
         let mut scratch = [0; 8 * 1024];
         let mut read = 0;
-        while read < left {
-            if read >= LINGER_AT_ONCE {
+        while read < bytes_left {
+            if read >= LINGER_BATCH_BYTES {
                 cx.waker().wake_by_ref();
                 break;
             }
@@ -148,32 +160,32 @@ impl Inner {
                 Poll::Pending => break,
             }
         }
-        self.lingering = Some(Lingering { until, left: left.saturating_sub(read) });
-        if read < left { Poll::Pending } else { Poll::Ready(()) }
+        self.lingering = Some(Lingering { until, bytes_left: bytes_left.saturating_sub(read) });
+        if read < bytes_left { Poll::Pending } else { Poll::Ready(()) }
     }
 }
 
-impl AsyncRead for Handle<'_> {
+impl AsyncRead for SocketHandle<'_> {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut inner = self.0.lock();
-        inner.is_read = false;
-        if !inner.ahead.is_empty() {
-            let n = inner.ahead.len().min(buffer.remaining());
-            buffer.put_slice(&inner.ahead[..n]);
-            inner.ahead.advance(n);
+        let mut state = self.0.lock();
+        state.is_read_pending = false;
+        if !state.read_ahead.is_empty() {
+            let n = state.read_ahead.len().min(buffer.remaining());
+            buffer.put_slice(&state.read_ahead[..n]);
+            state.read_ahead.advance(n);
             return Poll::Ready(Ok(()));
         }
-        let read = Pin::new(&mut inner.stream).poll_read(cx, buffer);
-        inner.is_read = read.is_pending();
+        let read = Pin::new(&mut state.stream).poll_read(cx, buffer);
+        state.is_read_pending = read.is_pending();
         read
     }
 }
 
-impl AsyncWrite for Handle<'_> {
+impl AsyncWrite for SocketHandle<'_> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.0.poll_write(cx, bytes, |stream, cx| stream.poll_write(cx, bytes))
     }
@@ -191,22 +203,23 @@ impl AsyncWrite for Handle<'_> {
         true
     }
 
-    /// A TCP socket has nothing of its own to flush.
+    /// Records that hyper's buffer is empty: hyper flushes only then. A TCP socket itself has nothing to flush.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.peer.on_flush();
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut inner = self.0.lock();
-        if inner.lingering.is_none() {
-            ready!(Pin::new(&mut inner.stream).poll_shutdown(cx))?;
+        let mut state = self.0.lock();
+        if state.lingering.is_none() {
+            ready!(Pin::new(&mut state.stream).poll_shutdown(cx))?;
             if !self.0.peer.lingers() {
                 return Poll::Ready(Ok(()));
             }
-            let until = Stopwatch::start().deadline(self.0.peer.patience.linger);
-            inner.lingering = Some(Lingering { until, left: MOST_LINGERING });
-            inner.is_read = true;
+            let until = Stopwatch::start().deadline(self.0.peer.timeouts.linger);
+            state.lingering = Some(Lingering { until, bytes_left: MAX_LINGER_BYTES });
+            state.is_read_pending = true;
         }
-        inner.poll_linger(cx).map(Ok)
+        state.poll_linger(cx).map(Ok)
     }
 }

@@ -4,13 +4,13 @@ use crate::support::*;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tollgate::app::Patience;
+use tollgate::app::CallerTimeouts;
 
 const STAGING: &str = "  staging: { upstream: backend, reserve: { completion: max_tokens }, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
 
-fn short(millis: u64) -> Patience {
+fn short(millis: u64) -> CallerTimeouts {
     let time = Duration::from_millis(millis);
-    Patience { head: time, body: time, write: time, ..Patience::default() }
+    CallerTimeouts { head: time, body: time, write: time, ..CallerTimeouts::default() }
 }
 
 /// More than the sockets between upstream and caller hold.
@@ -233,4 +233,29 @@ async fn what_a_shutdown_cuts_off_is_charged_to_the_last_token() {
             "{settings}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_body_piece_that_looks_like_a_refusal_passes_unchanged() {
+    let piece = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+    let head =
+        format!("HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\n\r\n", 2 * piece.len());
+    let upstream = Upstream::always(Answer::of(vec![
+        Step::Send(head.into()),
+        Step::Wait(Duration::from_millis(20)),
+        Step::Send(piece.into()),
+        Step::Wait(Duration::from_millis(20)),
+        Step::Send(piece.into()),
+    ]))
+    .await;
+    let gateway = Gateway::with(&upstream, "", STAGING).await;
+    let mut caller = gateway.caller().await;
+    for _ in 0..2 {
+        caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+        assert_eq!(caller.reply().await.text(), piece.repeat(2));
+    }
+    // A malformed request after them still gets an answer with a body.
+    caller.send(b"nonsense\r\n\r\n").await;
+    let reply = caller.reply().await;
+    assert_eq!((reply.status, reply.code().as_str()), (400, "bad_request"));
 }

@@ -4,7 +4,7 @@ use super::redis::with_store;
 use super::{Caller, Reply, Upstream, soon};
 use serde_json::Value;
 use std::net::SocketAddr;
-use tollgate::app::{App, Patience, Workers};
+use tollgate::app::{App, CallerTimeouts, Workers};
 use tollgate::config::parse;
 
 pub struct Gateway {
@@ -33,7 +33,7 @@ impl Gateway {
 
     /// A gateway with more settings of the upstream `backend`, and this content of `environments`.
     pub async fn with(upstream: &Upstream, settings: &str, environments: &str) -> Self {
-        Self::waiting(upstream, settings, environments, Patience::default()).await
+        Self::waiting(upstream, settings, environments, CallerTimeouts::default()).await
     }
 
     /// The same with these timeouts for callers.
@@ -41,7 +41,7 @@ impl Gateway {
         upstream: &Upstream,
         settings: &str,
         environments: &str,
-        patience: Patience,
+        patience: CallerTimeouts,
     ) -> Self {
         let text = format!(
             "server: {{ listen: '127.0.0.1:0', max_request_body: 1MiB, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
@@ -53,10 +53,10 @@ impl Gateway {
 
     /// A gateway with this config.
     pub async fn from_config(text: &str) -> Self {
-        Self::start(text, Patience::default()).await
+        Self::start(text, CallerTimeouts::default()).await
     }
 
-    async fn start(text: &str, patience: Patience) -> Self {
+    async fn start(text: &str, patience: CallerTimeouts) -> Self {
         let text = with_store(text);
         let loaded =
             parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));

@@ -1,0 +1,57 @@
+//! Marks the time during which the service has a request, up to the last byte of its answer's body.
+
+use super::peer::{Peer, ServedRequest};
+use futures_util::FutureExt as _;
+use http::{Request, Response};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::service::{Service, service_fn};
+use std::error::Error;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+/// The body of an answer, with the request that it answers.
+pub(super) struct ServedBody<B> {
+    inner: B,
+    _request: ServedRequest,
+}
+
+/// A service that notes in `peer` when `inner` begins a request and when its answer's body ends.
+pub(super) fn marking<S, B>(
+    inner: S,
+    peer: Arc<Peer>,
+) -> impl Service<Request<Incoming>, Response = Response<ServedBody<B>>, Error = S::Error, Future: Send>
+where
+    S: Service<Request<Incoming>, Response = Response<B>>,
+    S::Future: Send,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body + Unpin,
+{
+    service_fn(move |request| {
+        let served = peer.begin_request();
+        // `map` and not an async block, which would hold the inner future twice.
+        inner
+            .call(request)
+            .map(|answer| answer.map(|answer| answer.map(|inner| ServedBody { inner, _request: served })))
+    })
+}
+
+impl<B: Body + Unpin> Body for ServedBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
