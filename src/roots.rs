@@ -1,8 +1,8 @@
-//! Whom TLS connections trust: those to upstreams, and to Redis.
+//! The certificate authorities that TLS connections to upstreams and to Redis trust.
 
 use tokio_rustls::rustls::RootCertStore;
 
-/// The machine's roots (also those named by `SSL_CERT_FILE`), and Mozilla's list where the machine has none.
+/// The machine's root certificates, or those that `SSL_CERT_FILE` names. Mozilla's list if there are none.
 pub(crate) fn trusted_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     let native = rustls_native_certs::load_native_certs();

@@ -1,4 +1,4 @@
-//! TLS toward upstreams: rustls, the machine's trusted roots, HTTP/2 by ALPN.
+//! TLS to upstreams: rustls, the machine's trusted roots, HTTP/2 by ALPN.
 
 use crate::roots::trusted_roots;
 use anyhow::Context as _;
@@ -10,20 +10,23 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, crypto};
 
-/// One upstream's TLS settings.
-pub(crate) struct Tls {
+/// The TLS settings of one upstream.
+pub(super) struct Tls {
     connector: TlsConnector,
     name: ServerName<'static>,
 }
 
 impl Tls {
-    pub(crate) fn new(config: Arc<ClientConfig>, host: &str) -> anyhow::Result<Self> {
+    /// # Errors
+    /// `host` cannot be the name of a TLS server.
+    pub(super) fn new(config: Arc<ClientConfig>, host: &str) -> anyhow::Result<Self> {
         let name = ServerName::try_from(host.to_owned())
             .with_context(|| format!("'{host}' cannot be the name of a TLS server"))?;
         Ok(Self { connector: TlsConnector::from(config), name })
     }
 
-    pub(crate) async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    /// Performs the handshake.
+    pub(super) async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         self.connector.connect(self.name.clone(), tcp).await
     }
 }
@@ -31,7 +34,7 @@ impl Tls {
 /// The settings that all TLS connections to upstreams share.
 ///
 /// # Errors
-/// The cryptography library refuses its own defaults: cannot happen with the features built in.
+/// The cryptography library rejects its own defaults, which the features built in make impossible.
 pub fn client_config() -> anyhow::Result<Arc<ClientConfig>> {
     let mut config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()?

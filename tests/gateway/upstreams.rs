@@ -2,6 +2,7 @@
 
 use crate::support::*;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -130,4 +131,100 @@ async fn an_upstream_that_reads_slowly_gets_the_whole_body() {
     let reply = gateway.chat(&large).await;
     assert_eq!((reply.status, reply.text()), (200, "{}"));
     assert!(reader.await.unwrap() > large.len());
+}
+
+/// Answers the first request of a connection, and does `step` with the second one.
+fn answers_once_then(step: Step) -> impl Fn(&Seen) -> Answer {
+    let requests = AtomicUsize::new(0);
+    move |_| match requests.fetch_add(1, Ordering::Relaxed) {
+        1 => Answer::of(vec![step.clone()]),
+        _ => Answer::chat(8, 2),
+    }
+}
+
+#[tokio::test]
+async fn a_request_lost_on_a_reused_connection_is_retried_once_and_charged_once() {
+    for step in [Step::Cut, Step::Reset] {
+        let upstream = Upstream::answering(answers_once_then(step.clone())).await;
+        let gateway = Gateway::with(&upstream, "", STAGING).await;
+        let mut caller = gateway.caller().await;
+        for _ in 0..2 {
+            caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+            let reply = caller.reply().await;
+            assert_eq!(reply.status, 200, "{step:?} {}", reply.text());
+        }
+        assert_eq!((upstream.seen().len(), upstream.connections()), (3, 2), "{step:?}");
+        assert_eq!(gateway.settled_charges().await, [2, 16, 4, 20], "{step:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_retry_is_not_repeated() {
+    let requests = AtomicUsize::new(0);
+    let upstream = Upstream::answering(move |_| match requests.fetch_add(1, Ordering::Relaxed) {
+        0 => Answer::chat(8, 2),
+        _ => Answer::of(vec![Step::Cut]),
+    })
+    .await;
+    let gateway = Gateway::with(&upstream, "", STAGING).await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    assert_eq!(caller.reply().await.status, 200);
+    caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    assert_eq!(caller.reply().await.refusal(), (502, "upstream_unreachable".into()));
+    assert_eq!((upstream.seen().len(), upstream.connections()), (3, 2));
+    assert_eq!(gateway.settled_charges().await, [2, 8 + HELLO_TOKENS, 2, 10 + HELLO_TOKENS]);
+}
+
+#[tokio::test]
+async fn a_request_is_not_retried_after_a_byte_of_its_answer_or_on_a_fresh_connection() {
+    for step in [Step::Send(b"HTTP/1.1 2".into()), Step::Send(b"HTTP/1.1 103 Early Hints\r\n\r\n".into())] {
+        let requests = AtomicUsize::new(0);
+        let upstream = Upstream::answering(move |_| match requests.fetch_add(1, Ordering::Relaxed) {
+            1 => Answer::of(vec![step.clone(), Step::Cut]),
+            _ => Answer::chat(8, 2),
+        })
+        .await;
+        let gateway = Gateway::with(&upstream, "", STAGING).await;
+        let mut caller = gateway.caller().await;
+        for status in [200, 502] {
+            caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+            assert_eq!(caller.reply().await.status, status);
+        }
+        assert_eq!((upstream.seen().len(), upstream.connections()), (2, 1));
+        assert_eq!(gateway.settled_charges().await, [2, 8 + HELLO_TOKENS, 2, 10 + HELLO_TOKENS]);
+    }
+    let upstream = Upstream::always(Answer::of(vec![Step::Cut])).await;
+    let gateway = Gateway::with(&upstream, "", STAGING).await;
+    assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
+    assert_eq!((upstream.seen().len(), upstream.connections()), (1, 1));
+    assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
+}
+
+#[tokio::test]
+async fn an_answer_that_begins_before_the_request_is_read_is_passed_on_while_the_request_is_sent() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    // The upstream reads the rest of the request only after its answer has been taken.
+    let answer = "x".repeat(16 << 20);
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", answer.len());
+    let body = answer.clone();
+    let reader = tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let mut all = Vec::new();
+        socket.read_buf(&mut all).await.unwrap();
+        socket.write_all(head.as_bytes()).await.unwrap();
+        socket.write_all(body.as_bytes()).await.unwrap();
+        while !all.ends_with(b"the end\"}]}") {
+            socket.read_buf(&mut all).await.unwrap();
+            all.reserve(256 * 1024);
+        }
+        all.len()
+    });
+    let gateway = gateway_before(&format!("http://{address}/v1"), "timeouts: { first_byte: 3s }").await;
+    let large = HELLO.replace("hello", &format!("{}the end", "a ".repeat(10 << 20)));
+    let reply = gateway.chat(&large).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert!(reply.text() == answer && !reply.broke_off);
+    drop(reader);
 }

@@ -18,7 +18,7 @@ pub use framing::{Framing, framed, of_type};
 pub use gateway::Gateway;
 pub use process::Process;
 pub use program::{run, tollgate};
-pub use upstream::{Answer, Step, Upstream};
+pub use upstream::{Answer, Seen, Step, Upstream};
 
 use std::time::Duration;
 

@@ -23,6 +23,8 @@ pub enum Step {
     Hold,
     /// Closes the connection.
     Cut,
+    /// Resets the connection.
+    Reset,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -234,6 +236,7 @@ async fn serve(
                 Step::Wait(time) => tokio::time::sleep(time).await,
                 Step::Hold => std::future::pending().await,
                 Step::Cut => return,
+                Step::Reset => return socket.set_zero_linger().unwrap(),
             }
         }
     }

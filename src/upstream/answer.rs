@@ -1,0 +1,73 @@
+//! The body of an upstream's answer, over either protocol.
+
+use super::http1::Http1Body;
+use super::http2::Http2Body;
+use bytes::Bytes;
+use std::io;
+use std::task::{Context, Poll};
+
+/// The body of an answer, as it arrives.
+pub struct Incoming {
+    source: Source,
+    /// Bytes that were read ahead, which `poll_data` returns first.
+    read_ahead: Option<Box<ReadAhead>>,
+}
+
+struct ReadAhead {
+    data: Bytes,
+    /// The error that followed these bytes.
+    error: Option<io::Error>,
+}
+
+enum Source {
+    Http1(Http1Body),
+    Http2(Http2Body),
+}
+
+impl From<Http1Body> for Incoming {
+    fn from(body: Http1Body) -> Self {
+        Self { source: Source::Http1(body), read_ahead: None }
+    }
+}
+
+impl From<Http2Body> for Incoming {
+    fn from(body: Http2Body) -> Self {
+        Self { source: Source::Http2(body), read_ahead: None }
+    }
+}
+
+impl Incoming {
+    /// Puts bytes that were read ahead back in front of the body, and the error that followed them, if any.
+    #[must_use]
+    pub fn with_read(self, data: Bytes, error: Option<io::Error>) -> Self {
+        Self { read_ahead: Some(Box::new(ReadAhead { data, error })), ..self }
+    }
+
+    /// The next bytes of the body; `None` at its end. An error means that the body is incomplete.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        if let Some(ahead) = &mut self.read_ahead {
+            if !ahead.data.is_empty() {
+                return Poll::Ready(Some(Ok(std::mem::take(&mut ahead.data))));
+            }
+            if let Some(error) = ahead.error.take() {
+                return Poll::Ready(Some(Err(error)));
+            }
+            self.read_ahead = None;
+        }
+        match &mut self.source {
+            Source::Http1(body) => body.poll_data(cx),
+            Source::Http2(body) => body.poll_data(cx),
+        }
+    }
+
+    /// Whether every byte has been returned, as far as is known without reading on.
+    pub fn is_end(&self) -> bool {
+        if self.read_ahead.as_ref().is_some_and(|ahead| !ahead.data.is_empty() || ahead.error.is_some()) {
+            return false;
+        }
+        match &self.source {
+            Source::Http1(body) => body.is_end(),
+            Source::Http2(body) => body.is_end(),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Sends a request on a connection and reads the head of its answer.
+
+use super::body::Http1Body;
+use super::connection::Http1Connection;
+use super::head::{self, AnswerHead, MAX_HEAD_BYTES, invalid};
+use super::outgoing::OutgoingRequest;
+use super::pool::IdlePool;
+use crate::upstream::request::{ExchangeError, Request};
+use http::{Method, StatusCode, response};
+use std::future::poll_fn;
+use std::io::{self, ErrorKind};
+use std::task::{Context, Poll, ready};
+
+/// The most interim answers (103 and others) before the final one.
+const MAX_INTERIM_ANSWERS: usize = 16;
+
+/// Sends a request and reads the head of the final answer.
+///
+/// Returns when the head is complete, even if the request is not yet sent: an upstream can answer early, and
+/// can stop reading until its answer is read. After an early refusal (4xx, 5xx) no more is sent. After any other
+/// early answer the rest of the request is sent while the body is polled.
+///
+/// The connection goes to `pool` at the end of the body if it can be reused.
+pub(in crate::upstream) async fn exchange(
+    mut connection: Http1Connection,
+    authority: &str,
+    request: &Request,
+    pool: &IdlePool,
+) -> Result<(response::Parts, Http1Body), ExchangeError> {
+    let mut outgoing = OutgoingRequest::new(authority, request);
+    let mut interim_answers = 0;
+    let head = poll_fn(|cx| {
+        // Reads whether or not the write is blocked.
+        let _ = outgoing.poll_write(cx, &mut *connection.stream);
+        poll_head(&mut connection, cx, &request.method, &mut interim_answers)
+    });
+    let AnswerHead { parts, framing, keeps_alive } = match head.await {
+        Ok(head) => head,
+        Err(error) => return Err(failure(error, interim_answers, outgoing, &connection)),
+    };
+    let is_refusal = parts.status.is_client_error() || parts.status.is_server_error();
+    let keeps_alive = keeps_alive && (outgoing.is_sent() || outgoing.is_writing() && !is_refusal);
+    let unsent = (outgoing.is_writing() && !is_refusal).then(|| Box::new(outgoing));
+    Ok((parts, Http1Body::new(connection, framing, unsent, keeps_alive.then(|| pool.clone()))))
+}
+
+/// Reads up to the head of the final answer.
+fn poll_head(
+    connection: &mut Http1Connection,
+    cx: &mut Context<'_>,
+    method: &Method,
+    interim_answers: &mut usize,
+) -> Poll<io::Result<AnswerHead>> {
+    loop {
+        if let Some(head) = head::take(&mut connection.buffer, method)? {
+            if !head.parts.status.is_informational() {
+                return Poll::Ready(Ok(head));
+            }
+            *interim_answers += 1;
+            if *interim_answers > MAX_INTERIM_ANSWERS {
+                return Poll::Ready(Err(invalid("there are too many interim answers")));
+            }
+            if head.parts.status == StatusCode::SWITCHING_PROTOCOLS {
+                return Poll::Ready(Err(invalid("the upstream switches protocols without a request for it")));
+            }
+            continue;
+        }
+        if connection.buffer.len() > MAX_HEAD_BYTES {
+            return Poll::Ready(Err(invalid("the answer's head is too long")));
+        }
+        if ready!(connection.poll_read(cx))? == 0 {
+            return Poll::Ready(Err(ErrorKind::UnexpectedEof.into()));
+        }
+    }
+}
+
+/// Classifies a failure by what the upstream can have processed.
+fn failure(
+    read_error: io::Error,
+    interim_answers: usize,
+    outgoing: OutgoingRequest,
+    connection: &Http1Connection,
+) -> ExchangeError {
+    let has_answer_begun =
+        interim_answers > 0 || !connection.buffer.is_empty() || read_error.kind() == ErrorKind::InvalidData;
+    let is_unwritten = outgoing.is_unwritten();
+    let error = outgoing.write_error_or(read_error);
+    match (has_answer_begun, is_unwritten) {
+        (true, _) => ExchangeError::unknown(error),
+        (false, true) => ExchangeError::not_processed(error),
+        (false, false) => ExchangeError::unanswered(error),
+    }
+}

@@ -1,0 +1,185 @@
+//! The heads of requests and answers, and the framing of an answer's body.
+
+use crate::upstream::request::Request;
+use bytes::BytesMut;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, StatusCode, response};
+use smallvec::SmallVec;
+use std::io::{self, ErrorKind};
+
+/// The longest head of an answer, in bytes.
+pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
+const MAX_HEADERS: usize = 128;
+/// The gateway adds up to this many headers to an answer; the map has room for them from the start.
+const ADDED_HEADERS: usize = 15;
+
+/// The head of an answer.
+#[derive(Debug)]
+pub(super) struct AnswerHead {
+    pub(super) parts: response::Parts,
+    pub(super) framing: Framing,
+    /// Whether the connection can be reused after the answer.
+    pub(super) keeps_alive: bool,
+}
+
+/// How the end of an answer's body is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Framing {
+    /// By `content-length`.
+    Length(u64),
+    /// By `transfer-encoding: chunked`.
+    Chunked,
+    /// The upstream closes the connection.
+    UntilClose,
+}
+
+/// An error for bytes that are not valid HTTP/1.1.
+pub(super) fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, what)
+}
+
+/// Encodes the head of a request.
+pub(super) fn encode(authority: &str, request: &Request) -> Vec<u8> {
+    let mut head = Vec::with_capacity(1_024);
+    let mut put = |parts: [&[u8]; 4]| parts.iter().for_each(|part| head.extend_from_slice(part));
+    put([request.method.as_str().as_bytes(), b" ", request.target.as_bytes(), b" HTTP/1.1\r\n"]);
+    put([b"host: ", authority.as_bytes(), b"\r\n", b""]);
+    for (name, value) in &request.headers {
+        put([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+    }
+    if request.method != Method::GET || !request.body.is_empty() {
+        put([b"content-length: ", request.body.len().to_string().as_bytes(), b"\r\n", b""]);
+    }
+    head.extend_from_slice(b"\r\n");
+    head
+}
+
+/// Removes a head from the front of the buffer; `None` if it is not complete. `method` is the request's.
+pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<AnswerHead>> {
+    if buffer.is_empty() {
+        return Ok(None);
+    }
+    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut head = httparse::Response::new(&mut fields);
+    let httparse::Status::Complete(length) =
+        head.parse(buffer).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?
+    else {
+        return Ok(None);
+    };
+    let status =
+        StatusCode::from_u16(head.code.unwrap_or(0)).map_err(|_| invalid("the status is not valid"))?;
+    let is_http11 = head.version == Some(1);
+    // The values' positions come first: the values then share the head's bytes instead of copying them.
+    let base = buffer.as_ptr() as usize;
+    let spans: SmallVec<[(HeaderName, usize, usize); 16]> = head
+        .headers
+        .iter()
+        .map(|h| {
+            let name = HeaderName::from_bytes(h.name.as_bytes())
+                .map_err(|_| invalid("a header name is not valid"))?;
+            Ok((name, h.value.as_ptr() as usize - base, h.value.len()))
+        })
+        .collect::<io::Result<_>>()?;
+    let bytes = buffer.split_to(length).freeze();
+    let mut headers = HeaderMap::with_capacity(spans.len() + ADDED_HEADERS);
+    for (name, at, length) in spans {
+        let value = HeaderValue::from_maybe_shared(bytes.slice(at..at + length))
+            .map_err(|_| invalid("a header value is not valid"))?;
+        headers.append(name, value);
+    }
+    let framing = framing(&headers, status, method)?;
+    let keeps_alive = is_http11 && framing != Framing::UntilClose && !has_connection_close(&headers);
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    parts.status = status;
+    parts.headers = headers;
+    Ok(Some(AnswerHead { parts, framing, keeps_alive }))
+}
+
+fn has_connection_close(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::CONNECTION).iter();
+    let mut tokens = values.flat_map(|value| value.as_bytes().split(|&b| b == b','));
+    tokens.any(|token| token.trim_ascii().eq_ignore_ascii_case(b"close"))
+}
+
+/// Determines the framing by RFC 9112, section 6.3. Differing lengths, or a length beside a transfer
+/// coding, are rejected as response smuggling.
+fn framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> io::Result<Framing> {
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let (coding, length) = (codings.next(), lengths.next());
+    if codings.next().is_some()
+        || lengths.any(|l| Some(l) != length)
+        || (coding.is_some() && length.is_some())
+    {
+        return Err(invalid("the answer's length is ambiguous"));
+    }
+    if method == Method::HEAD
+        || status.is_informational()
+        || status == StatusCode::NO_CONTENT
+        || status == StatusCode::NOT_MODIFIED
+    {
+        return Ok(Framing::Length(0));
+    }
+    if let Some(coding) = coding {
+        return if coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked") {
+            Ok(Framing::Chunked)
+        } else {
+            Err(invalid("the answer has a transfer coding other than chunked"))
+        };
+    }
+    let Some(length) = length else { return Ok(Framing::UntilClose) };
+    let digits = length.to_str().ok().filter(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()));
+    let length =
+        digits.and_then(|l| l.parse().ok()).ok_or_else(|| invalid("the answer's length is not a number"))?;
+    Ok(Framing::Length(length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(head: &str) -> io::Result<Option<AnswerHead>> {
+        take(&mut BytesMut::from(head), &Method::POST)
+    }
+
+    #[test]
+    fn a_head_determines_the_framing_of_its_body() {
+        for (fields, framing, keeps_alive) in [
+            ("content-length: 12\r\n", Framing::Length(12), true),
+            ("Transfer-Encoding: Chunked\r\n", Framing::Chunked, true),
+            ("connection: keep-alive, Close\r\ncontent-length: 1\r\n", Framing::Length(1), false),
+            ("content-length: 7\r\ncontent-length: 7\r\n", Framing::Length(7), true),
+            ("", Framing::UntilClose, false),
+        ] {
+            let head = parse(&format!("HTTP/1.1 200 OK\r\n{fields}\r\n")).unwrap().unwrap();
+            assert_eq!((head.framing, head.keeps_alive), (framing, keeps_alive), "{fields}");
+        }
+        assert_eq!(parse("HTTP/1.1 204 No Content\r\n\r\n").unwrap().unwrap().framing, Framing::Length(0));
+        assert!(!parse("HTTP/1.0 200 OK\r\ncontent-length: 1\r\n\r\n").unwrap().unwrap().keeps_alive);
+        assert!(parse("HTTP/1.1 200 OK\r\ncontent-le").unwrap().is_none());
+    }
+
+    #[test]
+    fn an_ambiguous_length_is_rejected() {
+        for fields in [
+            "content-length: 1\r\ncontent-length: 2\r\n",
+            "content-length: 1\r\ntransfer-encoding: chunked\r\n",
+            "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+            "transfer-encoding: gzip, chunked\r\n",
+            "content-length: +1\r\n",
+            "content-length: -1\r\n",
+            "content-length: 1, 1\r\n",
+            "content-length: 99999999999999999999\r\n",
+        ] {
+            assert!(parse(&format!("HTTP/1.1 200 OK\r\n{fields}\r\n")).is_err(), "{fields}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_makes_the_parser_panic(wire in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = take(&mut BytesMut::from(&wire[..]), &Method::POST);
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! HTTP/2 to one upstream: one shared connection, its keep-alive and its idle timeout.
+
+use super::request::{ExchangeError, Request};
+use crate::clock::Stopwatch;
+use bytes::Bytes;
+use http::uri::Scheme;
+use http::{Uri, response};
+use http_body_util::Full;
+use hyper::body::{Body as _, Incoming};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use std::error::Error as _;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::sleep;
+
+/// The times after which a connection is checked and closed.
+#[derive(Clone, Copy)]
+pub(super) struct Http2Timeouts {
+    /// A connection on which nothing arrives for this time is sent a ping, also while it is idle.
+    pub(super) ping_interval: Duration,
+    /// A connection whose ping is not answered within this time is closed.
+    pub(super) ping_timeout: Duration,
+    /// A connection without streams is closed after this time.
+    pub(super) idle: Duration,
+}
+
+/// The shared connection to an upstream, if there is one.
+pub(super) struct Http2Client {
+    current: Arc<Mutex<Option<Http2Connection>>>,
+    timeouts: Http2Timeouts,
+}
+
+/// A connection, which can carry any number of streams.
+#[derive(Clone)]
+pub(super) struct Http2Connection {
+    sender: http2::SendRequest<Full<Bytes>>,
+    activity: Arc<Activity>,
+}
+
+/// How a connection is used.
+struct Activity {
+    opened: Stopwatch,
+    /// Streams in flight.
+    streams: AtomicUsize,
+    /// The time at which the last stream ended, in milliseconds since `opened`.
+    idle_since_ms: AtomicU64,
+}
+
+/// One stream in flight. Dropping it ends the stream.
+struct StreamGuard(Arc<Activity>);
+
+/// The body of an answer.
+pub(super) struct Http2Body {
+    body: Incoming,
+    _stream: StreamGuard,
+}
+
+/// A connection and the right to one exchange on it.
+pub(super) struct Http2Stream {
+    sender: http2::SendRequest<Full<Bytes>>,
+    guard: StreamGuard,
+}
+
+impl Http2Client {
+    pub(super) fn new(timeouts: Http2Timeouts) -> Self {
+        Self { current: Arc::default(), timeouts }
+    }
+
+    /// A stream on the current connection; `None` if there is no open connection.
+    pub(super) fn reuse(&self) -> Option<Http2Stream> {
+        lock(&self.current)
+            .as_ref()
+            .filter(|connection| !connection.sender.is_closed())
+            .map(Http2Connection::stream)
+    }
+
+    /// Makes a connection over `stream`, and makes it the current one. A connection that was current before
+    /// ends with its last stream.
+    pub(super) async fn open(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> hyper::Result<Http2Stream> {
+        let Http2Timeouts { ping_interval, ping_timeout, idle } = self.timeouts;
+        let (sender, driver) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(ping_interval)
+            .keep_alive_timeout(ping_timeout)
+            .keep_alive_while_idle(true)
+            .adaptive_window(true)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        let activity = Arc::new(Activity::new());
+        let connection = Http2Connection { sender, activity: activity.clone() };
+        let stream = connection.stream();
+        let current = self.current.clone();
+        *lock(&current) = Some(connection);
+        tokio::spawn(async move {
+            let mut driver = pin!(driver);
+            let ended = tokio::select! {
+                ended = driver.as_mut() => ended,
+                // Without a sender the connection is closed when its last stream ends.
+                () = remove_when_idle(&current, &activity, idle) => driver.await,
+            };
+            if let Err(error) = ended {
+                tracing::debug!(%error, "an HTTP/2 connection to an upstream failed");
+            }
+        });
+        Ok(stream)
+    }
+}
+
+/// Waits until the connection was without streams for `idle_timeout`, and removes it from `current`.
+async fn remove_when_idle(
+    current: &Mutex<Option<Http2Connection>>,
+    activity: &Arc<Activity>,
+    idle_timeout: Duration,
+) {
+    loop {
+        sleep(idle_timeout.saturating_sub(activity.idle_for())).await;
+        // Streams begin under this lock.
+        let mut current = lock(current);
+        if activity.idle_for() >= idle_timeout {
+            if current.as_ref().is_some_and(|connection| Arc::ptr_eq(&connection.activity, activity)) {
+                *current = None;
+            }
+            return;
+        }
+    }
+}
+
+fn lock(current: &Mutex<Option<Http2Connection>>) -> MutexGuard<'_, Option<Http2Connection>> {
+    current.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Http2Connection {
+    fn stream(&self) -> Http2Stream {
+        self.activity.streams.fetch_add(1, Ordering::Relaxed);
+        Http2Stream { sender: self.sender.clone(), guard: StreamGuard(self.activity.clone()) }
+    }
+}
+
+impl Activity {
+    fn new() -> Self {
+        let (streams, idle_since_ms) = (AtomicUsize::new(0), AtomicU64::new(0));
+        Self { opened: Stopwatch::start(), streams, idle_since_ms }
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// How long the connection has had no streams; zero while it has one.
+    fn idle_for(&self) -> Duration {
+        if self.streams.load(Ordering::Relaxed) > 0 {
+            return Duration::ZERO;
+        }
+        let idle_since = self.idle_since_ms.load(Ordering::Relaxed);
+        Duration::from_millis(self.elapsed_ms().saturating_sub(idle_since))
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        self.0.idle_since_ms.store(self.0.elapsed_ms(), Ordering::Relaxed);
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Http2Stream {
+    /// Sends a request and waits for the head of its answer.
+    pub(super) async fn exchange(
+        mut self,
+        authority: &str,
+        request: &Request,
+    ) -> Result<(response::Parts, Http2Body), ExchangeError> {
+        let uri = Uri::builder()
+            .scheme(Scheme::HTTPS)
+            .authority(authority)
+            .path_and_query(request.target.as_str())
+            .build()
+            .map_err(ExchangeError::not_processed)?;
+        let mut message = http::Request::new(Full::new(request.body.clone()));
+        *message.method_mut() = request.method.clone();
+        *message.uri_mut() = uri;
+        let headers = request.headers.iter().cloned().map(|(name, value)| (Some(name), value));
+        message.headers_mut().extend(headers);
+        self.sender.ready().await.map_err(ExchangeError::not_processed)?;
+        let answer = self.sender.send_request(message).await.map_err(failure)?;
+        let (parts, body) = answer.into_parts();
+        Ok((parts, Http2Body { body, _stream: self.guard }))
+    }
+}
+
+/// Classifies a failure by what the upstream can have processed.
+fn failure(error: hyper::Error) -> ExchangeError {
+    let source = error.source();
+    let is_refused = source.and_then(|source| source.downcast_ref::<h2::Error>()).is_some_and(|error| {
+        // RFC 9113, section 8.7. Of a remote GOAWAY, h2 reports only the streams beyond its last one.
+        error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+    });
+    if error.is_canceled() || is_refused {
+        return ExchangeError::not_processed(error);
+    }
+    // A ping was not answered, or the connection was closed or reset.
+    let is_lost = error.is_timeout() || source.is_some_and(|source| source.is::<io::Error>());
+    let error = io::Error::other(error);
+    if is_lost { ExchangeError::unanswered(error) } else { ExchangeError::unknown(error) }
+}
+
+impl Http2Body {
+    /// The next bytes; `None` at the end of the body. Trailers are dropped: they carry nothing that is counted.
+    pub(super) fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        loop {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Poll::Ready(Some(Ok(data)));
+                    }
+                }
+                Some(Err(error)) => return Poll::Ready(Some(Err(io::Error::other(error)))),
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+
+    /// Whether the end of the body is known to have been reached.
+    pub(super) fn is_end(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+use super::*;
+use h2::Reason;
+use h2::server::{self, SendResponse};
+use http::{HeaderName, HeaderValue, Method, Response};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+use tokio::time::{Instant, timeout};
+
+const SOON: Duration = Duration::from_secs(5);
+const LONG: Duration = Duration::from_secs(60);
+const SHORT: Duration = Duration::from_millis(100);
+
+type Server = server::Connection<DuplexStream, Bytes>;
+
+async fn connected(timeouts: Http2Timeouts) -> (Http2Client, Http2Stream, Server) {
+    let (ours, theirs) = duplex(64 * 1024);
+    let client = Http2Client::new(timeouts);
+    let (stream, server) = tokio::join!(client.open(ours), server::handshake(theirs));
+    (client, stream.unwrap(), server.unwrap())
+}
+
+fn request() -> Request {
+    let headers = vec![(HeaderName::from_static("x-test"), HeaderValue::from_static("1"))];
+    Request { method: Method::POST, target: "/v1/x".into(), headers, body: Bytes::from_static(b"{}") }
+}
+
+async fn exchange(stream: Http2Stream) -> Result<(response::Parts, Http2Body), ExchangeError> {
+    timeout(SOON, stream.exchange("upstream", &request())).await.expect("the exchange ends soon")
+}
+
+fn answer(mut respond: SendResponse<Bytes>) {
+    respond.send_response(Response::new(()), true).unwrap();
+}
+
+/// Answers the first request with `act`, and polls the connection until it ends.
+async fn serve(mut server: Server, mut act: impl FnMut(SendResponse<Bytes>)) {
+    while let Some(Ok((_, respond))) = server.accept().await {
+        act(respond);
+    }
+}
+
+#[tokio::test]
+async fn a_silently_dropped_connection_is_closed_while_it_is_idle() {
+    let timeouts = Http2Timeouts { ping_interval: SHORT, ping_timeout: SHORT, idle: LONG };
+    let (client, stream, server) = connected(timeouts).await;
+    let silent = tokio::spawn(async move {
+        let mut server = server;
+        answer(server.accept().await.unwrap().unwrap().1);
+        let _ = timeout(SHORT / 2, server.accept()).await;
+        // Not polled any more, so it does not answer pings.
+        server
+    });
+    drop(exchange(stream).await.unwrap());
+    let _server = silent.await.unwrap();
+    timeout(SOON, async {
+        while client.reuse().is_some() {
+            sleep(SHORT / 10).await;
+        }
+    })
+    .await
+    .expect("the connection is closed");
+}
+
+#[tokio::test]
+async fn a_request_on_a_silently_dropped_connection_fails_soon_and_can_be_retried() {
+    let timeouts = Http2Timeouts { ping_interval: SHORT, ping_timeout: SHORT, idle: LONG };
+    let (_client, stream, _server) = connected(timeouts).await;
+    let started = Instant::now();
+    let error = exchange(stream).await.err().unwrap();
+    assert!(error.is_retriable_if_reused() && !error.is_not_processed(), "{error}");
+    assert!(started.elapsed() < 10 * SHORT, "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_connection_is_closed_after_its_idle_timeout_but_not_while_it_has_a_stream() {
+    let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: SHORT };
+    let (client, stream, server) = connected(timeouts).await;
+    let server = tokio::spawn(serve(server, answer));
+    sleep(3 * SHORT).await;
+    assert!(client.reuse().is_some(), "it has a stream");
+    drop(exchange(stream).await.unwrap());
+    assert!(client.reuse().is_some(), "it was used just now");
+    timeout(SOON, server).await.expect("the connection is closed").unwrap();
+    assert!(client.reuse().is_none());
+}
+
+#[tokio::test]
+async fn a_refused_stream_was_not_processed_and_a_cancelled_one_may_have_been() {
+    let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: LONG };
+    for (reason, is_not_processed) in
+        [(Reason::REFUSED_STREAM, true), (Reason::CANCEL, false), (Reason::INTERNAL_ERROR, false)]
+    {
+        let (_client, stream, server) = connected(timeouts).await;
+        tokio::spawn(serve(server, move |mut respond| respond.send_reset(reason)));
+        let error = exchange(stream).await.err().unwrap();
+        assert_eq!(error.is_not_processed(), is_not_processed, "{error}");
+        assert_eq!(error.is_retriable_if_reused(), is_not_processed, "{error}");
+    }
+}
+
+/// Writes a frame with these payload bytes on stream 0.
+async fn write_frame(socket: &mut DuplexStream, kind: u8, payload: &[u8]) {
+    let length = u8::try_from(payload.len()).unwrap();
+    let frame = [&[0, 0, length, kind, 0, 0, 0, 0, 0], payload].concat();
+    socket.write_all(&frame).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_beyond_a_goaway_was_not_processed_and_one_before_it_may_have_been() {
+    const SETTINGS: u8 = 4;
+    const GOAWAY: u8 = 7;
+    for (last_stream, is_not_processed) in [(0, true), (1, false)] {
+        let (ours, mut theirs) = duplex(64 * 1024);
+        let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: LONG };
+        let client = Http2Client::new(timeouts);
+        tokio::spawn(async move {
+            write_frame(&mut theirs, SETTINGS, &[]).await;
+            let mut read = Vec::new();
+            // The header of a HEADERS frame on stream 1.
+            while !read.windows(6).any(|bytes| bytes == [1, 4, 0, 0, 0, 1]) {
+                theirs.read_buf(&mut read).await.unwrap();
+            }
+            write_frame(&mut theirs, GOAWAY, &[0, 0, 0, last_stream, 0, 0, 0, 0]).await;
+            sleep(SHORT).await;
+        });
+        let error = exchange(client.open(ours).await.unwrap()).await.err().unwrap();
+        assert_eq!(error.is_not_processed(), is_not_processed, "{last_stream} {error}");
+        assert!(error.is_retriable_if_reused(), "{error}");
+    }
+}

@@ -1,0 +1,128 @@
+//! A request to an upstream, and the reasons why it has no answer.
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method};
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// A request as it is sent to the upstream. Its `Debug` prints no header value, query or body: any of them
+/// can hold a key.
+pub struct Request {
+    /// Its method.
+    pub method: Method,
+    /// Path and query.
+    pub target: String,
+    /// All headers except `host` and `content-length`, which the connection adds. A list, since they are
+    /// only written out.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// The whole body.
+    pub body: Bytes,
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.target.split('?').next().unwrap_or_default();
+        let names: Vec<_> = self.headers.iter().map(|(name, _)| name.as_str()).collect();
+        f.debug_struct("Request")
+            .field("method", &self.method)
+            .field("path", &path)
+            .field("headers", &names)
+            .field("body_bytes", &self.body.len())
+            .finish()
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum SendError {
+    /// No connection could be made, so nothing was sent. The text names the step that failed.
+    Unreachable(&'static str, io::Error),
+    /// `timeouts.connect` elapsed; nothing was sent.
+    ConnectTimeout,
+    /// The named timeout, of this length, elapsed before an answer came.
+    Timeout(&'static str, Duration),
+    /// The connection failed, or the upstream's answer is not valid HTTP, after the request was sent.
+    Broken(ExchangeError),
+}
+
+/// The failure of one exchange on one connection, before the head of a final answer was complete.
+#[derive(Debug)]
+pub struct ExchangeError {
+    source: io::Error,
+    outcome: Outcome,
+}
+
+/// What is known about the request of a failed exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// The upstream has not processed it.
+    NotProcessed,
+    /// The connection was lost before the first byte of an answer. The upstream may have processed it.
+    Unanswered,
+    /// The upstream may have processed it, or has begun to answer it.
+    Unknown,
+}
+
+impl ExchangeError {
+    /// The upstream has certainly not processed the request.
+    pub(super) fn not_processed(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { source: io::Error::other(source), outcome: Outcome::NotProcessed }
+    }
+
+    /// The connection was closed, reset or timed out before the first byte of an answer.
+    pub(super) fn unanswered(source: io::Error) -> Self {
+        Self { source, outcome: Outcome::Unanswered }
+    }
+
+    /// Any other failure: the upstream may have processed the request.
+    pub(super) fn unknown(source: io::Error) -> Self {
+        Self { source, outcome: Outcome::Unknown }
+    }
+
+    /// Whether the upstream has certainly not processed the request, so that it costs nothing.
+    pub(super) fn is_not_processed(&self) -> bool {
+        self.outcome == Outcome::NotProcessed
+    }
+
+    /// Whether the request may be sent again, on a new connection, after this failure on a reused one.
+    /// An upstream that closes an idle connection looks like this.
+    pub(super) fn is_retriable_if_reused(&self) -> bool {
+        self.outcome != Outcome::Unknown
+    }
+}
+
+impl fmt::Display for ExchangeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = match self.outcome {
+            Outcome::NotProcessed => "the upstream did not process the request: ",
+            Outcome::Unanswered => "the connection was lost before an answer began: ",
+            Outcome::Unknown => "",
+        };
+        write!(f, "{known}{}", self.source)
+    }
+}
+
+impl Error for ExchangeError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_output_of_a_request_holds_no_key_and_no_body() {
+        let request = Request {
+            method: Method::POST,
+            target: "/v1beta/models/m:generateContent?key=sk-canary".into(),
+            headers: vec![(http::header::AUTHORIZATION, HeaderValue::from_static("Bearer sk-canary"))],
+            body: Bytes::from_static(b"sk-canary"),
+        };
+        let text = format!("{request:?}");
+        assert!(!text.contains("canary") && text.contains("authorization"), "{text}");
+    }
+}
