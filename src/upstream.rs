@@ -143,7 +143,7 @@ impl Upstream {
         timeout(limit, exchange).await.map_err(|_| out_of_time)?.map_err(SendError::Broken)
     }
 
-    /// The time for a step, shortened to what is left of `timeouts.total`, and the error when it elapses.
+    /// The limit of a step, shortened to the remainder of `timeouts.total`, and the error when it elapses.
     fn bound(&self, started: Stopwatch, step: Duration, error: SendError) -> (Duration, SendError) {
         let total = self.settings.timeouts.total;
         let left = total.saturating_sub(started.elapsed());

@@ -75,7 +75,7 @@ impl Peer {
         }
     }
 
-    /// The service receives a request. Resets what was set for the last one.
+    /// The service receives a request. Resets the settings of the last one.
     pub(super) fn begin_request(self: &Arc<Self>) -> ServedRequest {
         self.answer_deadline_ms.store(0, Ordering::Relaxed);
         self.lingers.store(false, Ordering::Relaxed);

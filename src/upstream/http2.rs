@@ -208,7 +208,8 @@ fn failure(error: hyper::Error) -> ExchangeError {
         return ExchangeError::not_processed(error);
     }
     // A ping was not answered, or the connection was closed or reset.
-    let is_lost = error.is_timeout() || source.is_some_and(|source| source.is::<io::Error>());
+    let is_lost =
+        error.is_timeout() || source.and_then(|source| source.downcast_ref::<io::Error>()).is_some();
     let error = io::Error::other(error);
     if is_lost { ExchangeError::unanswered(error) } else { ExchangeError::unknown(error) }
 }

@@ -54,7 +54,7 @@ pub struct ExchangeError {
     outcome: Outcome,
 }
 
-/// What is known about the request of a failed exchange.
+/// How far the request of a failed exchange came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     /// The upstream has not processed it.

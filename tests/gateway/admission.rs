@@ -366,7 +366,7 @@ async fn on_overrun_cut_ends_the_stream_with_finish_reason_length() {
     assert_eq!(*done, "data: [DONE]");
     let last: Value = serde_json::from_str(last.strip_prefix("data: ").unwrap()).unwrap();
     assert_eq!((&last["id"], &last["choices"][0]["finish_reason"]), (&"c1".into(), &"length".into()));
-    upstream.was_hung_up_on().await;
+    upstream.gateway_disconnected().await;
     let received = events.len() as u64 - 2;
     let [_, prompt, completion, _] = gateway.settled_charges().await;
     assert_eq!(prompt, 8);

@@ -36,7 +36,7 @@ fn encoded_by(encoder: &mut impl EncodeV2, plain: &[u8]) -> Vec<u8> {
     output.written().to_vec()
 }
 
-/// In single bytes.
+/// An answer whose body is sent in pieces of one byte.
 fn answer(status: u16, coding: &str, kind: &str, code: &[u8]) -> Answer {
     let head = format!(
         "HTTP/1.1 {status} Some\r\ncontent-type: {kind}\r\ncontent-encoding: {coding}\r\ncontent-length: {}\r\n\r\n",
@@ -47,7 +47,7 @@ fn answer(status: u16, coding: &str, kind: &str, code: &[u8]) -> Answer {
 }
 
 #[tokio::test]
-async fn a_compressed_answer_passes_as_it_is_and_is_charged_what_it_reports() {
+async fn a_compressed_answer_passes_unchanged_and_is_charged_by_its_reported_usage() {
     let stream = delta("Hello") + &delta(" there") + &usage_event(20, 5) + DONE;
     for coding in CODINGS {
         for (kind, plain) in
@@ -67,7 +67,7 @@ async fn a_compressed_answer_passes_as_it_is_and_is_charged_what_it_reports() {
 }
 
 #[tokio::test]
-async fn a_compressed_answer_without_usage_is_counted() {
+async fn a_compressed_answer_without_usage_is_charged_by_its_counted_text() {
     for coding in CODINGS {
         let code = encoded(coding, &(delta("Hello") + &delta(" there") + DONE));
         let upstream = Upstream::always(answer(200, coding, "text/event-stream", &code)).await;
@@ -75,7 +75,7 @@ async fn a_compressed_answer_without_usage_is_counted() {
         gateway.chat(&hello(r#""stream":true"#)).await;
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{coding}");
         assert_eq!(gateway.usage_missing("not_reported").await, 1);
-        // An error costs its request.
+        // An error is charged as one request.
         let code = encoded(coding, r#"{"error":{"message":"no"}}"#);
         let upstream = Upstream::always(answer(500, coding, "application/json", &code)).await;
         let gateway = Gateway::before(&upstream, OPEN).await;
@@ -85,7 +85,7 @@ async fn a_compressed_answer_without_usage_is_counted() {
 }
 
 #[tokio::test]
-async fn a_compressed_stream_that_breaks_off_is_broken_off_and_nothing_is_added_to_it() {
+async fn a_broken_compressed_stream_is_broken_off_without_an_error_event() {
     for coding in CODINGS {
         let events: String = (0..2_000).map(|n| delta(&(n * n).to_string())).collect();
         let mut code = encoded(coding, &events);
@@ -103,10 +103,10 @@ async fn a_compressed_stream_that_breaks_off_is_broken_off_and_nothing_is_added_
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_passes_and_is_charged_by_its_length() {
+async fn an_answer_that_cannot_be_decoded_passes_unchanged_and_is_charged_by_its_length() {
     let plain = chat_answer(&usage(20, 5));
     for (coding, code) in [
-        ("gzip", b"no gzip at all, whatever its head says".to_vec()),
+        ("gzip", b"not gzip, although its head names it".to_vec()),
         ("gzip, br", encoded("gzip", &plain)),
         ("compress", encoded("gzip", &plain)),
         ("identity, gzip", encoded("gzip", &plain)),
@@ -123,7 +123,7 @@ async fn what_cannot_be_read_passes_and_is_charged_by_its_length() {
 }
 
 #[tokio::test]
-async fn a_bomb_passes_and_holds_nobody_up() {
+async fn a_decompression_bomb_passes_unchanged_and_quickly() {
     let bomb = encoded("zstd", &" ".repeat(256 << 20));
     let upstream = Upstream::always(Answer::of(vec![Step::Send(
         [
@@ -145,7 +145,7 @@ async fn a_bomb_passes_and_holds_nobody_up() {
 }
 
 #[tokio::test]
-async fn a_compressed_stream_that_outgrows_its_quota_is_cut() {
+async fn a_compressed_stream_that_exceeds_its_quota_is_cut_off() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(delta("Hello").repeat(400).as_bytes()).unwrap();
     encoder.flush().unwrap();
@@ -158,6 +158,6 @@ async fn a_compressed_stream_that_outgrows_its_quota_is_cut() {
     let gateway = Gateway::with(&upstream, "", environments).await;
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
     assert!(reply.broke_off);
-    upstream.was_hung_up_on().await;
+    upstream.gateway_disconnected().await;
     assert_eq!(gateway.settled_charges().await[2], 400);
 }

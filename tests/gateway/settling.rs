@@ -188,7 +188,7 @@ async fn a_cancelled_stream_is_charged_for_delivered_tokens() {
     }
     drop(caller);
     // The upstream call is cancelled at once.
-    upstream.was_hung_up_on().await;
+    upstream.gateway_disconnected().await;
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
 }
 
@@ -245,7 +245,7 @@ async fn a_request_cancelled_before_its_answer_costs_the_prompt() {
     upstream.has_seen(1).await;
     assert_eq!(gateway.environment().await["in_flight"], 1);
     drop(caller);
-    upstream.was_hung_up_on().await;
+    upstream.gateway_disconnected().await;
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
 }
 
@@ -365,7 +365,7 @@ async fn a_stream_that_stalls_ends_with_an_error_event() {
             "{}",
             reply.text()
         );
-        upstream.was_hung_up_on().await;
+        upstream.gateway_disconnected().await;
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 1, HELLO_TOKENS + 1]);
     }
 }

@@ -1,4 +1,4 @@
-//! Upstreams that are slow, that break off, that answer before they are asked; and what that costs.
+//! Upstreams that are slow, disconnect or answer early: the gateway's answer, its retries and the charge.
 
 use crate::support::*;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 
 const STAGING: &str = "  staging: { upstream: backend, reserve: { completion: max_tokens }, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
 
-/// A gateway whose only upstream is there, with these settings.
+/// A gateway with one upstream at this URL, with these settings.
 async fn gateway_before(base_url: &str, settings: &str) -> Gateway {
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0', max_request_body: 32MiB }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
@@ -18,8 +18,8 @@ async fn gateway_before(base_url: &str, settings: &str) -> Gateway {
     .await
 }
 
-/// Takes connections, sends these bytes on each and says nothing more.
-async fn saying_only(bytes: &'static [u8]) -> SocketAddr {
+/// Accepts connections, sends these bytes on each, and then neither sends nor closes.
+async fn sending_only(bytes: &'static [u8]) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -33,8 +33,8 @@ async fn saying_only(bytes: &'static [u8]) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn an_upstream_that_is_slow_to_connect_to_is_a_502_and_costs_nothing() {
-    let silent = saying_only(b"").await;
+async fn a_connect_timeout_is_a_502_and_costs_nothing() {
+    let silent = sending_only(b"").await;
     let gateway = gateway_before(&format!("https://{silent}/v1"), "timeouts: { connect: 50ms }").await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.refusal(), (502, "upstream_unreachable".into()));
@@ -44,15 +44,15 @@ async fn an_upstream_that_is_slow_to_connect_to_is_a_502_and_costs_nothing() {
 
 #[tokio::test]
 async fn a_failed_tls_handshake_is_a_502_and_costs_nothing() {
-    let talkative = saying_only(b"SSH-2.0-OpenSSH_9.2\r\n").await;
-    let gateway = gateway_before(&format!("https://{talkative}/v1"), "").await;
+    let not_tls = sending_only(b"SSH-2.0-OpenSSH_9.2\r\n").await;
+    let gateway = gateway_before(&format!("https://{not_tls}/v1"), "").await;
     assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
     assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
 }
 
 #[tokio::test]
-async fn a_caller_that_hangs_up_while_the_upstream_is_connected_to_pays_nothing() {
-    let silent = saying_only(b"").await;
+async fn a_caller_that_disconnects_before_the_upstream_is_connected_is_charged_nothing() {
+    let silent = sending_only(b"").await;
     let gateway = gateway_before(&format!("https://{silent}/v1"), "").await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
@@ -63,15 +63,15 @@ async fn a_caller_that_hangs_up_while_the_upstream_is_connected_to_pays_nothing(
 }
 
 #[tokio::test]
-async fn the_whole_exchange_takes_no_longer_than_total() {
-    // No head in time: the answer names the setting that decided.
+async fn the_total_timeout_covers_the_connection_the_head_and_the_body() {
+    // The head is late: the answer names the timeout that elapsed first.
     let upstream = Upstream::always(Answer::silence()).await;
     let gateway = Gateway::with(&upstream, "timeouts: { total: 50ms, first_byte: 5s }", STAGING).await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
     assert!(reply.text().contains("timeouts.total"), "{}", reply.text());
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
-    // What the head took is part of it.
+    // The time until the head counts.
     let head = Answer::stream().steps();
     let late = [vec![Step::Wait(Duration::from_millis(700))], head, vec![Step::Stall]].concat();
     let upstream = Upstream::always(Answer::of(late)).await;
@@ -80,8 +80,8 @@ async fn the_whole_exchange_takes_no_longer_than_total() {
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
     assert!(reply.text().contains("timeouts.total"), "{}", reply.text());
     assert!(started.elapsed() < Duration::from_millis(1_500), "{:?}", started.elapsed());
-    // Nor does a connection take longer.
-    let silent = saying_only(b"").await;
+    // The time for the connection counts.
+    let silent = sending_only(b"").await;
     let gateway = gateway_before(&format!("https://{silent}/v1"), "timeouts: { total: 50ms }").await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
@@ -89,7 +89,7 @@ async fn the_whole_exchange_takes_no_longer_than_total() {
 }
 
 #[tokio::test]
-async fn a_refusal_that_comes_before_the_body_was_read_is_passed_on() {
+async fn a_refusal_that_comes_before_the_upstream_has_read_the_body_is_passed_on() {
     let refusal = Answer::json(413, r#"{"error":"too much"}"#).then(Step::Hold);
     let upstream = Upstream::not_reading_bodies(refusal).await;
     let settings = "timeouts: { first_byte: 5s }";
@@ -100,19 +100,19 @@ async fn a_refusal_that_comes_before_the_body_was_read_is_passed_on() {
         let reply = gateway.chat(&large).await;
         assert_eq!((reply.status, reply.text()), (413, r#"{"error":"too much"}"#));
         assert!(started.elapsed() < Duration::from_secs(4));
-        // The connection with the rest of the body in it is not used again.
+        // The connection is not reused, since the body was not sent completely.
         assert_eq!(upstream.seen().len(), n);
     }
     assert_eq!(gateway.settled_charges().await, [2, 0, 0, 0]);
 }
 
 #[tokio::test]
-async fn an_upstream_that_reads_slowly_gets_the_whole_body() {
+async fn an_upstream_that_answers_early_and_reads_slowly_receives_the_whole_body() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let reader = tokio::spawn(async move {
         let (mut socket, _) = listener.accept().await.unwrap();
-        // An early word, and none that refuses anything.
+        // An interim answer, then the head of the final one.
         socket
             .write_all(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
             .await

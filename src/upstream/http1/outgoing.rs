@@ -89,7 +89,7 @@ impl OutgoingRequest {
         Pin::new(&mut stream).poll_flush(cx)
     }
 
-    /// What is left of the head, and the next piece of the body.
+    /// The unwritten rest of the head, and the next piece of the body.
     fn slices(&self) -> [IoSlice<'_>; 2] {
         let head = self.head.get(self.written..).unwrap_or_default();
         let body = self.body.get(self.written.saturating_sub(self.head.len())..).unwrap_or_default();

@@ -1,8 +1,8 @@
-//! Answers in every framing that HTTP/1.1 has, cut at will.
+//! Answers in every framing of HTTP/1.1, sent in pieces that are cut at given positions.
 
 use super::{Answer, Step};
 
-/// How a body is framed on its way from the upstream.
+/// How the end of a body is marked.
 #[derive(Clone, Copy, Debug)]
 pub enum Framing {
     Length,
@@ -10,12 +10,12 @@ pub enum Framing {
     UntilClosed,
 }
 
-/// The header line that names a media type.
+/// The header line `content-type` with this media type.
 pub fn of_type(kind: &str) -> String {
     format!("content-type: {kind}\r\n")
 }
 
-/// An answer with these header lines whose body is written in several pieces.
+/// An answer with these header lines. Its body is sent in pieces, cut at the positions `cuts`.
 pub fn framed(status: u16, headers: &str, body: &[u8], framing: Framing, mut cuts: Vec<usize>) -> Answer {
     cuts.sort_unstable();
     let field = match framing {

@@ -1,4 +1,4 @@
-//! An upstream on a bare socket: it can do what well-behaved servers cannot.
+//! A mock upstream on a bare socket, which can violate the protocol and disconnect anywhere.
 
 use super::soon;
 use std::net::SocketAddr;
@@ -9,17 +9,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
-/// What it does with a request, step by step.
+/// One step of the upstream's reaction to a request.
 #[derive(Clone, Debug)]
 pub enum Step {
     Send(Vec<u8>),
-    /// Waits until the test opens the gate once more.
+    /// Waits until the test opens the gate once.
     Gate,
-    /// Says nothing more, and keeps the connection.
+    /// Sends nothing more, and waits for the gateway to disconnect.
     Stall,
-    /// Says nothing for so long.
+    /// Pauses for this time.
     Wait(Duration),
-    /// Says nothing more, keeps the connection, and does not even notice when that is closed.
+    /// Sends nothing more and reads nothing, so that a disconnect goes unnoticed.
     Hold,
     /// Closes the connection.
     Cut,
@@ -27,6 +27,7 @@ pub enum Step {
     Reset,
 }
 
+/// The upstream's reaction to one request. After the last step it reads the next request.
 #[derive(Clone, Debug, Default)]
 pub struct Answer {
     steps: Vec<Step>,
@@ -41,7 +42,7 @@ impl Answer {
         self.steps
     }
 
-    /// Nothing at all.
+    /// No answer.
     pub fn silence() -> Self {
         Self::of(vec![Step::Stall])
     }
@@ -55,7 +56,7 @@ impl Answer {
         Self::of(vec![Step::Send([head.as_bytes(), body.as_bytes()].concat())])
     }
 
-    /// A chat answer that reports what it used.
+    /// A chat answer that reports this usage.
     pub fn chat(prompt: u64, completion: u64) -> Self {
         Self::json(200, &super::chat_answer(&super::usage(prompt, completion)))
     }
@@ -87,7 +88,7 @@ impl Answer {
     }
 }
 
-/// A request as it arrived.
+/// A request as the upstream received it.
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub head: String,
@@ -121,16 +122,17 @@ pub struct Upstream {
     seen: Arc<Mutex<Vec<Seen>>>,
     gate: Arc<Semaphore>,
     accepted: Arc<AtomicUsize>,
-    /// Connections that the gateway has closed.
+    /// Connections that the gateway has closed in the middle of an answer.
     closed: watch::Receiver<usize>,
 }
 
 impl Upstream {
+    /// An upstream that answers each request with what `script` returns for it.
     pub async fn answering(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
         Self::reading(true, script).await
     }
 
-    /// It answers each request once it has its head.
+    /// An upstream that answers each request when it has received its head.
     pub async fn not_reading_bodies(answer: Answer) -> Self {
         Self::reading(false, move |_| answer.clone()).await
     }
@@ -154,31 +156,34 @@ impl Upstream {
         Self { address, seen, gate, accepted, closed }
     }
 
+    /// An upstream that answers every request with `answer`.
     pub async fn always(answer: Answer) -> Self {
         Self::answering(move |_| answer.clone()).await
     }
 
+    /// Lets one `Step::Gate` pass.
     pub fn open_gate(&self) {
         self.gate.add_permits(1);
     }
 
-    /// How many connections it has taken.
+    /// The number of connections accepted so far.
     pub fn connections(&self) -> usize {
         self.accepted.load(Ordering::Relaxed)
     }
 
+    /// All requests received so far.
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
 
-    /// The only request it has seen.
+    /// The only request received. Panics if there is another number of them.
     pub fn only(&self) -> Seen {
         let seen = self.seen();
         assert_eq!(seen.len(), 1, "one request");
         seen.into_iter().next().unwrap()
     }
 
-    /// Waits until it has seen so many requests.
+    /// Waits until this many requests have been received.
     pub async fn has_seen(&self, requests: usize) {
         soon("requests at the upstream", async {
             while self.seen.lock().unwrap().len() < requests {
@@ -189,7 +194,7 @@ impl Upstream {
     }
 
     /// Waits until the gateway has closed a connection in the middle of an answer.
-    pub async fn was_hung_up_on(&self) {
+    pub async fn gateway_disconnected(&self) {
         let mut closed = self.closed.clone();
         soon("the gateway to hang up", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) })
             .await

@@ -149,7 +149,7 @@ impl Drop for Cancelled {
 struct Events {
     ready: VecDeque<String>,
     act: &'static str,
-    /// The pause before the stream breaks, so that the gateway reads what came before.
+    /// The pause before the stream breaks, in which the gateway reads the events before.
     pause: Pin<Box<tokio::time::Sleep>>,
     cancelled: Cancelled,
 }

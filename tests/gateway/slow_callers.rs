@@ -1,4 +1,4 @@
-//! Callers that are slow, that do not read, that are gone; and a gateway that stops.
+//! Callers that are slow, do not read or disconnect; malformed requests; and a gateway that shuts down.
 
 use crate::support::*;
 use std::time::{Duration, Instant};
@@ -9,37 +9,35 @@ use tollgate::app::CallerTimeouts;
 const STAGING: &str = "  staging: { upstream: backend, reserve: { completion: max_tokens }, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
 
 fn short(millis: u64) -> CallerTimeouts {
-    let time = Duration::from_millis(millis);
-    CallerTimeouts { head: time, body: time, write: time, ..CallerTimeouts::default() }
+    let timeout = Duration::from_millis(millis);
+    CallerTimeouts { head: timeout, body: timeout, write: timeout, ..CallerTimeouts::default() }
 }
 
-/// More than the sockets between upstream and caller hold.
+/// A stream without an end, larger than the socket buffers between upstream and caller.
 fn endless() -> Answer {
     let events = vec![delta(&"x".repeat(64 * 1024)); 600];
     Answer::stream().events(&events).then(Step::Stall)
 }
 
 #[tokio::test]
-async fn a_caller_that_does_not_read_is_given_up_and_settled() {
+async fn a_caller_that_does_not_read_is_disconnected_and_settled() {
     let upstream = Upstream::always(endless()).await;
     let gateway = Gateway::waiting(&upstream, "", STAGING, short(300)).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
-    upstream.was_hung_up_on().await;
+    upstream.gateway_disconnected().await;
     let [requests, prompt, completion, _] = gateway.settled_charges().await;
     assert_eq!((requests, prompt), (1, HELLO_TOKENS));
     assert!(completion > 10_000, "{completion}");
-    // It is told of a moment after it has settled.
-    let gone = r#"tollgate_requests_total{api="chat",environment="staging",outcome="caller_gone"} 1"#;
-    soon("the caller to be gone", async {
-        while !gateway.admin_get("/metrics").await.text().contains(gone) {}
-    })
-    .await;
+    // The metric is recorded shortly after the request has settled.
+    let disconnected = r#"tollgate_requests_total{api="chat",environment="staging",outcome="caller_gone"} 1"#;
+    soon("the metric", async { while !gateway.admin_get("/metrics").await.text().contains(disconnected) {} })
+        .await;
     drop(caller);
 }
 
 #[tokio::test]
-async fn a_caller_that_reads_slowly_is_waited_for() {
+async fn a_caller_that_reads_slowly_receives_the_whole_answer() {
     let events = vec![delta(&"x".repeat(64 * 1024)); 200];
     let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
     let gateway = Gateway::waiting(&upstream, "", STAGING, short(500)).await;
@@ -63,20 +61,20 @@ async fn a_caller_that_reads_slowly_is_waited_for() {
 }
 
 #[tokio::test]
-async fn total_holds_though_the_caller_does_not_read() {
+async fn the_total_timeout_holds_if_the_caller_does_not_read() {
     let upstream = Upstream::always(endless()).await;
     let gateway = Gateway::with(&upstream, "timeouts: { total: 500ms }", STAGING).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
     let started = Instant::now();
-    upstream.was_hung_up_on().await;
+    upstream.gateway_disconnected().await;
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     assert_eq!(gateway.settled_charges().await[0], 1);
     drop(caller);
 }
 
 #[tokio::test]
-async fn a_hang_up_is_seen_behind_bytes_that_nobody_has_read() {
+async fn a_disconnect_is_detected_behind_unread_bytes() {
     for (n, rest) in
         ["\r\n", "GET /v1/models HTTP/1.1\r\nhost: g\r\n\r\n", &"x".repeat(30_000)].into_iter().enumerate()
     {
@@ -90,14 +88,14 @@ async fn a_hang_up_is_seen_behind_bytes_that_nobody_has_read() {
             caller.send(rest.as_bytes()).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
             drop(caller);
-            upstream.was_hung_up_on().await;
+            upstream.gateway_disconnected().await;
             assert_eq!(gateway.settled_charges().await[0], 1, "{n}");
         }
     }
 }
 
 #[tokio::test]
-async fn requests_that_follow_at_once_are_answered_in_order() {
+async fn pipelined_requests_are_answered_in_order() {
     let upstream = Upstream::answering(|seen| {
         let n = seen.text().len() as u64;
         Answer::of([vec![Step::Wait(Duration::from_millis(20))], Answer::chat(n, 1).steps()].concat())
@@ -115,7 +113,7 @@ async fn requests_that_follow_at_once_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn a_caller_that_still_sends_gets_to_see_its_refusal() {
+async fn a_caller_that_is_still_sending_receives_its_refusal() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let keys = "  staging: { upstream: backend, keys: [{ name: a, secret: a-key-of-staging-1 }] }";
     let gateway = Gateway::with(&upstream, "", keys).await;
@@ -127,7 +125,7 @@ async fn a_caller_that_still_sends_gets_to_see_its_refusal() {
         let mut caller = gateway.caller().await;
         let head = format!("POST {path} HTTP/1.1\r\nhost: g\r\ncontent-length: {length}\r\n\r\n");
         caller.send(head.as_bytes()).await;
-        // By now it has been refused, and goes on all the same.
+        // By now the gateway has refused the request; the caller continues to send.
         tokio::time::sleep(Duration::from_millis(50)).await;
         for _ in 0..length / 50_000 {
             assert!(caller.sends(&vec![b'x'; 50_000]).await, "{path} {length}");
@@ -136,7 +134,7 @@ async fn a_caller_that_still_sends_gets_to_see_its_refusal() {
         let reply = caller.reply().await;
         assert_eq!((reply.code().as_str(), reply.header("connection")), (code, Some("close")));
     }
-    // A small body is read, and the connection serves on.
+    // A small body is read, and the connection stays open.
     let mut caller = gateway.caller().await;
     for _ in 0..3 {
         caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
@@ -146,15 +144,15 @@ async fn a_caller_that_still_sends_gets_to_see_its_refusal() {
 }
 
 #[tokio::test]
-async fn a_head_that_does_not_arrive_is_not_waited_for() {
+async fn a_connection_is_closed_if_a_head_is_incomplete_after_the_head_timeout() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::waiting(&upstream, "", STAGING, short(100)).await;
-    for begun in ["", "P", "POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\n"] {
+    for head in ["", "P", "POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\n"] {
         let mut caller = gateway.caller().await;
-        caller.send(begun.as_bytes()).await;
-        assert!(caller.is_closed().await, "{begun}");
+        caller.send(head.as_bytes()).await;
+        assert!(caller.is_closed().await, "{head}");
     }
-    // Byte by byte is no way to gain time.
+    // A head that arrives byte by byte has no more time.
     let mut caller = gateway.caller().await;
     let (started, mut sent) = (Instant::now(), 0);
     while caller.sends(b"x").await && sent < 200 {
@@ -178,7 +176,7 @@ async fn a_body_that_stops_arriving_is_a_400_and_costs_nothing() {
 }
 
 #[tokio::test]
-async fn a_request_that_comes_while_the_gateway_stops_is_a_503() {
+async fn a_request_during_a_shutdown_is_a_503() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let mut gateway = Gateway::with(&upstream, "", STAGING).await;
     let mut caller = gateway.caller().await;
@@ -199,7 +197,7 @@ async fn a_request_that_comes_while_the_gateway_stops_is_a_503() {
 }
 
 #[tokio::test]
-async fn what_a_shutdown_cuts_off_is_charged_to_the_last_token() {
+async fn a_stream_cut_off_by_a_shutdown_is_charged_for_every_delivered_token() {
     let words = delta(&"word ".repeat(20));
     let events = vec![words.clone(); 1_000];
     let upstream = Upstream::always(Answer::stream().events(&events).then(Step::Stall)).await;
