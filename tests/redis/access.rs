@@ -27,7 +27,7 @@ async fn trouble(connection: &FailFastConnection) -> String {
     let clock = Stopwatch::start();
     loop {
         let trouble = connection.unavailable_reason().unwrap_or_default();
-        if !trouble.is_empty() && !trouble.contains("not reached yet") {
+        if !trouble.is_empty() && !trouble.contains("not yet established") {
             return trouble;
         }
         assert!(clock.elapsed() < Duration::from_secs(5), "nothing is wrong");

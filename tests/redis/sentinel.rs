@@ -96,7 +96,7 @@ async fn what_sentinels_do_not_know_is_told() {
         client
             .connection
             .unavailable_reason()
-            .is_some_and(|trouble| trouble.contains("knows no master other"))
+            .is_some_and(|trouble| trouble.contains("has no master named other"))
     };
     until("to be told", is_told).await;
 }

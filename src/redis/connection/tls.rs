@@ -1,6 +1,6 @@
-//! TLS toward Redis.
+//! TLS for connections to Redis.
 
-use super::target::Files;
+use super::url::TlsFiles;
 use crate::roots;
 use anyhow::{Context as _, bail};
 use std::path::Path;
@@ -10,47 +10,47 @@ use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
 
-/// The machine's roots, which every environment's connection trusts: read once.
+/// The machine's roots. They are read once for the connections of all environments.
 static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
 
-/// What connects by TLS.
+/// Builds the TLS side of connections from the files of the URL.
 ///
 /// # Errors
-/// A file cannot be read, or holds something else.
-pub(super) fn connector(files: &Files) -> anyhow::Result<TlsConnector> {
+/// A file cannot be read, or its content is not what it should be.
+pub(super) fn connector(files: &TlsFiles) -> anyhow::Result<TlsConnector> {
     let roots = match &files.ca {
-        Some(path) => Arc::new(roots_of(path)?),
+        Some(path) => Arc::new(read_roots(path)?),
         None => ROOTS.get_or_init(|| Arc::new(roots::trusted_roots())).clone(),
     };
     let config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots);
-    let config = match &files.own {
+    let config = match &files.client {
         None => config.with_no_client_auth(),
         Some((certificate, key)) => {
             let file = key.display();
             let key = PrivateKeyDer::from_pem_file(key).with_context(|| format!("key_file {file}"))?;
-            let chain =
-                certificates(certificate).with_context(|| format!("cert_file {}", certificate.display()))?;
+            let chain = read_certificates(certificate)
+                .with_context(|| format!("cert_file {}", certificate.display()))?;
             config.with_client_auth_cert(chain, key).with_context(|| format!("key_file {file}"))?
         }
     };
     Ok(TlsConnector::from(Arc::new(config)))
 }
 
-fn roots_of(path: &Path) -> anyhow::Result<RootCertStore> {
+fn read_roots(path: &Path) -> anyhow::Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     let in_file = || format!("ca_file {}", path.display());
-    for certificate in certificates(path).with_context(in_file)? {
+    for certificate in read_certificates(path).with_context(in_file)? {
         roots.add(certificate).with_context(in_file)?;
     }
     Ok(roots)
 }
 
-fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+fn read_certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let certificates = CertificateDer::pem_file_iter(path)?.collect::<Result<Vec<_>, _>>()?;
     if certificates.is_empty() {
-        bail!("there is no certificate in it");
+        bail!("the file contains no certificate");
     }
     Ok(certificates)
 }

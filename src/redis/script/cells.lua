@@ -1,100 +1,107 @@
--- The shared counters of one environment: everything that has to happen at once, and nothing else. One script in four
--- parts: cells, requests, limits, sessions.
+-- The shared counters of one environment. One script in four parts: cells, requests, limits, sessions. A call of the
+-- script runs one command, atomically.
 --
--- What a request is told (waits, headers, what is short) the node works out from the states that are returned.
--- All numbers are whole and below 2^53, where doubles are exact: a bucket's level is kept as whole tokens and a
--- fraction in 1/period tokens, and no product of two large numbers is ever formed.
+-- A cell is the state of one quota. The node computes everything that a response tells a caller (waits, headers,
+-- which quotas are short) from the cell states that the script returns. All numbers are integers below 2^53, which
+-- doubles represent exactly. A bucket's level is kept as whole tokens and a fraction in units of 1/period token. The
+-- script never multiplies two large numbers.
 --
--- KEYS: the cells; sessions and sums; this session's reservations. One slot: they share a hash tag, as do the keys of
--- other sessions, which are made of this one's.
--- ARGV: command, now (0: the server's clock), the time after which nothing is to be done (0: never), session, bounds of
--- calendar periods, the command's own arguments.
+-- A piece is a part of a reservation: { reserved amounts, amounts of these already spent, names of cells, turn of
+-- each cell }. A turn identifies a period of a calendar quota; it is 0 for a rolling quota. A reservation has several
+-- pieces if it grew after a period had turned.
+--
+-- KEYS: the cells; the sessions and sums; the reservations of this session. They share a hash tag and therefore a
+-- slot. So do the keys of other sessions, which are derived from the third key.
+-- ARGV: command, now (0: use the server's clock), deadline (0: none; later the command does nothing), session, bounds
+-- of calendar periods, arguments of the command.
 
-local cells_key, meta_key, own_key = KEYS[1], KEYS[2], KEYS[3]
+local cells_key, meta_key, reservations_key = KEYS[1], KEYS[2], KEYS[3]
 local floor, max, min = math.floor, math.max, math.min
 
--- What a command answers with first.
-local DENIED, ADMITTED, FULL, BOUNDS, UNKNOWN, LATE, DONE = 0, 1, 2, 3, 4, 5, 6
+-- The first number of every reply.
+local DENIED, ADMITTED, TOO_MANY_IN_FLIGHT, STALE_PERIOD, UNKNOWN_SESSION, DEADLINE_PASSED, DONE = 0, 1, 2, 3, 4, 5, 6
 local TOTAL, PROMPT, COMPLETION, REQUESTS = 1, 2, 3, 4
 local MAX_AMOUNT = 2 ^ 40
-local SMALLEST_CLAMP = 16
--- A session that is not renewed for so long is over: what it holds is charged.
-local SESSION_MS = 15000
--- Where nobody was heard of for so long, it was the server that was away.
-local SILENCE_MS = 5000
--- Arguments of one call: more than 8,000 there cannot be. Even, since fields are written with their values.
-local MOST_AT_ONCE = 1000
--- Reservations charged in one go, or little more.
-local MOST_EXPIRED = 200
--- Nodes that come back to a server that has lost its data have so much time to bring what they know.
-local REGAIN_MS = 1000
--- The field of a session's reservations that has what it leases: no request's.
+-- A clamped completion has at least this many tokens.
+local MIN_CLAMPED_COMPLETION = 16
+-- A session without a heartbeat for this long has ended, and its reservations are charged.
+local SESSION_TIMEOUT_MS = 15000
+-- If no node sent a heartbeat for this long, the server was unavailable, and all sessions are renewed.
+local OUTAGE_MS = 5000
+-- Arguments of one call of a Redis command. unpack() cannot return more than about 8,000 values. The number is even
+-- because fields are written together with their values.
+local MAX_ARGUMENTS = 1000
+-- Reservations charged by one command, approximately.
+local MAX_CHARGED = 200
+-- Time that nodes get to restore their state on a server that has lost its data.
+local RESTORE_MS = 1000
+-- The field of a session's reservations that holds its lease. No request has this id.
 local LEASE = 'lease'
--- For so long it is remembered what a session was charged for.
-local FORGET_MS = 86400000
--- That a cell is in use is noted so often, and looked at as often.
-local SEEN_MS = 3600000
+-- For this long after the end of a session the script remembers which reservations it charged.
+local RETENTION_MS = 86400000
+-- Interval for recording that a cell is in use, and for removing cells that are not.
+local SEEN_INTERVAL_MS = 3600000
 
-local at = 0
-local function text() at = at + 1 return ARGV[at] end
-local function int() at = at + 1 return tonumber(ARGV[at]) end
-local function amounts() return { int(), int(), int(), int() } end
-local function texts(n) local all = {} for i = 1, n do all[i] = text() end return all end
+local last_read = 0
+local function read_text() last_read = last_read + 1 return ARGV[last_read] end
+local function read_int() last_read = last_read + 1 return tonumber(ARGV[last_read]) end
+local function read_amounts() return { read_int(), read_int(), read_int(), read_int() } end
+local function read_texts(n) local all = {} for i = 1, n do all[i] = read_text() end return all end
 
-local command, now, deadline, session = text(), int(), int(), text()
+local command, now, deadline, session = read_text(), read_int(), read_int(), read_text()
 if now == 0 then
   local time = redis.call('TIME')
   now = time[1] * 1000 + floor(time[2] / 1000)
 end
-if deadline > 0 and now > deadline then return { LATE, now } end
-local bounds = {}
-for _ = 1, int() do
-  local class, start = text(), int()
-  bounds[class] = { start, int() }
+if deadline > 0 and now > deadline then return { DEADLINE_PASSED, now } end
+local period_bounds = {}
+for _ = 1, read_int() do
+  local class, start = read_text(), read_int()
+  period_bounds[class] = { start, read_int() }
 end
 
--- Where a session's reservations are, and those that it was charged for.
-local own_prefix = own_key:sub(1, #own_key - #session)
-local function reserved_key(of) return own_prefix .. of end
-local function charged_key(of) return own_prefix .. 'charged:' .. of end
+-- The key of a session's reservations, and the key of those that were charged after its end.
+local reservations_prefix = reservations_key:sub(1, #reservations_key - #session)
+local function reservations_key_of(other) return reservations_prefix .. other end
+local function charged_key_of(other) return reservations_prefix .. 'charged:' .. other end
 
-local function is_known()
+local function is_session_open()
   return (tonumber(redis.call('HGET', meta_key, 's:' .. session)) or 0) > 0
 end
 
--- A cell that nobody has any more is forgotten when its period is over twice, and a day has gone by.
-local function kept_ms(cell) return 2 * (cell.per or cell.stop - cell.start) + FORGET_MS end
+-- A cell that no node uses is removed after two of its periods and a day.
+local function cell_retention_ms(cell) return 2 * (cell.per or cell.stop - cell.start) + RETENTION_MS end
 
--- Cells: read once, written once.
-local cells, dirty = {}, {}
+-- The cells that this call uses, by name; false: there is no such cell. Each is read once and written once.
+local cells, is_changed = {}, {}
 
-local function load(names)
+local function load_cells(names)
   local missing = {}
   for _, name in ipairs(names) do
     if cells[name] == nil then missing[#missing + 1] = name cells[name] = false end
   end
   if #missing == 0 then return end
-  for from = 1, #missing, MOST_AT_ONCE do
-    local part = { unpack(missing, from, min(from + MOST_AT_ONCE - 1, #missing)) }
+  for from = 1, #missing, MAX_ARGUMENTS do
+    local part = { unpack(missing, from, min(from + MAX_ARGUMENTS - 1, #missing)) }
     for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(part))) do
       if packed then cells[part[i]] = cmsgpack.unpack(packed) end
     end
   end
 end
 
-local function save()
+local function save_cells()
   local fields = {}
-  for name in pairs(dirty) do
+  for name in pairs(is_changed) do
     fields[#fields + 1] = name
     fields[#fields + 1] = cmsgpack.pack(cells[name])
   end
-  for from = 1, #fields, MOST_AT_ONCE do
-    redis.call('HSET', cells_key, unpack(fields, from, min(from + MOST_AT_ONCE - 1, #fields)))
+  for from = 1, #fields, MAX_ARGUMENTS do
+    redis.call('HSET', cells_key, unpack(fields, from, min(from + MAX_ARGUMENTS - 1, #fields)))
   end
 end
 
--- Never fuller than the room that nobody holds.
-local function cap(cell)
+-- Limits the level to the part of the bucket that is not held.
+local function cap_level(cell)
   local top = cell.burst - cell.held
   if cell.whole >= top then cell.whole, cell.fraction = top, 0 end
 end
@@ -107,15 +114,15 @@ local function refill(cell)
   if missing <= 0 or elapsed <= 0 then return end
   local per, limit = cell.per, cell.limit
   local periods = floor(elapsed / per)
-  -- A product that is not exact is larger than anything that can be missing.
+  -- A product too large to be exact is also larger than any `missing`.
   if periods * limit >= missing then
     cell.whole, cell.fraction = cell.whole + missing, 0
     return
   end
   local rest = elapsed - periods * per
-  local each = floor(limit / per)
-  local odd = limit - each * per
-  -- odd * rest / per by long multiplication: both are below 2^35, a limb has 12 bits.
+  local tokens_per_ms = floor(limit / per)
+  local odd = limit - tokens_per_ms * per
+  -- odd * rest / per by long division: both factors are below 2^35, and a limb has 12 bits.
   local quotient, remainder = 0, 0
   for _, limb in ipairs({ floor(rest / 16777216), floor(rest / 4096) % 4096, rest % 4096 }) do
     local part = remainder * 4096 + odd * limb
@@ -123,19 +130,20 @@ local function refill(cell)
     quotient = quotient * 4096 + whole
     remainder = part - whole * per
   end
-  cell.whole = cell.whole + periods * limit + each * rest + quotient
+  cell.whole = cell.whole + periods * limit + tokens_per_ms * rest + quotient
   cell.fraction = cell.fraction + remainder
   if cell.fraction >= per then
     cell.whole, cell.fraction = cell.whole + 1, cell.fraction - per
   end
-  cap(cell)
+  cap_level(cell)
 end
 
--- Turns the period if its end has come; a clock that was stepped back grants nothing. Of a quota that is none of this
--- node's the period is left as it is: whoever has it turns it.
-local function roll(cell)
+-- Starts the next period if the current one has ended. A clock that was stepped back grants nothing. The period of a
+-- quota that this node does not have stays as it is, because only a node with the quota sends its bounds. Returns
+-- false if the bounds that the node sent are stale.
+local function roll_period(cell)
   if now >= cell.start and now < cell.stop then return true end
-  local period = bounds[cell.class]
+  local period = period_bounds[cell.class]
   if not period then return true end
   if now < period[1] or now >= period[2] then return false end
   if now >= cell.stop then
@@ -145,14 +153,14 @@ local function roll(cell)
   return true
 end
 
--- Brings cells up to now; who only looks need not save that. False: the node has to say anew where calendar periods
--- begin and end.
-local function advance(names)
+-- Advances cells to the current time. A command that only reads them need not save this. Returns false if the bounds
+-- of a calendar period are stale.
+local function advance_to_now(names)
   for _, name in ipairs(names) do
     local cell = cells[name]
     if cell then
       if cell.class then
-        if not roll(cell) then return false end
+        if not roll_period(cell) then return false end
       else
         refill(cell)
       end
@@ -167,32 +175,33 @@ local function fits(cell, amount)
   return amount <= cell.burst and cell.whole >= needed
 end
 
-local function all_fit(names, ask, generates)
+local function all_fit(names, amounts, generates)
   for _, name in ipairs(names) do
     local cell = cells[name]
-    local is_asked = generates or cell.kind ~= COMPLETION
-    if is_asked and not fits(cell, ask[cell.kind]) then return false end
+    local is_required = generates or cell.kind ~= COMPLETION
+    if is_required and not fits(cell, amounts[cell.kind]) then return false end
   end
   return true
 end
 
--- Holds amounts in cells; returns what a reservation keeps of it.
-local function take(names, ask)
+-- Holds amounts in cells and returns the piece that records this.
+local function hold_amounts(names, amounts)
   local turns = {}
   for i, name in ipairs(names) do
     local cell = cells[name]
     turns[i] = 0
     if cell then
-      local amount = ask[cell.kind]
+      local amount = amounts[cell.kind]
       cell.held = cell.held + amount
       if cell.class then turns[i] = cell.turn else cell.whole = cell.whole - amount end
-      dirty[name] = true
+      is_changed[name] = true
     end
   end
-  return { ask, { 0, 0, 0, 0 }, names, turns }
+  return { amounts, { 0, 0, 0, 0 }, names, turns }
 end
 
-local function each(f, ...)
+-- Applies f to the amounts of each kind.
+local function map_kinds(f, ...)
   local result = {}
   for i = 1, 4 do
     local values = {}
@@ -201,20 +210,20 @@ local function each(f, ...)
   end
   return result
 end
-local function less(a, b) return each(function(x, y) return max(x - y, 0) end, a, b) end
-local function at_most(a, b) return each(min, a, b) end
+local function subtract(a, b) return map_kinds(function(x, y) return max(x - y, 0) end, a, b) end
+local function minimum(a, b) return map_kinds(min, a, b) end
 
--- What is certainly spent is held no longer.
+-- Moves amounts that are certainly spent from held to spent. `spent`: the sum so far.
 local function progress(pieces, spent)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
-    local more = less(at_most(spent, reserved), moved)
+    local more = subtract(minimum(spent, reserved), moved)
     for k = 1, 4 do moved[k] = moved[k] + more[k] end
     local is_any = more[1] + more[2] + more[3] + more[4] > 0
     for i, name in ipairs(is_any and names or {}) do
       local cell = cells[name]
       if cell then
-        dirty[name] = true
+        is_changed[name] = true
         local amount = more[cell.kind]
         if not cell.class or cell.turn == turns[i] then
           cell.held = max(cell.held - amount, 0)
@@ -222,7 +231,7 @@ local function progress(pieces, spent)
         end
       end
     end
-    spent = less(spent, reserved)
+    spent = subtract(spent, reserved)
   end
 end
 
@@ -236,40 +245,42 @@ local function settle_piece(piece, spent)
       if not cell.class then
         cell.held = max(cell.held - held, 0)
         cell.whole = cell.whole + held - (s - m)
-        cap(cell)
+        cap_level(cell)
       elseif cell.turn == turns[i] then
         cell.held = max(cell.held - held, 0)
         cell.used = max(cell.used + s - m, 0)
       else
-        -- Of a period that is over only the overrun is owed.
+        -- The period of the piece is over: only the overrun is owed.
         cell.used = cell.used + max(s - r, 0)
       end
-      dirty[name] = true
+      is_changed[name] = true
     end
   end
 end
 
--- Each piece pays for what it holds, the last one for all that is beyond.
+-- Each piece pays up to the amounts it reserved. The last piece pays the rest.
 local function settle(pieces, spent)
   for i, piece in ipairs(pieces) do
-    local part = i == #pieces and spent or at_most(spent, piece[1])
-    spent = less(spent, part)
+    local part = i == #pieces and spent or minimum(spent, piece[1])
+    spent = subtract(spent, part)
     settle_piece(piece, part)
   end
 end
 
+-- Enlarges a reservation, whether the amounts fit or not.
 local function extend(pieces, more)
-  local piece, last = take(pieces[1][3], more), pieces[#pieces]
-  local is_same = #last[4] == #piece[4]
-  for i, turn in ipairs(piece[4]) do is_same = is_same and last[4][i] == turn end
-  if not is_same then
+  local piece, last = hold_amounts(pieces[1][3], more), pieces[#pieces]
+  local is_same_turn = #last[4] == #piece[4]
+  for i, turn in ipairs(piece[4]) do is_same_turn = is_same_turn and last[4][i] == turn end
+  if not is_same_turn then
     pieces[#pieces + 1] = piece
     return
   end
   for k = 1, 4 do last[1][k] = last[1][k] + more[k] end
 end
 
-local function names_of(reservations)
+-- The names of all cells in which these reservations hold something.
+local function cell_names(reservations)
   local names, seen = {}, {}
   for _, pieces in pairs(reservations) do
     for _, piece in ipairs(pieces) do
@@ -281,7 +292,8 @@ local function names_of(reservations)
   return names
 end
 
-local function shown(reply, name)
+-- Appends the state of a cell to a reply: nine numbers.
+local function append_state(reply, name)
   local cell = cells[name]
   local state = cell.class and { cell.limit, cell.limit, cell.used, 0, cell.held, cell.start, cell.stop, cell.turn }
     or { cell.limit, cell.burst, cell.whole, cell.fraction, cell.held, cell.at, 0, 0 }
@@ -289,24 +301,25 @@ local function shown(reply, name)
   reply[#reply + 1] = cell.override
 end
 
-local function all_known(names)
+local function all_exist(names)
   for _, name in ipairs(names) do if not cells[name] then return false end end
   return true
 end
 
--- What is left for the completions beside the prompt, of every quota; nil: less than is worth admitting.
-local function clamped(names, ask, completions)
+-- Lowers the completion tokens to what all quotas have left beside the prompt, in equal parts for the completions.
+-- Returns nil if that is too little to be worth admitting.
+local function clamp(names, amounts, completions)
   local room = math.huge
   for _, name in ipairs(names) do
     local cell = cells[name]
     local left = max(cell.class and cell.limit - cell.used - cell.held or cell.whole, 0)
-    if cell.kind == TOTAL then room = min(room, max(left - ask[PROMPT], 0)) end
+    if cell.kind == TOTAL then room = min(room, max(left - amounts[PROMPT], 0)) end
     if cell.kind == COMPLETION then room = min(room, left) end
   end
   local one = floor(room / completions)
   local completion = min(one * completions, MAX_AMOUNT)
-  if one < SMALLEST_CLAMP or completion >= ask[COMPLETION] then return nil end
-  local total = min(ask[PROMPT] + completion, MAX_AMOUNT)
-  local lowered = { total, ask[PROMPT], completion, ask[REQUESTS] }
+  if one < MIN_CLAMPED_COMPLETION or completion >= amounts[COMPLETION] then return nil end
+  local total = min(amounts[PROMPT] + completion, MAX_AMOUNT)
+  local lowered = { total, amounts[PROMPT], completion, amounts[REQUESTS] }
   return all_fit(names, lowered, true) and lowered or nil
 end

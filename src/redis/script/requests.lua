@@ -1,55 +1,58 @@
--- Requests: what they hold, what becomes of that, and what a node may admit out of a lease.
+-- Commands for requests: they reserve, extend, progress and settle, and they lease tokens to a node.
 
-local run = {}
+-- The commands by name.
+local commands = {}
 
--- Holds room for a request in all cells or in none. Returns how many requests are in flight, how many nodes are alive,
--- and the states before.
-function run.reserve()
-  local id, most, mode, generates = text(), int(), text(), int() == 1
-  local ask, completions = amounts(), int()
-  local names = texts(int())
-  local known = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight', 'alive')
-  load(names)
-  local in_flight = tonumber(known[2]) or 0
-  if (tonumber(known[1]) or 0) <= 0 or not all_known(names) then return { UNKNOWN, now } end
-  if not advance(names) then return { BOUNDS, now } end
-  local reply = { FULL, now, in_flight, tonumber(known[3]) or 1 }
+-- Reserves amounts for a request in all of these cells or in none. Replies with the number of requests in flight, the
+-- number of nodes alive, and the states of the cells before the reservation.
+function commands.reserve()
+  local id, max_in_flight, mode, generates = read_text(), read_int(), read_text(), read_int() == 1
+  local amounts, completions = read_amounts(), read_int()
+  local names = read_texts(read_int())
+  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight', 'alive')
+  load_cells(names)
+  local in_flight = tonumber(meta[2]) or 0
+  if (tonumber(meta[1]) or 0) <= 0 or not all_exist(names) then return { UNKNOWN_SESSION, now } end
+  if not advance_to_now(names) then return { STALE_PERIOD, now } end
+  local reply = { TOO_MANY_IN_FLIGHT, now, in_flight, tonumber(meta[3]) or 1 }
   for _, name in ipairs(names) do
-    shown(reply, name)
-    dirty[name] = true
+    append_state(reply, name)
+    is_changed[name] = true
   end
-  if most == 0 or in_flight < most then
-    local held = all_fit(names, ask, generates) and ask
-    if not held and mode == 'clamp' and ask[COMPLETION] > 0 then held = clamped(names, ask, completions) end
-    if not held and mode == 'watch' then held = ask end
+  if max_in_flight == 0 or in_flight < max_in_flight then
+    local held = all_fit(names, amounts, generates) and amounts
+    if not held and mode == 'clamp' and amounts[COMPLETION] > 0 then held = clamp(names, amounts, completions) end
+    if not held and mode == 'watch' then held = amounts end
     reply[1] = held and ADMITTED or DENIED
     if held then
-      redis.call('HSET', own_key, id, cmsgpack.pack({ take(names, held) }))
+      redis.call('HSET', reservations_key, id, cmsgpack.pack({ hold_amounts(names, held) }))
       redis.call('HINCRBY', meta_key, 'in_flight', 1)
     end
   end
-  save()
+  save_cells()
   return reply
 end
 
--- What a node has spent of a quota while it was cut off and has not come back since; of a calendar's period only while
--- it runs.
-local function pay(name, amount, turn)
+-- Charges tokens that a node spent while it was offline. A calendar quota is charged only if the same period still
+-- runs.
+local function charge_offline_usage(name, amount, turn)
   local cell = cells[name]
   if not cell or (cell.class and cell.turn ~= turn) then return end
   if cell.class then cell.used = cell.used + amount else cell.whole = cell.whole - amount end
-  dirty[name] = true
+  is_changed[name] = true
 end
 
-local function lease_pieces(packed) return packed and cmsgpack.unpack(packed) or {} end
+-- A lease is stored like a reservation, with one piece for each cell.
+local function unpack_pieces(packed) return packed and cmsgpack.unpack(packed) or {} end
 
-local function lease_of(packed)
+-- The pieces of a lease by the name of their cell.
+local function read_lease(packed)
   local lease = {}
-  for _, piece in ipairs(lease_pieces(packed)) do lease[piece[3][1]] = piece end
+  for _, piece in ipairs(unpack_pieces(packed)) do lease[piece[3][1]] = piece end
   return lease
 end
 
--- What is left of a lease in a cell; of a period that is over nothing is.
+-- The leased tokens of a cell that are not used yet. A lease ends with its period.
 local function leased(lease, name)
   local piece, cell = lease[name], cells[name]
   if not piece or not cell or (cell.class and piece[4][1] ~= cell.turn) then return 0 end
@@ -67,40 +70,40 @@ local function save_lease(lease)
   local pieces = {}
   for _, piece in pairs(lease) do pieces[#pieces + 1] = piece end
   if #pieces == 0 then
-    redis.call('HDEL', own_key, LEASE)
+    redis.call('HDEL', reservations_key, LEASE)
   else
-    redis.call('HSET', own_key, LEASE, cmsgpack.pack(pieces))
+    redis.call('HSET', reservations_key, LEASE, cmsgpack.pack(pieces))
   end
 end
 
--- A request that its node has admitted out of its lease: what it holds is taken from there, and the rest, if the lease
--- has been lost meanwhile, from the cells.
-local function open(lease, names, ask)
+-- Creates the reservation of a request that its node admitted from its lease. The lease pays for it. If the lease has
+-- been lost, the cells pay for the rest.
+local function open_leased(lease, names, amounts)
   for _, name in ipairs(names) do
     local cell = cells[name]
     if cell then
-      local amount = min(leased(lease, name), ask[cell.kind])
+      local amount = min(leased(lease, name), amounts[cell.kind])
       set_leased(lease, name, leased(lease, name) - amount)
       cell.held = cell.held - amount
       if not cell.class then cell.whole = cell.whole + amount end
     end
   end
-  return { take(names, ask) }
+  return { hold_amounts(names, amounts) }
 end
 
--- How often what was used of each was reset.
-local function resets_of(names)
+-- The number of times that an administrator has reset each cell.
+local function reset_counts(names)
   local resets = {}
   for i, name in ipairs(names) do resets[i] = cells[name] and cells[name].resets or 0 end
   return resets
 end
 
--- Takes back that a reservation was charged in full: its node was only cut off. Of a quota that was reset since there is
--- nothing to take back.
+-- Reverses a charge in full and holds the reservation again: its node was only cut off. If a quota was reset since
+-- then, the reset has removed the charge already.
 local function hold_again(pieces)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
-    local before, resets = piece[5] or {}, resets_of(names)
+    local before, resets = piece[5] or {}, reset_counts(names)
     for i, name in ipairs(names) do
       local cell = cells[name]
       if cell and (not cell.class or cell.turn == turns[i]) then
@@ -109,37 +112,37 @@ local function hold_again(pieces)
         cell.held = cell.held + held
         if not cell.class then
           if not is_charged then cell.whole = cell.whole - held end
-          cap(cell)
+          cap_level(cell)
         elseif is_charged then
           cell.used = max(cell.used - held, 0)
         end
-        dirty[name] = true
+        is_changed[name] = true
       end
     end
   end
 end
 
--- The steps of a call that were not applied yet, and the number of its last one.
-local function new_steps(applied)
-  local first, count, steps = int(), int(), {}
+-- Reads the steps of a call. Returns those that were not applied before, and the number of the last step.
+local function read_new_steps(applied)
+  local first, count, steps = read_int(), read_int(), {}
   for i = 0, count - 1 do
-    local step = { what = text(), id = text(), amounts = amounts() }
-    if step.what == 'open' then step.names = texts(int()) end
+    local step = { what = read_text(), id = read_text(), amounts = read_amounts() }
+    if step.what == 'open' then step.names = read_texts(read_int()) end
     if first + i > applied then steps[#steps + 1] = step end
   end
   return steps, first + count - 1
 end
 
--- The reservations that steps are about, and which of these were charged: such a step comes late, before its node has said
--- that it still holds them.
-local function find_all(steps)
+-- Loads the reservations that steps refer to. The second result contains those that were charged in full: the step
+-- was delayed, and its node has not yet listed the reservation with `hold`.
+local function find_reservations(steps)
   local reservations, charged = {}, {}
   for _, step in ipairs(steps) do
     local id = step.id
     if step.what ~= 'pay' and not reservations[id] then
-      local packed = redis.call('HGET', own_key, id)
+      local packed = redis.call('HGET', reservations_key, id)
       if not packed and id ~= LEASE then
-        packed = redis.call('HGET', charged_key(session), id)
+        packed = redis.call('HGET', charged_key_of(session), id)
         charged[id] = packed or nil
       end
       reservations[id] = packed and cmsgpack.unpack(packed) or nil
@@ -148,94 +151,94 @@ local function find_all(steps)
   return reservations, charged
 end
 
--- Loads all cells that steps change, beside those of reservations; returns their names.
-local function load_changed(steps, reservations)
-  local names = names_of(reservations)
+-- Loads all cells that steps or reservations refer to. Returns their names.
+local function load_changed_cells(steps, reservations)
+  local names = cell_names(reservations)
   for _, step in ipairs(steps) do
     if step.what == 'pay' then names[#names + 1] = step.id end
     for _, name in ipairs(step.names or {}) do names[#names + 1] = name end
   end
-  load(names)
+  load_cells(names)
   return names
 end
 
--- What has become of reservations, in order. What was applied already is not applied again. Returns how many steps were, and
--- how the cells stand that the node asks for.
-function run.apply()
-  local known = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session)
-  -- Of a session that is over, or was lost, a step would find nothing and be forgotten.
-  if (tonumber(known[1]) or 0) <= 0 then return { UNKNOWN, now } end
-  local applied = tonumber(known[2]) or 0
-  local steps, last = new_steps(applied)
-  local asked_for = texts(int())
-  local reservations, charged = find_all(steps)
-  local names = load_changed(steps, reservations)
-  load(asked_for)
-  if not all_known(asked_for) then return { UNKNOWN, now } end
-  if not advance(names) or not advance(asked_for) then return { BOUNDS, now } end
-  local gone, lease = 0, nil
+-- Applies steps of reservations in order. Steps that were applied before are skipped. Replies with the number of
+-- steps applied and the states of the requested cells.
+function commands.apply()
+  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'q:' .. session)
+  -- If the session has ended or was lost, a step would not find its reservation and would have no effect.
+  if (tonumber(meta[1]) or 0) <= 0 then return { UNKNOWN_SESSION, now } end
+  local applied = tonumber(meta[2]) or 0
+  local steps, last = read_new_steps(applied)
+  local requested = read_texts(read_int())
+  local reservations, charged = find_reservations(steps)
+  local names = load_changed_cells(steps, reservations)
+  load_cells(requested)
+  if not all_exist(requested) then return { UNKNOWN_SESSION, now } end
+  if not advance_to_now(names) or not advance_to_now(requested) then return { STALE_PERIOD, now } end
+  local ended, lease = 0, nil
   for id in pairs(charged) do
     hold_again(reservations[id])
-    redis.call('HDEL', charged_key(session), id)
-    gone = gone - 1
+    redis.call('HDEL', charged_key_of(session), id)
+    ended = ended - 1
   end
   for _, step in ipairs(steps) do
     local id, what = step.id, step.what
     local pieces = reservations[id]
     if what == 'pay' then
-      pay(id, step.amounts[1], step.amounts[2])
+      charge_offline_usage(id, step.amounts[1], step.amounts[2])
     elseif what == 'open' then
-      lease = lease or lease_of(redis.call('HGET', own_key, LEASE))
+      lease = lease or read_lease(redis.call('HGET', reservations_key, LEASE))
       if not pieces then
-        reservations[id] = open(lease, step.names, step.amounts)
-        gone = gone - 1
+        reservations[id] = open_leased(lease, step.names, step.amounts)
+        ended = ended - 1
       end
     elseif id == LEASE then
       for _, piece in pairs(lease or pieces or {}) do settle_piece(piece, { 0, 0, 0, 0 }) end
       reservations[id], lease = nil, lease and {}
-      redis.call('HDEL', own_key, id)
+      redis.call('HDEL', reservations_key, id)
     elseif pieces and what == 'settle' then
       settle(pieces, step.amounts)
       reservations[id] = nil
-      redis.call('HDEL', own_key, id)
-      gone = gone + 1
+      redis.call('HDEL', reservations_key, id)
+      ended = ended + 1
     elseif pieces then
       if what == 'extend' then extend(pieces, step.amounts) else progress(pieces, step.amounts) end
     end
   end
-  for id, pieces in pairs(reservations) do redis.call('HSET', own_key, id, cmsgpack.pack(pieces)) end
+  for id, pieces in pairs(reservations) do redis.call('HSET', reservations_key, id, cmsgpack.pack(pieces)) end
   if lease then save_lease(lease) end
-  if gone ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', -gone) end
+  if ended ~= 0 then redis.call('HINCRBY', meta_key, 'in_flight', -ended) end
   redis.call('HSET', meta_key, 'q:' .. session, max(applied, last))
-  save()
+  save_cells()
   local reply = { DONE, now, #steps }
-  for _, name in ipairs(asked_for) do shown(reply, name) end
+  for _, name in ipairs(requested) do append_state(reply, name) end
   return reply
 end
 
--- A node wants so much of each cell to admit requests out of. A tenth of each is never leased. Returns how much it has
--- got of each, beside what it had.
-function run.lease()
+-- Leases tokens of each cell to a node, which admits requests from them. `wanted` includes tokens leased before. A
+-- tenth of each quota is never leased. Replies with the additional tokens of each cell, and the states of the cells.
+function commands.lease()
   local names, wanted = {}, {}
-  for i = 1, int() do names[i], wanted[i] = text(), int() end
-  load(names)
-  if not is_known() or not all_known(names) then return { UNKNOWN, now } end
-  if not advance(names) then return { BOUNDS, now } end
-  local lease = lease_of(redis.call('HGET', own_key, LEASE))
+  for i = 1, read_int() do names[i], wanted[i] = read_text(), read_int() end
+  load_cells(names)
+  if not is_session_open() or not all_exist(names) then return { UNKNOWN_SESSION, now } end
+  if not advance_to_now(names) then return { STALE_PERIOD, now } end
+  local lease = read_lease(redis.call('HGET', reservations_key, LEASE))
   local reply = { DONE, now }
   for i, name in ipairs(names) do
-    local cell, has = cells[name], leased(lease, name)
+    local cell, old = cells[name], leased(lease, name)
     local left = cell.class and cell.limit - cell.used - cell.held or cell.whole
-    local kept = floor((cell.class and cell.limit or cell.burst) / 10)
-    local more = max(min(wanted[i] - has, left - kept), 0)
+    local not_leased = floor((cell.class and cell.limit or cell.burst) / 10)
+    local more = max(min(wanted[i] - old, left - not_leased), 0)
     cell.held = cell.held + more
     if not cell.class then cell.whole = cell.whole - more end
-    set_leased(lease, name, has + more)
-    dirty[name] = true
+    set_leased(lease, name, old + more)
+    is_changed[name] = true
     reply[#reply + 1] = more
   end
   save_lease(lease)
-  save()
-  for _, name in ipairs(names) do shown(reply, name) end
+  save_cells()
+  for _, name in ipairs(names) do append_state(reply, name) end
   return reply
 end

@@ -1,72 +1,70 @@
-//! What `store.redis.url` says: where the server is found, and how one logs in. Pure: nothing is read or connected.
+//! Parses `store.redis.url`: where the server is and how to log in. Pure: files are not read and nothing is connected.
 
 use redis::{ProtocolVersion, RedisConnectionInfo};
 use std::fmt;
 use std::path::PathBuf;
 
-/// What a URL may look like, for error messages.
+/// The accepted forms of a URL, for error messages.
 const FORMS: &str = "redis://[[user]:password@]host[:port][/db], \
     redis+sentinel://[[user]:password@]host[:port][,host[:port]...]/master-name[/db], \
     redis+cluster://[[user]:password@]host[:port][,host[:port]...], redis+unix:///path[?db=0]; \
     rediss in place of redis: with TLS, then also ?ca_file=...&cert_file=...&key_file=...";
-const PORT: u16 = 6379;
-const SENTINEL_PORT: u16 = 26379;
+const DEFAULT_PORT: u16 = 6379;
+const DEFAULT_SENTINEL_PORT: u16 = 26379;
 
-/// Where the server is found, and how one logs in.
+/// A parsed URL.
 #[derive(Clone, Debug)]
-pub(super) struct Target {
-    pub(super) place: Place,
-    /// Its `Debug` leaves the password out.
+pub(super) struct RedisUrl {
+    pub(super) topology: Topology,
+    /// Its `Debug` omits the password.
     pub(super) login: RedisConnectionInfo,
     /// `None`: no TLS.
-    pub(super) tls: Option<Files>,
+    pub(super) tls: Option<TlsFiles>,
 }
 
-/// Where the server is found.
+/// How to find the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// It is this one.
-    One(Address),
-    /// These know which one is the master of this name.
-    Sentinels(Vec<Address>, String),
-    /// Each of these knows who has which slot.
+pub(super) enum Topology {
+    /// The server itself.
+    Single(Address),
+    /// Sentinels that report the address of the master of this name.
+    Sentinels { nodes: Vec<Address>, master: String },
+    /// Servers of a cluster that report the master of each slot.
     Cluster(Vec<Address>),
 }
 
-/// What a socket is connected to.
+/// The address of a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Address {
     Tcp(String, u16),
     Unix(PathBuf),
 }
 
-/// Files of TLS, in PEM.
+/// Files for TLS, in PEM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Files {
-    /// Who is trusted to sign the server's certificate; `None`: the machine's roots.
+pub(super) struct TlsFiles {
+    /// Authorities that may sign the server's certificate. `None`: the machine's roots.
     pub(super) ca: Option<PathBuf>,
-    /// Our certificate and its key, where the server asks for one.
-    pub(super) own: Option<(PathBuf, PathBuf)>,
+    /// The client's certificate and its key, for a server that requires one.
+    pub(super) client: Option<(PathBuf, PathBuf)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
-    One,
+    Single,
     Unix,
     Sentinel,
     Cluster,
 }
 
-impl Target {
-    /// Reads a URL.
-    ///
+impl RedisUrl {
     /// # Errors
-    /// What is wrong with it, without the password or anything that could be part of it.
+    /// The fault, without the password or any text that could be part of it.
     pub(super) fn parse(url: &str) -> Result<Self, String> {
-        read(url).map_err(|what| format!("{what}; the forms are: {FORMS}"))
+        parse(url).map_err(|fault| format!("{fault}; the forms are: {FORMS}"))
     }
 
-    /// A text of the server's in which the password may have been repeated, without it.
+    /// Removes the password from a text of the server, which may repeat it.
     pub(super) fn without_password(&self, text: String) -> String {
         match self.login.password() {
             Some(password) if !password.is_empty() && text.contains(password) => {
@@ -87,32 +85,32 @@ impl fmt::Display for Address {
     }
 }
 
-// None of these repeats a part of the URL in an error: with a stray character, it could be one of the password.
+// No error below repeats a part of the URL: after a stray character, any part could belong to the password.
 
-fn read(url: &str) -> Result<Target, String> {
-    let (scheme, rest) = url.split_once("://").ok_or("this is no URL of Redis")?;
-    let (form, has_tls) = scheme_of(scheme).ok_or("the URL begins with no scheme of Redis")?;
+fn parse(url: &str) -> Result<RedisUrl, String> {
+    let (scheme, rest) = url.split_once("://").ok_or("this is not a Redis URL")?;
+    let (form, has_tls) = parse_scheme(scheme).ok_or("the URL does not begin with a Redis scheme")?;
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let options = Options::read(query, form, has_tls)?;
-    // A path has no @, so a password may have one as it is.
+    let options = Options::parse(query, form, has_tls)?;
+    // A path contains no @, so a password may contain an unescaped one.
     let (login, rest) = match rest.rsplit_once('@') {
         Some((login, rest)) if !login.starts_with('/') => (login, rest),
         _ => ("", rest),
     };
-    let login = login_of(login)?;
+    let login = parse_login(login)?;
     let (hosts, path) = match form {
         Form::Unix => ("", rest),
         _ => rest.split_once('/').unwrap_or((rest, "")),
     };
-    let (place, db) = place_of(form, hosts, path)?;
+    let (topology, db) = parse_topology(form, hosts, path)?;
     let login = login.set_db(options.db.or(db).unwrap_or(0));
-    Ok(Target { place, login, tls: has_tls.then_some(options.files) })
+    Ok(RedisUrl { topology, login, tls: has_tls.then_some(options.files) })
 }
 
-fn scheme_of(scheme: &str) -> Option<(Form, bool)> {
+fn parse_scheme(scheme: &str) -> Option<(Form, bool)> {
     Some(match scheme {
-        "redis" => (Form::One, false),
-        "rediss" => (Form::One, true),
+        "redis" => (Form::Single, false),
+        "rediss" => (Form::Single, true),
         "unix" | "redis+unix" => (Form::Unix, false),
         "redis+sentinel" => (Form::Sentinel, false),
         "rediss+sentinel" => (Form::Sentinel, true),
@@ -122,8 +120,8 @@ fn scheme_of(scheme: &str) -> Option<(Form, bool)> {
     })
 }
 
-fn login_of(text: &str) -> Result<RedisConnectionInfo, String> {
-    // The library's name is of no use to anybody, and a user may not be allowed to tell it.
+fn parse_login(text: &str) -> Result<RedisConnectionInfo, String> {
+    // The library would send its name with CLIENT SETINFO, which a user may not be permitted to run.
     let login = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2).set_skip_set_lib_name();
     if text.is_empty() {
         return Ok(login);
@@ -131,16 +129,18 @@ fn login_of(text: &str) -> Result<RedisConnectionInfo, String> {
     let (user, password) = text
         .split_once(':')
         .ok_or("a user needs a password: user:password@, or :password@ for the default user")?;
-    let login = login.set_password(decoded(password)?);
-    Ok(if user.is_empty() { login } else { login.set_username(decoded(user)?) })
+    let login = login.set_password(percent_decode(password)?);
+    Ok(if user.is_empty() { login } else { login.set_username(percent_decode(user)?) })
 }
 
-fn place_of(form: Form, hosts: &str, path: &str) -> Result<(Place, Option<i64>), String> {
+fn parse_topology(form: Form, hosts: &str, path: &str) -> Result<(Topology, Option<i64>), String> {
     match form {
-        Form::Unix if path.starts_with('/') => Ok((Place::One(Address::Unix(decoded(path)?.into())), None)),
+        Form::Unix if path.starts_with('/') => {
+            Ok((Topology::Single(Address::Unix(percent_decode(path)?.into())), None))
+        }
         Form::Unix => Err("the path of a socket begins with /: redis+unix:///path".to_owned()),
-        Form::One => match &addresses(hosts, PORT)?[..] {
-            [one] => Ok((Place::One(one.clone()), db_of(path)?)),
+        Form::Single => match &parse_addresses(hosts, DEFAULT_PORT)?[..] {
+            [address] => Ok((Topology::Single(address.clone()), parse_db(path)?)),
             _ => Err("several hosts are for redis+sentinel:// or redis+cluster://".to_owned()),
         },
         Form::Sentinel => {
@@ -148,20 +148,21 @@ fn place_of(form: Form, hosts: &str, path: &str) -> Result<(Place, Option<i64>),
             if master.is_empty() {
                 return Err("the name of the master is missing after the hosts: /mymaster".to_owned());
             }
-            Ok((Place::Sentinels(addresses(hosts, SENTINEL_PORT)?, decoded(master)?), db_of(db)?))
+            let nodes = parse_addresses(hosts, DEFAULT_SENTINEL_PORT)?;
+            Ok((Topology::Sentinels { nodes, master: percent_decode(master)? }, parse_db(db)?))
         }
-        Form::Cluster => match db_of(path)? {
-            None | Some(0) => Ok((Place::Cluster(addresses(hosts, PORT)?), None)),
+        Form::Cluster => match parse_db(path)? {
+            None | Some(0) => Ok((Topology::Cluster(parse_addresses(hosts, DEFAULT_PORT)?), None)),
             Some(_) => Err("a cluster has no database but 0".to_owned()),
         },
     }
 }
 
-fn addresses(hosts: &str, port: u16) -> Result<Vec<Address>, String> {
-    hosts.split(',').map(|host| address(host, port)).collect()
+fn parse_addresses(hosts: &str, default_port: u16) -> Result<Vec<Address>, String> {
+    hosts.split(',').map(|host| parse_address(host, default_port)).collect()
 }
 
-fn address(text: &str, default: u16) -> Result<Address, String> {
+fn parse_address(text: &str, default_port: u16) -> Result<Address, String> {
     let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, "")) => (host, None),
         Some((host, port)) => (host, Some(port.strip_prefix(':').ok_or("a host is malformed")?)),
@@ -171,18 +172,18 @@ fn address(text: &str, default: u16) -> Result<Address, String> {
         return Err("a host is missing".to_owned());
     }
     let is_bracketed = text.starts_with('[');
-    let is_of_host = |c: char| c.is_alphanumeric() || "-._".contains(c) || is_bracketed && ":%".contains(c);
-    if !host.chars().all(is_of_host) {
+    let is_host_char = |c: char| c.is_alphanumeric() || "-._".contains(c) || is_bracketed && ":%".contains(c);
+    if !host.chars().all(is_host_char) {
         return Err(
-            "a host is malformed, or in the password a / ? # % is not written as %2F %3F %23 %25".to_owned()
+            "a host is malformed, or the password contains / ? # % instead of %2F %3F %23 %25".to_owned()
         );
     }
-    let port = port.map_or(Ok(default), str::parse);
+    let port = port.map_or(Ok(default_port), str::parse);
     let port = port.ok().filter(|&port| port > 0).ok_or("a port is a number from 1 to 65535")?;
     Ok(Address::Tcp(host.to_owned(), port))
 }
 
-fn db_of(text: &str) -> Result<Option<i64>, String> {
+fn parse_db(text: &str) -> Result<Option<i64>, String> {
     if text.is_empty() {
         return Ok(None);
     }
@@ -190,31 +191,32 @@ fn db_of(text: &str) -> Result<Option<i64>, String> {
     Ok(Some(i64::from(db)))
 }
 
+/// The options after the `?`.
 #[derive(Default)]
 struct Options {
     db: Option<i64>,
-    files: Files,
+    files: TlsFiles,
 }
 
 impl Options {
-    fn read(query: &str, form: Form, has_tls: bool) -> Result<Self, String> {
+    fn parse(query: &str, form: Form, has_tls: bool) -> Result<Self, String> {
         let mut options = Self::default();
         let (mut certificate, mut key) = (None, None);
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
-            let value = decoded(value)?;
+            let value = percent_decode(value)?;
             match name {
-                "db" if form == Form::Unix => options.db = db_of(&value)?,
+                "db" if form == Form::Unix => options.db = parse_db(&value)?,
                 "ca_file" if has_tls => options.files.ca = Some(value.into()),
                 "cert_file" if has_tls => certificate = Some(value.into()),
                 "key_file" if has_tls => key = Some(value.into()),
                 "ca_file" | "cert_file" | "key_file" => {
                     return Err(format!("{name} is for TLS: write rediss in place of redis"));
                 }
-                _ => return Err("after the ? is an option that is not known here".to_owned()),
+                _ => return Err("an option after the ? is not known".to_owned()),
             }
         }
-        options.files.own = match (certificate, key) {
+        options.files.client = match (certificate, key) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
             _ => return Err("cert_file and key_file go together".to_owned()),
@@ -223,8 +225,8 @@ impl Options {
     }
 }
 
-/// With `%41` read as `A`.
-fn decoded(text: &str) -> Result<String, String> {
+/// Replaces each `%41` by `A`. A `+` stays a `+`.
+fn percent_decode(text: &str) -> Result<String, String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, others)) = rest.split_first() {
@@ -233,12 +235,12 @@ fn decoded(text: &str) -> Result<String, String> {
             bytes.push(first);
             continue;
         }
-        let digit = |at: usize| char::from(*others.get(at)?).to_digit(16);
+        let digit = |index: usize| char::from(*others.get(index)?).to_digit(16);
         let pair = digit(0).zip(digit(1)).and_then(|(high, low)| u8::try_from(high * 16 + low).ok());
-        bytes.push(pair.ok_or("a % that stands for itself is written as %25")?);
+        bytes.push(pair.ok_or("a literal % is written as %25")?);
         rest = &others[2..];
     }
-    String::from_utf8(bytes).map_err(|_| "what is written with % is no UTF-8".to_owned())
+    String::from_utf8(bytes).map_err(|_| "the bytes written with % are not UTF-8".to_owned())
 }
 
 #[cfg(test)]
@@ -250,18 +252,18 @@ mod tests {
     }
 
     #[test]
-    fn all_forms_are_read() {
+    fn all_forms_are_parsed() {
         let hosts = vec![tcp("a", 1), tcp("b.c-d", 26379)];
         let cluster = vec![tcp("a", 6379), tcp("::1", 7)];
-        for (url, place, user, password, db, has_tls) in [
-            ("redis://h", Place::One(tcp("h", 6379)), None, None, 0, false),
-            ("redis://:p%40@1.2.3.4:5/6", Place::One(tcp("1.2.3.4", 5)), None, Some("p@"), 6, false),
-            ("rediss://u:p@:/w@[::1]:5/", Place::One(tcp("::1", 5)), Some("u"), Some("p@:/w"), 0, true),
-            ("unix:///a@b/s?db=3", Place::One(Address::Unix("/a@b/s".into())), None, None, 3, false),
-            ("redis+unix://:p@/s", Place::One(Address::Unix("/s".into())), None, Some("p"), 0, false),
+        for (url, topology, user, password, db, has_tls) in [
+            ("redis://h", Topology::Single(tcp("h", 6379)), None, None, 0, false),
+            ("redis://:p%40@1.2.3.4:5/6", Topology::Single(tcp("1.2.3.4", 5)), None, Some("p@"), 6, false),
+            ("rediss://u:p@:/w@[::1]:5/", Topology::Single(tcp("::1", 5)), Some("u"), Some("p@:/w"), 0, true),
+            ("unix:///a@b/s?db=3", Topology::Single(Address::Unix("/a@b/s".into())), None, None, 3, false),
+            ("redis+unix://:p@/s", Topology::Single(Address::Unix("/s".into())), None, Some("p"), 0, false),
             (
                 "redis+sentinel://a:1,b.c-d/m/2",
-                Place::Sentinels(hosts.clone(), "m".into()),
+                Topology::Sentinels { nodes: hosts.clone(), master: "m".into() },
                 None,
                 None,
                 2,
@@ -269,7 +271,7 @@ mod tests {
             ),
             (
                 "rediss+sentinel://u:p@a:1,b.c-d/m",
-                Place::Sentinels(hosts, "m".into()),
+                Topology::Sentinels { nodes: hosts, master: "m".into() },
                 Some("u"),
                 Some("p"),
                 0,
@@ -277,38 +279,38 @@ mod tests {
             ),
             (
                 "redis+cluster://u:p@a,[::1]:7",
-                Place::Cluster(cluster.clone()),
+                Topology::Cluster(cluster.clone()),
                 Some("u"),
                 Some("p"),
                 0,
                 false,
             ),
-            ("rediss+cluster://a,[::1]:7/0?", Place::Cluster(cluster), None, None, 0, true),
+            ("rediss+cluster://a,[::1]:7/0?", Topology::Cluster(cluster), None, None, 0, true),
         ] {
-            let read = Target::parse(url).unwrap();
-            assert_eq!(read.place, place, "{url}");
-            assert_eq!((read.login.username(), read.login.password()), (user, password), "{url}");
-            assert_eq!((read.login.db(), read.tls.is_some()), (db, has_tls), "{url}");
+            let parsed = RedisUrl::parse(url).unwrap();
+            assert_eq!(parsed.topology, topology, "{url}");
+            assert_eq!((parsed.login.username(), parsed.login.password()), (user, password), "{url}");
+            assert_eq!((parsed.login.db(), parsed.tls.is_some()), (db, has_tls), "{url}");
         }
     }
 
     #[test]
-    fn files_of_tls_are_read() {
-        let tls = |url: &str| Target::parse(url).unwrap().tls.unwrap();
-        let own = Some(("/c".into(), "/k k".into()));
+    fn tls_files_are_parsed() {
+        let tls = |url: &str| RedisUrl::parse(url).unwrap().tls.unwrap();
+        let client = Some(("/c".into(), "/k k".into()));
         assert_eq!(
             tls("rediss://h?ca_file=/a+b&cert_file=/c&key_file=/k%20k"),
-            Files { ca: Some("/a+b".into()), own }
+            TlsFiles { ca: Some("/a+b".into()), client }
         );
-        assert_eq!(tls("rediss+cluster://h"), Files::default());
+        assert_eq!(tls("rediss+cluster://h"), TlsFiles::default());
     }
 
     #[test]
-    fn mistakes_are_told_and_no_password() {
-        for (url, says) in [
-            ("", "no URL"),
-            ("localhost:6379", "no URL"),
-            ("http://:secret@h", "no scheme"),
+    fn faults_are_named_without_the_password() {
+        for (url, words) in [
+            ("", "not a Redis URL"),
+            ("localhost:6379", "not a Redis URL"),
+            ("http://:secret@h", "a Redis scheme"),
             ("redis://", "host is missing"),
             ("redis://:secret@", "host is missing"),
             ("redis://secret@h", "needs a password"),
@@ -329,17 +331,17 @@ mod tests {
             ("redis://[::1", "malformed"),
             ("redis://[::1]6379", "malformed"),
         ] {
-            let error = Target::parse(url).unwrap_err();
-            assert!(error.contains(says) && error.contains("redis+cluster://"), "{url}: {error}");
+            let error = RedisUrl::parse(url).unwrap_err();
+            assert!(error.contains(words) && error.contains("redis+cluster://"), "{url}: {error}");
             assert!(!error.contains("secret"), "{url}: {error}");
         }
     }
 
     #[test]
-    fn the_password_is_shown_nowhere() {
-        let target = Target::parse("redis://user:a-secret@h").unwrap();
-        assert!(!format!("{target:?}").contains("a-secret"));
-        let told = target.without_password("unknown command 'AUTH' with 'a-secret'".to_owned());
-        assert_eq!(told, "unknown command 'AUTH' with '<the password>'");
+    fn neither_debug_nor_error_texts_contain_the_password() {
+        let url = RedisUrl::parse("redis://user:a-secret@h").unwrap();
+        assert!(!format!("{url:?}").contains("a-secret"));
+        let text = url.without_password("unknown command 'AUTH' with 'a-secret'".to_owned());
+        assert_eq!(text, "unknown command 'AUTH' with '<the password>'");
     }
 }
