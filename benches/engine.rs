@@ -1,13 +1,13 @@
-//! What the quota engine and its store can do.
+//! Throughput and latency of the quota engine and its store.
 //!
 //! `cargo bench --bench engine -- [--quick]`
 //!
-//! 1. Reserve and settle on one environment with 16 quotas, in memory: how many a second, how long each.
-//! 2. A quota that must be durable: how long a reservation waits for its commit, and what that costs in
-//!    CPU, with 64 requests at a time, next to the same without a store.
+//! 1. Reserve and settle in one environment with 16 quotas, in memory: operations per second and time of each.
+//! 2. A durable quota with 64 concurrent requests: how long a reservation waits for its commit, and the CPU time per
+//!    request, compared with the same load without a store.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench panics on faults and measures time
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // for printed figures
 
 use futures_util::FutureExt as _;
 use std::fmt::Write as _;
@@ -21,12 +21,13 @@ use tollgate::quota::{Amounts, Subject};
 use tollgate::store::Store;
 
 fn main() {
-    let quick = std::env::args().any(|argument| argument == "--quick");
-    let rounds = if quick { 1 } else { 5 };
+    let is_quick = std::env::args().any(|argument| argument == "--quick");
+    let rounds = if is_quick { 1 } else { 5 };
     println!("### reserve + settle, one environment, 16 quotas, in memory\n");
-    println!("| threads | a second | p50 ns | p99 ns |\n| --- | --- | --- | --- |");
+    println!("| threads | per second | p50 ns | p99 ns |\n| --- | --- | --- | --- |");
     for threads in [1, 2] {
-        let best = (0..rounds).map(|_| in_memory(threads, if quick { 200_000 } else { 1_000_000 }));
+        let best =
+            (0..rounds).map(|_| measure_in_memory(threads, if is_quick { 200_000 } else { 1_000_000 }));
         let best = best.max_by(|a, b| a.per_second.total_cmp(&b.per_second)).unwrap();
         println!(
             "| {threads} | {:.0} | {} | {} |",
@@ -35,19 +36,22 @@ fn main() {
             best.p99.as_nanos()
         );
     }
-    println!("\n### reserve, wait until kept, settle 5 to 15 ms later: 64 at a time, a quota per day\n");
+    println!(
+        "\n### reserve, wait until durable, settle 5 to 15 ms later; 64 concurrent requests, a quota of a day\n"
+    );
     println!(
         "| store | requests / s | wait p50 us | wait p99 us | CPU us per request |\n| --- | --- | --- | --- | --- |"
     );
-    let seconds = if quick { 1.0 } else { 3.0 };
+    let seconds = if is_quick { 1.0 } else { 3.0 };
     let (mut with, mut without) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
-        without.push(kept(false, seconds));
-        with.push(kept(true, seconds));
+        without.push(measure_durable(false, seconds));
+        with.push(measure_durable(true, seconds));
     }
-    let cpu = |of: &[Kept]| median(of.iter().map(|k| k.cpu_us).collect());
+    let cpu = |of: &[DurableLoad]| median(of.iter().map(|k| k.cpu_us).collect());
     for (name, of) in [("memory", &without), ("SQLite", &with)] {
-        let wait = |at: fn(&Kept) -> Duration| median(of.iter().map(|k| at(k).as_secs_f64() * 1e6).collect());
+        let wait =
+            |at: fn(&DurableLoad) -> Duration| median(of.iter().map(|k| at(k).as_secs_f64() * 1e6).collect());
         println!(
             "| {name} | {:.0} | {:.0} | {:.0} | {:.1} |",
             median(of.iter().map(|k| k.per_second).collect()),
@@ -66,7 +70,7 @@ fn config(quotas: &str, store: &str) -> Config {
     parse(&text, "bench.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}")).config
 }
 
-/// Four kinds over four periods each, none of them ever short.
+/// Four kinds with four periods each. None is ever exhausted.
 fn sixteen_quotas() -> String {
     let mut quotas = "{ ".to_owned();
     for kind in ["total_tokens", "prompt_tokens", "completion_tokens", "requests"] {
@@ -77,30 +81,30 @@ fn sixteen_quotas() -> String {
     quotas + "}"
 }
 
-struct InMemory {
+struct InMemoryLoad {
     per_second: f64,
     p50: Duration,
     p99: Duration,
 }
 
-fn in_memory(threads: usize, operations: usize) -> InMemory {
+fn measure_in_memory(threads: usize, operations: usize) -> InMemoryLoad {
     let config = config(&sixteen_quotas(), "{ memory: true }");
     assert_eq!(config.environments[0].quotas.len(), 16);
     let account = Arc::new(Account::open(&config.environments[0]));
-    // Timed apart, since reading the clock twice takes a tenth of an operation.
-    let began = Instant::now();
+    // Single operations are timed in a second run, because reading the clock twice takes a tenth of an operation.
+    let begun = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| (0..operations / threads).for_each(|_| reserve_and_settle(&account)));
         }
     });
-    let per_second = operations as f64 / began.elapsed().as_secs_f64();
+    let per_second = operations as f64 / begun.elapsed().as_secs_f64();
     let mut times: Vec<Duration> = std::thread::scope(|scope| {
         let timed = || {
             let time = |_| {
-                let began = Instant::now();
+                let begun = Instant::now();
                 reserve_and_settle(&account);
-                began.elapsed()
+                begun.elapsed()
             };
             (0..operations / threads / 4).map(time).collect::<Vec<_>>()
         };
@@ -108,7 +112,7 @@ fn in_memory(threads: usize, operations: usize) -> InMemory {
         handles.into_iter().flat_map(|handle| handle.join().unwrap()).collect()
     });
     times.sort_unstable();
-    InMemory { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
+    InMemoryLoad { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
 }
 
 fn demand() -> Demand<'static> {
@@ -122,23 +126,23 @@ fn reserve_and_settle(account: &Arc<Account>) {
     reservation.mark_complete();
 }
 
-struct Kept {
+struct DurableLoad {
     per_second: f64,
     p50: Duration,
     p99: Duration,
     cpu_us: f64,
 }
 
-fn kept(stored: bool, seconds: f64) -> Kept {
+fn measure_durable(is_stored: bool, seconds: f64) -> DurableLoad {
     let folder = tempfile::tempdir().unwrap();
-    let store = if stored {
+    let store = if is_stored {
         format!("{{ path: {} }}", folder.path().join("bench.db").display())
     } else {
         "{ memory: true }".to_owned()
     };
     let config = config("{ total_tokens: { limit: 1000000G, per: day } }", &store);
     let environment: &Arc<Environment> = &config.environments[0];
-    if !stored {
+    if !is_stored {
         return load(&Arc::new(Account::open(environment)), seconds);
     }
     let store = Store::open(&config.store).unwrap();
@@ -149,15 +153,15 @@ fn kept(stored: bool, seconds: f64) -> Kept {
     load(&account, seconds)
 }
 
-/// 64 tasks on one thread, as one of the gateway's workers would run them.
-fn load(account: &Arc<Account>, seconds: f64) -> Kept {
+/// Runs 64 tasks on one thread, like a worker of the gateway.
+fn load(account: &Arc<Account>, seconds: f64) -> DurableLoad {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (began, cpu_before) = (Instant::now(), cpu_time());
-    let until = began + Duration::from_secs_f64(seconds);
+    let (begun, cpu_before) = (Instant::now(), cpu_time());
+    let end = begun + Duration::from_secs_f64(seconds);
     let mut waits: Vec<Duration> = runtime.block_on(async {
-        // Answers of differing lengths, or all would ask at once.
+        // Different answer times keep the tasks from reserving all at once.
         let tasks: Vec<_> =
-            (0..64).map(|n| tokio::spawn(requests(account.clone(), until, 5 + n * 37 % 11))).collect();
+            (0..64).map(|n| tokio::spawn(requests(account.clone(), end, 5 + n * 37 % 11))).collect();
         let mut waits = Vec::new();
         for task in tasks {
             waits.extend(task.await.unwrap());
@@ -166,21 +170,21 @@ fn load(account: &Arc<Account>, seconds: f64) -> Kept {
     });
     waits.sort_unstable();
     let requests = waits.len();
-    Kept {
-        per_second: requests as f64 / began.elapsed().as_secs_f64(),
+    DurableLoad {
+        per_second: requests as f64 / begun.elapsed().as_secs_f64(),
         p50: waits[requests / 2],
         p99: waits[requests * 99 / 100],
         cpu_us: cpu_time().saturating_sub(cpu_before).as_secs_f64() * 1e6 / requests as f64,
     }
 }
 
-async fn requests(account: Arc<Account>, until: Instant, answer_ms: u64) -> Vec<Duration> {
+async fn requests(account: Arc<Account>, end: Instant, answer_ms: u64) -> Vec<Duration> {
     let mut waits = Vec::new();
-    while Instant::now() < until {
+    while Instant::now() < end {
         let mut reservation = account.reserve(&demand(), Duration::ZERO).now_or_never().unwrap().unwrap();
-        let began = Instant::now();
+        let begun = Instant::now();
         reservation.wait_until_durable().await;
-        waits.push(began.elapsed());
+        waits.push(begun.elapsed());
         tokio::time::sleep(Duration::from_millis(answer_ms)).await;
         reservation.observe(Amounts::of_request(100, 200));
         drop(reservation);
@@ -191,7 +195,7 @@ async fn requests(account: Arc<Account>, until: Instant, answer_ms: u64) -> Vec<
 /// User and system time of this process and all its threads, in ticks of 10 ms.
 fn cpu_time() -> Duration {
     let text = fs::read_to_string("/proc/self/stat").unwrap();
-    // The second field, the command, may hold spaces; it ends with the last bracket.
+    // The second field, the command in brackets, may contain spaces.
     let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
     let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
     Duration::from_millis(ticks * 10)

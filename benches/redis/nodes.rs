@@ -1,4 +1,4 @@
-//! Nodes as the gateway has them: accounts that share their counters.
+//! Nodes as in the gateway: accounts that share their counters.
 
 use super::is_within;
 use super::server::Server;
@@ -12,9 +12,9 @@ use tollgate::config::parse;
 use tollgate::ledger::{Account, Demand};
 use tollgate::quota::{Amounts, Subject};
 
-/// So much that it is never used up.
+/// A quota that is never exhausted.
 const PLENTY: &str = "{ total_tokens: { limit: 1000000000, per: minute } }";
-/// 50 requests of 20 tokens.
+/// A quota for 50 requests of 20 tokens.
 const FIFTY: &str = "{ total_tokens: { limit: 10, burst: 1000, per: day, window: rolling } }";
 
 struct Node {
@@ -24,7 +24,7 @@ struct Node {
 }
 
 impl Node {
-    /// Takes part, on a thread that speaks to Redis, as in a gateway.
+    /// Joins. A thread of its own synchronizes with Redis, as in a gateway.
     fn start(server: &Server, name: &str, quotas: &str, settings: &str) -> Self {
         let text = format!(
             "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\
@@ -37,22 +37,23 @@ impl Node {
         let redis = loaded.config.store.redis.as_ref().unwrap();
         let account = Arc::new(Account::open(environment).share(environment, redis, name, 1).unwrap());
         let (stop, stops) = watch::channel(false);
-        let of_thread = account.clone();
+        let synced_account = account.clone();
         let thread = std::thread::spawn(move || {
             runtime().block_on(async {
-                let connection = of_thread.redis_connection().unwrap().clone();
+                let connection = synced_account.redis_connection().unwrap().clone();
                 tokio::spawn(connection.run());
-                of_thread.run_redis_sync(stops).await;
+                synced_account.run_redis_sync(stops).await;
             });
         });
         let node = Self { account, stop, thread: Some(thread) };
-        assert!(node.shares_within(Duration::from_secs(10)).is_some(), "the node does not take part");
+        assert!(node.wait_until_shared(Duration::from_secs(10)).is_some(), "the node does not join");
         node
     }
 
-    fn shares_within(&self, longest: Duration) -> Option<Duration> {
+    /// Waits until the counters are shared, at most for this time. Returns how long that took.
+    fn wait_until_shared(&self, max_wait: Duration) -> Option<Duration> {
         let begun = Instant::now();
-        while begun.elapsed() < longest {
+        while begun.elapsed() < max_wait {
             if self.account.redis_status().is_some_and(|redis| redis.unavailable_reason.is_none()) {
                 return Some(begun.elapsed());
             }
@@ -83,7 +84,8 @@ fn demand() -> Demand<'static> {
     }
 }
 
-/// One request, which costs what it has reserved. Returns whether it was admitted, and how long that took to know.
+/// Reserves and settles one request, which spends what it reserved. Returns whether it was admitted, and how long the
+/// reservation took.
 async fn request(account: &Arc<Account>) -> (bool, Duration) {
     let begun = Instant::now();
     let reserved = account.reserve(&demand(), Duration::ZERO).await;
@@ -95,6 +97,7 @@ async fn request(account: &Arc<Account>) -> (bool, Duration) {
     (is_admitted, took)
 }
 
+/// Mean, median, 99th percentile and maximum, in microseconds.
 fn microseconds(mut took: Vec<Duration>) -> [f64; 4] {
     took.sort_unstable();
     let us = |time: Duration| time.as_secs_f64() * 1e6;
@@ -104,19 +107,19 @@ fn microseconds(mut took: Vec<Duration>) -> [f64; 4] {
 
 pub fn measure(is_quick: bool) -> bool {
     let calls = if is_quick { 3_000 } else { 30_000 };
-    let mut is_well = reservations(calls);
-    is_well &= bursts();
-    is_well & losses()
+    let mut is_ok = reservations(calls);
+    is_ok &= bursts();
+    is_ok & losses()
 }
 
 fn reservations(calls: usize) -> bool {
     println!(
-        "\n### a reservation of a node, in microseconds; and how many a second with 64 at a time at each node\n"
+        "\n### one reservation in microseconds; reservations per second with 64 concurrent requests at each node\n"
     );
-    println!("| | mean | p50 | p99 | largest | of 1 node | of 4 nodes |");
+    println!("| | mean | p50 | p99 | max | 1 node | 4 nodes |");
     println!("| --- | --- | --- | --- | --- | --- | --- |");
-    let mut is_well = true;
-    for (name, settings, most) in [("asked for", "", f64::MAX), ("out of a lease", "lease: true", 10.0)] {
+    let mut is_ok = true;
+    for (name, settings, max_mean) in [("by a call", "", f64::MAX), ("from a lease", "lease: true", 10.0)] {
         let server = Server::start();
         let node = Node::start(&server, "one", PLENTY, settings);
         std::thread::sleep(Duration::from_millis(600));
@@ -130,16 +133,16 @@ fn reservations(calls: usize) -> bool {
             }
             all
         });
-        let [mean, p50, p99, largest] = microseconds(took);
+        let [mean, p50, p99, max] = microseconds(took);
         drop(node);
         let [one, four] = [1, 4].map(|nodes| rate(&server, nodes, calls, settings));
-        println!("| {name} | {mean:.1} | {p50:.1} | {p99:.1} | {largest:.0} | {one:.0} | {four:.0} |");
-        is_well &= is_within("microseconds a reservation out of a lease", mean, most);
+        println!("| {name} | {mean:.1} | {p50:.1} | {p99:.1} | {max:.0} | {one:.0} | {four:.0} |");
+        is_ok &= is_within("microseconds for a reservation from a lease", mean, max_mean);
     }
-    is_well
+    is_ok
 }
 
-/// Reservations a second.
+/// Reservations per second.
 fn rate(server: &Server, nodes: usize, calls: usize, settings: &str) -> f64 {
     let nodes: Vec<_> =
         (0..nodes).map(|n| Node::start(server, &format!("rate-{n}"), PLENTY, settings)).collect();
@@ -153,7 +156,7 @@ fn rate(server: &Server, nodes: usize, calls: usize, settings: &str) -> f64 {
                         let account = node.account.clone();
                         tasks.spawn(async move {
                             for _ in 0..calls / 64 {
-                                assert!(request(&account).await.0, "there is plenty");
+                                assert!(request(&account).await.0, "the quota is never exhausted");
                             }
                         });
                     }
@@ -166,9 +169,9 @@ fn rate(server: &Server, nodes: usize, calls: usize, settings: &str) -> f64 {
 }
 
 fn bursts() -> bool {
-    println!("\n### 1,000 requests at once of which 50 fit\n");
-    println!("| nodes | admitted | over | all answered after |\n| --- | --- | --- | --- |");
-    let mut is_well = true;
+    println!("\n### 1,000 concurrent requests at a quota for 50\n");
+    println!("| nodes | admitted | over | all decided after |\n| --- | --- | --- | --- |");
+    let mut is_ok = true;
     for count in [2, 4, 8] {
         for settings in ["on_failure: closed", "on_failure: closed, lease: true"] {
             let server = Server::start();
@@ -182,12 +185,12 @@ fn bursts() -> bool {
             });
             let took = begun.elapsed().as_millis();
             let over = admitted.saturating_sub(50);
-            let how = if settings.contains("lease") { ", leases" } else { "" };
-            println!("| {count}{how} | {admitted} | {over} | {took} ms |");
-            is_well &= is_within("requests over the limit", over as f64, 0.0);
+            let suffix = if settings.contains("lease") { ", leases" } else { "" };
+            println!("| {count}{suffix} | {admitted} | {over} | {took} ms |");
+            is_ok &= is_within("requests over the limit", over as f64, 0.0);
         }
     }
-    is_well
+    is_ok
 }
 
 fn burst(node: &Node, requests: usize) -> usize {
@@ -202,10 +205,10 @@ fn burst(node: &Node, requests: usize) -> usize {
 }
 
 fn losses() -> bool {
-    println!("\n### Redis is killed, and started again empty\n");
+    println!("\n### Redis is killed and restarted empty\n");
     println!("| on_failure | first call, ms | later calls, ms: p50 | p99 | shared again after, ms | over |");
     println!("| --- | --- | --- | --- | --- | --- |");
-    let mut is_well = true;
+    let mut is_ok = true;
     for policy in ["closed", "local", "open"] {
         let mut server = Server::start();
         let node = Node::start(&server, "one", FIFTY, &format!("on_failure: {policy}"));
@@ -218,16 +221,16 @@ fn losses() -> bool {
         let meanwhile =
             usize::from(is_admitted) + later.iter().filter(|(is_admitted, _)| *is_admitted).count();
         let [_, p50, p99, _] = microseconds(later.into_iter().map(|(_, took)| took).collect());
-        server.start_again();
-        let back = node.shares_within(Duration::from_secs(10)).unwrap_or(Duration::MAX);
+        server.restart();
+        let recovery = node.wait_until_shared(Duration::from_secs(10)).unwrap_or(Duration::MAX);
         let after = (0..50).filter(|_| runtime.block_on(request(&node.account)).0).count();
         let over = (before + meanwhile + after).saturating_sub(50);
-        let [first, back] = [first, back].map(|time| time.as_secs_f64() * 1e3);
-        println!("| {policy} | {first:.1} | {:.3} | {:.3} | {back:.0} | {over} |", p50 / 1e3, p99 / 1e3);
-        is_well &= is_within("ms of the first call", first, 150.0);
-        is_well &= is_within("ms of a later call at p99", p99 / 1e3, 3.0);
-        is_well &= is_within("ms until counters are shared again", back, 4_000.0);
-        is_well &= policy == "open" || is_within("requests over the limit", over as f64, 0.0);
+        let [first, recovery] = [first, recovery].map(|time| time.as_secs_f64() * 1e3);
+        println!("| {policy} | {first:.1} | {:.3} | {:.3} | {recovery:.0} | {over} |", p50 / 1e3, p99 / 1e3);
+        is_ok &= is_within("ms of the first call", first, 150.0);
+        is_ok &= is_within("ms of a later call at p99", p99 / 1e3, 3.0);
+        is_ok &= is_within("ms until counters are shared again", recovery, 4_000.0);
+        is_ok &= policy == "open" || is_within("requests over the limit", over as f64, 0.0);
     }
-    is_well
+    is_ok
 }

@@ -1,4 +1,4 @@
-//! The script alone: whole round trips from threads that each wait for their answer.
+//! The script alone: round trips from threads that each wait for the reply.
 
 use super::server::Server;
 use std::time::{Duration, Instant};
@@ -16,8 +16,8 @@ fn quotas(number: u64) -> Vec<Quota> {
     (0..number).map(quota).collect()
 }
 
-/// One node: reserves and settles, call after call. Returns how long each reservation took.
-fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Duration> {
+/// Reserves and settles, one call after the other. Returns how long each reservation took.
+fn run_node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Duration> {
     let now = clock::now();
     let mut connection = server.connect().unwrap();
     let sha: String = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
@@ -29,12 +29,12 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
         let numbers: Vec<i64> = call.query(&mut connection).unwrap();
         command.parse_reply(&numbers).unwrap().verdict
     };
-    let full = |quota: &Quota| {
+    let unused = |quota: &Quota| {
         let burst = quota.capacity();
         let level = (burst.cast_signed(), 0);
         (CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
     };
-    let join = commands.join(1, false, &quotas.iter().map(full).collect::<Vec<_>>());
+    let join = commands.join(1, false, &quotas.iter().map(unused).collect::<Vec<_>>());
     assert_eq!(call(&join), Verdict::Done);
     let all: Vec<u32> = (0..).take(quotas.len()).collect();
     let mut took = Vec::new();
@@ -61,31 +61,31 @@ fn node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Durati
 }
 
 pub fn measure(calls: u64) {
-    println!("reserve and settle, one call each; a reservation's round trip in microseconds\n");
-    println!("| quotas | nodes | p50 | p99 | largest | calls a second | server's own us a call |");
+    println!("reserve and settle, one call each; round trips of reservations in microseconds\n");
+    println!("| quotas | nodes | p50 | p99 | max | calls per second | server time per call, us |");
     println!("| --- | --- | --- | --- | --- | --- | --- |");
     for number in [1, 4, 16] {
         for nodes in [1_usize, 8] {
             let server = Server::start();
             let quotas = quotas(number);
-            server.forget_times();
+            server.reset_statistics();
             let begun = Instant::now();
             let mut took: Vec<Duration> = std::thread::scope(|scope| {
                 let one = |n| (&server, &quotas, format!("node-{n}"));
                 let threads: Vec<_> = (0..nodes)
                     .map(one)
-                    .map(|(server, quotas, name)| scope.spawn(move || node(server, &name, quotas, calls)))
+                    .map(|(server, quotas, name)| scope.spawn(move || run_node(server, &name, quotas, calls)))
                     .collect();
                 threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
             });
             let seconds = begun.elapsed().as_secs_f64();
             took.sort_unstable();
-            #[allow(clippy::cast_precision_loss)] // a figure to show
+            #[allow(clippy::cast_precision_loss)] // for a printed figure
             let rate = 2.0 * took.len() as f64 / seconds;
             let us = |at: usize| took[at.min(took.len() - 1)].as_micros();
-            let (p50, p99, most) = (us(took.len() / 2), us(took.len() * 99 / 100), us(usize::MAX));
-            let own = server.own_time();
-            println!("| {number} | {nodes} | {p50} | {p99} | {most} | {rate:.0} | {own} |");
+            let (p50, p99, max) = (us(took.len() / 2), us(took.len() * 99 / 100), us(usize::MAX));
+            let server_time = server.time_per_call();
+            println!("| {number} | {nodes} | {p50} | {p99} | {max} | {rate:.0} | {server_time} |");
         }
     }
 }

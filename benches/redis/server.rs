@@ -1,4 +1,4 @@
-//! A Redis server at a loopback port.
+//! A Redis server on a loopback port.
 
 use crate::port::free_port;
 use std::process::{Child, Command, Stdio};
@@ -15,12 +15,12 @@ impl Server {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let mut server = Self { child: None, port, folder };
-        server.start_again();
+        server.restart();
         server
     }
 
-    /// At the same port, empty.
-    pub fn start_again(&mut self) {
+    /// Starts the server on the same port, without data.
+    pub fn restart(&mut self) {
         let child = Command::new("redis-server")
             .args(["--bind", "127.0.0.1", "--port", &self.port.to_string(), "--save", "", "--dir"])
             .arg(self.folder.path())
@@ -46,8 +46,8 @@ impl Server {
         redis::Client::open(format!("redis://127.0.0.1:{}/", self.port)).ok()?.get_connection().ok()
     }
 
-    /// Microseconds of the server's own time for each call since the last reset.
-    pub fn own_time(&self) -> String {
+    /// Microseconds that the server itself took for a call of the script, on average since the last reset.
+    pub fn time_per_call(&self) -> String {
         let info: String =
             redis::cmd("INFO").arg("commandstats").query(&mut self.connect().unwrap()).unwrap();
         let line = info.lines().find(|line| line.starts_with("cmdstat_evalsha:")).unwrap_or_default();
@@ -55,7 +55,7 @@ impl Server {
         field.unwrap_or("?").to_owned()
     }
 
-    pub fn forget_times(&self) {
+    pub fn reset_statistics(&self) {
         let (): () = redis::cmd("CONFIG").arg("RESETSTAT").query(&mut self.connect().unwrap()).unwrap();
     }
 }

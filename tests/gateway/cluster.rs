@@ -1,19 +1,18 @@
-//! Several gateways that hold one quota together in Redis, and what becomes of them when Redis is not there. Each test
-//! starts a server of its own.
+//! Gateways that share quotas in Redis, with and without faults of Redis. Each test starts a Redis server of its own.
 
-mod away;
+mod failure_policies;
 mod load;
 mod nodes;
-mod policies;
+mod outages;
 
 use crate::support::redis::Redis;
 use crate::support::{Gateway, Upstream};
 
-/// Nodes of one cluster, each a gateway of its own.
+/// Gateways that share one Redis.
 pub struct Nodes(Vec<Gateway>);
 
 impl Nodes {
-    /// So many, with these quotas of an environment `staging`; `more`: settings of `store.redis`.
+    /// Starts nodes with these quotas in the environment `staging`. `more`: further settings of `store.redis`.
     pub async fn start(redis: &Redis, upstream: &Upstream, nodes: u32, quotas: &str, more: &str) -> Self {
         let mut all = Vec::new();
         for n in 0..nodes {
@@ -22,6 +21,7 @@ impl Nodes {
         Self(all)
     }
 
+    /// The level of the first quota, as each node reports it.
     pub async fn levels(&self) -> Vec<i64> {
         let mut levels = Vec::new();
         for node in &self.0 {
@@ -30,7 +30,7 @@ impl Nodes {
         levels
     }
 
-    /// How often each has lost Redis.
+    /// How often each node has lost Redis.
     pub async fn losses(&self) -> Vec<u64> {
         let mut losses = Vec::new();
         for node in &self.0 {
@@ -51,7 +51,7 @@ impl std::ops::Deref for Nodes {
     }
 }
 
-/// One node's config.
+/// The config of node number `n`.
 pub fn config(redis: &Redis, upstream: &Upstream, n: u32, quotas: &str, more: &str) -> String {
     format!(
         "server: {{ listen: '127.0.0.1:0', flood_guard: 0, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\

@@ -1,4 +1,4 @@
-//! Many nodes at one quota, at once and by the server's own clock.
+//! Many nodes that reserve from one quota at once, by the server's own clock.
 
 use super::server::Server;
 use tollgate::clock;
@@ -6,10 +6,10 @@ use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{OnShortage, ReserveRequest, Verdict};
 
 #[test]
-fn a_burst_from_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more() {
+fn a_burst_from_two_four_and_eight_nodes_admits_exactly_the_quota() {
     for nodes in [2_u64, 4, 8] {
         let server = Server::start();
-        // 50 requests of 100 tokens; nothing to speak of comes back while the test runs.
+        // The quota admits 50 requests of 100 tokens. It hardly refills while the test runs.
         let per = Period { text: "day".into(), ms: 86_400_000 };
         let window = Window::Rolling { burst: 5_050 };
         let quota = Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 10, per, window };

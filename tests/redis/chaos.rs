@@ -1,7 +1,7 @@
-//! Nodes that reserve, extend, settle and give up at random, while the server is frozen, killed and cut off: in the end
-//! it has charged what was spent, to the token.
+//! Nodes reserve, extend, settle and cancel at random while the server is frozen, killed and cut off. In the end the
+//! server has charged exactly the tokens that were spent.
 
-use super::connection::signal;
+use super::connection::send_signal;
 use super::member::{Member, runtime};
 use super::proxy::{Mode, Proxy};
 use super::server::Server;
@@ -16,11 +16,12 @@ use tollgate::clock::Stopwatch;
 use tollgate::ledger::{Account, Demand, Reservation};
 use tollgate::quota::{Amounts, Subject};
 
-/// Nothing is used beyond this in a month; so what was used is to be seen.
-const MONTH: i64 = 1_000_000_000;
+/// The limit of a month. It is never reached, so the use of the month equals the tokens charged.
+const MONTH_LIMIT: i64 = 1_000_000_000;
+/// Concurrent requests of each node.
 const TASKS: u64 = 8;
 
-/// Numbers as at random: the same ones in every run, though what they meet is not.
+/// A random generator (xorshift). Its numbers are the same in every run; the timing is not.
 struct Dice(u64);
 
 impl Dice {
@@ -36,32 +37,32 @@ impl Dice {
     }
 }
 
-/// What all nodes have done.
+/// Independent sums over all nodes.
 #[derive(Debug, Default)]
-struct Book {
-    stops: AtomicBool,
-    /// What every reservation was charged in the end.
+struct Totals {
+    stop: AtomicBool,
+    /// Tokens charged for all settled reservations.
     spent: AtomicI64,
-    /// What is reserved, and of what has ended, that part of it which was spent; and the most that this ever was.
+    /// Tokens reserved, and of ended reservations the part that was spent.
     taken: AtomicI64,
-    most_taken: AtomicI64,
+    max_taken: AtomicI64,
     admitted: AtomicU64,
     denied: AtomicU64,
-    dropped: AtomicU64,
+    cancelled: AtomicU64,
     progressed: AtomicU64,
-    outgrown: AtomicU64,
+    extended: AtomicU64,
 }
 
-impl Book {
-    fn admits(&self, reservation: &Reservation) {
+impl Totals {
+    fn on_admitted(&self, reservation: &Reservation) {
         self.admitted.fetch_add(1, Ordering::SeqCst);
         let reserved = total(reservation.reserved());
         let taken = self.taken.fetch_add(reserved, Ordering::SeqCst) + reserved;
-        self.most_taken.fetch_max(taken, Ordering::SeqCst);
+        self.max_taken.fetch_max(taken, Ordering::SeqCst);
     }
 
-    /// To be called before it is settled: nobody is to have what it gives back sooner.
-    fn ends(&self, reserved: i64, spent: i64) {
+    /// Call this before the reservation settles. Otherwise another request could use the refund first.
+    fn on_ending(&self, reserved: i64, spent: i64) {
         self.spent.fetch_add(spent, Ordering::SeqCst);
         self.taken.fetch_sub((reserved - spent).max(0), Ordering::SeqCst);
     }
@@ -75,28 +76,28 @@ fn total(amounts: Amounts) -> i64 {
     amounts.total.cast_signed()
 }
 
-/// For what goes on while the test itself waits.
-fn runtime_of_threads() -> Runtime {
+/// A runtime that works while the thread of the test waits.
+fn background_runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
-/// Ends a node with all that it holds, and without a word. Returns what that is.
-fn dies(node: Member, book: &Book) -> Vec<Reservation> {
+/// Kills a node that holds reservations. Returns these: their settlement never reaches the server.
+fn kill_with_reservations(node: Member, totals: &Totals) -> Vec<Reservation> {
     let held: Vec<_> = runtime().block_on(async {
         let mut held = Vec::new();
         for n in 0..20 {
             let mut reservation = node.account.reserve(&demand(10, 50 + n), Duration::ZERO).await.unwrap();
             reservation.progress(Amounts::of_request(10, 3 * n));
-            book.admits(&reservation);
+            totals.on_admitted(&reservation);
             held.push(reservation);
         }
         sleep(Duration::from_millis(800)).await;
         held
     });
     for reservation in &held {
-        book.spent.fetch_add(total(reservation.reserved()), Ordering::SeqCst);
+        totals.spent.fetch_add(total(reservation.reserved()), Ordering::SeqCst);
     }
-    node.dies();
+    node.kill();
     held
 }
 
@@ -105,13 +106,13 @@ fn demand(prompt: u64, cap: u64) -> Demand<'static> {
     Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1 }
 }
 
-async fn work(account: Arc<Account>, book: Arc<Book>, mut dice: Dice, largest: u64) {
-    while !book.stops.load(Ordering::SeqCst) {
-        let (prompt, cap) = (dice.below(20), 1 + dice.below(largest));
+async fn work(account: Arc<Account>, totals: Arc<Totals>, mut dice: Dice, max_completion: u64) {
+    while !totals.stop.load(Ordering::SeqCst) {
+        let (prompt, cap) = (dice.below(20), 1 + dice.below(max_completion));
         let demand = demand(prompt, cap);
-        // Some do not wait for the answer.
+        // Some requests are cancelled while they wait for Redis.
         let polls = if dice.below(12) == 0 { dice.below(40) } else { u64::MAX };
-        let gives_up = async {
+        let cancelled = async {
             for _ in 0..polls {
                 yield_now().await;
             }
@@ -119,22 +120,22 @@ async fn work(account: Arc<Account>, book: Arc<Book>, mut dice: Dice, largest: u
         let reserved = if polls == u64::MAX {
             Some(account.reserve(&demand, Duration::ZERO).await)
         } else {
-            tokio::select! { biased; reserved = account.reserve(&demand, Duration::ZERO) => Some(reserved), () = gives_up => None }
+            tokio::select! { biased; reserved = account.reserve(&demand, Duration::ZERO) => Some(reserved), () = cancelled => None }
         };
         match reserved {
-            None => count(&book.dropped),
+            None => count(&totals.cancelled),
             Some(Err(_)) => {
-                count(&book.denied);
+                count(&totals.denied);
                 sleep(Duration::from_millis(5)).await;
             }
-            Some(Ok(reservation)) => answer(reservation, &book, &mut dice, prompt, cap).await,
+            Some(Ok(reservation)) => run_request(reservation, &totals, &mut dice, prompt, cap).await,
         }
     }
 }
 
-/// What a request that was admitted costs, little by little.
-async fn answer(mut reservation: Reservation, book: &Book, dice: &mut Dice, prompt: u64, cap: u64) {
-    book.admits(&reservation);
+/// Reports progress of an admitted request several times, then settles it.
+async fn run_request(mut reservation: Reservation, totals: &Totals, dice: &mut Dice, prompt: u64, cap: u64) {
+    totals.on_admitted(&reservation);
     let reserved = total(reservation.reserved());
     let length = match dice.below(10) {
         0 => cap.min(200),
@@ -143,61 +144,62 @@ async fn answer(mut reservation: Reservation, book: &Book, dice: &mut Dice, prom
     };
     for part in 1..=dice.below(4) {
         sleep(dice.ms(0, 20)).await;
-        count(&book.progressed);
+        count(&totals.progressed);
         reservation.progress(Amounts::of_request(prompt, length * part / 3));
     }
     sleep(dice.ms(0, 20)).await;
-    // Now and then the bill is smaller than what was seen, or there is none.
+    // Sometimes the final usage is lower than the progress reported before, or zero.
     let spent = match dice.below(12) {
         0 => Amounts::default(),
         1 => Amounts::of_request(prompt, length / 2),
         _ => Amounts::of_request(prompt, length),
     };
     if total(reservation.reserved()) > reserved {
-        count(&book.outgrown);
+        count(&totals.extended);
     }
     reservation.observe(spent);
-    book.ends(reserved, total(spent));
+    totals.on_ending(reserved, total(spent));
 }
 
-fn seconds() -> Duration {
+fn fault_time() -> Duration {
     Duration::from_secs(std::env::var("TOLLGATE_CHAOS_SECONDS").map_or(8, |n| n.parse().unwrap()))
 }
 
-/// Kills a server that keeps nothing, again and again; returns how often, and what was spent in the half seconds before:
-/// what a node has spent since the others heard of it last, they cannot bring back.
-fn losses(server: &mut Server, dice: &mut Dice, book: &Book) -> (u64, i64) {
-    let (begun, mut count, mut unheard) = (Stopwatch::start(), 0, 0);
-    while begun.elapsed() < seconds() {
+/// Repeatedly kills a server that keeps nothing on disk. Returns how often, and the tokens spent in the half second before
+/// each kill: the other nodes have not received these and cannot restore them.
+fn kill_repeatedly(server: &mut Server, dice: &mut Dice, totals: &Totals) -> (u64, i64) {
+    let (begun, mut count, mut unreported) = (Stopwatch::start(), 0, 0);
+    while begun.elapsed() < fault_time() {
         std::thread::sleep(dice.ms(500, 1_500));
-        let before = book.spent.load(Ordering::SeqCst);
+        let before = totals.spent.load(Ordering::SeqCst);
         std::thread::sleep(Duration::from_millis(500));
         server.kill();
-        unheard += book.spent.load(Ordering::SeqCst) - before;
+        unreported += totals.spent.load(Ordering::SeqCst) - before;
         std::thread::sleep(dice.ms(0, 300));
-        server.start_again();
+        server.restart();
         count += 1;
     }
-    (count, unheard)
+    (count, unreported)
 }
 
-/// Does to the server what happens to servers; returns how often each.
-fn faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
-    let (begun, mut counts, mut process) = (Stopwatch::start(), [0; 4], server.process());
-    while begun.elapsed() < seconds() {
+/// Injects random faults into the server. Returns how often it was frozen, its scripts flushed, its connections closed,
+/// and it was killed.
+fn inject_faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
+    let (begun, mut counts, mut process) = (Stopwatch::start(), [0; 4], server.process_id());
+    while begun.elapsed() < fault_time() {
         std::thread::sleep(dice.ms(50, 1_500));
         let fault = usize::try_from(dice.below(7)).unwrap().saturating_sub(3);
         match fault {
             0 => {
-                signal("-STOP", &process);
+                send_signal("-STOP", &process);
                 std::thread::sleep(dice.ms(50, 600));
-                signal("-CONT", &process);
-                // And once more about when nodes take part again.
+                send_signal("-CONT", &process);
+                // Freeze it again about when the nodes rejoin.
                 if dice.below(2) == 0 {
                     std::thread::sleep(dice.ms(200, 600));
-                    signal("-STOP", &process);
+                    send_signal("-STOP", &process);
                     std::thread::sleep(dice.ms(30, 150));
-                    signal("-CONT", &process);
+                    send_signal("-CONT", &process);
                 }
             }
             1 => drop(server.admin("SCRIPT FLUSH")),
@@ -205,8 +207,8 @@ fn faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
             _ => {
                 server.kill();
                 std::thread::sleep(dice.ms(0, 300));
-                server.start_again();
-                process = server.process();
+                server.restart();
+                process = server.process_id();
             }
         }
         counts[fault] += 1;
@@ -214,168 +216,173 @@ fn faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
     counts
 }
 
-/// What was used of the quotas and what is held, of both, and how many requests are in flight.
-fn counted(server: &Server, burst: i64) -> ([i64; 2], [i64; 2], i64) {
-    let names: Vec<String> = server.ask("HKEYS tollgate:{e}:q");
+/// Reads the used and the held tokens of both quotas, and the number of requests in flight.
+fn read_counters(server: &Server, burst: i64) -> ([i64; 2], [i64; 2], i64) {
+    let names: Vec<String> = server.query("HKEYS tollgate:{e}:q");
     let (mut used, mut held) = ([0; 2], [0; 2]);
     for name in names {
-        // Words of a command are apart by spaces: the script's own are not.
+        // The script is one word of the command, so it contains tabs instead of spaces.
         let script = "local\tc=cmsgpack.unpack(redis.call('HGET',KEYS[1],ARGV[1]))\treturn{c.whole\tor\tc.used,c.held}";
-        let [of_cell, is_held]: [i64; 2] = server.ask(&format!("EVAL {script} 1 tollgate:{{e}}:q {name}"));
+        let [level_or_used, held_in_cell]: [i64; 2] =
+            server.query(&format!("EVAL {script} 1 tollgate:{{e}}:q {name}"));
         let is_rolling = name.ends_with("rolling");
-        let place = usize::from(!is_rolling);
-        used[place] = if is_rolling { burst - is_held - of_cell } else { of_cell };
-        held[place] = is_held;
+        let index = usize::from(!is_rolling);
+        used[index] = if is_rolling { burst - held_in_cell - level_or_used } else { level_or_used };
+        held[index] = held_in_cell;
     }
-    (used, held, server.ask::<Option<i64>>("HGET tollgate:{e}:s in_flight").unwrap_or(0))
+    (used, held, server.query::<Option<i64>>("HGET tollgate:{e}:s in_flight").unwrap_or(0))
 }
 
-/// How far what was used may be from what was spent, of both quotas.
+/// Permitted differences between the used tokens of the server and the spent tokens. `over`: for each quota.
 #[derive(Clone, Copy, Default)]
 struct Bounds {
     under: i64,
     over: [i64; 2],
 }
 
-/// Waits until nothing is held any more, and compares what was used with what was spent.
-fn compare(server: &Server, burst: i64, book: &Book, bounds: Bounds) {
-    let (begun, spent) = (Stopwatch::start(), book.spent.load(Ordering::SeqCst));
+/// Waits until nothing is held and the used tokens equal the spent tokens, within the bounds.
+fn expect_equal(server: &Server, burst: i64, totals: &Totals, bounds: Bounds) {
+    let (begun, spent) = (Stopwatch::start(), totals.spent.load(Ordering::SeqCst));
     loop {
-        let found = counted(server, burst);
+        let found = read_counters(server, burst);
         let (used, held, in_flight) = found;
-        let is_near = |(used, over): (&i64, i64)| (spent - bounds.under..=spent + over).contains(used);
-        let is_right = used.iter().zip(bounds.over).all(is_near);
-        if is_right && held == [0, 0] && in_flight == 0 {
+        let is_within = |(used, over): (&i64, i64)| (spent - bounds.under..=spent + over).contains(used);
+        let is_equal = used.iter().zip(bounds.over).all(is_within);
+        if is_equal && held == [0, 0] && in_flight == 0 {
             return;
         }
         assert!(
             begun.elapsed() < Duration::from_secs(20),
-            "{spent} were spent; used, held and in flight are {found:?}; {book:?}"
+            "{spent} spent; used, held and in flight: {found:?}; {totals:?}"
         );
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
-/// What happens beside the faults of the server.
+/// Events in addition to the random faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Also {
-    Nothing,
-    /// One node more, which ends without a word.
-    OneDies,
-    /// One of the nodes does not reach the server for so long that it is given up.
-    OneIsCutOff,
-    /// The server keeps nothing when it is killed.
-    AllIsLost,
+enum Scenario {
+    RandomFaults,
+    /// An additional node dies.
+    NodeDies,
+    /// Instead of the random faults, one node is cut off until its session ends.
+    NodeIsCutOff,
+    /// Instead of the random faults, the server is killed repeatedly and loses all data.
+    DataIsLost,
 }
 
 struct Run {
     seed: u64,
-    /// What all nodes may use, nothing of which comes back while it lasts.
+    /// The burst of the rolling quota. It hardly refills during the run.
     burst: i64,
     settings: &'static str,
-    also: Also,
+    scenario: Scenario,
 }
 
 impl Run {
     fn run(&self) {
-        let Self { burst, settings, also, .. } = *self;
-        let keeps = if also == Also::AllIsLost { "no" } else { "yes" };
-        let mut server = Server::with(&format!("--port 0 --appendonly {keeps} --appendfsync always"));
-        let outside = runtime_of_threads();
-        let proxy = outside.block_on(Proxy::start(&server.folder().join("s")));
+        let Self { burst, settings, scenario, .. } = *self;
+        let append_only = if scenario == Scenario::DataIsLost { "no" } else { "yes" };
+        let mut server = Server::with(&format!("--port 0 --appendonly {append_only} --appendfsync always"));
+        let background = background_runtime();
+        let proxy = background.block_on(Proxy::start(&server.folder().join("s")));
         let quotas = format!(
-            "{{ total_tokens: [{{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH}, per: month }}] }}"
+            "{{ total_tokens: [{{ limit: 10, burst: {burst}, per: day, window: rolling }}, {{ limit: {MONTH_LIMIT}, per: month }}] }}"
         );
         let start = |url: &str, name: &str| Member::start(url, name, &quotas, settings);
-        let third = if also == Also::OneIsCutOff { proxy.url() } else { server.url() };
+        let third = if scenario == Scenario::NodeIsCutOff { proxy.url() } else { server.url() };
         let nodes = [("one", server.url()), ("two", server.url()), ("three", third)];
         let nodes = nodes.map(|(name, url)| start(&url, name));
-        let book = Arc::new(Book::default());
-        let dead = (also == Also::OneDies).then(|| dies(start(&server.url(), "dies"), &book));
+        let totals = Arc::new(Totals::default());
+        let dead = (scenario == Scenario::NodeDies)
+            .then(|| kill_with_reservations(start(&server.url(), "dead"), &totals));
         let workers: Vec<_> =
-            nodes.iter().zip(1..).map(|(node, number)| self.works(node, number, &book)).collect();
-        let (lost, is_leased) = (self.happens(&mut server, &proxy, &book), settings.contains("lease"));
-        let leased = if dead.is_some() && is_leased { [burst / 50, MONTH / 50] } else { [0, 0] };
+            nodes.iter().zip(1..).map(|(node, number)| self.spawn_work(node, number, &totals)).collect();
+        let (lost, is_leased) = (self.run_scenario(&mut server, &proxy, &totals), settings.contains("lease"));
+        let leased = if dead.is_some() && is_leased { [burst / 50, MONTH_LIMIT / 50] } else { [0, 0] };
         let bounds = Bounds { under: lost, over: leased.map(|leased| leased + lost) };
-        book.stops.store(true, Ordering::SeqCst);
+        totals.stop.store(true, Ordering::SeqCst);
         workers.into_iter().for_each(|worker| worker.join().unwrap());
-        nodes.iter().for_each(Member::shares);
+        nodes.iter().for_each(Member::wait_until_shared);
         let losses: u64 = nodes.iter().map(Member::losses).sum();
-        println!("{settings}, {also:?}: {losses} losses; {book:?}");
-        self.check(&server, nodes, dead, &book, bounds);
+        println!("{settings}, {scenario:?}: {losses} losses; {totals:?}");
+        self.check(&server, nodes, dead, &totals, bounds);
     }
 
-    /// Returns how much of what was spent nobody may know any more.
-    fn happens(&self, server: &mut Server, proxy: &Proxy, book: &Book) -> i64 {
-        let Self { settings, also, .. } = self;
+    /// Runs the scenario. Returns how many spent tokens may be lost.
+    fn run_scenario(&self, server: &mut Server, proxy: &Proxy, totals: &Totals) -> i64 {
+        let Self { settings, scenario, .. } = self;
         let mut dice = Dice(self.seed);
-        match also {
-            Also::OneIsCutOff => {
+        match scenario {
+            Scenario::NodeIsCutOff => {
                 std::thread::sleep(Duration::from_millis(500));
                 proxy.set(Mode::Silent);
-                // A session is over after 15 seconds.
+                // A session times out after 15 seconds.
                 std::thread::sleep(Duration::from_secs(17));
                 proxy.set(Mode::Through);
                 0
             }
-            Also::AllIsLost => {
-                let (count, unheard) = losses(server, &mut dice, book);
-                println!("{settings}: killed {count} times; up to {unheard} may be lost");
-                unheard
+            Scenario::DataIsLost => {
+                let (count, unreported) = kill_repeatedly(server, &mut dice, totals);
+                println!("{settings}: killed {count} times; up to {unreported} tokens may be lost");
+                unreported
             }
-            Also::Nothing | Also::OneDies => {
-                println!("{settings}: frozen, flushed, cut off, killed {:?}", faults(server, &mut dice));
+            Scenario::RandomFaults | Scenario::NodeDies => {
+                println!(
+                    "{settings}: frozen, flushed, cut off, killed {:?}",
+                    inject_faults(server, &mut dice)
+                );
                 0
             }
         }
     }
 
-    fn works(&self, node: &Member, number: u64, book: &Arc<Book>) -> JoinHandle<()> {
-        let (account, book, seed) = (node.account.clone(), book.clone(), self.seed);
+    fn spawn_work(&self, node: &Member, number: u64, totals: &Arc<Totals>) -> JoinHandle<()> {
+        let (account, totals, seed) = (node.account.clone(), totals.clone(), self.seed);
         std::thread::spawn(move || {
             runtime().block_on(async {
                 let mut tasks = JoinSet::new();
                 for task in 0..TASKS {
                     let dice = Dice(seed * 1_000_003 + number * 7_919 + task * 104_729 + 1);
-                    tasks.spawn(work(account.clone(), book.clone(), dice, 1_000));
+                    tasks.spawn(work(account.clone(), totals.clone(), dice, 1_000));
                 }
                 tasks.join_all().await;
             });
         })
     }
 
-    /// What was charged is what was spent, when all that is there knows of each other, and when all have gone.
+    /// Compares charged and spent tokens twice: with all nodes connected, and after all have left.
     fn check(
         &self,
         server: &Server,
         nodes: [Member; 3],
         dead: Option<Vec<Reservation>>,
-        book: &Book,
+        totals: &Totals,
         bounds: Bounds,
     ) {
         if !self.settings.contains("lease") {
-            compare(server, self.burst, book, bounds);
+            expect_equal(server, self.burst, totals, bounds);
         }
         if dead.is_some() {
             let begun = Stopwatch::start();
-            let is_charged = || server.ask::<Option<i64>>("HGET tollgate:{e}:s s:dies").is_none();
-            while !is_charged() {
-                assert!(begun.elapsed() < Duration::from_secs(30), "who is dead is charged");
+            let is_archived = || server.query::<Option<i64>>("HGET tollgate:{e}:s s:dead").is_none();
+            while !is_archived() {
+                assert!(begun.elapsed() < Duration::from_secs(30), "the dead node is not charged");
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
         drop(nodes);
-        compare(server, self.burst, book, bounds);
+        expect_equal(server, self.burst, totals, bounds);
         drop(dead);
         if self.settings.contains("closed") {
-            let most = book.most_taken.load(Ordering::SeqCst);
-            assert!(most <= self.burst + bounds.under, "{most} were admitted of {}", self.burst);
+            let max_taken = totals.max_taken.load(Ordering::SeqCst);
+            assert!(max_taken <= self.burst + bounds.under, "{max_taken} admitted of {}", self.burst);
         }
     }
 }
 
-/// They wait for most of the time.
-fn side_by_side(runs: &[Run]) {
+/// Runs in parallel: each run mostly waits.
+fn run_all(runs: &[Run]) {
     std::thread::scope(|scope| {
         runs.iter().for_each(|run| drop(scope.spawn(|| run.run())));
     });
@@ -387,36 +394,36 @@ const LOCAL: &str = "on_failure: local";
 const LOCAL_WITH_LEASES: &str = "on_failure: local, lease: true";
 
 #[test]
-fn closed() {
-    side_by_side(&[
-        Run { seed: 1, burst: 300_000, settings: CLOSED, also: Also::Nothing },
-        Run { seed: 2, burst: 600_000, settings: CLOSED_WITH_LEASES, also: Also::Nothing },
-        Run { seed: 5, burst: 600_000, settings: CLOSED_WITH_LEASES, also: Also::OneDies },
+fn no_token_is_lost_or_overspent_with_closed() {
+    run_all(&[
+        Run { seed: 1, burst: 300_000, settings: CLOSED, scenario: Scenario::RandomFaults },
+        Run { seed: 2, burst: 600_000, settings: CLOSED_WITH_LEASES, scenario: Scenario::RandomFaults },
+        Run { seed: 5, burst: 600_000, settings: CLOSED_WITH_LEASES, scenario: Scenario::NodeDies },
     ]);
 }
 
 #[test]
-fn local() {
-    side_by_side(&[
-        Run { seed: 3, burst: 300_000, settings: LOCAL, also: Also::OneDies },
-        Run { seed: 4, burst: 600_000, settings: LOCAL_WITH_LEASES, also: Also::Nothing },
-        Run { seed: 6, burst: 300_000, settings: LOCAL, also: Also::Nothing },
+fn no_token_is_lost_with_local() {
+    run_all(&[
+        Run { seed: 3, burst: 300_000, settings: LOCAL, scenario: Scenario::NodeDies },
+        Run { seed: 4, burst: 600_000, settings: LOCAL_WITH_LEASES, scenario: Scenario::RandomFaults },
+        Run { seed: 6, burst: 300_000, settings: LOCAL, scenario: Scenario::RandomFaults },
     ]);
 }
 
 #[test]
-fn open_and_where_everything_is_lost() {
-    side_by_side(&[
-        Run { seed: 9, burst: 300_000, settings: "on_failure: open", also: Also::Nothing },
-        Run { seed: 10, burst: 300_000, settings: LOCAL, also: Also::AllIsLost },
-        Run { seed: 11, burst: 300_000, settings: CLOSED, also: Also::AllIsLost },
+fn no_token_is_lost_with_open_and_few_when_the_server_loses_its_data() {
+    run_all(&[
+        Run { seed: 9, burst: 300_000, settings: "on_failure: open", scenario: Scenario::RandomFaults },
+        Run { seed: 10, burst: 300_000, settings: LOCAL, scenario: Scenario::DataIsLost },
+        Run { seed: 11, burst: 300_000, settings: CLOSED, scenario: Scenario::DataIsLost },
     ]);
 }
 
 #[test]
-fn one_is_given_up_and_comes_back() {
-    side_by_side(&[
-        Run { seed: 7, burst: 3_000_000, settings: LOCAL, also: Also::OneIsCutOff },
-        Run { seed: 8, burst: 3_000_000, settings: LOCAL_WITH_LEASES, also: Also::OneIsCutOff },
+fn no_token_is_lost_when_a_session_ends_and_its_node_rejoins() {
+    run_all(&[
+        Run { seed: 7, burst: 3_000_000, settings: LOCAL, scenario: Scenario::NodeIsCutOff },
+        Run { seed: 8, burst: 3_000_000, settings: LOCAL_WITH_LEASES, scenario: Scenario::NodeIsCutOff },
     ]);
 }

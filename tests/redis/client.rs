@@ -1,6 +1,6 @@
-//! A node that reserves by a connection of its own.
+//! A node that reserves through a [`FailFastConnection`] of its own.
 
-use super::server::full;
+use super::node::full_states;
 use std::time::Duration;
 use tollgate::clock::{self, Stopwatch};
 use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
@@ -9,61 +9,59 @@ use tollgate::redis::{
     Unavailable, Verdict,
 };
 
-/// Within this time of its return a server is in use again.
-pub const SOON: Duration = Duration::from_secs(2);
+/// A server that is available again is in use within this time.
+pub const MAX_RECOVERY_TIME: Duration = Duration::from_secs(2);
 
-/// A node with one quota that nothing exhausts.
+/// A node with one quota that is never exhausted.
 pub struct Client {
     pub connection: FailFastConnection,
     environment: &'static str,
     commands: CommandBuilder,
     quotas: Vec<Quota>,
-    next: u64,
+    last_id: u64,
 }
 
 impl Client {
-    /// Of the environment `staging`, when it has joined.
-    pub async fn of(url: &str) -> Self {
-        Self::in_environment(url, "staging").await
+    /// Joins in the environment `staging`.
+    pub async fn connect(url: &str) -> Self {
+        Self::connect_to(url, "staging").await
     }
 
-    pub async fn in_environment(url: &str, environment: &'static str) -> Self {
-        let mut client = Self::waiting(url, environment);
-        client.is_back().await;
+    /// Joins in this environment.
+    pub async fn connect_to(url: &str, environment: &'static str) -> Self {
+        let mut client = Self::start(url, environment);
+        client.wait_until_back().await;
         client
     }
 
-    /// That has not joined yet.
-    pub fn waiting(url: &str, environment: &'static str) -> Self {
+    /// Starts to connect and does not wait.
+    pub fn start(url: &str, environment: &'static str) -> Self {
         let per = Period { text: "minute".into(), ms: 60_000 };
         let (kind, limit, window) = (Kind::Requests, 1 << 30, Window::Rolling { burst: 1 << 30 });
         let quotas = vec![Quota { scope: Scope::Environment, kind, limit, per, window }];
-        let connection = FailFastConnection::new(url, "test", &format!("test:{{{environment}}}:q")).unwrap();
+        let slot_key = format!("test:{{{environment}}}:q");
+        let connection = FailFastConnection::new(url, "test", &slot_key).unwrap();
         tokio::spawn(connection.clone().run());
         let now = clock::now();
         let commands = CommandBuilder::new(Cells::new(&quotas, now), "one", now);
-        Self { connection, environment, commands, quotas, next: 0 }
+        Self { connection, environment, commands, quotas, last_id: 0 }
     }
 
-    /// Another user of its connection, which numbers its requests from here.
-    pub fn twin(&self, next: u64) -> Self {
+    /// Another user of the same connection and session, whose requests have ids above `last_id`.
+    pub fn with_ids_from(&self, last_id: u64) -> Self {
         let Self { connection, environment, commands, quotas, .. } = self;
-        Self {
-            connection: connection.clone(),
-            environment,
-            commands: commands.clone(),
-            quotas: quotas.clone(),
-            next,
-        }
+        let (connection, commands, quotas) = (connection.clone(), commands.clone(), quotas.clone());
+        Self { connection, environment, commands, quotas, last_id }
     }
 
     fn keys(&self) -> [String; 3] {
         self.commands.keys("test", self.environment)
     }
 
+    /// Reserves for a request and does not settle it.
     pub async fn reserve(&mut self) -> Result<Verdict, Unavailable> {
-        self.next += 1;
-        let id = self.next.to_string();
+        self.last_id += 1;
+        let id = self.last_id.to_string();
         let reserve = ReserveRequest {
             id: &id,
             max_in_flight: 0,
@@ -74,10 +72,10 @@ impl Client {
         };
         let command = self.commands.reserve(&reserve, &[0]);
         let keys = self.keys();
-        self.connection.call(&keys, &command).await.map(|answer| answer.verdict)
+        self.connection.call(&keys, &command).await.map(|reply| reply.verdict)
     }
 
-    /// Has so many reservations held again.
+    /// Sends a long command: it holds this number of reservations.
     pub async fn hold(&mut self, count: u32) -> Result<Verdict, Unavailable> {
         let piece =
             Piece { reserved: Amounts::of_request(1, 1), spent: Amounts::default(), cells: vec![(0, 0); 4] };
@@ -88,45 +86,52 @@ impl Client {
         });
         let held: Vec<_> = held.collect();
         let hold = self.commands.hold(true, &held);
-        self.connection.call(&self.keys(), &hold).await.map(|answer| answer.verdict)
+        self.connection.call(&self.keys(), &hold).await.map(|reply| reply.verdict)
     }
 
-    /// Waits until calls are answered again, joins anew, and tells how long that took.
-    pub async fn is_back(&mut self) -> Duration {
+    /// Waits until a connection is established.
+    pub async fn wait_until_connected(&self) {
+        let mut generation = self.connection.watch_generation();
+        let connected = generation.wait_for(|&number| number > 0);
+        drop(
+            tokio::time::timeout(Duration::from_secs(10), connected).await.expect("Redis is available again"),
+        );
+    }
+
+    /// Waits until calls succeed again, and joins. Returns how long that took.
+    pub async fn wait_until_back(&mut self) -> Duration {
         let clock = Stopwatch::start();
-        let mut up = self.connection.watch_generation();
         let keys = self.keys();
         loop {
-            let waited = tokio::time::timeout(Duration::from_secs(10), up.wait_for(|&number| number > 0));
-            drop(waited.await.expect("Redis is back"));
-            let join = self.commands.join(1, false, &full(&self.quotas, clock::now()));
-            // A server that is thawed may still be busy with what it was sent before.
+            self.wait_until_connected().await;
+            let join = self.commands.join(1, false, &full_states(&self.quotas, clock::now()));
+            // A server that was frozen may still be busy with commands that it received before.
             if self.connection.call(&keys, &join).await.is_ok()
                 && self.reserve().await == Ok(Verdict::Admitted)
             {
-                println!("back after {:?}", clock.elapsed());
+                println!("available after {:?}", clock.elapsed());
                 return clock.elapsed();
             }
         }
     }
 
-    /// The first call fails within 50 ms, the others at once, for this long.
-    pub async fn is_away(&mut self, longest: Duration) {
+    /// Asserts that the first call fails within 50 ms, and the calls after it at once, for this time.
+    pub async fn expect_unavailable(&mut self, outage: Duration) {
         let clock = Stopwatch::start();
         assert_eq!(self.reserve().await, Err(Unavailable));
         let first = clock.elapsed();
         assert!(first <= Duration::from_millis(50), "the first failing call took {first:?}");
-        let mut took = Vec::new();
-        while clock.elapsed() < longest {
+        let mut times = Vec::new();
+        while clock.elapsed() < outage {
             let one = Stopwatch::start();
             assert_eq!(self.reserve().await, Err(Unavailable));
-            took.push(one.elapsed());
+            times.push(one.elapsed());
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        took.sort_unstable();
-        let usual = took[took.len() / 2];
-        println!("the first failing call took {first:?}, later ones {usual:?}");
-        assert!(usual <= Duration::from_millis(1), "later calls take {usual:?}");
+        times.sort_unstable();
+        let median = times[times.len() / 2];
+        println!("the first failing call took {first:?}, later calls {median:?}");
+        assert!(median <= Duration::from_millis(1), "later calls take {median:?}");
         assert!(self.connection.unavailable_reason().is_some());
     }
 }

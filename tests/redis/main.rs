@@ -1,5 +1,5 @@
-//! The counters that nodes share, in Redis servers of the tests' own: the same steps give the same as the engine without
-//! Redis, and a server that is away holds nobody up.
+//! Counters that several nodes share, on Redis servers that the tests start: the script agrees with the engine without
+//! Redis, and an unavailable server delays no caller.
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::cast_possible_wrap)]
 
@@ -10,6 +10,7 @@ mod client;
 mod cluster;
 mod connection;
 mod member;
+mod node;
 #[path = "../common/port.rs"]
 mod port;
 #[path = "../common/proxy.rs"]

@@ -1,4 +1,4 @@
-//! A node as the gateway has it, without the gateway.
+//! An account with shared counters, as in a gateway, but without the gateway.
 
 use super::proxy::{Mode, Proxy};
 use super::server::Server;
@@ -13,7 +13,7 @@ use tollgate::config::parse;
 use tollgate::ledger::{Account, Demand, QuotaKey};
 use tollgate::quota::{Kind, Subject};
 
-/// Speaks to the server on a thread of its own.
+/// A node whose synchronization with Redis runs on a thread of its own.
 pub struct Member {
     pub account: Arc<Account>,
     stop: watch::Sender<bool>,
@@ -26,7 +26,7 @@ pub fn runtime() -> Runtime {
 }
 
 impl Member {
-    /// Of an environment `e` with these quotas; `settings` are those of `store.redis`.
+    /// Joins in the environment `e` with these quotas. `settings`: further settings of `store.redis`.
     pub fn start(url: &str, name: &str, quotas: &str, settings: &str) -> Self {
         let text = format!(
             "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\
@@ -35,21 +35,22 @@ impl Member {
         );
         let loaded = parse(&text, "node.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
         let environment = &loaded.config.environments[0];
-        let redis = loaded.config.store.redis.as_ref().unwrap();
-        let account = Arc::new(Account::open(environment).share(environment, redis, name, 1).unwrap());
-        let ((stop, stops), (kill, mut kills)) = (watch::channel(false), watch::channel(false));
-        let of_thread = account.clone();
+        let mut account = Account::open(environment);
+        account.share(environment, loaded.config.store.redis.as_ref().unwrap(), name, 1).unwrap();
+        let account = Arc::new(account);
+        let ((stop, stopped), (kill, mut is_killed)) = (watch::channel(false), watch::channel(false));
+        let synced_account = account.clone();
         let thread = std::thread::spawn(move || {
             runtime().block_on(async {
-                tokio::spawn(of_thread.redis_connection().unwrap().clone().run());
+                tokio::spawn(synced_account.redis_connection().unwrap().clone().run());
                 tokio::select! {
-                    () = of_thread.run_redis_sync(stops) => {}
-                    _ = kills.wait_for(|kills| *kills) => {}
+                    () = synced_account.run_redis_sync(stopped) => {}
+                    _ = is_killed.wait_for(|is_killed| *is_killed) => {}
                 }
             });
         });
         let node = Self { account, stop, kill, thread: Some(thread) };
-        node.shares();
+        node.wait_until_shared();
         node
     }
 
@@ -57,23 +58,23 @@ impl Member {
         self.account.redis_status().unwrap().losses
     }
 
-    /// Whether it has lost the server since then, or does so by now.
-    fn is_lost_since(&self, losses: u64) -> bool {
+    /// Whether the node has lost the server since `losses` was read, or loses it within 50 ms.
+    fn has_lost_since(&self, losses: u64) -> bool {
         std::thread::sleep(Duration::from_millis(50));
         self.losses() > losses
     }
 
-    /// Waits until it shares its counters.
-    pub fn shares(&self) {
+    /// Waits until the counters are shared.
+    pub fn wait_until_shared(&self) {
         let begun = Stopwatch::start();
-        while let Some(trouble) = self.account.redis_status().unwrap().unavailable_reason {
-            assert!(begun.elapsed() < Duration::from_secs(30), "it does not take part again: {trouble}");
+        while let Some(reason) = self.account.redis_status().unwrap().unavailable_reason {
+            assert!(begun.elapsed() < Duration::from_secs(30), "the node does not rejoin: {reason}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Ends it without a word.
-    pub fn dies(mut self) {
+    /// Stops the node without leaving the session.
+    pub fn kill(mut self) {
         self.kill.send_replace(true);
         self.thread.take().map(JoinHandle::join).unwrap().unwrap();
     }
@@ -87,7 +88,7 @@ impl Drop for Member {
 }
 
 #[test]
-fn limits_are_set_also_while_periods_turn() {
+fn limits_are_set_while_periods_turn() {
     let server = Server::start();
     let quotas = "{ total_tokens: { limit: 1000, per: second, window: calendar }, requests: { limit: 9, per: second } }";
     let node = Member::start(&server.url(), "one", quotas, "");
@@ -99,9 +100,9 @@ fn limits_are_set_also_while_periods_turn() {
             let losses = node.losses();
             let is_set = node.account.set_limit(key, Some((count, count))).await;
             let is_reset = node.account.reset().await;
-            // A machine that is busy with other things may keep Redis from answering in time.
-            if (is_set.is_err() || is_reset.is_err()) && node.is_lost_since(losses) {
-                node.shares();
+            // A busy machine may delay Redis past the deadline.
+            if (is_set.is_err() || is_reset.is_err()) && node.has_lost_since(losses) {
+                node.wait_until_shared();
                 continue;
             }
             assert_eq!((is_set, is_reset), (Ok(true), Ok(())), "at {count}");
@@ -110,16 +111,16 @@ fn limits_are_set_also_while_periods_turn() {
     println!("{count} limits in {:?}", begun.elapsed());
 }
 
-/// Requests end while Redis is told of those before, so that there is always something to tell.
+/// The journal is never empty: requests end while earlier steps are being sent.
 #[test]
-fn a_node_shows_that_it_is_alive_however_much_it_has_to_tell() {
+fn a_node_sends_heartbeats_although_its_journal_is_never_empty() {
     let server = Server::start();
-    let outside = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let proxy = outside.block_on(Proxy::start(&server.folder().join("s")));
+    let background = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let proxy = background.block_on(Proxy::start(&server.folder().join("s")));
     let node = Member::start(&proxy.url(), "one", "{ requests: { limit: 1000000000, per: day } }", "");
     proxy.set(Mode::Far);
     let account = node.account.clone();
-    let work = outside.spawn(async move {
+    let work = background.spawn(async move {
         let mut tasks = JoinSet::new();
         for _ in 0..100 {
             let account = account.clone();
@@ -137,13 +138,13 @@ fn a_node_shows_that_it_is_alive_however_much_it_has_to_tell() {
         (Stopwatch::start(), Stopwatch::start(), 0, Duration::ZERO);
     while begun.elapsed() < Duration::from_secs(5) {
         std::thread::sleep(Duration::from_millis(50));
-        let alive: i64 = server.ask("HGET tollgate:{e}:s s:one");
-        if alive != before {
-            (before, changed) = (alive, Stopwatch::start());
+        let lease_end: i64 = server.query("HGET tollgate:{e}:s s:one");
+        if lease_end != before {
+            (before, changed) = (lease_end, Stopwatch::start());
         }
         longest = longest.max(changed.elapsed());
     }
     work.abort();
     println!("{longest:?}, {} losses, {:?}", node.losses(), node.account.snapshot().totals);
-    assert!(longest < Duration::from_secs(2), "silent for {longest:?}");
+    assert!(longest < Duration::from_secs(2), "no heartbeat for {longest:?}");
 }

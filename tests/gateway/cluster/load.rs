@@ -1,36 +1,38 @@
-//! What each `on_failure` admits too much while many callers ask at once: Redis is lost in mid-load with half of the
-//! quota left, and the load goes on until all of that is spent.
+//! How much each `on_failure` policy over-admits under load. Redis is lost when half of the quota is left, and the load
+//! continues until all of it is spent.
 
 use super::Nodes;
-use super::away::until;
-use crate::support::redis::{Redis, signal};
+use super::outages::wait_until_shared;
+use crate::support::redis::{Redis, send_signal};
 use crate::support::*;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
-/// Each request reserves and is charged so many tokens.
+/// Tokens that each request reserves and is charged.
 const TOKENS: usize = 20;
-/// Each node's callers. Each asks again as soon as it is answered.
+/// Callers of each node. Each sends its next request when the answer to the last one arrives.
 const CALLERS: usize = 6;
-/// The README allows for half a second between two times that a node hears how much is left, and that is also what a server
-/// that keeps nothing on disk may lose. Under load a node hears at each reservation, so that this is generous, and still
-/// less than a wrong share would make of it.
-const SINCE_HEARD: Duration = Duration::from_millis(100);
+/// Assumed age of the levels that a node has received. The documentation promises half a second, which is also the most
+/// that a server without a disk loses. Under load a node receives levels with each reservation, so this time is
+/// generous. It is still short enough to expose a wrong share.
+const MAX_LEVEL_AGE: Duration = Duration::from_millis(100);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// It comes back with all that it has answered.
+    /// The server restarts with everything that it has confirmed.
     Killed,
+    /// The server restarts without data.
     KilledAndEmptied,
     Frozen,
 }
 
-/// When requests were admitted.
+/// The times at which requests were admitted.
 type Admissions = Arc<Mutex<Vec<Instant>>>;
 
-/// Asks until nothing is left.
-async fn asks(node: SocketAddr, admissions: Admissions) {
+/// Sends requests until the quota is exhausted.
+async fn send_until_exhausted(node: SocketAddr, admissions: Admissions) {
     loop {
         let mut caller = Caller::connect(node).await;
         caller.request("POST", CHAT, "", hello(r#""max_tokens":12"#).as_bytes()).await;
@@ -47,100 +49,101 @@ async fn asks(node: SocketAddr, admissions: Admissions) {
     }
 }
 
-fn load(nodes: &Nodes, admissions: &Admissions) -> JoinSet<()> {
+fn spawn_callers(nodes: &Nodes, admissions: &Admissions) -> JoinSet<()> {
     let mut callers = JoinSet::new();
     for node in nodes.iter() {
         for _ in 0..CALLERS {
-            callers.spawn(asks(node.address, admissions.clone()));
+            callers.spawn(send_until_exhausted(node.address, admissions.clone()));
         }
     }
     callers
 }
 
-/// Waits until every caller was told that nothing is left.
-async fn all_are_denied(callers: JoinSet<()>) {
+/// Waits until every caller has found the quota exhausted.
+async fn wait_until_exhausted(callers: JoinSet<()>) {
     tokio::time::timeout(Duration::from_mins(1), callers.join_all()).await.unwrap();
 }
 
-/// What came of it. All but the level are requests.
+/// The result of one round. All numbers except the level are numbers of requests.
 #[derive(Debug)]
 struct Outcome {
-    /// Admitted before Redis was lost; and shortly before that, with what was under way.
+    /// Admitted before the fault.
     before: usize,
-    since_heard: usize,
-    /// Admitted in all.
+    /// Admitted shortly before the fault, plus requests in flight.
+    unreported: usize,
+    /// Admitted in total.
     admitted: usize,
-    /// What all nodes have charged.
+    /// Charged by all nodes.
     charged: usize,
-    /// What is left by Redis.
+    /// Tokens left in Redis.
     level: i64,
     /// How often the nodes have lost Redis.
     losses: Vec<u64>,
 }
 
 impl Outcome {
-    /// A machine that is too busy may lose Redis once more than it should: what is allowed then is allowed once more.
-    fn times(&self) -> usize {
+    /// The number of losses. A busy machine may lose Redis more than once, and each loss permits the same excess.
+    fn losses(&self) -> usize {
         self.losses.iter().max().map_or(1, |&times| usize::try_from(times).unwrap())
     }
 }
 
 impl Fault {
-    fn server(self) -> Redis {
-        // What is not synced to the disk is lost with the machine, not with the process.
+    fn start_server(self) -> Redis {
+        // Without fsync, data survives the death of the process, but not of the machine.
         let disk = if self == Self::Killed { "--appendonly yes --appendfsync no" } else { "" };
         Redis::with(|_| disk.to_owned())
     }
 
-    fn begins(self, redis: &mut Redis, process: &str) {
+    fn start(self, redis: &mut Redis, process: &str) {
         match self {
-            Self::Frozen => signal(process, "STOP"),
+            Self::Frozen => send_signal(process, "STOP"),
             Self::Killed | Self::KilledAndEmptied => redis.kill(),
         }
     }
 
-    fn ends(self, redis: &mut Redis, process: &str) {
+    fn end(self, redis: &mut Redis, process: &str) {
         match self {
-            Self::Frozen => signal(process, "CONT"),
-            Self::Killed | Self::KilledAndEmptied => redis.start_again(),
+            Self::Frozen => send_signal(process, "CONT"),
+            Self::Killed | Self::KilledAndEmptied => redis.restart(),
         }
     }
 }
 
-/// One round, with a quota of so many requests.
-async fn round(policy: &str, limit: usize, nodes: u32, fault: Fault) -> Outcome {
-    let mut redis = fault.server();
+/// Runs one round with a quota for `limit` requests.
+async fn run_round(policy: &str, limit: usize, nodes: u32, fault: Fault) -> Outcome {
+    let mut redis = fault.start_server();
     let upstream = Upstream::always(Answer::chat(8, 12)).await;
     let quota =
         format!("{{ total_tokens: {{ limit: 10, burst: {}, per: day, window: rolling }} }}", limit * TOKENS);
     let nodes = Nodes::start(&redis, &upstream, nodes, &quota, &format!("on_failure: {policy}")).await;
-    until(&nodes, true).await;
-    let process = redis.process();
+    wait_until_shared(&nodes, true).await;
+    let process = redis.process_id();
     let admissions = Admissions::default();
-    let mut callers = load(&nodes, &admissions);
+    let mut callers = spawn_callers(&nodes, &admissions);
     while admissions.lock().unwrap().len() < limit / 2 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 
-    let lost = Instant::now();
+    let fault_start = Instant::now();
     let within = |time: Duration| {
         let admissions = admissions.lock().unwrap();
-        admissions.iter().filter(|&&at| at <= lost && lost.duration_since(at) <= time).count()
+        admissions.iter().filter(|&&at| at <= fault_start && fault_start.duration_since(at) <= time).count()
     };
-    fault.begins(&mut redis, &process);
-    let under_way = CALLERS * nodes.len();
-    let (before, since_heard) = (within(Duration::MAX), within(SINCE_HEARD) + under_way);
+    fault.start(&mut redis, &process);
+    let in_flight = CALLERS * nodes.len();
+    let (before, unreported) = (within(Duration::MAX), within(MAX_LEVEL_AGE) + in_flight);
     if policy == "closed" {
-        // A node that lets nothing through denies nobody for good.
+        // Denials of the closed policy are temporary, so the callers do not stop.
         tokio::time::sleep(Duration::from_secs(1)).await;
     } else {
-        all_are_denied(std::mem::take(&mut callers)).await;
+        wait_until_exhausted(std::mem::take(&mut callers)).await;
     }
-    fault.ends(&mut redis, &process);
-    until(&nodes, true).await;
-    all_are_denied(callers).await;
-    // What was left over: shares are rounded down.
-    all_are_denied(load(&nodes, &admissions)).await;
+    fault.end(&mut redis, &process);
+    wait_until_shared(&nodes, true).await;
+    wait_until_exhausted(callers).await;
+    // Shares are rounded down. This spends the rest.
+    wait_until_exhausted(spawn_callers(&nodes, &admissions)).await;
 
     let mut charged = 0;
     for node in nodes.iter() {
@@ -148,49 +151,50 @@ async fn round(policy: &str, limit: usize, nodes: u32, fault: Fault) -> Outcome 
     }
     let admitted = admissions.lock().unwrap().len();
     assert_eq!((admitted, charged), (upstream.seen().len(), admitted));
-    // Who was without Redis when it was asked has lost it once more, and that counts.
+    // A request without Redis counts as a further loss, so the losses are read last.
     let level = nodes[0].environment().await["quotas"][0]["level"].as_i64().unwrap();
     let losses = nodes.losses().await;
-    Outcome { before, since_heard, admitted, charged, level, losses }
+    Outcome { before, unreported, admitted, charged, level, losses }
 }
 
-/// One policy with two and four nodes, under each fault. `most`: what may be admitted in all.
-async fn holds(policy: &str, limit: usize, most: impl Fn(usize, &Outcome) -> usize) {
+/// Tests one policy with two and four nodes under each fault. `max_admitted`: the bound for all admissions.
+async fn test_policy(policy: &str, limit: usize, max_admitted: impl Fn(usize, &Outcome) -> usize) {
     for nodes in [2, 4] {
         for fault in [Fault::Killed, Fault::KilledAndEmptied, Fault::Frozen] {
             let what = format!("{policy}, {nodes} nodes, {fault:?}");
-            let outcome = round(policy, limit, nodes, fault).await;
+            let outcome = run_round(policy, limit, nodes, fault).await;
             let over = outcome.admitted.saturating_sub(limit);
-            // More of the limit is left in Redis than the nodes have charged.
+            // Positive if Redis has not charged everything that the nodes have charged.
             let left = i64::try_from(limit).unwrap() - i64::try_from(outcome.charged).unwrap();
-            let forgotten = outcome.level - left * i64::try_from(TOKENS).unwrap();
-            println!("{what}: {over} over, {forgotten} tokens forgotten, {outcome:?}");
-            let most = most(usize::try_from(nodes).unwrap(), &outcome);
-            assert!(outcome.admitted <= most, "{what}: at most {most}, {outcome:?}");
-            // A server that keeps nothing may have taken note of what it could not confirm any more, and others have heard of it.
-            let twice = if fault == Fault::KilledAndEmptied { outcome.since_heard * TOKENS } else { 0 };
+            let uncharged = outcome.level - left * i64::try_from(TOKENS).unwrap();
+            println!("{what}: {over} over, {uncharged} tokens uncharged, {outcome:?}");
+            let max_admitted = max_admitted(usize::try_from(nodes).unwrap(), &outcome);
+            assert!(outcome.admitted <= max_admitted, "{what}: at most {max_admitted}, {outcome:?}");
+            // A server without a disk may have applied and reported steps without confirming them. They are charged twice.
+            let twice = if fault == Fault::KilledAndEmptied { outcome.unreported * TOKENS } else { 0 };
             let allowed = -i64::try_from(twice).unwrap()..=0;
-            assert!(allowed.contains(&forgotten), "{what}: {forgotten}, {outcome:?}");
+            assert!(allowed.contains(&uncharged), "{what}: {uncharged}, {outcome:?}");
         }
     }
 }
 
 #[tokio::test]
-async fn local_admits_too_much_what_others_had_reserved_since_a_node_last_heard() {
+async fn local_over_admits_at_most_what_others_reserved_since_the_last_reported_level() {
     const LIMIT: usize = 4_000;
-    holds("local", LIMIT, |_, outcome| LIMIT + outcome.times() * outcome.since_heard).await;
+    test_policy("local", LIMIT, |_, outcome| LIMIT + outcome.losses() * outcome.unreported).await;
 }
 
 #[tokio::test]
-async fn closed_admits_nothing_too_much() {
+async fn closed_never_over_admits() {
     const LIMIT: usize = 3_000;
-    holds("closed", LIMIT, |_, _| LIMIT).await;
+    test_policy("closed", LIMIT, |_, _| LIMIT).await;
 }
 
 #[tokio::test]
-async fn open_admits_the_limit_once_for_each_node() {
+async fn open_admits_the_limit_once_per_node() {
     const LIMIT: usize = 1_000;
-    // Each caller may have been admitted once more than it had read of.
-    let most = |nodes, outcome: &Outcome| outcome.before + outcome.times() * nodes * (CALLERS + LIMIT);
-    holds("open", LIMIT, most).await;
+    // Each caller may have been admitted once without having read the answer.
+    let max_admitted =
+        |nodes, outcome: &Outcome| outcome.before + outcome.losses() * nodes * (CALLERS + LIMIT);
+    test_policy("open", LIMIT, max_admitted).await;
 }

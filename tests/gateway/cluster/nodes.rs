@@ -1,25 +1,23 @@
-//! Nodes that share quotas, with Redis there.
+//! Nodes that share quotas while Redis is available.
 
+use super::outages::THOUSAND_TOKENS;
 use super::{Nodes, config};
-use crate::support::redis::{Redis, signal};
+use crate::support::redis::{Redis, send_signal};
 use crate::support::*;
 use std::time::Duration;
 
-/// 1,000 tokens that do not come back while a test runs.
-const THOUSAND: &str = "{ total_tokens: { limit: 10, burst: 1000, per: day, window: rolling } }";
-
 #[tokio::test]
-async fn a_burst_through_two_four_and_eight_nodes_gets_what_there_is_and_not_a_token_more() {
+async fn a_burst_through_two_four_and_eight_nodes_admits_exactly_the_quota() {
     for count in [2, 4, 8] {
         let redis = Redis::start();
         let upstream = Upstream::always(Answer::chat(8, 12)).await;
-        let nodes = Nodes::start(&redis, &upstream, count, THOUSAND, "on_failure: closed").await;
+        let nodes = Nodes::start(&redis, &upstream, count, THOUSAND_TOKENS, "on_failure: closed").await;
         let mut requests = tokio::task::JoinSet::new();
         for n in 0..1_000 {
             let address = nodes[n % nodes.len()].address;
             requests.spawn(async move {
                 let mut caller = Caller::connect(address).await;
-                // 20 tokens, reserved and charged.
+                // The request reserves 20 tokens, and 20 are charged.
                 caller.request("POST", CHAT, "", hello(r#""max_tokens":12"#).as_bytes()).await;
                 let reply = caller.reply().await;
                 assert!(matches!(reply.status, 200 | 429 | 503), "{}", reply.text());
@@ -30,14 +28,14 @@ async fn a_burst_through_two_four_and_eight_nodes_gets_what_there_is_and_not_a_t
         let admitted = replies.iter().filter(|status| **status == 200).count();
         assert_eq!(admitted, upstream.seen().len());
         assert!(admitted <= 50, "{admitted} through {count} nodes");
-        // A machine that is busy with other things may keep Redis from answering in time: nothing is let through then.
+        // On a busy machine Redis may miss the deadline. The nodes then deny requests.
         if replies.contains(&503) {
-            println!("{count} nodes: Redis was lost on the way, {admitted} of 50 admitted");
+            println!("{count} nodes: Redis was lost meanwhile, {admitted} of 50 admitted");
             continue;
         }
         assert_eq!(admitted, 50, "{count} nodes");
         for node in nodes.iter() {
-            let knows_all = async {
+            let is_up_to_date = async {
                 loop {
                     let environment = node.settled().await;
                     let shared = &environment["shared"];
@@ -49,21 +47,21 @@ async fn a_burst_through_two_four_and_eight_nodes_gets_what_there_is_and_not_a_t
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
             };
-            soon("a node to be up, to know the others, and that nothing is left", knows_all).await;
+            soon("a node to report all nodes and an empty quota", is_up_to_date).await;
         }
     }
 }
 
 #[tokio::test]
-async fn what_one_node_has_used_the_other_knows_when_the_answer_is_there() {
+async fn usage_of_one_node_is_visible_at_the_other_when_the_answer_has_arrived() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
-    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND, "").await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "").await;
     for n in 1..=9_i64 {
         assert_eq!(nodes[0].chat(&hello(r#""max_tokens":192"#)).await.status, 200);
         assert_eq!(nodes.levels().await, [1_000 - 100 * n; 2]);
     }
-    // 100 are left: the smaller request fits, at either node, and then none does.
+    // 100 tokens are left. A request for 101 is denied, one for 100 is admitted, and nothing fits after that.
     assert_eq!(
         nodes[1].chat(&hello(r#""max_tokens":93"#)).await.refusal(),
         (429, "insufficient_quota".into())
@@ -77,10 +75,10 @@ async fn what_one_node_has_used_the_other_knows_when_the_answer_is_there() {
 }
 
 #[tokio::test]
-async fn a_limit_set_at_one_node_holds_at_every_node_within_a_second() {
+async fn a_limit_set_at_one_node_applies_to_every_node_within_a_second() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
-    let nodes = Nodes::start(&redis, &upstream, 3, THOUSAND, "").await;
+    let nodes = Nodes::start(&redis, &upstream, 3, THOUSAND_TOKENS, "").await;
     assert_eq!(nodes[2].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
     let admin = nodes[0].admin;
     let call = async |method: &str, path: &str, body: &str| {
@@ -94,7 +92,7 @@ async fn a_limit_set_at_one_node_holds_at_every_node_within_a_second() {
         assert_eq!(reply.status, 200, "{}", reply.text());
         tokio::time::sleep(Duration::from_millis(900)).await;
     };
-    let shown = async || {
+    let report = async || {
         let mut all = Vec::new();
         for node in nodes.iter() {
             let quota = node.environment().await["quotas"][0].clone();
@@ -104,49 +102,49 @@ async fn a_limit_set_at_one_node_holds_at_every_node_within_a_second() {
         all
     };
     call("PUT", "/quotas/total_tokens/day", r#"{"limit":10,"burst":150}"#).await;
-    assert_eq!(shown().await, [[150, 50], [1, 1]].repeat(3));
+    assert_eq!(report().await, [[150, 50], [1, 1]].repeat(3));
     assert_eq!(nodes[1].chat(&hello(r#""max_tokens":92"#)).await.status, 429);
     call("POST", "/reset", "").await;
-    assert_eq!(shown().await, [[150, 150], [1, 1]].repeat(3));
+    assert_eq!(report().await, [[150, 150], [1, 1]].repeat(3));
     assert_eq!(nodes[1].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
     call("DELETE", "/quotas/total_tokens/day", "").await;
-    assert_eq!(shown().await, [[1_000, 900], [0, 0]].repeat(3));
+    assert_eq!(report().await, [[1_000, 900], [0, 0]].repeat(3));
 }
 
 #[tokio::test]
-async fn what_a_killed_node_held_is_charged_and_nothing_stays_held() {
+async fn reservations_of_a_killed_node_are_charged_and_released() {
     let redis = Redis::start();
     let upstream = Upstream::answering(|_| Answer::silence()).await;
-    let lives = Gateway::from_config(&config(&redis, &upstream, 0, THOUSAND, "")).await;
-    let text = config(&redis, &upstream, 1, THOUSAND, "");
-    let dies = Process::of_config(&text).await;
+    let survivor = Gateway::from_config(&config(&redis, &upstream, 0, THOUSAND_TOKENS, "")).await;
+    let text = config(&redis, &upstream, 1, THOUSAND_TOKENS, "");
+    let killed_node = Process::of_config(&text).await;
     let mut callers = Vec::new();
     for _ in 0..3 {
-        let mut caller = dies.caller().await;
+        let mut caller = killed_node.caller().await;
         caller.request("POST", CHAT, "", hello(r#""max_tokens":92"#).as_bytes()).await;
         callers.push(caller);
     }
     upstream.has_seen(3).await;
     let held = async || {
-        let environment = lives.environment().await;
+        let environment = survivor.environment().await;
         ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())
     };
     assert_eq!(held().await, [700, 300, 0]);
-    signal(&dies.id(), "KILL");
+    send_signal(&killed_node.id(), "KILL");
     let killed = tollgate::clock::Stopwatch::start();
     while held().await != [700, 0, 300] {
         assert!(killed.elapsed() < Duration::from_mins(1), "{:?}", held().await);
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    assert!(killed.elapsed() > Duration::from_secs(10), "a node is given time to come back");
-    assert_eq!(lives.environment().await["shared"]["nodes"], 1);
+    assert!(killed.elapsed() > Duration::from_secs(10), "a session ends only after its timeout");
+    assert_eq!(survivor.environment().await["shared"]["nodes"], 1);
 }
 
 #[tokio::test]
-async fn a_node_that_stops_leaves_nothing_behind() {
+async fn a_node_that_stops_leaves_no_session_and_no_reservation() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
-    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND, "").await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "").await;
     assert_eq!(nodes[0].chat(&hello(r#""max_tokens":92"#)).await.status, 200);
     let Nodes(mut nodes) = nodes;
     nodes.remove(0).shutdown().await;
@@ -159,7 +157,7 @@ async fn a_node_that_stops_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_caller_who_gives_up_while_redis_is_asked_holds_nothing() {
+async fn a_caller_that_disconnects_while_its_node_waits_for_redis_holds_nothing() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 12)).await;
     let nodes = Nodes::start(
@@ -175,9 +173,9 @@ async fn a_caller_who_gives_up_while_redis_is_asked_holds_nothing() {
         caller.request("POST", CHAT, "", hello(r#""max_tokens":12"#).as_bytes()).await;
         drop(caller);
     }
-    // Redis may still have to answer for callers who have gone: what it admits then is given back at once.
+    // Redis may still reply to commands of disconnected callers. The node releases the reservations it admits.
     let mut last = String::new();
-    let given_back = async {
+    let released = async {
         loop {
             let environment = nodes[0].environment().await;
             last = environment.to_string();
@@ -189,17 +187,17 @@ async fn a_caller_who_gives_up_while_redis_is_asked_holds_nothing() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let given_back = tokio::time::timeout(PATIENCE, given_back).await;
-    assert!(given_back.is_ok(), "something is held: {last}");
+    let released = tokio::time::timeout(PATIENCE, released).await;
+    assert!(released.is_ok(), "still held: {last}");
 }
 
 #[tokio::test]
-async fn leases_admit_without_asking_and_never_too_much() {
+async fn leases_admit_without_a_call_and_never_too_much() {
     const QUOTA: &str = "{ total_tokens: { limit: 10, burst: 40000, per: day, window: rolling } }";
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 12)).await;
     let nodes = Nodes::start(&redis, &upstream, 2, QUOTA, "lease: true").await;
-    // 2,000 requests of 20 tokens each are what there is.
+    // The quota admits 2,000 requests of 20 tokens each.
     let mut callers = tokio::task::JoinSet::new();
     for n in 0..20 {
         let address = nodes[n % nodes.len()].address;
@@ -219,8 +217,8 @@ async fn leases_admit_without_asking_and_never_too_much() {
     assert!((1_960..=2_000).contains(&admitted), "{admitted} of 2000");
     assert_eq!(upstream.seen().len(), admitted);
     let calls = redis.calls("evalsha");
-    println!("{calls} calls of Redis for 2400 requests, {admitted} of them admitted");
-    // What was leased has gone back, and fits.
+    println!("{calls} Redis calls for 2400 requests, {admitted} of them admitted");
+    // Unused leases have been returned.
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert_eq!(nodes.levels().await, [40_000 - 20 * i64::try_from(admitted).unwrap(); 2]);
     let Nodes(mut nodes) = nodes;
@@ -230,19 +228,19 @@ async fn leases_admit_without_asking_and_never_too_much() {
 }
 
 #[tokio::test]
-async fn the_limits_of_the_config_that_was_written_last_hold_at_all_nodes() {
+async fn the_limits_of_the_newest_config_file_apply_to_all_nodes() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
-    let of = |burst: u64| {
+    let quota_of = |burst: u64| {
         format!("{{ total_tokens: {{ limit: 10, burst: {burst}, per: day, window: rolling }} }}")
     };
-    // Not read from a file, so older than any.
-    let old = Gateway::from_config(&config(&redis, &upstream, 0, &of(1_000), "")).await;
+    // This config is not read from a file and therefore counts as older than any file.
+    let old = Gateway::from_config(&config(&redis, &upstream, 0, &quota_of(1_000), "")).await;
     assert_eq!(old.chat(&hello(r#""max_tokens":92"#)).await.status, 200);
-    let new = Process::of_config(&config(&redis, &upstream, 1, &of(2_000), "")).await;
-    let older_still = Gateway::from_config(&config(&redis, &upstream, 2, &of(500), "")).await;
+    let new = Process::of_config(&config(&redis, &upstream, 1, &quota_of(2_000), "")).await;
+    let also_old = Gateway::from_config(&config(&redis, &upstream, 2, &quota_of(500), "")).await;
     tokio::time::sleep(Duration::from_millis(700)).await;
-    for admin in [old.admin, new.admin, older_still.admin] {
+    for admin in [old.admin, new.admin, also_old.admin] {
         let shown = gateway::admin_get_at(admin, "/api/environments").await.json();
         let quota = &shown["environments"][0]["quotas"][0];
         assert_eq!((&quota["burst"], &quota["level"]), (&2_000.into(), &1_900.into()), "{quota}");

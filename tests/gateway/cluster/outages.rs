@@ -1,0 +1,290 @@
+//! Nodes whose Redis is killed, frozen, flushed or not started yet.
+
+use super::{Nodes, config};
+use crate::support::redis::{Redis, send_signal};
+use crate::support::*;
+use std::time::Duration;
+use tollgate::clock::Stopwatch;
+
+/// 1,000 tokens, which hardly refill while a test runs.
+pub const THOUSAND_TOKENS: &str = "{ total_tokens: { limit: 10, burst: 1000, per: day, window: rolling } }";
+/// 1,000 tokens of a calendar month.
+const THOUSAND_A_MONTH: &str = "{ total_tokens: { limit: 1000, per: month } }";
+
+/// A request that reserves 100 tokens.
+pub fn hundred_tokens() -> String {
+    hello(r#""max_tokens":92"#)
+}
+
+/// Sends requests one after the other and returns how many were admitted. The others are denied with this code.
+pub async fn count_admitted(node: &Gateway, requests: usize, code: &str) -> usize {
+    let mut count = 0;
+    for _ in 0..requests {
+        let reply = node.chat(&hundred_tokens()).await;
+        if reply.status == 200 {
+            count += 1;
+        } else {
+            assert_eq!(reply.code(), code);
+        }
+    }
+    count
+}
+
+/// Waits until all nodes share their quotas, or until none does. Returns how long that took.
+pub async fn wait_until_shared(nodes: &[Gateway], is_shared: bool) -> Duration {
+    let begun = Stopwatch::start();
+    soon("the nodes", async {
+        for node in nodes {
+            while node.environment().await["shared"]["up"] != is_shared {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    })
+    .await;
+    begun.elapsed()
+}
+
+#[tokio::test]
+async fn closed_denies_everything_and_restores_the_counters_of_an_empty_redis() {
+    for quotas in [THOUSAND_TOKENS, THOUSAND_A_MONTH] {
+        let mut redis = Redis::start();
+        let upstream = Upstream::always(Answer::chat(8, 92)).await;
+        let nodes = Nodes::start(&redis, &upstream, 2, quotas, "on_failure: closed").await;
+        assert_eq!(count_admitted(&nodes[0], 2, "").await + count_admitted(&nodes[1], 1, "").await, 3);
+        assert_eq!(nodes.levels().await, [700, 700]);
+        redis.kill();
+        let mut times = Vec::new();
+        for _ in 0..20 {
+            let begun = Stopwatch::start();
+            let reply = nodes[0].chat(&hundred_tokens()).await;
+            times.push(begun.elapsed());
+            assert_eq!(reply.refusal(), (503, "quota_store_unavailable".into()));
+            assert_eq!(reply.header("retry-after"), Some("1"));
+        }
+        // The bounds allow for a whole HTTP call on a new connection and a busy machine.
+        assert!(times[0] < Duration::from_millis(250), "the first call took {:?}", times[0]);
+        times.sort();
+        assert!(times[10] < Duration::from_millis(25), "later calls took {:?}", times[10]);
+        wait_until_shared(&nodes, false).await;
+        for node in nodes.iter() {
+            let ready = node.admin_get("/readyz").await;
+            assert_eq!(ready.status, 503);
+            assert!(
+                ready.text().contains("staging: Redis is unavailable, this node admits no request"),
+                "{}",
+                ready.text()
+            );
+        }
+        redis.restart();
+        let recovery = wait_until_shared(&nodes, true).await;
+        assert!(recovery < Duration::from_secs(3), "shared again after {recovery:?}");
+        assert_eq!(nodes[1].admin_get("/readyz").await.status, 200);
+        assert_eq!(nodes.levels().await, [700, 700]);
+        let after = count_admitted(&nodes[0], 4, "insufficient_quota").await
+            + count_admitted(&nodes[1], 9, "insufficient_quota").await;
+        assert_eq!(after, 7);
+        assert_eq!(nodes.levels().await, [0, 0]);
+    }
+}
+
+#[tokio::test]
+async fn local_nodes_admit_their_share_and_charge_it_after_the_outage() {
+    for (quotas, is_killed) in [
+        (THOUSAND_TOKENS, true),
+        (THOUSAND_A_MONTH, true),
+        (THOUSAND_TOKENS, false),
+        (THOUSAND_A_MONTH, false),
+    ] {
+        let mut redis = Redis::start();
+        let upstream = Upstream::always(Answer::chat(8, 92)).await;
+        let nodes = Nodes::start(&redis, &upstream, 2, quotas, "").await;
+        assert_eq!(count_admitted(&nodes[0], 2, "").await, 2);
+        assert_eq!(nodes.levels().await, [800, 800]);
+        let process = redis.process_id();
+        // Both nodes receive the current levels before the outage.
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        if is_killed {
+            redis.kill();
+        } else {
+            send_signal(&process, "STOP");
+        }
+        assert_eq!(count_admitted(&nodes[0], 7, "insufficient_quota").await, 4, "half of what was left");
+        assert_eq!(count_admitted(&nodes[1], 1, "").await, 1);
+        wait_until_shared(&nodes, false).await;
+        let ready = nodes[0].admin_get("/readyz").await;
+        assert_eq!(ready.status, 200);
+        assert!(ready.text().contains(
+            "staging: Redis is unavailable, this node admits from its share of the last known levels"
+        ));
+        if is_killed {
+            redis.restart();
+        } else {
+            send_signal(&process, "CONT");
+        }
+        wait_until_shared(&nodes, true).await;
+        assert_eq!(nodes.levels().await, [300, 300], "{quotas} {is_killed}");
+        assert_eq!(count_admitted(&nodes[1], 5, "insufficient_quota").await, 3);
+        assert_eq!(nodes.levels().await, [0, 0]);
+        for node in nodes.iter() {
+            node.settled().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn open_nodes_admit_the_whole_limit_each_and_the_excess_becomes_debt() {
+    let mut redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "on_failure: open").await;
+    assert_eq!(count_admitted(&nodes[0], 5, "").await, 5);
+    // All steps have arrived in Redis. Steps that arrive just before the data is lost may be charged twice.
+    assert_eq!(nodes.levels().await, [500, 500]);
+    redis.kill();
+    assert_eq!(count_admitted(&nodes[0], 12, "insufficient_quota").await, 10, "capped by the limit");
+    assert_eq!(count_admitted(&nodes[1], 1, "").await, 1);
+    let ready = nodes[0].admin_get("/readyz").await;
+    assert!(ready.status == 200 && ready.text().contains("this node admits up to the whole limits"));
+    redis.restart();
+    wait_until_shared(&nodes, true).await;
+    assert_eq!(nodes.levels().await, [-600, -600]);
+    assert_eq!(count_admitted(&nodes[1], 1, "insufficient_quota").await, 0);
+}
+
+async fn level_held_used(node: &Gateway) -> [i64; 3] {
+    let environment = node.environment().await;
+    ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())
+}
+
+#[tokio::test]
+async fn requests_in_flight_stay_held_through_outages_of_redis() {
+    let mut redis = Redis::start();
+    let gated =
+        Answer::of(Answer::chat(8, 42).steps().into_iter().fold(vec![Step::Gate], |mut steps, step| {
+            steps.push(step);
+            steps
+        }));
+    let upstream = Upstream::always(gated).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "").await;
+    let mut callers = Vec::new();
+    let mut begin = async |node: &Gateway| {
+        let mut caller = node.caller().await;
+        caller.request("POST", CHAT, "", hundred_tokens().as_bytes()).await;
+        callers.push(caller);
+        upstream.has_seen(callers.len()).await;
+    };
+    // Waits until both nodes report this level, held and used.
+    let wait_for_state = async |expected: [i64; 3]| {
+        let both_report = async {
+            for node in nodes.iter() {
+                while level_held_used(node).await != expected {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        };
+        soon(&format!("{expected:?}"), both_report).await;
+    };
+    // Two requests begin before the outage, one during it.
+    begin(&nodes[0]).await;
+    begin(&nodes[1]).await;
+    redis.kill();
+    wait_until_shared(&nodes, false).await;
+    begin(&nodes[0]).await;
+    redis.restart();
+    wait_until_shared(&nodes, true).await;
+    wait_for_state([700, 300, 0]).await;
+    // One request ends during a second outage.
+    redis.kill();
+    wait_until_shared(&nodes, false).await;
+    upstream.open_gate();
+    soon("an answer", async {
+        while nodes[0].charged().await[0] + nodes[1].charged().await[0] == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    redis.restart();
+    wait_until_shared(&nodes, true).await;
+    wait_for_state([750, 200, 50]).await;
+    upstream.open_gate();
+    upstream.open_gate();
+    for caller in &mut callers {
+        assert_eq!(caller.reply().await.status, 200);
+    }
+    wait_for_state([850, 0, 150]).await;
+}
+
+#[tokio::test]
+async fn nodes_recover_from_flushed_scripts_and_flushed_data() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "on_failure: closed").await;
+    assert_eq!(count_admitted(&nodes[0], 2, "").await, 2);
+    redis.admin("SCRIPT FLUSH");
+    assert_eq!(count_admitted(&nodes[1], 1, "").await, 1);
+    redis.admin("FLUSHALL");
+    wait_until_shared(&nodes, false).await;
+    wait_until_shared(&nodes, true).await;
+    assert_eq!(nodes.levels().await, [700, 700]);
+    assert_eq!(count_admitted(&nodes[1], 8, "insufficient_quota").await, 7);
+}
+
+#[tokio::test]
+async fn a_node_that_starts_without_redis_reports_it_and_charges_its_usage_later() {
+    let mut redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    redis.kill();
+    let [local, closed] =
+        ["", "on_failure: closed"].map(|more| config(&redis, &upstream, 7, THOUSAND_TOKENS, more));
+    let node = Gateway::from_config(&closed).await;
+    assert_eq!(node.chat(&hundred_tokens()).await.refusal(), (503, "quota_store_unavailable".into()));
+    node.shutdown().await;
+    let node = Gateway::from_config(&local).await;
+    assert_eq!(count_admitted(&node, 3, "").await, 3);
+    let ready = node.admin_get("/readyz").await;
+    assert!(ready.status == 200 && ready.text().contains("Redis is unavailable"), "{}", ready.text());
+    redis.restart();
+    let nodes = Nodes(vec![node]);
+    wait_until_shared(&nodes, true).await;
+    assert_eq!(nodes.levels().await, [700]);
+}
+
+#[tokio::test]
+async fn a_node_that_stops_during_a_short_outage_sends_all_its_steps() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 42)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "").await;
+    assert_eq!(count_admitted(&nodes[0], 2, "").await, 2);
+    let process = redis.process_id();
+    send_signal(&process, "STOP");
+    // Each request spends half of what it reserves.
+    assert_eq!(count_admitted(&nodes[0], 4, "").await, 4);
+    let Nodes(mut nodes) = nodes;
+    tokio::join!(nodes.remove(0).shutdown(), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        send_signal(&process, "CONT");
+    });
+    wait_until_shared(&nodes, true).await;
+    let nodes = Nodes(nodes);
+    assert_eq!(nodes.levels().await, [1_000 - 6 * 50]);
+    assert_eq!(nodes[0].environment().await["shared"]["nodes"], 1);
+}
+
+#[tokio::test]
+async fn a_limit_cannot_be_set_while_redis_is_unavailable() {
+    let mut redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 1, THOUSAND_TOKENS, "").await;
+    redis.kill();
+    let mut caller = Caller::connect(nodes[0].admin).await;
+    let path = "/api/environments/staging/quotas/total_tokens/day";
+    let body = r#"{"limit":5}"#;
+    let request = format!(
+        "PUT {path} HTTP/1.1\r\nhost: {}\r\ncontent-length: {}\r\n\r\n{body}",
+        nodes[0].admin,
+        body.len()
+    );
+    caller.send(request.as_bytes()).await;
+    let reply = caller.reply().await;
+    assert_eq!((reply.status, &reply.json()["error"]["code"]), (503, &"quota_store_unavailable".into()));
+    assert_eq!(nodes[0].environment().await["quotas"][0]["source"], "file");
+}

@@ -1,0 +1,151 @@
+//! Limits, deadlines and counts that apply to all nodes.
+
+use super::{START, full_states, held_reservation, month_state, node, quotas, reserve};
+use crate::node::Node;
+use crate::server::Server;
+use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
+use tollgate::redis::{NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
+
+#[test]
+fn a_limit_and_a_reset_apply_to_every_node() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    assert_eq!(
+        one.run(|commands| commands.limit(true, &[(0, NewLimit { limit: 50, burst: 20 })])).verdict,
+        Verdict::Done
+    );
+    let answer = reserve(&mut other, "a", 30, 0);
+    assert_eq!((answer.verdict, answer.states[0].1), (Verdict::Denied, true));
+    // A node that joins later does not undo the override.
+    let mut third = node(&server, "third");
+    let quota = third.mirror(START).levels(START).swap_remove(0).quota;
+    assert_eq!((quota.limit, quota.capacity()), (50, 20));
+    assert_eq!(reserve(&mut other, "a", 20, 0).verdict, Verdict::Admitted);
+    assert_eq!(one.run(|commands| commands.reset()).verdict, Verdict::Done);
+    assert_eq!(month_state(&mut other, START), (999_980, 20, 0), "held amounts stay held");
+}
+
+#[test]
+fn the_limits_of_the_newest_config_apply() {
+    let server = Server::start();
+    let mut one = node(&server, "one");
+    reserve(&mut one, "a", 100, 0);
+    let limit = |node: &mut Node| {
+        let level = node.mirror(START).levels(START).swap_remove(0);
+        (level.quota.limit, level.quota.capacity(), level.level)
+    };
+    let with = |limit| vec![quotas()[0].with_limit(limit, limit), quotas()[1].clone()];
+    for (stamp, given, want) in [(5, 2_000, (2_000, 2_000, 1_900)), (4, 500, (2_000, 2_000, 1_900))] {
+        let mut other = server.node("other", &with(given), START);
+        other.commands.set_clock(START);
+        let reply =
+            other.run(|commands| commands.join(stamp, false, &full_states(&with(given), START))).values;
+        assert_eq!((reply[0], reply[1], reply[3]), (0, 1, 0), "the reply counts the differing limit");
+        assert_eq!(limit(&mut one), want);
+    }
+}
+
+/// A node restores an override from its store that an administrator revoked on another node in the meantime.
+#[test]
+fn a_revoked_override_does_not_replace_the_limits_of_the_newest_config() {
+    let server = Server::start();
+    let mut one = node(&server, "one");
+    let quotas = vec![quotas()[0].with_limit(2_000, 2_000), quotas()[1].clone()];
+    let mut other = server.node("other", &quotas, START);
+    other.commands.set_clock(START);
+    let mut states = full_states(&[quotas[0].with_limit(50, 50), quotas[1].clone()], START);
+    states[0].1 = true;
+    assert_eq!(other.run(|commands| commands.join(5, false, &states)).verdict, Verdict::Done);
+    let level = one.mirror(START).levels(START).swap_remove(0);
+    assert_eq!((level.quota.limit, level.quota.capacity(), level.level), (2_000, 2_000, 2_000));
+}
+
+#[test]
+fn requests_in_flight_are_counted_over_all_nodes() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    assert_eq!(reserve(&mut one, "a", 1, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut other, "b", 1, 2).verdict, Verdict::Admitted);
+    assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::TooManyInFlight);
+    let settlement = Step::new(StepKind::Settle, "b".into(), Amounts::of_request(1, 0));
+    other.run(|commands| commands.apply(1, &[ends], &[]));
+    assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::Admitted);
+    assert_eq!(month_state(&mut one, START), (999_997, 2, 1));
+}
+
+#[test]
+fn an_environment_without_quotas_counts_requests_in_flight() {
+    let server = Server::start();
+    let mut one = server.node("one", &[], START);
+    one.commands.set_clock(START);
+    one.join(START);
+    one.heartbeat();
+    let amounts = Amounts::of_request(1, 0);
+    let on_shortage = OnShortage::Reject;
+    let reserve =
+        ReserveRequest { id: "a", max_in_flight: 1, on_shortage, generates: true, amounts, completions: 1 };
+    let command = one.commands.reserve(&reserve, &[]);
+    assert_eq!(one.call(&command).verdict, Verdict::Admitted);
+    assert_eq!(one.heartbeat().values, [1, 1]);
+    assert_eq!(one.call(&command).verdict, Verdict::TooManyInFlight);
+}
+
+#[test]
+fn a_command_after_its_deadline_changes_nothing() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    node.commands.set_max_delay_ms(25);
+    let limit = [(0, NewLimit { limit: 50, burst: 20 })];
+    for (delay_ms, is_late) in [(26, true), (25, false)] {
+        node.commands.set_clock(START.plus_ms(delay_ms));
+        // The time of sending.
+        node.commands.set_redis_time(START);
+        let verdict = |on_time| if is_late { Verdict::DeadlinePassed } else { on_time };
+        assert_eq!(node.run(|commands| commands.lease(&[10, 10])).verdict, verdict(Verdict::Done));
+        assert_eq!(reserve(&mut node, "a", 100, 0).verdict, verdict(Verdict::Admitted));
+        node.commands.set_redis_time(START);
+        for command in [
+            node.commands.reset(),
+            node.commands.hold(true, &[held_reservation("b", 50, 0)]),
+            node.commands.limit(true, &limit),
+            node.commands.release_unlisted(&[]),
+            node.commands.join(2, true, &full_states(&quotas(), START)),
+        ] {
+            assert_eq!(node.call(&command).verdict, verdict(Verdict::Done), "{command:?}");
+        }
+        let all_applied = (999_850, 0, 150);
+        assert_eq!(
+            month_state(&mut node, START.plus_ms(delay_ms)),
+            if is_late { (1_000_000, 0, 0) } else { all_applied }
+        );
+    }
+}
+
+#[test]
+fn stale_calendar_bounds_are_rejected_with_the_servers_time() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    let next_month = START.plus_ms(10 * 86_400_000);
+    node.commands.set_clock(next_month);
+    node.commands.set_redis_time(START);
+    let answer = reserve(&mut node, "a", 1, 0);
+    assert_eq!((answer.verdict, answer.now), (Verdict::StalePeriod, next_month));
+    node.commands.set_redis_time(answer.now);
+    assert_eq!(reserve(&mut node, "a", 1, 0).verdict, Verdict::Admitted);
+}
+
+#[test]
+fn one_call_handles_thousands_of_quotas() {
+    let server = Server::start();
+    let quota = |n: u64| {
+        let per = Period { text: format!("{n}ms"), ms: 60_000 + n };
+        let window = Window::Rolling { burst: 1_000 };
+        Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 1_000, per, window }
+    };
+    let quotas: Vec<_> = (0..9_000).map(quota).collect();
+    let mut node = server.node("one", &quotas, START);
+    node.commands.set_clock(START);
+    node.join(START);
+    let levels = node.mirror(START).levels(START);
+    assert!(levels.len() == 9_000 && levels.iter().all(|level| level.level == 1_000));
+}

@@ -1,0 +1,199 @@
+//! Nodes that rejoin: they restore lost state, and the server reverses what it charged.
+
+use super::{
+    START, full_states, held_reservation, hold, month_state, node, outlive_others, quotas, rejoin, reserve,
+    settle,
+};
+use crate::server::Server;
+use tollgate::quota::Amounts;
+use tollgate::redis::{HeldReservation, Step, StepKind, Verdict};
+
+#[test]
+fn nodes_restore_the_state_that_the_server_lost() {
+    let server = Server::start();
+    let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+    reserve(&mut one, "a", 100, 0);
+    reserve(&mut other, "b", 200, 0);
+    settle(&mut other, 1, "b", 70);
+    reserve(&mut other, "c", 300, 0);
+    let answer = one.heartbeat();
+    one.flush_server();
+    assert_eq!(reserve(&mut one, "d", 1, 0).verdict, Verdict::UnknownSession);
+    // The first node creates the cells from its copy. Each node adds its reservations. Nothing is counted twice.
+    assert_eq!(
+        one.run(|commands| commands.join(1, true, &answer.states)).values,
+        [2, 0, 0, 1_000],
+        "the node has to wait for the others"
+    );
+    hold(&mut one, false, &[held_reservation("a", 100, 0)]);
+    assert_eq!(
+        other.run(|commands| commands.join(1, true, &full_states(&quotas(), START))).values,
+        [0, 0, 0, 1_000]
+    );
+    for _ in 0..2 {
+        hold(&mut other, false, &[held_reservation("b", 200, 1), held_reservation("c", 300, 0)]);
+    }
+    // The copy of the cells contains the cost of "b". The server lost the step that settled "b", so it is sent again.
+    assert_eq!(month_state(&mut one, START), (1_000_000 - 70 - 600, 600, 70));
+    assert_eq!(one.heartbeat().values, [2, 3]);
+}
+
+#[test]
+fn a_rejoining_node_reverses_its_charge_in_full() {
+    let server = Server::start();
+    let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
+    reserve(&mut cut_off, "a", 100, 0);
+    reserve(&mut cut_off, "b", 10, 0);
+    let now = outlive_others(&mut survivor);
+    assert_eq!(month_state(&mut survivor, now), (999_890, 0, 110), "charged in full");
+    assert!(rejoin(&mut cut_off, now));
+    // "a" has grown by 50, and the step for that is not sent yet. The reply for "b" was lost, so "b" is cancelled.
+    let cancelled = HeldReservation { pieces: Vec::new(), ..held_reservation("b", 0, 2) };
+    hold(&mut cut_off, true, &[held_reservation("a", 150, 0), cancelled]);
+    assert_eq!(month_state(&mut survivor, now), (999_890, 110, 0), "held again with the reserved amounts");
+    let steps = [
+        Step::new(StepKind::Extend, "a".into(), Amounts::of_request(50, 0)),
+        Step::new(StepKind::Settle, "b".into(), Amounts::default()),
+    ];
+    cut_off.run(|commands| commands.apply(1, &steps, &[]));
+    assert_eq!(month_state(&mut survivor, now), (999_850, 150, 0));
+    settle(&mut cut_off, 3, "a", 30);
+    assert_eq!(month_state(&mut survivor, now), (999_970, 0, 30));
+    // The reply to the settlement was lost. A settled reservation is not held again.
+    hold(&mut cut_off, true, &[held_reservation("a", 150, 3)]);
+    assert_eq!(month_state(&mut survivor, now), (999_970, 0, 30));
+    assert_eq!(survivor.heartbeat().values, [2, 0]);
+}
+
+#[test]
+fn a_node_that_rejoins_while_it_is_charged_pays_exactly_once() {
+    let server = Server::start();
+    let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
+    let ids: Vec<_> = (0..900).map(|n| n.to_string()).collect();
+    for id in &ids {
+        assert_eq!(reserve(&mut cut_off, id, 1, 0).verdict, Verdict::Admitted);
+    }
+    for half_seconds in 1..=30 {
+        survivor.commands.set_clock(START.plus_ms(half_seconds * 500));
+        survivor.heartbeat();
+    }
+    let now = START.plus_ms(15_100);
+    let (level, still_held, charged) = month_state(&mut survivor, now);
+    assert!(level == 999_100 && still_held > 0 && charged > 0, "{still_held} held, {charged} charged");
+    assert!(rejoin(&mut cut_off, now));
+    let all: Vec<_> = ids.iter().map(|id| held_reservation(id, 1, 0)).collect();
+    for batch in all.chunks(300) {
+        hold(&mut cut_off, true, batch);
+    }
+    assert_eq!(cut_off.run(|commands| commands.release_unlisted(&(0..900).collect::<Vec<_>>())).values, [0]);
+    assert_eq!(month_state(&mut survivor, now), (999_100, 900, 0));
+    assert_eq!(survivor.heartbeat().values, [2, 900], "the rest is no longer charged");
+    for (number, id) in (1..).zip(&ids) {
+        settle(&mut cut_off, number, id, 0);
+    }
+    assert_eq!(
+        (month_state(&mut survivor, now), survivor.heartbeat().values),
+        ((1_000_000, 0, 0), vec![2, 0])
+    );
+}
+
+#[test]
+fn reservations_that_a_rejoining_node_does_not_list_are_charged() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    let (listed, cancelled, unlisted) = ("1", "2", "3");
+    for (id, tokens) in [(listed, 10), (cancelled, 40), (unlisted, 20)] {
+        assert_eq!(reserve(&mut node, id, tokens, 0).verdict, Verdict::Admitted);
+    }
+    node.run(|commands| commands.lease(&[100, 100]));
+    assert!(rejoin(&mut node, START));
+    hold(
+        &mut node,
+        true,
+        &[
+            held_reservation(listed, 10, 0),
+            HeldReservation { pieces: Vec::new(), ..held_reservation(cancelled, 0, 1) },
+        ],
+    );
+    assert_eq!(month_state(&mut node, START), (999_830, 170, 0), "the list may be incomplete");
+    assert_eq!(node.run(|commands| commands.release_unlisted(&[1, 2])).values, [0]);
+    assert_eq!(month_state(&mut node, START), (999_930, 50, 20), "the lease is returned");
+    settle(&mut node, 1, cancelled, 0);
+    assert_eq!((month_state(&mut node, START), node.heartbeat().values), ((999_970, 10, 20), vec![1, 1]));
+}
+
+#[test]
+fn unlisted_reservations_are_charged_in_batches() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    for n in 0..450 {
+        assert_eq!(reserve(&mut node, &n.to_string(), 1, 0).verdict, Verdict::Admitted);
+    }
+    for left in [250, 50, 0] {
+        assert_eq!(node.run(|commands| commands.release_unlisted(&[])).values, [left]);
+    }
+    assert_eq!((month_state(&mut node, START), node.heartbeat().values), ((999_550, 0, 450), vec![1, 0]));
+}
+
+/// A node admitted the request from its lease, and lost Redis before it reported the request.
+#[test]
+fn spent_tokens_of_a_reservation_new_to_the_server_are_charged() {
+    let server = Server::start();
+    let mut node = node(&server, "one");
+    let mut held = held_reservation("1", 100, 0);
+    held.pieces[0].spent = Amounts::of_request(30, 0);
+    hold(&mut node, true, &[held]);
+    assert_eq!(month_state(&mut node, START), (999_900, 70, 30));
+    assert_eq!(node.mirror(START).levels(START)[0].level, 900);
+    // Steps that were already queued are not charged twice.
+    let steps = [
+        node.commands.leased_admission_step("1".into(), Amounts::of_request(100, 0), &[0, 1]),
+        Step::new(StepKind::Progress, "1".into(), Amounts::of_request(30, 0)),
+        Step::new(StepKind::Settle, "1".into(), Amounts::of_request(50, 0)),
+    ];
+    node.run(|commands| commands.apply(1, &steps, &[]));
+    assert_eq!(month_state(&mut node, START), (999_950, 0, 50));
+    assert_eq!(node.mirror(START).levels(START)[0].level, 950);
+}
+
+/// Steps queued while the node was cut off arrive after the rejoin, before the node lists its reservations.
+#[test]
+fn a_charged_reservation_that_settles_before_it_is_listed_costs_what_was_spent() {
+    let server = Server::start();
+    let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
+    for (id, tokens) in [("1", 100), ("2", 10)] {
+        assert_eq!(reserve(&mut cut_off, id, tokens, 0).verdict, Verdict::Admitted);
+    }
+    let now = outlive_others(&mut survivor);
+    assert_eq!(month_state(&mut survivor, now), (999_890, 0, 110));
+    assert!(rejoin(&mut cut_off, now));
+    let settlement =
+        |id: &str, tokens| Step::new(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
+    let steps = [settlement("1", 30), settlement("2", 500)];
+    assert_eq!(cut_off.run(|commands| commands.apply(1, &steps, &[])).verdict, Verdict::Done);
+    hold(&mut cut_off, true, &[held_reservation("1", 100, 1), held_reservation("2", 10, 2)]);
+    assert_eq!(cut_off.run(|commands| commands.release_unlisted(&[1, 2])).values, [0]);
+    assert_eq!(
+        (month_state(&mut survivor, now), survivor.heartbeat().values),
+        ((999_470, 0, 530), vec![2, 0])
+    );
+}
+
+#[test]
+fn a_charge_that_a_reset_removed_is_not_reversed_again() {
+    let server = Server::start();
+    let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
+    assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
+    cut_off.run(|commands| commands.lease(&[50, 50]));
+    let now = outlive_others(&mut survivor);
+    assert_eq!(survivor.run(|commands| commands.reset()).verdict, Verdict::Done);
+    assert_eq!(reserve(&mut survivor, "b", 400, 0).verdict, Verdict::Admitted);
+    settle(&mut survivor, 1, "b", 400);
+    assert!(rejoin(&mut cut_off, now));
+    hold(&mut cut_off, true, &[held_reservation("1", 100, 0)]);
+    cut_off.run(|commands| commands.release_unlisted(&[1]));
+    assert_eq!(month_state(&mut survivor, now), (999_500, 100, 400));
+    settle(&mut cut_off, 1, "1", 30);
+    assert_eq!(month_state(&mut survivor, now), (999_570, 0, 430));
+    assert_eq!(survivor.mirror(now).levels(now)[0].level, 570);
+}
