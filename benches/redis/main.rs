@@ -5,7 +5,7 @@
 //! 1. The script: round trips to a server at a loopback port.
 //! 2. A node: the time of a reservation by a call or from a lease, and reservations per second.
 //! 3. Bursts of 1,000 requests at two, four and eight nodes: the number admitted by a quota for 50.
-//! 4. Redis is killed and restarted empty: the time of calls meanwhile, and the time until counters are shared again.
+//! 4. Redis is killed and restarted empty: the time of calls without it, and the time until counters are shared again.
 //!
 //! Exits with 1 if too many requests are admitted, or if a figure exceeds its bound. The bounds allow for a busy machine.
 

@@ -218,13 +218,13 @@ fn losses() -> bool {
         server.kill();
         let (is_admitted, first) = runtime.block_on(request(&node.account));
         let later: Vec<_> = (0..1_000).map(|_| runtime.block_on(request(&node.account))).collect();
-        let meanwhile =
+        let during_outage =
             usize::from(is_admitted) + later.iter().filter(|(is_admitted, _)| *is_admitted).count();
         let [_, p50, p99, _] = microseconds(later.into_iter().map(|(_, took)| took).collect());
         server.restart();
         let recovery = node.wait_until_shared(Duration::from_secs(10)).unwrap_or(Duration::MAX);
         let after = (0..50).filter(|_| runtime.block_on(request(&node.account)).0).count();
-        let over = (before + meanwhile + after).saturating_sub(50);
+        let over = (before + during_outage + after).saturating_sub(50);
         let [first, recovery] = [first, recovery].map(|time| time.as_secs_f64() * 1e3);
         println!("| {policy} | {first:.1} | {:.3} | {:.3} | {recovery:.0} | {over} |", p50 / 1e3, p99 / 1e3);
         is_ok &= is_within("ms of the first call", first, 150.0);

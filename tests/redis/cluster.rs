@@ -116,10 +116,10 @@ async fn each_environment_uses_the_master_of_its_slot() {
     let id = cluster.id(1);
     wait_for("the meeting", || replica.query::<String>("CLUSTER NODES").contains(&id)).await;
     replica.admin(&format!("CLUSTER REPLICATE {id}"));
-    // Every server has to know the replica, because they vote.
+    // Every server has to list the replica before the failover, because the servers vote.
     let nodes = |server: &Server| server.query::<String>("CLUSTER NODES");
     let is_known = |server: &Server| nodes(server).contains(&format!("slave {id}"));
-    wait_for("every server to know the replica", || {
+    wait_for("every server to list the replica", || {
         cluster.servers.iter().all(is_known) && nodes(&replica).contains("5461-10922")
     })
     .await;
@@ -192,7 +192,7 @@ async fn a_cluster_may_require_tls() {
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
-/// A server that never met another does not know its own address.
+/// A server that never met another reports no host of its own.
 #[tokio::test]
 async fn a_cluster_of_one_server_is_used_at_the_address_of_the_url() {
     let folder = tempfile::tempdir().unwrap();

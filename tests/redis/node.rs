@@ -62,7 +62,7 @@ impl Node {
     }
 }
 
-/// The states of unused quotas, none of them overridden.
+/// The states of unused quotas without overrides.
 pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, bool)> {
     let full = |quota: &Quota| match quota.window {
         Window::Rolling { burst } => CounterState::Rolling {

@@ -19,7 +19,7 @@ const START: Timestamp = Timestamp(1_774_700_000_000);
 /// The turn of the month that contains [`START`]: the start of that month.
 const MONTH_TURN: u64 = 1_772_323_200_000;
 
-/// 1,000 tokens a minute and 1,000,000 tokens a month. The long quota shows what is held after the short one refilled.
+/// 1,000 tokens a minute and 1,000,000 tokens a month. The long quota shows held tokens when the short one has refilled.
 fn quotas() -> Vec<Quota> {
     let month = Window::Calendar { unit: ClockUnit::Month, zone: jiff::tz::TimeZone::UTC };
     let quota = |limit, ms, window| {

@@ -285,7 +285,7 @@ fn servers_of_range<'a>(range: &'a [Value], asked: &'a Address) -> impl Iterator
             (Some(Value::BulkString(host)), _) if !host.is_empty() && host != b"?" => {
                 String::from_utf8(host.clone()).ok()?
             }
-            // A server that does not know its own host has the one by which it was reached.
+            // A server that reports no host has the host by which it was reached.
             (_, Address::Tcp(host, _)) => host.clone(),
             (_, Address::Unix(_)) => return None,
         };

@@ -1,9 +1,9 @@
 -- Commands for the sessions of nodes: join, heartbeat, leave, and the settlement of sessions that ended otherwise.
 
--- Reads the node's copy of a cell. Arguments: kind; class (empty: a rolling quota); period; limit and burst of the
--- config; limit and burst in force; whether an administrator set them; three numbers of the state with nothing held.
--- The three numbers are level, fraction and 0 for a rolling quota, and used, 0 and turn for a calendar quota.
--- Returns nil if the bounds of a calendar period are stale.
+-- Reads the node's copy of a cell. The arguments are kind, class (empty: a rolling quota), period, limit and burst of
+-- the config, limit and burst in force, and whether an administrator set them. Three numbers of the state with
+-- nothing held follow: level, fraction and 0 for a rolling quota; used, 0 and turn for a calendar quota. Returns nil
+-- if the bounds of a calendar period are stale.
 local function read_cell()
   local kind, class, per = read_int(), read_text(), read_int()
   local configured = { limit = read_int(), burst = read_int() }

@@ -13,7 +13,7 @@ use tollgate::clock::Stopwatch;
 enum Fault {
     /// The server is killed and restarted without its data.
     Killed,
-    /// The process is stopped by a signal. After the fault it processes the commands that arrived meanwhile.
+    /// The process is stopped by a signal. After the fault it processes the commands that arrived during it.
     Frozen,
     /// `FLUSHALL`: the server is available and has no session.
     Flushed,
@@ -66,7 +66,7 @@ const MAX_FIRST_REQUEST: Duration = Duration::from_millis(250);
 const MAX_RECOVERY: Duration = Duration::from_secs(3);
 /// A node that has lost Redis stays offline for at least this time.
 const MIN_OFFLINE: Duration = Duration::from_millis(400);
-/// Duration of a fault. The nodes try to reconnect meanwhile and fail.
+/// Duration of a fault. Attempts to reconnect fail until it ends.
 const FAULT_TIME: Duration = Duration::from_secs(1);
 /// Within this time each node sends a heartbeat and receives the state of all quotas.
 const HEARTBEAT_TIME: Duration = Duration::from_millis(700);
@@ -236,9 +236,9 @@ async fn test_policy(fault: Fault, policy: &Policy) -> String {
     assert!(recovery < MAX_RECOVERY, "{what}: shared again after {recovery:?}");
     assert_eq!(nodes[1].admin_get("/readyz").await.status, 200, "{what}");
 
-    // Both nodes report what was spent meanwhile. They admit exactly the rest.
-    let meanwhile = admits[0] + admits[1];
-    let level = 700 - 100 * i64::try_from(meanwhile).unwrap();
+    // Both nodes report all usage of the fault. They admit exactly the rest.
+    let during_fault = admits[0] + admits[1];
+    let level = 700 - 100 * i64::try_from(during_fault).unwrap();
     assert_eq!(nodes.levels().await, [level, level], "{what}");
     let (one, other) = tokio::join!(
         count_admitted(&nodes[0], 8, "insufficient_quota"),
@@ -247,7 +247,7 @@ async fn test_policy(fault: Fault, policy: &Policy) -> String {
     let after = one + other;
     assert_eq!(after, usize::try_from(level.max(0) / 100).unwrap(), "{what}");
     assert_eq!(nodes.levels().await, [level.min(0); 2], "{what}");
-    assert_eq!(upstream.seen().len(), seen + meanwhile + after, "{what}");
+    assert_eq!(upstream.seen().len(), seen + during_fault + after, "{what}");
     for node in nodes.iter() {
         node.settled().await;
     }
