@@ -34,13 +34,8 @@ fn a_lease_is_held_until_it_is_used_returned_or_its_node_dies() {
     assert_eq!(one.heartbeat().values, [2, 2], "a lease does not count as a request");
     let settlement =
         |id: &str, tokens| Step::new(StepKind::Settle, id.into(), Amounts::of_request(tokens, 0));
-    one.run(|commands| {
-        commands.apply(
-            3,
-            &[settlement("a", 30), settlement("b", 50), admission(&one, "c", 10), settlement("lease", 0)],
-            &[],
-        )
-    });
+    let steps = [settlement("a", 30), settlement("b", 50), admission(&one, "c", 10), settlement("lease", 0)];
+    one.run(|commands| commands.apply(3, &steps, &[]));
     assert_eq!(levels(&mut other, START), [(910, 10, 80), (999_910, 10, 80)]);
     // The last tenth is never leased. The lease of a dead node is charged like its reservations.
     assert_eq!(lease(&mut other, &[900, 999_000]), [810, 899_910]);

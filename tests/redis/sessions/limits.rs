@@ -68,7 +68,7 @@ fn requests_in_flight_are_counted_over_all_nodes() {
     assert_eq!(reserve(&mut other, "b", 1, 2).verdict, Verdict::Admitted);
     assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::TooManyInFlight);
     let settlement = Step::new(StepKind::Settle, "b".into(), Amounts::of_request(1, 0));
-    other.run(|commands| commands.apply(1, &[ends], &[]));
+    other.run(|commands| commands.apply(1, &[settlement], &[]));
     assert_eq!(reserve(&mut one, "c", 1, 2).verdict, Verdict::Admitted);
     assert_eq!(month_state(&mut one, START), (999_997, 2, 1));
 }
