@@ -45,6 +45,7 @@ struct Totals {
     spent: AtomicI64,
     /// Tokens reserved, and of ended reservations the part that was spent.
     taken: AtomicI64,
+    /// The maximum of `taken` so far.
     max_taken: AtomicI64,
     admitted: AtomicU64,
     denied: AtomicU64,
@@ -259,15 +260,16 @@ fn expect_equal(server: &Server, burst: i64, totals: &Totals, bounds: Bounds) {
     }
 }
 
-/// Events in addition to the random faults.
+/// The events of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scenario {
+    /// The server has random faults.
     RandomFaults,
-    /// An additional node dies.
+    /// The server has random faults, and an additional node dies.
     NodeDies,
-    /// Instead of the random faults, one node is cut off until its session ends.
+    /// One node is cut off until its session ends.
     NodeIsCutOff,
-    /// Instead of the random faults, the server is killed repeatedly and loses all data.
+    /// The server is killed repeatedly and loses all data.
     DataIsLost,
 }
 
@@ -381,7 +383,7 @@ impl Run {
     }
 }
 
-/// Runs in parallel: each run mostly waits.
+/// Executes all runs in parallel, because each mostly waits.
 fn run_all(runs: &[Run]) {
     std::thread::scope(|scope| {
         runs.iter().for_each(|run| drop(scope.spawn(|| run.run())));
