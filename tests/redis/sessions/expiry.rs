@@ -4,7 +4,7 @@ use super::{START, held_reservation, hold, month_state, node, outlive_others, qu
 use crate::server::Server;
 use tollgate::clock::Timestamp;
 use tollgate::quota::Amounts;
-use tollgate::redis::{NewLimit, Step, StepKind, Verdict};
+use tollgate::redis::{CommandBuilder, NewLimit, Step, StepKind, Verdict};
 
 #[test]
 fn a_dead_nodes_reservations_are_charged_in_full_once() {
@@ -66,7 +66,7 @@ fn a_node_that_leaves_with_open_reservations_is_charged_in_full() {
     let server = Server::start();
     let (mut leaver, mut survivor) = (node(&server, "leaver"), node(&server, "survivor"));
     assert_eq!(reserve(&mut leaver, "a", 100, 0).verdict, Verdict::Admitted);
-    leaver.run(|commands| commands.leave());
+    leaver.run(CommandBuilder::leave);
     outlive_others(&mut survivor);
     assert_eq!(month_state(&mut survivor, START.plus_ms(20_000)), (999_900, 0, 100));
 }
@@ -171,7 +171,7 @@ fn a_quota_that_only_a_dead_node_had_blocks_no_command() {
         survivor.run(|commands| commands.limit(true, &[(0, NewLimit { limit: 50, burst: 20 })])).verdict,
         Verdict::Done
     );
-    assert_eq!(survivor.run(|commands| commands.reset()).verdict, Verdict::Done);
+    assert_eq!(survivor.run(CommandBuilder::reset).verdict, Verdict::Done);
     let level = survivor.mirror(now).levels(now).swap_remove(0);
     assert_eq!((level.level, level.held), (20, 0));
 }

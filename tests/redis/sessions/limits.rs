@@ -4,7 +4,7 @@ use super::{START, full_states, held_reservation, month_state, node, quotas, res
 use crate::node::Node;
 use crate::server::Server;
 use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
-use tollgate::redis::{NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
+use tollgate::redis::{CommandBuilder, NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
 
 #[test]
 fn a_limit_and_a_reset_apply_to_every_node() {
@@ -21,7 +21,7 @@ fn a_limit_and_a_reset_apply_to_every_node() {
     let quota = third.mirror(START).levels(START).swap_remove(0).quota;
     assert_eq!((quota.limit, quota.capacity()), (50, 20));
     assert_eq!(reserve(&mut other, "a", 20, 0).verdict, Verdict::Admitted);
-    assert_eq!(one.run(|commands| commands.reset()).verdict, Verdict::Done);
+    assert_eq!(one.run(CommandBuilder::reset).verdict, Verdict::Done);
     assert_eq!(month_state(&mut other, START), (999_980, 20, 0), "held amounts stay held");
 }
 

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::server::Server;
 use tollgate::quota::Amounts;
-use tollgate::redis::{HeldReservation, Step, StepKind, Verdict};
+use tollgate::redis::{CommandBuilder, HeldReservation, Step, StepKind, Verdict};
 
 #[test]
 fn nodes_restore_the_state_that_the_server_lost() {
@@ -186,7 +186,7 @@ fn a_charge_that_a_reset_removed_is_not_reversed_again() {
     assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
     cut_off.run(|commands| commands.lease(&[50, 50]));
     let now = outlive_others(&mut survivor);
-    assert_eq!(survivor.run(|commands| commands.reset()).verdict, Verdict::Done);
+    assert_eq!(survivor.run(CommandBuilder::reset).verdict, Verdict::Done);
     assert_eq!(reserve(&mut survivor, "b", 400, 0).verdict, Verdict::Admitted);
     settle(&mut survivor, 1, "b", 400);
     assert!(rejoin(&mut cut_off, now));

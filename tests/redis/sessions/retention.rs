@@ -2,6 +2,7 @@
 
 use super::{START, month_state, node, quotas};
 use crate::server::Server;
+use tollgate::redis::CommandBuilder;
 
 #[test]
 fn unused_cells_are_removed_after_two_periods_and_a_day() {
@@ -10,7 +11,7 @@ fn unused_cells_are_removed_after_two_periods_and_a_day() {
     survivor.commands.set_clock(START);
     survivor.join(START);
     let mut leaver = node(&server, "leaver");
-    leaver.run(|commands| commands.leave());
+    leaver.run(CommandBuilder::leave);
     let cells = || server.query::<i64>("HLEN test:{staging}:q");
     // Twice the month and a day: until then a node with the quota may return.
     for day in 0..=61 {
