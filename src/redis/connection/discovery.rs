@@ -1,8 +1,9 @@
 //! Finds the server that has a slot, and connects to it.
 //!
 //! The discovery of the `redis` crate (1.8) cannot replace this module. Its cluster client keeps the map of slots private
-//! and connects to every server of the cluster. Its sentinel client waits for the sentinels in the configured order, one
-//! second for each that does not answer, and requires more rights (`SENTINEL MASTERS`, `ROLE`) and the crate's own TLS.
+//! and connects to every server of the cluster. Its sentinel client takes the answers in the configured order, so that a
+//! silent first sentinel costs a fixed timeout of one second, which is the whole time limit here. It also needs more
+//! rights (`SENTINEL MASTERS`, `ROLE`) and the TLS features of the crate.
 
 use super::tls;
 use super::url::{Address, RedisUrl, Topology};
