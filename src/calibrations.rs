@@ -123,7 +123,7 @@ impl Calibrations {
                 for (kind, entry) in RequestKind::ALL.into_iter().zip(kinds) {
                     if let Some(entry) = entry.as_mut().filter(|entry| entry.has_changed) {
                         entry.has_changed = false;
-                        changes.push(saved(model, kind, entry.calibration.pairs().collect()));
+                        changes.push(saved(model, kind, entry.calibration.samples().collect()));
                     }
                 }
             }
@@ -136,7 +136,7 @@ impl Calibrations {
         for SavedCalibration { upstream, model, kind, answers } in saved {
             let at = self.upstreams.iter().position(|(name, _)| *name == upstream);
             let Some(mut of) = at.and_then(|at| self.upstream(at)) else { continue };
-            of.entry(&model, kind).calibration = Calibration::from_pairs(&answers);
+            of.entry(&model, kind).calibration = Calibration::from_samples(&answers);
         }
     }
 

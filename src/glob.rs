@@ -1,21 +1,23 @@
 //! Patterns for model names.
 
-/// A pattern in which `*` stands for any run of characters and `?` for one.
+/// A pattern. `*` matches any number of characters, `?` matches one byte.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Glob(String);
 
 impl Glob {
-    /// Takes the pattern as it is; every string is a valid one.
+    /// Creates a pattern. Every string is valid.
     pub fn new(pattern: impl Into<String>) -> Self {
         Self(pattern.into())
     }
 
-    /// The pattern as written.
+    /// The text of the pattern.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether all of `name` matches. Linear but for patterns with many stars (backtracks to the last one only).
+    /// Whether the whole `name` matches.
+    ///
+    /// Backtracks to the last star only, so time is at most proportional to the product of both lengths.
     pub fn matches(&self, name: &str) -> bool {
         let (pattern, name) = (self.0.as_bytes(), name.as_bytes());
         let (mut p, mut n) = (0, 0);
@@ -49,7 +51,7 @@ mod tests {
     use super::Glob;
 
     #[test]
-    fn globs_match_whole_names() {
+    fn a_glob_matches_the_whole_name() {
         for (pattern, name, want) in [
             ("gpt-4o*", "gpt-4o-mini", true),
             ("gpt-4o*", "my-gpt-4o", false),

@@ -1,19 +1,20 @@
-//! Vocabularies that `tokenizer.json` files describe, in Hugging Face's format: of Llama, Qwen, Mistral and
-//! any other model whose vocabulary is published.
+//! Vocabularies from `tokenizer.json` files in Hugging Face's format: Llama, Qwen, Mistral and any other model
+//! whose vocabulary is published.
 //!
-//! They count exactly, but some ten times slower than those that are built in, and take 100 MB and more each.
+//! They count exactly, but about ten times slower than the built-in ones. Each takes 100 MB or more.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// A larger file is no vocabulary.
-const LARGEST_FILE: u64 = 256 << 20;
-/// Text is counted in parts of about this size: some vocabularies take quadratic time.
-const PART: usize = 8 * 1024;
+/// Maximum size of a file in bytes.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+/// Text is counted in parts of about this size (bytes), because some vocabularies take quadratic time.
+const PART_BYTES: usize = 8 * 1024;
 
-/// A vocabulary from a file. Like those that are built in it stays as long as the process does.
+/// A vocabulary from a file. It stays in memory until the process ends.
 pub struct FileVocabulary {
+    /// Unique among the loaded files.
     number: u32,
     path: PathBuf,
     name: String,
@@ -21,22 +22,22 @@ pub struct FileVocabulary {
     tokenizer: tokenizers::Tokenizer,
 }
 
-/// All that were loaded, in the order of their numbers.
+/// The loaded vocabularies, in the order of their numbers.
 static LOADED: Mutex<Vec<&'static FileVocabulary>> = Mutex::new(Vec::new());
 
 impl FileVocabulary {
-    /// Loads a file, unless it is loaded already. Takes a second for a large one.
+    /// Loads a file unless it is loaded already. A large one takes a second.
     ///
     /// # Errors
-    /// Why the file cannot be used.
+    /// The reason why the file cannot be used.
     pub fn load(path: &Path) -> Result<&'static Self, String> {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = loaded.iter().find(|known| known.path == path) {
             return Ok(known);
         }
         let size = std::fs::metadata(path).map_err(|error| format!("it cannot be read: {error}"))?.len();
-        if size > LARGEST_FILE {
-            return Err(format!("it is larger than {} MiB", LARGEST_FILE >> 20));
+        if size > MAX_FILE_BYTES {
+            return Err(format!("it is larger than {} MiB", MAX_FILE_BYTES >> 20));
         }
         let number = u32::try_from(loaded.len()).unwrap_or(u32::MAX);
         let new: &'static Self = Box::leak(Box::new(Self::read(path, number)?));
@@ -44,7 +45,7 @@ impl FileVocabulary {
         Ok(new)
     }
 
-    /// The name of its file.
+    /// The file name.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -53,7 +54,7 @@ impl FileVocabulary {
         self.number
     }
 
-    /// Tokens of a text; `None` where it cannot be counted by this vocabulary.
+    /// The tokens of a text; `None` if the vocabulary cannot encode it.
     pub(super) fn count(&self, text: &str) -> Option<u64> {
         parts(text).map(|part| self.tokens(part)).sum()
     }
@@ -62,11 +63,13 @@ impl FileVocabulary {
 #[cfg(feature = "tokenizer-files")]
 impl FileVocabulary {
     fn read(path: &Path, number: u32) -> Result<Self, String> {
-        let what = |error: tokenizers::Error| format!("it is no tokenizer.json that can be used: {error}");
-        let mut tokenizer = tokenizers::Tokenizer::from_file(path).map_err(what)?;
-        // What a model adds is counted by the rules for its messages; a caller's "<|im_end|>" is text.
+        let unusable =
+            |error: tokenizers::Error| format!("it is no tokenizer.json that can be used: {error}");
+        let mut tokenizer = tokenizers::Tokenizer::from_file(path).map_err(unusable)?;
+        // The spelling of a special token in a caller's text is ordinary text. The rules for messages count the
+        // special tokens that a template adds.
         tokenizer.set_encode_special_tokens(true);
-        tokenizer.with_truncation(None).map_err(what)?;
+        tokenizer.with_truncation(None).map_err(unusable)?;
         tokenizer.with_padding(None);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let new = Self { number, path: path.to_owned(), name, tokenizer };
@@ -74,7 +77,7 @@ impl FileVocabulary {
     }
 
     fn tokens(&self, text: &str) -> Option<u64> {
-        // A file can describe something that panics at some text.
+        // A tokenizer from a file can panic on some texts.
         let encode = || self.tokenizer.encode_fast(text, false).map(|encoded| encoded.len() as u64);
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(encode)).ok()?.ok()
     }
@@ -92,7 +95,7 @@ impl FileVocabulary {
     }
 }
 
-/// A text in parts, cut before a space between two letters where there is one, where no token crosses.
+/// Cuts a text into parts. Prefers cuts before a space between two ASCII letters, because no token crosses them.
 fn parts(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -102,15 +105,17 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// The length of the first part.
 fn cut(text: &str) -> usize {
-    if text.len() <= PART {
+    if text.len() <= PART_BYTES {
         return text.len();
     }
     let bytes = text.as_bytes();
     let is_letter = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_alphabetic);
-    let between_words =
-        (PART / 2..PART).rev().find(|&at| bytes[at] == b' ' && is_letter(at - 1) && is_letter(at + 1));
-    between_words.unwrap_or_else(|| text.floor_char_boundary(PART))
+    let between_words = (PART_BYTES / 2..PART_BYTES)
+        .rev()
+        .find(|&at| bytes[at] == b' ' && is_letter(at - 1) && is_letter(at + 1));
+    between_words.unwrap_or_else(|| text.floor_char_boundary(PART_BYTES))
 }
 
 impl fmt::Debug for FileVocabulary {
@@ -119,7 +124,7 @@ impl fmt::Debug for FileVocabulary {
     }
 }
 
-/// Each file is loaded once.
+/// Compares the numbers: each file is loaded once.
 impl PartialEq for FileVocabulary {
     fn eq(&self, other: &Self) -> bool {
         self.number == other.number

@@ -1,26 +1,26 @@
-//! What images cost, by their size, the detail that is asked for and the model's rule.
+//! The tokens of images, by size, requested detail and model.
 //!
-//! The tables are what the providers' guides on images said last; they have moved several times, and what
-//! they do not say is left to calibration.
+//! The tables are from the latest guides of the providers, which have changed several times. Calibration
+//! corrects what the guides do not say.
 
 use crate::api::Api;
 
-/// How closely an image is to be looked at.
+/// The detail in which the model reads an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ImageDetail {
-    /// As the model sees fit.
+    /// The model decides.
     #[default]
     Auto,
-    /// A small version.
+    /// A reduced version.
     Low,
-    /// A large one.
+    /// A large version.
     High,
-    /// As it is.
+    /// The image in its own size.
     Original,
 }
 
 impl ImageDetail {
-    /// The detail that a request names.
+    /// The detail by its name in a request; `Auto` for an unknown name.
     pub(crate) fn named(name: &str) -> Self {
         match name {
             "low" => Self::Low,
@@ -31,85 +31,94 @@ impl ImageDetail {
     }
 }
 
-/// An image in a request; without a size one of 1,024 by 1,024 pixels is taken.
+/// An image in a request.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Image {
+pub(super) struct PromptImage {
+    /// Width and height in pixels; `None` counts as `DEFAULT_SIZE`.
     pub(super) size: Option<(u32, u32)>,
     pub(super) detail: ImageDetail,
 }
 
-const UNKNOWN_SIZE: (u32, u32) = (1_024, 1_024);
-/// No image has longer sides, whatever its header says.
-const LONGEST_SIDE: u32 = 65_535;
+/// Size of an image whose real size is unknown, in pixels.
+const DEFAULT_SIZE: (u32, u32) = (1_024, 1_024);
+/// Bound of the sides of an image in pixels. Headers can contain larger values.
+const MAX_SIDE: u32 = 65_535;
 
-/// A size limit and a budget of patches.
+/// The size to which an image is reduced.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Limit {
+pub(super) struct SizeLimit {
+    /// Longest side in pixels.
     side: u32,
+    /// Number of patches; `None`: no limit.
     patches: Option<u64>,
 }
 
-const fn limit(side: u32, patches: u64) -> Limit {
-    Limit { side, patches: Some(patches) }
+const fn size_limit(side: u32, patches: u64) -> SizeLimit {
+    SizeLimit { side, patches: Some(patches) }
 }
 
-/// How a family of models charges for images.
+/// How a model family charges for images.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Rule {
-    /// So much, and so much for each tile of 512 pixels.
+pub(super) enum ImageRule {
+    /// `base` tokens, and `tile` tokens for each tile of 512 by 512 pixels.
     Tiles { base: u64, tile: u64 },
-    /// Patches of 32 pixels times a factor in per cent; a limit for each detail.
-    Patches { percent: u64, low: Limit, high: Limit, original: Limit, auto: ImageDetail },
-    /// A token for so many pixels, after fitting into a side and a number of tokens.
-    Area { pixels: u64, side: u32, most: u64 },
-    /// Patches of so many pixels, and one more for the end of each row, after fitting into a side.
+    /// `percent` tokens per 100 patches of 32 by 32 pixels. `low`, `high` and `original` limit the size at each
+    /// detail; `auto` is the detail that `Auto` means.
+    Patches { percent: u64, low: SizeLimit, high: SizeLimit, original: SizeLimit, auto: ImageDetail },
+    /// One token per `pixels`, after the longest side was reduced to `side`; at most `max_tokens`.
+    Area { pixels: u64, side: u32, max_tokens: u64 },
+    /// One token per patch of `pixels` by `pixels`, and one per row of patches, after the longest side was
+    /// reduced to `side`.
     Rows { pixels: u32, side: u32 },
-    /// Tiles of 768 pixels, one for images up to 384.
+    /// `tile` tokens per crop (see `crops`); an image of at most 384 by 384 pixels is one crop.
     Crops { tile: u64 },
-    /// The same for every image, and for every page.
+    /// The same number of tokens for every image, and for every page.
     Fixed { image: u64, page: u64 },
 }
 
-const SMALL: Limit = limit(2_048, 6_144);
-const OLD: Limit = limit(u32::MAX, 1_536);
+/// The limit of newer small models.
+const SMALL: SizeLimit = size_limit(2_048, 6_144);
+/// The limit in the older guide.
+const OLD: SizeLimit = size_limit(u32::MAX, 1_536);
 
-/// A rule whose limit is the same whatever the detail.
-pub(super) const fn patches(percent: u64, same: Limit) -> Rule {
-    Rule::Patches { percent, low: same, high: same, original: same, auto: ImageDetail::High }
+/// A patch rule with one limit for every detail.
+const fn patches(percent: u64, limit: SizeLimit) -> ImageRule {
+    ImageRule::Patches { percent, low: limit, high: limit, original: limit, auto: ImageDetail::High }
 }
 
-pub(super) const GPT_4O: Rule = Rule::Tiles { base: 85, tile: 170 };
-pub(super) const CLAUDE: Rule = Rule::Area { pixels: 750, side: 1_568, most: 1_600 };
+/// The rule of gpt-4o, which also applies to unknown models.
+const GPT_4O: ImageRule = ImageRule::Tiles { base: 85, tile: 170 };
+const CLAUDE: ImageRule = ImageRule::Area { pixels: 750, side: 1_568, max_tokens: 1_600 };
 
-/// OpenAI's models by the beginning of their name; the first match decides.
-pub(super) const RULES: &[(&str, Rule)] = &[
+/// The rules by the prefix of the model's name; the first match counts.
+const RULES: &[(&str, ImageRule)] = &[
     (
         "gpt-5.6",
-        Rule::Patches {
+        ImageRule::Patches {
             percent: 120,
-            low: Limit { side: 512, patches: None },
-            high: limit(2_048, 2_500),
-            original: Limit { side: LONGEST_SIDE, patches: None },
+            low: SizeLimit { side: 512, patches: None },
+            high: size_limit(2_048, 2_500),
+            original: SizeLimit { side: MAX_SIDE, patches: None },
             auto: ImageDetail::Original,
         },
     ),
     (
         "gpt-5.5",
-        Rule::Patches {
+        ImageRule::Patches {
             percent: 120,
-            low: Limit { side: 512, patches: None },
-            high: limit(2_048, 2_500),
-            original: limit(6_000, 10_000),
+            low: SizeLimit { side: 512, patches: None },
+            high: size_limit(2_048, 2_500),
+            original: size_limit(6_000, 10_000),
             auto: ImageDetail::Original,
         },
     ),
     (
         "gpt-5.4",
-        Rule::Patches {
+        ImageRule::Patches {
             percent: 120,
             low: SMALL,
-            high: limit(2_048, 2_500),
-            original: limit(6_000, 10_000),
+            high: size_limit(2_048, 2_500),
+            original: size_limit(6_000, 10_000),
             auto: ImageDetail::High,
         },
     ),
@@ -120,31 +129,33 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("gpt-4.1-mini", patches(162, SMALL)),
     ("gpt-4.1-nano", patches(246, OLD)),
     ("o4-mini", patches(172, OLD)),
-    ("gpt-5", Rule::Tiles { base: 70, tile: 140 }),
-    ("gpt-4o-mini", Rule::Tiles { base: 2_833, tile: 5_667 }),
-    ("o1", Rule::Tiles { base: 75, tile: 150 }),
-    ("o3", Rule::Tiles { base: 75, tile: 150 }),
-    ("computer-use", Rule::Tiles { base: 65, tile: 129 }),
+    ("gpt-5", ImageRule::Tiles { base: 70, tile: 140 }),
+    ("gpt-4o-mini", ImageRule::Tiles { base: 2_833, tile: 5_667 }),
+    ("o1", ImageRule::Tiles { base: 75, tile: 150 }),
+    ("o3", ImageRule::Tiles { base: 75, tile: 150 }),
+    ("computer-use", ImageRule::Tiles { base: 65, tile: 129 }),
     ("gpt-", GPT_4O),
     ("claude", CLAUDE),
-    ("gemini-3", Rule::Fixed { image: 1_085, page: 520 }),
-    ("gemini", Rule::Crops { tile: 258 }),
-    ("qwen", Rule::Area { pixels: 784, side: 4_096, most: 16_384 }),
-    // 15 exchanges.
-    ("mistral", Rule::Rows { pixels: 28, side: 1_540 }),
-    ("ministral", Rule::Rows { pixels: 28, side: 1_540 }),
-    ("pixtral", Rule::Rows { pixels: 16, side: 1_024 }),
-    ("gemma", Rule::Fixed { image: 258, page: 258 }),
+    ("gemini-3", ImageRule::Fixed { image: 1_085, page: 520 }),
+    ("gemini", ImageRule::Crops { tile: 258 }),
+    ("qwen", ImageRule::Area { pixels: 784, side: 4_096, max_tokens: 16_384 }),
+    // Fitted to 15 exchanges.
+    ("mistral", ImageRule::Rows { pixels: 28, side: 1_540 }),
+    ("ministral", ImageRule::Rows { pixels: 28, side: 1_540 }),
+    ("pixtral", ImageRule::Rows { pixels: 16, side: 1_024 }),
+    ("gemma", ImageRule::Fixed { image: 258, page: 258 }),
 ];
 
-impl Rule {
+impl ImageRule {
+    /// The rule of a model.
     pub(super) fn of_model(name: &str) -> Self {
         RULES.iter().find(|(prefix, _)| name.starts_with(prefix)).map_or(GPT_4O, |&(_, rule)| rule)
     }
 
-    pub(super) fn tokens(self, image: Image) -> u64 {
-        let (width, height) = image.size.unwrap_or(UNKNOWN_SIZE);
-        let size = (width.clamp(1, LONGEST_SIDE), height.clamp(1, LONGEST_SIDE));
+    /// The tokens of an image.
+    pub(super) fn tokens(self, image: PromptImage) -> u64 {
+        let (width, height) = image.size.unwrap_or(DEFAULT_SIZE);
+        let size = (width.clamp(1, MAX_SIDE), height.clamp(1, MAX_SIDE));
         match self {
             Self::Tiles { base, .. } if image.detail == ImageDetail::Low => base,
             Self::Tiles { base, tile } => base + tile * tiles(size),
@@ -157,9 +168,9 @@ impl Rule {
                 };
                 (limit.patches_of(size) * percent).div_ceil(100)
             }
-            Self::Area { pixels, side, most } => {
+            Self::Area { pixels, side, max_tokens } => {
                 let (width, height) = fit(size, side);
-                (u64::from(width) * u64::from(height)).div_ceil(pixels).min(most)
+                (u64::from(width) * u64::from(height)).div_ceil(pixels).min(max_tokens)
             }
             Self::Rows { pixels, side } => {
                 let (width, height) = fit(size, side);
@@ -170,8 +181,10 @@ impl Rule {
         }
     }
 
-    /// A page of a document, without its text. OpenAI's chats get an image of it and Responses its text
-    /// alone; Anthropic's models get both. Fitted to 8, 7 and 16 exchanges.
+    /// The tokens of a document page without its text.
+    ///
+    /// OpenAI's chat API sends an image of the page, its Responses API only the text; Anthropic sends both.
+    /// Fitted to 8, 7 and 16 exchanges.
     pub(super) fn page(self, api: Api) -> u64 {
         match self {
             Self::Fixed { page, .. } => page,
@@ -182,13 +195,13 @@ impl Rule {
         }
     }
 
-    /// Whether the text of a page counts besides its image.
+    /// Whether the text of a page counts in addition to its image.
     pub(super) fn reads_page_text(self) -> bool {
         !matches!(self, Self::Fixed { .. } | Self::Crops { .. })
     }
 }
 
-/// A size made smaller until its longer side is `side`; never larger.
+/// Reduces a size until its longer side is at most `side`. Never enlarges it.
 fn fit((width, height): (u32, u32), side: u32) -> (u32, u32) {
     let longer = width.max(height);
     if longer <= side {
@@ -200,7 +213,7 @@ fn fit((width, height): (u32, u32), side: u32) -> (u32, u32) {
     (scale(width).max(1), scale(height).max(1))
 }
 
-/// Tiles of 512 pixels, after fitting into 2,048 and the shorter side into 768.
+/// Tiles of 512 by 512 pixels, after the longer side was reduced to 2,048 and then the shorter side to 768.
 fn tiles(size: (u32, u32)) -> u64 {
     let (width, height) = fit(size, 2_048);
     let shorter = width.min(height);
@@ -208,7 +221,7 @@ fn tiles(size: (u32, u32)) -> u64 {
     scale(width).div_ceil(512) * scale(height).div_ceil(512)
 }
 
-/// Crops of a side of two thirds of the shorter one, from 256 to 768 pixels.
+/// Square crops. Their side is two thirds of the image's shorter side, within 256 and 768 pixels.
 fn crops((width, height): (u32, u32)) -> u64 {
     if width.max(height) <= 384 {
         return 1;
@@ -217,15 +230,15 @@ fn crops((width, height): (u32, u32)) -> u64 {
     u64::from(width).div_ceil(unit) * u64::from(height).div_ceil(unit)
 }
 
-impl Limit {
-    /// Patches of 32 pixels that an image has once it is made to fit.
+impl SizeLimit {
+    /// Patches of 32 by 32 pixels after the image was reduced to the limit.
     fn patches_of(self, size: (u32, u32)) -> u64 {
         let (width, height) = fit(size, self.side);
         let patches = |w: f64, h: f64| (w / 32.0).ceil() * (h / 32.0).ceil();
         let (w, h) = (f64::from(width), f64::from(height));
         let whole = patches(w, h);
         let patches = match self.patches {
-            // Patch counts are far below 2^52.
+            // Exact: patch counts are far below 2^52.
             #[allow(clippy::cast_precision_loss)]
             Some(budget) if whole > budget as f64 => {
                 let mut scale = (1_024.0 * budget as f64 / (w * h)).sqrt();
@@ -246,12 +259,12 @@ mod tests {
     use super::*;
 
     fn tokens(model: &str, size: (u32, u32), detail: ImageDetail) -> u64 {
-        Rule::of_model(model).tokens(Image { size: Some(size), detail })
+        ImageRule::of_model(model).tokens(PromptImage { size: Some(size), detail })
     }
 
-    /// The examples of OpenAI's guide on images.
+    /// The examples in OpenAI's guide on images, and recorded ones of Mistral.
     #[test]
-    fn images_cost_what_the_guide_says() {
+    fn images_cost_what_the_guides_say() {
         use ImageDetail::{Auto, High, Low};
         for (model, size, detail, want) in [
             ("gpt-4o", (1_024, 1_024), High, 765),
@@ -270,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn no_size_makes_it_cost_nothing_or_without_bound() {
+    fn any_image_size_costs_at_least_one_token_and_a_bounded_number() {
         let sizes = [(0, 0), (1, 1), (1, u32::MAX), (u32::MAX, u32::MAX), (3, 70_000)];
         for (model, _) in RULES {
             for size in sizes {

@@ -1,55 +1,58 @@
-//! The config's own word on models, before the built-in table.
+//! The `models` section of the config: it selects a model or a vocabulary by the name of a model.
 
 use super::file::FileVocabulary;
 use super::models::Model;
-use super::tokenizer::Encoding;
+use super::vocabulary::Encoding;
 use crate::config::{ModelRule, TokenizerChoice};
 use crate::glob::Glob;
 use std::sync::Arc;
 
-/// How models are told by their names. By default only the built-in table tells.
+/// Finds models by name: in the rules of the config, then in the built-in tables. The default has no rules.
 #[derive(Clone, Debug, Default)]
-pub struct Models(Arc<[Rule]>);
+pub struct Models(Arc<[LoadedRule]>);
 
 #[derive(Debug)]
-struct Rule {
+struct LoadedRule {
     pattern: Glob,
-    counts: Counts,
+    costs: ModelCosts,
 }
 
+/// What a rule says about the models that match.
 #[derive(Debug)]
-enum Counts {
+enum ModelCosts {
+    /// This vocabulary counts their tokens.
     By(Encoding),
+    /// They have the costs of the model of this name.
     Like(String),
 }
 
 impl Models {
-    /// The rules of a config. Loads the files that they name: a second for a large one.
+    /// Loads the rules of a config and the files that they name. A large file takes a second.
     ///
     /// # Errors
-    /// A file cannot be used; the text names it, and the setting.
+    /// A file cannot be used. The text names the file and the setting.
     pub fn load(rules: &[ModelRule]) -> Result<Self, String> {
         let load = |(at, rule): (usize, &ModelRule)| {
-            let counts = match &rule.tokenizer {
-                TokenizerChoice::O200k => Counts::By(Encoding::O200k),
-                TokenizerChoice::Cl100k => Counts::By(Encoding::Cl100k),
-                TokenizerChoice::SameAs(model) => Counts::Like(model.clone()),
+            let costs = match &rule.tokenizer {
+                TokenizerChoice::O200k => ModelCosts::By(Encoding::O200k),
+                TokenizerChoice::Cl100k => ModelCosts::By(Encoding::Cl100k),
+                TokenizerChoice::SameAs(model) => ModelCosts::Like(model.clone()),
                 TokenizerChoice::File(path) => {
                     let refused = |why| format!("models[{at}].tokenizer: {}: {why}", path.display());
-                    Counts::By(Encoding::File(FileVocabulary::load(path).map_err(refused)?))
+                    ModelCosts::By(Encoding::File(FileVocabulary::load(path).map_err(refused)?))
                 }
             };
-            Ok(Rule { pattern: rule.pattern.clone(), counts })
+            Ok(LoadedRule { pattern: rule.pattern.clone(), costs })
         };
         rules.iter().enumerate().map(load).collect::<Result<_, String>>().map(Self)
     }
 
-    /// The model of this name: by the first rule that matches, else by the built-in table, else a guess on
-    /// the safe side.
+    /// The model of this name: from the first rule that matches, else from the built-in tables. An unknown
+    /// model gets costs that rather exceed the real ones.
     pub fn named(&self, name: &str) -> Model {
-        match self.0.iter().find(|rule| rule.pattern.matches(name)).map(|rule| &rule.counts) {
-            Some(Counts::By(encoding)) => Model::built_in(name).counted_by(*encoding),
-            Some(Counts::Like(other)) => Model::built_in(other),
+        match self.0.iter().find(|rule| rule.pattern.matches(name)).map(|rule| &rule.costs) {
+            Some(ModelCosts::By(encoding)) => Model::built_in(name).with_encoding(*encoding),
+            Some(ModelCosts::Like(other)) => Model::built_in(other),
             None => Model::built_in(name),
         }
     }
@@ -69,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_rule_that_matches_comes_before_the_table() {
+    fn the_first_matching_rule_precedes_the_built_in_tables() {
         let models = rules(&[
             ("my-*", TokenizerChoice::Cl100k),
             ("prod", TokenizerChoice::SameAs("gpt-5-mini".to_owned())),
@@ -80,13 +83,13 @@ mod tests {
         assert_eq!(models.named("prod"), Model::built_in("gpt-5-mini"));
         let claude = models.named("claude-3").tokenizer;
         assert_eq!((claude.encoding, claude.percent), (Encoding::O200k, 100));
-        // A deployment with OpenAI's encoding is a model of OpenAI's.
+        // An unknown name with a vocabulary of OpenAI's is taken as a model of OpenAI's.
         assert_eq!(models.named("who-knows"), Model::built_in("gpt-4o"));
         assert!(!Models::default().named("who-knows").is_known);
     }
 
     #[test]
-    fn a_file_that_cannot_be_used_is_named() {
+    fn an_unusable_file_is_named_with_its_setting() {
         for path in ["no/such/file.json", "Cargo.toml", "."] {
             let refused =
                 rules(&[("a", TokenizerChoice::O200k), ("b", TokenizerChoice::File(PathBuf::from(path)))]);

@@ -1,71 +1,22 @@
-//! Which tokenizer counts for a model, and the counting.
+//! The tokenizer of a model: a vocabulary, and a factor where the model's own vocabulary is not built in.
 
-use super::file::FileVocabulary;
-use super::known::{Key, Thing};
-use super::vocabulary::{self, CL100K, O200K, Vocabulary};
-use std::sync::LazyLock;
+use super::count_cache::{CacheKey, CachedCount};
+use super::vocabulary::{self, Encoding};
 use std::thread;
 
-/// A vocabulary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encoding {
-    /// `o200k_base`; `o200k_harmony` counts ordinary text alike. Built in.
-    O200k,
-    /// `cl100k_base`. Built in.
-    Cl100k,
-    /// One that a `tokenizer.json` file describes.
-    File(&'static FileVocabulary),
-}
+/// Texts below this size (bytes) are not cached: counting them is as fast as a lookup.
+const MIN_CACHED_BYTES: usize = 24;
+/// Bytes of new text that a built-in vocabulary counts in about 50 microseconds.
+const MAX_QUICK_BYTES: usize = 2 * 1024;
+/// Bytes of new text that the vocabulary of a file counts in about 50 microseconds.
+const MAX_QUICK_BYTES_BY_FILE: usize = 128;
 
-impl Encoding {
-    /// Its published name, or that of its file.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::O200k => "o200k_base",
-            Self::Cl100k => "cl100k_base",
-            Self::File(file) => file.name(),
-        }
-    }
-
-    /// What tells its counts from others'.
-    pub(super) fn tag(self) -> u64 {
-        match self {
-            Self::O200k => 0,
-            Self::Cl100k => 1,
-            Self::File(file) => 2 + u64::from(file.number()),
-        }
-    }
-
-    fn built_in(self) -> Option<&'static LazyLock<Vocabulary>> {
-        match self {
-            Self::O200k => Some(&O200K),
-            Self::Cl100k => Some(&CL100K),
-            Self::File(_) => None,
-        }
-    }
-
-    fn count(self, text: &str) -> u64 {
-        match self {
-            Self::O200k => vocabulary::count(&O200K, text),
-            Self::Cl100k => vocabulary::count(&CL100K, text),
-            // A file that cannot count this text is as good as none.
-            Self::File(file) => file.count(text).unwrap_or_else(|| vocabulary::count(&O200K, text)),
-        }
-    }
-}
-
-/// Shorter texts are counted as quickly as they are looked up.
-const SHORTEST_KNOWN: usize = 24;
-/// So much text is counted where it arrives: some 50 microseconds, by a file's vocabulary too.
-const QUICK_TEXT: usize = 2 * 1024;
-const QUICK_TEXT_BY_FILE: usize = 128;
-
-/// Counts tokens as a model's own tokenizer does, or near it.
+/// Counts tokens as the tokenizer of a model does, or approximately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tokenizer {
-    /// The vocabulary that counts.
+    /// The vocabulary.
     pub encoding: Encoding,
-    /// What the model's own tokenizer makes of 100 tokens of `encoding`; 100: it is the same one.
+    /// Tokens of the model's own tokenizer per 100 tokens of `encoding`; 100 if it is the same one.
     pub percent: u64,
 }
 
@@ -74,51 +25,50 @@ impl Tokenizer {
         Self { encoding, percent: 100 }
     }
 
-    /// What tells this vocabulary's counts from others'.
-    pub(super) fn tag(self) -> u64 {
-        self.encoding.tag()
+    /// Identifies the tokenizer in cache keys of counts that include the factor.
+    pub(super) fn scaled_id(self) -> u64 {
+        self.encoding.id() | self.percent << 32
     }
 
-    /// What tells its own counts, which are scaled, from others'.
-    pub(super) fn scaled_tag(self) -> u64 {
-        self.tag() | self.percent << 32
-    }
-
-    /// Bytes of text not counted lately that take no more than about 50 microseconds.
-    pub(super) fn quick_text(self) -> usize {
-        match self.encoding.built_in() {
-            Some(cell) if LazyLock::get(cell).is_some() => QUICK_TEXT,
-            Some(_) => 0,
-            None => QUICK_TEXT_BY_FILE,
+    /// Bytes of text that it counts in about 50 microseconds if the text is not cached. 0 while the
+    /// vocabulary is not loaded.
+    pub(super) fn max_quick_bytes(self) -> usize {
+        match self.encoding {
+            Encoding::File(_) => MAX_QUICK_BYTES_BY_FILE,
+            _ if self.encoding.is_loaded() => MAX_QUICK_BYTES,
+            _ => 0,
         }
     }
 
-    /// Tokens of texts that belong together. Takes about 20 microseconds for 1 KiB.
+    /// The sum of the tokens of the texts of one request. Takes about 20 microseconds per KiB.
     pub fn count_all<'t>(self, texts: impl IntoIterator<Item = &'t str>) -> u64 {
-        vocabulary::begin();
+        vocabulary::begin_request();
         texts.into_iter().map(|text| self.count(text)).sum()
     }
 
-    /// Tokens of a text. Spellings of special tokens are ordinary text.
+    /// The tokens of a text. Spellings of special tokens count as ordinary text.
     pub(super) fn count(self, text: &str) -> u64 {
-        if text.len() < SHORTEST_KNOWN {
+        if text.len() < MIN_CACHED_BYTES {
             return self.scaled(self.encoding.count(text));
         }
-        let key = Key::of(self.tag(), Thing::Text, text.as_bytes());
-        self.scaled(key.count().unwrap_or_else(|| {
+        let key = self.key(text);
+        self.scaled(key.cached().unwrap_or_else(|| {
             let tokens = self.encoding.count(text);
-            key.remember(tokens);
+            key.insert(tokens);
             tokens
         }))
     }
 
-    /// Tokens of a text, if that is told at once: because it was counted lately, or because it is so
-    /// short that counting takes no more than looking it up.
-    pub(super) fn count_if_known(self, text: &str) -> Option<u64> {
-        if text.len() < SHORTEST_KNOWN {
+    /// The tokens of a text if the count is available at once: the text is in the cache, or too short for it.
+    pub(super) fn count_if_cached(self, text: &str) -> Option<u64> {
+        if text.len() < MIN_CACHED_BYTES {
             return Some(self.count(text));
         }
-        Key::of(self.tag(), Thing::Text, text.as_bytes()).count().map(|tokens| self.scaled(tokens))
+        self.key(text).cached().map(|tokens| self.scaled(tokens))
+    }
+
+    fn key(self, text: &str) -> CacheKey {
+        CacheKey::of(self.encoding.id(), CachedCount::Text, text.as_bytes())
     }
 
     fn scaled(self, tokens: u64) -> u64 {
@@ -126,11 +76,11 @@ impl Tokenizer {
     }
 }
 
-/// Loads both built-in vocabularies, side by side: some 60 ms, so that no request has to wait for them.
+/// Loads both built-in vocabularies in parallel, in about 60 ms. Call it before the first request.
 pub fn warm() {
-    let cl100k = thread::spawn(|| vocabulary::count(&CL100K, "warm"));
-    vocabulary::count(&O200K, "warm");
-    // A panic there would show again at the first count; there is nothing to add to it here.
+    let cl100k = thread::spawn(|| Encoding::Cl100k.count("warm"));
+    Encoding::O200k.count("warm");
+    // If loading panicked, the first count panics again and reports it.
     drop(cl100k.join());
 }
 
@@ -149,19 +99,19 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn counts_any_text_like_the_published_tokenizer(text in "([a-zA-Z]{1,9} ?|[ -~]{0,12}|\\PC{0,6}|\\s{1,3}|[0-9]{1,5}){0,40}") {
+        fn any_text_counts_as_in_the_published_tokenizer(text in "([a-zA-Z]{1,9} ?|[ -~]{0,12}|\\PC{0,6}|\\s{1,3}|[0-9]{1,5}){0,40}") {
             proptest::prop_assert_eq!(counts(&text), oracle(&text));
         }
 
         #[test]
-        fn counts_runs_like_the_published_tokenizer(runs in proptest::collection::vec(("[-=*/_ \t#a.]", 1usize..200), 1..12)) {
+        fn runs_count_as_in_the_published_tokenizer(runs in proptest::collection::vec(("[-=*/_ \t#a.]", 1usize..200), 1..12)) {
             let text: String = runs.iter().map(|(unit, times)| unit.repeat(*times)).collect();
             proptest::prop_assert_eq!(counts(&text), oracle(&text));
         }
     }
 
     #[test]
-    fn counts_like_the_published_tokenizer() {
+    fn known_texts_count_as_in_the_published_tokenizer() {
         for (text, want) in [
             ("tiktoken is great!", [6, 6]),
             ("antidisestablishmentarianism", [6, 6]),

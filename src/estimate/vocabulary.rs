@@ -1,163 +1,216 @@
-//! The vocabularies that are built in, and what makes counting by them quick: most words of ordinary text
-//! are one token or were counted a moment ago.
+//! The vocabularies, and the fast paths of the built-in ones.
+//!
+//! Most words of ordinary text are one token, or this thread has counted them a moment ago. Both cases are
+//! looked up; only other pieces are encoded.
 
-use super::known::{Key, Thing};
+use super::count_cache::{CacheKey, CachedCount};
+use super::file::FileVocabulary;
 use rustc_hash::{FxHashSet, FxHasher};
 use std::cell::RefCell;
 use std::hash::Hasher as _;
 use std::sync::LazyLock;
 
-use super::tokenizer::Encoding;
+/// Pieces up to this size (bytes) are fast to encode. Longer ones with a run of one character are slow: the
+/// encoder tries every token that the run could end with.
+const MAX_QUICK_PIECE: usize = 64;
+/// Runs of one byte below this length do not slow the encoder down.
+const MIN_SLOW_RUN: usize = 32;
+/// Slow pieces up to this size (bytes) are counted exactly. Longer ones are cut into their runs, which may
+/// count one token too many or too few per run.
+const MAX_EXACT_PIECE: usize = 4 * 1024;
+/// Bytes of slow pieces that are counted exactly per request; they take about 10 ms.
+const MAX_EXACT_BYTES: usize = 32 * 1024;
+/// Runs are counted in parts of this length (bytes), so that the cache answers for all parts but one.
+const RUN_PART: usize = 256;
 
-/// The encoder tries every token that a run of one character could end with: pieces up to this size
-/// are quick all the same, and shorter runs too.
-const QUICK_PIECE: usize = 64;
-const LONG_RUN: usize = 32;
-/// Slow pieces are counted exactly up to this size each and this sum for one request: a hundredth of a
-/// second. Beyond it they are cut into their runs, which may count a token more or less for each.
-const LARGEST_EXACT: usize = 4 * 1024;
-const MOST_EXACT: usize = 32 * 1024;
-/// Runs are counted in parts of this length: those of one character are counted once.
-const PART_OF_RUN: usize = 256;
-
-/// A vocabulary, and its tokens by their bytes: a lookup tells that a word is one of them much faster than
-/// the encoder does.
-pub(super) struct Vocabulary {
-    tokenizer: &'static bpe_openai::Tokenizer,
-    tokens: FxHashSet<&'static [u8]>,
-    tag: u64,
+/// A vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// `o200k_base`, built in. `o200k_harmony` gives the same counts for ordinary text.
+    O200k,
+    /// `cl100k_base`, built in.
+    Cl100k,
+    /// The vocabulary of a `tokenizer.json` file.
+    File(&'static FileVocabulary),
 }
 
-pub(super) static O200K: LazyLock<Vocabulary> =
-    LazyLock::new(|| Vocabulary::of(bpe_openai::o200k_base(), Encoding::O200k.tag()));
-pub(super) static CL100K: LazyLock<Vocabulary> =
-    LazyLock::new(|| Vocabulary::of(bpe_openai::cl100k_base(), Encoding::Cl100k.tag()));
+impl Encoding {
+    /// The published name, or the name of the file.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::O200k => "o200k_base",
+            Self::Cl100k => "cl100k_base",
+            Self::File(file) => file.name(),
+        }
+    }
 
-thread_local! {
-    static O200K_RECENT: RefCell<Recent> = const { RefCell::new(Recent::NEW) };
-    static CL100K_RECENT: RefCell<Recent> = const { RefCell::new(Recent::NEW) };
-}
+    /// Identifies the vocabulary in cache keys.
+    pub(super) fn id(self) -> u64 {
+        match self {
+            Self::O200k => O200K_ID,
+            Self::Cl100k => CL100K_ID,
+            Self::File(file) => FIRST_FILE_ID + u64::from(file.number()),
+        }
+    }
 
-/// A new request: what was counted exactly before takes nothing from it.
-pub(super) fn begin() {
-    for recent in [&O200K_RECENT, &CL100K_RECENT] {
-        recent.with_borrow_mut(|recent| recent.exact_left = MOST_EXACT);
+    /// Whether the vocabulary is in memory; otherwise the first count loads it.
+    pub(super) fn is_loaded(self) -> bool {
+        match self {
+            Self::O200k => LazyLock::get(&O200K).is_some(),
+            Self::Cl100k => LazyLock::get(&CL100K).is_some(),
+            Self::File(_) => true,
+        }
+    }
+
+    /// The tokens of a text.
+    pub(super) fn count(self, text: &str) -> u64 {
+        match self {
+            Self::O200k => O200K_RECENT.with_borrow_mut(|recent| O200K.count(text, recent)),
+            Self::Cl100k => CL100K_RECENT.with_borrow_mut(|recent| CL100K.count(text, recent)),
+            // If the vocabulary of the file cannot encode this text, the default one counts it.
+            Self::File(file) => file.count(text).unwrap_or_else(|| Self::O200k.count(text)),
+        }
     }
 }
 
-/// Tokens of a text in a vocabulary.
-pub(super) fn count(vocabulary: &LazyLock<Vocabulary>, text: &str) -> u64 {
-    let recent = if std::ptr::eq(vocabulary, &raw const O200K) { &O200K_RECENT } else { &CL100K_RECENT };
-    recent.with_borrow_mut(|recent| vocabulary.count(text, recent))
+const O200K_ID: u64 = 0;
+const CL100K_ID: u64 = 1;
+const FIRST_FILE_ID: u64 = 2;
+
+/// A built-in vocabulary.
+struct Vocabulary {
+    tokenizer: &'static bpe_openai::Tokenizer,
+    /// All tokens. Looking up a word that is one token is much faster than encoding it.
+    tokens: FxHashSet<&'static [u8]>,
+    id: u64,
+}
+
+static O200K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::o200k_base(), O200K_ID));
+static CL100K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::cl100k_base(), CL100K_ID));
+
+thread_local! {
+    static O200K_RECENT: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
+    static CL100K_RECENT: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
+}
+
+/// Restores the budget of exact counting (`MAX_EXACT_BYTES`) on this thread. Call it for each request.
+pub(super) fn begin_request() {
+    for recent in [&O200K_RECENT, &CL100K_RECENT] {
+        recent.with_borrow_mut(|recent| recent.exact_bytes_left = MAX_EXACT_BYTES);
+    }
 }
 
 impl Vocabulary {
-    fn of(tokenizer: &'static bpe_openai::Tokenizer, tag: u64) -> Self {
+    fn of(tokenizer: &'static bpe_openai::Tokenizer, id: u64) -> Self {
         let ids = 0..u32::try_from(tokenizer.bpe.num_tokens()).unwrap_or(0);
-        Self { tokenizer, tokens: ids.map(|id| tokenizer.bpe.token_bytes(id)).collect(), tag }
+        Self { tokenizer, tokens: ids.map(|id| tokenizer.bpe.token_bytes(id)).collect(), id }
     }
 
-    fn count(&self, text: &str, recent: &mut Recent) -> u64 {
+    fn count(&self, text: &str, recent: &mut PieceCache) -> u64 {
         let pieces = self.tokenizer.split(text).map(str::as_bytes);
         pieces
             .map(|piece| {
-                if piece.len() <= QUICK_PIECE { self.short(piece, recent) } else { self.long(piece, recent) }
+                if piece.len() <= MAX_QUICK_PIECE {
+                    self.count_short(piece, recent)
+                } else {
+                    self.count_long(piece, recent)
+                }
             })
             .sum()
     }
 
-    fn short(&self, piece: &[u8], recent: &mut Recent) -> u64 {
-        recent.tokens(piece, |piece| self.encoded(piece))
+    fn count_short(&self, piece: &[u8], recent: &mut PieceCache) -> u64 {
+        recent.count(piece, |piece| self.encode(piece))
     }
 
-    fn encoded(&self, piece: &[u8]) -> u64 {
+    fn encode(&self, piece: &[u8]) -> u64 {
         if self.tokens.contains(piece) { 1 } else { self.tokenizer.bpe.count(piece) as u64 }
     }
 
-    fn long(&self, piece: &[u8], recent: &mut Recent) -> u64 {
+    fn count_long(&self, piece: &[u8], recent: &mut PieceCache) -> u64 {
         if runs(piece).next().is_none() {
-            return self.encoded(piece);
+            return self.encode(piece);
         }
-        if piece.len() <= LARGEST_EXACT && piece.len() <= recent.exact_left {
-            return self.remembered(piece, &mut recent.exact_left);
+        if piece.len() <= MAX_EXACT_PIECE && piece.len() <= recent.exact_bytes_left {
+            return self.count_cached(piece, &mut recent.exact_bytes_left);
         }
         let (mut tokens, mut from) = (0, 0);
         for (start, end) in runs(piece) {
-            tokens += self.encoded_if_any(&piece[from..start]) + self.run(piece[start], end - start);
+            tokens += self.encode_if_any(&piece[from..start]) + self.count_run(piece[start], end - start);
             from = end;
         }
-        tokens + self.encoded_if_any(&piece[from..])
+        tokens + self.encode_if_any(&piece[from..])
     }
 
-    fn encoded_if_any(&self, piece: &[u8]) -> u64 {
-        if piece.is_empty() { 0 } else { self.encoded(piece) }
+    fn encode_if_any(&self, piece: &[u8]) -> u64 {
+        if piece.is_empty() { 0 } else { self.encode(piece) }
     }
 
-    /// Tokens of so many times the same byte.
-    fn run(&self, byte: u8, length: usize) -> u64 {
-        let part = [byte; PART_OF_RUN];
-        let of = |part: &[u8]| if part.is_empty() { 0 } else { self.remembered(part, &mut 0) };
-        of(&part) * (length / PART_OF_RUN) as u64 + of(&part[..length % PART_OF_RUN])
+    /// The tokens of `length` times the same byte.
+    fn count_run(&self, byte: u8, length: usize) -> u64 {
+        let part = [byte; RUN_PART];
+        let of = |part: &[u8]| if part.is_empty() { 0 } else { self.count_cached(part, &mut 0) };
+        of(&part) * (length / RUN_PART) as u64 + of(&part[..length % RUN_PART])
     }
 
-    /// A piece that is slow to count: remembered beyond this thread. `left` pays for a new one.
-    fn remembered(&self, piece: &[u8], left: &mut usize) -> u64 {
-        let key = Key::of(self.tag, Thing::Piece, piece);
-        key.count().unwrap_or_else(|| {
+    /// Counts a slow piece through the cache of the process. A piece that is not cached reduces the `left` bytes.
+    fn count_cached(&self, piece: &[u8], left: &mut usize) -> u64 {
+        let key = CacheKey::of(self.id, CachedCount::Piece, piece);
+        key.cached().unwrap_or_else(|| {
             *left = left.saturating_sub(piece.len());
-            let tokens = self.encoded(piece);
-            key.remember(tokens);
+            let tokens = self.encode(piece);
+            key.insert(tokens);
             tokens
         })
     }
 }
 
-/// Where one byte is repeated many times: start and end of each such run.
+/// Start and end of each run of one byte that is at least `MIN_SLOW_RUN` long.
 fn runs(piece: &[u8]) -> impl Iterator<Item = (usize, usize)> {
     let all = piece.chunk_by(|a, b| a == b).scan(0, |start, run| {
         let from = *start;
         *start += run.len();
         Some((from, *start))
     });
-    all.filter(|(start, end)| end - start >= LONG_RUN)
+    all.filter(|(start, end)| end - start >= MIN_SLOW_RUN)
 }
 
-/// How many slots a thread remembers pieces in: 160 KiB, which stays in the core's own cache, where
-/// the vocabulary of some 10 MB does not.
-const SLOTS: usize = 8_192;
+/// Slots of a thread's piece cache. They take 160 KiB, which fits in the core's own cache; the vocabulary
+/// of about 10 MB does not.
+const PIECE_SLOTS: usize = 8_192;
 
-/// The pieces that a thread has counted lately, each in the slot that its hash names. Exact: a slot
-/// holds the piece itself.
-struct Recent {
-    slots: Vec<Slot>,
-    /// So many bytes of slow pieces may still be counted exactly.
-    exact_left: usize,
+/// The counts of the pieces that a thread has seen last. The hash of a piece selects its slot. A slot holds
+/// the piece itself, so counts are exact.
+struct PieceCache {
+    slots: Vec<PieceSlot>,
+    /// Bytes of slow pieces that may still be counted exactly for this request.
+    exact_bytes_left: usize,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Slot {
+struct PieceSlot {
     piece: [u8; 15],
-    /// 0: empty.
+    /// Bytes of `piece` in use; 0: the slot is empty.
     length: u8,
     tokens: u32,
 }
 
-impl Recent {
-    const NEW: Self = Self { slots: Vec::new(), exact_left: MOST_EXACT };
+impl PieceCache {
+    const NEW: Self = Self { slots: Vec::new(), exact_bytes_left: MAX_EXACT_BYTES };
 
-    fn tokens(&mut self, piece: &[u8], count: impl FnOnce(&[u8]) -> u64) -> u64 {
-        let mut slot = Slot::default();
+    fn count(&mut self, piece: &[u8], count: impl FnOnce(&[u8]) -> u64) -> u64 {
+        let mut slot = PieceSlot::default();
         if piece.is_empty() || piece.len() > slot.piece.len() {
             return count(piece);
         }
         if self.slots.is_empty() {
-            self.slots = vec![Slot::default(); SLOTS];
+            self.slots = vec![PieceSlot::default(); PIECE_SLOTS];
         }
         slot.piece[..piece.len()].copy_from_slice(piece);
         slot.length = u8::try_from(piece.len()).unwrap_or(0);
         let mut hasher = FxHasher::default();
         hasher.write(&slot.piece);
-        let Ok(index) = usize::try_from(hasher.finish() % SLOTS as u64) else { return count(piece) };
+        let Ok(index) = usize::try_from(hasher.finish() % PIECE_SLOTS as u64) else { return count(piece) };
         let known = &mut self.slots[index];
         if known.length != slot.length || known.piece != slot.piece {
             slot.tokens = u32::try_from(count(piece)).unwrap_or(u32::MAX);
@@ -177,26 +230,26 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_found_where_they_stand() {
+    fn runs_reports_start_and_end() {
         let piece = format!("ab{}c{}{}", "-".repeat(40), "=".repeat(31), "*".repeat(32));
         assert_eq!(runs(piece.as_bytes()).collect::<Vec<_>>(), [(2, 42), (74, 106)]);
         assert_eq!(runs(b"").count(), 0);
     }
 
     #[test]
-    fn long_runs_are_exact_up_to_a_bound_and_hardly_off_beyond_it() {
+    fn long_runs_are_exact_up_to_a_bound_and_close_beyond_it() {
         for unit in ["-", "=", "*", "/", "\t", "_", "#"] {
             for length in [65, 100, 511, 1_000, 4_095, 100_000] {
                 for text in [unit.repeat(length), format!("a {}x={}\n", unit.repeat(length), unit.repeat(40))]
                 {
-                    begin();
+                    begin_request();
                     let [o200k, cl100k] = oracle(&text);
-                    let counted = [count(&O200K, &text), count(&CL100K, &text)];
-                    if text.len() <= LARGEST_EXACT {
+                    let counted = [Encoding::O200k.count(&text), Encoding::Cl100k.count(&text)];
+                    if text.len() <= MAX_EXACT_PIECE {
                         assert_eq!(counted, [o200k, cl100k], "{unit} {length}");
                     }
                     for (counted, exact) in counted.into_iter().zip([o200k, cl100k]) {
-                        let most = 2 + text.len() as u64 / PART_OF_RUN as u64;
+                        let most = 2 + text.len() as u64 / RUN_PART as u64;
                         assert!(counted.abs_diff(exact) <= most, "{unit} {length}: {counted} for {exact}");
                     }
                 }
@@ -205,15 +258,16 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_counted_exactly_is_bounded_for_each_request() {
-        begin();
+    fn exact_counting_of_slow_pieces_is_bounded_per_request() {
+        begin_request();
         let piece = |n: usize| format!("{}{}", "-".repeat(2_000 + n), "=".repeat(100));
         for n in 0..40 {
-            count(&O200K, &piece(n));
+            Encoding::O200k.count(&piece(n));
         }
-        O200K_RECENT
-            .with_borrow(|recent| assert!(recent.exact_left < LARGEST_EXACT, "{}", recent.exact_left));
-        begin();
-        O200K_RECENT.with_borrow(|recent| assert_eq!(recent.exact_left, MOST_EXACT));
+        O200K_RECENT.with_borrow(|recent| {
+            assert!(recent.exact_bytes_left < MAX_EXACT_PIECE, "{}", recent.exact_bytes_left)
+        });
+        begin_request();
+        O200K_RECENT.with_borrow(|recent| assert_eq!(recent.exact_bytes_left, MAX_EXACT_BYTES));
     }
 }

@@ -177,8 +177,8 @@ impl Cell {
         self.is_dirty = true;
     }
 
-    /// Reduces the quota to one of `nodes` equal shares: of its limit, and of what is available. `held` is
-    /// the amount that the requests of this node hold.
+    /// Reduces the quota to one of `nodes` equal shares: of its limit, and of the available amount. `held`
+    /// is the amount that the requests of this node hold.
     ///
     /// Divisions round down, so the shares of all nodes together never exceed the quota.
     pub(super) fn reduce_to_share(&mut self, now: Timestamp, nodes: u64, held: u64) {

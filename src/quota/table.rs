@@ -338,8 +338,8 @@ impl Quotas {
         indices.iter().filter_map(&mut state).collect()
     }
 
-    /// Reduces every quota to one node's share of `nodes`: of its limit, and of what is available. `held`
-    /// is the amount that this node's own requests hold, by quota.
+    /// Reduces every quota to one node's share of `nodes`: of its limit, and of the available amount.
+    /// `held` is the amount that this node's own requests hold, by quota.
     ///
     /// The shares of all nodes together never exceed the quota. A quota of fewer tokens than there are
     /// nodes admits nothing.

@@ -1,0 +1,301 @@
+//! Tokens that an API adds to a prompt for its messages, tools and schema.
+
+use super::PromptPart;
+use super::tools::Style;
+use crate::api::Api;
+
+/// The prompt format of a model family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// OpenAI's models with `cl100k_base`.
+    Early,
+    /// OpenAI's models with `o200k_base` that do not reason.
+    Omni,
+    /// OpenAI's o-series.
+    Reasoning,
+    /// OpenAI's models from gpt-5 on.
+    Harmony,
+    /// All other models: a chat template with the tools as JSON.
+    Template(ChatTemplate),
+}
+
+/// Tokens that the chat template of a model family adds, in tokens of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ChatTemplate {
+    /// For each request.
+    pub(super) request: i64,
+    /// For each message.
+    pub(super) message: i64,
+    /// For each request with functions.
+    pub(super) functions: i64,
+    /// For each function.
+    pub(super) function: u8,
+    /// Tokens of the model per 100 `o200k_base` tokens of the parameters' compact JSON.
+    pub(super) parameters: u8,
+    /// For a request that must call a tool.
+    pub(super) required: i64,
+    /// For each tool call together with its result.
+    pub(super) call: i64,
+    /// For each argument of a tool call.
+    pub(super) argument: i64,
+    /// The cost of a schema for the answer. `None`: the schema is not in the prompt, it only constrains the
+    /// generation.
+    pub(super) schema: Option<SchemaCost>,
+    /// For a request that turns reasoning on.
+    pub(super) reasoning: i64,
+    /// Whether the reasoning of earlier answers is in the prompt.
+    pub(super) reads_reasoning: bool,
+    /// Whether tools that must not be called are left out of the prompt.
+    pub(super) drops_forbidden_tools: bool,
+}
+
+/// The cost of a schema for the answer that is in the prompt as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SchemaCost {
+    /// Tokens for each request with a schema.
+    pub(super) request: i64,
+    /// Tokens of the model per 100 tokens of the schema's compact JSON.
+    pub(super) percent: u64,
+}
+
+/// Tokens that an API adds to a request, in tokens of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Overhead {
+    /// For each request, including the start of the reply.
+    request: i64,
+    /// For each message: the separators.
+    message: i64,
+    /// For each message of the assistant, in addition.
+    assistant: i64,
+    /// For each tool call.
+    call: i64,
+    /// For each argument of a tool call.
+    argument: i64,
+    /// For each message with several tool calls.
+    parallel_calls: i64,
+    /// For each message with tool calls and text.
+    call_with_text: i64,
+    /// For each result of a tool call.
+    result: i64,
+    /// For each request with functions.
+    functions: i64,
+    /// For each request with functions or a schema and a system message: they are at its end then.
+    after_system: i64,
+    /// For each request with a schema for the answer.
+    schema: i64,
+    /// For a request that must call one named tool, beside the name.
+    required_by_name: i64,
+    /// For a request that must call some tool.
+    required: i64,
+    /// For a request that must not call a tool.
+    forbidden: i64,
+}
+
+/// OpenAI's cookbook, "How to count tokens with tiktoken"; functions by the project openai-chat-tokens.
+const EARLY: Overhead = Overhead {
+    request: 3,
+    message: 3,
+    assistant: 0,
+    call: 4,
+    argument: 0,
+    parallel_calls: 15,
+    call_with_text: 6,
+    result: -1,
+    functions: 9,
+    after_system: -4,
+    schema: 7,
+    required_by_name: 4,
+    required: 0,
+    forbidden: 1,
+};
+
+/// How many messages and tool calls a prompt has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct MessageCounts {
+    pub(super) messages: u64,
+    /// Messages of the assistant.
+    pub(super) assistant: u64,
+    /// Tool calls.
+    pub(super) calls: u64,
+    /// Arguments of all tool calls.
+    pub(super) arguments: u64,
+    /// Messages with several tool calls.
+    pub(super) parallel_calls: u64,
+    /// Messages with text beside tool calls.
+    pub(super) calls_with_text: u64,
+    /// Results of tool calls.
+    pub(super) results: u64,
+}
+
+/// What a request says about tool calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum ToolChoice {
+    /// The model decides.
+    #[default]
+    Free,
+    /// The model must not call a tool.
+    Forbidden,
+    /// The model must call a tool.
+    Required,
+    /// The model must call one named tool. Its name is counted separately.
+    Named,
+}
+
+/// The properties of a prompt that decide its overhead.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PromptFacts {
+    pub(super) api: Api,
+    pub(super) counts: MessageCounts,
+    pub(super) tool_choice: ToolChoice,
+    /// Whether the request turns the model's reasoning on or off.
+    pub(super) reasons: Option<bool>,
+    pub(super) has_system: bool,
+    pub(super) has_functions: bool,
+    pub(super) has_schema: bool,
+}
+
+impl Format {
+    /// The constants of a format in an API. They were fitted to recorded exchanges. The comment beside each
+    /// says to how many.
+    const fn overhead(self, api: Api) -> Overhead {
+        match (self, api) {
+            (Self::Early, _) => EARLY,
+            (Self::Template(template), _) => Overhead {
+                request: template.request,
+                message: template.message,
+                functions: template.functions,
+                call: template.call,
+                argument: template.argument,
+                parallel_calls: 0,
+                call_with_text: 0,
+                result: 0,
+                after_system: 0,
+                schema: if let Some(schema) = template.schema { schema.request } else { 0 },
+                required_by_name: template.required,
+                required: template.required,
+                forbidden: 0,
+                ..EARLY
+            },
+            // 79 exchanges with tools, 28 with a schema.
+            (Self::Omni, Api::Responses) => Overhead {
+                call: 7,
+                result: 0,
+                functions: -3,
+                after_system: 0,
+                schema: 1,
+                required_by_name: 7,
+                required: 9,
+                ..EARLY
+            },
+            // 115 exchanges with tools, 29 with a schema.
+            (Self::Omni, _) => {
+                Overhead { call: 5, result: 0, functions: 3, schema: 8, required_by_name: 7, ..EARLY }
+            }
+            // 83 exchanges with text alone, 81 with tools, 55 with a schema.
+            (Self::Harmony, Api::Responses) => Overhead {
+                request: 2,
+                assistant: 2,
+                call: 14,
+                result: 0,
+                functions: 3,
+                after_system: 0,
+                schema: 0,
+                required_by_name: 0,
+                forbidden: 0,
+                ..EARLY
+            },
+            (Self::Reasoning, Api::Responses) => {
+                Overhead { functions: -1, call: 11, ..Self::Harmony.overhead(Api::Responses) }
+            }
+            (Self::Reasoning, _) => Overhead { functions: 3, ..Self::Harmony.overhead(Api::Chat) },
+            // 46 exchanges with text alone, 22 with tools, 11 with a schema.
+            (Self::Harmony, _) => Overhead {
+                request: 2,
+                assistant: 2,
+                call: 9,
+                result: 0,
+                functions: 84,
+                after_system: 0,
+                schema: 5,
+                ..EARLY
+            },
+        }
+    }
+
+    /// The form in which the model reads functions.
+    pub(super) const fn style(self, api: Api) -> Style {
+        match (self, api) {
+            (Self::Early, _) => Style::Lines,
+            (Self::Template(template), _) => {
+                Style::Json { function: template.function, percent: template.parameters }
+            }
+            (_, Api::Responses) => Style::Titled,
+            _ => Style::Compact,
+        }
+    }
+
+    /// Whether the name of a tool that must be called is in the prompt.
+    pub(super) fn names_chosen_tool(self, api: Api) -> bool {
+        self.overhead(api).required_by_name > 0
+    }
+
+    /// Adds the overhead of a request to its parts.
+    pub(super) fn add_overhead(self, facts: &PromptFacts, parts: &mut [u64; PromptPart::ALL.len()]) {
+        if matches!(facts.api, Api::Completions | Api::Embeddings) {
+            return;
+        }
+        let overhead = self.overhead(facts.api);
+        // A template can take less than was counted. What a part cannot give is taken from the messages,
+        // because they were counted with their roles.
+        let mut add = |part: PromptPart, tokens: i64| {
+            let missing = tokens.unsigned_abs().saturating_sub(parts[part as usize]);
+            parts[part as usize] = parts[part as usize].saturating_add_signed(tokens);
+            if tokens < 0 {
+                let messages = &mut parts[PromptPart::Messages as usize];
+                *messages = messages.saturating_sub(missing);
+            }
+        };
+        for tokens in overhead.of_messages(&facts.counts) {
+            add(PromptPart::Overhead, tokens);
+        }
+        if let Self::Template(template) = self
+            && facts.reasons == Some(true)
+        {
+            add(PromptPart::Overhead, template.reasoning);
+        }
+        let after_system = if facts.has_system { overhead.after_system } else { 0 };
+        if facts.has_functions {
+            let choice = overhead.of_tool_choice(facts.tool_choice);
+            add(PromptPart::Tools, overhead.functions + after_system + choice);
+        }
+        if facts.has_schema {
+            let after_system = if facts.has_functions { 0 } else { after_system };
+            add(PromptPart::Schema, overhead.schema + after_system);
+        }
+    }
+}
+
+impl Overhead {
+    fn of_messages(&self, counts: &MessageCounts) -> [i64; 8] {
+        let times = |tokens: i64, n: u64| tokens.saturating_mul(i64::try_from(n).unwrap_or(i64::MAX));
+        [
+            self.request,
+            times(self.message, counts.messages),
+            times(self.assistant, counts.assistant),
+            times(self.call, counts.calls),
+            times(self.argument, counts.arguments),
+            times(self.parallel_calls, counts.parallel_calls),
+            times(self.call_with_text, counts.calls_with_text),
+            times(self.result, counts.results),
+        ]
+    }
+
+    fn of_tool_choice(&self, choice: ToolChoice) -> i64 {
+        match choice {
+            ToolChoice::Free => 0,
+            ToolChoice::Forbidden => self.forbidden,
+            ToolChoice::Required => self.required,
+            ToolChoice::Named => self.required_by_name,
+        }
+    }
+}

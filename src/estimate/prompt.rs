@@ -1,0 +1,338 @@
+//! The prompt of a request: readers of bodies fill it, and `estimate` counts it.
+
+use super::images::{ImageDetail, PromptImage};
+use super::models::Model;
+use super::overhead::{MessageCounts, PromptFacts, ToolChoice};
+use super::tools::{self, AnswerSchema, ToolCost};
+use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
+use crate::api::Api;
+use std::borrow::Cow;
+
+/// `estimate_if_quick` does not count texts with a longer stretch without a space (bytes).
+const MAX_QUICK_RUN: usize = 256;
+/// A prompt with more text (bytes) is not tokenised. It counts two bytes per token, which is more tokens
+/// than any language has for long.
+const MAX_COUNTED_BYTES: usize = 4 * 1024 * 1024;
+/// Texts that are stored separately. Further ones count two bytes per token: a list of millions of tiny
+/// texts would take many times the memory of its body.
+const MAX_TEXTS: usize = 1 << 17;
+/// Characters of base64 per token of encrypted reasoning. Fitted to 23 exchanges with Gemini's models.
+const BASE64_PER_ENCRYPTED_TOKEN: u64 = 6;
+/// Characters per token of the text on document pages.
+const CHARACTERS_PER_PAGE_TOKEN: u64 = 4;
+
+/// The author of a message, as far as it affects the cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Instructions of the developer.
+    System,
+    /// The model.
+    Assistant,
+    /// The user, or any other author.
+    #[default]
+    Other,
+    /// A tool: the result of a call.
+    Tool,
+}
+
+/// What the model has to read for a request: texts to count, and known numbers of tokens.
+#[derive(Debug, Default)]
+pub struct Prompt<'a> {
+    api: Api,
+    /// Texts to count, each with the number of times that it is in the prompt.
+    texts: Vec<(PromptPart, Cow<'a, str>, u32)>,
+    /// Bytes of the texts beyond `MAX_TEXTS`.
+    excess_bytes: u64,
+    /// Known tokens by part.
+    tokens: [u64; PromptPart::ALL.len()],
+    counts: MessageCounts,
+    /// Reasoning of earlier answers. Some models read it again.
+    reasoning: Vec<Cow<'a, str>>,
+    /// Tokens of reasoning that only the provider can decrypt.
+    encrypted_reasoning: u64,
+    /// Index of the first text of the first system message.
+    system: Option<usize>,
+    /// JSON of the lists of tool definitions.
+    tools: Vec<&'a str>,
+    tool_choice: ToolChoice,
+    /// Name of the tool that must be called; empty without one.
+    chosen_tool: Cow<'a, str>,
+    schema: Option<AnswerSchema<'a>>,
+    /// Whether the request turns the model's reasoning on or off.
+    reasons: Option<bool>,
+    images: Vec<PromptImage>,
+    pages: u64,
+    page_text_tokens: u64,
+    /// Bytes of documents that were decompressed so far; `media::pdf` bounds them.
+    pub(crate) inflated: usize,
+    audio_tenths: u64,
+    /// Number of prompts in a list. Each gets its own answers.
+    pub prompts: u64,
+    /// Number of things that the request refers to but does not carry.
+    pub unseen: u64,
+}
+
+/// Filling.
+impl<'a> Prompt<'a> {
+    pub(crate) fn of(api: Api) -> Self {
+        Self { api, ..Self::default() }
+    }
+
+    /// Adds a text that is in the prompt `times` times.
+    pub(crate) fn add_text(&mut self, part: PromptPart, text: Cow<'a, str>, times: u32) {
+        if text.is_empty() {
+            return;
+        }
+        if self.texts.len() < MAX_TEXTS {
+            self.texts.push((part, text, times));
+        } else {
+            self.excess_bytes += text.len() as u64 * u64::from(times);
+        }
+    }
+
+    /// Adds a known number of tokens.
+    pub(crate) fn add_tokens(&mut self, part: PromptPart, tokens: u64) {
+        let sum = &mut self.tokens[part as usize];
+        *sum = sum.saturating_add(tokens);
+    }
+
+    /// Number of texts so far: the index of the next text.
+    pub(crate) fn text_count(&self) -> usize {
+        self.texts.len()
+    }
+
+    /// Ends a message. Its texts begin at the index `first_text`.
+    pub(crate) fn end_message(&mut self, role: Role, first_text: usize) {
+        self.counts.messages += 1;
+        self.counts.assistant += u64::from(role == Role::Assistant);
+        self.counts.results += u64::from(role == Role::Tool);
+        if role == Role::System && self.system.is_none() && first_text < self.texts.len() {
+            self.system = Some(first_text);
+        }
+    }
+
+    /// Adds a tool call with this number of arguments.
+    pub(crate) fn add_tool_call(&mut self, arguments: u64) {
+        self.counts.calls += 1;
+        self.counts.arguments += arguments;
+    }
+
+    /// Records how many tool calls a chat message had, and whether it had text too.
+    pub(crate) fn end_tool_calls(&mut self, calls: u64, has_text: bool) {
+        self.counts.parallel_calls += u64::from(calls > 1);
+        self.counts.calls_with_text += u64::from(calls > 0 && has_text);
+    }
+
+    /// Adds reasoning of an earlier answer.
+    pub(crate) fn add_reasoning(&mut self, text: Cow<'a, str>) {
+        if self.reasoning.len() < MAX_TEXTS {
+            self.reasoning.push(text);
+        } else {
+            self.excess_bytes += text.len() as u64;
+        }
+    }
+
+    /// Adds reasoning of an earlier answer in base64, which only the provider can decrypt.
+    pub(crate) fn add_encrypted_reasoning(&mut self, base64: &str) {
+        let tokens = base64.len() as u64 / BASE64_PER_ENCRYPTED_TOKEN;
+        self.encrypted_reasoning = self.encrypted_reasoning.saturating_add(tokens);
+    }
+
+    /// Adds the JSON of a list of tool definitions.
+    pub(crate) fn add_tools(&mut self, json: &'a str) {
+        if json != "null" {
+            self.tools.push(json);
+        }
+    }
+
+    /// The model must not call a tool.
+    pub(crate) fn forbid_tools(&mut self) {
+        self.tool_choice = ToolChoice::Forbidden;
+    }
+
+    /// The model must call a tool.
+    pub(crate) fn require_tools(&mut self) {
+        self.tool_choice = ToolChoice::Required;
+    }
+
+    /// The model must call this tool.
+    pub(crate) fn require_tool_named(&mut self, name: Cow<'a, str>) {
+        self.tool_choice = ToolChoice::Named;
+        self.chosen_tool = name;
+    }
+
+    /// The request turns the model's reasoning on or off.
+    pub(crate) fn set_reasoning(&mut self, reasons: bool) {
+        self.reasons = Some(reasons);
+    }
+
+    /// The request asks for little reasoning. An explicit `set_reasoning` takes precedence.
+    pub(crate) fn default_to_no_reasoning(&mut self) {
+        self.reasons.get_or_insert(false);
+    }
+
+    /// Sets the JSON schema that the answer has to match, with its name and description.
+    pub(crate) fn set_answer_schema(&mut self, name: Cow<'a, str>, description: Cow<'a, str>, json: &'a str) {
+        if !description.is_empty() {
+            self.add_tokens(PromptPart::Schema, 1);
+            self.add_text(PromptPart::Schema, description, 1);
+        }
+        self.schema = Some(AnswerSchema { name, json });
+    }
+
+    /// Adds an image by its width and height in pixels; `None` if the size is unknown.
+    pub(crate) fn add_image(&mut self, size: Option<(u32, u32)>, detail: ImageDetail) {
+        self.images.push(PromptImage { size, detail });
+    }
+
+    /// Adds the pages of a document, and the number of characters on them.
+    pub(crate) fn add_pages(&mut self, pages: u64, characters: u64) {
+        self.pages = self.pages.saturating_add(pages);
+        self.page_text_tokens = self.page_text_tokens.saturating_add(characters / CHARACTERS_PER_PAGE_TOKEN);
+    }
+
+    /// Adds audio by its length in tenths of a second.
+    pub(crate) fn add_audio(&mut self, tenths: u64) {
+        self.audio_tenths = self.audio_tenths.saturating_add(tenths);
+    }
+}
+
+/// Counting.
+impl Prompt<'_> {
+    /// Counts the prompt if that takes at most about 50 microseconds: most of its texts are cached, and the
+    /// others are short and ordinary. `None` otherwise.
+    pub fn estimate_if_quick(&self, model: &Model) -> Option<PromptEstimate> {
+        vocabulary::begin_request();
+        let tokenizer = model.tokenizer;
+        let mut uncached = 0;
+        let mut count = |text: &str| {
+            tokenizer.count_if_cached(text).or_else(|| {
+                uncached += text.len();
+                let is_quick = uncached <= tokenizer.max_quick_bytes() && longest_run(text) <= MAX_QUICK_RUN;
+                is_quick.then(|| tokenizer.count(text))
+            })
+        };
+        let style = model.style(self.api);
+        self.sum(model, &mut count, &|json| tools::count_if_cached(tokenizer, style, json))
+    }
+
+    /// Counts the prompt with the model's tokenizer. Takes about 20 microseconds per KiB of text.
+    pub fn estimate(&self, model: &Model) -> PromptEstimate {
+        vocabulary::begin_request();
+        let is_rough = self.bytes() > MAX_COUNTED_BYTES;
+        let estimate = if is_rough { self.sum_roughly(model) } else { self.sum_exactly(model) };
+        let estimate = estimate.unwrap_or_default();
+        PromptEstimate { is_rough: is_rough || estimate.is_rough, ..estimate }
+    }
+
+    fn bytes(&self) -> usize {
+        self.texts.iter().map(|(_, text, _)| text.len()).sum::<usize>()
+            + self.reasoning.iter().map(|text| text.len()).sum::<usize>()
+            + self.tools.iter().map(|json| json.len()).sum::<usize>()
+    }
+
+    /// Counts two bytes per token.
+    fn sum_roughly(&self, model: &Model) -> Option<PromptEstimate> {
+        let tokens = |text: &str| text.len() as u64 / 2;
+        let tool_cost =
+            |json: &str| Some(ToolCost { tokens: tokens(json), has_functions: true, has_hosted: false });
+        self.sum(model, &mut |text| Some(tokens(text)), &tool_cost)
+    }
+
+    fn sum_exactly(&self, model: &Model) -> Option<PromptEstimate> {
+        let (tokenizer, style) = (model.tokenizer, model.style(self.api));
+        self.sum(model, &mut |text| Some(tokenizer.count(text)), &|json| {
+            Some(tools::count(tokenizer, style, json))
+        })
+    }
+
+    /// Adds everything up. `None` as soon as `count` or `count_tools` returns `None`.
+    fn sum(
+        &self,
+        model: &Model,
+        count: &mut dyn FnMut(&str) -> Option<u64>,
+        count_tools: &dyn Fn(&str) -> Option<ToolCost>,
+    ) -> Option<PromptEstimate> {
+        let mut parts = self.tokens;
+        let mut add = |part: PromptPart, tokens: u64| parts[part as usize] += tokens;
+        let tools = self.tool_cost(model, count_tools)?;
+        add(PromptPart::Tools, tools.tokens);
+        // The functions follow the first system message on a new line.
+        let joined = self.system.filter(|_| tools.has_functions);
+        for (at, (part, text, times)) in self.texts.iter().enumerate() {
+            let tokens = if joined == Some(at) { count(&format!("{text}\n"))? } else { count(text)? };
+            add(*part, tokens * u64::from(*times));
+        }
+        if model.reads_reasoning() {
+            add(PromptPart::Messages, self.encrypted_reasoning);
+            for text in &self.reasoning {
+                add(PromptPart::Messages, count(text)?);
+            }
+        }
+        if self.tool_choice == ToolChoice::Named && model.names_chosen_tool(self.api) {
+            add(PromptPart::Tools, count(&self.chosen_tool)?);
+        }
+        let schema = self.schema.as_ref().filter(|_| model.reads_schema());
+        if let Some(schema) = schema {
+            let tokens = match model.schema_percent() {
+                Some(percent) => (count(&schema.whole())? * percent).div_ceil(100),
+                None => count(&schema.rendered())?,
+            };
+            add(PromptPart::Schema, tokens);
+        }
+        add(PromptPart::Messages, self.excess_bytes / 2);
+        let pages = model.pages(self.api, self.pages, self.page_text_tokens);
+        add(PromptPart::Images, model.images(&self.images) + pages);
+        add(PromptPart::Messages, Model::audio(self.api, self.audio_tenths));
+        let facts = PromptFacts {
+            api: self.api,
+            counts: self.counts,
+            tool_choice: self.tool_choice,
+            reasons: self.reasons,
+            has_system: self.system.is_some(),
+            has_functions: tools.has_functions,
+            has_schema: schema.is_some(),
+        };
+        model.add_overhead(&facts, &mut parts);
+        Some(PromptEstimate {
+            parts,
+            is_rough: self.excess_bytes > 0,
+            unseen: self.unseen,
+            is_partial: tools.has_hosted || self.unseen > 0,
+            kind: self.kind(),
+            knows_model: model.is_known,
+        })
+    }
+
+    fn tool_cost(&self, model: &Model, count: &dyn Fn(&str) -> Option<ToolCost>) -> Option<ToolCost> {
+        let mut sum = ToolCost::default();
+        if self.tool_choice == ToolChoice::Forbidden && !model.reads_forbidden_tools() {
+            return Some(sum);
+        }
+        for json in &self.tools {
+            let cost = count(json)?;
+            sum.tokens += cost.tokens;
+            sum.has_functions |= cost.has_functions;
+            sum.has_hosted |= cost.has_hosted;
+        }
+        Some(sum)
+    }
+
+    fn kind(&self) -> RequestKind {
+        if !self.images.is_empty() || self.pages > 0 {
+            RequestKind::Images
+        } else if !self.tools.is_empty() || self.schema.is_some() {
+            RequestKind::Tools
+        } else {
+            RequestKind::Plain
+        }
+    }
+}
+
+/// The longest stretch of a text without a space, in bytes. One long run of dashes is the slowest text to
+/// tokenise: 40 times slower per byte than words.
+fn longest_run(text: &str) -> usize {
+    let mut last = 0;
+    let spaces = memchr::memchr_iter(b' ', text.as_bytes()).chain([text.len()]);
+    spaces.into_iter().map(|at| at - std::mem::replace(&mut last, at)).max().unwrap_or(0)
+}

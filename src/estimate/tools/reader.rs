@@ -1,0 +1,113 @@
+//! Reads tool definitions in the formats of all providers.
+
+use super::rendering::Rendering;
+use super::schema::FunctionDefinition;
+use crate::json::{Expected, JsonVisitor, Visit, element, string, value};
+use serde::de::{DeserializeSeed as _, MapAccess, SeqAccess};
+use std::borrow::Cow;
+
+/// Reads a list of tools in the format of any provider, and renders each function.
+pub(super) struct ToolListReader {
+    pub(super) rendering: Rendering,
+    /// Functions in the list.
+    pub(super) functions: u64,
+    /// Tools in the list that the provider hosts.
+    pub(super) hosted: u64,
+}
+
+impl ToolListReader {
+    /// `None` if the JSON is no list of tools.
+    pub(super) fn read(json: &str, rendering: Rendering) -> Option<Self> {
+        let mut list = Self { rendering, functions: 0, hosted: 0 };
+        Visit(&mut list).deserialize(&mut serde_json::Deserializer::from_str(json)).ok()?;
+        Some(list)
+    }
+}
+
+impl<'a> JsonVisitor<'a> for ToolListReader {
+    fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
+        Err(Expected("a list of tools"))
+    }
+
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let mut tool = ToolReader {
+            functions: FunctionListReader { rendering: &mut self.rendering, count: 0 },
+            flat: FunctionDefinition::default(),
+        };
+        let has_element = element(list, &mut tool)?;
+        let ToolReader { mut functions, flat } = tool;
+        if has_element && functions.count == 0 && flat.parameters.is_some() {
+            functions.add(&flat);
+        }
+        let declared = functions.count;
+        self.functions += declared;
+        self.hosted += u64::from(has_element && declared == 0);
+        Ok(has_element)
+    }
+}
+
+/// Reads one tool. Gemini puts several functions into one.
+struct ToolReader<'r, 'a> {
+    functions: FunctionListReader<'r>,
+    /// The function whose fields are in the tool itself, as in the Responses API.
+    flat: FunctionDefinition<'a>,
+}
+
+impl<'a> JsonVisitor<'a> for ToolReader<'_, 'a> {
+    const FIELDS: &'static [&'static str] = &[
+        "type",
+        "function",
+        "functionDeclarations",
+        "function_declarations",
+        "tools",
+        "name",
+        "description",
+        "parameters",
+        "input_schema",
+    ];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        match name {
+            "function" => {
+                let mut function = FunctionDefinition::default();
+                value(object, &mut function)?;
+                self.functions.add(&function);
+                Ok(())
+            }
+            "functionDeclarations" | "function_declarations" | "tools" => value(object, &mut self.functions),
+            // A flat function without parameters has only a type and a name.
+            "type" => {
+                let kind = string(object)?;
+                if kind == "function" || kind == "custom" {
+                    self.flat.parameters.get_or_insert("{}");
+                }
+                Ok(())
+            }
+            _ => self.flat.field(name, object),
+        }
+    }
+}
+
+/// Reads a list of functions and renders each.
+struct FunctionListReader<'r> {
+    rendering: &'r mut Rendering,
+    count: u64,
+}
+
+impl FunctionListReader<'_> {
+    fn add(&mut self, function: &FunctionDefinition<'_>) {
+        if !function.name.is_empty() {
+            self.count += 1;
+            self.rendering.add_function(function);
+        }
+    }
+}
+
+impl<'a> JsonVisitor<'a> for FunctionListReader<'_> {
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let mut function = FunctionDefinition::default();
+        let has_element = element(list, &mut function)?;
+        self.add(&function);
+        Ok(has_element)
+    }
+}
