@@ -1,8 +1,8 @@
-//! Replays a trace through the real quota engine on a virtual clock: what would these quotas have done
-//! to this traffic, and how close would each way of reserving have come to an oracle?
+//! Replays a trace of calls through the quota engine on a virtual clock. The report shows which calls the quotas
+//! admit, and compares several reservation modes with an oracle.
 //!
-//! Every call is a stream: its first token comes after a while, the others at an even pace; a call that
-//! is denied is gone. Requests do not wait in line (`max_wait`).
+//! Every answer is a stream: the first token follows after a delay, the others at a constant rate. A denied call
+//! is not repeated, and no call waits in the wait queue (`max_wait` is ignored).
 
 mod report;
 mod trace;
@@ -15,20 +15,20 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
-pub use report::{Report, chart};
-pub use trace::{Call, TraceFault, read_trace};
+pub use report::SimulationReport;
+pub use trace::{TraceCall, TraceFault, read_trace};
 
-/// How often a stream tells what it has used, as in the gateway.
-const PROGRESS_MS: u64 = 1_000;
-/// And so often at most: of an answer that lasts longer, in larger steps.
-const MOST_STEPS: u64 = 40;
+/// Interval at which a stream reports its progress to the quotas (ms), as in the gateway.
+const PROGRESS_INTERVAL_MS: u64 = 1_000;
+/// Maximum number of progress reports per stream. Longer streams report at longer intervals.
+const MAX_STEPS: u64 = 40;
 
-/// How answers come.
+/// The speed of all answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pace {
-    /// From the request to the first token.
+    /// Delay from the request to the first token.
     pub first_token: Duration,
-    /// From then on; more than 0.
+    /// Rate after the first token; more than 0.
     pub tokens_per_second: f64,
 }
 
@@ -38,25 +38,25 @@ impl Default for Pace {
     }
 }
 
-/// A way of reserving the completion.
+/// How a replay reserves tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mode {
-    /// As the environment is configured.
+    /// By the settings of the environment.
     Configured,
-    /// Nothing but the prompt.
+    /// The prompt only.
     PromptOnly,
-    /// Nothing at all: charged afterwards.
+    /// Nothing. The answer is charged at its end.
     Afterwards,
-    /// The request's own cap, or the default.
+    /// The prompt and `max_tokens` of the request, or `default_max_tokens`.
     MaxTokens,
-    /// What this share of recent answers stayed within.
+    /// The prompt and this quantile of recent completions.
     Adaptive(f64),
-    /// Exactly what the answer will use: nobody can know that.
+    /// Exactly what the answer will use. A gateway cannot know it; the mode is the yardstick of the others.
     Oracle,
 }
 
 impl Mode {
-    /// Those that a report compares with the configured one.
+    /// The modes that a report compares with the configured one.
     pub const OTHERS: [Self; 7] = [
         Self::Afterwards,
         Self::PromptOnly,
@@ -67,7 +67,7 @@ impl Mode {
         Self::Oracle,
     ];
 
-    /// Its name in reports.
+    /// The name in reports.
     pub fn name(self) -> String {
         match self {
             Self::Configured => "as configured".into(),
@@ -86,7 +86,7 @@ impl Mode {
             reserve.prompt = true;
             reserve.when_short = WhenShort::Reject;
             reserve.on_overrun = OnOverrun::Finish;
-            // What is asked is what quotas that are enforced would do.
+            // The comparison is between enforced quotas, also if the environment is in shadow mode.
             rules.enforce = true;
         }
         match self {
@@ -96,7 +96,7 @@ impl Mode {
                 reserve.completion = CompletionReserve::None;
             }
             Self::PromptOnly => reserve.completion = CompletionReserve::None,
-            // The oracle's cap is the answer's own length.
+            // The replay sets the cap of an oracle call to the length of its answer.
             Self::MaxTokens | Self::Oracle => reserve.completion = CompletionReserve::MaxTokens,
             Self::Adaptive(quantile) => {
                 reserve.completion = CompletionReserve::Adaptive;
@@ -107,54 +107,54 @@ impl Mode {
     }
 }
 
-/// What became of a trace.
+/// The result of replaying a trace.
 #[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    /// Calls admitted.
+pub struct ReplayOutcome {
+    /// Number of admitted calls.
     pub admitted: u64,
-    /// Calls denied.
+    /// Number of denied calls.
     pub rejected: u64,
-    /// What the admitted ones used.
+    /// Amounts that the admitted calls used.
     pub spent: Amounts,
-    /// Every quota, in the config's order.
+    /// The results by quota, in the order of the config.
     pub quotas: Vec<QuotaOutcome>,
-    /// From a denial to the next admission, all together.
+    /// Sum of the times from a denial to the next admission, in milliseconds.
     pub exhausted_ms: u64,
-    /// Total tokens offered, and of those admitted, in equal parts of the trace's time.
+    /// Total tokens of all calls, by equal parts of the trace's duration.
     pub offered_by_time: Vec<u64>,
-    /// See `offered_by_time`.
+    /// Total tokens of the admitted calls, by the same parts.
     pub admitted_by_time: Vec<u64>,
 }
 
-impl Outcome {
-    /// The largest overshoot of any quota, as a share of what it can hold.
+impl ReplayOutcome {
+    /// The largest overshoot of any quota, as a fraction of its capacity.
     pub fn overshoot(&self) -> f64 {
         self.quotas.iter().map(|q| q.overshoot).fold(0.0, f64::max)
     }
 
-    /// The largest utilisation of any quota.
+    /// The largest utilisation of any quota, as a fraction.
     pub fn utilisation(&self) -> f64 {
         self.quotas.iter().map(|q| q.utilisation).fold(0.0, f64::max)
     }
 }
 
-/// What became of one quota.
+/// The result of a replay for one quota.
 #[derive(Clone, Debug)]
 pub struct QuotaOutcome {
     /// The quota.
     pub quota: Quota,
-    /// Denials in which it had no room.
+    /// Number of denials for which this quota had too little left.
     pub denials: u64,
-    /// What was spent of it, as a share of all that it could let through in the trace's time.
+    /// The spent amount as a fraction of the most that the quota could admit during the trace.
     pub utilisation: f64,
-    /// The largest excess over what it may let through, as a share of what it can hold.
+    /// The largest excess over the permitted amount, as a fraction of the capacity.
     pub overshoot: f64,
-    /// From a denial for want of its room to the next admission, all together.
+    /// Sum of the times from a denial by this quota to the next admission, in milliseconds.
     pub exhausted_ms: u64,
 }
 
-/// Replays the calls, which are in the order of time, through an environment's quotas.
-pub fn replay(environment: &Environment, calls: &[Call], pace: Pace, mode: Mode) -> Outcome {
+/// Replays calls, sorted by time, through the quotas of an environment.
+pub fn replay(environment: &Environment, calls: &[TraceCall], pace: Pace, mode: Mode) -> ReplayOutcome {
     let Some(first) = calls.first() else { return Replay::new(environment, calls, pace, mode).finish() };
     let mut replay = Replay::new(environment, calls, pace, mode);
     replay.now = first.at;
@@ -173,70 +173,79 @@ pub fn replay(environment: &Environment, calls: &[Call], pace: Pace, mode: Mode)
     replay.finish()
 }
 
-/// Parts of time that a chart shows.
-const COLUMNS: usize = 60;
+/// Number of bars in a chart.
+const CHART_COLUMNS: usize = 60;
 
 struct Replay<'a> {
     local: Local,
     environment: &'a Environment,
-    calls: &'a [Call],
+    calls: &'a [TraceCall],
     pace: Pace,
     mode: Mode,
     now: Timestamp,
-    /// When, and which flight; the second number keeps the order of what is due at once.
+    /// Time, sequence number and flight of each event. The sequence number orders events of the same time.
     events: BinaryHeap<Reverse<(Timestamp, u64, usize)>>,
     next_event: u64,
+    /// Ended flights are `None`.
     flights: Vec<Option<Flight>>,
     meters: Vec<Meter>,
-    outcome: Outcome,
-    /// Since when calls are denied.
+    outcome: ReplayOutcome,
+    /// Time of the first denial since the last admission.
     denied_since: Option<Timestamp>,
 }
 
-/// A call that is being answered.
+/// An admitted call whose answer has not ended.
 struct Flight {
+    /// Index of the call in the trace.
     call: usize,
     grant: Grant,
+    /// Time of the first token.
     began: Timestamp,
-    /// Its answer's length, after any clamping.
+    /// Tokens of the answer, after clamping.
     completion: u64,
-    /// How long it takes from its first token to its last, and how often it has been looked at.
-    whole_ms: u64,
+    /// Milliseconds from the first token to the last.
+    duration_ms: u64,
+    /// Number of progress reports so far.
     steps: u64,
-    /// What the meters have been told.
+    /// Amounts that the meters have recorded.
     metered: Amounts,
 }
 
-/// Measures one quota from outside: what an ideal bucket of its size and rate makes of the spending.
+/// Measures the overshoot of one quota independently of the engine: it charges an ideal counter of the same
+/// size and rate at the moment of spending.
 struct Meter {
     quota: Quota,
-    ideal: Ideal,
+    ideal: IdealCounter,
     spent: u64,
-    worst: i64,
+    /// The lowest level of the ideal counter; below zero: overshoot.
+    lowest_level: i64,
     denials: u64,
     denied_since: Option<Timestamp>,
     exhausted_ms: u64,
 }
 
-enum Ideal {
+enum IdealCounter {
     Rolling(Box<TokenBucket>),
-    /// The engine's own count serves: debt is excess.
+    /// The level of the engine serves: its debt is the overshoot.
     Calendar,
 }
 
 impl<'a> Replay<'a> {
-    fn new(environment: &'a Environment, calls: &'a [Call], pace: Pace, mode: Mode) -> Self {
+    fn new(environment: &'a Environment, calls: &'a [TraceCall], pace: Pace, mode: Mode) -> Self {
         let start = calls.first().map_or(Timestamp(0), |call| call.at);
         let meter = |quota: &Quota| Meter {
             ideal: match quota.window {
-                Window::Rolling { burst } => {
-                    Ideal::Rolling(Box::new(TokenBucket::full(quota.limit, burst, quota.per.ms, start)))
-                }
-                Window::Calendar { .. } => Ideal::Calendar,
+                Window::Rolling { burst } => IdealCounter::Rolling(Box::new(TokenBucket::full(
+                    quota.limit,
+                    burst,
+                    quota.per.ms,
+                    start,
+                ))),
+                Window::Calendar { .. } => IdealCounter::Calendar,
             },
             quota: quota.clone(),
             spent: 0,
-            worst: 0,
+            lowest_level: 0,
             denials: 0,
             denied_since: None,
             exhausted_ms: 0,
@@ -252,15 +261,16 @@ impl<'a> Replay<'a> {
             next_event: 0,
             flights: Vec::new(),
             meters: environment.quotas.iter().map(meter).collect(),
-            outcome: Outcome {
-                offered_by_time: vec![0; COLUMNS],
-                admitted_by_time: vec![0; COLUMNS],
-                ..Outcome::default()
+            outcome: ReplayOutcome {
+                offered_by_time: vec![0; CHART_COLUMNS],
+                admitted_by_time: vec![0; CHART_COLUMNS],
+                ..ReplayOutcome::default()
             },
             denied_since: None,
         }
     }
 
+    /// Admits or denies a call.
     fn arrive(&mut self, at: usize) {
         let call = &self.calls[at];
         let tokens = call.prompt + call.completion;
@@ -278,19 +288,19 @@ impl<'a> Replay<'a> {
             Ok(admission) => {
                 self.outcome.admitted += 1;
                 self.outcome.admitted_by_time[column] += tokens;
-                self.admitted_again();
+                self.end_denials();
                 let bound = admission.clamped_to.or(call.max_tokens).unwrap_or(u64::MAX);
                 self.begin(at, admission.grant, call.completion.min(bound));
             }
-            Err(no_room) => self.denied(&no_room),
+            Err(no_room) => self.record_denial(&no_room),
         }
     }
 
     fn begin(&mut self, call: usize, grant: Grant, completion: u64) {
         let began = self.now.plus_ms(ms(self.pace.first_token));
-        let whole_ms = self.ms_for(completion);
+        let duration_ms = self.ms_for(completion);
         let flight =
-            Flight { call, grant, began, completion, whole_ms, steps: 0, metered: Amounts::default() };
+            Flight { call, grant, began, completion, duration_ms, steps: 0, metered: Amounts::default() };
         self.flights.push(Some(flight));
         self.schedule(began, self.flights.len() - 1);
     }
@@ -300,15 +310,15 @@ impl<'a> Replay<'a> {
         self.events.push(Reverse((at, self.next_event, flight)));
     }
 
-    /// The next thing that happens: a stream begins, goes on or ends.
+    /// Runs the next event: a stream begins, continues or ends.
     fn step(&mut self) {
         let Some(Reverse((at, _, index))) = self.events.pop() else { return };
         self.now = at;
         let Some(mut flight) = self.flights[index].take() else { return };
         let streamed = at.ms_since(flight.began);
         flight.steps += 1;
-        // Times beyond the end of time never come: the last step is the answer's end all the same.
-        let is_last = flight.steps > MOST_STEPS + 1;
+        // With extreme paces the end of an answer is beyond the largest timestamp. The last step ends it anyway.
+        let is_last = flight.steps > MAX_STEPS + 1;
         let within = if is_last { u64::MAX } else { self.tokens_within(streamed) };
         let delivered = within.min(flight.completion);
         let prompt = self.calls[flight.call].prompt;
@@ -323,12 +333,13 @@ impl<'a> Replay<'a> {
             self.end(flight, spent);
             return;
         }
-        let step = PROGRESS_MS.max(flight.whole_ms / MOST_STEPS);
-        let next = streamed.saturating_add(step).min(flight.whole_ms.max(streamed + 1));
+        let step = PROGRESS_INTERVAL_MS.max(flight.duration_ms / MAX_STEPS);
+        let next = streamed.saturating_add(step).min(flight.duration_ms.max(streamed + 1));
         self.schedule(flight.began.plus_ms(next), index);
         self.flights[index] = Some(flight);
     }
 
+    /// Whether an overrun ends the stream.
     fn cuts(&self) -> bool {
         let Environment { enforce, reserve, .. } = self.environment;
         self.mode == Mode::Configured && *enforce && reserve.on_overrun == OnOverrun::Cut
@@ -339,13 +350,13 @@ impl<'a> Replay<'a> {
         let settlement = Settlement { spent, is_complete: spent.completion >= flight.completion };
         self.local.settle(self.now, subject, flight.grant, settlement);
         self.outcome.spent = self.outcome.spent.saturating_add(spent);
-        let is_calendar = |meter: &Meter| matches!(meter.ideal, Ideal::Calendar);
+        let is_calendar = |meter: &Meter| matches!(meter.ideal, IdealCounter::Calendar);
         if !self.meters.iter().any(is_calendar) {
             return;
         }
         let levels = self.local.levels(self.now);
         for (meter, level) in self.meters.iter_mut().zip(levels).filter(|(meter, _)| is_calendar(meter)) {
-            meter.worst = meter.worst.min(level.level);
+            meter.lowest_level = meter.lowest_level.min(level.level);
         }
     }
 
@@ -358,7 +369,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn denied(&mut self, no_room: &NoRoom) {
+    /// Records a denial.
+    fn record_denial(&mut self, no_room: &NoRoom) {
         self.outcome.rejected += 1;
         self.denied_since.get_or_insert(self.now);
         let NoRoom::Quota(denied) = no_room else { return };
@@ -371,7 +383,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn admitted_again(&mut self) {
+    /// An admission ends the time in which calls were denied.
+    fn end_denials(&mut self) {
         if let Some(since) = self.denied_since.take() {
             self.outcome.exhausted_ms += self.now.ms_since(since);
         }
@@ -382,8 +395,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn finish(mut self) -> Outcome {
-        self.admitted_again();
+    fn finish(mut self) -> ReplayOutcome {
+        self.end_denials();
         let span = self.calls.first().zip(self.calls.last()).map_or(0, |(a, b)| b.at.ms_since(a.at));
         self.outcome.quotas = self.meters.into_iter().map(|meter| meter.outcome(span)).collect();
         self.outcome
@@ -392,17 +405,19 @@ impl<'a> Replay<'a> {
     fn column(&self, at: Timestamp) -> usize {
         let (Some(first), Some(last)) = (self.calls.first(), self.calls.last()) else { return 0 };
         let (since, span) = (at.ms_since(first.at), last.at.ms_since(first.at) + 1);
-        usize::try_from(u128::from(since) * COLUMNS as u128 / u128::from(span)).unwrap_or(0).min(COLUMNS - 1)
+        usize::try_from(u128::from(since) * CHART_COLUMNS as u128 / u128::from(span))
+            .unwrap_or(0)
+            .min(CHART_COLUMNS - 1)
     }
 
-    /// Tokens delivered so long after the first one.
+    /// Tokens delivered `ms` milliseconds after the first token.
     fn tokens_within(&self, ms: u64) -> u64 {
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let more = (ms as f64 / 1_000.0 * self.pace.tokens_per_second + 1e-6) as u64;
         more.saturating_add(1)
     }
 
-    /// How long after its first token an answer of so many is whole.
+    /// Milliseconds from the first to the last of `tokens` tokens.
     fn ms_for(&self, tokens: u64) -> u64 {
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let ms = (tokens.saturating_sub(1) as f64 / self.pace.tokens_per_second * 1_000.0).ceil() as u64;
@@ -411,7 +426,7 @@ impl<'a> Replay<'a> {
 }
 
 impl Meter {
-    /// Calls of a trace have no caller.
+    /// Whether the quota applies to a call. Calls of a trace have no caller.
     fn measures(&self, model: &str) -> bool {
         match &self.quota.scope {
             Scope::Environment => true,
@@ -422,26 +437,26 @@ impl Meter {
 
     fn spend(&mut self, now: Timestamp, amount: u64) {
         self.spent += amount;
-        if let Ideal::Rolling(bucket) = &mut self.ideal {
+        if let IdealCounter::Rolling(bucket) = &mut self.ideal {
             bucket.refill(now);
             bucket.reserve(amount);
             bucket.settle(amount, amount.cast_signed());
-            self.worst = self.worst.min(bucket.level());
+            self.lowest_level = self.lowest_level.min(bucket.level());
         }
     }
 
-    #[allow(clippy::cast_precision_loss)] // shares to show
+    #[allow(clippy::cast_precision_loss)] // fractions for display
     fn outcome(self, span_ms: u64) -> QuotaOutcome {
         let capacity = self.quota.capacity() as f64;
         let periods = span_ms as f64 / self.quota.per.ms as f64;
-        let most = match self.quota.window {
+        let permitted = match self.quota.window {
             Window::Rolling { .. } => capacity + self.quota.limit as f64 * periods,
             Window::Calendar { .. } => capacity * periods.ceil().max(1.0),
         };
         QuotaOutcome {
             denials: self.denials,
-            utilisation: self.spent as f64 / most,
-            overshoot: self.worst.unsigned_abs() as f64 / capacity,
+            utilisation: self.spent as f64 / permitted,
+            overshoot: self.lowest_level.unsigned_abs() as f64 / capacity,
             exhausted_ms: self.exhausted_ms,
             quota: self.quota,
         }

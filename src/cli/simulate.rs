@@ -3,7 +3,7 @@
 use super::load_or_explain;
 use crate::clock::Stopwatch;
 use crate::config::{Config, duration};
-use crate::simulate::{Call, Pace, Report, read_trace};
+use crate::simulate::{Pace, SimulationReport, TraceCall, read_trace};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -47,9 +47,9 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
     let clock = Stopwatch::start();
     let calls = read_trace(file).with_context(|| format!("the trace {path} cannot be read"))?;
     let pace = Pace { first_token: arguments.first_token, tokens_per_second: arguments.tokens_per_second };
-    let reports: Vec<Report> = by_environment(&loaded.config, calls)?
+    let reports: Vec<SimulationReport> = by_environment(&loaded.config, calls)?
         .into_iter()
-        .map(|(index, calls)| Report::of(&loaded.config.environments[index], &calls, pace))
+        .map(|(index, calls)| SimulationReport::of(&loaded.config.environments[index], &calls, pace))
         .collect();
     if arguments.json {
         let all: Map<String, Value> = reports.iter().map(|r| (r.environment.clone(), r.as_json())).collect();
@@ -64,8 +64,8 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
 }
 
 /// The calls of each environment. Calls without an environment go to `default_environment`, or to the only environment.
-fn by_environment(config: &Config, calls: Vec<Call>) -> anyhow::Result<Vec<(usize, Vec<Call>)>> {
-    let mut all: Vec<(usize, Vec<Call>)> =
+fn by_environment(config: &Config, calls: Vec<TraceCall>) -> anyhow::Result<Vec<(usize, Vec<TraceCall>)>> {
+    let mut all: Vec<(usize, Vec<TraceCall>)> =
         (0..config.environments.len()).map(|at| (at, Vec::new())).collect();
     let only = (config.environments.len() == 1).then_some(0);
     for call in calls {

@@ -1,41 +1,42 @@
-//! What a replay has shown, in words, as JSON, and as a picture.
+//! Reports of replays: text, JSON and a chart.
 
-use super::{Call, Mode, Outcome, Pace, counts_tokens, replay};
+use super::{Mode, Pace, ReplayOutcome, TraceCall, counts_tokens, replay};
 use crate::config::Environment;
 use serde_json::{Value, json};
 use std::thread;
 
-/// An environment's outcome as configured, and what other ways of reserving would have done.
+/// The results of one environment: with its own settings, and in the other modes.
 #[derive(Clone, Debug)]
-pub struct Report {
-    /// The environment's name.
+pub struct SimulationReport {
+    /// Name of the environment.
     pub environment: String,
-    /// As configured.
-    pub configured: Outcome,
-    /// The others, the oracle last.
-    pub others: Vec<(Mode, Outcome)>,
+    /// The result with the settings of the environment.
+    pub configured: ReplayOutcome,
+    /// The results of the other modes, the oracle last.
+    pub others: Vec<(Mode, ReplayOutcome)>,
 }
 
-impl Report {
-    /// Replays the calls in every mode, side by side.
-    pub fn of(environment: &Environment, calls: &[Call], pace: Pace) -> Self {
+impl SimulationReport {
+    /// Replays the calls in all modes, each on its own thread.
+    pub fn of(environment: &Environment, calls: &[TraceCall], pace: Pace) -> Self {
         let (configured, others) = thread::scope(|scope| {
             let run = |mode| scope.spawn(move || replay(environment, calls, pace, mode));
             let configured = run(Mode::Configured);
             let others = Mode::OTHERS.map(|mode| (mode, run(mode)));
-            // A replay only panics on a slip of this program's own; there is nothing to add to it.
-            let done = |handle: thread::ScopedJoinHandle<'_, Outcome>| handle.join().unwrap_or_default();
+            // A replay panics only on a bug. The panic message is already printed.
+            let done =
+                |handle: thread::ScopedJoinHandle<'_, ReplayOutcome>| handle.join().unwrap_or_default();
             (done(configured), others.map(|(mode, handle)| (mode, done(handle))))
         });
         Self { environment: environment.name.clone(), configured, others: others.into() }
     }
 
-    /// What an oracle admits.
-    pub fn oracle(&self) -> Option<&Outcome> {
+    /// The result of the oracle.
+    pub fn oracle(&self) -> Option<&ReplayOutcome> {
         self.others.iter().find(|(mode, _)| *mode == Mode::Oracle).map(|(_, outcome)| outcome)
     }
 
-    /// For machines: shares as fractions, times in seconds.
+    /// The report as JSON: shares as fractions, times in seconds.
     pub fn as_json(&self) -> Value {
         let mut all = outcome_json(&self.configured);
         all["oracle_admitted"] = json!(self.oracle().map(|o| o.admitted));
@@ -62,9 +63,9 @@ impl Report {
         all
     }
 
-    /// For people.
+    /// The report as text.
     pub fn in_words(&self) -> String {
-        let Outcome { admitted, rejected, .. } = self.configured;
+        let ReplayOutcome { admitted, rejected, .. } = self.configured;
         let mut words = format!("environment {}: {} calls\n\n", self.environment, admitted + rejected);
         if admitted + rejected == 0 {
             return words;
@@ -72,7 +73,7 @@ impl Report {
         words += &chart(&self.configured);
         words += &format!(
             "\n{:<20} {:>9} {:>9} {:>12} {:>11} {:>10} {:>12}\n",
-            "reserved", "admitted", "rejected", "utilisation", "overshoot", "exhausted", "of oracle's"
+            "mode", "admitted", "rejected", "utilisation", "overshoot", "exhausted", "% of oracle"
         );
         let oracle = self.oracle().map_or(0, |o| o.admitted);
         words += &line("as configured", &self.configured, oracle);
@@ -100,7 +101,7 @@ impl Report {
     }
 }
 
-fn line(name: &str, outcome: &Outcome, oracle: u64) -> String {
+fn line(name: &str, outcome: &ReplayOutcome, oracle: u64) -> String {
     format!(
         "{name:<20} {:>9} {:>9} {:>12} {:>11} {:>8.0} s {:>12}\n",
         outcome.admitted,
@@ -112,7 +113,7 @@ fn line(name: &str, outcome: &Outcome, oracle: u64) -> String {
     )
 }
 
-fn outcome_json(outcome: &Outcome) -> Value {
+fn outcome_json(outcome: &ReplayOutcome) -> Value {
     json!({
         "admitted": outcome.admitted,
         "rejected": outcome.rejected,
@@ -125,10 +126,11 @@ fn outcome_json(outcome: &Outcome) -> Value {
     })
 }
 
+/// Bars by height.
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
-/// Tokens offered and admitted over the trace's time, one bar for each part of it.
-pub fn chart(outcome: &Outcome) -> String {
+/// A chart of offered, admitted and denied tokens: one bar for each part of the trace's duration.
+fn chart(outcome: &ReplayOutcome) -> String {
     let most = outcome.offered_by_time.iter().copied().max().unwrap_or(0).max(1);
     let bar = |&tokens: &u64| match usize::try_from(tokens * BARS.len() as u64 / most) {
         _ if tokens == 0 => ' ',
@@ -137,10 +139,10 @@ pub fn chart(outcome: &Outcome) -> String {
     };
     let bars = |by_time: &[u64]| by_time.iter().map(bar).collect::<String>();
     let pairs = || outcome.offered_by_time.iter().zip(&outcome.admitted_by_time);
-    let refused: Vec<u64> = pairs().map(|(offered, admitted)| offered - admitted.min(offered)).collect();
+    let denied: Vec<u64> = pairs().map(|(offered, admitted)| offered - admitted.min(offered)).collect();
     let mut chart = format!("  tokens offered   {}\n", bars(&outcome.offered_by_time));
     chart += &format!("  admitted         {}\n", bars(&outcome.admitted_by_time));
-    chart += &format!("  refused          {}\n", bars(&refused));
+    chart += &format!("  denied           {}\n", bars(&denied));
     if let Some(tightest) =
         outcome.quotas.iter().filter(|q| counts_tokens(&q.quota)).max_by_key(|q| q.denials)
         && tightest.denials > 0
@@ -164,7 +166,7 @@ fn rounded(share: f64) -> f64 {
     (share * 1e6).round() / 1e6
 }
 
-#[allow(clippy::cast_precision_loss)] // seconds to show
+#[allow(clippy::cast_precision_loss)] // seconds for display
 fn seconds(ms: u64) -> f64 {
     ms as f64 / 1_000.0
 }

@@ -11,8 +11,8 @@ fn environment(settings: &str) -> Environment {
     (*loaded.config.environments[0]).clone()
 }
 
-fn call(second: u64, prompt: u64, completion: u64) -> Call {
-    Call {
+fn call(second: u64, prompt: u64, completion: u64) -> TraceCall {
+    TraceCall {
         at: Timestamp(1_700_000_000_000).plus_ms(second * 1_000),
         prompt,
         completion,
@@ -25,9 +25,9 @@ fn call(second: u64, prompt: u64, completion: u64) -> Call {
 const TIGHT: &str = "quotas: { total_tokens: { limit: 1000, per: minute } }";
 
 #[test]
-fn a_trace_that_fits_is_admitted_whole() {
+fn a_trace_within_the_quota_is_admitted_completely() {
     let environment = environment(TIGHT);
-    let calls: Vec<Call> = (0..60).map(|s| call(s, 5, 5)).collect();
+    let calls: Vec<TraceCall> = (0..60).map(|s| call(s, 5, 5)).collect();
     let outcome = replay(&environment, &calls, Pace::default(), Mode::Oracle);
     assert_eq!((outcome.admitted, outcome.rejected, outcome.exhausted_ms), (60, 0, 0));
     assert_eq!((outcome.spent.total, outcome.overshoot()), (600, 0.0));
@@ -36,10 +36,10 @@ fn a_trace_that_fits_is_admitted_whole() {
 }
 
 #[test]
-fn charging_afterwards_overshoots_and_reserving_does_not() {
+fn only_charging_afterwards_overshoots() {
     let environment = environment(TIGHT);
     // A burst: a hundred calls of 100 tokens within a second.
-    let calls: Vec<Call> = (0..100).map(|_| call(0, 50, 50)).collect();
+    let calls: Vec<TraceCall> = (0..100).map(|_| call(0, 50, 50)).collect();
     let afterwards = replay(&environment, &calls, Pace::default(), Mode::Afterwards);
     assert_eq!(afterwards.admitted, 100);
     assert!(afterwards.overshoot() > 8.0, "{}", afterwards.overshoot());
@@ -52,11 +52,11 @@ fn charging_afterwards_overshoots_and_reserving_does_not() {
 }
 
 #[test]
-fn absurd_input_ends_in_a_moment() {
+fn extreme_input_terminates() {
     let quotas = "quotas: { total_tokens: [{ limit: 1000G, per: minute, burst: 1000000G }, { limit: 1000000G, per: month }] }";
     let environment = environment(quotas);
     let most = crate::quota::MAX_AMOUNT;
-    let calls: Vec<Call> = (0..100).map(|second| call(second, most, most)).collect();
+    let calls: Vec<TraceCall> = (0..100).map(|second| call(second, most, most)).collect();
     for tokens_per_second in [0.1, 1e-9, f64::MIN_POSITIVE, 1e18, f64::MAX] {
         for first_token in [Duration::ZERO, Duration::from_secs(1 << 40), Duration::MAX] {
             let pace = Pace { first_token, tokens_per_second };
@@ -70,16 +70,16 @@ fn absurd_input_ends_in_a_moment() {
 }
 
 #[test]
-fn exhausted_is_the_time_from_a_denial_to_the_next_admission() {
+fn exhausted_time_lasts_from_a_denial_to_the_next_admission() {
     let environment = environment("quotas: { requests: { limit: 1, per: minute } }");
-    let calls: Vec<Call> = [0, 10, 20, 61].map(|s| call(s, 1, 1)).into();
+    let calls: Vec<TraceCall> = [0, 10, 20, 61].map(|s| call(s, 1, 1)).into();
     let outcome = replay(&environment, &calls, Pace::default(), Mode::Configured);
     assert_eq!((outcome.admitted, outcome.rejected, outcome.exhausted_ms), (2, 2, 51_000));
     assert_eq!((outcome.quotas[0].denials, outcome.quotas[0].exhausted_ms), (2, 51_000));
 }
 
 #[test]
-fn a_clamped_answer_is_as_short_as_it_was_bounded() {
+fn a_clamped_answer_ends_at_its_clamped_cap() {
     let environment =
         environment(&format!("{TIGHT}, reserve: {{ completion: max_tokens, when_short: clamp }}"));
     let outcome = replay(&environment, &[call(0, 100, 4_000)], Pace::default(), Mode::Configured);
@@ -87,7 +87,7 @@ fn a_clamped_answer_is_as_short_as_it_was_bounded() {
 }
 
 #[test]
-fn a_cut_answer_ends_where_nothing_more_could_be_reserved() {
+fn a_cut_answer_ends_when_its_reservation_cannot_be_extended() {
     let environment = environment(&format!("{TIGHT}, reserve: {{ completion: 10, on_overrun: cut }}"));
     let fast = Pace { tokens_per_second: 500.0, ..Pace::default() };
     let outcome = replay(&environment, &[call(0, 100, 40_000)], fast, Mode::Configured);
@@ -96,8 +96,9 @@ fn a_cut_answer_ends_where_nothing_more_could_be_reserved() {
 }
 
 #[test]
-fn the_report_has_the_contracts_fields() {
-    let report = Report::of(&environment(TIGHT), &[call(0, 10, 10), call(1, 2_000, 10)], Pace::default());
+fn the_json_report_has_its_documented_fields() {
+    let report =
+        SimulationReport::of(&environment(TIGHT), &[call(0, 10, 10), call(1, 2_000, 10)], Pace::default());
     let json = report.as_json();
     for field in ["admitted", "rejected", "utilisation", "overshoot", "exhausted_seconds", "oracle_admitted"]
     {
@@ -108,13 +109,13 @@ fn the_report_has_the_contracts_fields() {
     assert!(words.contains("oracle") && words.contains('█'), "{words}");
 }
 
-fn azure() -> Option<Vec<Call>> {
+fn azure() -> Option<Vec<TraceCall>> {
     let data = std::env::var_os("TOLLGATE_DATA").map_or_else(|| PathBuf::from("../shared"), PathBuf::from);
     let path = data.join("traces/azure-llm-2023-conv.csv");
     match std::fs::File::open(&path) {
         Ok(file) => Some(read_trace(BufReader::new(file)).unwrap()),
         Err(error) => {
-            eprintln!("*** left out: the trace {} is not there ({error}) ***", path.display());
+            eprintln!("*** skipped: the trace {} cannot be opened ({error}) ***", path.display());
             None
         }
     }
@@ -122,9 +123,9 @@ fn azure() -> Option<Vec<Call>> {
 
 const SLOW: Pace = Pace { first_token: Duration::from_millis(400), tokens_per_second: 3.0 };
 
-/// At 30, 60 and 90 % of the tokens that a trace offers: the share admitted of what an oracle admits has to
-/// be so much at least, and hardly anything beyond the quota may be spent.
-fn comes_close(what: &str, calls: &[Call], least: [f64; 3]) {
+/// Checks the adaptive mode with quotas of 30, 60 and 90 % of the offered tokens: it admits at least the fraction
+/// `least` of the calls that an oracle admits, and overshoots by at most 0.5 %.
+fn assert_close_to_oracle(what: &str, calls: &[TraceCall], least: [f64; 3]) {
     let offered: u64 = calls.iter().map(|c| c.prompt + c.completion).sum();
     for (percent, least) in [30, 60, 90].into_iter().zip(least) {
         let limit = offered / 60 * percent / 100;
@@ -137,7 +138,7 @@ fn comes_close(what: &str, calls: &[Call], least: [f64; 3]) {
             let share = adaptive.admitted as f64 / oracle.admitted as f64;
             let (overshoot, rate) = (adaptive.overshoot(), pace.tokens_per_second);
             println!(
-                "{what}, {percent} %, {rate} tokens/s: admits {share:.4} of the oracle's, overshoots by {overshoot:.4}"
+                "{what}, {percent} %, {rate} tokens/s: admits {share:.4} of the oracle's calls, overshoots by {overshoot:.4}"
             );
             assert!(share >= least && overshoot <= 0.005, "{what}, {percent} %, {rate}: {share} {overshoot}");
             assert!(oracle.overshoot() <= 0.0);
@@ -145,17 +146,16 @@ fn comes_close(what: &str, calls: &[Call], least: [f64; 3]) {
     }
 }
 
-/// The figures that the engine promises on a public trace: an hour of conversations with an Azure
-/// service.
+/// The documented figures for a public trace: an hour of conversations with an Azure service.
 #[test]
 fn adaptive_comes_close_to_an_oracle_on_real_traffic() {
     if let Some(calls) = azure() {
-        comes_close("azure", &calls, [0.93, 0.97, 0.99]);
+        assert_close_to_oracle("azure", &calls, [0.93, 0.97, 0.99]);
     }
 }
 
-/// An hour of bursts, 60 calls within four seconds now and then; lengths as skewed as real ones.
-fn bursts(completion: impl Fn(u64, f64) -> f64) -> Vec<Call> {
+/// An hour of bursts: 60 calls within four seconds, every 15 seconds. Lengths are distributed like real ones.
+fn bursts(completion: impl Fn(u64, f64) -> f64) -> Vec<TraceCall> {
     let mut state = 7_u64;
     let mut dice = move || {
         state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
@@ -178,11 +178,11 @@ fn bursts(completion: impl Fn(u64, f64) -> f64) -> Vec<Call> {
 
 #[test]
 fn adaptive_comes_close_to_an_oracle_in_bursts() {
-    comes_close("bursts", &bursts(|_, skewed| 150.0 * skewed), [0.95, 0.97, 0.98]);
+    assert_close_to_oracle("bursts", &bursts(|_, skewed| 150.0 * skewed), [0.95, 0.97, 0.98]);
 }
 
 #[test]
-fn answers_that_are_long_and_short_by_turns_overshoot_nothing() {
-    let by_turns = |second, skewed| if second / 300 % 2 == 0 { 15.0 * skewed } else { 600.0 * skewed };
-    comes_close("by turns", &bursts(by_turns), [0.85, 0.93, 0.96]);
+fn adaptive_comes_close_to_an_oracle_if_answer_lengths_alternate() {
+    let alternating = |second, skewed| if second / 300 % 2 == 0 { 15.0 * skewed } else { 600.0 * skewed };
+    assert_close_to_oracle("alternating", &bursts(alternating), [0.85, 0.93, 0.96]);
 }

@@ -1,4 +1,4 @@
-//! Traces: CSV with a header line.
+//! Reads traces: CSV with a header line.
 
 use crate::clock::Timestamp;
 use crate::quota::MAX_AMOUNT;
@@ -9,27 +9,27 @@ use std::io::Read;
 
 /// One call of a trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Call {
-    /// When it came.
+pub struct TraceCall {
+    /// Arrival time.
     pub at: Timestamp,
-    /// Tokens it asked the model to read.
+    /// Prompt tokens.
     pub prompt: u64,
-    /// Tokens the model generated.
+    /// Completion tokens.
     pub completion: u64,
-    /// Its environment, if the trace says.
+    /// The environment, if the trace has the column.
     pub environment: Option<String>,
-    /// Its own bound on the completion, if the trace says.
+    /// The cap of the request on its completion, if the trace has the column.
     pub max_tokens: Option<u64>,
-    /// Its model, empty if the trace does not say.
+    /// The model; empty if the trace does not have the column.
     pub model: String,
 }
 
-/// What is wrong with a trace.
+/// An error in a trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceFault {
-    /// Counted from 1.
+    /// Line number, from 1.
     pub line: u64,
-    /// What is wrong there.
+    /// Description of the error.
     pub message: String,
 }
 
@@ -41,12 +41,12 @@ impl fmt::Display for TraceFault {
 
 impl std::error::Error for TraceFault {}
 
-/// Names of the columns; the second is the one of the traces that Azure published in 2023.
+/// Names of the columns. The second one is used in the traces that Azure published in 2023.
 const TIMESTAMP: &[&str] = &["timestamp"];
 const PROMPT: &[&str] = &["prompt_tokens", "contexttokens"];
 const COMPLETION: &[&str] = &["completion_tokens", "generatedtokens"];
 
-struct Columns {
+struct TraceColumns {
     timestamp: usize,
     prompt: usize,
     completion: usize,
@@ -55,17 +55,17 @@ struct Columns {
     model: Option<usize>,
 }
 
-/// Reads a trace; its calls come back in the order of time.
+/// Reads a trace. Returns its calls sorted by time.
 ///
 /// # Errors
-/// A column is missing, or the first value that cannot be read.
-pub fn read_trace(input: impl Read) -> Result<Vec<Call>, TraceFault> {
+/// A column is missing, or a value cannot be read. Reports the first such value.
+pub fn read_trace(input: impl Read) -> Result<Vec<TraceCall>, TraceFault> {
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(input);
     let fault = |e: &csv::Error| TraceFault {
         line: e.position().map_or(1, csv::Position::line),
         message: e.to_string(),
     };
-    let columns = Columns::of(reader.headers().map_err(|e| fault(&e))?)?;
+    let columns = TraceColumns::of(reader.headers().map_err(|e| fault(&e))?)?;
     let mut calls = Vec::new();
     let mut record = csv::StringRecord::new();
     while reader.read_record(&mut record).map_err(|e| fault(&e))? {
@@ -76,7 +76,7 @@ pub fn read_trace(input: impl Read) -> Result<Vec<Call>, TraceFault> {
     Ok(calls)
 }
 
-impl Columns {
+impl TraceColumns {
     fn of(header: &csv::StringRecord) -> Result<Self, TraceFault> {
         let find = |names: &[&str]| {
             header.iter().position(|column| {
@@ -103,15 +103,15 @@ impl Columns {
         })
     }
 
-    fn call(&self, record: &csv::StringRecord) -> Result<Call, String> {
+    fn call(&self, record: &csv::StringRecord) -> Result<TraceCall, String> {
         let text = |column: usize| record.get(column).unwrap_or_default();
         let some = |column: Option<usize>| column.map(text).filter(|value| !value.is_empty());
         let amount = |name: &str, value: &str| {
             let whole = value.parse::<u64>().ok().filter(|n| *n <= MAX_AMOUNT);
-            whole.ok_or_else(|| format!("{name} is \"{value}\", which is no whole number up to 2^40"))
+            whole.ok_or_else(|| format!("{name} is \"{value}\", which is not a whole number up to 2^40"))
         };
         let at = text(self.timestamp);
-        Ok(Call {
+        Ok(TraceCall {
             at: timestamp(at).ok_or_else(|| {
                 format!("timestamp is \"{at}\", which is neither an ISO date and time nor seconds")
             })?,
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_told_with_its_line() {
+    fn an_unreadable_value_is_reported_with_its_line() {
         for (text, line, what) in [
             ("timestamp,prompt_tokens\n", 1, "completion_tokens"),
             ("", 1, "timestamp"),
