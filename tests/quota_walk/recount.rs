@@ -1,0 +1,196 @@
+//! The oracle: an independent count of each quota.
+
+use crate::random::{DAY, Random};
+use jiff::tz::TimeZone;
+use std::collections::HashMap;
+use tollgate::glob::Glob;
+use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, QuotaLevel, Scope, Subject, Window};
+
+const CALLERS: u64 = 3;
+
+fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
+    Quota { scope, kind, limit, per: Period { text: format!("{ms}ms"), ms }, window }
+}
+
+/// The quotas of both walks.
+pub(crate) fn quotas() -> Vec<Quota> {
+    let rolling = |burst| Window::Rolling { burst };
+    let calendar = |unit, zone: &str| Window::Calendar { unit, zone: TimeZone::get(zone).unwrap() };
+    let day = calendar(ClockUnit::Day, "Europe/Berlin");
+    let month = calendar(ClockUnit::Month, "America/New_York");
+    let caller = |n: usize| Scope::Caller(n, format!("caller-{n}"));
+    let model = |pattern: &str| Scope::Model(Glob::new(pattern));
+    vec![
+        quota(Scope::Environment, Kind::TotalTokens, 60_000, 60_000, rolling(4_000)),
+        quota(Scope::Environment, Kind::PromptTokens, 700, 1_000, rolling(900)),
+        quota(Scope::Environment, Kind::CompletionTokens, 100_000, 3_600_000, rolling(100_000)),
+        quota(Scope::Environment, Kind::Requests, 97, 60_000, rolling(50)),
+        quota(Scope::Environment, Kind::TotalTokens, 900_000, DAY.cast_unsigned(), day),
+        quota(caller(0), Kind::TotalTokens, 30_000, 60_000, rolling(2_000)),
+        quota(caller(1), Kind::Requests, 7, 1_000, rolling(7)),
+        quota(model("m-*"), Kind::CompletionTokens, 50_000, 60_000, rolling(3_000)),
+        quota(model("m-1"), Kind::TotalTokens, 2_000_000, 30 * DAY.cast_unsigned(), month),
+    ]
+}
+
+/// An independent count of one quota. It sums the held amounts from a list each time.
+pub(crate) struct Recount {
+    pub(crate) quota: Quota,
+    /// Spent and not yet refilled. Of a rolling quota in units of 1/`period_ms` token.
+    pub(crate) spent: i128,
+    /// Time of the last `advance`.
+    at: i64,
+    /// Of a calendar quota: number of the current period.
+    period: u64,
+    /// Of a calendar quota: start and end of the current period.
+    bounds: (i64, i64),
+    /// Reservations in flight by number.
+    pub(crate) open: HashMap<u64, HeldAmount>,
+}
+
+/// Names of the models in the walks.
+pub(crate) const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
+
+/// The caller and the model of a request, by index.
+#[derive(Clone, Copy)]
+pub(crate) struct Origin {
+    pub(crate) caller: u64,
+    /// Index into `MODELS`.
+    pub(crate) model: usize,
+}
+
+impl Origin {
+    pub(crate) fn random(random: &mut Random) -> Self {
+        let model = |random: &mut Random| usize::try_from(random.below(MODELS.len() as u64)).unwrap();
+        Self { caller: random.below(CALLERS), model: model(random) }
+    }
+
+    pub(crate) fn subject(self) -> Subject<'static> {
+        Subject { caller: usize::try_from(self.caller).ok(), model: MODELS[self.model] }
+    }
+}
+
+/// Start and end of the day or month that contains `now`.
+fn bounds_of(quota: &Quota, now: i64) -> (i64, i64) {
+    let Window::Calendar { unit, zone } = &quota.window else { return (0, 0) };
+    let day = jiff::Timestamp::from_millisecond(now)
+        .unwrap()
+        .to_zoned_datetime(zone.clone())
+        .start_of_day()
+        .unwrap();
+    let (start, span) = match unit {
+        ClockUnit::Day => (day, jiff::Span::new().days(1)),
+        ClockUnit::Month => (day.first_of_month().unwrap(), jiff::Span::new().months(1)),
+        _ => panic!("{unit:?}"),
+    };
+    let end = start.checked_add(span).unwrap();
+    (start.timestamp().as_millisecond(), end.timestamp().as_millisecond())
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct HeldAmount {
+    reserved: i128,
+    marked_spent: i128,
+    period: u64,
+}
+
+impl Recount {
+    pub(crate) fn new(quota: Quota, now: i64) -> Self {
+        let bounds = bounds_of(&quota, now);
+        Self { quota, spent: 0, at: now, period: 0, bounds, open: HashMap::new() }
+    }
+
+    fn is_rolling(&self) -> bool {
+        matches!(self.quota.window, Window::Rolling { .. })
+    }
+
+    pub(crate) fn scale(&self) -> i128 {
+        if self.is_rolling() { i128::from(self.quota.per.ms) } else { 1 }
+    }
+
+    pub(crate) fn held(&self) -> i128 {
+        let now = self.open.values().filter(|hold| self.is_rolling() || hold.period == self.period);
+        now.map(|hold| hold.reserved - hold.marked_spent).sum()
+    }
+
+    /// The available amount in units of 1/`scale`.
+    pub(crate) fn left(&self) -> i128 {
+        (i128::from(self.quota.capacity()) - self.held()) * self.scale() - self.spent
+    }
+
+    pub(crate) fn advance(&mut self, now: i64) {
+        if self.is_rolling() {
+            let back = i128::from(self.quota.limit) * i128::from((now - self.at).max(0));
+            self.spent = (self.spent - back).max(0).min(self.spent);
+        } else if !(self.bounds.0..self.bounds.1).contains(&now) {
+            let before = std::mem::replace(&mut self.bounds, bounds_of(&self.quota, now));
+            if self.bounds.0 > before.0 {
+                self.period += 1;
+                self.spent = 0;
+            }
+        }
+        self.at = now;
+    }
+
+    pub(crate) fn applies_to(&self, Origin { caller, model }: Origin) -> bool {
+        match &self.quota.scope {
+            Scope::Caller(index, _) => *index as u64 == caller,
+            Scope::Model(pattern) => {
+                pattern.as_str() == MODELS[model] || model < 2 && pattern.as_str() == "m-*"
+            }
+            Scope::Environment => true,
+        }
+    }
+
+    pub(crate) fn hold(&mut self, id: u64, amounts: Amounts) {
+        let reserved = i128::from(amounts.of(self.quota.kind));
+        self.open.insert(id, HeldAmount { reserved, marked_spent: 0, period: self.period });
+    }
+
+    pub(crate) fn fits(&self, amount: i128) -> bool {
+        amount <= i128::from(self.quota.capacity()) && self.left() >= amount.max(1) * self.scale()
+    }
+
+    pub(crate) fn settle(&mut self, id: u64, spent: i128) {
+        let Some(hold) = self.open.remove(&id) else { return };
+        if self.is_rolling() {
+            // A refund never exceeds the spent amount.
+            self.spent = (self.spent + (spent - hold.marked_spent) * self.scale()).max(0);
+        } else if hold.period == self.period {
+            self.spent = (self.spent + spent - hold.marked_spent).max(0);
+        } else {
+            self.spent += (spent - hold.reserved).max(0);
+        }
+    }
+
+    pub(crate) fn progress(&mut self, id: u64, spent: i128) {
+        let (period, scale, rolling) = (self.period, self.scale(), self.is_rolling());
+        let Some(hold) = self.open.get_mut(&id) else { return };
+        let more = (spent.min(hold.reserved) - hold.marked_spent).max(0);
+        hold.marked_spent += more;
+        if rolling || hold.period == period {
+            self.spent += more * scale;
+        }
+    }
+
+    /// A crash of the process: held amounts count as spent, and are never settled.
+    pub(crate) fn restart(&mut self) {
+        self.spent += self.held() * self.scale();
+        self.open.clear();
+        self.period = 0;
+    }
+}
+
+/// Checks the levels of the engine against the recounts.
+pub(crate) fn compare(levels: &[QuotaLevel], recounts: &mut [Recount], now: i64) {
+    assert_eq!(levels.len(), recounts.len());
+    for (shown, r) in levels.iter().zip(recounts) {
+        r.advance(now);
+        let what = &r.quota;
+        assert_eq!(shown.quota, *what);
+        assert_eq!(i128::from(shown.held), r.held(), "held of {what:?}");
+        assert_eq!(i128::from(shown.level), r.left().div_euclid(r.scale()), "level of {what:?}");
+        assert!(r.spent >= 0, "spent of {what:?}");
+        assert!(shown.level.saturating_add_unsigned(shown.held) <= what.capacity() as i64);
+    }
+}
