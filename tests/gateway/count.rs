@@ -1,4 +1,4 @@
-//! `tollgate count`, and prompts that are hard on whoever counts them.
+//! `tollgate count`, and prompts that are expensive or impossible to count exactly.
 
 use crate::support::*;
 use serde_json::{Value, json};
@@ -31,7 +31,7 @@ fn count_prints_the_estimate_and_its_parts() {
 }
 
 #[test]
-fn count_tells_the_api_by_a_bodys_shape() {
+fn count_detects_the_api_from_the_fields_of_a_body() {
     for (body, api) in [
         (HELLO, "chat"),
         (r#"{"model":"gpt-4o","prompt":"a"}"#, "completions"),
@@ -50,9 +50,9 @@ fn count_tells_the_api_by_a_bodys_shape() {
     }
 }
 
-/// What the gateway has learned is in its store; `count` may look while it runs.
+/// `count` reads the calibrations from the store, also while a gateway uses the store.
 #[tokio::test(flavor = "multi_thread")]
-async fn count_shows_what_the_gateway_has_learned() {
+async fn count_shows_the_calibrations_of_the_gateway() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(HELLO_TOKENS + 40, 2)).await;
     let file = folder.path().join("t.yaml");
@@ -70,7 +70,7 @@ async fn count_shows_what_the_gateway_has_learned() {
     for _ in 0..5 {
         assert_eq!(gateway.chat(HELLO).await.status, 200);
     }
-    soon("what was learned to be kept", async {
+    soon("the calibration to be stored", async {
         while !explain().contains("corrected      48 for upstream backend, from its last") {
             gateway.chat(HELLO).await;
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -92,7 +92,7 @@ fn read(api: Api, json: &str) -> Result<PromptEstimate, BodyFault> {
         let model = Models::default().named(body.model.as_deref().unwrap_or("gpt-4o"));
         body.prompt.estimate(&model)
     });
-    // Without optimisation, on a machine that does other things too.
+    // The bound allows for a debug build on a busy machine.
     assert!(started.elapsed() < Duration::from_secs(20), "{api:?}: {json:.80}");
     estimate
 }
@@ -104,8 +104,8 @@ fn user(content: &Value) -> String {
 #[test]
 fn broken_images_and_files_are_counted_by_default_sizes() {
     let image = |url: &str| user(&json!([{"type": "image_url", "image_url": {"url": url}}]));
-    let of_unknown = read(Api::Chat, &image("https://example.com/a.png")).unwrap().of(PromptPart::Images);
-    assert_eq!(of_unknown, 765, "1,024 by 1,024 pixels");
+    let default_size = read(Api::Chat, &image("https://example.com/a.png")).unwrap().of(PromptPart::Images);
+    assert_eq!(default_size, 765, "1,024 by 1,024 pixels");
     for url in [
         "data:image/png;base64,!!!!",
         "data:image/png;base64,",
@@ -114,9 +114,9 @@ fn broken_images_and_files_are_counted_by_default_sizes() {
         "",
         "data:image/png;base64,iVBORw0KGgo",
     ] {
-        assert_eq!(read(Api::Chat, &image(url)).unwrap().of(PromptPart::Images), of_unknown, "{url}");
+        assert_eq!(read(Api::Chat, &image(url)).unwrap().of(PromptPart::Images), default_size, "{url}");
     }
-    // A header that lies about its size costs what such an image would, and no more than any can.
+    // The header claims an enormous size. The image counts as the largest image that the API accepts.
     let huge = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUv////////8IAgAAAA==";
     assert!((85..=10_000).contains(&read(Api::Chat, &image(huge)).unwrap().of(PromptPart::Images)));
     for data in ["data:application/pdf;base64,JVBERi0=", "data:application/pdf;base64,%%%", "JVBERi0xLjQK"] {
@@ -129,7 +129,7 @@ fn broken_images_and_files_are_counted_by_default_sizes() {
 }
 
 #[test]
-fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
+fn cyclic_and_exploding_schemas_are_counted_in_bounded_time() {
     let with = |schema: &Value| {
         json!({"model": "gpt-4o", "messages": [{"role": "user", "content": "a"}],
             "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
@@ -139,7 +139,7 @@ fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
     let cyclic = json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/t"}},
         "$defs": {"t": {"type": "object", "properties": {"b": {"$ref": "#/$defs/t"}, "c": {"$ref": "#/$defs/u"}}}, "u": {"$ref": "#/$defs/u"}}});
     assert!((20..400).contains(&read(Api::Chat, &with(&cyclic)).unwrap().tokens()));
-    // Each level refers to the next one many times.
+    // Each of 60 levels refers 200 times to the next one.
     let many: serde_json::Map<String, Value> = (0..60)
         .map(|n| {
             (format!("t{n}"), json!({"anyOf": vec![json!({"$ref": format!("#/$defs/t{}", n + 1)}); 200]}))
@@ -148,7 +148,7 @@ fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
     let exploding = json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/t0"}}, "$defs": many});
     let body = with(&exploding);
     assert!(read(Api::Chat, &body).unwrap().tokens() < 5 * body.len() as u64);
-    // One large definition that is named in every way again and again.
+    // One large definition, repeated by `required`, by lists of types and by references.
     let large: serde_json::Map<String, Value> =
         (0..400).map(|n| (format!("p{n}"), json!({"type": "string"}))).collect();
     let names: Vec<String> = (0..400).map(|n| format!("p{n}")).collect();
@@ -170,9 +170,9 @@ fn schemas_that_refer_to_themselves_or_never_end_are_counted_in_bounded_time() {
     assert!(refused.to_string().contains("128"), "{refused}");
 }
 
-/// A small file can be made of an enormous one; many of them too.
+/// A small PDF can decompress to an enormous text, and a request can carry many of these files.
 #[test]
-fn what_is_inflated_of_files_is_bounded_for_each_request() {
+fn the_text_decompressed_from_files_is_bounded_per_request() {
     use base64::Engine as _;
     use std::io::Write as _;
     let mut deflated = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
@@ -186,11 +186,11 @@ fn what_is_inflated_of_files_is_bounded_for_each_request() {
     };
     let (one, many) = (tokens(1), tokens(500));
     assert!(one > (1 << 20) / 5, "{one}");
-    assert!(many < 500 * 2_000 + 9 * one, "{many}, of one {one}");
+    assert!(many < 500 * 2_000 + 9 * one, "{many} for 500 files, {one} for one");
 }
 
 #[test]
-fn any_number_of_messages_and_any_type_in_place_of_text_is_counted_or_refused() {
+fn any_number_of_messages_and_fields_of_any_type_are_counted_or_refused() {
     let many = json!({"model": "gpt-4o", "messages": vec![json!({"role": "user", "content": "a"}); 100_000]});
     assert_eq!(read(Api::Chat, &many.to_string()).unwrap().tokens(), 3 + 5 * 100_000);
     let many = json!({"model": "text-embedding-3-small", "input": vec!["a"; 300_000]});
@@ -250,7 +250,7 @@ fn any_number_of_messages_and_any_type_in_place_of_text_is_counted_or_refused() 
 }
 
 #[test]
-fn half_a_surrogate_pair_is_no_text() {
+fn half_a_surrogate_pair_is_invalid() {
     for half in [r"\ud800", r"\udfff", r"\ud800\u0041"] {
         let refused = read(Api::Chat, &user(&json!("X")).replace('X', half)).unwrap_err();
         assert!(matches!(refused, BodyFault::Invalid(_)), "{refused}");

@@ -1,11 +1,11 @@
-//! The prompt estimate, against the published tokenizer and counts that an API has reported.
+//! The prompt estimate: exact counts, corrections from reported usage, and the models of the config.
 
 use crate::support::*;
 use serde_json::{Value, json};
 use std::path::Path;
 
 #[tokio::test]
-async fn plain_chats_are_counted_as_the_published_tokenizer_counts_them() {
+async fn plain_chats_are_counted_like_the_published_tokenizer() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 999, per: minute } }").await;
     for (model, oracle) in
@@ -17,12 +17,12 @@ async fn plain_chats_are_counted_as_the_published_tokenizer_counts_them() {
             &["", "a\n\n  b\t{}"],
         ] {
             let messages: Vec<Value> = texts.iter().map(|t| json!({"role": "user", "content": t})).collect();
-            let of_texts: usize = texts.iter().map(|t| 4 + oracle.encode_ordinary(t).len()).sum();
+            let text_tokens: usize = texts.iter().map(|t| 4 + oracle.encode_ordinary(t).len()).sum();
             let reply = gateway.chat(&json!({"model": model, "messages": messages}).to_string()).await;
-            let want = (3 + of_texts).to_string();
+            let expected = (3 + text_tokens).to_string();
             assert_eq!(
                 reply.header("x-tollgate-estimated-prompt-tokens"),
-                Some(want.as_str()),
+                Some(expected.as_str()),
                 "{model} {texts:?}"
             );
         }
@@ -30,10 +30,10 @@ async fn plain_chats_are_counted_as_the_published_tokenizer_counts_them() {
 }
 
 #[tokio::test]
-async fn completions_and_embeddings_take_texts_and_tokens() {
+async fn completions_and_embeddings_are_counted_from_texts_and_token_ids() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::before(&upstream, "{ requests: { limit: 999, per: minute } }").await;
-    for (path, body, want) in [
+    for (path, body, expected) in [
         ("/v1/completions", r#"{"model":"gpt-4o","prompt":"hello world"}"#, "2"),
         ("/v1/completions", r#"{"model":"gpt-4o"}"#, "1"),
         ("/v1/completions", r#"{"model":"gpt-4o","prompt":[1,2,3]}"#, "3"),
@@ -41,15 +41,15 @@ async fn completions_and_embeddings_take_texts_and_tokens() {
         ("/v1/embeddings", r#"{"model":"text-embedding-3-small","input":[[1,2],[3]]}"#, "3"),
     ] {
         let reply = gateway.post(path, body).await;
-        assert_eq!(reply.header("x-tollgate-estimated-prompt-tokens"), Some(want), "{body}");
+        assert_eq!(reply.header("x-tollgate-estimated-prompt-tokens"), Some(expected), "{body}");
     }
 }
 
 const RAW: &str = "x-tollgate-raw-estimated-prompt-tokens";
 const ESTIMATED: &str = "x-tollgate-estimated-prompt-tokens";
 
-/// One open environment `staging` with more settings (lines), and a store in this folder.
-async fn learning(upstream: &Upstream, folder: &Path, settings: &str) -> Gateway {
+/// A gateway with one open environment `staging`, more settings of it as YAML lines, and a store in this folder.
+async fn gateway_with_store(upstream: &Upstream, folder: &Path, settings: &str) -> Gateway {
     let text = format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\n\
          environments:\n  staging:\n    upstream: backend\n    quotas: {{ prompt_tokens: {{ limit: 1M, per: minute }} }}\n{settings}\
@@ -61,17 +61,17 @@ async fn learning(upstream: &Upstream, folder: &Path, settings: &str) -> Gateway
 }
 
 #[tokio::test]
-async fn estimates_are_corrected_by_what_answers_report_and_that_survives_a_restart() {
+async fn estimates_are_corrected_by_reported_usage_and_corrections_survive_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(HELLO_TOKENS + 50, 2)).await;
-    let gateway = learning(&upstream, folder.path(), "").await;
+    let gateway = gateway_with_store(&upstream, folder.path(), "").await;
     for _ in 0..3 {
         let reply = gateway.chat(HELLO).await;
         assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("8"), None));
     }
     let reply = gateway.chat(HELLO).await;
     assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("58"), Some("8")));
-    // Another kind of request is another matter.
+    // Requests with tools have a calibration of their own.
     let with_tools = HELLO.replacen('{', r#"{"tools":[{"type":"function","function":{"name":"f"}}],"#, 1);
     assert_eq!(gateway.chat(&with_tools).await.header(RAW), None);
     let metrics = gateway.admin_get("/metrics").await;
@@ -87,18 +87,18 @@ async fn estimates_are_corrected_by_what_answers_report_and_that_survives_a_rest
     }
     gateway.shutdown().await;
 
-    let gateway = learning(&upstream, folder.path(), "").await;
+    let gateway = gateway_with_store(&upstream, folder.path(), "").await;
     assert_eq!(gateway.chat(HELLO).await.header(ESTIMATED), Some("58"));
     gateway.shutdown().await;
-    let gateway = learning(&upstream, folder.path(), "    calibrate: false\n").await;
-    assert_eq!(gateway.chat(HELLO).await.header(ESTIMATED), Some("8"), "it can be turned off");
+    let gateway = gateway_with_store(&upstream, folder.path(), "    calibrate: false\n").await;
+    assert_eq!(gateway.chat(HELLO).await.header(ESTIMATED), Some("8"), "calibration is turned off");
 }
 
 #[tokio::test]
-async fn an_upstream_that_lies_moves_estimates_within_bounds_and_answers_without_usage_teach_nothing() {
+async fn false_usage_changes_estimates_within_bounds_and_answers_without_usage_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(1 << 40, 2)).await;
-    let gateway = learning(&upstream, folder.path(), "    enforce: false\n").await;
+    let gateway = gateway_with_store(&upstream, folder.path(), "    enforce: false\n").await;
     for _ in 0..6 {
         gateway.chat(HELLO).await;
     }
@@ -107,21 +107,21 @@ async fn an_upstream_that_lies_moves_estimates_within_bounds_and_answers_without
 
     let upstream = Upstream::always(Answer::json(500, r#"{"error":{}}"#)).await;
     let folder = tempfile::tempdir().unwrap();
-    let gateway = learning(&upstream, folder.path(), "").await;
+    let gateway = gateway_with_store(&upstream, folder.path(), "").await;
     for _ in 0..6 {
         assert_eq!(gateway.chat(HELLO).await.header(RAW), None);
     }
 }
 
 #[tokio::test]
-async fn what_a_request_refers_to_is_reserved_by_setting_and_settled_by_usage() {
+async fn a_referenced_file_is_reserved_by_setting_and_settled_to_reported_usage() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(900, 2)).await;
-    let gateway = learning(&upstream, folder.path(), "    unseen_prompt_tokens: 700\n").await;
-    let refers = r#"{"model":"gpt-4o","messages":[{"role":"user","content":[{"type":"text","text":"hello"},{"type":"file","file":{"file_id":"f-1"}}]}]}"#;
+    let gateway = gateway_with_store(&upstream, folder.path(), "    unseen_prompt_tokens: 700\n").await;
+    let with_file_id = r#"{"model":"gpt-4o","messages":[{"role":"user","content":[{"type":"text","text":"hello"},{"type":"file","file":{"file_id":"f-1"}}]}]}"#;
     for _ in 0..5 {
-        let reply = gateway.chat(refers).await;
-        // Never corrected, and nothing is learned of it: the next file is another one.
+        let reply = gateway.chat(with_file_id).await;
+        // This estimate is not corrected and its answer calibrates nothing, because the next file may have another size.
         assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("708"), Some("8")));
     }
     assert_eq!(gateway.settled_charges().await, [5, 4_500, 10, 4_510]);
@@ -131,13 +131,16 @@ async fn what_a_request_refers_to_is_reserved_by_setting_and_settled_by_usage() 
         metrics.text().contains("tollgate_estimates_total{estimate=\"partial\",tokenizer=\"o200k_base\"} 5")
     );
 
-    let gateway = learning(&upstream, folder.path().join("other").as_path(), "").await;
-    assert_eq!(gateway.chat(refers).await.header(ESTIMATED), Some("2008"), "the default is 2,000 each");
+    let gateway = gateway_with_store(&upstream, folder.path().join("other").as_path(), "").await;
+    assert_eq!(
+        gateway.chat(with_file_id).await.header(ESTIMATED),
+        Some("2008"),
+        "the default is 2,000 tokens for each reference"
+    );
 }
 
-/// The config's word on a model: its vocabulary, the model behind an alias, a tokenizer.json.
 #[tokio::test]
-async fn models_can_be_told_by_the_config() {
+async fn the_config_can_set_the_encoding_model_or_tokenizer_file_of_a_model() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let environments = "  staging:\n    upstream: backend\n    calibrate: false\n    quotas: { requests: { limit: 999, per: minute } }\ndefault_environment: staging\nmodels:\n\
          - { match: 'old-*', encoding: cl100k_base }\n- { match: prod, model: gpt-5 }\n- { match: '*', tokenizer: fixtures/tokenizer.json }";
@@ -146,13 +149,13 @@ async fn models_can_be_told_by_the_config() {
         let body = json!({"model": model, "messages": [{"role": "user", "content": text}]}).to_string();
         gateway.chat(&body).await.header(ESTIMATED).unwrap().parse::<u64>().unwrap()
     };
-    // 3 tokens in o200k_base, 6 in cl100k_base; gpt-5 takes one less around them.
+    // The text has 3 tokens in o200k_base and 6 in cl100k_base. The frame of a chat takes 7 tokens, of gpt-5 one less.
     assert_eq!(estimate("old-gpt", "你好，世界").await, 7 + 6);
     assert_eq!(estimate("prod", "你好，世界").await, 6 + 3);
-    // The file's words: what it says of truncation, padding and special tokens is not for estimates.
-    let none = estimate("llama", "").await;
-    assert_eq!(estimate("llama", "hello world hello, world!").await, none + 6);
-    assert_eq!(estimate("llama", "<|im_end|>").await, none + 3);
+    // The count uses the vocabulary of the file, and ignores its settings for truncation, padding and special tokens.
+    let frame = estimate("llama", "").await;
+    assert_eq!(estimate("llama", "hello world hello, world!").await, frame + 6);
+    assert_eq!(estimate("llama", "<|im_end|>").await, frame + 3);
     let long = "hello world ".repeat(20_000);
-    assert_eq!(estimate("llama", &long).await, none + 40_000);
+    assert_eq!(estimate("llama", &long).await, frame + 40_000);
 }
