@@ -54,7 +54,7 @@ pub struct App {
     /// Communicates with Redis. `None` without `store.redis`.
     cluster: Option<ServerThread>,
     drain_timeout: Duration,
-    /// Dropped last, so that it writes what the other threads have settled.
+    /// Dropped last, so that it also writes the settlements of the other threads.
     store: Option<StoreWriter>,
 }
 

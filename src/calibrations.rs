@@ -53,7 +53,7 @@ pub(crate) struct SavedCalibration {
 
 /// Updates a calibration once the answer has reported its prompt tokens.
 #[derive(Debug)]
-pub(crate) struct Lesson {
+pub(crate) struct CalibrationUpdate {
     /// The calibrations to update.
     pub(crate) calibrations: Arc<Calibrations>,
     /// The upstream's index.
@@ -66,9 +66,9 @@ pub(crate) struct Lesson {
     pub(crate) estimated: u64,
 }
 
-impl Lesson {
+impl CalibrationUpdate {
     /// Updates the calibration with the reported prompt tokens.
-    pub(crate) fn learn(self, reported: u64) {
+    pub(crate) fn apply(self, reported: u64) {
         self.calibrations.learn(self.upstream, &self.model, self.kind, self.estimated, reported);
     }
 }
@@ -76,14 +76,14 @@ impl Lesson {
 impl Calibrations {
     /// Empty calibrations for these upstreams. Other methods take the index of an upstream in this order.
     pub fn new<'n>(upstreams: impl IntoIterator<Item = &'n str>) -> Self {
-        let of = |name: &str| (name.to_owned(), Mutex::default());
-        Self { upstreams: upstreams.into_iter().map(of).collect() }
+        let empty = |name: &str| (name.to_owned(), Mutex::default());
+        Self { upstreams: upstreams.into_iter().map(empty).collect() }
     }
 
     /// The correction for estimates of a model.
     pub(crate) fn correction(&self, upstream: usize, model: &str, kind: RequestKind) -> Correction {
-        let Some(of) = self.upstream(upstream) else { return Correction::default() };
-        let entry = of.models.get(model).and_then(|kinds| kinds[kind as usize].as_ref());
+        let Some(entries) = self.upstream(upstream) else { return Correction::default() };
+        let entry = entries.models.get(model).and_then(|kinds| kinds[kind as usize].as_ref());
         entry.map_or_else(Correction::default, |entry| entry.calibration.correction())
     }
 
@@ -99,8 +99,8 @@ impl Calibrations {
         if model.len() > MAX_NAME_BYTES {
             return;
         }
-        let Some(mut of) = self.upstream(upstream) else { return };
-        let entry = of.entry(model, kind);
+        let Some(mut entries) = self.upstream(upstream) else { return };
+        let entry = entries.entry(model, kind);
         entry.calibration.learn(estimated, reported);
         entry.has_changed = true;
     }
@@ -109,17 +109,17 @@ impl Calibrations {
     pub(crate) fn take_changes(&self) -> Vec<SavedCalibration> {
         let mut changes = Vec::new();
         for (at, (name, _)) in self.upstreams.iter().enumerate() {
-            let Some(mut of) = self.upstream(at) else { continue };
+            let Some(mut entries) = self.upstream(at) else { continue };
             let saved = |model: &str, kind, answers| SavedCalibration {
                 upstream: name.clone(),
                 model: model.into(),
                 kind,
                 answers,
             };
-            for (model, kind) in std::mem::take(&mut of.removed) {
+            for (model, kind) in std::mem::take(&mut entries.removed) {
                 changes.push(saved(&model, kind, Vec::new()));
             }
-            for (model, kinds) in &mut of.models {
+            for (model, kinds) in &mut entries.models {
                 for (kind, entry) in RequestKind::ALL.into_iter().zip(kinds) {
                     if let Some(entry) = entry.as_mut().filter(|entry| entry.has_changed) {
                         entry.has_changed = false;
@@ -135,8 +135,8 @@ impl Calibrations {
     pub(crate) fn restore(&self, saved: Vec<SavedCalibration>) {
         for SavedCalibration { upstream, model, kind, answers } in saved {
             let at = self.upstreams.iter().position(|(name, _)| *name == upstream);
-            let Some(mut of) = at.and_then(|at| self.upstream(at)) else { continue };
-            of.entry(&model, kind).calibration = Calibration::from_samples(&answers);
+            let Some(mut entries) = at.and_then(|at| self.upstream(at)) else { continue };
+            entries.entry(&model, kind).calibration = Calibration::from_samples(&answers);
         }
     }
 
@@ -180,7 +180,7 @@ impl UpstreamCalibrations {
             }
         }
         self.entries -= 1;
-        // Without a store nothing takes the removals, so their number is bounded. If the store misses a removal, its
+        // Without a store no task takes the removals, so their number is bounded. If the store misses a removal, its
         // row is dropped after the next restart: `restore` enforces the maximum too.
         if self.removed.len() < MAX_ENTRIES {
             self.removed.push((model, kind));

@@ -1,4 +1,4 @@
-//! The errors that the gateway itself answers with, and their HTTP shape.
+//! The errors that the gateway itself answers, and their HTTP shape.
 
 mod dialects;
 
@@ -20,7 +20,7 @@ pub enum ProxyError {
     UnknownPath {
         /// The path that was requested.
         path: String,
-        /// The path of a `base_url` that would be right.
+        /// The path of the `base_url` that the message suggests.
         base_path: String,
         /// The kind of SDK that `base_path` is for.
         dialect: Dialect,
@@ -35,7 +35,7 @@ pub enum ProxyError {
         /// Whether the request has a key.
         given: bool,
     },
-    /// The key belongs to another environment than the one that is addressed.
+    /// The request addresses one environment, and its key belongs to another.
     WrongEnvironment,
     /// The request's head is ambiguous or requests something unsupported. The text follows "The request head is not
     /// accepted: ".
@@ -66,7 +66,7 @@ pub enum ProxyError {
         denied: Denied,
         /// The environment's name.
         environment: String,
-        /// `retry_patience`: a longer wait is answered with `x-should-retry: false`.
+        /// `retry_patience`: if the wait is longer, the answer has `x-should-retry: false`.
         retry_patience: Duration,
     },
     /// `max_in_flight` requests are in flight.
@@ -102,7 +102,7 @@ pub enum ProxyError {
     },
     /// One address sends more requests than `server.flood_guard` allows.
     FloodGuard {
-        /// The time until its next request is let through.
+        /// The time after which the address may send its next request.
         wait: Duration,
     },
     /// The gateway is shutting down.
@@ -196,7 +196,7 @@ impl ProxyError {
                 headers.insert(header::ALLOW, HeaderValue::from_static(allow));
             }
             Self::QuotaExceeded { denied, retry_patience, .. } => {
-                // A request that never fits has no time to retry at.
+                // A request that can never fit gets no retry headers.
                 if let Some(Wait::Ms(ms)) = denied.shortfalls().first().map(|s| s.wait) {
                     write_retry_after(headers, ms, *retry_patience);
                 }
@@ -250,7 +250,7 @@ impl fmt::Display for ProxyError {
         match self {
             Self::UnknownPath { path, base_path, dialect } => write!(
                 f,
-                "This gateway serves nothing at '{path}'. {} needs a base_url that ends in '{base_path}'.",
+                "The gateway does not serve the path '{path}'. {} needs a base_url that ends in '{base_path}'.",
                 dialects::sdk(*dialect)
             ),
             Self::MethodNotAllowed { allow } => write!(f, "This path accepts {allow} only."),
@@ -261,21 +261,21 @@ impl fmt::Display for ProxyError {
                 f.write_str("The API key is not valid for this gateway. Ask its operator for a valid key.")
             }
             Self::WrongEnvironment => f.write_str(
-                "The API key belongs to another environment than the one addressed. Use that environment's base_url, or one without an environment.",
+                "The API key belongs to a different environment. Use the base_url of the key's environment, or a base_url without an environment.",
             ),
             Self::InvalidHead(what) => write!(f, "The request head is not accepted: {what}."),
             Self::MalformedHttp(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
                 f.write_str("The request head is too large or has too many headers.")
             }
             Self::MalformedHttp(_) => f.write_str("The request is not well-formed HTTP/1.1."),
-            Self::UnsupportedContentEncoding => f.write_str("The gateway does not accept an encoded request body. Send it without content-encoding."),
+            Self::UnsupportedContentEncoding => f.write_str("The gateway does not accept an encoded request body. Send the body without content-encoding."),
             Self::BodyTooLarge { limit } => {
                 write!(f, "The request body is larger than the {limit} bytes that the gateway accepts (server.max_request_body).")
             }
             Self::BodyIncomplete(what) => write!(f, "The request body did not arrive completely: {what}."),
             Self::InvalidBody(fault) => fault.fmt(f),
             Self::ModelNotFound { model, environment } if model.is_empty() => {
-                write!(f, "The request names no model, and environment '{environment}' allows only the models on its list (models).")
+                write!(f, "The request names no model, and environment '{environment}' allows only the models of its allow-list (models).")
             }
             Self::ModelNotFound { model, environment } => {
                 write!(f, "The model '{model}' does not exist, or environment '{environment}' does not allow it (models).")

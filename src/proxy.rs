@@ -88,19 +88,19 @@ impl Proxy {
         Ok(Self { state, upstreams })
     }
 
-    /// Serves one request with the upstream's answer or an error of the gateway.
+    /// Answers one request with the upstream's answer or with an error of the gateway.
     pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
         let mut record = Record::begin(self.state.metrics.clone());
         let dialect = route::dialect(request.uri().path());
-        // The result of `admit` is taken apart in this statement, and not borrowed later. Otherwise the future would
-        // keep a second copy of it during the exchange.
+        // This statement moves the parts out of the result of `admit`. If later code borrowed the result, the future
+        // would contain a second copy of it during the exchange.
         let (outgoing, headers, charge) = match self.admit(request, peer, &mut record).await {
             Ok(Some(Admitted { outgoing, reservation, headers })) => {
                 (outgoing, headers, Charge { reservation, record })
             }
             Ok(None) => return refusal::respond_to_root_check(record),
             Err(refusal) => {
-                // Lingering would let a flood hold connections open.
+                // A lingering close would let a flood keep connections open.
                 let is_flood = matches!(refusal.error, ProxyError::FloodGuard { .. });
                 if refusal.headers.unread != UnreadBody::None && !is_flood {
                     peer.linger();
@@ -227,7 +227,7 @@ impl Proxy {
         call::check_encoding(&head.headers)
     }
 
-    /// Reserves room in every quota that the request touches, and waits until the reservation is durable if a quota
+    /// Reserves room in every quota that applies to the request, and waits until the reservation is durable if a quota
     /// requires that. `None`: the endpoint is not charged.
     async fn reserve(
         &self,
@@ -335,7 +335,7 @@ impl Proxy {
         outgoing.call.drop_usage_request();
         outgoing.request.body = outgoing.call.forwarded_body(clamped_to).await?;
         let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;
-        // Another error means that `stream_options` was not the cause.
+        // If the second request fails too, `stream_options` was not the cause.
         if answer.0.status.is_success() {
             self.state.stop_requesting_stream_usage(outgoing.upstream);
         }
@@ -354,7 +354,10 @@ impl Proxy {
             completions: call.completions.max(1),
             tokenizer: call.tokenizer,
             withholds_usage: call.adds_usage_request(),
-            lesson: environment.calibrate.then(|| call.lesson(upstream, &self.state.calibrations)).flatten(),
+            calibration_update: environment
+                .calibrate
+                .then(|| call.calibration_update(upstream, &self.state.calibrations))
+                .flatten(),
             status,
             endpoint,
             started,
@@ -362,8 +365,9 @@ impl Proxy {
         }
     }
 
-    /// Builds the answer to the caller from the upstream's. The server never polls the body of an answer without one,
-    /// so such an answer settles here, and must not be passed on before the returned future resolves.
+    /// Builds the answer to the caller from the upstream's answer. The server never polls an empty body, so this
+    /// function settles an answer with an empty body. The answer must not be passed on before the returned future
+    /// resolves.
     fn respond(
         &self,
         mut parts: response::Parts,

@@ -1,11 +1,12 @@
 //! The embedded store: one SQLite file with everything that must survive a restart.
 //!
 //! The store contains states and no events. A commit writes the current state of every changed quota, so one commit
-//! costs the same for one request as for a hundred. What requests in flight hold counts as used in the file, so a
-//! process that crashes has charged these requests in full. One thread writes. It commits all changes as soon as the
+//! costs the same for one request as for a hundred. After a crash, the amounts that requests in flight held count as
+//! used, so these requests are charged in full. One thread writes. It commits all changes as soon as the
 //! previous commit is done. Requests that must not continue before their reservation is durable wait for that commit.
 //!
-//! The mode is WAL with `synchronous=NORMAL`: a killed process loses no commit. A power failure may lose the last ones.
+//! SQLite runs in WAL mode with `synchronous=NORMAL`: a killed process loses no commit. A power failure may lose the
+//! last commits.
 
 mod control;
 mod database;
@@ -25,7 +26,7 @@ use std::thread::{self, JoinHandle};
 pub use control::WriterControl;
 use database::{Database, Used};
 
-/// Where the writer thread takes changes from.
+/// The sources of the changes that the writer thread writes.
 struct Sources {
     accounts: Vec<(Arc<Environment>, Arc<Account>)>,
     calibrations: Arc<Calibrations>,
@@ -107,8 +108,8 @@ impl Store {
 
     /// The usage of a calendar quota's current period that its saved state does not contain, from the usage history.
     ///
-    /// There is such usage if the quota has a new time zone, in which the current period began earlier than the saved
-    /// one. The result may include usage of the hours around the start of the period, and leaves none out.
+    /// This usage exists if the quota has a new time zone whose current period began earlier than the saved period.
+    /// The result may include usage shortly before the start of the period, but it omits no usage of the period.
     fn used_before(
         &self,
         environment: &str,

@@ -74,7 +74,7 @@ pub(crate) struct Record {
     pub(crate) environment: Arc<str>,
     /// The caller's name. `None` in an open environment.
     pub(crate) caller: Option<Arc<str>>,
-    /// The API, or the kind of path without one.
+    /// The API of the endpoint, or the kind of path if the endpoint has no API.
     pub(crate) api: &'static str,
     /// The model that the request names.
     pub(crate) model: String,

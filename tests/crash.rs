@@ -374,7 +374,7 @@ fn a_kill_in_the_middle_of_streams_charges_what_was_delivered() {
 }
 
 #[test]
-fn the_gateway_serves_on_when_the_disk_is_full() {
+fn the_gateway_continues_to_serve_when_the_disk_is_full() {
     let folder = tempfile::tempdir().unwrap();
     let sums = Arc::new(Sums::default());
     let upstream = upstream(&sums);

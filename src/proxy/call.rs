@@ -8,7 +8,7 @@ use super::route::{Endpoint, Route};
 use super::state::State;
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited, named_model};
-use crate::calibrations::{Calibrations, Lesson};
+use crate::calibrations::{CalibrationUpdate, Calibrations};
 use crate::config::Environment;
 use crate::error::ProxyError;
 use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Tokenizer};
@@ -30,13 +30,13 @@ const MAX_INLINE_BODY: usize = 40 * 1024;
 const MAX_INLINE_EDIT: usize = 64 * 1024;
 /// After a refusal that leaves more than this of the body unread, the connection is closed.
 const MAX_SMALL_UNREAD: u64 = 64 * 1024;
-/// A declared body length beyond this is not trusted: the buffer grows as bytes arrive.
+/// Maximum buffer size that is allocated by a declared body length. A larger buffer grows as bytes arrive.
 const MAX_INITIAL_BUFFER: usize = 256 * 1024;
 
 /// A parsed request, and the bytes that are forwarded.
 #[derive(Debug, Default)]
 pub(super) struct Call {
-    /// As received.
+    /// The body as received.
     body: Bytes,
     /// Makes a stream report its usage. `None`: the caller requested usage itself, or usage is not requested.
     usage_request: Option<Edit>,
@@ -123,7 +123,7 @@ impl Call {
         self.prompt_tokens = self.prompt_tokens.saturating_add(unseen).min(MAX_AMOUNT);
     }
 
-    /// Adds to a log record what the request is for.
+    /// Writes the model, the stream flag and the estimate to a log record.
     pub(super) fn describe(&self, record: &mut Record) {
         record.model_label = record.series.as_ref().map(|series| series.label(&self.model));
         logged_name(&self.model).clone_into(&mut record.model);
@@ -155,11 +155,15 @@ impl Call {
         Err(ProxyError::ModelNotFound { model, environment })
     }
 
-    /// What the answer's usage will calibrate. `None`: the prompt was not counted exactly and as a whole.
-    pub(super) fn lesson(self, upstream: usize, calibrations: &Arc<Calibrations>) -> Option<Lesson> {
+    /// The calibration to update with the answer's usage. `None`: the prompt was not counted exactly or not completely.
+    pub(super) fn calibration_update(
+        self,
+        upstream: usize,
+        calibrations: &Arc<Calibrations>,
+    ) -> Option<CalibrationUpdate> {
         let Self { estimate, model, .. } = self;
         let is_exact = !estimate.is_partial && !estimate.is_rough && estimate.tokens() > 0;
-        is_exact.then(|| Lesson {
+        is_exact.then(|| CalibrationUpdate {
             calibrations: calibrations.clone(),
             upstream,
             model,

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 /// At most this many keys of a query are looked up. A query with more is forwarded without any key.
 const MAX_KEYS_IN_QUERY: usize = 8;
 
-/// The caller of a request, and what its request must not carry to the upstream.
+/// The caller of a request, and the keys that must be removed before the request is forwarded.
 #[derive(Clone, Copy)]
 pub(super) struct IdentifiedCaller {
     /// Index of the environment in the config.

@@ -1,6 +1,6 @@
 //! The flood guard: limits the request rate of each peer address, before a request is parsed.
 //!
-//! It protects the gateway and is no quota: `governor` cannot refund what a request did not use.
+//! It protects the gateway. It cannot replace quotas, because `governor` cannot refund tokens that a request did not use.
 
 use crate::clock::Stopwatch;
 use crate::config::FloodGuard;
@@ -46,7 +46,7 @@ impl FloodLimiter {
     /// Counts a request of this address.
     ///
     /// # Errors
-    /// The time until the next request of this address is let through.
+    /// Returns the time after which this address may send its next request.
     pub(super) fn check(&self, peer: IpAddr) -> Result<(), Duration> {
         if !self.guard.guards_loopback && peer.to_canonical().is_loopback() {
             return Ok(());

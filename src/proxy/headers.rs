@@ -1,4 +1,4 @@
-//! Which headers are passed on, in either direction, and which ones the gateway adds.
+//! The headers that the gateway forwards in each direction, and the headers that it adds.
 
 use super::charge::logged_name;
 use super::keys::{GatewayKeyHeaders, KEY_HEADERS};
@@ -158,7 +158,7 @@ pub(super) fn request_id(headers: &mut HeaderMap, new_ids: &RequestIds) -> Strin
     id
 }
 
-/// Response headers that the gateway adds, as far as their values are known.
+/// Response headers that the gateway adds. Values that are not known yet are absent.
 #[derive(Clone, Default)]
 pub(super) struct AddedHeaders {
     pub(super) environment: Option<HeaderValue>,

@@ -5,7 +5,7 @@ use super::charge::Charge;
 use super::reader::AnswerReader;
 use super::route::Endpoint;
 use super::settlement::{Settlement, Unreported, WhenDurable};
-use crate::calibrations::Lesson;
+use crate::calibrations::CalibrationUpdate;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
@@ -41,8 +41,8 @@ pub(super) struct MeterContext {
     pub(super) tokenizer: Option<Tokenizer>,
     /// The gateway requested usage where the caller did not, so the usage chunk is withheld.
     pub(super) withholds_usage: bool,
-    /// What the reported usage calibrates.
-    pub(super) lesson: Option<Lesson>,
+    /// The calibration to update with the reported usage.
+    pub(super) calibration_update: Option<CalibrationUpdate>,
     pub(super) status: StatusCode,
     pub(super) endpoint: Endpoint,
     /// Runs since the request was sent. `timeouts.total` counts from then.
@@ -153,7 +153,7 @@ impl Metered {
         self.reader.is_stream()
     }
 
-    /// Whether the answer has no body. The server then never polls it.
+    /// Whether the body of the answer is empty. The server never polls an empty body.
     pub(super) fn is_empty(&self) -> bool {
         self.is_whole()
     }
@@ -163,7 +163,7 @@ impl Metered {
         self.incoming.is_end() || self.bytes_to_receive == Some(0)
     }
 
-    /// Settles an answer without a body. The answer must not be passed on before the returned future resolves.
+    /// Settles an answer with an empty body. The answer must not be passed on before the returned future resolves.
     pub(super) fn settle_empty(&mut self) -> Option<WhenDurable> {
         self.complete();
         match std::mem::replace(&mut self.phase, MeterPhase::Settled(Ending::Complete)) {
@@ -329,10 +329,10 @@ impl Metered {
             if let Some(reservation) = &mut charge.reservation {
                 reservation.mark_complete();
             }
-            if let (Some(lesson), Some(prompt)) =
-                (self.context.lesson.take(), self.reader.reported().prompt())
+            if let (Some(update), Some(prompt)) =
+                (self.context.calibration_update.take(), self.reader.reported().prompt())
             {
-                lesson.learn(prompt);
+                update.apply(prompt);
             }
         }
         let mut settlement = self.settlement(charge, was_cut);

@@ -71,7 +71,7 @@ impl BodyParser {
     }
 }
 
-/// Takes a decoder's output. The caller receives nothing of it.
+/// Parses the output of a decoder. The caller does not receive it.
 impl Write for BodyParser {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         match self {
@@ -115,7 +115,7 @@ impl AnswerReader {
         })
     }
 
-    /// The SSE parser of an uncompressed stream. Only to such a stream can the gateway add events.
+    /// The SSE parser of an uncompressed stream. The gateway can add events only to an uncompressed stream.
     pub(super) fn as_stream(&mut self) -> Option<&mut SseReader> {
         match self {
             Self::Plain(BodyParser::Sse(reader)) => Some(reader),

@@ -36,7 +36,7 @@ struct WriterState {
     is_late: bool,
 }
 
-/// What wakes the writer thread. To wake it for every request would cost more than the commits.
+/// The events that wake the writer thread. Waking it for every request would cost more than the commits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum WakesOn {
     /// The thread is awake.

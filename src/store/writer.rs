@@ -106,7 +106,7 @@ impl Unwritten {
     }
 }
 
-/// Writes changes until the control stops the thread, and the last changes then.
+/// Writes changes until the control stops the thread, then writes the last changes.
 pub(super) fn run(
     mut database: Database,
     control: &WriterControl,
@@ -126,8 +126,8 @@ pub(super) fn run(
                 unwritten.add(index, changes);
             }
         }
-        // Unwritten calibrations are not added to, so that they stay bounded. Each next answer changes its calibration
-        // again, so that a later call returns it.
+        // While calibrations are unwritten, no more are taken, so that their number is bounded. The others are taken after
+        // the next successful commit.
         let is_due = is_stopping || since_calibrations.elapsed() >= CALIBRATION_INTERVAL;
         if unwritten.calibrations.is_empty() && is_due {
             since_calibrations = Stopwatch::start();

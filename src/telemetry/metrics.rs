@@ -35,7 +35,7 @@ struct QuotaMetrics {
     in_flight: IntGaugeVec,
 }
 
-/// Prompt estimates and how far they are off.
+/// Prompt estimates and their errors.
 #[derive(Debug)]
 struct EstimateMetrics {
     ratio: Histogram,

@@ -33,11 +33,11 @@ const HOURLY: &str = "/api/environments/staging/quotas/total_tokens/hour";
 
 fn hourly(environment: &Value) -> (u64, i64, u64, String) {
     let quota = &environment["quotas"][0];
-    let whole = |field: &str| quota[field].as_u64().unwrap();
+    let number = |field: &str| quota[field].as_u64().unwrap();
     (
-        whole("limit"),
+        number("limit"),
         quota["level"].as_i64().unwrap(),
-        whole("used"),
+        number("used"),
         quota["source"].as_str().unwrap().to_owned(),
     )
 }

@@ -34,10 +34,10 @@ fn the_report_has_the_outcome_of_each_environment() {
         {
             assert!(environment[field].is_number(), "{name}.{field}: {environment}");
         }
-        let whole = |field: &str| environment[field].as_u64().unwrap();
-        assert!(whole("rejected") > 0 && whole("admitted") > 0, "{environment}");
+        let number = |field: &str| environment[field].as_u64().unwrap();
+        assert!(number("rejected") > 0 && number("admitted") > 0, "{environment}");
         assert!(environment["overshoot"].as_f64().unwrap() <= 0.005, "{environment}");
-        calls += whole("admitted") + whole("rejected");
+        calls += number("admitted") + number("rejected");
     }
     assert_eq!(calls, 60);
 

@@ -24,8 +24,8 @@ async fn usage_is_requested_and_withheld_in_streams_of_completions() {
     let reply = gateway.post(COMPLETIONS, &completion(r#""stream":true"#)).await;
     assert_eq!(reply.text(), [&events[..2], &events[3..]].concat().concat());
     assert!(upstream.only().text().contains(r#""stream_options":{"include_usage":true}"#));
-    let asked = completion(r#""stream":true,"stream_options":{"include_usage":true}"#);
-    assert_eq!(gateway.post(COMPLETIONS, &asked).await.text(), events.concat());
+    let with_usage_request = completion(r#""stream":true,"stream_options":{"include_usage":true}"#);
+    assert_eq!(gateway.post(COMPLETIONS, &with_usage_request).await.text(), events.concat());
     assert_eq!(gateway.settled_charges().await, [2, 2, 4, 6]);
 }
 
@@ -97,11 +97,11 @@ proptest! {
         of_chat in any::<bool>(),
     ) {
         let text = |withheld: bool| -> String {
-            let kept = events.iter().filter(|((_, is_extra), _)| !(withheld && *is_extra));
-            kept.map(|((lines, _), end)| lines.join(end) + end + end).collect()
+            let expected = events.iter().filter(|((_, is_extra), _)| !(withheld && *is_extra));
+            expected.map(|((lines, _), end)| lines.join(end) + end + end).collect()
         };
-        let whole = text(false);
-        let answer = framed(200, &of_type("text/event-stream"), whole.as_bytes(), framing, cuts);
+        let all_events = text(false);
+        let answer = framed(200, &of_type("text/event-stream"), all_events.as_bytes(), framing, cuts);
         let slowly = |step| [step, Step::Wait(std::time::Duration::from_micros(300))];
         let steps = answer.steps();
         let answer = Answer::of(if is_slow { steps.into_iter().flat_map(slowly).collect() } else { steps });

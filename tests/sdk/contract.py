@@ -65,9 +65,9 @@ class Contract:
         self.assertEqual([piece for piece in self.stream(self.roomy(), HELLO) if piece], upstream.TEXT)
         self.assert_charged_as_reported(watch, 1)
 
-    def check_tools(self, ask):
+    def check_tools(self, send):
         watch = self.testbed.watch("roomy")
-        calls, send_back = ask(self.roomy())
+        calls, send_back = send(self.roomy())
         self.assertEqual(calls, upstream.CALLS)
         self.assertEqual(send_back(RESULTS), " and ".join(RESULTS))
         self.assert_charged_as_reported(watch, 2)
@@ -78,7 +78,7 @@ class Contract:
     def test_streaming_tools(self):
         self.check_tools(self.stream_tools)
 
-    def check_burst(self, ask):
+    def check_burst(self, send):
         """Requests that fit the quota succeed. The others raise an error and never reach the upstream."""
         self.testbed.refill("burst")
         watch = self.testbed.watch("burst")
@@ -89,7 +89,7 @@ class Contract:
         def one(_):
             start.wait(10)
             try:
-                return ask(client)
+                return send(client)
             except self.rate_limit_error as error:
                 return error
 
@@ -169,8 +169,8 @@ class Contract:
 
     def test_a_bad_key_is_an_authentication_error(self):
         seen = self.testbed.stats()["requests"]
-        for ask in [self.chat, lambda client, text: list(self.stream(client, text))]:
+        for send in [self.chat, lambda client, text: list(self.stream(client, text))]:
             with self.assertRaises(self.authentication_error) as raised:
-                ask(self.client("roomy", "wrong", 2), HELLO)
+                send(self.client("roomy", "wrong", 2), HELLO)
             self.assertIn("not valid for this gateway", str(raised.exception))
         self.assertEqual(self.testbed.stats()["requests"], seen)

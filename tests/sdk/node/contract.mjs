@@ -53,20 +53,20 @@ function assertRefusal({ status, code, type, headers }) {
 export function contract(name, sdk) {
   const roomy = () => sdk.client(base("roomy"), testbed.key, 0);
 
-  const checkTools = async (ask) => {
+  const checkTools = async (send) => {
     const look = await watch("roomy");
-    const { calls, answer } = await ask(roomy());
+    const { calls, answer } = await send(roomy());
     assert.deepEqual(calls, testbed.calls);
     assert.equal(answer, RESULTS.join(" and "));
     await assertChargedAsReported(look, 2);
   };
 
   // Requests that fit the quota succeed. The others raise an error and never reach the upstream.
-  const checkBurst = async (ask) => {
+  const checkBurst = async (send) => {
     await refill("burst");
     const look = await watch("burst");
     const client = sdk.client(base("burst"), "any", sdk.honoursRetryHeaders ? undefined : 0);
-    const outcomes = await Promise.allSettled(Array.from({ length: testbed.parallel }, () => ask(client)));
+    const outcomes = await Promise.allSettled(Array.from({ length: testbed.parallel }, () => send(client)));
     const refusals = outcomes.filter((outcome) => outcome.status === "rejected");
     assert.equal(refusals.length, testbed.parallel - testbed.room);
     for (const { reason } of refusals) assertRefusal(sdk.describe(reason));
@@ -153,8 +153,8 @@ export function contract(name, sdk) {
 
     test("a bad key is an authentication error", async () => {
       const look = await watch("roomy");
-      for (const ask of [sdk.chat, (...args) => joined(sdk.stream(...args))]) {
-        await assert.rejects(ask(sdk.client(base("roomy"), "wrong", 2), HELLO), (error) => {
+      for (const send of [sdk.chat, (...args) => joined(sdk.stream(...args))]) {
+        await assert.rejects(send(sdk.client(base("roomy"), "wrong", 2), HELLO), (error) => {
           const { status, code } = sdk.describe(error);
           assert.deepEqual({ status, code }, { status: 401, code: "invalid_api_key" });
           return true;
