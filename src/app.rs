@@ -97,7 +97,7 @@ impl App {
     ///
     /// # Errors
     /// An address cannot be used, or a thread or socket cannot be created.
-    pub fn start_with(config: Config, workers: Workers, patience: CallerTimeouts) -> anyhow::Result<Self> {
+    pub fn start_with(config: Config, workers: Workers, timeouts: CallerTimeouts) -> anyhow::Result<Self> {
         let vocabularies = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let config = Arc::new(config);
@@ -123,11 +123,11 @@ impl App {
             } else {
                 multi_thread_runtime(cores)?
             };
-            threads.push(start_worker(listener, proxy, runtime, patience)?);
+            threads.push(start_worker(listener, proxy, runtime, timeouts)?);
         }
         let router = admin::service(state.clone(), admin_address);
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |orders| {
-            server::serve(sockets.admin, move |_| router.clone(), patience, orders)
+            server::serve(sockets.admin, move |_| router.clone(), timeouts, orders)
         })?;
         Ok(Self { address, admin_address, state, workers: threads, admin, cluster, drain_timeout, store })
     }
@@ -198,7 +198,7 @@ fn start_worker(
     listener: TcpListener,
     proxy: Arc<Proxy>,
     runtime: Runtime,
-    patience: CallerTimeouts,
+    timeouts: CallerTimeouts,
 ) -> anyhow::Result<ServerThread> {
     ServerThread::spawn("worker", runtime, move |orders| {
         let service_for = move |peer: Arc<Peer>| {
@@ -208,7 +208,7 @@ fn start_worker(
                 async move { Ok::<_, Infallible>(proxy.serve(request, &peer).await) }
             })
         };
-        server::serve(listener, service_for, patience, orders)
+        server::serve(listener, service_for, timeouts, orders)
     })
 }
 

@@ -3,9 +3,10 @@
 use crate::support::*;
 use serde_json::{Value, json};
 
-const OPEN: &str = "{ requests: { limit: 1000, per: minute }, total_tokens: { limit: 1M, per: minute } }";
+const LARGE_QUOTAS: &str =
+    "{ requests: { limit: 1000, per: minute }, total_tokens: { limit: 1M, per: minute } }";
 
-/// One environment `staging` before an upstream whose base URL has no path.
+/// A gateway with one environment `staging`. The base URL of its upstream has no path.
 async fn gateway_at_root(upstream: &Upstream, settings: &str, environment: &str) -> Gateway {
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
@@ -63,7 +64,8 @@ fn answering(body: &str) -> Answer {
 async fn every_counted_api_passes_unchanged_and_is_charged_its_reported_usage() {
     for (path, body, answer, [prompt, completion, total]) in counted() {
         let upstream = Upstream::always(answering(&answer)).await;
-        let gateway = gateway_at_root(&upstream, "stream_usage: never", &format!("quotas: {OPEN}")).await;
+        let gateway =
+            gateway_at_root(&upstream, "stream_usage: never", &format!("quotas: {LARGE_QUOTAS}")).await;
         let reply = gateway.post(path, body).await;
         assert_eq!((reply.status, reply.text()), (200, answer.as_str()), "{path}");
         let estimate: u64 = reply.header("x-tollgate-estimated-prompt-tokens").unwrap().parse().unwrap();
@@ -94,7 +96,7 @@ async fn an_uncounted_path_is_charged_one_request_and_its_reported_usage() {
         ("/openai/deployments/w/audio/translations", form_head, form, r#"{"text":"a"}"#, [1, 0, 0, 0]),
     ] {
         let upstream = Upstream::always(Answer::json(200, answer)).await;
-        let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
+        let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
         let reply = gateway.send("POST", path, headers, body).await;
         assert_eq!((reply.status, reply.text()), (200, answer), "{path}");
         assert_eq!(reply.header("x-tollgate-estimated-prompt-tokens"), None);
@@ -106,7 +108,7 @@ async fn an_uncounted_path_is_charged_one_request_and_its_reported_usage() {
 #[tokio::test]
 async fn the_model_list_applies_to_every_path_with_a_model() {
     let upstream = Upstream::always(Answer::json(200, "{}")).await;
-    let environment = format!("models: ['whisper-*', 'gemini-*'], quotas: {OPEN}");
+    let environment = format!("models: ['whisper-*', 'gemini-*'], quotas: {LARGE_QUOTAS}");
     let gateway = gateway_at_root(&upstream, "", &environment).await;
     let form = |model: &str| {
         format!("--x\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\n{model}\r\n--x--\r\n")
@@ -203,7 +205,7 @@ async fn a_broken_stream_ends_with_an_error_in_the_shape_of_its_api() {
     ] {
         let first = "data: {\"sequence_number\":3}\n\n";
         let upstream = Upstream::always(Answer::stream().event(first).then(Step::Cut)).await;
-        let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
+        let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
         let reply = gateway.post(path, body).await;
         let rest = reply.text().strip_prefix(first).unwrap();
         assert!(rest.starts_with(event) && rest.ends_with("}\n\n") && !reply.broke_off, "{path}: {rest}");
@@ -226,7 +228,7 @@ async fn upstream_keys_are_sent_in_the_header_of_each_provider() {
     ] {
         let upstream = Upstream::always(Answer::json(200, "{}")).await;
         let settings = format!("api: {api}, api_key: sk-up");
-        let gateway = gateway_at_root(&upstream, &settings, &format!("quotas: {OPEN}")).await;
+        let gateway = gateway_at_root(&upstream, &settings, &format!("quotas: {LARGE_QUOTAS}")).await;
         let reply = gateway
             .send("POST", gemini, "x-goog-api-key: mine\r\nauthorization: Bearer mine\r\n", "{}")
             .await;
@@ -239,13 +241,13 @@ async fn upstream_keys_are_sent_in_the_header_of_each_provider() {
 }
 
 #[tokio::test]
-async fn a_key_in_the_query_is_the_callers_and_is_not_forwarded() {
+async fn a_query_key_of_the_caller_is_forwarded_and_a_query_key_of_the_gateway_is_not() {
     let upstream = Upstream::always(Answer::json(200, "{}")).await;
     let config = format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
          upstreams: {{ backend: {{ base_url: 'http://{}' }} }}\n\
-         environments:\n  open: {{ upstream: backend, quotas: {OPEN} }}\n\
-         \x20 closed: {{ upstream: backend, keys: [{{ name: web, secret: key-of-the-web-app-1 }}], quotas: {OPEN} }}\n\
+         environments:\n  open: {{ upstream: backend, quotas: {LARGE_QUOTAS} }}\n\
+         \x20 closed: {{ upstream: backend, keys: [{{ name: web, secret: key-of-the-web-app-1 }}], quotas: {LARGE_QUOTAS} }}\n\
          store: {{ memory: true }}",
         upstream.address
     );
@@ -255,12 +257,12 @@ async fn a_key_in_the_query_is_the_callers_and_is_not_forwarded() {
     };
     assert_eq!(gateway.post(&path("open", "own"), "{}").await.status, 200);
     assert!(upstream.seen()[0].target().ends_with("?key=own&alt=sse"));
-    // An upstream key in the query does not authenticate, and is not forwarded.
-    let ours = "key-of-the%2Dweb-app-1";
-    assert_eq!(gateway.post(&path("closed", ours), "{}").await.status, 401);
-    assert_eq!(gateway.post(&path("open", ours), "{}").await.status, 403);
+    // A key of the gateway grants no access if it is in the query, and is never forwarded.
+    let gateway_key = "key-of-the%2Dweb-app-1";
+    assert_eq!(gateway.post(&path("closed", gateway_key), "{}").await.status, 401);
+    assert_eq!(gateway.post(&path("open", gateway_key), "{}").await.status, 403);
     let headers = "x-goog-api-key: key-of-the-web-app-1\r\n";
-    assert_eq!(gateway.send("POST", &path("closed", ours), headers, "{}").await.status, 200);
+    assert_eq!(gateway.send("POST", &path("closed", gateway_key), headers, "{}").await.status, 200);
     assert!(upstream.seen()[1].target().ends_with(":generateContent?alt=sse"));
     assert_eq!(upstream.seen().len(), 2);
 }
@@ -285,7 +287,7 @@ async fn an_upstream_that_rejects_stream_options_is_detected_and_remembered() {
             }
         })
         .await;
-        let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
+        let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
         for _ in 0..2 {
             let reply = gateway.chat(&stream_request("")).await;
             assert_eq!((reply.status, reply.text()), (200, (delta("Hello") + DONE).as_str()));
@@ -311,7 +313,7 @@ async fn an_unrelated_error_passes_and_stream_options_stay_on() {
         _ => Answer::stream().event(&usage_event(8, 1)).event(DONE).end(),
     })
     .await;
-    let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
+    let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
     let reply = gateway.chat(&stream_request("").replace("gpt-4o", "no-such-model")).await;
     assert_eq!((reply.status, upstream.seen().len()), (400, 2));
     let reply = gateway.chat(&stream_request("").replace("gpt-4o", "bad")).await;
@@ -327,12 +329,12 @@ async fn a_slow_large_or_broken_error_passes_unchanged() {
     let head = "HTTP/1.1 400 No\r\ncontent-type: application/json\r\ncontent-length: 300000\r\n\r\n";
     let whole = Answer::of(vec![Step::Send([head.as_bytes(), large.as_bytes()].concat())]);
     let upstream = Upstream::always(whole).await;
-    let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
+    let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
     let reply = gateway.chat(&stream_request("")).await;
     assert_eq!((reply.status, reply.body.len(), upstream.seen().len()), (400, 300_000, 1));
     let cut = Answer::of(vec![Step::Send(head.into()), Step::Send(b"abc".to_vec()), Step::Cut]);
     let upstream = Upstream::always(cut).await;
-    let gateway = gateway_at_root(&upstream, "", &format!("quotas: {OPEN}")).await;
+    let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
     let reply = gateway.chat(&stream_request("")).await;
     assert_eq!((reply.text(), reply.broke_off), ("abc", true));
     assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0]);

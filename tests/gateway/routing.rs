@@ -2,13 +2,13 @@
 
 use crate::support::*;
 
-const WEB: &str = "key-of-the-web-app-1";
-const BOX: &str = "key-of-the-sandbox-1";
+const WEB_KEY: &str = "key-of-the-web-app-1";
+const SANDBOX_KEY: &str = "key-of-the-sandbox-1";
 
 async fn gateway(upstream: &Upstream, default: &str) -> Gateway {
     let environments = format!(
-        "  production:\n    upstream: backend\n    keys: [{{ name: web, secret: {WEB} }}]\n    models: ['gpt-4o*']\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n  \
-         sandbox:\n    upstream: backend\n    keys: [{{ name: box, secret: {BOX} }}]\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n  \
+        "  production:\n    upstream: backend\n    keys: [{{ name: web, secret: {WEB_KEY} }}]\n    models: ['gpt-4o*']\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n  \
+         sandbox:\n    upstream: backend\n    keys: [{{ name: box, secret: {SANDBOX_KEY} }}]\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n  \
          open:\n    upstream: backend\n    other_paths: forward\n    quotas: {{ requests: {{ limit: 1000, per: minute }} }}\n{default}"
     );
     Gateway::with(upstream, "", &environments).await
@@ -23,11 +23,11 @@ async fn path_key_and_default_select_the_environment_in_this_order() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "default_environment: open").await;
     for (path, key, environment) in [
-        ("/production/v1/chat/completions", Some(WEB), "production"),
-        ("/sandbox/chat/completions", Some(BOX), "sandbox"),
-        ("/v1/chat/completions", Some(WEB), "production"),
-        ("/v1/chat/completions", Some(BOX), "sandbox"),
-        ("/chat/completions", Some(BOX), "sandbox"),
+        ("/production/v1/chat/completions", Some(WEB_KEY), "production"),
+        ("/sandbox/chat/completions", Some(SANDBOX_KEY), "sandbox"),
+        ("/v1/chat/completions", Some(WEB_KEY), "production"),
+        ("/v1/chat/completions", Some(SANDBOX_KEY), "sandbox"),
+        ("/chat/completions", Some(SANDBOX_KEY), "sandbox"),
         ("/v1/chat/completions", Some("the caller's own"), "open"),
         ("/v1/chat/completions", None, "open"),
         ("/open/openai/v1/chat/completions", None, "open"),
@@ -50,10 +50,10 @@ async fn the_key_is_accepted_in_every_header_that_sdks_use() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
     for headers in [
-        bearer(WEB),
-        format!("api-key: {WEB}\r\n"),
-        format!("x-api-key: {WEB}\r\n"),
-        format!("x-goog-api-key: {WEB}\r\n"),
+        bearer(WEB_KEY),
+        format!("api-key: {WEB_KEY}\r\n"),
+        format!("x-api-key: {WEB_KEY}\r\n"),
+        format!("x-goog-api-key: {WEB_KEY}\r\n"),
     ] {
         assert_eq!(gateway.send("POST", CHAT, &headers, HELLO).await.status, 200, "{headers}");
     }
@@ -69,13 +69,13 @@ async fn missing_unknown_and_foreign_keys_have_distinct_errors() {
         ("/production/v1/chat/completions", String::new(), (401, "invalid_api_key")),
         ("/production/v1/chat/completions", bearer("no such key"), (401, "invalid_api_key")),
         ("/production/v1/chat/completions", bearer(""), (401, "invalid_api_key")),
-        ("/production/v1/chat/completions", bearer(BOX), (403, "wrong_environment")),
+        ("/production/v1/chat/completions", bearer(SANDBOX_KEY), (403, "wrong_environment")),
         // An open environment refuses it too, because a key of this gateway must never reach an upstream.
-        ("/open/v1/chat/completions", bearer(BOX), (403, "wrong_environment")),
+        ("/open/v1/chat/completions", bearer(SANDBOX_KEY), (403, "wrong_environment")),
     ] {
         let reply = gateway.send("POST", path, &headers, HELLO).await;
         assert_eq!(reply.refusal(), (refusal.0, refusal.1.to_owned()), "{path} {headers}");
-        assert!(!reply.text().contains(BOX));
+        assert!(!reply.text().contains(SANDBOX_KEY));
     }
     assert!(upstream.seen().is_empty());
 }
@@ -86,17 +86,17 @@ async fn a_key_of_the_gateway_is_never_forwarded() {
     let gateway = gateway(&upstream, "").await;
     // The upstream has no key in the config. The caller sends one besides the gateway's key.
     for (ours, theirs) in [
-        (bearer(WEB), "x-api-key: sk-own"),
-        (format!("api-key: {WEB}\r\n"), "authorization: Bearer sk-own"),
-        (format!("x-goog-api-key: {WEB}\r\n"), "api-key: sk-own"),
-        (format!("x-api-key: {WEB}\r\nx-api-key: {WEB}\r\n"), "authorization: Bearer sk-own"),
-        (format!("{}authorization: {WEB}\r\n", bearer(WEB)), "x-goog-api-key: sk-own"),
+        (bearer(WEB_KEY), "x-api-key: sk-own"),
+        (format!("api-key: {WEB_KEY}\r\n"), "authorization: Bearer sk-own"),
+        (format!("x-goog-api-key: {WEB_KEY}\r\n"), "api-key: sk-own"),
+        (format!("x-api-key: {WEB_KEY}\r\nx-api-key: {WEB_KEY}\r\n"), "authorization: Bearer sk-own"),
+        (format!("{}authorization: {WEB_KEY}\r\n", bearer(WEB_KEY)), "x-goog-api-key: sk-own"),
     ] {
         for headers in [format!("{ours}{theirs}\r\n"), format!("{theirs}\r\n{ours}")] {
             let reply = gateway.send("POST", "/production/v1/chat/completions", &headers, HELLO).await;
             assert_eq!(reply.status, 200, "{headers}");
             let seen = upstream.seen().pop().unwrap();
-            assert!(!seen.head.contains(WEB), "{headers}\n{}", seen.head);
+            assert!(!seen.head.contains(WEB_KEY), "{headers}\n{}", seen.head);
             assert!(seen.head.contains(theirs), "{headers}\n{}", seen.head);
         }
     }
@@ -107,13 +107,13 @@ async fn a_key_of_another_environment_is_refused_in_every_header() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "default_environment: open").await;
     for (path, headers) in [
-        ("/production/v1/chat/completions", format!("{}x-api-key: {BOX}\r\n", bearer(WEB))),
-        ("/v1/chat/completions", format!("{}api-key: {BOX}\r\n", bearer(WEB))),
-        ("/open/v1/chat/completions", format!("{}x-goog-api-key: {BOX}\r\n", bearer("mine"))),
-        ("/open/v1/chat/completions", format!("api-key: mine\r\napi-key: {BOX}\r\n")),
-        ("/open/v1/chat/completions", format!("authorization: {BOX}\r\n")),
-        ("/open/v1/chat/completions", format!("authorization: Key {BOX}\r\n")),
-        ("/v1/chat/completions", format!("authorization: {BOX}\r\n")),
+        ("/production/v1/chat/completions", format!("{}x-api-key: {SANDBOX_KEY}\r\n", bearer(WEB_KEY))),
+        ("/v1/chat/completions", format!("{}api-key: {SANDBOX_KEY}\r\n", bearer(WEB_KEY))),
+        ("/open/v1/chat/completions", format!("{}x-goog-api-key: {SANDBOX_KEY}\r\n", bearer("mine"))),
+        ("/open/v1/chat/completions", format!("api-key: mine\r\napi-key: {SANDBOX_KEY}\r\n")),
+        ("/open/v1/chat/completions", format!("authorization: {SANDBOX_KEY}\r\n")),
+        ("/open/v1/chat/completions", format!("authorization: Key {SANDBOX_KEY}\r\n")),
+        ("/v1/chat/completions", format!("authorization: {SANDBOX_KEY}\r\n")),
     ] {
         let reply = gateway.send("POST", path, &headers, HELLO).await;
         assert_eq!(reply.refusal(), (403, "wrong_environment".into()), "{path} {headers}");
@@ -136,8 +136,8 @@ async fn a_request_with_more_than_eight_keys_is_refused() {
 async fn a_query_with_more_than_eight_keys_is_forwarded_without_any() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream, "").await;
-    let query = format!("x=1&{}key={WEB}", "key=a&".repeat(8));
-    let reply = gateway.send("POST", &format!("/production{CHAT}?{query}"), &bearer(WEB), HELLO).await;
+    let query = format!("x=1&{}key={WEB_KEY}", "key=a&".repeat(8));
+    let reply = gateway.send("POST", &format!("/production{CHAT}?{query}"), &bearer(WEB_KEY), HELLO).await;
     assert_eq!(reply.status, 200);
     assert_eq!(upstream.only().target(), format!("{CHAT}?x=1"));
 }
@@ -256,14 +256,14 @@ async fn a_model_that_is_not_on_the_allow_list_is_a_404() {
         ("GPT-4o", false),
         ("gpt-4\u{43e}", false),
     ] {
-        let reply = gateway.send("POST", CHAT, &bearer(WEB), &HELLO.replace("gpt-4o", model)).await;
+        let reply = gateway.send("POST", CHAT, &bearer(WEB_KEY), &HELLO.replace("gpt-4o", model)).await;
         assert_eq!(reply.status, if found { 200 } else { 404 }, "{model}");
         if !found {
             assert_eq!(reply.code(), "model_not_found");
             assert_eq!(reply.json()["error"]["param"], "model");
         }
     }
-    let nameless = gateway.send("POST", CHAT, &bearer(WEB), r#"{"messages":[]}"#).await;
+    let nameless = gateway.send("POST", CHAT, &bearer(WEB_KEY), r#"{"messages":[]}"#).await;
     assert_eq!(nameless.refusal(), (404, "model_not_found".into()));
 }
 
@@ -302,7 +302,7 @@ async fn other_paths_forward_forwards_unknown_paths_and_charges_one_request() {
         (open["totals"]["requests"].as_u64(), open["totals"]["total_tokens"].as_u64()),
         (Some(1), Some(4))
     );
-    let denied = gateway.send("POST", "/v1/batches", &bearer(BOX), "{}").await;
+    let denied = gateway.send("POST", "/v1/batches", &bearer(SANDBOX_KEY), "{}").await;
     assert_eq!(denied.refusal(), (404, "unknown_path".into()));
     for path in ["/open/v1/%2e%2e/x", "/open/v1//x", "/open/v1/../x"] {
         assert_eq!(gateway.post(path, "{}").await.status, 404, "{path}");

@@ -22,7 +22,7 @@ fn endless() -> Answer {
 #[tokio::test]
 async fn a_caller_that_does_not_read_is_disconnected_and_settled() {
     let upstream = Upstream::always(endless()).await;
-    let gateway = Gateway::waiting(&upstream, "", STAGING, short(300)).await;
+    let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(300)).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
     upstream.gateway_disconnected().await;
@@ -40,7 +40,7 @@ async fn a_caller_that_does_not_read_is_disconnected_and_settled() {
 async fn a_caller_that_reads_slowly_receives_the_whole_answer() {
     let events = vec![delta(&"x".repeat(64 * 1024)); 200];
     let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
-    let gateway = Gateway::waiting(&upstream, "", STAGING, short(500)).await;
+    let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(500)).await;
     let mut socket = TcpStream::connect(gateway.address).await.unwrap();
     let body = hello(r#""stream":true"#);
     let head = format!(
@@ -128,7 +128,7 @@ async fn a_caller_that_is_still_sending_receives_its_refusal() {
         // By now the gateway has refused the request; the caller continues to send.
         tokio::time::sleep(Duration::from_millis(50)).await;
         for _ in 0..length / 50_000 {
-            assert!(caller.sends(&vec![b'x'; 50_000]).await, "{path} {length}");
+            assert!(caller.try_send(&vec![b'x'; 50_000]).await, "{path} {length}");
             tokio::task::yield_now().await;
         }
         let reply = caller.reply().await;
@@ -146,16 +146,16 @@ async fn a_caller_that_is_still_sending_receives_its_refusal() {
 #[tokio::test]
 async fn a_connection_is_closed_if_a_head_is_incomplete_after_the_head_timeout() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::waiting(&upstream, "", STAGING, short(100)).await;
+    let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(100)).await;
     for head in ["", "P", "POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\n"] {
         let mut caller = gateway.caller().await;
         caller.send(head.as_bytes()).await;
         assert!(caller.is_closed().await, "{head}");
     }
-    // A head that arrives byte by byte has no more time.
+    // A head that arrives byte by byte gets no more time.
     let mut caller = gateway.caller().await;
     let (started, mut sent) = (Instant::now(), 0);
-    while caller.sends(b"x").await && sent < 200 {
+    while caller.try_send(b"x").await && sent < 200 {
         sent += 1;
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -165,7 +165,7 @@ async fn a_connection_is_closed_if_a_head_is_incomplete_after_the_head_timeout()
 #[tokio::test]
 async fn a_body_that_stops_arriving_is_a_400_and_costs_nothing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::waiting(&upstream, "", STAGING, short(100)).await;
+    let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(100)).await;
     let mut caller = gateway.caller().await;
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: 100\r\n\r\n{{\"model\"");
     caller.send(head.as_bytes()).await;

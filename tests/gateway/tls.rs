@@ -67,7 +67,7 @@ async fn a_disconnect_cancels_its_stream_and_leaves_the_connection_to_others() {
         server.was_cancelled().await;
     }
     assert_eq!(gateway.chat(&hello(r#""stream":true"#)).await.status, 200);
-    // Each worker has one.
+    // Each worker has one connection.
     let workers = std::thread::available_parallelism().unwrap().get();
     assert!(server.connections() <= workers, "{}", server.connections());
     assert_eq!(gateway.settled_charges().await, [11, 11 * 8, 5 + 1, 11 * 8 + 5 + 1]);

@@ -134,7 +134,7 @@ async fn an_upstream_that_answers_early_and_reads_slowly_receives_the_whole_body
 }
 
 /// Answers the first request of a connection, and does `step` with the second one.
-fn answers_once_then(step: Step) -> impl Fn(&Seen) -> Answer {
+fn answers_once_then(step: Step) -> impl Fn(&SeenRequest) -> Answer {
     let requests = AtomicUsize::new(0);
     move |_| match requests.fetch_add(1, Ordering::Relaxed) {
         1 => Answer::of(vec![step.clone()]),

@@ -308,7 +308,7 @@ async fn policies_hold_when_connections_are_half_open() {
 async fn flushed_scripts_are_no_outage() {
     for policy in &POLICIES {
         let upstream = Upstream::always(Answer::chat(8, 92)).await;
-        // The fault does not begin, so any will do.
+        // No fault is injected, so the choice of the fault has no effect.
         let (scene, nodes) = start_nodes(Fault::Full, &upstream, policy).await;
         let mut count = 3;
         for n in 0..10 {

@@ -187,7 +187,7 @@ async fn a_caller_that_disconnects_while_its_node_waits_for_redis_holds_nothing(
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let released = tokio::time::timeout(PATIENCE, released).await;
+    let released = tokio::time::timeout(EVENT_TIMEOUT, released).await;
     assert!(released.is_ok(), "still held: {last}");
 }
 

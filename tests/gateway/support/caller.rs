@@ -64,7 +64,7 @@ impl Caller {
     }
 
     /// Sends bytes and returns whether the connection was still open.
-    pub async fn sends(&mut self, bytes: &[u8]) -> bool {
+    pub async fn try_send(&mut self, bytes: &[u8]) -> bool {
         self.socket.write_all(bytes).await.is_ok()
     }
 

@@ -26,29 +26,29 @@ impl Gateway {
         Self::reserving(upstream, quotas, "max_tokens").await
     }
 
-    /// The same with this value of `reserve.completion`.
+    /// Like `before`, with this value of `reserve.completion`.
     pub async fn reserving(upstream: &Upstream, quotas: &str, completion: &str) -> Self {
         Self::with(upstream, "", &staging(quotas, completion)).await
     }
 
     /// A gateway with more settings of the upstream `backend`, and this content of `environments`.
     pub async fn with(upstream: &Upstream, settings: &str, environments: &str) -> Self {
-        Self::waiting(upstream, settings, environments, CallerTimeouts::default()).await
+        Self::with_timeouts(upstream, settings, environments, CallerTimeouts::default()).await
     }
 
-    /// The same with these timeouts for callers.
-    pub async fn waiting(
+    /// Like `with`, with these timeouts for callers.
+    pub async fn with_timeouts(
         upstream: &Upstream,
         settings: &str,
         environments: &str,
-        patience: CallerTimeouts,
+        timeouts: CallerTimeouts,
     ) -> Self {
         let text = format!(
             "server: {{ listen: '127.0.0.1:0', max_request_body: 1MiB, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
              upstreams:\n  backend: {{ base_url: 'http://{}/v1', {settings} }}\nenvironments:\n{environments}\nstore: {{ memory: true }}\n",
             upstream.address
         );
-        Self::start(&text, patience).await
+        Self::start(&text, timeouts).await
     }
 
     /// A gateway with this config.
@@ -56,11 +56,11 @@ impl Gateway {
         Self::start(text, CallerTimeouts::default()).await
     }
 
-    async fn start(text: &str, patience: CallerTimeouts) -> Self {
+    async fn start(text: &str, timeouts: CallerTimeouts) -> Self {
         let text = with_store(text);
         let loaded =
             parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        let start = move || App::start_with(loaded.config, Workers::default(), patience).unwrap();
+        let start = move || App::start_with(loaded.config, Workers::default(), timeouts).unwrap();
         let app = tokio::task::spawn_blocking(start).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }
     }

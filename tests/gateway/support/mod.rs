@@ -18,16 +18,16 @@ pub use framing::{Framing, framed, of_type};
 pub use gateway::Gateway;
 pub use process::Process;
 pub use program::{run, tollgate};
-pub use upstream::{Answer, Seen, Step, Upstream};
+pub use upstream::{Answer, SeenRequest, Step, Upstream};
 
 use std::time::Duration;
 
 /// A test fails if an expected event takes longer than this.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const EVENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Waits for an event that must happen, and panics after `PATIENCE`.
+/// Waits for an event that must happen, and panics after `EVENT_TIMEOUT`.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    let waited = tokio::time::timeout(PATIENCE, future).await;
+    let waited = tokio::time::timeout(EVENT_TIMEOUT, future).await;
     waited.unwrap_or_else(|elapsed| panic!("timed out waiting for {what}: {elapsed}"))
 }
 

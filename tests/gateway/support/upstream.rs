@@ -90,12 +90,12 @@ impl Answer {
 
 /// A request as the upstream received it.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct SeenRequest {
     pub head: String,
     pub body: Vec<u8>,
 }
 
-impl Seen {
+impl SeenRequest {
     pub fn target(&self) -> &str {
         self.head.split(' ').nth(1).unwrap()
     }
@@ -115,11 +115,11 @@ impl Seen {
     }
 }
 
-type Script = Arc<dyn Fn(&Seen) -> Answer + Send + Sync>;
+type Script = Arc<dyn Fn(&SeenRequest) -> Answer + Send + Sync>;
 
 pub struct Upstream {
     pub address: SocketAddr,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    seen: Arc<Mutex<Vec<SeenRequest>>>,
     gate: Arc<Semaphore>,
     accepted: Arc<AtomicUsize>,
     /// Connections that the gateway has closed in the middle of an answer.
@@ -128,7 +128,7 @@ pub struct Upstream {
 
 impl Upstream {
     /// An upstream that answers each request with what `script` returns for it.
-    pub async fn answering(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+    pub async fn answering(script: impl Fn(&SeenRequest) -> Answer + Send + Sync + 'static) -> Self {
         Self::reading(true, script).await
     }
 
@@ -137,10 +137,10 @@ impl Upstream {
         Self::reading(false, move |_| answer.clone()).await
     }
 
-    async fn reading(bodies: bool, script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+    async fn reading(bodies: bool, script: impl Fn(&SeenRequest) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (seen, gate) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::new(Semaphore::new(0)));
+        let (seen, gate) = (Arc::<Mutex<Vec<SeenRequest>>>::default(), Arc::new(Semaphore::new(0)));
         let (closing, closed) = watch::channel(0);
         let script: Script = Arc::new(script);
         let accepted = Arc::new(AtomicUsize::new(0));
@@ -172,12 +172,12 @@ impl Upstream {
     }
 
     /// All requests received so far.
-    pub fn seen(&self) -> Vec<Seen> {
+    pub fn seen(&self) -> Vec<SeenRequest> {
         self.seen.lock().unwrap().clone()
     }
 
     /// The only request received. Panics if there is another number of them.
-    pub fn only(&self) -> Seen {
+    pub fn only(&self) -> SeenRequest {
         let seen = self.seen();
         assert_eq!(seen.len(), 1, "one request");
         seen.into_iter().next().unwrap()
@@ -206,7 +206,7 @@ async fn serve(
     mut socket: TcpStream,
     bodies: bool,
     script: Script,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    seen: Arc<Mutex<Vec<SeenRequest>>>,
     gate: Arc<Semaphore>,
     closed: watch::Sender<usize>,
 ) {
@@ -247,7 +247,7 @@ async fn serve(
     }
 }
 
-async fn read_request(socket: &mut TcpStream, bodies: bool) -> Option<Seen> {
+async fn read_request(socket: &mut TcpStream, bodies: bool) -> Option<SeenRequest> {
     let mut bytes = Vec::new();
     let head_end = loop {
         if let Some(at) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
@@ -258,7 +258,7 @@ async fn read_request(socket: &mut TcpStream, bodies: bool) -> Option<Seen> {
         }
     };
     let head = String::from_utf8(bytes[..head_end].to_vec()).unwrap();
-    let mut seen = Seen { head, body: bytes.split_off(head_end + 4) };
+    let mut seen = SeenRequest { head, body: bytes.split_off(head_end + 4) };
     let length: usize = seen.header("content-length").map_or(0, |l| l.parse().unwrap());
     while bodies && seen.body.len() < length {
         if socket.read_buf(&mut seen.body).await.ok()? == 0 {
