@@ -1,14 +1,14 @@
-//! What the prompt estimate costs.
+//! CPU time of the prompt estimate.
 //!
 //! `cargo bench --bench estimate -- [--quick]`
 //!
-//! 1. Chats of 2 KB and 32 KB in three kinds of text, parsing included: never seen before, seen before,
-//!    and with one new message behind a history that was seen.
-//! 2. A megabyte of each text that tokenizers are known to be slow at. Exits with 1 if one takes longer than
-//!    `--bound` milliseconds (default 150).
+//! 1. Chats of 2 KB and 32 KB in three kinds of text, including parsing: not cached, cached, and cached except
+//!    for one new message.
+//! 2. One megabyte of each text that is slow to tokenise. Exits with 1 if one takes longer than `--bound`
+//!    milliseconds (default 150).
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a bench fails loudly
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // it prints figures
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // the figures are for display
 
 use std::hint::black_box;
 use std::process::ExitCode;
@@ -36,22 +36,22 @@ fn main() -> ExitCode {
 
 fn chats(rounds: usize) {
     println!("### a chat, parsed and counted: us of CPU of one thread, mean of {rounds}\n");
-    println!("| text | size | first seen | on a new thread | seen | seen but for its last message |");
+    println!("| text | size | not cached | on a new thread | cached | cached except for the last message |");
     println!("| --- | --- | --- | --- | --- | --- |");
     let mut random = Random(7);
-    for kind in [Kind::English, Kind::Code, Kind::ChineseAndJapanese] {
+    for kind in [TextKind::English, TextKind::Code, TextKind::ChineseAndJapanese] {
         for size in [2 * 1024, 32 * 1024] {
             let [mut first, mut alone, mut again, mut next] = [0.0; 4];
-            // A few at a time: a body that has just arrived is in the core's cache.
+            // Small batches keep the bodies in the CPU cache, like a body that has just arrived.
             for _ in 0..rounds / BATCH {
                 let mut some = || (0..BATCH).map(|_| Chat::of(kind, size, &mut random)).collect::<Vec<_>>();
                 let (mut chats, others) = (some(), some());
-                first += mean(&bodies(&chats));
-                again += mean(&bodies(&chats));
+                first += mean_us(&bodies(&chats));
+                again += mean_us(&bodies(&chats));
                 chats.iter_mut().for_each(|chat| chat.add(kind, &mut random));
-                next += mean(&bodies(&chats));
+                next += mean_us(&bodies(&chats));
                 for body in bodies(&others) {
-                    alone += std::thread::spawn(move || mean(&[body])).join().unwrap() / BATCH as f64;
+                    alone += std::thread::spawn(move || mean_us(&[body])).join().unwrap() / BATCH as f64;
                 }
             }
             let mean = |sum: f64| sum * BATCH as f64 / rounds as f64;
@@ -69,31 +69,31 @@ fn bodies(chats: &[Chat]) -> Vec<String> {
     chats.iter().map(Chat::body).collect()
 }
 
-/// Microseconds of CPU that it takes to parse and count each of these bodies.
-fn mean(bodies: &[String]) -> f64 {
-    let started = cpu();
+/// Mean CPU time to parse and count one of these bodies, in microseconds.
+fn mean_us(bodies: &[String]) -> f64 {
+    let started = cpu_time();
     for body in bodies {
         let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
         black_box(read.prompt.estimate(&Models::default().named(MODEL)));
     }
-    cpu().saturating_sub(started).as_secs_f64() * 1e6 / bodies.len() as f64
+    cpu_time().saturating_sub(started).as_secs_f64() * 1e6 / bodies.len() as f64
 }
 
-/// CPU time of this thread. The kernel brings it up to date when the thread yields, which it does here.
-fn cpu() -> Duration {
+/// CPU time of this thread. Yields first, because the kernel updates the figure then.
+fn cpu_time() -> Duration {
     std::thread::yield_now();
     let all = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     Duration::from_nanos(all.split(' ').next().unwrap().parse().unwrap())
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum TextKind {
     English,
     Code,
     ChineseAndJapanese,
 }
 
-impl Kind {
+impl TextKind {
     fn name(self) -> &'static str {
         match self {
             Self::English => "English",
@@ -102,7 +102,7 @@ impl Kind {
         }
     }
 
-    /// Some text that nobody has seen: pieces of real text in another order.
+    /// A new text: pieces of real text in random order.
     fn text(self, bytes: usize, random: &mut Random) -> String {
         let (source, separator) = match self {
             Self::English => (include_str!("../README.md"), ' '),
@@ -133,12 +133,12 @@ const PHRASES: &str = "今天天气很好， 我们去公园散步吧。 请用�
 struct Chat(Vec<String>);
 
 impl Chat {
-    /// Six messages that come to about this size.
-    fn of(kind: Kind, bytes: usize, random: &mut Random) -> Self {
+    /// Six messages of about this size in total.
+    fn of(kind: TextKind, bytes: usize, random: &mut Random) -> Self {
         Self((0..6).map(|_| kind.text(bytes / 6, random)).collect())
     }
 
-    fn add(&mut self, kind: Kind, random: &mut Random) {
+    fn add(&mut self, kind: TextKind, random: &mut Random) {
         self.0.push(kind.text(200, random));
     }
 
@@ -152,24 +152,24 @@ impl Chat {
     }
 }
 
-/// Prints how long each text takes; `false` if one took longer than the bound.
+/// Prints the CPU time of each text. Returns whether all took at most `bound`.
 fn slow_texts(rounds: usize, bound: Duration) -> bool {
     println!(
-        "\n### a megabyte of one text: ms, least of {rounds}\n\n| text | o200k | cl100k |\n| --- | --- | --- |"
+        "\n### a megabyte of one text: ms, minimum of {rounds}\n\n| text | o200k | cl100k |\n| --- | --- | --- |"
     );
     let mut worst = Duration::ZERO;
-    for (name, text) in slow() {
+    for (name, text) in slow_inputs() {
         let of = |model: &str| {
             let took = (0..rounds).map(|round| {
-                // Another text each time, or it would be known.
+                // A different text each time, because the same one would be cached.
                 let text = format!("{round} {text}");
                 let body =
                     serde_json::json!({"model": model, "messages": [{"role": "user", "content": text}]})
                         .to_string();
-                let started = cpu();
+                let started = cpu_time();
                 let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
                 black_box(read.prompt.estimate(&Models::default().named(model)));
-                cpu().saturating_sub(started)
+                cpu_time().saturating_sub(started)
             });
             took.min().unwrap()
         };
@@ -185,8 +185,13 @@ fn slow_texts(rounds: usize, bound: Duration) -> bool {
     worst <= bound
 }
 
-/// Texts of a megabyte that are hard on tokenizers.
-fn slow() -> Vec<(&'static str, String)> {
+/// Texts of one megabyte that are slow to tokenise.
+fn slow_inputs() -> impl Iterator<Item = (&'static str, String)> {
+    random_inputs().into_iter().chain(repeated_inputs())
+}
+
+/// Random letters of several alphabets.
+fn random_inputs() -> Vec<(&'static str, String)> {
     let mut random = Random(11);
     let mut of = |letters: &str| {
         let letters: Vec<char> = letters.chars().collect();
@@ -197,7 +202,7 @@ fn slow() -> Vec<(&'static str, String)> {
         text
     };
     let lower = "abcdefghijklmnopqrstuvwxyz";
-    let mut all = vec![
+    vec![
         ("random small letters", of(lower)),
         ("random letters", of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")),
         ("base64", of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")),
@@ -227,8 +232,12 @@ fn slow() -> Vec<(&'static str, String)> {
         ("emoji", of("😀😁😂🤣😃😄😅😆😉😊😋😎😍😘🥰😗😙😚🙂🤗🤩🤔🤨😐😑😶🙄😏😣😥😮🤐😯")),
         ("combining marks", of("a\u{300}\u{301}\u{302}\u{303}\u{308}")),
         ("private use", of("\u{e000}\u{e001}\u{f8ff}\u{10ffff}")),
-    ];
-    for (name, unit) in [
+    ]
+}
+
+/// Repetitions of one unit.
+fn repeated_inputs() -> [(&'static str, String); 22] {
+    let units = [
         ("a", "a"),
         ("A", "A"),
         ("spaces", " "),
@@ -251,13 +260,11 @@ fn slow() -> Vec<(&'static str, String)> {
         ("the same Chinese character", "中"),
         ("families", "👨‍👩‍👧‍👦"),
         ("a long word", "pneumonoultramicroscopicsilicovolcanoconiosis"),
-    ] {
-        all.push((name, unit.repeat(MEGABYTE / unit.len())));
-    }
-    all
+    ];
+    units.map(|(name, unit)| (name, unit.repeat(MEGABYTE / unit.len())))
 }
 
-/// Always the same numbers.
+/// A linear congruential generator with a fixed seed.
 struct Random(u64);
 
 impl Random {

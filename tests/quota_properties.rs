@@ -1,4 +1,4 @@
-//! The quota arithmetic against a recount that shares nothing with it, over random steps.
+//! Properties of the quota arithmetic. An independent recount checks random steps.
 
 #![allow(
     missing_docs,
@@ -11,7 +11,8 @@
 use proptest::prelude::*;
 use tollgate::clock::Timestamp;
 use tollgate::quota::{
-    Amounts, ClockUnit, Kind, Period, Quota, Quotas, Receipt, Required, Scope, Subject, Wait, Window,
+    Amounts, ClockUnit, Kind, Period, Quota, Quotas, Receipt, Required, Scope, Shortfall, Subject, Wait,
+    Window,
 };
 
 #[derive(Clone, Debug)]
@@ -20,13 +21,13 @@ enum Step {
         prompt: u64,
         completion: u64,
     },
-    /// Settles the n-th open reservation with so much of each.
+    /// Settles an open reservation (`which` modulo their number) with these amounts.
     Settle {
         which: usize,
         prompt: u64,
         completion: u64,
     },
-    /// The clock moves, now and then backwards.
+    /// Steps the clock by milliseconds, sometimes backwards.
     Clock(i64),
 }
 
@@ -56,9 +57,11 @@ fn quotas() -> Vec<Quota> {
     ]
 }
 
-/// One quota that is used up all the time while its clock is stepped: what it lets through, and the
-/// longest that it lets nothing through before or after the step, in real time.
-fn through_a_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64, i64) {
+/// Spends one quota as fast as it admits, for four periods, while the clock is stepped by `step_ms`.
+///
+/// Returns the admitted amount, and the longest time without an admission before or after the step, in real
+/// milliseconds.
+fn spend_through_clock_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64, i64) {
     let period = quota.per.ms.cast_signed();
     let mut engine = Quotas::new(std::slice::from_ref(quota), Timestamp(begin));
     let subject = Subject { caller: None, model: "m" };
@@ -85,7 +88,7 @@ fn through_a_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64
 }
 
 #[test]
-fn a_step_of_the_clock_grants_one_period_at_most_and_nothing_sticks_for_longer_than_one() {
+fn a_clock_step_grants_at_most_one_period_and_blocks_for_at_most_one() {
     let calendar = |unit, zone: &str| Window::Calendar { unit, zone: jiff::tz::TimeZone::get(zone).unwrap() };
     let rolling = Window::Rolling { burst: 10 };
     let (hour, day) = (3_600_000, 86_400_000);
@@ -101,17 +104,17 @@ fn a_step_of_the_clock_grants_one_period_at_most_and_nothing_sticks_for_longer_t
     ];
     for (ms, window) in windows {
         let quota = quota(Kind::TotalTokens, 10, ms, window);
-        // Off the boundaries of any period, in a week when no clock is put forward or back.
+        // Not at the boundary of any period, in a week without a change of daylight saving time.
         for phase in [1, 7_019, 1_234_567, 40_000_001] {
             let begin = 1_773_000_000_000 + phase;
             for step_ms in [1_000, 3_600_000, 86_400_000].into_iter().flat_map(|step| [step, -step]) {
                 for step_at in [3, 17, 20, 41] {
-                    let (admitted, longest) = through_a_step(&quota, begin, step_ms, step_at);
+                    let (admitted, longest) = spend_through_clock_step(&quota, begin, step_ms, step_at);
                     let what =
                         format!("{:?} {phase} {step_ms} {step_at}: {admitted}, {longest}", quota.window);
-                    // Five periods of a calendar are touched in the time of four; a bucket starts full.
+                    // Four periods overlap five calendar periods, and a bucket starts full.
                     assert!((30..=60).contains(&admitted), "{what}");
-                    // Looked at twenty times a period.
+                    // The loop checks twenty times a period.
                     assert!(longest <= quota.per.ms.cast_signed() * 21 / 20, "{what}");
                 }
             }
@@ -119,25 +122,46 @@ fn a_step_of_the_clock_grants_one_period_at_most_and_nothing_sticks_for_longer_t
     }
 }
 
-/// An account of one rolling quota kept in exact fractions: what is held is a list, what was spent is
-/// a number that refilling lowers.
-struct Recount {
+/// An independent count of one rolling quota in exact fractions.
+struct RollingRecount {
+    /// Index of the quota.
+    index: usize,
+    kind: Kind,
     burst: i128,
     rate: i128,
     scale: i128,
-    /// In 1/scale tokens: burst - level - held.
+    /// `burst - level - held`, in units of 1/`scale` token. Refilling lowers it.
     spent: i128,
+    /// The held amounts by reservation.
     held: Vec<i128>,
+    /// Time of the last `advance`.
     at: i64,
 }
 
-impl Recount {
+impl RollingRecount {
+    /// The recounts of all rolling quotas.
+    fn of(quotas: &[Quota], now: Timestamp) -> Vec<Self> {
+        let recount = |(index, quota): (usize, &Quota)| match quota.window {
+            Window::Rolling { burst } => Some(Self {
+                index,
+                kind: quota.kind,
+                burst: i128::from(burst),
+                rate: i128::from(quota.limit),
+                scale: i128::from(quota.per.ms),
+                spent: 0,
+                held: vec![],
+                at: now.0,
+            }),
+            Window::Calendar { .. } => None,
+        };
+        quotas.iter().enumerate().filter_map(recount).collect()
+    }
+
     fn held(&self) -> i128 {
         self.held.iter().sum()
     }
 
     fn advance(&mut self, now: i64) {
-        // What is spent comes back at the rate; room that is held does not refill beyond the burst.
         self.spent =
             (self.spent - self.rate * i128::from((now - self.at).max(0))).max(0).min(self.spent.max(0));
         self.at = now;
@@ -149,96 +173,103 @@ impl Recount {
     }
 }
 
-const ASKER: Subject<'_> = Subject { caller: None, model: "m" };
+const SUBJECT: Subject<'_> = Subject { caller: None, model: "m" };
+
+/// The engine and the recounts of its rolling quotas.
+struct Walk {
+    now: Timestamp,
+    engine: Quotas,
+    recounts: Vec<RollingRecount>,
+    /// Open reservations with their amounts, in the order of `RollingRecount::held`.
+    open: Vec<(Receipt, Amounts)>,
+}
+
+impl Walk {
+    fn new() -> Self {
+        let (now, quotas) = (Timestamp(1_774_700_000_000), quotas());
+        let engine = Quotas::new(&quotas, now);
+        Self { now, engine, recounts: RollingRecount::of(&quotas, now), open: Vec::new() }
+    }
+
+    fn apply(&mut self, step: Step) {
+        match step {
+            Step::Clock(ms) => self.now = Timestamp(self.now.0 + ms),
+            Step::Reserve { prompt, completion } => self.reserve(Amounts::of_request(prompt, completion)),
+            Step::Settle { which, prompt, completion } if !self.open.is_empty() => {
+                let which = which % self.open.len();
+                let (receipt, _) = self.open.remove(which);
+                let spent = Amounts::of_request(prompt, completion);
+                self.engine.settle(self.now, receipt, spent);
+                for r in &mut self.recounts {
+                    r.advance(self.now.0);
+                    r.held.remove(which);
+                    r.spent += i128::from(spent.of(r.kind)) * r.scale;
+                }
+            }
+            Step::Settle { .. } => {}
+        }
+    }
+
+    fn reserve(&mut self, amounts: Amounts) {
+        self.recounts.iter_mut().for_each(|r| r.advance(self.now.0));
+        let fits = self.recounts.iter().all(|r| r.fits(i128::from(amounts.of(r.kind))));
+        match self.engine.reserve(self.now, SUBJECT, &Required { amounts, generates: true }) {
+            Ok(receipt) => {
+                assert!(fits, "admitted against the recount");
+                self.recounts.iter_mut().for_each(|r| r.held.push(i128::from(amounts.of(r.kind))));
+                self.open.push((receipt, amounts));
+            }
+            Err(denied) => {
+                let is_rolling = |s: &Shortfall| matches!(s.quota.window, Window::Rolling { .. });
+                assert_eq!(denied.shortfalls().iter().any(is_rolling), !fits, "denied against the recount");
+                assert!(denied.shortfalls().windows(2).all(|pair| pair[0].wait >= pair[1].wait));
+            }
+        }
+    }
+
+    fn compare(&mut self) {
+        let levels = self.engine.levels(self.now);
+        for r in &mut self.recounts {
+            r.advance(self.now.0);
+            let level = &levels[r.index];
+            assert_eq!(i128::from(level.held), r.held());
+            let exact = r.burst * r.scale - r.spent - r.held() * r.scale;
+            assert_eq!(i128::from(level.level), exact.div_euclid(r.scale), "level of {:?}", level.quota);
+            assert!(level.level + level.held as i64 <= r.burst as i64);
+        }
+    }
+}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn any_steps_give_what_a_recount_gives(steps in prop::collection::vec(step(), 1..250)) {
-        let mut now = Timestamp(1_774_700_000_000);
-        let all = quotas();
-        let mut engine = Quotas::new(&all, now);
-        let mut recounts: Vec<(usize, Recount)> = all
-            .iter()
-            .enumerate()
-            .filter_map(|(at, q)| match q.window {
-                Window::Rolling { burst } => Some((at, Recount {
-                    burst: i128::from(burst), rate: i128::from(q.limit), scale: i128::from(q.per.ms), spent: 0, held: vec![], at: now.0,
-                })),
-                Window::Calendar { .. } => None,
-            })
-            .collect();
-        let mut open: Vec<(Receipt, Amounts)> = Vec::new();
+    fn random_steps_match_an_independent_recount(steps in prop::collection::vec(step(), 1..250)) {
+        let mut walk = Walk::new();
         for step in steps {
-            match step {
-                Step::Clock(ms) => now = Timestamp(now.0 + ms),
-                Step::Reserve { prompt, completion } => {
-                    let required = Required { amounts: Amounts::of_request(prompt, completion), generates: true };
-                    let fit = recounts.iter_mut().all(|(at, r)| {
-                        r.advance(now.0);
-                        r.fits(i128::from(required.amounts.of(all[*at].kind)))
-                    });
-                    match engine.reserve(now, ASKER, &required) {
-                        Ok(receipt) => {
-                            prop_assert!(fit, "admitted against the recount");
-                            for (at, r) in &mut recounts {
-                                r.advance(now.0);
-                                r.held.push(i128::from(required.amounts.of(all[*at].kind)));
-                            }
-                            open.push((receipt, required.amounts));
-                        }
-                        Err(denied) => {
-                            let rolling = denied.shortfalls().iter().any(|s| matches!(s.quota.window, Window::Rolling { .. }));
-                            prop_assert_eq!(rolling, !fit, "denied against the recount");
-                            prop_assert!(denied.shortfalls().windows(2).all(|w| w[0].wait >= w[1].wait));
-                        }
-                    }
-                }
-                Step::Settle { which, prompt, completion } if !open.is_empty() => {
-                    let which = which % open.len();
-                    let (receipt, reserved) = open.remove(which);
-                    let spent = Amounts::of_request(prompt, completion);
-                    engine.settle(now, receipt, spent);
-                    for (at, r) in &mut recounts {
-                        r.advance(now.0);
-                        r.held.remove(which);
-                        r.spent += i128::from(spent.of(all[*at].kind)) * r.scale;
-                        let _ = reserved;
-                    }
-                }
-                Step::Settle { .. } => {}
-            }
-            let levels = engine.levels(now);
-            for (at, r) in &mut recounts {
-                r.advance(now.0);
-                let level = &levels[*at];
-                prop_assert_eq!(i128::from(level.held), r.held());
-                let exact = r.burst * r.scale - r.spent - r.held() * r.scale;
-                prop_assert_eq!(i128::from(level.level), exact.div_euclid(r.scale), "level of {:?}", level.quota);
-                prop_assert!(level.level + level.held as i64 <= r.burst as i64);
-            }
+            walk.apply(step);
+            walk.compare();
         }
-        for (receipt, amounts) in open {
-            engine.settle(now, receipt, amounts);
+        for (receipt, amounts) in walk.open {
+            walk.engine.settle(walk.now, receipt, amounts);
         }
-        prop_assert!(engine.levels(now).iter().all(|l| l.held == 0), "nothing is held in the end");
+        prop_assert!(walk.engine.levels(walk.now).iter().all(|level| level.held == 0), "everything is settled");
     }
 
     #[test]
-    fn who_waits_as_long_as_told_is_admitted_and_not_a_millisecond_sooner(
+    fn a_request_fits_after_the_returned_wait_and_not_a_millisecond_earlier(
         spent in 0u64..3_000, amount in 0u64..1_500,
     ) {
         let now = Timestamp(1_774_700_000_000);
         let all = [quota(Kind::TotalTokens, 1_000, 60_000, Window::Rolling { burst: 1_500 })];
         let mut engine = Quotas::new(&all, now);
         let required = |tokens| Required { amounts: Amounts::of_request(tokens, 0), generates: true };
-        let receipt = engine.reserve(now, ASKER, &required(1)).unwrap();
+        let receipt = engine.reserve(now, SUBJECT, &required(1)).unwrap();
         engine.settle(now, receipt, Amounts::of_request(spent, 0));
-        if let Err(denied) = engine.reserve(now, ASKER, &required(amount)) {
-            let Wait::Ms(ms) = denied.shortfalls()[0].wait else { panic!("it fits some day") };
-            prop_assert!(engine.clone().reserve(now.plus_ms(ms - 1), ASKER, &required(amount)).is_err());
-            prop_assert!(engine.reserve(now.plus_ms(ms), ASKER, &required(amount)).is_ok());
+        if let Err(denied) = engine.reserve(now, SUBJECT, &required(amount)) {
+            let Wait::Ms(ms) = denied.shortfalls()[0].wait else { panic!("the request is not larger than the quota") };
+            prop_assert!(engine.clone().reserve(now.plus_ms(ms - 1), SUBJECT, &required(amount)).is_err());
+            prop_assert!(engine.reserve(now.plus_ms(ms), SUBJECT, &required(amount)).is_ok());
         }
     }
 
@@ -248,7 +279,7 @@ proptest! {
         let mut engine = Quotas::new(&quotas(), now);
         let before: Vec<_> = engine.levels(now).iter().map(|l| (l.level, l.held, l.used)).collect();
         let required = Required { amounts: Amounts::of_request(prompt, completion), generates: true };
-        if engine.reserve(now, ASKER, &required).is_err() {
+        if engine.reserve(now, SUBJECT, &required).is_err() {
             let after: Vec<_> = engine.levels(now).iter().map(|l| (l.level, l.held, l.used)).collect();
             prop_assert_eq!(before, after);
         }
