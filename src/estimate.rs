@@ -7,7 +7,7 @@ mod calibration;
 mod count_cache;
 mod file;
 mod images;
-pub mod media;
+pub(crate) mod media;
 mod models;
 mod overhead;
 mod prompt;

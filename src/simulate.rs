@@ -40,7 +40,7 @@ impl Default for Pace {
 
 /// How a replay reserves tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Mode {
+enum Mode {
     /// By the settings of the environment.
     Configured,
     /// The prompt only.
@@ -51,13 +51,13 @@ pub enum Mode {
     MaxTokens,
     /// The prompt and this quantile of recent completions.
     Adaptive(f64),
-    /// Exactly what the answer will use. A gateway cannot know it; the mode is the yardstick of the others.
+    /// Exactly what the answer will use. A gateway cannot know it; the other modes are compared with this one.
     Oracle,
 }
 
 impl Mode {
     /// The modes that a report compares with the configured one.
-    pub const OTHERS: [Self; 7] = [
+    const OTHERS: [Self; 7] = [
         Self::Afterwards,
         Self::PromptOnly,
         Self::MaxTokens,
@@ -68,7 +68,7 @@ impl Mode {
     ];
 
     /// The name in reports.
-    pub fn name(self) -> String {
+    fn name(self) -> String {
         match self {
             Self::Configured => "as configured".into(),
             Self::Afterwards => "charge afterwards".into(),
@@ -109,52 +109,52 @@ impl Mode {
 
 /// The result of replaying a trace.
 #[derive(Clone, Debug, Default)]
-pub struct ReplayOutcome {
+struct ReplayOutcome {
     /// Number of admitted calls.
-    pub admitted: u64,
+    admitted: u64,
     /// Number of denied calls.
-    pub rejected: u64,
+    rejected: u64,
     /// Amounts that the admitted calls used.
-    pub spent: Amounts,
+    spent: Amounts,
     /// The results by quota, in the order of the config.
-    pub quotas: Vec<QuotaOutcome>,
+    quotas: Vec<QuotaOutcome>,
     /// Sum of the times from a denial to the next admission, in milliseconds.
-    pub exhausted_ms: u64,
+    exhausted_ms: u64,
     /// Total tokens of all calls, by equal parts of the trace's duration.
-    pub offered_by_time: Vec<u64>,
+    offered_by_time: Vec<u64>,
     /// Total tokens of the admitted calls, by the same parts.
-    pub admitted_by_time: Vec<u64>,
+    admitted_by_time: Vec<u64>,
 }
 
 impl ReplayOutcome {
     /// The largest overshoot of any quota, as a fraction of its capacity.
-    pub fn overshoot(&self) -> f64 {
+    fn overshoot(&self) -> f64 {
         self.quotas.iter().map(|q| q.overshoot).fold(0.0, f64::max)
     }
 
     /// The largest utilisation of any quota, as a fraction.
-    pub fn utilisation(&self) -> f64 {
+    fn utilisation(&self) -> f64 {
         self.quotas.iter().map(|q| q.utilisation).fold(0.0, f64::max)
     }
 }
 
 /// The result of a replay for one quota.
 #[derive(Clone, Debug)]
-pub struct QuotaOutcome {
+struct QuotaOutcome {
     /// The quota.
-    pub quota: Quota,
+    quota: Quota,
     /// Number of denials for which this quota had too little left.
-    pub denials: u64,
+    denials: u64,
     /// The spent amount as a fraction of the most that the quota could admit during the trace.
-    pub utilisation: f64,
+    utilisation: f64,
     /// The largest excess over the permitted amount, as a fraction of the capacity.
-    pub overshoot: f64,
+    overshoot: f64,
     /// Sum of the times from a denial by this quota to the next admission, in milliseconds.
-    pub exhausted_ms: u64,
+    exhausted_ms: u64,
 }
 
 /// Replays calls, sorted by time, through the quotas of an environment.
-pub fn replay(environment: &Environment, calls: &[TraceCall], pace: Pace, mode: Mode) -> ReplayOutcome {
+fn replay(environment: &Environment, calls: &[TraceCall], pace: Pace, mode: Mode) -> ReplayOutcome {
     let Some(first) = calls.first() else { return Replay::new(environment, calls, pace, mode).finish() };
     let mut replay = Replay::new(environment, calls, pace, mode);
     replay.now = first.at;
@@ -176,6 +176,7 @@ pub fn replay(environment: &Environment, calls: &[TraceCall], pace: Pace, mode: 
 /// Number of bars in a chart.
 const CHART_COLUMNS: usize = 60;
 
+/// A replay in progress.
 struct Replay<'a> {
     local: Local,
     environment: &'a Environment,
@@ -224,6 +225,7 @@ struct Meter {
     exhausted_ms: u64,
 }
 
+/// A counter that charges at the moment of spending.
 enum IdealCounter {
     Rolling(Box<TokenBucket>),
     /// The level of the engine serves: its debt is the overshoot.
@@ -375,8 +377,8 @@ impl<'a> Replay<'a> {
         self.denied_since.get_or_insert(self.now);
         let NoRoom::Quota(denied) = no_room else { return };
         for shortfall in denied.shortfalls() {
-            let is_it = |meter: &&mut Meter| meter.quota.is_same_as(&shortfall.quota);
-            if let Some(meter) = self.meters.iter_mut().find(is_it) {
+            let has_quota = |meter: &&mut Meter| meter.quota.is_same_as(&shortfall.quota);
+            if let Some(meter) = self.meters.iter_mut().find(has_quota) {
                 meter.denials += 1;
                 meter.denied_since.get_or_insert(self.now);
             }
@@ -402,6 +404,7 @@ impl<'a> Replay<'a> {
         self.outcome
     }
 
+    /// Index of the chart column of a time.
     fn column(&self, at: Timestamp) -> usize {
         let (Some(first), Some(last)) = (self.calls.first(), self.calls.last()) else { return 0 };
         let (since, span) = (at.ms_since(first.at), last.at.ms_since(first.at) + 1);

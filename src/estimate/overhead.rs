@@ -109,6 +109,78 @@ const EARLY: Overhead = Overhead {
     forbidden: 1,
 };
 
+/// Models with `o200k_base` that do not reason, in the chat API. Fitted to 115 exchanges with tools and 29 with a
+/// schema.
+const OMNI_CHAT: Overhead =
+    Overhead { call: 5, result: 0, functions: 3, schema: 8, required_by_name: 7, ..EARLY };
+
+/// The same models in the Responses API. Fitted to 79 exchanges with tools and 28 with a schema.
+const OMNI_RESPONSES: Overhead = Overhead {
+    call: 7,
+    result: 0,
+    functions: -3,
+    after_system: 0,
+    schema: 1,
+    required_by_name: 7,
+    required: 9,
+    ..EARLY
+};
+
+/// Models from gpt-5 on in the chat API. Fitted to 46 exchanges with text alone, 22 with tools and 11 with a
+/// schema.
+const HARMONY_CHAT: Overhead = Overhead {
+    request: 2,
+    assistant: 2,
+    call: 9,
+    result: 0,
+    functions: 84,
+    after_system: 0,
+    schema: 5,
+    ..EARLY
+};
+
+/// The same models in the Responses API. Fitted to 83 exchanges with text alone, 81 with tools and 55 with a
+/// schema.
+const HARMONY_RESPONSES: Overhead = Overhead {
+    request: 2,
+    assistant: 2,
+    call: 14,
+    result: 0,
+    functions: 3,
+    after_system: 0,
+    schema: 0,
+    required_by_name: 0,
+    forbidden: 0,
+    ..EARLY
+};
+
+/// The o-series in the chat API. It differs from gpt-5 in the tools.
+const REASONING_CHAT: Overhead = Overhead { functions: 3, ..HARMONY_CHAT };
+
+/// The o-series in the Responses API.
+const REASONING_RESPONSES: Overhead = Overhead { functions: -1, call: 11, ..HARMONY_RESPONSES };
+
+impl ChatTemplate {
+    const fn overhead(&self) -> Overhead {
+        Overhead {
+            request: self.request,
+            message: self.message,
+            assistant: 0,
+            call: self.call,
+            argument: self.argument,
+            parallel_calls: 0,
+            call_with_text: 0,
+            result: 0,
+            functions: self.functions,
+            after_system: 0,
+            schema: if let Some(schema) = self.schema { schema.request } else { 0 },
+            required_by_name: self.required,
+            required: self.required,
+            forbidden: 0,
+        }
+    }
+}
+
 /// How many messages and tool calls a prompt has.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct MessageCounts {
@@ -129,7 +201,7 @@ pub(super) struct MessageCounts {
 
 /// What a request says about tool calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum ToolChoice {
+pub(super) enum ToolRequirement {
     /// The model decides.
     #[default]
     Free,
@@ -146,7 +218,7 @@ pub(super) enum ToolChoice {
 pub(super) struct PromptFacts {
     pub(super) api: Api,
     pub(super) counts: MessageCounts,
-    pub(super) tool_choice: ToolChoice,
+    pub(super) tool_requirement: ToolRequirement,
     /// Whether the request turns the model's reasoning on or off.
     pub(super) reasons: Option<bool>,
     pub(super) has_system: bool,
@@ -155,70 +227,17 @@ pub(super) struct PromptFacts {
 }
 
 impl Format {
-    /// The constants of a format in an API. They were fitted to recorded exchanges. The comment beside each
-    /// says to how many.
+    /// The constants of the format in an API.
     const fn overhead(self, api: Api) -> Overhead {
         match (self, api) {
             (Self::Early, _) => EARLY,
-            (Self::Template(template), _) => Overhead {
-                request: template.request,
-                message: template.message,
-                functions: template.functions,
-                call: template.call,
-                argument: template.argument,
-                parallel_calls: 0,
-                call_with_text: 0,
-                result: 0,
-                after_system: 0,
-                schema: if let Some(schema) = template.schema { schema.request } else { 0 },
-                required_by_name: template.required,
-                required: template.required,
-                forbidden: 0,
-                ..EARLY
-            },
-            // 79 exchanges with tools, 28 with a schema.
-            (Self::Omni, Api::Responses) => Overhead {
-                call: 7,
-                result: 0,
-                functions: -3,
-                after_system: 0,
-                schema: 1,
-                required_by_name: 7,
-                required: 9,
-                ..EARLY
-            },
-            // 115 exchanges with tools, 29 with a schema.
-            (Self::Omni, _) => {
-                Overhead { call: 5, result: 0, functions: 3, schema: 8, required_by_name: 7, ..EARLY }
-            }
-            // 83 exchanges with text alone, 81 with tools, 55 with a schema.
-            (Self::Harmony, Api::Responses) => Overhead {
-                request: 2,
-                assistant: 2,
-                call: 14,
-                result: 0,
-                functions: 3,
-                after_system: 0,
-                schema: 0,
-                required_by_name: 0,
-                forbidden: 0,
-                ..EARLY
-            },
-            (Self::Reasoning, Api::Responses) => {
-                Overhead { functions: -1, call: 11, ..Self::Harmony.overhead(Api::Responses) }
-            }
-            (Self::Reasoning, _) => Overhead { functions: 3, ..Self::Harmony.overhead(Api::Chat) },
-            // 46 exchanges with text alone, 22 with tools, 11 with a schema.
-            (Self::Harmony, _) => Overhead {
-                request: 2,
-                assistant: 2,
-                call: 9,
-                result: 0,
-                functions: 84,
-                after_system: 0,
-                schema: 5,
-                ..EARLY
-            },
+            (Self::Omni, Api::Responses) => OMNI_RESPONSES,
+            (Self::Omni, _) => OMNI_CHAT,
+            (Self::Reasoning, Api::Responses) => REASONING_RESPONSES,
+            (Self::Reasoning, _) => REASONING_CHAT,
+            (Self::Harmony, Api::Responses) => HARMONY_RESPONSES,
+            (Self::Harmony, _) => HARMONY_CHAT,
+            (Self::Template(template), _) => template.overhead(),
         }
     }
 
@@ -265,7 +284,7 @@ impl Format {
         }
         let after_system = if facts.has_system { overhead.after_system } else { 0 };
         if facts.has_functions {
-            let choice = overhead.of_tool_choice(facts.tool_choice);
+            let choice = overhead.of_tool_requirement(facts.tool_requirement);
             add(PromptPart::Tools, overhead.functions + after_system + choice);
         }
         if facts.has_schema {
@@ -290,12 +309,12 @@ impl Overhead {
         ]
     }
 
-    fn of_tool_choice(&self, choice: ToolChoice) -> i64 {
+    fn of_tool_requirement(&self, choice: ToolRequirement) -> i64 {
         match choice {
-            ToolChoice::Free => 0,
-            ToolChoice::Forbidden => self.forbidden,
-            ToolChoice::Required => self.required,
-            ToolChoice::Named => self.required_by_name,
+            ToolRequirement::Free => 0,
+            ToolRequirement::Forbidden => self.forbidden,
+            ToolRequirement::Required => self.required,
+            ToolRequirement::Named => self.required_by_name,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::images::{ImageDetail, PromptImage};
 use super::models::Model;
-use super::overhead::{MessageCounts, PromptFacts, ToolChoice};
+use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
 use super::tools::{self, AnswerSchema, ToolCost};
 use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
 use crate::api::Api;
@@ -54,7 +54,7 @@ pub struct Prompt<'a> {
     system: Option<usize>,
     /// JSON of the lists of tool definitions.
     tools: Vec<&'a str>,
-    tool_choice: ToolChoice,
+    tool_requirement: ToolRequirement,
     /// Name of the tool that must be called; empty without one.
     chosen_tool: Cow<'a, str>,
     schema: Option<AnswerSchema<'a>>,
@@ -147,17 +147,17 @@ impl<'a> Prompt<'a> {
 
     /// The model must not call a tool.
     pub(crate) fn forbid_tools(&mut self) {
-        self.tool_choice = ToolChoice::Forbidden;
+        self.tool_requirement = ToolRequirement::Forbidden;
     }
 
     /// The model must call a tool.
     pub(crate) fn require_tools(&mut self) {
-        self.tool_choice = ToolChoice::Required;
+        self.tool_requirement = ToolRequirement::Required;
     }
 
     /// The model must call this tool.
     pub(crate) fn require_tool_named(&mut self, name: Cow<'a, str>) {
-        self.tool_choice = ToolChoice::Named;
+        self.tool_requirement = ToolRequirement::Named;
         self.chosen_tool = name;
     }
 
@@ -269,7 +269,7 @@ impl Prompt<'_> {
                 add(PromptPart::Messages, count(text)?);
             }
         }
-        if self.tool_choice == ToolChoice::Named && model.names_chosen_tool(self.api) {
+        if self.tool_requirement == ToolRequirement::Named && model.names_chosen_tool(self.api) {
             add(PromptPart::Tools, count(&self.chosen_tool)?);
         }
         let schema = self.schema.as_ref().filter(|_| model.reads_schema());
@@ -287,7 +287,7 @@ impl Prompt<'_> {
         let facts = PromptFacts {
             api: self.api,
             counts: self.counts,
-            tool_choice: self.tool_choice,
+            tool_requirement: self.tool_requirement,
             reasons: self.reasons,
             has_system: self.system.is_some(),
             has_functions: tools.has_functions,
@@ -306,7 +306,7 @@ impl Prompt<'_> {
 
     fn tool_cost(&self, model: &Model, count: &dyn Fn(&str) -> Option<ToolCost>) -> Option<ToolCost> {
         let mut sum = ToolCost::default();
-        if self.tool_choice == ToolChoice::Forbidden && !model.reads_forbidden_tools() {
+        if self.tool_requirement == ToolRequirement::Forbidden && !model.reads_forbidden_tools() {
             return Some(sum);
         }
         for json in &self.tools {

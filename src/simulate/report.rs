@@ -11,9 +11,9 @@ pub struct SimulationReport {
     /// Name of the environment.
     pub environment: String,
     /// The result with the settings of the environment.
-    pub configured: ReplayOutcome,
+    configured: ReplayOutcome,
     /// The results of the other modes, the oracle last.
-    pub others: Vec<(Mode, ReplayOutcome)>,
+    others: Vec<(Mode, ReplayOutcome)>,
 }
 
 impl SimulationReport {
@@ -32,7 +32,7 @@ impl SimulationReport {
     }
 
     /// The result of the oracle.
-    pub fn oracle(&self) -> Option<&ReplayOutcome> {
+    fn oracle(&self) -> Option<&ReplayOutcome> {
         self.others.iter().find(|(mode, _)| *mode == Mode::Oracle).map(|(_, outcome)| outcome)
     }
 

@@ -123,8 +123,8 @@ fn azure() -> Option<Vec<TraceCall>> {
 
 const SLOW: Pace = Pace { first_token: Duration::from_millis(400), tokens_per_second: 3.0 };
 
-/// Checks the adaptive mode with quotas of 30, 60 and 90 % of the offered tokens: it admits at least the fraction
-/// `least` of the calls that an oracle admits, and overshoots by at most 0.5 %.
+/// Checks the adaptive mode with quotas of 30, 60 and 90 % of the offered tokens. It must admit at least the
+/// fraction `least` of the calls that an oracle admits, and overshoot by at most 0.5 %.
 fn assert_close_to_oracle(what: &str, calls: &[TraceCall], least: [f64; 3]) {
     let offered: u64 = calls.iter().map(|c| c.prompt + c.completion).sum();
     for (percent, least) in [30, 60, 90].into_iter().zip(least) {
