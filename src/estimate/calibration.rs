@@ -68,6 +68,7 @@ pub struct Correction {
     largest: u32,
 }
 
+/// Changes no estimate.
 impl Default for Correction {
     fn default() -> Self {
         Self { per_mille: 1_000, offset: 0, smallest: 0, largest: u32::MAX }
@@ -185,6 +186,7 @@ fn fit(samples: &[CalibrationSample]) -> Correction {
     best
 }
 
+/// A correction by this factor and the median offset that remains.
 fn with_offset(per_mille: i64, samples: &[CalibrationSample]) -> Correction {
     let left = |p: &CalibrationSample| i64::from(p.reported) - i64::from(p.estimated) * per_mille / 1_000;
     Correction { per_mille, offset: median(samples.iter().map(left)), ..Correction::default() }

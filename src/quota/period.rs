@@ -16,8 +16,8 @@ pub struct CalendarPeriod {
     end: Timestamp,
     /// Identifies the period. A reservation records it to find the period that admitted it.
     ///
-    /// It is the start of the period in milliseconds, so that nodes agree on it without communication. If
-    /// the clock was stepped back, it is one more than the previous identifier.
+    /// It is the start of the period in milliseconds, so that nodes agree on it without communication. If a
+    /// step of the clock would repeat an identifier, it is one more than the previous one instead.
     period_id: u64,
     used: u64,
     held: u64,
@@ -66,7 +66,8 @@ impl CalendarPeriod {
         self.period_id
     }
 
-    /// Moves `amount` of a reservation from held to used.
+    /// Moves `amount` of a reservation from held to used. Does nothing if the period that admitted the
+    /// request has ended.
     pub(super) fn mark_spent(&mut self, admitted_in: u64, amount: u64) {
         if admitted_in == self.period_id {
             self.held = self.held.saturating_sub(amount);
@@ -186,6 +187,7 @@ impl CalendarPeriod {
     }
 }
 
+/// The identifier of a period by its start.
 fn id_of(start: Timestamp) -> u64 {
     u64::try_from(start.0).unwrap_or(0)
 }
@@ -206,6 +208,7 @@ fn bounds(unit: ClockUnit, zone: &TimeZone, now: Timestamp) -> (Timestamp, Times
     }
 }
 
+/// `None` outside the years of the time zone library.
 fn civil_bounds(unit: ClockUnit, zone: &TimeZone, now: Timestamp) -> Option<(Timestamp, Timestamp)> {
     let zoned = jiff::Timestamp::from_millisecond(now.0).ok()?.to_zoned_datetime(zone.clone());
     let (start, end) = match unit {
