@@ -190,7 +190,7 @@ struct Comparison {
 fn compare(figure: Option<f64>, baseline: Option<f64>, tolerance: f64) -> Comparison {
     match (figure, baseline) {
         (Some(figure), Some(known)) => Comparison {
-            text: format!("{:.3}", figure / known),
+            text: if known < 0.05 { "-".to_owned() } else { format!("{:.3}", figure / known) },
             is_within: figure <= known * MAX_GROWTH + tolerance,
         },
         _ => Comparison { text: "-".to_owned(), is_within: true },
