@@ -34,6 +34,7 @@ pub mod estimate;
 pub mod glob;
 mod json;
 pub mod quota;
+mod random;
 pub mod redis;
 mod roots;
 pub mod usage;

@@ -156,8 +156,7 @@ pub(crate) struct RequestIds {
 impl RequestIds {
     /// Starts at a random number.
     pub(crate) fn new() -> Self {
-        let start = getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()));
-        Self { start, next: 0.into() }
+        Self { start: crate::random::number(), next: 0.into() }
     }
 
     /// Returns a new id.

@@ -3,10 +3,9 @@
 use crate::body::BodyFault;
 use crate::error::ProxyError;
 use bytes::Bytes;
-use futures_util::stream;
 use http::HeaderValue;
 use multer::{Constraints, Multipart, SizeLimit};
-use std::convert::Infallible;
+use std::io::Cursor;
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 
@@ -29,9 +28,8 @@ pub(super) async fn model(body: Bytes, boundary: String) -> Result<String, Proxy
 async fn find_model(body: Bytes, boundary: String) -> Result<String, BodyFault> {
     let broken = |e: multer::Error| BodyFault::Invalid(format!("is not a valid form: {e}"));
     let limits = SizeLimit::new().for_field("model", MAX_MODEL_NAME_BYTES);
-    let whole = stream::iter([Ok::<_, Infallible>(body)]);
     let constraints = Constraints::new().size_limit(limits);
-    let mut form = Multipart::with_constraints(whole, boundary, constraints);
+    let mut form = Multipart::with_reader_with_constraints(Cursor::new(body), boundary, constraints);
     let mut model = None;
     while let Some(field) = form.next_field().await.map_err(broken)? {
         let Some(name) = field.name().filter(|name| name.eq_ignore_ascii_case("model")) else { continue };

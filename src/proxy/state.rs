@@ -7,6 +7,7 @@ use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
 use crate::ledger::{Account, Persistence, RestoredState};
+use crate::random;
 use crate::store::{Store, WriterControl};
 use crate::telemetry::{Metrics, RequestIds, Series};
 use http::header::HeaderValue;
@@ -50,11 +51,8 @@ pub(super) struct EnvironmentContext {
 }
 
 /// A unique random id of this process. Redis stores this process's reservations under it.
-fn session_id() -> anyhow::Result<String> {
-    let random = || {
-        getrandom::u64().map_err(|error| anyhow::anyhow!("the system provides no random numbers: {error}"))
-    };
-    Ok(format!("{:016x}{:016x}", random()?, random()?))
+fn session_id() -> String {
+    format!("{:016x}{:016x}", random::number(), random::number())
 }
 
 impl State {
@@ -80,7 +78,7 @@ impl State {
                 credential: headers::credential(&environment.upstream),
             });
         }
-        let session = session_id()?;
+        let session = session_id();
         let open = |environment: &Arc<Environment>| {
             let keeper = store.map(|store| -> Arc<dyn Persistence> { store.persistence() });
             let left = store
