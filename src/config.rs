@@ -215,7 +215,7 @@ pub enum CompletionReserve {
 pub enum WhenShort {
     /// It answers 429.
     Reject,
-    /// It lowers the request's token limit to what is left.
+    /// It lowers the request's token limit to the remaining amount.
     Clamp,
 }
 

@@ -157,7 +157,7 @@ impl Store {
             drop(lock);
         };
         let thread = thread::Builder::new().name("store".into()).spawn(run)?;
-        // The accounts have charged what was in flight when the last process crashed. This makes the charge durable.
+        // The accounts have charged the requests that a crash interrupted. This commit makes the charge durable.
         control.changed(true);
         Ok(StoreWriter { control, thread: Some(thread) })
     }

@@ -20,7 +20,7 @@ pub struct Fault {
     location: Location,
     /// The path of the setting, such as `environments.staging.quotas`. Empty for the whole file.
     path: String,
-    /// What is wrong and how to fix it. It never contains a key or a value from outside the file.
+    /// The problem and how to fix it. It never contains a key or a value from outside the file.
     message: String,
 }
 
