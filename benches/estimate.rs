@@ -105,7 +105,7 @@ impl TextKind {
     /// A new text: pieces of real text in random order.
     fn text(self, bytes: usize, random: &mut Random) -> String {
         let (source, separator) = match self {
-            Self::English => (include_str!("../README.md"), ' '),
+            Self::English => (PROSE, ' '),
             Self::Code => (include_str!("../src/proxy.rs"), '\n'),
             Self::ChineseAndJapanese => (PHRASES, ' '),
         };
@@ -125,6 +125,14 @@ impl TextKind {
         text
     }
 }
+
+/// English prose.
+const PROSE: &str = concat!(
+    include_str!("../docs/quotas.md"),
+    include_str!("../docs/counting.md"),
+    include_str!("../docs/cluster.md"),
+    include_str!("../docs/operations.md"),
+);
 
 const PHRASES: &str = "今天天气很好， 我们去公园散步吧。 请用两句话解释 为什么天空是蓝色的？ 网关在转发请求之前 会计算提示词的数量， 然后预留配额。 \
     この文章を要約してください。 応答が終わると、 実際に使われたトークン数で 精算されます。 明日の会議は 午後三時からです。 数据库 服务器 错误 日志 \
