@@ -1,6 +1,7 @@
 //! The YAML file as a tree in which every node has its location in the file.
 
 use super::fault::Location;
+use std::fmt;
 
 #[derive(Clone, Debug)]
 pub(super) struct YamlNode {
@@ -27,13 +28,20 @@ pub(super) struct YamlKey {
 
 /// A single value, as text. The setting that reads it decides its type: a caller's key may consist of digits, and a
 /// variable may contain a value of any type.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct YamlScalar {
     pub(super) text: String,
     /// The value has no quotes.
     pub(super) is_plain: bool,
     /// The value comes from a variable or another file. It may be secret, so no message may contain it.
     pub(super) is_external: bool,
+}
+
+/// Leaves the text out: it can be a key.
+impl fmt::Debug for YamlScalar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("YamlScalar").field("is_plain", &self.is_plain).finish_non_exhaustive()
+    }
 }
 
 impl YamlNode {
@@ -80,4 +88,15 @@ pub(super) const NODE_WEIGHT: usize = 64;
 /// The path of the setting `name` within the setting at `parent`.
 pub(super) fn join(parent: &str, name: &str) -> String {
     if parent.is_empty() { name.to_owned() } else { format!("{parent}.{name}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_output_of_a_scalar_leaves_its_text_out() {
+        let scalar = YamlScalar { text: "sk-canary".into(), is_plain: true, is_external: false };
+        assert!(!format!("{scalar:?}").contains("canary"));
+    }
 }

@@ -27,7 +27,7 @@ pub(super) fn for_upstream(
     let named = named_by_connection(&headers);
     let mut passed = Vec::with_capacity(headers.len() + 4);
     let mut last = None;
-    for (name, value) in headers {
+    for (name, mut value) in headers {
         // `HeaderMap` yields the name of a repeated header only with its first value.
         let Some(name) = name.or_else(|| last.clone()) else { continue };
         let is_key = gateway_keys.contains(name.as_str())
@@ -39,6 +39,8 @@ pub(super) fn for_upstream(
             || upstream.headers.contains_key(&name);
         last = Some(name.clone());
         if !is_dropped {
+            // `Debug` then leaves a key out, and HTTP/2 does not put it into a compression table.
+            value.set_sensitive(KEY_HEADERS.contains(&name.as_str()));
             passed.push((name, value));
         }
     }
@@ -210,5 +212,22 @@ impl AddedHeaders {
                 headers.insert(reset_name, reset);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forwarded_key_is_left_out_of_debug_output() {
+        let config = "upstreams: { u: { base_url: 'http://127.0.0.1:1/v1' } }\nenvironments: { e: { upstream: u } }\nstore: { memory: true }";
+        let config = crate::config::parse(config, "t.yaml", &|_| None, &[]).unwrap().config;
+        let mut headers = HeaderMap::new();
+        headers.insert("authorization", HeaderValue::from_static("Bearer sk-canary"));
+        headers.insert("x-api-key", HeaderValue::from_static("sk-canary"));
+        let passed = for_upstream(headers, &config.upstreams[0], None, GatewayKeyHeaders::default());
+        assert_eq!(passed.iter().filter(|(_, value)| value.as_bytes().ends_with(b"sk-canary")).count(), 2);
+        assert!(!format!("{passed:?}").contains("canary"), "{passed:?}");
     }
 }

@@ -13,8 +13,8 @@ pub(super) const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-ke
 /// A request with more keys than this is refused: each costs a hash and a lookup.
 const MAX_KEYS: usize = 8;
 
-/// A key that a caller sent in a header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A key that a caller sent in a header. It has no `Debug`, which would print the key.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct PresentedKey<'h> {
     pub(super) key: &'h [u8],
     pub(super) header: KeyHeader,

@@ -20,7 +20,6 @@ use call_timer::CallTimer;
 use discovery::{Discovery, ServerConnection};
 use redis::aio::MultiplexedConnection;
 use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
-use sha1_smol::Sha1;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
@@ -125,7 +124,7 @@ impl FailFastConnection {
             probe_key: format!("{prefix}:{{{environment}}}:probe"),
             environment,
             prefix: prefix.to_owned(),
-            script_sha: Sha1::from(SCRIPT).digest().to_string(),
+            script_sha: redis::Script::new(SCRIPT).get_hash().to_owned(),
             state: Mutex::new(State { unavailable_reason, ..State::default() }),
             permits: Semaphore::new(MAX_CALLS_IN_FLIGHT),
             timer: CallTimer::new(),
@@ -276,7 +275,7 @@ impl FailFastConnection {
         let failures = test.query_async(redis).await?;
         // The server has cached the script by now. This call tests the right to use EVALSHA.
         let mut again = redis::cmd("EVALSHA");
-        again.arg(Sha1::from(requirements::TEST_SCRIPT).digest().to_string()).arg(1).arg(&key);
+        again.arg(redis::Script::new(requirements::TEST_SCRIPT).get_hash()).arg(1).arg(&key);
         match again.query_async::<Vec<String>>(redis).await {
             Err(error) if !is_unknown_script(&error) => Err(error),
             _ => Ok(failures),

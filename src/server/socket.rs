@@ -6,13 +6,12 @@ use super::peer::Peer;
 use crate::clock::Stopwatch;
 use bytes::{Buf as _, BytesMut};
 use std::io::{self, ErrorKind, IoSlice};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
-use tokio_util::io::poll_read_buf;
 
 /// The most bytes read ahead of hyper to find a disconnect. A disconnect behind more bytes is noticed when the
 /// next piece of the answer is written.
@@ -77,7 +76,8 @@ impl CallerSocket {
             if read_ahead.capacity() - read_ahead.len() < 1024 {
                 read_ahead.reserve(4 * 1024);
             }
-            match ready!(poll_read_buf(Pin::new(&mut *stream), cx, read_ahead)) {
+            // The future does not outlive this poll: it is cancel safe, so that nothing is lost.
+            match ready!(pin!(stream.read_buf(read_ahead)).poll(cx)) {
                 Ok(0) | Err(_) => return Poll::Ready(()),
                 Ok(_) => {}
             }

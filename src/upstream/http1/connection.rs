@@ -2,10 +2,9 @@
 
 use bytes::BytesMut;
 use std::io;
-use std::pin::Pin;
+use std::pin::pin;
 use std::task::{Context, Poll, Waker};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_util::io::poll_read_buf;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
 const READ_BYTES: usize = 16 * 1024;
 
@@ -36,6 +35,7 @@ impl Http1Connection {
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 4 {
             self.buffer.reserve(READ_BYTES);
         }
-        poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.buffer)
+        // The future does not outlive this poll: it is cancel safe, so that nothing is lost.
+        pin!(self.stream.read_buf(&mut self.buffer)).poll(cx)
     }
 }
