@@ -191,8 +191,8 @@ impl Walk {
         Self { now, engine, recounts: RollingRecount::of(&quotas, now), open: Vec::new() }
     }
 
-    fn apply(&mut self, step: Step) {
-        match step {
+    fn apply(&mut self, step: &Step) {
+        match *step {
             Step::Clock(ms) => self.now = Timestamp(self.now.0 + ms),
             Step::Reserve { prompt, completion } => self.reserve(Amounts::of_request(prompt, completion)),
             Step::Settle { which, prompt, completion } if !self.open.is_empty() => {
@@ -247,7 +247,7 @@ proptest! {
     fn random_steps_match_an_independent_recount(steps in prop::collection::vec(step(), 1..250)) {
         let mut walk = Walk::new();
         for step in steps {
-            walk.apply(step);
+            walk.apply(&step);
             walk.compare();
         }
         for (receipt, amounts) in walk.open {

@@ -76,10 +76,10 @@ pub(super) enum ImageRule {
     Fixed { image: u64, page: u64 },
 }
 
-/// The limit of newer small models.
-const SMALL: SizeLimit = size_limit(2_048, 6_144);
-/// The limit in the older guide.
-const OLD: SizeLimit = size_limit(u32::MAX, 1_536);
+/// The limit of models that take 6,144 patches, in the latest guide.
+const PATCHES_6144: SizeLimit = size_limit(2_048, 6_144);
+/// The limit of models that take 1,536 patches, in an older guide. It has no limit of the sides.
+const PATCHES_1536: SizeLimit = size_limit(u32::MAX, 1_536);
 
 /// A patch rule with one limit for every detail.
 const fn patches(percent: u64, limit: SizeLimit) -> ImageRule {
@@ -88,6 +88,7 @@ const fn patches(percent: u64, limit: SizeLimit) -> ImageRule {
 
 /// The rule of gpt-4o, which also applies to unknown models.
 const GPT_4O: ImageRule = ImageRule::Tiles { base: 85, tile: 170 };
+/// The rule in Anthropic's guide.
 const CLAUDE: ImageRule = ImageRule::Area { pixels: 750, side: 1_568, max_tokens: 1_600 };
 
 /// The rules by the prefix of the model's name; the first match counts.
@@ -116,19 +117,19 @@ const RULES: &[(&str, ImageRule)] = &[
         "gpt-5.4",
         ImageRule::Patches {
             percent: 120,
-            low: SMALL,
+            low: PATCHES_6144,
             high: size_limit(2_048, 2_500),
             original: size_limit(6_000, 10_000),
             auto: ImageDetail::High,
         },
     ),
-    ("gpt-5.3", patches(120, SMALL)),
-    ("gpt-5.2", patches(120, SMALL)),
-    ("gpt-5-mini", patches(120, OLD)),
-    ("gpt-5-nano", patches(150, OLD)),
-    ("gpt-4.1-mini", patches(162, SMALL)),
-    ("gpt-4.1-nano", patches(246, OLD)),
-    ("o4-mini", patches(172, OLD)),
+    ("gpt-5.3", patches(120, PATCHES_6144)),
+    ("gpt-5.2", patches(120, PATCHES_6144)),
+    ("gpt-5-mini", patches(120, PATCHES_1536)),
+    ("gpt-5-nano", patches(150, PATCHES_1536)),
+    ("gpt-4.1-mini", patches(162, PATCHES_6144)),
+    ("gpt-4.1-nano", patches(246, PATCHES_1536)),
+    ("o4-mini", patches(172, PATCHES_1536)),
     ("gpt-5", ImageRule::Tiles { base: 70, tile: 140 }),
     ("gpt-4o-mini", ImageRule::Tiles { base: 2_833, tile: 5_667 }),
     ("o1", ImageRule::Tiles { base: 75, tile: 150 }),

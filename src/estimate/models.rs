@@ -19,7 +19,8 @@ pub struct Model {
     images: ImageRule,
 }
 
-/// The chat template of a model that is not in the table; also the default of the constants below.
+/// The chat template of a model that is in neither table. Its figures are guesses that rather exceed the real ones.
+/// The templates below take from it what they do not set.
 const TEMPLATE: ChatTemplate = ChatTemplate {
     request: 3,
     message: 3,
@@ -95,6 +96,8 @@ const OPENAI: &[(&str, Encoding, Format)] = &[
     ("codex-", O200K, Format::Harmony),
     ("computer-use", O200K, Format::Omni),
 ];
+
+// Templates that several entries of `OTHERS` share. The entries say what the figures were fitted to.
 
 const LLAMA: ChatTemplate = template((4, 3), (144, 15, 100), 5);
 /// The template contains the date.

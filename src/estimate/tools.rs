@@ -56,11 +56,12 @@ pub(super) fn count_if_cached(tokenizer: Tokenizer, style: Style, json: &str) ->
 /// The cost of a list of tools: from the cache, or rendered and counted.
 pub(super) fn count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost {
     let key = key(tokenizer, style, json);
-    key.cached().map(ToolCost::unpack).unwrap_or_else(|| {
-        let cost = render_and_count(tokenizer, style, json);
-        key.insert(cost.pack());
-        cost
-    })
+    if let Some(packed) = key.cached() {
+        return ToolCost::unpack(packed);
+    }
+    let cost = render_and_count(tokenizer, style, json);
+    key.insert(cost.pack());
+    cost
 }
 
 /// The key differs from the key of the same JSON as a text.

@@ -265,7 +265,7 @@ mod tests {
             Encoding::O200k.count(&piece(n));
         }
         O200K_RECENT.with_borrow(|recent| {
-            assert!(recent.exact_bytes_left < MAX_EXACT_PIECE, "{}", recent.exact_bytes_left)
+            assert!(recent.exact_bytes_left < MAX_EXACT_PIECE, "{}", recent.exact_bytes_left);
         });
         begin_request();
         O200K_RECENT.with_borrow(|recent| assert_eq!(recent.exact_bytes_left, MAX_EXACT_BYTES));

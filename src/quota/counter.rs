@@ -217,7 +217,7 @@ impl Cell {
         Shortfall { quota: self.quota.clone(), remaining, used, held, requested, wait }
     }
 
-    pub(super) fn to_level(&mut self, now: Timestamp) -> QuotaLevel {
+    pub(super) fn quota_level(&mut self, now: Timestamp) -> QuotaLevel {
         self.advance(now);
         let (held, used) = self.held_and_used();
         let reset_ms = self.reset_ms(now, false);

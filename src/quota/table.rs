@@ -351,7 +351,7 @@ impl Quotas {
 
     /// Every quota with its counter, in the order of the config.
     pub fn levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
-        self.cells.iter_mut().map(|cell| cell.to_level(now)).collect()
+        self.cells.iter_mut().map(|cell| cell.quota_level(now)).collect()
     }
 }
 

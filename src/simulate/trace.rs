@@ -124,7 +124,7 @@ impl TraceColumns {
     }
 }
 
-/// `2023-11-16 18:15:46.68`, with or without a zone (UTC without), or seconds.
+/// Parses `2023-11-16 18:15:46.68`, with a time zone or in UTC, or seconds since the Unix epoch.
 fn timestamp(text: &str) -> Option<Timestamp> {
     if let Ok(zoned) = text.parse::<jiff::Timestamp>() {
         return Some(Timestamp(zoned.as_millisecond()));
@@ -133,7 +133,7 @@ fn timestamp(text: &str) -> Option<Timestamp> {
         return Some(Timestamp(TimeZone::UTC.to_timestamp(civil).ok()?.as_millisecond()));
     }
     let seconds: f64 = text.parse().ok()?;
-    // Beyond this no millisecond is exact, and no clock has shown it.
+    // Larger values are not exact to the millisecond.
     if !(seconds.is_finite() && (0.0..1e12).contains(&seconds)) {
         return None;
     }
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_spellings_and_both_clocks_are_read() {
+    fn both_column_names_and_both_timestamp_formats_are_read() {
         let azure = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n";
         let ours = "timestamp,environment,prompt_tokens,completion_tokens,max_tokens,model\n1700158546.681,sandbox,374,44,,\n 3 ,,1,2,9,m\n";
         let calls = read_trace(azure.as_bytes()).unwrap();

@@ -49,7 +49,7 @@ const VALIDATION_KEYWORDS: &[&str] = &[
 /// Works in one pass and without a tree: at the end of an omitted member, it truncates `out` to the
 /// member's start.
 pub(super) fn compact(json: &str, omit: &[&str], out: &mut String) {
-    let mut objects: Vec<OpenContainer> = Vec::new();
+    let mut containers: Vec<OpenContainer> = Vec::new();
     let mut chars = json.char_indices();
     while let Some((at, c)) = chars.next() {
         match c {
@@ -57,15 +57,15 @@ pub(super) fn compact(json: &str, omit: &[&str], out: &mut String) {
             '"' => {
                 let end = at + 1 + end_of_string(&json[at + 1..]);
                 let text = json.get(at..end).unwrap_or_default();
-                if let Some(open) = objects.last_mut().filter(|open| open.expects_key) {
+                if let Some(open) = containers.last_mut().filter(|open| open.expects_key) {
                     open.begin_member(text, omit, out.len());
                 }
                 out.push_str(text);
                 while chars.offset() < end && chars.next().is_some() {}
             }
             '{' | '[' => {
-                let has_custom_names = objects.last().is_some_and(|open| open.value_has_custom_names);
-                objects.push(OpenContainer {
+                let has_custom_names = containers.last().is_some_and(|open| open.value_has_custom_names);
+                containers.push(OpenContainer {
                     is_object: c == '{',
                     expects_key: c == '{',
                     has_custom_names,
@@ -74,17 +74,18 @@ pub(super) fn compact(json: &str, omit: &[&str], out: &mut String) {
                 out.push(c);
             }
             '}' | ']' => {
-                if let Some(mut open) = objects.pop() {
+                if let Some(mut open) = containers.pop() {
                     open.end_member(out);
                 }
+                // The last member was omitted.
                 if out.ends_with(',') {
                     out.pop();
                 }
                 out.push(c);
             }
             ',' => {
-                let was_omitted = objects.last_mut().is_some_and(|open| open.end_member(out));
-                if let Some(open) = objects.last_mut() {
+                let was_omitted = containers.last_mut().is_some_and(|open| open.end_member(out));
+                if let Some(open) = containers.last_mut() {
                     open.expects_key = open.is_object;
                 }
                 if !was_omitted {

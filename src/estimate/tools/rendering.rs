@@ -180,7 +180,7 @@ impl Rendering {
             self.named_type(kind, schema, deeper);
         } else {
             self.union(schema.types.iter(), |renderer, kind| {
-                renderer.named_type(&kind.to_ascii_lowercase(), schema, deeper)
+                renderer.named_type(&kind.to_ascii_lowercase(), schema, deeper);
             });
         }
     }
