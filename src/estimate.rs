@@ -1,6 +1,6 @@
 //! Estimates the prompt tokens of a request before it is forwarded.
 //!
-//! Pure: texts and sizes in, numbers out. Readers of bodies fill a [`Prompt`] with what the model will read.
+//! Pure: texts and sizes in, numbers out. Readers of bodies fill a [`Prompt`] with the content that the model will read.
 //! A [`Model`] holds the costs. A [`Calibration`] learns how far the estimates were off.
 
 mod calibration;
@@ -65,7 +65,7 @@ pub struct PromptEstimate {
     /// Number of things that the request refers to but does not carry. The estimate has no tokens for them.
     pub unseen: u64,
     /// Whether a part of the prompt is added by the provider or stored elsewhere. Calibration must not learn
-    /// from such a request.
+    /// from this request.
     pub is_partial: bool,
     /// The kind of request, for calibration.
     pub kind: RequestKind,

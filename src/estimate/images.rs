@@ -1,7 +1,7 @@
 //! The tokens of images, by size, requested detail and model.
 //!
 //! The tables are from the latest guides of the providers, which have changed several times. Calibration
-//! corrects what the guides do not say.
+//! corrects the rest.
 
 use crate::api::Api;
 

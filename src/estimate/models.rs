@@ -20,7 +20,7 @@ pub struct Model {
 }
 
 /// The chat template of a model that is in neither table. Its figures are guesses that rather exceed the real ones.
-/// The templates below take from it what they do not set.
+/// The templates below take unset fields from it.
 const TEMPLATE: ChatTemplate = ChatTemplate {
     request: 3,
     message: 3,
@@ -97,7 +97,7 @@ const OPENAI: &[(&str, Encoding, Format)] = &[
     ("computer-use", O200K, Format::Omni),
 ];
 
-// Templates that several entries of `OTHERS` share. The entries say what the figures were fitted to.
+// Templates that several entries of `OTHERS` share. Each entry names the number of exchanges behind the figures.
 
 const LLAMA: ChatTemplate = template((4, 3), (144, 15, 100), 5);
 /// The template contains the date.
@@ -117,7 +117,7 @@ const CLAUDE_4_7: ChatTemplate = claude(3, (690, 17, 165), 115);
 /// The number is the tokens of the model per 100 tokens of `o200k_base`. It was measured on texts that both
 /// vocabularies count. For models without a published vocabulary it was fitted to recorded exchanges.
 ///
-/// A comment such as "42 plain, 28 tools" says how many recorded exchanges the entry was fitted to: with text
+/// A comment such as "42 plain, 28 tools" is the number of recorded exchanges that the entry was fitted to: with text
 /// alone, and with tools.
 const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 5 plain, 13 tools. The template begins with a description of the model.

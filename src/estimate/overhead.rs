@@ -199,7 +199,7 @@ pub(super) struct MessageCounts {
     pub(super) results: u64,
 }
 
-/// What a request says about tool calls.
+/// Whether the model may or must call a tool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum ToolRequirement {
     /// The model decides.

@@ -17,7 +17,7 @@ struct LoadedRule {
     costs: ModelCosts,
 }
 
-/// What a rule says about the models that match.
+/// How the models that match a rule are counted.
 #[derive(Debug)]
 enum ModelCosts {
     /// This vocabulary counts their tokens.

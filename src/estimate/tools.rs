@@ -1,6 +1,6 @@
 //! The tokens of tool definitions.
 //!
-//! A model reads tools as a TypeScript namespace or as JSON; [`Style`] says which. The oldest form was found
+//! A model reads tools as a TypeScript namespace or as JSON, according to its [`Style`]. The oldest form was found
 //! by experiment (the project openai-chat-tokens, and posts by OpenAI's staff). The later ones were fitted to
 //! recorded exchanges; `models` has the constants.
 

@@ -97,7 +97,7 @@ impl Cell {
         }
     }
 
-    /// Replaces a reservation by what the request has spent. `marked_spent` is the part of `reserved`
+    /// Replaces a reservation by the amounts spent. `marked_spent` is the part of `reserved`
     /// that `mark_spent` has moved.
     pub(super) fn settle(&mut self, hold: &Hold, reserved: Amounts, marked_spent: Amounts, spent: Amounts) {
         self.is_dirty = true;
@@ -112,7 +112,7 @@ impl Cell {
         }
     }
 
-    /// Charges what a request has spent whose reservation another copy of the counter holds.
+    /// Charges the amounts spent by a request. Another copy of the counter holds the reservation.
     pub(super) fn charge_without_hold(&mut self, hold: &Hold, reserved: Amounts, spent: Amounts) {
         let (reserved, spent) = (reserved.of(self.quota.kind), spent.of(self.quota.kind));
         match &mut self.counter {

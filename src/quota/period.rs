@@ -88,8 +88,9 @@ impl CalendarPeriod {
         }
     }
 
-    /// Charges a request whose reservation another copy of this counter holds: all of `spent` in the period
-    /// that admitted it, only the overrun in a later one.
+    /// Charges a request. Another copy of this counter holds the reservation.
+    ///
+    /// The period that admitted the request is charged all of `spent`, a later one only the overrun.
     pub(super) fn charge_without_hold(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
         let owed = if admitted_in == self.period_id { spent } else { spent.saturating_sub(reserved) };
         self.used = self.used.saturating_add(owed);

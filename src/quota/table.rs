@@ -109,8 +109,8 @@ impl Quotas {
         }
     }
 
-    /// Reserves the required amounts even if they do not fit; what does not fit becomes debt. For quotas
-    /// in shadow mode.
+    /// Reserves the required amounts even if they do not fit. The excess becomes debt. For quotas in shadow
+    /// mode.
     pub fn reserve_unchecked(
         &mut self,
         now: Timestamp,
@@ -229,8 +229,8 @@ impl Quotas {
         indices.iter().all(fits).then(|| self.take(&indices, more))
     }
 
-    /// Reserves more even if it does not fit, because the request has already used it. What does not fit
-    /// becomes debt.
+    /// Reserves more even if it does not fit, because the request has already used it. The excess becomes
+    /// debt.
     pub fn extend_unchecked(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Receipt {
         let indices = self.advance_quotas_of(now, receipt);
         self.take(&indices, more)
@@ -247,8 +247,8 @@ impl Quotas {
         indices
     }
 
-    /// Moves from held to spent what the request has certainly spent, so that one long answer does not
-    /// lock a bucket for as long as it runs. `spent` is the sum so far, not the increase.
+    /// Marks amounts of a reservation as spent while the answer is streaming. They refill from then on, so
+    /// that one long answer does not block a bucket until its end. `spent` is the sum so far, not the increase.
     pub fn progress(&mut self, now: Timestamp, receipt: &mut Receipt, spent: Amounts) {
         let spent = spent.min(receipt.reserved);
         let more = spent.saturating_sub(receipt.marked_spent);
@@ -264,7 +264,7 @@ impl Quotas {
         }
     }
 
-    /// Replaces the reservation by what the request has spent, in every quota of the receipt.
+    /// Replaces the reservation by the amounts spent, in every quota of the receipt.
     pub fn settle(&mut self, now: Timestamp, receipt: Receipt, spent: Amounts) {
         let Receipt { holds, reserved, marked_spent } = receipt;
         for hold in holds {
@@ -275,7 +275,7 @@ impl Quotas {
         }
     }
 
-    /// Charges what a request has spent whose reservation another copy of these quotas holds.
+    /// Charges the amounts spent by a request. Another copy of these quotas holds the reservation.
     pub fn charge_without_hold(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) {
         for hold in &receipt.holds {
             let Some(index) = self.index_of(hold) else { continue };
