@@ -4,8 +4,9 @@
 use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use compression_codecs::core::util::{PartialBuffer, WriteBuffer};
+use compression_codecs::{DecodeV2 as _, ZlibDecoder};
 use std::borrow::Cow;
-use std::io::Read as _;
 
 /// Accepts base64 with and without padding, and with unused bits that are not 0.
 const LENIENT: GeneralPurposeConfig = GeneralPurposeConfig::new()
@@ -116,10 +117,18 @@ fn characters_in(pdf: &[u8], total_inflated: &mut usize) -> u64 {
 
 /// Decompresses a stream up to a bound: a small file can decompress to an enormous one.
 fn inflate(stream: &[u8], max_bytes: usize) -> Vec<u8> {
-    let mut inflated = Vec::new();
-    let reader = flate2::read::ZlibDecoder::new(stream);
-    // Of a damaged stream, the part before the error counts.
-    drop(reader.take(max_bytes as u64).read_to_end(&mut inflated));
+    let (mut decoder, mut inflated) = (ZlibDecoder::new(), Vec::new());
+    let (mut input, mut buffer) = (PartialBuffer::new(stream), [0; 8 * 1024]);
+    while inflated.len() < max_bytes {
+        let mut output = WriteBuffer::new_initialized(&mut buffer);
+        let end = decoder.decode(&mut input, &mut output);
+        let decoded = output.written();
+        inflated.extend_from_slice(&decoded[..decoded.len().min(max_bytes - inflated.len())]);
+        // Of a damaged or truncated stream, the part before the error counts.
+        if end.unwrap_or(true) || (input.unwritten().is_empty() && decoded.is_empty()) {
+            break;
+        }
+    }
     inflated
 }
 

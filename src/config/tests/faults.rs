@@ -333,7 +333,10 @@ fn no_message_contains_a_secret_or_a_value_from_outside_the_file() {
         (with_upstream("base_url: 'http://me:a-key-from-outside-1@u'"), "user name or password"),
         (with_upstream("base_url: 'http://u', api_key: '${KEY} '"), "a space at its beginning or end"),
         (with_upstream("base_url: 'http://u', headers: { x: \"${KEY}\\n\" }"), "a header must not contain"),
-        (top("store: { redis: { url: 'x://:a-key-from-outside-1@r' } }"), "begins with no scheme"),
+        (
+            top("store: { redis: { url: 'x://:a-key-from-outside-1@r' } }"),
+            "does not begin with a Redis scheme",
+        ),
         (top("store: { redis: { url: 'redis://:a-key-from-outside-1@r:x' } }"), "a port is a number"),
     ] {
         let all = faults(&text);
