@@ -385,7 +385,7 @@ impl Proxy {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
         added.write(&mut parts.headers);
-        (Response::from_parts(parts, AnswerBody::metered(metered)), when_durable)
+        (Response::from_parts(parts, AnswerBody::from_upstream(metered)), when_durable)
     }
 }
 

@@ -341,7 +341,7 @@ fn count_delivered(port: u16, delivered: &AtomicU64) -> io::Result<()> {
 fn a_kill_in_the_middle_of_streams_charges_what_was_delivered() {
     let kills = std::env::var("TOLLGATE_CRASH_ROUNDS").map_or(6, |n| n.parse::<u64>().unwrap().min(100));
     let upstream = streaming_upstream();
-    // Streams that exceed their reservation: in the first case there is more room, in the second there is soon none.
+    // All streams exceed their reservation. The first environment has room to extend it, the second one soon has none.
     let extended = "reserve: { completion: 5 }, quotas: { total_tokens: { limit: 1G, per: day } }";
     let overrun = "reserve: { completion: 5 }, quotas: { total_tokens: { limit: 60, per: day } }";
     for (environment, streams) in [(extended, 4), (overrun, 1)] {

@@ -102,7 +102,7 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &CountArguments) -> anyhow
     input.read_to_end(&mut body).context("cannot read the request body")?;
     match count(arguments, &context, &body) {
         Ok(result) => {
-            print!("{}", result.in_words());
+            print!("{}", result.to_text());
             if arguments.explain {
                 print!("{}{}", result.explanation(), result.corrections(&context));
             }
@@ -190,40 +190,40 @@ impl CountResult {
         })
     }
 
-    fn in_words(&self) -> String {
-        let mut words = format!("prompt tokens  {}\n", self.estimate.tokens());
+    fn to_text(&self) -> String {
+        let mut text = format!("prompt tokens  {}\n", self.estimate.tokens());
         for part in PromptPart::ALL {
-            words += &format!("  {:<12} {}\n", part.as_str(), self.estimate.of(part));
+            text += &format!("  {:<12} {}\n", part.as_str(), self.estimate.of(part));
         }
-        words + &format!("encoding       {}\n", self.rules.tokenizer.encoding.as_str())
+        text + &format!("encoding       {}\n", self.rules.tokenizer.encoding.as_str())
     }
 
     fn explanation(&self) -> String {
         let (estimate, percent) = (&self.estimate, self.rules.tokenizer.percent);
         let model = if self.model.is_empty() { "(none)" } else { &self.model };
-        let mut words = format!("api            {}\nmodel          {model}\n", self.api.as_str());
+        let mut text = format!("api            {}\nmodel          {model}\n", self.api.as_str());
         if !self.rules.is_known {
-            words +=
+            text +=
                 "               Tollgate does not know this model; add a rule to `models` in the config\n";
         }
         if percent != 100 {
-            words += &format!(
+            text += &format!(
                 "factor         {percent} %: the vocabulary of this model is not built in, so the count of another one is scaled\n"
             );
         }
-        words += &format!("kind           {}\n", estimate.kind.as_str());
+        text += &format!("kind           {}\n", estimate.kind.as_str());
         if estimate.is_rough {
-            words += "rough          the text is too long to be counted exactly; two bytes are counted as one token\n";
+            text += "rough          the text is too long to be counted exactly; two bytes are counted as one token\n";
         }
         if estimate.unseen > 0 {
-            words += &format!(
+            text += &format!(
                 "unseen         {} reference(s) to content outside the request; the gateway adds unseen_prompt_tokens for each\n",
                 estimate.unseen
             );
         } else if estimate.is_partial {
-            words += "partial        the provider adds tokens that the gateway cannot count\n";
+            text += "partial        the provider adds tokens that the gateway cannot count\n";
         }
-        words
+        text
     }
 
     /// The estimates that a gateway with this config would reserve, by the calibrations of each upstream.

@@ -56,7 +56,7 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
         println!("{}", json!({ "environments": all }));
     } else {
         for report in &reports {
-            println!("{}", report.in_words());
+            println!("{}", report.to_text());
         }
         println!("Replayed in {:.2} s.", clock.elapsed().as_secs_f64());
     }

@@ -45,7 +45,7 @@ pub(super) async fn outlive_caller(
     exchange.0 = None;
     // After a panic in the task, its charge has settled and its record is written.
     answer.unwrap_or_else(|_| {
-        ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::whole(Some(body.into())))
+        ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::from_gateway(Some(body.into())))
     })
 }
 
@@ -97,12 +97,12 @@ impl Drain {
 
 impl AnswerBody {
     /// The body of the gateway's own answer.
-    pub(super) fn whole(bytes: Option<Bytes>) -> Self {
+    pub(super) fn from_gateway(bytes: Option<Bytes>) -> Self {
         Self(AnswerSource::Gateway(bytes))
     }
 
     /// The body of an upstream's answer.
-    pub(super) fn metered(metered: Metered) -> Self {
+    pub(super) fn from_upstream(metered: Metered) -> Self {
         Self(AnswerSource::Upstream(Some(Box::new(metered))))
     }
 

@@ -44,14 +44,14 @@ pub(super) fn respond(
         response.headers_mut().insert(REQUEST_ID, id);
     }
     drop(charge);
-    response.map(|body| AnswerBody::whole(Some(body.into())))
+    response.map(|body| AnswerBody::from_gateway(Some(body.into())))
 }
 
 /// Answers `HEAD /` with 200 and no body.
 pub(super) fn respond_to_root_check(mut record: Record) -> Response<AnswerBody> {
     record.status = StatusCode::OK.as_u16();
     record.outcome = RequestOutcome::Answered;
-    Response::new(AnswerBody::whole(None))
+    Response::new(AnswerBody::from_gateway(None))
 }
 
 fn outcome(error: &ProxyError) -> RequestOutcome {

@@ -64,23 +64,23 @@ impl SimulationReport {
     }
 
     /// The report as text.
-    pub fn in_words(&self) -> String {
+    pub fn to_text(&self) -> String {
         let ReplayOutcome { admitted, rejected, .. } = self.configured;
-        let mut words = format!("environment {}: {} calls\n\n", self.environment, admitted + rejected);
+        let mut text = format!("environment {}: {} calls\n\n", self.environment, admitted + rejected);
         if admitted + rejected == 0 {
-            return words;
+            return text;
         }
-        words += &chart(&self.configured);
-        words += &format!(
+        text += &chart(&self.configured);
+        text += &format!(
             "\n{:<20} {:>9} {:>9} {:>12} {:>11} {:>10} {:>12}\n",
             "mode", "admitted", "rejected", "utilisation", "overshoot", "exhausted", "% of oracle"
         );
         let oracle = self.oracle().map_or(0, |o| o.admitted);
-        words += &line("as configured", &self.configured, oracle);
+        text += &line("as configured", &self.configured, oracle);
         for (mode, outcome) in &self.others {
-            words += &line(&mode.name(), outcome, oracle);
+            text += &line(&mode.name(), outcome, oracle);
         }
-        words += &format!(
+        text += &format!(
             "\n{:<40} {:>9} {:>12} {:>11} {:>10}\n",
             "quota, as configured", "denials", "utilisation", "overshoot", "exhausted"
         );
@@ -89,7 +89,7 @@ impl SimulationReport {
             let of =
                 if name.is_empty() { String::new() } else { format!(" ({} {name})", q.quota.scope.as_str()) };
             let what = format!("{} {} per {}{of}", q.quota.limit, q.quota.kind, q.quota.per.text);
-            words += &format!(
+            text += &format!(
                 "{what:<40} {:>9} {:>12} {:>11} {:>9.0} s\n",
                 q.denials,
                 percent(q.utilisation),
@@ -97,7 +97,7 @@ impl SimulationReport {
                 seconds(q.exhausted_ms)
             );
         }
-        words
+        text
     }
 }
 

@@ -105,8 +105,8 @@ fn the_json_report_has_its_documented_fields() {
         assert!(json[field].is_number(), "{field}: {json}");
     }
     assert_eq!((&json["admitted"], &json["rejected"]), (&1.into(), &1.into()));
-    let words = report.in_words();
-    assert!(words.contains("oracle") && words.contains('█'), "{words}");
+    let text = report.to_text();
+    assert!(text.contains("oracle") && text.contains('█'), "{text}");
 }
 
 fn azure() -> Option<Vec<TraceCall>> {

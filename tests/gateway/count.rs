@@ -9,9 +9,9 @@ use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 
 #[test]
 fn count_prints_the_estimate_and_its_parts() {
-    let (code, words, _) = run(&["count", "--explain"], HELLO);
+    let (code, output, _) = run(&["count", "--explain"], HELLO);
     assert_eq!(code, 0);
-    assert!(words.contains("prompt tokens  8") && words.contains("o200k_base"), "{words}");
+    assert!(output.contains("prompt tokens  8") && output.contains("o200k_base"), "{output}");
     let (code, lines, _) = run(
         &["count", "--jsonl"],
         &format!("{HELLO}\nnot json\n{{\"model\":\"text-embedding-3-small\",\"input\":\"hello\"}}\n"),
@@ -44,9 +44,9 @@ fn count_detects_the_api_from_the_fields_of_a_body() {
         ),
         (r#"{"contents":[{"parts":[{"text":"a"}]}]}"#, "gemini"),
     ] {
-        let (code, words, errors) = run(&["count", "--explain"], body);
+        let (code, output, errors) = run(&["count", "--explain"], body);
         assert_eq!(code, 0, "{errors}");
-        assert!(words.contains(&format!("api            {api}\n")), "{body}: {words}");
+        assert!(output.contains(&format!("api            {api}\n")), "{body}: {output}");
     }
 }
 
@@ -80,8 +80,8 @@ async fn count_shows_the_calibrations_of_the_gateway() {
     gateway.shutdown().await;
     assert!(explain().contains("prompt tokens  8\n"), "{}", explain());
     let mine = HELLO.replace("gpt-4o", "mine");
-    let (_, words, _) = run(&["count", "--config", file.to_str().unwrap()], &mine);
-    assert!(words.contains("cl100k_base"), "{words}");
+    let (_, output, _) = run(&["count", "--config", file.to_str().unwrap()], &mine);
+    assert!(output.contains("cl100k_base"), "{output}");
     assert_eq!(run(&["count", "--config", "no/such.yaml"], HELLO).0, 2);
     assert!(run(&["count", "--explain"], HELLO).1.contains("with --config FILE"));
 }

@@ -44,11 +44,11 @@ class Contract:
     def base(self, environment):
         return f"{self.testbed.address}/{environment}"
 
-    def roomy(self):
+    def roomy_client(self):
         return self.client("roomy", testbed.KEY, 0)
 
-    def assert_charged_as_reported(self, watch, requests):
-        charged, seen = watch()
+    def assert_charged_as_reported(self, measurement, requests):
+        charged, seen = measurement.result()
         self.assertEqual(seen["requests"], requests)
         for kind in ["requests", "prompt_tokens", "completion_tokens"]:
             self.assertEqual(charged[kind], seen[kind], kind)
@@ -56,21 +56,21 @@ class Contract:
         self.assertEqual(charged["total_tokens"], seen["prompt_tokens"] + seen["completion_tokens"])
 
     def test_chat(self):
-        watch = self.testbed.watch("roomy")
-        self.assertEqual(self.chat(self.roomy(), HELLO), "Hello there")
-        self.assert_charged_as_reported(watch, 1)
+        measurement = self.testbed.measure("roomy")
+        self.assertEqual(self.chat(self.roomy_client(), HELLO), "Hello there")
+        self.assert_charged_as_reported(measurement, 1)
 
     def test_streaming_chat(self):
-        watch = self.testbed.watch("roomy")
-        self.assertEqual([piece for piece in self.stream(self.roomy(), HELLO) if piece], upstream.TEXT)
-        self.assert_charged_as_reported(watch, 1)
+        measurement = self.testbed.measure("roomy")
+        self.assertEqual([piece for piece in self.stream(self.roomy_client(), HELLO) if piece], upstream.TEXT)
+        self.assert_charged_as_reported(measurement, 1)
 
     def check_tools(self, send):
-        watch = self.testbed.watch("roomy")
-        calls, send_back = send(self.roomy())
+        measurement = self.testbed.measure("roomy")
+        calls, send_back = send(self.roomy_client())
         self.assertEqual(calls, upstream.CALLS)
         self.assertEqual(send_back(RESULTS), " and ".join(RESULTS))
-        self.assert_charged_as_reported(watch, 2)
+        self.assert_charged_as_reported(measurement, 2)
 
     def test_tools(self):
         self.check_tools(self.tools)
@@ -81,7 +81,7 @@ class Contract:
     def check_burst(self, send):
         """Requests that fit the quota succeed. The others raise an error and never reach the upstream."""
         self.testbed.refill("burst")
-        watch = self.testbed.watch("burst")
+        measurement = self.testbed.measure("burst")
         # With its default settings the SDK would retry.
         client = self.client("burst", "any", None if self.honours_retry_headers else 0)
         start = threading.Barrier(testbed.PARALLEL)
@@ -103,8 +103,8 @@ class Contract:
         self.assertEqual(len(refusals), refused)
         for error in refusals:
             self.check_refusal(error)
-        self.assert_charged_as_reported(watch, testbed.ROOM)
-        self.assertEqual(watch()[0]["rejected"], refused)
+        self.assert_charged_as_reported(measurement, testbed.ROOM)
+        self.assertEqual(measurement.result()[0]["rejected"], refused)
 
     def check_refusal_headers(self, headers):
         self.assertEqual((headers["x-tollgate-error"], headers["x-should-retry"]), ("rate_limit_exceeded", "false"))
@@ -120,46 +120,46 @@ class Contract:
 
     def test_a_retry_waits_until_there_is_room(self):
         self.testbed.refill("patient")
-        watch = self.testbed.watch("patient")
+        measurement = self.testbed.measure("patient")
         client = self.client("patient", "any", 3)
         self.assertEqual(self.chat(client, HELLO), "Hello there")
         started = time.monotonic()
         self.assertEqual("".join(self.stream(client, HELLO)), "Hello there")
         waited = time.monotonic() - started
         self.assertTrue(testbed.PERIOD / 2 < waited < 3 * testbed.PERIOD, waited)
-        self.assert_charged_as_reported(watch, 2)
+        self.assert_charged_as_reported(measurement, 2)
         if self.honours_retry_headers:
-            self.assertEqual(watch()[0]["rejected"], 1, "the SDK did not wait for the time in retry-after")
+            self.assertEqual(measurement.result()[0]["rejected"], 1, "the SDK did not wait for the time in retry-after")
 
     def test_an_interrupted_stream_raises_an_error(self):
-        watch = self.testbed.watch("roomy")
+        measurement = self.testbed.measure("roomy")
         received = []
         with self.assertRaises(self.cut_stream_error) as raised:
-            for piece in self.stream(self.roomy(), CUT):
+            for piece in self.stream(self.roomy_client(), CUT):
                 received.append(piece)
         self.assertEqual("".join(received), upstream.TEXT[0])
         self.assertIn("broke off", str(raised.exception))
-        charged, seen = watch()
+        charged, seen = measurement.result()
         self.assertEqual((charged["requests"], seen["requests"]), (1, 1))
         self.assertTrue(charged["prompt_tokens"] > 0 and charged["completion_tokens"] > 0, charged)
 
     def test_an_interrupted_answer_raises_an_error(self):
-        watch = self.testbed.watch("roomy")
+        measurement = self.testbed.measure("roomy")
         with self.assertRaises(self.cut_answer_error):
-            self.chat(self.roomy(), CUT)
-        self.assertEqual(watch()[0]["requests"], 1)
+            self.chat(self.roomy_client(), CUT)
+        self.assertEqual(measurement.result()[0]["requests"], 1)
 
     def test_a_cancelled_stream_is_cancelled_upstream(self):
-        watch = self.testbed.watch("roomy")
-        stream = self.stream(self.roomy(), SLOW)
+        measurement = self.testbed.measure("roomy")
+        stream = self.stream(self.roomy_client(), SLOW)
         received = list(itertools.islice((piece for piece in stream if piece), 3))
         self.assertEqual(received, [" word"] * 3)
         stream.close()
         closed = time.monotonic()
-        while self.testbed.stats()["disconnects"] == watch.before[1]["disconnects"]:
+        while self.testbed.stats()["disconnects"] == measurement.before[1]["disconnects"]:
             self.assertLess(time.monotonic() - closed, 1, "the upstream still sends")
             time.sleep(0.01)
-        charged, seen = watch()
+        charged, seen = measurement.result()
         self.assertEqual((charged["requests"], seen["requests"]), (1, 1))
         self.assertGreater(charged["prompt_tokens"], 0)
         # The charge is the text received before the close: at least what the SDK has returned, and the usage reported at

@@ -75,11 +75,11 @@ class Chats(OpenAi, unittest.TestCase):
 
     def test_a_stream_contains_usage_if_the_caller_requests_it(self):
         options = {"include_usage": True}
-        chunks = list(self.create(self.roomy(), HELLO, stream=True, stream_options=options))
+        chunks = list(self.create(self.roomy_client(), HELLO, stream=True, stream_options=options))
         self.assertEqual((chunks[-1].choices, chunks[-1].usage.total_tokens), ([], testbed.COST))
 
     def test_a_cancelled_asynchronous_stream_is_cancelled_upstream(self):
-        watch = self.testbed.watch("roomy")
+        measurement = self.testbed.measure("roomy")
 
         async def cancel():
             client = openai.AsyncOpenAI(base_url=f"{self.base('roomy')}/v1", api_key=testbed.KEY)
@@ -96,24 +96,26 @@ class Chats(OpenAi, unittest.TestCase):
             await client.close()
 
         asyncio.run(cancel())
-        charged, seen = watch()
+        charged, seen = measurement.result()
         self.assertEqual((charged["requests"], seen["requests"]), (1, 1))
         self.assertLess(seen["words"], 30)
 
     def test_embeddings(self):
-        watch = self.testbed.watch("roomy")
-        answer = self.roomy().embeddings.create(model="text-embedding-3-small", input=["a", "b"], encoding_format="float")
+        measurement = self.testbed.measure("roomy")
+        answer = self.roomy_client().embeddings.create(
+            model="text-embedding-3-small", input=["a", "b"], encoding_format="float"
+        )
         self.assertEqual([item.embedding for item in answer.data], [[0.5, -0.25]] * 2)
-        charged, seen = watch()
+        charged, seen = measurement.result()
         self.assertEqual((charged["prompt_tokens"], charged["completion_tokens"]), (seen["prompt_tokens"], 0))
 
     def test_models(self):
-        watch = self.testbed.watch("roomy")
-        self.assertEqual([model.id for model in self.roomy().models.list()], [MODEL])
-        self.assertEqual(watch()[0]["requests"], 0)
+        measurement = self.testbed.measure("roomy")
+        self.assertEqual([model.id for model in self.roomy_client().models.list()], [MODEL])
+        self.assertEqual(measurement.result()[0]["requests"], 0)
 
     def test_rate_limit_headers_show_what_is_left(self):
-        answer = self.roomy().chat.completions.with_raw_response.create(
+        answer = self.roomy_client().chat.completions.with_raw_response.create(
             model=MODEL, messages=[{"role": "user", "content": HELLO}]
         )
         self.assertEqual(answer.headers["x-ratelimit-limit-tokens"], "1000000")
@@ -122,7 +124,7 @@ class Chats(OpenAi, unittest.TestCase):
 
     def test_a_bad_request_names_its_parameter(self):
         with self.assertRaises(openai.BadRequestError) as raised:
-            self.create(self.roomy(), HELLO, max_tokens=-1)
+            self.create(self.roomy_client(), HELLO, max_tokens=-1)
         self.assertEqual((raised.exception.code, raised.exception.param), ("invalid_value", "max_tokens"))
 
 

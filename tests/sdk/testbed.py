@@ -86,7 +86,7 @@ class Testbed:
         urllib.request.urlopen(request).close()
 
     def totals(self, environment):
-        """The charged totals, once no request is in flight."""
+        """Waits until no request is in flight, and returns the charged totals."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with urllib.request.urlopen(f"{self.admin}/api/environments/{environment}") as answer:
@@ -97,19 +97,19 @@ class Testbed:
             time.sleep(0.01)
         raise AssertionError(f"requests are still in flight: {state}")
 
-    def watch(self, environment):
-        return Watch(self, environment)
+    def measure(self, environment):
+        return Measurement(self, environment)
 
 
-class Watch:
-    """Measures from its creation on what the gateway has charged and what the upstream has seen."""
+class Measurement:
+    """The charges of the gateway and the counters of the upstream since the measurement was created."""
 
     def __init__(self, testbed, environment):
         self.testbed, self.environment = testbed, environment
         self.before = testbed.totals(environment), testbed.stats()
 
-    def __call__(self):
-        """Returns both, once no request is in flight."""
+    def result(self):
+        """Waits until no request is in flight, and returns both."""
         after = self.testbed.totals(self.environment), self.testbed.stats()
         charged, seen = ({k: v - b[k] for k, v in a.items() if k != "faults"} for a, b in zip(after, self.before))
         return charged, seen

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { stats, testbed, refill, watch } from "./testbed.mjs";
+import { stats, testbed, refill, startMeasurement } from "./testbed.mjs";
 
 const HELLO = "Say hello";
 const CUT = `[cut] ${HELLO}`;
@@ -19,8 +19,8 @@ async function joined(pieces) {
   return text;
 }
 
-async function assertChargedAsReported(look, requests) {
-  const { charged, seen } = await look();
+async function assertChargedAsReported(measured, requests) {
+  const { charged, seen } = await measured();
   assert.equal(seen.requests, requests);
   for (const kind of ["requests", "prompt_tokens", "completion_tokens"]) assert.equal(charged[kind], seen[kind], kind);
   assert.ok(seen.prompt_tokens > 0 && seen.completion_tokens > 0);
@@ -51,43 +51,43 @@ function assertRefusal({ status, code, type, headers }) {
  *   honoursRetryHeaders                 whether the SDK honours `x-should-retry: false`
  */
 export function contract(name, sdk) {
-  const roomy = () => sdk.client(base("roomy"), testbed.key, 0);
+  const roomyClient = () => sdk.client(base("roomy"), testbed.key, 0);
 
   const checkTools = async (send) => {
-    const look = await watch("roomy");
-    const { calls, answer } = await send(roomy());
+    const measured = await startMeasurement("roomy");
+    const { calls, answer } = await send(roomyClient());
     assert.deepEqual(calls, testbed.calls);
     assert.equal(answer, RESULTS.join(" and "));
-    await assertChargedAsReported(look, 2);
+    await assertChargedAsReported(measured, 2);
   };
 
   // Requests that fit the quota succeed. The others raise an error and never reach the upstream.
   const checkBurst = async (send) => {
     await refill("burst");
-    const look = await watch("burst");
+    const measured = await startMeasurement("burst");
     const client = sdk.client(base("burst"), "any", sdk.honoursRetryHeaders ? undefined : 0);
     const outcomes = await Promise.allSettled(Array.from({ length: testbed.parallel }, () => send(client)));
     const refusals = outcomes.filter((outcome) => outcome.status === "rejected");
     assert.equal(refusals.length, testbed.parallel - testbed.room);
     for (const { reason } of refusals) assertRefusal(sdk.describe(reason));
     for (const { status, value } of outcomes) if (status === "fulfilled") assert.equal(value, "Hello there");
-    const { rejected } = await assertChargedAsReported(look, testbed.room);
+    const { rejected } = await assertChargedAsReported(measured, testbed.room);
     assert.equal(rejected, refusals.length);
   };
 
   describe(name, { timeout: 60_000 }, () => {
     test("chat", async () => {
-      const look = await watch("roomy");
-      assert.equal(await sdk.chat(roomy(), HELLO), "Hello there");
-      await assertChargedAsReported(look, 1);
+      const measured = await startMeasurement("roomy");
+      assert.equal(await sdk.chat(roomyClient(), HELLO), "Hello there");
+      await assertChargedAsReported(measured, 1);
     });
 
     test("streaming chat", async () => {
-      const look = await watch("roomy");
+      const measured = await startMeasurement("roomy");
       const pieces = [];
-      for await (const piece of sdk.stream(roomy(), HELLO)) if (piece) pieces.push(piece);
+      for await (const piece of sdk.stream(roomyClient(), HELLO)) if (piece) pieces.push(piece);
       assert.deepEqual(pieces, testbed.text);
-      await assertChargedAsReported(look, 1);
+      await assertChargedAsReported(measured, 1);
     });
 
     test("tools", () => checkTools(sdk.tools));
@@ -100,41 +100,41 @@ export function contract(name, sdk) {
 
     test("a retry waits until there is room", async () => {
       await refill("patient");
-      const look = await watch("patient");
+      const measured = await startMeasurement("patient");
       const client = sdk.client(base("patient"), "any", 3);
       assert.equal(await sdk.chat(client, HELLO), "Hello there");
       const started = Date.now();
       assert.equal(await joined(sdk.stream(client, HELLO)), "Hello there");
       const waited = (Date.now() - started) / 1000;
       assert.ok(waited > testbed.period / 2 && waited < 3 * testbed.period, `${waited} s`);
-      const { rejected } = await assertChargedAsReported(look, 2);
+      const { rejected } = await assertChargedAsReported(measured, 2);
       assert.equal(rejected, 1, "the SDK did not wait for the time in retry-after");
     });
 
     test("an interrupted stream raises an error", async () => {
-      const look = await watch("roomy");
+      const measured = await startMeasurement("roomy");
       let received = "";
       const reading = async () => {
-        for await (const piece of sdk.stream(roomy(), CUT)) received += piece;
+        for await (const piece of sdk.stream(roomyClient(), CUT)) received += piece;
       };
       await assert.rejects(reading, (error) => sdk.isCutStream(error) && /broke off/.test(sdk.describe(error).message));
       assert.equal(received, testbed.text[0]);
-      const { charged, seen } = await look();
+      const { charged, seen } = await measured();
       assert.deepEqual([charged.requests, seen.requests], [1, 1]);
       assert.ok(charged.prompt_tokens > 0 && charged.completion_tokens > 0, JSON.stringify(charged));
     });
 
     test("an interrupted answer raises an error", async () => {
-      const look = await watch("roomy");
-      await assert.rejects(sdk.chat(roomy(), CUT), sdk.isCutAnswer);
-      assert.equal((await look()).charged.requests, 1);
+      const measured = await startMeasurement("roomy");
+      await assert.rejects(sdk.chat(roomyClient(), CUT), sdk.isCutAnswer);
+      assert.equal((await measured()).charged.requests, 1);
     });
 
     test("a cancelled stream is cancelled upstream", async () => {
-      const look = await watch("roomy");
+      const measured = await startMeasurement("roomy");
       const { disconnects } = await stats();
       let received = 0;
-      for await (const piece of sdk.stream(roomy(), SLOW)) {
+      for await (const piece of sdk.stream(roomyClient(), SLOW)) {
         received += piece === " word" ? 1 : 0;
         if (received === 3) break;
       }
@@ -143,7 +143,7 @@ export function contract(name, sdk) {
         assert.ok(Date.now() - closed < 1000, "the upstream still sends");
         await sleep(10);
       }
-      const { charged, seen } = await look();
+      const { charged, seen } = await measured();
       assert.deepEqual([charged.requests, seen.requests], [1, 1]);
       assert.ok(charged.prompt_tokens > 0);
       // The charge is the text received before the close: at least what the SDK has returned.
@@ -152,7 +152,7 @@ export function contract(name, sdk) {
     });
 
     test("a bad key is an authentication error", async () => {
-      const look = await watch("roomy");
+      const measured = await startMeasurement("roomy");
       for (const send of [sdk.chat, (...args) => joined(sdk.stream(...args))]) {
         await assert.rejects(send(sdk.client(base("roomy"), "wrong", 2), HELLO), (error) => {
           const { status, code } = sdk.describe(error);
@@ -160,7 +160,7 @@ export function contract(name, sdk) {
           return true;
         });
       }
-      assert.equal((await look()).seen.requests, 0);
+      assert.equal((await measured()).seen.requests, 0);
     });
   });
 }

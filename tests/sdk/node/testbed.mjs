@@ -13,7 +13,7 @@ export async function refill(environment) {
   assert.ok((await fetch(`${testbed.admin}/api/environments/${environment}/reset`, { method: "POST" })).ok);
 }
 
-// The charged totals, once no request is in flight.
+// Waits until no request is in flight, and returns the charged totals.
 async function totals(environment) {
   const deadline = Date.now() + 10_000;
   while (Date.now() < deadline) {
@@ -27,12 +27,12 @@ async function totals(environment) {
   assert.fail("requests are still in flight");
 }
 
-// Measures from here on what the gateway has charged and what the upstream has seen.
-export async function watch(environment) {
-  const look = async () => [await totals(environment), await stats()];
-  const before = await look();
+// Returns a function that returns the charges of the gateway and the counters of the upstream since this call.
+export async function startMeasurement(environment) {
+  const read = async () => [await totals(environment), await stats()];
+  const before = await read();
   return async () => {
-    const after = await look();
+    const after = await read();
     const [charged, seen] = after.map((state, i) =>
       Object.fromEntries(Object.entries(state).map(([name, value]) => [name, value - before[i][name]])),
     );
