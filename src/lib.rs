@@ -1,32 +1,24 @@
 //! Tollgate: an OpenAI-compatible gateway that keeps every environment within its token quotas.
 //!
-//! A request is read once (`body`), its prompt counted (`estimate`), room for it held in every quota
-//! (`ledger`, by the law in `quota`), and then it is sent on (`upstream`). Its answer passes through
-//! as it comes while usage is read on the side (`usage`), and when the answer ends, however it ends,
-//! the reservation settles to what was used. [`proxy`] tells that life from top to bottom; [`app`]
-//! puts the parts together.
+//! The gateway parses a request once (`body`), estimates its prompt tokens (`estimate`), reserves room in every quota
+//! (`ledger`, with the arithmetic of `quota`), and forwards the request (`upstream`). It passes the answer on and reads
+//! usage from it (`usage`). When the answer ends, for any reason, the reservation settles to the actual usage. [`proxy`]
+//! contains the life of a request from top to bottom, and [`app`] builds and starts all parts.
 //!
-//! # What always holds
+//! # Invariants
 //!
 //! - `level + held <= burst` in every rolling quota, at every moment, whatever the order of calls.
-//! - A request is admitted by every quota that it touches, or changes nothing.
-//! - A reservation settles exactly once, when its holder is dropped: at the last byte, at an error, at
-//!   a hang-up, at a panic.
-//! - The caller receives the upstream's bytes, less the one usage event that the gateway asked for.
+//! - A request is admitted by every quota that applies to it, or changes none of them.
+//! - A reservation settles exactly once, when its holder is dropped: after the last byte, an error, a disconnect or a
+//!   panic.
+//! - The caller receives the upstream's bytes, except for the usage event that the gateway requested.
+//! - No lock is held across an await, and nothing that takes longer than about 100 microseconds runs on an event loop.
+//! - There is no `unsafe` code.
 //!
-//! # What is deliberately absent
-//!
-//! Nothing in `quota`, `usage`, `estimate`, `body` and `ledger::Counters` reads the clock or the network, nor in `shared` but its
-//! `FailFastConnection`. No lock is held
-//! across an await. Nothing that takes longer than about 100 microseconds runs on an event loop.
-//! There is no `unsafe`.
-//!
-//! Imports point one way: `clock`, `glob` and `api`, then `quota`, then `shared` (the quotas of a cluster: its script, and the
-//! connection to Redis), then `config` (settings as those types), then `estimate`, `body` and `usage`, then `calibrations`, `ledger`, `error`, `telemetry` and `upstream`, then `store` (keeps what
-//! these two hold), then `server`, then `proxy` and `admin`, then [`app`], then [`cli`]. [`simulate`] replays traces through
-//! the ledger's counters alone.
+//! `quota`, `usage`, `estimate`, `body`, `ledger::local` and `ledger::replica` read neither a clock nor the network.
+//! `docs/architecture.md` has a map of the modules and the direction of their imports.
 
-// The core: pure.
+// The core: formats, counting and quota arithmetic.
 pub mod api;
 pub mod body;
 pub mod clock;
@@ -39,10 +31,10 @@ pub mod redis;
 mod roots;
 pub mod usage;
 
-// The settings.
+// The configuration.
 pub mod config;
 
-// What surrounds the core.
+// State that the core needs: counters, the store, metrics and connections.
 pub mod calibrations;
 pub mod error;
 pub mod ledger;
@@ -50,15 +42,15 @@ pub mod store;
 mod telemetry;
 pub mod upstream;
 
-// The gateway at work.
+// The server.
 mod admin;
 pub mod app;
 pub mod proxy;
 mod server;
 
-// The engine without the gateway.
+// The simulation of quotas on a recorded trace.
 pub mod simulate;
 
-// The program.
+// The command line.
 pub mod cli;
 mod demo;

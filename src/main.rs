@@ -1,4 +1,4 @@
-//! The `tollgate` program. Everything it does is in the library's `cli`.
+//! The `tollgate` program. The library's module `cli` contains its commands.
 
 use std::process::ExitCode;
 
