@@ -220,7 +220,7 @@ impl Metered {
                     let count = move || tokenizer.count_all(texts.iter().map(String::as_str));
                     self.portion_count = Some(spawn_blocking(count));
                 }
-                // Such an answer is not charged for completion tokens.
+                // Errors and endpoints that generate nothing are not charged for completion tokens.
                 None => reader.portion_counted(Some(0)),
             }
         }

@@ -431,7 +431,7 @@ async fn the_flood_guard_refuses_requests_before_they_are_parsed() {
 #[tokio::test]
 async fn the_flood_guard_does_not_limit_loopback_by_default() {
     let upstream = Upstream::always(Answer::chat(8, 1)).await;
-    let gateway = Gateway::before(&upstream, "{ requests: { limit: 1M, per: minute } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 1M, per: minute } }").await;
     let mut caller = gateway.caller().await;
     for _ in 0..1_200 {
         caller.request("POST", CHAT, "", HELLO.as_bytes()).await;

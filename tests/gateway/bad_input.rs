@@ -3,7 +3,7 @@
 use crate::support::*;
 
 async fn gateway(upstream: &Upstream) -> Gateway {
-    Gateway::before(upstream, "{ total_tokens: { limit: 1000000000, per: day } }").await
+    Gateway::in_front_of(upstream, "{ total_tokens: { limit: 1000000000, per: day } }").await
 }
 
 #[tokio::test]

@@ -56,7 +56,7 @@ async fn a_compressed_answer_passes_unchanged_and_is_charged_by_its_reported_usa
         {
             let code = encoded(coding, &plain);
             let upstream = Upstream::always(answer(200, coding, kind, &code)).await;
-            let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+            let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
             let reply = gateway.chat(&hello(r#""stream":true"#)).await;
             assert!(reply.body == code, "{coding} {kind}: the bytes have changed");
             assert_eq!(reply.header("content-encoding"), Some(coding));
@@ -72,14 +72,14 @@ async fn a_compressed_answer_without_usage_is_charged_by_its_counted_text() {
     for coding in CODINGS {
         let code = encoded(coding, &(delta("Hello") + &delta(" there") + DONE));
         let upstream = Upstream::always(answer(200, coding, "text/event-stream", &code)).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         gateway.chat(&hello(r#""stream":true"#)).await;
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{coding}");
         assert_eq!(gateway.usage_missing("not_reported").await, 1);
         // An error is charged as one request.
         let code = encoded(coding, r#"{"error":{"message":"no"}}"#);
         let upstream = Upstream::always(answer(500, coding, "application/json", &code)).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         assert_eq!(gateway.chat(HELLO).await.status, 500);
         assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0], "{coding}");
     }
@@ -95,7 +95,7 @@ async fn a_broken_compressed_stream_is_broken_off_without_an_error_event() {
         code.truncate(cut);
         let steps = whole.steps().into_iter().take(1 + cut).chain([Step::Cut]).collect();
         let upstream = Upstream::always(Answer::of(steps)).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let reply = gateway.chat(&hello(r#""stream":true"#)).await;
         assert!(reply.broke_off && reply.body == code, "{coding}");
         let [_, _, completion, _] = gateway.settled_charges().await;
@@ -114,7 +114,7 @@ async fn an_answer_that_cannot_be_decoded_passes_unchanged_and_is_charged_by_its
         ("identity\r\ncontent-encoding: compress", encoded("gzip", &plain)),
     ] {
         let upstream = Upstream::always(answer(200, coding, "application/json", &code)).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let reply = gateway.chat(HELLO).await;
         assert!(reply.body == code, "{coding}");
         let counted = code.len().div_ceil(4) as u64;
@@ -138,7 +138,7 @@ async fn a_decompression_bomb_passes_unchanged_and_quickly() {
         .concat(),
     )]))
     .await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let started = std::time::Instant::now();
     let reply = gateway.chat(HELLO).await;
     assert!(reply.body == bomb && started.elapsed().as_millis() < 1_000, "{:?}", started.elapsed());

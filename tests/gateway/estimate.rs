@@ -7,7 +7,7 @@ use std::path::Path;
 #[tokio::test]
 async fn plain_chats_are_counted_like_the_published_tokenizer() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, "{ requests: { limit: 999, per: minute } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 999, per: minute } }").await;
     for (model, oracle) in
         [("gpt-4o", tiktoken_rs::o200k_base_singleton()), ("gpt-4", tiktoken_rs::cl100k_base_singleton())]
     {
@@ -32,7 +32,7 @@ async fn plain_chats_are_counted_like_the_published_tokenizer() {
 #[tokio::test]
 async fn completions_and_embeddings_are_counted_from_texts_and_token_ids() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, "{ requests: { limit: 999, per: minute } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 999, per: minute } }").await;
     for (path, body, expected) in [
         ("/v1/completions", r#"{"model":"gpt-4o","prompt":"hello world"}"#, "2"),
         ("/v1/completions", r#"{"model":"gpt-4o"}"#, "1"),

@@ -33,7 +33,7 @@ async fn every_fixture_passes_unchanged_and_is_charged_its_usage() {
         let cut = [Step::Send(head.into())].into_iter().chain(in_bytes).chain([Step::Cut]).collect();
         for steps in [whole, cut] {
             let upstream = Upstream::always(Answer::of(steps)).await;
-            let gateway = Gateway::before(&upstream, "{ requests: { limit: 99, per: minute } }").await;
+            let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 99, per: minute } }").await;
             let reply =
                 gateway.chat(&hello(r#""stream":true,"stream_options":{"include_usage":true}"#)).await;
             assert_eq!(reply.text(), text, "{}", path.display());

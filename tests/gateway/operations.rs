@@ -10,7 +10,7 @@ const LARGE_QUOTAS: &str =
 #[tokio::test]
 async fn the_admin_listener_shows_every_quota() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     gateway.chat(&hello(r#""max_tokens":100"#)).await;
     let environment = gateway.settled().await;
     assert_eq!(environment["name"], "staging");
@@ -44,7 +44,7 @@ async fn the_admin_listener_shows_every_quota() {
 #[tokio::test]
 async fn health_checks_and_metrics_answer_from_the_start() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     assert_eq!(gateway.admin_get("/livez").await.status, 200);
     assert_eq!(gateway.admin_get("/readyz").await.status, 200);
     gateway.chat(&hello(r#""max_tokens":100"#)).await;
@@ -74,7 +74,7 @@ async fn health_checks_and_metrics_answer_from_the_start() {
 #[tokio::test]
 async fn without_a_token_requests_from_other_sites_are_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     for (headers, status) in [
         (format!("host: {}\r\n", gateway.admin), 200),
         (format!("host: localhost:{}\r\n", gateway.admin.port()), 200),
@@ -115,7 +115,7 @@ async fn a_shutdown_drains_streams_and_accepts_no_connection() {
     let events = [delta("Hi"), DONE.to_owned()];
     let upstream =
         Upstream::always(Answer::stream().event(&events[0]).then(Step::Gate).event(&events[1]).end()).await;
-    let mut gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let mut gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true,"max_tokens":100"#).as_bytes()).await;
     caller.head().await;
@@ -154,7 +154,7 @@ async fn a_shutdown_cuts_off_streams_after_the_drain_timeout() {
 #[tokio::test]
 async fn a_second_gateway_on_the_same_address_fails_to_start() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let text = format!(
         "server: {{ listen: '{}' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://127.0.0.1:9' }} }}\nenvironments: {{ e: {{ upstream: u }} }}\nstore: {{ memory: true }}",
         gateway.address

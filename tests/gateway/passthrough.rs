@@ -9,7 +9,7 @@ const LARGE_QUOTAS: &str = "{ requests: { limit: 1000000, per: minute } }";
 #[tokio::test]
 async fn the_request_body_is_forwarded_byte_for_byte() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let body = "{ \"zz\" : [1.50, 1e2, \"\\u00e9é\"],\n\t\"messages\":[{\"content\":\"hello\",\"x\":null,\"role\":\"user\"}], \"model\":\"gpt-4o\" ,\"seed\":7}";
     gateway.chat(body).await;
     assert_eq!(upstream.only().text(), body);
@@ -31,7 +31,7 @@ async fn only_stream_options_are_added_to_a_streaming_request() {
         (hello(r#""stream":false"#), hello(r#""stream":false"#)),
     ] {
         let upstream = Upstream::always(Answer::chat(8, 2)).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         gateway.chat(&body).await;
         assert_eq!(upstream.only().text(), forwarded);
     }
@@ -61,7 +61,7 @@ async fn only_the_usage_chunk_is_withheld() {
         .end();
     for answer in [whole, at_once, bytes] {
         let upstream = Upstream::always(answer).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let reply = gateway.chat(&hello(r#""stream":true"#)).await;
         assert_eq!(reply.text(), without);
         let reply = gateway.chat(&hello(r#""stream":true,"stream_options":{"include_usage":true}"#)).await;
@@ -74,7 +74,7 @@ async fn only_the_usage_chunk_is_withheld() {
 async fn the_first_event_is_passed_on_within_five_milliseconds() {
     let upstream =
         Upstream::always(Answer::stream().then(Step::Gate).event(&delta("Hi")).then(Step::Gate).end()).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut took = Vec::new();
     for _ in 0..11 {
         let mut caller = gateway.caller().await;
@@ -168,7 +168,7 @@ async fn a_redirect_is_passed_on_and_not_followed() {
     let trap = Upstream::always(Answer::chat(1, 1)).await;
     let answer = Answer::with_headers(307, &format!("location: http://{}/v1\r\n", trap.address), "");
     let upstream = Upstream::always(answer).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let body = hello(&format!(r#""api_base":"http://{0}","base_url":"http://{0}""#, trap.address));
     let reply = gateway.send("POST", CHAT, &format!("x-upstream-host: {}\r\n", trap.address), &body).await;
     assert_eq!(reply.status, 307);
@@ -182,7 +182,7 @@ async fn a_kept_alive_connection_serves_json_and_streams_in_turn() {
         if seen.text().contains("stream") { answer } else { Answer::chat(8, 2) }
     })
     .await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut caller = gateway.caller().await;
     for n in 0..20 {
         let body = if n % 2 == 0 { HELLO.to_owned() } else { hello(r#""stream":true"#) };
@@ -218,5 +218,5 @@ proptest! {
 }
 
 async fn shared_gateway(upstream: &Upstream) -> Gateway {
-    Gateway::before(upstream, LARGE_QUOTAS).await
+    Gateway::in_front_of(upstream, LARGE_QUOTAS).await
 }

@@ -13,7 +13,7 @@ async fn each_kind_of_quota_denies_with_a_429_in_openais_shape() {
     ] {
         let limit = requested + requested / 2;
         let gateway =
-            Gateway::before(&upstream, &format!("{{ {kind}: {{ limit: {limit}, per: hour }} }}")).await;
+            Gateway::in_front_of(&upstream, &format!("{{ {kind}: {{ limit: {limit}, per: hour }} }}")).await;
         // The reported usage leaves too little room for another request.
         let first = gateway.chat(&hello(r#""max_tokens":100"#)).await;
         assert_eq!(first.status, 200, "{kind}");
@@ -48,7 +48,7 @@ async fn each_kind_of_quota_denies_with_a_429_in_openais_shape() {
 #[tokio::test]
 async fn a_retry_after_the_given_time_is_admitted() {
     let upstream = Upstream::always(Answer::chat(8, 100)).await;
-    let gateway = Gateway::before(&upstream, "{ total_tokens: { limit: 200, per: second } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ total_tokens: { limit: 200, per: second } }").await;
     let request = hello(r#""max_tokens":100"#);
     assert_eq!(gateway.chat(&request).await.status, 200);
     let denied = gateway.chat(&request).await;
@@ -64,7 +64,8 @@ async fn a_retry_after_the_given_time_is_admitted() {
 async fn a_spent_daily_quota_is_reported_as_insufficient_quota() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
     let gateway =
-        Gateway::before(&upstream, "{ requests: [{ limit: 1, per: day }, { limit: 1, per: second }] }").await;
+        Gateway::in_front_of(&upstream, "{ requests: [{ limit: 1, per: day }, { limit: 1, per: second }] }")
+            .await;
     assert_eq!(gateway.chat(HELLO).await.status, 200);
     let denied = gateway.chat(HELLO).await;
     assert_eq!(denied.refusal(), (429, "insufficient_quota".into()));
@@ -77,7 +78,7 @@ async fn a_spent_daily_quota_is_reported_as_insufficient_quota() {
 #[tokio::test]
 async fn a_request_larger_than_the_quota_is_a_400_and_is_not_forwarded() {
     let upstream = Upstream::always(Answer::chat(8, 10)).await;
-    let gateway = Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: minute } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ total_tokens: { limit: 100, per: minute } }").await;
     let refused = gateway.chat(&hello(r#""max_tokens":101"#)).await;
     assert_eq!(refused.refusal(), (400, "request_exceeds_quota".into()));
     assert_eq!(refused.header("retry-after"), None);
@@ -99,8 +100,9 @@ async fn of_256_parallel_requests_exactly_those_that_fit_are_served() {
         .into(),
     ));
     let upstream = Upstream::always(served).await;
-    let gateway =
-        std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 5000, per: day } }").await);
+    let gateway = std::sync::Arc::new(
+        Gateway::in_front_of(&upstream, "{ total_tokens: { limit: 5000, per: day } }").await,
+    );
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..256 {
         let gateway = gateway.clone();
@@ -127,8 +129,9 @@ async fn of_256_parallel_requests_exactly_those_that_fit_are_served() {
 #[tokio::test(flavor = "multi_thread")]
 async fn parallel_requests_cannot_overspend_a_quota() {
     let upstream = Upstream::always(Answer::chat(8, 22)).await;
-    let gateway =
-        std::sync::Arc::new(Gateway::before(&upstream, "{ total_tokens: { limit: 100, per: day } }").await);
+    let gateway = std::sync::Arc::new(
+        Gateway::in_front_of(&upstream, "{ total_tokens: { limit: 100, per: day } }").await,
+    );
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..5 {
         let gateway = gateway.clone();
@@ -184,7 +187,7 @@ async fn rate_limit_headers_report_the_tightest_quota() {
     );
     let upstream = Upstream::always(limited).await;
     let quotas = "{ total_tokens: [{ limit: 1000, per: minute }, { limit: 600, per: day }] }";
-    let gateway = Gateway::before(&upstream, quotas).await;
+    let gateway = Gateway::in_front_of(&upstream, quotas).await;
     let reply = gateway.chat(&hello(r#""max_tokens":92"#)).await;
     for (name, value) in [
         ("x-ratelimit-limit-tokens", "600"),

@@ -186,7 +186,7 @@ async fn a_deployment_name_with_percent_encoding_is_an_unknown_path() {
 #[tokio::test]
 async fn an_unknown_path_is_a_404_that_suggests_a_base_url() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 9, per: minute } }").await;
     for path in [
         "/",
         "/v2/chat/completions",
@@ -227,7 +227,7 @@ async fn an_unknown_path_is_a_404_that_suggests_a_base_url() {
 #[tokio::test]
 async fn a_wrong_method_is_a_405_with_an_allow_header() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = Gateway::before(&upstream, "{ requests: { limit: 9, per: minute } }").await;
+    let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 9, per: minute } }").await;
     for (method, path, allow) in [
         ("GET", CHAT, "POST"),
         ("PUT", CHAT, "POST"),

@@ -8,7 +8,7 @@ const LARGE_QUOTAS: &str =
 #[tokio::test]
 async fn reported_usage_is_charged() {
     let upstream = Upstream::always(Answer::chat(11, 5)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.text(), chat_answer(&usage(11, 5)));
     // The charge is visible at the latest with the last byte of the answer.
@@ -20,7 +20,7 @@ async fn reported_usage_is_charged() {
 async fn reported_usage_of_a_stream_is_charged() {
     let events = [delta("Hi"), usage_event(11, 5), DONE.to_owned()];
     let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.chat(&hello(r#""stream":true,"stream_options":{"include_usage":true}"#)).await;
     assert_eq!(reply.text(), events.concat());
     assert_eq!(gateway.charged().await, [1, 11, 5, 16]);
@@ -30,13 +30,13 @@ async fn reported_usage_of_a_stream_is_charged() {
 async fn an_answer_without_usage_costs_the_estimate_and_the_delivered_tokens() {
     // "Hello there" is two tokens, in one piece or in two deltas.
     let json = Upstream::always(Answer::json(200, &chat_answer("null"))).await;
-    let gateway = Gateway::before(&json, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&json, LARGE_QUOTAS).await;
     gateway.chat(HELLO).await;
     assert_eq!(gateway.charged().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
 
     let events = [delta("Hello"), delta(" there"), DONE.to_owned()];
     let stream = Upstream::always(Answer::stream().events(&events).end()).await;
-    let gateway = Gateway::before(&stream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&stream, LARGE_QUOTAS).await;
     gateway.chat(&hello(r#""stream":true"#)).await;
     assert_eq!(gateway.charged().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
 }
@@ -46,7 +46,7 @@ async fn a_long_answer_without_usage_is_counted_before_its_last_byte() {
     let text = "word ".repeat(20_000);
     let body = format!(r#"{{"choices":[{{"message":{{"content":"{text}"}}}}]}}"#);
     let upstream = Upstream::always(Answer::json(200, &body)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     assert_eq!(gateway.chat(HELLO).await.text(), body);
     assert_eq!(gateway.charged().await[2], 20_001);
 }
@@ -58,7 +58,7 @@ async fn a_long_stream_without_usage_is_counted_in_portions() {
     let gates = events.iter().fold(Answer::stream(), |answer, event| answer.event(event).then(Step::Gate));
     let upstream = Upstream::always(gates.end()).await;
     for read in [4, 3] {
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
         caller.head().await;
@@ -92,7 +92,7 @@ async fn usage_that_is_not_credible_is_replaced_by_the_count() {
         r#""many""#,
     ] {
         let upstream = Upstream::always(Answer::json(200, &chat_answer(bad))).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         assert_eq!(gateway.chat(HELLO).await.text(), chat_answer(bad), "the answer passes unchanged");
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2], "{bad}");
         let metrics = gateway.admin_get("/metrics").await;
@@ -108,7 +108,7 @@ async fn usage_that_is_not_credible_is_replaced_by_the_count() {
 async fn credible_fields_are_charged_even_if_another_field_is_not_credible() {
     let reported = r#"{"prompt_tokens":9,"completion_tokens":4,"total_tokens":-1}"#;
     let upstream = Upstream::always(Answer::json(200, &chat_answer(reported))).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     gateway.chat(HELLO).await;
     assert_eq!(gateway.settled_charges().await, [1, 9, 4, 13]);
     assert_eq!(gateway.usage_missing("not_credible").await, 1);
@@ -139,7 +139,7 @@ async fn an_endpoint_that_generates_nothing_costs_no_completion_tokens() {
 #[tokio::test]
 async fn missing_usage_is_not_counted_for_endpoints_that_are_not_charged() {
     let upstream = Upstream::always(Answer::json(200, r#"{"object":"list","data":[]}"#)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     assert_eq!(gateway.send("GET", "/v1/models", "", "").await.status, 200);
     assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
     assert_eq!(gateway.usage_missing("not_reported").await, 0);
@@ -179,7 +179,7 @@ async fn a_cancelled_stream_is_charged_for_delivered_tokens() {
     let upstream =
         Upstream::always(Answer::stream().event(&delta("Hello")).event(&delta(" there")).then(Step::Gate))
             .await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
     caller.head().await;
@@ -203,7 +203,7 @@ async fn a_cancelled_stream_is_charged_for_reported_usage_and_tokens_delivered_a
             .then(Step::Gate),
     )
     .await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
     caller.head().await;
@@ -231,7 +231,7 @@ async fn usage_at_the_beginning_of_a_cut_stream_does_not_replace_the_count() {
     let more = event(r#"{"candidates":[{"content":{"parts":[{"text":"Hello there"}]}}]}"#);
     for (events, charged) in [(vec![start, text], [1, 9, 3, 12]), (vec![chunk, more], [1, 9, 2, 11])] {
         let upstream = Upstream::always(Answer::stream().events(&events).then(Step::Cut)).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         gateway.chat(&hello(r#""stream":true"#)).await;
         assert_eq!(gateway.settled_charges().await, charged, "{events:?}");
     }
@@ -240,7 +240,7 @@ async fn usage_at_the_beginning_of_a_cut_stream_does_not_replace_the_count() {
 #[tokio::test]
 async fn a_request_cancelled_before_its_answer_costs_the_prompt() {
     let upstream = Upstream::always(Answer::silence()).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
     upstream.has_seen(1).await;
@@ -253,7 +253,7 @@ async fn a_request_cancelled_before_its_answer_costs_the_prompt() {
 #[tokio::test]
 async fn a_stream_that_the_upstream_breaks_off_ends_with_an_error_event_and_no_done() {
     let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).then(Step::Cut)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
     assert!(!reply.broke_off);
     let error = reply.text().strip_prefix(&delta("Hello")).unwrap();
@@ -268,7 +268,7 @@ async fn an_error_event_is_separated_from_a_half_delivered_event() {
     let half = &delta("Hello")[..40];
     let upstream =
         Upstream::always(Answer::stream().event(&delta("Hello")).event(half).then(Step::Cut)).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     for fields in [r#""stream":true"#, r#""stream":true,"stream_options":{"include_usage":true}"#] {
         let reply = gateway.chat(&hello(fields)).await;
         let last = reply.text().trim_end().rsplit("\n\n").next().unwrap();
@@ -286,7 +286,7 @@ async fn a_json_answer_cut_in_the_middle_is_charged_by_bytes_and_aborts_the_conn
     );
     let half = [head.as_bytes(), &whole.as_bytes()[..80]].concat();
     let upstream = Upstream::always(Answer::of(vec![Step::Send(half), Step::Cut])).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.chat(HELLO).await;
     assert!(reply.broke_off);
     assert_eq!(reply.body, &whole.as_bytes()[..80]);
@@ -301,7 +301,7 @@ async fn an_error_of_the_upstream_passes_unchanged_and_costs_one_request() {
         let answer =
             Answer::with_headers(status, "content-type: application/json\r\nretry-after: 7\r\n", body);
         let upstream = Upstream::always(answer).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let reply = gateway.chat(HELLO).await;
         assert_eq!((reply.status, reply.text(), reply.header("retry-after")), (status, body, Some("7")));
         assert_eq!(reply.header("x-tollgate-error"), None);
@@ -334,7 +334,7 @@ async fn an_unreachable_upstream_costs_nothing() {
 async fn an_upstream_that_closes_without_an_answer_is_a_502_and_costs_the_prompt() {
     for first in [&b""[..], b"HTTP/1.1 200 OK\r\ncontent-le", b"garbage\r\n\r\n"] {
         let upstream = Upstream::always(Answer::of(vec![Step::Send(first.into()), Step::Cut])).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
         assert_eq!(upstream.seen().len(), 1, "a request that the upstream has read is not retried");
@@ -383,7 +383,7 @@ async fn after_any_mix_of_endings_nothing_is_held_and_every_charge_is_counted() 
         _ => Answer::of(vec![Step::Cut]),
     })
     .await;
-    let gateway = std::sync::Arc::new(Gateway::before(&upstream, LARGE_QUOTAS).await);
+    let gateway = std::sync::Arc::new(Gateway::in_front_of(&upstream, LARGE_QUOTAS).await);
     let mut calls = tokio::task::JoinSet::new();
     for n in 0..120_usize {
         let gateway = gateway.clone();

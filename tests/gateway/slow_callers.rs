@@ -61,7 +61,7 @@ async fn a_caller_that_reads_slowly_receives_the_whole_answer() {
 }
 
 #[tokio::test]
-async fn the_total_timeout_holds_if_the_caller_does_not_read() {
+async fn the_total_timeout_applies_if_the_caller_does_not_read() {
     let upstream = Upstream::always(endless()).await;
     let gateway = Gateway::with(&upstream, "timeouts: { total: 500ms }", STAGING).await;
     let mut caller = gateway.caller().await;

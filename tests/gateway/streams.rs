@@ -13,7 +13,7 @@ async fn a_hang_up_cancels_the_upstream_call_within_100_ms() {
     let mut took = Vec::new();
     for _ in 0..5 {
         let upstream = Upstream::always(Answer::stream().event(&delta("Hi")).then(Step::Gate).end()).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
         caller.head().await;
@@ -32,7 +32,7 @@ async fn keep_alive_comments_pass_without_delay() {
     const PING: &str = ": keep-alive\n\n";
     let pings = (0..11).fold(Answer::stream(), |answer, _| answer.then(Step::Gate).event(PING));
     let upstream = Upstream::always(pings.then(Step::Gate).end()).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     for options in ["", r#","stream_options":{"include_usage":true}"#] {
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "", hello(&format!(r#""stream":true{options}"#)).as_bytes()).await;

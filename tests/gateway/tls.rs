@@ -8,12 +8,12 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-/// A gateway with this server as its upstream, which trusts its certificate, or no certificate.
+/// A gateway with this server as its upstream. It trusts the server's certificate if `is_trusting`, else no certificate.
 async fn gateway(server: &Server, is_trusting: bool, timeouts: &str) -> Process {
-    gateway_before(server.port, is_trusting.then_some(&server.certificate), timeouts).await
+    gateway_in_front_of(server.port, is_trusting.then_some(&server.certificate), timeouts).await
 }
 
-async fn gateway_before(port: u16, trusted: Option<&Certificate>, timeouts: &str) -> Process {
+async fn gateway_in_front_of(port: u16, trusted: Option<&Certificate>, timeouts: &str) -> Process {
     let sections = format!(
         "upstreams: {{ u: {{ base_url: 'https://localhost:{port}/v1', api_key: sk-upstream, timeouts: {{ {timeouts} }} }} }}\n\
          environments: {{ e: {{ upstream: u }} }}\ndefault_environment: e"
@@ -24,7 +24,7 @@ async fn gateway_before(port: u16, trusted: Option<&Certificate>, timeouts: &str
     Process::start(&sections, if trusted.is_some() { &variable } else { &[] }).await
 }
 
-/// A request for a stream. The server performs `act` with it.
+/// A request for a stream whose `user` field selects what the server does (`server::ACTS`).
 fn stream_with(act: &str) -> String {
     hello(&format!(r#""stream":true,"user":"{act}""#))
 }
@@ -54,7 +54,7 @@ async fn answers_come_over_tls_with_http1_and_http2() {
 async fn a_disconnect_cancels_its_stream_and_leaves_the_connection_to_others() {
     let server = Server::start(b"h2").await;
     let gateway = gateway(&server, true, "").await;
-    for act in ["stall", "silence"].repeat(5) {
+    for act in ["stall", "no-answer"].repeat(5) {
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "", stream_with(act).as_bytes()).await;
         if act == "stall" {
@@ -87,7 +87,7 @@ async fn a_stream_that_breaks_ends_with_an_error_event() {
 async fn an_answer_of_known_length_is_complete_after_its_last_byte() {
     let server = Server::start(b"h2").await;
     let gateway = gateway(&server, true, "").await;
-    for (act, body) in [("measured", chat_answer(&usage(8, 1))), ("nothing", String::new())] {
+    for (act, body) in [("known-length", chat_answer(&usage(8, 1))), ("empty-body", String::new())] {
         let reply = gateway.chat(&stream_with(act)).await;
         assert_eq!((reply.text(), reply.header("content-length")), (&*body, Some(&*body.len().to_string())));
     }
@@ -98,10 +98,10 @@ async fn an_answer_of_known_length_is_complete_after_its_last_byte() {
 }
 
 #[tokio::test]
-async fn the_timeouts_hold_for_http2_too() {
+async fn the_timeouts_apply_to_http2_too() {
     let server = Server::start(b"h2").await;
     let gateway = gateway(&server, true, "first_byte: 300ms, idle: 300ms").await;
-    let reply = gateway.chat(&stream_with("silence")).await;
+    let reply = gateway.chat(&stream_with("no-answer")).await;
     assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
     assert!(reply.text().contains("timeouts.first_byte"), "{}", reply.text());
     server.was_cancelled().await;
@@ -164,7 +164,7 @@ async fn a_body_until_close_is_complete_only_with_a_close_notify() {
                 stream.shutdown().await.unwrap();
             }
         });
-        let gateway = gateway_before(port, Some(&certificate), "").await;
+        let gateway = gateway_in_front_of(port, Some(&certificate), "").await;
         let reply = gateway.chat(&hello(r#""stream":true"#)).await;
         let error = reply.text().strip_prefix(&delta("Hi")).unwrap();
         assert_eq!(error.contains("upstream_disconnected"), !is_notified, "{error}");

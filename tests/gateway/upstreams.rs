@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 const STAGING: &str = "  staging: { upstream: backend, reserve: { completion: max_tokens }, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
 
 /// A gateway with one upstream at this URL, with these settings.
-async fn gateway_before(base_url: &str, settings: &str) -> Gateway {
+async fn gateway_in_front_of(base_url: &str, settings: &str) -> Gateway {
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0', max_request_body: 32MiB }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
          upstreams: {{ backend: {{ base_url: '{base_url}', {settings} }} }}\nenvironments:\n{STAGING}\nstore: {{ memory: true }}"
@@ -35,7 +35,7 @@ async fn sending_only(bytes: &'static [u8]) -> SocketAddr {
 #[tokio::test]
 async fn a_connect_timeout_is_a_502_and_costs_nothing() {
     let silent = sending_only(b"").await;
-    let gateway = gateway_before(&format!("https://{silent}/v1"), "timeouts: { connect: 50ms }").await;
+    let gateway = gateway_in_front_of(&format!("https://{silent}/v1"), "timeouts: { connect: 50ms }").await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.refusal(), (502, "upstream_unreachable".into()));
     assert!(reply.text().contains("timeouts.connect"), "{}", reply.text());
@@ -45,7 +45,7 @@ async fn a_connect_timeout_is_a_502_and_costs_nothing() {
 #[tokio::test]
 async fn a_failed_tls_handshake_is_a_502_and_costs_nothing() {
     let not_tls = sending_only(b"SSH-2.0-OpenSSH_9.2\r\n").await;
-    let gateway = gateway_before(&format!("https://{not_tls}/v1"), "").await;
+    let gateway = gateway_in_front_of(&format!("https://{not_tls}/v1"), "").await;
     assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
     assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
 }
@@ -53,7 +53,7 @@ async fn a_failed_tls_handshake_is_a_502_and_costs_nothing() {
 #[tokio::test]
 async fn a_caller_that_disconnects_before_the_upstream_is_connected_is_charged_nothing() {
     let silent = sending_only(b"").await;
-    let gateway = gateway_before(&format!("https://{silent}/v1"), "").await;
+    let gateway = gateway_in_front_of(&format!("https://{silent}/v1"), "").await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
     soon("the request to be admitted", async { while gateway.environment().await["in_flight"] != 1 {} })
@@ -82,7 +82,7 @@ async fn the_total_timeout_covers_the_connection_the_head_and_the_body() {
     assert!(started.elapsed() < Duration::from_millis(1_500), "{:?}", started.elapsed());
     // The time for the connection counts.
     let silent = sending_only(b"").await;
-    let gateway = gateway_before(&format!("https://{silent}/v1"), "timeouts: { total: 50ms }").await;
+    let gateway = gateway_in_front_of(&format!("https://{silent}/v1"), "timeouts: { total: 50ms }").await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
     assert_eq!(gateway.settled_charges().await, [0, 0, 0, 0]);
@@ -93,7 +93,7 @@ async fn a_refusal_that_comes_before_the_upstream_has_read_the_body_is_passed_on
     let refusal = Answer::json(413, r#"{"error":"too much"}"#).then(Step::Hold);
     let upstream = Upstream::not_reading_bodies(refusal).await;
     let settings = "timeouts: { first_byte: 5s }";
-    let gateway = gateway_before(&format!("http://{}/v1", upstream.address), settings).await;
+    let gateway = gateway_in_front_of(&format!("http://{}/v1", upstream.address), settings).await;
     let large = hello(&format!(r#""x":"{}""#, "a ".repeat(10 << 20)));
     for n in 1..=2 {
         let started = Instant::now();
@@ -126,7 +126,7 @@ async fn an_upstream_that_answers_early_and_reads_slowly_receives_the_whole_body
         socket.write_all(b"{}").await.unwrap();
         all.len()
     });
-    let gateway = gateway_before(&format!("http://{address}/v1"), "").await;
+    let gateway = gateway_in_front_of(&format!("http://{address}/v1"), "").await;
     let large = HELLO.replace("hello", &format!("{}the end", "a ".repeat(10 << 20)));
     let reply = gateway.chat(&large).await;
     assert_eq!((reply.status, reply.text()), (200, "{}"));
@@ -221,7 +221,7 @@ async fn an_answer_that_begins_before_the_request_is_read_is_passed_on_while_the
         }
         all.len()
     });
-    let gateway = gateway_before(&format!("http://{address}/v1"), "timeouts: { first_byte: 3s }").await;
+    let gateway = gateway_in_front_of(&format!("http://{address}/v1"), "timeouts: { first_byte: 3s }").await;
     let large = HELLO.replace("hello", &format!("{}the end", "a ".repeat(10 << 20)));
     let reply = gateway.chat(&large).await;
     assert_eq!(reply.status, 200, "{}", reply.text());

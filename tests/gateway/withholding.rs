@@ -20,7 +20,7 @@ async fn usage_is_requested_and_withheld_in_streams_of_completions() {
     };
     let events = [text("Hel"), text("lo"), usage_event(1, 2), DONE.to_owned()];
     let upstream = Upstream::always(Answer::stream().events(&events).end()).await;
-    let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+    let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.post(COMPLETIONS, &completion(r#""stream":true"#)).await;
     assert_eq!(reply.text(), [&events[..2], &events[3..]].concat().concat());
     assert!(upstream.only().text().contains(r#""stream_options":{"include_usage":true}"#));
@@ -43,7 +43,7 @@ async fn a_compressed_answer_passes_unchanged() {
         );
         let answer = Answer::of(vec![Step::Send([head.as_bytes(), &compressed].concat())]);
         let upstream = Upstream::always(answer).await;
-        let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "accept-encoding: gzip\r\n", hello(r#""stream":true"#).as_bytes()).await;
         let reply = caller.reply().await;
@@ -108,7 +108,7 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let upstream = Upstream::always(answer).await;
-            let gateway = Gateway::before(&upstream, LARGE_QUOTAS).await;
+            let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
             for (options, withholds) in [
                 ("", true),
                 (r#","stream_options":{"include_usage":false}"#, true),

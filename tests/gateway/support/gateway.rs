@@ -22,11 +22,11 @@ fn staging(quotas: &str, completion: &str) -> String {
 
 impl Gateway {
     /// A gateway with one open environment `staging`, these quotas, and `reserve.completion: max_tokens`.
-    pub async fn before(upstream: &Upstream, quotas: &str) -> Self {
+    pub async fn in_front_of(upstream: &Upstream, quotas: &str) -> Self {
         Self::reserving(upstream, quotas, "max_tokens").await
     }
 
-    /// Like `before`, with this value of `reserve.completion`.
+    /// Like `in_front_of`, with this value of `reserve.completion`.
     pub async fn reserving(upstream: &Upstream, quotas: &str, completion: &str) -> Self {
         Self::with(upstream, "", &staging(quotas, completion)).await
     }

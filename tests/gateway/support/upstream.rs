@@ -137,7 +137,10 @@ impl Upstream {
         Self::reading(false, move |_| answer.clone()).await
     }
 
-    async fn reading(bodies: bool, script: impl Fn(&SeenRequest) -> Answer + Send + Sync + 'static) -> Self {
+    async fn reading(
+        reads_bodies: bool,
+        script: impl Fn(&SeenRequest) -> Answer + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, gate) = (Arc::<Mutex<Vec<SeenRequest>>>::default(), Arc::new(Semaphore::new(0)));
@@ -148,8 +151,14 @@ impl Upstream {
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 count.fetch_add(1, Ordering::Relaxed);
-                let connection =
-                    serve(socket, bodies, script.clone(), all.clone(), opening.clone(), closing.clone());
+                let connection = serve(
+                    socket,
+                    reads_bodies,
+                    script.clone(),
+                    all.clone(),
+                    opening.clone(),
+                    closing.clone(),
+                );
                 tokio::spawn(connection);
             }
         });
@@ -204,14 +213,14 @@ impl Upstream {
 
 async fn serve(
     mut socket: TcpStream,
-    bodies: bool,
+    reads_bodies: bool,
     script: Script,
     seen: Arc<Mutex<Vec<SeenRequest>>>,
     gate: Arc<Semaphore>,
     closed: watch::Sender<usize>,
 ) {
     socket.set_nodelay(true).unwrap();
-    while let Some(request) = read_request(&mut socket, bodies).await {
+    while let Some(request) = read_request(&mut socket, reads_bodies).await {
         let answer = script(&request);
         seen.lock().unwrap().push(request);
         for step in answer.steps {
@@ -247,7 +256,7 @@ async fn serve(
     }
 }
 
-async fn read_request(socket: &mut TcpStream, bodies: bool) -> Option<SeenRequest> {
+async fn read_request(socket: &mut TcpStream, reads_bodies: bool) -> Option<SeenRequest> {
     let mut bytes = Vec::new();
     let head_end = loop {
         if let Some(at) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
@@ -260,7 +269,7 @@ async fn read_request(socket: &mut TcpStream, bodies: bool) -> Option<SeenReques
     let head = String::from_utf8(bytes[..head_end].to_vec()).unwrap();
     let mut seen = SeenRequest { head, body: bytes.split_off(head_end + 4) };
     let length: usize = seen.header("content-length").map_or(0, |l| l.parse().unwrap());
-    while bodies && seen.body.len() < length {
+    while reads_bodies && seen.body.len() < length {
         if socket.read_buf(&mut seen.body).await.ok()? == 0 {
             return None;
         }

@@ -18,8 +18,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
-/// What the server does with a request that names it. Any other request is answered with a whole stream.
-const ACTS: [&str; 7] = ["stall", "break", "silence", "measured", "nothing", "refuse-once", "refuse-always"];
+/// Values of the `user` field that select what the server does. It answers any other request with a complete stream.
+const ACTS: [&str; 7] =
+    ["stall", "break", "no-answer", "known-length", "empty-body", "refuse-once", "refuse-always"];
 
 /// A self-signed certificate of `localhost` and its key.
 pub struct Certificate {
@@ -191,7 +192,7 @@ async fn answer(
     let is_repeated = *log.last.borrow() == body;
     log.requests.fetch_add(1, Ordering::Relaxed);
     log.last.send_replace(body);
-    if act == "silence" {
+    if act == "no-answer" {
         std::future::pending::<()>().await;
     }
     if act == "refuse-always" || act == "refuse-once" && !is_repeated {
@@ -203,8 +204,8 @@ async fn answer(
         ready.extend([usage_event(8, 1), DONE.to_owned()]);
     }
     let mut response = http::Response::builder().header("x-protocol", version);
-    if act == "measured" || act == "nothing" {
-        let body = if act == "nothing" { String::new() } else { chat_answer(&usage(8, 1)) };
+    if act == "known-length" || act == "empty-body" {
+        let body = if act == "empty-body" { String::new() } else { chat_answer(&usage(8, 1)) };
         response = response.header("content-length", body.len());
         ready = VecDeque::from(if body.is_empty() { vec![] } else { vec![body] });
     } else {
