@@ -122,7 +122,7 @@ impl Account {
                 return Ok(reservation);
             }
         }
-        // A request that waited in vain, or found the queue full, must not overtake those in the queue.
+        // A request whose wait ended without room, or that found the queue full, must not overtake those in the queue.
         let no_room = self.engine.deny(demand);
         self.notify_store(false);
         Err(no_room)
@@ -199,7 +199,7 @@ impl Account {
         Ok(exists)
     }
 
-    /// Resets every quota to full, except for what is held. Returns once this is durable and in force on all nodes.
+    /// Resets every quota to full, except for held amounts. Returns once this is durable and in force on all nodes.
     ///
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
@@ -238,8 +238,8 @@ impl Account {
         }
     }
 
-    /// Keeps the counters in step with Redis until `stop` is true, and then leaves Redis. By then all reservations must be
-    /// settled. Returns at once if the counters belong to this node alone.
+    /// Keeps the counters in step with Redis until `stop` is true, and then leaves Redis. All reservations must be settled
+    /// before. Returns at once if the counters belong to this node alone.
     pub async fn run_redis_sync(self: Arc<Self>, stop: watch::Receiver<bool>) {
         if let Some(sync) = self.engine.sync() {
             sync.run_task(stop).await;
@@ -282,7 +282,7 @@ impl Reservation {
         self.settlement.spent
     }
 
-    /// Moves what has certainly been used from held to spent, and extends the reservation of a long answer.
+    /// Moves tokens that have certainly been used from held to spent, and extends the reservation of a long answer.
     pub fn progress(&mut self, spent: Amounts) -> Progress {
         let Some(grant) = &mut self.grant else { return Progress::Within };
         let before = grant.reserved();

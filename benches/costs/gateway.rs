@@ -98,7 +98,7 @@ impl Gateway {
         self.address
     }
 
-    /// What was counted since the start.
+    /// The counts since the start.
     pub(crate) fn counters(&mut self) -> [f64; 2] {
         // The request that was answered last is settled and logged after its answer.
         std::thread::sleep(Duration::from_millis(200));

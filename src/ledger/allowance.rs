@@ -208,7 +208,7 @@ impl Histogram {
         u64::try_from(self.sum / total + squared.isqrt() + 1).unwrap_or(u64::MAX)
     }
 
-    /// Removes what is left of a weight that was added when all weights had been halved `halvings` times.
+    /// Removes the rest of a weight that was added when all weights had been halved `halvings` times.
     fn remove(&mut self, tokens: u64, halvings: u32) {
         let left = WEIGHT.checked_shr(self.halvings.saturating_sub(halvings)).unwrap_or(0);
         let slot = slot_of(tokens);

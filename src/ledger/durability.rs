@@ -50,9 +50,9 @@ pub struct Changes {
 pub struct RestoredState {
     /// Quotas with their stored counters.
     pub quotas: Vec<(Quota, PersistedCounter)>,
-    /// Sums, without what was held.
+    /// Sums, without the held amounts.
     pub totals: Totals,
-    /// What was in flight when the last process died: charged in full.
+    /// Amounts held by requests in flight when the last process died: charged in full.
     pub held: Amounts,
     /// Quotas with limits set by an administrator.
     pub overrides: Vec<Quota>,

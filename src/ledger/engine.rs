@@ -50,7 +50,7 @@ impl Engine {
         }
     }
 
-    /// Denies a request that has waited in vain.
+    /// Denies a request whose wait for room ended without room.
     pub(super) fn deny(&self, demand: &Demand<'_>) -> NoRoom {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.deny(now, demand)),
@@ -78,7 +78,7 @@ impl Engine {
         }
     }
 
-    /// Replaces what a grant holds by what was spent.
+    /// Replaces the amounts that a grant holds by the spent amounts.
     pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.settle(now, subject, grant, settlement)),
@@ -103,7 +103,7 @@ impl Engine {
         Ok(self.with_local(|local, now| local.set_limit(now, key, limit)))
     }
 
-    /// Resets every quota to full, except for what is held.
+    /// Resets every quota to full, except for held amounts.
     ///
     /// # Errors
     /// The counters are in Redis, and Redis is unavailable.

@@ -82,7 +82,7 @@ impl Local {
         exists
     }
 
-    /// Resets every quota to full, except for what is held.
+    /// Resets every quota to full, except for held amounts.
     pub fn reset(&mut self, now: Timestamp) {
         self.quotas.reset(now);
         self.overrides.record(now, "all quotas reset".to_owned());
@@ -118,7 +118,7 @@ impl Local {
         self.try_admit_with(now, demand, allowance, self.is_full())
     }
 
-    /// Denies a request that must not overtake waiting requests, or that has waited in vain. Returns what it lacks now, or
+    /// Denies a request that must not overtake waiting requests, or whose wait ended without room. Returns what it lacks now, or
     /// else what the requests before it wait for.
     pub fn deny(&mut self, now: Timestamp, demand: &Demand<'_>) -> NoRoom {
         self.count_denial(now, demand.subject);
@@ -347,7 +347,7 @@ impl Local {
         grant.partial_length = self.lengths.learn_partial(model, tokens.div_ceil(grant.completions));
     }
 
-    /// Replaces what a grant holds by what was spent.
+    /// Replaces the amounts that a grant holds by the spent amounts.
     pub fn settle(&mut self, now: Timestamp, subject: Subject<'_>, mut grant: Grant, settlement: Settlement) {
         grant.settle_receipts(settlement.spent, |receipt, part| self.quotas.settle(now, receipt, part));
         self.close(now, subject, &grant, settlement);

@@ -2,7 +2,7 @@
 //!
 //! Redis decides which requests are admitted. The node's own quotas mirror Redis: they explain a denial, decide whether a
 //! stream gets an extension, and are displayed. While Redis is unavailable the node is *offline*: its quotas become its share
-//! of what was left, and it records what it spends. When Redis is available again, the node *resyncs*: it sends what it spent.
+//! of the last known levels, and it records what it spends. When Redis is available again, the node *resyncs*: it sends what it spent.
 //! What happens to reservations goes into a journal, which is sent in numbered batches, so that nothing is applied twice.
 
 pub(super) mod admission;
@@ -169,7 +169,7 @@ impl Replica {
         now
     }
 
-    /// Denies a request that has waited in vain.
+    /// Denies a request whose wait for room ended without room.
     pub(super) fn deny(&mut self, own: Timestamp, demand: &Demand<'_>) -> NoRoom {
         let now = self.redis_time(own);
         if self.is_closed() {
@@ -222,7 +222,7 @@ impl Replica {
         push(StepKind::Progress, spent);
     }
 
-    /// Replaces what a grant holds by what was spent.
+    /// Replaces the amounts that a grant holds by the spent amounts.
     pub(super) fn settle(
         &mut self,
         own: Timestamp,
@@ -280,7 +280,7 @@ impl Replica {
         self.journal.push_settlement(id, Amounts::default(), nothing);
     }
 
-    /// Returns what is left of the lease.
+    /// Returns the rest of the lease to Redis.
     pub(super) fn return_lease(&mut self) {
         if self.lease.as_mut().is_some_and(Lease::clear) {
             self.journal.push(Step::new(StepKind::Settle, LEASE_ID.to_owned(), Amounts::default()));

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 const MAX_ATTEMPTS: usize = 4;
 /// Maximum time that a request waits until the task has sent everything to Redis.
 const MAX_FLUSH_WAIT: Duration = Duration::from_millis(250);
-/// A node joins again this long after it lost Redis: by then Redis ignores all calls from before.
+/// A node joins again this long after it lost Redis. Redis then ignores all earlier calls.
 const REJOIN_DELAY: Duration = Duration::from_millis(MAX_CALL_DELAY_MS);
 
 /// One account's replica, its connection to Redis, and what the account's requests exchange with the task.

@@ -59,7 +59,7 @@ pub struct UsageRow {
     pub caller: Option<usize>,
     /// Requests denied.
     pub rejections: u64,
-    /// What was charged.
+    /// The charged amounts.
     pub spent: Amounts,
 }
 
@@ -79,7 +79,7 @@ impl UsageHistory {
         }
     }
 
-    /// Records what was in flight when the last process died. Its callers and models are not known.
+    /// Records the charge for requests in flight when the last process died. Its callers and models are not known.
     pub(super) fn record_recovered(&mut self, now: Timestamp, held: Amounts) {
         if held != Amounts::default() {
             self.row(now, 0, None).spent = held;

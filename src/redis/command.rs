@@ -74,7 +74,7 @@ pub const LEASE_ID: &str = "lease";
 pub enum StepKind {
     /// The reservation holds more, whether that fits or not.
     Extend,
-    /// Moves what was spent so far from held to spent.
+    /// Moves the tokens spent so far from held to spent.
     Progress,
     /// The reservation ends.
     Settle,
@@ -170,8 +170,11 @@ impl CommandBuilder {
     /// Joins with a config written at `stamp`. The script creates missing cells with these states. For the others, the limits of
     /// the newest config are in force. `has_joined_before`: the session has joined before, so that its states can restore lost data.
     ///
-    /// Values of the reply: the number of created cells; the number of cells with other limits than the node's; 1 if Redis still
-    /// had this session; how many milliseconds to wait for other nodes that restore lost data.
+    /// Values of the reply:
+    /// 1. the number of created cells,
+    /// 2. the number of cells with other limits than the node's,
+    /// 3. 1 if Redis still had this session,
+    /// 4. the milliseconds to wait for other nodes that restore lost data.
     pub fn join(
         &mut self,
         stamp: u64,
@@ -205,8 +208,10 @@ impl CommandBuilder {
         command
     }
 
-    /// Makes Redis hold reservations that it may have lost, or charged as those of a dead node. `are_new`: Redis still had this
-    /// session at the join, so that a reservation that it does not have is new to it, and what it has spent is not charged yet.
+    /// Makes Redis hold reservations that it may have lost, or charged as those of a dead node.
+    ///
+    /// `are_new`: Redis still had this session at the join. So a reservation that Redis does not have is new to it, and its
+    /// spent tokens are not charged yet.
     pub fn hold(&mut self, are_new: bool, held: &[HeldReservation]) -> ScriptCommand {
         let mut command = self.begin_expiring("hold", 0);
         command.push_int(u64::from(are_new));
@@ -326,7 +331,7 @@ impl CommandBuilder {
         command
     }
 
-    /// Resets all quotas to full, except for what is held.
+    /// Resets all quotas to full, except for held amounts.
     pub fn reset(&mut self) -> ScriptCommand {
         self.begin_expiring("reset", 0)
     }

@@ -130,7 +130,7 @@ impl TimeText {
     }
 }
 
-/// Initialises logging for the process. `RUST_LOG` selects what is logged. Default: everything from level `info` on. It
+/// Initialises logging for the process. `RUST_LOG` selects the levels and modules that are logged. Default: everything from level `info` on. It
 /// has no effect if logging was initialised before.
 pub(crate) fn init_logging() -> LogOutput {
     let output = LogOutput::start();

@@ -1,5 +1,5 @@
 //! The part of the shared quotas that a node leases. The node admits requests from its lease without a call to Redis and
-//! reports them afterwards in batches. Redis holds what is leased, so that nothing is admitted twice. All nodes together lease
+//! reports them afterwards in batches. Redis holds leased amounts, so that nothing is admitted twice. All nodes together lease
 //! little enough that it hardly matters what they could still admit while another node is denied.
 
 use crate::clock::Timestamp;
@@ -18,7 +18,7 @@ const REVIEW_INTERVAL_MS: u64 = 10;
 /// What one node leases.
 #[derive(Debug)]
 pub(super) struct Lease {
-    /// What is left of the lease of each quota.
+    /// The rest of the lease of each quota.
     left: Vec<u64>,
     /// When the lease of each quota lapses: at the end of its calendar period.
     until: Vec<Timestamp>,
@@ -64,7 +64,7 @@ impl Lease {
         self.needs_review && now >= self.not_before
     }
 
-    /// Drops what is left. Returns whether Redis may hold something for this lease.
+    /// Drops the rest of the lease. Returns whether Redis may hold something for this lease.
     pub(super) fn clear(&mut self) -> bool {
         self.left.fill(0);
         std::mem::take(&mut self.is_open)

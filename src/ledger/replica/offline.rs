@@ -49,8 +49,8 @@ impl Replica {
         held
     }
 
-    /// Redis is available and holds this node's reservations again: from now on Redis admits requests. The journal gets what
-    /// was spent offline. What was admitted offline has still to be held, see `hold_command`.
+    /// Redis is available and holds this node's reservations again: from now on Redis admits requests. The journal gets the
+    /// amounts spent offline. Requests admitted offline must still be held in Redis, see `hold_command`.
     pub(in crate::ledger) fn begin_resync(&mut self, own: Timestamp) {
         let now = self.redis_time(own);
         if let Some(offline) = self.offline.take() {
@@ -60,7 +60,7 @@ impl Replica {
         }
     }
 
-    /// Adds to the journal what was spent of each quota offline and has not been refilled since.
+    /// Adds to the journal the amount of each quota that was spent offline and has not been refilled since.
     fn record_offline_usage(&mut self, unspent: Vec<CounterState>, spent: Vec<CounterState>) {
         for (index, states) in (0..).zip(unspent.into_iter().zip(spent)) {
             let (amount, turn) = match states {

@@ -14,7 +14,7 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_LEAVE_TIME: Duration = Duration::from_secs(2);
 
 impl RedisSync {
-    /// Keeps the replica in step with Redis until `stop` is true, and then leaves. By then all reservations must be settled.
+    /// Keeps the replica in step with Redis until `stop` is true, and then leaves. All reservations must be settled before.
     pub(in crate::ledger) async fn run_task(&self, mut stop: watch::Receiver<bool>) {
         let mut connected = self.connection.watch_generation();
         let work = async {

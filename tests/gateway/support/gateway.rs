@@ -110,7 +110,7 @@ impl Gateway {
         settled_at(self.admin).await
     }
 
-    /// Waits until no request is in flight and returns what was charged, as `charged` does.
+    /// Waits until no request is in flight and returns the charged amounts, as `charged` does.
     pub async fn settled_charges(&self) -> [u64; 4] {
         self.settled().await;
         self.charged().await

@@ -1,6 +1,6 @@
 //! A random walk of three nodes against the script in a real Redis, on the test's clock. Calls are lost, arrive late, or are
 //! executed without a reply, and nodes are cut off for so long that Redis gives them up. In the end Redis has charged exactly
-//! what was spent, and holds nothing.
+//! the spent amounts, and holds nothing.
 
 use super::super::*;
 use super::subject;
