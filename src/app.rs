@@ -52,7 +52,7 @@ pub struct App {
     workers: Vec<ServerThread>,
     admin: ServerThread,
     /// Communicates with Redis. `None` without `store.redis`.
-    cluster: Option<ServerThread>,
+    redis: Option<ServerThread>,
     drain_timeout: Duration,
     /// Dropped last, so that it also writes the settlements of the other threads.
     store: Option<StoreWriter>,
@@ -60,7 +60,7 @@ pub struct App {
 
 /// A thread that runs one server or task on its own runtime.
 struct ServerThread {
-    orders: watch::Sender<RunState>,
+    run_state: watch::Sender<RunState>,
     handle: Option<JoinHandle<usize>>,
 }
 
@@ -114,7 +114,7 @@ impl App {
         if vocabularies.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        let cluster = if state.config.store.redis.is_some() { Some(join_cluster(&state)?) } else { None };
+        let redis = if state.config.store.redis.is_some() { Some(start_redis_thread(&state)?) } else { None };
         let mut threads = Vec::new();
         for listener in sockets.workers {
             let proxy = Arc::new(Proxy::new(state.clone(), &tls)?);
@@ -126,10 +126,10 @@ impl App {
             threads.push(start_worker(listener, proxy, runtime, timeouts)?);
         }
         let router = admin::service(state.clone(), admin_address);
-        let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |orders| {
-            server::serve(sockets.admin, move |_| router.clone(), timeouts, orders)
+        let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
+            server::serve(sockets.admin, move |_| router.clone(), timeouts, run_state)
         })?;
-        Ok(Self { address, admin_address, state, workers: threads, admin, cluster, drain_timeout, store })
+        Ok(Self { address, admin_address, state, workers: threads, admin, redis, drain_timeout, store })
     }
 
     /// The address of the listener for callers.
@@ -154,16 +154,16 @@ impl App {
         let cut_off = self.workers.iter_mut().map(ServerThread::join).sum();
         self.admin.stop(ADMIN_DRAIN);
         self.admin.join();
-        self.leave_cluster();
+        self.stop_redis_thread();
         drop(self.store.take());
         ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
 
     /// Ends the thread that communicates with Redis. All reservations are settled by now, so it sends the last of them.
-    fn leave_cluster(&mut self) {
-        if let Some(mut cluster) = self.cluster.take() {
-            cluster.stop(Duration::ZERO);
-            cluster.join();
+    fn stop_redis_thread(&mut self) {
+        if let Some(mut redis) = self.redis.take() {
+            redis.stop(Duration::ZERO);
+            redis.join();
         }
     }
 }
@@ -176,7 +176,7 @@ impl Drop for App {
         for thread in self.workers.iter_mut().chain([&mut self.admin]) {
             thread.join();
         }
-        self.leave_cluster();
+        self.stop_redis_thread();
     }
 }
 
@@ -200,7 +200,7 @@ fn start_worker(
     runtime: Runtime,
     timeouts: CallerTimeouts,
 ) -> anyhow::Result<ServerThread> {
-    ServerThread::spawn("worker", runtime, move |orders| {
+    ServerThread::spawn("worker", runtime, move |run_state| {
         let service_for = move |peer: Arc<Peer>| {
             let proxy = proxy.clone();
             service_fn(move |request| {
@@ -208,7 +208,7 @@ fn start_worker(
                 async move { Ok::<_, Infallible>(proxy.serve(request, &peer).await) }
             })
         };
-        server::serve(listener, service_for, timeouts, orders)
+        server::serve(listener, service_for, timeouts, run_state)
     })
 }
 
@@ -216,9 +216,9 @@ fn start_worker(
 ///
 /// It returns when every environment is connected, at the latest after [`MAX_REDIS_WAIT`]. Without this wait the node
 /// would admit its first requests by its own counters.
-fn join_cluster(state: &State) -> anyhow::Result<ServerThread> {
+fn start_redis_thread(state: &State) -> anyhow::Result<ServerThread> {
     let accounts = state.accounts.clone();
-    let thread = ServerThread::spawn("cluster", single_thread_runtime()?, move |mut orders| async move {
+    let thread = ServerThread::spawn("redis", single_thread_runtime()?, move |mut run_state| async move {
         let (stop, stops) = watch::channel(false);
         let mut tasks = JoinSet::new();
         for account in accounts {
@@ -228,7 +228,7 @@ fn join_cluster(state: &State) -> anyhow::Result<ServerThread> {
             }
         }
         // An error means that the sender was dropped, which also ends the thread.
-        drop(orders.wait_for(|order| *order != RunState::Running).await);
+        drop(run_state.wait_for(|state| *state != RunState::Running).await);
         stop.send_replace(true);
         tasks.join_all().await;
         Ok(0)
@@ -252,10 +252,10 @@ impl ServerThread {
     where
         F: Future<Output = io::Result<usize>>,
     {
-        let (orders, receiver) = watch::channel(RunState::Running);
+        let (run_state, receiver) = watch::channel(RunState::Running);
         let run = move || {
             let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
-                tracing::error!(%error, thread, "a listener failed and serves no requests any more: restart the gateway");
+                tracing::error!(%error, thread, "a listener failed and no longer serves requests: restart the gateway");
                 0
             });
             // This drops the remaining tasks, which settles their reservations, and waits for the blocking pool.
@@ -263,13 +263,13 @@ impl ServerThread {
             cut_off
         };
         let handle = thread::Builder::new().name(thread.into()).spawn(run)?;
-        Ok(Self { orders, handle: Some(handle) })
+        Ok(Self { run_state, handle: Some(handle) })
     }
 
     /// Makes the server drain for this time and then end.
     fn stop(&self, drain: Duration) {
         // An error means that the thread has ended already.
-        let _ = self.orders.send(RunState::Draining(drain));
+        let _ = self.run_state.send(RunState::Draining(drain));
     }
 
     /// Waits until the thread ends. Returns the number of connections that it cut off.

@@ -203,8 +203,7 @@ impl CountResult {
         let model = if self.model.is_empty() { "(none)" } else { &self.model };
         let mut text = format!("api            {}\nmodel          {model}\n", self.api.as_str());
         if !self.rules.is_known {
-            text +=
-                "               Tollgate does not know this model; add a rule to `models` in the config\n";
+            text += "               this model is not in the built-in table; add a rule to `models` in the config\n";
         }
         if percent != 100 {
             text += &format!(
