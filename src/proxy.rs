@@ -71,7 +71,7 @@ struct OutgoingRequest {
     environment: Arc<Environment>,
     endpoint: Endpoint,
     call: Call,
-    /// Whether the exchange goes on after the caller hangs up (`on_disconnect: drain`).
+    /// Whether the exchange continues after the caller disconnects (`on_disconnect: drain`).
     outlives_caller: bool,
     /// Runs since the body was read.
     received: Stopwatch,
@@ -318,7 +318,7 @@ impl Proxy {
         charge: &mut Charge,
     ) -> Result<(response::Parts, upstream::Incoming), ProxyError> {
         let prompt = Amounts::of_request(outgoing.call.prompt_tokens, 0);
-        // Once the upstream may have read the request, the prompt is charged, even if the caller hangs up.
+        // Once the upstream may have read the request, the prompt is charged, even if the caller disconnects.
         let mut reached = |is_reached| charge.observe(if is_reached { prompt } else { Amounts::default() });
         let upstream = &self.upstreams[outgoing.upstream];
         let failed = |error| refusal::send_failed(error, &outgoing.environment);

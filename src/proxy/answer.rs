@@ -1,4 +1,4 @@
-//! The bodies of all answers to callers, and the draining of answers whose callers have hung up.
+//! The bodies of all answers to callers, and the draining of answers whose callers have disconnected.
 
 use super::metered::Metered;
 use crate::api::Dialect;
@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout_at};
 
 /// At most this many answers are drained at once.
 pub(super) const MAX_DRAINS: usize = 100;
-/// An answer is drained for at most this long after its caller has hung up.
+/// An answer is drained for at most this long after its caller has disconnected.
 pub(super) const MAX_DRAIN_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
 pub(super) static DRAINS: Semaphore = Semaphore::const_new(MAX_DRAINS);
@@ -34,7 +34,7 @@ enum AnswerSource {
     Upstream(Option<Box<Metered>>),
 }
 
-/// Runs an exchange in a separate task. If the caller hangs up, the task goes on and the answer is drained.
+/// Runs an exchange in a separate task. If the caller disconnects, the task continues and the answer is drained.
 pub(super) async fn outlive_caller(
     dialect: Dialect,
     exchange: impl Future<Output = Response<AnswerBody>> + Send + 'static,
@@ -49,7 +49,7 @@ pub(super) async fn outlive_caller(
     })
 }
 
-/// A task whose caller may hang up. When this is dropped, the task is drained, or aborted if `MAX_DRAINS` are running.
+/// A task whose caller may disconnect. Dropping this drains the task, or aborts it if `MAX_DRAINS` tasks are draining.
 struct Detached(Option<JoinHandle<Response<AnswerBody>>>);
 
 impl Drop for Detached {
@@ -115,7 +115,7 @@ impl AnswerBody {
     }
 }
 
-/// Drains the answer if the caller has hung up before its end and `on_disconnect` is `drain`.
+/// Drains the answer if the caller has disconnected before its end and `on_disconnect` is `drain`.
 impl Drop for AnswerBody {
     fn drop(&mut self) {
         let Some(metered) = self.take_to_drain() else { return };

@@ -1,6 +1,6 @@
 //! The flood guard: limits the request rate of each peer address, before a request is parsed.
 //!
-//! It protects the gateway. It cannot replace quotas, because `governor` cannot refund tokens that a request did not use.
+//! It protects the gateway. It cannot replace quotas, because `governor` cannot refund unused tokens.
 
 use crate::clock::Stopwatch;
 use crate::config::FloodGuard;

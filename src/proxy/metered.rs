@@ -68,7 +68,7 @@ pub(super) struct Metered {
     bytes_to_receive: Option<u64>,
     context: MeterContext,
     phase: MeterPhase,
-    /// The count of a portion of a long stream, which runs on the blocking pool while the stream goes on.
+    /// The count of a portion of a long stream, which runs on the blocking pool while the stream continues.
     portion_count: Option<JoinHandle<u64>>,
     last_data: Stopwatch,
     timeout: Option<Pin<Box<Sleep>>>,
@@ -77,7 +77,7 @@ pub(super) struct Metered {
     completion_cap: u64,
     /// Beyond this number of completion tokens, progress is reported to the ledger at once.
     progress_threshold: u64,
-    /// The caller has hung up, and the answer is drained for its usage.
+    /// The caller has disconnected, and the answer is drained for its usage.
     is_draining: bool,
 }
 
@@ -247,8 +247,8 @@ impl Metered {
         progress
     }
 
-    /// Applies `on_overrun`: the stream goes on and becomes debt, or ends here with `finish_reason: "length"`. A
-    /// compressed stream, to which no event can be added, is aborted.
+    /// Applies `on_overrun`: the stream continues and its excess becomes debt, or it ends here with
+    /// `finish_reason: "length"`. A compressed stream is aborted, because no event can be added to it.
     fn overrun(&mut self) {
         let Environment { enforce, reserve, .. } = &*self.context.environment;
         // Shadow mode changes no answer.
@@ -391,7 +391,7 @@ impl MeterPhase {
     }
 }
 
-/// Settles if the caller has hung up or the gateway stops. Delivered text is counted and charged as usual. A count
+/// Settles if the caller has disconnected or the gateway stops. Delivered text is counted and charged as usual. A count
 /// that already runs on the blocking pool continues and settles there.
 impl Drop for Metered {
     fn drop(&mut self) {

@@ -31,7 +31,7 @@ pub(super) async fn mentions_stream_options(mut incoming: Incoming) -> (bool, In
         }
         None
     };
-    let broke_off = timeout(MAX_READ_TIME, reading).await.ok().flatten();
+    let read_error = timeout(MAX_READ_TIME, reading).await.ok().flatten();
     let is_mentioned = memmem::find(&read, b"stream_options").is_some();
-    (is_mentioned, incoming.with_read(read.freeze(), broke_off))
+    (is_mentioned, incoming.with_read(read.freeze(), read_error))
 }

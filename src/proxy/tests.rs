@@ -33,8 +33,8 @@ async fn charge(account: &Arc<Account>, metrics: &Arc<Metrics>) -> Charge {
     Charge { reservation: Some(reservation), record: Record::begin(metrics.clone()) }
 }
 
-/// Polls an exchange for a short time, then drops it as if the caller had hung up.
-async fn begin_and_hang_up(exchange: impl Future<Output = Response<AnswerBody>>) {
+/// Polls an exchange for a short time, then drops it as if the caller had disconnected.
+async fn begin_and_disconnect(exchange: impl Future<Output = Response<AnswerBody>>) {
     let mut exchange = Box::pin(exchange);
     tokio::select! {
         biased;
@@ -112,10 +112,10 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
     let exchange = async move {
         proxy.exchange(outgoing, AddedHeaders::default(), charge, Dialect::OpenAi, &peer).await
     };
-    begin_and_hang_up(outlive_caller(Dialect::OpenAi, exchange)).await;
+    begin_and_disconnect(outlive_caller(Dialect::OpenAi, exchange)).await;
     let clock = Stopwatch::start();
     sleep(MAX_DRAIN_TIME / 2).await;
-    assert_eq!(account.in_flight(), 1, "the exchange goes on without its caller");
+    assert_eq!(account.in_flight(), 1, "the exchange continues without its caller");
     while account.in_flight() > 0 {
         assert!(clock.elapsed() < MAX_DRAIN_TIME * 3 / 2, "the body has got a deadline of its own");
         sleep(Duration::from_millis(10)).await;

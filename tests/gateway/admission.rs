@@ -144,7 +144,7 @@ async fn a_caller_that_hangs_up_leaves_the_wait_queue() {
     assert_eq!(callers[0].reply().await.status, 200);
     upstream.open_gate();
     assert_eq!(callers[1].reply().await.status, 200);
-    assert_eq!(upstream.seen().len(), 2, "the request whose caller hung up was not forwarded");
+    assert_eq!(upstream.seen().len(), 2, "the request whose caller disconnected was not forwarded");
     gateway.settled().await;
 }
 

@@ -208,7 +208,7 @@ async fn a_broken_stream_ends_with_an_error_in_the_shape_of_its_api() {
         let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
         let reply = gateway.post(path, body).await;
         let rest = reply.text().strip_prefix(first).unwrap();
-        assert!(rest.starts_with(event) && rest.ends_with("}\n\n") && !reply.broke_off, "{path}: {rest}");
+        assert!(rest.starts_with(event) && rest.ends_with("}\n\n") && !reply.is_incomplete, "{path}: {rest}");
         let data = rest.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
         let data: Value = serde_json::from_str(data).unwrap();
         assert!(data["error"]["message"].as_str().unwrap().contains("broke off"), "{data}");
@@ -336,6 +336,6 @@ async fn a_slow_large_or_broken_error_passes_unchanged() {
     let upstream = Upstream::always(cut).await;
     let gateway = gateway_at_root(&upstream, "", &format!("quotas: {LARGE_QUOTAS}")).await;
     let reply = gateway.chat(&stream_request("")).await;
-    assert_eq!((reply.text(), reply.broke_off), ("abc", true));
+    assert_eq!((reply.text(), reply.is_incomplete), ("abc", true));
     assert_eq!(gateway.settled_charges().await, [1, 0, 0, 0]);
 }

@@ -97,7 +97,7 @@ async fn a_broken_compressed_stream_is_broken_off_without_an_error_event() {
         let upstream = Upstream::always(Answer::of(steps)).await;
         let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
         let reply = gateway.chat(&hello(r#""stream":true"#)).await;
-        assert!(reply.broke_off && reply.body == code, "{coding}");
+        assert!(reply.is_incomplete && reply.body == code, "{coding}");
         let [_, _, completion, _] = gateway.settled_charges().await;
         assert!((1_000..=6_000).contains(&completion), "{coding}: {completion}");
     }
@@ -158,7 +158,7 @@ async fn a_compressed_stream_that_exceeds_its_quota_is_cut_off() {
     let environments = "  staging: { upstream: backend, reserve: { completion: 10, on_overrun: cut }, quotas: { completion_tokens: { limit: 20, per: hour } } }\ndefault_environment: staging";
     let gateway = Gateway::with(&upstream, "", environments).await;
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
-    assert!(reply.broke_off);
+    assert!(reply.is_incomplete);
     upstream.gateway_disconnected().await;
     assert_eq!(gateway.settled_charges().await[2], 400);
 }

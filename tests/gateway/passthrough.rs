@@ -188,7 +188,7 @@ async fn a_kept_alive_connection_serves_json_and_streams_in_turn() {
         let body = if n % 2 == 0 { HELLO.to_owned() } else { hello(r#""stream":true"#) };
         caller.request("POST", CHAT, "", body.as_bytes()).await;
         let reply = caller.reply().await;
-        assert!(reply.status == 200 && !reply.broke_off);
+        assert!(reply.status == 200 && !reply.is_incomplete);
     }
     assert_eq!(gateway.settled_charges().await[0], 20);
 }
@@ -211,7 +211,7 @@ proptest! {
             let gateway = shared_gateway(&upstream).await;
             let reply = gateway.chat(&hello(r#""stream":true,"stream_options":{"include_usage":true}"#)).await;
             gateway.settled().await;
-            (reply.body, reply.broke_off)
+            (reply.body, reply.is_incomplete)
         });
         prop_assert_eq!(got, (body, false));
     }

@@ -69,7 +69,7 @@ async fn a_long_stream_without_usage_is_counted_in_portions() {
             }
             upstream.open_gate();
         }
-        // The caller reads to the end, or hangs up while a portion may still be counted.
+        // The caller reads to the end, or disconnects while a portion may still be counted.
         if read == 4 {
             assert_eq!(caller.chunk().await, Some(vec![]));
         }
@@ -251,11 +251,11 @@ async fn a_request_cancelled_before_its_answer_costs_the_prompt() {
 }
 
 #[tokio::test]
-async fn a_stream_that_the_upstream_breaks_off_ends_with_an_error_event_and_no_done() {
+async fn a_stream_whose_upstream_disconnects_ends_with_an_error_event_and_no_done() {
     let upstream = Upstream::always(Answer::stream().event(&delta("Hello")).then(Step::Cut)).await;
     let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
-    assert!(!reply.broke_off);
+    assert!(!reply.is_incomplete);
     let error = reply.text().strip_prefix(&delta("Hello")).unwrap();
     let error: serde_json::Value = serde_json::from_str(error.strip_prefix("data: ").unwrap()).unwrap();
     assert_eq!(error["error"]["type"], "upstream_error");
@@ -288,7 +288,7 @@ async fn a_json_answer_cut_in_the_middle_is_charged_by_bytes_and_aborts_the_conn
     let upstream = Upstream::always(Answer::of(vec![Step::Send(half), Step::Cut])).await;
     let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let reply = gateway.chat(HELLO).await;
-    assert!(reply.broke_off);
+    assert!(reply.is_incomplete);
     assert_eq!(reply.body, &whole.as_bytes()[..80]);
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 20, HELLO_TOKENS + 20]);
 }

@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 const LARGE_QUOTAS: &str = "{ requests: { limit: 1000000, per: minute } }";
 
 #[tokio::test]
-async fn a_hang_up_cancels_the_upstream_call_within_100_ms() {
+async fn a_disconnect_cancels_the_upstream_call_within_100_ms() {
     let mut took = Vec::new();
     for _ in 0..5 {
         let upstream = Upstream::always(Answer::stream().event(&delta("Hi")).then(Step::Gate).end()).await;

@@ -225,6 +225,6 @@ async fn an_answer_that_begins_before_the_request_is_read_is_passed_on_while_the
     let large = HELLO.replace("hello", &format!("{}the end", "a ".repeat(10 << 20)));
     let reply = gateway.chat(&large).await;
     assert_eq!(reply.status, 200, "{}", reply.text());
-    assert!(reply.text() == answer && !reply.broke_off);
+    assert!(reply.text() == answer && !reply.is_incomplete);
     drop(reader);
 }

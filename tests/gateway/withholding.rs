@@ -121,7 +121,7 @@ proptest! {
                     gateway.post(COMPLETIONS, &completion(&fields)).await
                 };
                 assert_eq!(reply.text(), text(withholds), "{options}");
-                assert!(!reply.broke_off);
+                assert!(!reply.is_incomplete);
             }
             gateway.settled().await;
         });

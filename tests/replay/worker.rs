@@ -117,8 +117,11 @@ fn difference(case: &Case<'_>, reply: &Reply) -> Option<String> {
     if let Some(error) = reply.header("x-tollgate-error") {
         return Some(format!("the gateway itself answers: {error}"));
     }
-    if reply.status != case.status || reply.broke_off {
-        return Some(format!("status {} for {}, broke off: {}", reply.status, case.status, reply.broke_off));
+    if reply.status != case.status || reply.is_incomplete {
+        return Some(format!(
+            "status {} for {}, broke off: {}",
+            reply.status, case.status, reply.is_incomplete
+        ));
     }
     let same = reply.body.iter().zip(&case.passed).take_while(|(got, wanted)| got == wanted).count();
     let is_same = same == reply.body.len() && same == case.passed.len();

@@ -18,7 +18,7 @@ pub struct Reply {
     pub head: String,
     pub body: Vec<u8>,
     /// The connection ended before the end of the body.
-    pub broke_off: bool,
+    pub is_incomplete: bool,
 }
 
 impl Reply {
@@ -99,27 +99,27 @@ impl Caller {
     pub async fn reply(&mut self) -> Reply {
         let head = self.head().await;
         let status = head[9..12].parse().unwrap();
-        let (mut body, mut broke_off) = (Vec::new(), false);
+        let (mut body, mut is_incomplete) = (Vec::new(), false);
         if header(&head, "transfer-encoding").is_some() {
             loop {
                 match self.chunk().await {
                     Some(chunk) if chunk.is_empty() => break,
                     Some(chunk) => body.extend(chunk),
                     None => {
-                        broke_off = true;
+                        is_incomplete = true;
                         break;
                     }
                 }
             }
         } else {
             let length: usize = header(&head, "content-length").map_or(0, |l| l.parse().unwrap());
-            while self.buffer.len() < length && !broke_off {
-                broke_off = !self.read_more().await;
+            while self.buffer.len() < length && !is_incomplete {
+                is_incomplete = !self.read_more().await;
             }
             let rest = self.buffer.split_off(length.min(self.buffer.len()));
             body = std::mem::replace(&mut self.buffer, rest);
         }
-        Reply { status, head, body, broke_off }
+        Reply { status, head, body, is_incomplete }
     }
 
     /// Reads the next chunk of a chunked answer. The last chunk is empty. `None`: the connection broke.

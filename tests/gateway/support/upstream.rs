@@ -205,7 +205,7 @@ impl Upstream {
     /// Waits until the gateway has closed a connection in the middle of an answer.
     pub async fn gateway_disconnected(&self) {
         let mut closed = self.closed.clone();
-        soon("the gateway to hang up", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) })
+        soon("the gateway to disconnect", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) })
             .await
             .unwrap();
     }
