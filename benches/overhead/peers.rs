@@ -40,7 +40,7 @@ pub(crate) fn start(
 ) -> Result<Peer, String> {
     match name {
         "nginx" => nginx(address, upstream, folder),
-        "tollgate" | "tollgate-multi" => tollgate(name, address, upstream, folder),
+        "tollgate" | "tollgate-multi" | "tollgate-other" => tollgate(name, address, upstream, folder),
         "pool" | "pool-percore" | "reqwest" => {
             Ok(Peer::this_binary(name, name, &[address.to_string(), upstream.to_string()]))
         }
@@ -59,7 +59,12 @@ fn tollgate(name: &str, address: SocketAddr, upstream: SocketAddr, folder: &Path
     );
     fs::write(&config, text).unwrap();
     let log = File::create(folder.join(format!("{name}.log"))).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
+    let program = match std::env::var_os("TOLLGATE_OTHER") {
+        Some(other) if name == "tollgate-other" => other,
+        None if name == "tollgate-other" => return Err("TOLLGATE_OTHER names no binary".to_owned()),
+        _ => env!("CARGO_BIN_EXE_tollgate").into(),
+    };
+    let mut command = Command::new(program);
     command.args(["serve", "--config"]).arg(config).stderr(log);
     if name == "tollgate-multi" {
         command.env("TOLLGATE_RUNTIME", "multi");
