@@ -46,7 +46,7 @@ impl Exchange {
     pub(crate) fn caller(&self, gateway: SocketAddr, prompt: Prompt) -> Caller {
         let socket = TcpStream::connect(gateway).unwrap();
         socket.set_nodelay(true).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
         Caller { socket, buffer: Vec::new(), received: self.received.clone(), prompt, seed: 1 }
     }
 }
@@ -134,7 +134,7 @@ impl Caller {
     }
 
     fn read(&mut self) {
-        let mut piece = [0; 64 * 1024];
+        let mut piece = [0; 16 * 1024];
         let length = self.socket.read(&mut piece).unwrap();
         assert_ne!(length, 0, "the gateway closed the connection: {}", String::from_utf8_lossy(&self.buffer));
         self.buffer.extend_from_slice(&piece[..length]);
@@ -189,7 +189,7 @@ fn answer() -> String {
 }
 
 fn read(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<()> {
-    let mut piece = [0; 64 * 1024];
+    let mut piece = [0; 16 * 1024];
     let length = socket.read(&mut piece).ok().filter(|length| *length > 0)?;
     buffer.extend_from_slice(&piece[..length]);
     Some(())

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// In callgrind a start takes some seconds.
-const MAX_START: Duration = Duration::from_secs(120);
+const MAX_START: Duration = Duration::from_mins(2);
 
 pub(crate) struct Gateway {
     process: Child,

@@ -10,7 +10,7 @@
 //! The bench compares each figure with the one in `baseline.txt` and fails if it is more than `MAX_GROWTH` above. `--record`
 //! writes the figures of this run to that file. Without valgrind it counts allocations only, and says so.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // a bench fails loudly
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a benchmark may panic, and waits for a start
 #![allow(clippy::cast_precision_loss)] // it prints ratios
 
 mod baseline;

@@ -121,7 +121,7 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
             }
             "image_url" => value(object, self.media.image.get_or_insert_default())?,
             "detail" => {
-                self.media.image.get_or_insert_default().detail = ImageDetail::named(&string(object)?)
+                self.media.image.get_or_insert_default().detail = ImageDetail::named(&string(object)?);
             }
             "input_audio" => value(object, &mut InputAudio(self.prompt))?,
             // Mistral: a URL. The document's name is ignored.

@@ -75,7 +75,7 @@ impl ContentCoding {
 pub struct Decoder<W> {
     coding: ContentCoding,
     /// `None` until two bytes have arrived.
-    decoder: Option<Box<dyn DecodeV2 + Send>>,
+    codec: Option<Box<dyn DecodeV2 + Send>>,
     /// The first byte, if only one has arrived.
     first_bytes: Vec<u8>,
     is_at_end: bool,
@@ -92,7 +92,7 @@ impl<W: Write> Decoder<W> {
     pub fn new(coding: ContentCoding, output: W) -> Self {
         Self {
             coding,
-            decoder: None,
+            codec: None,
             first_bytes: Vec::new(),
             is_at_end: false,
             output,
@@ -123,7 +123,7 @@ impl<W: Write> Decoder<W> {
 
     /// Decodes a piece until `decoded_bytes` would exceed `max_decoded`.
     fn decode(&mut self, piece: &[u8], max_decoded: u64) -> io::Result<()> {
-        let Self { coding, decoder, first_bytes, is_at_end, output, decoded_bytes, .. } = self;
+        let Self { coding, codec, first_bytes, is_at_end, output, decoded_bytes, .. } = self;
         let mut write = |decoded: &[u8]| {
             let total = *decoded_bytes + decoded.len() as u64;
             if total > max_decoded {
@@ -133,11 +133,11 @@ impl<W: Write> Decoder<W> {
             output.write_all(decoded)
         };
         let mut buffer = [0; BUFFER_BYTES];
-        first_bytes.extend_from_slice(if decoder.is_none() { piece } else { &[] });
-        let (decoder, piece) = match (decoder, first_bytes.as_slice()) {
-            (Some(decoder), _) => (decoder, piece),
-            (decoder, &[first, second, ..]) => {
-                (decoder.insert(coding.decoder(first, second)?), first_bytes.as_slice())
+        first_bytes.extend_from_slice(if codec.is_none() { piece } else { &[] });
+        let (codec, piece) = match (codec, first_bytes.as_slice()) {
+            (Some(codec), _) => (codec, piece),
+            (codec, &[first, second, ..]) => {
+                (codec.insert(coding.decoder(first, second)?), first_bytes.as_slice())
             }
             _ => return Ok(()),
         };
@@ -147,17 +147,17 @@ impl<W: Write> Decoder<W> {
                 if !coding.has_members() {
                     return Err(io::ErrorKind::InvalidData.into());
                 }
-                decoder.reinit()?;
+                codec.reinit()?;
             }
             let mut decoded = WriteBuffer::new_initialized(&mut buffer);
-            *is_at_end = decoder.decode(&mut input, &mut decoded)?;
+            *is_at_end = codec.decode(&mut input, &mut decoded)?;
             write(decoded.written())?;
         }
         // The decoder may hold output that had no room in the buffer.
         let mut is_flushed = *is_at_end;
         while !is_flushed {
             let mut decoded = WriteBuffer::new_initialized(&mut buffer);
-            is_flushed = decoder.flush(&mut decoded)? && !decoded.has_no_spare_space();
+            is_flushed = codec.flush(&mut decoded)? && !decoded.has_no_spare_space();
             write(decoded.written())?;
         }
         first_bytes.clear();

@@ -2,6 +2,7 @@
 
 use super::{MAX_ATTEMPTS, REJOIN_DELAY, RedisSync};
 use crate::clock;
+use crate::ledger::replica::Replica;
 use crate::redis::Verdict;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -56,7 +57,7 @@ impl RedisSync {
 
     /// Sends the rest of the journal and ends the session. If Redis is unavailable, this waits until it is available again.
     async fn leave(&self) {
-        self.with_replica(|replica| replica.return_lease());
+        self.with_replica(Replica::return_lease);
         let mut connected = self.connection.watch_generation();
         while !self.is_in_step() || self.flush().await.is_none() {
             self.with_replica(|replica| replica.go_offline(clock::now()));
@@ -66,7 +67,7 @@ impl RedisSync {
             }
             self.join().await;
         }
-        let command = self.with_replica(|replica| replica.leave_command());
+        let command = self.with_replica(Replica::leave_command);
         drop(self.call(&command).await);
     }
 
