@@ -88,9 +88,9 @@ enum MeterPhase {
     Passing(Charge),
     /// The answer has ended, and is counted and settled on the blocking pool.
     Counting(JoinHandle<Option<WhenDurable>>, Ending),
-    /// Settled for more than was reserved. The last bytes wait until that is durable.
+    /// Settled for more than was reserved. The last bytes wait until the charge is durable.
     AwaitingDurability(WhenDurable, Ending),
-    /// Settled. Pieces that are ready are still to be passed on.
+    /// Settled. The pieces in `ready` are not passed on yet.
     Settled(Ending),
 }
 
@@ -98,7 +98,7 @@ enum MeterPhase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Complete,
-    /// The last bytes are to be written to the socket, then the connection is aborted.
+    /// The server writes the last bytes to the socket, then aborts the connection.
     FlushAndAbort,
     Abort,
 }
@@ -199,9 +199,9 @@ impl Metered {
         Poll::Ready(())
     }
 
-    /// Counts a long stream in portions, so that little of its text is buffered. One portion at a time is counted,
-    /// on the blocking pool. Pending while a portion is being counted and the next one is already complete: the
-    /// upstream is then not read.
+    /// Counts a long stream in portions on the blocking pool, so that little of its text is buffered. It counts one
+    /// portion at a time. While a portion is being counted and the next one is complete, this returns `Pending`, and
+    /// the caller of this function reads no more from the upstream.
     fn poll_portion_count(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(reader) = self.reader.events_mut() else { return Poll::Ready(()) };
         loop {
