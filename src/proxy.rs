@@ -126,6 +126,7 @@ impl Proxy {
         peer: &Peer,
         record: &mut Record,
     ) -> Result<Option<Admitted>, Refusal> {
+        // Longer than a screen: all steps are here, in the order in which they can refuse.
         let (head, body) = request.into_parts();
         let mut headers = AddedHeaders { unread: call::unread(&body), ..AddedHeaders::default() };
 

@@ -17,6 +17,7 @@ const MAX_CHOICES: u64 = 128;
 /// The governed fields of an API. Each may occur in a body once and in exactly this spelling: other parsers ignore
 /// the case of names, and use the last of two.
 fn governed(api: Api) -> &'static [&'static str] {
+    // A table: it is longer than a screen because it has one name a line.
     match api {
         Api::Chat | Api::Completions | Api::Embeddings => &[
             "model",
@@ -220,20 +221,24 @@ impl<'a> BodyReader<'a> {
                 Ok(())
             }
             _ => {
-                let raw = raw(map)?;
-                if matches!(name, "generationConfig" | "generation_config") && raw == "null" {
-                    self.body.bounds.null_config = Some(Span::of(self.text, raw));
-                }
-                if raw != "null" || name == "stream_options" {
-                    self.read_json(name, raw);
-                }
-                // A null is replaced when the bound is lowered.
-                let is_bound = matches!(name, "max_tokens" | "max_completion_tokens" | "max_output_tokens");
-                if is_bound && (name == "max_output_tokens") == (self.api == Api::Responses) {
-                    self.body.bounds.caps.push(Span::of(self.text, raw));
-                }
+                self.read_value(name, raw(map)?);
                 Ok(())
             }
+        }
+    }
+
+    /// Reads a field whose value is parsed as a whole, and records where the bounds of the completion are.
+    fn read_value(&mut self, name: &'static str, raw: &'a str) {
+        if matches!(name, "generationConfig" | "generation_config") && raw == "null" {
+            self.body.bounds.null_config = Some(Span::of(self.text, raw));
+        }
+        if raw != "null" || name == "stream_options" {
+            self.read_json(name, raw);
+        }
+        // A null is replaced when the bound is lowered.
+        let is_bound = matches!(name, "max_tokens" | "max_completion_tokens" | "max_output_tokens");
+        if is_bound && (name == "max_output_tokens") == (self.api == Api::Responses) {
+            self.body.bounds.caps.push(Span::of(self.text, raw));
         }
     }
 

@@ -266,6 +266,7 @@ mod tests {
 
     #[test]
     fn a_path_is_matched_as_sent() {
+        // A table: it is longer than a screen because it has one path a line.
         let at = |path| route(path).map(|(route, _)| route.endpoint);
         for path in ["/v1/chat/completions", "/chat/completions", "/openai/v1/chat/completions"] {
             assert_eq!(at(path), Some(Endpoint::Counted(Api::Chat)), "{path}");
