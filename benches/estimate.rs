@@ -7,7 +7,7 @@
 //! 2. One megabyte of each text that is slow to tokenise. Exits with 1 if one takes longer than `--bound`
 //!    milliseconds (default 150).
 
-#![allow(clippy::unwrap_used, clippy::panic)] // a bench fails loudly
+#![allow(clippy::unwrap_used, clippy::panic)] // a benchmark may panic
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // the figures are for display
 
 use std::hint::black_box;
@@ -186,7 +186,7 @@ fn slow_texts(rounds: usize, bound: Duration) -> bool {
         println!("| {name} | {:.0} | {:.0} |", o200k.as_secs_f64() * 1e3, cl100k.as_secs_f64() * 1e3);
     }
     println!(
-        "\nThe slowest took {:.0} ms; at most {} ms are allowed.",
+        "\nThe slowest text took {:.0} ms; the limit is {} ms.",
         worst.as_secs_f64() * 1e3,
         bound.as_millis()
     );

@@ -55,7 +55,7 @@ impl Api {
         }
     }
 
-    /// Whether its streams report usage only if the request sets `stream_options.include_usage`.
+    /// Whether the API's streams report usage only if the request sets `stream_options.include_usage`.
     pub fn reports_stream_usage_on_request(self) -> bool {
         matches!(self, Self::Chat | Self::Completions)
     }

@@ -1,7 +1,7 @@
 //! Reads the fields of a request body that the gateway needs, in one pass and without building a tree.
 //!
-//! Pure. The gateway forwards the body unchanged except for two edits: it requests usage, and it lowers the bound
-//! on completion tokens.
+//! Nothing here does I/O. The gateway forwards the body unchanged except for two edits: it requests usage, and it
+//! lowers the bound on completion tokens.
 
 mod anthropic;
 mod chat;
@@ -49,8 +49,8 @@ pub struct Body<'a> {
 /// Why a body is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BodyFault {
-    /// Not JSON, not an object, a governed field twice, or nested too deep. The text is a predicate of "the request
-    /// body".
+    /// Not JSON, not an object, a governed field twice, or nested too deep. The text completes a sentence that
+    /// begins with "The request body".
     Invalid(String),
     /// A governed field has an invalid value.
     Value {
@@ -104,17 +104,17 @@ impl<'a> Body<'a> {
         }
     }
 
-    /// Whether the caller has requested usage in its stream; an explicit `false` has not.
+    /// Whether the caller requests usage in its stream: `include_usage` is present and `true`.
     pub fn wants_usage(&self) -> bool {
         self.stream_options.as_ref().is_some_and(StreamOptions::wants_usage)
     }
 
-    /// The caller's bound on all completions together.
+    /// The cap of the request: the bound on each completion times the number of completions.
     pub fn completion_cap(&self) -> Option<u64> {
         Some(self.max_tokens?.saturating_mul(self.completions()))
     }
 
-    /// How many completions are generated, for all prompts together.
+    /// Number of completions for all prompts together.
     pub fn completions(&self) -> u64 {
         self.choices.max(1).saturating_mul(self.prompt.prompts.max(1))
     }
@@ -124,7 +124,7 @@ impl<'a> Body<'a> {
         StreamOptions::request(self.stream_options.as_ref(), &self.bounds)
     }
 
-    /// The positions in the body where a completion is bounded or a bound can be inserted.
+    /// The positions of the caller's bounds in the body, or where a bound can be inserted.
     pub fn bounds(&self) -> Bounds {
         self.bounds.clone()
     }
@@ -142,7 +142,7 @@ fn check_nesting(json: &[u8]) -> Result<(), BodyFault> {
     Ok(())
 }
 
-/// The byte offset of `part` in `whole`, of which it is a slice.
+/// The byte offset of `part` in `whole`. `part` must be a slice of `whole`.
 fn offset(whole: &str, part: &str) -> usize {
     (part.as_ptr() as usize).saturating_sub(whole.as_ptr() as usize)
 }

@@ -1,7 +1,7 @@
 //! Estimates the prompt tokens of a request before it is forwarded.
 //!
-//! Pure: texts and sizes in, numbers out. Readers of bodies fill a [`Prompt`] with the content that the model will read.
-//! A [`Model`] holds the costs. A [`Calibration`] learns how far the estimates were off.
+//! Nothing here does I/O. Readers of bodies fill a [`Prompt`] with the content that the model will read. A
+//! [`Model`] holds the costs. A [`Calibration`] learns the errors of earlier estimates.
 
 mod calibration;
 mod count_cache;
@@ -60,11 +60,11 @@ impl PromptPart {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PromptEstimate {
     parts: [u64; PromptPart::ALL.len()],
-    /// Whether there was too much text to tokenise it. It counts two bytes per token then.
+    /// Whether there was too much text to tokenise. In this case every two bytes count as a token.
     pub is_rough: bool,
     /// Number of things that the request refers to but does not carry. The estimate has no tokens for them.
     pub unseen: u64,
-    /// Whether a part of the prompt is added by the provider or stored elsewhere. Calibration must not learn
+    /// Whether the provider adds a part of the prompt, or stores a part of it elsewhere. Calibration must not learn
     /// from this request.
     pub is_partial: bool,
     /// The kind of request, for calibration.

@@ -14,7 +14,7 @@ pub(crate) use scan::{Found, MemberScanner, nests_deeper_than, string_length};
 #[derive(Deserialize)]
 pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
-/// The shape that a value should have had, for the error message.
+/// The expected shape of a value, for the error message.
 #[derive(Clone, Copy)]
 pub(crate) struct Expected(pub(crate) &'static str);
 

@@ -161,7 +161,7 @@ pub struct Quota {
 }
 
 impl Quota {
-    /// The largest amount that the quota can ever admit at once, in tokens or requests.
+    /// The largest amount that the quota can admit at once, in tokens or requests.
     pub fn capacity(&self) -> u64 {
         match self.window {
             Window::Rolling { burst } => burst,

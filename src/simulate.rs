@@ -51,7 +51,8 @@ enum Mode {
     MaxTokens,
     /// The prompt and this quantile of recent completions.
     Adaptive(f64),
-    /// Exactly what the answer will use. A gateway cannot know it; the other modes are compared with this one.
+    /// Exactly the amounts that the answer will use. A real gateway cannot predict them; the other modes are
+    /// compared with this one.
     Oracle,
 }
 
@@ -143,9 +144,9 @@ impl ReplayOutcome {
 struct QuotaOutcome {
     /// The quota.
     quota: Quota,
-    /// Number of denials for which this quota had too little left.
+    /// Number of denials in which this quota could not hold the call.
     denials: u64,
-    /// The spent amount as a fraction of the most that the quota could admit during the trace.
+    /// The spent amount as a fraction of the largest amount that the quota could admit during the trace.
     utilisation: f64,
     /// The largest excess over the permitted amount, as a fraction of the capacity.
     overshoot: f64,
@@ -228,7 +229,7 @@ struct Meter {
 /// A counter that charges at the moment of spending.
 enum IdealCounter {
     Rolling(Box<TokenBucket>),
-    /// The level of the engine serves: its debt is the overshoot.
+    /// No separate counter: the debt in the engine's own counter is the overshoot.
     Calendar,
 }
 
@@ -319,7 +320,8 @@ impl<'a> Replay<'a> {
         let Some(mut flight) = self.flights[index].take() else { return };
         let streamed = at.ms_since(flight.began);
         flight.steps += 1;
-        // With extreme paces the end of an answer is beyond the largest timestamp. The last step ends it anyway.
+        // With an extreme pace, the end of an answer is beyond the largest timestamp. The last step ends the answer
+        // anyway.
         let is_last = flight.steps > MAX_STEPS + 1;
         let within = if is_last { u64::MAX } else { self.tokens_within(streamed) };
         let delivered = within.min(flight.completion);
@@ -385,7 +387,7 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// An admission ends the time in which calls were denied.
+    /// Ends the time in which calls were denied, because a call was admitted.
     fn end_denials(&mut self) {
         if let Some(since) = self.denied_since.take() {
             self.outcome.exhausted_ms += self.now.ms_since(since);

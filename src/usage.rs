@@ -1,7 +1,8 @@
-//! What a request cost: the usage that the upstream reports, or else a count of the delivered text.
+//! Determines what to charge for an answer: the usage that the upstream reports, or else a count of the delivered
+//! text.
 //!
-//! Pure: bytes in, numbers out. The shapes follow the providers' documentation and recorded answers. A field that
-//! is not a whole number from 0 to 2^40 is not credible and does not count as reported.
+//! Nothing here does I/O. The formats follow the providers' documentation and recorded answers. A field that is not
+//! a whole number from 0 to 2^40 is not credible and does not count as reported.
 
 mod choices;
 mod collector;
@@ -24,7 +25,7 @@ pub use document::JsonReader;
 pub use sink::Discard;
 pub use sse::SseReader;
 
-/// A number of tokens in a usage object. Some providers count parts of prompt or completion separately.
+/// A token count in a usage object. Some providers count parts of the prompt or the completion separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Field {
     Prompt,
@@ -55,9 +56,9 @@ const FIELD_COUNT: usize = 12;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
     fields: [Option<u64>; FIELD_COUNT],
-    /// A reported value was not credible: negative, not a whole number, or too large.
+    /// Whether a reported value was not credible: negative, not a whole number, or too large.
     has_incredible: bool,
-    /// Tokens read from a cache are not charged.
+    /// Whether `amounts` leaves out the tokens that the provider read from its cache.
     skips_cached: bool,
 }
 
@@ -85,7 +86,9 @@ impl Reported {
 
     /// Whether any credible amount was reported.
     pub fn has_any(&self) -> bool {
-        self.named_prompt().is_some() || self.named_completion().is_some() || self.total().is_some()
+        self.prompt_without_total().is_some()
+            || self.completion_without_total().is_some()
+            || self.total().is_some()
     }
 
     /// Whether a reported value was not credible.
@@ -97,8 +100,9 @@ impl Reported {
         self.get(Field::Total)
     }
 
-    /// The prompt if its fields were reported, including what the provider counts separately.
-    fn named_prompt(&self) -> Option<u64> {
+    /// Prompt tokens, including the parts that the provider counts separately. `None` if only a total was reported,
+    /// or nothing.
+    fn prompt_without_total(&self) -> Option<u64> {
         let named = self.get(Field::Prompt).or(self.get(Field::BilledPrompt));
         let added = [Field::CacheWritten, Field::CacheRead, Field::ToolUse].map(|field| self.get(field));
         let sum = added.into_iter().flatten().fold(named.unwrap_or(0), u64::saturating_add);
@@ -106,8 +110,9 @@ impl Reported {
             .then_some(sum + self.separate(Field::PromptAudio))
     }
 
-    /// The completion if its fields were reported, including what the provider counts separately.
-    fn named_completion(&self) -> Option<u64> {
+    /// Completion tokens, including the parts that the provider counts separately. `None` if only a total was
+    /// reported, or nothing.
+    fn completion_without_total(&self) -> Option<u64> {
         let named = self.get(Field::Completion).or(self.get(Field::BilledCompletion));
         let thoughts = self.get(Field::Thoughts);
         if named.is_none() && thoughts.is_none() {
@@ -123,18 +128,18 @@ impl Reported {
         if total == prompt + completion + tokens { tokens } else { 0 }
     }
 
-    /// Tokens that the model read. If only a total was reported, all of it is the prompt.
+    /// Tokens that the model read. If only a total was reported, the whole total counts as prompt.
     pub fn prompt(&self) -> Option<u64> {
         let total = self.total();
-        match self.named_completion() {
-            None => self.named_prompt().or(total),
-            Some(completion) => self.named_prompt().or(total.map(|t| t.saturating_sub(completion))),
+        match self.completion_without_total() {
+            None => self.prompt_without_total().or(total),
+            Some(completion) => self.prompt_without_total().or(total.map(|t| t.saturating_sub(completion))),
         }
     }
 
-    /// Tokens that the model generated; if not reported, the total less the prompt.
+    /// Tokens that the model generated. If they were not reported, the total minus the prompt.
     pub fn completion(&self) -> Option<u64> {
-        self.named_completion().or_else(|| match (self.named_prompt(), self.total()) {
+        self.completion_without_total().or_else(|| match (self.prompt_without_total(), self.total()) {
             (Some(prompt), Some(total)) => Some(total.saturating_sub(prompt)),
             (None, Some(_)) => Some(0),
             (_, None) => None,
@@ -146,7 +151,8 @@ impl Reported {
         self.get(Field::Cached).or(self.get(Field::CacheRead)).unwrap_or(0)
     }
 
-    /// The same usage, whose `amounts` leave out tokens read from a cache.
+    /// Returns this usage with another rule for `amounts`: tokens that the provider read from its cache are not
+    /// charged.
     #[must_use]
     pub fn without_cached(self) -> Self {
         Self { skips_cached: true, ..self }
@@ -157,8 +163,8 @@ impl Reported {
         self.amounts_of(estimated_prompt, self.completion().unwrap_or(counted_completion))
     }
 
-    /// The amounts to charge for an answer that may have broken off: the count is of the text delivered since
-    /// completion tokens were last reported, and is added to them.
+    /// The amounts to charge for an answer that may have broken off. `counted_since` is the count of the text
+    /// delivered since the upstream last reported completion tokens. It is added to those tokens.
     pub fn amounts_with_count(&self, estimated_prompt: u64, counted_since: u64) -> Amounts {
         self.amounts_of(estimated_prompt, self.completion().unwrap_or(0).saturating_add(counted_since))
     }
@@ -246,13 +252,13 @@ mod tests {
     }
 
     #[test]
-    fn incredible_values_are_ignored_and_recorded() {
+    fn values_that_are_not_credible_are_ignored_and_recorded() {
         for bad in ["-1", "1.5", "\"12\"", "1e300", "1099511627777", "true", "[1]", "{\"a\":1}", "1e999"] {
             let usage = format!(r#"{{"prompt_tokens":{bad}}}"#);
             assert_eq!(charged(&usage), (100, 50, 150), "{usage}");
             assert!(Reported::read(&usage).has_incredible(), "{usage}");
         }
-        // Incredible details leave the other fields intact.
+        // Details that are not credible do not affect the other fields.
         for details in ["null", "[]", "5", "{\"cached_tokens\":-1}"] {
             let usage =
                 format!(r#"{{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{details}}}"#);

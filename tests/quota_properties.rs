@@ -59,8 +59,8 @@ fn quotas() -> Vec<Quota> {
 
 /// Spends one quota as fast as it admits, for four periods, while the clock is stepped by `step_ms`.
 ///
-/// Returns the admitted amount, and the longest time without an admission before or after the step, in real
-/// milliseconds.
+/// Returns the admitted amount, and the longest time without an admission before or after the step, in milliseconds
+/// of real time (not of the stepped clock).
 fn spend_through_clock_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i64) -> (u64, i64) {
     let period = quota.per.ms.cast_signed();
     let mut engine = Quotas::new(std::slice::from_ref(quota), Timestamp(begin));
@@ -104,7 +104,7 @@ fn a_clock_step_grants_at_most_one_period_and_blocks_for_at_most_one() {
     ];
     for (ms, window) in windows {
         let quota = quota(Kind::TotalTokens, 10, ms, window);
-        // Not at the boundary of any period, in a week without a change of daylight saving time.
+        // No period begins at this time, and daylight saving time does not change in this week.
         for phase in [1, 7_019, 1_234_567, 40_000_001] {
             let begin = 1_773_000_000_000 + phase;
             for step_ms in [1_000, 3_600_000, 86_400_000].into_iter().flat_map(|step| [step, -step]) {
@@ -114,7 +114,7 @@ fn a_clock_step_grants_at_most_one_period_and_blocks_for_at_most_one() {
                         format!("{:?} {phase} {step_ms} {step_at}: {admitted}, {longest}", quota.window);
                     // Four periods overlap five calendar periods, and a bucket starts full.
                     assert!((30..=60).contains(&admitted), "{what}");
-                    // The loop checks twenty times a period.
+                    // The loop tries twenty times per period.
                     assert!(longest <= quota.per.ms.cast_signed() * 21 / 20, "{what}");
                 }
             }
@@ -215,13 +215,17 @@ impl Walk {
         let fits = self.recounts.iter().all(|r| r.fits(i128::from(amounts.of(r.kind))));
         match self.engine.reserve(self.now, SUBJECT, &Required { amounts, generates: true }) {
             Ok(receipt) => {
-                assert!(fits, "admitted against the recount");
+                assert!(fits, "the engine admitted the request, the recount denies it");
                 self.recounts.iter_mut().for_each(|r| r.held.push(i128::from(amounts.of(r.kind))));
                 self.open.push((receipt, amounts));
             }
             Err(denied) => {
                 let is_rolling = |s: &Shortfall| matches!(s.quota.window, Window::Rolling { .. });
-                assert_eq!(denied.shortfalls().iter().any(is_rolling), !fits, "denied against the recount");
+                assert_eq!(
+                    denied.shortfalls().iter().any(is_rolling),
+                    !fits,
+                    "the engine denied the request, the recount admits it"
+                );
                 assert!(denied.shortfalls().windows(2).all(|pair| pair[0].wait >= pair[1].wait));
             }
         }

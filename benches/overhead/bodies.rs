@@ -28,7 +28,7 @@ fn message(role: &str, content: &str) -> String {
     format!(r#"{{"role":"{role}","content":"{content}"}}"#)
 }
 
-/// A conversation of about this many bytes. It is the same in every run.
+/// A conversation of about this many bytes, identical in every run.
 fn conversation(bytes: usize) -> String {
     let (mut all, mut seed, mut turn) = (Vec::new(), 1_u32, 0);
     let mut size = 0;

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 /// Seconds of load before each measurement, in which connections are established and caches fill.
 const WARM_UP: f64 = 0.4;
 
-/// Runs the load generator in a separate process and measures the CPU time of the peer meanwhile.
+/// Runs the load generator in a separate process, and measures the CPU time of the peer during the run.
 pub(crate) fn measure(
     peer: &Peer,
     address: SocketAddr,

@@ -9,12 +9,12 @@
 //! of the machine. Compare ratios within one run only.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a benchmark may panic, and measures time
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // figures are printed with few digits
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the figures are for display
 
 mod bodies;
 mod load;
 mod mock;
-#[allow(dead_code)] // the benchmark of streams uses the rest
+#[allow(dead_code)] // the streams benchmark uses the rest
 mod peers;
 mod proxies;
 

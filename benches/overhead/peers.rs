@@ -1,4 +1,4 @@
-//! The processes of the proxies that are compared, and their CPU time.
+//! The processes of the compared proxies, and their CPU time.
 
 #[path = "../../tests/common/port.rs"]
 mod port;
@@ -18,7 +18,7 @@ pub(crate) struct Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // SIGTERM first: after SIGKILL nginx's workers would survive their master.
+        // SIGTERM first: after a SIGKILL of the nginx master, its workers would survive.
         let _ = Command::new("kill").arg(self.process.id().to_string()).status();
         std::thread::sleep(Duration::from_millis(50));
         let _ = self.process.kill();
@@ -100,7 +100,7 @@ impl Peer {
         Ok(Self { name: name.to_owned(), process })
     }
 
-    /// Waits until it accepts connections.
+    /// Waits until the process accepts connections.
     pub(crate) fn ready(mut self, address: SocketAddr) -> Result<Self, String> {
         let until = Instant::now() + Duration::from_secs(10);
         while Instant::now() < until {

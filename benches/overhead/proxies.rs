@@ -1,4 +1,4 @@
-//! Bare proxies that only forward. The gateway is compared with them.
+//! Bare proxies that only forward. The benchmark compares the gateway with them.
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
@@ -45,7 +45,7 @@ fn listen(address: SocketAddr) -> TcpListener {
     TcpListener::from_std(socket.into()).unwrap()
 }
 
-/// A proxy of hyper's server and hyper-util's pooled client.
+/// A proxy made of hyper's server and hyper-util's pooled client.
 async fn pool(address: SocketAddr, upstream: SocketAddr) {
     let listener = listen(address);
     let mut connector = HttpConnector::new();
@@ -80,7 +80,7 @@ async fn forward(
     client.request(request).await
 }
 
-/// A proxy of axum's router and reqwest.
+/// A proxy made of axum's router and reqwest.
 async fn reqwest(address: SocketAddr, upstream: SocketAddr) {
     let client = ::reqwest::Client::builder()
         .pool_max_idle_per_host(4_096)

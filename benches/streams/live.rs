@@ -1,5 +1,5 @@
-//! Many streams at once through a gateway in its own process. Mock and callers share this process and its clock, and
-//! each event carries the time at which it was written.
+//! Many streams at once through a gateway in its own process. The mock upstream and the callers share this process
+//! and its clock. Each event carries the time at which it was written.
 
 use crate::bodies::{KEY, STREAM_HEAD, request};
 use crate::is_within;
@@ -16,15 +16,16 @@ use tokio::task::JoinSet;
 const STREAMS: usize = 1_000;
 const EVENT_EVERY: Duration = Duration::from_millis(200);
 const SLOW_READERS: usize = 200;
-/// Streams to callers that do not read: MiB, and tokens in each event.
+/// Streams to callers that do not read: size in MiB, and tokens in each event.
 const FLOODS: [(usize, usize); 3] = [(4, 1), (16, 1), (16, 150)];
-/// Rounds of streams, each directly to the mock and through the gateway. After `ROUNDS`, rounds go on until one is
-/// within bounds: other load on the machine delays events, most of all those that pass through more processes.
+/// Minimum number of rounds. Each round measures streams directly from the mock, and streams through the gateway.
+/// More rounds follow until one is within bounds, because other load on the machine delays events, most of all
+/// those that pass through more processes.
 const ROUNDS: usize = 3;
 const MAX_ROUNDS: usize = 20;
 const MAX_KIB_PER_STREAM: f64 = 64.0;
 const MAX_KIB_PER_UNREAD_STREAM: f64 = 256.0;
-/// Latency that the gateway may add, besides as much again as events have without it.
+/// Maximum latency that the gateway may add, in addition to the latency of direct streams.
 const MAX_ADDED_MS: f64 = 5.0;
 
 static CLOCK: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -48,7 +49,7 @@ pub(crate) fn measure_unread() -> bool {
         println!(
             "{SLOW_READERS} callers that do not read while {mib} MiB are sent to each, {tokens} tokens an event: {kib:.1} KiB a stream\n"
         );
-        is_within("KiB a stream that is not read", kib, MAX_KIB_PER_UNREAD_STREAM) && is_fine
+        is_within("KiB per unread stream", kib, MAX_KIB_PER_UNREAD_STREAM) && is_fine
     })
 }
 
@@ -70,8 +71,12 @@ fn paced_streams(
     address: SocketAddr,
     life: Duration,
 ) -> bool {
-    println!("### {STREAMS} streams of {} s, an event each {} ms\n", life.as_secs(), EVENT_EVERY.as_millis());
-    println!("| by way of | events | p50 late | p99 | p99.9 | latest |");
+    println!(
+        "### {STREAMS} streams of {} s, an event every {} ms\n",
+        life.as_secs(),
+        EVENT_EVERY.as_millis()
+    );
+    println!("| path | events | p50 latency | p99 | p99.9 | max |");
     println!("| --- | --- | --- | --- | --- | --- |");
     // The gateway loads its vocabularies at start, and the first requests fill its caches.
     std::thread::sleep(Duration::from_secs(1));
@@ -80,30 +85,30 @@ fn paced_streams(
     let (mut rounds, mut resident, mut events) = (Vec::new(), 0, 0);
     while rounds.len() < ROUNDS || rounds.len() < MAX_ROUNDS && !rounds.iter().any(Round::is_within) {
         let (late, ()) = runtime.block_on(follow(upstream, STREAMS, life, || ()));
-        let straight = quantiles("nobody", &late);
+        let direct = quantiles("direct", &late);
         let (late, seen) = runtime.block_on(follow(address, STREAMS, life, || gateway.resident()));
-        rounds.push(Round { straight, through: quantiles("the gateway", &late) });
+        rounds.push(Round { direct, through: quantiles("the gateway", &late) });
         (resident, events) = (resident.max(seen), events + late.len());
     }
     let cpu = gateway.cpu().saturating_sub(before).as_secs_f64() * 1e6 / events as f64;
     let kib = resident.saturating_sub(idle) as f64 / 1024.0 / STREAMS as f64;
-    println!("\nthe gateway: {kib:.1} KiB a stream, {cpu:.1} us of CPU an event");
-    is_within("KiB a stream", kib, MAX_KIB_PER_STREAM) & check_added_latency(&rounds)
+    println!("\nthe gateway: {kib:.1} KiB per stream, {cpu:.1} us of CPU per event");
+    is_within("KiB per stream", kib, MAX_KIB_PER_STREAM) & check_added_latency(&rounds)
 }
 
-/// Latency of events by quantile, in milliseconds.
+/// Latency of events by quantile, in milliseconds: of direct streams, and of streams through the gateway.
 struct Round {
-    straight: [f64; 4],
+    direct: [f64; 4],
     through: [f64; 4],
 }
 
 impl Round {
     fn added(&self, at: usize) -> f64 {
-        self.through[at] - self.straight[at]
+        self.through[at] - self.direct[at]
     }
 
     fn max_added(&self, at: usize) -> f64 {
-        MAX_ADDED_MS + self.straight[at]
+        MAX_ADDED_MS + self.direct[at]
     }
 
     fn is_within(&self) -> bool {
@@ -111,21 +116,25 @@ impl Round {
     }
 }
 
-const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("the latest", 1.0)];
+const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
 
-/// Prints a line of the table: latency of events in milliseconds.
+/// Prints a line of the table. Returns the quantiles of the latencies in milliseconds.
 fn quantiles(name: &str, late: &[u64]) -> [f64; 4] {
     let at = QUANTILES.map(|(_, share)| late[((late.len() - 1) as f64 * share) as usize] as f64 / 1e6);
     println!("| {name} | {} | {} |", late.len(), at.map(|ms| format!("{ms:.2} ms")).join(" | "));
     at
 }
 
-/// Prints the latency that the gateway adds in the quietest round. Returns whether it is within bounds.
+/// Prints the latency that the gateway adds in the round with the lowest maximum latency. Returns whether it is
+/// within bounds.
 fn check_added_latency(rounds: &[Round]) -> bool {
     let latest = QUANTILES.len() - 1;
     let quietest = rounds.iter().min_by(|a, b| a.through[latest].total_cmp(&b.through[latest])).unwrap();
     let added = (0..=latest).map(|at| format!("{:.2} ms at {}", quietest.added(at), QUANTILES[at].0));
-    println!("it adds {} in the quietest round\n", added.collect::<Vec<_>>().join(", "));
+    println!(
+        "the gateway adds {} in the round with the lowest maximum\n",
+        added.collect::<Vec<_>>().join(", ")
+    );
     (0..=latest).fold(true, |is_fine, at| {
         is_fine
             & is_within(
@@ -136,13 +145,14 @@ fn check_added_latency(rounds: &[Round]) -> bool {
     })
 }
 
-/// The sorted latencies of all events, and the result of `look` while all streams are in flight. Streams start one after
-/// the other, like real callers, so that their events are spread as well.
+/// Returns the sorted latencies of all events, and the result of `sample`, which runs while all streams are in
+/// flight. Streams start one after the other, like those of real callers, so that their events are spread over time
+/// too.
 async fn follow<T>(
     address: SocketAddr,
     streams: usize,
     life: Duration,
-    look: impl FnOnce() -> T,
+    sample: impl FnOnce() -> T,
 ) -> (Vec<u64>, T) {
     let starts = life / 2;
     let mut callers = JoinSet::new();
@@ -152,11 +162,11 @@ async fn follow<T>(
             caller(address, Instant::now() + life).await
         });
     }
-    let look = async {
+    let sample = async {
         tokio::time::sleep((starts + life) / 2).await;
-        look()
+        sample()
     };
-    let (all, seen) = tokio::join!(callers.join_all(), look);
+    let (all, seen) = tokio::join!(callers.join_all(), sample);
     let mut all = all.concat();
     all.sort_unstable();
     (all, seen)
@@ -169,7 +179,7 @@ async fn caller(address: SocketAddr, until: Instant) -> Vec<u64> {
     send_request(&mut socket).await;
     let (mut buffer, mut late) = (Vec::with_capacity(4 * 1024), Vec::new());
     while Instant::now() < until {
-        assert!(socket.read_buf(&mut buffer).await.unwrap() > 0, "the stream has ended");
+        assert!(socket.read_buf(&mut buffer).await.unwrap() > 0, "the stream ended early");
         let now = CLOCK.elapsed().as_nanos() as u64;
         let mut read = 0;
         for at in memchr::memmem::find_iter(&buffer, MARK) {

@@ -1,4 +1,4 @@
-//! The cost of streams: the readers alone, and a thousand callers at once.
+//! Measures the cost of streams: the readers alone, and a thousand callers at once.
 //!
 //! `cargo bench --bench streams -- [--quick] [readers] [paced] [unread]`
 //!
@@ -7,16 +7,16 @@
 //!    mock: latency of events, the part that the gateway adds, memory per stream, CPU per event.
 //! 3. Callers that do not read: memory per stream.
 //!
-//! Exits with 1 if a figure is missed. Time figures have a margin for a busy machine.
+//! Exits with 1 if a figure exceeds its bound. The bounds of times have a margin for a busy machine.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench fails loudly, and times things
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it prints figures
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a benchmark may panic, and measures time
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the figures are for display
 
-#[allow(dead_code)] // mostly used by the overhead bench
+#[allow(dead_code)] // the overhead benchmark uses the rest
 #[path = "../overhead/bodies.rs"]
 mod bodies;
 mod live;
-#[allow(dead_code)] // mostly used by the overhead bench
+#[allow(dead_code)] // the overhead benchmark uses the rest
 #[path = "../overhead/peers.rs"]
 mod peers;
 mod readers;

@@ -10,19 +10,19 @@ const MB: f64 = 1e6;
 const MIB: usize = 1 << 20;
 const PIECES: [(&str, usize); 5] =
     [("1 B", 1), ("64 B", 64), ("16 KiB", 16 * 1024), ("1 MiB", MIB), ("16 MiB", 16 * MIB)];
-/// Minimum MB a second in pieces of the size that sockets deliver: streams of one choice without escapes.
+/// Minimum MB per second for streams of one choice without escapes, in pieces of the size that sockets deliver.
 const MIN_SPEED: f64 = 500.0;
-/// The same for other input.
+/// Minimum MB per second for other input, in the same pieces.
 const MIN_SPEED_OTHER: f64 = 300.0;
 /// A build with debug assertions has fewer optimisations, and must reach this part of the minimum.
 const CHECKED_BUILD_SHARE: f64 = 0.5;
-/// How much longer twice the input may take.
+/// Maximum ratio of the time for twice the input to the time for the input.
 const MAX_RATIO_FOR_TWICE: f64 = 2.2;
 const ATTEMPTS: usize = 8;
 
 #[derive(Clone, Copy)]
 enum Kind {
-    /// Events that do not mention usage.
+    /// Events without a `usage` field.
     Silent,
     /// Events with `usage: null`, and usage at the end.
     Usual,
@@ -66,7 +66,8 @@ pub(crate) fn measure(is_quick: bool) -> bool {
         };
         let min_speed = if cfg!(debug_assertions) { min_speed * CHECKED_BUILD_SHARE } else { min_speed };
         for (pieces, size) in PIECES {
-            // At some GB/s, memory is the limit. Both inputs exceed all caches, so that they are comparable.
+            // At several GB/s, memory bandwidth is the limit. Both inputs exceed all caches, so that they are
+            // comparable.
             let length = match size {
                 1 => MIB / 2,
                 _ if matches!(kind, Kind::Long | Kind::JsonText | Kind::JsonNumbers) => 32 * MIB,
@@ -104,7 +105,7 @@ pub(crate) fn measure(is_quick: bool) -> bool {
 struct Runs {
     /// The shortest time of the input, in seconds.
     best: f64,
-    /// How much longer twice as much took right after it, sorted.
+    /// Sorted ratios of the time for twice the input to the time for the input, measured right before it.
     ratios: Vec<f64>,
 }
 

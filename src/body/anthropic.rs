@@ -7,7 +7,7 @@ use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value}
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// Tokens around a document: its index, its title and the like. Fitted to 9 exchanges.
+/// Tokens that the provider adds to a document, such as its index and its title. Fitted to 9 exchanges.
 const TOKENS_AROUND_DOCUMENT: u64 = 30;
 /// Tokens of the instructions on citing documents, which the provider adds if citations are enabled. Fitted to 6
 /// exchanges.
@@ -186,7 +186,7 @@ impl MessageBlock<'_, '_> {
     }
 }
 
-/// `citations`: an object in a request. In an answer that is sent back it is a list.
+/// `citations`: an object in a request; a list in an answer that the caller sends back.
 struct Citations<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for Citations<'_, 'a> {

@@ -5,7 +5,7 @@ use crate::json::{Expected, JsonVisitor, LooseText, Visit, element, string, valu
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// Tokens around a file besides its name. Fitted to 19 exchanges.
+/// Tokens of a file in addition to its name and content. Fitted to 19 exchanges.
 const TOKENS_AROUND_FILE: u64 = 10;
 /// Assumed length of audio whose length cannot be read: one minute, in tenths of a second.
 const UNKNOWN_AUDIO_TENTHS: u64 = 600;
@@ -212,7 +212,8 @@ impl<'a> FilePart<'a> {
     }
 }
 
-/// Counts reasoning that only the provider can read: its base64 less a fixed overhead. Fitted to 6 exchanges.
+/// Counts reasoning that only the provider can decrypt, by the length of its base64 minus a fixed overhead. Fitted
+/// to 6 exchanges.
 pub(super) fn encrypted_reasoning(prompt: &mut Prompt<'_>, base64: &str) {
     const OVERHEAD_BYTES: u64 = 750;
     prompt.add_tokens(PromptPart::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(OVERHEAD_BYTES) / 4);
@@ -237,7 +238,7 @@ pub(super) fn member_count(json: &str) -> u64 {
 
 /// Counts a document in base64: its pages, its text, or an estimate by its size.
 pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: &str) {
-    /// Of compressed files of word processors and spreadsheets.
+    /// Average for compressed files of word processors and spreadsheets.
     const BYTES_PER_TOKEN: u64 = 20;
     let name = name.to_ascii_lowercase();
     let has_extension = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));

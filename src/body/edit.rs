@@ -40,18 +40,18 @@ pub struct Edit {
     text: Cow<'static, str>,
 }
 
-/// The positions where a body bounds its completions, or where a bound can be inserted.
+/// The positions of the bounds in a body, or where a bound can be inserted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bounds {
     api: Api,
     /// The values of the caller's bounds, including nulls.
     pub(super) caps: SmallVec<[Span; 2]>,
-    /// Just after the body's opening brace. A field follows: an empty body is neither streamed nor
-    /// generated from.
+    /// Position after the body's opening brace. A field always follows it: an empty body requests neither a stream
+    /// nor a completion, so it is never edited.
     opening: usize,
-    /// Just after the opening brace of Gemini's `generationConfig`, and whether that is empty.
+    /// Position after the opening brace of Gemini's `generationConfig`, and whether that object is empty.
     pub(super) config: Option<(usize, bool)>,
-    /// A `null` as `generationConfig`.
+    /// The range of a `generationConfig` that is null.
     pub(super) null_config: Option<Span>,
 }
 

@@ -14,8 +14,8 @@ use std::fmt;
 const MAX_COMPLETION_BOUND: u64 = (1 << 31) - 1;
 const MAX_CHOICES: u64 = 128;
 
-/// The governed fields of an API. Each may occur in a body once and in exactly this spelling: other parsers ignore
-/// the case of names, and use the last of two.
+/// The governed fields of an API. Each may occur in a body only once and only in this spelling, because other
+/// parsers ignore the case of names, and use the last of two equal names.
 fn governed(api: Api) -> &'static [&'static str] {
     // A table: it is longer than a screen because it has one name a line.
     match api {
@@ -379,7 +379,7 @@ impl<'a> JsonVisitor<'a> for Thinking<'_, 'a> {
     }
 }
 
-/// `reasoning`: of OpenAI, or the form in which resellers offer `thinking`.
+/// `reasoning`: a field of OpenAI, and the form in which resellers offer Anthropic's `thinking`.
 struct Reasoning<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for Reasoning<'_, 'a> {

@@ -129,7 +129,7 @@ impl<'a> JsonVisitor<'a> for InlineBlob<'a> {
     }
 }
 
-/// A call of a function or code, or its result: names and values.
+/// A call of a function or of code, or its result. Names and values are counted.
 struct CallOrResult<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for CallOrResult<'_, 'a> {

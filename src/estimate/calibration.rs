@@ -1,8 +1,8 @@
-//! Learns from reported usage how far estimates were off, and corrects the next ones.
+//! Learns the error of estimates from reported usage, and corrects the next estimates.
 //!
-//! Providers add unpublished tokens to prompts: a constant, a proportion, or both. A few answers to requests
-//! of the same kind show which. All statistics are medians: one answer cannot move a correction, and an
-//! upstream that always reports false usage moves it only within bounds.
+//! Providers add unpublished tokens to prompts: a constant, a proportion, or both. A few answers to requests of the
+//! same kind suffice to tell these cases apart. All statistics are medians: one answer cannot move a correction,
+//! and an upstream that always reports false usage moves it only within bounds.
 
 /// The kind of a request. Each kind has its own correction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,11 +34,12 @@ impl RequestKind {
 const MAX_SAMPLES: usize = 32;
 /// Number of samples below which nothing is corrected.
 const MIN_SAMPLES: usize = 3;
-/// After the first `MAX_SAMPLES` answers, the correction is fitted again at every n-th answer only.
+/// After the first `MAX_SAMPLES` answers, the correction is fitted again only once per this many answers.
 const REFIT_INTERVAL: u64 = 4;
 /// Number of the latest samples that count twice, because providers change what they add.
 const DOUBLE_WEIGHT_SAMPLES: usize = 12;
-/// How much lower the misfit of the next less simple correction has to be to win, in millionths.
+/// Added to the error of a correction for each step of complexity, in millionths. So a more complex correction wins
+/// only if its error is lower by more than this.
 const COMPLEXITY_PENALTY: u64 = 20_000;
 /// A correction holds for estimates from the smallest sample divided by this factor to the largest sample
 /// times this factor.
@@ -161,7 +162,7 @@ impl Calibration {
     }
 }
 
-/// Fits a correction to samples, oldest first. A less simple one has to fit clearly better.
+/// Fits a correction to samples, oldest first. A more complex correction has to fit clearly better.
 fn fit(samples: &[CalibrationSample]) -> Correction {
     if samples.len() < MIN_SAMPLES {
         return Correction::default();
@@ -186,7 +187,7 @@ fn fit(samples: &[CalibrationSample]) -> Correction {
     best
 }
 
-/// A correction by this factor and the median offset that remains.
+/// The correction with this factor and the median of the offsets that remain.
 fn with_offset(per_mille: i64, samples: &[CalibrationSample]) -> Correction {
     let left = |p: &CalibrationSample| i64::from(p.reported) - i64::from(p.estimated) * per_mille / 1_000;
     Correction { per_mille, offset: median(samples.iter().map(left)), ..Correction::default() }
@@ -223,7 +224,7 @@ fn per_mille(part: i64, whole: i64) -> i64 {
     if whole == 0 { 1_000 } else { part.saturating_mul(1_000) / whole }
 }
 
-/// The median; 0 of no values.
+/// The median; 0 if there are no values.
 fn median(values: impl Iterator<Item = i64>) -> i64 {
     middle(&mut values.collect::<Vec<_>>())
 }

@@ -3,7 +3,7 @@
 //! The key is a keyed hash of the text, with a random key, so that no caller can construct a collision. An
 //! accidental collision is less likely than one in 10^12 lookups, and makes one estimate wrong.
 //!
-//! The table has a fixed size and no lock. A text whose slot another text takes is counted again.
+//! The table has a fixed size and no lock. A new text replaces the text in its slot, which is then counted again.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};

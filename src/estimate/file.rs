@@ -63,8 +63,7 @@ impl FileVocabulary {
 #[cfg(feature = "tokenizer-files")]
 impl FileVocabulary {
     fn read(path: &Path, number: u32) -> Result<Self, String> {
-        let unusable =
-            |error: tokenizers::Error| format!("it is no tokenizer.json that can be used: {error}");
+        let unusable = |error: tokenizers::Error| format!("it is not a usable tokenizer.json: {error}");
         let mut tokenizer = tokenizers::Tokenizer::from_file(path).map_err(unusable)?;
         // The spelling of a special token in a caller's text is ordinary text. The rules for messages count the
         // special tokens that a template adds.
@@ -73,7 +72,9 @@ impl FileVocabulary {
         tokenizer.with_padding(None);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let new = Self { number, path: path.to_owned(), name, tokenizer };
-        new.count("Does it count?").map(|_| new).ok_or_else(|| "it cannot count a plain sentence".to_owned())
+        new.count("Does it count?")
+            .map(|_| new)
+            .ok_or_else(|| "it cannot count the tokens of a plain sentence".to_owned())
     }
 
     fn tokens(&self, text: &str) -> Option<u64> {
@@ -86,7 +87,7 @@ impl FileVocabulary {
 #[cfg(not(feature = "tokenizer-files"))]
 impl FileVocabulary {
     fn read(_: &Path, _: u32) -> Result<Self, String> {
-        Err("this build of Tollgate cannot read such files: build it with the feature tokenizer-files"
+        Err("this build of Tollgate cannot read tokenizer files: build it with the feature tokenizer-files"
             .to_owned())
     }
 

@@ -1,7 +1,7 @@
 //! The tokens of images, by size, requested detail and model.
 //!
-//! The tables are from the latest guides of the providers, which have changed several times. Calibration
-//! corrects the rest.
+//! The tables are from the latest guides of the providers, which have changed several times. Calibration corrects
+//! the remaining error.
 
 use crate::api::Api;
 
@@ -65,7 +65,7 @@ pub(super) enum ImageRule {
     /// `percent` tokens per 100 patches of 32 by 32 pixels. `low`, `high` and `original` limit the size at each
     /// detail; `auto` is the detail that `Auto` means.
     Patches { percent: u64, low: SizeLimit, high: SizeLimit, original: SizeLimit, auto: ImageDetail },
-    /// One token per `pixels`, after the longest side was reduced to `side`; at most `max_tokens`.
+    /// One token per `pixels` pixels, after the longest side was reduced to `side`; at most `max_tokens`.
     Area { pixels: u64, side: u32, max_tokens: u64 },
     /// One token per patch of `pixels` by `pixels`, and one per row of patches, after the longest side was
     /// reduced to `side`.
@@ -78,7 +78,7 @@ pub(super) enum ImageRule {
 
 /// The limit of models that take 6,144 patches, in the latest guide.
 const PATCHES_6144: SizeLimit = size_limit(2_048, 6_144);
-/// The limit of models that take 1,536 patches, in an older guide. It has no limit of the sides.
+/// The limit of models that take 1,536 patches, in an older guide. It does not limit the sides.
 const PATCHES_1536: SizeLimit = size_limit(u32::MAX, 1_536);
 
 /// A patch rule with one limit for every detail.

@@ -1,5 +1,5 @@
-//! Sizes of the images, audio and documents in a request. Decodes only as many bytes as that needs, and
-//! never fetches a URL.
+//! Reads the sizes of images, audio and documents in a request. Decodes no more bytes than necessary, and never
+//! fetches a URL.
 
 use base64::Engine as _;
 use base64::alphabet;
@@ -17,7 +17,7 @@ const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIEN
 
 /// Bytes of an image that are decoded at first.
 const FIRST_IMAGE_BYTES: usize = 4 * 1024;
-/// Bytes of an image that are decoded at most: the size of a JPEG follows its EXIF data.
+/// Maximum number of bytes of an image that are decoded: the size of a JPEG follows its EXIF data.
 const MAX_IMAGE_BYTES: usize = 256 * 1024;
 /// Bound of the decompressed bytes of all documents in a request.
 const MAX_INFLATED: usize = 8 * 1024 * 1024;
@@ -124,7 +124,7 @@ fn inflate(stream: &[u8], max_bytes: usize) -> Vec<u8> {
         let end = decoder.decode(&mut input, &mut output);
         let decoded = output.written();
         inflated.extend_from_slice(&decoded[..decoded.len().min(max_bytes - inflated.len())]);
-        // Of a damaged or truncated stream, the part before the error counts.
+        // If a stream is damaged or truncated, the part before the error counts.
         if end.unwrap_or(true) || (input.unwritten().is_empty() && decoded.is_empty()) {
             break;
         }
@@ -191,7 +191,7 @@ fn decoded(base64: &str, max_bytes: usize) -> Vec<u8> {
     })
 }
 
-/// Removes the white space in base64.
+/// Removes white space from base64.
 fn without_white_space(base64: &str) -> Cow<'_, str> {
     if base64.bytes().any(|b| b.is_ascii_whitespace()) {
         Cow::Owned(base64.split_ascii_whitespace().collect())

@@ -19,7 +19,7 @@ pub struct Model {
     images: ImageRule,
 }
 
-/// The chat template of a model that is in neither table. Its figures are guesses that rather exceed the real ones.
+/// The chat template of a model that is in neither table. Its figures are guesses, rather too high than too low.
 /// The templates below take unset fields from it.
 const TEMPLATE: ChatTemplate = ChatTemplate {
     request: 3,
@@ -148,7 +148,7 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("deepseek", 108, ChatTemplate { argument: 10, reasoning: 79, ..template((2, -1), (222, 13, 137), 33) }),
     // 19 plain, 38 tools. The template has longer instructions for tools than that of version 3.
     ("qwen3.5", 103, QWEN_3_5),
-    // 9 plain, 13 tools. The name at the provider Venice, which adds its own prompt.
+    // 9 plain, 13 tools. The provider Venice uses this name, and adds its own prompt.
     ("qwen3-5", 103, ChatTemplate { functions: 981, ..QWEN_3_5 }),
     // 86 plain, 78 tools.
     ("qwen", 103, template((3, 3), (72, 24, 132), 18)),
@@ -208,7 +208,8 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
 const UNKNOWN: (Encoding, u64, Format) = (O200K, 110, Format::Template(TEMPLATE));
 
 impl Model {
-    /// The model of this name in the built-in tables. An unknown one gets costs that rather exceed the real ones.
+    /// The model of this name in the built-in tables. The costs of an unknown model are guesses, rather too high
+    /// than too low.
     pub(super) fn built_in(name: &str) -> Self {
         let name = family_name(name);
         let openai =

@@ -79,7 +79,7 @@ struct Overhead {
     result: i64,
     /// For each request with functions.
     functions: i64,
-    /// For each request with functions or a schema and a system message: they are at its end then.
+    /// For each request with functions or a schema and a system message, which contains them at its end.
     after_system: i64,
     /// For each request with a schema for the answer.
     schema: i64,
@@ -264,8 +264,8 @@ impl Format {
             return;
         }
         let overhead = self.overhead(facts.api);
-        // A template can take less than was counted. What a part cannot give is taken from the messages,
-        // because they were counted with their roles.
+        // A template can cost less than the estimate so far, which makes `tokens` negative. If a part has too few
+        // tokens, the rest is subtracted from the messages, because their roles were counted in advance.
         let mut add = |part: PromptPart, tokens: i64| {
             let missing = tokens.unsigned_abs().saturating_sub(parts[part as usize]);
             parts[part as usize] = parts[part as usize].saturating_add_signed(tokens);

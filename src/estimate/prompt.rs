@@ -10,11 +10,11 @@ use std::borrow::Cow;
 
 /// `estimate_if_quick` does not count texts with a longer stretch without a space (bytes).
 const MAX_QUICK_RUN: usize = 256;
-/// A prompt with more text (bytes) is not tokenised. It counts two bytes per token, which is more tokens
-/// than any language has for long.
+/// A prompt with more text (bytes) is not tokenised. Two bytes count as a token: no long text in any language has
+/// more tokens.
 const MAX_COUNTED_BYTES: usize = 4 * 1024 * 1024;
-/// Texts that are stored separately. Further ones count two bytes per token: a list of millions of tiny
-/// texts would take many times the memory of its body.
+/// Number of texts that are stored separately. In further texts, two bytes count as a token: a list of millions of
+/// tiny texts would take many times the memory of its body.
 const MAX_TEXTS: usize = 1 << 17;
 /// Characters of base64 per token of encrypted reasoning. Fitted to 23 exchanges with Gemini's models.
 const BASE64_PER_ENCRYPTED_TOKEN: u64 = 6;
@@ -166,7 +166,8 @@ impl<'a> Prompt<'a> {
         self.reasons = Some(reasons);
     }
 
-    /// The request asks for little reasoning. An explicit `set_reasoning` takes precedence.
+    /// The request sets a reasoning effort of at most `medium`, which counts as no reasoning. An explicit
+    /// `set_reasoning` takes precedence.
     pub(crate) fn default_to_no_reasoning(&mut self) {
         self.reasons.get_or_insert(false);
     }
@@ -246,7 +247,7 @@ impl Prompt<'_> {
         })
     }
 
-    /// Adds everything up. `None` as soon as `count` or `count_tools` returns `None`.
+    /// Adds up all parts. `None` as soon as `count` or `count_tools` returns `None`.
     fn sum(
         &self,
         model: &Model,

@@ -20,9 +20,9 @@ struct LoadedRule {
 /// How the models that match a rule are counted.
 #[derive(Debug)]
 enum ModelCosts {
-    /// This vocabulary counts their tokens.
+    /// With this vocabulary.
     By(Encoding),
-    /// They have the costs of the model of this name.
+    /// Like the model of this name in the built-in tables.
     Like(String),
 }
 
@@ -47,8 +47,8 @@ impl Models {
         rules.iter().enumerate().map(load).collect::<Result<_, String>>().map(Self)
     }
 
-    /// The model of this name: from the first rule that matches, else from the built-in tables. An unknown
-    /// model gets costs that rather exceed the real ones.
+    /// The model of this name: from the first rule that matches, else from the built-in tables. The costs of an
+    /// unknown model are guesses, rather too high than too low.
     pub fn named(&self, name: &str) -> Model {
         match self.0.iter().find(|rule| rule.pattern.matches(name)).map(|rule| &rule.costs) {
             Some(ModelCosts::By(encoding)) => Model::built_in(name).with_encoding(*encoding),

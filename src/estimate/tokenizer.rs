@@ -30,7 +30,7 @@ impl Tokenizer {
         self.encoding.id() | self.percent << 32
     }
 
-    /// Bytes of text that it counts in about 50 microseconds if the text is not cached. 0 while the
+    /// Bytes of text that the tokenizer counts in about 50 microseconds if the text is not cached. 0 while the
     /// vocabulary is not loaded.
     pub(super) fn max_quick_bytes(self) -> usize {
         match self.encoding {

@@ -19,7 +19,7 @@ use rendering::Rendering;
 
 /// Tokens added for a hosted tool (web search and the like). The providers do not publish these figures.
 const HOSTED_TOOL_TOKENS: u64 = 300;
-/// Bound of the rendered text, as a multiple of the definition's size: references repeat what they refer to.
+/// Bound of the rendered text, as a multiple of the definition's size: each reference renders its schema again.
 const MAX_RENDERING_FACTOR: usize = 4;
 /// Bound of the bytes read, as a multiple of the definition's size: members of unions and referenced schemas
 /// are read again wherever they are rendered.
@@ -64,7 +64,7 @@ pub(super) fn count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost 
     cost
 }
 
-/// The key differs from the key of the same JSON as a text.
+/// The cache key. It differs from the key of the same JSON as a text.
 fn key(tokenizer: Tokenizer, style: Style, json: &str) -> CacheKey {
     let (counted, constants) = match style {
         Style::Lines => (CachedCount::ToolsInLines, 0),
@@ -80,7 +80,7 @@ fn key(tokenizer: Tokenizer, style: Style, json: &str) -> CacheKey {
 fn render_and_count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost {
     let max_text = json.len() * MAX_RENDERING_FACTOR + 256;
     let max_read = json.len().saturating_mul(MAX_READ_FACTOR) + (1 << 16);
-    // Anything else than a list of tools counts as text; the upstream will refuse the request.
+    // Anything but a list of tools counts as text; the upstream will reject the request.
     let Some(list) = ToolListReader::read(json, Rendering::new(style, max_text, max_read)) else {
         return ToolCost { tokens: tokenizer.count(json), ..ToolCost::default() };
     };

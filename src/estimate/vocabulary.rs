@@ -1,7 +1,7 @@
 //! The vocabularies, and the fast paths of the built-in ones.
 //!
-//! Most words of ordinary text are one token, or this thread has counted them a moment ago. Both cases are
-//! looked up; only other pieces are encoded.
+//! Most words of ordinary text are one token, or this thread has counted them recently. A lookup answers both
+//! cases; only other pieces are encoded.
 
 use super::count_cache::{CacheKey, CachedCount};
 use super::file::FileVocabulary;
@@ -65,8 +65,8 @@ impl Encoding {
     /// The tokens of a text.
     pub(super) fn count(self, text: &str) -> u64 {
         match self {
-            Self::O200k => O200K_RECENT.with_borrow_mut(|recent| O200K.count(text, recent)),
-            Self::Cl100k => CL100K_RECENT.with_borrow_mut(|recent| CL100K.count(text, recent)),
+            Self::O200k => O200K_PIECES.with_borrow_mut(|cache| O200K.count(text, cache)),
+            Self::Cl100k => CL100K_PIECES.with_borrow_mut(|cache| CL100K.count(text, cache)),
             // If the vocabulary of the file cannot encode this text, the default one counts it.
             Self::File(file) => file.count(text).unwrap_or_else(|| Self::O200k.count(text)),
         }
@@ -89,14 +89,14 @@ static O200K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai:
 static CL100K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::cl100k_base(), CL100K_ID));
 
 thread_local! {
-    static O200K_RECENT: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
-    static CL100K_RECENT: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
+    static O200K_PIECES: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
+    static CL100K_PIECES: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
 }
 
 /// Restores the budget of exact counting (`MAX_EXACT_BYTES`) on this thread. Call it for each request.
 pub(super) fn begin_request() {
-    for recent in [&O200K_RECENT, &CL100K_RECENT] {
-        recent.with_borrow_mut(|recent| recent.exact_bytes_left = MAX_EXACT_BYTES);
+    for cache in [&O200K_PIECES, &CL100K_PIECES] {
+        cache.with_borrow_mut(|cache| cache.exact_bytes_left = MAX_EXACT_BYTES);
     }
 }
 
@@ -106,33 +106,33 @@ impl Vocabulary {
         Self { tokenizer, tokens: ids.map(|id| tokenizer.bpe.token_bytes(id)).collect(), id }
     }
 
-    fn count(&self, text: &str, recent: &mut PieceCache) -> u64 {
+    fn count(&self, text: &str, cache: &mut PieceCache) -> u64 {
         let pieces = self.tokenizer.split(text).map(str::as_bytes);
         pieces
             .map(|piece| {
                 if piece.len() <= MAX_QUICK_PIECE {
-                    self.count_short(piece, recent)
+                    self.count_short(piece, cache)
                 } else {
-                    self.count_long(piece, recent)
+                    self.count_long(piece, cache)
                 }
             })
             .sum()
     }
 
-    fn count_short(&self, piece: &[u8], recent: &mut PieceCache) -> u64 {
-        recent.count(piece, |piece| self.encode(piece))
+    fn count_short(&self, piece: &[u8], cache: &mut PieceCache) -> u64 {
+        cache.count(piece, |piece| self.encode(piece))
     }
 
     fn encode(&self, piece: &[u8]) -> u64 {
         if self.tokens.contains(piece) { 1 } else { self.tokenizer.bpe.count(piece) as u64 }
     }
 
-    fn count_long(&self, piece: &[u8], recent: &mut PieceCache) -> u64 {
+    fn count_long(&self, piece: &[u8], cache: &mut PieceCache) -> u64 {
         if runs(piece).next().is_none() {
             return self.encode(piece);
         }
-        if piece.len() <= MAX_EXACT_PIECE && piece.len() <= recent.exact_bytes_left {
-            return self.count_cached(piece, &mut recent.exact_bytes_left);
+        if piece.len() <= MAX_EXACT_PIECE && piece.len() <= cache.exact_bytes_left {
+            return self.count_cached(piece, &mut cache.exact_bytes_left);
         }
         let (mut tokens, mut from) = (0, 0);
         for (start, end) in runs(piece) {
@@ -153,7 +153,8 @@ impl Vocabulary {
         of(&part) * (length / RUN_PART) as u64 + of(&part[..length % RUN_PART])
     }
 
-    /// Counts a slow piece through the cache of the process. A piece that is not cached reduces the `left` bytes.
+    /// Counts a slow piece with the cache of the process. A piece that is not cached reduces `left`, the bytes that
+    /// may still be counted exactly.
     fn count_cached(&self, piece: &[u8], left: &mut usize) -> u64 {
         let key = CacheKey::of(self.id, CachedCount::Piece, piece);
         key.cached().unwrap_or_else(|| {
@@ -179,8 +180,8 @@ fn runs(piece: &[u8]) -> impl Iterator<Item = (usize, usize)> {
 /// of about 10 MB does not.
 const PIECE_SLOTS: usize = 8_192;
 
-/// The counts of the pieces that a thread has seen last. The hash of a piece selects its slot. A slot holds
-/// the piece itself, so counts are exact.
+/// The counts of the pieces that a thread has counted most recently. The hash of a piece selects its slot. A slot
+/// holds the piece itself, so counts are exact.
 struct PieceCache {
     slots: Vec<PieceSlot>,
     /// Bytes of slow pieces that may still be counted exactly for this request.
@@ -264,10 +265,10 @@ mod tests {
         for n in 0..40 {
             Encoding::O200k.count(&piece(n));
         }
-        O200K_RECENT.with_borrow(|recent| {
-            assert!(recent.exact_bytes_left < MAX_EXACT_PIECE, "{}", recent.exact_bytes_left);
+        O200K_PIECES.with_borrow(|cache| {
+            assert!(cache.exact_bytes_left < MAX_EXACT_PIECE, "{}", cache.exact_bytes_left);
         });
         begin_request();
-        O200K_RECENT.with_borrow(|recent| assert_eq!(recent.exact_bytes_left, MAX_EXACT_BYTES));
+        O200K_PIECES.with_borrow(|cache| assert_eq!(cache.exact_bytes_left, MAX_EXACT_BYTES));
     }
 }

@@ -60,7 +60,7 @@ pub(crate) struct MemberScanner {
     is_complete: bool,
 }
 
-/// What the current bytes belong to.
+/// The part of a member that the current bytes belong to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 enum Capture {
     #[default]
@@ -70,7 +70,7 @@ enum Capture {
 }
 
 impl MemberScanner {
-    /// Whether the document's last bracket was seen.
+    /// Whether the document's last bracket was read.
     pub(crate) fn is_complete(&self) -> bool {
         self.is_complete
     }
@@ -134,7 +134,7 @@ impl MemberScanner {
         }
     }
 
-    /// Skips to the next quote or bracket below the members and passes it. Returns the index after it.
+    /// Skips to the next quote or bracket below the members and reads it. Returns the index after it.
     fn skip_below_members(&mut self, piece: &[u8], at: usize) -> usize {
         let at = at + until_structural(&piece[at..]);
         match piece.get(at) {
@@ -169,7 +169,7 @@ impl MemberScanner {
     }
 }
 
-/// Position in the text as far as strings matter.
+/// Whether the current position is inside a string.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 enum Lexer {
     #[default]

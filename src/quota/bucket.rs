@@ -24,13 +24,13 @@ pub struct TokenBucket {
     level: i128,
     /// In tokens.
     held: u64,
-    /// When the level was computed.
+    /// Time of the last refill.
     refilled_at: Timestamp,
 }
 
 impl TokenBucket {
-    /// Creates a full bucket of `burst` tokens that refills `limit` tokens per `period_ms`. Requires all
-    /// three to be at least 1.
+    /// Creates a full bucket of `burst` tokens that refills by `limit` tokens per `period_ms`. All three must be at
+    /// least 1.
     pub fn full(limit: u64, burst: u64, period_ms: u64, now: Timestamp) -> Self {
         let scale = i128::from(period_ms.max(1));
         Self {
@@ -92,7 +92,8 @@ impl TokenBucket {
     pub fn settle(&mut self, held: u64, owed: i64) {
         self.held = self.held.saturating_sub(held);
         self.level += self.units(held) - i128::from(owed) * self.scale;
-        // Holds by construction. The bound makes sure that a fault elsewhere cannot create tokens.
+        // The level is within this bound by construction. The bound ensures that a fault elsewhere cannot create
+        // tokens.
         self.level = self.level.min(self.top());
     }
 

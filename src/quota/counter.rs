@@ -1,4 +1,4 @@
-//! One quota together with its counter, whichever window it has.
+//! One quota together with its counter, for both kinds of window.
 
 use super::receipt::Hold;
 use super::{
@@ -97,8 +97,8 @@ impl Cell {
         }
     }
 
-    /// Replaces a reservation by the amounts spent. `marked_spent` is the part of `reserved`
-    /// that `mark_spent` has moved.
+    /// Replaces a reservation by the amounts spent. `marked_spent` is the part of `reserved` that `mark_spent` has
+    /// already moved to spent.
     pub(super) fn settle(&mut self, hold: &Hold, reserved: Amounts, marked_spent: Amounts, spent: Amounts) {
         self.is_dirty = true;
         let kind = self.quota.kind;
@@ -121,7 +121,7 @@ impl Cell {
         }
     }
 
-    /// Makes everything available again, except the held amounts.
+    /// Makes the whole quota available again, except the held amounts.
     pub(super) fn reset(&mut self, now: Timestamp) {
         self.advance(now);
         match &mut self.counter {

@@ -35,7 +35,7 @@ impl Denied {
 pub struct Shortfall {
     /// The quota.
     pub quota: Quota,
-    /// Available, never negative.
+    /// The available amount, never negative.
     pub remaining: u64,
     /// Spent and not yet refilled.
     pub used: u64,
@@ -48,7 +48,7 @@ pub struct Shortfall {
 }
 
 impl Shortfall {
-    /// A lower bound of the wait: the time until the request fits if everything held were refunded now.
+    /// A lower bound of the wait: the time until the request fits if all held amounts were refunded now.
     pub fn min_wait(&self) -> Wait {
         let Wait::Ms(ms) = self.wait else { return Wait::Never };
         if self.held == 0 {

@@ -75,7 +75,8 @@ impl CalendarPeriod {
         }
     }
 
-    /// Replaces `reserved`, of which `mark_spent` has moved `marked_spent`, by `spent`.
+    /// Replaces `reserved` by `spent`. `marked_spent` is the part of `reserved` that `mark_spent` has already moved
+    /// to used.
     ///
     /// If the period that admitted the request has ended, only an overrun is charged: a refund would
     /// belong to the ended period.
@@ -131,7 +132,7 @@ impl CalendarPeriod {
         (self.start, self.end) = bounds(self.unit, &self.zone, now);
         self.period_id = id_of(self.start);
         // A later start means that the clock was stepped back since. An overlap means that the time zone has
-        // changed; everything may have been used since the current period began.
+        // changed; the whole amount may have been used since the current period began.
         if persisted.at >= self.start || persisted.until > self.start {
             self.used = u64::try_from(persisted.used).unwrap_or(0).saturating_add(persisted.held);
         }

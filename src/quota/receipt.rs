@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 pub struct Receipt {
     pub(super) holds: SmallVec<[Hold; 8]>,
     pub(super) reserved: Amounts,
-    /// How much of `reserved` `Quotas::progress` has marked as spent.
+    /// The part of `reserved` that `Quotas::progress` has marked as spent.
     pub(super) marked_spent: Amounts,
 }
 
@@ -20,7 +20,7 @@ pub(super) struct Hold {
     pub(super) index: u32,
     /// Identifier of the cell; a reload does not change it.
     pub(super) id: u32,
-    /// Of a calendar quota: the period that admitted the request.
+    /// For a calendar quota: the period that admitted the request.
     pub(super) period_id: u64,
 }
 
@@ -30,7 +30,7 @@ impl Receipt {
         self.reserved
     }
 
-    /// How much of the reserved amounts was marked as spent while the answer was streaming.
+    /// The part of the reserved amounts that was marked as spent while the answer was streaming.
     pub fn marked_spent(&self) -> Amounts {
         self.marked_spent
     }
@@ -43,8 +43,8 @@ impl Receipt {
     /// Adds the amounts of `other` to this receipt, so that a stream that is extended a thousand times
     /// does not carry a thousand receipts.
     ///
-    /// Returns `other` if the two do not hold in the same quotas and periods: a calendar period has ended
-    /// between them, or a quota was removed.
+    /// Returns `other` unless both receipts hold amounts in the same quotas and periods. They do not if a calendar
+    /// period has ended between them, or a quota was removed.
     #[must_use = "a receipt that is never settled holds its amounts for ever"]
     pub fn merge(&mut self, other: Self) -> Option<Self> {
         let mut pairs = self.holds.iter().zip(&other.holds);

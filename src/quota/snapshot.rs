@@ -6,16 +6,16 @@ use crate::clock::Timestamp;
 /// The counter of one quota in the store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PersistedCounter {
-    /// Spent and not yet refilled, in whole tokens or requests. Below zero where the burst was lowered
-    /// under the amount that requests hold.
+    /// Spent and not yet refilled, in whole tokens or requests. Below zero if the burst was lowered under the
+    /// amount that requests hold.
     pub used: i64,
-    /// Of a rolling quota: the level beyond the whole tokens, in units of 1/`period_ms` token.
+    /// For a rolling quota: the fraction of a token in the level, in units of 1/`period_ms` token.
     pub level_fraction: u64,
     /// Held by requests in flight. A restart counts this amount as spent.
     pub held: u64,
-    /// Of a rolling quota: the time of the last refill. Of a calendar quota: the start of its period.
+    /// For a rolling quota: the time of the last refill. For a calendar quota: the start of its period.
     pub at: Timestamp,
-    /// Of a calendar quota: the end of its period; 0 if an older version of the gateway wrote it.
+    /// For a calendar quota: the end of its period; 0 if an older version of the gateway wrote it.
     pub until: Timestamp,
 }
 

@@ -130,8 +130,8 @@ impl Quotas {
         self.check(now, &applicable, required)
     }
 
-    /// Returns the denial of a request that may not overtake queued requests. If it would fit, the denial
-    /// names the applicable quota with the lowest level, because the queued requests wait for that one.
+    /// Returns the denial of a request that must wait behind queued requests. If the request itself fits, the
+    /// denial names the applicable quota with the lowest level, because the queued requests wait for that quota.
     /// `None` if no quota applies.
     pub fn denial_behind_queue(
         &mut self,
@@ -172,13 +172,13 @@ impl Quotas {
         Receipt { holds, reserved: amounts, marked_spent: Amounts::default() }
     }
 
-    /// The largest completion that fits beside a prompt of this size when all quotas are full, in tokens.
+    /// The largest completion that fits together with a prompt of this size if nothing is spent or held, in tokens.
     /// `u64::MAX` if no quota counts completion tokens.
     pub fn largest_completion(&self, subject: Subject<'_>, prompt: u64) -> u64 {
         self.room_for_completion(subject, prompt, |cell| cell.quota.capacity())
     }
 
-    /// The largest completion that fits beside a prompt of this size now, in tokens. `u64::MAX` if no quota
+    /// The largest completion that fits together with a prompt of this size now, in tokens. `u64::MAX` if no quota
     /// counts completion tokens.
     pub fn completion_that_fits(&mut self, now: Timestamp, subject: Subject<'_>, prompt: u64) -> u64 {
         for index in self.applicable(subject) {
@@ -247,8 +247,8 @@ impl Quotas {
         indices
     }
 
-    /// Marks amounts of a reservation as spent while the answer is streaming. They refill from then on, so
-    /// that one long answer does not block a bucket until its end. `spent` is the sum so far, not the increase.
+    /// Marks amounts of a reservation as spent while the answer is streaming. They refill from now on, so that one
+    /// long answer does not block a bucket until its end. `spent` is the sum so far, not the increase.
     pub fn progress(&mut self, now: Timestamp, receipt: &mut Receipt, spent: Amounts) {
         let spent = spent.min(receipt.reserved);
         let more = spent.saturating_sub(receipt.marked_spent);
@@ -297,7 +297,7 @@ impl Quotas {
 
 /// State for the store, for other nodes and for people.
 impl Quotas {
-    /// Makes everything available again in every quota, except the held amounts.
+    /// Makes every quota available again, except the held amounts.
     pub fn reset(&mut self, now: Timestamp) {
         self.cells.iter_mut().for_each(|cell| cell.reset(now));
     }
@@ -311,7 +311,7 @@ impl Quotas {
         }
     }
 
-    /// Continues from the counters that another process has persisted. `persisted` looks them up.
+    /// Continues from the counters that another process has persisted. `persisted` returns the counter of a quota.
     pub fn restore(&mut self, now: Timestamp, persisted: impl Fn(&Quota) -> Option<PersistedCounter>) {
         for cell in &mut self.cells {
             if let Some(counter) = persisted(&cell.quota) {
@@ -338,7 +338,7 @@ impl Quotas {
         indices.iter().filter_map(&mut state).collect()
     }
 
-    /// Reduces every quota to one node's share of `nodes`: of its limit, and of the available amount.
+    /// Reduces every quota to the share of one node among `nodes`: of its limit, and of the available amount.
     /// `held` is the amount that this node's own requests hold, by quota.
     ///
     /// The shares of all nodes together never exceed the quota. A quota of fewer tokens than there are

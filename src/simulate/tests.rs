@@ -36,7 +36,7 @@ fn a_trace_within_the_quota_is_admitted_completely() {
 }
 
 #[test]
-fn only_charging_afterwards_overshoots() {
+fn only_the_mode_without_reservations_overshoots() {
     let environment = environment(TIGHT);
     // A burst: a hundred calls of 100 tokens within a second.
     let calls: Vec<TraceCall> = (0..100).map(|_| call(0, 50, 50)).collect();

@@ -1,12 +1,12 @@
-//! Detects that a partly received event has a choice: then it cannot be the extra usage chunk, whose list of
-//! choices is empty.
+//! Detects a choice in a partly received event. An event with a choice cannot be the extra usage chunk, because the
+//! list of choices in that chunk is empty.
 
 use crate::json::{Found, MemberScanner};
 
 /// Bytes of `data:`.
 const DATA_PREFIX: usize = 5;
 
-/// Follows one event, fed in arbitrary pieces. Linear, without buffering.
+/// Scans one event in pieces of any size. Takes linear time and buffers nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ChoiceDetector {
     scanner: MemberScanner,

@@ -1,10 +1,10 @@
 //! Collects the generated text of one answer so that its tokens can be counted.
 //!
-//! Bounded: up to 1 MiB of text in up to 256 separate texts. Further text counts as one token for four bytes.
+//! Bounded: up to 1 MiB of text in up to 256 separate texts. Further text counts as one token per four bytes.
 
 use std::sync::Arc;
 
-/// This much text makes a portion, which is counted while the rest of the answer arrives.
+/// Size of a portion: text that is counted while the rest of the answer arrives.
 pub(super) const PORTION_BYTES: usize = 32 * 1024;
 /// Text beyond this is not collected.
 pub(super) const MAX_TEXT_BYTES: usize = 1024 * 1024;
@@ -13,9 +13,9 @@ pub(super) const MAX_TEXTS: usize = 256;
 /// The Responses API charges the token that ends a message. Of 146 recorded text-only answers of OpenAI models
 /// without reasoning, 142 cost exactly one token more than their text.
 const TOKENS_PER_MESSAGE_END: u64 = 1;
-/// Tokens of a tool call besides its name and arguments.
+/// Tokens of a tool call in addition to its name and arguments.
 const TOKENS_PER_TOOL_CALL: u64 = 4;
-/// At most this much of a text stays behind when its front is taken as part of a portion.
+/// When the front of a text is taken for a portion, at most this much of the text stays.
 const MAX_REST_BYTES: usize = 2 * 1024;
 
 /// Text whose tokens are still to be counted, and tokens that are already known.
@@ -64,7 +64,7 @@ pub(super) struct TextCollector {
     texts: Vec<CollectedText>,
     /// Tool calls that arrived complete in one event (Gemini).
     complete_calls: u64,
-    /// A response (Responses API) ended with status `completed`.
+    /// Records that a response (Responses API) ended with status `completed`.
     is_response_completed: bool,
     /// All text appended, in bytes. Never decreases.
     appended_bytes: usize,
@@ -87,19 +87,19 @@ pub(super) struct TextCollector {
 pub(super) struct EventEffect {
     /// The text appended: its slot, the address of its bytes, and their number.
     text: Option<(TextSlot, usize, usize)>,
-    /// The event had another effect, or one that depends on its text or on earlier events.
-    has_more: bool,
+    /// Whether the event had another effect, or an effect that depends on its text or on earlier events.
+    has_other_effect: bool,
 }
 
 impl EventEffect {
     pub(super) fn record_text(&mut self, slot: TextSlot, text: &str) {
-        self.has_more |= self.text.is_some();
+        self.has_other_effect |= self.text.is_some();
         self.text = Some((slot, text.as_ptr().addr(), text.len()));
     }
 
     /// The text appended (slot, address, length), if that was the only effect.
     pub(super) fn only_text(&self) -> Option<(TextSlot, usize, usize)> {
-        self.text.filter(|_| !self.has_more)
+        self.text.filter(|_| !self.has_other_effect)
     }
 }
 
@@ -115,7 +115,7 @@ struct CollectedText {
 }
 
 impl TextCollector {
-    /// Begins an event: `effect` starts anew.
+    /// Begins an event: resets `effect`.
     pub(super) fn begin_event(&mut self) {
         self.effect = EventEffect::default();
     }
@@ -157,7 +157,7 @@ impl TextCollector {
         if name.is_empty() {
             return;
         }
-        self.effect.has_more = true;
+        self.effect.has_other_effect = true;
         self.tokens += TOKENS_PER_TOOL_CALL;
         self.append(slot, name);
         if let Some(collected) = self.texts.iter_mut().find(|collected| collected.slot == slot) {
@@ -169,18 +169,18 @@ impl TextCollector {
     pub(super) fn complete_call(&mut self, choice: u64, name: &str, arguments: &str) {
         let slot = TextSlot { choice, kind: TextKind::ToolCall(self.complete_calls) };
         self.complete_calls += 1;
-        self.effect.has_more = true;
+        self.effect.has_other_effect = true;
         self.call(slot, name);
         self.append(slot, arguments);
     }
 
-    /// Adds a complete text unless its deltas were collected before. Once bytes were skipped this cannot be
-    /// decided, and the text is taken as collected.
+    /// Adds a complete text unless its deltas were collected before. If bytes were skipped, that is unknown, and
+    /// the text is assumed to be collected.
     pub(super) fn append_once(&mut self, slot: TextSlot, text: &str) {
-        self.effect.has_more = true;
+        self.effect.has_other_effect = true;
         let is_new = match self.texts.iter().find(|collected| collected.slot == slot) {
             Some(collected) => collected.appended_bytes == collected.name_bytes,
-            None => self.can_add_unseen_text(),
+            None => self.can_add_new_slot(),
         };
         if is_new {
             self.append(slot, text);
@@ -190,26 +190,27 @@ impl TextCollector {
     /// Adds a complete tool call unless it was collected before.
     pub(super) fn call_once(&mut self, slot: TextSlot, name: &str, arguments: &str) {
         let is_known = self.texts.iter().any(|collected| collected.slot == slot);
-        if !is_known && self.can_add_unseen_text() {
+        if !is_known && self.can_add_new_slot() {
             self.call(slot, name);
         }
         self.append_once(slot, arguments);
     }
 
-    /// Whether a text without a slot is certainly new: nothing was skipped since usage was reported.
-    fn can_add_unseen_text(&self) -> bool {
+    /// Whether to add a complete text whose slot is not in `texts`. `false` if its deltas may have been skipped
+    /// since usage was last reported, or appended to another text because `texts` is full.
+    fn can_add_new_slot(&self) -> bool {
         self.skipped_bytes == self.reported_skipped_bytes && self.texts.len() < MAX_TEXTS
     }
 
-    /// A response (Responses API) ended with status `completed`.
+    /// Records that a response (Responses API) ended with status `completed`.
     pub(super) fn response_completed(&mut self) {
-        self.effect.has_more = true;
+        self.effect.has_other_effect = true;
         self.is_response_completed = true;
     }
 
-    /// Counts bytes that cannot be parsed: one token for four bytes.
+    /// Counts bytes that cannot be parsed: one token per four bytes.
     pub(super) fn skip(&mut self, bytes: usize) {
-        self.effect.has_more = true;
+        self.effect.has_other_effect = true;
         self.skipped_bytes += bytes as u64;
     }
 
@@ -224,13 +225,14 @@ impl TextCollector {
         self.texts.iter().map(|collected| &collected.text).chain(in_portion).map(String::len).sum()
     }
 
-    /// Whether there is enough text for a portion.
+    /// Whether enough text for a portion has arrived.
     pub(super) fn has_portion(&self) -> bool {
         self.fresh_bytes >= PORTION_BYTES
     }
 
-    /// Takes text to count while the rest of the answer arrives; `None`: too little, or a portion is being
-    /// counted. A copy stays here until `portion_counted`, so that it is not lost if the answer ends first.
+    /// Takes text to count while the rest of the answer arrives. `None`: too little text so far, or a portion is
+    /// being counted. A copy stays here until `portion_counted`, so that the text is not lost if the answer ends
+    /// first.
     pub(super) fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
         if !self.has_portion() || self.portion.is_some() {
             return None;
@@ -241,15 +243,15 @@ impl TextCollector {
         self.portion.clone()
     }
 
-    /// Records the tokens of the portion; `None`: counting failed, one token for four bytes. Does nothing if
-    /// the upstream has reported usage since the portion was taken.
+    /// Records the tokens of the portion. If counting failed (`None`), it counts one token per four bytes. Does
+    /// nothing if the upstream has reported usage since the portion was taken.
     pub(super) fn portion_counted(&mut self, tokens: Option<u64>) {
         let Some(portion) = self.portion.take() else { return };
         let by_length = || portion.iter().map(String::len).sum::<usize>().div_ceil(4) as u64;
         self.tokens += tokens.unwrap_or_else(by_length);
     }
 
-    /// The upstream has reported the tokens of everything so far: only later text is to be counted.
+    /// Records that the upstream has reported the tokens of all text so far. Only later text will be counted.
     pub(super) fn usage_reported(&mut self) {
         *self = Self {
             appended_bytes: self.appended_bytes,
@@ -269,7 +271,7 @@ impl TextCollector {
         TextToCount { texts: texts.collect(), known_tokens: self.tokens + message_end + skipped.div_ceil(4) }
     }
 
-    /// Whether a response has a message and no tool call. What ends a tool call was not measured.
+    /// Whether a response has a message and no tool call. The tokens that end a tool call were not measured.
     fn is_message(&self) -> bool {
         let has = |is: fn(&TextKind) -> bool| self.texts.iter().any(|collected| is(&collected.slot.kind));
         has(|kind| matches!(kind, TextKind::ItemContent(_)))
@@ -277,10 +279,10 @@ impl TextCollector {
     }
 }
 
-/// Takes the front of a growing text, to be counted separately. A long text without a certain cut, such as
-/// Chinese, is taken whole; that may count one token too many.
+/// Takes the front of a growing text, so that it can be counted separately. A long text without a safe cut (for
+/// example, Chinese) is taken whole, which may count one token too many.
 fn take_front(text: &mut String) -> Option<String> {
-    let at = certain_cut(text).or_else(|| (text.len() > MAX_REST_BYTES).then_some(text.len()))?;
+    let at = safe_cut(text).or_else(|| (text.len() > MAX_REST_BYTES).then_some(text.len()))?;
     let rest = text[at..].to_owned();
     let mut front = std::mem::replace(text, rest);
     front.truncate(at);
@@ -288,9 +290,10 @@ fn take_front(text: &mut String) -> Option<String> {
     Some(front)
 }
 
-/// The last place where a cut does not change the number of tokens: between a letter or digit and a space or
-/// newline. Tokenizers split text into words first; OpenAI's end a word there, and look at no word before it.
-fn certain_cut(text: &str) -> Option<usize> {
+/// The last position where a cut does not change the number of tokens: between a letter or digit and a space or
+/// newline. Tokenizers first split text into words. OpenAI's tokenizers always end a word at this position, and
+/// split the rest independently of the text before it.
+fn safe_cut(text: &str) -> Option<usize> {
     let from = text.len().saturating_sub(MAX_REST_BYTES);
     let is_cut = |pair: &[u8]| pair[0].is_ascii_alphanumeric() && matches!(pair[1], b' ' | b'\n');
     text.as_bytes()[from..].windows(2).rposition(is_cut).map(|at| from + at + 1)

@@ -8,11 +8,11 @@ use compression_codecs::zstd::params::DParameter;
 use compression_codecs::{BrotliDecoder, DecodeV2, DeflateDecoder, GzipDecoder, ZlibDecoder, ZstdDecoder};
 use std::io::{self, Write};
 
-/// A piece may expand to this many times its size, plus `PIECE_ALLOWANCE`: about a millisecond of decoding. Text
-/// of models compresses to a third, the events around it to a thirtieth.
+/// A piece may expand to this many times its size, plus `PIECE_ALLOWANCE`: about a millisecond of decoding.
+/// Generated text compresses to a third of its size, and the JSON around it to a thirtieth.
 const MAX_PIECE_EXPANSION: usize = 32;
 const PIECE_ALLOWANCE: usize = 256 * 1024;
-/// The same for the whole answer.
+/// The whole answer may expand to this many times its size, plus `ANSWER_ALLOWANCE`.
 const MAX_EXPANSION: u64 = 100;
 const ANSWER_ALLOWANCE: u64 = 8 * 1024 * 1024;
 /// 8 MiB, the window that RFC 8878 recommends decoders to support.
@@ -76,13 +76,13 @@ pub struct Decoder<W> {
     coding: ContentCoding,
     /// `None` until two bytes have arrived.
     codec: Option<Box<dyn DecodeV2 + Send>>,
-    /// The first byte, if only one has arrived.
+    /// The bytes received until `codec` was chosen.
     first_bytes: Vec<u8>,
     is_at_end: bool,
     output: W,
     received_bytes: u64,
     decoded_bytes: u64,
-    /// Bytes received since the last that were decoded to any output.
+    /// Bytes received since decoding last produced output.
     undecoded_bytes: u64,
     has_failed: bool,
 }
@@ -103,7 +103,8 @@ impl<W: Write> Decoder<W> {
         }
     }
 
-    /// Decodes the next piece. Decoding stops for good at invalid input and if the output exceeds its bound.
+    /// Decodes the next piece. Invalid input, or output beyond its bound, stops decoding for the rest of the
+    /// answer.
     pub fn feed(&mut self, piece: &[u8]) {
         self.received_bytes += piece.len() as u64;
         self.undecoded_bytes += piece.len() as u64;
@@ -169,7 +170,7 @@ impl<W: Write> Decoder<W> {
         self.has_failed
     }
 
-    /// Bytes received since the last that were decoded to any output.
+    /// Bytes received since decoding last produced output.
     pub fn undecoded_bytes(&self) -> u64 {
         self.undecoded_bytes
     }
@@ -179,7 +180,7 @@ impl<W: Write> Decoder<W> {
         &self.output
     }
 
-    /// The output, to take from it.
+    /// The output, for changes.
     pub fn inner_mut(&mut self) -> &mut W {
         &mut self.output
     }
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn codings_are_known_by_their_names() {
+    fn content_codings_are_recognised_by_name() {
         for (name, coding) in [
             ("gzip", ContentCoding::Gzip),
             (" X-GZIP", ContentCoding::Gzip),
@@ -306,7 +307,7 @@ mod tests {
             let decoder = decoded(coding, &code, &pieces(16 * 1024));
             assert!(decoder.has_failed(), "{how}");
             assert!(decoder.inner().len() <= 16 * 1024 * MAX_PIECE_EXPANSION + PIECE_ALLOWANCE, "{how}");
-            // In small pieces the bound for the whole answer stops it.
+            // In small pieces, the bound for the whole answer stops the decoding.
             let decoder = decoded(coding, &code, &pieces(100));
             assert!(decoder.has_failed(), "{how}");
             assert!(decoder.inner().len() < 20 << 20, "{how}: {}", decoder.inner().len());
@@ -368,10 +369,10 @@ mod tests {
         }
 
         #[test]
-        fn no_input_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), at in 0usize..200) {
+        fn no_input_causes_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), at in 0usize..200) {
             for (how, coding) in ALL {
                 decoded(coding, &bytes, &[at]);
-                // And none within a code that began well.
+                // The same bytes inside a valid encoding.
                 let mut code = encoded(how, b"Hello there, hello there, hello there");
                 let at = at % code.len();
                 code.splice(at.., bytes.iter().copied());

@@ -1,7 +1,7 @@
-//! The delivered part of an answer, kept so that its tokens can be counted if the upstream never reports usage.
+//! Buffers the delivered part of an answer, so that its tokens can be counted if the upstream never reports usage.
 //!
-//! Parsing is deferred, because most answers report usage in the end: up to 32 KiB of events stay unparsed. Events that
-//! match a template are never parsed.
+//! Parsing is deferred, because most answers report usage at their end: up to 32 KiB of events stay unparsed.
+//! Events that match a template are never parsed.
 
 use super::collector::{TextCollector, TextToCount};
 use super::template::{EventTemplate, without_escapes};
@@ -10,46 +10,48 @@ use memchr::memmem::{self, Finder};
 use memchr::{memchr_iter, memrchr};
 use std::sync::{Arc, LazyLock};
 
-/// At this size the kept events are parsed: only their text is kept.
+/// Limit of the buffered events. At this size they are parsed and dropped, and only their text stays.
 const MAX_UNPARSED_BYTES: usize = 32 * 1024;
-/// Parsed events stay up to this size: an ending is made from the last events.
+/// Limit of the buffered events if all are parsed. They stay because the events that end a stream early are made
+/// from the last ones.
 const MAX_PARSED_BYTES: usize = 4 * 1024;
-/// In this many events a template is looked for before `raw` is full. Later attempts are wasted if usage is reported.
+/// This many unmatched events in a row are parsed at once, to make a template. The parsing is wasted if the
+/// upstream reports usage, so it stops then until `raw` is full.
 const MAX_TEMPLATE_ATTEMPTS: u8 = 4;
-/// Events of several choices, or with reasoning and content, may alternate.
+/// Several templates are needed if events alternate between choices, or between reasoning and content.
 const MAX_TEMPLATES: usize = 4;
-/// A JSON answer is kept up to this size.
+/// A longer JSON answer is not buffered.
 const MAX_DOCUMENT_BYTES: usize = 1024 * 1024;
-/// A longer opening event is not kept.
+/// A longer opening event is not buffered.
 const MAX_OPENING_BYTES: usize = 64 * 1024;
 
 static TYPE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"type\""));
 static ERROR: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"error\":"));
 
-/// What the upstream delivered of one answer.
+/// The delivered part of one answer.
 #[derive(Debug, Default)]
 pub struct Delivered {
-    /// Of a stream: the data of the last events, each followed by a newline. Otherwise: the JSON document.
+    /// For a stream: the data of the last events, each followed by a newline. For a JSON answer: the document.
     raw: Vec<u8>,
-    /// This much of `raw` is parsed, or its tokens were reported.
+    /// Length of the front of `raw` that needs no parsing: it was parsed, or its tokens were reported.
     parsed_bytes: usize,
     text: TextCollector,
     templates: Vec<EventTemplate>,
-    /// Parsing attempts to find a template, since an event last matched or `raw` was last full.
+    /// Attempts to make a template since an event last matched one or `raw` was last full.
     template_attempts: u8,
     #[cfg(test)]
     has_no_templates: bool,
-    /// The event that opened the stream, where an ending needs it.
+    /// The event that opened the stream; empty if the events that end a stream early do not need it.
     opening: Option<Vec<u8>>,
     /// Anthropic's content block that is open after the parsed events.
     open_block: Option<u64>,
-    /// Events that carry generated text.
+    /// Number of events that carry generated text.
     generated_events: u64,
-    /// The JSON document was too long to keep.
+    /// Whether the JSON document was dropped because it exceeds `MAX_DOCUMENT_BYTES`.
     is_document_dropped: bool,
 }
 
-/// Estimate of the tokens delivered so far, without counting them.
+/// An estimate of the tokens delivered so far, made without a tokenizer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeliveredTokens {
     /// Lower bound: one token for each event that carries generated text.
@@ -64,7 +66,7 @@ impl Delivered {
         Self { has_no_templates: true, ..Self::default() }
     }
 
-    /// Keeps the data of one event that reports no usage.
+    /// Adds the data of one event that reports no usage.
     pub fn push_event(&mut self, data: &[u8]) {
         if self.push_matching(data) {
             return;
@@ -77,7 +79,7 @@ impl Delivered {
         }
     }
 
-    /// Keeps the data of one event if it matches a template. Returns whether it does.
+    /// Adds the data of one event if it matches a template. Returns whether it does.
     pub(super) fn push_matching(&mut self, data: &[u8]) -> bool {
         #[cfg(test)]
         if self.has_no_templates {
@@ -94,12 +96,12 @@ impl Delivered {
         self.open_block = open_block.unwrap_or(self.open_block);
         self.generated_events += 1;
         self.template_attempts = 0;
-        self.keep(data);
+        self.buffer(data);
         self.parsed_bytes = self.raw.len();
         true
     }
 
-    /// Keeps the data of one event without a template. Returns whether it carries generated text.
+    /// Adds the data of one event that matches no template. Returns whether it carries generated text.
     pub(super) fn push_unmatched(&mut self, data: &[u8]) -> bool {
         let carries_text = carries_text(data);
         self.generated_events += u64::from(carries_text);
@@ -107,11 +109,11 @@ impl Delivered {
             let is_needed = data.len() <= MAX_OPENING_BYTES && memmem::find(data, b"\"choices\"").is_none();
             self.opening = Some(if is_needed { data.to_vec() } else { Vec::new() });
         }
-        self.keep(data);
+        self.buffer(data);
         carries_text
     }
 
-    fn keep(&mut self, data: &[u8]) {
+    fn buffer(&mut self, data: &[u8]) {
         let is_all_parsed = self.parsed_bytes == self.raw.len();
         if is_all_parsed && self.raw.len() > MAX_PARSED_BYTES
             || self.raw.len() + data.len() > MAX_UNPARSED_BYTES
@@ -146,8 +148,8 @@ impl Delivered {
         self.templates.extend(template);
     }
 
-    /// Estimates the tokens delivered. Normally one for each event. Where events are so long that each
-    /// must hold several tokens, one for four bytes; a token of plain text often has five or six bytes.
+    /// Estimates the delivered tokens: one token per event. If events are so long that each must hold several
+    /// tokens: one token per four bytes, although a token of plain text often has five or six bytes.
     pub fn tokens(&self) -> DeliveredTokens {
         let by_length = self.text.total_bytes() / 4;
         let about = if by_length >= 2 * self.generated_events { by_length } else { self.generated_events };
@@ -164,7 +166,7 @@ impl Delivered {
         self.opening.as_deref().unwrap_or_default()
     }
 
-    /// Anthropic's content block that has begun and not ended.
+    /// Anthropic's content block that is open after the last event.
     pub fn open_block(&self) -> Option<u64> {
         newest_first(&self.raw[self.parsed_bytes..])
             .find_map(texts::open_block_after)
@@ -176,22 +178,23 @@ impl Delivered {
         self.raw.len() + self.text.buffered_bytes()
     }
 
-    /// Whether there is enough text for a portion.
+    /// Whether enough text for a portion (see `take_portion`) has arrived.
     pub fn has_portion(&self) -> bool {
         self.text.has_portion()
     }
 
-    /// Takes text to count while the rest of the answer arrives, one portion at a time.
+    /// Takes a portion: text to count while the rest of the answer arrives. `None`: too little text so far, or the
+    /// previous portion is not counted yet.
     pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
         self.text.take_portion()
     }
 
-    /// Records the tokens of the portion; `None`: counting failed.
+    /// Records the tokens of the portion that was taken last; `None`: counting failed.
     pub fn portion_counted(&mut self, tokens: Option<u64>) {
         self.text.portion_counted(tokens);
     }
 
-    /// Keeps a piece of a JSON answer.
+    /// Adds a piece of a JSON answer.
     pub fn push_piece(&mut self, piece: &[u8]) {
         if self.is_document_dropped || self.raw.len() + piece.len() > MAX_DOCUMENT_BYTES {
             self.is_document_dropped = true;
@@ -202,37 +205,37 @@ impl Delivered {
         }
     }
 
-    /// Counts bytes of a stream that cannot be parsed: one token for four bytes.
+    /// Counts bytes of a stream that cannot be parsed: one token per four bytes.
     pub fn skip(&mut self, bytes: usize) {
         self.text.skip(bytes);
     }
 
-    /// The upstream has reported the tokens of everything so far: only later text is to be counted.
+    /// Records that the upstream has reported the tokens of all text so far. Only later text will be counted.
     pub fn usage_reported(&mut self) {
         self.open_block = self.open_block();
         self.text.usage_reported();
         self.parsed_bytes = self.raw.len();
     }
 
-    /// The text of a stream as far as it was delivered.
+    /// Ends a stream. Returns its delivered text.
     pub fn finish_events(mut self) -> TextToCount {
         self.parse_all();
         self.text.finish()
     }
 
-    /// The text of a complete JSON answer.
+    /// Ends a complete JSON answer. Returns its text.
     pub fn finish_document(mut self) -> TextToCount {
         parse(&self.raw, &mut self.text);
         self.text.finish()
     }
 
-    /// Of a JSON answer that was cut off: one token for four bytes.
+    /// Ends a JSON answer that was cut off. It counts one token per four bytes.
     pub fn finish_cut_document(mut self) -> TextToCount {
         self.text.skip(self.raw.len());
         self.text.finish()
     }
 
-    /// Parses all kept events. Returns how the last one changes the open content block.
+    /// Parses all events in `raw`. Returns how the last one changes the open content block.
     pub(super) fn parse_all(&mut self) -> Option<Option<u64>> {
         let mut block_change = None;
         let unparsed = &self.raw[self.parsed_bytes..];
@@ -246,7 +249,7 @@ impl Delivered {
 }
 
 /// Collects the text of an event or document; invalid JSON counts by its length. Returns the content block that is
-/// open afterwards; `None`: unchanged.
+/// open after it; `None`: it opens and closes none.
 fn parse(json: &[u8], text: &mut TextCollector) -> Option<Option<u64>> {
     text.begin_event();
     if texts::collect(text, json).is_err() {
@@ -255,7 +258,7 @@ fn parse(json: &[u8], text: &mut TextCollector) -> Option<Option<u64>> {
     texts::open_block_after(json)
 }
 
-/// The template of an event whose text has escapes: made from the same event with another text.
+/// Makes a template for an event whose text has escapes, from the same event with another text.
 fn template_of_escaped(event: &[u8]) -> Option<EventTemplate> {
     let plain = without_escapes(event)?;
     let mut text = TextCollector::default();
@@ -272,9 +275,9 @@ fn is_ping(data: &[u8]) -> bool {
     data.is_empty() || (data.len() < 64 && memmem::find(data, b"\"ping\"").is_some())
 }
 
-/// Whether an event carries generated text, unlike events that open or close an answer. Looks for field names and does
-/// not parse. A colon after a quote ends a field name: within a text, a quote is escaped by a backslash, and no name
-/// in the list ends with one.
+/// Whether an event carries generated text, unlike events that open or close an answer. Searches for field names
+/// and does not parse. A quote with a colon after it always ends a field name: within a text, a quote is escaped by
+/// a backslash, and no name in the list ends with a backslash.
 fn carries_text(data: &[u8]) -> bool {
     let is_text = |at: usize| {
         let value = data[at + 1..].trim_ascii_start();
@@ -333,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn tool_calls_count_name_arguments_and_four() {
+    fn a_tool_call_counts_its_name_its_arguments_and_four_tokens() {
         let texts = of_events(&[
             r#"{"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c","function":{"name":"get","arguments":""}}]}}]}"#,
             r#"{"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\":1}"}}]}}]}"#,
@@ -380,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_counts_by_its_messages_and_a_cut_one_by_its_bytes() {
+    fn a_complete_document_counts_its_messages_and_a_cut_one_its_bytes() {
         let document = br#"{"choices":[{"message":{"role":"assistant","content":"Hi","refusal":null}},{"text":"there"}]}"#;
         let mut whole = Delivered::default();
         document.chunks(7).for_each(|c| whole.push_piece(c));

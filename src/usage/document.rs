@@ -1,15 +1,16 @@
 //! Finds the usage in a JSON answer while its bytes pass.
 //!
-//! Only the values of a few top-level keys are kept and parsed. An answer may be megabytes long (embeddings), and a
-//! nested `usage` does not count. Gemini can answer with a list of chunks; the last usage in it counts.
+//! Only the values of a few top-level keys are buffered and parsed, because an answer may be megabytes long
+//! (embeddings). A nested `usage` does not count. Gemini can answer with a list of chunks; the last usage in it
+//! counts.
 
 use super::{Reported, fields};
 use crate::json::{Found, MemberScanner};
 
-/// A longer usage object does not count as reported.
+/// A longer usage object is ignored.
 const MAX_USAGE_BYTES: usize = 64 * 1024;
 
-/// How usage stands in the value of a key.
+/// Where the value of a key holds the usage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum UsageHolder {
     /// The value is the usage.
@@ -32,7 +33,7 @@ impl UsageHolder {
     }
 }
 
-/// Follows one JSON document, fed in arbitrary pieces. Linear; keeps at most 64 KiB.
+/// Reads one JSON document in pieces of any size. Takes linear time and buffers at most 64 KiB.
 #[derive(Debug, Default)]
 pub struct JsonReader {
     scanner: MemberScanner,
@@ -70,7 +71,7 @@ impl JsonReader {
         self.reported
     }
 
-    /// Whether the document's end was seen.
+    /// Whether the end of the document was read.
     pub fn is_complete(&self) -> bool {
         self.scanner.is_complete()
     }
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_usage_is_not_kept() {
+    fn an_endless_usage_object_is_not_buffered() {
         let mut reader = JsonReader::default();
         reader.feed(br#"{"usage":{"x":""#);
         for _ in 0..100 {

@@ -1,4 +1,5 @@
-//! Makes the events that end a stream early, as if the model had reached its token limit, in the shape of each API.
+//! Makes the events that end a stream early, as if the model had reached its token limit. Their format is that of
+//! the delivered events.
 
 use super::Delivered;
 use memchr::memmem;
@@ -22,15 +23,17 @@ pub(super) fn at_length(delivered: &Delivered, choices: u64, tokens: u64) -> Str
     if first_kind == "message-start" || last_kind.starts_with("content-") {
         return cohere_ending(tokens);
     }
-    if let Some(chunk) = last_with(delivered, b"\"candidates\"").filter(|c| c.contains_key("candidates")) {
+    if let Some(chunk) =
+        last_event_with(delivered, b"\"candidates\"").filter(|c| c.contains_key("candidates"))
+    {
         return gemini_ending(chunk, choices);
     }
-    chat_ending(last_with(delivered, b"\"choices\"").unwrap_or(last), choices)
+    chat_ending(last_event_with(delivered, b"\"choices\"").unwrap_or(last), choices)
 }
 
 /// The sequence number of the next event, if the events are numbered (Responses API).
 pub(super) fn next_sequence_number(delivered: &Delivered) -> Option<u64> {
-    let last = last_with(delivered, b"\"sequence_number\"")?;
+    let last = last_event_with(delivered, b"\"sequence_number\"")?;
     last.get("sequence_number")?.as_u64()?.checked_add(1)
 }
 
@@ -38,7 +41,7 @@ fn object(json: &[u8]) -> Object {
     serde_json::from_slice(json).unwrap_or_default()
 }
 
-fn last_with(delivered: &Delivered, field: &[u8]) -> Option<Object> {
+fn last_event_with(delivered: &Delivered, field: &[u8]) -> Option<Object> {
     delivered.last_events().find(|data| memmem::find(data, field).is_some()).map(object)
 }
 
@@ -49,7 +52,7 @@ fn write_named(events: &mut String, event: &Value) {
     let _ = write!(events, "event: {name}\ndata: {event}\n\n");
 }
 
-/// The last event of each choice with `finish_reason: "length"`, then `[DONE]`.
+/// A chunk that ends all choices with `finish_reason: "length"`, and `[DONE]`.
 fn chat_ending(mut chunk: Object, choices: u64) -> String {
     chunk.retain(|name, _| !matches!(name.as_str(), "choices" | "usage"));
     let is_text = chunk.get("object").and_then(Value::as_str) == Some("text_completion");
@@ -64,7 +67,7 @@ fn chat_ending(mut chunk: Object, choices: u64) -> String {
     format!("data: {}\n\ndata: [DONE]\n\n", Value::Object(chunk))
 }
 
-/// The response of the opening event, with status `incomplete`.
+/// An event with the response of the opening event, whose status becomes `incomplete`.
 fn responses_ending(mut opening: Object, delivered: &Delivered) -> String {
     let mut response = match opening.remove("response") {
         Some(Value::Object(response)) => response,
@@ -109,7 +112,7 @@ fn cohere_ending(tokens: u64) -> String {
     events
 }
 
-/// The last chunk again, without text.
+/// A copy of the last chunk without its text.
 fn gemini_ending(mut chunk: Object, candidates: u64) -> String {
     let end_of_choice = |index| {
         let content = json!({"parts": [{"text": ""}], "role": "model"});

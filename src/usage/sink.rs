@@ -1,4 +1,4 @@
-//! Where a stream reader sends the bytes for the caller.
+//! Receives the bytes that a stream reader passes on to the caller.
 
 use bytes::Bytes;
 

@@ -1,8 +1,8 @@
 //! Reads the usage of a server-sent event stream while its bytes pass, and withholds one event: the usage chunk
 //! that the gateway requested and the caller did not.
 //!
-//! Linear and bounded: each byte is examined a fixed number of times, however the network cut the stream. Lines end
-//! with LF, CRLF or CR. Only events with a `usage` that is not null are parsed at once.
+//! Takes linear time and bounded memory: each byte is examined a fixed number of times, wherever the network cuts
+//! the stream. Lines end with LF, CRLF or CR. Only events with a `usage` that is not null are parsed at once.
 
 use super::choices::ChoiceDetector;
 use super::delivered::{Delivered, DeliveredTokens};
@@ -18,40 +18,42 @@ use std::sync::{Arc, LazyLock};
 
 static USAGE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"usage"));
 
-/// A longer event passes through unread.
+/// A longer event is passed on and not parsed.
 const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;
-/// A longer event is not buffered for withholding; the usage chunk is far smaller.
+/// A longer event is not held back: the usage chunk is far smaller.
 const MAX_WITHHELD_BYTES: usize = 256 * 1024;
 
-/// Follows one event stream, fed in arbitrary pieces.
+/// Reads one event stream in pieces of any size.
 #[derive(Debug, Default)]
 pub struct SseReader {
-    /// The gateway requested usage for itself: the event that carries only usage is withheld.
+    /// Whether to withhold the event that carries only usage, because the gateway requested it and the caller did
+    /// not.
     withholds: bool,
-    /// The event that has begun and not ended.
+    /// The bytes of an event whose end has not arrived.
     partial: Vec<u8>,
-    /// `partial` was not passed to the caller yet.
+    /// Whether `partial` has not been passed to the caller yet.
     is_held_back: bool,
     /// Looks for choices in `partial`.
     choices: ChoiceDetector,
-    /// The current event exceeds `MAX_EVENT_BYTES` and is skipped.
+    /// Whether the current event exceeds `MAX_EVENT_BYTES` and is therefore not parsed.
     is_too_long: bool,
-    /// The current line has bytes.
+    /// Whether the current line has bytes.
     in_line: bool,
-    /// The last byte was a CR: an LF that follows belongs to it.
+    /// Whether the last byte was a CR. An LF that follows belongs to it.
     after_cr: bool,
-    /// The event that ended with the last byte was withheld, so the LF of its CRLF is withheld too.
+    /// Whether the event that ended with the last byte was withheld. If that byte was the CR of a CRLF, the LF is
+    /// withheld too.
     withheld_last: bool,
     reported: Reported,
     delivered: Delivered,
-    /// Tokens delivered when the upstream last reported completion tokens.
+    /// The delivered tokens at the moment when the upstream last reported completion tokens.
     delivered_at_report: DeliveredTokens,
     withheld: u32,
 }
 
 impl SseReader {
-    /// A reader from the start of a stream. With `withholds`, the event with a usage and no choices is not passed
-    /// to the caller.
+    /// Creates a reader for a new stream. With `withholds`, it does not pass on the event that has usage and no
+    /// choices.
     pub fn new(withholds: bool) -> Self {
         Self { withholds, ..Self::default() }
     }
@@ -66,10 +68,10 @@ impl SseReader {
         &mut self.delivered
     }
 
-    /// Reads the next piece and passes on the caller's part of it.
+    /// Reads the next piece and passes on the bytes for the caller.
     ///
-    /// Without withholding that is the piece itself. With it, a partial event may be held back until it is complete
-    /// or cannot be the usage chunk.
+    /// Without withholding, it passes on the whole piece. With withholding, it may hold back a partial event until
+    /// the event is complete or cannot be the usage chunk.
     pub fn feed(&mut self, piece: &Bytes, out: &mut impl Sink) {
         if !self.withholds {
             self.scan(piece, &mut Discard);
@@ -79,7 +81,7 @@ impl SseReader {
         self.scan(piece, out);
     }
 
-    /// The stream has ended: passes on the held-back bytes. A last event without its blank line counts.
+    /// Ends the stream and passes on the held-back bytes. A last event without a blank line after it is read too.
     pub fn finish(&mut self, out: &mut impl Sink) {
         let was_held_back = std::mem::take(&mut self.is_held_back);
         let event = std::mem::take(&mut self.partial);
@@ -91,7 +93,8 @@ impl SseReader {
         }
     }
 
-    /// The stream has broken off: drops the partial event. Returns whether the caller has received a part of it.
+    /// Ends a stream that broke off: drops the partial event. Returns whether the caller has received a part of
+    /// that event.
     pub fn break_off(&mut self) -> bool {
         let is_passed_on = self.is_too_long || !(self.partial.is_empty() || self.is_held_back);
         self.partial = Vec::new();
@@ -104,8 +107,8 @@ impl SseReader {
         self.reported
     }
 
-    /// Completion tokens so far: those reported, plus an estimate of those delivered since. A guess by text length
-    /// is clamped to `cap`, the request's bound.
+    /// Completion tokens so far: the reported ones, plus an estimate of the ones delivered since. An estimate by
+    /// text length is limited to `cap`, the cap of the request.
     pub fn tokens_so_far(&self, cap: u64) -> u64 {
         let (reported, before, now) =
             (self.reported.completion().unwrap_or(0), self.delivered_at_report, self.delivered.tokens());
@@ -114,8 +117,8 @@ impl SseReader {
         at_least.max(about.min(cap))
     }
 
-    /// The events that end the stream as if the model had reached its token limit, in the shape of the events
-    /// delivered.
+    /// The events that end the stream as if the model had reached its token limit, in the format of the delivered
+    /// events.
     pub fn length_ending(&self, choices: u64) -> String {
         ending::at_length(&self.delivered, choices, self.tokens_so_far(u64::MAX))
     }
@@ -125,7 +128,7 @@ impl SseReader {
         ending::next_sequence_number(&self.delivered)
     }
 
-    /// How many events were withheld.
+    /// Number of withheld events.
     pub fn withheld(&self) -> u32 {
         self.withheld
     }
@@ -135,17 +138,18 @@ impl SseReader {
         self.delivered.buffered_bytes()
     }
 
-    /// Whether enough text has arrived to count a portion of it.
+    /// Whether enough text for a portion (see `take_portion`) has arrived.
     pub fn has_portion(&self) -> bool {
         self.delivered.has_portion()
     }
 
-    /// Takes text to count while the rest of the stream arrives, one portion at a time; `None`: too little.
+    /// Takes a portion: text to count while the rest of the stream arrives. `None`: too little text so far, or the
+    /// previous portion is not counted yet.
     pub fn take_portion(&mut self) -> Option<Arc<Vec<String>>> {
         self.delivered.take_portion()
     }
 
-    /// Records the tokens of the portion; `None`: counting failed.
+    /// Records the tokens of the portion that was taken last; `None`: counting failed.
     pub fn portion_counted(&mut self, tokens: Option<u64>) {
         self.delivered.portion_counted(tokens);
     }
@@ -156,7 +160,7 @@ impl SseReader {
     }
 
     fn scan(&mut self, piece: &Bytes, out: &mut impl Sink) {
-        // `passed`: start of the bytes of this piece that were not passed on yet.
+        // `passed`: index of the first byte of this piece that was not passed on yet.
         let (mut passed, mut event_start, mut at) = (0, 0, 0);
         if self.after_cr && piece.first() == Some(&b'\n') {
             at = 1;
@@ -204,7 +208,8 @@ impl SseReader {
         self.extend_partial(piece, passed, event_start, out);
     }
 
-    /// Buffers the event that has begun in `piece` and not ended, and passes on what need not be held back.
+    /// Buffers the event that begins in `piece` and does not end in it. Passes on the bytes that need not be held
+    /// back.
     fn extend_partial(&mut self, piece: &Bytes, passed: usize, event_start: usize, out: &mut impl Sink) {
         let tail = &piece[event_start..];
         if tail.is_empty() {
@@ -244,7 +249,7 @@ impl SseReader {
             return false;
         }
         if self.partial.is_empty() {
-            // The size limit must not depend on cuts.
+            // The size limit must not depend on where the stream is cut.
             return self.read_event(tail) && self.withholds && tail.len() <= MAX_WITHHELD_BYTES;
         }
         let before = self.partial.len();
@@ -262,7 +267,7 @@ impl SseReader {
         if is_error_event(event) {
             return false; // its data is not a completion, whatever its shape
         }
-        // An event that matches a template reports no usage, like the event the template was made from.
+        // An event that matches a template reports no usage, because the event behind the template reported none.
         if self.delivered.push_matching(&data) {
             return false;
         }
@@ -450,7 +455,7 @@ mod tests {
         assert_eq!(running.tokens_so_far(u64::MAX), 1);
         let (_, running) = follow(&(reported + &event("c", "")), false, &[]);
         assert_eq!(running.tokens_so_far(u64::MAX), 2);
-        // Long texts in few events are estimated by length, but not beyond the request's bound.
+        // Long texts in few events are estimated by length, but not beyond the request's cap.
         let (_, long) = follow(&event(&"a".repeat(40_000), "").repeat(2), false, &[]);
         assert_eq!((long.tokens_so_far(u64::MAX), long.tokens_so_far(5_000)), (20_000, 5_000));
     }

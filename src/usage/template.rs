@@ -8,16 +8,18 @@
 //! text. An event matches if it is equal, byte for byte, except in its placeholders: the text, which may have escapes; the
 //! padding that OpenAI adds (`obfuscation`); and the sequence number of the Responses API.
 //!
-//! Parsing a matching event would have the same effect, with its own text:
+//! Parsing a matching event would append its text to the same slot, and do nothing else:
 //!
-//! - A placeholder begins and ends where it does in the first event. A string placeholder has no control byte and no unescaped
-//!   quote, and is UTF-8. A number placeholder is a whole number. So both events consist of the same JSON tokens apart from
-//!   the placeholder values, and duplicate, escaped or oddly ordered keys have the same meaning in both.
-//! - Nothing else depends on the placeholder values. No reader knows the names of padding and number. The text only has to
-//!   be non-empty: it is appended where the first one was. If it were a key, a type, an error or a usage, the first
-//!   event would not have appended it.
-//! - A search for a quoted field name finds the same in both. A quote before or after a placeholder belongs to the placeholder's
-//!   string, and no colon follows that string. A quote within a placeholder follows a backslash, and no name ends with one.
+//! - Each placeholder stands between the same fixed bytes in both events. A string placeholder has no control byte
+//!   and no unescaped quote, and is UTF-8. A number placeholder is a whole number. So both events consist of the
+//!   same JSON tokens apart from the placeholder values, and duplicate, escaped or oddly ordered keys have the same
+//!   meaning in both.
+//! - The placeholder values affect nothing else. The parser ignores the padding and the number. The text only has
+//!   to be non-empty: it is appended to the slot of the first text. If it were a key, a type, an error or a usage,
+//!   the first event would not have appended it.
+//! - A search for a quoted field name finds the same names in both events. A quote before or after a placeholder
+//!   belongs to the placeholder's string, and no colon follows that string. A quote within a placeholder follows a
+//!   backslash, and no name ends with a backslash.
 
 use super::collector::{EventEffect, TextSlot};
 use crate::json::string_length;
@@ -25,7 +27,7 @@ use memchr::{memchr, memchr2, memmem};
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Longer events, apart from their text, get no template.
+/// An event with more bytes besides its text gets no template.
 const MAX_TEMPLATE_BYTES: usize = 4 * 1024;
 /// Parsers may read longer numbers differently.
 const MAX_DIGITS: usize = 15;
@@ -33,9 +35,9 @@ const MAX_DIGITS: usize = 15;
 /// The bytes that events of one kind have in common.
 #[derive(Debug)]
 pub(super) struct EventTemplate {
-    /// Where the text is appended.
+    /// The slot to which the text is appended.
     pub(super) slot: TextSlot,
-    /// The content block that is open after such an event; `None`: the event does not change it.
+    /// The content block that is open after a matching event; `None`: the event does not change it.
     pub(super) open_block: Option<Option<u64>>,
     /// Fixed bytes, each followed by a placeholder.
     parts: Vec<(Vec<u8>, Placeholder)>,
@@ -106,8 +108,8 @@ impl EventTemplate {
     }
 }
 
-/// Replaces the only string with escapes, which must be a value, by another text. The result is valid JSON if and only
-/// if the event is, and a template can be made from it.
+/// Replaces the only string that has escapes with another text. The string must be a value. The result is valid
+/// JSON if and only if the event is, and a template can be made from it.
 pub(super) fn without_escapes(event: &[u8]) -> Option<Vec<u8>> {
     let (mut at, mut escaped) = (0, None);
     while let Some(quote) = memchr(b'"', &event[at..]) {
@@ -135,7 +137,7 @@ fn unescaped(event: &[u8], text: Range<usize>) -> Option<Cow<'_, str>> {
     Some(text).filter(|text| !text.is_empty())
 }
 
-/// Whether no byte is a control character. Without early exit, so that the compiler can vectorise it.
+/// Whether no byte is a control character. The loop has no early exit, so that the compiler can vectorise it.
 fn has_no_control(bytes: &[u8]) -> bool {
     bytes.iter().fold(u8::MAX, |min, byte| min.min(*byte)) >= b' '
 }
@@ -318,8 +320,8 @@ mod tests {
         event.into()
     }
 
-    /// The state of a reader after these events. The estimate by text length depends on when events are parsed, so it
-    /// is left out where completion tokens were reported.
+    /// The state of a reader after these events. The estimate by text length depends on when events are parsed, so
+    /// it is left out if completion tokens were reported.
     fn read(mut reader: SseReader, events: &[Bytes]) -> impl PartialEq + std::fmt::Debug {
         for event in events {
             reader.feed(event, &mut Vec::<Bytes>::new());

@@ -1,6 +1,7 @@
 //! Finds the generated text in the JSON of an answer: one stream event or a whole document.
 //!
-//! The shape of the JSON decides, not the route: some upstreams answer in the shapes of several APIs.
+//! The fields of the JSON select the API, not the route of the request: some upstreams answer in the formats of
+//! several APIs.
 
 mod anthropic;
 mod chat;
@@ -40,7 +41,7 @@ struct Answer<'a> {
     /// Documents of Cohere; also in Anthropic's opening event.
     #[serde(borrow)]
     message: Option<&'a RawValue>,
-    /// From here on: the Responses API.
+    /// The fields from here on belong to the Responses API.
     #[serde(borrow)]
     output: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -62,7 +63,7 @@ struct Answer<'a> {
     input: Text<'a>,
 }
 
-/// Collects the text of an event or document. An error object is not a completion, and adds nothing.
+/// Collects the text of an event or document. An error object is not a completion and adds no text.
 pub(super) fn collect(texts: &mut TextCollector, json: &[u8]) -> Result<(), serde_json::Error> {
     let json = json.trim_ascii();
     match json.first() {

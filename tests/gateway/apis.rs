@@ -186,7 +186,7 @@ async fn errors_have_the_shape_of_the_api() {
     let reply = gateway.send("GET", "/v1/messages", key, "").await;
     assert_eq!((reply.status, reply.header("allow")), (405, Some("POST")));
     assert_eq!(reply.json()["error"]["type"], "invalid_request_error");
-    // The hint fits the caller's SDK.
+    // The hint depends on the caller's SDK.
     let hint = |path: &'static str| async { gateway.send("POST", path, key, "{}").await.text().to_owned() };
     assert!(hint("/staging/v1/v1/messages").await.contains("ends in '/staging'"));
     assert!(hint("/v1/v1/messages").await.contains("ends in '/'"));
@@ -277,7 +277,7 @@ fn refusal(status: u16) -> Answer {
 }
 
 #[tokio::test]
-async fn an_upstream_that_rejects_stream_options_is_detected_and_remembered() {
+async fn the_gateway_stops_sending_stream_options_to_an_upstream_that_rejects_them() {
     for status in [400, 422] {
         let upstream = Upstream::answering(move |seen| {
             if seen.text().contains("stream_options") {
@@ -294,7 +294,7 @@ async fn an_upstream_that_rejects_stream_options_is_detected_and_remembered() {
         }
         let bodies: Vec<bool> =
             upstream.seen().iter().map(|seen| seen.text().contains("stream_options")).collect();
-        assert_eq!(bodies, [true, false, false], "asked once");
+        assert_eq!(bodies, [true, false, false], "only the first request has stream_options");
         assert_eq!(upstream.seen()[1].text(), stream_request(""), "as the caller sent it");
         // Each call is charged one request and the count of its answer.
         assert_eq!(gateway.settled_charges().await, [2, 2 * HELLO_TOKENS, 2, 2 * HELLO_TOKENS + 2]);
@@ -305,7 +305,7 @@ async fn an_upstream_that_rejects_stream_options_is_detected_and_remembered() {
 }
 
 #[tokio::test]
-async fn an_unrelated_error_passes_and_stream_options_stay_on() {
+async fn an_unrelated_error_passes_and_the_gateway_still_requests_usage() {
     // This upstream rejects every request.
     let upstream = Upstream::answering(|seen| match seen.text() {
         text if text.contains("no-such-model") => refusal(400),
@@ -320,7 +320,7 @@ async fn an_unrelated_error_passes_and_stream_options_stay_on() {
     assert_eq!((reply.status, reply.text(), upstream.seen().len()), (400, r#"{"error":"too bad"}"#, 3));
     assert_eq!(gateway.settled_charges().await, [2, 0, 0, 0]);
     assert_eq!(gateway.chat(&stream_request("")).await.text(), DONE);
-    assert!(upstream.seen()[3].text().contains("stream_options"), "it is still asked");
+    assert!(upstream.seen()[3].text().contains("stream_options"), "the gateway still requests usage");
 }
 
 #[tokio::test]

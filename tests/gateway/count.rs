@@ -50,7 +50,7 @@ fn count_detects_the_api_from_the_fields_of_a_body() {
     }
 }
 
-/// `count` reads the calibrations from the store, also while a gateway uses the store.
+/// `count` reads the calibrations from the store, even while a gateway uses the same store.
 #[tokio::test(flavor = "multi_thread")]
 async fn count_shows_the_calibrations_of_the_gateway() {
     let folder = tempfile::tempdir().unwrap();
@@ -190,7 +190,7 @@ fn the_text_decompressed_from_files_is_bounded_per_request() {
 }
 
 #[test]
-fn any_number_of_messages_and_fields_of_any_type_are_counted_or_refused() {
+fn any_number_of_messages_and_fields_of_any_type_are_counted_or_rejected() {
     let many = json!({"model": "gpt-4o", "messages": vec![json!({"role": "user", "content": "a"}); 100_000]});
     assert_eq!(read(Api::Chat, &many.to_string()).unwrap().tokens(), 3 + 5 * 100_000);
     let many = json!({"model": "text-embedding-3-small", "input": vec!["a"; 300_000]});

@@ -71,7 +71,7 @@ async fn estimates_are_corrected_by_reported_usage_and_corrections_survive_a_res
     }
     let reply = gateway.chat(HELLO).await;
     assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("58"), Some("8")));
-    // Requests with tools have a calibration of their own.
+    // Requests with tools have a separate calibration.
     let with_tools = HELLO.replacen('{', r#"{"tools":[{"type":"function","function":{"name":"f"}}],"#, 1);
     assert_eq!(gateway.chat(&with_tools).await.header(RAW), None);
     let metrics = gateway.admin_get("/metrics").await;
@@ -114,7 +114,7 @@ async fn false_usage_changes_estimates_within_bounds_and_answers_without_usage_c
 }
 
 #[tokio::test]
-async fn a_referenced_file_is_reserved_by_setting_and_settled_to_reported_usage() {
+async fn the_config_sets_the_reservation_for_a_referenced_file_and_reported_usage_settles_it() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(900, 2)).await;
     let gateway = gateway_with_store(&upstream, folder.path(), "    unseen_prompt_tokens: 700\n").await;
@@ -149,7 +149,8 @@ async fn the_config_can_set_the_encoding_model_or_tokenizer_file_of_a_model() {
         let body = json!({"model": model, "messages": [{"role": "user", "content": text}]}).to_string();
         gateway.chat(&body).await.header(ESTIMATED).unwrap().parse::<u64>().unwrap()
     };
-    // The text has 3 tokens in o200k_base and 6 in cl100k_base. The frame of a chat takes 7 tokens, of gpt-5 one less.
+    // The text has 3 tokens in o200k_base and 6 in cl100k_base. The frame of a chat takes 7 tokens; with gpt-5, 6
+    // tokens.
     assert_eq!(estimate("old-gpt", "你好，世界").await, 7 + 6);
     assert_eq!(estimate("prod", "你好，世界").await, 6 + 3);
     // The count uses the vocabulary of the file, and ignores its settings for truncation, padding and special tokens.

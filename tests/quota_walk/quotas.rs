@@ -12,7 +12,7 @@ pub(crate) struct QuotaWalk {
     now: i64,
     engine: Quotas,
     pub(crate) recounts: Vec<Recount>,
-    /// Quotas that are removed at the moment.
+    /// Quotas that are currently removed.
     removed: Vec<Quota>,
     /// Reservations in flight.
     pub(crate) open: Vec<(u64, Receipt)>,
@@ -44,13 +44,13 @@ impl QuotaWalk {
         let fits = applicable.all(|r| r.fits(i128::from(amounts.of(r.quota.kind))));
         let required = Required { amounts, generates: true };
         if let Ok(receipt) = self.engine.reserve(Timestamp(now), origin.subject(), &required) {
-            assert!(fits, "admitted against the recount");
+            assert!(fits, "the engine admitted the request, the recount denies it");
             let id = self.next;
             self.recounts.iter_mut().filter(|r| r.applies_to(origin)).for_each(|r| r.hold(id, amounts));
             self.hold(receipt);
             self.note("admitted");
         } else {
-            assert!(!fits, "denied against the recount");
+            assert!(!fits, "the engine denied the request, the recount admits it");
             self.note("denied");
         }
     }
@@ -77,7 +77,7 @@ impl QuotaWalk {
             amount == 0 || r.fits(amount)
         });
         let extended = self.engine.extend(Timestamp(now), &self.open[at].1, more);
-        assert_eq!(extended.is_some(), fits, "extended against the recount");
+        assert_eq!(extended.is_some(), fits, "the engine and the recount differ about an extension");
         let receipt = match extended {
             Some(receipt) => receipt,
             None if self.random.below(2) == 0 => return,
@@ -101,7 +101,7 @@ impl QuotaWalk {
         let before = levels(&mut self.engine);
         let (id, receipt) = &mut self.open[at];
         self.engine.progress(now, receipt, spent);
-        assert_eq!(before, levels(&mut self.engine), "progress alone makes no tokens available");
+        assert_eq!(before, levels(&mut self.engine), "reported progress makes no tokens available");
         for r in &mut self.recounts {
             r.advance(now.0);
             r.progress(*id, i128::from(spent.of(r.quota.kind)));
@@ -127,7 +127,7 @@ impl QuotaWalk {
         self.note(what);
     }
 
-    /// Removes a quota with all its reservations, or adds a removed one, which is full.
+    /// Removes a quota with all its reservations, or adds a removed quota, of which nothing is spent or held.
     fn add_or_remove_quota(&mut self) {
         let pick = |random: &mut Random, of: usize| usize::try_from(random.below(of as u64)).unwrap();
         if self.removed.is_empty() || self.random.below(2) == 0 && self.recounts.len() > 3 {
@@ -198,7 +198,7 @@ impl QuotaWalk {
             998 => self.add_or_remove_quota(),
             _ => self.restart(),
         }
-        // Too many open requests would fill all quotas.
+        // Too many requests in flight would exhaust all quotas.
         if self.open.len() > 40 {
             self.settle();
         }

@@ -36,13 +36,13 @@ pub(crate) fn quotas() -> Vec<Quota> {
 /// An independent count of one quota. It sums the held amounts from a list each time.
 pub(crate) struct Recount {
     pub(crate) quota: Quota,
-    /// Spent and not yet refilled. Of a rolling quota in units of 1/`period_ms` token.
+    /// Spent and not yet refilled; for a rolling quota, in units of 1/`period_ms` token.
     pub(crate) spent: i128,
     /// Time of the last `advance`.
     at: i64,
-    /// Of a calendar quota: number of the current period.
+    /// For a calendar quota: number of the current period.
     period: u64,
-    /// Of a calendar quota: start and end of the current period.
+    /// For a calendar quota: start and end of the current period.
     bounds: (i64, i64),
     /// Reservations in flight by number.
     pub(crate) open: HashMap<u64, HeldAmount>,
@@ -173,7 +173,7 @@ impl Recount {
         }
     }
 
-    /// A crash of the process: held amounts count as spent, and are never settled.
+    /// Simulates a crash of the process: held amounts count as spent, and are never settled.
     pub(crate) fn restart(&mut self) {
         self.spent += self.held() * self.scale();
         self.open.clear();
@@ -188,9 +188,9 @@ pub(crate) fn compare(levels: &[QuotaLevel], recounts: &mut [Recount], now: i64)
         r.advance(now);
         let what = &r.quota;
         assert_eq!(shown.quota, *what);
-        assert_eq!(i128::from(shown.held), r.held(), "held of {what:?}");
+        assert_eq!(i128::from(shown.held), r.held(), "held amount of {what:?}");
         assert_eq!(i128::from(shown.level), r.left().div_euclid(r.scale()), "level of {what:?}");
-        assert!(r.spent >= 0, "spent of {what:?}");
+        assert!(r.spent >= 0, "spent amount of {what:?}");
         assert!(shown.level.saturating_add_unsigned(shown.held) <= what.capacity() as i64);
     }
 }

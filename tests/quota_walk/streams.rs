@@ -100,13 +100,19 @@ impl StreamWalk {
         let requested_fits =
             requested.map(|tokens| fits(&self.recounts, Amounts::of_request(demand.prompt, tokens)));
         let Ok(admission) = self.local.admit(Timestamp(self.now), &demand) else {
-            assert!(self.rules.enforce && requested_fits != Some(true), "denied against the recount");
+            assert!(
+                self.rules.enforce && requested_fits != Some(true),
+                "the engine denied the request, the recount admits it"
+            );
             self.note("denied");
             return;
         };
         let reserved = admission.grant.reserved();
         assert_eq!(reserved, Amounts::of_request(demand.prompt, reserved.completion));
-        assert!(fits(&self.recounts, reserved) || !self.rules.enforce, "admitted against the recount");
+        assert!(
+            fits(&self.recounts, reserved) || !self.rules.enforce,
+            "the engine admitted the request, the recount denies it"
+        );
         if let Some(each) = admission.clamped_to {
             assert_eq!(reserved.completion, each * completions);
             assert!(self.rules.enforce && requested_fits != Some(true) && each >= 16);
@@ -126,7 +132,7 @@ impl StreamWalk {
         self.note("admitted");
     }
 
-    /// A stream continues: its spent amounts grow.
+    /// Continues a stream: its spent amounts grow.
     fn progress(&mut self) {
         let Some(at) = self.pick() else { return };
         let tokens = self.random.below(120);
@@ -153,7 +159,11 @@ impl StreamWalk {
         if missing == 0 || !is_reserving {
             assert_eq!((outcome, grown), (Progress::Within, Amounts::default()));
         } else {
-            assert_eq!(outcome == Progress::Overrun, !missing_fits, "extended against the recount");
+            assert_eq!(
+                outcome == Progress::Overrun,
+                !missing_fits,
+                "the engine and the recount differ about an extension"
+            );
             assert!(grown.completion >= missing && (fits(grown.completion) || !missing_fits));
             assert!(grown.completion == missing || stream.grant.reserved().completion <= stream.grant.cap());
             let id = self.next;

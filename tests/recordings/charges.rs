@@ -40,11 +40,11 @@ impl Charges {
         }
     }
 
-    /// Prints the number of comparisons. Returns whether all were right.
+    /// Prints the number of comparisons. Returns whether all usage was read correctly.
     pub(crate) fn are_right(&self) -> bool {
         let Self { answers, with_usage, wrong } = self;
         println!(
-            "usage of {answers} recorded answers, cut in every way: {with_usage} report it, {wrong} read wrongly"
+            "usage of {answers} recorded answers, each cut in several ways: {with_usage} report usage, {wrong} read wrongly"
         );
         *wrong == 0 && *with_usage > 3_000
     }

@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 use tollgate::estimate::Models;
 use tollgate::usage::{Delivered, SseReader, TextToCount};
 
-/// With fewer streams the figures mean nothing.
+/// With fewer streams, the figures are not significant.
 const MIN_STREAMS: usize = 50;
 const MIN_RESPONSES: usize = 30;
-/// Median error, and the deviation of the sum of all.
+/// Maximum of the median error, and of the error of the sum of all counts.
 const MAX_ERROR: f64 = 0.02;
 
 /// Features of answers that hold more than text.
@@ -27,7 +27,8 @@ fn can_reason(model: &str) -> bool {
     ["gpt-5", "o1", "o3", "o4", "codex"].iter().any(|family| name.starts_with(family))
 }
 
-/// Whether a response has tool calls among its items. Some recordings show calls only there.
+/// Whether an answer contains the items of tool calls. Some recordings list tool calls only there, not in their
+/// features.
 fn calls_a_tool(answer: &[u8]) -> bool {
     answer.windows(6).any(|bytes| bytes == b"_call\"")
 }
@@ -117,7 +118,7 @@ fn are_near(what: &str, fewest: usize, all: &[&Counted]) -> bool {
 struct Errors {
     median: f64,
     p90: f64,
-    /// Of all together, with its sign.
+    /// The relative error of the sum of all counts. It can be negative.
     sum: f64,
 }
 

@@ -1,5 +1,5 @@
-//! Recorded exchanges with providers: the request, the answer and the reported usage. The data stay outside the
-//! project.
+//! Recorded exchanges with providers: the request, the answer and the reported usage. The recordings are not part
+//! of the project.
 
 use base64::Engine as _;
 use bytes::Bytes;
@@ -56,7 +56,7 @@ pub(crate) struct Exchange {
     pub(crate) features: Vec<String>,
 }
 
-/// The folder of the data: `$TOLLGATE_DATA`, or else next to the project.
+/// The folder of the recordings: `$TOLLGATE_DATA`, or a folder next to the project.
 pub(crate) fn data() -> PathBuf {
     std::env::var_os("TOLLGATE_DATA")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from)
@@ -73,7 +73,7 @@ pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
 /// The exchanges of one file.
 pub(crate) fn read(file: &Path) -> impl Iterator<Item = Exchange> + use<> {
     let lines = BufReader::new(GzDecoder::new(File::open(file).expect("the file was just found"))).lines();
-    lines.map(|line| serde_json::from_str(&line.expect("gzip and UTF-8")).expect("an exchange a line"))
+    lines.map(|line| serde_json::from_str(&line.expect("gzip and UTF-8")).expect("one exchange per line"))
 }
 
 fn decoded(body: &str, encoding: Option<&str>) -> Option<Bytes> {

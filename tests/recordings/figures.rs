@@ -7,14 +7,14 @@ use tollgate::estimate::RequestKind;
 
 /// Answers of the same kind after which a model's estimates must be accurate.
 pub(crate) const EXPERIENCED: u32 = 20;
-/// With fewer requests the figures of a model mean nothing.
+/// With fewer requests, the figures of a model are not significant.
 const MIN_REQUESTS: usize = 10;
 
 /// How errors are bounded.
 enum Bound {
     /// At least this share of the estimates is exact.
     Exact(f64),
-    /// Each estimate is off by one token at most.
+    /// The error of each estimate is at most one token.
     WithinOne,
     /// Median and 90th percentile of the relative errors.
     Errors(f64, f64),
@@ -81,7 +81,7 @@ fn is_openai_text(e: &Measured) -> bool {
     is_openai(e) && e.api == Api::Chat && e.kind == RequestKind::Plain && !e.is_partial && !e.has(MORE)
 }
 
-/// A predicted output counts only as far as the model uses it.
+/// Only the part of a predicted output that the model uses is charged.
 fn is_plain(e: &Measured) -> bool {
     e.kind == RequestKind::Plain && !e.is_partial && !e.has(&["prediction"])
 }
@@ -155,9 +155,9 @@ fn after_answers(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {
     is_fine
 }
 
-/// After calibration no plain text may be underestimated by much. A few requests are exempt because their provider
-/// counted differently at another time. These are 8 short prompts to gpt-4o in March 2025, which cost 18 tokens more
-/// than later ones, and DeepSeek models with and without an introduction to thinking.
+/// After calibration, the estimate of plain text may be only slightly too low. A few requests are exempt because
+/// their provider counted differently at different times. These are 8 short prompts to gpt-4o in March 2025, which
+/// cost 18 tokens more than later ones, and DeepSeek models with and without an introduction to thinking.
 const PROVIDER_CHANGED: f64 = 0.02;
 
 fn never_far_below(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> bool {

@@ -12,7 +12,7 @@ pub(crate) fn vectors(data: &Path) -> Option<Vec<Value>> {
     Some(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
 }
 
-/// Whether each estimate is exact, or off by the same amount as the published rules.
+/// Whether each estimate is exact, or has the same error as the published rules.
 pub(crate) fn are_met(vectors: &[Value]) -> bool {
     let (mut exact, mut missed) = (0, 0);
     for vector in vectors {
@@ -26,7 +26,7 @@ pub(crate) fn are_met(vectors: &[Value]) -> bool {
         exact += u32::from(got == want);
         if got != want && got != rule {
             missed += 1;
-            eprintln!("{got} where the API counted {want}: {vector}");
+            eprintln!("estimated {got}, the API counted {want}: {vector}");
         }
     }
     println!("golden vectors: {exact} of {} exact, {missed} missed", vectors.len());
@@ -47,7 +47,7 @@ fn of_image(image: &Value) -> u64 {
     estimate(&with_images(&body)).of(PromptPart::Images)
 }
 
-/// Replaces images, which the vectors give by size only, by a PNG header of that size.
+/// Replaces each image with a PNG header of its size, because the vectors contain only the sizes of images.
 fn with_images(body: &Value) -> Value {
     let mut body = body.clone();
     let parts = body["messages"].as_array_mut().into_iter().flatten();

@@ -1,13 +1,13 @@
 //! Compares prompt estimates and usage readers with recorded exchanges of providers.
 //!
-//! `cargo test --release --test recordings -- --table` prints the errors of the estimates by API, provider and
-//! kind of request. The data stay outside the project, in the folder `$TOLLGATE_DATA` (default `../shared`).
+//! `cargo test --release --test recordings -- --table` prints the errors of the estimates by API, provider and kind
+//! of request. The recordings are not part of the project. Their folder is `$TOLLGATE_DATA` (default `../shared`).
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test; it prints shares
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test may panic, and prints fractions
 
 mod charges;
 mod completions;
-#[allow(dead_code)] // partly used by the replay only
+#[allow(dead_code)] // the replay test uses the rest
 mod exchange;
 mod figures;
 mod golden;

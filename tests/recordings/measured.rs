@@ -53,15 +53,15 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
     })
 }
 
-/// The calibrated estimate of a request in one order of answers.
+/// The estimate of a request, corrected by the answers that precede it in one order of the exchanges.
 #[derive(Clone, Copy)]
 pub(crate) struct Corrected {
-    /// Earlier answers of the same kind.
+    /// Number of earlier answers to requests of the same kind.
     pub(crate) answers: u32,
     pub(crate) tokens: u64,
 }
 
-/// The recorded order and four fixed other orders.
+/// The corrected estimates in five orders of the exchanges: the recorded order and four fixed random orders.
 pub(crate) fn orders(exchanges: &[Measured]) -> Vec<Vec<Corrected>> {
     (0..5).map(|seed| corrected(exchanges, &order(exchanges.len(), seed))).collect()
 }

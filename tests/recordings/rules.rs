@@ -1,4 +1,4 @@
-//! The charge that follows from the usage listed in a recording, and the places where answers are cut.
+//! The charge that follows from the usage listed in a recording, and the positions where answers are cut.
 
 use crate::exchange::Exchange;
 use serde_json::Value;
@@ -38,18 +38,21 @@ pub(crate) fn charged(exchange: &Exchange) -> Option<(u64, u64, u64)> {
             let total = of("/total_tokens");
             let more = total.unwrap_or(0).saturating_sub(prompt + completion);
             let is = |path: &str| more > 0 && of(path) == Some(more);
-            let reasons = is("/completion_tokens_details/reasoning_tokens");
-            let hears = is("/prompt_tokens_details/audio_tokens");
+            let reasoning_is_separate = is("/completion_tokens_details/reasoning_tokens");
+            let audio_is_separate = is("/prompt_tokens_details/audio_tokens");
             let is_total_alone = of("/prompt_tokens").is_none();
-            let prompt =
-                if is_total_alone { total.unwrap_or(0) } else { prompt + if hears { more } else { 0 } };
-            (prompt, completion + if reasons { more } else { 0 }, total)
+            let prompt = if is_total_alone {
+                total.unwrap_or(0)
+            } else {
+                prompt + if audio_is_separate { more } else { 0 }
+            };
+            (prompt, completion + if reasoning_is_separate { more } else { 0 }, total)
         }
     };
     Some((prompt, completion, total.unwrap_or(0).max(prompt + completion)))
 }
 
-/// Random places in an answer; the same for the same seed.
+/// Random positions where an answer is cut. The same seed gives the same positions.
 pub(crate) fn random_cuts(length: usize, seed: usize) -> Vec<usize> {
     let mut state = seed as u64 + 1;
     let mut next = || {

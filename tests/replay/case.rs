@@ -9,7 +9,7 @@ use tollgate::body::Body;
 use tollgate::estimate::{Models, Tokenizer};
 use tollgate::usage::{Delivered, Discard, JsonReader, Reported, SseReader, TextToCount};
 
-/// A request with the answer and the result expected.
+/// A request with its answer and the expected result.
 pub(crate) struct Case<'a> {
     pub(crate) exchange: &'a Exchange,
     pub(crate) method: &'a str,
@@ -31,12 +31,12 @@ pub(crate) struct Due {
     pub(crate) requests: u64,
     /// Prompt, completion and total tokens; `None`: the answer reports no usage.
     by_rules: Option<(u64, u64, u64)>,
-    /// The usage lacks fields, which the estimate and the count replace.
+    /// Whether the usage lacks fields, which the estimate and the count replace.
     misses_prompt: bool,
     misses_completion: bool,
-    /// The API's prompts are estimated, and the answer is not an error.
+    /// Whether the prompts of the API are estimated and the answer is not an error.
     is_estimated: bool,
-    /// The count of the answer's text, where usage is not reported.
+    /// The count of the answer's text, for answers that do not report usage.
     counted: u64,
 }
 
@@ -49,7 +49,7 @@ impl<'a> Case<'a> {
     pub(crate) fn all(exchange: &'a Exchange) -> Vec<Self> {
         let Some(answer) = exchange.body() else { return Vec::new() };
         let api = exchange.api();
-        let (method, target) = place(exchange);
+        let (method, target) = replay_target(exchange);
         let recorded = exchange.request().filter(|body| is_servable(api, body));
         let request = if method == "GET" {
             Bytes::new()
@@ -84,8 +84,9 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Method and path. A request to an uncounted path is replayed as recorded if the path is plain.
-fn place(exchange: &Exchange) -> (&str, String) {
+/// The method and path to replay. The recorded path is used for a request to an uncounted path, if the path is
+/// plain.
+fn replay_target(exchange: &Exchange) -> (&str, String) {
     let (method, path) = exchange.method_and_path();
     let target = match exchange.api() {
         Some(Api::Chat) => "/v1/chat/completions".to_owned(),

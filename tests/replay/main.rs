@@ -1,18 +1,18 @@
 //! Replays recorded answers through a running gateway. The upstream sends each answer whole, in single bytes and cut at
 //! random. The gateway must pass it on unchanged and charge the usage in it.
 //!
-//! Replays a fixed tenth, or all: `cargo test --release --test replay -- --all`. The data stay outside the
-//! project, in the folder `$TOLLGATE_DATA` (default `../shared`).
+//! Replays a fixed tenth, or all: `cargo test --release --test replay -- --all`. The recordings are not part of the
+//! project. Their folder is `$TOLLGATE_DATA` (default `../shared`).
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a test fails loudly, and times things
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a test may panic, and measures time
 
 mod case;
-#[allow(dead_code)] // partly used by the estimates only
+#[allow(dead_code)] // the recordings test uses the rest
 #[path = "../recordings/exchange.rs"]
 mod exchange;
 #[path = "../recordings/rules.rs"]
 mod rules;
-#[allow(dead_code, unused_imports, unreachable_pub, missing_docs)] // mostly used by the gateway's tests
+#[allow(dead_code, unused_imports, unreachable_pub, missing_docs)] // the gateway tests use the rest
 #[path = "../gateway/support/mod.rs"]
 mod support;
 mod worker;
@@ -128,9 +128,9 @@ async fn start() -> (Gateway, Vec<Worker>) {
     (gateway, workers)
 }
 
-/// Prints the table. Returns whether all exchanges were right.
+/// Prints the table. Returns whether no answer was changed or wrongly charged.
 fn print(rows: &Rows) -> bool {
-    println!("| API | provider | exchanges | recorded to the byte | replays | changed | wrongly charged |");
+    println!("| API | provider | exchanges | recorded byte for byte | replays | changed | wrongly charged |");
     println!("| --- | --- | --- | --- | --- | --- | --- |");
     let mut sum = Row::default();
     for ((api, provider), row) in rows {

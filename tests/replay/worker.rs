@@ -1,5 +1,5 @@
-//! Replays exchanges one after the other through one environment, so that the charge of each is the difference of two
-//! sums.
+//! Replays exchanges one after the other through one environment, so that the charge of each exchange is the
+//! difference between two readings of the totals.
 
 use crate::case::Case;
 use crate::exchange::Exchange;
@@ -8,8 +8,8 @@ use crate::support::{Answer, Caller, Framing, Reply, Upstream, framed};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-/// In an answer of single bytes, this many bytes at head and tail are sent in separate writes; the bytes between them
-/// without pauses.
+/// If an answer is sent in single bytes, this many bytes at its start and at its end are sent in separate writes.
+/// The bytes between them are sent without pauses.
 const HEAD: usize = 256;
 const TAIL: usize = 768;
 
@@ -27,7 +27,7 @@ pub(crate) struct Worker {
     pub(crate) upstream: Scripted,
 }
 
-/// An upstream that sends the last answer set.
+/// An upstream that sends the answer that was set last.
 pub(crate) struct Scripted {
     pub(crate) upstream: Upstream,
     next: Arc<Mutex<Answer>>,
@@ -59,7 +59,7 @@ impl Worker {
                 outcome.replays += 1;
                 if let Some(difference) = difference(&case, &reply) {
                     outcome.wrong_bytes += 1;
-                    tell(&case, way, &difference);
+                    print_fault(&case, way, &difference);
                 }
                 let told = reply.header("x-tollgate-estimated-prompt-tokens");
                 let told = told.map_or(0, |tokens| tokens.parse().unwrap());
@@ -67,7 +67,7 @@ impl Worker {
                 if !is_met || *first.get_or_insert(charged) != charged {
                     outcome.wrong_charges += 1;
                     let due = case.due.describe();
-                    tell(
+                    print_fault(
                         &case,
                         way,
                         &format!("{charged:?} charged for {due}; {told} estimated, first {first:?}"),
@@ -115,21 +115,26 @@ fn head(case: &Case<'_>) -> String {
 /// The faults of an answer.
 fn difference(case: &Case<'_>, reply: &Reply) -> Option<String> {
     if let Some(error) = reply.header("x-tollgate-error") {
-        return Some(format!("the gateway itself answers: {error}"));
+        return Some(format!("the gateway sent its own error: {error}"));
     }
     if reply.status != case.status || reply.is_incomplete {
         return Some(format!(
-            "status {} for {}, broke off: {}",
+            "status {} instead of {}, incomplete: {}",
             reply.status, case.status, reply.is_incomplete
         ));
     }
     let same = reply.body.iter().zip(&case.passed).take_while(|(got, wanted)| got == wanted).count();
     let is_same = same == reply.body.len() && same == case.passed.len();
-    (!is_same)
-        .then(|| format!("differs from byte {same} on, {} bytes for {}", reply.body.len(), case.passed.len()))
+    (!is_same).then(|| {
+        format!(
+            "first difference at byte {same}; {} bytes instead of {}",
+            reply.body.len(),
+            case.passed.len()
+        )
+    })
 }
 
-fn tell(case: &Case<'_>, way: &str, what: &str) {
+fn print_fault(case: &Case<'_>, way: &str, what: &str) {
     let Exchange { id, provider, api, .. } = case.exchange;
     eprintln!("{id} {provider} {api} {} {way}: {what}", case.target);
 }

@@ -115,7 +115,7 @@ fn end_of_string(rest: &str) -> usize {
 struct OpenContainer {
     is_object: bool,
     expects_key: bool,
-    /// Whether the caller chose the names of the members, as in `properties`. They are no keywords then.
+    /// Whether the caller chose the names of the members, as in `properties`. These names are not keywords.
     has_custom_names: bool,
     /// Whether the current member is an object with names that the caller chose.
     value_has_custom_names: bool,

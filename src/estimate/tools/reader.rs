@@ -16,7 +16,7 @@ pub(super) struct ToolListReader {
 }
 
 impl ToolListReader {
-    /// `None` if the JSON is no list of tools.
+    /// `None` if the JSON is not a list of tools.
     pub(super) fn read(json: &str, rendering: Rendering) -> Option<Self> {
         let mut list = Self { rendering, functions: 0, hosted: 0 };
         Visit(&mut list).deserialize(&mut serde_json::Deserializer::from_str(json)).ok()?;
@@ -49,7 +49,7 @@ impl<'a> JsonVisitor<'a> for ToolListReader {
 /// Reads one tool. Gemini puts several functions into one.
 struct ToolReader<'r, 'a> {
     functions: FunctionListReader<'r>,
-    /// The function whose fields are in the tool itself, as in the Responses API.
+    /// The function if its fields are in the tool object itself, as in the Responses API.
     flat: FunctionDefinition<'a>,
 }
 
@@ -75,7 +75,7 @@ impl<'a> JsonVisitor<'a> for ToolReader<'_, 'a> {
                 Ok(())
             }
             "functionDeclarations" | "function_declarations" | "tools" => value(object, &mut self.functions),
-            // A flat function without parameters has only a type and a name.
+            // A function in the tool object itself may have only a type and a name, without parameters.
             "type" => {
                 let kind = string(object)?;
                 if kind == "function" || kind == "custom" {

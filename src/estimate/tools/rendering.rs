@@ -32,7 +32,7 @@ pub(super) struct Rendering {
     pub(super) text: String,
     /// In `Style::Json`: the schemas of the parameters. Otherwise empty, and they are in `text`.
     pub(super) parameters: String,
-    /// Bytes after which `text` does not grow any more.
+    /// `text` does not grow beyond this number of bytes.
     max_text: usize,
     /// Bytes of schemas that may still be read.
     read_left: usize,
@@ -46,7 +46,7 @@ struct SchemaContext<'s, 'a> {
     depth: usize,
     /// Spaces before each line.
     indent: usize,
-    /// Whether a reference led here. References inside it are not followed.
+    /// Whether this schema is the target of a reference. References inside it are not followed.
     is_referenced: bool,
 }
 
@@ -84,7 +84,7 @@ impl Rendering {
         self.push(&[" => any;\n\n"]);
     }
 
-    /// Whether a bound is reached. Nothing is rendered any more then.
+    /// Whether a bound is reached. From then on nothing is rendered.
     fn is_full(&self) -> bool {
         self.text.len() > self.max_text || self.read_left == 0
     }

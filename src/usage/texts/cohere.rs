@@ -43,8 +43,8 @@ pub(super) fn event(texts: &mut TextCollector, event: &Answer) -> Result<(), ser
     }
 }
 
-/// Collects a message. A document has lists of contents and tool calls; an event has one item in place of a list, and
-/// `index` is the item's place.
+/// Collects a message. A document has lists of contents and tool calls. An event has one item instead of a list,
+/// and `index` is the position of this item.
 pub(super) fn message(
     texts: &mut TextCollector,
     index: u64,

@@ -43,7 +43,7 @@ struct ExecutableCode<'a> {
     code: Text<'a>,
 }
 
-/// Collects a candidate. `position` is its place in the list, which serves as index where it has none.
+/// Collects a candidate. `position` is its position in the list. It replaces a missing `index`.
 pub(super) fn candidate(texts: &mut TextCollector, position: u64, candidate: Candidate) {
     let choice = candidate.index.unwrap_or(position);
     let parts = candidate.content.and_then(|content| content.parts);

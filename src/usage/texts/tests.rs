@@ -1,4 +1,4 @@
-//! Streams of each API, broken off after every event, and shapes that the fixtures lack.
+//! Streams of each API that break off after each event, and formats that the fixtures lack.
 
 use crate::usage::{Delivered, SseReader, TextToCount};
 use bytes::Bytes;
@@ -199,7 +199,7 @@ fn events(ending: &str) -> Vec<(&str, Value)> {
         .collect()
 }
 
-/// The ending after the first so many events of a fixture.
+/// The ending of a fixture that breaks off after its first `after` events.
 fn ending(name: &str, after: usize) -> String {
     let stream = fixture(name);
     let whole: String = stream.split_inclusive("\n\n").take(after).collect();

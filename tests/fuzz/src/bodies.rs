@@ -28,7 +28,7 @@ const MODELS: [&str; 16] = [
     "",
 ];
 
-/// An input may not use this much CPU time: five times that of the slowest 64 KiB, which are inflating documents.
+/// Every input must use less CPU time. Five times the time of the slowest 64 KiB, which are documents to inflate.
 const MAX_NANOSECONDS: u64 = 1_000_000_000;
 
 pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
@@ -43,9 +43,15 @@ pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
     let estimate = body.prompt.estimate(&known);
     let took = processor_time() - began;
     assert!(took < MAX_NANOSECONDS, "{took} ns for {} bytes", json.len());
-    assert!(quick.is_none_or(|quick| quick == estimate), "quick: {quick:?}, else {estimate:?}");
+    assert!(
+        quick.is_none_or(|quick| quick == estimate),
+        "quick estimate: {quick:?}, full estimate: {estimate:?}"
+    );
     let again = body.prompt.estimate_if_quick(&known);
-    assert!(again.is_none_or(|again| again == estimate), "known: {again:?}, else {estimate:?}");
+    assert!(
+        again.is_none_or(|again| again == estimate),
+        "with the count cache: {again:?}, without: {estimate:?}"
+    );
     is_bounded(&estimate, json.len());
     assert!(body.completion_cap() >= body.max_tokens && body.completions() >= 1);
     if has_a_field(json) && api.generates() {
@@ -79,22 +85,26 @@ fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
     }
 }
 
-/// Applies the gateway's edits to a request that has a model or messages.
 fn has_a_field(json: &[u8]) -> bool {
     json.trim_ascii().strip_prefix(b"{").is_some_and(|rest| rest.trim_ascii_start().first() != Some(&b'}'))
 }
 
+/// Applies the edits of the gateway to a body, and checks that the result is still accepted.
 fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
     let bound = 1 + u64::from(how);
-    // Like the proxy. The other APIs always report usage.
-    let asks = matches!(api, Api::Chat | Api::Completions) && body.streams && !body.wants_usage();
+    // The proxy does the same. The other APIs always report usage.
+    let requests_usage = matches!(api, Api::Chat | Api::Completions) && body.streams && !body.wants_usage();
     let mut edits = body.bounds().lower_to(bound, model, json);
-    edits.extend(asks.then(|| body.request_usage()));
+    edits.extend(requests_usage.then(|| body.request_usage()));
     let after = edited(json, edits);
     let text = String::from_utf8_lossy(&after);
     let again = Body::read(api, &after).unwrap_or_else(|fault| panic!("after edits: {fault} {text}"));
-    assert_eq!(again.wants_usage(), body.wants_usage() || asks, "{text}");
-    assert_eq!(edited(&after, again.bounds().lower_to(bound, model, &after)), after, "lowered twice");
+    assert_eq!(again.wants_usage(), body.wants_usage() || requests_usage, "{text}");
+    assert_eq!(
+        edited(&after, again.bounds().lower_to(bound, model, &after)),
+        after,
+        "lowering the bound a second time changes nothing"
+    );
     // Everything else is unchanged.
     assert_eq!(
         (&again.model, again.streams, again.choices, again.completions()),
@@ -105,7 +115,7 @@ fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
     assert_eq!(again.prompt.estimate(&known), body.prompt.estimate(&known), "{text}");
     // The gateway accepts numbers that are too large for serde_json's tree.
     let (Some(tree), Some(tree_after)) = (tree(json), tree(&after)) else { return };
-    // Not a field of chats, but some upstreams read it.
+    // The chat API does not have this field, but some upstreams read it.
     let keeps_another = api != Api::Responses && tree.contains_key("max_output_tokens");
     if !keeps_another {
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Compressed answers: no input panics, and cuts do not change the output.
+//! Fuzzes compressed answers: no input causes a panic, and the output does not depend on where an answer is cut.
 
 use tollgate::usage::{ContentCoding, Decoder};
 

@@ -22,7 +22,7 @@ libfuzzer_sys::fuzz_target!(init: tollgate::estimate::warm(), |input: &[u8]| {
     }
 });
 
-// Every second mutation is one of libFuzzer's own: bytes, and words of the dictionary.
+// Every second mutation is one of libFuzzer's own: of bytes, or with words of the dictionary.
 libfuzzer_sys::fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     if seed.is_multiple_of(2)
         && size > HEAD

@@ -1,4 +1,4 @@
-//! Mutations of JSON that keep it valid. Mutated single bytes seldom get past the parser.
+//! Mutations that leave JSON valid. With random changes of single bytes, most inputs are rejected by the parser.
 
 use std::ops::Range;
 
@@ -58,7 +58,7 @@ pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
     (output.len() <= most).then_some(output)
 }
 
-/// The ranges of values and names, judged by brackets and quotes.
+/// The ranges of values and names, found by brackets and quotes.
 fn values(input: &[u8]) -> Vec<Range<usize>> {
     let (mut found, mut open, mut at) = (Vec::new(), Vec::new(), 0);
     while at < input.len() {

@@ -1,4 +1,4 @@
-//! Fuzzes event streams: the caller's bytes and the usage read do not depend on cuts.
+//! Fuzzes event streams: the bytes for the caller and the usage do not depend on where a stream is cut.
 
 use bytes::Bytes;
 use tollgate::usage::{SseReader, TextToCount};
