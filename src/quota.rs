@@ -199,12 +199,12 @@ impl Quota {
         }
     }
 
-    /// Whether the period is an hour or longer. Reservations in such a quota must survive a crash.
+    /// Whether the period is an hour or longer. Reservations in this quota must survive a crash.
     pub fn is_durable(&self) -> bool {
         self.per.ms >= 3600 * 1000
     }
 
-    /// Whether the period is a day or longer. A caller cannot wait for such a quota to refill.
+    /// Whether the period is a day or longer. A caller cannot wait for this quota to refill.
     pub fn is_long(&self) -> bool {
         self.per.ms >= 24 * 3600 * 1000
     }

@@ -35,8 +35,8 @@ pub(crate) fn measure_paced(is_quick: bool) -> bool {
     let folder = tempfile::tempdir().unwrap();
     let upstream = runtime.block_on(mock(paced));
     let (gateway, address) = start(upstream, folder.path());
-    let life = Duration::from_secs(if is_quick { 2 } else { 10 });
-    paced_streams(&runtime, upstream, &gateway, address, life)
+    let duration = Duration::from_secs(if is_quick { 2 } else { 10 });
+    paced_streams(&runtime, upstream, &gateway, address, duration)
 }
 
 pub(crate) fn measure_unread() -> bool {
@@ -69,11 +69,11 @@ fn paced_streams(
     upstream: SocketAddr,
     gateway: &Peer,
     address: SocketAddr,
-    life: Duration,
+    duration: Duration,
 ) -> bool {
     println!(
         "### {STREAMS} streams of {} s, an event every {} ms\n",
-        life.as_secs(),
+        duration.as_secs(),
         EVENT_EVERY.as_millis()
     );
     println!("| path | events | p50 latency | p99 | p99.9 | max |");
@@ -84,11 +84,11 @@ fn paced_streams(
     let (idle, before) = (gateway.resident(), gateway.cpu());
     let (mut rounds, mut resident, mut events) = (Vec::new(), 0, 0);
     while rounds.len() < ROUNDS || rounds.len() < MAX_ROUNDS && !rounds.iter().any(Round::is_within) {
-        let (late, ()) = runtime.block_on(follow(upstream, STREAMS, life, || ()));
-        let direct = quantiles("direct", &late);
-        let (late, seen) = runtime.block_on(follow(address, STREAMS, life, || gateway.resident()));
-        rounds.push(Round { direct, through: quantiles("the gateway", &late) });
-        (resident, events) = (resident.max(seen), events + late.len());
+        let (latencies, ()) = runtime.block_on(follow(upstream, STREAMS, duration, || ()));
+        let direct = quantiles("direct", &latencies);
+        let (latencies, seen) = runtime.block_on(follow(address, STREAMS, duration, || gateway.resident()));
+        rounds.push(Round { direct, through: quantiles("the gateway", &latencies) });
+        (resident, events) = (resident.max(seen), events + latencies.len());
     }
     let cpu = gateway.cpu().saturating_sub(before).as_secs_f64() * 1e6 / events as f64;
     let kib = resident.saturating_sub(idle) as f64 / 1024.0 / STREAMS as f64;
@@ -119,9 +119,10 @@ impl Round {
 const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
 
 /// Prints a line of the table. Returns the quantiles of the latencies in milliseconds.
-fn quantiles(name: &str, late: &[u64]) -> [f64; 4] {
-    let at = QUANTILES.map(|(_, share)| late[((late.len() - 1) as f64 * share) as usize] as f64 / 1e6);
-    println!("| {name} | {} | {} |", late.len(), at.map(|ms| format!("{ms:.2} ms")).join(" | "));
+fn quantiles(name: &str, latencies: &[u64]) -> [f64; 4] {
+    let at =
+        QUANTILES.map(|(_, share)| latencies[((latencies.len() - 1) as f64 * share) as usize] as f64 / 1e6);
+    println!("| {name} | {} | {} |", latencies.len(), at.map(|ms| format!("{ms:.2} ms")).join(" | "));
     at
 }
 
@@ -151,19 +152,19 @@ fn check_added_latency(rounds: &[Round]) -> bool {
 async fn follow<T>(
     address: SocketAddr,
     streams: usize,
-    life: Duration,
+    duration: Duration,
     sample: impl FnOnce() -> T,
 ) -> (Vec<u64>, T) {
-    let starts = life / 2;
+    let starts = duration / 2;
     let mut callers = JoinSet::new();
     for n in 0..streams {
         callers.spawn(async move {
             tokio::time::sleep(starts.mul_f64(n as f64 / streams as f64)).await;
-            caller(address, Instant::now() + life).await
+            caller(address, Instant::now() + duration).await
         });
     }
     let sample = async {
-        tokio::time::sleep((starts + life) / 2).await;
+        tokio::time::sleep((starts + duration) / 2).await;
         sample()
     };
     let (all, seen) = tokio::join!(callers.join_all(), sample);
@@ -177,7 +178,7 @@ async fn caller(address: SocketAddr, until: Instant) -> Vec<u64> {
     const MARK: &[u8] = b"\"written\":";
     let mut socket = TcpStream::connect(address).await.unwrap();
     send_request(&mut socket).await;
-    let (mut buffer, mut late) = (Vec::with_capacity(4 * 1024), Vec::new());
+    let (mut buffer, mut latencies) = (Vec::with_capacity(4 * 1024), Vec::new());
     while Instant::now() < until {
         assert!(socket.read_buf(&mut buffer).await.unwrap() > 0, "the stream ended early");
         let now = CLOCK.elapsed().as_nanos() as u64;
@@ -186,12 +187,12 @@ async fn caller(address: SocketAddr, until: Instant) -> Vec<u64> {
             let digits = &buffer[at + MARK.len()..];
             let Some(end) = digits.iter().position(|b| !b.is_ascii_digit()) else { break };
             let written: u64 = std::str::from_utf8(&digits[..end]).unwrap().parse().unwrap();
-            late.push(now.saturating_sub(written));
+            latencies.push(now.saturating_sub(written));
             read = at + MARK.len() + end;
         }
         buffer.drain(..read);
     }
-    late
+    latencies
 }
 
 async fn send_request(socket: &mut TcpStream) {

@@ -91,7 +91,7 @@ pub(crate) fn measure(is_quick: bool) -> bool {
                 MAX_RATIO_FOR_TWICE,
             );
             if size == 16 * 1024 {
-                is_fine &= is_within(&format!("{name}: ns a byte"), 1_000.0 / speed, 1_000.0 / min_speed);
+                is_fine &= is_within(&format!("{name}: ns per byte"), 1_000.0 / speed, 1_000.0 / min_speed);
             }
             cells.push(format!("{speed:.0} ({ratio:.2})"));
         }

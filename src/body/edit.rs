@@ -45,7 +45,7 @@ pub struct Edit {
 pub struct Bounds {
     api: Api,
     /// The values of the caller's bounds, including nulls.
-    pub(super) caps: SmallVec<[Span; 2]>,
+    pub(super) existing: SmallVec<[Span; 2]>,
     /// Position after the body's opening brace. A field always follows it: an empty body requests neither a stream
     /// nor a completion, so it is never edited.
     opening: usize,
@@ -64,10 +64,10 @@ impl Bounds {
     /// The edits that bound each completion to `tokens`. They change every field with a larger bound or null, or
     /// insert a new field, whose name depends on the API and the model.
     pub fn lower_to(&self, tokens: u64, model: &str, body: &[u8]) -> Vec<Edit> {
-        if !self.caps.is_empty() {
+        if !self.existing.is_empty() {
             let is_lower = |at: &&Span| at.number(body).is_some_and(|bound| bound <= tokens);
             let edit = |&at: &Span| Edit { at, text: tokens.to_string().into() };
-            return self.caps.iter().filter(|at| !is_lower(at)).map(edit).collect();
+            return self.existing.iter().filter(|at| !is_lower(at)).map(edit).collect();
         }
         if let Some(at) = self.null_config {
             return vec![Edit { at, text: format!("{{\"maxOutputTokens\":{tokens}}}").into() }];

@@ -1,4 +1,4 @@
-//! The governed fields of a body: those that decide what a request may do and what it costs.
+//! The governed fields of a body: the fields that determine the permissions and the costs of a request.
 
 use super::edit::{Span, StreamOptions};
 use super::inputs::Inputs;
@@ -238,7 +238,7 @@ impl<'a> BodyReader<'a> {
         // A null is replaced when the bound is lowered.
         let is_bound = matches!(name, "max_tokens" | "max_completion_tokens" | "max_output_tokens");
         if is_bound && (name == "max_output_tokens") == (self.api == Api::Responses) {
-            self.body.bounds.caps.push(Span::of(self.text, raw));
+            self.body.bounds.existing.push(Span::of(self.text, raw));
         }
     }
 
@@ -250,9 +250,9 @@ impl<'a> BodyReader<'a> {
                 .map_err(|_| "a string"),
             "stream" => raw.parse().map(|streams| self.body.streams = streams).map_err(|_| "true or false"),
             "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
-                let cap = bounded(raw, u64::from(!accepts_zero), MAX_COMPLETION_BOUND);
-                self.body.max_tokens = self.body.max_tokens.max(cap);
-                cap.map(drop).ok_or(UP_TO_MAX)
+                let bound = bounded(raw, u64::from(!accepts_zero), MAX_COMPLETION_BOUND);
+                self.body.max_tokens = self.body.max_tokens.max(bound);
+                bound.map(drop).ok_or(UP_TO_MAX)
             }
             "n" | "best_of" => {
                 let choices = bounded(raw, 1, MAX_CHOICES);
@@ -280,7 +280,7 @@ impl<'a> BodyReader<'a> {
         let is_empty = raw[1..raw.len() - 1].trim().is_empty();
         self.body.bounds.config = Some((offset(self.text, raw) + 1, is_empty));
         if let Some(max_tokens) = max_tokens {
-            self.body.bounds.caps.push(Span::of(self.text, max_tokens));
+            self.body.bounds.existing.push(Span::of(self.text, max_tokens));
             if max_tokens != "null" {
                 let Some(tokens) = bounded(max_tokens, 1, MAX_COMPLETION_BOUND) else {
                     self.fault = Some(BodyFault::Value { param: "maxOutputTokens", expected: UP_TO_MAX });

@@ -8,7 +8,7 @@ use super::tools::Style;
 use super::vocabulary::Encoding;
 use crate::api::Api;
 
-/// A model, as far as prompt estimates depend on it.
+/// The properties of a model that prompt estimates depend on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Model {
     /// Counts the model's tokens.
@@ -117,8 +117,8 @@ const CLAUDE_4_7: ChatTemplate = claude(3, (690, 17, 165), 115);
 /// The number is the tokens of the model per 100 tokens of `o200k_base`. It was measured on texts that both
 /// vocabularies count. For models without a published vocabulary it was fitted to recorded exchanges.
 ///
-/// A comment such as "42 plain, 28 tools" is the number of recorded exchanges that the entry was fitted to: with text
-/// alone, and with tools.
+/// A comment like "42 plain, 28 tools" gives the number of recorded exchanges that the entry was fitted to: with
+/// text alone, and with tools.
 const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 5 plain, 13 tools. The template begins with a description of the model.
     (
@@ -244,7 +244,8 @@ impl Model {
         pages.saturating_mul(self.images.page(api)).saturating_add(text)
     }
 
-    /// Tokens of audio by its tenths of a second. The guides say 10 per second for OpenAI, 32 for Google.
+    /// Tokens of audio by its length in tenths of a second. According to the guides, 10 per second for OpenAI and
+    /// 32 for Google.
     pub(super) fn audio(api: Api, tenths: u64) -> u64 {
         if api == Api::Gemini { tenths.saturating_mul(32).div_ceil(10) } else { tenths }
     }

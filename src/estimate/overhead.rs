@@ -83,7 +83,7 @@ struct Overhead {
     after_system: i64,
     /// For each request with a schema for the answer.
     schema: i64,
-    /// For a request that must call one named tool, beside the name.
+    /// For a request that must call one named tool, in addition to the name.
     required_by_name: i64,
     /// For a request that must call some tool.
     required: i64,
@@ -91,7 +91,8 @@ struct Overhead {
     forbidden: i64,
 }
 
-/// OpenAI's cookbook, "How to count tokens with tiktoken"; functions by the project openai-chat-tokens.
+/// OpenAI's first models. From OpenAI's cookbook, "How to count tokens with tiktoken"; functions by the project
+/// openai-chat-tokens.
 const EARLY: Overhead = Overhead {
     request: 3,
     message: 3,
@@ -193,7 +194,7 @@ pub(super) struct MessageCounts {
     pub(super) arguments: u64,
     /// Messages with several tool calls.
     pub(super) parallel_calls: u64,
-    /// Messages with text beside tool calls.
+    /// Messages with text and tool calls.
     pub(super) calls_with_text: u64,
     /// Results of tool calls.
     pub(super) results: u64,

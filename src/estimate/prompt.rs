@@ -35,7 +35,7 @@ pub enum Role {
     Tool,
 }
 
-/// What the model has to read for a request: texts to count, and known numbers of tokens.
+/// The input of the model for a request: texts to count, and known numbers of tokens.
 #[derive(Debug, Default)]
 pub struct Prompt<'a> {
     api: Api,

@@ -67,7 +67,7 @@ fn tool_call_arguments_cost_tokens_at_anthropic() {
 }
 
 #[test]
-fn each_function_and_its_parameters_cost_the_same() {
+fn every_function_of_a_list_adds_the_same_number_of_tokens() {
     let schema =
         json!({"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}});
     let tool = json!({"type": "function", "function": {"name": "weather", "description": "Tells it.",

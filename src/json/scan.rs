@@ -45,7 +45,7 @@ pub(crate) enum Found<'a> {
 
 /// Finds the top-level members of a JSON document: of an object, or of each object in a list.
 ///
-/// The document may be cut into pieces anywhere. Keeps one key and nothing else.
+/// The document may be cut into pieces anywhere. Buffers one key and nothing else.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct MemberScanner {
     lexer: Lexer,

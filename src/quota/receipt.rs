@@ -1,4 +1,4 @@
-//! What an admitted request holds in its quotas.
+//! The amounts that an admitted request holds in its quotas.
 
 use super::Amounts;
 use smallvec::SmallVec;

@@ -45,7 +45,7 @@ type Applicable = SmallVec<[u32; 8]>;
 
 /// Configuration.
 impl Quotas {
-    /// Creates full quotas.
+    /// Creates quotas of which nothing is spent or held.
     pub fn new(quotas: &[Quota], now: Timestamp) -> Self {
         let mut all = Self { cells: Vec::new(), index: ScopeIndex::default(), next_id: 0 };
         all.set_quotas(quotas, now);

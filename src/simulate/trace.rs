@@ -58,7 +58,7 @@ struct TraceColumns {
 /// Reads a trace. Returns its calls sorted by time.
 ///
 /// # Errors
-/// A column is missing, or a value cannot be read. Reports the first such value.
+/// A column is missing, or a value cannot be read. Reports the first unreadable value.
 pub fn read_trace(input: impl Read) -> Result<Vec<TraceCall>, TraceFault> {
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(input);
     let fault = |e: &csv::Error| TraceFault {

@@ -55,9 +55,9 @@ pub struct Delivered {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeliveredTokens {
     /// Lower bound: one token for each event that carries generated text.
-    pub at_least: u64,
+    pub lower_bound: u64,
     /// Best guess.
-    pub about: u64,
+    pub best_guess: u64,
 }
 
 impl Delivered {
@@ -152,8 +152,9 @@ impl Delivered {
     /// tokens: one token per four bytes, although a token of plain text often has five or six bytes.
     pub fn tokens(&self) -> DeliveredTokens {
         let by_length = self.text.total_bytes() / 4;
-        let about = if by_length >= 2 * self.generated_events { by_length } else { self.generated_events };
-        DeliveredTokens { at_least: self.generated_events, about }
+        let best_guess =
+            if by_length >= 2 * self.generated_events { by_length } else { self.generated_events };
+        DeliveredTokens { lower_bound: self.generated_events, best_guess }
     }
 
     /// The data of the last events, newest first.
@@ -378,7 +379,7 @@ mod tests {
         ] {
             let mut delivered = Delivered::default();
             delivered.push_event(event.as_bytes());
-            assert_eq!(delivered.tokens().at_least, u64::from(is), "{event}");
+            assert_eq!(delivered.tokens().lower_bound, u64::from(is), "{event}");
         }
     }
 

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-/// What a key of a usage object holds.
+/// The meaning of a key of a usage object.
 #[derive(Clone, Copy)]
 enum FieldShape {
     /// A number of tokens.

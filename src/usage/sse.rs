@@ -112,9 +112,9 @@ impl SseReader {
     pub fn tokens_so_far(&self, cap: u64) -> u64 {
         let (reported, before, now) =
             (self.reported.completion().unwrap_or(0), self.delivered_at_report, self.delivered.tokens());
-        let at_least = reported + now.at_least.saturating_sub(before.at_least);
-        let about = reported + now.about.saturating_sub(before.about);
-        at_least.max(about.min(cap))
+        let lower_bound = reported + now.lower_bound.saturating_sub(before.lower_bound);
+        let best_guess = reported + now.best_guess.saturating_sub(before.best_guess);
+        lower_bound.max(best_guess.min(cap))
     }
 
     /// The events that end the stream as if the model had reached its token limit, in the format of the delivered

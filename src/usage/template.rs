@@ -330,8 +330,8 @@ mod tests {
         delivered.parse_all();
         let last = delivered.last_events().next().map(Bytes::copy_from_slice);
         let opened = (delivered.open_block(), Bytes::copy_from_slice(delivered.opening()));
-        let DeliveredTokens { at_least, about } = delivered.tokens();
-        let tokens = (at_least, reader.reported().completion().is_none().then_some(about));
+        let DeliveredTokens { lower_bound, best_guess } = delivered.tokens();
+        let tokens = (lower_bound, reader.reported().completion().is_none().then_some(best_guess));
         (tokens, opened, last, reader.reported(), reader.take_text())
     }
 
@@ -399,7 +399,7 @@ mod tests {
                 delivered.push_event(event.as_bytes());
             }
         }
-        assert_eq!(delivered.tokens().at_least, 6);
+        assert_eq!(delivered.tokens().lower_bound, 6);
         assert_eq!(delivered.finish_events().texts, [format!("Hi there{long}!\n ok")]);
     }
 }

@@ -267,7 +267,7 @@ async fn a_query_key_of_the_caller_is_forwarded_and_a_query_key_of_the_gateway_i
     assert_eq!(upstream.seen().len(), 2);
 }
 
-/// A request for a stream that does not mention usage.
+/// A request for a stream without `stream_options`, plus these fields.
 fn stream_request(fields: &str) -> String {
     hello(&format!(r#""stream":true{fields}"#))
 }

@@ -48,7 +48,8 @@ async fn completions_and_embeddings_are_counted_from_texts_and_token_ids() {
 const RAW: &str = "x-tollgate-raw-estimated-prompt-tokens";
 const ESTIMATED: &str = "x-tollgate-estimated-prompt-tokens";
 
-/// A gateway with one open environment `staging`, more settings of it as YAML lines, and a store in this folder.
+/// A gateway with a store in this folder and one environment `staging`, which has no keys. `settings` are more
+/// lines of YAML for the environment.
 async fn gateway_with_store(upstream: &Upstream, folder: &Path, settings: &str) -> Gateway {
     let text = format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\n\

@@ -14,7 +14,7 @@ struct Stream {
     origin: Origin,
     grant: Grant,
     /// Its reservations, by number: the first one and its extensions.
-    pieces: Vec<(u64, Amounts)>,
+    reservations: Vec<(u64, Amounts)>,
     /// Amounts spent so far.
     spent: Amounts,
 }
@@ -128,7 +128,7 @@ impl StreamWalk {
         self.next += 1;
         self.recounts.iter_mut().filter(|r| r.applies_to(origin)).for_each(|r| r.hold(id, reserved));
         let spent = Amounts::of_request(self.random.below(300), 0);
-        self.open.push(Stream { origin, grant: admission.grant, pieces: vec![(id, reserved)], spent });
+        self.open.push(Stream { origin, grant: admission.grant, reservations: vec![(id, reserved)], spent });
         self.note("admitted");
     }
 
@@ -169,10 +169,10 @@ impl StreamWalk {
             let id = self.next;
             self.next += 1;
             self.recounts.iter_mut().filter(|r| r.applies_to(origin)).for_each(|r| r.hold(id, grown));
-            stream.pieces.push((id, grown));
+            stream.reservations.push((id, grown));
         }
         let mut left = stream.spent;
-        for &(id, reserved) in &stream.pieces {
+        for &(id, reserved) in &stream.reservations {
             self.recounts.iter_mut().for_each(|r| r.progress(id, i128::from(left.of(r.quota.kind))));
             left = left.saturating_sub(reserved);
         }
@@ -195,7 +195,7 @@ impl StreamWalk {
 
     fn settle(&mut self) {
         let Some(at) = self.pick() else { return };
-        let Stream { origin, grant, pieces, spent } = self.open.swap_remove(at);
+        let Stream { origin, grant, reservations, spent } = self.open.swap_remove(at);
         let spent = match self.random.below(4) {
             0 => Amounts::default(),
             1 => Amounts::of_request(self.random.below(350), self.random.below(600)),
@@ -205,8 +205,8 @@ impl StreamWalk {
         self.advance();
         self.local.settle(Timestamp(self.now), origin.subject(), grant, Settlement { spent, is_complete });
         let mut left = spent;
-        for (n, &(id, reserved)) in (1..).zip(&pieces) {
-            let part = if n == pieces.len() { left } else { left.min(reserved) };
+        for (n, &(id, reserved)) in (1..).zip(&reservations) {
+            let part = if n == reservations.len() { left } else { left.min(reserved) };
             left = left.saturating_sub(part);
             self.recounts.iter_mut().for_each(|r| r.settle(id, i128::from(part.of(r.quota.kind))));
         }

@@ -6,7 +6,7 @@ use crate::rules::{charged, random_cuts};
 use bytes::Bytes;
 use tollgate::usage::{JsonReader, Reported, SseReader};
 
-/// Comparisons so far.
+/// The results of the comparisons so far.
 #[derive(Default)]
 pub(crate) struct Charges {
     answers: usize,

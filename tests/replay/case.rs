@@ -21,19 +21,19 @@ pub(crate) struct Case<'a> {
     pub(crate) answer: Bytes,
     pub(crate) is_compressed: bool,
     /// The body that the caller must receive.
-    pub(crate) passed: Bytes,
-    pub(crate) due: Due,
+    pub(crate) expected_body: Bytes,
+    pub(crate) expected_charge: ExpectedCharge,
 }
 
 /// The expected charge.
 #[derive(Clone, Copy)]
-pub(crate) struct Due {
+pub(crate) struct ExpectedCharge {
     pub(crate) requests: u64,
     /// Prompt, completion and total tokens; `None`: the answer reports no usage.
-    by_rules: Option<(u64, u64, u64)>,
+    reported: Option<(u64, u64, u64)>,
     /// Whether the usage lacks fields, which the estimate and the count replace.
-    misses_prompt: bool,
-    misses_completion: bool,
+    lacks_prompt: bool,
+    lacks_completion: bool,
     /// Whether the prompts of the API are estimated and the answer is not an error.
     is_estimated: bool,
     /// The count of the answer's text, for answers that do not report usage.
@@ -61,26 +61,32 @@ impl<'a> Case<'a> {
         let whole = Self {
             exchange,
             method,
-            due: Due::of(exchange, &answer, status, target.starts_with("/v1/models"), tokenizer),
+            expected_charge: ExpectedCharge::of(
+                exchange,
+                &answer,
+                status,
+                target.starts_with("/v1/models"),
+                tokenizer,
+            ),
             target,
             request,
             status,
             is_compressed,
-            passed: answer.clone(),
+            expected_body: answer.clone(),
             answer,
         };
         if !(exchange.stream && api.is_some_and(Api::reports_stream_usage_on_request)) {
             return vec![whole];
         }
-        let withheld = if is_compressed { whole.answer.clone() } else { less_usage(&whole.answer) };
-        let asks = |asks: bool, passed: &Bytes| Self {
-            request: asking(&whole.request, asks),
-            passed: passed.clone(),
+        let withheld = if is_compressed { whole.answer.clone() } else { without_usage_chunk(&whole.answer) };
+        let with_usage = |requests_usage: bool, expected_body: &Bytes| Self {
+            request: stream_request(&whole.request, requests_usage),
+            expected_body: expected_body.clone(),
             target: whole.target.clone(),
             answer: whole.answer.clone(),
             ..whole
         };
-        vec![asks(true, &whole.answer), asks(false, &withheld)]
+        vec![with_usage(true, &whole.answer), with_usage(false, &withheld)]
     }
 }
 
@@ -146,10 +152,10 @@ fn model(target: &str, request: &[u8]) -> String {
 }
 
 /// A request for a stream, with or without a request for usage.
-fn asking(request: &[u8], asks: bool) -> Bytes {
+fn stream_request(request: &[u8], requests_usage: bool) -> Bytes {
     let mut body: Value = serde_json::from_slice(request).unwrap();
     body["stream"] = true.into();
-    if asks {
+    if requests_usage {
         body["stream_options"] = json!({"include_usage": true});
     } else {
         body.as_object_mut().unwrap().remove("stream_options");
@@ -158,8 +164,8 @@ fn asking(request: &[u8], asks: bool) -> Bytes {
 }
 
 /// Removes the events with a usage and no choices from a stream.
-fn less_usage(stream: &[u8]) -> Bytes {
-    let (mut kept, mut event, mut data) = (Vec::new(), Vec::new(), Vec::new());
+fn without_usage_chunk(stream: &[u8]) -> Bytes {
+    let (mut forwarded, mut event, mut data) = (Vec::new(), Vec::new(), Vec::new());
     for line in lines(stream) {
         event.extend_from_slice(line);
         let text = line.trim_ascii_end();
@@ -168,15 +174,15 @@ fn less_usage(stream: &[u8]) -> Bytes {
         }
         if text.is_empty() {
             let event = std::mem::take(&mut event);
-            if !only_reports(&std::mem::take(&mut data)) {
-                kept.extend(event);
+            if !is_usage_chunk(&std::mem::take(&mut data)) {
+                forwarded.extend(event);
             }
         }
     }
-    if !only_reports(&data) {
-        kept.extend(event);
+    if !is_usage_chunk(&data) {
+        forwarded.extend(event);
     }
-    kept.into()
+    forwarded.into()
 }
 
 /// Splits into lines with their ends: LF, CR or CRLF.
@@ -192,12 +198,12 @@ fn lines(mut text: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-fn only_reports(data: &[u8]) -> bool {
+fn is_usage_chunk(data: &[u8]) -> bool {
     let event: Value = serde_json::from_slice(data).unwrap_or_default();
     event["choices"].as_array().is_some_and(Vec::is_empty) && !event["usage"].is_null()
 }
 
-impl Due {
+impl ExpectedCharge {
     fn of(exchange: &Exchange, answer: &Bytes, status: u16, is_free: bool, tokenizer: Tokenizer) -> Self {
         let (reported, texts) = read(&unzipped(answer), exchange);
         let is_estimated = (200..300).contains(&status) && exchange.api().is_some();
@@ -205,25 +211,25 @@ impl Due {
         let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.known_tokens;
         Self {
             requests: u64::from(!is_free),
-            by_rules: charged(exchange),
-            misses_prompt: reported.prompt().is_none(),
-            misses_completion: reported.completion().is_none(),
+            reported: charged(exchange),
+            lacks_prompt: reported.prompt().is_none(),
+            lacks_completion: reported.completion().is_none(),
             is_estimated,
             counted: if generates { counted } else { 0 },
         }
     }
 
-    /// Whether the charge (requests, prompt, completion, total) is as expected. `estimate_header` is the estimate in the answer's
-    /// headers.
-    pub(crate) fn is_met(&self, charged: [u64; 4], estimate_header: u64) -> bool {
+    /// Whether the charge (requests, prompt, completion, total) is the expected one. `estimate_header` is the estimate in
+    /// the headers of the answer.
+    pub(crate) fn matches(&self, charged: [u64; 4], estimate_header: u64) -> bool {
         let [requests, prompt, completion, total] = charged;
         let estimate = if self.is_estimated { estimate_header } else { 0 };
-        let (wanted, least_total) = match self.by_rules {
+        let (wanted, least_total) = match self.reported {
             Some((p, c, t)) => ((p, c), t),
             None => ((0, 0), 0),
         };
-        let is_prompt = prompt == if self.misses_prompt { estimate } else { wanted.0 };
-        let is_completion = completion == if self.misses_completion { self.counted } else { wanted.1 };
+        let is_prompt = prompt == if self.lacks_prompt { estimate } else { wanted.0 };
+        let is_completion = completion == if self.lacks_completion { self.counted } else { wanted.1 };
         requests == self.requests
             && is_prompt
             && is_completion
@@ -233,11 +239,15 @@ impl Due {
     /// A description for the report.
     pub(crate) fn describe(&self) -> String {
         format!(
-            "{} request, {:?} by the rules{}{}",
+            "{} request, reported usage {:?}{}{}",
             self.requests,
-            self.by_rules,
-            if self.misses_prompt { ", the prompt as estimated" } else { "" },
-            if self.misses_completion { format!(", {} counted", self.counted) } else { String::new() }
+            self.reported,
+            if self.lacks_prompt { ", the prompt is the estimate" } else { "" },
+            if self.lacks_completion {
+                format!(", the completion is the count {}", self.counted)
+            } else {
+                String::new()
+            }
         )
     }
 }

@@ -61,16 +61,18 @@ impl Worker {
                     outcome.wrong_bytes += 1;
                     print_fault(&case, way, &difference);
                 }
-                let told = reply.header("x-tollgate-estimated-prompt-tokens");
-                let told = told.map_or(0, |tokens| tokens.parse().unwrap());
-                let is_met = case.due.is_met(charged, told);
-                if !is_met || *first.get_or_insert(charged) != charged {
+                let estimated = reply.header("x-tollgate-estimated-prompt-tokens");
+                let estimated = estimated.map_or(0, |tokens| tokens.parse().unwrap());
+                let is_expected = case.expected_charge.matches(charged, estimated);
+                if !is_expected || *first.get_or_insert(charged) != charged {
                     outcome.wrong_charges += 1;
-                    let due = case.due.describe();
+                    let expected = case.expected_charge.describe();
                     print_fault(
                         &case,
                         way,
-                        &format!("{charged:?} charged for {due}; {told} estimated, first {first:?}"),
+                        &format!(
+                            "charged {charged:?} instead of {expected}; estimate {estimated}, charge of the first replay {first:?}"
+                        ),
                     );
                 }
             }
@@ -112,7 +114,7 @@ fn head(case: &Case<'_>) -> String {
     format!("content-type: {}\r\n{encoding}", case.exchange.content_type())
 }
 
-/// The faults of an answer.
+/// Describes the first difference between the reply and the expected answer.
 fn difference(case: &Case<'_>, reply: &Reply) -> Option<String> {
     if let Some(error) = reply.header("x-tollgate-error") {
         return Some(format!("the gateway sent its own error: {error}"));
@@ -123,13 +125,13 @@ fn difference(case: &Case<'_>, reply: &Reply) -> Option<String> {
             reply.status, case.status, reply.is_incomplete
         ));
     }
-    let same = reply.body.iter().zip(&case.passed).take_while(|(got, wanted)| got == wanted).count();
-    let is_same = same == reply.body.len() && same == case.passed.len();
+    let same = reply.body.iter().zip(&case.expected_body).take_while(|(got, wanted)| got == wanted).count();
+    let is_same = same == reply.body.len() && same == case.expected_body.len();
     (!is_same).then(|| {
         format!(
             "first difference at byte {same}; {} bytes instead of {}",
             reply.body.len(),
-            case.passed.len()
+            case.expected_body.len()
         )
     })
 }

@@ -8,7 +8,7 @@ use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 pub(crate) const APIS: [Api; 6] =
     [Api::Chat, Api::Completions, Api::Responses, Api::Embeddings, Api::Messages, Api::Gemini];
 
-/// One model of each prompt format and each image rule. The empty name stands for the body's own model.
+/// One model of each prompt format and each image rule. The empty name selects the model that the body names.
 const MODELS: [&str; 16] = [
     "gpt-4o",
     "gpt-4",
@@ -31,10 +31,10 @@ const MODELS: [&str; 16] = [
 /// Every input must use less CPU time. Five times the time of the slowest 64 KiB, which are documents to inflate.
 const MAX_NANOSECONDS: u64 = 1_000_000_000;
 
-pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
+pub(crate) fn check(api: Api, variant: u8, json: &[u8]) {
     let began = processor_time();
     let Ok(body) = Body::read(api, json) else { return };
-    let model = match MODELS[usize::from(how) % MODELS.len()] {
+    let model = match MODELS[usize::from(variant) % MODELS.len()] {
         "" => body.model.as_deref().unwrap_or_default(),
         name => name,
     };
@@ -55,7 +55,7 @@ pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
     is_bounded(&estimate, json.len());
     assert!(body.completion_cap() >= body.max_tokens && body.completions() >= 1);
     if has_a_field(json) && api.generates() {
-        edits(api, how, json, &body, model);
+        edits(api, variant, json, &body, model);
     }
 }
 
@@ -68,7 +68,7 @@ pub(crate) fn check(api: Api, how: u8, json: &[u8]) {
 /// - A response schema: 1.4 tokens a byte.
 /// - Overhead: 50 tokens and those of a message for a call as short as `1,`.
 /// - Images: at most 6,000,000 tokens (see the tests in `src/estimate/images.rs`) for 13 bytes, `{"detail":1},`. A byte
-///   of a document inflates to at most 1,032 bytes, of which four are a token.
+///   of a document inflates to at most 1,032 bytes, and four of these count as a token.
 fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
     /// Fixed tokens of a request: its template and an introduction to tools.
     const FIXED: u64 = 2_000;
@@ -90,8 +90,8 @@ fn has_a_field(json: &[u8]) -> bool {
 }
 
 /// Applies the edits of the gateway to a body, and checks that the result is still accepted.
-fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
-    let bound = 1 + u64::from(how);
+fn edits(api: Api, variant: u8, json: &[u8], body: &Body<'_>, model: &str) {
+    let bound = 1 + u64::from(variant);
     // The proxy does the same. The other APIs always report usage.
     let requests_usage = matches!(api, Api::Chat | Api::Completions) && body.streams && !body.wants_usage();
     let mut edits = body.bounds().lower_to(bound, model, json);
@@ -116,8 +116,8 @@ fn edits(api: Api, how: u8, json: &[u8], body: &Body<'_>, model: &str) {
     // The gateway accepts numbers that are too large for serde_json's tree.
     let (Some(tree), Some(tree_after)) = (tree(json), tree(&after)) else { return };
     // The chat API does not have this field, but some upstreams read it.
-    let keeps_another = api != Api::Responses && tree.contains_key("max_output_tokens");
-    if !keeps_another {
+    let has_foreign_bound = api != Api::Responses && tree.contains_key("max_output_tokens");
+    if !has_foreign_bound {
         assert_eq!(
             again.max_tokens,
             Some(body.max_tokens.map_or(bound, |before| before.min(bound))),
@@ -135,7 +135,7 @@ fn tree(json: &[u8]) -> Option<Map<String, Value>> {
 
 /// A body without the fields that edits set.
 fn without_edits(api: Api, mut body: Map<String, Value>) -> Map<String, Value> {
-    let mut cut = |object: &str, members: &[&str]| {
+    let mut remove_members = |object: &str, members: &[&str]| {
         let Some(inner) = body.get_mut(object) else { return };
         if let Value::Object(inner) = inner {
             inner.retain(|name, _| !members.contains(&name.as_str()));
@@ -147,12 +147,12 @@ fn without_edits(api: Api, mut body: Map<String, Value>) -> Map<String, Value> {
     };
     match api {
         Api::Gemini => {
-            cut("generationConfig", &["maxOutputTokens", "max_output_tokens"]);
-            cut("generation_config", &["maxOutputTokens", "max_output_tokens"]);
+            remove_members("generationConfig", &["maxOutputTokens", "max_output_tokens"]);
+            remove_members("generation_config", &["maxOutputTokens", "max_output_tokens"]);
         }
         Api::Responses => drop(body.remove("max_output_tokens")),
         _ => {
-            cut("stream_options", &["include_usage"]);
+            remove_members("stream_options", &["include_usage"]);
             body.retain(|name, _| name != "max_tokens" && name != "max_completion_tokens");
         }
     }

@@ -5,10 +5,10 @@ use tollgate::usage::{ContentCoding, Decoder};
 const CODINGS: [ContentCoding; 4] =
     [ContentCoding::Gzip, ContentCoding::Deflate, ContentCoding::Brotli, ContentCoding::Zstd];
 
-pub(crate) fn check(how: u8, code: &[u8]) {
-    let coding = CODINGS[usize::from(how % 4)];
+pub(crate) fn check(variant: u8, code: &[u8]) {
+    let coding = CODINGS[usize::from(variant % 4)];
     let whole = decoded(coding, code, usize::MAX);
-    let cut = decoded(coding, code, 1 + usize::from(how / 4));
+    let cut = decoded(coding, code, 1 + usize::from(variant / 4));
     let same = whole.inner().len().min(cut.inner().len());
     assert!(whole.inner()[..same] == cut.inner()[..same]);
     if !whole.has_failed() && !cut.has_failed() {

@@ -13,11 +13,11 @@ mod streams;
 const HEAD: usize = 2;
 
 libfuzzer_sys::fuzz_target!(init: tollgate::estimate::warm(), |input: &[u8]| {
-    if let [what, how, rest @ ..] = input {
-        match what.wrapping_sub(b'0') % 8 {
-            6 => streams::check(*how, rest),
-            7 => coded::check(*how, rest),
-            api => bodies::check(bodies::APIS[usize::from(api)], *how, rest),
+    if let [reader, variant, rest @ ..] = input {
+        match reader.wrapping_sub(b'0') % 8 {
+            6 => streams::check(*variant, rest),
+            7 => coded::check(*variant, rest),
+            api => bodies::check(bodies::APIS[usize::from(api)], *variant, rest),
         }
     }
 });

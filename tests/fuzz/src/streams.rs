@@ -3,19 +3,24 @@
 use bytes::Bytes;
 use tollgate::usage::{SseReader, TextToCount};
 
-pub(crate) fn check(how: u8, stream: &[u8]) {
+pub(crate) fn check(variant: u8, stream: &[u8]) {
     let stream = Bytes::copy_from_slice(stream);
-    let withholds = how & 1 == 1;
-    let whole = follow(&stream, withholds, usize::MAX);
+    let withholds = variant & 1 == 1;
+    let whole = read_in_pieces(&stream, withholds, usize::MAX);
     // Pieces of 1 to 128 bytes.
-    let cut = follow(&stream, withholds, 1 + usize::from(how / 2));
-    let shown = |given: &[u8]| given.escape_ascii().to_string();
-    assert!(whole.given == cut.given, "whole: {}\ncut: {}", shown(&whole.given), shown(&cut.given));
+    let cut = read_in_pieces(&stream, withholds, 1 + usize::from(variant / 2));
+    let shown = |passed_on: &[u8]| passed_on.escape_ascii().to_string();
+    assert!(
+        whole.passed_on == cut.passed_on,
+        "whole: {}\ncut: {}",
+        shown(&whole.passed_on),
+        shown(&cut.passed_on)
+    );
     assert_eq!(whole.read, cut.read);
     if withholds {
-        assert!(whole.given.len() <= stream.len());
+        assert!(whole.passed_on.len() <= stream.len());
     } else {
-        assert!(whole.given == stream, "{}", shown(&whole.given));
+        assert!(whole.passed_on == stream, "{}", shown(&whole.passed_on));
     }
     let text = String::from_utf8(whole.ending.into()).unwrap();
     for event in text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")) {
@@ -24,16 +29,16 @@ pub(crate) fn check(how: u8, stream: &[u8]) {
     }
 }
 
-struct Followed {
+struct StreamResult {
     /// The bytes that the caller receives.
-    given: Vec<u8>,
+    passed_on: Vec<u8>,
     /// Usage, withheld events, tokens so far, texts.
     read: (tollgate::usage::Reported, u32, u64, TextToCount),
     /// The events that would end the stream at its token limit.
     ending: String,
 }
 
-fn follow(stream: &Bytes, withholds: bool, piece: usize) -> Followed {
+fn read_in_pieces(stream: &Bytes, withholds: bool, piece: usize) -> StreamResult {
     let mut reader = SseReader::new(withholds);
     let mut out: Vec<Bytes> = Vec::new();
     let mut from = 0;
@@ -45,5 +50,5 @@ fn follow(stream: &Bytes, withholds: bool, piece: usize) -> Followed {
     let ending = reader.length_ending(2);
     reader.finish(&mut out);
     let read = (reader.reported(), reader.withheld(), reader.tokens_so_far(100_000), reader.take_text());
-    Followed { given: out.concat(), read, ending }
+    StreamResult { passed_on: out.concat(), read, ending }
 }
