@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_governed_field_is_rejected_also_escaped_or_in_another_case() {
+    fn a_repeated_governed_field_is_rejected_even_if_escaped_or_in_another_case() {
         for json in [
             r#"{"model":"a","model":"b"}"#,
             r#"{"model":"a","\u006dodel":"b"}"#,
@@ -340,12 +340,12 @@ mod tests {
 
         proptest! {
             #[test]
-            fn no_input_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            fn no_input_causes_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
                 let _ = Body::read(Api::Chat, &bytes);
             }
 
             #[test]
-            fn no_json_makes_it_panic(text in "(\\{|\\}|\\[|\\]|,|:|\"(messages|role|content|stream_options|include_usage|user|input)\"|1|true|null){0,40}") {
+            fn no_json_causes_a_panic(text in "(\\{|\\}|\\[|\\]|,|:|\"(messages|role|content|stream_options|include_usage|user|input)\"|1|true|null){0,40}") {
                 for api in [Api::Chat, Api::Completions, Api::Embeddings] {
                     let _ = Body::read(api, text.as_bytes());
                 }

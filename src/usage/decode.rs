@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bomb_is_decoded_no_further_than_its_bound() {
+    fn a_decompression_bomb_is_decoded_only_up_to_the_bound() {
         let plain = vec![b' '; 64 << 20];
         for (how, coding) in ALL {
             let code = encoded(how, &plain);

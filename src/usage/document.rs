@@ -199,7 +199,7 @@ mod tests {
         }
 
         #[test]
-        fn no_input_makes_it_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..10)) {
+        fn no_input_causes_a_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..10)) {
             let mut reader = JsonReader::default();
             for piece in pieces {
                 reader.feed(&piece);

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     let exchanges: Vec<Exchange> = exchange::files(&folder)
         .iter()
         .flat_map(|file| exchange::read(file))
-        .filter(|exchange| all || is_of_the_tenth(exchange))
+        .filter(|exchange| all || is_in_the_fixed_tenth(exchange))
         .collect();
     if exchanges.is_empty() {
         eprintln!(
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 /// Selects an exchange by its id, which is a hash.
-fn is_of_the_tenth(exchange: &Exchange) -> bool {
+fn is_in_the_fixed_tenth(exchange: &Exchange) -> bool {
     exchange.id.bytes().fold(0, |sum, byte| (sum * 16 + u32::from(byte)) % 1_009) % 10 == 0
 }
 
