@@ -62,15 +62,15 @@ pub struct PromptEstimate {
     parts: [u64; PromptPart::ALL.len()],
     /// Whether there was too much text to tokenise. In this case every two bytes count as a token.
     pub is_rough: bool,
-    /// Number of things that the request refers to but does not carry. The estimate has no tokens for them.
+    /// Number of references to content outside the request. The estimate counts no tokens for this content.
     pub unseen: u64,
     /// Whether the provider adds a part of the prompt, or stores a part of it elsewhere. Calibration must not learn
     /// from this request.
     pub is_partial: bool,
     /// The kind of request, for calibration.
     pub kind: RequestKind,
-    /// Whether the built-in table or the config has the model.
-    pub knows_model: bool,
+    /// Whether the model is in a built-in table or in a rule of the config.
+    pub is_known_model: bool,
 }
 
 impl PromptEstimate {

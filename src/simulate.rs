@@ -185,11 +185,12 @@ struct Replay<'a> {
     pace: Pace,
     mode: Mode,
     now: Timestamp,
-    /// Time, sequence number and flight of each event. The sequence number orders events of the same time.
+    /// Time, sequence number, and index into `in_flight` of each event. The sequence number orders events of the
+    /// same time.
     events: BinaryHeap<Reverse<(Timestamp, u64, usize)>>,
     next_event: u64,
-    /// Ended flights are `None`.
-    flights: Vec<Option<Flight>>,
+    /// `None` after the answer has ended.
+    in_flight: Vec<Option<CallInFlight>>,
     meters: Vec<Meter>,
     outcome: ReplayOutcome,
     /// Time of the first denial since the last admission.
@@ -197,7 +198,7 @@ struct Replay<'a> {
 }
 
 /// An admitted call whose answer has not ended.
-struct Flight {
+struct CallInFlight {
     /// Index of the call in the trace.
     call: usize,
     grant: Grant,
@@ -262,7 +263,7 @@ impl<'a> Replay<'a> {
             now: start,
             events: BinaryHeap::new(),
             next_event: 0,
-            flights: Vec::new(),
+            in_flight: Vec::new(),
             meters: environment.quotas.iter().map(meter).collect(),
             outcome: ReplayOutcome {
                 offered_by_time: vec![0; CHART_COLUMNS],
@@ -302,45 +303,53 @@ impl<'a> Replay<'a> {
     fn begin(&mut self, call: usize, grant: Grant, completion: u64) {
         let began = self.now.plus_ms(ms(self.pace.first_token));
         let duration_ms = self.ms_for(completion);
-        let flight =
-            Flight { call, grant, began, completion, duration_ms, steps: 0, metered: Amounts::default() };
-        self.flights.push(Some(flight));
-        self.schedule(began, self.flights.len() - 1);
+        let call_in_flight = CallInFlight {
+            call,
+            grant,
+            began,
+            completion,
+            duration_ms,
+            steps: 0,
+            metered: Amounts::default(),
+        };
+        self.in_flight.push(Some(call_in_flight));
+        self.schedule(began, self.in_flight.len() - 1);
     }
 
-    fn schedule(&mut self, at: Timestamp, flight: usize) {
+    fn schedule(&mut self, at: Timestamp, call_in_flight: usize) {
         self.next_event += 1;
-        self.events.push(Reverse((at, self.next_event, flight)));
+        self.events.push(Reverse((at, self.next_event, call_in_flight)));
     }
 
     /// Runs the next event: a stream begins, continues or ends.
     fn step(&mut self) {
         let Some(Reverse((at, _, index))) = self.events.pop() else { return };
         self.now = at;
-        let Some(mut flight) = self.flights[index].take() else { return };
-        let streamed = at.ms_since(flight.began);
-        flight.steps += 1;
+        let Some(mut call_in_flight) = self.in_flight[index].take() else { return };
+        let streamed = at.ms_since(call_in_flight.began);
+        call_in_flight.steps += 1;
         // With an extreme pace, the end of an answer is beyond the largest timestamp. The last step ends the answer
         // anyway.
-        let is_last = flight.steps > MAX_STEPS + 1;
+        let is_last = call_in_flight.steps > MAX_STEPS + 1;
         let within = if is_last { u64::MAX } else { self.tokens_within(streamed) };
-        let delivered = within.min(flight.completion);
-        let prompt = self.calls[flight.call].prompt;
+        let delivered = within.min(call_in_flight.completion);
+        let prompt = self.calls[call_in_flight.call].prompt;
         let spent = Amounts::of_request(prompt, delivered);
-        self.meter(&mut flight, spent);
-        if delivered >= flight.completion {
-            self.end(flight, spent);
+        self.meter(&mut call_in_flight, spent);
+        if delivered >= call_in_flight.completion {
+            self.end(call_in_flight, spent);
             return;
         }
-        let progress = self.local.progress(at, &self.calls[flight.call].model, &mut flight.grant, spent);
+        let progress =
+            self.local.progress(at, &self.calls[call_in_flight.call].model, &mut call_in_flight.grant, spent);
         if progress == Progress::Overrun && self.cuts() {
-            self.end(flight, spent);
+            self.end(call_in_flight, spent);
             return;
         }
-        let step = PROGRESS_INTERVAL_MS.max(flight.duration_ms / MAX_STEPS);
-        let next = streamed.saturating_add(step).min(flight.duration_ms.max(streamed + 1));
-        self.schedule(flight.began.plus_ms(next), index);
-        self.flights[index] = Some(flight);
+        let step = PROGRESS_INTERVAL_MS.max(call_in_flight.duration_ms / MAX_STEPS);
+        let next = streamed.saturating_add(step).min(call_in_flight.duration_ms.max(streamed + 1));
+        self.schedule(call_in_flight.began.plus_ms(next), index);
+        self.in_flight[index] = Some(call_in_flight);
     }
 
     /// Whether an overrun ends the stream.
@@ -349,10 +358,10 @@ impl<'a> Replay<'a> {
         self.mode == Mode::Configured && *enforce && reserve.on_overrun == OnOverrun::Cut
     }
 
-    fn end(&mut self, flight: Flight, spent: Amounts) {
-        let subject = Subject { caller: None, model: &self.calls[flight.call].model };
-        let settlement = Settlement { spent, is_complete: spent.completion >= flight.completion };
-        self.local.settle(self.now, subject, flight.grant, settlement);
+    fn end(&mut self, call_in_flight: CallInFlight, spent: Amounts) {
+        let subject = Subject { caller: None, model: &self.calls[call_in_flight.call].model };
+        let settlement = Settlement { spent, is_complete: spent.completion >= call_in_flight.completion };
+        self.local.settle(self.now, subject, call_in_flight.grant, settlement);
         self.outcome.spent = self.outcome.spent.saturating_add(spent);
         let is_calendar = |meter: &Meter| matches!(meter.ideal, IdealCounter::Calendar);
         if !self.meters.iter().any(is_calendar) {
@@ -364,10 +373,10 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn meter(&mut self, flight: &mut Flight, spent: Amounts) {
-        let more = spent.saturating_sub(flight.metered);
-        flight.metered = spent;
-        let model = &self.calls[flight.call].model;
+    fn meter(&mut self, call_in_flight: &mut CallInFlight, spent: Amounts) {
+        let more = spent.saturating_sub(call_in_flight.metered);
+        call_in_flight.metered = spent;
+        let model = &self.calls[call_in_flight.call].model;
         for meter in self.meters.iter_mut().filter(|meter| meter.measures(model)) {
             meter.spend(self.now, more.of(meter.quota.kind));
         }

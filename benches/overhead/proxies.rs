@@ -18,15 +18,15 @@ pub(crate) fn run(role: &str, address: SocketAddr, upstream: SocketAddr) {
     let all_cores =
         || tokio::runtime::Builder::new_multi_thread().worker_threads(CORES).enable_all().build().unwrap();
     match role {
-        "pool" => all_cores().block_on(pool(address, upstream)),
-        "reqwest" => all_cores().block_on(reqwest(address, upstream)),
+        "pool" => all_cores().block_on(serve_hyper(address, upstream)),
+        "reqwest" => all_cores().block_on(serve_reqwest(address, upstream)),
         "pool-percore" => {
             let threads: Vec<_> = (0..CORES)
                 .map(|_| {
                     std::thread::spawn(move || {
                         let runtime =
                             tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                        runtime.block_on(pool(address, upstream));
+                        runtime.block_on(serve_hyper(address, upstream));
                     })
                 })
                 .collect();
@@ -46,7 +46,7 @@ fn listen(address: SocketAddr) -> TcpListener {
 }
 
 /// A proxy made of hyper's server and hyper-util's pooled client.
-async fn pool(address: SocketAddr, upstream: SocketAddr) {
+async fn serve_hyper(address: SocketAddr, upstream: SocketAddr) {
     let listener = listen(address);
     let mut connector = HttpConnector::new();
     connector.set_nodelay(true);
@@ -81,8 +81,8 @@ async fn forward(
 }
 
 /// A proxy made of axum's router and reqwest.
-async fn reqwest(address: SocketAddr, upstream: SocketAddr) {
-    let client = ::reqwest::Client::builder()
+async fn serve_reqwest(address: SocketAddr, upstream: SocketAddr) {
+    let client = reqwest::Client::builder()
         .pool_max_idle_per_host(4_096)
         .tcp_nodelay(true)
         .no_proxy()
@@ -98,7 +98,7 @@ async fn reqwest(address: SocketAddr, upstream: SocketAddr) {
             let body: Bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
             let answer =
                 client.request(parts.method, url).headers(parts.headers).body(body).send().await.unwrap();
-            http::Response::<::reqwest::Body>::from(answer).map(axum::body::Body::new)
+            http::Response::<reqwest::Body>::from(answer).map(axum::body::Body::new)
         }
     };
     let app = axum::Router::new().fallback(handler);

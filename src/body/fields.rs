@@ -17,7 +17,7 @@ const MAX_CHOICES: u64 = 128;
 /// The governed fields of an API. Each may occur in a body only once and only in this spelling, because other
 /// parsers ignore the case of names, and use the last of two equal names.
 fn governed(api: Api) -> &'static [&'static str] {
-    // A table: it is longer than a screen because it has one name a line.
+    // This function is longer than a screen because it is a table with one name per line.
     match api {
         Api::Chat | Api::Completions | Api::Embeddings => &[
             "model",
@@ -88,7 +88,7 @@ pub(super) struct BodyReader<'a> {
     api: Api,
     text: &'a str,
     pub(super) body: Body<'a>,
-    /// The governed field that is being read; empty outside of one.
+    /// The governed field that is being read; empty if the reader is not inside a governed field.
     pub(super) field: &'static str,
     pub(super) fault: Option<BodyFault>,
 }

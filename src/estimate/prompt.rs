@@ -68,7 +68,7 @@ pub struct Prompt<'a> {
     audio_tenths: u64,
     /// Number of prompts in a list. Each gets its own answers.
     pub prompts: u64,
-    /// Number of things that the request refers to but does not carry.
+    /// Number of references to content outside the request.
     pub unseen: u64,
 }
 
@@ -301,7 +301,7 @@ impl Prompt<'_> {
             unseen: self.unseen,
             is_partial: tools.has_hosted || self.unseen > 0,
             kind: self.kind(),
-            knows_model: model.is_known,
+            is_known_model: model.is_known,
         })
     }
 

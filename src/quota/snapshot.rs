@@ -1,4 +1,4 @@
-//! The counter of a quota as other modules see it: persisted, copied, or shown to people.
+//! The counter of a quota in the forms that other modules use: persisted, copied to Redis, or shown to users.
 
 use super::Quota;
 use crate::clock::Timestamp;

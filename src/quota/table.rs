@@ -109,8 +109,8 @@ impl Quotas {
         }
     }
 
-    /// Reserves the required amounts even if they do not fit. The excess becomes debt. For quotas in shadow
-    /// mode.
+    /// Reserves the required amounts even if they do not fit. The excess becomes debt. Shadow mode uses this
+    /// function.
     pub fn reserve_unchecked(
         &mut self,
         now: Timestamp,
@@ -295,7 +295,7 @@ impl Quotas {
     }
 }
 
-/// State for the store, for other nodes and for people.
+/// State for the store, other nodes and the admin API.
 impl Quotas {
     /// Makes every quota available again, except the held amounts.
     pub fn reset(&mut self, now: Timestamp) {

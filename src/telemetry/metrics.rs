@@ -139,7 +139,7 @@ impl Metrics {
 
     /// Counts a prompt estimate.
     pub(crate) fn estimated(&self, tokenizer: Tokenizer, estimate: &PromptEstimate) {
-        let tokenizer = match (tokenizer.encoding, estimate.knows_model) {
+        let tokenizer = match (tokenizer.encoding, estimate.is_known_model) {
             (Encoding::File(_), _) => 2,
             (_, false) => 4,
             _ if tokenizer.percent != 100 => 3,

@@ -41,7 +41,7 @@ impl Charges {
     }
 
     /// Prints the number of comparisons. Returns whether all usage was read correctly.
-    pub(crate) fn are_right(&self) -> bool {
+    pub(crate) fn are_correct(&self) -> bool {
         let Self { answers, with_usage, wrong } = self;
         println!(
             "usage of {answers} recorded answers, each cut in several ways: {with_usage} report usage, {wrong} read wrongly"

@@ -69,7 +69,7 @@ impl Completions {
 
     pub(crate) fn print(&self) {
         println!(
-            "\nAnswers counted as if nothing had been reported, without models that reason; in per cent.\n"
+            "\nAnswers of models that do not reason, counted without their reported usage; errors in per cent.\n"
         );
         println!("| API | provider | answers | median error | p90 | sum of all |");
         println!("| --- | --- | --- | --- | --- | --- |");
@@ -91,20 +91,21 @@ impl Completions {
     }
 
     /// Prints the figures. Returns whether they are within bounds.
-    pub(crate) fn are_near(&self) -> bool {
+    pub(crate) fn are_within_bounds(&self) -> bool {
         let plain = |is_responses: bool| -> Vec<&Counted> {
             let is_of = |c: &&Counted| c.is_plain_openai_stream && (c.api == "responses") == is_responses;
             self.0.iter().filter(is_of).collect()
         };
-        are_near("chat", MIN_STREAMS, &plain(false)) & are_near("Responses", MIN_RESPONSES, &plain(true))
+        are_within_bounds("chat", MIN_STREAMS, &plain(false))
+            & are_within_bounds("Responses", MIN_RESPONSES, &plain(true))
     }
 }
 
-fn are_near(what: &str, fewest: usize, all: &[&Counted]) -> bool {
+fn are_within_bounds(what: &str, min_count: usize, all: &[&Counted]) -> bool {
     let Errors { median, p90, sum } = Errors::of(all);
-    let is_fine = all.len() >= fewest && median <= MAX_ERROR && sum.abs() <= MAX_ERROR;
+    let is_fine = all.len() >= min_count && median <= MAX_ERROR && sum.abs() <= MAX_ERROR;
     println!(
-        "{}  OpenAI's and Azure's {what} streams of plain text, counted: {} answers, median error {:.1} %, p90 {:.1} %, all together {:+.2} % (wanted: median and all together within {:.0} %)",
+        "{}  OpenAI's and Azure's {what} streams of plain text, counted: {} answers, median error {:.1} %, p90 {:.1} %, error of the sum {:+.2} % (wanted: median and error of the sum within {:.0} %)",
         if is_fine { "ok    " } else { "MISSED" },
         all.len(),
         100.0 * median,

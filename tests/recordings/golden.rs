@@ -13,7 +13,7 @@ pub(crate) fn vectors(data: &Path) -> Option<Vec<Value>> {
 }
 
 /// Whether each estimate is exact, or has the same error as the published rules.
-pub(crate) fn are_met(vectors: &[Value]) -> bool {
+pub(crate) fn are_exact(vectors: &[Value]) -> bool {
     let (mut exact, mut missed) = (0, 0);
     for vector in vectors {
         let (want, got) = if let Some(image) = vector.get("image") {

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
     let shows_table = std::env::args().any(|argument| argument == "--table");
     let mut is_fine = true;
     if let Some(vectors) = golden::vectors(&data) {
-        is_fine &= golden::are_met(&vectors);
+        is_fine &= golden::are_exact(&vectors);
     } else {
         not_tested(&format!("there is no golden-vectors.jsonl in {}", data.display()));
     }
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     if files.is_empty() {
         not_tested(&format!("there are no recordings in {}", data.display()));
     } else {
-        let tells = shows_table || std::io::stderr().is_terminal();
+        let prints_progress = shows_table || std::io::stderr().is_terminal();
         let (mut exchanges, mut charges) = (Vec::new(), charges::Charges::default());
         let mut completions = completions::Completions::default();
         for (at, file) in files.iter().enumerate() {
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
                 completions.count(&exchange);
                 exchanges.extend(measured::estimate(&exchange));
             }
-            if tells {
+            if prints_progress {
                 eprintln!("{} of {} files, {} requests counted", at + 1, files.len(), exchanges.len());
             }
         }
@@ -49,7 +49,9 @@ fn main() -> ExitCode {
             table::print(&exchanges, &orders);
             completions.print();
         }
-        is_fine &= figures::are_reached(&exchanges, &orders) & charges.are_right() & completions.are_near();
+        is_fine &= figures::are_within_bounds(&exchanges, &orders)
+            & charges.are_correct()
+            & completions.are_within_bounds();
     }
     if is_fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
