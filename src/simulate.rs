@@ -303,7 +303,7 @@ impl<'a> Replay<'a> {
     fn begin(&mut self, call: usize, grant: Grant, completion: u64) {
         let began = self.now.plus_ms(ms(self.pace.first_token));
         let duration_ms = self.ms_for(completion);
-        let call_in_flight = CallInFlight {
+        let running = CallInFlight {
             call,
             grant,
             began,
@@ -312,44 +312,43 @@ impl<'a> Replay<'a> {
             steps: 0,
             metered: Amounts::default(),
         };
-        self.in_flight.push(Some(call_in_flight));
+        self.in_flight.push(Some(running));
         self.schedule(began, self.in_flight.len() - 1);
     }
 
-    fn schedule(&mut self, at: Timestamp, call_in_flight: usize) {
+    fn schedule(&mut self, at: Timestamp, index: usize) {
         self.next_event += 1;
-        self.events.push(Reverse((at, self.next_event, call_in_flight)));
+        self.events.push(Reverse((at, self.next_event, index)));
     }
 
     /// Runs the next event: a stream begins, continues or ends.
     fn step(&mut self) {
         let Some(Reverse((at, _, index))) = self.events.pop() else { return };
         self.now = at;
-        let Some(mut call_in_flight) = self.in_flight[index].take() else { return };
-        let streamed = at.ms_since(call_in_flight.began);
-        call_in_flight.steps += 1;
+        let Some(mut running) = self.in_flight[index].take() else { return };
+        let streamed = at.ms_since(running.began);
+        running.steps += 1;
         // With an extreme pace, the end of an answer is beyond the largest timestamp. The last step ends the answer
         // anyway.
-        let is_last = call_in_flight.steps > MAX_STEPS + 1;
+        let is_last = running.steps > MAX_STEPS + 1;
         let within = if is_last { u64::MAX } else { self.tokens_within(streamed) };
-        let delivered = within.min(call_in_flight.completion);
-        let prompt = self.calls[call_in_flight.call].prompt;
+        let delivered = within.min(running.completion);
+        let prompt = self.calls[running.call].prompt;
         let spent = Amounts::of_request(prompt, delivered);
-        self.meter(&mut call_in_flight, spent);
-        if delivered >= call_in_flight.completion {
-            self.end(call_in_flight, spent);
+        self.meter(&mut running, spent);
+        if delivered >= running.completion {
+            self.end(running, spent);
             return;
         }
-        let progress =
-            self.local.progress(at, &self.calls[call_in_flight.call].model, &mut call_in_flight.grant, spent);
+        let progress = self.local.progress(at, &self.calls[running.call].model, &mut running.grant, spent);
         if progress == Progress::Overrun && self.cuts() {
-            self.end(call_in_flight, spent);
+            self.end(running, spent);
             return;
         }
-        let step = PROGRESS_INTERVAL_MS.max(call_in_flight.duration_ms / MAX_STEPS);
-        let next = streamed.saturating_add(step).min(call_in_flight.duration_ms.max(streamed + 1));
-        self.schedule(call_in_flight.began.plus_ms(next), index);
-        self.in_flight[index] = Some(call_in_flight);
+        let step = PROGRESS_INTERVAL_MS.max(running.duration_ms / MAX_STEPS);
+        let next = streamed.saturating_add(step).min(running.duration_ms.max(streamed + 1));
+        self.schedule(running.began.plus_ms(next), index);
+        self.in_flight[index] = Some(running);
     }
 
     /// Whether an overrun ends the stream.
@@ -358,10 +357,10 @@ impl<'a> Replay<'a> {
         self.mode == Mode::Configured && *enforce && reserve.on_overrun == OnOverrun::Cut
     }
 
-    fn end(&mut self, call_in_flight: CallInFlight, spent: Amounts) {
-        let subject = Subject { caller: None, model: &self.calls[call_in_flight.call].model };
-        let settlement = Settlement { spent, is_complete: spent.completion >= call_in_flight.completion };
-        self.local.settle(self.now, subject, call_in_flight.grant, settlement);
+    fn end(&mut self, running: CallInFlight, spent: Amounts) {
+        let subject = Subject { caller: None, model: &self.calls[running.call].model };
+        let settlement = Settlement { spent, is_complete: spent.completion >= running.completion };
+        self.local.settle(self.now, subject, running.grant, settlement);
         self.outcome.spent = self.outcome.spent.saturating_add(spent);
         let is_calendar = |meter: &Meter| matches!(meter.ideal, IdealCounter::Calendar);
         if !self.meters.iter().any(is_calendar) {
@@ -373,10 +372,10 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn meter(&mut self, call_in_flight: &mut CallInFlight, spent: Amounts) {
-        let more = spent.saturating_sub(call_in_flight.metered);
-        call_in_flight.metered = spent;
-        let model = &self.calls[call_in_flight.call].model;
+    fn meter(&mut self, running: &mut CallInFlight, spent: Amounts) {
+        let more = spent.saturating_sub(running.metered);
+        running.metered = spent;
+        let model = &self.calls[running.call].model;
         for meter in self.meters.iter_mut().filter(|meter| meter.measures(model)) {
             meter.spend(self.now, more.of(meter.quota.kind));
         }

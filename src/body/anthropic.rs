@@ -8,7 +8,7 @@ use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
 /// Tokens that the provider adds to a document, such as its index and its title. Fitted to 9 exchanges.
-const TOKENS_AROUND_DOCUMENT: u64 = 30;
+const TOKENS_PER_DOCUMENT: u64 = 30;
 /// Tokens of the instructions on citing documents, which the provider adds if citations are enabled. Fitted to 6
 /// exchanges.
 const CITATION_TOKENS: u64 = 540;
@@ -178,7 +178,7 @@ impl MessageBlock<'_, '_> {
                 prompt.add_image(media::image_size(&data), ImageDetail::Auto);
             }
             (_, Some(source)) => {
-                prompt.add_tokens(PromptPart::Messages, TOKENS_AROUND_DOCUMENT);
+                prompt.add_tokens(PromptPart::Messages, TOKENS_PER_DOCUMENT);
                 source.add_to(prompt);
             }
             _ => {}

@@ -6,7 +6,7 @@ use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
 /// Tokens of a file in addition to its name and content. Fitted to 19 exchanges.
-const TOKENS_AROUND_FILE: u64 = 10;
+const TOKENS_PER_FILE: u64 = 10;
 /// Assumed length of audio whose length cannot be read: one minute, in tenths of a second.
 const UNKNOWN_AUDIO_TENTHS: u64 = 600;
 
@@ -206,7 +206,7 @@ impl<'a> FilePart<'a> {
         } else {
             let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));
             document(prompt, kind, &self.name, base64);
-            prompt.add_tokens(PromptPart::Messages, TOKENS_AROUND_FILE);
+            prompt.add_tokens(PromptPart::Messages, TOKENS_PER_FILE);
         }
         prompt.add_text(PromptPart::Messages, self.name, 1);
     }

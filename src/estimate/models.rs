@@ -97,7 +97,8 @@ const OPENAI: &[(&str, Encoding, Format)] = &[
     ("computer-use", O200K, Format::Omni),
 ];
 
-// Templates that several entries of `OTHERS` share. Each entry names the number of exchanges behind the figures.
+// Templates that several entries of `OTHERS` share. Each entry gives the number of exchanges that its figures were
+// fitted to.
 
 const LLAMA: ChatTemplate = template((4, 3), (144, 15, 100), 5);
 /// The template contains the date.

@@ -214,7 +214,7 @@ pub(super) enum ToolRequirement {
     Named,
 }
 
-/// The properties of a prompt that decide its overhead.
+/// The properties of a prompt that determine its overhead.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PromptFacts {
     pub(super) api: Api,

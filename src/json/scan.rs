@@ -213,7 +213,7 @@ impl Lexer {
     }
 }
 
-/// How many bytes come before the next quote or bracket. In embeddings most bytes are neither.
+/// Number of bytes before the next quote or bracket. In embeddings, most bytes are neither.
 fn until_structural(bytes: &[u8]) -> usize {
     // A brace differs from a square bracket in one bit. A stride is examined without early exit, so that the compiler
     // can vectorise it.

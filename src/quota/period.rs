@@ -1,4 +1,4 @@
-//! The calendar window: a limit per calendar minute, day or month. The next period starts at zero.
+//! The calendar window: a limit per calendar minute, day or month. At the start of a period nothing is used.
 
 use super::{ClockUnit, CounterState, PersistedCounter, Wait};
 use crate::clock::Timestamp;
@@ -16,8 +16,8 @@ pub struct CalendarPeriod {
     end: Timestamp,
     /// Identifies the period. A reservation records it to find the period that admitted it.
     ///
-    /// It is the start of the period in milliseconds, so that nodes agree on it without communication. If a
-    /// step of the clock would repeat an identifier, it is one more than the previous one instead.
+    /// It is the start of the period in milliseconds, so that nodes agree on it without communication. If a step of
+    /// the clock would repeat an identifier, the new identifier is the previous one plus 1.
     period_id: u64,
     used: u64,
     held: u64,
@@ -91,7 +91,7 @@ impl CalendarPeriod {
 
     /// Charges a request. Another copy of this counter holds the reservation.
     ///
-    /// The period that admitted the request is charged all of `spent`, a later one only the overrun.
+    /// The period that admitted the request is charged all of `spent`. A later period is charged only the overrun.
     pub(super) fn charge_without_hold(&mut self, admitted_in: u64, reserved: u64, spent: u64) {
         let owed = if admitted_in == self.period_id { spent } else { spent.saturating_sub(reserved) };
         self.used = self.used.saturating_add(owed);

@@ -1,4 +1,4 @@
-//! OpenAI Responses: output items. Their parts arrive in deltas and are repeated when they are done.
+//! OpenAI Responses: output items. Their parts arrive in deltas. Later events repeat each complete part.
 
 use super::{Answer, Text, TextCollector, TextKind, TextSlot};
 use serde::Deserialize;
