@@ -66,11 +66,11 @@ impl Account {
         Self { engine: Engine::local(local), wait_queue: Arc::default(), persistence }
     }
 
-    /// Makes the counters shared through Redis. `session`: a name that no process has had before. `stamp`: when the config was
-    /// written.
+    /// Makes the counters shared through Redis. `session`: a name that no process has used before. `stamp`: when the
+    /// config was written.
     ///
     /// # Errors
-    /// The URL is not one of Redis.
+    /// The URL is not a valid Redis URL.
     pub fn share(
         self,
         environment: &Environment,
@@ -90,13 +90,14 @@ impl Account {
         Ok(Self { engine: Engine::Shared(Box::new(sync)), ..self })
     }
 
-    /// Reserves room for one request in every quota that it touches, or in none. A request that does not fit waits for room for
-    /// at most `max_wait`, behind the requests that wait already. Dropping the future reserves nothing and leaves the queue.
+    /// Reserves room for one request in every quota that it touches, or in none. A request that does not fit waits
+    /// for room for at most `max_wait`, behind the requests that are already waiting. Dropping the future reserves
+    /// nothing and leaves the queue.
     ///
     /// With local counters and no wait, this future does not suspend and allocates nothing.
     ///
     /// # Errors
-    /// Why there is no room. A denied request changes only the count of denials.
+    /// The reason why there is no room. A denied request changes only the count of denials.
     pub async fn reserve(
         self: &Arc<Self>,
         demand: &Demand<'_>,
@@ -122,7 +123,7 @@ impl Account {
                 return Ok(reservation);
             }
         }
-        // A request whose wait ended without room, or that found the queue full, must not overtake those in the queue.
+        // A request whose wait failed, or that found the queue full, must not overtake the queued requests.
         let no_room = self.engine.deny(demand);
         self.notify_store(false);
         Err(no_room)
@@ -186,8 +187,8 @@ impl Account {
         self.engine.snapshot()
     }
 
-    /// Overrides a limit of the config, or with `None` restores it. Usage so far still counts. Returns whether the quota
-    /// exists, once the change is durable and in force on all nodes.
+    /// Overrides a limit of the config, or with `None` restores it. Usage so far still counts. Returns whether the
+    /// quota exists. Returns when the change is durable and in force on all nodes.
     ///
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
@@ -199,7 +200,8 @@ impl Account {
         Ok(exists)
     }
 
-    /// Resets every quota to full, except for held amounts. Returns once this is durable and in force on all nodes.
+    /// Resets every quota to full. Held amounts stay held. Returns when the reset is durable and in force on all
+    /// nodes.
     ///
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
@@ -231,15 +233,16 @@ impl Account {
         self.engine.sync().map(RedisSync::connection)
     }
 
-    /// Waits until Redis has what ended here and this node has the state of all quotas. Waits a quarter of a second at most.
+    /// Waits until Redis has received all steps of this node's journal and this node has received the state of all
+    /// quotas. Waits at most 250 ms.
     pub async fn refresh(&self) {
         if let Some(sync) = self.engine.sync() {
             sync.refresh().await;
         }
     }
 
-    /// Keeps the counters in step with Redis until `stop` is true, and then leaves Redis. All reservations must be settled
-    /// before. Returns at once if the counters belong to this node alone.
+    /// Synchronises the counters with Redis until `stop` is true, and then ends the session. All reservations must be
+    /// settled before `stop` becomes true. Returns at once if the counters belong to this node alone.
     pub async fn run_redis_sync(self: Arc<Self>, stop: watch::Receiver<bool>) {
         if let Some(sync) = self.engine.sync() {
             sync.run_task(stop).await;
@@ -247,8 +250,8 @@ impl Account {
     }
 }
 
-/// Room held in the quotas of one environment for one request. Dropping it settles the charge with the last amounts observed,
-/// which are nothing until the request has gone to the upstream.
+/// Room held in the quotas of one environment for one request. Dropping it settles the charge with the last amounts
+/// observed. These are zero until the request is sent to the upstream.
 #[derive(Debug)]
 #[must_use = "dropping a reservation settles it at once"]
 pub struct Reservation {
@@ -260,14 +263,14 @@ pub struct Reservation {
     standing: [Option<QuotaStatus>; 4],
     clamped_to: Option<u64>,
     would_deny: Option<NoRoom>,
-    /// The reservation has to survive a crash of the process.
+    /// The reservation must survive a crash of the process.
     is_durable: bool,
-    /// The commit that will contain the reservation, until it was waited for.
+    /// The commit that will contain the reservation. `None` after the wait for it.
     commit: Option<u64>,
 }
 
 impl Reservation {
-    /// Sets what the request costs as known now. The last amounts are charged.
+    /// Sets the amounts that the request has cost so far. The last amounts set are charged.
     pub fn observe(&mut self, spent: Amounts) {
         self.settlement.spent = spent;
     }
@@ -299,7 +302,8 @@ impl Reservation {
         self.grant.as_ref().map_or(u64::MAX, Grant::cap)
     }
 
-    /// When the answer has more completion tokens than this, `progress` must be called at once. Below, now and then.
+    /// When the answer has more completion tokens than this, `progress` must be called at once. With fewer tokens,
+    /// occasional calls suffice.
     pub fn progress_threshold(&self) -> u64 {
         self.grant.as_ref().map_or(u64::MAX, Grant::progress_threshold)
     }
@@ -329,7 +333,7 @@ impl Reservation {
         &self.standing
     }
 
-    /// Completion tokens per completion to which the request was limited so that it fits.
+    /// The lowered limit of completion tokens per completion, if the request was clamped.
     pub fn clamped_to(&self) -> Option<u64> {
         self.clamped_to
     }

@@ -11,15 +11,15 @@ const PRIOR: u64 = 512;
 const PRIOR_WEIGHT: u32 = 2;
 /// Maximum models with a histogram. A further model replaces the one that learned least recently.
 const MAX_MODELS: usize = 512;
-/// Models with longer names are distinguished by this many bytes of them.
+/// Only this many bytes of a model's name distinguish it from others.
 const MAX_NAME_BYTES: usize = 128;
 /// The weight of a new answer.
 const WEIGHT: u32 = 64;
-/// All weights are halved when their sum reaches that of this many new answers.
+/// All weights are halved when their sum reaches the weight of this many new answers.
 const MAX_ANSWERS: u32 = 512;
-/// The square of the number of standard errors above the mean that are reserved for an answer beside others. Two
-/// standard errors were measured too: no overshoot either on traces at 30 and 3 tokens a second. They admit 0.3 % more requests,
-/// but slightly fewer of a trickle of requests.
+/// With several requests in flight, the allowance is the mean length plus three standard errors. This is the square
+/// of three. Two standard errors were also measured, on traces at 30 and 3 tokens a second. They cause no overshoot
+/// either and admit 0.3 % more requests, but slightly fewer when requests are rare.
 const ERRORS_SQUARED: u128 = 9;
 /// Lengths below this have a slot each. Above, each power of two has `STEPS` slots.
 const EXACT: u64 = 16;
@@ -30,16 +30,16 @@ const SLOTS: usize = 16 + (32 - 4) * STEPS;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LearnedLengths {
     models: HashMap<Box<str>, ModelLengths>,
-    /// Number of answers learned, which orders the models by the last one.
+    /// Number of answers learned so far. It orders the models by their last answer.
     learned: u64,
 }
 
 #[derive(Clone, Debug)]
 struct ModelLengths {
     histogram: Histogram,
-    /// `learned` at the last answer of this model.
+    /// The value of `learned` after the last answer of this model.
     last_learned: u64,
-    /// Distinguishes these lengths from those of the same model that were replaced before.
+    /// Distinguishes these lengths from earlier lengths of the same model, which were removed to make room.
     generation: u64,
     /// Requests that have not ended.
     in_flight: u64,
@@ -59,8 +59,9 @@ pub(crate) struct PartialLength {
 impl LearnedLengths {
     /// Completion tokens to reserve for the next answer.
     ///
-    /// For a single request in flight, this is the given quantile (parts per million) of the lengths. With several requests in
-    /// flight, short answers make up for long ones, and the allowance is smaller: the mean length and three standard errors.
+    /// For a single request in flight, this is the given quantile (parts per million) of the lengths. With several
+    /// requests in flight, short answers make up for long ones, and the allowance is smaller: the mean length plus
+    /// three standard errors.
     pub(crate) fn allowance(&self, model: &str, quantile_ppm: u32) -> u64 {
         let Some(known) = self.models.get(model_key(model)) else { return PRIOR };
         let alone = known.histogram.quantile(quantile_ppm);
@@ -70,7 +71,7 @@ impl LearnedLengths {
         if known.in_flight == 0 || is_changing {
             alone
         } else {
-            alone.min(known.histogram.allowance_beside(known.in_flight))
+            alone.min(known.histogram.allowance_with_others(known.in_flight))
         }
     }
 
@@ -108,8 +109,9 @@ impl LearnedLengths {
         }
     }
 
-    /// Counts an unfinished answer that has outgrown its reservation as at least this long, until `forget_partial`. So long
-    /// answers are learned before they end. Otherwise the many short ones that end earlier would dominate.
+    /// Adds the current length of an unfinished answer that has outgrown its reservation. `forget_partial` removes
+    /// it. Long answers are thus learned before they end. Otherwise the short answers, which end earlier, would
+    /// dominate the histogram.
     pub(crate) fn learn_partial(&mut self, model: &str, completion_tokens: u64) -> Option<PartialLength> {
         let known = self.models.get_mut(model_key(model))?;
         known.histogram.add(completion_tokens);
@@ -118,7 +120,7 @@ impl LearnedLengths {
         Some(PartialLength { tokens: completion_tokens, generation: known.generation, halvings })
     }
 
-    /// Reverts `learn_partial`, as far as that answer's weight has not been halved since.
+    /// Reverts `learn_partial`. Removes only the part of the answer's weight that later halvings have left.
     pub(crate) fn forget_partial(&mut self, model: &str, partial: PartialLength) {
         let known = self.models.get_mut(model_key(model));
         if let Some(known) = known.filter(|known| known.generation == partial.generation) {
@@ -139,7 +141,7 @@ impl LearnedLengths {
     }
 }
 
-/// The part of a model's name that is stored: callers can invent names of any length.
+/// Returns the part of a model's name that is stored. Callers can send names of any length.
 fn model_key(model: &str) -> &str {
     &model[..model.floor_char_boundary(MAX_NAME_BYTES)]
 }
@@ -196,8 +198,8 @@ impl Histogram {
         }
     }
 
-    /// The allowance of an answer beside this many others: the mean and three standard errors.
-    fn allowance_beside(&self, others: u64) -> u64 {
+    /// The allowance with this many other requests in flight: the mean plus three standard errors.
+    fn allowance_with_others(&self, others: u64) -> u64 {
         if self.total == 0 {
             return PRIOR;
         }
@@ -208,7 +210,8 @@ impl Histogram {
         u64::try_from(self.sum / total + squared.isqrt() + 1).unwrap_or(u64::MAX)
     }
 
-    /// Removes the rest of a weight that was added when all weights had been halved `halvings` times.
+    /// Removes the rest of a weight from the slot of this length. `halvings`: how often all weights had been halved
+    /// when the weight was added.
     fn remove(&mut self, tokens: u64, halvings: u32) {
         let left = WEIGHT.checked_shr(self.halvings.saturating_sub(halvings)).unwrap_or(0);
         let slot = slot_of(tokens);
@@ -217,7 +220,8 @@ impl Histogram {
         self.update_sums(slot, removed, false);
     }
 
-    /// The length that `ppm` of a million answers stay below. Lengths within a slot are assumed to be spread evenly.
+    /// Returns a quantile of the lengths. `ppm`: its level in parts per million. Assumes that the lengths within a
+    /// slot are spread evenly.
     fn quantile(&self, ppm: u32) -> u64 {
         let wanted = u64::from(self.total) * u64::from(ppm.min(1_000_000)) / 1_000_000;
         let mut below = 0;
@@ -296,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn unfinished_answers_that_outgrew_their_reservation_count_as_long() {
+    fn unfinished_answers_that_outgrew_their_reservation_raise_the_allowance() {
         let mut learned = LearnedLengths::default();
         (0..100).for_each(|_| learned.learn("m", 20));
         let partial: Vec<PartialLength> = (0..30).map_while(|_| learned.learn_partial("m", 700)).collect();
@@ -343,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn the_allowance_shrinks_with_requests_in_flight_and_equals_the_quantile_alone() {
+    fn the_allowance_is_the_quantile_for_a_single_request_and_smaller_with_others_in_flight() {
         let mut learned = LearnedLengths::default();
         // Lengths of 1 to 1,000: a mean of 500, a deviation of 289.
         (0..400_u64).for_each(|n| learned.learn("m", 1 + n * 7_919 % 1_000));
@@ -355,7 +359,7 @@ mod tests {
                 in_flight.extend(learned.begin("m"));
             }
             let got = learned.allowance("m", P90);
-            assert!(got.abs_diff(expected) <= 30, "beside {others}: {got}");
+            assert!(got.abs_diff(expected) <= 30, "with {others} others: {got}");
         }
         assert!(learned.allowance("m", 400_000) <= 420, "never more than the quantile");
         in_flight.drain(11..).for_each(|generation| learned.end("m", generation));
@@ -388,10 +392,10 @@ mod tests {
     fn any_number_of_models_takes_bounded_memory() {
         let mut learned = LearnedLengths::default();
         for n in 0..10_000 {
-            learned.learn("kept", 10);
-            learned.learn(&format!("made-up-{n}"), 10);
+            learned.learn("in-use", 10);
+            learned.learn(&format!("unused-{n}"), 10);
         }
         assert_eq!(learned.models.len(), MAX_MODELS);
-        assert!(learned.allowance("kept", P90) < 20);
+        assert!(learned.allowance("in-use", P90) < 20);
     }
 }

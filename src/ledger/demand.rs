@@ -42,12 +42,13 @@ impl NoRoom {
         }
     }
 
-    /// When the same request would fit. `None`: when another request ends.
+    /// When the same request would fit. `None`: not before another request has ended.
     pub fn wait(&self) -> Option<Wait> {
         self.worst().map(|worst| worst.wait)
     }
 
-    /// The earliest time at which the request could fit: if every request in flight ended now and returned what it holds.
+    /// The earliest time at which the request could fit. It assumes that every request in flight ends now and returns
+    /// what it holds.
     pub fn soonest(&self) -> Wait {
         match self {
             Self::Quota(denied) => {
@@ -76,9 +77,9 @@ pub struct Grant {
     pub(super) cap: u64,
     pub(super) was_clamped: bool,
     pub(super) progress_threshold: u64,
-    /// The unfinished answer is already counted as at least this long in the learned lengths.
+    /// The length of the unfinished answer that is already part of the learned lengths.
     pub(super) partial_length: Option<PartialLength>,
-    /// The request is counted as in flight in this generation of its model's learned lengths.
+    /// The generation of the model's learned lengths that counts this request as in flight.
     pub(super) in_flight_generation: Option<u64>,
 }
 
@@ -93,13 +94,14 @@ impl Grant {
         self.cap
     }
 
-    /// When the answer has more completion tokens than this, `progress` must be called at once. Below, now and then.
+    /// When the answer has more completion tokens than this, `progress` must be called at once. With fewer tokens,
+    /// occasional calls suffice.
     pub fn progress_threshold(&self) -> u64 {
         self.progress_threshold
     }
 
-    /// Splits `spent` over the receipts and passes each receipt with its part to `settle`. A receipt pays at most what it
-    /// holds; the last one pays everything beyond.
+    /// Splits `spent` over the receipts and passes each receipt with its part to `settle`. A receipt pays at most
+    /// what it holds. The last receipt also pays the rest.
     pub(super) fn settle_receipts(&mut self, spent: Amounts, mut settle: impl FnMut(Receipt, Amounts)) {
         let receipts = std::mem::take(&mut self.receipts);
         let last = receipts.len().saturating_sub(1);
@@ -117,13 +119,13 @@ impl Grant {
 pub struct Admission {
     /// What it holds.
     pub grant: Grant,
-    /// Completion tokens per completion to which the request was limited so that it fits.
+    /// The lowered limit of completion tokens per completion, if the request was clamped.
     pub clamped_to: Option<u64>,
     /// Why the request would have been denied if its quotas were enforced.
     pub would_deny: Option<NoRoom>,
     /// The quotas of each kind right after the reservation, in the order of `Kind::ALL`.
     pub standing: [Option<QuotaStatus>; 4],
-    /// This node's store has to persist the reservation before the request is forwarded.
+    /// This node's store must persist the reservation before the request is forwarded.
     pub is_durable: bool,
 }
 
@@ -132,7 +134,7 @@ pub struct Admission {
 pub struct Settlement {
     /// What the request is charged.
     pub spent: Amounts,
-    /// The answer is complete, so that its length can be learned.
+    /// The answer is complete, so its length can be learned.
     pub is_complete: bool,
 }
 

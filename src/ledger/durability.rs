@@ -15,27 +15,27 @@ use tokio::sync::watch;
 
 /// A store that makes changes durable.
 pub trait Persistence: Send + Sync + std::fmt::Debug {
-    /// An account has changed. `urgent`: a request waits until the change is durable.
+    /// Notifies the store that an account has changed. `urgent`: a request waits until the change is durable.
     fn changed(&self, urgent: bool);
 
     /// Whether the store can write now. If not, requests do not wait for it.
     fn is_writing(&self) -> bool;
 
-    /// A request waited too long for a commit and went on without it.
+    /// Notifies the store that a request waited too long for a commit and continued without it.
     fn on_wait_timeout(&self);
 
     /// The commits that requests wait for.
     fn commits(&self) -> &Commits;
 }
 
-/// What changed in an account since the store last took its changes.
+/// The changes of an account since the store last took them.
 #[derive(Debug, Default)]
 pub struct Changes {
     /// Every quota that changed.
     pub quotas: Vec<(Quota, PersistedCounter)>,
     /// Sums since the store was created.
     pub totals: Totals,
-    /// What requests in flight have reserved: charged in full if the process dies now.
+    /// Amounts reserved by requests in flight. If the process dies now, they are charged in full.
     pub held: Amounts,
     /// Usage by minute, caller and model, with the model's name.
     pub usage: Vec<(UsageRow, Arc<str>)>,
@@ -50,9 +50,9 @@ pub struct Changes {
 pub struct RestoredState {
     /// Quotas with their stored counters.
     pub quotas: Vec<(Quota, PersistedCounter)>,
-    /// Sums, without the held amounts.
+    /// Sums since the store was created, without the held amounts.
     pub totals: Totals,
-    /// Amounts held by requests in flight when the last process died: charged in full.
+    /// Amounts that were held when the last process died. They are charged in full.
     pub held: Amounts,
     /// Quotas with limits set by an administrator.
     pub overrides: Vec<Quota>,

@@ -45,12 +45,12 @@ impl Engine {
     pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.try_admit(now, demand)),
-            // Boxed, so that the future stays small for local counters.
+            // Boxed to keep the future small for local counters.
             Self::Shared(sync) => Box::pin(sync.try_admit(demand)).await,
         }
     }
 
-    /// Denies a request whose wait for room ended without room.
+    /// Denies a request whose wait has failed.
     pub(super) fn deny(&self, demand: &Demand<'_>) -> NoRoom {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.deny(now, demand)),
@@ -58,7 +58,7 @@ impl Engine {
         }
     }
 
-    /// What the request lacks now. `None`: it fits. Reserves nothing.
+    /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
     pub(super) fn obstacle(&self, demand: &Demand<'_>) -> Option<NoRoom> {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.obstacle(now, demand)),
@@ -78,7 +78,7 @@ impl Engine {
         }
     }
 
-    /// Replaces the amounts that a grant holds by the spent amounts.
+    /// Releases the held amounts of a grant and charges the spent amounts.
     pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.settle(now, subject, grant, settlement)),
@@ -103,7 +103,7 @@ impl Engine {
         Ok(self.with_local(|local, now| local.set_limit(now, key, limit)))
     }
 
-    /// Resets every quota to full, except for held amounts.
+    /// Resets every quota to full. Held amounts stay held.
     ///
     /// # Errors
     /// The counters are in Redis, and Redis is unavailable.
@@ -139,7 +139,7 @@ impl Engine {
         }
     }
 
-    /// Runs `access` under the lock, on this node's counters and with the time by which they count.
+    /// Runs `access` under the lock, with this node's counters and the current time on the clock that they use.
     pub(super) fn with_local<T>(&self, access: impl FnOnce(&mut Local, Timestamp) -> T) -> T {
         match self {
             Self::Local(local) => {

@@ -10,13 +10,14 @@ use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
 use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject};
 
-/// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and the answer would be of
-/// no use.
+/// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and an answer that
+/// short would be useless.
 const MIN_CLAMP: u64 = 16;
-/// A reservation is extended by at least this many tokens, unless the request allows or the quotas have fewer.
+/// A reservation is extended by at least this many tokens, unless the request allows fewer or the quotas have fewer
+/// left.
 const MIN_EXTENSION: u64 = 64;
 
-/// The settings by which an environment decides.
+/// The settings that determine which requests an environment admits and what it reserves.
 #[derive(Clone, Debug)]
 pub struct Rules {
     /// How much is reserved.
@@ -46,7 +47,7 @@ pub struct Local {
     quantile_ppm: u32,
     lengths: LearnedLengths,
     pub(super) in_flight: u64,
-    /// What all unsettled grants have reserved.
+    /// The amounts that all unsettled grants have reserved.
     pub(super) held: Amounts,
     pub(super) totals: Totals,
     pub(super) history: UsageHistory,
@@ -82,7 +83,7 @@ impl Local {
         exists
     }
 
-    /// Resets every quota to full, except for held amounts.
+    /// Resets every quota to full. Held amounts stay held.
     pub fn reset(&mut self, now: Timestamp) {
         self.quotas.reset(now);
         self.overrides.record(now, "all quotas reset".to_owned());
@@ -104,7 +105,7 @@ impl Local {
     /// Reserves room for one request in every quota that it touches, or in none.
     ///
     /// # Errors
-    /// Why it does not fit. A denied request changes only the count of denials.
+    /// The reason why the request does not fit. A denied request changes only the count of denials.
     pub fn admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
         self.try_admit(now, demand).inspect_err(|_| self.count_denial(now, demand.subject))
     }
@@ -112,14 +113,14 @@ impl Local {
     /// Like `admit`, but does not count a denial: the request may try again.
     ///
     /// # Errors
-    /// Why it does not fit.
+    /// The reason why the request does not fit.
     pub fn try_admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
         let allowance = self.allowance(demand);
         self.try_admit_with(now, demand, allowance, self.is_full())
     }
 
-    /// Denies a request that must not overtake waiting requests, or whose wait ended without room. Returns what it lacks now, or
-    /// else what the requests before it wait for.
+    /// Denies a request that must not overtake waiting requests, or whose wait has failed. Returns the reason why it
+    /// does not fit now. If it fits, returns the reason why the requests ahead of it wait.
     pub fn deny(&mut self, now: Timestamp, demand: &Demand<'_>) -> NoRoom {
         self.count_denial(now, demand.subject);
         let in_flight = NoRoom::InFlight { limit: self.rules.max_in_flight.unwrap_or(self.in_flight) };
@@ -130,7 +131,7 @@ impl Local {
         self.quotas.denial_behind_queue(now, demand.subject, &required).map_or(in_flight, NoRoom::Quota)
     }
 
-    /// What the request lacks now. `None`: it fits. Reserves nothing.
+    /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
     pub fn obstacle(&mut self, now: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
         if let Some(limit) = self.rules.max_in_flight.filter(|_| self.is_full()) {
             return Some(NoRoom::InFlight { limit });
@@ -148,7 +149,7 @@ impl Local {
         self.history.record_denial(now, subject);
     }
 
-    /// Like `try_admit`, with a given allowance and a given answer to whether too many requests are in flight.
+    /// Like `try_admit`, but with a given allowance. `is_full`: the maximum number of requests is in flight.
     pub(super) fn try_admit_with(
         &mut self,
         now: Timestamp,
@@ -207,7 +208,7 @@ impl Local {
         self.held = self.held.saturating_add(reserved);
         let completions = demand.completions.max(1);
         let bound = clamped_to.map(|each| each.saturating_mul(completions)).or(demand.cap);
-        // A request that generates nothing has no length, so that it is not counted among the answers in flight.
+        // A request that generates nothing has no length, so it is not counted among the answers in flight.
         let in_flight_generation =
             if demand.generates { self.lengths.begin(demand.subject.model) } else { None };
         let grant = Grant {
@@ -254,14 +255,15 @@ impl Local {
             CompletionReserve::Adaptive => {
                 let each = self.lengths.allowance(demand.subject.model, self.quantile_ppm);
                 let prompt = if reserve.prompt { demand.prompt } else { 0 };
-                // If the allowance exceeded what a quota can hold, that quota would deny its first request for ever.
+                // Without this bound, an allowance above a quota's capacity would never fit, and no answer would ever
+                // be learned.
                 let max = self.quotas.largest_completion(demand.subject, prompt) / 2;
                 each.saturating_mul(completions).min(demand.cap.unwrap_or(u64::MAX)).min(max).max(1)
             }
         }
     }
 
-    /// If the environment clamps: the requirement that still fits, and its completion tokens per completion.
+    /// If the environment clamps: a lowered requirement that fits, and its completion tokens per completion.
     fn clamp(
         &mut self,
         now: Timestamp,
@@ -306,7 +308,7 @@ impl Local {
         if spent.completion > grant.reserved.completion && self.is_reserving() {
             self.learn_partial(model, grant, spent.completion);
             outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
-            // Debt grows in steps too, so that not every event of a stream calls this function.
+            // Debt grows in steps too. Otherwise every event of a stream would call this function.
             let step = if outcome == Progress::Overrun { MIN_EXTENSION } else { 0 };
             grant.progress_threshold = grant.reserved.completion.saturating_add(step);
         }
@@ -347,13 +349,13 @@ impl Local {
         grant.partial_length = self.lengths.learn_partial(model, tokens.div_ceil(grant.completions));
     }
 
-    /// Replaces the amounts that a grant holds by the spent amounts.
+    /// Releases the held amounts of a grant and charges the spent amounts.
     pub fn settle(&mut self, now: Timestamp, subject: Subject<'_>, mut grant: Grant, settlement: Settlement) {
         grant.settle_receipts(settlement.spent, |receipt, part| self.quotas.settle(now, receipt, part));
         self.close(now, subject, &grant, settlement);
     }
 
-    /// Everything that settling does beside the quotas: totals, learned lengths and usage history.
+    /// The part of settling that does not change the quotas: totals, learned lengths and usage history.
     pub(super) fn close(
         &mut self,
         now: Timestamp,
@@ -372,7 +374,8 @@ impl Local {
         self.history.record_settlement(now, subject, settlement);
     }
 
-    /// Takes a grant out of all counts of requests in flight. Each count that `admitted` and `progress` increase decreases here.
+    /// Removes a grant from all counts of requests in flight. Decreases every count that `admitted` and `progress`
+    /// increase.
     fn release(&mut self, model: &str, grant: &Grant) {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.held = self.held.saturating_sub(grant.reserved);
@@ -389,7 +392,7 @@ impl Local {
         self.quotas.levels(now)
     }
 
-    /// What all requests in flight have reserved.
+    /// The amounts that all requests in flight have reserved.
     pub fn held(&self) -> Amounts {
         self.held
     }

@@ -1,9 +1,10 @@
 //! One node's replica of the counters that several nodes share in Redis. Pure: replies and `now` are arguments.
 //!
-//! Redis decides which requests are admitted. The node's own quotas mirror Redis: they explain a denial, decide whether a
-//! stream gets an extension, and are displayed. While Redis is unavailable the node is *offline*: its quotas become its share
-//! of the last known levels, and it records what it spends. When Redis is available again, the node *resyncs*: it sends what it spent.
-//! What happens to reservations goes into a journal, which is sent in numbered batches, so that nothing is applied twice.
+//! Redis decides which requests are admitted. The node's own quotas mirror Redis: they explain a denial, decide
+//! whether a stream gets an extension, and are displayed. While Redis is unavailable the node is *offline*: its
+//! quotas are reduced to its share of the remaining amounts, and it records what it spends. When Redis is available
+//! again, the node *resyncs*: it sends what it spent. Every change of a reservation goes into a journal. The journal
+//! is sent in numbered batches, so that Redis applies no change twice.
 
 pub(super) mod admission;
 pub(super) mod journal;
@@ -21,11 +22,12 @@ use journal::{Batch, Journal, JournalEntry, MAX_BATCH, TrackedReservation};
 use lease::Lease;
 use std::collections::{HashMap, HashSet};
 
-/// Redis does nothing for a call that it reads later than this (ms) after the call was sent, because its caller has gone on
-/// without it. Longer than any reply is waited for, since Redis's clock is known no more accurately than that.
+/// Redis ignores a call that it reads later than this (ms) after the call was sent, because the request no longer
+/// waits for the reply. This is longer than the longest wait for a reply. The node's estimate of Redis's clock is no
+/// more accurate than that wait.
 pub(super) const MAX_CALL_DELAY_MS: u64 = 400;
-/// With more unsent steps than this a node admits nothing from its lease. Otherwise it could go on faster than Redis applies
-/// its steps.
+/// With more unsent steps than this, a node admits nothing from its lease. Otherwise it could add steps faster than
+/// Redis applies them.
 const MAX_BACKLOG: usize = 10_000;
 
 /// How a node takes part in the shared counters.
@@ -50,12 +52,12 @@ pub(super) struct Replica {
     /// `Some` during a resync, which ends with the first heartbeat: the shared quotas as they were before the node went
     /// offline. Until then `local` has only this node's share.
     resyncing: Option<Quotas>,
-    /// How often Redis was lost. A reply to a call from before the last loss is ignored.
+    /// How often this node has lost Redis. It ignores replies to calls that it sent before the last loss.
     losses: u64,
     has_joined_before: bool,
     /// At the last join, Redis still had this node's session.
-    redis_kept_session: bool,
-    /// Nodes alive and requests in flight on all nodes, as in the last reply.
+    redis_had_session: bool,
+    /// Nodes alive, and requests in flight on all nodes, according to the last reply.
     nodes: u64,
     in_flight: u64,
     /// Quotas in Redis have other limits than in this node's config.
@@ -65,7 +67,7 @@ pub(super) struct Replica {
     next_id: u64,
     /// Reservations that are not settled, by number.
     tracked: HashMap<u64, TrackedReservation>,
-    /// Reservations requested from Redis, without a reply so far.
+    /// Reservations requested from Redis whose reply has not arrived.
     pending: HashSet<u64>,
     journal: Journal,
     lease: Option<Lease>,
@@ -76,13 +78,14 @@ pub(super) struct Replica {
 struct Offline {
     /// The shared quotas as they were before the loss.
     before: Quotas,
-    /// This node's share without and with what it spent. The difference is sent during the resync.
+    /// This node's share, as if it had spent nothing offline and with its usage. The resync sends the difference.
     unspent: Quotas,
     spent: Quotas,
 }
 
 impl Replica {
-    /// Makes a replica of local counters. It is offline until it has joined. `session`: a name never used before.
+    /// Makes a replica of local counters. The replica is offline until it has joined. `session`: a name never used
+    /// before.
     pub(super) fn new(local: Local, config: ReplicaConfig, session: &str, now: Timestamp) -> Self {
         let quotas = local.overrides.configured();
         let mut commands = CommandBuilder::new(Cells::new(quotas, now), session, now);
@@ -98,7 +101,7 @@ impl Replica {
             resyncing: None,
             losses: 0,
             has_joined_before: false,
-            redis_kept_session: false,
+            redis_had_session: false,
             nodes: 1,
             in_flight: 0,
             limits_differ: false,
@@ -127,7 +130,7 @@ impl Replica {
         self.resyncing.is_some()
     }
 
-    /// Whether no request is admitted for now. In shadow mode requests are always admitted.
+    /// Whether this node admits no request for now. In shadow mode it always admits requests.
     pub(super) fn is_closed(&self) -> bool {
         self.local.rules.enforce && self.is_offline() && self.config.on_failure == OnStoreFailure::Closed
     }
@@ -137,17 +140,17 @@ impl Replica {
         Timestamp(own.0.saturating_add(self.clock_offset_ms))
     }
 
-    /// Nodes alive, as in the last reply.
+    /// Nodes alive, according to the last reply.
     pub(super) fn nodes(&self) -> u64 {
         self.nodes
     }
 
-    /// How often Redis was lost.
+    /// How often this node has lost Redis.
     pub(super) fn losses(&self) -> u64 {
         self.losses
     }
 
-    /// Requests in flight: of all nodes, or while offline of this one.
+    /// Requests in flight on all nodes. While offline: those on this node.
     pub(super) fn in_flight(&self) -> u64 {
         if self.is_offline() { self.local.in_flight } else { self.in_flight }
     }
@@ -156,7 +159,7 @@ impl Replica {
         self.commands.keys(prefix, environment)
     }
 
-    /// Adjusts to Redis's clock by the time in a reply.
+    /// Updates the offset to Redis's clock from the time in a reply.
     pub(super) fn record_time(&mut self, own: Timestamp, reply: &ScriptReply) {
         self.clock_offset_ms = reply.now.0.saturating_sub(own.0);
         self.commands.set_redis_time(reply.now);
@@ -169,7 +172,7 @@ impl Replica {
         now
     }
 
-    /// Denies a request whose wait for room ended without room.
+    /// Denies a request whose wait has failed.
     pub(super) fn deny(&mut self, own: Timestamp, demand: &Demand<'_>) -> NoRoom {
         let now = self.redis_time(own);
         if self.is_closed() {
@@ -179,7 +182,7 @@ impl Replica {
         self.local.deny(now, demand)
     }
 
-    /// What the request lacks now. `None`: it fits. Reserves nothing.
+    /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
     pub(super) fn obstacle(&mut self, own: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
         if self.is_closed() {
             return Some(NoRoom::Unavailable);
@@ -207,8 +210,8 @@ impl Replica {
     fn record_progress(&mut self, id: u64, receipts: &[Receipt], spent: Amounts) {
         let Some(before) = self.tracked.get(&id) else { return };
         let (may_be_in_redis, reserved_before) = (before.may_be_in_redis, before.reserved());
-        // While offline nothing is recorded: if Redis loses the reservation, it restores the state that it acknowledged. The
-        // settlement reports the rest.
+        // While offline, progress of a reservation that Redis may have is not recorded. If Redis loses the
+        // reservation, this node restores the state that Redis acknowledged. The settlement reports the rest.
         if may_be_in_redis && self.is_offline() {
             return;
         }
@@ -222,7 +225,7 @@ impl Replica {
         push(StepKind::Progress, spent);
     }
 
-    /// Replaces the amounts that a grant holds by the spent amounts.
+    /// Releases the held amounts of a grant and charges the spent amounts.
     pub(super) fn settle(
         &mut self,
         own: Timestamp,
@@ -234,9 +237,10 @@ impl Replica {
         let id = grant.id;
         let may_be_in_redis = id.and_then(|id| self.tracked.get(&id)).is_some_and(|t| t.may_be_in_redis);
         grant.settle_receipts(settlement.spent, |receipt, part| {
-            // While online the mirrored quotas change with Redis's reply. Until then only the journal has the settlement.
+            // While online, the mirrored quotas change with the reply of Redis. Until then, only the journal contains
+            // the settlement.
             let Some(offline) = &mut self.offline else { return };
-            // Redis learns the usage of a reservation that it does not have as a sum, at the resync.
+            // Redis does not have this reservation. The resync sends its usage, in one sum with that of others.
             if !may_be_in_redis {
                 offline.spent.charge_without_hold(now, &receipt, part);
             }
@@ -266,7 +270,7 @@ impl Replica {
         self.tracked.insert(id, tracked);
     }
 
-    /// All reservations that are not known to be over in Redis.
+    /// All reservations that have not certainly ended in Redis.
     fn all_tracked(&mut self) -> impl Iterator<Item = (u64, &mut TrackedReservation)> {
         let unsettled = self.tracked.iter_mut().map(|(&id, tracked)| (id, tracked));
         unsettled.chain(self.journal.settled_mut())
@@ -280,7 +284,7 @@ impl Replica {
         self.journal.push_settlement(id, Amounts::default(), nothing);
     }
 
-    /// Returns the rest of the lease to Redis.
+    /// Returns the unused rest of the lease to Redis.
     pub(super) fn return_lease(&mut self) {
         if self.lease.as_mut().is_some_and(Lease::clear) {
             self.journal.push(Step::new(StepKind::Settle, LEASE_ID.to_owned(), Amounts::default()));

@@ -1,4 +1,5 @@
-//! The connection of one account to Redis: requests that are admitted through it, and the state that its task shares with them.
+//! The connection of one account to Redis: it admits requests, and contains the state that requests share with the
+//! account's task.
 //!
 //! This file is part of `ledger` and not of `redis`: it needs both the replica and the connection, and the replica needs the
 //! commands of `redis`. Under `redis` it would make the two modules import each other.
@@ -18,11 +19,12 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
-/// Maximum attempts of one call that Redis asks to repeat, for example because a calendar period has turned.
+/// Maximum attempts of one call whose reply requires a repetition, for example because a calendar period has ended.
 const MAX_ATTEMPTS: usize = 4;
 /// Maximum time that a request waits until the task has sent everything to Redis.
 const MAX_FLUSH_WAIT: Duration = Duration::from_millis(250);
-/// A node joins again this long after it lost Redis. Redis then ignores all earlier calls.
+/// A node that has lost Redis waits for this time before it joins again. After this time Redis ignores all calls from
+/// before the loss.
 const REJOIN_DELAY: Duration = Duration::from_millis(MAX_CALL_DELAY_MS);
 
 /// One account's replica, its connection to Redis, and what the account's requests exchange with the task.
@@ -43,13 +45,13 @@ pub(super) struct RedisSync {
 /// The state of an account's connection to Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RedisStatus {
-    /// Why this node counts on its own for now. `None`: Redis is available.
+    /// Why this node counts without Redis for now. `None`: Redis is available.
     pub unavailable_reason: Option<String>,
-    /// Nodes alive, as in Redis's last reply.
+    /// Nodes alive, according to the last reply of Redis.
     pub nodes: u64,
-    /// How often Redis was lost.
+    /// How often this node has lost Redis.
     pub losses: u64,
-    /// Faults of the server's settings.
+    /// Settings of the server that are wrong for shared quotas.
     pub server_faults: Vec<String>,
 }
 
@@ -112,7 +114,7 @@ impl RedisSync {
     /// Reserves room for one request: from the lease, by one call to Redis, or, while Redis is unavailable, from this node's
     /// share. Does not count a denial. Dropping the future releases what Redis may have reserved.
     pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
-        // During a resync Redis has more room than is left.
+        // During a resync Redis reports too much room, because it has not applied the offline usage of this node.
         if self.with_replica(|replica| replica.is_resyncing()) {
             self.refresh().await;
         }
@@ -136,7 +138,8 @@ impl RedisSync {
             let reply = permit.call(&self.keys, &call.command).await.ok()?;
             pending.id = None;
             match self.with_replica(|replica| replica.on_reserve(clock::now(), demand, &call, &reply)) {
-                // Redis may not have had the room of requests that ended here. A denial counts only when it has.
+                // Redis may not yet have had the room that this node's requests released. Send the journal and try
+                // once more.
                 ReserveOutcome::Decided(Err(_)) if call.had_unsent_steps && !has_refreshed => {
                     has_refreshed = true;
                     self.refresh().await;
@@ -169,8 +172,8 @@ impl RedisSync {
         self.wake_task();
     }
 
-    /// Waits until the task has sent the journal and received the state of all quotas, for at most `MAX_FLUSH_WAIT`. After
-    /// that the counters are as in the last reply.
+    /// Waits until the task has sent the journal and received the state of all quotas, for at most `MAX_FLUSH_WAIT`.
+    /// If the time is over, the counters remain as in the last reply.
     pub(super) async fn refresh(&self) {
         if self.with_replica(|replica| replica.is_offline()) {
             return;
@@ -205,8 +208,8 @@ impl RedisSync {
         Ok(())
     }
 
-    /// Runs a command of an administrator. `false`: there is no command to run. A calendar period may turn on the way: then the
-    /// command is made again.
+    /// Runs a command of an administrator. `false`: there is no command to run. If a calendar period ends before
+    /// Redis runs the command, the command is built again.
     async fn run(&self, command: impl Fn(&mut Replica) -> Option<ScriptCommand>) -> Result<bool, NoRoom> {
         for _ in 0..MAX_ATTEMPTS {
             let Some(command) = self.with_replica(&command) else { return Ok(false) };

@@ -68,7 +68,7 @@ async fn a_full_wait_queue_is_not_overtaken() {
 }
 
 #[tokio::test]
-async fn waiting_requests_are_served_in_their_order() {
+async fn waiting_requests_are_served_in_order_of_arrival() {
     let account = account(ROOM_FOR_ONE);
     let first = reserve_now(&account, 100);
     let served = Arc::new(Mutex::new(Vec::new()));
@@ -114,14 +114,14 @@ async fn a_request_that_cannot_fit_in_time_does_not_wait_behind_others() {
 }
 
 #[tokio::test]
-async fn a_request_that_waited_in_vain_does_not_overtake_the_head_of_the_queue() {
+async fn a_request_whose_wait_failed_does_not_overtake_the_head_of_the_queue() {
     let account = account(ROOM_FOR_ONE);
     let first = reserve_now(&account, 100);
     let front = account.clone();
     let front = tokio::spawn(async move { front.reserve(&demand(100), LONG).await.map(drop) });
     run_other_tasks().await;
     let behind = account.reserve(&demand(8), Duration::from_millis(50)).await;
-    assert!(behind.is_err(), "it would fit, but it was not at the head");
+    assert!(behind.is_err(), "it would fit, but it was not at the head of the queue");
     drop(first);
     at_once(front).await.unwrap().unwrap();
 }

@@ -6,13 +6,13 @@ use crate::quota::{Amounts, Subject};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Maximum models with a name of their own in the history: callers can invent names.
+/// Maximum number of models with a separate entry in the history. Callers can send any name.
 const MAX_MODELS: usize = 500;
-/// Longer names of models are cut.
+/// Longer names of models are truncated.
 const MAX_NAME_BYTES: usize = 128;
 const MINUTE_MS: i64 = 60_000;
 
-/// The name under which the history counts all models that have no name of their own there.
+/// The name under which the history counts all models that have no separate entry.
 pub(crate) const OTHER_MODELS: &str = "other";
 
 /// Sums since the store was created.
@@ -103,7 +103,7 @@ impl UsageHistory {
 
     fn row(&mut self, now: Timestamp, model: usize, caller: Option<usize>) -> &mut UsageRow {
         let minute = now.0.div_euclid(MINUTE_MS);
-        // The store takes the rows every few milliseconds, so that there are never many.
+        // The store takes the rows every few milliseconds, so there are never many.
         let is_it = |row: &UsageRow| (row.minute, row.model, row.caller) == (minute, model, caller);
         let at = self.rows.iter().position(is_it).unwrap_or_else(|| {
             self.rows.push(UsageRow { minute, model, caller, ..UsageRow::default() });

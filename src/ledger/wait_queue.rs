@@ -16,8 +16,8 @@ const DEFAULT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// The wait queue of one environment.
 #[derive(Debug)]
 pub(super) struct WaitQueue {
-    /// The request that holds the permit is at the head. Tokio's semaphore is fair, and a request that stops waiting leaves
-    /// its place.
+    /// The request that holds the permit is at the head. Tokio's semaphore is fair, and a request that stops waiting
+    /// leaves the queue.
     head: Semaphore,
     waiting: AtomicUsize,
     released: Notify,
@@ -42,8 +42,8 @@ impl WaitQueue {
         }
     }
 
-    /// Waits in the queue and calls `reserve` when this request is at the head, for at most `max_wait`. Returns `None` if the
-    /// queue is full, the time is over, or the room cannot be there in time.
+    /// Waits in the queue and calls `reserve` when this request is at the head, for at most `max_wait`. Returns
+    /// `None` if the queue is full, if the time is over, or if no room can become free in time.
     pub(super) async fn wait_in_turn<T, R>(&self, max_wait: Duration, reserve: impl Fn() -> R) -> Option<T>
     where
         R: Future<Output = Result<T, NoRoom>>,
@@ -94,7 +94,7 @@ pub(super) fn may_clear_within(no_room: &NoRoom, left: Duration) -> bool {
     }
 }
 
-/// How long only the end of another request can make room.
+/// The time until a refill makes enough room. Before that, only the end of another request can make room.
 fn retry_interval(no_room: &NoRoom) -> Duration {
     match no_room.wait() {
         Some(Wait::Ms(ms)) => Duration::from_millis(ms.max(1)),

@@ -59,7 +59,7 @@ fn adaptive_reserves_the_length_of_recent_answers() {
     let learned = c.admit(NOW, &demand(10, None)).unwrap();
     assert!((90..=112).contains(&learned.grant.reserved().completion), "{learned:?}");
     let bounded = c.admit(NOW, &demand(10, Some(7))).unwrap();
-    assert_eq!(bounded.grant.reserved().completion, 7, "never more than the request's own cap");
+    assert_eq!(bounded.grant.reserved().completion, 7, "never more than the request's own limit");
     let several = Demand { completions: 3, ..demand(10, None) };
     let several = c.admit(NOW, &several).unwrap();
     assert_eq!(several.grant.reserved().completion, 3 * learned.grant.reserved().completion);
@@ -77,7 +77,7 @@ fn an_incomplete_answer_is_not_learned() {
 }
 
 #[test]
-fn a_small_quota_does_not_deny_its_first_request_for_ever() {
+fn the_adaptive_allowance_is_at_most_half_of_a_small_quota() {
     for limit in [11, 20, 100, 600] {
         let mut c = local(rules(CompletionReserve::Adaptive), limit);
         let admission = c.admit(NOW, &demand(10, Some(4_096))).unwrap();
@@ -135,7 +135,7 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 280)), Progress::Within);
     assert_eq!(level(&mut c), (10, 0));
     assert_eq!(c.progress(NOW, "m", grant, Amounts::of_request(10, 291)), Progress::Overrun);
-    assert_eq!(level(&mut c), (-1, 0), "the overrun is debt at once");
+    assert_eq!(level(&mut c), (-1, 0), "the overrun becomes debt at once");
     assert_eq!((grant.reserved().completion, grant.progress_threshold()), (291, 291 + 64));
     assert_eq!(c.held, grant.reserved());
     settle(&mut c, admission, 12, 300);
@@ -144,7 +144,7 @@ fn a_stream_that_outgrows_its_allowance_is_extended_while_there_is_room() {
 }
 
 #[test]
-fn an_overrun_is_debt_before_the_stream_ends_and_counts_once() {
+fn an_overrun_becomes_debt_before_the_stream_ends_and_is_charged_once() {
     let mut c = local(rules(CompletionReserve::Fixed(5)), 60);
     let mut admission = c.admit(NOW, &demand(8, None)).unwrap();
     assert_eq!(c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(8, 30)), Progress::Within);
@@ -161,7 +161,7 @@ fn an_overrun_is_debt_before_the_stream_ends_and_counts_once() {
 }
 
 #[test]
-fn a_stream_within_its_cap_is_no_overrun_and_is_not_extended_beyond_the_cap() {
+fn a_stream_within_its_own_limit_is_not_an_overrun_and_is_not_extended_beyond_it() {
     let mut c = local(rules(CompletionReserve::MaxTokens), 28);
     let mut exact = c.admit(NOW, &demand(8, Some(20))).unwrap();
     assert_eq!((exact.grant.cap(), exact.grant.progress_threshold()), (20, 20));
@@ -171,9 +171,9 @@ fn a_stream_within_its_cap_is_no_overrun_and_is_not_extended_beyond_the_cap() {
     let mut c = local(rules(CompletionReserve::Fixed(5)), 1_000);
     let mut bounded = c.admit(NOW, &demand(8, Some(20))).unwrap();
     assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 6)), Progress::Within);
-    assert_eq!(bounded.grant.reserved().completion, 20, "a step would be 64");
+    assert_eq!(bounded.grant.reserved().completion, 20, "a full extension would be 64");
     assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 23)), Progress::Within);
-    assert_eq!(bounded.grant.reserved().completion, 23, "an upstream that exceeds the cap");
+    assert_eq!(bounded.grant.reserved().completion, 23, "the upstream has exceeded the request's limit");
     settle(&mut c, bounded, 8, 23);
     assert_eq!(level(&mut c), (1_000 - 31, 0));
 }
@@ -227,7 +227,7 @@ fn an_answer_that_ended_at_its_clamped_limit_is_not_learned() {
 }
 
 #[test]
-fn a_request_that_could_be_clamped_later_is_not_denied_for_ever() {
+fn a_denied_request_that_could_be_clamped_later_gets_a_finite_wait() {
     let mut clamping = rules(CompletionReserve::MaxTokens);
     clamping.reserve.when_short = WhenShort::Clamp;
     let mut c = local(clamping, 100);
@@ -305,7 +305,7 @@ fn requests_that_generate_nothing_do_not_lower_the_adaptive_allowance() {
     for _ in 0..1_000 {
         let embedding = Demand { generates: false, ..demand(10, None) };
         let embedding = c.admit(NOW, &embedding).unwrap();
-        assert_eq!(allowance(&c), alone, "an embedding in flight has no answer to balance others with");
+        assert_eq!(allowance(&c), alone, "an embedding has no answer whose length could balance others");
         settle(&mut c, embedding, 10, 0);
     }
     assert_eq!(allowance(&c), alone);
@@ -315,7 +315,7 @@ fn requests_that_generate_nothing_do_not_lower_the_adaptive_allowance() {
 }
 
 #[test]
-fn every_way_to_end_a_request_takes_it_out_of_all_counts_in_flight() {
+fn every_end_of_a_request_removes_it_from_all_counts_in_flight() {
     let mut c = local(rules(CompletionReserve::Adaptive), 100_000_000);
     for _ in 0..99 {
         let answer = c.admit(NOW, &demand(10, None)).unwrap();

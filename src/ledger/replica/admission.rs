@@ -17,9 +17,10 @@ pub(in crate::ledger) struct ReserveCall {
     touched: SmallVec<[u32; 8]>,
     /// `Replica::losses` when the call was made.
     losses: u64,
-    /// The number of the first step that Redis had not acknowledged then.
+    /// The number of the first step that Redis had not acknowledged when the call was made.
     first_step: u64,
-    /// The journal had unsent steps then, so that Redis may not have had the room of requests that ended here.
+    /// The journal had unsent steps when the call was made. Redis may therefore not yet have had the room that this
+    /// node's requests released.
     pub(in crate::ledger) had_unsent_steps: bool,
 }
 
@@ -76,7 +77,7 @@ impl Replica {
         }
     }
 
-    /// The reply to a `ReserveCall`: comes to the same decision as Redis by the same code as without Redis.
+    /// Applies the reply to a `ReserveCall`. Repeats the decision of Redis with the code that decides without Redis.
     pub(in crate::ledger) fn on_reserve(
         &mut self,
         own: Timestamp,
@@ -93,14 +94,14 @@ impl Replica {
             Verdict::UnknownSession | Verdict::Done => return ReserveOutcome::UnknownSession,
         };
         if self.is_offline() || self.losses != call.losses {
-            // Redis was lost since the call, so that its decision no longer counts.
+            // Redis was lost after the call was sent, so its decision no longer applies.
             if was_admitted {
                 self.cancel(call.id);
             }
             return ReserveOutcome::Retry;
         }
-        // If Redis acknowledged steps since the call, the states in this reply may lack them, and they have left the journal.
-        // The newer states are put back after the decision.
+        // If Redis acknowledged steps after this call was made, the states in this reply may not include them, and
+        // the journal no longer contains them. The newer states are restored after the decision.
         let is_overtaken = self.journal.first != call.first_step;
         let newer_states =
             if is_overtaken { self.local.quotas.states_of(reply.now, &call.touched) } else { Vec::new() };
@@ -116,7 +117,8 @@ impl Replica {
         ReserveOutcome::Decided(decided)
     }
 
-    /// Makes this node's decision that of Redis. They are the same unless the node and the script have different code.
+    /// Replaces this node's decision by that of Redis. They differ only if the node and the script have different
+    /// versions of the code.
     fn align_with_redis(
         &mut self,
         decided: Result<Admission, NoRoom>,
@@ -128,7 +130,7 @@ impl Replica {
         if decided.is_ok() != was_admitted {
             tracing::error!(
                 redis = was_admitted,
-                "Redis and this node decided differently about a request: the decision of Redis counts"
+                "Redis and this node decided differently about a request: the decision of Redis applies"
             );
         }
         match decided {
@@ -145,13 +147,13 @@ impl Replica {
         }
     }
 
-    /// Admits a request from this node's lease. `None`: there is no lease, or it does not suffice.
+    /// Admits a request from this node's lease. `None`: there is no lease, or it has too little left.
     pub(in crate::ledger) fn admit_leased(
         &mut self,
         own: Timestamp,
         demand: &Demand<'_>,
     ) -> Option<Admission> {
-        // Only Redis counts the requests in flight of all nodes. And shadow mode needs the decision of the whole quota.
+        // Only Redis counts the requests in flight on all nodes, and shadow mode needs a decision on the whole quota.
         let rules = &self.local.rules;
         if self.lease.is_none() || !rules.enforce || rules.max_in_flight.is_some() {
             return None;
@@ -219,7 +221,7 @@ impl Replica {
         }
     }
 
-    /// The reply to `lease_command`. Returns `false` if Redis does not have this node's session.
+    /// Applies the reply to `lease_command`. Returns `false` if Redis does not have this node's session.
     pub(in crate::ledger) fn on_lease(&mut self, own: Timestamp, reply: &ScriptReply) -> bool {
         self.record_time(own, reply);
         if reply.verdict != Verdict::Done || self.is_offline() {

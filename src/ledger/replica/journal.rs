@@ -1,23 +1,24 @@
-//! The journal of what happened to reservations and has not been acknowledged by Redis. Its steps are numbered and sent in
-//! batches, so that Redis applies each step once.
+//! The journal: changes of reservations that Redis has not acknowledged. Its steps are numbered and sent in batches,
+//! so that Redis applies each step once.
 
 use crate::quota::{Amounts, Receipt};
 use crate::redis::{Piece, ScriptCommand, Step, StepKind};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 
-/// Maximum steps in one call, and reservations in one call. A longer call would keep Redis from other nodes for longer than
-/// they wait.
+/// Maximum steps in one call, and reservations in one call. A longer call would block Redis for longer than other
+/// nodes wait for a reply.
 pub(super) const MAX_BATCH: usize = 200;
 
-/// A reservation of this node that is not known to be over in Redis.
+/// A reservation of this node that has not certainly ended in Redis.
 #[derive(Debug)]
 pub(super) struct TrackedReservation {
     /// Redis may have this reservation: it admitted it, or it may have received a call whose reply was lost.
     pub(super) may_be_in_redis: bool,
     /// Redis confirmed this reservation after the last reconnect.
     pub(super) is_confirmed: bool,
-    /// What the reservation holds. Empty if the request was cancelled before this node learned Redis's decision.
+    /// What the reservation holds. Empty if the request was cancelled before this node received the decision of
+    /// Redis.
     pub(super) pieces: SmallVec<[Piece; 1]>,
     /// What Redis has acknowledged as spent. Steps that are still in the journal are not included.
     pub(super) acknowledged: Amounts,
@@ -99,7 +100,8 @@ impl Journal {
         self.entries.iter_mut().filter_map(|entry| entry.settled.as_mut()).map(|(id, held)| (*id, held))
     }
 
-    /// Removes the first steps. Returns how much of which reservation they reported as spent.
+    /// Removes the first steps. Returns the amounts that they reported as spent, each with the number of its
+    /// reservation.
     pub(super) fn remove(&mut self, steps: usize) -> Vec<(u64, Amounts)> {
         self.first += steps as u64;
         let removed = self.entries.drain(..steps.min(self.entries.len())).map(|entry| entry.step);

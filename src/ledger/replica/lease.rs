@@ -1,6 +1,7 @@
-//! The part of the shared quotas that a node leases. The node admits requests from its lease without a call to Redis and
-//! reports them afterwards in batches. Redis holds leased amounts, so that nothing is admitted twice. All nodes together lease
-//! little enough that it hardly matters what they could still admit while another node is denied.
+//! The part of the shared quotas that a node leases. The node admits requests from its lease without a call to Redis
+//! and reports them afterwards in batches. Redis counts leased amounts as held, so that no node admits them a second
+//! time. A node can be denied although other nodes have unused leases. This hardly matters, because all leases
+//! together are a small part of a quota.
 
 use crate::clock::Timestamp;
 use crate::quota::{CounterState, Kind, Quota, QuotaLevel, Required};
@@ -15,23 +16,23 @@ const PLENTY_PART: u64 = 5;
 /// Minimum time between two reviews of the lease, if the first one found nothing to take (ms). A review reads all quotas.
 const REVIEW_INTERVAL_MS: u64 = 10;
 
-/// What one node leases.
+/// The lease of one node.
 #[derive(Debug)]
 pub(super) struct Lease {
-    /// The rest of the lease of each quota.
+    /// The unused rest of the lease of each quota.
     left: Vec<u64>,
-    /// When the lease of each quota lapses: at the end of its calendar period.
+    /// When the lease of each quota expires: at the end of the quota's calendar period.
     until: Vec<Timestamp>,
-    /// Redis may hold something for this lease, which has to be returned.
+    /// Redis may hold amounts for this lease, which must be returned.
     is_open: bool,
-    /// At or below this amount, more of each quota is wanted.
+    /// For each quota: the node requests a larger lease when the rest of its lease is at or below this amount.
     low: Vec<u64>,
     /// The lease may need a change. The review waits until `not_before`.
     needs_review: bool,
     not_before: Timestamp,
 }
 
-/// What a review of the lease found.
+/// The result of a review of the lease.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum LeaseAction {
     Keep,
@@ -53,7 +54,7 @@ impl Lease {
         }
     }
 
-    /// The state of all quotas is new: review the lease as soon as possible.
+    /// Requests a review of the lease as soon as possible, because the states of all quotas have changed.
     pub(super) fn request_review(&mut self) {
         self.needs_review = true;
         self.not_before = Timestamp(0);
@@ -64,7 +65,7 @@ impl Lease {
         self.needs_review && now >= self.not_before
     }
 
-    /// Drops the rest of the lease. Returns whether Redis may hold something for this lease.
+    /// Clears the lease. Returns whether Redis may hold amounts for it.
     pub(super) fn clear(&mut self) -> bool {
         self.left.fill(0);
         std::mem::take(&mut self.is_open)
@@ -130,23 +131,23 @@ impl Lease {
         }
     }
 
-    /// Records that more was requested: Redis may grant it even if its reply is lost.
+    /// Records that a larger lease was requested. Redis may grant it even if the reply is lost.
     pub(super) fn mark_requested(&mut self) {
         self.is_open = true;
     }
 
-    /// Adds what Redis granted.
+    /// Adds the amounts that Redis granted.
     pub(super) fn grow(&mut self, reply: &ScriptReply) {
         self.mark_requested();
         let cells = self.left.iter_mut().zip(&mut self.until);
         for ((left, until), (&more, (state, _))) in cells.zip(reply.values.iter().zip(&reply.states)) {
-            let (lapses, has_lapsed) = match state {
+            let (expiry, has_expired) = match state {
                 CounterState::Calendar { period: (start, end), .. } => (*end, *until <= *start),
                 CounterState::Rolling { .. } => (Timestamp(i64::MAX), false),
             };
             let more = u64::try_from(more).unwrap_or(0);
-            *left = if has_lapsed { more } else { left.saturating_add(more) };
-            *until = lapses;
+            *left = if has_expired { more } else { left.saturating_add(more) };
+            *until = expiry;
         }
     }
 }
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn all_nodes_together_lease_at_most_a_fiftieth_and_nothing_from_a_scarce_quota() {
+    fn nodes_lease_at_most_a_fiftieth_of_a_quota_and_nothing_of_a_nearly_exhausted_one() {
         let quotas = [quota(Kind::TotalTokens, 10_000)];
         let mut lease = Lease::new(1);
         let mut levels = Quotas::new(&quotas, Timestamp(0)).levels(Timestamp(0));
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_of_a_calendar_quota_lapses_with_the_period() {
+    fn a_lease_of_a_calendar_quota_expires_with_the_period() {
         let zone = jiff::tz::TimeZone::UTC;
         let window = Window::Calendar { unit: crate::quota::ClockUnit::Hour, zone };
         let quotas = [Quota { window, ..quota(Kind::TotalTokens, 10_000) }];

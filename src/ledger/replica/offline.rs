@@ -6,7 +6,8 @@ use crate::config::OnStoreFailure;
 use crate::quota::{CounterState, Quota};
 
 impl Replica {
-    /// Redis is unavailable: from now on this node counts on its share of the quotas. Has no effect while offline.
+    /// Goes offline, because Redis is unavailable: from now on this node counts within its share of the quotas. Has
+    /// no effect if the node is offline already.
     pub(in crate::ledger) fn go_offline(&mut self, own: Timestamp) {
         if self.is_offline() {
             return;
@@ -34,7 +35,7 @@ impl Replica {
         self.offline = Some(Box::new(Offline { before, unspent, spent }));
     }
 
-    /// What this node's requests hold of each quota.
+    /// The amounts that this node's requests hold in each quota.
     fn own_held(&self, quotas: &[Quota], states: &[CounterState]) -> Vec<u64> {
         let mut held = vec![0_u64; quotas.len()];
         for piece in self.tracked.values().flat_map(|tracked| &tracked.pieces) {
@@ -49,8 +50,9 @@ impl Replica {
         held
     }
 
-    /// Redis is available and holds this node's reservations again: from now on Redis admits requests. The journal gets the
-    /// amounts spent offline. Requests admitted offline must still be held in Redis, see `hold_command`.
+    /// Begins the resync: Redis is available and holds again the reservations that it admitted. From now on Redis
+    /// decides on requests. Adds the usage while offline to the journal. Redis does not yet hold reservations that
+    /// were admitted offline, see `hold_command`.
     pub(in crate::ledger) fn begin_resync(&mut self, own: Timestamp) {
         let now = self.redis_time(own);
         if let Some(offline) = self.offline.take() {
@@ -60,7 +62,7 @@ impl Replica {
         }
     }
 
-    /// Adds to the journal the amount of each quota that was spent offline and has not been refilled since.
+    /// Adds to the journal the usage of each quota while offline, without the part that has been refilled since.
     fn record_offline_usage(&mut self, unspent: Vec<CounterState>, spent: Vec<CounterState>) {
         for (index, states) in (0..).zip(unspent.into_iter().zip(spent)) {
             let (amount, turn) = match states {

@@ -8,7 +8,7 @@ use crate::quota::{CounterState, Quota};
 use crate::redis::{self, HeldReservation, NewLimit, ScriptCommand, ScriptReply, Verdict};
 use std::collections::HashSet;
 
-/// Maximum time to wait for other nodes that restore what Redis has lost (ms), whatever Redis replies.
+/// Maximum time to wait for other nodes that restore lost data (ms), even if Redis replies with a longer time.
 const MAX_RECOVERY_WAIT_MS: u64 = 2_000;
 
 impl Replica {
@@ -27,15 +27,15 @@ impl Replica {
         self.commands.join(self.config.stamp, self.has_joined_before, &states)
     }
 
-    /// The reply to `join_command`. Returns how many quotas had other limits in Redis, and how many milliseconds to wait for
-    /// other nodes. `None`: the command has to be repeated.
+    /// Applies the reply to `join_command`. Returns how many quotas had other limits in Redis, and how many
+    /// milliseconds to wait for other nodes. `None`: the command must be repeated.
     pub(in crate::ledger) fn on_join(&mut self, own: Timestamp, reply: &ScriptReply) -> Option<(u64, u64)> {
         self.record_time(own, reply);
         if reply.verdict != Verdict::Done {
             return None;
         }
         self.has_joined_before = true;
-        self.redis_kept_session = value(reply, 2) == 1;
+        self.redis_had_session = value(reply, 2) == 1;
         // Bounded, because Redis's clock may have been set back.
         Some((value(reply, 1), value(reply, 3).min(MAX_RECOVERY_WAIT_MS)))
     }
@@ -45,7 +45,7 @@ impl Replica {
     pub(in crate::ledger) fn hold_command(&mut self, own: Timestamp) -> Option<(ScriptCommand, Vec<u64>)> {
         self.set_command_time(own);
         let (ids, held) = self.next_to_hold();
-        (!ids.is_empty()).then(|| (self.commands.hold(self.redis_kept_session, &held), ids))
+        (!ids.is_empty()).then(|| (self.commands.hold(self.redis_had_session, &held), ids))
     }
 
     /// The next reservations that Redis has not confirmed. From now on Redis may have them, even if its reply is lost.
@@ -62,7 +62,7 @@ impl Replica {
         (ids, held)
     }
 
-    /// Redis has confirmed that it holds these reservations.
+    /// Records that Redis has confirmed that it holds these reservations.
     pub(in crate::ledger) fn confirm_held(&mut self, ids: &[u64]) {
         self.update(ids, |tracked| tracked.is_confirmed = true);
     }
@@ -72,8 +72,8 @@ impl Replica {
         self.all_tracked().filter(|(id, _)| ids.contains(id)).for_each(|(_, tracked)| change(tracked));
     }
 
-    /// The command that makes Redis release what it holds for this session and this node does not track: Redis charges such a
-    /// reservation in full, and returns a lease.
+    /// The command that makes Redis release everything that it holds for this session and that this node does not
+    /// track. Redis charges untracked reservations in full and returns an untracked lease.
     pub(in crate::ledger) fn release_unlisted_command(&mut self, own: Timestamp) -> ScriptCommand {
         self.set_command_time(own);
         let pending: Vec<u64> = self.pending.iter().copied().collect();
@@ -81,14 +81,15 @@ impl Replica {
         self.commands.release_unlisted(&ids)
     }
 
-    /// The reply to a batch. Returns `false` if Redis did not apply it. Applied steps leave the journal: from now on the
-    /// quotas contain them.
+    /// Applies the reply to a batch. Returns `false` if Redis did not apply the batch. Applied steps are removed from
+    /// the journal, because the received states of the quotas include them.
     pub(in crate::ledger) fn on_batch(&mut self, own: Timestamp, batch: &Batch, reply: &ScriptReply) -> bool {
         self.record_time(own, reply);
         if reply.verdict != Verdict::Done {
             return false;
         }
-        // While offline or resyncing, `local` has this node's share, and the shared quotas are kept apart.
+        // While offline or resyncing, `local` contains this node's share, and the shared quotas are stored
+        // separately.
         let shared = match (&mut self.offline, &mut self.resyncing) {
             (Some(offline), _) => &mut offline.before,
             (None, Some(before)) => before,
@@ -105,8 +106,8 @@ impl Replica {
         self.commands.heartbeat()
     }
 
-    /// The reply to a heartbeat. Returns whether quotas in Redis have other limits than this node's config, and had not
-    /// before. `None`: the command has to be repeated.
+    /// Applies the reply to a heartbeat. Returns `true` if quotas in Redis have other limits than this node's config
+    /// and did not have them at the last heartbeat. `None`: the command must be repeated.
     pub(in crate::ledger) fn on_heartbeat(&mut self, own: Timestamp, reply: &ScriptReply) -> Option<bool> {
         self.record_time(own, reply);
         if reply.verdict != Verdict::Done {

@@ -14,7 +14,7 @@ fn done(values: &[i64], states: Vec<(CounterState, bool)>) -> ScriptReply {
     ScriptReply { verdict: Verdict::Done, now: NOW, values: values.to_vec(), states }
 }
 
-/// Full counters of one node.
+/// The counters of one node, with all quotas full.
 fn local(quotas: &[Quota], now: Timestamp) -> Local {
     let reserve = ReserveSettings {
         prompt: true,
@@ -99,7 +99,7 @@ fn admitted_by_redis(replica: &mut Replica) -> Grant {
 }
 
 #[test]
-fn an_offline_reservation_that_redis_may_have_is_held_again_and_not_charged_twice() {
+fn an_offline_reservation_whose_hold_reply_is_lost_is_held_again_and_charged_once() {
     let mut replica = replica();
     replica.go_offline(NOW);
     let (ends, goes_on) = (admitted_offline(&mut replica), admitted_offline(&mut replica));
@@ -120,7 +120,7 @@ fn an_offline_reservation_that_redis_may_have_is_held_again_and_not_charged_twic
     assert_eq!(replica.journal.entries[0].step.amounts, spent);
     begin_resync(&mut replica);
     assert_eq!(next_held(&mut replica), 0, "Redis has confirmed all of them");
-    assert_eq!(replica.journal.entries.len(), 1, "it is not part of the offline usage too");
+    assert_eq!(replica.journal.entries.len(), 1, "the reservation is not part of the offline usage as well");
     replica.settle(NOW, subject(), goes_on, Settlement { spent, is_complete: true });
     assert!(replica.journal.settled().all(|(_, tracked, _)| tracked.is_confirmed));
 }
@@ -203,12 +203,16 @@ fn a_node_that_loses_redis_during_a_resync_joins_with_the_whole_quotas_not_its_s
     let during_resync = begin_resync(&mut replica);
     replica.go_offline(NOW);
     for command in [during_resync, replica.join_command(NOW)] {
-        assert_eq!(whole(&command), 5, "limit and burst, also the config's, and level: {command:?}");
+        assert_eq!(
+            whole(&command),
+            5,
+            "limit and burst in force, limit and burst of the config, and level: {command:?}"
+        );
     }
 }
 
 #[test]
-fn progress_made_offline_of_an_online_reservation_is_sent_after_the_resync() {
+fn offline_progress_of_an_online_reservation_is_sent_after_the_resync() {
     let mut replica = replica();
     let mut grant = admitted_by_redis(&mut replica);
     replica.go_offline(NOW);
@@ -237,7 +241,7 @@ fn offline_progress_counts_as_unacknowledged_until_redis_acknowledges_it() {
     replica.on_join(NOW, &done(&[0, 0, 0, 0], Vec::new())).unwrap();
     replica.begin_resync(NOW);
     let first = replica.hold_command(NOW).unwrap();
-    // The call came too late, or a period had turned.
+    // The call arrived too late, or a calendar period had ended.
     assert_eq!(replica.hold_command(NOW).unwrap(), first);
     // Or the connection was lost, and Redis lost its data again.
     replica.go_offline(NOW);
@@ -251,7 +255,7 @@ fn offline_progress_counts_as_unacknowledged_until_redis_acknowledges_it() {
 }
 
 #[test]
-fn a_requested_reservation_is_listed_until_its_reply_is_read_and_its_cancellation_is_acknowledged() {
+fn a_requested_reservation_is_listed_until_its_cancellation_is_acknowledged() {
     let mut replica = replica();
     let is_listed = |replica: &mut Replica, call: &ReserveCall| {
         let command = replica.release_unlisted_command(NOW);

@@ -1,4 +1,4 @@
-//! The task that keeps one account's replica in step with Redis: join, heartbeat, flush of the journal, lease, leave.
+//! The task that synchronises one account's replica with Redis: join, heartbeat, flush of the journal, lease, leave.
 
 use super::{MAX_ATTEMPTS, REJOIN_DELAY, RedisSync};
 use crate::clock;
@@ -15,7 +15,8 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_LEAVE_TIME: Duration = Duration::from_secs(2);
 
 impl RedisSync {
-    /// Keeps the replica in step with Redis until `stop` is true, and then leaves. All reservations must be settled before.
+    /// Synchronises the replica with Redis until `stop` is true, and then ends the session. All reservations must be
+    /// settled before `stop` becomes true.
     pub(in crate::ledger) async fn run_task(&self, mut stop: watch::Receiver<bool>) {
         let mut connected = self.connection.watch_generation();
         let work = async {
@@ -27,7 +28,7 @@ impl RedisSync {
                 self.check_server_settings().await;
                 if self.join().await.is_some() {
                     tracing::info!(environment = self.environment, "quotas are shared through Redis");
-                    self.stay_in_step().await;
+                    self.sync_until_lost().await;
                     tracing::warn!(
                         environment = self.environment,
                         "Redis is unavailable: quotas are counted on this node"
@@ -45,12 +46,16 @@ impl RedisSync {
         drop(timeout(MAX_LEAVE_TIME, self.leave()).await);
     }
 
-    /// Logs each new fault of the server's settings.
+    /// Logs each setting of the server that is wrong for shared quotas and was not at the last check.
     async fn check_server_settings(&self) {
         let Ok(faults) = self.connection.setting_faults().await else { return };
         let mut known = self.lock_server_faults();
         for fault in faults.iter().filter(|fault| !known.contains(fault)) {
-            tracing::warn!(environment = self.environment, fault, "Redis is not set up as quotas need it");
+            tracing::warn!(
+                environment = self.environment,
+                fault,
+                "a setting of the Redis server is wrong for shared quotas"
+            );
         }
         *known = faults;
     }
@@ -59,7 +64,7 @@ impl RedisSync {
     async fn leave(&self) {
         self.with_replica(Replica::return_lease);
         let mut connected = self.connection.watch_generation();
-        while !self.is_in_step() || self.flush().await.is_none() {
+        while !self.is_synced() || self.flush().await.is_none() {
             self.with_replica(|replica| replica.go_offline(clock::now()));
             sleep(REJOIN_DELAY).await;
             if connected.wait_for(|number| *number != 0).await.is_err() {
@@ -71,8 +76,8 @@ impl RedisSync {
         drop(self.call(&command).await);
     }
 
-    /// Whether Redis has everything that this node holds and spent, except for the journal.
-    fn is_in_step(&self) -> bool {
+    /// Whether Redis has everything that this node holds and spent, except for the steps in the journal.
+    fn is_synced(&self) -> bool {
         self.with_replica(|replica| !replica.is_offline() && !replica.is_resyncing())
     }
 
@@ -93,7 +98,7 @@ impl RedisSync {
         self.release_unlisted().await?;
         sleep_until(others_have_joined).await;
         self.with_replica(|replica| replica.begin_resync(clock::now()));
-        // Now also the reservations that were admitted offline.
+        // Now Redis also holds the reservations that were admitted offline.
         self.hold_all().await?;
         self.flush().await?;
         self.heartbeat().await
@@ -110,7 +115,7 @@ impl RedisSync {
         None
     }
 
-    /// Makes Redis hold this node's reservations, one batch after the other.
+    /// Makes Redis hold this node's reservations, in batches.
     async fn hold_all(&self) -> Option<()> {
         let mut attempts = 0;
         loop {
@@ -133,7 +138,8 @@ impl RedisSync {
         }
     }
 
-    /// Makes Redis charge the reservations that it holds for this session and this node does not track, one batch after the other.
+    /// Makes Redis charge, in batches, the reservations that it holds for this session and that this node does not
+    /// track.
     async fn release_unlisted(&self) -> Option<()> {
         let mut attempts = 0;
         loop {
@@ -151,7 +157,7 @@ impl RedisSync {
     }
 
     /// Sends the journal whenever it has new steps, and heartbeats. Returns when Redis is lost.
-    async fn stay_in_step(&self) {
+    async fn sync_until_lost(&self) {
         let mut heartbeat = interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -159,7 +165,7 @@ impl RedisSync {
                 () = self.wake.notified() => false,
                 _ = heartbeat.tick() => true,
             };
-            // Requests that wait for a flush go on when this is dropped, after the heartbeat.
+            // Dropping this value resumes the requests that wait for a flush. It is dropped after the heartbeat.
             let waiting = self.take_waiting_for_flush();
             let flushed = self.flush_and_lease().await;
             let beat = if is_due || !waiting.is_empty() { self.heartbeat().await } else { Some(()) };
@@ -180,8 +186,9 @@ impl RedisSync {
         self.flush().await
     }
 
-    /// Sends the steps that the journal has now. Later steps wait for the next flush: there could be new ones for ever, and the
-    /// heartbeat is due too. `None`: Redis is lost, and the steps stay in the journal until the node has joined again.
+    /// Sends the steps that the journal has now. Later steps wait for the next flush. Otherwise constantly added
+    /// steps could delay the heartbeat for ever. `None`: Redis is lost, and the steps stay in the journal until the
+    /// node has joined again.
     async fn flush(&self) -> Option<()> {
         let mut attempts = 0;
         let end = self.with_replica(|replica| replica.next_step());
@@ -213,7 +220,7 @@ impl RedisSync {
                 if limits_differ {
                     self.warn_of_differing_limits();
                 }
-                // Other nodes may have released room for which a request waits here.
+                // Other nodes may have released room that a request on this node waits for.
                 self.wait_queue.notify_released();
                 return Some(());
             }

@@ -1,6 +1,6 @@
-//! A random walk of three nodes against the script in a real Redis, on the test's clock. Calls are lost, arrive late, or are
-//! executed without a reply, and nodes are cut off for so long that Redis gives them up. In the end Redis has charged exactly
-//! the spent amounts, and holds nothing.
+//! A random walk of three nodes against the script in a real Redis, on the test's clock. Calls are lost, arrive late,
+//! or are executed without a reply, and nodes are cut off until Redis has ended their sessions. At the end Redis has
+//! charged exactly what was spent, and holds nothing.
 
 use super::super::*;
 use super::subject;
@@ -17,12 +17,12 @@ use std::process::{Child, Command as Process, Stdio};
 use std::time::Duration;
 
 const BEGIN: i64 = 1_775_100_000_000;
-/// The capacity of a quota that practically does not refill.
+/// The capacity of a quota that hardly refills.
 const BURST: i64 = 3_000_000;
-/// Faults happen during the first steps. Then all nodes return, and at last they leave.
+/// Faults happen only during the first steps. Then all nodes recover, and finally they leave.
 const STEPS: u64 = 1_500;
-const STEPS_TO_RETURN: u64 = 500;
-const STEPS_TO_GO: u64 = 200;
+const RECOVERY_STEPS: u64 = 500;
+const LEAVING_STEPS: u64 = 200;
 const HEARTBEAT_MS: i64 = 500;
 
 /// SplitMix64: the walk is the same on every machine.
@@ -100,7 +100,7 @@ struct Counts {
 impl World {
     fn run(&mut self, keys: &[String; 3], arguments: &[String]) -> Vec<i64> {
         let mut call = redis::cmd("EVAL");
-        // The test's clock in place of Redis's.
+        // The script uses the test's clock instead of Redis's clock.
         let now = self.now.0.to_string();
         call.arg(SCRIPT).arg(3).arg(&keys[..]).arg(&arguments[0]).arg(now).arg(&arguments[2..]);
         call.query(&mut self.redis).unwrap()
@@ -186,7 +186,7 @@ impl Node {
         Some(command.parse_reply(&numbers).unwrap())
     }
 
-    /// Executes delayed calls in their order, as they share one connection.
+    /// Executes delayed calls in the order in which they were sent, because they share one connection.
     fn run_late_calls(&mut self, world: &mut World, all: bool) {
         while let Some((_, arguments)) = self.late.pop_front_if(|(at, _)| all || *at <= world.now) {
             world.run(&self.keys, &arguments);
@@ -371,11 +371,11 @@ fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
     let (now, counts) = (Timestamp(BEGIN), Counts::default());
     let mut world = World { redis, dice: Dice(seed), now, is_faulty: true, spent: 0, counts };
     let mut nodes: Vec<Node> = (0..3).map(|n| Node::start(n, policy, leases, now)).collect();
-    for step in 0..STEPS + STEPS_TO_RETURN + STEPS_TO_GO {
+    for step in 0..STEPS + RECOVERY_STEPS + LEAVING_STEPS {
         world.is_faulty = step < STEPS;
         let ms = if world.is_faulty { 20 + world.dice.ms(180) } else { 100 };
         world.now = Timestamp(world.now.0 + ms);
-        nodes.iter_mut().for_each(|node| node.step(&mut world, step >= STEPS + STEPS_TO_RETURN));
+        nodes.iter_mut().for_each(|node| node.step(&mut world, step >= STEPS + RECOVERY_STEPS));
     }
     let what = format!("seed {seed}, {policy:?}, leases {leases}, {:?}", world.counts);
     assert!(nodes.iter().all(|node| node.open.is_empty() && node.phase == Phase::Online), "{what}");
@@ -391,7 +391,7 @@ fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
 }
 
 #[test]
-fn redis_charges_exactly_what_was_spent_whatever_happens_to_calls() {
+fn redis_charges_exactly_what_was_spent_even_if_calls_are_lost_or_delayed() {
     let walks = std::env::var("TOLLGATE_CLUSTER_WALKS").map_or(3, |n| n.parse().unwrap());
     for seed in 0..walks {
         for policy in [OnStoreFailure::Local, OnStoreFailure::Open] {
