@@ -1,8 +1,9 @@
 //! The counters that several nodes share in Redis: the script that changes them, its commands and replies, and the connection.
 //!
-//! The script decides whether a request is admitted, and replies with the state in which it found each quota. The node loads
-//! these states into its own [`crate::quota::Quotas`] and decides again with the same code as without Redis. So it comes to the same decision,
-//! with the wait, headers and message of a denial. Except for [`FailFastConnection`], nothing here reads a clock or a socket.
+//! The script decides whether a request is admitted, and replies with the state in which it found each quota. The
+//! node loads these states into its own [`crate::quota::Quotas`] and decides again with the same code as without
+//! Redis. The decision is the same. From it the node derives the wait, headers and message of a denial. Except for
+//! [`FailFastConnection`], nothing here reads a clock or a socket.
 
 mod cells;
 mod command;

@@ -1,7 +1,7 @@
 //! The accept loop: accepts connections, serves their requests, and drains on shutdown.
 //!
-//! It is the gateway's own because it has to notice callers that are slow or disconnected, and to let
-//! answers in flight end at a shutdown.
+//! The gateway has its own accept loop for two reasons: it must detect slow and disconnected callers, and it must
+//! complete answers in flight at a shutdown.
 
 mod malformed;
 mod peer;
@@ -30,26 +30,26 @@ use tokio::time::{sleep, timeout};
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
 
-/// The largest head of a request, and the most of a body that hyper reads ahead.
+/// Maximum size of a request head, and maximum bytes of a body that hyper reads ahead.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// The pause after an error of `accept`, such as when the process has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Connections that the kernel completes before they are accepted.
 const LISTEN_BACKLOG: i32 = 4_096;
 
-/// The state that a server is to be in.
+/// The requested state of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RunState {
     /// Accepts and serves connections.
     Running,
-    /// Accepts nothing more, lets answers end within this time, then stops.
+    /// Accepts no more connections, gives answers in flight this time to end, then stops.
     Draining(Duration),
 }
 
 /// Opens sockets that listen at one address, one for each worker. The kernel distributes connections over them.
 ///
 /// # Errors
-/// The address is in use or cannot be listened at.
+/// The address is in use, or the process cannot listen at it.
 pub(crate) fn listen(address: SocketAddr, sockets: usize) -> io::Result<Vec<std::net::TcpListener>> {
     // The first socket is bound without `SO_REUSEPORT`, so that a second gateway at this address fails. It shares the
     // address from then on, and stays open, so that no other process can bind it in between.
@@ -123,7 +123,7 @@ where
     Ok(if has_drained { 0 } else { open })
 }
 
-/// Returns when the server is to drain. Also returns when the sender was dropped.
+/// Returns when the server must drain. Also returns when the sender was dropped.
 async fn draining(state: &mut watch::Receiver<RunState>) {
     drop(state.wait_for(|state| *state != RunState::Running).await);
 }
@@ -170,7 +170,7 @@ async fn serve_connection<S, B>(
     drop(alive);
 }
 
-/// Serves a connection to its end. `None`: the caller disconnected before.
+/// Serves a connection to its end. `None`: the caller disconnected before the end.
 async fn until_disconnected<F: Future>(
     mut connection: Pin<&mut F>,
     socket: &CallerSocket,

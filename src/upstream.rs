@@ -78,8 +78,8 @@ impl Upstream {
 
     /// Sends a request and waits for the head of its answer.
     ///
-    /// A request that is lost on a reused connection is retried once, on a new connection. It is never retried
-    /// after a byte of its answer has come, nor after a new connection has accepted it.
+    /// A request that is lost on a reused connection is retried once, on a new connection. It is never retried after
+    /// a byte of its answer has arrived, nor after it was sent on a new connection.
     ///
     /// `observe_sent` is called with `true` before the first byte is written, and with `false` if the request
     /// turns out not to have been processed, or is about to be retried.
@@ -143,14 +143,14 @@ impl Upstream {
         timeout(limit, exchange).await.map_err(|_| out_of_time)?.map_err(SendError::Broken)
     }
 
-    /// The limit of a step, shortened to the remainder of `timeouts.total`, and the error when it elapses.
+    /// The time limit of a step, shortened to the rest of `timeouts.total`, and the error when it elapses.
     fn bound(&self, started: Stopwatch, step: Duration, error: SendError) -> (Duration, SendError) {
         let total = self.settings.timeouts.total;
         let left = total.saturating_sub(started.elapsed());
         if left < step { (left, SendError::Timeout("total", total)) } else { (step, error) }
     }
 
-    /// Makes a new connection. If the upstream closes it during the handshake, one more is made.
+    /// Opens a new connection. If the upstream closes it during the handshake, opens one more.
     async fn connect(&self, started: Stopwatch) -> Result<Connected, SendError> {
         let connect = self.settings.timeouts.connect;
         let (limit, out_of_time) = self.bound(started, connect, SendError::ConnectTimeout);

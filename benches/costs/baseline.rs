@@ -5,17 +5,17 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 
-/// Builds with checks of arithmetic execute more instructions than others.
+/// Builds with overflow checks execute more instructions.
 const PROFILE: &str = if cfg!(debug_assertions) { "checked" } else { "release" };
 
-/// What one unit of a scenario costs.
+/// The costs of one unit of a scenario.
 #[derive(Clone, Copy)]
 pub(crate) struct Costs {
     /// `None`: they were not counted.
     pub(crate) instructions: Option<f64>,
     /// Calls of the allocator.
     pub(crate) allocations: f64,
-    /// Bytes that these calls asked for.
+    /// Bytes that these calls requested.
     pub(crate) bytes: f64,
 }
 

@@ -1,5 +1,5 @@
-//! The caller and the upstream, on both sides of the gateway. The upstream sends an event when the caller has received the
-//! one before, so that the gateway always reads one at a time.
+//! The caller and the upstream, on both sides of the gateway. The upstream sends each event only after the caller has
+//! received the previous one, so that the gateway always reads one event at a time.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -61,7 +61,7 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
-    /// Sends so many requests and reads their answers; of so many events each, if they are streams.
+    /// Sends this many requests and reads their answers. `events`: the number of events in each streamed answer.
     pub(crate) fn send(&mut self, requests: usize, events: Option<usize>) {
         for _ in 0..requests {
             let body = self.body(events);
@@ -195,7 +195,7 @@ fn read(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<()> {
     Some(())
 }
 
-/// How many events a request asks for; `None`: its answer is JSON.
+/// The number of events that a request selects. `None`: its answer is JSON.
 fn events(body: &[u8]) -> Option<usize> {
     let at = find(body, b"\"events ")? + 8;
     let end = at + body[at..].iter().position(|b| *b == b'"')?;
@@ -212,7 +212,7 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|window| window == what)
 }
 
-/// So many bytes of words in an order that the seed decides.
+/// This many bytes of words, in an order that depends on the seed.
 fn words(seed: &mut u32, bytes: usize) -> String {
     let mut text = String::new();
     while text.len() < bytes {

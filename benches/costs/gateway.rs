@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// In callgrind a start takes some seconds.
+/// The gateway takes some seconds to start under callgrind.
 const MAX_START: Duration = Duration::from_mins(2);
 
 pub(crate) struct Gateway {
@@ -49,7 +49,7 @@ impl Gateway {
         gateway
     }
 
-    /// The gateway's own binary in callgrind. Its counters: instructions, 0.
+    /// The gateway's own binary under callgrind. Its counters: instructions, 0.
     pub(crate) fn in_callgrind(exchange: &Exchange) -> Self {
         let mut command = Command::new("valgrind");
         command.args(["--tool=callgrind", "--callgrind-out-file=callgrind", "--quiet"]);
@@ -100,7 +100,7 @@ impl Gateway {
 
     /// The counts since the start.
     pub(crate) fn counters(&mut self) -> [f64; 2] {
-        // The request that was answered last is settled and logged after its answer.
+        // The last request is settled and logged after its answer.
         std::thread::sleep(Duration::from_millis(200));
         match &mut self.counters {
             Counters::Allocations(stdout) => {

@@ -1,14 +1,16 @@
-//! What the gateway spends on one request and on one streamed event, in instructions and allocations.
+//! The costs of one request and of one streamed event in the gateway, in instructions and allocations.
 //!
 //! `cargo bench --bench costs -- [--record]`
 //!
-//! Both figures hardly depend on what else the machine does, so that they show what a change costs where CPU times cannot.
-//! Instructions are those of the whole gateway process in user space, counted by valgrind's callgrind. Allocations are
-//! counted by the global allocator of this binary, which runs the gateway as `costs serve`. One caller sends requests
-//! one after the other over one connection, and a stream's next event is sent when the caller has the one before.
+//! Both figures hardly depend on the load of the machine. They show the cost of a change where CPU times are too
+//! inaccurate. Instructions are those of the whole gateway process in user space, counted by valgrind's callgrind.
+//! Allocations are counted by the global allocator of this binary, which runs the gateway as `costs serve`. One
+//! caller sends requests one after the other over one connection, and the next event of a stream is sent when the
+//! caller has received the previous one.
 //!
-//! The bench compares each figure with the one in `baseline.txt` and fails if it is more than `MAX_GROWTH` above. `--record`
-//! writes the figures of this run to that file. Without valgrind it counts allocations only, and says so.
+//! The bench compares each figure with the one in `baseline.txt` and fails if it is more than `MAX_GROWTH` above.
+//! `--record` writes the figures of this run to that file. Without valgrind it counts only allocations, and prints a
+//! note.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a benchmark may panic, and waits for a start
 #![allow(clippy::cast_precision_loss)] // it prints ratios
@@ -31,8 +33,8 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 /// A figure may exceed its baseline by this factor.
 const MAX_GROWTH: f64 = 1.05;
 
-/// One kind of traffic. Its costs are those of `long` less those of `short`, divided by the units between them: what a
-/// connection or a whole answer costs besides is left out.
+/// One kind of traffic. The bench measures a longer and a shorter run, and divides the difference of the costs by the
+/// difference of the units. The fixed costs of a connection or an answer are thus not included.
 #[derive(Clone, Copy)]
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
@@ -40,7 +42,7 @@ pub(crate) struct Scenario {
     /// Requests that are sent before anything is counted.
     warm_up: usize,
     requests: usize,
-    /// Events of each answer, of the longer run and of the shorter; `None`: answers are JSON.
+    /// Events of each answer in the longer and in the shorter run. `None`: answers are JSON.
     events: Option<(usize, usize)>,
     prompt: Prompt,
 }
@@ -50,9 +52,9 @@ pub(crate) struct Scenario {
 pub(crate) enum Prompt {
     /// 200 bytes.
     Small,
-    /// 32 KiB, the same in every request: the gateway remembers the counts of its messages.
+    /// 32 KiB, the same in every request: the gateway caches the token counts of its messages.
     LargeRepeated,
-    /// 32 KiB, other words in every request: the gateway counts all of it.
+    /// 32 KiB, with different words in every request: the gateway counts all its tokens.
     LargeNew,
 }
 
@@ -120,7 +122,7 @@ fn report_allocations_on_request() {
     std::thread::spawn(|| {
         for _ in std::io::stdin().lock().lines() {
             let stats = ALLOCATOR.stats();
-            // A reallocation may copy what an allocation may not: both are calls of the allocator.
+            // Reallocations are calls of the allocator too, and may copy.
             println!("{} {}", stats.allocations + stats.reallocations, stats.bytes_allocated);
             std::io::stdout().flush().unwrap();
         }
@@ -153,13 +155,15 @@ fn measure(exchange: &Exchange, gateway: &mut Gateway, scenario: Scenario) -> [f
 }
 
 fn report(figures: &[(Scenario, Costs)], baseline: &Baseline) -> ExitCode {
-    println!("| one | instructions | to baseline | allocations | to baseline | bytes allocated |");
+    println!(
+        "| unit | instructions | relative to baseline | allocations | relative to baseline | bytes allocated |"
+    );
     println!("| --- | --- | --- | --- | --- | --- |");
     let mut is_within = true;
     for (scenario, costs) in figures {
         let known = baseline.of(scenario.name);
         let instructions = compare(costs.instructions, known.and_then(|known| known.instructions), 0.0);
-        // Counts of a few allocations may differ by one that happens now and then.
+        // A count of a few allocations may differ by one occasional allocation.
         let allocations = compare(Some(costs.allocations), known.map(|known| known.allocations), 0.5);
         println!(
             "| {} ({}) | {} | {} | {:.1} | {} | {:.0} |",

@@ -24,7 +24,7 @@ struct Node {
 }
 
 impl Node {
-    /// Joins. A thread of its own synchronizes with Redis, as in a gateway.
+    /// Joins. A separate thread synchronises with Redis, as in a gateway.
     fn start(server: &Server, name: &str, quotas: &str, settings: &str) -> Self {
         let text = format!(
             "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\n\

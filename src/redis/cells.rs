@@ -56,7 +56,8 @@ impl Cells {
 fn cell_name(quota: &Quota) -> String {
     let window = match quota.window {
         Window::Rolling { .. } => "rolling".to_owned(),
-        // With another time zone it is another cell. The first node that joins creates it with the usage that it has.
+        // A quota with another time zone has another cell. The first node that joins with it creates the cell from
+        // the node's own usage.
         Window::Calendar { .. } => calendar_class(quota),
     };
     let Quota { scope, kind, per, .. } = quota;

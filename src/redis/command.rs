@@ -54,8 +54,8 @@ pub struct Step {
     pub id: String,
     /// `Extend`: the additional amounts. `Progress`: everything spent so far. `Settle`: everything charged.
     pub amounts: Amounts,
-    /// `LeasedAdmission`: the cells in which it holds. `OfflineUsage`: the cell that is charged. As indices into the config's
-    /// quotas.
+    /// `LeasedAdmission`: the cells in which the reservation holds amounts. `OfflineUsage`: the cell that is charged.
+    /// Both are indices into the config's quotas.
     pub cells: SmallVec<[u32; 8]>,
 }
 
@@ -72,7 +72,7 @@ pub const LEASE_ID: &str = "lease";
 /// The kinds of steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StepKind {
-    /// The reservation holds more, whether that fits or not.
+    /// The reservation holds larger amounts, whether they fit or not.
     Extend,
     /// Moves the tokens spent so far from held to spent.
     Progress,
@@ -91,7 +91,7 @@ pub struct HeldReservation {
     pub id: String,
     /// The number of the step in the journal that settles it; 0: there is none.
     pub settled_by: u64,
-    /// What it holds. There are several pieces if a calendar period turned between its extensions.
+    /// What it holds. There are several pieces if a new calendar period began between its extensions.
     pub pieces: Vec<Piece>,
 }
 
@@ -120,7 +120,7 @@ pub struct Piece {
 pub struct CommandBuilder {
     cells: Cells,
     session: String,
-    /// The time to use in place of Redis's: for tests.
+    /// The time to use instead of Redis's clock, in tests.
     clock: Option<Timestamp>,
     /// The estimated time on Redis's clock.
     redis_time: Timestamp,
@@ -134,13 +134,14 @@ impl CommandBuilder {
         Self { cells, session: session.to_owned(), clock: None, redis_time, max_delay_ms: None }
     }
 
-    /// Sets how many ms after it was built a command expires. The script does nothing for an expired command, because its caller no
-    /// longer waits for the reply. Commands that only report (`apply`, `heartbeat`, `leave`) never expire.
+    /// Sets the delay (ms) after which a command expires, counted from when it was built. The script ignores an
+    /// expired command, because no request waits for its reply. Commands that only report (`apply`, `heartbeat`,
+    /// `leave`) never expire.
     pub fn set_max_delay_ms(&mut self, ms: u64) {
         self.max_delay_ms = Some(ms);
     }
 
-    /// Makes the script use this time in place of Redis's.
+    /// Makes the script use this time instead of Redis's clock.
     pub fn set_clock(&mut self, now: Timestamp) {
         self.clock = Some(now);
         self.redis_time = now;
@@ -210,8 +211,8 @@ impl CommandBuilder {
 
     /// Makes Redis hold reservations that it may have lost, or charged as those of a dead node.
     ///
-    /// `are_new`: Redis still had this session at the join. So a reservation that Redis does not have is new to it, and its
-    /// spent tokens are not charged yet.
+    /// `are_new`: Redis still had this session at the join. A reservation that Redis does not have is then new to Redis,
+    /// and its spent tokens are not charged yet.
     pub fn hold(&mut self, are_new: bool, held: &[HeldReservation]) -> ScriptCommand {
         let mut command = self.begin_expiring("hold", 0);
         command.push_int(u64::from(are_new));
@@ -233,8 +234,9 @@ impl CommandBuilder {
         command
     }
 
-    /// Releases every reservation of this session that is not listed: Redis charges it in full, and returns a lease. On the wire
-    /// this command is `only`. The value of the reply: how many are left for a repeated command.
+    /// Releases every reservation of this session that is not listed: Redis charges it in full, and returns a lease.
+    /// On the wire this command is `only`. The value of the reply: the number of reservations that a repeated command
+    /// must release.
     pub fn release_unlisted(&mut self, ids: &[u64]) -> ScriptCommand {
         let mut command = self.begin_expiring("only", 1);
         command.push_int(ids.len() as u64);
@@ -331,12 +333,12 @@ impl CommandBuilder {
         command
     }
 
-    /// Resets all quotas to full, except for held amounts.
+    /// Resets all quotas to full. Held amounts stay held.
     pub fn reset(&mut self) -> ScriptCommand {
         self.begin_expiring("reset", 0)
     }
 
-    /// Ends the session, which must hold nothing.
+    /// Ends the session. It must have no reservations.
     pub fn leave(&mut self) -> ScriptCommand {
         self.begin("leave", 0)
     }
@@ -352,7 +354,7 @@ impl CommandBuilder {
         self.begin_with(name, value_count, deadline)
     }
 
-    /// The arguments that all commands have. A time of 0 means that there is none.
+    /// The arguments that all commands have. A time of 0 stands for no time.
     fn begin_with(&mut self, name: &str, value_count: usize, deadline: Option<Timestamp>) -> ScriptCommand {
         let [now, deadline] = [self.clock, deadline].map(|time| time.map_or(0, |time| time.0));
         let mut arguments =

@@ -1,9 +1,9 @@
-//! The connection to Redis. A call either gets its answer within the deadline or fails at once because the
-//! connection is down.
+//! The connection to Redis. A call either gets its reply within the deadline or fails at once because the connection
+//! is down.
 //!
-//! Libraries that reconnect by themselves keep calls waiting while they reconnect, far past their timeouts. Here one
-//! task connects, and calls only use a connection that works. The first call that fails closes it for all others,
-//! those in flight too. The task reconnects as soon as the server accepts writes in time.
+//! Libraries that reconnect by themselves let calls wait during the reconnect, far beyond the calls' timeouts. Here
+//! one task connects, and calls use only a working connection. The first call that fails closes the connection for
+//! all calls, including those in flight. The task reconnects as soon as the server accepts writes in time.
 //!
 //! All keys of an environment are in one slot. In a cluster one connection is therefore enough: to the master of that
 //! slot. When the slot moves or another server becomes master, a call fails and the task looks for the new master.
@@ -26,13 +26,13 @@ use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::{sleep, timeout};
 use url::RedisUrl;
 
-/// A call without an answer within this time has failed.
+/// A call without a reply within this time has failed.
 pub const CALL_DEADLINE: Duration = Duration::from_millis(25);
 /// Added to the deadline for each argument. A node that joins with a thousand open reservations sends some twenty
 /// thousand arguments, which take the server 25 ms. For one reservation the addition is negligible.
 const DEADLINE_PER_ARGUMENT: Duration = Duration::from_micros(4);
-/// Calls in flight at once on one connection. Redis reads everything that each connection has sent before it answers
-/// any of it. Without this limit, many nodes together would get no answer in time.
+/// Maximum calls in flight on one connection. Redis reads everything that a connection has sent before it sends the
+/// first reply. Without this limit, many nodes together would get no reply in time.
 const MAX_CALLS_IN_FLIGHT: usize = 16;
 /// Pause between a failed attempt to connect and the next one.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -182,9 +182,9 @@ impl FailFastConnection {
         let reply = match numbers {
             Some(Ok(numbers)) => command
                 .parse_reply(&numbers)
-                .ok_or_else(|| "sent a reply that is not the script's".to_owned()),
+                .ok_or_else(|| "sent a reply that the script cannot have sent".to_owned()),
             Some(Err(error)) => Err(self.shared.discovery.describe(&error)),
-            None => Err(no_answer_within(deadline)),
+            None => Err(no_reply_within(deadline)),
         };
         reply.map_err(|reason| {
             self.disconnect(generation, &format!("{address} {reason}"));
@@ -217,12 +217,12 @@ impl FailFastConnection {
     }
 
     /// The number of the working connection, 0 while there is none. Each new connection has a higher number, so every
-    /// loss shows.
+    /// loss is visible.
     pub fn watch_generation(&self) -> watch::Receiver<u64> {
         self.shared.generation.subscribe()
     }
 
-    /// Connects, and reconnects after each loss. Runs until it is dropped, in the runtime that reads the answers.
+    /// Connects, and reconnects after each loss. Runs until it is dropped, in the runtime that reads the replies.
     pub async fn run(self) {
         tokio::join!(self.shared.timer.serve_rechecks(), self.stay_connected());
     }
@@ -273,7 +273,7 @@ impl FailFastConnection {
         let mut test = redis::cmd("EVAL");
         test.arg(requirements::TEST_SCRIPT).arg(1).arg(&key).arg(&requirements::TESTED_COMMANDS[..]);
         let failures = test.query_async(redis).await?;
-        // The server has cached the script by now. This call tests the right to use EVALSHA.
+        // The server has now cached the script. This call tests the right to use EVALSHA.
         let mut again = redis::cmd("EVALSHA");
         again.arg(redis::Script::new(requirements::TEST_SCRIPT).get_hash()).arg(1).arg(&key);
         match again.query_async::<Vec<String>>(redis).await {
@@ -282,14 +282,15 @@ impl FailFastConnection {
         }
     }
 
-    /// Tests whether the server accepts a write within the deadline. A server without memory and a replica do not.
+    /// Tests whether the server accepts a write within the deadline. A server without free memory does not, nor does
+    /// a replica.
     async fn probe(&self, server: &mut ServerConnection) -> Result<(), String> {
         let mut write = redis::cmd("SET");
         write.arg(&self.shared.probe_key).arg(1).arg("PX").arg(10_000);
         let fault = match self.shared.timer.run(CALL_DEADLINE, write.query_async(&mut server.redis)).await {
             Some(Ok(())) => return Ok(()),
             Some(Err(error)) => self.describe_refusal(&error),
-            None => no_answer_within(CALL_DEADLINE),
+            None => no_reply_within(CALL_DEADLINE),
         };
         Err(format!("{} {fault}", server.address))
     }
@@ -302,7 +303,7 @@ impl FailFastConnection {
         text
     }
 
-    /// Returns when the connection of this number is lost. A call or a probe detects the loss.
+    /// Returns when the connection with this number is lost. A call or a probe detects the loss.
     async fn probe_until_lost(&self, generation: u64, mut server: ServerConnection) {
         let mut current = self.shared.generation.subscribe();
         while timeout(PROBE_INTERVAL, current.wait_for(|&current| current != generation)).await.is_err() {
@@ -335,7 +336,7 @@ impl FailFastConnection {
         generation
     }
 
-    /// Closes the connection of this number, unless that has happened already.
+    /// Closes the connection with this number, unless it is closed already.
     fn disconnect(&self, generation: u64, reason: &str) {
         let mut state = self.lock();
         if state.generation != generation || state.server.take().is_none() {
@@ -379,7 +380,7 @@ impl FailFastConnection {
         let discovery = &self.shared.discovery;
         match info {
             Ok(info) => {
-                // A user without the right to read this setting gets no note about it.
+                // There is no note about this setting if the user has no right to read it.
                 let save = save.ok().and_then(|pair| pair.into_iter().nth(1));
                 Ok(requirements::setting_faults(&info, save.as_deref(), discovery.is_cluster()))
             }
@@ -402,6 +403,6 @@ fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
-fn no_answer_within(deadline: Duration) -> String {
+fn no_reply_within(deadline: Duration) -> String {
     format!("does not answer within {} ms", deadline.as_millis())
 }

@@ -15,7 +15,7 @@ pub enum Verdict {
     Admitted,
     /// The maximum number of requests is in flight.
     TooManyInFlight,
-    /// A calendar period in the command is not the one of Redis's time: repeat the command.
+    /// A calendar period in the command is not the current one on Redis's clock: repeat the command.
     StalePeriod,
     /// The session is over, or cells are missing: join again.
     UnknownSession,
@@ -60,7 +60,7 @@ impl ScriptReply {
     }
 }
 
-/// Loads the states of a reply into the node's own quotas, so that they come to the same decision.
+/// Loads the states of a reply into the node's own quotas, so that the node repeats the decision of Redis.
 pub fn load_states(quotas: &mut Quotas, touched: &[u32], reply: &ScriptReply) {
     for (&index, (state, _)) in touched.iter().zip(&reply.states) {
         quotas.load(index as usize, state);

@@ -1,5 +1,5 @@
-//! Replaces the answers that hyper makes to malformed requests. They have no body; callers get one that their
-//! SDK understands.
+//! Replaces the answers that hyper makes to malformed requests. Hyper's answers have no body. The replacements have a
+//! body that the caller's SDK can parse.
 
 use crate::api::Dialect;
 use crate::error::ProxyError;
@@ -8,8 +8,8 @@ use http::StatusCode;
 /// The only headers of an answer that hyper makes.
 const HYPER_HEADERS: [&[u8]; 3] = [b"connection", b"content-length", b"date"];
 
-/// The answer to write instead of `answer`, if hyper made that one. Only for the first bytes after a request head
-/// that the service has not received: a body can hold the same bytes.
+/// The answer to write instead of `answer`, if hyper made that one. Call this only for the first bytes that hyper
+/// writes after a request head that the service has not received. A body can contain the same bytes.
 pub(super) fn replacement_for(answer: &[u8]) -> Option<Vec<u8>> {
     let status = answer.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
     let head = answer.strip_suffix(b"\r\n\r\n").filter(|_| status[0] == b'4')?;

@@ -1,4 +1,4 @@
-//! State that a caller's socket and the service that answers its requests share.
+//! State shared by a caller's socket and the service that answers the caller's requests.
 
 use crate::clock::Stopwatch;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ pub struct CallerTimeouts {
     pub head: Duration,
     /// For the next bytes of a request's body.
     pub body: Duration,
-    /// For the caller to take any bytes of its answer.
+    /// For the caller to read any bytes of its answer.
     pub write: Duration,
     /// How long the rest of a refused request is read and discarded, so that the caller receives the refusal.
     pub linger: Duration,
@@ -38,7 +38,7 @@ pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
     pub(crate) timeouts: CallerTimeouts,
     opened: Stopwatch,
-    /// The time at which the current answer has to be complete, in milliseconds since `opened`. 0: no limit.
+    /// The time at which the current answer must be complete, in milliseconds since `opened`. 0: no limit.
     answer_deadline_ms: AtomicU64,
     /// Whether the caller may still be sending a body that is not read.
     lingers: AtomicBool,
@@ -75,7 +75,7 @@ impl Peer {
         }
     }
 
-    /// The service receives a request. Resets the settings of the last one.
+    /// Records that the service has received a request. Resets the settings of the previous request.
     pub(super) fn begin_request(self: &Arc<Self>) -> ServedRequest {
         self.answer_deadline_ms.store(0, Ordering::Relaxed);
         self.lingers.store(false, Ordering::Relaxed);
@@ -83,7 +83,7 @@ impl Peer {
         ServedRequest(self.clone())
     }
 
-    /// hyper's write buffer is empty: a complete answer has been written.
+    /// Records that hyper's write buffer is empty. An answer that the service has completed is now written.
     pub(super) fn on_flush(&self) {
         // Only this connection's task changes the phase.
         if self.phase.load(Ordering::Relaxed) == ANSWERED {
@@ -91,7 +91,7 @@ impl Peer {
         }
     }
 
-    /// Whether the next bytes that hyper writes are not from the service.
+    /// Whether the next bytes that hyper writes are hyper's own answer.
     pub(super) fn is_between_requests(&self) -> bool {
         self.phase.load(Ordering::Relaxed) == BETWEEN_REQUESTS
     }
@@ -103,8 +103,8 @@ impl Peer {
         self.answer_deadline_ms.store(ms.max(1), Ordering::Relaxed);
     }
 
-    /// The request is answered without its body having been read. When the connection is closed, the body is
-    /// discarded for a while: otherwise the caller would see a reset instead of the answer.
+    /// Marks the request as answered before its body was read. When the connection is closed, the body is read and
+    /// discarded for a while. Otherwise the caller would receive a reset instead of the answer.
     pub(crate) fn linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
     }
@@ -113,7 +113,7 @@ impl Peer {
         self.lingers.load(Ordering::Relaxed)
     }
 
-    /// The time at which a write fails that has been blocked since `blocked_since`.
+    /// The time at which a write fails if it has been blocked since `blocked_since`.
     pub(super) fn write_deadline(&self, blocked_since: Stopwatch) -> Instant {
         let idle = blocked_since.deadline(self.timeouts.write);
         match self.answer_deadline_ms.load(Ordering::Relaxed) {

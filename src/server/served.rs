@@ -16,7 +16,7 @@ pub(super) struct ServedBody<B> {
     _request: ServedRequest,
 }
 
-/// A service that notes in `peer` when `inner` begins a request and when its answer's body ends.
+/// A service that records in `peer` when `inner` begins a request and when its answer's body ends.
 pub(super) fn marking<S, B>(
     inner: S,
     peer: Arc<Peer>,
@@ -29,7 +29,7 @@ where
 {
     service_fn(move |request| {
         let served = peer.begin_request();
-        // `map` and not an async block, which would hold the inner future twice.
+        // Uses `map` because an async block would contain the inner future twice.
         inner
             .call(request)
             .map(|answer| answer.map(|answer| answer.map(|inner| ServedBody { inner, _request: served })))

@@ -13,11 +13,11 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// The most bytes read ahead of hyper to find a disconnect. A disconnect behind more bytes is noticed when the
-/// next piece of the answer is written.
+/// Maximum bytes that are read before hyper requests them, to detect a disconnect. A disconnect behind more unread
+/// bytes is detected when the next piece of the answer is written.
 const MAX_READ_AHEAD_BYTES: usize = 64 * 1024;
-/// The most bytes of a refused request that are discarded. Twice the default of `max_request_body`, because the
-/// sender of a too large body has to receive the refusal.
+/// Maximum bytes of a refused request that are discarded. This is twice the default of `max_request_body`, so that
+/// the sender of a too large body receives the refusal.
 const MAX_LINGER_BYTES: usize = 64 * 1024 * 1024;
 /// Bytes discarded before other tasks of the thread run.
 const LINGER_BATCH_BYTES: usize = 64 * 1024;
@@ -33,7 +33,7 @@ struct SocketState {
     stream: TcpStream,
     /// Bytes that were read before hyper requested them.
     read_ahead: BytesMut,
-    /// Whether hyper waits for bytes: it is then woken by a disconnect too.
+    /// Whether hyper waits for bytes. If so, a disconnect wakes it too.
     is_read_pending: bool,
     /// Since when a write has been blocked.
     blocked_since: Option<Stopwatch>,
@@ -43,7 +43,7 @@ struct SocketState {
     lingering: Option<Lingering>,
 }
 
-/// The write half is shut down, and what still arrives is discarded.
+/// A lingering close: the write half is shut down, and arriving bytes are discarded.
 #[derive(Clone, Copy)]
 struct Lingering {
     until: Instant,
@@ -67,7 +67,7 @@ impl CallerSocket {
         Self { peer, state: Mutex::new(state) }
     }
 
-    /// Ready when the caller has disconnected and hyper would not notice: hyper reads nothing before the answer is
+    /// Ready when the caller has disconnected and hyper cannot detect it. Hyper reads nothing before the answer is
     /// complete, so unread bytes hide the end of the stream.
     pub(super) fn poll_disconnected(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.lock();
@@ -76,7 +76,7 @@ impl CallerSocket {
             if read_ahead.capacity() - read_ahead.len() < 1024 {
                 read_ahead.reserve(4 * 1024);
             }
-            // The future does not outlive this poll: it is cancel safe, so that nothing is lost.
+            // This future is dropped after one poll. It is cancel safe, so no bytes are lost.
             match ready!(pin!(stream.read_buf(read_ahead)).poll(cx)) {
                 Ok(0) | Err(_) => return Poll::Ready(()),
                 Ok(_) => {}
@@ -130,7 +130,7 @@ impl SocketState {
         timer.as_mut().poll(cx)
     }
 
-    /// Returns `replaced`, the number of bytes that the replacement stands for, when it is written.
+    /// Returns `replaced`, the number of bytes that were replaced, when the replacement is written.
     fn poll_write_replacement(&mut self, cx: &mut Context<'_>, replaced: usize) -> Poll<io::Result<usize>> {
         let Self { stream, replacement: Some((bytes, written)), .. } = self else { return Poll::Pending };
         while *written < bytes.len() {
@@ -140,7 +140,8 @@ impl SocketState {
         Poll::Ready(Ok(replaced))
     }
 
-    /// Discards what arrives, until the caller closes, the linger timeout elapses or `MAX_LINGER_BYTES` came.
+    /// Discards arriving bytes until the caller closes the connection, the linger timeout elapses, or
+    /// `MAX_LINGER_BYTES` have been discarded.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(Lingering { until, bytes_left }) = self.lingering else { return Poll::Ready(()) };
         if self.poll_timer(cx, until).is_ready() {

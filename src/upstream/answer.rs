@@ -37,7 +37,7 @@ impl From<Http2Body> for Incoming {
 }
 
 impl Incoming {
-    /// Puts bytes that were read ahead back in front of the body, and the error that followed them, if any.
+    /// Puts bytes that were read ahead back in front of the body, with the error that followed them, if any.
     #[must_use]
     pub fn with_read(self, data: Bytes, error: Option<io::Error>) -> Self {
         Self { read_ahead: Some(Box::new(ReadAhead { data, error })), ..self }
@@ -60,7 +60,7 @@ impl Incoming {
         }
     }
 
-    /// Whether every byte has been returned, as far as is known without reading on.
+    /// Whether the body is known to be complete without reading more.
     pub fn is_end(&self) -> bool {
         if self.read_ahead.as_ref().is_some_and(|ahead| !ahead.data.is_empty() || ahead.error.is_some()) {
             return false;

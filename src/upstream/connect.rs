@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::sleep;
 
-/// An attempt without a result is joined by one to the next address after this time (RFC 8305, section 5).
+/// If an attempt has no result after this time, an attempt to the next address starts in parallel (RFC 8305, section
+/// 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// Connects to the first address of `host` that accepts. The caller bounds the time.
@@ -20,8 +21,8 @@ pub(super) async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Orders addresses so that IPv6 and IPv4 alternate. The first one stays first, and the resolver's order
-/// holds within a family.
+/// Orders addresses so that IPv6 and IPv4 alternate. The first one stays first, and the resolver's order is preserved
+/// within a family.
 fn alternate_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let Some(first) = addresses.first().copied() else { return addresses };
     let count = addresses.len();
@@ -83,13 +84,13 @@ mod tests {
         let live = listener.local_addr().unwrap();
         let started = Instant::now();
         let connected = timeout(Duration::from_secs(5), connect_to_any(vec![hole, hole, live])).await;
-        assert_eq!(connected.expect("no time out").unwrap().peer_addr().unwrap(), live);
+        assert_eq!(connected.expect("no timeout").unwrap().peer_addr().unwrap(), live);
         assert!(started.elapsed() >= 2 * ATTEMPT_DELAY, "{:?}", started.elapsed());
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 
     #[tokio::test]
-    async fn an_address_that_refuses_is_followed_by_the_next_one_at_once() {
+    async fn the_next_address_is_tried_at_once_after_a_refusal() {
         let refusing = TcpListener::bind(ANY).unwrap().local_addr().unwrap();
         let listener = TcpListener::bind(ANY).unwrap();
         let live = listener.local_addr().unwrap();

@@ -1,9 +1,9 @@
 //! An HTTP/1.1 client whose answers are read by the task that polls them.
 //!
-//! HTTP libraries run each connection in a task of its own and hand the body over piece by piece: two
-//! wake-ups and one write for every streamed event (measured: see docs/performance.md).
-//! Here the task that serves the caller polls the socket itself, and all chunks in the read buffer are
-//! passed on as one piece. `httparse` parses heads and chunk sizes.
+//! HTTP libraries run each connection in a separate task, which passes the body on piece by piece. That costs two
+//! wake-ups and one write for every streamed event (measured: see docs/performance.md). Here the task that serves the
+//! caller polls the socket itself, and all chunks in the read buffer are passed on as one piece. `httparse` parses
+//! heads and chunk sizes.
 
 mod body;
 mod chunked;

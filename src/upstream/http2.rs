@@ -22,7 +22,7 @@ use tokio::time::sleep;
 /// The times after which a connection is checked and closed.
 #[derive(Clone, Copy)]
 pub(super) struct Http2Timeouts {
-    /// A connection on which nothing arrives for this time is sent a ping, also while it is idle.
+    /// If nothing arrives on a connection for this time, the gateway sends a ping, even while the connection is idle.
     pub(super) ping_interval: Duration,
     /// A connection whose ping is not answered within this time is closed.
     pub(super) ping_timeout: Duration,
@@ -43,7 +43,7 @@ pub(super) struct Http2Connection {
     activity: Arc<Activity>,
 }
 
-/// How a connection is used.
+/// The usage of a connection.
 struct Activity {
     opened: Stopwatch,
     /// Streams in flight.
@@ -80,8 +80,8 @@ impl Http2Client {
             .map(Http2Connection::stream)
     }
 
-    /// Makes a connection over `stream`, and makes it the current one. A connection that was current before
-    /// ends with its last stream.
+    /// Opens a connection over `stream` and makes it the current one. The previous connection is closed when its last
+    /// stream ends.
     pub(super) async fn open(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -115,7 +115,7 @@ impl Http2Client {
     }
 }
 
-/// Waits until the connection was without streams for `idle_timeout`, and removes it from `current`.
+/// Waits until the connection has had no streams for `idle_timeout`, and removes it from `current`.
 async fn remove_when_idle(
     current: &Mutex<Option<Http2Connection>>,
     activity: &Arc<Activity>,
@@ -197,7 +197,7 @@ impl Http2Stream {
     }
 }
 
-/// Classifies a failure by what the upstream can have processed.
+/// Classifies a failure by whether the upstream may have processed the request.
 fn failure(error: hyper::Error) -> ExchangeError {
     let source = error.source();
     let is_refused = source.and_then(|source| source.downcast_ref::<h2::Error>()).is_some_and(|error| {
@@ -215,7 +215,8 @@ fn failure(error: hyper::Error) -> ExchangeError {
 }
 
 impl Http2Body {
-    /// The next bytes; `None` at the end of the body. Trailers are dropped: they carry nothing that is counted.
+    /// The next bytes; `None` at the end of the body. Trailers are dropped, because they contain nothing that is
+    /// counted.
     pub(super) fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         loop {
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {

@@ -14,7 +14,7 @@ pub struct Request {
     pub method: Method,
     /// Path and query.
     pub target: String,
-    /// All headers except `host` and `content-length`, which the connection adds. A list, since they are
+    /// All headers except `host` and `content-length`, which the connection adds. They are a list, because they are
     /// only written out.
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// The whole body.
@@ -34,7 +34,7 @@ impl fmt::Debug for Request {
     }
 }
 
-/// Why there is no answer.
+/// The reason why there is no answer.
 #[derive(Debug)]
 pub enum SendError {
     /// No connection could be made, so nothing was sent. The text names the step that failed.
@@ -54,7 +54,7 @@ pub struct ExchangeError {
     outcome: Outcome,
 }
 
-/// How far the request of a failed exchange came.
+/// Whether the upstream may have processed the request of a failed exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     /// The upstream has not processed it.
@@ -86,8 +86,8 @@ impl ExchangeError {
         self.outcome == Outcome::NotProcessed
     }
 
-    /// Whether the request may be sent again, on a new connection, after this failure on a reused one.
-    /// An upstream that closes an idle connection looks like this.
+    /// Whether the request may be sent again on a new connection, if this failure occurred on a reused one. An
+    /// upstream that closes an idle connection causes this failure.
     pub(super) fn is_retriable_if_reused(&self) -> bool {
         self.outcome != Outcome::Unknown
     }
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn debug_output_of_a_request_holds_no_key_and_no_body() {
+    fn debug_output_of_a_request_contains_no_key_and_no_body() {
         let request = Request {
             method: Method::POST,
             target: "/v1beta/models/m:generateContent?key=sk-canary".into(),

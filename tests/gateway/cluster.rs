@@ -1,4 +1,4 @@
-//! Gateways that share quotas in Redis, with and without faults of Redis. Each test starts a Redis server of its own.
+//! Gateways that share quotas in Redis, with and without faults of Redis. Each test starts its own Redis server.
 
 mod failure_policies;
 mod load;

@@ -1,4 +1,5 @@
-//! Compressed answers, which the gateway did not request: they pass unchanged, and a decoded copy is read.
+//! Compressed answers, which the gateway did not request. The gateway passes them on unchanged and reads a decoded
+//! copy.
 
 use crate::support::*;
 use compression_codecs::brotli::params::EncoderParams;
@@ -86,7 +87,7 @@ async fn a_compressed_answer_without_usage_is_charged_by_its_counted_text() {
 }
 
 #[tokio::test]
-async fn a_broken_compressed_stream_is_broken_off_without_an_error_event() {
+async fn a_compressed_stream_that_breaks_ends_without_an_error_event() {
     for coding in CODINGS {
         let events: String = (0..2_000).map(|n| delta(&(n * n).to_string())).collect();
         let mut code = encoded(coding, &events);

@@ -125,7 +125,7 @@ async fn a_caller_that_is_still_sending_receives_its_refusal() {
         let mut caller = gateway.caller().await;
         let head = format!("POST {path} HTTP/1.1\r\nhost: g\r\ncontent-length: {length}\r\n\r\n");
         caller.send(head.as_bytes()).await;
-        // By now the gateway has refused the request; the caller continues to send.
+        // The gateway has already refused the request. The caller continues to send.
         tokio::time::sleep(Duration::from_millis(50)).await;
         for _ in 0..length / 50_000 {
             assert!(caller.try_send(&vec![b'x'; 50_000]).await, "{path} {length}");
@@ -163,7 +163,7 @@ async fn a_connection_is_closed_if_a_head_is_incomplete_after_the_head_timeout()
 }
 
 #[tokio::test]
-async fn a_body_that_stops_arriving_is_a_400_and_costs_nothing() {
+async fn a_request_whose_body_stops_arriving_gets_a_400_and_costs_nothing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(100)).await;
     let mut caller = gateway.caller().await;
@@ -176,7 +176,7 @@ async fn a_body_that_stops_arriving_is_a_400_and_costs_nothing() {
 }
 
 #[tokio::test]
-async fn a_request_during_a_shutdown_is_a_503() {
+async fn a_request_during_a_shutdown_gets_a_503() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let mut gateway = Gateway::with(&upstream, "", STAGING).await;
     let mut caller = gateway.caller().await;

@@ -30,7 +30,7 @@ fn stream_with(act: &str) -> String {
 }
 
 #[tokio::test]
-async fn answers_come_over_tls_with_http1_and_http2() {
+async fn answers_arrive_over_tls_with_http1_and_http2() {
     for protocol in [&b"http/1.1"[..], b"h2"] {
         let server = Server::start(protocol).await;
         for (is_trusting, status) in [(true, 200), (false, 502)] {
@@ -64,7 +64,7 @@ async fn a_disconnect_cancels_its_stream_and_leaves_the_connection_to_others() {
             server.has_seen(act).await;
         }
         drop(caller);
-        server.was_cancelled().await;
+        server.wait_until_cancelled().await;
     }
     assert_eq!(gateway.chat(&hello(r#""stream":true"#)).await.status, 200);
     // Each worker has one connection.
@@ -104,10 +104,10 @@ async fn the_timeouts_apply_to_http2_too() {
     let reply = gateway.chat(&stream_with("no-answer")).await;
     assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
     assert!(reply.text().contains("timeouts.first_byte"), "{}", reply.text());
-    server.was_cancelled().await;
+    server.wait_until_cancelled().await;
     let reply = gateway.chat(&stream_with("stall")).await;
     assert!(reply.text().contains("timeouts.idle"), "{}", reply.text());
-    server.was_cancelled().await;
+    server.wait_until_cancelled().await;
     assert_eq!(gateway.settled_charges().await, [2, 16, 1, 17]);
 }
 
@@ -130,7 +130,7 @@ async fn a_stream_refused_on_a_reused_connection_is_retried_once_and_charged_onc
 }
 
 #[tokio::test]
-async fn a_connection_that_is_closed_during_the_tls_handshake_is_made_once_more() {
+async fn a_connection_that_is_closed_during_the_tls_handshake_is_opened_once_more() {
     let server = Server::start(b"h2").await;
     let gateway = gateway(&server, true, "").await;
     server.close_next_connections(1);

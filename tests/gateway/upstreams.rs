@@ -33,7 +33,7 @@ async fn sending_only(bytes: &'static [u8]) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn a_connect_timeout_is_a_502_and_costs_nothing() {
+async fn a_connect_timeout_gives_a_502_and_costs_nothing() {
     let silent = sending_only(b"").await;
     let gateway = gateway_in_front_of(&format!("https://{silent}/v1"), "timeouts: { connect: 50ms }").await;
     let reply = gateway.chat(HELLO).await;
@@ -43,7 +43,7 @@ async fn a_connect_timeout_is_a_502_and_costs_nothing() {
 }
 
 #[tokio::test]
-async fn a_failed_tls_handshake_is_a_502_and_costs_nothing() {
+async fn a_failed_tls_handshake_gives_a_502_and_costs_nothing() {
     let not_tls = sending_only(b"SSH-2.0-OpenSSH_9.2\r\n").await;
     let gateway = gateway_in_front_of(&format!("https://{not_tls}/v1"), "").await;
     assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
@@ -64,14 +64,14 @@ async fn a_caller_that_disconnects_before_the_upstream_is_connected_is_charged_n
 
 #[tokio::test]
 async fn the_total_timeout_covers_the_connection_the_head_and_the_body() {
-    // The head is late: the answer names the timeout that elapsed first.
+    // The head arrives too late. The answer names the timeout that elapsed first.
     let upstream = Upstream::always(Answer::silence()).await;
     let gateway = Gateway::with(&upstream, "timeouts: { total: 50ms, first_byte: 5s }", STAGING).await;
     let reply = gateway.chat(HELLO).await;
     assert_eq!(reply.refusal(), (504, "upstream_timeout".into()));
     assert!(reply.text().contains("timeouts.total"), "{}", reply.text());
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
-    // The time until the head counts.
+    // The total timeout includes the time until the head.
     let head = Answer::stream().steps();
     let late = [vec![Step::Wait(Duration::from_millis(700))], head, vec![Step::Stall]].concat();
     let upstream = Upstream::always(Answer::of(late)).await;
@@ -80,7 +80,7 @@ async fn the_total_timeout_covers_the_connection_the_head_and_the_body() {
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
     assert!(reply.text().contains("timeouts.total"), "{}", reply.text());
     assert!(started.elapsed() < Duration::from_millis(1_500), "{:?}", started.elapsed());
-    // The time for the connection counts.
+    // The total timeout includes the time to connect.
     let silent = sending_only(b"").await;
     let gateway = gateway_in_front_of(&format!("https://{silent}/v1"), "timeouts: { total: 50ms }").await;
     let reply = gateway.chat(HELLO).await;
@@ -89,7 +89,7 @@ async fn the_total_timeout_covers_the_connection_the_head_and_the_body() {
 }
 
 #[tokio::test]
-async fn a_refusal_that_comes_before_the_upstream_has_read_the_body_is_passed_on() {
+async fn a_refusal_that_is_sent_before_the_upstream_has_read_the_body_is_passed_on() {
     let refusal = Answer::json(413, r#"{"error":"too much"}"#).then(Step::Hold);
     let upstream = Upstream::not_reading_bodies(refusal).await;
     let settings = "timeouts: { first_byte: 5s }";
@@ -205,7 +205,7 @@ async fn a_request_is_not_retried_after_a_byte_of_its_answer_or_on_a_fresh_conne
 async fn an_answer_that_begins_before_the_request_is_read_is_passed_on_while_the_request_is_sent() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    // The upstream reads the rest of the request only after its answer has been taken.
+    // The upstream reads the rest of the request only after its answer has been read.
     let answer = "x".repeat(16 << 20);
     let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", answer.len());
     let body = answer.clone();

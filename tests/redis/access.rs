@@ -1,4 +1,4 @@
-//! Access to the server: TLS, users and their rights, and passwords that appear nowhere.
+//! Access to the server: TLS, users and their rights, and passwords, which appear in no output.
 
 use super::client::{Client, MAX_RECOVERY_TIME};
 use super::server::{Server, free_port};
@@ -56,12 +56,12 @@ async fn a_user_connects_with_tls_and_a_password() {
     client.expect_unavailable(Duration::from_millis(500)).await;
     server.restart();
     server.admin(&format!("ACL SETUSER gate on >a-s@cret/% {RIGHTS}"));
-    let recovery = client.wait_until_back().await;
+    let recovery = client.wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
 #[tokio::test]
-async fn both_sides_have_to_trust_the_certificate() {
+async fn both_sides_must_trust_the_certificate() {
     let port = free_port();
     let server = start_with_tls(port, "yes");
     let folder = server.folder().display().to_string();
@@ -86,7 +86,7 @@ async fn both_sides_have_to_trust_the_certificate() {
 }
 
 #[tokio::test]
-async fn missing_rights_are_named() {
+async fn missing_rights_are_reported() {
     let port = free_port();
     let server = Server::with(&format!("--port {port}"));
     for (rights, words) in [
@@ -102,7 +102,7 @@ async fn missing_rights_are_named() {
         assert!(reason.contains(words) && reason.contains("needs ~test:* +eval +evalsha"), "{reason}");
         assert_eq!(client.reserve().await, Err(Unavailable));
         server.admin(&format!("ACL SETUSER gate {RIGHTS}"));
-        let recovery = client.wait_until_back().await;
+        let recovery = client.wait_until_available().await;
         assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Nodes reserve, extend, settle and cancel at random while the server is frozen, killed and cut off. In the end the
+//! Nodes reserve, extend, settle and cancel at random while the server is frozen, killed and cut off. At the end the
 //! server has charged exactly the tokens that were spent.
 
 use super::connection::send_signal;
@@ -43,7 +43,7 @@ struct Totals {
     stop: AtomicBool,
     /// Tokens charged for all settled reservations.
     spent: AtomicI64,
-    /// Tokens reserved, and of ended reservations the part that was spent.
+    /// Tokens of all open reservations, plus the tokens that ended reservations have spent.
     taken: AtomicI64,
     /// The maximum of `taken` so far.
     max_taken: AtomicI64,
@@ -82,7 +82,7 @@ fn background_runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
-/// Kills a node that holds reservations. Returns these: their settlement never reaches the server.
+/// Kills a node that holds reservations. Returns the reservations. Their settlement never reaches the server.
 fn kill_with_reservations(node: Member, totals: &Totals) -> Vec<Reservation> {
     let held: Vec<_> = runtime().block_on(async {
         let mut held = Vec::new();
@@ -166,8 +166,8 @@ fn fault_time() -> Duration {
     Duration::from_secs(std::env::var("TOLLGATE_CHAOS_SECONDS").map_or(8, |n| n.parse().unwrap()))
 }
 
-/// Repeatedly kills a server that keeps nothing on disk. Returns how often, and the tokens spent in the half second before
-/// each kill: the other nodes have not received these and cannot restore them.
+/// Repeatedly kills a server that stores nothing on disk. Returns the number of kills, and the tokens spent in the
+/// half second before each kill. The other nodes have not received these tokens and cannot restore them.
 fn kill_repeatedly(server: &mut Server, dice: &mut Dice, totals: &Totals) -> (u64, i64) {
     let (begun, mut count, mut unreported) = (Stopwatch::start(), 0, 0);
     while begun.elapsed() < fault_time() {
@@ -414,7 +414,7 @@ fn no_token_is_lost_with_local() {
 }
 
 #[test]
-fn no_token_is_lost_with_open_and_few_when_the_server_loses_its_data() {
+fn no_token_is_lost_with_open_and_only_unreported_ones_if_the_server_loses_its_data() {
     run_all(&[
         Run { seed: 9, burst: 300_000, settings: "on_failure: open", scenario: Scenario::RandomFaults },
         Run { seed: 10, burst: 300_000, settings: LOCAL, scenario: Scenario::DataIsLost },

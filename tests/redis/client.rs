@@ -1,4 +1,4 @@
-//! A node that reserves through a [`FailFastConnection`] of its own.
+//! A node that reserves through its own [`FailFastConnection`].
 
 use super::node::full_states;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tollgate::redis::{
     Unavailable, Verdict,
 };
 
-/// A server that is available again is in use within this time.
+/// A node uses a server again within this time after it has become available.
 pub const MAX_RECOVERY_TIME: Duration = Duration::from_secs(2);
 
 /// A node with one quota that is never exhausted.
@@ -30,7 +30,7 @@ impl Client {
     /// Joins in this environment.
     pub async fn connect_to(url: &str, environment: &'static str) -> Self {
         let mut client = Self::start(url, environment);
-        client.wait_until_back().await;
+        client.wait_until_available().await;
         client
     }
 
@@ -99,7 +99,7 @@ impl Client {
     }
 
     /// Waits until calls succeed again, and joins. Returns how long that took.
-    pub async fn wait_until_back(&mut self) -> Duration {
+    pub async fn wait_until_available(&mut self) -> Duration {
         let clock = Stopwatch::start();
         let keys = self.keys();
         loop {

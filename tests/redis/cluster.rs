@@ -58,7 +58,7 @@ impl Cluster {
         cluster
     }
 
-    /// Waits until every server sees all slots covered. A restarted server takes some seconds.
+    /// Waits until every server reports that all slots are covered. A restarted server takes some seconds.
     async fn wait_until_ready(&self) {
         let is_ready = |server: &Server| {
             let info = server.query::<String>("CLUSTER INFO");
@@ -101,7 +101,7 @@ async fn each_environment_uses_the_master_of_its_slot() {
         assert_eq!(
             client.connection.setting_faults().await.unwrap().len(),
             1,
-            "only the note that nothing is kept on disk"
+            "only the note that nothing is stored on disk"
         );
         clients.push(client);
     }
@@ -110,13 +110,13 @@ async fn each_environment_uses_the_master_of_its_slot() {
         assert_eq!(keys.len(), 1, "{keys:?}");
     }
 
-    // One server dies. Its environment continues after the failover, the others without a break.
+    // One server dies. Its environment continues after the failover. The others continue without interruption.
     let (replica, port, bus) = node(None);
     cluster.servers[0].admin(&format!("CLUSTER MEET 127.0.0.1 {port} {bus}"));
     let id = cluster.id(1);
     wait_for("the meeting", || replica.query::<String>("CLUSTER NODES").contains(&id)).await;
     replica.admin(&format!("CLUSTER REPLICATE {id}"));
-    // Every server has to list the replica before the failover, because the servers vote.
+    // Every server must list the replica before the failover, because the servers vote.
     let nodes = |server: &Server| server.query::<String>("CLUSTER NODES");
     let is_known = |server: &Server| nodes(server).contains(&format!("slave {id}"));
     wait_for("every server to list the replica", || {
@@ -131,12 +131,12 @@ async fn each_environment_uses_the_master_of_its_slot() {
         assert_eq!(clients[other].reserve().await, Ok(Verdict::Admitted));
     }
     wait_for("the failover", || info().contains("role:master")).await;
-    let recovery = clients[1].wait_until_back().await;
+    let recovery = clients[1].wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
 #[tokio::test]
-async fn a_slot_that_moves_is_followed() {
+async fn the_connection_follows_a_slot_that_moves() {
     let cluster = Cluster::start().await;
     // The URL does not contain the first two masters of the slot.
     let url = format!("redis+cluster://127.0.0.1:{},127.0.0.1:{}", free_port(), cluster.ports[1]);
@@ -188,11 +188,11 @@ async fn a_cluster_may_require_tls() {
     assert_eq!(clients[1].reserve().await, Ok(Verdict::Admitted));
     cluster.servers[2].restart();
     cluster.wait_until_ready().await;
-    let recovery = clients[2].wait_until_back().await;
+    let recovery = clients[2].wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
-/// A server that never met another reports no host of its own.
+/// A server that has never met another server does not report its own host.
 #[tokio::test]
 async fn a_cluster_of_one_server_is_used_at_the_address_of_the_url() {
     let folder = tempfile::tempdir().unwrap();

@@ -24,7 +24,7 @@ async fn a_killed_server_delays_no_call_and_is_used_after_its_restart() {
     server.restart();
     client.wait_until_connected().await;
     assert_eq!(client.reserve().await, Ok(Verdict::UnknownSession), "an empty server has no session");
-    let recovery = client.wait_until_back().await;
+    let recovery = client.wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
     assert_eq!(client.connection.unavailable_reason(), None);
 }
@@ -37,7 +37,7 @@ async fn a_frozen_server_delays_no_call() {
     send_signal("-STOP", &process);
     client.expect_unavailable(OUTAGE).await;
     send_signal("-CONT", &process);
-    let recovery = client.wait_until_back().await;
+    let recovery = client.wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
@@ -47,7 +47,7 @@ async fn a_paused_server_is_unavailable_until_the_pause_ends() {
     let mut client = Client::connect(&server.url()).await;
     server.admin("CLIENT PAUSE 1000 ALL");
     client.expect_unavailable(OUTAGE).await;
-    let recovery = client.wait_until_back().await;
+    let recovery = client.wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
@@ -119,7 +119,7 @@ async fn a_server_that_rejects_writes_is_unavailable() {
         let reason = client.connection.unavailable_reason().unwrap();
         assert!(reason.contains(words), "{reason}");
         server.admin(remedy);
-        let recovery = client.wait_until_back().await;
+        let recovery = client.wait_until_available().await;
         assert!(recovery <= MAX_RECOVERY_TIME, "{fault}: {recovery:?}");
     }
 }
@@ -135,7 +135,7 @@ async fn a_slow_or_silent_server_is_unavailable() {
         let reason = client.connection.unavailable_reason().unwrap();
         assert!(reason.contains("does not answer within"), "{reason}");
         proxy.set(Mode::Through);
-        let recovery = client.wait_until_back().await;
+        let recovery = client.wait_until_available().await;
         assert!(recovery <= MAX_RECOVERY_TIME, "{mode:?}: {recovery:?}");
     }
 }
@@ -147,7 +147,7 @@ async fn a_half_open_connection_is_replaced() {
     let mut client = Client::connect(&proxy.url()).await;
     proxy.make_half_open();
     assert_eq!(client.reserve().await, Err(Unavailable));
-    let recovery = client.wait_until_back().await;
+    let recovery = client.wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
@@ -169,7 +169,7 @@ async fn settings_that_lose_counts_are_reported() {
     let client = Client::connect(&server.url()).await;
     for (setting, words) in [
         ("CONFIG SET maxmemory-policy allkeys-lru", Some("allkeys-lru")),
-        ("CONFIG SET maxmemory-policy noeviction", Some("keeps nothing on disk")),
+        ("CONFIG SET maxmemory-policy noeviction", Some("stores nothing on disk")),
         ("CONFIG SET appendonly yes", None),
     ] {
         server.admin(setting);

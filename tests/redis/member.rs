@@ -13,7 +13,7 @@ use tollgate::config::parse;
 use tollgate::ledger::{Account, Demand, QuotaKey};
 use tollgate::quota::{Kind, Subject};
 
-/// A node whose synchronization with Redis runs on a thread of its own.
+/// A node that synchronises with Redis on a separate thread.
 pub struct Member {
     pub account: Arc<Account>,
     stop: watch::Sender<bool>,
@@ -87,7 +87,7 @@ impl Drop for Member {
 }
 
 #[test]
-fn limits_are_set_while_periods_turn() {
+fn limits_can_be_set_while_calendar_periods_end() {
     let server = Server::start();
     let quotas = "{ total_tokens: { limit: 1000, per: second, window: calendar }, requests: { limit: 9, per: second } }";
     let node = Member::start(&server.url(), "one", quotas, "");
@@ -112,7 +112,7 @@ fn limits_are_set_while_periods_turn() {
 
 /// The journal is never empty: requests end while earlier steps are being sent.
 #[test]
-fn a_node_sends_heartbeats_although_its_journal_is_never_empty() {
+fn a_node_sends_heartbeats_while_its_journal_is_never_empty() {
     let server = Server::start();
     let background = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let proxy = background.block_on(Proxy::start(&server.folder().join("s")));
@@ -128,7 +128,8 @@ fn a_node_sends_heartbeats_although_its_journal_is_never_empty() {
                 let demand = Demand { subject, prompt: 1, generates: true, cap: Some(1), completions: 1 };
                 loop {
                     drop(account.reserve(&demand, Duration::ZERO).await);
-                    // Offline, a reservation does not suspend. The proxy on this thread has to run to end that.
+                    // While offline, `reserve` does not suspend. The proxy on this thread must run, so that the node
+                    // can rejoin.
                     yield_now().await;
                 }
             });

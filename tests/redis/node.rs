@@ -4,7 +4,7 @@ use tollgate::clock::Timestamp;
 use tollgate::quota::{CalendarPeriod, CounterState, Quota, Quotas, Window};
 use tollgate::redis::{Cells, CommandBuilder, SCRIPT, ScriptCommand, ScriptReply, Verdict, load_states};
 
-/// A node that calls the script directly, on a connection of its own.
+/// A node that calls the script directly, on its own connection.
 pub struct Node {
     connection: redis::Connection,
     pub commands: CommandBuilder,

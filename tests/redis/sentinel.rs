@@ -43,7 +43,7 @@ async fn a_replica_that_becomes_the_master_is_used() {
     master.kill();
     client.expect_unavailable(Duration::from_millis(300)).await;
     wait_for("the failover", || info(&replica).contains("role:master")).await;
-    let recovery = client.wait_until_back().await;
+    let recovery = client.wait_until_available().await;
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
     assert_eq!(client.connection.unavailable_reason(), None);
 

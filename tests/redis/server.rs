@@ -1,4 +1,4 @@
-//! A Redis server for one test, which listens on a socket in a folder of its own.
+//! A Redis server for one test, which listens on a socket in its own folder.
 
 pub(crate) use super::port::free_port;
 
@@ -41,7 +41,7 @@ impl Server {
 
     /// Starts the server again at the same socket, without data unless it wrote an append-only file.
     pub fn restart(&mut self) {
-        // The shell kills the server when its standard input closes, also if the test is killed.
+        // The shell kills the server when its standard input closes, even if the test is killed.
         let script = "redis-server \"$@\" >/dev/null & read -r _; kill -9 $!; wait";
         let child =
             Command::new("sh").args(["-c", script, "sh"]).args(&self.arguments).stdin(Stdio::piped()).spawn();

@@ -16,10 +16,11 @@ use tollgate::redis::{
 
 const START: Timestamp = Timestamp(1_774_700_000_000);
 
-/// The turn of the month that contains [`START`]: the start of that month.
+/// The turn (period id) of the month that contains [`START`]: the start of that month.
 const MONTH_TURN: u64 = 1_772_323_200_000;
 
-/// 1,000 tokens a minute and 1,000,000 tokens a month. The long quota shows held tokens when the short one has refilled.
+/// 1,000 tokens a minute and 1,000,000 tokens a month. The long quota still shows held tokens after the short quota
+/// has refilled.
 fn quotas() -> Vec<Quota> {
     let month = Window::Calendar { unit: ClockUnit::Month, zone: jiff::tz::TimeZone::UTC };
     let quota = |limit, ms, window| {
@@ -45,15 +46,15 @@ fn reserve(node: &mut Node, id: &str, tokens: u64, max_in_flight: u64) -> Script
     node.run(|commands| commands.reserve(&reserve, &[0, 1]))
 }
 
-/// Level, held and used of the quota of a month, by this node's clock.
+/// Level, held and used of the monthly quota, at this time.
 fn month_state(node: &mut Node, now: Timestamp) -> (i64, u64, u64) {
     node.commands.set_clock(now);
     let level = node.mirror(now).levels(now).pop().unwrap();
     (level.level, level.held, level.used)
 }
 
-/// Sends heartbeats for twenty seconds, while all other sessions time out. Returns the time at the end.
-fn outlive_others(node: &mut Node) -> Timestamp {
+/// Sends heartbeats of this node for twenty seconds, so that all other sessions expire. Returns the time at the end.
+fn expire_other_sessions(node: &mut Node) -> Timestamp {
     for seconds in 1..=20 {
         month_state(node, START.plus_ms(seconds * 1_000));
     }

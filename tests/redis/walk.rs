@@ -1,4 +1,4 @@
-//! Random steps, applied to the script and to the engine without Redis: both have to agree after every step.
+//! Random steps, applied to the script and to the engine without Redis: both must agree after every step.
 
 use super::node::Node;
 use super::server::Server;
@@ -69,7 +69,7 @@ fn ordinary_quotas() -> Vec<Quota> {
     ]
 }
 
-/// Quotas of the max_amount sizes, with the longest and the shortest periods.
+/// Quotas of the maximum size, with the longest and the shortest periods.
 fn extreme_quotas() -> Vec<Quota> {
     let rolling = |burst| Window::Rolling { burst };
     let utc = Window::Calendar { unit: ClockUnit::Month, zone: TimeZone::UTC };
@@ -101,7 +101,7 @@ struct Counts {
     admitted: u64,
     clamped: u64,
     denied: u64,
-    /// Extensions in another period than the reservation, which make a piece of their own.
+    /// Extensions in a later period than the reservation. Each adds a piece.
     split: u64,
     progressed: u64,
     settled: u64,
@@ -118,7 +118,7 @@ struct Walk<'a> {
     open: Vec<Open>,
     next_id: u64,
     steps_applied: u64,
-    /// The steps of the last call and the number of the last one, for a repetition.
+    /// The steps of the last call and the number of the last step, to repeat the call.
     last_steps: Option<(u64, Vec<Step>)>,
     counts: Counts,
 }

@@ -1,9 +1,9 @@
 //! Finds the server that has a slot, and connects to it.
 //!
-//! The discovery of the `redis` crate (1.8) cannot replace this module. Its cluster client keeps the map of slots private
-//! and connects to every server of the cluster. Its sentinel client takes the answers in the configured order, so that a
-//! silent first sentinel costs a fixed timeout of one second, which is the whole time limit here. It also needs more
-//! rights (`SENTINEL MASTERS`, `ROLE`) and the TLS features of the crate.
+//! The discovery of the `redis` crate (1.8) cannot replace this module. Its cluster client keeps the map of slots
+//! private and connects to every server of the cluster. Its sentinel client queries the sentinels in the configured
+//! order. A silent first sentinel thus costs a fixed timeout of one second, which is the whole time limit here. It
+//! also needs more rights (`SENTINEL MASTERS`, `ROLE`) and the TLS features of the crate.
 
 use super::tls;
 use super::url::{Address, RedisUrl, Topology};
@@ -28,7 +28,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Delay between the starts of two lookups. The next lookup starts if those before have not led to a connection.
 const MAX_STAGGER: Duration = Duration::from_millis(100);
-/// Servers of a cluster that are remembered in addition to those of the URL.
+/// Maximum servers of a cluster that are remembered in addition to those of the URL.
 const MAX_REMEMBERED_NODES: usize = 16;
 
 /// Looks for the master of one slot.
@@ -37,10 +37,10 @@ pub(super) struct Discovery {
     url: RedisUrl,
     tls: Option<Tls>,
     slot: u16,
-    /// Counts discoveries. Each starts with another node, because a node that is cut off from the others would name the
-    /// wrong master every time.
+    /// Counts discoveries. Each discovery starts with another node. Otherwise a first node that is cut off from the
+    /// cluster would report the wrong master every time.
     attempts: AtomicUsize,
-    /// Servers that the cluster listed. Those of the URL may be decommissioned one day.
+    /// Servers that the cluster listed. The servers of the URL may be decommissioned some day.
     remembered_nodes: Mutex<Vec<Address>>,
 }
 
@@ -70,7 +70,7 @@ impl Drop for AbortOnDrop {
 }
 
 impl Discovery {
-    /// For the slot of this key.
+    /// Prepares the discovery of the master of this key's slot.
     ///
     /// # Errors
     /// A TLS file of the URL cannot be used.
@@ -83,7 +83,7 @@ impl Discovery {
     /// Connects to the master of the slot.
     ///
     /// # Errors
-    /// The reasons of all servers that were queried, without the password.
+    /// The error of each server that was queried, without the password.
     pub(super) async fn connect(&self) -> Result<ServerConnection, String> {
         match timeout(DISCOVERY_TIMEOUT, self.discover()).await {
             Ok(found) => found.map_err(|reason| self.url.without_password(reason)),
@@ -115,10 +115,10 @@ impl Discovery {
         let is_single = matches!(self.url.topology, Topology::Single(_));
         Some(match code {
             "MOVED" | "ASK" | "CROSSSLOT" if is_single => {
-                "it is one server of a cluster, for which the URL begins with redis+cluster:// or rediss+cluster://"
+                "it is one server of a cluster: the URL must begin with redis+cluster:// or rediss+cluster://"
             }
             "READONLY" if is_single => {
-                "the URL has to lead to the master, or to the sentinels: redis+sentinel://"
+                "the URL must point to the master, or to the sentinels: redis+sentinel://"
             }
             "NOAUTH" => "it requires a password: redis://:password@host or redis://user:password@host",
             _ => return None,
@@ -157,16 +157,19 @@ impl Discovery {
         let mut server = self.open(&Address::Tcp(host, port), &self.url.login).await?;
         match redis::cmd("ROLE").query_async::<Role>(&mut server.redis).await {
             Ok(Role::Primary { .. }) => Ok(server),
-            Ok(_) => Err(format!("{} is not a master, though sentinel {node} names it", server.address)),
+            Ok(_) => Err(format!(
+                "{} is not a master, although sentinel {node} reports it as the master",
+                server.address
+            )),
             // The user may not run ROLE. The probe finds out whether the server accepts writes.
             Err(error) if error.code() == Some("NOPERM") => Ok(server),
             Err(error) => Err(format!("{} {}", server.address, self.describe(&error))),
         }
     }
 
-    /// Asks a sentinel for the master of this name.
+    /// Queries a sentinel for the address of the master with this name.
     async fn master_address(&self, node: &Address, name: &str) -> Result<(String, u16), String> {
-        // Most sentinels have no password: it is sent only to one that requires it.
+        // The password is sent only to a sentinel that requires it. Most sentinels have none.
         let login = RedisConnectionInfo::default().set_skip_set_lib_name();
         let mut sentinel = self.open(node, &login).await?;
         let mut query = redis::cmd("SENTINEL");
@@ -235,8 +238,8 @@ where
     Ok(ServerConnection { redis, address: Arc::new(address.clone()), _driver: driver })
 }
 
-/// Runs `connect` for all nodes, each started a little after the one before, and returns the first connection. A node
-/// that does not answer delays the others only by that little.
+/// Runs `connect` for all nodes, with a short delay between the starts, and returns the first connection. A silent
+/// node delays the others only by that time.
 async fn first_success<'a, F>(
     nodes: &'a [Address],
     connect: impl Fn(&'a Address) -> F,
@@ -286,7 +289,7 @@ fn servers_of_range<'a>(range: &'a [Value], asked: &'a Address) -> impl Iterator
             (Some(Value::BulkString(host)), _) if !host.is_empty() && host != b"?" => {
                 String::from_utf8(host.clone()).ok()?
             }
-            // A server that reports no host has the host by which it was reached.
+            // A server that reports no host has the host of the current connection.
             (_, Address::Tcp(host, _)) => host.clone(),
             (_, Address::Unix(_)) => return None,
         };

@@ -16,8 +16,8 @@ end
 if not cmsgpack then failed = { 'cmsgpack', 'there is no cmsgpack for scripts' } end
 return failed";
 
-/// The arguments of the test script: each command that the quota script uses; `_` stands for the key. The last command
-/// deletes what the others wrote.
+/// The arguments of the test script: every command that the quota script uses. `_` stands for the key. The last
+/// command deletes the fields that the others wrote.
 pub(super) const TESTED_COMMANDS: [&str; 13] = [
     "TIME",
     "HSET _ f 1",
@@ -78,13 +78,12 @@ pub(super) fn setting_faults(info: &str, save: Option<&str>, is_cluster_url: boo
     let policy = field("maxmemory_policy");
     if policy != "noeviction" {
         faults.push(format!(
-            "its maxmemory-policy is {policy}: an evicted quota starts again unused; set it to noeviction"
+            "its maxmemory-policy is {policy}: an evicted quota is unused again; set it to noeviction"
         ));
     }
     if field("role") == "slave" {
         faults.push(
-            "it is a replica, which loses what is counted there: the URL has to lead to the master"
-                .to_owned(),
+            "it is a replica, and counts written to it are lost: the URL must point to the master".to_owned(),
         );
     }
     if field("cluster_enabled") == "1" && !is_cluster_url {
@@ -95,7 +94,7 @@ pub(super) fn setting_faults(info: &str, save: Option<&str>, is_cluster_url: boo
     }
     if field("aof_enabled") == "0" && save == Some("") {
         faults.push(
-            "note: it keeps nothing on disk (appendonly no, save \"\"): after a restart it has only what the nodes restore"
+            "note: it stores nothing on disk (appendonly no, save \"\"): after a restart it has only the data that the nodes restore"
                 .to_owned(),
         );
     }
@@ -122,7 +121,7 @@ mod tests {
             ("5.0", "volatile-ttl", "", "", &["6.2 or newer", "set it to noeviction"]),
             ("7.0", "noeviction", "role:slave", "", &["replica"]),
             ("7.0", "noeviction", "cluster_enabled:1", "", &["redis+cluster"]),
-            ("7.0", "noeviction", "aof_enabled:0", "", &["note: it keeps nothing"]),
+            ("7.0", "noeviction", "aof_enabled:0", "", &["note: it stores nothing"]),
         ] {
             let faults = faults(version, policy, more, save);
             assert_eq!(faults.len(), words.len(), "{faults:?}");
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_commands_are_named_with_the_missing_rights() {
+    fn failed_commands_are_reported_with_the_required_rights() {
         let failures = ["HSET", "NOPERM no permissions.", "HGET", "NOPERM"].map(str::to_owned);
         let fault = command_fault(&failures, "tg").unwrap();
         assert!(

@@ -16,7 +16,7 @@ static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
 /// Builds the TLS side of connections from the files of the URL.
 ///
 /// # Errors
-/// A file cannot be read, or its content is not what it should be.
+/// A file cannot be read, or its content is invalid.
 pub(super) fn connector(files: &TlsFiles) -> anyhow::Result<TlsConnector> {
     let roots = match &files.ca {
         Some(path) => Arc::new(read_roots(path)?),

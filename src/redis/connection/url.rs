@@ -1,4 +1,4 @@
-//! Parses `store.redis.url`: where the server is and how to log in. Pure: files are not read and nothing is connected.
+//! Parses `store.redis.url`: where the server is and how to log in. Pure: reads no files and opens no connections.
 
 use redis::{ProtocolVersion, RedisConnectionInfo};
 use std::fmt;
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 const FORMS: &str = "redis://[[user]:password@]host[:port][/db], \
     redis+sentinel://[[user]:password@]host[:port][,host[:port]...]/master-name[/db], \
     redis+cluster://[[user]:password@]host[:port][,host[:port]...], redis+unix:///path[?db=0]; \
-    rediss in place of redis: with TLS, then also ?ca_file=...&cert_file=...&key_file=...";
+    rediss instead of redis: with TLS, which permits ?ca_file=...&cert_file=...&key_file=...";
 const DEFAULT_PORT: u16 = 6379;
 const DEFAULT_SENTINEL_PORT: u16 = 26379;
 
@@ -138,10 +138,12 @@ fn parse_topology(form: Form, hosts: &str, path: &str) -> Result<(Topology, Opti
         Form::Unix if path.starts_with('/') => {
             Ok((Topology::Single(Address::Unix(percent_decode(path)?.into())), None))
         }
-        Form::Unix => Err("the path of a socket begins with /: redis+unix:///path".to_owned()),
+        Form::Unix => Err("the path of a socket must begin with /: redis+unix:///path".to_owned()),
         Form::Single => match &parse_addresses(hosts, DEFAULT_PORT)?[..] {
             [address] => Ok((Topology::Single(address.clone()), parse_db(path)?)),
-            _ => Err("several hosts are for redis+sentinel:// or redis+cluster://".to_owned()),
+            _ => {
+                Err("several hosts are permitted only for redis+sentinel:// and redis+cluster://".to_owned())
+            }
         },
         Form::Sentinel => {
             let (master, db) = path.split_once('/').unwrap_or((path, ""));
@@ -153,7 +155,7 @@ fn parse_topology(form: Form, hosts: &str, path: &str) -> Result<(Topology, Opti
         }
         Form::Cluster => match parse_db(path)? {
             None | Some(0) => Ok((Topology::Cluster(parse_addresses(hosts, DEFAULT_PORT)?), None)),
-            Some(_) => Err("a cluster has no database but 0".to_owned()),
+            Some(_) => Err("a cluster has only database 0".to_owned()),
         },
     }
 }
@@ -179,7 +181,7 @@ fn parse_address(text: &str, default_port: u16) -> Result<Address, String> {
         );
     }
     let port = port.map_or(Ok(default_port), str::parse);
-    let port = port.ok().filter(|&port| port > 0).ok_or("a port is a number from 1 to 65535")?;
+    let port = port.ok().filter(|&port| port > 0).ok_or("a port must be a number from 1 to 65535")?;
     Ok(Address::Tcp(host.to_owned(), port))
 }
 
@@ -187,7 +189,7 @@ fn parse_db(text: &str) -> Result<Option<i64>, String> {
     if text.is_empty() {
         return Ok(None);
     }
-    let db = text.parse::<u16>().map_err(|_| "the database is a number, such as 0")?;
+    let db = text.parse::<u16>().map_err(|_| "the database must be a number, such as 0")?;
     Ok(Some(i64::from(db)))
 }
 
@@ -211,15 +213,15 @@ impl Options {
                 "cert_file" if has_tls => certificate = Some(value.into()),
                 "key_file" if has_tls => key = Some(value.into()),
                 "ca_file" | "cert_file" | "key_file" => {
-                    return Err(format!("{name} is for TLS: write rediss in place of redis"));
+                    return Err(format!("{name} requires TLS: write rediss instead of redis"));
                 }
-                _ => return Err("an option after the ? is not known".to_owned()),
+                _ => return Err("an option after the ? is unknown".to_owned()),
             }
         }
         options.files.client = match (certificate, key) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
-            _ => return Err("cert_file and key_file go together".to_owned()),
+            _ => return Err("cert_file and key_file must be set together".to_owned()),
         };
         Ok(options)
     }
@@ -237,7 +239,7 @@ fn percent_decode(text: &str) -> Result<String, String> {
         }
         let digit = |index: usize| char::from(*others.get(index)?).to_digit(16);
         let pair = digit(0).zip(digit(1)).and_then(|(high, low)| u8::try_from(high * 16 + low).ok());
-        bytes.push(pair.ok_or("a literal % is written as %25")?);
+        bytes.push(pair.ok_or("a literal % must be written as %25")?);
         rest = &others[2..];
     }
     String::from_utf8(bytes).map_err(|_| "the bytes written with % are not UTF-8".to_owned())
@@ -306,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_named_without_the_password() {
+    fn errors_describe_the_fault_without_the_password() {
         for (url, words) in [
             ("", "not a Redis URL"),
             ("localhost:6379", "not a Redis URL"),
@@ -321,13 +323,13 @@ mod tests {
             ("redis://:sec%ret@h", "%25"),
             ("redis://:sec%ff@h", "UTF-8"),
             ("redis://u:secret#@h i", "malformed"),
-            ("redis://:sec?ret@h", "not known"),
+            ("redis://:sec?ret@h", "is unknown"),
             ("redis://:secret@h/x", "the database"),
             ("redis://:secret@h?ca_file=/x", "rediss"),
-            ("rediss://:secret@h?cert_file=/x", "go together"),
+            ("rediss://:secret@h?cert_file=/x", "set together"),
             ("redis+sentinel://:secret@h", "name of the master"),
-            ("redis+cluster://:secret@h/1", "no database but 0"),
-            ("redis+unix://relative", "begins with /"),
+            ("redis+cluster://:secret@h/1", "only database 0"),
+            ("redis+unix://relative", "must begin with /"),
             ("redis://[::1", "malformed"),
             ("redis://[::1]6379", "malformed"),
         ] {

@@ -3,17 +3,17 @@
 --
 -- A cell is the state of one quota. The node computes everything that a response tells a caller (waits, headers,
 -- which quotas are short) from the cell states that the script returns. All numbers are integers below 2^53, which
--- doubles represent exactly. A bucket's level is kept as whole tokens and a fraction in units of 1/period token. The
--- script never multiplies two large numbers.
+-- doubles represent exactly. The level of a rolling quota consists of whole tokens and a fraction in units of
+-- 1/period token. The script never multiplies two large numbers.
 --
 -- A piece is a part of a reservation: { reserved amounts, amounts of these already spent, names of cells, turn of
 -- each cell }. A turn identifies a period of a calendar quota; it is 0 for a rolling quota. A reservation has several
--- pieces if it grew after a period had turned.
+-- pieces if it was extended in a later period.
 --
 -- KEYS: the cells; the sessions and sums; the reservations of this session. They share a hash tag and therefore a
--- slot. So do the keys of other sessions, which are derived from the third key.
--- ARGV: command, now (0: use the server's clock), deadline (0: none; later the command does nothing), session, bounds
--- of calendar periods, arguments of the command.
+-- slot. So do the keys of other sessions, which are derived from the third key. ARGV: command, now (0: use the
+-- server's clock), deadline (0: none; after the deadline the command does nothing), session, bounds of calendar
+-- periods, arguments of the command.
 
 local cells_key, meta_key, reservations_key = KEYS[1], KEYS[2], KEYS[3]
 local floor, max, min = math.floor, math.max, math.min
@@ -100,7 +100,7 @@ local function save_cells()
   end
 end
 
--- Limits the level to the part of the bucket that is not held.
+-- Limits the level to the part of the burst that is not held.
 local function cap_level(cell)
   local top = cell.burst - cell.held
   if cell.whole >= top then cell.whole, cell.fraction = top, 0 end
@@ -138,9 +138,9 @@ local function refill(cell)
   cap_level(cell)
 end
 
--- Starts the next period if the current one has ended. A clock that was stepped back grants nothing. The period of a
--- quota that this node does not have stays as it is, because only a node with the quota sends its bounds. Returns
--- false if the bounds that the node sent are stale.
+-- Starts the next period if the current one has ended. If the clock was stepped back, the used and held amounts do
+-- not change. If the node sent no bounds for this cell, because it does not have the quota, the period does not
+-- change. Returns false if the bounds that the node sent are stale.
 local function roll_period(cell)
   if now >= cell.start and now < cell.stop then return true end
   local period = period_bounds[cell.class]
@@ -153,8 +153,8 @@ local function roll_period(cell)
   return true
 end
 
--- Advances cells to the current time. A command that only reads them need not save this. Returns false if the bounds
--- of a calendar period are stale.
+-- Advances cells to the current time. A command that only reads the cells need not save them. Returns false if the
+-- bounds of a calendar period are stale.
 local function advance_to_now(names)
   for _, name in ipairs(names) do
     local cell = cells[name]
@@ -213,7 +213,8 @@ end
 local function subtract(a, b) return map_kinds(function(x, y) return max(x - y, 0) end, a, b) end
 local function minimum(a, b) return map_kinds(min, a, b) end
 
--- Moves amounts that are certainly spent from held to spent. `spent`: the sum so far.
+-- Moves amounts that are certainly spent from held to used. `spent`: everything that the reservation has spent so
+-- far. `moved`: the amounts that earlier calls have moved.
 local function progress(pieces, spent)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
@@ -250,7 +251,7 @@ local function settle_piece(piece, spent)
         cell.held = max(cell.held - held, 0)
         cell.used = max(cell.used + s - m, 0)
       else
-        -- The period of the piece is over: only the overrun is owed.
+        -- The period of the piece is over. Only the amount above the reservation is charged, in the current period.
         cell.used = cell.used + max(s - r, 0)
       end
       is_changed[name] = true
@@ -306,8 +307,8 @@ local function all_exist(names)
   return true
 end
 
--- Lowers the completion tokens to what all quotas have left beside the prompt, in equal parts for the completions.
--- Returns nil if that is too little to be worth admitting.
+-- Lowers the completion tokens to the amount that all quotas have left after the prompt, in equal parts for the
+-- completions. Returns nil if the result is below the minimum or does not fit.
 local function clamp(names, amounts, completions)
   local room = math.huge
   for _, name in ipairs(names) do

@@ -33,8 +33,8 @@ function commands.reserve()
   return reply
 end
 
--- Charges tokens that a node spent while it was offline. A calendar quota is charged only if the same period still
--- runs.
+-- Charges tokens that a node spent while it was offline. A calendar quota is charged only if its period is still the
+-- same.
 local function charge_offline_usage(name, amount, turn)
   local cell = cells[name]
   if not cell or (cell.class and cell.turn ~= turn) then return end
@@ -52,7 +52,7 @@ local function read_lease(packed)
   return lease
 end
 
--- The leased tokens of a cell that are not used yet. A lease ends with its period.
+-- The leased tokens of a cell that are not used yet. A lease expires with the calendar period.
 local function leased(lease, name)
   local piece, cell = lease[name], cells[name]
   if not piece or not cell or (cell.class and piece[4][1] ~= cell.turn) then return 0 end
@@ -76,8 +76,8 @@ local function save_lease(lease)
   end
 end
 
--- Creates the reservation of a request that its node admitted from its lease. The lease pays for it. If the lease has
--- been lost, the cells pay for the rest.
+-- Creates the reservation of a request that a node admitted from its lease. Takes its amounts from the lease. If the
+-- lease has too little, because the server lost it, takes the rest from the cells.
 local function open_leased(lease, names, amounts)
   for _, name in ipairs(names) do
     local cell = cells[name]
@@ -98,8 +98,8 @@ local function reset_counts(names)
   return resets
 end
 
--- Reverses a charge in full and holds the reservation again: its node was only cut off. If a quota was reset since
--- then, the reset has removed the charge already.
+-- Holds a reservation again that was charged in full, and reverses the charge: its node was only cut off. If a quota
+-- was reset after the charge, the reset has already removed it.
 local function hold_again(pieces)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
@@ -122,7 +122,7 @@ local function hold_again(pieces)
   end
 end
 
--- Reads the steps of a call. Returns those that were not applied before, and the number of the last step.
+-- Reads the steps of a call. Returns the steps that were not applied before, and the number of the last step.
 local function read_new_steps(applied)
   local first, count, steps = read_int(), read_int(), {}
   for i = 0, count - 1 do
@@ -133,8 +133,8 @@ local function read_new_steps(applied)
   return steps, first + count - 1
 end
 
--- Loads the reservations that steps refer to. The second result contains those that were charged in full: the step
--- was delayed, and its node has not yet listed the reservation with `hold`.
+-- Loads the reservations that steps refer to. The second result contains the reservations that were charged in full:
+-- their session ended before the step arrived, and the node has not yet listed them with `hold`.
 local function find_reservations(steps)
   local reservations, charged = {}, {}
   for _, step in ipairs(steps) do

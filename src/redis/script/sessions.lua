@@ -1,4 +1,4 @@
--- Commands for the sessions of nodes: join, heartbeat, leave, and the settlement of sessions that ended otherwise.
+-- Commands for the sessions of nodes: join, heartbeat, leave, and the charge of sessions that ended without `leave`.
 
 -- Reads the node's copy of a cell. The arguments are kind, class (empty: a rolling quota), period, limit and burst of
 -- the config, limit and burst in force, and whether an administrator set them. Three numbers of the state with
@@ -20,8 +20,9 @@ local function read_cell()
   return cell, configured
 end
 
--- Holds a reservation that its node has and the server has not. `is_new`: the server never received it, so that its
--- spent tokens are not counted either. Otherwise the server lost it together with the cells.
+-- Holds a reservation that the node has and the server does not have. `is_new`: the server never received the
+-- reservation, so its spent tokens are charged too. Otherwise the server lost the reservation together with the
+-- cells, and the restored cells already contain the spent tokens.
 local function restore_reservation(pieces, is_new)
   for _, piece in ipairs(pieces) do
     local reserved, moved, names, turns = piece[1], piece[2], piece[3], piece[4]
@@ -43,7 +44,7 @@ local function charge_in_full(pieces)
   for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
 end
 
--- Several nodes restore a lost cell. The state with the least left wins.
+-- Restores a lost cell from the states of several nodes. The state with the lowest remaining amount is used.
 local function restore_level(cell, node)
   if cell.class then
     if cell.turn == node.turn then cell.used = max(cell.used, node.used) end
@@ -53,7 +54,7 @@ local function restore_level(cell, node)
 end
 
 -- The key of sessions that have ended, each with the number of its last applied step. There is one key for each day
--- on which sessions were charged, and Redis expires it. No command has to search for old sessions.
+-- on which sessions ended. Redis expires the key, so no command has to search for old sessions.
 local function ended_sessions_key(days_ago)
   return meta_key .. ':over:' .. string.format('%.0f', floor(now / RETENTION_MS) - days_ago)
 end
@@ -78,12 +79,12 @@ local function count_alive()
   redis.call('HSET', meta_key, 'alive', alive)
 end
 
--- Opens a session, or opens it again. Missing cells are created from the node's state. Existing cells take their
--- limits from the newest config (by its stamp), unless an administrator set them. Replies with four numbers: cells
--- created; cells with limits other than the node's; 1 if the session was remembered; and milliseconds to wait. After
--- the server has lost its data, a node waits for this time until other nodes have restored their state.
+-- Opens a session for the first time or again. Missing cells are created from the node's state. Existing cells take
+-- their limits from the newest config (by its stamp), unless an administrator set them. Replies with four numbers:
+-- cells created; cells with limits other than the node's; 1 if the session was remembered; and milliseconds to wait.
+-- After the server has lost its data, a node waits for this time until other nodes have restored their state.
 function commands.join()
-  local stamp, was_here, count = read_int(), read_int() == 1, read_int()
+  local stamp, has_joined_before, count = read_int(), read_int() == 1, read_int()
   local names, from_node, configured = {}, {}, {}
   for i = 1, count do
     local name = read_text()
@@ -97,7 +98,7 @@ function commands.join()
   local is_remembered = meta[1] or applied
   load_cells(names)
   if not advance_to_now(names) then return { STALE_PERIOD, now } end
-  if was_here and not is_remembered and restoring_until <= now then
+  if has_joined_before and not is_remembered and restoring_until <= now then
     restoring_until = now + RESTORE_MS
     redis.call('HSET', meta_key, 'regains', restoring_until)
   end
@@ -112,7 +113,7 @@ function commands.join()
       cells[name], is_changed[name], created = node, true, created + 1
     elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
       differing = differing + 1
-    elseif was_here and now < restoring_until then
+    elseif has_joined_before and now < restoring_until then
       restore_level(cell, node)
       is_changed[name] = true
     end
@@ -125,8 +126,8 @@ function commands.join()
   return { DONE, now, created, differing, is_remembered and 1 or 0, max(restoring_until - now, 0) }
 end
 
--- Holds the reservations that a rejoining node lists and the server has charged or lost. A reservation is skipped if
--- the server has applied the step that settles it.
+-- Holds again the reservations that a rejoining node lists, if the server has charged or lost them. Skips a
+-- reservation if the server has applied the step that settles it.
 function commands.hold()
   local is_new, listed, all = read_int() == 1, {}, {}
   for i = 1, read_int() do
@@ -162,16 +163,16 @@ function commands.hold()
   return { DONE, now }
 end
 
--- Charges all reservations of a rejoining node in full except those it lists. They have ended, and the server lost
--- the steps that settled them, for example when it restarted from an older file. Leased tokens are returned. Replies
--- with the number of reservations that another call has to charge.
+-- Charges in full all reservations of a rejoining node except those that the node lists. The unlisted ones have
+-- ended, and the server lost the steps that settled them, for example when it restarted from an older file. Returns
+-- leased tokens. Replies with the number of reservations that are left for another call.
 function commands.only()
   local is_held = {}
   for _ = 1, read_int() do is_held[read_text()] = true end
   if not is_session_open() then return { UNKNOWN_SESSION, now } end
   local charged, orphans, count, left = charged_key_of(session), {}, 0, 0
   local charged_lease = unpack_pieces(redis.call('HGET', charged, LEASE))
-  -- Both exist if a step for a request from the lease was delayed: it created a new lease.
+  -- Both leases exist if a delayed step for a request from the charged lease has created a new one.
   orphans[LEASE] = unpack_pieces(redis.call('HGET', reservations_key, LEASE))
   for _, piece in ipairs(charged_lease) do table.insert(orphans[LEASE], piece) end
   for _, id in ipairs(redis.call('HKEYS', reservations_key)) do
@@ -204,7 +205,8 @@ end
 
 -- Charges some reservations of an ended session in full. They are stored under another key, with the reset counts of
 -- their cells as fifth element of each piece, in case the node rejoins. Returns whether these were the last, and
--- their number. One HSCAN may find nothing although there are more: it starts where all fields may have been deleted.
+-- their number. One HSCAN may find nothing although there are more fields, because all fields where it starts may
+-- have been deleted.
 local function charge(ended)
   local from, to = reservations_key_of(ended), charged_key_of(ended)
   local cursor, found = 0, {}
@@ -231,7 +233,7 @@ local function charge(ended)
   return redis.call('HLEN', from) == 0, #found / 2
 end
 
--- Records that a cell is in use, and changes nothing else in it: a cell that is only read is not saved.
+-- Records that a cell is in use. Writes no other field, because cells that are only read are not saved.
 local function mark_seen(name)
   cells[name].seen = now
   if is_changed[name] then return end
@@ -248,7 +250,7 @@ local function tidy(names)
     longest = max(longest, cell_retention_ms(cell))
     if now - (cell.seen or 0) > SEEN_INTERVAL_MS then mark_seen(name) end
   end
-  -- Other nodes may have quotas with longer periods: a node only prolongs the expiry.
+  -- Other nodes may have quotas with longer periods, so a node never shortens the expiry.
   for _, key in ipairs({ cells_key, meta_key, reservations_key }) do
     if redis.call('PTTL', key) < longest then redis.call('PEXPIRE', key, longest) end
   end
@@ -281,13 +283,13 @@ function commands.beat()
     if kind == 'o:' then
       ended[#ended + 1] = other
     elseif kind == 's:' and other ~= session then
-      -- A session that would end too late is shortened: the clock was stepped back.
+      -- If the clock was stepped back, the session would end too late, so it is shortened.
       local is_renewed = value > now + SESSION_TIMEOUT_MS or (value > 0 and gap > OUTAGE_MS)
       if is_renewed then redis.call('HSET', meta_key, field, now + SESSION_TIMEOUT_MS) end
       if is_renewed or value > now then
         alive = alive + 1
       elseif value > 0 then
-        -- The session ends now, even if it takes several heartbeats to charge all of it.
+        -- The session ends now, even if several heartbeats are needed to charge all its reservations.
         redis.call('HSET', meta_key, field, -now, 'o:' .. other, now)
         ended[#ended + 1] = other
       end
@@ -295,7 +297,7 @@ function commands.beat()
   end
   local charged = 0
   for _, other in ipairs(ended) do
-    -- The next heartbeat charges the rest: other callers wait for the server.
+    -- The next heartbeat charges the rest. A longer call would block the other nodes.
     if charged >= MAX_CHARGED then break end
     local is_complete, count = charge(other)
     charged = charged + count
@@ -309,7 +311,8 @@ function commands.beat()
   return reply
 end
 
--- Closes a session that has settled everything. A session with reservations is left to expire and is then charged.
+-- Closes a session that has settled everything. A session with reservations stays open until it expires, and is then
+-- charged.
 function commands.leave()
   if redis.call('HLEN', reservations_key) > 0 then return { DONE, now } end
   redis.call('HDEL', meta_key, 's:' .. session, 'q:' .. session)

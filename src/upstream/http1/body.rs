@@ -16,12 +16,12 @@ pub(in crate::upstream) struct Http1Body {
     decoder: BodyDecoder,
     /// The rest of the request, if the answer began before it was sent.
     unsent: Option<Box<OutgoingRequest>>,
-    /// Where the connection goes after the body; `None` if it cannot be reused.
+    /// The pool that gets the connection after the body. `None`: the connection cannot be reused.
     pool: Option<IdlePool>,
 }
 
 enum BodyDecoder {
-    /// Bytes to come.
+    /// Bytes still to come.
     Length(u64),
     Chunked(ChunkedDecoder),
     UntilClose,
@@ -76,7 +76,7 @@ impl Http1Body {
         self.connection.is_none()
     }
 
-    /// Continues to send the request. If that fails, the answer is read all the same.
+    /// Continues to send the request. If that fails, the answer is still read.
     fn send_rest(&mut self, cx: &mut Context<'_>) {
         let (Some(outgoing), Some(connection)) = (&mut self.unsent, &mut self.connection) else { return };
         if outgoing.poll_write(cx, &mut *connection.stream).is_ready() {

@@ -19,7 +19,7 @@ pub(super) enum ChunkedDecoder {
     Data(u64),
     /// In the line end after a chunk's data, with this many bytes to come.
     DataEnd(u8),
-    /// In the trailer section, after this many bytes of it.
+    /// In the trailer section, of which this many bytes are already removed.
     Trailers(usize),
 }
 
@@ -78,8 +78,8 @@ fn take_size(buffer: &mut BytesMut) -> io::Result<Option<u64>> {
     }
 }
 
-/// Removes a line of the trailer section of which `read` bytes came before; `None` if it is not complete.
-/// Returns its length and whether it is the empty line that ends the section.
+/// Removes a line of the trailer section. `read`: the number of bytes of the section before this line. `None`: the
+/// line is not complete. Returns its length and whether it is the empty line that ends the section.
 fn take_trailer_line(buffer: &mut BytesMut, read: usize) -> io::Result<Option<(usize, bool)>> {
     let end = memchr::memchr(b'\n', buffer);
     if read + end.unwrap_or(buffer.len()) > MAX_TRAILER_BYTES {
@@ -182,7 +182,7 @@ mod tests {
         }
 
         #[test]
-        fn data_survives_any_chunking(
+        fn data_does_not_depend_on_the_chunking(
             data in prop::collection::vec(any::<u8>(), 0..300),
             sizes in prop::collection::vec(1usize..40, 0..30),
             mut cuts in prop::collection::vec(0usize..900, 0..12),

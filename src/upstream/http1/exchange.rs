@@ -11,7 +11,7 @@ use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::task::{Context, Poll, ready};
 
-/// The most interim answers (103 and others) before the final one.
+/// Maximum interim answers (103 and others) before the final one.
 const MAX_INTERIM_ANSWERS: usize = 16;
 
 /// Sends a request and reads the head of the final answer.
@@ -30,7 +30,7 @@ pub(in crate::upstream) async fn exchange(
     let mut outgoing = OutgoingRequest::new(authority, request);
     let mut interim_answers = 0;
     let head = poll_fn(|cx| {
-        // Reads whether or not the write is blocked.
+        // Reads even if the write is blocked.
         let _ = outgoing.poll_write(cx, &mut *connection.stream);
         poll_head(&mut connection, cx, &request.method, &mut interim_answers)
     });
@@ -61,7 +61,9 @@ fn poll_head(
                 return Poll::Ready(Err(invalid("there are too many interim answers")));
             }
             if head.parts.status == StatusCode::SWITCHING_PROTOCOLS {
-                return Poll::Ready(Err(invalid("the upstream switches protocols without a request for it")));
+                return Poll::Ready(Err(invalid(
+                    "the upstream switched protocols without a request to do so",
+                )));
             }
             continue;
         }
@@ -74,7 +76,7 @@ fn poll_head(
     }
 }
 
-/// Classifies a failure by what the upstream can have processed.
+/// Classifies a failure by whether the upstream may have processed the request.
 fn failure(
     read_error: io::Error,
     interim_answers: usize,

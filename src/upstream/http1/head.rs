@@ -7,7 +7,7 @@ use http::{Method, StatusCode, response};
 use smallvec::SmallVec;
 use std::io::{self, ErrorKind};
 
-/// The longest head of an answer, in bytes.
+/// Maximum length of an answer's head, in bytes.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
 const MAX_HEADERS: usize = 128;
 /// The gateway adds up to this many headers to an answer; the map has room for them from the start.
@@ -69,7 +69,7 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
     let status =
         StatusCode::from_u16(head.code.unwrap_or(0)).map_err(|_| invalid("the status is not valid"))?;
     let is_http11 = head.version == Some(1);
-    // The values' positions come first: the values then share the head's bytes instead of copying them.
+    // Collects the positions of the values first, so that the values can share the head's bytes without a copy.
     let base = buffer.as_ptr() as usize;
     let spans: SmallVec<[(HeaderName, usize, usize); 16]> = head
         .headers

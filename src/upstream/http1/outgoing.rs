@@ -40,7 +40,7 @@ impl OutgoingRequest {
         matches!(self.state, WriteState::Sent)
     }
 
-    /// Whether there is more to write and the connection takes it.
+    /// Whether there is more to write and the connection still accepts bytes.
     pub(super) fn is_writing(&self) -> bool {
         matches!(self.state, WriteState::Writing)
     }
@@ -55,8 +55,8 @@ impl OutgoingRequest {
         if let WriteState::Failed(error) = self.state { error } else { other }
     }
 
-    /// Writes head and body, in one system call if the socket takes them. Ready when everything is written
-    /// or nothing more can be.
+    /// Writes head and body, in one system call if the socket takes them. Ready when everything is written, or when
+    /// no more can be written.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, stream: &mut dyn ByteStream) -> Poll<()> {
         if self.is_writing() {
             self.state = match ready!(self.poll_write_all(cx, stream)) {

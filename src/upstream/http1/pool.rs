@@ -19,14 +19,14 @@ pub(in crate::upstream) struct IdlePool {
 
 #[derive(Default)]
 struct IdleConnections {
-    /// Each with the time since when it is idle; the most recently used last.
+    /// Each connection with the time since which it is idle. The most recently used one is last.
     connections: VecDeque<(Http1Connection, Stopwatch)>,
     /// Whether a task runs that closes connections after the idle timeout.
     has_reaper: bool,
 }
 
 impl IdlePool {
-    /// Connections are closed after `idle_timeout` without a request.
+    /// The pool closes connections after `idle_timeout` without a request.
     pub(in crate::upstream) fn new(idle_timeout: Duration) -> Self {
         Self { idle: Arc::default(), idle_timeout }
     }

@@ -46,7 +46,7 @@ async fn a_silently_dropped_connection_is_closed_while_it_is_idle() {
         let mut server = server;
         answer(server.accept().await.unwrap().unwrap().1);
         let _ = timeout(SHORT / 2, server.accept()).await;
-        // Not polled any more, so it does not answer pings.
+        // The connection is no longer polled, so it does not answer pings.
         server
     });
     drop(exchange(stream).await.unwrap());

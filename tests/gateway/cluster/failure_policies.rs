@@ -72,7 +72,7 @@ const FAULT_TIME: Duration = Duration::from_secs(1);
 const HEARTBEAT_TIME: Duration = Duration::from_millis(700);
 
 impl Fault {
-    /// The fault has no duration.
+    /// Whether the fault has no duration.
     fn is_momentary(self) -> bool {
         matches!(self, Self::Flushed | Self::HalfOpen)
     }
@@ -83,11 +83,11 @@ struct Scene {
     fault: Fault,
     redis: Redis,
     proxy: Proxy,
-    /// Only for a failover.
+    /// The replica and the sentinel, for a failover only.
     replica_and_sentinel: Option<(Redis, Redis)>,
 }
 
-/// Waits until a condition holds that takes a blocking call to check.
+/// Waits until a condition holds. The check may block.
 async fn wait_for(what: &str, condition: impl Fn() -> bool) {
     soon(what, async {
         while !tokio::task::block_in_place(&condition) {
@@ -187,7 +187,7 @@ async fn start_nodes(fault: Fault, upstream: &Upstream, policy: &Policy) -> (Sce
         }
         println!("{fault:?}, {}: Redis was lost before the fault", policy.name);
     }
-    panic!("Redis is always lost before the fault");
+    panic!("Redis was lost before the fault in every attempt");
 }
 
 /// Sends twelve requests to a node that has lost Redis, and checks its reports. Returns how many it admitted, and how
@@ -236,7 +236,7 @@ async fn test_policy(fault: Fault, policy: &Policy) -> String {
     assert!(recovery < MAX_RECOVERY, "{what}: shared again after {recovery:?}");
     assert_eq!(nodes[1].admin_get("/readyz").await.status, 200, "{what}");
 
-    // Both nodes report all usage of the fault. They admit exactly the rest.
+    // Both nodes have reported all usage during the fault. Together they admit exactly the rest.
     let during_fault = admits[0] + admits[1];
     let level = 700 - 100 * i64::try_from(during_fault).unwrap();
     assert_eq!(nodes.levels().await, [level, level], "{what}");
@@ -303,9 +303,9 @@ async fn policies_hold_when_connections_are_half_open() {
     test_all_policies(Fault::HalfOpen).await;
 }
 
-/// After `SCRIPT FLUSH` each call succeeds, and no node reports a loss.
+/// After `SCRIPT FLUSH` every call succeeds, and no node loses Redis.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn flushed_scripts_are_no_outage() {
+async fn a_script_flush_does_not_cause_an_outage() {
     for policy in &POLICIES {
         let upstream = Upstream::always(Answer::chat(8, 92)).await;
         // No fault is injected, so the choice of the fault has no effect.

@@ -14,8 +14,8 @@ use tokio::task::JoinSet;
 const TOKENS: usize = 20;
 /// Callers of each node. Each sends its next request when the answer to the last one arrives.
 const CALLERS: usize = 6;
-/// Assumed age of the levels that a node has received. The documentation promises half a second, which is also the most
-/// that a server without a disk loses. Under load a node receives levels with each reservation, so this time is
+/// Assumed age of the levels that a node has received. The documentation promises half a second. A server without a
+/// disk loses at most the same time. Under load a node receives levels with each reservation, so this time is
 /// generous. It is still short enough to expose a wrong share.
 const MAX_LEVEL_AGE: Duration = Duration::from_millis(100);
 

@@ -30,7 +30,7 @@ async fn a_burst_through_two_four_and_eight_nodes_admits_exactly_the_quota() {
         assert!(admitted <= 50, "{admitted} through {count} nodes");
         // On a busy machine Redis may miss the deadline. The nodes then deny requests.
         if replies.contains(&503) {
-            println!("{count} nodes: Redis was lost meanwhile, {admitted} of 50 admitted");
+            println!("{count} nodes: Redis was lost during the burst, {admitted} of 50 admitted");
             continue;
         }
         assert_eq!(admitted, 50, "{count} nodes");
@@ -157,7 +157,7 @@ async fn a_node_that_stops_leaves_no_session_and_no_reservation() {
 }
 
 #[tokio::test]
-async fn a_caller_that_disconnects_while_its_node_waits_for_redis_holds_nothing() {
+async fn a_caller_that_disconnects_while_its_node_waits_for_redis_leaves_nothing_held() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 12)).await;
     let nodes = Nodes::start(
@@ -192,7 +192,7 @@ async fn a_caller_that_disconnects_while_its_node_waits_for_redis_holds_nothing(
 }
 
 #[tokio::test]
-async fn leases_admit_without_a_call_and_never_too_much() {
+async fn leases_admit_without_calls_to_redis_and_never_over_admit() {
     const QUOTA: &str = "{ total_tokens: { limit: 10, burst: 40000, per: day, window: rolling } }";
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 12)).await;

@@ -1,5 +1,5 @@
-//! Redis servers for tests. With `TOLLGATE_TEST_STORE=redis` the whole suite runs on shared counters: every gateway uses
-//! one common server, with a key prefix of its own.
+//! Redis servers for tests. With `TOLLGATE_TEST_STORE=redis` the whole suite runs on shared counters: every gateway
+//! uses one common server, with its own key prefix.
 
 use super::port::free_port;
 use std::net::TcpStream;
@@ -11,14 +11,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The store in the configs of the tests.
 const MEMORY_STORE: &str = "store: { memory: true }";
 
-/// A server on a port of its own, which keeps nothing on disk by default.
+/// A server on its own port, which stores nothing on disk by default.
 pub struct Redis {
     pub port: u16,
     /// The URL for gateways. A test may change it.
     pub url: String,
     folder: tempfile::TempDir,
     arguments: Vec<String>,
-    /// A shell that kills the server when its standard input closes, also if this process is killed.
+    /// A shell that kills the server when its standard input closes, even if this process is killed.
     child: Option<Child>,
 }
 

@@ -185,7 +185,7 @@ impl Upstream {
         self.seen.lock().unwrap().clone()
     }
 
-    /// The only request received. Panics if there is another number of them.
+    /// The only request received. Panics if the number of requests is not one.
     pub fn only(&self) -> SeenRequest {
         let seen = self.seen();
         assert_eq!(seen.len(), 1, "one request");

@@ -65,7 +65,7 @@ struct ServerLog {
     requests: Arc<AtomicUsize>,
     /// The body of the last request.
     last: watch::Sender<String>,
-    /// Answers that the gateway cancelled, less those that `was_cancelled` has returned for.
+    /// Answers that the gateway cancelled and that `wait_until_cancelled` has not consumed.
     cancelled: watch::Sender<usize>,
 }
 
@@ -117,7 +117,7 @@ impl Server {
     }
 
     /// Waits until the gateway has cancelled an answer.
-    pub async fn was_cancelled(&self) {
+    pub async fn wait_until_cancelled(&self) {
         let mut cancelled = self.log.cancelled.subscribe();
         soon("a stream to be cancelled", async { drop(cancelled.wait_for(|n| *n > 0).await.unwrap()) }).await;
         self.log.cancelled.send_modify(|n| *n -= 1);
@@ -150,7 +150,7 @@ impl Drop for Cancelled {
 struct Events {
     ready: VecDeque<String>,
     act: &'static str,
-    /// The pause before the stream breaks, in which the gateway reads the events before.
+    /// The pause before the stream breaks. During it the gateway reads the earlier events.
     pause: Pin<Box<tokio::time::Sleep>>,
     cancelled: Cancelled,
 }

@@ -1,6 +1,8 @@
 //! Sessions that end: their reservations are charged in full.
 
-use super::{START, held_reservation, hold, month_state, node, outlive_others, quotas, rejoin, reserve};
+use super::{
+    START, expire_other_sessions, held_reservation, hold, month_state, node, quotas, rejoin, reserve,
+};
 use crate::server::Server;
 use tollgate::clock::Timestamp;
 use tollgate::quota::Amounts;
@@ -27,14 +29,14 @@ fn a_dead_nodes_reservations_are_charged_in_full_once() {
     let now = START.plus_ms(20_000);
     assert_eq!(month_state(&mut survivor, now), (999_070, 30, 900));
     assert_eq!(survivor.heartbeat().values, [1, 1], "one node alive, one request in flight");
-    // The node was only cut off. It has to join again, and its late steps change nothing.
+    // The node was only cut off. It must join again, and its late steps change nothing.
     dead.commands.set_clock(now);
     assert_eq!(reserve(&mut dead, "c", 1, 0).verdict, Verdict::UnknownSession);
     let late_settlement = Step::new(StepKind::Settle, "a8".into(), Amounts::default());
     assert_eq!(
         dead.run(|commands| commands.apply(2, &[late_settlement], &[])).verdict,
         Verdict::UnknownSession,
-        "the node has to send the step again"
+        "the node must send the step again"
     );
     let late_admission =
         [dead.commands.leased_admission_step("d".into(), Amounts::of_request(5, 0), &[0, 1])];
@@ -67,7 +69,7 @@ fn a_node_that_leaves_with_open_reservations_is_charged_in_full() {
     let (mut leaver, mut survivor) = (node(&server, "leaver"), node(&server, "survivor"));
     assert_eq!(reserve(&mut leaver, "a", 100, 0).verdict, Verdict::Admitted);
     leaver.run(CommandBuilder::leave);
-    outlive_others(&mut survivor);
+    expire_other_sessions(&mut survivor);
     assert_eq!(month_state(&mut survivor, START.plus_ms(20_000)), (999_900, 0, 100));
 }
 
@@ -109,7 +111,7 @@ fn reservations_of_many_dead_nodes_are_charged_in_batches() {
     assert_eq!(used_before, 3_000);
 }
 
-/// The clock steps back, for example, when a server with another clock becomes the master.
+/// The clock can step back, for example when a server with another clock becomes the master.
 #[test]
 fn a_node_that_dies_when_the_clock_steps_back_is_charged() {
     let server = Server::start();

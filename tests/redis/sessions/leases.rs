@@ -1,6 +1,6 @@
 //! Leases: tokens that a node holds in advance and admits requests from.
 
-use super::{START, month_state, node, outlive_others, rejoin, settle};
+use super::{START, expire_other_sessions, month_state, node, rejoin, settle};
 use crate::node::Node;
 use crate::server::Server;
 use tollgate::clock::Timestamp;
@@ -52,7 +52,7 @@ fn a_charged_lease_is_returned_when_its_node_rejoins() {
     let server = Server::start();
     let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
     cut_off.run(|commands| commands.lease(&[100, 5_000]));
-    let now = outlive_others(&mut survivor);
+    let now = expire_other_sessions(&mut survivor);
     assert_eq!(month_state(&mut survivor, now), (995_000, 0, 5_000), "charged in full");
     assert!(rejoin(&mut cut_off, now));
     assert_eq!(cut_off.run(|commands| commands.release_unlisted(&[])).values, [0]);
@@ -61,11 +61,11 @@ fn a_charged_lease_is_returned_when_its_node_rejoins() {
 
 /// The step for a request from the lease arrives after the rejoin, before the node lists its reservations.
 #[test]
-fn a_lease_is_returned_although_an_admission_from_it_is_reported_late() {
+fn a_lease_is_returned_even_if_a_request_admitted_from_it_is_reported_late() {
     let server = Server::start();
     let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
     cut_off.run(|commands| commands.lease(&[100, 5_000]));
-    let now = outlive_others(&mut survivor);
+    let now = expire_other_sessions(&mut survivor);
     assert!(rejoin(&mut cut_off, now));
     let late_admission =
         cut_off.commands.leased_admission_step("1".into(), Amounts::of_request(10, 0), &[0, 1]);

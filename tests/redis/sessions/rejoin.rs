@@ -1,8 +1,8 @@
-//! Nodes that rejoin: they restore lost state, and the server reverses what it charged.
+//! Nodes that rejoin: they restore lost state, and the server reverses its charges.
 
 use super::{
-    START, full_states, held_reservation, hold, month_state, node, outlive_others, quotas, rejoin, reserve,
-    settle,
+    START, expire_other_sessions, full_states, held_reservation, hold, month_state, node, quotas, rejoin,
+    reserve, settle,
 };
 use crate::server::Server;
 use tollgate::quota::Amounts;
@@ -23,7 +23,7 @@ fn nodes_restore_the_state_that_the_server_lost() {
     assert_eq!(
         one.run(|commands| commands.join(1, true, &answer.states)).values,
         [2, 0, 0, 1_000],
-        "the node has to wait for the others"
+        "the node must wait for the others"
     );
     hold(&mut one, false, &[held_reservation("a", 100, 0)]);
     assert_eq!(
@@ -39,12 +39,12 @@ fn nodes_restore_the_state_that_the_server_lost() {
 }
 
 #[test]
-fn a_rejoining_node_reverses_its_charge_in_full() {
+fn the_charge_in_full_of_a_rejoining_node_is_reversed() {
     let server = Server::start();
     let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
     reserve(&mut cut_off, "a", 100, 0);
     reserve(&mut cut_off, "b", 10, 0);
-    let now = outlive_others(&mut survivor);
+    let now = expire_other_sessions(&mut survivor);
     assert_eq!(month_state(&mut survivor, now), (999_890, 0, 110), "charged in full");
     assert!(rejoin(&mut cut_off, now));
     // "a" has grown by 50, and the step for that is not sent yet. The reply for "b" was lost, so "b" is cancelled.
@@ -164,7 +164,7 @@ fn a_charged_reservation_that_settles_before_it_is_listed_costs_what_was_spent()
     for (id, tokens) in [("1", 100), ("2", 10)] {
         assert_eq!(reserve(&mut cut_off, id, tokens, 0).verdict, Verdict::Admitted);
     }
-    let now = outlive_others(&mut survivor);
+    let now = expire_other_sessions(&mut survivor);
     assert_eq!(month_state(&mut survivor, now), (999_890, 0, 110));
     assert!(rejoin(&mut cut_off, now));
     let settlement =
@@ -185,7 +185,7 @@ fn a_charge_that_a_reset_removed_is_not_reversed_again() {
     let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
     assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
     cut_off.run(|commands| commands.lease(&[50, 50]));
-    let now = outlive_others(&mut survivor);
+    let now = expire_other_sessions(&mut survivor);
     assert_eq!(survivor.run(CommandBuilder::reset).verdict, Verdict::Done);
     assert_eq!(reserve(&mut survivor, "b", 400, 0).verdict, Verdict::Admitted);
     settle(&mut survivor, 1, "b", 400);

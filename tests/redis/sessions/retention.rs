@@ -1,4 +1,4 @@
-//! How long the server keeps cells and keys.
+//! The time for which the server retains cells and keys.
 
 use super::{START, month_state, node, quotas};
 use crate::server::Server;
@@ -13,7 +13,7 @@ fn unused_cells_are_removed_after_two_periods_and_a_day() {
     let mut leaver = node(&server, "leaver");
     leaver.run(CommandBuilder::leave);
     let cells = || server.query::<i64>("HLEN test:{staging}:q");
-    // Twice the month and a day: until then a node with the quota may return.
+    // Two months and a day: before that, a node with the quota may rejoin.
     for day in 0..=61 {
         assert_eq!(cells(), 2, "{day}");
         for hours in [0, 2, 4] {
@@ -22,7 +22,7 @@ fn unused_cells_are_removed_after_two_periods_and_a_day() {
         }
     }
     assert_eq!(cells(), 1);
-    // Without any node, Redis expires the key by its own clock.
+    // If no node is alive, Redis expires the key by its own clock.
     let left: i64 = server.query("PTTL test:{staging}:q");
     let minutes_and_a_day = 2 * 60_000 + 86_400_000;
     assert!((1..=minutes_and_a_day).contains(&left), "{left} ms");
