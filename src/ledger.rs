@@ -187,8 +187,8 @@ impl Account {
         self.engine.snapshot()
     }
 
-    /// Overrides a limit of the config, or with `None` restores it. Usage so far still counts. Returns whether the
-    /// quota exists. Returns when the change is durable and in force on all nodes.
+    /// Overrides a limit of the config. `None`: restores the limit of the config. Earlier usage still counts. Returns
+    /// whether the quota exists. Returns when the change is durable and in force on all nodes.
     ///
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
@@ -228,7 +228,7 @@ impl Account {
         self.engine.sync().map(RedisSync::status)
     }
 
-    /// The connection to Redis, for the task that keeps it open.
+    /// The connection to Redis, for the task that connects and reconnects.
     pub fn redis_connection(&self) -> Option<&FailFastConnection> {
         self.engine.sync().map(RedisSync::connection)
     }
@@ -285,7 +285,7 @@ impl Reservation {
         self.settlement.spent
     }
 
-    /// Moves tokens that have certainly been used from held to spent, and extends the reservation of a long answer.
+    /// Moves amounts that have certainly been used from held to spent, and extends the reservation of a long answer.
     pub fn progress(&mut self, spent: Amounts) -> Progress {
         let Some(grant) = &mut self.grant else { return Progress::Within };
         let before = grant.reserved();

@@ -363,12 +363,12 @@ mod tests {
         }
         assert!(learned.allowance("m", 400_000) <= 420, "never more than the quantile");
         in_flight.drain(11..).for_each(|generation| learned.end("m", generation));
-        let beside = learned.allowance("m", P90);
+        let with_others = learned.allowance("m", P90);
         let partial: Vec<PartialLength> = (0..6).map_while(|_| learned.learn_partial("m", 900)).collect();
         let changing = learned.allowance("m", P90);
         partial.into_iter().for_each(|partial| learned.forget_partial("m", partial));
         assert!(
-            beside < 790 && changing >= alone,
+            with_others < 790 && changing >= alone,
             "most requests in flight have outgrown their reservation: {changing}"
         );
         in_flight.into_iter().for_each(|generation| learned.end("m", generation));

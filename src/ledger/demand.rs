@@ -1,4 +1,4 @@
-//! The values of a reservation: what a request demands, what it was granted, and how it ended.
+//! The values of a reservation: the demand of a request, its grant, and its settlement.
 
 use super::allowance::PartialLength;
 use crate::quota::{Amounts, Denied, QuotaStatus, Receipt, Shortfall, Subject, Wait};

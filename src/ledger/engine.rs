@@ -70,7 +70,7 @@ impl Engine {
         self.with_local(|local, now| local.count_denial(now, subject));
     }
 
-    /// Records what a request has certainly used so far.
+    /// Records the amounts that a request has certainly used so far.
     pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
         match self {
             Self::Local(_) => self.with_local(|local, now| local.progress(now, model, grant, spent)),
@@ -86,7 +86,7 @@ impl Engine {
         }
     }
 
-    /// Overrides a limit, or with `None` restores the config's. Returns whether the quota exists.
+    /// Overrides a limit. `None`: restores the limit of the config. Returns whether the quota exists.
     ///
     /// # Errors
     /// The counters are in Redis, and Redis is unavailable.

@@ -73,8 +73,8 @@ impl Local {
         }
     }
 
-    /// Overrides a limit of the config, or with `None` restores it. Usage so far still counts. Returns whether the quota
-    /// exists.
+    /// Overrides a limit of the config. `None`: restores the limit of the config. Earlier usage still counts. Returns
+    /// whether the quota exists.
     pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
         let exists = self.overrides.set(now, key, limit);
         if exists {
@@ -299,7 +299,7 @@ impl Local {
         self.rules.reserve.completion != CompletionReserve::None
     }
 
-    /// Moves what a request has certainly used from held to spent.
+    /// Moves amounts that a request has certainly used from held to spent.
     ///
     /// A stream that outgrows its reservation gets an extension while there is room. Beyond that, its tokens become debt now
     /// and not only when it ends: other requests see the debt, and it survives a crash.

@@ -32,7 +32,7 @@ pub struct AuditEntry {
     pub action: String,
 }
 
-/// The quotas of the config, and those of them whose limit is overridden.
+/// The quotas of the config, and the overridden limits.
 #[derive(Debug, Default)]
 pub(super) struct Overrides {
     configured: Vec<Quota>,
@@ -89,7 +89,8 @@ impl Overrides {
         self.configured.iter().map(in_force).collect()
     }
 
-    /// Sets limit and burst of the quotas that match the key; `None` restores the config's. Returns whether a quota matches.
+    /// Sets limit and burst of the quotas that match the key. `None`: restores the limits of the config. Returns
+    /// whether a quota matches.
     pub(super) fn set(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
         let named: Vec<Quota> = self.configured.iter().filter(|quota| key.matches(quota)).cloned().collect();
         for quota in &named {
@@ -123,7 +124,7 @@ impl Overrides {
         self.audit.push(AuditEntry { at, action });
     }
 
-    /// Takes what the store has to persist: all overrides if they changed, and the new audit entries.
+    /// Takes the changes that the store must persist: all overrides if one has changed, and the new audit entries.
     pub(super) fn take_changes(&mut self) -> (Option<Vec<Quota>>, Vec<AuditEntry>) {
         let overridden = std::mem::take(&mut self.has_changed).then(|| self.overridden.clone());
         (overridden, std::mem::take(&mut self.audit))

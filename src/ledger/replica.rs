@@ -49,8 +49,8 @@ pub(super) struct Replica {
     commands: CommandBuilder,
     /// `Some` while Redis is unavailable.
     offline: Option<Box<Offline>>,
-    /// `Some` during a resync, which ends with the first heartbeat: the shared quotas as they were before the node went
-    /// offline. Until then `local` has only this node's share.
+    /// The shared quotas as they were before the node went offline. `Some` during a resync, which ends with the first
+    /// heartbeat. Until then, `local` contains only this node's share.
     resyncing: Option<Quotas>,
     /// How often this node has lost Redis. It ignores replies to calls that it sent before the last loss.
     losses: u64,
@@ -191,7 +191,7 @@ impl Replica {
         self.local.obstacle(now, demand)
     }
 
-    /// Moves what a request has certainly used from held to spent, and may extend its reservation.
+    /// Moves amounts that a request has certainly used from held to spent, and may extend its reservation.
     pub(super) fn progress(
         &mut self,
         own: Timestamp,
@@ -260,7 +260,7 @@ impl Replica {
         id
     }
 
-    /// Tracks a reservation, or updates what it holds.
+    /// Tracks a reservation, or updates its held amounts.
     fn track(&mut self, id: u64, may_be_in_redis: bool, receipts: &[Receipt]) {
         let pieces = receipts.iter().map(journal::piece).collect();
         let before = self.tracked.get(&id);
@@ -276,7 +276,8 @@ impl Replica {
         unsettled.chain(self.journal.settled_mut())
     }
 
-    /// Cancels a reservation that was requested from Redis without a known decision: if Redis admitted it, it is released.
+    /// Cancels a reservation that was requested from Redis and whose decision is unknown. If Redis admitted it, Redis
+    /// releases it.
     pub(super) fn cancel(&mut self, id: u64) {
         self.pending.remove(&id);
         let (pieces, acknowledged) = (smallvec::SmallVec::new(), Amounts::default());

@@ -27,7 +27,7 @@ const MAX_FLUSH_WAIT: Duration = Duration::from_millis(250);
 /// before the loss.
 const REJOIN_DELAY: Duration = Duration::from_millis(MAX_CALL_DELAY_MS);
 
-/// One account's replica, its connection to Redis, and what the account's requests exchange with the task.
+/// One account's replica, its connection to Redis, and the signals between the account's requests and the task.
 #[derive(Debug)]
 pub(super) struct RedisSync {
     replica: Mutex<Replica>,
@@ -111,8 +111,8 @@ impl RedisSync {
         RedisStatus { unavailable_reason, nodes, losses, server_faults: self.lock_server_faults().clone() }
     }
 
-    /// Reserves room for one request: from the lease, by one call to Redis, or, while Redis is unavailable, from this node's
-    /// share. Does not count a denial. Dropping the future releases what Redis may have reserved.
+    /// Reserves room for one request: from the lease, by one call to Redis, or, while Redis is unavailable, from this
+    /// node's share. Does not count a denial. Dropping the future releases any reservation that Redis may have made.
     pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
         // During a resync Redis reports too much room, because it has not applied the offline usage of this node.
         if self.with_replica(|replica| replica.is_resyncing()) {

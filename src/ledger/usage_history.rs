@@ -79,7 +79,7 @@ impl UsageHistory {
         }
     }
 
-    /// Records the charge for requests in flight when the last process died. Its callers and models are not known.
+    /// Records the amounts that were held when the last process died. Their callers and models are unknown.
     pub(super) fn record_recovered(&mut self, now: Timestamp, held: Amounts) {
         if held != Amounts::default() {
             self.row(now, 0, None).spent = held;

@@ -74,7 +74,7 @@ pub const LEASE_ID: &str = "lease";
 pub enum StepKind {
     /// The reservation holds larger amounts, whether they fit or not.
     Extend,
-    /// Moves the tokens spent so far from held to spent.
+    /// Moves the amounts spent so far from held to spent.
     Progress,
     /// The reservation ends.
     Settle,

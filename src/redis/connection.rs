@@ -387,7 +387,7 @@ impl FailFastConnection {
             Err(error) if matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension) => {
                 let refusal = discovery.describe(&error);
                 Ok(vec![format!(
-                    "note: its settings cannot be checked, because INFO {refusal}: maxmemory-policy has to be noeviction"
+                    "note: its settings cannot be checked, because INFO {refusal}: maxmemory-policy must be noeviction"
                 )])
             }
             Err(error) => {

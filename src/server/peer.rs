@@ -31,7 +31,7 @@ impl Default for CallerTimeouts {
     }
 }
 
-/// A caller's connection, as the service sees it.
+/// The service's view of a caller's connection.
 #[derive(Debug)]
 pub(crate) struct Peer {
     /// The caller's address.

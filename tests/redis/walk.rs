@@ -37,7 +37,7 @@ fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota
     Quota { scope, kind, limit, per: Period { text: format!("{ms}ms"), ms }, window }
 }
 
-/// Quotas of usual sizes.
+/// Quotas of ordinary sizes.
 fn ordinary_quotas() -> Vec<Quota> {
     let rolling = |burst| Window::Rolling { burst };
     let calendar = |unit, zone: &str| Window::Calendar { unit, zone: TimeZone::get(zone).unwrap() };

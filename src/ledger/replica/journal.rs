@@ -58,7 +58,7 @@ pub(super) struct Journal {
 #[derive(Debug)]
 pub(super) struct JournalEntry {
     pub(super) step: Step,
-    /// If the step settles a reservation: its number, and what it held, in case Redis loses it.
+    /// If the step settles a reservation: its number and its last state, in case Redis loses the reservation.
     pub(super) settled: Option<(u64, TrackedReservation)>,
 }
 

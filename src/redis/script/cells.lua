@@ -259,7 +259,7 @@ local function settle_piece(piece, spent)
   end
 end
 
--- Each piece pays up to the amounts it reserved. The last piece pays the rest.
+-- Charges each piece up to its reserved amounts. Charges the rest to the last piece.
 local function settle(pieces, spent)
   for i, piece in ipairs(pieces) do
     local part = i == #pieces and spent or minimum(spent, piece[1])

@@ -35,7 +35,7 @@ impl Http1Connection {
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 4 {
             self.buffer.reserve(READ_BYTES);
         }
-        // The future does not outlive this poll: it is cancel safe, so that nothing is lost.
+        // This future is dropped after one poll. It is cancel safe, so no bytes are lost.
         pin!(self.stream.read_buf(&mut self.buffer)).poll(cx)
     }
 }

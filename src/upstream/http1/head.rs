@@ -101,8 +101,8 @@ fn has_connection_close(headers: &HeaderMap) -> bool {
     tokens.any(|token| token.trim_ascii().eq_ignore_ascii_case(b"close"))
 }
 
-/// Determines the framing by RFC 9112, section 6.3. Differing lengths, or a length beside a transfer
-/// coding, are rejected as response smuggling.
+/// Determines the framing by RFC 9112, section 6.3. Differing lengths, or a length together with a transfer coding,
+/// are rejected as response smuggling.
 fn framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> io::Result<Framing> {
     let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
     let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();

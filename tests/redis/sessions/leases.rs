@@ -24,7 +24,7 @@ fn a_lease_is_held_until_it_is_used_returned_or_its_node_dies() {
         "the requested amount includes what is leased already"
     );
     assert_eq!(levels(&mut other, START), [(900, 100, 0), (995_000, 5_000, 0)]);
-    // Two requests from the lease. The second exceeds the rest of the lease by 20, which the cell pays.
+    // Two requests from the lease. The second exceeds the rest of the lease by 20, which is taken from the cell.
     let admission = |node: &Node, id: &str, tokens| {
         node.commands.leased_admission_step(id.into(), Amounts::of_request(tokens, 0), &[0, 1])
     };
