@@ -96,8 +96,8 @@ impl Peer {
         self.phase.load(Ordering::Relaxed) == BETWEEN_REQUESTS
     }
 
-    /// Cuts the current answer off when `limit` has passed since `started`, even if the caller does not read and
-    /// hyper therefore does not poll the body.
+    /// Cuts off the current answer when `limit` has passed since `started`. This works even if the caller does not
+    /// read, in which case hyper does not poll the body.
     pub(crate) fn limit_answer(&self, started: Stopwatch, limit: Duration) {
         let ms = u64::try_from((started.since(self.opened) + limit).as_millis()).unwrap_or(u64::MAX);
         self.answer_deadline_ms.store(ms.max(1), Ordering::Relaxed);

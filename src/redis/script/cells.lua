@@ -11,9 +11,9 @@
 -- pieces if it was extended in a later period.
 --
 -- KEYS: the cells; the sessions and sums; the reservations of this session. They share a hash tag and therefore a
--- slot. So do the keys of other sessions, which are derived from the third key. ARGV: command, now (0: use the
--- server's clock), deadline (0: none; after the deadline the command does nothing), session, bounds of calendar
--- periods, arguments of the command.
+-- slot. So do the keys of other sessions, which are derived from the third key.
+-- ARGV: command, now (0: use the server's clock), deadline (0: none; after the deadline the command does nothing),
+-- session, bounds of calendar periods, arguments of the command.
 
 local cells_key, meta_key, reservations_key = KEYS[1], KEYS[2], KEYS[3]
 local floor, max, min = math.floor, math.max, math.min

@@ -77,7 +77,7 @@ local function save_lease(lease)
 end
 
 -- Creates the reservation of a request that a node admitted from its lease. Takes its amounts from the lease. If the
--- lease has too little, because the server lost it, takes the rest from the cells.
+-- lease has too little, for example because the server lost it, takes the rest from the cells.
 local function open_leased(lease, names, amounts)
   for _, name in ipairs(names) do
     local cell = cells[name]
