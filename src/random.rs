@@ -2,7 +2,7 @@
 
 use std::hash::{BuildHasher as _, RandomState};
 
-/// A number that no other process is likely to draw. It is no secret: keys and tokens must not be made from it.
+/// A number that no other process is likely to draw. It is not secret: keys and tokens must not be made from it.
 pub(crate) fn number() -> u64 {
     // The standard library takes the keys of a `RandomState` from the operating system.
     RandomState::new().hash_one(())

@@ -11,20 +11,20 @@ const PRIOR: u64 = 512;
 const PRIOR_WEIGHT: u32 = 2;
 /// Maximum models with a histogram. A further model replaces the one that learned least recently.
 const MAX_MODELS: usize = 512;
-/// Only this many bytes of a model's name distinguish it from others.
+/// Only this many bytes of a model's name are compared.
 const MAX_NAME_BYTES: usize = 128;
 /// The weight of a new answer.
-const WEIGHT: u32 = 64;
+const ANSWER_WEIGHT: u32 = 64;
 /// All weights are halved when their sum reaches the weight of this many new answers.
-const MAX_ANSWERS: u32 = 512;
+const MAX_WEIGHT_IN_ANSWERS: u32 = 512;
 /// With several requests in flight, the allowance is the mean length plus three standard errors. This is the square
 /// of three. Two standard errors were also measured, on traces at 30 and 3 tokens a second. They cause no overshoot
 /// either and admit 0.3 % more requests, but slightly fewer when requests are rare.
 const ERRORS_SQUARED: u128 = 9;
-/// Lengths below this have a slot each. Above, each power of two has `STEPS` slots.
-const EXACT: u64 = 16;
-const STEPS: usize = 8;
-const SLOTS: usize = 16 + (32 - 4) * STEPS;
+/// Lengths below this have a slot each. Above, each power of two has `SLOTS_PER_POWER` slots.
+const EXACT_LENGTHS: u64 = 16;
+const SLOTS_PER_POWER: usize = 8;
+const SLOTS: usize = 16 + (32 - 4) * SLOTS_PER_POWER;
 
 /// The learned lengths of the answers of each model in one environment.
 #[derive(Clone, Debug, Default)]
@@ -161,12 +161,12 @@ struct Histogram {
 impl Histogram {
     fn new() -> Self {
         let mut histogram = Self { weights: Box::new([0; SLOTS]), total: 0, halvings: 0, sum: 0, squares: 0 };
-        histogram.add_weight(PRIOR, PRIOR_WEIGHT * WEIGHT);
+        histogram.add_weight(PRIOR, PRIOR_WEIGHT * ANSWER_WEIGHT);
         histogram
     }
 
     fn add(&mut self, tokens: u64) {
-        if self.total >= MAX_ANSWERS * WEIGHT {
+        if self.total >= MAX_WEIGHT_IN_ANSWERS * ANSWER_WEIGHT {
             self.weights.iter_mut().for_each(|weight| *weight /= 2);
             self.halvings += 1;
             (self.total, self.sum, self.squares) = (0, 0, 0);
@@ -174,7 +174,7 @@ impl Histogram {
                 self.update_sums(slot, self.weights[slot], true);
             }
         }
-        self.add_weight(tokens, WEIGHT);
+        self.add_weight(tokens, ANSWER_WEIGHT);
     }
 
     fn add_weight(&mut self, tokens: u64, weight: u32) {
@@ -213,7 +213,7 @@ impl Histogram {
     /// Removes the rest of a weight from the slot of this length. `halvings`: how often all weights had been halved
     /// when the weight was added.
     fn remove(&mut self, tokens: u64, halvings: u32) {
-        let left = WEIGHT.checked_shr(self.halvings.saturating_sub(halvings)).unwrap_or(0);
+        let left = ANSWER_WEIGHT.checked_shr(self.halvings.saturating_sub(halvings)).unwrap_or(0);
         let slot = slot_of(tokens);
         let removed = left.min(self.weights[slot]);
         self.weights[slot] -= removed;
@@ -240,18 +240,18 @@ impl Histogram {
 /// The slot of a length.
 fn slot_of(tokens: u64) -> usize {
     let tokens = tokens.min(u64::from(u32::MAX));
-    if tokens < EXACT {
+    if tokens < EXACT_LENGTHS {
         return usize::try_from(tokens).unwrap_or(0);
     }
     let power = tokens.ilog2();
-    let step = usize::try_from(tokens >> (power - 3)).unwrap_or(0) % STEPS;
-    16 + (power as usize - 4) * STEPS + step
+    let step = usize::try_from(tokens >> (power - 3)).unwrap_or(0) % SLOTS_PER_POWER;
+    16 + (power as usize - 4) * SLOTS_PER_POWER + step
 }
 
 /// The smallest length of a slot, and the number of lengths in it.
 fn span_of(slot: usize) -> (u64, u64) {
     let Some(above) = slot.checked_sub(16) else { return (slot as u64, 1) };
-    let (power, step) = (above / STEPS + 4, (above % STEPS) as u64);
+    let (power, step) = (above / SLOTS_PER_POWER + 4, (above % SLOTS_PER_POWER) as u64);
     ((8 + step) << (power - 3), 1 << (power - 3))
 }
 

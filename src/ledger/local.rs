@@ -183,7 +183,7 @@ impl Local {
         Ok(self.admitted(now, demand, receipt, clamped_to, would_deny))
     }
 
-    /// Reserves for a request that Redis has admitted already, whether it fits or not.
+    /// Reserves amounts for a request that Redis has already admitted, even if it does not fit.
     pub(super) fn admit_regardless(
         &mut self,
         now: Timestamp,

@@ -270,7 +270,7 @@ impl Replica {
         self.tracked.insert(id, tracked);
     }
 
-    /// All reservations that have not certainly ended in Redis.
+    /// All reservations that are open, or that Redis may still hold.
     fn all_tracked(&mut self) -> impl Iterator<Item = (u64, &mut TrackedReservation)> {
         let unsettled = self.tracked.iter_mut().map(|(&id, tracked)| (id, tracked));
         unsettled.chain(self.journal.settled_mut())

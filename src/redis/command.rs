@@ -319,8 +319,8 @@ impl CommandBuilder {
         command
     }
 
-    /// Sets limits, each with the index of its quota. `is_override`: an administrator's limit; else the config's, which ends the
-    /// override.
+    /// Sets limits, each with the index of its quota. `is_override`: an administrator has set these limits. Otherwise
+    /// they are the limits of the config, and the override ends.
     pub fn limit(&mut self, is_override: bool, changes: &[(usize, NewLimit)]) -> ScriptCommand {
         let mut command = self.begin_expiring("limit", 0);
         command.push_int(u64::from(is_override));

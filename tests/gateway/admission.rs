@@ -155,7 +155,7 @@ async fn a_request_without_room_is_denied_after_max_wait_and_not_sooner() {
     let body = hello(r#""max_tokens":100"#);
     let mut first = gateway.caller().await;
     first.request("POST", CHAT, "", body.as_bytes()).await;
-    upstream.has_seen(1).await;
+    upstream.wait_until_seen(1).await;
     let began = Instant::now();
     assert_eq!(gateway.chat(&body).await.refusal().0, 429);
     let waited = began.elapsed();
@@ -366,7 +366,7 @@ async fn on_overrun_cut_ends_the_stream_with_finish_reason_length() {
     assert_eq!(*done, "data: [DONE]");
     let last: Value = serde_json::from_str(last.strip_prefix("data: ").unwrap()).unwrap();
     assert_eq!((&last["id"], &last["choices"][0]["finish_reason"]), (&"c1".into(), &"length".into()));
-    upstream.gateway_disconnected().await;
+    upstream.wait_until_disconnected().await;
     let received = events.len() as u64 - 2;
     let [_, prompt, completion, _] = gateway.settled_charges().await;
     assert_eq!(prompt, 8);
@@ -387,7 +387,7 @@ async fn on_disconnect_drain_reads_the_answer_to_its_end_after_the_caller_hangs_
         let gateway = gateway(&upstream, LONG, "{ completion: max_tokens }", ", on_disconnect: drain").await;
         let mut caller = gateway.caller().await;
         caller.request("POST", CHAT, "", body.as_bytes()).await;
-        upstream.has_seen(1).await;
+        upstream.wait_until_seen(1).await;
         if streams {
             caller.head().await;
             caller.chunk().await.unwrap();

@@ -160,6 +160,6 @@ async fn a_compressed_stream_that_exceeds_its_quota_is_cut_off() {
     let gateway = Gateway::with(&upstream, "", environments).await;
     let reply = gateway.chat(&hello(r#""stream":true"#)).await;
     assert!(reply.is_incomplete);
-    upstream.gateway_disconnected().await;
+    upstream.wait_until_disconnected().await;
     assert_eq!(gateway.settled_charges().await[2], 400);
 }

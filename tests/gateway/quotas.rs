@@ -233,7 +233,7 @@ async fn max_in_flight_is_enforced() {
     let gateway = Gateway::with(&upstream, "", environments).await;
     let mut first = gateway.caller().await;
     first.request("POST", CHAT, "", HELLO.as_bytes()).await;
-    upstream.has_seen(1).await;
+    upstream.wait_until_seen(1).await;
     assert_eq!(gateway.chat(HELLO).await.refusal(), (429, "too_many_in_flight".into()));
     drop(first);
     gateway.settled().await;

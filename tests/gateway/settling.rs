@@ -189,7 +189,7 @@ async fn a_cancelled_stream_is_charged_for_delivered_tokens() {
     }
     drop(caller);
     // The upstream call is cancelled at once.
-    upstream.gateway_disconnected().await;
+    upstream.wait_until_disconnected().await;
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 2, HELLO_TOKENS + 2]);
 }
 
@@ -243,10 +243,10 @@ async fn a_request_cancelled_before_its_answer_costs_the_prompt() {
     let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
-    upstream.has_seen(1).await;
+    upstream.wait_until_seen(1).await;
     assert_eq!(gateway.environment().await["in_flight"], 1);
     drop(caller);
-    upstream.gateway_disconnected().await;
+    upstream.wait_until_disconnected().await;
     assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 0, HELLO_TOKENS]);
 }
 
@@ -366,7 +366,7 @@ async fn a_stream_that_stalls_ends_with_an_error_event() {
             "{}",
             reply.text()
         );
-        upstream.gateway_disconnected().await;
+        upstream.wait_until_disconnected().await;
         assert_eq!(gateway.settled_charges().await, [1, HELLO_TOKENS, 1, HELLO_TOKENS + 1]);
     }
 }

@@ -25,7 +25,7 @@ async fn a_caller_that_does_not_read_is_disconnected_and_settled() {
     let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(300)).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
-    upstream.gateway_disconnected().await;
+    upstream.wait_until_disconnected().await;
     let [requests, prompt, completion, _] = gateway.settled_charges().await;
     assert_eq!((requests, prompt), (1, HELLO_TOKENS));
     assert!(completion > 10_000, "{completion}");
@@ -67,7 +67,7 @@ async fn the_total_timeout_applies_if_the_caller_does_not_read() {
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
     let started = Instant::now();
-    upstream.gateway_disconnected().await;
+    upstream.wait_until_disconnected().await;
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     assert_eq!(gateway.settled_charges().await[0], 1);
     drop(caller);
@@ -84,11 +84,11 @@ async fn a_disconnect_is_detected_behind_unread_bytes() {
             let mut caller = gateway.caller().await;
             let body = hello(r#""stream":true"#);
             caller.request("POST", CHAT, "", body.as_bytes()).await;
-            upstream.has_seen(1).await;
+            upstream.wait_until_seen(1).await;
             caller.send(rest.as_bytes()).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
             drop(caller);
-            upstream.gateway_disconnected().await;
+            upstream.wait_until_disconnected().await;
             assert_eq!(gateway.settled_charges().await[0], 1, "{n}");
         }
     }

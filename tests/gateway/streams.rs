@@ -20,7 +20,7 @@ async fn a_disconnect_cancels_the_upstream_call_within_100_ms() {
         assert_eq!(caller.chunk().await.unwrap(), delta("Hi").into_bytes());
         let started = Instant::now();
         drop(caller);
-        upstream.gateway_disconnected().await;
+        upstream.wait_until_disconnected().await;
         took.push(started.elapsed());
     }
     took.sort();

@@ -61,7 +61,7 @@ async fn a_disconnect_cancels_its_stream_and_leaves_the_connection_to_others() {
             caller.head().await;
             assert_eq!(caller.chunk().await.unwrap(), delta("Hi").into_bytes());
         } else {
-            server.has_seen(act).await;
+            server.wait_until_seen(act).await;
         }
         drop(caller);
         server.wait_until_cancelled().await;

@@ -396,7 +396,7 @@ const LOCAL: &str = "on_failure: local";
 const LOCAL_WITH_LEASES: &str = "on_failure: local, lease: true";
 
 #[test]
-fn no_token_is_lost_or_overspent_with_closed() {
+fn no_token_is_lost_or_overspent_with_the_closed_policy() {
     run_all(&[
         Run { seed: 1, burst: 300_000, settings: CLOSED, scenario: Scenario::RandomFaults },
         Run { seed: 2, burst: 600_000, settings: CLOSED_WITH_LEASES, scenario: Scenario::RandomFaults },
@@ -405,7 +405,7 @@ fn no_token_is_lost_or_overspent_with_closed() {
 }
 
 #[test]
-fn no_token_is_lost_with_local() {
+fn no_token_is_lost_with_the_local_policy() {
     run_all(&[
         Run { seed: 3, burst: 300_000, settings: LOCAL, scenario: Scenario::NodeDies },
         Run { seed: 4, burst: 600_000, settings: LOCAL_WITH_LEASES, scenario: Scenario::RandomFaults },
@@ -414,7 +414,7 @@ fn no_token_is_lost_with_local() {
 }
 
 #[test]
-fn no_token_is_lost_with_open_and_only_unreported_ones_if_the_server_loses_its_data() {
+fn with_the_open_policy_only_unreported_tokens_are_lost_and_only_if_the_server_loses_its_data() {
     run_all(&[
         Run { seed: 9, burst: 300_000, settings: "on_failure: open", scenario: Scenario::RandomFaults },
         Run { seed: 10, burst: 300_000, settings: LOCAL, scenario: Scenario::DataIsLost },

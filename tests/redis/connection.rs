@@ -152,7 +152,7 @@ async fn a_half_open_connection_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_loss_is_detected_without_calls() {
+async fn the_loss_of_the_connection_is_detected_without_calls() {
     let server = Server::start();
     let proxy = Proxy::start(&server.folder().join("s")).await;
     let client = Client::connect(&proxy.url()).await;

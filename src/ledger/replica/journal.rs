@@ -10,17 +10,16 @@ use std::collections::VecDeque;
 /// nodes wait for a reply.
 pub(super) const MAX_BATCH: usize = 200;
 
-/// A reservation of this node that has not certainly ended in Redis.
+/// A reservation of this node that is open, or that Redis may still hold.
 #[derive(Debug)]
 pub(super) struct TrackedReservation {
     /// Redis may have this reservation: it admitted it, or it may have received a call whose reply was lost.
     pub(super) may_be_in_redis: bool,
     /// Redis confirmed this reservation after the last reconnect.
     pub(super) is_confirmed: bool,
-    /// What the reservation holds. Empty if the request was cancelled before this node received the decision of
-    /// Redis.
+    /// The held amounts. Empty if the request was cancelled before this node received the decision of Redis.
     pub(super) pieces: SmallVec<[Piece; 1]>,
-    /// What Redis has acknowledged as spent. Steps that are still in the journal are not included.
+    /// The amounts that Redis has acknowledged as spent. Steps that are still in the journal are not included.
     pub(super) acknowledged: Amounts,
 }
 

@@ -7,12 +7,12 @@ use crate::clock::Timestamp;
 use crate::quota::{CounterState, Kind, Quota, QuotaLevel, Required};
 use crate::redis::ScriptReply;
 
-/// All nodes together lease at most this part of a quota's capacity: 1/50.
-const MAX_LEASED_PART: u64 = 50;
-/// The lease is returned if less than this part of a quota is left: 1/10.
-const MIN_LEFT_PART: u64 = 10;
-/// A lease is taken only if at least this part of each quota is left: 1/5.
-const PLENTY_PART: u64 = 5;
+/// All nodes together lease at most 1/50 of a quota's capacity.
+const MAX_LEASED_DIVISOR: u64 = 50;
+/// The lease is returned if less than 1/10 of a quota is left.
+const RETURN_DIVISOR: u64 = 10;
+/// A lease is taken only if at least 1/5 of each quota is left.
+const TAKE_DIVISOR: u64 = 5;
 /// Minimum time between two reviews of the lease, if the first one found nothing to take (ms). A review reads all quotas.
 const REVIEW_INTERVAL_MS: u64 = 10;
 
@@ -109,18 +109,18 @@ impl Lease {
     }
 
     fn next_action(&mut self, now: Timestamp, levels: &[QuotaLevel], nodes: u64) -> LeaseAction {
-        let max_lease = |level: &QuotaLevel| level.quota.capacity() / MAX_LEASED_PART / nodes.max(1);
+        let max_lease = |level: &QuotaLevel| level.quota.capacity() / MAX_LEASED_DIVISOR / nodes.max(1);
         let is_below =
-            |level: &QuotaLevel, part: u64| level.level < (level.quota.capacity() / part).cast_signed();
+            |level: &QuotaLevel, divisor: u64| level.level < (level.quota.capacity() / divisor).cast_signed();
         let mut wants_more = false;
         let mut is_scarce = false;
         let cells = self.left.iter().zip(&self.until).zip(&mut self.low);
         for (level, ((&left, &until), low)) in levels.iter().zip(cells) {
             *low = max_lease(level) / 2;
-            if is_below(level, MIN_LEFT_PART) || left > 2 * max_lease(level) {
+            if is_below(level, RETURN_DIVISOR) || left > 2 * max_lease(level) {
                 return if self.is_open { LeaseAction::Return } else { LeaseAction::Keep };
             }
-            is_scarce |= is_below(level, PLENTY_PART);
+            is_scarce |= is_below(level, TAKE_DIVISOR);
             let left = if now < until { left } else { 0 };
             wants_more |= max_lease(level) > 0 && left <= *low;
         }

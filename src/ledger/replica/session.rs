@@ -40,8 +40,9 @@ impl Replica {
         Some((value(reply, 1), value(reply, 3).min(MAX_RECOVERY_WAIT_MS)))
     }
 
-    /// The command that makes Redis hold this node's reservations again, at most `MAX_BATCH` of them, and their numbers. A
-    /// reservation that was admitted offline is included only after `begin_resync`. `None`: Redis has confirmed all of them.
+    /// The command that makes Redis hold up to `MAX_BATCH` of this node's reservations again, and the numbers of
+    /// these reservations. A reservation that was admitted offline is included only after `begin_resync`. `None`:
+    /// Redis has confirmed all of them.
     pub(in crate::ledger) fn hold_command(&mut self, own: Timestamp) -> Option<(ScriptCommand, Vec<u64>)> {
         self.set_command_time(own);
         let (ids, held) = self.next_to_hold();

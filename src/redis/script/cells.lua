@@ -72,7 +72,7 @@ end
 -- A cell that no node uses is removed after two of its periods and a day.
 local function cell_retention_ms(cell) return 2 * (cell.per or cell.stop - cell.start) + RETENTION_MS end
 
--- The cells that this call uses, by name; false: there is no such cell. Each is read once and written once.
+-- The cells that this call uses, by name. `false`: the cell does not exist. Each is read once and written once.
 local cells, is_changed = {}, {}
 
 local function load_cells(names)

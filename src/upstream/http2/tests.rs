@@ -84,7 +84,7 @@ async fn a_connection_is_closed_after_its_idle_timeout_but_not_while_it_has_a_st
 }
 
 #[tokio::test]
-async fn a_refused_stream_was_not_processed_and_a_cancelled_one_may_have_been() {
+async fn a_refused_stream_counts_as_not_processed_and_a_cancelled_one_does_not() {
     let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: LONG };
     for (reason, is_not_processed) in
         [(Reason::REFUSED_STREAM, true), (Reason::CANCEL, false), (Reason::INTERNAL_ERROR, false)]
@@ -105,7 +105,7 @@ async fn write_frame(socket: &mut DuplexStream, kind: u8, payload: &[u8]) {
 }
 
 #[tokio::test]
-async fn a_stream_beyond_a_goaway_was_not_processed_and_one_before_it_may_have_been() {
+async fn a_stream_after_a_goaway_counts_as_not_processed_and_one_before_it_does_not() {
     const SETTINGS: u8 = 4;
     const GOAWAY: u8 = 7;
     for (last_stream, is_not_processed) in [(0, true), (1, false)] {

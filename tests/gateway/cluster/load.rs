@@ -179,19 +179,19 @@ async fn test_policy(policy: &str, limit: usize, max_admitted: impl Fn(usize, &O
 }
 
 #[tokio::test]
-async fn local_over_admits_at_most_what_others_reserved_since_the_last_reported_level() {
+async fn the_local_policy_over_admits_at_most_the_reservations_since_the_last_reported_level() {
     const LIMIT: usize = 4_000;
     test_policy("local", LIMIT, |_, outcome| LIMIT + outcome.losses() * outcome.unreported).await;
 }
 
 #[tokio::test]
-async fn closed_never_over_admits() {
+async fn the_closed_policy_never_over_admits() {
     const LIMIT: usize = 3_000;
     test_policy("closed", LIMIT, |_, _| LIMIT).await;
 }
 
 #[tokio::test]
-async fn open_admits_the_limit_once_per_node() {
+async fn the_open_policy_admits_the_limit_once_per_node() {
     const LIMIT: usize = 1_000;
     // Each caller may have been admitted once without having read the answer.
     let max_admitted =

@@ -124,7 +124,7 @@ async fn reservations_of_a_killed_node_are_charged_and_released() {
         caller.request("POST", CHAT, "", hello(r#""max_tokens":92"#).as_bytes()).await;
         callers.push(caller);
     }
-    upstream.has_seen(3).await;
+    upstream.wait_until_seen(3).await;
     let held = async || {
         let environment = survivor.environment().await;
         ["level", "held", "used"].map(|field| environment["quotas"][0][field].as_i64().unwrap())

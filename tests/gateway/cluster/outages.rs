@@ -45,7 +45,7 @@ pub async fn wait_until_shared(nodes: &[Gateway], is_shared: bool) -> Duration {
 }
 
 #[tokio::test]
-async fn closed_denies_everything_and_restores_the_counters_of_an_empty_redis() {
+async fn the_closed_policy_denies_everything_and_restores_the_counters_of_an_empty_redis() {
     for quotas in [THOUSAND_TOKENS, THOUSAND_A_MONTH] {
         let mut redis = Redis::start();
         let upstream = Upstream::always(Answer::chat(8, 92)).await;
@@ -88,7 +88,7 @@ async fn closed_denies_everything_and_restores_the_counters_of_an_empty_redis() 
 }
 
 #[tokio::test]
-async fn local_nodes_admit_their_share_and_charge_it_after_the_outage() {
+async fn nodes_with_the_local_policy_admit_their_share_and_charge_it_after_the_outage() {
     for (quotas, is_killed) in [
         (THOUSAND_TOKENS, true),
         (THOUSAND_A_MONTH, true),
@@ -132,7 +132,7 @@ async fn local_nodes_admit_their_share_and_charge_it_after_the_outage() {
 }
 
 #[tokio::test]
-async fn open_nodes_admit_the_whole_limit_each_and_the_excess_becomes_debt() {
+async fn nodes_with_the_open_policy_admit_the_whole_limit_each_and_the_excess_becomes_debt() {
     let mut redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
     let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "on_failure: open").await;
@@ -170,7 +170,7 @@ async fn requests_in_flight_stay_held_through_outages_of_redis() {
         let mut caller = node.caller().await;
         caller.request("POST", CHAT, "", hundred_tokens().as_bytes()).await;
         callers.push(caller);
-        upstream.has_seen(callers.len()).await;
+        upstream.wait_until_seen(callers.len()).await;
     };
     // Waits until both nodes report this level, held and used.
     let wait_for_state = async |expected: [i64; 3]| {

@@ -193,7 +193,7 @@ impl Upstream {
     }
 
     /// Waits until this many requests have been received.
-    pub async fn has_seen(&self, requests: usize) {
+    pub async fn wait_until_seen(&self, requests: usize) {
         soon("requests at the upstream", async {
             while self.seen.lock().unwrap().len() < requests {
                 tokio::task::yield_now().await;
@@ -203,7 +203,7 @@ impl Upstream {
     }
 
     /// Waits until the gateway has closed a connection in the middle of an answer.
-    pub async fn gateway_disconnected(&self) {
+    pub async fn wait_until_disconnected(&self) {
         let mut closed = self.closed.clone();
         soon("the gateway to disconnect", async { closed.wait_for(|n| *n > 0).await.map(|_| ()) })
             .await

@@ -111,7 +111,7 @@ impl Server {
     }
 
     /// Waits for a request with this text in its body.
-    pub async fn has_seen(&self, act: &str) {
+    pub async fn wait_until_seen(&self, act: &str) {
         let mut last = self.log.last.subscribe();
         soon("a request", async { drop(last.wait_for(|body| body.contains(act)).await.unwrap()) }).await;
     }

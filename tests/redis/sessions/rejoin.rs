@@ -39,7 +39,7 @@ fn nodes_restore_the_state_that_the_server_lost() {
 }
 
 #[test]
-fn the_charge_in_full_of_a_rejoining_node_is_reversed() {
+fn the_full_charge_of_a_rejoining_node_is_reversed() {
     let server = Server::start();
     let (mut cut_off, mut survivor) = (node(&server, "cut-off"), node(&server, "survivor"));
     reserve(&mut cut_off, "a", 100, 0);

@@ -20,7 +20,7 @@ const BEGIN: i64 = 1_775_100_000_000;
 /// The capacity of a quota that hardly refills.
 const BURST: i64 = 3_000_000;
 /// Faults happen only during the first steps. Then all nodes recover, and finally they leave.
-const STEPS: u64 = 1_500;
+const FAULTY_STEPS: u64 = 1_500;
 const RECOVERY_STEPS: u64 = 500;
 const LEAVING_STEPS: u64 = 200;
 const HEARTBEAT_MS: i64 = 500;
@@ -371,11 +371,11 @@ fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
     let (now, counts) = (Timestamp(BEGIN), Counts::default());
     let mut world = World { redis, dice: Dice(seed), now, is_faulty: true, spent: 0, counts };
     let mut nodes: Vec<Node> = (0..3).map(|n| Node::start(n, policy, leases, now)).collect();
-    for step in 0..STEPS + RECOVERY_STEPS + LEAVING_STEPS {
-        world.is_faulty = step < STEPS;
+    for step in 0..FAULTY_STEPS + RECOVERY_STEPS + LEAVING_STEPS {
+        world.is_faulty = step < FAULTY_STEPS;
         let ms = if world.is_faulty { 20 + world.dice.ms(180) } else { 100 };
         world.now = Timestamp(world.now.0 + ms);
-        nodes.iter_mut().for_each(|node| node.step(&mut world, step >= STEPS + RECOVERY_STEPS));
+        nodes.iter_mut().for_each(|node| node.step(&mut world, step >= FAULTY_STEPS + RECOVERY_STEPS));
     }
     let what = format!("seed {seed}, {policy:?}, leases {leases}, {:?}", world.counts);
     assert!(nodes.iter().all(|node| node.open.is_empty() && node.phase == Phase::Online), "{what}");
