@@ -1,6 +1,6 @@
 //! A random walk of three nodes against the script in a real Redis, on the test's clock. Calls are lost, arrive late,
 //! or are executed without a reply, and nodes are cut off until Redis has ended their sessions. At the end Redis has
-//! charged exactly what was spent, and holds nothing.
+//! charged exactly the spent amounts, and holds nothing.
 
 use super::super::*;
 use super::subject;
