@@ -8,7 +8,7 @@
 //! # Invariants
 //!
 //! - `level + held <= burst` in every rolling quota, at every moment, whatever the order of calls.
-//! - A request is admitted by every quota that applies to it, or changes none of them.
+//! - A request is admitted by every quota that applies to it, or changes no quota.
 //! - A reservation settles exactly once, when its holder is dropped: at the last byte, an error, a disconnect or a panic.
 //! - The caller receives the upstream's bytes, except for the usage event that the gateway requested.
 //!

@@ -54,7 +54,8 @@ fn every_source_file_that_a_document_names_exists() {
     let mut files = 0;
     for (path, text) in documents() {
         for name in text.split('`').skip(1).step_by(2) {
-            let is_file = name.ends_with(".rs") || name.ends_with(".lua") || name.ends_with('/');
+            let is_source = Path::new(name).extension().is_some_and(|e| e == "rs" || e == "lua");
+            let is_file = is_source || name.ends_with('/');
             let is_path =
                 name.starts_with("src/") || name.starts_with("tests/") || name.starts_with("benches/");
             if is_file && is_path {

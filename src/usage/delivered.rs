@@ -277,8 +277,8 @@ fn is_ping(data: &[u8]) -> bool {
 }
 
 /// Whether an event carries generated text, unlike events that open or close an answer. Searches for field names
-/// and does not parse. A quote with a colon after it always ends a field name: within a text, a quote is escaped by
-/// a backslash, and no name in the list ends with a backslash.
+/// and does not parse. A quote with a colon after it always ends a field name. Within a text, a backslash escapes
+/// every quote, and no name in the list ends with a backslash.
 fn carries_text(data: &[u8]) -> bool {
     let is_text = |at: usize| {
         let value = data[at + 1..].trim_ascii_start();
