@@ -31,7 +31,7 @@ use std::process::ExitCode;
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// A figure may exceed its baseline by this factor.
-const MAX_GROWTH: f64 = 1.05;
+const MAX_GROWTH: f64 = 1.1;
 
 /// One kind of traffic. The bench measures a longer and a shorter run, and divides the difference of the costs by the
 /// difference of the units. The fixed costs of a connection or an answer are thus not included.
