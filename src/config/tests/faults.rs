@@ -337,7 +337,7 @@ fn no_message_contains_a_secret_or_a_value_from_outside_the_file() {
             top("store: { redis: { url: 'x://:a-key-from-outside-1@r' } }"),
             "does not begin with a Redis scheme",
         ),
-        (top("store: { redis: { url: 'redis://:a-key-from-outside-1@r:x' } }"), "a port is a number"),
+        (top("store: { redis: { url: 'redis://:a-key-from-outside-1@r:x' } }"), "a port must be a number"),
     ] {
         let all = faults(&text);
         assert!(all.contains(expected), "expected: {expected}\n--- faults\n{all}");
