@@ -1,8 +1,8 @@
 //! Tollgate: an OpenAI-compatible gateway that keeps every environment within its token quotas.
 //!
 //! The gateway parses a request once (`body`) and estimates its prompt (`estimate`). It reserves room in every quota (`ledger`,
-//! with the arithmetic of `quota`) and forwards the request (`upstream`). The answer passes through as it comes, while `usage`
-//! reads the reported tokens beside it. When the answer ends, for whatever reason, the reservation settles to the used tokens.
+//! with the arithmetic of `quota`) and forwards the request (`upstream`). The answer passes through as it comes, and `usage`
+//! reads the reported tokens from the same bytes. When the answer ends, for whatever reason, the reservation settles to the used tokens.
 //! [`proxy`] is the life of a request from top to bottom. [`app`] puts the parts together. `docs/architecture.md` is the map.
 //!
 //! # Invariants
@@ -12,7 +12,7 @@
 //! - A reservation settles exactly once, when its holder is dropped: at the last byte, an error, a disconnect or a panic.
 //! - The caller receives the upstream's bytes, except for the usage event that the gateway requested.
 //!
-//! # Deliberately absent
+//! # What the code does not do
 //!
 //! - `quota`, `usage`, `estimate`, `body`, `ledger::local` and `ledger::replica` read neither the clock nor the network; `redis` only in its
 //!   `FailFastConnection`.

@@ -39,10 +39,10 @@ pub(super) async fn outlive_caller(
     dialect: Dialect,
     exchange: impl Future<Output = Response<AnswerBody>> + Send + 'static,
 ) -> Response<AnswerBody> {
-    let mut exchange = Detached(Some(tokio::spawn(exchange)));
-    let Some(handle) = &mut exchange.0 else { unreachable!("the handle is set in the previous line") };
-    let answer = handle.await;
-    exchange.0 = None;
+    let mut detached = Detached(None);
+    let answer = detached.0.insert(tokio::spawn(exchange)).await;
+    // The task has ended: there is nothing to drain.
+    detached.0 = None;
     // After a panic in the task, its charge has settled and its record is written.
     answer.unwrap_or_else(|_| {
         ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::from_gateway(Some(body.into())))
