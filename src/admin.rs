@@ -192,7 +192,7 @@ async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Re
 /// The body of a `PUT` request.
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-struct NewLimit {
+struct LimitBody {
     limit: u64,
     /// For a rolling quota. Default: `limit`.
     burst: Option<u64>,
@@ -217,7 +217,7 @@ async fn set_limit(
     Query(scope): Query<QuotaScope>,
     body: Bytes,
 ) -> Response {
-    let new: NewLimit = match serde_json::from_slice(&body) {
+    let new: LimitBody = match serde_json::from_slice(&body) {
         Ok(new) => new,
         Err(error) => {
             let message = format!("The body is not {{\"limit\": N, \"burst\": N}}: {error}.");

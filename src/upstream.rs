@@ -23,7 +23,7 @@ use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::Incoming;
 pub use request::{ExchangeError, Request, SendError};
-use tls::Tls;
+use tls::TlsClient;
 pub use tls::client_config;
 
 /// Shorter than the usual keep-alive times of servers, which are 60 to 75 s.
@@ -42,7 +42,7 @@ pub struct Upstream {
     port: u16,
     /// The `host` header.
     authority: String,
-    tls: Option<Tls>,
+    tls: Option<TlsClient>,
     http1: http1::IdlePool,
     http2: Http2Client,
 }
@@ -64,7 +64,7 @@ impl Upstream {
         let is_tls = uri.scheme_str() == Some("https");
         let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
         let authority = uri.authority().map(ToString::to_string).unwrap_or_default();
-        let tls = if is_tls { Some(Tls::new(tls.clone(), &host)?) } else { None };
+        let tls = if is_tls { Some(TlsClient::new(tls.clone(), &host)?) } else { None };
         Ok(Self {
             settings,
             host,

@@ -4,7 +4,7 @@
 use super::charge::Charge;
 use super::reader::AnswerReader;
 use super::route::Endpoint;
-use super::settlement::{Settlement, Unreported, WhenDurable};
+use super::settlement::{AnswerSettlement, Unreported, WhenDurable};
 use crate::calibrations::CalibrationUpdate;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
@@ -345,7 +345,7 @@ impl Metered {
 
     /// Prepares the settlement. Delivered text is counted if the upstream has not reported its final usage and the
     /// endpoint generates tokens.
-    fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> Settlement {
+    fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> AnswerSettlement {
         let reported = self.reader.reported();
         charge.record.is_usage_reported = reported.has_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
@@ -362,7 +362,7 @@ impl Metered {
         let estimated_prompt = status.is_success().then_some(estimated_prompt);
         let skips_cached = !self.context.environment.count_cached_prompt_tokens;
         let reported = if skips_cached { reported.without_cached() } else { reported };
-        Settlement::new(charge, reported, estimated_prompt, tokenizer, unreported)
+        AnswerSettlement::new(charge, reported, estimated_prompt, tokenizer, unreported)
     }
 
     /// Counts in metrics an answer whose usage is missing or not credible.

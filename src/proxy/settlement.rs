@@ -25,7 +25,7 @@ pub(super) type WhenDurable = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// Dropping it counts and settles on the current thread. It is normally moved to the blocking pool if counting takes
 /// long. When the gateway stops and the pool refuses the work, the drop still settles, so every delivered token is
 /// charged.
-pub(super) struct Settlement {
+pub(super) struct AnswerSettlement {
     charge: Option<Charge>,
     reported: Reported,
     estimated_prompt: u64,
@@ -47,7 +47,7 @@ pub(super) enum Unreported {
     Texts(TextToCount),
 }
 
-impl Settlement {
+impl AnswerSettlement {
     /// `estimated_prompt` is `None` if the answer is no success: then only reported usage is charged.
     pub(super) fn new(
         charge: Charge,
@@ -91,7 +91,7 @@ impl Settlement {
     }
 }
 
-impl Drop for Settlement {
+impl Drop for AnswerSettlement {
     fn drop(&mut self) {
         drop(self.finish());
     }

@@ -63,7 +63,7 @@ struct Shared {
     /// The key that is written to test whether the server accepts writes.
     probe_key: String,
     script_sha: String,
-    state: Mutex<State>,
+    state: Mutex<ConnectionState>,
     permits: Semaphore,
     timer: CallTimer,
     /// The number of the working connection; 0 while there is none.
@@ -71,7 +71,7 @@ struct Shared {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ConnectionState {
     server: Option<ServerConnection>,
     /// The number of the newest connection. The first one has number 1.
     generation: u64,
@@ -125,7 +125,7 @@ impl FailFastConnection {
             environment,
             prefix: prefix.to_owned(),
             script_sha: redis::Script::new(SCRIPT).get_hash().to_owned(),
-            state: Mutex::new(State { unavailable_reason, ..State::default() }),
+            state: Mutex::new(ConnectionState { unavailable_reason, ..ConnectionState::default() }),
             permits: Semaphore::new(MAX_CALLS_IN_FLIGHT),
             timer: CallTimer::new(),
             generation: watch::channel(0).0,
@@ -364,7 +364,7 @@ impl FailFastConnection {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ConnectionState> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -11,12 +11,12 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, crypto};
 
 /// The TLS settings of one upstream.
-pub(super) struct Tls {
+pub(super) struct TlsClient {
     connector: TlsConnector,
     name: ServerName<'static>,
 }
 
-impl Tls {
+impl TlsClient {
     /// # Errors
     /// `host` cannot be the name of a TLS server.
     pub(super) fn new(config: Arc<ClientConfig>, host: &str) -> anyhow::Result<Self> {

@@ -35,7 +35,7 @@ const MAX_REMEMBERED_NODES: usize = 16;
 #[derive(Debug)]
 pub(super) struct Discovery {
     url: RedisUrl,
-    tls: Option<Tls>,
+    tls: Option<RedisTls>,
     slot: u16,
     /// Counts discoveries. Each discovery starts with another node. Otherwise a first node that is cut off from the
     /// cluster would report the wrong master every time.
@@ -44,11 +44,11 @@ pub(super) struct Discovery {
     remembered_nodes: Mutex<Vec<Address>>,
 }
 
-struct Tls(TlsConnector);
+struct RedisTls(TlsConnector);
 
-impl std::fmt::Debug for Tls {
+impl std::fmt::Debug for RedisTls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Tls")
+        f.write_str("RedisTls")
     }
 }
 
@@ -75,7 +75,7 @@ impl Discovery {
     /// # Errors
     /// A TLS file of the URL cannot be used.
     pub(super) fn new(url: RedisUrl, key: &str) -> anyhow::Result<Self> {
-        let tls = url.tls.as_ref().map(tls::connector).transpose()?.map(Tls);
+        let tls = url.tls.as_ref().map(tls::connector).transpose()?.map(RedisTls);
         let (attempts, remembered_nodes) = (AtomicUsize::new(0), Mutex::default());
         Ok(Self { url, tls, slot: slot(key), attempts, remembered_nodes })
     }
@@ -221,7 +221,7 @@ impl Discovery {
         };
         let tcp = TcpStream::connect((host.as_str(), port)).await?;
         tcp.set_nodelay(true)?;
-        let Some(Tls(connector)) = &self.tls else { return log_in(tcp, login, address).await };
+        let Some(RedisTls(connector)) = &self.tls else { return log_in(tcp, login, address).await };
         let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
         log_in(connector.connect(name, tcp).await?, login, address).await
     }

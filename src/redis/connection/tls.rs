@@ -1,6 +1,6 @@
 //! TLS for connections to Redis.
 
-use super::url::TlsFiles;
+use super::url::RedisTlsFiles;
 use crate::roots;
 use anyhow::{Context as _, bail};
 use std::path::Path;
@@ -17,7 +17,7 @@ static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
 ///
 /// # Errors
 /// A file cannot be read, or its content is invalid.
-pub(super) fn connector(files: &TlsFiles) -> anyhow::Result<TlsConnector> {
+pub(super) fn connector(files: &RedisTlsFiles) -> anyhow::Result<TlsConnector> {
     let roots = match &files.ca {
         Some(path) => Arc::new(read_roots(path)?),
         None => ROOTS.get_or_init(|| Arc::new(roots::trusted_roots())).clone(),

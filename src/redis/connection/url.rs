@@ -19,7 +19,7 @@ pub(super) struct RedisUrl {
     /// Its `Debug` omits the password.
     pub(super) login: RedisConnectionInfo,
     /// `None`: no TLS.
-    pub(super) tls: Option<TlsFiles>,
+    pub(super) tls: Option<RedisTlsFiles>,
 }
 
 /// How to find the server.
@@ -42,7 +42,7 @@ pub(super) enum Address {
 
 /// Files for TLS, in PEM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct TlsFiles {
+pub(super) struct RedisTlsFiles {
     /// Authorities that may sign the server's certificate. `None`: the machine's roots.
     pub(super) ca: Option<PathBuf>,
     /// The client's certificate and its key, for a server that requires one.
@@ -197,7 +197,7 @@ fn parse_db(text: &str) -> Result<Option<i64>, String> {
 #[derive(Default)]
 struct Options {
     db: Option<i64>,
-    files: TlsFiles,
+    files: RedisTlsFiles,
 }
 
 impl Options {
@@ -302,9 +302,9 @@ mod tests {
         let client = Some(("/c".into(), "/k k".into()));
         assert_eq!(
             tls("rediss://h?ca_file=/a+b&cert_file=/c&key_file=/k%20k"),
-            TlsFiles { ca: Some("/a+b".into()), client }
+            RedisTlsFiles { ca: Some("/a+b".into()), client }
         );
-        assert_eq!(tls("rediss+cluster://h"), TlsFiles::default());
+        assert_eq!(tls("rediss+cluster://h"), RedisTlsFiles::default());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::chunked::ChunkedDecoder;
 use super::connection::Http1Connection;
 use super::head::Framing;
-use super::outgoing::OutgoingRequest;
+use super::outgoing::RequestWriter;
 use super::pool::IdlePool;
 use bytes::{Bytes, BytesMut};
 use std::io::{self, ErrorKind};
@@ -15,7 +15,7 @@ pub(in crate::upstream) struct Http1Body {
     connection: Option<Http1Connection>,
     decoder: BodyDecoder,
     /// The rest of the request, if the answer began before it was sent.
-    unsent: Option<Box<OutgoingRequest>>,
+    unsent: Option<Box<RequestWriter>>,
     /// The pool that gets the connection after the body. `None`: the connection cannot be reused.
     pool: Option<IdlePool>,
 }
@@ -31,7 +31,7 @@ impl Http1Body {
     pub(super) fn new(
         connection: Http1Connection,
         framing: Framing,
-        unsent: Option<Box<OutgoingRequest>>,
+        unsent: Option<Box<RequestWriter>>,
         pool: Option<IdlePool>,
     ) -> Self {
         let decoder = match framing {

@@ -3,7 +3,7 @@
 use super::body::Http1Body;
 use super::connection::Http1Connection;
 use super::head::{self, AnswerHead, MAX_HEAD_BYTES, invalid};
-use super::outgoing::OutgoingRequest;
+use super::outgoing::RequestWriter;
 use super::pool::IdlePool;
 use crate::upstream::request::{ExchangeError, Request};
 use http::{Method, StatusCode, response};
@@ -27,7 +27,7 @@ pub(in crate::upstream) async fn exchange(
     request: &Request,
     pool: &IdlePool,
 ) -> Result<(response::Parts, Http1Body), ExchangeError> {
-    let mut outgoing = OutgoingRequest::new(authority, request);
+    let mut outgoing = RequestWriter::new(authority, request);
     let mut interim_answers = 0;
     let head = poll_fn(|cx| {
         // Reads even if the write is blocked.
@@ -80,7 +80,7 @@ fn poll_head(
 fn failure(
     read_error: io::Error,
     interim_answers: usize,
-    outgoing: OutgoingRequest,
+    outgoing: RequestWriter,
     connection: &Http1Connection,
 ) -> ExchangeError {
     let has_answer_begun =

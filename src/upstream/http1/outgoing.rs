@@ -1,4 +1,4 @@
-//! A request that is being written to a connection.
+//! Writes a request to a connection, piece by piece.
 
 use super::connection::ByteStream;
 use super::head;
@@ -12,8 +12,8 @@ use tokio::io::AsyncWrite as _;
 /// A large body is written in pieces of this size. Other tasks of the thread run between them.
 const MAX_WRITE_BYTES: usize = 128 * 1024;
 
-/// A request that is being written.
-pub(super) struct OutgoingRequest {
+/// Writes one request to a connection.
+pub(super) struct RequestWriter {
     head: Vec<u8>,
     body: Bytes,
     /// Bytes written so far, of head and body together.
@@ -29,7 +29,7 @@ enum WriteState {
     Failed(io::Error),
 }
 
-impl OutgoingRequest {
+impl RequestWriter {
     pub(super) fn new(authority: &str, request: &Request) -> Self {
         let head = head::encode(authority, request);
         Self { head, body: request.body.clone(), written: 0, state: WriteState::Writing }
