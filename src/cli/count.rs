@@ -4,7 +4,7 @@ use crate::api::Api;
 use crate::body::Body;
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::config::Config;
-use crate::estimate::{Model, Models, PromptEstimate, PromptPart};
+use crate::estimate::{Model, Models, PromptEstimate, PromptPart, Provider};
 use crate::store;
 use anyhow::Context as _;
 use serde::de::IgnoredAny;
@@ -30,6 +30,9 @@ pub(super) struct CountArguments {
     /// Model for bodies that name none
     #[arg(long, default_value = "")]
     model: String,
+    /// Service that receives the request [default: that of the config's upstreams if they agree]
+    #[arg(long, value_parser = provider_named)]
+    provider: Option<Provider>,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -55,6 +58,14 @@ impl From<ApiName> for Api {
     }
 }
 
+fn provider_named(name: &str) -> Result<Provider, String> {
+    let named = Provider::NAMED.iter().find(|(known, _)| *known == name);
+    named.map(|&(_, provider)| provider).ok_or_else(|| {
+        let names: Vec<&str> = Provider::NAMED.iter().map(|(name, _)| *name).collect();
+        format!("the providers are {}", names.join(", "))
+    })
+}
+
 /// The estimate of one body.
 struct CountResult {
     api: Api,
@@ -69,6 +80,8 @@ struct CountContext {
     models: Models,
     calibrations: Vec<SavedCalibration>,
     config: Option<Config>,
+    /// The provider behind all upstreams; `Unknown` if they differ.
+    provider: Provider,
 }
 
 impl CountContext {
@@ -76,7 +89,10 @@ impl CountContext {
         let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
         let has_store = explains && !config.store.memory && config.store.path.exists();
         let calibrations = if has_store { store::read_calibrations(&config.store.path)? } else { Vec::new() };
-        Ok(Self { models, calibrations, config: Some(config) })
+        let mut providers = config.upstreams.iter().map(|upstream| Provider::of_upstream(upstream));
+        let first = providers.next().unwrap_or_default();
+        let provider = if providers.all(|provider| provider == first) { first } else { Provider::Unknown };
+        Ok(Self { models, calibrations, config: Some(config), provider })
     }
 }
 
@@ -140,7 +156,7 @@ fn count(arguments: &CountArguments, context: &CountContext, json: &[u8]) -> Res
     let api = arguments.api.map_or_else(|| detect_api(json), Api::from);
     let body = Body::read(api, json).map_err(|fault| fault.to_string())?;
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
-    let rules = context.models.named(&model);
+    let rules = context.models.named(&model).at(arguments.provider.unwrap_or(context.provider));
     Ok(CountResult { api, estimate: body.prompt.estimate(&rules), model, rules })
 }
 
@@ -210,6 +226,7 @@ impl CountResult {
                 "factor         {percent} %: the vocabulary of this model is not built in, so the count of another one is scaled\n"
             );
         }
+        text += &format!("provider       {}\n", self.rules.provider().as_str());
         text += &format!("kind           {}\n", estimate.kind.as_str());
         if estimate.is_rough {
             text += "rough          the text is too long to be counted exactly; two bytes are counted as one token\n";

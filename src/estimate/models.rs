@@ -3,6 +3,7 @@
 use super::PromptPart;
 use super::images::{ImageRule, PromptImage};
 use super::overhead::{ChatTemplate, Format, PromptFacts, SchemaCost};
+use super::provider::Provider;
 use super::tokenizer::Tokenizer;
 use super::tools::Style;
 use super::vocabulary::Encoding;
@@ -17,6 +18,8 @@ pub struct Model {
     pub is_known: bool,
     format: Format,
     images: ImageRule,
+    /// The service that runs the model.
+    provider: Provider,
 }
 
 /// The chat template of a model that is in neither table. Its figures are guesses, rather too high than too low.
@@ -220,7 +223,18 @@ impl Model {
         let known = other.or_else(openai);
         let (encoding, percent, format) = known.unwrap_or(UNKNOWN);
         let (tokenizer, images) = (Tokenizer { encoding, percent }, ImageRule::of_model(&name));
-        Self { tokenizer, is_known: known.is_some(), format, images }
+        Self { tokenizer, is_known: known.is_some(), format, images, provider: Provider::Unknown }
+    }
+
+    /// The same model at this provider.
+    #[must_use]
+    pub fn at(self, provider: Provider) -> Self {
+        Self { provider, ..self }
+    }
+
+    /// The service that runs the model.
+    pub fn provider(&self) -> Provider {
+        self.provider
     }
 
     /// The same model with this vocabulary. An unknown model with a vocabulary of OpenAI's is taken as a model of

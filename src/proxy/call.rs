@@ -11,7 +11,7 @@ use crate::body::{Body, Bounds, Edit, edited, named_model};
 use crate::calibrations::{CalibrationUpdate, Calibrations};
 use crate::config::Environment;
 use crate::error::ProxyError;
-use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Tokenizer};
+use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Provider, Tokenizer};
 use crate::quota::MAX_AMOUNT;
 use crate::telemetry::{Metrics, Record};
 use bytes::{Bytes, BytesMut};
@@ -61,6 +61,8 @@ struct ParseOptions {
     /// The path requests a stream.
     path_streams: bool,
     models: Models,
+    /// The service that will receive the request.
+    provider: Provider,
     /// Whether to request usage in a stream where the caller did not.
     requests_stream_usage: bool,
 }
@@ -197,7 +199,7 @@ impl Call {
         let body = Body::read(options.api, bytes).map_err(ProxyError::InvalidBody)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = options.path_model.as_deref().unwrap_or(named).to_owned();
-        let known = options.models.named(&model);
+        let known = options.models.named(&model).at(options.provider);
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
         let adds_usage_request = options.requests_stream_usage
             && body.streams
@@ -238,12 +240,14 @@ pub(super) async fn parse(
         }
         Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::opaque(body)),
     };
-    let upstream = state.contexts[caller.environment].upstream;
+    let context = &state.contexts[caller.environment];
+    let upstream = context.upstream;
     let options = ParseOptions {
         api,
         path_model: route.model.map(str::to_owned),
         path_streams: route.streams,
         models: state.models.clone(),
+        provider: context.provider,
         requests_stream_usage: state.requests_stream_usage(upstream),
     };
     let mut call = Call::counted(body, options).await?;

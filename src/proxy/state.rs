@@ -5,7 +5,7 @@ use super::headers;
 use super::keys::KeyTable;
 use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment};
-use crate::estimate::Models;
+use crate::estimate::{Models, Provider};
 use crate::ledger::{Account, Persistence, RestoredState};
 use crate::random;
 use crate::store::{Store, WriterControl};
@@ -42,6 +42,8 @@ pub(super) struct EnvironmentContext {
     pub(super) series: Arc<Series>,
     /// Index of the upstream in the config.
     pub(super) upstream: usize,
+    /// The service behind the upstream.
+    pub(super) provider: Provider,
     pub(super) name: Arc<str>,
     /// The callers' names, in the order of the config.
     pub(super) callers: Vec<Arc<str>>,
@@ -72,6 +74,7 @@ impl State {
             contexts.push(EnvironmentContext {
                 series: Arc::new(metrics.series_of(environment)),
                 upstream: config.upstreams.iter().position(upstream).unwrap_or(0),
+                provider: Provider::of_upstream(&environment.upstream),
                 name: environment.name.as_str().into(),
                 callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
                 header: HeaderValue::from_str(&environment.name)?,

@@ -50,6 +50,30 @@ fn count_detects_the_api_from_the_fields_of_a_body() {
     }
 }
 
+#[test]
+fn count_takes_the_provider_from_the_command_line_or_the_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("t.yaml");
+    let config = |others: &str| {
+        format!(
+            "upstreams: {{ a: {{ base_url: 'https://us-central1-aiplatform.googleapis.com/v1' }}{others} }}\n\
+             environments: {{ e: {{ upstream: a, quotas: {{ requests: {{ limit: 99, per: minute }} }} }} }}\n"
+        )
+    };
+    let explained = |more: &[&str]| {
+        let fixed = ["count", "--explain", "--config", file.to_str().unwrap()];
+        let (code, output, errors) = run(&[&fixed, more].concat(), HELLO);
+        assert_eq!(code, 0, "{errors}");
+        output.lines().find_map(|line| line.strip_prefix("provider ")).unwrap().trim().to_owned()
+    };
+    std::fs::write(&file, config("")).unwrap();
+    assert_eq!(explained(&[]), "vertex");
+    assert_eq!(explained(&["--provider", "ai-studio"]), "ai-studio");
+    std::fs::write(&file, config(", b: { base_url: 'https://api.openai.com/v1' }")).unwrap();
+    assert_eq!(explained(&[]), "unknown");
+    assert_eq!(run(&["count", "--provider", "nobody"], HELLO).0, 2);
+}
+
 /// `count` reads the calibrations from the store, even while a gateway uses the same store.
 #[tokio::test(flavor = "multi_thread")]
 async fn count_shows_the_calibrations_of_the_gateway() {

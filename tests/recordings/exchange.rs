@@ -11,12 +11,15 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use tollgate::api::Api;
+use tollgate::estimate::Provider;
 
 /// One exchange as stored in its file.
 #[derive(Deserialize)]
 pub(crate) struct Exchange {
     pub(crate) id: String,
     pub(crate) provider: String,
+    #[serde(default)]
+    host: String,
     pub(crate) api: String,
     #[serde(default)]
     pub(crate) model: Option<String>,
@@ -95,6 +98,11 @@ impl Exchange {
             "gemini" => Api::Gemini,
             _ => return None,
         })
+    }
+
+    /// The service that received the request.
+    pub(crate) fn service(&self) -> Provider {
+        Provider::of_host(&self.host).unwrap_or_default()
     }
 
     /// The request, if it was recorded byte for byte and was answered.

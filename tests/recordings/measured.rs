@@ -39,7 +39,7 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
     let body =
         Body::read(api, text.as_bytes()).map_err(|fault| eprintln!("{}: {fault}", exchange.id)).ok()?;
     let named = body.model.as_deref().or(exchange.model.as_deref()).unwrap_or_default().to_owned();
-    let estimate = body.prompt.estimate(&Models::default().named(&named));
+    let estimate = body.prompt.estimate(&Models::default().named(&named).at(exchange.service()));
     Some(Measured {
         id: exchange.id.clone(),
         api,
