@@ -62,7 +62,8 @@ fn is_of(e: &Measured, families: &[&str]) -> bool {
     families.iter().any(|family| name.starts_with(family))
 }
 
-fn is_openai(e: &Measured) -> bool {
+/// Whether the provider is OpenAI itself, or Azure.
+pub(crate) fn is_openai(e: &Measured) -> bool {
     matches!(e.provider.as_str(), "openai" | "azure")
 }
 

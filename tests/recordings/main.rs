@@ -1,7 +1,7 @@
 //! Compares prompt estimates and usage readers with recorded exchanges of providers.
 //!
 //! `cargo test --release --test recordings -- --table` prints the errors of the estimates by API, provider and kind
-//! of request. The recordings are not part of the project. Their folder is `$TOLLGATE_DATA` (default `../shared`).
+//! of request, and `--list` each request with its estimate. The recordings are not part of the project. Their folder is `$TOLLGATE_DATA` (default `../shared`).
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test may panic, and prints fractions
 
@@ -11,6 +11,7 @@ mod completions;
 mod exchange;
 mod figures;
 mod golden;
+mod groups;
 mod measured;
 mod rules;
 mod table;
@@ -44,12 +45,16 @@ fn main() -> ExitCode {
                 eprintln!("{} of {} files, {} requests counted", at + 1, files.len(), exchanges.len());
             }
         }
+        if std::env::args().any(|argument| argument == "--list") {
+            groups::list(&exchanges);
+        }
         let orders = measured::orders(&exchanges);
         if shows_table {
             table::print(&exchanges, &orders);
             completions.print();
         }
         is_fine &= figures::are_within_bounds(&exchanges, &orders)
+            & groups::meet_goals(&exchanges, &orders)
             & charges.are_correct()
             & completions.are_within_bounds();
     }

@@ -19,6 +19,8 @@ pub(crate) struct Measured {
     pub(crate) reported: u64,
     /// The provider adds text that the gateway cannot see, or the request refers to stored content.
     pub(crate) is_partial: bool,
+    /// The request has media by URL, which the gateway does not fetch.
+    pub(crate) has_urls: bool,
 }
 
 impl Measured {
@@ -50,7 +52,16 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
         estimated: estimate.tokens(),
         reported,
         is_partial: estimate.is_partial,
+        has_urls: exchange.has(&["file", "audio", "image_url", "image_data"]) && has_urls(text),
     })
+}
+
+/// Whether a member whose name ends in "url" has a URL.
+fn has_urls(json: &str) -> bool {
+    let is_web = |rest: &str| {
+        rest.trim_start_matches(|c: char| c == ':' || c.is_ascii_whitespace()).starts_with("\"http")
+    };
+    json.match_indices("url\"").any(|(at, name)| is_web(&json[at + name.len()..]))
 }
 
 /// The estimate of a request, corrected by the answers that precede it in one order of the exchanges.
@@ -59,6 +70,8 @@ pub(crate) struct Corrected {
     /// Number of earlier answers to requests of the same kind.
     pub(crate) answers: u32,
     pub(crate) tokens: u64,
+    /// Whether the request continues a conversation whose last request was answered earlier in the order.
+    pub(crate) is_continuation: bool,
 }
 
 /// The corrected estimates in five orders of the exchanges: the recorded order and four fixed random orders.
@@ -80,11 +93,12 @@ fn order(length: usize, seed: u64) -> Vec<usize> {
 
 fn corrected(exchanges: &[Measured], order: &[usize]) -> Vec<Corrected> {
     let mut learned: HashMap<(&str, &str, RequestKind), (Calibration, u32)> = HashMap::new();
-    let mut all = vec![Corrected { answers: 0, tokens: 0 }; exchanges.len()];
+    let mut all = vec![Corrected { answers: 0, tokens: 0, is_continuation: false }; exchanges.len()];
     for &at in order {
         let e = &exchanges[at];
         let (calibration, answers) = learned.entry((&e.provider, &e.model, e.kind)).or_default();
-        all[at] = Corrected { answers: *answers, tokens: calibration.correction().apply(e.estimated) };
+        let tokens = calibration.correction().apply(e.estimated);
+        all[at] = Corrected { answers: *answers, tokens, is_continuation: false };
         if !e.is_partial {
             calibration.learn(e.estimated, e.reported);
             *answers += 1;
