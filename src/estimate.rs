@@ -6,6 +6,7 @@
 mod calibration;
 mod count_cache;
 mod file;
+mod identity;
 mod images;
 pub(crate) mod media;
 mod models;
@@ -19,6 +20,7 @@ mod vocabulary;
 
 pub use calibration::{Calibration, CalibrationSample, Correction, RequestKind};
 pub use file::FileVocabulary;
+pub use identity::PromptPrefix;
 pub use images::ImageDetail;
 pub use models::Model;
 pub use prompt::{Prompt, Role};
@@ -71,6 +73,10 @@ pub struct PromptEstimate {
     pub is_partial: bool,
     /// The kind of request, for calibration.
     pub kind: RequestKind,
+    /// Tokens of the texts of all messages.
+    pub message_texts: u64,
+    /// Of these, the tokens of the first message after a known prefix, if its author is the model.
+    pub echo: u64,
     /// Whether the model is in a built-in table or in a rule of the config.
     pub is_known_model: bool,
 }

@@ -174,7 +174,8 @@ impl MessageBlock<'_, '_> {
         prompt.add_text(PromptPart::Messages, name, 1);
         match (&*kind, source) {
             ("image", source) => {
-                let data = source.map(|s| s.data).unwrap_or_default();
+                let BlockSource { data, reference, .. } = source.unwrap_or_default();
+                prompt.identify(&reference);
                 prompt.add_image(media::image_size(&data), ImageDetail::Auto);
             }
             (_, Some(source)) => {
@@ -211,16 +212,19 @@ struct BlockSource<'a> {
     media_type: Cow<'a, str>,
     data: Cow<'a, str>,
     content: LooseText<'a>,
+    /// The id or URL of content outside the request.
+    reference: Cow<'a, str>,
 }
 
 impl<'a> JsonVisitor<'a> for BlockSource<'a> {
-    const FIELDS: &'static [&'static str] = &["type", "media_type", "data", "content"];
+    const FIELDS: &'static [&'static str] = &["type", "media_type", "data", "content", "url", "file_id"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "type" => self.kind = string(object)?,
             "media_type" => self.media_type = string(object)?,
             "data" => self.data = string(object)?,
+            "url" | "file_id" => self.reference = string(object)?,
             _ => value(object, &mut self.content)?,
         }
         Ok(())
@@ -233,7 +237,10 @@ impl<'a> BlockSource<'a> {
             "text" => prompt.add_text(PromptPart::Messages, self.data, 1),
             "base64" => document(prompt, &self.media_type, "", &self.data),
             "content" => prompt.add_text(PromptPart::Messages, self.content.0, 1),
-            _ => prompt.unseen += 1,
+            _ => {
+                prompt.identify(&self.reference);
+                prompt.unseen += 1;
+            }
         }
     }
 }

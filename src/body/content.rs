@@ -72,6 +72,9 @@ impl<'a> PartMedia<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if let Some(image) = self.image {
             let data = media::data_url(&image.url);
+            if data.is_none() {
+                prompt.identify(&image.url);
+            }
             prompt.add_image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
         } else if let Some(file) = self.file {
             file.add_to(prompt);
@@ -177,6 +180,8 @@ impl<'a> JsonVisitor<'a> for InputAudio<'_, 'a> {
 struct FilePart<'a> {
     data: Cow<'a, str>,
     name: Cow<'a, str>,
+    /// The id or URL of a file that the request does not contain.
+    reference: Cow<'a, str>,
 }
 
 impl<'a> JsonVisitor<'a> for FilePart<'a> {
@@ -187,7 +192,7 @@ impl<'a> JsonVisitor<'a> for FilePart<'a> {
         match name {
             "file_data" => self.data = text,
             "filename" => self.name = text,
-            _ => {}
+            _ => self.reference = text,
         }
         Ok(())
     }
@@ -197,11 +202,14 @@ impl<'a> FilePart<'a> {
     fn document(&mut self, url: Cow<'a, str>) {
         if media::data_url(&url).is_some() {
             self.data = url;
+        } else {
+            self.reference = url;
         }
     }
 
     fn add_to(self, prompt: &mut Prompt<'a>) {
         if self.data.is_empty() {
+            prompt.identify(&self.reference);
             prompt.unseen += 1;
         } else {
             let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));

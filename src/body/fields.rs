@@ -173,6 +173,7 @@ pub(super) fn position(names: &[&str], key: &str) -> Option<usize> {
 impl<'a> BodyReader<'a> {
     fn read_field<A: MapAccess<'a>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
         let prompt = &mut self.body.prompt;
+        prompt.begin_field(name);
         match (self.api, name) {
             (Api::Messages, "messages") => value(map, &mut anthropic::AnthropicMessages::of(prompt)),
             (Api::Messages, "system") => anthropic::system(prompt, map),
@@ -194,7 +195,9 @@ impl<'a> BodyReader<'a> {
             (_, "mcp_servers") => value(map, &mut McpServers(prompt)),
             (Api::Responses, "prompt" | "conversation" | "previous_response_id")
             | (Api::Gemini, "cachedContent" | "cached_content") => {
-                prompt.unseen += u64::from(raw(map)? != "null");
+                let reference = raw(map)?;
+                prompt.identify(reference);
+                prompt.unseen += u64::from(reference != "null");
                 Ok(())
             }
             (_, "prompt" | "input") => value(map, &mut Inputs::of(prompt)),
@@ -355,9 +358,12 @@ struct McpServers<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for McpServers<'_, 'a> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let is_some = list.next_element::<IgnoredAny>()?.is_some();
-        self.0.unseen += u64::from(is_some);
-        Ok(is_some)
+        let server = list.next_element::<&'a RawValue>()?;
+        if let Some(server) = server {
+            self.0.identify(server.get());
+            self.0.unseen += 1;
+        }
+        Ok(server.is_some())
     }
 }
 
@@ -401,7 +407,10 @@ impl<'a> JsonVisitor<'a> for Reasoning<'_, 'a> {
         }
         match (name, &*string(object)?) {
             // Several models work on the request, and the prompt is charged several times.
-            ("mode", "pro") => self.0.unseen += 1,
+            ("mode", "pro") => {
+                self.0.identify("pro");
+                self.0.unseen += 1;
+            }
             ("effort", "none" | "minimal") => self.0.set_reasoning(false),
             ("effort", "low" | "medium" | "high" | "xhigh") => self.0.set_reasoning(true),
             _ => {}

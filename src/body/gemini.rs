@@ -97,7 +97,7 @@ impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
             }
             "thoughtSignature" | "thought_signature" => self.0.add_encrypted_reasoning(&string(object)?),
             "fileData" | "file_data" => {
-                raw(object)?;
+                self.0.identify(raw(object)?);
                 self.0.unseen += 1;
             }
             _ => {

@@ -1,10 +1,11 @@
 //! Cache of token counts for the whole process. Chats repeat their system prompt and history in every request.
 //!
-//! The key is a keyed hash of the text, with a random key, so that no caller can construct a collision. An
+//! The key is made from a keyed hash of the text, with a random key, so that no caller can construct a collision. An
 //! accidental collision is less likely than one in 10^12 lookups, and makes one estimate wrong.
 //!
 //! The table has a fixed size and no lock. A new text replaces the text in its slot, which is then counted again.
 
+use std::borrow::Cow;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::LazyLock;
@@ -43,18 +44,59 @@ pub(super) enum CachedCount {
     Piece,
 }
 
+/// Texts below this size (bytes) are not cached: counting them is as fast as a lookup.
+const MIN_CACHED_BYTES: usize = 24;
+
+/// The keyed hash of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TextHash(pub(super) u64);
+
+impl TextHash {
+    pub(super) fn of(text: &[u8]) -> Self {
+        let mut hasher = CACHE.hash_key.build_hasher();
+        hasher.write(text);
+        Self(hasher.finish())
+    }
+}
+
+/// A text with its hash, so that it is hashed only once for the cache and for the identity of its prompt.
+#[derive(Debug)]
+pub(super) struct HashedText<'a> {
+    pub(super) text: Cow<'a, str>,
+    /// `None`: the text is too short for the cache.
+    pub(super) hash: Option<TextHash>,
+}
+
+impl<'a> HashedText<'a> {
+    pub(super) fn of(text: Cow<'a, str>) -> Self {
+        let hash = (text.len() >= MIN_CACHED_BYTES).then(|| TextHash::of(text.as_bytes()));
+        Self { text, hash }
+    }
+}
+
+impl<'a> From<&'a str> for HashedText<'a> {
+    fn from(text: &'a str) -> Self {
+        Self::of(Cow::Borrowed(text))
+    }
+}
+
+impl From<String> for HashedText<'_> {
+    fn from(text: String) -> Self {
+        Self::of(Cow::Owned(text))
+    }
+}
+
 /// The hash of a text, its tokenizer and the form that is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct CacheKey(u64);
 
 impl CacheKey {
     /// `tokenizer` identifies the tokenizer that counts.
-    pub(super) fn of(tokenizer: u64, counted: CachedCount, text: &[u8]) -> Self {
-        let mut hasher = CACHE.hash_key.build_hasher();
-        hasher.write_u64(tokenizer);
-        hasher.write_u8(counted as u8);
-        hasher.write(text);
-        Self(hasher.finish())
+    pub(super) fn of(tokenizer: u64, counted: CachedCount, text: TextHash) -> Self {
+        // No caller knows the hash of a text, so this need not be a hash itself.
+        let form = tokenizer.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ (counted as u64).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        Self(text.0 ^ form)
     }
 
     fn slot(self) -> Option<&'static AtomicU64> {
@@ -88,17 +130,19 @@ mod tests {
 
     #[test]
     fn the_whole_text_and_the_tokenizer_select_a_cached_count() {
-        let key = CacheKey::of(0, CachedCount::Text, b"a text that only this test counts");
-        assert_eq!(key.cached(), None);
-        key.insert(7);
-        assert_eq!(key.cached(), Some(7));
-        assert_eq!(
-            CacheKey::of(0, CachedCount::Text, b"a text that only this test counts").cached(),
-            Some(7)
-        );
-        assert_eq!(CacheKey::of(1, CachedCount::Text, b"a text that only this test counts").cached(), None);
-        assert_eq!(CacheKey::of(0, CachedCount::Text, b"a text that only this test count").cached(), None);
-        key.insert(MAX_COUNT + 1);
-        assert_eq!(key.cached(), Some(7), "a count that is too large is not cached");
+        let key = |tokenizer: u64, counted, text: &str| {
+            CacheKey::of(tokenizer, counted, TextHash::of(text.as_bytes()))
+        };
+        let text = "a text that only this test counts";
+        let inserted = key(0, CachedCount::Text, text);
+        assert_eq!(inserted.cached(), None);
+        inserted.insert(7);
+        assert_eq!(inserted.cached(), Some(7));
+        assert_eq!(key(0, CachedCount::Text, text).cached(), Some(7));
+        assert_eq!(key(1, CachedCount::Text, text).cached(), None);
+        assert_eq!(key(0, CachedCount::Piece, text).cached(), None);
+        assert_eq!(key(0, CachedCount::Text, &text[1..]).cached(), None);
+        inserted.insert(MAX_COUNT + 1);
+        assert_eq!(inserted.cached(), Some(7), "a count that is too large is not cached");
     }
 }

@@ -1,9 +1,11 @@
 //! The prompt of a request: readers of bodies fill it, and `estimate` counts it.
 
+use super::count_cache::HashedText;
+use super::identity::{Identity, IdentityPart, KnownTexts, PromptPrefix};
 use super::images::{ImageDetail, PromptImage};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
-use super::tools::{self, AnswerSchema, ToolCost};
+use super::tools::{self, AnswerSchema, ToolCost, ToolList};
 use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
 use crate::api::Api;
 use std::borrow::Cow;
@@ -36,24 +38,29 @@ pub enum Role {
 }
 
 /// The input of the model for a request: texts to count, and known numbers of tokens.
+///
+/// Each method that adds something also adds it to the identity of the prompt.
 #[derive(Debug, Default)]
 pub struct Prompt<'a> {
     api: Api,
+    identity: Identity,
+    /// The texts that an earlier request has counted.
+    known: KnownTexts,
     /// Texts to count, each with the number of times that it is in the prompt.
-    texts: Vec<(PromptPart, Cow<'a, str>, u32)>,
+    texts: Vec<(PromptPart, HashedText<'a>, u32)>,
     /// Bytes of the texts beyond `MAX_TEXTS`.
     excess_bytes: u64,
     /// Known tokens by part.
     tokens: [u64; PromptPart::ALL.len()],
     counts: MessageCounts,
     /// Reasoning of earlier answers. Some models read it again.
-    reasoning: Vec<Cow<'a, str>>,
+    reasoning: Vec<HashedText<'a>>,
     /// Tokens of reasoning that only the provider can decrypt.
     encrypted_reasoning: u64,
     /// Index of the first text of the first system message.
     system: Option<usize>,
-    /// JSON of the lists of tool definitions.
-    tools: Vec<&'a str>,
+    /// The lists of tool definitions.
+    tools: Vec<ToolList<'a>>,
     tool_requirement: ToolRequirement,
     /// Name of the tool that must be called; empty without one.
     chosen_tool: Cow<'a, str>,
@@ -78,12 +85,24 @@ impl<'a> Prompt<'a> {
         Self { api, ..Self::default() }
     }
 
+    /// A governed field of the body begins.
+    pub(crate) fn begin_field(&mut self, name: &'static str) {
+        self.identity.begin_field(name, self.texts.len());
+    }
+
+    /// Adds text that is not counted and that identifies content outside the request: a URL or an id.
+    pub(crate) fn identify(&mut self, text: &str) {
+        self.identity.add_text(IdentityPart::Reference, &text.into());
+    }
+
     /// Adds a text that is in the prompt `times` times.
     pub(crate) fn add_text(&mut self, part: PromptPart, text: Cow<'a, str>, times: u32) {
         if text.is_empty() {
             return;
         }
         if self.texts.len() < MAX_TEXTS {
+            let text = HashedText::of(text);
+            self.identity.add_text(IdentityPart::Text, &text);
             self.texts.push((part, text, times));
         } else {
             self.excess_bytes += text.len() as u64 * u64::from(times);
@@ -92,6 +111,7 @@ impl<'a> Prompt<'a> {
 
     /// Adds a known number of tokens.
     pub(crate) fn add_tokens(&mut self, part: PromptPart, tokens: u64) {
+        self.identity.add_number(IdentityPart::Tokens, tokens);
         let sum = &mut self.tokens[part as usize];
         *sum = sum.saturating_add(tokens);
     }
@@ -109,10 +129,12 @@ impl<'a> Prompt<'a> {
         if role == Role::System && self.system.is_none() && first_text < self.texts.len() {
             self.system = Some(first_text);
         }
+        self.identity.end_message(role, self.texts.len(), self.unseen);
     }
 
     /// Adds a tool call with this number of arguments.
     pub(crate) fn add_tool_call(&mut self, arguments: u64) {
+        self.identity.add_number(IdentityPart::Call, arguments);
         self.counts.calls += 1;
         self.counts.arguments += arguments;
     }
@@ -126,6 +148,8 @@ impl<'a> Prompt<'a> {
     /// Adds reasoning of an earlier answer.
     pub(crate) fn add_reasoning(&mut self, text: Cow<'a, str>) {
         if self.reasoning.len() < MAX_TEXTS {
+            let text = HashedText::of(text);
+            self.identity.add_text(IdentityPart::Reasoning, &text);
             self.reasoning.push(text);
         } else {
             self.excess_bytes += text.len() as u64;
@@ -134,6 +158,7 @@ impl<'a> Prompt<'a> {
 
     /// Adds reasoning of an earlier answer in base64, which only the provider can decrypt.
     pub(crate) fn add_encrypted_reasoning(&mut self, base64: &str) {
+        self.identity.add_number(IdentityPart::Encrypted, base64.len() as u64);
         let tokens = base64.len() as u64 / BASE64_PER_ENCRYPTED_TOKEN;
         self.encrypted_reasoning = self.encrypted_reasoning.saturating_add(tokens);
     }
@@ -141,34 +166,42 @@ impl<'a> Prompt<'a> {
     /// Adds the JSON of a list of tool definitions.
     pub(crate) fn add_tools(&mut self, json: &'a str) {
         if json != "null" {
-            self.tools.push(json);
+            let tools = ToolList::of(json);
+            self.identity.add_number(IdentityPart::Tools, tools.hash.0);
+            self.tools.push(tools);
         }
     }
 
     /// The model must not call a tool.
     pub(crate) fn forbid_tools(&mut self) {
+        self.identity.add_number(IdentityPart::ToolRequirement, 1);
         self.tool_requirement = ToolRequirement::Forbidden;
     }
 
     /// The model must call a tool.
     pub(crate) fn require_tools(&mut self) {
+        self.identity.add_number(IdentityPart::ToolRequirement, 2);
         self.tool_requirement = ToolRequirement::Required;
     }
 
     /// The model must call this tool.
     pub(crate) fn require_tool_named(&mut self, name: Cow<'a, str>) {
         self.tool_requirement = ToolRequirement::Named;
-        self.chosen_tool = name;
+        let name = HashedText::of(name);
+        self.identity.add_text(IdentityPart::ToolRequirement, &name);
+        self.chosen_tool = name.text;
     }
 
     /// The request turns the model's reasoning on or off.
     pub(crate) fn set_reasoning(&mut self, reasons: bool) {
+        self.identity.add_number(IdentityPart::Reasons, u64::from(reasons));
         self.reasons = Some(reasons);
     }
 
     /// The request sets a reasoning effort of at most `medium`, which counts as no reasoning. An explicit
     /// `set_reasoning` takes precedence.
     pub(crate) fn default_to_no_reasoning(&mut self) {
+        self.identity.add_number(IdentityPart::Reasons, 2);
         self.reasons.get_or_insert(false);
     }
 
@@ -178,23 +211,57 @@ impl<'a> Prompt<'a> {
             self.add_tokens(PromptPart::Schema, 1);
             self.add_text(PromptPart::Schema, description, 1);
         }
-        self.schema = Some(AnswerSchema { name, json });
+        let name = HashedText::of(name);
+        self.identity.add_text(IdentityPart::Schema, &name);
+        self.identity.add_text(IdentityPart::Schema, &json.into());
+        self.schema = Some(AnswerSchema { name: name.text, json });
     }
 
     /// Adds an image by its width and height in pixels; `None` if the size is unknown.
     pub(crate) fn add_image(&mut self, size: Option<(u32, u32)>, detail: ImageDetail) {
+        let (width, height) = size.unwrap_or_default();
+        self.identity.add_number(IdentityPart::Image, u64::from(width) << 32 | u64::from(height));
+        self.identity.add_number(IdentityPart::Image, detail as u64);
         self.images.push(PromptImage { size, detail });
     }
 
     /// Adds the pages of a document, and the number of characters on them.
     pub(crate) fn add_pages(&mut self, pages: u64, characters: u64) {
+        self.identity.add_number(IdentityPart::Pages, pages);
+        self.identity.add_number(IdentityPart::Pages, characters);
         self.pages = self.pages.saturating_add(pages);
         self.page_text_tokens = self.page_text_tokens.saturating_add(characters / CHARACTERS_PER_PAGE_TOKEN);
     }
 
     /// Adds audio by its length in tenths of a second.
     pub(crate) fn add_audio(&mut self, tenths: u64) {
+        self.identity.add_number(IdentityPart::Audio, tenths);
         self.audio_tenths = self.audio_tenths.saturating_add(tenths);
+    }
+}
+
+/// Recognising.
+impl Prompt<'_> {
+    /// The keyed hash of the settings (everything but the messages) and of the system messages at the beginning.
+    pub fn setup(&self) -> u64 {
+        self.identity.setup()
+    }
+
+    /// The keyed hash of the settings: of everything but the messages.
+    pub fn settings(&self) -> u64 {
+        self.identity.settings()
+    }
+
+    /// The prefixes of the messages, the longest one first: all messages. Shorter prefixes are left out if there are
+    /// many. Embeddings and completions have none.
+    pub fn prefixes(&self) -> impl Iterator<Item = PromptPrefix> {
+        self.identity.prefixes()
+    }
+
+    /// Sets the number of text tokens of a prefix of this prompt (see `PromptEstimate::message_texts`). They are not
+    /// counted again.
+    pub fn set_known(&mut self, prefix: &PromptPrefix, tokens: u64) {
+        self.known = self.identity.known_texts(prefix, tokens);
     }
 }
 
@@ -206,15 +273,16 @@ impl Prompt<'_> {
         vocabulary::begin_request();
         let tokenizer = model.tokenizer;
         let mut uncached = 0;
-        let mut count = |text: &str| {
+        let mut count = |text: &HashedText<'_>| {
             tokenizer.count_if_cached(text).or_else(|| {
-                uncached += text.len();
-                let is_quick = uncached <= tokenizer.max_quick_bytes() && longest_run(text) <= MAX_QUICK_RUN;
-                is_quick.then(|| tokenizer.count(text))
+                uncached += text.text.len();
+                let is_quick =
+                    uncached <= tokenizer.max_quick_bytes() && longest_run(&text.text) <= MAX_QUICK_RUN;
+                is_quick.then(|| tokenizer.count_hashed(text))
             })
         };
         let style = model.style(self.api);
-        self.sum(model, &mut count, &|json| tools::count_if_cached(tokenizer, style, json))
+        self.sum(model, &mut count, &|list| tools::count_if_cached(tokenizer, style, list))
     }
 
     /// Counts the prompt with the model's tokenizer. Takes about 20 microseconds per KiB of text.
@@ -227,23 +295,24 @@ impl Prompt<'_> {
     }
 
     fn bytes(&self) -> usize {
-        self.texts.iter().map(|(_, text, _)| text.len()).sum::<usize>()
-            + self.reasoning.iter().map(|text| text.len()).sum::<usize>()
-            + self.tools.iter().map(|json| json.len()).sum::<usize>()
+        self.texts.iter().map(|(_, text, _)| text.text.len()).sum::<usize>()
+            + self.reasoning.iter().map(|text| text.text.len()).sum::<usize>()
+            + self.tools.iter().map(|list| list.json.len()).sum::<usize>()
     }
 
     /// Counts two bytes per token.
     fn sum_roughly(&self, model: &Model) -> Option<PromptEstimate> {
         let tokens = |text: &str| text.len() as u64 / 2;
-        let tool_cost =
-            |json: &str| Some(ToolCost { tokens: tokens(json), has_functions: true, has_hosted: false });
-        self.sum(model, &mut |text| Some(tokens(text)), &tool_cost)
+        let tool_cost = |list: ToolList<'_>| {
+            Some(ToolCost { tokens: tokens(list.json), has_functions: true, has_hosted: false })
+        };
+        self.sum(model, &mut |text| Some(tokens(&text.text)), &tool_cost)
     }
 
     fn sum_exactly(&self, model: &Model) -> Option<PromptEstimate> {
         let (tokenizer, style) = (model.tokenizer, model.style(self.api));
-        self.sum(model, &mut |text| Some(tokenizer.count(text)), &|json| {
-            Some(tools::count(tokenizer, style, json))
+        self.sum(model, &mut |text| Some(tokenizer.count_hashed(text)), &|list| {
+            Some(tools::count(tokenizer, style, list))
         })
     }
 
@@ -251,8 +320,8 @@ impl Prompt<'_> {
     fn sum(
         &self,
         model: &Model,
-        count: &mut dyn FnMut(&str) -> Option<u64>,
-        count_tools: &dyn Fn(&str) -> Option<ToolCost>,
+        count: &mut dyn FnMut(&HashedText<'_>) -> Option<u64>,
+        count_tools: &dyn Fn(ToolList<'_>) -> Option<ToolCost>,
     ) -> Option<PromptEstimate> {
         let mut parts = self.tokens;
         let mut add = |part: PromptPart, tokens: u64| parts[part as usize] += tokens;
@@ -260,9 +329,19 @@ impl Prompt<'_> {
         add(PromptPart::Tools, tools.tokens);
         // The functions follow the first system message on a new line.
         let joined = self.system.filter(|_| tools.has_functions);
+        let of_messages = self.identity.message_texts();
+        let (mut message_texts, mut echo) = (self.known.tokens, 0);
+        add(PromptPart::Messages, self.known.tokens);
         for (at, (part, text, times)) in self.texts.iter().enumerate() {
-            let tokens = if joined == Some(at) { count(&format!("{text}\n"))? } else { count(text)? };
-            add(*part, tokens * u64::from(*times));
+            if self.known.texts.contains(&at) {
+                continue;
+            }
+            let is_joined = joined == Some(at);
+            let tokens = if is_joined { count(&format!("{}\n", text.text).into())? } else { count(text)? };
+            let tokens = tokens * u64::from(*times);
+            add(*part, tokens);
+            message_texts += if of_messages.contains(&at) { tokens } else { 0 };
+            echo += if self.known.echo.contains(&at) { tokens } else { 0 };
         }
         if model.reads_reasoning() {
             add(PromptPart::Messages, self.encrypted_reasoning);
@@ -271,13 +350,13 @@ impl Prompt<'_> {
             }
         }
         if self.tool_requirement == ToolRequirement::Named && model.names_chosen_tool(self.api) {
-            add(PromptPart::Tools, count(&self.chosen_tool)?);
+            add(PromptPart::Tools, count(&(&*self.chosen_tool).into())?);
         }
         let schema = self.schema.as_ref().filter(|_| model.reads_schema());
         if let Some(schema) = schema {
             let tokens = match model.schema_percent() {
-                Some(percent) => (count(&schema.whole())? * percent).div_ceil(100),
-                None => count(&schema.rendered())?,
+                Some(percent) => (count(&schema.whole().into())? * percent).div_ceil(100),
+                None => count(&schema.rendered().into())?,
             };
             add(PromptPart::Schema, tokens);
         }
@@ -301,17 +380,19 @@ impl Prompt<'_> {
             unseen: self.unseen,
             is_partial: tools.has_hosted || self.unseen > 0,
             kind: self.kind(),
+            message_texts,
+            echo,
             is_known_model: model.is_known,
         })
     }
 
-    fn tool_cost(&self, model: &Model, count: &dyn Fn(&str) -> Option<ToolCost>) -> Option<ToolCost> {
+    fn tool_cost(&self, model: &Model, count: &dyn Fn(ToolList<'_>) -> Option<ToolCost>) -> Option<ToolCost> {
         let mut sum = ToolCost::default();
         if self.tool_requirement == ToolRequirement::Forbidden && !model.reads_forbidden_tools() {
             return Some(sum);
         }
-        for json in &self.tools {
-            let cost = count(json)?;
+        for list in &self.tools {
+            let cost = count(*list)?;
             sum.tokens += cost.tokens;
             sum.has_functions |= cost.has_functions;
             sum.has_hosted |= cost.has_hosted;

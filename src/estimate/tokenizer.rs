@@ -1,11 +1,9 @@
 //! The tokenizer of a model: a vocabulary, and a factor where the model's own vocabulary is not built in.
 
-use super::count_cache::{CacheKey, CachedCount};
+use super::count_cache::{CacheKey, CachedCount, HashedText};
 use super::vocabulary::{self, Encoding};
 use std::thread;
 
-/// Texts below this size (bytes) are not cached: counting them is as fast as a lookup.
-const MIN_CACHED_BYTES: usize = 24;
 /// Bytes of new text that a built-in vocabulary counts in about 50 microseconds.
 const MAX_QUICK_BYTES: usize = 2 * 1024;
 /// Bytes of new text that the vocabulary of a file counts in about 50 microseconds.
@@ -48,27 +46,28 @@ impl Tokenizer {
 
     /// The tokens of a text. Spellings of special tokens count as ordinary text.
     pub(super) fn count(self, text: &str) -> u64 {
-        if text.len() < MIN_CACHED_BYTES {
-            return self.scaled(self.encoding.count(text));
-        }
-        let key = self.key(text);
+        self.count_hashed(&text.into())
+    }
+
+    /// The tokens of a text whose hash is known.
+    pub(super) fn count_hashed(self, text: &HashedText<'_>) -> u64 {
+        let Some(key) = self.key(text) else { return self.scaled(self.encoding.count(&text.text)) };
         self.scaled(key.cached().unwrap_or_else(|| {
-            let tokens = self.encoding.count(text);
+            let tokens = self.encoding.count(&text.text);
             key.insert(tokens);
             tokens
         }))
     }
 
     /// The tokens of a text if the count is available at once: the text is in the cache, or too short for it.
-    pub(super) fn count_if_cached(self, text: &str) -> Option<u64> {
-        if text.len() < MIN_CACHED_BYTES {
-            return Some(self.count(text));
-        }
-        self.key(text).cached().map(|tokens| self.scaled(tokens))
+    pub(super) fn count_if_cached(self, text: &HashedText<'_>) -> Option<u64> {
+        let Some(key) = self.key(text) else { return Some(self.scaled(self.encoding.count(&text.text))) };
+        key.cached().map(|tokens| self.scaled(tokens))
     }
 
-    fn key(self, text: &str) -> CacheKey {
-        CacheKey::of(self.encoding.id(), CachedCount::Text, text.as_bytes())
+    /// `None`: the text is too short for the cache.
+    fn key(self, text: &HashedText<'_>) -> Option<CacheKey> {
+        text.hash.map(|hash| CacheKey::of(self.encoding.id(), CachedCount::Text, hash))
     }
 
     fn scaled(self, tokens: u64) -> u64 {

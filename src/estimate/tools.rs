@@ -12,7 +12,7 @@ mod schema;
 pub(super) use compact::AnswerSchema;
 pub(super) use rendering::Style;
 
-use super::count_cache::{CacheKey, CachedCount};
+use super::count_cache::{CacheKey, CachedCount, TextHash};
 use super::tokenizer::Tokenizer;
 use reader::ToolListReader;
 use rendering::Rendering;
@@ -24,6 +24,19 @@ const MAX_RENDERING_FACTOR: usize = 4;
 /// Bound of the bytes read, as a multiple of the definition's size: members of unions and referenced schemas
 /// are read again wherever they are rendered.
 const MAX_READ_FACTOR: usize = 64;
+
+/// The JSON of a list of tools, with its hash.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ToolList<'a> {
+    pub(super) json: &'a str,
+    pub(super) hash: TextHash,
+}
+
+impl<'a> ToolList<'a> {
+    pub(super) fn of(json: &'a str) -> Self {
+        Self { json, hash: TextHash::of(json.as_bytes()) }
+    }
+}
 
 /// The cost of a list of tools.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,23 +62,23 @@ impl ToolCost {
 }
 
 /// The cost of a list of tools if it is cached. Callers send the same tools with every request.
-pub(super) fn count_if_cached(tokenizer: Tokenizer, style: Style, json: &str) -> Option<ToolCost> {
-    key(tokenizer, style, json).cached().map(ToolCost::unpack)
+pub(super) fn count_if_cached(tokenizer: Tokenizer, style: Style, tools: ToolList<'_>) -> Option<ToolCost> {
+    key(tokenizer, style, tools.hash).cached().map(ToolCost::unpack)
 }
 
 /// The cost of a list of tools: from the cache, or rendered and counted.
-pub(super) fn count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost {
-    let key = key(tokenizer, style, json);
+pub(super) fn count(tokenizer: Tokenizer, style: Style, tools: ToolList<'_>) -> ToolCost {
+    let key = key(tokenizer, style, tools.hash);
     if let Some(packed) = key.cached() {
         return ToolCost::unpack(packed);
     }
-    let cost = render_and_count(tokenizer, style, json);
+    let cost = render_and_count(tokenizer, style, tools.json);
     key.insert(cost.pack());
     cost
 }
 
 /// The cache key. It differs from the key of the same JSON as a text.
-fn key(tokenizer: Tokenizer, style: Style, json: &str) -> CacheKey {
+fn key(tokenizer: Tokenizer, style: Style, hash: TextHash) -> CacheKey {
     let (counted, constants) = match style {
         Style::Lines => (CachedCount::ToolsInLines, 0),
         Style::Compact => (CachedCount::CompactTools, 0),
@@ -74,7 +87,7 @@ fn key(tokenizer: Tokenizer, style: Style, json: &str) -> CacheKey {
             (CachedCount::JsonTools, u16::from_be_bytes([percent, function]))
         }
     };
-    CacheKey::of(tokenizer.scaled_id() | u64::from(constants) << 48, counted, json.as_bytes())
+    CacheKey::of(tokenizer.scaled_id() | u64::from(constants) << 48, counted, hash)
 }
 
 fn render_and_count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost {

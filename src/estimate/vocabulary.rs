@@ -3,7 +3,7 @@
 //! Most words of ordinary text are one token, or this thread has counted them recently. A lookup answers both
 //! cases; only other pieces are encoded.
 
-use super::count_cache::{CacheKey, CachedCount};
+use super::count_cache::{CacheKey, CachedCount, TextHash};
 use super::file::FileVocabulary;
 use rustc_hash::{FxHashSet, FxHasher};
 use std::cell::RefCell;
@@ -156,7 +156,7 @@ impl Vocabulary {
     /// Counts a slow piece with the cache of the process. A piece that is not cached reduces `left`, the bytes that
     /// may still be counted exactly.
     fn count_cached(&self, piece: &[u8], left: &mut usize) -> u64 {
-        let key = CacheKey::of(self.id, CachedCount::Piece, piece);
+        let key = CacheKey::of(self.id, CachedCount::Piece, TextHash::of(piece));
         key.cached().unwrap_or_else(|| {
             *left = left.saturating_sub(piece.len());
             let tokens = self.encode(piece);

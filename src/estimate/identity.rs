@@ -1,0 +1,196 @@
+//! Identifies a prompt and each prefix of its messages by keyed hashes, so that a later request can be recognised as
+//! the continuation of an earlier one.
+//!
+//! A hash covers what the estimate reads: texts, sizes of images and the like. White space between JSON tokens,
+//! identifiers of tool calls and `cache_control` do not change it. The key is random and lasts as long as the process.
+
+use super::Role;
+use super::count_cache::HashedText;
+use std::collections::VecDeque;
+use std::collections::hash_map::{DefaultHasher, RandomState};
+use std::hash::{BuildHasher as _, Hasher as _};
+use std::ops::Range;
+use std::sync::LazyLock;
+
+/// Number of prefixes that are kept, from the longest on. A conversation rarely grows by more messages at once.
+const MAX_PREFIXES: usize = 64;
+
+static HASH_KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
+/// One or more messages at the beginning of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PromptPrefix {
+    /// Keyed hash of the messages.
+    pub hash: u64,
+    /// Number of texts of the prompt up to the end of the prefix.
+    texts: usize,
+    /// Number of references to content outside the request, up to the end of the prefix.
+    pub(crate) unseen: u64,
+    /// The author of the last message.
+    role: Role,
+}
+
+/// The identity of a prompt, as far as its fields are read.
+#[derive(Debug)]
+pub(super) struct Identity {
+    /// The sum of the hashes of all fields but the messages. The order of the fields does not matter.
+    settings: u64,
+    /// The name and the content of the current field of the settings; `None`: nothing was added from this field.
+    field: Option<DefaultHasher>,
+    field_name: &'static str,
+    messages: DefaultHasher,
+    /// Whether the current field holds the messages.
+    is_in_messages: bool,
+    /// Index of the first text of the messages.
+    first_text: Option<usize>,
+    /// The last prefixes, the longest one last.
+    prefixes: VecDeque<PromptPrefix>,
+    /// Keyed hash of the system messages at the beginning.
+    system: u64,
+    /// Whether all messages so far are system messages.
+    is_system_only: bool,
+    /// Whether two fields hold messages. Their texts are not contiguous then, and the prompt has no prefixes.
+    is_ambiguous: bool,
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Self {
+            settings: 0,
+            field: None,
+            field_name: "",
+            messages: HASH_KEY.build_hasher(),
+            is_in_messages: false,
+            first_text: None,
+            prefixes: VecDeque::new(),
+            system: 0,
+            is_system_only: true,
+            is_ambiguous: false,
+        }
+    }
+}
+
+impl Identity {
+    /// A field of the body begins. `text`: index of the next text.
+    pub(super) fn begin_field(&mut self, name: &'static str, text: usize) {
+        self.settings = self.settings();
+        self.field = None;
+        self.field_name = name;
+        self.is_in_messages = matches!(name, "messages" | "contents" | "input");
+        if self.is_in_messages {
+            self.is_ambiguous |= self.first_text.is_some();
+            self.first_text = Some(text);
+        }
+    }
+
+    fn hasher(&mut self) -> &mut DefaultHasher {
+        if self.is_in_messages {
+            return &mut self.messages;
+        }
+        self.field.get_or_insert_with(|| {
+            let mut hasher = HASH_KEY.build_hasher();
+            hasher.write(self.field_name.as_bytes());
+            hasher
+        })
+    }
+
+    pub(super) fn add_number(&mut self, kind: IdentityPart, number: u64) {
+        let hasher = self.hasher();
+        hasher.write_u8(kind as u8);
+        hasher.write_u64(number);
+    }
+
+    pub(super) fn add_text(&mut self, kind: IdentityPart, text: &HashedText<'_>) {
+        match text.hash {
+            Some(hash) => self.add_number(kind, hash.0),
+            None => {
+                self.add_number(kind, text.text.len() as u64);
+                self.hasher().write(text.text.as_bytes());
+            }
+        }
+    }
+
+    /// Ends a message. `texts` and `unseen` are the numbers of the prompt so far.
+    pub(super) fn end_message(&mut self, role: Role, texts: usize, unseen: u64) {
+        self.add_number(IdentityPart::MessageEnd, role as u64);
+        if !self.is_in_messages {
+            return;
+        }
+        let hash = self.messages.finish();
+        self.is_system_only &= role == Role::System;
+        if self.is_system_only {
+            self.system = hash;
+        }
+        if self.prefixes.len() == MAX_PREFIXES {
+            self.prefixes.pop_front();
+        }
+        self.prefixes.push_back(PromptPrefix { hash, texts, unseen, role });
+    }
+
+    /// The hash of the settings and of the system messages at the beginning.
+    pub(super) fn setup(&self) -> u64 {
+        self.settings().rotate_left(1) ^ self.system
+    }
+
+    /// The hash of the settings: of all fields but the messages.
+    pub(super) fn settings(&self) -> u64 {
+        self.field.as_ref().map_or(self.settings, |field| self.settings.wrapping_add(field.finish()))
+    }
+
+    /// The prefixes, the longest one first.
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = PromptPrefix> {
+        self.prefixes.iter().rev().filter(|_| !self.is_ambiguous).copied()
+    }
+
+    /// Indices of the texts that belong to the messages.
+    pub(super) fn message_texts(&self) -> Range<usize> {
+        let last = self.prefixes.back().map_or(0, |prefix| prefix.texts);
+        self.first_text.filter(|_| !self.is_ambiguous).map_or(0..0, |first| first..last.max(first))
+    }
+
+    /// Indices of the texts of the answer that follows a prefix: of the next message, if its author is the model.
+    fn echo_after(&self, prefix: &PromptPrefix) -> Range<usize> {
+        let next = self.prefixes.iter().skip_while(|other| *other != prefix).nth(1);
+        let next = next.filter(|next| next.role == Role::Assistant);
+        next.map_or(0..0, |next| prefix.texts..next.texts)
+    }
+
+    /// The texts of a prefix whose tokens are known.
+    pub(super) fn known_texts(&self, prefix: &PromptPrefix, tokens: u64) -> KnownTexts {
+        let first = self.message_texts().start;
+        KnownTexts { texts: first..prefix.texts.max(first), tokens, echo: self.echo_after(prefix) }
+    }
+}
+
+/// What a number or text that is added to an identity means.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum IdentityPart {
+    Text,
+    Tokens,
+    MessageEnd,
+    Call,
+    Reasoning,
+    Encrypted,
+    Tools,
+    ToolRequirement,
+    Schema,
+    Reasons,
+    Image,
+    Pages,
+    Audio,
+    Reference,
+}
+
+/// Texts of a prompt that need not be counted.
+#[derive(Debug, Default)]
+pub(super) struct KnownTexts {
+    /// Their indices.
+    pub(super) texts: Range<usize>,
+    /// The sum of their tokens.
+    pub(super) tokens: u64,
+    /// Indices of the texts of the first message after them, if its author is the model.
+    pub(super) echo: Range<usize>,
+}
+
+#[cfg(test)]
+mod tests;
