@@ -4,6 +4,7 @@
 //! Nothing here does I/O. The formats follow the providers' documentation and recorded answers. A field that is not
 //! a whole number from 0 to 2^40 is not credible and does not count as reported.
 
+mod choice_ends;
 mod choices;
 mod collector;
 mod decode;

@@ -1,9 +1,10 @@
 //! Reads the usage of a server-sent event stream while its bytes pass, and withholds one event: the usage chunk
-//! that the gateway requested and the caller did not.
+//! that the gateway requested and the caller did not. Comment lines always pass at once.
 //!
 //! Takes linear time and bounded memory: each byte is examined a fixed number of times, wherever the network cuts
 //! the stream. Lines end with LF, CRLF or CR. Only events with a `usage` that is not null are parsed at once.
 
+use super::choice_ends::{ChoiceEnds, carry_nothing};
 use super::choices::ChoiceDetector;
 use super::delivered::{Delivered, DeliveredTokens};
 use super::sink::{Discard, Sink};
@@ -18,6 +19,7 @@ use std::sync::{Arc, LazyLock};
 
 static USAGE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"usage"));
 
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// A longer event is passed on and not parsed.
 const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;
 /// A longer event is not held back: the usage chunk is far smaller.
@@ -29,21 +31,24 @@ pub struct SseReader {
     /// Whether to withhold the event that carries only usage, because the gateway requested it and the caller did
     /// not.
     withholds: bool,
-    /// The bytes of an event whose end has not arrived.
+    /// The bytes of an event whose end has not arrived, without its comment lines.
     partial: Vec<u8>,
     /// Whether `partial` has not been passed to the caller yet.
     is_held_back: bool,
+    /// The beginning of a comment line within a held-back event. It is passed on when the line is complete.
+    partial_comment: Vec<u8>,
     /// Looks for choices in `partial`.
     choices: ChoiceDetector,
     /// Whether the current event exceeds `MAX_EVENT_BYTES` and is therefore not parsed.
     is_too_long: bool,
-    /// Whether the current line has bytes.
-    in_line: bool,
-    /// Whether the last byte was a CR. An LF that follows belongs to it.
-    after_cr: bool,
-    /// Whether the event that ended with the last byte was withheld. If that byte was the CR of a CRLF, the LF is
-    /// withheld too.
-    withheld_last: bool,
+    /// The line that has begun and not ended.
+    line: LineKind,
+    /// The line that ended with the last byte, if that byte was a CR. An LF that follows belongs to that line.
+    after_cr: Option<LineEnd>,
+    /// How many bytes of a byte order mark the stream begins with. All of them: the mark has passed, or there is none.
+    byte_order_mark: usize,
+    /// The choices that have ended, if the reader withholds.
+    choice_ends: ChoiceEnds,
     reported: Reported,
     delivered: Delivered,
     /// The delivered tokens at the moment when the upstream last reported completion tokens.
@@ -51,9 +56,49 @@ pub struct SseReader {
     withheld: u32,
 }
 
+/// The kind of a line, by its first byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum LineKind {
+    /// No byte of it has arrived.
+    #[default]
+    Empty,
+    Comment,
+    Field,
+}
+
+/// A line that has ended.
+#[derive(Clone, Copy, Debug)]
+enum LineEnd {
+    /// A field, or the blank line that ends an event.
+    Event,
+    /// The blank line that ends a withheld event.
+    Withheld,
+    Comment,
+}
+
+/// The position in a piece of the stream.
+struct PiecePosition<'p> {
+    piece: &'p Bytes,
+    /// Index of the first byte that was neither passed on nor held back.
+    passed: usize,
+    /// Index of the first byte that belongs to the current event and is not in `partial`.
+    event_start: usize,
+}
+
+impl LineKind {
+    /// The kind of the line after these bytes of it.
+    fn after(self, bytes: &[u8]) -> Self {
+        match (self, bytes.first()) {
+            (Self::Empty, Some(b':')) => Self::Comment,
+            (Self::Empty, Some(_)) => Self::Field,
+            _ => self,
+        }
+    }
+}
+
 impl SseReader {
     /// Creates a reader for a new stream. With `withholds`, it does not pass on the event that has usage and no
-    /// choices.
+    /// choices, or only choices that carry nothing after all choices have ended.
     pub fn new(withholds: bool) -> Self {
         Self { withholds, ..Self::default() }
     }
@@ -71,7 +116,8 @@ impl SseReader {
     /// Reads the next piece and passes on the bytes for the caller.
     ///
     /// Without withholding, it passes on the whole piece. With withholding, it may hold back a partial event until
-    /// the event is complete or cannot be the usage chunk.
+    /// the event is complete or cannot be the usage chunk. A comment line within a held-back event is passed on when
+    /// the line is complete, and so comes before the lines that are held back.
     pub fn feed(&mut self, piece: &Bytes, out: &mut impl Sink) {
         if !self.withholds {
             self.scan(piece, &mut Discard);
@@ -91,13 +137,16 @@ impl SseReader {
         if was_held_back && !is_usage_chunk {
             out.push(Bytes::from(event));
         }
+        push_all(out, &mut self.partial_comment);
     }
 
     /// Ends a stream that broke off: drops the partial event. Returns whether the caller has received a part of
-    /// that event.
+    /// that event, or of a comment line.
     pub fn break_off(&mut self) -> bool {
-        let is_passed_on = self.is_too_long || !(self.partial.is_empty() || self.is_held_back);
+        let in_comment = self.line == LineKind::Comment && self.partial_comment.is_empty();
+        let is_passed_on = in_comment || self.is_too_long || !(self.partial.is_empty() || self.is_held_back);
         self.partial = Vec::new();
+        self.partial_comment = Vec::new();
         self.is_held_back = false;
         is_passed_on
     }
@@ -160,60 +209,117 @@ impl SseReader {
     }
 
     fn scan(&mut self, piece: &Bytes, out: &mut impl Sink) {
-        // `passed`: index of the first byte of this piece that was not passed on yet.
-        let (mut passed, mut event_start, mut at) = (0, 0, 0);
-        if self.after_cr && piece.first() == Some(&b'\n') {
+        let mut at = self.skip_byte_order_mark(piece);
+        let mut position = PiecePosition { piece, passed: 0, event_start: at };
+        if let Some(line) = self.after_cr.take_if(|_| !piece.is_empty())
+            && piece[0] == b'\n'
+        {
             at = 1;
-            if self.partial.is_empty() {
-                event_start = 1;
-                if self.withheld_last {
-                    passed = 1;
-                }
-            }
-        }
-        if !piece.is_empty() {
-            self.after_cr = false;
-            self.withheld_last = false;
+            self.end_crlf(line, &mut position, out);
         }
         while let Some(found) = memchr2(b'\n', b'\r', &piece[at..]) {
-            let line_end = at + found;
-            self.in_line |= found > 0;
+            let (line_start, line_end) = (at, at + found);
             at = line_end + 1;
-            if piece[line_end] == b'\r' {
-                match piece.get(at) {
-                    Some(b'\n') => at += 1,
-                    Some(_) => {}
-                    None => self.after_cr = true,
-                }
+            let is_last_cr = piece[line_end] == b'\r' && at == piece.len();
+            if piece[line_end] == b'\r' && piece.get(at) == Some(&b'\n') {
+                at += 1;
             }
-            let is_blank = !std::mem::take(&mut self.in_line);
-            if is_blank {
-                if self.end_event(&piece[event_start..at]) {
-                    self.withheld += 1;
-                    self.withheld_last = self.after_cr;
-                    push_slice(out, piece, passed, event_start);
-                    passed = at;
-                } else if self.is_held_back {
-                    // The event is not withheld: its earlier pieces go first.
-                    out.push(Bytes::copy_from_slice(&self.partial));
+            let line = match std::mem::take(&mut self.line).after(&piece[line_start..line_end]) {
+                LineKind::Field => LineEnd::Event,
+                LineKind::Comment => {
+                    self.take_comment(&mut position, line_start, at, out);
+                    push_all(out, &mut self.partial_comment);
+                    LineEnd::Comment
                 }
-                self.partial.clear();
-                self.choices = ChoiceDetector::default();
-                self.is_held_back = false;
-                self.is_too_long = false;
-                event_start = at;
-            }
+                LineKind::Empty => self.take_event(&mut position, at, out),
+            };
+            self.after_cr = is_last_cr.then_some(line);
         }
-        self.in_line |= at < piece.len();
-        self.extend_partial(piece, passed, event_start, out);
+        self.line = self.line.after(&piece[at..]);
+        if self.line == LineKind::Comment {
+            self.take_comment(&mut position, at, piece.len(), out);
+        }
+        self.extend_partial(&mut position, piece.len(), out);
     }
 
-    /// Buffers the event that begins in `piece` and does not end in it. Passes on the bytes that need not be held
-    /// back.
-    fn extend_partial(&mut self, piece: &Bytes, passed: usize, event_start: usize, out: &mut impl Sink) {
-        let tail = &piece[event_start..];
+    /// Passes on a byte order mark at the start of the stream. Returns how many bytes of `piece` belong to it.
+    fn skip_byte_order_mark(&mut self, piece: &[u8]) -> usize {
+        let missing = &BYTE_ORDER_MARK[self.byte_order_mark..];
+        let found = piece.iter().zip(missing).take_while(|(byte, mark)| byte == mark).count();
+        self.byte_order_mark += found;
+        if found < missing.len() && found < piece.len() {
+            // There is no byte order mark: these bytes belong to the first line.
+            self.partial.extend_from_slice(&BYTE_ORDER_MARK[..self.byte_order_mark]);
+            self.line = self.line.after(&self.partial);
+            self.byte_order_mark = BYTE_ORDER_MARK.len();
+        }
+        found
+    }
+
+    /// Reads an LF at the beginning of a piece. It belongs to `line`, which ended with a CR in the previous piece.
+    fn end_crlf(&self, line: LineEnd, position: &mut PiecePosition, out: &mut impl Sink) {
+        let is_passed = match line {
+            LineEnd::Event if !self.partial.is_empty() => return,
+            LineEnd::Event => false,
+            LineEnd::Withheld => true,
+            LineEnd::Comment => {
+                if self.is_held_back {
+                    position.pass_to(1, out);
+                }
+                self.is_held_back
+            }
+        };
+        position.event_start = 1;
+        if is_passed {
+            position.passed = 1;
+        }
+    }
+
+    /// Reads a comment line, or a part of one. It belongs to no event. If the event around it is held back, the bytes
+    /// go to `partial_comment`.
+    fn take_comment(&mut self, position: &mut PiecePosition, start: usize, end: usize, out: &mut impl Sink) {
+        if position.event_start < start {
+            self.extend_partial(position, start, out);
+        }
+        position.event_start = end;
+        if !self.is_held_back {
+            return;
+        }
+        self.partial_comment.extend_from_slice(&position.piece[start..end]);
+        position.passed = end;
+        // The size limit must not depend on where the stream is cut.
+        if self.partial.len() + self.partial_comment.len() > MAX_WITHHELD_BYTES {
+            self.is_held_back = false;
+            out.push(Bytes::copy_from_slice(&self.partial));
+            push_all(out, &mut self.partial_comment);
+        }
+    }
+
+    /// Ends an event at its blank line, which ends at index `end`.
+    fn take_event(&mut self, position: &mut PiecePosition, end: usize, out: &mut impl Sink) -> LineEnd {
+        let is_withheld = self.end_event(&position.piece[position.event_start..end]);
+        if is_withheld {
+            self.withheld += 1;
+            position.pass_to(position.event_start, out);
+            position.passed = end;
+        } else if self.is_held_back {
+            // The event is not withheld: its earlier pieces go first.
+            out.push(Bytes::copy_from_slice(&self.partial));
+        }
+        self.partial.clear();
+        self.choices = ChoiceDetector::default();
+        self.is_held_back = false;
+        self.is_too_long = false;
+        position.event_start = end;
+        if is_withheld { LineEnd::Withheld } else { LineEnd::Event }
+    }
+
+    /// Buffers the bytes of the current event up to index `end`, where the event does not end. Passes on the bytes
+    /// that need not be held back.
+    fn extend_partial(&mut self, position: &mut PiecePosition, end: usize, out: &mut impl Sink) {
+        let tail = &position.piece[position.event_start..end];
         if tail.is_empty() {
-            push_slice(out, piece, passed, event_start);
+            position.pass_to(end, out);
             return;
         }
         let before = self.partial.len();
@@ -224,17 +330,20 @@ impl SseReader {
             self.partial.extend_from_slice(tail);
             if may_hold_back {
                 self.choices.feed(tail);
-                self.is_held_back = !self.choices.has_choice() && self.partial.len() <= MAX_WITHHELD_BYTES;
+                let may_be_usage_chunk = !self.choices.has_choice() || self.choice_ends.all_ended();
+                self.is_held_back = may_be_usage_chunk && self.partial.len() <= MAX_WITHHELD_BYTES;
             }
         }
         if self.is_held_back {
-            push_slice(out, piece, passed, event_start);
+            position.pass_to(position.event_start, out);
+            position.passed = end;
         } else {
             if was_held_back {
                 out.push(Bytes::copy_from_slice(&self.partial[..before]));
             }
-            push_slice(out, piece, passed, piece.len());
+            position.pass_to(end, out);
         }
+        position.event_start = end;
         if is_too_long {
             self.is_too_long = true;
             self.delivered.skip(before + tail.len());
@@ -246,6 +355,7 @@ impl SseReader {
     fn end_event(&mut self, tail: &[u8]) -> bool {
         if self.is_too_long {
             self.delivered.skip(tail.len());
+            self.choice_ends.observe_unreadable();
             return false;
         }
         if self.partial.is_empty() {
@@ -271,12 +381,16 @@ impl SseReader {
         if self.delivered.push_matching(&data) {
             return false;
         }
+        // An event that matches a template begins and ends the same choices as the event behind the template.
+        if self.withholds {
+            self.choice_ends.observe(&data);
+        }
         if mentions_usage(&data)
             && let Ok(chunk) = serde_json::from_slice::<UsageEvent>(&data)
             && let Some(reported) = chunk.reported()
         {
             self.reported.update(reported);
-            let is_usage_chunk = chunk.is_usage_chunk();
+            let is_usage_chunk = chunk.is_usage_chunk(&self.choice_ends);
             if !is_usage_chunk {
                 self.delivered.push_unmatched(&data);
             }
@@ -337,16 +451,30 @@ impl UsageEvent<'_> {
         })
     }
 
-    /// Whether this is the extra event of a stream with `include_usage`: usage and an empty list of choices.
-    fn is_usage_chunk(&self) -> bool {
+    /// Whether this is the extra event of a stream with `include_usage`: usage and an empty list of choices. After all
+    /// choices have ended, the list may have choices that carry nothing.
+    fn is_usage_chunk(&self, choice_ends: &ChoiceEnds) -> bool {
         self.usage.is_some_and(|usage| usage.get() != "null")
-            && self.choices.is_some_and(|choices| is_empty_array(choices.get()))
+            && self.choices.map(RawValue::get).is_some_and(|choices| {
+                is_empty_array(choices) || choice_ends.all_ended() && carry_nothing(choices)
+            })
     }
 }
 
-fn push_slice(out: &mut impl Sink, piece: &Bytes, from: usize, to: usize) {
-    if from < to {
-        out.push(piece.slice(from..to));
+impl PiecePosition<'_> {
+    /// Passes on the bytes up to index `end`.
+    fn pass_to(&mut self, end: usize, out: &mut impl Sink) {
+        if self.passed < end {
+            out.push(self.piece.slice(self.passed..end));
+            self.passed = end;
+        }
+    }
+}
+
+/// Passes on all bytes of a buffer.
+fn push_all(out: &mut impl Sink, buffer: &mut Vec<u8>) {
+    if !buffer.is_empty() {
+        out.push(std::mem::take(buffer).into());
     }
 }
 
@@ -372,7 +500,6 @@ fn is_error_event(event: &[u8]) -> bool {
 
 /// The data of an event; several `data` lines are joined by LF. `None`: it has no data.
 fn data_of(event: &[u8]) -> Option<Cow<'_, [u8]>> {
-    let event = event.strip_prefix(b"\xef\xbb\xbf").unwrap_or(event);
     let mut data: Option<Cow<'_, [u8]>> = None;
     let mut rest = event;
     while !rest.is_empty() {

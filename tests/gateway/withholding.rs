@@ -55,6 +55,92 @@ async fn a_compressed_answer_passes_unchanged() {
     }
 }
 
+/// LiteLLM sends usage in an event with a choice that carries nothing.
+#[tokio::test]
+async fn usage_beside_an_empty_choice_is_withheld_unless_the_caller_requested_it() {
+    let chunk = |choice: &str| format!("data: {{\"id\":\"c\",\"choices\":[{choice}]}}\n\n");
+    let usage_of =
+        |choice: &str| format!("data: {{\"id\":\"c\",\"choices\":[{choice}],\"usage\":{}}}\n\n", usage(9, 2));
+    for (path, begin, end, empty) in [
+        (
+            CHAT,
+            r#"{"index":0,"delta":{"content":"Hi"}}"#,
+            r#"{"index":0,"delta":{},"finish_reason":"stop"}"#,
+            r#"{"index":0,"delta":{}}"#,
+        ),
+        (
+            COMPLETIONS,
+            r#"{"index":0,"text":"Hi"}"#,
+            r#"{"index":0,"text":"","finish_reason":"stop"}"#,
+            r#"{"index":0,"text":""}"#,
+        ),
+    ] {
+        let whole = [chunk(begin), chunk(end), usage_of(empty), DONE.to_owned()];
+        let unfinished = [chunk(begin), usage_of(empty), chunk(end), DONE.to_owned()];
+        let other_choice = [chunk(begin), chunk(end), usage_of(&empty.replace('0', "1")), DONE.to_owned()];
+        for (events, withheld) in [(whole, Some(2)), (unfinished, None), (other_choice, None)] {
+            let text = events.concat();
+            for answer in [
+                Answer::stream().events(&events).end(),
+                text.bytes()
+                    .fold(Answer::stream(), |answer, byte| answer.event(&char::from(byte).to_string()))
+                    .end(),
+            ] {
+                let upstream = Upstream::always(answer).await;
+                let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
+                for (options, is_requested) in
+                    [("", false), (r#","stream_options":{"include_usage":true}"#, true)]
+                {
+                    let fields = format!(r#""stream":true{options}"#);
+                    let body = if path == CHAT { hello(&fields) } else { completion(&fields) };
+                    let expected = match withheld {
+                        Some(at) if !is_requested => text.replace(&events[at], ""),
+                        _ => text.clone(),
+                    };
+                    assert_eq!(gateway.post(path, &body).await.text(), expected, "{path} {options}");
+                }
+                assert_eq!(gateway.settled_charges().await, [2, 18, 4, 22]);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_comment_line_passes_before_the_rest_of_its_event_arrives() {
+    for end in ["\n", "\r\n", "\r"] {
+        let comment = format!(": ping{end}");
+        let extra = usage_event(8, 1).replace('\n', end);
+        for (before, after, withheld) in
+            [("", delta("Hi"), ""), ("", format!("id: 7{end}{extra}"), "rest"), ("id: 7\n", extra, "rest")]
+        {
+            let answer = Answer::stream()
+                .event(&format!("{before}: pi"))
+                .event(&comment[4..])
+                .then(Step::Gate)
+                .event(&after)
+                .event(DONE)
+                .end();
+            let upstream = Upstream::always(answer).await;
+            let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
+            let mut caller = gateway.caller().await;
+            caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+            caller.head().await;
+            let mut received = Vec::new();
+            while received.len() < comment.len() {
+                received.extend(caller.chunk().await.unwrap());
+            }
+            assert_eq!(String::from_utf8(received).unwrap(), comment, "{before}");
+            upstream.open_gate();
+            let mut rest = Vec::new();
+            while let Some(chunk) = caller.chunk().await.filter(|chunk| !chunk.is_empty()) {
+                rest.extend(chunk);
+            }
+            let expected = if withheld.is_empty() { after + DONE } else { DONE.to_owned() };
+            assert_eq!(String::from_utf8(rest).unwrap(), expected, "{before}");
+        }
+    }
+}
+
 /// The lines of an event, and whether it is a usage chunk.
 fn event() -> impl Strategy<Value = (Vec<String>, bool)> {
     let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
@@ -63,6 +149,7 @@ fn event() -> impl Strategy<Value = (Vec<String>, bool)> {
         lines(&[&format!(r#"data: {{"id":"c","choices":[],{report}}}"#)]),
         lines(&[&format!(r#"data:{{ {report} , "choices" : [ ] }}"#)]),
         lines(&[": of it", "id: 7", &format!(r#"data: {{"choices":[],{report}}}"#), "retry: 9"]),
+        lines(&["id: 7", ": of it", &format!(r#"data: {{"choices":[],{report}}}"#), ": too"]),
         lines(&[r#"data: {"choices":[],"#, &format!("data: {report}}}")]),
         lines(&["event: usage", &format!(r#"data: {{"note":"\"choices\":[{{","choices":[],{report}}}"#)]),
     ];
@@ -97,8 +184,14 @@ proptest! {
         of_chat in any::<bool>(),
     ) {
         let text = |withheld: bool| -> String {
-            let expected = events.iter().filter(|((_, is_extra), _)| !(withheld && *is_extra));
-            expected.map(|((lines, _), end)| lines.join(end) + end + end).collect()
+            let expected = events.iter().map(|((lines, is_extra), end)| {
+                if withheld && *is_extra {
+                    lines.iter().filter(|line| line.starts_with(':')).map(|line| format!("{line}{end}")).collect()
+                } else {
+                    lines.join(end) + end + end
+                }
+            });
+            expected.collect()
         };
         let all_events = text(false);
         let answer = framed(200, &of_type("text/event-stream"), all_events.as_bytes(), framing, cuts);

@@ -35,7 +35,7 @@ fn only_the_usage_chunk_is_withheld() {
         let stream = before.clone() + &extra + &after;
         for cuts in [vec![], every_byte(&stream), vec![stream.len() - after.len() - 3]] {
             let (got, reader) = follow(&stream, true, &cuts);
-            assert_eq!(got, before.clone() + &after, "{nl:?} {cuts:?}");
+            assert_eq!(got, before.clone() + &format!(": of it{nl}") + &after, "{nl:?} {cuts:?}");
             assert_eq!(reader.withheld(), 1);
             let (got, reader) = follow(&stream, false, &cuts);
             assert_eq!(got, stream);
@@ -116,6 +116,100 @@ fn nested_choices_do_not_prevent_withholding_a_cut_usage_chunk() {
     }
 }
 
+/// The chunk that LiteLLM sends after all choices have ended.
+const EMPTY_CHOICE: &str = r#"data: {"id":"c","choices":[{"index":0,"delta":{}}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
+
+#[test]
+fn usage_beside_choices_that_carry_nothing_is_withheld_after_all_choices_have_ended() {
+    let end = |index: u64| {
+        format!(r#"data: {{"choices":[{{"index":{index},"delta":{{}},"finish_reason":"stop"}}]}}"#)
+    };
+    let (ended, other) = (end(0), HI.replace(r#""index":0"#, r#""index":1"#));
+    let with = |from: &str, to: &str| EMPTY_CHOICE.replace(from, to);
+    for (before, chunk, is_withheld) in [
+        (vec![HI, &ended], EMPTY_CHOICE.to_owned(), true),
+        (vec![HI, &ended, "data: [DONE]"], EMPTY_CHOICE.to_owned(), true),
+        (vec![HI, LAST], EMPTY_CHOICE.to_owned(), true),
+        (vec![HI, &other, &ended, &end(1)], EMPTY_CHOICE.to_owned(), true),
+        (vec![HI, HI, HI, HI, HI, &ended], with("{}", r#"{"content":null}"#), true),
+        (vec![HI, &ended], with(r#""delta":{}"#, r#""text":"""#), true),
+        (vec![HI, &ended], with(r#","delta":{}"#, ""), true),
+        (vec![], EMPTY_CHOICE.to_owned(), false),
+        (vec![HI], EMPTY_CHOICE.to_owned(), false),
+        (vec![HI, &other, &ended], EMPTY_CHOICE.to_owned(), false),
+        (vec![HI, &other, &other, &other, &ended], with(r#""index":0"#, r#""index":1"#), false),
+        (vec![HI, &ended], with(r#""index":0"#, r#""index":1"#), false),
+        (vec![HI, &ended], with("{}", r#"{"content":"more"}"#), false),
+        (vec![HI, &ended], with("{}", r#"{"tool_calls":[{"index":0,"function":{"name":"f"}}]}"#), false),
+        (vec![HI, &ended], with("{}}", r#"{},"finish_reason":"stop"}"#), false),
+        (vec![HI, &ended], with(r#"{"prompt_tokens":7,"completion_tokens":2}"#, "null"), false),
+    ] {
+        let before: String = before.iter().map(|event| format!("{event}\n\n")).collect();
+        let stream = format!("{before}{chunk}\n\ndata: [DONE]\n\n");
+        let want = if is_withheld { format!("{before}data: [DONE]\n\n") } else { stream.clone() };
+        for cuts in [vec![], every_byte(&stream), vec![before.len() + 30]] {
+            let (got, reader) = follow(&stream, true, &cuts);
+            assert_eq!((got, reader.withheld()), (want.clone(), u32::from(is_withheld)), "{stream}");
+            // The caller requested usage itself.
+            assert_eq!(follow(&stream, false, &cuts).0, stream);
+        }
+    }
+}
+
+#[test]
+fn a_comment_line_passes_when_it_is_complete() {
+    for nl in ["\n", "\r\n", "\r"] {
+        for (before, after) in [
+            ("", EXTRA),
+            ("id: 3\nevent: e\n", EXTRA),
+            ("data: {\"choices\":[],\n", "data: \"usage\":{\"completion_tokens\":2}}"),
+            ("\u{feff}", EXTRA),
+        ] {
+            let (before, comment) = (before.replace('\n', nl), format!(": ping{nl}"));
+            let mut reader = SseReader::new(true);
+            let mut out: Vec<Bytes> = Vec::new();
+            let mut feed = |bytes: &str| {
+                reader.feed(&Bytes::copy_from_slice(bytes.as_bytes()), &mut out);
+                String::from_utf8(std::mem::take(&mut out).concat()).unwrap()
+            };
+            let head = feed(&before) + &feed(&comment[..3]) + &feed(&comment[3..6]) + &feed(&comment[6..]);
+            assert_eq!(head.trim_start_matches('\u{feff}'), comment, "{before}");
+            assert_eq!(feed(&format!("{after}{nl}{nl}")), "", "{before}");
+            assert_eq!(feed(&format!("{HI}{nl}{nl}")), format!("{HI}{nl}{nl}"));
+            assert_eq!(reader.withheld(), 1);
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_comment_needs_a_separator_before_the_next_event() {
+    for (stream, withholds, is_passed_on) in [
+        (": pi", true, true),
+        (": pi", false, true),
+        ("id: 3\n: pi", true, false),
+        (": ping\n", true, false),
+        (": ping\nid: 3", true, false),
+    ] {
+        let mut reader = SseReader::new(withholds);
+        reader.feed(&Bytes::from(stream), &mut Vec::<Bytes>::new());
+        assert_eq!(reader.break_off(), is_passed_on, "{stream}");
+        let mut rest: Vec<Bytes> = Vec::new();
+        reader.finish(&mut rest);
+        assert!(rest.is_empty(), "{stream}");
+    }
+}
+
+#[test]
+fn the_size_limit_of_held_back_events_includes_a_partial_comment() {
+    let long = format!(": {}\n", "x".repeat(MAX_WITHHELD_BYTES));
+    let stream = format!("id: 3\n{long}{EXTRA}\n\n{EXTRA}\n\n");
+    let cuts: Vec<usize> = (0..stream.len()).step_by(4_099).collect();
+    for cuts in [vec![], vec![6], cuts] {
+        let (got, reader) = follow(&stream, true, &cuts);
+        assert_eq!((got, reader.withheld()), (format!("id: 3\n{long}{EXTRA}\n\n"), 1));
+    }
+}
+
 #[test]
 fn text_is_collected_if_usage_never_arrives() {
     let (_, mut reader) = follow(&format!("{HI}\n\n{HI}\n\ndata: [DONE]\n\n"), true, &[]);
@@ -184,5 +278,55 @@ proptest! {
         if !withholds {
             prop_assert_eq!(whole, stream);
         }
+    }
+
+    #[test]
+    fn comments_pass_at_once_and_all_else_in_order(
+        lines in prop::collection::vec((any::<bool>(), line()), 0..16),
+        nl in prop_oneof![Just("\n"), Just("\r\n"), Just("\r")],
+        mut cuts in prop::collection::vec(0usize..1200, 0..40),
+        has_mark in any::<bool>(),
+    ) {
+        let mark = if has_mark { "\u{feff}" } else { "" };
+        let (mut stream, mut fields, mut ends) = (mark.to_owned(), mark.to_owned(), Vec::new());
+        for (n, (is_comment, line)) in lines.into_iter().enumerate() {
+            if is_comment || line.starts_with(':') {
+                stream += &format!(": comment {n}.");
+                ends.push((stream.len(), format!(": comment {n}.")));
+            } else {
+                stream += &line;
+                fields += &line;
+                fields += nl;
+            }
+            stream += nl;
+        }
+        let (fields_passed, _) = follow(&fields, true, &[]);
+        cuts.push(stream.len());
+        cuts.sort_unstable();
+        let mut reader = SseReader::new(true);
+        let (mut out, mut from): (Vec<Bytes>, usize) = (Vec::new(), 0);
+        for cut in cuts {
+            let cut = cut.clamp(from, stream.len());
+            reader.feed(&Bytes::copy_from_slice(&stream.as_bytes()[from..cut]), &mut out);
+            from = cut;
+            let passed = String::from_utf8_lossy(&out.concat()).into_owned();
+            for (end, comment) in &ends {
+                // The first byte of the line end completes the line.
+                prop_assert!(*end >= cut || passed.contains(comment), "{comment} of {stream:?} at {cut}");
+            }
+        }
+        reader.finish(&mut out);
+        let passed = String::from_utf8(out.concat()).unwrap();
+        let mut rest = passed.as_str();
+        let mut without_comments = String::new();
+        for (_, comment) in &ends {
+            let at = rest.find(comment);
+            prop_assert!(at.is_some(), "{comment} of {stream:?}");
+            let (before, after) = rest.split_at(at.unwrap_or(0));
+            without_comments += before;
+            let after = &after[comment.len()..];
+            rest = after.strip_prefix("\r\n").or(after.strip_prefix(['\r', '\n'])).unwrap_or(after);
+        }
+        prop_assert_eq!(without_comments + rest, fields_passed);
     }
 }
