@@ -1,5 +1,6 @@
 //! The errors that the gateway itself answers, and their HTTP shape.
 
+mod denial;
 mod dialects;
 
 use crate::api::Dialect;
@@ -280,7 +281,7 @@ impl fmt::Display for ProxyError {
             Self::ModelNotFound { model, environment } => {
                 write!(f, "The model '{model}' does not exist, or environment '{environment}' does not allow it (models).")
             }
-            Self::QuotaExceeded { denied, environment, .. } => write_denial(f, denied, environment),
+            Self::QuotaExceeded { denied, environment, .. } => denial::write_message(f, denied, environment),
             Self::TooManyInFlight { limit, environment } => {
                 write!(f, "Environment '{environment}' already has {limit} requests in flight (max_in_flight). Try again when one of them has ended.")
             }
@@ -304,25 +305,6 @@ impl fmt::Display for ProxyError {
             Self::ShuttingDown => f.write_str("The gateway is shutting down. Try again in a moment."),
             Self::Internal => f.write_str("The gateway failed to process this request because of an internal error."),
         }
-    }
-}
-
-fn write_denial(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) -> fmt::Result {
-    let Some(Shortfall { quota, used, held, requested, wait, .. }) = denied.shortfalls().first() else {
-        return Ok(());
-    };
-    let (kind, per, limit) = (quota.kind.as_str(), &quota.per.text, quota.limit);
-    match wait {
-        Wait::Never => write!(
-            f,
-            "This request can never fit: it needs {requested} {kind}, and environment '{environment}' allows at most {} per {per}.",
-            quota.capacity()
-        ),
-        Wait::Ms(ms) => write!(
-            f,
-            "Rate limit reached for environment '{environment}' on {kind} per {per}: limit {limit}, used {used}, held by requests in flight {held}, requested {requested}. Try again in {}.",
-            go_duration((*ms).max(1))
-        ),
     }
 }
 

@@ -83,6 +83,15 @@ impl Scope {
         }
     }
 
+    /// The owner of the quota, as messages name it: `caller 'batch' of environment 'production'`.
+    pub fn describe(&self, environment: &str) -> String {
+        match self {
+            Self::Environment => format!("environment '{environment}'"),
+            Self::Caller(_, name) => format!("caller '{name}' of environment '{environment}'"),
+            Self::Model(pattern) => format!("model '{}' in environment '{environment}'", pattern.as_str()),
+        }
+    }
+
     /// `environment`, `caller` or `model`.
     pub fn as_str(&self) -> &'static str {
         match self {

@@ -5,7 +5,7 @@ mod metrics;
 mod series;
 
 use crate::clock::Stopwatch;
-use crate::quota::Amounts;
+use crate::quota::{Amounts, Shortfall};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -88,6 +88,8 @@ pub(crate) struct Record {
     pub(crate) status: u16,
     /// The code of the gateway's error. Empty if there is none.
     pub(crate) error: &'static str,
+    /// The quota that denied the request; of several, the one with the longest wait.
+    pub(crate) denied_by: Option<Box<Shortfall>>,
     /// Whether the answer is an event stream.
     pub(crate) is_stream: bool,
     /// Prompt tokens reserved before the request was forwarded.
@@ -122,6 +124,7 @@ impl Record {
             outcome: RequestOutcome::CallerGone,
             status: 0,
             error: "",
+            denied_by: None,
             is_stream: false,
             estimated_prompt: 0,
             raw_estimate: 0,

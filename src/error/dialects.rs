@@ -124,14 +124,19 @@ fn shortfall_json(shortfall: &Shortfall) -> Value {
         Wait::Ms(ms) => Some((*ms).max(1)),
         Wait::Never => None,
     };
-    json!({
+    let mut json = json!({
+        "scope": quota.scope.as_str(),
         "kind": quota.kind.as_str(),
         "per": quota.per.text,
         "limit": quota.limit,
         "remaining": remaining,
         "requested": requested,
         "retry_after_ms": retry_after_ms,
-    })
+    });
+    if !quota.scope.name().is_empty() {
+        json["name"] = quota.scope.name().into();
+    }
+    json
 }
 
 #[cfg(test)]

@@ -35,6 +35,9 @@ pub(super) fn respond(
     let Refusal { error, headers } = refusal;
     let record = &mut charge.record;
     record.error = error.code();
+    if let ProxyError::QuotaExceeded { denied, .. } = &error {
+        record.denied_by = denied.shortfalls().first().cloned().map(Box::new);
+    }
     record.outcome = outcome(&error);
     record.request_id = state.request_ids.next();
     let mut response = error.into_response(dialect);
@@ -89,10 +92,13 @@ pub(super) fn record_shadow_denial(no_room: &NoRoom, environment: &Environment, 
         environment = environment.name,
         caller = record.caller.as_deref(),
         code,
+        scope = worst.map(|s| s.quota.scope.as_str()),
+        name = worst.map(|s| s.quota.scope.name()).filter(|name| !name.is_empty()),
         kind = worst.map(|s| s.quota.kind.as_str()),
         per = worst.map(|s| s.quota.per.text.as_str()),
         requested = worst.map(|s| s.requested),
         remaining = worst.map(|s| s.remaining),
+        limit = worst.map(|s| s.quota.limit),
         "enforced quotas would have denied this request (shadow mode, enforce: false)"
     );
 }

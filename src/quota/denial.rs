@@ -1,6 +1,7 @@
 //! Why a request was denied, and when it would fit.
 
-use super::{Quota, Window};
+use super::{Amounts, Quota, Required, Window};
+use crate::clock::Timestamp;
 
 /// How long a request has to wait until it fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,18 +16,30 @@ pub enum Wait {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Denied {
     shortfalls: Vec<Shortfall>,
+    requested: Amounts,
+    at: Timestamp,
 }
 
 impl Denied {
     /// Sorts the shortfalls by their wait; `None` if there is none.
-    pub(super) fn from_shortfalls(mut shortfalls: Vec<Shortfall>) -> Option<Self> {
+    pub(super) fn new(at: Timestamp, required: &Required, mut shortfalls: Vec<Shortfall>) -> Option<Self> {
         shortfalls.sort_by_key(|shortfall| std::cmp::Reverse(shortfall.wait));
-        (!shortfalls.is_empty()).then_some(Self { shortfalls })
+        (!shortfalls.is_empty()).then_some(Self { shortfalls, requested: required.amounts, at })
     }
 
     /// All quotas that could not hold the request, longest wait first; never empty.
     pub fn shortfalls(&self) -> &[Shortfall] {
         &self.shortfalls
+    }
+
+    /// The amounts that the request needs, of every kind.
+    pub fn requested(&self) -> Amounts {
+        self.requested
+    }
+
+    /// When the request was denied. Waits count from this moment.
+    pub fn at(&self) -> Timestamp {
+        self.at
     }
 }
 

@@ -145,7 +145,7 @@ impl Quotas {
             let tightest = cells.min_by_key(|cell| cell.level())?;
             let wait = Wait::Ms(MIN_WAIT_BEHIND_QUEUE_MS);
             let shortfall = tightest.shortfall(required.amounts.of(tightest.quota.kind), wait);
-            Denied::from_shortfalls(vec![shortfall])
+            Denied::new(now, required, vec![shortfall])
         })
     }
 
@@ -159,7 +159,7 @@ impl Quotas {
                 shortfalls.push(cell.shortfall(required.amounts.of(cell.quota.kind), wait));
             }
         }
-        Denied::from_shortfalls(shortfalls)
+        Denied::new(now, required, shortfalls)
     }
 
     fn take(&mut self, applicable: &[u32], amounts: Amounts) -> Receipt {

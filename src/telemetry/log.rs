@@ -6,6 +6,7 @@
 
 use super::Record;
 use crate::clock::{self, Timestamp};
+use crate::quota::{Shortfall, Wait};
 use serde::Serialize;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -39,6 +40,23 @@ struct RequestLine<'a> {
     status: u16,
     #[serde(skip_serializing_if = "str::is_empty")]
     error: &'a str,
+    // The quota that denied the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scope: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    per: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requested: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remaining: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_ms: Option<u64>,
     stream: bool,
     estimated_prompt_tokens: u64,
     prompt_tokens: u64,
@@ -61,6 +79,7 @@ pub(super) fn request(record: &Record, elapsed: Duration) {
     }
     let Some(output) = OUTPUT.get() else { return };
     let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    let denied_by = record.denied_by.as_deref();
     output.add(|buffer, timestamp| {
         let line = RequestLine {
             timestamp,
@@ -74,6 +93,14 @@ pub(super) fn request(record: &Record, elapsed: Duration) {
             outcome: record.outcome.as_str(),
             status: record.status,
             error: record.error,
+            scope: denied_by.map(|s| s.quota.scope.as_str()),
+            name: denied_by.map(|s| s.quota.scope.name()).filter(|name| !name.is_empty()),
+            kind: denied_by.map(|s| s.quota.kind.as_str()),
+            per: denied_by.map(|s| s.quota.per.text.as_str()),
+            limit: denied_by.map(|s| s.quota.limit),
+            requested: denied_by.map(|s| s.requested),
+            remaining: denied_by.map(|s| s.remaining),
+            retry_after_ms: denied_by.and_then(retry_after_ms),
             stream: record.is_stream,
             estimated_prompt_tokens: record.estimated_prompt,
             prompt_tokens: record.charged.prompt,
@@ -88,6 +115,14 @@ pub(super) fn request(record: &Record, elapsed: Duration) {
         drop(serde_json::to_writer(&mut *buffer, &line));
         buffer.push(b'\n');
     });
+}
+
+/// The wait in milliseconds. `None`: the request can never fit.
+fn retry_after_ms(denied_by: &Shortfall) -> Option<u64> {
+    match denied_by.wait {
+        Wait::Ms(ms) => Some(ms.max(1)),
+        Wait::Never => None,
+    }
 }
 
 /// The buffer and the thread that writes it.

@@ -74,7 +74,7 @@ impl Metrics {
                 &r,
                 "tollgate_rejections_total",
                 "Requests that a quota or limit denied; shadow=\"true\": denials that were not enforced.",
-                &["environment", "code", "kind", "per", "shadow"],
+                &["environment", "code", "scope", "kind", "per", "shadow"],
             )?,
             usage_missing: counters(
                 &r,
@@ -132,9 +132,12 @@ impl Metrics {
 
     /// Counts a denial by a quota or limit. `shadow`: the environment does not enforce its quotas.
     pub(crate) fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>, shadow: bool) {
-        let (kind, per) = worst.map_or(("", ""), |s| (s.quota.kind.as_str(), s.quota.per.text.as_str()));
+        // A denial without a quota is one of the whole environment.
+        let (scope, kind, per) = worst.map_or(("environment", "", ""), |s| {
+            (s.quota.scope.as_str(), s.quota.kind.as_str(), s.quota.per.text.as_str())
+        });
         let shadow = if shadow { "true" } else { "" };
-        self.rejections.with_label_values(&[environment, code, kind, per, shadow]).inc();
+        self.rejections.with_label_values(&[environment, code, scope, kind, per, shadow]).inc();
     }
 
     /// Counts a prompt estimate.
@@ -193,7 +196,8 @@ impl Metrics {
         let series = Series::new(&self.series, environment);
         for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
             let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
-            let labels = [environment.name.as_str(), code, quota.kind.as_str(), &quota.per.text, ""];
+            let scope = quota.scope.as_str();
+            let labels = [environment.name.as_str(), code, scope, quota.kind.as_str(), &quota.per.text, ""];
             self.rejections.with_label_values(&labels);
         }
         self.usage_missing.with_label_values(&[&environment.name, "not_reported"]);

@@ -15,6 +15,7 @@ mod limits;
 mod operations;
 mod passthrough;
 mod quotas;
+mod refusals;
 mod routing;
 mod settling;
 mod simulate;

@@ -54,7 +54,7 @@ async fn health_checks_and_metrics_answer_from_the_start() {
     assert!(metrics.header("content-type").unwrap().starts_with("text/plain"));
     for line in [
         r#"tollgate_requests_total{api="chat",environment="staging",outcome="answered"}"#,
-        r#"tollgate_rejections_total{code="request_exceeds_quota",environment="staging",kind="total_tokens",per="minute"} 1"#,
+        r#"tollgate_rejections_total{code="request_exceeds_quota",environment="staging",kind="total_tokens",per="minute",scope="environment"} 1"#,
         r#"tollgate_tokens_total{environment="staging",kind="total",model="gpt-4o"} 10"#,
         r#"tollgate_quota_limit{environment="staging",kind="total_tokens",per="minute"} 1000"#,
         r#"tollgate_quota_level{environment="staging",kind="requests",per="day"} 59"#,

@@ -4,11 +4,13 @@ use super::Caller;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 pub struct Process {
     child: Child,
     pub address: SocketAddr,
     pub admin: SocketAddr,
+    log: Arc<Mutex<Vec<serde_json::Value>>>,
     _folder: tempfile::TempDir,
 }
 
@@ -35,21 +37,35 @@ impl Process {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let further = log.clone();
         let serving = tokio::task::spawn_blocking(move || {
             let line = lines.find(|line| line.contains("\"serving\"")).unwrap();
             // The log pipe must be read, or the gateway blocks when it is full.
-            std::thread::spawn(move || lines.for_each(drop));
+            std::thread::spawn(move || {
+                lines.for_each(|line| further.lock().unwrap().push(serde_json::from_str(&line).unwrap()));
+            });
             serde_json::from_str::<serde_json::Value>(&line).unwrap()
         })
         .await
         .unwrap();
         let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
-        Self { child, address: address("address"), admin: address("admin"), _folder: folder }
+        Self { child, address: address("address"), admin: address("admin"), log, _folder: folder }
     }
 
     /// The process id.
     pub fn id(&self) -> String {
         self.child.id().to_string()
+    }
+
+    /// Waits for a log line in which this field has this value.
+    pub async fn log_line(&self, field: &str, value: &str) -> serde_json::Value {
+        loop {
+            if let Some(line) = self.log.lock().unwrap().iter().find(|line| line[field] == value) {
+                return line.clone();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
     }
 
     pub async fn caller(&self) -> Caller {

@@ -1,0 +1,69 @@
+//! What a refusal says: whose quota denied the request, what was requested, and when it fits.
+
+use crate::support::*;
+use serde_json::json;
+
+const KEY: &str = "authorization: Bearer sk-batch-0123456789\r\n";
+
+/// An environment with room for every request, whose caller and model have little.
+const ENVIRONMENT: &str = "{ upstream: u, quotas: { total_tokens: { limit: 100k, per: minute } },
+    keys: [{ name: batch, secret: sk-batch-0123456789, quotas: { total_tokens: { limit: 600, per: hour } } }],
+    model_quotas: { 'gpt-4.1*': { requests: { limit: 1, per: day, timezone: Europe/Berlin } } }, reserve: { completion: 512 } }";
+
+async fn chat(process: &Process, model: &str) -> Reply {
+    let body = format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"hello"}}]}}"#);
+    let mut caller = process.caller().await;
+    caller.request("POST", CHAT, KEY, body.as_bytes()).await;
+    caller.reply().await
+}
+
+#[tokio::test]
+async fn a_refusal_names_the_scope_of_the_quota_in_message_body_log_and_metric() {
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let sections = format!(
+        "upstreams: {{ u: {{ base_url: 'http://{}/v1' }} }}\nenvironments: {{ production: {ENVIRONMENT} }}",
+        upstream.address
+    );
+    for (model, scope, name, kind, owner, words) in [
+        (
+            "gpt-4o",
+            "caller",
+            "batch",
+            "total_tokens",
+            "caller 'batch' of environment 'production'",
+            "requested 520 (8 for the prompt and 512 reserved for the answer). Try again in ",
+        ),
+        (
+            "gpt-4.1-mini",
+            "model",
+            "gpt-4.1*",
+            "requests",
+            "model 'gpt-4.1*' in environment 'production'",
+            "T00:00:00+0",
+        ),
+    ] {
+        let process = Process::start(&sections, &[]).await;
+        assert_eq!(chat(&process, model).await.status, 200);
+        // The first answer spent 100 of the caller's 600 tokens and the only request for the model.
+        let denied = chat(&process, model).await;
+        assert_eq!(denied.status, 429);
+        let error = &denied.json()["error"];
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(owner) && message.contains(words), "{message}");
+        let quotas = error["quotas"].as_array().unwrap();
+        let quota = quotas.iter().find(|quota| quota["scope"] == scope).unwrap();
+        assert_eq!((&quota["name"], &quota["kind"]), (&json!(name), &json!(kind)));
+        let request_id = denied.header("x-request-id").unwrap();
+        let line = process.log_line("request_id", request_id).await;
+        for field in ["scope", "name", "kind", "per", "limit", "requested", "remaining", "retry_after_ms"] {
+            assert_eq!(line[field], quota[field], "{field}: {line}");
+        }
+        let metrics = process.admin_get("/metrics").await.text().to_owned();
+        let series = metrics
+            .lines()
+            .find(|line| line.starts_with("tollgate_rejections_total") && line.ends_with(" 1"));
+        assert!(series.unwrap().contains(&format!("scope=\"{scope}\"")), "{metrics}");
+        let admitted = process.log_line("outcome", "answered").await;
+        assert!(admitted.get("scope").is_none() && admitted.get("retry_after_ms").is_none(), "{admitted}");
+    }
+}
