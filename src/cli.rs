@@ -4,6 +4,9 @@ mod check;
 mod count;
 mod demo;
 mod hash_key;
+mod init;
+mod new_key;
+mod output;
 mod serve;
 mod simulate;
 
@@ -36,6 +39,10 @@ enum CliCommand {
     Count(count::CountArguments),
     /// Replays a trace of requests through the quotas of the config and compares reservation modes
     Simulate(simulate::SimulateArguments),
+    /// Writes a config file with comments, to start from
+    Init(init::InitArguments),
+    /// Makes a random key for a caller, and the line with its digest for the config
+    NewKey(new_key::NewKeyArguments),
     /// Reads a key from standard input and prints its SHA-256 for the config
     HashKey,
     /// Prints a script with command completions for a shell
@@ -56,19 +63,28 @@ pub fn run() -> ExitCode {
     let result = match command.unwrap_or(CliCommand::Serve) {
         CliCommand::Serve => serve::run(config),
         CliCommand::Demo => demo::run(),
-        CliCommand::Check => Ok(check::run(config)),
+        CliCommand::Check => check::run(config),
         CliCommand::Count(arguments) => count::run(config, &arguments),
         CliCommand::Simulate(arguments) => simulate::run(config, &arguments),
+        CliCommand::Init(arguments) => init::run(config, &arguments),
+        CliCommand::NewKey(arguments) => new_key::run(&arguments),
         CliCommand::HashKey => hash_key::run(),
-        CliCommand::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "tollgate", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
-        }
+        CliCommand::Completions { shell } => print_completions(shell),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("tollgate: {error:#}");
+        if output::is_closed_pipe(&error) {
+            return ExitCode::SUCCESS;
+        }
+        output::report(&format!("tollgate: {error:#}"));
         ExitCode::from(FAILED)
     })
+}
+
+fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "tollgate", &mut script);
+    output::print(&String::from_utf8(script)?)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The path from the arguments or from `TOLLGATE_CONFIG`, if there is one.
@@ -76,11 +92,23 @@ fn config_path(config: Option<PathBuf>) -> Option<PathBuf> {
     config.or_else(|| std::env::var_os("TOLLGATE_CONFIG").map(PathBuf::from))
 }
 
+/// The path of the config file. It need not exist.
+fn config_path_or_default(config: Option<PathBuf>) -> PathBuf {
+    config_path(config).unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"))
+}
+
 /// Loads the config, or prints its faults and returns the exit code.
 fn load_or_explain(config: Option<PathBuf>) -> Result<Loaded, ExitCode> {
-    let path = config_path(config).unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"));
+    let path = config_path_or_default(config);
+    if !path.exists() {
+        output::report(&format!(
+            "tollgate: there is no config file {}. `tollgate demo` runs without one, `tollgate init` writes one, and `--config FILE` names another.",
+            path.display()
+        ));
+        return Err(ExitCode::from(BAD_CONFIG));
+    }
     load(&path).map_err(|faults| {
-        eprintln!("{faults}");
+        output::report(&faults.to_string());
         ExitCode::from(BAD_CONFIG)
     })
 }

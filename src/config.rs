@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use callers::MAX_KEY_BYTES;
+pub(crate) use callers::{MAX_KEY_BYTES, is_caller_name};
 pub use fault::{Fault, Faults};
 pub(crate) use load::load;
 pub use load::{Loaded, parse};
@@ -193,8 +193,8 @@ impl Environment {
 pub struct CallerSettings {
     /// The caller's name in logs and metrics.
     pub name: String,
-    /// SHA-256 of the caller's key. The key itself is not stored.
-    pub sha256: [u8; 32],
+    /// SHA-256 of each of the caller's keys. The keys themselves are not stored.
+    pub sha256: Vec<[u8; 32]>,
 }
 
 /// `reserve.completion`: how many completion tokens the gateway reserves.
@@ -343,12 +343,12 @@ impl Config {
         self.environments.iter().enumerate().find(|(_, e)| e.name == name)
     }
 
-    /// Maps the digest of each caller's key to the indexes of its environment and its caller.
+    /// Maps the digest of each key of each caller to the indexes of its environment and its caller.
     pub(crate) fn callers_by_digest(&self) -> BTreeMap<[u8; 32], (usize, usize)> {
         let mut all = BTreeMap::new();
         for (e, environment) in self.environments.iter().enumerate() {
             for (c, caller) in environment.callers.iter().enumerate() {
-                all.insert(caller.sha256, (e, c));
+                all.extend(caller.sha256.iter().map(|digest| (*digest, (e, c))));
             }
         }
         all

@@ -1,5 +1,6 @@
 //! `tollgate count`: prints the prompt estimate of a request body.
 
+use super::output;
 use crate::api::Api;
 use crate::body::Body;
 use crate::calibrations::{Calibrations, SavedCalibration};
@@ -118,14 +119,14 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &CountArguments) -> anyhow
     input.read_to_end(&mut body).context("cannot read the request body")?;
     match count(arguments, &context, &body) {
         Ok(result) => {
-            print!("{}", result.to_text());
+            output::print(&result.to_text())?;
             if arguments.explain {
-                print!("{}{}", result.explanation(), result.corrections(&context));
+                output::print(&(result.explanation() + &result.corrections(&context)))?;
             }
             Ok(ExitCode::SUCCESS)
         }
         Err(fault) => {
-            eprintln!("tollgate: {fault}");
+            output::report(&format!("tollgate: {fault}"));
             Ok(ExitCode::from(super::FAILED))
         }
     }

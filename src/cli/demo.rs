@@ -1,5 +1,6 @@
 //! `tollgate demo`: runs the gateway with a simulated backend.
 
+use super::output;
 use super::serve::run_until_signal;
 use crate::app::App;
 use crate::config::parse;
@@ -14,7 +15,7 @@ pub(super) fn run() -> anyhow::Result<ExitCode> {
     let text = CONFIG.replace("BACKEND", &backend.address().to_string());
     let loaded = parse(&text, "demo.yaml", &|_| None, &[]).map_err(|faults| anyhow!("{faults}"))?;
     let app = App::start(loaded.config)?;
-    print!("{}", introduction(app.address(), app.admin_address()));
+    output::print(&introduction(app.address(), app.admin_address()))?;
     let log = init_logging();
     run_until_signal(app, &log)
 }

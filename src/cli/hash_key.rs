@@ -1,5 +1,6 @@
 //! `tollgate hash-key`: prints the SHA-256 of a key.
 
+use super::output;
 use anyhow::{Context as _, bail};
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
@@ -17,12 +18,13 @@ pub(super) fn run() -> anyhow::Result<ExitCode> {
     if key.is_empty() {
         bail!("the key is empty: write it to standard input");
     }
-    println!("{}", hex(&Sha256::digest(key)));
+    output::print(&format!("{}\n", hex_digest(key)))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
+/// The SHA-256 of a key in hexadecimal digits, as the config has it.
+pub(super) fn hex_digest(key: &[u8]) -> String {
+    Sha256::digest(key).iter().fold(String::new(), |mut text, byte| {
         // Writing to a string cannot fail.
         let _ = write!(text, "{byte:02x}");
         text

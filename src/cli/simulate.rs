@@ -1,6 +1,6 @@
 //! `tollgate simulate`: replays a trace through the quotas of the config.
 
-use super::load_or_explain;
+use super::{load_or_explain, output};
 use crate::clock::Stopwatch;
 use crate::config::{Config, duration};
 use crate::simulate::{Pace, SimulationReport, TraceCall, read_trace};
@@ -53,12 +53,12 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
         .collect();
     if arguments.json {
         let all: Map<String, Value> = reports.iter().map(|r| (r.environment.clone(), r.as_json())).collect();
-        println!("{}", json!({ "environments": all }));
+        output::print(&format!("{}\n", json!({ "environments": all })))?;
     } else {
         for report in &reports {
-            println!("{}", report.to_text());
+            output::print(&format!("{}\n", report.to_text()))?;
         }
-        println!("Replayed in {:.2} s.", clock.elapsed().as_secs_f64());
+        output::print(&format!("Replayed in {:.2} s.\n", clock.elapsed().as_secs_f64()))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -10,6 +10,9 @@ use std::collections::{HashMap, HashSet};
 /// A shorter key can be guessed, which is worth a warning.
 const MIN_SECURE_KEY_BYTES: usize = 16;
 
+/// Maximum number of keys of one caller.
+const MAX_KEYS_PER_CALLER: usize = 16;
+
 /// Maximum length of a caller's key. The gateway refuses a longer one without hashing it.
 pub(crate) const MAX_KEY_BYTES: usize = 4 * 1024;
 
@@ -27,24 +30,31 @@ pub(super) fn read(
     for setting in setting.list().unwrap_or_default() {
         let Some(key) = setting.section(&["name", "secret", "sha256", "quotas"]) else { continue };
         let name = key.require("name", "web-app").and_then(|i| caller_name(&i, &mut names));
-        let digest = digest(&key);
-        if let Some(other) = digest.and_then(|digest| digests.insert(digest, setting.path.clone())) {
-            setting.fault(format!("this key is already used at {other}; give each caller a different key"));
+        let own_digests = own_digests(&key);
+        for digest in own_digests.iter().flatten() {
+            if let Some(other) = digests.insert(*digest, setting.path.clone()) {
+                setting.fault(format!("this key is already used at {other}; use each key once"));
+            }
         }
         if let Some(own) = key.restriction("quotas") {
             quotas::of_caller(&own, callers.len(), name.unwrap_or_default(), quotas);
         }
-        if let (Some(name), Some(sha256)) = (name, digest) {
+        if let (Some(name), Some(sha256)) = (name, own_digests) {
             callers.push(CallerSettings { name: name.to_owned(), sha256 });
         }
     }
     callers
 }
 
+/// Whether a text can be the name of a caller.
+pub(crate) fn is_caller_name(name: &str) -> bool {
+    let is_allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    (1..=64).contains(&name.len()) && name.bytes().all(is_allowed)
+}
+
 fn caller_name<'n>(setting: &Setting<'n>, names: &mut HashSet<&'n str>) -> Option<&'n str> {
     let name = setting.text()?;
-    let is_allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-    if !(1..=64).contains(&name.len()) || !name.bytes().all(is_allowed) {
+    if !is_caller_name(name) {
         setting.fault(format!(
             "{} is not a valid caller name; use 1 to 64 letters, digits, \".\", \"_\" and \"-\"",
             setting.quoted()
@@ -60,24 +70,40 @@ fn caller_name<'n>(setting: &Setting<'n>, names: &mut HashSet<&'n str>) -> Optio
     Some(name)
 }
 
-fn digest(key: &Section<'_>) -> Option<[u8; 32]> {
-    match (key.get("secret"), key.get("sha256")) {
-        (Some(secret), None) => digest_of_secret(&secret),
-        (None, Some(sha256)) => {
-            let digest = digest_in_hex(sha256.text()?);
-            if digest.is_none() {
-                // The message does not contain the value, which may be the key itself.
-                sha256.fault(
-                    "this is not a SHA-256; write the 64 hexadecimal digits that `tollgate hash-key` prints",
-                );
-            }
-            digest
-        }
+/// The digests of all keys of a caller. A caller has several while its key is rotated.
+fn own_digests(key: &Section<'_>) -> Option<Vec<[u8; 32]>> {
+    let (setting, read): (_, fn(&Setting<'_>) -> Option<[u8; 32]>) = match (
+        key.get("secret"),
+        key.get("sha256"),
+    ) {
+        (Some(secret), None) => (secret, digest_of_secret),
+        (None, Some(sha256)) => (sha256, digest_from_hex),
         _ => {
             key.fault("set either secret (the key, for example ${VARIABLE}) or sha256 (the output of `tollgate hash-key`)");
-            None
+            return None;
         }
+    };
+    let keys = setting.one_or_more();
+    match keys.len() {
+        0 => setting
+            .fault("the list is empty, so the caller would have no key; add a key or remove the caller"),
+        n if n > MAX_KEYS_PER_CALLER => {
+            setting
+                .fault(format!("{n} keys are too many for one caller; the maximum is {MAX_KEYS_PER_CALLER}"));
+        }
+        _ => return keys.iter().map(read).collect(),
     }
+    None
+}
+
+fn digest_from_hex(setting: &Setting<'_>) -> Option<[u8; 32]> {
+    let digest = digest_in_hex(setting.text()?);
+    if digest.is_none() {
+        // The message does not contain the value, which may be the key itself.
+        setting
+            .fault("this is not a SHA-256; write the 64 hexadecimal digits that `tollgate hash-key` prints");
+    }
+    digest
 }
 
 fn digest_of_secret(setting: &Setting<'_>) -> Option<[u8; 32]> {

@@ -180,6 +180,20 @@ fn a_key_and_its_digest_identify_the_same_caller() {
 }
 
 #[test]
+fn a_caller_may_have_several_keys() {
+    let sha256 = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0";
+    let digests = format!(
+        "{{ name: a, sha256: [6ca13d52ca70c883e0f0bb101e425a89e8624de51db2d2392593af6a84118090, {sha256}] }}"
+    );
+    let secrets = "{ name: b, secret: [one-key-of-caller-b, another-key-of-caller-b] }";
+    let config = config(&with(&format!("keys: [{digests}, {secrets}]")));
+    assert_eq!(config.environments[0].callers.iter().map(|c| c.sha256.len()).collect::<Vec<_>>(), [2, 2]);
+    let mut owners: Vec<_> = config.callers_by_digest().into_values().collect();
+    owners.sort_unstable();
+    assert_eq!(owners, [(0, 0), (0, 0), (0, 1), (0, 1)]);
+}
+
+#[test]
 fn debug_output_contains_no_secret() {
     let text = with_upstream("base_url: 'http://u', api_key: secret-one, headers: { x-key: secret-two }")
         + "    keys: [{ name: a, secret: secret-three-is-long }]\n"

@@ -5,7 +5,7 @@ use http::HeaderMap;
 use sha2::{Digest as _, Sha256};
 use smallvec::SmallVec;
 use std::collections::HashMap;
-use subtle::ConstantTimeEq as _;
+use subtle::{Choice, ConstantTimeEq as _};
 
 /// Headers that can carry a caller's key, in the order in which they are searched.
 pub(super) const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog-api-key"];
@@ -96,7 +96,7 @@ impl KeyTable {
         )
     }
 
-    /// Finds the owner of a key by its digest, and compares that with the configured digest in constant time.
+    /// Finds the owner of a key by its digest, and compares that with the configured digests in constant time.
     pub(super) fn owner(&self, config: &Config, key: &[u8]) -> Option<KeyOwner> {
         if self.0.is_empty() || key.len() > MAX_KEY_BYTES {
             return None;
@@ -104,7 +104,8 @@ impl KeyTable {
         let digest: [u8; 32] = Sha256::digest(key).into();
         let &owner = self.0.get(&digest)?;
         let configured = &config.environments[owner.environment].callers[owner.caller].sha256;
-        bool::from(configured.ct_eq(&digest)).then_some(owner)
+        let is_configured = configured.iter().fold(Choice::from(0), |found, own| found | own.ct_eq(&digest));
+        bool::from(is_configured).then_some(owner)
     }
 }
 

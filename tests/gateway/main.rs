@@ -7,6 +7,7 @@ mod admission;
 mod apis;
 mod bad_input;
 mod cluster;
+mod command_line;
 mod compressed;
 mod count;
 mod estimate;

@@ -161,6 +161,13 @@ fn every_caller_needs_a_unique_name_and_a_unique_key() {
         (keys("{ name: a, secret: two words }"), "this key contains a space"),
         (keys("{ name: a, sha256: abc }"), "64 hexadecimal digits"),
         (keys(&format!("{{ name: a, {digest}0 }}")), "64 hexadecimal digits"),
+        (keys("{ name: a, sha256: [] }"), "the list is empty, so the caller would have no key"),
+        (keys("{ name: a, secret: [sixteen-letters-1, ''] }"), "keys[0].secret[1]: this key is empty"),
+        (keys("{ name: a, secret: [sixteen-letters-1, sixteen-letters-1] }"), "this key is already used"),
+        (
+            keys(&format!("{{ name: a, secret: [{}] }}", ["x"; 17].join(","))),
+            "17 keys are too many for one caller",
+        ),
         (keys("{ name: a }"), "environments.prod.keys[0]: set either secret"),
         (keys(&format!("{{ name: a, {key}, {digest} }}")), "set either secret"),
         (keys(&format!("{{ {key} }}")), "\"name\" is missing"),

@@ -1,0 +1,94 @@
+//! The command line: a new config, keys of callers, and closed pipes.
+
+use crate::support::*;
+use std::io::Read as _;
+
+fn word_with<'t>(text: &'t str, prefix: &str) -> &'t str {
+    text.split_whitespace().find(|word| word.starts_with(prefix)).unwrap()
+}
+
+#[test]
+fn init_writes_a_valid_config_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("new/tollgate.yaml");
+    let path = file.to_str().unwrap();
+    let (code, output, _) = run(&["init", path], "");
+    assert_eq!(code, 0);
+    assert!(output.contains("tollgate check --config") && output.contains("sk-tollgate-"), "{output}");
+    let written = std::fs::read_to_string(&file).unwrap();
+    let (code, digest, _) = run(&["hash-key"], word_with(&output, "sk-tollgate-"));
+    assert_eq!(code, 0);
+    assert!(written.contains(digest.trim()), "{written}");
+    assert_eq!(run(&["check", "--config", path], "").0, 0);
+    let (code, _, error) = run(&["init", "--config", path], "");
+    assert!(code == 1 && error.contains("overwrites no file"), "{error}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), written);
+}
+
+#[test]
+fn commands_without_a_config_file_say_what_to_do() {
+    for command in ["serve", "check"] {
+        let (code, _, error) = run(&[command, "--config", "/nowhere/tollgate.yaml"], "");
+        assert_eq!(code, 2);
+        assert!(
+            ["demo", "init", "--config", "/nowhere/tollgate.yaml"].iter().all(|w| error.contains(w)),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn new_key_refuses_what_cannot_be_a_name() {
+    let (code, _, error) = run(&["new-key", "two words"], "");
+    assert!(code == 1 && error.contains("not a valid caller name"), "{error}");
+}
+
+#[tokio::test]
+async fn every_key_of_a_caller_is_the_same_caller_with_one_balance() {
+    let (code, output, _) = run(&["new-key", "batch"], "");
+    assert_eq!(code, 0);
+    let key = word_with(&output, "sk-tollgate-");
+    let digest = word_with(&output, "[").trim_matches(['[', ']']);
+    let digest = &digest[..64];
+    let old = run(&["hash-key"], "the-old-key-of-batch").1;
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let process = Process::start(
+        &format!(
+            "upstreams: {{ u: {{ base_url: 'http://{}/v1', api_key: sk-u }} }}\nenvironments: {{ production: {{ upstream: u, \
+             keys: [{{ name: batch, sha256: [{}, {digest}], quotas: {{ requests: {{ limit: 2, per: hour }} }} }}] }} }}",
+            upstream.address,
+            old.trim()
+        ),
+        &[],
+    )
+    .await;
+    let mut statuses = Vec::new();
+    for key in ["the-old-key-of-batch", key, key, "the-old-key-of-batch", "another-key-altogether"] {
+        let mut caller = process.caller().await;
+        caller.request("POST", CHAT, &format!("authorization: Bearer {key}\r\n"), HELLO.as_bytes()).await;
+        statuses.push(caller.reply().await.status);
+    }
+    assert_eq!(statuses, [200, 200, 429, 429, 401]);
+}
+
+#[test]
+fn a_closed_pipe_ends_a_command_without_a_panic() {
+    let body = r#"{"model":"gpt-4o","messages":[{"role":"user","content":"hello"}]}"#;
+    let folder = tempfile::tempdir().unwrap();
+    let bodies = folder.path().join("bodies.jsonl");
+    std::fs::write(&bodies, format!("{body}\n").repeat(20_000)).unwrap();
+    for arguments in [
+        &["completions", "bash"][..],
+        &["check", "--config", "config/minimal.yaml"],
+        &["new-key", "a"],
+        &["count", "--jsonl", bodies.to_str().unwrap()],
+    ] {
+        let mut child = tollgate(arguments).spawn().unwrap();
+        // Closes the pipe before the command has written all of its output.
+        drop(child.stdin.take());
+        drop(child.stdout.take());
+        let mut errors = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+        assert!(child.wait().unwrap().success() && errors.is_empty(), "{arguments:?}: {errors}");
+    }
+}
