@@ -14,6 +14,7 @@ mod overhead;
 mod prompt;
 mod provider;
 mod rules;
+mod thinking;
 mod tokenizer;
 mod tools;
 mod vocabulary;

@@ -2,7 +2,7 @@
 
 use super::chat::add_role;
 use super::content::{document, member_count};
-use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, Role, media};
 use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -18,7 +18,7 @@ const EMPTY_USER_MESSAGE_TOKENS: u64 = 10;
 /// Reads `system`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
     let first = prompt.text_count();
-    value(object, &mut Blocks(prompt))?;
+    value(object, &mut Blocks::of(prompt))?;
     if prompt.text_count() > first {
         let role = add_role(prompt, "system");
         prompt.end_message(role, first);
@@ -56,16 +56,20 @@ impl<'a> JsonVisitor<'a> for AnthropicMessages<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first = self.prompt.text_count();
-        let mut message = AnthropicMessage { prompt: &mut *self.prompt, role: Cow::Borrowed("") };
+        let mut message =
+            AnthropicMessage { prompt: &mut *self.prompt, role: Cow::Borrowed(""), has_own_content: false };
         let is_some = element(list, &mut message)?;
-        let AnthropicMessage { role, .. } = message;
+        let AnthropicMessage { role, has_own_content, .. } = message;
         if is_some {
             // If the first message is not the user's, the provider inserts an empty one before it.
             if self.count == 0 && role == "assistant" {
                 self.prompt.add_tokens(PromptPart::Overhead, EMPTY_USER_MESSAGE_TOKENS);
             }
             self.count += 1;
-            let role = add_role(self.prompt, &role);
+            let role = match add_role(self.prompt, &role) {
+                Role::User if !has_own_content => Role::Other,
+                role => role,
+            };
             self.prompt.end_message(role, first);
         }
         Ok(is_some)
@@ -75,6 +79,8 @@ impl<'a> JsonVisitor<'a> for AnthropicMessages<'_, 'a> {
 struct AnthropicMessage<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     role: Cow<'a, str>,
+    /// Whether there is more than results of tools.
+    has_own_content: bool,
 }
 
 impl<'a> JsonVisitor<'a> for AnthropicMessage<'_, 'a> {
@@ -83,29 +89,48 @@ impl<'a> JsonVisitor<'a> for AnthropicMessage<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "role" => string(object).map(|role| self.role = role),
-            _ => value(object, &mut Blocks(self.prompt)),
+            _ => {
+                let mut blocks = Blocks::of(self.prompt);
+                value(object, &mut blocks)?;
+                self.has_own_content = blocks.has_own_content;
+                Ok(())
+            }
         }
     }
 }
 
 /// A text, or a list of blocks.
-struct Blocks<'p, 'a>(&'p mut Prompt<'a>);
+struct Blocks<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    /// Whether there is more than results of tools.
+    has_own_content: bool,
+}
+
+impl<'p, 'a> Blocks<'p, 'a> {
+    fn of(prompt: &'p mut Prompt<'a>) -> Self {
+        Self { prompt, has_own_content: false }
+    }
+}
 
 impl<'a> JsonVisitor<'a> for Blocks<'_, 'a> {
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.0.add_text(PromptPart::Messages, text, 1);
+        self.has_own_content = true;
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let mut block = MessageBlock {
-            prompt: &mut *self.0,
+            prompt: &mut *self.prompt,
             kind: Cow::Borrowed(""),
             source: None,
             name: Cow::Borrowed(""),
             arguments: 0,
+            thinking: Cow::Borrowed(""),
+            signature: Cow::Borrowed(""),
         };
         let is_some = element(list, &mut block)?;
+        self.has_own_content |= is_some && block.kind != "tool_result";
         block.finish();
         Ok(is_some)
     }
@@ -118,6 +143,9 @@ struct MessageBlock<'p, 'a> {
     name: Cow<'a, str>,
     /// The number of arguments of a call.
     arguments: u64,
+    thinking: Cow<'a, str>,
+    /// The encrypted form of `thinking`, or of redacted thinking.
+    signature: Cow<'a, str>,
 }
 
 impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
@@ -125,6 +153,7 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
         "type",
         "text",
         "thinking",
+        "signature",
         "source",
         "content",
         "input",
@@ -144,7 +173,7 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
         match name {
             "type" => self.kind = string(object)?,
             "source" => value(object, self.source.get_or_insert_default())?,
-            "content" => value(object, &mut Blocks(self.prompt))?,
+            "content" => value(object, &mut Blocks::of(self.prompt))?,
             // The arguments of a call, as JSON.
             "input" => {
                 let input = raw(object)?;
@@ -153,8 +182,8 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
             }
             "name" => self.name = string(object)?,
             "citations" => value(object, &mut Citations(self.prompt))?,
-            // Redacted thinking.
-            "data" => self.prompt.add_tokens(PromptPart::Messages, string(object)?.len() as u64 * 3 / 16),
+            "thinking" => self.thinking = string(object)?,
+            "signature" | "data" => self.signature = string(object)?,
             _ => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
@@ -167,7 +196,12 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
 
 impl MessageBlock<'_, '_> {
     fn finish(self) {
-        let Self { prompt, kind, source, name, arguments } = self;
+        let Self { prompt, kind, source, name, arguments, thinking, signature } = self;
+        if thinking.is_empty() {
+            prompt.add_encrypted_reasoning(&signature);
+        } else {
+            prompt.add_reasoning(thinking);
+        }
         if kind == "tool_use" {
             prompt.add_tool_call(arguments);
         }

@@ -31,11 +31,17 @@ impl<'a> JsonVisitor<'a> for ChatMessages<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first_text = self.0.text_count();
-        let mut message =
-            ChatMessage { prompt: &mut *self.0, role: Cow::Borrowed(""), has_content: false, calls: 0 };
+        let mut message = ChatMessage {
+            prompt: &mut *self.0,
+            role: Cow::Borrowed(""),
+            has_content: false,
+            calls: 0,
+            thinking: Thoughts::default(),
+        };
         let is_some = element(list, &mut message)?;
         if is_some {
-            let ChatMessage { role, has_content, calls, .. } = message;
+            let ChatMessage { role, has_content, calls, thinking, .. } = message;
+            thinking.add_to(self.0);
             finish(self.0, &role, has_content, calls, first_text);
         }
         Ok(is_some)
@@ -47,6 +53,64 @@ struct ChatMessage<'p, 'a> {
     role: Cow<'a, str>,
     has_content: bool,
     calls: u64,
+    thinking: Thoughts<'a>,
+}
+
+/// The reasoning of a message of the assistant. Routers send it in several fields, which repeat its text.
+#[derive(Default)]
+struct Thoughts<'a> {
+    text: Cow<'a, str>,
+    /// The signed text. Routers do not pass other text of these fields on.
+    signed: Cow<'a, str>,
+    /// The longest encrypted reasoning.
+    encrypted: Cow<'a, str>,
+}
+
+impl<'a> Thoughts<'a> {
+    fn add_to(self, prompt: &mut Prompt<'a>) {
+        prompt.add_reasoning(if self.text.is_empty() { self.signed } else { self.text });
+        prompt.add_encrypted_reasoning(&self.encrypted);
+    }
+}
+
+/// `reasoning_details` of OpenRouter and Vercel, and `thinking_blocks` of LiteLLM.
+impl<'a> JsonVisitor<'a> for Thoughts<'a> {
+    fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
+        let mut block = ThoughtBlock::default();
+        let is_some = element(list, &mut block)?;
+        let ThoughtBlock { text, has_signature, data } = block;
+        if data.len() > self.encrypted.len() {
+            self.encrypted = data;
+        }
+        if has_signature && self.signed.is_empty() {
+            self.signed = text;
+        } else if has_signature {
+            self.signed.to_mut().push_str(&text);
+        }
+        Ok(is_some)
+    }
+}
+
+#[derive(Default)]
+struct ThoughtBlock<'a> {
+    text: Cow<'a, str>,
+    has_signature: bool,
+    /// Encrypted reasoning.
+    data: Cow<'a, str>,
+}
+
+impl<'a> JsonVisitor<'a> for ThoughtBlock<'a> {
+    const FIELDS: &'static [&'static str] = &["text", "thinking", "signature", "data"];
+
+    fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        let text = string(object)?;
+        match name {
+            "signature" => self.has_signature = !text.is_empty(),
+            "data" => self.data = text,
+            _ => self.text = text,
+        }
+        Ok(())
+    }
 }
 
 fn finish(prompt: &mut Prompt<'_>, role: &str, has_content: bool, calls: u64, first_text: usize) {
@@ -63,6 +127,7 @@ pub(super) fn add_role(prompt: &mut Prompt<'_>, role: &str) -> Role {
         "system" | "developer" => Role::System,
         "tool" | "function" => Role::Tool,
         "assistant" => Role::Assistant,
+        "user" => Role::User,
         _ => Role::Other,
     }
 }
@@ -75,6 +140,8 @@ impl<'a> JsonVisitor<'a> for ChatMessage<'_, 'a> {
         "refusal",
         "reasoning_content",
         "reasoning",
+        "reasoning_details",
+        "thinking_blocks",
         "function_call",
         "tool_calls",
     ];
@@ -111,8 +178,11 @@ impl<'a> JsonVisitor<'a> for ChatMessage<'_, 'a> {
             "reasoning_content" | "reasoning" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
-                self.prompt.add_reasoning(text.0);
+                if text.0.len() > self.thinking.text.len() {
+                    self.thinking.text = text.0;
+                }
             }
+            "reasoning_details" | "thinking_blocks" => value(object, &mut self.thinking)?,
             "function_call" => {
                 let mut call = FunctionCall { prompt: self.prompt, name_count: 1, arguments: None };
                 value(object, &mut call)?;

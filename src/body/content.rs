@@ -61,15 +61,23 @@ impl<'a> JsonVisitor<'a> for MessageContent<'_, 'a> {
     }
 }
 
-/// The image or file of one part. Counted after all fields of the part were read.
+/// The text, image or file of one part. Counted after all fields of the part were read.
 #[derive(Default)]
 struct PartMedia<'a> {
+    text: Cow<'a, str>,
+    /// The text is reasoning of an earlier answer.
+    is_reasoning: bool,
     image: Option<ImageUrl<'a>>,
     file: Option<FilePart<'a>>,
 }
 
 impl<'a> PartMedia<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
+        if self.is_reasoning {
+            prompt.add_reasoning(self.text);
+        } else {
+            prompt.add_text(PromptPart::Messages, self.text, 1);
+        }
         if let Some(image) = self.image {
             let data = media::data_url(&image.url);
             if data.is_none() {
@@ -103,6 +111,7 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
         "file_url",
         "filename",
         "encrypted_content",
+        "thinking",
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
@@ -115,9 +124,15 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
             "type" => match &*string(object)? {
                 "image_url" | "input_image" => drop(self.media.image.get_or_insert_default()),
                 "file" | "input_file" => drop(self.media.file.get_or_insert_default()),
+                "reasoning_text" => self.media.is_reasoning = true,
                 _ => {}
             },
-            "text" | "refusal" => {
+            "text" => {
+                let mut text = LooseText::default();
+                value(object, &mut text)?;
+                self.media.text = text.0;
+            }
+            "refusal" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
                 self.prompt.add_text(PromptPart::Messages, text.0, 1);
@@ -130,7 +145,13 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
             // Mistral: a URL. The document's name is ignored.
             "document_url" => self.media.file.get_or_insert_default().document(string(object)?),
             "file" => value(object, self.media.file.get_or_insert_default())?,
-            "encrypted_content" => encrypted_reasoning(self.prompt, &string(object)?),
+            "encrypted_content" => self.prompt.add_encrypted_reasoning(&string(object)?),
+            // Mistral: the reasoning of an earlier answer.
+            "thinking" => {
+                let mut text = LooseText::default();
+                value(object, &mut text)?;
+                self.prompt.add_reasoning(text.0);
+            }
             _ => self.media.file.get_or_insert_default().field(name, object)?,
         }
         Ok(())
@@ -218,13 +239,6 @@ impl<'a> FilePart<'a> {
         }
         prompt.add_text(PromptPart::Messages, self.name, 1);
     }
-}
-
-/// Counts reasoning that only the provider can decrypt, by the length of its base64 minus a fixed overhead. Fitted
-/// to 6 exchanges.
-pub(super) fn encrypted_reasoning(prompt: &mut Prompt<'_>, base64: &str) {
-    const OVERHEAD_BYTES: u64 = 750;
-    prompt.add_tokens(PromptPart::Messages, (base64.len() as u64 * 3 / 4).saturating_sub(OVERHEAD_BYTES) / 4);
 }
 
 /// Counts the members of an object; 0 for any other value.

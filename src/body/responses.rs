@@ -2,9 +2,9 @@
 //! the costs of chats and the usage in answers.
 
 use super::chat::add_role;
-use super::content::{MessageContent, encrypted_reasoning, member_count};
+use super::content::{MessageContent, member_count};
 use crate::estimate::{ImageDetail, Prompt, PromptPart, Role, media};
-use crate::json::{Expected, JsonVisitor, LooseText, element, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
@@ -84,6 +84,7 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
         "encrypted_content",
         "result",
         "code",
+        "tools",
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
@@ -108,7 +109,9 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
                 self.arguments = member_count(&text);
                 self.prompt.add_text(PromptPart::Messages, text, 1);
             }
-            "encrypted_content" => encrypted_reasoning(self.prompt, &string(object)?),
+            "encrypted_content" => self.prompt.add_encrypted_reasoning(&string(object)?),
+            // Of `additional_tools`, and of lists that the provider loaded earlier.
+            "tools" => self.prompt.add_tools(raw(object)?),
             // An image that the model generated earlier.
             "result" => {
                 let base64 = string(object)?;

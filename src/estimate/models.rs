@@ -4,6 +4,7 @@ use super::PromptPart;
 use super::images::{ImageRule, PromptImage};
 use super::overhead::{ChatTemplate, Format, PromptFacts, SchemaCost};
 use super::provider::Provider;
+use super::thinking::ThinkingHabits;
 use super::tokenizer::Tokenizer;
 use super::tools::Style;
 use super::vocabulary::Encoding;
@@ -18,6 +19,7 @@ pub struct Model {
     pub is_known: bool,
     format: Format,
     images: ImageRule,
+    thinking: ThinkingHabits,
     /// The service that runs the model.
     provider: Provider,
 }
@@ -35,7 +37,6 @@ const TEMPLATE: ChatTemplate = ChatTemplate {
     argument: 0,
     schema: None,
     reasoning: 0,
-    reads_reasoning: true,
     drops_forbidden_tools: true,
 };
 
@@ -65,7 +66,6 @@ const fn claude(message: i64, functions: (i64, u8, u8), required: i64) -> ChatTe
 const fn grok(request: i64, functions: (i64, u8, u8), call: i64) -> ChatTemplate {
     ChatTemplate {
         schema: Some(SchemaCost { request: 20, percent: 100 }),
-        reads_reasoning: false,
         drops_forbidden_tools: false,
         ..template((request, 2), functions, call)
     }
@@ -106,10 +106,10 @@ const OPENAI: &[(&str, Encoding, Format)] = &[
 const LLAMA: ChatTemplate = template((4, 3), (144, 15, 100), 5);
 /// The template contains the date.
 const LLAMA_3_1: ChatTemplate = ChatTemplate { request: 28, ..LLAMA };
-const GLM: ChatTemplate = ChatTemplate { reads_reasoning: false, ..template((1, 2), (104, 15, 125), 18) };
+const GLM: ChatTemplate = template((1, 2), (104, 15, 125), 18);
 const QWEN_3_5: ChatTemplate = ChatTemplate { argument: 8, ..template((6, 2), (199, 22, 142), 25) };
 const MISTRAL: ChatTemplate = template((2, -1), (5, 19, 136), 3);
-const GEMINI_2: ChatTemplate = ChatTemplate { reads_reasoning: false, ..template((0, 0), (3, 8, 87), 12) };
+const GEMINI_2: ChatTemplate = template((0, 0), (3, 8, 87), 12);
 const GROK_FAST: ChatTemplate = grok(149, (149, 10, 103), 40);
 const CLAUDE_4: ChatTemplate = claude(1, (306, 17, 145), 0);
 const CLAUDE_4_5: ChatTemplate = claude(1, (494, 17, 143), 94);
@@ -178,7 +178,7 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 28 plain, 54 tools, of versions 3 and 3.5.
     ("gemini", 100, template((0, 0), (0, 11, 133), 8)),
     // 2 plain, 12 tools.
-    ("grok-code", 100, ChatTemplate { reads_reasoning: true, ..grok(194, (119, 15, 114), 40) }),
+    ("grok-code", 100, grok(194, (119, 15, 114), 40)),
     // 4 plain, 20 tools.
     ("grok-4-fast", 100, GROK_FAST),
     ("grok-4.1-fast", 100, GROK_FAST),
@@ -222,14 +222,20 @@ impl Model {
         let other = other.map(|&(_, percent, template)| (O200K, percent, Format::Template(template)));
         let known = other.or_else(openai);
         let (encoding, percent, format) = known.unwrap_or(UNKNOWN);
-        let (tokenizer, images) = (Tokenizer { encoding, percent }, ImageRule::of_model(&name));
-        Self { tokenizer, is_known: known.is_some(), format, images, provider: Provider::Unknown }
+        Self {
+            tokenizer: Tokenizer { encoding, percent },
+            is_known: known.is_some(),
+            format,
+            images: ImageRule::of_model(&name),
+            thinking: ThinkingHabits::of_model(&name),
+            provider: Provider::Unknown,
+        }
     }
 
     /// The same model at this provider.
     #[must_use]
     pub fn at(self, provider: Provider) -> Self {
-        Self { provider, ..self }
+        Self { provider, thinking: self.thinking.at(provider), ..self }
     }
 
     /// The service that runs the model.
@@ -240,12 +246,12 @@ impl Model {
     /// The same model with this vocabulary. An unknown model with a vocabulary of OpenAI's is taken as a model of
     /// OpenAI's.
     pub(super) fn with_encoding(self, encoding: Encoding) -> Self {
-        let format = match encoding {
-            Encoding::O200k if !self.is_known => Format::Omni,
-            Encoding::Cl100k if !self.is_known => Format::Early,
-            _ => self.format,
+        let (format, thinking) = match encoding {
+            Encoding::O200k if !self.is_known => (Format::Omni, ThinkingHabits::of_model("gpt-4o")),
+            Encoding::Cl100k if !self.is_known => (Format::Early, ThinkingHabits::of_model("gpt-4")),
+            _ => (self.format, self.thinking),
         };
-        Self { tokenizer: Tokenizer::exact(encoding), is_known: true, format, ..self }
+        Self { tokenizer: Tokenizer::exact(encoding), is_known: true, format, thinking, ..self }
     }
 
     /// Tokens of images.
@@ -285,9 +291,9 @@ impl Model {
         }
     }
 
-    /// Whether the reasoning of earlier answers is in the prompt.
-    pub(super) fn reads_reasoning(&self) -> bool {
-        matches!(self.format, Format::Template(ChatTemplate { reads_reasoning: true, .. }))
+    /// Which reasoning of earlier answers is in the prompt.
+    pub(super) fn thinking(&self) -> ThinkingHabits {
+        self.thinking
     }
 
     /// Whether tools are in the prompt even if the model must not call them.

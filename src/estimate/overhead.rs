@@ -43,8 +43,6 @@ pub(super) struct ChatTemplate {
     pub(super) schema: Option<SchemaCost>,
     /// For a request that turns reasoning on.
     pub(super) reasoning: i64,
-    /// Whether the reasoning of earlier answers is in the prompt.
-    pub(super) reads_reasoning: bool,
     /// Whether tools that must not be called are left out of the prompt.
     pub(super) drops_forbidden_tools: bool,
 }
@@ -247,7 +245,8 @@ impl Format {
         match (self, api) {
             (Self::Early, _) => Style::Lines,
             (Self::Template(template), _) => {
-                Style::Json { function: template.function, percent: template.parameters }
+                let is_flat = matches!(api, Api::Responses);
+                Style::Json { function: template.function, percent: template.parameters, is_flat }
             }
             (_, Api::Responses) => Style::Titled,
             _ => Style::Compact,

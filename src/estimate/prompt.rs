@@ -5,6 +5,7 @@ use super::identity::{Identity, IdentityPart, KnownTexts, PromptPrefix};
 use super::images::{ImageDetail, PromptImage};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
+use super::thinking::{EarlierThinking, ThoughtContent};
 use super::tools::{self, AnswerSchema, ToolCost, ToolList};
 use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
 use crate::api::Api;
@@ -18,8 +19,6 @@ const MAX_COUNTED_BYTES: usize = 4 * 1024 * 1024;
 /// Number of texts that are stored separately. In further texts, two bytes count as a token: a list of millions of
 /// tiny texts would take many times the memory of its body.
 const MAX_TEXTS: usize = 1 << 17;
-/// Characters of base64 per token of encrypted reasoning. Fitted to 23 exchanges with Gemini's models.
-const BASE64_PER_ENCRYPTED_TOKEN: u64 = 6;
 /// Characters per token of the text on document pages.
 const CHARACTERS_PER_PAGE_TOKEN: u64 = 4;
 
@@ -30,7 +29,9 @@ pub enum Role {
     System,
     /// The model.
     Assistant,
-    /// The user, or any other author.
+    /// The user.
+    User,
+    /// Any other author, or an item that is not a message.
     #[default]
     Other,
     /// A tool: the result of a call.
@@ -54,9 +55,7 @@ pub struct Prompt<'a> {
     tokens: [u64; PromptPart::ALL.len()],
     counts: MessageCounts,
     /// Reasoning of earlier answers. Some models read it again.
-    reasoning: Vec<HashedText<'a>>,
-    /// Tokens of reasoning that only the provider can decrypt.
-    encrypted_reasoning: u64,
+    thinking: EarlierThinking<'a>,
     /// Index of the first text of the first system message.
     system: Option<usize>,
     /// The lists of tool definitions.
@@ -123,6 +122,9 @@ impl<'a> Prompt<'a> {
 
     /// Ends a message. Its texts begin at the index `first_text`.
     pub(crate) fn end_message(&mut self, role: Role, first_text: usize) {
+        if role == Role::User {
+            self.thinking.end_user_message(self.counts.messages);
+        }
         self.counts.messages += 1;
         self.counts.assistant += u64::from(role == Role::Assistant);
         self.counts.results += u64::from(role == Role::Tool);
@@ -145,22 +147,26 @@ impl<'a> Prompt<'a> {
         self.counts.calls_with_text += u64::from(calls > 0 && has_text);
     }
 
-    /// Adds reasoning of an earlier answer.
+    /// Adds reasoning of an earlier answer. It belongs to the message that ends next.
     pub(crate) fn add_reasoning(&mut self, text: Cow<'a, str>) {
-        if self.reasoning.len() < MAX_TEXTS {
-            let text = HashedText::of(text);
-            self.identity.add_text(IdentityPart::Reasoning, &text);
-            self.reasoning.push(text);
-        } else {
-            self.excess_bytes += text.len() as u64;
+        if text.is_empty() {
+            return;
+        }
+        let bytes = text.len() as u64;
+        let text = HashedText::of(text);
+        self.identity.add_text(IdentityPart::Reasoning, &text);
+        if !self.thinking.add(self.counts.messages, ThoughtContent::Text(text)) {
+            self.excess_bytes += bytes;
         }
     }
 
     /// Adds reasoning of an earlier answer in base64, which only the provider can decrypt.
     pub(crate) fn add_encrypted_reasoning(&mut self, base64: &str) {
-        self.identity.add_number(IdentityPart::Encrypted, base64.len() as u64);
-        let tokens = base64.len() as u64 / BASE64_PER_ENCRYPTED_TOKEN;
-        self.encrypted_reasoning = self.encrypted_reasoning.saturating_add(tokens);
+        if !base64.is_empty() {
+            let characters = base64.len() as u64;
+            self.identity.add_number(IdentityPart::Encrypted, characters);
+            self.thinking.add(self.counts.messages, ThoughtContent::Encrypted(characters));
+        }
     }
 
     /// Adds the JSON of a list of tool definitions.
@@ -296,7 +302,7 @@ impl Prompt<'_> {
 
     fn bytes(&self) -> usize {
         self.texts.iter().map(|(_, text, _)| text.text.len()).sum::<usize>()
-            + self.reasoning.iter().map(|text| text.text.len()).sum::<usize>()
+            + self.thinking.text_bytes()
             + self.tools.iter().map(|list| list.json.len()).sum::<usize>()
     }
 
@@ -343,11 +349,14 @@ impl Prompt<'_> {
             message_texts += if of_messages.contains(&at) { tokens } else { 0 };
             echo += if self.known.echo.contains(&at) { tokens } else { 0 };
         }
-        if model.reads_reasoning() {
-            add(PromptPart::Messages, self.encrypted_reasoning);
-            for text in &self.reasoning {
-                add(PromptPart::Messages, count(text)?);
-            }
+        let habits = model.thinking();
+        for thought in self.thinking.read_by(habits) {
+            let tokens = match thought {
+                ThoughtContent::Text(text) if habits.reads_text => count(text)?,
+                ThoughtContent::Text(_) => 0,
+                ThoughtContent::Encrypted(characters) => habits.encrypted.tokens(*characters),
+            };
+            add(PromptPart::Messages, tokens);
         }
         if self.tool_requirement == ToolRequirement::Named && model.names_chosen_tool(self.api) {
             add(PromptPart::Tools, count(&(&*self.chosen_tool).into())?);

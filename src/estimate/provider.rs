@@ -20,6 +20,10 @@ pub enum Provider {
     Vertex,
     /// A service that resells models of several companies.
     Router,
+    /// Groq's own API.
+    Groq,
+    /// Ollama, on any machine.
+    Ollama,
 }
 
 /// Providers by the end of their host name. A host matches if it equals the name or is a subdomain of it.
@@ -31,6 +35,8 @@ const DOMAINS: &[(&str, Provider)] = &[
     ("services.ai.azure.com", Provider::Azure),
     ("api.anthropic.com", Provider::Anthropic),
     ("generativelanguage.googleapis.com", Provider::AiStudio),
+    ("api.groq.com", Provider::Groq),
+    ("ollama.com", Provider::Ollama),
     ("openrouter.ai", Provider::Router),
     ("ai-gateway.vercel.sh", Provider::Router),
     ("githubcopilot.com", Provider::Router),
@@ -51,9 +57,12 @@ const DOMAINS: &[(&str, Provider)] = &[
     ("api.avian.io", Provider::Router),
 ];
 
+/// The port on which Ollama listens by default.
+const OLLAMA_PORT: &str = ":11434";
+
 impl Provider {
     /// All providers with their names on the command line.
-    pub const NAMED: [(&'static str, Self); 7] = [
+    pub const NAMED: [(&'static str, Self); 9] = [
         ("unknown", Self::Unknown),
         ("openai", Self::OpenAi),
         ("azure", Self::Azure),
@@ -61,6 +70,8 @@ impl Provider {
         ("ai-studio", Self::AiStudio),
         ("vertex", Self::Vertex),
         ("router", Self::Router),
+        ("groq", Self::Groq),
+        ("ollama", Self::Ollama),
     ];
 
     /// The name on the command line.
@@ -78,7 +89,8 @@ impl Provider {
             ApiKind::Anthropic => Self::Anthropic,
             ApiKind::Gemini => Self::AiStudio,
         };
-        Self::of_host(upstream.base_url.host().unwrap_or_default()).unwrap_or(by_kind)
+        let host = upstream.base_url.authority().map_or("", |authority| authority.as_str());
+        Self::of_host(host.rsplit('@').next().unwrap_or(host)).unwrap_or(by_kind)
     }
 
     /// The provider with this host name, if it is well known. The name may have a port.
@@ -91,7 +103,8 @@ impl Provider {
         let is_in = |domain: &str| {
             name.strip_suffix(domain).is_some_and(|start| start.is_empty() || start.ends_with('.'))
         };
-        DOMAINS.iter().find(|(domain, _)| is_in(domain)).map(|&(_, provider)| provider)
+        let by_domain = DOMAINS.iter().find(|(domain, _)| is_in(domain)).map(|&(_, provider)| provider);
+        by_domain.or_else(|| host.ends_with(OLLAMA_PORT).then_some(Self::Ollama))
     }
 }
 
@@ -115,6 +128,8 @@ mod tests {
             ("bedrock-runtime.us-east-1.amazonaws.com", Some(Provider::Router)),
             ("api.mistral.ai", None),
             ("127.0.0.1:8080", None),
+            ("gpu-7.example:11434", Some(Provider::Ollama)),
+            ("api.groq.com", Some(Provider::Groq)),
             ("", None),
         ] {
             assert_eq!(Provider::of_host(host), provider, "{host}");
@@ -130,6 +145,7 @@ mod tests {
             ("http://proxy.example/openai", "azure", Provider::Azure),
             ("http://proxy.example/v1/projects/p/locations/l/publishers/google", "gemini", Provider::Vertex),
             ("https://openrouter.ai/api/v1", "openai", Provider::Router),
+            ("http://localhost:11434/v1", "openai", Provider::Ollama),
         ] {
             let text = format!(
                 "upstreams: {{ u: {{ base_url: '{url}', api: {api} }} }}\nenvironments: {{ e: {{ upstream: u, quotas: {{ requests: {{ limit: 1, per: day }} }} }} }}\n"

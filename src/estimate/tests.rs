@@ -32,24 +32,121 @@ fn a_required_tool_call_costs_more_at_anthropic() {
     assert!((any + 1..any + 4).contains(&named), "{named}");
 }
 
+const THOUGHT: &str = "First I look at the map. Then I count the bridges that lead across the river. ";
+
+/// The tokens that reasoning adds to a chat before and after the last message of the user.
+fn chat_thinking(model: &str, provider: Provider, thought: &Value) -> [u64; 2] {
+    let tokens = |before: &Value, after: &Value| {
+        let mut first = json!({"role": "assistant", "content": "7"});
+        first.as_object_mut().unwrap().extend(before.as_object().unwrap().clone());
+        let call = json!({"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}});
+        let mut second = json!({"role": "assistant", "tool_calls": [call]});
+        second.as_object_mut().unwrap().extend(after.as_object().unwrap().clone());
+        let messages = json!([{"role": "user", "content": "How many?"}, first,
+            {"role": "user", "content": "Sure?"}, second,
+            {"role": "tool", "tool_call_id": "1", "content": "7"}]);
+        let text = json!({"model": model, "messages": messages}).to_string();
+        let body = Body::read(Api::Chat, text.as_bytes()).unwrap();
+        body.prompt.estimate(&Models::default().named(model).at(provider)).tokens()
+    };
+    let none = json!({});
+    let without = tokens(&none, &none);
+    [tokens(thought, &none) - without, tokens(&none, thought) - without]
+}
+
 #[test]
-fn earlier_reasoning_counts_for_models_that_read_it_again() {
-    let thought = "First I look at the map. Then I count the bridges that lead across the river. ";
-    let cost = |model: &str| {
-        let [without, with] = ["", thought].map(|thought| {
-            let messages = json!([{"role": "user", "content": "How many?"},
-                {"role": "assistant", "content": "7", "reasoning_content": thought}]);
-            estimate(Api::Chat, &json!({"model": model, "messages": messages})).tokens()
-        });
-        with - without
+fn earlier_reasoning_counts_by_its_place_and_the_family_of_the_model() {
+    let visible = json!({"reasoning_content": THOUGHT});
+    let reads = |model: &str, provider: Provider| {
+        chat_thinking(model, provider, &visible).map(|tokens| {
+            assert!(tokens == 0 || (15..30).contains(&tokens), "{model}: {tokens}");
+            tokens > 0
+        })
     };
-    assert_eq!([cost("gpt-4o"), cost("glm-4.7"), cost("grok-4")], [0, 0, 0]);
-    assert!(cost("deepseek-chat") > 15 && cost("qwen3-8b") > 15);
-    let signed = |model: &str| {
-        let part = json!({"text": "7", "thoughtSignature": "A".repeat(180)});
-        estimate(Api::Gemini, &json!({"model": model, "contents": [{"role": "model", "parts": [part]}]}))
+    for (model, expected) in [
+        ("gpt-4o", [false, false]),
+        ("gpt-5.6-sol", [false, false]),
+        ("glm-4.7", [false, false]),
+        ("grok-4", [false, false]),
+        ("deepseek-r1", [false, false]),
+        ("claude-haiku-4-5", [false, true]),
+        ("qwen3-8b", [false, true]),
+        ("gpt-oss-20b", [false, true]),
+        ("deepseek-chat", [false, true]),
+        ("no-such-model", [false, true]),
+        ("claude-sonnet-4-6", [true, true]),
+        ("magistral-small", [true, true]),
+    ] {
+        assert_eq!(reads(model, Provider::Unknown), expected, "{model}");
+    }
+    for provider in [Provider::Groq, Provider::Ollama] {
+        assert_eq!(reads("openai/gpt-oss-20b", provider), [false, false]);
+        assert_eq!(reads("qwen3-8b", provider), [false, true]);
+    }
+}
+
+#[test]
+fn reasoning_that_is_sent_in_several_fields_counts_once() {
+    let once = chat_thinking("qwen3-8b", Provider::Unknown, &json!({"reasoning": THOUGHT}));
+    let block = json!({"type": "thinking", "thinking": THOUGHT, "signature": "c2ln"});
+    let detail = json!({"type": "reasoning.text", "text": THOUGHT, "signature": "c2ln"});
+    for thought in [
+        json!({"reasoning_details": [detail]}),
+        json!({"reasoning": THOUGHT, "reasoning_content": THOUGHT, "reasoning_details": [detail]}),
+        json!({"reasoning_content": THOUGHT, "thinking_blocks": [block]}),
+    ] {
+        assert_eq!(chat_thinking("qwen3-8b", Provider::Unknown, &thought), once, "{thought}");
+    }
+    let unsigned = json!({"reasoning_details": [{"type": "reasoning.text", "text": THOUGHT}]});
+    assert_eq!(chat_thinking("qwen3-8b", Provider::Unknown, &unsigned), [0, 0]);
+    let blocks = json!([{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}]);
+    let [before, after] = chat_thinking("magistral-small", Provider::Unknown, &json!({"content": blocks}));
+    // The first block replaces a short text.
+    assert!((14..30).contains(&before) && after == before + 2, "{before} {after}");
+    // Only encrypted reasoning counts for OpenAI's models.
+    let encrypted = json!({"reasoning": THOUGHT, "reasoning_details":
+        [{"type": "reasoning.summary", "summary": THOUGHT}, {"type": "reasoning.encrypted", "data": "A".repeat(2_000)}]});
+    assert_eq!(chat_thinking("openai/gpt-5", Provider::Router, &encrypted), [0, 170]);
+}
+
+#[test]
+fn encrypted_reasoning_in_responses_counts_after_the_last_message_of_the_user() {
+    let cost = |model: &str, before: usize, after: usize| {
+        let thought = |length: usize| json!({"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "A".repeat(length)});
+        let input = json!([{"role": "user", "content": "Hi"}, thought(before),
+            {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Look."}, thought(after),
+            {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "ok"}]);
+        estimate(Api::Responses, &json!({"model": model, "input": input})).tokens()
     };
-    assert_eq!(signed("gemini-3-pro").tokens() - signed("gemini-2.5-pro").tokens(), 30);
+    let none = cost("gpt-5-nano", 0, 0);
+    assert_eq!([cost("gpt-5-nano", 6_000, 0), cost("gpt-5-nano", 0, 6_000)], [none, none + 790]);
+    assert_eq!(cost("gpt-5.6-sol", 6_000, 6_000), cost("gpt-5.6-sol", 0, 0) + 2 * 790);
+    assert_eq!(cost("gpt-4o", 6_000, 6_000), cost("gpt-4o", 0, 0));
+}
+
+#[test]
+fn the_result_of_a_tool_is_no_message_of_the_user_at_anthropic() {
+    let cost = |thinking: &Value, last: &Value| {
+        let mut content = vec![json!({"type": "tool_use", "id": "t", "name": "look", "input": {}})];
+        content.extend(thinking.as_array().unwrap().clone());
+        let messages = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content},
+            {"role": "user", "content": last}]);
+        estimate(Api::Messages, &json!({"model": "claude-haiku-4-5", "messages": messages})).tokens()
+    };
+    let result =
+        json!({"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "ok"}]});
+    let text = json!({"type": "text", "text": "And?"});
+    for (thought, tokens) in [
+        (json!([{"type": "thinking", "thinking": THOUGHT, "signature": "A".repeat(400)}]), 15..30),
+        // The text is not shown: its signature has it.
+        (json!([{"type": "thinking", "thinking": "", "signature": "A".repeat(1_235)}]), 188..189),
+        (json!([{"type": "redacted_thinking", "data": "A".repeat(1_235)}]), 188..189),
+    ] {
+        let more = |last: &Value| cost(&thought, last) - cost(&json!([]), last);
+        assert!(tokens.contains(&more(&json!([result]))), "{thought}");
+        assert_eq!([more(&json!([result, text])), more(&json!("And?"))], [0, 0], "{thought}");
+    }
 }
 
 #[test]
@@ -95,4 +192,37 @@ fn content_outside_the_request_makes_an_estimate_partial() {
         estimate(Api::Responses, &json!({"model": "gpt-5.6-x", "input": "Hi", "reasoning": {"mode": mode}}))
     };
     assert!(pro("pro").is_partial && !pro("standard").is_partial);
+}
+
+#[test]
+fn tools_in_the_input_of_responses_count_like_other_tools() {
+    let tool = json!({"type": "function", "name": "weather", "description": "Tells the weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}}});
+    for model in ["gpt-5", "gpt-4o", "grok-4"] {
+        let item = json!({"type": "additional_tools", "role": "developer", "tools": [tool]});
+        let input =
+            |item: &Value| json!({"model": model, "input": [{"role": "user", "content": "Hi"}, item]});
+        let of = |item: &Value| estimate(Api::Responses, &input(item)).of(PromptPart::Tools);
+        let listed = json!({"model": model, "input": "Hi", "tools": [tool]});
+        assert_eq!(of(&item), estimate(Api::Responses, &listed).of(PromptPart::Tools), "{model}");
+        assert!(of(&item) > 20);
+    }
+}
+
+#[test]
+fn a_nested_function_counts_in_chats_only() {
+    let inner = json!({"name": "weather", "description": THOUGHT, "parameters": {"type": "object", "properties":
+        {"city": {"type": "string", "description": THOUGHT}}}});
+    for model in ["gpt-4o", "gpt-5", "grok-4"] {
+        let of = |api, tool: Value| {
+            let body = json!({"model": model, "messages": [], "input": "Hi", "tools": [tool]});
+            estimate(api, &body).of(PromptPart::Tools)
+        };
+        let named = json!({"type": "function", "name": "weather", "function": inner});
+        let bare = json!({"type": "function", "name": "weather"});
+        assert_eq!(of(Api::Responses, named.clone()), of(Api::Responses, bare), "{model}");
+        let nested = json!({"type": "function", "function": inner});
+        assert_eq!(of(Api::Chat, named), of(Api::Chat, nested.clone()), "{model}");
+        assert!(of(Api::Responses, nested) > 30, "{model}");
+    }
 }

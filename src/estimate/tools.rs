@@ -83,23 +83,25 @@ fn key(tokenizer: Tokenizer, style: Style, hash: TextHash) -> CacheKey {
         Style::Lines => (CachedCount::ToolsInLines, 0),
         Style::Compact => (CachedCount::CompactTools, 0),
         Style::Titled => (CachedCount::TitledTools, 0),
-        Style::Json { function, percent } => {
+        Style::Json { function, percent, .. } => {
             (CachedCount::JsonTools, u16::from_be_bytes([percent, function]))
         }
     };
-    CacheKey::of(tokenizer.scaled_id() | u64::from(constants) << 48, counted, hash)
+    let flat = u64::from(style.is_flat()) << 47;
+    CacheKey::of(tokenizer.scaled_id() | u64::from(constants) << 48 | flat, counted, hash)
 }
 
 fn render_and_count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost {
     let max_text = json.len() * MAX_RENDERING_FACTOR + 256;
     let max_read = json.len().saturating_mul(MAX_READ_FACTOR) + (1 << 16);
     // Anything but a list of tools counts as text; the upstream will reject the request.
-    let Some(list) = ToolListReader::read(json, Rendering::new(style, max_text, max_read)) else {
+    let Some(list) = ToolListReader::read(json, Rendering::new(style, max_text, max_read), style.is_flat())
+    else {
         return ToolCost { tokens: tokenizer.count(json), ..ToolCost::default() };
     };
     let mut tokens = list.hosted * HOSTED_TOOL_TOKENS;
     let rendered = &list.rendering;
-    if let Style::Json { function, percent } = style {
+    if let Style::Json { function, percent, .. } = style {
         let parameters = Tokenizer::exact(tokenizer.encoding).count(&rendered.parameters);
         tokens += tokenizer.count(&rendered.text)
             + (parameters * u64::from(percent)).div_ceil(100)

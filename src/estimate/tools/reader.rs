@@ -13,12 +13,14 @@ pub(super) struct ToolListReader {
     pub(super) functions: u64,
     /// Tools in the list that the provider hosts.
     pub(super) hosted: u64,
+    is_flat: bool,
 }
 
 impl ToolListReader {
-    /// `None` if the JSON is not a list of tools.
-    pub(super) fn read(json: &str, rendering: Rendering) -> Option<Self> {
-        let mut list = Self { rendering, functions: 0, hosted: 0 };
+    /// `None` if the JSON is not a list of tools. `is_flat`: a tool with its own name has all fields of its function;
+    /// a nested `function` is ignored.
+    pub(super) fn read(json: &str, rendering: Rendering, is_flat: bool) -> Option<Self> {
+        let mut list = Self { rendering, functions: 0, hosted: 0, is_flat };
         Visit(&mut list).deserialize(&mut serde_json::Deserializer::from_str(json)).ok()?;
         Some(list)
     }
@@ -33,9 +35,13 @@ impl<'a> JsonVisitor<'a> for ToolListReader {
         let mut tool = ToolReader {
             functions: FunctionListReader { rendering: &mut self.rendering, count: 0 },
             flat: FunctionDefinition::default(),
+            nested: FunctionDefinition::default(),
         };
         let has_element = element(list, &mut tool)?;
-        let ToolReader { mut functions, flat } = tool;
+        let ToolReader { mut functions, flat, nested } = tool;
+        if !self.is_flat || flat.name.is_empty() {
+            functions.add(&nested);
+        }
         if has_element && functions.count == 0 && flat.parameters.is_some() {
             functions.add(&flat);
         }
@@ -51,6 +57,8 @@ struct ToolReader<'r, 'a> {
     functions: FunctionListReader<'r>,
     /// The function if its fields are in the tool object itself, as in the Responses API.
     flat: FunctionDefinition<'a>,
+    /// The function if its fields are in `function`, as in the chat API.
+    nested: FunctionDefinition<'a>,
 }
 
 impl<'a> JsonVisitor<'a> for ToolReader<'_, 'a> {
@@ -68,12 +76,7 @@ impl<'a> JsonVisitor<'a> for ToolReader<'_, 'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
-            "function" => {
-                let mut function = FunctionDefinition::default();
-                value(object, &mut function)?;
-                self.functions.add(&function);
-                Ok(())
-            }
+            "function" => value(object, &mut self.nested),
             "functionDeclarations" | "function_declarations" | "tools" => value(object, &mut self.functions),
             // A function in the tool object itself may have only a type and a name, without parameters.
             "type" => {

@@ -23,7 +23,16 @@ pub(in super::super) enum Style {
         function: u8,
         /// Tokens of the model per 100 tokens of the parameters' JSON.
         percent: u8,
+        /// The fields of a function are in the tool itself, as in the Responses API.
+        is_flat: bool,
     },
+}
+
+impl Style {
+    /// Whether the fields of a function are in the tool itself, and a nested `function` is ignored.
+    pub(super) fn is_flat(self) -> bool {
+        matches!(self, Self::Titled | Self::Json { is_flat: true, .. })
+    }
 }
 
 /// The function definitions of a request as the model reads them.
