@@ -10,6 +10,7 @@ mod identity;
 mod images;
 pub(crate) mod media;
 mod models;
+mod names;
 mod overhead;
 mod prompt;
 mod provider;

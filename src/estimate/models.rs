@@ -2,6 +2,7 @@
 
 use super::PromptPart;
 use super::images::{ImageRule, PromptImage};
+use super::names::plain_name;
 use super::overhead::{ChatTemplate, Format, PromptFacts, SchemaCost};
 use super::provider::Provider;
 use super::thinking::ThinkingHabits;
@@ -139,11 +140,10 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("llama-3.2", 105, LLAMA_3_1),
     ("llama-3.3", 105, LLAMA_3_1),
     ("llama", 105, LLAMA),
-    ("meta-llama-3.1", 105, LLAMA_3_1),
-    ("meta-llama", 105, LLAMA),
     // 8 plain; tools: 14 with k2.5, 16 with k2.
     ("kimi-k2.", 105, template((4, 2), (4, 8, 100), 20)),
     ("kimi", 105, template((4, 2), (5, 27, 125), 22)),
+    ("moonshot", 105, template((4, 2), (5, 27, 125), 22)),
     ("minimax", 105, template((3, 2), (70, 15, 120), 15)),
     // 5 plain; tools: 16 with version 4, 8 with version 5.
     ("glm-4", 105, ChatTemplate { call: 50, ..GLM }),
@@ -156,6 +156,8 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("qwen3-5", 103, ChatTemplate { functions: 981, ..QWEN_3_5 }),
     // 86 plain, 78 tools.
     ("qwen", 103, template((3, 3), (72, 24, 132), 18)),
+    ("qwq", 103, template((3, 3), (72, 24, 132), 18)),
+    ("qvq", 103, template((3, 3), (72, 24, 132), 18)),
     ("mistral-7b", 135, MISTRAL),
     // 0 plain, 26 tools. Also at Venice, with its own prompt.
     ("mistral-small-3-2", 110, template((2, -1), (960, 17, 133), 20)),
@@ -169,6 +171,9 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("magistral", 110, MISTRAL),
     ("codestral", 110, MISTRAL),
     ("pixtral", 110, MISTRAL),
+    ("voxtral", 110, MISTRAL),
+    ("devstral", 110, MISTRAL),
+    ("mixtral", 135, MISTRAL),
     ("gemma", 108, template((0, 3), (10, 5, 100), 8)),
     // 0 plain, 17 tools.
     ("gemini-2.0", 100, ChatTemplate { functions: 0, function: 0, parameters: 40, call: 8, ..GEMINI_2 }),
@@ -189,6 +194,8 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 16 plain, 0 tools.
     ("sonar", 100, template((0, 0), (0, 15, 100), 0)),
     ("command", 105, template((3, 3), (90, 15, 120), 15)),
+    ("claude-2", 110, CLAUDE_4),
+    ("claude-instant", 110, CLAUDE_4),
     // 57 plain, 18 tools. Anthropic publishes the size of the tool prompt for these models.
     ("claude-3", 110, ChatTemplate { parameters: 142, function: 15, ..CLAUDE_4 }),
     // 99 plain, 165 tools.
@@ -215,7 +222,7 @@ impl Model {
     /// The model of this name in the built-in tables. The costs of an unknown model are guesses, rather too high
     /// than too low.
     pub(super) fn built_in(name: &str) -> Self {
-        let name = family_name(name);
+        let name = plain_name(name, is_family);
         let openai =
             || OPENAI.iter().find(|(prefix, ..)| name.starts_with(prefix)).map(|&(_, e, f)| (e, 100, f));
         let other = OTHERS.iter().find(|(prefix, ..)| name.starts_with(prefix));
@@ -312,14 +319,10 @@ impl Model {
     }
 }
 
-/// The name to look up: `gpt-4o` for `openai/gpt-4o` and for the fine-tuned model `ft:gpt-4o:org::id`.
-fn family_name(model: &str) -> String {
-    let name = model.rsplit('/').next().unwrap_or(model);
-    let name = name.strip_prefix("ft:").map_or(name, |base| base.split(':').next().unwrap_or(base));
-    // OpenRouter writes claude-sonnet-4.6, Anthropic claude-sonnet-4-6. Databricks adds a prefix.
-    let name = name.to_ascii_lowercase();
-    let name = name.strip_prefix("databricks-").unwrap_or(&name);
-    if name.starts_with("claude") { name.replace('.', "-") } else { name.to_owned() }
+/// Whether a model of this name is in a table. The name is in lower case.
+pub(super) fn is_family(name: &str) -> bool {
+    OTHERS.iter().any(|(prefix, ..)| name.starts_with(prefix))
+        || OPENAI.iter().any(|(prefix, ..)| name.starts_with(prefix))
 }
 
 #[cfg(test)]
