@@ -89,6 +89,11 @@ impl PromptEstimate {
         self.parts.iter().sum()
     }
 
+    /// Whether the prompt has content, apart from tokens that the API adds.
+    pub fn has_content(&self) -> bool {
+        self.tokens() > self.of(PromptPart::Overhead)
+    }
+
     /// The tokens of one part.
     pub fn of(&self, part: PromptPart) -> u64 {
         self.parts[part as usize]

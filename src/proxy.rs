@@ -5,9 +5,11 @@
 //! The answer's body, `metered::Metered`, settles the reservation when it ends or is dropped.
 
 mod answer;
+mod body_parser;
 mod call;
 mod caller;
 mod charge;
+mod first_bytes;
 mod flood;
 mod form;
 mod headers;
@@ -301,7 +303,14 @@ impl Proxy {
         };
         charge.record.first_byte = Some(started.elapsed());
         peer.limit_answer(started, outgoing.environment.upstream.timeouts.total);
-        let context = self.meter_context(outgoing, parts.status, started);
+        let mut context = self.meter_context(outgoing, parts.status, started);
+        let incoming = if reader::depends_on_first_bytes(&parts, context.withholds_usage) {
+            let (begins_as_stream, incoming) = Box::pin(first_bytes::begins_as_stream(incoming)).await;
+            context.begins_as_stream = begins_as_stream;
+            incoming
+        } else {
+            incoming
+        };
         let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
         if let Some(when_durable) = when_durable {
             when_durable.await;
@@ -352,9 +361,11 @@ impl Proxy {
         let OutgoingRequest { upstream, environment, endpoint, call, .. } = outgoing;
         MeterContext {
             estimated_prompt: call.prompt_tokens,
+            has_prompt: call.estimate.has_content(),
             completions: call.completions.max(1),
             tokenizer: call.tokenizer,
             withholds_usage: call.adds_usage_request(),
+            begins_as_stream: false,
             calibration_update: environment
                 .calibrate
                 .then(|| call.calibration_update(upstream, &self.state.calibrations))
@@ -382,7 +393,7 @@ impl Proxy {
         charge.record.request_id = headers::request_id(&mut parts.headers, &self.state.request_ids);
         let mut metered = Metered::new(incoming, &parts.headers, context, charge);
         let when_durable = if metered.is_empty() { metered.settle_empty() } else { None };
-        if metered.is_stream() {
+        if !metered.has_fixed_length() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
         added.write(&mut parts.headers);

@@ -11,19 +11,23 @@ mod decode;
 mod delivered;
 mod document;
 mod ending;
+mod event;
 mod fields;
+mod format;
+mod own;
 mod sink;
 mod sse;
+mod stream_end;
 mod template;
 mod texts;
-
-use crate::quota::{Amounts, MAX_AMOUNT};
 
 pub use collector::TextToCount;
 pub use decode::{ContentCoding, Decoder};
 pub use delivered::{Delivered, DeliveredTokens};
 pub use document::JsonReader;
-pub use sink::Discard;
+pub use format::{BodyFormat, Detection, FormatDetector};
+pub use own::OwnFigures;
+pub use sink::{Discard, Sink};
 pub use sse::SseReader;
 
 /// A token count in a usage object. Some providers count parts of the prompt or the completion separately.
@@ -53,7 +57,7 @@ enum Field {
 
 const FIELD_COUNT: usize = 12;
 
-/// The usage that an upstream has reported so far: the last credible value of each field.
+/// The usage that an upstream has reported so far: of each field the last credible value that is not 0, or else 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
     fields: [Option<u64>; FIELD_COUNT],
@@ -77,10 +81,11 @@ impl Reported {
         self.fields[field as usize] = tokens;
     }
 
-    /// Replaces the fields that `later` reports and keeps the others. Values are never added up.
+    /// Replaces the fields that `later` reports and keeps the others. A 0 replaces no value. Values are never added
+    /// up.
     pub fn update(&mut self, later: Self) {
         for (known, later) in self.fields.iter_mut().zip(later.fields) {
-            *known = later.or(*known);
+            *known = later.filter(|&tokens| tokens > 0).or(*known).or(later);
         }
         self.has_incredible |= later.has_incredible;
     }
@@ -129,6 +134,13 @@ impl Reported {
         if total == prompt + completion + tokens { tokens } else { 0 }
     }
 
+    /// Whether nothing but a total was reported, and it is not 0.
+    fn is_total_only(&self) -> bool {
+        self.prompt_without_total().is_none()
+            && self.completion_without_total().is_none()
+            && self.total().is_some_and(|total| total > 0)
+    }
+
     /// Tokens that the model read. If only a total was reported, the whole total counts as prompt.
     pub fn prompt(&self) -> Option<u64> {
         let total = self.total();
@@ -158,42 +170,20 @@ impl Reported {
     pub fn without_cached(self) -> Self {
         Self { skips_cached: true, ..self }
     }
-
-    /// The amounts to charge. The estimate and the count replace missing fields.
-    pub fn amounts(&self, estimated_prompt: u64, counted_completion: u64) -> Amounts {
-        self.amounts_of(estimated_prompt, self.completion().unwrap_or(counted_completion))
-    }
-
-    /// The amounts to charge for an answer that may have broken off. `counted_since` is the count of the text
-    /// delivered since the upstream last reported completion tokens. It is added to those tokens.
-    pub fn amounts_with_count(&self, estimated_prompt: u64, counted_since: u64) -> Amounts {
-        self.amounts_of(estimated_prompt, self.completion().unwrap_or(0).saturating_add(counted_since))
-    }
-
-    fn amounts_of(&self, estimated_prompt: u64, completion: u64) -> Amounts {
-        let prompt = self.prompt().unwrap_or(estimated_prompt).min(MAX_AMOUNT);
-        let mut amounts = Amounts::of_request(prompt, completion);
-        amounts.total = amounts.total.max(self.total().unwrap_or(0)).min(MAX_AMOUNT);
-        if self.skips_cached {
-            let cached = self.cached().min(amounts.prompt);
-            amounts.prompt -= cached;
-            amounts.total -= cached.min(amounts.total);
-        }
-        amounts
-    }
-
-    /// The amounts of a running stream that has delivered this many completion tokens.
-    pub fn amounts_so_far(&self, estimated_prompt: u64, completion: u64) -> Amounts {
-        Amounts::of_request(self.prompt().unwrap_or(estimated_prompt), completion)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quota::Amounts;
 
+    const OWN: OwnFigures = OwnFigures { prompt: 100, has_prompt: true, completion: 0, is_final: true };
+
+    /// The charge if 100 prompt tokens were estimated and, without a report, 50 completion tokens counted.
     fn charged(usage: &str) -> (u64, u64, u64) {
-        let a = Reported::read(usage).amounts(100, 50);
+        let reported = Reported::read(usage);
+        let completion = if reported.completion().is_some() { 0 } else { 50 };
+        let a = reported.amounts(&OwnFigures { completion, ..OWN });
         (a.prompt, a.completion, a.total)
     }
 
@@ -295,7 +285,7 @@ mod tests {
             ),
             (r#"{"prompt_tokens":7,"completion_tokens":3,"cached_tokens":9000}"#, (0, 3, 3)),
         ] {
-            let a = Reported::read(usage).without_cached().amounts(100, 50);
+            let a = Reported::read(usage).without_cached().amounts(&OWN);
             assert_eq!((a.prompt, a.completion, a.total), want, "{usage}");
         }
     }
@@ -305,6 +295,25 @@ mod tests {
         let mut r = Reported::read(r#"{"prompt_tokens":7,"completion_tokens":1}"#);
         r.update(Reported::read(r#"{"prompt_tokens":7,"completion_tokens":5,"total_tokens":12}"#));
         r.update(Reported::read(r#"{"prompt_tokens":null}"#));
-        assert_eq!(r.amounts(0, 0), Amounts { requests: 1, prompt: 7, completion: 5, total: 12 });
+        let amounts = r.amounts(&OwnFigures::default());
+        assert_eq!(amounts, Amounts { requests: 1, prompt: 7, completion: 5, total: 12 });
+    }
+
+    #[test]
+    fn a_later_zero_does_not_replace_a_value() {
+        let mut r = Reported::read(
+            r#"{"input_tokens":317,"cache_creation_input_tokens":4425,"cache_read_input_tokens":0,"output_tokens":1}"#,
+        );
+        r.update(Reported::read(
+            r#"{"input_tokens":0,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":42}"#,
+        ));
+        assert_eq!((r.prompt(), r.completion()), (Some(4_742), Some(42)));
+        // A 0 counts where nothing else was reported.
+        let mut r = Reported::read("{}");
+        r.update(Reported::read(r#"{"prompt_tokens":0,"completion_tokens":0}"#));
+        assert_eq!((r.prompt(), r.completion()), (Some(0), Some(0)));
+        // The order of the keys has no effect within one object either.
+        let r = Reported::read(r#"{"tokens":{"output_tokens":3},"output_tokens":0}"#);
+        assert_eq!(r.completion(), Some(3));
     }
 }

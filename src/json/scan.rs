@@ -75,6 +75,11 @@ impl MemberScanner {
         self.is_complete
     }
 
+    /// Whether the document is a list.
+    pub(crate) fn is_list(&self) -> bool {
+        self.member_depth == 2
+    }
+
     /// Scans the next piece.
     pub(crate) fn feed(&mut self, piece: &[u8], mut found: impl FnMut(Found<'_>)) {
         // Start of the captured bytes in this piece.

@@ -2,9 +2,9 @@
 //! reservation until the answer's cost is known.
 
 use super::charge::Charge;
-use super::reader::AnswerReader;
+use super::reader::{AnswerFacts, AnswerReader};
 use super::route::Endpoint;
-use super::settlement::{AnswerSettlement, Unreported, WhenDurable};
+use super::settlement::{AnswerSettlement, SettlementFacts, Unreported, WhenDurable};
 use crate::calibrations::CalibrationUpdate;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
@@ -13,7 +13,7 @@ use crate::estimate::Tokenizer;
 use crate::ledger::Progress;
 use crate::telemetry::RequestOutcome;
 use crate::upstream::Incoming;
-use crate::usage::Reported;
+use crate::usage::OwnFigures;
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{self, HeaderMap};
@@ -36,11 +36,15 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct MeterContext {
     /// Charged for the prompt if the upstream does not report it.
     pub(super) estimated_prompt: u64,
+    /// Whether the prompt has content, so that a report of 0 prompt tokens is not credible.
+    pub(super) has_prompt: bool,
     /// The number of completions requested.
     pub(super) completions: u64,
     pub(super) tokenizer: Option<Tokenizer>,
     /// The gateway requested usage where the caller did not, so the usage chunk is withheld.
     pub(super) withholds_usage: bool,
+    /// Whether the body is known to begin as an event stream, whatever its label.
+    pub(super) begins_as_stream: bool,
     /// The calibration to update with the reported usage.
     pub(super) calibration_update: Option<CalibrationUpdate>,
     pub(super) status: StatusCode,
@@ -73,6 +77,8 @@ pub(super) struct Metered {
     last_data: Stopwatch,
     timeout: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
+    /// Whether progress was reported to the ledger at the beginning of the stream.
+    has_begun: bool,
     /// The most completion tokens that the request allows.
     completion_cap: u64,
     /// Beyond this number of completion tokens, progress is reported to the ledger at once.
@@ -118,9 +124,17 @@ impl Metered {
         context: MeterContext,
         charge: Charge,
     ) -> Self {
-        let reader = AnswerReader::new(headers, context.withholds_usage);
+        let is_success = context.status.is_success();
+        let facts = AnswerFacts {
+            withholds: context.withholds_usage,
+            choices: context.completions,
+            is_success,
+            begins_as_stream: context.begins_as_stream,
+            is_of_model: matches!(context.endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_)),
+        };
+        let reader = AnswerReader::new(headers, facts);
         let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
-        let length = length.filter(|_| !reader.is_stream());
+        let length = length.filter(|_| reader.has_fixed_length());
         let now = Stopwatch::start();
         let limits = charge.reservation.as_ref().map(|held| (held.cap(), held.progress_threshold()));
         let (completion_cap, progress_threshold) = limits.unwrap_or((u64::MAX, u64::MAX));
@@ -136,21 +150,22 @@ impl Metered {
             last_data: now,
             timeout: None,
             last_progress: now,
+            has_begun: false,
             completion_cap,
             progress_threshold,
             is_draining: false,
         };
-        let has_begun = metered.reader.events().is_some() && metered.context.status.is_success();
-        if has_begun && metered.context.endpoint.generates() {
+        if is_success && metered.reader.is_labelled_as_stream() && metered.context.endpoint.generates() {
             // The model has begun, so the prompt is spent.
             metered.progress();
         }
         metered
     }
 
-    /// Whether the gateway may withhold or add events, so that the length of the body can change.
-    pub(super) fn is_stream(&self) -> bool {
-        self.reader.is_stream()
+    /// Whether the caller is promised the length of the body that the upstream declares. Otherwise the gateway may
+    /// withhold or add events.
+    pub(super) fn has_fixed_length(&self) -> bool {
+        self.reader.has_fixed_length()
     }
 
     /// Whether the body of the answer is empty. The server never polls an empty body.
@@ -229,18 +244,18 @@ impl Metered {
     fn progress_is_due(&self) -> bool {
         let Some(reader) = self.reader.events() else { return false };
         self.context.endpoint.generates()
-            && (reader.tokens_so_far(self.completion_cap) > self.progress_threshold
+            && (!self.has_begun
+                || reader.tokens_so_far(self.completion_cap) > self.progress_threshold
                 || self.last_data.since(self.last_progress) >= PROGRESS_INTERVAL)
     }
 
     /// Moves delivered tokens from held to used, and extends the reservation of a stream that outgrows it.
     fn progress(&mut self) -> Progress {
         self.last_progress = self.last_data;
-        let (MeterPhase::Passing(charge), Some(reader)) = (&mut self.phase, self.reader.events()) else {
-            return Progress::Within;
-        };
-        let tokens = reader.tokens_so_far(self.completion_cap);
-        let spent = reader.reported().amounts_so_far(self.context.estimated_prompt, tokens);
+        self.has_begun = true;
+        let MeterPhase::Passing(charge) = &mut self.phase else { return Progress::Within };
+        let tokens = self.reader.events().map_or(0, |events| events.tokens_so_far(self.completion_cap));
+        let spent = self.reader.reported().amounts_so_far(self.context.estimated_prompt, tokens);
         let Some(reservation) = &mut charge.reservation else { return Progress::Within };
         let progress = reservation.progress(spent);
         self.progress_threshold = reservation.progress_threshold();
@@ -252,7 +267,7 @@ impl Metered {
     fn overrun(&mut self) {
         let Environment { enforce, reserve, .. } = &*self.context.environment;
         // Shadow mode changes no answer.
-        if !enforce || reserve.on_overrun == OnOverrun::Finish {
+        if !enforce || reserve.on_overrun == OnOverrun::Finish || self.reader.is_whole() {
             return;
         }
         let Some(reader) = self.reader.as_stream() else {
@@ -287,17 +302,24 @@ impl Metered {
     /// Ends an answer that has arrived as a whole.
     fn complete(&mut self) {
         self.reader.finish(&mut self.ready);
-        let outcome = if self.context.status.as_u16() < 400 {
+        self.close(self.outcome_of_whole(), false, Ending::Complete);
+    }
+
+    /// The outcome of a whole answer.
+    fn outcome_of_whole(&self) -> RequestOutcome {
+        if self.context.status.as_u16() < 400 {
             RequestOutcome::Answered
         } else {
             RequestOutcome::UpstreamError
-        };
-        self.close(outcome, false, Ending::Complete);
+        }
     }
 
     /// Ends an incomplete answer. A stream ends with an error event. Any other answer is aborted, so that the caller
     /// does not take it for complete.
     fn interrupt(&mut self, interruption: &Interruption) {
+        if self.reader.as_stream().is_some_and(|events| events.has_last_event()) {
+            return self.complete();
+        }
         let ending = match self.reader.as_stream() {
             Some(reader) => {
                 let number = reader.next_sequence_number();
@@ -325,15 +347,8 @@ impl Metered {
             return;
         };
         charge.record.outcome = if self.is_draining { RequestOutcome::CallerGone } else { outcome };
-        if outcome == RequestOutcome::Answered {
-            if let Some(reservation) = &mut charge.reservation {
-                reservation.mark_complete();
-            }
-            if let (Some(update), Some(prompt)) =
-                (self.context.calibration_update.take(), self.reader.reported().prompt())
-            {
-                update.apply(prompt);
-            }
+        if outcome == RequestOutcome::Answered || self.reader.is_whole() {
+            self.learn(&mut charge);
         }
         let mut settlement = self.settlement(charge, was_cut);
         self.phase = if settlement.is_quick() {
@@ -343,45 +358,60 @@ impl Metered {
         };
     }
 
+    /// Marks the answer as whole, so that its length and the error of the prompt estimate are learned.
+    fn learn(&mut self, charge: &mut Charge) {
+        if self.context.status.as_u16() >= 400 {
+            return;
+        }
+        if let Some(reservation) = &mut charge.reservation {
+            reservation.mark_complete();
+        }
+        let reported = self.reader.reported().prompt().filter(|&tokens| tokens > 0);
+        if let (Some(update), Some(prompt)) = (self.context.calibration_update.take(), reported) {
+            update.apply(prompt);
+        }
+    }
+
     /// Prepares the settlement. Delivered text is counted if the upstream has not reported its final usage and the
     /// endpoint generates tokens.
     fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> AnswerSettlement {
         let reported = self.reader.reported();
         charge.record.is_usage_reported = reported.has_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
-        self.record_missing_usage(&charge, reported);
-        let MeterContext { status, endpoint, estimated_prompt, tokenizer, .. } = self.context;
+        let MeterContext { status, endpoint, estimated_prompt, has_prompt, tokenizer, .. } = self.context;
+        let (is_success, is_counted) = (status.is_success(), matches!(endpoint, Endpoint::Counted(_)));
+        let is_final = self.reader.has_final_report(self.context.completions);
+        let is_unreadable = self.reader.is_unreadable();
         // A report in the middle of an interrupted stream does not cover the text that followed it.
         let may_be_partial = was_cut && self.reader.events().is_some();
-        let is_known = !status.is_success() || reported.completion().is_some() && !may_be_partial;
-        let unreported = if is_known || !endpoint.generates() {
+        let is_known = match reported.completion() {
+            None => false,
+            // Credible only if nothing was delivered, or if the request allows no completion.
+            Some(0) => self.completion_cap == 0,
+            Some(_) => is_final && !may_be_partial,
+        };
+        let unreported = if is_known || !is_success || !endpoint.generates() {
             Unreported::Nothing
         } else {
             Unreported::Raw { reader: std::mem::take(&mut self.reader), was_cut }
         };
-        let estimated_prompt = status.is_success().then_some(estimated_prompt);
+        let own = OwnFigures {
+            prompt: if is_success { estimated_prompt } else { 0 },
+            has_prompt: is_success && has_prompt,
+            completion: 0,
+            is_final,
+        };
         let skips_cached = !self.context.environment.count_cached_prompt_tokens;
-        let reported = if skips_cached { reported.without_cached() } else { reported };
-        AnswerSettlement::new(charge, reported, estimated_prompt, tokenizer, unreported)
-    }
-
-    /// Counts in metrics an answer whose usage is missing or not credible.
-    fn record_missing_usage(&self, charge: &Charge, reported: Reported) {
-        let is_charged = charge.reservation.is_some();
-        let is_expected =
-            self.context.status.is_success() && matches!(self.context.endpoint, Endpoint::Counted(_));
-        let (metrics, environment) = (charge.record.metrics(), &charge.record.environment);
-        if is_charged && reported.has_incredible() {
-            metrics.usage_missing(environment, "not_credible");
-            let upstream = self.context.upstream();
-            tracing::warn!(
-                upstream,
-                "the upstream reported usage that is not credible; the gateway charges its own count for those fields"
-            );
-        } else if is_charged && is_expected && reported.completion().is_none() {
-            let reason = if self.reader.is_unreadable() { "not_readable" } else { "not_reported" };
-            metrics.usage_missing(environment, reason);
-        }
+        let facts = SettlementFacts {
+            environment: self.context.environment.clone(),
+            reported: if skips_cached { reported.without_cached() } else { reported },
+            own,
+            is_success,
+            expects_usage: is_success && is_counted,
+            is_unreadable,
+            tokenizer,
+        };
+        AnswerSettlement::new(charge, facts, unreported)
     }
 }
 
@@ -398,6 +428,10 @@ impl Drop for Metered {
         let phase = std::mem::replace(&mut self.phase, MeterPhase::Settled(Ending::Complete));
         let MeterPhase::Passing(mut charge) = phase else { return };
         charge.record.outcome = RequestOutcome::CallerGone;
+        if self.reader.is_whole() {
+            charge.record.outcome = self.outcome_of_whole();
+            self.learn(&mut charge);
+        }
         let mut settlement = self.settlement(charge, true);
         match Handle::try_current() {
             Ok(runtime) if !settlement.is_quick() => {
@@ -466,6 +500,7 @@ impl Metered {
     /// Whether the answer is incomplete and `on_disconnect` is `drain`.
     pub(super) fn wants_drain(&self) -> bool {
         matches!(self.phase, MeterPhase::Passing(_))
+            && !self.reader.is_whole()
             && self.context.environment.on_disconnect == OnDisconnect::Drain
     }
 

@@ -1,222 +1,206 @@
 //! Reads usage and delivered text from an answer while its bytes pass through unchanged.
 
-use crate::usage::{
-    ContentCoding, Decoder, Delivered, Discard, JsonReader, Reported, SseReader, TextToCount,
-};
+use super::body_parser::{BodyParser, ParseRules};
+use crate::usage::{BodyFormat, ContentCoding, Decoder, Discard, Reported, SseReader, TextToCount};
 use bytes::Bytes;
-use http::HeaderValue;
 use http::header::{self, HeaderMap};
+use http::{HeaderValue, response};
 use std::collections::VecDeque;
-use std::io::{self, Write};
 
 /// Reads an answer's body in the form in which the upstream sends it.
+#[derive(Default)]
+pub(super) struct AnswerReader {
+    body: EncodedBody,
+    label: Option<BodyFormat>,
+    /// Whether the caller is promised the length of the body, so that no event can be withheld or added.
+    has_fixed_length: bool,
+}
+
+/// A body with or without compression.
 // The large variant is the usual one, and the enclosing `Metered` is boxed.
 #[allow(clippy::large_enum_variant)]
-pub(super) enum AnswerReader {
+enum EncodedBody {
     Plain(BodyParser),
     /// Compressed. The caller receives the compressed bytes; a decompressed copy is parsed.
     Compressed(Box<Decoder<BodyParser>>),
-    /// Neither SSE nor JSON, or compressed with an unknown coding. Only the bytes are counted.
-    Opaque {
+    /// Compressed with an unknown coding. Only the bytes are counted.
+    Undecodable {
         bytes: u64,
-        is_compressed: bool,
     },
 }
 
-impl Default for AnswerReader {
+impl Default for EncodedBody {
     fn default() -> Self {
-        Self::Opaque { bytes: 0, is_compressed: false }
+        Self::Plain(BodyParser::default())
     }
 }
 
-/// Parses the uncompressed body.
-pub(super) enum BodyParser {
-    Sse(SseReader),
-    Json(JsonReader, Delivered),
-}
-
-impl Default for BodyParser {
-    fn default() -> Self {
-        Self::Json(JsonReader::default(), Delivered::default())
-    }
-}
-
-impl BodyParser {
-    fn reported(&self) -> Reported {
-        match self {
-            Self::Sse(reader) => reader.reported(),
-            Self::Json(reader, _) => reader.reported(),
-        }
-    }
-
-    fn buffered_bytes(&self) -> usize {
-        match self {
-            Self::Sse(reader) => reader.buffered_bytes(),
-            Self::Json(_, received) => received.buffered_bytes(),
-        }
-    }
-
-    fn take_text(&mut self, was_cut: bool) -> TextToCount {
-        match self {
-            Self::Sse(reader) => reader.take_text(),
-            Self::Json(reader, received) => {
-                let received = std::mem::take(received);
-                if was_cut && !reader.is_complete() {
-                    received.finish_cut_document()
-                } else {
-                    received.finish_document()
-                }
-            }
-        }
-    }
-}
-
-/// Parses the output of a decoder. The caller does not receive it.
-impl Write for BodyParser {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Sse(reader) => reader.feed(&Bytes::copy_from_slice(data), &mut Discard),
-            Self::Json(reader, received) => {
-                reader.feed(data);
-                received.push_piece(data);
-            }
-        }
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+/// What the reader has to know of the request and of the status of its answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AnswerFacts {
+    /// The usage chunk is withheld from the caller, unless the answer is compressed.
+    pub(super) withholds: bool,
+    /// The number of choices that the request asks for.
+    pub(super) choices: u64,
+    pub(super) is_success: bool,
+    /// Whether the body is known to begin as an event stream, whatever its label.
+    pub(super) begins_as_stream: bool,
+    /// Whether a model answers. Usage in any other answer counts only if its label is JSON or an event stream: a
+    /// stored file can look like an answer.
+    pub(super) is_of_model: bool,
 }
 
 impl AnswerReader {
-    /// Chooses the parser by the answer's headers. `withholds`: the usage chunk is withheld from the caller, unless
-    /// the answer is compressed.
-    pub(super) fn new(headers: &HeaderMap, withholds: bool) -> Self {
-        let has_prefix = |value: Option<&HeaderValue>, prefix: &[u8]| {
-            let start = value.and_then(|value| value.as_bytes().get(..prefix.len()));
-            start.is_some_and(|start| start.eq_ignore_ascii_case(prefix))
-        };
+    /// Prepares for an answer with these headers.
+    pub(super) fn new(headers: &HeaderMap, facts: AnswerFacts) -> Self {
+        let label = labelled_format(headers);
         let is_compressed = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
         let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_compressed);
         let encoding = encodings.next();
-        let content = headers.get(header::CONTENT_TYPE);
-        let parser = if has_prefix(content, b"text/event-stream") {
-            BodyParser::Sse(SseReader::new(withholds && encoding.is_none()))
-        } else if content.is_none() || has_prefix(content, b"application/json") {
-            BodyParser::default()
-        } else {
-            return Self::Opaque { bytes: 0, is_compressed: encoding.is_some() };
+        let is_stream = encoding.is_none() && (label == Some(BodyFormat::Sse) || facts.begins_as_stream);
+        let has_fixed_length = headers.contains_key(header::CONTENT_LENGTH) && !is_stream;
+        let may_be_stream = is_stream || facts.is_success && !has_fixed_length;
+        let withholds = facts.withholds && encoding.is_none() && may_be_stream;
+        let rules = ParseRules { label, withholds, choices: facts.choices };
+        let parser =
+            if label.is_some() || facts.is_of_model { BodyParser::new(rules) } else { BodyParser::default() };
+        let body = match encoding {
+            None => EncodedBody::Plain(parser),
+            Some(name) => {
+                let coding = ContentCoding::named(name.as_bytes()).filter(|_| encodings.next().is_none());
+                coding.map_or(EncodedBody::Undecodable { bytes: 0 }, |coding| {
+                    EncodedBody::Compressed(Box::new(Decoder::new(coding, parser)))
+                })
+            }
         };
-        let Some(encoding) = encoding else { return Self::Plain(parser) };
-        let coding = ContentCoding::named(encoding.as_bytes()).filter(|_| encodings.next().is_none());
-        coding.map_or(Self::Opaque { bytes: 0, is_compressed: true }, |coding| {
-            Self::Compressed(Box::new(Decoder::new(coding, parser)))
-        })
+        Self { body, label, has_fixed_length }
     }
 
-    /// The SSE parser of an uncompressed stream. The gateway can add events only to an uncompressed stream.
+    /// The SSE parser of an uncompressed stream to which the gateway may add events.
     pub(super) fn as_stream(&mut self) -> Option<&mut SseReader> {
-        match self {
-            Self::Plain(BodyParser::Sse(reader)) => Some(reader),
+        match &mut self.body {
+            EncodedBody::Plain(parser) if !self.has_fixed_length => parser.as_stream(),
             _ => None,
         }
     }
 
-    /// Whether the gateway may withhold or add events, so that the length of the body can change.
-    pub(super) fn is_stream(&self) -> bool {
-        matches!(self, Self::Plain(BodyParser::Sse(_)))
+    /// Whether the caller is promised the length that the upstream declares.
+    pub(super) fn has_fixed_length(&self) -> bool {
+        self.has_fixed_length
+    }
+
+    /// Whether the answer is labelled as an event stream.
+    pub(super) fn is_labelled_as_stream(&self) -> bool {
+        self.label == Some(BodyFormat::Sse)
+    }
+
+    fn parser(&self) -> Option<&BodyParser> {
+        match &self.body {
+            EncodedBody::Plain(parser) => Some(parser),
+            EncodedBody::Compressed(decoder) => Some(decoder.inner()),
+            EncodedBody::Undecodable { .. } => None,
+        }
     }
 
     /// The SSE parser of a stream, compressed or not.
     pub(super) fn events(&self) -> Option<&SseReader> {
-        match self {
-            Self::Plain(BodyParser::Sse(reader)) => Some(reader),
-            Self::Compressed(decoder) => match decoder.inner() {
-                BodyParser::Sse(reader) => Some(reader),
-                BodyParser::Json(..) => None,
-            },
-            _ => None,
-        }
+        self.parser()?.events()
     }
 
     pub(super) fn events_mut(&mut self) -> Option<&mut SseReader> {
-        match self {
-            Self::Plain(BodyParser::Sse(reader)) => Some(reader),
-            Self::Compressed(decoder) => match decoder.inner_mut() {
-                BodyParser::Sse(reader) => Some(reader),
-                BodyParser::Json(..) => None,
-            },
-            _ => None,
+        match &mut self.body {
+            EncodedBody::Plain(parser) => parser.events_mut(),
+            EncodedBody::Compressed(decoder) => decoder.inner_mut().events_mut(),
+            EncodedBody::Undecodable { .. } => None,
         }
     }
 
     /// Whether the answer is compressed and could not be decompressed completely.
     pub(super) fn is_unreadable(&self) -> bool {
-        match self {
-            Self::Plain(_) => false,
-            Self::Compressed(decoder) => decoder.has_failed(),
-            Self::Opaque { is_compressed, .. } => *is_compressed,
+        match &self.body {
+            EncodedBody::Plain(_) => false,
+            EncodedBody::Compressed(decoder) => decoder.has_failed(),
+            EncodedBody::Undecodable { .. } => true,
         }
     }
 
     /// Reads a piece and appends to `ready` what the caller receives.
     pub(super) fn feed(&mut self, data: Bytes, ready: &mut VecDeque<Bytes>) {
-        match self {
-            Self::Plain(BodyParser::Sse(reader)) => return reader.feed(&data, ready),
-            Self::Plain(BodyParser::Json(reader, received)) => {
-                reader.feed(&data);
-                received.push_piece(&data);
-            }
-            Self::Compressed(decoder) => decoder.feed(&data),
-            Self::Opaque { bytes, .. } => *bytes += data.len() as u64,
+        match &mut self.body {
+            EncodedBody::Plain(parser) => return parser.feed(&data, ready),
+            EncodedBody::Compressed(decoder) => decoder.feed(&data),
+            EncodedBody::Undecodable { bytes } => *bytes += data.len() as u64,
         }
         ready.push_back(data);
     }
 
     /// Flushes buffered bytes at the end of the answer.
     pub(super) fn finish(&mut self, ready: &mut VecDeque<Bytes>) {
-        match self {
-            Self::Plain(BodyParser::Sse(reader)) => reader.finish(ready),
-            Self::Compressed(decoder) => {
-                if let BodyParser::Sse(reader) = decoder.inner_mut() {
-                    reader.finish(&mut Discard);
-                }
-            }
-            _ => {}
+        match &mut self.body {
+            EncodedBody::Plain(parser) => parser.finish(ready),
+            EncodedBody::Compressed(decoder) => decoder.inner_mut().finish(&mut Discard),
+            EncodedBody::Undecodable { .. } => {}
         }
     }
 
     /// The usage reported so far.
     pub(super) fn reported(&self) -> Reported {
-        match self {
-            Self::Plain(plain) => plain.reported(),
-            Self::Compressed(decoder) => decoder.inner().reported(),
-            Self::Opaque { .. } => Reported::default(),
-        }
+        self.parser().map_or_else(Reported::default, BodyParser::reported)
+    }
+
+    /// Whether the completion tokens of the final report are known. `choices`: how many the request asks for.
+    pub(super) fn has_final_report(&self, choices: u64) -> bool {
+        self.parser().is_some_and(|parser| parser.has_final_report(choices))
+    }
+
+    /// Whether the API's final event has passed, or a JSON document has ended.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.is_unreadable() && self.parser().is_some_and(BodyParser::is_whole)
     }
 
     /// Bytes buffered for counting.
     pub(super) fn buffered_bytes(&self) -> usize {
-        match self {
-            Self::Plain(plain) => plain.buffered_bytes(),
-            Self::Compressed(decoder) => decoder.inner().buffered_bytes(),
-            Self::Opaque { .. } => 0,
-        }
+        self.parser().map_or(0, BodyParser::buffered_bytes)
     }
 
     /// Takes the delivered text, to be counted. Bytes that could not be parsed count as one token per four bytes.
     pub(super) fn take_text(&mut self, was_cut: bool) -> TextToCount {
-        match self {
-            Self::Plain(plain) => plain.take_text(was_cut),
-            Self::Compressed(decoder) => {
+        match &mut self.body {
+            EncodedBody::Plain(parser) => parser.take_text(was_cut),
+            EncodedBody::Compressed(decoder) => {
                 let is_cut = was_cut || decoder.has_failed();
                 let unread = if is_cut { decoder.undecoded_bytes() } else { 0 };
                 let mut texts = decoder.inner_mut().take_text(is_cut);
                 texts.known_tokens += unread.div_ceil(4);
                 texts
             }
-            Self::Opaque { bytes, .. } => TextToCount { texts: Vec::new(), known_tokens: bytes.div_ceil(4) },
+            EncodedBody::Undecodable { bytes } => {
+                TextToCount { texts: Vec::new(), known_tokens: bytes.div_ceil(4) }
+            }
         }
+    }
+}
+
+/// Whether the head of an answer depends on its first bytes: it declares a length, which holds only if no event is
+/// withheld.
+pub(super) fn depends_on_first_bytes(head: &response::Parts, withholds: bool) -> bool {
+    let headers = &head.headers;
+    withholds
+        && head.status.is_success()
+        && headers.contains_key(header::CONTENT_LENGTH)
+        && !headers.contains_key(header::CONTENT_ENCODING)
+        && labelled_format(headers) != Some(BodyFormat::Sse)
+}
+
+/// The format that the `content-type` names. Without one it is JSON.
+fn labelled_format(headers: &HeaderMap) -> Option<BodyFormat> {
+    let Some(label) = headers.get(header::CONTENT_TYPE) else { return Some(BodyFormat::Json) };
+    let has_prefix = |prefix: &[u8]| {
+        label.as_bytes().get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
+    };
+    if has_prefix(b"text/event-stream") {
+        Some(BodyFormat::Sse)
+    } else {
+        has_prefix(b"application/json").then_some(BodyFormat::Json)
     }
 }

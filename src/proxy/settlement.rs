@@ -2,11 +2,13 @@
 
 use super::charge::Charge;
 use super::reader::AnswerReader;
+use crate::config::Environment;
 use crate::estimate::{Encoding, Tokenizer};
 use crate::ledger::Reservation;
 use crate::quota::Amounts;
-use crate::usage::{Reported, TextToCount};
+use crate::usage::{OwnFigures, Reported, TextToCount};
 use std::pin::Pin;
+use std::sync::Arc;
 
 /// Text is extracted from up to this many bytes on the event loop, in some 20 microseconds.
 const MAX_INLINE_BYTES: usize = 8 * 1024;
@@ -27,11 +29,22 @@ pub(super) type WhenDurable = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// charged.
 pub(super) struct AnswerSettlement {
     charge: Option<Charge>,
-    reported: Reported,
-    estimated_prompt: u64,
-    is_success: bool,
-    tokenizer: Option<Tokenizer>,
+    facts: SettlementFacts,
     unreported: Unreported,
+}
+
+/// What is known of an answer before its text is counted.
+pub(super) struct SettlementFacts {
+    pub(super) environment: Arc<Environment>,
+    pub(super) reported: Reported,
+    /// The gateway's own figures. The count is added later.
+    pub(super) own: OwnFigures,
+    pub(super) is_success: bool,
+    /// Whether an upstream should report usage in this answer.
+    pub(super) expects_usage: bool,
+    /// Whether the answer is compressed and could not be decompressed.
+    pub(super) is_unreadable: bool,
+    pub(super) tokenizer: Option<Tokenizer>,
 }
 
 /// Delivered content whose tokens the upstream did not report.
@@ -48,22 +61,13 @@ pub(super) enum Unreported {
 }
 
 impl AnswerSettlement {
-    /// `estimated_prompt` is `None` if the answer is no success: then only reported usage is charged.
-    pub(super) fn new(
-        charge: Charge,
-        reported: Reported,
-        estimated_prompt: Option<u64>,
-        tokenizer: Option<Tokenizer>,
-        unreported: Unreported,
-    ) -> Self {
-        let is_success = estimated_prompt.is_some();
-        let estimated_prompt = estimated_prompt.unwrap_or(0);
-        Self { charge: Some(charge), reported, estimated_prompt, is_success, tokenizer, unreported }
+    pub(super) fn new(charge: Charge, facts: SettlementFacts, unreported: Unreported) -> Self {
+        Self { charge: Some(charge), facts, unreported }
     }
 
     /// Whether settling is quick enough for an event loop. Extracts the text if there is little of it.
     pub(super) fn is_quick(&mut self) -> bool {
-        let Some(tokenizer) = self.tokenizer else { return self.unreported.extract_if_small() };
+        let Some(tokenizer) = self.facts.tokenizer else { return self.unreported.extract_if_small() };
         let max_text = match tokenizer.encoding {
             Encoding::File(_) => MAX_INLINE_TEXT_FROM_FILE,
             Encoding::O200k | Encoding::Cl100k => MAX_INLINE_TEXT,
@@ -79,15 +83,38 @@ impl AnswerSettlement {
     fn finish(&mut self) -> Option<WhenDurable> {
         // Taken out first: if counting panics, the drop that follows charges the reported and estimated tokens.
         let texts = std::mem::replace(&mut self.unreported, Unreported::Nothing).into_texts();
-        let counted = count(self.tokenizer, &texts);
+        self.facts.own.completion = count(self.facts.tokenizer, &texts);
         let mut charge = self.charge.take()?;
-        charge.observe(if self.is_success || self.reported.has_any() {
-            self.reported.amounts_with_count(self.estimated_prompt, counted)
+        let SettlementFacts { reported, own, is_success, .. } = &self.facts;
+        charge.observe(if *is_success || reported.has_any() {
+            reported.amounts(own)
         } else {
             Amounts { requests: 1, ..Amounts::default() }
         });
+        self.facts.record_missing_usage(&charge);
         let when_durable = charge.reservation.take().and_then(Reservation::settle)?;
         Some(Box::pin(when_durable))
+    }
+}
+
+impl SettlementFacts {
+    /// Counts in metrics an answer whose usage is missing or not credible.
+    fn record_missing_usage(&self, charge: &Charge) {
+        let Self { environment, reported, own, expects_usage, is_unreadable, .. } = self;
+        if charge.reservation.is_none() {
+            return;
+        }
+        let metrics = charge.record.metrics();
+        if reported.has_incredible() || reported.has_false_zero(own) {
+            metrics.usage_missing(&environment.name, "not_credible");
+            tracing::warn!(
+                upstream = environment.upstream.name,
+                "the upstream reported usage that is not credible; the gateway charges its own count for those fields"
+            );
+        } else if *expects_usage && (reported.completion().is_none() || reported.is_outgrown(own)) {
+            let reason = if *is_unreadable { "not_readable" } else { "not_reported" };
+            metrics.usage_missing(&environment.name, reason);
+        }
     }
 }
 
@@ -131,6 +158,7 @@ fn count(tokenizer: Option<Tokenizer>, texts: &TextToCount) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::reader::AnswerFacts;
     use super::*;
     use bytes::Bytes;
     use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -140,7 +168,8 @@ mod tests {
     fn answer(text: &str, streams: bool) -> Unreported {
         let kind = if streams { "text/event-stream" } else { "application/json" };
         let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]);
-        let mut reader = AnswerReader::new(&headers, false);
+        let facts = AnswerFacts { choices: 1, is_success: true, is_of_model: true, ..AnswerFacts::default() };
+        let mut reader = AnswerReader::new(&headers, facts);
         let json = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}"#);
         let body = if streams { format!("data: {json}\n\n") } else { json };
         reader.feed(Bytes::from(body), &mut VecDeque::new());

@@ -76,7 +76,7 @@ pub(super) struct TextCollector {
     tokens: u64,
     /// Bytes that were not collected.
     skipped_bytes: u64,
-    /// The value of `skipped_bytes` when the upstream last reported usage.
+    /// The value of `skipped_bytes` at the upstream's final report.
     reported_skipped_bytes: u64,
     /// The effect of the current event.
     effect: EventEffect,
@@ -251,7 +251,7 @@ impl TextCollector {
         self.tokens += tokens.unwrap_or_else(by_length);
     }
 
-    /// Records that the upstream has reported the tokens of all text so far. Only later text will be counted.
+    /// Records that the upstream's final report covers all text so far. Only later text will be counted.
     pub(super) fn usage_reported(&mut self) {
         *self = Self {
             appended_bytes: self.appended_bytes,

@@ -8,6 +8,7 @@ use super::template::{EventTemplate, without_escapes};
 use super::texts;
 use memchr::memmem::{self, Finder};
 use memchr::{memchr_iter, memrchr};
+use serde_json::value::RawValue;
 use std::sync::{Arc, LazyLock};
 
 /// Limit of the buffered events. At this size they are parsed and dropped, and only their text stays.
@@ -211,7 +212,7 @@ impl Delivered {
         self.text.skip(bytes);
     }
 
-    /// Records that the upstream has reported the tokens of all text so far. Only later text will be counted.
+    /// Records that the upstream's final report covers all text so far. Only later text will be counted.
     pub fn usage_reported(&mut self) {
         self.open_block = self.open_block();
         self.text.usage_reported();
@@ -227,6 +228,14 @@ impl Delivered {
     /// Ends a complete JSON answer. Returns its text.
     pub fn finish_document(mut self) -> TextToCount {
         parse(&self.raw, &mut self.text);
+        self.text.finish()
+    }
+
+    /// Ends a JSON list of chunks that was cut off. Returns the text of its complete chunks.
+    pub fn finish_cut_list(mut self) -> TextToCount {
+        for chunk in complete_chunks(&self.raw) {
+            parse(chunk.get().as_bytes(), &mut self.text);
+        }
         self.text.finish()
     }
 
@@ -257,6 +266,19 @@ fn parse(json: &[u8], text: &mut TextCollector) -> Option<Option<u64>> {
         text.skip(json.len());
     }
     texts::open_block_after(json)
+}
+
+/// The complete items of a JSON list that was cut off.
+fn complete_chunks(list: &[u8]) -> impl Iterator<Item = &RawValue> {
+    let mut rest = list.trim_ascii_start().strip_prefix(b"[").unwrap_or_default();
+    std::iter::from_fn(move || {
+        rest = rest.trim_ascii_start();
+        rest = rest.strip_prefix(b",").unwrap_or(rest);
+        let mut chunks = serde_json::Deserializer::from_slice(rest).into_iter::<&RawValue>();
+        let chunk = chunks.next()?.ok()?;
+        rest = &rest[chunks.byte_offset()..];
+        Some(chunk)
+    })
 }
 
 /// Makes a template for an event whose text has escapes, from the same event with another text.
@@ -390,6 +412,13 @@ mod tests {
         document.chunks(7).for_each(|c| whole.push_piece(c));
         // Without an index both belong to choice 0.
         assert_eq!(whole.finish_document(), TextToCount { texts: vec!["Hithere".into()], known_tokens: 0 });
+        let list = br#" [{"candidates":[{"content":{"parts":[{"text":"Hi"}]}}]},
+            {"candidates":[{"content":{"parts":[{"text":" there"}]}}]},{"candidates":[{"con"#;
+        for (length, texts) in [(list.len(), vec!["Hi there"]), (60, vec!["Hi"]), (20, vec![]), (1, vec![])] {
+            let mut cut = Delivered::default();
+            cut.push_piece(&list[..length]);
+            assert_eq!(cut.finish_cut_list().texts, texts, "{length}");
+        }
         let mut cut = Delivered::default();
         cut.push_piece(&document[..41]);
         assert_eq!(cut.finish_cut_document(), TextToCount { texts: vec![], known_tokens: 11 });

@@ -1,9 +1,10 @@
 //! Finds the usage in a JSON answer while its bytes pass.
 //!
 //! Only the values of a few top-level keys are buffered and parsed, because an answer may be megabytes long
-//! (embeddings). A nested `usage` does not count. Gemini can answer with a list of chunks; the last usage in it
-//! counts.
+//! (embeddings). A nested `usage` does not count, except one in a choice (Moonshot), and only where the top level has
+//! none. Gemini can answer with a list of chunks; the last usage in it counts.
 
+use super::event::EventUsage;
 use super::{Reported, fields};
 use crate::json::{Found, MemberScanner};
 
@@ -19,6 +20,8 @@ enum UsageHolder {
     Meta,
     /// Groq's `x_groq`: an object with a `usage`.
     Parent,
+    /// The list of choices, which can hold usage.
+    Choices,
 }
 
 impl UsageHolder {
@@ -28,6 +31,7 @@ impl UsageHolder {
             b"usage" if !is_in_list => Some(Self::Usage),
             b"meta" if !is_in_list => Some(Self::Meta),
             b"x_groq" if !is_in_list => Some(Self::Parent),
+            b"choices" if !is_in_list => Some(Self::Choices),
             _ => None,
         }
     }
@@ -38,7 +42,17 @@ impl UsageHolder {
 pub struct JsonReader {
     scanner: MemberScanner,
     value: PartialValue,
-    reported: Reported,
+    choices: ChoicesReader,
+    /// The usage of the answer. `None`: none so far.
+    answer: Option<Reported>,
+}
+
+/// Reads the usage within the choices of a document.
+#[derive(Debug, Default)]
+struct ChoicesReader {
+    scanner: MemberScanner,
+    value: PartialValue,
+    reported: Option<Reported>,
 }
 
 /// The value that is being read, if it can hold usage.
@@ -52,28 +66,54 @@ struct PartialValue {
 impl JsonReader {
     /// Reads the next piece.
     pub fn feed(&mut self, piece: &[u8]) {
-        let Self { scanner, value, reported } = self;
+        let Self { scanner, value, choices, answer } = self;
         scanner.feed(piece, |found| match found {
             Found::Key { key, is_in_list } => {
                 *value = PartialValue { holder: UsageHolder::of_key(key, is_in_list), ..Default::default() };
             }
+            Found::Value(part) if value.holder == Some(UsageHolder::Choices) => choices.feed(part),
             Found::Value(part) => value.extend(part),
-            Found::ValueEnd => {
-                if let Some(usage) = std::mem::take(value).usage() {
-                    reported.update(usage);
-                }
-            }
+            Found::ValueEnd => update(answer, std::mem::take(value).usage()),
         });
     }
 
     /// The usage reported so far.
     pub fn reported(&self) -> Reported {
-        self.reported
+        EventUsage { answer: self.answer, choice: self.choices.reported }.total()
+    }
+
+    /// Whether the reported usage covers the whole answer. `choices`: how many the request asks for. The usage within
+    /// a choice covers only that choice, and the usage of a chunk in a list covers what was generated until then.
+    pub fn has_final_report(&self, choices: u64) -> bool {
+        if self.answer.is_some() { !self.scanner.is_list() || self.is_complete() } else { choices <= 1 }
     }
 
     /// Whether the end of the document was read.
     pub fn is_complete(&self) -> bool {
         self.scanner.is_complete()
+    }
+}
+
+impl ChoicesReader {
+    /// Reads the next part of the list.
+    fn feed(&mut self, part: &[u8]) {
+        let Self { scanner, value, reported } = self;
+        scanner.feed(part, |found| match found {
+            Found::Key { key, .. } => {
+                let holder = (key == b"usage").then_some(UsageHolder::Usage);
+                *value = PartialValue { holder, ..Default::default() };
+            }
+            Found::Value(part) => value.extend(part),
+            Found::ValueEnd => update(reported, std::mem::take(value).usage()),
+        });
+    }
+}
+
+/// Updates what is known with a later report. A null reports nothing.
+fn update(known: &mut Option<Reported>, later: Option<Reported>) {
+    let later = later.filter(|later| later.has_any() || later.has_incredible());
+    if let Some(later) = later {
+        known.get_or_insert_default().update(later);
     }
 }
 
@@ -95,6 +135,7 @@ impl PartialValue {
             UsageHolder::Usage => Some(Reported::read(text.unwrap_or("invalid"))),
             UsageHolder::Meta => Some(fields::read_meta(text.unwrap_or("null"))),
             UsageHolder::Parent => fields::read_within(text.unwrap_or("null").trim_start()),
+            UsageHolder::Choices => None,
         }
     }
 }
@@ -164,6 +205,52 @@ mod tests {
         // Other values under these keys report nothing.
         let (reported, _) = read(br#"{"meta":"words","x_groq":[1],"a":1}"#, &[]);
         assert_eq!(reported, Reported::default());
+    }
+
+    #[test]
+    fn usage_within_a_choice_counts_if_the_top_level_has_none() {
+        let choice = |usage: &str| {
+            format!(r#"{{"index":0,"message":{{"usage":{{"completion_tokens":9}}}},"usage":{usage}}}"#)
+        };
+        let (three, null) = (choice(r#"{"prompt_tokens":2,"completion_tokens":3}"#), choice("null"));
+        let top = r#""usage":{"prompt_tokens":7,"completion_tokens":5}"#;
+        for (document, want) in [
+            (format!(r#"{{"choices":[{three}]}}"#), Some((2, 3))),
+            (format!(r#"{{"choices":[{three},{null}],"usage":null}}"#), Some((2, 3))),
+            (format!(r#"{{"choices":[{three}],{top}}}"#), Some((7, 5))),
+            (format!(r#"{{{top},"choices":[{three}]}}"#), Some((7, 5))),
+            (
+                format!(r#"{{"choices":[{three}],"usage":{{"prompt_tokens":0,"completion_tokens":0}}}}"#),
+                Some((2, 3)),
+            ),
+            (format!(r#"{{"choices":[{null}]}}"#), None),
+            (format!(r#"{{"a":[{three}]}}"#), None),
+            (format!(r#"[{{"choices":[{three}]}}]"#), None),
+        ] {
+            let cuts: Vec<usize> = (0..document.len()).collect();
+            for cuts in [&cuts[..], &[]] {
+                let (reported, _) = read(document.as_bytes(), cuts);
+                assert_eq!(reported.prompt().zip(reported.completion()), want, "{document}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_report_is_final_unless_it_covers_a_part_of_the_answer() {
+        let choice = r#"{"choices":[{"usage":{"completion_tokens":3}}]}"#;
+        let list = r#"[{"usageMetadata":{"candidatesTokenCount":1}}]"#;
+        for (document, choices, is_final) in [
+            (r#"{"usage":{"completion_tokens":3}}"#, 2, true),
+            (r#"{"usage":{"completion_tokens":3},"choices":[{"#, 2, true),
+            (choice, 1, true),
+            (choice, 2, false),
+            (list, 1, true),
+            (&list[..list.len() - 1], 1, false),
+        ] {
+            let mut reader = JsonReader::default();
+            reader.feed(document.as_bytes());
+            assert_eq!(reader.has_final_report(choices), is_final, "{document}");
+        }
     }
 
     #[test]

@@ -132,7 +132,10 @@ impl<'de> Visitor<'de> for &mut UsageVisitor {
                 Some(Number(field)) => {
                     self.has_prompt_tokens |= key == "prompt_tokens";
                     match map.next_value::<TokenCount>()? {
-                        TokenCount::Number(n) => self.reported.set(field, Some(n)),
+                        TokenCount::Number(n) => {
+                            let known = self.reported.get(field);
+                            self.reported.set(field, Some(n).filter(|&n| n > 0).or(known).or(Some(n)));
+                        }
                         TokenCount::Null => {}
                         TokenCount::Incredible => self.reported.has_incredible = true,
                     }

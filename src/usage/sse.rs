@@ -4,16 +4,16 @@
 //! Takes linear time and bounded memory: each byte is examined a fixed number of times, wherever the network cuts
 //! the stream. Lines end with LF, CRLF or CR. Only events with a `usage` that is not null are parsed at once.
 
-use super::choice_ends::{ChoiceEnds, carry_nothing};
+use super::choice_ends::ChoiceEnds;
 use super::choices::ChoiceDetector;
 use super::delivered::{Delivered, DeliveredTokens};
+use super::event::{EventUsage, UsageEvent};
 use super::sink::{Discard, Sink};
-use super::{Reported, TextToCount, ending, fields};
+use super::stream_end::StreamEnd;
+use super::{Reported, TextToCount, ending};
 use bytes::Bytes;
 use memchr::memchr2;
 use memchr::memmem::Finder;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
 
@@ -49,7 +49,11 @@ pub struct SseReader {
     byte_order_mark: usize,
     /// The choices that have ended, if the reader withholds.
     choice_ends: ChoiceEnds,
+    /// The usage reported so far.
     reported: Reported,
+    /// Its parts: the usage of the answer, and usage within choices, which counts only where the other is missing.
+    reported_by_part: EventUsage,
+    end: StreamEnd,
     delivered: Delivered,
     /// The delivered tokens at the moment when the upstream last reported completion tokens.
     delivered_at_report: DeliveredTokens,
@@ -101,6 +105,12 @@ impl SseReader {
     /// choices, or only choices that carry nothing after all choices have ended.
     pub fn new(withholds: bool) -> Self {
         Self { withholds, ..Self::default() }
+    }
+
+    /// Sets the number of choices that the request asks for.
+    #[must_use]
+    pub fn with_choices(self, choices: u64) -> Self {
+        Self { end: StreamEnd::of(choices), ..self }
     }
 
     #[cfg(test)]
@@ -156,6 +166,17 @@ impl SseReader {
         self.reported
     }
 
+    /// Whether the final report of completion tokens has passed. Before, a report can be a placeholder, or the usage
+    /// so far.
+    pub fn has_final_report(&self) -> bool {
+        self.end.has_final_report()
+    }
+
+    /// Whether the last event of the API has passed.
+    pub fn has_last_event(&self) -> bool {
+        self.end.has_last_event()
+    }
+
     /// Completion tokens so far: the reported ones, plus an estimate of the ones delivered since. An estimate by
     /// text length is limited to `cap`, the cap of the request.
     pub fn tokens_so_far(&self, cap: u64) -> u64 {
@@ -163,7 +184,10 @@ impl SseReader {
             (self.reported.completion().unwrap_or(0), self.delivered_at_report, self.delivered.tokens());
         let lower_bound = reported + now.lower_bound.saturating_sub(before.lower_bound);
         let best_guess = reported + now.best_guess.saturating_sub(before.best_guess);
-        lower_bound.max(best_guess.min(cap))
+        // The report may be the usage of one of several choices.
+        let of_all = if self.end.has_several_choices() { now } else { DeliveredTokens::default() };
+        let best_guess = best_guess.max(of_all.best_guess);
+        lower_bound.max(of_all.lower_bound).max(best_guess.min(cap))
     }
 
     /// The events that end the stream as if the model had reached its token limit, in the format of the delivered
@@ -203,7 +227,7 @@ impl SseReader {
         self.delivered.portion_counted(tokens);
     }
 
-    /// Takes the generated text that was delivered since usage was last reported.
+    /// Takes the generated text that no final report covers.
     pub fn take_text(&mut self) -> TextToCount {
         std::mem::take(&mut self.delivered).finish_events()
     }
@@ -386,78 +410,33 @@ impl SseReader {
             self.choice_ends.observe(&data);
         }
         if mentions_usage(&data)
-            && let Ok(chunk) = serde_json::from_slice::<UsageEvent>(&data)
-            && let Some(reported) = chunk.reported()
+            && let Ok(event) = serde_json::from_slice::<UsageEvent>(&data)
+            && let Some(usage) = event.usage()
         {
-            self.reported.update(reported);
-            let is_usage_chunk = chunk.is_usage_chunk(&self.choice_ends);
-            if !is_usage_chunk {
-                self.delivered.push_unmatched(&data);
-            }
-            if reported.completion().is_some() {
-                self.delivered_at_report = self.delivered.tokens();
-                self.delivered.usage_reported();
-            }
-            return is_usage_chunk;
+            return self.read_report(&data, &event, usage);
         }
+        self.end.read(&data);
         self.delivered.push_event(&data);
         false
     }
-}
 
-/// The fields of an event that can hold usage.
-#[derive(Deserialize)]
-struct UsageEvent<'a> {
-    #[serde(borrow)]
-    choices: Option<&'a RawValue>,
-    #[serde(borrow)]
-    usage: Option<&'a RawValue>,
-    /// Gemini.
-    #[serde(borrow, rename = "usageMetadata")]
-    usage_metadata: Option<&'a RawValue>,
-    /// Groq: holds a `usage` that repeats the numbers.
-    #[serde(borrow)]
-    x_groq: Option<&'a RawValue>,
-    /// Responses API: the complete response.
-    #[serde(borrow)]
-    response: Option<&'a RawValue>,
-    /// Anthropic's first event.
-    #[serde(borrow)]
-    message: Option<&'a RawValue>,
-    /// Cohere's last event.
-    #[serde(borrow)]
-    delta: Option<&'a RawValue>,
-}
-
-impl UsageEvent<'_> {
-    /// The usage that the event reports; `None`: it has none.
-    fn reported(&self) -> Option<Reported> {
-        let nested = |parent: Option<&RawValue>| fields::read_within(parent?.get());
-        let direct = |usage: Option<&RawValue>| {
-            let usage = usage.map(RawValue::get).filter(|usage| *usage != "null")?;
-            Some(Reported::read(usage))
-        };
-        let all = [
-            nested(self.response),
-            nested(self.message),
-            nested(self.delta),
-            nested(self.x_groq),
-            direct(self.usage_metadata),
-            direct(self.usage),
-        ];
-        all.into_iter().flatten().reduce(|mut sum, next| {
-            sum.update(next);
-            sum
-        })
-    }
-
-    /// Whether this is the extra event of a stream with `include_usage`: usage and an empty list of choices. After all
-    /// choices have ended, the list may have choices that carry nothing.
-    fn is_usage_chunk(&self, choice_ends: &ChoiceEnds) -> bool {
-        self.usage.is_some_and(|usage| usage.get() != "null")
-            && self.choices.map(RawValue::get).is_some_and(|choices| {
-                is_empty_array(choices) || choice_ends.all_ended() && carry_nothing(choices)
-            })
+    /// Reads an event that reports usage. Returns whether it carries only usage.
+    fn read_report(&mut self, data: &[u8], event: &UsageEvent, usage: EventUsage) -> bool {
+        self.reported_by_part.update(usage);
+        self.reported = self.reported_by_part.total();
+        let is_usage_chunk = event.is_usage_chunk(&self.choice_ends);
+        if !is_usage_chunk {
+            self.delivered.push_unmatched(data);
+        }
+        let is_final = self.end.read_report(event, usage.answer.is_none());
+        if usage.total().completion().is_some_and(|tokens| tokens > 0) {
+            self.delivered_at_report = self.delivered.tokens();
+            if is_final {
+                self.end.final_report();
+                self.delivered.usage_reported();
+            }
+        }
+        is_usage_chunk
     }
 }
 
@@ -476,10 +455,6 @@ fn push_all(out: &mut impl Sink, buffer: &mut Vec<u8>) {
     if !buffer.is_empty() {
         out.push(std::mem::take(buffer).into());
     }
-}
-
-fn is_empty_array(json: &str) -> bool {
-    json.strip_prefix('[').and_then(|j| j.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
 }
 
 /// Whether data may report usage: a key begins with `usage` and its value is not null. Many upstreams send

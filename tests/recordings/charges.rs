@@ -1,10 +1,10 @@
 //! Compares the usage that the readers find in recorded answers, cut in several ways, with the usage that the
-//! recordings list.
+//! recordings list. The readers must take the last report of completion tokens for the final one.
 
 use crate::exchange::Exchange;
 use crate::rules::{charged, random_cuts};
 use bytes::Bytes;
-use tollgate::usage::{JsonReader, Reported, SseReader};
+use tollgate::usage::{JsonReader, OwnFigures, Reported, SseReader};
 
 /// The results of the comparisons so far.
 #[derive(Default)]
@@ -25,14 +25,18 @@ impl Charges {
             ways.push((0..answer.len()).collect());
         }
         for cuts in ways {
-            let (reported, passed) =
+            let (reported, is_final, passed) =
                 if exchange.stream { follow(&answer, &cuts) } else { read(&answer, &cuts) };
-            let amounts = reported.amounts(0, 0);
+            let amounts = reported.amounts(&OwnFigures::default());
             let got = reported.has_any().then_some((amounts.prompt, amounts.completion, amounts.total));
-            if got != want || passed != answer {
+            // A chat stream without a finish reason has no final report unless it has a usage chunk.
+            let ends =
+                exchange.api != "chat" || memchr::memmem::find(&answer, b"finish_reason\":\"").is_some();
+            let misses_final = ends && !is_final && reported.completion().is_some_and(|tokens| tokens > 0);
+            if got != want || passed != answer || misses_final {
                 self.wrong += 1;
                 eprintln!(
-                    "{} {} {}: {got:?} for {want:?} of {}",
+                    "{} {} {}: {got:?} for {want:?} of {}, final: {is_final}",
                     exchange.id, exchange.provider, exchange.api, exchange.usage
                 );
                 break;
@@ -50,17 +54,17 @@ impl Charges {
     }
 }
 
-fn follow(answer: &Bytes, cuts: &[usize]) -> (Reported, Bytes) {
+fn follow(answer: &Bytes, cuts: &[usize]) -> (Reported, bool, Bytes) {
     let (mut reader, mut passed) = (SseReader::new(false), Vec::new());
     pieces(answer, cuts).for_each(|piece| reader.feed(&piece, &mut passed));
     reader.finish(&mut passed);
-    (reader.reported(), passed.concat().into())
+    (reader.reported(), reader.has_final_report(), passed.concat().into())
 }
 
-fn read(answer: &Bytes, cuts: &[usize]) -> (Reported, Bytes) {
+fn read(answer: &Bytes, cuts: &[usize]) -> (Reported, bool, Bytes) {
     let mut reader = JsonReader::default();
     pieces(answer, cuts).for_each(|piece| reader.feed(&piece));
-    (reader.reported(), answer.clone())
+    (reader.reported(), reader.has_final_report(1), answer.clone())
 }
 
 fn pieces<'a>(answer: &'a Bytes, cuts: &'a [usize]) -> impl Iterator<Item = Bytes> + 'a {

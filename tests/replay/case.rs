@@ -31,9 +31,12 @@ pub(crate) struct ExpectedCharge {
     pub(crate) requests: u64,
     /// Prompt, completion and total tokens; `None`: the answer reports no usage.
     reported: Option<(u64, u64, u64)>,
-    /// Whether the usage lacks fields, which the estimate and the count replace.
+    /// Whether the usage lacks fields, which the estimate and the count replace. A 0 is lacking if the prompt or the
+    /// answer was not empty.
     lacks_prompt: bool,
     lacks_completion: bool,
+    /// Whether a report before the end is the only one, so that the completion is at least the count.
+    lacks_final_report: bool,
     /// Whether the prompts of the API are estimated and the answer is not an error.
     is_estimated: bool,
     /// The count of the answer's text, for answers that do not report usage.
@@ -205,17 +208,26 @@ fn is_usage_chunk(data: &[u8]) -> bool {
 
 impl ExpectedCharge {
     fn of(exchange: &Exchange, answer: &Bytes, status: u16, is_free: bool, tokenizer: Tokenizer) -> Self {
-        let (reported, texts) = read(&unzipped(answer), exchange);
+        let plain = unzipped(answer);
+        let (reported, texts) = read(&plain, exchange);
         let is_estimated = (200..300).contains(&status) && exchange.api().is_some();
         let generates = is_estimated && exchange.api().is_some_and(Api::generates);
         let counted = tokenizer.count_all(texts.texts.iter().map(String::as_str)) + texts.known_tokens;
+        let counted = if generates { counted } else { 0 };
+        let is_total_alone = exchange.usage.as_object().is_some_and(|usage| {
+            !usage
+                .keys()
+                .any(|name| ["prompt", "input", "completion", "output"].iter().any(|k| name.starts_with(k)))
+        });
+        let has_zero_completion = reported.completion() == Some(0) && !is_total_alone;
         Self {
             requests: u64::from(!is_free),
             reported: charged(exchange),
-            lacks_prompt: reported.prompt().is_none(),
-            lacks_completion: reported.completion().is_none(),
+            lacks_prompt: reported.prompt().is_none_or(|tokens| tokens == 0 && is_estimated),
+            lacks_completion: reported.completion().is_none() || has_zero_completion,
+            lacks_final_report: exchange.stream && !has_final_report(&plain),
             is_estimated,
-            counted: if generates { counted } else { 0 },
+            counted,
         }
     }
 
@@ -229,7 +241,14 @@ impl ExpectedCharge {
             None => ((0, 0), 0),
         };
         let is_prompt = prompt == if self.lacks_prompt { estimate } else { wanted.0 };
-        let is_completion = completion == if self.lacks_completion { self.counted } else { wanted.1 };
+        let is_completion = completion
+            == if self.lacks_completion {
+                self.counted
+            } else if self.lacks_final_report {
+                wanted.1.max(self.counted)
+            } else {
+                wanted.1
+            };
         requests == self.requests
             && is_prompt
             && is_completion
@@ -250,6 +269,27 @@ impl ExpectedCharge {
             }
         )
     }
+}
+
+/// Whether a stream has one of the events in which the APIs report their final usage.
+fn has_final_report(stream: &[u8]) -> bool {
+    let mut has_finish_reason = false;
+    lines(stream).filter_map(|line| line.strip_prefix(b"data:")).any(|data| {
+        let event: Value = serde_json::from_slice(data.trim_ascii()).unwrap_or_default();
+        let kind = event["type"].as_str().unwrap_or_default();
+        let finishes = |list: &str, name: &str| {
+            event[list].as_array().is_some_and(|list| list.iter().any(|choice| choice[name].is_string()))
+        };
+        has_finish_reason |= finishes("choices", "finish_reason") || finishes("candidates", "finishReason");
+        let has_usage = ["/usage", "/usageMetadata", "/x_groq/usage", "/choices/0/usage"]
+            .iter()
+            .any(|path| event.pointer(path).is_some_and(Value::is_object));
+        match kind {
+            "message_delta" | "message-end" => true,
+            "response.completed" | "response.incomplete" | "response.failed" => true,
+            _ => has_usage && (has_finish_reason || event["choices"].as_array().is_some_and(Vec::is_empty)),
+        }
+    })
 }
 
 /// The usage that an answer reports, and the text to count.
