@@ -108,7 +108,10 @@ fn load_or_explain(config: Option<PathBuf>) -> Result<Loaded, ExitCode> {
         return Err(ExitCode::from(BAD_CONFIG));
     }
     load(&path).map_err(|faults| {
-        output::report(&faults.to_string());
+        let count = faults.count();
+        let end =
+            if count == 1 { "There is 1 fault.".to_owned() } else { format!("There are {count} faults.") };
+        output::report(&format!("{faults}\n{end}"));
         ExitCode::from(BAD_CONFIG)
     })
 }

@@ -4,6 +4,7 @@
 //! are stored as digests. The reference of the YAML file itself is `config/tollgate.yaml`.
 
 mod callers;
+mod contradictions;
 mod environments;
 mod fault;
 mod listeners;

@@ -15,6 +15,32 @@ impl Glob {
         &self.0
     }
 
+    /// Whether some name matches both patterns. Takes time in proportion to the product of both lengths.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        let (one, other) = (self.0.as_bytes(), other.0.as_bytes());
+        // `row[j]`: whether some text matches the first `i` bytes of `one` and the first `j` bytes of `other`.
+        let mut row: Vec<bool> = vec![false; other.len() + 1];
+        row[0] = true;
+        for j in 0..other.len() {
+            row[j + 1] = row[j] && other[j] == b'*';
+        }
+        for &a in one {
+            let mut diagonal = row[0];
+            row[0] &= a == b'*';
+            for (j, &b) in other.iter().enumerate() {
+                let above = row[j + 1];
+                row[j + 1] = if a == b'*' || b == b'*' {
+                    // A star matches nothing, or the character that the other pattern has here.
+                    above || row[j]
+                } else {
+                    diagonal && (a == b || a == b'?' || b == b'?')
+                };
+                diagonal = above;
+            }
+        }
+        row[other.len()]
+    }
+
     /// Whether the whole `name` matches.
     ///
     /// Backtracks to the last star only, so time is at most proportional to the product of both lengths.
@@ -49,6 +75,38 @@ impl Glob {
 #[cfg(test)]
 mod tests {
     use super::Glob;
+    use proptest::prelude::*;
+
+    #[test]
+    fn two_patterns_overlap_if_a_name_matches_both() {
+        for (one, other, want) in [
+            ("gpt-4o*", "gpt-4*", true),
+            ("gpt-4.1*", "gpt-4o*", false),
+            ("*-mini", "gpt-?", false),
+            ("*-mini", "gpt-*", true),
+            ("gpt-4o", "gpt-4o", true),
+            ("a*", "*b", true),
+            ("a?", "?b", true),
+            ("", "*", true),
+            ("", "?", false),
+        ] {
+            assert_eq!(Glob::new(one).overlaps(&Glob::new(other)), want, "{one} {other}");
+            assert_eq!(Glob::new(other).overlaps(&Glob::new(one)), want, "{other} {one}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn patterns_that_share_a_short_name_overlap(one in "[ab*?]{0,4}", other in "[ab*?]{0,4}") {
+            let names = (0..=8usize).flat_map(|length| {
+                (0..1usize << length).map(move |bits| (0..length).map(|at| if bits >> at & 1 == 0 { 'a' } else { 'b' }).collect::<String>())
+            });
+            let (one, other) = (Glob::new(one), Glob::new(other));
+            // Two patterns of four characters that overlap share a name of at most eight characters.
+            let shares = names.into_iter().any(|name| one.matches(&name) && other.matches(&name));
+            prop_assert_eq!(one.overlaps(&other), shares);
+        }
+    }
 
     #[test]
     fn a_glob_matches_the_whole_name() {

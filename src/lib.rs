@@ -29,6 +29,7 @@ pub mod glob;
 mod json;
 mod random;
 mod roots;
+mod similar;
 
 // The core.
 pub mod quota;

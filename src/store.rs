@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 pub use control::WriterControl;
+pub(crate) use database::StoredOverride;
 use database::{Database, Used};
 
 /// The sources of the changes that the writer thread writes.
@@ -38,6 +39,15 @@ struct Sources {
 /// The file cannot be read.
 pub(crate) fn read_calibrations(path: &Path) -> anyhow::Result<Vec<SavedCalibration>> {
     let read = Database::open_read_only(path).and_then(|database| database.calibrations());
+    read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
+}
+
+/// Reads the limits that administrators have set from a store file, also while a gateway uses the file.
+///
+/// # Errors
+/// The file cannot be read.
+pub(crate) fn read_overrides(path: &Path) -> anyhow::Result<Vec<StoredOverride>> {
+    let read = Database::open_read_only(path).and_then(|database| database.limit_overrides());
     read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
 }
 

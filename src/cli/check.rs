@@ -1,25 +1,97 @@
 //! `tollgate check`: validates the config.
 
 use super::{load_or_explain, output};
+use crate::config::{Config, Environment};
+use crate::quota::Quota;
+use crate::store::{self, StoredOverride};
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
-    match load_or_explain(config) {
-        Err(code) => Ok(code),
-        Ok(loaded) => {
-            for warning in &loaded.warnings {
-                output::print(&format!("warning: {warning}\n"))?;
-            }
-            let config = &loaded.config;
-            output::print(&format!(
-                "The config is valid. Environments: {}. Upstreams: {}. Listener for callers: {}. Admin listener: {}.\n",
-                config.environments.len(),
-                config.upstreams.len(),
-                config.server.listen,
-                config.admin.listen
-            ))?;
-            Ok(ExitCode::SUCCESS)
+    let loaded = match load_or_explain(config) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    for warning in &loaded.warnings {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    for warning in override_warnings(&loaded.config) {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    output::print(&(text + &summary(&loaded.config)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A table of what the config declares.
+fn summary(config: &Config) -> String {
+    let mut text = format!(
+        "The config is valid.\n\n  listener for callers   {}\n  admin listener         {}\n",
+        config.server.listen, config.admin.listen
+    );
+    for upstream in &config.upstreams {
+        let _ = writeln!(text, "  upstream               {} at {}", upstream.name, upstream.base_url);
+    }
+    for environment in &config.environments {
+        let _ = writeln!(text, "  environment            {}", describe(environment));
+        for quota in &environment.quotas {
+            let _ = writeln!(text, "    {}", describe_quota(quota));
         }
     }
+    text
+}
+
+fn describe(environment: &Environment) -> String {
+    let callers = match environment.callers.len() {
+        0 => "open to all callers".to_owned(),
+        1 => "1 caller".to_owned(),
+        n => format!("{n} callers"),
+    };
+    let shadow = if environment.enforce { "" } else { ", quotas are not enforced" };
+    format!("{}: upstream {}, {callers}{shadow}", environment.name, environment.upstream.name)
+}
+
+fn describe_quota(quota: &Quota) -> String {
+    let owner = match quota.scope.name() {
+        "" => String::new(),
+        name => format!(" of {} {name}", quota.scope.as_str()),
+    };
+    format!("{:<10} {} per {}{owner}", quota.limit, quota.kind, quota.per.text)
+}
+
+/// The limits of the file that an administrator has overridden. The override is in force, not the file.
+fn override_warnings(config: &Config) -> Vec<String> {
+    if config.store.memory || !config.store.path.exists() {
+        return Vec::new();
+    }
+    let stored = match store::read_overrides(&config.store.path) {
+        Ok(stored) => stored,
+        Err(error) => return vec![format!("{error:#}")],
+    };
+    stored.iter().filter_map(|stored| override_warning(config, stored)).collect()
+}
+
+fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> {
+    let (_, environment) = config.environment(&stored.environment)?;
+    let is_same = |quota: &&Quota| {
+        (quota.scope.as_str(), quota.scope.name(), quota.kind.as_str(), quota.per.text.as_str())
+            == (stored.scope.as_str(), stored.name.as_str(), stored.kind.as_str(), stored.per.as_str())
+    };
+    let quota = environment.quotas.iter().find(is_same)?;
+    let (limit, burst) = (quota.limit, quota.capacity());
+    let differs = (stored.limit, stored.burst) != (limit, burst);
+    differs.then(|| {
+        format!(
+            "an administrator has set the limit of {}, {} per {}, to {}; the file says {limit}, which applies again after DELETE /api/environments/{}/quotas/{}/{}",
+            quota.scope.describe(&environment.name),
+            quota.kind,
+            quota.per.text,
+            stored.limit,
+            environment.name,
+            quota.kind,
+            quota.per.text
+        )
+    })
 }

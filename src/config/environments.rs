@@ -5,7 +5,7 @@ use super::setting::{Section, Setting};
 use super::{
     CompletionReserve, Environment, OnDisconnect, OnOverrun, ReserveSettings, UpstreamSettings, WhenShort,
 };
-use super::{quotas, units};
+use super::{contradictions, quotas, units};
 use crate::glob::Glob;
 use crate::quota::{Kind, MAX_AMOUNT, Quota};
 use std::sync::Arc;
@@ -90,10 +90,12 @@ fn environment(
     let (callers, quotas) = callers_and_quotas(&section, digests);
     check_exposure(setting, upstream.as_deref(), callers.is_empty(), quotas.is_empty());
     let reserve = reserve(&section, &quotas);
+    let models = section.restriction("models").map(|s| allowed_models(&s)).unwrap_or_default();
+    contradictions::warn(&section, &models, &quotas);
     Some(Environment {
         name: name.to_owned(),
         callers,
-        models: section.restriction("models").map(|s| allowed_models(&s)).unwrap_or_default(),
+        models,
         max_in_flight: section.restriction("max_in_flight").and_then(|s| {
             s.positive(u64::MAX, "0 would refuse every request; leave the key out for no limit")
         }),

@@ -1,5 +1,6 @@
 //! Faults and warnings of a config, each with its location.
 
+use crate::similar::most_similar;
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
@@ -47,6 +48,11 @@ impl Faults {
         Self(vec![Fault { file: file.into(), location: Location::File(1, 1), path: String::new(), message }])
     }
 
+    /// The number of faults; at least 1. A config with very many faults has more than are recorded.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Iterates over the faults.
     #[cfg(test)]
     fn iter(&self) -> impl Iterator<Item = &Fault> {
@@ -72,8 +78,6 @@ impl std::error::Error for Faults {}
 const MAX_FINDINGS: usize = 1_000;
 /// After this many faults, messages list the known names and suggest none: a suggestion compares all names.
 const MAX_SUGGESTIONS: usize = 100;
-/// A longer name gets no suggestion.
-const MAX_TYPO_BYTES: usize = 64;
 
 /// Collects faults and warnings while a config is read. Reading continues after a fault, so that one run reports all.
 pub(super) struct Findings {
@@ -128,73 +132,9 @@ impl Findings {
     }
 }
 
-/// The most similar known name, if it is similar enough to be the intended one.
-fn most_similar<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
-    if name.len() > MAX_TYPO_BYTES {
-        return None;
-    }
-    let distance = |candidate: &str| edit_distance(&name.to_lowercase(), &candidate.to_lowercase());
-    let max_distance = |candidate: &str| 1 + candidate.len().max(name.len()) / 4;
-    let candidates =
-        known.iter().filter(|c| c.len().abs_diff(name.len()) <= max_distance(c)).map(|c| (distance(c), *c));
-    candidates
-        .filter(|(distance, candidate)| *distance <= max_distance(candidate))
-        .min()
-        .map(|(_, candidate)| candidate)
-}
-
-/// The number of characters to insert, delete or replace, or of neighbours to exchange, to make one name of the other.
-fn edit_distance(from: &str, to: &str) -> usize {
-    let (from, to): (Vec<char>, Vec<char>) = (from.chars().collect(), to.chars().collect());
-    // Row `i` has the distances from the first `i` characters to every beginning of `to`.
-    let mut rows: Vec<Vec<usize>> = vec![(0..=to.len()).collect()];
-    for i in 1..=from.len() {
-        let mut row = vec![i];
-        for j in 1..=to.len() {
-            let replaced = rows[i - 1][j - 1] + usize::from(from[i - 1] != to[j - 1]);
-            let is_exchange = i > 1 && j > 1 && from[i - 1] == to[j - 2] && from[i - 2] == to[j - 1];
-            let exchanged = if is_exchange { rows[i - 2][j - 2] + 1 } else { usize::MAX };
-            row.push(replaced.min(exchanged).min(rows[i - 1][j] + 1).min(row[j - 1] + 1));
-        }
-        rows.push(row);
-    }
-    rows[from.len()][to.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn edits_are_counted() {
-        for (from, to, edits) in [
-            ("", "", 0),
-            ("", "abc", 3),
-            ("abc", "", 3),
-            ("abc", "abd", 1),
-            ("abc", "acb", 1),
-            ("promt", "prompt", 1),
-            ("ünit", "unit", 1),
-        ] {
-            assert_eq!(edit_distance(from, to), edits, "{from} {to}");
-        }
-    }
-
-    #[test]
-    fn a_similar_known_name_is_suggested() {
-        let known = ["total_tokens", "prompt_tokens", "requests"];
-        for (name, want) in [
-            ("total_token", Some("total_tokens")),
-            ("TOTAL_TOKENS", Some("total_tokens")),
-            ("request", Some("requests")),
-            ("promt_tokens", Some("prompt_tokens")),
-            ("colour", None),
-            ("", None),
-            (&"x".repeat(1_000_000), None),
-        ] {
-            assert_eq!(most_similar(name, &known), want);
-        }
-    }
 
     #[test]
     fn faults_are_printed_one_per_line_in_the_order_of_the_file() {

@@ -25,6 +25,17 @@ const RESERVED_HEADERS: &[&str] = &[
     "upgrade",
 ];
 
+/// The ends of paths that the gateway serves. A `base_url` with one of them would contain it twice.
+const ENDPOINTS: [&str; 7] = [
+    "/chat/completions",
+    "/completions",
+    "/embeddings",
+    "/responses",
+    "/messages",
+    "/rerank",
+    "/moderations",
+];
+
 /// Reads every upstream and records its faults.
 pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
     let setting = top.require("upstreams", EXAMPLE);
@@ -83,6 +94,12 @@ fn base_url(setting: &Setting<'_>) -> Option<Uri> {
         && authority.is_none_or(|a| ServerName::try_from(a.host().trim_matches(['[', ']'])).is_err())
     {
         setting.fault("the host is not a valid name of a TLS server; write a DNS name or an IP address");
+    } else if let Some(endpoint) =
+        ENDPOINTS.iter().find(|endpoint| text.trim_end_matches('/').ends_with(*endpoint))
+    {
+        setting.fault(format!(
+            "this URL ends in {endpoint}, the path of an endpoint, which the gateway appends itself; remove it from the URL"
+        ));
     } else {
         return uri;
     }

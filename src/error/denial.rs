@@ -10,7 +10,7 @@ use std::fmt;
 /// A longer wait is also told as a moment: an hour, in milliseconds.
 const LONG_WAIT_MS: u64 = 3_600_000;
 
-/// Writes whose quota denied the request, what was requested of it, and when the request fits.
+/// Writes the owner of the quota, the requested amount, and the moment when the request fits.
 pub(super) fn write_message(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) -> fmt::Result {
     let Some(Shortfall { quota, used, held, wait, .. }) = denied.shortfalls().first() else { return Ok(()) };
     let (kind, per) = (quota.kind.as_str(), &quota.per.text);

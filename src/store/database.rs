@@ -23,6 +23,21 @@ const MINUTES_PER_DAY: i64 = 1_440;
 /// Maximum number of usage rows that one merge removes, so that a commit of a request has to wait only briefly.
 const MAX_MERGED_ROWS: i64 = 2_000;
 
+/// A limit that an administrator has set, as the store has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StoredOverride {
+    pub(crate) environment: String,
+    /// `environment`, `caller` or `model`.
+    pub(crate) scope: String,
+    /// The caller's name or the pattern of the models; empty for the environment.
+    pub(crate) name: String,
+    pub(crate) kind: String,
+    /// The period as the config writes it.
+    pub(crate) per: String,
+    pub(crate) limit: u64,
+    pub(crate) burst: u64,
+}
+
 /// An open store file.
 #[derive(Debug)]
 pub(super) struct Database(Connection);
@@ -170,6 +185,26 @@ impl Database {
         let key =
             params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms), window_name(quota)];
         read.query_row(key, |row| Ok((unsigned(row.get(0)?).max(1), unsigned(row.get(1)?).max(1)))).optional()
+    }
+
+    /// All limits that administrators have set.
+    pub(super) fn limit_overrides(&self) -> rusqlite::Result<Vec<StoredOverride>> {
+        let mut read = self.0.prepare(
+            r#"SELECT environment, scope, name, kind, per, "limit", burst FROM limit_override
+               ORDER BY environment, scope, name, kind, per_ms"#,
+        )?;
+        let rows = read.query_map([], |row| {
+            Ok(StoredOverride {
+                environment: row.get(0)?,
+                scope: row.get(1)?,
+                name: row.get(2)?,
+                kind: row.get(3)?,
+                per: row.get(4)?,
+                limit: unsigned(row.get(5)?),
+                burst: unsigned(row.get(6)?),
+            })
+        })?;
+        rows.collect()
     }
 
     /// The usage between two times, by model and caller. It is exact to the minute, or to the day where the rows are

@@ -92,3 +92,37 @@ fn a_closed_pipe_ends_a_command_without_a_panic() {
         assert!(child.wait().unwrap().success() && errors.is_empty(), "{arguments:?}: {errors}");
     }
 }
+
+#[tokio::test]
+async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("t.yaml");
+    let text = format!(
+        "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://127.0.0.1:9/v1' }} }}\n\
+         environments: {{ production: {{ upstream: u, quotas: {{ requests: [{{ limit: 60, per: minute }}, {{ limit: 9k, per: day }}] }} }} }}\n\
+         store: {{ path: {} }}\n",
+        folder.path().join("t.db").display()
+    );
+    std::fs::write(&file, &text).unwrap();
+    let check = || run(&["check", "--config", file.to_str().unwrap()], "");
+    let process = Process::of_config(&text).await;
+    for (per, limit) in [("minute", 61), ("day", 9_000)] {
+        let mut admin = Caller::connect(process.admin).await;
+        let target = format!("/api/environments/production/quotas/requests/{per}");
+        let body = format!(r#"{{"limit":{limit}}}"#);
+        let (host, length) = (process.admin, body.len());
+        let head = format!("PUT {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n");
+        admin.send((head + &body).as_bytes()).await;
+        assert_eq!(admin.reply().await.status, 200);
+    }
+    let (code, output, _) = check();
+    assert_eq!(code, 0);
+    for line in [
+        "warning: an administrator has set the limit of environment 'production', requests per minute, to 61; the file says 60",
+        "  environment            production: upstream u, open to all callers\n    60         requests per minute\n",
+    ] {
+        assert!(output.contains(line), "{line}\n{output}");
+    }
+    // An override that equals the file contradicts nothing.
+    assert!(!output.contains("per day, to"), "{output}");
+}

@@ -237,6 +237,7 @@ fn check_reports_all_faults_at_once_with_their_locations() {
         "bad.yaml:6:38: ",
         "bad.yaml:6:46: ",
         "bad.yaml:7:1: unknown key \"sevrer\"; did you mean \"server\"?",
+        "There are 5 faults.",
     ] {
         assert!(errors.contains(location), "{location}\n{errors}");
     }

@@ -1,4 +1,4 @@
-//! What a refusal says: whose quota denied the request, what was requested, and when it fits.
+//! The content of a refusal: the owner of the quota, the requested amount, and the moment when the request fits.
 
 use crate::support::*;
 use serde_json::json;

@@ -201,6 +201,8 @@ fn an_invalid_upstream_is_refused() {
     let url = |url: &str| with_upstream(&format!("base_url: '{url}'"));
     let also = |settings: &str| with_upstream(&format!("base_url: 'http://u', {settings}"));
     check(&[
+        (url("https://u/v1/chat/completions/"), "upstreams.up.base_url: this URL ends in /chat/completions"),
+        (url("https://u/v1/messages"), "this URL ends in /messages"),
         (url("ftp://u"), "upstreams.up.base_url: this must be an http or https URL"),
         (url("https://a..b/v1"), "upstreams.up.base_url: the host is not a valid name of a TLS server"),
         (url("https://-/v1"), "the host is not a valid name of a TLS server"),

@@ -28,6 +28,28 @@ fn a_setting_that_is_probably_not_intended_gives_a_warning() {
 }
 
 #[test]
+fn settings_that_have_no_effect_together_give_a_warning() {
+    let models = warnings(&with(
+        "models: ['gpt-4o*', 'o?']\n    model_quotas: { 'gpt-4.1*': { requests: { limit: 1, per: day } }, 'o*': { requests: { limit: 1, per: day } } }",
+    ));
+    assert!(models.contains("environments.prod.model_quotas.gpt-4.1*: this quota never applies"), "{models}");
+    assert!(!models.contains("model_quotas.o*"), "{models}");
+    let caller = |limit: &str, per: &str| {
+        warnings(&with(&format!(
+            "keys: [{{ name: a, secret: sixteen-letters-1, quotas: {{ requests: [{{ limit: {limit}, per: {per} }}] }} }}]"
+        )))
+    };
+    let above = caller("6", "60s");
+    assert!(
+        above.contains(
+            "environments.prod.keys[0].quotas.requests[0]: this limit of 6 is above the limit of 5"
+        ),
+        "{above}"
+    );
+    assert!(![caller("5", "minute"), caller("6", "hour")].concat().contains("above the limit"));
+}
+
+#[test]
 fn a_reservation_that_can_never_fit_gives_a_warning() {
     let quotas =
         "quotas: { total_tokens: [{ limit: 500, per: minute, burst: 600 }, { limit: 1M, per: day }] }";
