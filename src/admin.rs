@@ -62,13 +62,15 @@ pub(crate) fn service(
     TowerToHyperService::new(router.into_service())
 }
 
-/// Refuses requests that are not allowed. With `admin.token` a request needs the token, except for health checks. Without
-/// it every request to the loopback listener is allowed, but not from web pages of other sites in a browser on this
-/// machine.
+/// Refuses requests that are not allowed. Health checks always are. With `admin.token` any other request needs the token.
+/// Without it every request to the loopback listener is allowed, but not from web pages of other sites in a browser on
+/// this machine.
 async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> Response {
-    let is_health_check = matches!(request.uri().path(), "/livez" | "/readyz");
+    if matches!(request.uri().path(), "/livez" | "/readyz") {
+        return next.run(request).await;
+    }
+    let expects_continue = request.headers().contains_key(header::EXPECT);
     let refused = match &admin.state.config.admin.token {
-        Some(_) if is_health_check => None,
         Some(token) => (!has_token(request.headers(), token.expose())).then(|| {
             refusal(
                 StatusCode::UNAUTHORIZED,
@@ -84,10 +86,15 @@ async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> 
             )
         }),
     };
-    match refused {
+    let mut response = match refused {
         Some(refusal) => refusal,
         None => next.run(request).await,
+    };
+    if expects_continue {
+        // If the body was not read, the server closes the connection.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
+    response
 }
 
 fn has_token(headers: &HeaderMap, token: &str) -> bool {

@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::estimate;
 use crate::ledger::Account;
 use crate::proxy::{Proxy, State};
-use crate::server::{self, Peer, RunState};
+use crate::server::{self, DrainTimes, Peer, RunState};
 use crate::store::{Store, StoreWriter};
 use crate::upstream;
 use anyhow::Context as _;
@@ -28,8 +28,10 @@ pub use crate::server::CallerTimeouts;
 const MAX_BLOCKING_THREADS: usize = 8;
 /// How long the start waits until Redis is connected.
 const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);
-/// How long the admin listener drains at shutdown.
-const ADMIN_DRAIN: Duration = Duration::from_secs(1);
+/// How the admin listener drains at shutdown, after the listener for callers.
+const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(150), endings: Duration::ZERO };
+/// How long callers may take to read how their interrupted answers end, after `server.drain_timeout`.
+const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
 /// How long a thread waits for tasks of its blocking pool when it ends.
 const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
 
@@ -69,7 +71,7 @@ struct ServerThread {
 pub struct ShutdownReport {
     /// Number of requests in flight when the shutdown began.
     pub in_flight: u64,
-    /// Number of connections that were cut off after `server.drain_timeout`.
+    /// Number of connections whose requests had not ended after `server.drain_timeout`.
     pub cut_off: usize,
     /// How long the shutdown took.
     pub took: Duration,
@@ -142,17 +144,18 @@ impl App {
         self.admin_address
     }
 
-    /// Shuts down in order: it stops accepting connections, drains requests in flight for `server.drain_timeout`, cuts
-    /// off the others, and settles all. It blocks until that is done.
+    /// Shuts down in order: it stops accepting connections, drains requests in flight for `server.drain_timeout`, ends
+    /// the others with the error `shutting_down`, and settles all. It blocks until that is done.
     pub fn shutdown(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
         let in_flight = self.state.in_flight();
         self.state.drain();
         for worker in &self.workers {
-            worker.stop(self.drain_timeout);
+            let times = DrainTimes { answers: self.drain_timeout, endings: MAX_ENDING_TIME };
+            worker.stop(RunState::Draining(times));
         }
         let cut_off = self.workers.iter_mut().map(ServerThread::join).sum();
-        self.admin.stop(ADMIN_DRAIN);
+        self.admin.stop(RunState::Draining(ADMIN_DRAIN));
         self.admin.join();
         self.stop_redis_thread();
         drop(self.store.take());
@@ -162,7 +165,7 @@ impl App {
     /// Ends the thread that communicates with Redis. All reservations are settled by now, so it sends the last of them.
     fn stop_redis_thread(&mut self) {
         if let Some(mut redis) = self.redis.take() {
-            redis.stop(Duration::ZERO);
+            redis.stop(RunState::Stopped);
             redis.join();
         }
     }
@@ -171,7 +174,7 @@ impl App {
 impl Drop for App {
     fn drop(&mut self) {
         for thread in self.workers.iter_mut().chain([&mut self.admin]) {
-            thread.stop(Duration::ZERO);
+            thread.stop(RunState::Stopped);
         }
         for thread in self.workers.iter_mut().chain([&mut self.admin]) {
             thread.join();
@@ -266,10 +269,10 @@ impl ServerThread {
         Ok(Self { run_state, handle: Some(handle) })
     }
 
-    /// Makes the server drain for this time and then end.
-    fn stop(&self, drain: Duration) {
+    /// Makes the server drain or stop.
+    fn stop(&self, state: RunState) {
         // An error means that the thread has ended already.
-        let _ = self.run_state.send(RunState::Draining(drain));
+        let _ = self.run_state.send(state);
     }
 
     /// Waits until the thread ends. Returns the number of connections that it cut off.

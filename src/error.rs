@@ -266,7 +266,7 @@ impl fmt::Display for ProxyError {
             ),
             Self::InvalidHead(what) => write!(f, "The request head is not accepted: {what}."),
             Self::MalformedHttp(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
-                f.write_str("The request head is too large or has too many headers.")
+                f.write_str("The request head is larger than 64 KiB or has more than 100 headers.")
             }
             Self::MalformedHttp(_) => f.write_str("The request is not well-formed HTTP/1.1."),
             Self::UnsupportedContentEncoding => f.write_str("The gateway does not accept an encoded request body. Send the body without content-encoding."),

@@ -96,7 +96,11 @@ impl Proxy {
         let dialect = route::dialect(request.uri().path());
         // This statement moves the parts out of the result of `admit`. If later code borrowed the result, the future
         // would contain a second copy of it during the exchange.
-        let (outgoing, headers, charge) = match self.admit(request, peer, &mut record).await {
+        let (outgoing, headers, charge) = match tokio::select! {
+            biased;
+            () = peer.cut_off() => Err(Refusal::at_shutdown()),
+            admitted = self.admit(request, peer, &mut record) => admitted,
+        } {
             Ok(Some(Admitted { outgoing, reservation, headers })) => {
                 (outgoing, headers, Charge { reservation, record })
             }
@@ -130,7 +134,8 @@ impl Proxy {
     ) -> Result<Option<Admitted>, Refusal> {
         // Longer than a screen: all steps are here, in the order in which they can refuse.
         let (head, body) = request.into_parts();
-        let mut headers = AddedHeaders { unread: call::unread(&body), ..AddedHeaders::default() };
+        let unread = call::unread(&head.headers, &body);
+        let mut headers = AddedHeaders { unread, ..AddedHeaders::default() };
 
         // Path and caller.
         let addressed = self.address(&head, peer, record).map_err(|error| Refusal::new(error, &headers))?;
@@ -145,6 +150,7 @@ impl Proxy {
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         headers.unread = UnreadBody::None;
+        peer.on_body_received();
         let received = Stopwatch::start();
         let content_type = head.headers.get(header::CONTENT_TYPE);
         let call = call::parse(&self.state, caller, &route, content_type, body)
@@ -290,12 +296,15 @@ impl Proxy {
         headers: AddedHeaders,
         mut charge: Charge,
         dialect: Dialect,
-        peer: &Peer,
+        peer: &Arc<Peer>,
     ) -> Response<AnswerBody> {
         charge.record.overhead = Some(outgoing.received.elapsed());
         let started = Stopwatch::start();
-        let (parts, incoming) = match self.send(&mut outgoing, headers.clamped_to, started, &mut charge).await
-        {
+        let (parts, incoming) = match tokio::select! {
+            biased;
+            () = peer.cut_off() => Err(ProxyError::ShuttingDown),
+            answer = self.send(&mut outgoing, headers.clamped_to, started, &mut charge) => answer,
+        } {
             Ok(answer) => answer,
             Err(error) => {
                 return refusal::respond(&self.state, Refusal { error, headers }, charge, dialect);
@@ -303,7 +312,7 @@ impl Proxy {
         };
         charge.record.first_byte = Some(started.elapsed());
         peer.limit_answer(started, outgoing.environment.upstream.timeouts.total);
-        let mut context = self.meter_context(outgoing, parts.status, started);
+        let mut context = self.meter_context(outgoing, parts.status, started, peer.clone());
         let incoming = if reader::depends_on_first_bytes(&parts, context.withholds_usage) {
             let (begins_as_stream, incoming) = Box::pin(first_bytes::begins_as_stream(incoming)).await;
             context.begins_as_stream = begins_as_stream;
@@ -357,6 +366,7 @@ impl Proxy {
         outgoing: OutgoingRequest,
         status: StatusCode,
         started: Stopwatch,
+        peer: Arc<Peer>,
     ) -> MeterContext {
         let OutgoingRequest { upstream, environment, endpoint, call, .. } = outgoing;
         MeterContext {
@@ -374,6 +384,7 @@ impl Proxy {
             endpoint,
             started,
             environment,
+            peer,
         }
     }
 

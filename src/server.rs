@@ -8,6 +8,7 @@ mod peer;
 mod served;
 mod socket;
 
+use crate::clock::Stopwatch;
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
@@ -25,7 +26,7 @@ use std::task::Poll;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
@@ -34,6 +35,8 @@ pub(crate) use peer::Peer;
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// The pause after an error of `accept`, such as when the process has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// While the server drains, callers have this long to complete a request that they have begun to send.
+const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(500);
 /// Connections that the kernel completes before they are accepted.
 const LISTEN_BACKLOG: i32 = 4_096;
 
@@ -42,8 +45,19 @@ const LISTEN_BACKLOG: i32 = 4_096;
 pub(crate) enum RunState {
     /// Accepts and serves connections.
     Running,
-    /// Accepts no more connections, gives answers in flight this time to end, then stops.
-    Draining(Duration),
+    /// Accepts no more connections, and gives answers in flight time to end.
+    Draining(DrainTimes),
+    /// Stops at once.
+    Stopped,
+}
+
+/// The times within which a server drains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DrainTimes {
+    /// Answers may end within this time.
+    pub(crate) answers: Duration,
+    /// After that, callers have this time to read how their interrupted answers end.
+    pub(crate) endings: Duration,
 }
 
 /// Opens sockets that listen at one address, one for each worker. The kernel distributes connections over them.
@@ -77,8 +91,8 @@ fn bind(address: SocketAddr, is_shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Serves connections until `state` is draining. Returns when the last connection has ended or the drain time has
-/// elapsed, with the number of connections that were cut off.
+/// Serves connections until `state` changes. Returns when the last connection has ended or the drain times have
+/// elapsed, with the number of connections whose requests did not end in time.
 pub(crate) async fn serve<S, B>(
     listener: std::net::TcpListener,
     service_for: impl Fn(Arc<Peer>) -> S,
@@ -98,7 +112,7 @@ where
     loop {
         tokio::select! {
             biased;
-            () = draining(&mut state) => break,
+            () = stopping(&mut state) => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, address)) => {
                     let peer = Arc::new(Peer::new(address, timeouts));
@@ -113,19 +127,29 @@ where
         }
     }
     drop(listener);
-    let drain_timeout = match *state.borrow() {
-        RunState::Draining(limit) => limit,
-        RunState::Running => Duration::ZERO,
-    };
-    let open = alive.strong_count() - 1;
     drop(alive);
-    let has_drained = timeout(drain_timeout, all_ended.recv()).await.is_ok();
-    Ok(if has_drained { 0 } else { open })
+    let Some(DrainTimes { answers, endings }) = drain_times(&state) else {
+        return Ok(all_ended.sender_strong_count());
+    };
+    if timeout(answers, all_ended.recv()).await.is_ok() {
+        return Ok(0);
+    }
+    let cut_off = all_ended.sender_strong_count();
+    drop(timeout(endings, all_ended.recv()).await);
+    Ok(cut_off)
 }
 
-/// Returns when the server must drain. Also returns when the sender was dropped.
-async fn draining(state: &mut watch::Receiver<RunState>) {
+/// Returns when the server must drain or stop. Also returns when the sender was dropped.
+async fn stopping(state: &mut watch::Receiver<RunState>) {
     drop(state.wait_for(|state| *state != RunState::Running).await);
+}
+
+/// `None`: the server does not drain, but stops at once.
+fn drain_times(state: &watch::Receiver<RunState>) -> Option<DrainTimes> {
+    match *state.borrow() {
+        RunState::Draining(times) => Some(times),
+        RunState::Running | RunState::Stopped => None,
+    }
 }
 
 async fn serve_connection<S, B>(
@@ -147,27 +171,65 @@ async fn serve_connection<S, B>(
     }
     let head_timeout = peer.timeouts.head;
     let service = served::marking(service, peer.clone());
-    let socket = CallerSocket::new(stream, peer);
+    let socket = CallerSocket::new(stream, peer.clone());
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
         .max_buf_size(MAX_HEAD_BYTES)
         .max_header_size(MAX_HEAD_BYTES)
         .serve_connection(TokioIo::new(SocketHandle(&socket)), service);
-    let mut connection = pin!(connection);
-    let result = tokio::select! {
-        result = until_disconnected(connection.as_mut(), &socket) => result,
-        () = draining(&mut state) => {
-            connection.as_mut().graceful_shutdown();
-            until_disconnected(connection.as_mut(), &socket).await
+    {
+        let mut connection = pin!(connection);
+        let result = tokio::select! {
+            result = until_disconnected(connection.as_mut(), &socket) => result,
+            () = stopping(&mut state) => match drain_times(&state) {
+                Some(times) => {
+                    connection.as_mut().graceful_shutdown();
+                    drain(connection.as_mut(), &socket, &peer, times).await
+                }
+                None => None,
+            }
+        };
+        match result {
+            Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
+            None => tracing::debug!("a connection was closed, or its caller disconnected"),
+            Some(Ok(())) => {}
         }
-    };
-    match result {
-        Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
-        None => tracing::debug!("a caller disconnected"),
-        Some(Ok(())) => {}
     }
+    socket.close();
     drop(alive);
+}
+
+/// Serves a connection to its end while the server drains. `None`: the caller disconnected, or the connection is to be
+/// closed.
+async fn drain<F: Future>(
+    mut connection: Pin<&mut F>,
+    socket: &CallerSocket,
+    peer: &Peer,
+    DrainTimes { answers, endings }: DrainTimes,
+) -> Option<F::Output> {
+    peer.begin_drain();
+    let began = Stopwatch::start();
+    // A request that is not complete must not prolong the shutdown.
+    let receive_end = began.deadline(answers.min(MAX_DRAIN_RECEIVE));
+    if let Ok(ended) = timeout_at(receive_end, until_disconnected(connection.as_mut(), socket)).await {
+        return ended;
+    }
+    if peer.is_between_requests() {
+        return None;
+    }
+    if !peer.is_receiving() {
+        let answers_end = began.deadline(answers);
+        if let Ok(ended) = timeout_at(answers_end, until_disconnected(connection.as_mut(), socket)).await {
+            return ended;
+        }
+    }
+    peer.end_request();
+    let ended = timeout(endings, until_disconnected(connection, socket)).await;
+    ended.unwrap_or_else(|_| {
+        peer.cut_answer();
+        None
+    })
 }
 
 /// Serves a connection to its end. `None`: the caller disconnected before the end.

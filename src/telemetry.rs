@@ -32,11 +32,13 @@ pub(crate) enum RequestOutcome {
     CallerGone,
     /// The gateway ended a stream that exceeded its reservation when no quota was left.
     QuotaCut,
+    /// The gateway ended the answer at its shutdown.
+    ShutdownCut,
 }
 
 impl RequestOutcome {
     /// All outcomes, in the order of their discriminants.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Answered,
         Self::UpstreamError,
         Self::Refused,
@@ -45,6 +47,7 @@ impl RequestOutcome {
         Self::UpstreamCut,
         Self::CallerGone,
         Self::QuotaCut,
+        Self::ShutdownCut,
     ];
 
     /// The value of the `outcome` field of logs and the `outcome` label of metrics.
@@ -58,6 +61,7 @@ impl RequestOutcome {
             Self::UpstreamCut => "upstream_cut",
             Self::CallerGone => "caller_gone",
             Self::QuotaCut => "quota_cut",
+            Self::ShutdownCut => "shutdown_cut",
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `tollgate demo`: runs the gateway with a simulated backend.
 
 use super::output;
-use super::serve::run_until_signal;
+use super::serve::{StopSignals, run_until_signal};
 use crate::app::App;
 use crate::config::parse;
 use crate::demo::Backend;
@@ -11,13 +11,14 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 pub(super) fn run() -> anyhow::Result<ExitCode> {
+    let signals = StopSignals::listen()?;
     let backend = Backend::start()?;
     let text = CONFIG.replace("BACKEND", &backend.address().to_string());
     let loaded = parse(&text, "demo.yaml", &|_| None, &[]).map_err(|faults| anyhow!("{faults}"))?;
     let app = App::start(loaded.config)?;
     output::print(&introduction(app.address(), app.admin_address()))?;
     let log = init_logging();
-    run_until_signal(app, &log)
+    run_until_signal(app, signals, &log)
 }
 
 /// The config of the demo. Its quotas are so small that a few requests exhaust them.

@@ -6,20 +6,22 @@ use crate::telemetry::{LogOutput, init_logging};
 use anyhow::Context as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     let loaded = match load_or_explain(config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
+    let signals = StopSignals::listen()?;
     let log = init_logging();
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
     let app = App::start_with(loaded.config, workers(), CallerTimeouts::default())?;
     tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
-    run_until_signal(app, &log)
+    run_until_signal(app, signals, &log)
 }
 
 /// How requests are distributed over the cores. `TOLLGATE_RUNTIME=multi` is for benchmarks that compare both modes.
@@ -30,12 +32,30 @@ fn workers() -> Workers {
     }
 }
 
+/// The signals that stop the gateway: SIGTERM and SIGINT.
+pub(super) struct StopSignals {
+    runtime: Runtime,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// Listens for the signals. After this they no longer end the process. Call this before the gateway starts, so
+    /// that a signal always drains a gateway that serves requests.
+    pub(super) fn listen() -> anyhow::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let guard = runtime.enter();
+        let terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
+        let interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
+        drop(guard);
+        Ok(Self { runtime, terminate, interrupt })
+    }
+}
+
 /// Runs until SIGTERM or SIGINT, then shuts down in order. A second signal ends the process at once.
-pub(super) fn run_until_signal(app: App, log: &LogOutput) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) -> anyhow::Result<ExitCode> {
+    let StopSignals { runtime, mut terminate, mut interrupt } = signals;
     runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
         let mut stop_signal = async || {
             tokio::select! {
                 _ = terminate.recv() => {}

@@ -58,6 +58,8 @@ pub(crate) struct MemberScanner {
     key: [u8; MAX_KEY_BYTES],
     key_length: usize,
     is_complete: bool,
+    /// In a list of objects: no element follows the opening bracket or the last comma yet.
+    expects_element: bool,
 }
 
 /// The part of a member that the current bytes belong to.
@@ -78,6 +80,13 @@ impl MemberScanner {
     /// Whether the document is a list.
     pub(crate) fn is_list(&self) -> bool {
         self.member_depth == 2
+    }
+
+    /// The text between the document so far and another element, if the document is a list of objects whose end has
+    /// not arrived and of which no element is incomplete.
+    pub(crate) fn list_separator(&self) -> Option<&'static str> {
+        let is_between_elements = self.is_list() && self.depth == 1 && self.lexer == Lexer::Outside;
+        is_between_elements.then_some(if self.expects_element { "" } else { "," })
     }
 
     /// Scans the next piece.
@@ -104,6 +113,7 @@ impl MemberScanner {
             match byte {
                 b'"' => {
                     self.lexer = Lexer::InString;
+                    self.expects_element = false;
                     if is_at_members && self.expects_key {
                         self.capture = Capture::Key;
                         self.key_length = 0;
@@ -129,7 +139,8 @@ impl MemberScanner {
                     found(Found::Key { key, is_in_list: self.member_depth == 2 });
                     from = at;
                 }
-                _ => {}
+                b',' => self.expects_element = true,
+                _ => self.expects_element &= byte.is_ascii_whitespace(),
             }
         }
         match self.capture {
@@ -157,6 +168,7 @@ impl MemberScanner {
             self.member_depth = if bracket == b'[' { 2 } else { 1 };
         }
         self.expects_key = self.depth == self.member_depth && bracket == b'{';
+        self.expects_element = self.depth == 1 && bracket == b'[';
     }
 
     fn end_value(&mut self, last_bytes: &[u8], found: &mut impl FnMut(Found<'_>)) {

@@ -130,6 +130,12 @@ impl BodyParser {
         self.events_mut()
     }
 
+    /// The text between the body so far and another element, if the body is a JSON list of objects that can be
+    /// continued here.
+    pub(super) fn list_separator(&self) -> Option<&'static str> {
+        if let Self::Json(reader, _) = self { reader.list_separator() } else { None }
+    }
+
     pub(super) fn events(&self) -> Option<&SseReader> {
         if let Self::Sse(reader) = self { Some(reader) } else { None }
     }

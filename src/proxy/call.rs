@@ -304,9 +304,11 @@ pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), ProxyError> {
 }
 
 /// How much of a body is still unread.
-pub(super) fn unread(body: &Incoming) -> UnreadBody {
+pub(super) fn unread(headers: &HeaderMap, body: &Incoming) -> UnreadBody {
     match body.size_hint().exact() {
         _ if body.is_end_stream() => UnreadBody::None,
+        // The caller may wait for `100 Continue` and send no body.
+        _ if headers.contains_key(header::EXPECT) => UnreadBody::Large,
         Some(length) if length <= MAX_SMALL_UNREAD => UnreadBody::Small,
         _ => UnreadBody::Large,
     }

@@ -5,12 +5,14 @@ use super::charge::Charge;
 use super::reader::{AnswerFacts, AnswerReader};
 use super::route::Endpoint;
 use super::settlement::{AnswerSettlement, SettlementFacts, Unreported, WhenDurable};
+use crate::api::Dialect;
 use crate::calibrations::CalibrationUpdate;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
 use crate::ledger::Progress;
+use crate::server::Peer;
 use crate::telemetry::RequestOutcome;
 use crate::upstream::Incoming;
 use crate::usage::OwnFigures;
@@ -52,6 +54,7 @@ pub(super) struct MeterContext {
     /// Runs since the request was sent. `timeouts.total` counts from then.
     pub(super) started: Stopwatch,
     pub(super) environment: Arc<Environment>,
+    pub(super) peer: Arc<Peer>,
 }
 
 impl MeterContext {
@@ -114,6 +117,7 @@ enum Interruption {
     Disconnected,
     /// The setting below `timeouts`, and its value.
     Timeout(&'static str, Duration),
+    ShuttingDown,
 }
 
 impl Metered {
@@ -188,6 +192,10 @@ impl Metered {
     }
 
     fn poll_passing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.context.peer.is_cut_off() {
+            self.interrupt(&Interruption::ShuttingDown);
+            return Poll::Ready(());
+        }
         ready!(self.poll_portion_count(cx));
         match self.incoming.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
@@ -320,24 +328,30 @@ impl Metered {
         if self.reader.as_stream().is_some_and(|events| events.has_last_event()) {
             return self.complete();
         }
-        let ending = match self.reader.as_stream() {
-            Some(reader) => {
-                let number = reader.next_sequence_number();
-                let separator = if reader.break_off() { "\n\n" } else { "" };
-                let upstream = self.context.upstream().to_owned();
-                let error = match *interruption {
-                    Interruption::Disconnected => ProxyError::UpstreamDisconnected { upstream },
-                    Interruption::Timeout(setting, after) => {
-                        ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
-                    }
-                };
-                let event = error.event(self.context.endpoint.dialect(), number);
-                self.ready.push_back(format!("{separator}{event}").into());
-                Ending::Complete
+        let dialect = self.context.endpoint.dialect();
+        let error = interruption.error(self.context.upstream());
+        let list_separator = self.reader.list_separator();
+        let event = if let Some(reader) = self.reader.as_stream() {
+            let number = reader.next_sequence_number();
+            let separator = if reader.break_off() { "\n\n" } else { "" };
+            Some(format!("{separator}{}", error.event(dialect, number)))
+        } else {
+            // Gemini can send a stream as a JSON list.
+            let separator = list_separator.filter(|_| dialect == Dialect::Google);
+            separator.map(|separator| format!("{separator}{}]", error.body(dialect)))
+        };
+        let ending = match event {
+            Some(event) => {
+                self.ready.push_back(event.into());
+                if self.context.peer.ends_answers_by_close() {
+                    Ending::FlushAndAbort
+                } else {
+                    Ending::Complete
+                }
             }
             None => Ending::FlushAndAbort,
         };
-        self.close(RequestOutcome::UpstreamCut, true, ending);
+        self.close(interruption.outcome(), true, ending);
     }
 
     /// Settles the charge, at once or after counting on the blocking pool. `was_cut`: the answer is incomplete.
@@ -412,6 +426,26 @@ impl Metered {
             tokenizer,
         };
         AnswerSettlement::new(charge, facts, unreported)
+    }
+}
+
+impl Interruption {
+    fn error(&self, upstream: &str) -> ProxyError {
+        let upstream = upstream.to_owned();
+        match *self {
+            Self::Disconnected => ProxyError::UpstreamDisconnected { upstream },
+            Self::Timeout(setting, after) => {
+                ProxyError::UpstreamTimeout { upstream, timeout: (setting, after) }
+            }
+            Self::ShuttingDown => ProxyError::ShuttingDown,
+        }
+    }
+
+    fn outcome(&self) -> RequestOutcome {
+        match self {
+            Self::Disconnected | Self::Timeout(..) => RequestOutcome::UpstreamCut,
+            Self::ShuttingDown => RequestOutcome::ShutdownCut,
+        }
     }
 }
 

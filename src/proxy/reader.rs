@@ -102,6 +102,15 @@ impl AnswerReader {
         }
     }
 
+    /// The text between the answer so far and another element, if the answer is an uncompressed JSON list of objects
+    /// to which the gateway may add an element here.
+    pub(super) fn list_separator(&self) -> Option<&'static str> {
+        match &self.body {
+            EncodedBody::Plain(parser) if !self.has_fixed_length => parser.list_separator(),
+            _ => None,
+        }
+    }
+
     /// The SSE parser of a stream, compressed or not.
     pub(super) fn events(&self) -> Option<&SseReader> {
         self.parser()?.events()

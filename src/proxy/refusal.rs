@@ -2,7 +2,7 @@
 
 use super::answer::AnswerBody;
 use super::charge::Charge;
-use super::headers::{AddedHeaders, REQUEST_ID};
+use super::headers::{AddedHeaders, REQUEST_ID, UnreadBody};
 use super::state::State;
 use crate::api::Dialect;
 use crate::config::Environment;
@@ -22,6 +22,12 @@ pub(super) struct Refusal {
 impl Refusal {
     pub(super) fn new(error: ProxyError, headers: &AddedHeaders) -> Self {
         Self { error, headers: headers.clone() }
+    }
+
+    /// The refusal of a request that is not forwarded before the gateway stops. Its body may not be read.
+    pub(super) fn at_shutdown() -> Self {
+        let headers = AddedHeaders { unread: UnreadBody::Large, ..AddedHeaders::default() };
+        Self { error: ProxyError::ShuttingDown, headers }
     }
 }
 

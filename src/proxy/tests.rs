@@ -108,7 +108,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         outlives_caller: true,
         received: Stopwatch::start(),
     };
-    let peer = Peer::new(([127, 0, 0, 1], 9).into(), CallerTimeouts::default());
+    let peer = Arc::new(Peer::new(([127, 0, 0, 1], 9).into(), CallerTimeouts::default()));
     let exchange = async move {
         proxy.exchange(outgoing, AddedHeaders::default(), charge, Dialect::OpenAi, &peer).await
     };

@@ -1,9 +1,13 @@
 //! State shared by a caller's socket and the service that answers the caller's requests.
 
 use crate::clock::Stopwatch;
+use futures_util::task::AtomicWaker;
+use http::Version;
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -31,6 +35,9 @@ impl Default for CallerTimeouts {
     }
 }
 
+/// While the server drains, the rest of a refused request is read for at most this long.
+const DRAIN_LINGER: Duration = Duration::from_millis(300);
+
 /// The service's view of a caller's connection.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -42,20 +49,39 @@ pub(crate) struct Peer {
     answer_deadline_ms: AtomicU64,
     /// Whether the caller may still be sending a body that is not read.
     lingers: AtomicBool,
-    /// One of `BETWEEN_REQUESTS`, `IN_SERVICE`, `ANSWERED`.
+    /// One of `BETWEEN_REQUESTS`, `RECEIVING`, `IN_SERVICE`, `ANSWERED`.
     phase: AtomicU8,
+    /// Whether the server drains.
+    is_draining: AtomicBool,
+    /// Whether the request must end here, because the server stops.
+    is_cut_off: AtomicBool,
+    /// The task that waits in `cut_off`.
+    cut_off_waker: AtomicWaker,
+    /// Whether an answer of unknown length ends with the connection (HTTP/1.0).
+    ends_answers_by_close: AtomicBool,
+    /// Whether the current answer ended before it was complete.
+    is_answer_cut: AtomicBool,
 }
 
 /// All earlier answers are flushed, and the service has not received the next request.
 const BETWEEN_REQUESTS: u8 = 0;
+/// The service has the head of a request, and not all of its body.
+const RECEIVING: u8 = 1;
 /// The service has a request, or its answer's body is not complete.
-const IN_SERVICE: u8 = 1;
+const IN_SERVICE: u8 = 2;
 /// The service has completed its answer, which may not be flushed yet.
-const ANSWERED: u8 = 2;
+const ANSWERED: u8 = 3;
 
 /// A request that the service has received. Dropping it marks the answer as complete.
 #[derive(Debug)]
 pub(super) struct ServedRequest(Arc<Peer>);
+
+impl ServedRequest {
+    /// Records that the answer ends before it is complete.
+    pub(super) fn cut_answer(&self) {
+        self.0.cut_answer();
+    }
+}
 
 impl Drop for ServedRequest {
     fn drop(&mut self) {
@@ -72,15 +98,26 @@ impl Peer {
             answer_deadline_ms: AtomicU64::new(0),
             lingers: AtomicBool::new(false),
             phase: AtomicU8::new(BETWEEN_REQUESTS),
+            is_draining: AtomicBool::new(false),
+            is_cut_off: AtomicBool::new(false),
+            cut_off_waker: AtomicWaker::new(),
+            ends_answers_by_close: AtomicBool::new(false),
+            is_answer_cut: AtomicBool::new(false),
         }
     }
 
-    /// Records that the service has received a request. Resets the settings of the previous request.
-    pub(super) fn begin_request(self: &Arc<Self>) -> ServedRequest {
+    /// Records that the service has received the head of a request. Resets the settings of the previous request.
+    pub(super) fn begin_request(self: &Arc<Self>, version: Version) -> ServedRequest {
         self.answer_deadline_ms.store(0, Ordering::Relaxed);
         self.lingers.store(false, Ordering::Relaxed);
-        self.phase.store(IN_SERVICE, Ordering::Relaxed);
+        self.ends_answers_by_close.store(version < Version::HTTP_11, Ordering::Relaxed);
+        self.phase.store(RECEIVING, Ordering::Relaxed);
         ServedRequest(self.clone())
+    }
+
+    /// Records that the body of the request has arrived.
+    pub(crate) fn on_body_received(&self) {
+        self.phase.store(IN_SERVICE, Ordering::Relaxed);
     }
 
     /// Records that hyper's write buffer is empty. An answer that the service has completed is now written.
@@ -91,9 +128,56 @@ impl Peer {
         }
     }
 
-    /// Whether the next bytes that hyper writes are hyper's own answer.
+    /// Whether the service has no request, and every answer is written. The next bytes that hyper writes are hyper's
+    /// own answer.
     pub(super) fn is_between_requests(&self) -> bool {
         self.phase.load(Ordering::Relaxed) == BETWEEN_REQUESTS
+    }
+
+    /// Whether the body of the current request is still arriving.
+    pub(super) fn is_receiving(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == RECEIVING
+    }
+
+    /// Records that the server drains.
+    pub(super) fn begin_drain(&self) {
+        self.is_draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes the current request end: without an answer it is refused, and an answer is interrupted. The connection
+    /// must be polled after this.
+    pub(super) fn end_request(&self) {
+        self.is_cut_off.store(true, Ordering::Release);
+        self.cut_off_waker.wake();
+    }
+
+    /// Whether the current request must end, because the server stops.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        self.is_cut_off.load(Ordering::Acquire)
+    }
+
+    /// Completes when the current request must end. Only one task at a time may wait for it.
+    pub(crate) fn cut_off(&self) -> impl Future<Output = ()> + Send + '_ {
+        poll_fn(|cx| {
+            self.cut_off_waker.register(cx.waker());
+            if self.is_cut_off() { Poll::Ready(()) } else { Poll::Pending }
+        })
+    }
+
+    /// Whether an answer of unknown length ends with the connection, so that its caller takes a closed connection for
+    /// the end of a complete answer.
+    pub(crate) fn ends_answers_by_close(&self) -> bool {
+        self.ends_answers_by_close.load(Ordering::Relaxed)
+    }
+
+    /// Records that the current answer ends before it is complete.
+    pub(super) fn cut_answer(&self) {
+        self.is_answer_cut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the connection must be reset, because its caller would take a cut answer for a complete one.
+    pub(super) fn must_reset(&self) -> bool {
+        self.is_answer_cut.load(Ordering::Relaxed) && self.ends_answers_by_close()
     }
 
     /// Cuts off the current answer when `limit` has passed since `started`. This works even if the caller does not
@@ -109,8 +193,10 @@ impl Peer {
         self.lingers.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn lingers(&self) -> bool {
-        self.lingers.load(Ordering::Relaxed)
+    /// How long the rest of a refused request is read. `None`: nothing is left to read.
+    pub(super) fn linger_time(&self) -> Option<Duration> {
+        let limit = if self.is_draining.load(Ordering::Relaxed) { DRAIN_LINGER } else { Duration::MAX };
+        self.lingers.load(Ordering::Relaxed).then(|| self.timeouts.linger.min(limit))
     }
 
     /// The time at which a write fails if it has been blocked since `blocked_since`.

@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 /// The body of an answer, with the request that it answers.
 pub(super) struct ServedBody<B> {
     inner: B,
-    _request: ServedRequest,
+    request: ServedRequest,
 }
 
 /// A service that records in `peer` when `inner` begins a request and when its answer's body ends.
@@ -28,11 +28,11 @@ where
     B: Body + Unpin,
 {
     service_fn(move |request| {
-        let served = peer.begin_request();
+        let served = peer.begin_request(request.version());
         // Uses `map` because an async block would contain the inner future twice.
         inner
             .call(request)
-            .map(|answer| answer.map(|answer| answer.map(|inner| ServedBody { inner, _request: served })))
+            .map(|answer| answer.map(|answer| answer.map(|inner| ServedBody { inner, request: served })))
     })
 }
 
@@ -44,7 +44,11 @@ impl<B: Body + Unpin> Body for ServedBody<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        Pin::new(&mut self.inner).poll_frame(cx)
+        let frame = Pin::new(&mut self.inner).poll_frame(cx);
+        if matches!(frame, Poll::Ready(Some(Err(_)))) {
+            self.request.cut_answer();
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {

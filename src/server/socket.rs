@@ -85,6 +85,16 @@ impl CallerSocket {
         Poll::Pending
     }
 
+    /// Closes the connection with a reset if its caller would take a normal end for the end of a complete answer.
+    pub(super) fn close(self) {
+        if self.peer.must_reset() {
+            let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = state.stream.set_zero_linger() {
+                tracing::debug!(%error, "a connection cannot be reset");
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, SocketState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -116,6 +126,7 @@ impl CallerSocket {
         let blocked_since = *state.blocked_since.get_or_insert_with(Stopwatch::start);
         ready!(state.poll_timer(cx, self.peer.write_deadline(blocked_since)));
         tracing::debug!(peer = %self.peer.address, "a caller does not read its answer");
+        self.peer.cut_answer();
         Poll::Ready(Err(ErrorKind::TimedOut.into()))
     }
 }
@@ -214,10 +225,8 @@ impl AsyncWrite for SocketHandle<'_> {
         let mut state = self.0.lock();
         if state.lingering.is_none() {
             ready!(Pin::new(&mut state.stream).poll_shutdown(cx))?;
-            if !self.0.peer.lingers() {
-                return Poll::Ready(Ok(()));
-            }
-            let until = Stopwatch::start().deadline(self.0.peer.timeouts.linger);
+            let Some(linger_time) = self.0.peer.linger_time() else { return Poll::Ready(Ok(())) };
+            let until = Stopwatch::start().deadline(linger_time);
             state.lingering = Some(Lingering { until, bytes_left: MAX_LINGER_BYTES });
             state.is_read_pending = true;
         }

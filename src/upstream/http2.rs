@@ -19,6 +19,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::sleep;
 
+/// Maximum size of an answer's headers, as HTTP/2 counts it.
+const MAX_HEADER_LIST_BYTES: u32 = 64 * 1024;
+
 /// The times after which a connection is checked and closed.
 #[derive(Clone, Copy)]
 pub(super) struct Http2Timeouts {
@@ -93,6 +96,7 @@ impl Http2Client {
             .keep_alive_timeout(ping_timeout)
             .keep_alive_while_idle(true)
             .adaptive_window(true)
+            .max_header_list_size(MAX_HEADER_LIST_BYTES)
             .handshake(TokioIo::new(stream))
             .await?;
         let activity = Arc::new(Activity::new());

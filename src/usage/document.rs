@@ -88,6 +88,12 @@ impl JsonReader {
         if self.answer.is_some() { !self.scanner.is_list() || self.is_complete() } else { choices <= 1 }
     }
 
+    /// The text between the document so far and another element, if the document is a list of objects that can be
+    /// continued here.
+    pub fn list_separator(&self) -> Option<&'static str> {
+        self.scanner.list_separator()
+    }
+
     /// Whether the end of the document was read.
     pub fn is_complete(&self) -> bool {
         self.scanner.is_complete()

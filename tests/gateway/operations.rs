@@ -111,6 +111,40 @@ async fn with_a_token_only_health_checks_answer_without_it() {
 }
 
 #[tokio::test]
+async fn health_checks_answer_any_host_and_origin() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    for token in ["", ", token: let-me-in"] {
+        let gateway = Gateway::from_config(&format!(
+            "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0'{token} }}\nupstreams: {{ u: {{ base_url: 'http://{}' }} }}\nenvironments: {{ e: {{ upstream: u }} }}\nstore: {{ memory: true }}",
+            upstream.address
+        ))
+        .await;
+        for rest in [
+            "HTTP/1.1\r\nhost: 10.1.2.3:9090\r\n",
+            "HTTP/1.1\r\nhost: evil.example\r\norigin: https://evil.example\r\n",
+            "HTTP/1.1\r\nhost:\r\norigin: null\r\n",
+            "HTTP/1.1\r\n",
+            "HTTP/1.0\r\n",
+        ] {
+            for (path, is_health_check) in [
+                ("/livez", true),
+                ("/readyz", true),
+                ("/readyz?verbose", true),
+                ("/metrics", false),
+                ("/", false),
+                ("/livez/", false),
+            ] {
+                let mut caller = Caller::connect(gateway.admin).await;
+                caller.send(format!("GET {path} {rest}\r\n").as_bytes()).await;
+                let status = caller.reply().await.status;
+                let refused = if token.is_empty() { 403 } else { 401 };
+                assert_eq!(status, if is_health_check { 200 } else { refused }, "{path} {rest}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_shutdown_drains_streams_and_accepts_no_connection() {
     let events = [delta("Hi"), DONE.to_owned()];
     let upstream =
@@ -148,7 +182,9 @@ async fn a_shutdown_cuts_off_streams_after_the_drain_timeout() {
     caller.chunk().await;
     let report = gateway.shutdown().await;
     assert_eq!((report.in_flight, report.cut_off), (1, 1));
-    assert_eq!(caller.chunk().await, None);
+    let event = caller.chunk().await.unwrap();
+    assert!(String::from_utf8(event).unwrap().contains("shutting_down"));
+    assert_eq!(caller.chunk().await, Some(vec![]));
 }
 
 #[tokio::test]

@@ -7,9 +7,10 @@ use http::{Method, StatusCode, response};
 use smallvec::SmallVec;
 use std::io::{self, ErrorKind};
 
-/// Maximum length of an answer's head, in bytes.
+/// Maximum length of an answer's head, in bytes. It also bounds the number of headers.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
-const MAX_HEADERS: usize = 128;
+/// An answer with more headers needs an allocation for its parser.
+const USUAL_HEADERS: usize = 128;
 /// The gateway adds up to this many headers to an answer; the map has room for them from the start.
 const ADDED_HEADERS: usize = 15;
 
@@ -59,33 +60,30 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
     if buffer.is_empty() {
         return Ok(None);
     }
-    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut head = httparse::Response::new(&mut fields);
-    let httparse::Status::Complete(length) =
-        head.parse(buffer).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?
+    let mut fields = [httparse::EMPTY_HEADER; USUAL_HEADERS];
+    let parsed = match parse(&mut fields, buffer) {
+        Err(httparse::Error::TooManyHeaders) => {
+            // Each header takes a line.
+            let head = &buffer[..buffer.len().min(MAX_HEAD_BYTES)];
+            let lines = memchr::memchr_iter(b'\n', head).count();
+            parse(&mut vec![httparse::EMPTY_HEADER; lines], buffer)
+        }
+        parsed => parsed,
+    };
+    let Some(ParsedHead { length, status, is_http11, spans }) =
+        parsed.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?
     else {
         return Ok(None);
     };
-    let status =
-        StatusCode::from_u16(head.code.unwrap_or(0)).map_err(|_| invalid("the status is not valid"))?;
-    let is_http11 = head.version == Some(1);
-    // Collects the positions of the values first, so that the values can share the head's bytes without a copy.
-    let base = buffer.as_ptr() as usize;
-    let spans: SmallVec<[(HeaderName, usize, usize); 16]> = head
-        .headers
-        .iter()
-        .map(|h| {
-            let name = HeaderName::from_bytes(h.name.as_bytes())
-                .map_err(|_| invalid("a header name is not valid"))?;
-            Ok((name, h.value.as_ptr() as usize - base, h.value.len()))
-        })
-        .collect::<io::Result<_>>()?;
+    let status = StatusCode::from_u16(status).map_err(|_| invalid("the status is not valid"))?;
     let bytes = buffer.split_to(length).freeze();
-    let mut headers = HeaderMap::with_capacity(spans.len() + ADDED_HEADERS);
+    let too_many = || invalid("the answer has too many headers");
+    let mut headers = HeaderMap::try_with_capacity(spans.len() + ADDED_HEADERS).map_err(|_| too_many())?;
     for (name, at, length) in spans {
+        let name = name.ok_or_else(|| invalid("a header name is not valid"))?;
         let value = HeaderValue::from_maybe_shared(bytes.slice(at..at + length))
             .map_err(|_| invalid("a header value is not valid"))?;
-        headers.append(name, value);
+        headers.try_append(name, value).map_err(|_| too_many())?;
     }
     let framing = framing(&headers, status, method)?;
     let keeps_alive = is_http11 && framing != Framing::UntilClose && !has_connection_close(&headers);
@@ -93,6 +91,31 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
     parts.status = status;
     parts.headers = headers;
     Ok(Some(AnswerHead { parts, framing, keeps_alive }))
+}
+
+/// A complete head. The values share its bytes without a copy, so only their positions are collected.
+struct ParsedHead {
+    length: usize,
+    status: u16,
+    is_http11: bool,
+    /// Name, position and length of each value. No name: it is not valid.
+    spans: SmallVec<[(Option<HeaderName>, usize, usize); 16]>,
+}
+
+/// Parses a head with these fields; `None`: it is not complete.
+fn parse<'b>(
+    fields: &mut [httparse::Header<'b>],
+    buffer: &'b [u8],
+) -> Result<Option<ParsedHead>, httparse::Error> {
+    let mut head = httparse::Response::new(fields);
+    let httparse::Status::Complete(length) = head.parse(buffer)? else { return Ok(None) };
+    let base = buffer.as_ptr() as usize;
+    let span = |h: &httparse::Header| {
+        let name = HeaderName::from_bytes(h.name.as_bytes()).ok();
+        (name, h.value.as_ptr() as usize - base, h.value.len())
+    };
+    let spans = head.headers.iter().map(span).collect();
+    Ok(Some(ParsedHead { length, status: head.code.unwrap_or(0), is_http11: head.version == Some(1), spans }))
 }
 
 fn has_connection_close(headers: &HeaderMap) -> bool {
