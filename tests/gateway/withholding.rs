@@ -186,7 +186,7 @@ proptest! {
         let text = |withheld: bool| -> String {
             let expected = events.iter().map(|((lines, is_extra), end)| {
                 if withheld && *is_extra {
-                    lines.iter().filter(|line| line.starts_with(':')).map(|line| format!("{line}{end}")).collect()
+                    lines.iter().filter(|line| line.starts_with(':')).map(|line| format!("{line}{end}")).collect::<Vec<_>>().concat()
                 } else {
                     lines.join(end) + end + end
                 }

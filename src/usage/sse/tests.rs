@@ -144,7 +144,7 @@ fn usage_beside_choices_that_carry_nothing_is_withheld_after_all_choices_have_en
         (vec![HI, &ended], with("{}}", r#"{},"finish_reason":"stop"}"#), false),
         (vec![HI, &ended], with(r#"{"prompt_tokens":7,"completion_tokens":2}"#, "null"), false),
     ] {
-        let before: String = before.iter().map(|event| format!("{event}\n\n")).collect();
+        let before = before.iter().map(|event| format!("{event}\n\n")).collect::<Vec<_>>().concat();
         let stream = format!("{before}{chunk}\n\ndata: [DONE]\n\n");
         let want = if is_withheld { format!("{before}data: [DONE]\n\n") } else { stream.clone() };
         for cuts in [vec![], every_byte(&stream), vec![before.len() + 30]] {
