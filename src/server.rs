@@ -37,6 +37,8 @@ const MAX_HEAD_BYTES: usize = 64 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// While the server drains, callers have this long to complete a request that they have begun to send.
 const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(500);
+/// The server waits this much longer than its connections, so that they end by themselves.
+const DRAIN_MARGIN: Duration = Duration::from_millis(50);
 /// Connections that the kernel completes before they are accepted.
 const LISTEN_BACKLOG: i32 = 4_096;
 
@@ -59,6 +61,9 @@ pub(crate) struct DrainTimes {
     /// After that, callers have this time to read how their interrupted answers end.
     pub(crate) endings: Duration,
 }
+
+/// Reports that the request of a connection did not end within the drain time.
+struct CutOff;
 
 /// Opens sockets that listen at one address, one for each worker. The kernel distributes connections over them.
 ///
@@ -108,7 +113,7 @@ where
 {
     let listener = TcpListener::from_std(listener)?;
     // Every connection holds a sender: the channel closes with the last connection.
-    let (alive, mut all_ended) = mpsc::channel::<()>(1);
+    let (alive, mut cut_offs) = mpsc::unbounded_channel();
     loop {
         tokio::select! {
             biased;
@@ -128,14 +133,14 @@ where
     }
     drop(listener);
     drop(alive);
-    let Some(DrainTimes { answers, endings }) = drain_times(&state) else {
-        return Ok(all_ended.sender_strong_count());
+    let Some(DrainTimes { answers, endings }) = drain_times(&state) else { return Ok(0) };
+    let mut cut_off = 0;
+    let all_ended = async {
+        while let Some(CutOff) = cut_offs.recv().await {
+            cut_off += 1;
+        }
     };
-    if timeout(answers, all_ended.recv()).await.is_ok() {
-        return Ok(0);
-    }
-    let cut_off = all_ended.sender_strong_count();
-    drop(timeout(endings, all_ended.recv()).await);
+    drop(timeout(answers + endings + DRAIN_MARGIN, all_ended).await);
     Ok(cut_off)
 }
 
@@ -157,7 +162,7 @@ async fn serve_connection<S, B>(
     peer: Arc<Peer>,
     service: S,
     mut state: watch::Receiver<RunState>,
-    alive: mpsc::Sender<()>,
+    alive: mpsc::UnboundedSender<CutOff>,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
     S::Future: Send + 'static,
@@ -185,7 +190,7 @@ async fn serve_connection<S, B>(
             () = stopping(&mut state) => match drain_times(&state) {
                 Some(times) => {
                     connection.as_mut().graceful_shutdown();
-                    drain(connection.as_mut(), &socket, &peer, times).await
+                    drain(connection.as_mut(), &socket, &peer, times, &alive).await
                 }
                 None => None,
             }
@@ -207,6 +212,7 @@ async fn drain<F: Future>(
     socket: &CallerSocket,
     peer: &Peer,
     DrainTimes { answers, endings }: DrainTimes,
+    cut_offs: &mpsc::UnboundedSender<CutOff>,
 ) -> Option<F::Output> {
     peer.begin_drain();
     let began = Stopwatch::start();
@@ -223,6 +229,8 @@ async fn drain<F: Future>(
         if let Ok(ended) = timeout_at(answers_end, until_disconnected(connection.as_mut(), socket)).await {
             return ended;
         }
+        // An error means that the server no longer counts.
+        drop(cut_offs.send(CutOff));
     }
     peer.end_request();
     let ended = timeout(endings, until_disconnected(connection, socket)).await;
