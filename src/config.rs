@@ -299,6 +299,8 @@ pub struct RedisSettings {
     pub url: Secret,
     /// Prefix of every Redis key. Default `tollgate`.
     pub prefix: String,
+    /// A server that is silent for longer is unavailable. A shorter stall only delays requests. Default 250 ms.
+    pub timeout: Duration,
     /// What a node does while Redis is unavailable. Default `local`.
     pub on_failure: OnStoreFailure,
     /// Whether nodes lease parts of the quotas, so that most requests do not wait for Redis. Default `false`.

@@ -22,7 +22,7 @@ use engine::Engine;
 use replica::{Replica, ReplicaConfig};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
-use sync::RedisSync;
+use sync::{RedisSync, SyncTimes};
 use tokio::sync::watch;
 use wait_queue::{WaitQueue, may_clear_within};
 
@@ -80,13 +80,20 @@ impl Account {
     ) -> anyhow::Result<Self> {
         let Engine::Local(local) = self.engine else { return Ok(self) };
         let local = local.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let config = ReplicaConfig { on_failure: redis.on_failure, stamp, leases: redis.lease };
+        let times = SyncTimes::new(redis.timeout);
+        let config = ReplicaConfig {
+            on_failure: redis.on_failure,
+            stamp,
+            leases: redis.lease,
+            max_call_delay_ms: u64::try_from(times.max_call_delay.as_millis()).unwrap_or(u64::MAX),
+        };
         let replica = Replica::new(local, config, session, clock::now());
         let keys = replica.keys(&redis.prefix, &environment.name);
-        let connection = FailFastConnection::new(redis.url.expose(), &redis.prefix, &keys[0])
+        let url = redis.url.expose();
+        let connection = FailFastConnection::new(url, &redis.prefix, &keys[0], redis.timeout)
             .map_err(|error| anyhow::anyhow!("store.redis.url: {error}"))?;
-        let sync =
-            RedisSync::new(replica, connection, keys, environment.name.clone(), self.wait_queue.clone());
+        let (name, wait_queue) = (environment.name.clone(), self.wait_queue.clone());
+        let sync = RedisSync::new(replica, connection, keys, name, wait_queue, times);
         Ok(Self { engine: Engine::Shared(Box::new(sync)), ..self })
     }
 
@@ -234,7 +241,7 @@ impl Account {
     }
 
     /// Waits until Redis has received all steps of this node's journal and this node has received the state of all
-    /// quotas. Waits at most 250 ms.
+    /// quotas. Waits at most twice the timeout of Redis, or 250 ms.
     pub async fn refresh(&self) {
         if let Some(sync) = self.engine.sync() {
             sync.refresh().await;

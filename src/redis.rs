@@ -13,9 +13,9 @@ mod reply;
 pub use cells::Cells;
 pub use command::{
     CommandBuilder, HeldReservation, LEASE_ID, NewLimit, OnShortage, Piece, ReserveRequest, ScriptCommand,
-    Step, StepKind,
+    SentSteps, Step, StepKind,
 };
-pub use connection::{CALL_DEADLINE, CallPermit, FailFastConnection, Unavailable, check_url};
+pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, check_url};
 pub use reply::{ScriptReply, Verdict, load_states};
 
 /// The script, for `EVALSHA` and `EVAL`.

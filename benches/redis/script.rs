@@ -34,7 +34,7 @@ fn run_node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Du
         let level = (burst.cast_signed(), 0);
         (CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
     };
-    let join = commands.join(1, false, &quotas.iter().map(unused).collect::<Vec<_>>());
+    let join = commands.join(1, None, &quotas.iter().map(unused).collect::<Vec<_>>());
     assert_eq!(call(&join), Verdict::Done);
     let all: Vec<u32> = (0..).take(quotas.len()).collect();
     let mut took = Vec::new();

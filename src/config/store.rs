@@ -3,7 +3,13 @@
 use super::setting::{Section, Setting};
 use super::{OnStoreFailure, RedisSettings, Secret, StoreSettings};
 use crate::redis;
+use std::ops::RangeInclusive;
 use std::time::Duration;
+
+/// Default of `store.redis.timeout`.
+const DEFAULT_TIMEOUT: Duration = Duration::from_millis(250);
+/// A node is back in its session before this expires, even with the largest timeout.
+const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(20)..=Duration::from_secs(5);
 
 /// Reads the settings of the store.
 pub(super) fn read(top: &Section<'_>) -> StoreSettings {
@@ -23,7 +29,7 @@ pub(super) fn read(top: &Section<'_>) -> StoreSettings {
 }
 
 fn redis_settings(setting: &Setting<'_>) -> Option<RedisSettings> {
-    let section = setting.section(&["url", "prefix", "on_failure", "lease"])?;
+    let section = setting.section(&["url", "prefix", "timeout", "on_failure", "lease"])?;
     let policies = [
         ("local", OnStoreFailure::Local),
         ("closed", OnStoreFailure::Closed),
@@ -32,6 +38,7 @@ fn redis_settings(setting: &Setting<'_>) -> Option<RedisSettings> {
     let url = section.require("url", "redis://127.0.0.1:6379/0");
     Some(RedisSettings {
         prefix: section.get("prefix").and_then(|s| s.text()).unwrap_or("tollgate").to_owned(),
+        timeout: section.get("timeout").and_then(|s| redis_timeout(&s)).unwrap_or(DEFAULT_TIMEOUT),
         on_failure: section
             .get("on_failure")
             .and_then(|s| s.choice(&policies))
@@ -39,6 +46,15 @@ fn redis_settings(setting: &Setting<'_>) -> Option<RedisSettings> {
         lease: section.get("lease").and_then(|s| s.boolean()).unwrap_or(false),
         url: Secret::new(url.and_then(|s| redis_url(&s))?),
     })
+}
+
+/// A timeout in the permitted range.
+fn redis_timeout(setting: &Setting<'_>) -> Option<Duration> {
+    let timeout = setting.duration()?;
+    if !TIMEOUTS.contains(&timeout) {
+        setting.fault(format!("{} is not between 20ms and 5s", setting.quoted()));
+    }
+    Some(timeout)
 }
 
 /// A valid Redis URL. It may contain a password, so no message contains it.

@@ -10,7 +10,7 @@ pub(super) mod admission;
 pub(super) mod journal;
 mod lease;
 mod offline;
-mod session;
+pub(super) mod session;
 
 use super::demand::{Demand, Grant, NoRoom, Progress, Settlement};
 use super::local::Local;
@@ -22,10 +22,6 @@ use journal::{Batch, Journal, JournalEntry, MAX_BATCH, TrackedReservation};
 use lease::Lease;
 use std::collections::{HashMap, HashSet};
 
-/// Redis ignores a call that it reads later than this (ms) after the call was sent, because the request no longer
-/// waits for the reply. This is longer than the longest wait for a reply. The node's estimate of Redis's clock is no
-/// more accurate than that wait.
-pub(super) const MAX_CALL_DELAY_MS: u64 = 400;
 /// With more unsent steps than this, a node admits nothing from its lease. Otherwise it could add steps faster than
 /// Redis applies them.
 const MAX_BACKLOG: usize = 10_000;
@@ -37,6 +33,9 @@ pub(super) struct ReplicaConfig {
     pub(super) on_failure: OnStoreFailure,
     /// When the config was written. If nodes have different limits, those of the newest config are in force.
     pub(super) stamp: u64,
+    /// Redis ignores a call that it runs later than this after the call was sent (ms), because the request no longer
+    /// waits for the reply.
+    pub(super) max_call_delay_ms: u64,
     /// Whether the node leases part of each quota and admits requests from it.
     pub(super) leases: bool,
 }
@@ -55,6 +54,10 @@ pub(super) struct Replica {
     /// How often this node has lost Redis. It ignores replies to calls that it sent before the last loss.
     losses: u64,
     has_joined_before: bool,
+    /// The data set in Redis at the last join; 0 before the first one. Data that Redis restores has another number.
+    data_set: u64,
+    /// When the last reply of Redis arrived, on this node's clock.
+    last_reply: Timestamp,
     /// At the last join, Redis still had this node's session.
     redis_had_session: bool,
     /// Nodes alive, and requests in flight on all nodes, according to the last reply.
@@ -89,7 +92,7 @@ impl Replica {
     pub(super) fn new(local: Local, config: ReplicaConfig, session: &str, now: Timestamp) -> Self {
         let quotas = local.overrides.configured();
         let mut commands = CommandBuilder::new(Cells::new(quotas, now), session, now);
-        commands.set_max_delay_ms(MAX_CALL_DELAY_MS);
+        commands.set_max_delay_ms(config.max_call_delay_ms);
         let lease = config.leases.then(|| Lease::new(quotas.len()));
         let own = &local.quotas;
         let offline = Offline { before: own.clone(), unspent: own.clone(), spent: own.clone() };
@@ -101,6 +104,8 @@ impl Replica {
             resyncing: None,
             losses: 0,
             has_joined_before: false,
+            data_set: 0,
+            last_reply: now,
             redis_had_session: false,
             nodes: 1,
             in_flight: 0,
@@ -130,9 +135,14 @@ impl Replica {
         self.resyncing.is_some()
     }
 
-    /// Whether this node admits no request for now. In shadow mode it always admits requests.
+    /// Whether quotas are enforced. In shadow mode the node always admits requests.
+    pub(super) fn is_enforcing(&self) -> bool {
+        self.local.rules.enforce
+    }
+
+    /// Whether this node admits no request for now.
     pub(super) fn is_closed(&self) -> bool {
-        self.local.rules.enforce && self.is_offline() && self.config.on_failure == OnStoreFailure::Closed
+        self.is_enforcing() && self.is_offline() && self.config.on_failure == OnStoreFailure::Closed
     }
 
     /// The time on Redis's clock, which all nodes use. `own`: the time on this node's clock.
@@ -162,6 +172,7 @@ impl Replica {
     /// Updates the offset to Redis's clock from the time in a reply.
     pub(super) fn record_time(&mut self, own: Timestamp, reply: &ScriptReply) {
         self.clock_offset_ms = reply.now.0.saturating_sub(own.0);
+        self.last_reply = own;
         self.commands.set_redis_time(reply.now);
     }
 
@@ -336,9 +347,9 @@ impl Replica {
         of_step.chain(pieces.flat_map(|piece| piece.cells.iter().map(|cell| cell.0))).collect()
     }
 
-    /// Removes steps that Redis has applied from the journal.
+    /// Records that Redis has applied the first steps of the journal.
     fn acknowledge(&mut self, steps: usize) {
-        for (id, spent) in self.journal.remove(steps) {
+        for (id, spent) in self.journal.acknowledge(steps) {
             if let Some(tracked) = self.tracked.get_mut(&id) {
                 tracked.acknowledged = spent;
             } else if let Some((_, settled)) = self.journal.settled_mut().find(|(other, _)| *other == id) {

@@ -8,12 +8,13 @@ mod task;
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::overrides::QuotaKey;
+use super::replica::Replica;
 use super::replica::admission::ReserveOutcome;
-use super::replica::{MAX_CALL_DELAY_MS, Replica};
 use super::wait_queue::WaitQueue;
 use crate::clock;
 use crate::quota::{Amounts, Subject};
-use crate::redis::{FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
+use crate::redis::{CallRefusal, FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
@@ -21,20 +22,41 @@ use tokio::time::timeout;
 
 /// Maximum attempts of one call whose reply requires a repetition, for example because a calendar period has ended.
 const MAX_ATTEMPTS: usize = 4;
-/// Maximum time that a request waits until the task has sent everything to Redis.
-const MAX_FLUSH_WAIT: Duration = Duration::from_millis(250);
-/// A node that has lost Redis waits for this time before it joins again. After this time Redis ignores all calls from
-/// before the loss.
-const REJOIN_DELAY: Duration = Duration::from_millis(MAX_CALL_DELAY_MS);
+/// Minimum of `SyncTimes::max_flush_wait`.
+const MIN_FLUSH_WAIT: Duration = Duration::from_millis(250);
+/// Allowance for the inaccuracy of a node's estimate of Redis's clock. A call that Redis runs after a stall shorter
+/// than the timeout has not expired.
+const CLOCK_TOLERANCE: Duration = Duration::from_millis(150);
+
+/// Times that follow from `store.redis.timeout`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SyncTimes {
+    /// Redis ignores calls that it runs later than this after they were sent. A node that has lost Redis waits for
+    /// this time before it joins again. After this time Redis ignores all calls from before the loss.
+    pub(super) max_call_delay: Duration,
+    /// Maximum time that a request waits until the task has sent everything to Redis. A stall shorter than the timeout
+    /// is over by then.
+    max_flush_wait: Duration,
+}
+
+impl SyncTimes {
+    pub(super) fn new(timeout: Duration) -> Self {
+        Self { max_call_delay: timeout + CLOCK_TOLERANCE, max_flush_wait: MIN_FLUSH_WAIT.max(2 * timeout) }
+    }
+}
 
 /// One account's replica, its connection to Redis, and the signals between the account's requests and the task.
 #[derive(Debug)]
 pub(super) struct RedisSync {
     replica: Mutex<Replica>,
     connection: FailFastConnection,
+    /// The number of the connection on which this node has joined. Calls on another connection fail: its server may
+    /// lack what this node has reported.
+    generation: AtomicU64,
     keys: [String; 3],
     environment: String,
     wait_queue: Arc<WaitQueue>,
+    times: SyncTimes,
     /// Wakes the task: the journal has new steps.
     wake: Notify,
     /// Requests that wait for the next flush.
@@ -77,13 +99,16 @@ impl RedisSync {
         keys: [String; 3],
         environment: String,
         wait_queue: Arc<WaitQueue>,
+        times: SyncTimes,
     ) -> Self {
         Self {
             replica: Mutex::new(replica),
             connection,
+            generation: AtomicU64::new(0),
             keys,
             environment,
             wait_queue,
+            times,
             wake: Notify::new(),
             waiting_for_flush: Mutex::default(),
             server_faults: Mutex::default(),
@@ -132,7 +157,14 @@ impl RedisSync {
     async fn try_admit_by_redis(&self, demand: &Demand<'_>) -> Option<Result<Admission, NoRoom>> {
         let mut has_refreshed = false;
         for _ in 0..MAX_ATTEMPTS {
-            let permit = self.connection.permit().await.ok()?;
+            let permit = match self.connection.permit(self.generation.load(Ordering::Relaxed)).await {
+                Ok(permit) => permit,
+                // Redis is available, so nothing may be admitted without it.
+                Err(CallRefusal::LineFull) if self.with_replica(|replica| replica.is_enforcing()) => {
+                    return Some(Err(NoRoom::Unavailable));
+                }
+                Err(_) => return None,
+            };
             let call = self.with_replica(|replica| replica.reserve_call(clock::now(), demand))?;
             let mut pending = PendingAdmission { sync: self, id: Some(call.id) };
             let reply = permit.call(&self.keys, &call.command).await.ok()?;
@@ -172,7 +204,7 @@ impl RedisSync {
         self.wake_task();
     }
 
-    /// Waits until the task has sent the journal and received the state of all quotas, for at most `MAX_FLUSH_WAIT`.
+    /// Waits until the task has sent the journal and received the state of all quotas, for at most `max_flush_wait`.
     /// If the time is over, the counters remain as in the last reply.
     pub(super) async fn refresh(&self) {
         if self.with_replica(|replica| replica.is_offline()) {
@@ -181,7 +213,7 @@ impl RedisSync {
         let (sender, receiver) = oneshot::channel();
         self.waiting_for_flush.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
         self.wake.notify_one();
-        drop(timeout(MAX_FLUSH_WAIT, receiver).await);
+        drop(timeout(self.times.max_flush_wait, receiver).await);
     }
 
     /// Sets a limit for all nodes. Returns whether the quota exists.
@@ -225,7 +257,8 @@ impl RedisSync {
     }
 
     async fn call(&self, command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
-        self.connection.call(&self.keys, command).await
+        let generation = self.generation.load(Ordering::Relaxed);
+        self.connection.call_on(generation, &self.keys, command).await
     }
 
     fn wake_task(&self) {

@@ -95,6 +95,24 @@ pub struct HeldReservation {
     pub pieces: Vec<Piece>,
 }
 
+/// The steps that a session has sent before it joins again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SentSteps {
+    /// The number of the oldest step that the node can repeat.
+    pub oldest: u64,
+    /// The number of the last step that Redis has acknowledged.
+    pub acknowledged: u64,
+    /// The data set in Redis at the last join. 0: none.
+    pub data_set: u64,
+}
+
+impl Default for SentSteps {
+    /// No step was sent.
+    fn default() -> Self {
+        Self { oldest: 1, acknowledged: 0, data_set: 0 }
+    }
+}
+
 /// A limit to set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewLimit {
@@ -169,22 +187,26 @@ impl CommandBuilder {
     }
 
     /// Joins with a config written at `stamp`. The script creates missing cells with these states. For the others, the limits of
-    /// the newest config are in force. `has_joined_before`: the session has joined before, so that its states can restore lost data.
+    /// the newest config are in force. `sent`: the session has joined before, so that its states can restore lost data.
     ///
     /// Values of the reply:
     /// 1. the number of created cells,
     /// 2. the number of cells with other limits than the node's,
     /// 3. 1 if Redis still had this session,
-    /// 4. the milliseconds to wait for other nodes that restore lost data.
+    /// 4. the milliseconds to wait for other nodes that restore lost data,
+    /// 5. the number of the last step that Redis has applied,
+    /// 6. the data set in Redis.
     pub fn join(
         &mut self,
         stamp: u64,
-        has_joined_before: bool,
+        sent: Option<SentSteps>,
         states: &[(CounterState, bool)],
     ) -> ScriptCommand {
-        let mut command = self.begin_expiring("join", 4);
+        let mut command = self.begin_expiring("join", 6);
         command.push_int(stamp);
-        command.push_int(u64::from(has_joined_before));
+        command.push_int(u64::from(sent.is_some()));
+        let SentSteps { oldest, acknowledged, data_set } = sent.unwrap_or_default();
+        [oldest, acknowledged, data_set].into_iter().for_each(|number| command.push_int(number));
         command.push_int(self.cells.quotas().len() as u64);
         for (index, (quota, (state, is_override))) in self.cells.quotas().iter().zip(states).enumerate() {
             command.push_text(self.cells.name(index));

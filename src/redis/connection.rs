@@ -1,14 +1,14 @@
-//! The connection to Redis. A call either gets its reply within the deadline or fails at once because the connection
-//! is down.
+//! The connection to Redis. A call either gets its reply within the timeout or fails at once because the circuit is open.
 //!
 //! Libraries that reconnect by themselves let calls wait during the reconnect, far beyond the calls' timeouts. Here
-//! one task connects, and calls use only a working connection. The first call that fails closes the connection for
+//! one task connects, and calls use only a working connection. The first call that fails opens the circuit for
 //! all calls, including those in flight. The task reconnects as soon as the server accepts writes in time.
 //!
 //! All keys of an environment are in one slot. In a cluster one connection is therefore enough: to the master of that
 //! slot. When the slot moves or another server becomes master, a call fails and the task looks for the new master.
 
 mod call_timer;
+mod circuit;
 mod discovery;
 mod requirements;
 mod tls;
@@ -16,31 +16,24 @@ mod url;
 
 use super::{SCRIPT, ScriptCommand, ScriptReply};
 use crate::clock::Stopwatch;
-use call_timer::CallTimer;
+use circuit::{CallFailure, Circuit, CircuitPass, RETRY_INTERVAL, ReconnectPause};
 use discovery::{Discovery, ServerConnection};
 use redis::aio::MultiplexedConnection;
 use redis::{ErrorKind, RedisError, RedisResult, ServerErrorKind};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use url::RedisUrl;
 
-/// A call without a reply within this time has failed.
-pub const CALL_DEADLINE: Duration = Duration::from_millis(25);
-/// Added to the deadline for each argument. A node that joins with a thousand open reservations sends some twenty
+pub use circuit::CallRefusal;
+
+/// Added to the timeout for each argument. A node that joins with a thousand open reservations sends some twenty
 /// thousand arguments, which take the server 25 ms. For one reservation the addition is negligible.
-const DEADLINE_PER_ARGUMENT: Duration = Duration::from_micros(4);
-/// Maximum calls in flight on one connection. Redis reads everything that a connection has sent before it sends the
-/// first reply. Without this limit, many nodes together would get no reply in time.
-const MAX_CALLS_IN_FLIGHT: usize = 16;
-/// Pause between a failed attempt to connect and the next one.
-const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+const TIME_PER_ARGUMENT: Duration = Duration::from_micros(4);
 /// Interval between two writes that test an idle connection.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
-/// A connection that lasted this long is replaced at once. Pauses grow after connections that were lost sooner.
-const MIN_STABLE_TIME: Duration = Duration::from_secs(1);
-const MAX_RECONNECT_PAUSE: Duration = Duration::from_millis(1500);
 /// Interval after which an unchanged reason is logged again.
 const LOG_REPEAT_INTERVAL: Duration = Duration::from_mins(1);
 
@@ -64,10 +57,7 @@ struct Shared {
     probe_key: String,
     script_sha: String,
     state: Mutex<ConnectionState>,
-    permits: Semaphore,
-    timer: CallTimer,
-    /// The number of the working connection; 0 while there is none.
-    generation: watch::Sender<u64>,
+    circuit: Circuit,
 }
 
 #[derive(Debug, Default)]
@@ -85,19 +75,45 @@ struct ConnectionState {
 #[derive(Debug)]
 pub struct CallPermit<'a> {
     connection: &'a FailFastConnection,
-    generation: u64,
     server: ServerConnection,
-    _permit: SemaphorePermit<'a>,
+    generation: u64,
+    pass: CircuitPass,
 }
 
 impl CallPermit<'_> {
-    /// Runs a command of the script. Fails at the deadline, or at once when the connection is lost.
+    /// Runs a command of the script. Fails after the timeout, or at once when the circuit opens.
     ///
     /// # Errors
     /// Redis is unavailable. It may have run the command, or may still run it.
     pub async fn call(self, keys: &[String; 3], command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
-        let Self { connection, generation, server, _permit } = self;
-        connection.call_on(generation, server, keys, command).await
+        let Self { connection, server, generation, pass } = self;
+        let Shared { circuit, discovery, script_sha, .. } = &*connection.shared;
+        let address = server.address.clone();
+        let count = u32::try_from(command.arguments.len()).unwrap_or(u32::MAX);
+        let extra = TIME_PER_ARGUMENT.saturating_mul(count);
+        let evaluate = |name: &str, script: &str| {
+            let (mut call, mut redis) = (redis::cmd(name), server.redis.clone());
+            call.arg(script).arg(keys.len()).arg(&keys[..]).arg(&command.arguments);
+            async move { call.query_async::<Vec<i64>>(&mut redis).await }
+        };
+        let outcome = match circuit.run(pass, extra, evaluate("EVALSHA", script_sha)).await {
+            // The server was restarted or failed over, or its scripts were flushed.
+            Ok((Err(error), pass)) if is_unknown_script(&error) => {
+                circuit.run(pass, extra, evaluate("EVAL", SCRIPT)).await
+            }
+            outcome => outcome,
+        };
+        let reason = match outcome {
+            Ok((Ok(numbers), _)) => match command.parse_reply(&numbers) {
+                Some(reply) => return Ok(reply),
+                None => "sent a reply that the script cannot have sent".to_owned(),
+            },
+            Ok((Err(error), _)) => discovery.describe(&error),
+            Err(CallFailure::NoReply) => no_reply_within(circuit.timer.timeout() + extra),
+            Err(CallFailure::CircuitOpened) => return Err(Unavailable),
+        };
+        connection.disconnect(generation, &format!("{address} {reason}"));
+        Err(Unavailable)
     }
 }
 
@@ -111,46 +127,60 @@ pub fn check_url(url: &str) -> Result<(), String> {
 
 impl FailFastConnection {
     /// Prepares a connection to the server at `url` that has the slot of `slot_key`, a key of the environment. All keys
-    /// begin with `prefix`. [`run`](Self::run) connects.
+    /// begin with `prefix`. A server that is silent for longer than `timeout` is unavailable. [`run`](Self::run)
+    /// connects.
     ///
     /// # Errors
     /// The URL is malformed, or a TLS file that it names cannot be used. The error does not contain the password.
-    pub fn new(url: &str, prefix: &str, slot_key: &str) -> anyhow::Result<Self> {
+    pub fn new(url: &str, prefix: &str, slot_key: &str, timeout: Duration) -> anyhow::Result<Self> {
         let url = RedisUrl::parse(url).map_err(anyhow::Error::msg)?;
         let environment = discovery::hash_tag(slot_key).to_owned();
         let unavailable_reason = Some("the first connection is not yet established".to_owned());
         let shared = Shared {
-            discovery: Discovery::new(url, slot_key)?,
+            discovery: Discovery::new(url, slot_key, timeout)?,
             probe_key: format!("{prefix}:{{{environment}}}:probe"),
             environment,
             prefix: prefix.to_owned(),
             script_sha: redis::Script::new(SCRIPT).get_hash().to_owned(),
             state: Mutex::new(ConnectionState { unavailable_reason, ..ConnectionState::default() }),
-            permits: Semaphore::new(MAX_CALLS_IN_FLIGHT),
-            timer: CallTimer::new(),
-            generation: watch::channel(0).0,
+            circuit: Circuit::new(timeout),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Waits until fewer than the maximum of calls are in flight.
+    /// Waits in line until fewer than the maximum of calls are in flight on the connection with this number. Line and
+    /// wait are bounded.
     ///
     /// # Errors
-    /// Redis is unavailable, or became so while this call waited.
-    pub async fn permit(&self) -> Result<CallPermit<'_>, Unavailable> {
-        let mut current = self.shared.generation.subscribe();
-        let (generation, server) = self.current_server().ok_or(Unavailable)?;
-        tokio::select! {
-            biased;
-            permit = self.shared.permits.acquire() => {
-                let permit = permit.map_err(|_| Unavailable)?;
-                Ok(CallPermit { connection: self, generation, server, _permit: permit })
-            }
-            _ = current.wait_for(|&current| current != generation) => Err(Unavailable),
-        }
+    /// The connection is lost, or was lost while this call was in line; or too many calls are in line.
+    pub async fn permit(&self, generation: u64) -> Result<CallPermit<'_>, CallRefusal> {
+        self.permit_with(generation, true).await
     }
 
-    /// Waits for a permit and runs a command of the script.
+    async fn permit_with(&self, generation: u64, has_limit: bool) -> Result<CallPermit<'_>, CallRefusal> {
+        let (current, server) = self.current_server().ok_or(CallRefusal::CircuitOpen)?;
+        if current != generation {
+            return Err(CallRefusal::CircuitOpen);
+        }
+        let pass = self.shared.circuit.enter(generation, has_limit).await?;
+        Ok(CallPermit { connection: self, server, generation, pass })
+    }
+
+    /// Waits for a permit, however long the line is, and runs a command of the script.
+    ///
+    /// # Errors
+    /// The connection with this number is lost. Redis may have run the command, or may still run it.
+    pub async fn call_on(
+        &self,
+        generation: u64,
+        keys: &[String; 3],
+        command: &ScriptCommand,
+    ) -> Result<ScriptReply, Unavailable> {
+        let permit = self.permit_with(generation, false).await.map_err(|_| Unavailable)?;
+        permit.call(keys, command).await
+    }
+
+    /// Runs a command of the script on the working connection.
     ///
     /// # Errors
     /// Redis is unavailable. It may have run the command, or may still run it.
@@ -159,55 +189,8 @@ impl FailFastConnection {
         keys: &[String; 3],
         command: &ScriptCommand,
     ) -> Result<ScriptReply, Unavailable> {
-        self.permit().await?.call(keys, command).await
-    }
-
-    async fn call_on(
-        &self,
-        generation: u64,
-        server: ServerConnection,
-        keys: &[String; 3],
-        command: &ScriptCommand,
-    ) -> Result<ScriptReply, Unavailable> {
-        let mut current = self.shared.generation.subscribe();
-        let address = server.address.clone();
-        let count = u32::try_from(command.arguments.len()).unwrap_or(u32::MAX);
-        let deadline = CALL_DEADLINE.saturating_add(DEADLINE_PER_ARGUMENT.saturating_mul(count));
-        let is_lost = current.wait_for(|&current| current != generation);
-        let numbers = tokio::select! {
-            biased;
-            numbers = self.shared.timer.run(deadline, self.evaluate(server.redis, keys, command)) => numbers,
-            _ = is_lost => return Err(Unavailable),
-        };
-        let reply = match numbers {
-            Some(Ok(numbers)) => command
-                .parse_reply(&numbers)
-                .ok_or_else(|| "sent a reply that the script cannot have sent".to_owned()),
-            Some(Err(error)) => Err(self.shared.discovery.describe(&error)),
-            None => Err(no_reply_within(deadline)),
-        };
-        reply.map_err(|reason| {
-            self.disconnect(generation, &format!("{address} {reason}"));
-            Unavailable
-        })
-    }
-
-    async fn evaluate(
-        &self,
-        mut redis: MultiplexedConnection,
-        keys: &[String; 3],
-        command: &ScriptCommand,
-    ) -> RedisResult<Vec<i64>> {
-        let call = |name: &str, script: &str| {
-            let mut call = redis::cmd(name);
-            call.arg(script).arg(keys.len()).arg(&keys[..]).arg(&command.arguments);
-            call
-        };
-        match call("EVALSHA", &self.shared.script_sha).query_async(&mut redis).await {
-            // The server was restarted or failed over, or its scripts were flushed.
-            Err(error) if is_unknown_script(&error) => call("EVAL", SCRIPT).query_async(&mut redis).await,
-            result => result,
-        }
+        let generation = *self.watch_generation().borrow();
+        self.call_on(generation, keys, command).await
     }
 
     /// Why Redis is unavailable; `None` while it is available.
@@ -219,27 +202,23 @@ impl FailFastConnection {
     /// The number of the working connection, 0 while there is none. Each new connection has a higher number, so every
     /// loss is visible.
     pub fn watch_generation(&self) -> watch::Receiver<u64> {
-        self.shared.generation.subscribe()
+        self.shared.circuit.watch_generation()
     }
 
     /// Connects, and reconnects after each loss. Runs until it is dropped, in the runtime that reads the replies.
     pub async fn run(self) {
-        tokio::join!(self.shared.timer.serve_rechecks(), self.stay_connected());
+        tokio::join!(self.shared.circuit.timer.serve_rechecks(), self.stay_connected());
     }
 
     async fn stay_connected(&self) {
-        let mut pause = Duration::ZERO;
+        let mut pause = ReconnectPause::default();
         loop {
             match self.connect().await {
                 Ok(server) => {
                     let connected = Stopwatch::start();
                     let generation = self.set_connected(server.clone());
                     self.probe_until_lost(generation, server).await;
-                    if connected.elapsed() >= MIN_STABLE_TIME {
-                        pause = Duration::ZERO;
-                    }
-                    sleep(pause).await;
-                    pause = (pause * 2).clamp(RETRY_INTERVAL, MAX_RECONNECT_PAUSE);
+                    sleep(pause.after(connected.elapsed())).await;
                 }
                 Err(reason) => {
                     self.set_unavailable(&reason);
@@ -262,7 +241,7 @@ impl FailFastConnection {
         };
         match fault {
             Some(fault) => Err(format!("{} {fault}", server.address)),
-            None => self.probe(&mut server).await.map(|()| server),
+            None => self.probe(&mut server).await.map(|()| server.hand_over()),
         }
     }
 
@@ -282,15 +261,16 @@ impl FailFastConnection {
         }
     }
 
-    /// Tests whether the server accepts a write within the deadline. A server without free memory does not, nor does
+    /// Tests whether the server accepts a write within the timeout. A server without free memory does not, nor does
     /// a replica.
     async fn probe(&self, server: &mut ServerConnection) -> Result<(), String> {
         let mut write = redis::cmd("SET");
         write.arg(&self.shared.probe_key).arg(1).arg("PX").arg(10_000);
-        let fault = match self.shared.timer.run(CALL_DEADLINE, write.query_async(&mut server.redis)).await {
+        let timer = &self.shared.circuit.timer;
+        let fault = match timer.run(Duration::ZERO, pin!(write.query_async(&mut server.redis))).await {
             Some(Ok(())) => return Ok(()),
             Some(Err(error)) => self.describe_refusal(&error),
-            None => no_reply_within(CALL_DEADLINE),
+            None => no_reply_within(timer.timeout()),
         };
         Err(format!("{} {fault}", server.address))
     }
@@ -305,7 +285,7 @@ impl FailFastConnection {
 
     /// Returns when the connection with this number is lost. A call or a probe detects the loss.
     async fn probe_until_lost(&self, generation: u64, mut server: ServerConnection) {
-        let mut current = self.shared.generation.subscribe();
+        let mut current = self.watch_generation();
         while timeout(PROBE_INTERVAL, current.wait_for(|&current| current != generation)).await.is_err() {
             if let Err(reason) = self.probe(&mut server).await {
                 self.disconnect(generation, &reason);
@@ -328,7 +308,7 @@ impl FailFastConnection {
         state.unavailable_reason = None;
         let generation = state.generation;
         drop(state);
-        self.shared.generation.send_replace(generation);
+        self.shared.circuit.close(generation);
         if is_news {
             let environment = &self.shared.environment;
             tracing::info!(environment, server = %address, "connected to Redis");
@@ -343,7 +323,7 @@ impl FailFastConnection {
             return;
         }
         drop(state);
-        self.shared.generation.send_replace(0);
+        self.shared.circuit.open();
         self.set_unavailable(reason);
     }
 
@@ -374,10 +354,18 @@ impl FailFastConnection {
     /// Redis is unavailable.
     pub async fn setting_faults(&self) -> Result<Vec<String>, Unavailable> {
         let (generation, mut server) = self.current_server().ok_or(Unavailable)?;
-        let info = redis::cmd("INFO").query_async::<String>(&mut server.redis).await;
-        let mut save = redis::cmd("CONFIG");
-        let save = save.arg("GET").arg("save").query_async::<Vec<String>>(&mut server.redis).await;
-        let discovery = &self.shared.discovery;
+        let (discovery, timer) = (&self.shared.discovery, &self.shared.circuit.timer);
+        let query = async {
+            let info = redis::cmd("INFO").query_async::<String>(&mut server.redis).await;
+            let mut save = redis::cmd("CONFIG");
+            let save = save.arg("GET").arg("save").query_async::<Vec<String>>(&mut server.redis).await;
+            (info, save)
+        };
+        let Some((info, save)) = timer.run(Duration::ZERO, pin!(query)).await else {
+            let reason = no_reply_within(timer.timeout());
+            self.disconnect(generation, &format!("{} {reason}", server.address));
+            return Err(Unavailable);
+        };
         match info {
             Ok(info) => {
                 // There is no note about this setting if the user has no right to read it.
@@ -403,6 +391,6 @@ fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
-fn no_reply_within(deadline: Duration) -> String {
-    format!("does not answer within {} ms", deadline.as_millis())
+fn no_reply_within(time: Duration) -> String {
+    format!("does not answer within {} ms", time.as_millis())
 }

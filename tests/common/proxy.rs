@@ -1,6 +1,7 @@
 //! A TCP proxy in front of a server that simulates a slow network, a silent server and half-open connections.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixStream};
@@ -31,6 +32,8 @@ struct State {
 pub struct Proxy {
     port: u16,
     state: watch::Sender<State>,
+    /// The server of new connections.
+    socket: Arc<Mutex<PathBuf>>,
 }
 
 impl Proxy {
@@ -39,10 +42,12 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = watch::Sender::new(State { mode: Mode::Through, accepted: 0, half_open: 0 });
-        let (socket, accepting) = (socket.to_owned(), state.clone());
+        let socket = Arc::new(Mutex::new(socket.to_owned()));
+        let (target, accepting) = (socket.clone(), state.clone());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let Ok(server) = UnixStream::connect(&socket).await else { continue };
+                let target = target.lock().unwrap().clone();
+                let Ok(server) = UnixStream::connect(&target).await else { continue };
                 accepting.send_modify(|state| state.accepted += 1);
                 let number = accepting.borrow().accepted;
                 let (client, server) = (client.into_split(), server.into_split());
@@ -50,7 +55,18 @@ impl Proxy {
                 tokio::spawn(pass(number, server.0, client.1, accepting.subscribe()));
             }
         });
-        Self { port, state }
+        Self { port, state, socket }
+    }
+
+    #[allow(dead_code)]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Connects new clients to the server at this socket.
+    #[allow(dead_code)]
+    pub fn redirect(&self, socket: &Path) {
+        *self.socket.lock().unwrap() = socket.to_owned();
     }
 
     pub fn url(&self) -> String {

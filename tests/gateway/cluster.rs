@@ -1,9 +1,11 @@
 //! Gateways that share quotas in Redis, with and without faults of Redis. Each test starts its own Redis server.
 
+mod failovers;
 mod failure_policies;
 mod load;
 mod nodes;
 mod outages;
+mod stalls;
 
 use crate::support::redis::Redis;
 use crate::support::{Gateway, Upstream};

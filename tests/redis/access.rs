@@ -1,6 +1,6 @@
 //! Access to the server: TLS, users and their rights, and passwords, which appear in no output.
 
-use super::client::{Client, MAX_RECOVERY_TIME};
+use super::client::{Client, MAX_RECOVERY_TIME, TIMEOUT};
 use super::server::{Server, free_port};
 use std::path::Path;
 use std::time::Duration;
@@ -78,10 +78,11 @@ async fn both_sides_must_trust_the_certificate() {
         assert!(reason.contains(words), "{url}: {reason}");
     }
     let no_file =
-        FailFastConnection::new(&with_client.replace("key.pem", "none.pem"), "test", "{a}").unwrap_err();
+        FailFastConnection::new(&with_client.replace("key.pem", "none.pem"), "test", "{a}", TIMEOUT)
+            .unwrap_err();
     assert!(format!("{no_file:#}").contains("none.pem"), "{no_file:#}");
-    let no_key =
-        FailFastConnection::new(&with_client.replace("key.pem", "cert.pem"), "test", "{a}").unwrap_err();
+    let no_key = FailFastConnection::new(&with_client.replace("key.pem", "cert.pem"), "test", "{a}", TIMEOUT)
+        .unwrap_err();
     assert!(format!("{no_key:#}").contains("key_file"), "{no_key:#}");
 }
 
@@ -124,6 +125,7 @@ async fn errors_and_debug_output_do_not_contain_the_password() {
         assert!(!debug.contains("a-secret"), "{debug}");
     }
     drop(server);
-    let error = FailFastConnection::new("redis://gate:a-secret@host:port", "test", "{a}").unwrap_err();
+    let error =
+        FailFastConnection::new("redis://gate:a-secret@host:port", "test", "{a}", TIMEOUT).unwrap_err();
     assert!(!format!("{error:?} {error:#}").contains("a-secret"));
 }

@@ -12,12 +12,16 @@ use tollgate::redis::{
 /// A node uses a server again within this time after it has become available.
 pub const MAX_RECOVERY_TIME: Duration = Duration::from_secs(2);
 
+/// `store.redis.timeout` of the clients.
+pub const TIMEOUT: Duration = Duration::from_millis(100);
+
 /// A node with one quota that is never exhausted.
 pub struct Client {
     pub connection: FailFastConnection,
     environment: &'static str,
     commands: CommandBuilder,
     quotas: Vec<Quota>,
+    timeout: Duration,
     last_id: u64,
 }
 
@@ -34,24 +38,35 @@ impl Client {
         client
     }
 
+    /// Joins with this timeout in the environment `staging`.
+    pub async fn connect_with(url: &str, timeout: Duration) -> Self {
+        let mut client = Self::start_with(url, "staging", timeout);
+        client.wait_until_available().await;
+        client
+    }
+
     /// Starts to connect and does not wait.
     pub fn start(url: &str, environment: &'static str) -> Self {
+        Self::start_with(url, environment, TIMEOUT)
+    }
+
+    fn start_with(url: &str, environment: &'static str, timeout: Duration) -> Self {
         let per = Period { text: "minute".into(), ms: 60_000 };
         let (kind, limit, window) = (Kind::Requests, 1 << 30, Window::Rolling { burst: 1 << 30 });
         let quotas = vec![Quota { scope: Scope::Environment, kind, limit, per, window }];
         let slot_key = format!("test:{{{environment}}}:q");
-        let connection = FailFastConnection::new(url, "test", &slot_key).unwrap();
+        let connection = FailFastConnection::new(url, "test", &slot_key, timeout).unwrap();
         tokio::spawn(connection.clone().run());
         let now = clock::now();
         let commands = CommandBuilder::new(Cells::new(&quotas, now), "one", now);
-        Self { connection, environment, commands, quotas, last_id: 0 }
+        Self { connection, environment, commands, quotas, timeout, last_id: 0 }
     }
 
     /// Another user of the same connection and session, whose requests have ids above `last_id`.
     pub fn with_ids_from(&self, last_id: u64) -> Self {
-        let Self { connection, environment, commands, quotas, .. } = self;
+        let Self { connection, environment, commands, quotas, timeout, .. } = self;
         let (connection, commands, quotas) = (connection.clone(), commands.clone(), quotas.clone());
-        Self { connection, environment, commands, quotas, last_id }
+        Self { connection, environment, commands, quotas, timeout: *timeout, last_id }
     }
 
     fn keys(&self) -> [String; 3] {
@@ -104,7 +119,7 @@ impl Client {
         let keys = self.keys();
         loop {
             self.wait_until_connected().await;
-            let join = self.commands.join(1, false, &full_states(&self.quotas, clock::now()));
+            let join = self.commands.join(1, None, &full_states(&self.quotas, clock::now()));
             // A server that was frozen may still be busy with commands that it received before.
             if self.connection.call(&keys, &join).await.is_ok()
                 && self.reserve().await == Ok(Verdict::Admitted)
@@ -115,12 +130,14 @@ impl Client {
         }
     }
 
-    /// Asserts that the first call fails within 50 ms, and the calls after it at once, for this time.
+    /// Asserts that the first call fails soon after the timeout, and the calls after it at once, for this time.
     pub async fn expect_unavailable(&mut self, outage: Duration) {
         let clock = Stopwatch::start();
         assert_eq!(self.reserve().await, Err(Unavailable));
         let first = clock.elapsed();
-        assert!(first <= Duration::from_millis(50), "the first failing call took {first:?}");
+        // A busy machine gets up to 250 ms more.
+        let limit = self.timeout + Duration::from_millis(300);
+        assert!(first <= limit, "the first failing call took {first:?}");
         let mut times = Vec::new();
         while clock.elapsed() < outage {
             let one = Stopwatch::start();

@@ -1,12 +1,12 @@
 //! Calls while Redis is killed, frozen, paused, flushed, full, slow, silent, or a replica.
 
-use super::client::{Client, MAX_RECOVERY_TIME};
+use super::client::{Client, MAX_RECOVERY_TIME, TIMEOUT};
 use super::proxy::{Mode, Proxy};
 use super::server::Server;
 use std::process::Command;
 use std::time::Duration;
 use tollgate::clock::Stopwatch;
-use tollgate::redis::{CALL_DEADLINE, Unavailable, Verdict};
+use tollgate::redis::{Unavailable, Verdict};
 
 /// Sends a signal to a process: `-STOP`, `-CONT`.
 pub fn send_signal(signal: &str, process: &str) {
@@ -41,6 +41,41 @@ async fn a_frozen_server_delays_no_call() {
     assert!(recovery <= MAX_RECOVERY_TIME, "{recovery:?}");
 }
 
+/// A stall that is shorter than the timeout delays all calls, those in line too. A longer one opens the circuit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_a_stall_longer_than_the_timeout_opens_the_circuit() {
+    for (timeout, short) in [(250, 120), (1_000, 600)] {
+        let (timeout, short) = (Duration::from_millis(timeout), Duration::from_millis(short));
+        let server = Server::start();
+        let process = server.process_id();
+        let mut client = Client::connect_with(&server.url(), timeout).await;
+        let generation = *client.connection.watch_generation().borrow();
+        send_signal("-STOP", &process);
+        let clock = Stopwatch::start();
+        let calls: Vec<_> = (1..=100)
+            .map(|n| {
+                let mut client = client.with_ids_from(1_000 * n);
+                tokio::spawn(async move { client.reserve().await })
+            })
+            .collect();
+        tokio::time::sleep(short).await;
+        send_signal("-CONT", &process);
+        for call in calls {
+            assert_eq!(call.await.unwrap(), Ok(Verdict::Admitted), "{timeout:?}");
+        }
+        assert!(clock.elapsed() >= short);
+        assert_eq!(*client.connection.watch_generation().borrow(), generation);
+
+        send_signal("-STOP", &process);
+        let clock = Stopwatch::start();
+        client.expect_unavailable(timeout + OUTAGE).await;
+        assert!(clock.elapsed() >= timeout, "{timeout:?}");
+        send_signal("-CONT", &process);
+        let recovery = client.wait_until_available().await;
+        assert!(recovery <= MAX_RECOVERY_TIME, "{timeout:?}: {recovery:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_paused_server_is_unavailable_until_the_pause_ends() {
     let server = Server::start();
@@ -67,7 +102,7 @@ async fn one_failed_call_ends_all_calls_in_flight() {
     for call in calls.collect::<Vec<_>>() {
         assert_eq!(call.await.unwrap(), Err(Unavailable));
     }
-    assert!(clock.elapsed() < CALL_DEADLINE + Duration::from_millis(25), "{:?}", clock.elapsed());
+    assert!(clock.elapsed() < TIMEOUT + Duration::from_millis(300), "{:?}", clock.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -87,7 +122,7 @@ async fn a_burst_of_calls_does_not_lose_the_connection() {
 }
 
 #[tokio::test]
-async fn a_long_command_gets_a_longer_deadline() {
+async fn a_long_command_gets_more_time() {
     let server = Server::start();
     let mut client = Client::connect(&server.url()).await;
     assert_eq!(client.hold(8_000).await, Ok(Verdict::Done));

@@ -38,7 +38,7 @@ impl Node {
     /// Joins. Cells that do not exist are created full.
     pub fn join(&mut self, now: Timestamp) {
         let states = full_states(&self.quotas, now);
-        assert_eq!(self.run(|commands| commands.join(1, false, &states)).verdict, Verdict::Done);
+        assert_eq!(self.run(|commands| commands.join(1, None, &states)).verdict, Verdict::Done);
     }
 
     pub fn heartbeat(&mut self) -> ScriptReply {

@@ -11,7 +11,7 @@ use super::server::Server;
 use tollgate::clock::Timestamp;
 use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{
-    HeldReservation, OnShortage, Piece, ReserveRequest, ScriptReply, Step, StepKind, Verdict,
+    HeldReservation, OnShortage, Piece, ReserveRequest, ScriptReply, SentSteps, Step, StepKind, Verdict,
 };
 
 const START: Timestamp = Timestamp(1_774_700_000_000);
@@ -83,5 +83,6 @@ fn settle(node: &mut Node, number: u64, id: &str, tokens: u64) {
 /// Joins again. Returns whether the server remembered the session.
 fn rejoin(node: &mut Node, now: Timestamp) -> bool {
     node.commands.set_clock(now);
-    node.run(|commands| commands.join(1, true, &full_states(&quotas(), now))).values[2] == 1
+    node.run(|commands| commands.join(1, Some(SentSteps::default()), &full_states(&quotas(), now))).values[2]
+        == 1
 }

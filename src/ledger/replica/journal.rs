@@ -1,14 +1,16 @@
 //! The journal: changes of reservations that Redis has not acknowledged. Its steps are numbered and sent in batches,
-//! so that Redis applies each step once.
+//! so that Redis applies each step once. The last acknowledged steps are kept, in case Redis loses them.
 
 use crate::quota::{Amounts, Receipt};
-use crate::redis::{Piece, ScriptCommand, Step, StepKind};
+use crate::redis::{Piece, ScriptCommand, SentSteps, Step, StepKind};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 
 /// Maximum steps in one call, and reservations in one call. A longer call would block Redis for longer than other
 /// nodes wait for a reply.
 pub(super) const MAX_BATCH: usize = 200;
+/// Maximum acknowledged steps that the journal keeps. They take about 8 MB.
+const MAX_ACKNOWLEDGED: usize = 20_000;
 
 /// A reservation of this node that is open, or that Redis may still hold.
 #[derive(Debug)]
@@ -46,12 +48,15 @@ pub(super) fn piece(receipt: &Receipt) -> Piece {
     Piece { reserved: receipt.reserved(), spent: receipt.marked_spent(), cells: receipt.holds().collect() }
 }
 
-/// Steps that Redis has not acknowledged.
+/// Steps that Redis has not acknowledged, and the last ones that it has.
 #[derive(Debug)]
 pub(super) struct Journal {
+    /// Steps that Redis has not acknowledged.
     pub(super) entries: VecDeque<JournalEntry>,
     /// The number of the first entry.
     pub(super) first: u64,
+    /// The steps before the first entry. A replica that becomes the master may lack them.
+    acknowledged: VecDeque<JournalEntry>,
 }
 
 #[derive(Debug)]
@@ -72,7 +77,7 @@ pub(in crate::ledger) struct Batch {
 
 impl Journal {
     pub(super) fn new() -> Self {
-        Self { entries: VecDeque::new(), first: 1 }
+        Self { entries: VecDeque::new(), first: 1, acknowledged: VecDeque::new() }
     }
 
     pub(super) fn push(&mut self, step: Step) {
@@ -99,12 +104,44 @@ impl Journal {
         self.entries.iter_mut().filter_map(|entry| entry.settled.as_mut()).map(|(id, held)| (*id, held))
     }
 
-    /// Removes the first steps. Returns the amounts that they reported as spent, each with the number of its
-    /// reservation.
-    pub(super) fn remove(&mut self, steps: usize) -> Vec<(u64, Amounts)> {
+    /// Records that Redis has acknowledged the first steps. Returns the amounts that they reported as spent, each with
+    /// the number of its reservation.
+    pub(super) fn acknowledge(&mut self, steps: usize) -> Vec<(u64, Amounts)> {
+        let steps = steps.min(self.entries.len());
         self.first += steps as u64;
-        let removed = self.entries.drain(..steps.min(self.entries.len())).map(|entry| entry.step);
-        let progress = removed.filter(|step| step.kind == StepKind::Progress);
-        progress.filter_map(|step| Some((step.id.parse().ok()?, step.amounts))).collect()
+        let progress = self.entries.iter().take(steps).map(|entry| &entry.step);
+        let progress = progress.filter(|step| step.kind == StepKind::Progress);
+        let spent = progress.filter_map(|step| Some((step.id.parse().ok()?, step.amounts))).collect();
+        self.acknowledged.extend(self.entries.drain(..steps));
+        let excess = self.acknowledged.len().saturating_sub(MAX_ACKNOWLEDGED);
+        self.acknowledged.drain(..excess);
+        spent
+    }
+
+    /// The steps sent so far.
+    pub(super) fn sent(&self, data_set: u64) -> SentSteps {
+        let oldest = self.first - self.acknowledged.len() as u64;
+        SentSteps { oldest, acknowledged: self.first - 1, data_set }
+    }
+
+    /// Forgets the acknowledged steps.
+    pub(super) fn forget_acknowledged(&mut self) {
+        self.acknowledged.clear();
+    }
+
+    /// Makes the journal begin after the step `applied`, because Redis has lost the later ones. Returns how many
+    /// acknowledged steps Redis has lost.
+    pub(super) fn rewind(&mut self, applied: u64) -> u64 {
+        let before = self.first;
+        while self.first > applied.saturating_add(1)
+            && let Some(mut entry) = self.acknowledged.pop_back()
+        {
+            if let Some((_, reservation)) = &mut entry.settled {
+                reservation.is_confirmed = false;
+            }
+            self.entries.push_front(entry);
+            self.first -= 1;
+        }
+        before - self.first
     }
 }

@@ -10,6 +10,20 @@ use std::collections::HashSet;
 
 /// Maximum time to wait for other nodes that restore lost data (ms), even if Redis replies with a longer time.
 const MAX_RECOVERY_WAIT_MS: u64 = 2_000;
+/// A node repeats acknowledged steps only if the last reply of Redis is not older than this. Redis remembers a session
+/// for longer.
+const MAX_REPEAT_AGE_MS: u64 = 12 * 3_600_000;
+
+/// The outcome of a join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ledger) struct Joined {
+    /// How many quotas had other limits in Redis.
+    pub(in crate::ledger) differing_limits: u64,
+    /// How long to wait for other nodes that restore lost data.
+    pub(in crate::ledger) wait_ms: u64,
+    /// How many acknowledged steps Redis has lost. This node repeats them.
+    pub(in crate::ledger) lost_steps: u64,
+}
 
 impl Replica {
     /// The command that joins the shared counters.
@@ -24,20 +38,28 @@ impl Replica {
         let overrides = &self.local.overrides;
         let overridden = overrides.configured().iter().map(|quota| overrides.is_overridden(quota));
         let states: Vec<_> = states.into_iter().zip(overridden).collect();
-        self.commands.join(self.config.stamp, self.has_joined_before, &states)
+        // Redis may have forgotten an old session although it has applied all its steps.
+        if own.ms_since(self.last_reply) > MAX_REPEAT_AGE_MS {
+            self.journal.forget_acknowledged();
+        }
+        let sent = self.has_joined_before.then(|| self.journal.sent(self.data_set));
+        self.commands.join(self.config.stamp, sent, &states)
     }
 
-    /// Applies the reply to `join_command`. Returns how many quotas had other limits in Redis, and how many
-    /// milliseconds to wait for other nodes. `None`: the command must be repeated.
-    pub(in crate::ledger) fn on_join(&mut self, own: Timestamp, reply: &ScriptReply) -> Option<(u64, u64)> {
+    /// Applies the reply to `join_command`. If Redis has lost steps that it had acknowledged, the journal begins with
+    /// them again. `None`: the command must be repeated.
+    pub(in crate::ledger) fn on_join(&mut self, own: Timestamp, reply: &ScriptReply) -> Option<Joined> {
         self.record_time(own, reply);
         if reply.verdict != Verdict::Done {
             return None;
         }
         self.has_joined_before = true;
+        self.data_set = value(reply, 5);
         self.redis_had_session = value(reply, 2) == 1;
+        let lost_steps = if self.redis_had_session { self.journal.rewind(value(reply, 4)) } else { 0 };
         // Bounded, because Redis's clock may have been set back.
-        Some((value(reply, 1), value(reply, 3).min(MAX_RECOVERY_WAIT_MS)))
+        let wait_ms = value(reply, 3).min(MAX_RECOVERY_WAIT_MS);
+        Some(Joined { differing_limits: value(reply, 1), wait_ms, lost_steps })
     }
 
     /// The command that makes Redis hold up to `MAX_BATCH` of this node's reservations again, and the numbers of

@@ -1,6 +1,7 @@
 mod walk;
 
 use super::admission::{ReserveCall, ReserveOutcome};
+use super::session::Joined;
 use super::*;
 use crate::config::{CompletionReserve, OnOverrun, ReserveSettings, WhenShort};
 use crate::ledger::{Demand, Grant, Local, Rules, Settlement};
@@ -37,7 +38,8 @@ fn replica_with(limit: u64, leases: bool) -> Replica {
     let per = Period { text: "day".into(), ms: 86_400_000 };
     let (kind, window) = (Kind::TotalTokens, Window::Rolling { burst: limit });
     let quotas = [Quota { scope: Scope::Environment, kind, limit, per, window }];
-    let config = ReplicaConfig { on_failure: OnStoreFailure::Local, stamp: 1, leases };
+    let config =
+        ReplicaConfig { on_failure: OnStoreFailure::Local, stamp: 1, max_call_delay_ms: 400, leases };
     let mut replica = Replica::new(local(&quotas, NOW), config, "one", NOW);
     go_online(&mut replica);
     replica
@@ -59,7 +61,8 @@ fn confirm_all_held(replica: &mut Replica) -> Vec<(String, u64)> {
 /// Joins and begins the resync. Returns the join command.
 fn begin_resync(replica: &mut Replica) -> ScriptCommand {
     let join = replica.join_command(NOW);
-    replica.on_join(NOW, &done(&[0, 0, 1, 0], Vec::new())).unwrap();
+    let applied = replica.journal.sent(0).acknowledged.cast_signed();
+    replica.on_join(NOW, &done(&[0, 0, 1, 0, applied], Vec::new())).unwrap();
     confirm_all_held(replica);
     replica.begin_resync(NOW);
     join
@@ -166,7 +169,10 @@ fn a_node_waits_at_most_two_seconds_for_other_nodes_to_restore_lost_data() {
     replica.go_offline(NOW);
     for (reply_ms, waits_ms) in [(1_000, 1_000), (86_400_000, 2_000), (-1, 0)] {
         replica.join_command(NOW);
-        assert_eq!(replica.on_join(NOW, &done(&[0, 0, 0, reply_ms], Vec::new())), Some((0, waits_ms)));
+        assert_eq!(
+            replica.on_join(NOW, &done(&[0, 0, 0, reply_ms], Vec::new())),
+            Some(Joined { differing_limits: 0, wait_ms: waits_ms, lost_steps: 0 })
+        );
     }
 }
 
@@ -272,4 +278,62 @@ fn a_requested_reservation_is_listed_until_its_cancellation_is_acknowledged() {
     let steps = replica.journal.entries.len();
     replica.acknowledge(steps);
     assert!(!is_listed(&mut replica, &call));
+}
+
+/// Applies all steps of the journal, as Redis does. Returns the numbers of the first and the last step.
+fn acknowledge_all(replica: &mut Replica) -> (u64, u64) {
+    let first = replica.journal.first;
+    while let Some(batch) = replica.next_batch(NOW, replica.next_step()) {
+        let reply = done(&[], states(replica));
+        assert!(replica.on_batch(NOW, &batch, &reply));
+    }
+    (first, replica.journal.first - 1)
+}
+
+fn rejoin_on_a_server_that_has_applied(replica: &mut Replica, step: i64) -> u64 {
+    replica.go_offline(NOW);
+    replica.join_command(NOW);
+    replica.on_join(NOW, &done(&[0, 0, 1, 0, step], Vec::new())).unwrap().lost_steps
+}
+
+#[test]
+fn steps_that_a_lagging_replica_lacks_are_repeated_with_their_reservations() {
+    let mut replica = replica();
+    let spent = |n| Settlement { spent: Amounts::of_request(10, n), is_complete: true };
+    for n in 1..=3 {
+        let grant = admitted_by_redis(&mut replica);
+        replica.settle(NOW, subject(), grant, spent(n));
+        assert_eq!(acknowledge_all(&mut replica), (n, n));
+    }
+    let unsent = admitted_by_redis(&mut replica);
+    replica.settle(NOW, subject(), unsent, spent(4));
+    assert_eq!(rejoin_on_a_server_that_has_applied(&mut replica, 1), 2);
+    let held = confirm_all_held(&mut replica);
+    let expected = [("2", 2), ("3", 3), ("4", 4)].map(|(id, step)| (id.to_owned(), step));
+    assert_eq!(held, expected, "the server may lack the reservations too");
+    let repeated: Vec<_> = replica.journal.entries.iter().map(|entry| entry.step.amounts).collect();
+    assert_eq!(repeated, [2, 3, 4].map(|n| spent(n).spent));
+    begin_resync(&mut replica);
+    assert_eq!(acknowledge_all(&mut replica), (2, 4));
+    // The former master returns. It has applied step 3.
+    assert_eq!(rejoin_on_a_server_that_has_applied(&mut replica, 3), 1);
+    assert_eq!(acknowledge_all(&mut replica), (4, 4));
+    assert_eq!(rejoin_on_a_server_that_has_applied(&mut replica, 4), 0);
+}
+
+#[test]
+fn the_journal_keeps_a_bounded_number_of_acknowledged_steps() {
+    let mut journal = Journal::new();
+    let push =
+        |journal: &mut Journal| journal.push(Step::new(StepKind::Progress, "1".into(), Amounts::default()));
+    for n in 0..30_000 {
+        push(&mut journal);
+        journal.acknowledge(1);
+        assert!(journal.sent(0).acknowledged == n + 1 && journal.sent(0).oldest >= 1);
+    }
+    let oldest = journal.sent(0).oldest;
+    assert_eq!(oldest, 10_001);
+    assert_eq!(journal.rewind(5), 20_000, "older steps are lost");
+    assert_eq!((journal.first, journal.entries.len()), (oldest, 20_000));
+    assert_eq!(journal.rewind(29_000), 0, "a server that has more changes nothing");
 }

@@ -1,9 +1,11 @@
 //! The task that synchronises one account's replica with Redis: join, heartbeat, flush of the journal, lease, leave.
 
-use super::{MAX_ATTEMPTS, REJOIN_DELAY, RedisSync};
+use super::{MAX_ATTEMPTS, RedisSync};
 use crate::clock;
 use crate::ledger::replica::Replica;
+use crate::ledger::replica::session::Joined;
 use crate::redis::Verdict;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
@@ -36,7 +38,7 @@ impl RedisSync {
                 }
                 self.with_replica(|replica| replica.go_offline(clock::now()));
                 self.take_waiting_for_flush();
-                sleep(REJOIN_DELAY).await;
+                sleep(self.times.max_call_delay).await;
             }
         };
         tokio::select! {
@@ -66,7 +68,7 @@ impl RedisSync {
         let mut connected = self.connection.watch_generation();
         while !self.is_synced() || self.flush().await.is_none() {
             self.with_replica(|replica| replica.go_offline(clock::now()));
-            sleep(REJOIN_DELAY).await;
+            sleep(self.times.max_call_delay).await;
             if connected.wait_for(|number| *number != 0).await.is_err() {
                 return;
             }
@@ -83,9 +85,17 @@ impl RedisSync {
 
     /// Joins the shared counters. `None`: Redis is unavailable or sent an unexpected reply.
     async fn join(&self) -> Option<()> {
-        let (differing, wait_ms) = self.send_join().await?;
-        if differing > 0 {
+        self.generation.store(*self.connection.watch_generation().borrow(), Ordering::Relaxed);
+        let Joined { differing_limits, wait_ms, lost_steps } = self.send_join().await?;
+        if differing_limits > 0 {
             self.warn_of_differing_limits();
+        }
+        if lost_steps > 0 {
+            tracing::warn!(
+                environment = self.environment,
+                lost_steps,
+                "Redis has lost its last writes: this node repeats what it had reported"
+            );
         }
         if wait_ms > 0 {
             tracing::warn!(
@@ -104,7 +114,7 @@ impl RedisSync {
         self.heartbeat().await
     }
 
-    async fn send_join(&self) -> Option<(u64, u64)> {
+    async fn send_join(&self) -> Option<Joined> {
         for _ in 0..MAX_ATTEMPTS {
             let command = self.with_replica(|replica| replica.join_command(clock::now()));
             let reply = self.call(&command).await.ok()?;
@@ -158,10 +168,14 @@ impl RedisSync {
 
     /// Sends the journal whenever it has new steps, and heartbeats. Returns when Redis is lost.
     async fn sync_until_lost(&self) {
+        let joined = self.generation.load(Ordering::Relaxed);
+        let mut connected = self.connection.watch_generation();
         let mut heartbeat = interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let is_due = tokio::select! {
+                // A new connection may lead to another server, or to one that has lost data.
+                _ = connected.wait_for(|&number| number != joined) => return,
                 () = self.wake.notified() => false,
                 _ = heartbeat.tick() => true,
             };

@@ -22,10 +22,10 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-/// Time limit for connecting to one server, and for each command sent before the connection is handed over.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
-/// Time limit for the whole discovery.
-const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Minimum time limit for connecting to one server, and for each command sent before the connection is handed over.
+const MIN_CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Time limit for one command after that. The limits of calls are shorter.
+const MAX_COMMAND_TIME: Duration = Duration::from_secs(20);
 /// Delay between the starts of two lookups. The next lookup starts if those before have not led to a connection.
 const MAX_STAGGER: Duration = Duration::from_millis(100);
 /// Maximum servers of a cluster that are remembered in addition to those of the URL.
@@ -37,6 +37,8 @@ pub(super) struct Discovery {
     url: RedisUrl,
     tls: Option<RedisTls>,
     slot: u16,
+    /// Time limit for connecting to one server. The whole discovery gets twice this time.
+    connect_timeout: Duration,
     /// Counts discoveries. Each discovery starts with another node. Otherwise a first node that is cut off from the
     /// cluster would report the wrong master every time.
     attempts: AtomicUsize,
@@ -70,14 +72,15 @@ impl Drop for AbortOnDrop {
 }
 
 impl Discovery {
-    /// Prepares the discovery of the master of this key's slot.
+    /// Prepares the discovery of the master of this key's slot. `timeout`: that of calls.
     ///
     /// # Errors
     /// A TLS file of the URL cannot be used.
-    pub(super) fn new(url: RedisUrl, key: &str) -> anyhow::Result<Self> {
+    pub(super) fn new(url: RedisUrl, key: &str, timeout: Duration) -> anyhow::Result<Self> {
         let tls = url.tls.as_ref().map(tls::connector).transpose()?.map(RedisTls);
         let (attempts, remembered_nodes) = (AtomicUsize::new(0), Mutex::default());
-        Ok(Self { url, tls, slot: slot(key), attempts, remembered_nodes })
+        let connect_timeout = timeout.max(MIN_CONNECT_TIMEOUT);
+        Ok(Self { url, tls, slot: slot(key), connect_timeout, attempts, remembered_nodes })
     }
 
     /// Connects to the master of the slot.
@@ -85,9 +88,10 @@ impl Discovery {
     /// # Errors
     /// The error of each server that was queried, without the password.
     pub(super) async fn connect(&self) -> Result<ServerConnection, String> {
-        match timeout(DISCOVERY_TIMEOUT, self.discover()).await {
+        let limit = 2 * self.connect_timeout;
+        match timeout(limit, self.discover()).await {
             Ok(found) => found.map_err(|reason| self.url.without_password(reason)),
-            Err(_) => Err(format!("no server was found within {} ms", DISCOVERY_TIMEOUT.as_millis())),
+            Err(_) => Err(format!("no server was found within {} ms", limit.as_millis())),
         }
     }
 
@@ -134,13 +138,18 @@ impl Discovery {
             Topology::Single(address) => self.open(address, &self.url.login).await,
             Topology::Sentinels { nodes, master } => {
                 let nodes = self.rotate(nodes.clone());
-                first_success(&nodes, |node| self.connect_through_sentinel(node, master)).await
+                first_success(&nodes, self.connect_timeout, |node| {
+                    self.connect_through_sentinel(node, master)
+                })
+                .await
             }
             Topology::Cluster(nodes) => {
                 let mut nodes = nodes.clone();
                 let remembered = self.remembered_nodes.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 nodes.extend(remembered.into_iter().filter(|node| !nodes.contains(node)).collect::<Vec<_>>());
-                first_success(&self.rotate(nodes), |node| self.connect_through_cluster_node(node)).await
+                let nodes = self.rotate(nodes);
+                first_success(&nodes, self.connect_timeout, |node| self.connect_through_cluster_node(node))
+                    .await
             }
         }
     }
@@ -204,9 +213,11 @@ impl Discovery {
     }
 
     async fn open(&self, address: &Address, login: &RedisConnectionInfo) -> Result<ServerConnection, String> {
-        match timeout(CONNECT_TIMEOUT, self.open_untimed(address, login)).await {
+        match timeout(self.connect_timeout, self.open_untimed(address, login)).await {
             Ok(opened) => opened.map_err(|error| format!("{address} {}", self.describe(&error))),
-            Err(_) => Err(format!("{address} does not answer within {} ms", CONNECT_TIMEOUT.as_millis())),
+            Err(_) => {
+                Err(format!("{address} does not answer within {} ms", self.connect_timeout.as_millis()))
+            }
         }
     }
 
@@ -216,38 +227,54 @@ impl Discovery {
         login: &RedisConnectionInfo,
     ) -> RedisResult<ServerConnection> {
         let (host, port) = match address {
-            Address::Unix(path) => return log_in(UnixStream::connect(path).await?, login, address).await,
+            Address::Unix(path) => {
+                return self.log_in(UnixStream::connect(path).await?, login, address).await;
+            }
             Address::Tcp(host, port) => (host, *port),
         };
         let tcp = TcpStream::connect((host.as_str(), port)).await?;
         tcp.set_nodelay(true)?;
-        let Some(RedisTls(connector)) = &self.tls else { return log_in(tcp, login, address).await };
+        let Some(RedisTls(connector)) = &self.tls else { return self.log_in(tcp, login, address).await };
         let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
-        log_in(connector.connect(name, tcp).await?, login, address).await
+        self.log_in(connector.connect(name, tcp).await?, login, address).await
+    }
+
+    /// Authenticates on a new stream.
+    async fn log_in<S>(
+        &self,
+        stream: S,
+        login: &RedisConnectionInfo,
+        address: &Address,
+    ) -> RedisResult<ServerConnection>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let config = AsyncConnectionConfig::new().set_response_timeout(Some(self.connect_timeout));
+        let (redis, driver) = MultiplexedConnection::new_with_config(login, stream, config).await?;
+        let driver = Arc::new(AbortOnDrop(tokio::spawn(driver)));
+        Ok(ServerConnection { redis, address: Arc::new(address.clone()), _driver: driver })
     }
 }
 
-/// Authenticates on a new stream.
-async fn log_in<S>(stream: S, login: &RedisConnectionInfo, address: &Address) -> RedisResult<ServerConnection>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let config = AsyncConnectionConfig::new().set_response_timeout(Some(CONNECT_TIMEOUT));
-    let (redis, driver) = MultiplexedConnection::new_with_config(login, stream, config).await?;
-    let driver = Arc::new(AbortOnDrop(tokio::spawn(driver)));
-    Ok(ServerConnection { redis, address: Arc::new(address.clone()), _driver: driver })
+impl ServerConnection {
+    /// Removes the time limit of single commands, because calls have shorter limits of their own.
+    pub(super) fn hand_over(mut self) -> Self {
+        self.redis.set_response_timeout(MAX_COMMAND_TIME);
+        self
+    }
 }
 
 /// Runs `connect` for all nodes, with a short delay between the starts, and returns the first connection. A silent
 /// node delays the others only by that time.
 async fn first_success<'a, F>(
     nodes: &'a [Address],
+    connect_timeout: Duration,
     connect: impl Fn(&'a Address) -> F,
 ) -> Result<ServerConnection, String>
 where
     F: Future<Output = Result<ServerConnection, String>>,
 {
-    let stagger = MAX_STAGGER.min(CONNECT_TIMEOUT / u32::try_from(nodes.len().max(1)).unwrap_or(1));
+    let stagger = MAX_STAGGER.min(connect_timeout / u32::try_from(nodes.len().max(1)).unwrap_or(1));
     let attempts = (0..).zip(nodes).map(|(position, node)| {
         let attempt = connect(node);
         async move {

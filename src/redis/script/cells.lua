@@ -33,8 +33,10 @@ local OUTAGE_MS = 5000
 local MAX_ARGUMENTS = 1000
 -- Reservations charged by one command, approximately.
 local MAX_CHARGED = 200
--- Time that nodes get to restore their state on a server that has lost its data.
+-- Time that nodes get to restore their state on a server that has lost its data. Until then no node admits requests.
 local RESTORE_MS = 1000
+-- A node that comes later than this after the cells were created again no longer restores what only it knew.
+local LATE_RESTORE_MS = 60000
 -- The field of a session's reservations that holds its lease. No request has this id.
 local LEASE = 'lease'
 -- For this long after the end of a session the script remembers which reservations it charged.

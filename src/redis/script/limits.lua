@@ -32,6 +32,8 @@ function commands.reset()
     cell.resets = (cell.resets or 0) + 1
     is_changed[name] = true
   end
+  -- What a node would restore from now on was used before the reset.
+  redis.call('PEXPIRE', cells_key .. ':bases', 0)
   save_cells()
   return { DONE, now }
 end

@@ -122,7 +122,8 @@ local function hold_again(pieces)
   end
 end
 
--- Reads the steps of a call. Returns the steps that were not applied before, and the number of the last step.
+-- Reads the steps of a call. Returns the steps that were not applied before, the number of the last step, and
+-- whether steps are missing between the applied ones and these.
 local function read_new_steps(applied)
   local first, count, steps = read_int(), read_int(), {}
   for i = 0, count - 1 do
@@ -130,7 +131,7 @@ local function read_new_steps(applied)
     if step.what == 'open' then step.names = read_texts(read_int()) end
     if first + i > applied then steps[#steps + 1] = step end
   end
-  return steps, first + count - 1
+  return steps, first + count - 1, first > applied + 1
 end
 
 -- Loads the reservations that steps refer to. The second result contains the reservations that were charged in full:
@@ -169,7 +170,9 @@ function commands.apply()
   -- If the session has ended or was lost, a step would not find its reservation and would have no effect.
   if (tonumber(meta[1]) or 0) <= 0 then return { UNKNOWN_SESSION, now } end
   local applied = tonumber(meta[2]) or 0
-  local steps, last = read_new_steps(applied)
+  local steps, last, has_gap = read_new_steps(applied)
+  -- The server has lost steps that it had acknowledged. The node repeats them after it has joined again.
+  if has_gap then return { UNKNOWN_SESSION, now } end
   local requested = read_texts(read_int())
   local reservations, charged = find_reservations(steps)
   local names = load_changed_cells(steps, reservations)

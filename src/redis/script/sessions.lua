@@ -44,12 +44,37 @@ local function charge_in_full(pieces)
   for _, piece in ipairs(pieces) do settle_piece(piece, piece[1]) end
 end
 
--- Restores a lost cell from the states of several nodes. The state with the lowest remaining amount is used.
-local function restore_level(cell, node)
-  if cell.class then
-    if cell.turn == node.turn then cell.used = max(cell.used, node.used) end
-  else
+-- The states from which cells were created. Redis expires this key.
+local bases_key = cells_key .. ':bases'
+
+-- Remembers the state from which a cell was created.
+local function save_base(name, base)
+  redis.call('HSET', bases_key, name, cmsgpack.pack(base))
+  redis.call('PEXPIRE', bases_key, LATE_RESTORE_MS)
+end
+
+-- Restores a lost cell from the states of several nodes. The state with the lowest remaining amount is used. The
+-- cell was created from the state of the first node, its base, and has changed since. It is therefore charged with
+-- the difference between this node's state and the base. If the node's state contains such changes too, the cell
+-- takes the lower of the two levels.
+local function restore_level(name, cell, node, is_same_data_set)
+  local packed = not is_same_data_set and redis.call('HGET', bases_key, name)
+  if packed then
+    local base = cmsgpack.unpack(packed)
+    local missing
+    if not cell.class then
+      refill(base)
+      missing = base.whole - node.whole
+      if missing > 0 then cell.whole = cell.whole - missing end
+    else
+      missing = cell.turn == node.turn and base.turn == node.turn and node.used - base.used or 0
+      if missing > 0 then cell.used = cell.used + missing end
+    end
+    if missing > 0 then save_base(name, node) end
+  elseif not cell.class then
     cell.whole = min(cell.whole, node.whole - cell.held)
+  elseif cell.turn == node.turn then
+    cell.used = max(cell.used, node.used)
   end
 end
 
@@ -80,11 +105,15 @@ local function count_alive()
 end
 
 -- Opens a session for the first time or again. Missing cells are created from the node's state. Existing cells take
--- their limits from the newest config (by its stamp), unless an administrator set them. Replies with four numbers:
--- cells created; cells with limits other than the node's; 1 if the session was remembered; and milliseconds to wait.
--- After the server has lost its data, a node waits for this time until other nodes have restored their state.
+-- their limits from the newest config (by its stamp), unless an administrator set them. Replies with six numbers:
+-- cells created; cells with limits other than the node's; 1 if the session was remembered; milliseconds to wait; the
+-- number of the last applied step; and the data set, which is the time when the first cell was created. After the
+-- server has lost its data, a node waits for this time until other nodes have restored their state. A server that was
+-- a lagging replica, or that was restored from an older file, has applied fewer steps than were acknowledged. The node
+-- repeats the others, from the step `oldest` on.
 function commands.join()
-  local stamp, has_joined_before, count = read_int(), read_int() == 1, read_int()
+  local stamp, has_joined_before, oldest, acknowledged = read_int(), read_int() == 1, read_int(), read_int()
+  local known_data_set, count = read_int(), read_int()
   local names, from_node, configured = {}, {}, {}
   for i = 1, count do
     local name = read_text()
@@ -92,10 +121,16 @@ function commands.join()
     from_node[name], configured[name] = read_cell()
     if not from_node[name] then return { STALE_PERIOD, now } end
   end
-  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains')
+  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains', 'q:' .. session, 'born')
   local newest, restoring_until = tonumber(meta[2]) or 0, tonumber(meta[3]) or 0
-  local applied = not meta[1] and archived_step()
-  local is_remembered = meta[1] or applied
+  local archived = not meta[1] and archived_step()
+  local data_set = tonumber(meta[5]) or now
+  local is_same_data_set = known_data_set == data_set
+  -- If the server has the same data set without this session, it has applied none of the session's steps. The node
+  -- can repeat all of them.
+  local is_remembered = meta[1] or archived or (is_same_data_set and oldest == 1)
+  -- The states of a node whose session is lost contain everything that was acknowledged.
+  local applied = is_remembered and max(tonumber(meta[4] or archived) or 0, oldest - 1) or acknowledged
   load_cells(names)
   if not advance_to_now(names) then return { STALE_PERIOD, now } end
   if has_joined_before and not is_remembered and restoring_until <= now then
@@ -111,19 +146,21 @@ function commands.join()
       differing = differing + 1
     elseif not cell then
       cells[name], is_changed[name], created = node, true, created + 1
+      save_base(name, node)
     elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
       differing = differing + 1
-    elseif has_joined_before and now < restoring_until then
-      restore_level(cell, node)
+    elseif has_joined_before and not is_remembered then
+      restore_level(name, cell, node, is_same_data_set)
       is_changed[name] = true
     end
   end
-  redis.call('HSET', meta_key, 's:' .. session, now + SESSION_TIMEOUT_MS, 'stamp', max(stamp, newest))
+  local expiry = now + SESSION_TIMEOUT_MS
+  redis.call('HSET', meta_key, 's:' .. session, expiry, 'stamp', max(stamp, newest), 'q:' .. session, applied)
+  redis.call('HSET', meta_key, 'born', data_set)
   redis.call('HDEL', meta_key, 'o:' .. session)
-  if applied then redis.call('HSET', meta_key, 'q:' .. session, applied) end
   count_alive()
   save_cells()
-  return { DONE, now, created, differing, is_remembered and 1 or 0, max(restoring_until - now, 0) }
+  return { DONE, now, created, differing, is_remembered and 1 or 0, max(restoring_until - now, 0), applied, data_set }
 end
 
 -- Holds again the reservations that a rejoining node lists, if the server has charged or lost them. Skips a

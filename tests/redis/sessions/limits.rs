@@ -4,7 +4,9 @@ use super::{START, full_states, held_reservation, month_state, node, quotas, res
 use crate::node::Node;
 use crate::server::Server;
 use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
-use tollgate::redis::{CommandBuilder, NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
+use tollgate::redis::{
+    CommandBuilder, NewLimit, OnShortage, ReserveRequest, SentSteps, Step, StepKind, Verdict,
+};
 
 #[test]
 fn a_limit_and_a_reset_apply_to_every_node() {
@@ -39,7 +41,7 @@ fn the_limits_of_the_newest_config_apply() {
         let mut other = server.node("other", &with(given), START);
         other.commands.set_clock(START);
         let reply =
-            other.run(|commands| commands.join(stamp, false, &full_states(&with(given), START))).values;
+            other.run(|commands| commands.join(stamp, None, &full_states(&with(given), START))).values;
         assert_eq!((reply[0], reply[1], reply[3]), (0, 1, 0), "the reply counts the differing limit");
         assert_eq!(limit(&mut one), want);
     }
@@ -55,7 +57,7 @@ fn a_revoked_override_does_not_replace_the_limits_of_the_newest_config() {
     other.commands.set_clock(START);
     let mut states = full_states(&[quotas[0].with_limit(50, 50), quotas[1].clone()], START);
     states[0].1 = true;
-    assert_eq!(other.run(|commands| commands.join(5, false, &states)).verdict, Verdict::Done);
+    assert_eq!(other.run(|commands| commands.join(5, None, &states)).verdict, Verdict::Done);
     let level = one.mirror(START).levels(START).swap_remove(0);
     assert_eq!((level.quota.limit, level.quota.capacity(), level.level), (2_000, 2_000, 2_000));
 }
@@ -109,7 +111,7 @@ fn a_command_after_its_deadline_changes_nothing() {
             node.commands.hold(true, &[held_reservation("b", 50, 0)]),
             node.commands.limit(true, &limit),
             node.commands.release_unlisted(&[]),
-            node.commands.join(2, true, &full_states(&quotas(), START)),
+            node.commands.join(2, Some(SentSteps::default()), &full_states(&quotas(), START)),
         ] {
             assert_eq!(node.call(&command).verdict, verdict(Verdict::Done), "{command:?}");
         }

@@ -4,9 +4,10 @@ use super::{
     START, expire_other_sessions, full_states, held_reservation, hold, month_state, node, quotas, rejoin,
     reserve, settle,
 };
+use crate::node::Node;
 use crate::server::Server;
 use tollgate::quota::Amounts;
-use tollgate::redis::{CommandBuilder, HeldReservation, Step, StepKind, Verdict};
+use tollgate::redis::{CommandBuilder, HeldReservation, ScriptReply, SentSteps, Step, StepKind, Verdict};
 
 #[test]
 fn nodes_restore_the_state_that_the_server_lost() {
@@ -21,14 +22,16 @@ fn nodes_restore_the_state_that_the_server_lost() {
     assert_eq!(reserve(&mut one, "d", 1, 0).verdict, Verdict::UnknownSession);
     // The first node creates the cells from its copy. Each node adds its reservations. Nothing is counted twice.
     assert_eq!(
-        one.run(|commands| commands.join(1, true, &answer.states)).values,
-        [2, 0, 0, 1_000],
+        one.run(|commands| commands.join(1, Some(SentSteps::default()), &answer.states)).values,
+        [2, 0, 0, 1_000, 0, START.0],
         "the node must wait for the others"
     );
     hold(&mut one, false, &[held_reservation("a", 100, 0)]);
     assert_eq!(
-        other.run(|commands| commands.join(1, true, &full_states(&quotas(), START))).values,
-        [0, 0, 0, 1_000]
+        other
+            .run(|commands| commands.join(1, Some(SentSteps::default()), &full_states(&quotas(), START)))
+            .values,
+        [0, 0, 0, 1_000, 0, START.0]
     );
     for _ in 0..2 {
         hold(&mut other, false, &[held_reservation("b", 200, 1), held_reservation("c", 300, 0)]);
@@ -36,6 +39,75 @@ fn nodes_restore_the_state_that_the_server_lost() {
     // The copy of the cells contains the cost of "b". The server lost the step that settled "b", so it is sent again.
     assert_eq!(month_state(&mut one, START), (1_000_000 - 70 - 600, 600, 70));
     assert_eq!(one.heartbeat().values, [2, 3]);
+}
+
+/// One node takes part again long after the other. What only it knew is charged in addition to what was spent since.
+#[test]
+fn a_node_that_comes_late_restores_what_only_it_knew() {
+    for is_late in [false, true] {
+        let server = Server::start();
+        let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
+        reserve(&mut one, "a", 100, 0);
+        settle(&mut one, 1, "a", 100);
+        let known_to_one = one.heartbeat();
+        reserve(&mut other, "b", 30, 0);
+        settle(&mut other, 1, "b", 30);
+        let known_to_other = other.heartbeat();
+        one.flush_server();
+        let sent = Some(SentSteps { oldest: 1, acknowledged: 1, data_set: 1 });
+        let at = |node: &mut Node, ms| node.commands.set_clock(START.plus_ms(ms));
+        let join = |node: &mut Node, known: &ScriptReply| node.run(|c| c.join(1, sent, &known.states)).values;
+        assert_eq!(join(&mut one, &known_to_one), [2, 0, 0, 1_000, 1, START.0]);
+        if !is_late {
+            assert_eq!(join(&mut other, &known_to_other), [0, 0, 0, 1_000, 1, START.0]);
+        }
+        let mut now = START.plus_ms(1_500);
+        at(&mut one, 1_500);
+        assert_eq!(reserve(&mut one, "c", 50, 0).verdict, Verdict::Admitted);
+        settle(&mut one, 2, "c", 50);
+        if is_late {
+            assert_eq!(month_state(&mut one, now).2, 150, "30 tokens are missing");
+            at(&mut other, 2_000);
+            now = START.plus_ms(2_000);
+            assert_eq!(join(&mut other, &known_to_other)[0], 0);
+        }
+        assert_eq!(month_state(&mut one, now), (999_820, 0, 180), "late: {is_late}");
+        // The states of a third node contain nothing that is missing.
+        let mut third = server.node("third", &quotas(), now);
+        third.commands.set_clock(now);
+        assert_eq!(join(&mut third, &known_to_one)[0], 0);
+        assert_eq!(month_state(&mut one, now), (999_820, 0, 180), "late: {is_late}");
+    }
+}
+
+/// The server has fewer steps than it has acknowledged: it was a replica that lagged behind the master.
+#[test]
+fn a_server_that_has_lost_steps_rejects_later_ones_until_the_node_repeats_them() {
+    let server = Server::start();
+    let mut one = node(&server, "one");
+    reserve(&mut one, "a", 100, 0);
+    settle(&mut one, 1, "a", 70);
+    let steps = |id: &str| [Step::new(StepKind::Settle, id.into(), Amounts::of_request(20, 0))];
+    let late = one.run(|commands| commands.apply(4, &steps("d"), &[])).verdict;
+    assert_eq!(late, Verdict::UnknownSession, "steps 2 and 3 are missing");
+    let sent = |oldest| Some(SentSteps { oldest, acknowledged: 3, data_set: START.0.cast_unsigned() });
+    let states = full_states(&quotas(), START);
+    assert_eq!(one.run(|commands| commands.join(1, sent(1), &states)).values, [0, 0, 1, 0, 1, START.0]);
+    // The server lacks the reservations too.
+    let all = [("b", 2), ("c", 3), ("d", 4)].map(|(id, step)| held_reservation(id, 40, step));
+    hold(&mut one, true, &all);
+    for (id, step) in [("b", 2), ("c", 3), ("d", 4)] {
+        assert_eq!(one.run(|commands| commands.apply(step, &steps(id), &[])).verdict, Verdict::Done);
+    }
+    assert_eq!(month_state(&mut one, START), (999_870, 0, 130));
+    // Steps that the node has not kept are lost. The server accepts the steps after them.
+    assert_eq!(one.run(|commands| commands.join(1, sent(9), &states)).values, [0, 0, 1, 0, 8, START.0]);
+    assert_eq!(one.run(|commands| commands.apply(9, &steps("e"), &[])).verdict, Verdict::Done);
+    // The server never had this session, and has the data set that the node knew. The node repeats everything.
+    let mut other = server.node("other", &quotas(), START);
+    other.commands.set_clock(START);
+    assert_eq!(other.run(|commands| commands.join(1, sent(1), &states)).values, [0, 0, 1, 0, 0, START.0]);
+    assert_eq!(month_state(&mut one, START), (999_870, 0, 130));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A random walk of three nodes against the script in a real Redis, on the test's clock. Calls are lost, arrive late,
-//! or are executed without a reply, and nodes are cut off until Redis has ended their sessions. At the end Redis has
-//! charged exactly the spent amounts, and holds nothing.
+//! or are executed without a reply, nodes are cut off until Redis has ended their sessions, and replicas that lack the
+//! last writes become masters. At the end Redis has charged exactly the spent amounts, and holds nothing.
 
 use super::super::*;
 use super::subject;
@@ -22,8 +22,12 @@ const BURST: i64 = 3_000_000;
 /// Faults happen only during the first steps. Then all nodes recover, and finally they leave.
 const FAULTY_STEPS: u64 = 1_500;
 const RECOVERY_STEPS: u64 = 500;
+/// From this step on the server has a replica. All nodes have joined by then.
+const REPLICATED_FROM: u64 = 50;
 const LEAVING_STEPS: u64 = 200;
 const HEARTBEAT_MS: i64 = 500;
+/// A node that has lost Redis joins again after this time. Redis ignores calls that arrive later.
+const MAX_CALL_DELAY_MS: u64 = 400;
 
 /// SplitMix64: the walk is the same on every machine.
 struct Dice(u64);
@@ -82,6 +86,8 @@ struct World {
     now: Timestamp,
     /// Whether calls can fail.
     is_faulty: bool,
+    /// What a replica of the server has received: all keys with their times to live.
+    replicated: Vec<(Vec<u8>, u64, Vec<u8>)>,
     spent: i64,
     counts: Counts,
 }
@@ -95,6 +101,8 @@ struct Counts {
     leased: u64,
     by_redis: u64,
     offline: u64,
+    failovers: u64,
+    repeated: u64,
 }
 
 impl World {
@@ -104,6 +112,26 @@ impl World {
         let now = self.now.0.to_string();
         call.arg(SCRIPT).arg(3).arg(&keys[..]).arg(&arguments[0]).arg(now).arg(&arguments[2..]);
         call.query(&mut self.redis).unwrap()
+    }
+
+    /// Brings the replica up to date.
+    fn replicate(&mut self) {
+        let keys: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*").query(&mut self.redis).unwrap();
+        let dump = |key: Vec<u8>, redis: &mut redis::Connection| {
+            let ttl: i64 = redis::cmd("PTTL").arg(&key).query(redis).unwrap();
+            let value = redis::cmd("DUMP").arg(&key).query(redis).unwrap();
+            (key, u64::try_from(ttl).unwrap_or(0), value)
+        };
+        self.replicated = keys.into_iter().map(|key| dump(key, &mut self.redis)).collect();
+    }
+
+    /// The replica becomes the master. It lacks the last writes.
+    fn fail_over(&mut self) {
+        let (): () = redis::cmd("FLUSHALL").query(&mut self.redis).unwrap();
+        for (key, ttl, value) in &self.replicated {
+            let (): () = redis::cmd("RESTORE").arg(key).arg(ttl).arg(value).query(&mut self.redis).unwrap();
+        }
+        self.counts.failovers += 1;
     }
 
     /// Used and held amounts of each cell, and the number of requests in flight, as Redis has them.
@@ -155,7 +183,8 @@ impl Node {
             quota(1, 366 * 86_400_000, Window::Rolling { burst: BURST.cast_unsigned() }),
             quota(1_000_000_000, 30 * 86_400_000, month),
         ];
-        let config = ReplicaConfig { on_failure: policy, stamp: 1, leases };
+        let config =
+            ReplicaConfig { on_failure: policy, stamp: 1, max_call_delay_ms: MAX_CALL_DELAY_MS, leases };
         let replica = Replica::new(super::local(&quotas, now), config, &format!("node-{n}"), now);
         let keys = replica.keys("t", "e");
         let phase = Phase::Offline { until: now };
@@ -191,6 +220,12 @@ impl Node {
         while let Some((_, arguments)) = self.late.pop_front_if(|(at, _)| all || *at <= world.now) {
             world.run(&self.keys, &arguments);
         }
+    }
+
+    /// The server dies. Delayed calls never arrive.
+    fn lose_server(&mut self, world: &World) {
+        self.late.clear();
+        self.lose_redis(world);
     }
 
     fn lose_redis(&mut self, world: &World) {
@@ -295,7 +330,7 @@ impl Node {
             Phase::Join => {
                 let command = self.replica.join_command(world.now);
                 let answer = self.call(world, &command)?;
-                self.replica.on_join(world.now, &answer)?;
+                world.counts.repeated += self.replica.on_join(world.now, &answer)?.lost_steps;
                 self.phase = Phase::Hold;
             }
             Phase::Hold => {
@@ -369,12 +404,19 @@ impl Node {
 fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
     let (_server, redis) = Server::start();
     let (now, counts) = (Timestamp(BEGIN), Counts::default());
-    let mut world = World { redis, dice: Dice(seed), now, is_faulty: true, spent: 0, counts };
+    let (dice, replicated) = (Dice(seed), Vec::new());
+    let mut world = World { redis, dice, now, is_faulty: true, replicated, spent: 0, counts };
     let mut nodes: Vec<Node> = (0..3).map(|n| Node::start(n, policy, leases, now)).collect();
     for step in 0..FAULTY_STEPS + RECOVERY_STEPS + LEAVING_STEPS {
         world.is_faulty = step < FAULTY_STEPS;
         let ms = if world.is_faulty { 20 + world.dice.ms(180) } else { 100 };
         world.now = Timestamp(world.now.0 + ms);
+        if step == REPLICATED_FROM || world.is_faulty && step > REPLICATED_FROM && world.dice.is_one_in(10) {
+            world.replicate();
+        } else if world.is_faulty && step > REPLICATED_FROM && world.dice.is_one_in(150) {
+            world.fail_over();
+            nodes.iter_mut().for_each(|node| node.lose_server(&world));
+        }
         nodes.iter_mut().for_each(|node| node.step(&mut world, step >= FAULTY_STEPS + RECOVERY_STEPS));
     }
     let what = format!("seed {seed}, {policy:?}, leases {leases}, {:?}", world.counts);
@@ -382,7 +424,8 @@ fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
     let (cells, in_flight) = world.counted();
     println!("{what}: {} spent", world.spent);
     assert_eq!((cells, in_flight), (vec![(world.spent, 0); 2], 0), "{what}");
-    let Counts { late, lost, unanswered, leased, by_redis, offline } = world.counts;
+    let Counts { late, lost, unanswered, leased, by_redis, offline, failovers, repeated } = world.counts;
+    assert!(failovers >= 2 && repeated >= 10, "{what}");
     assert!(
         [late, lost, unanswered].iter().all(|&count| count >= 10) && by_redis >= 100 && offline >= 100,
         "{what}"
