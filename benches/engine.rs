@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, Environment, parse};
-use tollgate::ledger::{Account, Demand};
+use tollgate::ledger::{Account, Accounts, Demand};
 use tollgate::quota::{Amounts, Subject};
 use tollgate::store::Store;
 
@@ -148,8 +148,9 @@ fn measure_durable(is_stored: bool, seconds: f64) -> DurableLoad {
     let store = Store::open(&config.store).unwrap();
     let left = store.restored_state(environment).unwrap();
     let account = Arc::new(Account::open_with(environment, Some(store.persistence()), &left));
-    let _writer =
-        store.start(vec![(environment.clone(), account.clone())], Arc::new(Calibrations::new([]))).unwrap();
+    let accounts = Accounts::default();
+    accounts.add(&environment.name, account.clone());
+    let _writer = store.start(Arc::new(accounts), Arc::new(Calibrations::new([]))).unwrap();
     load(&account, seconds)
 }
 

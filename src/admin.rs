@@ -70,7 +70,7 @@ async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> 
         return next.run(request).await;
     }
     let expects_continue = request.headers().contains_key(header::EXPECT);
-    let refused = match &admin.state.config.admin.token {
+    let refused = match &admin.state.current().config.admin.token {
         Some(token) => (!has_token(request.headers(), token.expose())).then(|| {
             refusal(
                 StatusCode::UNAUTHORIZED,
@@ -130,8 +130,8 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
         let _ = writeln!(text, "ready, but the store cannot be written: {reason}");
     }
     let mut status = StatusCode::OK;
-    let policy = admin.state.config.store.redis.as_ref().map(|redis| redis.on_failure);
-    for (environment, account) in admin.state.environments() {
+    let policy = admin.state.current().config.store.redis.as_ref().map(|redis| redis.on_failure);
+    for (environment, account) in admin.state.current().environments() {
         let Some(redis) = account.redis_status() else { continue };
         let RedisStatus { unavailable_reason, nodes, server_faults, .. } = redis;
         let name = &environment.name;
@@ -159,7 +159,7 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
 
 async fn metrics(State(admin): State<Admin>) -> Response {
     let state = &admin.state;
-    match state.metrics.render(&state.environments(), state.store_failure().is_none()) {
+    match state.metrics.render(&state.current().environments(), state.store_failure().is_none()) {
         Ok(text) => {
             let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
             (content_type, Body::from(text)).into_response()
@@ -176,21 +176,26 @@ async fn metrics(State(admin): State<Admin>) -> Response {
 }
 
 async fn environments(State(admin): State<Admin>) -> Json<Value> {
-    let state = &admin.state;
     let mut all = Vec::new();
-    for (environment, account) in state.config.environments.iter().zip(&state.accounts) {
+    for (environment, account) in admin.state.current().environments() {
         account.refresh().await;
-        all.push(environment_json(environment, account));
+        all.push(environment_json(&environment, &account));
     }
     Json(json!({"environments": all}))
 }
 
+/// The environment with this name, and its account.
+fn find(admin: &Admin, name: &str) -> Option<(Arc<Environment>, Arc<Account>)> {
+    let current = admin.state.current();
+    let (index, environment) = current.config.environment(name)?;
+    Some((environment.clone(), current.accounts[index].clone()))
+}
+
 async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Response {
-    match admin.state.config.environment(&name) {
-        Some((index, environment)) => {
-            let account = &admin.state.accounts[index];
+    match find(&admin, &name) {
+        Some((environment, account)) => {
             account.refresh().await;
-            Json(environment_json(environment, account)).into_response()
+            Json(environment_json(&environment, &account)).into_response()
         }
         None => unknown_environment(),
     }
@@ -253,10 +258,7 @@ async fn change_limit(
     scope: &QuotaScope,
     limit: Option<(u64, u64)>,
 ) -> Response {
-    let Some((index, settings)) = admin.state.config.environment(environment) else {
-        return unknown_environment();
-    };
-    let account = &admin.state.accounts[index];
+    let Some((settings, account)) = find(admin, environment) else { return unknown_environment() };
     let Some(kind) = Kind::ALL.into_iter().find(|known| known.as_str() == kind) else {
         return unknown_quota();
     };
@@ -267,19 +269,16 @@ async fn change_limit(
         Err(no_room) => return redis_unavailable(&no_room),
     }
     tracing::info!(environment, %kind, per, scope = scope.scope, name = scope.name, ?limit, "the admin API changed a limit");
-    Json(environment_json(settings, account)).into_response()
+    Json(environment_json(&settings, &account)).into_response()
 }
 
 async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> Response {
-    let Some((index, settings)) = admin.state.config.environment(&environment) else {
-        return unknown_environment();
-    };
-    let account = &admin.state.accounts[index];
+    let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
     if let Err(no_room) = account.reset().await {
         return redis_unavailable(&no_room);
     }
     tracing::info!(environment, "the admin API reset all quotas of this environment");
-    Json(environment_json(settings, account)).into_response()
+    Json(environment_json(&settings, &account)).into_response()
 }
 
 fn redis_unavailable(_: &NoRoom) -> Response {
@@ -326,7 +325,7 @@ fn level_json(level: &QuotaLevel, is_override: bool) -> Value {
     let QuotaLevel { quota, level, held, used, reset_ms } = level;
     let (scope, name) = match &quota.scope {
         Scope::Environment => ("environment", None),
-        Scope::Caller(_, name) => ("caller", Some(name.as_str())),
+        Scope::Caller(name) => ("caller", Some(&**name)),
         Scope::Model(pattern) => ("model", Some(pattern.as_str())),
     };
     let window = match quota.window {

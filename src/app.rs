@@ -4,8 +4,8 @@ use crate::admin;
 use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::estimate;
-use crate::ledger::Account;
-use crate::proxy::{Proxy, State};
+use crate::ledger::NamedAccount;
+use crate::proxy::{State, WorkerProxy};
 use crate::server::{self, DrainTimes, Peer, RunState};
 use crate::store::{Store, StoreWriter};
 use crate::upstream;
@@ -110,16 +110,21 @@ impl App {
         let tls = upstream::client_config()?;
         let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
         let state = Arc::new(State::new(config, store.as_ref())?);
-        let store =
-            store.map(|store| store.start(state.environments(), state.calibrations().clone())).transpose()?;
+        let store = store
+            .map(|store| store.start(state.accounts().clone(), state.calibrations().clone()))
+            .transpose()?;
         // Requests are served only after the vocabularies are loaded, so that none has to wait for them.
         if vocabularies.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        let redis = if state.config.store.redis.is_some() { Some(start_redis_thread(&state)?) } else { None };
+        let redis = if state.current().config.store.redis.is_some() {
+            Some(start_redis_thread(&state)?)
+        } else {
+            None
+        };
         let mut threads = Vec::new();
         for listener in sockets.workers {
-            let proxy = Arc::new(Proxy::new(state.clone(), &tls)?);
+            let proxy = Arc::new(WorkerProxy::new(state.clone(), &tls)?);
             let runtime = if workers == Workers::PerCore {
                 single_thread_runtime()?
             } else {
@@ -199,7 +204,7 @@ fn bind(config: &Config, workers: usize) -> anyhow::Result<Sockets> {
 
 fn start_worker(
     listener: TcpListener,
-    proxy: Arc<Proxy>,
+    proxy: Arc<WorkerProxy>,
     runtime: Runtime,
     timeouts: CallerTimeouts,
 ) -> anyhow::Result<ServerThread> {
@@ -207,8 +212,8 @@ fn start_worker(
         let service_for = move |peer: Arc<Peer>| {
             let proxy = proxy.clone();
             service_fn(move |request| {
-                let (proxy, peer) = (proxy.clone(), peer.clone());
-                async move { Ok::<_, Infallible>(proxy.serve(request, &peer).await) }
+                let serve = proxy.current().serve(request, peer.clone());
+                async move { Ok::<_, Infallible>(serve.await) }
             })
         };
         server::serve(listener, service_for, timeouts, run_state)
@@ -220,11 +225,11 @@ fn start_worker(
 /// It returns when every environment is connected, at the latest after [`MAX_REDIS_WAIT`]. Without this wait the node
 /// would admit its first requests by its own counters.
 fn start_redis_thread(state: &State) -> anyhow::Result<ServerThread> {
-    let accounts = state.accounts.clone();
+    let accounts = state.accounts().all();
     let thread = ServerThread::spawn("redis", single_thread_runtime()?, move |mut run_state| async move {
         let (stop, stops) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        for account in accounts {
+        for (_, account) in accounts.iter() {
             if let Some(connection) = account.redis_connection() {
                 tokio::spawn(connection.clone().run());
                 tasks.spawn(account.clone().run_redis_sync(stops.clone()));
@@ -237,10 +242,10 @@ fn start_redis_thread(state: &State) -> anyhow::Result<ServerThread> {
         Ok(0)
     })?;
     let clock = Stopwatch::start();
-    let is_offline = |account: &Arc<Account>| {
+    let is_offline = |(_, account): &NamedAccount| {
         account.redis_status().is_some_and(|redis| redis.unavailable_reason.is_some())
     };
-    while clock.elapsed() < MAX_REDIS_WAIT && state.accounts.iter().any(is_offline) {
+    while clock.elapsed() < MAX_REDIS_WAIT && state.accounts().all().iter().any(is_offline) {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(thread)

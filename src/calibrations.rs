@@ -6,7 +6,7 @@
 
 use crate::estimate::{Calibration, CalibrationSample, Correction, RequestKind};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Maximum number of calibrations per upstream. A new one replaces the one that was updated least recently.
 const MAX_ENTRIES: usize = 1_024;
@@ -16,7 +16,8 @@ const MAX_NAME_BYTES: usize = 128;
 /// The calibrations of all upstreams.
 #[derive(Debug)]
 pub struct Calibrations {
-    upstreams: Vec<(String, Mutex<UpstreamCalibrations>)>,
+    /// By the upstream's name. Upstreams are only added, so that their indices never change.
+    upstreams: RwLock<Vec<(String, Mutex<UpstreamCalibrations>)>>,
 }
 
 #[derive(Debug, Default)]
@@ -74,17 +75,28 @@ impl CalibrationUpdate {
 }
 
 impl Calibrations {
-    /// Empty calibrations for these upstreams. Other methods take the index of an upstream in this order.
+    /// Empty calibrations for these upstreams.
     pub fn new<'n>(upstreams: impl IntoIterator<Item = &'n str>) -> Self {
         let empty = |name: &str| (name.to_owned(), Mutex::default());
-        Self { upstreams: upstreams.into_iter().map(empty).collect() }
+        Self { upstreams: RwLock::new(upstreams.into_iter().map(empty).collect()) }
+    }
+
+    /// The index of an upstream, which other methods take. An unknown upstream is added.
+    pub(crate) fn index_of(&self, upstream: &str) -> usize {
+        let mut all = self.upstreams.write().unwrap_or_else(PoisonError::into_inner);
+        all.iter().position(|(name, _)| name == upstream).unwrap_or_else(|| {
+            all.push((upstream.to_owned(), Mutex::default()));
+            all.len() - 1
+        })
     }
 
     /// The correction for estimates of a model.
     pub(crate) fn correction(&self, upstream: usize, model: &str, kind: RequestKind) -> Correction {
-        let Some(entries) = self.upstream(upstream) else { return Correction::default() };
-        let entry = entries.models.get(model).and_then(|kinds| kinds[kind as usize].as_ref());
-        entry.map_or_else(Correction::default, |entry| entry.calibration.correction())
+        let find = |entries: &mut UpstreamCalibrations| {
+            let entry = entries.models.get(model).and_then(|kinds| kinds[kind as usize].as_ref());
+            entry.map(|entry| entry.calibration.correction())
+        };
+        self.with(upstream, find).flatten().unwrap_or_default()
     }
 
     /// Updates a calibration after a complete answer. `estimated` is the estimate before any correction.
@@ -99,34 +111,19 @@ impl Calibrations {
         if model.len() > MAX_NAME_BYTES {
             return;
         }
-        let Some(mut entries) = self.upstream(upstream) else { return };
-        let entry = entries.entry(model, kind);
-        entry.calibration.learn(estimated, reported);
-        entry.has_changed = true;
+        self.with(upstream, |entries| {
+            let entry = entries.entry(model, kind);
+            entry.calibration.learn(estimated, reported);
+            entry.has_changed = true;
+        });
     }
 
     /// The calibrations that have changed since the last call, for the store.
     pub(crate) fn take_changes(&self) -> Vec<SavedCalibration> {
         let mut changes = Vec::new();
-        for (at, (name, _)) in self.upstreams.iter().enumerate() {
-            let Some(mut entries) = self.upstream(at) else { continue };
-            let saved = |model: &str, kind, answers| SavedCalibration {
-                upstream: name.clone(),
-                model: model.into(),
-                kind,
-                answers,
-            };
-            for (model, kind) in std::mem::take(&mut entries.removed) {
-                changes.push(saved(&model, kind, Vec::new()));
-            }
-            for (model, kinds) in &mut entries.models {
-                for (kind, entry) in RequestKind::ALL.into_iter().zip(kinds) {
-                    if let Some(entry) = entry.as_mut().filter(|entry| entry.has_changed) {
-                        entry.has_changed = false;
-                        changes.push(saved(model, kind, entry.calibration.samples().collect()));
-                    }
-                }
-            }
+        let all = self.upstreams.read().unwrap_or_else(PoisonError::into_inner);
+        for (name, entries) in all.iter() {
+            lock(entries).take_changes(name, &mut changes);
         }
         changes
     }
@@ -134,19 +131,47 @@ impl Calibrations {
     /// Restores saved calibrations. It ignores those of upstreams that no longer exist.
     pub(crate) fn restore(&self, saved: Vec<SavedCalibration>) {
         for SavedCalibration { upstream, model, kind, answers } in saved {
-            let at = self.upstreams.iter().position(|(name, _)| *name == upstream);
-            let Some(mut entries) = at.and_then(|at| self.upstream(at)) else { continue };
-            entries.entry(&model, kind).calibration = Calibration::from_samples(&answers);
+            let all = self.upstreams.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some((_, entries)) = all.iter().find(|(name, _)| *name == upstream) {
+                lock(entries).entry(&model, kind).calibration = Calibration::from_samples(&answers);
+            }
         }
     }
 
-    fn upstream(&self, at: usize) -> Option<MutexGuard<'_, UpstreamCalibrations>> {
-        // A poisoned lock is usable: no update of an entry can panic halfway.
-        Some(self.upstreams.get(at)?.1.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Runs `access` with the calibrations of an upstream. `None`: there is no such upstream.
+    fn with<T>(&self, at: usize, access: impl FnOnce(&mut UpstreamCalibrations) -> T) -> Option<T> {
+        let all = self.upstreams.read().unwrap_or_else(PoisonError::into_inner);
+        Some(access(&mut lock(&all.get(at)?.1)))
     }
 }
 
+fn lock(entries: &Mutex<UpstreamCalibrations>) -> MutexGuard<'_, UpstreamCalibrations> {
+    // A poisoned lock is usable: no update of an entry can panic halfway.
+    entries.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl UpstreamCalibrations {
+    /// Adds the calibrations that have changed since the last call to `changes`.
+    fn take_changes(&mut self, upstream: &str, changes: &mut Vec<SavedCalibration>) {
+        let saved = |model: &str, kind, answers| SavedCalibration {
+            upstream: upstream.to_owned(),
+            model: model.into(),
+            kind,
+            answers,
+        };
+        for (model, kind) in std::mem::take(&mut self.removed) {
+            changes.push(saved(&model, kind, Vec::new()));
+        }
+        for (model, kinds) in &mut self.models {
+            for (kind, entry) in RequestKind::ALL.into_iter().zip(kinds) {
+                if let Some(entry) = entry.as_mut().filter(|entry| entry.has_changed) {
+                    entry.has_changed = false;
+                    changes.push(saved(model, kind, entry.calibration.samples().collect()));
+                }
+            }
+        }
+    }
+
     fn entry(&mut self, model: &str, kind: RequestKind) -> &mut CalibrationEntry {
         self.answers += 1;
         let is_known = self.models.get(model).is_some_and(|kinds| kinds[kind as usize].is_some());
@@ -250,9 +275,9 @@ mod tests {
                 assert!(stored.len() <= MAX_ENTRIES, "{}", stored.len());
             }
         }
-        assert_eq!(all.upstream(0).unwrap().entries, MAX_ENTRIES);
+        assert_eq!(all.with(0, |entries| entries.entries).unwrap(), MAX_ENTRIES);
         assert_eq!(all.correction(0, "kept", RequestKind::Plain).apply(100), 150);
         all.learn(0, &"x".repeat(MAX_NAME_BYTES + 1), RequestKind::Plain, 100, 900);
-        assert_eq!(all.upstream(0).unwrap().entries, MAX_ENTRIES);
+        assert_eq!(all.with(0, |entries| entries.entries).unwrap(), MAX_ENTRIES);
     }
 }

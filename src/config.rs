@@ -118,7 +118,7 @@ pub enum ApiKind {
 }
 
 /// `upstreams.*`: one upstream.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct UpstreamSettings {
     /// Its name in the file.
     pub name: String,
@@ -189,7 +189,7 @@ impl Environment {
     }
 }
 
-/// `environments.*.keys[]`: a caller of an environment. Its index in `Environment::callers` is its id in `quota::Scope`.
+/// `environments.*.keys[]`: a caller of an environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallerSettings {
     /// The caller's name in logs and metrics.

@@ -3,6 +3,7 @@
 //! An [`Account`] has the counters of one environment in one of two engines: [`Local`] counters of this node alone, or a replica
 //! of counters that several nodes share in Redis.
 
+mod accounts;
 mod allowance;
 mod demand;
 mod durability;
@@ -26,6 +27,7 @@ use sync::{RedisSync, SyncTimes};
 use tokio::sync::watch;
 use wait_queue::{WaitQueue, may_clear_within};
 
+pub use accounts::{Accounts, NamedAccount};
 pub use demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
@@ -146,7 +148,7 @@ impl Account {
         Ok(Reservation {
             account: self.clone(),
             grant: Some(grant),
-            subject: (demand.subject.caller, demand.subject.model.into()),
+            subject: (demand.subject.caller.cloned(), demand.subject.model.into()),
             settlement: Settlement::default(),
             standing,
             clamped_to,
@@ -264,8 +266,8 @@ impl Account {
 pub struct Reservation {
     account: Arc<Account>,
     grant: Option<Grant>,
-    /// The caller's index and the model.
-    subject: (Option<usize>, Box<str>),
+    /// The caller and the model.
+    subject: (Option<Arc<str>>, Box<str>),
     settlement: Settlement,
     standing: [Option<QuotaStatus>; 4],
     clamped_to: Option<u64>,
@@ -359,7 +361,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         let Some(grant) = self.grant.take() else { return };
-        let subject = Subject { caller: self.subject.0, model: &self.subject.1 };
+        let subject = Subject { caller: self.subject.0.as_ref(), model: &self.subject.1 };
         self.account.engine.settle(subject, grant, self.settlement);
         self.account.wait_queue.notify_released();
         self.account.notify_store(false);

@@ -20,12 +20,14 @@ mod reader;
 mod refusal;
 mod route;
 mod settlement;
+mod snapshot;
 mod state;
 mod stream_options;
+mod worker;
 
 use crate::api::Dialect;
 use crate::clock::Stopwatch;
-use crate::config::{Environment, OnDisconnect};
+use crate::config::{Environment, OnDisconnect, UpstreamSettings};
 use crate::error::ProxyError;
 use crate::ledger::{Demand, NoRoom, Reservation};
 use crate::quota::{Amounts, Subject};
@@ -37,6 +39,7 @@ use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri, response};
 use hyper::body::Incoming;
 use std::sync::Arc;
+use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::AnswerBody;
 use call::Call;
@@ -47,13 +50,17 @@ use metered::{MeterContext, Metered};
 use refusal::Refusal;
 use route::{Endpoint, Route};
 use settlement::WhenDurable;
+pub use snapshot::Snapshot;
 pub use state::State;
+pub use worker::WorkerProxy;
 
-/// Serves the requests of one worker: the state that all workers share, and the worker's own upstream connections.
-#[derive(Clone)]
+/// Serves the requests of one worker by one snapshot of the config, with the worker's own upstream connections. A request
+/// uses one proxy from its first byte to its last.
 pub struct Proxy {
     state: Arc<State>,
-    upstreams: Arc<[Arc<Upstream>]>,
+    snapshot: Arc<Snapshot>,
+    /// In the order of the config.
+    upstreams: Box<[Arc<Upstream>]>,
 }
 
 /// A request that may be sent to the upstream.
@@ -70,6 +77,8 @@ struct OutgoingRequest {
     request: upstream::Request,
     /// Index of the upstream in the config.
     upstream: usize,
+    /// Index of the upstream's corrections of prompt estimates.
+    calibrations: usize,
     environment: Arc<Environment>,
     endpoint: Endpoint,
     call: Call,
@@ -84,14 +93,37 @@ impl Proxy {
     ///
     /// # Errors
     /// An upstream's host is not a valid TLS server name.
-    pub fn new(state: Arc<State>, tls: &Arc<tokio_rustls::rustls::ClientConfig>) -> anyhow::Result<Self> {
-        let connect = |u: &Arc<crate::config::UpstreamSettings>| Upstream::new(u.clone(), tls).map(Arc::new);
-        let upstreams = state.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
-        Ok(Self { state, upstreams })
+    pub fn new(state: Arc<State>, tls: &Arc<ClientConfig>) -> anyhow::Result<Self> {
+        let snapshot = state.current();
+        Self::with_upstreams(state, snapshot, &[], tls)
+    }
+
+    /// Creates the proxy that serves the worker's next requests by another snapshot. Upstreams whose settings did not
+    /// change keep their connections.
+    fn next(&self, snapshot: Arc<Snapshot>, tls: &Arc<ClientConfig>) -> anyhow::Result<Self> {
+        Self::with_upstreams(self.state.clone(), snapshot, &self.upstreams, tls)
+    }
+
+    fn with_upstreams(
+        state: Arc<State>,
+        snapshot: Arc<Snapshot>,
+        known: &[Arc<Upstream>],
+        tls: &Arc<ClientConfig>,
+    ) -> anyhow::Result<Self> {
+        let connect = |settings: &Arc<UpstreamSettings>| {
+            let same = known.iter().find(|upstream| upstream.settings() == &**settings);
+            same.map_or_else(|| Upstream::new(settings.clone(), tls).map(Arc::new), |same| Ok(same.clone()))
+        };
+        let upstreams = snapshot.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
+        Ok(Self { state, snapshot, upstreams })
     }
 
     /// Answers one request with the upstream's answer or with an error of the gateway.
-    pub(crate) async fn serve(&self, request: Request<Incoming>, peer: &Arc<Peer>) -> Response<AnswerBody> {
+    pub(crate) async fn serve(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: Arc<Peer>,
+    ) -> Response<AnswerBody> {
         let mut record = Record::begin(self.state.metrics.clone());
         let dialect = route::dialect(request.uri().path());
         // This statement moves the parts out of the result of `admit`. If later code borrowed the result, the future
@@ -99,7 +131,7 @@ impl Proxy {
         let (outgoing, headers, charge) = match tokio::select! {
             biased;
             () = peer.cut_off() => Err(Refusal::at_shutdown()),
-            admitted = self.admit(request, peer, &mut record) => admitted,
+            admitted = self.admit(request, &peer, &mut record) => admitted,
         } {
             Ok(Some(Admitted { outgoing, reservation, headers })) => {
                 (outgoing, headers, Charge { reservation, record })
@@ -116,12 +148,11 @@ impl Proxy {
             }
         };
         if outgoing.outlives_caller {
-            let (proxy, peer) = (self.clone(), peer.clone());
-            let exchange = async move { proxy.exchange(outgoing, headers, charge, dialect, &peer).await };
+            let exchange = async move { self.exchange(outgoing, headers, charge, dialect, &peer).await };
             // Boxed, so that the future of every request does not contain both branches.
             return Box::pin(answer::outlive_caller(dialect, exchange)).await;
         }
-        self.exchange(outgoing, headers, charge, dialect, peer).await
+        self.exchange(outgoing, headers, charge, dialect, &peer).await
     }
 
     /// Takes every step that can refuse a request, before the upstream receives any of it. `None`: the request is
@@ -140,20 +171,20 @@ impl Proxy {
         // Path and caller.
         let addressed = self.address(&head, peer, record).map_err(|error| Refusal::new(error, &headers))?;
         let Some((route, caller)) = addressed else { return Ok(None) };
-        let environment = &self.state.config.environments[caller.environment];
-        let context = &self.state.contexts[caller.environment];
+        let environment = &self.snapshot.config.environments[caller.environment];
+        let context = &self.snapshot.contexts[caller.environment];
         headers.environment = Some(context.header.clone());
 
         // Body and model.
         self.check_supported(&head, &route, environment).map_err(|error| Refusal::new(error, &headers))?;
-        let body = call::read_body(body, self.state.config.server.max_request_body, peer.timeouts.body)
+        let body = call::read_body(body, self.snapshot.config.server.max_request_body, peer.timeouts.body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         headers.unread = UnreadBody::None;
         peer.on_body_received();
         let received = Stopwatch::start();
         let content_type = head.headers.get(header::CONTENT_TYPE);
-        let call = call::parse(&self.state, caller, &route, content_type, body)
+        let call = call::parse(self, caller, &route, content_type, body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         call.describe(record);
@@ -184,6 +215,7 @@ impl Proxy {
         let outgoing = OutgoingRequest {
             request,
             upstream: context.upstream,
+            calibrations: context.calibrations,
             environment: environment.clone(),
             endpoint,
             call,
@@ -200,23 +232,23 @@ impl Proxy {
         peer: &Peer,
         record: &mut Record,
     ) -> Result<Option<(Route<'h>, IdentifiedCaller)>, ProxyError> {
-        if let Some(Err(wait)) = self.state.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
+        if let Some(Err(wait)) = self.snapshot.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
             return Err(ProxyError::FloodGuard { wait });
         }
         if self.state.is_draining() {
             return Err(ProxyError::ShuttingDown);
         }
         call::check_head(&head.headers, &head.uri, head.version)?;
-        let route = route::find(&self.state.config, &head.method, head.uri.path())?;
+        let route = route::find(&self.snapshot.config, &head.method, head.uri.path())?;
         record.api = route.endpoint.as_str();
         if route.endpoint == Endpoint::Root {
             return Ok(None);
         }
-        let caller = caller::identify(&self.state, &route, head)?;
-        let context = &self.state.contexts[caller.environment];
+        let caller = caller::identify(&self.snapshot, &route, head)?;
+        let context = &self.snapshot.contexts[caller.environment];
         record.environment = context.name.clone();
         record.series = Some(context.series.clone());
-        record.caller = caller.index.map(|index| context.callers[index].clone());
+        record.caller = self.caller_name(caller).cloned();
         Ok(Some((route, caller)))
     }
 
@@ -229,7 +261,7 @@ impl Proxy {
     ) -> Result<(), ProxyError> {
         if route.endpoint == Endpoint::Other {
             if !environment.forward_other_paths {
-                return Err(route::unknown_path(&self.state.config, head.uri.path()));
+                return Err(route::unknown_path(&self.snapshot.config, head.uri.path()));
             }
             call::check_upgrade(&head.headers)?;
         }
@@ -249,14 +281,14 @@ impl Proxy {
             return Ok(None);
         }
         let demand = Demand {
-            subject: Subject { caller: caller.index, model: &call.model },
+            subject: Subject { caller: self.caller_name(caller), model: &call.model },
             prompt: call.prompt_tokens,
             generates: endpoint.generates(),
             cap: call.completion_cap,
             completions: call.completions.max(1),
         };
-        let environment = &self.state.config.environments[caller.environment];
-        let account = &self.state.accounts[caller.environment];
+        let environment = &self.snapshot.config.environments[caller.environment];
+        let account = &self.snapshot.accounts[caller.environment];
         let mut reservation = account.reserve(&demand, environment.reserve.max_wait).await?;
         if let Some(no_room) = reservation.would_deny() {
             refusal::record_shadow_denial(no_room, environment, record);
@@ -273,16 +305,21 @@ impl Proxy {
         call: &Call,
         mut headers: AddedHeaders,
     ) -> Refusal {
-        let subject = Subject { caller: caller.index, model: &call.model };
-        headers.quotas = self.state.accounts[caller.environment].standing(subject);
-        let environment = &self.state.config.environments[caller.environment];
+        let subject = Subject { caller: self.caller_name(caller), model: &call.model };
+        headers.quotas = self.snapshot.accounts[caller.environment].standing(subject);
+        let environment = &self.snapshot.config.environments[caller.environment];
         Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
+    }
+
+    /// The caller's name, under which quotas and the usage history know it.
+    fn caller_name(&self, caller: IdentifiedCaller) -> Option<&Arc<str>> {
+        caller.index.map(|index| &self.snapshot.contexts[caller.environment].callers[index])
     }
 
     /// Path and query of the request to the upstream.
     fn upstream_target(&self, uri: &Uri, route: &Route<'_>, caller: IdentifiedCaller) -> String {
-        let base_path = self.state.config.environments[caller.environment].upstream.base_url.path();
-        let has_credential = self.state.contexts[caller.environment].credential.is_some();
+        let base_path = self.snapshot.config.environments[caller.environment].upstream.base_url.path();
+        let has_credential = self.snapshot.contexts[caller.environment].credential.is_some();
         // Google's SDKs may send the caller's key in the query.
         let replaces_key = has_credential && route.endpoint.dialect() == Dialect::Google;
         let query = query::forwarded(uri, caller.has_key_in_query || replaces_key);
@@ -356,7 +393,7 @@ impl Proxy {
         let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;
         // If the second request fails too, `stream_options` was not the cause.
         if answer.0.status.is_success() {
-            self.state.stop_requesting_stream_usage(outgoing.upstream);
+            self.snapshot.stop_requesting_stream_usage(outgoing.upstream);
         }
         Ok(answer)
     }
@@ -368,7 +405,7 @@ impl Proxy {
         started: Stopwatch,
         peer: Arc<Peer>,
     ) -> MeterContext {
-        let OutgoingRequest { upstream, environment, endpoint, call, .. } = outgoing;
+        let OutgoingRequest { calibrations, environment, endpoint, call, .. } = outgoing;
         MeterContext {
             estimated_prompt: call.prompt_tokens,
             has_prompt: call.estimate.has_content(),
@@ -378,7 +415,7 @@ impl Proxy {
             begins_as_stream: false,
             calibration_update: environment
                 .calibrate
-                .then(|| call.calibration_update(upstream, &self.state.calibrations))
+                .then(|| call.calibration_update(calibrations, &self.state.calibrations))
                 .flatten(),
             status,
             endpoint,

@@ -15,6 +15,7 @@ mod table;
 
 use crate::glob::Glob;
 use std::fmt;
+use std::sync::Arc;
 
 pub use bucket::TokenBucket;
 pub use denial::{Denied, Shortfall, Wait};
@@ -68,26 +69,18 @@ impl fmt::Display for Kind {
 pub enum Scope {
     /// Every request.
     Environment,
-    /// The requests of one caller: its index in the environment's list of callers, and its name.
-    Caller(usize, String),
+    /// The requests of the caller with this name.
+    Caller(Arc<str>),
     /// The requests whose model matches the pattern.
     Model(Glob),
 }
 
 impl Scope {
-    /// Compares callers by name, because a reload of the config may change their index.
-    fn is_same_as(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Caller(_, a), Self::Caller(_, b)) => a == b,
-            _ => self == other,
-        }
-    }
-
     /// The owner of the quota, as messages name it: `caller 'batch' of environment 'production'`.
     pub fn describe(&self, environment: &str) -> String {
         match self {
             Self::Environment => format!("environment '{environment}'"),
-            Self::Caller(_, name) => format!("caller '{name}' of environment '{environment}'"),
+            Self::Caller(name) => format!("caller '{name}' of environment '{environment}'"),
             Self::Model(pattern) => format!("model '{}' in environment '{environment}'", pattern.as_str()),
         }
     }
@@ -96,7 +89,7 @@ impl Scope {
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Environment => "environment",
-            Self::Caller(..) => "caller",
+            Self::Caller(_) => "caller",
             Self::Model(_) => "model",
         }
     }
@@ -105,7 +98,7 @@ impl Scope {
     pub fn name(&self) -> &str {
         match self {
             Self::Environment => "",
-            Self::Caller(_, name) => name,
+            Self::Caller(name) => name,
             Self::Model(pattern) => pattern.as_str(),
         }
     }
@@ -187,10 +180,7 @@ impl Quota {
             (Window::Calendar { unit: a, .. }, Window::Calendar { unit: b, .. }) => a == b,
             _ => false,
         };
-        same_window
-            && self.scope.is_same_as(&other.scope)
-            && self.kind == other.kind
-            && self.per.ms == other.per.ms
+        same_window && self.scope == other.scope && self.kind == other.kind && self.per.ms == other.per.ms
     }
 
     /// Returns the quota with another limit and burst; a calendar quota ignores `burst`.

@@ -443,7 +443,7 @@ impl Meter {
     fn measures(&self, model: &str) -> bool {
         match &self.quota.scope {
             Scope::Environment => true,
-            Scope::Caller(..) => false,
+            Scope::Caller(_) => false,
             Scope::Model(pattern) => pattern.matches(model),
         }
     }

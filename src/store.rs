@@ -15,7 +15,7 @@ mod writer;
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::clock;
 use crate::config::{Environment, StoreSettings};
-use crate::ledger::{Account, OTHER_MODELS, Persistence, RestoredState};
+use crate::ledger::{Accounts, OTHER_MODELS, Persistence, RestoredState};
 use crate::quota::{CalendarPeriod, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
@@ -29,7 +29,7 @@ use database::{Database, Used};
 
 /// The sources of the changes that the writer thread writes.
 struct Sources {
-    accounts: Vec<(Arc<Environment>, Arc<Account>)>,
+    accounts: Arc<Accounts>,
     calibrations: Arc<Calibrations>,
 }
 
@@ -135,7 +135,7 @@ impl Store {
         let applies = |row: &&Used| match &quota.scope {
             Scope::Environment => true,
             // The caller is empty for requests that were in flight when a process crashed.
-            Scope::Caller(_, name) => row.caller == *name || row.caller.is_empty(),
+            Scope::Caller(name) => row.caller == **name || row.caller.is_empty(),
             Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER_MODELS,
         };
         Ok(rows.iter().filter(applies).map(|row| row.amounts.of(quota.kind)).sum())
@@ -150,13 +150,13 @@ impl Store {
         read.with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
     }
 
-    /// Starts the thread that writes the changes of these accounts and calibrations.
+    /// Starts the thread that writes the changes of these accounts and calibrations, also of accounts that are added later.
     ///
     /// # Errors
     /// The thread cannot be started.
     pub fn start(
         self,
-        accounts: Vec<(Arc<Environment>, Arc<Account>)>,
+        accounts: Arc<Accounts>,
         calibrations: Arc<Calibrations>,
     ) -> anyhow::Result<StoreWriter> {
         let Self { database, control, settings, lock, .. } = self;

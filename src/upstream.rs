@@ -76,6 +76,11 @@ impl Upstream {
         })
     }
 
+    /// The settings that it was created with.
+    pub fn settings(&self) -> &config::UpstreamSettings {
+        &self.settings
+    }
+
     /// Sends a request and waits for the head of its answer.
     ///
     /// A request that is lost on a reused connection is retried once, on a new connection. It is never retried after

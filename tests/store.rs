@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
-use tollgate::ledger::{Account, Demand, Persistence, QuotaKey, Reservation, Snapshot};
+use tollgate::ledger::{Account, Accounts, Demand, Persistence, QuotaKey, Reservation, Snapshot};
 use tollgate::quota::{Amounts, Kind, Subject};
 use tollgate::store::{Store, StoreWriter, WriterControl};
 
@@ -45,13 +45,15 @@ impl Node {
         let environment = &config.environments[0];
         let (control, restored) = (store.persistence(), store.restored_state(environment)?);
         let account = Arc::new(Account::open_with(environment, Some(control.clone()), &restored));
-        let writer =
-            store.start(vec![(environment.clone(), account.clone())], Arc::new(Calibrations::new([])))?;
+        let accounts = Accounts::default();
+        accounts.add(&environment.name, account.clone());
+        let writer = store.start(Arc::new(accounts), Arc::new(Calibrations::new([])))?;
         Ok(Self { account, control, _writer: writer })
     }
 
     fn reserve(&self, model: &str, prompt: u64, cap: u64) -> Reservation {
-        let subject = Subject { caller: Some(0), model };
+        let caller = "web".into();
+        let subject = Subject { caller: Some(&caller), model };
         let demand = Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1 };
         self.account.reserve(&demand, Duration::ZERO).now_or_never().unwrap().unwrap()
     }
@@ -196,7 +198,8 @@ async fn usage_can_be_queried_by_minute_model_and_caller() {
     node.spend("gpt-4o", 10, 20);
     node.spend("gpt-4o", 1, 2);
     node.spend("o3", 5, 5);
-    let subject = Subject { caller: Some(0), model: "o3" };
+    let caller = "web".into();
+    let subject = Subject { caller: Some(&caller), model: "o3" };
     let too_large = Demand { subject, prompt: 5_000, generates: true, cap: Some(1), completions: 1 };
     assert!(node.account.reserve(&too_large, Duration::ZERO).now_or_never().unwrap().is_err());
     drop(node);

@@ -37,7 +37,7 @@ pub(super) fn read(
             }
         }
         if let Some(own) = key.restriction("quotas") {
-            quotas::of_caller(&own, callers.len(), name.unwrap_or_default(), quotas);
+            quotas::of_caller(&own, name.unwrap_or_default(), quotas);
         }
         if let (Some(name), Some(sha256)) = (name, own_digests) {
             callers.push(CallerSettings { name: name.to_owned(), sha256 });

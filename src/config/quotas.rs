@@ -15,8 +15,8 @@ pub(super) fn of_environment(setting: &Setting<'_>, quotas: &mut Vec<Quota>) {
 }
 
 /// Reads `environments.*.keys[].quotas`.
-pub(super) fn of_caller(setting: &Setting<'_>, index: usize, name: &str, quotas: &mut Vec<Quota>) {
-    read(setting, &Scope::Caller(index, name.to_owned()), quotas);
+pub(super) fn of_caller(setting: &Setting<'_>, name: &str, quotas: &mut Vec<Quota>) {
+    read(setting, &Scope::Caller(name.into()), quotas);
 }
 
 /// Reads `environments.*.model_quotas`.

@@ -167,7 +167,7 @@ fn quotas_of_callers_and_models_have_their_own_scopes() {
     let config = config(&text);
     let scopes: Vec<_> = config.environments[0].quotas.iter().map(|q| q.scope.clone()).collect();
     let model = Scope::Model(Glob::new("gpt-*"));
-    assert_eq!(scopes, [Scope::Environment, Scope::Caller(0, "a".into()), model.clone(), model]);
+    assert_eq!(scopes, [Scope::Environment, Scope::Caller("a".into()), model.clone(), model]);
 }
 
 #[test]

@@ -92,7 +92,8 @@ mod tests {
         let now = Timestamp(1_795_894_200_250);
         let mut quotas = Quotas::new(&loaded.config.environments[0].quotas, now);
         let required = Required { amounts: Amounts::of_request(75, 512), generates: true };
-        let subject = Subject { caller: Some(0), model: "gpt-4.1-mini" };
+        let caller = "batch".into();
+        let subject = Subject { caller: Some(&caller), model: "gpt-4.1-mini" };
         for _ in 0..served {
             let receipt = quotas.reserve(now, subject, &required).unwrap();
             quotas.settle(now, receipt, required.amounts);

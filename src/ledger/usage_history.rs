@@ -55,8 +55,8 @@ pub struct UsageRow {
     /// Minutes since the Unix epoch.
     pub minute: i64,
     model: usize,
-    /// Index of the caller; `None` in an open environment.
-    pub caller: Option<usize>,
+    /// The caller's name; `None` in an open environment.
+    pub caller: Option<Arc<str>>,
     /// Requests denied.
     pub rejections: u64,
     /// The charged amounts.
@@ -101,12 +101,12 @@ impl UsageHistory {
         }
     }
 
-    fn row(&mut self, now: Timestamp, model: usize, caller: Option<usize>) -> &mut UsageRow {
+    fn row(&mut self, now: Timestamp, model: usize, caller: Option<&Arc<str>>) -> &mut UsageRow {
         let minute = now.0.div_euclid(MINUTE_MS);
         // The store takes the rows every few milliseconds, so there are never many.
-        let is_it = |row: &UsageRow| (row.minute, row.model, row.caller) == (minute, model, caller);
+        let is_it = |row: &UsageRow| (row.minute, row.model, row.caller.as_ref()) == (minute, model, caller);
         let at = self.rows.iter().position(is_it).unwrap_or_else(|| {
-            self.rows.push(UsageRow { minute, model, caller, ..UsageRow::default() });
+            self.rows.push(UsageRow { minute, model, caller: caller.cloned(), ..UsageRow::default() });
             self.rows.len() - 1
         });
         &mut self.rows[at]

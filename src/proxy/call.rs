@@ -1,11 +1,11 @@
 //! The caller's request: reads its body up to a size limit and parses the fields that the gateway needs.
 
+use super::Proxy;
 use super::caller::IdentifiedCaller;
 use super::charge::logged_name;
 use super::form;
 use super::headers::UnreadBody;
 use super::route::{Endpoint, Route};
-use super::state::State;
 use crate::api::Api;
 use crate::body::{Body, Bounds, Edit, edited, named_model};
 use crate::calibrations::{CalibrationUpdate, Calibrations};
@@ -222,13 +222,13 @@ impl Call {
 
 /// Parses the body, and estimates and corrects the prompt tokens if the endpoint is counted.
 pub(super) async fn parse(
-    state: &State,
+    Proxy { state, snapshot, .. }: &Proxy,
     caller: IdentifiedCaller,
     route: &Route<'_>,
     content_type: Option<&HeaderValue>,
     body: Bytes,
 ) -> Result<Call, ProxyError> {
-    let environment = &state.config.environments[caller.environment];
+    let environment = &snapshot.config.environments[caller.environment];
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
         Endpoint::Uncounted(_) => {
@@ -240,19 +240,18 @@ pub(super) async fn parse(
         }
         Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::opaque(body)),
     };
-    let context = &state.contexts[caller.environment];
-    let upstream = context.upstream;
+    let context = &snapshot.contexts[caller.environment];
     let options = ParseOptions {
         api,
         path_model: route.model.map(str::to_owned),
         path_streams: route.streams,
-        models: state.models.clone(),
+        models: snapshot.models.clone(),
         provider: context.provider,
-        requests_stream_usage: state.requests_stream_usage(upstream),
+        requests_stream_usage: snapshot.requests_stream_usage(context.upstream),
     };
     let mut call = Call::counted(body, options).await?;
     if environment.calibrate {
-        call.correct(state.calibrations.correction(upstream, &call.model, call.estimate.kind));
+        call.correct(state.calibrations.correction(context.calibrations, &call.model, call.estimate.kind));
     }
     call.add_unseen(environment.unseen_prompt_tokens);
     Ok(call)

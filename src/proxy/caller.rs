@@ -3,7 +3,7 @@
 use super::keys::{self, GatewayKeyHeaders, KeyOwner, PresentedKey};
 use super::query;
 use super::route::Route;
-use super::state::State;
+use super::snapshot::Snapshot;
 use crate::error::ProxyError;
 use http::request::Parts;
 use smallvec::SmallVec;
@@ -29,7 +29,7 @@ pub(super) struct IdentifiedCaller {
 /// The path names the environment, else the key, else `default_environment`. An environment with keys accepts only
 /// its own. A key of another environment is refused in every header, because the upstream would receive it.
 pub(super) fn identify(
-    state: &State,
+    snapshot: &Snapshot,
     route: &Route<'_>,
     head: &Parts,
 ) -> Result<IdentifiedCaller, ProxyError> {
@@ -38,22 +38,22 @@ pub(super) fn identify(
     };
     let unknown = || ProxyError::InvalidKey { given: presented.iter().any(|key| key.is_well_formed) };
     let known: SmallVec<[_; 2]> =
-        owners(state, &presented).filter_map(|(key, owner)| owner.map(|owner| (key, owner))).collect();
+        owners(snapshot, &presented).filter_map(|(key, owner)| owner.map(|owner| (key, owner))).collect();
     let owner = known.iter().find(|(key, _)| key.is_well_formed).map(|&(_, owner)| owner);
     let environment = route
         .environment
         .or(owner.map(|owner| owner.environment))
-        .or(state.config.default_environment)
+        .or(snapshot.config.default_environment)
         .ok_or_else(unknown)?;
     if known.iter().any(|(_, owner)| owner.environment != environment) {
         return Err(ProxyError::WrongEnvironment);
     }
-    if owner.is_none() && !state.config.environments[environment].callers.is_empty() {
+    if owner.is_none() && !snapshot.config.environments[environment].callers.is_empty() {
         return Err(unknown());
     }
     let mut key_headers = GatewayKeyHeaders::default();
     known.iter().for_each(|(key, _)| key_headers.add(key.header));
-    let has_key_in_query = has_key_in_query(state, head.uri.query(), environment)?;
+    let has_key_in_query = has_key_in_query(snapshot, head.uri.query(), environment)?;
     Ok(IdentifiedCaller {
         environment,
         index: owner.map(|owner| owner.caller),
@@ -64,11 +64,15 @@ pub(super) fn identify(
 
 /// Whether the query carries a key of this gateway, or more keys than are looked up. A key in the query grants no
 /// access.
-fn has_key_in_query(state: &State, query: Option<&str>, environment: usize) -> Result<bool, ProxyError> {
+fn has_key_in_query(
+    snapshot: &Snapshot,
+    query: Option<&str>,
+    environment: usize,
+) -> Result<bool, ProxyError> {
     let mut found = false;
     let mut keys = query::keys(query.unwrap_or_default());
     for key in keys.by_ref().take(MAX_KEYS_IN_QUERY) {
-        match state.keys.owner(&state.config, key.as_bytes()) {
+        match snapshot.keys.owner(&snapshot.config, key.as_bytes()) {
             Some(owner) if owner.environment != environment => return Err(ProxyError::WrongEnvironment),
             owner => found |= owner.is_some(),
         }
@@ -78,13 +82,13 @@ fn has_key_in_query(state: &State, query: Option<&str>, environment: usize) -> R
 
 /// The owner of each key. A key that several headers repeat in a row is hashed once.
 fn owners<'k>(
-    state: &State,
+    snapshot: &Snapshot,
     presented: &'k [PresentedKey<'k>],
 ) -> impl Iterator<Item = (&'k PresentedKey<'k>, Option<KeyOwner>)> {
     let mut last: Option<(&[u8], Option<KeyOwner>)> = None;
     presented.iter().map(move |presented| {
         let repeated = last.filter(|(key, _)| *key == presented.key).map(|(_, owner)| owner);
-        let owner = repeated.unwrap_or_else(|| state.keys.owner(&state.config, presented.key));
+        let owner = repeated.unwrap_or_else(|| snapshot.keys.owner(&snapshot.config, presented.key));
         last = Some((presented.key, owner));
         (presented, owner)
     })

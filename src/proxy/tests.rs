@@ -92,7 +92,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         pending::<()>().await;
     });
     let proxy = Proxy::new(state.clone(), &upstream::client_config().unwrap()).unwrap();
-    let account = state.accounts[0].clone();
+    let account = state.current().accounts[0].clone();
     let charge = charge(&account, &state.metrics).await;
     let outgoing = OutgoingRequest {
         request: upstream::Request {
@@ -102,7 +102,8 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
             body: Bytes::from_static(b"{}"),
         },
         upstream: 0,
-        environment: state.config.environments[0].clone(),
+        calibrations: 0,
+        environment: state.current().config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
         call: Call::opaque(Bytes::new()),
         outlives_caller: true,
@@ -136,7 +137,7 @@ fn the_future_of_a_request_is_smaller_than_7_kib() {
 #[tokio::test]
 async fn an_exchange_that_panics_settles_once_and_is_answered() {
     let state = state(9);
-    let account = state.accounts[0].clone();
+    let account = state.current().accounts[0].clone();
     let mut charge = charge(&account, &state.metrics).await;
     let answer = outlive_caller(Dialect::OpenAi, async move {
         charge.observe(Amounts::of_request(8, 3));

@@ -7,8 +7,9 @@ use super::{
     Wait,
 };
 use crate::clock::Timestamp;
+use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
-use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Retry delay for a request that would fit, but has to wait behind queued requests (ms).
 const MIN_WAIT_BEHIND_QUEUE_MS: u64 = 1_000;
@@ -16,8 +17,8 @@ const MIN_WAIT_BEHIND_QUEUE_MS: u64 = 1_000;
 /// The origin of a request. It decides which quotas apply.
 #[derive(Clone, Copy, Debug)]
 pub struct Subject<'a> {
-    /// Index of the caller in its environment; `None` in an environment without keys.
-    pub caller: Option<usize>,
+    /// The caller's name; `None` in an environment without keys.
+    pub caller: Option<&'a Arc<str>>,
     /// Name of the model; empty if the request names none.
     pub model: &'a str,
 }
@@ -36,7 +37,7 @@ pub struct Quotas {
 #[derive(Clone, Debug, Default)]
 struct ScopeIndex {
     environment: Vec<u32>,
-    callers: HashMap<usize, Vec<u32>>,
+    callers: FxHashMap<Arc<str>, Vec<u32>>,
     models: Vec<u32>,
 }
 
@@ -73,12 +74,12 @@ impl Quotas {
     /// The quotas that apply to a request, as indices into the config order.
     pub fn applicable(&self, subject: Subject<'_>) -> Applicable {
         let mut applicable = SmallVec::from_slice(&self.index.environment);
-        if let Some(of_caller) = subject.caller.and_then(|caller| self.index.callers.get(&caller)) {
+        if let Some(of_caller) = subject.caller.and_then(|caller| self.index.callers.get(&**caller)) {
             applicable.extend_from_slice(of_caller);
         }
         let matches = |index: &u32| match &self.cells[*index as usize].quota.scope {
             Scope::Model(pattern) => pattern.matches(subject.model),
-            Scope::Environment | Scope::Caller(..) => false,
+            Scope::Environment | Scope::Caller(_) => false,
         };
         applicable.extend(self.index.models.iter().copied().filter(matches));
         applicable
@@ -359,9 +360,9 @@ impl ScopeIndex {
     fn of(cells: &[Cell]) -> Self {
         let mut index = Self::default();
         for (at, cell) in (0..).zip(cells) {
-            match cell.quota.scope {
+            match &cell.quota.scope {
                 Scope::Environment => index.environment.push(at),
-                Scope::Caller(caller, _) => index.callers.entry(caller).or_default().push(at),
+                Scope::Caller(caller) => index.callers.entry(caller.clone()).or_default().push(at),
                 Scope::Model(_) => index.models.push(at),
             }
         }

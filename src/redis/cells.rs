@@ -63,7 +63,7 @@ fn cell_name(quota: &Quota) -> String {
     let Quota { scope, kind, per, .. } = quota;
     match scope {
         Scope::Environment => format!("{kind}/{}/{window}", per.ms),
-        Scope::Caller(..) | Scope::Model(_) => {
+        Scope::Caller(_) | Scope::Model(_) => {
             format!("{kind}/{}/{window}/{}/{}", per.ms, scope.as_str(), scope.name())
         }
     }

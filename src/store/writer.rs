@@ -6,7 +6,7 @@ use super::database::Database;
 use crate::calibrations::SavedCalibration;
 use crate::clock::{self, Stopwatch};
 use crate::config::StoreSettings;
-use crate::ledger::{AuditEntry, Changes, Totals, UsageRow};
+use crate::ledger::{AuditEntry, Changes, NamedAccount, Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -38,12 +38,15 @@ struct UnwrittenEnvironment {
     audit: Vec<AuditEntry>,
 }
 
-/// Minute, index of the environment, model, and index of the caller.
-type UsageKey = (i64, usize, Arc<str>, Option<usize>);
+/// Minute, index of the environment's account, model, and caller.
+type UsageKey = (i64, usize, Arc<str>, Option<Arc<str>>);
 
 impl Unwritten {
-    /// Adds the changes of the environment with this index. A newer state of a quota replaces the older one.
+    /// Adds the changes of the account with this index. A newer state of a quota replaces the older one.
     fn add(&mut self, index: usize, changes: Changes) {
+        if self.environments.len() <= index {
+            self.environments.resize_with(index + 1, UnwrittenEnvironment::default);
+        }
         let environment = &mut self.environments[index];
         for (quota, saved) in changes.quotas {
             match environment.quotas.iter_mut().find(|(known, _)| known.is_same_as(&quota)) {
@@ -56,7 +59,7 @@ impl Unwritten {
         environment.audit.extend(changes.audit);
         for (row, model) in changes.usage {
             let model = if self.usage.len() < MAX_UNWRITTEN_ROWS { model } else { "other".into() };
-            let sum = self.usage.entry((row.minute, index, model, row.caller)).or_default();
+            let sum = self.usage.entry((row.minute, index, model, row.caller.clone())).or_default();
             sum.minute = row.minute;
             sum.rejections += row.rejections;
             sum.spent = sum.spent.saturating_add(row.spent);
@@ -64,27 +67,25 @@ impl Unwritten {
         self.has_changes = true;
     }
 
-    fn write(&self, database: &mut Database, sources: &Sources) -> rusqlite::Result<()> {
-        let accounts = &sources.accounts;
+    fn write(&self, database: &mut Database, accounts: &[NamedAccount]) -> rusqlite::Result<()> {
         database.commit(|transaction| {
             for ((environment, _), changes) in accounts.iter().zip(&self.environments) {
                 for (quota, saved) in &changes.quotas {
-                    transaction.quota(&environment.name, quota, saved)?;
+                    transaction.quota(environment, quota, saved)?;
                 }
                 if let Some(overrides) = &changes.overrides {
-                    transaction.overrides(&environment.name, overrides)?;
+                    transaction.overrides(environment, overrides)?;
                 }
                 for entry in &changes.audit {
-                    transaction.audit(&environment.name, entry)?;
+                    transaction.audit(environment, entry)?;
                 }
                 if let Some((totals, held)) = &changes.totals_and_held {
-                    transaction.totals(&environment.name, totals, held)?;
+                    transaction.totals(environment, totals, held)?;
                 }
             }
             for ((_, index, model, caller), row) in &self.usage {
-                let environment = &accounts[*index].0;
-                let caller = caller.and_then(|index| environment.callers.get(index));
-                transaction.usage(&environment.name, model, caller.map_or("", |c| &c.name), row)?;
+                let Some((environment, _)) = accounts.get(*index) else { continue };
+                transaction.usage(environment, model, caller.as_deref().unwrap_or_default(), row)?;
             }
             for calibration in &self.calibrations {
                 transaction.calibration(calibration)?;
@@ -113,15 +114,15 @@ pub(super) fn run(
     sources: &Sources,
     settings: &StoreSettings,
 ) {
-    let environments = sources.accounts.iter().map(|_| UnwrittenEnvironment::default()).collect();
-    let mut unwritten = Unwritten { environments, ..Unwritten::default() };
+    let mut unwritten = Unwritten::default();
     let mut since_calibrations = Stopwatch::start();
     // The first merge is due at once.
     let mut merging = Merging { delay: Duration::ZERO, since: Stopwatch::start() };
     loop {
         let is_stopping = control.wait(unwritten.has_changes, merging.due_in());
         let commit = control.commits.begin();
-        for (index, (_, account)) in sources.accounts.iter().enumerate() {
+        let accounts = sources.accounts.all();
+        for (index, (_, account)) in accounts.iter().enumerate() {
             if let Some(changes) = account.take_changes() {
                 unwritten.add(index, changes);
             }
@@ -135,7 +136,7 @@ pub(super) fn run(
             unwritten.has_changes |= !unwritten.calibrations.is_empty();
         }
         if unwritten.has_changes {
-            let result = unwritten.write(&mut database, sources);
+            let result = unwritten.write(&mut database, &accounts);
             if result.is_ok() {
                 unwritten.clear();
             }

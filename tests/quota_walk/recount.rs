@@ -3,6 +3,7 @@
 use crate::random::{DAY, Random};
 use jiff::tz::TimeZone;
 use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
 use tollgate::glob::Glob;
 use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, QuotaLevel, Scope, Subject, Window};
 
@@ -18,7 +19,7 @@ pub(crate) fn quotas() -> Vec<Quota> {
     let calendar = |unit, zone: &str| Window::Calendar { unit, zone: TimeZone::get(zone).unwrap() };
     let day = calendar(ClockUnit::Day, "Europe/Berlin");
     let month = calendar(ClockUnit::Month, "America/New_York");
-    let caller = |n: usize| Scope::Caller(n, format!("caller-{n}"));
+    let caller = |n: u64| Scope::Caller(name_of(n));
     let model = |pattern: &str| Scope::Model(Glob::new(pattern));
     vec![
         quota(Scope::Environment, Kind::TotalTokens, 60_000, 60_000, rolling(4_000)),
@@ -48,6 +49,11 @@ pub(crate) struct Recount {
     pub(crate) open: HashMap<u64, HeldAmount>,
 }
 
+/// The name of a caller in the walks.
+fn name_of(caller: u64) -> Arc<str> {
+    format!("caller-{caller}").into()
+}
+
 /// Names of the models in the walks.
 pub(crate) const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
 
@@ -66,7 +72,8 @@ impl Origin {
     }
 
     pub(crate) fn subject(self) -> Subject<'static> {
-        Subject { caller: usize::try_from(self.caller).ok(), model: MODELS[self.model] }
+        static NAMES: LazyLock<Vec<Arc<str>>> = LazyLock::new(|| (0..CALLERS).map(name_of).collect());
+        Subject { caller: NAMES.get(usize::try_from(self.caller).unwrap()), model: MODELS[self.model] }
     }
 }
 
@@ -134,7 +141,7 @@ impl Recount {
 
     pub(crate) fn applies_to(&self, Origin { caller, model }: Origin) -> bool {
         match &self.quota.scope {
-            Scope::Caller(index, _) => *index as u64 == caller,
+            Scope::Caller(name) => *name == name_of(caller),
             Scope::Model(pattern) => {
                 pattern.as_str() == MODELS[model] || model < 2 && pattern.as_str() == "m-*"
             }

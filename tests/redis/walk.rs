@@ -3,6 +3,7 @@
 use super::node::Node;
 use super::server::Server;
 use jiff::tz::TimeZone;
+use std::sync::Arc;
 use tollgate::clock::Timestamp;
 use tollgate::glob::Glob;
 use tollgate::quota::{
@@ -15,6 +16,11 @@ const DAY_MS: u64 = 86_400_000;
 const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
 /// The day before clocks go forward in Europe.
 const START: i64 = 1_774_700_000_000;
+
+/// The name of a caller.
+fn name_of(caller: usize) -> Arc<str> {
+    format!("caller-{caller}").into()
+}
 
 /// The generator SplitMix64. The walk is the same on every machine.
 struct Dice(u64);
@@ -41,7 +47,7 @@ fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota
 fn ordinary_quotas() -> Vec<Quota> {
     let rolling = |burst| Window::Rolling { burst };
     let calendar = |unit, zone: &str| Window::Calendar { unit, zone: TimeZone::get(zone).unwrap() };
-    let caller = |n: usize| Scope::Caller(n, format!("caller-{n}"));
+    let caller = |n: usize| Scope::Caller(name_of(n));
     let model = |pattern: &str| Scope::Model(Glob::new(pattern));
     vec![
         quota(Scope::Environment, Kind::TotalTokens, 60_000, 60_000, rolling(4_000)),
@@ -125,7 +131,7 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     fn reserve(&mut self) {
-        let subject = Subject { caller: Some(self.dice.pick(3)), model: MODELS[self.dice.pick(3)] };
+        let subject = Subject { caller: Some(&name_of(self.dice.pick(3))), model: MODELS[self.dice.pick(3)] };
         let amounts = Amounts::of_request(self.dice.below(self.max_amount), self.dice.below(self.max_amount));
         let generates = self.dice.below(5) > 0;
         let required = Required { amounts, generates };

@@ -1,0 +1,131 @@
+//! One config with everything that is prepared from it. It never changes: a reload makes another one. A request uses one
+//! snapshot from its first byte to its last.
+
+use super::flood::FloodLimiter;
+use super::headers;
+use super::keys::KeyTable;
+use crate::calibrations::Calibrations;
+use crate::config::{Config, Environment};
+use crate::estimate::{Models, Provider};
+use crate::ledger::Account;
+use crate::telemetry::{Metrics, Series};
+use http::header::HeaderValue;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// One config with everything that is prepared from it.
+pub struct Snapshot {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// The counters of each environment, in the order of the config.
+    pub accounts: Vec<Arc<Account>>,
+    /// In the order of the config.
+    pub(super) contexts: Vec<EnvironmentContext>,
+    pub(super) models: Models,
+    pub(super) keys: KeyTable,
+    pub(super) flood: Option<Arc<FloodLimiter>>,
+    /// Whether each upstream has refused `stream_options`, in the order of the config.
+    refuses_stream_options: Vec<Arc<AtomicBool>>,
+}
+
+/// Values of one environment that every request needs, prepared once so that requests share them.
+pub(super) struct EnvironmentContext {
+    pub(super) series: Arc<Series>,
+    /// Index of the upstream in the config.
+    pub(super) upstream: usize,
+    /// Index of the upstream's corrections of prompt estimates.
+    pub(super) calibrations: usize,
+    /// The service behind the upstream.
+    pub(super) provider: Provider,
+    pub(super) name: Arc<str>,
+    /// The callers' names, in the order of the config.
+    pub(super) callers: Vec<Arc<str>>,
+    /// The value of `x-tollgate-environment`.
+    pub(super) header: HeaderValue,
+    pub(super) credential: Option<headers::Credential>,
+}
+
+impl Snapshot {
+    /// Prepares a config. `accounts`: the account of each environment, in the order of the config. `previous`: the
+    /// snapshot that this one replaces, whose flood guard and knowledge of upstreams stay where their settings did not
+    /// change.
+    pub(super) fn new(
+        config: Arc<Config>,
+        accounts: Vec<Arc<Account>>,
+        models: Models,
+        (metrics, calibrations): (&Metrics, &Calibrations),
+        previous: Option<&Self>,
+    ) -> anyhow::Result<Self> {
+        let guard = config.server.flood_guard;
+        let known = previous.filter(|previous| previous.config.server.flood_guard == guard);
+        let flood = known.map_or_else(
+            || guard.and_then(FloodLimiter::new).map(Arc::new),
+            |previous| previous.flood.clone(),
+        );
+        let refuses_stream_options = config.upstreams.iter().map(|settings| {
+            let same = previous.and_then(|previous| {
+                let at = previous.config.upstreams.iter().position(|known| known == settings)?;
+                previous.refuses_stream_options.get(at).cloned()
+            });
+            same.unwrap_or_default()
+        });
+        Ok(Self {
+            contexts: config
+                .environments
+                .iter()
+                .map(|environment| EnvironmentContext::new(&config, environment, metrics, calibrations))
+                .collect::<anyhow::Result<_>>()?,
+            refuses_stream_options: refuses_stream_options.collect(),
+            accounts,
+            models,
+            keys: KeyTable::new(&config),
+            flood,
+            config,
+        })
+    }
+
+    /// Every environment and its account.
+    pub fn environments(&self) -> Vec<(Arc<Environment>, Arc<Account>)> {
+        self.config.environments.iter().cloned().zip(self.accounts.iter().cloned()).collect()
+    }
+
+    /// Whether the gateway requests usage in streams of this upstream. It does not if `stream_usage` is `never`, or
+    /// if the upstream has refused `stream_options`.
+    pub(super) fn requests_stream_usage(&self, upstream: usize) -> bool {
+        self.config.upstreams[upstream].requests_stream_usage
+            && !self.refuses_stream_options[upstream].load(Ordering::Relaxed)
+    }
+
+    /// Records that an upstream refuses `stream_options`. The gateway adds them no more while this process runs, or
+    /// until the upstream's settings change.
+    pub(super) fn stop_requesting_stream_usage(&self, upstream: usize) {
+        if !self.refuses_stream_options[upstream].swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                upstream = self.config.upstreams[upstream].name,
+                "the upstream refuses stream_options: the gateway no longer requests usage in its streams and counts \
+                 the delivered text instead; set upstreams.*.stream_usage to never to avoid the refused first attempt"
+            );
+        }
+    }
+}
+
+impl EnvironmentContext {
+    fn new(
+        config: &Config,
+        environment: &Environment,
+        metrics: &Metrics,
+        calibrations: &Calibrations,
+    ) -> anyhow::Result<Self> {
+        let upstream = config.upstreams.iter().position(|u| Arc::ptr_eq(u, &environment.upstream));
+        Ok(Self {
+            series: Arc::new(metrics.series_of(environment)),
+            upstream: upstream.unwrap_or(0),
+            calibrations: calibrations.index_of(&environment.upstream.name),
+            provider: Provider::of_upstream(&environment.upstream),
+            name: environment.name.as_str().into(),
+            callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
+            header: HeaderValue::from_str(&environment.name)?,
+            credential: headers::credential(&environment.upstream),
+        })
+    }
+}
