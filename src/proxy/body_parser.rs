@@ -8,6 +8,8 @@ use bytes::Bytes;
 use std::io::{self, Write};
 
 /// Reads an uncompressed body.
+// The large variant is the usual one, and the enclosing `Metered` is boxed.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum BodyParser {
     /// No byte has arrived that shows the format.
     Undecided(UndecidedBody),

@@ -46,7 +46,7 @@ pub(super) struct EventUsage {
 
 impl EventUsage {
     /// Replaces the fields that `later` reports.
-    pub(super) fn update(&mut self, later: Self) {
+    pub(super) fn update(&mut self, later: &Self) {
         self.answer = merged([self.answer, later.answer]);
         self.choice = merged([self.choice, later.choice]);
     }

@@ -413,7 +413,7 @@ impl SseReader {
             && let Ok(event) = serde_json::from_slice::<UsageEvent>(&data)
             && let Some(usage) = event.usage()
         {
-            return self.read_report(&data, &event, usage);
+            return self.read_report(&data, &event, &usage);
         }
         self.end.read(&data);
         self.delivered.push_event(&data);
@@ -421,7 +421,7 @@ impl SseReader {
     }
 
     /// Reads an event that reports usage. Returns whether it carries only usage.
-    fn read_report(&mut self, data: &[u8], event: &UsageEvent, usage: EventUsage) -> bool {
+    fn read_report(&mut self, data: &[u8], event: &UsageEvent, usage: &EventUsage) -> bool {
         self.reported_by_part.update(usage);
         self.reported = self.reported_by_part.total();
         let is_usage_chunk = event.is_usage_chunk(&self.choice_ends);
