@@ -63,6 +63,45 @@ fn tokens_so_far_are_those_reported_and_those_delivered_since() {
 }
 
 #[test]
+fn a_running_usage_of_one_of_several_choices_does_not_lower_the_tokens_so_far() {
+    let event = |index: u64, tokens: u64| {
+        format!(
+            r#"data: {{"choices":[{{"index":{index},"delta":{{"content":"a"}}}}],"usage":{{"completion_tokens":{tokens}}}}}"#
+        ) + "\n\n"
+    };
+    let stream = [event(0, 1), event(0, 2), event(0, 3), event(1, 1), event(1, 2)].concat();
+    for (choices, tokens) in [(1, 2), (2, 5)] {
+        let mut reader = SseReader::new(false).with_choices(choices);
+        reader.feed(&Bytes::from(stream.clone()), &mut Vec::<Bytes>::new());
+        assert_eq!(reader.tokens_so_far(u64::MAX), tokens, "{choices}");
+        assert!(!reader.has_final_report() && !reader.has_last_event());
+    }
+}
+
+#[test]
+fn text_stays_until_the_final_report_and_is_bounded() {
+    let event = |text: &str, rest: &str| {
+        format!(
+            r#"data: {{"choices":[{{"index":0,"delta":{{"content":"{text}"}}{rest}}}],"usage":{{"completion_tokens":3}}}}"#
+        ) + "\n\n"
+    };
+    let running = event("a", "").repeat(3);
+    let (_, mut reader) = follow(&running, false, &[]);
+    assert_eq!(reader.take_text().texts, ["aaa"]);
+    let (_, mut reader) = follow(&(running.clone() + &event("b", r#","finish_reason":"stop""#)), false, &[]);
+    assert!(reader.has_final_report() && reader.take_text() == TextToCount::default());
+    // Usage in every event does not let the text grow without bound.
+    let long = event(&"a".repeat(1_000), "");
+    let mut reader = SseReader::new(false);
+    for _ in 0..3_000 {
+        reader.feed(&Bytes::from(long.clone()), &mut Discard);
+        assert!(reader.buffered_bytes() < 1_200_000);
+    }
+    let text = reader.take_text();
+    assert_eq!(text.bytes() as u64 + 4 * text.known_tokens, 3_000_000);
+}
+
+#[test]
 fn the_next_sequence_number_follows_the_last_complete_event() {
     for (stream, next) in [
         ("", None),
