@@ -29,7 +29,7 @@ const MAX_BLOCKING_THREADS: usize = 8;
 /// How long the start waits until Redis is connected.
 const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);
 /// How the admin listener drains at shutdown, after the listener for callers.
-const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(150), endings: Duration::ZERO };
+const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(100), endings: Duration::ZERO };
 /// How long callers may take to read how their interrupted answers end, after `server.drain_timeout`.
 const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
 /// How long a thread waits for tasks of its blocking pool when it ends.

@@ -36,7 +36,7 @@ const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// The pause after an error of `accept`, such as when the process has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// While the server drains, callers have this long to complete a request that they have begun to send.
-const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(500);
+const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(400);
 /// The server waits this much longer than its connections, so that they end by themselves.
 const DRAIN_MARGIN: Duration = Duration::from_millis(50);
 /// Connections that the kernel completes before they are accepted.

@@ -36,7 +36,7 @@ impl Default for CallerTimeouts {
 }
 
 /// While the server drains, the rest of a refused request is read for at most this long.
-const DRAIN_LINGER: Duration = Duration::from_millis(300);
+const DRAIN_LINGER: Duration = Duration::from_millis(200);
 
 /// The service's view of a caller's connection.
 #[derive(Debug)]

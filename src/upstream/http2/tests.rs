@@ -127,3 +127,26 @@ async fn a_stream_after_a_goaway_counts_as_not_processed_and_one_before_it_does_
         assert!(error.is_retriable_if_reused(), "{error}");
     }
 }
+
+#[tokio::test]
+async fn an_answer_may_have_many_headers_up_to_64_kib() {
+    let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: LONG };
+    for (headers, is_accepted) in [(400, true), (600, false)] {
+        let (_client, stream, server) = connected(timeouts).await;
+        tokio::spawn(serve(server, move |mut respond| {
+            let mut answer = Response::new(());
+            for n in 0..headers {
+                let name = HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+                answer.headers_mut().insert(name, HeaderValue::from_static(TEXT));
+            }
+            respond.send_response(answer, true).unwrap();
+        }));
+        let answer = exchange(stream).await;
+        let received = answer.ok().map(|(parts, _)| parts.headers.len());
+        assert_eq!(received, is_accepted.then_some(headers));
+    }
+}
+
+/// Each header with this value counts as some 140 bytes.
+const TEXT: &str =
+    "a header value of one hundred bytes, which is longer than most values of headers in an answer are...";
