@@ -1,5 +1,6 @@
 //! The command line. Each command is a file that reads arguments and prints results; other modules do the work.
 
+mod backup;
 mod check;
 mod count;
 mod demo;
@@ -9,6 +10,7 @@ mod new_key;
 mod output;
 mod serve;
 mod simulate;
+mod usage;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
@@ -43,6 +45,10 @@ enum CliCommand {
     Init(init::InitArguments),
     /// Makes a random key for a caller, and the line with its digest for the config
     NewKey(new_key::NewKeyArguments),
+    /// Prints the usage history of the store, also while a gateway runs
+    Usage(usage::UsageArguments),
+    /// Copies the store to a file, also while a gateway runs
+    Backup(backup::BackupArguments),
     /// Reads a key from standard input and prints its SHA-256 for the config
     HashKey,
     /// Prints a script with command completions for a shell
@@ -66,6 +72,8 @@ pub fn run() -> ExitCode {
         CliCommand::Check => check::run(config),
         CliCommand::Count(arguments) => count::run(config, &arguments),
         CliCommand::Simulate(arguments) => simulate::run(config, &arguments),
+        CliCommand::Usage(arguments) => usage::run(config, &arguments),
+        CliCommand::Backup(arguments) => backup::run(config, &arguments),
         CliCommand::Init(arguments) => init::run(config, &arguments),
         CliCommand::NewKey(arguments) => new_key::run(&arguments),
         CliCommand::HashKey => hash_key::run(),

@@ -8,8 +8,10 @@
 //! SQLite runs in WAL mode with `synchronous=NORMAL`: a killed process loses no commit. A power failure may lose the
 //! last commits.
 
+mod backup;
 mod control;
 mod database;
+mod usage_report;
 mod writer;
 
 use crate::calibrations::{Calibrations, SavedCalibration};
@@ -19,13 +21,19 @@ use crate::ledger::{Accounts, OTHER_MODELS, Persistence, RestoredState};
 use crate::quota::{CalendarPeriod, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
 use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+pub(crate) use backup::back_up;
 pub use control::WriterControl;
 pub(crate) use database::StoredOverride;
 use database::{Database, Used};
+pub(crate) use usage_report::{
+    ReportColumn, ReportQuery, ReportRow, ReportStep, parse_columns, parse_moment, parse_step,
+    read as read_usage, to_csv,
+};
 
 /// The sources of the changes that the writer thread writes.
 struct Sources {
@@ -188,7 +196,7 @@ impl Drop for StoreWriter {
 /// too and reports why.
 fn resolve_links(path: &Path) -> PathBuf {
     let real = path.canonicalize().or_else(|_| {
-        File::options().create(true).append(true).open(path)?;
+        File::options().create(true).append(true).mode(0o600).open(path)?;
         path.canonicalize()
     });
     real.unwrap_or_else(|_| path.to_owned())
@@ -199,9 +207,10 @@ fn resolve_links(path: &Path) -> PathBuf {
 fn lock_file(file: &Path, path: &Path) -> anyhow::Result<File> {
     let mut name = file.as_os_str().to_owned();
     name.push(".lock");
-    let lock = File::options().create(true).write(true).truncate(false).open(&name).with_context(|| {
-        format!("store.path, {}, cannot be locked: make its folder writable", path.display())
-    })?;
+    let lock =
+        File::options().create(true).write(true).truncate(false).mode(0o600).open(&name).with_context(
+            || format!("store.path, {}, cannot be locked: make its folder writable", path.display()),
+        )?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => anyhow::bail!(

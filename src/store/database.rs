@@ -115,6 +115,11 @@ impl Database {
         Ok(Self(db))
     }
 
+    /// The connection, for statements of other files.
+    pub(super) fn connection(&self) -> &Connection {
+        &self.0
+    }
+
     /// Detects a damaged or read-only file at start, before the first request does. It checks the small tables and not
     /// the usage history, which may be large.
     fn check(db: &Connection) -> anyhow::Result<()> {
@@ -467,6 +472,6 @@ fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-fn unsigned(n: i64) -> u64 {
+pub(super) fn unsigned(n: i64) -> u64 {
     u64::try_from(n).unwrap_or(0)
 }

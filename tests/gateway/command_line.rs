@@ -126,3 +126,64 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     // An override that equals the file contradicts nothing.
     assert!(!output.contains("per day, to"), "{output}");
 }
+
+#[tokio::test]
+async fn usage_and_backup_read_the_store_while_the_gateway_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let upstream = Upstream::always(Answer::chat(1_234, 2)).await;
+    let config = |store: &str| {
+        format!(
+            "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://{}/v1' }} }}\n\
+             environments: {{ production: {{ upstream: u, quotas: {{ requests: {{ limit: 9k, per: day }} }} }} }}\n\
+             default_environment: production\nstore: {{ path: {store} }}\n",
+            upstream.address
+        )
+    };
+    let process = Process::of_config(&config(&path("t.db"))).await;
+    assert_eq!(process.chat(HELLO).await.status, 200);
+    process.settled_charges().await;
+    std::fs::write(path("t.yaml"), config(&path("t.db"))).unwrap();
+    std::fs::write(path("copy.yaml"), config(&path("copy.db"))).unwrap();
+    let usage = |file: &str, format: &str| {
+        let config = path(file);
+        run(
+            &[
+                "usage",
+                "--config",
+                &config,
+                "--group-by",
+                "environment,model",
+                "--by",
+                "month",
+                "--format",
+                format,
+            ],
+            "",
+        )
+    };
+    // The store's writer commits a moment after the settlement.
+    let rows = loop {
+        let (code, output, errors) = usage("t.yaml", "csv");
+        assert_eq!(code, 0, "{errors}");
+        if output.lines().count() > 1 {
+            break output;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    };
+    assert!(rows.contains("-01T00:00:00Z,production,gpt-4o,,1,0,1234,2,1236\n"), "{rows}");
+    let (code, output, errors) = run(&["backup", &path("copy.db"), "--config", &path("t.yaml")], "");
+    assert!(code == 0 && output.contains("To restore it"), "{errors}");
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(path("copy.db")).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    assert_eq!(usage("copy.yaml", "csv").1, rows);
+    let json: serde_json::Value = serde_json::from_str(&usage("copy.yaml", "json").1).unwrap();
+    assert_eq!(
+        (&json["rows"][0]["total_tokens"], &json["rows"][0]["caller"]),
+        (&1236.into(), &serde_json::Value::Null)
+    );
+    assert!(usage("copy.yaml", "table").1.contains("1,234"));
+    let (code, _, errors) = run(&["backup", &path("copy.db"), "--config", &path("t.yaml")], "");
+    assert!(code == 1 && errors.contains("must not exist yet"), "{errors}");
+}
