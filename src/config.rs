@@ -257,13 +257,17 @@ pub struct ReserveSettings {
     pub max_wait: Duration,
 }
 
-/// `models[]`: the tokenizer for the models whose names match a pattern.
+/// `models[]`: how to count for the models whose names match a pattern.
 #[derive(Clone, Debug)]
 pub struct ModelRule {
     /// Model name pattern.
     pub pattern: Glob,
-    /// The tokenizer.
-    pub tokenizer: TokenizerChoice,
+    /// The tokenizer; `None`: that of the built-in table.
+    pub tokenizer: Option<TokenizerChoice>,
+    /// `overhead`: tokens per request besides the messages.
+    pub overhead: Option<u32>,
+    /// `tool_factor` in thousandths: multiplies the tokens of the tools.
+    pub tool_factor: Option<u32>,
 }
 
 /// `models[].encoding`, `models[].tokenizer` or `models[].model`.

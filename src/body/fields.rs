@@ -35,6 +35,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "tools",
             "functions",
             "tool_choice",
+            "parallel_tool_calls",
             "function_call",
             "response_format",
             "thinking",
@@ -49,6 +50,7 @@ fn governed(api: Api) -> &'static [&'static str] {
             "input",
             "tools",
             "tool_choice",
+            "parallel_tool_calls",
             "text",
             "reasoning",
             "previous_response_id",
@@ -213,6 +215,12 @@ impl<'a> BodyReader<'a> {
                 prompt.add_tools(raw(map)?);
                 Ok(())
             }
+            (_, "parallel_tool_calls") => {
+                if raw(map)? == "false" {
+                    prompt.forbid_parallel_calls();
+                }
+                Ok(())
+            }
             (Api::Messages, "tool_choice") => value(map, &mut AnthropicToolChoice(prompt)),
             (_, "tool_choice" | "function_call") => value(map, &mut ToolChoice(prompt)),
             (_, "thinking") => value(map, &mut Thinking(prompt)),
@@ -339,9 +347,15 @@ impl<'a> JsonVisitor<'a> for ToolChoice<'_, 'a> {
 struct AnthropicToolChoice<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for AnthropicToolChoice<'_, 'a> {
-    const FIELDS: &'static [&'static str] = &["type", "name"];
+    const FIELDS: &'static [&'static str] = &["type", "name", "disable_parallel_tool_use"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        if name == "disable_parallel_tool_use" {
+            if raw(object)? == "true" {
+                self.0.forbid_parallel_calls();
+            }
+            return Ok(());
+        }
         let text = string(object)?;
         match (name, &*text) {
             ("name", _) => self.0.require_tool_named(text),

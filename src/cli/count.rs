@@ -227,6 +227,15 @@ impl CountResult {
                 "factor         {percent} %: the vocabulary of this model is not built in, so the count of another one is scaled\n"
             );
         }
+        if let Some(tokens) = self.rules.overhead() {
+            text += &format!(
+                "overhead       {tokens} tokens per request besides the messages, set in the config\n"
+            );
+        }
+        if let Some(factor) = self.rules.tool_factor() {
+            let (whole, decimals) = (factor / 1_000, factor % 1_000);
+            text += &format!("tool factor    {whole}.{decimals:03}, set in the config\n");
+        }
         text += &format!("provider       {}\n", self.rules.provider().as_str());
         text += &format!("kind           {}\n", estimate.kind.as_str());
         if estimate.is_rough {

@@ -217,12 +217,16 @@ fn a_trailing_slash_of_a_base_url_is_removed() {
 
 #[test]
 fn model_rules_keep_the_order_of_the_file() {
-    let text = "models: [{ match: 'a*', encoding: cl100k_base }, { match: '*', encoding: o200k_harmony }, { match: b, tokenizer: fixtures/tokenizer.json }, { match: c, model: gpt-5 }]";
+    let text = "models: [{ match: 'a*', encoding: cl100k_base }, { match: '*', encoding: o200k_harmony }, { match: b, tokenizer: fixtures/tokenizer.json }, { match: c, model: gpt-5, overhead: 1k, tool_factor: 0.6 }, { match: d, tool_factor: 12 }]";
     let config = config(&format!("{MINIMAL}{text}\n"));
+    let figures: Vec<_> = config.models.iter().map(|m| (m.overhead, m.tool_factor)).collect();
+    assert_eq!(figures[2..], [(None, None), (Some(1_000), Some(600)), (None, Some(12_000))]);
     let tokenizers: Vec<_> = config.models.into_iter().map(|m| m.tokenizer).collect();
     let file = TokenizerChoice::File("fixtures/tokenizer.json".into());
     let same_as = TokenizerChoice::SameAs("gpt-5".to_owned());
-    assert_eq!(tokenizers, [TokenizerChoice::Cl100k, TokenizerChoice::O200k, file, same_as]);
+    let chosen = [TokenizerChoice::Cl100k, TokenizerChoice::O200k, file, same_as].map(Some);
+    assert_eq!(tokenizers[..4], chosen);
+    assert_eq!(tokenizers[4], None);
 }
 
 #[test]

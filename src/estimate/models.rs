@@ -21,6 +21,12 @@ pub struct Model {
     format: Format,
     images: ImageRule,
     thinking: ThinkingHabits,
+    /// The entry of the tables; empty for an unknown model.
+    family: &'static str,
+    /// Tokens per request besides the messages, if the config sets them.
+    overhead: Option<u32>,
+    /// Multiplies the tokens of tools, in thousandths, if the config sets it.
+    tool_factor: Option<u32>,
     /// The service that runs the model.
     provider: Provider,
 }
@@ -30,10 +36,15 @@ pub struct Model {
 const TEMPLATE: ChatTemplate = ChatTemplate {
     request: 3,
     message: 3,
+    system: 0,
+    default_system: 0,
+    description: 0,
     functions: 60,
     function: 15,
     parameters: 125,
+    reads_types: false,
     required: 0,
+    serial: 0,
     call: 20,
     argument: 0,
     schema: None,
@@ -50,10 +61,12 @@ const fn template(
     ChatTemplate { request, message, functions, function, parameters, call, ..TEMPLATE }
 }
 
-/// Anthropic's models. Fitted to 30 exchanges with reasoning, 14 with a schema, 109 with tool calls and 75 that
-/// must call a tool.
+/// Anthropic's models. Fitted to 30 exchanges with reasoning, 14 with a schema, 109 with tool calls, 75 that must
+/// call a tool and 115 with a system prompt. The system prompt is not a message: up to version 4.6 it costs fewer
+/// tokens than one.
 const fn claude(message: i64, functions: (i64, u8, u8), required: i64) -> ChatTemplate {
     ChatTemplate {
+        system: -3,
         required,
         argument: 10,
         schema: Some(SchemaCost { request: 105, percent: 172 }),
@@ -109,13 +122,22 @@ const LLAMA: ChatTemplate = template((4, 3), (144, 15, 100), 5);
 const LLAMA_3_1: ChatTemplate = ChatTemplate { request: 28, ..LLAMA };
 const GLM: ChatTemplate = template((1, 2), (104, 15, 125), 18);
 const QWEN_3_5: ChatTemplate = ChatTemplate { argument: 8, ..template((6, 2), (199, 22, 142), 25) };
+const DEEPSEEK: ChatTemplate =
+    ChatTemplate { argument: 10, reasoning: 79, ..template((2, -1), (222, 13, 137), 33) };
 const MISTRAL: ChatTemplate = template((2, -1), (5, 19, 136), 3);
+const GEMMA: ChatTemplate = template((0, 3), (10, 5, 100), 8);
+const DEVSTRAL_2507: ChatTemplate = template((2, -1), (3, 12, 85), 3);
 const GEMINI_2: ChatTemplate = template((0, 0), (3, 8, 87), 12);
-const GROK_FAST: ChatTemplate = grok(149, (149, 10, 103), 40);
-const CLAUDE_4: ChatTemplate = claude(1, (306, 17, 145), 0);
-const CLAUDE_4_5: ChatTemplate = claude(1, (494, 17, 143), 94);
-const CLAUDE_4_6: ChatTemplate = claude(1, (492, 18, 145), 92);
-const CLAUDE_4_7: ChatTemplate = claude(3, (690, 17, 165), 115);
+const GROK_FAST: ChatTemplate = grok(151, (147, 10, 103), 40);
+const GROK_FAST_NON_REASONING: ChatTemplate = grok(167, (149, 10, 103), 40);
+const GROK_3: ChatTemplate = ChatTemplate { description: 112, ..grok(118, (53, 13, 126), 5) };
+// The prompt for tools invites Anthropic's models from version 4.5 on to call several at once. `serial` takes this
+// paragraph back; without it all versions have about the same prompt.
+const CLAUDE_4: ChatTemplate = ChatTemplate { serial: -20, ..claude(1, (306, 17, 145), 0) };
+const CLAUDE_4_5: ChatTemplate = ChatTemplate { serial: -208, ..claude(1, (494, 17, 143), 94) };
+const CLAUDE_4_6: ChatTemplate = ChatTemplate { system: -1, serial: -206, ..claude(1, (492, 18, 145), 92) };
+const CLAUDE_4_7: ChatTemplate = ChatTemplate { system: 0, serial: -217, ..claude(3, (690, 17, 165), 115) };
+const CLAUDE_5: ChatTemplate = ChatTemplate { system: 0, call: 32, ..claude(2, (372, 15, 170), 130) };
 
 /// Other model families by the prefix of their name; the first match counts, before `OPENAI`.
 ///
@@ -123,7 +145,8 @@ const CLAUDE_4_7: ChatTemplate = claude(3, (690, 17, 165), 115);
 /// vocabularies count. For models without a published vocabulary it was fitted to recorded exchanges.
 ///
 /// A comment like "42 plain, 28 tools" gives the number of recorded exchanges that the entry was fitted to: with
-/// text alone, and with tools.
+/// text alone, and with tools. Measured in November 2026. Providers change their prompts: the figures are priors,
+/// which calibration and `models` in the config replace.
 const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 5 plain, 13 tools. The template begins with a description of the model.
     (
@@ -131,7 +154,8 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
         100,
         ChatTemplate {
             schema: Some(SchemaCost { request: 50, percent: 100 }),
-            ..template((63, 3), (4, 14, 123), 20)
+            reads_types: true,
+            ..template((63, 3), (19, 0, 100), 20)
         },
     ),
     ("llama-2", 135, ChatTemplate { functions: 150, parameters: 125, ..LLAMA }),
@@ -139,21 +163,30 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("llama-3.1", 105, LLAMA_3_1),
     ("llama-3.2", 105, LLAMA_3_1),
     ("llama-3.3", 105, LLAMA_3_1),
+    ("llama-4", 105, LLAMA),
     ("llama", 105, LLAMA),
     // 8 plain; tools: 14 with k2.5, 16 with k2.
     ("kimi-k2.", 105, template((4, 2), (4, 8, 100), 20)),
     ("kimi", 105, template((4, 2), (5, 27, 125), 22)),
     ("moonshot", 105, template((4, 2), (5, 27, 125), 22)),
+    // The template has a system prompt of its own.
+    ("minimax-m2", 105, ChatTemplate { default_system: 25, ..template((12, 2), (70, 15, 120), 15) }),
     ("minimax", 105, template((3, 2), (70, 15, 120), 15)),
     // 5 plain; tools: 16 with version 4, 8 with version 5.
     ("glm-4", 105, ChatTemplate { call: 50, ..GLM }),
+    ("glm-5.2", 105, ChatTemplate { request: 8, ..GLM }),
+    ("glm-5.3", 105, ChatTemplate { request: 8, ..GLM }),
     ("glm", 105, GLM),
     // 83 plain, 100 tools. Whether it reasons by default has changed over time; in most exchanges it did not.
-    ("deepseek", 108, ChatTemplate { argument: 10, reasoning: 79, ..template((2, -1), (222, 13, 137), 33) }),
+    ("deepseek-v3.1", 108, ChatTemplate { functions: 95, ..DEEPSEEK }),
+    ("deepseek-r1", 108, ChatTemplate { functions: 95, ..DEEPSEEK }),
+    ("deepseek", 108, DEEPSEEK),
     // 19 plain, 38 tools. The template has longer instructions for tools than that of version 3.
     ("qwen3.5", 103, QWEN_3_5),
     // 9 plain, 13 tools. The provider Venice uses this name, and adds its own prompt.
     ("qwen3-5", 103, ChatTemplate { functions: 981, ..QWEN_3_5 }),
+    // The template writes each function as XML.
+    ("qwen3-coder", 103, template((3, 3), (122, 40, 220), 18)),
     // 86 plain, 78 tools.
     ("qwen", 103, template((3, 3), (72, 24, 132), 18)),
     ("qwq", 103, template((3, 3), (72, 24, 132), 18)),
@@ -168,13 +201,19 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 36 plain, 40 tools.
     ("mistral", 110, MISTRAL),
     ("ministral", 110, MISTRAL),
+    ("magistral-small", 110, ChatTemplate { request: 13, ..MISTRAL }),
     ("magistral", 110, MISTRAL),
     ("codestral", 110, MISTRAL),
     ("pixtral", 110, MISTRAL),
     ("voxtral", 110, MISTRAL),
+    ("devstral-small-2507", 110, DEVSTRAL_2507),
+    ("devstral-medium-2507", 110, DEVSTRAL_2507),
     ("devstral", 110, MISTRAL),
     ("mixtral", 135, MISTRAL),
-    ("gemma", 108, template((0, 3), (10, 5, 100), 8)),
+    // The template has no place for a system prompt: it joins the first message.
+    ("gemma-3n", 108, ChatTemplate { default_system: 11, ..GEMMA }),
+    ("gemma-3", 108, ChatTemplate { default_system: 4, ..GEMMA }),
+    ("gemma", 108, GEMMA),
     // 0 plain, 17 tools.
     ("gemini-2.0", 100, ChatTemplate { functions: 0, function: 0, parameters: 40, call: 8, ..GEMINI_2 }),
     // 86 plain, 155 tools.
@@ -183,13 +222,20 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 28 plain, 54 tools, of versions 3 and 3.5.
     ("gemini", 100, template((0, 0), (0, 11, 133), 8)),
     // 2 plain, 12 tools.
-    ("grok-code", 100, grok(194, (119, 15, 114), 40)),
+    ("grok-code", 100, grok(200, (113, 15, 114), 40)),
     // 4 plain, 20 tools.
+    ("grok-4-fast-non-reasoning", 100, GROK_FAST_NON_REASONING),
+    ("grok-4.1-fast-non-reasoning", 100, GROK_FAST_NON_REASONING),
     ("grok-4-fast", 100, GROK_FAST),
     ("grok-4.1-fast", 100, GROK_FAST),
+    // 18 tools. The prompt was 118 until the middle of 2026.
+    ("grok-4.3", 100, grok(191, (-20, 13, 126), 5)),
+    // 38 plain.
+    ("grok-2", 100, GROK_3),
     // 14 plain, 32 tools.
-    ("grok-3-mini", 100, grok(128, (37, 18, 114), 20)),
-    // 2 plain, 27 tools.
+    ("grok-3-mini", 100, ChatTemplate { description: 122, ..grok(128, (37, 18, 114), 20) }),
+    ("grok-3", 100, GROK_3),
+    // 2 plain, 27 tools. At times the prompt of grok-4 was 683.
     ("grok", 100, grok(118, (53, 13, 126), 5)),
     // 16 plain, 0 tools.
     ("sonar", 100, template((0, 0), (0, 15, 100), 0)),
@@ -207,34 +253,59 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("claude-sonnet-4-5", 110, CLAUDE_4_5),
     // 10 plain, 9 tools.
     ("claude-opus-4-7", 140, CLAUDE_4_7),
-    ("claude-opus-4-8", 140, CLAUDE_4_7),
+    ("claude-opus-4-8", 117, ChatTemplate { functions: 305, serial: 0, ..CLAUDE_4_7 }),
     // 9 plain, 53 tools.
     ("claude-sonnet-4", 110, CLAUDE_4),
     ("claude-opus-4", 110, CLAUDE_4),
-    // 40 plain, 21 tools, of sonnet-5. Later models are assumed to be like it.
-    ("claude", 140, ChatTemplate { call: 32, ..claude(2, (372, 15, 170), 130) }),
+    // 40 plain, 21 tools.
+    ("claude-sonnet-5", 140, CLAUDE_5),
+    ("claude-opus-5", 108, CLAUDE_5),
+    ("claude-fable-5", 108, CLAUDE_5),
+    // Later models are assumed to be between these.
+    ("claude", 120, CLAUDE_5),
 ];
 
 /// A model in neither table.
-const UNKNOWN: (Encoding, u64, Format) = (O200K, 110, Format::Template(TEMPLATE));
+const UNKNOWN: (&str, Encoding, u64, Format) = ("", O200K, 110, Format::Template(TEMPLATE));
+
+/// What a provider changes in the template of a family.
+#[derive(Clone, Copy)]
+enum Change {
+    /// `request` has this value.
+    Request(i64),
+    /// `functions` has this value.
+    Functions(i64),
+}
+
+/// Families by the prefix of their name that read another prompt at a provider.
+const AT_PROVIDERS: &[(Provider, &str, Change)] = &[
+    // Azure does not add xAI's description of the model.
+    (Provider::Azure, "grok", Change::Request(1)),
+    // Groq adds long instructions for calls.
+    (Provider::Groq, "llama-4", Change::Functions(650)),
+];
 
 impl Model {
     /// The model of this name in the built-in tables. The costs of an unknown model are guesses, rather too high
     /// than too low.
     pub(super) fn built_in(name: &str) -> Self {
         let name = plain_name(name, is_family);
-        let openai =
-            || OPENAI.iter().find(|(prefix, ..)| name.starts_with(prefix)).map(|&(_, e, f)| (e, 100, f));
+        let openai = || OPENAI.iter().find(|(prefix, ..)| name.starts_with(prefix));
+        let openai = || openai().map(|&(family, encoding, format)| (family, encoding, 100, format));
         let other = OTHERS.iter().find(|(prefix, ..)| name.starts_with(prefix));
-        let other = other.map(|&(_, percent, template)| (O200K, percent, Format::Template(template)));
+        let other =
+            other.map(|&(family, percent, template)| (family, O200K, percent, Format::Template(template)));
         let known = other.or_else(openai);
-        let (encoding, percent, format) = known.unwrap_or(UNKNOWN);
+        let (family, encoding, percent, format) = known.unwrap_or(UNKNOWN);
         Self {
             tokenizer: Tokenizer { encoding, percent },
             is_known: known.is_some(),
             format,
             images: ImageRule::of_model(&name),
             thinking: ThinkingHabits::of_model(&name),
+            family,
+            overhead: None,
+            tool_factor: None,
             provider: Provider::Unknown,
         }
     }
@@ -242,7 +313,41 @@ impl Model {
     /// The same model at this provider.
     #[must_use]
     pub fn at(self, provider: Provider) -> Self {
-        Self { provider, thinking: self.thinking.at(provider), ..self }
+        let is_changed =
+            |(at, family, _): &&(Provider, &str, Change)| *at == provider && self.family.starts_with(*family);
+        let format = match (self.format, AT_PROVIDERS.iter().find(is_changed)) {
+            (Format::Template(template), Some((.., Change::Request(request)))) => {
+                Format::Template(ChatTemplate { request: *request, ..template })
+            }
+            (Format::Template(template), Some((.., Change::Functions(functions)))) => {
+                Format::Template(ChatTemplate { functions: *functions, ..template })
+            }
+            (format, _) => format,
+        };
+        Self { provider, format, thinking: self.thinking.at(provider), ..self }
+    }
+
+    /// The same model with figures of the config: tokens per request besides the messages, and the factor of tools in
+    /// thousandths.
+    pub(super) fn with_figures(self, overhead: Option<u32>, tool_factor: Option<u32>) -> Self {
+        Self { overhead, tool_factor, ..self }
+    }
+
+    /// Tokens per request besides the messages, if the config sets them.
+    pub fn overhead(&self) -> Option<u32> {
+        self.overhead
+    }
+
+    /// The factor of tools in thousandths, if the config sets it.
+    pub fn tool_factor(&self) -> Option<u32> {
+        self.tool_factor
+    }
+
+    /// The API that reaches the model. Routers send chats with OpenAI's models from gpt-5 on to the Responses API.
+    fn read_by(&self, api: Api) -> Api {
+        let is_converted =
+            api == Api::Chat && self.provider == Provider::Router && self.format == Format::Harmony;
+        if is_converted { Api::Responses } else { api }
     }
 
     /// The service that runs the model.
@@ -253,12 +358,12 @@ impl Model {
     /// The same model with this vocabulary. An unknown model with a vocabulary of OpenAI's is taken as a model of
     /// OpenAI's.
     pub(super) fn with_encoding(self, encoding: Encoding) -> Self {
-        let (format, thinking) = match encoding {
-            Encoding::O200k if !self.is_known => (Format::Omni, ThinkingHabits::of_model("gpt-4o")),
-            Encoding::Cl100k if !self.is_known => (Format::Early, ThinkingHabits::of_model("gpt-4")),
-            _ => (self.format, self.thinking),
+        let base = match encoding {
+            Encoding::O200k if !self.is_known => Self::built_in("gpt-4o"),
+            Encoding::Cl100k if !self.is_known => Self::built_in("gpt-4"),
+            _ => self,
         };
-        Self { tokenizer: Tokenizer::exact(encoding), is_known: true, format, thinking, ..self }
+        Self { tokenizer: Tokenizer::exact(encoding), is_known: true, ..base }
     }
 
     /// Tokens of images.
@@ -280,7 +385,7 @@ impl Model {
 
     /// The form in which the model reads functions.
     pub(super) fn style(&self, api: Api) -> Style {
-        self.format.style(api)
+        self.format.style(self.read_by(api))
     }
 
     /// Whether a schema for the answer is in the prompt.
@@ -310,12 +415,17 @@ impl Model {
 
     /// Whether the name of a tool that must be called is in the prompt.
     pub(super) fn names_chosen_tool(&self, api: Api) -> bool {
-        self.format.names_chosen_tool(api)
+        self.format.names_chosen_tool(self.read_by(api))
     }
 
     /// Adds the overhead of a request to its parts.
     pub(super) fn add_overhead(&self, facts: &PromptFacts, parts: &mut [u64; PromptPart::ALL.len()]) {
-        self.format.add_overhead(facts, parts);
+        let facts = PromptFacts { api: self.read_by(facts.api), ..*facts };
+        self.format.add_overhead(&facts, self.overhead, parts);
+        if let Some(factor) = self.tool_factor {
+            let tools = &mut parts[PromptPart::Tools as usize];
+            *tools = tools.saturating_mul(u64::from(factor)).div_ceil(1_000);
+        }
     }
 }
 

@@ -26,14 +26,25 @@ pub(super) struct ChatTemplate {
     pub(super) request: i64,
     /// For each message.
     pub(super) message: i64,
+    /// For a request with a system prompt, in addition to those of a message.
+    pub(super) system: i64,
+    /// For a request without a system prompt: the prompt that the template has instead.
+    pub(super) default_system: i64,
+    /// The part of `request` that is in the prompt of a chat only if there are functions that the model may call, but
+    /// need not.
+    pub(super) description: i64,
     /// For each request with functions.
     pub(super) functions: i64,
     /// For each function.
     pub(super) function: u8,
     /// Tokens of the model per 100 `o200k_base` tokens of the parameters' compact JSON.
     pub(super) parameters: u8,
+    /// Whether the model reads functions as TypeScript types, and not as JSON.
+    pub(super) reads_types: bool,
     /// For a request that must call a tool.
     pub(super) required: i64,
+    /// For a request that allows one call at a time and leaves the choice to the model.
+    pub(super) serial: i64,
     /// For each tool call together with its result.
     pub(super) call: i64,
     /// For each argument of a tool call.
@@ -63,6 +74,12 @@ struct Overhead {
     request: i64,
     /// For each message: the separators.
     message: i64,
+    /// For a request with a system prompt.
+    system: i64,
+    /// For a request without one.
+    default_system: i64,
+    /// The part of `request` that a chat has only if there are functions that the model may call, but need not.
+    description: i64,
     /// For each message of the assistant, in addition.
     assistant: i64,
     /// For each tool call.
@@ -87,6 +104,8 @@ struct Overhead {
     required: i64,
     /// For a request that must not call a tool.
     forbidden: i64,
+    /// For a request that allows one call at a time and leaves the choice to the model.
+    serial: i64,
 }
 
 /// OpenAI's first models. From OpenAI's cookbook, "How to count tokens with tiktoken"; functions by the project
@@ -94,6 +113,9 @@ struct Overhead {
 const EARLY: Overhead = Overhead {
     request: 3,
     message: 3,
+    system: 0,
+    default_system: 0,
+    description: 0,
     assistant: 0,
     call: 4,
     argument: 0,
@@ -106,6 +128,7 @@ const EARLY: Overhead = Overhead {
     required_by_name: 4,
     required: 0,
     forbidden: 1,
+    serial: 0,
 };
 
 /// Models with `o200k_base` that do not reason, in the chat API. Fitted to 115 exchanges with tools and 29 with a
@@ -122,6 +145,7 @@ const OMNI_RESPONSES: Overhead = Overhead {
     schema: 1,
     required_by_name: 7,
     required: 9,
+    serial: 21,
     ..EARLY
 };
 
@@ -150,6 +174,7 @@ const HARMONY_RESPONSES: Overhead = Overhead {
     schema: 0,
     required_by_name: 0,
     forbidden: 0,
+    serial: 78,
     ..EARLY
 };
 
@@ -164,6 +189,9 @@ impl ChatTemplate {
         Overhead {
             request: self.request,
             message: self.message,
+            system: self.system,
+            default_system: self.default_system,
+            description: self.description,
             assistant: 0,
             call: self.call,
             argument: self.argument,
@@ -176,6 +204,7 @@ impl ChatTemplate {
             required_by_name: self.required,
             required: self.required,
             forbidden: 0,
+            serial: self.serial,
         }
     }
 }
@@ -218,6 +247,8 @@ pub(super) struct PromptFacts {
     pub(super) api: Api,
     pub(super) counts: MessageCounts,
     pub(super) tool_requirement: ToolRequirement,
+    /// Whether the model may call one tool at a time only.
+    pub(super) is_serial: bool,
     /// Whether the request turns the model's reasoning on or off.
     pub(super) reasons: Option<bool>,
     pub(super) has_system: bool,
@@ -244,6 +275,7 @@ impl Format {
     pub(super) const fn style(self, api: Api) -> Style {
         match (self, api) {
             (Self::Early, _) => Style::Lines,
+            (Self::Template(ChatTemplate { reads_types: true, .. }), _) => Style::Compact,
             (Self::Template(template), _) => {
                 let is_flat = matches!(api, Api::Responses);
                 Style::Json { function: template.function, percent: template.parameters, is_flat }
@@ -258,12 +290,20 @@ impl Format {
         self.overhead(api).required_by_name > 0
     }
 
-    /// Adds the overhead of a request to its parts.
-    pub(super) fn add_overhead(self, facts: &PromptFacts, parts: &mut [u64; PromptPart::ALL.len()]) {
+    /// Adds the overhead of a request to its parts. `per_request` replaces the tokens for each request.
+    pub(super) fn add_overhead(
+        self,
+        facts: &PromptFacts,
+        per_request: Option<u32>,
+        parts: &mut [u64; PromptPart::ALL.len()],
+    ) {
         if matches!(facts.api, Api::Completions | Api::Embeddings) {
             return;
         }
-        let overhead = self.overhead(facts.api);
+        let mut overhead = self.overhead(facts.api);
+        if let Some(tokens) = per_request {
+            overhead = Overhead { request: i64::from(tokens), default_system: 0, description: 0, ..overhead };
+        }
         // A template can cost less than the estimate so far, which makes `tokens` negative. If a part has too few
         // tokens, the rest is subtracted from the messages, because their roles were counted in advance.
         let mut add = |part: PromptPart, tokens: i64| {
@@ -277,14 +317,19 @@ impl Format {
         for tokens in overhead.of_messages(&facts.counts) {
             add(PromptPart::Overhead, tokens);
         }
+        add(PromptPart::Overhead, if facts.has_system { overhead.system } else { overhead.default_system });
         if let Self::Template(template) = self
             && facts.reasons == Some(true)
         {
             add(PromptPart::Overhead, template.reasoning);
         }
+        let may_call = facts.has_functions && facts.tool_requirement == ToolRequirement::Free;
+        if facts.api == Api::Chat && !may_call {
+            add(PromptPart::Overhead, -overhead.description);
+        }
         let after_system = if facts.has_system { overhead.after_system } else { 0 };
         if facts.has_functions {
-            let choice = overhead.of_tool_requirement(facts.tool_requirement);
+            let choice = overhead.of_tool_requirement(facts.tool_requirement, facts.is_serial);
             add(PromptPart::Tools, overhead.functions + after_system + choice);
         }
         if facts.has_schema {
@@ -309,8 +354,9 @@ impl Overhead {
         ]
     }
 
-    fn of_tool_requirement(&self, choice: ToolRequirement) -> i64 {
+    fn of_tool_requirement(&self, choice: ToolRequirement, is_serial: bool) -> i64 {
         match choice {
+            ToolRequirement::Free if is_serial => self.serial,
             ToolRequirement::Free => 0,
             ToolRequirement::Forbidden => self.forbidden,
             ToolRequirement::Required => self.required,

@@ -61,6 +61,8 @@ pub struct Prompt<'a> {
     /// The lists of tool definitions.
     tools: Vec<ToolList<'a>>,
     tool_requirement: ToolRequirement,
+    /// The model may call one tool at a time only.
+    is_serial: bool,
     /// Name of the tool that must be called; empty without one.
     chosen_tool: Cow<'a, str>,
     schema: Option<AnswerSchema<'a>>,
@@ -182,6 +184,12 @@ impl<'a> Prompt<'a> {
     pub(crate) fn forbid_tools(&mut self) {
         self.identity.add_number(IdentityPart::ToolRequirement, 1);
         self.tool_requirement = ToolRequirement::Forbidden;
+    }
+
+    /// The model may call one tool at a time only.
+    pub(crate) fn forbid_parallel_calls(&mut self) {
+        self.identity.add_number(IdentityPart::ToolRequirement, 3);
+        self.is_serial = true;
     }
 
     /// The model must call a tool.
@@ -377,6 +385,7 @@ impl Prompt<'_> {
             api: self.api,
             counts: self.counts,
             tool_requirement: self.tool_requirement,
+            is_serial: self.is_serial,
             reasons: self.reasons,
             has_system: self.system.is_some(),
             has_functions: tools.has_functions,

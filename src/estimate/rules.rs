@@ -15,6 +15,8 @@ pub struct Models(Arc<[LoadedRule]>);
 struct LoadedRule {
     pattern: Glob,
     costs: ModelCosts,
+    overhead: Option<u32>,
+    tool_factor: Option<u32>,
 }
 
 /// How the models that match a rule are counted.
@@ -24,6 +26,8 @@ enum ModelCosts {
     By(Encoding),
     /// Like the model of this name in the built-in tables.
     Like(String),
+    /// Like the requested model.
+    BuiltIn,
 }
 
 impl Models {
@@ -34,15 +38,17 @@ impl Models {
     pub fn load(rules: &[ModelRule]) -> Result<Self, String> {
         let load = |(at, rule): (usize, &ModelRule)| {
             let costs = match &rule.tokenizer {
-                TokenizerChoice::O200k => ModelCosts::By(Encoding::O200k),
-                TokenizerChoice::Cl100k => ModelCosts::By(Encoding::Cl100k),
-                TokenizerChoice::SameAs(model) => ModelCosts::Like(model.clone()),
-                TokenizerChoice::File(path) => {
+                None => ModelCosts::BuiltIn,
+                Some(TokenizerChoice::O200k) => ModelCosts::By(Encoding::O200k),
+                Some(TokenizerChoice::Cl100k) => ModelCosts::By(Encoding::Cl100k),
+                Some(TokenizerChoice::SameAs(model)) => ModelCosts::Like(model.clone()),
+                Some(TokenizerChoice::File(path)) => {
                     let refused = |why| format!("models[{at}].tokenizer: {}: {why}", path.display());
                     ModelCosts::By(Encoding::File(FileVocabulary::load(path).map_err(refused)?))
                 }
             };
-            Ok(LoadedRule { pattern: rule.pattern.clone(), costs })
+            let &ModelRule { overhead, tool_factor, .. } = rule;
+            Ok(LoadedRule { pattern: rule.pattern.clone(), costs, overhead, tool_factor })
         };
         rules.iter().enumerate().map(load).collect::<Result<_, String>>().map(Self)
     }
@@ -50,11 +56,15 @@ impl Models {
     /// The model of this name: from the first rule that matches, else from the built-in tables. The costs of an
     /// unknown model are guesses, rather too high than too low.
     pub fn named(&self, name: &str) -> Model {
-        match self.0.iter().find(|rule| rule.pattern.matches(name)).map(|rule| &rule.costs) {
-            Some(ModelCosts::By(encoding)) => Model::built_in(name).with_encoding(*encoding),
-            Some(ModelCosts::Like(other)) => Model::built_in(other),
-            None => Model::built_in(name),
-        }
+        let Some(rule) = self.0.iter().find(|rule| rule.pattern.matches(name)) else {
+            return Model::built_in(name);
+        };
+        let model = match &rule.costs {
+            ModelCosts::By(encoding) => Model::built_in(name).with_encoding(*encoding),
+            ModelCosts::Like(other) => Model::built_in(other),
+            ModelCosts::BuiltIn => Model::built_in(name),
+        };
+        model.with_figures(rule.overhead, rule.tool_factor)
     }
 }
 
@@ -66,7 +76,9 @@ mod tests {
     fn rules(rules: &[(&str, TokenizerChoice)]) -> Result<Models, String> {
         let rule = |(pattern, tokenizer): &(&str, TokenizerChoice)| ModelRule {
             pattern: Glob::new(*pattern),
-            tokenizer: tokenizer.clone(),
+            tokenizer: Some(tokenizer.clone()),
+            overhead: None,
+            tool_factor: None,
         };
         Models::load(&rules.iter().map(rule).collect::<Vec<_>>())
     }

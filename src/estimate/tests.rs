@@ -226,3 +226,100 @@ fn a_nested_function_counts_in_chats_only() {
         assert!(of(Api::Responses, nested) > 30, "{model}");
     }
 }
+
+fn weather() -> Value {
+    json!({"name": "weather", "description": "Tells the weather of a city.", "parameters": {"type": "object",
+        "properties": {"city": {"type": "string", "description": "The city."}}, "required": ["city"]}})
+}
+
+/// The tokens of a chat at a provider, with these fields added.
+fn chat(model: &str, provider: Provider, fields: &Value) -> i64 {
+    let mut body = json!({"model": model, "messages": [{"role": "user", "content": "How is it in Rome?"}]});
+    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let text = body.to_string();
+    let body = Body::read(Api::Chat, text.as_bytes()).unwrap();
+    i64::try_from(body.prompt.estimate(&Models::default().named(model).at(provider)).tokens()).unwrap()
+}
+
+#[test]
+fn a_model_reads_another_prompt_at_some_providers() {
+    let tools = json!({"tools": [{"type": "function", "function": weather()}]});
+    let less = |model: &str, fields: &Value, [one, other]: [Provider; 2]| {
+        chat(model, one, fields) - chat(model, other, fields)
+    };
+    for provider in [Provider::OpenAi, Provider::Azure, Provider::Unknown] {
+        let more = less("gpt-5", &tools, [provider, Provider::Router]);
+        assert!((76..86).contains(&more), "{provider:?}: {more}");
+        assert_eq!(less("gpt-5", &json!({}), [provider, Provider::Router]), 0);
+        assert_eq!(less("gpt-4o", &tools, [provider, Provider::Router]), 0);
+    }
+    assert_eq!(less("grok-4-1-fast-non-reasoning", &json!({}), [Provider::Unknown, Provider::Azure]), 166);
+    assert_eq!(less("llama-4-scout-17b", &tools, [Provider::Groq, Provider::Unknown]), 506);
+    assert_eq!(less("llama-3.3-70b", &tools, [Provider::Groq, Provider::Unknown]), 0);
+}
+
+#[test]
+fn parallel_calls_that_are_forbidden_change_the_prompt_for_tools() {
+    let serial = |model: &str, fields: Value| {
+        let mut tools = json!({"tools": [{"type": "function", "function": weather()}]});
+        tools.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let mut forbidden = tools.clone();
+        forbidden["parallel_tool_calls"] = json!(false);
+        chat(model, Provider::Unknown, &forbidden) - chat(model, Provider::Unknown, &tools)
+    };
+    assert_eq!(
+        ["claude-haiku-4-5", "claude-sonnet-4", "gpt-4o"].map(|m| serial(m, json!({}))),
+        [-208, -20, 0]
+    );
+    assert_eq!(serial("claude-haiku-4-5", json!({"tool_choice": "required"})), 0);
+
+    let tool = json!({"name": "look", "description": "Looks.", "input_schema": {"type": "object"}});
+    let body = |choice: Value| {
+        json!({"model": "claude-sonnet-4-6", "max_tokens": 9, "tools": [tool], "tool_choice": choice,
+            "messages": [{"role": "user", "content": "Hi"}]})
+    };
+    let messages = |choice: Value| estimate(Api::Messages, &body(choice)).tokens();
+    let free = messages(json!({"type": "auto"}));
+    assert_eq!(free - messages(json!({"type": "auto", "disable_parallel_tool_use": true})), 206);
+    assert_eq!(free, messages(json!({"type": "auto", "disable_parallel_tool_use": false})));
+
+    let responses = |model: &str, more: &Value| {
+        let mut tool = weather();
+        tool["type"] = json!("function");
+        let mut body = json!({"model": model, "input": "Hi", "tools": [tool]});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        estimate(Api::Responses, &body).tokens()
+    };
+    let forbidden = json!({"parallel_tool_calls": false});
+    for (model, more) in [("gpt-5-nano", 78), ("gpt-4o", 21), ("grok-4.3", 0)] {
+        assert_eq!(responses(model, &forbidden) - responses(model, &json!({})), more, "{model}");
+    }
+}
+
+#[test]
+fn a_system_prompt_is_not_a_message_for_some_models() {
+    let system = |model: &str| {
+        let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How is it in Rome?"}]);
+        chat(model, Provider::Unknown, &json!({"messages": messages}))
+            - chat(model, Provider::Unknown, &json!({}))
+    };
+    let text = i64::try_from(Models::default().named("gpt-4o").tokenizer.count_all(["Be brief."])).unwrap();
+    // Four tokens for a message of gpt-4o.
+    assert_eq!(system("gpt-4o"), text + 4);
+    // A token of role, one of message, and what the family takes back.
+    assert_eq!(["claude-haiku-4-5", "claude-sonnet-4-6"].map(system), [text + 1 + 2 - 3, text + 1 + 2 - 1]);
+    // These have a prompt of their own without one.
+    assert_eq!([system("minimax-m2"), system("gemma-3-27b")], [text + 1 + 3 - 25, text + 1 + 4 - 4]);
+}
+
+#[test]
+fn a_description_of_the_model_is_in_chats_with_free_tools_only() {
+    let tools =
+        |choice: &str| json!({"tools": [{"type": "function", "function": weather()}], "tool_choice": choice});
+    let of = |fields: &Value| chat("grok-3", Provider::Unknown, fields);
+    assert!(of(&json!({})) < 20);
+    assert_eq!(of(&tools("auto")) - of(&tools("required")), 112);
+    assert_eq!(of(&tools("auto")) - of(&tools("none")), 112);
+    let response = estimate(Api::Responses, &json!({"model": "grok-3", "input": "Hi"})).tokens();
+    assert!(response > 118, "{response}");
+}

@@ -74,6 +74,39 @@ fn count_takes_the_provider_from_the_command_line_or_the_config() {
     assert_eq!(run(&["count", "--provider", "nobody"], HELLO).0, 2);
 }
 
+#[test]
+fn figures_of_the_config_replace_those_of_the_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("t.yaml");
+    std::fs::write(
+        &file,
+        "upstreams: { u: { base_url: 'http://u/v1' } }\n\
+         environments: { e: { upstream: u, quotas: { requests: { limit: 1, per: day } } } }\n\
+         models: [{ match: mine, model: gpt-4o, overhead: 100, tool_factor: 1.5 }, { match: 'gpt-4o*', overhead: 0 }]\n",
+    )
+    .unwrap();
+    let tools = r#","tools":[{"type":"function","function":{"name":"look","description":"Looks around."}}]}"#;
+    let with_tools = format!("{}{tools}", &HELLO[..HELLO.len() - 1]);
+    let count = |body: &str| {
+        let output = run(&["count", "--explain", "--config", file.to_str().unwrap()], body).1;
+        let of = |name: &str| {
+            let line = output.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default();
+            line.rsplit(' ').next().unwrap_or_default().parse::<u64>().unwrap_or(u64::MAX)
+        };
+        (of("overhead"), of("tools"), output.clone())
+    };
+    // One message: 3 tokens, and 3 for the request, which the rule replaces.
+    let (plain, plain_tools, _) = count(&with_tools.replace("gpt-4o", "openai/gpt-4o"));
+    let (none, ..) = count(HELLO);
+    let (mine, mine_tools, explained) = count(&with_tools.replace("gpt-4o", "mine"));
+    assert_eq!((plain, none, mine), (6, 3, 103));
+    assert_eq!(mine_tools, (plain_tools * 3).div_ceil(2));
+    assert!(
+        explained.contains("overhead       100 tokens per request besides the messages, set in the config\n")
+    );
+    assert!(explained.contains("tool factor    1.500, set in the config\n"), "{explained}");
+}
+
 /// `count` reads the calibrations from the store, even while a gateway uses the same store.
 #[tokio::test(flavor = "multi_thread")]
 async fn count_shows_the_calibrations_of_the_gateway() {

@@ -276,6 +276,13 @@ fn invalid_listeners_stores_and_models_are_refused() {
             "is not valid here; write one of o200k_base, o200k_harmony, cl100k_base",
         ),
         (top("models: [{ encoding: o200k_base }]"), "\"match\" is missing"),
+        (top("models: [{ match: a, overhead: -1 }]"), "\"-1\" is not a number of tokens from 0 to 1000000"),
+        (top("models: [{ match: a, overhead: 2M }]"), "is not a number of tokens"),
+        (top("models: [{ match: a, tool_factor: x }]"), "is not a number from 0 to 100, such as 1.5"),
+        (top("models: [{ match: a, tool_factor: 100.001 }]"), "is not a number from 0 to 100"),
+        (top("models: [{ match: a, tool_factor: 1.2345 }]"), "is not a number from 0 to 100"),
+        (top("models: [{ match: a, tool_factor: '1.' }]"), "is not a number from 0 to 100"),
+        (top("models: [{ match: a, tool_factor: 4294968 }]"), "is not a number from 0 to 100"),
     ]);
     config(&top("server: { listen: '127.0.0.1:0' }\nadmin: { listen: '127.0.0.1:0' }"));
 }
