@@ -14,7 +14,7 @@ use std::hint::black_box;
 use std::process::ExitCode;
 use std::time::Duration;
 use tollgate::api::Api;
-use tollgate::body::Body;
+use tollgate::body::{Body, BodyText};
 use tollgate::estimate::{Models, warm};
 
 const MODEL: &str = "gpt-4o";
@@ -73,7 +73,8 @@ fn bodies(chats: &[Chat]) -> Vec<String> {
 fn mean_us(bodies: &[String]) -> f64 {
     let started = cpu_time();
     for body in bodies {
-        let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
+        let text = BodyText::of(body.as_bytes()).unwrap();
+        let read = Body::read(Api::Chat, &text).unwrap();
         black_box(read.prompt.estimate(&Models::default().named(MODEL)));
     }
     cpu_time().saturating_sub(started).as_secs_f64() * 1e6 / bodies.len() as f64
@@ -175,7 +176,8 @@ fn slow_texts(rounds: usize, bound: Duration) -> bool {
                     serde_json::json!({"model": model, "messages": [{"role": "user", "content": text}]})
                         .to_string();
                 let started = cpu_time();
-                let read = Body::read(Api::Chat, body.as_bytes()).unwrap();
+                let text = BodyText::of(body.as_bytes()).unwrap();
+                let read = Body::read(Api::Chat, &text).unwrap();
                 black_box(read.prompt.estimate(&Models::default().named(model)));
                 cpu_time().saturating_sub(started)
             });

@@ -12,10 +12,12 @@ mod gemini;
 mod inputs;
 mod named;
 mod responses;
+#[cfg(test)]
+mod sample_tests;
 
 use crate::api::Api;
 use crate::estimate::Prompt;
-use crate::json::nests_deeper_than;
+use crate::json::{nests_deeper_than, replace_lone_surrogates};
 use serde::de::DeserializeSeed as _;
 use std::borrow::Cow;
 use std::fmt;
@@ -72,16 +74,39 @@ impl fmt::Display for BodyFault {
     }
 }
 
+/// The text of a request body, for reading only. It has the same length as the body and differs from it only in halves
+/// of surrogate pairs, which it has as U+FFFD.
+#[derive(Debug)]
+pub struct BodyText<'b>(Cow<'b, str>);
+
+impl<'b> BodyText<'b> {
+    /// The text of these bytes.
+    ///
+    /// # Errors
+    /// The bytes are not UTF-8, or nested too deep for JSON.
+    pub fn of(json: &'b [u8]) -> Result<Self, BodyFault> {
+        let text = match replace_lone_surrogates(json) {
+            Cow::Borrowed(bytes) => std::str::from_utf8(bytes).map(Cow::Borrowed),
+            Cow::Owned(bytes) => String::from_utf8(bytes).map(Cow::Owned).map_err(|e| e.utf8_error()),
+        };
+        let text =
+            text.map_err(|e| BodyFault::Invalid(format!("is not UTF-8 (byte {})", e.valid_up_to())))?;
+        if nests_deeper_than(MAX_NESTING, json) {
+            return Err(BodyFault::Invalid(format!("is nested more than {MAX_NESTING} levels deep")));
+        }
+        Ok(Self(text))
+    }
+}
+
 impl<'a> Body<'a> {
     /// Reads a request body of the given API.
     ///
     /// # Errors
     /// The body is invalid.
-    pub fn read(api: Api, json: &'a [u8]) -> Result<Self, BodyFault> {
-        let text = text_of(json)?;
-        check_nesting(json)?;
+    pub fn read(api: Api, text: &'a BodyText<'_>) -> Result<Self, BodyFault> {
+        let text = &*text.0;
         let mut deserializer = serde_json::Deserializer::from_str(text);
-        // `check_nesting` has bounded the recursion. serde_json's own limit is 127 levels.
+        // `BodyText` has bounded the recursion. serde_json's own limit is 127 levels.
         deserializer.disable_recursion_limit();
         let mut reader = BodyReader::of(api, text);
         let read = TopLevel(&mut reader).deserialize(&mut deserializer).and_then(|()| deserializer.end());
@@ -93,7 +118,7 @@ impl<'a> Body<'a> {
                 if api == Api::Completions && body.prompt.prompts == 0 {
                     body.prompt.add_tokens(crate::estimate::PromptPart::Overhead, 1);
                 }
-                let opening = json.iter().position(|&b| b == b'{').unwrap_or(0) + 1;
+                let opening = text.find('{').unwrap_or(0) + 1;
                 body.bounds.open(api, opening);
                 Ok(body)
             }
@@ -130,18 +155,6 @@ impl<'a> Body<'a> {
     }
 }
 
-fn text_of(json: &[u8]) -> Result<&str, BodyFault> {
-    std::str::from_utf8(json)
-        .map_err(|e| BodyFault::Invalid(format!("is not UTF-8 (byte {})", e.valid_up_to())))
-}
-
-fn check_nesting(json: &[u8]) -> Result<(), BodyFault> {
-    if nests_deeper_than(MAX_NESTING, json) {
-        return Err(BodyFault::Invalid(format!("is nested more than {MAX_NESTING} levels deep")));
-    }
-    Ok(())
-}
-
 /// The byte offset of `part` in `whole`. `part` must be a slice of `whole`.
 fn offset(whole: &str, part: &str) -> usize {
     (part.as_ptr() as usize).saturating_sub(whole.as_ptr() as usize)
@@ -151,8 +164,14 @@ fn offset(whole: &str, part: &str) -> usize {
 mod tests {
     use super::*;
 
-    fn read(api: Api, json: &str) -> Result<Body<'_>, BodyFault> {
-        Body::read(api, json.as_bytes())
+    /// Reads a body. The text is leaked, so that the result does not borrow from a value of this function.
+    fn read_bytes(api: Api, json: &[u8]) -> Result<Body<'static>, BodyFault> {
+        let text = BodyText::of(Box::leak(json.to_vec().into_boxed_slice()))?;
+        Body::read(api, Box::leak(Box::new(text)))
+    }
+
+    fn read(api: Api, json: &str) -> Result<Body<'static>, BodyFault> {
+        read_bytes(api, json.as_bytes())
     }
 
     fn fault(json: &str) -> String {
@@ -172,6 +191,11 @@ mod tests {
                 r#"{"max_completion_tokens":500,"max_tokens":5}"#,
                 "m",
                 r#"{"max_completion_tokens":7,"max_tokens":5}"#,
+            ),
+            (
+                r#"{"max_tokens":5.0,"max_completion_tokens":1e3}"#,
+                "m",
+                r#"{"max_tokens":5.0,"max_completion_tokens":7}"#,
             ),
             (r#" { "model":"m"}"#, "gpt-4o", r#" {"max_tokens":7, "model":"m"}"#),
             (r#"{"model":"m"}"#, "openai/o3-mini", r#"{"max_completion_tokens":7,"model":"m"}"#),
@@ -197,7 +221,7 @@ mod tests {
             let after = edited(before.as_bytes(), edits);
             let want = format!(r#"{{"contents":[],"{name}": {{"maxOutputTokens":7}} }}"#);
             assert_eq!(after, want.as_bytes());
-            assert_eq!(Body::read(Api::Gemini, &after).unwrap().max_tokens, Some(7));
+            assert_eq!(read_bytes(Api::Gemini, &after).unwrap().max_tokens, Some(7));
         }
     }
 
@@ -229,7 +253,7 @@ mod tests {
         ] {
             assert!(matches!(read(Api::Chat, json), Err(BodyFault::Invalid(_))), "{json}");
         }
-        assert!(matches!(Body::read(Api::Chat, b"{\"a\":\"\xff\"}"), Err(BodyFault::Invalid(_))));
+        assert!(matches!(read_bytes(Api::Chat, b"{\"a\":\"\xff\"}"), Err(BodyFault::Invalid(_))));
     }
 
     #[test]
@@ -271,8 +295,10 @@ mod tests {
             ("max_tokens", "0"),
             ("max_tokens", "-1"),
             ("max_tokens", "2147483648"),
-            ("max_tokens", "1e3"),
-            ("max_tokens", "1.0"),
+            ("max_tokens", "1.5"),
+            ("max_tokens", "0.0"),
+            ("max_tokens", "1e10"),
+            ("max_tokens", "1e999"),
             ("max_tokens", "\"5\""),
             ("max_tokens", "18446744073709551616"),
             ("max_completion_tokens", "[]"),
@@ -295,6 +321,12 @@ mod tests {
                 .unwrap();
         assert_eq!((body.completion_cap(), body.streams), (Some(27), false));
         assert!(read(Api::Completions, r#"{"max_tokens":0}"#).is_ok());
+        let fault = read(Api::Completions, r#"{"max_tokens":-1}"#).unwrap_err().to_string();
+        assert!(fault.contains("from 0 to"), "{fault}");
+        let body = read(Api::Chat, r#"{"max_tokens":4096.0,"n":2e0,"best_of":1}"#).unwrap();
+        assert_eq!(body.completion_cap(), Some(8_192));
+        let config = r#"{"contents":[],"generationConfig":{"maxOutputTokens":1e3,"candidateCount":2.0}}"#;
+        assert_eq!(read(Api::Gemini, config).unwrap().completion_cap(), Some(2_000));
     }
 
     #[test]
@@ -330,7 +362,7 @@ mod tests {
             assert!(!body.wants_usage());
             let asked = edited(before.as_bytes(), vec![body.request_usage()]);
             assert_eq!(std::str::from_utf8(&asked).unwrap(), after);
-            assert!(Body::read(Api::Chat, &asked).unwrap().wants_usage());
+            assert!(read_bytes(Api::Chat, &asked).unwrap().wants_usage());
         }
     }
 
@@ -341,13 +373,13 @@ mod tests {
         proptest! {
             #[test]
             fn no_input_causes_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-                let _ = Body::read(Api::Chat, &bytes);
+                let _ = read_bytes(Api::Chat, &bytes);
             }
 
             #[test]
             fn no_json_causes_a_panic(text in "(\\{|\\}|\\[|\\]|,|:|\"(messages|role|content|stream_options|include_usage|user|input)\"|1|true|null){0,40}") {
                 for api in [Api::Chat, Api::Completions, Api::Embeddings] {
-                    let _ = Body::read(api, text.as_bytes());
+                    let _ = read_bytes(api, text.as_bytes());
                 }
             }
         }

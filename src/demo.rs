@@ -1,7 +1,7 @@
 //! A simulated backend for `tollgate demo`. It answers like a model server and needs no model and no network.
 
 use crate::api::Api;
-use crate::body::Body as RequestBody;
+use crate::body::{Body as RequestBody, BodyText};
 use crate::estimate::Models;
 use anyhow::Context as _;
 use axum::body::{Body, Bytes};
@@ -76,7 +76,9 @@ struct Reply {
 
 impl Reply {
     fn to(api: Api, body: &[u8]) -> Result<Self, Box<Response>> {
-        let request = RequestBody::read(api, body).map_err(|fault| {
+        let text = BodyText::of(body);
+        let request = text.as_ref().map_err(Clone::clone).and_then(|text| RequestBody::read(api, text));
+        let request = request.map_err(|fault| {
             let error = json!({"error": {"message": fault.to_string(), "type": "invalid_request_error", "param": null, "code": null}});
             Box::new((StatusCode::BAD_REQUEST, Json(error)).into_response())
         })?;

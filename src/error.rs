@@ -25,6 +25,8 @@ pub enum ProxyError {
         base_path: String,
         /// The kind of SDK that `base_path` is for.
         dialect: Dialect,
+        /// The path exists at a provider, and the gateway does not serve it.
+        is_known: bool,
     },
     /// The path is served, but not with this method.
     MethodNotAllowed {
@@ -35,6 +37,8 @@ pub enum ProxyError {
     InvalidKey {
         /// Whether the request has a key.
         given: bool,
+        /// The header in which the SDK of the path sends its key, and a placeholder for the key.
+        header: &'static str,
     },
     /// The request addresses one environment, and its key belongs to another.
     WrongEnvironment,
@@ -249,18 +253,24 @@ fn write_retry_after(headers: &mut HeaderMap, ms: u64, retry_patience: Duration)
 impl fmt::Display for ProxyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownPath { path, base_path, dialect } => write!(
+            Self::UnknownPath { path, is_known: true, .. } => write!(
+                f,
+                "The gateway knows the path '{path}' and does not serve it, because it cannot count the tokens that are used there. Its operator can let such requests pass, each charged as one request (other_paths: forward)."
+            ),
+            Self::UnknownPath { path, base_path, dialect, is_known: false } => write!(
                 f,
                 "The gateway does not serve the path '{path}'. {} needs a base_url that ends in '{base_path}'.",
                 dialects::sdk(*dialect)
             ),
             Self::MethodNotAllowed { allow } => write!(f, "This path accepts {allow} only."),
-            Self::InvalidKey { given: false } => f.write_str(
-                "The request has no API key. Send the key that the gateway's operator gave you as 'Authorization: Bearer <key>'.",
+            Self::InvalidKey { given: false, header } => write!(
+                f,
+                "The request has no API key. Send the key that the gateway's operator gave you as '{header}'."
             ),
-            Self::InvalidKey { given: true } => {
-                f.write_str("The API key is not valid for this gateway. Ask its operator for a valid key.")
-            }
+            Self::InvalidKey { given: true, header } => write!(
+                f,
+                "The API key is not valid for this gateway. Ask its operator for a valid key and send it as '{header}'."
+            ),
             Self::WrongEnvironment => f.write_str(
                 "The API key belongs to a different environment. Use the base_url of the key's environment, or a base_url without an environment.",
             ),

@@ -1,6 +1,7 @@
 //! Reads selected parts of JSON in one pass, without building a tree.
 
 mod scan;
+mod surrogates;
 
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -9,6 +10,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 pub(crate) use scan::{Found, MemberScanner, nests_deeper_than, string_length};
+pub(crate) use surrogates::replace_lone_surrogates;
 
 /// A string, borrowed where it needs no unescaping (`Cow` by itself is always owned).
 #[derive(Deserialize)]
@@ -73,6 +75,33 @@ impl<'a, T: JsonVisitor<'a>> DeserializeSeed<'a> for Visit<'_, T> {
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
         deserializer.deserialize_any(self)
+    }
+}
+
+/// Deserialises a value by passing its parts to a `JsonVisitor`, which any value other than null creates.
+struct VisitUnlessNull<'t, T>(&'t mut Option<T>);
+
+impl<'a, T: JsonVisitor<'a> + Default> DeserializeSeed<'a> for VisitUnlessNull<'_, T> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_option(self)
+    }
+}
+
+impl<'a, T: JsonVisitor<'a> + Default> Visitor<'a> for VisitUnlessNull<'_, T> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_none<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_some<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        Visit(self.0.get_or_insert_default()).deserialize(deserializer)
     }
 }
 
@@ -152,12 +181,40 @@ pub(crate) fn value<'a, M: MapAccess<'a>>(
     object.next_value_seed(Visit(receiver))
 }
 
+/// Reads the next value of an object into `receiver`, unless the value is null.
+pub(crate) fn optional<'a, M: MapAccess<'a>>(
+    object: &mut M,
+    receiver: &mut Option<impl JsonVisitor<'a> + Default>,
+) -> Result<(), M::Error> {
+    object.next_value_seed(VisitUnlessNull(receiver))
+}
+
 /// Reads the next element of a list into `receiver`; `false`: the list has ended.
 pub(crate) fn element<'a, S: SeqAccess<'a>>(
     list: &mut S,
     receiver: &mut impl JsonVisitor<'a>,
 ) -> Result<bool, S::Error> {
     Ok(list.next_element_seed(Visit(receiver))?.is_some())
+}
+
+/// Returns the JSON text of the next value of an object; `None`: the value is null.
+pub(crate) fn raw_unless_null<'a, M: MapAccess<'a>>(object: &mut M) -> Result<Option<&'a str>, M::Error> {
+    raw(object).map(|json| Some(json).filter(|json| *json != "null"))
+}
+
+/// The whole number that JSON text denotes: also `4096.0` and `1e3`, as other parsers read them. `None`: it is no
+/// number, has a fraction, or is not in 0 ..= 2^53.
+pub(crate) fn whole_number(json: &str) -> Option<u64> {
+    const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+    if let Ok(number) = json.parse() {
+        return Some(number).filter(|number| *number <= 1 << 53);
+    }
+    // Rust also parses words such as `inf`.
+    let is_number = json.starts_with(|c: char| c.is_ascii_digit() || c == '-');
+    let number: f64 = json.parse().ok().filter(|_| is_number)?;
+    // Up to this bound the cast is exact.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    (number.fract() == 0.0 && (0.0..=MAX_EXACT).contains(&number)).then_some(number as u64)
 }
 
 /// Reads the next value of an object if it is a string; any other value gives an empty string.
@@ -213,5 +270,35 @@ impl<'de: 'a, 'a> Deserialize<'de> for LooseText<'a> {
         let mut text = LooseText::default();
         Visit(&mut text).deserialize(deserializer)?;
         Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_numbers_are_read_in_every_notation() {
+        for (json, number) in [
+            ("7", Some(7)),
+            ("0", Some(0)),
+            ("-0", Some(0)),
+            ("4096.0", Some(4_096)),
+            ("1e3", Some(1_000)),
+            ("1.5E+1", Some(15)),
+            ("2147483648", Some(1 << 31)),
+            ("1e400", None),
+            ("1.5", None),
+            ("-1", None),
+            ("-1.0", None),
+            ("18446744073709551616", None),
+            ("\"5\"", None),
+            ("true", None),
+            ("[]", None),
+            ("inf", None),
+            ("", None),
+        ] {
+            assert_eq!(whole_number(json), number, "{json}");
+        }
     }
 }

@@ -23,6 +23,7 @@ mod settlement;
 mod snapshot;
 mod state;
 mod stream_options;
+mod unserved;
 mod worker;
 
 use crate::api::Dialect;
@@ -322,7 +323,8 @@ impl Proxy {
         let has_credential = self.snapshot.contexts[caller.environment].credential.is_some();
         // Google's SDKs may send the caller's key in the query.
         let replaces_key = has_credential && route.endpoint.dialect() == Dialect::Google;
-        let query = query::forwarded(uri, caller.has_key_in_query || replaces_key);
+        let is_key = |text: &[u8]| self.snapshot.keys.owner(&self.snapshot.config, text).is_some();
+        let query = query::without_keys(uri, replaces_key, caller.has_key_in_query.then_some(&is_key));
         route::upstream_path(base_path, route.path, query.as_deref())
     }
 

@@ -3,7 +3,7 @@
 use super::chat::add_role;
 use super::content::{document, member_count};
 use crate::estimate::{ImageDetail, Prompt, PromptPart, Role, media};
-use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value};
+use crate::json::{Expected, JsonVisitor, LooseText, element, optional, raw_unless_null, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
@@ -172,18 +172,23 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "type" => self.kind = string(object)?,
-            "source" => value(object, self.source.get_or_insert_default())?,
+            "source" => optional(object, &mut self.source)?,
             "content" => value(object, &mut Blocks::of(self.prompt))?,
             // The arguments of a call, as JSON.
             "input" => {
-                let input = raw(object)?;
+                let Some(input) = raw_unless_null(object)? else { return Ok(()) };
                 self.arguments = member_count(input);
                 self.prompt.add_text(PromptPart::Messages, Cow::Borrowed(input), 1);
             }
             "name" => self.name = string(object)?,
             "citations" => value(object, &mut Citations(self.prompt))?,
             "thinking" => self.thinking = string(object)?,
-            "signature" | "data" => self.signature = string(object)?,
+            "signature" | "data" => {
+                let signature = string(object)?;
+                if !signature.is_empty() {
+                    self.signature = signature;
+                }
+            }
             _ => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;

@@ -224,8 +224,9 @@ impl<'a> JsonVisitor<'a> for ToolCall<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let mut call = FunctionCall { prompt: self.0, name_count: 2, arguments: None };
         value(object, &mut call)?;
-        let arguments = call.arguments;
-        self.0.add_tool_call(arguments.unwrap_or(0));
+        if let Some(arguments) = call.arguments {
+            self.0.add_tool_call(arguments);
+        }
         Ok(())
     }
 }

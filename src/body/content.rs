@@ -1,7 +1,9 @@
 //! Message content in OpenAI's shapes: text, or a list of parts.
 
 use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
-use crate::json::{Expected, JsonVisitor, LooseText, Visit, element, string, value};
+use crate::json::{
+    Expected, JsonVisitor, LooseText, Visit, element, optional, replace_lone_surrogates, string, value,
+};
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
@@ -137,14 +139,22 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
-            "image_url" => value(object, self.media.image.get_or_insert_default())?,
+            "image_url" => optional(object, &mut self.media.image)?,
             "detail" => {
-                self.media.image.get_or_insert_default().detail = ImageDetail::named(&string(object)?);
+                let detail = string(object)?;
+                if !detail.is_empty() {
+                    self.media.image.get_or_insert_default().detail = ImageDetail::named(&detail);
+                }
             }
             "input_audio" => value(object, &mut InputAudio(self.prompt))?,
             // Mistral: a URL. The document's name is ignored.
-            "document_url" => self.media.file.get_or_insert_default().document(string(object)?),
-            "file" => value(object, self.media.file.get_or_insert_default())?,
+            "document_url" => {
+                let url = string(object)?;
+                if !url.is_empty() {
+                    self.media.file.get_or_insert_default().document(url);
+                }
+            }
+            "file" => optional(object, &mut self.media.file)?,
             "encrypted_content" => self.prompt.add_encrypted_reasoning(&string(object)?),
             // Mistral: the reasoning of an earlier answer.
             "thinking" => {
@@ -152,7 +162,12 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.add_reasoning(text.0);
             }
-            _ => self.media.file.get_or_insert_default().field(name, object)?,
+            _ => {
+                let text = string(object)?;
+                if !text.is_empty() {
+                    self.media.file.get_or_insert_default().set(name, text);
+                }
+            }
         }
         Ok(())
     }
@@ -190,6 +205,9 @@ impl<'a> JsonVisitor<'a> for InputAudio<'_, 'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
         let data = string(object)?;
+        if data.is_empty() {
+            return Ok(());
+        }
         let base64 = media::data_url(&data).map_or(&*data, |(_, base64)| base64);
         self.0.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_AUDIO_TENTHS));
         Ok(())
@@ -210,16 +228,21 @@ impl<'a> JsonVisitor<'a> for FilePart<'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         let text = string(object)?;
-        match name {
-            "file_data" => self.data = text,
-            "filename" => self.name = text,
-            _ => self.reference = text,
-        }
+        self.set(name, text);
         Ok(())
     }
 }
 
 impl<'a> FilePart<'a> {
+    fn set(&mut self, name: &str, text: Cow<'a, str>) {
+        match name {
+            _ if text.is_empty() => {}
+            "file_data" => self.data = text,
+            "filename" => self.name = text,
+            _ => self.reference = text,
+        }
+    }
+
     fn document(&mut self, url: Cow<'a, str>) {
         if media::data_url(&url).is_some() {
             self.data = url;
@@ -254,7 +277,8 @@ pub(super) fn member_count(json: &str) -> u64 {
 
     let mut members = MemberCounter(0);
     // Errors are ignored: the arguments of a call that was cut off are an incomplete object.
-    drop(Visit(&mut members).deserialize(&mut serde_json::Deserializer::from_str(json)));
+    let json = replace_lone_surrogates(json.as_bytes());
+    drop(Visit(&mut members).deserialize(&mut serde_json::Deserializer::from_slice(&json)));
     members.0
 }
 

@@ -2,6 +2,7 @@
 
 use super::offset;
 use crate::api::Api;
+use crate::json::whole_number;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::Deserializer;
@@ -29,7 +30,7 @@ impl Span {
 
     /// The whole number in this range.
     fn number(self, body: &[u8]) -> Option<u64> {
-        std::str::from_utf8(body.get(self.start..self.end)?).ok()?.parse().ok()
+        whole_number(std::str::from_utf8(body.get(self.start..self.end)?).ok()?)
     }
 }
 

@@ -5,9 +5,10 @@ use super::inputs::Inputs;
 use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
 use crate::api::Api;
 use crate::estimate::{Prompt, PromptPart};
-use crate::json::{Expected, JsonVisitor, LooseText, Text, Visit, raw, string, value};
+use crate::json::{
+    Expected, JsonVisitor, LooseText, Text, Visit, raw, raw_unless_null, string, value, whole_number,
+};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
@@ -197,9 +198,10 @@ impl<'a> BodyReader<'a> {
             (_, "mcp_servers") => value(map, &mut McpServers(prompt)),
             (Api::Responses, "prompt" | "conversation" | "previous_response_id")
             | (Api::Gemini, "cachedContent" | "cached_content") => {
-                let reference = raw(map)?;
-                prompt.identify(reference);
-                prompt.unseen += u64::from(reference != "null");
+                if let Some(reference) = raw_unless_null(map)? {
+                    prompt.identify(reference);
+                    prompt.unseen += 1;
+                }
                 Ok(())
             }
             (_, "prompt" | "input") => value(map, &mut Inputs::of(prompt)),
@@ -263,7 +265,7 @@ impl<'a> BodyReader<'a> {
             "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
                 let bound = bounded(raw, u64::from(!accepts_zero), MAX_COMPLETION_BOUND);
                 self.body.max_tokens = self.body.max_tokens.max(bound);
-                bound.map(drop).ok_or(UP_TO_MAX)
+                bound.map(drop).ok_or(if accepts_zero { ZERO_UP_TO_MAX } else { UP_TO_MAX })
             }
             "n" | "best_of" => {
                 let choices = bounded(raw, 1, MAX_CHOICES);
@@ -313,11 +315,12 @@ impl<'a> BodyReader<'a> {
 }
 
 const UP_TO_MAX: &str = "a whole number from 1 to 2147483647";
+const ZERO_UP_TO_MAX: &str = "a whole number from 0 to 2147483647";
 const UP_TO_CHOICES: &str = "a whole number from 1 to 128";
 
-/// Reads a whole number within bounds from JSON text: no sign, fraction, exponent or quotes.
+/// Reads a whole number within bounds from JSON text.
 fn bounded(raw: &str, min: u64, max: u64) -> Option<u64> {
-    raw.parse().ok().filter(|n| (min..=max).contains(n))
+    whole_number(raw).filter(|n| (min..=max).contains(n))
 }
 
 /// `tool_choice`, or the deprecated `function_call`.
@@ -336,10 +339,14 @@ impl<'a> JsonVisitor<'a> for ToolChoice<'_, 'a> {
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        match name {
-            "function" => value(object, self),
-            _ => string(object).map(|name| self.0.require_tool_named(name)),
+        if name == "function" {
+            return value(object, self);
         }
+        let name = string(object)?;
+        if !name.is_empty() {
+            self.0.require_tool_named(name);
+        }
+        Ok(())
     }
 }
 
@@ -358,6 +365,7 @@ impl<'a> JsonVisitor<'a> for AnthropicToolChoice<'_, 'a> {
         }
         let text = string(object)?;
         match (name, &*text) {
+            (_, "") => {}
             ("name", _) => self.0.require_tool_named(text),
             (_, "any") => self.0.require_tools(),
             (_, "none") => self.0.forbid_tools(),
@@ -372,7 +380,7 @@ struct McpServers<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for McpServers<'_, 'a> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let server = list.next_element::<&'a RawValue>()?;
+        let server = list.next_element::<&'a serde_json::value::RawValue>()?;
         if let Some(server) = server {
             self.0.identify(server.get());
             self.0.unseen += 1;
@@ -446,18 +454,24 @@ impl<'a> JsonVisitor<'a> for ResponseFormat<'a> {
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
-            "name" => self.name = string(object)?,
-            "description" => self.description = string(object)?,
-            "schema" => self.schema = Some(raw(object)?),
+            "name" => set_unless_empty(&mut self.name, string(object)?),
+            "description" => set_unless_empty(&mut self.description, string(object)?),
+            "schema" => self.schema = raw_unless_null(object)?.or(self.schema),
             _ => value(object, self)?,
         }
         Ok(())
     }
 }
 
+fn set_unless_empty<'a>(field: &mut Cow<'a, str>, text: Cow<'a, str>) {
+    if !text.is_empty() {
+        *field = text;
+    }
+}
+
 impl<'a> ResponseFormat<'a> {
     fn add_to(self, prompt: &mut Prompt<'a>) {
-        if let Some(schema) = self.schema.filter(|schema| *schema != "null") {
+        if let Some(schema) = self.schema {
             prompt.set_answer_schema(self.name, self.description, schema);
         }
     }
@@ -484,14 +498,14 @@ impl<'a> JsonVisitor<'a> for GenerationConfig<'a> {
     ];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        let value = Some(object.next_value::<&'a RawValue>()?.get());
+        let value = Some(raw(object)?);
         let is_duplicate = match name {
             "maxOutputTokens" | "max_output_tokens" => {
                 std::mem::replace(&mut self.max_tokens, value).is_some()
             }
             "candidateCount" | "candidate_count" => std::mem::replace(&mut self.choices, value).is_some(),
             _ => {
-                self.format.schema = value;
+                self.format.schema = value.filter(|schema| *schema != "null").or(self.format.schema);
                 false
             }
         };

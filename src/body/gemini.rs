@@ -3,7 +3,7 @@
 use super::chat::add_role;
 use super::content::document;
 use crate::estimate::{Prompt, PromptPart, Role};
-use crate::json::{Expected, JsonVisitor, element, raw, string, value};
+use crate::json::{Expected, JsonVisitor, element, optional, raw_unless_null, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
 
@@ -91,20 +91,25 @@ impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
         match name {
             "text" => self.0.add_text(PromptPart::Messages, string(object)?, 1),
             "inlineData" | "inline_data" => {
-                let mut blob = InlineBlob::default();
-                value(object, &mut blob)?;
-                document(self.0, &blob.kind, "", &blob.data);
+                let mut blob: Option<InlineBlob> = None;
+                optional(object, &mut blob)?;
+                if let Some(InlineBlob { kind, data }) = blob {
+                    document(self.0, &kind, "", &data);
+                }
             }
             "thoughtSignature" | "thought_signature" => self.0.add_encrypted_reasoning(&string(object)?),
             "fileData" | "file_data" => {
-                self.0.identify(raw(object)?);
-                self.0.unseen += 1;
+                if let Some(reference) = raw_unless_null(object)? {
+                    self.0.identify(reference);
+                    self.0.unseen += 1;
+                }
             }
             _ => {
-                if matches!(name, "functionCall" | "function_call") {
+                let mut part = CallOrResult { prompt: self.0, is_present: false };
+                value(object, &mut part)?;
+                if part.is_present && matches!(name, "functionCall" | "function_call") {
                     self.0.add_tool_call(0);
                 }
-                value(object, &mut CallOrResult(self.0))?;
             }
         }
         Ok(())
@@ -130,16 +135,27 @@ impl<'a> JsonVisitor<'a> for InlineBlob<'a> {
 }
 
 /// A call of a function or of code, or its result. Names and values are counted.
-struct CallOrResult<'p, 'a>(&'p mut Prompt<'a>);
+struct CallOrResult<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    is_present: bool,
+}
 
 impl<'a> JsonVisitor<'a> for CallOrResult<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["name", "args", "response", "code", "output", "parts"];
 
+    fn object(&mut self) -> Result<(), Expected> {
+        self.is_present = true;
+        Ok(())
+    }
+
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
-            "args" | "response" => self.0.add_text(PromptPart::Messages, Cow::Borrowed(raw(object)?), 1),
-            "parts" => value(object, &mut GeminiParts(self.0))?,
-            _ => self.0.add_text(PromptPart::Messages, string(object)?, 1),
+            "args" | "response" => {
+                let json = raw_unless_null(object)?.unwrap_or_default();
+                self.prompt.add_text(PromptPart::Messages, Cow::Borrowed(json), 1);
+            }
+            "parts" => value(object, &mut GeminiParts(self.prompt))?,
+            _ => self.prompt.add_text(PromptPart::Messages, string(object)?, 1),
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Reads the model of a body whose prompt is not counted.
 
 use super::fields::position;
-use super::{BodyFault, check_nesting, text_of};
+use super::{BodyFault, BodyText};
 use crate::json::Text;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
@@ -11,8 +11,7 @@ use std::fmt;
 /// # Errors
 /// The body is not JSON, not an object, nested too deep, or has `model` twice or in another case.
 pub fn named_model(json: &[u8]) -> Result<String, BodyFault> {
-    let text = text_of(json)?;
-    check_nesting(json)?;
+    let BodyText(text) = &BodyText::of(json)?;
     let mut deserializer = serde_json::Deserializer::from_str(text);
     deserializer.disable_recursion_limit();
     let mut model = ModelVisitor::default();
@@ -73,6 +72,7 @@ mod tests {
             (r#"{"model":"rerank-2","query":"q","documents":[{"model":5}]}"#, "rerank-2"),
             (r#"{"mod\u0065l":"m"}"#, "m"),
             (r#"{"model":null}"#, ""),
+            (r#"{"\ud83d":"\ude00","model":"m\ud83d"}"#, "m\u{fffd}"),
             ("{}", ""),
         ] {
             assert_eq!(named_model(json.as_bytes()).unwrap(), model, "{json}");

@@ -2,10 +2,11 @@
 
 use super::output;
 use crate::api::Api;
-use crate::body::Body;
+use crate::body::{Body, BodyText};
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::config::Config;
 use crate::estimate::{Model, Models, PromptEstimate, PromptPart, Provider};
+use crate::json::replace_lone_surrogates;
 use crate::store;
 use anyhow::Context as _;
 use serde::de::IgnoredAny;
@@ -155,7 +156,8 @@ fn count_lines(
 
 fn count(arguments: &CountArguments, context: &CountContext, json: &[u8]) -> Result<CountResult, String> {
     let api = arguments.api.map_or_else(|| detect_api(json), Api::from);
-    let body = Body::read(api, json).map_err(|fault| fault.to_string())?;
+    let text = BodyText::of(json).map_err(|fault| fault.to_string())?;
+    let body = Body::read(api, &text).map_err(|fault| fault.to_string())?;
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
     let rules = context.models.named(&model).at(arguments.provider.unwrap_or(context.provider));
     Ok(CountResult { api, estimate: body.prompt.estimate(&rules), model, rules })
@@ -177,7 +179,7 @@ fn detect_api(json: &[u8]) -> Api {
         dimensions: Option<IgnoredAny>,
         encoding_format: Option<IgnoredAny>,
     }
-    let shape: BodyShape = serde_json::from_slice(json).unwrap_or_default();
+    let shape: BodyShape = serde_json::from_slice(&replace_lone_surrogates(json)).unwrap_or_default();
     let model = shape.model.as_str().unwrap_or_default();
     let is_embedding =
         shape.dimensions.is_some() || shape.encoding_format.is_some() || model.contains("embed");

@@ -1,11 +1,12 @@
 use super::*;
 use crate::api::Api;
-use crate::body::Body;
+use crate::body::{Body, BodyText};
 use serde_json::{Value, json};
 
 fn estimate(api: Api, body: &Value) -> PromptEstimate {
     let text = body.to_string();
-    let body = Body::read(api, text.as_bytes()).unwrap();
+    let text = BodyText::of(text.as_bytes()).unwrap();
+    let body = Body::read(api, &text).unwrap();
     body.prompt.estimate(&Models::default().named(body.model.as_deref().unwrap_or_default()))
 }
 
@@ -46,7 +47,8 @@ fn chat_thinking(model: &str, provider: Provider, thought: &Value) -> [u64; 2] {
             {"role": "user", "content": "Sure?"}, second,
             {"role": "tool", "tool_call_id": "1", "content": "7"}]);
         let text = json!({"model": model, "messages": messages}).to_string();
-        let body = Body::read(Api::Chat, text.as_bytes()).unwrap();
+        let text = BodyText::of(text.as_bytes()).unwrap();
+        let body = Body::read(Api::Chat, &text).unwrap();
         body.prompt.estimate(&Models::default().named(model).at(provider)).tokens()
     };
     let none = json!({});
@@ -237,7 +239,8 @@ fn chat(model: &str, provider: Provider, fields: &Value) -> i64 {
     let mut body = json!({"model": model, "messages": [{"role": "user", "content": "How is it in Rome?"}]});
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     let text = body.to_string();
-    let body = Body::read(Api::Chat, text.as_bytes()).unwrap();
+    let text = BodyText::of(text.as_bytes()).unwrap();
+    let body = Body::read(Api::Chat, &text).unwrap();
     i64::try_from(body.prompt.estimate(&Models::default().named(model).at(provider)).tokens()).unwrap()
 }
 

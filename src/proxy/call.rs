@@ -7,7 +7,7 @@ use super::form;
 use super::headers::UnreadBody;
 use super::route::{Endpoint, Route};
 use crate::api::Api;
-use crate::body::{Body, Bounds, Edit, edited, named_model};
+use crate::body::{Body, BodyText, Bounds, Edit, edited, named_model};
 use crate::calibrations::{CalibrationUpdate, Calibrations};
 use crate::config::Environment;
 use crate::error::ProxyError;
@@ -147,7 +147,8 @@ impl Call {
         endpoint: Endpoint,
         environment: &Environment,
     ) -> Result<(), ProxyError> {
-        let has_model = matches!(endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_));
+        let has_model =
+            matches!(endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_) | Endpoint::CountTokens(_));
         let is_allowed =
             environment.models.is_empty() || environment.models.iter().any(|glob| glob.matches(&self.model));
         if !has_model || is_allowed {
@@ -196,7 +197,8 @@ impl Call {
         options: &ParseOptions,
         estimate: impl FnOnce(&Prompt<'_>, &Model) -> Option<PromptEstimate>,
     ) -> Result<Option<Self>, ProxyError> {
-        let body = Body::read(options.api, bytes).map_err(ProxyError::InvalidBody)?;
+        let text = BodyText::of(bytes).map_err(ProxyError::InvalidBody)?;
+        let body = Body::read(options.api, &text).map_err(ProxyError::InvalidBody)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = options.path_model.as_deref().unwrap_or(named).to_owned();
         let known = options.models.named(&model).at(options.provider);
@@ -231,7 +233,7 @@ pub(super) async fn parse(
     let environment = &snapshot.config.environments[caller.environment];
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
-        Endpoint::Uncounted(_) => {
+        Endpoint::Uncounted(_) | Endpoint::CountTokens(_) => {
             let mut call = Call::uncounted(body, content_type, environment.depends_on_model()).await?;
             if let Some(model) = route.model {
                 model.clone_into(&mut call.model);

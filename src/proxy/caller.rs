@@ -2,14 +2,11 @@
 
 use super::keys::{self, GatewayKeyHeaders, KeyOwner, PresentedKey};
 use super::query;
-use super::route::Route;
+use super::route::{self, Route};
 use super::snapshot::Snapshot;
 use crate::error::ProxyError;
 use http::request::Parts;
 use smallvec::SmallVec;
-
-/// At most this many keys of a query are looked up. A query with more is forwarded without any key.
-const MAX_KEYS_IN_QUERY: usize = 8;
 
 /// The caller of a request, and the keys that must be removed before the request is forwarded.
 #[derive(Clone, Copy)]
@@ -20,7 +17,7 @@ pub(super) struct IdentifiedCaller {
     pub(super) index: Option<usize>,
     /// The headers that carry a key of this gateway.
     pub(super) key_headers: GatewayKeyHeaders,
-    /// The query carries a key that must not be forwarded.
+    /// The query carries a key of this gateway, which must not be forwarded.
     pub(super) has_key_in_query: bool,
 }
 
@@ -33,13 +30,15 @@ pub(super) fn identify(
     route: &Route<'_>,
     head: &Parts,
 ) -> Result<IdentifiedCaller, ProxyError> {
-    let Some(presented) = keys::presented_keys(&head.headers) else {
-        return Err(ProxyError::InvalidHead("it has too many API keys"));
+    let presented = keys::presented_keys(&head.headers).map_err(ProxyError::InvalidHead)?;
+    let unknown = || ProxyError::InvalidKey {
+        given: presented.iter().any(|key| key.is_well_formed),
+        header: route::key_header(route.path),
     };
-    let unknown = || ProxyError::InvalidKey { given: presented.iter().any(|key| key.is_well_formed) };
     let known: SmallVec<[_; 2]> =
         owners(snapshot, &presented).filter_map(|(key, owner)| owner.map(|owner| (key, owner))).collect();
-    let owner = known.iter().find(|(key, _)| key.is_well_formed).map(|&(_, owner)| owner);
+    let mut owners = known.iter().filter(|(key, _)| key.is_well_formed).map(|&(_, owner)| owner);
+    let owner = owners.next();
     let environment = route
         .environment
         .or(owner.map(|owner| owner.environment))
@@ -47,6 +46,9 @@ pub(super) fn identify(
         .ok_or_else(unknown)?;
     if known.iter().any(|(_, owner)| owner.environment != environment) {
         return Err(ProxyError::WrongEnvironment);
+    }
+    if owners.any(|other| Some(other) != owner) {
+        return Err(ProxyError::InvalidHead("its API keys belong to different callers"));
     }
     if owner.is_none() && !snapshot.config.environments[environment].callers.is_empty() {
         return Err(unknown());
@@ -62,22 +64,24 @@ pub(super) fn identify(
     })
 }
 
-/// Whether the query carries a key of this gateway, or more keys than are looked up. A key in the query grants no
-/// access.
+/// Whether the query carries a key of this environment. A key in the query grants no access.
 fn has_key_in_query(
     snapshot: &Snapshot,
     query: Option<&str>,
     environment: usize,
 ) -> Result<bool, ProxyError> {
+    let Some(query) = query.filter(|_| !snapshot.keys.is_empty()) else { return Ok(false) };
+    let Some(candidates) = query::candidates(query) else {
+        return Err(ProxyError::InvalidHead("its query has too many parameters to search it for API keys"));
+    };
     let mut found = false;
-    let mut keys = query::keys(query.unwrap_or_default());
-    for key in keys.by_ref().take(MAX_KEYS_IN_QUERY) {
-        match snapshot.keys.owner(&snapshot.config, key.as_bytes()) {
-            Some(owner) if owner.environment != environment => return Err(ProxyError::WrongEnvironment),
-            owner => found |= owner.is_some(),
+    for owner in candidates.iter().filter_map(|text| snapshot.keys.owner(&snapshot.config, text)) {
+        if owner.environment != environment {
+            return Err(ProxyError::WrongEnvironment);
         }
+        found = true;
     }
-    Ok(found || keys.next().is_some())
+    Ok(found)
 }
 
 /// The owner of each key. A key that several headers repeat in a row is hashed once.

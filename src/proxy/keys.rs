@@ -10,8 +10,8 @@ use subtle::{Choice, ConstantTimeEq as _};
 /// Headers that can carry a caller's key, in the order in which they are searched.
 pub(super) const KEY_HEADERS: [&str; 4] = ["authorization", "api-key", "x-api-key", "x-goog-api-key"];
 
-/// A request with more keys than this is refused: each costs a hash and a lookup.
-const MAX_KEYS: usize = 8;
+/// A request with more words in its key headers than this is refused: each costs a hash and a lookup.
+const MAX_KEYS: usize = 32;
 
 /// A key that a caller sent in a header. It has no `Debug`, which would print the key.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -41,26 +41,36 @@ impl GatewayKeyHeaders {
     }
 }
 
-/// Every key in a request's headers, without duplicates within one header. `None`: there are more than `MAX_KEYS`.
-pub(super) fn presented_keys(headers: &HeaderMap) -> Option<SmallVec<[PresentedKey<'_>; 2]>> {
+/// Every key in a request's headers, without duplicates within one header.
+///
+/// # Errors
+/// The gateway and an upstream could read different keys from these headers. The text is the reason.
+pub(super) fn presented_keys(headers: &HeaderMap) -> Result<SmallVec<[PresentedKey<'_>; 2]>, &'static str> {
     let mut keys = SmallVec::new();
     for (at, name) in (0..).zip(KEY_HEADERS) {
-        for value in headers.get_all(name) {
-            let value = value.as_bytes().trim_ascii();
-            let standard = if at == 0 { bearer(value) } else { Some(value) };
-            let key = PresentedKey {
-                key: standard.unwrap_or(value),
-                header: KeyHeader(at),
-                is_well_formed: standard.is_some(),
-            };
-            add_key(&mut keys, key);
-            // `authorization` with another scheme than Bearer: the key may be the last word.
-            if let (None, Some(space)) = (standard, value.iter().rposition(|&b| b == b' ')) {
-                add_key(&mut keys, PresentedKey { key: &value[space + 1..], ..key });
-            }
+        let mut values = headers.get_all(name).iter();
+        let Some(value) = values.next() else { continue };
+        if at == 0 && values.next().is_some() {
+            return Err("it has more than one Authorization header");
+        }
+        if values.any(|other| other != value) {
+            return Err("it has two different API keys in headers of the same name");
+        }
+        let value = value.as_bytes().trim_ascii();
+        let standard = if at == 0 { bearer(value) } else { Some(value) };
+        let key = PresentedKey {
+            key: standard.unwrap_or(value),
+            header: KeyHeader(at),
+            is_well_formed: standard.is_some(),
+        };
+        add_key(&mut keys, key);
+        // Another scheme than Bearer, or a list: a key may be one of the words.
+        let words = key.key.split(|byte| byte.is_ascii_whitespace() || b",;".contains(byte));
+        for word in words.filter(|word| *word != key.key) {
+            add_key(&mut keys, PresentedKey { key: word, is_well_formed: false, ..key });
         }
     }
-    (keys.len() <= MAX_KEYS).then_some(keys)
+    if keys.len() > MAX_KEYS { Err("its API key headers have too many words") } else { Ok(keys) }
 }
 
 fn add_key<'h>(keys: &mut SmallVec<[PresentedKey<'h>; 2]>, key: PresentedKey<'h>) {
@@ -87,6 +97,11 @@ pub(super) struct KeyOwner {
 pub(super) struct KeyTable(HashMap<[u8; 32], KeyOwner>);
 
 impl KeyTable {
+    /// Whether no caller has a key.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn new(config: &Config) -> Self {
         let owners = config.callers_by_digest().into_iter();
         Self(
@@ -124,7 +139,7 @@ mod tests {
         for (name, value, key) in [
             ("authorization", "Bearer k1", vec![("k1", true)]),
             ("authorization", "bearer  k1 ", vec![("k1", true)]),
-            ("authorization", "Basic k1", vec![("Basic k1", false), ("k1", false)]),
+            ("authorization", "Basic k1", vec![("Basic k1", false), ("Basic", false), ("k1", false)]),
             ("authorization", "k1", vec![("k1", false)]),
             ("authorization", "Bearer ", vec![("Bearer", false)]),
             ("api-key", "k1", vec![("k1", true)]),
@@ -139,16 +154,45 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_deduplicated_per_header_and_too_many_are_refused() {
-        let mut headers = HeaderMap::new();
-        for value in ["a", "b", "a"] {
-            headers.append("x-api-key", HeaderValue::from_static(value));
+    fn every_word_of_a_header_is_looked_up() {
+        for (value, words) in [
+            ("k1, k2", vec![("k1, k2", true), ("k1", false), ("k2", false)]),
+            ("k1;k2", vec![("k1;k2", true), ("k1", false), ("k2", false)]),
+            ("k1 k1", vec![("k1 k1", true), ("k1", false)]),
+        ] {
+            let headers = HeaderMap::from_iter([(
+                HeaderName::from_static("x-api-key"),
+                HeaderValue::from_static(value),
+            )]);
+            assert_eq!(keys(&headers), words, "{value}");
         }
-        headers.append("authorization", HeaderValue::from_static("Bearer a"));
-        assert_eq!(keys(&headers), [("a", true), ("a", true), ("b", true)]);
-        for n in 0..7 {
-            headers.append("api-key", HeaderValue::from(n));
+        let many = HeaderValue::from_str(&"k ".repeat(40).replace(' ', ",")).unwrap();
+        let headers = HeaderMap::from_iter([(HeaderName::from_static("api-key"), many)]);
+        assert!(presented_keys(&headers).is_ok(), "equal words count once");
+        let many: Vec<_> = (0..40).map(|n| format!("{n},")).collect();
+        let headers = HeaderMap::from_iter([(
+            HeaderName::from_static("api-key"),
+            HeaderValue::from_str(&many.concat()).unwrap(),
+        )]);
+        assert!(presented_keys(&headers).is_err());
+    }
+
+    #[test]
+    fn ambiguous_headers_are_refused() {
+        for (name, values, is_accepted) in [
+            ("authorization", ["Bearer a", "Bearer a"], false),
+            ("authorization", ["Bearer a", "Bearer b"], false),
+            ("authorization", ["", ""], false),
+            ("x-api-key", ["a", "a"], true),
+            ("x-api-key", ["a", "b"], false),
+            ("api-key", ["", "b"], false),
+            ("x-goog-api-key", ["a", "b"], false),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+            }
+            assert_eq!(presented_keys(&headers).is_ok(), is_accepted, "{name} {values:?}");
         }
-        assert!(presented_keys(&headers).is_none());
     }
 }

@@ -15,7 +15,7 @@ use crate::ledger::Progress;
 use crate::server::Peer;
 use crate::telemetry::RequestOutcome;
 use crate::upstream::Incoming;
-use crate::usage::OwnFigures;
+use crate::usage::{OwnFigures, Reported};
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{self, HeaderMap};
@@ -389,7 +389,9 @@ impl Metered {
     /// Prepares the settlement. Delivered text is counted if the upstream has not reported its final usage and the
     /// endpoint generates tokens.
     fn settlement(&mut self, mut charge: Charge, was_cut: bool) -> AnswerSettlement {
-        let reported = self.reader.reported();
+        // An answer that counts tokens used none, whatever it reports.
+        let is_count = matches!(self.context.endpoint, Endpoint::CountTokens(_));
+        let reported = if is_count { Reported::default() } else { self.reader.reported() };
         charge.record.is_usage_reported = reported.has_any();
         charge.record.reported_prompt = reported.prompt().unwrap_or(0);
         let MeterContext { status, endpoint, estimated_prompt, has_prompt, tokenizer, .. } = self.context;

@@ -1,6 +1,7 @@
 //! Maps a path to an endpoint and an environment. Paths are matched as sent, without decoding, case folding or
 //! normalization, so each endpoint has one spelling.
 
+use super::unserved;
 use crate::api::{Api, Dialect};
 use crate::config::Config;
 use crate::error::ProxyError;
@@ -14,6 +15,8 @@ pub(super) enum Endpoint {
     /// Charged as one request, and the usage that the answer reports. The prompt is not estimated. The value is the
     /// name in metrics.
     Uncounted(&'static str),
+    /// Counts the tokens of a prompt and generates nothing. Charged as one request without tokens.
+    CountTokens(Api),
     /// The list of models, or one model. Forwarded and not charged.
     Models,
     /// `HEAD /`, which clients send to check that the gateway is reachable.
@@ -31,7 +34,7 @@ impl Endpoint {
     /// The SDKs that use this endpoint.
     pub(super) fn dialect(self) -> Dialect {
         match self {
-            Self::Counted(api) => api.dialect(),
+            Self::Counted(api) | Self::CountTokens(api) => api.dialect(),
             Self::Uncounted(_) | Self::Models | Self::Root | Self::Other => Dialect::OpenAi,
         }
     }
@@ -40,6 +43,7 @@ impl Endpoint {
         match self {
             Self::Counted(api) => api.as_str(),
             Self::Uncounted(name) => name,
+            Self::CountTokens(_) => "count_tokens",
             Self::Models => "models",
             Self::Root => "root",
             Self::Other => "other",
@@ -99,27 +103,55 @@ pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Resul
     Ok(Route { environment, path, ..route })
 }
 
-/// The error for a path that is not served. It suggests a `base_url` path that would be right.
+/// The error for a path that is not served. Unless the path exists at a provider, it suggests a `base_url` path that
+/// would be right.
 pub(super) fn unknown_path(config: &Config, path: &str) -> ProxyError {
     let dialect = dialect(path);
     let base_path = base_path(config, path, dialect);
-    ProxyError::UnknownPath { path: path.chars().take(MAX_SHOWN_PATH).collect(), base_path, dialect }
+    let (environment, rest) = split_environment(config, path);
+    // Below an unknown first segment, no path can be served.
+    let is_known = is_plain(rest)
+        && unserved::is_known(rest)
+        && (environment.is_some() || serves_without_prefix(config));
+    ProxyError::UnknownPath {
+        path: path.chars().take(MAX_SHOWN_PATH).collect(),
+        base_path,
+        dialect,
+        is_known,
+    }
 }
 
 /// The kind of SDK that requests a path. It is defined for paths that are not served, too.
 pub(super) fn dialect(path: &str) -> Dialect {
-    let is_first =
-        |end: &str| path.strip_suffix(end).is_some_and(|before| before.rfind('/').is_none_or(|at| at == 0));
     // Skips the environment and the version, if the path has them.
     let from_models = &path[path.rfind("/models/").unwrap_or(0)..];
-    if path.ends_with("/v1/messages") || path.contains("/v1/messages/") || is_first("/messages") {
+    if is_below_messages(path) {
         Dialect::Anthropic
-    } else if path.contains("/v1beta/") || generation(from_models).is_some() {
+    } else if path.contains("/v1beta/") || model_operation(from_models).is_some() {
         Dialect::Google
-    } else if path.ends_with("/responses") {
+    } else if path.ends_with("/responses") || path.ends_with("/responses/input_tokens") {
         Dialect::Responses
     } else {
         Dialect::OpenAi
+    }
+}
+
+/// Whether this is Anthropic's `/messages` or a path below it, after at most an environment and a version.
+fn is_below_messages(path: &str) -> bool {
+    path.match_indices("/messages").any(|(at, segment)| {
+        let (before, after) = (&path[..at], &path[at + segment.len()..]);
+        let is_segment = after.is_empty() || after.starts_with('/');
+        is_segment && (before.ends_with("/v1") || before.rfind('/').is_none_or(|at| at == 0))
+    })
+}
+
+/// The header in which the SDK of a path sends its key. The path has no environment.
+pub(super) fn key_header(path: &str) -> &'static str {
+    match dialect(path) {
+        Dialect::Anthropic => "x-api-key: <key>",
+        Dialect::Google => "x-goog-api-key: <key>",
+        Dialect::OpenAi | Dialect::Responses if path.starts_with("/openai/") => "api-key: <key>",
+        Dialect::OpenAi | Dialect::Responses => "Authorization: Bearer <key>",
     }
 }
 
@@ -135,8 +167,7 @@ fn forwards_others(config: &Config, environment: Option<usize>) -> bool {
 /// The path of the `base_url` that would be right for an SDK of this dialect that requested `path`. It reveals no
 /// environment that `path` does not name.
 fn base_path(config: &Config, path: &str, dialect: Dialect) -> String {
-    let needs_none = config.default_environment.is_some()
-        || config.environments.iter().any(|environment| !environment.callers.is_empty());
+    let needs_none = serves_without_prefix(config);
     let environment = match split_environment(config, path).0 {
         Some(index) => format!("/{}", config.environments[index].name),
         None if needs_none => String::new(),
@@ -148,6 +179,12 @@ fn base_path(config: &Config, path: &str, dialect: Dialect) -> String {
         Dialect::Anthropic | Dialect::Google if environment.is_empty() => "/".to_owned(),
         Dialect::Anthropic | Dialect::Google => environment,
     }
+}
+
+/// Whether a path without an environment can be served.
+fn serves_without_prefix(config: &Config) -> bool {
+    config.default_environment.is_some()
+        || config.environments.iter().any(|environment| !environment.callers.is_empty())
 }
 
 fn split_environment<'a>(config: &Config, path: &'a str) -> (Option<usize>, &'a str) {
@@ -163,28 +200,31 @@ fn split_environment<'a>(config: &Config, path: &'a str) -> (Option<usize>, &'a 
 fn route(path: &str) -> Option<(Route<'_>, &'static str)> {
     if let Some(rest) = path.strip_prefix("/openai/deployments/") {
         let (deployment, operation) = rest.split_at(rest.find('/')?);
-        let endpoint = openai_endpoint(operation).filter(|e| *e != Endpoint::Counted(Api::Responses))?;
+        let endpoint = openai_endpoint(operation).filter(|e| e.dialect() != Dialect::Responses)?;
         // The upstream would decode `%` and serve another model than the one whose quotas are charged.
         let model = Some(deployment).filter(|name| is_segment(name) && !name.contains('%'));
         return Some((Route { model: Some(model?), ..Route::new(endpoint) }, "POST"));
     }
-    if let Some((model, streams)) = generation(path) {
-        return Some((
-            Route { model: Some(model), streams, ..Route::new(Endpoint::Counted(Api::Gemini)) },
-            "POST",
-        ));
+    if let Some((model, endpoint, streams)) = model_operation(path) {
+        return Some((Route { model: Some(model), streams, ..Route::new(endpoint) }, "POST"));
     }
     let azure_rest = path.strip_prefix("/openai/v1");
     let rest = azure_rest.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
-    if rest == "/messages" && azure_rest.is_none() {
-        return Some((Route::new(Endpoint::Counted(Api::Messages)), "POST"));
+    let anthropic = match rest {
+        "/messages" => Some(Endpoint::Counted(Api::Messages)),
+        "/messages/count_tokens" => Some(Endpoint::CountTokens(Api::Messages)),
+        _ => None,
+    };
+    if let Some(endpoint) = anthropic.filter(|_| azure_rest.is_none()) {
+        return Some((Route::new(endpoint), "POST"));
     }
     // Azure serves `/openai/responses` besides its deployments.
     let rest = rest.strip_prefix("/openai").filter(|r| *r == "/responses" && rest == path).unwrap_or(rest);
     if let Some(endpoint) = openai_endpoint(rest) {
         return Some((Route::new(endpoint), "POST"));
     }
-    is_models_path(path).then_some((Route::new(Endpoint::Models), "GET"))
+    let is_models = is_models_path(path) && !unserved::is_operation(path);
+    is_models.then_some((Route::new(Endpoint::Models), "GET"))
 }
 
 /// The endpoint of an OpenAI path without its version.
@@ -194,6 +234,7 @@ fn openai_endpoint(path: &str) -> Option<Endpoint> {
         "/completions" => Endpoint::Counted(Api::Completions),
         "/embeddings" => Endpoint::Counted(Api::Embeddings),
         "/responses" => Endpoint::Counted(Api::Responses),
+        "/responses/input_tokens" => Endpoint::CountTokens(Api::Responses),
         "/rerank" => Endpoint::Uncounted("rerank"),
         "/moderations" => Endpoint::Uncounted("moderations"),
         _ => {
@@ -204,17 +245,19 @@ fn openai_endpoint(path: &str) -> Option<Endpoint> {
     })
 }
 
-/// The model of a Gemini path that generates, and whether the path requests a stream.
-fn generation(path: &str) -> Option<(&str, bool)> {
+/// The model and the endpoint of a Gemini path with an operation that is served, and whether the path requests a
+/// stream.
+fn model_operation(path: &str) -> Option<(&str, Endpoint, bool)> {
     let rest = path.strip_prefix("/v1beta").or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
     let (model, operation) = rest.strip_prefix("/models/")?.rsplit_once(':')?;
-    let streams = match operation {
-        "generateContent" => false,
-        "streamGenerateContent" => true,
+    let (endpoint, streams) = match operation {
+        "generateContent" => (Endpoint::Counted(Api::Gemini), false),
+        "streamGenerateContent" => (Endpoint::Counted(Api::Gemini), true),
+        "countTokens" => (Endpoint::CountTokens(Api::Gemini), false),
         _ => return None,
     };
     let is_name = is_segment(model) && !model.contains(['/', '%', ':']);
-    is_name.then_some((model, streams))
+    is_name.then_some((model, endpoint, streams))
 }
 
 /// Whether a path is the list of models or one model.
@@ -277,6 +320,13 @@ mod tests {
             ("/openai/v1/responses", Endpoint::Counted(Api::Responses)),
             ("/v1/messages", Endpoint::Counted(Api::Messages)),
             ("/messages", Endpoint::Counted(Api::Messages)),
+            ("/v1/messages/count_tokens", Endpoint::CountTokens(Api::Messages)),
+            ("/messages/count_tokens", Endpoint::CountTokens(Api::Messages)),
+            ("/v1/responses/input_tokens", Endpoint::CountTokens(Api::Responses)),
+            ("/responses/input_tokens", Endpoint::CountTokens(Api::Responses)),
+            ("/openai/v1/responses/input_tokens", Endpoint::CountTokens(Api::Responses)),
+            ("/v1beta/models/gemini-2.5-pro:countTokens", Endpoint::CountTokens(Api::Gemini)),
+            ("/models/gemini-2.5-pro:countTokens", Endpoint::CountTokens(Api::Gemini)),
             ("/v1/rerank", Endpoint::Uncounted("rerank")),
             ("/v1/moderations", Endpoint::Uncounted("moderations")),
             ("/v1/audio/transcriptions", Endpoint::Uncounted("audio")),
@@ -336,7 +386,9 @@ mod tests {
             "/openai/v1/messages",
             "/openai/chat/completions",
             "/v1/openai/responses",
-            "/v1/messages/count_tokens",
+            "/openai/v1/messages/count_tokens",
+            "/openai/deployments/d/responses/input_tokens",
+            "/v1/messages/count_tokens/",
             "/v1/messages/batches",
             "/v1/responses/resp_1",
             "/v1/audio",
@@ -345,7 +397,9 @@ mod tests {
             "/v1/audio/%2e%2e",
             "/v1/Audio/speech",
             "/v1/realtime",
-            "/v1beta/models/gemini:countTokens",
+            "/v1beta/models/gemini:counttokens",
+            "/v1beta/models/a:b:countTokens",
+            "/v1/models/gemini:batchGenerateContent",
             "/v1beta/models/gemini:GenerateContent",
             "/v1beta/models/:generateContent",
             "/v1beta/models/a/b:generateContent",
@@ -366,7 +420,14 @@ mod tests {
             ("/sandbox/messages", Dialect::Anthropic),
             ("/sandbox/v1/messages", Dialect::Anthropic),
             ("/v1/messages/batches", Dialect::Anthropic),
+            ("/messages/count_tokens", Dialect::Anthropic),
+            ("/sandbox/messages/count_tokens", Dialect::Anthropic),
+            ("/messages/batches/b/results", Dialect::Anthropic),
+            ("/messagesx", Dialect::OpenAi),
+            ("/v1/responses/input_tokens", Dialect::Responses),
+            ("/v1/models/g:countTokens", Dialect::Google),
             ("/v1/threads/t/messages", Dialect::OpenAi),
+            ("/v1/threads/t/messages/m", Dialect::OpenAi),
             ("/v1/v1/messages", Dialect::Anthropic),
             ("/v1beta/models/g:countTokens", Dialect::Google),
             ("/models/g:generateContent", Dialect::Google),
@@ -379,6 +440,23 @@ mod tests {
             ("/", Dialect::OpenAi),
         ] {
             assert_eq!(dialect(path), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn each_sdk_has_its_own_key_header() {
+        for (path, header) in [
+            ("/v1/chat/completions", "Authorization: Bearer <key>"),
+            ("/v1/responses", "Authorization: Bearer <key>"),
+            ("/v1/models", "Authorization: Bearer <key>"),
+            ("/v1/messages", "x-api-key: <key>"),
+            ("/messages/count_tokens", "x-api-key: <key>"),
+            ("/v1beta/models/g:generateContent", "x-goog-api-key: <key>"),
+            ("/v1beta/models", "x-goog-api-key: <key>"),
+            ("/openai/deployments/d/chat/completions", "api-key: <key>"),
+            ("/openai/v1/responses", "api-key: <key>"),
+        ] {
+            assert_eq!(key_header(path), header, "{path}");
         }
     }
 

@@ -44,6 +44,7 @@ const APIS: &[&str] = &[
     "moderations",
     "audio",
     "images",
+    "count_tokens",
     "models",
     "root",
     "other",

@@ -6,6 +6,7 @@
 use super::collector::{TextCollector, TextToCount};
 use super::template::{EventTemplate, without_escapes};
 use super::texts;
+use crate::json::replace_lone_surrogates;
 use memchr::memmem::{self, Finder};
 use memchr::{memchr_iter, memrchr};
 use serde_json::value::RawValue;
@@ -227,13 +228,13 @@ impl Delivered {
 
     /// Ends a complete JSON answer. Returns its text.
     pub fn finish_document(mut self) -> TextToCount {
-        parse(&self.raw, &mut self.text);
+        parse(&replace_lone_surrogates(&self.raw), &mut self.text);
         self.text.finish()
     }
 
     /// Ends a JSON list of chunks that was cut off. Returns the text of its complete chunks.
     pub fn finish_cut_list(mut self) -> TextToCount {
-        for chunk in complete_chunks(&self.raw) {
+        for chunk in complete_chunks(&replace_lone_surrogates(&self.raw)) {
             parse(chunk.get().as_bytes(), &mut self.text);
         }
         self.text.finish()

@@ -6,7 +6,7 @@
 
 use super::event::EventUsage;
 use super::{Reported, fields};
-use crate::json::{Found, MemberScanner};
+use crate::json::{Found, MemberScanner, replace_lone_surrogates};
 
 /// A longer usage object is ignored.
 const MAX_USAGE_BYTES: usize = 64 * 1024;
@@ -136,7 +136,8 @@ impl PartialValue {
     }
 
     fn usage(self) -> Option<Reported> {
-        let text = if self.is_too_long { None } else { std::str::from_utf8(&self.json).ok() };
+        let json = replace_lone_surrogates(&self.json);
+        let text = if self.is_too_long { None } else { std::str::from_utf8(&json).ok() };
         match self.holder? {
             UsageHolder::Usage => Some(Reported::read(text.unwrap_or("invalid"))),
             UsageHolder::Meta => Some(fields::read_meta(text.unwrap_or("null"))),

@@ -11,6 +11,7 @@ use super::event::{EventUsage, UsageEvent};
 use super::sink::{Discard, Sink};
 use super::stream_end::StreamEnd;
 use super::{Reported, TextToCount, ending};
+use crate::json::replace_lone_surrogates;
 use bytes::Bytes;
 use memchr::memchr2;
 use memchr::memmem::Finder;
@@ -398,6 +399,7 @@ impl SseReader {
     /// Reads one complete event. Returns whether it carries only usage.
     fn read_event(&mut self, event: &[u8]) -> bool {
         let Some(data) = data_of(event) else { return false };
+        let data = replace_lone_surrogates(&data);
         if is_error_event(event) {
             return false; // its data is not a completion, whatever its shape
         }

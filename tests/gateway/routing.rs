@@ -90,7 +90,7 @@ async fn a_key_of_the_gateway_is_never_forwarded() {
         (format!("api-key: {WEB_KEY}\r\n"), "authorization: Bearer sk-own"),
         (format!("x-goog-api-key: {WEB_KEY}\r\n"), "api-key: sk-own"),
         (format!("x-api-key: {WEB_KEY}\r\nx-api-key: {WEB_KEY}\r\n"), "authorization: Bearer sk-own"),
-        (format!("{}authorization: {WEB_KEY}\r\n", bearer(WEB_KEY)), "x-goog-api-key: sk-own"),
+        (format!("{}x-api-key: {WEB_KEY}\r\n", bearer(WEB_KEY)), "x-goog-api-key: sk-own"),
     ] {
         for headers in [format!("{ours}{theirs}\r\n"), format!("{theirs}\r\n{ours}")] {
             let reply = gateway.send("POST", "/production/v1/chat/completions", &headers, HELLO).await;
@@ -110,7 +110,7 @@ async fn a_key_of_another_environment_is_refused_in_every_header() {
         ("/production/v1/chat/completions", format!("{}x-api-key: {SANDBOX_KEY}\r\n", bearer(WEB_KEY))),
         ("/v1/chat/completions", format!("{}api-key: {SANDBOX_KEY}\r\n", bearer(WEB_KEY))),
         ("/open/v1/chat/completions", format!("{}x-goog-api-key: {SANDBOX_KEY}\r\n", bearer("mine"))),
-        ("/open/v1/chat/completions", format!("api-key: mine\r\napi-key: {SANDBOX_KEY}\r\n")),
+        ("/open/v1/chat/completions", format!("api-key: mine, {SANDBOX_KEY}\r\n")),
         ("/open/v1/chat/completions", format!("authorization: {SANDBOX_KEY}\r\n")),
         ("/open/v1/chat/completions", format!("authorization: Key {SANDBOX_KEY}\r\n")),
         ("/v1/chat/completions", format!("authorization: {SANDBOX_KEY}\r\n")),
@@ -119,27 +119,6 @@ async fn a_key_of_another_environment_is_refused_in_every_header() {
         assert_eq!(reply.refusal(), (403, "wrong_environment".into()), "{path} {headers}");
     }
     assert!(upstream.seen().is_empty());
-}
-
-#[tokio::test]
-async fn a_request_with_more_than_eight_keys_is_refused() {
-    let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = gateway(&upstream, "default_environment: open").await;
-    let keys: Vec<_> = (0..9).map(|n| format!("x-api-key: {n}\r\n")).collect();
-    assert_eq!(
-        gateway.send("POST", CHAT, &keys.concat(), HELLO).await.refusal(),
-        (400, "bad_request".into())
-    );
-}
-
-#[tokio::test]
-async fn a_query_with_more_than_eight_keys_is_forwarded_without_any() {
-    let upstream = Upstream::always(Answer::chat(8, 2)).await;
-    let gateway = gateway(&upstream, "").await;
-    let query = format!("x=1&{}key={WEB_KEY}", "key=a&".repeat(8));
-    let reply = gateway.send("POST", &format!("/production{CHAT}?{query}"), &bearer(WEB_KEY), HELLO).await;
-    assert_eq!(reply.status, 200);
-    assert_eq!(upstream.only().target(), format!("{CHAT}?x=1"));
 }
 
 #[tokio::test]
@@ -199,11 +178,8 @@ async fn an_unknown_path_is_a_404_that_suggests_a_base_url() {
         "/staging",
         "/staging/",
         "/staging/v1",
-        "/v1/files",
-        "/v1/batches",
-        "/v1/assistants",
-        "/v1/realtime",
-        "/v1/fine_tuning/jobs",
+        "/nowhere/v1/files",
+        "/v1/files/",
         "/staging/staging/v1/chat/completions",
     ] {
         let reply = gateway.post(path, HELLO).await;

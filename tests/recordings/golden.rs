@@ -4,7 +4,7 @@ use base64::Engine as _;
 use serde_json::{Value, json};
 use std::path::Path;
 use tollgate::api::Api;
-use tollgate::body::Body;
+use tollgate::body::{Body, BodyText};
 use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 
 pub(crate) fn vectors(data: &Path) -> Option<Vec<Value>> {
@@ -36,7 +36,8 @@ pub(crate) fn are_exact(vectors: &[Value]) -> bool {
 fn estimate(body: &Value) -> PromptEstimate {
     let text = body.to_string();
     let model = body["model"].as_str().unwrap_or_default();
-    let body = Body::read(Api::Chat, text.as_bytes()).unwrap_or_else(|fault| panic!("{fault}: {text}"));
+    let body_text = BodyText::of(text.as_bytes()).unwrap_or_else(|fault| panic!("{fault}: {text}"));
+    let body = Body::read(Api::Chat, &body_text).unwrap_or_else(|fault| panic!("{fault}: {text}"));
     body.prompt.estimate(&Models::default().named(model))
 }
 

@@ -3,7 +3,7 @@
 use crate::exchange::Exchange;
 use std::collections::HashMap;
 use tollgate::api::Api;
-use tollgate::body::Body;
+use tollgate::body::{Body, BodyText};
 use tollgate::estimate::{Calibration, Models, RequestKind};
 
 /// A request with its estimate and its reported tokens.
@@ -38,8 +38,8 @@ impl Measured {
 pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
     let (api, text) = (exchange.api()?, exchange.exact_request()?);
     let reported = exchange.reported().filter(|&tokens| tokens > 0)?;
-    let body =
-        Body::read(api, text.as_bytes()).map_err(|fault| eprintln!("{}: {fault}", exchange.id)).ok()?;
+    let body_text = BodyText::of(text.as_bytes()).ok()?;
+    let body = Body::read(api, &body_text).map_err(|fault| eprintln!("{}: {fault}", exchange.id)).ok()?;
     let named = body.model.as_deref().or(exchange.model.as_deref()).unwrap_or_default().to_owned();
     let estimate = body.prompt.estimate(&Models::default().named(&named).at(exchange.service()));
     Some(Measured {

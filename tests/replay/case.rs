@@ -5,7 +5,7 @@ use crate::rules::charged;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use tollgate::api::Api;
-use tollgate::body::Body;
+use tollgate::body::{Body, BodyText};
 use tollgate::estimate::{Models, Tokenizer};
 use tollgate::usage::{Delivered, Discard, JsonReader, Reported, SseReader, TextToCount};
 
@@ -122,7 +122,7 @@ fn replay_target(exchange: &Exchange) -> (&str, String) {
 
 fn is_servable(api: Option<Api>, body: &[u8]) -> bool {
     match api {
-        Some(api) => Body::read(api, body).is_ok(),
+        Some(api) => BodyText::of(body).is_ok_and(|text| Body::read(api, &text).is_ok()),
         None => serde_json::from_slice::<Value>(body).is_ok_and(|body| body.is_object()),
     }
 }

@@ -1,13 +1,14 @@
 use super::*;
 use crate::api::Api;
-use crate::body::Body;
+use crate::body::{Body, BodyText};
 use crate::estimate::{Models, PromptEstimate};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 /// The settings and the prefixes of a body, the longest one first.
 fn identified(api: Api, body: &str) -> (u64, Vec<PromptPrefix>) {
-    let body = Body::read(api, body.as_bytes()).unwrap();
+    let text = BodyText::of(body.as_bytes()).unwrap();
+    let body = Body::read(api, &text).unwrap();
     (body.prompt.settings(), body.prompt.prefixes().collect())
 }
 
@@ -123,7 +124,8 @@ fn any_number_of_messages_keeps_a_bounded_number_of_prefixes() {
 
 /// The estimate of a body, with a known prefix of this many messages.
 fn estimate(api: Api, body: &str, known: Option<(usize, u64)>) -> PromptEstimate {
-    let mut body = Body::read(api, body.as_bytes()).unwrap();
+    let text = BodyText::of(body.as_bytes()).unwrap();
+    let mut body = Body::read(api, &text).unwrap();
     if let Some((messages, tokens)) = known {
         let prefixes: Vec<_> = body.prompt.prefixes().collect();
         body.prompt.set_known(&prefixes[prefixes.len() - messages], tokens);

@@ -1,6 +1,6 @@
 //! Readers of function definitions and of the JSON schemas in them.
 
-use crate::json::{Expected, JsonVisitor, Visit, element, raw, string, value};
+use crate::json::{Expected, JsonVisitor, Visit, element, raw, raw_unless_null, string, value};
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
@@ -27,7 +27,7 @@ impl<'a> JsonVisitor<'a> for FunctionDefinition<'a> {
         match name {
             "name" => self.name = string(object)?,
             "description" => self.description = string(object)?,
-            _ => self.parameters = Some(raw(object)?),
+            _ => self.parameters = raw_unless_null(object)?.or(self.parameters),
         }
         Ok(())
     }
@@ -92,7 +92,7 @@ impl<'a> JsonVisitor<'a> for ParameterSchema<'a> {
             "default" => raw(object).map(|json| self.default = Some(json)),
             "$ref" => string(object).map(|name| self.reference = name),
             "const" => raw(object).map(|value| self.values.push(value)),
-            "items" => raw(object).map(|items| self.items = Some(items)),
+            "items" => raw_unless_null(object).map(|items| self.items = items),
             "enum" => value(object, &mut ListReader(&mut self.values)),
             "properties" => value(object, &mut MembersReader(&mut self.properties)),
             "$defs" | "definitions" => value(object, &mut MembersReader(&mut self.definitions)),

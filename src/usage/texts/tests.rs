@@ -1,6 +1,6 @@
 //! Streams of each API that break off after each event, and formats that the fixtures lack.
 
-use crate::usage::{Delivered, SseReader, TextToCount};
+use crate::usage::{Delivered, Discard, JsonReader, Reported, SseReader, TextToCount};
 use bytes::Bytes;
 use serde_json::Value;
 
@@ -258,4 +258,48 @@ fn endings_of_gemini_cohere_and_chat_resemble_the_last_chunk() {
     let chat = ending("chat_silent.sse", 1);
     assert_eq!(events(&chat)[0].1["choices"][0]["finish_reason"], "length");
     assert_eq!(events(&chat)[1].1, "[DONE]");
+}
+
+fn has_ending(name: &str, ending: &str) -> bool {
+    name.to_lowercase().ends_with(ending)
+}
+
+/// Usage and text of a stream or a document.
+fn all_of(name: &str, content: &str) -> (Reported, Vec<String>, u64) {
+    let (reported, text) = if has_ending(name, ".sse") {
+        let mut reader = SseReader::new(false);
+        reader.feed(&Bytes::copy_from_slice(content.as_bytes()), &mut Discard);
+        reader.finish(&mut Discard);
+        (reader.reported(), reader.take_text())
+    } else {
+        let (mut reader, mut delivered) = (JsonReader::default(), Delivered::default());
+        reader.feed(content.as_bytes());
+        delivered.push_piece(content.as_bytes());
+        (reader.reported(), delivered.finish_document())
+    };
+    (reported, text.texts, text.known_tokens)
+}
+
+#[test]
+fn half_a_surrogate_pair_in_any_string_of_an_answer_is_read_as_a_replacement_character() {
+    let folder = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures")).unwrap();
+    let names = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let is_answer = |name: &String| {
+        has_ending(name, ".sse") || has_ending(name, ".json") && !has_ending(name, ".usage.json")
+    };
+    for name in names.filter(is_answer) {
+        let content = fixture(&name);
+        let (mut at, mut places) = (0, Vec::new());
+        while let Some(quote) = content[at..].find('"') {
+            let from = at + quote + 1;
+            let end = from + crate::json::string_length(&content.as_bytes()[from..]).unwrap();
+            places.push(end);
+            at = end + 1;
+        }
+        for end in places {
+            let with =
+                |escape: &str| all_of(&name, &format!("{}{escape}{}", &content[..end], &content[end..]));
+            assert_eq!(with(r"\ud83d"), with(r"\ufffd"), "{name} {end}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 use tollgate::api::Api;
-use tollgate::body::{Body, edited};
+use tollgate::body::{Body, BodyText, edited};
 use tollgate::estimate::{Models, PromptEstimate, PromptPart};
 
 pub(crate) const APIS: [Api; 6] =
@@ -33,7 +33,8 @@ const MAX_NANOSECONDS: u64 = 1_000_000_000;
 
 pub(crate) fn check(api: Api, variant: u8, json: &[u8]) {
     let began = processor_time();
-    let Ok(body) = Body::read(api, json) else { return };
+    let Ok(text) = BodyText::of(json) else { return };
+    let Ok(body) = Body::read(api, &text) else { return };
     let model = match MODELS[usize::from(variant) % MODELS.len()] {
         "" => body.model.as_deref().unwrap_or_default(),
         name => name,
@@ -98,7 +99,8 @@ fn edits(api: Api, variant: u8, json: &[u8], body: &Body<'_>, model: &str) {
     edits.extend(requests_usage.then(|| body.request_usage()));
     let after = edited(json, edits);
     let text = String::from_utf8_lossy(&after);
-    let again = Body::read(api, &after).unwrap_or_else(|fault| panic!("after edits: {fault} {text}"));
+    let text_after = BodyText::of(&after).unwrap_or_else(|fault| panic!("after edits: {fault} {text}"));
+    let again = Body::read(api, &text_after).unwrap_or_else(|fault| panic!("after edits: {fault} {text}"));
     assert_eq!(again.wants_usage(), body.wants_usage() || requests_usage, "{text}");
     assert_eq!(
         edited(&after, again.bounds().lower_to(bound, model, &after)),
