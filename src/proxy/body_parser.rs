@@ -61,9 +61,18 @@ impl BodyParser {
     }
 
     /// Reads a piece and passes on the bytes for the caller.
+    #[inline]
     pub(super) fn feed(&mut self, piece: &Bytes, out: &mut impl Sink) {
+        if let Self::Sse(reader) = self {
+            reader.feed(piece, out);
+        } else {
+            self.feed_other(piece, out);
+        }
+    }
+
+    fn feed_other(&mut self, piece: &Bytes, out: &mut impl Sink) {
         match self {
-            Self::Sse(reader) => return reader.feed(piece, out),
+            Self::Sse(_) => return,
             Self::Undecided(_) => return self.feed_start(piece, out),
             Self::Json(reader, received) => {
                 reader.feed(piece);

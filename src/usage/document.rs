@@ -45,6 +45,8 @@ pub struct JsonReader {
     choices: ChoicesReader,
     /// The usage of the answer. `None`: none so far.
     answer: Option<Reported>,
+    /// All usage so far.
+    reported: Reported,
 }
 
 /// Reads the usage within the choices of a document.
@@ -66,20 +68,30 @@ struct PartialValue {
 impl JsonReader {
     /// Reads the next piece.
     pub fn feed(&mut self, piece: &[u8]) {
-        let Self { scanner, value, choices, answer } = self;
+        let Self { scanner, value, choices, answer, reported } = self;
         scanner.feed(piece, |found| match found {
             Found::Key { key, is_in_list } => {
                 *value = PartialValue { holder: UsageHolder::of_key(key, is_in_list), ..Default::default() };
             }
-            Found::Value(part) if value.holder == Some(UsageHolder::Choices) => choices.feed(part),
+            Found::Value(part) if value.holder == Some(UsageHolder::Choices) => {
+                choices.feed(part);
+                if choices.reported.is_some() {
+                    *reported = EventUsage { answer: *answer, choice: choices.reported }.total();
+                }
+            }
             Found::Value(part) => value.extend(part),
-            Found::ValueEnd => update(answer, std::mem::take(value).usage()),
+            Found::ValueEnd => {
+                if value.holder.is_some() {
+                    update(answer, std::mem::take(value).usage());
+                    *reported = EventUsage { answer: *answer, choice: choices.reported }.total();
+                }
+            }
         });
     }
 
     /// The usage reported so far.
     pub fn reported(&self) -> Reported {
-        EventUsage { answer: self.answer, choice: self.choices.reported }.total()
+        self.reported
     }
 
     /// Whether the reported usage covers the whole answer. `choices`: how many the request asks for. The usage within
@@ -233,6 +245,7 @@ mod tests {
             (format!(r#"{{"choices":[{null}]}}"#), None),
             (format!(r#"{{"a":[{three}]}}"#), None),
             (format!(r#"[{{"choices":[{three}]}}]"#), None),
+            (format!(r#"{{"choices":[{three}"#), Some((2, 3))),
         ] {
             let cuts: Vec<usize> = (0..document.len()).collect();
             for cuts in [&cuts[..], &[]] {

@@ -44,6 +44,13 @@ pub(super) struct EventUsage {
     pub(super) choice: Option<Reported>,
 }
 
+/// What an event with usage reports.
+pub(super) struct EventReport {
+    pub(super) usage: EventUsage,
+    /// The choices or candidates that have a finish reason in this event.
+    pub(super) finished: Vec<u64>,
+}
+
 impl EventUsage {
     /// Replaces the fields that `later` reports.
     pub(super) fn update(&mut self, later: &Self) {
@@ -63,8 +70,8 @@ impl UsageEvent<'_> {
         &self.kind.0
     }
 
-    /// The usage that the event reports; `None`: it reports none.
-    pub(super) fn usage(&self) -> Option<EventUsage> {
+    /// What the event reports; `None`: it has no usage.
+    pub(super) fn report(&self) -> Option<EventReport> {
         let nested = |parent: Option<&RawValue>| fields::read_within(parent?.get());
         let direct = |usage: Option<&RawValue>| {
             let usage = usage.map(RawValue::get).filter(|usage| *usage != "null")?;
@@ -78,9 +85,11 @@ impl UsageEvent<'_> {
             direct(self.usage_metadata),
             direct(self.usage),
         ];
-        let of_choices = choices(self.choices).into_iter().map(|choice| direct(choice.usage));
+        let choices = self.choices();
+        let of_choices = choices.iter().map(|choice| direct(choice.usage));
         let usage = EventUsage { answer: merged(of_answer), choice: merged(of_choices) };
-        (usage.answer.is_some() || usage.choice.is_some()).then_some(usage)
+        let has_usage = usage.answer.is_some() || usage.choice.is_some();
+        has_usage.then(|| EventReport { usage, finished: finished(&choices) })
     }
 
     /// Whether this is the extra event of a stream with `include_usage`: usage and an empty list of choices. After all
@@ -106,8 +115,13 @@ impl UsageEvent<'_> {
 
     /// The choices or candidates that have a finish reason in this event.
     pub(super) fn finished(&self) -> Vec<u64> {
-        let lists = [self.choices, self.candidates].map(choices);
-        lists.iter().flat_map(|list| (0..).zip(list)).filter_map(|(at, choice)| choice.finished(at)).collect()
+        finished(&self.choices())
+    }
+
+    /// The choices or candidates. Empty if the lists are anything else.
+    fn choices(&self) -> Vec<EndedChoice<'_>> {
+        let list = self.choices.or(self.candidates);
+        list.and_then(|list| serde_json::from_str(list.get()).ok()).unwrap_or_default()
     }
 }
 
@@ -137,9 +151,8 @@ impl EndedChoice<'_> {
     }
 }
 
-/// The items of a list of choices. Empty if it is anything else.
-fn choices(list: Option<&RawValue>) -> Vec<EndedChoice<'_>> {
-    list.and_then(|list| serde_json::from_str(list.get()).ok()).unwrap_or_default()
+fn finished(choices: &[EndedChoice]) -> Vec<u64> {
+    (0..).zip(choices).filter_map(|(at, choice)| choice.finished(at)).collect()
 }
 
 fn is_empty_array(json: &str) -> bool {
@@ -159,7 +172,7 @@ mod tests {
         let both = event(
             r#"{"choices":[{"index":0,"usage":{"completion_tokens":9}}],"usage":{"completion_tokens":3}}"#,
         );
-        let usage = both.usage().unwrap();
+        let usage = both.report().unwrap().usage;
         assert_eq!(usage.answer.unwrap().completion(), Some(3));
         assert_eq!(usage.choice.unwrap().completion(), Some(9));
         for none in [
@@ -167,7 +180,7 @@ mod tests {
             r#"{"choices":{"usage":{"completion_tokens":9}}}"#,
             r#"{"choices":[[1]],"x_groq":"usage"}"#,
         ] {
-            assert!(event(none).usage().is_none(), "{none}");
+            assert!(event(none).report().is_none(), "{none}");
         }
     }
 

@@ -7,7 +7,7 @@
 use super::choice_ends::ChoiceEnds;
 use super::choices::ChoiceDetector;
 use super::delivered::{Delivered, DeliveredTokens};
-use super::event::{EventUsage, UsageEvent};
+use super::event::{EventReport, EventUsage, UsageEvent};
 use super::sink::{Discard, Sink};
 use super::stream_end::StreamEnd;
 use super::{Reported, TextToCount, ending};
@@ -413,9 +413,9 @@ impl SseReader {
         }
         if mentions_usage(&data)
             && let Ok(event) = serde_json::from_slice::<UsageEvent>(&data)
-            && let Some(usage) = event.usage()
+            && let Some(report) = event.report()
         {
-            return self.read_report(&data, &event, &usage);
+            return self.read_report(&data, &event, &report);
         }
         self.end.read(&data);
         self.delivered.push_event(&data);
@@ -423,15 +423,15 @@ impl SseReader {
     }
 
     /// Reads an event that reports usage. Returns whether it carries only usage.
-    fn read_report(&mut self, data: &[u8], event: &UsageEvent, usage: &EventUsage) -> bool {
-        self.reported_by_part.update(usage);
+    fn read_report(&mut self, data: &[u8], event: &UsageEvent, report: &EventReport) -> bool {
+        self.reported_by_part.update(&report.usage);
         self.reported = self.reported_by_part.total();
         let is_usage_chunk = event.is_usage_chunk(&self.choice_ends);
         if !is_usage_chunk {
             self.delivered.push_unmatched(data);
         }
-        let is_final = self.end.read_report(event, usage.answer.is_none());
-        if usage.total().completion().is_some_and(|tokens| tokens > 0) {
+        let is_final = self.end.read_report(event, report);
+        if report.usage.total().completion().is_some_and(|tokens| tokens > 0) {
             self.delivered_at_report = self.delivered.tokens();
             if is_final {
                 self.end.final_report();

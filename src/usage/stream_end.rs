@@ -4,7 +4,7 @@
 //! the finish reasons of all choices; Anthropic's `message_delta`; the last event of a Responses or Cohere stream.
 //! Earlier reports can be placeholders (Anthropic's `message_start`) or running sums.
 
-use super::event::UsageEvent;
+use super::event::{EventReport, UsageEvent};
 use memchr::memmem::Finder;
 use std::sync::LazyLock;
 
@@ -74,14 +74,14 @@ impl StreamEnd {
     }
 
     /// Reads an event with usage. Returns whether its report of the whole answer is final.
-    pub(super) fn read_report(&mut self, event: &UsageEvent, is_of_choice: bool) -> bool {
+    pub(super) fn read_report(&mut self, event: &UsageEvent, report: &EventReport) -> bool {
         let (was_finished, had_report) = (self.is_finished(), std::mem::replace(&mut self.has_report, true));
-        let finished = event.finished();
-        self.finish(&finished);
+        let EventReport { usage, finished } = report;
+        self.finish(finished);
         let kind = event.kind();
         self.has_last_event |=
             is_last_kind(kind) || event.is_of_gemini() && !finished.is_empty() && self.is_finished();
-        if is_of_choice {
+        if usage.answer.is_none() {
             // The usage within one of several choices is that choice's.
             return !self.has_several_choices() && self.is_finished();
         }
@@ -144,8 +144,8 @@ mod tests {
         let (mut end, mut is_final) = (StreamEnd::of(choices), false);
         for data in events {
             let event = serde_json::from_str::<UsageEvent>(data).ok();
-            match event.as_ref().and_then(|event| Some((event, event.usage()?))) {
-                Some((event, usage)) => is_final = end.read_report(event, usage.answer.is_none()),
+            match event.as_ref().and_then(|event| Some((event, event.report()?))) {
+                Some((event, report)) => is_final = end.read_report(event, &report),
                 None => end.read(data.as_bytes()),
             }
         }

@@ -227,6 +227,8 @@ async fn before_the_final_report_a_completion_is_not_charged_below_the_count() {
             gateway.post(path, body).await;
             let [_, prompt, charged, _] = gateway.settled_charges().await;
             // Anthropic's and Gemini's vocabularies are estimated from OpenAI's.
+            let is_outgrown = completion != 600;
+            assert_eq!(gateway.usage_missing("not_reported").await, u64::from(is_outgrown), "{path}");
             let max = if completion > 600 { completion * 3 / 2 } else { completion };
             assert!(
                 prompt == 9 && (completion..=max).contains(&charged),
