@@ -6,7 +6,7 @@
 
 use crate::estimate::{Calibration, CalibrationSample, Correction, RequestKind};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Maximum number of calibrations per upstream. A new one replaces the one that was updated least recently.
 const MAX_ENTRIES: usize = 1_024;
@@ -50,28 +50,6 @@ pub(crate) struct SavedCalibration {
     pub(crate) kind: RequestKind,
     /// The last answers, oldest first. Empty: the calibration was removed.
     pub(crate) answers: Vec<CalibrationSample>,
-}
-
-/// Updates a calibration once the answer has reported its prompt tokens.
-#[derive(Debug)]
-pub(crate) struct CalibrationUpdate {
-    /// The calibrations to update.
-    pub(crate) calibrations: Arc<Calibrations>,
-    /// The upstream's index.
-    pub(crate) upstream: usize,
-    /// The model name of the request.
-    pub(crate) model: String,
-    /// The kind of the request.
-    pub(crate) kind: RequestKind,
-    /// The estimated prompt tokens before any correction.
-    pub(crate) estimated: u64,
-}
-
-impl CalibrationUpdate {
-    /// Updates the calibration with the reported prompt tokens.
-    pub(crate) fn apply(self, reported: u64) {
-        self.calibrations.learn(self.upstream, &self.model, self.kind, self.estimated, reported);
-    }
 }
 
 impl Calibrations {

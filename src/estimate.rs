@@ -20,6 +20,7 @@ mod tokenizer;
 mod tools;
 mod vocabulary;
 
+pub(crate) use calibration::bounded;
 pub use calibration::{Calibration, CalibrationSample, Correction, RequestKind};
 pub use file::FileVocabulary;
 pub use identity::PromptPrefix;
@@ -62,6 +63,35 @@ impl PromptPart {
     }
 }
 
+/// What the number of an estimate comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EstimateSource {
+    /// The built-in rules and tables alone.
+    #[default]
+    Rules,
+    /// The rules, corrected by answers to requests of the same model and kind.
+    Calibration,
+    /// The rules, corrected by answers to requests with the same tools, settings and system prompt.
+    Setup,
+    /// The reported tokens of an earlier request of the same conversation, and the rules for what is new.
+    Conversation,
+}
+
+impl EstimateSource {
+    /// All sources, in display order.
+    pub const ALL: [Self; 4] = [Self::Rules, Self::Calibration, Self::Setup, Self::Conversation];
+
+    /// The name in metrics, log lines and the output of `tollgate count`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rules => "rules",
+            Self::Calibration => "calibration",
+            Self::Setup => "setup",
+            Self::Conversation => "conversation",
+        }
+    }
+}
+
 /// The estimated prompt tokens of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PromptEstimate {
@@ -77,7 +107,8 @@ pub struct PromptEstimate {
     pub kind: RequestKind,
     /// Tokens of the texts of all messages.
     pub message_texts: u64,
-    /// Of these, the tokens of the first message after a known prefix, if its author is the model.
+    /// Of these, the tokens of the first message after a known prefix, if its author is the model. 0 if the count of
+    /// texts is exact.
     pub echo: u64,
     /// Whether the model is in a built-in table or in a rule of the config.
     pub is_known_model: bool,

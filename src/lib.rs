@@ -46,6 +46,7 @@ pub mod usage;
 // The parts of the gateway.
 pub mod calibrations;
 pub mod error;
+pub mod learned;
 pub mod ledger;
 pub mod upstream;
 

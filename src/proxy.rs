@@ -78,8 +78,6 @@ struct OutgoingRequest {
     request: upstream::Request,
     /// Index of the upstream in the config.
     upstream: usize,
-    /// Index of the upstream's corrections of prompt estimates.
-    calibrations: usize,
     environment: Arc<Environment>,
     endpoint: Endpoint,
     call: Call,
@@ -184,8 +182,7 @@ impl Proxy {
         headers.unread = UnreadBody::None;
         peer.on_body_received();
         let received = Stopwatch::start();
-        let content_type = head.headers.get(header::CONTENT_TYPE);
-        let call = call::parse(self, caller, &route, content_type, body)
+        let call = call::parse(self, caller, &route, &head, peer.address.ip(), body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         call.describe(record);
@@ -216,7 +213,6 @@ impl Proxy {
         let outgoing = OutgoingRequest {
             request,
             upstream: context.upstream,
-            calibrations: context.calibrations,
             environment: environment.clone(),
             endpoint,
             call,
@@ -407,7 +403,7 @@ impl Proxy {
         started: Stopwatch,
         peer: Arc<Peer>,
     ) -> MeterContext {
-        let OutgoingRequest { calibrations, environment, endpoint, call, .. } = outgoing;
+        let OutgoingRequest { environment, endpoint, call, .. } = outgoing;
         MeterContext {
             estimated_prompt: call.prompt_tokens,
             has_prompt: call.estimate.has_content(),
@@ -415,10 +411,7 @@ impl Proxy {
             tokenizer: call.tokenizer,
             withholds_usage: call.adds_usage_request(),
             begins_as_stream: false,
-            calibration_update: environment
-                .calibrate
-                .then(|| call.calibration_update(calibrations, &self.state.calibrations))
-                .flatten(),
+            estimate_update: call.estimate_update(&self.state.learned),
             status,
             endpoint,
             started,

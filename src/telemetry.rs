@@ -5,6 +5,7 @@ mod metrics;
 mod series;
 
 use crate::clock::Stopwatch;
+use crate::estimate::EstimateSource;
 use crate::quota::{Amounts, Shortfall};
 use std::sync::Arc;
 use std::time::Duration;
@@ -100,6 +101,8 @@ pub(crate) struct Record {
     pub(crate) estimated_prompt: u64,
     /// The prompt estimate before any correction.
     pub(crate) raw_estimate: u64,
+    /// What `estimated_prompt` comes from.
+    pub(crate) estimate_source: EstimateSource,
     /// The amounts charged.
     pub(crate) charged: Amounts,
     /// Whether the upstream reported its usage.
@@ -132,6 +135,7 @@ impl Record {
             is_stream: false,
             estimated_prompt: 0,
             raw_estimate: 0,
+            estimate_source: EstimateSource::default(),
             charged: Amounts::default(),
             is_usage_reported: false,
             reported_prompt: 0,

@@ -159,6 +159,12 @@ impl Reported {
         })
     }
 
+    /// Tokens of the completion without its reasoning, which the next request of a conversation need not repeat.
+    pub fn visible_completion(&self) -> Option<u64> {
+        let reasoning = self.get(Field::Thoughts).or(self.get(Field::Reasoning)).unwrap_or(0);
+        self.completion().map(|all| all.saturating_sub(reasoning))
+    }
+
     /// Prompt tokens that the provider read from its cache.
     pub fn cached(&self) -> u64 {
         self.get(Field::Cached).or(self.get(Field::CacheRead)).unwrap_or(0)
@@ -239,6 +245,23 @@ mod tests {
         ] {
             assert_eq!(charged(usage), want, "{usage}");
             assert!(!Reported::read(usage).has_incredible(), "{usage}");
+        }
+    }
+
+    #[test]
+    fn reasoning_is_not_a_visible_part_of_the_completion() {
+        for (usage, want) in [
+            (r#"{"prompt_tokens":7,"completion_tokens":3}"#, Some(3)),
+            (r#"{"output_tokens":53,"output_tokens_details":{"reasoning_tokens":50}}"#, Some(3)),
+            // xAI and Gemini count reasoning separately.
+            (
+                r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":60,"completion_tokens_details":{"reasoning_tokens":50}}"#,
+                Some(3),
+            ),
+            (r#"{"promptTokenCount":7,"candidatesTokenCount":3,"thoughtsTokenCount":20}"#, Some(3)),
+            (r#"{"prompt_tokens":7}"#, None),
+        ] {
+            assert_eq!(Reported::read(usage).visible_completion(), want, "{usage}");
         }
     }
 

@@ -5,7 +5,7 @@ use crate::api::Api;
 use crate::body::{Body, BodyText};
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::config::Config;
-use crate::estimate::{Model, Models, PromptEstimate, PromptPart, Provider};
+use crate::estimate::{EstimateSource, Model, Models, PromptEstimate, PromptPart, Provider};
 use crate::json::replace_lone_surrogates;
 use crate::store;
 use anyhow::Context as _;
@@ -267,17 +267,23 @@ impl CountResult {
                 (&*saved.upstream, &*saved.model, saved.kind) == (&upstream.name, &self.model, kind)
             };
             let answers = context.calibrations.iter().find(matches)?.answers.len();
-            let tokens = calibrations.correction(at, &self.model, kind).apply(self.estimate.tokens());
+            let correction = calibrations.correction(at, &self.model, kind);
+            let tokens = correction.apply(self.estimate.tokens());
+            let source =
+                if correction.is_default() { EstimateSource::Rules } else { EstimateSource::Calibration };
             Some(format!(
-                "corrected      {tokens} for upstream {}, from its last {answers} answers of this kind\n",
-                upstream.name
+                "corrected      {tokens} for upstream {}, from its last {answers} answers of this kind (source: {})\n",
+                upstream.name,
+                source.as_str()
             ))
         });
         let corrected: String = corrected.collect();
         if corrected.is_empty() {
-            "corrected      there is no answer for this model and kind yet\n".to_owned()
+            let source = EstimateSource::Rules.as_str();
+            format!("corrected      there is no answer for this model and kind yet (source: {source})\n")
         } else {
             corrected
+                + "               a running gateway may know more: the conversation, or the tools and the system prompt\n"
         }
     }
 }

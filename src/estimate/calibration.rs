@@ -89,10 +89,12 @@ impl Correction {
             more = more * i128::from(estimated) / nearest.max(1);
         }
         let corrected = u64::try_from((i128::from(estimated) + more).max(0)).unwrap_or(u64::MAX);
-        corrected.clamp(
-            estimated / MAX_FACTOR,
-            estimated.saturating_mul(MAX_FACTOR).saturating_add(MAX_EXTRA_TOKENS),
-        )
+        bounded(corrected, estimated)
+    }
+
+    /// Whether the correction changes no estimate.
+    pub fn is_default(self) -> bool {
+        (self.per_mille, self.offset) == (1_000, 0)
     }
 
     /// Extends the range so that it contains this estimate and those near it.
@@ -100,6 +102,13 @@ impl Correction {
         self.smallest = self.smallest.min(estimated / RANGE_FACTOR);
         self.largest = self.largest.max(estimated.saturating_mul(RANGE_FACTOR));
     }
+}
+
+/// The nearest number to `corrected` that is at least a quarter of the estimate before any correction, and at most four
+/// times it plus 2,048.
+pub(crate) fn bounded(corrected: u64, estimated: u64) -> u64 {
+    let most = estimated.saturating_mul(MAX_FACTOR).saturating_add(MAX_EXTRA_TOKENS);
+    corrected.clamp(estimated / MAX_FACTOR, most)
 }
 
 /// The samples and the correction of one upstream, model and kind of request.

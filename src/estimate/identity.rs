@@ -101,12 +101,11 @@ impl Identity {
     }
 
     pub(super) fn add_text(&mut self, kind: IdentityPart, text: &HashedText<'_>) {
-        match text.hash {
-            Some(hash) => self.add_number(kind, hash.0),
-            None => {
-                self.add_number(kind, text.text.len() as u64);
-                self.hasher().write(text.text.as_bytes());
-            }
+        if let Some(hash) = text.hash {
+            self.add_number(kind, hash.0);
+        } else {
+            self.add_number(kind, text.text.len() as u64);
+            self.hasher().write(text.text.as_bytes());
         }
     }
 
@@ -127,9 +126,9 @@ impl Identity {
         self.prefixes.push_back(PromptPrefix { hash, texts, unseen, role });
     }
 
-    /// The hash of the settings and of the system messages at the beginning.
-    pub(super) fn setup(&self) -> u64 {
-        self.settings().rotate_left(1) ^ self.system
+    /// The hash of the system messages at the beginning of the messages; 0 without one.
+    pub(super) fn system(&self) -> u64 {
+        self.system
     }
 
     /// The hash of the settings: of all fields but the messages.

@@ -383,6 +383,11 @@ impl Model {
         if api == Api::Gemini { tenths.saturating_mul(32).div_ceil(10) } else { tenths }
     }
 
+    /// Whether texts are counted exactly: the model is one of OpenAI's.
+    pub(super) fn counts_exactly(&self) -> bool {
+        !matches!(self.format, Format::Template(_))
+    }
+
     /// The form in which the model reads functions.
     pub(super) fn style(&self, api: Api) -> Style {
         self.format.style(self.read_by(api))

@@ -256,9 +256,9 @@ impl<'a> Prompt<'a> {
 
 /// Recognising.
 impl Prompt<'_> {
-    /// The keyed hash of the settings (everything but the messages) and of the system messages at the beginning.
-    pub fn setup(&self) -> u64 {
-        self.identity.setup()
+    /// The keyed hash of the system messages at the beginning of the messages; 0 without one.
+    pub fn system(&self) -> u64 {
+        self.identity.system()
     }
 
     /// The keyed hash of the settings: of everything but the messages.
@@ -399,7 +399,7 @@ impl Prompt<'_> {
             is_partial: tools.has_hosted || self.unseen > 0,
             kind: self.kind(),
             message_texts,
-            echo,
+            echo: if model.counts_exactly() { 0 } else { echo },
             is_known_model: model.is_known,
         })
     }
@@ -418,7 +418,7 @@ impl Prompt<'_> {
         Some(sum)
     }
 
-    fn kind(&self) -> RequestKind {
+    pub(crate) fn kind(&self) -> RequestKind {
         if !self.images.is_empty() || self.pages > 0 {
             RequestKind::Images
         } else if !self.tools.is_empty() || self.schema.is_some() {

@@ -1,23 +1,25 @@
 //! The caller's request: reads its body up to a size limit and parses the fields that the gateway needs.
 
 use super::Proxy;
-use super::caller::IdentifiedCaller;
+use super::caller::{self, IdentifiedCaller};
 use super::charge::logged_name;
 use super::form;
 use super::headers::UnreadBody;
 use super::route::{Endpoint, Route};
 use crate::api::Api;
 use crate::body::{Body, BodyText, Bounds, Edit, edited, named_model};
-use crate::calibrations::{CalibrationUpdate, Calibrations};
 use crate::config::Environment;
 use crate::error::ProxyError;
-use crate::estimate::{Correction, Model, Models, Prompt, PromptEstimate, Provider, Tokenizer};
+use crate::estimate::{Model, Models, Prompt, PromptEstimate, Provider, Tokenizer};
+use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
 use crate::telemetry::{Metrics, Record};
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::spawn_blocking;
@@ -50,6 +52,9 @@ pub(super) struct Call {
     /// Tokens to reserve for the prompt: the corrected estimate, and an amount for content that the request only
     /// refers to.
     pub(super) prompt_tokens: u64,
+    corrected: CorrectedPrompt,
+    /// What was known about the prompt. `None`: the environment neither corrects estimates nor learns.
+    recall: Option<Recall>,
     pub(super) tokenizer: Option<Tokenizer>,
 }
 
@@ -65,6 +70,9 @@ struct ParseOptions {
     provider: Provider,
     /// Whether to request usage in a stream where the caller did not.
     requests_stream_usage: bool,
+    /// Corrects the estimate. `None`: it is not corrected.
+    learned: Option<Arc<Learned>>,
+    scope: EstimateScope,
 }
 
 impl Call {
@@ -114,14 +122,9 @@ impl Call {
         self.usage_request = None;
     }
 
-    /// Applies the correction that was learned for the model and this kind of request.
-    fn correct(&mut self, correction: Correction) {
-        self.prompt_tokens = correction.apply(self.estimate.tokens());
-    }
-
     /// Adds this many tokens for each item that the request refers to but does not contain.
     fn add_unseen(&mut self, tokens_per_item: u64) {
-        let unseen = tokens_per_item.saturating_mul(self.estimate.unseen);
+        let unseen = tokens_per_item.saturating_mul(self.corrected.unseen);
         self.prompt_tokens = self.prompt_tokens.saturating_add(unseen).min(MAX_AMOUNT);
     }
 
@@ -132,6 +135,7 @@ impl Call {
         record.is_stream = self.streams;
         record.estimated_prompt = self.prompt_tokens;
         record.raw_estimate = self.estimate.tokens();
+        record.estimate_source = self.corrected.source;
     }
 
     /// Records the estimate in metrics.
@@ -158,21 +162,10 @@ impl Call {
         Err(ProxyError::ModelNotFound { model, environment })
     }
 
-    /// The calibration to update with the answer's usage. `None`: the prompt was not counted exactly or not completely.
-    pub(super) fn calibration_update(
-        self,
-        upstream: usize,
-        calibrations: &Arc<Calibrations>,
-    ) -> Option<CalibrationUpdate> {
-        let Self { estimate, model, .. } = self;
-        let is_exact = !estimate.is_partial && !estimate.is_rough && estimate.tokens() > 0;
-        is_exact.then(|| CalibrationUpdate {
-            calibrations: calibrations.clone(),
-            upstream,
-            model,
-            kind: estimate.kind,
-            estimated: estimate.tokens(),
-        })
+    /// Learns from the answer's usage. `None`: the environment does not learn.
+    pub(super) fn estimate_update(self, learned: &Arc<Learned>) -> Option<EstimateUpdate> {
+        let Self { estimate, model, completions, recall, .. } = self;
+        Some(learned.update(recall?, model, estimate, completions))
     }
 
     /// The body to forward: as received, except for the usage request and for token limits that are lowered to
@@ -198,11 +191,18 @@ impl Call {
         estimate: impl FnOnce(&Prompt<'_>, &Model) -> Option<PromptEstimate>,
     ) -> Result<Option<Self>, ProxyError> {
         let text = BodyText::of(bytes).map_err(ProxyError::InvalidBody)?;
-        let body = Body::read(options.api, &text).map_err(ProxyError::InvalidBody)?;
+        let mut body = Body::read(options.api, &text).map_err(ProxyError::InvalidBody)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = options.path_model.as_deref().unwrap_or(named).to_owned();
         let known = options.models.named(&model).at(options.provider);
+        let learned = options.learned.as_deref();
+        let recall =
+            learned.map(|learned| learned.recall(options.scope, options.api, &model, &mut body.prompt));
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
+        let corrected = match (learned, &recall) {
+            (Some(learned), Some(recall)) => learned.correct(recall, &model, &estimate),
+            _ => CorrectedPrompt::uncorrected(&estimate),
+        };
         let adds_usage_request = options.requests_stream_usage
             && body.streams
             && options.api.reports_stream_usage_on_request()
@@ -214,8 +214,10 @@ impl Call {
             streams: body.streams || options.path_streams,
             completion_cap: body.completion_cap(),
             completions: body.completions(),
-            prompt_tokens: estimate.tokens(),
+            prompt_tokens: corrected.tokens,
             estimate,
+            corrected,
+            recall,
             tokenizer: Some(known.tokenizer),
             model,
         }))
@@ -227,13 +229,15 @@ pub(super) async fn parse(
     Proxy { state, snapshot, .. }: &Proxy,
     caller: IdentifiedCaller,
     route: &Route<'_>,
-    content_type: Option<&HeaderValue>,
+    head: &Parts,
+    address: IpAddr,
     body: Bytes,
 ) -> Result<Call, ProxyError> {
     let environment = &snapshot.config.environments[caller.environment];
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
         Endpoint::Uncounted(_) | Endpoint::CountTokens(_) => {
+            let content_type = head.headers.get(header::CONTENT_TYPE);
             let mut call = Call::uncounted(body, content_type, environment.depends_on_model()).await?;
             if let Some(model) = route.model {
                 model.clone_into(&mut call.model);
@@ -250,11 +254,13 @@ pub(super) async fn parse(
         models: snapshot.models.clone(),
         provider: context.provider,
         requests_stream_usage: snapshot.requests_stream_usage(context.upstream),
+        learned: environment.calibrate.then(|| state.learned.clone()),
+        scope: EstimateScope {
+            upstream: context.calibrations,
+            principal: caller::principal(&state.learned, snapshot, caller, head, address),
+        },
     };
     let mut call = Call::counted(body, options).await?;
-    if environment.calibrate {
-        call.correct(state.calibrations.correction(context.calibrations, &call.model, call.estimate.kind));
-    }
     call.add_unseen(environment.unseen_prompt_tokens);
     Ok(call)
 }

@@ -1,12 +1,15 @@
 //! Identifies the caller of a request and the environment that it addresses.
 
-use super::keys::{self, GatewayKeyHeaders, KeyOwner, PresentedKey};
+use super::keys::{self, GatewayKeyHeaders, KEY_HEADERS, KeyOwner, PresentedKey};
 use super::query;
 use super::route::{self, Route};
 use super::snapshot::Snapshot;
 use crate::error::ProxyError;
+use crate::learned::Learned;
 use http::request::Parts;
 use smallvec::SmallVec;
+use std::hash::{Hash as _, Hasher as _};
+use std::net::IpAddr;
 
 /// The caller of a request, and the keys that must be removed before the request is forwarded.
 #[derive(Clone, Copy)]
@@ -62,6 +65,46 @@ pub(super) fn identify(
         key_headers,
         has_key_in_query,
     })
+}
+
+/// Identifies who sends a request. What the requests of one principal have taught does not show in the estimates of
+/// another.
+///
+/// A principal is a caller of the config. Keys that are not the gateway's tell users of one caller apart if the upstream
+/// receives them, and users of an open environment in any case. Users of an open environment without a key are told
+/// apart by their address.
+pub(super) fn principal(
+    learned: &Learned,
+    snapshot: &Snapshot,
+    caller: IdentifiedCaller,
+    head: &Parts,
+    address: IpAddr,
+) -> u64 {
+    let environment = &snapshot.config.environments[caller.environment];
+    let mut hasher = learned.hasher();
+    environment.upstream.base_url.hash(&mut hasher);
+    environment.name.hash(&mut hasher);
+    caller.index.map(|index| &environment.callers[index].name).hash(&mut hasher);
+    if caller.index.is_some() && snapshot.contexts[caller.environment].credential.is_some() {
+        return hasher.finish();
+    }
+    let mut has_key = false;
+    for name in KEY_HEADERS.iter().filter(|name| !caller.key_headers.contains(name)) {
+        for value in head.headers.get_all(*name) {
+            has_key = true;
+            (name, value.as_bytes()).hash(&mut hasher);
+        }
+    }
+    // Google's SDKs may send the key in the query.
+    let query = head.uri.query().unwrap_or_default();
+    for (name, key) in form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name == "key") {
+        has_key = true;
+        (name, key).hash(&mut hasher);
+    }
+    if caller.index.is_none() && !has_key {
+        address.hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 /// Whether the query carries a key of this environment. A key in the query grants no access.

@@ -6,11 +6,11 @@ use super::reader::{AnswerFacts, AnswerReader};
 use super::route::Endpoint;
 use super::settlement::{AnswerSettlement, SettlementFacts, Unreported, WhenDurable};
 use crate::api::Dialect;
-use crate::calibrations::CalibrationUpdate;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
+use crate::learned::EstimateUpdate;
 use crate::ledger::Progress;
 use crate::server::Peer;
 use crate::telemetry::RequestOutcome;
@@ -47,8 +47,8 @@ pub(super) struct MeterContext {
     pub(super) withholds_usage: bool,
     /// Whether the body is known to begin as an event stream, whatever its label.
     pub(super) begins_as_stream: bool,
-    /// The calibration to update with the reported usage.
-    pub(super) calibration_update: Option<CalibrationUpdate>,
+    /// Learns from the reported usage.
+    pub(super) estimate_update: Option<EstimateUpdate>,
     pub(super) status: StatusCode,
     pub(super) endpoint: Endpoint,
     /// Runs since the request was sent. `timeouts.total` counts from then.
@@ -380,9 +380,10 @@ impl Metered {
         if let Some(reservation) = &mut charge.reservation {
             reservation.mark_complete();
         }
-        let reported = self.reader.reported().prompt().filter(|&tokens| tokens > 0);
-        if let (Some(update), Some(prompt)) = (self.context.calibration_update.take(), reported) {
-            update.apply(prompt);
+        let reported = self.reader.reported();
+        let prompt = reported.prompt().filter(|&tokens| tokens > 0);
+        if let (Some(update), Some(prompt)) = (self.context.estimate_update.take(), prompt) {
+            update.apply(prompt, reported.visible_completion());
         }
     }
 

@@ -4,6 +4,7 @@ use super::snapshot::Snapshot;
 use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
+use crate::learned::Learned;
 use crate::ledger::{Account, Accounts, Persistence, RestoredState};
 use crate::random;
 use crate::store::{Store, WriterControl};
@@ -15,8 +16,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct State {
     /// The metrics.
     pub(crate) metrics: Arc<Metrics>,
-    /// Corrections of prompt estimates.
-    pub(super) calibrations: Arc<Calibrations>,
+    /// Corrects prompt estimates.
+    pub(super) learned: Arc<Learned>,
     pub(super) request_ids: RequestIds,
     /// The accounts of all environments that a config of this process has had.
     accounts: Arc<Accounts>,
@@ -61,8 +62,8 @@ impl State {
         let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
         let current = Snapshot::new(config, opened, models, (&metrics, &calibrations), None)?;
         Ok(Self {
+            learned: Arc::new(Learned::new(calibrations)),
             metrics,
-            calibrations: Arc::new(calibrations),
             request_ids: RequestIds::new(),
             accounts: Arc::new(accounts),
             current: Mutex::new(Arc::new(current)),
@@ -83,7 +84,7 @@ impl State {
 
     /// The corrections of prompt estimates.
     pub fn calibrations(&self) -> &Arc<Calibrations> {
-        &self.calibrations
+        self.learned.calibrations()
     }
 
     /// Refuses new requests from now on.

@@ -102,7 +102,6 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
             body: Bytes::from_static(b"{}"),
         },
         upstream: 0,
-        calibrations: 0,
         environment: state.current().config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
         call: Call::opaque(Bytes::new()),

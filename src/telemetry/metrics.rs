@@ -3,11 +3,12 @@
 use super::series::{Series, SeriesMetrics};
 use super::{Record, RequestOutcome};
 use crate::config::Environment;
-use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
+use crate::estimate::{Encoding, EstimateSource, PromptEstimate, Tokenizer};
 use crate::ledger::Account;
 use crate::quota::{Scope, Shortfall};
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 use std::sync::Arc;
 
@@ -38,7 +39,8 @@ struct QuotaMetrics {
 /// Prompt estimates and their errors.
 #[derive(Debug)]
 struct EstimateMetrics {
-    ratio: Histogram,
+    /// By the source of the estimate, in the order of `EstimateSource::ALL`.
+    ratios: [Histogram; EstimateSource::ALL.len()],
     raw_ratio: Histogram,
     /// Indexed by tokenizer and coverage.
     counts: Box<[IntCounter]>,
@@ -125,7 +127,7 @@ impl Metrics {
             #[allow(clippy::cast_precision_loss)] // ratios for a histogram
             let [reserved, counted, reported] =
                 [record.estimated_prompt, record.raw_estimate, record.reported_prompt].map(|n| n as f64);
-            self.estimates.ratio.observe(reserved / reported);
+            self.estimates.ratios[record.estimate_source as usize].observe(reserved / reported);
             self.estimates.raw_ratio.observe(counted / reported);
         }
     }
@@ -253,13 +255,17 @@ impl EstimateMetrics {
             "Prompt estimates, by tokenizer and by whether the whole prompt was counted.",
             &["tokenizer", "estimate"],
         )?;
-        Ok(Self {
-            ratio: histogram(
-                r,
+        let by_source = HistogramVec::new(
+            HistogramOpts::new(
                 "tollgate_estimate_ratio",
-                "Prompt tokens reserved for a request, divided by those the upstream reported.",
-                &ratios,
-            )?,
+                "Prompt tokens reserved for a request, divided by those the upstream reported, by the source of the estimate.",
+            )
+            .buckets(ratios.to_vec()),
+            &["source"],
+        )?;
+        let by_source = register(r, by_source)?;
+        Ok(Self {
+            ratios: EstimateSource::ALL.map(|source| by_source.with_label_values(&[source.as_str()])),
             raw_ratio: histogram(
                 r,
                 "tollgate_raw_estimate_ratio",

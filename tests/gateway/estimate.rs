@@ -66,11 +66,12 @@ async fn estimates_are_corrected_by_reported_usage_and_corrections_survive_a_res
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(HELLO_TOKENS + 50, 2)).await;
     let gateway = gateway_with_store(&upstream, folder.path(), "").await;
-    for _ in 0..3 {
-        let reply = gateway.chat(HELLO).await;
+    // Each word is one token. A repeated request would be estimated as reported.
+    for word in ["hello", "world", "house"] {
+        let reply = gateway.chat(&HELLO.replace("hello", word)).await;
         assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("8"), None));
     }
-    let reply = gateway.chat(HELLO).await;
+    let reply = gateway.chat(&HELLO.replace("hello", "water")).await;
     assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("58"), Some("8")));
     // Requests with tools have a separate calibration.
     let with_tools = HELLO.replacen('{', r#"{"tools":[{"type":"function","function":{"name":"f"}}],"#, 1);
@@ -78,10 +79,11 @@ async fn estimates_are_corrected_by_reported_usage_and_corrections_survive_a_res
     let metrics = gateway.admin_get("/metrics").await;
     let lines = metrics.text();
     for line in [
-        "tollgate_estimate_ratio_count 5",
+        "tollgate_estimate_ratio_count{source=\"rules\"} 4",
+        "tollgate_estimate_ratio_count{source=\"calibration\"} 1",
         "tollgate_raw_estimate_ratio_count 5",
         "tollgate_raw_estimate_ratio_bucket{le=\"0.5\"} 4",
-        "tollgate_estimate_ratio_bucket{le=\"0.5\"} 3",
+        "tollgate_estimate_ratio_bucket{source=\"rules\",le=\"0.5\"} 3",
         "tollgate_estimates_total{estimate=\"whole\",tokenizer=\"o200k_base\"} 5",
     ] {
         assert!(lines.contains(line), "{line}\n{lines}");
@@ -119,9 +121,13 @@ async fn the_config_sets_the_reservation_for_a_referenced_file_and_reported_usag
     let folder = tempfile::tempdir().unwrap();
     let upstream = Upstream::always(Answer::chat(900, 2)).await;
     let gateway = gateway_with_store(&upstream, folder.path(), "    unseen_prompt_tokens: 700\n").await;
-    let with_file_id = r#"{"model":"gpt-4o","messages":[{"role":"user","content":[{"type":"text","text":"hello"},{"type":"file","file":{"file_id":"f-1"}}]}]}"#;
-    for _ in 0..5 {
-        let reply = gateway.chat(with_file_id).await;
+    let with_file_id = |id: u32| {
+        format!(
+            r#"{{"model":"gpt-4o","messages":[{{"role":"user","content":[{{"type":"text","text":"hello"}},{{"type":"file","file":{{"file_id":"f-{id}"}}}}]}}]}}"#
+        )
+    };
+    for id in 0..5 {
+        let reply = gateway.chat(&with_file_id(id)).await;
         // This estimate is not corrected and its answer calibrates nothing, because the next file may have another size.
         assert_eq!((reply.header(ESTIMATED), reply.header(RAW)), (Some("708"), Some("8")));
     }
@@ -134,7 +140,7 @@ async fn the_config_sets_the_reservation_for_a_referenced_file_and_reported_usag
 
     let gateway = gateway_with_store(&upstream, folder.path().join("other").as_path(), "").await;
     assert_eq!(
-        gateway.chat(with_file_id).await.header(ESTIMATED),
+        gateway.chat(&with_file_id(0)).await.header(ESTIMATED),
         Some("2008"),
         "the default is 2,000 tokens for each reference"
     );

@@ -11,6 +11,7 @@ mod cluster;
 mod command_line;
 mod compressed;
 mod connections;
+mod conversations;
 mod count;
 mod count_tokens;
 mod credibility;

@@ -62,7 +62,7 @@ async fn health_checks_and_metrics_answer_from_the_start() {
         r#"tollgate_in_flight{environment="staging"} 0"#,
         "tollgate_overhead_seconds_count 1",
         "tollgate_upstream_first_byte_seconds_count 1",
-        "tollgate_estimate_ratio_count 1",
+        r#"tollgate_estimate_ratio_count{source="rules"} 1"#,
         r#"tollgate_usage_missing_total{environment="staging",reason="not_reported"} 0"#,
         "tollgate_store_up 1",
         "tollgate_config_reload_failures_total 0",

@@ -423,6 +423,10 @@ async fn cached_prompt_tokens_are_charged_unless_the_config_skips_them() {
         assert_eq!(gateway.settled_charges().await, charged, "{setting}");
         // The estimate metric compares with the whole prompt, including its cached part.
         let metrics = gateway.admin_get("/metrics").await;
-        assert!(metrics.text().contains("tollgate_estimate_ratio_sum 0.008"), "{}", metrics.text());
+        assert!(
+            metrics.text().contains(r#"tollgate_estimate_ratio_sum{source="rules"} 0.008"#),
+            "{}",
+            metrics.text()
+        );
     }
 }

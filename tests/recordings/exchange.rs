@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use tollgate::api::Api;
 use tollgate::estimate::Provider;
+use tollgate::usage::Reported;
 
 /// One exchange as stored in its file.
 #[derive(Deserialize)]
@@ -114,6 +115,11 @@ impl Exchange {
         let replaced = ["encrypted_content_REDACTED", "ignature_REDACTED", "signature_REDACTED"];
         let is_whole = |body: &&str| !replaced.iter().any(|mark| body.contains(mark));
         self.request_body.as_deref().filter(|_| is_exact && is_answered).filter(is_whole)
+    }
+
+    /// Reported tokens of the answer without its reasoning; 0: not reported.
+    pub(crate) fn visible_completion(&self) -> u64 {
+        Reported::read(&self.usage.to_string()).visible_completion().unwrap_or(0)
     }
 
     /// Whether the exchange has one of these features.

@@ -4,7 +4,9 @@ use crate::exchange::Exchange;
 use std::collections::HashMap;
 use tollgate::api::Api;
 use tollgate::body::{Body, BodyText};
-use tollgate::estimate::{Calibration, Models, RequestKind};
+use tollgate::calibrations::Calibrations;
+use tollgate::estimate::{EstimateSource, Model, Models, RequestKind};
+use tollgate::learned::{EstimateScope, Learned, ReportedAnswer};
 
 /// A request with its estimate and its reported tokens.
 pub(crate) struct Measured {
@@ -17,6 +19,11 @@ pub(crate) struct Measured {
     /// The estimate before calibration.
     pub(crate) estimated: u64,
     pub(crate) reported: u64,
+    /// Reported completion tokens without reasoning; 0: not reported.
+    completion: u64,
+    /// The body of the request.
+    body: String,
+    rules: Model,
     /// The provider adds text that the gateway cannot see, or the request refers to stored content.
     pub(crate) is_partial: bool,
     /// The request has media by URL, which the gateway does not fetch.
@@ -41,7 +48,8 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
     let body_text = BodyText::of(text.as_bytes()).ok()?;
     let body = Body::read(api, &body_text).map_err(|fault| eprintln!("{}: {fault}", exchange.id)).ok()?;
     let named = body.model.as_deref().or(exchange.model.as_deref()).unwrap_or_default().to_owned();
-    let estimate = body.prompt.estimate(&Models::default().named(&named).at(exchange.service()));
+    let rules = Models::default().named(&named).at(exchange.service());
+    let estimate = body.prompt.estimate(&rules);
     Some(Measured {
         id: exchange.id.clone(),
         api,
@@ -51,6 +59,9 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
         features: exchange.features.clone(),
         estimated: estimate.tokens(),
         reported,
+        completion: exchange.visible_completion(),
+        body: text.to_owned(),
+        rules,
         is_partial: estimate.is_partial,
         has_urls: exchange.has(&["file", "audio", "image_url", "image_data"]) && has_urls(text),
     })
@@ -92,17 +103,32 @@ fn order(length: usize, seed: u64) -> Vec<usize> {
 }
 
 fn corrected(exchanges: &[Measured], order: &[usize]) -> Vec<Corrected> {
-    let mut learned: HashMap<(&str, &str, RequestKind), (Calibration, u32)> = HashMap::new();
-    let mut all = vec![Corrected { answers: 0, tokens: 0, is_continuation: false }; exchanges.len()];
+    let mut providers: Vec<&str> = exchanges.iter().map(|e| e.provider.as_str()).collect();
+    providers.sort_unstable();
+    providers.dedup();
+    let learned = Learned::new(Calibrations::new(providers.iter().copied()));
+    let mut answers: HashMap<(&str, &str, RequestKind), u32> = HashMap::new();
+    let none = Corrected { answers: 0, tokens: 0, is_continuation: false };
+    let mut all = vec![none; exchanges.len()];
     for &at in order {
         let e = &exchanges[at];
-        let (calibration, answers) = learned.entry((&e.provider, &e.model, e.kind)).or_default();
-        let tokens = calibration.correction().apply(e.estimated);
-        all[at] = Corrected { answers: *answers, tokens, is_continuation: false };
-        if !e.is_partial {
-            calibration.learn(e.estimated, e.reported);
-            *answers += 1;
-        }
+        let answers = answers.entry((&e.provider, &e.model, e.kind)).or_default();
+        let upstream = providers.binary_search(&e.provider.as_str()).unwrap();
+        let scope = EstimateScope { upstream, principal: 0 };
+        let text = BodyText::of(e.body.as_bytes()).unwrap();
+        let mut body = Body::read(e.api, &text).unwrap();
+        let recall = learned.recall(scope, e.api, &e.model, &mut body.prompt);
+        let estimate = body.prompt.estimate(&e.rules);
+        let corrected = learned.correct(&recall, &e.model, &estimate);
+        let is_continuation = corrected.source == EstimateSource::Conversation;
+        all[at] = Corrected { answers: *answers, tokens: corrected.tokens, is_continuation };
+        learned.learn(
+            &recall,
+            &e.model,
+            &estimate,
+            ReportedAnswer { prompt: e.reported, completion: e.completion },
+        );
+        *answers += u32::from(!e.is_partial);
     }
     all
 }
