@@ -55,7 +55,6 @@ pub struct App {
     admin: ServerThread,
     /// Communicates with Redis. `None` without `store.redis`.
     redis: Option<ServerThread>,
-    drain_timeout: Duration,
     /// Dropped last, so that it also writes the settlements of the other threads.
     store: Option<StoreWriter>,
 }
@@ -106,7 +105,6 @@ impl App {
         let sockets = bind(&config, if workers == Workers::PerCore { cores } else { 1 })?;
         let Sockets { address, admin_address, .. } = sockets;
 
-        let drain_timeout = config.server.drain_timeout;
         let tls = upstream::client_config()?;
         let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
         let state = Arc::new(State::new(config, store.as_ref())?);
@@ -136,7 +134,7 @@ impl App {
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
             server::serve(sockets.admin, move |_| router.clone(), timeouts, run_state)
         })?;
-        Ok(Self { address, admin_address, state, workers: threads, admin, redis, drain_timeout, store })
+        Ok(Self { address, admin_address, state, workers: threads, admin, redis, store })
     }
 
     /// The address of the listener for callers.
@@ -154,9 +152,10 @@ impl App {
     pub fn shutdown(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
         let in_flight = self.state.in_flight();
-        self.state.drain();
+        let drain_timeout = self.state.current().config.server.drain_timeout;
+        self.state.drain(drain_timeout);
         for worker in &self.workers {
-            let times = DrainTimes { answers: self.drain_timeout, endings: MAX_ENDING_TIME };
+            let times = DrainTimes { answers: drain_timeout, endings: MAX_ENDING_TIME };
             worker.stop(RunState::Draining(times));
         }
         let cut_off = self.workers.iter_mut().map(ServerThread::join).sum();

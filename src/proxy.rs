@@ -197,6 +197,10 @@ impl Proxy {
             Ok(reservation) => reservation,
             Err(no_room) => return Err(self.deny(no_room, caller, &call, headers)),
         };
+        // The requests that a shutdown ends make room for requests that wait.
+        if self.state.is_drain_over() {
+            return Err(Refusal::new(ProxyError::ShuttingDown, &headers));
+        }
         if let Some(reservation) = &reservation {
             headers.quotas = *reservation.standing();
             headers.clamped_to = reservation.clamped_to();

@@ -2,6 +2,7 @@
 
 use super::snapshot::Snapshot;
 use crate::calibrations::Calibrations;
+use crate::clock::Stopwatch;
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
 use crate::learned::Learned;
@@ -9,8 +10,8 @@ use crate::ledger::{Account, Accounts, Persistence, RestoredState};
 use crate::random;
 use crate::store::{Store, WriterControl};
 use crate::telemetry::{Metrics, RequestIds};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// State that all workers of a gateway share for the life of the process, and the snapshot of the config in force.
 pub struct State {
@@ -24,7 +25,14 @@ pub struct State {
     current: Mutex<Arc<Snapshot>>,
     /// The status of the store. `None`: nothing is persisted.
     store: Option<Arc<WriterControl>>,
-    draining: AtomicBool,
+    /// Set when the gateway drains.
+    drain: OnceLock<DrainPeriod>,
+}
+
+/// The time during which the gateway drains at its shutdown.
+struct DrainPeriod {
+    began: Stopwatch,
+    timeout: Duration,
 }
 
 /// A unique random id of this process. Redis stores this process's reservations under it.
@@ -68,7 +76,7 @@ impl State {
             accounts: Arc::new(accounts),
             current: Mutex::new(Arc::new(current)),
             store: store.map(Store::persistence),
-            draining: AtomicBool::new(false),
+            drain: OnceLock::new(),
         })
     }
 
@@ -88,13 +96,19 @@ impl State {
     }
 
     /// Refuses new requests from now on.
-    pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+    pub fn drain(&self, timeout: Duration) {
+        // A second call changes nothing.
+        let _ = self.drain.set(DrainPeriod { began: Stopwatch::start(), timeout });
     }
 
     /// Whether new requests are refused.
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        self.drain.get().is_some()
+    }
+
+    /// Whether the gateway sends no request to an upstream any more, because it stops.
+    pub(super) fn is_drain_over(&self) -> bool {
+        self.drain.get().is_some_and(|drain| drain.began.elapsed() >= drain.timeout)
     }
 
     /// Why the store cannot write. `None`: it can, or there is none.

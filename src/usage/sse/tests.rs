@@ -287,6 +287,7 @@ fn line() -> impl Strategy<Value = String> {
         Just(EXTRA.to_owned()),
         Just(HI.to_owned()),
         Just(LAST.to_owned()),
+        Just(EMPTY_CHOICE.to_owned()),
         Just("data: [DONE]".to_owned()),
         Just(String::new()),
         Just(": comment".to_owned()),
