@@ -142,7 +142,9 @@ impl Circuit {
 }
 
 /// A command without a reply so far.
-struct CommandInFlight<T: Send + 'static>(Option<(Pin<Box<dyn Future<Output = T> + Send>>, CircuitPass)>);
+struct CommandInFlight<T: Send + 'static>(Option<(BoxedCommand<T>, CircuitPass)>);
+
+type BoxedCommand<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 impl<T: Send + 'static> Drop for CommandInFlight<T> {
     fn drop(&mut self) {
