@@ -260,6 +260,12 @@ fn invalid_listeners_stores_and_models_are_refused() {
         ),
         (top("store: { redis: { url: 'http://r' } }"), "redis+sentinel://"),
         (top("store: { redis: { prefix: p } }"), "\"url\" is missing"),
+        (
+            top("store: { redis: { url: 'redis://r', timeout: 19ms } }"),
+            "t.yaml:7:46: store.redis.timeout: \"19ms\" is not between 20ms and 5s",
+        ),
+        (top("store: { redis: { url: 'redis://r', timeout: 6s } }"), "\"6s\" is not between 20ms and 5s"),
+        (top("store: { redis: { url: 'redis://r', timeout: 250 } }"), "has no unit"),
         (top("store: { path: '' }"), "is not a path"),
         (top("models: [{ match: a }]"), "models[0]: set exactly one of encoding"),
         (top("models: [{ match: a, encoding: o200k_base, model: m }]"), "set exactly one of encoding"),

@@ -99,6 +99,6 @@ fn a_supported_setting_gives_no_warning() {
     let text = with(
         "enforce: false\n    on_disconnect: drain\n    cached_prompt_tokens: skip\n    calibrate: true\n    unseen_prompt_tokens: 9\n    \
          reserve: { when_short: clamp, on_overrun: cut, max_wait: 2s, quantile: 0.8 }",
-    ) + "server: { flood_guard: { requests: 9, per: second } }\nstore: { path: p, history: 1d, redis: { url: 'redis://r', on_failure: open, lease: true } }\n";
+    ) + "server: { flood_guard: { requests: 9, per: second } }\nstore: { path: p, history: 1d, redis: { url: 'redis://r', timeout: 1s, on_failure: open, lease: true } }\n";
     assert_eq!(warnings(&text), "");
 }

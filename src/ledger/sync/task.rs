@@ -13,8 +13,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, 
 /// How often a node renews its session and reads the state of all quotas. A limit that an administrator sets on another node
 /// is in force here after this time.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
-/// Maximum time that a stopping node spends on sending its journal.
-const MAX_LEAVE_TIME: Duration = Duration::from_secs(2);
+/// Minimum of the time that a stopping node may spend on sending its journal. If the node has lost Redis, it must also
+/// have time to join again.
+const MIN_LEAVE_TIME: Duration = Duration::from_secs(2);
 
 impl RedisSync {
     /// Synchronises the replica with Redis until `stop` is true, and then ends the session. All reservations must be
@@ -45,7 +46,8 @@ impl RedisSync {
             () = work => {}
             _ = stop.wait_for(|stops| *stops) => {}
         }
-        drop(timeout(MAX_LEAVE_TIME, self.leave()).await);
+        let max_time = MIN_LEAVE_TIME.max(2 * self.times.max_call_delay);
+        drop(timeout(max_time, self.leave()).await);
     }
 
     /// Logs each setting of the server that is wrong for shared quotas and was not at the last check.
