@@ -66,7 +66,7 @@ impl Proxy {
     /// Connects new clients to the server at this socket.
     #[allow(dead_code)]
     pub fn redirect(&self, socket: &Path) {
-        *self.socket.lock().unwrap() = socket.to_owned();
+        socket.clone_into(&mut self.socket.lock().unwrap());
     }
 
     pub fn url(&self) -> String {
