@@ -15,7 +15,7 @@ pub use command::{
     CommandBuilder, HeldReservation, LEASE_ID, NewLimit, OnShortage, Piece, ReserveRequest, ScriptCommand,
     SentSteps, Step, StepKind,
 };
-pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, check_url};
+pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, catch_up_time, check_url};
 pub use reply::{ScriptReply, Verdict, load_states};
 
 /// The script, for `EVALSHA` and `EVAL`.

@@ -13,7 +13,7 @@ use super::replica::admission::ReserveOutcome;
 use super::wait_queue::WaitQueue;
 use crate::clock;
 use crate::quota::{Amounts, Subject};
-use crate::redis::{CallRefusal, FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
+use crate::redis::{self, CallRefusal, FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -41,7 +41,8 @@ pub(super) struct SyncTimes {
 
 impl SyncTimes {
     pub(super) fn new(timeout: Duration) -> Self {
-        Self { max_call_delay: timeout + CLOCK_TOLERANCE, max_flush_wait: MIN_FLUSH_WAIT.max(2 * timeout) }
+        let max_call_delay = timeout + redis::catch_up_time(timeout) + CLOCK_TOLERANCE;
+        Self { max_call_delay, max_flush_wait: MIN_FLUSH_WAIT.max(2 * timeout) }
     }
 }
 

@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use url::RedisUrl;
 
+pub use call_timer::catch_up_time;
 pub use circuit::CallRefusal;
 
 /// Added to the timeout for each argument. A node that joins with a thousand open reservations sends some twenty

@@ -135,8 +135,8 @@ impl Client {
         let clock = Stopwatch::start();
         assert_eq!(self.reserve().await, Err(Unavailable));
         let first = clock.elapsed();
-        // A busy machine gets up to 250 ms more.
-        let limit = self.timeout + Duration::from_millis(300);
+        // A fifth is for catching up. A busy machine gets up to 250 ms more.
+        let limit = self.timeout * 6 / 5 + Duration::from_millis(300);
         assert!(first <= limit, "the first failing call took {first:?}");
         let mut times = Vec::new();
         while clock.elapsed() < outage {

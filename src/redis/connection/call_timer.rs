@@ -9,6 +9,12 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
+/// Time that a server gets after a stall of this length to run what has arrived meanwhile, before calls fail. On a busy
+/// machine with many nodes that takes tens of milliseconds.
+pub fn catch_up_time(timeout: Duration) -> Duration {
+    (timeout / 5).clamp(Duration::from_millis(10), Duration::from_millis(250))
+}
+
 /// Time that the runtime gets to read replies before a call fails.
 const RECHECK_DELAY: Duration = Duration::from_millis(10);
 /// If that takes longer than this, the machine is so busy that neither the runtime nor, perhaps, the server runs in
@@ -20,16 +26,16 @@ const MAX_RECHECK_TIME: Duration = Duration::from_millis(250);
 /// How long calls wait. Times are counted from the start of the timer.
 #[derive(Clone, Copy, Debug)]
 struct Patience {
-    /// A server that sends no reply to any call for this time is unavailable.
-    timeout: Duration,
+    /// A server that sends no reply to any call for this time is unavailable. It includes the time to catch up.
+    max_silence: Duration,
 }
 
 impl Patience {
     /// How much longer a call waits that was sent at `sent`. `last_reply`: when the server last replied to any call.
-    /// `None`: the call has failed. While the server replies to other calls, a call may take twice the timeout.
+    /// `None`: the call has failed. While the server replies to other calls, a call may take twice as long.
     fn time_left(self, sent: Duration, last_reply: Duration, now: Duration) -> Option<Duration> {
-        let until_silent = sent.max(last_reply).saturating_add(self.timeout);
-        let until_too_slow = sent.saturating_add(self.timeout.saturating_mul(2));
+        let until_silent = sent.max(last_reply).saturating_add(self.max_silence);
+        let until_too_slow = sent.saturating_add(self.max_silence.saturating_mul(2));
         Some(until_silent.min(until_too_slow).saturating_sub(now)).filter(|left| !left.is_zero())
     }
 }
@@ -37,7 +43,7 @@ impl Patience {
 /// Times the calls of one connection.
 #[derive(Debug)]
 pub(super) struct CallTimer {
-    patience: Patience,
+    timeout: Duration,
     clock: Stopwatch,
     /// When the server last replied to any call, in microseconds of `clock`.
     last_reply: AtomicU64,
@@ -51,7 +57,7 @@ impl CallTimer {
     pub(super) fn new(timeout: Duration) -> Self {
         let (rechecks, pending) = mpsc::unbounded_channel();
         Self {
-            patience: Patience { timeout },
+            timeout,
             clock: Stopwatch::start(),
             last_reply: AtomicU64::new(0),
             rechecks,
@@ -61,7 +67,7 @@ impl CallTimer {
 
     /// The timeout of a call that needs no additional time.
     pub(super) fn timeout(&self) -> Duration {
-        self.patience.timeout
+        self.timeout
     }
 
     /// Waits for the reply to `call`. `extra` is added to the timeout. `None`: the server does not reply, or replies
@@ -71,7 +77,8 @@ impl CallTimer {
         extra: Duration,
         mut call: Pin<&mut (impl Future<Output = T> + ?Sized)>,
     ) -> Option<T> {
-        let (sent, patience) = (self.clock.elapsed(), Patience { timeout: self.timeout() + extra });
+        let max_silence = self.timeout + catch_up_time(self.timeout) + extra;
+        let (sent, patience) = (self.clock.elapsed(), Patience { max_silence });
         let time_left = || patience.time_left(sent, self.last_reply(), self.clock.elapsed());
         loop {
             if let Some(left) = time_left() {
@@ -153,7 +160,7 @@ mod tests {
     /// When a call that was sent at 0 fails on a server that replies to other calls at these times and to this call
     /// never. A virtual clock jumps to the end of each wait.
     fn failure_time(other_replies: &[u64]) -> Duration {
-        let (patience, mut now) = (Patience { timeout: TIMEOUT }, Duration::ZERO);
+        let (patience, mut now) = (Patience { max_silence: TIMEOUT }, Duration::ZERO);
         loop {
             let last_reply = other_replies.iter().map(|&at| ms(at)).filter(|&at| at <= now).max();
             match patience.time_left(Duration::ZERO, last_reply.unwrap_or_default(), now) {
@@ -173,7 +180,7 @@ mod tests {
             2 * TIMEOUT,
             "the server replies to every call but this one"
         );
-        let patience = Patience { timeout: TIMEOUT };
+        let patience = Patience { max_silence: TIMEOUT };
         assert_eq!(
             patience.time_left(ms(1_000), ms(10), ms(1_100)),
             Some(ms(150)),

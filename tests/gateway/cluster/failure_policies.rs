@@ -60,12 +60,12 @@ const POLICIES: [Policy; 3] = [
     },
 ];
 
-/// Bound for the first request. A node waits for Redis 260 ms, or up to 500 ms on a busy machine; the rest is for HTTP.
-const MAX_FIRST_REQUEST: Duration = Duration::from_millis(750);
+/// Bound for the first request. A node waits for Redis 310 ms, or up to 550 ms on a busy machine; the rest is for HTTP.
+const MAX_FIRST_REQUEST: Duration = Duration::from_millis(800);
 /// Bound for the recovery: two seconds, and one more for a busy machine.
 const MAX_RECOVERY: Duration = Duration::from_secs(3);
 /// A node that has lost Redis stays offline for at least this time.
-const MIN_OFFLINE: Duration = Duration::from_millis(400);
+const MIN_OFFLINE: Duration = Duration::from_millis(450);
 /// Duration of a fault. Attempts to reconnect fail until it ends.
 const FAULT_TIME: Duration = Duration::from_secs(1);
 /// Within this time each node sends a heartbeat and receives the state of all quotas.
