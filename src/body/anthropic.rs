@@ -113,6 +113,13 @@ impl<'p, 'a> Blocks<'p, 'a> {
 }
 
 impl<'a> JsonVisitor<'a> for Blocks<'_, 'a> {
+    /// Of the result of a search for tools.
+    const FIELDS: &'static [&'static str] = &["tool_references"];
+
+    fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
+        value(object, self)
+    }
+
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
         self.has_own_content = true;
         self.prompt.add_text(PromptPart::Messages, text, 1);
@@ -162,6 +169,7 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
         "context",
         "data",
         "citations",
+        "tool_name",
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
@@ -181,6 +189,11 @@ impl<'a> JsonVisitor<'a> for MessageBlock<'_, 'a> {
                 self.prompt.add_text(PromptPart::Messages, Cow::Borrowed(input), 1);
             }
             "name" => self.name = string(object)?,
+            // Of a `tool_reference`.
+            "tool_name" => {
+                let name = string(object)?;
+                self.prompt.load_tool(name);
+            }
             "citations" => value(object, &mut Citations(self.prompt))?,
             "thinking" => self.thinking = string(object)?,
             "signature" | "data" => {

@@ -111,7 +111,7 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
             }
             "encrypted_content" => self.prompt.add_encrypted_reasoning(&string(object)?),
             // Of `additional_tools`, and of lists that the provider loaded earlier.
-            "tools" => self.prompt.add_tools(raw(object)?),
+            "tools" => self.prompt.add_loaded_tools(raw(object)?),
             // An image that the model generated earlier.
             "result" => {
                 let base64 = string(object)?;

@@ -16,6 +16,8 @@ const MAX_QUICK_RUN: usize = 256;
 /// A prompt with more text (bytes) is not tokenised. Two bytes count as a token: no long text in any language has
 /// more tokens.
 const MAX_COUNTED_BYTES: usize = 4 * 1024 * 1024;
+/// Number of tools that a conversation can load.
+const MAX_LOADED_TOOLS: usize = 256;
 /// Number of texts that are stored separately. In further texts, two bytes count as a token: a list of millions of
 /// tiny texts would take many times the memory of its body.
 const MAX_TEXTS: usize = 1 << 17;
@@ -60,6 +62,8 @@ pub struct Prompt<'a> {
     system: Option<usize>,
     /// The lists of tool definitions.
     tools: Vec<ToolList<'a>>,
+    /// Names of tools with `defer_loading` that the conversation has loaded.
+    loaded_tools: Vec<Cow<'a, str>>,
     tool_requirement: ToolRequirement,
     /// The model may call one tool at a time only.
     is_serial: bool,
@@ -173,10 +177,27 @@ impl<'a> Prompt<'a> {
 
     /// Adds the JSON of a list of tool definitions.
     pub(crate) fn add_tools(&mut self, json: &'a str) {
+        self.add_tool_list(json, ToolList::of);
+    }
+
+    /// Adds the JSON of a list of tool definitions that the conversation has loaded.
+    pub(crate) fn add_loaded_tools(&mut self, json: &'a str) {
+        self.add_tool_list(json, ToolList::of_loaded);
+    }
+
+    fn add_tool_list(&mut self, json: &'a str, read: fn(&'a str) -> ToolList<'a>) {
         if json != "null" {
-            let tools = ToolList::of(json);
+            let tools = read(json);
             self.identity.add_number(IdentityPart::Tools, tools.hash.0);
             self.tools.push(tools);
+        }
+    }
+
+    /// The conversation has loaded the tool with this name, which may have `defer_loading`.
+    pub(crate) fn load_tool(&mut self, name: Cow<'a, str>) {
+        self.identify(&name);
+        if !name.is_empty() && self.loaded_tools.len() < MAX_LOADED_TOOLS {
+            self.loaded_tools.push(name);
         }
     }
 
@@ -410,7 +431,7 @@ impl Prompt<'_> {
             return Some(sum);
         }
         for list in &self.tools {
-            let cost = count(*list)?;
+            let cost = count(list.with_loaded(&self.loaded_tools))?;
             sum.tokens += cost.tokens;
             sum.has_functions |= cost.has_functions;
             sum.has_hosted |= cost.has_hosted;

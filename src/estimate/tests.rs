@@ -326,3 +326,40 @@ fn a_description_of_the_model_is_in_chats_with_free_tools_only() {
     let response = estimate(Api::Responses, &json!({"model": "grok-3", "input": "Hi"})).tokens();
     assert!(response > 118, "{response}");
 }
+
+#[test]
+fn deferred_tools_count_once_the_conversation_has_loaded_them() {
+    let tool = |name: &str, defers: bool| json!({"name": name, "description": THOUGHT, "input_schema": weather()["parameters"], "defer_loading": defers});
+    let references = |names: &[&str]| -> Value {
+        names.iter().map(|name| json!({"type": "tool_reference", "tool_name": name})).collect()
+    };
+    let of = |defers: bool, blocks: Value| {
+        let body = json!({"model": "claude-sonnet-4-5", "max_tokens": 9,
+            "tools": [tool("here", false), tool("one", defers), tool("two", defers)],
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": blocks}]});
+        estimate(Api::Messages, &body).of(PromptPart::Tools)
+    };
+    let result =
+        |names: &[&str]| json!([{"type": "tool_result", "tool_use_id": "t", "content": references(names)}]);
+    let searched = |names: &[&str]| {
+        let found = json!({"type": "tool_search_tool_search_result", "tool_references": references(names)});
+        json!([{"type": "tool_search_tool_result", "tool_use_id": "t", "content": found}])
+    };
+    let none = of(true, json!("Hi"));
+    let (one, two) = (of(true, result(&["one"])), of(true, result(&["one", "two"])));
+    assert!(one - none > 20 && two - one == one - none, "{none} {one} {two}");
+    assert_eq!([of(true, searched(&["two", "other"])), of(true, result(&["other"]))], [one, none]);
+    assert_eq!([of(false, json!("Hi")), of(false, result(&["one"]))], [two, two]);
+
+    // A list in the input of a Responses request was loaded.
+    let listed = |key: &str, item: &str| {
+        let mut function = weather();
+        function["type"] = json!("function");
+        function["defer_loading"] = json!(true);
+        let mut body = json!({"model": "gpt-5", "input": [{"type": item, key: [function]}]});
+        body["tools"] = json!([function]);
+        estimate(Api::Responses, &body).of(PromptPart::Tools)
+    };
+    assert_eq!(listed("other", "message"), 0);
+    assert!(listed("tools", "tool_search_output") > 20);
+}

@@ -16,6 +16,7 @@ use super::count_cache::{CacheKey, CachedCount, TextHash};
 use super::tokenizer::Tokenizer;
 use reader::ToolListReader;
 use rendering::Rendering;
+use std::borrow::Cow;
 
 /// Tokens added for a hosted tool (web search and the like). The providers do not publish these figures.
 const HOSTED_TOOL_TOKENS: u64 = 300;
@@ -30,11 +31,55 @@ const MAX_READ_FACTOR: usize = 64;
 pub(super) struct ToolList<'a> {
     pub(super) json: &'a str,
     pub(super) hash: TextHash,
+    loaded: LoadedTools<'a>,
+}
+
+/// The tools of a list that are in the prompt although they have `defer_loading`.
+#[derive(Clone, Copy, Debug)]
+enum LoadedTools<'a> {
+    All,
+    /// Those that the conversation names.
+    Named(&'a [Cow<'a, str>]),
 }
 
 impl<'a> ToolList<'a> {
+    /// Tools of a request. Tools with `defer_loading` are not in the prompt.
     pub(super) fn of(json: &'a str) -> Self {
-        Self { json, hash: TextHash::of(json.as_bytes()) }
+        Self { json, hash: TextHash::of(json.as_bytes()), loaded: LoadedTools::Named(&[]) }
+    }
+
+    /// Tools that the conversation has loaded.
+    pub(super) fn of_loaded(json: &'a str) -> Self {
+        let tools = Self::of(json);
+        if tools.has_deferred() { tools.with(LoadedTools::All, &["all"]) } else { tools }
+    }
+
+    /// The same list in a conversation that has loaded the tools with these names.
+    pub(super) fn with_loaded<'b>(self, names: &'b [Cow<'b, str>]) -> ToolList<'b>
+    where
+        'a: 'b,
+    {
+        let is_affected = !names.is_empty() && matches!(self.loaded, LoadedTools::Named(_));
+        if is_affected && self.has_deferred() { self.with(LoadedTools::Named(names), names) } else { self }
+    }
+
+    fn with<'b>(self, loaded: LoadedTools<'b>, parts: &[impl AsRef<str>]) -> ToolList<'b>
+    where
+        'a: 'b,
+    {
+        let parts: Vec<&str> = [self.json].into_iter().chain(parts.iter().map(AsRef::as_ref)).collect();
+        ToolList { json: self.json, hash: TextHash::of(parts.join("\n").as_bytes()), loaded }
+    }
+
+    fn has_deferred(&self) -> bool {
+        memchr::memmem::find(self.json.as_bytes(), b"defer_loading").is_some()
+    }
+
+    fn is_loaded(&self, name: &str) -> bool {
+        match self.loaded {
+            LoadedTools::All => true,
+            LoadedTools::Named(names) => names.iter().any(|loaded| loaded == name),
+        }
     }
 }
 
@@ -72,7 +117,7 @@ pub(super) fn count(tokenizer: Tokenizer, style: Style, tools: ToolList<'_>) -> 
     if let Some(packed) = key.cached() {
         return ToolCost::unpack(packed);
     }
-    let cost = render_and_count(tokenizer, style, tools.json);
+    let cost = render_and_count(tokenizer, style, tools);
     key.insert(cost.pack());
     cost
 }
@@ -91,11 +136,12 @@ fn key(tokenizer: Tokenizer, style: Style, hash: TextHash) -> CacheKey {
     CacheKey::of(tokenizer.scaled_id() | u64::from(constants) << 48 | flat, counted, hash)
 }
 
-fn render_and_count(tokenizer: Tokenizer, style: Style, json: &str) -> ToolCost {
+fn render_and_count(tokenizer: Tokenizer, style: Style, tools: ToolList<'_>) -> ToolCost {
+    let json = tools.json;
     let max_text = json.len() * MAX_RENDERING_FACTOR + 256;
     let max_read = json.len().saturating_mul(MAX_READ_FACTOR) + (1 << 16);
     // Anything but a list of tools counts as text; the upstream will reject the request.
-    let Some(list) = ToolListReader::read(json, Rendering::new(style, max_text, max_read), style.is_flat())
+    let Some(list) = ToolListReader::read(tools, Rendering::new(style, max_text, max_read), style.is_flat())
     else {
         return ToolCost { tokens: tokenizer.count(json), ..ToolCost::default() };
     };

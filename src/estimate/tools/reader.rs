@@ -1,13 +1,15 @@
 //! Reads tool definitions in the formats of all providers.
 
+use super::ToolList;
 use super::rendering::Rendering;
 use super::schema::FunctionDefinition;
-use crate::json::{Expected, JsonVisitor, Visit, element, string, value};
+use crate::json::{Expected, JsonVisitor, Visit, element, raw, string, value};
 use serde::de::{DeserializeSeed as _, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
 /// Reads a list of tools in the format of any provider, and renders each function.
-pub(super) struct ToolListReader {
+pub(super) struct ToolListReader<'l> {
+    list: ToolList<'l>,
     pub(super) rendering: Rendering,
     /// Functions in the list.
     pub(super) functions: u64,
@@ -16,17 +18,17 @@ pub(super) struct ToolListReader {
     is_flat: bool,
 }
 
-impl ToolListReader {
+impl<'l> ToolListReader<'l> {
     /// `None` if the JSON is not a list of tools. `is_flat`: a tool with its own name has all fields of its function;
     /// a nested `function` is ignored.
-    pub(super) fn read(json: &str, rendering: Rendering, is_flat: bool) -> Option<Self> {
-        let mut list = Self { rendering, functions: 0, hosted: 0, is_flat };
-        Visit(&mut list).deserialize(&mut serde_json::Deserializer::from_str(json)).ok()?;
-        Some(list)
+    pub(super) fn read(list: ToolList<'l>, rendering: Rendering, is_flat: bool) -> Option<Self> {
+        let mut reader = Self { list, rendering, functions: 0, hosted: 0, is_flat };
+        Visit(&mut reader).deserialize(&mut serde_json::Deserializer::from_str(list.json)).ok()?;
+        Some(reader)
     }
 }
 
-impl<'a> JsonVisitor<'a> for ToolListReader {
+impl<'a> JsonVisitor<'a> for ToolListReader<'_> {
     fn text(&mut self, _: Cow<'a, str>) -> Result<(), Expected> {
         Err(Expected("a list of tools"))
     }
@@ -36,9 +38,14 @@ impl<'a> JsonVisitor<'a> for ToolListReader {
             functions: FunctionListReader { rendering: &mut self.rendering, count: 0 },
             flat: FunctionDefinition::default(),
             nested: FunctionDefinition::default(),
+            is_deferred: false,
         };
         let has_element = element(list, &mut tool)?;
-        let ToolReader { mut functions, flat, nested } = tool;
+        let ToolReader { mut functions, flat, nested, is_deferred } = tool;
+        let name = if flat.name.is_empty() { &nested.name } else { &flat.name };
+        if is_deferred && !self.list.is_loaded(name) {
+            return Ok(has_element);
+        }
         if !self.is_flat || flat.name.is_empty() {
             functions.add(&nested);
         }
@@ -59,6 +66,8 @@ struct ToolReader<'r, 'a> {
     flat: FunctionDefinition<'a>,
     /// The function if its fields are in `function`, as in the chat API.
     nested: FunctionDefinition<'a>,
+    /// The tool is in the prompt only once the conversation has loaded it.
+    is_deferred: bool,
 }
 
 impl<'a> JsonVisitor<'a> for ToolReader<'_, 'a> {
@@ -72,10 +81,15 @@ impl<'a> JsonVisitor<'a> for ToolReader<'_, 'a> {
         "description",
         "parameters",
         "input_schema",
+        "defer_loading",
     ];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
+            "defer_loading" => {
+                self.is_deferred = raw(object)? == "true";
+                Ok(())
+            }
             "function" => value(object, &mut self.nested),
             "functionDeclarations" | "function_declarations" | "tools" => value(object, &mut self.functions),
             // A function in the tool object itself may have only a type and a name, without parameters.
