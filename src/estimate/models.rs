@@ -245,8 +245,8 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // 57 plain, 18 tools. Anthropic publishes the size of the tool prompt for these models.
     ("claude-3", 110, ChatTemplate { parameters: 142, function: 15, ..CLAUDE_4 }),
     // 99 plain, 165 tools.
-    ("claude-sonnet-4-6", 106, CLAUDE_4_6),
-    ("claude-opus-4-6", 106, CLAUDE_4_6),
+    ("claude-sonnet-4-6", 105, CLAUDE_4_6),
+    ("claude-opus-4-6", 105, CLAUDE_4_6),
     // 90 plain, 127 tools.
     ("claude-haiku-4", 110, CLAUDE_4_5),
     ("claude-opus-4-5", 110, CLAUDE_4_5),
@@ -281,6 +281,9 @@ enum Change {
 const AT_PROVIDERS: &[(Provider, &str, Change)] = &[
     // Azure does not add xAI's description of the model.
     (Provider::Azure, "grok", Change::Request(1)),
+    // The date is missing at OpenRouter.
+    (Provider::Router, "llama-3.2", Change::Request(5)),
+    (Provider::Router, "llama-3.3", Change::Request(5)),
     // Groq adds long instructions for calls.
     (Provider::Groq, "llama-4", Change::Functions(650)),
 ];
@@ -343,10 +346,10 @@ impl Model {
         self.tool_factor
     }
 
-    /// The API that reaches the model. Routers send chats with OpenAI's models from gpt-5 on to the Responses API.
+    /// The API that reaches the model. Routers send chats with OpenAI's later models to the Responses API.
     fn read_by(&self, api: Api) -> Api {
-        let is_converted =
-            api == Api::Chat && self.provider == Provider::Router && self.format == Format::Harmony;
+        let is_late = self.format == Format::Harmony || self.family == "gpt-4.1";
+        let is_converted = api == Api::Chat && self.provider == Provider::Router && is_late;
         if is_converted { Api::Responses } else { api }
     }
 
@@ -462,7 +465,7 @@ mod tests {
             ("gpt-oss-120b", O200K, 100),
             ("text-embedding-3-small", CL100K, 100),
             ("claude-sonnet-4", O200K, 110),
-            ("anthropic/claude-sonnet-4.6", O200K, 106),
+            ("anthropic/claude-sonnet-4.6", O200K, 105),
             ("claude-opus-4-7", O200K, 140),
             ("meta-llama/Llama-3-8b", O200K, 105),
             ("who-knows", O200K, 110),

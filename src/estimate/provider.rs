@@ -44,7 +44,6 @@ const DOMAINS: &[(&str, Provider)] = &[
     ("api.venice.ai", Provider::Router),
     ("router.huggingface.co", Provider::Router),
     ("gateway.ai.cloudflare.com", Provider::Router),
-    ("api.cloudflare.com", Provider::Router),
     ("azuredatabricks.net", Provider::Router),
     ("cloud.databricks.com", Provider::Router),
     ("amazonaws.com", Provider::Router),

@@ -256,6 +256,11 @@ fn a_model_reads_another_prompt_at_some_providers() {
         assert_eq!(less("gpt-5", &json!({}), [provider, Provider::Router]), 0);
         assert_eq!(less("gpt-4o", &tools, [provider, Provider::Router]), 0);
     }
+    // Routers send these to the Responses API too, where a required call costs 9 more.
+    let required = json!({"tools": tools["tools"], "tool_choice": "required"});
+    let more = |model: &str| chat(model, Provider::Router, &required) - chat(model, Provider::Router, &tools);
+    assert_eq!(["gpt-4.1-mini", "gpt-4o-mini"].map(more), [9, 0]);
+    assert_eq!(less("llama-3.3-8b", &json!({}), [Provider::Unknown, Provider::Router]), 23);
     assert_eq!(less("grok-4-1-fast-non-reasoning", &json!({}), [Provider::Unknown, Provider::Azure]), 166);
     assert_eq!(less("llama-4-scout-17b", &tools, [Provider::Groq, Provider::Unknown]), 506);
     assert_eq!(less("llama-3.3-70b", &tools, [Provider::Groq, Provider::Unknown]), 0);

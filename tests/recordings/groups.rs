@@ -105,7 +105,7 @@ const GROUPS: &[Group] = &[
     Group {
         name: "Anthropic text",
         has: |e| e.api == Api::Messages && is_text(e),
-        before: should(1.5, 10.0),
+        before: must(1.5, 10.0),
         after: should(0.5, 6.0),
     },
     Group {
