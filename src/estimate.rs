@@ -3,12 +3,14 @@
 //! Nothing here does I/O. Readers of bodies fill a [`Prompt`] with the content that the model will read. A
 //! [`Model`] holds the costs. A [`Calibration`] learns the errors of earlier estimates.
 
+mod attachments;
 mod calibration;
 mod count_cache;
 mod file;
 mod identity;
 mod images;
 pub(crate) mod media;
+mod media_rules;
 mod models;
 mod names;
 mod overhead;

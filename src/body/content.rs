@@ -1,16 +1,17 @@
 //! Message content in OpenAI's shapes: text, or a list of parts.
 
-use crate::estimate::{ImageDetail, Prompt, PromptPart, media};
-use crate::json::{
-    Expected, JsonVisitor, LooseText, Visit, element, optional, replace_lone_surrogates, string, value,
-};
+use crate::estimate::media::{self, Media, Recording};
+use crate::estimate::{ImageDetail, Prompt, PromptPart};
+use crate::json::{Expected, JsonVisitor, LooseText, Visit, element, replace_lone_surrogates, string, value};
 use serde::de::{DeserializeSeed as _, IgnoredAny, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
-/// Tokens of a file in addition to its name and content. Fitted to 19 exchanges.
-const TOKENS_PER_FILE: u64 = 10;
-/// Assumed length of audio whose length cannot be read: one minute, in tenths of a second.
-const UNKNOWN_AUDIO_TENTHS: u64 = 600;
+/// Assumed length of audio whose length cannot be read.
+const UNKNOWN_AUDIO_MS: u64 = 60_000;
+/// Characters per token of text that was only measured.
+const CHARACTERS_PER_TOKEN: u64 = 4;
+/// Bytes per token of files whose format is unknown.
+const BYTES_PER_TOKEN: u64 = 20;
 
 /// `content`, or another value of the same shape.
 pub(super) struct MessageContent<'p, 'a> {
@@ -69,8 +70,13 @@ struct PartMedia<'a> {
     text: Cow<'a, str>,
     /// The text is reasoning of an earlier answer.
     is_reasoning: bool,
-    image: Option<ImageUrl<'a>>,
-    file: Option<FilePart<'a>>,
+    /// Whether the type of the part is an image, and whether it is a file.
+    is_image: bool,
+    is_file: bool,
+    image: ImageUrl<'a>,
+    /// Sound or video.
+    recording: ImageUrl<'a>,
+    file: FilePart<'a>,
 }
 
 impl<'a> PartMedia<'a> {
@@ -80,14 +86,19 @@ impl<'a> PartMedia<'a> {
         } else {
             prompt.add_text(PromptPart::Messages, self.text, 1);
         }
-        if let Some(image) = self.image {
-            let data = media::data_url(&image.url);
+        if self.is_image || !self.image.url.is_empty() {
+            let data = media::data_url(&self.image.url);
             if data.is_none() {
-                prompt.identify(&image.url);
+                prompt.identify(&self.image.url);
             }
-            prompt.add_image(data.and_then(|(_, base64)| media::image_size(base64)), image.detail);
-        } else if let Some(file) = self.file {
-            file.add_to(prompt);
+            prompt.add_image(data.and_then(|(_, base64)| media::image_size(base64)), self.image.detail);
+        } else if let Some((kind, base64)) = media::data_url(&self.recording.url) {
+            document(prompt, kind, "", base64);
+        } else if !self.recording.url.is_empty() {
+            prompt.identify(&self.recording.url);
+            prompt.unseen += 1;
+        } else if self.is_file || !self.file.is_empty() {
+            self.file.add_to(prompt);
         }
     }
 }
@@ -104,6 +115,8 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
         "text",
         "refusal",
         "image_url",
+        "video_url",
+        "audio_url",
         "document_url",
         "detail",
         "input_audio",
@@ -124,8 +137,8 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         match name {
             "type" => match &*string(object)? {
-                "image_url" | "input_image" => drop(self.media.image.get_or_insert_default()),
-                "file" | "input_file" => drop(self.media.file.get_or_insert_default()),
+                "image_url" | "input_image" => self.media.is_image = true,
+                "file" | "input_file" => self.media.is_file = true,
                 "reasoning_text" => self.media.is_reasoning = true,
                 _ => {}
             },
@@ -139,22 +152,13 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.add_text(PromptPart::Messages, text.0, 1);
             }
-            "image_url" => optional(object, &mut self.media.image)?,
-            "detail" => {
-                let detail = string(object)?;
-                if !detail.is_empty() {
-                    self.media.image.get_or_insert_default().detail = ImageDetail::named(&detail);
-                }
-            }
+            "image_url" => value(object, &mut self.media.image)?,
+            "video_url" | "audio_url" => value(object, &mut self.media.recording)?,
+            "detail" => self.media.image.detail = ImageDetail::named(&string(object)?),
             "input_audio" => value(object, &mut InputAudio(self.prompt))?,
             // Mistral: a URL. The document's name is ignored.
-            "document_url" => {
-                let url = string(object)?;
-                if !url.is_empty() {
-                    self.media.file.get_or_insert_default().document(url);
-                }
-            }
-            "file" => optional(object, &mut self.media.file)?,
+            "document_url" => self.media.file.document(string(object)?),
+            "file" => value(object, &mut self.media.file)?,
             "encrypted_content" => self.prompt.add_encrypted_reasoning(&string(object)?),
             // Mistral: the reasoning of an earlier answer.
             "thinking" => {
@@ -162,12 +166,7 @@ impl<'a> JsonVisitor<'a> for ContentPart<'_, 'a> {
                 value(object, &mut text)?;
                 self.prompt.add_reasoning(text.0);
             }
-            _ => {
-                let text = string(object)?;
-                if !text.is_empty() {
-                    self.media.file.get_or_insert_default().set(name, text);
-                }
-            }
+            _ => self.media.file.field(name, object)?,
         }
         Ok(())
     }
@@ -197,20 +196,29 @@ impl<'a> JsonVisitor<'a> for ImageUrl<'a> {
     }
 }
 
-/// `input_audio`.
+/// `input_audio`: an object, or its data or URL as a text.
 struct InputAudio<'p, 'a>(&'p mut Prompt<'a>);
 
 impl<'a> JsonVisitor<'a> for InputAudio<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["data"];
 
-    fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
-        let data = string(object)?;
+    fn text(&mut self, data: Cow<'a, str>) -> Result<(), Expected> {
+        const UNKNOWN: Recording =
+            Recording { milliseconds: UNKNOWN_AUDIO_MS, is_video: false, has_sound: true, size: None };
         if data.is_empty() {
             return Ok(());
         }
         let base64 = media::data_url(&data).map_or(&*data, |(_, base64)| base64);
-        self.0.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_AUDIO_TENTHS));
+        let is_url = base64.starts_with("http://") || base64.starts_with("https://");
+        if is_url {
+            self.0.identify(base64);
+        }
+        self.0.add_recording(media::sound(base64).filter(|_| !is_url).unwrap_or(UNKNOWN));
         Ok(())
+    }
+
+    fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
+        value(object, self)
     }
 }
 
@@ -243,6 +251,10 @@ impl<'a> FilePart<'a> {
         }
     }
 
+    fn is_empty(&self) -> bool {
+        self.data.is_empty() && self.name.is_empty() && self.reference.is_empty()
+    }
+
     fn document(&mut self, url: Cow<'a, str>) {
         if media::data_url(&url).is_some() {
             self.data = url;
@@ -255,12 +267,12 @@ impl<'a> FilePart<'a> {
         if self.data.is_empty() {
             prompt.identify(&self.reference);
             prompt.unseen += 1;
+            prompt.add_text(PromptPart::Messages, self.name, 1);
         } else {
             let (kind, base64) = media::data_url(&self.data).unwrap_or(("", &self.data));
             document(prompt, kind, &self.name, base64);
-            prompt.add_tokens(PromptPart::Messages, TOKENS_PER_FILE);
+            prompt.add_file(self.name);
         }
-        prompt.add_text(PromptPart::Messages, self.name, 1);
     }
 }
 
@@ -282,30 +294,16 @@ pub(super) fn member_count(json: &str) -> u64 {
     members.0
 }
 
-/// Counts a document in base64: its pages, its text, or an estimate by its size.
+/// Counts a file in base64: an image, sound, video or document.
 pub(super) fn document(prompt: &mut Prompt<'_>, kind: &str, name: &str, base64: &str) {
-    /// Average for compressed files of word processors and spreadsheets.
-    const BYTES_PER_TOKEN: u64 = 20;
-    let name = name.to_ascii_lowercase();
-    let has_extension = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
-    // Every PDF begins with "%PDF", which is "JVBER" in base64.
-    if kind == "application/pdf" || has_extension(&[".pdf"]) || base64.starts_with("JVBER") {
-        let pdf = media::pdf(base64, &mut prompt.inflated);
-        prompt.add_pages(pdf.pages, pdf.characters);
-    } else if kind.starts_with("image/") {
-        prompt.add_image(media::image_size(base64), ImageDetail::Auto);
-    } else if kind.starts_with("audio/") {
-        prompt.add_audio(media::audio_tenths(base64).unwrap_or(UNKNOWN_AUDIO_TENTHS));
-    } else if kind.starts_with("text/")
-        || kind.ends_with("json")
-        || kind.ends_with("xml")
-        || has_extension(TEXT_EXTENSIONS)
-    {
-        prompt.add_text(PromptPart::Messages, Cow::Owned(media::text(base64)), 1);
-    } else {
-        prompt.add_tokens(PromptPart::Messages, base64.len() as u64 * 3 / 4 / BYTES_PER_TOKEN);
+    match Media::read(kind, name, base64, &mut prompt.inflated) {
+        Media::Image(size) => prompt.add_image(size, ImageDetail::Auto),
+        Media::Recording(recording) => prompt.add_recording(recording),
+        Media::Pdf(pdf) => prompt.add_document(pdf),
+        Media::Text(text) => {
+            prompt.add_text(PromptPart::Messages, text.text.into(), 1);
+            prompt.add_tokens(PromptPart::Messages, text.more_characters / CHARACTERS_PER_TOKEN);
+        }
+        Media::Unknown(bytes) => prompt.add_tokens(PromptPart::Messages, bytes / BYTES_PER_TOKEN),
     }
 }
-
-const TEXT_EXTENSIONS: &[&str] =
-    &[".txt", ".md", ".csv", ".json", ".html", ".xml", ".yaml", ".yml", ".py", ".js", ".ts"];

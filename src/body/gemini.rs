@@ -2,9 +2,9 @@
 
 use super::chat::add_role;
 use super::content::document;
-use crate::estimate::{Prompt, PromptPart, Role};
-use crate::json::{Expected, JsonVisitor, element, optional, raw_unless_null, string, value};
-use serde::de::{MapAccess, SeqAccess};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, Role};
+use crate::json::{Expected, JsonVisitor, Visit, element, optional, raw_unless_null, string, value};
+use serde::de::{DeserializeSeed as _, MapAccess, SeqAccess};
 use std::borrow::Cow;
 
 /// Reads `systemInstruction`.
@@ -99,8 +99,14 @@ impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
             }
             "thoughtSignature" | "thought_signature" => self.0.add_encrypted_reasoning(&string(object)?),
             "fileData" | "file_data" => {
-                if let Some(reference) = raw_unless_null(object)? {
-                    self.0.identify(reference);
+                let Some(reference) = raw_unless_null(object)? else { return Ok(()) };
+                self.0.identify(reference);
+                let mut file = InlineBlob::default();
+                drop(Visit(&mut file).deserialize(&mut serde_json::Deserializer::from_str(reference)));
+                // Most models charge the same for every image.
+                if file.kind.starts_with("image/") {
+                    self.0.add_image(None, ImageDetail::Auto);
+                } else {
                     self.0.unseen += 1;
                 }
             }

@@ -176,7 +176,8 @@ pub(super) enum IdentityPart {
     Reasons,
     Image,
     Pages,
-    Audio,
+    Recording,
+    FileName,
     Reference,
 }
 

@@ -3,8 +3,6 @@
 //! The tables are from the latest guides of the providers, which have changed several times. Calibration corrects
 //! the remaining error.
 
-use crate::api::Api;
-
 /// The detail in which the model reads an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ImageDetail {
@@ -39,8 +37,14 @@ pub(super) struct PromptImage {
     pub(super) detail: ImageDetail,
 }
 
+impl PromptImage {
+    pub(super) fn of_size(size: (u32, u32)) -> Self {
+        Self { size: Some(size), detail: ImageDetail::Auto }
+    }
+}
+
 /// Size of an image whose real size is unknown, in pixels.
-const DEFAULT_SIZE: (u32, u32) = (1_024, 1_024);
+const DEFAULT_SIZE: (u32, u32) = (640, 480);
 /// Bound of the sides of an image in pixels. Headers can contain larger values.
 const MAX_SIDE: u32 = 65_535;
 
@@ -65,15 +69,21 @@ pub(super) enum ImageRule {
     /// `percent` tokens per 100 patches of 32 by 32 pixels. `low`, `high` and `original` limit the size at each
     /// detail; `auto` is the detail that `Auto` means.
     Patches { percent: u64, low: SizeLimit, high: SizeLimit, original: SizeLimit, auto: ImageDetail },
-    /// One token per `pixels` pixels, after the longest side was reduced to `side`; at most `max_tokens`.
-    Area { pixels: u64, side: u32, max_tokens: u64 },
+    /// One token per `pixels` pixels, after the longest side was reduced to `side`; at most `max_tokens`. `fixed`
+    /// tokens in addition.
+    Area { pixels: u64, side: u32, max_tokens: u64, fixed: u64 },
     /// One token per patch of `pixels` by `pixels`, and one per row of patches, after the longest side was
     /// reduced to `side`.
     Rows { pixels: u32, side: u32 },
-    /// `tile` tokens per crop (see `crops`); an image of at most 384 by 384 pixels is one crop.
+    /// `tile` tokens for each image. If the prompt has one image, `tile` tokens for each crop in addition (see
+    /// `crops`); an image of at most 384 by 384 pixels has none.
     Crops { tile: u64 },
-    /// The same number of tokens for every image, and for every page.
-    Fixed { image: u64, page: u64 },
+    /// `tile` tokens for each square of `side` pixels, and for a reduced image if there are several squares.
+    Squares { tile: u64, side: u32 },
+    /// At most this many patches, with the shape of the image (see `grid_patches`).
+    Grid { patches: u64 },
+    /// The same number of tokens for every image.
+    Fixed { image: u64 },
 }
 
 /// The limit of models that take 6,144 patches, in the latest guide.
@@ -88,8 +98,8 @@ const fn patches(percent: u64, limit: SizeLimit) -> ImageRule {
 
 /// The rule of gpt-4o, which also applies to unknown models.
 const GPT_4O: ImageRule = ImageRule::Tiles { base: 85, tile: 170 };
-/// The rule in Anthropic's guide.
-const CLAUDE: ImageRule = ImageRule::Area { pixels: 750, side: 1_568, max_tokens: 1_600 };
+/// The rule in Anthropic's guide. The fixed tokens were measured.
+const CLAUDE: ImageRule = ImageRule::Area { pixels: 750, side: 1_568, max_tokens: 1_600, fixed: 4 };
 
 /// The rules by the prefix of the model's name; the first match counts.
 const RULES: &[(&str, ImageRule)] = &[
@@ -137,14 +147,18 @@ const RULES: &[(&str, ImageRule)] = &[
     ("computer-use", ImageRule::Tiles { base: 65, tile: 129 }),
     ("gpt-", GPT_4O),
     ("claude", CLAUDE),
-    ("gemini-3", ImageRule::Fixed { image: 1_085, page: 520 }),
-    ("gemini", ImageRule::Crops { tile: 258 }),
-    ("qwen", ImageRule::Area { pixels: 784, side: 4_096, max_tokens: 16_384 }),
+    ("gemini-1", ImageRule::Fixed { image: 258 }),
+    ("gemini-2.5", ImageRule::Fixed { image: 258 }),
+    ("gemini-2", ImageRule::Crops { tile: 258 }),
+    ("gemini", ImageRule::Grid { patches: 1_120 }),
+    ("llama-4", ImageRule::Squares { tile: 144, side: 336 }),
+    ("meta-llama-4", ImageRule::Squares { tile: 144, side: 336 }),
+    ("qwen", ImageRule::Area { pixels: 784, side: 4_096, max_tokens: 16_384, fixed: 2 }),
     // Fitted to 15 exchanges.
     ("mistral", ImageRule::Rows { pixels: 28, side: 1_540 }),
     ("ministral", ImageRule::Rows { pixels: 28, side: 1_540 }),
     ("pixtral", ImageRule::Rows { pixels: 16, side: 1_024 }),
-    ("gemma", ImageRule::Fixed { image: 258, page: 258 }),
+    ("gemma", ImageRule::Fixed { image: 258 }),
 ];
 
 impl ImageRule {
@@ -153,8 +167,8 @@ impl ImageRule {
         RULES.iter().find(|(prefix, _)| name.starts_with(prefix)).map_or(GPT_4O, |&(_, rule)| rule)
     }
 
-    /// The tokens of an image.
-    pub(super) fn tokens(self, image: PromptImage) -> u64 {
+    /// The tokens of an image. `is_alone`: it is the only image of the prompt.
+    pub(super) fn tokens(self, image: PromptImage, is_alone: bool) -> u64 {
         let (width, height) = image.size.unwrap_or(DEFAULT_SIZE);
         let size = (width.clamp(1, MAX_SIDE), height.clamp(1, MAX_SIDE));
         match self {
@@ -169,37 +183,35 @@ impl ImageRule {
                 };
                 (limit.patches_of(size) * percent).div_ceil(100)
             }
-            Self::Area { pixels, side, max_tokens } => {
+            Self::Area { pixels, side, max_tokens, fixed } => {
                 let (width, height) = fit(size, side);
-                (u64::from(width) * u64::from(height)).div_ceil(pixels).min(max_tokens)
+                (u64::from(width) * u64::from(height)).div_ceil(pixels).min(max_tokens) + fixed
             }
             Self::Rows { pixels, side } => {
                 let (width, height) = fit(size, side);
                 (u64::from(width.div_ceil(pixels)) + 1) * u64::from(height.div_ceil(pixels))
             }
-            Self::Crops { tile } => tile * crops(size),
-            Self::Fixed { image, .. } => image,
-        }
-    }
-
-    /// The tokens of a document page without its text.
-    ///
-    /// OpenAI's chat API sends an image of the page, its Responses API only the text; Anthropic sends both.
-    /// Fitted to 8, 7 and 16 exchanges.
-    pub(super) fn page(self, api: Api) -> u64 {
-        match self {
-            Self::Fixed { page, .. } => page,
+            Self::Crops { tile } if is_alone => tile * (crops(size) + 1),
             Self::Crops { tile } => tile,
-            Self::Area { .. } | Self::Rows { .. } => 1_545,
-            Self::Tiles { .. } | Self::Patches { .. } if api == Api::Responses => 0,
-            Self::Tiles { .. } | Self::Patches { .. } => 980,
+            Self::Squares { tile, side } => {
+                let squares = u64::from(size.0.div_ceil(side)) * u64::from(size.1.div_ceil(side));
+                tile * (squares + u64::from(squares > 1))
+            }
+            Self::Grid { patches } => grid_patches(size, patches),
+            Self::Fixed { image } => image,
         }
     }
+}
 
-    /// Whether the text of a page counts in addition to its image.
-    pub(super) fn reads_page_text(self) -> bool {
-        !matches!(self, Self::Fixed { .. } | Self::Crops { .. })
-    }
+/// The patches of an image that is scaled to `max` square patches of any size, and cut to whole patches.
+pub(super) fn grid_patches((width, height): (u32, u32), max: u64) -> u64 {
+    let (width, height) = (f64::from(width.clamp(1, MAX_SIDE)), f64::from(height.clamp(1, MAX_SIDE)));
+    // `max` is far below 2^52.
+    #[allow(clippy::cast_precision_loss)]
+    let scale = (max as f64 / (width * height)).sqrt();
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let whole = |side: f64| (side * scale).floor().max(1.0) as u64;
+    (whole(width) * whole(height)).min(max)
 }
 
 /// Reduces a size until its longer side is at most `side`. Never enlarges it.
@@ -225,7 +237,7 @@ fn tiles(size: (u32, u32)) -> u64 {
 /// Square crops. Their side is two thirds of the image's shorter side, within 256 and 768 pixels.
 fn crops((width, height): (u32, u32)) -> u64 {
     if width.max(height) <= 384 {
-        return 1;
+        return 0;
     }
     let unit = u64::from(width.min(height) * 2 / 3).clamp(256, 768);
     u64::from(width).div_ceil(unit) * u64::from(height).div_ceil(unit)
@@ -260,7 +272,7 @@ mod tests {
     use super::*;
 
     fn tokens(model: &str, size: (u32, u32), detail: ImageDetail) -> u64 {
-        ImageRule::of_model(model).tokens(PromptImage { size: Some(size), detail })
+        ImageRule::of_model(model).tokens(PromptImage { size: Some(size), detail }, true)
     }
 
     /// The examples in OpenAI's guide on images, and recorded ones of Mistral.
@@ -276,6 +288,14 @@ mod tests {
             ("gpt-5.4", (2_048, 2_048), High, 3_000),
             ("gpt-4.1-nano", (1_800, 2_400), Auto, 3_572),
             ("o3", (128, 64), High, 225),
+            ("gemini-2.0-flash", (300, 300), Auto, 258),
+            ("gemini-2.0-flash", (612, 792), Auto, 5 * 258),
+            ("gemini-2.5-pro", (4_000, 3_000), Auto, 258),
+            ("gemini-3-flash", (60, 30), Auto, 47 * 23),
+            ("gemini-3-flash", (300, 346), Auto, 31 * 35),
+            ("llama-4-scout", (336, 336), Auto, 144),
+            ("llama-4-scout", (337, 700), Auto, 7 * 144),
+            ("claude-sonnet-5", (200, 200), Auto, 54 + 4),
             ("mistral-small", (64, 64), Auto, 12),
             ("ministral-3b", (3_080, 1_540), Auto, 56 * 28),
         ] {

@@ -1,7 +1,7 @@
 //! The built-in tables of models: vocabulary, prompt format and image rule of each family.
 
 use super::PromptPart;
-use super::images::{ImageRule, PromptImage};
+use super::media_rules::MediaRules;
 use super::names::plain_name;
 use super::overhead::{ChatTemplate, Format, PromptFacts, SchemaCost};
 use super::provider::Provider;
@@ -19,7 +19,7 @@ pub struct Model {
     /// Whether a built-in table or a rule of the config has the model.
     pub is_known: bool,
     format: Format,
-    images: ImageRule,
+    media: MediaRules,
     thinking: ThinkingHabits,
     /// The entry of the tables; empty for an unknown model.
     family: &'static str,
@@ -304,7 +304,7 @@ impl Model {
             tokenizer: Tokenizer { encoding, percent },
             is_known: known.is_some(),
             format,
-            images: ImageRule::of_model(&name),
+            media: MediaRules::of_model(&name),
             thinking: ThinkingHabits::of_model(&name),
             family,
             overhead: None,
@@ -327,7 +327,13 @@ impl Model {
             }
             (format, _) => format,
         };
-        Self { provider, format, thinking: self.thinking.at(provider), ..self }
+        Self {
+            provider,
+            format,
+            thinking: self.thinking.at(provider),
+            media: self.media.at(provider),
+            ..self
+        }
     }
 
     /// The same model with figures of the config: tokens per request besides the messages, and the factor of tools in
@@ -369,21 +375,9 @@ impl Model {
         Self { tokenizer: Tokenizer::exact(encoding), is_known: true, ..base }
     }
 
-    /// Tokens of images.
-    pub(super) fn images(&self, images: &[PromptImage]) -> u64 {
-        images.iter().map(|&image| self.images.tokens(image)).sum()
-    }
-
-    /// Tokens of document pages: of their images, and of their `text` where the model reads it.
-    pub(super) fn pages(&self, api: Api, pages: u64, text: u64) -> u64 {
-        let text = if self.images.reads_page_text() { text } else { 0 };
-        pages.saturating_mul(self.images.page(api)).saturating_add(text)
-    }
-
-    /// Tokens of audio by its length in tenths of a second. According to the guides, 10 per second for OpenAI and
-    /// 32 for Google.
-    pub(super) fn audio(api: Api, tenths: u64) -> u64 {
-        if api == Api::Gemini { tenths.saturating_mul(32).div_ceil(10) } else { tenths }
+    /// How the model charges for images, documents, sound and video.
+    pub(super) fn media(&self) -> &MediaRules {
+        &self.media
     }
 
     /// Whether texts are counted exactly: the model is one of OpenAI's.

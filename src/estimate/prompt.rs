@@ -1,8 +1,10 @@
 //! The prompt of a request: readers of bodies fill it, and `estimate` counts it.
 
+use super::attachments::Attachments;
 use super::count_cache::HashedText;
 use super::identity::{Identity, IdentityPart, KnownTexts, PromptPrefix};
 use super::images::{ImageDetail, PromptImage};
+use super::media::{Pdf, Recording};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
 use super::thinking::{EarlierThinking, ThoughtContent};
@@ -21,8 +23,6 @@ const MAX_LOADED_TOOLS: usize = 256;
 /// Number of texts that are stored separately. In further texts, two bytes count as a token: a list of millions of
 /// tiny texts would take many times the memory of its body.
 const MAX_TEXTS: usize = 1 << 17;
-/// Characters per token of the text on document pages.
-const CHARACTERS_PER_PAGE_TOKEN: u64 = 4;
 
 /// The author of a message, as far as it affects the cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,12 +72,9 @@ pub struct Prompt<'a> {
     schema: Option<AnswerSchema<'a>>,
     /// Whether the request turns the model's reasoning on or off.
     reasons: Option<bool>,
-    images: Vec<PromptImage>,
-    pages: u64,
-    page_text_tokens: u64,
-    /// Bytes of documents that were decompressed so far; `media::pdf` bounds them.
+    attachments: Attachments<'a>,
+    /// Bytes of documents that were decompressed so far; `media` bounds them.
     pub(crate) inflated: usize,
-    audio_tenths: u64,
     /// Number of prompts in a list. Each gets its own answers.
     pub prompts: u64,
     /// Number of references to content outside the request.
@@ -257,21 +254,29 @@ impl<'a> Prompt<'a> {
         let (width, height) = size.unwrap_or_default();
         self.identity.add_number(IdentityPart::Image, u64::from(width) << 32 | u64::from(height));
         self.identity.add_number(IdentityPart::Image, detail as u64);
-        self.images.push(PromptImage { size, detail });
+        self.attachments.add_image(PromptImage { size, detail });
     }
 
-    /// Adds the pages of a document, and the number of characters on them.
-    pub(crate) fn add_pages(&mut self, pages: u64, characters: u64) {
-        self.identity.add_number(IdentityPart::Pages, pages);
-        self.identity.add_number(IdentityPart::Pages, characters);
-        self.pages = self.pages.saturating_add(pages);
-        self.page_text_tokens = self.page_text_tokens.saturating_add(characters / CHARACTERS_PER_PAGE_TOKEN);
+    /// Adds the pages of a document.
+    pub(crate) fn add_document(&mut self, pdf: Pdf) {
+        self.identity.add_number(IdentityPart::Pages, pdf.pages.iter().map(|(_, count)| count).sum());
+        self.identity.add_number(IdentityPart::Pages, pdf.text.more_characters);
+        let text = self.attachments.add_document(pdf);
+        self.identity.add_text(IdentityPart::Pages, text);
     }
 
-    /// Adds audio by its length in tenths of a second.
-    pub(crate) fn add_audio(&mut self, tenths: u64) {
-        self.identity.add_number(IdentityPart::Audio, tenths);
-        self.audio_tenths = self.audio_tenths.saturating_add(tenths);
+    /// Adds sound or video.
+    pub(crate) fn add_recording(&mut self, recording: Recording) {
+        self.identity.add_number(IdentityPart::Recording, recording.milliseconds);
+        self.identity.add_number(IdentityPart::Recording, u64::from(recording.is_video));
+        self.attachments.add_recording(recording);
+    }
+
+    /// Adds a file by its name, which may be empty. Its content is added separately.
+    pub(crate) fn add_file(&mut self, name: Cow<'a, str>) {
+        let name = HashedText::of(name);
+        self.identity.add_text(IdentityPart::FileName, &name);
+        self.attachments.add_file(name);
     }
 }
 
@@ -332,6 +337,7 @@ impl Prompt<'_> {
     fn bytes(&self) -> usize {
         self.texts.iter().map(|(_, text, _)| text.text.len()).sum::<usize>()
             + self.thinking.text_bytes()
+            + self.attachments.text_bytes()
             + self.tools.iter().map(|list| list.json.len()).sum::<usize>()
     }
 
@@ -399,9 +405,9 @@ impl Prompt<'_> {
             add(PromptPart::Schema, tokens);
         }
         add(PromptPart::Messages, self.excess_bytes / 2);
-        let pages = model.pages(self.api, self.pages, self.page_text_tokens);
-        add(PromptPart::Images, model.images(&self.images) + pages);
-        add(PromptPart::Messages, Model::audio(self.api, self.audio_tenths));
+        let attached = self.attachments.tokens(model.media(), self.api, count)?;
+        add(PromptPart::Images, attached.images);
+        add(PromptPart::Messages, attached.others);
         let facts = PromptFacts {
             api: self.api,
             counts: self.counts,
@@ -440,7 +446,7 @@ impl Prompt<'_> {
     }
 
     pub(crate) fn kind(&self) -> RequestKind {
-        if !self.images.is_empty() || self.pages > 0 {
+        if !self.attachments.is_empty() {
             RequestKind::Images
         } else if !self.tools.is_empty() || self.schema.is_some() {
             RequestKind::Tools

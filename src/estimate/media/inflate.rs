@@ -1,0 +1,113 @@
+//! Decompresses the streams of documents within a budget.
+
+use compression_codecs::core::util::{PartialBuffer, WriteBuffer};
+use compression_codecs::{DecodeV2 as _, DeflateDecoder, ZlibDecoder};
+
+/// Bytes that a request may decompress, whatever its size.
+const MAX_REQUEST: usize = 8 << 20;
+/// Bytes that a document may decompress, whatever its size.
+const MAX_DOCUMENT: usize = 2 << 20;
+/// Bytes that a small document may decompress in addition to `GROWTH` times its size.
+const BASE: usize = 128 << 10;
+/// Text decompresses to some four times its compressed size.
+const GROWTH: usize = 4;
+/// Every stream costs at least this much of the budget, because beginning one takes time.
+const STREAM_COST: usize = 1_024;
+
+/// Bytes that a document may still decompress.
+#[derive(Debug)]
+pub(super) struct Budget<'r> {
+    left: usize,
+    /// Bytes that the request has decompressed so far.
+    used: &'r mut usize,
+}
+
+impl<'r> Budget<'r> {
+    /// For a document of this size.
+    pub(super) fn of(size: usize, used: &'r mut usize) -> Self {
+        let document = size.saturating_mul(GROWTH).saturating_add(BASE).min(MAX_DOCUMENT);
+        Self { left: document.min(MAX_REQUEST.saturating_sub(*used)), used }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Takes the cost of a stream that has this size. Returns how many of its bytes may be read.
+    pub(super) fn take(&mut self, size: usize) -> usize {
+        let cost = size.max(STREAM_COST).min(self.left);
+        self.left -= cost;
+        *self.used += cost;
+        size.min(cost)
+    }
+}
+
+/// Characters that streams of `unread` bytes have if they are like streams of `read` bytes with this many characters.
+pub(super) fn alike(characters: u64, read: u64, unread: u64) -> u64 {
+    /// Text is rarely compressed further.
+    const MAX_CHARACTERS_PER_BYTE: u64 = 16;
+    let proportional = characters.saturating_mul(unread) / read.max(1);
+    proportional.min(unread.saturating_mul(MAX_CHARACTERS_PER_BYTE))
+}
+
+/// The compression of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compression {
+    /// Deflate with a header, in PDF.
+    Zlib,
+    /// Deflate without a header, in ZIP archives.
+    Deflate,
+}
+
+/// Decompresses streams, one after the other, with the memory of one.
+#[derive(Default)]
+pub(super) struct Inflater {
+    zlib: Option<ZlibDecoder>,
+    deflate: Option<DeflateDecoder>,
+    pub(super) output: Vec<u8>,
+}
+
+impl Inflater {
+    /// Decompresses a stream into `output`, within the budget. Returns how many bytes of the stream were read.
+    /// If it is damaged or truncated, the part before the error counts.
+    pub(super) fn inflate(
+        &mut self,
+        compression: Compression,
+        stream: &[u8],
+        budget: &mut Budget<'_>,
+    ) -> usize {
+        self.output.clear();
+        if budget.is_empty() {
+            return 0;
+        }
+        let mut input = PartialBuffer::new(stream);
+        let mut buffer = [0; 4 * 1024];
+        match compression {
+            Compression::Zlib => drop(self.zlib.get_or_insert_default().reinit()),
+            Compression::Deflate => drop(self.deflate.get_or_insert_default().reinit()),
+        }
+        let limit = budget.left;
+        while self.output.len() < limit {
+            let mut output = WriteBuffer::new_initialized(&mut buffer);
+            let end = match (compression, &mut self.zlib, &mut self.deflate) {
+                (Compression::Zlib, Some(decoder), _) => decoder.decode(&mut input, &mut output),
+                (Compression::Deflate, _, Some(decoder)) => decoder.decode(&mut input, &mut output),
+                _ => break,
+            };
+            let decoded = output.written();
+            self.output.extend_from_slice(&decoded[..decoded.len().min(limit - self.output.len())]);
+            if end.unwrap_or(true) || (input.unwritten().is_empty() && decoded.is_empty()) {
+                break;
+            }
+        }
+        budget.take(self.output.len());
+        stream.len() - input.unwritten().len()
+    }
+
+    /// Copies an uncompressed stream into `output`, within the budget.
+    pub(super) fn copy(&mut self, stream: &[u8], budget: &mut Budget<'_>) {
+        self.output.clear();
+        let size = budget.take(stream.len());
+        self.output.extend_from_slice(&stream[..size]);
+    }
+}
