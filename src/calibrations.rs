@@ -4,11 +4,12 @@
 //! calibration does limited harm: a correction multiplies an estimate by a quarter to four, and the reported usage
 //! settles the charge in any case.
 
-use crate::estimate::{Calibration, CalibrationSample, Correction, RequestKind};
+use crate::estimate::{Calibration, CalibrationSample, Correction, KnownModels, ModelRank, RequestKind};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
-/// Maximum number of calibrations per upstream. A new one replaces the one that was updated least recently.
+/// Maximum number of calibrations per upstream. A new one replaces one of an invented name if there is one, and of those
+/// the one that was updated least recently.
 const MAX_ENTRIES: usize = 1_024;
 /// Maximum length of a model name with a calibration in bytes. Callers can invent names.
 const MAX_NAME_BYTES: usize = 128;
@@ -34,6 +35,7 @@ struct UpstreamCalibrations {
 #[derive(Debug)]
 struct CalibrationEntry {
     calibration: Calibration,
+    rank: ModelRank,
     /// The value of `answers` at the last update.
     updated: u64,
     has_changed: bool,
@@ -162,7 +164,12 @@ impl UpstreamCalibrations {
             self.removed.retain(|(name, other)| (&**name, *other) != (model, kind));
             self.models.entry(model.into()).or_default();
         }
-        let new = || CalibrationEntry { calibration: Calibration::default(), updated: 0, has_changed: false };
+        let new = || CalibrationEntry {
+            calibration: Calibration::default(),
+            rank: KnownModels::default().rank(model),
+            updated: 0,
+            has_changed: false,
+        };
         let kinds = self.models.entry(model.into()).or_default();
         let entry = kinds[kind as usize].get_or_insert_with(new);
         entry.updated = self.answers;
@@ -172,9 +179,12 @@ impl UpstreamCalibrations {
     fn remove_oldest(&mut self) {
         let all = self.models.iter().flat_map(|(model, kinds)| {
             let entries = RequestKind::ALL.into_iter().zip(kinds);
-            entries.filter_map(move |(kind, entry)| Some((entry.as_ref()?.updated, model, kind)))
+            entries.filter_map(move |(kind, entry)| {
+                let entry = entry.as_ref()?;
+                Some(((entry.rank, entry.updated), model, kind))
+            })
         });
-        let Some((_, model, kind)) = all.min_by_key(|(updated, ..)| *updated) else { return };
+        let Some((_, model, kind)) = all.min_by_key(|(age, ..)| *age) else { return };
         let model = model.clone();
         if let Some(kinds) = self.models.get_mut(&model) {
             kinds[kind as usize] = None;
@@ -236,6 +246,18 @@ mod tests {
         );
         assert_eq!(again.correction(1, "m", RequestKind::Tools).apply(100), 200);
         assert!(again.take_changes().is_empty(), "the store has it already");
+    }
+
+    #[test]
+    fn invented_names_do_not_push_out_known_ones() {
+        let all = Calibrations::new(["a"]);
+        for _ in 0..5 {
+            all.learn(0, "gpt-4o", RequestKind::Plain, 100, 150);
+        }
+        for n in 0..2 * MAX_ENTRIES {
+            all.learn(0, &format!("invented-{n}"), RequestKind::Plain, 100, 100);
+        }
+        assert_eq!(all.correction(0, "gpt-4o", RequestKind::Plain).apply(100), 150);
     }
 
     #[test]

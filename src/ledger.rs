@@ -62,6 +62,7 @@ impl Account {
     ) -> Self {
         let now = clock::now();
         let mut local = Local::new(Rules::of(environment), &environment.quotas, now);
+        local.set_model_patterns(&environment.models);
         if persistence.is_some() {
             local.restore(now, restored);
         }
@@ -182,7 +183,8 @@ impl Account {
             let (overrides, audit) = local.overrides.take_changes();
             let is_nothing = quotas.is_empty() && usage.is_empty() && audit.is_empty();
             let (totals, held) = (local.totals, local.held);
-            (!is_nothing).then_some(Changes { quotas, totals, held, usage, overrides, audit })
+            let replaced = std::mem::take(&mut local.replaced);
+            (!is_nothing).then_some(Changes { quotas, replaced, totals, held, usage, overrides, audit })
         })
     }
 

@@ -11,6 +11,7 @@ mod denial;
 mod period;
 mod receipt;
 mod snapshot;
+mod succession;
 mod table;
 
 use crate::glob::Glob;
@@ -22,6 +23,7 @@ pub use denial::{Denied, Shortfall, Wait};
 pub use period::CalendarPeriod;
 pub use receipt::Receipt;
 pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
+pub use succession::predecessors;
 pub use table::{Quotas, Subject};
 
 /// Largest limit or burst, in tokens or requests: 2^50.
@@ -130,6 +132,21 @@ pub enum ClockUnit {
     Month,
 }
 
+impl ClockUnit {
+    /// The unit whose period has this length in milliseconds. A month counts as 30 days.
+    pub fn of_length(ms: u64) -> Option<Self> {
+        Some(match ms {
+            1_000 => Self::Second,
+            60_000 => Self::Minute,
+            3_600_000 => Self::Hour,
+            86_400_000 => Self::Day,
+            604_800_000 => Self::Week,
+            2_592_000_000 => Self::Month,
+            _ => return None,
+        })
+    }
+}
+
 /// How spent amounts become available again.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Window {
@@ -189,6 +206,12 @@ impl Quota {
         let mut other = self.clone();
         other.set_limit(limit, burst);
         other
+    }
+
+    /// The most that a changed quota takes over from what was used before the change. More would be debt by the new
+    /// limit, although it was within the old one.
+    fn max_carried(&self) -> u64 {
+        self.limit.min(self.capacity())
     }
 
     fn set_limit(&mut self, limit: u64, burst: u64) {

@@ -108,12 +108,11 @@ impl Store {
     pub fn restored_state(&self, environment: &Environment) -> anyhow::Result<RestoredState> {
         let read = || -> rusqlite::Result<RestoredState> {
             let (totals, held) = self.database.totals(&environment.name)?;
-            let (mut quotas, mut overrides) = (Vec::new(), Vec::new());
+            let (mut quotas, mut overrides) = (self.database.quotas(&environment.name)?, Vec::new());
             for quota in &environment.quotas {
-                if let Some(mut saved) = self.database.quota(&environment.name, quota)? {
-                    let missing = self.used_before(&environment.name, quota, &saved)?;
+                if let Some((_, saved)) = quotas.iter_mut().find(|(stored, _)| stored.is_same_as(quota)) {
+                    let missing = self.used_before(&environment.name, quota, saved)?;
                     saved.used = saved.used.saturating_add(i64::try_from(missing).unwrap_or(i64::MAX));
-                    quotas.push((quota.clone(), saved));
                 }
                 if let Some((limit, burst)) = self.database.limit_override(&environment.name, quota)? {
                     overrides.push(quota.with_limit(limit, burst));

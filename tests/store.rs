@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
 use tollgate::ledger::{Account, Accounts, Demand, Persistence, QuotaKey, Reservation, Snapshot};
-use tollgate::quota::{Amounts, Kind, Subject};
+use tollgate::quota::{Amounts, Kind, QuotaLevel, Scope, Subject};
 use tollgate::store::{Store, StoreWriter, WriterControl};
 
 const QUOTAS: &str = "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: hour }], requests: { limit: 100, per: day } }";
@@ -121,7 +121,7 @@ fn a_changed_limit_keeps_the_used_amount() {
     drop(node);
     let lowered = config(&folder.file(), &QUOTAS.replace("limit: 1000", "limit: 60"), "");
     let levels = Node::open(&lowered).account.snapshot().levels;
-    assert_eq!((levels[0].used, levels[0].level), (100, -40), "usage beyond the new limit is debt");
+    assert_eq!((levels[0].used, levels[0].level), (60, 0), "usage beyond the new limit is no debt");
 }
 
 #[tokio::test]
@@ -352,6 +352,68 @@ fn a_new_time_zone_keeps_the_usage_of_its_current_period() {
             assert!(used + 1 >= 100 + missed.unsigned_abs().min(of_history), "{before} to {after}: {used}");
         }
     }
+}
+
+/// The used amounts of the environment's quotas in a node with these quotas.
+fn used_with(folder: &Folder, quotas: &str) -> Vec<u64> {
+    let environment = |level: &&QuotaLevel| level.quota.scope == Scope::Environment;
+    let levels = Node::open(&config(&folder.file(), quotas, "")).account.snapshot().levels;
+    levels.iter().filter(environment).map(|level| level.used).collect()
+}
+
+#[test]
+fn a_changed_period_or_window_keeps_the_used_amount_up_to_the_new_limit() {
+    const DAY: &str = "{ total_tokens: { limit: 1000, per: day } }";
+    for (changed, expected) in [
+        ("{ total_tokens: { limit: 1000, per: week } }", 100),
+        ("{ total_tokens: { limit: 1000, per: month } }", 100),
+        ("{ total_tokens: { limit: 1000, per: day, window: rolling } }", 100),
+        ("{ total_tokens: { limit: 60, per: day, window: rolling } }", 60),
+        ("{ total_tokens: { limit: 1000, per: 3d, window: rolling, burst: 80 } }", 80),
+        ("{ total_tokens: { limit: 70, per: month } }", 70),
+        ("{ total_tokens: { limit: 70, per: day } }", 70),
+        ("{ total_tokens: { limit: 1000, per: day, timezone: Asia/Tokyo } }", 100),
+        ("{ total_tokens: [{ limit: 1000, per: week }, { limit: 90, per: 12h }] }", 100),
+        ("{ completion_tokens: { limit: 1000, per: week } }", 0),
+    ] {
+        let folder = Folder::new();
+        Node::open(&config(&folder.file(), DAY, "")).spend("gpt-4o", 30, 70);
+        for start in 0..3 {
+            let used = used_with(&folder, changed);
+            assert_eq!(used[0], expected, "{changed}, start {start}");
+            assert!(used.get(1).is_none_or(|&used| (88..=90).contains(&used)), "{changed}: {used:?}");
+        }
+    }
+}
+
+#[test]
+fn a_removed_quota_that_comes_back_has_the_used_amount_of_its_period() {
+    let folder = Folder::new();
+    const BOTH: &str =
+        "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: 3d, window: rolling }] }";
+    Node::open(&config(&folder.file(), BOTH, "")).spend("gpt-4o", 30, 70);
+    assert_eq!(used_with(&folder, "{ total_tokens: { limit: 1000, per: day } }"), [100]);
+    assert_eq!(used_with(&folder, "{ requests: { limit: 10, per: day } }"), [0]);
+    assert_eq!(used_with(&folder, BOTH), [100, 100]);
+    // Amounts of an ended period do not come back.
+    let ended = "UPDATE quota SET at_ms = at_ms - 864000000, until_ms = until_ms - 864000000";
+    Connection::open(folder.file()).unwrap().execute_batch(ended).unwrap();
+    assert_eq!(used_with(&folder, "{ total_tokens: { limit: 1000, per: week } }"), [0]);
+}
+
+#[test]
+fn a_period_that_is_changed_back_and_forth_counts_all_usage_once() {
+    let folder = Folder::new();
+    for (round, per) in ["day", "week", "day", "month"].into_iter().enumerate() {
+        let quotas = format!("{{ total_tokens: {{ limit: 1000, per: {per} }} }}");
+        let node = Node::open(&config(&folder.file(), &quotas, ""));
+        assert_eq!(node.used()[0], 100 * round as u64, "{per}");
+        node.spend("gpt-4o", 30, 70);
+    }
+    assert_eq!(
+        folder.sql("SELECT count(*) FROM quota WHERE scope = 'environment' AND kind = 'total_tokens'"),
+        1
+    );
 }
 
 #[tokio::test]

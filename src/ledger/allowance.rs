@@ -3,13 +3,14 @@
 //! Recent answers weigh more, so that the allowance follows a change of traffic within a few hundred answers. All arithmetic is
 //! on integers: the same answers in the same order give the same allowance.
 
+use crate::estimate::{KnownModels, ModelRank};
 use std::collections::HashMap;
 
 /// Completion tokens assumed for each answer of a model that has not answered yet.
 const PRIOR: u64 = 512;
 /// The prior weighs as much as this many answers.
 const PRIOR_WEIGHT: u32 = 2;
-/// Maximum models with a histogram. A further model replaces the one that learned least recently.
+/// Maximum models with a histogram. A further model replaces the least known one that learned least recently.
 const MAX_MODELS: usize = 512;
 /// Only this many bytes of a model's name are compared.
 const MAX_NAME_BYTES: usize = 128;
@@ -30,6 +31,7 @@ const SLOTS: usize = 16 + (32 - 4) * SLOTS_PER_POWER;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LearnedLengths {
     models: HashMap<Box<str>, ModelLengths>,
+    pub(super) known_models: KnownModels,
     /// Number of answers learned so far. It orders the models by their last answer.
     learned: u64,
 }
@@ -37,6 +39,7 @@ pub(crate) struct LearnedLengths {
 #[derive(Clone, Debug)]
 struct ModelLengths {
     histogram: Histogram,
+    rank: ModelRank,
     /// The value of `learned` after the last answer of this model.
     last_learned: u64,
     /// Distinguishes these lengths from earlier lengths of the same model, which were removed to make room.
@@ -92,15 +95,25 @@ impl LearnedLengths {
         }
     }
 
+    /// Whether no model has a request in flight.
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.models.values().all(|known| (known.in_flight, known.outgrown) == (0, 0))
+    }
+
     /// Learns the length of a complete answer.
     pub(crate) fn learn(&mut self, model: &str, completion_tokens: u64) {
         self.learned += 1;
         let model = model_key(model);
         if !self.models.contains_key(model) {
-            self.make_room();
+            let rank = self.known_models.rank(model);
+            if !self.make_room(rank) {
+                return;
+            }
             let generation = self.learned;
             let histogram = Histogram::new();
-            let new = ModelLengths { histogram, last_learned: 0, generation, in_flight: 0, outgrown: 0 };
+            let new =
+                ModelLengths { histogram, rank, last_learned: 0, generation, in_flight: 0, outgrown: 0 };
             self.models.insert(model.into(), new);
         }
         if let Some(known) = self.models.get_mut(model) {
@@ -129,15 +142,19 @@ impl LearnedLengths {
         }
     }
 
-    fn make_room(&mut self) {
+    /// Makes room for a model of this rank, if necessary in place of one whose rank is not higher. Returns whether there
+    /// is room.
+    fn make_room(&mut self, rank: ModelRank) -> bool {
         if self.models.len() < MAX_MODELS {
-            return;
+            return true;
         }
-        let oldest =
-            self.models.iter().min_by_key(|(_, known)| known.last_learned).map(|(name, _)| name.clone());
-        if let Some(oldest) = oldest {
-            self.models.remove(&oldest);
-        }
+        let least = self.models.iter().min_by_key(|(_, known)| (known.rank, known.last_learned));
+        let Some(replaced) = least.filter(|(_, known)| known.rank <= rank).map(|(name, _)| name.clone())
+        else {
+            return false;
+        };
+        self.models.remove(&replaced);
+        true
     }
 }
 
@@ -329,6 +346,23 @@ mod tests {
         let of_another = learned.models["m"].histogram.total;
         learned.forget_partial("m", old);
         assert_eq!(learned.models["m"].histogram.total, of_another, "its model was replaced");
+    }
+
+    #[test]
+    fn invented_names_do_not_push_out_known_ones() {
+        let mut learned = LearnedLengths::default();
+        (0..20).for_each(|_| learned.learn("gpt-4o", 100));
+        (0..MAX_MODELS * 2).for_each(|n| learned.learn(&format!("invented-{n}"), 1));
+        assert!(learned.allowance("gpt-4o", P90) < PRIOR / 2);
+        (0..MAX_MODELS).for_each(|n| learned.learn(&format!("gpt-4o-{n}"), 1));
+        assert!(learned.allowance("gpt-4o", P90) < PRIOR / 2);
+        learned.learn("one-more", 1);
+        assert_eq!(
+            learned.allowance("one-more", P90),
+            PRIOR,
+            "no known model makes room for an invented one"
+        );
+        assert_eq!(learned.models.len(), MAX_MODELS);
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub trait Persistence: Send + Sync + std::fmt::Debug {
 pub struct Changes {
     /// Every quota that changed.
     pub quotas: Vec<(Quota, PersistedCounter)>,
+    /// Quotas that others have replaced. Their stored counters must be removed together with writing the others.
+    pub replaced: Vec<Quota>,
     /// Sums since the store was created.
     pub totals: Totals,
     /// Amounts reserved by requests in flight. If the process dies now, they are charged in full.
@@ -48,7 +50,7 @@ pub struct Changes {
 /// The state of an account that the store had when the process started.
 #[derive(Debug, Default)]
 pub struct RestoredState {
-    /// Quotas with their stored counters.
+    /// All stored quotas with their counters, also those that the config no longer has.
     pub quotas: Vec<(Quota, PersistedCounter)>,
     /// Sums since the store was created, without the held amounts.
     pub totals: Totals,

@@ -8,7 +8,9 @@ use super::overrides::{Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
-use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject};
+use crate::estimate::KnownModels;
+use crate::glob::Glob;
+use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Scope, Subject};
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and an answer that
 /// short would be useless.
@@ -52,6 +54,8 @@ pub struct Local {
     pub(super) totals: Totals,
     pub(super) history: UsageHistory,
     pub(super) overrides: Overrides,
+    /// Persisted quotas that were replaced by others, until the store removes them.
+    pub(super) replaced: Vec<Quota>,
 }
 
 impl Local {
@@ -70,7 +74,21 @@ impl Local {
             totals: Totals::default(),
             history: UsageHistory::default(),
             overrides: Overrides::new(quotas),
+            replaced: Vec::new(),
         }
+    }
+
+    /// Sets the patterns of models that the config has, apart from those of quotas. In full tables the names that match
+    /// come first.
+    pub(super) fn set_model_patterns(&mut self, patterns: &[Glob]) {
+        let of_quota = |quota: &Quota| match &quota.scope {
+            Scope::Model(pattern) => Some(pattern.clone()),
+            Scope::Environment | Scope::Caller(_) => None,
+        };
+        let of_quotas = self.overrides.configured().iter().filter_map(of_quota);
+        let known = KnownModels::with(patterns.iter().cloned().chain(of_quotas));
+        self.lengths.known_models = known.clone();
+        self.history.known_models = known;
     }
 
     /// Overrides a limit of the config. `None`: restores the limit of the config. Earlier usage still counts. Returns
@@ -93,9 +111,7 @@ impl Local {
     pub(super) fn restore(&mut self, now: Timestamp, restored: &RestoredState) {
         self.overrides.restore(&restored.overrides);
         self.quotas.set_quotas(&self.overrides.in_force(), now);
-        self.quotas.restore(now, |quota| {
-            restored.quotas.iter().find(|(stored, _)| stored.is_same_as(quota)).map(|(_, saved)| *saved)
-        });
+        self.replaced = self.quotas.restore(now, &restored.quotas);
         self.totals = restored.totals;
         self.totals.add(restored.held);
         self.history.is_enabled = true;

@@ -2,11 +2,12 @@
 
 use super::demand::Settlement;
 use crate::clock::Timestamp;
+use crate::estimate::{KnownModels, ModelRank};
 use crate::quota::{Amounts, Subject};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Maximum number of models with a separate entry in the history. Callers can send any name.
+/// Maximum number of models with a separate entry in the history. Callers can send any name, so known names come first.
 const MAX_MODELS: usize = 500;
 /// Longer names of models are truncated.
 const MAX_NAME_BYTES: usize = 128;
@@ -43,9 +44,9 @@ impl Totals {
 #[derive(Debug, Default)]
 pub(super) struct UsageHistory {
     pub(super) is_enabled: bool,
-    /// The numbers of the models that have answered, from 1 on. Number 0 stands for all others.
-    models: HashMap<Arc<str>, usize>,
-    names: Vec<Arc<str>>,
+    pub(super) known_models: KnownModels,
+    /// The models that have answered and have a separate entry.
+    models: HashMap<Arc<str>, ModelRank>,
     rows: Vec<UsageRow>,
 }
 
@@ -54,7 +55,8 @@ pub(super) struct UsageHistory {
 pub struct UsageRow {
     /// Minutes since the Unix epoch.
     pub minute: i64,
-    model: usize,
+    /// `None`: a model without a separate entry.
+    model: Option<Arc<str>>,
     /// The caller's name; `None` in an open environment.
     pub caller: Option<Arc<str>>,
     /// Requests denied.
@@ -66,14 +68,14 @@ pub struct UsageRow {
 impl UsageHistory {
     pub(super) fn record_denial(&mut self, now: Timestamp, subject: Subject<'_>) {
         if self.is_enabled {
-            let model = self.models.get(subject.model).copied().unwrap_or(0);
+            let model = self.models.get_key_value(truncated(subject.model)).map(|(name, _)| name.clone());
             self.row(now, model, subject.caller).rejections += 1;
         }
     }
 
     pub(super) fn record_settlement(&mut self, now: Timestamp, subject: Subject<'_>, settlement: Settlement) {
         if self.is_enabled && settlement.spent != Amounts::default() {
-            let model = self.model_number(subject.model, settlement.is_complete);
+            let model = self.entry(subject.model, settlement.is_complete);
             let row = self.row(now, model, subject.caller);
             row.spent = row.spent.saturating_add(settlement.spent);
         }
@@ -82,29 +84,36 @@ impl UsageHistory {
     /// Records the amounts that were held when the last process died. Their callers and models are unknown.
     pub(super) fn record_recovered(&mut self, now: Timestamp, held: Amounts) {
         if held != Amounts::default() {
-            self.row(now, 0, None).spent = held;
+            self.row(now, None, None).spent = held;
         }
     }
 
-    /// The number of a model. A new name gets a number only if the model has answered under it.
-    fn model_number(&mut self, name: &str, has_answered: bool) -> usize {
-        let name = &name[..name.floor_char_boundary(MAX_NAME_BYTES)];
-        match self.models.get(name) {
-            Some(&number) => number,
-            None if has_answered && !name.is_empty() && self.names.len() < MAX_MODELS => {
-                let name: Arc<str> = name.into();
-                self.names.push(name.clone());
-                self.models.insert(name, self.names.len());
-                self.names.len()
-            }
-            None => 0,
+    /// The entry of a model; `None`: it has none. A new name gets an entry only if the model has answered under it. In
+    /// a full table it replaces a name that is less known.
+    fn entry(&mut self, name: &str, has_answered: bool) -> Option<Arc<str>> {
+        let name = truncated(name);
+        if let Some((known, _)) = self.models.get_key_value(name) {
+            return Some(known.clone());
         }
+        if !has_answered || name.is_empty() {
+            return None;
+        }
+        let rank = self.known_models.rank(name);
+        if self.models.len() >= MAX_MODELS {
+            let least = self.models.iter().min_by_key(|(_, rank)| **rank);
+            let replaced = least.filter(|(_, least)| **least < rank).map(|(name, _)| name.clone())?;
+            self.models.remove(&replaced);
+        }
+        let name: Arc<str> = name.into();
+        self.models.insert(name.clone(), rank);
+        Some(name)
     }
 
-    fn row(&mut self, now: Timestamp, model: usize, caller: Option<&Arc<str>>) -> &mut UsageRow {
+    fn row(&mut self, now: Timestamp, model: Option<Arc<str>>, caller: Option<&Arc<str>>) -> &mut UsageRow {
         let minute = now.0.div_euclid(MINUTE_MS);
         // The store takes the rows every few milliseconds, so there are never many.
-        let is_it = |row: &UsageRow| (row.minute, row.model, row.caller.as_ref()) == (minute, model, caller);
+        let is_it =
+            |row: &UsageRow| (row.minute, &row.model, row.caller.as_ref()) == (minute, &model, caller);
         let at = self.rows.iter().position(is_it).unwrap_or_else(|| {
             self.rows.push(UsageRow { minute, model, caller: caller.cloned(), ..UsageRow::default() });
             self.rows.len() - 1
@@ -114,11 +123,68 @@ impl UsageHistory {
 
     /// Takes the collected rows, each with the name of its model.
     pub(super) fn take(&mut self) -> Vec<(UsageRow, Arc<str>)> {
-        let with_name = |row: UsageRow| {
-            let name = row.model.checked_sub(1).and_then(|at| self.names.get(at));
-            let name = name.map_or_else(|| OTHER_MODELS.into(), Arc::clone);
+        let with_name = |mut row: UsageRow| {
+            let name = row.model.take().unwrap_or_else(|| OTHER_MODELS.into());
             (row, name)
         };
         std::mem::take(&mut self.rows).into_iter().map(with_name).collect()
+    }
+}
+
+/// The part of a model's name that is stored.
+fn truncated(name: &str) -> &str {
+    &name[..name.floor_char_boundary(MAX_NAME_BYTES)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::glob::Glob;
+
+    const NOW: Timestamp = Timestamp(1_774_700_000_000);
+
+    /// Records one answer of each of these models. Returns the names in the history.
+    fn recorded(history: &mut UsageHistory, models: &[&str], is_complete: bool) -> Vec<String> {
+        for model in models {
+            let settlement = Settlement { spent: Amounts::of_request(1, 1), is_complete };
+            history.record_settlement(NOW, Subject { caller: None, model }, settlement);
+        }
+        history.take().into_iter().map(|(_, name)| name.to_string()).collect()
+    }
+
+    fn history_after(names: impl Iterator<Item = String>) -> UsageHistory {
+        let known_models = KnownModels::with(["team-*", "our-model"].map(Glob::new));
+        let mut history = UsageHistory { is_enabled: true, known_models, ..UsageHistory::default() };
+        for name in names {
+            recorded(&mut history, &[&name], true);
+        }
+        history
+    }
+
+    #[test]
+    fn invented_names_do_not_push_out_known_ones() {
+        let mut history = history_after((0..600).map(|n| format!("invented-{n}")));
+        assert_eq!(history.models.len(), MAX_MODELS);
+        assert_eq!(recorded(&mut history, &["one-more"], true), ["other"]);
+        for known in ["gpt-4o", "claude-sonnet-4-5", "team-a", "our-model"] {
+            assert_eq!(recorded(&mut history, &[known], false), ["other"], "{known} has not answered");
+            assert_eq!(recorded(&mut history, &[known], true), [known]);
+            assert_eq!(recorded(&mut history, &[known], false), [known]);
+        }
+        assert_eq!(history.models.len(), MAX_MODELS);
+        // Names of a known family are better than invented ones, and public names are better than those.
+        let mut history = history_after((0..600).map(|n| format!("gpt-4o-invented-{n}")));
+        assert_eq!(recorded(&mut history, &["gpt-4o-one-more"], true), ["other"]);
+        assert_eq!(recorded(&mut history, &["gpt-4o", "our-model"], true), ["gpt-4o", "our-model"]);
+    }
+
+    #[test]
+    fn a_name_that_loses_its_entry_keeps_the_rows_that_were_recorded() {
+        let mut history = history_after((1..MAX_MODELS).map(|n| format!("invented-{n}")));
+        let names = recorded(&mut history, &["invented-x", "gpt-4o", "gpt-4.1"], true);
+        assert_eq!(names, ["invented-x", "gpt-4o", "gpt-4.1"]);
+        let denied = Subject { caller: None, model: "gpt-4o" };
+        history.record_denial(NOW, denied);
+        assert_eq!(&*history.take()[0].1, "gpt-4o");
     }
 }

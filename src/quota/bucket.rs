@@ -105,6 +105,17 @@ impl TokenBucket {
         self.burst = burst;
     }
 
+    /// Charges tokens that an earlier quota has counted.
+    pub(super) fn carry_over(&mut self, used: u64) {
+        self.level -= self.units(used);
+    }
+
+    /// Limits the spent amount: debt beyond it is forgiven.
+    pub(super) fn limit_used(&mut self, max: u64) {
+        let spent_most = i128::from(self.burst) - i128::from(self.held) - i128::from(max);
+        self.level = self.level.max(spent_most * self.scale);
+    }
+
     /// Fills the bucket, except for the held tokens.
     pub(super) fn reset(&mut self) {
         self.level = self.top();

@@ -53,6 +53,65 @@ impl Cell {
         self.is_dirty = true;
     }
 
+    /// The cell of a quota that continues this one, after a change of the config. The used amount stays, up to the
+    /// new limit.
+    ///
+    /// Requests in flight settle here if period and window are the same. Otherwise what they hold counts as used. `id`:
+    /// the identifier of the cell in that case.
+    pub(super) fn succeeded_by(&self, id: u32, quota: Quota, now: Timestamp) -> Self {
+        let mut successor = self.clone();
+        if self.quota.is_same_as(&quota) {
+            let is_changed = self.quota.limit != quota.limit || self.quota.capacity() != quota.capacity();
+            let max = quota.max_carried();
+            successor.set_quota(quota, now);
+            if is_changed {
+                successor.limit_used(max);
+            }
+            return successor;
+        }
+        successor.advance(now);
+        let (held, used) = successor.held_and_used();
+        let carried = used.saturating_add(held).min(quota.max_carried());
+        let mut successor = Self::full(id, quota, now);
+        successor.carry_over(carried);
+        successor
+    }
+
+    /// Continues from the counter that another process has persisted for an earlier quota.
+    pub(super) fn restore_from(&mut self, earlier: &Quota, persisted: &PersistedCounter, now: Timestamp) {
+        let max = self.quota.max_carried();
+        if earlier.is_same_as(&self.quota) {
+            self.restore(persisted, now);
+            if earlier.limit != self.quota.limit {
+                self.limit_used(max);
+            }
+            return;
+        }
+        let is_over =
+            matches!(earlier.window, Window::Calendar { .. }) && CalendarPeriod::has_ended(persisted, now);
+        if !is_over {
+            let mut before = Self::full(0, earlier.clone(), now);
+            before.restore(persisted, now);
+            self.carry_over(before.held_and_used().1.min(max));
+        }
+    }
+
+    fn carry_over(&mut self, used: u64) {
+        match &mut self.counter {
+            Counter::Rolling(bucket) => bucket.carry_over(used),
+            Counter::Calendar(calendar) => calendar.carry_over(used),
+        }
+        self.is_dirty = true;
+    }
+
+    fn limit_used(&mut self, max: u64) {
+        match &mut self.counter {
+            Counter::Rolling(bucket) => bucket.limit_used(max),
+            Counter::Calendar(calendar) => calendar.limit_used(max),
+        }
+        self.is_dirty = true;
+    }
+
     /// Refills the bucket, or begins the next calendar period if the current one has ended.
     pub(super) fn advance(&mut self, now: Timestamp) {
         match &mut self.counter {
@@ -140,7 +199,7 @@ impl Cell {
     }
 
     /// Continues from the counter that another process has persisted.
-    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
+    fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
         match &mut self.counter {
             Counter::Rolling(bucket) => bucket.restore(persisted, now),
             Counter::Calendar(calendar) => calendar.restore(persisted, now),

@@ -110,6 +110,21 @@ impl CalendarPeriod {
         }
     }
 
+    /// Charges an amount that an earlier quota has counted.
+    pub(super) fn carry_over(&mut self, used: u64) {
+        self.used = self.used.saturating_add(used);
+    }
+
+    /// Limits the used amount: debt beyond it is forgiven.
+    pub(super) fn limit_used(&mut self, max: u64) {
+        self.used = self.used.min(max);
+    }
+
+    /// Whether the period of a persisted counter has ended.
+    pub(super) fn has_ended(persisted: &PersistedCounter, now: Timestamp) -> bool {
+        persisted.until != Timestamp::default() && persisted.until <= now
+    }
+
     /// Sets the used amount to 0; the held amount stays.
     pub(super) fn reset(&mut self) {
         self.used = 0;

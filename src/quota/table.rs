@@ -2,6 +2,7 @@
 
 use super::counter::Cell;
 use super::receipt::{Hold, Receipt};
+use super::succession::predecessors;
 use super::{
     Amounts, CounterState, Denied, Kind, PersistedCounter, Quota, QuotaLevel, QuotaStatus, Required, Scope,
     Wait,
@@ -68,6 +69,22 @@ impl Quotas {
                 Cell::full(self.next_id, quota.clone(), now)
             });
         }
+        self.index = ScopeIndex::of(&self.cells);
+    }
+
+    /// Replaces the quotas by those of a changed config. Each continues the earlier quota that [`predecessors`] finds:
+    /// the used amount stays, up to the new limit. A new quota is full.
+    pub fn reconfigure(&mut self, quotas: &[Quota], now: Timestamp) {
+        let earlier: Vec<&Quota> = self.cells.iter().map(|cell| &cell.quota).collect();
+        let mut cells = Vec::with_capacity(quotas.len());
+        for (quota, predecessor) in quotas.iter().zip(predecessors(&earlier, quotas)) {
+            self.next_id += 1;
+            cells.push(match predecessor {
+                Some(at) => self.cells[at].succeeded_by(self.next_id, quota.clone(), now),
+                None => Cell::full(self.next_id, quota.clone(), now),
+            });
+        }
+        self.cells = cells;
         self.index = ScopeIndex::of(&self.cells);
     }
 
@@ -312,13 +329,20 @@ impl Quotas {
         }
     }
 
-    /// Continues from the counters that another process has persisted. `persisted` returns the counter of a quota.
-    pub fn restore(&mut self, now: Timestamp, persisted: impl Fn(&Quota) -> Option<PersistedCounter>) {
-        for cell in &mut self.cells {
-            if let Some(counter) = persisted(&cell.quota) {
-                cell.restore(&counter, now);
+    /// Continues from the counters that another process has persisted, with the quotas that it had. Each quota
+    /// continues the one that [`predecessors`] finds. Returns the persisted quotas that were replaced by others.
+    pub fn restore(&mut self, now: Timestamp, persisted: &[(Quota, PersistedCounter)]) -> Vec<Quota> {
+        let earlier: Vec<&Quota> = persisted.iter().map(|(quota, _)| quota).collect();
+        let quotas: Vec<Quota> = self.cells.iter().map(|cell| cell.quota.clone()).collect();
+        let mut replaced = Vec::new();
+        for (cell, predecessor) in self.cells.iter_mut().zip(predecessors(&earlier, &quotas)) {
+            let Some((quota, counter)) = predecessor.map(|at| &persisted[at]) else { continue };
+            cell.restore_from(quota, counter, now);
+            if !quota.is_same_as(&cell.quota) {
+                replaced.push(quota.clone());
             }
         }
+        replaced
     }
 
     /// Replaces the counter of the quota at this index, and its limit and burst, by the state in Redis.

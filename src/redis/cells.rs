@@ -56,8 +56,7 @@ impl Cells {
 fn cell_name(quota: &Quota) -> String {
     let window = match quota.window {
         Window::Rolling { .. } => "rolling".to_owned(),
-        // A quota with another time zone has another cell. The first node that joins with it creates the cell from
-        // the node's own usage.
+        // A quota with another time zone has another cell. The first node that joins with it continues the replaced cell.
         Window::Calendar { .. } => calendar_class(quota),
     };
     let Quota { scope, kind, per, .. } = quota;

@@ -4,9 +4,11 @@ use super::window_name;
 use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{CalibrationSample, RequestKind};
+use crate::glob::Glob;
 use crate::ledger::{AuditEntry, Totals, UsageRow};
-use crate::quota::{Amounts, PersistedCounter, Quota};
+use crate::quota::{Amounts, ClockUnit, Kind, Period, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
+use jiff::tz::TimeZone;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
 use std::path::Path;
 use std::time::Duration;
@@ -146,34 +148,24 @@ impl Database {
         }
     }
 
-    /// The saved state of a quota.
-    pub(super) fn quota(
-        &self,
-        environment: &str,
-        quota: &Quota,
-    ) -> rusqlite::Result<Option<PersistedCounter>> {
-        let mut read = self.0.prepare_cached(
-            r#"SELECT used, level_fraction, held, at_ms, until_ms FROM quota
-               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
+    /// The saved states of all quotas of an environment, also of those that its config no longer has. A calendar quota
+    /// has no time zone here.
+    pub(super) fn quotas(&self, environment: &str) -> rusqlite::Result<Vec<(Quota, PersistedCounter)>> {
+        let mut read = self.0.prepare(
+            r#"SELECT scope, name, kind, per_ms, "window", per, "limit", used, level_fraction, held, at_ms, until_ms
+               FROM quota WHERE environment = ?"#,
         )?;
-        let key = params![
-            environment,
-            quota.scope.as_str(),
-            quota.scope.name(),
-            quota.kind.as_str(),
-            signed(quota.per.ms),
-            window_name(quota)
-        ];
-        read.query_row(key, |row| {
-            Ok(PersistedCounter {
-                used: row.get(0)?,
-                level_fraction: unsigned(row.get(1)?),
-                held: unsigned(row.get(2)?),
-                at: Timestamp(row.get(3)?),
-                until: Timestamp(row.get(4)?),
-            })
-        })
-        .optional()
+        let rows = read.query_map([environment], |row| {
+            let counter = PersistedCounter {
+                used: row.get(7)?,
+                level_fraction: unsigned(row.get(8)?),
+                held: unsigned(row.get(9)?),
+                at: Timestamp(row.get(10)?),
+                until: Timestamp(row.get(11)?),
+            };
+            Ok(stored_quota(row)?.map(|quota| (quota, counter)))
+        })?;
+        rows.filter_map(Result::transpose).collect()
     }
 
     /// The limit and the burst that an administrator has set for a quota.
@@ -380,6 +372,23 @@ impl Transaction<'_> {
         Ok(())
     }
 
+    /// Removes the state of a quota that another one has replaced.
+    pub(super) fn remove_quota(&self, environment: &str, quota: &Quota) -> rusqlite::Result<()> {
+        self.0.execute(
+            r#"DELETE FROM quota
+               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
+            params![
+                environment,
+                quota.scope.as_str(),
+                quota.scope.name(),
+                quota.kind.as_str(),
+                signed(quota.per.ms),
+                window_name(quota)
+            ],
+        )?;
+        Ok(())
+    }
+
     pub(super) fn totals(&self, environment: &str, totals: &Totals, held: &Amounts) -> rusqlite::Result<()> {
         let mut write =
             self.0.prepare_cached("INSERT OR REPLACE INTO totals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
@@ -466,6 +475,27 @@ impl Transaction<'_> {
         ])?;
         Ok(())
     }
+}
+
+/// The quota of a row; `None`: this version of the gateway does not know it.
+fn stored_quota(row: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Quota>> {
+    let (scope, name, kind): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+    let (ms, window): (u64, String) = (unsigned(row.get(3)?), row.get(4)?);
+    let limit = unsigned(row.get(6)?).max(1);
+    let scope = match scope.as_str() {
+        "environment" => Some(Scope::Environment),
+        "caller" => Some(Scope::Caller(name.into())),
+        "model" => Some(Scope::Model(Glob::new(name))),
+        _ => None,
+    };
+    let window = match window.as_str() {
+        "rolling" => Some(Window::Rolling { burst: limit }),
+        _ => ClockUnit::of_length(ms).map(|unit| Window::Calendar { unit, zone: TimeZone::UTC }),
+    };
+    let kind = Kind::ALL.into_iter().find(|known| known.as_str() == kind);
+    let per = Period { text: row.get(5)?, ms };
+    let quota = |((scope, kind), window)| Quota { scope, kind, limit, per, window };
+    Ok(scope.zip(kind).zip(window).map(quota))
 }
 
 fn signed(n: u64) -> i64 {

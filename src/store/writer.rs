@@ -33,6 +33,7 @@ struct Unwritten {
 #[derive(Default)]
 struct UnwrittenEnvironment {
     quotas: Vec<(Quota, PersistedCounter)>,
+    replaced: Vec<Quota>,
     totals_and_held: Option<(Totals, Amounts)>,
     overrides: Option<Vec<Quota>>,
     audit: Vec<AuditEntry>,
@@ -54,6 +55,7 @@ impl Unwritten {
                 None => environment.quotas.push((quota, saved)),
             }
         }
+        environment.replaced.extend(changes.replaced);
         environment.totals_and_held = Some((changes.totals, changes.held));
         environment.overrides = changes.overrides.or(environment.overrides.take());
         environment.audit.extend(changes.audit);
@@ -70,6 +72,9 @@ impl Unwritten {
     fn write(&self, database: &mut Database, accounts: &[NamedAccount]) -> rusqlite::Result<()> {
         database.commit(|transaction| {
             for ((environment, _), changes) in accounts.iter().zip(&self.environments) {
+                for quota in &changes.replaced {
+                    transaction.remove_quota(environment, quota)?;
+                }
                 for (quota, saved) in &changes.quotas {
                     transaction.quota(environment, quota, saved)?;
                 }
@@ -97,6 +102,7 @@ impl Unwritten {
     fn clear(&mut self) {
         for changes in &mut self.environments {
             changes.quotas.clear();
+            changes.replaced.clear();
             changes.totals_and_held = None;
             changes.overrides = None;
             changes.audit.clear();

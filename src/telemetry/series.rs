@@ -2,6 +2,7 @@
 
 use super::{Record, RequestOutcome};
 use crate::config::Environment;
+use crate::estimate::PUBLIC_MODELS;
 use crate::glob::Glob;
 use prometheus::{IntCounter, IntCounterVec};
 use std::sync::OnceLock;
@@ -53,7 +54,7 @@ const APIS: &[&str] = &[
 impl Series {
     /// The series of an environment. It creates the most important ones, so that they exist before the first request.
     pub(super) fn new(metrics: &SeriesMetrics, environment: &Environment) -> Self {
-        let models = KNOWN_MODELS.len() + environment.models.len();
+        let models = PUBLIC_MODELS.len() + environment.models.len();
         let series = Self {
             environment: environment.name.clone(),
             globs: environment.models.clone(),
@@ -70,14 +71,14 @@ impl Series {
     /// The label of a model: its name if it is a known one, else the glob of the environment that matches it, else `other`.
     /// So the config bounds the number of series.
     pub(crate) fn label(&self, model: &str) -> ModelLabel {
-        let known = KNOWN_MODELS.iter().position(|known| *known == model);
+        let known = PUBLIC_MODELS.iter().position(|known| *known == model);
         let listed = || self.globs.iter().position(|glob| glob.matches(model));
-        ModelLabel(known.unwrap_or_else(|| KNOWN_MODELS.len() + listed().unwrap_or(self.globs.len())))
+        ModelLabel(known.unwrap_or_else(|| PUBLIC_MODELS.len() + listed().unwrap_or(self.globs.len())))
     }
 
     fn label_text(&self, label: ModelLabel) -> &str {
-        let listed = || self.globs.get(label.0.saturating_sub(KNOWN_MODELS.len())).map(Glob::as_str);
-        KNOWN_MODELS.get(label.0).copied().or_else(listed).unwrap_or("other")
+        let listed = || self.globs.get(label.0.saturating_sub(PUBLIC_MODELS.len())).map(Glob::as_str);
+        PUBLIC_MODELS.get(label.0).copied().or_else(listed).unwrap_or("other")
     }
 
     fn request_counter(&self, metrics: &SeriesMetrics, api: &str, outcome: RequestOutcome) -> &IntCounter {
@@ -108,29 +109,6 @@ impl Series {
         }
     }
 }
-
-/// Public model names, which may appear in metrics. Callers can invent any other name.
-const KNOWN_MODELS: &[&str] = &[
-    "gpt-3.5-turbo",
-    "gpt-4",
-    "gpt-4-turbo",
-    "gpt-4.1",
-    "gpt-4.1-mini",
-    "gpt-4.1-nano",
-    "gpt-4o",
-    "gpt-4o-mini",
-    "gpt-5",
-    "gpt-5-mini",
-    "gpt-5-nano",
-    "gpt-5.1",
-    "o1",
-    "o3",
-    "o3-mini",
-    "o4-mini",
-    "text-embedding-3-large",
-    "text-embedding-3-small",
-    "text-embedding-ada-002",
-];
 
 #[cfg(test)]
 mod tests {

@@ -177,9 +177,7 @@ impl QuotaWalk {
         self.recounts.iter_mut().for_each(Recount::restart);
         self.open.clear();
         self.engine = Quotas::new(&all, Timestamp(self.now));
-        self.engine.restore(Timestamp(self.now), |quota| {
-            persisted.iter().find(|(known, _)| known.is_same_as(quota)).map(|(_, counter)| *counter)
-        });
+        self.engine.restore(Timestamp(self.now), &persisted);
         self.note("restarted");
     }
 

@@ -335,3 +335,92 @@ fn every_end_of_a_request_removes_it_from_all_counts_in_flight() {
     assert_eq!((c.in_flight, c.held, c.allowance(&demand(10, None))), (0, Amounts::default(), alone));
     assert_eq!(level(&mut c).1, 0);
 }
+
+#[test]
+fn any_number_of_embeddings_leaves_the_allowance_of_a_lone_chat_unchanged() {
+    let mut c = local(rules(CompletionReserve::Adaptive), 100_000_000);
+    for tokens in [20, 30, 400] {
+        let answer = c.admit(NOW, &demand(10, None)).unwrap();
+        settle(&mut c, answer, 10, tokens);
+    }
+    let before = c.allowance(&demand(10, None));
+    for count in [10, 100, 1_000] {
+        for _ in 0..count {
+            let embedding = c.admit(NOW, &Demand { generates: false, ..demand(10, None) }).unwrap();
+            settle(&mut c, embedding, 10, 0);
+        }
+        assert_eq!(c.allowance(&demand(10, None)), before, "after {count} embeddings");
+        assert!(c.lengths.is_idle());
+    }
+}
+
+mod properties {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MODELS: [&str; 3] = ["gpt-4o", "m", "other"];
+
+    #[derive(Clone, Copy, Debug)]
+    enum RequestStep {
+        /// A request begins: its model, whether it generates, and whether Redis has admitted it.
+        Begin(usize, bool, bool),
+        Progress(u64),
+        Settle(u64, bool),
+        Revert,
+    }
+
+    fn event() -> impl Strategy<Value = RequestStep> {
+        prop_oneof![
+            3 => (0..MODELS.len(), any::<bool>(), any::<bool>())
+                .prop_map(|(model, generates, is_shared)| RequestStep::Begin(model, generates, is_shared)),
+            2 => (0u64..3_000).prop_map(RequestStep::Progress),
+            2 => (0u64..3_000, any::<bool>()).prop_map(|(tokens, is_complete)| RequestStep::Settle(tokens, is_complete)),
+            1 => Just(RequestStep::Revert),
+        ]
+    }
+
+    fn begin(c: &mut Local, model: &str, generates: bool, is_shared: bool) -> Grant {
+        let subject = Subject { caller: None, model };
+        let demand = Demand { subject, generates, ..demand(10, None) };
+        let admission =
+            if is_shared { c.admit_regardless(NOW, &demand, 9) } else { c.admit(NOW, &demand).unwrap() };
+        admission.grant
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_in_flight_after_all_requests_have_ended(
+            events in prop::collection::vec((event(), 0usize..8), 1..120),
+        ) {
+            let mut c = local(rules(CompletionReserve::Adaptive), 100_000_000);
+            let mut open: Vec<(&str, Grant)> = Vec::new();
+            // At the end, every request that is still open is settled.
+            let last = events.iter().map(|_| (RequestStep::Settle(700, true), 0));
+            for (event, at) in events.clone().into_iter().chain(last) {
+                if let RequestStep::Begin(model, generates, is_shared) = event {
+                    open.push((MODELS[model], begin(&mut c, MODELS[model], generates, is_shared)));
+                    continue;
+                }
+                if open.is_empty() {
+                    continue;
+                }
+                let (model, mut grant) = open.swap_remove(at % open.len());
+                match event {
+                    RequestStep::Progress(tokens) => {
+                        c.progress(NOW, model, &mut grant, Amounts::of_request(10, tokens));
+                        open.push((model, grant));
+                    }
+                    RequestStep::Settle(tokens, is_complete) => {
+                        let settlement = Settlement { spent: Amounts::of_request(10, tokens), is_complete };
+                        c.settle(NOW, Subject { caller: None, model }, grant, settlement);
+                    }
+                    RequestStep::Revert | RequestStep::Begin(..) => c.revert(NOW, model, grant),
+                }
+            }
+            prop_assert!(open.is_empty());
+            prop_assert_eq!((c.in_flight, c.held), (0, Amounts::default()));
+            prop_assert!(c.lengths.is_idle());
+            prop_assert_eq!(level(&mut c).1, 0);
+        }
+    }
+}

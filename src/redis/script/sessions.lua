@@ -78,6 +78,72 @@ local function restore_level(name, cell, node, is_same_data_set)
   end
 end
 
+-- The largest used amount that a cell takes over when its quota changes.
+local function max_carried(cell) return cell.class and cell.limit or min(cell.limit, cell.burst) end
+
+-- Limits the used amount of a cell. Debt beyond it is forgiven.
+local function limit_used(cell, used)
+  if cell.class then
+    cell.used = min(cell.used, used)
+  elseif cell.whole < cell.burst - cell.held - used then
+    cell.whole, cell.fraction = cell.burst - cell.held - used, 0
+  end
+end
+
+-- The used amount of a cell together with the held amount.
+local function used_of(cell)
+  if cell.class then return now < cell.stop and cell.used + cell.held or 0 end
+  return max(cell.burst - cell.whole, 0)
+end
+
+-- The owner of a cell by its name: its caller or its pattern of models, or empty for the environment.
+local function owner_of(name)
+  local caller, model = name:find('/caller/', 1, true), name:find('/model/', 1, true)
+  local at = caller and model and min(caller, model) or caller or model
+  return at and name:sub(at) or ''
+end
+
+-- Groups cells by owner and kind, the longest period first.
+local function by_owner_and_kind(names)
+  table.sort(names, function(a, b)
+    local one, other = cells[a].per, cells[b].per
+    if one ~= other then return one > other end
+    return a < b
+  end)
+  local groups = {}
+  for _, name in ipairs(names) do
+    local key = cells[name].kind .. owner_of(name)
+    groups[key] = groups[key] or {}
+    table.insert(groups[key], name)
+  end
+  return groups
+end
+
+-- Created cells continue cells that this node does not have, of the same owner and kind: they belong to quotas whose
+-- period, window or time zone has changed. The longest period continues the longest. The used
+-- amount stays, up to the new limit.
+local function continue_removed(created, own_names)
+  local is_own, removed = {}, {}
+  for _, name in ipairs(own_names) do is_own[name] = true end
+  for _, name in ipairs(redis.call('HKEYS', cells_key)) do
+    if not is_own[name] then removed[#removed + 1] = name end
+  end
+  load_cells(removed)
+  advance_to_now(removed)
+  local earlier = by_owner_and_kind(removed)
+  for key, group in pairs(by_owner_and_kind(created)) do
+    for rank, name in ipairs(group) do
+      local cell, before = cells[name], earlier[key] and (earlier[key][rank] or earlier[key][#earlier[key]])
+      local used = before and min(used_of(cells[before]), max_carried(cell)) or 0
+      if cell.class then
+        cell.used = max(cell.used, used)
+      elseif cell.burst - used < cell.whole then
+        cell.whole, cell.fraction = cell.burst - used, 0
+      end
+    end
+  end
+end
+
 -- The key of sessions that have ended, each with the number of its last applied step. There is one key for each day
 -- on which sessions ended. Redis expires the key, so no command has to search for old sessions.
 local function ended_sessions_key(days_ago)
@@ -137,16 +203,16 @@ function commands.join()
     restoring_until = now + RESTORE_MS
     redis.call('HSET', meta_key, 'regains', restoring_until)
   end
-  local created, differing = 0, 0
+  local created, differing = {}, 0
   for _, name in ipairs(names) do
     local cell, node, new = cells[name], from_node[name], configured[name]
     if cell and stamp > newest and cell.override == 0 and (cell.limit ~= new.limit or cell.burst ~= new.burst) then
       if not cell.class then cell.whole = cell.whole + new.burst - cell.burst end
       cell.limit, cell.burst, is_changed[name] = new.limit, new.burst, true
+      limit_used(cell, max_carried(cell))
       differing = differing + 1
     elseif not cell then
-      cells[name], is_changed[name], created = node, true, created + 1
-      save_base(name, node)
+      cells[name], is_changed[name], created[#created + 1] = node, true, name
     elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
       differing = differing + 1
     elseif has_joined_before and not is_remembered then
@@ -154,13 +220,15 @@ function commands.join()
       is_changed[name] = true
     end
   end
+  if #created > 0 then continue_removed(created, names) end
+  for _, name in ipairs(created) do save_base(name, cells[name]) end
   local expiry = now + SESSION_TIMEOUT_MS
   redis.call('HSET', meta_key, 's:' .. session, expiry, 'stamp', max(stamp, newest), 'q:' .. session, applied)
   redis.call('HSET', meta_key, 'born', data_set)
   redis.call('HDEL', meta_key, 'o:' .. session)
   count_alive()
   save_cells()
-  return { DONE, now, created, differing, is_remembered and 1 or 0, max(restoring_until - now, 0), applied, data_set }
+  return { DONE, now, #created, differing, is_remembered and 1 or 0, max(restoring_until - now, 0), applied, data_set }
 end
 
 -- Holds again the reservations that a rejoining node lists, if the server has charged or lost them. Skips a

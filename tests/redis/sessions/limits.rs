@@ -3,7 +3,8 @@
 use super::{START, full_states, held_reservation, month_state, node, quotas, reserve};
 use crate::node::Node;
 use crate::server::Server;
-use tollgate::quota::{Amounts, Kind, Period, Quota, Scope, Window};
+use tollgate::glob::Glob;
+use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{
     CommandBuilder, NewLimit, OnShortage, ReserveRequest, SentSteps, Step, StepKind, Verdict,
 };
@@ -150,4 +151,81 @@ fn one_call_handles_thousands_of_quotas() {
     node.join(START);
     let levels = node.mirror(START).levels(START);
     assert!(levels.len() == 9_000 && levels.iter().all(|level| level.level == 1_000));
+}
+
+/// A quota of total tokens.
+fn total(scope: Scope, limit: u64, ms: u64, is_calendar: bool) -> Quota {
+    let per = Period { text: format!("{ms}ms"), ms };
+    let window = if is_calendar {
+        Window::Calendar { unit: ClockUnit::of_length(ms).unwrap(), zone: jiff::tz::TimeZone::UTC }
+    } else {
+        Window::Rolling { burst: limit }
+    };
+    Quota { scope, kind: Kind::TotalTokens, limit, per, window }
+}
+
+/// A node that has joined with these quotas, from a config that was written at `stamp`.
+fn node_with(server: &Server, session: &str, quotas: &[Quota], stamp: u64) -> Node {
+    let mut node = server.node(session, quotas, START);
+    node.commands.set_clock(START);
+    let states = full_states(quotas, START);
+    assert_eq!(node.run(|commands| commands.join(stamp, None, &states)).verdict, Verdict::Done);
+    node
+}
+
+fn used(node: &mut Node) -> Vec<u64> {
+    node.mirror(START).levels(START).iter().map(|level| level.used).collect()
+}
+
+#[test]
+fn a_quota_with_another_period_or_window_continues_with_the_used_amount() {
+    const MINUTE: u64 = 60_000;
+    const HOUR: u64 = 60 * MINUTE;
+    const DAY: u64 = 24 * HOUR;
+    let all = || Scope::Environment;
+    for (changed, expected) in [
+        (vec![total(all(), 900, HOUR, false), total(all(), 900_000, 7 * DAY, true)], vec![100, 100]),
+        (vec![total(all(), 60, HOUR, false), total(all(), 70, 7 * DAY, true)], vec![60, 70]),
+        (vec![total(all(), 900, DAY, true)], vec![100]),
+        (vec![total(all(), 1_000_000, 30 * DAY, true), total(all(), 50, HOUR, false)], vec![100, 50]),
+        (vec![total(all(), 1_000, MINUTE, false), total(all(), 900, DAY, false)], vec![100, 100]),
+        // The same quotas, with lower limits.
+        (vec![total(all(), 40, MINUTE, false), total(all(), 30, 30 * DAY, true)], vec![40, 30]),
+        // Other owners.
+        (vec![total(Scope::Caller("a".into()), 900, HOUR, false)], vec![0]),
+        (vec![total(Scope::Model(Glob::new("a")), 900, HOUR, false)], vec![0]),
+    ] {
+        let server = Server::start();
+        let mut one = node(&server, "one");
+        assert_eq!(reserve(&mut one, "a", 100, 0).verdict, Verdict::Admitted);
+        let settlement = Step::new(StepKind::Settle, "a".into(), Amounts::of_request(100, 0));
+        one.run(|commands| commands.apply(1, &[settlement], &[]));
+        let mut other = node_with(&server, "other", &changed, 9);
+        assert_eq!(used(&mut other), expected, "{changed:?}");
+        // The first node still counts with its quotas.
+        assert!(used(&mut one)[0] <= 100);
+    }
+}
+
+#[test]
+fn each_caller_continues_its_own_quota() {
+    let server = Server::start();
+    let of = |name: &str, ms| total(Scope::Caller(name.into()), 900, ms, false);
+    let callers = ["a", "b", "a/caller/b"];
+    let mut one = node_with(&server, "one", &callers.map(|name| of(name, 60_000)), 1);
+    for (index, name) in (0..).zip(callers) {
+        let amounts = Amounts::of_request(100 * (u64::from(index) + 1), 0);
+        let on_shortage = OnShortage::Reject;
+        let request = ReserveRequest {
+            id: name,
+            max_in_flight: 0,
+            on_shortage,
+            generates: true,
+            amounts,
+            completions: 1,
+        };
+        assert_eq!(one.run(|commands| commands.reserve(&request, &[index])).verdict, Verdict::Admitted);
+    }
+    let mut other = node_with(&server, "other", &callers.map(|name| of(name, 3_600_000)), 2);
+    assert_eq!(used(&mut other), [100, 200, 300], "what is held counts as used");
 }

@@ -1,0 +1,149 @@
+//! Which earlier quota a quota of a changed config continues.
+//!
+//! A used amount belongs to the environment, to the caller or the pattern of models, and to the kind of quota. So a
+//! quota whose period or window has changed continues with the amount that was used, and does not start full.
+
+use super::Quota;
+
+/// For each quota, the index of the earlier quota whose used amount it continues; `None`: it is new.
+///
+/// A quota continues the earlier one with the same period and window. The others of a scope and kind continue the
+/// removed ones of that scope and kind, the longest period the longest. If fewer quotas were removed, the last
+/// of them has several successors.
+pub fn predecessors(earlier: &[&Quota], quotas: &[Quota]) -> Vec<Option<usize>> {
+    let same = |quota: &Quota| earlier.iter().position(|before| before.is_same_as(quota));
+    let mut found: Vec<Option<usize>> = quotas.iter().map(same).collect();
+    let mut new: Vec<usize> = (0..quotas.len()).filter(|&at| found[at].is_none()).collect();
+    let mut removed: Vec<usize> = (0..earlier.len()).filter(|at| !found.contains(&Some(*at))).collect();
+    new.sort_by_key(|&at| std::cmp::Reverse(quotas[at].per.ms));
+    removed.sort_by_key(|&at| std::cmp::Reverse(earlier[at].per.ms));
+    for (position, &at) in new.iter().enumerate() {
+        let quota = &quotas[at];
+        let is_sibling = |other: &Quota| other.scope == quota.scope && other.kind == quota.kind;
+        let rank = new[..position].iter().filter(|&&longer| is_sibling(&quotas[longer])).count();
+        let mut candidates = removed.iter().copied().filter(|&before| is_sibling(earlier[before]));
+        found[at] = candidates.clone().nth(rank).or_else(|| candidates.next_back());
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::quota::{Amounts, ClockUnit, Kind, Period, Quotas, Receipt, Required, Scope, Subject, Window};
+    use jiff::tz::TimeZone;
+
+    fn quota(scope: Scope, kind: Kind, ms: u64, is_calendar: bool) -> Quota {
+        let window = if is_calendar {
+            Window::Calendar { unit: ClockUnit::Day, zone: TimeZone::UTC }
+        } else {
+            Window::Rolling { burst: 10 }
+        };
+        Quota { scope, kind, limit: 10, per: Period { text: format!("{ms}ms"), ms }, window }
+    }
+
+    fn of_environment(periods: &[u64]) -> Vec<Quota> {
+        periods.iter().map(|&ms| quota(Scope::Environment, Kind::TotalTokens, ms, false)).collect()
+    }
+
+    fn found(earlier: &[Quota], quotas: &[Quota]) -> Vec<Option<usize>> {
+        predecessors(&earlier.iter().collect::<Vec<_>>(), quotas)
+    }
+
+    #[test]
+    fn a_quota_continues_the_one_that_it_replaces() {
+        for (earlier, quotas, expected) in [
+            (&[1, 60][..], &[60, 1][..], &[Some(1), Some(0)][..]),
+            (&[1], &[60], &[Some(0)]),
+            (&[1, 60], &[60, 300], &[Some(1), Some(0)]),
+            (&[1, 60], &[5, 300], &[Some(0), Some(1)]),
+            (&[1, 60], &[300], &[Some(1)]),
+            (&[60], &[5, 300], &[Some(0), Some(0)]),
+            (&[60], &[60, 1], &[Some(0), None]),
+            (&[], &[60], &[None]),
+            (&[60, 1], &[], &[]),
+        ] {
+            assert_eq!(
+                found(&of_environment(earlier), &of_environment(quotas)),
+                expected,
+                "{earlier:?} {quotas:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_quotas_of_the_same_scope_and_kind_are_continued() {
+        let caller = |name: &str| Scope::Caller(name.into());
+        let earlier = [
+            quota(Scope::Environment, Kind::Requests, 1, false),
+            quota(caller("a"), Kind::TotalTokens, 1, false),
+            quota(caller("b"), Kind::TotalTokens, 1, false),
+        ];
+        let changed = [
+            quota(Scope::Environment, Kind::TotalTokens, 60, false),
+            quota(caller("b"), Kind::TotalTokens, 60, false),
+            quota(caller("c"), Kind::TotalTokens, 60, false),
+            quota(Scope::Environment, Kind::Requests, 1, true),
+        ];
+        assert_eq!(found(&earlier, &changed), [None, Some(2), None, Some(0)]);
+    }
+
+    const NOW: Timestamp = Timestamp(1_774_700_000_000);
+    const ANYONE: Subject<'static> = Subject { caller: None, model: "m" };
+
+    fn total(limit: u64, ms: u64, is_calendar: bool) -> Quota {
+        let mut quota = quota(Scope::Environment, Kind::TotalTokens, ms, is_calendar);
+        quota.set_limit(limit, limit);
+        quota
+    }
+
+    /// Quotas with 300 tokens used and 100 held, and the receipt of the held ones.
+    fn spent(quotas: &[Quota]) -> (Quotas, Receipt) {
+        let mut all = Quotas::new(quotas, NOW);
+        let mut reserve = |tokens| {
+            let required = Required { amounts: Amounts::of_request(tokens, 0), generates: true };
+            all.reserve(NOW, ANYONE, &required).unwrap()
+        };
+        let (settled, held) = (reserve(300), reserve(100));
+        all.settle(NOW, settled, Amounts::of_request(300, 0));
+        (all, held)
+    }
+
+    fn levels(quotas: &mut Quotas) -> Vec<(u64, u64)> {
+        quotas.levels(NOW).iter().map(|level| (level.used, level.held)).collect()
+    }
+
+    #[test]
+    fn used_amounts_stay_when_the_config_changes_and_requests_settle_by_the_rules_of_their_start() {
+        const MINUTE: u64 = 60_000;
+        const DAY: u64 = 86_400_000;
+        for is_calendar in [false, true] {
+            for (changed, before, after) in [
+                // Another limit only: the request in flight settles here.
+                (total(2_000, DAY, is_calendar), (300, 100), (350, 0)),
+                (total(200, DAY, is_calendar), (200, 100), (250, 0)),
+                // Another period or window: the held amount counts as used.
+                (total(1_000, MINUTE, false), (400, 0), (400, 0)),
+                (total(350, MINUTE, false), (350, 0), (350, 0)),
+                (total(1_000, DAY, !is_calendar), (400, 0), (400, 0)),
+            ] {
+                let (mut quotas, held) = spent(&[total(1_000, DAY, is_calendar)]);
+                quotas.reconfigure(std::slice::from_ref(&changed), NOW);
+                assert_eq!(levels(&mut quotas), [before], "{changed:?}");
+                quotas.settle(NOW, held, Amounts::of_request(50, 0));
+                assert_eq!(levels(&mut quotas), [after], "{changed:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_unchanged_config_keeps_debt() {
+        let (mut quotas, held) = spent(&[total(1_000, 60_000, false)]);
+        quotas.settle(NOW, held, Amounts::of_request(900, 0));
+        for _ in 0..3 {
+            quotas.reconfigure(&[total(1_000, 60_000, false)], NOW);
+            assert_eq!(quotas.levels(NOW)[0].level, -200);
+        }
+    }
+}
