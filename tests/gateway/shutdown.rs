@@ -268,6 +268,22 @@ async fn incomplete_requests_and_idle_connections_do_not_prolong_a_shutdown() {
 }
 
 #[tokio::test]
+async fn a_caller_that_does_not_read_prolongs_a_shutdown_by_a_second_at_most() {
+    // More than the buffers of all sockets hold.
+    let events = vec![delta(&"x".repeat(64 * 1024)); 600];
+    let upstream = Upstream::always(Answer::stream().events(&events).then(Step::Stall)).await;
+    let mut gateway = gateway(&upstream, "300ms", "").await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+    caller.head().await;
+    let report = begin_shutdown(gateway.take()).await.unwrap();
+    assert_eq!((report.in_flight, report.cut_off), (1, 1));
+    // On a busy machine. Without a bound it takes the write timeout of a minute.
+    assert!(report.took < Duration::from_secs(5), "{:?}", report.took);
+    drop(caller);
+}
+
+#[tokio::test]
 async fn a_request_that_is_completed_in_time_is_answered_during_a_shutdown() {
     let answer = [vec![Step::Gate], Answer::chat(8, 2).steps()].concat();
     let upstream = Upstream::always(Answer::of(answer)).await;
