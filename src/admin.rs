@@ -1,25 +1,31 @@
 //! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
+mod access;
+mod guesses;
+mod sessions;
+mod usage;
+
 use crate::config::{Environment, OnStoreFailure};
 use crate::ledger::{Account, NoRoom, QuotaKey, RedisStatus, Snapshot};
 use crate::proxy;
 use crate::quota::{Kind, MAX_LIMIT, Quota, QuotaLevel, Scope, Window};
+use crate::server::Peer;
+use access::Access;
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
-use axum::middleware::{self, Next};
+use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
+use axum::middleware;
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, body::Body};
 use bytes::Bytes;
-use http::header::{self, HeaderMap};
-use http::{HeaderValue, StatusCode};
+use http::StatusCode;
+use http::header;
 use hyper::body::Incoming;
 use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use subtle::ConstantTimeEq as _;
 
 /// Maximum size of a request body in bytes.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -27,23 +33,19 @@ const MAX_BODY_BYTES: usize = 64 * 1024;
 #[derive(Clone)]
 struct Admin {
     state: Arc<proxy::State>,
-    /// `Host` values that a request may have if there is no token: the addresses and names of this listener.
-    hosts: Arc<[String]>,
+    access: Arc<Access>,
 }
 
-/// The HTTP service of the admin listener at this address.
+/// The address of the client that sent a request.
+#[derive(Clone, Copy, Debug)]
+struct PeerAddress(SocketAddr);
+
+/// The HTTP service of the admin listener at this address, for the connections of each client.
 pub(crate) fn service(
     state: Arc<proxy::State>,
     address: SocketAddr,
-) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
-    let port = address.port();
-    let hosts = [
-        address.to_string(),
-        format!("localhost:{port}"),
-        format!("127.0.0.1:{port}"),
-        format!("[::1]:{port}"),
-    ];
-    let admin = Admin { state, hosts: hosts.into() };
+) -> impl Fn(Arc<Peer>) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
+    let admin = Admin { state, access: Arc::new(Access::new(address)) };
     let router = Router::new()
         .route("/", get(page))
         .route("/livez", get(|| async { "alive\n" }))
@@ -53,61 +55,19 @@ pub(crate) fn service(
         .route("/api/environments/{environment}", get(environment))
         .route("/api/environments/{environment}/reset", post(reset))
         .route("/api/environments/{environment}/quotas/{kind}/{per}", put(set_limit).delete(unset_limit))
+        .route("/api/usage", get(usage::report))
+        .route("/api/rejections", get(rejections))
+        .route("/api/session", post(access::sign_in).delete(access::sign_out))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .fallback(|| async {
             refusal(StatusCode::NOT_FOUND, "unknown_path", "There is no such path on the admin listener.")
         })
-        .layer(middleware::from_fn_with_state(admin.clone(), authorize))
+        .layer(middleware::from_fn_with_state(admin.clone(), access::authorize))
         .with_state(admin);
-    TowerToHyperService::new(router.into_service())
-}
-
-/// Refuses requests that are not allowed. Health checks always are. With `admin.token` any other request needs the token.
-/// Without it every request to the loopback listener is allowed, but not from web pages of other sites in a browser on
-/// this machine.
-async fn authorize(State(admin): State<Admin>, request: Request, next: Next) -> Response {
-    if matches!(request.uri().path(), "/livez" | "/readyz") {
-        return next.run(request).await;
+    move |peer| {
+        let router = router.clone().layer(Extension(PeerAddress(peer.address)));
+        TowerToHyperService::new(router.into_service())
     }
-    let expects_continue = request.headers().contains_key(header::EXPECT);
-    let refused = match &admin.state.current().config.admin.token {
-        Some(token) => (!has_token(request.headers(), token.expose())).then(|| {
-            refusal(
-                StatusCode::UNAUTHORIZED,
-                "invalid_token",
-                "The token is missing or wrong. Send 'Authorization: Bearer <admin.token>'.",
-            )
-        }),
-        None => (!is_own_site(request.headers(), &admin.hosts)).then(|| {
-            refusal(
-                StatusCode::FORBIDDEN,
-                "foreign_site",
-                "Without admin.token this listener accepts only requests to its own address.",
-            )
-        }),
-    };
-    let mut response = match refused {
-        Some(refusal) => refusal,
-        None => next.run(request).await,
-    };
-    if expects_continue {
-        // If the body was not read, the server closes the connection.
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
-}
-
-fn has_token(headers: &HeaderMap, token: &str) -> bool {
-    let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
-    let given = given.strip_prefix(b"Bearer ").unwrap_or_default();
-    given.ct_eq(token.as_bytes()).into()
-}
-
-fn is_own_site(headers: &HeaderMap, hosts: &[String]) -> bool {
-    let is_own = |name: &str| hosts.iter().any(|host| host == name);
-    let host = headers.get(header::HOST).and_then(|h| h.to_str().ok());
-    let origin = headers.get(header::ORIGIN).map(|o| o.to_str().unwrap_or_default());
-    host.is_some_and(is_own) && origin.is_none_or(|o| o.strip_prefix("http://").is_some_and(is_own))
 }
 
 fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
@@ -199,6 +159,28 @@ async fn environment(State(admin): State<Admin>, Path(name): Path<String>) -> Re
         }
         None => unknown_environment(),
     }
+}
+
+/// The query parameters of `GET /api/rejections`.
+#[derive(serde::Deserialize)]
+struct RejectionParameters {
+    /// Number of rejections.
+    #[serde(default = "all_rejections")]
+    limit: usize,
+    environment: Option<String>,
+    caller: Option<String>,
+}
+
+fn all_rejections() -> usize {
+    usize::MAX
+}
+
+async fn rejections(
+    State(admin): State<Admin>,
+    Query(RejectionParameters { limit, environment, caller }): Query<RejectionParameters>,
+) -> Json<Value> {
+    let last = admin.state.rejections.last(limit, environment.as_deref(), caller.as_deref());
+    Json(json!({ "rejections": last }))
 }
 
 /// The body of a `PUT` request.

@@ -130,9 +130,9 @@ impl App {
             };
             threads.push(start_worker(listener, proxy, runtime, timeouts)?);
         }
-        let router = admin::service(state.clone(), admin_address);
+        let service_for = admin::service(state.clone(), admin_address);
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
-            server::serve(sockets.admin, move |_| router.clone(), timeouts, run_state)
+            server::serve(sockets.admin, service_for, timeouts, run_state)
         })?;
         Ok(Self { address, admin_address, state, workers: threads, admin, redis, store })
     }

@@ -159,7 +159,7 @@ impl ProxyError {
     }
 
     /// The complete answer, in the shape that SDKs of this dialect parse.
-    pub fn into_response(self, dialect: Dialect) -> Response<Vec<u8>> {
+    pub fn response(&self, dialect: Dialect) -> Response<Vec<u8>> {
         let (status, _, code) = self.shape();
         let mut response = Response::new(self.body(dialect).to_string().into_bytes());
         *response.status_mut() = status;
@@ -168,6 +168,14 @@ impl ProxyError {
         headers.insert("x-tollgate-error", HeaderValue::from_static(code));
         self.write_headers(headers);
         response
+    }
+
+    /// The quotas without room, longest wait first. Empty if no quota caused the error.
+    pub(crate) fn shortfalls(&self) -> &[Shortfall] {
+        match self {
+            Self::QuotaExceeded { denied, .. } => denied.shortfalls(),
+            _ => &[],
+        }
     }
 
     /// The body of the answer.
@@ -188,10 +196,7 @@ impl ProxyError {
             Self::ModelNotFound { .. } => Some("model"),
             _ => None,
         };
-        let shortfalls = match self {
-            Self::QuotaExceeded { denied, .. } => Some(denied.shortfalls()),
-            _ => None,
-        };
+        let shortfalls = Some(self.shortfalls()).filter(|shortfalls| !shortfalls.is_empty());
         ErrorContent { status, kind, code, message: self.to_string(), param, shortfalls }
     }
 

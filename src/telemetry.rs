@@ -2,6 +2,7 @@
 
 mod log;
 mod metrics;
+mod rejections;
 mod series;
 
 use crate::clock::Stopwatch;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 pub(crate) use log::{LogOutput, init_logging};
 pub(crate) use metrics::Metrics;
+pub(crate) use rejections::{Rejection, Rejections};
 pub(crate) use series::{ModelLabel, Series};
 
 /// How a request ended.

@@ -45,7 +45,7 @@ pub(super) async fn outlive_caller(
     detached.0 = None;
     // After a panic in the task, its charge has settled and its record is written.
     answer.unwrap_or_else(|_| {
-        ProxyError::Internal.into_response(dialect).map(|body| AnswerBody::from_gateway(Some(body.into())))
+        ProxyError::Internal.response(dialect).map(|body| AnswerBody::from_gateway(Some(body.into())))
     })
 }
 

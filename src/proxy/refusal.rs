@@ -8,7 +8,7 @@ use crate::api::Dialect;
 use crate::config::Environment;
 use crate::error::{ProxyError, quota_shape};
 use crate::ledger::NoRoom;
-use crate::telemetry::{Metrics, Record, RequestOutcome};
+use crate::telemetry::{Metrics, Record, Rejection, RequestOutcome};
 use crate::upstream::SendError;
 use http::header::HeaderValue;
 use http::{Response, StatusCode};
@@ -41,16 +41,18 @@ pub(super) fn respond(
     let Refusal { error, headers } = refusal;
     let record = &mut charge.record;
     record.error = error.code();
-    if let ProxyError::QuotaExceeded { denied, .. } = &error {
-        record.denied_by = denied.shortfalls().first().cloned().map(Box::new);
-    }
+    record.denied_by = error.shortfalls().first().cloned().map(Box::new);
     record.outcome = outcome(&error);
     record.request_id = state.request_ids.next();
-    let mut response = error.into_response(dialect);
+    let mut response = error.response(dialect);
     record.status = response.status().as_u16();
     headers.write(response.headers_mut());
     if let Ok(id) = HeaderValue::from_str(&record.request_id) {
         response.headers_mut().insert(REQUEST_ID, id);
+    }
+    // A flood from one address must not push out the rejections of quotas.
+    if record.outcome == RequestOutcome::Rejected && !matches!(error, ProxyError::FloodGuard { .. }) {
+        state.rejections.add(Rejection::new(record, error));
     }
     drop(charge);
     response.map(|body| AnswerBody::from_gateway(Some(body.into())))

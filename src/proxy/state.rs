@@ -9,7 +9,7 @@ use crate::learned::Learned;
 use crate::ledger::{Account, Accounts, Persistence, RestoredState};
 use crate::random;
 use crate::store::{Store, WriterControl};
-use crate::telemetry::{Metrics, RequestIds};
+use crate::telemetry::{Metrics, Rejections, RequestIds};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +20,8 @@ pub struct State {
     /// Corrects prompt estimates.
     pub(super) learned: Arc<Learned>,
     pub(super) request_ids: RequestIds,
+    /// The last rejected requests.
+    pub(crate) rejections: Rejections,
     /// The accounts of all environments that a config of this process has had.
     accounts: Arc<Accounts>,
     current: Mutex<Arc<Snapshot>>,
@@ -73,6 +75,7 @@ impl State {
             learned: Arc::new(Learned::new(calibrations)),
             metrics,
             request_ids: RequestIds::new(),
+            rejections: Rejections::default(),
             accounts: Arc::new(accounts),
             current: Mutex::new(Arc::new(current)),
             store: store.map(Store::persistence),

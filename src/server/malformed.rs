@@ -24,7 +24,7 @@ pub(super) fn replacement_for(answer: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn encode(error: ProxyError) -> Vec<u8> {
-    let (parts, body) = error.into_response(Dialect::OpenAi).into_parts();
+    let (parts, body) = error.response(Dialect::OpenAi).into_parts();
     let mut answer = format!("HTTP/1.1 {}\r\n", parts.status).into_bytes();
     let mut put = |name: &str, value: &[u8]| {
         answer.extend([name.as_bytes(), b": ", value, b"\r\n"].concat());

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods)] // tests measure wall-clock time
 #![allow(missing_docs, unreachable_pub, clippy::panic, clippy::unwrap_used, clippy::missing_panics_doc)]
 
+mod admin_api;
 mod admission;
 mod apis;
 mod bad_input;

@@ -26,6 +26,12 @@ impl Reply {
         header(&self.head, name)
     }
 
+    /// All values of a header.
+    pub fn headers_named(&self, name: &str) -> Vec<&str> {
+        let fields = self.head.lines().skip(1).filter_map(|l| l.split_once(": "));
+        fields.filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value).collect()
+    }
+
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap()
     }

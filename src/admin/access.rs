@@ -1,0 +1,207 @@
+//! Who may use the admin listener: the holder of the token, a browser that has signed in, or, without a token, the pages
+//! and programs of this machine.
+
+use super::guesses::Guesses;
+use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
+use super::{Admin, PeerAddress, refusal};
+use crate::clock;
+use axum::body::Bytes;
+use axum::extract::{Extension, Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use http::header::{self, HeaderMap};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use subtle::ConstantTimeEq as _;
+
+const SESSION_COOKIE: &str = "tollgate_session";
+const CSRF_COOKIE: &str = "tollgate_csrf";
+const CSRF_HEADER: HeaderName = HeaderName::from_static("x-tollgate-csrf");
+
+/// What decides about access, besides the token of the config.
+#[derive(Debug)]
+pub(super) struct Access {
+    /// `Host` values that a request may have if there is no token: the addresses and names of this listener.
+    hosts: Vec<String>,
+    sessions: Mutex<Sessions>,
+    guesses: Mutex<Guesses>,
+}
+
+impl Access {
+    /// For a listener at this address.
+    pub(super) fn new(address: SocketAddr) -> Self {
+        let port = address.port();
+        let names = ["localhost", "127.0.0.1", "[::1]"].map(|name| format!("{name}:{port}"));
+        let hosts = names.into_iter().chain([address.to_string()]).collect();
+        Self { hosts, sessions: Mutex::default(), guesses: Mutex::default() }
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guesses(&self) -> MutexGuard<'_, Guesses> {
+        self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Compares a token. `Err`: the answer for a wrong one, or for an address that guesses.
+    fn check_token(&self, address: IpAddr, given: &[u8], token: &str) -> Result<(), Response> {
+        let now = clock::now();
+        let wait_ms = self.guesses().wait_ms(address, now);
+        if wait_ms > 0 {
+            return Err(too_many_guesses(wait_ms));
+        }
+        if given.ct_eq(token.as_bytes()).into() {
+            self.guesses().forget(address);
+            return Ok(());
+        }
+        self.guesses().record(address, now);
+        tracing::warn!(%address, "a request to the admin listener had a wrong token");
+        Err(wrong_token())
+    }
+}
+
+/// Refuses requests that are not allowed. Health checks, the page and signing in always are. With `admin.token` any other
+/// request needs the token or a session. Without it every request to the loopback listener is allowed, but not from web
+/// pages of other sites in a browser on this machine.
+pub(super) async fn authorize(
+    State(admin): State<Admin>,
+    Extension(PeerAddress(peer)): Extension<PeerAddress>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if matches!(request.uri().path(), "/livez" | "/readyz") {
+        return next.run(request).await;
+    }
+    let expects_continue = request.headers().contains_key(header::EXPECT);
+    let mut response = match check(&admin, peer.ip(), &request) {
+        Err(refusal) => refusal,
+        Ok(()) => next.run(request).await,
+    };
+    if expects_continue {
+        // If the body was not read, the server closes the connection.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<(), Response> {
+    let (headers, path) = (request.headers(), request.uri().path());
+    let snapshot = admin.state.current();
+    let Some(token) = &snapshot.config.admin.token else {
+        return if is_own_site(headers, &admin.access.hosts) { Ok(()) } else { Err(foreign_site()) };
+    };
+    let is_open = path == "/" || (path == "/api/session" && request.method() == Method::POST);
+    if is_open {
+        return Ok(());
+    }
+    if let Some(given) = headers.get(header::AUTHORIZATION) {
+        let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or_default();
+        return admin.access.check_token(address, given, token.expose());
+    }
+    let Some(session) = cookie(headers, SESSION_COOKIE) else { return Err(wrong_token()) };
+    let is_safe = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    let repeated = headers.get(CSRF_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let csrf = (!is_safe).then_some(repeated);
+    match admin.access.sessions().allow(session, csrf, token.expose(), clock::now()) {
+        SessionVerdict::Allowed => Ok(()),
+        SessionVerdict::Unknown => Err(wrong_token()),
+        SessionVerdict::Forged => Err(refusal(
+            StatusCode::FORBIDDEN,
+            "csrf",
+            "A request that changes something must repeat the cookie tollgate_csrf in the header x-tollgate-csrf.",
+        )),
+    }
+}
+
+/// `POST /api/session`.
+pub(super) async fn sign_in(
+    State(admin): State<Admin>,
+    Extension(PeerAddress(peer)): Extension<PeerAddress>,
+    body: Bytes,
+) -> Response {
+    /// The body: `{"token": "..."}`.
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct SignIn {
+        token: String,
+    }
+    let Ok(SignIn { token: given }) = serde_json::from_slice(&body) else {
+        return refusal(StatusCode::BAD_REQUEST, "invalid_json", "The body is not {\"token\": \"...\"}.");
+    };
+    let snapshot = admin.state.current();
+    let Some(token) = &snapshot.config.admin.token else { return StatusCode::NO_CONTENT.into_response() };
+    if let Err(refusal) = admin.access.check_token(peer.ip(), given.as_bytes(), token.expose()) {
+        return refusal;
+    }
+    let opened = admin.access.sessions().open(token.expose(), clock::now());
+    let Some(SessionSecrets { session, csrf }) = opened else {
+        let message = "The operating system provides no random numbers, so no session can begin.";
+        return refusal(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message);
+    };
+    tracing::info!(address = %peer.ip(), "a browser signed in to the admin listener");
+    cookies([
+        format!("{SESSION_COOKIE}={session}; Path=/; HttpOnly; SameSite=Strict"),
+        format!("{CSRF_COOKIE}={csrf}; Path=/; SameSite=Strict"),
+    ])
+}
+
+/// `DELETE /api/session`.
+pub(super) async fn sign_out(State(admin): State<Admin>, headers: HeaderMap) -> Response {
+    if let Some(session) = cookie(&headers, SESSION_COOKIE) {
+        admin.access.sessions().close(session);
+    }
+    cookies([
+        format!("{SESSION_COOKIE}=; Path=/; HttpOnly; SameSite=Strict; Max-Age=0"),
+        format!("{CSRF_COOKIE}=; Path=/; SameSite=Strict; Max-Age=0"),
+    ])
+}
+
+fn cookies(values: [String; 2]) -> Response {
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    for value in values {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response.headers_mut().append(header::SET_COOKIE, value);
+        }
+    }
+    response
+}
+
+/// The value of a cookie.
+fn cookie<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+    let lines = headers.get_all(header::COOKIE).iter().filter_map(|line| line.to_str().ok());
+    let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+}
+
+fn is_own_site(headers: &HeaderMap, hosts: &[String]) -> bool {
+    let is_own = |name: &str| hosts.iter().any(|host| host == name);
+    let host = headers.get(header::HOST).and_then(|h| h.to_str().ok());
+    let origin = headers.get(header::ORIGIN).map(|o| o.to_str().unwrap_or_default());
+    host.is_some_and(is_own) && origin.is_none_or(|o| o.strip_prefix("http://").is_some_and(is_own))
+}
+
+fn foreign_site() -> Response {
+    refusal(
+        StatusCode::FORBIDDEN,
+        "foreign_site",
+        "Without admin.token this listener accepts only requests to its own address.",
+    )
+}
+
+fn wrong_token() -> Response {
+    refusal(
+        StatusCode::UNAUTHORIZED,
+        "invalid_token",
+        "The token is missing or wrong. Send 'Authorization: Bearer <admin.token>', or sign in on the page.",
+    )
+}
+
+fn too_many_guesses(wait_ms: u64) -> Response {
+    let seconds = wait_ms.div_ceil(1_000).max(1);
+    let message = format!("This address has sent several wrong tokens. Try again in {seconds} s.");
+    let mut response = refusal(StatusCode::TOO_MANY_REQUESTS, "too_many_wrong_tokens", &message);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    response
+}

@@ -1,0 +1,105 @@
+//! `GET /api/usage`: the usage history.
+
+use super::{Admin, refusal};
+use crate::clock::{self, Timestamp};
+use crate::store::{self, ReportQuery, ReportRow};
+use axum::Json;
+use axum::extract::{Query, State};
+use axum::response::{IntoResponse as _, Response};
+use http::{StatusCode, header};
+use serde_json::json;
+
+/// The report covers this time if the query names no beginning.
+const DEFAULT_TIME: &str = "1d";
+
+/// The query parameters. Empty ones count as absent.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct UsageParameters {
+    environment: String,
+    group_by: String,
+    from: String,
+    to: String,
+    step: String,
+    format: String,
+}
+
+impl Default for UsageParameters {
+    fn default() -> Self {
+        let environment = String::new();
+        let (group_by, from, step) = ("environment".into(), DEFAULT_TIME.into(), "hour".into());
+        Self { environment, group_by, from, to: String::new(), step, format: "json".into() }
+    }
+}
+
+impl UsageParameters {
+    /// `Err`: the name of the parameter that cannot be read.
+    fn query(&self, now: Timestamp) -> Result<ReportQuery, &'static str> {
+        let moment = |text: &str, name| store::parse_moment(text, now).ok_or(name);
+        Ok(ReportQuery {
+            from: moment(&self.from, "from")?,
+            // The current minute belongs to the report.
+            to: if self.to.is_empty() { now.plus_ms(60_000) } else { moment(&self.to, "to")? },
+            step: store::parse_step(&self.step).ok_or("step")?,
+            group_by: store::parse_columns(&self.group_by).ok_or("group_by")?,
+            environment: (!self.environment.is_empty()).then(|| self.environment.clone()),
+        })
+    }
+}
+
+/// Answers with the report as JSON or CSV.
+pub(super) async fn report(
+    State(admin): State<Admin>,
+    parameters: Result<Query<UsageParameters>, axum::extract::rejection::QueryRejection>,
+) -> Response {
+    let parameters = match parameters {
+        Ok(Query(parameters)) => parameters,
+        Err(error) => {
+            return refusal(
+                StatusCode::BAD_REQUEST,
+                "invalid_value",
+                &format!("The query cannot be read: {error}."),
+            );
+        }
+    };
+    let query = match parameters.query(clock::now()) {
+        Ok(query) => query,
+        Err(name) => return unreadable(name),
+    };
+    let is_csv = match parameters.format.as_str() {
+        "json" => false,
+        "csv" => true,
+        _ => return unreadable("format"),
+    };
+    let settings = admin.state.current().config.store.clone();
+    if settings.memory {
+        let message = "The gateway stores no usage history (store.memory: true).";
+        return refusal(StatusCode::NOT_FOUND, "no_history", message);
+    }
+    let read = tokio::task::spawn_blocking(move || store::read_usage(&settings.path, &query)).await;
+    match read.map_err(anyhow::Error::from).and_then(|rows| rows).and_then(|rows| answer(&rows, is_csv)) {
+        Ok(response) => response,
+        Err(error) => {
+            let message = format!("The usage history cannot be read: {error:#}.");
+            refusal(StatusCode::UNPROCESSABLE_ENTITY, "history_unavailable", &message)
+        }
+    }
+}
+
+fn answer(rows: &[ReportRow], is_csv: bool) -> anyhow::Result<Response> {
+    if !is_csv {
+        return Ok(Json(json!({ "rows": rows })).into_response());
+    }
+    let headers = [
+        (header::CONTENT_TYPE, "text/csv; charset=utf-8"),
+        (header::CONTENT_DISPOSITION, "attachment; filename=\"tollgate-usage.csv\""),
+    ];
+    Ok((headers, store::to_csv(rows)?).into_response())
+}
+
+fn unreadable(name: &str) -> Response {
+    let message = format!(
+        "The parameter '{name}' is not valid. from and to are moments such as 2026-11-28T10:00:00Z, or durations before now; step is hour, day, month or a duration of whole minutes; group_by is any of environment,model,caller; format is json or csv."
+    );
+    refusal(StatusCode::BAD_REQUEST, "invalid_value", &message)
+}

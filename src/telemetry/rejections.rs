@@ -1,0 +1,159 @@
+//! The last requests that a quota or a limit rejected, for the admin API.
+
+use super::Record;
+use crate::clock::{self, Timestamp};
+use crate::error::ProxyError;
+use crate::quota::{Shortfall, Wait};
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Number of rejections that are remembered.
+const MAX_REJECTIONS: usize = 1_000;
+
+/// The last rejections, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct Rejections(Mutex<VecDeque<Rejection>>);
+
+/// One rejected request.
+#[derive(Debug)]
+pub(crate) struct Rejection {
+    at: Timestamp,
+    request_id: Box<str>,
+    environment: Arc<str>,
+    caller: Option<Arc<str>>,
+    model: Box<str>,
+    api: &'static str,
+    error: ProxyError,
+}
+
+/// A rejection as the admin API shows it.
+#[derive(Debug, Serialize)]
+pub(crate) struct RejectionView {
+    at: String,
+    request_id: Box<str>,
+    environment: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    caller: Option<String>,
+    model: Box<str>,
+    api: &'static str,
+    code: &'static str,
+    message: String,
+    quotas: Vec<ShortfallView>,
+}
+
+#[derive(Debug, Serialize)]
+struct ShortfallView {
+    scope: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    kind: &'static str,
+    per: String,
+    limit: u64,
+    remaining: u64,
+    requested: u64,
+    /// `None`: the request can never fit.
+    retry_after_ms: Option<u64>,
+}
+
+impl Rejection {
+    /// The rejection of the request that `record` describes.
+    pub(crate) fn new(record: &Record, error: ProxyError) -> Self {
+        Self {
+            at: clock::now(),
+            request_id: record.request_id.as_str().into(),
+            environment: record.environment.clone(),
+            caller: record.caller.clone(),
+            model: record.model.as_str().into(),
+            api: record.api,
+            error,
+        }
+    }
+
+    fn view(&self) -> RejectionView {
+        let Self { at, request_id, environment, caller, model, api, error } = self;
+        let moment = jiff::Timestamp::from_millisecond(at.0);
+        RejectionView {
+            at: moment.map_or_else(|_| at.0.to_string(), |moment| moment.to_string()),
+            request_id: request_id.clone(),
+            environment: (**environment).to_owned(),
+            caller: caller.as_deref().map(str::to_owned),
+            model: model.clone(),
+            api,
+            code: error.code(),
+            message: error.to_string(),
+            quotas: error.shortfalls().iter().map(ShortfallView::new).collect(),
+        }
+    }
+}
+
+impl ShortfallView {
+    fn new(shortfall: &Shortfall) -> Self {
+        let Shortfall { quota, remaining, requested, wait, .. } = shortfall;
+        Self {
+            scope: quota.scope.as_str(),
+            name: Some(quota.scope.name().to_owned()).filter(|name| !name.is_empty()),
+            kind: quota.kind.as_str(),
+            per: quota.per.text.clone(),
+            limit: quota.limit,
+            remaining: *remaining,
+            requested: *requested,
+            retry_after_ms: match wait {
+                Wait::Ms(ms) => Some((*ms).max(1)),
+                Wait::Never => None,
+            },
+        }
+    }
+}
+
+impl Rejections {
+    /// Adds a rejection. The oldest one makes room.
+    pub(crate) fn add(&self, rejection: Rejection) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= MAX_REJECTIONS {
+            all.pop_front();
+        }
+        all.push_back(rejection);
+    }
+
+    /// The last rejections, newest first; of one environment and caller if they are named.
+    pub(crate) fn last(
+        &self,
+        limit: usize,
+        environment: Option<&str>,
+        caller: Option<&str>,
+    ) -> Vec<RejectionView> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let matches = |rejection: &&Rejection| {
+            environment.is_none_or(|name| *rejection.environment == *name)
+                && caller.is_none_or(|name| rejection.caller.as_deref() == Some(name))
+        };
+        all.iter().rev().filter(matches).take(limit).map(Rejection::view).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::Metrics;
+
+    #[test]
+    fn the_last_thousand_are_kept_newest_first() {
+        let rejections = Rejections::default();
+        let mut record = Record::begin(Arc::new(Metrics::new().unwrap()));
+        for n in 0..1_100 {
+            record.request_id = n.to_string();
+            record.environment = if n % 2 == 0 { "even" } else { "odd" }.into();
+            record.caller = (n % 4 == 0).then(|| "a".into());
+            rejections.add(Rejection::new(&record, ProxyError::ShuttingDown));
+        }
+        let ids = |views: &[RejectionView]| {
+            views.iter().map(|view| view.request_id.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&rejections.last(2, None, None)), ["1099", "1098"]);
+        assert_eq!(ids(&rejections.last(2, Some("even"), None)), ["1098", "1096"]);
+        assert_eq!(ids(&rejections.last(1, Some("even"), Some("a"))), ["1096"]);
+        assert!(rejections.last(9, Some("odd"), Some("a")).is_empty());
+        assert_eq!(ids(&rejections.last(5_000, None, None)).last().unwrap(), "100");
+    }
+}
