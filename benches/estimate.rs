@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench estimate -- [--quick]`
 //!
-//! 1. Chats of 2 KB and 32 KB in three kinds of text, including parsing: not cached, cached, and cached except
-//!    for one new message.
+//! 1. Chats of 2 KB and 32 KB in three kinds of text, including parsing: not cached, cached, cached except for one new
+//!    message, and with one new message after a request whose prompt tokens were reported.
 //! 2. One megabyte of each text that is slow to tokenise. Exits with 1 if one takes longer than `--bound`
 //!    milliseconds (default 150).
 
@@ -15,7 +15,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 use tollgate::api::Api;
 use tollgate::body::{Body, BodyText};
+use tollgate::calibrations::Calibrations;
 use tollgate::estimate::{Models, warm};
+use tollgate::learned::{CorrectedPrompt, EstimateScope, Learned, ReportedAnswer};
 
 const MODEL: &str = "gpt-4o";
 const MEGABYTE: usize = 1 << 20;
@@ -36,12 +38,15 @@ fn main() -> ExitCode {
 
 fn chats(rounds: usize) {
     println!("### a chat, parsed and counted: us of CPU of one thread, mean of {rounds}\n");
-    println!("| text | size | not cached | on a new thread | cached | cached except for the last message |");
-    println!("| --- | --- | --- | --- | --- | --- |");
+    println!(
+        "| text | size | not cached | on a new thread | cached | cached except for the last message | after a known request |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- |");
+    let learned = Learned::new(Calibrations::new(["upstream"]));
     let mut random = Random(7);
     for kind in [TextKind::English, TextKind::Code, TextKind::ChineseAndJapanese] {
         for size in [2 * 1024, 32 * 1024] {
-            let [mut first, mut alone, mut again, mut next] = [0.0; 4];
+            let [mut first, mut alone, mut again, mut next, mut known] = [0.0; 5];
             // Small batches keep the bodies in the CPU cache, like a body that has just arrived.
             for _ in 0..rounds / BATCH {
                 let mut some = || (0..BATCH).map(|_| Chat::of(kind, size, &mut random)).collect::<Vec<_>>();
@@ -50,14 +55,25 @@ fn chats(rounds: usize) {
                 again += mean_us(&bodies(&chats));
                 chats.iter_mut().for_each(|chat| chat.add(kind, &mut random));
                 next += mean_us(&bodies(&chats));
+                bodies(&chats).iter().for_each(|body| {
+                    learn(&learned, body, Some(500));
+                });
+                chats.iter_mut().for_each(|chat| chat.add(kind, &mut random));
+                let bodies_after = bodies(&chats);
+                let started = cpu_time();
+                bodies_after.iter().for_each(|body| {
+                    black_box(learn(&learned, body, None));
+                });
+                let taken = cpu_time().saturating_sub(started);
+                known += taken.as_secs_f64() * 1e6 / bodies_after.len() as f64;
                 for body in bodies(&others) {
                     alone += std::thread::spawn(move || mean_us(&[body])).join().unwrap() / BATCH as f64;
                 }
             }
             let mean = |sum: f64| sum * BATCH as f64 / rounds as f64;
-            let [first, alone, again, next] = [first, alone, again, next].map(mean);
+            let [first, alone, again, next, known] = [first, alone, again, next, known].map(mean);
             println!(
-                "| {} | {} KB | {first:.0} | {alone:.0} | {again:.1} | {next:.1} |",
+                "| {} | {} KB | {first:.0} | {alone:.0} | {again:.1} | {next:.1} | {known:.1} |",
                 kind.name(),
                 size / 1024
             );
@@ -78,6 +94,19 @@ fn mean_us(bodies: &[String]) -> f64 {
         black_box(read.prompt.estimate(&Models::default().named(MODEL)));
     }
     cpu_time().saturating_sub(started).as_secs_f64() * 1e6 / bodies.len() as f64
+}
+
+/// Parses and counts a body as the gateway does, and learns from its answer if it reports prompt tokens.
+fn learn(learned: &Learned, body: &str, reported: Option<u64>) -> CorrectedPrompt {
+    let text = BodyText::of(body.as_bytes()).unwrap();
+    let mut read = Body::read(Api::Chat, &text).unwrap();
+    let recall = learned.recall(EstimateScope::default(), Api::Chat, MODEL, &mut read.prompt);
+    let estimate = read.prompt.estimate(&Models::default().named(MODEL));
+    let corrected = learned.correct(&recall, MODEL, &estimate);
+    if let Some(prompt) = reported {
+        learned.learn(&recall, MODEL, &estimate, ReportedAnswer { prompt, completion: 0 });
+    }
+    corrected
 }
 
 /// CPU time of this thread. Yields first, because the kernel updates the figure then.

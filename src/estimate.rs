@@ -26,7 +26,7 @@ mod vocabulary;
 pub(crate) use calibration::bounded;
 pub use calibration::{Calibration, CalibrationSample, Correction, RequestKind};
 pub use file::FileVocabulary;
-pub use identity::PromptPrefix;
+pub use identity::{AnswerReference, PromptPrefix, ReferenceKind};
 pub use images::ImageDetail;
 pub(crate) use known::{KnownModels, ModelRank, PUBLIC_MODELS};
 pub use models::Model;
@@ -114,6 +114,8 @@ pub struct PromptEstimate {
     /// Of these, the tokens of the first message after a known prefix, if its author is the model. 0 if the count of
     /// texts is exact.
     pub echo: u64,
+    /// Tokens of the instructions and of other texts that are not part of the conversation.
+    pub settings_texts: u64,
     /// Whether the model is in a built-in table or in a rule of the config.
     pub is_known_model: bool,
 }

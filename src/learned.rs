@@ -10,11 +10,17 @@
 //! The first two are in memory only. They hold keyed hashes and numbers, and nothing of a prompt. Each entry belongs to
 //! one principal: no caller sees the effect of another caller's requests.
 
+mod answers;
 mod table;
 
 use crate::api::Api;
 use crate::calibrations::Calibrations;
-use crate::estimate::{EstimateSource, Prompt, PromptEstimate, PromptPrefix, RequestKind, bounded};
+use crate::estimate::{
+    AnswerReference, EstimateSource, Prompt, PromptEstimate, PromptPrefix, ReferenceKind, RequestKind,
+    bounded,
+};
+use crate::usage::{AnswerIds, Reported};
+use answers::ResolvedReferences;
 use std::collections::hash_map::{DefaultHasher, RandomState};
 use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
 use std::sync::Arc;
@@ -52,6 +58,7 @@ pub struct EstimateScope {
 #[derive(Debug)]
 pub struct Recall {
     scope: EstimateScope,
+    api: Api,
     /// The longest prefix whose prompt tokens were reported.
     known: Option<KnownPrefix>,
     setup: Option<SetupOffset>,
@@ -59,6 +66,7 @@ pub struct Recall {
     whole_key: Option<u64>,
     /// `None`: the prompt has no tools, settings or system prompt.
     setup_key: Option<u64>,
+    resolved: ResolvedReferences,
 }
 
 /// A prefix of a prompt, as an earlier answer reported it.
@@ -169,8 +177,16 @@ impl Learned {
         if let Some((prefix, known)) = &known {
             prompt.set_known(prefix, u64::from(known.reported.message_texts));
         }
+        // The reported tokens of a known prefix include its references, and those of the settings.
+        let first = known.as_ref().map_or(0, |(prefix, _)| prefix.unseen);
+        let is_new = |reference: &&AnswerReference<'_>| {
+            known.is_none() || reference.unseen >= first && reference.kind != ReferenceKind::Response
+        };
+        let resolved = self.resolve(scope, prompt.references().filter(is_new), prompt.has_user_message());
         Recall {
             scope,
+            api,
+            resolved,
             known: known.map(|(_, known)| known),
             setup: setup.map(SetupOffset::from),
             whole_key: whole.map(|whole| prefix_key(&whole)),
@@ -180,6 +196,18 @@ impl Learned {
 
     /// Corrects the estimate of a prompt by the best of what is known.
     pub fn correct(&self, recall: &Recall, model: &str, estimate: &PromptEstimate) -> CorrectedPrompt {
+        let mut corrected = self.correct_content(recall, model, estimate);
+        let resolved = &recall.resolved;
+        corrected.tokens = corrected.tokens.saturating_add(resolved.tokens);
+        corrected.unseen = corrected.unseen.saturating_sub(resolved.references);
+        if resolved.has_any {
+            corrected.source = EstimateSource::Conversation;
+        }
+        corrected
+    }
+
+    /// Corrects the estimate of the content that the request itself has.
+    fn correct_content(&self, recall: &Recall, model: &str, estimate: &PromptEstimate) -> CorrectedPrompt {
         let counted = estimate.tokens();
         if let Some(known) = &recall.known {
             return CorrectedPrompt {
@@ -250,8 +278,13 @@ pub struct ReportedAnswer {
 
 impl EstimateUpdate {
     /// Learns the reported tokens of a complete answer.
-    pub(crate) fn apply(self, prompt: u64, completion: Option<u64>) {
-        let completion = completion.filter(|_| self.has_one_completion).unwrap_or(0);
+    pub(crate) fn apply(self, prompt: u64, reported: &Reported, ids: impl FnOnce() -> Option<AnswerIds>) {
+        let completion = reported.visible_completion().filter(|_| self.has_one_completion).unwrap_or(0);
+        if self.recall.api == Api::Responses
+            && let Some(ids) = ids()
+        {
+            self.learned.learn_ids(self.recall.scope, &self.estimate, reported, &ids);
+        }
         self.learned.learn(&self.recall, &self.model, &self.estimate, ReportedAnswer { prompt, completion });
     }
 }

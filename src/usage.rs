@@ -4,6 +4,7 @@
 //! Nothing here does I/O. The formats follow the providers' documentation and recorded answers. A field that is not
 //! a whole number from 0 to 2^40 is not credible and does not count as reported.
 
+mod answer_ids;
 mod choice_ends;
 mod choices;
 mod collector;
@@ -21,6 +22,7 @@ mod stream_end;
 mod template;
 mod texts;
 
+pub use answer_ids::{AnswerIds, AnswerItem};
 pub use collector::TextToCount;
 pub use decode::{ContentCoding, Decoder};
 pub use delivered::{Delivered, DeliveredTokens};

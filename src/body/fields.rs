@@ -4,7 +4,7 @@ use super::edit::{Span, StreamOptions};
 use super::inputs::Inputs;
 use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
 use crate::api::Api;
-use crate::estimate::{Prompt, PromptPart};
+use crate::estimate::{Prompt, PromptPart, ReferenceKind};
 use crate::json::{
     Expected, JsonVisitor, LooseText, Text, Visit, raw, raw_unless_null, string, value, whole_number,
 };
@@ -196,7 +196,14 @@ impl<'a> BodyReader<'a> {
                 Ok(())
             }
             (_, "mcp_servers") => value(map, &mut McpServers(prompt)),
-            (Api::Responses, "prompt" | "conversation" | "previous_response_id")
+            (Api::Responses, "previous_response_id") => {
+                let id = string(map)?;
+                if !id.is_empty() {
+                    prompt.refer_to_answer(ReferenceKind::Response, id);
+                }
+                Ok(())
+            }
+            (Api::Responses, "prompt" | "conversation")
             | (Api::Gemini, "cachedContent" | "cached_content") => {
                 if let Some(reference) = raw_unless_null(map)? {
                     prompt.identify(reference);

@@ -3,7 +3,7 @@
 
 use super::chat::add_role;
 use super::content::{MessageContent, member_count};
-use crate::estimate::{ImageDetail, Prompt, PromptPart, Role, media};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, ReferenceKind, Role, media};
 use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -37,13 +37,27 @@ impl<'a> JsonVisitor<'a> for ResponsesInput<'_, 'a> {
             role: Cow::Borrowed(""),
             kind: Cow::Borrowed(""),
             arguments: 0,
+            id: Cow::Borrowed(""),
+            has_content: false,
         };
         let is_some = element(list, &mut item)?;
-        let InputItem { role, kind, arguments, .. } = item;
+        let InputItem { role, kind, arguments, id, has_content, .. } = item;
         if is_some {
+            refer(self.0, &kind, id, has_content);
             finish(self.0, &kind, &role, arguments, first_text);
         }
         Ok(is_some)
+    }
+}
+
+/// Adds the reference that an item is.
+fn refer<'a>(prompt: &mut Prompt<'a>, kind: &str, id: Cow<'a, str>, has_content: bool) {
+    match kind {
+        "item_reference" => prompt.refer_to_answer(ReferenceKind::Item, id),
+        "reasoning" if !has_content && !id.is_empty() => {
+            prompt.refer_to_answer(ReferenceKind::Reasoning, id);
+        }
+        _ => {}
     }
 }
 
@@ -53,12 +67,11 @@ fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, arguments: u64, first
             let role = add_role(prompt, role);
             prompt.end_message(role, first_text);
         }
-        "item_reference" => prompt.unseen += 1,
+        "item_reference" | "reasoning" => {}
         "function_call" | "custom_tool_call" => {
             prompt.add_tool_call(arguments);
             prompt.end_message(Role::Other, first_text);
         }
-        "reasoning" => {}
         _ => prompt.end_message(Role::Other, first_text),
     }
 }
@@ -69,6 +82,9 @@ struct InputItem<'p, 'a> {
     kind: Cow<'a, str>,
     /// The number of arguments of a call.
     arguments: u64,
+    id: Cow<'a, str>,
+    /// Whether the item has reasoning in a form that the model reads.
+    has_content: bool,
 }
 
 impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
@@ -85,6 +101,7 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
         "result",
         "code",
         "tools",
+        "id",
     ];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
@@ -96,6 +113,7 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
         match name {
             "type" => self.kind = string(object)?,
             "role" => self.role = string(object)?,
+            "id" => self.id = string(object)?,
             "content" | "output" => value(object, &mut MessageContent::of(self.prompt))?,
             // The prompt holds the reasoning itself, if anything, and not its summary.
             "summary" => {
@@ -109,7 +127,11 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
                 self.arguments = member_count(&text);
                 self.prompt.add_text(PromptPart::Messages, text, 1);
             }
-            "encrypted_content" => self.prompt.add_encrypted_reasoning(&string(object)?),
+            "encrypted_content" => {
+                let encrypted = string(object)?;
+                self.has_content |= !encrypted.is_empty();
+                self.prompt.add_encrypted_reasoning(&encrypted);
+            }
             // Of `additional_tools`, and of lists that the provider loaded earlier.
             "tools" => self.prompt.add_loaded_tools(raw(object)?),
             // An image that the model generated earlier.

@@ -6,6 +6,7 @@
 
 use super::Role;
 use super::count_cache::HashedText;
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::collections::hash_map::{DefaultHasher, RandomState};
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -159,6 +160,29 @@ impl Identity {
         let first = self.message_texts().start;
         KnownTexts { texts: first..prefix.texts.max(first), tokens, echo: self.echo_after(prefix) }
     }
+}
+
+/// A reference to an earlier answer, or to a part of it (Responses API).
+#[derive(Debug)]
+pub struct AnswerReference<'a> {
+    /// The id of a response or of an item.
+    pub(crate) id: Cow<'a, str>,
+    pub(crate) kind: ReferenceKind,
+    /// Number of references before it, of any kind that is unseen.
+    pub(crate) unseen: u64,
+    /// Number of messages before it.
+    pub(super) message: u64,
+}
+
+/// What a reference stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReferenceKind {
+    /// A response with everything before it.
+    Response,
+    /// One item of a response.
+    Item,
+    /// Reasoning of a response. The request contains the item without its content.
+    Reasoning,
 }
 
 /// What a number or text that is added to an identity means.

@@ -2,7 +2,7 @@
 
 use super::attachments::Attachments;
 use super::count_cache::HashedText;
-use super::identity::{Identity, IdentityPart, KnownTexts, PromptPrefix};
+use super::identity::{AnswerReference, Identity, IdentityPart, KnownTexts, PromptPrefix, ReferenceKind};
 use super::images::{ImageDetail, PromptImage};
 use super::media::{Pdf, Recording};
 use super::models::Model;
@@ -23,6 +23,8 @@ const MAX_LOADED_TOOLS: usize = 256;
 /// Number of texts that are stored separately. In further texts, two bytes count as a token: a list of millions of
 /// tiny texts would take many times the memory of its body.
 const MAX_TEXTS: usize = 1 << 17;
+/// Number of references to earlier answers that are looked up.
+const MAX_REFERENCES: usize = 64;
 
 /// The author of a message, as far as it affects the cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,6 +81,10 @@ pub struct Prompt<'a> {
     pub prompts: u64,
     /// Number of references to content outside the request.
     pub unseen: u64,
+    /// References to earlier answers.
+    references: Vec<AnswerReference<'a>>,
+    /// Number of messages before the last message of the user.
+    last_user_message: Option<u64>,
 }
 
 /// Filling.
@@ -95,6 +101,16 @@ impl<'a> Prompt<'a> {
     /// Adds text that is not counted and that identifies content outside the request: a URL or an id.
     pub(crate) fn identify(&mut self, text: &str) {
         self.identity.add_text(IdentityPart::Reference, &text.into());
+    }
+
+    /// Adds a reference to an earlier answer.
+    pub(crate) fn refer_to_answer(&mut self, kind: ReferenceKind, id: Cow<'a, str>) {
+        self.identify(&id);
+        if self.references.len() < MAX_REFERENCES {
+            let (unseen, message) = (self.unseen, self.counts.messages);
+            self.references.push(AnswerReference { id, kind, unseen, message });
+        }
+        self.unseen += u64::from(kind != ReferenceKind::Reasoning);
     }
 
     /// Adds a text that is in the prompt `times` times.
@@ -127,6 +143,7 @@ impl<'a> Prompt<'a> {
     pub(crate) fn end_message(&mut self, role: Role, first_text: usize) {
         if role == Role::User {
             self.thinking.end_user_message(self.counts.messages);
+            self.last_user_message = Some(self.counts.messages);
         }
         self.counts.messages += 1;
         self.counts.assistant += u64::from(role == Role::Assistant);
@@ -281,7 +298,7 @@ impl<'a> Prompt<'a> {
 }
 
 /// Recognising.
-impl Prompt<'_> {
+impl<'a> Prompt<'a> {
     /// The keyed hash of the system messages at the beginning of the messages; 0 without one.
     pub fn system(&self) -> u64 {
         self.identity.system()
@@ -296,6 +313,18 @@ impl Prompt<'_> {
     /// many. Embeddings and completions have none.
     pub fn prefixes(&self) -> impl Iterator<Item = PromptPrefix> {
         self.identity.prefixes()
+    }
+
+    /// The references to earlier answers. Reasoning before the last message of the user is left out, because models do
+    /// not read it again.
+    pub fn references(&self) -> impl Iterator<Item = &AnswerReference<'a>> {
+        let is_after = |r: &&AnswerReference<'_>| self.last_user_message.is_none_or(|last| r.message > last);
+        self.references.iter().filter(move |r| r.kind != ReferenceKind::Reasoning || is_after(r))
+    }
+
+    /// Whether a message of the user is in the prompt.
+    pub fn has_user_message(&self) -> bool {
+        self.last_user_message.is_some()
     }
 
     /// Sets the number of text tokens of a prefix of this prompt (see `PromptEstimate::message_texts`). They are not
@@ -371,7 +400,7 @@ impl Prompt<'_> {
         // The functions follow the first system message on a new line.
         let joined = self.system.filter(|_| tools.has_functions);
         let of_messages = self.identity.message_texts();
-        let (mut message_texts, mut echo) = (self.known.tokens, 0);
+        let (mut message_texts, mut settings_texts, mut echo) = (self.known.tokens, 0, 0);
         add(PromptPart::Messages, self.known.tokens);
         for (at, (part, text, times)) in self.texts.iter().enumerate() {
             if self.known.texts.contains(&at) {
@@ -382,6 +411,7 @@ impl Prompt<'_> {
             let tokens = tokens * u64::from(*times);
             add(*part, tokens);
             message_texts += if of_messages.contains(&at) { tokens } else { 0 };
+            settings_texts += if of_messages.contains(&at) { 0 } else { tokens };
             echo += if self.known.echo.contains(&at) { tokens } else { 0 };
         }
         let habits = model.thinking();
@@ -426,6 +456,7 @@ impl Prompt<'_> {
             is_partial: tools.has_hosted || self.unseen > 0,
             kind: self.kind(),
             message_texts,
+            settings_texts,
             echo: if model.counts_exactly() { 0 } else { echo },
             is_known_model: model.is_known,
         })

@@ -1,8 +1,8 @@
 //! Parses the uncompressed body of an answer as JSON or as an event stream. Its first bytes decide, and not its label.
 
 use crate::usage::{
-    BodyFormat, Delivered, Detection, Discard, FormatDetector, JsonReader, Reported, Sink, SseReader,
-    TextToCount,
+    AnswerIds, BodyFormat, Delivered, Detection, Discard, FormatDetector, JsonReader, Reported, Sink,
+    SseReader, TextToCount,
 };
 use bytes::Bytes;
 use std::io::{self, Write};
@@ -178,6 +178,15 @@ impl BodyParser {
             Self::Sse(reader) => reader.has_last_event() || reader.has_final_report(),
             Self::Json(reader, _) => reader.is_complete(),
             Self::Undecided(_) | Self::Opaque { .. } => false,
+        }
+    }
+
+    /// The ids of a complete response (Responses API).
+    pub(super) fn answer_ids(&self) -> Option<AnswerIds> {
+        match self {
+            Self::Sse(reader) => reader.answer_ids(),
+            Self::Json(_, received) => AnswerIds::of_document(received),
+            Self::Undecided(_) | Self::Opaque { .. } => None,
         }
     }
 

@@ -383,7 +383,8 @@ impl Metered {
         let reported = self.reader.reported();
         let prompt = reported.prompt().filter(|&tokens| tokens > 0);
         if let (Some(update), Some(prompt)) = (self.context.estimate_update.take(), prompt) {
-            update.apply(prompt, reported.visible_completion());
+            let ids = || self.reader.answer_ids();
+            update.apply(prompt, &reported, ids);
         }
     }
 

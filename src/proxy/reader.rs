@@ -1,7 +1,9 @@
 //! Reads usage and delivered text from an answer while its bytes pass through unchanged.
 
 use super::body_parser::{BodyParser, ParseRules};
-use crate::usage::{BodyFormat, ContentCoding, Decoder, Discard, Reported, SseReader, TextToCount};
+use crate::usage::{
+    AnswerIds, BodyFormat, ContentCoding, Decoder, Discard, Reported, SseReader, TextToCount,
+};
 use bytes::Bytes;
 use http::header::{self, HeaderMap};
 use http::{HeaderValue, response};
@@ -165,6 +167,11 @@ impl AnswerReader {
     /// Whether the API's final event has passed, or a JSON document has ended.
     pub(super) fn is_whole(&self) -> bool {
         !self.is_unreadable() && self.parser().is_some_and(BodyParser::is_whole)
+    }
+
+    /// The ids of a complete response (Responses API).
+    pub(super) fn answer_ids(&self) -> Option<AnswerIds> {
+        self.parser().and_then(BodyParser::answer_ids)
     }
 
     /// Bytes buffered for counting.

@@ -164,6 +164,11 @@ impl Delivered {
         newest_first(&self.raw)
     }
 
+    /// The JSON answer so far; empty if it is too long.
+    pub fn document(&self) -> &[u8] {
+        &self.raw
+    }
+
     /// The event that opened the stream; empty for chat streams.
     pub fn opening(&self) -> &[u8] {
         self.opening.as_deref().unwrap_or_default()

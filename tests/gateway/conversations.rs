@@ -171,3 +171,49 @@ async fn only_complete_answers_with_reported_usage_teach() {
         assert_eq!(gateway.chat(HELLO).await.header(ESTIMATED), Some("8"), "calibration is turned off");
     }
 }
+
+#[tokio::test]
+async fn references_to_earlier_answers_count_as_reported() {
+    let output = r#"[{"id":"rs_1","type":"reasoning","summary":[]},{"id":"msg_1","type":"message","content":[{"type":"output_text","text":"Hi"}]}]"#;
+    let response = format!(
+        r#"{{"id":"resp_1","object":"response","output":{output},"usage":{{"input_tokens":{REPORTED},"output_tokens":50,"output_tokens_details":{{"reasoning_tokens":30}}}}}}"#
+    );
+    let created =
+        r#"data: {"type":"response.created","response":{"id":"resp_1","object":"response","output":[]}}"#;
+    let stream = Answer::stream()
+        .event(&format!("{created}\n\n"))
+        .event("data: {\"type\":\"response.output_text.delta\",\"delta\":\"Hi\"}\n\n")
+        .event(&format!("data: {{\"type\":\"response.completed\",\"response\":{response}}}\n\n"))
+        .end();
+    // Without the instructions (1 token of text), and with the answer without its reasoning.
+    let conversation = REPORTED - 3 - 1 + 20 + 4;
+    let first = json!({"model": "gpt-4o", "instructions": "hello", "input": "hello"});
+    let user = json!({"role": "user", "content": "hello"});
+    let result = json!({"type": "function_call_output", "call_id": "c", "output": "7"});
+    let after =
+        |id: &str, input: Value| json!({"model": "gpt-4o", "previous_response_id": id, "input": input});
+    let of_items = |input: Value| json!({"model": "gpt-4o", "input": input});
+    let reference = |id: &str| json!({"type": "item_reference", "id": id});
+    let reasoning = json!({"type": "reasoning", "id": "rs_1", "summary": []});
+    for answer in [Answer::json(200, &response), stream] {
+        let upstream = Upstream::always(answer).await;
+        let requests = [
+            ("", after("resp_1", json!("hello")), conversation),
+            ("", after("resp_2", json!("hello")), 2_000),
+            ("authorization: Bearer sk-other\r\n", after("resp_1", json!("hello")), 2_000),
+            // In a loop of tools the model reads its reasoning again.
+            ("", after("resp_1", json!([result])), conversation + 30),
+            ("", of_items(json!([reference("msg_1"), user])), 20 + 4),
+            ("", of_items(json!([reference("msg_1"), reference("msg_2"), user])), 20 + 4 + 2_000),
+            ("", of_items(json!([user, reasoning])), 30),
+            ("", of_items(json!([reasoning, user])), 0),
+        ];
+        for (headers, body, known) in requests {
+            // A new gateway, because each answer teaches.
+            let gateway = Gateway::with(&upstream, "", OPEN).await;
+            estimate(&gateway, "/v1/responses", "", &first.to_string()).await;
+            let (estimated, counted) = estimate(&gateway, "/v1/responses", headers, &body.to_string()).await;
+            assert_eq!(estimated - counted, known, "{body}");
+        }
+    }
+}
