@@ -1,6 +1,7 @@
 //! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
 mod access;
+mod explain;
 mod guesses;
 mod sessions;
 mod usage;
@@ -29,6 +30,8 @@ use std::sync::Arc;
 
 /// Maximum size of a request body in bytes.
 const MAX_BODY_BYTES: usize = 64 * 1024;
+/// Maximum size of a body for `POST /api/explain` in bytes.
+const MAX_EXPLAINED_BYTES: usize = 32 * 1024 * 1024;
 
 #[derive(Clone)]
 struct Admin {
@@ -59,6 +62,8 @@ pub(crate) fn service(
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        // Requests of callers may be larger than those of administrators.
+        .route("/api/explain", post(explain::explain).layer(DefaultBodyLimit::max(MAX_EXPLAINED_BYTES)))
         .fallback(|| async {
             refusal(StatusCode::NOT_FOUND, "unknown_path", "There is no such path on the admin listener.")
         })
@@ -288,7 +293,7 @@ fn environment_json(environment: &Environment, account: &Account) -> Value {
         "name": environment.name,
         "upstream": environment.upstream.name,
         "in_flight": in_flight,
-        "quotas": levels.iter().map(|level| level_json(level, is_override(&level.quota))).collect::<Vec<_>>(),
+        "quotas": levels.iter().map(|level| level_json(level, Some(is_override(&level.quota)))).collect::<Vec<_>>(),
         "totals": {
             "requests": totals.requests,
             "rejected": totals.rejected,
@@ -303,7 +308,8 @@ fn environment_json(environment: &Environment, account: &Account) -> Value {
     json
 }
 
-fn level_json(level: &QuotaLevel, is_override: bool) -> Value {
+/// `is_override`: whether an administrator has set the limit; `None`: the JSON does not say.
+fn level_json(level: &QuotaLevel, is_override: Option<bool>) -> Value {
     let QuotaLevel { quota, level, held, used, reset_ms } = level;
     let (scope, name) = match &quota.scope {
         Scope::Environment => ("environment", None),
@@ -327,8 +333,10 @@ fn level_json(level: &QuotaLevel, is_override: bool) -> Value {
         "held": held,
         "used": used,
         "reset_seconds": reset_seconds,
-        "source": if is_override { "override" } else { "file" },
     });
+    if let Some(is_override) = is_override {
+        json["source"] = json!(if is_override { "override" } else { "file" });
+    }
     if let Some(name) = name {
         json["name"] = json!(name);
     }

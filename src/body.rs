@@ -6,6 +6,7 @@
 mod anthropic;
 mod chat;
 mod content;
+mod detect;
 mod edit;
 mod fields;
 mod gemini;
@@ -22,6 +23,7 @@ use serde::de::DeserializeSeed as _;
 use std::borrow::Cow;
 use std::fmt;
 
+pub(crate) use detect::detect_api;
 use edit::StreamOptions;
 pub use edit::{Bounds, Edit, edited};
 use fields::{BodyReader, TopLevel};

@@ -28,7 +28,7 @@ use tokio::sync::watch;
 use wait_queue::{WaitQueue, may_clear_within};
 
 pub use accounts::{Accounts, NamedAccount};
-pub use demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+pub use demand::{Admission, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
 pub use local::{Local, Rules};
@@ -186,6 +186,13 @@ impl Account {
             let replaced = std::mem::take(&mut local.replaced);
             (!is_nothing).then_some(Changes { quotas, replaced, totals, held, usage, overrides, audit })
         })
+    }
+
+    /// What would happen to a request now. Reserves and counts nothing.
+    pub fn forecast(&self, demand: &Demand<'_>) -> Forecast {
+        let obstacle = self.engine.obstacle(demand);
+        let (required, quotas) = self.engine.with_local(|local, now| local.forecast(now, demand));
+        Forecast { required, obstacle, quotas }
     }
 
     /// The quotas of the subject by kind, in the order of `Kind::ALL`.

@@ -2,14 +2,12 @@
 
 use super::output;
 use crate::api::Api;
-use crate::body::{Body, BodyText};
+use crate::body::{Body, BodyText, detect_api};
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::config::Config;
 use crate::estimate::{EstimateSource, Model, Models, PromptEstimate, PromptPart, Provider};
-use crate::json::replace_lone_surrogates;
 use crate::store;
 use anyhow::Context as _;
-use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -161,39 +159,6 @@ fn count(arguments: &CountArguments, context: &CountContext, json: &[u8]) -> Res
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
     let rules = context.models.named(&model).at(arguments.provider.unwrap_or(context.provider));
     Ok(CountResult { api, estimate: body.prompt.estimate(&rules), model, rules })
-}
-
-/// Detects the API of a body from its fields.
-fn detect_api(json: &[u8]) -> Api {
-    #[derive(Default, serde::Deserialize)]
-    #[serde(default)]
-    struct BodyShape {
-        model: Value,
-        messages: Option<IgnoredAny>,
-        prompt: Option<IgnoredAny>,
-        input: Option<IgnoredAny>,
-        contents: Option<IgnoredAny>,
-        system: Option<IgnoredAny>,
-        instructions: Option<IgnoredAny>,
-        max_output_tokens: Option<IgnoredAny>,
-        dimensions: Option<IgnoredAny>,
-        encoding_format: Option<IgnoredAny>,
-    }
-    let shape: BodyShape = serde_json::from_slice(&replace_lone_surrogates(json)).unwrap_or_default();
-    let model = shape.model.as_str().unwrap_or_default();
-    let is_embedding =
-        shape.dimensions.is_some() || shape.encoding_format.is_some() || model.contains("embed");
-    let is_response = shape.instructions.is_some() || shape.max_output_tokens.is_some() || !model.is_empty();
-    match shape {
-        BodyShape { contents: Some(_), .. } => Api::Gemini,
-        BodyShape { messages: Some(_), system: Some(_), .. } => Api::Messages,
-        BodyShape { messages: Some(_), .. } if model.starts_with("claude") => Api::Messages,
-        BodyShape { messages: Some(_), .. } => Api::Chat,
-        BodyShape { input: Some(_), .. } if is_embedding || !is_response => Api::Embeddings,
-        BodyShape { input: Some(_), .. } | BodyShape { instructions: Some(_), .. } => Api::Responses,
-        BodyShape { prompt: Some(_), .. } => Api::Completions,
-        _ => Api::Chat,
-    }
 }
 
 impl CountResult {

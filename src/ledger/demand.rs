@@ -1,7 +1,7 @@
 //! The values of a reservation: the demand of a request, its grant, and its settlement.
 
 use super::allowance::PartialLength;
-use crate::quota::{Amounts, Denied, QuotaStatus, Receipt, Shortfall, Subject, Wait};
+use crate::quota::{Amounts, Denied, QuotaLevel, QuotaStatus, Receipt, Shortfall, Subject, Wait};
 use smallvec::SmallVec;
 
 /// What a request demands of its quotas.
@@ -58,6 +58,17 @@ impl NoRoom {
             Self::Unavailable => Wait::Never,
         }
     }
+}
+
+/// What would happen to a request.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    /// The amounts that it would reserve.
+    pub required: Amounts,
+    /// Why it would not fit now. `None`: it fits.
+    pub obstacle: Option<NoRoom>,
+    /// The quotas that apply to it, in the order of the config.
+    pub quotas: Vec<QuotaLevel>,
 }
 
 /// What a request holds until it is settled.

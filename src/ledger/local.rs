@@ -156,6 +156,13 @@ impl Local {
         self.quotas.denial(now, demand.subject, &required).map(NoRoom::Quota)
     }
 
+    /// The amounts that the request would reserve, and the quotas that apply to it. Reserves nothing.
+    pub(super) fn forecast(&mut self, now: Timestamp, demand: &Demand<'_>) -> (Amounts, Vec<QuotaLevel>) {
+        let allowance = self.allowance(demand);
+        let required = self.required(demand, allowance);
+        (required.amounts, self.quotas.levels_of(now, demand.subject))
+    }
+
     fn is_full(&self) -> bool {
         self.rules.max_in_flight.is_some_and(|limit| self.in_flight >= limit)
     }

@@ -6,6 +6,8 @@ use super::charge::logged_name;
 use super::form;
 use super::headers::UnreadBody;
 use super::route::{Endpoint, Route};
+use super::snapshot::Snapshot;
+use super::state::State;
 use crate::api::Api;
 use crate::body::{Body, BodyText, Bounds, Edit, edited, named_model};
 use crate::config::Environment;
@@ -52,7 +54,7 @@ pub(super) struct Call {
     /// Tokens to reserve for the prompt: the corrected estimate, and an amount for content that the request only
     /// refers to.
     pub(super) prompt_tokens: u64,
-    corrected: CorrectedPrompt,
+    pub(super) corrected: CorrectedPrompt,
     /// What was known about the prompt. `None`: the environment neither corrects estimates nor learns.
     recall: Option<Recall>,
     pub(super) tokenizer: Option<Tokenizer>,
@@ -262,6 +264,34 @@ pub(super) async fn parse(
     };
     let mut call = Call::counted(body, options).await?;
     call.add_unseen(environment.unseen_prompt_tokens);
+    Ok(call)
+}
+
+/// Parses a body that a caller might send, as `parse` would.
+pub(super) async fn parse_example(
+    state: &State,
+    snapshot: &Snapshot,
+    (environment, caller): (usize, Option<usize>),
+    api: Api,
+    body: Bytes,
+) -> Result<Call, ProxyError> {
+    let settings = &snapshot.config.environments[environment];
+    let context = &snapshot.contexts[environment];
+    let options = ParseOptions {
+        api,
+        path_model: None,
+        path_streams: false,
+        models: snapshot.models.clone(),
+        provider: context.provider,
+        requests_stream_usage: snapshot.requests_stream_usage(context.upstream),
+        learned: settings.calibrate.then(|| state.learned.clone()),
+        scope: EstimateScope {
+            upstream: context.calibrations,
+            principal: caller::principal_of_caller(&state.learned, snapshot, environment, caller),
+        },
+    };
+    let mut call = Call::counted(body, options).await?;
+    call.add_unseen(settings.unseen_prompt_tokens);
     Ok(call)
 }
 

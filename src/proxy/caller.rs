@@ -8,7 +8,7 @@ use crate::error::ProxyError;
 use crate::learned::Learned;
 use http::request::Parts;
 use smallvec::SmallVec;
-use std::hash::{Hash as _, Hasher as _};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 
 /// The caller of a request, and the keys that must be removed before the request is forwarded.
@@ -67,6 +67,30 @@ pub(super) fn identify(
     })
 }
 
+/// The principal of the requests that a caller of the config sends with the gateway's key alone.
+pub(super) fn principal_of_caller(
+    learned: &Learned,
+    snapshot: &Snapshot,
+    environment: usize,
+    caller: Option<usize>,
+) -> u64 {
+    principal_hasher(learned, snapshot, environment, caller).finish()
+}
+
+fn principal_hasher(
+    learned: &Learned,
+    snapshot: &Snapshot,
+    environment: usize,
+    caller: Option<usize>,
+) -> DefaultHasher {
+    let environment = &snapshot.config.environments[environment];
+    let mut hasher = learned.hasher();
+    environment.upstream.base_url.hash(&mut hasher);
+    environment.name.hash(&mut hasher);
+    caller.map(|index| &environment.callers[index].name).hash(&mut hasher);
+    hasher
+}
+
 /// Identifies who sends a request. What the requests of one principal have taught does not show in the estimates of
 /// another.
 ///
@@ -80,11 +104,7 @@ pub(super) fn principal(
     head: &Parts,
     address: IpAddr,
 ) -> u64 {
-    let environment = &snapshot.config.environments[caller.environment];
-    let mut hasher = learned.hasher();
-    environment.upstream.base_url.hash(&mut hasher);
-    environment.name.hash(&mut hasher);
-    caller.index.map(|index| &environment.callers[index].name).hash(&mut hasher);
+    let mut hasher = principal_hasher(learned, snapshot, caller.environment, caller.index);
     if caller.index.is_some() && snapshot.contexts[caller.environment].credential.is_some() {
         return hasher.finish();
     }

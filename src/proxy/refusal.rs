@@ -80,6 +80,11 @@ fn outcome(error: &ProxyError) -> RequestOutcome {
 /// Counts a denial in metrics and converts it to an error.
 pub(super) fn denied(no_room: NoRoom, environment: &Environment, metrics: &Metrics) -> ProxyError {
     metrics.rejected(&environment.name, no_room_code(&no_room), no_room.worst(), false);
+    no_room_error(no_room, environment)
+}
+
+/// The error of a request that gets no reservation.
+pub(super) fn no_room_error(no_room: NoRoom, environment: &Environment) -> ProxyError {
     let name = environment.name.clone();
     match no_room {
         NoRoom::Quota(denied) => ProxyError::QuotaExceeded {

@@ -374,6 +374,13 @@ impl Quotas {
         }
     }
 
+    /// The quotas that apply to a request, with their counters, in the order of the config.
+    pub fn levels_of(&mut self, now: Timestamp, subject: Subject<'_>) -> Vec<QuotaLevel> {
+        let mut indices = self.applicable(subject);
+        indices.sort_unstable();
+        indices.iter().filter_map(|&at| Some(self.cells.get_mut(at as usize)?.quota_level(now))).collect()
+    }
+
     /// Every quota with its counter, in the order of the config.
     pub fn levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
         self.cells.iter_mut().map(|cell| cell.quota_level(now)).collect()

@@ -192,3 +192,47 @@ async fn usage_and_rejections_show_what_was_spent_and_refused() {
         );
     }
 }
+
+#[tokio::test]
+async fn explain_predicts_the_answer_to_a_request_and_charges_nothing() {
+    let (upstream, folder) = (Upstream::always(Answer::chat(8, 2)).await, tempfile::tempdir().unwrap());
+    let gateway = gateway(&upstream, &folder).await;
+    let explain = |query: &str, body: &str| {
+        let (gateway, target, body) = (&gateway, format!("/api/explain{query}"), body.to_owned());
+        async move { request(gateway, "POST", &target, &bearer(TOKEN), &body).await }
+    };
+    let web = "?environment=production&caller=web";
+    let before = explain(web, &hello(r#""max_tokens":100"#)).await.json();
+    let (estimate, quota) = (&before["estimate"], &before["quotas"][0]);
+    assert_eq!((&before["admitted"], &before["retry_after_ms"]), (&json!(true), &Value::Null));
+    assert_eq!((&estimate["prompt_tokens"], &estimate["completion_tokens"]), (&json!(8), &json!(100)));
+    assert_eq!((&estimate["source"], &estimate["encoding"]), (&json!("rules"), &json!("o200k_base")));
+    assert_eq!(
+        (&quota["kind"], &quota["requested"], &quota["fits"]),
+        (&json!("requests"), &json!(1), &json!(true))
+    );
+    let key = "authorization: Bearer sk-some-key-of-web-app\r\n";
+    for _ in 0..2 {
+        let answer = gateway.send("POST", CHAT, key, HELLO).await;
+        assert_eq!((answer.status, answer.header("x-tollgate-estimated-prompt-tokens")), (200, Some("8")));
+    }
+    let after = explain(web, HELLO).await.json();
+    let denied = gateway.send("POST", CHAT, key, HELLO).await;
+    assert_eq!(denied.status, 429);
+    assert_eq!((&after["admitted"], &after["code"]), (&json!(false), &denied.json()["error"]["code"]));
+    let wait: u64 = denied.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!(after["retry_after_ms"].as_u64().unwrap().abs_diff(wait) < 10_000, "{after}");
+    assert_eq!((&after["quotas"][0]["fits"], &after["quotas"][0]["level"]), (&json!(false), &json!(0)));
+    for (query, body, want) in [
+        ("?environment=nowhere", HELLO, (404, "unknown_environment")),
+        ("?environment=production", HELLO, (404, "unknown_caller")),
+        ("?environment=production&caller=other", HELLO, (404, "unknown_caller")),
+        ("", HELLO, (400, "invalid_value")),
+        (web, "{", (400, "invalid_json")),
+        (web, r#"{"model":"gpt-4o","messages":[],"n":0}"#, (400, "invalid_value")),
+    ] {
+        assert_eq!(error(&explain(query, body).await), (want.0, want.1.to_owned()), "{query} {body}");
+    }
+    let totals = request(&gateway, "GET", "/api/environments/production", &bearer(TOKEN), "").await.json();
+    assert_eq!((&totals["totals"]["requests"], &totals["totals"]["rejected"]), (&json!(2), &json!(1)));
+}
