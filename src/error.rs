@@ -2,6 +2,7 @@
 
 mod denial;
 mod dialects;
+mod path_mistake;
 
 use crate::api::Dialect;
 use crate::body::BodyFault;
@@ -9,6 +10,7 @@ use crate::quota::{Denied, Kind, Shortfall, Wait};
 use dialects::ErrorContent;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
+pub use path_mistake::PathMistake;
 use serde_json::Value;
 use std::fmt;
 use std::time::Duration;
@@ -25,8 +27,8 @@ pub enum ProxyError {
         base_path: String,
         /// The kind of SDK that `base_path` is for.
         dialect: Dialect,
-        /// The path exists at a provider, and the gateway does not serve it.
-        is_known: bool,
+        /// What is probably wrong with the path.
+        mistake: PathMistake,
     },
     /// The path is served, but not with this method.
     MethodNotAllowed {
@@ -60,6 +62,8 @@ pub enum ProxyError {
     InvalidBody(BodyFault),
     /// The model is not on the environment's allow-list.
     ModelNotFound {
+        /// The most similar model that the environment allows.
+        nearest: Option<String>,
         /// The model as the request names it.
         model: String,
         /// The environment's name.
@@ -258,15 +262,9 @@ fn write_retry_after(headers: &mut HeaderMap, ms: u64, retry_patience: Duration)
 impl fmt::Display for ProxyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownPath { path, is_known: true, .. } => write!(
-                f,
-                "The gateway knows the path '{path}' and does not serve it, because it cannot count the tokens that are used there. Its operator can let such requests pass, each charged as one request (other_paths: forward)."
-            ),
-            Self::UnknownPath { path, base_path, dialect, is_known: false } => write!(
-                f,
-                "The gateway does not serve the path '{path}'. {} needs a base_url that ends in '{base_path}'.",
-                dialects::sdk(*dialect)
-            ),
+            Self::UnknownPath { path, base_path, dialect, mistake } => {
+                mistake.write_message(f, path, base_path, dialects::sdk(*dialect))
+            }
             Self::MethodNotAllowed { allow } => write!(f, "This path accepts {allow} only."),
             Self::InvalidKey { given: false, header } => write!(
                 f,
@@ -290,11 +288,12 @@ impl fmt::Display for ProxyError {
             }
             Self::BodyIncomplete(what) => write!(f, "The request body did not arrive completely: {what}."),
             Self::InvalidBody(fault) => fault.fmt(f),
-            Self::ModelNotFound { model, environment } if model.is_empty() => {
+            Self::ModelNotFound { model, environment, .. } if model.is_empty() => {
                 write!(f, "The request names no model, and environment '{environment}' allows only the models of its allow-list (models).")
             }
-            Self::ModelNotFound { model, environment } => {
-                write!(f, "The model '{model}' does not exist, or environment '{environment}' does not allow it (models).")
+            Self::ModelNotFound { model, environment, nearest } => {
+                write!(f, "The model '{model}' does not exist, or environment '{environment}' does not allow it (models).")?;
+                nearest.iter().try_for_each(|nearest| write!(f, " Did you mean '{nearest}'?"))
             }
             Self::QuotaExceeded { denied, environment, .. } => denial::write_message(f, denied, environment),
             Self::TooManyInFlight { limit, environment } => {

@@ -15,6 +15,7 @@ use crate::error::ProxyError;
 use crate::estimate::{Model, Models, Prompt, PromptEstimate, Provider, Tokenizer};
 use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
+use crate::similar::most_similar;
 use crate::telemetry::{Metrics, Record};
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
@@ -160,8 +161,10 @@ impl Call {
         if !has_model || is_allowed {
             return Ok(());
         }
-        let (model, environment) = (logged_name(&self.model).to_owned(), environment.name.clone());
-        Err(ProxyError::ModelNotFound { model, environment })
+        let (model, allowed) = (logged_name(&self.model).to_owned(), &environment.models);
+        let allowed: Vec<&str> = allowed.iter().map(|glob| glob.as_str().trim_end_matches('*')).collect();
+        let nearest = most_similar(&model, &allowed).map(str::to_owned);
+        Err(ProxyError::ModelNotFound { model, environment: environment.name.clone(), nearest })
     }
 
     /// Learns from the answer's usage. `None`: the environment does not learn.

@@ -4,7 +4,8 @@
 use super::unserved;
 use crate::api::{Api, Dialect};
 use crate::config::Config;
-use crate::error::ProxyError;
+use crate::error::{PathMistake, ProxyError};
+use crate::similar::most_similar;
 use http::Method;
 
 /// The kind of service at a path.
@@ -76,6 +77,11 @@ const OTHER_METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE
 /// The `allow` header for these.
 const ALLOW_OTHER: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 
+/// Endpoints that people append to a `base_url` by mistake.
+const ENDPOINTS: [&str; 5] = ["/chat/completions", "/completions", "/embeddings", "/responses", "/messages"];
+/// The first segments of the paths of the admin listener.
+const ADMIN_PATHS: [&str; 4] = ["/metrics", "/livez", "/readyz", "/api/"];
+
 /// An error repeats at most this many characters of the path.
 const MAX_SHOWN_PATH: usize = 200;
 
@@ -113,12 +119,36 @@ pub(super) fn unknown_path(config: &Config, path: &str) -> ProxyError {
     let is_known = is_plain(rest)
         && unserved::is_known(rest)
         && (environment.is_some() || serves_without_prefix(config));
-    ProxyError::UnknownPath {
-        path: path.chars().take(MAX_SHOWN_PATH).collect(),
-        base_path,
-        dialect,
-        is_known,
+    let mistake = match mistake(config, environment, rest) {
+        PathMistake::BaseUrl if is_known => PathMistake::NotServed,
+        mistake => mistake,
+    };
+    let base_path = match &mistake {
+        PathMistake::Environment { nearest, .. } => with_version(format!("/{nearest}"), dialect),
+        _ => base_path,
+    };
+    ProxyError::UnknownPath { path: path.chars().take(MAX_SHOWN_PATH).collect(), base_path, dialect, mistake }
+}
+
+/// What is probably wrong with a path, if it can be seen from the path. `rest`: the path without its environment.
+fn mistake(config: &Config, environment: Option<usize>, rest: &str) -> PathMistake {
+    if environment.is_none() && ADMIN_PATHS.iter().any(|path| rest.starts_with(path)) {
+        return PathMistake::AdminPath;
     }
+    let is_twice = |endpoint: &&&'static str| rest.matches(**endpoint).count() > 1;
+    if let Some(endpoint) = ENDPOINTS.iter().find(is_twice) {
+        return PathMistake::EndpointTwice(endpoint);
+    }
+    mistyped_environment(config, environment, rest).unwrap_or(PathMistake::BaseUrl)
+}
+
+/// The environment that the first segment probably means, if the rest of the path is served.
+fn mistyped_environment(config: &Config, environment: Option<usize>, rest: &str) -> Option<PathMistake> {
+    let segment = rest.strip_prefix('/').filter(|_| environment.is_none())?;
+    let (given, below) = segment.split_at(segment.find('/')?);
+    let names: Vec<&str> = config.environments.iter().map(|e| e.name.as_str()).collect();
+    let nearest = most_similar(given, &names).filter(|_| route(below).is_some())?;
+    Some(PathMistake::Environment { given: given.to_owned(), nearest: nearest.to_owned() })
 }
 
 /// The kind of SDK that requests a path. It is defined for paths that are not served, too.
@@ -173,6 +203,11 @@ fn base_path(config: &Config, path: &str, dialect: Dialect) -> String {
         None if needs_none => String::new(),
         None => "/<environment>".to_owned(),
     };
+    with_version(environment, dialect)
+}
+
+/// The path of a `base_url` below the path of an environment.
+fn with_version(environment: String, dialect: Dialect) -> String {
     match dialect {
         Dialect::OpenAi | Dialect::Responses => environment + "/v1",
         // These SDKs add the version to each path themselves.

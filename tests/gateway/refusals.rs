@@ -67,3 +67,42 @@ async fn a_refusal_names_the_scope_of_the_quota_in_message_body_log_and_metric()
         assert!(admitted.get("scope").is_none() && admitted.get("retry_after_ms").is_none(), "{admitted}");
     }
 }
+
+#[tokio::test]
+async fn a_mistyped_path_or_model_gets_a_hint() {
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let gateway = Gateway::with(
+        &upstream,
+        "",
+        "  production: { upstream: backend, models: [gpt-4o*, o3], quotas: { requests: { limit: 9k, per: minute } } }\n  \
+         sandbox: { upstream: backend, quotas: { requests: { limit: 9k, per: minute } } }",
+    )
+    .await;
+    let with_model = |model: &str| HELLO.replace("gpt-4o", model);
+    for (path, body, hint) in [
+        (
+            "/sandbx/v1/chat/completions",
+            HELLO.to_owned(),
+            "Did you mean 'sandbox'? An OpenAI SDK needs a base_url that ends in '/sandbox/v1'.",
+        ),
+        (
+            "/sandbox/v1/chat/completions/chat/completions",
+            HELLO.to_owned(),
+            "It contains '/chat/completions' twice: an OpenAI SDK appends this path itself.",
+        ),
+        ("/metrics", HELLO.to_owned(), "The admin listener serves the path '/metrics'"),
+        ("/production/v1/chat/completions", with_model("gtp-4o"), "Did you mean 'gpt-4o'?"),
+    ] {
+        let reply = gateway.post(path, &body).await;
+        let message = reply.json()["error"]["message"].to_string();
+        assert!(reply.status == 404 && message.contains(hint), "{path}: {message}");
+    }
+    for (path, body) in [
+        ("/unrelated/v1/chat/completions", HELLO.to_owned()),
+        ("/sandbx/v1/nothing", HELLO.to_owned()),
+        ("/production/v1/chat/completions", with_model("claude-opus")),
+    ] {
+        let reply = gateway.post(path, &body).await;
+        assert!(reply.status == 404 && !reply.text().contains("Did you mean"), "{path}: {}", reply.text());
+    }
+}
