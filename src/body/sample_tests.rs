@@ -16,7 +16,10 @@ const FIELDS: &str = "type text refusal image_url document_url detail input_audi
     max_output_tokens n best_of stop suffix model instructions previous_response_id conversation prompt messages \
     contents system systemInstruction mcp_servers output_format output_config reasoning_effort effort mode \
     generationConfig maxOutputTokens candidateCount responseSchema responseJsonSchema cachedContent audio user \
-    seed temperature signature metadata annotations id status document video_url url";
+    seed temperature signature metadata annotations id status document video_url url \
+    audio_url candidate_count code_execution_result defer_loading disable_parallel_tool_use executable_code \
+    function_declarations function_response mime_type parameters_json_schema reasoning_details \
+    response_json_schema response_schema thinking_blocks thought_signature tool_name tool_references";
 
 /// Values of these members are JSON that the model reads as it is.
 const VERBATIM: [&str; 6] = ["input_schema", "parameters", "schema", "args", "response", "input"];

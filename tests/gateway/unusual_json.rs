@@ -24,8 +24,10 @@ const REQUESTS: [(&str, &str); 6] = [
     ),
 ];
 
+/// A gateway whose estimates do not depend on earlier answers.
 async fn gateway(upstream: &Upstream) -> Gateway {
-    Gateway::in_front_of(upstream, "{ requests: { limit: 999, per: minute } }").await
+    let environments = "  staging: { upstream: backend, calibrate: false, quotas: { requests: { limit: 999, per: minute } } }\ndefault_environment: staging";
+    Gateway::with(upstream, "", environments).await
 }
 
 #[tokio::test]
