@@ -16,6 +16,7 @@ mod form;
 mod headers;
 mod keys;
 mod metered;
+mod model_list;
 mod query;
 mod reader;
 mod refusal;
@@ -83,6 +84,8 @@ struct OutgoingRequest {
     environment: Arc<Environment>,
     endpoint: Endpoint,
     call: Call,
+    /// Whether the answer is a list of models from which those that the environment forbids are removed.
+    lists_models: bool,
     /// Whether the exchange continues after the caller disconnects (`on_disconnect: drain`).
     outlives_caller: bool,
     /// Runs since the body was read.
@@ -212,6 +215,7 @@ impl Proxy {
         let body = call.forwarded_body(headers.clamped_to).await;
         let body = body.map_err(|error| Refusal::new(error, &headers))?;
         let (target, endpoint) = (self.upstream_target(&head.uri, &route, caller), route.endpoint);
+        let lists_models = route.lists_models && !environment.models.is_empty();
         let credential = context.credential.as_ref();
         let passed =
             headers::for_upstream(head.headers, &environment.upstream, credential, caller.key_headers);
@@ -222,6 +226,7 @@ impl Proxy {
             environment: environment.clone(),
             endpoint,
             call,
+            lists_models,
             outlives_caller: environment.on_disconnect == OnDisconnect::Drain,
             received,
         };
@@ -352,6 +357,13 @@ impl Proxy {
             }
         };
         charge.record.first_byte = Some(started.elapsed());
+        let (mut parts, incoming) = (parts, incoming);
+        let incoming = if outgoing.lists_models && parts.status.is_success() {
+            let allowed = &outgoing.environment.models;
+            Box::pin(model_list::restrict(incoming, &mut parts.headers, allowed)).await
+        } else {
+            incoming
+        };
         peer.limit_answer(started, outgoing.environment.upstream.timeouts.total);
         let mut context = self.meter_context(outgoing, parts.status, started, peer.clone());
         let incoming = if reader::depends_on_first_bytes(&parts, context.withholds_usage) {

@@ -5,6 +5,7 @@ use super::caller::{self, IdentifiedCaller};
 use super::charge::logged_name;
 use super::form;
 use super::headers::UnreadBody;
+use super::query;
 use super::route::{Endpoint, Route};
 use super::snapshot::Snapshot;
 use super::state::State;
@@ -154,8 +155,12 @@ impl Call {
         endpoint: Endpoint,
         environment: &Environment,
     ) -> Result<(), ProxyError> {
-        let has_model =
-            matches!(endpoint, Endpoint::Counted(_) | Endpoint::Uncounted(_) | Endpoint::CountTokens(_));
+        let has_model = match endpoint {
+            Endpoint::Counted(_) | Endpoint::Uncounted(_) | Endpoint::CountTokens(_) => true,
+            // The list of models names none.
+            Endpoint::Models => !self.model.is_empty(),
+            Endpoint::Root | Endpoint::Other => false,
+        };
         let is_allowed =
             environment.models.is_empty() || environment.models.iter().any(|glob| glob.matches(&self.model));
         if !has_model || is_allowed {
@@ -249,7 +254,10 @@ pub(super) async fn parse(
             }
             return Ok(call);
         }
-        Endpoint::Models | Endpoint::Root | Endpoint::Other => return Ok(Call::opaque(body)),
+        Endpoint::Models | Endpoint::Root | Endpoint::Other => {
+            let model = route.model.map(query::decoded).unwrap_or_default();
+            return Ok(Call { model, ..Call::opaque(body) });
+        }
     };
     let context = &snapshot.contexts[caller.environment];
     let options = ParseOptions {

@@ -91,6 +91,11 @@ impl Candidates {
     }
 }
 
+/// A segment of a path without percent-encoding.
+pub(super) fn decoded(segment: &str) -> String {
+    String::from_utf8_lossy(&percent_decoded(segment.as_bytes())).into_owned()
+}
+
 /// Decodes every `%` with two hexadecimal digits.
 fn percent_decoded(text: &[u8]) -> Vec<u8> {
     let mut decoded = Vec::with_capacity(text.len());

@@ -64,11 +64,13 @@ pub(super) struct Route<'a> {
     pub(super) model: Option<&'a str>,
     /// The path requests a stream (Gemini).
     pub(super) streams: bool,
+    /// The path requests the list of models.
+    pub(super) lists_models: bool,
 }
 
 impl Route<'_> {
     fn new(endpoint: Endpoint) -> Self {
-        Self { environment: None, path: "", endpoint, model: None, streams: false }
+        Self { environment: None, path: "", endpoint, model: None, streams: false, lists_models: false }
     }
 }
 
@@ -258,8 +260,8 @@ fn route(path: &str) -> Option<(Route<'_>, &'static str)> {
     if let Some(endpoint) = openai_endpoint(rest) {
         return Some((Route::new(endpoint), "POST"));
     }
-    let is_models = is_models_path(path) && !unserved::is_operation(path);
-    is_models.then_some((Route::new(Endpoint::Models), "GET"))
+    let named = named_model(path).filter(|_| !unserved::is_operation(path))?;
+    Some((Route { model: named, lists_models: named.is_none(), ..Route::new(Endpoint::Models) }, "GET"))
 }
 
 /// The endpoint of an OpenAI path without its version.
@@ -295,20 +297,20 @@ fn model_operation(path: &str) -> Option<(&str, Endpoint, bool)> {
     is_name.then_some((model, endpoint, streams))
 }
 
-/// Whether a path is the list of models or one model.
-fn is_models_path(path: &str) -> bool {
+/// The model of a path of one model; `Some(None)` for the list of models, `None` for any other path.
+fn named_model(path: &str) -> Option<Option<&str>> {
     let google_rest = path.strip_prefix("/v1beta");
     let rest =
         google_rest.or_else(|| path.strip_prefix("/openai/v1")).or_else(|| path.strip_prefix("/openai"));
     let rest = rest.or_else(|| path.strip_prefix("/v1")).unwrap_or(path);
-    match rest.strip_prefix("/models") {
-        Some("") => true,
-        // In Google's paths an operation follows a colon.
-        Some(model) => {
-            let name = model.strip_prefix('/').filter(|model| google_rest.is_none() || !model.contains(':'));
-            name.is_some_and(|model| model.split('/').all(is_segment))
+    match rest.strip_prefix("/models")? {
+        "" => Some(None),
+        model => {
+            // In Google's paths an operation follows a colon.
+            let name =
+                model.strip_prefix('/').filter(|model| google_rest.is_none() || !model.contains(':'))?;
+            name.split('/').all(is_segment).then_some(Some(name))
         }
-        None => false,
     }
 }
 

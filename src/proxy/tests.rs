@@ -95,6 +95,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
     let account = state.current().accounts[0].clone();
     let charge = charge(&account, &state.metrics).await;
     let outgoing = OutgoingRequest {
+        lists_models: false,
         request: upstream::Request {
             method: Method::POST,
             target: "/v1/chat/completions".into(),

@@ -106,3 +106,34 @@ async fn a_mistyped_path_or_model_gets_a_hint() {
         assert!(reply.status == 404 && !reply.text().contains("Did you mean"), "{path}: {}", reply.text());
     }
 }
+
+#[tokio::test]
+async fn the_list_of_models_has_only_the_allowed_ones() {
+    let list = r#"{"object":"list","data":[{"id":"gpt-4o","object":"model"},{"id":"gpt-4.1","object":"model"},{"id":"o3"}]}"#;
+    let upstream = Upstream::always(Answer::json(200, list)).await;
+    let environments = |models: &str| {
+        format!(
+            "  production: {{ upstream: backend, {models} quotas: {{ requests: {{ limit: 9k, per: minute }} }} }}"
+        )
+    };
+    let get = |models: &str, path: &'static str| {
+        let (upstream, environments) = (&upstream, environments(models));
+        async move {
+            let gateway = Gateway::with(upstream, "", &environments).await;
+            gateway.send("GET", path, "", "").await
+        }
+    };
+    let restricted = get("models: [gpt-4o*],", "/production/v1/models").await;
+    assert_eq!(restricted.text(), r#"{"object":"list","data":[{"id":"gpt-4o","object":"model"}]}"#);
+    assert_eq!(get("", "/production/v1/models").await.text(), list);
+    for (path, status) in [
+        ("/production/v1/models/gpt-4o", 200),
+        ("/production/v1/models/gpt%2D4o", 200),
+        ("/production/v1/models/o3", 404),
+        ("/production/openai/models/gpt%2D4.1", 404),
+        ("/production/v1beta/models/gemini-2.5-pro", 404),
+    ] {
+        let reply = get("models: [gpt-4o*],", path).await;
+        assert_eq!(reply.status, status, "{path}: {}", reply.text());
+    }
+}

@@ -1,0 +1,108 @@
+//! Restricts the upstream's list of models to the models that the environment allows.
+
+use crate::glob::Glob;
+use crate::json::replace_lone_surrogates;
+use crate::upstream::Incoming;
+use bytes::{Bytes, BytesMut};
+use http::header::{self, HeaderMap};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::future::poll_fn;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// A longer list passes unchanged.
+const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
+/// If the list takes longer to arrive, it passes unchanged.
+const MAX_READ_TIME: Duration = Duration::from_secs(10);
+
+/// Reads the list and removes the models that no pattern allows. What is not a list of models passes unchanged.
+pub(super) async fn restrict(mut incoming: Incoming, headers: &mut HeaderMap, allowed: &[Glob]) -> Incoming {
+    if headers.contains_key(header::CONTENT_ENCODING) {
+        return incoming;
+    }
+    let mut read = BytesMut::new();
+    let reading = async {
+        while read.len() <= MAX_LIST_BYTES {
+            match poll_fn(|cx| incoming.poll_data(cx)).await {
+                Some(Ok(data)) => read.extend_from_slice(&data),
+                Some(Err(error)) => return (false, Some(error)),
+                None => return (true, None),
+            }
+        }
+        (false, None)
+    };
+    let (is_whole, error) = timeout(MAX_READ_TIME, reading).await.unwrap_or_default();
+    let read = read.freeze();
+    let Some(list) = Some(&read).filter(|_| is_whole).and_then(|list| allowed_only(list, allowed)) else {
+        return incoming.with_read(read, error);
+    };
+    headers.remove(header::CONTENT_LENGTH);
+    incoming.with_read(list, None)
+}
+
+/// The list as the providers send it: OpenAI and Anthropic name it `data`, Google `models`.
+#[derive(Deserialize)]
+struct ModelList<'l> {
+    #[serde(borrow, alias = "models")]
+    data: Vec<&'l RawValue>,
+}
+
+#[derive(Deserialize)]
+struct ListedModel<'l> {
+    #[serde(borrow)]
+    id: Option<Cow<'l, str>>,
+    /// Google's name: `models/` and the id.
+    #[serde(borrow)]
+    name: Option<Cow<'l, str>>,
+}
+
+/// The list without the models that no pattern allows. All other bytes stay. `None`: this is no list of models.
+fn allowed_only(list: &Bytes, allowed: &[Glob]) -> Option<Bytes> {
+    let json = std::str::from_utf8(list).ok()?;
+    let ModelList { data } = serde_json::from_str(json).ok()?;
+    let (first, last) = (data.first()?, data.last()?);
+    let position = |text: &str| text.as_ptr().addr() - json.as_ptr().addr();
+    let (start, end) = (position(first.get()), position(last.get()) + last.get().len());
+    let kept: Vec<&str> =
+        data.iter().map(|model| model.get()).filter(|model| is_allowed(model, allowed)).collect();
+    Some([&json[..start], &kept.join(","), &json[end..]].concat().into())
+}
+
+/// Whether a pattern allows a model. One without a name stays.
+fn is_allowed(model: &str, allowed: &[Glob]) -> bool {
+    let model = replace_lone_surrogates(model.as_bytes());
+    let Ok(ListedModel { id, name }) = serde_json::from_slice(&model) else { return true };
+    let Some(name) = id.or(name) else { return true };
+    let name = name.strip_prefix("models/").unwrap_or(&name);
+    allowed.iter().any(|pattern| pattern.matches(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_keeps_the_allowed_models_and_every_other_byte() {
+        let allowed = ["gpt-4o*", "o3", "gemini-2*"].map(Glob::new);
+        for (list, want) in [
+            (
+                r#"{"object":"list", "data":[ {"id":"gpt-4o","x":1e2} , {"id":"gpt-4.1"}, {"id":"o3"}], "y":2}"#,
+                Some(r#"{"object":"list", "data":[ {"id":"gpt-4o","x":1e2},{"id":"o3"}], "y":2}"#),
+            ),
+            (
+                r#"{"models":[{"name":"models/gemini-1.5-pro"},{"name":"models/gemini-2.5-pro"}],"nextPageToken":"a"}"#,
+                Some(r#"{"models":[{"name":"models/gemini-2.5-pro"}],"nextPageToken":"a"}"#),
+            ),
+            (r#"{"data":[{"id":"a"},{"id":"b"}],"has_more":false}"#, Some(r#"{"data":[],"has_more":false}"#)),
+            (r#"{"data":[{"object":"model"}]}"#, Some(r#"{"data":[{"object":"model"}]}"#)),
+            (r#"{"data":[]}"#, None),
+            (r#"{"id":"gpt-4o"}"#, None),
+            ("[1,2", None),
+        ] {
+            let restricted = allowed_only(&Bytes::from_static(list.as_bytes()), &allowed);
+            assert_eq!(restricted.as_deref(), want.map(str::as_bytes), "{list}");
+        }
+    }
+}
