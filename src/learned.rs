@@ -171,7 +171,8 @@ impl Learned {
             let new_references = whole.map_or(0, |whole| whole.unseen.saturating_sub(prefix.unseen));
             Some((prefix, KnownPrefix { reported, new_references }))
         });
-        let has_setup = settings != 0 || prompt.system() != 0;
+        // Completions and embeddings have no messages, so everything they have would be their set-up.
+        let has_setup = whole.is_some() && (settings != 0 || prompt.system() != 0);
         let setup_key = has_setup.then(|| key(EntryKind::Setup(prompt.kind()), settings, prompt.system()));
         let setup = setup_key.filter(|_| known.is_none()).and_then(|key| self.table.get(key));
         if let Some((prefix, known)) = &known {

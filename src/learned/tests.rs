@@ -81,6 +81,19 @@ fn the_longest_known_prefix_counts() {
 }
 
 #[test]
+fn completions_and_embeddings_have_neither_conversations_nor_set_ups() {
+    let all = learned();
+    for (api, body) in [
+        (Api::Completions, r#"{"model":"gpt-4o","prompt":"hello","suffix":"you"}"#),
+        (Api::Embeddings, r#"{"model":"gpt-4o","input":["hello"]}"#),
+    ] {
+        let text = BodyText::of(body.as_bytes()).unwrap();
+        let recall = all.recall(ONE, api, MODEL, &mut Body::read(api, &text).unwrap().prompt);
+        assert_eq!((recall.whole_key, recall.setup_key), (None, None), "{api:?}");
+    }
+}
+
+#[test]
 fn a_repeated_answer_counts_as_reported_if_it_is_recognised() {
     let prefix = |completion: u32| ReportedPrefix { reported: 0, estimated: 0, message_texts: 0, completion };
     for (completion, counted, correction) in
