@@ -224,12 +224,7 @@ impl<'a> BodyReader<'a> {
                 prompt.add_tools(raw(map)?);
                 Ok(())
             }
-            (_, "parallel_tool_calls") => {
-                if raw(map)? == "false" {
-                    prompt.forbid_parallel_calls();
-                }
-                Ok(())
-            }
+            (_, "parallel_tool_calls") => value(map, &mut ParallelCalls(prompt)),
             (Api::Messages, "tool_choice") => value(map, &mut AnthropicToolChoice(prompt)),
             (_, "tool_choice" | "function_call") => value(map, &mut ToolChoice(prompt)),
             (_, "thinking") => value(map, &mut Thinking(prompt)),
@@ -352,6 +347,18 @@ impl<'a> JsonVisitor<'a> for ToolChoice<'_, 'a> {
         let name = string(object)?;
         if !name.is_empty() {
             self.0.require_tool_named(name);
+        }
+        Ok(())
+    }
+}
+
+/// `parallel_tool_calls`.
+struct ParallelCalls<'p, 'a>(&'p mut Prompt<'a>);
+
+impl JsonVisitor<'_> for ParallelCalls<'_, '_> {
+    fn boolean(&mut self, are_allowed: bool) -> Result<(), Expected> {
+        if !are_allowed {
+            self.0.forbid_parallel_calls();
         }
         Ok(())
     }

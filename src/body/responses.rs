@@ -39,9 +39,15 @@ impl<'a> JsonVisitor<'a> for ResponsesInput<'_, 'a> {
             arguments: 0,
             id: Cow::Borrowed(""),
             has_content: false,
+            encrypted: Cow::Borrowed(""),
         };
         let is_some = element(list, &mut item)?;
-        let InputItem { role, kind, arguments, id, has_content, .. } = item;
+        let InputItem { role, kind, arguments, id, has_content, encrypted, .. } = item;
+        if kind.starts_with("compaction") {
+            self.0.add_encrypted_summary(&encrypted);
+        } else {
+            self.0.add_encrypted_reasoning(&encrypted);
+        }
         if is_some {
             refer(self.0, &kind, id, has_content);
             finish(self.0, &kind, &role, arguments, first_text);
@@ -72,6 +78,8 @@ fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, arguments: u64, first
             prompt.add_tool_call(arguments);
             prompt.end_message(Role::Other, first_text);
         }
+        // The provider's summary of earlier items has no role.
+        "compaction" | "compaction_summary" => {}
         _ => prompt.end_message(Role::Other, first_text),
     }
 }
@@ -85,6 +93,8 @@ struct InputItem<'p, 'a> {
     id: Cow<'a, str>,
     /// Whether the item has reasoning in a form that the model reads.
     has_content: bool,
+    /// Content that only the provider can decrypt.
+    encrypted: Cow<'a, str>,
 }
 
 impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
@@ -128,9 +138,8 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
                 self.prompt.add_text(PromptPart::Messages, text, 1);
             }
             "encrypted_content" => {
-                let encrypted = string(object)?;
-                self.has_content |= !encrypted.is_empty();
-                self.prompt.add_encrypted_reasoning(&encrypted);
+                self.encrypted = string(object)?;
+                self.has_content |= !self.encrypted.is_empty();
             }
             // Of `additional_tools`, and of lists that the provider loaded earlier.
             "tools" => self.prompt.add_loaded_tools(raw(object)?),

@@ -8,7 +8,7 @@
 /// Words after which a family's name may begin.
 const SEPARATORS: [char; 9] = ['/', '.', '-', '_', ':', '@', ' ', '~', '|'];
 /// A longer name is that of no known model.
-const MAX_NAME_BYTES: usize = 256;
+pub(super) const MAX_NAME_BYTES: usize = 256;
 
 /// The name to look up in the tables, in lower case. `is_family`: whether a name begins with a family's name.
 pub(super) fn plain_name(model: &str, is_family: impl Fn(&str) -> bool) -> String {
@@ -159,208 +159,211 @@ mod tests {
         plain_name(model, is_family)
     }
 
+    /// The beginning of the plain name, and spellings of it.
+    const SPELLINGS: &[(&str, &[&str])] = &[
+        (
+            "gpt-4o",
+            &[
+                "gpt-4o",
+                "GPT-4o",
+                "gpt4o",
+                "gpt_4o_mini",
+                "openai/gpt-4o-2024-08-06",
+                "azure/eu/gpt-4o",
+                "azure_ai/gpt-4o",
+                "openai-gpt-4o",
+                "openai.gpt-4o",
+                "global.openai.gpt-4o-mini",
+                "ft:gpt-4o-2024-08-06:organisation::id",
+                "openrouter/openai/gpt-4o:online",
+                "prod-gpt-4o-west",
+                "acme:gpt-4o",
+                "models/gpt-4o",
+            ],
+        ),
+        (
+            "gpt-4.1",
+            &[
+                "gpt-4-1",
+                "gpt-4-1-mini",
+                "openai-gpt-4.1",
+                "openai/gpt-4.1-nano-2025-04-14",
+                "ft:gpt-4.1-mini:o::i",
+            ],
+        ),
+        ("gpt-4-", &["gpt-4-1106-preview", "gpt4-32k", "gpt-4-0613", "openai.gpt-4-turbo"]),
+        ("gpt-5", &["gpt-5-2025-08-07", "gpt5-mini", "vercel/openai/gpt-5", "databricks-gpt-5"]),
+        ("gpt-35", &["gpt-35-turbo-16k", "gpt35-turbo", "my_gpt-35-turbo"]),
+        (
+            "gpt-oss-20b",
+            &[
+                "openai.gpt-oss-20b-1:0",
+                "openai/gpt-oss-20b",
+                "gpt-oss-20b:free",
+                "@cf/openai/gpt-oss-20b",
+                "databricks-gpt-oss-20b",
+                "accounts/fireworks/models/gpt-oss-20b",
+                "hf:openai/gpt-oss-20b",
+                "lmstudio-community/gpt-oss-20b-GGUF",
+            ],
+        ),
+        ("o3-mini", &["o3-mini", "openai.o3-mini", "azure-o3-mini-2025-01-31", "openai/o3-mini-high"]),
+        (
+            "text-embedding-3",
+            &["text-embedding-3-small", "azure-text-embedding-3-large", "openai.text-embedding-3-small"],
+        ),
+        (
+            "claude-3-5-sonnet",
+            &[
+                "anthropic/claude-3.5-sonnet",
+                "us.anthropic.claude-3-5-sonnet-20241022-v2:0",
+                "claude-3-5-sonnet@20240620",
+                "bedrock/eu.anthropic.claude-3-5-sonnet-20240620-v1:0",
+                "vertex_ai/claude-3-5-sonnet-v2@20241022",
+                "arn:aws:bedrock:us-east-1:123456789012:inference-profile/us.anthropic.claude-3-5-sonnet-20241022-v2:0",
+                "databricks-claude-3-5-sonnet",
+                "claude3.5-sonnet",
+                "anthropic--claude-3.5-sonnet",
+            ],
+        ),
+        (
+            "claude-sonnet-4-5",
+            &[
+                "claude-sonnet-4.5",
+                "claude-4.5-sonnet",
+                "claude-4-5-sonnet-thinking",
+                "global.anthropic.claude-sonnet-4-5-20250929-v1:0",
+                "anthropic/claude-sonnet-4.5:beta",
+                "databricks-claude-sonnet-4-5",
+                "anthropic.claude-sonnet-4-5@20250929",
+            ],
+        ),
+        (
+            "claude-opus-4",
+            &["claude-4-opus", "claude-opus-4@20250514", "apac.anthropic.claude-opus-4-20250514-v1:0"],
+        ),
+        ("claude-2", &["claude-2.1", "anthropic.claude-v2:1", "anthropic.claude-v2"]),
+        ("claude-instant", &["anthropic.claude-instant-v1", "claude-instant-1.2"]),
+        (
+            "gemini-2.5-flash",
+            &[
+                "gemini-2.5-flash",
+                "models/gemini-2.5-flash-lite",
+                "google/gemini-2.5-flash-preview-05-20:thinking",
+                "google.gemini-2-5-flash",
+                "vertex_ai/gemini-2.5-flash",
+                "publishers/google/models/gemini-2.5-flash@default",
+                "gemini/gemini-2.5-flash",
+            ],
+        ),
+        ("gemini-1.5", &["google/gemini-pro-1.5", "google/gemini-flash-1.5-8b", "gemini-1.5-pro-002"]),
+        ("gemini-1.0", &["gemini-pro", "google/gemini-pro-vision"]),
+        (
+            "llama-3.1",
+            &[
+                "meta-llama/Meta-Llama-3.1-70B-Instruct-Turbo",
+                "llama-3.1-8b-instant",
+                "llama3.1:8b",
+                "llama3.1-70b",
+                "meta.llama3-1-405b-instruct-v1:0",
+                "accounts/fireworks/models/llama-v3p1-70b-instruct",
+                "@cf/meta/llama-3.1-8b-instruct-fp8",
+                "us.meta.llama3-1-8b-instruct-v1:0",
+                "hf:meta-llama/Llama-3.1-8B-Instruct",
+                "NousResearch/Hermes-3-Llama-3.1-405B",
+                "nvidia/llama-3.1-nemotron-70b-instruct:free",
+                "unsloth_Llama-3.1-8B-Q4_K_M.gguf",
+            ],
+        ),
+        (
+            "llama-3.3",
+            &[
+                "llama3.3-70b",
+                "databricks-meta-llama-3-3-70b-instruct",
+                "@cf/meta/llama-3.3-70b-instruct-fp8-fast",
+                "llama-3.3-70b-versatile",
+            ],
+        ),
+        (
+            "llama-3-",
+            &[
+                "meta-llama/Llama-3-8b",
+                "llama3-70b-8192",
+                "meta.llama3-8b-instruct-v1:0",
+                "meta-llama-3-8b-instruct",
+            ],
+        ),
+        (
+            "llama-4",
+            &[
+                "meta-llama/llama-4-scout-17b-16e-instruct",
+                "us.meta.llama4-maverick-17b-instruct-v1:0",
+                "Llama-4-Scout-17B-16E-Instruct-FP8",
+            ],
+        ),
+        ("llama-2", &["llama2", "meta.llama2-13b-chat-v1", "meta-llama/Llama-2-7b-chat-hf"]),
+        (
+            "mistral-large",
+            &[
+                "mistral.mistral-large-2402-v1:0",
+                "mistralai/Mistral-Large-Instruct-2411",
+                "mistral-large-latest",
+            ],
+        ),
+        (
+            "voxtral",
+            &["mistral.voxtral-mini-3b-2507", "voxtral-small-latest", "mistralai/voxtral-mini-latest"],
+        ),
+        ("magistral", &["mistral.magistral-small-2509", "mistralai/Magistral-Small-2506"]),
+        ("glm-4.7", &["zai-glm-4.7", "zai.glm-4.7-flash", "z-ai/glm-4.7", "zai-org-glm-4.7", "glm-4-7"]),
+        ("glm-5", &["zai-org/GLM-5-FP8", "z-ai/glm-5-turbo", "accounts/fireworks/models/glm-5"]),
+        (
+            "deepseek-r1",
+            &[
+                "deepseek.r1-v1:0",
+                "deepseek-r1:latest",
+                "deepseek/deepseek-r1-0528:free",
+                "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
+            ],
+        ),
+        (
+            "deepseek-v3.1",
+            &[
+                "deepseek-ai/DeepSeek-V3.1",
+                "accounts/fireworks/models/deepseek-v3p1",
+                "deepseek.v3-1",
+                "deepseek-v3-1-terminus",
+            ],
+        ),
+        ("grok-4.1-fast", &["grok-4-1-fast-non-reasoning", "x-ai/grok-4.1-fast", "xai.grok-4-1-fast"]),
+        ("grok-3-mini", &["grok-3-mini-beta", "xai/grok-3-mini", "azure_ai/grok-3-mini"]),
+        ("qwen3.5", &["Qwen/Qwen3.5-9B", "qwen.qwen3.5-397b-a17b", "qwen3.5:latest"]),
+        ("qwen3-", &["qwen.qwen3-32b-v1:0", "alibaba/qwen3-max", "cerebras-qwen3-coder", "qwen3-8b-awq"]),
+        (
+            "kimi-k2",
+            &[
+                "moonshotai/Kimi-K2-Instruct-0905:groq",
+                "moonshot.kimi-k2-thinking",
+                "accounts/fireworks/models/kimi-k2p5",
+            ],
+        ),
+        ("minimax-m2", &["minimax.minimax-m2", "minimaxai/minimax-m2", "MiniMax-M2"]),
+        ("command-r", &["cohere.command-r-plus-v1:0", "command-r7b-12-2024", "cohere/command-r"]),
+        (
+            "gemma-3",
+            &[
+                "google.gemma-3-27b-it",
+                "gemma3:12b",
+                "@cf/google/gemma-3-12b-it",
+                "google/gemma-3n-e4b-it:free",
+            ],
+        ),
+    ];
+
     #[test]
     fn makers_and_hosts_are_stripped() {
-        for (family, spellings) in [
-            (
-                "gpt-4o",
-                &[
-                    "gpt-4o",
-                    "GPT-4o",
-                    "gpt4o",
-                    "gpt_4o_mini",
-                    "openai/gpt-4o-2024-08-06",
-                    "azure/eu/gpt-4o",
-                    "azure_ai/gpt-4o",
-                    "openai-gpt-4o",
-                    "openai.gpt-4o",
-                    "global.openai.gpt-4o-mini",
-                    "ft:gpt-4o-2024-08-06:organisation::id",
-                    "openrouter/openai/gpt-4o:online",
-                    "prod-gpt-4o-west",
-                    "acme:gpt-4o",
-                    "models/gpt-4o",
-                ][..],
-            ),
-            (
-                "gpt-4.1",
-                &[
-                    "gpt-4-1",
-                    "gpt-4-1-mini",
-                    "openai-gpt-4.1",
-                    "openai/gpt-4.1-nano-2025-04-14",
-                    "ft:gpt-4.1-mini:o::i",
-                ],
-            ),
-            ("gpt-4-", &["gpt-4-1106-preview", "gpt4-32k", "gpt-4-0613", "openai.gpt-4-turbo"]),
-            ("gpt-5", &["gpt-5-2025-08-07", "gpt5-mini", "vercel/openai/gpt-5", "databricks-gpt-5"]),
-            ("gpt-35", &["gpt-35-turbo-16k", "gpt35-turbo", "my_gpt-35-turbo"]),
-            (
-                "gpt-oss-20b",
-                &[
-                    "openai.gpt-oss-20b-1:0",
-                    "openai/gpt-oss-20b",
-                    "gpt-oss-20b:free",
-                    "@cf/openai/gpt-oss-20b",
-                    "databricks-gpt-oss-20b",
-                    "accounts/fireworks/models/gpt-oss-20b",
-                    "hf:openai/gpt-oss-20b",
-                    "lmstudio-community/gpt-oss-20b-GGUF",
-                ],
-            ),
-            ("o3-mini", &["o3-mini", "openai.o3-mini", "azure-o3-mini-2025-01-31", "openai/o3-mini-high"]),
-            (
-                "text-embedding-3",
-                &["text-embedding-3-small", "azure-text-embedding-3-large", "openai.text-embedding-3-small"],
-            ),
-            (
-                "claude-3-5-sonnet",
-                &[
-                    "anthropic/claude-3.5-sonnet",
-                    "us.anthropic.claude-3-5-sonnet-20241022-v2:0",
-                    "claude-3-5-sonnet@20240620",
-                    "bedrock/eu.anthropic.claude-3-5-sonnet-20240620-v1:0",
-                    "vertex_ai/claude-3-5-sonnet-v2@20241022",
-                    "arn:aws:bedrock:us-east-1:123456789012:inference-profile/us.anthropic.claude-3-5-sonnet-20241022-v2:0",
-                    "databricks-claude-3-5-sonnet",
-                    "claude3.5-sonnet",
-                    "anthropic--claude-3.5-sonnet",
-                ],
-            ),
-            (
-                "claude-sonnet-4-5",
-                &[
-                    "claude-sonnet-4.5",
-                    "claude-4.5-sonnet",
-                    "claude-4-5-sonnet-thinking",
-                    "global.anthropic.claude-sonnet-4-5-20250929-v1:0",
-                    "anthropic/claude-sonnet-4.5:beta",
-                    "databricks-claude-sonnet-4-5",
-                    "anthropic.claude-sonnet-4-5@20250929",
-                ],
-            ),
-            (
-                "claude-opus-4",
-                &["claude-4-opus", "claude-opus-4@20250514", "apac.anthropic.claude-opus-4-20250514-v1:0"],
-            ),
-            ("claude-2", &["claude-2.1", "anthropic.claude-v2:1", "anthropic.claude-v2"]),
-            ("claude-instant", &["anthropic.claude-instant-v1", "claude-instant-1.2"]),
-            (
-                "gemini-2.5-flash",
-                &[
-                    "gemini-2.5-flash",
-                    "models/gemini-2.5-flash-lite",
-                    "google/gemini-2.5-flash-preview-05-20:thinking",
-                    "google.gemini-2-5-flash",
-                    "vertex_ai/gemini-2.5-flash",
-                    "publishers/google/models/gemini-2.5-flash@default",
-                    "gemini/gemini-2.5-flash",
-                ],
-            ),
-            ("gemini-1.5", &["google/gemini-pro-1.5", "google/gemini-flash-1.5-8b", "gemini-1.5-pro-002"]),
-            ("gemini-1.0", &["gemini-pro", "google/gemini-pro-vision"]),
-            (
-                "llama-3.1",
-                &[
-                    "meta-llama/Meta-Llama-3.1-70B-Instruct-Turbo",
-                    "llama-3.1-8b-instant",
-                    "llama3.1:8b",
-                    "llama3.1-70b",
-                    "meta.llama3-1-405b-instruct-v1:0",
-                    "accounts/fireworks/models/llama-v3p1-70b-instruct",
-                    "@cf/meta/llama-3.1-8b-instruct-fp8",
-                    "us.meta.llama3-1-8b-instruct-v1:0",
-                    "hf:meta-llama/Llama-3.1-8B-Instruct",
-                    "NousResearch/Hermes-3-Llama-3.1-405B",
-                    "nvidia/llama-3.1-nemotron-70b-instruct:free",
-                    "unsloth_Llama-3.1-8B-Q4_K_M.gguf",
-                ],
-            ),
-            (
-                "llama-3.3",
-                &[
-                    "llama3.3-70b",
-                    "databricks-meta-llama-3-3-70b-instruct",
-                    "@cf/meta/llama-3.3-70b-instruct-fp8-fast",
-                    "llama-3.3-70b-versatile",
-                ],
-            ),
-            (
-                "llama-3-",
-                &[
-                    "meta-llama/Llama-3-8b",
-                    "llama3-70b-8192",
-                    "meta.llama3-8b-instruct-v1:0",
-                    "meta-llama-3-8b-instruct",
-                ],
-            ),
-            (
-                "llama-4",
-                &[
-                    "meta-llama/llama-4-scout-17b-16e-instruct",
-                    "us.meta.llama4-maverick-17b-instruct-v1:0",
-                    "Llama-4-Scout-17B-16E-Instruct-FP8",
-                ],
-            ),
-            ("llama-2", &["llama2", "meta.llama2-13b-chat-v1", "meta-llama/Llama-2-7b-chat-hf"]),
-            (
-                "mistral-large",
-                &[
-                    "mistral.mistral-large-2402-v1:0",
-                    "mistralai/Mistral-Large-Instruct-2411",
-                    "mistral-large-latest",
-                ],
-            ),
-            (
-                "voxtral",
-                &["mistral.voxtral-mini-3b-2507", "voxtral-small-latest", "mistralai/voxtral-mini-latest"],
-            ),
-            ("magistral", &["mistral.magistral-small-2509", "mistralai/Magistral-Small-2506"]),
-            ("glm-4.7", &["zai-glm-4.7", "zai.glm-4.7-flash", "z-ai/glm-4.7", "zai-org-glm-4.7", "glm-4-7"]),
-            ("glm-5", &["zai-org/GLM-5-FP8", "z-ai/glm-5-turbo", "accounts/fireworks/models/glm-5"]),
-            (
-                "deepseek-r1",
-                &[
-                    "deepseek.r1-v1:0",
-                    "deepseek-r1:latest",
-                    "deepseek/deepseek-r1-0528:free",
-                    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
-                ],
-            ),
-            (
-                "deepseek-v3.1",
-                &[
-                    "deepseek-ai/DeepSeek-V3.1",
-                    "accounts/fireworks/models/deepseek-v3p1",
-                    "deepseek.v3-1",
-                    "deepseek-v3-1-terminus",
-                ],
-            ),
-            ("grok-4.1-fast", &["grok-4-1-fast-non-reasoning", "x-ai/grok-4.1-fast", "xai.grok-4-1-fast"]),
-            ("grok-3-mini", &["grok-3-mini-beta", "xai/grok-3-mini", "azure_ai/grok-3-mini"]),
-            ("qwen3.5", &["Qwen/Qwen3.5-9B", "qwen.qwen3.5-397b-a17b", "qwen3.5:latest"]),
-            ("qwen3-", &["qwen.qwen3-32b-v1:0", "alibaba/qwen3-max", "cerebras-qwen3-coder", "qwen3-8b-awq"]),
-            (
-                "kimi-k2",
-                &[
-                    "moonshotai/Kimi-K2-Instruct-0905:groq",
-                    "moonshot.kimi-k2-thinking",
-                    "accounts/fireworks/models/kimi-k2p5",
-                ],
-            ),
-            ("minimax-m2", &["minimax.minimax-m2", "minimaxai/minimax-m2", "MiniMax-M2"]),
-            ("command-r", &["cohere.command-r-plus-v1:0", "command-r7b-12-2024", "cohere/command-r"]),
-            (
-                "gemma-3",
-                &[
-                    "google.gemma-3-27b-it",
-                    "gemma3:12b",
-                    "@cf/google/gemma-3-12b-it",
-                    "google/gemma-3n-e4b-it:free",
-                ],
-            ),
-        ] {
-            for spelling in spellings {
+        for (family, spellings) in SPELLINGS {
+            for spelling in *spellings {
                 let name = plain(spelling);
                 assert!(name.starts_with(family), "{spelling}: {name}");
             }

@@ -7,7 +7,7 @@ use super::images::{ImageDetail, PromptImage};
 use super::media::{Pdf, Recording};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
-use super::thinking::{EarlierThinking, ThoughtContent};
+use super::thinking::{EarlierThinking, EncryptedCost, ThoughtContent};
 use super::tools::{self, AnswerSchema, ToolCost, ToolList};
 use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
 use crate::api::Api;
@@ -187,6 +187,11 @@ impl<'a> Prompt<'a> {
             self.identity.add_number(IdentityPart::Encrypted, characters);
             self.thinking.add(self.counts.messages, ThoughtContent::Encrypted(characters));
         }
+    }
+
+    /// Adds a summary of earlier messages in base64, which only the provider can decrypt. Every model reads it.
+    pub(crate) fn add_encrypted_summary(&mut self, base64: &str) {
+        self.add_tokens(PromptPart::Messages, EncryptedCost::OPENAI.tokens(base64.len() as u64));
     }
 
     /// Adds the JSON of a list of tool definitions.
@@ -414,25 +419,13 @@ impl Prompt<'_> {
             settings_texts += if of_messages.contains(&at) { 0 } else { tokens };
             echo += if self.known.echo.contains(&at) { tokens } else { 0 };
         }
-        let habits = model.thinking();
-        for thought in self.thinking.read_by(habits) {
-            let tokens = match thought {
-                ThoughtContent::Text(text) if habits.reads_text => count(text)?,
-                ThoughtContent::Text(_) => 0,
-                ThoughtContent::Encrypted(characters) => habits.encrypted.tokens(*characters),
-            };
-            add(PromptPart::Messages, tokens);
-        }
+        add(PromptPart::Messages, self.thinking_tokens(model, count)?);
         if self.tool_requirement == ToolRequirement::Named && model.names_chosen_tool(self.api) {
             add(PromptPart::Tools, count(&(&*self.chosen_tool).into())?);
         }
         let schema = self.schema.as_ref().filter(|_| model.reads_schema());
         if let Some(schema) = schema {
-            let tokens = match model.schema_percent() {
-                Some(percent) => (count(&schema.whole().into())? * percent).div_ceil(100),
-                None => count(&schema.rendered().into())?,
-            };
-            add(PromptPart::Schema, tokens);
+            add(PromptPart::Schema, schema_tokens(schema, model, count)?);
         }
         add(PromptPart::Messages, self.excess_bytes / 2);
         let attached = self.attachments.tokens(model.media(), self.api, count)?;
@@ -462,6 +455,24 @@ impl Prompt<'_> {
         })
     }
 
+    /// The tokens of earlier reasoning that the model reads.
+    fn thinking_tokens(
+        &self,
+        model: &Model,
+        count: &mut dyn FnMut(&HashedText<'_>) -> Option<u64>,
+    ) -> Option<u64> {
+        let habits = model.thinking();
+        let mut sum = 0;
+        for thought in self.thinking.read_by(habits) {
+            sum += match thought {
+                ThoughtContent::Text(text) if habits.reads_text => count(text)?,
+                ThoughtContent::Text(_) => 0,
+                ThoughtContent::Encrypted(characters) => habits.encrypted.tokens(*characters),
+            };
+        }
+        Some(sum)
+    }
+
     fn tool_cost(&self, model: &Model, count: &dyn Fn(ToolList<'_>) -> Option<ToolCost>) -> Option<ToolCost> {
         let mut sum = ToolCost::default();
         if self.tool_requirement == ToolRequirement::Forbidden && !model.reads_forbidden_tools() {
@@ -484,6 +495,17 @@ impl Prompt<'_> {
         } else {
             RequestKind::Plain
         }
+    }
+}
+
+fn schema_tokens(
+    schema: &AnswerSchema<'_>,
+    model: &Model,
+    count: &mut dyn FnMut(&HashedText<'_>) -> Option<u64>,
+) -> Option<u64> {
+    match model.schema_percent() {
+        Some(percent) => Some((count(&schema.whole().into())? * percent).div_ceil(100)),
+        None => count(&schema.rendered().into()),
     }
 }
 

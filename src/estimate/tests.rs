@@ -125,6 +125,14 @@ fn encrypted_reasoning_in_responses_counts_after_the_last_message_of_the_user() 
     assert_eq!([cost("gpt-5-nano", 6_000, 0), cost("gpt-5-nano", 0, 6_000)], [none, none + 790]);
     assert_eq!(cost("gpt-5.6-sol", 6_000, 6_000), cost("gpt-5.6-sol", 0, 0) + 2 * 790);
     assert_eq!(cost("gpt-4o", 6_000, 6_000), cost("gpt-4o", 0, 0));
+
+    // A summary of earlier messages is always in the prompt, also before a message of the user.
+    let compacted = |length: usize| {
+        let summary = json!({"type": "compaction", "encrypted_content": "A".repeat(length)});
+        let input = json!([summary, {"role": "user", "content": "Hi"}]);
+        estimate(Api::Responses, &json!({"model": "gpt-5-nano", "input": input})).tokens()
+    };
+    assert_eq!(compacted(6_000) - compacted(0), 790);
 }
 
 #[test]

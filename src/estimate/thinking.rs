@@ -90,13 +90,14 @@ pub(super) struct EncryptedCost {
 }
 
 impl EncryptedCost {
+    /// OpenAI's `encrypted_content`. Fitted to 35 exchanges.
+    pub(super) const OPENAI: Self = Self { header: 900, per_mille: 155 };
+
     pub(super) fn tokens(self, characters: u64) -> u64 {
         characters.saturating_sub(self.header).saturating_mul(self.per_mille) / 1_000
     }
 }
 
-/// OpenAI's `encrypted_content`. Fitted to 35 exchanges.
-const OPENAI: EncryptedCost = EncryptedCost { header: 900, per_mille: 155 };
 /// Anthropic's signature of a thought whose text is not shown, and `data` of a redacted one. A signature grows by four
 /// characters per three of the thought. Its header was read from 8 thoughts that are shown.
 const ANTHROPIC: EncryptedCost = EncryptedCost { header: 235, per_mille: 188 };
@@ -107,7 +108,7 @@ const NONE: ThinkingHabits = ThinkingHabits {
     before: false,
     after: false,
     reads_text: true,
-    encrypted: OPENAI,
+    encrypted: EncryptedCost::OPENAI,
     depends_on_provider: false,
 };
 const AFTER: ThinkingHabits = ThinkingHabits { after: true, ..NONE };
@@ -196,6 +197,9 @@ mod tests {
 
     #[test]
     fn encrypted_reasoning_costs_by_its_length_without_a_header() {
-        assert_eq!([0, 900, 1_900, u64::MAX].map(|n| OPENAI.tokens(n)), [0, 0, 155, u64::MAX / 1_000]);
+        assert_eq!(
+            [0, 900, 1_900, u64::MAX].map(|n| EncryptedCost::OPENAI.tokens(n)),
+            [0, 0, 155, u64::MAX / 1_000]
+        );
     }
 }
