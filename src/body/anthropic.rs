@@ -87,15 +87,14 @@ impl<'a> JsonVisitor<'a> for AnthropicMessage<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["role", "content"];
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        match name {
-            "role" => string(object).map(|role| self.role = role),
-            _ => {
-                let mut blocks = Blocks::of(self.prompt);
-                value(object, &mut blocks)?;
-                self.has_own_content = blocks.has_own_content;
-                Ok(())
-            }
+        if name == "role" {
+            self.role = string(object)?;
+            return Ok(());
         }
+        let mut blocks = Blocks::of(self.prompt);
+        value(object, &mut blocks)?;
+        self.has_own_content = blocks.has_own_content;
+        Ok(())
     }
 }
 

@@ -18,8 +18,8 @@ pub(super) fn plain_name(model: &str, is_family: impl Fn(&str) -> bool) -> Strin
     let name = model.to_ascii_lowercase();
     let name = respelled(&name);
     // The last segment of a path is the model. The others are hosts and makers, which can be named like a family.
-    let segments = name.rsplit('/').map(|segment| base_of_fine_tuned(segment));
-    let found = segments.filter_map(|segment| family_in(segment, &is_family)).next();
+    let mut segments = name.rsplit('/').map(base_of_fine_tuned);
+    let found = segments.find_map(|segment| family_in(segment, &is_family));
     let last = name.rsplit('/').next().unwrap_or_default();
     in_order(found.unwrap_or(last))
 }

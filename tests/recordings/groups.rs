@@ -87,7 +87,7 @@ const GROUPS: &[Group] = &[
     Group {
         name: "Responses files",
         has: |e| e.api == Api::Responses && e.has(FILES),
-        before: should(2.0, 10.0),
+        before: must(2.0, 10.0),
         after: should(1.0, 8.0),
     },
     Group {
@@ -106,19 +106,19 @@ const GROUPS: &[Group] = &[
         name: "Anthropic text",
         has: |e| e.api == Api::Messages && is_text(e),
         before: must(1.5, 10.0),
-        after: should(0.5, 6.0),
+        after: must(0.5, 6.0),
     },
     Group {
         name: "Anthropic tools",
         has: |e| e.api == Api::Messages && has_tools(e),
         before: must(1.0, 6.0),
-        after: should(0.5, 6.0),
+        after: must(0.5, 6.0),
     },
     Group {
         name: "Gemini text",
         has: |e| e.api == Api::Gemini && is_text(e),
         before: must(4.0, 14.0),
-        after: should(2.0, 10.0),
+        after: must(2.0, 10.0),
     },
     Group {
         name: "Gemini schema",
@@ -130,7 +130,7 @@ const GROUPS: &[Group] = &[
         name: "Gemini tools",
         has: |e| e.api == Api::Gemini && has_tools(e),
         before: should(3.0, 15.0),
-        after: should(2.0, 10.0),
+        after: must(2.0, 10.0),
     },
     Group {
         name: "Gemini files",
@@ -141,7 +141,7 @@ const GROUPS: &[Group] = &[
     Group {
         name: "Gemini audio",
         has: |e| e.api == Api::Gemini && e.has(SOUND),
-        before: should(5.0, 13.0),
+        before: must(5.0, 13.0),
         after: None,
     },
     Group {
@@ -160,7 +160,7 @@ const GROUPS: &[Group] = &[
         name: "other chat, direct: tools",
         has: |e| is_other_direct(e) && has_tools(e),
         before: must(4.0, 20.0),
-        after: should(1.0, 10.0),
+        after: must(1.0, 10.0),
     },
     Group {
         name: "through a router",
@@ -173,7 +173,7 @@ const GROUPS: &[Group] = &[
         name: "OpenAI chat text and tools",
         has: |e| e.api == Api::Chat && is_openai(e) && !has_media(e),
         before: must(1.0, 6.0),
-        after: None,
+        after: must(0.0, 2.0),
     },
 ];
 
