@@ -27,7 +27,7 @@ pub enum ProxyError {
         base_path: String,
         /// The kind of SDK that `base_path` is for.
         dialect: Dialect,
-        /// What is probably wrong with the path.
+        /// The probable mistake in it.
         mistake: PathMistake,
     },
     /// The path is served, but not with this method.

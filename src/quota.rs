@@ -208,7 +208,7 @@ impl Quota {
         other
     }
 
-    /// The most that a changed quota takes over from what was used before the change. More would be debt by the new
+    /// The most that a changed quota takes over from the amount used before the change. More would be debt by the new
     /// limit, although it was within the old one.
     fn max_carried(&self) -> u64 {
         self.limit.min(self.capacity())

@@ -1,8 +1,8 @@
-//! What is probably wrong with a path that the gateway does not serve.
+//! The probable mistake in a path that the gateway does not serve.
 
 use std::fmt;
 
-/// What is probably wrong with a path that the gateway does not serve.
+/// The probable mistake in a path that the gateway does not serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PathMistake {
     /// The `base_url` of the SDK.

@@ -34,8 +34,8 @@ pub(super) struct SyncTimes {
     /// Redis ignores calls that it runs later than this after they were sent. A node that has lost Redis waits for
     /// this time before it joins again. After this time Redis ignores all calls from before the loss.
     pub(super) max_call_delay: Duration,
-    /// Maximum time that a request waits until the task has sent everything to Redis. A stall shorter than the timeout
-    /// is over by then.
+    /// Maximum time that a request waits until the task has sent everything to Redis. It is longer than the
+    /// timeout.
     max_flush_wait: Duration,
 }
 

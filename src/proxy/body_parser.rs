@@ -135,7 +135,7 @@ impl BodyParser {
         if let Self::Undecided(UndecidedBody { rules, .. }) = self
             && rules.label == Some(BodyFormat::Sse)
         {
-            // The few bytes are a part of an event, so none of them is passed on.
+            // The few bytes are a part of an event, so they are not passed on.
             self.decide_by_label(&mut Discard);
         }
         self.events_mut()

@@ -95,8 +95,8 @@ fn principal_hasher(
 /// another.
 ///
 /// A principal is a caller of the config. Keys that are not the gateway's tell users of one caller apart if the upstream
-/// receives them, and users of an open environment in any case. Users of an open environment without a key are told
-/// apart by their address.
+/// receives them, and users of an open environment in any case. Users of an open environment without a key are
+/// distinguished by their address.
 pub(super) fn principal(
     learned: &Learned,
     snapshot: &Snapshot,

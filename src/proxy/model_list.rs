@@ -17,7 +17,7 @@ const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
 /// If the list takes longer to arrive, it passes unchanged.
 const MAX_READ_TIME: Duration = Duration::from_secs(10);
 
-/// Reads the list and removes the models that no pattern allows. What is not a list of models passes unchanged.
+/// Reads the list and removes the models that no pattern allows. Any other answer passes unchanged.
 pub(super) async fn restrict(mut incoming: Incoming, headers: &mut HeaderMap, allowed: &[Glob]) -> Incoming {
     if headers.contains_key(header::CONTENT_ENCODING) {
         return incoming;

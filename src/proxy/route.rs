@@ -132,7 +132,7 @@ pub(super) fn unknown_path(config: &Config, path: &str) -> ProxyError {
     ProxyError::UnknownPath { path: path.chars().take(MAX_SHOWN_PATH).collect(), base_path, dialect, mistake }
 }
 
-/// What is probably wrong with a path, if it can be seen from the path. `rest`: the path without its environment.
+/// The probable mistake in a path. `rest`: the path without its environment.
 fn mistake(config: &Config, environment: Option<usize>, rest: &str) -> PathMistake {
     if environment.is_none() && ADMIN_PATHS.iter().any(|path| rest.starts_with(path)) {
         return PathMistake::AdminPath;

@@ -33,7 +33,7 @@ pub(super) struct AnswerSettlement {
     unreported: Unreported,
 }
 
-/// What is known of an answer before its text is counted.
+/// The facts about an answer before its text is counted.
 pub(super) struct SettlementFacts {
     pub(super) environment: Arc<Environment>,
     pub(super) reported: Reported,

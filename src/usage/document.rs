@@ -95,7 +95,7 @@ impl JsonReader {
     }
 
     /// Whether the reported usage covers the whole answer. `choices`: how many the request asks for. The usage within
-    /// a choice covers only that choice, and the usage of a chunk in a list covers what was generated until then.
+    /// a choice covers only that choice, and the usage of a chunk in a list covers only the text up to that chunk.
     pub fn has_final_report(&self, choices: u64) -> bool {
         if self.answer.is_some() { !self.scanner.is_list() || self.is_complete() } else { choices <= 1 }
     }
@@ -127,7 +127,7 @@ impl ChoicesReader {
     }
 }
 
-/// Updates what is known with a later report. A null reports nothing.
+/// Updates the report with a later one. A null reports nothing.
 fn update(known: &mut Option<Reported>, later: Option<Reported>) {
     let later = later.filter(|later| later.has_any() || later.has_incredible());
     if let Some(later) = later {

@@ -16,7 +16,7 @@ static RESPONSE: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"response.")
 /// The ends of a Responses stream, without their prefix `response.`.
 const RESPONSE_ENDS: [&str; 3] = ["completed", "incomplete", "failed"];
 
-/// What has ended in a stream so far.
+/// The parts of a stream that have ended so far.
 #[derive(Debug)]
 pub(super) struct StreamEnd {
     /// The number of choices that the request asks for.

@@ -100,7 +100,7 @@ async fn an_address_that_guesses_tokens_has_to_wait() {
     let blocked = request(&gateway, "GET", "/api/environments", &bearer(TOKEN), "").await;
     assert_eq!(error(&blocked), (429, "too_many_wrong_tokens".into()));
     assert_eq!(blocked.header("retry-after"), Some("1"));
-    // Who has signed in before is not disturbed, and neither are health checks.
+    // Sessions continue, and health checks answer.
     let cookie = format!("cookie: tollgate_session={session}\r\n");
     assert_eq!(request(&gateway, "GET", "/api/environments", &cookie, "").await.status, 200);
     assert_eq!(request(&gateway, "GET", "/readyz", "", "").await.status, 200);

@@ -1,4 +1,4 @@
-//! Reported usage that is not credible, not final, or in an unusual place: what is charged instead.
+//! Reported usage that is not credible, not final, or in an unusual place, and the charge in each case.
 
 use crate::support::*;
 use flate2::{Compression, write::GzEncoder};

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
-/// Time that a server gets after a stall of this length to run what has arrived meanwhile, before calls fail. On a busy
+/// Time that a server gets after a stall of this length to run the calls that arrived meanwhile, before calls fail. On a busy
 /// machine with many nodes that takes tens of milliseconds.
 pub fn catch_up_time(timeout: Duration) -> Duration {
     (timeout / 5).clamp(Duration::from_millis(10), Duration::from_millis(250))

@@ -55,7 +55,7 @@ impl SilenceMeter {
     }
 }
 
-/// What became of the requests of a burst.
+/// The results of the requests of a burst.
 #[derive(Debug, Default)]
 struct Burst {
     admitted: AtomicUsize,

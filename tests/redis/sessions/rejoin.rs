@@ -41,7 +41,7 @@ fn nodes_restore_the_state_that_the_server_lost() {
     assert_eq!(one.heartbeat().values, [2, 3]);
 }
 
-/// One node takes part again long after the other. What only it knew is charged in addition to what was spent since.
+/// One node takes part again long after the other. The usage that only it knew is charged in addition to the usage since then.
 #[test]
 fn a_node_that_comes_late_restores_what_only_it_knew() {
     for is_late in [false, true] {

@@ -22,7 +22,7 @@ const BURST: i64 = 3_000_000;
 /// Faults happen only during the first steps. Then all nodes recover, and finally they leave.
 const FAULTY_STEPS: u64 = 1_500;
 const RECOVERY_STEPS: u64 = 500;
-/// From this step on the server has a replica. All nodes have joined by then.
+/// From this step on the server has a replica. All nodes have joined before it.
 const REPLICATED_FROM: u64 = 50;
 const LEAVING_STEPS: u64 = 200;
 const HEARTBEAT_MS: i64 = 500;
