@@ -10,7 +10,7 @@ use std::borrow::Cow;
 /// Reads `systemInstruction`.
 pub(super) fn system<'a, M: MapAccess<'a>>(prompt: &mut Prompt<'a>, object: &mut M) -> Result<(), M::Error> {
     let first = prompt.text_count();
-    value(object, &mut GeminiContent(prompt))?;
+    value(object, &mut GeminiContent::of(prompt))?;
     if prompt.text_count() > first {
         prompt.end_message(Role::System, first);
     }
@@ -30,39 +30,61 @@ impl<'a> JsonVisitor<'a> for GeminiContents<'_, 'a> {
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
         let first = self.0.text_count();
-        let is_some = element(list, &mut GeminiContent(self.0))?;
+        let mut content = GeminiContent::of(self.0);
+        let is_some = element(list, &mut content)?;
+        let is_question = !content.is_model && content.has_own_content;
         if is_some {
             add_role(self.0, "user");
-            self.0.end_message(Role::Other, first);
+            self.0.end_message(if is_question { Role::User } else { Role::Other }, first);
         }
         Ok(is_some)
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        GeminiContent(self.0).field(name, object)
+        GeminiContent::of(self.0).field(name, object)
     }
 }
 
-struct GeminiContent<'p, 'a>(&'p mut Prompt<'a>);
+struct GeminiContent<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    /// Whether the author is the model.
+    is_model: bool,
+    /// Whether there is more than results of functions.
+    has_own_content: bool,
+}
+
+impl<'p, 'a> GeminiContent<'p, 'a> {
+    fn of(prompt: &'p mut Prompt<'a>) -> Self {
+        Self { prompt, is_model: false, has_own_content: false }
+    }
+}
 
 impl<'a> JsonVisitor<'a> for GeminiContent<'_, 'a> {
     const FIELDS: &'static [&'static str] = &["role", "parts"];
 
     fn text(&mut self, text: Cow<'a, str>) -> Result<(), Expected> {
-        self.0.add_text(PromptPart::Messages, text, 1);
+        self.has_own_content = true;
+        self.prompt.add_text(PromptPart::Messages, text, 1);
         Ok(())
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
-        match name {
-            "role" => string(object).map(drop),
-            _ => value(object, &mut GeminiParts(self.0)),
+        if name == "role" {
+            return string(object).map(|role| self.is_model = role == "model");
         }
+        let mut parts = GeminiParts { prompt: &mut *self.prompt, has_own_content: false };
+        value(object, &mut parts)?;
+        self.has_own_content = parts.has_own_content;
+        Ok(())
     }
 }
 
 /// A list of parts, or one part.
-struct GeminiParts<'p, 'a>(&'p mut Prompt<'a>);
+struct GeminiParts<'p, 'a> {
+    prompt: &'p mut Prompt<'a>,
+    /// Whether there is more than results of functions.
+    has_own_content: bool,
+}
 
 impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
     const FIELDS: &'static [&'static str] = &[
@@ -84,37 +106,39 @@ impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
     ];
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        element(list, &mut GeminiParts(self.0))
+        element(list, self)
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
+        self.has_own_content |=
+            matches!(name, "text" | "inlineData" | "inline_data" | "fileData" | "file_data");
         match name {
-            "text" => self.0.add_text(PromptPart::Messages, string(object)?, 1),
+            "text" => self.prompt.add_text(PromptPart::Messages, string(object)?, 1),
             "inlineData" | "inline_data" => {
                 let mut blob: Option<InlineBlob> = None;
                 optional(object, &mut blob)?;
                 if let Some(InlineBlob { kind, data }) = blob {
-                    document(self.0, &kind, "", &data);
+                    document(self.prompt, &kind, "", &data);
                 }
             }
-            "thoughtSignature" | "thought_signature" => self.0.add_encrypted_reasoning(&string(object)?),
+            "thoughtSignature" | "thought_signature" => self.prompt.add_encrypted_reasoning(&string(object)?),
             "fileData" | "file_data" => {
                 let Some(reference) = raw_unless_null(object)? else { return Ok(()) };
-                self.0.identify(reference);
+                self.prompt.identify(reference);
                 let mut file = InlineBlob::default();
                 drop(Visit(&mut file).deserialize(&mut serde_json::Deserializer::from_str(reference)));
                 // Most models charge the same for every image.
                 if file.kind.starts_with("image/") {
-                    self.0.add_image(None, ImageDetail::Auto);
+                    self.prompt.add_image(None, ImageDetail::Auto);
                 } else {
-                    self.0.unseen += 1;
+                    self.prompt.unseen += 1;
                 }
             }
             _ => {
-                let mut part = CallOrResult { prompt: self.0, is_present: false };
+                let mut part = CallOrResult { prompt: self.prompt, is_present: false };
                 value(object, &mut part)?;
                 if part.is_present && matches!(name, "functionCall" | "function_call") {
-                    self.0.add_tool_call(0);
+                    self.prompt.add_tool_call(0);
                 }
             }
         }
@@ -160,7 +184,7 @@ impl<'a> JsonVisitor<'a> for CallOrResult<'_, 'a> {
                 let json = raw_unless_null(object)?.unwrap_or_default();
                 self.prompt.add_text(PromptPart::Messages, Cow::Borrowed(json), 1);
             }
-            "parts" => value(object, &mut GeminiParts(self.prompt))?,
+            "parts" => value(object, &mut GeminiParts { prompt: &mut *self.prompt, has_own_content: false })?,
             _ => self.prompt.add_text(PromptPart::Messages, string(object)?, 1),
         }
         Ok(())

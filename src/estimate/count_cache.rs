@@ -40,6 +40,8 @@ pub(super) enum CachedCount {
     TitledTools,
     /// Tool definitions, rendered in `Style::Json`.
     JsonTools,
+    /// Tool definitions, rendered in `Style::Words`.
+    ToolWords,
     /// A part of a text that is slow to count.
     Piece,
 }

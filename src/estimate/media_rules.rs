@@ -190,3 +190,57 @@ impl MediaRules {
         sound.saturating_add(pictures)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LETTER: (u32, u32) = (612, 792);
+    const A4: (u32, u32) = (595, 841);
+
+    #[test]
+    fn a_page_costs_what_the_model_reads_of_it() {
+        for (model, provider, api, size, image, reads_text) in [
+            ("gpt-4o-mini", Provider::OpenAi, Api::Chat, LETTER, 205, true),
+            ("gpt-5.4", Provider::Unknown, Api::Chat, LETTER, 980, true),
+            ("gpt-4o", Provider::Router, Api::Chat, LETTER, 0, true),
+            ("gpt-4o", Provider::OpenAi, Api::Responses, LETTER, 0, true),
+            ("mistral-small", Provider::Unknown, Api::Chat, LETTER, 0, true),
+            ("claude-sonnet-5", Provider::Anthropic, Api::Messages, A4, 1_545, true),
+            ("gemini-2.0-flash", Provider::AiStudio, Api::Gemini, LETTER, 1_290, false),
+            ("gemini-2.5-pro", Provider::AiStudio, Api::Gemini, LETTER, 258, false),
+            ("gemini-3-flash", Provider::AiStudio, Api::Gemini, LETTER, 520, false),
+            ("gemini-3-flash", Provider::AiStudio, Api::Gemini, A4, 532, false),
+        ] {
+            let rules = MediaRules::of_model(model).at(provider);
+            assert_eq!(rules.page(size, api, true), image, "{model} {api:?}");
+            assert_eq!(rules.reads_page_text(), reads_text, "{model}");
+        }
+        // Gemini 2.0 divides an image only if it is alone.
+        assert_eq!(MediaRules::of_model("gemini-2.0-flash").page(LETTER, Api::Gemini, false), 258);
+    }
+
+    #[test]
+    fn sound_and_video_cost_by_their_length() {
+        let sound = Recording { milliseconds: 5_500, is_video: false, has_sound: true, size: None };
+        let silent = Recording { is_video: true, has_sound: false, ..sound };
+        let of = |model: &str, provider, recording: &Recording| {
+            MediaRules::of_model(model).at(provider).recording(recording)
+        };
+        for (model, provider, tokens) in [
+            ("gemini-2.0-flash", Provider::AiStudio, 138),
+            ("gemini-2.5-flash", Provider::AiStudio, 176),
+            ("gemini-2.5-flash", Provider::Router, 150),
+            ("gemini-3-flash", Provider::AiStudio, 138),
+            ("gpt-4o-audio", Provider::OpenAi, 55),
+            ("voxtral-small", Provider::Unknown, 375),
+        ] {
+            assert_eq!(of(model, provider, &sound), tokens, "{model}");
+        }
+        assert_eq!(of("gemini-2.0-flash", Provider::AiStudio, &silent), 1_419);
+        assert_eq!(of("gemini-2.5-flash", Provider::AiStudio, &silent), 1_447);
+        assert_eq!(of("gemini-3-flash", Provider::AiStudio, &silent), 352);
+        let wide = Recording { size: Some((1_920, 1_080)), has_sound: true, ..silent };
+        assert_eq!(of("gemini-3-flash", Provider::AiStudio, &wide), 363 + 138);
+    }
+}

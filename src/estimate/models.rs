@@ -44,6 +44,8 @@ const TEMPLATE: ChatTemplate = ChatTemplate {
     function: 15,
     parameters: 125,
     reads_types: false,
+    reads_words: false,
+    has_free_hosted: false,
     required: 0,
     serial: 0,
     call: 20,
@@ -128,7 +130,8 @@ const DEEPSEEK: ChatTemplate =
 const MISTRAL: ChatTemplate = template((2, -1), (5, 19, 136), 3);
 const GEMMA: ChatTemplate = template((0, 3), (10, 5, 100), 8);
 const DEVSTRAL_2507: ChatTemplate = template((2, -1), (3, 12, 85), 3);
-const GEMINI_2: ChatTemplate = template((0, 0), (3, 8, 87), 12);
+const GEMINI_2: ChatTemplate = ChatTemplate { has_free_hosted: true, ..template((0, 0), (3, 8, 87), 12) };
+const GEMINI_3: ChatTemplate = ChatTemplate { has_free_hosted: true, ..template((0, 0), (0, 11, 133), 8) };
 const GROK_FAST: ChatTemplate = grok(151, (147, 10, 103), 40);
 const GROK_FAST_NON_REASONING: ChatTemplate = grok(167, (149, 10, 103), 40);
 const GROK_3: ChatTemplate = ChatTemplate { description: 112, ..grok(118, (53, 13, 126), 5) };
@@ -216,12 +219,14 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("gemma-3", 108, ChatTemplate { default_system: 4, ..GEMMA }),
     ("gemma", 108, GEMMA),
     // 0 plain, 17 tools.
-    ("gemini-2.0", 100, ChatTemplate { functions: 0, function: 0, parameters: 40, call: 8, ..GEMINI_2 }),
+    ("gemini-2.0", 100, ChatTemplate { functions: 3, call: 8, reads_words: true, ..GEMINI_2 }),
     // 86 plain, 155 tools.
     ("gemini-1", 100, GEMINI_2),
     ("gemini-2", 100, GEMINI_2),
     // 28 plain, 54 tools, of versions 3 and 3.5.
-    ("gemini", 100, template((0, 0), (0, 11, 133), 8)),
+    ("gemini-3.", 100, GEMINI_3),
+    ("gemini-3", 100, GEMINI_3),
+    ("gemini", 100, GEMINI_3),
     // 2 plain, 12 tools.
     ("grok-code", 100, grok(200, (113, 15, 114), 40)),
     // 4 plain, 20 tools.
@@ -265,6 +270,10 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // Later models are assumed to be between these.
     ("claude", 120, CLAUDE_5),
 ];
+
+/// Families with one token for each digit.
+const SPLITS_DIGITS: &[&str] =
+    &["gemini-1", "gemini-2.0", "gemini-2", "gemini-3.", "gemini-3", "gemini", "gemma"];
 
 /// A model in neither table.
 const UNKNOWN: (&str, Encoding, u64, Format) = ("", O200K, 110, Format::Template(TEMPLATE));
@@ -310,6 +319,9 @@ enum Change {
     Request(i64),
     /// `functions` has this value.
     Functions(i64),
+    /// The model reads the words of functions only. `functions`, `message` and `call` have these values. Calls have
+    /// fewer words than their JSON has tokens.
+    Words(i64, i64, i64),
 }
 
 /// Families by the prefix of their name that read another prompt at a provider.
@@ -321,6 +333,14 @@ const AT_PROVIDERS: &[(Provider, &str, Change)] = &[
     (Provider::Router, "llama-3.3", Change::Request(5)),
     // Groq adds long instructions for calls.
     (Provider::Groq, "llama-4", Change::Functions(650)),
+    // Without the roles of messages.
+    (Provider::Vertex, "gemini", Change::Words(0, -1, -3)),
+    // Most routers send requests with Google's models to Vertex AI. The newest ones are not there yet.
+    (Provider::Router, "gemini-1", Change::Words(0, 0, -3)),
+    (Provider::Router, "gemini-2.0", Change::Words(3, 0, 8)),
+    (Provider::Router, "gemini-2", Change::Words(0, 0, -3)),
+    (Provider::Router, "gemini-3.", Change::Request(0)),
+    (Provider::Router, "gemini-3", Change::Words(0, 0, -3)),
 ];
 
 impl Model {
@@ -340,7 +360,7 @@ impl Model {
         let known = other.or_else(openai);
         let (family, encoding, percent, format) = known.unwrap_or(UNKNOWN);
         Self {
-            tokenizer: Tokenizer { encoding, percent },
+            tokenizer: Tokenizer { encoding, percent, splits_digits: SPLITS_DIGITS.contains(&family) },
             is_known: known.is_some(),
             format,
             media: MediaRules::of_model(&name),
@@ -363,6 +383,10 @@ impl Model {
             }
             (Format::Template(template), Some((.., Change::Functions(functions)))) => {
                 Format::Template(ChatTemplate { functions: *functions, ..template })
+            }
+            (Format::Template(template), Some((.., Change::Words(functions, message, call)))) => {
+                let (functions, message, call) = (*functions, *message, *call);
+                Format::Template(ChatTemplate { functions, message, call, reads_words: true, ..template })
             }
             (format, _) => format,
         };
@@ -518,7 +542,11 @@ mod tests {
             ("who-knows", O200K, 110),
             ("é", O200K, 110),
         ] {
-            assert_eq!(Model::built_in(model).tokenizer, Tokenizer { encoding, percent }, "{model}");
+            assert_eq!(
+                Model::built_in(model).tokenizer,
+                Tokenizer { encoding, percent, splits_digits: false },
+                "{model}"
+            );
         }
     }
 }

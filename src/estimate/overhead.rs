@@ -41,6 +41,10 @@ pub(super) struct ChatTemplate {
     pub(super) parameters: u8,
     /// Whether the model reads functions as TypeScript types, and not as JSON.
     pub(super) reads_types: bool,
+    /// Whether the model reads the words of functions only (`Style::Words`).
+    pub(super) reads_words: bool,
+    /// Whether tools that the provider hosts cost nothing by themselves.
+    pub(super) has_free_hosted: bool,
     /// For a request that must call a tool.
     pub(super) required: i64,
     /// For a request that allows one call at a time and leaves the choice to the model.
@@ -276,9 +280,11 @@ impl Format {
         match (self, api) {
             (Self::Early, _) => Style::Lines,
             (Self::Template(ChatTemplate { reads_types: true, .. }), _) => Style::Compact,
+            (Self::Template(ChatTemplate { reads_words: true, .. }), _) => Style::Words,
             (Self::Template(template), _) => {
                 let is_flat = matches!(api, Api::Responses);
-                Style::Json { function: template.function, percent: template.parameters, is_flat }
+                let ChatTemplate { function, parameters: percent, has_free_hosted, .. } = template;
+                Style::Json { function, percent, is_flat, has_free_hosted }
             }
             (_, Api::Responses) => Style::Titled,
             _ => Style::Compact,

@@ -376,3 +376,61 @@ fn deferred_tools_count_once_the_conversation_has_loaded_them() {
     assert_eq!(listed("other", "message"), 0);
     assert!(listed("tools", "tool_search_output") > 20);
 }
+
+/// The tokens of a part of a request to a model at a service.
+fn at(provider: Provider, part: PromptPart, body: &Value) -> u64 {
+    let text = body.to_string();
+    let text = BodyText::of(text.as_bytes()).unwrap();
+    let body = Body::read(Api::Gemini, &text).unwrap();
+    let model = Models::default().named(body.model.as_deref().unwrap()).at(provider);
+    body.prompt.estimate(&model).of(part)
+}
+
+#[test]
+fn gemini_reads_words_at_vertex_and_json_at_ai_studio() {
+    let schema = json!({"type": "object", "required": ["city"], "properties": {
+        "city": {"type": "string", "description": "The city"}, "unit": {"type": "string", "enum": ["C", "F"]}}});
+    let tools = json!([{"functionDeclarations": [{"name": "weather", "description": "Tells it.", "parameters": schema}]}]);
+    let body =
+        |model: &str| json!({"model": model, "contents": [{"parts": [{"text": "Hi"}]}], "tools": tools});
+    // "weather Tells it. object city string The city unit string C F"
+    for model in ["gemini-3-flash", "gemini-2.5-pro"] {
+        assert_eq!(at(Provider::Vertex, PromptPart::Tools, &body(model)), 14, "{model}");
+        assert!(at(Provider::AiStudio, PromptPart::Tools, &body(model)) > 30, "{model}");
+    }
+    assert_eq!(at(Provider::AiStudio, PromptPart::Tools, &body("gemini-2.0-flash")), 14 + 3);
+    assert!(at(Provider::Router, PromptPart::Tools, &body("gemini-3.1-pro")) > 30);
+    // The role of a message is not in the prompt at Vertex AI.
+    let roles = |provider| at(provider, PromptPart::Messages, &body("gemini-2.5-pro"));
+    assert_eq!(roles(Provider::AiStudio) - roles(Provider::Vertex), 1);
+}
+
+#[test]
+fn a_tool_that_google_hosts_costs_nothing_by_itself() {
+    let body = json!({"model": "gemini-2.5-pro", "contents": [{"parts": [{"text": "Hi"}]}],
+        "tools": [{"googleSearch": {}}]});
+    assert_eq!(at(Provider::AiStudio, PromptPart::Tools, &body), 0);
+    assert!(estimate(Api::Gemini, &body).is_partial);
+}
+
+#[test]
+fn gemini_3_reads_thoughts_after_the_last_message_of_the_user_at_ai_studio() {
+    let thought = json!({"text": "7", "thoughtSignature": "A".repeat(1_147)});
+    let [before, after] = [true, false].map(|is_answered| {
+        let mut contents = vec![
+            json!({"role": "user", "parts": [{"text": "?"}]}),
+            json!({"role": "model", "parts": [thought]}),
+        ];
+        contents.extend(is_answered.then(|| json!({"role": "user", "parts": [{"text": "?"}]})));
+        move |model: &str, provider| {
+            let with = json!({"model": model, "contents": contents});
+            let without = with.to_string().replace(&"A".repeat(1_147), "");
+            let of = |body: &Value| at(provider, PromptPart::Messages, body);
+            of(&with) - of(&serde_json::from_str(&without).unwrap())
+        }
+    });
+    assert_eq!(after("gemini-3-flash", Provider::AiStudio), 204);
+    assert_eq!(before("gemini-3-flash", Provider::AiStudio), 0);
+    assert_eq!(after("gemini-3-flash", Provider::Vertex), 0);
+    assert_eq!(before("gemini-3.5-flash", Provider::AiStudio), 191);
+}

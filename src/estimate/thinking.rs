@@ -76,8 +76,8 @@ pub(super) struct ThinkingHabits {
     /// Whether the model reads visible reasoning. If not, it reads encrypted reasoning only.
     pub(super) reads_text: bool,
     pub(super) encrypted: EncryptedCost,
-    /// Whether the runtimes in `DROPPING_PROVIDERS` drop all of it.
-    depends_on_provider: bool,
+    /// Providers that drop all of it.
+    dropped_at: &'static [Provider],
 }
 
 /// The cost of encrypted reasoning by its number of characters.
@@ -109,19 +109,21 @@ const NONE: ThinkingHabits = ThinkingHabits {
     after: false,
     reads_text: true,
     encrypted: EncryptedCost::OPENAI,
-    depends_on_provider: false,
+    dropped_at: &[],
 };
 const AFTER: ThinkingHabits = ThinkingHabits { after: true, ..NONE };
 const ALL: ThinkingHabits = ThinkingHabits { before: true, ..AFTER };
 /// OpenAI's models read encrypted reasoning only; a summary is not in the prompt.
 const HIDDEN_AFTER: ThinkingHabits = ThinkingHabits { reads_text: false, ..AFTER };
 const CLAUDE: ThinkingHabits = ThinkingHabits { encrypted: ANTHROPIC, ..AFTER };
+/// Gemini 3. Fitted to 7 exchanges.
+const GEMINI_3: EncryptedCost = EncryptedCost { header: 147, per_mille: 204 };
 const GEMINI_ALL: ThinkingHabits = ThinkingHabits { encrypted: GEMINI, ..ALL };
 
 /// Habits by the prefix of the model's name; the first match counts. A model that is not listed keeps reasoning
 /// after the last message of the user.
 const FAMILIES: &[(&str, ThinkingHabits)] = &[
-    ("gpt-oss", ThinkingHabits { depends_on_provider: true, ..AFTER }),
+    ("gpt-oss", ThinkingHabits { dropped_at: &[Provider::Groq, Provider::Ollama], ..AFTER }),
     ("gpt-5.6", ThinkingHabits { before: true, ..HIDDEN_AFTER }),
     ("gpt-5", HIDDEN_AFTER),
     ("gpt-4", NONE),
@@ -144,6 +146,11 @@ const FAMILIES: &[(&str, ThinkingHabits)] = &[
     ("claude", ThinkingHabits { before: true, ..CLAUDE }),
     ("gemini-1", NONE),
     ("gemini-2", NONE),
+    ("gemini-3.", GEMINI_ALL),
+    (
+        "gemini-3",
+        ThinkingHabits { encrypted: GEMINI_3, dropped_at: &[Provider::Vertex, Provider::Router], ..AFTER },
+    ),
     ("gemini", GEMINI_ALL),
     ("mistral", ALL),
     ("ministral", ALL),
@@ -157,9 +164,6 @@ const FAMILIES: &[(&str, ThinkingHabits)] = &[
     ("grok", NONE),
 ];
 
-/// Runtimes whose template for gpt-oss drops all earlier reasoning.
-const DROPPING_PROVIDERS: &[Provider] = &[Provider::Groq, Provider::Ollama];
-
 impl ThinkingHabits {
     /// The habits of the model with this name in lower case.
     pub(super) fn of_model(name: &str) -> Self {
@@ -168,8 +172,8 @@ impl ThinkingHabits {
 
     /// The habits of the same model at a provider.
     pub(super) fn at(self, provider: Provider) -> Self {
-        let is_dropped = self.depends_on_provider && DROPPING_PROVIDERS.contains(&provider);
-        if is_dropped { Self { after: false, ..self } } else { self }
+        let is_dropped = self.dropped_at.contains(&provider);
+        if is_dropped { Self { before: false, after: false, ..self } } else { self }
     }
 }
 

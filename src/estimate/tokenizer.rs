@@ -16,16 +16,29 @@ pub struct Tokenizer {
     pub encoding: Encoding,
     /// Tokens of the model's own tokenizer per 100 tokens of `encoding`; 100 if it is the same one.
     pub percent: u64,
+    /// Whether every digit is a token. The built-in vocabularies have tokens of up to three digits.
+    pub splits_digits: bool,
 }
 
 impl Tokenizer {
     pub(super) const fn exact(encoding: Encoding) -> Self {
-        Self { encoding, percent: 100 }
+        Self { encoding, percent: 100, splits_digits: false }
+    }
+
+    /// Identifies the tokenizer in cache keys of counts without the factor.
+    fn id(self) -> u64 {
+        self.encoding.id() | u64::from(self.splits_digits) << 63
+    }
+
+    /// The tokens of a text without the factor.
+    fn unscaled(self, text: &str) -> u64 {
+        let digits = if self.splits_digits { split_digits(text) } else { 0 };
+        self.encoding.count(text) + digits
     }
 
     /// Identifies the tokenizer in cache keys of counts that include the factor.
     pub(super) fn scaled_id(self) -> u64 {
-        self.encoding.id() | self.percent << 32
+        self.id() | self.percent << 32
     }
 
     /// Bytes of text that the tokenizer counts in about 50 microseconds if the text is not cached. 0 while the
@@ -51,9 +64,9 @@ impl Tokenizer {
 
     /// The tokens of a text whose hash is known.
     pub(super) fn count_hashed(self, text: &HashedText<'_>) -> u64 {
-        let Some(key) = self.key(text) else { return self.scaled(self.encoding.count(&text.text)) };
+        let Some(key) = self.key(text) else { return self.scaled(self.unscaled(&text.text)) };
         self.scaled(key.cached().unwrap_or_else(|| {
-            let tokens = self.encoding.count(&text.text);
+            let tokens = self.unscaled(&text.text);
             key.insert(tokens);
             tokens
         }))
@@ -61,18 +74,32 @@ impl Tokenizer {
 
     /// The tokens of a text if the count is available at once: the text is in the cache, or too short for it.
     pub(super) fn count_if_cached(self, text: &HashedText<'_>) -> Option<u64> {
-        let Some(key) = self.key(text) else { return Some(self.scaled(self.encoding.count(&text.text))) };
+        let Some(key) = self.key(text) else { return Some(self.scaled(self.unscaled(&text.text))) };
         key.cached().map(|tokens| self.scaled(tokens))
     }
 
     /// `None`: the text is too short for the cache.
     fn key(self, text: &HashedText<'_>) -> Option<CacheKey> {
-        text.hash.map(|hash| CacheKey::of(self.encoding.id(), CachedCount::Text, hash))
+        text.hash.map(|hash| CacheKey::of(self.id(), CachedCount::Text, hash))
     }
 
     fn scaled(self, tokens: u64) -> u64 {
         if self.percent == 100 { tokens } else { (tokens * self.percent).div_ceil(100) }
     }
+}
+
+/// How many more tokens a text has if every digit is a token, and not up to three digits.
+fn split_digits(text: &str) -> u64 {
+    let (mut more, mut run) = (0, 0u64);
+    for b in text.bytes().chain([b' ']) {
+        if b.is_ascii_digit() {
+            run += 1;
+        } else {
+            more += run - run.div_ceil(3);
+            run = 0;
+        }
+    }
+    more
 }
 
 /// Loads both built-in vocabularies in parallel, in about 60 ms. Call it before the first request.
@@ -89,6 +116,19 @@ mod tests {
 
     fn counts(text: &str) -> [u64; 2] {
         [Encoding::O200k, Encoding::Cl100k].map(|encoding| Tokenizer::exact(encoding).count_all([text]))
+    }
+
+    #[test]
+    fn digits_can_be_tokens_of_their_own() {
+        let tokens = |splits_digits, text: &str| {
+            Tokenizer { splits_digits, ..Tokenizer::exact(Encoding::O200k) }.count_all([text])
+        };
+        for (text, whole, split) in [("no digits", 2, 2), ("1234567890", 4, 10), ("7 120,135", 5, 9)] {
+            assert_eq!((tokens(false, text), tokens(true, text)), (whole, split), "{text}");
+        }
+        // Long enough for the cache.
+        let long = "The sum is 1234567890, and the difference is 1000.";
+        assert_eq!(tokens(true, long) - tokens(false, long), 8);
     }
 
     fn oracle(text: &str) -> [u64; 2] {

@@ -131,8 +131,9 @@ fn key(tokenizer: Tokenizer, style: Style, hash: TextHash) -> CacheKey {
         Style::Json { function, percent, .. } => {
             (CachedCount::JsonTools, u16::from_be_bytes([percent, function]))
         }
+        Style::Words => (CachedCount::ToolWords, 0),
     };
-    let flat = u64::from(style.is_flat()) << 47;
+    let flat = u64::from(style.is_flat()) << 47 | u64::from(style.has_free_hosted()) << 46;
     CacheKey::of(tokenizer.scaled_id() | u64::from(constants) << 48 | flat, counted, hash)
 }
 
@@ -145,13 +146,15 @@ fn render_and_count(tokenizer: Tokenizer, style: Style, tools: ToolList<'_>) -> 
     else {
         return ToolCost { tokens: tokenizer.count(json), ..ToolCost::default() };
     };
-    let mut tokens = list.hosted * HOSTED_TOOL_TOKENS;
+    let mut tokens = if style.has_free_hosted() { 0 } else { list.hosted * HOSTED_TOOL_TOKENS };
     let rendered = &list.rendering;
     if let Style::Json { function, percent, .. } = style {
         let parameters = Tokenizer::exact(tokenizer.encoding).count(&rendered.parameters);
         tokens += tokenizer.count(&rendered.text)
             + (parameters * u64::from(percent)).div_ceil(100)
             + list.functions * u64::from(function);
+    } else if style == Style::Words {
+        tokens += tokenizer.count(rendered.text.trim_end());
     } else if list.functions > 0 {
         tokens += tokenizer.count(&namespace(style, &rendered.text));
     }

@@ -308,7 +308,7 @@ mod tests {
     const CONTENT: TextSlot = TextSlot { choice: 0, kind: TextKind::Content };
 
     fn count(encoding: Encoding, text: &str) -> u64 {
-        Tokenizer { encoding, percent: 100 }.count_all([text])
+        Tokenizer { encoding, percent: 100, splits_digits: false }.count_all([text])
     }
 
     proptest! {

@@ -25,10 +25,20 @@ pub(in super::super) enum Style {
         percent: u8,
         /// The fields of a function are in the tool itself, as in the Responses API.
         is_flat: bool,
+        /// Whether tools that the provider hosts cost nothing by themselves.
+        has_free_hosted: bool,
     },
+    /// The words alone: names, descriptions, types and values, without the punctuation and keywords of JSON Schema.
+    /// Tools that the provider hosts cost nothing by themselves.
+    Words,
 }
 
 impl Style {
+    /// Whether tools that the provider hosts cost nothing by themselves.
+    pub(super) fn has_free_hosted(self) -> bool {
+        matches!(self, Self::Words | Self::Json { has_free_hosted: true, .. })
+    }
+
     /// Whether the fields of a function are in the tool itself, and a nested `function` is ignored.
     pub(super) fn is_flat(self) -> bool {
         matches!(self, Self::Titled | Self::Json { is_flat: true, .. })
@@ -67,6 +77,16 @@ impl Rendering {
 
     /// Renders one function.
     pub(super) fn add_function(&mut self, function: &FunctionDefinition<'_>) {
+        if self.style == Style::Words {
+            self.push(&[&function.name]);
+            if !function.description.is_empty() {
+                self.push(&[" ", &function.description]);
+            }
+            let schema = self.read(function.parameters.unwrap_or("{}"));
+            self.words(&schema, 0);
+            self.push(&["\n"]);
+            return;
+        }
         if matches!(self.style, Style::Json { .. }) {
             self.push(&[&function.name, " ", &function.description, " "]);
             compact(function.parameters.unwrap_or("{}"), &[], &mut self.parameters);
@@ -117,6 +137,28 @@ impl Rendering {
         for line in description.lines() {
             self.indent(indent);
             self.push(&["// ", line, "\n"]);
+        }
+    }
+
+    /// Renders the words of a schema.
+    fn words(&mut self, schema: &ParameterSchema<'_>, depth: usize) {
+        if depth >= MAX_DEPTH || self.is_full() {
+            return;
+        }
+        for word in schema.types.iter().chain([&schema.description]).filter(|word| !word.is_empty()) {
+            self.push(&[" ", word]);
+        }
+        for value in &schema.values {
+            self.push(&[" ", value.trim_matches('"')]);
+        }
+        for (name, json) in &schema.properties {
+            self.push(&[" ", name]);
+            let property = self.read(json);
+            self.words(&property, depth + 1);
+        }
+        for json in schema.items.iter().chain(&schema.alternatives) {
+            let inner = self.read(json);
+            self.words(&inner, depth + 1);
         }
     }
 

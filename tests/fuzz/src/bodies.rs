@@ -63,7 +63,8 @@ pub(crate) fn check(api: Api, variant: u8, json: &[u8]) {
 /// Upper bound of the tokens per byte of a body, for the worst model and the shortest spelling:
 ///
 /// - Text: at most one token a byte, times 1.4 for the most expensive tokenizer; names count twice. An invalid byte in
-///   base64 text becomes three bytes. Audio of unknown length is 1,920 tokens for 36 bytes.
+///   base64 text becomes three bytes. Audio of unknown length is 1,920 tokens for 36 bytes. A byte of an Office
+///   document inflates to at most 1,032 bytes of text.
 /// - Tools: a provider's own tool is 300 tokens, times 1.6 in JSON, and may be as short as `1,`. A function is rendered
 ///   to at most 5 bytes for each byte.
 /// - A response schema: 1.4 tokens a byte.
@@ -75,7 +76,8 @@ fn is_bounded(estimate: &PromptEstimate, bytes: usize) {
     const FIXED: u64 = 2_000;
     for part in PromptPart::ALL {
         let a_byte = match part {
-            PromptPart::Messages | PromptPart::Overhead => 64,
+            PromptPart::Messages => 1_100,
+            PromptPart::Overhead => 64,
             PromptPart::Tools => 256,
             PromptPart::Schema => 8,
             PromptPart::Images => 500_000,
