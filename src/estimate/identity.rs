@@ -96,9 +96,8 @@ impl Identity {
     }
 
     pub(super) fn add_number(&mut self, kind: IdentityPart, number: u64) {
-        let hasher = self.hasher();
-        hasher.write_u8(kind as u8);
-        hasher.write_u64(number);
+        // One write is faster than two. Numbers have fewer than 56 bits, except for hashes, which look random.
+        self.hasher().write_u64(number ^ (kind as u64) << 56);
     }
 
     pub(super) fn add_text(&mut self, kind: IdentityPart, text: &HashedText<'_>) {
