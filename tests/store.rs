@@ -388,9 +388,9 @@ fn a_changed_period_or_window_keeps_the_used_amount_up_to_the_new_limit() {
 
 #[test]
 fn a_removed_quota_that_comes_back_has_the_used_amount_of_its_period() {
-    let folder = Folder::new();
     const BOTH: &str =
         "{ total_tokens: [{ limit: 1000, per: day }, { limit: 5000, per: 3d, window: rolling }] }";
+    let folder = Folder::new();
     Node::open(&config(&folder.file(), BOTH, "")).spend("gpt-4o", 30, 70);
     assert_eq!(used_with(&folder, "{ total_tokens: { limit: 1000, per: day } }"), [100]);
     assert_eq!(used_with(&folder, "{ requests: { limit: 10, per: day } }"), [0]);

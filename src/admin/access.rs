@@ -46,11 +46,11 @@ impl Access {
     }
 
     /// Compares a token. `Err`: the answer for a wrong one, or for an address that guesses.
-    fn check_token(&self, address: IpAddr, given: &[u8], token: &str) -> Result<(), Response> {
+    fn check_token(&self, address: IpAddr, given: &[u8], token: &str) -> Result<(), Box<Response>> {
         let now = clock::now();
         let wait_ms = self.guesses().wait_ms(address, now);
         if wait_ms > 0 {
-            return Err(too_many_guesses(wait_ms));
+            return Err(Box::new(too_many_guesses(wait_ms)));
         }
         if given.ct_eq(token.as_bytes()).into() {
             self.guesses().forget(address);
@@ -58,7 +58,7 @@ impl Access {
         }
         self.guesses().record(address, now);
         tracing::warn!(%address, "a request to the admin listener had a wrong token");
-        Err(wrong_token())
+        Err(Box::new(wrong_token()))
     }
 }
 
@@ -76,7 +76,7 @@ pub(super) async fn authorize(
     }
     let expects_continue = request.headers().contains_key(header::EXPECT);
     let mut response = match check(&admin, peer.ip(), &request) {
-        Err(refusal) => refusal,
+        Err(refusal) => *refusal,
         Ok(()) => next.run(request).await,
     };
     if expects_continue {
@@ -86,11 +86,15 @@ pub(super) async fn authorize(
     response
 }
 
-fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<(), Response> {
+fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<(), Box<Response>> {
     let (headers, path) = (request.headers(), request.uri().path());
     let snapshot = admin.state.current();
     let Some(token) = &snapshot.config.admin.token else {
-        return if is_own_site(headers, &admin.access.hosts) { Ok(()) } else { Err(foreign_site()) };
+        return if is_own_site(headers, &admin.access.hosts) {
+            Ok(())
+        } else {
+            Err(Box::new(foreign_site()))
+        };
     };
     let is_open = path == "/" || (path == "/api/session" && request.method() == Method::POST);
     if is_open {
@@ -100,18 +104,18 @@ fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<(), Respon
         let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or_default();
         return admin.access.check_token(address, given, token.expose());
     }
-    let Some(session) = cookie(headers, SESSION_COOKIE) else { return Err(wrong_token()) };
+    let Some(session) = cookie(headers, SESSION_COOKIE) else { return Err(Box::new(wrong_token())) };
     let is_safe = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
     let repeated = headers.get(CSRF_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let csrf = (!is_safe).then_some(repeated);
     match admin.access.sessions().allow(session, csrf, token.expose(), clock::now()) {
         SessionVerdict::Allowed => Ok(()),
-        SessionVerdict::Unknown => Err(wrong_token()),
-        SessionVerdict::Forged => Err(refusal(
+        SessionVerdict::Unknown => Err(Box::new(wrong_token())),
+        SessionVerdict::Forged => Err(Box::new(refusal(
             StatusCode::FORBIDDEN,
             "csrf",
             "A request that changes something must repeat the cookie tollgate_csrf in the header x-tollgate-csrf.",
-        )),
+        ))),
     }
 }
 
@@ -133,7 +137,7 @@ pub(super) async fn sign_in(
     let snapshot = admin.state.current();
     let Some(token) = &snapshot.config.admin.token else { return StatusCode::NO_CONTENT.into_response() };
     if let Err(refusal) = admin.access.check_token(peer.ip(), given.as_bytes(), token.expose()) {
-        return refusal;
+        return *refusal;
     }
     let opened = admin.access.sessions().open(token.expose(), clock::now());
     let Some(SessionSecrets { session, csrf }) = opened else {

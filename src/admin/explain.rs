@@ -1,6 +1,7 @@
 //! `POST /api/explain`: what would happen to a request, without sending it or charging anything.
 
 use super::{Admin, level_json, refusal, unknown_environment};
+use crate::error::ProxyError;
 use crate::estimate::PromptPart;
 use crate::proxy::{self, Explanation};
 use crate::quota::{QuotaLevel, Wait};
@@ -83,7 +84,7 @@ fn explanation_json(explanation: &Explanation) -> Value {
 /// A quota that applies, with the amount that the request needs of it.
 fn quota_json(level: &QuotaLevel, explanation: &Explanation) -> Value {
     let mut json = level_json(level, None);
-    let shortfalls = explanation.error.as_ref().map(|error| error.shortfalls()).unwrap_or_default();
+    let shortfalls = explanation.error.as_ref().map(ProxyError::shortfalls).unwrap_or_default();
     let shortfall = shortfalls.iter().find(|shortfall| shortfall.quota.is_same_as(&level.quota));
     json["requested"] = explanation.forecast.required.of(level.quota.kind).into();
     json["fits"] = shortfall.is_none().into();

@@ -72,12 +72,9 @@ fn caller_name<'n>(setting: &Setting<'n>, names: &mut HashSet<&'n str>) -> Optio
 
 /// The digests of all keys of a caller. A caller has several while its key is rotated.
 fn own_digests(key: &Section<'_>) -> Option<Vec<[u8; 32]>> {
-    let (setting, read): (_, fn(&Setting<'_>) -> Option<[u8; 32]>) = match (
-        key.get("secret"),
-        key.get("sha256"),
-    ) {
-        (Some(secret), None) => (secret, digest_of_secret),
-        (None, Some(sha256)) => (sha256, digest_from_hex),
+    let (setting, is_secret) = match (key.get("secret"), key.get("sha256")) {
+        (Some(secret), None) => (secret, true),
+        (None, Some(sha256)) => (sha256, false),
         _ => {
             key.fault("set either secret (the key, for example ${VARIABLE}) or sha256 (the output of `tollgate hash-key`)");
             return None;
@@ -91,7 +88,10 @@ fn own_digests(key: &Section<'_>) -> Option<Vec<[u8; 32]>> {
             setting
                 .fault(format!("{n} keys are too many for one caller; the maximum is {MAX_KEYS_PER_CALLER}"));
         }
-        _ => return keys.iter().map(read).collect(),
+        _ => {
+            let digest = |key| if is_secret { digest_of_secret(key) } else { digest_from_hex(key) };
+            return keys.iter().map(digest).collect();
+        }
     }
     None
 }

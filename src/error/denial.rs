@@ -82,6 +82,14 @@ mod tests {
     use crate::config::parse;
     use crate::quota::{Quotas, Required, Subject};
 
+    struct DenialMessage<'d>(&'d Denied);
+
+    impl fmt::Display for DenialMessage<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write_message(f, self.0, "production")
+        }
+    }
+
     /// The message of the first denial, if every request asks for 75 prompt tokens and 512 for the answer. The clock
     /// stands at 2026-11-28 19:30:00.250 UTC.
     fn message(quotas: &str, served: u64) -> String {
@@ -99,13 +107,7 @@ mod tests {
             quotas.settle(now, receipt, required.amounts);
         }
         let denied = quotas.denial(now, subject, &required).unwrap();
-        struct Message<'d>(&'d Denied);
-        impl fmt::Display for Message<'_> {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write_message(f, self.0, "production")
-            }
-        }
-        Message(&denied).to_string()
+        DenialMessage(&denied).to_string()
     }
 
     #[test]

@@ -361,6 +361,7 @@ mod tests {
     ];
 
     #[test]
+    #[allow(clippy::too_many_lines)] // a table
     fn makers_and_hosts_are_stripped() {
         for (family, spellings) in SPELLINGS {
             for spelling in *spellings {

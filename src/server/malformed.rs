@@ -20,10 +20,10 @@ pub(super) fn replacement_for(answer: &[u8]) -> Option<Vec<u8>> {
     if !head.split(|&b| b == b'\n').skip(1).all(is_from_hyper) {
         return None;
     }
-    Some(encode(ProxyError::MalformedHttp(StatusCode::from_bytes(status).ok()?)))
+    Some(encode(&ProxyError::MalformedHttp(StatusCode::from_bytes(status).ok()?)))
 }
 
-fn encode(error: ProxyError) -> Vec<u8> {
+fn encode(error: &ProxyError) -> Vec<u8> {
     let (parts, body) = error.response(Dialect::OpenAi).into_parts();
     let mut answer = format!("HTTP/1.1 {}\r\n", parts.status).into_bytes();
     let mut put = |name: &str, value: &[u8]| {

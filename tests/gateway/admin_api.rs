@@ -113,7 +113,7 @@ async fn bad_bodies_of_a_sign_in_are_refused() {
     let (upstream, folder) = (Upstream::always(Answer::chat(8, 2)).await, tempfile::tempdir().unwrap());
     let gateway = gateway(&upstream, &folder).await;
     for (body, status) in [
-        ("".to_owned(), 400),
+        (String::new(), 400),
         ("[".repeat(60_000), 400),
         (json!({ "token": 7 }).to_string(), 400),
         (json!({ "token": TOKEN, "more": 1 }).to_string(), 400),

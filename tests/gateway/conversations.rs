@@ -30,6 +30,8 @@ fn chat(turns: &[&str]) -> String {
     json!({"model": "gpt-4o", "messages": messages}).to_string()
 }
 
+type MakeBody<'a> = &'a dyn Fn(&[&str]) -> String;
+
 #[tokio::test]
 async fn the_next_request_of_a_conversation_starts_from_the_reported_tokens_in_every_api() {
     let gemini_path = "/v1beta/models/gemini-2.5-flash:generateContent";
@@ -48,7 +50,6 @@ async fn the_next_request_of_a_conversation_starts_from_the_reported_tokens_in_e
     let of_responses = format!(
         "event: response.completed\ndata: {{\"type\":\"response.completed\",\"response\":{{\"usage\":{{\"input_tokens\":{REPORTED},\"output_tokens\":2}}}}}}\n\n"
     );
-    type MakeBody<'a> = &'a dyn Fn(&[&str]) -> String;
     let apis: [(&str, Answer, MakeBody<'_>); 5] = [
         (CHAT, Answer::chat(REPORTED, 2), &chat),
         (

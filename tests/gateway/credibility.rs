@@ -34,7 +34,7 @@ fn compressed(body: &str) -> Answer {
 }
 
 fn events(data: &[&str]) -> String {
-    data.iter().map(|data| format!("data: {data}\n\n")).collect()
+    data.iter().flat_map(|data| ["data: ", data, "\n\n"]).collect()
 }
 
 const COMPLETIONS: &str = r#"{"model":"gpt-3.5-turbo-instruct","prompt":"hello","stream":true}"#;
@@ -68,7 +68,7 @@ fn zeros() -> Vec<(&'static str, &'static str, String)> {
     ]);
     let text = format!(r#"{{"choices":[{{"index":0,"text":"Hello there"}}],{ZERO}}}"#);
     let output = r#""output":[{"type":"message","content":[{"type":"output_text","text":"Hello there"}]}]"#;
-    let responses = format!(r#"{{{output},{ZERO_IO}}}"#);
+    let responses = format!("{{{output},{ZERO_IO}}}");
     let responses_stream = events(&[
         r#"{"type":"response.output_text.delta","output_index":0,"content_index":0,"delta":"Hello there"}"#,
         &format!(r#"{{"type":"response.incomplete","response":{{{output},{ZERO_IO}}}}}"#),

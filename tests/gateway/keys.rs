@@ -69,7 +69,7 @@ async fn a_key_of_another_environment_in_the_query_is_refused_under_every_name()
         format!("x=1;key={WEB_KEY}"),
         format!("key={WEB_KEY}%20"),
         format!("key={WEB_KEY}+"),
-        format!("key=%6bey-of-the-web-app-1"),
+        "key=%6bey-of-the-web-app-1".to_owned(),
         WEB_KEY.to_owned(),
         format!("authorization=Bearer%20{WEB_KEY}"),
         "key=key%2Bof%3Dthe%26sandbox%3B1".to_owned(),

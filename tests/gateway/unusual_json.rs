@@ -32,9 +32,9 @@ async fn gateway(upstream: &Upstream) -> Gateway {
 
 #[tokio::test]
 async fn half_a_surrogate_pair_is_forwarded_unchanged_on_every_api() {
+    const ESTIMATE: &str = "x-tollgate-estimated-prompt-tokens";
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;
-    const ESTIMATE: &str = "x-tollgate-estimated-prompt-tokens";
     for (path, request) in REQUESTS {
         let whole = gateway.post(path, &request.replace("MARK", r"a\ufffd")).await;
         for half in [r"a\ud83d", r"a\uDE00"] {

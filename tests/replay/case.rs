@@ -285,8 +285,11 @@ fn has_final_report(stream: &[u8]) -> bool {
             .iter()
             .any(|path| event.pointer(path).is_some_and(Value::is_object));
         match kind {
-            "message_delta" | "message-end" => true,
-            "response.completed" | "response.incomplete" | "response.failed" => true,
+            "message_delta"
+            | "message-end"
+            | "response.completed"
+            | "response.incomplete"
+            | "response.failed" => true,
             _ => has_usage && (has_finish_reason || event["choices"].as_array().is_some_and(Vec::is_empty)),
         }
     })
