@@ -3,7 +3,7 @@
 //! An answer reports the prompt tokens of its request. Three memories learn from that:
 //!
 //! 1. **Conversations.** The next request of a conversation repeats the messages of the last one. Its estimate is the
-//!    reported number of the last request, and the count of what is new.
+//!    reported number of the last request, and the count of the new messages.
 //! 2. **Set-ups.** Requests with the same tools, settings and system prompt have similar errors.
 //! 3. **Calibrations.** Requests of the same model and kind have similar errors.
 //!
@@ -54,7 +54,7 @@ pub struct EstimateScope {
     pub principal: u64,
 }
 
-/// What is known about a prompt before it is counted.
+/// The memories that apply to a prompt, looked up before it is counted.
 #[derive(Debug)]
 pub struct Recall {
     scope: EstimateScope,
@@ -149,7 +149,7 @@ impl Learned {
         self.hash_key.build_hasher()
     }
 
-    /// Looks up what is known about a prompt. The texts of a known prefix are not counted again.
+    /// Looks up the memories that apply to a prompt. The texts of a known prefix are not counted again.
     pub fn recall(&self, scope: EstimateScope, api: Api, model: &str, prompt: &mut Prompt<'_>) -> Recall {
         let mut hasher = self.hasher();
         hasher.write_u64(scope.principal);
@@ -195,7 +195,7 @@ impl Learned {
         }
     }
 
-    /// Corrects the estimate of a prompt by the best of what is known.
+    /// Corrects the estimate of a prompt by the most specific memory.
     pub fn correct(&self, recall: &Recall, model: &str, estimate: &PromptEstimate) -> CorrectedPrompt {
         let mut corrected = self.correct_content(recall, model, estimate);
         let resolved = &recall.resolved;
