@@ -73,13 +73,12 @@ fn finish(prompt: &mut Prompt<'_>, kind: &str, role: &str, arguments: u64, first
             let role = add_role(prompt, role);
             prompt.end_message(role, first_text);
         }
-        "item_reference" | "reasoning" => {}
+        // These have no role; a compaction is the provider's summary of earlier items.
+        "item_reference" | "reasoning" | "compaction" | "compaction_summary" => {}
         "function_call" | "custom_tool_call" => {
             prompt.add_tool_call(arguments);
             prompt.end_message(Role::Other, first_text);
         }
-        // The provider's summary of earlier items has no role.
-        "compaction" | "compaction_summary" => {}
         _ => prompt.end_message(Role::Other, first_text),
     }
 }
