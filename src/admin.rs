@@ -10,6 +10,7 @@ use crate::config::{Environment, OnStoreFailure};
 use crate::ledger::{Account, NoRoom, QuotaKey, RedisStatus, Snapshot};
 use crate::proxy;
 use crate::quota::{Kind, MAX_LIMIT, Quota, QuotaLevel, Scope, Window};
+use crate::reload::{ReloadHandle, ReloadOutcome};
 use crate::server::Peer;
 use access::Access;
 use axum::Router;
@@ -36,6 +37,7 @@ const MAX_EXPLAINED_BYTES: usize = 32 * 1024 * 1024;
 #[derive(Clone)]
 struct Admin {
     state: Arc<proxy::State>,
+    reload: ReloadHandle,
     access: Arc<Access>,
 }
 
@@ -46,9 +48,10 @@ struct PeerAddress(SocketAddr);
 /// The HTTP service of the admin listener at this address, for the connections of each client.
 pub(crate) fn service(
     state: Arc<proxy::State>,
+    reload: ReloadHandle,
     address: SocketAddr,
 ) -> impl Fn(Arc<Peer>) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
-    let admin = Admin { state, access: Arc::new(Access::new(address)) };
+    let admin = Admin { state, reload, access: Arc::new(Access::new(address)) };
     let router = Router::new()
         .route("/", get(page))
         .route("/livez", get(|| async { "alive\n" }))
@@ -61,6 +64,7 @@ pub(crate) fn service(
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))
+        .route("/api/config/reload", post(reload_config))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         // Requests of callers may be larger than those of administrators.
         .route("/api/explain", post(explain::explain).layer(DefaultBodyLimit::max(MAX_EXPLAINED_BYTES)))
@@ -93,6 +97,10 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     // The node stays ready: it serves requests, and only the durability of its counters is affected.
     if let Some(reason) = admin.state.store_failure() {
         let _ = writeln!(text, "ready, but the store cannot be written: {reason}");
+    }
+    let faults = admin.reload.faults();
+    if let Some(fault) = faults.first() {
+        let _ = writeln!(text, "ready, but the new config was refused and the old one is in force: {fault}");
     }
     let mut status = StatusCode::OK;
     let policy = admin.state.current().config.store.redis.as_ref().map(|redis| redis.on_failure);
@@ -257,6 +265,25 @@ async fn change_limit(
     }
     tracing::info!(environment, %kind, per, scope = scope.scope, name = scope.name, ?limit, "the admin API changed a limit");
     Json(environment_json(&settings, &account)).into_response()
+}
+
+/// Reloads the config file. 200 with what changed, or 422 with all faults.
+async fn reload_config(State(admin): State<Admin>) -> Response {
+    match admin.reload.reload().await {
+        Some(ReloadOutcome::Adopted { changes, warnings }) => {
+            Json(json!({"changes": changes, "warnings": warnings})).into_response()
+        }
+        Some(ReloadOutcome::Refused { faults }) => {
+            let message = format!(
+                "The new config was refused, and the old one stays in force. Its faults: {}",
+                faults.join("; ")
+            );
+            let error = json!({"message": message, "type": "invalid_request_error", "param": null, "code": "invalid_config"});
+            let body = json!({"error": error, "faults": faults});
+            (StatusCode::UNPROCESSABLE_ENTITY, Json(body)).into_response()
+        }
+        None => refusal(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "The gateway is shutting down."),
+    }
 }
 
 async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> Response {

@@ -1,16 +1,21 @@
 //! The composition root: builds all parts from a config, starts them, and stops them in order.
 
+mod file_watch;
+mod reloader;
+
 use crate::admin;
 use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::estimate;
-use crate::ledger::NamedAccount;
+use crate::ledger::{Account, NamedAccount};
 use crate::proxy::{State, WorkerProxy};
+use crate::reload::ReloadHandle;
 use crate::server::{self, DrainTimes, Peer, RunState};
 use crate::store::{Store, StoreWriter};
 use crate::upstream;
 use anyhow::Context as _;
 use hyper::service::service_fn;
+use reloader::Reloader;
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -19,7 +24,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 pub use crate::server::CallerTimeouts;
@@ -53,6 +58,9 @@ pub struct App {
     state: Arc<State>,
     workers: Vec<ServerThread>,
     admin: ServerThread,
+    reload: ReloadHandle,
+    /// Reloads the config.
+    reloads: ServerThread,
     /// Communicates with Redis. `None` without `store.redis`.
     redis: Option<ServerThread>,
     /// Dropped last, so that it also writes the settlements of the other threads.
@@ -115,12 +123,13 @@ impl App {
         if vocabularies.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        let redis = if state.current().config.store.redis.is_some() {
-            Some(start_redis_thread(&state)?)
+        let (redis, new_accounts) = if state.current().config.store.redis.is_some() {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            (Some(start_redis_thread(&state, receiver)?), Some(sender))
         } else {
-            None
+            (None, None)
         };
-        let mut threads = Vec::new();
+        let (mut threads, mut proxies) = (Vec::new(), Vec::new());
         for listener in sockets.workers {
             let proxy = Arc::new(WorkerProxy::new(state.clone(), &tls)?);
             let runtime = if workers == Workers::PerCore {
@@ -128,13 +137,31 @@ impl App {
             } else {
                 multi_thread_runtime(cores)?
             };
-            threads.push(start_worker(listener, proxy, runtime, timeouts)?);
+            threads.push(start_worker(listener, proxy.clone(), runtime, timeouts)?);
+            proxies.push(proxy);
         }
-        let service_for = admin::service(state.clone(), admin_address);
+        let (reload, requests) = ReloadHandle::new();
+        let reloader = Reloader {
+            state: state.clone(),
+            workers: proxies,
+            tls,
+            redis: new_accounts,
+            handle: reload.clone(),
+        };
+        let reloads = ServerThread::spawn("config", single_thread_runtime()?, move |run_state| async move {
+            reloader.run(requests, run_state).await;
+            Ok(0)
+        })?;
+        let service_for = admin::service(state.clone(), reload.clone(), admin_address);
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
             server::serve(sockets.admin, service_for, timeouts, run_state)
         })?;
-        Ok(Self { address, admin_address, state, workers: threads, admin, redis, store })
+        Ok(Self { address, admin_address, state, workers: threads, admin, reload, reloads, redis, store })
+    }
+
+    /// Requests reloads of the config.
+    pub(crate) fn reload_handle(&self) -> ReloadHandle {
+        self.reload.clone()
     }
 
     /// The address of the listener for callers.
@@ -152,6 +179,8 @@ impl App {
     pub fn shutdown(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
         let in_flight = self.state.in_flight();
+        self.reloads.stop(RunState::Stopped);
+        self.reloads.join();
         let drain_timeout = self.state.current().config.server.drain_timeout;
         self.state.drain(drain_timeout);
         for worker in &self.workers {
@@ -177,10 +206,10 @@ impl App {
 
 impl Drop for App {
     fn drop(&mut self) {
-        for thread in self.workers.iter_mut().chain([&mut self.admin]) {
+        for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
             thread.stop(RunState::Stopped);
         }
-        for thread in self.workers.iter_mut().chain([&mut self.admin]) {
+        for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
             thread.join();
         }
         self.stop_redis_thread();
@@ -223,19 +252,28 @@ fn start_worker(
 ///
 /// It returns when every environment is connected, at the latest after [`MAX_REDIS_WAIT`]. Without this wait the node
 /// would admit its first requests by its own counters.
-fn start_redis_thread(state: &State) -> anyhow::Result<ServerThread> {
+fn start_redis_thread(
+    state: &State,
+    mut added: mpsc::UnboundedReceiver<Arc<Account>>,
+) -> anyhow::Result<ServerThread> {
     let accounts = state.accounts().all();
     let thread = ServerThread::spawn("redis", single_thread_runtime()?, move |mut run_state| async move {
         let (stop, stops) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        for (_, account) in accounts.iter() {
+        let mut start = |account: &Arc<Account>| {
             if let Some(connection) = account.redis_connection() {
                 tokio::spawn(connection.clone().run());
                 tasks.spawn(account.clone().run_redis_sync(stops.clone()));
             }
+        };
+        accounts.iter().for_each(|(_, account)| start(account));
+        loop {
+            tokio::select! {
+                // An error means that the sender was dropped, which also ends the thread.
+                _ = run_state.wait_for(|state| *state != RunState::Running) => break,
+                Some(account) = added.recv() => start(&account),
+            }
         }
-        // An error means that the sender was dropped, which also ends the thread.
-        drop(run_state.wait_for(|state| *state != RunState::Running).await);
         stop.send_replace(true);
         tasks.join_all().await;
         Ok(0)

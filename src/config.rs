@@ -4,6 +4,7 @@
 //! are stored as digests. The reference of the YAML file itself is `config/tollgate.yaml`.
 
 mod callers;
+mod changes;
 mod contradictions;
 mod environments;
 mod fault;
@@ -31,13 +32,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use callers::{MAX_KEY_BYTES, is_caller_name};
+pub(crate) use changes::{changes, restart_faults};
 pub use fault::{Fault, Faults};
 pub(crate) use load::load;
 pub use load::{Loaded, parse};
 pub(crate) use units::duration;
 
 /// The checked configuration of one gateway.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// The listener for callers.
     pub server: ServerSettings,
@@ -56,10 +58,14 @@ pub struct Config {
     /// When the file was last modified, in milliseconds since the Unix epoch. If the nodes of a cluster have different
     /// limits, the limits of the newest file apply. 0 if the configuration was not read from a file.
     pub file_modified_ms: u64,
+    /// The config file. `None`: the configuration was not read from a file.
+    pub file: Option<PathBuf>,
+    /// The files that the values of the config file name: `${file:...}`.
+    pub value_files: Vec<PathBuf>,
 }
 
 /// `server`: the listener for callers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServerSettings {
     /// Default `127.0.0.1:8080`.
     pub listen: SocketAddr,
@@ -96,7 +102,7 @@ pub struct TlsFiles {
 }
 
 /// `admin`: the listener for health checks, metrics and the admin API.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct AdminSettings {
     /// Default `127.0.0.1:9090`.
     pub listen: SocketAddr,
@@ -150,7 +156,7 @@ pub struct Timeouts {
 }
 
 /// `environments.*`: an upstream, its callers and their quotas.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Environment {
     /// Its name: `[a-z0-9][a-z0-9_-]*`.
     pub name: String,
@@ -258,7 +264,7 @@ pub struct ReserveSettings {
 }
 
 /// `models[]`: how to count for the models whose names match a pattern.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelRule {
     /// Model name pattern.
     pub pattern: Glob,
@@ -284,7 +290,7 @@ pub enum TokenizerChoice {
 }
 
 /// `store`: where counters are stored.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StoreSettings {
     /// The SQLite file. Default `data/tollgate.db`.
     pub path: PathBuf,
@@ -297,7 +303,7 @@ pub struct StoreSettings {
 }
 
 /// `store.redis`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RedisSettings {
     /// The URL, which may contain a password.
     pub url: Secret,

@@ -17,10 +17,10 @@ mod wait_queue;
 
 use crate::clock;
 use crate::config::{Environment, RedisSettings};
-use crate::quota::{Amounts, QuotaStatus, Subject};
+use crate::quota::{Amounts, QuotaStatus, Subject, Takeover};
 use crate::redis::FailFastConnection;
 use engine::Engine;
-use replica::{Replica, ReplicaConfig};
+use replica::{Replica, ReplicaConfig, ReplicaSettings};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use sync::{RedisSync, SyncTimes};
@@ -67,6 +67,35 @@ impl Account {
             local.restore(now, restored);
         }
         Self { engine: Engine::local(local), wait_queue: Arc::default(), persistence }
+    }
+
+    /// Adopts another config of the environment for requests that begin now. Used amounts carry over, and reservations
+    /// in flight settle where they are held. `restored`: the state in the store, for quotas that were unknown so far.
+    /// `redis`: the settings, and when the config was written. With shared counters this waits until Redis has the new
+    /// quotas, at most a second.
+    pub async fn reconfigure(
+        &self,
+        environment: &Environment,
+        restored: &RestoredState,
+        redis: Option<(&RedisSettings, u64)>,
+    ) {
+        let rules = Rules::of(environment);
+        self.engine.with_local(|local, _| local.set_model_patterns(&environment.models));
+        match (&self.engine, redis) {
+            (Engine::Shared(sync), Some((redis, stamp))) => {
+                self.engine.with_local(|local, _| local.set_rules(rules));
+                let quotas = environment.quotas.clone();
+                let (on_failure, leases) = (redis.on_failure, redis.lease);
+                sync.reconfigure(ReplicaSettings { on_failure, stamp, leases, quotas }).await;
+            }
+            _ => self.engine.with_local(|local, now| {
+                local.set_rules(rules);
+                local.reconfigure(now, &environment.quotas, Takeover::InPlace, restored);
+            }),
+        }
+        // A higher limit may have room for requests that wait.
+        self.wait_queue.notify_released();
+        self.notify_store(false);
     }
 
     /// Makes the counters shared through Redis. `session`: a name that no process has used before. `stamp`: when the

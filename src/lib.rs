@@ -51,6 +51,7 @@ pub mod ledger;
 pub mod upstream;
 
 // What observes, persists and serves them.
+mod reload;
 mod server;
 pub mod store;
 mod telemetry;

@@ -55,7 +55,7 @@ use refusal::Refusal;
 use route::{Endpoint, Route};
 use settlement::WhenDurable;
 pub use snapshot::Snapshot;
-pub use state::State;
+pub use state::{PreparedConfig, State};
 pub use worker::WorkerProxy;
 
 /// Serves the requests of one worker by one snapshot of the config, with the worker's own upstream connections. A request

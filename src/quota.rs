@@ -6,6 +6,7 @@
 //! window, a [`CalendarPeriod`] for a calendar window.
 
 mod bucket;
+mod carry_over;
 mod counter;
 mod denial;
 mod period;
@@ -19,6 +20,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use bucket::TokenBucket;
+pub use carry_over::{CarriedAmount, Takeover};
 pub use denial::{Denied, Shortfall, Wait};
 pub use period::CalendarPeriod;
 pub use receipt::Receipt;
@@ -116,7 +118,7 @@ pub struct Period {
 }
 
 /// The period of a calendar quota.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ClockUnit {
     /// Begins at :00.
     Second,

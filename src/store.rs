@@ -106,46 +106,8 @@ impl Store {
     /// # Errors
     /// The file cannot be read.
     pub fn restored_state(&self, environment: &Environment) -> anyhow::Result<RestoredState> {
-        let read = || -> rusqlite::Result<RestoredState> {
-            let (totals, held) = self.database.totals(&environment.name)?;
-            let (mut quotas, mut overrides) = (self.database.quotas(&environment.name)?, Vec::new());
-            for quota in &environment.quotas {
-                if let Some((_, saved)) = quotas.iter_mut().find(|(stored, _)| stored.is_same_as(quota)) {
-                    let missing = self.used_before(&environment.name, quota, saved)?;
-                    saved.used = saved.used.saturating_add(i64::try_from(missing).unwrap_or(i64::MAX));
-                }
-                if let Some((limit, burst)) = self.database.limit_override(&environment.name, quota)? {
-                    overrides.push(quota.with_limit(limit, burst));
-                }
-            }
-            Ok(RestoredState { quotas, totals, held, overrides })
-        };
-        read().with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
-    }
-
-    /// The usage of a calendar quota's current period that its saved state does not contain, from the usage history.
-    ///
-    /// This usage exists if the quota has a new time zone whose current period began earlier than the saved period.
-    /// The result may include usage shortly before the start of the period, but it omits no usage of the period.
-    fn used_before(
-        &self,
-        environment: &str,
-        quota: &Quota,
-        saved: &PersistedCounter,
-    ) -> rusqlite::Result<u64> {
-        let Window::Calendar { unit, zone } = &quota.window else { return Ok(0) };
-        let start = CalendarPeriod::new(quota.limit, *unit, zone.clone(), clock::now()).start();
-        if saved.at <= start {
-            return Ok(0);
-        }
-        let rows = self.database.used_between(environment, start, saved.at)?;
-        let applies = |row: &&Used| match &quota.scope {
-            Scope::Environment => true,
-            // The caller is empty for requests that were in flight when a process crashed.
-            Scope::Caller(name) => row.caller == **name || row.caller.is_empty(),
-            Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER_MODELS,
-        };
-        Ok(rows.iter().filter(applies).map(|row| row.amounts.of(quota.kind)).sum())
+        let read = restored_state(&self.database, environment);
+        read.with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
     }
 
     /// Reads the saved calibrations.
@@ -178,6 +140,55 @@ impl Store {
         control.changed(true);
         Ok(StoreWriter { control, thread: Some(thread) })
     }
+}
+
+/// Reads the last state of an environment, also while a gateway uses the file.
+///
+/// # Errors
+/// The file cannot be read.
+pub(crate) fn read_restored_state(path: &Path, environment: &Environment) -> anyhow::Result<RestoredState> {
+    let read = Database::open_read_only(path).and_then(|database| restored_state(&database, environment));
+    read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
+}
+
+fn restored_state(database: &Database, environment: &Environment) -> rusqlite::Result<RestoredState> {
+    let (totals, held) = database.totals(&environment.name)?;
+    let (mut quotas, mut overrides) = (database.quotas(&environment.name)?, Vec::new());
+    for quota in &environment.quotas {
+        if let Some((_, saved)) = quotas.iter_mut().find(|(stored, _)| stored.is_same_as(quota)) {
+            let missing = used_before(database, &environment.name, quota, saved)?;
+            saved.used = saved.used.saturating_add(i64::try_from(missing).unwrap_or(i64::MAX));
+        }
+        if let Some((limit, burst)) = database.limit_override(&environment.name, quota)? {
+            overrides.push(quota.with_limit(limit, burst));
+        }
+    }
+    Ok(RestoredState { quotas, totals, held, overrides })
+}
+
+/// The usage of a calendar quota's current period that its saved state does not contain, from the usage history.
+///
+/// This usage exists if the quota has a new time zone whose current period began earlier than the saved period.
+/// The result may include usage shortly before the start of the period, but it omits no usage of the period.
+fn used_before(
+    database: &Database,
+    environment: &str,
+    quota: &Quota,
+    saved: &PersistedCounter,
+) -> rusqlite::Result<u64> {
+    let Window::Calendar { unit, zone } = &quota.window else { return Ok(0) };
+    let start = CalendarPeriod::new(quota.limit, *unit, zone.clone(), clock::now()).start();
+    if saved.at <= start {
+        return Ok(0);
+    }
+    let rows = database.used_between(environment, start, saved.at)?;
+    let applies = |row: &&Used| match &quota.scope {
+        Scope::Environment => true,
+        // The caller is empty for requests that were in flight when a process crashed.
+        Scope::Caller(name) => row.caller == **name || row.caller.is_empty(),
+        Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER_MODELS,
+    };
+    Ok(rows.iter().filter(applies).map(|row| row.amounts.of(quota.kind)).sum())
 }
 
 impl Drop for StoreWriter {

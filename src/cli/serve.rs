@@ -32,11 +32,12 @@ fn workers() -> Workers {
     }
 }
 
-/// The signals that stop the gateway: SIGTERM and SIGINT.
+/// The signals that stop the gateway, SIGTERM and SIGINT, and SIGHUP, which reloads the config.
 pub(super) struct StopSignals {
     runtime: Runtime,
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl StopSignals {
@@ -47,14 +48,17 @@ impl StopSignals {
         let guard = runtime.enter();
         let terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
         let interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
+        let hangup = signal(SignalKind::hangup()).context("cannot listen for signals")?;
         drop(guard);
-        Ok(Self { runtime, terminate, interrupt })
+        Ok(Self { runtime, terminate, interrupt, hangup })
     }
 }
 
-/// Runs until SIGTERM or SIGINT, then shuts down in order. A second signal ends the process at once.
+/// Runs until SIGTERM or SIGINT, then shuts down in order. A second signal ends the process at once. SIGHUP reloads the
+/// config.
 pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) -> anyhow::Result<ExitCode> {
-    let StopSignals { runtime, mut terminate, mut interrupt } = signals;
+    let StopSignals { runtime, mut terminate, mut interrupt, mut hangup } = signals;
+    let reload = app.reload_handle();
     runtime.block_on(async {
         let mut stop_signal = async || {
             tokio::select! {
@@ -62,7 +66,13 @@ pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) 
                 _ = interrupt.recv() => {}
             }
         };
-        stop_signal().await;
+        loop {
+            tokio::select! {
+                () = stop_signal() => break,
+                // The outcome is logged.
+                Some(()) = hangup.recv() => drop(reload.reload().await),
+            }
+        }
         tracing::info!("shutting down: no new request is accepted, and requests in flight may end within server.drain_timeout");
         let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
         let report = tokio::select! {

@@ -34,6 +34,7 @@ pub(crate) fn load(path: &Path) -> Result<Loaded, Faults> {
     let overrides: Vec<_> = variables.filter(|(name, _)| name.starts_with(overrides::PREFIX)).collect();
     let mut loaded = parse(&text, &name, &|variable| std::env::var(variable).ok(), &overrides)?;
     loaded.config.file_modified_ms = modified_ms(path);
+    loaded.config.file = Some(path.to_owned());
     Ok(loaded)
 }
 
@@ -78,8 +79,9 @@ pub fn parse(
         for (variable, value) in overrides {
             overrides::apply(&mut root, variable, value, &findings);
         }
-        variables::fill_in(&mut root, environment, &findings);
-        read(&Setting { node: &root, path: String::new(), findings: &findings })
+        let value_files = variables::fill_in(&mut root, environment, &findings);
+        let config = read(&Setting { node: &root, path: String::new(), findings: &findings });
+        config.map(|config| Config { value_files, ..config })
     });
     let warnings = findings.into_warnings()?;
     // There is a config if there is no fault. This error is only a safeguard.
@@ -114,6 +116,8 @@ fn read(root: &Setting<'_>) -> Option<Config> {
         models,
         store,
         file_modified_ms,
+        file: None,
+        value_files: Vec::new(),
     })
 }
 

@@ -60,6 +60,13 @@ pub struct RestoredState {
     pub overrides: Vec<Quota>,
 }
 
+impl RestoredState {
+    /// The stored counter of a quota.
+    pub(super) fn counter(&self, quota: &Quota) -> Option<PersistedCounter> {
+        self.quotas.iter().find(|(stored, _)| stored.is_same_as(quota)).map(|(_, saved)| *saved)
+    }
+}
+
 /// The commits of a store.
 #[derive(Debug)]
 pub struct Commits {

@@ -10,7 +10,10 @@ use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
 use crate::estimate::KnownModels;
 use crate::glob::Glob;
-use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Scope, Subject};
+use crate::quota::{
+    Amounts, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Scope, Subject,
+    Takeover,
+};
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and an answer that
 /// short would be useless.
@@ -39,6 +42,12 @@ impl Rules {
             max_in_flight: environment.max_in_flight,
         }
     }
+
+    /// The only fraction of the config. It becomes an integer before any decision depends on it.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    fn quantile_ppm(&self) -> u32 {
+        (self.reserve.quantile * 1e6) as u32
+    }
 }
 
 /// The counters of one environment on one node.
@@ -61,13 +70,10 @@ pub struct Local {
 impl Local {
     /// Full quotas, no learned lengths of answers.
     pub fn new(rules: Rules, quotas: &[Quota], now: Timestamp) -> Self {
-        // The only fraction of the config. It becomes an integer before any decision depends on it.
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let quantile_ppm = (rules.reserve.quantile * 1e6) as u32;
         Self {
             quotas: Quotas::new(quotas, now),
+            quantile_ppm: rules.quantile_ppm(),
             rules,
-            quantile_ppm,
             lengths: LearnedLengths::default(),
             in_flight: 0,
             held: Amounts::default(),
@@ -96,9 +102,31 @@ impl Local {
     pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
         let exists = self.overrides.set(now, key, limit);
         if exists {
-            self.quotas.set_quotas(&self.overrides.in_force(), now);
+            self.quotas.set_limits(&self.overrides.in_force(), now);
         }
         exists
+    }
+
+    /// Adopts the rules of another config.
+    pub(super) fn set_rules(&mut self, rules: Rules) {
+        self.quantile_ppm = rules.quantile_ppm();
+        self.rules = rules;
+    }
+
+    /// Adopts the quotas of another config. Used amounts carry over. `restored`: the state in the store, for quotas that
+    /// were unknown so far.
+    pub(super) fn reconfigure(
+        &mut self,
+        now: Timestamp,
+        quotas: &[Quota],
+        takeover: Takeover,
+        restored: &RestoredState,
+    ) -> Vec<CarriedAmount> {
+        let carried = self.quotas.reconfigure(quotas, now, takeover, |quota| restored.counter(quota));
+        let cells = self.quotas.cells().map(|(quota, is_active)| (quota.clone(), is_active)).collect();
+        self.overrides.reconfigure(cells, &restored.overrides);
+        self.quotas.set_limits(&self.overrides.in_force(), now);
+        carried
     }
 
     /// Resets every quota to full. Held amounts stay held.
@@ -110,7 +138,7 @@ impl Local {
     /// Continues from the restored state, and collects usage for the store from now on.
     pub(super) fn restore(&mut self, now: Timestamp, restored: &RestoredState) {
         self.overrides.restore(&restored.overrides);
-        self.quotas.set_quotas(&self.overrides.in_force(), now);
+        self.quotas.set_limits(&self.overrides.in_force(), now);
         self.replaced = self.quotas.restore(now, &restored.quotas);
         self.totals = restored.totals;
         self.totals.add(restored.held);

@@ -35,7 +35,9 @@ pub struct AuditEntry {
 /// The quotas of the config, and the overridden limits.
 #[derive(Debug, Default)]
 pub(super) struct Overrides {
+    /// The quota of each cell with the limit of the config, and whether the config has it.
     configured: Vec<Quota>,
+    is_active: Vec<bool>,
     overridden: Vec<Quota>,
     /// The overrides have changed since the store last took them.
     has_changed: bool,
@@ -44,7 +46,21 @@ pub(super) struct Overrides {
 
 impl Overrides {
     pub(super) fn new(configured: &[Quota]) -> Self {
-        Self { configured: configured.to_vec(), ..Self::default() }
+        let is_active = vec![true; configured.len()];
+        Self { configured: configured.to_vec(), is_active, ..Self::default() }
+    }
+
+    /// Adopts the quotas of another config. `cells`: the quota of each cell, and whether the config has it. `restored`:
+    /// the overrides in the store, for quotas that were unknown so far.
+    pub(super) fn reconfigure(&mut self, cells: Vec<(Quota, bool)>, restored: &[Quota]) {
+        for stored in restored {
+            let was_known = self.configured.iter().any(|known| known.is_same_as(stored));
+            let is_listed = cells.iter().any(|(quota, is_active)| *is_active && quota.is_same_as(stored));
+            if is_listed && !was_known && !self.is_overridden(stored) {
+                self.overridden.push(stored.clone());
+            }
+        }
+        (self.configured, self.is_active) = cells.into_iter().unzip();
     }
 
     /// Adopts the overrides of the restored state, except those of quotas that no longer exist.
@@ -55,6 +71,16 @@ impl Overrides {
 
     pub(super) fn configured(&self) -> &[Quota] {
         &self.configured
+    }
+
+    /// The quotas of the config, with their cells.
+    pub(super) fn active(&self) -> impl Iterator<Item = (usize, &Quota)> {
+        self.configured.iter().enumerate().filter(|(cell, _)| self.is_active[*cell])
+    }
+
+    /// The quotas of the config that match the key, with their cells.
+    pub(super) fn matching<'q>(&'q self, key: QuotaKey<'q>) -> impl Iterator<Item = (usize, &'q Quota)> {
+        self.active().filter(move |(_, quota)| key.matches(quota))
     }
 
     pub(super) fn is_overridden(&self, quota: &Quota) -> bool {
@@ -92,7 +118,7 @@ impl Overrides {
     /// Sets limit and burst of the quotas that match the key. `None`: restores the limits of the config. Returns
     /// whether a quota matches.
     pub(super) fn set(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
-        let named: Vec<Quota> = self.configured.iter().filter(|quota| key.matches(quota)).cloned().collect();
+        let named: Vec<Quota> = self.matching(key).map(|(_, quota)| quota.clone()).collect();
         for quota in &named {
             self.overridden.retain(|other| !other.is_same_as(quota));
             if let Some((limit, burst)) = limit {

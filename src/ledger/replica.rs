@@ -10,6 +10,7 @@ pub(super) mod admission;
 pub(super) mod journal;
 mod lease;
 mod offline;
+mod reconfigure;
 pub(super) mod session;
 
 use super::demand::{Demand, Grant, NoRoom, Progress, Settlement};
@@ -20,6 +21,7 @@ use crate::quota::{Amounts, Quotas, Receipt, Subject};
 use crate::redis::{Cells, CommandBuilder, LEASE_ID, ScriptReply, Step, StepKind};
 use journal::{Batch, Journal, JournalEntry, MAX_BATCH, TrackedReservation};
 use lease::Lease;
+pub(super) use reconfigure::ReplicaSettings;
 use std::collections::{HashMap, HashSet};
 
 /// With more unsent steps than this, a node admits nothing from its lease. Otherwise it could add steps faster than

@@ -8,8 +8,8 @@ mod task;
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::overrides::QuotaKey;
-use super::replica::Replica;
 use super::replica::admission::ReserveOutcome;
+use super::replica::{Replica, ReplicaSettings};
 use super::wait_queue::WaitQueue;
 use crate::clock;
 use crate::quota::{Amounts, Subject};
@@ -22,6 +22,8 @@ use tokio::time::timeout;
 
 /// Maximum attempts of one call whose reply requires a repetition, for example because a calendar period has ended.
 const MAX_ATTEMPTS: usize = 4;
+/// How long a reload of the config waits until Redis has the new quotas.
+const MAX_ADOPTION_WAIT: Duration = Duration::from_secs(1);
 /// Minimum of `SyncTimes::max_flush_wait`.
 const MIN_FLUSH_WAIT: Duration = Duration::from_millis(250);
 /// Allowance for the inaccuracy of a node's estimate of Redis's clock. A call that Redis runs after a stall shorter
@@ -63,6 +65,15 @@ pub(super) struct RedisSync {
     /// Requests that wait for the next flush.
     waiting_for_flush: Mutex<Vec<oneshot::Sender<()>>>,
     server_faults: Mutex<Vec<String>>,
+    /// The config that the task adopts next.
+    next_config: Mutex<Option<NextConfig>>,
+}
+
+/// A config that the task adopts, and the calls that wait for it.
+#[derive(Debug)]
+struct NextConfig {
+    settings: ReplicaSettings,
+    waiting: Vec<oneshot::Sender<()>>,
 }
 
 /// The state of an account's connection to Redis.
@@ -113,6 +124,7 @@ impl RedisSync {
             wake: Notify::new(),
             waiting_for_flush: Mutex::default(),
             server_faults: Mutex::default(),
+            next_config: Mutex::default(),
         }
     }
 
@@ -229,6 +241,25 @@ impl RedisSync {
         let exists = self.run(|replica| replica.limit_command(clock::now(), key, limit)).await?;
         self.refresh().await;
         Ok(exists)
+    }
+
+    /// Makes the task send another config to Redis and adopt it, and waits for that. While Redis is unavailable, the
+    /// quotas stay as they are until it is available again.
+    pub(super) async fn reconfigure(&self, settings: ReplicaSettings) {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut next = self.next_config.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut waiting = next.take().map_or_else(Vec::new, |superseded| superseded.waiting);
+            waiting.push(sender);
+            *next = Some(NextConfig { settings, waiting });
+        }
+        self.wake_task();
+        if timeout(MAX_ADOPTION_WAIT, receiver).await.is_err() {
+            tracing::warn!(
+                environment = self.environment,
+                "Redis is unavailable: the new quotas are in force when it is available again"
+            );
+        }
     }
 
     /// Resets the quotas of all nodes to full.

@@ -2,14 +2,15 @@
 
 use super::snapshot::Snapshot;
 use crate::calibrations::Calibrations;
-use crate::clock::Stopwatch;
+use crate::clock::{self, Stopwatch};
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
 use crate::learned::Learned;
 use crate::ledger::{Account, Accounts, Persistence, RestoredState};
 use crate::random;
-use crate::store::{Store, WriterControl};
+use crate::store::{self, Store, WriterControl};
 use crate::telemetry::{Metrics, Rejections, RequestIds};
+use futures_util::future::join_all;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub struct State {
     pub(crate) rejections: Rejections,
     /// The accounts of all environments that a config of this process has had.
     accounts: Arc<Accounts>,
+    /// The name of this process in Redis.
+    session: String,
     current: Mutex<Arc<Snapshot>>,
     /// The status of the store. `None`: nothing is persisted.
     store: Option<Arc<WriterControl>>,
@@ -42,6 +45,27 @@ fn session_id() -> String {
     format!("{:016x}{:016x}", random::number(), random::number())
 }
 
+/// A checked config that is not in force yet.
+pub struct PreparedConfig {
+    snapshot: Arc<Snapshot>,
+    /// The environments whose account exists already, with the stored state for quotas that are new to it.
+    known: Vec<(Arc<Environment>, Arc<Account>, RestoredState)>,
+    /// The environments whose account is new.
+    added: Vec<(Arc<Environment>, Arc<Account>)>,
+}
+
+impl PreparedConfig {
+    /// The snapshot that will be in force.
+    pub(crate) fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// The accounts of environments that no config of this process has had.
+    pub(crate) fn added_accounts(&self) -> impl Iterator<Item = &Arc<Account>> {
+        self.added.iter().map(|(_, account)| account)
+    }
+}
+
 impl State {
     /// Opens the account of each environment and restores its counters from the store.
     ///
@@ -49,6 +73,7 @@ impl State {
     /// The metrics cannot be registered, the store cannot be read, or a tokenizer file cannot be used.
     pub fn new(config: Arc<Config>, store: Option<&Store>) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new()?);
+        metrics.config_loaded(clock::now());
         let calibrations = Calibrations::new(config.upstreams.iter().map(|u| u.name.as_str()));
         if let Some(store) = store {
             calibrations.restore(store.calibrations()?);
@@ -77,10 +102,75 @@ impl State {
             request_ids: RequestIds::new(),
             rejections: Rejections::default(),
             accounts: Arc::new(accounts),
+            session,
             current: Mutex::new(Arc::new(current)),
             store: store.map(Store::persistence),
             drain: OnceLock::new(),
         })
+    }
+
+    /// Prepares a config without any effect on the one in force.
+    ///
+    /// # Errors
+    /// The store cannot be read, or a tokenizer file cannot be used.
+    pub(crate) fn prepare(&self, config: Arc<Config>) -> anyhow::Result<PreparedConfig> {
+        let current = self.current();
+        let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
+        let (mut accounts, mut known, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        for environment in &config.environments {
+            let before = current.config.environment(&environment.name).map(|(_, before)| before);
+            let account = self.accounts.of(&environment.name);
+            let has_same_quotas = before.is_some_and(|before| before.quotas == environment.quotas);
+            let restored = if account.is_some() && has_same_quotas {
+                RestoredState::default()
+            } else {
+                self.stored_state(&config, environment)?
+            };
+            let account = if let Some(account) = account {
+                known.push((environment.clone(), account.clone(), restored));
+                account
+            } else {
+                let keeper = self.store.clone().map(|store| -> Arc<dyn Persistence> { store });
+                let account = Account::open_with(environment, keeper, &restored);
+                let account = Arc::new(match &config.store.redis {
+                    Some(redis) => {
+                        account.share(environment, redis, &self.session, config.file_modified_ms)?
+                    }
+                    None => account,
+                });
+                added.push((environment.clone(), account.clone()));
+                account
+            };
+            accounts.push(account);
+        }
+        let parts = (&*self.metrics, &**self.calibrations());
+        let snapshot = Arc::new(Snapshot::new(config, accounts, models, parts, Some(&current))?);
+        Ok(PreparedConfig { snapshot, known, added })
+    }
+
+    fn stored_state(&self, config: &Config, environment: &Environment) -> anyhow::Result<RestoredState> {
+        if self.store.is_none() {
+            return Ok(RestoredState::default());
+        }
+        store::read_restored_state(&config.store.path, environment)
+    }
+
+    /// Puts a config in force for all accounts. `put_in_force` then does so for new requests.
+    pub(crate) async fn reconfigure_accounts(&self, prepared: &PreparedConfig) {
+        for (environment, account) in &prepared.added {
+            self.accounts.add(&environment.name, account.clone());
+        }
+        let config = &prepared.snapshot.config;
+        let redis = config.store.redis.as_ref().map(|redis| (redis, config.file_modified_ms));
+        let known = prepared.known.iter();
+        let all =
+            known.map(|(environment, account, restored)| account.reconfigure(environment, restored, redis));
+        join_all(all).await;
+    }
+
+    /// Puts a config in force for everything except the workers.
+    pub(crate) fn put_in_force(&self, prepared: PreparedConfig) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = prepared.snapshot;
     }
 
     /// The snapshot of the config in force.

@@ -116,6 +116,12 @@ impl TokenBucket {
         self.level = self.level.max(spent_most * self.scale);
     }
 
+    /// Sets the used and the held amount.
+    pub(super) fn begin_with(&mut self, used: u64, held: u64) {
+        self.held = held;
+        self.level = self.units(self.burst) - self.units(used) - self.units(held);
+    }
+
     /// Fills the bucket, except for the held tokens.
     pub(super) fn reset(&mut self) {
         self.level = self.top();

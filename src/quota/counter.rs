@@ -14,6 +14,14 @@ pub(super) struct Cell {
     pub(super) id: u32,
     pub(super) quota: Quota,
     counter: Counter,
+    /// Whether the config has the quota.
+    pub(super) is_active: bool,
+    /// Identifiers of earlier periods whose reservations the counter took over when its window changed. They count as
+    /// admitted in the current period.
+    taken_over: Vec<u64>,
+    /// The used amount above the limit that a change of the window has cut off, and until when it counts: once the limit
+    /// is raised again.
+    excess: Option<(u64, Timestamp)>,
     /// Whether the counter has changed since `take_change` was called last.
     is_dirty: bool,
 }
@@ -34,15 +42,17 @@ impl Cell {
                 Counter::Calendar(CalendarPeriod::new(quota.limit, *unit, zone.clone(), now))
             }
         };
-        Self { id, quota, counter, is_dirty: true }
+        Self { id, quota, counter, is_active: true, taken_over: Vec::new(), excess: None, is_dirty: true }
     }
 
     /// Replaces the quota by one that differs in limit, burst and time zone only. The counter stays.
     pub(super) fn set_quota(&mut self, quota: Quota, now: Timestamp) {
+        self.advance(now);
+        let before = self.quota.limit;
+        let excess = self.excess_at(now);
         match (&mut self.counter, &quota.window) {
             (Counter::Rolling(bucket), _) => bucket.set_limit(quota.limit, quota.capacity(), now),
             (Counter::Calendar(calendar), window) => {
-                calendar.roll(now);
                 calendar.set_limit(quota.limit);
                 if let Window::Calendar { zone, .. } = window {
                     calendar.set_zone(zone, now);
@@ -51,30 +61,15 @@ impl Cell {
         }
         self.quota = quota;
         self.is_dirty = true;
+        if excess > 0 && self.quota.limit > before {
+            let committed = self.committed();
+            self.raise_used(committed.saturating_add(excess), now);
+        }
     }
 
-    /// The cell of a quota that continues this one, after a change of the config. The used amount stays, up to the
-    /// new limit.
-    ///
-    /// Requests in flight settle here if period and window are the same. Otherwise what they hold counts as used. `id`:
-    /// the identifier of the cell in that case.
-    pub(super) fn succeeded_by(&self, id: u32, quota: Quota, now: Timestamp) -> Self {
-        let mut successor = self.clone();
-        if self.quota.is_same_as(&quota) {
-            let is_changed = self.quota.limit != quota.limit || self.quota.capacity() != quota.capacity();
-            let max = quota.max_carried();
-            successor.set_quota(quota, now);
-            if is_changed {
-                successor.limit_used(max);
-            }
-            return successor;
-        }
-        successor.advance(now);
-        let (held, used) = successor.held_and_used();
-        let carried = used.saturating_add(held).min(quota.max_carried());
-        let mut successor = Self::full(id, quota, now);
-        successor.carry_over(carried);
-        successor
+    /// The amount above the limit that counts once the limit is raised.
+    fn excess_at(&self, now: Timestamp) -> u64 {
+        self.excess.filter(|(_, until)| now < *until).map_or(0, |(excess, _)| excess)
     }
 
     /// Continues from the counter that another process has persisted for an earlier quota.
@@ -116,7 +111,82 @@ impl Cell {
     pub(super) fn advance(&mut self, now: Timestamp) {
         match &mut self.counter {
             Counter::Rolling(bucket) => bucket.refill(now),
-            Counter::Calendar(calendar) => calendar.roll(now),
+            Counter::Calendar(calendar) => {
+                if calendar.roll(now) {
+                    self.taken_over.clear();
+                }
+            }
+        }
+    }
+
+    /// The counter continues under a quota with another period or window. The used amount stays, at most the new
+    /// limit. Reservations stay held. Requires a preceding `advance`.
+    pub(super) fn convert(&mut self, quota: Quota, now: Timestamp) {
+        let (held, all) = self.held_and_used();
+        let all = all.saturating_add(self.excess_at(now));
+        let used = all.min(quota.limit);
+        self.excess = Some((all - used, now.plus_ms(quota.per.ms)));
+        if let Counter::Calendar(calendar) = &self.counter {
+            self.taken_over.push(calendar.period_id());
+        } else if !self.taken_over.contains(&0) {
+            self.taken_over.push(0);
+        }
+        self.counter = Self::full(self.id, quota.clone(), now).counter;
+        match &mut self.counter {
+            Counter::Rolling(bucket) => bucket.begin_with(used, held),
+            Counter::Calendar(calendar) => calendar.begin_with(used, held),
+        }
+        self.quota = quota;
+        self.is_dirty = true;
+    }
+
+    /// A copy of a counter that another quota has taken over: nothing is held in it, and what was held counts as used.
+    pub(super) fn freeze(&mut self, id: u32) {
+        let (held, used) = self.held_and_used();
+        self.id = id;
+        self.taken_over.clear();
+        match &mut self.counter {
+            Counter::Rolling(bucket) => bucket.begin_with(used.saturating_add(held), 0),
+            Counter::Calendar(calendar) => calendar.begin_with(used.saturating_add(held), 0),
+        }
+        self.is_dirty = true;
+    }
+
+    /// Raises the used amount to `amount`, at most to the limit, if it is less. Requires a preceding `advance`.
+    pub(super) fn raise_used(&mut self, amount: u64, now: Timestamp) {
+        let (held, used) = self.held_and_used();
+        let committed = used.saturating_add(held);
+        let raised = amount.min(self.quota.limit).max(committed);
+        self.excess = Some((amount.saturating_sub(raised), now.plus_ms(self.quota.per.ms)));
+        if raised == committed {
+            return;
+        }
+        let used = raised - held;
+        match &mut self.counter {
+            Counter::Rolling(bucket) => bucket.begin_with(used, held),
+            Counter::Calendar(calendar) => calendar.begin_with(used, held),
+        }
+        self.is_dirty = true;
+    }
+
+    /// Used and held together, with the amount that a lower limit has cut off. Requires a preceding `advance`.
+    pub(super) fn carried(&self, now: Timestamp) -> u64 {
+        self.committed().saturating_add(self.excess_at(now))
+    }
+
+    /// Used and held together. Requires a preceding `advance`.
+    pub(super) fn committed(&self) -> u64 {
+        let (held, used) = self.held_and_used();
+        used.saturating_add(held)
+    }
+
+    /// The period that admitted a reservation, as this counter knows it. `None`: a period that has ended.
+    fn period_of(&self, hold: &Hold) -> Option<u64> {
+        let is_taken_over = || self.taken_over.contains(&hold.period_id);
+        match &self.counter {
+            Counter::Rolling(_) => (hold.period_id == 0 || is_taken_over()).then_some(0),
+            Counter::Calendar(calendar) if is_taken_over() => Some(calendar.period_id()),
+            Counter::Calendar(_) => Some(hold.period_id),
         }
     }
 
@@ -149,10 +219,11 @@ impl Cell {
 
     /// Moves `amount` of a reservation from held to spent.
     pub(super) fn mark_spent(&mut self, hold: &Hold, amount: u64) {
+        let Some(period_id) = self.period_of(hold) else { return };
         self.is_dirty = true;
         match &mut self.counter {
             Counter::Rolling(bucket) => bucket.mark_spent(amount),
-            Counter::Calendar(calendar) => calendar.mark_spent(hold.period_id, amount),
+            Counter::Calendar(calendar) => calendar.mark_spent(period_id, amount),
         }
     }
 
@@ -162,12 +233,19 @@ impl Cell {
         self.is_dirty = true;
         let kind = self.quota.kind;
         let (reserved, marked_spent, spent) = (reserved.of(kind), marked_spent.of(kind), spent.of(kind));
+        let period_id = self.period_of(hold);
         match &mut self.counter {
+            // Its calendar period ended before the window changed: only an overrun is charged.
+            Counter::Rolling(bucket) if period_id.is_none() => {
+                bucket.settle(0, spent.saturating_sub(reserved).cast_signed());
+            }
             Counter::Rolling(bucket) => {
                 let held = reserved.saturating_sub(marked_spent);
                 bucket.settle(held, spent.cast_signed() - marked_spent.cast_signed());
             }
-            Counter::Calendar(calendar) => calendar.settle(hold.period_id, reserved, marked_spent, spent),
+            Counter::Calendar(calendar) => {
+                calendar.settle(period_id.unwrap_or_default(), reserved, marked_spent, spent);
+            }
         }
     }
 
@@ -199,7 +277,7 @@ impl Cell {
     }
 
     /// Continues from the counter that another process has persisted.
-    fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
+    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
         match &mut self.counter {
             Counter::Rolling(bucket) => bucket.restore(persisted, now),
             Counter::Calendar(calendar) => calendar.restore(persisted, now),

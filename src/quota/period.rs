@@ -30,12 +30,13 @@ impl CalendarPeriod {
         Self { limit, unit, zone, start, end, period_id: id_of(start), used: 0, held: 0 }
     }
 
-    /// Begins the next period if the current one has ended.
+    /// Begins the next period if the current one has ended. Returns whether it did.
     ///
     /// A clock that was stepped back begins no new period: the used amount stays until the end of the period
     /// that the clock now shows. So stepping back grants nothing, and no request waits longer than a period.
-    pub(crate) fn roll(&mut self, now: Timestamp) {
-        if now >= self.end {
+    pub(crate) fn roll(&mut self, now: Timestamp) -> bool {
+        let has_ended = now >= self.end;
+        if has_ended {
             (self.start, self.end) = bounds(self.unit, &self.zone, now);
             self.period_id = id_of(self.start).max(self.period_id + 1);
             self.used = 0;
@@ -43,6 +44,7 @@ impl CalendarPeriod {
         } else if now < self.start {
             (self.start, self.end) = bounds(self.unit, &self.zone, now);
         }
+        has_ended
     }
 
     /// Whether `amount` fits now. Requires a preceding `roll`.
@@ -123,6 +125,16 @@ impl CalendarPeriod {
     /// Whether the period of a persisted counter has ended.
     pub(super) fn has_ended(persisted: &PersistedCounter, now: Timestamp) -> bool {
         persisted.until != Timestamp::default() && persisted.until <= now
+    }
+
+    /// Sets the used and the held amount.
+    pub(super) fn begin_with(&mut self, used: u64, held: u64) {
+        (self.used, self.held) = (used, held);
+    }
+
+    /// The identifier of the current period.
+    pub(super) fn period_id(&self) -> u64 {
+        self.period_id
     }
 
     /// Sets the used amount to 0; the held amount stays.

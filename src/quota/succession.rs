@@ -30,8 +30,7 @@ pub fn predecessors(earlier: &[&Quota], quotas: &[Quota]) -> Vec<Option<usize>> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Timestamp;
-    use crate::quota::{Amounts, ClockUnit, Kind, Period, Quotas, Receipt, Required, Scope, Subject, Window};
+    use crate::quota::{ClockUnit, Kind, Period, Scope, Window};
     use jiff::tz::TimeZone;
 
     fn quota(scope: Scope, kind: Kind, ms: u64, is_calendar: bool) -> Quota {
@@ -87,63 +86,5 @@ mod tests {
             quota(Scope::Environment, Kind::Requests, 1, true),
         ];
         assert_eq!(found(&earlier, &changed), [None, Some(2), None, Some(0)]);
-    }
-
-    const NOW: Timestamp = Timestamp(1_774_700_000_000);
-    const ANYONE: Subject<'static> = Subject { caller: None, model: "m" };
-
-    fn total(limit: u64, ms: u64, is_calendar: bool) -> Quota {
-        let mut quota = quota(Scope::Environment, Kind::TotalTokens, ms, is_calendar);
-        quota.set_limit(limit, limit);
-        quota
-    }
-
-    /// Quotas with 300 tokens used and 100 held, and the receipt of the held ones.
-    fn spent(quotas: &[Quota]) -> (Quotas, Receipt) {
-        let mut all = Quotas::new(quotas, NOW);
-        let mut reserve = |tokens| {
-            let required = Required { amounts: Amounts::of_request(tokens, 0), generates: true };
-            all.reserve(NOW, ANYONE, &required).unwrap()
-        };
-        let (settled, held) = (reserve(300), reserve(100));
-        all.settle(NOW, settled, Amounts::of_request(300, 0));
-        (all, held)
-    }
-
-    fn levels(quotas: &mut Quotas) -> Vec<(u64, u64)> {
-        quotas.levels(NOW).iter().map(|level| (level.used, level.held)).collect()
-    }
-
-    #[test]
-    fn used_amounts_stay_when_the_config_changes_and_requests_settle_by_the_rules_of_their_start() {
-        const MINUTE: u64 = 60_000;
-        const DAY: u64 = 86_400_000;
-        for is_calendar in [false, true] {
-            for (changed, before, after) in [
-                // Another limit only: the request in flight settles here.
-                (total(2_000, DAY, is_calendar), (300, 100), (350, 0)),
-                (total(200, DAY, is_calendar), (200, 100), (250, 0)),
-                // Another period or window: the held amount counts as used.
-                (total(1_000, MINUTE, false), (400, 0), (400, 0)),
-                (total(350, MINUTE, false), (350, 0), (350, 0)),
-                (total(1_000, DAY, !is_calendar), (400, 0), (400, 0)),
-            ] {
-                let (mut quotas, held) = spent(&[total(1_000, DAY, is_calendar)]);
-                quotas.reconfigure(std::slice::from_ref(&changed), NOW);
-                assert_eq!(levels(&mut quotas), [before], "{changed:?}");
-                quotas.settle(NOW, held, Amounts::of_request(50, 0));
-                assert_eq!(levels(&mut quotas), [after], "{changed:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn an_unchanged_config_keeps_debt() {
-        let (mut quotas, held) = spent(&[total(1_000, 60_000, false)]);
-        quotas.settle(NOW, held, Amounts::of_request(900, 0));
-        for _ in 0..3 {
-            quotas.reconfigure(&[total(1_000, 60_000, false)], NOW);
-            assert_eq!(quotas.levels(NOW)[0].level, -200);
-        }
     }
 }

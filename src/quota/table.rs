@@ -5,7 +5,7 @@ use super::receipt::{Hold, Receipt};
 use super::succession::predecessors;
 use super::{
     Amounts, CounterState, Denied, Kind, PersistedCounter, Quota, QuotaLevel, QuotaStatus, Required, Scope,
-    Wait,
+    Takeover, Wait,
 };
 use crate::clock::Timestamp;
 use rustc_hash::FxHashMap;
@@ -27,10 +27,12 @@ pub struct Subject<'a> {
 /// The quotas of one environment with their counters.
 #[derive(Clone, Debug)]
 pub struct Quotas {
-    /// In the order of the config.
-    cells: Vec<Cell>,
+    /// Also those of quotas that the config no longer has. A cell never changes its index.
+    pub(super) cells: Vec<Cell>,
+    /// The indices of the active cells, in the order of the config.
+    pub(super) order: Vec<usize>,
     index: ScopeIndex,
-    next_id: u32,
+    last_id: u32,
 }
 
 /// Indices of the cells that may apply to a request. A request costs the same with one caller quota as
@@ -49,46 +51,33 @@ type Applicable = SmallVec<[u32; 8]>;
 impl Quotas {
     /// Creates quotas of which nothing is spent or held.
     pub fn new(quotas: &[Quota], now: Timestamp) -> Self {
-        let mut all = Self { cells: Vec::new(), index: ScopeIndex::default(), next_id: 0 };
-        all.set_quotas(quotas, now);
+        let mut all = Self { cells: Vec::new(), order: Vec::new(), index: ScopeIndex::default(), last_id: 0 };
+        all.reconfigure(quotas, now, Takeover::InPlace, |_| None);
         all
     }
 
-    /// Replaces the quotas. One that stays (same scope, kind, period and window) keeps its counter; the
-    /// counter of a removed one is dropped; a new one is full.
-    pub fn set_quotas(&mut self, quotas: &[Quota], now: Timestamp) {
-        let mut old = std::mem::take(&mut self.cells);
-        for quota in quotas {
-            let same = old.iter().position(|cell| cell.quota.is_same_as(quota));
-            self.cells.push(if let Some(at) = same {
-                let mut cell = old.swap_remove(at);
-                cell.set_quota(quota.clone(), now);
-                cell
-            } else {
-                self.next_id += 1;
-                Cell::full(self.next_id, quota.clone(), now)
-            });
+    /// Changes limit, burst and time zone of the quota of each cell, in the order of the cells. Counters stay.
+    pub fn set_limits(&mut self, quotas: &[Quota], now: Timestamp) {
+        for (cell, quota) in self.cells.iter_mut().zip(quotas).filter(|(cell, quota)| cell.quota != **quota) {
+            cell.set_quota(quota.clone(), now);
         }
+    }
+
+    /// The quota of each cell, and whether the config has it.
+    pub fn cells(&self) -> impl Iterator<Item = (&Quota, bool)> {
+        self.cells.iter().map(|cell| (&cell.quota, cell.is_active))
+    }
+
+    pub(super) fn next_id(&mut self) -> u32 {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    pub(super) fn rebuild_index(&mut self) {
         self.index = ScopeIndex::of(&self.cells);
     }
 
-    /// Replaces the quotas by those of a changed config. Each continues the earlier quota that [`predecessors`] finds:
-    /// the used amount stays, up to the new limit. A new quota is full.
-    pub fn reconfigure(&mut self, quotas: &[Quota], now: Timestamp) {
-        let earlier: Vec<&Quota> = self.cells.iter().map(|cell| &cell.quota).collect();
-        let mut cells = Vec::with_capacity(quotas.len());
-        for (quota, predecessor) in quotas.iter().zip(predecessors(&earlier, quotas)) {
-            self.next_id += 1;
-            cells.push(match predecessor {
-                Some(at) => self.cells[at].succeeded_by(self.next_id, quota.clone(), now),
-                None => Cell::full(self.next_id, quota.clone(), now),
-            });
-        }
-        self.cells = cells;
-        self.index = ScopeIndex::of(&self.cells);
-    }
-
-    /// The quotas that apply to a request, as indices into the config order.
+    /// The quotas that apply to a request, as indices of cells.
     pub fn applicable(&self, subject: Subject<'_>) -> Applicable {
         let mut applicable = SmallVec::from_slice(&self.index.environment);
         if let Some(of_caller) = subject.caller.and_then(|caller| self.index.callers.get(&**caller)) {
@@ -254,11 +243,13 @@ impl Quotas {
         self.take(&indices, more)
     }
 
-    /// Advances the quotas of a receipt to `now`. Returns the indices of those that still exist.
+    /// Advances the quotas of a receipt to `now`. Returns the indices of those that the config still has.
     fn advance_quotas_of(&mut self, now: Timestamp, receipt: &Receipt) -> Applicable {
         let mut indices = SmallVec::new();
         for hold in &receipt.holds {
-            let Some(index) = self.index_of(hold) else { continue };
+            let Some(index) = self.index_of(hold).filter(|&index| self.cells[index].is_active) else {
+                continue;
+            };
             self.cells[index].advance(now);
             indices.push(u32::try_from(index).unwrap_or(u32::MAX));
         }
@@ -376,21 +367,31 @@ impl Quotas {
 
     /// The quotas that apply to a request, with their counters, in the order of the config.
     pub fn levels_of(&mut self, now: Timestamp, subject: Subject<'_>) -> Vec<QuotaLevel> {
-        let mut indices = self.applicable(subject);
-        indices.sort_unstable();
-        indices.iter().filter_map(|&at| Some(self.cells.get_mut(at as usize)?.quota_level(now))).collect()
+        let applicable = self.applicable(subject);
+        let order: Vec<usize> = self
+            .order
+            .iter()
+            .copied()
+            .filter(|&at| applicable.iter().any(|&index| index as usize == at))
+            .collect();
+        order.into_iter().map(|at| self.cells[at].quota_level(now)).collect()
+    }
+
+    /// Every cell with its counter, in the order of the cells.
+    pub fn cell_levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
+        self.cells.iter_mut().map(|cell| cell.quota_level(now)).collect()
     }
 
     /// Every quota with its counter, in the order of the config.
     pub fn levels(&mut self, now: Timestamp) -> Vec<QuotaLevel> {
-        self.cells.iter_mut().map(|cell| cell.quota_level(now)).collect()
+        self.order.iter().map(|&index| self.cells[index].quota_level(now)).collect()
     }
 }
 
 impl ScopeIndex {
     fn of(cells: &[Cell]) -> Self {
         let mut index = Self::default();
-        for (at, cell) in (0..).zip(cells) {
+        for (at, cell) in (0..).zip(cells).filter(|(_, cell)| cell.is_active) {
             match &cell.quota.scope {
                 Scope::Environment => index.environment.push(at),
                 Scope::Caller(caller) => index.callers.entry(caller.clone()).or_default().push(at),

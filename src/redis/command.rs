@@ -170,6 +170,11 @@ impl CommandBuilder {
         self.redis_time = now;
     }
 
+    /// Builds commands for these cells from now on.
+    pub fn set_cells(&mut self, cells: Cells) {
+        self.cells = cells;
+    }
+
     /// The number of cells.
     pub fn cell_count(&self) -> usize {
         self.cells.quotas().len()

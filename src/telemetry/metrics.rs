@@ -2,6 +2,7 @@
 
 use super::series::{Series, SeriesMetrics};
 use super::{Record, RequestOutcome};
+use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::estimate::{Encoding, EstimateSource, PromptEstimate, Tokenizer};
 use crate::ledger::Account;
@@ -16,6 +17,8 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
+    reload_failures: IntCounter,
+    last_reload: IntGauge,
     series: SeriesMetrics,
     rejections: IntCounterVec,
     usage_missing: IntCounterVec,
@@ -62,15 +65,21 @@ impl Metrics {
     /// Two metrics have the same name. That is a mistake in this file, which every test detects.
     pub(crate) fn new() -> prometheus::Result<Self> {
         let r = Registry::new();
-        // This version does not reload configs, so the metric stays 0. It exists so that dashboards can use it already.
-        register(
-            &r,
-            IntCounter::new(
-                "tollgate_config_reload_failures_total",
-                "Reloads that failed because the new config was invalid.",
-            )?,
-        )?;
         Ok(Self {
+            reload_failures: register(
+                &r,
+                IntCounter::new(
+                    "tollgate_config_reload_failures_total",
+                    "Reloads that failed because the new config was invalid.",
+                )?,
+            )?,
+            last_reload: register(
+                &r,
+                IntGauge::new(
+                    "tollgate_config_last_reload_success_timestamp_seconds",
+                    "When the config in force was loaded, in seconds since the Unix epoch.",
+                )?,
+            )?,
             series: series_metrics(&r)?,
             rejections: counters(
                 &r,
@@ -108,6 +117,16 @@ impl Metrics {
             redis: RedisMetrics::new(&r)?,
             registry: r,
         })
+    }
+
+    /// Records that a config was loaded.
+    pub(crate) fn config_loaded(&self, now: Timestamp) {
+        self.last_reload.set(now.0 / 1_000);
+    }
+
+    /// Counts a reload that was refused.
+    pub(crate) fn reload_failed(&self) {
+        self.reload_failures.inc();
     }
 
     /// Counts a request that has ended.
@@ -172,6 +191,9 @@ impl Metrics {
         store_is_up: bool,
     ) -> prometheus::Result<String> {
         self.store_up.set(i64::from(store_is_up));
+        // Without this, quotas and environments that a reload has removed would stay.
+        self.quotas.clear();
+        self.redis.clear();
         for (environment, account) in accounts {
             let name = environment.name.as_str();
             let snapshot = account.snapshot();
@@ -220,6 +242,10 @@ fn series_metrics(r: &Registry) -> prometheus::Result<SeriesMetrics> {
 }
 
 impl QuotaMetrics {
+    fn clear(&self) {
+        [&self.limit, &self.level, &self.held, &self.in_flight].into_iter().for_each(IntGaugeVec::reset);
+    }
+
     fn new(r: &Registry) -> prometheus::Result<Self> {
         let quota = ["environment", "kind", "per"];
         Ok(Self {
@@ -283,6 +309,10 @@ impl EstimateMetrics {
 }
 
 impl RedisMetrics {
+    fn clear(&self) {
+        [&self.up, &self.nodes, &self.faults, &self.losses].into_iter().for_each(IntGaugeVec::reset);
+    }
+
     fn new(r: &Registry) -> prometheus::Result<Self> {
         let labels = ["environment"];
         Ok(Self {

@@ -24,6 +24,7 @@ mod operations;
 mod passthrough;
 mod quotas;
 mod refusals;
+mod reload;
 mod routing;
 mod settling;
 mod shutdown;

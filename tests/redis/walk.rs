@@ -280,7 +280,7 @@ impl Walk<'_> {
         let burst = if is_rolling { change() } else { limit };
         all[index] = all[index].with_limit(limit, burst);
         // Like the script, the engine advances all quotas to the current time when one changes.
-        self.local.set_quotas(&all, self.now);
+        self.local.set_limits(&all, self.now);
         let command = self.node.commands.limit(true, &[(index, NewLimit { limit, burst })]);
         assert_eq!(self.node.call(&command).verdict, Verdict::Done);
     }

@@ -207,7 +207,7 @@ impl Replica {
         }
         let now = self.redis_time(own);
         let lease = self.lease.as_mut().filter(|lease| lease.is_due(now))?;
-        match lease.review(now, &self.local.quotas.levels(now), self.nodes) {
+        match lease.review(now, &self.local.quotas.cell_levels(now), self.nodes) {
             LeaseAction::Keep => None,
             LeaseAction::Return => {
                 self.return_lease();

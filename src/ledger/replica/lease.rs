@@ -54,6 +54,14 @@ impl Lease {
         }
     }
 
+    /// Adds cells, of which nothing is leased.
+    pub(super) fn resize(&mut self, quotas: usize) {
+        self.left.resize(quotas, 0);
+        self.until.resize(quotas, Timestamp(i64::MAX));
+        self.low.resize(quotas, 0);
+        self.request_review();
+    }
+
     /// Requests a review of the lease as soon as possible, because the states of all quotas have changed.
     pub(super) fn request_review(&mut self) {
         self.needs_review = true;

@@ -152,7 +152,11 @@ impl Replica {
         let differs = |(quota, (state, is_override)): (&Quota, &(CounterState, bool))| {
             !is_override && limit_of(state) != (quota.limit, quota.capacity())
         };
-        let limits_differ = self.local.overrides.configured().iter().zip(&reply.states).any(differs);
+        let limits_differ = self
+            .local
+            .overrides
+            .active()
+            .any(|(cell, quota)| reply.states.get(cell).is_some_and(|state| differs((quota, state))));
         Some(limits_differ && !std::mem::replace(&mut self.limits_differ, limits_differ))
     }
 
@@ -164,8 +168,7 @@ impl Replica {
         limit: Option<(u64, u64)>,
     ) -> Option<ScriptCommand> {
         self.set_command_time(own);
-        let configured = self.local.overrides.configured();
-        let named = configured.iter().enumerate().filter(|(_, quota)| key.matches(quota));
+        let named = self.local.overrides.matching(key);
         let change = |(index, quota): (usize, &Quota)| {
             let (limit, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
             (index, NewLimit { limit, burst: quota.with_limit(limit, burst).capacity() })

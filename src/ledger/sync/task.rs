@@ -2,9 +2,10 @@
 
 use super::{MAX_ATTEMPTS, RedisSync};
 use crate::clock;
-use crate::ledger::replica::Replica;
 use crate::ledger::replica::session::Joined;
+use crate::ledger::replica::{Replica, ReplicaSettings};
 use crate::redis::Verdict;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -174,6 +175,8 @@ impl RedisSync {
         let mut connected = self.connection.watch_generation();
         let mut heartbeat = interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // A config may wait since before the join.
+        self.wake_task();
         loop {
             let is_due = tokio::select! {
                 // A new connection may lead to another server, or to one that has lost data.
@@ -183,13 +186,58 @@ impl RedisSync {
             };
             // Dropping this value resumes the requests that wait for a flush. It is dropped after the heartbeat.
             let waiting = self.take_waiting_for_flush();
-            let flushed = self.flush_and_lease().await;
+            let flushed = match self.adopt_next_config().await {
+                Some(()) => self.flush_and_lease().await,
+                None => None,
+            };
             let beat = if is_due || !waiting.is_empty() { self.heartbeat().await } else { Some(()) };
             drop(waiting);
             if flushed.is_none() || beat.is_none() || self.with_replica(|replica| replica.is_offline()) {
                 return;
             }
         }
+    }
+
+    /// Adopts the config that waits for it: Redis gets the new quotas first, so that no request names a quota that Redis
+    /// does not have.
+    async fn adopt_next_config(&self) -> Option<()> {
+        loop {
+            let settings = {
+                let next = self.next_config.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(next) = &*next else { return Some(()) };
+                next.settings.clone()
+            };
+            if !self.with_replica(|replica| replica.is_in_step()) {
+                return Some(());
+            }
+            // The states of quotas that other nodes use already.
+            self.flush().await?;
+            self.heartbeat().await?;
+            self.send_quotas(&settings).await?;
+            let carried = self.with_replica(|replica| replica.adopt(clock::now(), &settings));
+            self.heartbeat().await?;
+            self.with_replica(|replica| replica.carry_over(clock::now(), &carried));
+            self.flush().await?;
+            let mut next = self.next_config.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_last = next.as_ref().is_some_and(|next| next.settings == settings);
+            let adopted = if is_last { next.take() } else { None };
+            drop(next);
+            adopted.into_iter().flat_map(|next| next.waiting).for_each(|waiting| {
+                let _ = waiting.send(());
+            });
+        }
+    }
+
+    async fn send_quotas(&self, settings: &ReplicaSettings) -> Option<()> {
+        for _ in 0..MAX_ATTEMPTS {
+            let command = self.with_replica(|replica| replica.adopt_command(clock::now(), settings));
+            let reply = self.call(&command).await.ok()?;
+            self.with_replica(|replica| replica.record_time(clock::now(), &reply));
+            if reply.verdict == Verdict::Done {
+                return Some(());
+            }
+        }
+        None
     }
 
     async fn flush_and_lease(&self) -> Option<()> {

@@ -4,6 +4,7 @@ use super::redis::with_store;
 use super::{Caller, Reply, Upstream, soon};
 use serde_json::Value;
 use std::net::SocketAddr;
+use std::path::Path;
 use tollgate::app::{App, CallerTimeouts, Workers};
 use tollgate::config::parse;
 
@@ -56,10 +57,25 @@ impl Gateway {
         Self::start(text, CallerTimeouts::default()).await
     }
 
+    /// A gateway with the config in this file, which it watches.
+    pub async fn from_file(path: &Path) -> Self {
+        let text = std::fs::read_to_string(path).unwrap();
+        Self::start_from(&text, Some(path), CallerTimeouts::default()).await
+    }
+
     async fn start(text: &str, timeouts: CallerTimeouts) -> Self {
-        let text = with_store(text);
-        let loaded =
-            parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        Self::start_from(&with_store(text), None, timeouts).await
+    }
+
+    async fn start_from(text: &str, path: Option<&Path>, timeouts: CallerTimeouts) -> Self {
+        let mut loaded =
+            parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        if let Some(path) = path {
+            let modified = path.metadata().unwrap().modified().unwrap();
+            let since = modified.duration_since(std::time::UNIX_EPOCH).unwrap();
+            loaded.config.file = Some(path.to_owned());
+            loaded.config.file_modified_ms = u64::try_from(since.as_millis()).unwrap();
+        }
         let start = move || App::start_with(loaded.config, Workers::default(), timeouts).unwrap();
         let app = tokio::task::spawn_blocking(start).await.unwrap();
         Self { address: app.address(), admin: app.admin_address(), app: Some(app) }

@@ -11,7 +11,7 @@ pub struct Process {
     pub address: SocketAddr,
     pub admin: SocketAddr,
     log: Arc<Mutex<Vec<serde_json::Value>>>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Process {
@@ -50,7 +50,12 @@ impl Process {
         .await
         .unwrap();
         let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
-        Self { child, address: address("address"), admin: address("admin"), log, _folder: folder }
+        Self { child, address: address("address"), admin: address("admin"), log, folder }
+    }
+
+    /// Replaces the config file.
+    pub fn write_config(&self, text: &str) {
+        std::fs::write(self.folder.path().join("t.yaml"), text).unwrap();
     }
 
     /// The process id.

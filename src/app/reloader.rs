@@ -1,0 +1,161 @@
+//! Reloads the config while the gateway runs: on request, on SIGHUP, and when a file changes.
+//!
+//! A config is read, checked and prepared as a whole. If anything is wrong, nothing changes. Otherwise new requests are
+//! served by it, and requests in flight end by the old one.
+
+use super::MAX_REDIS_WAIT;
+use super::file_watch::FileWatch;
+use crate::clock;
+use crate::config::{self, Config, Loaded, ModelRule, TokenizerChoice};
+use crate::ledger::Account;
+use crate::proxy::{PreparedConfig, State, WorkerProxy};
+use crate::reload::{ReloadHandle, ReloadOutcome, ReloadRequest};
+use crate::server::RunState;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+use tokio_rustls::rustls::ClientConfig;
+
+/// Reloads the config of one gateway.
+pub(super) struct Reloader {
+    pub(super) state: Arc<State>,
+    pub(super) workers: Vec<Arc<WorkerProxy>>,
+    pub(super) tls: Arc<ClientConfig>,
+    /// Takes the accounts of new environments to the thread that communicates with Redis.
+    pub(super) redis: Option<mpsc::UnboundedSender<Arc<Account>>>,
+    pub(super) handle: ReloadHandle,
+}
+
+impl Reloader {
+    /// Reloads the config whenever it is requested or a file changes, until the gateway stops.
+    pub(super) async fn run(
+        self,
+        mut requests: mpsc::Receiver<ReloadRequest>,
+        mut run_state: watch::Receiver<RunState>,
+    ) {
+        let mut files = FileWatch::new();
+        files.follow(&self.files());
+        loop {
+            let request = tokio::select! {
+                biased;
+                _ = run_state.wait_for(|state| *state != RunState::Running) => return,
+                request = requests.recv() => match request {
+                    Some(request) => Some(request),
+                    None => return,
+                },
+                () = files.changed() => None,
+            };
+            // A change from now on is noticed after this reload.
+            files.mark();
+            let outcome = self.reload().await;
+            files.follow(&self.files());
+            // An error means that the caller does not wait any longer.
+            request.into_iter().for_each(|request| drop(request.send(outcome.clone())));
+        }
+    }
+
+    /// The config file, and the files that it names.
+    fn files(&self) -> Vec<PathBuf> {
+        let config = &self.state.current().config;
+        let tokenizer = |rule: &ModelRule| match &rule.tokenizer {
+            Some(TokenizerChoice::File(path)) => Some(path.clone()),
+            _ => None,
+        };
+        let Some(file) = &config.file else { return Vec::new() };
+        let named = config.value_files.iter().cloned().chain(config.models.iter().filter_map(tokenizer));
+        std::iter::once(file.clone()).chain(named).collect()
+    }
+
+    async fn reload(&self) -> ReloadOutcome {
+        let outcome = match self.try_reload().await {
+            Ok((changes, warnings)) => ReloadOutcome::Adopted { changes, warnings },
+            Err(faults) => ReloadOutcome::Refused { faults },
+        };
+        match &outcome {
+            ReloadOutcome::Adopted { changes, warnings } => {
+                warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+                changes.iter().for_each(|change| tracing::info!(change, "the config has changed"));
+                tracing::info!(changes = changes.len(), "the config was reloaded");
+                self.state.metrics.config_loaded(clock::now());
+                self.handle.set_faults(Vec::new());
+            }
+            ReloadOutcome::Refused { faults } => {
+                faults.iter().for_each(|fault| {
+                    tracing::error!(fault, "the new config was refused: the old one stays in force");
+                });
+                self.state.metrics.reload_failed();
+                self.handle.set_faults(faults.clone());
+            }
+        }
+        outcome
+    }
+
+    /// Returns what changed, and warnings.
+    ///
+    /// # Errors
+    /// All faults of the new config. The old one stays in force.
+    async fn try_reload(&self) -> Result<(Vec<String>, Vec<String>), Vec<String>> {
+        let one = |message: String| vec![message];
+        let current = self.state.current();
+        let file = current.config.file.as_deref();
+        let file = file.ok_or_else(|| one("this gateway has no config file to reload".to_owned()))?;
+        let Loaded { mut config, warnings } = load(file)?;
+        let restart_faults = config::restart_faults(&current.config, &config);
+        if !restart_faults.is_empty() {
+            return Err(restart_faults);
+        }
+        config.file_modified_ms = stamp(&current.config, &config);
+        let changes = config::changes(&current.config, &config);
+        let failed = |error: anyhow::Error| one(format!("{error:#}"));
+        let prepared = self.state.prepare(Arc::new(config)).map_err(failed)?;
+        let prepare = |worker: &Arc<WorkerProxy>| worker.prepare(prepared.snapshot().clone(), &self.tls);
+        let proxies: Vec<_> = self.workers.iter().map(prepare).collect::<Result<_, _>>().map_err(failed)?;
+        // From here on nothing can fail.
+        for account in prepared.added_accounts() {
+            self.redis.iter().for_each(|redis| drop(redis.send(account.clone())));
+        }
+        wait_until_connected(&prepared).await;
+        self.state.reconfigure_accounts(&prepared).await;
+        self.state.put_in_force(prepared);
+        self.workers.iter().zip(proxies).for_each(|(worker, proxy)| worker.replace(proxy));
+        Ok((changes, warnings.iter().map(ToString::to_string).collect()))
+    }
+}
+
+/// Waits until the accounts of new environments are connected to Redis, at most [`MAX_REDIS_WAIT`]. Without this wait the
+/// node would admit their first requests by its own counters.
+async fn wait_until_connected(prepared: &PreparedConfig) {
+    let is_offline = |account: &Arc<Account>| {
+        account.redis_status().is_some_and(|redis| redis.unavailable_reason.is_some())
+    };
+    let connected = async {
+        while prepared.added_accounts().any(is_offline) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // Redis is unavailable: the account counts on this node until it is available.
+    drop(timeout(MAX_REDIS_WAIT, connected).await);
+}
+
+/// Reads the config file.
+fn load(file: &Path) -> Result<Loaded, Vec<String>> {
+    // Reading a pipe or a device could block for ever.
+    if std::fs::metadata(file).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        return Err(vec![format!("{}: this is not a regular file", file.display())]);
+    }
+    config::load(file).map_err(|faults| faults.to_string().lines().map(str::to_owned).collect())
+}
+
+/// When the new config was written. Nodes use the limits of the newest config. A file that is older than the one in
+/// force, such as a copy that is put back, counts as written now if it changes quotas.
+fn stamp(old: &Config, new: &Config) -> u64 {
+    let quotas = |config: &Config| -> Vec<_> {
+        config.environments.iter().map(|e| (e.name.clone(), e.quotas.clone())).collect()
+    };
+    if new.file_modified_ms > old.file_modified_ms || quotas(old) == quotas(new) {
+        return new.file_modified_ms.max(old.file_modified_ms);
+    }
+    u64::try_from(clock::now().0).unwrap_or(0).max(old.file_modified_ms + 1)
+}

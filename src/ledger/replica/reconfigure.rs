@@ -1,0 +1,99 @@
+//! Adopts another config while the replica is in step with Redis.
+//!
+//! Cells keep their indices, because the journal and the reservations in flight name them by index. A removed quota keeps
+//! its cell. A quota with another period or window has another cell in Redis, so its used amount is charged there.
+
+use super::Replica;
+use crate::clock::Timestamp;
+use crate::config::OnStoreFailure;
+use crate::ledger::durability::RestoredState;
+use crate::ledger::replica::lease::Lease;
+use crate::quota::{CarriedAmount, CounterState, Quota, Quotas, Takeover};
+use crate::redis::{Cells, ScriptCommand};
+
+/// The settings of a config that a replica adopts.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::ledger) struct ReplicaSettings {
+    pub(in crate::ledger) on_failure: OnStoreFailure,
+    pub(in crate::ledger) stamp: u64,
+    pub(in crate::ledger) leases: bool,
+    pub(in crate::ledger) quotas: Vec<Quota>,
+}
+
+impl Replica {
+    /// The command that sends the quotas and the stamp of another config to Redis. It joins the same session again.
+    pub(in crate::ledger) fn adopt_command(
+        &mut self,
+        own: Timestamp,
+        settings: &ReplicaSettings,
+    ) -> ScriptCommand {
+        let now = self.set_command_time(own);
+        let mut next = self.local.quotas.clone();
+        next.reconfigure(&settings.quotas, now, Takeover::Separate, |_| None);
+        let quotas: Vec<Quota> = self.next_quotas(&next, &settings.quotas);
+        let overrides = &self.local.overrides;
+        let overridden: Vec<bool> = quotas.iter().map(|quota| overrides.is_overridden(quota)).collect();
+        let states: Vec<_> = next.states(now).into_iter().zip(overridden).collect();
+        let mut commands = self.commands.clone();
+        commands.set_cells(Cells::new(&quotas, now));
+        commands.join(settings.stamp, Some(self.journal.sent(self.data_set)), &states)
+    }
+
+    /// The quota of each cell with the limits of the config, not with those in force.
+    fn next_quotas(&self, next: &Quotas, configured: &[Quota]) -> Vec<Quota> {
+        let known = self.local.overrides.configured();
+        let of_config = |(at, (quota, is_active)): (usize, (&Quota, bool))| {
+            let listed = || configured.iter().find(|other| other.is_same_as(quota));
+            let found = if is_active { listed() } else { known.get(at) };
+            found.unwrap_or(quota).clone()
+        };
+        next.cells().enumerate().map(of_config).collect()
+    }
+
+    /// Adopts a config whose quotas Redis has. Returns the amounts that `carry_over` charges once the states of all
+    /// cells have been read.
+    pub(in crate::ledger) fn adopt(
+        &mut self,
+        own: Timestamp,
+        settings: &ReplicaSettings,
+    ) -> Vec<CarriedAmount> {
+        let now = self.redis_time(own);
+        let restored = RestoredState::default();
+        let carried = self.local.reconfigure(now, &settings.quotas, Takeover::Separate, &restored);
+        let quotas = self.local.overrides.configured();
+        self.commands.set_cells(Cells::new(quotas, now));
+        let cells = quotas.len();
+        (self.config.on_failure, self.config.stamp) = (settings.on_failure, settings.stamp);
+        if settings.leases {
+            self.lease.get_or_insert_with(|| Lease::new(cells)).resize(cells);
+        } else {
+            self.return_lease();
+            self.lease = None;
+        }
+        carried
+    }
+
+    /// Charges the amounts that were used before a period or window changed, as far as the cells in Redis do not have
+    /// them yet.
+    pub(in crate::ledger) fn carry_over(&mut self, own: Timestamp, carried: &[CarriedAmount]) {
+        let now = self.redis_time(own);
+        let levels = self.local.quotas.cell_levels(now);
+        let states = self.local.quotas.states(now);
+        for &CarriedAmount { cell, amount } in carried {
+            let (Some(level), Some(state)) = (levels.get(cell), states.get(cell)) else { continue };
+            let missing = amount.saturating_sub(level.used.saturating_add(level.held));
+            let turn = match state {
+                CounterState::Rolling { .. } => 0,
+                CounterState::Calendar { period_id, .. } => *period_id,
+            };
+            if let Some(cell) = u32::try_from(cell).ok().filter(|_| missing > 0) {
+                self.journal.push(self.commands.offline_usage_step(cell, missing, turn));
+            }
+        }
+    }
+
+    /// Whether the replica is in step with Redis, so that it can adopt another config.
+    pub(in crate::ledger) fn is_in_step(&self) -> bool {
+        !self.is_offline() && !self.is_resyncing()
+    }
+}

@@ -1,0 +1,59 @@
+//! Requests to reload the config, and their outcome. The thread that reloads is in `app`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{mpsc, oneshot};
+
+/// Requests that may wait for the thread that reloads.
+const MAX_WAITING: usize = 16;
+
+/// The outcome of a reload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ReloadOutcome {
+    /// The new config is in force.
+    Adopted {
+        /// What changed, one line each.
+        changes: Vec<String>,
+        /// Settings that are allowed but probably not intended.
+        warnings: Vec<String>,
+    },
+    /// The old config stays in force.
+    Refused {
+        /// The faults of the new one.
+        faults: Vec<String>,
+    },
+}
+
+/// A request to reload the config. The outcome goes to the sender.
+pub(crate) type ReloadRequest = oneshot::Sender<ReloadOutcome>;
+
+/// Requests reloads of the config.
+#[derive(Clone, Debug)]
+pub(crate) struct ReloadHandle {
+    requests: mpsc::Sender<ReloadRequest>,
+    faults: Arc<Mutex<Vec<String>>>,
+}
+
+impl ReloadHandle {
+    /// The handle, and the requests that the thread receives.
+    pub(crate) fn new() -> (Self, mpsc::Receiver<ReloadRequest>) {
+        let (requests, receiver) = mpsc::channel(MAX_WAITING);
+        (Self { requests, faults: Arc::default() }, receiver)
+    }
+
+    /// Reloads the config. `None`: the gateway is shutting down.
+    pub(crate) async fn reload(&self) -> Option<ReloadOutcome> {
+        let (sender, receiver) = oneshot::channel();
+        self.requests.send(sender).await.ok()?;
+        receiver.await.ok()
+    }
+
+    /// The faults of the config that was refused last. Empty: the last reload succeeded.
+    pub(crate) fn faults(&self) -> Vec<String> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Records the faults of the last config.
+    pub(crate) fn set_faults(&self, faults: Vec<String>) {
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
+    }
+}
