@@ -56,8 +56,10 @@ impl Quotas {
         all
     }
 
-    /// Changes limit, burst and time zone of the quota of each cell, in the order of the cells. Counters stay.
+    /// Changes limit, burst and time zone of the quota of each cell, in the order of the cells. Counters stay. Like the
+    /// script of Redis, this advances all cells: after a step back of the clock, amounts depend on when that happens.
     pub fn set_limits(&mut self, quotas: &[Quota], now: Timestamp) {
+        self.cells.iter_mut().for_each(|cell| cell.advance(now));
         for (cell, quota) in self.cells.iter_mut().zip(quotas).filter(|(cell, quota)| cell.quota != **quota) {
             cell.set_quota(quota.clone(), now);
         }
