@@ -3,9 +3,13 @@
 //! JSON escapes a character such as an emoji as a pair: `\ud83d\ude00`. Some clients cut a text between the halves.
 //! The result is valid JSON by its grammar, but serde_json cannot decode it. Other parsers read U+FFFD.
 
-use memchr::{memchr, memmem};
+use memchr::memchr;
+use memchr::memmem::Finder;
 use std::borrow::Cow;
+use std::sync::LazyLock;
 
+/// The beginning of an escaped code unit.
+static ESCAPE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(br"\u"));
 /// Length of the escape of a UTF-16 code unit, such as `\ud83d`.
 const ESCAPE_BYTES: usize = 6;
 
@@ -33,7 +37,7 @@ pub(crate) fn replace_lone_surrogates(json: &[u8]) -> Cow<'_, [u8]> {
 /// Whether JSON contains `\ud8` to `\udf`. Most JSON does not, and this search is much faster than the one for every
 /// backslash.
 fn may_have_surrogates(json: &[u8]) -> bool {
-    memmem::find_iter(json, br"\u").any(|at| {
+    ESCAPE.find_iter(json).any(|at| {
         matches!(json.get(at + 2..at + 4), Some([b'd' | b'D', b'8' | b'9' | b'a'..=b'f' | b'A'..=b'F']))
     })
 }
