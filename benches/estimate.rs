@@ -104,7 +104,7 @@ fn learn(learned: &Learned, body: &str, reported: Option<u64>) -> CorrectedPromp
     let estimate = read.prompt.estimate(&Models::default().named(MODEL));
     let corrected = learned.correct(&recall, MODEL, &estimate);
     if let Some(prompt) = reported {
-        learned.learn(&recall, MODEL, &estimate, ReportedAnswer { prompt, completion: 0 });
+        learned.learn(&recall, MODEL, &estimate, ReportedAnswer { prompt, ..Default::default() });
     }
     corrected
 }

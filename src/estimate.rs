@@ -111,9 +111,12 @@ pub struct PromptEstimate {
     pub kind: RequestKind,
     /// Tokens of the texts of all messages.
     pub message_texts: u64,
-    /// Of these, the tokens of the first message after a known prefix, if its author is the model. 0 if the count of
-    /// texts is exact.
+    /// Of these, the tokens of the answer after a known prefix. 0 if the count of texts is exact.
     pub echo: u64,
+    /// Tokens of the reasoning of this answer, as far as the model reads it again. 0 if the count of texts is exact.
+    pub echo_thinking: u64,
+    /// Whether the model reads all reasoning of this answer again, although the request does not contain it.
+    pub recalls_reasoning: bool,
     /// Tokens of the instructions and of other texts that are not part of the conversation.
     pub settings_texts: u64,
     /// Whether the model is in a built-in table or in a rule of the config.

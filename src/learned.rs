@@ -116,6 +116,8 @@ struct ReportedPrefix {
     message_texts: u32,
     /// Tokens of the answer without its reasoning; 0: not reported.
     completion: u32,
+    /// Tokens of the answer's reasoning.
+    reasoning: u32,
 }
 
 /// The offsets of the last two requests with one set-up: reported minus estimated tokens.
@@ -275,18 +277,22 @@ pub struct ReportedAnswer {
     pub prompt: u64,
     /// Tokens of the completion without its reasoning; 0: not reported.
     pub completion: u64,
+    /// Tokens of the answer's reasoning.
+    pub reasoning: u64,
 }
 
 impl EstimateUpdate {
     /// Learns the reported tokens of a complete answer.
     pub(crate) fn apply(self, prompt: u64, reported: &Reported, ids: impl FnOnce() -> Option<AnswerIds>) {
         let completion = reported.visible_completion().filter(|_| self.has_one_completion).unwrap_or(0);
+        let reasoning = if completion > 0 { reported.reasoning() } else { 0 };
         if self.recall.api == Api::Responses
             && let Some(ids) = ids()
         {
             self.learned.learn_ids(self.recall.scope, &self.estimate, reported, &ids);
         }
-        self.learned.learn(&self.recall, &self.model, &self.estimate, ReportedAnswer { prompt, completion });
+        let answer = ReportedAnswer { prompt, completion, reasoning };
+        self.learned.learn(&self.recall, &self.model, &self.estimate, answer);
     }
 }
 
@@ -308,6 +314,7 @@ impl ReportedPrefix {
             estimated: number(estimate.tokens())?,
             message_texts: number(estimate.message_texts)?,
             completion: number(answer.completion)?,
+            reasoning: number(answer.reasoning)?,
         })
     }
 
@@ -318,9 +325,19 @@ impl ReportedPrefix {
     fn continued(&self, estimate: &PromptEstimate, has_references: bool) -> u64 {
         let counted = estimate.tokens();
         let base = i128::from(self.reported) - i128::from(self.estimated);
-        let tokens = i128::from(counted) + base + i128::from(self.echo_correction(estimate.echo));
+        let corrections = [self.echo_correction(estimate.echo), self.reasoning_correction(estimate)];
+        let tokens = i128::from(counted) + base + corrections.map(i128::from).iter().sum::<i128>();
         let tokens = u64::try_from(tokens.max(0)).unwrap_or(u64::MAX);
         if has_references { tokens.max(counted) } else { bounded(tokens, counted) }
+    }
+
+    /// The error in the count of the answer's reasoning, if the model reads it again. Another answer to the same
+    /// request has reasoning of another size.
+    fn reasoning_correction(&self, estimate: &PromptEstimate) -> i64 {
+        let counted = estimate.echo_thinking;
+        let error = i64::from(self.reasoning) - i64::try_from(counted).unwrap_or(i64::MAX);
+        let is_answer = counted > 0 && error.unsigned_abs() * 2 <= u64::from(self.reasoning);
+        if is_answer || estimate.recalls_reasoning { error } else { 0 }
     }
 
     /// The error in the count of the answer's text, which the new request repeats. The answer is recognised by its
@@ -334,14 +351,14 @@ impl ReportedPrefix {
 }
 
 impl From<Numbers> for ReportedPrefix {
-    fn from([reported, estimated, message_texts, completion, _]: Numbers) -> Self {
-        Self { reported, estimated, message_texts, completion }
+    fn from([reported, estimated, message_texts, completion, reasoning]: Numbers) -> Self {
+        Self { reported, estimated, message_texts, completion, reasoning }
     }
 }
 
 impl From<ReportedPrefix> for Numbers {
     fn from(prefix: ReportedPrefix) -> Self {
-        [prefix.reported, prefix.estimated, prefix.message_texts, prefix.completion, 0]
+        [prefix.reported, prefix.estimated, prefix.message_texts, prefix.completion, prefix.reasoning]
     }
 }
 

@@ -163,8 +163,12 @@ impl Reported {
 
     /// Tokens of the completion without its reasoning, which the next request of a conversation need not repeat.
     pub fn visible_completion(&self) -> Option<u64> {
-        let reasoning = self.get(Field::Thoughts).or(self.get(Field::Reasoning)).unwrap_or(0);
-        self.completion().map(|all| all.saturating_sub(reasoning))
+        self.completion().map(|all| all.saturating_sub(self.reasoning()))
+    }
+
+    /// Completion tokens of reasoning.
+    pub fn reasoning(&self) -> u64 {
+        self.get(Field::Thoughts).or(self.get(Field::Reasoning)).unwrap_or(0)
     }
 
     /// Prompt tokens that the provider read from its cache.

@@ -55,7 +55,7 @@ impl<'a> JsonVisitor<'a> for AnthropicMessages<'_, 'a> {
     }
 
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let first = self.prompt.text_count();
+        let (first, calls) = (self.prompt.text_count(), self.prompt.call_count());
         let mut message =
             AnthropicMessage { prompt: &mut *self.prompt, role: Cow::Borrowed(""), has_own_content: false };
         let is_some = element(list, &mut message)?;
@@ -70,6 +70,7 @@ impl<'a> JsonVisitor<'a> for AnthropicMessages<'_, 'a> {
                 Role::User if !has_own_content => Role::Other,
                 role => role,
             };
+            self.prompt.end_tool_calls(self.prompt.call_count() - calls, false);
             self.prompt.end_message(role, first);
         }
         Ok(is_some)

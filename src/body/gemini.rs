@@ -32,10 +32,14 @@ impl<'a> JsonVisitor<'a> for GeminiContents<'_, 'a> {
         let first = self.0.text_count();
         let mut content = GeminiContent::of(self.0);
         let is_some = element(list, &mut content)?;
-        let is_question = !content.is_model && content.has_own_content;
+        let role = match (content.is_model, content.has_own_content) {
+            (true, _) => Role::Assistant,
+            (false, true) => Role::User,
+            (false, false) => Role::Other,
+        };
         if is_some {
             add_role(self.0, "user");
-            self.0.end_message(if is_question { Role::User } else { Role::Other }, first);
+            self.0.end_message(role, first);
         }
         Ok(is_some)
     }

@@ -25,8 +25,12 @@ pub struct PromptPrefix {
     pub hash: u64,
     /// Number of texts of the prompt up to the end of the prefix.
     texts: usize,
+    /// Number of thoughts of earlier answers up to the end of the prefix.
+    thoughts: usize,
     /// Number of references to content outside the request, up to the end of the prefix.
     pub(crate) unseen: u64,
+    /// Number of tool calls up to the end of the prefix.
+    calls: u64,
     /// The author of the last message.
     role: Role,
 }
@@ -109,8 +113,8 @@ impl Identity {
         }
     }
 
-    /// Ends a message. `texts` and `unseen` are the numbers of the prompt so far.
-    pub(super) fn end_message(&mut self, role: Role, texts: usize, unseen: u64) {
+    /// Ends a message.
+    pub(super) fn end_message(&mut self, role: Role, so_far: PromptSizes) {
         self.add_number(IdentityPart::MessageEnd, role as u64);
         if !self.is_in_messages {
             return;
@@ -123,7 +127,8 @@ impl Identity {
         if self.prefixes.len() == MAX_PREFIXES {
             self.prefixes.pop_front();
         }
-        self.prefixes.push_back(PromptPrefix { hash, texts, unseen, role });
+        let PromptSizes { texts, thoughts, unseen, calls } = so_far;
+        self.prefixes.push_back(PromptPrefix { hash, texts, thoughts, unseen, calls, role });
     }
 
     /// The hash of the system messages at the beginning of the messages; 0 without one.
@@ -147,18 +152,39 @@ impl Identity {
         self.first_text.filter(|_| !self.is_ambiguous).map_or(0..0, |first| first..last.max(first))
     }
 
-    /// Indices of the texts of the answer that follows a prefix: of the next message, if its author is the model.
-    fn echo_after(&self, prefix: &PromptPrefix) -> Range<usize> {
-        let next = self.prefixes.iter().skip_while(|other| *other != prefix).nth(1);
-        let next = next.filter(|next| next.role == Role::Assistant);
-        next.map_or(0..0, |next| prefix.texts..next.texts)
+    /// The prefix with the answer that follows a prefix: with the next messages and calls of the model.
+    fn answer_after(&self, prefix: &PromptPrefix) -> Option<&PromptPrefix> {
+        let mut calls = prefix.calls;
+        let is_answer = |next: &&PromptPrefix| {
+            let is_call = next.calls > std::mem::replace(&mut calls, next.calls);
+            is_call || next.role == Role::Assistant
+        };
+        self.prefixes.iter().skip_while(|other| *other != prefix).skip(1).take_while(is_answer).last()
     }
 
     /// The texts of a prefix whose tokens are known.
     pub(super) fn known_texts(&self, prefix: &PromptPrefix, tokens: u64) -> KnownTexts {
         let first = self.message_texts().start;
-        KnownTexts { texts: first..prefix.texts.max(first), tokens, echo: self.echo_after(prefix) }
+        let answer = self.answer_after(prefix);
+        KnownTexts {
+            texts: first..prefix.texts.max(first),
+            tokens,
+            echo: answer.map_or(0..0, |answer| prefix.texts..answer.texts),
+            has_calls_last: answer.is_some_and(|answer| answer.calls > prefix.calls)
+                && self.prefixes.back().is_some_and(|last| last.role != Role::User),
+            echo_thoughts: answer.map_or(0..0, |answer| prefix.thoughts..answer.thoughts),
+        }
     }
+}
+
+/// Numbers of parts of a prompt so far.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PromptSizes {
+    pub(super) texts: usize,
+    pub(super) thoughts: usize,
+    /// References to content outside the request.
+    pub(super) unseen: u64,
+    pub(super) calls: u64,
 }
 
 /// A reference to an earlier answer, or to a part of it (Responses API).
@@ -211,8 +237,12 @@ pub(super) struct KnownTexts {
     pub(super) texts: Range<usize>,
     /// The sum of their tokens.
     pub(super) tokens: u64,
-    /// Indices of the texts of the first message after them, if its author is the model.
+    /// Indices of the texts of the answer after them.
     pub(super) echo: Range<usize>,
+    /// Whether the answer has tool calls, and the prompt ends with their results.
+    pub(super) has_calls_last: bool,
+    /// Indices of the thoughts of the answer after them.
+    pub(super) echo_thoughts: Range<usize>,
 }
 
 #[cfg(test)]

@@ -50,6 +50,7 @@ const TEMPLATE: ChatTemplate = ChatTemplate {
     serial: 0,
     call: 20,
     argument: 0,
+    parallel_calls: 0,
     schema: None,
     reasoning: 0,
     drops_forbidden_tools: true,
@@ -72,10 +73,11 @@ const fn claude(message: i64, functions: (i64, u8, u8), required: i64) -> ChatTe
         system: -3,
         required,
         argument: 10,
+        parallel_calls: 26,
         schema: Some(SchemaCost { request: 105, percent: 172 }),
         reasoning: 28,
         drops_forbidden_tools: false,
-        ..template((4, message), functions, 47)
+        ..template((4, message), functions, 41)
     }
 }
 
@@ -123,17 +125,23 @@ const OPENAI: &[(&str, Encoding, Format)] = &[
 const LLAMA: ChatTemplate = template((4, 3), (144, 15, 100), 5);
 /// The template contains the date.
 const LLAMA_3_1: ChatTemplate = ChatTemplate { request: 28, ..LLAMA };
-const GLM: ChatTemplate = template((1, 2), (104, 15, 125), 18);
-const QWEN_3_5: ChatTemplate = ChatTemplate { argument: 8, ..template((6, 2), (199, 22, 142), 25) };
-const DEEPSEEK: ChatTemplate =
-    ChatTemplate { argument: 10, reasoning: 79, ..template((2, -1), (222, 13, 137), 33) };
-const MISTRAL: ChatTemplate = template((2, -1), (5, 19, 136), 3);
+const GLM: ChatTemplate = ChatTemplate { parallel_calls: -9, ..template((1, 2), (104, 15, 125), 18) };
+const QWEN_3: ChatTemplate = ChatTemplate { parallel_calls: -6, ..template((3, 3), (72, 24, 132), 12) };
+const QWEN_3_5: ChatTemplate =
+    ChatTemplate { argument: 8, parallel_calls: -14, ..template((6, 2), (199, 22, 142), 18) };
+const DEEPSEEK: ChatTemplate = ChatTemplate {
+    argument: 10,
+    parallel_calls: -25,
+    reasoning: 79,
+    ..template((2, -1), (222, 13, 137), 33)
+};
+const MISTRAL: ChatTemplate = ChatTemplate { parallel_calls: -13, ..template((2, -1), (5, 19, 136), 3) };
 const GEMMA: ChatTemplate = template((0, 3), (10, 5, 100), 8);
 const DEVSTRAL_2507: ChatTemplate = template((2, -1), (3, 12, 85), 3);
 const GEMINI_2: ChatTemplate = ChatTemplate { has_free_hosted: true, ..template((0, 0), (3, 8, 87), 12) };
 const GEMINI_3: ChatTemplate = ChatTemplate { has_free_hosted: true, ..template((0, 0), (0, 11, 133), 8) };
-const GROK_FAST: ChatTemplate = grok(151, (147, 10, 103), 40);
-const GROK_FAST_NON_REASONING: ChatTemplate = grok(167, (149, 10, 103), 40);
+const GROK_FAST: ChatTemplate = grok(151, (147, 10, 103), 25);
+const GROK_FAST_NON_REASONING: ChatTemplate = grok(167, (149, 10, 103), 25);
 const GROK_3: ChatTemplate = ChatTemplate { description: 112, ..grok(118, (53, 13, 126), 5) };
 // The prompt for tools invites Anthropic's models from version 4.5 on to call several at once. `serial` takes this
 // paragraph back; without it all versions have about the same prompt.
@@ -171,7 +179,7 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("llama", 105, LLAMA),
     // 8 plain; tools: 14 with k2.5, 16 with k2.
     ("kimi-k2.", 105, template((4, 2), (4, 8, 100), 20)),
-    ("kimi", 105, template((4, 2), (5, 27, 125), 22)),
+    ("kimi", 105, template((4, 2), (5, 27, 125), 18)),
     ("moonshot", 105, template((4, 2), (5, 27, 125), 22)),
     // The template has a system prompt of its own.
     ("minimax-m2", 105, ChatTemplate { default_system: 25, ..template((12, 2), (70, 15, 120), 15) }),
@@ -192,9 +200,9 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     // The template writes each function as XML.
     ("qwen3-coder", 103, template((3, 3), (122, 40, 220), 18)),
     // 86 plain, 78 tools.
-    ("qwen", 103, template((3, 3), (72, 24, 132), 18)),
-    ("qwq", 103, template((3, 3), (72, 24, 132), 18)),
-    ("qvq", 103, template((3, 3), (72, 24, 132), 18)),
+    ("qwen", 103, QWEN_3),
+    ("qwq", 103, QWEN_3),
+    ("qvq", 103, QWEN_3),
     ("mistral-7b", 135, MISTRAL),
     // 0 plain, 26 tools. Also at Venice, with its own prompt.
     ("mistral-small-3-2", 110, template((2, -1), (960, 17, 133), 20)),
@@ -228,7 +236,7 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("gemini-3", 100, GEMINI_3),
     ("gemini", 100, GEMINI_3),
     // 2 plain, 12 tools.
-    ("grok-code", 100, grok(200, (113, 15, 114), 40)),
+    ("grok-code", 100, grok(200, (113, 15, 114), 25)),
     // 4 plain, 20 tools.
     ("grok-4-fast-non-reasoning", 100, GROK_FAST_NON_REASONING),
     ("grok-4.1-fast-non-reasoning", 100, GROK_FAST_NON_REASONING),

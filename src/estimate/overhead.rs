@@ -53,6 +53,8 @@ pub(super) struct ChatTemplate {
     pub(super) call: i64,
     /// For each argument of a tool call.
     pub(super) argument: i64,
+    /// For each message with several tool calls, in addition. Most templates join their results, which saves tokens.
+    pub(super) parallel_calls: i64,
     /// The cost of a schema for the answer. `None`: the schema is not in the prompt, it only constrains the
     /// generation.
     pub(super) schema: Option<SchemaCost>,
@@ -199,7 +201,7 @@ impl ChatTemplate {
             assistant: 0,
             call: self.call,
             argument: self.argument,
-            parallel_calls: 0,
+            parallel_calls: self.parallel_calls,
             call_with_text: 0,
             result: 0,
             functions: self.functions,

@@ -2,12 +2,14 @@
 
 use super::attachments::Attachments;
 use super::count_cache::HashedText;
-use super::identity::{AnswerReference, Identity, IdentityPart, KnownTexts, PromptPrefix, ReferenceKind};
+use super::identity::{
+    AnswerReference, Identity, IdentityPart, KnownTexts, PromptPrefix, PromptSizes, ReferenceKind,
+};
 use super::images::{ImageDetail, PromptImage};
 use super::media::{Pdf, Recording};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
-use super::thinking::{EarlierThinking, EncryptedCost, ThoughtContent};
+use super::thinking::{EarlierThinking, EncryptedCost, EncryptedThought, ThoughtContent};
 use super::tools::{self, AnswerSchema, ToolCost, ToolList};
 use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
 use crate::api::Api;
@@ -151,7 +153,13 @@ impl<'a> Prompt<'a> {
         if role == Role::System && self.system.is_none() && first_text < self.texts.len() {
             self.system = Some(first_text);
         }
-        self.identity.end_message(role, self.texts.len(), self.unseen);
+        let so_far = PromptSizes {
+            texts: self.texts.len(),
+            thoughts: self.thinking.count(),
+            unseen: self.unseen,
+            calls: self.counts.calls,
+        };
+        self.identity.end_message(role, so_far);
     }
 
     /// Adds a tool call with this number of arguments.
@@ -161,7 +169,12 @@ impl<'a> Prompt<'a> {
         self.counts.arguments += arguments;
     }
 
-    /// Records how many tool calls a chat message had, and whether it had text too.
+    /// Number of tool calls so far.
+    pub(crate) fn call_count(&self) -> u64 {
+        self.counts.calls
+    }
+
+    /// Records how many tool calls a message had, and whether it had text too.
     pub(crate) fn end_tool_calls(&mut self, calls: u64, has_text: bool) {
         self.counts.parallel_calls += u64::from(calls > 1);
         self.counts.calls_with_text += u64::from(calls > 0 && has_text);
@@ -183,9 +196,9 @@ impl<'a> Prompt<'a> {
     /// Adds reasoning of an earlier answer in base64, which only the provider can decrypt.
     pub(crate) fn add_encrypted_reasoning(&mut self, base64: &str) {
         if !base64.is_empty() {
-            let characters = base64.len() as u64;
-            self.identity.add_number(IdentityPart::Encrypted, characters);
-            self.thinking.add(self.counts.messages, ThoughtContent::Encrypted(characters));
+            let thought = EncryptedThought::of(base64);
+            self.identity.add_number(IdentityPart::Encrypted, thought.characters);
+            self.thinking.add(self.counts.messages, ThoughtContent::Encrypted(thought));
         }
     }
 
@@ -419,7 +432,8 @@ impl Prompt<'_> {
             settings_texts += if of_messages.contains(&at) { 0 } else { tokens };
             echo += if self.known.echo.contains(&at) { tokens } else { 0 };
         }
-        add(PromptPart::Messages, self.thinking_tokens(model, count)?);
+        let thinking = self.thinking_tokens(model, count)?;
+        add(PromptPart::Messages, thinking.all);
         if self.tool_requirement == ToolRequirement::Named && model.names_chosen_tool(self.api) {
             add(PromptPart::Tools, count(&(&*self.chosen_tool).into())?);
         }
@@ -451,6 +465,8 @@ impl Prompt<'_> {
             message_texts,
             settings_texts,
             echo: if model.counts_exactly() { 0 } else { echo },
+            echo_thinking: if model.counts_exactly() { 0 } else { thinking.of_echo },
+            recalls_reasoning: model.thinking().is_recalled && self.known.has_calls_last,
             is_known_model: model.is_known,
         })
     }
@@ -460,15 +476,17 @@ impl Prompt<'_> {
         &self,
         model: &Model,
         count: &mut dyn FnMut(&HashedText<'_>) -> Option<u64>,
-    ) -> Option<u64> {
+    ) -> Option<ThinkingTokens> {
         let habits = model.thinking();
-        let mut sum = 0;
-        for thought in self.thinking.read_by(habits) {
-            sum += match thought {
+        let mut sum = ThinkingTokens::default();
+        for (at, thought) in self.thinking.read_by(habits) {
+            let tokens = match thought {
                 ThoughtContent::Text(text) if habits.reads_text => count(text)?,
                 ThoughtContent::Text(_) => 0,
-                ThoughtContent::Encrypted(characters) => habits.encrypted.tokens(*characters),
+                ThoughtContent::Encrypted(thought) => habits.encrypted.of(*thought),
             };
+            sum.all += tokens;
+            sum.of_echo += if self.known.echo_thoughts.contains(&at) { tokens } else { 0 };
         }
         Some(sum)
     }
@@ -496,6 +514,14 @@ impl Prompt<'_> {
             RequestKind::Plain
         }
     }
+}
+
+/// Tokens of earlier reasoning.
+#[derive(Clone, Copy, Debug, Default)]
+struct ThinkingTokens {
+    all: u64,
+    /// Those of the answer after the known prefix.
+    of_echo: u64,
 }
 
 fn schema_tokens(

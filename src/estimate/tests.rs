@@ -174,6 +174,32 @@ fn tool_call_arguments_cost_tokens_at_anthropic() {
 }
 
 #[test]
+fn calls_of_one_message_cost_other_tokens_than_the_same_calls_one_after_the_other() {
+    let chat = |model: &str, calls: usize| {
+        let call = json!({"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}});
+        let messages = json!([{"role": "user", "content": "?"},
+            {"role": "assistant", "tool_calls": vec![call; calls]}]);
+        estimate(Api::Chat, &json!({"model": model, "messages": messages})).tokens()
+    };
+    let messages = |model: &str, calls: usize| {
+        let call = json!({"type": "tool_use", "id": "1", "name": "look", "input": {}});
+        let messages = json!([{"role": "user", "content": "?"},
+            {"role": "assistant", "content": vec![call; calls]}]);
+        estimate(Api::Messages, &json!({"model": model, "messages": messages})).tokens()
+    };
+    // What the second call costs more than the third.
+    let more = |of: &dyn Fn(&str, usize) -> u64, model: &str| {
+        let [one, two, three] = [1, 2, 3].map(|calls| of(model, calls).cast_signed());
+        2 * two - one - three
+    };
+    assert_eq!(
+        ["claude-sonnet-4-5", "deepseek-chat", "qwen3-8b", "kimi-k2"].map(|model| more(&chat, model)),
+        [26, -25, -6, 0]
+    );
+    assert_eq!(more(&messages, "claude-sonnet-4-5"), 26);
+}
+
+#[test]
 fn every_function_of_a_list_adds_the_same_number_of_tokens() {
     let schema =
         json!({"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}});

@@ -2,6 +2,8 @@
 
 use super::count_cache::HashedText;
 use super::provider::Provider;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 
 /// Number of thoughts that are stored separately.
 const MAX_THOUGHTS: usize = 1 << 17;
@@ -25,11 +27,43 @@ struct EarlierThought<'a> {
 pub(super) enum ThoughtContent<'a> {
     /// Visible reasoning, or a summary of it.
     Text(HashedText<'a>),
-    /// This number of characters that only the provider can decrypt.
-    Encrypted(u64),
+    /// Reasoning that only the provider can decrypt.
+    Encrypted(EncryptedThought),
+}
+
+/// Reasoning that only the provider can decrypt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct EncryptedThought {
+    /// Characters of base64.
+    pub(super) characters: u64,
+    /// Whether the bytes are more than one record of Protocol Buffers.
+    has_more_records: bool,
+}
+
+impl EncryptedThought {
+    pub(super) fn of(base64: &str) -> Self {
+        // 10, the length of the record in one or two groups of seven bits, and the record.
+        let mut first = [0; 3];
+        let start = base64.as_bytes().get(..4).unwrap_or_default();
+        let record = match STANDARD.decode_slice(start, &mut first).map(|_| first) {
+            Ok([10, length @ 0..0x80, _]) => Some(2 + usize::from(length)),
+            Ok([10, low, high @ 0..0x80]) => Some(3 + usize::from(low & 0x7f) + (usize::from(high) << 7)),
+            _ => None,
+        };
+        let bytes = base64.trim_end_matches('=').len() * 3 / 4;
+        Self {
+            characters: base64.len() as u64,
+            has_more_records: record.is_some_and(|record| record < bytes),
+        }
+    }
 }
 
 impl<'a> EarlierThinking<'a> {
+    /// Number of thoughts.
+    pub(super) fn count(&self) -> usize {
+        self.thoughts.len()
+    }
+
     /// Adds a thought after this number of complete messages. `false`: there are too many thoughts.
     pub(super) fn add(&mut self, message: u64, content: ThoughtContent<'a>) -> bool {
         let has_room = self.thoughts.len() < MAX_THOUGHTS;
@@ -44,13 +78,16 @@ impl<'a> EarlierThinking<'a> {
         self.last_user_message = Some(message);
     }
 
-    /// The thoughts that a model with these habits reads.
-    pub(super) fn read_by(&self, habits: ThinkingHabits) -> impl Iterator<Item = &ThoughtContent<'a>> {
-        let is_read = move |thought: &&EarlierThought<'_>| {
+    /// The thoughts that a model with these habits reads, with their indices.
+    pub(super) fn read_by(
+        &self,
+        habits: ThinkingHabits,
+    ) -> impl Iterator<Item = (usize, &ThoughtContent<'a>)> {
+        let is_read = move |(_, thought): &(usize, &EarlierThought<'_>)| {
             let is_before = self.last_user_message.is_some_and(|last| thought.message < last);
             if is_before { habits.before } else { habits.after }
         };
-        self.thoughts.iter().filter(is_read).map(|thought| &thought.content)
+        self.thoughts.iter().enumerate().filter(is_read).map(|(at, thought)| (at, &thought.content))
     }
 
     /// Bytes of visible reasoning.
@@ -76,6 +113,8 @@ pub(super) struct ThinkingHabits {
     /// Whether the model reads visible reasoning. If not, it reads encrypted reasoning only.
     pub(super) reads_text: bool,
     pub(super) encrypted: EncryptedCost,
+    /// Whether the provider keeps the reasoning that led to calls, so that the model reads it with their results.
+    pub(super) is_recalled: bool,
     /// Providers that drop all of it.
     dropped_at: &'static [Provider],
 }
@@ -87,28 +126,42 @@ pub(super) struct EncryptedCost {
     pub(super) header: u64,
     /// Tokens per 1,000 further characters.
     pub(super) per_mille: u64,
+    /// Whether a single record costs nothing.
+    pub(super) needs_records: bool,
 }
 
 impl EncryptedCost {
     /// OpenAI's `encrypted_content`. Fitted to 35 exchanges.
-    pub(super) const OPENAI: Self = Self { header: 900, per_mille: 155 };
+    pub(super) const OPENAI: Self = Self { header: 900, per_mille: 155, needs_records: false };
 
     pub(super) fn tokens(self, characters: u64) -> u64 {
         characters.saturating_sub(self.header).saturating_mul(self.per_mille) / 1_000
+    }
+
+    /// Vertex AI reads signatures of one record too.
+    fn at(self, provider: Provider) -> Self {
+        Self { needs_records: self.needs_records && provider != Provider::Vertex, ..self }
+    }
+
+    /// The cost of a thought.
+    pub(super) fn of(self, thought: EncryptedThought) -> u64 {
+        let is_read = thought.has_more_records || !self.needs_records;
+        if is_read { self.tokens(thought.characters) } else { 0 }
     }
 }
 
 /// Anthropic's signature of a thought whose text is not shown, and `data` of a redacted one. A signature grows by four
 /// characters per three of the thought. Its header was read from 8 thoughts that are shown.
-const ANTHROPIC: EncryptedCost = EncryptedCost { header: 235, per_mille: 188 };
+const ANTHROPIC: EncryptedCost = EncryptedCost { header: 235, per_mille: 188, needs_records: false };
 /// Gemini's thought signatures. Fitted to 23 exchanges.
-const GEMINI: EncryptedCost = EncryptedCost { header: 0, per_mille: 167 };
+const GEMINI: EncryptedCost = EncryptedCost { header: 0, per_mille: 167, needs_records: false };
 
 const NONE: ThinkingHabits = ThinkingHabits {
     before: false,
     after: false,
     reads_text: true,
     encrypted: EncryptedCost::OPENAI,
+    is_recalled: false,
     dropped_at: &[],
 };
 const AFTER: ThinkingHabits = ThinkingHabits { after: true, ..NONE };
@@ -117,7 +170,10 @@ const ALL: ThinkingHabits = ThinkingHabits { before: true, ..AFTER };
 const HIDDEN_AFTER: ThinkingHabits = ThinkingHabits { reads_text: false, ..AFTER };
 const CLAUDE: ThinkingHabits = ThinkingHabits { encrypted: ANTHROPIC, ..AFTER };
 /// Gemini 3. Fitted to 7 exchanges.
-const GEMINI_3: EncryptedCost = EncryptedCost { header: 147, per_mille: 204 };
+const GEMINI_3: EncryptedCost = EncryptedCost { header: 147, per_mille: 204, needs_records: false };
+/// Gemini 2.5 reads the reasoning of a streamed answer again, whose signature has several records. The signature of a
+/// whole answer is one record. Fitted to 8 exchanges.
+const GEMINI_2: EncryptedCost = EncryptedCost { header: 0, per_mille: 128, needs_records: true };
 const GEMINI_ALL: ThinkingHabits = ThinkingHabits { encrypted: GEMINI, ..ALL };
 
 /// Habits by the prefix of the model's name; the first match counts. A model that is not listed keeps reasoning
@@ -145,7 +201,7 @@ const FAMILIES: &[(&str, ThinkingHabits)] = &[
     ("claude-haiku-4", CLAUDE),
     ("claude", ThinkingHabits { before: true, ..CLAUDE }),
     ("gemini-1", NONE),
-    ("gemini-2", NONE),
+    ("gemini-2", ThinkingHabits { encrypted: GEMINI_2, reads_text: false, ..AFTER }),
     ("gemini-3.", GEMINI_ALL),
     (
         "gemini-3",
@@ -160,7 +216,8 @@ const FAMILIES: &[(&str, ThinkingHabits)] = &[
     ("deepseek-r1", NONE),
     ("deepseek-reasoner", NONE),
     ("glm", NONE),
-    ("grok-code", AFTER),
+    ("grok-code", ThinkingHabits { is_recalled: true, dropped_at: &[Provider::Router], ..AFTER }),
+    ("grok-4", ThinkingHabits { is_recalled: true, dropped_at: &[Provider::Router], ..NONE }),
     ("grok", NONE),
 ];
 
@@ -172,8 +229,14 @@ impl ThinkingHabits {
 
     /// The habits of the same model at a provider.
     pub(super) fn at(self, provider: Provider) -> Self {
-        let is_dropped = self.dropped_at.contains(&provider);
-        if is_dropped { Self { before: false, after: false, ..self } } else { self }
+        let is_read = !self.dropped_at.contains(&provider);
+        Self {
+            before: self.before && is_read,
+            after: self.after && is_read,
+            is_recalled: self.is_recalled && is_read,
+            encrypted: self.encrypted.at(provider),
+            ..self
+        }
     }
 }
 
@@ -185,13 +248,15 @@ mod tests {
     fn reasoning_is_read_by_its_place_before_or_after_the_last_message_of_the_user() {
         let mut thinking = EarlierThinking::default();
         thinking.end_user_message(0);
-        assert!(thinking.add(1, ThoughtContent::Encrypted(1)));
+        let encrypted =
+            |characters: usize| ThoughtContent::Encrypted(EncryptedThought::of(&"A".repeat(characters)));
+        assert!(thinking.add(1, encrypted(1)));
         thinking.end_user_message(2);
-        assert!(thinking.add(3, ThoughtContent::Encrypted(2)));
-        assert!(thinking.add(4, ThoughtContent::Encrypted(4)));
+        assert!(thinking.add(3, encrypted(2)));
+        assert!(thinking.add(4, encrypted(4)));
         let read = |habits| -> u64 {
-            let characters = |thought: &ThoughtContent<'_>| match thought {
-                ThoughtContent::Encrypted(characters) => *characters,
+            let characters = |(_, thought): (usize, &ThoughtContent<'_>)| match thought {
+                ThoughtContent::Encrypted(thought) => thought.characters,
                 ThoughtContent::Text(_) => 0,
             };
             thinking.read_by(habits).map(characters).sum()
@@ -205,5 +270,33 @@ mod tests {
             [0, 900, 1_900, u64::MAX].map(|n| EncryptedCost::OPENAI.tokens(n)),
             [0, 0, 155, u64::MAX / 1_000]
         );
+    }
+
+    #[test]
+    fn a_signature_of_one_record_costs_nothing_if_the_provider_does_not_read_it() {
+        let record = |bytes: usize| {
+            let mut record = vec![10];
+            if bytes < 0x80 {
+                record.push(u8::try_from(bytes).unwrap());
+            } else {
+                record
+                    .extend([u8::try_from(bytes & 0x7f).unwrap() | 0x80, u8::try_from(bytes >> 7).unwrap()]);
+            }
+            record.extend(vec![7; bytes]);
+            record
+        };
+        let habits = ThinkingHabits::of_model("gemini-2.5-flash");
+        let cost = |lengths: &[usize], provider| {
+            let bytes: Vec<u8> = lengths.iter().flat_map(|&length| record(length)).collect();
+            habits.at(provider).encrypted.of(EncryptedThought::of(&STANDARD.encode(bytes)))
+        };
+        for (one, more) in [(100, 100), (127, 1), (128, 1), (300, 40), (16_000, 100)] {
+            assert_eq!(cost(&[one], Provider::AiStudio), 0, "{one}");
+            assert!(cost(&[one], Provider::Vertex) > 0, "{one}");
+            assert!(cost(&[one, more], Provider::AiStudio) > 0, "{one} {more}");
+        }
+        for malformed in ["", "C", "CiQ", "CiQB", "####", "é€é€", "AAAAAAAA"] {
+            assert!(!EncryptedThought::of(malformed).has_more_records, "{malformed}");
+        }
     }
 }

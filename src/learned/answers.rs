@@ -77,7 +77,7 @@ impl Learned {
         let (Some(prompt), Some(completion)) = (reported.prompt(), reported.visible_completion()) else {
             return;
         };
-        let reasoning = reported.completion().unwrap_or(0).saturating_sub(completion);
+        let reasoning = reported.reasoning();
         // Instructions, tools and schemas are not carried over to the next response.
         let left_behind =
             [estimate.of(PromptPart::Tools), estimate.of(PromptPart::Schema), estimate.settings_texts];

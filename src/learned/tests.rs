@@ -1,6 +1,6 @@
 use super::*;
 use crate::body::{Body, BodyText};
-use crate::estimate::Models;
+use crate::estimate::{Models, Provider};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ fn ask(learned: &Learned, scope: EstimateScope, body: &str, reported: Option<u64
     let estimate = read.prompt.estimate(&Models::default().named(MODEL));
     let corrected = learned.correct(&recall, MODEL, &estimate);
     if let Some(prompt) = reported {
-        learned.learn(&recall, MODEL, &estimate, ReportedAnswer { prompt, completion: 0 });
+        learned.learn(&recall, MODEL, &estimate, ReportedAnswer { prompt, ..Default::default() });
     }
     (corrected, estimate.tokens())
 }
@@ -95,12 +95,69 @@ fn completions_and_embeddings_have_neither_conversations_nor_set_ups() {
 
 #[test]
 fn a_repeated_answer_counts_as_reported_if_it_is_recognised() {
-    let prefix = |completion: u32| ReportedPrefix { reported: 0, estimated: 0, message_texts: 0, completion };
+    let prefix = |completion: u32| ReportedPrefix {
+        reported: 0,
+        estimated: 0,
+        message_texts: 0,
+        completion,
+        reasoning: 0,
+    };
     for (completion, counted, correction) in
         [(100, 90, 10), (100, 110, -10), (100, 74, 0), (100, 126, 0), (60, 59, 0), (0, 0, 0), (100, 0, 0)]
     {
         assert_eq!(prefix(completion).echo_correction(counted), correction, "{completion} {counted}");
     }
+}
+
+#[test]
+fn repeated_reasoning_counts_as_reported_if_the_model_reads_it_and_it_is_recognised() {
+    let correction = |reasoning: u32, echo_thinking: u64, recalls_reasoning: bool| {
+        let prefix = ReportedPrefix { reported: 0, estimated: 0, message_texts: 0, completion: 0, reasoning };
+        let mut estimate = PromptEstimate::default();
+        (estimate.echo_thinking, estimate.recalls_reasoning) = (echo_thinking, recalls_reasoning);
+        prefix.reasoning_correction(&estimate)
+    };
+    for (reasoning, counted, right) in
+        [(100, 60, 40), (100, 140, -40), (100, 40, 0), (100, 160, 0), (100, 0, 0), (0, 50, 0)]
+    {
+        assert_eq!(correction(reasoning, counted, false), right, "{reasoning} {counted}");
+    }
+    assert_eq!([correction(100, 0, true), correction(100, 10, true)], [100, 90]);
+}
+
+#[test]
+fn reasoning_that_the_provider_keeps_counts_with_the_results_of_the_calls_it_led_to() {
+    let user = |text: &str| json!({"role": "user", "content": text});
+    let call = json!({"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}});
+    let turn = [
+        json!({"role": "assistant", "tool_calls": [call]}),
+        json!({"role": "tool", "tool_call_id": "c", "content": "ok"}),
+    ];
+    let added = |model: &str, service: Provider, more: &[Value]| {
+        let all = learned();
+        let rules = Models::default().named(model).at(service);
+        let estimate = |messages: Vec<Value>, answer: Option<ReportedAnswer>| {
+            let body = json!({"messages": messages}).to_string();
+            let text = BodyText::of(body.as_bytes()).unwrap();
+            let mut read = Body::read(Api::Chat, &text).unwrap();
+            let recall = all.recall(ONE, Api::Chat, model, &mut read.prompt);
+            let estimate = read.prompt.estimate(&rules);
+            if let Some(answer) = answer {
+                let answer = ReportedAnswer { prompt: estimate.tokens(), ..answer };
+                all.learn(&recall, model, &estimate, answer);
+            }
+            all.correct(&recall, model, &estimate).tokens - estimate.tokens()
+        };
+        estimate(vec![user("Look.")], Some(ReportedAnswer { prompt: 0, completion: 20, reasoning: 300 }));
+        estimate([&[user("Look.")], more].concat(), None)
+    };
+    let asked = [&turn[..], &[user("And?")]].concat();
+    assert_eq!(added("grok-4-fast", Provider::Unknown, &turn), 300);
+    assert_eq!(added("grok-4-fast", Provider::Unknown, &asked), 0, "a new message of the user");
+    assert_eq!(added("grok-4-fast", Provider::Router, &turn), 0);
+    assert_eq!(added("grok-3-mini", Provider::Unknown, &turn), 0);
+    let answer = [json!({"role": "assistant", "content": "No."})];
+    assert_eq!(added("grok-4-fast", Provider::Unknown, &answer), 0, "no calls");
 }
 
 #[test]

@@ -122,6 +122,11 @@ impl Exchange {
         Reported::read(&self.usage.to_string()).visible_completion().unwrap_or(0)
     }
 
+    /// Reported tokens of the answer's reasoning.
+    pub(crate) fn reasoning(&self) -> u64 {
+        Reported::read(&self.usage.to_string()).reasoning()
+    }
+
     /// Whether the exchange has one of these features.
     pub(crate) fn has(&self, features: &[&str]) -> bool {
         self.features.iter().any(|f| features.contains(&f.as_str()))

@@ -21,6 +21,8 @@ pub(crate) struct Measured {
     pub(crate) reported: u64,
     /// Reported completion tokens without reasoning; 0: not reported.
     completion: u64,
+    /// Reported tokens of the answer's reasoning.
+    reasoning: u64,
     /// The body of the request.
     body: String,
     rules: Model,
@@ -60,6 +62,7 @@ pub(crate) fn estimate(exchange: &Exchange) -> Option<Measured> {
         estimated: estimate.tokens(),
         reported,
         completion: exchange.visible_completion(),
+        reasoning: exchange.reasoning(),
         body: text.to_owned(),
         rules,
         is_partial: estimate.is_partial,
@@ -126,7 +129,7 @@ fn corrected(exchanges: &[Measured], order: &[usize]) -> Vec<Corrected> {
             &recall,
             &e.model,
             &estimate,
-            ReportedAnswer { prompt: e.reported, completion: e.completion },
+            ReportedAnswer { prompt: e.reported, completion: e.completion, reasoning: e.reasoning },
         );
         *answers += u32::from(!e.is_partial);
     }
