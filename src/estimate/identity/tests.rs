@@ -149,6 +149,25 @@ fn the_estimate_after_a_known_prefix_equals_that_of_the_whole_prompt() {
     }
 }
 
+#[test]
+fn the_answer_after_a_known_prefix_is_all_that_the_model_said_before_the_next_result() {
+    let text = "a text that is long enough to be hashed";
+    let call = json!({"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"});
+    let result = json!({"type": "function_call_output", "call_id": "1", "output": text});
+    let echo = |more: &[&Value]| {
+        let mut body = json!({"model": "claude-sonnet-4-5", "input": [said("user", text)]});
+        body["input"].as_array_mut().unwrap().extend(more.iter().copied().cloned());
+        estimate(Api::Responses, &body.to_string(), Some((1, 0))).echo
+    };
+    let said = said("assistant", text);
+    let [message, one, both] = [echo(&[&said]), echo(&[&call]), echo(&[&said, &call])];
+    assert!(message > 0 && one > 0);
+    assert_eq!(both, message + one);
+    assert_eq!(echo(&[&said, &call, &result]), both);
+    assert_eq!(echo(&[&call, &result, &call]), one);
+    assert_eq!(echo(&[&result, &said]), 0);
+}
+
 proptest! {
     #[test]
     fn estimates_add_up_wherever_a_conversation_is_cut(
