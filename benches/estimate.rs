@@ -6,9 +6,14 @@
 //!    message, and with one new message after a request whose prompt tokens were reported.
 //! 2. One megabyte of each text that is slow to tokenise. Exits with 1 if one takes longer than `--bound`
 //!    milliseconds (default 150).
+//! 3. Hostile files of one megabyte. Exits with 1 if reading one takes longer than `--file-bound` milliseconds
+//!    (default 10).
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a benchmark may panic
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // the figures are for display
+
+#[path = "../tests/common/documents.rs"]
+mod documents;
 
 use std::hint::black_box;
 use std::process::ExitCode;
@@ -26,10 +31,14 @@ const BATCH: usize = 10;
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let quick = arguments.iter().any(|a| a == "--quick");
-    let bound = arguments.iter().skip_while(|a| *a != "--bound").nth(1).map_or(150, |ms| ms.parse().unwrap());
+    let bound = |flag: &str, default: u64| {
+        let given = arguments.iter().skip_while(|a| *a != flag).nth(1);
+        Duration::from_millis(given.map_or(default, |ms| ms.parse().unwrap()))
+    };
+    let rounds = if quick { 1 } else { 3 };
     warm();
     chats(if quick { 40 } else { 400 });
-    if slow_texts(if quick { 1 } else { 3 }, Duration::from_millis(bound)) {
+    if slow_texts(rounds, bound("--bound", 150)) & slow_files(3 * rounds, bound("--file-bound", 10)) {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -218,6 +227,32 @@ fn slow_texts(rounds: usize, bound: Duration) -> bool {
     }
     println!(
         "\nThe slowest text took {:.0} ms; the limit is {} ms.",
+        worst.as_secs_f64() * 1e3,
+        bound.as_millis()
+    );
+    worst <= bound
+}
+
+/// Prints the CPU time to read each file. Returns whether all took at most `bound`.
+fn slow_files(rounds: usize, bound: Duration) -> bool {
+    println!(
+        "\n### a hostile file of a megabyte: ms to read the request, minimum of {rounds}\n\n| file | ms |\n| --- | --- |"
+    );
+    let mut worst = Duration::ZERO;
+    for document in documents::hostile() {
+        let request = document.request();
+        let took = (0..rounds).map(|_| {
+            let started = cpu_time();
+            let text = BodyText::of(request.as_bytes()).unwrap();
+            black_box(Body::read(Api::Chat, &text).unwrap());
+            cpu_time().saturating_sub(started)
+        });
+        let took = took.min().unwrap();
+        worst = worst.max(took);
+        println!("| {} | {:.1} |", document.name, took.as_secs_f64() * 1e3);
+    }
+    println!(
+        "\nThe slowest file took {:.1} ms; the limit is {} ms.",
         worst.as_secs_f64() * 1e3,
         bound.as_millis()
     );

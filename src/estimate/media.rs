@@ -2,12 +2,14 @@
 //! bytes than necessary, and never fetches a URL.
 
 mod base64;
+mod document_text;
 mod inflate;
 mod office;
 mod pdf;
 mod recording;
 
-pub(crate) use pdf::{DocumentText, Pdf};
+pub(crate) use document_text::DocumentText;
+pub(crate) use pdf::Pdf;
 pub(crate) use recording::Recording;
 
 use base64::Base64;

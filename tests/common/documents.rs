@@ -105,7 +105,9 @@ fn pdfs() -> Vec<(&'static str, Vec<u8>)> {
     let text = zlib(words(600_000).as_bytes());
     let ranges = "<0000> <ffff> <0000> ".repeat(9_000);
     let map = zlib(format!("2 beginbfrange {ranges} endbfrange").as_bytes());
-    let positions: String = (0..60_000).map(|at| format!("{at} {} ", at % 2 * 100_000)).collect();
+    let positions: String = (0..60_000)
+        .flat_map(|at| [at.to_string(), " ".to_owned(), (at % 2 * 100_000).to_string(), " ".to_owned()])
+        .collect();
     let packed = zlib(format!("{positions}{}", "<</Type/Page>>".repeat(10_000)).as_bytes());
     let font = |number: usize| {
         format!(

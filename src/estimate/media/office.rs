@@ -1,7 +1,7 @@
 //! Reads the text of Office documents: ZIP archives with XML files.
 
+use super::document_text::DocumentText;
 use super::inflate::{Budget, Compression, Inflater, alike};
-use super::pdf::DocumentText;
 use memchr::memmem;
 
 /// Entries of an archive that are looked at.

@@ -9,8 +9,7 @@ mod fonts;
 mod lexer;
 mod objects;
 
-pub(crate) use content::DocumentText;
-
+use super::document_text::DocumentText;
 use super::inflate::{Budget, Compression, Inflater, alike};
 use fonts::Fonts;
 use objects::{Objects, StreamFilter, StreamRecord};

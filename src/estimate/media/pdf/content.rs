@@ -3,41 +3,10 @@
 use super::fonts::{FontCodes, Fonts};
 use super::lexer::{Lexer, PdfToken, unescaped, unhexed};
 use super::objects::name_key;
+use crate::estimate::media::document_text::DocumentText;
 
-/// Bytes of text that are collected of a document. Further characters are only counted.
-const MAX_TEXT: usize = 128 << 10;
 /// A shift to the right in a list of strings that separates words, in thousandths of the font's size.
 const WORD_SPACE: i64 = -200;
-
-/// The text of a document.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct DocumentText {
-    pub(crate) text: String,
-    /// Characters that are not in `text`, because there are too many or their codes have no known meaning.
-    pub(crate) more_characters: u64,
-}
-
-impl DocumentText {
-    pub(in crate::estimate::media) fn push(&mut self, c: char) {
-        if self.text.len() < MAX_TEXT {
-            self.text.push(c);
-        } else {
-            self.more_characters += 1;
-        }
-    }
-
-    /// Adds a space or line break, unless there is one.
-    pub(in crate::estimate::media) fn separate(&mut self, by: char) {
-        if !self.text.is_empty() && !self.text.ends_with([' ', '\n']) && self.text.len() < MAX_TEXT {
-            self.text.push(by);
-        }
-    }
-
-    /// All characters, roughly.
-    pub(in crate::estimate::media) fn characters(&self) -> u64 {
-        self.text.len() as u64 + self.more_characters
-    }
-}
 
 /// The state of reading a content stream.
 struct ContentReader<'d> {

@@ -1,8 +1,8 @@
 //! The meaning of the codes in a document's strings.
 
-use super::content::DocumentText;
 use super::lexer::{Lexer, PdfToken, unhexed};
 use super::objects::{Objects, StreamFilter};
+use crate::estimate::media::document_text::DocumentText;
 use crate::estimate::media::inflate::{Budget, Compression, Inflater};
 use rustc_hash::FxHashMap;
 
