@@ -213,7 +213,7 @@ impl Quota {
     /// The most that a changed quota takes over from the amount used before the change. More would be debt by the new
     /// limit, although it was within the old one.
     fn max_carried(&self) -> u64 {
-        self.limit.min(self.capacity())
+        self.capacity()
     }
 
     fn set_limit(&mut self, limit: u64, burst: u64) {

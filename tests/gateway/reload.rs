@@ -240,8 +240,10 @@ async fn a_stream_and_its_connection_outlive_reloads_and_settle_where_they_began
         (environment["quotas"][0]["used"].clone(), environment["totals"]["total_tokens"].clone()),
         (10.into(), 10.into())
     );
-    // The connection of an upstream with the same settings is used again, one of a changed upstream is not.
-    assert_eq!(live.gateway.chat(&hello(r#""max_tokens":9"#)).await.status, 200);
+    // The connection of an upstream with the same settings is used again, one of a changed upstream is not. Each worker
+    // has connections of its own, so the caller's connection stays the same too.
+    caller.request("POST", CHAT, "", hello(r#""max_tokens":9"#).as_bytes()).await;
+    assert_eq!(caller.reply().await.status, 200);
     assert_eq!(live.upstream.connections(), 1);
     let changed = text(&live.upstream, &staging(DAY)).replace("/v1' }", "/v1', timeouts: { connect: 4s } }");
     assert_eq!(

@@ -79,7 +79,7 @@ local function restore_level(name, cell, node, is_same_data_set)
 end
 
 -- The largest used amount that a cell takes over when its quota changes.
-local function max_carried(cell) return cell.class and cell.limit or min(cell.limit, cell.burst) end
+local function max_carried(cell) return cell.class and cell.limit or cell.burst end
 
 -- Limits the used amount of a cell. Debt beyond it is forgiven.
 local function limit_used(cell, used)
