@@ -104,10 +104,12 @@ pub(super) fn principal(
     head: &Parts,
     address: IpAddr,
 ) -> u64 {
-    let mut hasher = principal_hasher(learned, snapshot, caller.environment, caller.index);
-    if caller.index.is_some() && snapshot.contexts[caller.environment].credential.is_some() {
-        return hasher.finish();
+    let context = &snapshot.contexts[caller.environment];
+    if let (Some(index), Some(_)) = (caller.index, &context.credential) {
+        return *context.principals[index]
+            .get_or_init(|| principal_of_caller(learned, snapshot, caller.environment, Some(index)));
     }
+    let mut hasher = principal_hasher(learned, snapshot, caller.environment, caller.index);
     let mut has_key = false;
     for name in KEY_HEADERS.iter().filter(|name| !caller.key_headers.contains(name)) {
         for value in head.headers.get_all(*name) {

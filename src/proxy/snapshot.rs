@@ -10,8 +10,8 @@ use crate::estimate::{Models, Provider};
 use crate::ledger::Account;
 use crate::telemetry::{Metrics, Series};
 use http::header::HeaderValue;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// One config with everything that is prepared from it.
 pub struct Snapshot {
@@ -40,6 +40,8 @@ pub(super) struct EnvironmentContext {
     pub(super) name: Arc<str>,
     /// The callers' names, in the order of the config.
     pub(super) callers: Vec<Arc<str>>,
+    /// Each caller as a principal of estimates, in the same order; computed with its first request.
+    pub(super) principals: Vec<OnceLock<u64>>,
     /// The value of `x-tollgate-environment`.
     pub(super) header: HeaderValue,
     pub(super) credential: Option<headers::Credential>,
@@ -124,6 +126,7 @@ impl EnvironmentContext {
             provider: Provider::of_upstream(&environment.upstream),
             name: environment.name.as_str().into(),
             callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
+            principals: environment.callers.iter().map(|_| OnceLock::new()).collect(),
             header: HeaderValue::from_str(&environment.name)?,
             credential: headers::credential(&environment.upstream),
         })

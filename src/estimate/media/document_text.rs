@@ -20,6 +20,17 @@ impl DocumentText {
         }
     }
 
+    pub(super) fn push_str(&mut self, text: &str) {
+        let fits = text.floor_char_boundary(MAX_TEXT.saturating_sub(self.text.len()));
+        self.text.push_str(&text[..fits]);
+        self.more_characters += text[fits..].chars().count() as u64;
+    }
+
+    /// Whether further characters are only counted.
+    pub(super) fn is_full(&self) -> bool {
+        self.text.len() >= MAX_TEXT
+    }
+
     /// Adds a space or line break, unless there is one.
     pub(super) fn separate(&mut self, by: char) {
         if !self.text.is_empty() && !self.text.ends_with([' ', '\n']) && self.text.len() < MAX_TEXT {

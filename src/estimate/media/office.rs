@@ -198,12 +198,13 @@ fn xml(bytes: &[u8], kind: XmlKind, out: &mut DocumentText, cells: &mut SharedCe
     }
 }
 
-/// Appends text between tags, with its entities decoded.
+/// Appends text between tags, with its entities decoded. Beyond the text that is collected, an entity counts by its
+/// letters: to decode it would take time and change little.
 fn characters(text: &[u8], out: &mut DocumentText) {
     let text = String::from_utf8_lossy(text);
     let mut rest = &*text;
-    while let Some(at) = memchr::memchr(b'&', rest.as_bytes()) {
-        rest[..at].chars().for_each(|c| out.push(c));
+    while let Some(at) = memchr::memchr(b'&', rest.as_bytes()).filter(|_| !out.is_full()) {
+        out.push_str(&rest[..at]);
         let after = &rest[at + 1..];
         let name = &after.as_bytes()[..after.len().min(MAX_ENTITY)];
         let name = memchr::memchr(b';', name).and_then(|end| after.get(..end));
@@ -214,7 +215,7 @@ fn characters(text: &[u8], out: &mut DocumentText) {
         out.push(decoded);
         rest = &after[length..];
     }
-    rest.chars().for_each(|c| out.push(c));
+    out.push_str(rest);
 }
 
 fn entity(name: &str) -> Option<char> {
