@@ -6,7 +6,7 @@ use compression_codecs::{DecodeV2 as _, DeflateDecoder, ZlibDecoder};
 /// Bytes that a request may decompress, whatever its size.
 const MAX_REQUEST: usize = 8 << 20;
 /// Bytes that a document may decompress, whatever its size.
-const MAX_DOCUMENT: usize = 2 << 20;
+const MAX_DOCUMENT: usize = 1 << 20;
 /// Bytes that a small document may decompress in addition to `GROWTH` times its size.
 const BASE: usize = 128 << 10;
 /// Text decompresses to some four times its compressed size.
