@@ -77,7 +77,7 @@ pub enum EstimateSource {
     Calibration,
     /// The rules, corrected by answers to requests with the same tools, settings and system prompt.
     Setup,
-    /// The reported tokens of an earlier request of the same conversation, and the rules for what is new.
+    /// The reported tokens of an earlier request of the same conversation, and the rules for the new messages.
     Conversation,
 }
 

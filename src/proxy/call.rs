@@ -57,7 +57,7 @@ pub(super) struct Call {
     /// refers to.
     pub(super) prompt_tokens: u64,
     pub(super) corrected: CorrectedPrompt,
-    /// What was known about the prompt. `None`: the environment neither corrects estimates nor learns.
+    /// The facts about the prompt from earlier answers. `None`: the environment neither corrects estimates nor learns.
     recall: Option<Recall>,
     pub(super) tokenizer: Option<Tokenizer>,
 }

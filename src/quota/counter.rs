@@ -140,7 +140,7 @@ impl Cell {
         self.is_dirty = true;
     }
 
-    /// A copy of a counter that another quota has taken over: nothing is held in it, and what was held counts as used.
+    /// A copy of a counter that another quota has taken over: nothing is held in it, and the held amount counts as used.
     pub(super) fn freeze(&mut self, id: u32) {
         let (held, used) = self.held_and_used();
         self.id = id;

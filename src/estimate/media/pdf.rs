@@ -122,7 +122,7 @@ impl TextReader<'_, '_> {
         }
     }
 
-    /// Adds guesses for what was not read.
+    /// Adds guesses for the parts that were not read.
     fn finish(self, pages: u64) -> DocumentText {
         let Self { mut text, read, unread, unreadable, .. } = self;
         let alike = alike(text.characters(), read, unread);
