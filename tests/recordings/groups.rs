@@ -94,7 +94,8 @@ const GROUPS: &[Group] = &[
         name: "Responses tools",
         has: |e| e.api == Api::Responses && !is_router(e) && has_tools(e),
         before: Some(must(2.0, 12.0)),
-        after: Some(should(0.0, 2.0)),
+        // The aim is 0/2. A required tool and parallel calls cost some models a few tokens more or less.
+        after: Some(must(0.0, 3.0)),
     },
     Group {
         name: "Responses multi-turn",
@@ -124,7 +125,7 @@ const GROUPS: &[Group] = &[
         name: "Gemini schema",
         has: |e| e.api == Api::Gemini && has_schema(e),
         before: Some(must(5.0, 15.0)),
-        after: Some(should(2.0, 10.0)),
+        after: Some(must(2.0, 10.0)),
     },
     Group {
         name: "Gemini tools",
@@ -135,7 +136,7 @@ const GROUPS: &[Group] = &[
     Group {
         name: "Gemini files",
         has: |e| e.api == Api::Gemini && e.has(FILES) && !e.has(SOUND),
-        before: Some(should(1.0, 10.0)),
+        before: Some(must(1.0, 10.0)),
         after: None,
     },
     Group {
