@@ -10,10 +10,13 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::future::poll_fn;
 use std::time::Duration;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 /// A longer list passes unchanged.
 const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
+/// A longer list is restricted on the blocking pool.
+const MAX_INLINE_BYTES: usize = 64 * 1024;
 /// If the list takes longer to arrive, it passes unchanged.
 const MAX_READ_TIME: Duration = Duration::from_secs(10);
 
@@ -35,9 +38,15 @@ pub(super) async fn restrict(mut incoming: Incoming, headers: &mut HeaderMap, al
     };
     let (is_whole, error) = timeout(MAX_READ_TIME, reading).await.unwrap_or_default();
     let read = read.freeze();
-    let Some(list) = Some(&read).filter(|_| is_whole).and_then(|list| allowed_only(list, allowed)) else {
-        return incoming.with_read(read, error);
+    let restricted = match read.len() {
+        _ if !is_whole => None,
+        ..=MAX_INLINE_BYTES => allowed_only(&read, allowed),
+        _ => {
+            let (list, allowed) = (read.clone(), allowed.to_vec());
+            spawn_blocking(move || allowed_only(&list, &allowed)).await.ok().flatten()
+        }
     };
+    let Some(list) = restricted else { return incoming.with_read(read, error) };
     headers.remove(header::CONTENT_LENGTH);
     incoming.with_read(list, None)
 }

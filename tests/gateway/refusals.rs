@@ -127,6 +127,12 @@ async fn the_list_of_models_has_only_the_allowed_ones() {
     let restricted = get("models: [gpt-4o*],", "/production/v1/models").await;
     assert_eq!(restricted.text(), r#"{"object":"list","data":[{"id":"gpt-4o","object":"model"}]}"#);
     assert_eq!(get("", "/production/v1/models").await.text(), list);
+    // A long list is restricted on the blocking pool.
+    let long = format!(r#"{{"data":[{}{{"id":"gpt-4o"}}]}}"#, r#"{"id":"o3"},"#.repeat(10_000));
+    let upstream_of_long = Upstream::always(Answer::json(200, &long)).await;
+    let gateway = Gateway::with(&upstream_of_long, "", &environments("models: [gpt-4o*],")).await;
+    let restricted = gateway.send("GET", "/production/v1/models", "", "").await;
+    assert_eq!(restricted.text(), r#"{"data":[{"id":"gpt-4o"}]}"#);
     for (path, status) in [
         ("/production/v1/models/gpt-4o", 200),
         ("/production/v1/models/gpt%2D4o", 200),
