@@ -3,8 +3,8 @@
 
 use crate::json::{Found, MemberScanner};
 
-/// Bytes of `data:`.
-const DATA_PREFIX: usize = 5;
+/// A line with data begins so.
+const DATA_PREFIX: &[u8] = b"data:";
 
 /// Scans one event in pieces of any size. Takes linear time and buffers nothing.
 #[derive(Clone, Copy, Debug, Default)]
@@ -13,6 +13,7 @@ pub(super) struct ChoiceDetector {
     list: ChoiceList,
     /// Bytes of the current line so far.
     column: usize,
+    /// Whether the current line begins with `data:`, as far as it has arrived.
     is_data_line: bool,
 }
 
@@ -40,12 +41,11 @@ impl ChoiceDetector {
             if self.has_choice() {
                 return;
             }
-            if self.column == 0 {
-                self.is_data_line = line.first() == Some(&b'd');
-            }
-            let prefix = DATA_PREFIX.saturating_sub(self.column).min(line.len());
+            let prefix = &DATA_PREFIX[self.column.min(DATA_PREFIX.len())..];
+            let prefix = &prefix[..prefix.len().min(line.len())];
+            self.is_data_line = line.starts_with(prefix) && (self.column == 0 || self.is_data_line);
             if self.is_data_line {
-                self.scan(&line[prefix..]);
+                self.scan(&line[prefix.len()..]);
             }
             self.column =
                 if line.ends_with(b"\n") || line.ends_with(b"\r") { 0 } else { self.column + line.len() };

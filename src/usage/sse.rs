@@ -359,8 +359,7 @@ impl SseReader {
         if !is_too_long {
             self.partial.extend_from_slice(tail);
             if may_hold_back {
-                self.choices.feed(tail);
-                let may_be_usage_chunk = !self.choices.has_choice() || self.choice_ends.all_ended();
+                let may_be_usage_chunk = self.may_be_usage_chunk(tail, self.choice_ends.all_ended());
                 self.is_held_back = may_be_usage_chunk && self.partial.len() <= MAX_WITHHELD_BYTES;
             }
         }
@@ -388,9 +387,13 @@ impl SseReader {
             self.choice_ends.observe_unreadable();
             return false;
         }
+        // An event is withheld by the same rules wherever the stream is cut: see `extend_partial`.
+        let have_choices_ended = self.choice_ends.all_ended();
         if self.partial.is_empty() {
-            // The size limit must not depend on where the stream is cut.
-            return self.read_event(tail) && self.withholds && tail.len() <= MAX_WITHHELD_BYTES;
+            return self.read_event(tail)
+                && self.withholds
+                && tail.len() <= MAX_WITHHELD_BYTES
+                && self.may_be_usage_chunk(tail, have_choices_ended);
         }
         let before = self.partial.len();
         let mut event = std::mem::take(&mut self.partial);
@@ -398,7 +401,14 @@ impl SseReader {
         let is_usage_chunk = self.read_event(&event) && event.len() <= MAX_WITHHELD_BYTES;
         event.truncate(before);
         self.partial = event;
-        is_usage_chunk && self.is_held_back
+        is_usage_chunk && self.is_held_back && self.may_be_usage_chunk(tail, have_choices_ended)
+    }
+
+    /// Whether the current event can be the usage chunk, by its lines up to and including `tail`: it has no choice, or
+    /// all choices ended before it.
+    fn may_be_usage_chunk(&mut self, tail: &[u8], have_choices_ended: bool) -> bool {
+        self.choices.feed(tail);
+        !self.choices.has_choice() || have_choices_ended
     }
 
     /// Reads one complete event. Returns whether it carries only usage.

@@ -196,6 +196,16 @@ fn usage_beside_choices_that_carry_nothing_is_withheld_after_all_choices_have_en
 }
 
 #[test]
+fn a_choice_in_a_field_that_is_not_data_does_not_prevent_withholding() {
+    for field in ["data,data", "d", "date"] {
+        let stream = format!("{}\n{EXTRA}\n\ndata: [DONE]\n\n", HI.replacen("data", field, 1));
+        for cuts in [vec![], every_byte(&stream), vec![3], vec![80], vec![stream.len() - 40]] {
+            assert_eq!(follow(&stream, true, &cuts).0, "data: [DONE]\n\n", "{cuts:?}");
+        }
+    }
+}
+
+#[test]
 fn a_comment_line_passes_when_it_is_complete() {
     for nl in ["\n", "\r\n", "\r"] {
         for (before, after) in [
@@ -291,6 +301,8 @@ fn line() -> impl Strategy<Value = String> {
         Just("data: [DONE]".to_owned()),
         Just(String::new()),
         Just(": comment".to_owned()),
+        // A field with another name, whose value looks like a choice.
+        Just(HI.replacen("data", "date", 1)),
         "[a-z]{0,5}:? ?[ -~é]{0,20}",
     ]
 }
