@@ -1,6 +1,7 @@
 //! `POST /api/explain`: what would happen to a request, without sending it or charging anything.
 
-use super::{Admin, level_json, refusal, unknown_environment};
+use super::environments::{level_json, unknown_environment};
+use super::{Admin, refusal};
 use crate::error::ProxyError;
 use crate::estimate::PromptPart;
 use crate::proxy::{self, Explanation};
