@@ -35,7 +35,7 @@ pub use local::{Local, Rules};
 pub use overrides::{AuditEntry, QuotaKey};
 pub use sync::RedisStatus;
 pub(crate) use usage_history::OTHER_MODELS;
-pub use usage_history::{Totals, UsageRow};
+pub use usage_history::{Totals, UsageInterval, UsageRow};
 
 /// Maximum time that a request waits for the store.
 const MAX_STORE_WAIT: Duration = Duration::from_secs(1);

@@ -4,6 +4,7 @@
 //! Every answer is a stream: the first token follows after a delay, the others at a constant rate. A denied call
 //! is not repeated, and no call waits in the wait queue (`max_wait` is ignored).
 
+mod history;
 mod report;
 mod trace;
 
@@ -15,6 +16,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
+pub use history::{history_start, refused_in_history};
 pub use report::SimulationReport;
 pub use trace::{TraceCall, TraceFault, read_trace};
 

@@ -11,6 +11,7 @@
 mod backup;
 mod control;
 mod database;
+mod usage_intervals;
 mod usage_report;
 mod writer;
 
@@ -30,6 +31,7 @@ pub(crate) use backup::back_up;
 pub use control::WriterControl;
 pub(crate) use database::StoredOverride;
 use database::{Database, Used};
+pub use usage_intervals::read as read_usage_intervals;
 pub(crate) use usage_report::{
     ReportColumn, ReportQuery, ReportRow, ReportStep, parse_columns, parse_moment, parse_step,
     read as read_usage, to_csv,

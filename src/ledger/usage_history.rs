@@ -65,6 +65,19 @@ pub struct UsageRow {
     pub spent: Amounts,
 }
 
+/// The usage of an interval, in which its requests are spread evenly. The store keeps it by the minute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsageInterval {
+    /// Begin.
+    pub start: Timestamp,
+    /// End; later than the begin.
+    pub end: Timestamp,
+    /// Requests denied.
+    pub rejections: u64,
+    /// The charged amounts, of the requests that were not denied.
+    pub spent: Amounts,
+}
+
 impl UsageHistory {
     pub(super) fn record_denial(&mut self, now: Timestamp, subject: Subject<'_>) {
         if self.is_enabled {
