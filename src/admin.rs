@@ -15,6 +15,7 @@ use crate::reload::{ReloadHandle, ReloadOutcome};
 use crate::server::Peer;
 use access::Access;
 use axum::Router;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Extension, Query, State};
 use axum::middleware;
 use axum::response::{Html, IntoResponse, Response};
@@ -24,7 +25,7 @@ use http::StatusCode;
 use http::header;
 use hyper::body::Incoming;
 use hyper_util::service::TowerToHyperService;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -80,6 +81,17 @@ pub(crate) fn service(
         let router = router.clone().layer(Extension(PeerAddress(peer.address)));
         TowerToHyperService::new(router.into_service())
     }
+}
+
+/// The query parameters of a request, if they can be read.
+type QueryResult<T> = Result<Query<T>, QueryRejection>;
+
+/// Returns the query parameters, or the answer to a query that cannot be read.
+fn read_query<T>(query: QueryResult<T>) -> Result<T, Box<Response>> {
+    query.map(|Query(parameters)| parameters).map_err(|error| {
+        let message = format!("The query cannot be read: {}.", error.body_text());
+        Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", &message))
+    })
 }
 
 fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
@@ -153,6 +165,7 @@ async fn metrics(State(admin): State<Admin>) -> Response {
 
 /// The query parameters of `GET /api/rejections`.
 #[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 struct RejectionParameters {
     /// Number of rejections.
     #[serde(default = "all_rejections")]
@@ -165,12 +178,13 @@ fn all_rejections() -> usize {
     usize::MAX
 }
 
-async fn rejections(
-    State(admin): State<Admin>,
-    Query(RejectionParameters { limit, environment, caller }): Query<RejectionParameters>,
-) -> Json<Value> {
+async fn rejections(State(admin): State<Admin>, query: QueryResult<RejectionParameters>) -> Response {
+    let RejectionParameters { limit, environment, caller } = match read_query(query) {
+        Ok(parameters) => parameters,
+        Err(refusal) => return *refusal,
+    };
     let last = admin.state.rejections.last(limit, environment.as_deref(), caller.as_deref());
-    Json(json!({ "rejections": last }))
+    Json(json!({ "rejections": last })).into_response()
 }
 
 /// Reloads the config file. 200 with what changed, or 422 with all faults.

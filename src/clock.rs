@@ -15,6 +15,12 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(ms).unwrap_or(i64::MAX)))
     }
 
+    /// The moment in RFC 3339: `2026-11-28T10:00:00.25Z`.
+    pub fn to_rfc3339(self) -> String {
+        let moment = jiff::Timestamp::from_millisecond(self.0);
+        moment.map_or_else(|_| self.0.to_string(), |moment| moment.to_string())
+    }
+
     /// Milliseconds from `earlier` to this time; 0 if `earlier` is later.
     pub fn ms_since(self, earlier: Self) -> u64 {
         u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0)

@@ -220,8 +220,10 @@ impl Account {
     /// What would happen to a request now. Reserves and counts nothing.
     pub fn forecast(&self, demand: &Demand<'_>) -> Forecast {
         let obstacle = self.engine.obstacle(demand);
-        let (required, quotas) = self.engine.with_local(|local, now| local.forecast(now, demand));
-        Forecast { required, obstacle, quotas }
+        self.engine.with_local(|local, now| {
+            let (required, quotas) = local.forecast(now, demand);
+            Forecast { at: now, required, obstacle, quotas }
+        })
     }
 
     /// The quotas of the subject by kind, in the order of `Kind::ALL`.

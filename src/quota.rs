@@ -12,6 +12,7 @@ mod denial;
 mod period;
 mod receipt;
 mod snapshot;
+mod spending;
 mod succession;
 mod table;
 
@@ -25,6 +26,7 @@ pub use denial::{Denied, Shortfall, Wait};
 pub use period::CalendarPeriod;
 pub use receipt::Receipt;
 pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
+pub use spending::RATE_WINDOW_MS;
 pub use succession::predecessors;
 pub use table::{Quotas, Subject};
 

@@ -1,7 +1,7 @@
 //! `POST /api/explain`: what would happen to a request, without sending it or charging anything.
 
-use super::environments::{level_json, unknown_environment};
-use super::{Admin, refusal};
+use super::environments::{QuotaView, unknown_environment};
+use super::{Admin, QueryResult, refusal};
 use crate::error::ProxyError;
 use crate::estimate::PromptPart;
 use crate::proxy::{self, Explanation};
@@ -11,10 +11,13 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 /// The query parameters.
 #[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ExplainParameters {
     environment: String,
     /// Required if the environment has callers.
@@ -24,10 +27,10 @@ pub(super) struct ExplainParameters {
 /// Answers with the estimate, the quotas that apply, and whether the request would be admitted now.
 pub(super) async fn explain(
     State(admin): State<Admin>,
-    parameters: Result<Query<ExplainParameters>, axum::extract::rejection::QueryRejection>,
+    query: QueryResult<ExplainParameters>,
     body: Bytes,
 ) -> Response {
-    let Ok(Query(ExplainParameters { environment, caller })) = parameters else {
+    let Ok(Query(ExplainParameters { environment, caller })) = query else {
         let message = "Name the environment, and the caller if the environment has keys: ?environment=NAME&caller=NAME.";
         return refusal(StatusCode::BAD_REQUEST, "invalid_value", message);
     };
@@ -44,7 +47,7 @@ pub(super) async fn explain(
         None => None,
     };
     match proxy::explain(&admin.state, at, index, body).await {
-        Ok(explanation) => Json(explanation_json(&explanation)).into_response(),
+        Ok(explanation) => Json(ExplanationView::new(&explanation)).into_response(),
         Err(error) => refusal(error.shape().0, error.code(), &error.to_string()),
     }
 }
@@ -54,43 +57,99 @@ fn unknown_caller() -> Response {
     refusal(StatusCode::NOT_FOUND, "unknown_caller", message)
 }
 
-fn explanation_json(explanation: &Explanation) -> Value {
-    let Explanation { api, model, prompt_tokens, counted, source, encoding, forecast, is_enforced, error } =
-        explanation;
-    let parts: Map<String, Value> =
-        PromptPart::ALL.iter().map(|&part| (part.as_str().to_owned(), json!(counted.of(part)))).collect();
-    let mut json = json!({
-        "api": api,
-        "model": model,
-        "estimate": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": forecast.required.completion,
-            "total_tokens": forecast.required.total,
-            "source": source.as_str(),
-            "counted": counted.tokens(),
-            "parts": parts,
-            "encoding": encoding,
-        },
-        "quotas": forecast.quotas.iter().map(|level| quota_json(level, explanation)).collect::<Vec<_>>(),
-        "admitted": error.is_none() || !is_enforced,
-        "retry_after_ms": error.as_ref().and_then(|error| wait_ms(error.shortfalls().first()?.wait)),
-    });
-    if let Some(error) = error {
-        json["code"] = error.code().into();
-        json["message"] = error.to_string().into();
-    }
-    json
+/// What would happen to a request.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ExplanationView {
+    /// The API of the body.
+    api: &'static str,
+    model: String,
+    estimate: EstimateView,
+    /// The quotas that apply to the request.
+    quotas: Vec<RequestedQuotaView>,
+    /// Whether the request would be admitted now.
+    admitted: bool,
+    /// Milliseconds until the request would fit. `null`: it fits, or it can never fit.
+    retry_after_ms: Option<u64>,
+    /// The code of the error that the request would get. Absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<&'static str>,
+    /// The message of that error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<String>,
+}
+
+/// The amounts that a request would reserve.
+#[derive(Serialize, ToSchema)]
+pub(super) struct EstimateView {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    total_tokens: u64,
+    /// What the estimate of the prompt comes from.
+    source: &'static str,
+    /// The count of the prompt before any correction.
+    counted: u64,
+    /// The parts of that count, in tokens.
+    parts: BTreeMap<&'static str, u64>,
+    /// The name of the vocabulary.
+    encoding: &'static str,
 }
 
 /// A quota that applies, with the amount that the request needs of it.
-fn quota_json(level: &QuotaLevel, explanation: &Explanation) -> Value {
-    let mut json = level_json(level, None);
-    let shortfalls = explanation.error.as_ref().map(ProxyError::shortfalls).unwrap_or_default();
-    let shortfall = shortfalls.iter().find(|shortfall| shortfall.quota.is_same_as(&level.quota));
-    json["requested"] = explanation.forecast.required.of(level.quota.kind).into();
-    json["fits"] = shortfall.is_none().into();
-    json["retry_after_ms"] = shortfall.and_then(|shortfall| wait_ms(shortfall.wait)).into();
-    json
+#[derive(Serialize, ToSchema)]
+pub(super) struct RequestedQuotaView {
+    #[serde(flatten)]
+    quota: QuotaView,
+    requested: u64,
+    fits: bool,
+    /// Milliseconds until the request would fit. `null`: it fits, or it can never fit.
+    retry_after_ms: Option<u64>,
+}
+
+impl ExplanationView {
+    fn new(explanation: &Explanation) -> Self {
+        let Explanation {
+            api,
+            model,
+            prompt_tokens,
+            counted,
+            source,
+            encoding,
+            forecast,
+            is_enforced,
+            error,
+        } = explanation;
+        Self {
+            api,
+            model: model.clone(),
+            estimate: EstimateView {
+                prompt_tokens: *prompt_tokens,
+                completion_tokens: forecast.required.completion,
+                total_tokens: forecast.required.total,
+                source: source.as_str(),
+                counted: counted.tokens(),
+                parts: PromptPart::ALL.iter().map(|&part| (part.as_str(), counted.of(part))).collect(),
+                encoding,
+            },
+            quotas: forecast.quotas.iter().map(|level| RequestedQuotaView::new(level, explanation)).collect(),
+            admitted: error.is_none() || !is_enforced,
+            retry_after_ms: error.as_ref().and_then(|error| wait_ms(error.shortfalls().first()?.wait)),
+            code: error.as_ref().map(ProxyError::code),
+            message: error.as_ref().map(ToString::to_string),
+        }
+    }
+}
+
+impl RequestedQuotaView {
+    fn new(level: &QuotaLevel, explanation: &Explanation) -> Self {
+        let shortfalls = explanation.error.as_ref().map(ProxyError::shortfalls).unwrap_or_default();
+        let shortfall = shortfalls.iter().find(|shortfall| shortfall.quota.is_same_as(&level.quota));
+        Self {
+            quota: QuotaView::new(level, explanation.forecast.at, None),
+            requested: explanation.forecast.required.of(level.quota.kind),
+            fits: shortfall.is_none(),
+            retry_after_ms: shortfall.and_then(|shortfall| wait_ms(shortfall.wait)),
+        }
+    }
 }
 
 /// `None`: the request can never fit.

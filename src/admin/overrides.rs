@@ -1,6 +1,6 @@
 //! Overrides: an administrator changes the limit of a quota, or resets quotas.
 
-use super::environments::{environment_json, find, unknown_environment};
+use super::environments::{environment_view, find, unknown_environment};
 use super::{Admin, refusal};
 use crate::ledger::{NoRoom, QuotaKey};
 use crate::quota::{Kind, MAX_LIMIT};
@@ -78,7 +78,7 @@ async fn change_limit(
         Err(no_room) => return redis_unavailable(&no_room),
     }
     tracing::info!(environment, %kind, per, scope = scope.scope, name = scope.name, ?limit, "the admin API changed a limit");
-    Json(environment_json(&settings, &account)).into_response()
+    Json(environment_view(&settings, &account)).into_response()
 }
 
 pub(super) async fn reset(State(admin): State<Admin>, Path(environment): Path<String>) -> Response {
@@ -87,7 +87,7 @@ pub(super) async fn reset(State(admin): State<Admin>, Path(environment): Path<St
         return redis_unavailable(&no_room);
     }
     tracing::info!(environment, "the admin API reset all quotas of this environment");
-    Json(environment_json(&settings, &account)).into_response()
+    Json(environment_view(&settings, &account)).into_response()
 }
 
 fn redis_unavailable(_: &NoRoom) -> Response {

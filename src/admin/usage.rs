@@ -1,10 +1,10 @@
 //! `GET /api/usage`: the usage history.
 
-use super::{Admin, refusal};
+use super::{Admin, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
 use crate::store::{self, ReportQuery, ReportRow};
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use http::{StatusCode, header};
 use serde_json::json;
@@ -48,19 +48,10 @@ impl UsageParameters {
 }
 
 /// Answers with the report as JSON or CSV.
-pub(super) async fn report(
-    State(admin): State<Admin>,
-    parameters: Result<Query<UsageParameters>, axum::extract::rejection::QueryRejection>,
-) -> Response {
-    let parameters = match parameters {
-        Ok(Query(parameters)) => parameters,
-        Err(error) => {
-            return refusal(
-                StatusCode::BAD_REQUEST,
-                "invalid_value",
-                &format!("The query cannot be read: {error}."),
-            );
-        }
+pub(super) async fn report(State(admin): State<Admin>, query: QueryResult<UsageParameters>) -> Response {
+    let parameters = match read_query(query) {
+        Ok(parameters) => parameters,
+        Err(refusal) => return *refusal,
     };
     let query = match parameters.query(clock::now()) {
         Ok(query) => query,

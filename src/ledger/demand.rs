@@ -1,6 +1,7 @@
 //! The values of a reservation: the demand of a request, its grant, and its settlement.
 
 use super::allowance::PartialLength;
+use crate::clock::Timestamp;
 use crate::quota::{Amounts, Denied, QuotaLevel, QuotaStatus, Receipt, Shortfall, Subject, Wait};
 use smallvec::SmallVec;
 
@@ -63,6 +64,8 @@ impl NoRoom {
 /// What would happen to a request.
 #[derive(Clone, Debug)]
 pub struct Forecast {
+    /// The time on the clock of the counters.
+    pub at: Timestamp,
     /// The amounts that it would reserve.
     pub required: Amounts,
     /// Why it would not fit now. `None`: it fits.

@@ -24,6 +24,8 @@ pub(super) enum Engine {
 /// The counters of an account.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
+    /// The time on the clock of the counters: Redis's if they are shared.
+    pub at: Timestamp,
     /// Reservations that are not settled: those of all nodes if the counters are shared, or else those of this node.
     pub in_flight: u64,
     /// The state of the connection to Redis. `None`: the counters belong to this node alone.
@@ -123,6 +125,7 @@ impl Engine {
             }
         };
         self.with_local(|local, now| Snapshot {
+            at: now,
             in_flight: shared_in_flight.unwrap_or(local.in_flight),
             redis,
             levels: local.levels(now),

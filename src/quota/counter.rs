@@ -1,6 +1,7 @@
 //! One quota together with its counter, for both kinds of window.
 
 use super::receipt::Hold;
+use super::spending::Spending;
 use super::{
     Amounts, CalendarPeriod, CounterState, Kind, PersistedCounter, Quota, QuotaLevel, QuotaStatus, Required,
     Shortfall, TokenBucket, Wait, Window,
@@ -22,6 +23,8 @@ pub(super) struct Cell {
     /// The used amount above the limit that a change of the window has cut off, and until when it counts: once the limit
     /// is raised again.
     excess: Option<(u64, Timestamp)>,
+    /// What was spent in the last minutes.
+    spending: Spending,
     /// Whether the counter has changed since `take_change` was called last.
     is_dirty: bool,
 }
@@ -42,7 +45,16 @@ impl Cell {
                 Counter::Calendar(CalendarPeriod::new(quota.limit, *unit, zone.clone(), now))
             }
         };
-        Self { id, quota, counter, is_active: true, taken_over: Vec::new(), excess: None, is_dirty: true }
+        Self {
+            id,
+            quota,
+            counter,
+            is_active: true,
+            taken_over: Vec::new(),
+            excess: None,
+            spending: Spending::new(now),
+            is_dirty: true,
+        }
     }
 
     /// Replaces the quota by one that differs in limit, burst and time zone only. The counter stays.
@@ -218,9 +230,10 @@ impl Cell {
     }
 
     /// Moves `amount` of a reservation from held to spent.
-    pub(super) fn mark_spent(&mut self, hold: &Hold, amount: u64) {
+    pub(super) fn mark_spent(&mut self, now: Timestamp, hold: &Hold, amount: u64) {
         let Some(period_id) = self.period_of(hold) else { return };
         self.is_dirty = true;
+        self.spending.add(now, amount);
         match &mut self.counter {
             Counter::Rolling(bucket) => bucket.mark_spent(amount),
             Counter::Calendar(calendar) => calendar.mark_spent(period_id, amount),
@@ -229,10 +242,18 @@ impl Cell {
 
     /// Replaces a reservation by the amounts spent. `marked_spent` is the part of `reserved` that `mark_spent` has
     /// already moved to spent.
-    pub(super) fn settle(&mut self, hold: &Hold, reserved: Amounts, marked_spent: Amounts, spent: Amounts) {
+    pub(super) fn settle(
+        &mut self,
+        now: Timestamp,
+        hold: &Hold,
+        reserved: Amounts,
+        marked_spent: Amounts,
+        spent: Amounts,
+    ) {
         self.is_dirty = true;
         let kind = self.quota.kind;
         let (reserved, marked_spent, spent) = (reserved.of(kind), marked_spent.of(kind), spent.of(kind));
+        self.spending.add(now, spent.saturating_sub(marked_spent));
         let period_id = self.period_of(hold);
         match &mut self.counter {
             // Its calendar period ended before the window changed: only an overrun is charged.
@@ -295,7 +316,8 @@ impl Cell {
 
     /// Replaces the counter, and the limit and burst of the quota. A state of the other window is ignored:
     /// it does not belong to this quota.
-    pub(super) fn load(&mut self, state: &CounterState) {
+    /// `is_repeated`: this state was loaded before.
+    pub(super) fn load(&mut self, now: Timestamp, state: &CounterState, is_repeated: bool) {
         match (&mut self.counter, *state) {
             (Counter::Rolling(bucket), CounterState::Rolling { limit, burst, level, held, at }) => {
                 bucket.load(limit, burst, level, held, at);
@@ -311,6 +333,7 @@ impl Cell {
             (Counter::Rolling(_), CounterState::Calendar { .. })
             | (Counter::Calendar(_), CounterState::Rolling { .. }) => return,
         }
+        self.spending.load(now, state, self.quota.per.ms, is_repeated);
         self.is_dirty = true;
     }
 
@@ -332,7 +355,8 @@ impl Cell {
                 CounterState::Calendar { limit, used, held, period, period_id }
             }
         };
-        self.load(&share);
+        self.load(now, &share, true);
+        self.spending.go_offline();
     }
 
     pub(super) fn level(&self) -> i64 {
@@ -358,7 +382,8 @@ impl Cell {
         self.advance(now);
         let (held, used) = self.held_and_used();
         let reset_ms = self.reset_ms(now, false);
-        QuotaLevel { quota: self.quota.clone(), level: self.level(), held, used, reset_ms }
+        let spent_recently = self.spending.recent(now);
+        QuotaLevel { quota: self.quota.clone(), level: self.level(), held, used, reset_ms, spent_recently }
     }
 
     fn held_and_used(&self) -> (u64, u64) {

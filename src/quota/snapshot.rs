@@ -63,6 +63,8 @@ pub struct QuotaLevel {
     pub used: u64,
     /// Milliseconds until the spent amount is available again.
     pub reset_ms: u64,
+    /// Spent in the last ten minutes.
+    pub spent_recently: u64,
 }
 
 /// The tightest quota of one kind that applies to a caller, for the rate limit headers.

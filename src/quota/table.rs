@@ -271,7 +271,7 @@ impl Quotas {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
-            cell.mark_spent(hold, more.of(cell.quota.kind));
+            cell.mark_spent(now, hold, more.of(cell.quota.kind));
         }
     }
 
@@ -282,7 +282,7 @@ impl Quotas {
             let Some(index) = self.index_of(&hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
-            cell.settle(&hold, reserved, marked_spent, spent);
+            cell.settle(now, &hold, reserved, marked_spent, spent);
         }
     }
 
@@ -339,9 +339,16 @@ impl Quotas {
     }
 
     /// Replaces the counter of the quota at this index, and its limit and burst, by the state in Redis.
-    pub fn load(&mut self, index: usize, state: &CounterState) {
+    pub fn load(&mut self, now: Timestamp, index: usize, state: &CounterState) {
         if let Some(cell) = self.cells.get_mut(index) {
-            cell.load(state);
+            cell.load(now, state, false);
+        }
+    }
+
+    /// Like `load`, with a state that was loaded before.
+    pub fn load_again(&mut self, now: Timestamp, index: usize, state: &CounterState) {
+        if let Some(cell) = self.cells.get_mut(index) {
+            cell.load(now, state, true);
         }
     }
 

@@ -63,7 +63,7 @@ impl ScriptReply {
 /// Loads the states of a reply into the node's own quotas, so that the node repeats the decision of Redis.
 pub fn load_states(quotas: &mut Quotas, touched: &[u32], reply: &ScriptReply) {
     for (&index, (state, _)) in touched.iter().zip(&reply.states) {
-        quotas.load(index as usize, state);
+        quotas.load(reply.now, index as usize, state);
     }
 }
 

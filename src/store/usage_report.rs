@@ -146,7 +146,7 @@ impl Database {
             let n = |at: usize| row.get(at).map(unsigned);
             let minute: i64 = row.get(0)?;
             Ok(ReportRow {
-                from: moment(Timestamp(minute.saturating_mul(MINUTE_MS))),
+                from: Timestamp(minute.saturating_mul(MINUTE_MS)).to_rfc3339(),
                 environment: row.get(1)?,
                 model: row.get(2)?,
                 caller: row.get(3)?,
@@ -177,10 +177,6 @@ fn by_month(days: Vec<ReportRow>) -> Vec<ReportRow> {
         }
     }
     months
-}
-
-fn moment(at: Timestamp) -> String {
-    jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |moment| moment.to_string())
 }
 
 /// Reads a moment: `2026-11-28T10:00:00Z` with any offset, `2026-11-28T10:00` or `2026-11-28` in UTC, or a duration,

@@ -72,9 +72,8 @@ impl Rejection {
 
     fn view(&self) -> RejectionView {
         let Self { at, request_id, environment, caller, model, api, error } = self;
-        let moment = jiff::Timestamp::from_millisecond(at.0);
         RejectionView {
-            at: moment.map_or_else(|_| at.0.to_string(), |moment| moment.to_string()),
+            at: at.to_rfc3339(),
             request_id: request_id.clone(),
             environment: (**environment).to_owned(),
             caller: caller.as_deref().map(str::to_owned),

@@ -1,5 +1,7 @@
 //! The admin API: signing in, the usage history, and the last rejections.
 
+mod environments;
+
 use crate::support::*;
 use serde_json::{Value, json};
 use std::time::Duration;

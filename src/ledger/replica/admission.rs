@@ -112,7 +112,7 @@ impl Replica {
         let decided = self.local.try_admit_with(reply.now, demand, call.allowance, is_full);
         let decided = self.align_with_redis(decided, was_admitted, demand, call, reply);
         for (&index, state) in call.touched.iter().zip(&newer_states) {
-            self.local.quotas.load(index as usize, state);
+            self.local.quotas.load_again(reply.now, index as usize, state);
         }
         ReserveOutcome::Decided(decided)
     }
