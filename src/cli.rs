@@ -8,6 +8,7 @@ mod hash_key;
 mod init;
 mod new_key;
 mod output;
+mod schema;
 mod serve;
 mod simulate;
 mod usage;
@@ -36,7 +37,9 @@ enum CliCommand {
     /// Runs the gateway with a built-in simulated backend, without a key and without network
     Demo,
     /// Validates the config and prints every fault with its location and how to fix it
-    Check,
+    Check(check::CheckArguments),
+    /// Prints the JSON Schema of the config, for editors
+    Schema,
     /// Prints the prompt token estimate of a request body
     Count(count::CountArguments),
     /// Replays a trace of requests through the quotas of the config and compares reservation modes
@@ -69,7 +72,8 @@ pub fn run() -> ExitCode {
     let result = match command.unwrap_or(CliCommand::Serve) {
         CliCommand::Serve => serve::run(config),
         CliCommand::Demo => demo::run(),
-        CliCommand::Check => check::run(config),
+        CliCommand::Check(arguments) => check::run(config, &arguments),
+        CliCommand::Schema => schema::run(),
         CliCommand::Count(arguments) => count::run(config, &arguments),
         CliCommand::Simulate(arguments) => simulate::run(config, &arguments),
         CliCommand::Usage(arguments) => usage::run(config, &arguments),

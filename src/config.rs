@@ -6,6 +6,8 @@
 mod callers;
 mod changes;
 mod contradictions;
+mod description;
+mod effective;
 mod environments;
 mod fault;
 mod listeners;
@@ -13,6 +15,7 @@ mod load;
 mod models;
 mod overrides;
 mod quotas;
+mod schema;
 mod setting;
 mod store;
 mod tree;
@@ -33,9 +36,11 @@ use std::time::Duration;
 
 pub(crate) use callers::{MAX_KEY_BYTES, is_caller_name};
 pub(crate) use changes::{changes, restart_faults};
+pub use effective::EffectiveConfig;
 pub use fault::{Fault, Faults};
 pub(crate) use load::load;
 pub use load::{Loaded, parse};
+pub(crate) use schema::schema;
 pub(crate) use units::duration;
 
 /// The checked configuration of one gateway.
@@ -62,6 +67,8 @@ pub struct Config {
     pub file: Option<PathBuf>,
     /// The files that the values of the config file name: `${file:...}`.
     pub value_files: Vec<PathBuf>,
+    /// The settings as the file could contain them, with all defaults, and with secrets masked.
+    pub effective: EffectiveConfig,
 }
 
 /// `server`: the listener for callers.

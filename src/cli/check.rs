@@ -8,18 +8,28 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
+#[derive(clap::Args)]
+pub(super) struct CheckArguments {
+    /// Prints the effective config: with variables resolved, defaults filled in and secrets masked
+    #[arg(long)]
+    print: bool,
+}
+
+pub(super) fn run(config: Option<PathBuf>, arguments: &CheckArguments) -> anyhow::Result<ExitCode> {
     let loaded = match load_or_explain(config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
     let mut text = String::new();
-    // Writing to a string cannot fail.
-    for warning in &loaded.warnings {
+    let faults = loaded.warnings.iter().map(ToString::to_string);
+    for warning in faults.chain(override_warnings(&loaded.config)) {
+        // Writing to a string cannot fail.
         let _ = writeln!(text, "warning: {warning}");
     }
-    for warning in override_warnings(&loaded.config) {
-        let _ = writeln!(text, "warning: {warning}");
+    if arguments.print {
+        output::report_all(&text);
+        output::print(&loaded.config.effective.to_yaml())?;
+        return Ok(ExitCode::SUCCESS);
     }
     output::print(&(text + &summary(&loaded.config)))?;
     Ok(ExitCode::SUCCESS)

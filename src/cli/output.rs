@@ -18,6 +18,11 @@ pub(super) fn report(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
+/// Writes whole lines to standard error, if that is possible.
+pub(super) fn report_all(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
 /// Whether a command failed only because the reader of its output closed the pipe.
 pub(super) fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let io_error = |cause: &(dyn std::error::Error + 'static)| {

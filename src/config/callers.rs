@@ -1,7 +1,8 @@
 //! `environments.*.keys`: the callers of an environment.
 
 use super::CallerSettings;
-use super::quotas;
+use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, TextSpec, ValueSpec};
+use super::quotas::{self, QUOTAS};
 use super::setting::{Section, Setting};
 use crate::quota::Quota;
 use sha2::{Digest as _, Sha256};
@@ -16,6 +17,46 @@ const MAX_KEYS_PER_CALLER: usize = 16;
 /// Maximum length of a caller's key. The gateway refuses a longer one without hashing it.
 pub(crate) const MAX_KEY_BYTES: usize = 4 * 1024;
 
+/// `environments.*.keys[]`.
+pub(super) const CALLER: SectionSpec = SectionSpec {
+    name: "caller",
+    keys: &[
+        KeySpec::new(
+            "name",
+            ValueSpec::Text(TextSpec {
+                label: "1 to 64 letters, digits, `.`, `_`, `-`",
+                pattern: "^[A-Za-z0-9._-]{1,64}$",
+            }),
+            DefaultSpec::Required("web-app"),
+            "name of the caller in logs and in the store; unique in its environment",
+        ),
+        KeySpec::new(
+            "secret",
+            ValueSpec::OneOrMore(&ValueSpec::Secret(TextSpec {
+                label: "secret of at most 4,096 visible ASCII characters",
+                pattern: "^[!-~]{1,4096}$",
+            })),
+            DefaultSpec::Absent("one of the two is required"),
+            "the key itself. Fewer than 16 characters give a warning",
+        ),
+        KeySpec::new(
+            "sha256",
+            ValueSpec::OneOrMore(&ValueSpec::Secret(TextSpec {
+                label: "64 hexadecimal digits",
+                pattern: "^[0-9A-Fa-f]{64}$",
+            })),
+            DefaultSpec::Absent("one of the two is required"),
+            "the digest of the key, as `tollgate new-key` and `tollgate hash-key` print it",
+        ),
+        KeySpec::restriction(
+            "quotas",
+            ValueSpec::Section(&QUOTAS),
+            NONE,
+            "the caller's own quotas, in addition to those of the environment",
+        ),
+    ],
+};
+
 /// The path of the setting that declares each key. A key must be unique, because it identifies the environment.
 pub(super) type Digests = HashMap<[u8; 32], String>;
 
@@ -28,15 +69,15 @@ pub(super) fn read(
     let mut names = HashSet::new();
     let mut callers = Vec::new();
     for setting in setting.list().unwrap_or_default() {
-        let Some(key) = setting.section(&["name", "secret", "sha256", "quotas"]) else { continue };
-        let name = key.require("name", "web-app").and_then(|i| caller_name(&i, &mut names));
+        let Some(key) = setting.section(&CALLER) else { continue };
+        let name = key.require("name").and_then(|i| caller_name(&i, &mut names));
         let own_digests = own_digests(&key);
         for digest in own_digests.iter().flatten() {
             if let Some(other) = digests.insert(*digest, setting.path.clone()) {
                 setting.fault(format!("this key is already used at {other}; use each key once"));
             }
         }
-        if let Some(own) = key.restriction("quotas") {
+        if let Some(own) = key.get("quotas") {
             quotas::of_caller(&own, name.unwrap_or_default(), quotas);
         }
         if let (Some(name), Some(sha256)) = (name, own_digests) {

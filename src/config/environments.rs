@@ -1,6 +1,8 @@
 //! `environments`: upstream, callers, quotas and policies of each environment.
 
-use super::callers::{self, Digests};
+use super::callers::{self, CALLER, Digests};
+use super::description::{DefaultSpec, KeySpec, NONE, PATTERN, SectionSpec, TextSpec, ValueSpec, Word, text};
+use super::quotas::QUOTAS;
 use super::setting::{Section, Setting};
 use super::{
     CompletionReserve, Environment, OnDisconnect, OnOverrun, ReserveSettings, UpstreamSettings, WhenShort,
@@ -9,33 +11,189 @@ use super::{contradictions, quotas, units};
 use crate::glob::Glob;
 use crate::quota::{Kind, MAX_AMOUNT, Quota};
 use std::sync::Arc;
-use std::time::Duration;
 
-const EXAMPLE: &str = "environments: { production: { upstream: openai, quotas: { total_tokens: { limit: 200k, per: minute } } } }";
+pub(super) const EXAMPLE: &str = "environments: { production: { upstream: openai, quotas: { total_tokens: { limit: 200k, per: minute } } } }";
 
 /// Names that an environment must not have, because they are the first segments of API paths.
 const RESERVED_NAMES: [&str; 3] = ["v1", "v1beta", "openai"];
 
-const SETTINGS: &[&str] = &[
-    "upstream",
-    "keys",
-    "models",
-    "max_in_flight",
-    "quotas",
-    "model_quotas",
-    "enforce",
-    "reserve",
-    "on_disconnect",
-    "other_paths",
-    "unseen_prompt_tokens",
-    "cached_prompt_tokens",
-    "calibrate",
-    "retry_patience",
-];
+/// The names of environments.
+pub(super) const NAME_PATTERN: &str = "^[a-z0-9][a-z0-9_-]*$";
+
+/// `environments.*`.
+pub(super) const ENVIRONMENT: SectionSpec = SectionSpec {
+    name: "environment",
+    keys: &[
+        KeySpec::new(
+            "upstream",
+            ValueSpec::Text(text("name of an upstream")),
+            DefaultSpec::Required("openai"),
+            "the upstream that receives the requests",
+        ),
+        KeySpec::restriction(
+            "keys",
+            ValueSpec::List(&ValueSpec::Section(&CALLER)),
+            DefaultSpec::Absent("none: the environment is open"),
+            "the callers. If there are keys, the environment accepts only requests with one of them, and the key alone selects the environment",
+        ),
+        KeySpec::restriction(
+            "models",
+            ValueSpec::List(&PATTERN),
+            DefaultSpec::Absent("all"),
+            "models that may be requested; others get a 404. An empty list is a fault",
+        ),
+        KeySpec::restriction(
+            "max_in_flight",
+            ValueSpec::Amount { min: 1, max: u64::MAX },
+            DefaultSpec::Absent("no limit"),
+            "maximum number of requests in flight, streams included; further requests get a 429",
+        ),
+        KeySpec::restriction(
+            "quotas",
+            ValueSpec::Section(&QUOTAS),
+            DefaultSpec::Absent("none, with a warning"),
+            "quotas of the whole environment",
+        ),
+        KeySpec::restriction(
+            "model_quotas",
+            ValueSpec::Names(text("patterns and quotas"), &ValueSpec::Section(&QUOTAS)),
+            NONE,
+            "quotas of models; all models that match a pattern share its quotas",
+        ),
+        KeySpec::new(
+            "reserve",
+            ValueSpec::Section(&RESERVE),
+            DefaultSpec::Section,
+            "the reservation before a request is forwarded",
+        ),
+        KeySpec::new(
+            "enforce",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("true"),
+            "`false`: shadow mode. Requests that do not fit are admitted, logged and counted separately",
+        ),
+        KeySpec::new(
+            "on_disconnect",
+            ValueSpec::Words(&[
+                Word("cancel", "cancels the upstream request and charges the delivered text"),
+                Word(
+                    "drain",
+                    "reads the answer to its end and charges the reported usage. At most 100 answers drain at once, each for at most 30 s",
+                ),
+            ]),
+            DefaultSpec::Value("cancel"),
+            "what happens to the answer when the caller disconnects",
+        ),
+        KeySpec::new(
+            "other_paths",
+            ValueSpec::Words(&[
+                Word("deny", "answers 404"),
+                Word(
+                    "forward",
+                    "forwards the request and charges one request plus the usage that the answer reports",
+                ),
+            ]),
+            DefaultSpec::Value("deny"),
+            "what happens to requests for unknown paths",
+        ),
+        KeySpec::new(
+            "unseen_prompt_tokens",
+            ValueSpec::Amount { min: 0, max: MAX_AMOUNT },
+            DefaultSpec::Value("2000"),
+            "prompt tokens reserved for each item that a request refers to but does not contain, such as a stored file",
+        ),
+        KeySpec::new(
+            "cached_prompt_tokens",
+            ValueSpec::Words(&[
+                Word("count", "they are charged like other prompt tokens"),
+                Word("skip", "they are not charged"),
+            ]),
+            DefaultSpec::Value("count"),
+            "whether prompt tokens that the provider read from its cache are charged. They are reserved in any case",
+        ),
+        KeySpec::new(
+            "calibrate",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("true"),
+            "whether estimates are corrected by the usage that earlier answers reported ([counting.md](counting.md#learning-from-answers))",
+        ),
+        KeySpec::new(
+            "retry_patience",
+            ValueSpec::Duration,
+            DefaultSpec::Value("30s"),
+            "a 429 with a longer wait carries `x-should-retry: false`",
+        ),
+    ],
+};
+
+/// `environments.*.reserve`.
+pub(super) const RESERVE: SectionSpec = SectionSpec {
+    name: "reserve",
+    keys: &[
+        KeySpec::new(
+            "prompt",
+            ValueSpec::Words(&[
+                Word("estimate", "the estimated prompt tokens are reserved"),
+                Word("none", "nothing is reserved for the prompt"),
+            ]),
+            DefaultSpec::Value("estimate"),
+            "the reservation for the prompt",
+        ),
+        KeySpec::new(
+            "completion",
+            ValueSpec::Either(&[
+                ValueSpec::Words(&[
+                    Word("adaptive", "a quantile of the completion tokens of recent answers"),
+                    Word("max_tokens", "the request's own token limit"),
+                    Word("none", "nothing: the tokens are charged when the answer ends"),
+                ]),
+                ValueSpec::Amount { min: 0, max: MAX_AMOUNT },
+            ]),
+            DefaultSpec::Value("adaptive"),
+            "the reservation for the answer ([quotas.md](quotas.md#the-completion-allowance-reservecompletion))",
+        ),
+        KeySpec::new(
+            "quantile",
+            ValueSpec::Decimal(TextSpec { label: "number between 0 and 1", pattern: r"^[0-9.eE+-]+$" }),
+            DefaultSpec::Value("0.9"),
+            "for `adaptive`: the share of recent answers that used at most the allowance",
+        ),
+        KeySpec::new(
+            "default_max_tokens",
+            ValueSpec::Amount { min: 1, max: MAX_AMOUNT },
+            DefaultSpec::Value("4096"),
+            "for `max_tokens`: the tokens reserved for a request without a token limit",
+        ),
+        KeySpec::new(
+            "when_short",
+            ValueSpec::Words(&[
+                Word("reject", "it gets a 429"),
+                Word("clamp", "its token limit is lowered to the remaining room, at least 16"),
+            ]),
+            DefaultSpec::Value("reject"),
+            "what happens to a request that does not fit",
+        ),
+        KeySpec::new(
+            "on_overrun",
+            ValueSpec::Words(&[
+                Word("finish", "it continues and leaves a debt"),
+                Word("cut", "it ends as if it had reached its token limit"),
+            ]),
+            DefaultSpec::Value("finish"),
+            "what happens to a stream that outgrows its reservation when no quota is left",
+        ),
+        KeySpec::new(
+            "max_wait",
+            ValueSpec::Duration,
+            DefaultSpec::Value("0s"),
+            "how long a request may wait for room. Requests wait in order of arrival, at most 1,000 per environment",
+        ),
+    ],
+};
 
 /// Reads every environment and records its faults.
 pub(super) fn read(top: &Section<'_>, upstreams: &[Arc<UpstreamSettings>]) -> Vec<Arc<Environment>> {
-    let setting = top.require("environments", EXAMPLE);
+    let setting = top.require("environments");
     let Some(section) = setting.and_then(|s| s.map("a mapping of names to environments")) else {
         return Vec::new();
     };
@@ -80,9 +238,8 @@ fn environment(
     upstreams: &DeclaredUpstreams<'_>,
     digests: &mut Digests,
 ) -> Option<Environment> {
-    let section = setting.section(SETTINGS)?;
-    let get = |key: &str| section.get(key);
-    let upstream = section.require("upstream", upstreams.names.first().unwrap_or(&"openai"));
+    let section = setting.section(&ENVIRONMENT)?;
+    let upstream = section.require_as("upstream", upstreams.names.first().unwrap_or(&"openai"));
     let upstream = upstream.and_then(|s| s.index_of_name("upstream", &upstreams.names)).and_then(|at| {
         let name = upstreams.names[at];
         upstreams.valid.iter().find(|u| u.name == name).cloned()
@@ -90,30 +247,27 @@ fn environment(
     let (callers, quotas) = callers_and_quotas(&section, digests);
     check_exposure(setting, upstream.as_deref(), callers.is_empty(), quotas.is_empty());
     let reserve = reserve(&section, &quotas);
-    let models = section.restriction("models").map(|s| allowed_models(&s)).unwrap_or_default();
+    let models = section.get("models").map(|s| allowed_models(&s)).unwrap_or_default();
     contradictions::warn(&section, &models, &quotas);
     Some(Environment {
         name: name.to_owned(),
         callers,
         models,
-        max_in_flight: section.restriction("max_in_flight").and_then(|s| {
+        max_in_flight: section.get("max_in_flight").and_then(|s| {
             s.positive(u64::MAX, "0 would refuse every request; leave the key out for no limit")
         }),
         quotas,
-        enforce: get("enforce").and_then(|s| s.boolean()).unwrap_or(true),
+        enforce: section.boolean("enforce"),
         reserve,
-        on_disconnect: get("on_disconnect")
-            .and_then(|s| s.choice(&[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)]))
-            .unwrap_or(OnDisconnect::Cancel),
-        forward_other_paths: get("other_paths")
-            .and_then(|s| s.choice(&[("deny", false), ("forward", true)]))
-            .unwrap_or(false),
-        unseen_prompt_tokens: get("unseen_prompt_tokens").and_then(|s| reservable(&s)).unwrap_or(2_000),
-        count_cached_prompt_tokens: get("cached_prompt_tokens")
-            .and_then(|s| s.choice(&[("count", true), ("skip", false)]))
-            .unwrap_or(true),
-        calibrate: get("calibrate").and_then(|s| s.boolean()).unwrap_or(true),
-        retry_patience: get("retry_patience").and_then(|s| s.duration()).unwrap_or(Duration::from_secs(30)),
+        on_disconnect: match section.word("on_disconnect") {
+            "drain" => OnDisconnect::Drain,
+            _ => OnDisconnect::Cancel,
+        },
+        forward_other_paths: section.word("other_paths") == "forward",
+        unseen_prompt_tokens: section.amount("unseen_prompt_tokens", reservable),
+        count_cached_prompt_tokens: section.word("cached_prompt_tokens") == "count",
+        calibrate: section.boolean("calibrate"),
+        retry_patience: section.duration("retry_patience"),
         upstream: upstream?,
     })
 }
@@ -123,12 +277,11 @@ fn callers_and_quotas(
     digests: &mut Digests,
 ) -> (Vec<super::CallerSettings>, Vec<Quota>) {
     let mut quotas = Vec::new();
-    if let Some(setting) = section.restriction("quotas") {
+    if let Some(setting) = section.get("quotas") {
         quotas::of_environment(&setting, &mut quotas);
     }
-    let callers =
-        section.restriction("keys").map(|s| callers::read(&s, digests, &mut quotas)).unwrap_or_default();
-    if let Some(setting) = section.restriction("model_quotas") {
+    let callers = section.get("keys").map(|s| callers::read(&s, digests, &mut quotas)).unwrap_or_default();
+    if let Some(setting) = section.get("model_quotas") {
         quotas::of_models(&setting, &mut quotas);
     }
     (callers, quotas)
@@ -181,32 +334,29 @@ fn reservable(setting: &Setting<'_>) -> Option<u64> {
 }
 
 fn reserve(environment: &Section<'_>, quotas: &[Quota]) -> ReserveSettings {
-    let known =
-        ["prompt", "completion", "quantile", "default_max_tokens", "when_short", "on_overrun", "max_wait"];
-    let section = environment.section("reserve", &known);
-    let get = |key: &str| section.get(key);
+    const ZERO: &str = "0 would reserve nothing; to reserve nothing, write completion: none";
+    let section = environment.section("reserve");
     let quantile = |text: &str| text.parse::<f64>().ok().filter(|q| *q > 0.0 && *q < 1.0);
     let reserve = ReserveSettings {
-        prompt: get("prompt").and_then(|s| s.choice(&[("estimate", true), ("none", false)])).unwrap_or(true),
-        completion: get("completion")
-            .and_then(|s| s.parsed(completion, "adaptive, max_tokens, none or a number of tokens"))
+        prompt: section.word("prompt") == "estimate",
+        completion: section
+            .parsed("completion", completion, "adaptive, max_tokens, none or a number of tokens")
             .unwrap_or(CompletionReserve::Adaptive),
-        quantile: get("quantile")
-            .and_then(|s| s.parsed(quantile, "a number between 0 and 1, such as 0.9"))
-            .unwrap_or(0.9),
-        default_max_tokens: get("default_max_tokens")
-            .and_then(|s| {
-                s.positive(MAX_AMOUNT, "0 would reserve nothing; to reserve nothing, write completion: none")
-            })
-            .unwrap_or(4_096),
-        when_short: get("when_short")
-            .and_then(|s| s.choice(&[("reject", WhenShort::Reject), ("clamp", WhenShort::Clamp)]))
-            .unwrap_or(WhenShort::Reject),
-        on_overrun: get("on_overrun")
-            .and_then(|s| s.choice(&[("finish", OnOverrun::Finish), ("cut", OnOverrun::Cut)]))
-            .unwrap_or(OnOverrun::Finish),
-        max_wait: get("max_wait").and_then(|s| s.duration()).unwrap_or(Duration::ZERO),
+        quantile: section
+            .parsed("quantile", quantile, "a number between 0 and 1, such as 0.9")
+            .unwrap_or_default(),
+        default_max_tokens: section.amount("default_max_tokens", |s| s.positive(MAX_AMOUNT, ZERO)),
+        when_short: match section.word("when_short") {
+            "clamp" => WhenShort::Clamp,
+            _ => WhenShort::Reject,
+        },
+        on_overrun: match section.word("on_overrun") {
+            "cut" => OnOverrun::Cut,
+            _ => OnOverrun::Finish,
+        },
+        max_wait: section.duration("max_wait"),
     };
+    let get = |key: &str| section.get(key);
     let checked = get("default_max_tokens").filter(|_| reserve.completion == CompletionReserve::MaxTokens);
     if let Some(setting) = checked.or_else(|| get("completion")) {
         check_reserve_fits(&setting, &reserve, quotas);

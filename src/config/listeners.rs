@@ -1,10 +1,89 @@
 //! `server` and `admin`: the two listeners.
 
+use super::description::{ADDRESS, DefaultSpec, KeySpec, NONE, PATH, SECRET, SectionSpec, ValueSpec, Word};
 use super::setting::{Section, Setting};
 use super::tree::YamlValue;
 use super::{AdminSettings, FloodGuard, ServerSettings, TlsFiles, units};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
+
+pub(super) const SERVER: SectionSpec = SectionSpec {
+    name: "server",
+    keys: &[
+        KeySpec::new(
+            "listen",
+            ADDRESS,
+            DefaultSpec::Value("127.0.0.1:8080"),
+            "address of the listener for callers; it must differ from `admin.listen`",
+        ),
+        KeySpec::new(
+            "max_request_body",
+            ValueSpec::Size,
+            DefaultSpec::Value("32MiB"),
+            "a larger body gets a 413",
+        ),
+        KeySpec::new(
+            "drain_timeout",
+            ValueSpec::Duration,
+            DefaultSpec::Value("30s"),
+            "at shutdown, answers in flight may end within this time; then the gateway ends them with the error `shutting_down`",
+        ),
+        KeySpec::new(
+            "flood_guard",
+            ValueSpec::Either(&[
+                ValueSpec::Section(&FLOOD_GUARD),
+                ValueSpec::Words(&[Word("0", "turns the guard off")]),
+            ]),
+            DefaultSpec::Absent("1,000 a second, but not for addresses of this machine"),
+            "maximum rate of requests per peer address (IPv6: per /64). The gateway checks it before it reads a request; further requests get a 429",
+        ),
+        KeySpec::new(
+            "tls",
+            ValueSpec::Section(&TLS),
+            NONE,
+            "**no effect in this version**: accepted with a warning; callers are served plain HTTP",
+        ),
+    ],
+};
+
+const FLOOD_GUARD: SectionSpec = SectionSpec {
+    name: "flood_guard",
+    keys: &[
+        KeySpec::new(
+            "requests",
+            ValueSpec::Amount { min: 0, max: u32::MAX as u64 },
+            DefaultSpec::Value("1000"),
+            "maximum number of requests per period",
+        ),
+        KeySpec::new("per", ValueSpec::Duration, DefaultSpec::Value("second"), "length of the period"),
+    ],
+};
+
+const TLS: SectionSpec = SectionSpec {
+    name: "tls",
+    keys: &[
+        KeySpec::new("cert", PATH, DefaultSpec::Required("cert.pem"), "PEM file of the certificate chain"),
+        KeySpec::new("key", PATH, DefaultSpec::Required("key.pem"), "PEM file of the private key"),
+    ],
+};
+
+pub(super) const ADMIN: SectionSpec = SectionSpec {
+    name: "admin",
+    keys: &[
+        KeySpec::new(
+            "listen",
+            ADDRESS,
+            DefaultSpec::Value("127.0.0.1:9090"),
+            "address of the [admin listener](operations.md#the-admin-listener)",
+        ),
+        KeySpec::new(
+            "token",
+            SECRET,
+            NONE,
+            "required as `Authorization: Bearer ...`; must be set unless `listen` is a loopback address",
+        ),
+    ],
+};
 
 /// Reads the settings of both listeners and checks that they fit together.
 pub(super) fn read(top: &Section<'_>) -> (ServerSettings, AdminSettings) {
@@ -35,27 +114,23 @@ fn check_addresses(top: &Section<'_>, server: &ServerSettings, admin: &AdminSett
     }
 }
 
-/// An address with its port; `port` on 127.0.0.1 if the setting is absent.
-fn address(setting: Option<Setting<'_>>, port: u16) -> SocketAddr {
+/// An address with its port.
+fn address(section: &Section<'_>) -> SocketAddr {
     let expected = "an address and port, such as 127.0.0.1:8080 or [::]:8080";
-    let address = setting.and_then(|setting| setting.parsed(|text| text.parse().ok(), expected));
-    address.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+    let address = section.parsed("listen", |text| text.parse().ok(), expected);
+    address.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
 }
 
 fn server(top: &Section<'_>) -> ServerSettings {
-    let section =
-        top.section("server", &["listen", "max_request_body", "flood_guard", "drain_timeout", "tls"]);
+    let section = top.section("server");
     ServerSettings {
-        listen: address(section.get("listen"), 8080),
-        max_request_body: section.get("max_request_body").and_then(|s| body_size(&s)).unwrap_or(32 << 20),
+        listen: address(&section),
+        max_request_body: section.size("max_request_body", body_size),
         flood_guard: match section.get("flood_guard") {
             None => Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1), guards_loopback: false }),
             Some(setting) => flood_guard(&setting),
         },
-        drain_timeout: section
-            .get("drain_timeout")
-            .and_then(|s| s.duration())
-            .unwrap_or(Duration::from_secs(30)),
+        drain_timeout: section.duration("drain_timeout"),
         tls: section.get("tls").and_then(|s| tls_files(&s)),
     }
 }
@@ -74,11 +149,10 @@ fn flood_guard(setting: &Setting<'_>) -> Option<FloodGuard> {
         setting.parsed(|text| (text == "0").then_some(()), "0 (off) or { requests: 1000, per: second }")?;
         return None;
     }
-    let section = setting.section(&["requests", "per"])?;
+    let section = setting.section(&FLOOD_GUARD)?;
     let whole = |text: &str| units::amount(text).and_then(|n| u32::try_from(n).ok());
-    let requests =
-        section.get("requests").map_or(Some(1_000), |s| s.parsed(whole, "a number of requests"))?;
-    let per = section.get("per").map_or(Some(Duration::from_secs(1)), |s| s.duration())?;
+    let requests = section.parsed("requests", whole, "a number of requests")?;
+    let per = section.duration("per");
     if per.is_zero() {
         section.fault("\"per\" must not be 0; flood_guard: 0 turns the guard off");
     }
@@ -86,16 +160,13 @@ fn flood_guard(setting: &Setting<'_>) -> Option<FloodGuard> {
 }
 
 fn tls_files(setting: &Setting<'_>) -> Option<TlsFiles> {
-    let section = setting.section(&["cert", "key"])?;
-    let file = |name, example| section.require(name, example).and_then(|s| s.path());
-    let (cert, key) = (file("cert", "cert.pem"), file("key", "key.pem"));
+    let section = setting.section(&TLS)?;
+    let file = |name| section.require(name).and_then(|s| s.path());
+    let (cert, key) = (file("cert"), file("key"));
     Some(TlsFiles { cert: cert?, key: key? })
 }
 
 fn admin(top: &Section<'_>) -> AdminSettings {
-    let section = top.section("admin", &["listen", "token"]);
-    AdminSettings {
-        listen: address(section.get("listen"), 9090),
-        token: section.get("token").and_then(|s| s.secret()),
-    }
+    let section = top.section("admin");
+    AdminSettings { listen: address(&section), token: section.get("token").and_then(|s| s.secret()) }
 }

@@ -1,8 +1,10 @@
 //! Reads a YAML file with its variables and overrides, checks it, and returns a [`Config`].
 
+use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, TextSpec, ValueSpec, text};
+use super::effective::{self, Secrets};
 use super::fault::{Fault, Faults, Findings};
 use super::setting::{Section, Setting};
-use super::{Config, Environment};
+use super::{Config, EffectiveConfig, Environment};
 use super::{environments, listeners, models, overrides, store, unsupported, upstreams, variables, yaml};
 use std::io::Read as _;
 use std::path::Path;
@@ -10,6 +12,58 @@ use std::sync::Arc;
 
 /// Maximum size of a config file in bytes.
 const MAX_FILE_BYTES: usize = 4 << 20;
+
+/// The whole config.
+pub(super) const TOP: SectionSpec = SectionSpec {
+    name: "config",
+    keys: &[
+        KeySpec::new(
+            "server",
+            ValueSpec::Section(&listeners::SERVER),
+            DefaultSpec::Section,
+            "the listener for callers",
+        ),
+        KeySpec::new(
+            "admin",
+            ValueSpec::Section(&listeners::ADMIN),
+            DefaultSpec::Section,
+            "the listener for health, metrics and the admin API",
+        ),
+        KeySpec::new(
+            "upstreams",
+            ValueSpec::Names(text("names"), &ValueSpec::Section(&upstreams::UPSTREAM)),
+            DefaultSpec::Required(upstreams::EXAMPLE),
+            "the backends",
+        ),
+        KeySpec::new(
+            "environments",
+            ValueSpec::Names(
+                TextSpec { label: "names", pattern: environments::NAME_PATTERN },
+                &ValueSpec::Section(&environments::ENVIRONMENT),
+            ),
+            DefaultSpec::Required(environments::EXAMPLE),
+            "limits, callers and routing",
+        ),
+        KeySpec::new(
+            "default_environment",
+            ValueSpec::Text(text("name of an environment")),
+            NONE,
+            "environment of requests that name none by path or key. Without it these requests get a 401",
+        ),
+        KeySpec::new(
+            "models",
+            ValueSpec::List(&ValueSpec::Section(&models::MODEL)),
+            NONE,
+            "how to count models that are not in the built-in table, or that it has with other figures",
+        ),
+        KeySpec::new(
+            "store",
+            ValueSpec::Section(&store::STORE),
+            DefaultSpec::Section,
+            "where counters and usage are stored",
+        ),
+    ],
+};
 
 /// A valid configuration and its warnings.
 #[derive(Clone, Debug)]
@@ -81,7 +135,8 @@ pub fn parse(
         }
         let value_files = variables::fill_in(&mut root, environment, &findings);
         let config = read(&Setting { node: &root, path: String::new(), findings: &findings });
-        config.map(|config| Config { value_files, ..config })
+        let effective = effective::of(&root, Secrets::Masked);
+        config.map(|config| Config { value_files, effective, ..config })
     });
     let warnings = findings.into_warnings()?;
     // There is a config if there is no fault. This error is only a safeguard.
@@ -90,15 +145,7 @@ pub fn parse(
 }
 
 fn read(root: &Setting<'_>) -> Option<Config> {
-    let top = root.section(&[
-        "server",
-        "admin",
-        "upstreams",
-        "environments",
-        "default_environment",
-        "models",
-        "store",
-    ])?;
+    let top = root.section(&TOP)?;
     let (server, admin) = listeners::read(&top);
     let upstreams = upstreams::read(&top);
     let environments = environments::read(&top, &upstreams);
@@ -118,6 +165,7 @@ fn read(root: &Setting<'_>) -> Option<Config> {
         file_modified_ms,
         file: None,
         value_files: Vec::new(),
+        effective: EffectiveConfig::default(),
     })
 }
 

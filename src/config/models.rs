@@ -1,5 +1,8 @@
 //! `models`: how to count for models that Tollgate does not have in its own table, or has with other figures.
 
+use super::description::{
+    DefaultSpec, KeySpec, NONE, PATH, PATTERN, SectionSpec, TextSpec, ValueSpec, Word, text,
+};
 use super::setting::{Section, Setting};
 use super::{ModelRule, TokenizerChoice, units};
 use crate::glob::Glob;
@@ -9,6 +12,54 @@ const MAX_OVERHEAD: u32 = 1_000_000;
 /// In thousandths.
 const MAX_TOOL_FACTOR: u32 = 100_000;
 
+/// `models[]`.
+pub(super) const MODEL: SectionSpec = SectionSpec {
+    name: "model",
+    keys: &[
+        KeySpec::new(
+            "match",
+            PATTERN,
+            DefaultSpec::Required("\"llama-3*\""),
+            "the model names that the rule is for",
+        ),
+        KeySpec::new(
+            "model",
+            ValueSpec::Text(text("name")),
+            NONE,
+            "counts like this model, including images and tools. Prefer it if you know the model",
+        ),
+        KeySpec::new(
+            "encoding",
+            ValueSpec::Words(ENCODINGS),
+            NONE,
+            "counts text with one of OpenAI's vocabularies",
+        ),
+        KeySpec::new(
+            "tokenizer",
+            PATH,
+            NONE,
+            "counts text with a `tokenizer.json` in Hugging Face's format, relative to the working directory of the gateway. The file must exist when the config is read",
+        ),
+        KeySpec::new(
+            "overhead",
+            ValueSpec::Amount { min: 0, max: MAX_OVERHEAD as u64 },
+            DefaultSpec::Absent("the built-in table's"),
+            "tokens per request besides the messages. Replaces the figure of the built-in table",
+        ),
+        KeySpec::new(
+            "tool_factor",
+            ValueSpec::Decimal(TextSpec {
+                label: "decimal number from 0 to 100",
+                pattern: r"^[0-9]+(\.[0-9]{1,3})?$",
+            }),
+            DefaultSpec::Absent("the built-in table's"),
+            "multiplies the tokens of tools, for example `0.6` or `1.5`",
+        ),
+    ],
+};
+
+const ENCODINGS: &[Word] = &[Word("o200k_base", ""), Word("o200k_harmony", ""), Word("cl100k_base", "")];
+
 /// Reads the rules in the order of the file.
 pub(super) fn read(top: &Section<'_>) -> Vec<ModelRule> {
     let rules = top.get("models").and_then(|setting| setting.list()).unwrap_or_default();
@@ -16,17 +67,15 @@ pub(super) fn read(top: &Section<'_>) -> Vec<ModelRule> {
 }
 
 fn rule(setting: &Setting<'_>) -> Option<ModelRule> {
-    let section = setting.section(&["match", "encoding", "tokenizer", "model", "overhead", "tool_factor"])?;
-    let pattern = section.require("match", "\"llama-3*\"").and_then(|s| s.text().map(Glob::new));
-    let encodings = [
-        ("o200k_base", TokenizerChoice::O200k),
-        ("o200k_harmony", TokenizerChoice::O200k),
-        ("cl100k_base", TokenizerChoice::Cl100k),
-    ];
+    let section = setting.section(&MODEL)?;
+    let pattern = section.require("match").and_then(|s| s.text().map(Glob::new));
     let overhead = section.get("overhead");
     let tool_factor = section.get("tool_factor");
     let tokenizer = match (section.get("encoding"), section.get("tokenizer"), section.get("model")) {
-        (Some(encoding), None, None) => Some(encoding.choice(&encodings)?),
+        (Some(encoding), None, None) => Some(match encoding.word(ENCODINGS)? {
+            "cl100k_base" => TokenizerChoice::Cl100k,
+            _ => TokenizerChoice::O200k,
+        }),
         (None, Some(file), None) => Some(TokenizerChoice::File(tokenizer_file(&file)?)),
         (None, None, Some(model)) => Some(TokenizerChoice::SameAs(model.text()?.to_owned())),
         (None, None, None) if overhead.is_some() || tool_factor.is_some() => None,

@@ -1,13 +1,90 @@
 //! Reads the quotas of an environment, of its callers and of its models.
 
+use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, Siblings, ValueSpec, Word, text};
 use super::setting::{Section, Setting};
-use super::units::PERIOD_WORDS;
+use super::units::{self, PERIOD_WORDS};
 use crate::glob::Glob;
 use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, Window};
 use jiff::tz::TimeZone;
 
 const DAY_MS: u64 = 86_400_000;
 const MAX_PERIOD_MS: u64 = 366 * DAY_MS;
+
+/// `environments.*.quotas`, `environments.*.keys[].quotas` and `environments.*.model_quotas.*`.
+pub(super) const QUOTAS: SectionSpec = SectionSpec {
+    name: "quotas",
+    keys: &[
+        quotas_of_kind("total_tokens", "quotas for the sum of prompt and completion tokens"),
+        quotas_of_kind("prompt_tokens", "quotas for prompt tokens"),
+        quotas_of_kind("completion_tokens", "quotas for completion tokens"),
+        quotas_of_kind("requests", "quotas for requests"),
+    ],
+};
+
+const fn quotas_of_kind(kind: &'static str, about: &'static str) -> KeySpec {
+    KeySpec::restriction(kind, ValueSpec::OneOrMore(&ValueSpec::Section(&QUOTA)), NONE, about)
+}
+
+/// One quota.
+pub(super) const QUOTA: SectionSpec = SectionSpec {
+    name: "quota",
+    keys: &[
+        KeySpec::new(
+            "limit",
+            ValueSpec::Amount { min: 1, max: MAX_LIMIT },
+            DefaultSpec::Required("limit: 200k"),
+            "the amount per period",
+        ),
+        KeySpec::new(
+            "per",
+            ValueSpec::Duration,
+            DefaultSpec::Required("per: minute"),
+            "length of the period, from 1 ms to 366 days",
+        ),
+        KeySpec::new(
+            "window",
+            ValueSpec::Words(WINDOWS),
+            DefaultSpec::Derived("`rolling` below a day, else `calendar`", default_window),
+            "how the amount comes back",
+        ),
+        KeySpec::new(
+            "burst",
+            ValueSpec::Amount { min: 1, max: MAX_LIMIT },
+            DefaultSpec::Derived("the limit", default_burst),
+            "rolling windows only: the maximum level of the quota",
+        ),
+        KeySpec::new(
+            "timezone",
+            ValueSpec::Text(text("name such as `Europe/Berlin`")),
+            DefaultSpec::Derived("`UTC`", default_zone),
+            "calendar windows only: the time zone of the clock",
+        ),
+    ],
+};
+
+const WINDOWS: &[Word] = &[
+    Word("rolling", "the quota refills continuously"),
+    Word("calendar", "the whole limit is available again when the next period of the clock begins"),
+];
+
+/// The window of a quota without the key: `calendar` from a day on.
+fn default_window(siblings: &Siblings<'_>) -> Option<String> {
+    let is_calendar = units::duration(siblings("per")?)?.as_millis() >= u128::from(DAY_MS);
+    Some(if is_calendar { "calendar" } else { "rolling" }.to_owned())
+}
+
+fn window_of(siblings: &Siblings<'_>) -> Option<String> {
+    siblings("window").map(str::to_owned).or_else(|| default_window(siblings))
+}
+
+fn default_burst(siblings: &Siblings<'_>) -> Option<String> {
+    let is_rolling = window_of(siblings)? == "rolling";
+    siblings("limit").filter(|_| is_rolling).map(str::to_owned)
+}
+
+fn default_zone(siblings: &Siblings<'_>) -> Option<String> {
+    (window_of(siblings)? == "calendar").then(|| "UTC".to_owned())
+}
 
 /// Reads `environments.*.quotas`.
 pub(super) fn of_environment(setting: &Setting<'_>, quotas: &mut Vec<Quota>) {
@@ -28,9 +105,9 @@ pub(super) fn of_models(setting: &Setting<'_>, quotas: &mut Vec<Quota>) {
 }
 
 fn read(setting: &Setting<'_>, scope: &Scope, quotas: &mut Vec<Quota>) {
-    let Some(section) = setting.section(&Kind::ALL.map(Kind::as_str)) else { return };
+    let Some(section) = setting.section(&QUOTAS) else { return };
     for kind in Kind::ALL {
-        let Some(setting) = section.restriction(kind.as_str()) else { continue };
+        let Some(setting) = section.get(kind.as_str()) else { continue };
         let items = setting.one_or_more();
         if items.is_empty() {
             setting.fault("this list is empty; add a quota or remove the key");
@@ -55,11 +132,13 @@ fn is_duplicate(one: &Quota, other: &Quota) -> bool {
 
 fn quota(setting: &Setting<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
     const ZERO: &str = "a limit of 0 would refuse every request; to block a caller, remove it; to block a model, remove it from models";
-    let section = setting.section(&["limit", "per", "window", "burst", "timezone"])?;
-    let limit = section.require("limit", "limit: 200k").and_then(|s| s.positive(MAX_LIMIT, ZERO));
-    let per = section.require("per", "per: minute").and_then(|s| period(&s))?;
-    let windows = [("rolling", false), ("calendar", true)];
-    let is_calendar = section.get("window").map_or(Some(per.ms >= DAY_MS), |s| s.choice(&windows))?;
+    let section = setting.section(&QUOTA)?;
+    let limit = section.require("limit").and_then(|s| s.positive(MAX_LIMIT, ZERO));
+    let per = section.require("per").and_then(|s| period(&s))?;
+    let is_calendar = match section.get("window") {
+        None => per.ms >= DAY_MS,
+        Some(setting) => setting.word(WINDOWS)? == "calendar",
+    };
     let window = if is_calendar { calendar(&section, &per) } else { rolling(&section, limit) };
     Some(Quota { scope: scope.clone(), kind, limit: limit?, per, window: window? })
 }

@@ -1,5 +1,6 @@
 //! Typed access to the YAML tree. A wrong value is recorded as a fault, and reading continues.
 
+use super::description::{DefaultSpec, KeySpec, SectionSpec, ValueSpec, Word};
 use super::fault::{Findings, Location};
 use super::tree::{YamlKey, YamlNode, YamlScalar, YamlValue, join};
 use super::{Secret, units};
@@ -18,6 +19,8 @@ pub(super) struct Setting<'n> {
 /// A mapping. Its keys are either the names of settings or names that the file declares.
 pub(super) struct Section<'n> {
     entries: &'n [(YamlKey, YamlNode)],
+    /// The keys that are settings. `None`: the keys are declared names.
+    spec: Option<&'static SectionSpec>,
     pub(super) location: &'n Location,
     pub(super) path: String,
     pub(super) findings: &'n Findings,
@@ -48,18 +51,19 @@ impl<'n> Setting<'n> {
         }
     }
 
-    /// A mapping whose keys are settings. Each key that is not in `known` is a fault.
-    pub(super) fn section(&self, known: &[&str]) -> Option<Section<'n>> {
+    /// A mapping whose keys are settings. Each key that the description does not contain is a fault.
+    pub(super) fn section(&self, spec: &'static SectionSpec) -> Option<Section<'n>> {
         let section = self.map("a mapping")?;
-        for (key, _) in section.entries.iter().filter(|(key, _)| !known.contains(&key.name.as_str())) {
-            let suggestion = self.findings.suggestion(&key.name, known);
+        for (key, _) in section.entries.iter().filter(|(key, _)| spec.key(&key.name).is_none()) {
+            let known: Vec<&str> = spec.keys.iter().map(|key| key.name).collect();
+            let suggestion = self.findings.suggestion(&key.name, &known);
             section.findings.fault(
                 &key.location,
                 &self.path,
                 format!("unknown key \"{}\"; {suggestion}", key.name),
             );
         }
-        Some(section)
+        Some(Section { spec: Some(spec), ..section })
     }
 
     /// A mapping whose keys are declared names.
@@ -70,6 +74,7 @@ impl<'n> Setting<'n> {
         };
         Some(Section {
             entries,
+            spec: None,
             location: &self.node.location,
             path: self.path.clone(),
             findings: self.findings,
@@ -107,7 +112,8 @@ impl<'n> Setting<'n> {
     }
 
     pub(super) fn boolean(&self) -> Option<bool> {
-        self.choice(&[("true", true), ("false", false)])
+        const WORDS: &[Word] = &[Word("true", ""), Word("false", "")];
+        self.word(WORDS).map(|word| word == "true")
     }
 
     pub(super) fn amount(&self) -> Option<u64> {
@@ -141,12 +147,12 @@ impl<'n> Setting<'n> {
         self.parsed(units::size, "a size; write 512KiB, 32MiB, 1GiB or a number of bytes")
     }
 
-    /// The value that belongs to one of several words.
-    pub(super) fn choice<T: Clone>(&self, words: &[(&str, T)]) -> Option<T> {
+    /// One of several words.
+    pub(super) fn word(&self, words: &'static [Word]) -> Option<&'static str> {
         let text = self.text()?;
-        let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| value.clone());
+        let found = words.iter().find(|word| word.0 == text).map(|word| word.0);
         if found.is_none() {
-            let all: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+            let all: Vec<&str> = words.iter().map(|word| word.0).collect();
             self.fault(format!("{} is not valid here; write one of {}", self.quoted(), all.join(", ")));
         }
         found
@@ -209,28 +215,36 @@ impl<'n> Setting<'n> {
 }
 
 impl<'n> Section<'n> {
-    /// The setting with this name, unless it is absent or null.
+    /// The setting with this name, unless it is absent or null. If it restricts callers, a null is a fault, because it
+    /// would silently remove the restriction.
     pub(super) fn get(&self, name: &str) -> Option<Setting<'n>> {
-        self.find(name).filter(|setting| !setting.node.is_null())
-    }
-
-    fn find(&self, name: &str) -> Option<Setting<'n>> {
-        self.entries.iter().find(|(key, _)| key.name == name).map(|(_, node)| self.setting(name, node))
-    }
-
-    /// Like `get`, for a setting that restricts callers. A null is a fault, because it would silently remove the
-    /// restriction.
-    pub(super) fn restriction(&self, name: &str) -> Option<Setting<'n>> {
-        let setting = self.find(name)?;
-        if setting.node.is_null() {
-            setting.fault("the value is missing; add a value or remove the key");
+        debug_assert!(
+            self.spec.is_none_or(|spec| spec.key(name).is_some()),
+            "no description of {}.{name}",
+            self.path
+        );
+        let (_, node) = self.entries.iter().find(|(key, _)| key.name == name)?;
+        let setting = self.setting(name, node);
+        if node.is_null() {
+            if self.key(name).is_some_and(|key| key.is_restriction) {
+                setting.fault("the value is missing; add a value or remove the key");
+            }
             return None;
         }
         Some(setting)
     }
 
     /// The setting with this name. Its absence is a fault.
-    pub(super) fn require(&self, name: &str, example: &str) -> Option<Setting<'n>> {
+    pub(super) fn require(&self, name: &str) -> Option<Setting<'n>> {
+        let example = match self.key(name).map(|key| &key.default) {
+            Some(DefaultSpec::Required(example)) => example,
+            _ => "",
+        };
+        self.require_as(name, example)
+    }
+
+    /// Like `require`, with an example that depends on the file.
+    pub(super) fn require_as(&self, name: &str, example: &str) -> Option<Setting<'n>> {
         let setting = self.get(name);
         if setting.is_none() {
             self.fault(format!("\"{name}\" is missing; for example: {example}"));
@@ -238,11 +252,85 @@ impl<'n> Section<'n> {
         setting
     }
 
+    /// The description of a key.
+    fn key(&self, name: &str) -> Option<&'static KeySpec> {
+        self.spec.and_then(|spec| spec.key(name))
+    }
+
+    /// The default of a key, in the form of the file.
+    fn default_text(&self, name: &str) -> &'static str {
+        match self.key(name).map(|key| &key.default) {
+            Some(DefaultSpec::Value(text)) => text,
+            _ => "",
+        }
+    }
+
     /// The section with this name, or an empty one if it is absent or not a mapping.
-    pub(super) fn section(&self, name: &str, known: &[&str]) -> Section<'n> {
+    pub(super) fn section(&self, name: &str) -> Section<'n> {
         let path = join(&self.path, name);
-        let absent = Section { entries: &[], location: self.location, path, findings: self.findings };
-        self.get(name).and_then(|setting| setting.section(known)).unwrap_or(absent)
+        let spec = self.key(name).and_then(|key| match key.value {
+            ValueSpec::Section(spec) => Some(spec),
+            _ => None,
+        });
+        let absent = Section { entries: &[], spec, location: self.location, path, findings: self.findings };
+        let setting = self.get(name).zip(spec);
+        setting.and_then(|(setting, spec)| setting.section(spec)).unwrap_or(absent)
+    }
+
+    /// A duration. If the key is absent, its default.
+    pub(super) fn duration(&self, name: &str) -> Duration {
+        let duration = self.get(name).and_then(|setting| setting.duration());
+        duration.or_else(|| units::duration(self.default_text(name))).unwrap_or_default()
+    }
+
+    /// A boolean. If the key is absent, its default.
+    pub(super) fn boolean(&self, name: &str) -> bool {
+        let boolean = self.get(name).and_then(|setting| setting.boolean());
+        boolean.unwrap_or_else(|| self.default_text(name) == "true")
+    }
+
+    /// A text. If the key is absent, its default.
+    pub(super) fn text(&self, name: &str) -> &'n str {
+        let text = self.get(name).and_then(|setting| setting.text());
+        text.unwrap_or_else(|| self.default_text(name))
+    }
+
+    /// A path. If the key is absent, its default.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        let path = self.get(name).and_then(|setting| setting.path());
+        path.unwrap_or_else(|| self.default_text(name).into())
+    }
+
+    /// A size that `read` accepts. If the key is absent, its default.
+    pub(super) fn size(&self, name: &str, read: impl FnOnce(&Setting<'n>) -> Option<usize>) -> usize {
+        let size = self.get(name).and_then(|setting| read(&setting));
+        size.or_else(|| units::size(self.default_text(name))).unwrap_or_default()
+    }
+
+    /// One of the words of the key's description. If the key is absent, its default.
+    pub(super) fn word(&self, name: &str) -> &'static str {
+        let word = match self.key(name).map(|key| &key.value) {
+            Some(ValueSpec::Words(words)) => self.get(name).and_then(|setting| setting.word(words)),
+            _ => None,
+        };
+        word.unwrap_or_else(|| self.default_text(name))
+    }
+
+    /// The result of `parse`, also for the default. `expected` describes a valid value for the message.
+    pub(super) fn parsed<T>(
+        &self,
+        name: &str,
+        parse: impl Fn(&str) -> Option<T>,
+        expected: &str,
+    ) -> Option<T> {
+        let parsed = self.get(name).and_then(|setting| setting.parsed(&parse, expected));
+        parsed.or_else(|| parse(self.default_text(name)))
+    }
+
+    /// An amount that `read` accepts. If the key is absent, its default.
+    pub(super) fn amount(&self, name: &str, read: impl FnOnce(&Setting<'n>) -> Option<u64>) -> u64 {
+        let amount = self.get(name).and_then(|setting| read(&setting));
+        amount.or_else(|| units::amount(self.default_text(name))).unwrap_or_default()
     }
 
     /// All entries with their keys.

@@ -1,60 +1,124 @@
 //! `store`: where counters are stored.
 
+use super::description::{DefaultSpec, KeySpec, NONE, PATH, SectionSpec, TextSpec, ValueSpec, Word, text};
 use super::setting::{Section, Setting};
 use super::{OnStoreFailure, RedisSettings, Secret, StoreSettings};
 use crate::redis;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// Default of `store.redis.timeout`.
-const DEFAULT_TIMEOUT: Duration = Duration::from_millis(250);
 /// A node is back in its session before this expires, even with the largest timeout.
 const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(20)..=Duration::from_secs(5);
 
+pub(super) const STORE: SectionSpec = SectionSpec {
+    name: "store",
+    keys: &[
+        KeySpec::new(
+            "path",
+            PATH,
+            DefaultSpec::Value("data/tollgate.db"),
+            "the SQLite file, relative to the working directory of the gateway. The gateway creates its folder if necessary. Only one process can use a file",
+        ),
+        KeySpec::new(
+            "history",
+            ValueSpec::Duration,
+            DefaultSpec::Value("35d"),
+            "how long the store has usage per minute; older usage is merged into one row per day",
+        ),
+        KeySpec::new(
+            "memory",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("false"),
+            "`true`: nothing is stored, and quotas are full after a restart. Not together with `redis`",
+        ),
+        KeySpec::new(
+            "redis",
+            ValueSpec::Section(&REDIS),
+            NONE,
+            "counters that several gateways share ([cluster.md](cluster.md)). Usage history and totals stay in the SQLite file",
+        ),
+    ],
+};
+
+const REDIS: SectionSpec = SectionSpec {
+    name: "redis",
+    keys: &[
+        KeySpec::new(
+            "url",
+            ValueSpec::SecretUrl(TextSpec { label: "URL", pattern: "^(redis|unix)[a-z+]*://" }),
+            DefaultSpec::Required("redis://127.0.0.1:6379/0"),
+            "`redis://`, `rediss://`, `redis+sentinel://` or `redis+cluster://`, see [cluster.md](cluster.md#connect-to-redis)",
+        ),
+        KeySpec::new(
+            "prefix",
+            ValueSpec::Text(text("text")),
+            DefaultSpec::Value("tollgate"),
+            "prefix of every Redis key",
+        ),
+        KeySpec::new(
+            "timeout",
+            ValueSpec::Duration,
+            DefaultSpec::Value("250ms"),
+            "a server that sends no reply for this time is unavailable; a shorter stall only delays requests. From `20ms` to `5s` ([cluster.md](cluster.md#without-redis))",
+        ),
+        KeySpec::new(
+            "on_failure",
+            ValueSpec::Words(&[
+                Word("local", "admits from its share of the last known levels"),
+                Word("closed", "answers 503"),
+                Word("open", "admits up to the whole limits"),
+            ]),
+            DefaultSpec::Value("local"),
+            "what a node does while Redis is unavailable ([cluster.md](cluster.md#without-redis))",
+        ),
+        KeySpec::new(
+            "lease",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("false"),
+            "`true`: nodes lease parts of the quotas in advance, so that most requests do not wait for Redis",
+        ),
+    ],
+};
+
 /// Reads the settings of the store.
 pub(super) fn read(top: &Section<'_>) -> StoreSettings {
-    let section = top.section("store", &["path", "history", "redis", "memory"]);
-    let memory = section.get("memory");
+    let section = top.section("store");
     let redis = section.get("redis");
-    let is_in_memory = memory.as_ref().and_then(Setting::boolean).unwrap_or(false);
-    if let Some(memory) = memory.filter(|_| is_in_memory && redis.is_some()) {
-        memory.fault("store.memory and store.redis exclude each other; remove one of the two keys");
+    let memory = section.boolean("memory");
+    if let Some(setting) = section.get("memory").filter(|_| memory && redis.is_some()) {
+        setting.fault("store.memory and store.redis exclude each other; remove one of the two keys");
     }
     StoreSettings {
-        path: section.get("path").and_then(|s| s.path()).unwrap_or_else(|| "data/tollgate.db".into()),
-        history: section.get("history").and_then(|s| s.duration()).unwrap_or(Duration::from_hours(35 * 24)),
-        memory: is_in_memory,
+        path: section.path("path"),
+        history: section.duration("history"),
+        memory,
         redis: redis.and_then(|s| redis_settings(&s)),
     }
 }
 
 fn redis_settings(setting: &Setting<'_>) -> Option<RedisSettings> {
-    let section = setting.section(&["url", "prefix", "timeout", "on_failure", "lease"])?;
-    let policies = [
-        ("local", OnStoreFailure::Local),
-        ("closed", OnStoreFailure::Closed),
-        ("open", OnStoreFailure::Open),
-    ];
-    let url = section.require("url", "redis://127.0.0.1:6379/0");
+    let section = setting.section(&REDIS)?;
+    let url = section.require("url");
     Some(RedisSettings {
-        prefix: section.get("prefix").and_then(|s| s.text()).unwrap_or("tollgate").to_owned(),
-        timeout: section.get("timeout").and_then(|s| redis_timeout(&s)).unwrap_or(DEFAULT_TIMEOUT),
-        on_failure: section
-            .get("on_failure")
-            .and_then(|s| s.choice(&policies))
-            .unwrap_or(OnStoreFailure::Local),
-        lease: section.get("lease").and_then(|s| s.boolean()).unwrap_or(false),
+        prefix: section.text("prefix").to_owned(),
+        timeout: redis_timeout(&section),
+        on_failure: match section.word("on_failure") {
+            "closed" => OnStoreFailure::Closed,
+            "open" => OnStoreFailure::Open,
+            _ => OnStoreFailure::Local,
+        },
+        lease: section.boolean("lease"),
         url: Secret::new(url.and_then(|s| redis_url(&s))?),
     })
 }
 
 /// A timeout in the permitted range.
-fn redis_timeout(setting: &Setting<'_>) -> Option<Duration> {
-    let timeout = setting.duration()?;
-    if !TIMEOUTS.contains(&timeout) {
+fn redis_timeout(section: &Section<'_>) -> Duration {
+    let timeout = section.duration("timeout");
+    if let Some(setting) = section.get("timeout").filter(|_| !TIMEOUTS.contains(&timeout)) {
         setting.fault(format!("{} is not between 20ms and 5s", setting.quoted()));
     }
-    Some(timeout)
+    timeout
 }
 
 /// A valid Redis URL. It may contain a password, so no message contains it.

@@ -1,13 +1,97 @@
 //! `upstreams`: the servers that receive the requests.
 
+use super::description::{DefaultSpec, KeySpec, NONE, SECRET, SectionSpec, TextSpec, ValueSpec, Word, text};
 use super::setting::{Section, Setting};
 use super::{ApiKind, Timeouts, UpstreamSettings};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-const EXAMPLE: &str = "upstreams: { openai: { base_url: https://api.openai.com/v1 } }";
+pub(super) const EXAMPLE: &str = "upstreams: { openai: { base_url: https://api.openai.com/v1 } }";
+
+/// `upstreams.*`.
+pub(super) const UPSTREAM: SectionSpec = SectionSpec {
+    name: "upstream",
+    keys: &[
+        KeySpec::new(
+            "base_url",
+            ValueSpec::Text(TextSpec {
+                label: "`http` or `https` URL without user, query or fragment",
+                pattern: "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$",
+            }),
+            DefaultSpec::Required("https://api.openai.com/v1"),
+            "where the gateway sends requests. It appends the caller's path. If the URL ends in `/v1`, `/v1beta`, `/openai` or `/openai/v1` and the path begins with the same, the gateway does not repeat it",
+        ),
+        KeySpec::new(
+            "api",
+            ValueSpec::Words(&[
+                Word("openai", "`authorization: Bearer`"),
+                Word("azure", "`api-key`"),
+                Word("anthropic", "`x-api-key`"),
+                Word("gemini", "`x-goog-api-key`"),
+            ]),
+            DefaultSpec::Value("openai"),
+            "the header that carries `api_key`",
+        ),
+        KeySpec::new(
+            "api_key",
+            SECRET,
+            NONE,
+            "the upstream's key, which the gateway sends instead of the caller's key. Without it the gateway forwards the caller's key",
+        ),
+        KeySpec::new(
+            "timeouts",
+            ValueSpec::Section(&TIMEOUTS),
+            DefaultSpec::Section,
+            "time limits of a request",
+        ),
+        KeySpec::new(
+            "headers",
+            ValueSpec::Names(text("names and values"), &ValueSpec::Secret(text("value of a header"))),
+            NONE,
+            "added to every request; they replace the caller's headers of the same names. Hop-by-hop headers, and headers that the gateway sets itself, are faults",
+        ),
+        KeySpec::new(
+            "stream_usage",
+            ValueSpec::Words(&[
+                Word("ask", "it requests usage"),
+                Word("never", "avoids one failed attempt at a backend that refuses `stream_options`"),
+            ]),
+            DefaultSpec::Value("ask"),
+            "whether the gateway requests usage in streams ([counting.md](counting.md#usage-requests-in-streams))",
+        ),
+    ],
+};
+
+const TIMEOUTS: SectionSpec = SectionSpec {
+    name: "timeouts",
+    keys: &[
+        KeySpec::new(
+            "connect",
+            ValueSpec::Duration,
+            DefaultSpec::Value("5s"),
+            "maximum time for name lookup, TCP and TLS together; then the caller gets a 502",
+        ),
+        KeySpec::new(
+            "first_byte",
+            ValueSpec::Duration,
+            DefaultSpec::Value("120s"),
+            "maximum time from the end of the request to the head of the answer; then the caller gets a 504",
+        ),
+        KeySpec::new(
+            "idle",
+            ValueSpec::Duration,
+            DefaultSpec::Value("60s"),
+            "maximum time between two pieces of an answer; then the gateway cuts off the answer",
+        ),
+        KeySpec::new(
+            "total",
+            ValueSpec::Duration,
+            DefaultSpec::Value("15m"),
+            "maximum time from the start of the request to the end of the answer; then the gateway cuts off the answer",
+        ),
+    ],
+};
 
 /// Headers that the config must not set: hop-by-hop headers, and headers that the gateway sets itself.
 const RESERVED_HEADERS: &[&str] = &[
@@ -38,7 +122,7 @@ const ENDPOINTS: [&str; 7] = [
 
 /// Reads every upstream and records its faults.
 pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
-    let setting = top.require("upstreams", EXAMPLE);
+    let setting = top.require("upstreams");
     let Some(section) = setting.and_then(|s| s.map("a mapping of names to upstreams")) else {
         return Vec::new();
     };
@@ -49,25 +133,20 @@ pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
 }
 
 fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
-    let section = setting.section(&["base_url", "api", "api_key", "timeouts", "headers", "stream_usage"])?;
-    let apis = [
-        ("openai", ApiKind::OpenAi),
-        ("azure", ApiKind::Azure),
-        ("anthropic", ApiKind::Anthropic),
-        ("gemini", ApiKind::Gemini),
-    ];
-    let stream_usage = [("ask", true), ("never", false)];
-    let base_url = section.require("base_url", "https://api.openai.com/v1");
+    let section = setting.section(&UPSTREAM)?;
+    let base_url = section.require("base_url");
     Some(UpstreamSettings {
         name: name.to_owned(),
-        api: section.get("api").and_then(|s| s.choice(&apis)).unwrap_or(ApiKind::OpenAi),
+        api: match section.word("api") {
+            "azure" => ApiKind::Azure,
+            "anthropic" => ApiKind::Anthropic,
+            "gemini" => ApiKind::Gemini,
+            _ => ApiKind::OpenAi,
+        },
         api_key: section.get("api_key").and_then(|s| s.secret()),
         timeouts: timeouts(&section),
         headers: section.get("headers").and_then(|s| headers(&s)).unwrap_or_default(),
-        requests_stream_usage: section
-            .get("stream_usage")
-            .and_then(|s| s.choice(&stream_usage))
-            .unwrap_or(true),
+        requests_stream_usage: section.word("stream_usage") == "ask",
         base_url: base_url.and_then(|s| self::base_url(&s))?,
     })
 }
@@ -107,20 +186,19 @@ fn base_url(setting: &Setting<'_>) -> Option<Uri> {
 }
 
 fn timeouts(upstream: &Section<'_>) -> Timeouts {
-    let section = upstream.section("timeouts", &["connect", "first_byte", "idle", "total"]);
-    let get = |name: &str, default: u64| {
-        let setting = section.get(name);
-        let duration = setting.as_ref().and_then(Setting::duration);
-        if let (Some(setting), Some(Duration::ZERO)) = (&setting, duration) {
+    let section = upstream.section("timeouts");
+    let get = |name: &str| {
+        let duration = section.duration(name);
+        if let Some(setting) = section.get(name).filter(|_| duration.is_zero()) {
             setting.fault("a timeout of 0 would fail every request; set a longer one or remove the key");
         }
-        duration.unwrap_or(Duration::from_secs(default))
+        duration
     };
     Timeouts {
-        connect: get("connect", 5),
-        first_byte: get("first_byte", 120),
-        idle: get("idle", 60),
-        total: get("total", 15 * 60),
+        connect: get("connect"),
+        first_byte: get("first_byte"),
+        idle: get("idle"),
+        total: get("total"),
     }
 }
 

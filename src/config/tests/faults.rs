@@ -84,7 +84,7 @@ fn an_unknown_key_is_reported_with_a_similar_or_all_known_keys() {
             "t.yaml:6:15: environments.prod.quotas: unknown key \"request\"; did you mean \"requests\"?",
         ),
         (top("severs: {}"), "t.yaml:7:1: unknown key \"severs\"; did you mean \"server\"?"),
-        (top("store: { colour: 1 }"), "known names: path, history, redis, memory"),
+        (top("store: { colour: 1 }"), "known names: path, history, memory, redis"),
         (with("quota: { windw: 1 }"), "environments.prod: unknown key \"quota\"; did you mean \"quotas\"?"),
         (
             "x: 1".to_owned() + "\n" + MINIMAL,
