@@ -1,11 +1,11 @@
 //! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
 mod access;
-mod audit;
 mod environments;
 mod explain;
 mod guesses;
 mod overrides;
+mod page;
 mod sessions;
 mod usage;
 
@@ -15,12 +15,11 @@ use crate::proxy;
 use crate::reload::{ReloadHandle, ReloadOutcome};
 use crate::server::Peer;
 use access::Access;
-use audit::{Action, Actor};
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Extension, Query, State};
 use axum::middleware;
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, body::Body};
 use http::StatusCode;
@@ -56,7 +55,8 @@ pub(crate) fn service(
 ) -> impl Fn(Arc<Peer>) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
     let admin = Admin { state, reload, access: Arc::new(Access::new(address)) };
     let router = Router::new()
-        .route("/", get(page))
+        .route("/", get(page::index))
+        .route("/page/{name}", get(page::file))
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
@@ -67,7 +67,6 @@ pub(crate) fn service(
             "/api/environments/{environment}/quotas/{kind}/{per}",
             put(overrides::set_limit).delete(overrides::unset_limit),
         )
-        .route("/api/audit", get(audit::audit))
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))
@@ -101,10 +100,6 @@ fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
     let body =
         json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}});
     (status, Json(body)).into_response()
-}
-
-async fn page() -> Html<&'static str> {
-    Html(include_str!("admin/page.html"))
 }
 
 async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
@@ -191,14 +186,8 @@ async fn rejections(State(admin): State<Admin>, query: QueryResult<RejectionPara
 }
 
 /// Reloads the config file. 200 with what changed, or 422 with all faults.
-async fn reload_config(State(admin): State<Admin>, Extension(actor): Extension<Actor>) -> Response {
-    let outcome = admin.reload.reload().await;
-    if let Some(outcome) = &outcome {
-        let (target, after) = ("config".to_owned(), outcome.audited());
-        let action = Action { name: "config_reload", target, after, ..Action::default() };
-        audit::record(&admin, actor, action).await;
-    }
-    match outcome {
+async fn reload_config(State(admin): State<Admin>) -> Response {
+    match admin.reload.reload().await {
         Some(ReloadOutcome::Adopted { changes, warnings }) => {
             Json(json!({"changes": changes, "warnings": warnings})).into_response()
         }

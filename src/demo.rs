@@ -1,4 +1,7 @@
-//! A simulated backend for `tollgate demo`. It answers like a model server and needs no model and no network.
+//! What surrounds the gateway in `tollgate demo`: a simulated backend, which answers like a model server and needs no model
+//! and no network, and simulated callers.
+
+mod traffic;
 
 use crate::api::Api;
 use crate::body::{Body as RequestBody, BodyText};
@@ -15,6 +18,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::thread;
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::time::sleep;
 
 const ANSWER: &str = "Sunlight is made of all colours, and air scatters the short blue waves far more than the \
@@ -27,6 +31,7 @@ const WORD_DELAY: Duration = Duration::from_millis(30);
 /// A running simulated backend. It ends with the process.
 pub(crate) struct Backend {
     address: SocketAddr,
+    runtime: Handle,
 }
 
 impl Backend {
@@ -40,6 +45,7 @@ impl Backend {
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
         let router = Router::new()
             .route("/v1/models", get(models))
             .route("/v1/chat/completions", post(chat))
@@ -50,7 +56,12 @@ impl Backend {
                 axum::serve(listener, router).await
             })
         })?;
-        Ok(Self { address })
+        Ok(Self { address, runtime: handle })
+    }
+
+    /// Starts the simulated callers, who send their requests to the gateway at this address.
+    pub(crate) fn start_callers(&self, gateway: SocketAddr) {
+        self.runtime.spawn(traffic::run(gateway));
     }
 
     /// The address of its listener.

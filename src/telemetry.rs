@@ -11,7 +11,7 @@ use crate::quota::{Amounts, Shortfall};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use log::{LogOutput, init_logging};
+pub(crate) use log::{LogOutput, init_logging, init_logging_with};
 pub(crate) use metrics::Metrics;
 pub(crate) use rejections::{Rejection, Rejections};
 pub(crate) use series::{ModelLabel, Series};

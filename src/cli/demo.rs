@@ -5,23 +5,54 @@ use super::serve::{StopSignals, run_until_signal};
 use crate::app::App;
 use crate::config::parse;
 use crate::demo::Backend;
-use crate::telemetry::init_logging;
-use anyhow::anyhow;
+use crate::random;
+use crate::telemetry::init_logging_with;
+use anyhow::{Context as _, anyhow};
+use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 pub(super) fn run() -> anyhow::Result<ExitCode> {
     let signals = StopSignals::listen()?;
     let backend = Backend::start()?;
-    let text = CONFIG.replace("BACKEND", &backend.address().to_string());
+    let store = TemporaryFolder::create()?;
+    let text = CONFIG
+        .replace("BACKEND", &backend.address().to_string())
+        .replace("STORE", &store.0.join("tollgate.db").to_string_lossy());
     let loaded = parse(&text, "demo.yaml", &|_| None, &[]).map_err(|faults| anyhow!("{faults}"))?;
     let app = App::start(loaded.config)?;
     output::print(&introduction(app.address(), app.admin_address()))?;
-    let log = init_logging();
+    // The callers of the demo send several requests a second: their log lines would scroll the commands away.
+    let log = init_logging_with("info,tollgate::request=off");
+    backend.start_callers(app.address());
     run_until_signal(app, signals, &log)
 }
 
-/// The config of the demo. Its quotas are so small that a few requests exhaust them.
+/// A folder that is removed at the end. It holds the store, so that the dashboard has a usage history.
+struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    fn create() -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("tollgate-demo-{:016x}", random::number()));
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("the folder {} cannot be created", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        // If it stays, only a folder of temporary files is left over.
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+/// The config of the demo. Production has room for the commands of the introduction; the callers of support and research
+/// exhaust their quotas.
 const CONFIG: &str = r#"
 server: { listen: "127.0.0.1:0" }
 admin: { listen: "127.0.0.1:0" }
@@ -31,14 +62,31 @@ environments:
   production:
     upstream: simulated
     quotas:
-      total_tokens: [{ limit: 5k, per: minute }, { limit: 100k, per: day }]
-      completion_tokens: { limit: 3k, per: minute }
-      requests: { limit: 60, per: minute }
+      total_tokens: [{ limit: 20k, per: minute }, { limit: 300k, per: day }]
+      completion_tokens: { limit: 12k, per: minute }
+      requests: { limit: 120, per: minute }
+    model_quotas:
+      "gpt-4o*": { total_tokens: { limit: 15k, per: minute } }
   sandbox:
     upstream: simulated
     quotas: { total_tokens: { limit: 300, per: minute } }
+  support:
+    upstream: simulated
+    keys:
+      - { name: web, secret: sk-demo-web, quotas: { total_tokens: { limit: 3k, per: minute } } }
+      - { name: mail, secret: sk-demo-mail, quotas: { total_tokens: { limit: 3k, per: minute } } }
+    quotas:
+      total_tokens: [{ limit: 7k, per: minute }, { limit: 250k, per: day, timezone: Europe/Berlin }]
+      requests: { limit: 120, per: minute }
+  research:
+    upstream: simulated
+    keys:
+      - { name: evals, secret: sk-demo-evals, quotas: { requests: { limit: 40, per: minute } } }
+      - { name: notebooks, secret: sk-demo-notebooks, quotas: { total_tokens: { limit: 3k, per: minute } } }
+    quotas:
+      total_tokens: { limit: 40k, per: day, timezone: America/New_York }
 default_environment: production
-store: { memory: true }
+store: { path: "STORE" }
 "#;
 
 fn introduction(address: SocketAddr, admin: SocketAddr) -> String {

@@ -170,8 +170,13 @@ impl TimeText {
 /// Initialises logging for the process. `RUST_LOG` selects the levels and modules that are logged. Default: everything from level `info` on. It
 /// has no effect if logging was initialised before.
 pub(crate) fn init_logging() -> LogOutput {
+    init_logging_with("info")
+}
+
+/// Like [`init_logging`], with this filter unless `RUST_LOG` has another one.
+pub(crate) fn init_logging_with(filter: &str) -> LogOutput {
     let output = LogOutput::start();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
     let lines = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)

@@ -1,0 +1,59 @@
+// Calls to the admin API.
+
+/** A refusal of the API, or a failure to reach it; `message` is in words. */
+export class ApiError extends Error {
+  /** `status` is 0 if there was no answer. */
+  constructor(status, code, message, retryAfter = 0) {
+    super(message);
+    Object.assign(this, { status, code, retryAfter });
+  }
+}
+
+/** Is called when the API needs a sign-in. */
+let onSignInNeeded = () => {};
+
+export function setSignInHandler(handler) {
+  onSignInNeeded = handler;
+}
+
+/** The value of a cookie that scripts may read. */
+export function cookie(name) {
+  const pair = document.cookie.split("; ").find((text) => text.startsWith(`${name}=`));
+  return pair ? pair.slice(name.length + 1) : "";
+}
+
+/** Whether this browser has signed in. */
+export const hasSession = () => cookie("tollgate_csrf") !== "";
+
+/** Sends a request. Returns the answer's JSON, or its text if it is not JSON. Throws `ApiError`. */
+export async function call(method, path, body) {
+  const headers = {};
+  if (body !== undefined) headers["content-type"] = "application/json";
+  if (method !== "GET" && hasSession()) headers["x-tollgate-csrf"] = cookie("tollgate_csrf");
+  let answer, text;
+  try {
+    answer = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+    text = await answer.text();
+  } catch {
+    throw new ApiError(0, "unreachable", "The gateway does not answer.");
+  }
+  const isJson = (answer.headers.get("content-type") ?? "").includes("json");
+  const content = isJson && text !== "" ? JSON.parse(text) : text;
+  if (answer.ok) return content;
+  const retryAfter = Number(answer.headers.get("retry-after")) || 0;
+  const { code = "", message = `The gateway answered with status ${answer.status}.` } = content?.error ?? {};
+  if (answer.status === 401 && path !== "/api/session") onSignInNeeded();
+  throw new ApiError(answer.status, code, message, retryAfter);
+}
+
+export const get = (path) => call("GET", path);
+
+/** The address of a quota. */
+export function quotaPath(environment, quota) {
+  const parts = [environment, "quotas", quota.kind, quota.per].map(encodeURIComponent);
+  const query = quota.name ? new URLSearchParams({ scope: quota.scope, name: quota.name }) : "";
+  return `/api/environments/${parts.join("/")}${query && `?${query}`}`;
+}
+
+/** Adds a parameter to an address. */
+export const withQuery = (path, query) => path + (path.includes("?") ? "&" : "?") + query;

@@ -1,0 +1,124 @@
+// Numbers, durations, moments and names as text.
+
+const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+const tenth = new Intl.NumberFormat("en-US", { maximumFractionDigits: 1 });
+const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
+
+/** `12,345`. */
+export const number = (value) => whole.format(value);
+
+/** `12.3K`, for axes and places without room. */
+export const short = (value) => compact.format(value);
+
+/** `1,234/s`, `3.4/s`, or `6/min`: an amount over time. */
+export function rate(perSecond) {
+  if (perSecond >= 1 || perSecond === 0) return `${(perSecond < 10 ? tenth : whole).format(perSecond)}/s`;
+  const perMinute = 60 * perSecond;
+  return perMinute < 0.1 ? "< 0.1/min" : `${(perMinute < 10 ? tenth : whole).format(perMinute)}/min`;
+}
+
+/** `37 %`. What is not nothing is at least 1 %, what is not everything at most 99 %. */
+export function percent(share) {
+  const value = Math.round(100 * share);
+  if (share > 0 && value === 0) return "< 1 %";
+  if (share < 1 && value === 100) return "> 99 %";
+  return `${whole.format(value)} %`;
+}
+
+const UNITS = [["d", 86_400_000], ["h", 3_600_000], ["m", 60_000], ["s", 1_000]];
+
+/** `41 s`, `2 h 10 m`, `3 d 4 h`: the two largest units. */
+export function duration(ms) {
+  if (ms < 1_000) return ms > 0 ? "1 s" : "0 s";
+  const first = UNITS.findIndex(([, length]) => ms >= length);
+  const [unit, length] = UNITS[first];
+  const count = Math.floor(ms / length);
+  const next = UNITS[first + 1];
+  if (!next || count >= 10) return `${count} ${unit}`;
+  const rest = Math.floor((ms - count * length) / next[1]);
+  return rest === 0 ? `${count} ${unit}` : `${count} ${unit} ${rest} ${next[0]}`;
+}
+
+const formats = new Map();
+
+/** A formatter for this zone; `undefined`: the viewer's zone. Unknown zones are UTC. */
+function formatter(zone, options) {
+  const key = `${zone} ${Object.keys(options)}`;
+  if (!formats.has(key)) {
+    let made;
+    try {
+      made = new Intl.DateTimeFormat("en-GB", { ...options, timeZone: zone });
+    } catch {
+      made = new Intl.DateTimeFormat("en-GB", { ...options, timeZone: "UTC" });
+    }
+    formats.set(key, made);
+  }
+  return formats.get(key);
+}
+
+const TIME = { hour: "2-digit", minute: "2-digit" };
+const SECONDS = { ...TIME, second: "2-digit" };
+const DAY = { day: "numeric", month: "short" };
+const YEAR = { ...DAY, year: "numeric" };
+
+/** `14:20` today, `1 Dec, 14:20` on another day; in the viewer's zone, or in the given one. */
+export function moment(at, zone) {
+  const day = formatter(zone, YEAR);
+  const isToday = day.format(at) === day.format(Date.now());
+  return formatter(zone, isToday ? TIME : { ...DAY, ...TIME }).format(at);
+}
+
+/** `14:20:05` today, `1 Dec, 14:20:05` on another day; in the viewer's zone. */
+export function exactMoment(at) {
+  const day = formatter(undefined, YEAR);
+  const isToday = day.format(at) === day.format(Date.now());
+  return formatter(undefined, isToday ? SECONDS : { ...DAY, ...SECONDS }).format(at);
+}
+
+/** `1 Dec`, in UTC, as the usage history counts. */
+export const utcDay = (at) => formatter("UTC", DAY).format(at);
+
+/** `Dec 2026`, in UTC. */
+export const utcMonth = (at) => formatter("UTC", { month: "short", year: "numeric" }).format(at);
+
+/** `14:20`, in the viewer's zone. */
+export const clockTime = (at) => formatter(undefined, TIME).format(at);
+
+const viewersZone = new Intl.DateTimeFormat().resolvedOptions().timeZone;
+
+/** The place of a zone: `Berlin` for `Europe/Berlin`. */
+const place = (zone) => zone.split("/").at(-1).replaceAll("_", " ");
+
+/**
+ * `at 00:00 Berlin (18:00 here)`: a moment in the zone of its quota, and in the viewer's if the clocks differ.
+ * `undefined` as zone: the viewer's only.
+ */
+export function momentInZone(at, zone) {
+  if (!zone || zone === viewersZone) return `at ${moment(at)}`;
+  const there = moment(at, zone);
+  const here = moment(at);
+  return there === here ? `at ${there} ${place(zone)}` : `at ${there} ${place(zone)} (${here} here)`;
+}
+
+/** `total tokens per minute`. */
+export const kindAndPeriod = ({ kind, per }) => `${kind.replaceAll("_", " ")} per ${per}`;
+
+/** `caller batch · total tokens per minute`: a quota within its environment. */
+export const quotaName = (quota) =>
+  quota.name ? `${quota.scope} ${quota.name} · ${kindAndPeriod(quota)}` : kindAndPeriod(quota);
+
+/** `tokens` or `requests`. */
+export const unitOf = (kind) => (kind === "requests" ? "requests" : "tokens");
+
+const FACTORS = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
+
+/** The amount that a text means: `400000`, `400,000`, `400k`, `1.5M`. `null`: it is none. */
+export function amount(text) {
+  const match = /^([\d,_ ]*\.?\d+)\s*([kmg]?)$/i.exec(text.trim());
+  if (!match) return null;
+  const value = Math.round(Number(match[1].replace(/[,_ ]/g, "")) * FACTORS[match[2].toLowerCase()] * 1e6) / 1e6;
+  return Number.isSafeInteger(value) && value > 0 ? value : null;
+}
+
+/** The plural of a counted noun: `1 refusal`, `2 refusals`. */
+export const count = (value, noun) => `${number(value)} ${noun}${value === 1 ? "" : "s"}`;

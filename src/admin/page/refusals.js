@@ -1,0 +1,136 @@
+// Refusals: the last ones, as they happen, and their causes.
+
+import { el, setText, setVisible } from "./dom.js";
+import { count, duration, exactMoment, moment, number, percent, quotaName } from "./format.js";
+import { MAX_REFUSALS, live } from "./live.js";
+
+/** Rows drawn at first, and added by each "Show more". */
+const BATCH = 100;
+const DAY_MS = 86_400_000;
+/** Causes that are listed. */
+const MAX_CAUSES = 12;
+
+/** The quota that kept a request waiting for longest. */
+function cause(refusal) {
+  return refusal.quotas.reduce((worst, quota) => {
+    const wait = quota.retry_after_ms ?? Infinity;
+    return worst === null || wait > (worst.retry_after_ms ?? Infinity) ? quota : worst;
+  }, null);
+}
+
+/** `request exceeds quota`. */
+const codeWords = (code) => code.replaceAll("_", " ");
+
+const causeWords = (refusal) => {
+  const quota = cause(refusal);
+  return quota ? `${refusal.environment} · ${quotaName(quota)}` : `${refusal.environment} · ${codeWords(refusal.code)}`;
+};
+
+function fits(refusal, quota) {
+  if (!quota) return "–";
+  if (quota.retry_after_ms === null || quota.retry_after_ms === undefined) return "never: too large";
+  const at = Date.parse(refusal.at) + quota.retry_after_ms;
+  return `after ${duration(quota.retry_after_ms)} (${quota.retry_after_ms < 3_600_000 ? exactMoment(at) : moment(at)})`;
+}
+
+function row(refusal) {
+  const quota = cause(refusal);
+  const cell = (title, name, ...children) => el("td", { class: name, "data-title": title }, ...children);
+  return el("tr", { class: "new" },
+    el("th", { scope: "row", class: "time" }, exactMoment(Date.parse(refusal.at))),
+    cell("Quota", null, causeWords(refusal), el("div", { class: "soft" }, codeWords(refusal.code))),
+    cell("Caller", null, refusal.caller ?? "–"),
+    cell("Model", null, refusal.model || "–"),
+    cell("Asked", "number", quota ? number(quota.requested) : "–"),
+    cell("Left", "number", quota ? number(quota.remaining) : "–"),
+    cell("Would fit", null, fits(refusal, quota)),
+    cell("Request id", "id", refusal.request_id));
+}
+
+/** The bars of the causes. */
+function causes(refusals) {
+  const sums = new Map();
+  for (const refusal of refusals) {
+    const words = causeWords(refusal);
+    sums.set(words, (sums.get(words) ?? 0) + 1);
+  }
+  return [...sums].sort((a, b) => b[1] - a[1]).slice(0, MAX_CAUSES);
+}
+
+class Causes {
+  constructor() {
+    this.note = el("p", { class: "soft" });
+    this.list = el("ul", { class: "causes" });
+    this.element = el("section", { class: "card", "aria-label": "By cause" }, el("h2", {}, "By cause"), this.note, this.list);
+    this.items = [];
+  }
+
+  update(refusals) {
+    const since = Date.now() - DAY_MS;
+    const last = refusals.filter((refusal) => Date.parse(refusal.at) >= since);
+    const isCut = refusals.length >= MAX_REFUSALS && last.length === refusals.length;
+    setText(this.note, isCut
+      ? `The last ${number(MAX_REFUSALS)} refusals, since ${moment(Date.parse(last.at(-1).at))}. The gateway keeps no more.`
+      : `${count(last.length, "refusal")} in the last 24 hours.`);
+    const sums = causes(last);
+    sums.forEach(([words, sum], n) => {
+      this.items[n] ??= this.#item();
+      const { name, value, bar } = this.items[n];
+      setText(name, words);
+      setText(value, `${number(sum)} (${percent(sum / last.length)})`);
+      bar.style.width = `${(100 * sum) / sums[0][1]}%`;
+    });
+    this.items.forEach(({ element }, n) => setVisible(element, n < sums.length));
+  }
+
+  #item() {
+    const [name, value, bar] = [el("span"), el("b"), el("i")];
+    const element = el("li", {}, name, value, el("div", { class: "meter", "aria-hidden": "true" }, bar));
+    this.list.append(element);
+    return { element, name, value, bar };
+  }
+}
+
+/** Makes the view. */
+export function refusals() {
+  const rows = new Map();
+  const body = el("tbody");
+  const sums = new Causes();
+  let shown = BATCH;
+  const filter = el("input", { type: "search", "aria-label": "Filter", placeholder: "Filter: environment, caller, model, request id", oninput: () => update("state") });
+  const more = el("button", { type: "button", onclick: () => ((shown += BATCH), update("state")) }, "Show more");
+  const rest = el("p", { class: "soft" });
+  const empty = el("p", { class: "calm" }, "No request was refused since the gateway started.");
+  const columns = ["Time", "Quota and reason", "Caller", "Model", "Asked", "Left", "Would fit", "Request id"];
+  const table = el("table", { class: "refusals", "aria-label": "Refusals" },
+    el("thead", {}, el("tr", {}, columns.map((title) => el("th", { scope: "col", class: ["Asked", "Left"].includes(title) ? "number" : null }, title)))), body);
+  const element = el("div", {}, el("div", { class: "tools" }, el("h1", {}, "Refusals"), filter),
+    sums.element, el("div", { class: "wide" }, table), empty, el("div", { class: "tools" }, more, rest));
+
+  function update(what) {
+    if (what === "config") return;
+    const text = filter.value.trim().toLowerCase();
+    const matches = (refusal) => `${causeWords(refusal)} ${refusal.caller} ${refusal.model} ${refusal.request_id} ${refusal.code}`.toLowerCase().includes(text);
+    const all = text ? live.refusals.filter(matches) : live.refusals;
+    const drawn = all.slice(0, shown);
+    const inSight = new Set(drawn);
+    for (const [refusal, tr] of rows) {
+      if (inSight.has(refusal)) continue;
+      tr.remove();
+      rows.delete(refusal);
+    }
+    let place = body.firstChild;
+    for (const refusal of drawn) {
+      let tr = rows.get(refusal);
+      if (!tr) rows.set(refusal, (tr = row(refusal)));
+      if (place === tr) place = place.nextSibling;
+      else body.insertBefore(tr, place);
+    }
+    sums.update(live.refusals);
+    setVisible(empty, live.isLoaded && live.refusals.length === 0);
+    setVisible(sums.element, live.refusals.length > 0);
+    setVisible(more, all.length > drawn.length);
+    setText(rest, all.length > drawn.length ? `${drawn.length} of ${number(all.length)}` : "");
+  }
+  return { title: "Refusals", element, update, close() {} };
+}

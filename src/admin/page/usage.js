@@ -1,0 +1,179 @@
+// Usage: the history by minute, hour, day or month, stacked by caller or model; top lists; burn-down of calendar quotas.
+
+import { get } from "./api.js";
+import { burnDown, stackedColumns } from "./chart.js";
+import { el, setText, setVisible, table } from "./dom.js";
+import { clockTime, duration, kindAndPeriod, moment, momentInZone, number, percent, quotaName, short, unitOf, utcDay, utcMonth } from "./format.js";
+import { live } from "./live.js";
+import { periodBegin } from "./quota_rows.js";
+
+/** The history changes once a minute. */
+const REFRESH_MS = 15_000;
+/** Series of a chart; the others are summed up. */
+const MAX_SERIES = 7;
+/** Burn-down charts, the worst first. */
+const MAX_BURNS = 4;
+const OTHERS = "all others";
+
+const MINUTE = 60_000;
+const RANGES = {
+  hour: { title: "Last hour, by minute", step: "1m", length: MINUTE, slots: 60, label: clockTime },
+  day: { title: "Last 24 hours, by hour", step: "hour", length: 60 * MINUTE, slots: 24, label: clockTime },
+  days: { title: "Last 30 days, by day (UTC)", step: "day", length: 1_440 * MINUTE, slots: 30, label: utcDay },
+  months: { title: "Last 12 months, by month (UTC)", step: "month", slots: 12, label: utcMonth },
+};
+const MEASURES = {
+  total_tokens: "Total tokens",
+  prompt_tokens: "Prompt tokens",
+  completion_tokens: "Completion tokens",
+  requests: "Requests",
+  rejected: "Refused requests",
+};
+
+/** The begins of the steps of a range, the last one being the present. */
+function slotsOf({ length, slots }) {
+  const now = Date.now();
+  if (length) return Array.from({ length: slots }, (_, n) => (Math.floor(now / length) - slots + 1 + n) * length);
+  const date = new Date(now);
+  return Array.from({ length: slots }, (_, n) => Date.UTC(date.getUTCFullYear(), date.getUTCMonth() - slots + 1 + n));
+}
+
+/** Sums by series and slot: `{series, columns, totals}`, the largest series first. */
+function sums(rows, groupBy, measure, slots, label) {
+  const bySeries = new Map();
+  const indexOf = new Map(slots.map((at, n) => [at, n]));
+  for (const row of rows) {
+    const slot = indexOf.get(Date.parse(row.from));
+    if (slot === undefined || row[measure] === 0) continue;
+    const name = row[groupBy] || `without a ${groupBy}`;
+    if (!bySeries.has(name)) bySeries.set(name, new Array(slots.length).fill(0));
+    bySeries.get(name)[slot] += row[measure];
+  }
+  const total = (values) => values.reduce((sum, value) => sum + value, 0);
+  const totals = [...bySeries].map(([name, values]) => ({ name, values, total: total(values) })).sort((a, b) => b.total - a.total);
+  const shown = totals.slice(0, MAX_SERIES);
+  const rest = totals.slice(MAX_SERIES);
+  if (rest.length > 0) {
+    shown.push({ name: OTHERS, values: slots.map((_, n) => rest.reduce((sum, { values }) => sum + values[n], 0)) });
+  }
+  const columns = slots.map((at, n) => ({ label: label(at), values: shown.map(({ values }) => values[n]) }));
+  return { series: shown.map(({ name }) => name), columns, totals };
+}
+
+/** The chart with its key, the same figures as a table, and the top list. */
+function charts({ series, columns, totals }, groupBy, measure, range) {
+  const name = `${MEASURES[measure]} by ${groupBy}, ${range.title.toLowerCase()}`;
+  const total = totals.reduce((sum, entry) => sum + entry.total, 0);
+  if (total === 0) return [el("p", { class: "calm" }, "Nothing was spent in this time.")];
+  const key = el("ul", { class: "legend" }, series.map((text, n) => el("li", {}, el("i", { class: `key series-${n % 8}` }), text)));
+  const filled = columns.filter(({ values }) => values.some((value) => value > 0)).reverse();
+  const chart = stackedColumns({ columns, series, label: `${name}: ${number(total)} in all`, format: short });
+  const figures = table(name, [{ title: "Begin" }, ...series.map((title) => ({ title, isNumber: true }))],
+    filled.map(({ label, values }) => [label, ...values.map(number)]));
+  const top = table(`Top ${groupBy}s`, [{ title: groupBy }, { title: MEASURES[measure], isNumber: true }, { title: "Share", isNumber: true }],
+    totals.slice(0, 20).map((entry) => [entry.name, number(entry.total), percent(entry.total / total)]));
+  return [
+    el("figure", { class: "card", "aria-label": name }, el("figcaption", {}, `${name}: ${number(total)} in all`), el("div", { class: "wide" }, chart), key),
+    el("div", { class: "pair" }, el("section", { class: "card" }, el("h2", {}, `Top ${groupBy}s`), top),
+      el("section", { class: "card" }, el("h2", {}, "The same figures"), figures)),
+  ];
+}
+
+/** The burn-down of a calendar quota with its forecast. */
+async function burn(quota) {
+  const { json } = quota;
+  const [now, begin, end] = [Date.now(), periodBegin(quota), quota.resetsAt];
+  const left = json.limit - json.used;
+  const points = [{ at: begin, left: json.limit }];
+  if (json.scope === "environment") points.push(...(await spentSince(quota, begin, now)));
+  points.push({ at: now, left });
+  const isSpent = quota.exhaustsAt !== null && quota.exhaustsAt < end;
+  const forecast = isSpent ? { at: quota.exhaustsAt, left: 0 } : { at: end, left: left - ((json.rate ?? 0) * (end - now)) / 1_000 };
+  const words = left <= 0 ? "It is spent."
+    : isSpent ? `At the present rate it is spent at ${moment(quota.exhaustsAt)}, ${duration(end - quota.exhaustsAt)} before it resets.`
+    : `At the present rate ${number(Math.max(0, forecast.left))} ${unitOf(json.kind)} are left when it resets.`;
+  const title = `${quota.environment} · ${quotaName(json)}`;
+  const chart = burnDown({ begin, end, limit: json.limit, points, forecast, label: `What is left of ${title}: ${number(Math.max(0, left))} of ${number(json.limit)}. ${words}`, format: short,
+    formatTime: (at) => (end - begin > 2 * 86_400_000 ? utcDay(at) : clockTime(at)) });
+  return el("figure", { class: `card ${isSpent || left <= 0 ? "running-out" : ""}`, "aria-label": `Burn-down of ${title}` },
+    el("figcaption", {}, title), el("p", { class: "soft" }, `${words} Resets ${momentInZone(end, quota.zone)}.`), el("div", { class: "wide" }, chart),
+    table(`What is left of ${title}`, [{ title: "Moment" }, { title: `${kindAndPeriod(json)}, left`, isNumber: true }],
+      [points[0], { at: now, left: Math.max(0, left) }, { at: forecast.at, left: Math.max(0, Math.round(forecast.left)) }].map((point) => [moment(point.at), number(point.left)])));
+}
+
+/** What was left after each hour or day of the period, from the history. */
+async function spentSince(quota, begin, now) {
+  const isLong = now - begin > 3 * 86_400_000;
+  const query = new URLSearchParams({ environment: quota.environment, group_by: "environment", from: new Date(begin).toISOString(), step: isLong ? "day" : "hour" });
+  const { rows } = await get(`/api/usage?${query}`).catch(() => ({ rows: [] }));
+  let spent = 0;
+  return rows
+    .map((row) => ({ at: Date.parse(row.from) + (isLong ? 24 : 1) * 3_600_000, left: quota.json.limit - (spent += row[quota.json.kind]) }))
+    .filter(({ at }) => at > begin && at < now);
+}
+
+function select(label, options, onchange) {
+  return el("select", { "aria-label": label, onchange }, options.map(([value, title]) => el("option", { value }, title)));
+}
+
+/** Makes the view. */
+export function usage() {
+  const load = () => void refresh();
+  const range = select("Time", Object.entries(RANGES).map(([key, { title }]) => [key, title]), load);
+  const measure = select("Measure", Object.entries(MEASURES), load);
+  const group = select("Stack by", [["caller", "by caller"], ["model", "by model"], ["environment", "by environment"]], load);
+  const environment = select("Environment", [["", "All environments"]], load);
+  const csv = el("a", { class: "button", download: "tollgate-usage.csv" }, "Download CSV");
+  const alert = el("p", { class: "notice", role: "status", hidden: true });
+  const box = el("div");
+  const burns = el("section", { "aria-label": "Burn-down", class: "burns" });
+  const element = el("div", {}, el("div", { class: "tools" }, el("h1", {}, "Usage"), range, environment, group, measure, csv), alert, box, burns);
+  let isClosed = false;
+  let run = 0;
+
+  async function refresh() {
+    const own = (run += 1);
+    const choice = RANGES[range.value];
+    const slots = slotsOf(choice);
+    const query = new URLSearchParams({ group_by: group.value, from: new Date(slots[0]).toISOString(), step: choice.step });
+    if (environment.value) query.set("environment", environment.value);
+    csv.href = `/api/usage?${query}&format=csv`;
+    try {
+      const { rows } = await get(`/api/usage?${query}`);
+      if (own !== run || isClosed) return;
+      box.replaceChildren(...charts(sums(rows, group.value, measure.value, slots, choice.label), group.value, measure.value, choice));
+      setVisible(alert, false);
+    } catch (error) {
+      if (own !== run || isClosed) return;
+      setText(alert, error.message);
+      setVisible(alert, true);
+    }
+    const calendar = live.quotas.filter((quota) => quota.json.window === "calendar" && !quota.isUnlimited && (!environment.value || quota.environment === environment.value));
+    const worst = calendar.sort((a, b) => a.rank - b.rank).slice(0, MAX_BURNS);
+    const figures = await Promise.all(worst.map(burn));
+    if (own === run && !isClosed) burns.replaceChildren(...(figures.length > 0 ? [el("h2", {}, "Calendar quotas"), el("div", { class: "pair" }, figures)] : []));
+  }
+
+  let names = "";
+  function update(what) {
+    if (what !== "state") return;
+    const all = [...live.environments.keys()];
+    if (all.join("\n") === names) return;
+    names = all.join("\n");
+    const chosen = environment.value;
+    environment.replaceChildren(...[["", "All environments"], ...all.map((name) => [name, name])].map(([value, title]) => el("option", { value }, title)));
+    environment.value = all.includes(chosen) ? chosen : "";
+    load();
+  }
+  load();
+  const timer = setInterval(() => document.hidden || load(), REFRESH_MS);
+  return {
+    title: "Usage",
+    element,
+    update,
+    close() {
+      isClosed = true;
+      clearInterval(timer);
+    },
+  };
+}
