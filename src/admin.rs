@@ -1,6 +1,7 @@
 //! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
 mod access;
+mod audit;
 mod environments;
 mod explain;
 mod guesses;
@@ -15,6 +16,7 @@ use crate::proxy;
 use crate::reload::{ReloadHandle, ReloadOutcome};
 use crate::server::Peer;
 use access::Access;
+use audit::{Action, Actor};
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Extension, Query, State};
@@ -67,6 +69,7 @@ pub(crate) fn service(
             "/api/environments/{environment}/quotas/{kind}/{per}",
             put(overrides::set_limit).delete(overrides::unset_limit),
         )
+        .route("/api/audit", get(audit::audit))
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))
@@ -186,8 +189,14 @@ async fn rejections(State(admin): State<Admin>, query: QueryResult<RejectionPara
 }
 
 /// Reloads the config file. 200 with what changed, or 422 with all faults.
-async fn reload_config(State(admin): State<Admin>) -> Response {
-    match admin.reload.reload().await {
+async fn reload_config(State(admin): State<Admin>, Extension(actor): Extension<Actor>) -> Response {
+    let outcome = admin.reload.reload().await;
+    if let Some(outcome) = &outcome {
+        let (target, after) = ("config".to_owned(), outcome.audited());
+        let action = Action { name: "config_reload", target, after, ..Action::default() };
+        audit::record(&admin, actor, action).await;
+    }
+    match outcome {
         Some(ReloadOutcome::Adopted { changes, warnings }) => {
             Json(json!({"changes": changes, "warnings": warnings})).into_response()
         }

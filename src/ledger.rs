@@ -5,6 +5,7 @@
 
 mod accounts;
 mod allowance;
+mod audit;
 mod demand;
 mod durability;
 mod engine;
@@ -28,17 +29,18 @@ use tokio::sync::watch;
 use wait_queue::{WaitQueue, may_clear_within};
 
 pub use accounts::{Accounts, NamedAccount};
+pub use audit::{AuditEntry, AuditLog};
 pub use demand::{Admission, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
 pub use local::{Local, Rules};
-pub use overrides::{AuditEntry, QuotaKey};
+pub use overrides::QuotaKey;
 pub use sync::RedisStatus;
 pub(crate) use usage_history::OTHER_MODELS;
 pub use usage_history::{Totals, UsageInterval, UsageRow};
 
 /// Maximum time that a request waits for the store.
-const MAX_STORE_WAIT: Duration = Duration::from_secs(1);
+pub(crate) const MAX_STORE_WAIT: Duration = Duration::from_secs(1);
 
 /// The counters of one environment, shared by all its requests.
 #[derive(Debug)]
@@ -209,11 +211,11 @@ impl Account {
             let mut quotas = Vec::new();
             local.quotas.take_changes(|quota, saved| quotas.push((quota.clone(), saved)));
             let usage = local.history.take();
-            let (overrides, audit) = local.overrides.take_changes();
-            let is_nothing = quotas.is_empty() && usage.is_empty() && audit.is_empty();
+            let overrides = local.overrides.take_changes();
+            let is_nothing = quotas.is_empty() && usage.is_empty() && overrides.is_none();
             let (totals, held) = (local.totals, local.held);
             let replaced = std::mem::take(&mut local.replaced);
-            (!is_nothing).then_some(Changes { quotas, replaced, totals, held, usage, overrides, audit })
+            (!is_nothing).then_some(Changes { quotas, replaced, totals, held, usage, overrides })
         })
     }
 

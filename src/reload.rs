@@ -1,5 +1,6 @@
 //! Requests to reload the config, and their outcome. The thread that reloads is in `app`.
 
+use serde_json::{Value, json};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
@@ -21,6 +22,16 @@ pub(crate) enum ReloadOutcome {
         /// The faults of the new one.
         faults: Vec<String>,
     },
+}
+
+impl ReloadOutcome {
+    /// The outcome as the audit log has it.
+    pub(crate) fn audited(&self) -> Value {
+        match self {
+            Self::Adopted { changes, .. } => json!({ "changes": changes }),
+            Self::Refused { faults } => json!({ "faults": faults }),
+        }
+    }
 }
 
 /// A request to reload the config. The outcome goes to the sender.

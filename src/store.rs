@@ -8,6 +8,7 @@
 //! SQLite runs in WAL mode with `synchronous=NORMAL`: a killed process loses no commit. A power failure may lose the
 //! last commits.
 
+mod audit;
 mod backup;
 mod control;
 mod database;
@@ -27,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+pub(crate) use audit::{WRONG_TOKEN, read_audit};
 pub(crate) use backup::back_up;
 pub use control::WriterControl;
 pub(crate) use database::StoredOverride;

@@ -307,6 +307,7 @@ async fn a_file_of_the_first_version_is_migrated() {
          INSERT INTO quota VALUES
              ('e', 'environment', '', 'total_tokens', 2592000000, 'calendar', 'month', 1000, 40, 0, 2, unixepoch() * 1000),
              ('e', 'environment', '', 'total_tokens', 2592000000, 'rolling', '30d', 2000, 50, 0, 0, unixepoch() * 1000);
+         INSERT INTO audit VALUES (1000, 'e', 'all quotas reset');
          INSERT INTO limit_override VALUES ('e', 'environment', '', 'total_tokens', 2592000000, 'month', 77, 77);",
     )
     .unwrap();
@@ -314,7 +315,9 @@ async fn a_file_of_the_first_version_is_migrated() {
     let node = Node::open(&config(&folder.file(), MONTHS, ""));
     assert_eq!((limits(&node), &node.used()[..2]), (vec![77, 2_000], &[42, 50][..]));
     drop(node);
-    assert_eq!(folder.sql("PRAGMA user_version"), 2);
+    assert_eq!(folder.sql("PRAGMA user_version"), 3);
+    let audited = "SELECT count(*) FROM audit WHERE at_ms = 1000 AND action = 'all quotas reset' AND target = 'environment ''e'''";
+    assert_eq!(folder.sql(audited), 1);
     assert_eq!(folder.sql("SELECT count(*) FROM limit_override WHERE \"window\" = 'calendar'"), 1);
 }
 

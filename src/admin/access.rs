@@ -1,6 +1,7 @@
 //! Who may use the admin listener: the holder of the token, a browser that has signed in, or, without a token, the pages
 //! and programs of this machine.
 
+use super::audit::{self, Action, Actor, Identity, WrongTokens};
 use super::guesses::Guesses;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
 use super::{Admin, PeerAddress, refusal};
@@ -15,6 +16,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use subtle::ConstantTimeEq as _;
 
+/// The target of actions in the audit log.
+pub(super) const LISTENER: &str = "admin listener";
 const SESSION_COOKIE: &str = "tollgate_session";
 const CSRF_COOKIE: &str = "tollgate_csrf";
 const CSRF_HEADER: HeaderName = HeaderName::from_static("x-tollgate-csrf");
@@ -26,6 +29,7 @@ pub(super) struct Access {
     hosts: Vec<String>,
     sessions: Mutex<Sessions>,
     guesses: Mutex<Guesses>,
+    pub(super) wrong_tokens: WrongTokens,
 }
 
 impl Access {
@@ -34,7 +38,12 @@ impl Access {
         let port = address.port();
         let names = ["localhost", "127.0.0.1", "[::1]"].map(|name| format!("{name}:{port}"));
         let hosts = names.into_iter().chain([address.to_string()]).collect();
-        Self { hosts, sessions: Mutex::default(), guesses: Mutex::default() }
+        Self {
+            hosts,
+            sessions: Mutex::default(),
+            guesses: Mutex::default(),
+            wrong_tokens: WrongTokens::default(),
+        }
     }
 
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
@@ -44,22 +53,23 @@ impl Access {
     fn guesses(&self) -> MutexGuard<'_, Guesses> {
         self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Compares a token. `Err`: the answer for a wrong one, or for an address that guesses.
-    fn check_token(&self, address: IpAddr, given: &[u8], token: &str) -> Result<(), Box<Response>> {
-        let now = clock::now();
-        let wait_ms = self.guesses().wait_ms(address, now);
-        if wait_ms > 0 {
-            return Err(Box::new(too_many_guesses(wait_ms)));
-        }
-        if given.ct_eq(token.as_bytes()).into() {
-            self.guesses().forget(address);
-            return Ok(());
-        }
-        self.guesses().record(address, now);
-        tracing::warn!(%address, "a request to the admin listener had a wrong token");
-        Err(Box::new(wrong_token()))
+/// Compares a token. `Err`: the answer for a wrong one, or for an address that guesses.
+fn check_token(admin: &Admin, address: IpAddr, given: &[u8], token: &str) -> Result<(), Box<Response>> {
+    let (access, now) = (&admin.access, clock::now());
+    let wait_ms = access.guesses().wait_ms(address, now);
+    if wait_ms > 0 {
+        return Err(Box::new(too_many_guesses(wait_ms)));
     }
+    if given.ct_eq(token.as_bytes()).into() {
+        access.guesses().forget(address);
+        return Ok(());
+    }
+    access.guesses().record(address, now);
+    audit::record_wrong_token(admin, address);
+    tracing::warn!(%address, "a request to the admin listener had a wrong token");
+    Err(Box::new(wrong_token()))
 }
 
 /// Refuses requests that are not allowed. Health checks, the page and signing in always are. With `admin.token` any other
@@ -68,7 +78,7 @@ impl Access {
 pub(super) async fn authorize(
     State(admin): State<Admin>,
     Extension(PeerAddress(peer)): Extension<PeerAddress>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     if matches!(request.uri().path(), "/livez" | "/readyz") {
@@ -77,7 +87,10 @@ pub(super) async fn authorize(
     let expects_continue = request.headers().contains_key(header::EXPECT);
     let mut response = match check(&admin, peer.ip(), &request) {
         Err(refusal) => *refusal,
-        Ok(()) => next.run(request).await,
+        Ok(by) => {
+            request.extensions_mut().insert(Actor { by, address: peer.ip() });
+            next.run(request).await
+        }
     };
     if expects_continue {
         // If the body was not read, the server closes the connection.
@@ -86,12 +99,13 @@ pub(super) async fn authorize(
     response
 }
 
-fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<(), Box<Response>> {
+/// How the sender of the request is identified. `Err`: the answer, because the sender may not send it.
+fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<Identity, Box<Response>> {
     let (headers, path) = (request.headers(), request.uri().path());
     let snapshot = admin.state.current();
     let Some(token) = &snapshot.config.admin.token else {
         return if is_own_site(headers, &admin.access.hosts) {
-            Ok(())
+            Ok(Identity::Local)
         } else {
             Err(Box::new(foreign_site()))
         };
@@ -100,18 +114,18 @@ fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<(), Box<Re
         || path.starts_with("/page/")
         || (path == "/api/session" && request.method() == Method::POST);
     if is_open {
-        return Ok(());
+        return Ok(Identity::Anonymous);
     }
     if let Some(given) = headers.get(header::AUTHORIZATION) {
         let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or_default();
-        return admin.access.check_token(address, given, token.expose());
+        return check_token(admin, address, given, token.expose()).map(|()| Identity::Token);
     }
     let Some(session) = cookie(headers, SESSION_COOKIE) else { return Err(Box::new(wrong_token())) };
     let is_safe = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
     let repeated = headers.get(CSRF_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let csrf = (!is_safe).then_some(repeated);
     match admin.access.sessions().allow(session, csrf, token.expose(), clock::now()) {
-        SessionVerdict::Allowed => Ok(()),
+        SessionVerdict::Allowed => Ok(Identity::Session),
         SessionVerdict::Unknown => Err(Box::new(wrong_token())),
         SessionVerdict::Forged => Err(Box::new(refusal(
             StatusCode::FORBIDDEN,
@@ -138,7 +152,7 @@ pub(super) async fn sign_in(
     };
     let snapshot = admin.state.current();
     let Some(token) = &snapshot.config.admin.token else { return StatusCode::NO_CONTENT.into_response() };
-    if let Err(refusal) = admin.access.check_token(peer.ip(), given.as_bytes(), token.expose()) {
+    if let Err(refusal) = check_token(&admin, peer.ip(), given.as_bytes(), token.expose()) {
         return *refusal;
     }
     let opened = admin.access.sessions().open(token.expose(), clock::now());
@@ -147,6 +161,13 @@ pub(super) async fn sign_in(
         return refusal(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message);
     };
     tracing::info!(address = %peer.ip(), "a browser signed in to the admin listener");
+    let actor = Actor { by: Identity::Token, address: peer.ip() };
+    audit::record(
+        &admin,
+        actor,
+        Action { name: "sign_in", target: LISTENER.to_owned(), ..Action::default() },
+    )
+    .await;
     cookies([
         format!("{SESSION_COOKIE}={session}; Path=/; HttpOnly; SameSite=Strict"),
         format!("{CSRF_COOKIE}={csrf}; Path=/; SameSite=Strict"),
@@ -154,9 +175,15 @@ pub(super) async fn sign_in(
 }
 
 /// `DELETE /api/session`.
-pub(super) async fn sign_out(State(admin): State<Admin>, headers: HeaderMap) -> Response {
+pub(super) async fn sign_out(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    headers: HeaderMap,
+) -> Response {
     if let Some(session) = cookie(&headers, SESSION_COOKIE) {
         admin.access.sessions().close(session);
+        let action = Action { name: "sign_out", target: LISTENER.to_owned(), ..Action::default() };
+        audit::record(&admin, actor, action).await;
     }
     cookies([
         format!("{SESSION_COOKIE}=; Path=/; HttpOnly; SameSite=Strict; Max-Age=0"),

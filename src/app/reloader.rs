@@ -7,7 +7,7 @@ use super::MAX_REDIS_WAIT;
 use super::file_watch::FileWatch;
 use crate::clock;
 use crate::config::{self, Config, Loaded, ModelRule, TokenizerChoice};
-use crate::ledger::Account;
+use crate::ledger::{Account, AuditEntry};
 use crate::proxy::{PreparedConfig, State, WorkerProxy};
 use crate::reload::{ReloadHandle, ReloadOutcome, ReloadRequest};
 use crate::server::RunState;
@@ -50,6 +50,9 @@ impl Reloader {
             // A change from now on is noticed after this reload.
             files.mark();
             let outcome = self.reload().await;
+            if request.is_none() {
+                self.record(&outcome);
+            }
             files.follow(&self.files());
             // An error means that the caller does not wait any longer.
             request.into_iter().for_each(|request| drop(request.send(outcome.clone())));
@@ -90,6 +93,18 @@ impl Reloader {
             }
         }
         outcome
+    }
+
+    /// Records a reload that a changed file has caused in the audit log. The admin API records the others.
+    fn record(&self, outcome: &ReloadOutcome) {
+        self.state.record_action_lazily(AuditEntry {
+            at: clock::now(),
+            by: "file".to_owned(),
+            action: "config_reload".to_owned(),
+            target: "config".to_owned(),
+            after: Some(outcome.audited().to_string()),
+            ..AuditEntry::default()
+        });
     }
 
     /// Returns what changed, and warnings.

@@ -1,6 +1,7 @@
 //! The accounts of all environments of a process.
 
 use super::Account;
+use super::audit::AuditLog;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// An account with the name of its environment.
@@ -10,18 +11,26 @@ pub type NamedAccount = (Arc<str>, Arc<Account>);
 /// disappears from the config, because requests may still hold reservations, and because the environment may come back.
 /// So the index of an account never changes.
 #[derive(Debug, Default)]
-pub struct Accounts(Mutex<Arc<Vec<NamedAccount>>>);
+pub struct Accounts {
+    all: Mutex<Arc<Vec<NamedAccount>>>,
+    audit: AuditLog,
+}
 
 impl Accounts {
     /// Adds the account of a new environment.
     pub fn add(&self, environment: &str, account: Arc<Account>) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::make_mut(&mut all).push((environment.into(), account));
     }
 
     /// All accounts, in the order in which they were added.
     pub fn all(&self) -> Arc<Vec<NamedAccount>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What administrators have done to the accounts and to the gateway.
+    pub fn audit(&self) -> &AuditLog {
+        &self.audit
     }
 
     /// The account of an environment.

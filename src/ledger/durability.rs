@@ -4,7 +4,6 @@
 //! many requests, which belong to a few runtimes: the store's thread wakes one task per runtime, and that task wakes the
 //! requests. Waking every request from the store's thread took two system calls per request.
 
-use super::overrides::AuditEntry;
 use super::usage_history::{Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,8 +42,6 @@ pub struct Changes {
     pub usage: Vec<(UsageRow, Arc<str>)>,
     /// All overridden limits, if one of them changed.
     pub overrides: Option<Vec<Quota>>,
-    /// Actions of administrators.
-    pub audit: Vec<AuditEntry>,
 }
 
 /// The state of an account that the store had when the process started.
@@ -103,7 +100,7 @@ impl Commits {
     }
 
     /// Waits until a commit has ended.
-    pub(super) async fn wait_for(&self, number: u64) {
+    pub async fn wait_for(&self, number: u64) {
         let waiting = self.waiting_in_this_runtime();
         std::future::poll_fn(|cx| {
             if self.is_done(number) {

@@ -100,7 +100,7 @@ impl Local {
     /// Overrides a limit of the config. `None`: restores the limit of the config. Earlier usage still counts. Returns
     /// whether the quota exists.
     pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
-        let exists = self.overrides.set(now, key, limit);
+        let exists = self.overrides.set(key, limit);
         if exists {
             self.quotas.set_limits(&self.overrides.in_force(), now);
         }
@@ -132,7 +132,6 @@ impl Local {
     /// Resets every quota to full. Held amounts stay held.
     pub fn reset(&mut self, now: Timestamp) {
         self.quotas.reset(now);
-        self.overrides.record(now, "all quotas reset".to_owned());
     }
 
     /// Continues from the restored state, and collects usage for the store from now on.

@@ -1,6 +1,5 @@
 //! Limits set by an administrator, which override those of the config.
 
-use crate::clock::Timestamp;
 use crate::quota::{Kind, Quota};
 
 /// Identifies a quota of an environment, as the admin API does.
@@ -17,19 +16,11 @@ pub struct QuotaKey<'a> {
 }
 
 impl QuotaKey<'_> {
-    pub(super) fn matches(&self, quota: &Quota) -> bool {
+    /// Whether this is the quota's key.
+    pub fn matches(&self, quota: &Quota) -> bool {
         (self.scope, self.name, self.kind, self.per)
             == (quota.scope.as_str(), quota.scope.name(), quota.kind, quota.per.text.as_str())
     }
-}
-
-/// An action of an administrator.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AuditEntry {
-    /// When it was done.
-    pub at: Timestamp,
-    /// A description of the action.
-    pub action: String,
 }
 
 /// The quotas of the config, and the overridden limits.
@@ -41,7 +32,6 @@ pub(super) struct Overrides {
     overridden: Vec<Quota>,
     /// The overrides have changed since the store last took them.
     has_changed: bool,
-    audit: Vec<AuditEntry>,
 }
 
 impl Overrides {
@@ -117,7 +107,7 @@ impl Overrides {
 
     /// Sets limit and burst of the quotas that match the key. `None`: restores the limits of the config. Returns
     /// whether a quota matches.
-    pub(super) fn set(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
+    pub(super) fn set(&mut self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
         let named: Vec<Quota> = self.matching(key).map(|(_, quota)| quota.clone()).collect();
         for quota in &named {
             self.overridden.retain(|other| !other.is_same_as(quota));
@@ -128,31 +118,12 @@ impl Overrides {
         if named.is_empty() {
             return false;
         }
-        let QuotaKey { scope, name, kind, per } = key;
-        let what = if name.is_empty() {
-            format!("{kind} per {per}")
-        } else {
-            format!("{kind} per {per} of {scope} {name}")
-        };
-        self.record(
-            now,
-            match limit {
-                Some((limit, burst)) => format!("limit of {what} set to {limit}, burst {burst}"),
-                None => format!("limit of {what} set back to the config's"),
-            },
-        );
         self.has_changed = true;
         true
     }
 
-    /// Adds an action to the audit log.
-    pub(super) fn record(&mut self, at: Timestamp, action: String) {
-        self.audit.push(AuditEntry { at, action });
-    }
-
-    /// Takes the changes that the store must persist: all overrides if one has changed, and the new audit entries.
-    pub(super) fn take_changes(&mut self) -> (Option<Vec<Quota>>, Vec<AuditEntry>) {
-        let overridden = std::mem::take(&mut self.has_changed).then(|| self.overridden.clone());
-        (overridden, std::mem::take(&mut self.audit))
+    /// Takes the overrides for the store, if one has changed.
+    pub(super) fn take_changes(&mut self) -> Option<Vec<Quota>> {
+        std::mem::take(&mut self.has_changed).then(|| self.overridden.clone())
     }
 }

@@ -6,13 +6,14 @@ use crate::clock::{self, Stopwatch};
 use crate::config::{Config, Environment};
 use crate::estimate::Models;
 use crate::learned::Learned;
-use crate::ledger::{Account, Accounts, Persistence, RestoredState};
+use crate::ledger::{Account, Accounts, AuditEntry, MAX_STORE_WAIT, Persistence, RestoredState};
 use crate::random;
 use crate::store::{self, Store, WriterControl};
 use crate::telemetry::{Metrics, Rejections, RequestIds};
 use futures_util::future::join_all;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
+use tokio::time::timeout;
 
 /// State that all workers of a gateway share for the life of the process, and the snapshot of the config in force.
 pub struct State {
@@ -181,6 +182,25 @@ impl State {
     /// The accounts of all environments that a config of this process has had.
     pub fn accounts(&self) -> &Arc<Accounts> {
         &self.accounts
+    }
+
+    /// Adds an entry to the audit log. Returns when it is durable, at the latest after [`MAX_STORE_WAIT`].
+    pub(crate) async fn record_action(&self, entry: AuditEntry) {
+        self.accounts.audit().push(entry);
+        let Some(store) = &self.store else { return };
+        let commit = store.commits().next();
+        store.changed(true);
+        if store.is_writing() && timeout(MAX_STORE_WAIT, store.commits().wait_for(commit)).await.is_err() {
+            store.on_wait_timeout();
+        }
+    }
+
+    /// Adds an entry to the audit log, which becomes durable with the next commit.
+    pub(crate) fn record_action_lazily(&self, entry: AuditEntry) {
+        self.accounts.audit().push(entry);
+        if let Some(store) = &self.store {
+            store.changed(false);
+        }
     }
 
     /// The corrections of prompt estimates.

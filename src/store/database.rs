@@ -5,7 +5,7 @@ use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{CalibrationSample, RequestKind};
 use crate::glob::Glob;
-use crate::ledger::{AuditEntry, Totals, UsageRow};
+use crate::ledger::{Totals, UsageRow};
 use crate::quota::{Amounts, ClockUnit, Kind, Period, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
 use jiff::tz::TimeZone;
@@ -14,7 +14,8 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The scripts that bring a file from each version to the next one. The first script creates the tables.
-const SCHEMA: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+const SCHEMA: [&str; 3] =
+    [include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
 /// SQLite's application id of a Tollgate store: the letters "Tllg".
 const APPLICATION_ID: i64 = 0x546c_6c67;
 /// How long a statement waits for the lock of another process, for example of an SQLite shell.
@@ -345,6 +346,11 @@ pub(super) struct Used {
 pub(super) struct Transaction<'a>(&'a Connection);
 
 impl Transaction<'_> {
+    /// The connection, for statements of other files.
+    pub(super) fn connection(&self) -> &Connection {
+        self.0
+    }
+
     pub(super) fn quota(
         &self,
         environment: &str,
@@ -425,12 +431,6 @@ impl Transaction<'_> {
                 ],
             )?;
         }
-        Ok(())
-    }
-
-    pub(super) fn audit(&self, environment: &str, entry: &AuditEntry) -> rusqlite::Result<()> {
-        let values = params![entry.at.0, environment, entry.action];
-        self.0.execute("INSERT INTO audit VALUES (?, ?, ?)", values)?;
         Ok(())
     }
 

@@ -27,6 +27,7 @@ struct Unwritten {
     environments: Vec<UnwrittenEnvironment>,
     usage: HashMap<UsageKey, UsageRow>,
     calibrations: Vec<SavedCalibration>,
+    audit: Vec<AuditEntry>,
     has_changes: bool,
 }
 
@@ -36,7 +37,6 @@ struct UnwrittenEnvironment {
     replaced: Vec<Quota>,
     totals_and_held: Option<(Totals, Amounts)>,
     overrides: Option<Vec<Quota>>,
-    audit: Vec<AuditEntry>,
 }
 
 /// Minute, index of the environment's account, model, and caller.
@@ -58,7 +58,6 @@ impl Unwritten {
         environment.replaced.extend(changes.replaced);
         environment.totals_and_held = Some((changes.totals, changes.held));
         environment.overrides = changes.overrides.or(environment.overrides.take());
-        environment.audit.extend(changes.audit);
         for (row, model) in changes.usage {
             let model = if self.usage.len() < MAX_UNWRITTEN_ROWS { model } else { "other".into() };
             let sum = self.usage.entry((row.minute, index, model, row.caller.clone())).or_default();
@@ -81,9 +80,6 @@ impl Unwritten {
                 if let Some(overrides) = &changes.overrides {
                     transaction.overrides(environment, overrides)?;
                 }
-                for entry in &changes.audit {
-                    transaction.audit(environment, entry)?;
-                }
                 if let Some((totals, held)) = &changes.totals_and_held {
                     transaction.totals(environment, totals, held)?;
                 }
@@ -91,6 +87,9 @@ impl Unwritten {
             for ((_, index, model, caller), row) in &self.usage {
                 let Some((environment, _)) = accounts.get(*index) else { continue };
                 transaction.usage(environment, model, caller.as_deref().unwrap_or_default(), row)?;
+            }
+            for entry in &self.audit {
+                transaction.audit(entry)?;
             }
             for calibration in &self.calibrations {
                 transaction.calibration(calibration)?;
@@ -105,10 +104,10 @@ impl Unwritten {
             changes.replaced.clear();
             changes.totals_and_held = None;
             changes.overrides = None;
-            changes.audit.clear();
         }
         self.usage.clear();
         self.calibrations.clear();
+        self.audit.clear();
         self.has_changes = false;
     }
 }
@@ -141,9 +140,14 @@ pub(super) fn run(
             unwritten.calibrations = sources.calibrations.take_changes();
             unwritten.has_changes |= !unwritten.calibrations.is_empty();
         }
+        let audit = sources.accounts.audit();
+        let (audit_end, entries) = audit.unwritten();
+        unwritten.has_changes |= !entries.is_empty();
+        unwritten.audit = entries;
         if unwritten.has_changes {
             let result = unwritten.write(&mut database, &accounts);
             if result.is_ok() {
+                audit.remove_written(audit_end);
                 unwritten.clear();
             }
             control.record_commit(result);

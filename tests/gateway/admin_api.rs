@@ -1,5 +1,6 @@
 //! The admin API: signing in, the usage history, and the last rejections.
 
+mod audit;
 mod environments;
 
 use crate::support::*;

@@ -1,7 +1,7 @@
 //! Limits that the admin API overrides while the gateway runs.
 
 use crate::support::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// A gateway whose store is in this folder.
@@ -94,17 +94,27 @@ async fn overrides_survive_a_restart_and_are_in_the_audit_log() {
     let third = gateway(&upstream, folder.path()).await;
     assert_eq!(hourly(&third.environment().await), (1_000, 1_000, 0, "file".into()));
 
-    let db = rusqlite::Connection::open(folder.path().join("tollgate.db")).unwrap();
-    let mut read = db.prepare("SELECT action FROM audit ORDER BY rowid").unwrap();
-    let actions: Vec<String> = read.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
-    assert_eq!(
-        actions,
-        [
-            "limit of total_tokens per hour set to 700, burst 700",
-            "limit of requests per hour of model gpt-* set to 7, burst 7",
-            "limit of total_tokens per hour set back to the config's",
-        ]
+    let audit = third.admin_get("/api/audit").await.json();
+    let shown = |entry: &Value| {
+        (entry["action"].clone(), entry["target"].clone(), entry["before"].clone(), entry["after"].clone())
+    };
+    let actual: Vec<_> = audit["entries"].as_array().unwrap().iter().map(shown).collect();
+    let limit = |limit: u64| json!({ "limit": limit, "burst": limit });
+    let (hourly, of_model) = (
+        "environment 'staging': total_tokens per hour",
+        "model 'gpt-*' in environment 'staging': requests per hour",
     );
+    let expected = [
+        ("limit_unset", hourly, limit(700), limit(1_000)),
+        ("limit_set", of_model, limit(100), limit(7)),
+        ("limit_set", hourly, limit(1_000), limit(700)),
+    ];
+    assert_eq!(
+        actual,
+        expected.map(|(action, target, before, after)| (action.into(), target.into(), before, after))
+    );
+    let newest = &audit["entries"][0];
+    assert_eq!((&newest["by"], &newest["address"]), (&"local".into(), &"127.0.0.1".into()));
 }
 
 #[tokio::test]
