@@ -2,6 +2,7 @@
 
 mod access;
 mod audit;
+mod config;
 mod environments;
 mod explain;
 mod guesses;
@@ -73,6 +74,7 @@ pub(crate) fn service(
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))
+        .route("/api/config", get(config::config))
         .route("/api/config/reload", post(reload_config))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         // Requests of callers may be larger than those of administrators.

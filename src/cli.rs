@@ -6,6 +6,7 @@ mod count;
 mod demo;
 mod hash_key;
 mod init;
+mod man;
 mod new_key;
 mod output;
 mod schema;
@@ -59,6 +60,8 @@ enum CliCommand {
         /// Name of the shell
         shell: clap_complete::Shell,
     },
+    /// Prints the manual page, or writes the pages of all commands to a folder
+    Man(man::ManArguments),
 }
 
 /// Exit code of a command that failed while running.
@@ -82,6 +85,7 @@ pub fn run() -> ExitCode {
         CliCommand::NewKey(arguments) => new_key::run(&arguments),
         CliCommand::HashKey => hash_key::run(),
         CliCommand::Completions { shell } => print_completions(shell),
+        CliCommand::Man(arguments) => man::run(Arguments::command(), &arguments),
     };
     result.unwrap_or_else(|error| {
         if output::is_closed_pipe(&error) {

@@ -5,6 +5,7 @@
 
 mod answer;
 mod connect;
+mod diagnosis;
 mod http1;
 mod http2;
 mod request;
@@ -22,6 +23,7 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::Incoming;
+pub(crate) use diagnosis::{DiagnosisStep, StepFault};
 pub use request::{ExchangeError, Request, SendError};
 use tls::TlsClient;
 pub use tls::client_config;

@@ -1,6 +1,8 @@
 //! `tollgate check`: validates the config.
 
-use super::{load_or_explain, output};
+mod online;
+
+use super::{BAD_CONFIG, load_or_explain, output};
 use crate::config::{Config, Environment};
 use crate::quota::Quota;
 use crate::store::{self, StoredOverride};
@@ -13,6 +15,9 @@ pub(super) struct CheckArguments {
     /// Prints the effective config: with variables resolved, defaults filled in and secrets masked
     #[arg(long)]
     print: bool,
+    /// Also connects to each upstream, requests its list of models, and tests Redis
+    #[arg(long, conflicts_with = "print")]
+    online: bool,
 }
 
 pub(super) fn run(config: Option<PathBuf>, arguments: &CheckArguments) -> anyhow::Result<ExitCode> {
@@ -32,7 +37,19 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &CheckArguments) -> anyhow
         return Ok(ExitCode::SUCCESS);
     }
     output::print(&(text + &summary(&loaded.config)))?;
-    Ok(ExitCode::SUCCESS)
+    if arguments.online { check_online(&loaded.config) } else { Ok(ExitCode::SUCCESS) }
+}
+
+/// Tries the upstreams and Redis. A fault is a bad config.
+fn check_online(config: &Config) -> anyhow::Result<ExitCode> {
+    let report = online::check(config)?;
+    let end = match report.faults {
+        0 => "All servers can be used.".to_owned(),
+        1 => "There is 1 fault.".to_owned(),
+        count => format!("There are {count} faults."),
+    };
+    output::print(&format!("\nOnline:\n\n{}\n{end}\n", report.text))?;
+    Ok(if report.faults == 0 { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIG) })
 }
 
 /// A table of what the config declares.

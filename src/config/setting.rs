@@ -8,6 +8,9 @@ use http::HeaderValue;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Maximum length of a secret that is sent in a header. Servers accept about as much in all headers together.
+const MAX_SECRET_BYTES: usize = 8 * 1024;
+
 /// A node of the tree together with its path, such as `environments.staging.quotas`.
 #[derive(Clone)]
 pub(super) struct Setting<'n> {
@@ -201,6 +204,10 @@ impl<'n> Setting<'n> {
     /// A secret that the gateway sends or receives in a header. An empty one counts as absent.
     pub(super) fn secret(&self) -> Option<Secret> {
         let text = self.text()?;
+        if text.len() > MAX_SECRET_BYTES {
+            self.fault(format!("this key is longer than {MAX_SECRET_BYTES} characters; use a shorter one"));
+            return None;
+        }
         if text.trim() != text || HeaderValue::from_str(text).is_err() {
             self.fault(
                 "this key has a space at its beginning or end, or a character that a header must not contain; remove it",

@@ -294,6 +294,20 @@ impl FailFastConnection {
         }
     }
 
+    /// Connects once, and tests the rights, the writes and the settings that shared quotas need. Returns the server's
+    /// address, and the settings that are wrong.
+    ///
+    /// # Errors
+    /// Why Redis cannot be used, without the password.
+    pub(crate) async fn check(&self) -> Result<(String, Vec<String>), String> {
+        let server = self.connect().await?;
+        let address = server.address.to_string();
+        self.set_connected(server);
+        let faults = self.setting_faults().await;
+        let lost = || self.unavailable_reason().unwrap_or_else(|| "the connection was lost".to_owned());
+        faults.map(|faults| (address, faults)).map_err(|Unavailable| lost())
+    }
+
     fn current_server(&self) -> Option<(u64, ServerConnection)> {
         let state = self.lock();
         state.server.clone().map(|server| (state.generation, server))

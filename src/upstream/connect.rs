@@ -15,8 +15,17 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// Connects to the first address of `host` that accepts. The caller bounds the time.
 pub(super) async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
-    let addresses = lookup_host((host, port)).await?.collect();
-    let stream = connect_to_any(alternate_families(addresses)).await?;
+    connect_to(resolve(host, port).await?).await
+}
+
+/// The addresses of a host, in the order in which they are tried.
+pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    Ok(alternate_families(lookup_host((host, port)).await?.collect()))
+}
+
+/// Connects to the first of these addresses that accepts.
+pub(super) async fn connect_to(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let stream = connect_to_any(addresses).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

@@ -1,6 +1,7 @@
 //! The admin API: signing in, the usage history, and the last rejections.
 
 mod audit;
+mod config;
 mod environments;
 
 use crate::support::*;

@@ -1,6 +1,6 @@
 //! TLS to upstreams, HTTP/2 where it is offered, retries over HTTP/2, and no proxy from the environment variables.
 
-mod server;
+pub(crate) mod server;
 
 use crate::support::*;
 use server::{Certificate, Server};
