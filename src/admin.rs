@@ -4,6 +4,7 @@ mod access;
 mod audit;
 mod config;
 mod environments;
+mod events;
 mod explain;
 mod guesses;
 mod overrides;
@@ -25,6 +26,7 @@ use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, body::Body};
+use events::EventHub;
 use http::StatusCode;
 use http::header;
 use hyper::body::Incoming;
@@ -44,6 +46,7 @@ struct Admin {
     state: Arc<proxy::State>,
     reload: ReloadHandle,
     access: Arc<Access>,
+    events: Arc<EventHub>,
 }
 
 /// The address of the client that sent a request.
@@ -56,7 +59,7 @@ pub(crate) fn service(
     reload: ReloadHandle,
     address: SocketAddr,
 ) -> impl Fn(Arc<Peer>) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
-    let admin = Admin { state, reload, access: Arc::new(Access::new(address)) };
+    let admin = Admin { state, reload, access: Arc::new(Access::new(address)), events: Arc::default() };
     let router = Router::new()
         .route("/", get(page::index))
         .route("/page/{name}", get(page::file))
@@ -71,6 +74,7 @@ pub(crate) fn service(
             put(overrides::set_limit).delete(overrides::unset_limit),
         )
         .route("/api/audit", get(audit::audit))
+        .route("/api/events", get(events::events))
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))

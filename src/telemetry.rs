@@ -2,6 +2,7 @@
 
 mod log;
 mod metrics;
+mod refusals;
 mod rejections;
 mod series;
 
@@ -13,7 +14,8 @@ use std::time::Duration;
 
 pub(crate) use log::{LogOutput, init_logging, init_logging_with};
 pub(crate) use metrics::Metrics;
-pub(crate) use rejections::{Rejection, Rejections};
+pub(crate) use refusals::RefusalCounts;
+pub(crate) use rejections::{Rejection, RejectionView, Rejections};
 pub(crate) use series::{ModelLabel, Series};
 
 /// How a request ended.

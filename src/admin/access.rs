@@ -72,6 +72,46 @@ fn check_token(admin: &Admin, address: IpAddr, given: &[u8], token: &str) -> Res
     Err(Box::new(wrong_token()))
 }
 
+/// What authorizes an answer that goes on for long, such as a stream of events.
+pub(super) enum Credential {
+    /// There is no token.
+    Local,
+    Token(Box<[u8]>),
+    Session(String),
+}
+
+impl Credential {
+    /// The credential of a request that was authorized.
+    pub(super) fn of(actor: Actor, headers: &HeaderMap) -> Self {
+        match actor.by {
+            Identity::Local | Identity::Anonymous => Self::Local,
+            Identity::Token => Self::Token(bearer_token(headers).unwrap_or_default().into()),
+            Identity::Session => {
+                Self::Session(cookie(headers, SESSION_COOKIE).unwrap_or_default().to_owned())
+            }
+        }
+    }
+
+    /// Whether a request with this credential would be authorized now. Does not prolong a session.
+    pub(super) fn is_valid(&self, admin: &Admin) -> bool {
+        let snapshot = admin.state.current();
+        match (self, &snapshot.config.admin.token) {
+            (Self::Local, None) => true,
+            (Self::Token(given), Some(token)) => given.ct_eq(token.expose().as_bytes()).into(),
+            (Self::Session(session), Some(token)) => {
+                admin.access.sessions().is_open(session, token.expose(), clock::now())
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The token of the header `Authorization`; empty if it has another scheme. `None`: there is no such header.
+fn bearer_token(headers: &HeaderMap) -> Option<&[u8]> {
+    let given = headers.get(header::AUTHORIZATION)?;
+    Some(given.as_bytes().strip_prefix(b"Bearer ").unwrap_or_default())
+}
+
 /// Refuses requests that are not allowed. Health checks, the page and signing in always are. With `admin.token` any other
 /// request needs the token or a session. Without it every request to the loopback listener is allowed, but not from web
 /// pages of other sites in a browser on this machine.
@@ -116,8 +156,7 @@ fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<Identity, 
     if is_open {
         return Ok(Identity::Anonymous);
     }
-    if let Some(given) = headers.get(header::AUTHORIZATION) {
-        let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or_default();
+    if let Some(given) = bearer_token(headers) {
         return check_token(admin, address, given, token.expose()).map(|()| Identity::Token);
     }
     let Some(session) = cookie(headers, SESSION_COOKIE) else { return Err(Box::new(wrong_token())) };

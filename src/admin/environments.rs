@@ -7,6 +7,7 @@ use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::ledger::{Account, RedisStatus, Snapshot, Totals};
 use crate::quota::{Quota, QuotaLevel, Window};
+use crate::telemetry::RefusalCounts;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use futures_util::future::join_all;
@@ -38,6 +39,8 @@ pub(super) struct EnvironmentView {
     upstream: String,
     /// Requests and streams that are not settled; on all nodes if the counters are shared.
     in_flight: u64,
+    /// Requests that this node has refused in the last minute.
+    refused_last_minute: u64,
     quotas: Vec<QuotaView>,
     /// Number of quotas that `limit` has left out. Absent: none.
     #[serde(skip_serializing_if = "is_zero")]
@@ -46,6 +49,15 @@ pub(super) struct EnvironmentView {
     /// The state of the shared counters. Absent: the counters belong to this node alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     shared: Option<SharedView>,
+}
+
+/// An environment that has changed.
+#[derive(Serialize, ToSchema)]
+pub(super) struct EnvironmentChange {
+    /// Whether `quotas` has all quotas, and replaces those before. If not, it has those that have changed.
+    complete: bool,
+    #[serde(flatten)]
+    environment: EnvironmentView,
 }
 
 /// Sums since the store began.
@@ -98,6 +110,8 @@ pub(super) struct QuotaView {
     rate: f64,
     /// The moment at which nothing is left if `rate` goes on (RFC 3339). `null`: not before the quota resets.
     exhausts_at: Option<String>,
+    /// Requests that this node has refused in the last minute, because this quota had no room.
+    refused_last_minute: u64,
     /// `file` or `override`. Absent in an explanation.
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<&'static str>,
@@ -117,11 +131,7 @@ pub(super) async fn environments(
         Ok(selection) => selection,
         Err(refusal) => return *refusal,
     };
-    let environments = admin.state.current().environments();
-    join_all(environments.iter().map(|(_, account)| account.refresh())).await;
-    let all =
-        environments.iter().map(|(settings, account)| EnvironmentState::of(settings, account)).collect();
-    selection.answer(all)
+    selection.answer(EnvironmentState::of_all(&admin).await)
 }
 
 /// The environment with this name, and its account.
@@ -143,7 +153,7 @@ pub(super) async fn environment(
     };
     let Some((environment, account)) = find(&admin, &name) else { return unknown_environment() };
     account.refresh().await;
-    selection.answer_one(EnvironmentState::of(&environment, &account))
+    selection.answer_one(EnvironmentState::of(&admin, &environment, &account))
 }
 
 pub(super) fn unknown_environment() -> Response {
@@ -155,19 +165,78 @@ pub(super) fn unknown_environment() -> Response {
 }
 
 /// The state of an environment, as its answer.
-pub(super) fn environment_view(environment: &Arc<Environment>, account: &Account) -> EnvironmentView {
-    EnvironmentState::of(environment, account).view()
+pub(super) fn environment_view(
+    admin: &Admin,
+    environment: &Arc<Environment>,
+    account: &Account,
+) -> EnvironmentView {
+    EnvironmentState::of(admin, environment, account).view()
 }
 
 /// An environment with a snapshot of its counters.
-struct EnvironmentState {
+pub(super) struct EnvironmentState {
     settings: Arc<Environment>,
     snapshot: Snapshot,
+    /// Requests refused in the last minute.
+    refused: u64,
+    /// The same for each quota of the snapshot.
+    refused_by_quota: Vec<u64>,
 }
 
 impl EnvironmentState {
-    fn of(settings: &Arc<Environment>, account: &Account) -> Self {
-        Self { settings: settings.clone(), snapshot: account.snapshot() }
+    /// The present state of all environments, in the order of the config.
+    pub(super) async fn of_all(admin: &Admin) -> Vec<Self> {
+        let environments = admin.state.current().environments();
+        join_all(environments.iter().map(|(_, account)| account.refresh())).await;
+        let refusals = admin.state.rejections.last_minute();
+        environments.iter().map(|(settings, account)| Self::with(settings, account, &refusals)).collect()
+    }
+
+    fn of(admin: &Admin, settings: &Arc<Environment>, account: &Account) -> Self {
+        Self::with(settings, account, &admin.state.rejections.last_minute())
+    }
+
+    fn with(settings: &Arc<Environment>, account: &Account, refusals: &RefusalCounts) -> Self {
+        let snapshot = account.snapshot();
+        let refused = refusals.of_environment(&settings.name);
+        let of_quota = |level: &QuotaLevel| refusals.of_quota(&settings.name, &level.quota);
+        let refused_by_quota = snapshot.levels.iter().map(of_quota).collect();
+        Self { settings: settings.clone(), snapshot, refused, refused_by_quota }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.settings.name
+    }
+
+    /// The change that adds this environment.
+    pub(super) fn as_new(&self) -> EnvironmentChange {
+        EnvironmentChange { complete: true, environment: self.view() }
+    }
+
+    /// What changed since an earlier state of this environment. `None`: nothing.
+    pub(super) fn change_since(&self, before: &Self) -> Option<EnvironmentChange> {
+        let (now, then) = (&self.snapshot, &before.snapshot);
+        let has_same_quotas = now.levels.len() == then.levels.len()
+            && now.levels.iter().zip(&then.levels).all(|(a, b)| a.quota.is_same_as(&b.quota));
+        if !Arc::ptr_eq(&self.settings, &before.settings)
+            || !has_same_quotas
+            || now.overrides != then.overrides
+        {
+            return Some(self.as_new());
+        }
+        let is_changed = |&index: &usize| {
+            let levels = now.levels.get(index).zip(then.levels.get(index));
+            levels.is_some_and(|(now, then)| !is_same_level(now, then))
+                || self.refused_by_quota.get(index) != before.refused_by_quota.get(index)
+        };
+        let changed: Vec<usize> = (0..now.levels.len()).filter(is_changed).collect();
+        let is_same = (now.in_flight, &now.totals, &now.redis, self.refused)
+            == (then.in_flight, &then.totals, &then.redis, before.refused);
+        if changed.is_empty() && is_same {
+            return None;
+        }
+        let environment = EnvironmentView { quotas_omitted: 0, ..self.view_of(&changed) };
+        Some(EnvironmentChange { complete: false, environment })
     }
 
     /// Each quota in the order of the levels, with the share that is used or held.
@@ -175,7 +244,8 @@ impl EnvironmentState {
         self.snapshot.levels.iter().map(used_share)
     }
 
-    fn view(&self) -> EnvironmentView {
+    /// The whole answer.
+    pub(super) fn view(&self) -> EnvironmentView {
         let order: Vec<usize> = (0..self.snapshot.levels.len()).collect();
         self.view_of(&order)
     }
@@ -188,18 +258,26 @@ impl EnvironmentState {
         };
         let view = |&index: &usize| {
             let level = levels.get(index)?;
-            Some(QuotaView::new(level, *at, Some(source(&level.quota))))
+            let refused = self.refused_by_quota.get(index).copied().unwrap_or(0);
+            Some(QuotaView::new(level, *at, refused, Some(source(&level.quota))))
         };
         EnvironmentView {
             name: self.settings.name.clone(),
             upstream: self.settings.upstream.name.clone(),
             in_flight: *in_flight,
+            refused_last_minute: self.refused,
             quotas: quotas.iter().filter_map(view).collect(),
             quotas_omitted: levels.len().saturating_sub(quotas.len()),
             totals: TotalsView::new(totals),
             shared: redis.as_ref().map(SharedView::new),
         }
     }
+}
+
+/// Whether nothing has happened to a quota. Times alone do not count: they follow from the rest.
+fn is_same_level(a: &QuotaLevel, b: &QuotaLevel) -> bool {
+    let amounts = |level: &QuotaLevel| (level.level, level.held, level.used, level.spent_recently);
+    amounts(a) == amounts(b) && a.quota == b.quota
 }
 
 /// The share of a quota that is used or held: more than 1 with debt.
@@ -226,7 +304,12 @@ impl SharedView {
 
 impl QuotaView {
     /// `at`: when the level was read. `source`: where the limit comes from; `None`: the answer does not contain it.
-    pub(super) fn new(level: &QuotaLevel, at: Timestamp, source: Option<&'static str>) -> Self {
+    pub(super) fn new(
+        level: &QuotaLevel,
+        at: Timestamp,
+        refused_last_minute: u64,
+        source: Option<&'static str>,
+    ) -> Self {
         let quota = &level.quota;
         let window = match quota.window {
             Window::Rolling { .. } => "rolling",
@@ -249,6 +332,7 @@ impl QuotaView {
             resets_at: at.plus_ms(level.reset_ms).to_rfc3339(),
             rate: level.rate(),
             exhausts_at: level.exhausted_in_ms().map(|ms| at.plus_ms(ms).to_rfc3339()),
+            refused_last_minute,
             source,
         }
     }

@@ -6,6 +6,7 @@ use crate::error::ProxyError;
 use crate::estimate::PromptPart;
 use crate::proxy::{self, Explanation};
 use crate::quota::{QuotaLevel, Wait};
+use crate::telemetry::RefusalCounts;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Query, State};
@@ -47,7 +48,10 @@ pub(super) async fn explain(
         None => None,
     };
     match proxy::explain(&admin.state, at, index, body).await {
-        Ok(explanation) => Json(ExplanationView::new(&explanation)).into_response(),
+        Ok(explanation) => {
+            let refusals = admin.state.rejections.last_minute();
+            Json(ExplanationView::new(&explanation, &environment, &refusals)).into_response()
+        }
         Err(error) => refusal(error.shape().0, error.code(), &error.to_string()),
     }
 }
@@ -106,7 +110,11 @@ pub(super) struct RequestedQuotaView {
 }
 
 impl ExplanationView {
-    fn new(explanation: &Explanation) -> Self {
+    fn new(explanation: &Explanation, environment: &str, refusals: &RefusalCounts) -> Self {
+        let quota_view = |level: &QuotaLevel| {
+            let refused = refusals.of_quota(environment, &level.quota);
+            RequestedQuotaView::new(level, refused, explanation)
+        };
         let Explanation {
             api,
             model,
@@ -130,7 +138,7 @@ impl ExplanationView {
                 parts: PromptPart::ALL.iter().map(|&part| (part.as_str(), counted.of(part))).collect(),
                 encoding,
             },
-            quotas: forecast.quotas.iter().map(|level| RequestedQuotaView::new(level, explanation)).collect(),
+            quotas: forecast.quotas.iter().map(|level| quota_view(level)).collect(),
             admitted: error.is_none() || !is_enforced,
             retry_after_ms: error.as_ref().and_then(|error| wait_ms(error.shortfalls().first()?.wait)),
             code: error.as_ref().map(ProxyError::code),
@@ -140,11 +148,11 @@ impl ExplanationView {
 }
 
 impl RequestedQuotaView {
-    fn new(level: &QuotaLevel, explanation: &Explanation) -> Self {
+    fn new(level: &QuotaLevel, refused: u64, explanation: &Explanation) -> Self {
         let shortfalls = explanation.error.as_ref().map(ProxyError::shortfalls).unwrap_or_default();
         let shortfall = shortfalls.iter().find(|shortfall| shortfall.quota.is_same_as(&level.quota));
         Self {
-            quota: QuotaView::new(level, explanation.forecast.at, None),
+            quota: QuotaView::new(level, explanation.forecast.at, refused, None),
             requested: explanation.forecast.required.of(level.quota.kind),
             fits: shortfall.is_none(),
             retry_after_ms: shortfall.and_then(|shortfall| wait_ms(shortfall.wait)),

@@ -92,7 +92,7 @@ async fn change_limit(
     };
     audit::record(admin, actor, action).await;
     tracing::info!(environment, %kind, per, scope = scope.scope, name = scope.name, ?limit, "the admin API changed a limit");
-    Json(environment_view(&settings, &account)).into_response()
+    Json(environment_view(admin, &settings, &account)).into_response()
 }
 
 pub(super) async fn reset(
@@ -107,7 +107,7 @@ pub(super) async fn reset(
     let target = audit::environment_target(&environment);
     audit::record(&admin, actor, Action { name: "reset", target, ..Action::default() }).await;
     tracing::info!(environment, "the admin API reset all quotas of this environment");
-    Json(environment_view(&settings, &account)).into_response()
+    Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
 /// The limit and burst in force, for the audit log.

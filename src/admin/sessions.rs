@@ -24,6 +24,12 @@ struct BrowserSession {
     used: Timestamp,
 }
 
+impl BrowserSession {
+    fn is_current(&self, token: &str, now: Timestamp) -> bool {
+        now.ms_since(self.used) < IDLE_MS && bool::from(self.token.ct_eq(&digest(token)))
+    }
+}
+
 /// The cookies of a new session.
 pub(super) struct SessionSecrets {
     pub(super) session: String,
@@ -56,8 +62,7 @@ impl Sessions {
         now: Timestamp,
     ) -> SessionVerdict {
         let Some(known) = self.0.get_mut(&digest(session)) else { return SessionVerdict::Unknown };
-        let is_current = now.ms_since(known.used) < IDLE_MS && bool::from(known.token.ct_eq(&digest(token)));
-        if !is_current {
+        if !known.is_current(token, now) {
             self.0.remove(&digest(session));
             return SessionVerdict::Unknown;
         }
@@ -66,6 +71,11 @@ impl Sessions {
             Some(given) if !bool::from(known.csrf.ct_eq(&digest(given))) => SessionVerdict::Forged,
             _ => SessionVerdict::Allowed,
         }
+    }
+
+    /// Whether this cookie belongs to a session that the token has opened. Does not count as a use of the session.
+    pub(super) fn is_open(&self, session: &str, token: &str, now: Timestamp) -> bool {
+        self.0.get(&digest(session)).is_some_and(|known| known.is_current(token, now))
     }
 
     /// Ends a session.
@@ -112,7 +122,10 @@ mod tests {
         let SessionSecrets { session, .. } = sessions.open("token", now).unwrap();
         assert_eq!(sessions.allow(&session, None, "new token", now), SessionVerdict::Unknown);
         let SessionSecrets { session, .. } = sessions.open("token", now).unwrap();
+        assert!(sessions.is_open(&session, "token", now) && !sessions.is_open(&session, "new token", now));
+        assert!(!sessions.is_open(&session, "token", now.plus_ms(IDLE_MS)));
         sessions.close(&session);
+        assert!(!sessions.is_open(&session, "token", now));
         assert_eq!(sessions.allow(&session, None, "token", now), SessionVerdict::Unknown);
     }
 

@@ -124,6 +124,11 @@ impl Metrics {
         self.last_reload.set(now.0 / 1_000);
     }
 
+    /// When the config in force was loaded, to the second.
+    pub(crate) fn loaded_at(&self) -> Timestamp {
+        Timestamp(self.last_reload.get().saturating_mul(1_000))
+    }
+
     /// Counts a reload that was refused.
     pub(crate) fn reload_failed(&self) {
         self.reload_failures.inc();

@@ -1,19 +1,30 @@
 //! The last requests that a quota or a limit rejected, for the admin API.
 
 use super::Record;
+use super::refusals::{RecentRefusals, RefusalCounts};
 use crate::clock::{self, Timestamp};
 use crate::error::ProxyError;
 use crate::quota::{Shortfall, Wait};
 use serde::Serialize;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use utoipa::ToSchema;
 
 /// Number of rejections that are remembered.
 const MAX_REJECTIONS: usize = 1_000;
 
-/// The last rejections, oldest first.
+/// The last rejections.
 #[derive(Debug, Default)]
-pub(crate) struct Rejections(Mutex<VecDeque<Rejection>>);
+pub(crate) struct Rejections(Mutex<LastRejections>);
+
+#[derive(Debug, Default)]
+struct LastRejections {
+    /// Oldest first.
+    all: VecDeque<Rejection>,
+    /// Number of rejections since the process started.
+    total: u64,
+    recent: RecentRefusals,
+}
 
 /// One rejected request.
 #[derive(Debug)]
@@ -28,7 +39,7 @@ pub(crate) struct Rejection {
 }
 
 /// A rejection as the admin API shows it.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub(crate) struct RejectionView {
     at: String,
     request_id: Box<str>,
@@ -42,7 +53,7 @@ pub(crate) struct RejectionView {
     quotas: Vec<ShortfallView>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 struct ShortfallView {
     scope: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -108,11 +119,36 @@ impl ShortfallView {
 impl Rejections {
     /// Adds a rejection. The oldest one makes room.
     pub(crate) fn add(&self, rejection: Rejection) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() >= MAX_REJECTIONS {
-            all.pop_front();
+        let quotas = rejection.error.shortfalls().iter().map(|shortfall| &shortfall.quota);
+        let mut last = self.lock();
+        last.recent.add(rejection.at, &rejection.environment, quotas);
+        if last.all.len() >= MAX_REJECTIONS {
+            last.all.pop_front();
         }
-        all.push_back(rejection);
+        last.all.push_back(rejection);
+        last.total += 1;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LastRejections> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Number of rejections since the process started.
+    pub(crate) fn total(&self) -> u64 {
+        self.lock().total
+    }
+
+    /// The rejections from number `from` to before number `to`, newest first, at most `limit`.
+    pub(crate) fn between(&self, from: u64, to: u64, limit: usize) -> Vec<RejectionView> {
+        let last = self.lock();
+        let newest_first = (0..last.total).rev().zip(last.all.iter().rev());
+        let selected = newest_first.filter(|(number, _)| (from..to).contains(number)).take(limit);
+        selected.map(|(_, rejection)| rejection.view()).collect()
+    }
+
+    /// The number of refusals in the last minute.
+    pub(crate) fn last_minute(&self) -> RefusalCounts {
+        self.lock().recent.counts(clock::now())
     }
 
     /// The last rejections, newest first; of one environment and caller if they are named.
@@ -122,12 +158,12 @@ impl Rejections {
         environment: Option<&str>,
         caller: Option<&str>,
     ) -> Vec<RejectionView> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.lock();
         let matches = |rejection: &&Rejection| {
             environment.is_none_or(|name| *rejection.environment == *name)
                 && caller.is_none_or(|name| rejection.caller.as_deref() == Some(name))
         };
-        all.iter().rev().filter(matches).take(limit).map(Rejection::view).collect()
+        last.all.iter().rev().filter(matches).take(limit).map(Rejection::view).collect()
     }
 }
 
@@ -154,5 +190,10 @@ mod tests {
         assert_eq!(ids(&rejections.last(1, Some("even"), Some("a"))), ["1096"]);
         assert!(rejections.last(9, Some("odd"), Some("a")).is_empty());
         assert_eq!(ids(&rejections.last(5_000, None, None)).last().unwrap(), "100");
+        assert_eq!(rejections.total(), 1_100);
+        assert_eq!(ids(&rejections.between(1_097, 1_099, 9)), ["1098", "1097"]);
+        assert_eq!(ids(&rejections.between(0, 1_100, 1)), ["1099"]);
+        assert!(rejections.between(0, 100, 9).is_empty());
+        assert_eq!(rejections.last_minute().of_environment("odd"), 550);
     }
 }

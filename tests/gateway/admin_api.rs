@@ -3,6 +3,7 @@
 mod audit;
 mod config;
 mod environments;
+mod events;
 
 use crate::support::*;
 use serde_json::{Value, json};

@@ -11,7 +11,8 @@ use serde_json::Value;
 const MAX_QUOTAS: usize = 400;
 
 /// The fields of an environment that `fields` may name.
-const ENVIRONMENT_FIELDS: &[&str] = &["name", "upstream", "in_flight", "quotas", "totals", "shared"];
+const ENVIRONMENT_FIELDS: &[&str] =
+    &["name", "upstream", "in_flight", "refused_last_minute", "quotas", "totals", "shared"];
 /// The fields of a quota that `fields` may name.
 const QUOTA_FIELDS: &[&str] = &[
     "scope",
@@ -28,6 +29,7 @@ const QUOTA_FIELDS: &[&str] = &[
     "resets_at",
     "rate",
     "exhausts_at",
+    "refused_last_minute",
     "source",
 ];
 

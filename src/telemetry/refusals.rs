@@ -1,0 +1,169 @@
+//! How many requests were refused in the last minute, by environment and by quota.
+
+use crate::clock::Timestamp;
+use crate::quota::Quota;
+use rustc_hash::FxHasher;
+use std::collections::HashMap;
+use std::hash::{Hash as _, Hasher as _};
+
+/// Number of intervals in a minute.
+const SLOTS: usize = 12;
+const SLOT_MS: i64 = 5_000;
+/// Maximum number of environments and quotas with a count. The config bounds their number; this bounds those that reloads
+/// have removed.
+const MAX_COUNTS: usize = 50_000;
+
+/// Refusals of the last minute, counted in intervals.
+#[derive(Debug, Default)]
+pub(super) struct RecentRefusals(HashMap<u64, Intervals>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Intervals {
+    /// The number of the current interval since the Unix epoch.
+    current: i64,
+    counts: [u32; SLOTS],
+}
+
+/// The number of refusals in the last minute.
+#[derive(Debug, Default)]
+pub(crate) struct RefusalCounts(HashMap<u64, u64>);
+
+impl RefusalCounts {
+    /// Refused requests of an environment.
+    pub(crate) fn of_environment(&self, environment: &str) -> u64 {
+        self.get(key(environment, None))
+    }
+
+    /// Requests that this quota of an environment had no room for.
+    pub(crate) fn of_quota(&self, environment: &str, quota: &Quota) -> u64 {
+        // Nearly always nothing was refused, and nothing has to be looked up.
+        if self.0.is_empty() { 0 } else { self.get(key(environment, Some(quota))) }
+    }
+
+    fn get(&self, key: u64) -> u64 {
+        self.0.get(&key).copied().unwrap_or(0)
+    }
+}
+
+/// Identifies a quota of an environment, or the environment itself. Two of them have the same number with a probability of
+/// less than 1 in 10^9.
+fn key(environment: &str, quota: Option<&Quota>) -> u64 {
+    let mut hasher = FxHasher::default();
+    environment.hash(&mut hasher);
+    if let Some(quota) = quota {
+        let kind = quota.kind.as_str();
+        (quota.scope.as_str(), quota.scope.name(), kind, &quota.per.text).hash(&mut hasher);
+    }
+    hasher.finish()
+}
+
+impl Intervals {
+    /// Moves to the interval of `now`, and sets those in between to zero.
+    fn advance(&mut self, now: Timestamp) {
+        let now = now.0.div_euclid(SLOT_MS);
+        let passed = now.saturating_sub(self.current);
+        // After a step back of the clock, counting continues in the interval that was the last one.
+        for n in 1..=passed.clamp(0, SLOTS as i64) {
+            self.counts[slot(now - passed + n)] = 0;
+        }
+        if passed >= SLOTS as i64 || passed < -(SLOTS as i64) {
+            self.counts = [0; SLOTS];
+            self.current = now;
+        }
+        self.current = self.current.max(now);
+    }
+
+    fn sum(&self) -> u64 {
+        self.counts.iter().map(|n| u64::from(*n)).sum()
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // less than SLOTS
+fn slot(interval: i64) -> usize {
+    interval.rem_euclid(SLOTS as i64) as usize
+}
+
+impl RecentRefusals {
+    /// Counts a refused request of an environment. `quotas`: those that had no room.
+    pub(super) fn add<'q>(
+        &mut self,
+        now: Timestamp,
+        environment: &str,
+        quotas: impl Iterator<Item = &'q Quota>,
+    ) {
+        self.count(now, key(environment, None));
+        quotas.for_each(|quota| self.count(now, key(environment, Some(quota))));
+    }
+
+    fn count(&mut self, now: Timestamp, key: u64) {
+        if self.0.len() >= MAX_COUNTS && !self.0.contains_key(&key) {
+            self.remove_old(now);
+            if self.0.len() >= MAX_COUNTS {
+                return;
+            }
+        }
+        let intervals = self.0.entry(key).or_default();
+        intervals.advance(now);
+        let count = &mut intervals.counts[slot(intervals.current)];
+        *count = count.saturating_add(1);
+    }
+
+    fn remove_old(&mut self, now: Timestamp) {
+        self.0.retain(|_, intervals| {
+            intervals.advance(now);
+            intervals.sum() > 0
+        });
+    }
+
+    /// The counts at this time.
+    pub(super) fn counts(&mut self, now: Timestamp) -> RefusalCounts {
+        self.remove_old(now);
+        RefusalCounts(self.0.iter().map(|(key, intervals)| (*key, intervals.sum())).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quota::{Kind, Period, Scope, Window};
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp((1_800_000_000 + seconds) * 1_000)
+    }
+
+    fn quota(name: &str) -> Quota {
+        let per = Period { text: "minute".into(), ms: 60_000 };
+        let scope = Scope::Caller(name.into());
+        Quota { scope, kind: Kind::Requests, limit: 1, per, window: Window::Rolling { burst: 1 } }
+    }
+
+    #[test]
+    fn refusals_are_counted_for_a_minute_by_environment_and_quota() {
+        let mut refusals = RecentRefusals::default();
+        let (a, b) = (quota("a"), quota("b"));
+        refusals.add(at(0), "x", [&a, &b].into_iter());
+        refusals.add(at(30), "x", std::iter::once(&a));
+        refusals.add(at(31), "y", std::iter::empty());
+        let counts = refusals.counts(at(54));
+        assert_eq!(
+            (counts.of_environment("x"), counts.of_environment("y"), counts.of_environment("z")),
+            (2, 1, 0)
+        );
+        assert_eq!((counts.of_quota("x", &a), counts.of_quota("x", &b), counts.of_quota("y", &a)), (2, 1, 0));
+        let counts = refusals.counts(at(60));
+        assert_eq!((counts.of_environment("x"), counts.of_quota("x", &b)), (1, 0));
+        assert_eq!(refusals.counts(at(100)).of_environment("x"), 0);
+        assert!(refusals.0.is_empty());
+    }
+
+    #[test]
+    fn a_clock_that_steps_back_counts_on() {
+        let mut refusals = RecentRefusals::default();
+        refusals.add(at(1_000), "x", std::iter::empty());
+        refusals.add(at(990), "x", std::iter::empty());
+        assert_eq!(refusals.counts(at(1_000)).of_environment("x"), 2);
+        refusals.add(at(0), "x", std::iter::empty());
+        assert_eq!(refusals.counts(at(1)).of_environment("x"), 1);
+        assert_eq!(refusals.counts(at(61)).of_environment("x"), 0);
+    }
+}
