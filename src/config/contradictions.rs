@@ -8,16 +8,14 @@ use crate::quota::{Quota, Scope};
 /// Warns about quotas of models that the allow-list forbids, and about quotas of callers that the environment's own
 /// quota makes unreachable.
 pub(super) fn warn(environment: &Section<'_>, models: &[Glob], quotas: &[Quota]) {
-    if let Some(section) = environment.get("model_quotas").and_then(|s| s.map("a mapping")) {
+    if let Some(section) = environment.get("model_quotas").and_then(|s| s.as_map()) {
         for (key, setting) in section.entries().filter(|(key, _)| !models.is_empty() && !key.name.is_empty())
         {
             warn_of_forbidden(&setting, &Glob::new(&key.name), models);
         }
     }
     for caller in environment.get("keys").and_then(|s| s.list()).unwrap_or_default() {
-        let Some(section) =
-            caller.map("a mapping").and_then(|s| s.get("quotas")).and_then(|s| s.map("a mapping"))
-        else {
+        let Some(section) = caller.as_map().and_then(|s| s.get("quotas")).and_then(|s| s.as_map()) else {
             continue;
         };
         for (kind, setting) in section.entries() {
@@ -36,7 +34,7 @@ fn warn_of_forbidden(setting: &Setting<'_>, pattern: &Glob, models: &[Glob]) {
 
 /// `setting`: one quota of a caller.
 fn warn_of_unreachable(setting: &Setting<'_>, kind: &str, quotas: &[Quota]) {
-    let Some(section) = setting.map("a mapping") else { return };
+    let Some(section) = setting.as_map() else { return };
     let text = |name: &str| section.get(name).and_then(|s| s.text());
     let (Some(limit), Some(per)) =
         (text("limit").and_then(units::amount), text("per").and_then(units::duration))

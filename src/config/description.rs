@@ -16,6 +16,29 @@ impl SectionSpec {
     pub(super) fn key(&self, name: &str) -> Option<&'static KeySpec> {
         self.keys.iter().find(|key| key.name == name)
     }
+
+    /// A mapping with the required keys; without such keys one with the first default.
+    pub(super) fn example(&self) -> String {
+        let entry = |key: &KeySpec| match (&key.default, &key.value) {
+            (DefaultSpec::Required(_), ValueSpec::Names(..)) => Some(format!("{}: {{ ... }}", key.name)),
+            // Some examples contain the key already.
+            (DefaultSpec::Required(example), _) if example.starts_with(key.name) => {
+                Some((*example).to_owned())
+            }
+            (DefaultSpec::Required(example), _) => Some(format!("{}: {example}", key.name)),
+            _ => None,
+        };
+        let required: Vec<String> = self.keys.iter().filter_map(entry).collect();
+        let with_default = |key: &KeySpec| match key.default {
+            DefaultSpec::Value(text) => Some(format!("{}: {text}", key.name)),
+            _ => None,
+        };
+        match (required.is_empty(), self.keys.iter().find_map(with_default)) {
+            (false, _) => format!("{{ {} }}", required.join(", ")),
+            (true, Some(default)) => format!("{{ {default} }}"),
+            (true, None) => format!("{{ {}: ... }}", self.keys.first().map_or("", |key| key.name)),
+        }
+    }
 }
 
 /// One setting.

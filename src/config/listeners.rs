@@ -93,10 +93,7 @@ pub(super) fn read(top: &Section<'_>) -> (ServerSettings, AdminSettings) {
 }
 
 fn check_addresses(top: &Section<'_>, server: &ServerSettings, admin: &AdminSettings) {
-    let listen = |name: &str| match top.get(name)?.node.value {
-        YamlValue::Map(_) => top.get(name)?.map("a mapping")?.get("listen"),
-        _ => None,
-    };
+    let listen = |name: &str| top.get(name)?.as_map()?.get("listen");
     if server.listen == admin.listen
         && server.listen.port() != 0
         && let Some(setting) = listen("admin").or_else(|| listen("server"))

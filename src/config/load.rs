@@ -176,7 +176,7 @@ fn read(root: &Setting<'_>) -> Option<Config> {
 /// file, also with those that have faults.
 fn default_environment(top: &Section<'_>, environments: &[Arc<Environment>]) -> Option<usize> {
     let setting = top.get("default_environment")?;
-    let section = top.get("environments").and_then(|setting| setting.map("a mapping"));
+    let section = top.get("environments").and_then(|setting| setting.as_map());
     let names = section.map_or(Vec::new(), |section| section.names());
     let name = names[setting.index_of_name("environment", &names)?];
     environments.iter().position(|environment| environment.name == name)

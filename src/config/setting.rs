@@ -4,12 +4,16 @@ use super::description::{DefaultSpec, KeySpec, SectionSpec, ValueSpec, Word};
 use super::fault::{Findings, Location};
 use super::tree::{YamlKey, YamlNode, YamlScalar, YamlValue, join};
 use super::{Secret, units};
+use crate::similar::most_similar;
 use http::HeaderValue;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Maximum length of a secret that is sent in a header. Servers accept about as much in all headers together.
 const MAX_SECRET_BYTES: usize = 8 * 1024;
+
+/// Maximum number of unknown keys of a section that are compared with a missing one.
+const MAX_COMPARED_KEYS: usize = 100;
 
 /// A node of the tree together with its path, such as `environments.staging.quotas`.
 #[derive(Clone)]
@@ -56,7 +60,10 @@ impl<'n> Setting<'n> {
 
     /// A mapping whose keys are settings. Each key that the description does not contain is a fault.
     pub(super) fn section(&self, spec: &'static SectionSpec) -> Option<Section<'n>> {
-        let section = self.map("a mapping")?;
+        let Some(section) = self.as_map() else {
+            self.fault_wrong_type(&format!("a mapping such as {}", spec.example()));
+            return None;
+        };
         for (key, _) in section.entries.iter().filter(|(key, _)| spec.key(&key.name).is_none()) {
             let known: Vec<&str> = spec.keys.iter().map(|key| key.name).collect();
             let suggestion = self.findings.suggestion(&key.name, &known);
@@ -71,10 +78,16 @@ impl<'n> Setting<'n> {
 
     /// A mapping whose keys are declared names.
     pub(super) fn map(&self, expected: &str) -> Option<Section<'n>> {
-        let YamlValue::Map(entries) = &self.node.value else {
+        let section = self.as_map();
+        if section.is_none() {
             self.fault_wrong_type(expected);
-            return None;
-        };
+        }
+        section
+    }
+
+    /// A mapping. `None`: the value is not a mapping, and the fault is recorded elsewhere.
+    pub(super) fn as_map(&self) -> Option<Section<'n>> {
+        let YamlValue::Map(entries) = &self.node.value else { return None };
         Some(Section {
             entries,
             spec: None,
@@ -253,10 +266,18 @@ impl<'n> Section<'n> {
     /// Like `require`, with an example that depends on the file.
     pub(super) fn require_as(&self, name: &str, example: &str) -> Option<Setting<'n>> {
         let setting = self.get(name);
-        if setting.is_none() {
+        if setting.is_none() && !self.has_misspelt(name) {
             self.fault(format!("\"{name}\" is missing; for example: {example}"));
         }
         setting
+    }
+
+    /// Whether an unknown key of this section is most similar to `name`. Its fault suggests that name already.
+    fn has_misspelt(&self, name: &str) -> bool {
+        let Some(spec) = self.spec else { return false };
+        let known: Vec<&str> = spec.keys.iter().map(|key| key.name).collect();
+        let unknown = self.entries.iter().filter(|(key, _)| spec.key(&key.name).is_none());
+        unknown.take(MAX_COMPARED_KEYS).any(|(key, _)| most_similar(&key.name, &known) == Some(name))
     }
 
     /// The description of a key.

@@ -10,7 +10,7 @@ const UNSUPPORTED: &[(&str, &str, &str)] = &[("server", "tls", "the gateway serv
 /// Warns about every setting that has no effect yet.
 pub(super) fn warn_unsupported(top: &Section<'_>) {
     for (section, name, instead) in UNSUPPORTED {
-        let section = top.get(section).and_then(|section| section.map("a mapping"));
+        let section = top.get(section).and_then(|section| section.as_map());
         if let Some(setting) = section.and_then(|section| section.get(name)) {
             setting.warn(format!("this setting has no effect in this version: {instead}; remove it"));
         }

@@ -40,8 +40,18 @@ pub(super) fn parse(text: &str, findings: &Findings) -> Option<YamlNode> {
                 tree.on_event(event, Location::File(span.start.line(), span.start.col() + 1))?;
             }
             Err(error) => {
-                let location = Location::File(error.marker().line(), error.marker().col() + 1);
-                findings.fault(&location, &tree.path(), format!("this is not YAML: {}", error.info()));
+                let (line, column) = (error.marker().line(), error.marker().col() + 1);
+                match tab_of_indentation(text, line) {
+                    Some(line) => findings.fault(
+                        &Location::File(line, 1),
+                        "",
+                        "this line is indented with a tab, which YAML does not permit; use spaces",
+                    ),
+                    None => {
+                        let message = format!("this is not YAML: {}", error.info());
+                        findings.fault(&Location::File(line, column), &tree.path(), message);
+                    }
+                }
                 return None;
             }
         }
@@ -51,6 +61,14 @@ pub(super) fn parse(text: &str, findings: &Findings) -> Option<YamlNode> {
         None => Some(YamlNode::empty_map(Location::File(1, 1))),
         root => root,
     }
+}
+
+/// The line with an error, or the line after it, if a tab indents it. The parser reports the line before.
+fn tab_of_indentation(text: &str, line: usize) -> Option<usize> {
+    let indentation = |line: &str| line.len() - line.trim_start_matches([' ', '\t']).len();
+    let lines = text.lines().enumerate().skip(line.saturating_sub(1)).take(2);
+    let mut with_tab = lines.filter(|(_, line)| line[..indentation(line)].contains('\t'));
+    with_tab.next().map(|(at, _)| at + 1)
 }
 
 struct TreeBuilder<'a> {

@@ -70,7 +70,7 @@ fn an_impossible_quota_is_refused() {
             "two quotas with the same period",
         ),
         (with_quota("{ limit: 5, per: minute, windw: rolling }"), "did you mean \"window\"?"),
-        (with_quota("5"), "this must be a mapping, not a single value"),
+        (with_quota("5"), "this must be a mapping such as { limit: 200k, per: minute }, not a single value"),
         (with_quota("[]"), "this list is empty; add a quota or remove the key"),
         (with_quota(""), "environments.prod.quotas.requests: the value is missing"),
     ]);
@@ -85,6 +85,8 @@ fn an_unknown_key_is_reported_with_a_similar_or_all_known_keys() {
         ),
         (top("severs: {}"), "t.yaml:7:1: unknown key \"severs\"; did you mean \"server\"?"),
         (top("store: { colour: 1 }"), "known names: path, history, memory, redis"),
+        // The required key is not reported as missing too.
+        (MINIMAL.replace("environments:", "enviroments:"), "did you mean \"environments\"?"),
         (with("quota: { windw: 1 }"), "environments.prod: unknown key \"quota\"; did you mean \"quotas\"?"),
         (
             "x: 1".to_owned() + "\n" + MINIMAL,
@@ -138,7 +140,7 @@ fn an_invalid_environment_is_refused() {
         ),
         (
             MINIMAL.split("    upstream").next().unwrap().to_owned(),
-            "this must be a mapping, not an empty value",
+            "this must be a mapping such as { upstream: openai }, not an empty value",
         ),
     ]);
 }
@@ -192,7 +194,7 @@ fn every_caller_needs_a_unique_name_and_a_unique_key() {
             "environments.two.keys[0]: this key is already used at environments.prod.keys[0]",
         ),
         (with("keys:"), "environments.prod.keys: the value is missing"),
-        (keys("just-a-key"), "this must be a mapping"),
+        (keys("just-a-key"), "this must be a mapping such as { name: web-app }"),
     ]);
 }
 
@@ -297,11 +299,16 @@ fn invalid_listeners_stores_and_models_are_refused() {
 fn a_config_is_one_yaml_mapping() {
     check(&[
         (top("# \0"), "t.yaml:7:1: this line contains the character \\u{0}"),
-        ("- a\n- b\n".into(), "t.yaml:1:1: this must be a mapping, not a list"),
-        ("just words".into(), "this must be a mapping, not a single value"),
+        (
+            "- a\n- b\n".into(),
+            "t.yaml:1:1: this must be a mapping such as { upstreams: { ... }, environments: { ... } }, not a list",
+        ),
+        ("just words".into(), "environments: { ... } }, not a single value"),
         ("a: b\n---\na: c\n".into(), "t.yaml:2:1: a second YAML document begins here"),
         ("a: [1, 2\nb: c".into(), "this is not YAML"),
-        ("server:\n\tlisten: x".into(), "t.yaml:2:2: server: this is not YAML"),
+        ("server:\n\tlisten: x".into(), "t.yaml:2:1: this line is indented with a tab"),
+        ("server:\n  listen: x\n \tx: y".into(), "t.yaml:3:1: this line is indented with a tab"),
+        (with("reserve: adaptive"), "such as { prompt: estimate }, not a single value"),
         (top("? [a]\n: b"), "a key must be a single word"),
         (top("server: {}\nserver: {}"), "t.yaml:8:1: the key \"server\" is set twice"),
         (
