@@ -25,25 +25,27 @@ export function cookie(name) {
 /** Whether this browser has signed in. */
 export const hasSession = () => cookie("tollgate_csrf") !== "";
 
-/** Sends a request. Returns the answer's JSON, or its text if it is not JSON. Throws `ApiError`. */
-export async function call(method, path, body) {
-  const headers = {};
-  if (body !== undefined) headers["content-type"] = "application/json";
+/** Sends a request. Returns the answer, whose body is not read yet. Throws `ApiError`. */
+export async function open(method, path, options = {}) {
+  const headers = { ...options.headers };
   if (method !== "GET" && hasSession()) headers["x-tollgate-csrf"] = cookie("tollgate_csrf");
-  let answer, text;
-  try {
-    answer = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
-    text = await answer.text();
-  } catch {
+  const answer = await fetch(path, { ...options, method, headers }).catch((error) => {
+    if (error.name === "AbortError") throw error;
     throw new ApiError(0, "unreachable", "The gateway does not answer.");
-  }
-  const isJson = (answer.headers.get("content-type") ?? "").includes("json");
-  const content = isJson && text !== "" ? JSON.parse(text) : text;
-  if (answer.ok) return content;
-  const retryAfter = Number(answer.headers.get("retry-after")) || 0;
-  const { code = "", message = `The gateway answered with status ${answer.status}.` } = content?.error ?? {};
+  });
+  if (answer.ok) return answer;
+  const { error } = await answer.json().catch(() => ({}));
   if (answer.status === 401 && path !== "/api/session") onSignInNeeded();
-  throw new ApiError(answer.status, code, message, retryAfter);
+  const message = error?.message ?? `The gateway answered with status ${answer.status}.`;
+  throw new ApiError(answer.status, error?.code ?? "", message, Number(answer.headers.get("retry-after")) || 0);
+}
+
+/** Sends a request. Returns the JSON of the answer, or its text if it is not JSON. Throws `ApiError`. */
+export async function call(method, path, body) {
+  const options = body === undefined ? {} : { body: JSON.stringify(body), headers: { "content-type": "application/json" } };
+  const answer = await open(method, path, options);
+  const isJson = (answer.headers.get("content-type") ?? "").includes("json");
+  return isJson ? answer.json() : answer.text();
 }
 
 export const get = (path) => call("GET", path);

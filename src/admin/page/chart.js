@@ -40,11 +40,11 @@ export function ticks(top) {
   return Array.from({ length: Math.ceil(top / step - 1e-9) + 1 }, (_, n) => n * step);
 }
 
-const BOX = { width: 860, height: 260, left: 56, right: 12, top: 12, bottom: 28 };
+const BOX = { left: 52, right: 12, top: 12, bottom: 28 };
 
-/** The area of a chart with a vertical axis up to `top`. */
-function frame(top, format, label) {
-  const { width, height, left, right, bottom } = BOX;
+/** The area of a chart with a vertical axis up to `top`. A unit is a pixel if the chart is as wide as it was drawn for. */
+function frame({ width, height, top, format, label }) {
+  const { left, right, bottom } = BOX;
   const marks = ticks(top);
   const scale = marks.at(-1) || 1;
   const y = (value) => height - bottom - ((height - bottom - BOX.top) * value) / scale;
@@ -57,11 +57,11 @@ function frame(top, format, label) {
 }
 
 /** Labels below the horizontal axis, at most one each 90 units. */
-function axisLabels(labels, inner) {
+function axisLabels(labels, inner, y) {
   const each = Math.ceil(labels.length / Math.max(1, Math.floor(inner / 90)));
   const slot = inner / labels.length;
   return labels.flatMap((label, n) =>
-    n % each === 0 ? [svg("text", { class: "axis middle", x: fixed(BOX.left + slot * (n + 0.5)), y: BOX.height - 8 }, label)] : [],
+    n % each === 0 ? [svg("text", { class: "axis middle", x: fixed(BOX.left + slot * (n + 0.5)), y }, label)] : [],
   );
 }
 
@@ -69,9 +69,10 @@ function axisLabels(labels, inner) {
  * Stacked columns. `columns`: `{label, values}`, a value for each series; `series`: their names.
  * Series differ by colour and by pattern of their edge; each part has a tooltip.
  */
-export function stackedColumns({ columns, series, label, format }) {
+export function stackedColumns({ columns, series, label, format, width: total, height }) {
   const sum = (values) => values.reduce((total, value) => total + value, 0);
-  const { element, y, inner } = frame(Math.max(0, ...columns.map((column) => sum(column.values))), format, label);
+  const top = Math.max(0, ...columns.map((column) => sum(column.values)));
+  const { element, y, inner } = frame({ width: total, height, top, format, label });
   const slot = inner / columns.length;
   const width = Math.max(1, Math.min(48, slot * 0.78));
   columns.forEach((column, n) => {
@@ -86,7 +87,7 @@ export function stackedColumns({ columns, series, label, format }) {
       );
     });
   });
-  element.append(...axisLabels(columns.map((column) => column.label), inner));
+  element.append(...axisLabels(columns.map((column) => column.label), inner, height - 8));
   return element;
 }
 
@@ -94,8 +95,8 @@ export function stackedColumns({ columns, series, label, format }) {
  * What is left of a calendar quota: from its whole limit at the begin of the period to now, and on at the present rate.
  * `points`: `{at, left}`; `forecast`: `{at, left}` where the line ends.
  */
-export function burnDown({ begin, end, limit, points, forecast, label, format, formatTime }) {
-  const { element, y, inner } = frame(limit, format, label);
+export function burnDown({ begin, end, limit, points, forecast, label, format, formatTime, width, height }) {
+  const { element, y, inner } = frame({ width, height, top: limit, format, label });
   const x = (at) => BOX.left + (inner * (at - begin)) / (end - begin);
   const line = (from) => from.map(({ at, left }) => [x(at), y(Math.max(0, left))]);
   element.append(
@@ -104,8 +105,10 @@ export function burnDown({ begin, end, limit, points, forecast, label, format, f
     svg("path", { class: "forecast-line", d: path(line([points.at(-1), forecast])) }),
     svg("circle", { class: "burn-now", r: 4, cx: fixed(x(points.at(-1).at)), cy: fixed(y(Math.max(0, points.at(-1).left))) }),
   );
-  const labels = [0, 0.25, 0.5, 0.75, 1].map((share) => begin + share * (end - begin));
-  element.append(...labels.map((at, n) =>
-    svg("text", { class: `axis ${["start", "middle", "middle", "middle", "end"][n]}`, x: fixed(x(at)), y: BOX.height - 8 }, formatTime(at))));
+  const labels = [[0, "start"], [0.33, "middle"], [0.67, "middle"], [1, "end"]];
+  element.append(...labels.map(([share, side]) => {
+    const at = begin + share * (end - begin);
+    return svg("text", { class: `axis ${side}`, x: fixed(x(at)), y: height - 8 }, formatTime(at));
+  }));
   return element;
 }

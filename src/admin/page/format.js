@@ -110,6 +110,9 @@ export const quotaName = (quota) =>
 /** `tokens` or `requests`. */
 export const unitOf = (kind) => (kind === "requests" ? "requests" : "tokens");
 
+/** `1 request`, `400,000 tokens`. */
+export const amountOf = (value, kind) => count(value, unitOf(kind).slice(0, -1));
+
 const FACTORS = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
 
 /** The amount that a text means: `400000`, `400,000`, `400k`, `1.5M`. `null`: it is none. */

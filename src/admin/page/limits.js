@@ -3,7 +3,7 @@
 import { call, get } from "./api.js";
 import { el, replaceIfNew, setText, setVisible } from "./dom.js";
 import { count } from "./format.js";
-import { live, takeEnvironment } from "./live.js";
+import { live, showEnvironment } from "./live.js";
 import { QuotaForm } from "./quota_form.js";
 import { periodMs } from "./quota_rows.js";
 
@@ -69,7 +69,7 @@ class EnvironmentCard {
   async #setEnforce() {
     const enforce = this.enforce.checked;
     try {
-      takeEnvironment(await call("PATCH", `/api/environments/${encodeURIComponent(this.name)}`, { enforce }));
+      showEnvironment(await call("PATCH", `/api/environments/${encodeURIComponent(this.name)}`, { enforce }));
       setText(this.status, enforce ? "Quotas are enforced." : "Shadow mode: quotas count and refuse nothing.");
       this.onSaved();
     } catch (error) {

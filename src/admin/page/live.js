@@ -1,16 +1,16 @@
 // The state of the gateway in this tab: one snapshot, then one event stream with what changes.
 // The stream is closed while the page is hidden, and opened again with growing pauses after it broke.
 
-import { ApiError, get, setSignInHandler } from "./api.js";
+import { ApiError, get, open, setSignInHandler } from "./api.js";
 import { quotaName } from "./format.js";
 
 /** Number of refusals that the gateway and the page keep. */
 export const MAX_REFUSALS = 1_000;
 /** The gateway sends a heartbeat each 15 s. */
 const SILENCE_MS = 40_000;
+/** Pauses before the page connects again: they double. */
+const MIN_PAUSE_MS = 1_000;
 const MAX_PAUSE_MS = 15_000;
-/** Without an event stream the page requests a snapshot this often. */
-const POLL_MS = 2_000;
 /** How far back the sum of all tokens is remembered, for the curve of tokens a second. */
 const MAX_SAMPLES = 240;
 
@@ -20,8 +20,6 @@ class QuotaRecord {
     this.environment = environment;
     this.label = `${environment} · ${quotaName(json)}`;
     this.search = this.label.toLowerCase();
-    /** Requests that this quota refused in the last minute. */
-    this.refused = 0;
     /** `spent`, `refusing`, `running-out`, `fine` or `unlimited`. */
     this.state = "fine";
     this.update(json);
@@ -34,19 +32,14 @@ class QuotaRecord {
 
   update(json) {
     this.json = json;
+    /** Requests that this quota refused in the last minute. */
+    this.refused = json.refused_last_minute ?? 0;
     this.exhaustsAt = json.exhausts_at ? Date.parse(json.exhausts_at) : null;
     this.resetsAt = json.resets_at ? parseMoment(json.resets_at) : Date.now() + 1_000 * json.reset_seconds;
     this.zone = zoneOf(json);
     this.isUnlimited = json.unlimited === true || json.limit === null || json.limit === "unlimited";
     this.isSpent = !this.isUnlimited && json.level <= 0;
     this.share = this.isUnlimited ? 0 : Math.max(0, (json.burst - json.level) / json.burst);
-    this.#assess();
-  }
-
-  /** Sets the number of refusals in the last minute. */
-  setRefused(refused) {
-    if (this.refused === refused) return;
-    this.refused = refused;
     this.#assess();
   }
 
@@ -88,9 +81,10 @@ export const live = {
   isLoaded: false,
   /** `null` while connected. */
   lostSince: null,
-  nextAttempt: 0,
-  /** Why the snapshot could not be loaded, in words. */
+  /** Why the gateway refused the event stream, in words. */
   fault: null,
+  /** `{loaded_at, faults}`: the faults of the config that was refused last. */
+  config: null,
 };
 
 const listeners = new Set();
@@ -105,25 +99,35 @@ function notify(what) {
   for (const listener of listeners) listener(what);
 }
 
-function upsert(json) {
+/** Takes the state of an environment over. Returns whether its quotas are others now. */
+function takeEnvironment(json) {
   const known = live.environments.get(json.name);
   if (!known) {
-    const quotas = json.quotas.map((quota) => new QuotaRecord(json.name, quota));
-    live.environments.set(json.name, { json, quotas });
+    live.environments.set(json.name, { json, quotas: json.quotas.map((quota) => new QuotaRecord(json.name, quota)) });
     return true;
   }
   known.json = json;
-  const isSame = known.quotas.length === json.quotas.length && json.quotas.every((quota, n) => known.quotas[n].isOf(quota));
-  if (isSame) {
-    json.quotas.forEach((quota, n) => known.quotas[n].update(quota));
+  // Quotas keep their order, so that each one is found at its place or behind it.
+  let place = 0;
+  const find = (quota) => {
+    for (let n = place; n < known.quotas.length; n += 1) {
+      if (!known.quotas[n].isOf(quota)) continue;
+      place = n + 1;
+      return known.quotas[n];
+    }
+    return undefined;
+  };
+  if (json.complete === false) {
+    for (const quota of json.quotas) find(quota)?.update(quota);
     return false;
   }
+  const before = known.quotas;
   known.quotas = json.quotas.map((quota) => {
-    const record = known.quotas.find((other) => other.isOf(quota));
+    const record = find(quota) ?? before.find((other) => other.isOf(quota));
     record?.update(quota);
     return record ?? new QuotaRecord(json.name, quota);
   });
-  return true;
+  return known.quotas.length !== before.length || known.quotas.some((record, n) => record !== before[n]);
 }
 
 function rebuild() {
@@ -131,40 +135,22 @@ function rebuild() {
   live.version += 1;
 }
 
-/** Takes environments over. `isAll`: others no longer exist. */
-function takeEnvironments(environments, isAll) {
-  let hasNew = false;
-  for (const json of environments) hasNew = upsert(json) || hasNew;
-  if (isAll && environments.length !== live.environments.size) {
-    const names = new Set(environments.map((json) => json.name));
-    for (const name of live.environments.keys()) if (!names.has(name)) live.environments.delete(name);
-    hasNew = true;
+/** Takes environments over. `order`: the names of all, if it has changed; others no longer exist. */
+function takeEnvironments(environments, order) {
+  let isNew = false;
+  for (const json of environments) isNew = takeEnvironment(json) || isNew;
+  if (order && order.join("\n") !== [...live.environments.keys()].join("\n")) {
+    const known = live.environments;
+    live.environments = new Map(order.filter((name) => known.has(name)).map((name) => [name, known.get(name)]));
+    isNew = true;
   }
-  if (hasNew) rebuild();
-}
-
-function remove(names) {
-  if (names.filter((name) => live.environments.delete(name)).length > 0) rebuild();
+  if (isNew) rebuild();
 }
 
 function takeRefusals(newest) {
-  const known = new Set(live.refusals.slice(0, newest.length + 50).map((refusal) => refusal.request_id + refusal.at));
+  const known = new Set(live.refusals.slice(0, newest.length + 100).map((refusal) => refusal.request_id + refusal.at));
   const fresh = newest.filter((refusal) => !known.has(refusal.request_id + refusal.at));
   if (fresh.length > 0) live.refusals = fresh.concat(live.refusals).slice(0, MAX_REFUSALS);
-}
-
-/** Counts the refusals of the last minute, by quota. */
-function countRefusals() {
-  const since = Date.now() - 60_000;
-  const counts = new Map();
-  for (const refusal of live.refusals) {
-    if (Date.parse(refusal.at) < since) break;
-    for (const quota of refusal.quotas) {
-      const label = `${refusal.environment} · ${quotaName(quota)}`;
-      counts.set(label, (counts.get(label) ?? 0) + 1);
-    }
-  }
-  for (const quota of live.quotas) quota.setRefused(counts.get(quota.label) ?? 0);
 }
 
 function sample() {
@@ -180,79 +166,60 @@ function sample() {
 function apply(change) {
   const start = performance.now();
   change();
-  countRefusals();
   sample();
   notify("state");
   performance.clearMeasures("update");
   performance.measure("update", { start });
 }
 
-/** Loads everything. Views call it after a change that they made. */
-export async function refresh() {
-  const [{ environments }, refusals] = await Promise.all([
-    get("/api/environments"),
-    get(`/api/rejections?limit=${MAX_REFUSALS}`).catch((error) => {
-      if (error.status === 401) throw error;
-      return { rejections: [] };
-    }),
-  ]);
-  live.isLoaded = true;
-  live.fault = null;
-  apply(() => {
-    takeEnvironments(environments, true);
-    takeRefusals(refusals.rejections);
-  });
+/** Shows the answer to a change of limits before the next event does. */
+export function showEnvironment(json) {
+  if (json?.quotas) apply(() => takeEnvironments([json]));
 }
 
-/** Takes over one environment, as the answer to a change has it. */
-export function takeEnvironment(json) {
-  if (json?.quotas) apply(() => takeEnvironments([json], false));
-}
-
+/** An event: `snapshot` has the whole state, `update` what has changed since. */
 function onEvent(name, data) {
-  if (name === "config" || data.config) notify("config");
+  if (name === "snapshot") data.order = data.environments.map((json) => json.name);
+  if (name !== "snapshot" && name !== "update") return;
+  live.isLoaded = true;
   apply(() => {
-    if (data.environments) takeEnvironments(data.environments, data.all === true);
-    if (data.removed) remove(data.removed);
-    if (data.rejections) takeRefusals(data.rejections);
+    takeEnvironments(data.environments ?? [], data.order);
+    takeRefusals(data.rejections ?? []);
   });
+  if (data.config) {
+    live.config = data.config;
+    notify("config");
+  }
+  if (name === "snapshot") loadRefusals();
+}
+
+/** Loads the refusals that a snapshot leaves out. */
+async function loadRefusals() {
+  const { rejections } = await get(`/api/rejections?limit=${MAX_REFUSALS}`).catch(() => ({ rejections: [] }));
+  if (rejections.length < live.refusals.length) return;
+  live.refusals = rejections;
+  notify("state");
 }
 
 let abort = null;
 let timer = 0;
-let pause = 1_000;
+let pause = MIN_PAUSE_MS;
 
 /** Connects, and connects again whenever the stream ends. */
-async function connect() {
+export async function connect() {
   disconnect();
   const { signal } = (abort = new AbortController());
-  let canStream = true;
   try {
-    await refresh();
-    if (signal.aborted) return;
-    canStream = await readEvents(signal);
+    await readEvents(signal);
+    live.fault = null;
   } catch (error) {
-    if (signal.aborted) return;
-    if (error.status === 401) return disconnect();
-    live.fault = error instanceof ApiError ? error.message : "The connection to the gateway broke.";
+    if (signal.aborted || error.status === 401) return;
+    live.fault = error instanceof ApiError ? error.message : null;
   }
   if (signal.aborted) return;
-  if (!canStream) {
-    setConnected();
-    timer = setTimeout(connect, POLL_MS);
-    return;
-  }
   live.lostSince ??= Date.now();
-  live.nextAttempt = Date.now() + pause;
   timer = setTimeout(connect, pause);
   pause = Math.min(2 * pause, MAX_PAUSE_MS);
-  notify("connection");
-}
-
-function setConnected() {
-  live.lostSince = null;
-  live.fault = null;
-  pause = 1_000;
   notify("connection");
 }
 
@@ -262,23 +229,27 @@ function disconnect() {
   clearTimeout(timer);
 }
 
-/** Reads the event stream until it breaks. `false`: the gateway has none. */
+/** Reads the event stream until it breaks. */
 async function readEvents(signal) {
-  const answer = await fetch("/api/events", { signal, headers: { accept: "text/event-stream" } });
-  if (answer.status === 404) return false;
-  if (!answer.ok) throw new ApiError(answer.status, "", `The event stream was refused with status ${answer.status}.`);
-  setConnected();
+  const answer = await open("GET", "/api/events", { signal });
+  live.lostSince = null;
+  live.fault = null;
+  notify("connection");
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
+  let parts = [];
   for (;;) {
     const silence = setTimeout(() => reader.cancel(), SILENCE_MS);
     const { done, value } = await reader.read();
     clearTimeout(silence);
-    if (done) return true;
-    text += value.replaceAll("\r", "");
-    const events = text.split("\n\n");
-    text = events.pop();
+    if (done) return;
+    // The end of an event is at most one character away from the pieces before.
+    const isEnd = value.includes("\n\n") || (value.startsWith("\n") && parts.at(-1)?.endsWith("\n"));
+    parts.push(value);
+    if (!isEnd) continue;
+    const events = parts.join("").split("\n\n");
+    parts = [events.pop()];
     for (const event of events) readEvent(event);
+    pause = MIN_PAUSE_MS;
   }
 }
 
@@ -289,12 +260,7 @@ function readEvent(text) {
     if (line.startsWith("event:")) name = line.slice(6).trim();
     else if (line.startsWith("data:")) data += line.slice(5);
   }
-  if (data === "") return;
-  try {
-    onEvent(name, JSON.parse(data));
-  } catch (error) {
-    console.error(`The event '${name}' cannot be read.`, error);
-  }
+  if (data !== "") onEvent(name, JSON.parse(data));
 }
 
 /** Begins to follow the gateway. `onSignIn` is called when it needs a sign-in. */
@@ -315,5 +281,3 @@ export function stop() {
   Object.assign(live, { refusals: [], samples: [], isLoaded: false, lostSince: null });
   rebuild();
 }
-
-export { connect };

@@ -27,6 +27,7 @@ function show(view) {
   main.replaceChildren(view.element);
   document.title = `${view.title} · Tollgate`;
   view.update("state");
+  showRefusedConfig();
 }
 
 /** Shows the view that the address names: `#/limits/production/...`. */
@@ -68,8 +69,13 @@ function showConnection() {
     setText(connection, live.isLoaded ? "Live" : "Connecting …");
     return;
   }
-  const reason = live.fault && live.fault !== "The gateway does not answer." ? ` ${live.fault}` : "";
-  setText(connection, `Not connected since ${exactMoment(live.lostSince)}.${reason}`);
+  setText(connection, `Not connected since ${exactMoment(live.lostSince)}. ${live.fault ?? ""}`);
+}
+
+/** A refused config is shown above every view but System, which has the faults. */
+function showRefusedConfig() {
+  const isRefused = (live.config?.faults ?? []).length > 0;
+  setVisible(document.getElementById("refused-config"), isRefused && !["System", "Sign in"].includes(current?.title));
 }
 
 async function signOut() {
@@ -84,11 +90,14 @@ async function signOut() {
 
 subscribe((what) => {
   if (what === "connection" || live.lostSince === null) showConnection();
+  if (what === "config") showRefusedConfig();
   current?.update(what);
 });
 addEventListener("hashchange", () => {
   if (current?.title === "Sign in") return;
   showAddress();
+  // A view may have moved the focus to what the address names.
+  if (main.contains(document.activeElement) && document.activeElement !== main) return;
   scrollTo(0, 0);
   main.focus({ preventScroll: true });
 });

@@ -10,7 +10,7 @@ import { QuotaRows, outlook, quotaLink } from "./quota_rows.js";
 
 /** With more quotas than this, the others of an environment are folded below its worst. */
 const UNFOLDED = 300;
-/** Number of environments that "Runs out first" names. */
+/** Number of quotas that "Runs out first" names. */
 const NAMED = 3;
 /** Callers without quotas are looked up in the usage history, this often. */
 const LOOK_UP_MS = 20_000;
@@ -75,13 +75,14 @@ function sentence(quota) {
   return { environment: quota.environment, what, when, reset, blame, refused, state: quota.state, link: quotaLink(quota) };
 }
 
-/** The worst quota of each environment that is spent, refuses requests or runs out. */
+/** Of each environment the worst quota that refuses requests now, and the worst that runs out. */
 function runningOut() {
   const worst = new Map();
   for (const quota of live.quotas) {
     if (quota.state === "fine" || quota.state === "unlimited") continue;
-    const known = worst.get(quota.environment);
-    if (!known || quota.rank < known.rank) worst.set(quota.environment, quota);
+    const key = `${quota.state === "running-out"} ${quota.environment}`;
+    const known = worst.get(key);
+    if (!known || quota.rank < known.rank) worst.set(key, quota);
   }
   return [...worst.values()].sort(ORDERS.worst[1]).slice(0, NAMED);
 }
@@ -145,12 +146,13 @@ class Tiles {
     const last = rates.slice(-10);
     setText(this.values.rate, last.length > 0 ? number(last.reduce((sum, value) => sum + value, 0) / last.length) : "–");
     this.curve.update(rates);
-    let inFlight = 0;
-    for (const { json } of live.environments.values()) inFlight += json.in_flight;
-    const since = Date.now() - 60_000;
-    const old = live.refusals.findIndex((refusal) => Date.parse(refusal.at) < since);
+    let [inFlight, refused] = [0, 0];
+    for (const { json } of live.environments.values()) {
+      inFlight += json.in_flight;
+      refused += json.refused_last_minute ?? 0;
+    }
     setText(this.values.flight, number(inFlight));
-    setText(this.values.refused, number(old < 0 ? live.refusals.length : old));
+    setText(this.values.refused, number(refused));
     setText(this.values.spent, number(live.quotas.reduce((sum, quota) => sum + (quota.isSpent ? 1 : 0), 0)));
   }
 }

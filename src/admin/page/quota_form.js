@@ -3,8 +3,8 @@
 
 import { call, quotaPath, withQuery } from "./api.js";
 import { el, newId, setAttribute, setText, setVisible } from "./dom.js";
-import { amount, count, duration, moment, number, quotaName, unitOf } from "./format.js";
-import { takeEnvironment } from "./live.js";
+import { amount, amountOf, count, duration, moment, number, quotaName } from "./format.js";
+import { showEnvironment } from "./live.js";
 import { fileLimit, overrideWords } from "./quota_rows.js";
 
 /** Time without a key press before the dry run is requested. */
@@ -14,7 +14,7 @@ const PAUSE_MS = 250;
 function limitWords({ limit, burst, unlimited }, { kind, per }) {
   if (unlimited || limit === null || limit === "unlimited") return "unlimited";
   const extra = burst && burst !== limit ? `, burst ${number(burst)}` : "";
-  return `${number(limit)} ${unitOf(kind)} per ${per}${extra}`;
+  return `${amountOf(limit, kind)} per ${per}${extra}`;
 }
 
 export class QuotaForm {
@@ -134,7 +134,7 @@ export class QuotaForm {
     try {
       const answer = await call(method, quotaPath(this.quota.environment, this.quota.json), body);
       this.#isDirty = false;
-      takeEnvironment(answer);
+      showEnvironment(answer);
       this.update();
       this.#report(words());
       this.onSaved();

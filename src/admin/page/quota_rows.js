@@ -67,7 +67,7 @@ class Row {
     const bar = el("div", { class: "meter", "aria-hidden": "true" }, this.used, this.held, this.debt, this.pace);
     const cell = (name, ...children) => el("td", { role: "cell", class: name }, ...children);
     this.element = el("tr", { role: "row" },
-      el("th", { role: "rowheader", scope: "row" }, el("div", { class: "clip" }, this.link)),
+      el("th", { role: "rowheader", scope: "row" }, el("div", { class: "two-lines" }, this.link)),
       cell("fold-cell", this.fold),
       cell("use", bar, el("div", { class: "clip" }, this.amounts, this.mark)),
       cell("share number", this.share),

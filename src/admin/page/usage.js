@@ -11,6 +11,8 @@ import { periodBegin } from "./quota_rows.js";
 const REFRESH_MS = 15_000;
 /** Series of a chart; the others are summed up. */
 const MAX_SERIES = 7;
+/** Two cards stand side by side from this width on. */
+const PAIR_WIDTH = 992;
 /** Burn-down charts, the worst first. */
 const MAX_BURNS = 4;
 const OTHERS = "all others";
@@ -45,7 +47,7 @@ function sums(rows, groupBy, measure, slots, label) {
   for (const row of rows) {
     const slot = indexOf.get(Date.parse(row.from));
     if (slot === undefined || row[measure] === 0) continue;
-    const name = row[groupBy] || `without a ${groupBy}`;
+    const name = row[groupBy] || `no ${groupBy}`;
     if (!bySeries.has(name)) bySeries.set(name, new Array(slots.length).fill(0));
     bySeries.get(name)[slot] += row[measure];
   }
@@ -60,6 +62,12 @@ function sums(rows, groupBy, measure, slots, label) {
   return { series: shown.map(({ name }) => name), columns, totals };
 }
 
+/** The width of a chart in a card that is as wide as the page, or as one of a pair. */
+function chartWidth(isPair) {
+  const page = document.getElementById("main").clientWidth;
+  return Math.max(260, (isPair && page >= PAIR_WIDTH ? (page - 16) / 2 : page) - 38);
+}
+
 /** The chart with its key, the same figures as a table, and the top list. */
 function charts({ series, columns, totals }, groupBy, measure, range) {
   const name = `${MEASURES[measure]} by ${groupBy}, ${range.title.toLowerCase()}`;
@@ -67,7 +75,7 @@ function charts({ series, columns, totals }, groupBy, measure, range) {
   if (total === 0) return [el("p", { class: "calm" }, "Nothing was spent in this time.")];
   const key = el("ul", { class: "legend" }, series.map((text, n) => el("li", {}, el("i", { class: `key series-${n % 8}` }), text)));
   const filled = columns.filter(({ values }) => values.some((value) => value > 0)).reverse();
-  const chart = stackedColumns({ columns, series, label: `${name}: ${number(total)} in all`, format: short });
+  const chart = stackedColumns({ columns, series, label: `${name}: ${number(total)} in all`, format: short, width: chartWidth(false), height: 280 });
   const figures = table(name, [{ title: "Begin" }, ...series.map((title) => ({ title, isNumber: true }))],
     filled.map(({ label, values }) => [label, ...values.map(number)]));
   const top = table(`Top ${groupBy}s`, [{ title: groupBy }, { title: MEASURES[measure], isNumber: true }, { title: "Share", isNumber: true }],
@@ -94,7 +102,7 @@ async function burn(quota) {
     : `At the present rate ${number(Math.max(0, forecast.left))} ${unitOf(json.kind)} are left when it resets.`;
   const title = `${quota.environment} · ${quotaName(json)}`;
   const chart = burnDown({ begin, end, limit: json.limit, points, forecast, label: `What is left of ${title}: ${number(Math.max(0, left))} of ${number(json.limit)}. ${words}`, format: short,
-    formatTime: (at) => (end - begin > 2 * 86_400_000 ? utcDay(at) : clockTime(at)) });
+    width: chartWidth(true), height: 200, formatTime: (at) => (end - begin > 2 * 86_400_000 ? utcDay(at) : clockTime(at)) });
   return el("figure", { class: `card ${isSpent || left <= 0 ? "running-out" : ""}`, "aria-label": `Burn-down of ${title}` },
     el("figcaption", {}, title), el("p", { class: "soft" }, `${words} Resets ${momentInZone(end, quota.zone)}.`), el("div", { class: "wide" }, chart),
     table(`What is left of ${title}`, [{ title: "Moment" }, { title: `${kindAndPeriod(json)}, left`, isNumber: true }],
@@ -167,6 +175,12 @@ export function usage() {
   }
   load();
   const timer = setInterval(() => document.hidden || load(), REFRESH_MS);
+  let resizing = 0;
+  const onResize = () => {
+    clearTimeout(resizing);
+    resizing = setTimeout(load, 200);
+  };
+  addEventListener("resize", onResize);
   return {
     title: "Usage",
     element,
@@ -174,6 +188,7 @@ export function usage() {
     close() {
       isClosed = true;
       clearInterval(timer);
+      removeEventListener("resize", onResize);
     },
   };
 }

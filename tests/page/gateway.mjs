@@ -1,0 +1,128 @@
+// The gateway's real binary, with a backend in this process.
+
+import { spawn } from "node:child_process";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import http from "node:http";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import readline from "node:readline";
+
+const BINARY = process.env.TOLLGATE_BIN ?? path.resolve(import.meta.dirname, "../../target/debug/tollgate");
+
+/** A backend that reports this usage for each request. */
+function startBackend(usage) {
+  const answer = JSON.stringify({
+    id: "chatcmpl-1", object: "chat.completion", created: 1_700_000_000, model: "gpt-4o-mini",
+    choices: [{ index: 0, message: { role: "assistant", content: "Hello." }, finish_reason: "stop" }],
+    usage: { prompt_tokens: usage.prompt, completion_tokens: usage.completion, total_tokens: usage.prompt + usage.completion },
+  });
+  const server = http.createServer((request, response) => {
+    request.resume();
+    request.on("end", () => response.writeHead(200, { "content-type": "application/json" }).end(answer));
+  });
+  return new Promise((resolve) => server.listen(0, "127.0.0.1", () => resolve(server)));
+}
+
+/** A port that is free now. A gateway that starts again needs the same one. */
+function freePort() {
+  const server = http.createServer();
+  return new Promise((resolve) => server.listen(0, "127.0.0.1", () => {
+    const { port } = server.address();
+    server.close(() => resolve(port));
+  }));
+}
+
+/** A gateway with this config below `environments:` and `default_environment:`. */
+export class Gateway {
+  static async start({ environments, token, usage = { prompt: 60, completion: 40 } }) {
+    const gateway = new Gateway();
+    gateway.folder = mkdtempSync(path.join(tmpdir(), "tollgate-page-"));
+    gateway.backend = await startBackend(usage);
+    gateway.settings = { token, admin: `127.0.0.1:${await freePort()}` };
+    gateway.writeConfig(environments);
+    await gateway.launch();
+    return gateway;
+  }
+
+  get configFile() {
+    return path.join(this.folder, "tollgate.yaml");
+  }
+
+  writeConfig(environments) {
+    const { token, admin } = this.settings;
+    writeFileSync(this.configFile, `
+server: { listen: "127.0.0.1:0" }
+admin: { listen: "${admin}"${token ? `, token: "${token}"` : ""} }
+upstreams:
+  backend: { base_url: "http://127.0.0.1:${this.backend.address().port}/v1", api_key: sk-backend }
+environments:
+${environments}
+store: { path: "${path.join(this.folder, "tollgate.db")}" }
+`);
+  }
+
+  /** Starts the process. Resolves once it serves. */
+  async launch() {
+    this.process = spawn(BINARY, ["serve", "--config", this.configFile], { stdio: ["ignore", "ignore", "pipe"] });
+    const lines = [];
+    for await (const line of readline.createInterface({ input: this.process.stderr })) {
+      lines.push(line);
+      const entry = line.startsWith("{") ? JSON.parse(line) : {};
+      if (entry.message !== "serving") continue;
+      this.address = `http://${entry.address}`;
+      this.admin = `http://${entry.admin}`;
+      this.process.stderr.resume();
+      return;
+    }
+    throw new Error(`the gateway does not start:\n${lines.join("\n")}`);
+  }
+
+  /** Ends the process, as a crash does. */
+  async kill() {
+    const ended = new Promise((resolve) => this.process.once("exit", resolve));
+    this.process.kill("SIGKILL");
+    await ended;
+  }
+
+  async stop() {
+    await this.kill();
+    this.backend.closeAllConnections();
+    this.backend.close();
+    rmSync(this.folder, { recursive: true, force: true });
+  }
+
+  /** Sends a chat request. Returns the status of the answer. */
+  async chat(environment, { key = "any", model = "gpt-4o-mini", max_tokens = 40 } = {}) {
+    const answer = await fetch(`${this.address}/${environment}/v1/chat/completions`, {
+      method: "POST",
+      headers: { authorization: `Bearer ${key}`, "content-type": "application/json" },
+      body: JSON.stringify({ model, max_tokens, messages: [{ role: "user", content: "Why is the sky blue?" }] }),
+    });
+    await answer.text();
+    return answer.status;
+  }
+
+  /** A quota of an environment, as the admin API reports it. */
+  async quota(environment, kind, per) {
+    const headers = this.settings.token ? { authorization: `Bearer ${this.settings.token}` } : {};
+    const answer = await fetch(`${this.admin}/api/environments/${environment}`, { headers });
+    const { quotas } = await answer.json();
+    return quotas.find((quota) => quota.scope === "environment" && quota.kind === kind && quota.per === per);
+  }
+}
+
+/** Two environments, with callers, models and periods. */
+export const TWO_ENVIRONMENTS = `
+  production:
+    upstream: backend
+    keys:
+      - { name: web, secret: sk-test-web-caller }
+      - { name: batch, secret: sk-test-batch-caller, quotas: { total_tokens: { limit: 2k, per: minute } } }
+    quotas:
+      total_tokens: [{ limit: 10k, per: minute }, { limit: 1M, per: day, timezone: Europe/Berlin }]
+      requests: { limit: 60, per: minute }
+    model_quotas: { "gpt-4.1*": { requests: { limit: 30, per: minute } } }
+  sandbox:
+    upstream: backend
+    quotas: { total_tokens: { limit: 500, per: minute } }
+`;

@@ -1,0 +1,386 @@
+// The dashboard in a real browser, on the gateway's real binary. Each test leaves a screenshot under target/page/.
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { after, before, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { newPage, screenshot, startBrowser } from "./browser.mjs";
+import { Gateway, TWO_ENVIRONMENTS } from "./gateway.mjs";
+
+const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const VIEWS = ["Overview", "Limits", "Refusals", "Usage", "System"];
+
+let browser;
+
+before(async () => {
+  browser = await startBrowser();
+});
+after(() => browser.close());
+
+/** Runs a test with a gateway and a tab. The tab must have reported no fault. */
+function pageTest(name, options, body) {
+  test(name, async () => {
+    const gateway = await Gateway.start({ environments: TWO_ENVIRONMENTS, ...options });
+    const page = await newPage(browser.context, options);
+    try {
+      await body({ gateway, page });
+      assert.deepEqual(page.faults, []);
+    } finally {
+      await screenshot(page, name.replace(/[^a-z0-9]+/gi, "-")).catch(() => {});
+      await page.close();
+      await gateway.stop();
+      await browser.context.clearCookies();
+    }
+  });
+}
+
+/** Opens a view and waits until the page is connected. */
+async function open(page, gateway, view = "overview") {
+  await page.goto(`${gateway.admin}/#/${view}`);
+  await page.getByText("Live", { exact: true }).waitFor();
+}
+
+const quotaRow = (page, name) => page.getByRole("table", { name: "Quotas" }).getByRole("row").filter({ has: page.getByRole("rowheader", { name, exact: true }) });
+
+/** The form of a quota of an environment. */
+const quotaForm = (page, environment, name) => page.getByRole("group", { name: environment, exact: true }).getByRole("group", { name, exact: true });
+
+async function assertNoViolation(page, what) {
+  await page.evaluate(AXE);
+  const { violations } = await page.evaluate(() => globalThis.axe.run());
+  const found = violations.map(({ id, nodes }) => `${id}: ${nodes.map((node) => `${node.html} ${node.failureSummary}`).join("; ")}`);
+  assert.deepEqual(found, [], what);
+}
+
+/** Waits until `condition` holds. */
+async function until(condition, what, ms = 10_000) {
+  const end = Date.now() + ms;
+  while (!(await condition())) {
+    assert.ok(Date.now() < end, `not within ${ms} ms: ${what}`);
+    await sleep(50);
+  }
+}
+
+pageTest("first load", {}, async ({ gateway, page }) => {
+  await gateway.chat("production", { key: "sk-test-batch-caller" });
+  await open(page, gateway, "");
+  for (const name of VIEWS) await page.getByRole("link", { name, exact: true }).waitFor();
+  assert.equal(await page.getByRole("link", { name: "Overview" }).getAttribute("aria-current"), "page");
+  for (const name of ["production · total tokens per minute", "production · caller batch · total tokens per minute", "production · model gpt-4.1* · requests per minute", "sandbox · total tokens per minute"]) {
+    await quotaRow(page, name).waitFor();
+  }
+  await page.getByText("100 of 1,000,000").first().waitFor();
+  const day = await quotaRow(page, "production · total tokens per day").textContent();
+  assert.match(day, /resets in .* \(at .*Berlin/);
+  await page.getByRole("searchbox", { name: "Filter" }).fill("caller batch");
+  await until(async () => (await page.getByRole("rowheader").count()) === 1, "one row is left");
+});
+
+pageTest("an unused gateway shows the first request", {}, async ({ gateway, page }) => {
+  await open(page, gateway);
+  const panel = page.getByRole("region", { name: "Send the first request" });
+  await panel.waitFor();
+  const port = new URL(gateway.address).port;
+  for (const language of ["curl", "Python", "Node"]) {
+    await panel.getByRole("button", { name: language }).click();
+    await until(async () => (await panel.textContent()).includes(`:${port}/`), `${language} has the address of the gateway`);
+  }
+  assert.equal(await gateway.chat("sandbox"), 200);
+  await panel.waitFor({ state: "detached" });
+});
+
+pageTest("live update while traffic runs", {}, async ({ gateway, page }) => {
+  await gateway.chat("sandbox");
+  await open(page, gateway);
+  const row = quotaRow(page, "sandbox · total tokens per minute");
+  await row.waitFor();
+  await row.evaluate((element) => (element.isSame = true));
+  for (let n = 0; n < 6; n += 1) await gateway.chat("sandbox");
+  await row.getByText(/refused/).waitFor();
+  await page.getByRole("region", { name: "Runs out first" }).getByText("sandbox · total tokens per minute").waitFor();
+  assert.ok(await row.evaluate((element) => element.isSame === true), "the row was updated in place");
+  await page.getByRole("link", { name: "Refusals" }).click();
+  const table = page.getByRole("table", { name: "Refusals" });
+  await table.getByText("sandbox · total tokens per minute").first().waitFor();
+  const rows = await table.getByRole("row").count();
+  await gateway.chat("sandbox");
+  await until(async () => (await table.getByRole("row").count()) > rows, "a new refusal arrives");
+});
+
+pageTest("a limit is set, enforced and undone", {}, async ({ gateway, page }) => {
+  assert.equal(await gateway.chat("sandbox"), 200);
+  await open(page, gateway, "limits");
+  const form = quotaForm(page, "sandbox", "total tokens per minute");
+  assert.ok(await form.getByRole("radio", { name: "Specify" }).isChecked());
+  await form.getByLabel("Limit", { exact: true }).fill("120");
+  await form.getByLabel("For").fill("2h");
+  await form.getByLabel("Reason").fill("a test");
+  const status = form.getByRole("status");
+  await status.getByText("Not saved yet. With 120 tokens per minute for 2h").waitFor();
+  assert.equal((await gateway.quota("sandbox", "total_tokens", "minute")).limit, 500);
+  await form.getByRole("button", { name: "Save" }).click();
+  await status.getByText("Saved: 120 tokens per minute for 2h").waitFor();
+  const set = await gateway.quota("sandbox", "total_tokens", "minute");
+  assert.deepEqual([set.limit, set.override.reason, set.override.file_limit], [120, "a test", 500]);
+  assert.ok(Date.parse(set.override.until) > Date.now() + 7_000_000);
+  const statuses = [await gateway.chat("sandbox"), await gateway.chat("sandbox")];
+  assert.ok(statuses.includes(429), `${statuses}`);
+  await page.getByRole("button", { name: "Copy as YAML" }).click();
+  await until(async () => (await page.getByLabel("Overrides as YAML").inputValue()).includes("120"), "the YAML has the limit");
+  await form.getByRole("button", { name: "Undo" }).click();
+  await status.getByText("Undone: 500 tokens per minute, as in the file").waitFor();
+  assert.equal((await gateway.quota("sandbox", "total_tokens", "minute")).source, "file");
+  await page.getByRole("link", { name: "Overview" }).click();
+  await quotaRow(page, "sandbox · total tokens per minute").getByText("of 500").waitFor();
+});
+
+pageTest("a refused limit is explained", {}, async ({ gateway, page }) => {
+  await open(page, gateway, "limits");
+  const form = quotaForm(page, "sandbox", "total tokens per minute");
+  await form.getByLabel("Limit", { exact: true }).fill("many");
+  await form.getByRole("button", { name: "Save" }).click();
+  await form.getByRole("status").getByText(/limit/).waitFor();
+  assert.equal((await gateway.quota("sandbox", "total_tokens", "minute")).limit, 500);
+  await form.getByRole("button", { name: "Undo" }).click();
+  assert.equal(await form.getByLabel("Limit", { exact: true }).inputValue(), "500");
+});
+
+pageTest("unlimited to specified and back", {}, async ({ gateway, page }) => {
+  await gateway.chat("sandbox");
+  await open(page, gateway, "limits");
+  const form = quotaForm(page, "sandbox", "requests per minute");
+  assert.ok(await form.getByRole("radio", { name: "Unlimited" }).isChecked());
+  await form.getByRole("radio", { name: "Specify" }).check();
+  await form.getByLabel("Limit", { exact: true }).fill("1");
+  await form.getByRole("button", { name: "Save" }).click();
+  await form.getByRole("status").getByText("Saved: 1 request per minute").waitFor();
+  assert.deepEqual([await gateway.chat("sandbox"), await gateway.chat("sandbox")].at(-1), 429);
+  await form.getByRole("radio", { name: "Unlimited" }).check();
+  await form.getByRole("button", { name: "Save" }).click();
+  await form.getByRole("status").getByText("Saved: unlimited").waitFor();
+  assert.equal(await gateway.chat("sandbox"), 200);
+  await form.getByRole("button", { name: "Undo" }).click();
+  await form.getByRole("status").getByText("Undone: 1 request per minute").waitFor();
+  await form.getByRole("button", { name: "Undo" }).click();
+  await form.getByRole("status").getByText("Undone: unlimited, as in the file").waitFor();
+});
+
+pageTest("sign-in, wrong token and sign-out", { token: "a-long-admin-token" }, async ({ gateway, page }) => {
+  await page.goto(gateway.admin);
+  const token = page.getByLabel("Admin token");
+  await token.fill("wrong");
+  await page.getByRole("button", { name: "Sign in" }).click();
+  await page.getByRole("alert").getByText("not the admin token").waitFor();
+  await assertNoViolation(page, "sign-in");
+  await screenshot(page, "sign-in");
+  await token.fill("a-long-admin-token");
+  await page.keyboard.press("Enter");
+  await quotaRow(page, "production · total tokens per minute").waitFor();
+  await page.reload();
+  await quotaRow(page, "production · total tokens per minute").waitFor();
+  await page.getByRole("link", { name: "Limits" }).click();
+  const form = quotaForm(page, "sandbox", "total tokens per minute");
+  await form.getByLabel("Limit", { exact: true }).fill("600");
+  await form.getByRole("button", { name: "Save" }).click();
+  await form.getByRole("status").getByText("Saved: 600").waitFor();
+  await page.getByRole("button", { name: "Sign out" }).click();
+  await page.getByRole("button", { name: "Sign in" }).waitFor();
+  assert.equal(await page.getByRole("table").count(), 0);
+  const answer = await page.request.get(`${gateway.admin}/api/environments`);
+  assert.equal(answer.status(), 401);
+});
+
+pageTest("many wrong tokens are told to wait", { token: "a-long-admin-token" }, async ({ gateway, page }) => {
+  await page.goto(gateway.admin);
+  for (let n = 0; n < 6; n += 1) {
+    await page.getByLabel("Admin token").fill(`wrong ${n}`);
+    await page.getByRole("button", { name: "Sign in" }).click();
+    await page.getByRole("alert").waitFor();
+    await until(() => page.getByRole("button", { name: "Sign in" }).isEnabled(), "the answer has arrived");
+  }
+  await page.getByRole("alert").getByText(/Next attempt in/).waitFor();
+});
+
+pageTest("a faulty config file is reported", {}, async ({ gateway, page }) => {
+  await open(page, gateway, "system");
+  gateway.writeConfig("  production: { upstream: nowhere }\n");
+  await page.getByRole("alert").getByText(/nowhere/).waitFor();
+  await page.getByRole("link", { name: "Overview" }).click();
+  await page.getByText("The last change of the config file was refused").waitFor();
+  gateway.writeConfig(TWO_ENVIRONMENTS.replace("limit: 500", "limit: 700"));
+  await quotaRow(page, "sandbox · total tokens per minute").getByText("of 700").waitFor();
+  await page.getByText("The last change of the config file was refused").waitFor({ state: "hidden" });
+});
+
+pageTest("a gateway that goes away and comes back", {}, async ({ gateway, page }) => {
+  await open(page, gateway);
+  await gateway.kill();
+  await page.getByText(/Not connected since/).waitFor();
+  await quotaRow(page, "production · total tokens per minute").waitFor();
+  await screenshot(page, "not-connected");
+  await gateway.launch();
+  await page.getByText("Live", { exact: true }).waitFor({ timeout: 20_000 });
+});
+
+pageTest("the stream is closed while the page is hidden", {}, async ({ gateway, page }) => {
+  const streams = { begun: 0, ended: 0 };
+  page.on("request", (request) => request.url().endsWith("/api/events") && (streams.begun += 1));
+  page.on("requestfailed", (request) => request.url().endsWith("/api/events") && (streams.ended += 1));
+  await open(page, gateway);
+  for (const view of VIEWS) await page.getByRole("link", { name: view }).click();
+  assert.deepEqual(streams, { begun: 1, ended: 0 });
+  const setHidden = (isHidden) => page.evaluate((value) => {
+    Object.defineProperty(document, "hidden", { value, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+  }, isHidden);
+  await setHidden(true);
+  await until(() => streams.ended === 1, "the stream has ended");
+  await setHidden(false);
+  await until(() => streams.begun === 2, "a new stream has begun");
+});
+
+pageTest("names are shown as text", {}, async ({ gateway, page }) => {
+  const model = "<img src=x onerror=alert(1)>";
+  for (let n = 0; n < 7; n += 1) await gateway.chat("sandbox", { model });
+  await open(page, gateway, "refusals");
+  await page.getByRole("table", { name: "Refusals" }).getByText(model).first().waitFor();
+  assert.equal(await page.locator("main img").count(), 0);
+});
+
+pageTest("usage is shown as a chart and as figures", {}, async ({ gateway, page }) => {
+  for (let n = 0; n < 3; n += 1) await gateway.chat("production", { key: "sk-test-web-caller" });
+  await gateway.chat("production", { key: "sk-test-batch-caller" });
+  await open(page, gateway, "usage");
+  await until(async () => {
+    await page.getByRole("combobox", { name: "Measure" }).selectOption("total_tokens");
+    return (await page.getByRole("figure", { name: /Total tokens by caller/ }).count()) === 1 && (await page.getByText("400 in all").count()) > 0;
+  }, "the store has the usage");
+  const top = page.getByRole("table", { name: "Top callers" });
+  assert.match(await top.textContent(), /web30075 %batch10025 %/);
+  await page.getByRole("figure", { name: /Burn-down of production · total tokens per day/ }).waitFor();
+  const download = page.waitForEvent("download");
+  await page.getByRole("link", { name: "Download CSV" }).click();
+  const csv = readFileSync(await (await download).path(), "utf8");
+  assert.match(csv, /^from,environment,model,caller,/);
+  assert.match(csv, /web/);
+});
+
+pageTest("keyboard only", {}, async ({ gateway, page }) => {
+  await gateway.chat("sandbox");
+  await open(page, gateway);
+  const focused = () => page.evaluate(() => document.activeElement?.textContent?.trim() || document.activeElement?.getAttribute("aria-label") || "");
+  const tabTo = async (text) => {
+    for (let n = 0; n < 60; n += 1) {
+      await page.keyboard.press("Tab");
+      if ((await focused()) === text) return;
+    }
+    assert.fail(`Tab does not reach "${text}"`);
+  };
+  await tabTo("Skip to the content");
+  await tabTo("sandbox · total tokens per minute");
+  assert.ok(await page.evaluate(() => getComputedStyle(document.activeElement).outlineStyle !== "none"), "the focus is visible");
+  await page.keyboard.press("Enter");
+  const form = quotaForm(page, "sandbox", "total tokens per minute");
+  await until(() => form.getByLabel("Limit", { exact: true }).evaluate((field) => field === document.activeElement), "the link leads to the form");
+  await page.keyboard.press("Control+A");
+  await page.keyboard.type("400k");
+  await page.keyboard.press("Enter");
+  await form.getByRole("status").getByText("Saved: 400,000 tokens per minute").waitFor();
+  assert.equal((await gateway.quota("sandbox", "total_tokens", "minute")).limit, 400_000);
+});
+
+pageTest("no violation of accessibility rules, light and wide", {}, async ({ gateway, page }) => {
+  await visitAll(gateway, page, "light-wide");
+});
+
+pageTest("no violation of accessibility rules, dark and 360 px wide", { width: 360, height: 740, colorScheme: "dark" }, async ({ gateway, page }) => {
+  await visitAll(gateway, page, "dark-narrow");
+});
+
+/** Visits all views with data. No rule of axe is violated, and nothing is wider than the page. */
+async function visitAll(gateway, page, suffix) {
+  await open(page, gateway);
+  await assertNoViolation(page, "unused");
+  for (let n = 0; n < 8; n += 1) await gateway.chat("sandbox");
+  await gateway.chat("production", { key: "sk-test-web-caller" });
+  await page.getByRole("region", { name: "Runs out first" }).getByText(/sandbox/).waitFor();
+  for (const view of VIEWS) {
+    await page.getByRole("link", { name: view, exact: true }).click();
+    await page.getByRole("heading", { level: 1, name: view }).waitFor();
+    await sleep(700);
+    assert.equal(await page.getByRole("link", { name: view, exact: true }).getAttribute("aria-current"), "page");
+    await assertNoViolation(page, `${view}, ${suffix}`);
+    const [content, width] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+    assert.ok(content <= width, `${view} is ${content} px wide in ${width} px`);
+    await screenshot(page, `${view.toLowerCase()}-${suffix}`, { fullPage: true });
+  }
+}
+
+/** 500 environments with 20 callers each. */
+function manyEnvironments() {
+  const caller = (n, c) => `{ name: caller-${c}, secret: sk-${n}-${c}-padded-to-length, quotas: { total_tokens: { limit: ${2 + c}k, per: minute } } }`;
+  const environment = (n) => `
+  team-${String(n).padStart(3, "0")}:
+    upstream: backend
+    keys: [${Array.from({ length: 20 }, (_, c) => caller(n, c)).join(", ")}]
+    quotas: { total_tokens: { limit: 50k, per: minute }, requests: { limit: 100, per: minute } }`;
+  return Array.from({ length: 500 }, (_, n) => environment(n)).join("");
+}
+
+pageTest("500 environments with 20 callers each", { environments: manyEnvironments() }, async ({ gateway, page }) => {
+  const chat = (n, c) => gateway.chat(`team-${String(n).padStart(3, "0")}`, { key: `sk-${n}-${c}-padded-to-length` });
+  await chat(7, 3);
+  await open(page, gateway);
+  await page.getByRole("table", { name: "Quotas" }).getByRole("rowheader").first().waitFor();
+  const paint = await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime);
+  assert.ok(paint < 300, `the first paint takes ${paint} ms`);
+  const drawn = async () => page.getByRole("rowheader").count();
+  assert.ok((await drawn()) < 60, "only rows in sight are drawn");
+  // Updates while 60 callers send requests.
+  const durations = [];
+  for (let round = 0; round < 8; round += 1) {
+    await Promise.all(Array.from({ length: 60 }, (_, n) => chat((round * 60 + n) % 500, n % 20)));
+    await sleep(1_000);
+    durations.push(await page.evaluate(() => performance.getEntriesByName("update")[0].duration));
+  }
+  durations.sort((a, b) => a - b);
+  console.log(`first paint ${paint.toFixed(0)} ms; updates ${durations.map((ms) => ms.toFixed(1)).join(", ")} ms`);
+  assert.ok(durations[Math.floor(durations.length / 2)] < 10, `updates take ${durations} ms`);
+  await page.getByRole("searchbox", { name: "Filter" }).fill("team-499 caller-19");
+  await quotaRow(page, "team-499 · caller caller-19 · total tokens per minute").waitFor();
+  await page.getByRole("searchbox", { name: "Filter" }).fill("");
+  await page.evaluate(() => scrollTo(0, document.documentElement.scrollHeight));
+  await until(async () => (await drawn()) > 5 && (await drawn()) < 60, "the last rows are drawn");
+  await page.getByRole("checkbox", { name: "Fold" }).click();
+  await page.getByRole("combobox", { name: "Order" }).selectOption("name");
+  await page.evaluate(() => scrollTo(0, 0));
+  await quotaRow(page, "team-000 · caller caller-0 · total tokens per minute").waitFor();
+  await page.getByRole("link", { name: "Limits" }).click();
+  await page.getByRole("group", { name: "team-000", exact: true }).waitFor();
+  assert.ok((await page.getByRole("group", { name: /^team-/ }).count()) <= 12);
+});
+
+pageTest("memory stays flat", {}, async ({ gateway, page }) => {
+  await open(page, gateway);
+  const measure = () => page.evaluate(() => {
+    globalThis.gc();
+    return { heap: performance.memory.usedJSHeapSize, nodes: document.querySelectorAll("*").length };
+  });
+  const traffic = async (rounds) => {
+    for (let n = 0; n < rounds; n += 1) {
+      await Promise.all(["sandbox", "sandbox", "production"].map((name) => gateway.chat(name, { key: name === "production" ? "sk-test-web-caller" : "any" })));
+      if (n % 20 === 0) await page.getByRole("link", { name: VIEWS[(n / 20) % 5] }).click();
+      await sleep(40);
+    }
+    await page.getByRole("link", { name: "Overview" }).click();
+  };
+  // Enough to fill what is bounded: 1,000 refusals are kept.
+  await traffic(520);
+  const first = await measure();
+  await traffic(250);
+  const last = await measure();
+  console.log(`heap ${(first.heap / 1e6).toFixed(1)} MB, then ${(last.heap / 1e6).toFixed(1)} MB; ${first.nodes}, then ${last.nodes} elements`);
+  assert.ok(last.heap < first.heap * 1.15 + 500_000, `${first.heap} to ${last.heap} bytes`);
+  assert.ok(last.nodes < first.nodes + 100, `${first.nodes} to ${last.nodes} elements`);
+});
