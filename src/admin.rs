@@ -10,6 +10,7 @@ mod guesses;
 mod overrides;
 mod page;
 mod sessions;
+mod system;
 mod usage;
 
 use crate::config::OnStoreFailure;
@@ -35,6 +36,7 @@ use serde_json::json;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use system::Process;
 
 /// Maximum size of a request body in bytes.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -47,19 +49,28 @@ struct Admin {
     reload: ReloadHandle,
     access: Arc<Access>,
     events: Arc<EventHub>,
+    process: Process,
 }
 
 /// The address of the client that sent a request.
 #[derive(Clone, Copy, Debug)]
 struct PeerAddress(SocketAddr);
 
-/// The HTTP service of the admin listener at this address, for the connections of each client.
+/// The HTTP service of the admin listener, for the connections of each client. `address`: the address of the admin listener;
+/// `callers`: that of the listener for callers.
 pub(crate) fn service(
     state: Arc<proxy::State>,
     reload: ReloadHandle,
     address: SocketAddr,
+    callers: SocketAddr,
 ) -> impl Fn(Arc<Peer>) -> TowerToHyperService<axum::routing::RouterIntoService<Incoming>> {
-    let admin = Admin { state, reload, access: Arc::new(Access::new(address)), events: Arc::default() };
+    let admin = Admin {
+        state,
+        reload,
+        access: Arc::new(Access::new(address)),
+        events: Arc::default(),
+        process: Process::new(callers),
+    };
     let router = Router::new()
         .route("/", get(page::index))
         .route("/page/{name}", get(page::file))
@@ -75,6 +86,7 @@ pub(crate) fn service(
         )
         .route("/api/audit", get(audit::audit))
         .route("/api/events", get(events::events))
+        .route("/api/system", get(system::system))
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))

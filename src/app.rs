@@ -152,7 +152,7 @@ impl App {
             reloader.run(requests, run_state).await;
             Ok(0)
         })?;
-        let service_for = admin::service(state.clone(), reload.clone(), admin_address);
+        let service_for = admin::service(state.clone(), reload.clone(), admin_address, address);
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
             server::serve(sockets.admin, service_for, timeouts, run_state)
         })?;

@@ -5,6 +5,7 @@ mod metrics;
 mod refusals;
 mod rejections;
 mod series;
+mod summaries;
 
 use crate::clock::Stopwatch;
 use crate::estimate::EstimateSource;
@@ -17,6 +18,7 @@ pub(crate) use metrics::Metrics;
 pub(crate) use refusals::RefusalCounts;
 pub(crate) use rejections::{Rejection, RejectionView, Rejections};
 pub(crate) use series::{ModelLabel, Series};
+pub(crate) use summaries::{EstimateFigures, UpstreamFigures};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +148,11 @@ impl Record {
             first_byte: None,
             overhead: None,
         }
+    }
+
+    /// Whether the answer is complete, and shows how far the estimate was off.
+    fn has_reported_prompt(&self) -> bool {
+        self.outcome == RequestOutcome::Answered && self.reported_prompt > 0 && self.raw_estimate > 0
     }
 
     /// The metrics that this record updates.

@@ -95,6 +95,8 @@ pub(super) struct QuotaView {
     per: String,
     /// `rolling` or `calendar`.
     window: &'static str,
+    /// The time zone of a calendar quota; `null` for a rolling one.
+    timezone: Option<String>,
     limit: u64,
     burst: u64,
     /// What is left; below zero: debt.
@@ -311,9 +313,9 @@ impl QuotaView {
         source: Option<&'static str>,
     ) -> Self {
         let quota = &level.quota;
-        let window = match quota.window {
-            Window::Rolling { .. } => "rolling",
-            Window::Calendar { .. } => "calendar",
+        let (window, timezone) = match &quota.window {
+            Window::Rolling { .. } => ("rolling", None),
+            Window::Calendar { zone, .. } => ("calendar", Some(zone.iana_name().unwrap_or("UTC").to_owned())),
         };
         #[allow(clippy::cast_precision_loss)] // exact below 285,000 years
         let reset_seconds = level.reset_ms as f64 / 1_000.0;
@@ -323,6 +325,7 @@ impl QuotaView {
             kind: quota.kind.as_str(),
             per: quota.per.text.clone(),
             window,
+            timezone,
             limit: quota.limit,
             burst: quota.capacity(),
             level: level.level,

@@ -1,7 +1,8 @@
 //! The names, labels and buckets of all metrics, and one function for each event.
 
+use super::Record;
 use super::series::{Series, SeriesMetrics};
-use super::{Record, RequestOutcome};
+use super::summaries::Summaries;
 use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::estimate::{Encoding, EstimateSource, PromptEstimate, Tokenizer};
@@ -124,6 +125,11 @@ impl Metrics {
         self.last_reload.set(now.0 / 1_000);
     }
 
+    /// Figures that the admin API shows.
+    pub(crate) fn summaries(&self) -> &Summaries {
+        &self.series.summaries
+    }
+
     /// When the config in force was loaded, to the second.
     pub(crate) fn loaded_at(&self) -> Timestamp {
         Timestamp(self.last_reload.get().saturating_mul(1_000))
@@ -146,8 +152,7 @@ impl Metrics {
         if let Some(overhead) = record.overhead {
             self.overhead.observe(overhead.as_secs_f64());
         }
-        if record.outcome == RequestOutcome::Answered && record.reported_prompt > 0 && record.raw_estimate > 0
-        {
+        if record.has_reported_prompt() {
             #[allow(clippy::cast_precision_loss)] // ratios for a histogram
             let [reserved, counted, reported] =
                 [record.estimated_prompt, record.raw_estimate, record.reported_prompt].map(|n| n as f64);
@@ -243,6 +248,7 @@ fn series_metrics(r: &Registry) -> prometheus::Result<SeriesMetrics> {
             &["environment", "api", "outcome"],
         )?,
         tokens: counters(r, "tollgate_tokens_total", "Tokens charged.", &["environment", "model", "kind"])?,
+        summaries: Summaries::default(),
     })
 }
 

@@ -1,11 +1,12 @@
 //! The counters of one environment that every request updates.
 
+use super::summaries::{EstimateSummary, Summaries, UpstreamSummary};
 use super::{Record, RequestOutcome};
 use crate::config::Environment;
 use crate::estimate::PUBLIC_MODELS;
 use crate::glob::Glob;
 use prometheus::{IntCounter, IntCounterVec};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// The counters of one environment that every request updates. Each is looked up once. A lookup by label values for
 /// every request took a microsecond.
@@ -17,6 +18,9 @@ pub(crate) struct Series {
     requests: Box<[OnceLock<IntCounter>]>,
     /// Indexed by model label. Each has the counters of prompt, completion and total tokens.
     tokens: Box<[OnceLock<[IntCounter; 3]>]>,
+    /// Indexed by model label.
+    estimates: Box<[OnceLock<Arc<EstimateSummary>>]>,
+    upstream: Arc<UpstreamSummary>,
 }
 
 /// The metrics that a [`Series`] belongs to.
@@ -26,6 +30,7 @@ pub(super) struct SeriesMetrics {
     pub(super) requests: IntCounterVec,
     /// Labels: environment, model, kind.
     pub(super) tokens: IntCounterVec,
+    pub(super) summaries: Summaries,
 }
 
 /// The index of a model's label in metrics: known models, then the globs of the environment, then `other`.
@@ -60,6 +65,8 @@ impl Series {
             globs: environment.models.clone(),
             requests: (0..APIS.len() * RequestOutcome::ALL.len()).map(|_| OnceLock::new()).collect(),
             tokens: (0..=models).map(|_| OnceLock::new()).collect(),
+            estimates: (0..=models).map(|_| OnceLock::new()).collect(),
+            upstream: metrics.summaries.upstream(&environment.upstream.name),
         };
         series.token_counters(metrics, ModelLabel(models));
         for outcome in [RequestOutcome::Answered, RequestOutcome::Rejected] {
@@ -99,7 +106,13 @@ impl Series {
     /// Counts a request that has ended, and the tokens charged for it.
     pub(super) fn count(&self, metrics: &SeriesMetrics, record: &Record) {
         self.request_counter(metrics, record.api, record.outcome).inc();
+        self.upstream.add(record);
         let Some(label) = record.model_label else { return };
+        if record.has_reported_prompt() {
+            let summary = || metrics.summaries.model(self.label_text(label));
+            let estimates = self.estimates[label.0].get_or_init(summary);
+            estimates.add(record.estimated_prompt, record.reported_prompt);
+        }
         let charged = &record.charged;
         let counters = self.token_counters(metrics, label);
         for (counter, tokens) in counters.iter().zip([charged.prompt, charged.completion, charged.total]) {

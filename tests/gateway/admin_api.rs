@@ -4,6 +4,7 @@ mod audit;
 mod config;
 mod environments;
 mod events;
+mod system;
 
 use crate::support::*;
 use serde_json::{Value, json};

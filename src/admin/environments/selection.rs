@@ -20,6 +20,7 @@ const QUOTA_FIELDS: &[&str] = &[
     "kind",
     "per",
     "window",
+    "timezone",
     "limit",
     "burst",
     "level",

@@ -1,0 +1,236 @@
+//! `GET /api/system`: the gateway itself, its config, store, Redis and upstreams, and the error of estimates.
+
+use super::Admin;
+use super::events::ConfigState;
+use crate::clock::{self, Stopwatch, Timestamp};
+use crate::config::{OnStoreFailure, UpstreamSettings};
+use crate::ledger::RedisStatus;
+use crate::proxy::Snapshot;
+use crate::telemetry::{EstimateFigures, UpstreamFigures};
+use axum::Json;
+use axum::extract::State;
+use http::Uri;
+use serde::Serialize;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use utoipa::ToSchema;
+
+/// What stays the same while the process runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Process {
+    started: Stopwatch,
+    started_at: Timestamp,
+    /// The address of the listener for callers.
+    listen: SocketAddr,
+}
+
+impl Process {
+    /// A process that starts now.
+    pub(super) fn new(listen: SocketAddr) -> Self {
+        Self { started: Stopwatch::start(), started_at: clock::now(), listen }
+    }
+}
+
+/// The answer of `GET /api/system`.
+#[derive(Serialize, ToSchema)]
+pub(super) struct SystemView {
+    /// The version of Tollgate.
+    version: &'static str,
+    /// When the process started (RFC 3339).
+    started_at: String,
+    uptime_seconds: u64,
+    /// The address of the listener for callers.
+    listen: String,
+    /// Whether the listener for callers expects TLS.
+    tls: bool,
+    /// Requests and streams of this node that are not settled.
+    in_flight: u64,
+    /// Whether the gateway shuts down.
+    draining: bool,
+    config: ConfigView,
+    store: StoreView,
+    /// The shared counters. `null`: the counters belong to this node alone.
+    redis: Option<RedisView>,
+    /// In the order of the config.
+    upstreams: Vec<UpstreamView>,
+    /// By model, since the process started.
+    estimates: Vec<EstimateErrorView>,
+}
+
+/// The config file.
+#[derive(Serialize, ToSchema)]
+struct ConfigView {
+    /// `null`: there is no file.
+    file: Option<String>,
+    #[serde(flatten)]
+    state: ConfigState,
+}
+
+/// The store.
+#[derive(Serialize, ToSchema)]
+struct StoreView {
+    /// `sqlite` or `memory`.
+    kind: &'static str,
+    /// `null`: nothing is stored.
+    path: Option<String>,
+    /// Whether it can be written.
+    up: bool,
+    /// Why it cannot be written.
+    reason: Option<String>,
+}
+
+/// The counters that nodes share.
+#[derive(Serialize, ToSchema)]
+struct RedisView {
+    /// Whether all environments are connected.
+    up: bool,
+    /// Nodes that share the counters.
+    nodes: u64,
+    /// `local`, `closed` or `open`.
+    on_failure: &'static str,
+    /// Why environments are not connected, each reason once.
+    reasons: Vec<String>,
+    /// Settings of the server that are wrong for quotas, each once.
+    faults: Vec<String>,
+    /// How often this node has lost the connection, the largest number of an environment.
+    losses: u64,
+}
+
+/// An upstream. All figures are of this node, since the process started.
+#[derive(Serialize, ToSchema)]
+struct UpstreamView {
+    name: String,
+    /// Without user name and password.
+    base_url: String,
+    /// Requests of its environments that are not settled.
+    in_flight: u64,
+    /// Requests sent to it.
+    requests: u64,
+    errors: UpstreamErrorsView,
+    /// Milliseconds to the head of the answer, of the last 512 answers. `null`: it has not answered yet.
+    first_byte_ms: Option<FirstByteView>,
+}
+
+/// Requests to an upstream that failed.
+#[derive(Serialize, ToSchema)]
+struct UpstreamErrorsView {
+    /// Answers with a status of 400 or more.
+    answers: u64,
+    /// Requests without an answer: unreachable, or too slow.
+    unanswered: u64,
+    /// Answers that ended before they were complete.
+    incomplete: u64,
+}
+
+/// Times to the first byte in milliseconds.
+#[derive(Serialize, ToSchema)]
+struct FirstByteView {
+    p50: u32,
+    p95: u32,
+    /// Number of answers.
+    answers: usize,
+}
+
+/// The error of prompt estimates for a model.
+#[derive(Serialize, ToSchema)]
+struct EstimateErrorView {
+    /// As in the label `model` of metrics.
+    model: String,
+    /// Answers that reported their prompt tokens.
+    answers: u64,
+    /// Estimated prompt tokens divided by the reported ones.
+    ratio: f64,
+    /// The sum of the absolute differences, divided by the reported prompt tokens.
+    mean_error: f64,
+}
+
+/// `GET /api/system`.
+pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
+    let snapshot = admin.state.current();
+    let Process { started, started_at, listen } = admin.process;
+    let upstream = |settings: &Arc<UpstreamSettings>| {
+        let in_flight = snapshot.environments().into_iter().filter(|(e, _)| e.upstream.name == settings.name);
+        let in_flight = in_flight.map(|(_, account)| account.in_flight()).sum();
+        let figures = admin.state.metrics.summaries().upstream(&settings.name).figures();
+        UpstreamView::new(&settings.name, &settings.base_url, in_flight, figures)
+    };
+    let estimates = admin.state.metrics.summaries().models();
+    Json(SystemView {
+        version: env!("CARGO_PKG_VERSION"),
+        started_at: started_at.to_rfc3339(),
+        uptime_seconds: started.elapsed().as_secs(),
+        listen: listen.to_string(),
+        tls: snapshot.config.server.tls.is_some(),
+        in_flight: admin.state.in_flight(),
+        draining: admin.state.is_draining(),
+        config: ConfigView {
+            file: snapshot.config.file.as_ref().map(|file| file.display().to_string()),
+            state: ConfigState::of(&admin),
+        },
+        store: StoreView::of(&admin, &snapshot),
+        redis: RedisView::of(&snapshot),
+        upstreams: snapshot.config.upstreams.iter().map(upstream).collect(),
+        estimates: estimates.into_iter().map(EstimateErrorView::from).collect(),
+    })
+}
+
+impl StoreView {
+    fn of(admin: &Admin, snapshot: &Snapshot) -> Self {
+        let settings = &snapshot.config.store;
+        let reason = admin.state.store_failure();
+        let path = (!settings.memory).then(|| settings.path.display().to_string());
+        let kind = if settings.memory { "memory" } else { "sqlite" };
+        Self { kind, path, up: reason.is_none(), reason }
+    }
+}
+
+impl RedisView {
+    fn of(snapshot: &Snapshot) -> Option<Self> {
+        let on_failure = match snapshot.config.store.redis.as_ref()?.on_failure {
+            OnStoreFailure::Local => "local",
+            OnStoreFailure::Closed => "closed",
+            OnStoreFailure::Open => "open",
+        };
+        let mut view =
+            Self { up: true, nodes: 0, on_failure, reasons: Vec::new(), faults: Vec::new(), losses: 0 };
+        for status in snapshot.accounts.iter().filter_map(|account| account.redis_status()) {
+            let RedisStatus { unavailable_reason, nodes, losses, server_faults } = status;
+            view.up &= unavailable_reason.is_none();
+            view.nodes = view.nodes.max(nodes);
+            view.losses = view.losses.max(losses);
+            view.reasons.extend(unavailable_reason);
+            view.faults.extend(server_faults);
+        }
+        for texts in [&mut view.reasons, &mut view.faults] {
+            texts.sort_unstable();
+            texts.dedup();
+        }
+        Some(view)
+    }
+}
+
+impl UpstreamView {
+    fn new(name: &str, base_url: &Uri, in_flight: u64, figures: UpstreamFigures) -> Self {
+        let UpstreamFigures { requests, error_answers, failed, cut, timed, first_byte_ms } = figures;
+        let authority = base_url.authority().map(|authority| authority.as_str()).unwrap_or_default();
+        let address = authority.rsplit('@').next().unwrap_or_default();
+        let scheme = base_url.scheme_str().unwrap_or("http");
+        Self {
+            name: name.to_owned(),
+            base_url: format!("{scheme}://{address}{}", base_url.path()),
+            in_flight,
+            requests,
+            errors: UpstreamErrorsView { answers: error_answers, unanswered: failed, incomplete: cut },
+            first_byte_ms: first_byte_ms.map(|(p50, p95)| FirstByteView { p50, p95, answers: timed }),
+        }
+    }
+}
+
+impl From<(String, EstimateFigures)> for EstimateErrorView {
+    #[allow(clippy::cast_precision_loss)] // for display
+    fn from((model, figures): (String, EstimateFigures)) -> Self {
+        let EstimateFigures { answers, estimated, reported, error } = figures;
+        let of_reported = |tokens: u64| tokens as f64 / reported.max(1) as f64;
+        Self { model, answers, ratio: of_reported(estimated), mean_error: of_reported(error) }
+    }
+}
