@@ -124,7 +124,7 @@ fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
 }
 
 async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
-    if admin.state.is_draining() {
+    if admin.state.is_closing() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
     }
     let mut text = String::new();

@@ -6,12 +6,13 @@ mod reloader;
 use crate::admin;
 use crate::clock::Stopwatch;
 use crate::config::Config;
-use crate::estimate;
+use crate::estimate::{self, Models};
 use crate::ledger::{Account, NamedAccount};
 use crate::proxy::{State, WorkerProxy};
 use crate::reload::ReloadHandle;
 use crate::server::{self, DrainTimes, Peer, RunState};
 use crate::store::{Store, StoreWriter};
+use crate::takeover::{self, Claim, Claimed, ControlListener, HandoverOutcome, Incumbent};
 use crate::upstream;
 use anyhow::Context as _;
 use hyper::service::service_fn;
@@ -26,6 +27,7 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::rustls::ClientConfig;
 
 pub use crate::server::CallerTimeouts;
 
@@ -39,6 +41,8 @@ const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(100)
 const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
 /// How long a thread waits for tasks of its blocking pool when it ends.
 const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
+/// How often a process that was replaced looks whether its connections have ended.
+const END_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How requests are distributed over the cores of the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,8 +67,23 @@ pub struct App {
     reloads: ServerThread,
     /// Communicates with Redis. `None` without `store.redis`.
     redis: Option<ServerThread>,
+    /// Serves the process that this one has replaced, until that has ended.
+    predecessor: Option<ServerThread>,
+    /// Hands over to a process that replaces this one.
+    successor: Option<ServerThread>,
+    /// The id of the process that has replaced this one.
+    replaced: watch::Sender<Option<i32>>,
     /// Dropped last, so that it also writes the settlements of the other threads.
     store: Option<StoreWriter>,
+}
+
+/// The parts from which the threads of a gateway start.
+struct Parts {
+    state: Arc<State>,
+    tls: Arc<ClientConfig>,
+    workers: Workers,
+    cores: usize,
+    timeouts: CallerTimeouts,
 }
 
 /// A thread that runs one server or task on its own runtime.
@@ -107,56 +126,132 @@ impl App {
     /// # Errors
     /// An address cannot be used, or a thread or socket cannot be created.
     pub fn start_with(config: Config, workers: Workers, timeouts: CallerTimeouts) -> anyhow::Result<Self> {
+        Self::start_as(config, workers, timeouts, false)
+    }
+
+    /// Like `start_with`, but replaces a gateway that runs at the same address with the same store. Another process can
+    /// replace this one in the same way.
+    ///
+    /// # Errors
+    /// As for `start_with`, or the running gateway cannot be replaced. It continues then.
+    pub fn start_or_take_over(
+        config: Config,
+        workers: Workers,
+        timeouts: CallerTimeouts,
+    ) -> anyhow::Result<Self> {
+        Self::start_as(config, workers, timeouts, true)
+    }
+
+    fn start_as(
+        config: Config,
+        workers: Workers,
+        timeouts: CallerTimeouts,
+        takes_over: bool,
+    ) -> anyhow::Result<Self> {
+        // All that takes long comes before the hand-over. Requests are served only after the vocabularies are loaded, so that
+        // none has to wait for them.
         let vocabularies = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let config = Arc::new(config);
-        let sockets = bind(&config, if workers == Workers::PerCore { cores } else { 1 })?;
-        let Sockets { address, admin_address, .. } = sockets;
-
+        let claim = || if takes_over { Claim::find(&config) } else { Ok(None) };
         let tls = upstream::client_config()?;
-        let store = if config.store.memory { None } else { Some(Store::open(&config.store)?) };
-        let state = Arc::new(State::new(config, store.as_ref())?);
-        let store = store
-            .map(|store| store.start(state.accounts().clone(), state.calibrations().clone()))
-            .transpose()?;
-        // Requests are served only after the vocabularies are loaded, so that none has to wait for them.
+        let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
         if vocabularies.join().is_err() {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
-        let (redis, new_accounts) = if state.current().config.store.redis.is_some() {
-            let (sender, receiver) = mpsc::unbounded_channel();
-            (Some(start_redis_thread(&state, receiver)?), Some(sender))
-        } else {
-            (None, None)
-        };
-        let (mut threads, mut proxies) = (Vec::new(), Vec::new());
-        for listener in sockets.workers {
-            let proxy = Arc::new(WorkerProxy::new(state.clone(), &tls)?);
-            let runtime = if workers == Workers::PerCore {
-                single_thread_runtime()?
-            } else {
-                multi_thread_runtime(cores)?
-            };
-            threads.push(start_worker(listener, proxy.clone(), runtime, timeouts)?);
-            proxies.push(proxy);
+        let mut claim = claim()?;
+        let sockets = bind(&config, if workers == Workers::PerCore { cores } else { 1 }, claim.as_mut())?;
+        let store = open_store(&config, claim.as_mut())?;
+        let state = Arc::new(State::new(config, models, store.as_ref())?);
+        let parts = Parts { state, tls, workers, cores, timeouts };
+        let mut app = parts.start(&sockets)?;
+        let claimed = claim.map(Claim::finish).transpose()?;
+        // This process is the gateway from here on.
+        app.begin(store, sockets, claimed, takes_over)?;
+        Ok(app)
+    }
+
+    /// Begins to serve.
+    fn begin(
+        &mut self,
+        store: Option<Store>,
+        sockets: Sockets,
+        claimed: Option<Claimed>,
+        may_be_replaced: bool,
+    ) -> anyhow::Result<()> {
+        let lock = store
+            .as_ref()
+            .map(|store| anyhow::Ok((store.lock_handle()?, store.persistence())))
+            .transpose()?;
+        self.store = store
+            .map(|store| store.start(self.state.accounts().clone(), self.state.calibrations().clone()))
+            .transpose()?;
+        for thread in self.workers.iter().chain([&self.admin]) {
+            thread.set(RunState::Running);
         }
-        let (reload, requests) = ReloadHandle::new();
-        let reloader = Reloader {
-            state: state.clone(),
-            workers: proxies,
-            tls,
-            redis: new_accounts,
-            handle: reload.clone(),
+        let control = match claimed {
+            Some(Claimed { control, predecessor, pid }) => {
+                tracing::info!(pid, "replaced a running gateway, which serves its last connections");
+                let accounts = self.state.accounts().clone();
+                self.predecessor = Some(ServerThread::spawn(
+                    "predecessor",
+                    single_thread_runtime()?,
+                    move |run_state| async move {
+                        takeover::serve_predecessor(predecessor, accounts, run_state).await.map(|()| 0)
+                    },
+                )?);
+                Some(control)
+            }
+            None if may_be_replaced => bind_control(self.state.current().config.server.listen),
+            None => None,
         };
-        let reloads = ServerThread::spawn("config", single_thread_runtime()?, move |run_state| async move {
-            reloader.run(requests, run_state).await;
-            Ok(0)
-        })?;
-        let service_for = admin::service(state.clone(), reload.clone(), admin_address, address);
-        let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
-            server::serve(sockets.admin, service_for, timeouts, run_state)
-        })?;
-        Ok(Self { address, admin_address, state, workers: threads, admin, reload, reloads, redis, store })
+        if let Some(control) = control {
+            let incumbent = Incumbent::new(
+                control,
+                &self.state.current().config,
+                &sockets.workers,
+                (&sockets.admin, sockets.admin_address),
+                self.state.accounts().clone(),
+                lock,
+            )?;
+            self.successor = Some(start_handover(incumbent, self.replaced.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Returns when another process has replaced this one, with its id. Then call [`App::finish_handover`].
+    pub(crate) fn replaced(&self) -> impl Future<Output = i32> + Send + use<> {
+        let mut replaced = self.replaced.subscribe();
+        async move {
+            match replaced.wait_for(Option::is_some).await.map(|pid| *pid) {
+                Ok(Some(pid)) => pid,
+                _ => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Serves the open connections to their end, at most for `server.drain_timeout`, after another process has replaced this
+    /// one. Each connection closes after its next answer. It blocks until that is done.
+    pub fn finish_handover(mut self) -> ShutdownReport {
+        let clock = Stopwatch::start();
+        let in_flight = self.state.in_flight();
+        self.state.begin_closing();
+        self.reloads.set(RunState::Stopped);
+        self.admin.set(RunState::Draining(ADMIN_DRAIN));
+        for worker in &self.workers {
+            worker.set(RunState::Closing { accepts: false });
+        }
+        self.reloads.join();
+        self.admin.join();
+        let drain_timeout = self.state.current().config.server.drain_timeout;
+        let is_serving =
+            |app: &Self| app.workers.iter().chain(&app.predecessor).any(|thread| !thread.has_ended());
+        while clock.elapsed() < drain_timeout && is_serving(&self) {
+            thread::sleep(END_POLL_INTERVAL);
+        }
+        let cut_off = self.drain(Duration::ZERO);
+        self.stop_last_threads();
+        ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
 
     /// Requests reloads of the config.
@@ -174,31 +269,64 @@ impl App {
         self.admin_address
     }
 
-    /// Shuts down in order: it stops accepting connections, drains requests in flight for `server.drain_timeout`, ends
-    /// the others with the error `shutting_down`, and settles all. It blocks until that is done.
+    /// Shuts down in order: it accepts connections and serves requests for `server.drain_delay`. Then it stops accepting
+    /// connections, drains requests in flight for `server.drain_timeout`, ends the others with the error `shutting_down`, and
+    /// settles all. It blocks until that is done.
     pub fn shutdown(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
+        self.state.begin_closing();
         let in_flight = self.state.in_flight();
-        self.reloads.stop(RunState::Stopped);
+        let config = self.state.current().config.clone();
+        if !config.server.drain_delay.is_zero() {
+            for worker in &self.workers {
+                worker.set(RunState::Closing { accepts: true });
+            }
+            thread::sleep(config.server.drain_delay);
+        }
+        self.reloads.set(RunState::Stopped);
         self.reloads.join();
-        let drain_timeout = self.state.current().config.server.drain_timeout;
+        // Its handles of the listening sockets would keep them open.
+        self.stop_handover();
+        let cut_off = self.drain(config.server.drain_timeout);
+        self.admin.set(RunState::Draining(ADMIN_DRAIN));
+        self.admin.join();
+        self.stop_last_threads();
+        ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
+    }
+
+    /// Drains the workers. Returns the number of connections that they cut off.
+    fn drain(&mut self, drain_timeout: Duration) -> usize {
         self.state.drain(drain_timeout);
         for worker in &self.workers {
             let times = DrainTimes { answers: drain_timeout, endings: MAX_ENDING_TIME };
-            worker.stop(RunState::Draining(times));
+            worker.set(RunState::Draining(times));
         }
-        let cut_off = self.workers.iter_mut().map(ServerThread::join).sum();
-        self.admin.stop(RunState::Draining(ADMIN_DRAIN));
-        self.admin.join();
+        self.workers.iter_mut().map(ServerThread::join).sum()
+    }
+
+    /// Ends the threads that carry the last settlements, and the store.
+    fn stop_last_threads(&mut self) {
         self.stop_redis_thread();
+        for thread in self.predecessor.iter_mut() {
+            thread.set(RunState::Stopped);
+            thread.join();
+        }
+        // The store's thread sends its last usage to a process that has replaced this one.
         drop(self.store.take());
-        ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
+        self.stop_handover();
+    }
+
+    fn stop_handover(&mut self) {
+        for thread in self.successor.iter_mut() {
+            thread.set(RunState::Stopped);
+            thread.join();
+        }
     }
 
     /// Ends the thread that communicates with Redis. All reservations are settled by now, so it sends the last of them.
     fn stop_redis_thread(&mut self) {
         if let Some(mut redis) = self.redis.take() {
-            redis.stop(RunState::Stopped);
+            redis.set(RunState::Stopped);
             redis.join();
         }
     }
@@ -207,17 +335,112 @@ impl App {
 impl Drop for App {
     fn drop(&mut self) {
         for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
-            thread.stop(RunState::Stopped);
+            thread.set(RunState::Stopped);
         }
         for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
             thread.join();
         }
-        self.stop_redis_thread();
+        self.stop_last_threads();
     }
 }
 
-/// Binds one socket for each worker and one for the admin listener.
-fn bind(config: &Config, workers: usize) -> anyhow::Result<Sockets> {
+impl Parts {
+    /// Starts all threads. The listeners wait: they accept no connection yet.
+    fn start(self, sockets: &Sockets) -> anyhow::Result<App> {
+        let Self { state, tls, workers, cores, timeouts } = self;
+        let (redis, new_accounts) = if state.current().config.store.redis.is_some() {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            (Some(start_redis_thread(&state, receiver)?), Some(sender))
+        } else {
+            (None, None)
+        };
+        let (mut threads, mut proxies) = (Vec::new(), Vec::new());
+        for listener in &sockets.workers {
+            let proxy = Arc::new(WorkerProxy::new(state.clone(), &tls)?);
+            let runtime = if workers == Workers::PerCore {
+                single_thread_runtime()?
+            } else {
+                multi_thread_runtime(cores)?
+            };
+            threads.push(start_worker(listener.try_clone()?, proxy.clone(), runtime, timeouts)?);
+            proxies.push(proxy);
+        }
+        let (reload, requests) = ReloadHandle::new();
+        let reloader = Reloader {
+            state: state.clone(),
+            workers: proxies,
+            tls,
+            redis: new_accounts,
+            handle: reload.clone(),
+        };
+        let reloads = ServerThread::spawn("config", single_thread_runtime()?, move |run_state| async move {
+            reloader.run(requests, run_state).await;
+            Ok(0)
+        })?;
+        let &Sockets { address, admin_address, .. } = sockets;
+        let service_for = admin::service(state.clone(), reload.clone(), admin_address, address);
+        let admin_listener = sockets.admin.try_clone()?;
+        let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
+            server::serve(admin_listener, service_for, timeouts, run_state)
+        })?;
+        Ok(App {
+            address,
+            admin_address,
+            state,
+            workers: threads,
+            admin,
+            reload,
+            reloads,
+            redis,
+            predecessor: None,
+            successor: None,
+            replaced: watch::Sender::new(None),
+            store: None,
+        })
+    }
+}
+
+/// Opens the store, or the one of the process that this one replaces. From then on that process's requests wait.
+fn open_store(config: &Config, claim: Option<&mut Claim>) -> anyhow::Result<Option<Store>> {
+    let Some(claim) = claim else {
+        return if config.store.memory { Ok(None) } else { Store::open(&config.store).map(Some) };
+    };
+    let left = claim.begin()?;
+    let open = |lock| Store::take_over(&config.store, lock, left);
+    claim.lock.take().map(open).transpose()
+}
+
+/// Listens at the control socket.
+fn bind_control(address: SocketAddr) -> Option<ControlListener> {
+    if address.port() == 0 {
+        return None;
+    }
+    ControlListener::bind(address)
+        .inspect_err(|error| {
+            tracing::warn!(%error, "no process can replace this one without a gap: its control socket cannot be used");
+        })
+        .ok()
+}
+
+/// Starts the thread that hands over to a new process, and then carries messages to it.
+fn start_handover(
+    incumbent: Incumbent,
+    replaced: watch::Sender<Option<i32>>,
+) -> anyhow::Result<ServerThread> {
+    ServerThread::spawn("handover", single_thread_runtime()?, move |run_state| async move {
+        if let Some(outcome) = incumbent.run(run_state.clone()).await? {
+            let HandoverOutcome { stream, line, messages, pid, pause } = outcome;
+            tracing::info!(pid, pause_ms = pause.as_millis(), "another process has taken over");
+            replaced.send_replace(Some(pid));
+            takeover::run_line(stream, line, messages, run_state).await?;
+        }
+        Ok(0)
+    })
+}
+
+/// Takes over the sockets of the process that this one replaces, or binds one for each worker and one for the admin
+/// listener.
+fn bind(config: &Config, workers: usize, claim: Option<&mut Claim>) -> anyhow::Result<Sockets> {
     let listen = |address: SocketAddr, sockets: usize, setting: &str| {
         let listeners = server::listen(address, sockets).with_context(|| {
             format!("cannot listen at {address}; set {setting} to a free address of this machine")
@@ -225,9 +448,22 @@ fn bind(config: &Config, workers: usize) -> anyhow::Result<Sockets> {
         let address = listeners.first().context("no socket")?.local_addr()?;
         anyhow::Ok((listeners, address))
     };
-    let (workers, address) = listen(config.server.listen, workers, "server.listen")?;
-    let (mut admin, admin_address) = listen(config.admin.listen, 1, "admin.listen")?;
-    Ok(Sockets { workers, address, admin: admin.pop().context("no admin socket")?, admin_address })
+    let (inherited, admin) =
+        claim.map_or((Vec::new(), None), |claim| (std::mem::take(&mut claim.listeners), claim.admin.take()));
+    let (workers, address) = if let Some(first) = inherited.first() {
+        let address = first.local_addr()?;
+        (inherited, address)
+    } else {
+        listen(config.server.listen, workers, "server.listen")?
+    };
+    let (admin, admin_address) = if let Some(admin) = admin {
+        let address = admin.local_addr()?;
+        (admin, address)
+    } else {
+        let (mut admin, address) = listen(config.admin.listen, 1, "admin.listen")?;
+        (admin.pop().context("no admin socket")?, address)
+    };
+    Ok(Sockets { workers, address, admin, admin_address })
 }
 
 fn start_worker(
@@ -271,7 +507,7 @@ fn start_redis_thread(
         loop {
             tokio::select! {
                 // An error means that the sender was dropped, which also ends the thread.
-                _ = run_state.wait_for(|state| *state != RunState::Running) => break,
+                _ = run_state.wait_for(|state| *state == RunState::Stopped) => break,
                 Some(account) = added.recv() => start(&account),
             }
         }
@@ -298,7 +534,7 @@ impl ServerThread {
     where
         F: Future<Output = io::Result<usize>>,
     {
-        let (run_state, receiver) = watch::channel(RunState::Running);
+        let (run_state, receiver) = watch::channel(RunState::Waiting);
         let run = move || {
             let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
                 tracing::error!(%error, thread, "a listener failed and no longer serves requests: restart the gateway");
@@ -312,10 +548,14 @@ impl ServerThread {
         Ok(Self { run_state, handle: Some(handle) })
     }
 
-    /// Makes the server drain or stop.
-    fn stop(&self, state: RunState) {
+    /// Changes the state of the server.
+    fn set(&self, state: RunState) {
         // An error means that the thread has ended already.
         let _ = self.run_state.send(state);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until the thread ends. Returns the number of connections that it cut off.

@@ -81,6 +81,8 @@ pub struct ServerSettings {
     /// Limits the requests of one peer address, before the gateway parses them. `None` turns the guard off.
     /// Default 1,000 requests per second.
     pub flood_guard: Option<FloodGuard>,
+    /// After SIGTERM, the gateway still accepts connections for this long. Default 0.
+    pub drain_delay: Duration,
     /// At shutdown, the gateway waits this long for requests in flight. Default 30 s.
     pub drain_timeout: Duration,
     /// Certificate and key files for TLS with callers. Default: plain HTTP.

@@ -9,6 +9,7 @@ mod audit;
 mod demand;
 mod durability;
 mod engine;
+mod handover;
 mod local;
 mod overrides;
 mod replica;
@@ -16,11 +17,12 @@ mod sync;
 mod usage_history;
 mod wait_queue;
 
-use crate::clock;
+use crate::clock::{self, Stopwatch};
 use crate::config::{Environment, RedisSettings};
 use crate::quota::{Amounts, QuotaStatus, Subject, Takeover};
 use crate::redis::FailFastConnection;
 use engine::Engine;
+use handover::Handover;
 use replica::{Replica, ReplicaConfig, ReplicaSettings};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -33,6 +35,9 @@ pub use audit::{AuditEntry, AuditLog};
 pub use demand::{Admission, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
+pub use handover::{
+    FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, SuccessorLine, ToSuccessor,
+};
 pub use local::{Local, Rules};
 pub use overrides::QuotaKey;
 pub use sync::RedisStatus;
@@ -48,6 +53,15 @@ pub struct Account {
     engine: Engine,
     wait_queue: Arc<WaitQueue>,
     persistence: Option<Arc<dyn Persistence>>,
+    /// Where the counters are: in this process, or in the one that replaces it.
+    handover: Handover,
+}
+
+/// Why an account of this process does not admit a request.
+enum Refusal {
+    NoRoom(NoRoom),
+    /// The counters have left, or are leaving. The request may still wait this long for room.
+    HasLeft(Duration),
 }
 
 impl Account {
@@ -68,7 +82,12 @@ impl Account {
         if persistence.is_some() {
             local.restore(now, restored);
         }
-        Self { engine: Engine::local(local), wait_queue: Arc::default(), persistence }
+        Self {
+            engine: Engine::local(local),
+            wait_queue: Arc::default(),
+            persistence,
+            handover: Handover::default(),
+        }
     }
 
     /// Adopts another config of the environment for requests that begin now. Used amounts carry over, and reservations
@@ -144,19 +163,51 @@ impl Account {
         demand: &Demand<'_>,
         max_wait: Duration,
     ) -> Result<Reservation, NoRoom> {
+        match self.reserve_here(demand, max_wait).await {
+            Ok(reservation) => Ok(reservation),
+            Err(Refusal::NoRoom(no_room)) => Err(no_room),
+            Err(Refusal::HasLeft(max_wait)) => Box::pin(self.reserve_after_leaving(demand, max_wait)).await,
+        }
+    }
+
+    /// Reserves room where the counters are when the hand-over to a new process has ended.
+    async fn reserve_after_leaving(
+        self: &Arc<Self>,
+        demand: &Demand<'_>,
+        mut max_wait: Duration,
+    ) -> Result<Reservation, NoRoom> {
+        loop {
+            if let Some(successor) = self.handover.outcome().await {
+                return self.reserve_elsewhere(&successor, demand, max_wait).await;
+            }
+            match self.reserve_here(demand, max_wait).await {
+                Ok(reservation) => return Ok(reservation),
+                Err(Refusal::NoRoom(no_room)) => return Err(no_room),
+                Err(Refusal::HasLeft(left)) => max_wait = left,
+            }
+        }
+    }
+
+    async fn reserve_here(
+        self: &Arc<Self>,
+        demand: &Demand<'_>,
+        max_wait: Duration,
+    ) -> Result<Reservation, Refusal> {
         let obstacle = if max_wait.is_zero() || self.wait_queue.is_empty() {
             match self.try_reserve(demand).await {
                 Ok(reservation) => return Ok(reservation),
+                Err(_) if self.handover.has_left() => return Err(Refusal::HasLeft(max_wait)),
                 Err(no_room) if max_wait.is_zero() => {
                     self.engine.count_denial(demand.subject);
                     self.notify_store(false);
-                    return Err(no_room);
+                    return Err(Refusal::NoRoom(no_room));
                 }
                 Err(no_room) => Some(no_room),
             }
         } else {
             self.engine.obstacle(demand)
         };
+        let clock = Stopwatch::start();
         // A request behind others is denied at once if it could not fit in time even at the head of the queue.
         if obstacle.is_none_or(|no_room| may_clear_within(&no_room, max_wait)) {
             let waits = self.wait_queue.wait_in_turn(max_wait, || self.try_reserve(demand));
@@ -164,10 +215,13 @@ impl Account {
                 return Ok(reservation);
             }
         }
+        if self.handover.has_left() {
+            return Err(Refusal::HasLeft(max_wait.saturating_sub(clock.elapsed())));
+        }
         // A request whose wait failed, or that found the queue full, must not overtake the queued requests.
         let no_room = self.engine.deny(demand);
         self.notify_store(false);
-        Err(no_room)
+        Err(Refusal::NoRoom(no_room))
     }
 
     /// One attempt; does not count a denial.
@@ -244,6 +298,7 @@ impl Account {
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
     pub async fn set_limit(&self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> Result<bool, NoRoom> {
+        self.check_residence().await?;
         let exists = self.engine.set_limit(key, limit).await?;
         if exists || self.engine.sync().is_none() {
             self.persist_admin_change().await;
@@ -257,6 +312,7 @@ impl Account {
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
     pub async fn reset(&self) -> Result<(), NoRoom> {
+        self.check_residence().await?;
         self.engine.reset().await?;
         self.persist_admin_change().await;
         Ok(())
@@ -374,9 +430,19 @@ impl Reservation {
         let account = (exceeds && self.is_durable).then(|| self.account.clone());
         drop(self);
         let account = account?;
-        let commit = account.persistence.as_ref().filter(|store| store.is_writing())?.commits().next();
-        account.notify_store(true);
-        Some(async move { account.wait_for_commit(commit).await })
+        let commit = if account.handover.has_left() {
+            None
+        } else {
+            let commit = account.persistence.as_ref().filter(|store| store.is_writing())?.commits().next();
+            account.notify_store(true);
+            Some(commit)
+        };
+        Some(async move {
+            match commit {
+                Some(commit) => account.wait_for_commit(commit).await,
+                None => account.wait_for_commit_elsewhere().await,
+            }
+        })
     }
 
     /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.

@@ -54,6 +54,7 @@ pub mod upstream;
 mod reload;
 mod server;
 pub mod store;
+mod takeover;
 mod telemetry;
 
 // The gateway at work.

@@ -9,6 +9,7 @@ mod bucket;
 mod carry_over;
 mod counter;
 mod denial;
+mod handover;
 mod period;
 mod receipt;
 mod snapshot;
@@ -17,12 +18,14 @@ mod succession;
 mod table;
 
 use crate::glob::Glob;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 
 pub use bucket::TokenBucket;
 pub use carry_over::{CarriedAmount, Takeover};
 pub use denial::{Denied, Shortfall, Wait};
+pub use handover::{HeldElsewhere, LeftCell, LeftReceipt, QuotaIdentity};
 pub use period::CalendarPeriod;
 pub use receipt::Receipt;
 pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
@@ -237,7 +240,7 @@ impl Quota {
 }
 
 /// An amount of each kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Amounts {
     /// Requests; 1 for a request that reached the upstream.
     pub requests: u64,

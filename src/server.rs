@@ -22,6 +22,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -45,8 +46,15 @@ const LISTEN_BACKLOG: i32 = 4_096;
 /// The requested state of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RunState {
+    /// Accepts no connections yet.
+    Waiting,
     /// Accepts and serves connections.
     Running,
+    /// Serves requests, and closes each connection after its next answer. `accepts`: it also accepts connections.
+    Closing {
+        /// Whether the server accepts connections.
+        accepts: bool,
+    },
     /// Accepts no more connections, and gives answers in flight time to end.
     Draining(DrainTimes),
     /// Stops at once.
@@ -74,10 +82,8 @@ pub(crate) fn listen(address: SocketAddr, sockets: usize) -> io::Result<Vec<std:
     // address from then on, and stays open, so that no other process can bind it in between.
     let first = bind(address, false)?;
     let address = first.local_addr()?.as_socket().unwrap_or(address);
+    first.set_reuse_port(true)?;
     let mut all = vec![first];
-    if sockets > 1 {
-        all[0].set_reuse_port(true)?;
-    }
     for _ in 1..sockets {
         all.push(bind(address, true)?);
     }
@@ -96,8 +102,9 @@ fn bind(address: SocketAddr, is_shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Serves connections until `state` changes. Returns when the last connection has ended or the drain times have
-/// elapsed, with the number of connections whose requests did not end in time.
+/// Serves connections until `state` is `Draining` or `Stopped`. Returns when the last connection has ended or the drain
+/// times have elapsed, with the number of connections whose requests did not end in time. If it no longer accepts
+/// connections, it also returns when the last one has ended.
 pub(crate) async fn serve<S, B>(
     listener: std::net::TcpListener,
     service_for: impl Fn(Arc<Peer>) -> S,
@@ -114,13 +121,15 @@ where
     let listener = TcpListener::from_std(listener)?;
     // Every connection holds a sender: the channel closes with the last connection.
     let (alive, mut cut_offs) = mpsc::unbounded_channel();
+    let closes = Arc::new(AtomicBool::new(false));
+    drop(state.wait_for(|state| *state != RunState::Waiting).await);
     loop {
         tokio::select! {
             biased;
-            () = stopping(&mut state) => break,
+            () = accept_ended(&mut state, &closes) => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, address)) => {
-                    let peer = Arc::new(Peer::new(address, timeouts));
+                    let peer = Arc::new(Peer::new(address, timeouts).closed_by(closes.clone()));
                     let service = service_for(peer.clone());
                     tokio::spawn(serve_connection(stream, peer, service, state.clone(), alive.clone()));
                 }
@@ -133,27 +142,52 @@ where
     }
     drop(listener);
     drop(alive);
-    let Some(DrainTimes { answers, endings }) = drain_times(&state) else { return Ok(0) };
     let mut cut_off = 0;
-    let all_ended = async {
-        while let Some(CutOff) = cut_offs.recv().await {
-            cut_off += 1;
-        }
-    };
+    tokio::select! {
+        biased;
+        () = stopping(&mut state) => {}
+        () = count_cut_offs(&mut cut_offs, &mut cut_off) => return Ok(cut_off),
+    }
+    let Some(DrainTimes { answers, endings }) = drain_times(&state) else { return Ok(0) };
+    let all_ended = count_cut_offs(&mut cut_offs, &mut cut_off);
     drop(timeout(answers + endings + DRAIN_MARGIN, all_ended).await);
     Ok(cut_off)
 }
 
+/// Counts cut off connections until the last connection has ended.
+async fn count_cut_offs(cut_offs: &mut mpsc::UnboundedReceiver<CutOff>, count: &mut usize) {
+    while let Some(CutOff) = cut_offs.recv().await {
+        *count += 1;
+    }
+}
+
+/// Returns when the server must not accept connections any more. Records whether connections close after their next answer.
+/// Also returns when the sender was dropped.
+async fn accept_ended(state: &mut watch::Receiver<RunState>, closes: &AtomicBool) {
+    loop {
+        let now = *state.borrow_and_update();
+        closes.store(!matches!(now, RunState::Waiting | RunState::Running), Ordering::Relaxed);
+        match now {
+            RunState::Closing { accepts: false } | RunState::Draining(_) | RunState::Stopped => return,
+            RunState::Waiting | RunState::Running | RunState::Closing { accepts: true } => {}
+        }
+        if state.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Returns when the server must drain or stop. Also returns when the sender was dropped.
 async fn stopping(state: &mut watch::Receiver<RunState>) {
-    drop(state.wait_for(|state| *state != RunState::Running).await);
+    let is_stopping = |state: &RunState| matches!(state, RunState::Draining(_) | RunState::Stopped);
+    drop(state.wait_for(is_stopping).await);
 }
 
 /// `None`: the server does not drain, but stops at once.
 fn drain_times(state: &watch::Receiver<RunState>) -> Option<DrainTimes> {
     match *state.borrow() {
         RunState::Draining(times) => Some(times),
-        RunState::Running | RunState::Stopped => None,
+        RunState::Waiting | RunState::Running | RunState::Closing { .. } | RunState::Stopped => None,
     }
 }
 

@@ -19,11 +19,12 @@ mod writer;
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::clock;
 use crate::config::{Environment, StoreSettings};
-use crate::ledger::{Accounts, OTHER_MODELS, Persistence, RestoredState};
+use crate::ledger::{Accounts, LeftAccount, OTHER_MODELS, Persistence, RestoredState};
 use crate::quota::{CalendarPeriod, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
+use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -72,6 +73,8 @@ pub struct Store {
     settings: StoreSettings,
     /// Locked as long as the store is open, so that no second process counts with the same file.
     lock: File,
+    /// What requests of the process that hands the store over hold, by environment.
+    left: HashMap<String, LeftAccount>,
 }
 
 /// The writer thread. Dropping it writes the last changes and ends the thread.
@@ -89,15 +92,38 @@ impl Store {
     /// error names the file and how to fix it.
     pub fn open(settings: &StoreSettings) -> anyhow::Result<Self> {
         let path = settings.path.clone();
-        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
-            fs::create_dir_all(folder).with_context(|| {
-                format!("the folder of store.path, {}, cannot be created", folder.display())
-            })?;
-        }
+        create_folder(&path)?;
         let file = resolve_links(&path);
         let lock = lock_file(&file, &path)?;
+        Self::open_locked(settings, lock)
+    }
+
+    /// Opens the store file of a process that has handed its lock over. That process does not write to the file any more.
+    ///
+    /// # Errors
+    /// As for `open`.
+    pub(crate) fn take_over(
+        settings: &StoreSettings,
+        lock: File,
+        left: HashMap<String, LeftAccount>,
+    ) -> anyhow::Result<Self> {
+        Ok(Self { left, ..Self::open_locked(settings, lock)? })
+    }
+
+    fn open_locked(settings: &StoreSettings, lock: File) -> anyhow::Result<Self> {
+        let path = settings.path.clone();
+        let file = resolve_links(&path);
         let database = Database::open(&file, &path)?;
-        Ok(Self { database, control: Arc::default(), path, settings: settings.clone(), lock })
+        let left = HashMap::new();
+        Ok(Self { database, control: Arc::default(), path, settings: settings.clone(), lock, left })
+    }
+
+    /// Another handle of the lock. The store stays locked until both are closed.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub(crate) fn lock_handle(&self) -> std::io::Result<File> {
+        self.lock.try_clone()
     }
 
     /// Receives the notifications of changes from accounts.
@@ -111,7 +137,8 @@ impl Store {
     /// The file cannot be read.
     pub fn restored_state(&self, environment: &Environment) -> anyhow::Result<RestoredState> {
         let read = restored_state(&self.database, environment);
-        read.with_context(|| format!("store.path, {}, cannot be read", self.path.display()))
+        let read = read.with_context(|| format!("store.path, {}, cannot be read", self.path.display()))?;
+        Ok(RestoredState { left: self.left.get(&environment.name).cloned(), ..read })
     }
 
     /// Reads the saved calibrations.
@@ -136,8 +163,7 @@ impl Store {
         let sources = Sources { accounts, calibrations };
         let of_thread = control.clone();
         let run = move || {
-            writer::run(database, &of_thread, &sources, &settings);
-            drop(lock);
+            writer::run(database, &of_thread, &sources, &settings, lock);
         };
         let thread = thread::Builder::new().name("store".into()).spawn(run)?;
         // The accounts have charged the requests that a crash interrupted. This commit makes the charge durable.
@@ -167,7 +193,7 @@ fn restored_state(database: &Database, environment: &Environment) -> rusqlite::R
             overrides.push(quota.with_limit(limit, burst));
         }
     }
-    Ok(RestoredState { quotas, totals, held, overrides })
+    Ok(RestoredState { quotas, totals, held, overrides, left: None })
 }
 
 /// The usage of a calendar quota's current period that its saved state does not contain, from the usage history.
@@ -205,6 +231,25 @@ impl Drop for StoreWriter {
     }
 }
 
+fn create_folder(path: &Path) -> anyhow::Result<()> {
+    let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) else { return Ok(()) };
+    fs::create_dir_all(folder)
+        .with_context(|| format!("the folder of store.path, {}, cannot be created", folder.display()))
+}
+
+/// What identifies the store file, also for a process that reaches it by another path: device and inode of its lock file.
+/// `None`: no process has used the store yet.
+pub(crate) fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = lock_name(&path.canonicalize().ok()?).metadata().ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+fn lock_name(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".lock");
+    name.into()
+}
+
 /// Resolves all links of the path, so that every process finds the same lock file. A missing file is created first,
 /// because a link may point to it. If that fails, this function returns the path unchanged: opening the database fails
 /// too and reports why.
@@ -219,17 +264,20 @@ fn resolve_links(path: &Path) -> PathBuf {
 /// Locks a file next to the store file, so that only one process uses the store. The lock is not on the store file
 /// itself: closing that file would release the locks that SQLite has on it in this process.
 fn lock_file(file: &Path, path: &Path) -> anyhow::Result<File> {
-    let mut name = file.as_os_str().to_owned();
-    name.push(".lock");
-    let lock =
-        File::options().create(true).write(true).truncate(false).mode(0o600).open(&name).with_context(
-            || format!("store.path, {}, cannot be locked: make its folder writable", path.display()),
-        )?;
+    let lock = File::options()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(lock_name(file))
+        .with_context(|| {
+            format!("store.path, {}, cannot be locked: make its folder writable", path.display())
+        })?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => anyhow::bail!(
             "store.path, {}, is in use by another process: two gateways on one file would lose counts; set another path for \
-             each gateway, or share quotas by store.redis",
+             each gateway, or share quotas by store.redis. To replace the other process, start with its server.listen",
             path.display()
         ),
         Err(TryLockError::Error(error)) => {

@@ -40,7 +40,7 @@ impl Reloader {
         loop {
             let request = tokio::select! {
                 biased;
-                _ = run_state.wait_for(|state| *state != RunState::Running) => return,
+                _ = run_state.wait_for(|state| *state == RunState::Stopped) => return,
                 request = requests.recv() => match request {
                     Some(request) => Some(request),
                     None => return,

@@ -5,6 +5,7 @@ use crate::app::{App, CallerTimeouts, ShutdownReport, Workers};
 use crate::telemetry::{LogOutput, init_logging};
 use anyhow::Context as _;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::ExitCode;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -19,7 +20,7 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    let app = App::start_with(loaded.config, workers(), CallerTimeouts::default())?;
+    let app = App::start_or_take_over(loaded.config, workers(), CallerTimeouts::default())?;
     tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
     run_until_signal(app, signals, &log)
 }
@@ -54,11 +55,11 @@ impl StopSignals {
     }
 }
 
-/// Runs until SIGTERM or SIGINT, then shuts down in order. A second signal ends the process at once. SIGHUP reloads the
-/// config.
+/// Runs until SIGTERM or SIGINT, then shuts down in order, or until another process has replaced this one. A second signal
+/// ends the process at once. SIGHUP reloads the config.
 pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) -> anyhow::Result<ExitCode> {
     let StopSignals { runtime, mut terminate, mut interrupt, mut hangup } = signals;
-    let reload = app.reload_handle();
+    let (reload, replaced) = (app.reload_handle(), app.replaced());
     runtime.block_on(async {
         let mut stop_signal = async || {
             tokio::select! {
@@ -66,18 +67,32 @@ pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) 
                 _ = interrupt.recv() => {}
             }
         };
-        loop {
+        let mut replaced = pin!(replaced);
+        let successor = loop {
             tokio::select! {
-                () = stop_signal() => break,
+                () = stop_signal() => break None,
+                pid = &mut replaced => break Some(pid),
                 // The outcome is logged.
                 Some(()) = hangup.recv() => drop(reload.reload().await),
             }
-        }
-        tracing::info!("shutting down: no new request is accepted, and requests in flight may end within server.drain_timeout");
-        let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
+        };
+        let end = if let Some(pid) = successor {
+            tracing::info!(pid, "another process has replaced this one: open connections may end within server.drain_timeout");
+            tokio::task::spawn_blocking(move || app.finish_handover())
+        } else {
+            tracing::info!("shutting down: no new request is accepted, and requests in flight may end within server.drain_timeout");
+            tokio::task::spawn_blocking(move || app.shutdown())
+        };
+        let at_once = async {
+            if successor.is_some() {
+                // The process ends anyway. The first signal does not shorten that.
+                stop_signal().await;
+            }
+            stop_signal().await;
+        };
         let report = tokio::select! {
-            report = shutdown => Some(report?),
-            () = stop_signal() => None,
+            report = end => Some(report?),
+            () = at_once => None,
         };
         if let Some(ShutdownReport { in_flight, cut_off, took }) = report {
             tracing::info!(in_flight, cut_off, took_ms = took.as_millis(), "stopped");

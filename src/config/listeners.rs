@@ -23,6 +23,12 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
             "a larger body gets a 413",
         ),
         KeySpec::new(
+            "drain_delay",
+            ValueSpec::Duration,
+            DefaultSpec::Value("0s"),
+            "after SIGTERM the gateway still accepts connections and serves requests for this time, and closes each connection after its answer ([operations.md](operations.md#shutdown)). `/readyz` answers 503 at once. Set it where a load balancer needs time to notice that: 5 s in Kubernetes",
+        ),
+        KeySpec::new(
             "drain_timeout",
             ValueSpec::Duration,
             DefaultSpec::Value("30s"),
@@ -127,6 +133,7 @@ fn server(top: &Section<'_>) -> ServerSettings {
             None => Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1), guards_loopback: false }),
             Some(setting) => flood_guard(&setting),
         },
+        drain_delay: section.duration("drain_delay"),
         drain_timeout: section.duration("drain_timeout"),
         tls: section.get("tls").and_then(|s| tls_files(&s)),
     }

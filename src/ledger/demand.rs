@@ -80,7 +80,8 @@ pub struct Forecast {
 pub struct Grant {
     /// The initial reservation and its extensions.
     pub(super) receipts: SmallVec<[Receipt; 1]>,
-    /// The reservation's number in this node's Redis session. `None`: the counters are local.
+    /// The reservation's number in this node's Redis session, or in the process that has taken the counters over. `None`: the
+    /// counters are in this process.
     pub(super) id: Option<u64>,
     /// Sum of all receipts.
     pub(super) reserved: Amounts,

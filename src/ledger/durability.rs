@@ -4,6 +4,7 @@
 //! many requests, which belong to a few runtimes: the store's thread wakes one task per runtime, and that task wakes the
 //! requests. Waking every request from the store's thread took two system calls per request.
 
+use super::handover::LeftAccount;
 use super::usage_history::{Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,6 +56,8 @@ pub struct RestoredState {
     pub held: Amounts,
     /// Quotas with limits set by an administrator.
     pub overrides: Vec<Quota>,
+    /// What requests of the process that hands the counters over hold. `None`: no process serves them any more.
+    pub left: Option<LeftAccount>,
 }
 
 impl RestoredState {

@@ -4,6 +4,7 @@
 //! from one request to the next.
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+use super::handover::Residence;
 use super::local::Local;
 use super::overrides::QuotaKey;
 use super::sync::{RedisStatus, RedisSync};
@@ -46,7 +47,10 @@ impl Engine {
     /// Reserves room for a request; does not count a denial. With local counters this future never suspends.
     pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
         match self {
-            Self::Local(_) => self.with_local(|local, now| local.try_admit(now, demand)),
+            Self::Local(_) => self.with_local(|local, now| match local.residence {
+                Residence::Here => local.try_admit(now, demand),
+                Residence::Leaving(_) | Residence::Moved(_) => Err(NoRoom::Unavailable),
+            }),
             // Boxed to keep the future small for local counters.
             Self::Shared(sync) => Box::pin(sync.try_admit(demand)).await,
         }
@@ -75,7 +79,10 @@ impl Engine {
     /// Records the amounts that a request has certainly used so far.
     pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
         match self {
-            Self::Local(_) => self.with_local(|local, now| local.progress(now, model, grant, spent)),
+            Self::Local(_) => self.with_local(|local, now| match local.residence {
+                Residence::Here => local.progress(now, model, grant, spent),
+                Residence::Leaving(_) | Residence::Moved(_) => local.progress_elsewhere(model, grant, spent),
+            }),
             Self::Shared(sync) => sync.progress(model, grant, spent),
         }
     }
@@ -83,7 +90,12 @@ impl Engine {
     /// Releases the held amounts of a grant and charges the spent amounts.
     pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
         match self {
-            Self::Local(_) => self.with_local(|local, now| local.settle(now, subject, grant, settlement)),
+            Self::Local(_) => self.with_local(|local, now| match local.residence {
+                Residence::Here => local.settle(now, subject, grant, settlement),
+                Residence::Leaving(_) | Residence::Moved(_) => {
+                    local.settle_elsewhere(subject, grant, settlement);
+                }
+            }),
             Self::Shared(sync) => sync.settle(subject, grant, settlement),
         }
     }

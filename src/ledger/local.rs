@@ -4,6 +4,7 @@
 use super::allowance::LearnedLengths;
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::durability::RestoredState;
+use super::handover::{Elsewhere, LeftAccount, Residence};
 use super::overrides::{Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
@@ -65,6 +66,10 @@ pub struct Local {
     pub(super) overrides: Overrides,
     /// Persisted quotas that were replaced by others, until the store removes them.
     pub(super) replaced: Vec<Quota>,
+    /// Where these counters are, while a new process takes them over and after that.
+    pub(super) residence: Residence,
+    /// What the requests of an old process hold in these counters.
+    pub(super) elsewhere: Elsewhere,
 }
 
 impl Local {
@@ -81,6 +86,8 @@ impl Local {
             history: UsageHistory::default(),
             overrides: Overrides::new(quotas),
             replaced: Vec::new(),
+            residence: Residence::default(),
+            elsewhere: Elsewhere::default(),
         }
     }
 
@@ -138,11 +145,19 @@ impl Local {
     pub(super) fn restore(&mut self, now: Timestamp, restored: &RestoredState) {
         self.overrides.restore(&restored.overrides);
         self.quotas.set_limits(&self.overrides.in_force(), now);
-        self.replaced = self.quotas.restore(now, &restored.quotas);
+        self.replaced = self.quotas.restore(
+            now,
+            &restored.quotas,
+            restored.left.as_ref().is_some_and(LeftAccount::has_left),
+        );
         self.totals = restored.totals;
-        self.totals.add(restored.held);
         self.history.is_enabled = true;
-        self.history.record_recovered(now, restored.held);
+        if let Some(left) = &restored.left {
+            self.begin_takeover(left);
+        } else {
+            self.totals.add(restored.held);
+            self.history.record_recovered(now, restored.held);
+        }
     }
 
     /// Reserves room for one request in every quota that it touches, or in none.

@@ -1,6 +1,7 @@
 //! Usage by minute, caller and model, collected until the store takes it, and sums over everything.
 
 use super::demand::Settlement;
+use super::handover::LeftUsage;
 use crate::clock::Timestamp;
 use crate::estimate::{KnownModels, ModelRank};
 use crate::quota::{Amounts, Subject};
@@ -97,7 +98,20 @@ impl UsageHistory {
     /// Records the amounts that were held when the last process died. Their callers and models are unknown.
     pub(super) fn record_recovered(&mut self, now: Timestamp, held: Amounts) {
         if held != Amounts::default() {
-            self.row(now, None, None).spent = held;
+            let row = self.row(now, None, None);
+            row.spent = row.spent.saturating_add(held);
+        }
+    }
+
+    /// Adds a row of another process.
+    pub(super) fn add(&mut self, left: &LeftUsage) {
+        if self.is_enabled {
+            let model = if left.model == OTHER_MODELS { None } else { self.entry(&left.model, true) };
+            let caller = left.caller.as_deref().map(Arc::from);
+            let at = Timestamp(left.minute.saturating_mul(MINUTE_MS));
+            let row = self.row(at, model, caller.as_ref());
+            row.rejections = row.rejections.saturating_add(left.rejections);
+            row.spent = row.spent.saturating_add(left.spent);
         }
     }
 

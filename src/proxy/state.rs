@@ -11,6 +11,7 @@ use crate::random;
 use crate::store::{self, Store, WriterControl};
 use crate::telemetry::{Metrics, Rejections, RequestIds};
 use futures_util::future::join_all;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::time::timeout;
@@ -31,6 +32,8 @@ pub struct State {
     current: Mutex<Arc<Snapshot>>,
     /// The status of the store. `None`: nothing is persisted.
     store: Option<Arc<WriterControl>>,
+    /// Whether the gateway closes its connections, because it shuts down or another process has replaced it.
+    is_closing: AtomicBool,
     /// Set when the gateway drains.
     drain: OnceLock<DrainPeriod>,
 }
@@ -68,11 +71,11 @@ impl PreparedConfig {
 }
 
 impl State {
-    /// Opens the account of each environment and restores its counters from the store.
+    /// Opens the account of each environment and restores its counters from the store. `models`: the models of the config.
     ///
     /// # Errors
-    /// The metrics cannot be registered, the store cannot be read, or a tokenizer file cannot be used.
-    pub fn new(config: Arc<Config>, store: Option<&Store>) -> anyhow::Result<Self> {
+    /// The metrics cannot be registered, or the store cannot be read.
+    pub fn new(config: Arc<Config>, models: Models, store: Option<&Store>) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new()?);
         metrics.config_loaded(clock::now());
         let calibrations = Calibrations::new(config.upstreams.iter().map(|u| u.name.as_str()));
@@ -95,7 +98,6 @@ impl State {
         for (environment, account) in config.environments.iter().zip(&opened) {
             accounts.add(&environment.name, account.clone());
         }
-        let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
         let current = Snapshot::new(config, opened, models, (&metrics, &calibrations), None)?;
         Ok(Self {
             learned: Arc::new(Learned::new(calibrations)),
@@ -106,6 +108,7 @@ impl State {
             session,
             current: Mutex::new(Arc::new(current)),
             store: store.map(Store::persistence),
+            is_closing: AtomicBool::new(false),
             drain: OnceLock::new(),
         })
     }
@@ -206,6 +209,16 @@ impl State {
     /// The corrections of prompt estimates.
     pub fn calibrations(&self) -> &Arc<Calibrations> {
         self.learned.calibrations()
+    }
+
+    /// Records that the gateway closes its connections. It still serves requests.
+    pub(crate) fn begin_closing(&self) {
+        self.is_closing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the gateway closes its connections.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Relaxed)
     }
 
     /// Refuses new requests from now on.

@@ -23,7 +23,7 @@ fn state(port: u16) -> Arc<State> {
          store: {{ memory: true }}\n"
     );
     let loaded = parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
-    Arc::new(State::new(Arc::new(loaded.config), None).unwrap())
+    Arc::new(State::new(Arc::new(loaded.config), crate::estimate::Models::default(), None).unwrap())
 }
 
 async fn charge(account: &Arc<Account>, metrics: &Arc<Metrics>) -> Charge {

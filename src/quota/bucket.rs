@@ -139,12 +139,13 @@ impl TokenBucket {
         }
     }
 
-    /// Continues from the counter that another process has persisted. Tokens that it held count as spent.
-    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
+    /// Continues from the counter that another process has persisted. Tokens that it held count as spent, or stay held
+    /// with `keeps_held`.
+    pub(super) fn restore(&mut self, persisted: &PersistedCounter, keeps_held: bool, now: Timestamp) {
         let spent = i128::from(persisted.used) + i128::from(persisted.held);
         let level = (i128::from(self.burst) - spent) * self.scale + i128::from(persisted.level_fraction);
-        self.level = level.min(self.units(self.burst));
-        self.held = 0;
+        self.held = if keeps_held { persisted.held } else { 0 };
+        self.level = level.min(self.top());
         self.refilled_at = persisted.at;
         self.refill(now);
     }
@@ -273,14 +274,26 @@ mod tests {
         b.refill(at(1));
         let persisted = b.to_persisted();
         let mut after = TokenBucket::full(100, 100, 60_000, at(700));
-        after.restore(&persisted, at(601));
+        after.restore(&persisted, false, at(601));
         assert_eq!((after.level(), after.held(), after.used()), (31, 0, 69));
         let mut raised = TokenBucket::full(200, 200, 60_000, at(700));
-        raised.restore(&persisted, at(1));
+        raised.restore(&persisted, false, at(1));
         assert_eq!((raised.level(), raised.used()), (130, 70));
         let mut stepped_back = TokenBucket::full(100, 100, 60_000, at(0));
-        stepped_back.restore(&persisted, at(-5));
+        stepped_back.restore(&persisted, false, at(-5));
         assert_eq!(stepped_back.level(), 30);
+    }
+
+    #[test]
+    fn a_bucket_that_is_taken_over_keeps_what_is_held_out_of_the_refill() {
+        let mut b = TokenBucket::full(100, 100, 1_000, at(0));
+        b.reserve(80);
+        let persisted = b.to_persisted();
+        let mut after = TokenBucket::full(100, 100, 1_000, at(0));
+        after.restore(&persisted, true, at(60_000));
+        assert_eq!((after.level(), after.held(), after.used()), (20, 80, 0));
+        after.settle(80, 30);
+        assert_eq!((after.level(), after.held(), after.used()), (70, 0, 30));
     }
 
     #[test]

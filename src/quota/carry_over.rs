@@ -116,7 +116,7 @@ impl Quotas {
             let counter = if known.is_none() { persisted(quota) } else { None };
             let earlier = counter.map_or(0, |counter| {
                 let mut cell = Cell::full(0, quota.clone(), now);
-                cell.restore(&counter, now);
+                cell.restore(&counter, false, now);
                 cell.committed()
             });
             let own = self.cells[at].carried(now);
@@ -129,7 +129,7 @@ impl Quotas {
         }
         let at = self.push(quota.clone(), now);
         if let Some(counter) = persisted(quota) {
-            self.cells[at].restore(&counter, now);
+            self.cells[at].restore(&counter, false, now);
         }
         at
     }

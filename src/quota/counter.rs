@@ -84,11 +84,18 @@ impl Cell {
         self.excess.filter(|(_, until)| now < *until).map_or(0, |(excess, _)| excess)
     }
 
-    /// Continues from the counter that another process has persisted for an earlier quota.
-    pub(super) fn restore_from(&mut self, earlier: &Quota, persisted: &PersistedCounter, now: Timestamp) {
+    /// Continues from the counter that another process has persisted for an earlier quota. `keeps_held`: that process
+    /// still serves the requests that hold amounts. They stay held if the quota is the same.
+    pub(super) fn restore_from(
+        &mut self,
+        earlier: &Quota,
+        persisted: &PersistedCounter,
+        keeps_held: bool,
+        now: Timestamp,
+    ) {
         let max = self.quota.max_carried();
         if earlier.is_same_as(&self.quota) {
-            self.restore(persisted, now);
+            self.restore(persisted, keeps_held, now);
             if earlier.limit != self.quota.limit {
                 self.limit_used(max);
             }
@@ -98,7 +105,7 @@ impl Cell {
             matches!(earlier.window, Window::Calendar { .. }) && CalendarPeriod::has_ended(persisted, now);
         if !is_over {
             let mut before = Self::full(0, earlier.clone(), now);
-            before.restore(persisted, now);
+            before.restore(persisted, false, now);
             self.carry_over(before.held_and_used().1.min(max));
         }
     }
@@ -190,6 +197,20 @@ impl Cell {
     pub(super) fn committed(&self) -> u64 {
         let (held, used) = self.held_and_used();
         used.saturating_add(held)
+    }
+
+    /// The periods whose reservations count as admitted in the current one, the current one first. 0: no period.
+    pub(super) fn periods(&self) -> Vec<u64> {
+        let current = match &self.counter {
+            Counter::Rolling(_) => 0,
+            Counter::Calendar(calendar) => calendar.period_id(),
+        };
+        std::iter::once(current).chain(self.taken_over.iter().copied()).collect()
+    }
+
+    /// The amount held by requests in flight that the current period admitted.
+    pub(super) fn held(&self) -> u64 {
+        self.held_and_used().0
     }
 
     /// The period that admitted a reservation, as this counter knows it. `None`: a period that has ended.
@@ -298,10 +319,10 @@ impl Cell {
     }
 
     /// Continues from the counter that another process has persisted.
-    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
+    pub(super) fn restore(&mut self, persisted: &PersistedCounter, keeps_held: bool, now: Timestamp) {
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.restore(persisted, now),
-            Counter::Calendar(calendar) => calendar.restore(persisted, now),
+            Counter::Rolling(bucket) => bucket.restore(persisted, keeps_held, now),
+            Counter::Calendar(calendar) => calendar.restore(persisted, keeps_held, now),
         }
         self.is_dirty = true;
     }

@@ -2,9 +2,10 @@
 
 use super::{Amounts, Quota, Required, Window};
 use crate::clock::Timestamp;
+use serde::{Deserialize, Serialize};
 
 /// How long a request has to wait until it fits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Wait {
     /// Milliseconds.
     Ms(u64),
@@ -25,6 +26,15 @@ impl Denied {
     pub(super) fn new(at: Timestamp, required: &Required, mut shortfalls: Vec<Shortfall>) -> Option<Self> {
         shortfalls.sort_by_key(|shortfall| std::cmp::Reverse(shortfall.wait));
         (!shortfalls.is_empty()).then_some(Self { shortfalls, requested: required.amounts, at })
+    }
+
+    /// A denial that another process has decided.
+    pub(crate) fn of_shortfalls(
+        at: Timestamp,
+        requested: Amounts,
+        shortfalls: Vec<Shortfall>,
+    ) -> Option<Self> {
+        Self::new(at, &Required { amounts: requested, generates: true }, shortfalls)
     }
 
     /// All quotas that could not hold the request, longest wait first; never empty.

@@ -154,14 +154,16 @@ impl CalendarPeriod {
     }
 
     /// Continues from the counter that another process has persisted, if its period has not ended. The
-    /// amount that it held counts as used.
-    pub(super) fn restore(&mut self, persisted: &PersistedCounter, now: Timestamp) {
+    /// amount that it held counts as used, or stays held with `keeps_held`.
+    pub(super) fn restore(&mut self, persisted: &PersistedCounter, keeps_held: bool, now: Timestamp) {
         (self.start, self.end) = bounds(self.unit, &self.zone, now);
         self.period_id = id_of(self.start);
         // A later start means that the clock was stepped back since. An overlap means that the time zone has
         // changed; the whole amount may have been used since the current period began.
         if persisted.at >= self.start || persisted.until > self.start {
-            self.used = u64::try_from(persisted.used).unwrap_or(0).saturating_add(persisted.held);
+            let (held, spent) = if keeps_held { (persisted.held, 0) } else { (0, persisted.held) };
+            self.used = u64::try_from(persisted.used).unwrap_or(0).saturating_add(spent);
+            self.held = held;
         }
     }
 
@@ -398,7 +400,7 @@ mod tests {
             [("2026-03-04T23:59:59Z", 60), ("2026-03-05T00:00:00Z", 100), ("2026-03-03T12:00:00Z", 60)]
         {
             let mut after = CalendarPeriod::new(100, ClockUnit::Day, TimeZone::UTC, at(restart));
-            after.restore(&persisted, at(restart));
+            after.restore(&persisted, false, at(restart));
             assert_eq!(after.level(), left, "{restart}");
         }
     }
@@ -417,7 +419,7 @@ mod tests {
                 let period_id = c.reserve(60);
                 c.settle(period_id, 50, 0, 30);
                 let mut after_restart = CalendarPeriod::new(100, unit, after.clone(), now);
-                after_restart.restore(&c.to_persisted(), now);
+                after_restart.restore(&c.to_persisted(), false, now);
                 assert_eq!(after_restart.level(), 60, "{unit:?} {before:?} {after:?} {hour}");
                 c.set_zone(after, now);
                 assert_eq!((c.level(), c.held(), c.start()), (60, 10, after_restart.start()));

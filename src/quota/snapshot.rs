@@ -2,6 +2,7 @@
 
 use super::Quota;
 use crate::clock::Timestamp;
+use serde::{Deserialize, Serialize};
 
 /// The counter of one quota in the store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +69,7 @@ pub struct QuotaLevel {
 }
 
 /// The tightest quota of one kind that applies to a caller, for the rate limit headers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuotaStatus {
     /// Limit of the quota, in tokens or requests per period.
     pub limit: u64,

@@ -323,14 +323,20 @@ impl Quotas {
     }
 
     /// Continues from the counters that another process has persisted, with the quotas that it had. Each quota
-    /// continues the one that [`predecessors`] finds. Returns the persisted quotas that were replaced by others.
-    pub fn restore(&mut self, now: Timestamp, persisted: &[(Quota, PersistedCounter)]) -> Vec<Quota> {
+    /// continues the one that [`predecessors`] finds. `keeps_held`: the other process still serves the requests that hold
+    /// amounts. Returns the persisted quotas that were replaced by others.
+    pub fn restore(
+        &mut self,
+        now: Timestamp,
+        persisted: &[(Quota, PersistedCounter)],
+        keeps_held: bool,
+    ) -> Vec<Quota> {
         let earlier: Vec<&Quota> = persisted.iter().map(|(quota, _)| quota).collect();
         let quotas: Vec<Quota> = self.cells.iter().map(|cell| cell.quota.clone()).collect();
         let mut replaced = Vec::new();
         for (cell, predecessor) in self.cells.iter_mut().zip(predecessors(&earlier, &quotas)) {
             let Some((quota, counter)) = predecessor.map(|at| &persisted[at]) else { continue };
-            cell.restore_from(quota, counter, now);
+            cell.restore_from(quota, counter, keeps_held, now);
             if !quota.is_same_as(&cell.quota) {
                 replaced.push(quota.clone());
             }

@@ -61,6 +61,8 @@ pub(crate) struct Peer {
     ends_answers_by_close: AtomicBool,
     /// Whether the current answer ended before it was complete.
     is_answer_cut: AtomicBool,
+    /// Whether the server closes each connection after its next answer.
+    closes: Arc<AtomicBool>,
 }
 
 /// All earlier answers are flushed, and the service has not received the next request.
@@ -77,6 +79,11 @@ const ANSWERED: u8 = 3;
 pub(super) struct ServedRequest(Arc<Peer>);
 
 impl ServedRequest {
+    /// Whether the connection closes after this answer.
+    pub(super) fn closes_connection(&self) -> bool {
+        self.0.closes.load(Ordering::Relaxed)
+    }
+
     /// Records that the answer ends before it is complete.
     pub(super) fn cut_answer(&self) {
         self.0.cut_answer();
@@ -103,7 +110,14 @@ impl Peer {
             cut_off_waker: AtomicWaker::new(),
             ends_answers_by_close: AtomicBool::new(false),
             is_answer_cut: AtomicBool::new(false),
+            closes: Arc::default(),
         }
+    }
+
+    /// The connection closes after its next answer once `closes` is set.
+    #[must_use]
+    pub(super) fn closed_by(self, closes: Arc<AtomicBool>) -> Self {
+        Self { closes, ..self }
     }
 
     /// Records that the service has received the head of a request. Resets the settings of the previous request.

@@ -2,6 +2,7 @@
 
 use super::peer::{Peer, ServedRequest};
 use futures_util::FutureExt as _;
+use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::service::{Service, service_fn};
@@ -30,10 +31,18 @@ where
     service_fn(move |request| {
         let served = peer.begin_request(request.version());
         // Uses `map` because an async block would contain the inner future twice.
-        inner
-            .call(request)
-            .map(|answer| answer.map(|answer| answer.map(|inner| ServedBody { inner, request: served })))
+        inner.call(request).map(move |answer| answer.map(|answer| finished(answer, served)))
     })
+}
+
+/// The answer as it is sent: a server that closes its connections announces that.
+fn finished<B>(answer: Response<B>, request: ServedRequest) -> Response<ServedBody<B>> {
+    let closes = request.closes_connection();
+    let mut answer = answer.map(|inner| ServedBody { inner, request });
+    if closes {
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
 }
 
 impl<B: Body + Unpin> Body for ServedBody<B> {

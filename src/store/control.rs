@@ -1,7 +1,7 @@
 //! The shared state of the writer thread and the requests: wakes the thread, and reports whether commits succeed.
 
-use crate::ledger::{Commits, Persistence};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use crate::ledger::{Commits, Persistence, SuccessorLine};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Upper bound of the delay of changes that no request waits for, so that one commit writes many settlements. It does
@@ -18,6 +18,8 @@ pub struct WriterControl {
     state: Mutex<WriterState>,
     /// Wakes the writer thread.
     wake: Condvar,
+    /// Wakes both sides of a hand-over.
+    decided: Condvar,
     pub(super) commits: Commits,
 }
 
@@ -34,6 +36,21 @@ struct WriterState {
     commit_error: Option<String>,
     /// A request has waited too long for a commit. No request waits again before the next commit.
     is_late: bool,
+    handover: StoreHandover,
+}
+
+/// The hand-over of the store to a new process.
+#[derive(Debug, Default)]
+enum StoreHandover {
+    /// This process has the store.
+    #[default]
+    Idle,
+    /// The thread must write the last changes and pause.
+    Requested,
+    /// The thread pauses. Whether everything is written.
+    Paused { is_complete: bool },
+    /// The new process has the store.
+    Moved(Arc<SuccessorLine>),
 }
 
 /// The events that wake the writer thread. Waking it for every request would cost more than the commits.
@@ -44,6 +61,13 @@ enum WakesOn {
     Nothing,
     UrgentChange,
     AnyChange,
+}
+
+impl WriterState {
+    /// Whether the thread must write the last changes, to end or to pause.
+    fn must_write_now(&self) -> bool {
+        self.is_stopping || matches!(self.handover, StoreHandover::Requested)
+    }
 }
 
 impl WriterControl {
@@ -65,6 +89,63 @@ impl WriterControl {
         state.wakes_on = WakesOn::Nothing;
         drop(state);
         self.wake.notify_one();
+        self.decided.notify_all();
+    }
+
+    /// Makes the thread write the last changes and pause, so that a new process can use the file. Blocks until it does, at
+    /// most `max_wait`.
+    ///
+    /// # Errors
+    /// The store cannot be written. `resume` must follow.
+    pub(crate) fn pause(&self, max_wait: Duration) -> anyhow::Result<()> {
+        let mut state = self.lock();
+        state.handover = StoreHandover::Requested;
+        state.wakes_on = WakesOn::Nothing;
+        self.wake.notify_all();
+        let is_pending = |state: &mut WriterState| matches!(state.handover, StoreHandover::Requested);
+        let waited = self.decided.wait_timeout_while(state, max_wait, is_pending);
+        let state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        match state.handover {
+            StoreHandover::Paused { is_complete: true } => Ok(()),
+            _ => anyhow::bail!("the store of the running gateway cannot be written"),
+        }
+    }
+
+    /// Makes the paused thread continue: this process keeps the store.
+    pub(crate) fn resume(&self) {
+        self.lock().handover = StoreHandover::Idle;
+        self.decided.notify_all();
+    }
+
+    /// Makes the paused thread release the store: the new process has it. Usage goes there from now on.
+    pub(crate) fn move_to(&self, line: &Arc<SuccessorLine>) {
+        self.lock().handover = StoreHandover::Moved(line.clone());
+        self.decided.notify_all();
+    }
+
+    /// Whether the thread must pause after the next commit.
+    pub(super) fn must_pause(&self) -> bool {
+        matches!(self.lock().handover, StoreHandover::Requested)
+    }
+
+    /// Blocks the writer thread until a new process has the store or not. `is_complete`: everything is written. Returns the
+    /// line to the new process.
+    pub(super) fn wait_for_new_process(&self, is_complete: bool) -> Option<Arc<SuccessorLine>> {
+        let mut state = self.lock();
+        // The request may have been withdrawn.
+        if matches!(state.handover, StoreHandover::Requested) {
+            state.handover = StoreHandover::Paused { is_complete };
+        }
+        self.decided.notify_all();
+        let is_pending = |state: &mut WriterState| {
+            matches!(state.handover, StoreHandover::Paused { .. }) && !state.is_stopping
+        };
+        let waited = self.decided.wait_while(state, is_pending);
+        let state = waited.unwrap_or_else(PoisonError::into_inner);
+        match &state.handover {
+            StoreHandover::Moved(line) => Some(line.clone()),
+            _ => None,
+        }
     }
 
     /// Blocks the writer thread until there is something to write, at most `max_wait`. It returns at once if a request
@@ -73,13 +154,13 @@ impl WriterControl {
         let mut state = self.lock();
         if is_behind {
             // Requests do not wait for commits while the store is unavailable.
-            state = self.sleep(state, WakesOn::UrgentChange, RETRY_DELAY, |state| state.is_stopping);
+            state = self.sleep(state, WakesOn::UrgentChange, RETRY_DELAY, WriterState::must_write_now);
         } else {
             let is_woken = |state: &WriterState| state.wakes_on == WakesOn::Nothing;
-            if !state.has_changes && !state.is_stopping {
+            if !state.has_changes && !state.must_write_now() {
                 state = self.sleep(state, WakesOn::AnyChange, max_wait, is_woken);
             }
-            if state.has_changes && !state.is_urgent && !state.is_stopping {
+            if state.has_changes && !state.is_urgent && !state.must_write_now() {
                 state = self.sleep(state, WakesOn::UrgentChange, LAZY_DELAY, is_woken);
             }
         }
@@ -147,7 +228,8 @@ impl Persistence for WriterControl {
 
     fn is_writing(&self) -> bool {
         let state = self.lock();
-        state.commit_error.is_none() && !state.is_late
+        let is_here = matches!(state.handover, StoreHandover::Idle);
+        is_here && state.commit_error.is_none() && !state.is_late
     }
 
     fn commits(&self) -> &Commits {

@@ -6,9 +6,10 @@ use super::database::Database;
 use crate::calibrations::SavedCalibration;
 use crate::clock::{self, Stopwatch};
 use crate::config::StoreSettings;
-use crate::ledger::{AuditEntry, Changes, NamedAccount, Totals, UsageRow};
+use crate::ledger::{AuditEntry, Changes, LeftUsage, NamedAccount, SuccessorLine, Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -112,12 +113,13 @@ impl Unwritten {
     }
 }
 
-/// Writes changes until the control stops the thread, then writes the last changes.
+/// Writes changes until the control stops the thread, then writes the last changes. `lock`: the lock of the store.
 pub(super) fn run(
     mut database: Database,
     control: &WriterControl,
     sources: &Sources,
     settings: &StoreSettings,
+    lock: File,
 ) {
     let mut unwritten = Unwritten::default();
     let mut since_calibrations = Stopwatch::start();
@@ -125,6 +127,7 @@ pub(super) fn run(
     let mut merging = Merging { delay: Duration::ZERO, since: Stopwatch::start() };
     loop {
         let is_stopping = control.wait(unwritten.has_changes, merging.due_in());
+        let is_pausing = control.must_pause();
         let commit = control.commits.begin();
         let accounts = sources.accounts.all();
         for (index, (_, account)) in accounts.iter().enumerate() {
@@ -134,7 +137,7 @@ pub(super) fn run(
         }
         // While calibrations are unwritten, no more are taken, so that their number is bounded. The others are taken after
         // the next successful commit.
-        let is_due = is_stopping || since_calibrations.elapsed() >= CALIBRATION_INTERVAL;
+        let is_due = is_stopping || is_pausing || since_calibrations.elapsed() >= CALIBRATION_INTERVAL;
         if unwritten.calibrations.is_empty() && is_due {
             since_calibrations = Stopwatch::start();
             unwritten.calibrations = sources.calibrations.take_changes();
@@ -154,12 +157,45 @@ pub(super) fn run(
         }
         // Also after a failed commit: the requests that wait for it continue.
         control.commits.finish(commit);
+        if is_pausing && let Some(line) = control.wait_for_new_process(!unwritten.has_changes) {
+            drop((database, lock));
+            return forward_usage(control, sources, &line);
+        }
         if is_stopping {
             return;
         }
         if !unwritten.has_changes && merging.due_in().is_zero() {
             merging.merge_oldest(&mut database, settings);
         }
+    }
+}
+
+/// Sends the usage of this process to the one that has the store, until the control stops the thread.
+fn forward_usage(control: &WriterControl, sources: &Sources, line: &SuccessorLine) {
+    loop {
+        let is_stopping = control.wait(false, MERGE_INTERVAL);
+        // Requests do not wait for commits that this process does not make.
+        let commit = control.commits.begin();
+        for (environment, account) in sources.accounts.all().iter() {
+            let rows: Vec<_> = account.take_changes().into_iter().flat_map(|changes| changes.usage).collect();
+            if !rows.is_empty() {
+                line.send_usage(environment, rows.into_iter().map(left_usage).collect());
+            }
+        }
+        control.commits.finish(commit);
+        if is_stopping {
+            return;
+        }
+    }
+}
+
+fn left_usage((row, model): (UsageRow, Arc<str>)) -> LeftUsage {
+    LeftUsage {
+        minute: row.minute,
+        model: model.to_string(),
+        caller: row.caller.as_deref().map(str::to_owned),
+        rejections: row.rejections,
+        spent: row.spent,
     }
 }
 

@@ -50,6 +50,7 @@ fn defaults_are_filled_in_in_the_order_of_the_reference() {
 server:
   listen: \"127.0.0.1:8080\"
   max_request_body: 32MiB
+  drain_delay: 0s
   drain_timeout: 30s
 admin:
   listen: \"127.0.0.1:9090\"

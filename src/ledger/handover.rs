@@ -1,0 +1,396 @@
+//! The hand-over of an account to a new process, for a restart without a gap.
+//!
+//! An account is *here*, *leaving* or *moved*. While it is leaving it admits nothing, and settlements wait: the new process
+//! reads the counters. Then the account moves, or it stays and continues where it stopped. The requests of an account that has
+//! moved use the counters of the new process: messages reserve, extend and settle there.
+//!
+//! The new process keeps the sum of what the old one's requests hold. A request of the old process becomes a reservation of
+//! the new one with its first message (`Adopt`). What is left of the sum when the old process ends is charged in full.
+
+mod line;
+mod messages;
+
+use super::demand::{Demand, Grant, NoRoom, Progress, Settlement};
+use super::local::Local;
+use super::{Account, MAX_STORE_WAIT, Reservation};
+use crate::clock::Timestamp;
+use crate::quota::{Amounts, HeldElsewhere, Quota, Subject};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use line::Successor;
+pub use line::SuccessorLine;
+pub use messages::{FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor};
+
+/// Where the counters of an account are.
+#[derive(Debug, Default)]
+pub(super) enum Residence {
+    /// In this process.
+    #[default]
+    Here,
+    /// A new process reads them. Settlements wait.
+    Leaving(Vec<DeferredSettlement>),
+    /// In a new process.
+    Moved(Successor),
+}
+
+/// A request that ended while its account was leaving.
+#[derive(Debug)]
+pub(super) struct DeferredSettlement {
+    caller: Option<Arc<str>>,
+    model: Box<str>,
+    grant: Grant,
+    settlement: Settlement,
+}
+
+/// What the requests of an old process hold in the counters that this process has taken over.
+#[derive(Debug, Default)]
+pub(super) struct Elsewhere {
+    in_flight: u64,
+    held: Amounts,
+    quotas: HeldElsewhere,
+    /// The old process ended while the account was leaving.
+    has_ended: bool,
+}
+
+impl Local {
+    /// Continues the counters of a process that still serves these requests.
+    pub(super) fn begin_takeover(&mut self, left: &LeftAccount) {
+        self.in_flight = left.in_flight;
+        self.held = left.held;
+        let quotas = self.quotas.held_elsewhere(&left.cells);
+        self.elsewhere = Elsewhere { in_flight: left.in_flight, held: left.held, quotas, has_ended: false };
+    }
+
+    fn adopt(&mut self, left: &LeftGrant) -> Grant {
+        let elsewhere = &mut self.elsewhere;
+        elsewhere.in_flight = elsewhere.in_flight.saturating_sub(1);
+        elsewhere.held = elsewhere.held.saturating_sub(left.reserved);
+        Grant {
+            receipts: left.receipts.iter().map(|receipt| elsewhere.quotas.adopt(receipt)).collect(),
+            id: None,
+            reserved: left.reserved,
+            extension: left.extension,
+            completions: left.completions,
+            cap: left.cap,
+            was_clamped: left.was_clamped,
+            progress_threshold: left.progress_threshold,
+            partial_length: None,
+            in_flight_generation: None,
+        }
+    }
+
+    /// The old process has ended: what its requests still hold is charged in full.
+    fn end_takeover(&mut self, now: Timestamp) {
+        match self.residence {
+            Residence::Here => {}
+            Residence::Leaving(_) => {
+                self.elsewhere.has_ended = true;
+                return;
+            }
+            // The new process charges what this process has not settled.
+            Residence::Moved(_) => return,
+        }
+        let Elsewhere { in_flight, held, quotas, .. } = std::mem::take(&mut self.elsewhere);
+        self.in_flight = self.in_flight.saturating_sub(in_flight);
+        self.held = self.held.saturating_sub(held);
+        self.totals.add(held);
+        self.history.record_recovered(now, held);
+        quotas.charge(now, &mut self.quotas);
+    }
+
+    fn leave(&mut self) -> LeftAccount {
+        self.residence = Residence::Leaving(Vec::new());
+        LeftAccount { in_flight: self.in_flight, held: self.held, cells: self.quotas.left_cells() }
+    }
+
+    fn stay(&mut self, now: Timestamp) {
+        let Residence::Leaving(deferred) = std::mem::take(&mut self.residence) else { return };
+        for DeferredSettlement { caller, model, grant, settlement } in deferred {
+            self.settle(now, Subject { caller: caller.as_ref(), model: &model }, grant, settlement);
+        }
+        if self.elsewhere.has_ended {
+            self.end_takeover(now);
+        }
+    }
+
+    fn move_to(&mut self, successor: Successor) {
+        let before = std::mem::replace(&mut self.residence, Residence::Moved(successor));
+        let Residence::Leaving(deferred) = before else { return };
+        for DeferredSettlement { caller, model, grant, settlement } in deferred {
+            self.settle_elsewhere(Subject { caller: caller.as_ref(), model: &model }, grant, settlement);
+        }
+    }
+
+    /// Settles a request of an account that is leaving or has moved.
+    pub(super) fn settle_elsewhere(&mut self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
+        match &mut self.residence {
+            Residence::Here => {}
+            Residence::Leaving(deferred) => deferred.push(DeferredSettlement {
+                caller: subject.caller.cloned(),
+                model: subject.model.into(),
+                grant,
+                settlement,
+            }),
+            Residence::Moved(successor) => {
+                self.in_flight = self.in_flight.saturating_sub(1);
+                successor.settle(subject, &grant, settlement);
+            }
+        }
+    }
+
+    /// Reports the progress of a stream of an account that is leaving or has moved.
+    pub(super) fn progress_elsewhere(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
+        match &self.residence {
+            // The next report has these amounts too.
+            Residence::Here | Residence::Leaving(_) => Progress::Within,
+            Residence::Moved(successor) => successor.progress(model, grant, spent),
+        }
+    }
+}
+
+/// The part of an account that knows where its counters are.
+#[derive(Debug)]
+pub(super) struct Handover {
+    has_left: AtomicBool,
+    phase: watch::Sender<Phase>,
+}
+
+#[derive(Clone, Debug)]
+enum Phase {
+    Here,
+    Leaving,
+    Moved(Successor),
+}
+
+impl Default for Handover {
+    fn default() -> Self {
+        Self { has_left: AtomicBool::new(false), phase: watch::Sender::new(Phase::Here) }
+    }
+}
+
+impl Handover {
+    /// Whether the account is leaving or has moved.
+    pub(super) fn has_left(&self) -> bool {
+        self.has_left.load(Ordering::Acquire)
+    }
+
+    fn set(&self, phase: Phase) {
+        self.has_left.store(!matches!(phase, Phase::Here), Ordering::Release);
+        self.phase.send_replace(phase);
+    }
+
+    /// Waits until the account stays or has moved. `None`: it stays.
+    pub(super) async fn outcome(&self) -> Option<Successor> {
+        let mut phase = self.phase.subscribe();
+        let decided = phase.wait_for(|phase| !matches!(phase, Phase::Leaving)).await;
+        // An error is impossible: the account has the sender.
+        match &*decided.ok()? {
+            Phase::Moved(successor) => Some(successor.clone()),
+            Phase::Here | Phase::Leaving => None,
+        }
+    }
+}
+
+/// In the old process.
+impl Account {
+    /// Stops admitting requests and settling them, so that a new process can read the counters. `None`: the counters are in
+    /// Redis, and the account continues.
+    pub fn leave(&self) -> Option<LeftAccount> {
+        if self.engine.sync().is_some() {
+            return None;
+        }
+        let left = self.engine.with_local(|local, _| {
+            self.handover.set(Phase::Leaving);
+            local.leave()
+        });
+        // The queued requests wait for the new process.
+        self.wait_queue.notify_released();
+        Some(left)
+    }
+
+    /// Continues where `leave` stopped: no new process has taken the counters over.
+    pub fn stay(&self) {
+        if self.engine.sync().is_none() {
+            self.engine.with_local(|local, now| {
+                local.stay(now);
+                self.handover.set(Phase::Here);
+            });
+            self.notify_store(false);
+        }
+    }
+
+    /// Uses the counters of the new process from now on.
+    pub fn move_to(&self, line: &Arc<SuccessorLine>, environment: &Arc<str>) {
+        if self.engine.sync().is_none() {
+            let successor = Successor { line: line.clone(), environment: environment.clone() };
+            self.engine.with_local(|local, _| {
+                local.move_to(successor.clone());
+                self.handover.set(Phase::Moved(successor));
+            });
+        }
+    }
+
+    /// Waits while the account is leaving.
+    ///
+    /// # Errors
+    /// The account has moved: the new process decides.
+    pub(super) async fn check_residence(&self) -> Result<(), NoRoom> {
+        if !self.handover.has_left() {
+            return Ok(());
+        }
+        self.handover.outcome().await.map_or(Ok(()), |_| Err(NoRoom::Unavailable))
+    }
+
+    /// Reserves room in the new process.
+    pub(super) async fn reserve_elsewhere(
+        self: &Arc<Self>,
+        successor: &Successor,
+        demand: &Demand<'_>,
+        max_wait: Duration,
+    ) -> Result<Reservation, NoRoom> {
+        let id = successor.line.next_id();
+        let message = ToSuccessor::Reserve {
+            id,
+            environment: successor.environment.to_string(),
+            caller: demand.subject.caller.map(|name| name.to_string()),
+            model: demand.subject.model.to_owned(),
+            prompt: demand.prompt,
+            generates: demand.generates,
+            cap: demand.cap,
+            completions: demand.completions,
+            max_wait_ms: u64::try_from(max_wait.as_millis()).unwrap_or(u64::MAX),
+        };
+        match successor.line.call(id, message).await {
+            Some(FromSuccessor::Reserved {
+                reserved,
+                cap,
+                progress_threshold,
+                clamped_to,
+                would_deny,
+                standing,
+                ..
+            }) => {
+                successor.begin_progress(id, reserved, progress_threshold);
+                let grant = Grant {
+                    receipts: smallvec::smallvec![],
+                    id: Some(id),
+                    reserved,
+                    extension: 0,
+                    completions: demand.completions.max(1),
+                    cap,
+                    was_clamped: clamped_to.is_some(),
+                    progress_threshold,
+                    partial_length: None,
+                    in_flight_generation: None,
+                };
+                self.engine.with_local(|local, _| local.in_flight += 1);
+                let would_deny = would_deny.map(|left| self.to_no_room(left));
+                let settlement = Settlement::default();
+                let subject = (demand.subject.caller.cloned(), demand.subject.model.into());
+                let is_durable = self.persistence.is_some();
+                Ok(Reservation {
+                    account: self.clone(),
+                    grant: Some(grant),
+                    subject,
+                    settlement,
+                    standing,
+                    clamped_to,
+                    would_deny,
+                    is_durable,
+                    commit: None,
+                })
+            }
+            Some(FromSuccessor::Denied { no_room, .. }) => Err(self.to_no_room(no_room)),
+            _ => Err(NoRoom::Unavailable),
+        }
+    }
+
+    fn to_no_room(&self, left: LeftNoRoom) -> NoRoom {
+        let quotas = self.engine.with_local(|local, _| {
+            local.quotas.cells().map(|(quota, _)| quota.clone()).collect::<Vec<Quota>>()
+        });
+        left.into_no_room(&quotas)
+    }
+
+    /// Waits until the settlements so far are durable where the counters are, at most [`MAX_STORE_WAIT`].
+    pub(super) async fn wait_for_commit_elsewhere(&self) {
+        match self.handover.outcome().await {
+            None => {
+                let Some(commit) = self.persistence.as_ref().map(|store| store.commits().next()) else {
+                    return;
+                };
+                self.notify_store(true);
+                self.wait_for_commit(commit).await;
+            }
+            Some(successor) => {
+                let id = successor.line.next_id();
+                let message = ToSuccessor::Commit { id, environment: successor.environment.to_string() };
+                drop(timeout(MAX_STORE_WAIT, successor.line.call(id, message)).await);
+            }
+        }
+    }
+}
+
+/// In the new process.
+impl Account {
+    /// Takes over a request that the old process still serves. It is charged in full if the old process ends without settling
+    /// it.
+    pub fn adopt(self: &Arc<Self>, model: &str, grant: &LeftGrant) -> Reservation {
+        let grant = self.engine.with_local(|local, _| local.adopt(grant));
+        let settlement = Settlement { spent: grant.reserved, is_complete: false };
+        Reservation {
+            account: self.clone(),
+            grant: Some(grant),
+            subject: (None, model.into()),
+            settlement,
+            standing: [None; 4],
+            clamped_to: None,
+            would_deny: None,
+            is_durable: self.persistence.is_some(),
+            commit: None,
+        }
+    }
+
+    /// The old process has ended: what its requests still hold is charged in full.
+    pub fn end_takeover(&self) {
+        if self.engine.sync().is_none() {
+            self.engine.with_local(Local::end_takeover);
+            self.wait_queue.notify_released();
+            self.notify_store(false);
+        }
+    }
+
+    /// Adds usage that the old process has recorded to the history and the totals.
+    pub fn add_usage(&self, rows: &[LeftUsage]) {
+        self.engine.with_local(|local, _| {
+            for row in rows {
+                local.totals.add(row.spent);
+                local.totals.rejected += row.rejections;
+                local.history.add(row);
+            }
+        });
+        self.notify_store(false);
+    }
+
+    /// Waits until everything so far is durable, at most [`MAX_STORE_WAIT`].
+    pub async fn commit(&self) {
+        if self.handover.has_left() {
+            return self.wait_for_commit_elsewhere().await;
+        }
+        let Some(commit) = self.persistence.as_ref().map(|store| store.commits().next()) else { return };
+        self.notify_store(true);
+        self.wait_for_commit(commit).await;
+    }
+}
+
+impl Reservation {
+    /// Settles a request of the old process.
+    pub fn settle_as(mut self, caller: Option<Arc<str>>, spent: Amounts, is_complete: bool) {
+        self.subject.0 = caller;
+        self.settlement = Settlement { spent, is_complete };
+    }
+}

@@ -1,0 +1,176 @@
+//! The messages between an account that has moved and the new process that has its counters.
+
+use crate::clock::Timestamp;
+use crate::ledger::demand::NoRoom;
+use crate::quota::{
+    Amounts, Denied, LeftCell, LeftReceipt, Quota, QuotaIdentity, QuotaStatus, Shortfall, Wait,
+};
+use serde::{Deserialize, Serialize};
+
+/// What the requests of an account hold when the account leaves.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftAccount {
+    pub(in crate::ledger) in_flight: u64,
+    pub(in crate::ledger) held: Amounts,
+    pub(in crate::ledger) cells: Vec<LeftCell>,
+}
+
+/// The grant of a request of the old process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftGrant {
+    pub(in crate::ledger) receipts: Vec<LeftReceipt>,
+    pub(in crate::ledger) reserved: Amounts,
+    pub(in crate::ledger) extension: u64,
+    pub(in crate::ledger) completions: u64,
+    pub(in crate::ledger) cap: u64,
+    pub(in crate::ledger) was_clamped: bool,
+    pub(in crate::ledger) progress_threshold: u64,
+}
+
+/// Usage of one caller and model in one minute, which the old process has recorded.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftUsage {
+    /// Minutes since the Unix epoch.
+    pub minute: i64,
+    /// The model's name in the history.
+    pub model: String,
+    /// The caller's name; `None` in an open environment.
+    pub caller: Option<String>,
+    /// Requests denied.
+    pub rejections: u64,
+    /// The charged amounts.
+    pub spent: Amounts,
+}
+
+/// A message of the old process. `id` names a reservation or a call of the old process.
+#[derive(Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum ToSuccessor {
+    /// Reserves room. Answered with `Reserved` or `Denied`.
+    Reserve {
+        id: u64,
+        environment: String,
+        caller: Option<String>,
+        model: String,
+        prompt: u64,
+        generates: bool,
+        cap: Option<u64>,
+        completions: u64,
+        max_wait_ms: u64,
+    },
+    /// The request of a `Reserve` has ended before it got its answer.
+    Cancel { id: u64 },
+    /// A request that was in flight when the account moved.
+    Adopt { id: u64, environment: String, model: String, grant: LeftGrant },
+    /// Amounts that a stream has used so far. Answered with `Progressed`.
+    Progress { id: u64, spent: Amounts },
+    /// The end of a request.
+    Settle { id: u64, caller: Option<String>, spent: Amounts, is_complete: bool },
+    /// Answered with `Committed` when everything before this message is durable.
+    Commit { id: u64, environment: String },
+    /// Usage of an account that does not move, for the usage history.
+    Usage { environment: String, rows: Vec<LeftUsage> },
+}
+
+/// An answer of the new process.
+#[derive(Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum FromSuccessor {
+    Reserved {
+        id: u64,
+        reserved: Amounts,
+        cap: u64,
+        progress_threshold: u64,
+        clamped_to: Option<u64>,
+        would_deny: Option<LeftNoRoom>,
+        standing: [Option<QuotaStatus>; 4],
+    },
+    Denied {
+        id: u64,
+        no_room: LeftNoRoom,
+    },
+    Progressed {
+        id: u64,
+        is_overrun: bool,
+        reserved: Amounts,
+        progress_threshold: u64,
+    },
+    Committed {
+        id: u64,
+    },
+}
+
+/// A [`NoRoom`] on its way to the old process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum LeftNoRoom {
+    Quota { at_ms: i64, requested: Amounts, shortfalls: Vec<LeftShortfall> },
+    InFlight { limit: u64 },
+    Unavailable,
+}
+
+/// A [`Shortfall`] on its way to the old process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftShortfall {
+    quota: QuotaIdentity,
+    limit: u64,
+    burst: u64,
+    remaining: u64,
+    used: u64,
+    held: u64,
+    requested: u64,
+    wait: Wait,
+}
+
+impl LeftAccount {
+    /// Whether the account has left. The account of counters in Redis stays.
+    pub(in crate::ledger) fn has_left(&self) -> bool {
+        !self.cells.is_empty()
+    }
+}
+
+impl LeftNoRoom {
+    pub(crate) fn of(no_room: &NoRoom) -> Self {
+        let left = |shortfall: &Shortfall| LeftShortfall {
+            quota: QuotaIdentity::of(&shortfall.quota),
+            limit: shortfall.quota.limit,
+            burst: shortfall.quota.capacity(),
+            remaining: shortfall.remaining,
+            used: shortfall.used,
+            held: shortfall.held,
+            requested: shortfall.requested,
+            wait: shortfall.wait,
+        };
+        match no_room {
+            NoRoom::Quota(denied) => Self::Quota {
+                at_ms: denied.at().0,
+                requested: denied.requested(),
+                shortfalls: denied.shortfalls().iter().map(left).collect(),
+            },
+            NoRoom::InFlight { limit } => Self::InFlight { limit: *limit },
+            NoRoom::Unavailable => Self::Unavailable,
+        }
+    }
+
+    /// `quotas`: the quotas of this process. A quota that only the new process has is left out.
+    pub(super) fn into_no_room(self, quotas: &[Quota]) -> NoRoom {
+        let (at_ms, requested, shortfalls) = match self {
+            Self::Quota { at_ms, requested, shortfalls } => (at_ms, requested, shortfalls),
+            Self::InFlight { limit } => return NoRoom::InFlight { limit },
+            Self::Unavailable => return NoRoom::Unavailable,
+        };
+        let known = |left: LeftShortfall| {
+            let quota = quotas.iter().find(|quota| left.quota.is_of(quota))?;
+            Some(Shortfall {
+                quota: quota.with_limit(left.limit, left.burst),
+                remaining: left.remaining,
+                used: left.used,
+                held: left.held,
+                requested: left.requested,
+                wait: left.wait,
+            })
+        };
+        let known = shortfalls.into_iter().filter_map(known).collect();
+        Denied::of_shortfalls(Timestamp(at_ms), requested, known).map_or(NoRoom::Unavailable, NoRoom::Quota)
+    }
+}

@@ -1,0 +1,75 @@
+//! A restart without a gap: a new process takes a running gateway over.
+//!
+//! Both use the abstract Unix socket that is named after `server.listen`. The old process listens there
+//! ([`incumbent`]). A new process that is ready to serve connects to it ([`claim`]) and receives the listening sockets, the lock
+//! of the store and the counters. `docs/architecture.md` has the steps, and what a crash at each step leads to.
+
+mod claim;
+mod frame;
+mod incumbent;
+mod line;
+mod predecessor;
+mod socket;
+
+use crate::config::Config;
+use crate::ledger::LeftAccount;
+use crate::store;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+pub(crate) use claim::{Claim, Claimed};
+pub(crate) use incumbent::{HandoverOutcome, Incumbent};
+pub(crate) use line::run as run_line;
+pub(crate) use predecessor::serve as serve_predecessor;
+pub(crate) use socket::ControlListener;
+
+/// Processes with different numbers cannot replace each other without a gap.
+const PROTOCOL: u32 = 1;
+/// How long each side waits for a step of the other one that does not stop requests.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the old process waits for the new one while its requests wait. After that it continues.
+const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A message of the new process, until it has taken over.
+#[derive(Debug, Serialize, Deserialize)]
+enum ToIncumbent {
+    /// The first message. `store` identifies the store.
+    Hello { protocol: u32, store: String, admin: SocketAddr },
+    /// The new process needs only the counters to be ready.
+    Begin,
+    /// The new process is ready to serve.
+    Ready,
+}
+
+/// A message of the old process, until the new one has taken over.
+#[derive(Debug, Serialize, Deserialize)]
+enum FromIncumbent {
+    /// The old process continues.
+    Refused { reason: String },
+    /// These files follow: the listeners for callers, the admin listener, the control listener, the lock of the store.
+    Welcome { listeners: usize, has_admin: bool, has_lock: bool },
+    /// What requests of the old process hold.
+    Account { environment: String, left: LeftAccount },
+    /// All accounts were sent, and the store is written.
+    Accounts,
+    /// The new process is the gateway from now on.
+    Go,
+}
+
+/// What identifies the store of a gateway. Processes with different stores do not replace each other.
+fn store_identity(config: &Config) -> String {
+    let counters = if config.store.memory {
+        "memory".to_owned()
+    } else {
+        store::identity(&config.store.path)
+            .map_or_else(|| "new file".to_owned(), |(device, inode)| format!("file {device}:{inode}"))
+    };
+    let redis = config.store.redis.as_ref().map(|redis| {
+        // The URL may contain a password.
+        let digest = Sha256::digest(format!("{} {}", redis.prefix, redis.url.expose()));
+        digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect::<String>()
+    });
+    format!("{counters} {}", redis.unwrap_or_default())
+}

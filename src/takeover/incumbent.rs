@@ -1,0 +1,223 @@
+//! The old process: it hands its sockets, its store and its counters over to a new one.
+
+use super::socket::{self, ControlListener};
+use super::{FromIncumbent, PROTOCOL, STEP_TIMEOUT, TAKEOVER_TIMEOUT, ToIncumbent, frame, store_identity};
+use crate::clock::Stopwatch;
+use crate::config::Config;
+use crate::ledger::{Accounts, LeftAccount, SuccessorLine, ToSuccessor};
+use crate::server::RunState;
+use crate::store::WriterControl;
+use anyhow::Context as _;
+use std::fs::File;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+/// The pause after an error of `accept`.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long the store may take for its last commit.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a running gateway hands over.
+#[derive(Debug)]
+pub(crate) struct Incumbent {
+    control: ControlListener,
+    listeners: Vec<TcpListener>,
+    admin: TcpListener,
+    admin_address: SocketAddr,
+    lock: Option<File>,
+    store: String,
+    accounts: Arc<Accounts>,
+    /// The store's thread. `None`: there is no store, and counters do not survive a restart.
+    writer: Option<Arc<WriterControl>>,
+}
+
+/// The line to the new process, its messages, and how long requests had to wait.
+type Handed = (Arc<SuccessorLine>, mpsc::UnboundedReceiver<ToSuccessor>, Duration);
+
+/// A hand-over that has succeeded.
+#[derive(Debug)]
+pub(crate) struct HandoverOutcome {
+    pub(crate) stream: UnixStream,
+    pub(crate) line: Arc<SuccessorLine>,
+    pub(crate) messages: mpsc::UnboundedReceiver<ToSuccessor>,
+    /// The new process's id.
+    pub(crate) pid: i32,
+    /// How long requests had to wait.
+    pub(crate) pause: Duration,
+}
+
+impl Incumbent {
+    /// Prepares a hand-over. `lock`: the store's lock, and its thread.
+    ///
+    /// # Errors
+    /// The process has too many open files.
+    pub(crate) fn new(
+        control: ControlListener,
+        config: &Config,
+        listeners: &[TcpListener],
+        admin: (&TcpListener, SocketAddr),
+        accounts: Arc<Accounts>,
+        store: Option<(File, Arc<WriterControl>)>,
+    ) -> io::Result<Self> {
+        let (lock, writer) = store.unzip();
+        Ok(Self {
+            control,
+            listeners: listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+            admin: admin.0.try_clone()?,
+            admin_address: admin.1,
+            lock,
+            store: store_identity(config),
+            accounts,
+            writer,
+        })
+    }
+
+    /// Waits for a new process and hands over to it. `None`: the gateway stops.
+    ///
+    /// # Errors
+    /// The control socket fails.
+    pub(crate) async fn run(
+        self,
+        mut run_state: watch::Receiver<RunState>,
+    ) -> io::Result<Option<HandoverOutcome>> {
+        let this = Arc::new(self);
+        let control = this.control.0.try_clone()?;
+        control.set_nonblocking(true)?;
+        let control = UnixListener::from_std(control)?;
+        let mut current: Option<JoinHandle<Option<HandoverOutcome>>> = None;
+        let is_stopping = |state: &RunState| matches!(state, RunState::Draining(_) | RunState::Stopped);
+        loop {
+            let done = async {
+                match &mut current {
+                    Some(handover) => handover.await.ok().flatten(),
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                _ = run_state.wait_for(is_stopping) => return Ok(None),
+                outcome = done => match outcome {
+                    Some(outcome) => return Ok(Some(outcome)),
+                    None => current = None,
+                },
+                accepted = control.accept() => match accepted.and_then(|(stream, _)| stream.into_std()) {
+                    Ok(stream) if current.is_none() => {
+                        let this = this.clone();
+                        current = Some(spawn_blocking(move || this.hand_over(stream)));
+                    }
+                    // The new process has a message to read when it has sent its first one.
+                    Ok(stream) => drop(spawn_blocking(move || refuse(&stream, "another process is replacing it now"))),
+                    Err(error) => {
+                        tracing::warn!(%error, "a process that may replace this one could not be accepted");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+            }
+        }
+    }
+
+    /// Hands over to the process at the other end. `None`: this process continues.
+    fn hand_over(&self, stream: UnixStream) -> Option<HandoverOutcome> {
+        let peer = socket::peer(&stream).inspect_err(|error| {
+            tracing::warn!(%error, "a process that wants to replace this one was refused");
+        });
+        let pid = peer.ok()?.pid;
+        match self.try_hand_over(&stream) {
+            Ok((line, messages, pause)) => Some(HandoverOutcome { stream, line, messages, pid, pause }),
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    pid,
+                    "a new process did not replace this one, which continues"
+                );
+                None
+            }
+        }
+    }
+
+    fn try_hand_over(&self, stream: &UnixStream) -> anyhow::Result<Handed> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(STEP_TIMEOUT))?;
+        stream.set_write_timeout(Some(STEP_TIMEOUT))?;
+        let ToIncumbent::Hello { protocol, store, admin } = frame::read(stream)? else {
+            anyhow::bail!("its first message is wrong");
+        };
+        if let Some(reason) = self.objection(protocol, &store) {
+            frame::write(stream, &FromIncumbent::Refused { reason: reason.to_owned() })?;
+            anyhow::bail!(reason);
+        }
+        self.send_files(stream, admin == self.admin_address).context("the sockets could not be sent")?;
+        let ToIncumbent::Begin = frame::read(stream).context("it has ended")? else {
+            anyhow::bail!("its second message is wrong");
+        };
+        let handed = self.hand_counters_over(stream);
+        if handed.is_err() {
+            self.writer.iter().for_each(|writer| writer.resume());
+            self.accounts.all().iter().for_each(|(_, account)| account.stay());
+        }
+        handed
+    }
+
+    fn objection(&self, protocol: u32, store: &str) -> Option<&'static str> {
+        if protocol != PROTOCOL {
+            return Some("its version cannot hand over to this version");
+        }
+        (store != self.store).then_some("it uses another store (store.path, store.memory or store.redis)")
+    }
+
+    fn send_files(&self, stream: &UnixStream, has_admin: bool) -> io::Result<()> {
+        let (listeners, has_lock) = (self.listeners.len(), self.lock.is_some());
+        frame::write(stream, &FromIncumbent::Welcome { listeners, has_admin, has_lock })?;
+        self.listeners.iter().try_for_each(|listener| socket::send_file(stream, listener))?;
+        if has_admin {
+            socket::send_file(stream, &self.admin)?;
+        }
+        socket::send_file(stream, &self.control.0)?;
+        self.lock.iter().try_for_each(|lock| socket::send_file(stream, lock))
+    }
+
+    /// Stops the accounts, sends them, and waits until the new process is ready. After an error the accounts must `stay`.
+    fn hand_counters_over(&self, stream: &UnixStream) -> anyhow::Result<Handed> {
+        stream.set_read_timeout(Some(TAKEOVER_TIMEOUT))?;
+        let clock = Stopwatch::start();
+        let accounts = self.accounts.all();
+        if let Some(writer) = &self.writer {
+            let left: Vec<LeftAccount> =
+                accounts.iter().map(|(_, account)| account.leave().unwrap_or_default()).collect();
+            // The last commit contains all changes up to here.
+            if let Err(error) = writer.pause(COMMIT_TIMEOUT) {
+                frame::write(stream, &FromIncumbent::Refused { reason: error.to_string() })?;
+                return Err(error);
+            }
+            for ((environment, _), left) in accounts.iter().zip(left) {
+                frame::write(stream, &FromIncumbent::Account { environment: environment.to_string(), left })?;
+            }
+        }
+        frame::write(stream, &FromIncumbent::Accounts)?;
+        let ToIncumbent::Ready = frame::read(stream).context("it did not become ready")? else {
+            anyhow::bail!("its third message is wrong");
+        };
+        frame::write(stream, &FromIncumbent::Go)?;
+        let (line, messages) = SuccessorLine::new();
+        if let Some(writer) = &self.writer {
+            accounts.iter().for_each(|(environment, account)| account.move_to(&line, environment));
+            writer.move_to(&line);
+        }
+        Ok((line, messages, clock.elapsed()))
+    }
+}
+
+fn refuse(stream: &UnixStream, reason: &str) {
+    let refused = stream
+        .set_nonblocking(false)
+        .and_then(|()| stream.set_read_timeout(Some(STEP_TIMEOUT)))
+        .and_then(|()| frame::read::<ToIncumbent>(stream))
+        .and_then(|_| frame::write(stream, &FromIncumbent::Refused { reason: reason.to_owned() }));
+    drop(refused);
+}

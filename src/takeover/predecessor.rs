@@ -1,0 +1,209 @@
+//! The new process serves the messages of the old one: it reserves, extends and settles in its own counters.
+
+use super::frame;
+use crate::ledger::{
+    Account, Accounts, Demand, FromSuccessor, LeftNoRoom, Progress, Reservation, ToSuccessor,
+};
+use crate::quota::Subject;
+use crate::server::RunState;
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+
+/// Requests of the old process, by the numbers that it gave them.
+struct Predecessor {
+    accounts: Arc<Accounts>,
+    requests: Mutex<HashMap<u64, Request>>,
+    replies: mpsc::UnboundedSender<FromSuccessor>,
+}
+
+enum Request {
+    /// Waits for room.
+    Waiting(AbortHandle),
+    /// Dropping it charges it in full.
+    InFlight(Reservation),
+}
+
+/// Serves the old process until it has ended or this one stops. `None`: it has ended already. What it has not settled is
+/// charged in full.
+///
+/// # Errors
+/// The socket cannot be used.
+pub(crate) async fn serve(
+    stream: Option<UnixStream>,
+    accounts: Arc<Accounts>,
+    mut run_state: watch::Receiver<RunState>,
+) -> io::Result<()> {
+    if let Some(stream) = stream {
+        stream.set_nonblocking(true)?;
+        let (mut reader, writer) = tokio::net::UnixStream::from_std(stream)?.into_split();
+        let (replies, receiver) = mpsc::unbounded_channel();
+        let writing = tokio::spawn(write(writer, receiver));
+        let predecessor =
+            Arc::new(Predecessor { accounts: accounts.clone(), requests: Mutex::default(), replies });
+        let serving = async {
+            while let Ok(message) = frame::receive(&mut reader).await {
+                predecessor.serve(message);
+            }
+        };
+        let is_stopping = |state: &RunState| *state == RunState::Stopped;
+        tokio::select! {
+            () = serving => {}
+            _ = run_state.wait_for(is_stopping) => {}
+        }
+        predecessor.end();
+        writing.abort();
+    }
+    accounts.all().iter().for_each(|(_, account)| account.end_takeover());
+    Ok(())
+}
+
+async fn write(mut writer: OwnedWriteHalf, mut replies: mpsc::UnboundedReceiver<FromSuccessor>) {
+    while let Some(reply) = replies.recv().await {
+        let Ok(bytes) = frame::encode(&reply) else { continue };
+        if writer.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+impl Predecessor {
+    fn serve(self: &Arc<Self>, message: ToSuccessor) {
+        match message {
+            reserve @ ToSuccessor::Reserve { .. } => self.begin(reserve),
+            ToSuccessor::Cancel { id } => match self.take(id) {
+                Some(Request::Waiting(task)) => task.abort(),
+                Some(Request::InFlight(reservation)) => {
+                    reservation.settle_as(None, Default::default(), false)
+                }
+                None => {}
+            },
+            ToSuccessor::Adopt { id, environment, model, grant } => {
+                if let Some(account) = self.accounts.of(&environment) {
+                    self.insert(id, Request::InFlight(account.adopt(&model, &grant)));
+                }
+            }
+            ToSuccessor::Progress { id, spent } => self.progress(id, spent),
+            ToSuccessor::Settle { id, caller, spent, is_complete } => {
+                if let Some(Request::InFlight(reservation)) = self.take(id) {
+                    reservation.settle_as(caller.map(Arc::from), spent, is_complete);
+                }
+            }
+            ToSuccessor::Commit { id, environment } => {
+                let (this, account) = (self.clone(), self.accounts.of(&environment));
+                tokio::spawn(async move {
+                    if let Some(account) = account {
+                        account.commit().await;
+                    }
+                    this.reply(FromSuccessor::Committed { id });
+                });
+            }
+            ToSuccessor::Usage { environment, rows } => {
+                if let Some(account) = self.accounts.of(&environment) {
+                    account.add_usage(&rows);
+                }
+            }
+        }
+    }
+
+    /// Reserves room for a request, which may wait for it.
+    fn begin(self: &Arc<Self>, message: ToSuccessor) {
+        let ToSuccessor::Reserve {
+            id,
+            environment,
+            caller,
+            model,
+            prompt,
+            generates,
+            cap,
+            completions,
+            max_wait_ms,
+        } = message
+        else {
+            return;
+        };
+        let Some(account) = self.accounts.of(&environment) else {
+            return self.reply(FromSuccessor::Denied { id, no_room: LeftNoRoom::Unavailable });
+        };
+        let this = self.clone();
+        let task = tokio::spawn(async move {
+            let caller = caller.map(Arc::from);
+            let subject = Subject { caller: caller.as_ref(), model: &model };
+            let demand = Demand { subject, prompt, generates, cap, completions };
+            let reply = this.reserve(id, &account, &demand, Duration::from_millis(max_wait_ms)).await;
+            this.reply(reply);
+        });
+        // The runtime has one thread, so the task has not begun yet.
+        self.insert(id, Request::Waiting(task.abort_handle()));
+    }
+
+    async fn reserve(
+        &self,
+        id: u64,
+        account: &Arc<Account>,
+        demand: &Demand<'_>,
+        max_wait: Duration,
+    ) -> FromSuccessor {
+        let mut reservation = match account.reserve(demand, max_wait).await {
+            Ok(reservation) => reservation,
+            Err(no_room) => {
+                drop(self.take(id));
+                return FromSuccessor::Denied { id, no_room: LeftNoRoom::of(&no_room) };
+            }
+        };
+        reservation.wait_until_durable().await;
+        let reply = FromSuccessor::Reserved {
+            id,
+            reserved: reservation.reserved(),
+            cap: reservation.cap(),
+            progress_threshold: reservation.progress_threshold(),
+            clamped_to: reservation.clamped_to(),
+            would_deny: reservation.would_deny().map(LeftNoRoom::of),
+            standing: *reservation.standing(),
+        };
+        reservation.observe(reservation.reserved());
+        self.insert(id, Request::InFlight(reservation));
+        reply
+    }
+
+    fn progress(&self, id: u64, spent: crate::quota::Amounts) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Request::InFlight(reservation)) = requests.get_mut(&id) else { return };
+        let is_overrun = reservation.progress(spent) == Progress::Overrun;
+        // If the old process ends now, what the stream has reserved is charged.
+        reservation.observe(reservation.reserved());
+        let (reserved, progress_threshold) = (reservation.reserved(), reservation.progress_threshold());
+        drop(requests);
+        self.reply(FromSuccessor::Progressed { id, is_overrun, reserved, progress_threshold });
+    }
+
+    /// The old process has ended: its requests that wait are dropped, the others are charged in full.
+    fn end(&self) {
+        let requests = std::mem::take(&mut *self.requests.lock().unwrap_or_else(PoisonError::into_inner));
+        for request in requests.into_values() {
+            match request {
+                Request::Waiting(task) => task.abort(),
+                Request::InFlight(reservation) => drop(reservation),
+            }
+        }
+    }
+
+    fn insert(&self, id: u64, request: Request) {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).insert(id, request);
+    }
+
+    fn take(&self, id: u64) -> Option<Request> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&id)
+    }
+
+    fn reply(&self, reply: FromSuccessor) {
+        // An error means that the old process has ended.
+        let _ = self.replies.send(reply);
+    }
+}

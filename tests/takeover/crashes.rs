@@ -1,0 +1,80 @@
+//! Kills of either process in a hand-over.
+
+use super::gateway::Place;
+use super::http::Connection;
+use super::load::{JSON, Load, STREAM};
+use super::upstream::{PROMPT_TOKENS, Upstream};
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const FILE: &str = "path: '@/t.db'";
+const QUOTAS: &str = "reserve: { completion: max_tokens }, quotas: {
+    total_tokens: { limit: 1G, per: month, window: calendar } }";
+
+#[test]
+fn a_kill_of_the_old_process_charges_in_full_what_it_had_in_flight() {
+    let (_, port) = Upstream::start();
+    let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
+    let mut old = place.start();
+    let mut streams: Vec<_> = (0..3).map(|_| Connection::open(place.port).unwrap()).collect();
+    for stream in &mut streams {
+        stream.post(&STREAM.replace("\"stream\":true", "\"stream\":true,\"user\":\"held\"")).unwrap();
+        stream.head().unwrap();
+    }
+    let _new = place.start();
+    // One more, of which the new process knows by a message.
+    let mut late = Connection::open(place.port).unwrap();
+    late.send("POST /v1/chat/completions HTTP/1.1\r\n").unwrap();
+    assert_eq!(place.environment()["in_flight"], 3);
+    old.kill();
+    let environment = place.settled();
+    let full = 3 * (PROMPT_TOKENS + 50);
+    assert_eq!(environment["totals"]["total_tokens"], full, "{environment:#}");
+    assert_eq!(environment["quotas"][0]["used"], full, "{environment:#}");
+    let answer = Connection::open(place.port).unwrap().call(JSON).unwrap();
+    assert_eq!(answer.status(), 200);
+}
+
+#[test]
+fn a_kill_of_the_new_process_at_any_step_loses_no_charge() {
+    let (upstream, port) = Upstream::start();
+    let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
+    let mut old = place.start();
+    let (mut received, mut kills, mut kept) = (0, 0_u64, 0);
+    // How long a start takes decides which moments are of interest.
+    let clock = Instant::now();
+    let mut new = place.start();
+    let start = clock.elapsed();
+    old.exit_code(Duration::from_secs(20));
+    std::mem::swap(&mut old, &mut new);
+    for round in 0..24_u32 {
+        let load = Load::start(place.port);
+        thread::sleep(Duration::from_millis(250));
+        let mut new = place.spawn("t.yaml");
+        // From half of a start to a little more than a whole one.
+        thread::sleep(start / 2 + start / 40 * round);
+        new.kill();
+        thread::sleep(Duration::from_millis(300));
+        let was_replaced = old.log().contains("another process has replaced this one");
+        let sums = load.stop();
+        received += sums.tokens.load(SeqCst);
+        if was_replaced {
+            kills += 1;
+            old.kill();
+            old = place.start();
+        } else {
+            // The old process serves on: nothing was lost.
+            sums.assert_faultless();
+            kept += 1;
+        }
+        let total = place.settled()["totals"]["total_tokens"].as_u64().unwrap();
+        let max = upstream.reported.load(SeqCst) + kills * 20 * (PROMPT_TOKENS + 50);
+        assert!(total >= received && total <= max, "{received} <= {total} <= {max} after {kills} kills");
+        if kills == 0 {
+            assert_eq!(total, received);
+        }
+    }
+    println!("{kept} kills before the hand-over, {kills} after it");
+    assert!(kept > 0, "no kill came before the hand-over");
+}

@@ -1,0 +1,142 @@
+//! Processes of the gateway that follow each other at one address.
+
+use super::http::{MAX_WAIT, get};
+use super::port::free_port;
+use serde_json::Value;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The folder, the ports and the config that the processes share.
+pub struct Place {
+    pub folder: tempfile::TempDir,
+    pub port: u16,
+    pub admin: u16,
+    started: AtomicUsize,
+}
+
+pub struct Process {
+    pub child: Child,
+    log: PathBuf,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Place {
+    /// Writes a config. `server`: further settings of the server. `environment`: settings of the environment. `store`: the
+    /// settings of the store; `@` stands for the folder.
+    pub fn new(upstream: u16, server: &str, environment: &str, store: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (port, admin) = (free_port(), free_port());
+        let place = Self { folder, port, admin, started: AtomicUsize::new(0) };
+        place.write("t.yaml", &place.config(port, admin, upstream, (server, environment, store)));
+        place
+    }
+
+    pub fn config(
+        &self,
+        port: u16,
+        admin: u16,
+        upstream: u16,
+        (server, environment, store): (&str, &str, &str),
+    ) -> String {
+        let store = store.replace('@', &self.folder.path().display().to_string());
+        format!(
+            "server: {{ listen: '127.0.0.1:{port}', flood_guard: 0, {server} }}\nadmin: {{ listen: '127.0.0.1:{admin}' }}\n\
+             upstreams: {{ u: {{ base_url: 'http://127.0.0.1:{upstream}/v1' }} }}\n\
+             environments: {{ e: {{ upstream: u, {environment} }} }}\ndefault_environment: e\nstore: {{ {store} }}\n"
+        )
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        fs::write(self.folder.path().join(name), text).unwrap();
+    }
+
+    /// Starts a process and does not wait for it.
+    pub fn spawn(&self, config: &str) -> Process {
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let log = self.folder.path().join(format!("{number}.log"));
+        let output = File::create(&log).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+            .args(["serve", "--config"])
+            .arg(self.folder.path().join(config))
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        Process { child, log }
+    }
+
+    /// Starts a process and waits until it serves.
+    pub fn start(&self) -> Process {
+        let mut process = self.spawn("t.yaml");
+        process.wait_for("\"serving\"");
+        process
+    }
+
+    pub fn environment(&self) -> Value {
+        let all: Value = serde_json::from_slice(&get(self.admin, "/api/environments").unwrap().body).unwrap();
+        all["environments"][0].clone()
+    }
+
+    /// Waits until nothing is in flight, and returns the environment.
+    pub fn settled(&self) -> Value {
+        let began = Instant::now();
+        loop {
+            let environment = self.environment();
+            let is_held = |quota: &Value| quota["held"] != 0;
+            if environment["in_flight"] == 0 && !environment["quotas"].as_array().unwrap().iter().any(is_held)
+            {
+                return environment;
+            }
+            assert!(began.elapsed() < MAX_WAIT, "requests stay in flight: {environment:#}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Process {
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    pub fn wait_for(&mut self, text: &str) {
+        let began = Instant::now();
+        while !self.log().contains(text) {
+            let has_ended = self.child.try_wait().unwrap().is_some() && !self.log().contains(text);
+            assert!(!has_ended && began.elapsed() < MAX_WAIT, "no {text}: {}", self.log());
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until the process has ended, and returns its exit code.
+    pub fn exit_code(&mut self, max_wait: Duration) -> Option<i32> {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(began.elapsed() < max_wait, "the process does not end: {}", self.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn terminate(&self) {
+        assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
+    }
+}

@@ -1,0 +1,14 @@
+//! Restarts without a gap: a new process takes a running gateway over. No request is lost, and each is charged once.
+
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
+
+mod crashes;
+mod gateway;
+mod http;
+mod load;
+#[path = "../common/port.rs"]
+mod port;
+mod refused;
+mod requests;
+mod upgrades;
+mod upstream;
