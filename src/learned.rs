@@ -16,13 +16,13 @@ mod table;
 use crate::api::Api;
 use crate::calibrations::Calibrations;
 use crate::estimate::{
-    AnswerReference, EstimateSource, Prompt, PromptEstimate, PromptPrefix, ReferenceKind, RequestKind,
-    bounded,
+    AnswerReference, EstimateSource, KeyedHash, Prompt, PromptEstimate, PromptPrefix, ReferenceKind,
+    RequestKind, bounded,
 };
 use crate::usage::{AnswerIds, Reported};
 use answers::ResolvedReferences;
 use std::collections::hash_map::{DefaultHasher, RandomState};
-use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
+use std::hash::BuildHasher as _;
 use std::sync::Arc;
 use table::{BoundedTable, Numbers};
 
@@ -41,7 +41,7 @@ const AGREEMENT_PERCENT: u64 = 5;
 pub struct Learned {
     calibrations: Arc<Calibrations>,
     table: BoundedTable,
-    /// The key of all hashes in `table`. It lasts as long as the process.
+    /// The key of the hashes of principals. It lasts as long as the process.
     hash_key: RandomState,
 }
 
@@ -52,6 +52,13 @@ pub struct EstimateScope {
     pub upstream: usize,
     /// Identifies who sent the request.
     pub principal: u64,
+}
+
+impl EstimateScope {
+    /// The keyed hash of the scope and a name.
+    fn hash(self, name: &str) -> KeyedHash {
+        KeyedHash::of_text(name.as_bytes()).with(self.principal).with(self.upstream as u64)
+    }
 }
 
 /// The memories that apply to a prompt, looked up before it is counted.
@@ -146,24 +153,16 @@ impl Learned {
         &self.calibrations
     }
 
-    /// A hasher with the key of this process.
+    /// A hasher for principals.
     pub(crate) fn hasher(&self) -> DefaultHasher {
         self.hash_key.build_hasher()
     }
 
     /// Looks up the memories that apply to a prompt. The texts of a known prefix are not counted again.
     pub fn recall(&self, scope: EstimateScope, api: Api, model: &str, prompt: &mut Prompt<'_>) -> Recall {
-        let mut hasher = self.hasher();
-        hasher.write_u64(scope.principal);
-        hasher.write_usize(scope.upstream);
-        hasher.write_u8(api as u8);
-        hasher.write(model.as_bytes());
+        let of_scope = scope.hash(model).with(api as u64);
         let key = |kind: EntryKind, settings: u64, messages: u64| {
-            let mut hasher = hasher.clone();
-            kind.hash(&mut hasher);
-            hasher.write_u64(settings);
-            hasher.write_u64(messages);
-            hasher.finish()
+            of_scope.with(kind.number()).with(settings).with(messages).value()
         };
         let settings = prompt.settings();
         let prefix_key = |prefix: &PromptPrefix| key(EntryKind::Prefix, settings, prefix.hash);
@@ -297,12 +296,21 @@ impl EstimateUpdate {
 }
 
 /// What an entry of the table holds.
-#[derive(Clone, Copy, Debug, Hash)]
+#[derive(Clone, Copy, Debug)]
 enum EntryKind {
     /// A `ReportedPrefix`.
     Prefix,
     /// A `SetupOffset`.
     Setup(RequestKind),
+}
+
+impl EntryKind {
+    fn number(self) -> u64 {
+        match self {
+            Self::Prefix => 0,
+            Self::Setup(kind) => 1 + kind as u64,
+        }
+    }
 }
 
 impl ReportedPrefix {

@@ -1,13 +1,12 @@
 //! Cache of token counts for the whole process. Chats repeat their system prompt and history in every request.
 //!
-//! The key is made from a keyed hash of the text, with a random key, so that no caller can construct a collision. An
+//! The key is made from a keyed hash of the text (`keyed_hash`), so that no caller can construct a collision. An
 //! accidental collision is less likely than one in 10^12 lookups, and makes one estimate wrong.
 //!
 //! The table has a fixed size and no lock. A new text replaces the text in its slot, which is then counted again.
 
+use super::keyed_hash::KeyedHash;
 use std::borrow::Cow;
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,15 +16,7 @@ const SLOTS: u64 = 1 << 16;
 const COUNT_BITS: u32 = 24;
 const MAX_COUNT: u64 = (1 << COUNT_BITS) - 1;
 
-static CACHE: LazyLock<CountCache> = LazyLock::new(|| CountCache {
-    hash_key: RandomState::new(),
-    slots: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
-});
-
-struct CountCache {
-    hash_key: RandomState,
-    slots: Box<[AtomicU64]>,
-}
+static CACHE: LazyLock<Box<[AtomicU64]>> = LazyLock::new(|| (0..SLOTS).map(|_| AtomicU64::new(0)).collect());
 
 /// The form of a text that a cached count belongs to.
 #[derive(Clone, Copy, Debug)]
@@ -55,9 +46,7 @@ pub(super) struct TextHash(pub(super) u64);
 
 impl TextHash {
     pub(super) fn of(text: &[u8]) -> Self {
-        let mut hasher = CACHE.hash_key.build_hasher();
-        hasher.write(text);
-        Self(hasher.finish())
+        Self(KeyedHash::of_text(text).value())
     }
 }
 
@@ -102,7 +91,7 @@ impl CacheKey {
     }
 
     fn slot(self) -> Option<&'static AtomicU64> {
-        CACHE.slots.get(usize::try_from(self.0 % SLOTS).ok()?)
+        CACHE.get(usize::try_from(self.0 % SLOTS).ok()?)
     }
 
     fn tag(self) -> u64 {

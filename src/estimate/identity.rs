@@ -5,18 +5,14 @@
 //! identifiers of tool calls and `cache_control` do not change it. The key is random and lasts as long as the process.
 
 use super::Role;
-use super::count_cache::HashedText;
+use super::count_cache::{HashedText, TextHash};
+use super::keyed_hash::KeyedHash;
 use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::collections::hash_map::{DefaultHasher, RandomState};
-use std::hash::{BuildHasher as _, Hasher as _};
 use std::ops::Range;
-use std::sync::LazyLock;
 
 /// Number of prefixes that are kept, from the longest on. A conversation rarely grows by more messages at once.
 const MAX_PREFIXES: usize = 64;
-
-static HASH_KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 /// One or more messages at the beginning of a prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,9 +37,9 @@ pub(super) struct Identity {
     /// The sum of the hashes of all fields but the messages. The order of the fields does not matter.
     settings: u64,
     /// The name and the content of the current field of the settings; `None`: nothing was added from this field.
-    field: Option<DefaultHasher>,
+    field: Option<KeyedHash>,
     field_name: &'static str,
-    messages: DefaultHasher,
+    messages: KeyedHash,
     /// Whether the current field holds the messages.
     is_in_messages: bool,
     /// Index of the first text of the messages.
@@ -64,7 +60,7 @@ impl Default for Identity {
             settings: 0,
             field: None,
             field_name: "",
-            messages: HASH_KEY.build_hasher(),
+            messages: KeyedHash::default(),
             is_in_messages: false,
             first_text: None,
             prefixes: VecDeque::new(),
@@ -88,29 +84,20 @@ impl Identity {
         }
     }
 
-    fn hasher(&mut self) -> &mut DefaultHasher {
-        if self.is_in_messages {
-            return &mut self.messages;
-        }
-        self.field.get_or_insert_with(|| {
-            let mut hasher = HASH_KEY.build_hasher();
-            hasher.write(self.field_name.as_bytes());
-            hasher
-        })
-    }
-
     pub(super) fn add_number(&mut self, kind: IdentityPart, number: u64) {
-        // One write is faster than two. Numbers have fewer than 56 bits, except for hashes, which look random.
-        self.hasher().write_u64(number ^ (kind as u64) << 56);
+        // One step is faster than two. Numbers have fewer than 56 bits, except for hashes, which look random.
+        let number = number ^ (kind as u64) << 56;
+        if self.is_in_messages {
+            self.messages.add(number);
+        } else {
+            let name = self.field_name.as_bytes();
+            self.field.get_or_insert_with(|| KeyedHash::of_text(name)).add(number);
+        }
     }
 
     pub(super) fn add_text(&mut self, kind: IdentityPart, text: &HashedText<'_>) {
-        if let Some(hash) = text.hash {
-            self.add_number(kind, hash.0);
-        } else {
-            self.add_number(kind, text.text.len() as u64);
-            self.hasher().write(text.text.as_bytes());
-        }
+        let hash = text.hash.unwrap_or_else(|| TextHash::of(text.text.as_bytes()));
+        self.add_number(kind, hash.0);
     }
 
     /// Ends a message.
@@ -119,7 +106,7 @@ impl Identity {
         if !self.is_in_messages {
             return;
         }
-        let hash = self.messages.finish();
+        let hash = self.messages.value();
         self.is_system_only &= role == Role::System;
         if self.is_system_only {
             self.system = hash;
@@ -138,7 +125,7 @@ impl Identity {
 
     /// The hash of the settings: of all fields but the messages.
     pub(super) fn settings(&self) -> u64 {
-        self.field.as_ref().map_or(self.settings, |field| self.settings.wrapping_add(field.finish()))
+        self.field.as_ref().map_or(self.settings, |field| self.settings.wrapping_add(field.value()))
     }
 
     /// The prefixes, the longest one first.

@@ -4,12 +4,14 @@ use super::table::{BoundedTable, Numbers};
 use super::{EstimateScope, Learned};
 use crate::estimate::{AnswerReference, PromptEstimate, PromptPart, ReferenceKind};
 use crate::usage::{AnswerIds, Reported};
-use std::hash::{Hash as _, Hasher as _};
 
 /// Tokens of the reply's start, which the next prompt has only once.
 const REPLY_TOKENS: u64 = 3;
 /// Tokens that surround an answer in the next prompt.
 const ANSWER_TOKENS: u64 = 4;
+
+/// Distinguishes the keys of answers from those of prompts, which have the number of an API here.
+const ANSWER_KEY: u64 = u64::MAX;
 
 /// What the referenced answers add to a prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,10 +39,8 @@ impl From<Numbers> for AnswerTokens {
 
 impl Learned {
     /// Ids belong to one principal at one upstream, whatever the model.
-    fn id_key(&self, scope: EstimateScope, id: &str) -> u64 {
-        let mut hasher = self.hasher();
-        (scope.principal, scope.upstream, "id", id).hash(&mut hasher);
-        hasher.finish()
+    fn id_key(scope: EstimateScope, id: &str) -> u64 {
+        scope.hash(id).with(ANSWER_KEY).value()
     }
 
     /// Looks up these references.
@@ -52,7 +52,7 @@ impl Learned {
     ) -> ResolvedReferences {
         let mut all = ResolvedReferences::default();
         for reference in references {
-            let Some(known) = self.table.get(self.id_key(scope, &reference.id)) else { continue };
+            let Some(known) = self.table.get(Self::id_key(scope, &reference.id)) else { continue };
             let AnswerTokens { visible, reasoning } = known.into();
             // After a new message of the user, models do not read earlier reasoning again.
             let reads_reasoning = match reference.kind {
@@ -83,11 +83,11 @@ impl Learned {
             [estimate.of(PromptPart::Tools), estimate.of(PromptPart::Schema), estimate.settings_texts];
         let left_behind = left_behind.into_iter().fold(REPLY_TOKENS, u64::saturating_add);
         let conversation = prompt.saturating_sub(left_behind) + completion + ANSWER_TOKENS;
-        remember(&self.table, self.id_key(scope, &ids.response), conversation, reasoning);
+        remember(&self.table, Self::id_key(scope, &ids.response), conversation, reasoning);
         let thoughts = ids.items.iter().filter(|item| item.is_reasoning).count() as u64;
         let bytes: u64 = ids.items.iter().filter(|item| !item.is_reasoning).map(|item| item.bytes).sum();
         for item in &ids.items {
-            let key = self.id_key(scope, &item.id);
+            let key = Self::id_key(scope, &item.id);
             if item.is_reasoning {
                 remember(&self.table, key, 0, reasoning / thoughts.max(1));
             } else {

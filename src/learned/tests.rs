@@ -3,6 +3,7 @@ use crate::body::{Body, BodyText};
 use crate::estimate::{Models, Provider};
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use std::hash::Hasher as _;
 
 const MODEL: &str = "gpt-4o";
 const ONE: EstimateScope = EstimateScope { upstream: 0, principal: 1 };
