@@ -37,6 +37,27 @@ fn deflate(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+/// Empty blocks of deflate with fixed codes. Each has ten bits.
+fn empty_blocks() -> Vec<u8> {
+    [0x02, 0x08, 0x20, 0x80, 0x00].repeat(200_000)
+}
+
+/// Empty blocks of deflate, each with tables of its own.
+fn blocks_with_tables() -> Vec<u8> {
+    // The lengths 1 and 18 (a run of zeros) have codes of one bit.
+    let mut lengths = [(0u8, 3u8); 18];
+    (lengths[2], lengths[17]) = ((1, 3), (1, 3));
+    let head = [(0, 1), (2, 2), (0, 8), (0, 2), (14, 4)];
+    // 256 zeros in two runs, a code for the end of the block, a code for a distance, and the end.
+    let rest = [(1, 1), (127, 7), (1, 1), (107, 7), (0, 3)];
+    let numbers = head.iter().chain(&lengths).chain(&rest);
+    let block: Vec<u8> =
+        numbers.flat_map(|(number, bits)| (0..*bits).map(move |bit| number >> bit & 1)).collect();
+    let bits = block.repeat(8);
+    let bytes = bits.chunks(8).map(|bits| bits.iter().rev().fold(0, |byte, bit| byte << 1 | bit));
+    bytes.collect::<Vec<u8>>().repeat(11_000)
+}
+
 fn stream(number: usize, dictionary: &str, data: &[u8]) -> Vec<u8> {
     let head = format!("{number} 0 obj<</Length {}{dictionary}>>stream\n", data.len());
     [head.as_bytes(), data, b"\nendstream endobj\n"].concat()
@@ -117,10 +138,13 @@ fn pdfs() -> Vec<(&'static str, Vec<u8>)> {
         )
     };
     let repeated = |unit: &[u8]| filled(PAGE, |_| unit.to_vec());
+    let deflated = |data: &[u8]| [PAGE, &stream(4, FLATE, &[&[0x78, 0x01], data].concat())].concat();
     let content = |unit: &[u8]| [PAGE, &stream(4, "", &filled(b"BT ", |_| unit.to_vec()))].concat();
     vec![
         ("a long text", filled(PAGE, |number| page(number, &stream(number, FLATE, &text)))),
         ("flate bombs", filled(PAGE, |number| page(number, &stream(number, FLATE, &bomb)))),
+        ("empty blocks", deflated(&empty_blocks())),
+        ("blocks with tables", deflated(&blocks_with_tables())),
         ("tiny streams", filled(PAGE, |number| page(number, &stream(number, FLATE, &tiny)))),
         ("pages", filled(PAGE, |number| page(number, b""))),
         ("names", filled(PAGE, |number| format!("/N{number} {number} 0 R ").into_bytes())),
@@ -158,6 +182,7 @@ fn others() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("an archive of tags", office, archive("word/document.xml", &tags, 9_000)),
         ("an archive of entities", office, archive("word/document.xml", &entities, 9_000)),
         ("an archive of cells", office, archive("xl/worksheets/sheet1.xml", &sheet, 9_000)),
+        ("an archive of empty blocks", office, archive("word/document.xml", &empty_blocks(), 1)),
         ("other entries", office, archive("a", &tags, 20_000)),
         ("MP3 marks", "audio/mpeg", vec![0xff; MEGABYTE]),
         ("MP3 frames", "audio/mpeg", [0xff, 0xe3, 0x14, 0x00].repeat(MEGABYTE / 4)),

@@ -57,7 +57,8 @@ impl<'a> Base64<'a> {
 }
 
 fn decoded(text: &str) -> Vec<u8> {
-    let engine = if text.contains(['-', '_']) { URL_SAFE } else { STANDARD };
+    let is_url_safe = memchr::memchr2(b'-', b'_', text.as_bytes()).is_some();
+    let engine = if is_url_safe { URL_SAFE } else { STANDARD };
     engine.decode(text).unwrap_or_else(|_| {
         let good = text.bytes().position(|b| !b.is_ascii_alphanumeric() && !b"+/-_".contains(&b));
         let good = good.unwrap_or(text.len()) / 4 * 4;

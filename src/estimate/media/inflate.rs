@@ -1,7 +1,6 @@
 //! Decompresses the streams of documents within a budget.
 
-use compression_codecs::core::util::{PartialBuffer, WriteBuffer};
-use compression_codecs::{DecodeV2 as _, DeflateDecoder, ZlibDecoder};
+mod deflate;
 
 /// Bytes that a request may decompress, whatever its size.
 const MAX_REQUEST: usize = 8 << 20;
@@ -59,11 +58,9 @@ pub(super) enum Compression {
     Deflate,
 }
 
-/// Decompresses streams, one after the other, with the memory of one.
+/// Decompresses streams, one after the other, into the memory of one.
 #[derive(Default)]
 pub(super) struct Inflater {
-    zlib: Option<ZlibDecoder>,
-    deflate: Option<DeflateDecoder>,
     pub(super) output: Vec<u8>,
 }
 
@@ -77,31 +74,14 @@ impl Inflater {
         budget: &mut Budget<'_>,
     ) -> usize {
         self.output.clear();
-        if budget.is_empty() {
-            return 0;
-        }
-        let mut input = PartialBuffer::new(stream);
-        let mut buffer = [0; 4 * 1024];
-        match compression {
-            Compression::Zlib => drop(self.zlib.get_or_insert_default().reinit()),
-            Compression::Deflate => drop(self.deflate.get_or_insert_default().reinit()),
-        }
-        let limit = budget.left;
-        while self.output.len() < limit {
-            let mut output = WriteBuffer::new_initialized(&mut buffer);
-            let end = match (compression, &mut self.zlib, &mut self.deflate) {
-                (Compression::Zlib, Some(decoder), _) => decoder.decode(&mut input, &mut output),
-                (Compression::Deflate, _, Some(decoder)) => decoder.decode(&mut input, &mut output),
-                _ => break,
-            };
-            let decoded = output.written();
-            self.output.extend_from_slice(&decoded[..decoded.len().min(limit - self.output.len())]);
-            if end.unwrap_or(true) || (input.unwritten().is_empty() && decoded.is_empty()) {
-                break;
-            }
-        }
-        budget.take(self.output.len());
-        stream.len() - input.unwritten().len()
+        let header = match compression {
+            Compression::Zlib if has_zlib_header(stream) => ZLIB_HEADER,
+            Compression::Zlib => stream.len(),
+            Compression::Deflate => 0,
+        };
+        let decoded = deflate::decode(&stream[header..], &mut self.output, budget.left);
+        budget.take(decoded.cost);
+        header + decoded.read
     }
 
     /// Copies an uncompressed stream into `output`, within the budget.
@@ -110,4 +90,13 @@ impl Inflater {
         let size = budget.take(stream.len());
         self.output.extend_from_slice(&stream[..size]);
     }
+}
+
+/// Bytes before the deflate in a zlib stream.
+const ZLIB_HEADER: usize = 2;
+
+/// Whether a stream begins with a header of zlib that names no dictionary.
+fn has_zlib_header(stream: &[u8]) -> bool {
+    let Some(&[method, flags]) = stream.first_chunk() else { return false };
+    method & 15 == 8 && flags & 32 == 0 && u16::from_be_bytes([method, flags]) % 31 == 0
 }

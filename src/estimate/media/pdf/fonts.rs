@@ -86,9 +86,28 @@ impl FontCodes<'_> {
                     }
                 }
             }
-            Self::Known { map: None, .. } => bytes.for_each(|byte| simple(byte, out)),
+            Self::Known { map: None, .. } => all_simple(bytes, out),
             Self::Unknown => unknown(bytes, out),
         }
+    }
+}
+
+/// Codes of a font with a standard encoding.
+fn all_simple(bytes: impl Iterator<Item = u8>, out: &mut DocumentText) {
+    if out.is_full() {
+        out.more_characters += bytes.map(simple_length).sum::<u64>();
+    } else {
+        bytes.for_each(|byte| simple(byte, out));
+    }
+}
+
+/// The number of characters that `simple` appends for a code to a text that is full.
+fn simple_length(byte: u8) -> u64 {
+    match byte {
+        11..=13 => 2,
+        14..=15 => 3,
+        b' '..=b'~' | 0x80.. => 1,
+        _ => 0,
     }
 }
 
@@ -104,16 +123,20 @@ fn simple(byte: u8, out: &mut DocumentText) {
 }
 
 /// A string of a font that was not found. Codes of two bytes mostly begin with a byte below 32.
-fn unknown(bytes: impl Iterator<Item = u8>, out: &mut DocumentText) {
+fn unknown(mut bytes: impl Iterator<Item = u8>, out: &mut DocumentText) {
     const SAMPLE: usize = 16;
-    let mut bytes = bytes.peekable();
-    let sample: Vec<u8> = std::iter::from_fn(|| bytes.next()).take(SAMPLE).collect();
-    let high_bytes = sample.iter().step_by(2);
-    let small = high_bytes.clone().filter(|byte| **byte < 32).count();
-    if small * 2 > high_bytes.count() {
+    let (mut sample, mut length) = ([0; SAMPLE], 0);
+    for (place, byte) in sample.iter_mut().zip(&mut bytes) {
+        *place = byte;
+        length += 1;
+    }
+    let sample = &sample[..length];
+    let small = sample.iter().step_by(2).filter(|byte| **byte < 32).count();
+    if small * 2 > length.div_ceil(2) {
         out.more_characters += (sample.len() + bytes.count()) as u64 / 2;
     } else {
-        sample.into_iter().chain(bytes).for_each(|byte| simple(byte, out));
+        all_simple(sample.iter().copied(), out);
+        all_simple(bytes, out);
     }
 }
 
@@ -178,5 +201,22 @@ fn unit(digits: &[u8]) -> u16 {
         (Some(high), Some(low)) => u16::from_be_bytes([high, low]),
         (Some(only), None) => u16::from(only),
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_beyond_the_collected_text_are_counted_as_characters() {
+        for byte in 0..=255 {
+            let mut text = DocumentText::default();
+            text.push_str(&"x".repeat(1 << 20));
+            assert!(text.is_full());
+            let before = text.more_characters;
+            simple(byte, &mut text);
+            assert_eq!(text.more_characters - before, simple_length(byte), "{byte}");
+        }
     }
 }

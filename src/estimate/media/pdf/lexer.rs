@@ -31,12 +31,18 @@ pub(super) struct Lexer<'a> {
     ignores_hex: bool,
 }
 
-fn is_delimiter(b: u8) -> bool {
-    matches!(b, b'(' | b')' | b'<' | b'>' | b'[' | b']' | b'{' | b'}' | b'/' | b'%')
-}
+/// Whether a byte ends a word: white space and delimiters do.
+static ENDS_WORD: [bool; 256] = {
+    let (bytes, mut ends, mut at) = (b"\0\t\n\x0c\r ()<>[]{}/%", [false; 256], 0);
+    while at < bytes.len() {
+        ends[bytes[at] as usize] = true;
+        at += 1;
+    }
+    ends
+};
 
-fn is_space(b: u8) -> bool {
-    matches!(b, 0 | b'\t' | b'\n' | 0x0c | b'\r' | b' ')
+fn ends_word(b: u8) -> bool {
+    ENDS_WORD[usize::from(b)]
 }
 
 impl<'a> Lexer<'a> {
@@ -51,7 +57,7 @@ impl<'a> Lexer<'a> {
 
     fn word(&mut self) -> &'a [u8] {
         let rest = self.rest();
-        let length = rest.iter().position(|&b| is_space(b) || is_delimiter(b)).unwrap_or(rest.len());
+        let length = rest.iter().position(|&b| ends_word(b)).unwrap_or(rest.len());
         self.at += length;
         &rest[..length]
     }
@@ -92,7 +98,7 @@ impl<'a> Iterator for Lexer<'a> {
         loop {
             let &first = self.bytes.get(self.at)?;
             let next = self.bytes.get(self.at + 1);
-            if !is_delimiter(first) && !is_space(first) {
+            if !ends_word(first) {
                 return Some(word_token(self.word()));
             }
             self.at += 1;

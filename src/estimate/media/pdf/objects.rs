@@ -221,6 +221,7 @@ enum DictionaryKey {
 impl DictionaryKey {
     fn of(name: &[u8]) -> Self {
         match name {
+            b"" => Self::None,
             b"Type" => Self::Type,
             b"Subtype" | b"S" => Self::Subtype,
             b"Filter" => Self::Filter,
