@@ -11,8 +11,8 @@ use axum::body::{Body, Bytes};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures_util::StreamExt as _;
 use http::{StatusCode, header};
-use http_body_util::channel::Channel;
 use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -125,7 +125,7 @@ async fn chat(body: Bytes) -> Response {
         Err(refusal) => return *refusal,
     };
     if reply.is_streaming {
-        return stream(reply);
+        return stream(&reply);
     }
     sleep(WORD_DELAY).await;
     let message = json!({"role": "assistant", "content": reply.words.concat(), "refusal": null});
@@ -134,33 +134,23 @@ async fn chat(body: Bytes) -> Response {
     .into_response()
 }
 
-fn stream(reply: Reply) -> Response {
-    let (mut sender, body) = Channel::<Bytes, Infallible>::new(4);
-    tokio::spawn(async move {
-        let choice =
-            |delta: Value, finish: Value| json!([{"index": 0, "delta": delta, "finish_reason": finish}]);
-        let mut chunks = vec![
-            reply.chunk(&choice(json!({"role": "assistant", "content": ""}), Value::Null), &Value::Null),
-        ];
-        chunks.extend(
-            reply
-                .words
-                .iter()
-                .map(|w| reply.chunk(&choice(json!({"content": w}), Value::Null), &Value::Null)),
-        );
-        chunks.push(reply.chunk(&choice(json!({}), json!(reply.finish)), &Value::Null));
-        if reply.wants_usage {
-            chunks.push(reply.chunk(&json!([]), &reply.usage));
-        }
-        chunks.push(Bytes::from_static(b"data: [DONE]\n\n"));
-        for chunk in chunks {
-            if sender.send_data(chunk).await.is_err() {
-                return; // the caller has disconnected
-            }
-            sleep(WORD_DELAY).await;
-        }
+fn stream(reply: &Reply) -> Response {
+    let choice = |delta: Value, finish: Value| json!([{"index": 0, "delta": delta, "finish_reason": finish}]);
+    let mut chunks =
+        vec![reply.chunk(&choice(json!({"role": "assistant", "content": ""}), Value::Null), &Value::Null)];
+    chunks.extend(
+        reply.words.iter().map(|w| reply.chunk(&choice(json!({"content": w}), Value::Null), &Value::Null)),
+    );
+    chunks.push(reply.chunk(&choice(json!({}), json!(reply.finish)), &Value::Null));
+    if reply.wants_usage {
+        chunks.push(reply.chunk(&json!([]), &reply.usage));
+    }
+    chunks.push(Bytes::from_static(b"data: [DONE]\n\n"));
+    let body = futures_util::stream::iter(chunks).then(async |chunk| {
+        sleep(WORD_DELAY).await;
+        Ok::<_, Infallible>(chunk)
     });
-    ([(header::CONTENT_TYPE, "text/event-stream")], Body::new(body)).into_response()
+    ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
 }
 
 async fn embeddings(body: Bytes) -> Response {

@@ -41,16 +41,12 @@ pub(super) fn parse(text: &str, findings: &Findings) -> Option<YamlNode> {
             }
             Err(error) => {
                 let (line, column) = (error.marker().line(), error.marker().col() + 1);
-                match tab_of_indentation(text, line) {
-                    Some(line) => findings.fault(
-                        &Location::File(line, 1),
-                        "",
-                        "this line is indented with a tab, which YAML does not permit; use spaces",
-                    ),
-                    None => {
-                        let message = format!("this is not YAML: {}", error.info());
-                        findings.fault(&Location::File(line, column), &tree.path(), message);
-                    }
+                if let Some(line) = tab_of_indentation(text, line) {
+                    let message = "this line is indented with a tab, which YAML does not permit; use spaces";
+                    findings.fault(&Location::File(line, 1), "", message);
+                } else {
+                    let message = format!("this is not YAML: {}", error.info());
+                    findings.fault(&Location::File(line, column), &tree.path(), message);
                 }
                 return None;
             }

@@ -21,9 +21,10 @@ use crate::telemetry::{Metrics, Record};
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
-use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
+use std::future::poll_fn;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::spawn_blocking;
@@ -372,7 +373,7 @@ pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) 
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
-        let frame = match timeout(idle, body.frame()).await {
+        let frame = match timeout(idle, poll_fn(|cx| Pin::new(&mut body).poll_frame(cx))).await {
             Err(_) => return Err(ProxyError::BodyIncomplete("no more of it arrived in time")),
             Ok(None) => break,
             Ok(Some(Err(_))) => {

@@ -119,9 +119,9 @@ pub(super) fn principal(
     }
     // Google's SDKs may send the key in the query.
     let query = head.uri.query().unwrap_or_default();
-    for (name, key) in form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name == "key") {
+    for key in query::values_of("key", query) {
         has_key = true;
-        (name, key).hash(&mut hasher);
+        ("key", key).hash(&mut hasher);
     }
     if caller.index.is_none() && !has_key {
         address.hash(&mut hasher);

@@ -96,6 +96,14 @@ pub(super) fn decoded(segment: &str) -> String {
     String::from_utf8_lossy(&percent_decoded(segment.as_bytes())).into_owned()
 }
 
+/// The values of a parameter, decoded as a form: a plus sign stands for a space.
+pub(super) fn values_of<'q>(name: &'q str, query: &'q str) -> impl Iterator<Item = Vec<u8>> + 'q {
+    let form_decoded = |text: &str| percent_decoded(text.replace('+', " ").as_bytes());
+    let pairs = query.split('&').map(|part| part.split_once('=').unwrap_or((part, "")));
+    let named = pairs.filter(move |(given, _)| form_decoded(given) == name.as_bytes());
+    named.map(move |(_, value)| form_decoded(value))
+}
+
 /// Decodes every `%` with two hexadecimal digits.
 fn percent_decoded(text: &[u8]) -> Vec<u8> {
     let mut decoded = Vec::with_capacity(text.len());
@@ -121,7 +129,7 @@ pub(super) fn without_keys<'u>(
     if !removes_key_parameter && is_key.is_none() {
         return Some(Cow::Borrowed(query));
     }
-    let is_named_key = |part: &str| form_urlencoded::parse(part.as_bytes()).any(|(name, _)| name == "key");
+    let is_named_key = |part: &str| values_of("key", part).next().is_some();
     let holds_key = |part: &str| {
         let Some(is_key) = is_key else { return false };
         candidates(part).is_none_or(|texts| texts.iter().any(|text| is_key(text)))
@@ -137,6 +145,21 @@ pub(super) fn without_keys<'u>(
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn values_of_a_parameter_are_decoded_as_a_form() {
+        for (query, values) in [
+            ("key=a&x=b&key=c", &["a", "c"][..]),
+            ("%6bey=a%2Bb+c%", &["a+b c%"]),
+            ("key", &[""]),
+            ("key=", &[""]),
+            ("keys=a&KEY=b&x=key&", &[]),
+            ("", &[]),
+        ] {
+            let found: Vec<_> = values_of("key", query).collect();
+            assert_eq!(found, values.iter().map(|value| value.as_bytes()).collect::<Vec<_>>(), "{query}");
+        }
+    }
 
     fn finds(query: &str, key: &str) -> bool {
         candidates(query).is_some_and(|texts| texts.iter().any(|text| text == key.as_bytes()))

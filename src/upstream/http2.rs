@@ -5,10 +5,10 @@ use crate::clock::Stopwatch;
 use bytes::Bytes;
 use http::uri::Scheme;
 use http::{Uri, response};
-use http_body_util::Full;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use std::convert::Infallible;
 use std::error::Error as _;
 use std::io;
 use std::pin::{Pin, pin};
@@ -42,7 +42,7 @@ pub(super) struct Http2Client {
 /// A connection, which can carry any number of streams.
 #[derive(Clone)]
 pub(super) struct Http2Connection {
-    sender: http2::SendRequest<Full<Bytes>>,
+    sender: http2::SendRequest<WholeBody>,
     activity: Arc<Activity>,
 }
 
@@ -64,10 +64,34 @@ pub(super) struct Http2Body {
     _stream: StreamGuard,
 }
 
+/// The body of a request. It is sent in one frame, and is empty afterwards.
+struct WholeBody(Bytes);
+
 /// A connection and the right to one exchange on it.
 pub(super) struct Http2Stream {
-    sender: http2::SendRequest<Full<Bytes>>,
+    sender: http2::SendRequest<WholeBody>,
     guard: StreamGuard,
+}
+
+impl Body for WholeBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let body = std::mem::take(&mut self.0);
+        Poll::Ready((!body.is_empty()).then(|| Ok(Frame::data(body))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.len() as u64)
+    }
 }
 
 impl Http2Client {
@@ -189,7 +213,7 @@ impl Http2Stream {
             .path_and_query(request.target.as_str())
             .build()
             .map_err(ExchangeError::not_processed)?;
-        let mut message = http::Request::new(Full::new(request.body.clone()));
+        let mut message = http::Request::new(WholeBody(request.body.clone()));
         *message.method_mut() = request.method.clone();
         *message.uri_mut() = uri;
         let headers = request.headers.iter().cloned().map(|(name, value)| (Some(name), value));

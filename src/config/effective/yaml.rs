@@ -46,14 +46,11 @@ fn after_key(node: &Node, level: usize, text: &mut String) {
         Node::Map(entries) => level >= BLOCK_LEVELS || entries.is_empty(),
         _ => true,
     };
-    match one_line(node).filter(|_| is_inline) {
-        Some(line) => {
-            let _ = writeln!(text, " {line}");
-        }
-        None => {
-            text.push('\n');
-            block(node, level + 1, text);
-        }
+    if let Some(line) = one_line(node).filter(|_| is_inline) {
+        let _ = writeln!(text, " {line}");
+    } else {
+        text.push('\n');
+        block(node, level + 1, text);
     }
 }
 

@@ -139,7 +139,7 @@ impl Generator {
                 if self.below(2) == 0 { element } else { json!([element]) }
             }
             ValueSpec::Names(_, element) => {
-                let names = &["one", "two-2", "3_three"][..1 + self.below(3)];
+                let names = &["one", "two-2", "3_three"][..=self.below(3)];
                 Value::Object(names.iter().map(|name| ((*name).to_owned(), self.value(element))).collect())
             }
             ValueSpec::Either(specs) => {
