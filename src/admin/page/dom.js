@@ -65,7 +65,7 @@ export function table(name, columns, rows) {
   const side = (column) => (column.isNumber ? "number" : null);
   const cell = (value, index) =>
     el(index === 0 ? "th" : "td", { scope: index === 0 ? "row" : null, class: side(columns[index]) }, value);
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": name },
+  return el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": name },
     el("table", { "aria-label": name },
       el("thead", {}, el("tr", {}, columns.map((column) => el("th", { scope: "col", class: side(column) }, column.title)))),
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell))))));

@@ -32,9 +32,8 @@ console.log(answer.choices[0].message.content);`,
 
 /** The address for callers, as this browser reaches it; the gateway listens on all addresses as `0.0.0.0` or `[::]`. */
 function baseUrl(system) {
-  if (system?.base_url) return system.base_url;
-  const listen = system?.listen ?? system?.address ?? `${location.hostname}:8080`;
-  return `http://${listen.replace(/^(0\.0\.0\.0|\[::\])/, location.hostname)}/v1`;
+  const { listen = `${location.hostname}:8080`, tls = false } = system ?? {};
+  return `${tls ? "https" : "http"}://${listen.replace(/^(0\.0\.0\.0|\[::\])/, location.hostname)}/v1`;
 }
 
 /** The panel: one example at a time, with a button that copies it. */

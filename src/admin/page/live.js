@@ -35,8 +35,8 @@ class QuotaRecord {
     /** Requests that this quota refused in the last minute. */
     this.refused = json.refused_last_minute ?? 0;
     this.exhaustsAt = json.exhausts_at ? Date.parse(json.exhausts_at) : null;
-    this.resetsAt = json.resets_at ? parseMoment(json.resets_at) : Date.now() + 1_000 * json.reset_seconds;
-    this.zone = zoneOf(json);
+    this.resetsAt = Date.parse(json.resets_at);
+    this.zone = json.timezone;
     this.isUnlimited = json.unlimited === true || json.limit === null || json.limit === "unlimited";
     this.isSpent = !this.isUnlimited && json.level <= 0;
     this.share = this.isUnlimited ? 0 : Math.max(0, (json.burst - json.level) / json.burst);
@@ -57,14 +57,6 @@ class QuotaRecord {
     this.rank = rank;
   }
 }
-
-/** The zone in `2026-12-01T00:00:00+01:00[Europe/Berlin]`, or in a field of its own. */
-function zoneOf(json) {
-  const bracket = /\[([^\]]+)\]$/.exec(json.resets_at ?? "");
-  return json.timezone ?? bracket?.[1];
-}
-
-const parseMoment = (text) => Date.parse(text.replace(/\[.*$/, ""));
 
 /** What the views show. They read it; only this file writes it. */
 export const live = {

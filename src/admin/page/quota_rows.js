@@ -43,7 +43,7 @@ export function outlook(quota, now) {
     return [quota.exhaustsAt > now ? `spent in ${duration(quota.exhaustsAt - now)}` : "spent in a moment", second];
   }
   if (!json.rate) return [json.used > 0 || json.held > 0 ? "no traffic now" : "untouched", second];
-  return [isCalendar ? "lasts until it resets" : "refills faster than it is spent", second];
+  return [isCalendar ? "lasts until it resets" : "lasts at this rate", second];
 }
 
 /** One drawn row. */

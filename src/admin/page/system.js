@@ -2,7 +2,7 @@
 
 import { call, get } from "./api.js";
 import { el, setText, setVisible, table } from "./dom.js";
-import { count, exactMoment, moment, number, quotaName } from "./format.js";
+import { count, duration, exactMoment, moment, number, quotaName } from "./format.js";
 import { live } from "./live.js";
 
 /** Upstreams, overrides and the audit log are requested this often. */
@@ -19,28 +19,51 @@ function words(value) {
   return /^\d{4}-\d\d-\d\dT/.test(value) ? moment(Date.parse(value)) : value;
 }
 
-/** The state of Redis, as the environments report it. */
-function redisWords() {
-  const shared = [...live.environments.values()].map(({ json }) => json.shared).filter(Boolean);
-  if (shared.length === 0) return "not used: this node counts alone";
-  const down = shared.find((state) => !state.up);
-  return down ? `unavailable: ${down.reason}` : `connected, ${count(Math.max(...shared.map((state) => state.nodes)), "node")}`;
+const at = (text) => moment(Date.parse(text));
+
+/** The row headers `Version`, `Config`, `Store`, `Redis` and `Upstreams`, with the upstreams and estimates below. */
+function gatewayTables({ version, started_at: startedAt, in_flight: inFlight, draining, config, store, redis, upstreams, estimates }) {
+  const started = Date.parse(startedAt);
+  const errors = ({ answers, unanswered, incomplete }) => answers + unanswered + incomplete;
+  const failed = upstreams.reduce((sum, upstream) => sum + errors(upstream.errors), 0);
+  const faults = config.faults.length > 0 ? `. A newer version of the file was refused: ${count(config.faults.length, "fault")}` : "";
+  const rows = [
+    ["Version", `${version}, started at ${moment(started)} (${duration(Date.now() - started)} ago)`],
+    ["Requests", `${number(inFlight)} in flight${draining ? "; the gateway is shutting down" : ""}`],
+    ["Config", `${config.file ?? "no file"}, loaded at ${at(config.loaded_at)}${faults}`],
+    ["Store", store.kind === "memory" ? "none: nothing survives a restart" : `${store.path}${store.up ? "" : `, cannot be written: ${store.reason}`}`],
+    ["Redis", redisWords(redis)],
+    ["Upstreams", `${number(upstreams.length)}, ${count(failed, "error")} since the start`],
+  ];
+  const columns = ["Upstream", "Address"].map((title) => ({ title })).concat(
+    ["In flight", "Requests", "Error answers", "No answer", "Cut off", "First byte p50", "p95"].map((title) => ({ title, isNumber: true })));
+  const ms = (value) => (value === undefined ? "–" : `${number(value)} ms`);
+  const figures = upstreams.map(({ name, base_url: url, in_flight: open, requests, errors: { answers, unanswered, incomplete }, first_byte_ms: first }) => [
+    name, url, number(open), number(requests), number(answers), number(unanswered), number(incomplete), ms(first?.p50), ms(first?.p95),
+  ]);
+  const models = estimates.map(({ model, answers, ratio, mean_error: error }) => [model, number(answers), ratio.toFixed(3), `${(100 * error).toFixed(1)} %`]);
+  return el("div", {},
+    table("Gateway", [{ title: "Part" }, { title: "State" }], rows),
+    el("h3", {}, "Upstreams of this node"), table("Upstream figures", columns, figures),
+    models.length > 0 && [el("h3", {}, "Estimates of prompt tokens, by model"), table("Estimates", [{ title: "Model" }, ...["Answers", "Estimated / reported", "Mean error"].map((title) => ({ title, isNumber: true }))], models)]);
 }
 
-function systemTable(system) {
-  const { version, config, store, redis, upstreams } = system;
-  const rows = [["Version", words(version)], ["Config", words(config)], ["Store", words(store)], ["Redis", redis ? words(redis) : redisWords()], ["Upstreams", words(upstreams)]];
-  return table("Gateway", [{ title: "Part" }, { title: "State" }], rows);
+function redisWords(redis) {
+  if (redis === null) return "not used: this node counts alone";
+  const { up, nodes, on_failure: policy, reasons, faults, losses } = redis;
+  const state = up ? `connected, ${count(nodes, "node")}` : `unavailable (on_failure: ${policy}): ${reasons.join("; ")}`;
+  const lost = losses > 0 ? `, connection lost ${number(losses)} times` : "";
+  return `${state}${lost}${faults.length > 0 ? `. Settings of the server are wrong: ${faults.join("; ")}` : ""}`;
 }
 
 function overridesTable({ overrides, enforce = [] }) {
   const limit = (value) => (value === null ? "unlimited" : number(value));
-  const until = (value) => (value ? moment(Date.parse(value)) : "always");
+  const origin = ({ by, since, until, reason }) => [by ?? "–", since ? at(since) : "–", until ? at(until) : "always", reason ?? "–"];
   const rows = overrides.map((entry) => [
-    `${entry.environment} · ${quotaName(entry)}`, limit(entry.limit), limit(entry.file_limit), entry.by ?? "–", entry.since ? moment(Date.parse(entry.since)) : "–", until(entry.until), entry.reason ?? "–",
+    `${entry.environment} · ${quotaName(entry)}`, limit(entry.limit), limit(entry.file_limit), ...origin(entry),
   ]);
   for (const entry of enforce) {
-    rows.push([`${entry.environment} · enforce`, words(entry.enforce), words(entry.file_enforce), entry.by ?? "–", entry.since ? moment(Date.parse(entry.since)) : "–", until(entry.until), entry.reason ?? "–"]);
+    rows.push([`${entry.environment} · enforce`, words(entry.enforce), words(entry.file_enforce), ...origin(entry)]);
   }
   if (rows.length === 0) return el("p", { class: "soft" }, "None: everything is as in the file.");
   const columns = [{ title: "Quota" }, { title: "Now", isNumber: true }, { title: "File", isNumber: true }, { title: "By" }, { title: "Since" }, { title: "Until" }, { title: "Reason" }];
@@ -68,9 +91,8 @@ class Section {
     let json;
     try {
       json = await get(this.path);
-    } catch (error) {
-      const text = error.status === 404 ? "This gateway has no API for this part." : error.message;
-      return this.#show(text, () => el("p", { class: "notice" }, text));
+    } catch ({ message }) {
+      return this.#show(message, () => el("p", { class: "notice" }, message));
     }
     this.#show(JSON.stringify(json), () => this.content(json));
   }
@@ -83,18 +105,28 @@ class Section {
   }
 }
 
+/** The config in force, loaded when it is opened. */
+function effectiveConfig() {
+  const code = el("code");
+  const load = async ({ target }) => {
+    if (target.open) setText(code, await get("/api/config?format=yaml").catch(({ message }) => message));
+  };
+  return el("details", { class: "card", ontoggle: load }, el("summary", {}, "Config in force, with defaults"),
+    el("pre", { tabindex: 0, role: "region", "aria-label": "Config in force" }, code));
+}
+
 /** Makes the view. */
 export function system() {
   const alert = el("div", { role: "alert", class: "notice" }, el("b"), el("ul"));
   const status = el("output", { role: "status", class: "status" });
   const reload = el("button", { type: "button", onclick: () => reloadConfig() }, "Reload config");
   const sections = [
-    new Section("Gateway", "/api/system", systemTable),
+    new Section("Gateway", "/api/system", gatewayTables),
     new Section("Overrides", "/api/overrides", overridesTable),
     new Section("Audit", `/api/audit?limit=${AUDIT_ENTRIES}`, auditTable),
   ];
   const element = el("div", { class: "system" }, el("div", { class: "tools" }, el("h1", {}, "System"), status, reload),
-    alert, sections.map((section) => section.element));
+    alert, sections.map((section) => section.element), effectiveConfig());
   const load = () => sections.forEach((section) => section.load());
 
   async function reloadConfig() {
