@@ -1,31 +1,45 @@
-//! `tollgate simulate`: replays a trace through the quotas of the config.
+//! `tollgate simulate`: replays a trace or the gateway's log through the quotas of the config.
 
 use super::{load_or_explain, output};
 use crate::clock::Stopwatch;
 use crate::config::{Config, duration};
-use crate::simulate::{Pace, SimulationReport, TraceCall, read_trace};
+use crate::simulate::{Pace, SearchBudget, SimulationReport, TraceCall, read_request_log, read_trace};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use std::fs::File;
+use std::io::{self, BufReader, IsTerminal as _};
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
+
+/// The width of charts if standard output is no terminal, or its width is unknown.
+const DEFAULT_WIDTH: usize = 80;
+const MAX_WIDTH: usize = 240;
 
 #[derive(clap::Args)]
 pub(super) struct SimulateArguments {
-    /// CSV file with the columns timestamp, prompt_tokens and completion_tokens, and optionally environment, max_tokens
-    /// and model; the column names of the Azure traces of 2023 are accepted too
-    #[arg(long, value_name = "CSV")]
-    trace: PathBuf,
-    /// Time from a request to its first token
+    /// CSV file with the columns timestamp, prompt_tokens and completion_tokens, and optionally environment, caller,
+    /// model and max_tokens; the column names of the Azure traces of 2023 are accepted too
+    #[arg(long, value_name = "CSV", required_unless_present = "log", conflicts_with = "log")]
+    trace: Option<PathBuf>,
+    /// Request log of the gateway: the JSON lines that `tollgate serve` writes to standard error
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Time from a request to its first token; requests of a log have their own
     #[arg(long, default_value = "400ms", value_parser = parse_duration)]
     first_token: Duration,
-    /// Speed of an answer after its first token
+    /// Speed of an answer after its first token; answers of a log have their own
     #[arg(long, default_value_t = 30.0, value_parser = parse_rate)]
     tokens_per_second: f64,
     /// Print the results as JSON
     #[arg(long)]
     json: bool,
+    /// Draw no charts
+    #[arg(long)]
+    no_chart: bool,
+    /// Width of the charts in characters, at most 240; default: the width of the terminal, else 80
+    #[arg(long, value_name = "CHARACTERS")]
+    width: Option<usize>,
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
@@ -42,25 +56,54 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
-    let path = arguments.trace.display();
-    let file = File::open(&arguments.trace).with_context(|| format!("cannot open {path}"))?;
     let clock = Stopwatch::start();
-    let calls = read_trace(file).with_context(|| format!("the trace {path} cannot be read"))?;
+    let calls = read_calls(arguments)?;
     let pace = Pace { first_token: arguments.first_token, tokens_per_second: arguments.tokens_per_second };
+    let budget = SearchBudget::new(&output::report);
     let reports: Vec<SimulationReport> = by_environment(&loaded.config, calls)?
         .into_iter()
-        .map(|(index, calls)| SimulationReport::of(&loaded.config.environments[index], &calls, pace))
+        .map(|(index, calls)| SimulationReport::of(&loaded.config.environments[index], &calls, pace, &budget))
         .collect();
     if arguments.json {
         let all: Map<String, Value> = reports.iter().map(|r| (r.environment.clone(), r.as_json())).collect();
         output::print(&format!("{}\n", json!({ "environments": all })))?;
-    } else {
-        for report in &reports {
-            output::print(&format!("{}\n", report.to_text()))?;
-        }
-        output::print(&format!("Replayed in {:.2} s.\n", clock.elapsed().as_secs_f64()))?;
+        return Ok(ExitCode::SUCCESS);
     }
+    let width = (!arguments.no_chart).then(|| arguments.width.unwrap_or_else(terminal_width).min(MAX_WIDTH));
+    let texts: Vec<String> = reports.iter().map(|report| report.to_text(width)).collect();
+    output::print(&texts.join("\n"))?;
+    output::report(&format!("Replayed in {:.2} s.", clock.elapsed().as_secs_f64()));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads the trace or the log.
+fn read_calls(arguments: &SimulateArguments) -> anyhow::Result<Vec<TraceCall>> {
+    let open = |path: &PathBuf| File::open(path).with_context(|| format!("cannot open {}", path.display()));
+    if let Some(path) = &arguments.trace {
+        return read_trace(open(path)?)
+            .with_context(|| format!("the trace {} cannot be read", path.display()));
+    }
+    let path = arguments.log.as_ref().context("there is neither --trace nor --log")?;
+    let log = read_request_log(BufReader::new(open(path)?))
+        .with_context(|| format!("the log {} cannot be read", path.display()))?;
+    output::report(&format!(
+        "The log has {} requests that a quota decided on, {} of them denied. {} other lines are skipped.",
+        log.calls.len(),
+        log.denied,
+        log.skipped
+    ));
+    Ok(log.calls)
+}
+
+/// The width of the terminal that standard output is. `stty` reports the size of its standard input.
+fn terminal_width() -> usize {
+    let size = || {
+        let terminal = File::open("/dev/tty").ok()?;
+        let stty = Command::new("stty").arg("size").stdin(terminal).stderr(Stdio::null()).output().ok()?;
+        let text = String::from_utf8(stty.stdout).ok()?;
+        text.split_whitespace().nth(1)?.parse().ok().filter(|width: &usize| *width > 0)
+    };
+    if io::stdout().is_terminal() { size().unwrap_or(DEFAULT_WIDTH) } else { DEFAULT_WIDTH }
 }
 
 /// The calls of each environment. Calls without an environment go to `default_environment`, or to the only environment.

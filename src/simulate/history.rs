@@ -200,7 +200,8 @@ fn minus_ms(at: Timestamp, ms: u64) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Mode, Pace, TraceCall, replay};
+    use super::super::replay::replay;
+    use super::super::{Mode, Pace, TraceCall};
     use super::*;
     use crate::config::{Environment, parse};
     use crate::quota::MAX_LIMIT;
@@ -252,6 +253,9 @@ mod tests {
                 environment: None,
                 max_tokens: None,
                 model: String::new(),
+                caller: None,
+                generates: true,
+                pace: None,
             }));
         }
         calls

@@ -1,24 +1,36 @@
-//! Reports of replays: text, JSON and a chart.
+//! Reports of replays: text, JSON and charts.
 
-use super::{Mode, Pace, ReplayOutcome, TraceCall, counts_tokens, replay};
+use super::chart::chart;
+use super::replay::{QuotaOutcome, ReplayOutcome, replay};
+use super::search::{SearchBudget, SufficientLimit, sufficient_limits};
+use super::words::{a_period, amount, duration, grouped, utc};
+use super::{Mode, Pace, TraceCall, words};
 use crate::config::Environment;
+use crate::quota::{MAX_LIMIT, Quota};
 use serde_json::{Value, json};
 use std::thread;
+
+/// Maximum number of charts of an environment.
+const MAX_CHARTS: usize = 8;
 
 /// The results of one environment: with its own settings, and in the other modes.
 #[derive(Clone, Debug)]
 pub struct SimulationReport {
     /// Name of the environment.
     pub environment: String,
+    /// Whether the environment is in shadow mode.
+    is_shadow: bool,
     /// The result with the settings of the environment.
     configured: ReplayOutcome,
+    /// By quota, a limit that refuses no call.
+    sufficient: Vec<Option<SufficientLimit>>,
     /// The results of the other modes, the oracle last.
     others: Vec<(Mode, ReplayOutcome)>,
 }
 
 impl SimulationReport {
-    /// Replays the calls in all modes, each on its own thread.
-    pub fn of(environment: &Environment, calls: &[TraceCall], pace: Pace) -> Self {
+    /// Replays the calls in all modes, each on its own thread. Then searches the smallest limits that refuse no call.
+    pub fn of(environment: &Environment, calls: &[TraceCall], pace: Pace, budget: &SearchBudget<'_>) -> Self {
         let (configured, others) = thread::scope(|scope| {
             let run = |mode| scope.spawn(move || replay(environment, calls, pace, mode));
             let configured = run(Mode::Configured);
@@ -28,7 +40,13 @@ impl SimulationReport {
                 |handle: thread::ScopedJoinHandle<'_, ReplayOutcome>| handle.join().unwrap_or_default();
             (done(configured), others.map(|(mode, handle)| (mode, done(handle))))
         });
-        Self { environment: environment.name.clone(), configured, others: others.into() }
+        Self {
+            environment: environment.name.clone(),
+            is_shadow: !environment.enforce,
+            sufficient: sufficient_limits(environment, &configured.quotas, calls, pace, budget),
+            configured,
+            others: others.into(),
+        }
     }
 
     /// The result of the oracle.
@@ -44,17 +62,22 @@ impl SimulationReport {
             .configured
             .quotas
             .iter()
-            .map(|q| {
+            .zip(&self.sufficient)
+            .map(|(q, sufficient)| {
                 json!({
                     "scope": q.quota.scope.as_str(),
                     "name": q.quota.scope.name(),
                     "kind": q.quota.kind.as_str(),
                     "per": q.quota.per.text,
                     "limit": q.quota.limit,
+                    "calls": q.calls,
                     "denials": q.denials,
                     "utilisation": rounded(q.utilisation),
                     "overshoot": rounded(q.overshoot),
                     "exhausted_seconds": seconds(q.exhausted_ms),
+                    "smallest_limit_without_refusals": sufficient.map(|s| s.limit),
+                    "burst_without_refusals": sufficient.map(|s| s.burst),
+                    "smallest_limit_is_exact": sufficient.map(|s| s.is_smallest),
                 })
             })
             .collect();
@@ -63,17 +86,55 @@ impl SimulationReport {
         all
     }
 
-    /// The report as text.
-    pub fn to_text(&self) -> String {
+    /// The report as text. `chart_width`: the width of charts in characters; `None`: no charts.
+    pub fn to_text(&self, chart_width: Option<usize>) -> String {
         let ReplayOutcome { admitted, rejected, .. } = self.configured;
-        let mut text = format!("environment {}: {} calls\n\n", self.environment, admitted + rejected);
-        if admitted + rejected == 0 {
-            return text;
+        let calls = admitted + rejected;
+        let mut text = format!("environment {}: {} calls", self.environment, grouped(calls));
+        let Some(timeline) = self.configured.quotas.first().map(|q| &q.timeline).filter(|_| calls > 0) else {
+            return text + "\n";
+        };
+        let last_form = if utc(timeline.first, "%F") == utc(timeline.last, "%F") { "%T" } else { "%F %T" };
+        text += &format!(", {} to {} UTC\n\n", utc(timeline.first, "%F %T"), utc(timeline.last, last_form));
+        if let Some(width) = chart_width {
+            text += &self.charts(width);
         }
-        text += &chart(&self.configured);
-        text += &format!(
-            "\n{:<20} {:>9} {:>9} {:>12} {:>11} {:>10} {:>12}\n",
-            "mode", "admitted", "rejected", "utilisation", "overshoot", "exhausted", "% of oracle"
+        text += &self.tables();
+        text += "\n";
+        for (quota, sufficient) in self.configured.quotas.iter().zip(&self.sufficient) {
+            text += &self.verdict(quota, *sufficient);
+        }
+        if self.configured.denied_in_flight > 0 {
+            text += &format!("max_in_flight refuses {}.\n", grouped(self.configured.denied_in_flight));
+        }
+        text
+    }
+
+    /// A chart of each quota with a limit that applies to a call. If there are too many, those with the most denials.
+    fn charts(&self, width: usize) -> String {
+        let mut drawn: Vec<&QuotaOutcome> =
+            self.configured.quotas.iter().filter(|q| q.calls > 0 && !is_unlimited(&q.quota)).collect();
+        let all = drawn.len();
+        if all > MAX_CHARTS {
+            drawn.sort_by_key(|q| std::cmp::Reverse(q.denials));
+            drawn.truncate(MAX_CHARTS);
+        }
+        let mut text = String::new();
+        for q in drawn {
+            text += &format!("{}: █ used, ░ held, × refused\n\n{}\n", title(&q.quota), chart(q, width));
+        }
+        if all > MAX_CHARTS {
+            text += &format!(
+                "The {MAX_CHARTS} charts are those of the quotas with the most denials, of {all}.\n\n"
+            );
+        }
+        text
+    }
+
+    fn tables(&self) -> String {
+        let mut text = format!(
+            "{:<17} {:>9} {:>9} {:>11} {:>9} {:>9} {:>9}\n",
+            "mode", "admitted", "rejected", "utilisation", "overshoot", "exhausted", "of oracle"
         );
         let oracle = self.oracle().map_or(0, |o| o.admitted);
         text += &line("as configured", &self.configured, oracle);
@@ -81,34 +142,90 @@ impl SimulationReport {
             text += &line(&mode.name(), outcome, oracle);
         }
         text += &format!(
-            "\n{:<40} {:>9} {:>12} {:>11} {:>10}\n",
+            "\n{:<38} {:>8} {:>11} {:>9} {:>9}\n",
             "quota, as configured", "denials", "utilisation", "overshoot", "exhausted"
         );
         for q in &self.configured.quotas {
-            let name = q.quota.scope.name();
-            let of =
-                if name.is_empty() { String::new() } else { format!(" ({} {name})", q.quota.scope.as_str()) };
-            let what = format!("{} {} per {}{of}", q.quota.limit, q.quota.kind, q.quota.per.text);
             text += &format!(
-                "{what:<40} {:>9} {:>12} {:>11} {:>9.0} s\n",
-                q.denials,
+                "{:<38} {:>8} {:>11} {:>9} {:>9}\n",
+                title(&q.quota),
+                grouped(q.denials),
                 percent(q.utilisation),
                 percent(q.overshoot),
-                seconds(q.exhausted_ms)
+                duration(q.exhausted_ms)
             );
         }
         text
     }
+
+    /// What the quota did, and which limit would refuse no call.
+    fn verdict(&self, q: &QuotaOutcome, sufficient: Option<SufficientLimit>) -> String {
+        if q.calls == 0 || is_unlimited(&q.quota) {
+            return String::new();
+        }
+        let limit = format!("{} {}", amount(q.quota.limit), a_period(&q.quota.per.text));
+        let refuses = if self.is_shadow { "would refuse" } else { "refuses" };
+        let did = match q.denials {
+            0 => format!("{refuses} none"),
+            denials => format!(
+                "{refuses} {} ({}) for {}",
+                words::share(denials, q.calls),
+                grouped(denials),
+                duration(q.exhausted_ms)
+            ),
+        };
+        let would = match sufficient {
+            Some(found) => {
+                let burst = if found.burst == found.limit || q.quota.capacity() == q.quota.limit {
+                    String::new()
+                } else {
+                    format!(" with a burst of {}", amount(found.burst))
+                };
+                let note = if found.is_smallest {
+                    ""
+                } else {
+                    " (the search ended before the smallest such limit was found)"
+                };
+                format!("{}{burst} would refuse none{note}", amount(found.limit))
+            }
+            None => "no limit that would refuse none was found".to_owned(),
+        };
+        format!("{}: {limit} {did}; {would}.\n", subject(&q.quota))
+    }
+}
+
+/// Whether the quota has no limit in practice.
+fn is_unlimited(quota: &Quota) -> bool {
+    quota.limit >= MAX_LIMIT
+}
+
+/// The kind of a quota, with its scope unless that is the environment.
+fn subject(quota: &Quota) -> String {
+    let name = quota.scope.name();
+    let scope = if name.is_empty() { String::new() } else { format!(" ({} {name})", quota.scope.as_str()) };
+    format!("{}{scope}", quota.kind)
+}
+
+fn title(quota: &Quota) -> String {
+    let burst = if quota.capacity() == quota.limit {
+        String::new()
+    } else {
+        format!(", burst {}", amount(quota.capacity()))
+    };
+    let limit = if is_unlimited(quota) { "unlimited".to_owned() } else { amount(quota.limit) };
+    let name = quota.scope.name();
+    let of = if name.is_empty() { String::new() } else { format!(" ({} {name})", quota.scope.as_str()) };
+    format!("{limit} {} per {}{burst}{of}", quota.kind, quota.per.text)
 }
 
 fn line(name: &str, outcome: &ReplayOutcome, oracle: u64) -> String {
     format!(
-        "{name:<20} {:>9} {:>9} {:>12} {:>11} {:>8.0} s {:>12}\n",
-        outcome.admitted,
-        outcome.rejected,
+        "{name:<17} {:>9} {:>9} {:>11} {:>9} {:>9} {:>9}\n",
+        grouped(outcome.admitted),
+        grouped(outcome.rejected),
         percent(outcome.utilisation()),
         percent(outcome.overshoot()),
-        seconds(outcome.exhausted_ms),
+        duration(outcome.exhausted_ms),
         share(outcome.admitted, oracle).map_or_else(String::new, percent)
     )
 }
@@ -124,33 +241,6 @@ fn outcome_json(outcome: &ReplayOutcome) -> Value {
         "completion_tokens": outcome.spent.completion,
         "total_tokens": outcome.spent.total,
     })
-}
-
-/// Bars by height.
-const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-
-/// A chart of offered, admitted and denied tokens: one bar for each part of the trace's duration.
-fn chart(outcome: &ReplayOutcome) -> String {
-    let most = outcome.offered_by_time.iter().copied().max().unwrap_or(0).max(1);
-    let bar = |&tokens: &u64| match usize::try_from(tokens * BARS.len() as u64 / most) {
-        _ if tokens == 0 => ' ',
-        Ok(height) => BARS[height.min(BARS.len() - 1)],
-        Err(_) => ' ',
-    };
-    let bars = |by_time: &[u64]| by_time.iter().map(bar).collect::<String>();
-    let pairs = || outcome.offered_by_time.iter().zip(&outcome.admitted_by_time);
-    let denied: Vec<u64> = pairs().map(|(offered, admitted)| offered - admitted.min(offered)).collect();
-    let mut chart = format!("  tokens offered   {}\n", bars(&outcome.offered_by_time));
-    chart += &format!("  admitted         {}\n", bars(&outcome.admitted_by_time));
-    chart += &format!("  denied           {}\n", bars(&denied));
-    if let Some(tightest) =
-        outcome.quotas.iter().filter(|q| counts_tokens(&q.quota)).max_by_key(|q| q.denials)
-        && tightest.denials > 0
-    {
-        let quota = &tightest.quota;
-        chart += &format!("  most denials     by {} {} per {}\n", quota.limit, quota.kind, quota.per.text);
-    }
-    chart
 }
 
 fn share(part: u64, whole: u64) -> Option<f64> {

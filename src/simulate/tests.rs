@@ -1,9 +1,12 @@
+use super::replay::{admits_all, replay};
+use super::words::{readable, readable_index};
 use super::*;
+use crate::clock::Timestamp;
 use crate::config::parse;
 use std::io::BufReader;
 use std::path::PathBuf;
 
-fn environment(settings: &str) -> Environment {
+pub(super) fn environment(settings: &str) -> Environment {
     let text = format!(
         "upstreams: {{ u: {{ base_url: http://u/v1 }} }}\nenvironments: {{ e: {{ upstream: u, {settings} }} }}\nstore: {{ memory: true }}\n"
     );
@@ -11,7 +14,7 @@ fn environment(settings: &str) -> Environment {
     (*loaded.config.environments[0]).clone()
 }
 
-fn call(second: u64, prompt: u64, completion: u64) -> TraceCall {
+pub(super) fn call(second: u64, prompt: u64, completion: u64) -> TraceCall {
     TraceCall {
         at: Timestamp(1_700_000_000_000).plus_ms(second * 1_000),
         prompt,
@@ -19,6 +22,9 @@ fn call(second: u64, prompt: u64, completion: u64) -> TraceCall {
         environment: None,
         max_tokens: None,
         model: String::new(),
+        caller: None,
+        generates: true,
+        pace: None,
     }
 }
 
@@ -32,7 +38,6 @@ fn a_trace_within_the_quota_is_admitted_completely() {
     assert_eq!((outcome.admitted, outcome.rejected, outcome.exhausted_ms), (60, 0, 0));
     assert_eq!((outcome.spent.total, outcome.overshoot()), (600, 0.0));
     assert!((outcome.utilisation() - 600.0 / (1_000.0 + 1_000.0 * 59.0 / 60.0)).abs() < 1e-9);
-    assert_eq!(outcome.offered_by_time, outcome.admitted_by_time);
 }
 
 #[test]
@@ -97,16 +102,145 @@ fn a_cut_answer_ends_when_its_reservation_cannot_be_extended() {
 
 #[test]
 fn the_json_report_has_its_documented_fields() {
-    let report =
-        SimulationReport::of(&environment(TIGHT), &[call(0, 10, 10), call(1, 2_000, 10)], Pace::default());
+    let report = report(&environment(TIGHT), &[call(0, 10, 10), call(1, 2_000, 10)]);
     let json = report.as_json();
     for field in ["admitted", "rejected", "utilisation", "overshoot", "exhausted_seconds", "oracle_admitted"]
     {
         assert!(json[field].is_number(), "{field}: {json}");
     }
     assert_eq!((&json["admitted"], &json["rejected"]), (&1.into(), &1.into()));
-    let text = report.to_text();
+    let text = report.to_text(Some(80));
     assert!(text.contains("oracle") && text.contains('█'), "{text}");
+}
+
+fn report(environment: &Environment, calls: &[TraceCall]) -> SimulationReport {
+    SimulationReport::of(environment, calls, Pace::default(), &SearchBudget::new(&|_| {}))
+}
+
+/// The last lines of the report.
+fn verdicts(settings: &str, calls: &[TraceCall]) -> Vec<String> {
+    let text = report(&environment(settings), calls).to_text(None);
+    text.lines().filter(|line| line.contains("refuse")).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_report_ends_in_words() {
+    // Ten calls of 100 tokens at once, then one a minute later.
+    let mut calls: Vec<TraceCall> = (0..10).map(|_| call(0, 50, 50)).collect();
+    calls.push(call(60, 50, 50));
+    let settings =
+        |quotas: &str, more: &str| format!("quotas: {{ {quotas} }}, reserve: {{ completion: 50 }}{more}");
+    for (quotas, more, words) in [
+        (
+            "total_tokens: { limit: 600, per: minute }",
+            "",
+            "total_tokens: 600 a minute refuses 36 % (4) for 60 s; 1,000 would refuse none.",
+        ),
+        (
+            "total_tokens: { limit: 20k, per: minute }",
+            "",
+            "total_tokens: 20k a minute refuses none; 1,000 would refuse none.",
+        ),
+        (
+            "total_tokens: { limit: 600, per: minute }",
+            ", enforce: false",
+            "total_tokens: 600 a minute would refuse 36 % (4) for 60 s; 1,000 would refuse none.",
+        ),
+        (
+            "requests: { limit: 2, per: hour, burst: 4 }",
+            "",
+            "requests: 2 an hour refuses 63 % (7) for 60 s; 6 with a burst of 12 would refuse none.",
+        ),
+        (
+            "requests: { limit: 1, per: day }",
+            "",
+            "requests: 1 a day refuses 90 % (10) for 60 s; 11 would refuse none.",
+        ),
+    ] {
+        assert_eq!(verdicts(&settings(quotas, more), &calls), [words], "{quotas}");
+    }
+    let in_flight = verdicts(&settings("requests: { limit: 100, per: day }", ", max_in_flight: 8"), &calls);
+    assert_eq!(
+        in_flight,
+        ["requests: 100 a day refuses none; 11 would refuse none.", "max_in_flight refuses 2."]
+    );
+}
+
+#[test]
+fn the_smallest_readable_limit_is_found() {
+    let calls = bursts(|_, skewed| 150.0 * skewed);
+    let calls = &calls[..2_000];
+    for settings in [
+        "quotas: { total_tokens: { limit: 30k, per: minute } }",
+        "quotas: { total_tokens: { limit: 30M, per: minute } }",
+        "quotas: { completion_tokens: { limit: 10k, per: 10s, burst: 20k } }",
+        "quotas: { requests: { limit: 100, per: day } }",
+        "quotas: { total_tokens: { limit: 30k, per: minute } }, reserve: { completion: max_tokens, default_max_tokens: 4096 }",
+    ] {
+        let mut environment = environment(settings);
+        let limit =
+            report(&environment, calls).as_json()["quotas"][0]["smallest_limit_without_refusals"].as_u64();
+        let (limit, quota) = (limit.unwrap(), environment.quotas[0].clone());
+        let mut admits = |limit: u64| {
+            environment.quotas = vec![quota.with_limit(limit, quota.capacity() * limit / quota.limit)];
+            admits_all(&environment, calls, Pace::default())
+        };
+        let below = readable(readable_index(limit) - 1).unwrap();
+        assert!(admits(limit) && !admits(below), "{settings}: {limit}, {below}");
+        assert_eq!(readable(readable_index(limit)), Some(limit));
+    }
+}
+
+#[test]
+fn quotas_of_callers_and_models_apply_to_their_calls_only() {
+    let environment = environment(
+        "keys: [{ name: web, secret: k-web-1234567890, quotas: { requests: { limit: 1, per: day } } }, { name: batch, secret: k-batch-1234567890 }], model_quotas: { 'gpt-4*': { requests: { limit: 2, per: day } } }",
+    );
+    let of = |second, caller: &str, model: &str| TraceCall {
+        caller: Some(caller.into()),
+        model: model.into(),
+        ..call(second, 1, 1)
+    };
+    let calls = [
+        of(0, "web", "o3"),
+        of(1, "web", "o3"),
+        of(2, "batch", "o3"),
+        of(3, "batch", "gpt-4o"),
+        of(4, "batch", "gpt-4o"),
+        of(5, "batch", "gpt-4.1"),
+    ];
+    let outcome = replay(&environment, &calls, Pace::default(), Mode::Configured);
+    let mut quotas: Vec<_> =
+        outcome.quotas.iter().map(|q| (q.quota.scope.name(), q.calls, q.denials)).collect();
+    quotas.sort_unstable();
+    assert_eq!((outcome.rejected, quotas), (2, vec![("gpt-4*", 3, 1), ("web", 2, 1)]));
+}
+
+#[test]
+fn a_calendar_quota_is_used_by_at_most_all_of_each_period() {
+    let environment = environment("quotas: { requests: { limit: 10, per: day } }");
+    // 2023-11-14T22:13:20Z, so midnight is within the trace of two hours.
+    let calls: Vec<TraceCall> = (0..120).map(|minute| call(minute * 60, 1, 1)).collect();
+    let outcome = replay(&environment, &calls, Pace::default(), Mode::Configured);
+    assert_eq!((outcome.admitted, outcome.quotas[0].spent), (20, 20));
+    assert!((outcome.quotas[0].utilisation - 1.0).abs() < 1e-9, "{}", outcome.quotas[0].utilisation);
+}
+
+#[test]
+fn levels_over_time_do_not_change_the_result() {
+    let environment =
+        environment("quotas: { total_tokens: [{ limit: 30k, per: minute }, { limit: 1M, per: day }] }");
+    let calls = bursts(|_, skewed| 150.0 * skewed);
+    let drawn = replay(&environment, &calls, Pace::default(), Mode::Configured);
+    let adaptive = replay(&environment, &calls, Pace::default(), Mode::Adaptive(0.9));
+    assert_eq!(
+        (drawn.admitted, drawn.rejected, drawn.spent),
+        (adaptive.admitted, adaptive.rejected, adaptive.spent)
+    );
+    let columns = drawn.quotas[0].timeline.columns(60);
+    assert!(columns.iter().all(|part| part.used + part.held <= 30_000), "{columns:?}");
+    assert_eq!(columns.iter().map(|part| part.denials).sum::<u64>(), drawn.quotas[0].denials);
+    assert!(columns.iter().any(|part| part.used > 20_000) && columns.iter().any(|part| part.held > 0));
 }
 
 fn azure() -> Option<Vec<TraceCall>> {

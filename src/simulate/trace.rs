@@ -1,14 +1,16 @@
 //! Reads traces: CSV with a header line.
 
+use super::Pace;
 use crate::clock::Timestamp;
-use crate::quota::MAX_AMOUNT;
+use crate::quota::{MAX_AMOUNT, Subject};
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use std::fmt;
 use std::io::Read;
+use std::sync::Arc;
 
 /// One call of a trace.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TraceCall {
     /// Arrival time.
     pub at: Timestamp,
@@ -22,6 +24,18 @@ pub struct TraceCall {
     pub max_tokens: Option<u64>,
     /// The model; empty if the trace does not have the column.
     pub model: String,
+    /// The caller's name, if the trace has the column.
+    pub caller: Option<Arc<str>>,
+    /// Whether the model generates tokens for the call.
+    pub generates: bool,
+    /// The speed of this answer, if it is known.
+    pub pace: Option<Pace>,
+}
+
+impl TraceCall {
+    pub(super) fn subject(&self) -> Subject<'_> {
+        Subject { caller: self.caller.as_ref(), model: &self.model }
+    }
 }
 
 /// An error in a trace.
@@ -53,6 +67,7 @@ struct TraceColumns {
     environment: Option<usize>,
     max_tokens: Option<usize>,
     model: Option<usize>,
+    caller: Option<usize>,
 }
 
 /// Reads a trace. Returns its calls sorted by time.
@@ -88,7 +103,7 @@ impl TraceColumns {
             find(names).ok_or_else(|| TraceFault {
                 line: 1,
                 message: format!(
-                    "there is no column '{}'; a trace has timestamp, prompt_tokens, completion_tokens, and may have environment, max_tokens, model",
+                    "there is no column '{}'; a trace has timestamp, prompt_tokens, completion_tokens, and may have environment, caller, model, max_tokens; a log of the gateway is read with --log",
                     names.join("' or '")
                 ),
             })
@@ -100,6 +115,7 @@ impl TraceColumns {
             environment: find(&["environment"]),
             max_tokens: find(&["max_tokens"]),
             model: find(&["model"]),
+            caller: find(&["caller"]),
         })
     }
 
@@ -120,6 +136,9 @@ impl TraceColumns {
             environment: some(self.environment).map(str::to_owned),
             max_tokens: some(self.max_tokens).map(|value| amount("max_tokens", value)).transpose()?,
             model: some(self.model).unwrap_or_default().to_owned(),
+            caller: some(self.caller).map(Arc::from),
+            generates: true,
+            pace: None,
         })
     }
 }

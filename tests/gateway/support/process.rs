@@ -73,6 +73,11 @@ impl Process {
         }
     }
 
+    /// All log lines so far, as the gateway wrote them.
+    pub fn log_text(&self) -> String {
+        self.log.lock().unwrap().iter().map(|line| format!("{line}\n")).collect()
+    }
+
     pub async fn caller(&self) -> Caller {
         Caller::connect(self.address).await
     }

@@ -1,0 +1,138 @@
+//! The search for the smallest limit that refuses no call of a trace.
+
+use super::replay::{QuotaOutcome, admits_all};
+use super::words::{readable, readable_index};
+use super::{Pace, TraceCall};
+use crate::clock::Stopwatch;
+use crate::config::Environment;
+use crate::quota::{MAX_LIMIT, Quota};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+/// All searches of a simulation end after this time.
+const MAX_TIME: Duration = Duration::from_mins(1);
+/// Interval of progress reports.
+const REPORT_INTERVAL: Duration = Duration::from_secs(2);
+/// The first step upwards, in readable numbers: about the factor 3.
+const FIRST_STEP: u32 = 45;
+
+/// A limit that refuses no call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SufficientLimit {
+    pub(super) limit: u64,
+    /// The burst of the quota grows with its limit.
+    pub(super) burst: u64,
+    /// Whether the next smaller readable limit refuses a call. `false`: the time was over before that was known.
+    pub(super) is_smallest: bool,
+}
+
+/// The time that is left for searches, and reports of their progress.
+pub struct SearchBudget<'a> {
+    clock: Stopwatch,
+    replays: AtomicU64,
+    /// Number of reports so far.
+    reports: AtomicU64,
+    report: &'a (dyn Fn(&str) + Sync),
+}
+
+impl<'a> SearchBudget<'a> {
+    /// Begins now. `report` is called about every two seconds.
+    pub fn new(report: &'a (dyn Fn(&str) + Sync)) -> Self {
+        Self { clock: Stopwatch::start(), replays: 0.into(), reports: 0.into(), report }
+    }
+
+    /// Counts a replay. Returns whether there is time for it.
+    fn allows_replay(&self) -> bool {
+        let elapsed = self.clock.elapsed();
+        let replays = self.replays.fetch_add(1, Ordering::Relaxed);
+        let due = elapsed.as_secs() / REPORT_INTERVAL.as_secs();
+        if replays > 0 && self.reports.fetch_max(due, Ordering::Relaxed) < due {
+            let (seconds, max) = (elapsed.as_secs(), MAX_TIME.as_secs());
+            (self.report)(&format!(
+                "searching the smallest limits without refusals: {replays} replays in {seconds} s, at most {max} s"
+            ));
+        }
+        elapsed < MAX_TIME
+    }
+}
+
+/// For each quota, a limit that refuses no call if no other quota applies. So if every quota has this limit, no call is
+/// refused. `None`: the quota applies to no call, no limit was found in time, or there is none.
+pub(super) fn sufficient_limits(
+    environment: &Environment,
+    outcomes: &[QuotaOutcome],
+    calls: &[TraceCall],
+    pace: Pace,
+    budget: &SearchBudget<'_>,
+) -> Vec<Option<SufficientLimit>> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut found = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(outcome) = outcomes.get(at) else { return found };
+            found.push((at, search(environment, outcome, calls, pace, budget)));
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(outcomes.len());
+    let mut limits = vec![None; outcomes.len()];
+    thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        // A search panics only on a bug. The panic message is already printed.
+        for (at, limit) in handles.into_iter().flat_map(|handle| handle.join().unwrap_or_default()) {
+            limits[at] = limit;
+        }
+    });
+    limits
+}
+
+/// Bisects the readable numbers. A limit that admits all calls is found by a replay, so it certainly does. That no smaller
+/// one does is certain if a larger limit never refuses more.
+fn search(
+    environment: &Environment,
+    outcome: &QuotaOutcome,
+    calls: &[TraceCall],
+    pace: Pace,
+    budget: &SearchBudget<'_>,
+) -> Option<SufficientLimit> {
+    let quota = &outcome.quota;
+    if outcome.calls == 0 {
+        return None;
+    }
+    let mut alone = environment.clone();
+    alone.enforce = true;
+    alone.max_in_flight = None;
+    // `None`: the time is over, or the limit is too large.
+    let mut suffices = |index: u32| {
+        let limit = readable(index).filter(|limit| *limit <= MAX_LIMIT)?;
+        alone.quotas = vec![with_limit(quota, limit)];
+        budget.allows_replay().then(|| admits_all(&alone, calls, pace))
+    };
+    let start = if outcome.denials > 0 { quota.limit } else { quota.limit.min(outcome.spent) };
+    // All numbers below `low` refuse a call; `high` refuses none.
+    let (mut low, mut high, mut step) = (0, readable_index(start), FIRST_STEP);
+    while !suffices(high)? {
+        (low, high, step) = (high + 1, high + step, step.saturating_mul(2));
+    }
+    let mut is_smallest = true;
+    while low < high {
+        let middle = low.midpoint(high);
+        match suffices(middle) {
+            Some(true) => high = middle,
+            Some(false) => low = middle + 1,
+            None => {
+                is_smallest = false;
+                break;
+            }
+        }
+    }
+    let limit = readable(high)?;
+    Some(SufficientLimit { limit, burst: with_limit(quota, limit).capacity(), is_smallest })
+}
+
+/// The quota with another limit, and a burst in proportion.
+fn with_limit(quota: &Quota, limit: u64) -> Quota {
+    let burst = u128::from(quota.capacity()) * u128::from(limit) / u128::from(quota.limit.max(1));
+    quota.with_limit(limit, u64::try_from(burst).unwrap_or(MAX_LIMIT).clamp(1, MAX_LIMIT))
+}
