@@ -5,6 +5,7 @@
 
 mod attachments;
 mod calibration;
+mod calls;
 mod count_cache;
 mod file;
 mod identity;
@@ -26,6 +27,7 @@ mod vocabulary;
 
 pub(crate) use calibration::bounded;
 pub use calibration::{Calibration, CalibrationSample, Correction, RequestKind};
+pub(crate) use calls::{CallTexts, MessageCalls, add_call_arguments};
 pub use file::FileVocabulary;
 pub use identity::{AnswerReference, PromptPrefix, ReferenceKind};
 pub use images::ImageDetail;
@@ -115,10 +117,12 @@ pub struct PromptEstimate {
     pub message_texts: u64,
     /// Of these, the tokens of the answer after a known prefix. 0 if the count of texts is exact.
     pub echo: u64,
-    /// Tokens of the reasoning of this answer, as far as the model reads it again. 0 if the count of texts is exact.
+    /// Tokens of the reasoning of this answer, as far as the model reads it again.
     pub echo_thinking: u64,
     /// Whether the model reads all reasoning of this answer again, although the request does not contain it.
     pub recalls_reasoning: bool,
+    /// Whether the model reads reasoning before the last message of the user, if the request refers to it by its id.
+    pub reads_references: bool,
     /// Tokens of the instructions and of other texts that are not part of the conversation.
     pub settings_texts: u64,
     /// Whether the model is in a built-in table or in a rule of the config.

@@ -33,6 +33,8 @@ const MAX_ENTRIES: usize = 1 << 18;
 const MIN_ECHO: u64 = 64;
 /// A text is taken for the last answer if its count differs from the reported size by at most this part of it.
 const MAX_ECHO_ERROR: u64 = 4;
+/// Some models report reasoning in steps of this number of tokens.
+const REASONING_STEP: u32 = 64;
 /// Two offsets of a set-up agree if they differ by at most this share of the prompt.
 const AGREEMENT_PERCENT: u64 = 5;
 
@@ -180,11 +182,11 @@ impl Learned {
             prompt.set_known(prefix, u64::from(known.reported.message_texts));
         }
         // The reported tokens of a known prefix include its references, and those of the settings.
-        let first = known.as_ref().map_or(0, |(prefix, _)| prefix.unseen);
+        let first = known.as_ref().map_or(0, |(prefix, _)| prefix.messages);
         let is_new = |reference: &&AnswerReference<'_>| {
-            known.is_none() || reference.unseen >= first && reference.kind != ReferenceKind::Response
+            known.is_none() || reference.message >= first && reference.kind != ReferenceKind::Response
         };
-        let resolved = self.resolve(scope, prompt.references().filter(is_new), prompt.has_user_message());
+        let resolved = self.resolve(scope, prompt, prompt.references().filter(is_new));
         Recall {
             scope,
             api,
@@ -200,9 +202,10 @@ impl Learned {
     pub fn correct(&self, recall: &Recall, model: &str, estimate: &PromptEstimate) -> CorrectedPrompt {
         let mut corrected = self.correct_content(recall, model, estimate);
         let resolved = &recall.resolved;
-        corrected.tokens = corrected.tokens.saturating_add(resolved.tokens);
+        let earlier = if estimate.reads_references { resolved.earlier_reasoning } else { 0 };
+        corrected.tokens = corrected.tokens.saturating_add(resolved.tokens).saturating_add(earlier);
         corrected.unseen = corrected.unseen.saturating_sub(resolved.references);
-        if resolved.has_any {
+        if resolved.has_any || earlier > 0 {
             corrected.source = EstimateSource::Conversation;
         }
         corrected
@@ -213,7 +216,7 @@ impl Learned {
         let counted = estimate.tokens();
         if let Some(known) = &recall.known {
             return CorrectedPrompt {
-                tokens: known.reported.continued(estimate, estimate.unseen > known.new_references),
+                tokens: known.reported.continued(estimate, recall, estimate.unseen > known.new_references),
                 source: EstimateSource::Conversation,
                 unseen: known.new_references,
             };
@@ -330,10 +333,12 @@ impl ReportedPrefix {
     ///
     /// If the known part refers to content outside the request (`has_references`), the estimate says nothing about its
     /// size, and the result has no upper bound.
-    fn continued(&self, estimate: &PromptEstimate, has_references: bool) -> u64 {
+    fn continued(&self, estimate: &PromptEstimate, recall: &Recall, has_references: bool) -> u64 {
         let counted = estimate.tokens();
         let base = i128::from(self.reported) - i128::from(self.estimated);
-        let corrections = [self.echo_correction(estimate.echo), self.reasoning_correction(estimate)];
+        // Reasoning that was found by its id is counted there.
+        let reasoning = if recall.resolved.has_reasoning { 0 } else { self.reasoning_correction(estimate) };
+        let corrections = [self.echo_correction(estimate.echo), reasoning];
         let tokens = i128::from(counted) + base + corrections.map(i128::from).iter().sum::<i128>();
         let tokens = u64::try_from(tokens.max(0)).unwrap_or(u64::MAX);
         if has_references { tokens.max(counted) } else { bounded(tokens, counted) }
@@ -344,7 +349,8 @@ impl ReportedPrefix {
     fn reasoning_correction(&self, estimate: &PromptEstimate) -> i64 {
         let counted = estimate.echo_thinking;
         let error = i64::from(self.reasoning) - i64::try_from(counted).unwrap_or(i64::MAX);
-        let is_answer = counted > 0 && error.unsigned_abs() * 2 <= u64::from(self.reasoning);
+        let is_exact = !self.reasoning.is_multiple_of(REASONING_STEP);
+        let is_answer = counted > 0 && is_exact && error.unsigned_abs() * 2 <= u64::from(self.reasoning);
         if is_answer || estimate.recalls_reasoning { error } else { 0 }
     }
 

@@ -2,7 +2,7 @@
 //! results were fitted to counts reported by the API.
 
 use super::content::{MessageContent, member_count};
-use crate::estimate::{Prompt, PromptPart, Role};
+use crate::estimate::{CallTexts, MessageCalls, Prompt, PromptPart, Role};
 use crate::json::{Expected, JsonVisitor, LooseText, element, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -35,13 +35,15 @@ impl<'a> JsonVisitor<'a> for ChatMessages<'_, 'a> {
             prompt: &mut *self.0,
             role: Cow::Borrowed(""),
             has_content: false,
+            name: Cow::Borrowed(""),
             calls: 0,
             thinking: Thoughts::default(),
         };
         let is_some = element(list, &mut message)?;
         if is_some {
-            let ChatMessage { role, has_content, calls, thinking, .. } = message;
+            let ChatMessage { role, has_content, name, calls, thinking, .. } = message;
             thinking.add_to(self.0);
+            finish_name(self.0, &role, name);
             finish(self.0, &role, has_content, calls, first_text);
         }
         Ok(is_some)
@@ -52,6 +54,7 @@ struct ChatMessage<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
     role: Cow<'a, str>,
     has_content: bool,
+    name: Cow<'a, str>,
     calls: u64,
     thinking: Thoughts<'a>,
 }
@@ -113,9 +116,23 @@ impl<'a> JsonVisitor<'a> for ThoughtBlock<'a> {
     }
 }
 
+/// Adds the name of a message's author.
+fn finish_name<'a>(prompt: &mut Prompt<'a>, role: &str, name: Cow<'a, str>) {
+    if role == "tool" {
+        prompt.name_tool_result(name);
+    } else if !name.is_empty() {
+        prompt.add_text(PromptPart::Messages, name, 1);
+        prompt.add_tokens(PromptPart::Overhead, 1);
+    }
+}
+
 fn finish(prompt: &mut Prompt<'_>, role: &str, has_content: bool, calls: u64, first_text: usize) {
-    prompt.end_tool_calls(calls, has_content);
     let kind = add_role(prompt, role);
+    if kind == Role::Tool {
+        prompt.end_tool_result(first_text);
+    } else {
+        prompt.end_tool_calls(calls, has_content);
+    }
     prompt.end_message(kind, first_text);
 }
 
@@ -162,13 +179,7 @@ impl<'a> JsonVisitor<'a> for ChatMessage<'_, 'a> {
                 value(object, &mut content)?;
                 self.has_content = content.has_any;
             }
-            "name" => {
-                let name = string(object)?;
-                if !name.is_empty() {
-                    self.prompt.add_text(PromptPart::Messages, name, 1);
-                    self.prompt.add_tokens(PromptPart::Overhead, 1);
-                }
-            }
+            "name" => self.name = string(object)?,
             "refusal" => {
                 let mut text = LooseText::default();
                 value(object, &mut text)?;
@@ -184,16 +195,18 @@ impl<'a> JsonVisitor<'a> for ChatMessage<'_, 'a> {
             }
             "reasoning_details" | "thinking_blocks" => value(object, &mut self.thinking)?,
             "function_call" => {
-                let mut call = FunctionCall { prompt: self.prompt, name_count: 1, arguments: None };
+                let mut call = FunctionCall::default();
                 value(object, &mut call)?;
-                if call.arguments.is_some() {
+                if call.is_present {
+                    self.prompt.add_text(PromptPart::Messages, call.texts.name, 1);
+                    self.prompt.add_text(PromptPart::Messages, call.texts.arguments, 1);
                     self.prompt.add_tokens(PromptPart::Messages, 3);
                 }
             }
             _ => {
-                let mut calls = ToolCalls { prompt: self.prompt, count: 0 };
+                let mut calls = ToolCalls { prompt: self.prompt, calls: MessageCalls::default() };
                 value(object, &mut calls)?;
-                self.calls = calls.count;
+                self.calls = calls.calls.end(self.prompt);
             }
         }
         Ok(())
@@ -203,57 +216,66 @@ impl<'a> JsonVisitor<'a> for ChatMessage<'_, 'a> {
 /// `tool_calls`.
 struct ToolCalls<'p, 'a> {
     prompt: &'p mut Prompt<'a>,
-    count: u64,
+    calls: MessageCalls<'a>,
 }
 
 impl<'a> JsonVisitor<'a> for ToolCalls<'_, 'a> {
     fn element<S: SeqAccess<'a>>(&mut self, list: &mut S) -> Result<bool, S::Error> {
-        let is_some = element(list, &mut ToolCall(self.prompt))?;
+        let mut call = ToolCall::default();
+        let is_some = element(list, &mut call)?;
+        let FunctionCall { texts, members, is_present } = call.0;
+        if is_present {
+            self.prompt.add_tool_call(members);
+        }
         if is_some {
-            self.count += 1;
+            self.calls.add(self.prompt, texts);
         }
         Ok(is_some)
     }
 }
 
-struct ToolCall<'p, 'a>(&'p mut Prompt<'a>);
+/// One of `tool_calls`.
+#[derive(Default)]
+struct ToolCall<'a>(FunctionCall<'a>);
 
-impl<'a> JsonVisitor<'a> for ToolCall<'_, 'a> {
+impl<'a> JsonVisitor<'a> for ToolCall<'a> {
     const FIELDS: &'static [&'static str] = &["function", "custom"];
 
     fn field<M: MapAccess<'a>>(&mut self, _: &'static str, object: &mut M) -> Result<(), M::Error> {
-        let mut call = FunctionCall { prompt: self.0, name_count: 2, arguments: None };
-        value(object, &mut call)?;
-        if let Some(arguments) = call.arguments {
-            self.0.add_tool_call(arguments);
-        }
-        Ok(())
+        value(object, &mut self.0)
     }
 }
 
 /// The name and arguments of a call.
-struct FunctionCall<'p, 'a> {
-    prompt: &'p mut Prompt<'a>,
-    /// How often the name occurs in the prompt.
-    name_count: u32,
-    /// The number of arguments; `None`: the value is not an object.
-    arguments: Option<u64>,
+#[derive(Default)]
+struct FunctionCall<'a> {
+    texts: CallTexts<'a>,
+    /// The number of arguments.
+    members: u64,
+    /// Whether the value is an object.
+    is_present: bool,
 }
 
-impl<'a> JsonVisitor<'a> for FunctionCall<'_, 'a> {
+impl<'a> JsonVisitor<'a> for FunctionCall<'a> {
     const FIELDS: &'static [&'static str] = &["name", "arguments", "input"];
 
     fn object(&mut self) -> Result<(), Expected> {
-        self.arguments = Some(0);
+        self.is_present = true;
         Ok(())
     }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         let text = string(object)?;
-        if name == "arguments" {
-            self.arguments = Some(member_count(&text));
+        match name {
+            _ if text.is_empty() => {}
+            "name" => self.texts.name = text,
+            _ => {
+                if name == "arguments" {
+                    self.members = member_count(&text);
+                }
+                self.texts.arguments = text;
+            }
         }
-        self.prompt.add_text(PromptPart::Messages, text, if name == "name" { self.name_count } else { 1 });
         Ok(())
     }
 }

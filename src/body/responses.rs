@@ -3,7 +3,7 @@
 
 use super::chat::add_role;
 use super::content::{MessageContent, member_count};
-use crate::estimate::{ImageDetail, Prompt, PromptPart, ReferenceKind, Role, media};
+use crate::estimate::{ImageDetail, Prompt, PromptPart, ReferenceKind, Role, add_call_arguments, media};
 use crate::json::{Expected, JsonVisitor, LooseText, element, raw, string, value};
 use serde::de::{MapAccess, SeqAccess};
 use std::borrow::Cow;
@@ -49,6 +49,11 @@ impl<'a> JsonVisitor<'a> for ResponsesInput<'_, 'a> {
             self.0.add_encrypted_reasoning(&encrypted);
         }
         if is_some {
+            if matches!(&*kind, "function_call" | "custom_tool_call") {
+                self.0.end_call_item(!id.is_empty());
+            } else {
+                self.0.end_other_item();
+            }
             refer(self.0, &kind, id, has_content);
             finish(self.0, &kind, &role, arguments, first_text);
         }
@@ -134,7 +139,7 @@ impl<'a> JsonVisitor<'a> for InputItem<'_, 'a> {
             "arguments" => {
                 let text = string(object)?;
                 self.arguments = member_count(&text);
-                self.prompt.add_text(PromptPart::Messages, text, 1);
+                add_call_arguments(self.prompt, text);
             }
             "encrypted_content" => {
                 self.encrypted = string(object)?;

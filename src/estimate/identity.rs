@@ -27,6 +27,8 @@ pub struct PromptPrefix {
     pub(crate) unseen: u64,
     /// Number of tool calls up to the end of the prefix.
     calls: u64,
+    /// Number of messages in the prefix.
+    pub(crate) messages: u64,
     /// The author of the last message.
     role: Role,
 }
@@ -114,8 +116,8 @@ impl Identity {
         if self.prefixes.len() == MAX_PREFIXES {
             self.prefixes.pop_front();
         }
-        let PromptSizes { texts, thoughts, unseen, calls } = so_far;
-        self.prefixes.push_back(PromptPrefix { hash, texts, thoughts, unseen, calls, role });
+        let PromptSizes { texts, thoughts, unseen, calls, messages } = so_far;
+        self.prefixes.push_back(PromptPrefix { hash, texts, thoughts, unseen, calls, messages, role });
     }
 
     /// The hash of the system messages at the beginning of the messages; 0 without one.
@@ -160,6 +162,7 @@ impl Identity {
             has_calls_last: answer.is_some_and(|answer| answer.calls > prefix.calls)
                 && self.prefixes.back().is_some_and(|last| last.role != Role::User),
             echo_thoughts: answer.map_or(0..0, |answer| prefix.thoughts..answer.thoughts),
+            echo_messages: answer.map_or(0..0, |answer| prefix.messages..answer.messages),
         }
     }
 }
@@ -172,6 +175,7 @@ pub(super) struct PromptSizes {
     /// References to content outside the request.
     pub(super) unseen: u64,
     pub(super) calls: u64,
+    pub(super) messages: u64,
 }
 
 /// A reference to an earlier answer, or to a part of it (Responses API).
@@ -180,10 +184,8 @@ pub struct AnswerReference<'a> {
     /// The id of a response or of an item.
     pub(crate) id: Cow<'a, str>,
     pub(crate) kind: ReferenceKind,
-    /// Number of references before it, of any kind that is unseen.
-    pub(crate) unseen: u64,
     /// Number of messages before it.
-    pub(super) message: u64,
+    pub(crate) message: u64,
 }
 
 /// What a reference stands for.
@@ -230,6 +232,8 @@ pub(super) struct KnownTexts {
     pub(super) has_calls_last: bool,
     /// Indices of the thoughts of the answer after them.
     pub(super) echo_thoughts: Range<usize>,
+    /// Indices of the messages of the answer after them.
+    pub(super) echo_messages: Range<u64>,
 }
 
 #[cfg(test)]

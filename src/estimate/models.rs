@@ -1,6 +1,7 @@
 //! The built-in tables of models: vocabulary, prompt format and image rule of each family.
 
 use super::PromptPart;
+use super::calls::Readers;
 use super::media_rules::MediaRules;
 use super::names::{MAX_NAME_BYTES, plain_name};
 use super::overhead::{ChatTemplate, Format, PromptFacts, SchemaCost};
@@ -110,6 +111,14 @@ const OPENAI: &[(&str, Encoding, Format)] = &[
     ("code-", CL100K, Format::Early),
     ("gpt-audio", O200K, Format::Omni),
     ("gpt-realtime", O200K, Format::Omni),
+    ("gpt-5.3", O200K, Format::Harmony),
+    ("gpt-5.4", O200K, Format::Harmony),
+    ("gpt-5.5", O200K, Format::Harmony),
+    ("gpt-5.6", O200K, Format::Harmony),
+    ("gpt-5.7", O200K, Format::Harmony),
+    ("gpt-5.8", O200K, Format::Harmony),
+    ("gpt-5.9", O200K, Format::Harmony),
+    ("gpt-5", O200K, Format::FirstHarmony),
     ("gpt-", O200K, Format::Harmony),
     ("chatgpt-", O200K, Format::Omni),
     ("o1", O200K, Format::Reasoning),
@@ -178,14 +187,14 @@ const OTHERS: &[(&str, u64, ChatTemplate)] = &[
     ("llama-4", 105, LLAMA),
     ("llama", 105, LLAMA),
     // 8 plain; tools: 14 with k2.5, 16 with k2.
-    ("kimi-k2.", 105, template((4, 2), (4, 8, 100), 20)),
+    ("kimi-k2.", 105, ChatTemplate { parallel_calls: -11, ..template((4, 2), (4, 8, 100), 18) }),
     ("kimi", 105, template((4, 2), (5, 27, 125), 18)),
     ("moonshot", 105, template((4, 2), (5, 27, 125), 22)),
     // The template has a system prompt of its own.
     ("minimax-m2", 105, ChatTemplate { default_system: 25, ..template((12, 2), (70, 15, 120), 15) }),
     ("minimax", 105, template((3, 2), (70, 15, 120), 15)),
     // 5 plain; tools: 16 with version 4, 8 with version 5.
-    ("glm-4", 105, ChatTemplate { call: 50, ..GLM }),
+    ("glm-4", 105, ChatTemplate { call: -4, parallel_calls: 5, ..GLM }),
     ("glm-5.2", 105, ChatTemplate { request: 8, ..GLM }),
     ("glm-5.3", 105, ChatTemplate { request: 8, ..GLM }),
     ("glm", 105, GLM),
@@ -425,7 +434,8 @@ impl Model {
 
     /// The API that reaches the model. Routers send chats with OpenAI's later models to the Responses API.
     fn read_by(&self, api: Api) -> Api {
-        let is_late = self.format == Format::Harmony || self.family == "gpt-4.1";
+        let is_late =
+            matches!(self.format, Format::FirstHarmony | Format::Harmony) || self.family == "gpt-4.1";
         let is_converted = api == Api::Chat && self.provider == Provider::Router && is_late;
         if is_converted { Api::Responses } else { api }
     }
@@ -454,6 +464,15 @@ impl Model {
     /// Whether texts are counted exactly: the model is one of OpenAI's.
     pub(super) fn counts_exactly(&self) -> bool {
         !matches!(self.format, Format::Template(_))
+    }
+
+    /// The models that read the same texts as this one.
+    pub(super) fn reader(&self, api: Api) -> Readers {
+        match (self.format, self.read_by(api)) {
+            (Format::Template(_) | Format::Early, _) => Readers::AS_SENT,
+            (_, Api::Responses) => Readers::APART,
+            _ => Readers::JOINED,
+        }
     }
 
     /// The form in which the model reads functions.
@@ -493,7 +512,8 @@ impl Model {
 
     /// Adds the overhead of a request to its parts.
     pub(super) fn add_overhead(&self, facts: &PromptFacts, parts: &mut [u64; PromptPart::ALL.len()]) {
-        let facts = PromptFacts { api: self.read_by(facts.api), ..*facts };
+        let api = self.read_by(facts.api);
+        let facts = PromptFacts { api, is_converted: api != facts.api, ..*facts };
         self.format.add_overhead(&facts, self.overhead, parts);
         if let Some(factor) = self.tool_factor {
             let tools = &mut parts[PromptPart::Tools as usize];

@@ -13,7 +13,9 @@ pub(super) enum Format {
     Omni,
     /// OpenAI's o-series.
     Reasoning,
-    /// OpenAI's models from gpt-5 on.
+    /// OpenAI's models from gpt-5 up to gpt-5.2.
+    FirstHarmony,
+    /// OpenAI's later models.
     Harmony,
     /// All other models: a chat template with the tools as JSON.
     Template(ChatTemplate),
@@ -94,6 +96,16 @@ struct Overhead {
     argument: i64,
     /// For each message with several tool calls.
     parallel_calls: i64,
+    /// For each of these calls but the first.
+    further_call: i64,
+    /// For each call that the provider has stored by itself.
+    stored_call: i64,
+    /// For each line break between results that are joined, if it is a token of its own.
+    result_break: i64,
+    /// For each space that is added to the JSON of results that are joined.
+    result_space: i64,
+    /// For each result in a message with the name of its tool.
+    named_result: i64,
     /// For each message with tool calls and text.
     call_with_text: i64,
     /// For each result of a tool call.
@@ -104,6 +116,8 @@ struct Overhead {
     after_system: i64,
     /// For each request with a schema for the answer.
     schema: i64,
+    /// For each message of the assistant with text in such a request.
+    answer_with_schema: i64,
     /// For a request that must call one named tool, in addition to the name.
     required_by_name: i64,
     /// For a request that must call some tool.
@@ -113,6 +127,10 @@ struct Overhead {
     /// For a request that allows one call at a time and leaves the choice to the model.
     serial: i64,
 }
+
+// Several calls of a message, with two results or more, cost the same in the chat API as one call and one result, apart
+// from their text (`calls`): `further_call` takes back `call` and the message of the result. In the Responses API, each
+// call and each result is an item of its own.
 
 /// OpenAI's first models. From OpenAI's cookbook, "How to count tokens with tiktoken"; functions by the project
 /// openai-chat-tokens.
@@ -126,11 +144,17 @@ const EARLY: Overhead = Overhead {
     call: 4,
     argument: 0,
     parallel_calls: 15,
+    further_call: 0,
+    stored_call: 0,
+    result_break: 0,
+    result_space: 0,
+    named_result: 1,
     call_with_text: 6,
     result: -1,
     functions: 9,
     after_system: -4,
     schema: 7,
+    answer_with_schema: 0,
     required_by_name: 4,
     required: 0,
     forbidden: 1,
@@ -139,12 +163,29 @@ const EARLY: Overhead = Overhead {
 
 /// Models with `o200k_base` that do not reason, in the chat API. Fitted to 115 exchanges with tools and 29 with a
 /// schema.
-const OMNI_CHAT: Overhead =
-    Overhead { call: 5, result: 0, functions: 3, schema: 8, required_by_name: 7, ..EARLY };
+const OMNI_CHAT: Overhead = Overhead {
+    call: 5,
+    parallel_calls: 10,
+    further_call: -9,
+    result_break: 1,
+    result_space: 1,
+    named_result: 0,
+    call_with_text: 4,
+    result: 0,
+    functions: 3,
+    schema: 8,
+    answer_with_schema: 3,
+    required_by_name: 7,
+    ..EARLY
+};
 
 /// The same models in the Responses API. Fitted to 79 exchanges with tools and 28 with a schema.
 const OMNI_RESPONSES: Overhead = Overhead {
-    call: 7,
+    call: 5,
+    parallel_calls: 0,
+    stored_call: 3,
+    named_result: 0,
+    call_with_text: 0,
     result: 0,
     functions: -3,
     after_system: 0,
@@ -161,10 +202,17 @@ const HARMONY_CHAT: Overhead = Overhead {
     request: 2,
     assistant: 2,
     call: 9,
+    parallel_calls: 10,
+    further_call: -13,
+    result_break: 1,
+    result_space: 1,
+    named_result: 0,
+    call_with_text: 6,
     result: 0,
     functions: 84,
     after_system: 0,
     schema: 5,
+    answer_with_schema: 3,
     ..EARLY
 };
 
@@ -174,6 +222,10 @@ const HARMONY_RESPONSES: Overhead = Overhead {
     request: 2,
     assistant: 2,
     call: 14,
+    parallel_calls: 16,
+    further_call: -6,
+    named_result: 0,
+    call_with_text: 0,
     result: 0,
     functions: 3,
     after_system: 0,
@@ -184,11 +236,15 @@ const HARMONY_RESPONSES: Overhead = Overhead {
     ..EARLY
 };
 
+/// gpt-5 up to gpt-5.2 in the Responses API.
+const FIRST_HARMONY_RESPONSES: Overhead =
+    Overhead { call: 11, parallel_calls: 0, further_call: 0, ..HARMONY_RESPONSES };
+
 /// The o-series in the chat API. It differs from gpt-5 in the tools.
 const REASONING_CHAT: Overhead = Overhead { functions: 3, ..HARMONY_CHAT };
 
 /// The o-series in the Responses API.
-const REASONING_RESPONSES: Overhead = Overhead { functions: -1, call: 11, ..HARMONY_RESPONSES };
+const REASONING_RESPONSES: Overhead = Overhead { functions: -1, ..FIRST_HARMONY_RESPONSES };
 
 impl ChatTemplate {
     const fn overhead(&self) -> Overhead {
@@ -202,11 +258,17 @@ impl ChatTemplate {
             call: self.call,
             argument: self.argument,
             parallel_calls: self.parallel_calls,
+            further_call: 0,
+            stored_call: 0,
+            result_break: 0,
+            result_space: 0,
+            named_result: 1,
             call_with_text: 0,
             result: 0,
             functions: self.functions,
             after_system: 0,
             schema: if let Some(schema) = self.schema { schema.request } else { 0 },
+            answer_with_schema: 0,
             required_by_name: self.required,
             required: self.required,
             forbidden: 0,
@@ -227,6 +289,18 @@ pub(super) struct MessageCounts {
     pub(super) arguments: u64,
     /// Messages with several tool calls.
     pub(super) parallel_calls: u64,
+    /// The calls in these messages without the first of each.
+    pub(super) further_calls: u64,
+    /// Calls that the provider has stored, and that have no other call beside them.
+    pub(super) stored_calls: u64,
+    /// Results of several calls whose line break is a token of its own.
+    pub(super) result_breaks: u64,
+    /// Spaces that are added to results of several calls.
+    pub(super) result_spaces: u64,
+    /// Results with the name of their tool.
+    pub(super) named_results: u64,
+    /// Messages with tool calls.
+    pub(super) call_messages: u64,
     /// Messages with text and tool calls.
     pub(super) calls_with_text: u64,
     /// Results of tool calls.
@@ -247,10 +321,27 @@ pub(super) enum ToolRequirement {
     Named,
 }
 
+impl MessageCounts {
+    /// Messages of the assistant with text.
+    fn answers(&self) -> u64 {
+        (self.assistant + self.calls_with_text).saturating_sub(self.call_messages)
+    }
+
+    /// The same calls as items of the Responses API: each call and each result is an item without a role, and a message
+    /// that has only calls is no item.
+    fn converted(self, overhead: &Overhead) -> i64 {
+        let only_calls = self.call_messages.saturating_sub(self.calls_with_text);
+        let items = overhead.message.saturating_sub(1);
+        times(items, self.calls) - times(overhead.message + 1 + overhead.assistant, only_calls)
+    }
+}
+
 /// The properties of a prompt that determine its overhead.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PromptFacts {
     pub(super) api: Api,
+    /// Whether a chat was converted to a request of the Responses API.
+    pub(super) is_converted: bool,
     pub(super) counts: MessageCounts,
     pub(super) tool_requirement: ToolRequirement,
     /// Whether the model may call one tool at a time only.
@@ -271,8 +362,9 @@ impl Format {
             (Self::Omni, _) => OMNI_CHAT,
             (Self::Reasoning, Api::Responses) => REASONING_RESPONSES,
             (Self::Reasoning, _) => REASONING_CHAT,
+            (Self::FirstHarmony, Api::Responses) => FIRST_HARMONY_RESPONSES,
             (Self::Harmony, Api::Responses) => HARMONY_RESPONSES,
-            (Self::Harmony, _) => HARMONY_CHAT,
+            (Self::FirstHarmony | Self::Harmony, _) => HARMONY_CHAT,
             (Self::Template(template), _) => template.overhead(),
         }
     }
@@ -325,6 +417,9 @@ impl Format {
         for tokens in overhead.of_messages(&facts.counts) {
             add(PromptPart::Overhead, tokens);
         }
+        if facts.is_converted {
+            add(PromptPart::Overhead, facts.counts.converted(&overhead));
+        }
         add(PromptPart::Overhead, if facts.has_system { overhead.system } else { overhead.default_system });
         if let Self::Template(template) = self
             && facts.reasons == Some(true)
@@ -343,13 +438,17 @@ impl Format {
         if facts.has_schema {
             let after_system = if facts.has_functions { 0 } else { after_system };
             add(PromptPart::Schema, overhead.schema + after_system);
+            add(PromptPart::Schema, times(overhead.answer_with_schema, facts.counts.answers()));
         }
     }
 }
 
+fn times(tokens: i64, n: u64) -> i64 {
+    tokens.saturating_mul(i64::try_from(n).unwrap_or(i64::MAX))
+}
+
 impl Overhead {
-    fn of_messages(&self, counts: &MessageCounts) -> [i64; 8] {
-        let times = |tokens: i64, n: u64| tokens.saturating_mul(i64::try_from(n).unwrap_or(i64::MAX));
+    fn of_messages(&self, counts: &MessageCounts) -> [i64; 13] {
         [
             self.request,
             times(self.message, counts.messages),
@@ -357,6 +456,11 @@ impl Overhead {
             times(self.call, counts.calls),
             times(self.argument, counts.arguments),
             times(self.parallel_calls, counts.parallel_calls),
+            times(self.further_call, counts.further_calls),
+            times(self.stored_call, counts.stored_calls),
+            times(self.result_break, counts.result_breaks),
+            times(self.result_space, counts.result_spaces),
+            times(self.named_result, counts.named_results),
             times(self.call_with_text, counts.calls_with_text),
             times(self.result, counts.results),
         ]

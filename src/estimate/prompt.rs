@@ -1,6 +1,9 @@
 //! The prompt of a request: readers of bodies fill it, and `estimate` counts it.
 
+mod calls;
+
 use super::attachments::Attachments;
+use super::calls::{CallItems, JoinedResults, Readers};
 use super::count_cache::HashedText;
 use super::identity::{
     AnswerReference, Identity, IdentityPart, KnownTexts, PromptPrefix, PromptSizes, ReferenceKind,
@@ -53,13 +56,17 @@ pub struct Prompt<'a> {
     identity: Identity,
     /// The texts that an earlier request has counted.
     known: KnownTexts,
-    /// Texts to count, each with the number of times that it is in the prompt.
-    texts: Vec<(PromptPart, HashedText<'a>, u32)>,
+    /// Texts to count.
+    texts: Vec<PromptText<'a>>,
     /// Bytes of the texts beyond `MAX_TEXTS`.
     excess_bytes: u64,
     /// Known tokens by part.
     tokens: [u64; PromptPart::ALL.len()],
     counts: MessageCounts,
+    /// The results that follow calls of one message (chat API).
+    results: JoinedResults,
+    /// The calls before the next item (Responses API).
+    call_items: CallItems,
     /// Reasoning of earlier answers. Some models read it again.
     thinking: EarlierThinking<'a>,
     /// Index of the first text of the first system message.
@@ -89,6 +96,16 @@ pub struct Prompt<'a> {
     last_user_message: Option<u64>,
 }
 
+/// A text to count.
+#[derive(Debug)]
+struct PromptText<'a> {
+    part: PromptPart,
+    text: HashedText<'a>,
+    /// The number of times that it is in the prompt.
+    times: u32,
+    readers: Readers,
+}
+
 /// Filling.
 impl<'a> Prompt<'a> {
     pub(crate) fn of(api: Api) -> Self {
@@ -109,23 +126,40 @@ impl<'a> Prompt<'a> {
     pub(crate) fn refer_to_answer(&mut self, kind: ReferenceKind, id: Cow<'a, str>) {
         self.identify(&id);
         if self.references.len() < MAX_REFERENCES {
-            let (unseen, message) = (self.unseen, self.counts.messages);
-            self.references.push(AnswerReference { id, kind, unseen, message });
+            self.references.push(AnswerReference { id, kind, message: self.counts.messages });
         }
         self.unseen += u64::from(kind != ReferenceKind::Reasoning);
     }
 
     /// Adds a text that is in the prompt `times` times.
     pub(crate) fn add_text(&mut self, part: PromptPart, text: Cow<'a, str>, times: u32) {
+        self.add_text_for(Readers::ALL, part, text, times);
+    }
+
+    /// Adds a text that is in the prompt of these models `times` times.
+    pub(super) fn add_text_for(
+        &mut self,
+        readers: Readers,
+        part: PromptPart,
+        text: Cow<'a, str>,
+        times: u32,
+    ) {
         if text.is_empty() {
             return;
         }
         if self.texts.len() < MAX_TEXTS {
             let text = HashedText::of(text);
             self.identity.add_text(IdentityPart::Text, &text);
-            self.texts.push((part, text, times));
+            self.texts.push(PromptText { part, text, times, readers });
         } else {
             self.excess_bytes += text.len() as u64 * u64::from(times);
+        }
+    }
+
+    /// Adds another form of texts that were added for other models.
+    pub(super) fn add_rendered(&mut self, readers: Readers, part: PromptPart, text: String) {
+        if self.texts.len() < MAX_TEXTS {
+            self.texts.push(PromptText { part, text: HashedText::of(text.into()), times: 1, readers });
         }
     }
 
@@ -158,26 +192,9 @@ impl<'a> Prompt<'a> {
             thoughts: self.thinking.count(),
             unseen: self.unseen,
             calls: self.counts.calls,
+            messages: self.counts.messages,
         };
         self.identity.end_message(role, so_far);
-    }
-
-    /// Adds a tool call with this number of arguments.
-    pub(crate) fn add_tool_call(&mut self, arguments: u64) {
-        self.identity.add_number(IdentityPart::Call, arguments);
-        self.counts.calls += 1;
-        self.counts.arguments += arguments;
-    }
-
-    /// Number of tool calls so far.
-    pub(crate) fn call_count(&self) -> u64 {
-        self.counts.calls
-    }
-
-    /// Records how many tool calls a message had, and whether it had text too.
-    pub(crate) fn end_tool_calls(&mut self, calls: u64, has_text: bool) {
-        self.counts.parallel_calls += u64::from(calls > 1);
-        self.counts.calls_with_text += u64::from(calls > 0 && has_text);
     }
 
     /// Adds reasoning of an earlier answer. It belongs to the message that ends next.
@@ -333,11 +350,14 @@ impl<'a> Prompt<'a> {
         self.identity.prefixes()
     }
 
-    /// The references to earlier answers. Reasoning before the last message of the user is left out, because models do
-    /// not read it again.
+    /// The references to earlier answers.
     pub fn references(&self) -> impl Iterator<Item = &AnswerReference<'a>> {
-        let is_after = |r: &&AnswerReference<'_>| self.last_user_message.is_none_or(|last| r.message > last);
-        self.references.iter().filter(move |r| r.kind != ReferenceKind::Reasoning || is_after(r))
+        self.references.iter()
+    }
+
+    /// Whether a reference is before the last message of the user. Most models do not read reasoning there.
+    pub(crate) fn is_earlier(&self, reference: &AnswerReference<'_>) -> bool {
+        self.last_user_message.is_some_and(|last| reference.message <= last)
     }
 
     /// Whether a message of the user is in the prompt.
@@ -382,7 +402,7 @@ impl Prompt<'_> {
     }
 
     fn bytes(&self) -> usize {
-        self.texts.iter().map(|(_, text, _)| text.text.len()).sum::<usize>()
+        self.texts.iter().map(|text| text.text.text.len()).sum::<usize>()
             + self.thinking.text_bytes()
             + self.attachments.text_bytes()
             + self.tools.iter().map(|list| list.json.len()).sum::<usize>()
@@ -420,8 +440,9 @@ impl Prompt<'_> {
         let of_messages = self.identity.message_texts();
         let (mut message_texts, mut settings_texts, mut echo) = (self.known.tokens, 0, 0);
         add(PromptPart::Messages, self.known.tokens);
-        for (at, (part, text, times)) in self.texts.iter().enumerate() {
-            if self.known.texts.contains(&at) {
+        let reader = model.reader(self.api);
+        for (at, PromptText { part, text, times, readers }) in self.texts.iter().enumerate() {
+            if self.known.texts.contains(&at) || !readers.include(reader) {
                 continue;
             }
             let is_joined = joined == Some(at);
@@ -447,6 +468,7 @@ impl Prompt<'_> {
         add(PromptPart::Messages, attached.others);
         let facts = PromptFacts {
             api: self.api,
+            is_converted: false,
             counts: self.counts,
             tool_requirement: self.tool_requirement,
             is_serial: self.is_serial,
@@ -465,8 +487,9 @@ impl Prompt<'_> {
             message_texts,
             settings_texts,
             echo: if model.counts_exactly() { 0 } else { echo },
-            echo_thinking: if model.counts_exactly() { 0 } else { thinking.of_echo },
-            recalls_reasoning: model.thinking().is_recalled && self.known.has_calls_last,
+            echo_thinking: thinking.of_echo,
+            recalls_reasoning: self.recalls_reasoning(model),
+            reads_references: model.thinking().reads_references,
             is_known_model: model.is_known,
         })
     }
@@ -486,9 +509,21 @@ impl Prompt<'_> {
                 ThoughtContent::Encrypted(thought) => habits.encrypted.of(*thought),
             };
             sum.all += tokens;
-            sum.of_echo += if self.known.echo_thoughts.contains(&at) { tokens } else { 0 };
+            if self.known.echo_thoughts.contains(&at) {
+                sum.of_echo += tokens.saturating_sub(habits.encrypted.format);
+            }
         }
         Some(sum)
+    }
+
+    /// Whether the model reads the reasoning of the answer after the known prefix, although the prompt does not have it.
+    fn recalls_reasoning(&self, model: &Model) -> bool {
+        let is_referenced = || {
+            let is_echo = |r: &AnswerReference<'_>| self.known.echo_messages.contains(&r.message);
+            self.references.iter().any(|r| r.kind == ReferenceKind::Reasoning && is_echo(r))
+        };
+        let habits = model.thinking();
+        habits.is_recalled && self.known.has_calls_last || habits.reads_references && is_referenced()
     }
 
     fn tool_cost(&self, model: &Model, count: &dyn Fn(ToolList<'_>) -> Option<ToolCost>) -> Option<ToolCost> {

@@ -68,7 +68,8 @@ fn earlier_reasoning_counts_by_its_place_and_the_family_of_the_model() {
     for (model, expected) in [
         ("gpt-4o", [false, false]),
         ("gpt-5.6-sol", [false, false]),
-        ("glm-4.7", [false, false]),
+        ("glm-5", [false, false]),
+        ("glm-4.7", [false, true]),
         ("grok-4", [false, false]),
         ("deepseek-r1", [false, false]),
         ("claude-haiku-4-5", [false, true]),
@@ -108,7 +109,7 @@ fn reasoning_that_is_sent_in_several_fields_counts_once() {
     // Only encrypted reasoning counts for OpenAI's models.
     let encrypted = json!({"reasoning": THOUGHT, "reasoning_details":
         [{"type": "reasoning.summary", "summary": THOUGHT}, {"type": "reasoning.encrypted", "data": "A".repeat(2_000)}]});
-    assert_eq!(chat_thinking("openai/gpt-5", Provider::Router, &encrypted), [0, 170]);
+    assert_eq!(chat_thinking("openai/gpt-5", Provider::Router, &encrypted), [0, 182]);
 }
 
 #[test]

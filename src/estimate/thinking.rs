@@ -115,6 +115,8 @@ pub(super) struct ThinkingHabits {
     pub(super) encrypted: EncryptedCost,
     /// Whether the provider keeps the reasoning that led to calls, so that the model reads it with their results.
     pub(super) is_recalled: bool,
+    /// Whether the model reads reasoning to which a request refers by its id also before the last message of the user.
+    pub(super) reads_references: bool,
     /// Providers that drop all of it.
     dropped_at: &'static [Provider],
 }
@@ -128,19 +130,28 @@ pub(super) struct EncryptedCost {
     pub(super) per_mille: u64,
     /// Whether a single record costs nothing.
     pub(super) needs_records: bool,
+    /// The tokens around a thought, which its provider does not report as reasoning.
+    pub(super) format: u64,
 }
 
 impl EncryptedCost {
     /// OpenAI's `encrypted_content`. Fitted to 35 exchanges.
-    pub(super) const OPENAI: Self = Self { header: 900, per_mille: 155, needs_records: false };
+    pub(super) const OPENAI: Self = Self { header: 900, per_mille: 155, needs_records: false, format: 2 };
 
     pub(super) fn tokens(self, characters: u64) -> u64 {
         characters.saturating_sub(self.header).saturating_mul(self.per_mille) / 1_000
     }
 
-    /// Vertex AI reads signatures of one record too.
+    /// The encrypted reasoning of OpenAI's models has a shorter header behind routers.
+    const OPENAI_ROUTED: Self = Self { header: 820, ..Self::OPENAI };
+
     fn at(self, provider: Provider) -> Self {
-        Self { needs_records: self.needs_records && provider != Provider::Vertex, ..self }
+        match provider {
+            Provider::Router if self == Self::OPENAI => Self::OPENAI_ROUTED,
+            // Signatures of one record are read too.
+            Provider::Vertex => Self { needs_records: false, ..self },
+            _ => self,
+        }
     }
 
     /// The cost of a thought.
@@ -152,9 +163,10 @@ impl EncryptedCost {
 
 /// Anthropic's signature of a thought whose text is not shown, and `data` of a redacted one. A signature grows by four
 /// characters per three of the thought. Its header was read from 8 thoughts that are shown.
-const ANTHROPIC: EncryptedCost = EncryptedCost { header: 235, per_mille: 188, needs_records: false };
+const ANTHROPIC: EncryptedCost =
+    EncryptedCost { header: 235, per_mille: 188, needs_records: false, format: 0 };
 /// Gemini's thought signatures. Fitted to 23 exchanges.
-const GEMINI: EncryptedCost = EncryptedCost { header: 0, per_mille: 167, needs_records: false };
+const GEMINI: EncryptedCost = EncryptedCost { header: 0, per_mille: 167, needs_records: false, format: 0 };
 
 const NONE: ThinkingHabits = ThinkingHabits {
     before: false,
@@ -162,6 +174,7 @@ const NONE: ThinkingHabits = ThinkingHabits {
     reads_text: true,
     encrypted: EncryptedCost::OPENAI,
     is_recalled: false,
+    reads_references: false,
     dropped_at: &[],
 };
 const AFTER: ThinkingHabits = ThinkingHabits { after: true, ..NONE };
@@ -169,11 +182,15 @@ const ALL: ThinkingHabits = ThinkingHabits { before: true, ..AFTER };
 /// OpenAI's models read encrypted reasoning only; a summary is not in the prompt.
 const HIDDEN_AFTER: ThinkingHabits = ThinkingHabits { reads_text: false, ..AFTER };
 const CLAUDE: ThinkingHabits = ThinkingHabits { encrypted: ANTHROPIC, ..AFTER };
+/// xAI's models.
+const GROK: ThinkingHabits =
+    ThinkingHabits { reads_references: true, dropped_at: &[Provider::Router], ..NONE };
 /// Gemini 3. Fitted to 7 exchanges.
-const GEMINI_3: EncryptedCost = EncryptedCost { header: 147, per_mille: 204, needs_records: false };
+const GEMINI_3: EncryptedCost =
+    EncryptedCost { header: 147, per_mille: 204, needs_records: false, format: 0 };
 /// Gemini 2.5 reads the reasoning of a streamed answer again, whose signature has several records. The signature of a
 /// whole answer is one record. Fitted to 8 exchanges.
-const GEMINI_2: EncryptedCost = EncryptedCost { header: 0, per_mille: 128, needs_records: true };
+const GEMINI_2: EncryptedCost = EncryptedCost { header: 0, per_mille: 128, needs_records: true, format: 0 };
 const GEMINI_ALL: ThinkingHabits = ThinkingHabits { encrypted: GEMINI, ..ALL };
 
 /// Habits by the prefix of the model's name; the first match counts. A model that is not listed keeps reasoning
@@ -215,10 +232,19 @@ const FAMILIES: &[(&str, ThinkingHabits)] = &[
     ("deepseek-v4", ALL),
     ("deepseek-r1", NONE),
     ("deepseek-reasoner", NONE),
+    ("glm-4", AFTER),
     ("glm", NONE),
-    ("grok-code", ThinkingHabits { is_recalled: true, dropped_at: &[Provider::Router], ..AFTER }),
-    ("grok-4", ThinkingHabits { is_recalled: true, dropped_at: &[Provider::Router], ..NONE }),
-    ("grok", NONE),
+    (
+        "grok-code",
+        ThinkingHabits {
+            is_recalled: true,
+            reads_references: true,
+            dropped_at: &[Provider::Router],
+            ..AFTER
+        },
+    ),
+    ("grok-4", ThinkingHabits { is_recalled: true, ..GROK }),
+    ("grok", GROK),
 ];
 
 impl ThinkingHabits {
@@ -234,6 +260,7 @@ impl ThinkingHabits {
             before: self.before && is_read,
             after: self.after && is_read,
             is_recalled: self.is_recalled && is_read,
+            reads_references: self.reads_references && is_read,
             encrypted: self.encrypted.at(provider),
             ..self
         }

@@ -2,7 +2,7 @@
 
 use super::table::{BoundedTable, Numbers};
 use super::{EstimateScope, Learned};
-use crate::estimate::{AnswerReference, PromptEstimate, PromptPart, ReferenceKind};
+use crate::estimate::{AnswerReference, Prompt, PromptEstimate, PromptPart, ReferenceKind};
 use crate::usage::{AnswerIds, Reported};
 
 /// Tokens of the reply's start, which the next prompt has only once.
@@ -19,8 +19,12 @@ pub(super) struct ResolvedReferences {
     pub(super) tokens: u64,
     /// How many of the prompt's references to content outside the request they are.
     pub(super) references: u64,
+    /// Tokens of reasoning before the last message of the user. Few models read it.
+    pub(super) earlier_reasoning: u64,
     /// Whether any reference was resolved.
     pub(super) has_any: bool,
+    /// Whether any reference to reasoning was resolved.
+    pub(super) has_reasoning: bool,
 }
 
 /// The tokens of a response, or of one of its items.
@@ -47,21 +51,25 @@ impl Learned {
     pub(super) fn resolve<'r, 'a: 'r>(
         &self,
         scope: EstimateScope,
+        prompt: &Prompt<'a>,
         references: impl Iterator<Item = &'r AnswerReference<'a>>,
-        has_user_message: bool,
     ) -> ResolvedReferences {
         let mut all = ResolvedReferences::default();
         for reference in references {
             let Some(known) = self.table.get(Self::id_key(scope, &reference.id)) else { continue };
             let AnswerTokens { visible, reasoning } = known.into();
-            // After a new message of the user, models do not read earlier reasoning again.
-            let reads_reasoning = match reference.kind {
-                ReferenceKind::Response => !has_user_message,
-                ReferenceKind::Item | ReferenceKind::Reasoning => true,
+            // After a new message of the user, most models do not read earlier reasoning again.
+            let is_earlier = match reference.kind {
+                ReferenceKind::Response => prompt.has_user_message(),
+                ReferenceKind::Reasoning => prompt.is_earlier(reference),
+                ReferenceKind::Item => false,
             };
-            all.tokens += u64::from(visible) + if reads_reasoning { u64::from(reasoning) } else { 0 };
+            let (tokens, earlier) = if is_earlier { (0, reasoning) } else { (reasoning, 0) };
+            all.tokens += u64::from(visible) + u64::from(tokens);
+            all.earlier_reasoning += u64::from(earlier);
             all.references += u64::from(reference.kind != ReferenceKind::Reasoning);
-            all.has_any = true;
+            all.has_reasoning |= reference.kind == ReferenceKind::Reasoning;
+            all.has_any |= reference.kind != ReferenceKind::Reasoning || !is_earlier;
         }
         all
     }

@@ -119,7 +119,7 @@ fn repeated_reasoning_counts_as_reported_if_the_model_reads_it_and_it_is_recogni
         prefix.reasoning_correction(&estimate)
     };
     for (reasoning, counted, right) in
-        [(100, 60, 40), (100, 140, -40), (100, 40, 0), (100, 160, 0), (100, 0, 0), (0, 50, 0)]
+        [(100, 60, 40), (100, 140, -40), (100, 40, 0), (100, 160, 0), (100, 0, 0), (0, 50, 0), (128, 130, 0)]
     {
         assert_eq!(correction(reasoning, counted, false), right, "{reasoning} {counted}");
     }

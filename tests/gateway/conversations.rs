@@ -218,3 +218,50 @@ async fn references_to_earlier_answers_count_as_reported() {
         }
     }
 }
+
+#[tokio::test]
+async fn reasoning_by_id_counts_where_the_model_reads_it_and_only_once() {
+    let output =
+        r#"[{"id":"rs_1","type":"reasoning","summary":[]},{"id":"msg_1","type":"message","content":[]}]"#;
+    let answer = Answer::json(
+        200,
+        &format!(
+            r#"{{"id":"resp_1","object":"response","output":{output},"usage":{{"input_tokens":{REPORTED},"output_tokens":50,"output_tokens_details":{{"reasoning_tokens":30}}}}}}"#
+        ),
+    );
+    let upstream = Upstream::always(answer).await;
+    let user = said("user", "hello");
+    let reasoning = json!({"type": "reasoning", "id": "rs_1", "summary": []});
+    let turn = [
+        json!({"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}),
+        json!({"type": "function_call_output", "call_id": "c", "output": "7"}),
+    ];
+    let [call, result] = &turn;
+    // What is known of the last request, beside the count: the reported prompt, and the reasoning.
+    for (model, inputs, reasoning_tokens) in [
+        // Before the last message of the user.
+        ("gpt-5", vec![json!([user]), json!([user, reasoning, said("assistant", "Hi"), user])], 0),
+        ("grok-3-mini", vec![json!([user]), json!([user, reasoning, said("assistant", "Hi"), user])], 30),
+        // In a loop of tools.
+        ("gpt-5", vec![json!([user]), json!([user, reasoning, call, result])], 30),
+        // The last report includes it.
+        (
+            "gpt-5",
+            vec![
+                json!([user]),
+                json!([user, reasoning, call, result]),
+                json!([user, reasoning, call, result, call, result]),
+            ],
+            0,
+        ),
+    ] {
+        let gateway = Gateway::with(&upstream, "", OPEN).await;
+        let (mut estimated, mut counted, mut before) = (0, 0, 0);
+        for input in &inputs {
+            before = counted;
+            let body = json!({"model": model, "input": input}).to_string();
+            (estimated, counted) = estimate(&gateway, "/v1/responses", "", &body).await;
+        }
+        assert_eq!(estimated, REPORTED + counted - before + reasoning_tokens, "{model} {inputs:?}");
+    }
+}

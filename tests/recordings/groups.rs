@@ -94,8 +94,7 @@ const GROUPS: &[Group] = &[
         name: "Responses tools",
         has: |e| e.api == Api::Responses && !is_router(e) && has_tools(e),
         before: Some(must(2.0, 12.0)),
-        // The aim is 0/2. A required tool and parallel calls cost some models a few tokens more or less.
-        after: Some(must(0.0, 3.0)),
+        after: Some(must(0.0, 2.0)),
     },
     Group {
         name: "Responses multi-turn",
@@ -169,13 +168,7 @@ const GROUPS: &[Group] = &[
         before: Some(must(5.0, 60.0)),
         after: Some(must(1.0, 10.0)),
     },
-    Group {
-        name: CONVERSATIONS,
-        has: |e| e.has(&["multi_turn"]),
-        before: None,
-        // The aim is 0/2. Providers differ in what they add around calls, mostly a few tokens of short prompts.
-        after: Some(must(0.2, 3.0)),
-    },
+    Group { name: CONVERSATIONS, has: |e| e.has(&["multi_turn"]), before: None, after: Some(must(0.0, 2.0)) },
     Group {
         name: "OpenAI chat text and tools",
         has: |e| e.api == Api::Chat && is_openai(e) && !has_media(e),
@@ -227,13 +220,21 @@ pub(crate) fn meet_goals(exchanges: &[Measured], orders: &[Vec<Corrected>]) -> b
     misses.is_empty()
 }
 
-/// Prints every request with its estimate and the groups that it belongs to, separated by tabs.
-pub(crate) fn list(exchanges: &[Measured]) {
-    for e in exchanges {
+/// Prints every request with its estimate and the groups that it belongs to, separated by tabs. The last column has
+/// the estimates in each order, with the number of answers before: `~` for a continued conversation.
+pub(crate) fn list(exchanges: &[Measured], orders: &[Vec<Corrected>]) {
+    for (at, e) in exchanges.iter().enumerate() {
+        let corrected: Vec<String> = orders
+            .iter()
+            .map(|order| {
+                let mark = if order[at].is_continuation { "~" } else { ":" };
+                format!("{}{mark}{}", order[at].tokens, order[at].answers)
+            })
+            .collect();
         let groups: Vec<&str> =
             GROUPS.iter().filter(|group| is_in(group, e)).map(|group| group.name).collect();
         println!(
-            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
+            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
             e.id,
             e.api.as_str(),
             e.provider,
@@ -241,7 +242,8 @@ pub(crate) fn list(exchanges: &[Measured]) {
             e.estimated,
             e.reported,
             groups.join(", "),
-            e.features.join(" ")
+            e.features.join(" "),
+            corrected.join(" ")
         );
     }
 }

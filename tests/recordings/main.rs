@@ -45,10 +45,10 @@ fn main() -> ExitCode {
                 eprintln!("{} of {} files, {} requests counted", at + 1, files.len(), exchanges.len());
             }
         }
-        if std::env::args().any(|argument| argument == "--list") {
-            groups::list(&exchanges);
-        }
         let orders = measured::orders(&exchanges);
+        if std::env::args().any(|argument| argument == "--list") {
+            groups::list(&exchanges, &orders);
+        }
         if shows_table {
             table::print(&exchanges, &orders);
             completions.print();

@@ -48,7 +48,7 @@ const VALIDATION_KEYWORDS: &[&str] = &[
 ///
 /// Works in one pass and without a tree: at the end of an omitted member, it truncates `out` to the
 /// member's start.
-pub(super) fn compact(json: &str, omit: &[&str], out: &mut String) {
+pub(in super::super) fn compact(json: &str, omit: &[&str], out: &mut String) {
     let mut containers: Vec<OpenContainer> = Vec::new();
     let mut chars = json.char_indices();
     while let Some((at, c)) = chars.next() {

@@ -1,0 +1,176 @@
+//! Tool calls of earlier answers, in the forms in which models read them.
+//!
+//! Most models read each call by itself. OpenAI's chat API joins several calls of one message into one call of
+//! `multi_tool_use.parallel`, whose arguments are JSON, and joins their results into one message, one in each line. In
+//! the Responses API the calls stay apart. In both, arguments have no white space between their tokens. OpenAI's models
+//! with `cl100k_base` read calls as they were sent.
+
+use super::PromptPart;
+use super::prompt::Prompt;
+use super::tools::compact;
+use std::borrow::Cow;
+
+/// The models that read a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Readers(u8);
+
+impl Readers {
+    /// Models that read each call by itself, and its arguments as they were sent.
+    pub(super) const AS_SENT: Self = Self(1);
+    /// Models that read several calls of a message as one call, and arguments without white space.
+    pub(super) const JOINED: Self = Self(2);
+    /// Models that read each call by itself, and arguments without white space.
+    pub(super) const APART: Self = Self(4);
+    pub(super) const ALL: Self = Self(7);
+
+    /// Whether all of these models read the text.
+    pub(super) const fn include(self, models: Self) -> bool {
+        self.0 & models.0 == models.0
+    }
+
+    const fn without(self, models: Self) -> Self {
+        Self(self.0 & !models.0)
+    }
+}
+
+/// A call in a message of the assistant.
+#[derive(Debug, Default)]
+pub(crate) struct CallTexts<'a> {
+    pub(crate) name: Cow<'a, str>,
+    pub(crate) arguments: Cow<'a, str>,
+}
+
+impl<'a> CallTexts<'a> {
+    /// Adds the call by itself. Its name is there twice: in the call and in the result.
+    fn add_to(self, prompt: &mut Prompt<'a>, readers: Readers) {
+        prompt.add_text_for(readers, PromptPart::Messages, self.name, 2);
+        add_arguments(prompt, readers, self.arguments);
+    }
+
+    /// Adds the call to the joined calls of its message.
+    fn join(&self, joined: &mut String) {
+        joined.push_str(if joined.is_empty() { r#"{"tool_uses":["# } else { "," });
+        for part in [r#"{"recipient_name":"functions."#, &self.name, r#"","parameters":"#] {
+            joined.push_str(part);
+        }
+        if is_compact(&self.arguments) {
+            joined.push_str(&self.arguments);
+        } else {
+            compact(&self.arguments, &[], joined);
+        }
+        joined.push('}');
+    }
+}
+
+/// Adds the arguments of a call as JSON. OpenAI's models read them without white space.
+fn add_arguments<'a>(prompt: &mut Prompt<'a>, readers: Readers, json: Cow<'a, str>) {
+    if is_compact(&json) {
+        return prompt.add_text_for(readers, PromptPart::Messages, json, 1);
+    }
+    let mut without_space = String::with_capacity(json.len());
+    compact(&json, &[], &mut without_space);
+    prompt.add_text_for(Readers::AS_SENT, PromptPart::Messages, json, 1);
+    let others = readers.without(Readers::AS_SENT);
+    prompt.add_rendered(others, PromptPart::Messages, without_space);
+}
+
+/// Whether a text is not JSON, or has no white space between its tokens.
+fn is_compact(text: &str) -> bool {
+    if !text.starts_with(['{', '[']) {
+        return true;
+    }
+    let mut in_string = false;
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => in_string = !in_string,
+            b'\\' if in_string => drop(bytes.next()),
+            _ if !in_string && byte.is_ascii_whitespace() => return false,
+            _ => {}
+        }
+    }
+    true
+}
+
+/// The number of colons and commas between the tokens of JSON; `None` if the text is neither an object nor a list.
+pub(super) fn separators(text: &str) -> Option<u64> {
+    if !text.starts_with(['{', '[']) || serde_json::from_str::<serde::de::IgnoredAny>(text).is_err() {
+        return None;
+    }
+    let (mut in_string, mut count) = (false, 0);
+    let mut bytes = text.bytes().peekable();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => in_string = !in_string,
+            b'\\' if in_string => drop(bytes.next()),
+            // A separator that has a space already costs nothing more.
+            b':' | b',' if !in_string => count += u64::from(bytes.peek() != Some(&b' ')),
+            _ => {}
+        }
+    }
+    Some(count)
+}
+
+/// The calls of one message, as far as they are read.
+#[derive(Debug, Default)]
+pub(crate) struct MessageCalls<'a> {
+    count: u64,
+    /// The only call so far.
+    first: Option<CallTexts<'a>>,
+    /// The calls as one call; empty if there are less than two.
+    joined: String,
+}
+
+impl<'a> MessageCalls<'a> {
+    /// Adds the next call.
+    pub(crate) fn add(&mut self, prompt: &mut Prompt<'a>, call: CallTexts<'a>) {
+        self.count += 1;
+        if self.count == 1 {
+            self.first = Some(call);
+            return;
+        }
+        let apart = Readers::ALL.without(Readers::JOINED);
+        for call in self.first.take().into_iter().chain([call]) {
+            call.join(&mut self.joined);
+            call.add_to(prompt, apart);
+        }
+    }
+
+    /// Ends the message. Returns the number of its calls.
+    pub(crate) fn end(self, prompt: &mut Prompt<'a>) -> u64 {
+        if let Some(call) = self.first {
+            call.add_to(prompt, Readers::ALL);
+        } else if !self.joined.is_empty() {
+            prompt.add_rendered(Readers::JOINED, PromptPart::Messages, self.joined + "]}");
+        }
+        self.count
+    }
+}
+
+/// The results that follow the calls of one message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum JoinedResults {
+    /// There was one call, or none.
+    #[default]
+    No,
+    /// There were several calls, and no result yet.
+    None,
+    /// The last result, and whether a line break after it is a token of its own.
+    Some { ends_in_word: bool },
+}
+
+/// Calls in items that follow each other (Responses API).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct CallItems {
+    pub(super) count: u64,
+    /// Whether the first one has an id: the provider has stored it.
+    pub(super) is_stored: bool,
+}
+
+/// Adds a call that is an item of its own (Responses API).
+pub(crate) fn add_call_arguments<'a>(prompt: &mut Prompt<'a>, json: Cow<'a, str>) {
+    add_arguments(prompt, Readers::ALL, json);
+}
+
+#[cfg(test)]
+mod tests;
