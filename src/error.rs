@@ -324,32 +324,63 @@ impl fmt::Display for ProxyError {
 
 /// Formats a duration as Go does, and OpenAI in its rate limit headers: `120ms`, `1.5s`, `6m0s`, `1h0m0s`.
 pub fn go_duration(ms: u64) -> String {
-    use std::fmt::Write as _;
     let mut text = String::with_capacity(16);
-    // Results are ignored: writing to a string cannot fail.
+    push_go_duration(&mut text, ms);
+    text
+}
+
+/// Appends a duration as `go_duration` formats it.
+pub(crate) fn push_go_duration(text: &mut String, ms: u64) {
     if (1..1_000).contains(&ms) {
-        let _ = write!(text, "{ms}ms");
-        return text;
+        push_number(text, ms);
+        text.push_str("ms");
+        return;
     }
     let (hours, minutes, seconds, millis) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1_000 % 60, ms % 1_000);
     if hours > 0 {
-        let _ = write!(text, "{hours}h");
+        push_number(text, hours);
+        text.push('h');
     }
     if hours > 0 || minutes > 0 {
-        let _ = write!(text, "{minutes}m");
+        push_number(text, minutes);
+        text.push('m');
     }
-    let _ = write!(text, "{seconds}");
+    push_number(text, seconds);
     if millis > 0 {
-        let _ = write!(text, ".{millis:03}");
+        text.push('.');
+        [millis / 100, millis / 10 % 10, millis % 10].into_iter().for_each(|digit| push_number(text, digit));
         text.truncate(text.trim_end_matches('0').len());
     }
     text.push('s');
-    text
+}
+
+/// Appends a number in decimal. Takes a third of the instructions of the standard library's formatter, and each answer
+/// has a dozen numbers in its headers.
+pub(crate) fn push_number(text: &mut String, number: u64) {
+    const MAX_DIGITS: usize = 20;
+    let (mut digits, mut first, mut rest) = ([0u8; MAX_DIGITS], MAX_DIGITS, number);
+    for (at, digit) in digits.iter_mut().enumerate().rev() {
+        *digit = b'0' + (rest % 10).to_le_bytes()[0];
+        (first, rest) = (at, rest / 10);
+        if rest == 0 {
+            break;
+        }
+    }
+    text.push_str(std::str::from_utf8(&digits[first..]).unwrap_or_default());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_are_formatted_in_decimal() {
+        for number in [0, 9, 10, 12_345, 100_000, u64::MAX] {
+            let mut text = "x".to_owned();
+            push_number(&mut text, number);
+            assert_eq!(text, format!("x{number}"));
+        }
+    }
 
     #[test]
     fn durations_are_formatted_as_in_go() {

@@ -3,9 +3,10 @@
 use super::charge::logged_name;
 use super::keys::{GatewayKeyHeaders, KEY_HEADERS};
 use crate::config::{ApiKind, UpstreamSettings};
-use crate::error::go_duration;
+use crate::error::{push_go_duration, push_number};
 use crate::quota::{Kind, QuotaStatus};
 use crate::telemetry::RequestIds;
+use bytes::Bytes;
 use http::HeaderMap;
 use http::header::{self, HeaderName, HeaderValue};
 use smallvec::SmallVec;
@@ -188,29 +189,55 @@ impl AddedHeaders {
     /// Adds the headers. They replace the upstream's headers of the same name. Rate limit headers are added only
     /// for kinds of quota that the environment has.
     pub(super) fn write(self, headers: &mut HeaderMap) {
-        if let Some(environment) = self.environment {
-            headers.insert(ENVIRONMENT, environment);
-        }
+        let mut numbers = NumberHeaders { ends: SmallVec::new(), text: String::with_capacity(256) };
         if let Some(tokens) = self.clamped_to {
-            headers.insert(CLAMPED, HeaderValue::from(tokens));
+            numbers.add(CLAMPED, |text| push_number(text, tokens));
         }
         if let Some((tokens, raw)) = self.estimated_prompt {
-            headers.insert(ESTIMATE, HeaderValue::from(tokens));
+            numbers.add(ESTIMATE, |text| push_number(text, tokens));
             if raw != tokens {
-                headers.insert(RAW_ESTIMATE, HeaderValue::from(raw));
+                numbers.add(RAW_ESTIMATE, |text| push_number(text, raw));
             }
-        }
-        if self.unread == UnreadBody::Large {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         for (kind, quotas) in Kind::ALL.into_iter().zip(self.quotas) {
             let Some(QuotaStatus { limit, remaining, reset_ms }) = quotas else { continue };
             let [limit_name, remaining_name, reset_name] = rate_limit_names(kind);
-            headers.insert(limit_name, HeaderValue::from(limit));
-            headers.insert(remaining_name, HeaderValue::from(remaining));
-            if let Ok(reset) = HeaderValue::from_maybe_shared(bytes::Bytes::from(go_duration(reset_ms))) {
-                headers.insert(reset_name, reset);
+            numbers.add(limit_name, |text| push_number(text, limit));
+            numbers.add(remaining_name, |text| push_number(text, remaining));
+            numbers.add(reset_name, |text| push_go_duration(text, reset_ms));
+        }
+        numbers.insert_into(headers);
+        if let Some(environment) = self.environment {
+            headers.insert(ENVIRONMENT, environment);
+        }
+        if self.unread == UnreadBody::Large {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+}
+
+/// Headers whose values are numbers or durations. The values share one allocation.
+struct NumberHeaders {
+    /// The names, each with the end of its value in `text`.
+    ends: SmallVec<[(HeaderName, usize); 16]>,
+    text: String,
+}
+
+impl NumberHeaders {
+    fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String)) {
+        write(&mut self.text);
+        self.ends.push((name, self.text.len()));
+    }
+
+    fn insert_into(self, headers: &mut HeaderMap) {
+        let (text, mut start) = (Bytes::from(self.text), 0);
+        headers.reserve(self.ends.len());
+        for (name, end) in self.ends {
+            // A header can have any digits and letters.
+            if let Ok(value) = HeaderValue::from_maybe_shared(text.slice(start..end)) {
+                headers.insert(name, value);
             }
+            start = end;
         }
     }
 }
