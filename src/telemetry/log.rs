@@ -25,49 +25,34 @@ const BATCH_TIME: Duration = Duration::from_millis(5);
 /// The output of this process, once logging is initialised.
 static OUTPUT: OnceLock<LogOutput> = OnceLock::new();
 
-/// The log line of one request. It has the same form as the lines of `tracing`.
-#[derive(Serialize)]
-struct RequestLine<'a> {
-    timestamp: &'a str,
-    level: &'static str,
-    target: &'static str,
-    request_id: &'a str,
-    environment: &'a str,
-    caller: Option<&'a str>,
-    api: &'a str,
-    model: &'a str,
-    outcome: &'static str,
-    status: u16,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    error: &'a str,
-    // The quota that denied the request.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    scope: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    per: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    limit: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    requested: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    remaining: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    retry_after_ms: Option<u64>,
-    stream: bool,
-    estimated_prompt_tokens: u64,
-    estimate_source: &'static str,
-    prompt_tokens: u64,
-    completion_tokens: u64,
-    total_tokens: u64,
-    usage_reported: bool,
-    // Durations in microseconds.
-    first_byte_us: Option<u64>,
-    overhead_us: Option<u64>,
-    duration_us: u64,
+/// Writes a log line: an object of JSON whose keys need no escapes. A derived `Serialize` would escape the keys again for
+/// every line, which takes a third of the instructions of a line.
+struct LineWriter<'b>(&'b mut Vec<u8>);
+
+impl<'b> LineWriter<'b> {
+    fn begin(buffer: &'b mut Vec<u8>) -> Self {
+        buffer.push(b'{');
+        Self(buffer)
+    }
+
+    fn add(&mut self, key: &'static str, value: impl Serialize) {
+        let before = if self.0.ends_with(b"{") { "\"" } else { ",\"" };
+        for part in [before, key, "\":"] {
+            self.0.extend_from_slice(part.as_bytes());
+        }
+        // Writing these values to a vector cannot fail.
+        drop(serde_json::to_writer(&mut *self.0, &value));
+    }
+
+    fn add_if_any(&mut self, key: &'static str, value: Option<impl Serialize>) {
+        if let Some(value) = value {
+            self.add(key, value);
+        }
+    }
+
+    fn end(self) {
+        self.0.extend_from_slice(b"}\n");
+    }
 }
 
 /// Writes the log line of one request. It contains no body and no key.
@@ -80,42 +65,43 @@ pub(super) fn request(record: &Record, elapsed: Duration) {
     }
     let Some(output) = OUTPUT.get() else { return };
     let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
-    let denied_by = record.denied_by.as_deref();
     output.add(|buffer, timestamp| {
-        let line = RequestLine {
-            timestamp,
-            level: "INFO",
-            target: "tollgate::request",
-            request_id: &record.request_id,
-            environment: &record.environment,
-            caller: record.caller.as_deref(),
-            api: record.api,
-            model: &record.model,
-            outcome: record.outcome.as_str(),
-            status: record.status,
-            error: record.error,
-            scope: denied_by.map(|s| s.quota.scope.as_str()),
-            name: denied_by.map(|s| s.quota.scope.name()).filter(|name| !name.is_empty()),
-            kind: denied_by.map(|s| s.quota.kind.as_str()),
-            per: denied_by.map(|s| s.quota.per.text.as_str()),
-            limit: denied_by.map(|s| s.quota.limit),
-            requested: denied_by.map(|s| s.requested),
-            remaining: denied_by.map(|s| s.remaining),
-            retry_after_ms: denied_by.and_then(retry_after_ms),
-            stream: record.is_stream,
-            estimated_prompt_tokens: record.estimated_prompt,
-            estimate_source: record.estimate_source.as_str(),
-            prompt_tokens: record.charged.prompt,
-            completion_tokens: record.charged.completion,
-            total_tokens: record.charged.total,
-            usage_reported: record.is_usage_reported,
-            first_byte_us: record.first_byte.map(us),
-            overhead_us: record.overhead.map(us),
-            duration_us: us(elapsed),
-        };
-        // Writing these values to a vector cannot fail.
-        drop(serde_json::to_writer(&mut *buffer, &line));
-        buffer.push(b'\n');
+        // The form is that of the lines of `tracing`.
+        let mut line = LineWriter::begin(buffer);
+        line.add("timestamp", timestamp);
+        line.add("level", "INFO");
+        line.add("target", "tollgate::request");
+        line.add("request_id", &*record.request_id);
+        line.add("environment", &*record.environment);
+        line.add("caller", record.caller.as_deref());
+        line.add("api", record.api);
+        line.add("model", &*record.model);
+        line.add("outcome", record.outcome.as_str());
+        line.add("status", record.status);
+        line.add_if_any("error", Some(record.error).filter(|error| !error.is_empty()));
+        if let Some(denied_by) = record.denied_by.as_deref() {
+            let quota = &denied_by.quota;
+            line.add("scope", quota.scope.as_str());
+            line.add_if_any("name", Some(quota.scope.name()).filter(|name| !name.is_empty()));
+            line.add("kind", quota.kind.as_str());
+            line.add("per", quota.per.text.as_str());
+            line.add("limit", quota.limit);
+            line.add("requested", denied_by.requested);
+            line.add("remaining", denied_by.remaining);
+            line.add_if_any("retry_after_ms", retry_after_ms(denied_by));
+        }
+        line.add("stream", record.is_stream);
+        line.add("estimated_prompt_tokens", record.estimated_prompt);
+        line.add("estimate_source", record.estimate_source.as_str());
+        line.add("prompt_tokens", record.charged.prompt);
+        line.add("completion_tokens", record.charged.completion);
+        line.add("total_tokens", record.charged.total);
+        line.add("usage_reported", record.is_usage_reported);
+        // Durations in microseconds.
+        line.add("first_byte_us", record.first_byte.map(us));
+        line.add("overhead_us", record.overhead.map(us));
+        line.add("duration_us", us(elapsed));
+        line.end();
     });
 }
 
