@@ -6,6 +6,8 @@ use memchr::memchr2;
 const MAX_KEY_BYTES: usize = 16;
 /// This many bytes are examined together.
 const STRIDE: usize = 32;
+/// This many bytes are examined one by one before a search that takes time to begin.
+const NEAR: usize = 12;
 
 /// Whether brackets outside of strings nest deeper than `max` levels.
 pub(crate) fn nests_deeper_than(max: usize, json: &[u8]) -> bool {
@@ -220,7 +222,7 @@ impl Lexer {
                 *self = Self::InString;
                 at += 1;
             }
-            at += memchr2(b'"', b'\\', json.get(at..)?)? + 1;
+            at += string_break(json.get(at..)?)? + 1;
             if json[at - 1] == b'"' {
                 *self = Self::Outside;
                 return Some(at);
@@ -230,14 +232,25 @@ impl Lexer {
     }
 }
 
+/// Index of the next quote or backslash. Most strings are keys, whose end is near.
+fn string_break(bytes: &[u8]) -> Option<usize> {
+    let (near, far) = bytes.split_at(bytes.len().min(NEAR));
+    let found = near.iter().position(|byte| matches!(byte, b'"' | b'\\'));
+    found.or_else(|| Some(near.len() + memchr2(b'"', b'\\', far)?))
+}
+
 /// Number of bytes before the next quote or bracket. In embeddings, most bytes are neither.
 fn until_structural(bytes: &[u8]) -> usize {
-    // A brace differs from a square bracket in one bit. A stride is examined without early exit, so that the compiler
-    // can vectorise it.
+    // A brace differs from a square bracket in one bit.
     let is_structural = |byte: &u8| *byte == b'"' || matches!(byte | 0x20, b'{' | b'}');
+    let (near, far) = bytes.split_at(bytes.len().min(NEAR));
+    if let Some(found) = near.iter().position(is_structural) {
+        return found;
+    }
+    // A stride is examined without early exit, so that the compiler can vectorise it.
     let has_none = |stride: &&[u8]| !stride.iter().fold(false, |any, byte| any | is_structural(byte));
-    let skipped = bytes.chunks_exact(STRIDE).take_while(has_none).count() * STRIDE;
-    skipped + bytes[skipped..].iter().position(is_structural).unwrap_or(bytes.len() - skipped)
+    let skipped = far.chunks_exact(STRIDE).take_while(has_none).count() * STRIDE;
+    near.len() + skipped + far[skipped..].iter().position(is_structural).unwrap_or(far.len() - skipped)
 }
 
 #[cfg(test)]

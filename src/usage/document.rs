@@ -122,7 +122,8 @@ impl ChoicesReader {
                 *value = PartialValue { holder, ..Default::default() };
             }
             Found::Value(part) => value.extend(part),
-            Found::ValueEnd => update(reported, std::mem::take(value).usage()),
+            Found::ValueEnd if value.holder.is_some() => update(reported, std::mem::take(value).usage()),
+            Found::ValueEnd => {}
         });
     }
 }
@@ -148,9 +149,10 @@ impl PartialValue {
     }
 
     fn usage(self) -> Option<Reported> {
+        let holder = self.holder?;
         let json = replace_lone_surrogates(&self.json);
         let text = if self.is_too_long { None } else { std::str::from_utf8(&json).ok() };
-        match self.holder? {
+        match holder {
             UsageHolder::Usage => Some(Reported::read(text.unwrap_or("invalid"))),
             UsageHolder::Meta => Some(fields::read_meta(text.unwrap_or("null"))),
             UsageHolder::Parent => fields::read_within(text.unwrap_or("null").trim_start()),
