@@ -273,6 +273,10 @@ impl App {
     /// connections, drains requests in flight for `server.drain_timeout`, ends the others with the error `shutting_down`, and
     /// settles all. It blocks until that is done.
     pub fn shutdown(mut self) -> ShutdownReport {
+        // The other process is the gateway already.
+        if self.replaced.borrow().is_some() {
+            return self.finish_handover();
+        }
         let clock = Stopwatch::start();
         self.state.begin_closing();
         let in_flight = self.state.in_flight();
@@ -430,7 +434,8 @@ fn start_handover(
     ServerThread::spawn("handover", single_thread_runtime()?, move |run_state| async move {
         if let Some(outcome) = incumbent.run(run_state.clone()).await? {
             let HandoverOutcome { stream, line, messages, pid, pause } = outcome;
-            tracing::info!(pid, pause_ms = pause.as_millis(), "another process has taken over");
+            let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+            tracing::info!(pid, pause_ms, "another process has taken over");
             replaced.send_replace(Some(pid));
             takeover::run_line(stream, line, messages, run_state).await?;
         }

@@ -177,6 +177,11 @@ async fn accept_ended(state: &mut watch::Receiver<RunState>, closes: &AtomicBool
     }
 }
 
+/// Returns when the server must stop at once. Also returns when the sender was dropped.
+pub(crate) async fn stopped(state: &mut watch::Receiver<RunState>) {
+    drop(state.wait_for(|state| *state == RunState::Stopped).await);
+}
+
 /// Returns when the server must drain or stop. Also returns when the sender was dropped.
 async fn stopping(state: &mut watch::Receiver<RunState>) {
     let is_stopping = |state: &RunState| matches!(state, RunState::Draining(_) | RunState::Stopped);

@@ -68,8 +68,10 @@ fn store_identity(config: &Config) -> String {
     };
     let redis = config.store.redis.as_ref().map(|redis| {
         // The URL may contain a password.
-        let digest = Sha256::digest(format!("{} {}", redis.prefix, redis.url.expose()));
-        digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect::<String>()
+        Sha256::digest(format!("{} {}", redis.prefix, redis.url.expose()))
     });
-    format!("{counters} {}", redis.unwrap_or_default())
+    redis.map_or_else(|| counters.clone(), |digest| format!("{counters} {digest:x?}"))
 }
+
+#[cfg(test)]
+mod tests;

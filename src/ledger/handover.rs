@@ -256,7 +256,7 @@ impl Account {
         let message = ToSuccessor::Reserve {
             id,
             environment: successor.environment.to_string(),
-            caller: demand.subject.caller.map(|name| name.to_string()),
+            caller: demand.subject.caller.map(ToString::to_string),
             model: demand.subject.model.to_owned(),
             prompt: demand.prompt,
             generates: demand.generates,

@@ -5,7 +5,7 @@ use super::{FromIncumbent, PROTOCOL, STEP_TIMEOUT, TAKEOVER_TIMEOUT, ToIncumbent
 use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::ledger::{Accounts, LeftAccount, SuccessorLine, ToSuccessor};
-use crate::server::RunState;
+use crate::server::{self, RunState};
 use crate::store::WriterControl;
 use anyhow::Context as _;
 use std::fs::File;
@@ -91,7 +91,6 @@ impl Incumbent {
         control.set_nonblocking(true)?;
         let control = UnixListener::from_std(control)?;
         let mut current: Option<JoinHandle<Option<HandoverOutcome>>> = None;
-        let is_stopping = |state: &RunState| matches!(state, RunState::Draining(_) | RunState::Stopped);
         loop {
             let done = async {
                 match &mut current {
@@ -101,7 +100,7 @@ impl Incumbent {
             };
             tokio::select! {
                 biased;
-                _ = run_state.wait_for(is_stopping) => return Ok(None),
+                () = server::stopped(&mut run_state) => return Ok(None),
                 outcome = done => match outcome {
                     Some(outcome) => return Ok(Some(outcome)),
                     None => current = None,

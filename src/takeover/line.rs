@@ -2,7 +2,7 @@
 
 use super::frame;
 use crate::ledger::{FromSuccessor, SuccessorLine, ToSuccessor};
-use crate::server::RunState;
+use crate::server::{self, RunState};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -23,7 +23,6 @@ pub(crate) async fn run(
     stream.set_nonblocking(true)?;
     let (reader, mut writer) = tokio::net::UnixStream::from_std(stream)?.into_split();
     let replies = tokio::spawn(receive(reader, line));
-    let is_stopping = |state: &RunState| *state == RunState::Stopped;
     loop {
         tokio::select! {
             biased;
@@ -31,7 +30,7 @@ pub(crate) async fn run(
                 Some(message) => send(&mut writer, &message).await,
                 None => break,
             },
-            _ = run_state.wait_for(is_stopping) => break,
+            () = server::stopped(&mut run_state) => break,
         }
     }
     replies.abort();

@@ -4,8 +4,8 @@ use super::frame;
 use crate::ledger::{
     Account, Accounts, Demand, FromSuccessor, LeftNoRoom, Progress, Reservation, ToSuccessor,
 };
-use crate::quota::Subject;
-use crate::server::RunState;
+use crate::quota::{Amounts, Subject};
+use crate::server::{self, RunState};
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -27,7 +27,7 @@ enum Request {
     /// Waits for room.
     Waiting(AbortHandle),
     /// Dropping it charges it in full.
-    InFlight(Reservation),
+    InFlight(Box<Reservation>),
 }
 
 /// Serves the old process until it has ended or this one stops. `None`: it has ended already. What it has not settled is
@@ -52,10 +52,9 @@ pub(crate) async fn serve(
                 predecessor.serve(message);
             }
         };
-        let is_stopping = |state: &RunState| *state == RunState::Stopped;
         tokio::select! {
             () = serving => {}
-            _ = run_state.wait_for(is_stopping) => {}
+            () = server::stopped(&mut run_state) => {}
         }
         predecessor.end();
         writing.abort();
@@ -80,13 +79,13 @@ impl Predecessor {
             ToSuccessor::Cancel { id } => match self.take(id) {
                 Some(Request::Waiting(task)) => task.abort(),
                 Some(Request::InFlight(reservation)) => {
-                    reservation.settle_as(None, Default::default(), false)
+                    reservation.settle_as(None, Amounts::default(), false);
                 }
                 None => {}
             },
             ToSuccessor::Adopt { id, environment, model, grant } => {
                 if let Some(account) = self.accounts.of(&environment) {
-                    self.insert(id, Request::InFlight(account.adopt(&model, &grant)));
+                    self.insert(id, Request::InFlight(Box::new(account.adopt(&model, &grant))));
                 }
             }
             ToSuccessor::Progress { id, spent } => self.progress(id, spent),
@@ -168,11 +167,11 @@ impl Predecessor {
             standing: *reservation.standing(),
         };
         reservation.observe(reservation.reserved());
-        self.insert(id, Request::InFlight(reservation));
+        self.insert(id, Request::InFlight(Box::new(reservation)));
         reply
     }
 
-    fn progress(&self, id: u64, spent: crate::quota::Amounts) {
+    fn progress(&self, id: u64, spent: Amounts) {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Request::InFlight(reservation)) = requests.get_mut(&id) else { return };
         let is_overrun = reservation.progress(spent) == Progress::Overrun;

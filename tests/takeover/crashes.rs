@@ -78,3 +78,39 @@ fn a_kill_of_the_new_process_at_any_step_loses_no_charge() {
     println!("{kept} kills before the hand-over, {kills} after it");
     assert!(kept > 0, "no kill came before the hand-over");
 }
+
+#[test]
+fn a_kill_of_the_old_process_during_a_hand_over_loses_no_charge() {
+    let (upstream, port) = Upstream::start();
+    let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
+    let clock = Instant::now();
+    let mut old = place.start();
+    let start = clock.elapsed();
+    let (mut received, mut went_on) = (0, 0);
+    for round in 0..12_u32 {
+        let load = Load::start(place.port);
+        thread::sleep(Duration::from_millis(250));
+        let mut new = place.spawn("t.yaml");
+        thread::sleep(start * 3 / 4 + start / 40 * round);
+        old.kill();
+        thread::sleep(Duration::from_millis(700));
+        received += load.stop().tokens.load(SeqCst);
+        // The new process serves, or it has ended with an error and a supervisor starts it again.
+        let began = Instant::now();
+        old = loop {
+            if new.log().contains("\"serving\"") {
+                went_on += 1;
+                break new;
+            }
+            if new.child.try_wait().unwrap().is_some() {
+                break place.start();
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "{}", new.log());
+            thread::sleep(Duration::from_millis(5));
+        };
+        let total = place.settled()["totals"]["total_tokens"].as_u64().unwrap();
+        let max = upstream.reported.load(SeqCst) + u64::from(round + 1) * 20 * (PROMPT_TOKENS + 50);
+        assert!(total >= received && total <= max, "{received} <= {total} <= {max} in round {round}");
+    }
+    println!("{went_on} of 12 new processes went on");
+}

@@ -31,7 +31,8 @@ fn upgrade(place: &Place, upgrades: usize) -> (Vec<Process>, std::sync::Arc<supe
     }
     assert_eq!(get(place.admin, "/readyz").unwrap().status(), 200);
     println!(
-        "{upgrades} upgrades: {} requests, {} answered, {} refused, the slowest after {} ms",
+        "{upgrades} upgrades: pauses of {:?} ms; {} requests, {} answered, {} refused, the slowest after {} ms",
+        processes[..last].iter().map(pause_ms).collect::<Vec<_>>(),
         sums.sent.load(SeqCst),
         sums.answered.load(SeqCst),
         sums.refused.load(SeqCst),
@@ -39,6 +40,13 @@ fn upgrade(place: &Place, upgrades: usize) -> (Vec<Process>, std::sync::Arc<supe
     );
     sums.assert_faultless();
     (processes, sums)
+}
+
+/// How long requests had to wait when this process was replaced.
+fn pause_ms(process: &Process) -> u64 {
+    let log = process.log();
+    let (_, rest) = log.split_once("\"pause_ms\":").unwrap();
+    rest.split([',', '}']).next().unwrap().parse().unwrap()
 }
 
 #[test]

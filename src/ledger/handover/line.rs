@@ -56,8 +56,10 @@ impl SuccessorLine {
             FromSuccessor::Reserved { id, .. }
             | FromSuccessor::Denied { id, .. }
             | FromSuccessor::Committed { id } => {
-                // An error means that nothing waits for the answer any more.
-                replies.waiting.remove(&id).map(|waiting| waiting.send(reply));
+                if let Some(waiting) = replies.waiting.remove(&id) {
+                    // An error means that nothing waits for the answer any more.
+                    drop(waiting.send(reply));
+                }
             }
         }
     }
@@ -151,7 +153,7 @@ impl Successor {
         let Settlement { spent, is_complete } = settlement;
         self.line.send(ToSuccessor::Settle {
             id,
-            caller: subject.caller.map(|name| name.to_string()),
+            caller: subject.caller.map(ToString::to_string),
             spent,
             is_complete,
         });
