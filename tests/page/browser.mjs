@@ -6,7 +6,7 @@ import path from "node:path";
 import { chromium } from "playwright-core";
 
 export const SCREENSHOTS = path.resolve(import.meta.dirname, "../../target/page");
-const FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-precise-memory-info", "--js-flags=--expose-gc"];
+const FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--disable-lcd-text", "--enable-precise-memory-info", "--js-flags=--expose-gc"];
 
 /** Starts a browser with an empty profile. `close()` ends it and removes the profile. */
 export async function startBrowser() {

@@ -61,11 +61,13 @@ const SECONDS = { ...TIME, second: "2-digit" };
 const DAY = { day: "numeric", month: "short" };
 const YEAR = { ...DAY, year: "numeric" };
 
-/** `14:20` today, `1 Dec, 14:20` on another day; in the viewer's zone, or in the given one. */
+/** A moment less than this away needs no day. */
+const NEAR_MS = 20 * 3_600_000;
+
+/** `14:20` if it is near, else `1 Dec, 14:20`; in the viewer's zone, or in the given one. */
 export function moment(at, zone) {
-  const day = formatter(zone, YEAR);
-  const isToday = day.format(at) === day.format(Date.now());
-  return formatter(zone, isToday ? TIME : { ...DAY, ...TIME }).format(at);
+  const isNear = Math.abs(at - Date.now()) < NEAR_MS;
+  return formatter(zone, isNear ? TIME : { ...DAY, ...TIME }).format(at);
 }
 
 /** `14:20:05` today, `1 Dec, 14:20:05` on another day; in the viewer's zone. */
@@ -90,14 +92,14 @@ const viewersZone = new Intl.DateTimeFormat().resolvedOptions().timeZone;
 const place = (zone) => zone.split("/").at(-1).replaceAll("_", " ");
 
 /**
- * `at 00:00 Berlin (18:00 here)`: a moment in the zone of its quota, and in the viewer's if the clocks differ.
+ * `at 00:00 Berlin, 18:00 here`: a moment in the zone of its quota, and in the viewer's if the clocks differ.
  * `undefined` as zone: the viewer's only.
  */
 export function momentInZone(at, zone) {
   if (!zone || zone === viewersZone) return `at ${moment(at)}`;
   const there = moment(at, zone);
   const here = moment(at);
-  return there === here ? `at ${there} ${place(zone)}` : `at ${there} ${place(zone)} (${here} here)`;
+  return there === here ? `at ${there} ${place(zone)}` : `at ${there} ${place(zone)}, ${here} here`;
 }
 
 /** `total tokens per minute`. */

@@ -100,7 +100,7 @@ class YamlCopy {
     this.button = el("button", { type: "button", onclick: () => this.#copy() }, "Copy as YAML");
     this.text = el("textarea", { readonly: true, rows: 10, spellcheck: "false", "aria-label": "Overrides as YAML" });
     this.status = el("output", { class: "status", role: "status" });
-    this.box = el("div", { class: "card", hidden: true }, this.status, this.text);
+    this.box = el("div", { class: "card yaml", hidden: true }, this.status, this.text);
   }
 
   async #copy() {

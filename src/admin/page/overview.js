@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { sparkline } from "./chart.js";
 import { el, replaceIfNew, setText, setVisible } from "./dom.js";
 import { firstRequest } from "./first_request.js";
-import { count, duration, momentInZone, number, percent, quotaName, rate, unitOf } from "./format.js";
+import { amountOf, count, duration, momentInZone, number, percent, quotaName, rate } from "./format.js";
 import { live } from "./live.js";
 import { QuotaRows, outlook, quotaLink } from "./quota_rows.js";
 
@@ -67,7 +67,7 @@ function sentence(quota) {
   const when = runsOut ? `in ${duration(Math.max(0, quota.exhaustsAt - now))}` : outlook(quota, now)[0];
   const reset = quota.json.window === "calendar"
     ? `${!runsOut ? "Resets" : `${duration(Math.max(0, quota.resetsAt - quota.exhaustsAt))} before it resets`} ${momentInZone(quota.resetsAt, quota.zone)}`
-    : `${number(quota.json.limit)} ${unitOf(quota.json.kind)} a ${quota.json.per}, ${number(Math.max(0, quota.json.level))} left`;
+    : `${amountOf(quota.json.limit, quota.json.kind)} per ${quota.json.per}, ${number(Math.max(0, quota.json.level))} left`;
   const spends = who?.rate > 0 ? `, ${rate(who.rate)}` : "";
   const verb = who?.name.startsWith("caller") ? "spends" : "spend";
   const blame = who && `${who.name} ${verb} ${who.share >= 0.995 ? "it" : `${percent(who.share)} of it`}${spends}`;

@@ -57,7 +57,7 @@ export class QuotaForm {
   update() {
     const { json, isUnlimited } = this.quota;
     const isOverride = json.source === "override";
-    const source = !isOverride ? "as in the file" : json.override ? `file: ${fileLimit(json.override)}` : "override";
+    const source = !isOverride ? "as in the file" : json.override ? `file: ${fileLimit(json.override)}${json.override.until ? `, until ${moment(Date.parse(json.override.until))}` : ""}` : "override";
     setText(this.state, isUnlimited ? `${number(json.used)} used; ${source}` : `${number(json.used)} of ${number(json.burst)} used; ${source}`);
     setAttribute(this.state, "title", json.override ? overrideWords(json.override) : null);
     setAttribute(this.element, "class", isOverride ? "quota-form is-override" : "quota-form");
@@ -192,7 +192,8 @@ function dryRunWords(answer, quota, isFor) {
   const words = [`Not saved yet. With ${what}${isFor ? ` for ${isFor}` : ""}:`];
   const isUnlimited = what === "unlimited";
   if (isUnlimited) words.push("the quota counts and never refuses.");
-  else if (answer.level <= 0) words.push(`${number(-answer.level)} more than that ${-answer.level === 1 ? "is" : "are"} spent already, so requests are refused at once.`);
+  else if (answer.level === 0) words.push("nothing is left at once, so requests are refused until there is room.");
+  else if (answer.level < 0) words.push(`${number(-answer.level)} more than that ${answer.level === -1 ? "is" : "are"} spent already, so requests are refused until there is room.`);
   else {
     const end = answer.exhausts_at
       ? `at the present rate they are spent in ${duration(Math.max(0, Date.parse(answer.exhausts_at) - Date.now()))} (at ${moment(Date.parse(answer.exhausts_at))}).`
