@@ -78,7 +78,7 @@ pub(crate) fn service(
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/api/environments", get(environments::environments))
-        .route("/api/environments/{environment}", get(environments::environment))
+        .route("/api/environments/{environment}", get(environments::environment).patch(overrides::patch))
         .route("/api/environments/{environment}/reset", post(overrides::reset))
         .route(
             "/api/environments/{environment}/quotas/{kind}/{per}",
@@ -87,6 +87,8 @@ pub(crate) fn service(
         .route("/api/audit", get(audit::audit))
         .route("/api/events", get(events::events))
         .route("/api/system", get(system::system))
+        .route("/api/environments/{environment}/quotas/{kind}/{per}/reset", post(overrides::reset_one))
+        .route("/api/overrides", get(overrides::list))
         .route("/api/usage", get(usage::report))
         .route("/api/rejections", get(rejections))
         .route("/api/session", post(access::sign_in).delete(access::sign_out))
@@ -144,7 +146,7 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
         let name = &environment.name;
         if let Some(trouble) = unavailable_reason {
             let consequence = match policy {
-                Some(OnStoreFailure::Closed) if environment.enforce => {
+                Some(OnStoreFailure::Closed) if account.is_enforcing() => {
                     status = StatusCode::SERVICE_UNAVAILABLE;
                     "this node admits no request"
                 }

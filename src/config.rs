@@ -41,7 +41,7 @@ pub use fault::{Fault, Faults};
 pub(crate) use load::load;
 pub use load::{Loaded, parse};
 pub(crate) use schema::schema;
-pub(crate) use units::duration;
+pub(crate) use units::{amount, duration};
 
 /// The checked configuration of one gateway.
 #[derive(Clone, Debug, PartialEq)]
@@ -177,7 +177,7 @@ pub struct Environment {
     pub models: Vec<Glob>,
     /// Maximum number of requests in flight. Default: no limit.
     pub max_in_flight: Option<u64>,
-    /// All quotas: those of the environment, of its callers and of its models.
+    /// The quotas of the file: those of the environment, of its callers and of its models.
     pub quotas: Vec<Quota>,
     /// `false` is shadow mode: the gateway counts denials but forwards the request. Default `true`.
     pub enforce: bool,
@@ -195,6 +195,16 @@ pub struct Environment {
     pub calibrate: bool,
     /// If a caller would have to wait longer than this, its 429 carries `x-should-retry: false`. Default 30 s.
     pub retry_patience: Duration,
+}
+
+impl Environment {
+    /// The quotas of the file, and an unlimited one per minute of each kind that the file does not name for the
+    /// environment.
+    pub fn counted_quotas(&self) -> Vec<Quota> {
+        let mut all = self.quotas.clone();
+        all.extend(Quota::implicit(&self.quotas));
+        all
+    }
 }
 
 impl Environment {

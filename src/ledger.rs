@@ -17,9 +17,9 @@ mod sync;
 mod usage_history;
 mod wait_queue;
 
-use crate::clock::{self, Stopwatch};
+use crate::clock::{self, Stopwatch, Timestamp};
 use crate::config::{Environment, RedisSettings};
-use crate::quota::{Amounts, QuotaStatus, Subject, Takeover};
+use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Subject, Takeover};
 use crate::redis::FailFastConnection;
 use engine::Engine;
 use handover::Handover;
@@ -39,13 +39,22 @@ pub use handover::{
     FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, SuccessorLine, ToSuccessor,
 };
 pub use local::{Local, Rules};
-pub use overrides::QuotaKey;
+pub use overrides::{EnforceOverride, LimitChange, LimitOverride, OverrideOrigin, OverrideSet, QuotaKey};
 pub use sync::RedisStatus;
 pub(crate) use usage_history::OTHER_MODELS;
 pub use usage_history::{Totals, UsageInterval, UsageRow};
 
 /// Maximum time that a request waits for the store.
 pub(crate) const MAX_STORE_WAIT: Duration = Duration::from_secs(1);
+
+/// A quota as it would be with another limit.
+#[derive(Clone, Debug)]
+pub struct Preview {
+    /// The time on the clock of the counters.
+    pub at: Timestamp,
+    /// The level. `None`: the environment has no such quota.
+    pub level: Option<QuotaLevel>,
+}
 
 /// The counters of one environment, shared by all its requests.
 #[derive(Debug)]
@@ -77,7 +86,7 @@ impl Account {
         restored: &RestoredState,
     ) -> Self {
         let now = clock::now();
-        let mut local = Local::new(Rules::of(environment), &environment.quotas, now);
+        let mut local = Local::new(Rules::of(environment), &environment.counted_quotas(), now);
         local.set_model_patterns(&environment.models);
         if persistence.is_some() {
             local.restore(now, restored);
@@ -105,13 +114,13 @@ impl Account {
         match (&self.engine, redis) {
             (Engine::Shared(sync), Some((redis, stamp))) => {
                 self.engine.with_local(|local, _| local.set_rules(rules));
-                let quotas = environment.quotas.clone();
+                let quotas = environment.counted_quotas();
                 let (on_failure, leases) = (redis.on_failure, redis.lease);
                 sync.reconfigure(ReplicaSettings { on_failure, stamp, leases, quotas }).await;
             }
             _ => self.engine.with_local(|local, now| {
                 local.set_rules(rules);
-                local.reconfigure(now, &environment.quotas, Takeover::InPlace, restored);
+                local.reconfigure(now, &environment.counted_quotas(), Takeover::InPlace, restored);
             }),
         }
         // A higher limit may have room for requests that wait.
@@ -297,25 +306,88 @@ impl Account {
     ///
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
-    pub async fn set_limit(&self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> Result<bool, NoRoom> {
+    pub async fn set_limit(&self, key: QuotaKey<'_>, change: Option<&LimitChange>) -> Result<bool, NoRoom> {
         self.check_residence().await?;
-        let exists = self.engine.set_limit(key, limit).await?;
+        let exists = self.engine.set_limit(key, change).await?;
         if exists || self.engine.sync().is_none() {
             self.persist_admin_change().await;
         }
         Ok(exists)
     }
 
-    /// Resets every quota to full. Held amounts stay held. Returns when the reset is durable and in force on all
+    /// Sets whether quotas are enforced. `None`: by the config. Returns when the change is durable and in force on all
     /// nodes.
     ///
     /// # Errors
     /// The counters are shared, and Redis is unavailable.
-    pub async fn reset(&self) -> Result<(), NoRoom> {
+    pub async fn set_enforce(&self, change: Option<EnforceOverride>) -> Result<(), NoRoom> {
         self.check_residence().await?;
-        self.engine.reset().await?;
+        self.engine.set_enforce(change).await?;
         self.persist_admin_change().await;
         Ok(())
+    }
+
+    /// Resets a quota to full, or all of them. Held amounts stay held. Returns when the reset is durable and in force
+    /// on all nodes, and whether the quota exists.
+    ///
+    /// # Errors
+    /// The counters are shared, and Redis is unavailable.
+    pub async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, NoRoom> {
+        self.check_residence().await?;
+        let exists = self.engine.reset(key).await?;
+        if exists {
+            self.persist_admin_change().await;
+        }
+        Ok(exists)
+    }
+
+    /// The quota as it would be with the limit of `quota`. Changes nothing.
+    pub fn preview(&self, quota: &Quota) -> Preview {
+        self.engine.with_local(|local, now| Preview { at: now, level: local.preview(now, quota) })
+    }
+
+    /// The overrides in force.
+    pub fn overrides(&self) -> OverrideSet {
+        self.engine.with_local(|local, _| local.overrides.set().clone())
+    }
+
+    /// Logs what an administrator has set instead of the config.
+    pub fn log_overrides(&self, environment: &Environment) {
+        let set = self.overrides();
+        let configured = environment.counted_quotas();
+        let name = &environment.name;
+        for LimitOverride { quota, origin } in &set.limits {
+            let file = configured.iter().find(|known| known.is_same_as(quota));
+            tracing::warn!(
+                environment = name,
+                scope = quota.scope.as_str(),
+                name = quota.scope.name(),
+                kind = quota.kind.as_str(),
+                per = quota.per.text,
+                limit = quota.limit_text(),
+                file_limit = file.map(Quota::limit_text),
+                by = origin.by,
+                until = origin.until.map(Timestamp::to_rfc3339),
+                reason = origin.reason,
+                "an administrator has set this limit: it is in force instead of the file's"
+            );
+        }
+        if let Some(EnforceOverride { enforce, origin }) = &set.enforce {
+            tracing::warn!(
+                environment = name,
+                enforce,
+                file_enforce = environment.enforce,
+                by = origin.by,
+                until = origin.until.map(Timestamp::to_rfc3339),
+                reason = origin.reason,
+                "an administrator has set enforce: it is in force instead of the file's"
+            );
+        }
+    }
+
+    /// Whether quotas are enforced now.
+    pub fn is_enforcing(&self) -> bool {
+        self.engine.with_local(|local, _| local.rules.enforce)
     }
 
     async fn persist_admin_change(&self) {

@@ -7,6 +7,7 @@
 
 mod bucket;
 mod carry_over;
+mod clock_count;
 mod counter;
 mod denial;
 mod handover;
@@ -35,6 +36,8 @@ pub use table::{Quotas, Subject};
 
 /// Largest limit or burst, in tokens or requests: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;
+/// The limit and the burst of an unlimited quota. It counts and never refuses a request.
+pub const UNLIMITED: u64 = u64::MAX;
 /// Largest amount that one request may reserve or be charged, in tokens: 2^40.
 pub const MAX_AMOUNT: u64 = 1 << 40;
 
@@ -159,7 +162,7 @@ impl ClockUnit {
 pub enum Window {
     /// Continuously: a token bucket refills at the limit per period.
     Rolling {
-        /// Capacity of the bucket in tokens or requests; at least 1.
+        /// Capacity of the bucket in tokens or requests, in 1 ..= `MAX_LIMIT`, or [`UNLIMITED`].
         burst: u64,
     },
     /// All at once, when the next calendar period begins.
@@ -178,7 +181,7 @@ pub struct Quota {
     pub scope: Scope,
     /// What the quota counts.
     pub kind: Kind,
-    /// Tokens or requests per period, in 1 ..= `MAX_LIMIT`.
+    /// Tokens or requests per period, in 1 ..= `MAX_LIMIT`, or [`UNLIMITED`].
     pub limit: u64,
     /// The period.
     pub per: Period,
@@ -187,6 +190,31 @@ pub struct Quota {
 }
 
 impl Quota {
+    /// Whether the quota only counts and never refuses a request.
+    pub fn is_unlimited(&self) -> bool {
+        self.limit == UNLIMITED
+    }
+
+    /// The limit as the config writes it: a number, or `unlimited`.
+    pub fn limit_text(&self) -> String {
+        if self.is_unlimited() { "unlimited".to_owned() } else { self.limit.to_string() }
+    }
+
+    /// The unlimited quotas per minute of an environment: one of each kind that none of its own quotas has.
+    pub fn implicit(configured: &[Self]) -> Vec<Self> {
+        let is_named = |kind: Kind| {
+            configured.iter().any(|quota| quota.scope == Scope::Environment && quota.kind == kind)
+        };
+        let unlimited = |kind| Self {
+            scope: Scope::Environment,
+            kind,
+            limit: UNLIMITED,
+            per: Period { text: "minute".to_owned(), ms: 60_000 },
+            window: Window::Rolling { burst: UNLIMITED },
+        };
+        Kind::ALL.into_iter().filter(|kind| !is_named(*kind)).map(unlimited).collect()
+    }
+
     /// The largest amount that the quota can admit at once, in tokens or requests.
     pub fn capacity(&self) -> u64 {
         match self.window {

@@ -12,11 +12,11 @@ mod reply;
 
 pub use cells::Cells;
 pub use command::{
-    CommandBuilder, HeldReservation, LEASE_ID, NewLimit, OnShortage, Piece, ReserveRequest, ScriptCommand,
-    SentSteps, Step, StepKind,
+    CommandBuilder, EnforceMark, HeldReservation, LEASE_ID, NewLimit, OnShortage, Piece, ReserveRequest,
+    ScriptCommand, SentSteps, Step, StepKind,
 };
 pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, catch_up_time, check_url};
-pub use reply::{ScriptReply, Verdict, load_states};
+pub use reply::{OverrideMark, ScriptReply, Verdict, load_states};
 
 /// The script, for `EVALSHA` and `EVAL`.
 pub const SCRIPT: &str = concat!(

@@ -32,8 +32,8 @@ use std::thread::{self, JoinHandle};
 pub(crate) use audit::{WRONG_TOKEN, read_audit};
 pub(crate) use backup::back_up;
 pub use control::WriterControl;
-pub(crate) use database::StoredOverride;
 use database::{Database, Used};
+pub(crate) use database::{StoredEnforce, StoredOverride, StoredOverrides};
 pub use usage_intervals::read as read_usage_intervals;
 pub(crate) use usage_report::{
     ReportColumn, ReportQuery, ReportRow, ReportStep, parse_columns, parse_moment, parse_step,
@@ -55,12 +55,12 @@ pub(crate) fn read_calibrations(path: &Path) -> anyhow::Result<Vec<SavedCalibrat
     read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
 }
 
-/// Reads the limits that administrators have set from a store file, also while a gateway uses the file.
+/// Reads what administrators have set from a store file, also while a gateway uses the file.
 ///
 /// # Errors
 /// The file cannot be read.
-pub(crate) fn read_overrides(path: &Path) -> anyhow::Result<Vec<StoredOverride>> {
-    let read = Database::open_read_only(path).and_then(|database| database.limit_overrides());
+pub(crate) fn read_overrides(path: &Path) -> anyhow::Result<StoredOverrides> {
+    let read = Database::open_read_only(path).and_then(|database| database.stored_overrides());
     read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
 }
 
@@ -183,16 +183,14 @@ pub(crate) fn read_restored_state(path: &Path, environment: &Environment) -> any
 
 fn restored_state(database: &Database, environment: &Environment) -> rusqlite::Result<RestoredState> {
     let (totals, held) = database.totals(&environment.name)?;
-    let (mut quotas, mut overrides) = (database.quotas(&environment.name)?, Vec::new());
+    let mut quotas = database.quotas(&environment.name)?;
     for quota in &environment.quotas {
         if let Some((_, saved)) = quotas.iter_mut().find(|(stored, _)| stored.is_same_as(quota)) {
             let missing = used_before(database, &environment.name, quota, saved)?;
             saved.used = saved.used.saturating_add(i64::try_from(missing).unwrap_or(i64::MAX));
         }
-        if let Some((limit, burst)) = database.limit_override(&environment.name, quota)? {
-            overrides.push(quota.with_limit(limit, burst));
-        }
     }
+    let overrides = database.overrides(&environment.name)?;
     Ok(RestoredState { quotas, totals, held, overrides, left: None })
 }
 

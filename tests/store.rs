@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
-use tollgate::ledger::{Account, Accounts, Demand, Persistence, QuotaKey, Reservation, Snapshot};
+use tollgate::ledger::{
+    Account, Accounts, Demand, LimitChange, OverrideOrigin, Persistence, QuotaKey, Reservation, Snapshot,
+};
 use tollgate::quota::{Amounts, Kind, QuotaLevel, Scope, Subject};
 use tollgate::store::{Store, StoreWriter, WriterControl};
 
@@ -67,7 +69,8 @@ impl Node {
     /// The used amount of each quota: of the environment per day and per hour, its requests, the caller's, the model's.
     fn used(&self) -> Vec<u64> {
         let Snapshot { levels, .. } = self.account.snapshot();
-        levels.iter().map(|level| level.used).collect()
+        let limited = levels.iter().filter(|level| !level.quota.is_unlimited());
+        limited.map(|level| level.used).collect()
     }
 }
 
@@ -276,6 +279,10 @@ fn a_second_process_is_refused_whatever_path_it_uses() {
 const MONTHS: &str =
     "{ total_tokens: [{ limit: 1000, per: month }, { limit: 2000, per: 30d, window: rolling }] }";
 
+fn limit(limit: u64) -> LimitChange {
+    LimitChange { limit, burst: limit, origin: OverrideOrigin::default() }
+}
+
 fn limits(node: &Node) -> Vec<u64> {
     node.account.snapshot().levels[..2].iter().map(|level| level.quota.limit).collect()
 }
@@ -286,12 +293,12 @@ async fn an_override_applies_to_one_of_two_quotas_of_the_same_length() {
     let config = config(&folder.file(), MONTHS, "");
     let node = Node::open(&config);
     let key = |per| QuotaKey { scope: "environment", name: "", kind: Kind::TotalTokens, per };
-    assert!(node.account.set_limit(key("month"), Some((77, 77))).await.unwrap());
+    assert!(node.account.set_limit(key("month"), Some(&limit(77))).await.unwrap());
     assert_eq!(limits(&node), [77, 2_000]);
     drop(node);
     let node = Node::open(&config);
     assert_eq!(limits(&node), [77, 2_000]);
-    assert!(node.account.set_limit(key("30d"), Some((88, 88))).await.unwrap());
+    assert!(node.account.set_limit(key("30d"), Some(&limit(88))).await.unwrap());
     drop(node);
     assert_eq!(limits(&Node::open(&config)), [77, 88]);
 }
@@ -315,7 +322,7 @@ async fn a_file_of_the_first_version_is_migrated() {
     let node = Node::open(&config(&folder.file(), MONTHS, ""));
     assert_eq!((limits(&node), &node.used()[..2]), (vec![77, 2_000], &[42, 50][..]));
     drop(node);
-    assert_eq!(folder.sql("PRAGMA user_version"), 3);
+    assert_eq!(folder.sql("PRAGMA user_version"), 4);
     let audited = "SELECT count(*) FROM audit WHERE at_ms = 1000 AND action = 'all quotas reset' AND target = 'environment ''e'''";
     assert_eq!(folder.sql(audited), 1);
     assert_eq!(folder.sql("SELECT count(*) FROM limit_override WHERE \"window\" = 'calendar'"), 1);
@@ -551,4 +558,31 @@ fn a_million_usage_rows_do_not_delay_the_start() {
     println!("opened with 1,000,000 rows of usage in {} ms", took.as_millis());
     assert!(took < Duration::from_millis(200), "{took:?}");
     drop(node);
+}
+
+#[tokio::test]
+async fn a_file_of_the_third_version_gets_the_terms_of_overrides() {
+    let folder = Folder::new();
+    fs::create_dir(folder.0.path().join("data")).unwrap();
+    let db = Connection::open(folder.file()).unwrap();
+    for schema in [
+        include_str!("../src/store/schema/1.sql"),
+        include_str!("../src/store/schema/2.sql"),
+        include_str!("../src/store/schema/3.sql"),
+    ] {
+        db.execute_batch(schema).unwrap();
+    }
+    db.execute_batch(
+        "PRAGMA user_version = 3; PRAGMA application_id = 0x546c6c67;
+         INSERT INTO limit_override VALUES ('e', 'environment', '', 'total_tokens', 2592000000, 'calendar', 'month', 77, 77);",
+    )
+    .unwrap();
+    drop(db);
+    let node = Node::open(&config(&folder.file(), MONTHS, ""));
+    assert_eq!(limits(&node), [77, 2_000]);
+    let set = node.account.overrides();
+    assert_eq!(set.limits[0].origin, OverrideOrigin::default(), "who set it is not known");
+    drop(node);
+    assert_eq!(folder.sql("PRAGMA user_version"), 4);
+    assert_eq!(folder.sql("SELECT count(*) FROM limit_override WHERE until_ms IS NULL"), 1);
 }

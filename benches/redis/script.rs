@@ -4,7 +4,9 @@ use super::server::Server;
 use std::time::{Duration, Instant};
 use tollgate::clock;
 use tollgate::quota::{Amounts, CounterState, Kind, Period, Quota, Scope, Window};
-use tollgate::redis::{Cells, CommandBuilder, OnShortage, ReserveRequest, SCRIPT, Step, StepKind, Verdict};
+use tollgate::redis::{
+    Cells, CommandBuilder, OnShortage, OverrideMark, ReserveRequest, SCRIPT, Step, StepKind, Verdict,
+};
 
 fn quotas(number: u64) -> Vec<Quota> {
     let quota = |n| {
@@ -32,9 +34,9 @@ fn run_node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Du
     let unused = |quota: &Quota| {
         let burst = quota.capacity();
         let level = (burst.cast_signed(), 0);
-        (CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, false)
+        (CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, OverrideMark::None)
     };
-    let join = commands.join(1, None, &quotas.iter().map(unused).collect::<Vec<_>>());
+    let join = commands.join(1, None, &quotas.iter().map(unused).collect::<Vec<_>>(), None);
     assert_eq!(call(&join), Verdict::Done);
     let all: Vec<u32> = (0..).take(quotas.len()).collect();
     let mut took = Vec::new();

@@ -2,11 +2,12 @@
 
 mod selection;
 
+use super::overrides::{OriginView, OverrideView};
 use super::{Admin, QueryResult, read_query, refusal};
 use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::ledger::{Account, RedisStatus, Snapshot, Totals};
-use crate::quota::{Quota, QuotaLevel, Window};
+use crate::quota::{QuotaLevel, Window};
 use crate::telemetry::RefusalCounts;
 use axum::extract::{Path, State};
 use axum::response::Response;
@@ -46,6 +47,11 @@ pub(super) struct EnvironmentView {
     #[serde(skip_serializing_if = "is_zero")]
     quotas_omitted: usize,
     totals: TotalsView,
+    /// Whether quotas are enforced now; `false`: shadow mode.
+    enforce: bool,
+    /// Who has set `enforce`. Absent: it is that of the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    enforce_override: Option<OriginView>,
     /// The state of the shared counters. Absent: the counters belong to this node alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     shared: Option<SharedView>,
@@ -97,10 +103,14 @@ pub(super) struct QuotaView {
     window: &'static str,
     /// The time zone of a calendar quota; `null` for a rolling one.
     timezone: Option<String>,
-    limit: u64,
-    burst: u64,
-    /// What is left; below zero: debt.
-    level: i64,
+    /// `null`: unlimited.
+    limit: Option<u64>,
+    /// `null`: unlimited.
+    burst: Option<u64>,
+    /// What is left; below zero: debt; `null`: unlimited.
+    level: Option<i64>,
+    /// Whether the quota only counts and refuses nothing.
+    unlimited: bool,
     /// Held by requests in flight.
     held: u64,
     used: u64,
@@ -117,6 +127,9 @@ pub(super) struct QuotaView {
     /// `file` or `override`. Absent in an explanation.
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<&'static str>,
+    /// Who has set the limit. Absent: it is that of the file.
+    #[serde(skip_serializing_if = "Option::is_none", rename = "override")]
+    overridden: Option<OverrideView>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // the signature that serde requires
@@ -255,13 +268,13 @@ impl EnvironmentState {
     /// The answer with the quotas at these indices of the levels.
     fn view_of(&self, quotas: &[usize]) -> EnvironmentView {
         let Snapshot { at, in_flight, redis, levels, totals, overrides } = &self.snapshot;
-        let source = |quota: &Quota| {
-            if overrides.iter().any(|other| other.is_same_as(quota)) { "override" } else { "file" }
-        };
+        let configured = self.settings.counted_quotas();
         let view = |&index: &usize| {
             let level = levels.get(index)?;
             let refused = self.refused_by_quota.get(index).copied().unwrap_or(0);
-            Some(QuotaView::new(level, *at, refused, Some(source(&level.quota))))
+            let overridden = overrides.of(&level.quota).map(|set| OverrideView::new(set, &configured));
+            let source = if overridden.is_some() { "override" } else { "file" };
+            Some(QuotaView { overridden, ..QuotaView::new(level, *at, refused, Some(source)) })
         };
         EnvironmentView {
             name: self.settings.name.clone(),
@@ -271,6 +284,8 @@ impl EnvironmentState {
             quotas: quotas.iter().filter_map(view).collect(),
             quotas_omitted: levels.len().saturating_sub(quotas.len()),
             totals: TotalsView::new(totals),
+            enforce: overrides.enforce.as_ref().map_or(self.settings.enforce, |other| other.enforce),
+            enforce_override: overrides.enforce.as_ref().map(|other| OriginView::new(&other.origin)),
             shared: redis.as_ref().map(SharedView::new),
         }
     }
@@ -285,6 +300,9 @@ fn is_same_level(a: &QuotaLevel, b: &QuotaLevel) -> bool {
 /// The share of a quota that is used or held: more than 1 with debt.
 #[allow(clippy::cast_precision_loss)] // compared, not counted
 fn used_share(level: &QuotaLevel) -> f64 {
+    if level.quota.is_unlimited() {
+        return 0.0;
+    }
     let capacity = level.quota.capacity().max(1);
     (i128::from(capacity) - i128::from(level.level)) as f64 / capacity as f64
 }
@@ -313,6 +331,7 @@ impl QuotaView {
         source: Option<&'static str>,
     ) -> Self {
         let quota = &level.quota;
+        let is_limited = !quota.is_unlimited();
         let (window, timezone) = match &quota.window {
             Window::Rolling { .. } => ("rolling", None),
             Window::Calendar { zone, .. } => ("calendar", Some(zone.iana_name().unwrap_or("UTC").to_owned())),
@@ -326,9 +345,10 @@ impl QuotaView {
             per: quota.per.text.clone(),
             window,
             timezone,
-            limit: quota.limit,
-            burst: quota.capacity(),
-            level: level.level,
+            limit: is_limited.then_some(quota.limit),
+            burst: is_limited.then(|| quota.capacity()),
+            level: is_limited.then_some(level.level),
+            unlimited: !is_limited,
             held: level.held,
             used: level.used,
             reset_seconds,
@@ -337,6 +357,7 @@ impl QuotaView {
             exhausts_at: level.exhausted_in_ms().map(|ms| at.plus_ms(ms).to_rfc3339()),
             refused_last_minute,
             source,
+            overridden: None,
         }
     }
 }

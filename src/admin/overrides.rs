@@ -1,108 +1,200 @@
-//! Overrides: an administrator changes the limit of a quota, or resets quotas.
+//! Overrides: an administrator changes a limit or `enforce` while the gateway runs, or resets quotas.
+
+mod body;
+mod dry_run;
+mod report;
+
+pub(super) use report::{OriginView, OverrideView, list};
 
 use super::audit::{self, Action, Actor};
 use super::environments::{environment_view, find, unknown_environment};
-use super::{Admin, refusal};
-use crate::ledger::{Account, NoRoom, QuotaKey};
-use crate::quota::{Kind, MAX_LIMIT};
+use super::{Admin, QueryResult, read_query, refusal};
+use crate::clock;
+use crate::config::Environment;
+use crate::ledger::{Account, EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};
+use crate::quota::{Kind, Quota, UNLIMITED, Window};
 use axum::Json;
-use axum::extract::{Extension, Path, Query, State};
-use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Extension, Path, State};
+use axum::response::{IntoResponse as _, Response};
+use body::{EnforceBody, LimitBody, Terms};
 use http::StatusCode;
 use serde_json::{Value, json};
-
-/// The body of a `PUT` request.
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LimitBody {
-    limit: u64,
-    /// For a rolling quota. Default: `limit`.
-    burst: Option<u64>,
-}
+use std::sync::Arc;
 
 /// The query parameters that select a quota of one kind and period. Default: the quota of the environment.
 #[derive(serde::Deserialize)]
-pub(super) struct QuotaScope {
-    #[serde(default = "environment_scope")]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct QuotaParameters {
     scope: String,
-    #[serde(default)]
     name: String,
+    dry_run: bool,
 }
 
-fn environment_scope() -> String {
-    "environment".to_owned()
+impl Default for QuotaParameters {
+    fn default() -> Self {
+        Self { scope: "environment".to_owned(), name: String::new(), dry_run: false }
+    }
 }
 
+/// The body of a request, or why it could not be read.
+type BodyResult = Result<Bytes, BytesRejection>;
+
+/// The quota that a request names.
+struct Target {
+    settings: Arc<Environment>,
+    account: Arc<Account>,
+    /// The quota as the config has it.
+    quota: Quota,
+    parameters: QuotaParameters,
+}
+
+impl Target {
+    fn find(
+        admin: &Admin,
+        (environment, kind, per): &(String, String, String),
+        query: QueryResult<QuotaParameters>,
+    ) -> Result<Self, Box<Response>> {
+        let parameters = read_query(query)?;
+        let (settings, account) = find(admin, environment).ok_or_else(|| Box::new(unknown_environment()))?;
+        let kind = Kind::ALL.into_iter().find(|known| known.as_str() == kind);
+        let kind = kind.ok_or_else(|| Box::new(unknown_quota()))?;
+        let key = QuotaKey { scope: &parameters.scope, name: &parameters.name, kind, per };
+        let quota = settings.counted_quotas().into_iter().find(|quota| key.matches(quota));
+        let quota = quota.ok_or_else(|| Box::new(unknown_quota()))?;
+        Ok(Self { settings, account, quota, parameters })
+    }
+
+    fn key(&self) -> QuotaKey<'_> {
+        let Quota { scope, kind, per, .. } = &self.quota;
+        QuotaKey { scope: scope.as_str(), name: scope.name(), kind: *kind, per: &per.text }
+    }
+
+    fn view(&self, admin: &Admin) -> Response {
+        Json(environment_view(admin, &self.settings, &self.account)).into_response()
+    }
+
+    /// The burst for a limit. `Err`: the burst in the body cannot be set.
+    fn burst(&self, limit: u64, burst: Option<u64>) -> Result<u64, Box<Response>> {
+        let Some(burst) = burst else { return Ok(limit) };
+        let reason = match self.quota.window {
+            _ if limit == UNLIMITED => "an unlimited quota has no burst",
+            Window::Calendar { .. } if burst != limit => "a calendar quota has no burst",
+            _ => return Ok(burst),
+        };
+        Err(invalid(&format!("{reason}: leave burst out.")))
+    }
+}
+
+/// `PUT /api/environments/{environment}/quotas/{kind}/{per}`.
 pub(super) async fn set_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path((environment, kind, per)): Path<(String, String, String)>,
-    Query(scope): Query<QuotaScope>,
-    body: Bytes,
+    Path(path): Path<(String, String, String)>,
+    query: QueryResult<QuotaParameters>,
+    body: BodyResult,
 ) -> Response {
-    let new: LimitBody = match serde_json::from_slice(&body) {
-        Ok(new) => new,
-        Err(error) => {
-            let message = format!("The body is not {{\"limit\": N, \"burst\": N}}: {error}.");
-            return refusal(StatusCode::BAD_REQUEST, "invalid_json", &message);
-        }
-    };
-    let burst = new.burst.unwrap_or(new.limit);
-    if ![new.limit, burst].iter().all(|n| (1..=MAX_LIMIT).contains(n)) {
-        let message = "limit and burst must be whole numbers from 1 to 2^50.";
-        return refusal(StatusCode::BAD_REQUEST, "invalid_value", message);
-    }
-    change_limit(&admin, actor, (&environment, &kind, &per), &scope, Some((new.limit, burst))).await
+    put_limit(&admin, actor, &path, query, body).await.unwrap_or_else(|refusal| *refusal)
 }
 
+async fn put_limit(
+    admin: &Admin,
+    actor: Actor,
+    path: &(String, String, String),
+    query: QueryResult<QuotaParameters>,
+    body: BodyResult,
+) -> Result<Response, Box<Response>> {
+    let target = Target::find(admin, path, query)?;
+    let LimitBody { limit, burst, terms } = LimitBody::read(body)?;
+    let burst = target.burst(limit, burst)?;
+    if target.parameters.dry_run {
+        return dry_run::answer(admin, &target, limit, burst).await;
+    }
+    let change = LimitChange { limit, burst, origin: origin(actor, terms) };
+    change_limit(admin, actor, &target, Some(&change)).await
+}
+
+/// `DELETE /api/environments/{environment}/quotas/{kind}/{per}`.
 pub(super) async fn unset_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path((environment, kind, per)): Path<(String, String, String)>,
-    Query(scope): Query<QuotaScope>,
+    Path(path): Path<(String, String, String)>,
+    query: QueryResult<QuotaParameters>,
 ) -> Response {
-    change_limit(&admin, actor, (&environment, &kind, &per), &scope, None).await
+    let unset = async {
+        let target = Target::find(&admin, &path, query)?;
+        change_limit(&admin, actor, &target, None).await
+    };
+    unset.await.unwrap_or_else(|refusal: Box<Response>| *refusal)
 }
 
 async fn change_limit(
     admin: &Admin,
     actor: Actor,
-    (environment, kind, per): (&str, &str, &str),
-    scope: &QuotaScope,
-    limit: Option<(u64, u64)>,
-) -> Response {
-    let Some((settings, account)) = find(admin, environment) else { return unknown_environment() };
-    let Some(kind) = Kind::ALL.into_iter().find(|known| known.as_str() == kind) else {
-        return unknown_quota();
-    };
-    let key = QuotaKey { scope: &scope.scope, name: &scope.name, kind, per };
-    let before = limit_of(&account, key);
-    match account.set_limit(key, limit).await {
+    target: &Target,
+    change: Option<&LimitChange>,
+) -> Result<Response, Box<Response>> {
+    let key = target.key();
+    let before = limit_of(target);
+    match target.account.set_limit(key, change).await {
         Ok(true) => {}
-        Ok(false) => return unknown_quota(),
-        Err(no_room) => return redis_unavailable(&no_room),
+        Ok(false) => return Err(Box::new(unknown_quota())),
+        Err(no_room) => return Err(redis_unavailable(&no_room)),
     }
     let action = Action {
-        name: if limit.is_some() { "limit_set" } else { "limit_unset" },
-        target: audit::quota_target(environment, key),
+        name: if change.is_some() { "limit_set" } else { "limit_unset" },
+        target: audit::quota_target(&target.settings.name, key),
         before,
-        after: limit_of(&account, key),
-        reason: None,
+        after: limit_of(target),
+        reason: change.and_then(|change| change.origin.reason.clone()),
     };
     audit::record(admin, actor, action).await;
-    tracing::info!(environment, %kind, per, scope = scope.scope, name = scope.name, ?limit, "the admin API changed a limit");
-    Json(environment_view(admin, &settings, &account)).into_response()
+    let QuotaKey { scope, name, kind, per } = key;
+    let limit = change.map(|change| target.quota.with_limit(change.limit, change.burst).limit_text());
+    let environment = &target.settings.name;
+    tracing::info!(environment, %kind, per, scope, name, limit, "the admin API changed a limit");
+    Ok(target.view(admin))
 }
 
+/// `POST /api/environments/{environment}/quotas/{kind}/{per}/reset`.
+pub(super) async fn reset_one(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    Path(path): Path<(String, String, String)>,
+    query: QueryResult<QuotaParameters>,
+) -> Response {
+    let target = match Target::find(&admin, &path, query) {
+        Ok(target) => target,
+        Err(refusal) => return *refusal,
+    };
+    let key = target.key();
+    match target.account.reset(Some(key)).await {
+        Ok(true) => {}
+        Ok(false) => return unknown_quota(),
+        Err(no_room) => return *redis_unavailable(&no_room),
+    }
+    let action = Action {
+        name: "reset",
+        target: audit::quota_target(&target.settings.name, key),
+        ..Action::default()
+    };
+    audit::record(&admin, actor, action).await;
+    let QuotaKey { scope, name, kind, per } = key;
+    let environment = &target.settings.name;
+    tracing::info!(environment, %kind, per, scope, name, "the admin API reset a quota");
+    target.view(&admin)
+}
+
+/// `POST /api/environments/{environment}/reset`.
 pub(super) async fn reset(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     Path(environment): Path<String>,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
-    if let Err(no_room) = account.reset().await {
-        return redis_unavailable(&no_room);
+    if let Err(no_room) = account.reset(None).await {
+        return *redis_unavailable(&no_room);
     }
     let target = audit::environment_target(&environment);
     audit::record(&admin, actor, Action { name: "reset", target, ..Action::default() }).await;
@@ -110,16 +202,62 @@ pub(super) async fn reset(
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
-/// The limit and burst in force, for the audit log.
-fn limit_of(account: &Account, key: QuotaKey<'_>) -> Value {
-    let levels = account.snapshot().levels;
-    let quota = levels.iter().map(|level| &level.quota).find(|quota| key.matches(quota));
-    quota.map_or(Value::Null, |quota| json!({ "limit": quota.limit, "burst": quota.capacity() }))
+/// `PATCH /api/environments/{environment}`: whether its quotas are enforced.
+pub(super) async fn patch(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    Path(environment): Path<String>,
+    body: BodyResult,
+) -> Response {
+    let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
+    let EnforceBody { enforce, terms } = match EnforceBody::read(body) {
+        Ok(body) => body,
+        Err(refusal) => return *refusal,
+    };
+    let reason = terms.reason.clone();
+    let change = enforce.map(|enforce| EnforceOverride { enforce, origin: origin(actor, terms) });
+    let before = json!({ "enforce": account.is_enforcing() });
+    if let Err(no_room) = account.set_enforce(change).await {
+        return *redis_unavailable(&no_room);
+    }
+    let action = Action {
+        name: if enforce.is_some() { "enforce_set" } else { "enforce_unset" },
+        target: audit::environment_target(&environment),
+        before,
+        after: json!({ "enforce": account.is_enforcing() }),
+        reason,
+    };
+    audit::record(&admin, actor, action).await;
+    tracing::info!(environment, ?enforce, "the admin API changed whether quotas are enforced");
+    Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
-fn redis_unavailable(_: &NoRoom) -> Response {
+/// The limit and burst in force, for the audit log.
+fn limit_of(target: &Target) -> Value {
+    let levels = target.account.snapshot().levels;
+    let quota = levels.iter().map(|level| &level.quota).find(|quota| target.key().matches(quota));
+    quota.map_or(Value::Null, |quota| {
+        if quota.is_unlimited() {
+            json!({ "limit": "unlimited" })
+        } else {
+            json!({ "limit": quota.limit, "burst": quota.capacity() })
+        }
+    })
+}
+
+fn origin(actor: Actor, Terms { duration_ms, reason }: Terms) -> OverrideOrigin {
+    let since = clock::now();
+    let until = duration_ms.map(|ms| since.plus_ms(ms));
+    OverrideOrigin { by: actor.by.as_str().to_owned(), since, until, reason }
+}
+
+fn invalid(message: &str) -> Box<Response> {
+    Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", message))
+}
+
+fn redis_unavailable(_: &NoRoom) -> Box<Response> {
     let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz answers 'ready'.";
-    refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message)
+    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))
 }
 
 fn unknown_quota() -> Response {

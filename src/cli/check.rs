@@ -3,9 +3,10 @@
 mod online;
 
 use super::{BAD_CONFIG, load_or_explain, output};
+use crate::clock::{self, Timestamp};
 use crate::config::{Config, Environment};
 use crate::quota::Quota;
-use crate::store::{self, StoredOverride};
+use crate::store::{self, StoredEnforce, StoredOverride};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -85,7 +86,7 @@ fn describe_quota(quota: &Quota) -> String {
         "" => String::new(),
         name => format!(" of {} {name}", quota.scope.as_str()),
     };
-    format!("{:<10} {} per {}{owner}", quota.limit, quota.kind, quota.per.text)
+    format!("{:<10} {} per {}{owner}", quota.limit_text(), quota.kind, quota.per.text)
 }
 
 /// The limits of the file that an administrator has overridden. The override is in force, not the file.
@@ -97,7 +98,12 @@ fn override_warnings(config: &Config) -> Vec<String> {
         Ok(stored) => stored,
         Err(error) => return vec![format!("{error:#}")],
     };
-    stored.iter().filter_map(|stored| override_warning(config, stored)).collect()
+    let now = clock::now();
+    let is_in_force = |until: Option<Timestamp>| until.is_none_or(|until| until > now);
+    let limits = stored.limits.iter().filter(|stored| is_in_force(stored.until));
+    let enforce = stored.enforce.iter().filter(|stored| is_in_force(stored.until));
+    let limits = limits.filter_map(|stored| override_warning(config, stored));
+    limits.chain(enforce.filter_map(|stored| enforce_warning(config, stored))).collect()
 }
 
 fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> {
@@ -106,19 +112,33 @@ fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> 
         (quota.scope.as_str(), quota.scope.name(), quota.kind.as_str(), quota.per.text.as_str())
             == (stored.scope.as_str(), stored.name.as_str(), stored.kind.as_str(), stored.per.as_str())
     };
-    let quota = environment.quotas.iter().find(is_same)?;
-    let (limit, burst) = (quota.limit, quota.capacity());
-    let differs = (stored.limit, stored.burst) != (limit, burst);
+    let quotas = environment.counted_quotas();
+    let quota = quotas.iter().find(is_same)?;
+    let set = quota.with_limit(stored.limit, stored.burst);
+    let differs = set != *quota;
     differs.then(|| {
         format!(
-            "an administrator has set the limit of {}, {} per {}, to {}; the file says {limit}, which applies again after DELETE /api/environments/{}/quotas/{}/{}",
+            "an administrator has set the limit of {}, {} per {}, to {}; the file has {}, which applies again after DELETE /api/environments/{}/quotas/{}/{}",
             quota.scope.describe(&environment.name),
             quota.kind,
             quota.per.text,
-            stored.limit,
+            set.limit_text(),
+            quota.limit_text(),
             environment.name,
             quota.kind,
             quota.per.text
+        )
+    })
+}
+
+fn enforce_warning(config: &Config, stored: &StoredEnforce) -> Option<String> {
+    let (_, environment) = config.environment(&stored.environment)?;
+    (environment.enforce != stored.enforce).then(|| {
+        format!(
+            "an administrator has set enforce of environment '{name}' to {}; the file has {}, which applies again after PATCH /api/environments/{name} with {{\"enforce\": null}}",
+            stored.enforce,
+            environment.enforce,
+            name = environment.name,
         )
     })
 }

@@ -102,11 +102,12 @@ fn describe_environment(before: &Environment, after: &Environment, lines: &mut V
 }
 
 fn amount(quota: &Quota) -> String {
+    let limit = quota.limit_text();
     match &quota.window {
-        Window::Rolling { burst } if *burst != quota.limit => format!("limit {}, burst {burst}", quota.limit),
-        Window::Rolling { .. } => format!("limit {}", quota.limit),
+        Window::Rolling { burst } if *burst != quota.limit => format!("limit {limit}, burst {burst}"),
+        Window::Rolling { .. } => format!("limit {limit}"),
         Window::Calendar { zone, .. } => {
-            format!("limit {} ({})", quota.limit, zone.iana_name().unwrap_or("UTC"))
+            format!("limit {limit} ({})", zone.iana_name().unwrap_or("UTC"))
         }
     }
 }

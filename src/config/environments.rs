@@ -245,7 +245,7 @@ fn environment(
         upstreams.valid.iter().find(|u| u.name == name).cloned()
     });
     let (callers, quotas) = callers_and_quotas(&section, digests);
-    check_exposure(setting, upstream.as_deref(), callers.is_empty(), quotas.is_empty());
+    check_exposure(setting, upstream.as_deref(), callers.is_empty(), quotas.iter().all(Quota::is_unlimited));
     let reserve = reserve(&section, &quotas);
     let models = section.get("models").map(|s| allowed_models(&s)).unwrap_or_default();
     contradictions::warn(&section, &models, &quotas);
@@ -295,7 +295,9 @@ fn check_exposure(
     is_unbounded: bool,
 ) {
     if is_unbounded {
-        setting.warn("this environment has no quota, so its callers can spend without limit; add a quota");
+        setting.warn(
+            "this environment has no quota with a limit, so its callers can spend without limit; add a quota",
+        );
     }
     if let Some(upstream) = upstream.filter(|u| is_open && u.api_key.is_some()) {
         setting.warn(format!(

@@ -4,7 +4,7 @@ use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, Siblings, Valu
 use super::setting::{Section, Setting};
 use super::units::{self, PERIOD_WORDS};
 use crate::glob::Glob;
-use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, Window};
+use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, UNLIMITED, Window};
 use jiff::tz::TimeZone;
 
 const DAY_MS: u64 = 86_400_000;
@@ -31,7 +31,10 @@ pub(super) const QUOTA: SectionSpec = SectionSpec {
     keys: &[
         KeySpec::new(
             "limit",
-            ValueSpec::Amount { min: 1, max: MAX_LIMIT },
+            ValueSpec::Either(&[
+                ValueSpec::Amount { min: 1, max: MAX_LIMIT },
+                ValueSpec::Words(&[Word("unlimited", "counts and never refuses a request")]),
+            ]),
             DefaultSpec::Required("limit: 200k"),
             "the amount per period",
         ),
@@ -79,7 +82,7 @@ fn window_of(siblings: &Siblings<'_>) -> Option<String> {
 
 fn default_burst(siblings: &Siblings<'_>) -> Option<String> {
     let is_rolling = window_of(siblings)? == "rolling";
-    siblings("limit").filter(|_| is_rolling).map(str::to_owned)
+    siblings("limit").filter(|limit| is_rolling && *limit != "unlimited").map(str::to_owned)
 }
 
 fn default_zone(siblings: &Siblings<'_>) -> Option<String> {
@@ -131,9 +134,8 @@ fn is_duplicate(one: &Quota, other: &Quota) -> bool {
 }
 
 fn quota(setting: &Setting<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
-    const ZERO: &str = "a limit of 0 would refuse every request; to block a caller, remove it; to block a model, remove it from models";
     let section = setting.section(&QUOTA)?;
-    let limit = section.require("limit").and_then(|s| s.positive(MAX_LIMIT, ZERO));
+    let limit = section.require("limit").and_then(|s| limit(&s));
     let per = section.require("per").and_then(|s| period(&s))?;
     let is_calendar = match section.get("window") {
         None => per.ms >= DAY_MS,
@@ -143,10 +145,22 @@ fn quota(setting: &Setting<'_>, scope: &Scope, kind: Kind) -> Option<Quota> {
     Some(Quota { scope: scope.clone(), kind, limit: limit?, per, window: window? })
 }
 
+/// A number, or `unlimited`.
+fn limit(setting: &Setting<'_>) -> Option<u64> {
+    const ZERO: &str = "a limit of 0 would refuse every request; to block a caller, remove it; to block a model, remove it from models; to only count, write unlimited";
+    if setting.text() == Some("unlimited") { Some(UNLIMITED) } else { setting.positive(MAX_LIMIT, ZERO) }
+}
+
 fn rolling(section: &Section<'_>, limit: Option<u64>) -> Option<Window> {
     const ZERO: &str = "a burst of 0 would refuse every request; without the key the burst equals the limit";
     if let Some(setting) = section.get("timezone") {
         setting.fault("a rolling window has no time zone; remove the key or write window: calendar");
+    }
+    if limit == Some(UNLIMITED) {
+        if let Some(setting) = section.get("burst") {
+            setting.warn("this key has no effect, because the quota is unlimited; remove it, or set a limit");
+        }
+        return Some(Window::Rolling { burst: UNLIMITED });
     }
     let burst = section.get("burst").map_or(limit, |s| s.positive(MAX_LIMIT, ZERO))?;
     Some(Window::Rolling { burst })

@@ -13,7 +13,7 @@ pub(super) const PERIOD_WORDS: &[(&str, u64)] = &[
 ];
 
 /// Parses `1500`, `1_500`, `200k`, `1.5M` or `2G`. The result must be a whole number.
-pub(super) fn amount(text: &str) -> Option<u64> {
+pub(crate) fn amount(text: &str) -> Option<u64> {
     let (digits, factor) = match text.as_bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 1_000),
         b'M' => (&text[..text.len() - 1], 1_000_000),

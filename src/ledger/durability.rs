@@ -5,6 +5,7 @@
 //! requests. Waking every request from the store's thread took two system calls per request.
 
 use super::handover::LeftAccount;
+use super::overrides::OverrideSet;
 use super::usage_history::{Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,8 +42,8 @@ pub struct Changes {
     pub held: Amounts,
     /// Usage by minute, caller and model, with the model's name.
     pub usage: Vec<(UsageRow, Arc<str>)>,
-    /// All overridden limits, if one of them changed.
-    pub overrides: Option<Vec<Quota>>,
+    /// All overrides, if one of them changed.
+    pub overrides: Option<OverrideSet>,
 }
 
 /// The state of an account that the store had when the process started.
@@ -54,8 +55,8 @@ pub struct RestoredState {
     pub totals: Totals,
     /// Amounts that were held when the last process died. They are charged in full.
     pub held: Amounts,
-    /// Quotas with limits set by an administrator.
-    pub overrides: Vec<Quota>,
+    /// What an administrator has set.
+    pub overrides: OverrideSet,
     /// What requests of the process that hands the counters over hold. `None`: no process serves them any more.
     pub left: Option<LeftAccount>,
 }

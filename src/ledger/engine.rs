@@ -6,11 +6,11 @@
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::handover::Residence;
 use super::local::Local;
-use super::overrides::QuotaKey;
+use super::overrides::{EnforceOverride, LimitChange, OverrideSet, QuotaKey};
 use super::sync::{RedisStatus, RedisSync};
 use super::usage_history::Totals;
 use crate::clock::{self, Timestamp};
-use crate::quota::{Amounts, Quota, QuotaLevel, Subject};
+use crate::quota::{Amounts, QuotaLevel, Subject};
 use std::sync::{Mutex, PoisonError};
 
 /// The counters of one environment.
@@ -35,8 +35,8 @@ pub struct Snapshot {
     pub levels: Vec<QuotaLevel>,
     /// Sums since the store was created.
     pub totals: Totals,
-    /// Quotas whose limit is overridden.
-    pub overrides: Vec<Quota>,
+    /// What an administrator has set.
+    pub overrides: OverrideSet,
 }
 
 impl Engine {
@@ -107,26 +107,39 @@ impl Engine {
     pub(super) async fn set_limit(
         &self,
         key: QuotaKey<'_>,
-        limit: Option<(u64, u64)>,
+        change: Option<&LimitChange>,
     ) -> Result<bool, NoRoom> {
         if let Self::Shared(sync) = self
-            && !sync.set_limit(key, limit).await?
+            && !sync.set_limit(key, change).await?
         {
             return Ok(false);
         }
-        Ok(self.with_local(|local, now| local.set_limit(now, key, limit)))
+        Ok(self.with_local(|local, now| local.set_limit(now, key, change)))
     }
 
-    /// Resets every quota to full. Held amounts stay held.
+    /// Sets whether quotas are enforced. `None`: by the config.
     ///
     /// # Errors
     /// The counters are in Redis, and Redis is unavailable.
-    pub(super) async fn reset(&self) -> Result<(), NoRoom> {
+    pub(super) async fn set_enforce(&self, change: Option<EnforceOverride>) -> Result<(), NoRoom> {
         if let Self::Shared(sync) = self {
-            sync.reset().await?;
+            sync.set_enforce(change.as_ref()).await?;
         }
-        self.with_local(Local::reset);
+        self.with_local(|local, _| local.set_enforce(change));
         Ok(())
+    }
+
+    /// Resets a quota to full, or all of them. Held amounts stay held. Returns whether the quota exists.
+    ///
+    /// # Errors
+    /// The counters are in Redis, and Redis is unavailable.
+    pub(super) async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, NoRoom> {
+        if let Self::Shared(sync) = self
+            && !sync.reset(key).await?
+        {
+            return Ok(false);
+        }
+        Ok(self.with_local(|local, now| local.reset(now, key)))
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
@@ -142,7 +155,7 @@ impl Engine {
             redis,
             levels: local.levels(now),
             totals: local.totals,
-            overrides: local.overrides.overridden().to_vec(),
+            overrides: local.overrides.set().clone(),
         })
     }
 
@@ -160,7 +173,9 @@ impl Engine {
             Self::Local(local) => {
                 // A panic elsewhere cannot leave the counters half changed: amounts are checked before anything changes.
                 let mut local = local.lock().unwrap_or_else(PoisonError::into_inner);
-                access(&mut local, clock::now())
+                let now = clock::now();
+                local.end_overrides(now);
+                access(&mut local, now)
             }
             Self::Shared(sync) => sync.with_replica(|replica| {
                 let now = replica.redis_time(clock::now());

@@ -5,7 +5,7 @@ use super::allowance::LearnedLengths;
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::durability::RestoredState;
 use super::handover::{Elsewhere, LeftAccount, Residence};
-use super::overrides::{Overrides, QuotaKey};
+use super::overrides::{EnforceOverride, LimitChange, Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
 use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
@@ -56,6 +56,8 @@ impl Rules {
 pub struct Local {
     pub(super) quotas: Quotas,
     pub(super) rules: Rules,
+    /// `enforce` of the config. That of `rules` is in force.
+    enforce_of_config: bool,
     quantile_ppm: u32,
     lengths: LearnedLengths,
     pub(super) in_flight: u64,
@@ -78,6 +80,7 @@ impl Local {
         Self {
             quotas: Quotas::new(quotas, now),
             quantile_ppm: rules.quantile_ppm(),
+            enforce_of_config: rules.enforce,
             rules,
             lengths: LearnedLengths::default(),
             in_flight: 0,
@@ -106,18 +109,51 @@ impl Local {
 
     /// Overrides a limit of the config. `None`: restores the limit of the config. Earlier usage still counts. Returns
     /// whether the quota exists.
-    pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
-        let exists = self.overrides.set(key, limit);
+    pub fn set_limit(&mut self, now: Timestamp, key: QuotaKey<'_>, change: Option<&LimitChange>) -> bool {
+        let exists = self.overrides.set_limit(key, change);
         if exists {
             self.quotas.set_limits(&self.overrides.in_force(), now);
         }
         exists
     }
 
+    /// Sets whether quotas are enforced. `None`: by the config.
+    pub(super) fn set_enforce(&mut self, change: Option<EnforceOverride>) {
+        self.overrides.set_enforce(change);
+        self.apply_enforce();
+    }
+
+    /// The level that a quota would have with the limit of `quota`.
+    pub(super) fn preview(&self, now: Timestamp, quota: &Quota) -> Option<QuotaLevel> {
+        let mut quotas = self.quotas.clone();
+        let mut in_force = self.overrides.in_force();
+        for other in in_force.iter_mut().filter(|other| other.is_same_as(quota)) {
+            *other = other.with_limit(quota.limit, quota.capacity());
+        }
+        quotas.set_limits(&in_force, now);
+        quotas.levels(now).into_iter().find(|level| level.quota.is_same_as(quota))
+    }
+
+    /// Puts the override of `enforce` in force, or else the value of the config.
+    pub(super) fn apply_enforce(&mut self) {
+        let other = self.overrides.set().enforce.as_ref();
+        self.rules.enforce = other.map_or(self.enforce_of_config, |other| other.enforce);
+    }
+
+    /// Puts the config in force again where an override has ended.
+    pub(super) fn end_overrides(&mut self, now: Timestamp) {
+        if self.overrides.end_due(now) {
+            self.quotas.set_limits(&self.overrides.in_force(), now);
+            self.apply_enforce();
+        }
+    }
+
     /// Adopts the rules of another config.
     pub(super) fn set_rules(&mut self, rules: Rules) {
         self.quantile_ppm = rules.quantile_ppm();
+        self.enforce_of_config = rules.enforce;
         self.rules = rules;
+        self.apply_enforce();
     }
 
     /// Adopts the quotas of another config. Used amounts carry over. `restored`: the state in the store, for quotas that
@@ -129,27 +165,49 @@ impl Local {
         takeover: Takeover,
         restored: &RestoredState,
     ) -> Vec<CarriedAmount> {
-        let carried = self.quotas.reconfigure(quotas, now, takeover, |quota| restored.counter(quota));
-        let cells = self.quotas.cells().map(|(quota, is_active)| (quota.clone(), is_active)).collect();
-        self.overrides.reconfigure(cells, &restored.overrides);
-        self.quotas.set_limits(&self.overrides.in_force(), now);
+        let in_force = self.overrides.apply_to(quotas);
+        let carried = self.quotas.reconfigure(&in_force, now, takeover, |quota| restored.counter(quota));
+        let cells = self.cells_of_config(&self.quotas, quotas);
+        self.overrides.reconfigure(cells);
         carried
     }
 
-    /// Resets every quota to full. Held amounts stay held.
-    pub fn reset(&mut self, now: Timestamp) {
-        self.quotas.reset(now);
+    /// The quota of each cell with the limit of the config, and whether the config has it. `configured`: the quotas of
+    /// the config.
+    pub(super) fn cells_of_config(&self, cells: &Quotas, configured: &[Quota]) -> Vec<(Quota, bool)> {
+        let known = self.overrides.configured();
+        let of_config = |(at, (quota, is_active)): (usize, (&Quota, bool))| {
+            let listed = || configured.iter().find(|other| other.is_same_as(quota));
+            let found = if is_active { listed() } else { known.get(at) };
+            (found.unwrap_or(quota).clone(), is_active)
+        };
+        cells.cells().enumerate().map(of_config).collect()
+    }
+
+    /// Resets the quotas that match the key to full, or all of them. Held amounts stay held. Returns whether a quota
+    /// matches.
+    pub fn reset(&mut self, now: Timestamp, key: Option<QuotaKey<'_>>) -> bool {
+        let Some(key) = key else {
+            self.quotas.reset(now);
+            return true;
+        };
+        let cells: Vec<usize> = self.overrides.matching(key).map(|(cell, _)| cell).collect();
+        for &cell in &cells {
+            self.quotas.reset_one(cell, now);
+        }
+        !cells.is_empty()
     }
 
     /// Continues from the restored state, and collects usage for the store from now on.
     pub(super) fn restore(&mut self, now: Timestamp, restored: &RestoredState) {
-        self.overrides.restore(&restored.overrides);
+        self.overrides.restore(now, &restored.overrides);
+        self.apply_enforce();
         self.quotas.set_limits(&self.overrides.in_force(), now);
-        self.replaced = self.quotas.restore(
-            now,
-            &restored.quotas,
-            restored.left.as_ref().is_some_and(LeftAccount::has_left),
-        );
+        let has_left = restored.left.as_ref().is_some_and(LeftAccount::has_left);
+        self.replaced = self.quotas.restore(now, &restored.quotas, has_left);
+        if restored.left.is_none() {
+            self.quotas.count_interrupted(now, &restored.quotas, restored.held);
+        }
         self.totals = restored.totals;
         self.history.is_enabled = true;
         if let Some(left) = &restored.left {

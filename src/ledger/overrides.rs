@@ -1,5 +1,6 @@
-//! Limits set by an administrator, which override those of the config.
+//! What an administrator has set instead of the config: limits, and whether quotas are enforced.
 
+use crate::clock::Timestamp;
 use crate::quota::{Kind, Quota};
 
 /// Identifies a quota of an environment, as the admin API does.
@@ -16,47 +17,140 @@ pub struct QuotaKey<'a> {
 }
 
 impl QuotaKey<'_> {
-    /// Whether this is the quota's key.
+    /// Whether this is the key of a quota.
     pub fn matches(&self, quota: &Quota) -> bool {
         (self.scope, self.name, self.kind, self.per)
             == (quota.scope.as_str(), quota.scope.name(), quota.kind, quota.per.text.as_str())
     }
 }
 
-/// The quotas of the config, and the overridden limits.
-#[derive(Debug, Default)]
+/// Who set an override, when, until when, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OverrideOrigin {
+    /// Who set it; empty if that is not known.
+    pub by: String,
+    /// When it was set.
+    pub since: Timestamp,
+    /// When it ends. `None`: when it is deleted.
+    pub until: Option<Timestamp>,
+    /// Why it was set.
+    pub reason: Option<String>,
+}
+
+impl OverrideOrigin {
+    fn has_ended(&self, now: Timestamp) -> bool {
+        self.until.is_some_and(|until| until <= now)
+    }
+}
+
+/// A limit to set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitChange {
+    /// The limit, or [`UNLIMITED`](crate::quota::UNLIMITED).
+    pub limit: u64,
+    /// The capacity of a rolling quota.
+    pub burst: u64,
+    /// Who sets it, until when, and why.
+    pub origin: OverrideOrigin,
+}
+
+/// A limit that is in force instead of the config's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LimitOverride {
+    /// The quota with the limit that is in force.
+    pub quota: Quota,
+    /// Who set it, until when, and why.
+    pub origin: OverrideOrigin,
+}
+
+/// Whether quotas are enforced, instead of the config's `enforce`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnforceOverride {
+    /// `false`: shadow mode.
+    pub enforce: bool,
+    /// Who set it, until when, and why.
+    pub origin: OverrideOrigin,
+}
+
+/// All overrides of an environment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OverrideSet {
+    /// The limits, also those of quotas that the config does not have now.
+    pub limits: Vec<LimitOverride>,
+    /// Whether quotas are enforced. `None`: by the config.
+    pub enforce: Option<EnforceOverride>,
+}
+
+impl OverrideSet {
+    /// The override of a quota.
+    pub fn of(&self, quota: &Quota) -> Option<&LimitOverride> {
+        self.limits.iter().find(|other| other.quota.is_same_as(quota))
+    }
+
+    /// A quota of the config with the limit that is in force.
+    pub fn apply_to(&self, quota: &Quota) -> Quota {
+        let other = self.of(quota).map(|other| (other.quota.limit, other.quota.capacity()));
+        other.map_or_else(|| quota.clone(), |(limit, burst)| quota.with_limit(limit, burst))
+    }
+
+    /// When the first override ends.
+    fn next_end(&self) -> Timestamp {
+        let of_limits = self.limits.iter().filter_map(|other| other.origin.until);
+        let of_enforce = self.enforce.iter().filter_map(|other| other.origin.until);
+        of_limits.chain(of_enforce).min().unwrap_or(Timestamp(i64::MAX))
+    }
+}
+
+/// The quotas of the config, and the overrides.
+#[derive(Debug)]
 pub(super) struct Overrides {
     /// The quota of each cell with the limit of the config, and whether the config has it.
     configured: Vec<Quota>,
     is_active: Vec<bool>,
-    overridden: Vec<Quota>,
+    set: OverrideSet,
+    next_end: Timestamp,
     /// The overrides have changed since the store last took them.
     has_changed: bool,
 }
 
 impl Overrides {
     pub(super) fn new(configured: &[Quota]) -> Self {
-        let is_active = vec![true; configured.len()];
-        Self { configured: configured.to_vec(), is_active, ..Self::default() }
+        Self {
+            configured: configured.to_vec(),
+            is_active: vec![true; configured.len()],
+            set: OverrideSet::default(),
+            next_end: Timestamp(i64::MAX),
+            has_changed: false,
+        }
     }
 
-    /// Adopts the quotas of another config. `cells`: the quota of each cell, and whether the config has it. `restored`:
-    /// the overrides in the store, for quotas that were unknown so far.
-    pub(super) fn reconfigure(&mut self, cells: Vec<(Quota, bool)>, restored: &[Quota]) {
-        for stored in restored {
-            let was_known = self.configured.iter().any(|known| known.is_same_as(stored));
-            let is_listed = cells.iter().any(|(quota, is_active)| *is_active && quota.is_same_as(stored));
-            if is_listed && !was_known && !self.is_overridden(stored) {
-                self.overridden.push(stored.clone());
-            }
-        }
+    /// Adopts the quotas of another config. `cells`: the quota of each cell with the limit of the config, and whether
+    /// the config has it.
+    pub(super) fn reconfigure(&mut self, cells: Vec<(Quota, bool)>) {
         (self.configured, self.is_active) = cells.into_iter().unzip();
     }
 
-    /// Adopts the overrides of the restored state, except those of quotas that no longer exist.
-    pub(super) fn restore(&mut self, overridden: &[Quota]) {
-        let exists = |quota: &&Quota| self.configured.iter().any(|known| known.is_same_as(quota));
-        self.overridden = overridden.iter().filter(exists).cloned().collect();
+    /// Adopts the overrides of the restored state that have not ended.
+    pub(super) fn restore(&mut self, now: Timestamp, set: &OverrideSet) {
+        self.set = set.clone();
+        self.next_end = self.set.next_end();
+        self.end_due(now);
+    }
+
+    /// Removes the overrides that have ended. Returns whether there were any.
+    pub(super) fn end_due(&mut self, now: Timestamp) -> bool {
+        if now < self.next_end {
+            return false;
+        }
+        self.set.limits.retain(|other| !other.origin.has_ended(now));
+        self.set.enforce.take_if(|other| other.origin.has_ended(now));
+        self.mark_changed();
+        true
+    }
+
+    fn mark_changed(&mut self) {
+        self.has_changed = true;
+        self.next_end = self.set.next_end();
     }
 
     pub(super) fn configured(&self) -> &[Quota] {
@@ -73,57 +167,88 @@ impl Overrides {
         self.active().filter(move |(_, quota)| key.matches(quota))
     }
 
-    pub(super) fn is_overridden(&self, quota: &Quota) -> bool {
-        self.overridden.iter().any(|other| other.is_same_as(quota))
-    }
-
-    /// Adopts the limit and burst that Redis has for the quota at this index of the config. `None`: it has no override.
-    pub(super) fn follow(&mut self, index: usize, limit: Option<(u64, u64)>) {
-        let Some(quota) = self.configured.get(index) else { return };
-        let known = self.overridden.iter().position(|other| other.is_same_as(quota));
-        let in_redis = limit.map(|(limit, burst)| quota.with_limit(limit, burst));
-        match (known, in_redis) {
-            (Some(at), Some(in_redis)) if self.overridden[at] != in_redis => self.overridden[at] = in_redis,
-            (Some(at), None) => drop(self.overridden.swap_remove(at)),
-            (None, Some(in_redis)) => self.overridden.push(in_redis),
-            (Some(_), Some(_)) | (None, None) => return,
-        }
-        self.has_changed = true;
-    }
-
-    /// The quotas whose limit is overridden, with that limit.
-    pub(super) fn overridden(&self) -> &[Quota] {
-        &self.overridden
+    /// The overrides.
+    pub(super) fn set(&self) -> &OverrideSet {
+        &self.set
     }
 
     /// Every quota with the limit that is in force.
     pub(super) fn in_force(&self) -> Vec<Quota> {
-        let in_force = |quota: &Quota| {
-            let other = self.overridden.iter().find(|other| other.is_same_as(quota));
-            other.unwrap_or(quota).clone()
+        self.apply_to(&self.configured)
+    }
+
+    /// Quotas of a config with the limits that are in force.
+    pub(super) fn apply_to(&self, configured: &[Quota]) -> Vec<Quota> {
+        configured.iter().map(|quota| self.set.apply_to(quota)).collect()
+    }
+
+    /// Adopts the limit, the burst and the end that Redis has for the quota of this cell. `None`: it has no override.
+    pub(super) fn follow(&mut self, cell: usize, in_redis: Option<(u64, u64, Option<Timestamp>)>) {
+        let Some(quota) = self.configured.get(cell) else { return };
+        let known = self.set.limits.iter().position(|other| other.quota.is_same_as(quota));
+        let is_known = |other: &LimitOverride| {
+            Some((other.quota.limit, other.quota.capacity(), other.origin.until)) == in_redis
         };
-        self.configured.iter().map(in_force).collect()
+        if known.map_or(in_redis.is_none(), |at| is_known(&self.set.limits[at])) {
+            return;
+        }
+        let quota = quota.clone();
+        if let Some(at) = known {
+            self.set.limits.swap_remove(at);
+        }
+        if let Some((limit, burst, until)) = in_redis {
+            let origin = OverrideOrigin { until, ..OverrideOrigin::default() };
+            self.set.limits.push(LimitOverride { quota: quota.with_limit(limit, burst), origin });
+        }
+        self.mark_changed();
+    }
+
+    /// Adopts who set an override and why, as Redis has it.
+    pub(super) fn follow_origin(&mut self, cell: usize, origin: OverrideOrigin) {
+        let Some(quota) = self.configured.get(cell) else { return };
+        let known = self.set.limits.iter_mut().find(|other| other.quota.is_same_as(quota));
+        if let Some(known) = known.filter(|known| known.origin != origin) {
+            known.origin = origin;
+            self.mark_changed();
+        }
+    }
+
+    /// Adopts the override of `enforce` that Redis has. Returns whether it differs from the known one.
+    pub(super) fn follow_enforce(&mut self, in_redis: Option<EnforceOverride>) -> bool {
+        let differs = self.set.enforce != in_redis;
+        if differs {
+            self.set.enforce = in_redis;
+            self.mark_changed();
+        }
+        differs
     }
 
     /// Sets limit and burst of the quotas that match the key. `None`: restores the limits of the config. Returns
     /// whether a quota matches.
-    pub(super) fn set(&mut self, key: QuotaKey<'_>, limit: Option<(u64, u64)>) -> bool {
+    pub(super) fn set_limit(&mut self, key: QuotaKey<'_>, change: Option<&LimitChange>) -> bool {
         let named: Vec<Quota> = self.matching(key).map(|(_, quota)| quota.clone()).collect();
         for quota in &named {
-            self.overridden.retain(|other| !other.is_same_as(quota));
-            if let Some((limit, burst)) = limit {
-                self.overridden.push(quota.with_limit(limit, burst));
+            self.set.limits.retain(|other| !other.quota.is_same_as(quota));
+            if let Some(LimitChange { limit, burst, origin }) = change {
+                let quota = quota.with_limit(*limit, *burst);
+                self.set.limits.push(LimitOverride { quota, origin: origin.clone() });
             }
         }
         if named.is_empty() {
             return false;
         }
-        self.has_changed = true;
+        self.mark_changed();
         true
     }
 
+    /// Sets whether quotas are enforced. `None`: by the config.
+    pub(super) fn set_enforce(&mut self, change: Option<EnforceOverride>) {
+        self.set.enforce = change;
+        self.mark_changed();
+    }
+
     /// Takes the overrides for the store, if one has changed.
-    pub(super) fn take_changes(&mut self) -> Option<Vec<Quota>> {
-        std::mem::take(&mut self.has_changed).then(|| self.overridden.clone())
+    pub(super) fn take_changes(&mut self) -> Option<OverrideSet> {
+        std::mem::take(&mut self.has_changed).then(|| self.set.clone())
     }
 }

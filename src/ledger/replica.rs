@@ -10,6 +10,7 @@ pub(super) mod admission;
 pub(super) mod journal;
 mod lease;
 mod offline;
+mod overrides;
 mod reconfigure;
 pub(super) mod session;
 
@@ -65,6 +66,12 @@ pub(super) struct Replica {
     /// Nodes alive, and requests in flight on all nodes, according to the last reply.
     nodes: u64,
     in_flight: u64,
+    /// The version of the overrides in Redis, and the one whose origins this node has read.
+    overrides_in_redis: u64,
+    overrides_known: u64,
+    /// Amounts that unlimited quotas have counted and that the journal does not contain yet: by cell, the period and the
+    /// amount.
+    counted: HashMap<u32, (u64, u64)>,
     /// Quotas in Redis have other limits than in this node's config.
     limits_differ: bool,
     /// Redis's clock minus this node's clock (ms).
@@ -111,6 +118,9 @@ impl Replica {
             redis_had_session: false,
             nodes: 1,
             in_flight: 0,
+            overrides_in_redis: 0,
+            overrides_known: 0,
+            counted: HashMap::new(),
             limits_differ: false,
             clock_offset_ms: 0,
             next_id: 1,
@@ -250,6 +260,12 @@ impl Replica {
         let id = grant.id;
         let may_be_in_redis = id.and_then(|id| self.tracked.get(&id)).is_some_and(|t| t.may_be_in_redis);
         grant.settle_receipts(settlement.spent, |receipt, part| {
+            for (cell, period, amount) in self.local.quotas.counted(now, &receipt, part) {
+                // What was counted in an ended period is no longer needed.
+                let sum = self.counted.entry(cell).or_insert((period, 0));
+                let before = if sum.0 == period { sum.1 } else { 0 };
+                *sum = (period, before.saturating_add(amount));
+            }
             // While online, the mirrored quotas change with the reply of Redis. Until then, only the journal contains
             // the settlement.
             let Some(offline) = &mut self.offline else { return };
@@ -302,6 +318,14 @@ impl Replica {
     pub(super) fn return_lease(&mut self) {
         if self.lease.as_mut().is_some_and(Lease::clear) {
             self.journal.push(Step::new(StepKind::Settle, LEASE_ID.to_owned(), Amounts::default()));
+        }
+    }
+
+    /// Adds the amounts that unlimited quotas have counted to the journal. A step for each quota now and then costs less
+    /// than one for each request.
+    pub(in crate::ledger) fn report_counted(&mut self) {
+        for (cell, (period, amount)) in std::mem::take(&mut self.counted) {
+            self.journal.push(self.commands.offline_usage_step(cell, amount, period));
         }
     }
 

@@ -7,7 +7,7 @@
 mod task;
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
-use super::overrides::QuotaKey;
+use super::overrides::{EnforceOverride, LimitChange, QuotaKey};
 use super::replica::admission::ReserveOutcome;
 use super::replica::{Replica, ReplicaSettings};
 use super::wait_queue::WaitQueue;
@@ -236,9 +236,9 @@ impl RedisSync {
     pub(super) async fn set_limit(
         &self,
         key: QuotaKey<'_>,
-        limit: Option<(u64, u64)>,
+        change: Option<&LimitChange>,
     ) -> Result<bool, NoRoom> {
-        let exists = self.run(|replica| replica.limit_command(clock::now(), key, limit)).await?;
+        let exists = self.run(|replica| replica.limit_command(clock::now(), key, change)).await?;
         self.refresh().await;
         Ok(exists)
     }
@@ -262,14 +262,24 @@ impl RedisSync {
         }
     }
 
-    /// Resets the quotas of all nodes to full.
+    /// Sets whether quotas are enforced on all nodes.
     ///
     /// # Errors
     /// Redis is unavailable.
-    pub(super) async fn reset(&self) -> Result<(), NoRoom> {
-        self.run(|replica| Some(replica.reset_command(clock::now()))).await?;
+    pub(super) async fn set_enforce(&self, change: Option<&EnforceOverride>) -> Result<(), NoRoom> {
+        self.run(|replica| Some(replica.enforce_command(clock::now(), change))).await?;
         self.refresh().await;
         Ok(())
+    }
+
+    /// Resets quotas of all nodes to full. Returns whether a quota matches the key.
+    ///
+    /// # Errors
+    /// Redis is unavailable.
+    pub(super) async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, NoRoom> {
+        let exists = self.run(|replica| replica.reset_command(clock::now(), key)).await?;
+        self.refresh().await;
+        Ok(exists)
     }
 
     /// Runs a command of an administrator. `false`: there is no command to run. If a calendar period ends before

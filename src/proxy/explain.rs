@@ -67,7 +67,7 @@ pub(crate) async fn explain(
         source: corrected.source,
         encoding: call.tokenizer.map_or("", |tokenizer| tokenizer.encoding.as_str()),
         forecast,
-        is_enforced: settings.enforce,
+        is_enforced: account.is_enforcing(),
         error,
     })
 }

@@ -97,6 +97,7 @@ impl State {
         let accounts = Accounts::default();
         for (environment, account) in config.environments.iter().zip(&opened) {
             accounts.add(&environment.name, account.clone());
+            account.log_overrides(environment);
         }
         let current = Snapshot::new(config, opened, models, (&metrics, &calibrations), None)?;
         Ok(Self {
@@ -170,6 +171,9 @@ impl State {
         let all =
             known.map(|(environment, account, restored)| account.reconfigure(environment, restored, redis));
         join_all(all).await;
+        for (environment, account, _) in &prepared.known {
+            account.log_overrides(environment);
+        }
     }
 
     /// Puts a config in force for everything except the workers.

@@ -122,6 +122,11 @@ impl TokenBucket {
         self.level = self.units(self.burst) - self.units(used) - self.units(held);
     }
 
+    /// Sets the held amount of a bucket that decides nothing, because its quota is unlimited.
+    pub(super) fn set_held(&mut self, held: u64) {
+        self.held = held;
+    }
+
     /// Fills the bucket, except for the held tokens.
     pub(super) fn reset(&mut self) {
         self.level = self.top();
@@ -135,7 +140,7 @@ impl TokenBucket {
             used: i64::try_from(i128::from(self.burst) - whole - i128::from(self.held)).unwrap_or(i64::MAX),
             held: self.held,
             at: self.refilled_at,
-            until: Timestamp::default(),
+            ..PersistedCounter::default()
         }
     }
 

@@ -71,19 +71,27 @@ impl Quotas {
             let (scope, name, kind) = subject(&cell.quota);
             let (amount, is_active) = (cell.carried(now), cell.is_active);
             let entry = replaced.entry((scope, name.to_owned(), kind)).or_default();
+            // An unlimited quota holds nothing that another one could take over.
+            if cell.quota.is_unlimited() {
+                entry.amount = entry.amount.max(amount);
+                continue;
+            }
             if entry.at.is_none() || (is_active, amount) > (entry.is_active, entry.amount_at) {
                 (entry.at, entry.is_active, entry.amount_at) = (Some(at), is_active, amount);
             }
             entry.amount = entry.amount.max(amount);
         }
         let was_active: Vec<bool> = self.cells.iter().map(|cell| cell.is_active).collect();
+        let was_unlimited: Vec<bool> = self.cells.iter().map(|cell| cell.quota.is_unlimited()).collect();
         self.cells.iter_mut().for_each(|cell| cell.is_active = false);
         self.order.clear();
         let mut carried = Vec::new();
         for (quota, known) in quotas.iter().zip(known) {
             let (scope, name, kind) = subject(quota);
             let key = (scope, name.to_owned(), kind);
-            let replaced = if known.is_some_and(|at| was_active[at]) { None } else { replaced.get_mut(&key) };
+            let continues_itself =
+                quota.is_unlimited() || known.is_some_and(|at| was_active[at] && !was_unlimited[at]);
+            let replaced = if continues_itself { None } else { replaced.get_mut(&key) };
             let amount =
                 replaced.as_ref().map(|replaced| replaced.amount.min(quota.limit)).filter(|n| *n > 0);
             let at = self.place(quota, known, replaced, now, takeover, &persisted);
@@ -107,7 +115,10 @@ impl Quotas {
     ) -> usize {
         if let Some(replaced) = replaced.filter(|replaced| replaced.amount > 0) {
             let amount = replaced.amount;
-            let free = if takeover == Takeover::InPlace { replaced.at.take() } else { None };
+            // Requests in flight count in a quota that was unlimited.
+            let is_counting = known.is_some_and(|at| self.cells[at].quota.is_unlimited());
+            let is_free = takeover == Takeover::InPlace && !is_counting;
+            let free = if is_free { replaced.at.take() } else { None };
             let at = match free {
                 Some(from) => self.take_over(from, quota, known, now),
                 None => known.unwrap_or_else(|| self.push(quota.clone(), now)),

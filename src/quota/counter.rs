@@ -1,10 +1,11 @@
 //! One quota together with its counter, for both kinds of window.
 
+use super::clock_count::ClockCount;
 use super::receipt::Hold;
 use super::spending::Spending;
 use super::{
     Amounts, CalendarPeriod, CounterState, Kind, PersistedCounter, Quota, QuotaLevel, QuotaStatus, Required,
-    Shortfall, TokenBucket, Wait, Window,
+    Shortfall, TokenBucket, UNLIMITED, Wait, Window,
 };
 use crate::clock::Timestamp;
 
@@ -20,8 +21,8 @@ pub(super) struct Cell {
     /// Identifiers of earlier periods whose reservations the counter took over when its window changed. They count as
     /// admitted in the current period.
     taken_over: Vec<u64>,
-    /// The used amount above the limit that a change of the window has cut off, and until when it counts: once the limit
-    /// is raised again.
+    /// The used amount above the limit that a change has cut off, and until when it counts: once the limit is raised
+    /// again.
     excess: Option<(u64, Timestamp)>,
     /// What was spent in the last minutes.
     spending: Spending,
@@ -31,7 +32,8 @@ pub(super) struct Cell {
 
 #[derive(Clone, Debug)]
 enum Counter {
-    Rolling(TokenBucket),
+    /// The bucket decides while the quota has a limit. Otherwise it refills by the last limit, and the count is shown.
+    Rolling(TokenBucket, ClockCount),
     Calendar(CalendarPeriod),
 }
 
@@ -39,7 +41,9 @@ impl Cell {
     pub(super) fn full(id: u32, quota: Quota, now: Timestamp) -> Self {
         let counter = match &quota.window {
             Window::Rolling { burst } => {
-                Counter::Rolling(TokenBucket::full(quota.limit, *burst, quota.per.ms, now))
+                let (limit, burst) = if quota.is_unlimited() { (1, 0) } else { (quota.limit, *burst) };
+                let bucket = TokenBucket::full(limit, burst, quota.per.ms, now);
+                Counter::Rolling(bucket, ClockCount::new(quota.per.ms, now))
             }
             Window::Calendar { unit, zone } => {
                 Counter::Calendar(CalendarPeriod::new(quota.limit, *unit, zone.clone(), now))
@@ -57,13 +61,15 @@ impl Cell {
         }
     }
 
-    /// Replaces the quota by one that differs in limit, burst and time zone only. The counter stays.
+    /// Replaces the quota by one that differs in limit, burst and time zone only. The used amount stays, at most the new
+    /// capacity.
     pub(super) fn set_quota(&mut self, quota: Quota, now: Timestamp) {
         self.advance(now);
-        let before = self.quota.limit;
-        let excess = self.excess_at(now);
+        let was_unlimited = self.quota.is_unlimited();
+        let has_changed = (self.quota.limit, self.quota.capacity()) != (quota.limit, quota.capacity());
         match (&mut self.counter, &quota.window) {
-            (Counter::Rolling(bucket), _) => bucket.set_limit(quota.limit, quota.capacity(), now),
+            (Counter::Rolling(..), _) if quota.is_unlimited() => {}
+            (Counter::Rolling(bucket, _), _) => bucket.set_limit(quota.limit, quota.capacity(), now),
             (Counter::Calendar(calendar), window) => {
                 calendar.set_limit(quota.limit);
                 if let Window::Calendar { zone, .. } = window {
@@ -73,9 +79,34 @@ impl Cell {
         }
         self.quota = quota;
         self.is_dirty = true;
-        if excess > 0 && self.quota.limit > before {
-            let committed = self.committed();
-            self.raise_used(committed.saturating_add(excess), now);
+        if was_unlimited {
+            self.charge_clock_count();
+        }
+        if has_changed && !self.quota.is_unlimited() {
+            self.fit_used(now);
+        }
+    }
+
+    /// The used amount of a bucket is at least what was settled in the clock's period.
+    fn charge_clock_count(&mut self) {
+        if let Counter::Rolling(bucket, clock) = &mut self.counter
+            && !self.quota.is_unlimited()
+        {
+            bucket.carry_over(clock.used().saturating_sub(bucket.used()));
+        }
+    }
+
+    /// Limits the used amount to the capacity. The rest counts once the limit is raised within a period.
+    fn fit_used(&mut self, now: Timestamp) {
+        let excess = self.excess_at(now);
+        let (_, used) = self.held_and_used();
+        let max = self.quota.max_carried();
+        let left = used.saturating_add(excess).saturating_sub(max);
+        self.excess = (left > 0).then(|| (left, now.plus_ms(self.quota.per.ms)));
+        if used > max {
+            self.limit_used(max);
+        } else if excess > 0 {
+            self.carry_over(excess.min(max - used));
         }
     }
 
@@ -96,8 +127,11 @@ impl Cell {
         let max = self.quota.max_carried();
         if earlier.is_same_as(&self.quota) {
             self.restore(persisted, keeps_held, now);
-            if earlier.limit != self.quota.limit {
-                self.limit_used(max);
+            if earlier.is_unlimited() {
+                self.charge_clock_count();
+            }
+            if earlier.limit != self.quota.limit && !self.quota.is_unlimited() {
+                self.fit_used(now);
             }
             return;
         }
@@ -112,7 +146,7 @@ impl Cell {
 
     fn carry_over(&mut self, used: u64) {
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.carry_over(used),
+            Counter::Rolling(bucket, _) => bucket.carry_over(used),
             Counter::Calendar(calendar) => calendar.carry_over(used),
         }
         self.is_dirty = true;
@@ -120,7 +154,7 @@ impl Cell {
 
     fn limit_used(&mut self, max: u64) {
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.limit_used(max),
+            Counter::Rolling(bucket, _) => bucket.limit_used(max),
             Counter::Calendar(calendar) => calendar.limit_used(max),
         }
         self.is_dirty = true;
@@ -129,7 +163,10 @@ impl Cell {
     /// Refills the bucket, or begins the next calendar period if the current one has ended.
     pub(super) fn advance(&mut self, now: Timestamp) {
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.refill(now),
+            Counter::Rolling(bucket, clock) => {
+                bucket.refill(now);
+                clock.roll(now);
+            }
             Counter::Calendar(calendar) => {
                 if calendar.roll(now) {
                     self.taken_over.clear();
@@ -152,7 +189,7 @@ impl Cell {
         }
         self.counter = Self::full(self.id, quota.clone(), now).counter;
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.begin_with(used, held),
+            Counter::Rolling(bucket, _) => bucket.begin_with(used, held),
             Counter::Calendar(calendar) => calendar.begin_with(used, held),
         }
         self.quota = quota;
@@ -165,7 +202,7 @@ impl Cell {
         self.id = id;
         self.taken_over.clear();
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.begin_with(used.saturating_add(held), 0),
+            Counter::Rolling(bucket, _) => bucket.begin_with(used.saturating_add(held), 0),
             Counter::Calendar(calendar) => calendar.begin_with(used.saturating_add(held), 0),
         }
         self.is_dirty = true;
@@ -182,7 +219,7 @@ impl Cell {
         }
         let used = raised - held;
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.begin_with(used, held),
+            Counter::Rolling(bucket, _) => bucket.begin_with(used, held),
             Counter::Calendar(calendar) => calendar.begin_with(used, held),
         }
         self.is_dirty = true;
@@ -190,7 +227,12 @@ impl Cell {
 
     /// Used and held together, with the amount that a lower limit has cut off. Requires a preceding `advance`.
     pub(super) fn carried(&self, now: Timestamp) -> u64 {
-        self.committed().saturating_add(self.excess_at(now))
+        // Of an unlimited quota only what was used while it had a limit: its own count is of another period.
+        let used = match &self.counter {
+            Counter::Rolling(bucket, _) => bucket.used().saturating_add(bucket.held()),
+            Counter::Calendar(_) => self.committed(),
+        };
+        used.saturating_add(self.excess_at(now))
     }
 
     /// Used and held together. Requires a preceding `advance`.
@@ -202,7 +244,7 @@ impl Cell {
     /// The periods whose reservations count as admitted in the current one, the current one first. 0: no period.
     pub(super) fn periods(&self) -> Vec<u64> {
         let current = match &self.counter {
-            Counter::Rolling(_) => 0,
+            Counter::Rolling(..) => 0,
             Counter::Calendar(calendar) => calendar.period_id(),
         };
         std::iter::once(current).chain(self.taken_over.iter().copied()).collect()
@@ -217,7 +259,7 @@ impl Cell {
     fn period_of(&self, hold: &Hold) -> Option<u64> {
         let is_taken_over = || self.taken_over.contains(&hold.period_id);
         match &self.counter {
-            Counter::Rolling(_) => (hold.period_id == 0 || is_taken_over()).then_some(0),
+            Counter::Rolling(..) => (hold.period_id == 0 || is_taken_over()).then_some(0),
             Counter::Calendar(calendar) if is_taken_over() => Some(calendar.period_id()),
             Counter::Calendar(_) => Some(hold.period_id),
         }
@@ -233,7 +275,8 @@ impl Cell {
 
     pub(super) fn fits_amount(&self, now: Timestamp, amount: u64) -> Result<(), Wait> {
         match &self.counter {
-            Counter::Rolling(bucket) => bucket.fits(amount),
+            _ if self.quota.is_unlimited() => Ok(()),
+            Counter::Rolling(bucket, _) => bucket.fits(amount),
             Counter::Calendar(calendar) => calendar.fits(amount, now),
         }
     }
@@ -242,7 +285,7 @@ impl Cell {
     pub(super) fn reserve(&mut self, amount: u64) -> u64 {
         self.is_dirty = true;
         match &mut self.counter {
-            Counter::Rolling(bucket) => {
+            Counter::Rolling(bucket, _) => {
                 bucket.reserve(amount);
                 0
             }
@@ -256,7 +299,10 @@ impl Cell {
         self.is_dirty = true;
         self.spending.add(now, amount);
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.mark_spent(amount),
+            Counter::Rolling(bucket, clock) => {
+                bucket.mark_spent(amount);
+                clock.add(amount.cast_signed());
+            }
             Counter::Calendar(calendar) => calendar.mark_spent(period_id, amount),
         }
     }
@@ -278,12 +324,16 @@ impl Cell {
         let period_id = self.period_of(hold);
         match &mut self.counter {
             // Its calendar period ended before the window changed: only an overrun is charged.
-            Counter::Rolling(bucket) if period_id.is_none() => {
-                bucket.settle(0, spent.saturating_sub(reserved).cast_signed());
+            Counter::Rolling(bucket, clock) if period_id.is_none() => {
+                let owed = spent.saturating_sub(reserved).cast_signed();
+                bucket.settle(0, owed);
+                clock.add(owed);
             }
-            Counter::Rolling(bucket) => {
+            Counter::Rolling(bucket, clock) => {
                 let held = reserved.saturating_sub(marked_spent);
-                bucket.settle(held, spent.cast_signed() - marked_spent.cast_signed());
+                let owed = spent.cast_signed() - marked_spent.cast_signed();
+                bucket.settle(held, owed);
+                clock.add(owed);
             }
             Counter::Calendar(calendar) => {
                 calendar.settle(period_id.unwrap_or_default(), reserved, marked_spent, spent);
@@ -291,11 +341,41 @@ impl Cell {
         }
     }
 
+    /// Counts what a request has spent that holds nothing here: the quota was unlimited when it was admitted.
+    pub(super) fn count(&mut self, now: Timestamp, amount: u64) {
+        if amount == 0 {
+            return;
+        }
+        self.is_dirty = true;
+        self.spending.add(now, amount);
+        let is_unlimited = self.quota.is_unlimited();
+        match &mut self.counter {
+            Counter::Rolling(bucket, clock) => {
+                clock.add(amount.cast_signed());
+                if !is_unlimited {
+                    bucket.settle(0, amount.cast_signed());
+                }
+            }
+            Counter::Calendar(calendar) => calendar.carry_over(amount),
+        }
+    }
+
+    /// The period in which a settled amount counts now. Requires a preceding `advance`.
+    pub(super) fn count_period(&self) -> u64 {
+        match &self.counter {
+            Counter::Rolling(_, clock) => u64::try_from(clock.start().0).unwrap_or(0),
+            Counter::Calendar(calendar) => calendar.period_id(),
+        }
+    }
+
     /// Charges the amounts spent by a request. Another copy of the counter holds the reservation.
     pub(super) fn charge_without_hold(&mut self, hold: &Hold, reserved: Amounts, spent: Amounts) {
         let (reserved, spent) = (reserved.of(self.quota.kind), spent.of(self.quota.kind));
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.settle(0, spent.cast_signed()),
+            Counter::Rolling(bucket, clock) => {
+                bucket.settle(0, spent.cast_signed());
+                clock.add(spent.cast_signed());
+            }
             Counter::Calendar(calendar) => calendar.charge_without_hold(hold.period_id, reserved, spent),
         }
     }
@@ -304,24 +384,43 @@ impl Cell {
     pub(super) fn reset(&mut self, now: Timestamp) {
         self.advance(now);
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.reset(),
+            Counter::Rolling(bucket, clock) => {
+                bucket.reset();
+                clock.reset();
+            }
             Counter::Calendar(calendar) => calendar.reset(),
         }
+        self.excess = None;
         self.is_dirty = true;
     }
 
     /// The counter for the store, if it has changed since the last call.
     pub(super) fn take_change(&mut self) -> Option<PersistedCounter> {
         std::mem::take(&mut self.is_dirty).then(|| match &self.counter {
-            Counter::Rolling(bucket) => bucket.to_persisted(),
+            Counter::Rolling(bucket, clock) => {
+                let mut persisted = bucket.to_persisted();
+                clock.persist(&mut persisted);
+                persisted
+            }
             Counter::Calendar(calendar) => calendar.to_persisted(),
         })
     }
 
     /// Continues from the counter that another process has persisted.
     pub(super) fn restore(&mut self, persisted: &PersistedCounter, keeps_held: bool, now: Timestamp) {
+        let is_unlimited = self.quota.is_unlimited();
         match &mut self.counter {
-            Counter::Rolling(bucket) => bucket.restore(persisted, keeps_held, now),
+            Counter::Rolling(bucket, clock) => {
+                clock.restore(persisted, now);
+                if !keeps_held {
+                    clock.add(persisted.held.cast_signed());
+                }
+                if !is_unlimited {
+                    bucket.restore(persisted, keeps_held, now);
+                } else if keeps_held {
+                    bucket.set_held(persisted.held);
+                }
+            }
             Counter::Calendar(calendar) => calendar.restore(persisted, keeps_held, now),
         }
         self.is_dirty = true;
@@ -330,17 +429,32 @@ impl Cell {
     pub(super) fn state(&mut self, now: Timestamp) -> CounterState {
         self.advance(now);
         match &self.counter {
-            Counter::Rolling(bucket) => bucket.state(),
+            Counter::Rolling(bucket, clock) if self.quota.is_unlimited() => CounterState::Calendar {
+                limit: UNLIMITED,
+                used: clock.used(),
+                held: bucket.held(),
+                period: (clock.start(), clock.end()),
+                period_id: self.count_period(),
+            },
+            Counter::Rolling(bucket, _) => bucket.state(),
             Counter::Calendar(calendar) => calendar.state(),
         }
     }
 
-    /// Replaces the counter, and the limit and burst of the quota. A state of the other window is ignored:
-    /// it does not belong to this quota.
+    /// Replaces the counter, and the limit and burst of the quota. An unlimited rolling quota has the state of a calendar
+    /// period. Any other state of the other window is ignored: it does not belong to this quota.
     /// `is_repeated`: this state was loaded before.
     pub(super) fn load(&mut self, now: Timestamp, state: &CounterState, is_repeated: bool) {
         match (&mut self.counter, *state) {
-            (Counter::Rolling(bucket), CounterState::Rolling { limit, burst, level, held, at }) => {
+            (
+                Counter::Rolling(bucket, clock),
+                CounterState::Calendar { limit: UNLIMITED, used, held, period, .. },
+            ) => {
+                bucket.set_held(held);
+                clock.load(used, period.0);
+                self.quota.set_limit(UNLIMITED, UNLIMITED);
+            }
+            (Counter::Rolling(bucket, _), CounterState::Rolling { limit, burst, level, held, at }) => {
                 bucket.load(limit, burst, level, held, at);
                 self.quota.set_limit(limit, burst);
             }
@@ -351,7 +465,7 @@ impl Cell {
                 calendar.load(limit, used, held, period, period_id);
                 self.quota.set_limit(limit, limit);
             }
-            (Counter::Rolling(_), CounterState::Calendar { .. })
+            (Counter::Rolling(..), CounterState::Calendar { .. })
             | (Counter::Calendar(_), CounterState::Rolling { .. }) => return,
         }
         self.spending.load(now, state, self.quota.per.ms, is_repeated);
@@ -363,6 +477,9 @@ impl Cell {
     ///
     /// Divisions round down, so the shares of all nodes together never exceed the quota.
     pub(super) fn reduce_to_share(&mut self, now: Timestamp, nodes: u64, held: u64) {
+        if self.quota.is_unlimited() {
+            return;
+        }
         let share = match self.state(now) {
             CounterState::Rolling { limit, burst, level: (level, _), at, .. } => {
                 let (burst, level) = (burst / nodes, level.div_euclid(nodes.cast_signed()));
@@ -382,7 +499,8 @@ impl Cell {
 
     pub(super) fn level(&self) -> i64 {
         match &self.counter {
-            Counter::Rolling(bucket) => bucket.level(),
+            _ if self.quota.is_unlimited() => i64::MAX,
+            Counter::Rolling(bucket, _) => bucket.level(),
             Counter::Calendar(calendar) => calendar.level(),
         }
     }
@@ -409,14 +527,16 @@ impl Cell {
 
     fn held_and_used(&self) -> (u64, u64) {
         match &self.counter {
-            Counter::Rolling(bucket) => (bucket.held(), bucket.used()),
+            Counter::Rolling(bucket, clock) if self.quota.is_unlimited() => (bucket.held(), clock.used()),
+            Counter::Rolling(bucket, _) => (bucket.held(), bucket.used()),
             Counter::Calendar(calendar) => (calendar.held(), calendar.used()),
         }
     }
 
     fn reset_ms(&self, now: Timestamp, includes_held: bool) -> u64 {
         match &self.counter {
-            Counter::Rolling(bucket) => bucket.refill_ms(includes_held),
+            Counter::Rolling(_, clock) if self.quota.is_unlimited() => clock.end().ms_since(now),
+            Counter::Rolling(bucket, _) => bucket.refill_ms(includes_held),
             Counter::Calendar(calendar) => calendar.remaining_ms(now),
         }
     }

@@ -62,6 +62,9 @@ pub struct LeftCell {
 pub struct LeftReceipt {
     /// The cells of the old process, each with the period that admitted the request.
     holds: Vec<(u32, u64)>,
+    /// The cells of the old process that were unlimited when the request was admitted.
+    #[serde(default)]
+    counted: Vec<u32>,
     reserved: Amounts,
     marked_spent: Amounts,
 }
@@ -85,7 +88,13 @@ impl Receipt {
     /// The receipt, for the process that has taken the counters over.
     pub fn to_left(&self) -> LeftReceipt {
         LeftReceipt {
-            holds: self.holds.iter().map(|hold| (hold.id, hold.period_id)).collect(),
+            holds: self
+                .holds
+                .iter()
+                .filter(|hold| !hold.is_counted)
+                .map(|hold| (hold.id, hold.period_id))
+                .collect(),
+            counted: self.counted_holds().iter().map(|hold| hold.id).collect(),
             reserved: self.reserved,
             marked_spent: self.marked_spent,
         }
@@ -112,7 +121,7 @@ impl Quotas {
             let current = cell.periods().first().copied().unwrap_or(ENDED);
             let is_same_period = left.periods.first() == Some(&current) || cell.held() > 0;
             let period_id = if is_same_period { current } else { ENDED };
-            let hold = Hold { index, id: cell.id, period_id };
+            let hold = Hold { index, id: cell.id, period_id, is_counted: false };
             Some(CellElsewhere { left: left.clone(), hold, held: cell.held() })
         };
         HeldElsewhere { cells: left.iter().filter_map(find).collect() }
@@ -122,7 +131,7 @@ impl Quotas {
 impl HeldElsewhere {
     /// Translates a receipt of the old process and takes it out of the sum. From now on it must be settled by itself.
     pub fn adopt(&mut self, receipt: &LeftReceipt) -> Receipt {
-        let LeftReceipt { holds, reserved, marked_spent } = receipt;
+        let LeftReceipt { holds, counted, reserved, marked_spent } = receipt;
         let mut own =
             Receipt { holds: smallvec::smallvec![], reserved: *reserved, marked_spent: *marked_spent };
         let held = reserved.saturating_sub(*marked_spent);
@@ -135,6 +144,8 @@ impl HeldElsewhere {
             }
             own.holds.push(if is_current { cell.hold } else { Hold { period_id: ENDED, ..cell.hold } });
         }
+        let counting = self.cells.iter().filter(|cell| counted.contains(&cell.left.id));
+        own.holds.extend(counting.map(|cell| Hold { period_id: 0, is_counted: true, ..cell.hold }));
         own
     }
 

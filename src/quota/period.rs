@@ -150,6 +150,7 @@ impl CalendarPeriod {
             held: self.held,
             at: self.start,
             until: self.end,
+            ..PersistedCounter::default()
         }
     }
 

@@ -22,6 +22,8 @@ pub(super) struct Hold {
     pub(super) id: u32,
     /// For a calendar quota: the period that admitted the request.
     pub(super) period_id: u64,
+    /// The quota was unlimited at the admission: nothing is held, and the spent amount counts when the request settles.
+    pub(super) is_counted: bool,
 }
 
 impl Receipt {
@@ -35,9 +37,14 @@ impl Receipt {
         self.marked_spent
     }
 
-    /// The quotas of this receipt: their index at admission, and the period that admitted the request.
+    /// The quotas in which the request holds amounts: their index at admission, and the period that admitted the request.
     pub fn holds(&self) -> impl Iterator<Item = (u32, u64)> {
-        self.holds.iter().map(|hold| (hold.index, hold.period_id))
+        self.holds.iter().filter(|hold| !hold.is_counted).map(|hold| (hold.index, hold.period_id))
+    }
+
+    /// The quotas that were unlimited at the admission.
+    pub(super) fn counted_holds(&self) -> SmallVec<[Hold; 4]> {
+        self.holds.iter().copied().filter(|hold| hold.is_counted).collect()
     }
 
     /// Adds the amounts of `other` to this receipt, so that a stream that is extended a thousand times

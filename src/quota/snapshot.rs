@@ -18,6 +18,10 @@ pub struct PersistedCounter {
     pub at: Timestamp,
     /// For a calendar quota: the end of its period; 0 if an older version of the gateway wrote it.
     pub until: Timestamp,
+    /// For a rolling quota: settled in the period of the clock that began at `clock_at`.
+    pub clock_used: u64,
+    /// For a rolling quota: the start of the clock's period; 0 if an older version of the gateway wrote it.
+    pub clock_at: Timestamp,
 }
 
 /// The complete counter of one quota. Nodes exchange it with Redis.
@@ -36,9 +40,9 @@ pub enum CounterState {
         /// The time of the last refill.
         at: Timestamp,
     },
-    /// A calendar period.
+    /// A calendar period, or the clock's period of an unlimited rolling quota.
     Calendar {
-        /// Tokens per period.
+        /// Tokens per period, or [`UNLIMITED`](super::UNLIMITED).
         limit: u64,
         /// Tokens settled in the period.
         used: u64,
@@ -56,13 +60,13 @@ pub enum CounterState {
 pub struct QuotaLevel {
     /// The quota.
     pub quota: Quota,
-    /// Whole tokens or requests that are available; below zero: debt.
+    /// Whole tokens or requests that are available; below zero: debt; `i64::MAX`: unlimited.
     pub level: i64,
     /// Held by requests in flight.
     pub held: u64,
-    /// Spent and not yet refilled.
+    /// Spent and not yet refilled. For an unlimited quota: settled in the current period of the clock.
     pub used: u64,
-    /// Milliseconds until the spent amount is available again.
+    /// Milliseconds until the spent amount is available again. For an unlimited quota: until the period ends.
     pub reset_ms: u64,
     /// Spent in the last ten minutes.
     pub spent_recently: u64,

@@ -78,7 +78,11 @@ impl Spending {
         if let Some(before) = self.shared.replace(usage)
             && !is_repeated
         {
+            let was_rolling = before.period_id == 0;
             let left = match *state {
+                // A rolling quota got a limit or lost it. Its two used amounts cannot be compared.
+                CounterState::Rolling { .. } if !was_rolling => usage.used,
+                CounterState::Calendar { .. } if was_rolling => usage.used,
                 CounterState::Rolling { limit, .. } => {
                     let refilled = u128::from(limit) * u128::from(usage.at.ms_since(before.at));
                     let refilled = refilled / u128::from(period_ms.max(1));

@@ -13,8 +13,11 @@ use super::Quota;
 pub fn predecessors(earlier: &[&Quota], quotas: &[Quota]) -> Vec<Option<usize>> {
     let same = |quota: &Quota| earlier.iter().position(|before| before.is_same_as(quota));
     let mut found: Vec<Option<usize>> = quotas.iter().map(same).collect();
-    let mut new: Vec<usize> = (0..quotas.len()).filter(|&at| found[at].is_none()).collect();
-    let mut removed: Vec<usize> = (0..earlier.len()).filter(|at| !found.contains(&Some(*at))).collect();
+    // An unlimited quota counts what is settled in its own period.
+    let is_new = |at: &usize| found[*at].is_none() && !quotas[*at].is_unlimited();
+    let mut new: Vec<usize> = (0..quotas.len()).filter(is_new).collect();
+    let is_removed = |at: &usize| !found.contains(&Some(*at)) && !earlier[*at].is_unlimited();
+    let mut removed: Vec<usize> = (0..earlier.len()).filter(is_removed).collect();
     new.sort_by_key(|&at| std::cmp::Reverse(quotas[at].per.ms));
     removed.sort_by_key(|&at| std::cmp::Reverse(earlier[at].per.ms));
     for (position, &at) in new.iter().enumerate() {

@@ -31,7 +31,10 @@ pub struct Quotas {
     pub(super) cells: Vec<Cell>,
     /// The indices of the active cells, in the order of the config.
     pub(super) order: Vec<usize>,
-    index: ScopeIndex,
+    /// The active cells with a limit.
+    limited: ScopeIndex,
+    /// The active cells that only count.
+    unlimited: ScopeIndex,
     last_id: u32,
 }
 
@@ -51,7 +54,13 @@ type Applicable = SmallVec<[u32; 8]>;
 impl Quotas {
     /// Creates quotas of which nothing is spent or held.
     pub fn new(quotas: &[Quota], now: Timestamp) -> Self {
-        let mut all = Self { cells: Vec::new(), order: Vec::new(), index: ScopeIndex::default(), last_id: 0 };
+        let mut all = Self {
+            cells: Vec::new(),
+            order: Vec::new(),
+            limited: ScopeIndex::default(),
+            unlimited: ScopeIndex::default(),
+            last_id: 0,
+        };
         all.reconfigure(quotas, now, Takeover::InPlace, |_| None);
         all
     }
@@ -63,6 +72,7 @@ impl Quotas {
         for (cell, quota) in self.cells.iter_mut().zip(quotas).filter(|(cell, quota)| cell.quota != **quota) {
             cell.set_quota(quota.clone(), now);
         }
+        self.rebuild_index();
     }
 
     /// The quota of each cell, and whether the config has it.
@@ -76,21 +86,13 @@ impl Quotas {
     }
 
     pub(super) fn rebuild_index(&mut self) {
-        self.index = ScopeIndex::of(&self.cells);
+        self.limited = ScopeIndex::of(&self.cells, |quota| !quota.is_unlimited());
+        self.unlimited = ScopeIndex::of(&self.cells, Quota::is_unlimited);
     }
 
-    /// The quotas that apply to a request, as indices of cells.
+    /// The quotas that decide on a request, as indices of cells.
     pub fn applicable(&self, subject: Subject<'_>) -> Applicable {
-        let mut applicable = SmallVec::from_slice(&self.index.environment);
-        if let Some(of_caller) = subject.caller.and_then(|caller| self.index.callers.get(&**caller)) {
-            applicable.extend_from_slice(of_caller);
-        }
-        let matches = |index: &u32| match &self.cells[*index as usize].quota.scope {
-            Scope::Model(pattern) => pattern.matches(subject.model),
-            Scope::Environment | Scope::Caller(_) => false,
-        };
-        applicable.extend(self.index.models.iter().copied().filter(matches));
-        applicable
+        self.limited.find(&self.cells, subject)
     }
 
     /// Whether reservations of this subject must survive a crash: a quota of an hour or longer applies.
@@ -114,7 +116,7 @@ impl Quotas {
         let applicable = self.applicable(subject);
         match self.check(now, &applicable, required) {
             Some(denied) => Err(denied),
-            None => Ok(self.take(&applicable, required.amounts)),
+            None => Ok(self.take(&applicable, &self.counting(subject), required.amounts)),
         }
     }
 
@@ -130,7 +132,16 @@ impl Quotas {
         for &index in &applicable {
             self.cells[index as usize].advance(now);
         }
-        self.take(&applicable, required.amounts)
+        self.take(&applicable, &self.counting(subject), required.amounts)
+    }
+
+    /// The unlimited quotas that count a request.
+    fn counting(&self, subject: Subject<'_>) -> SmallVec<[Hold; 4]> {
+        let of_cell = |index: u32| {
+            let id = self.cells[index as usize].id;
+            Hold { index, id, period_id: 0, is_counted: true }
+        };
+        self.unlimited.find(&self.cells, subject).into_iter().map(of_cell).collect()
     }
 
     /// Returns why `reserve` would deny the request, `None` if it would admit it. Reserves nothing.
@@ -171,13 +182,15 @@ impl Quotas {
         Denied::new(now, required, shortfalls)
     }
 
-    fn take(&mut self, applicable: &[u32], amounts: Amounts) -> Receipt {
+    /// Holds amounts in these cells. The unlimited ones in `counting` hold nothing.
+    fn take(&mut self, applicable: &[u32], counting: &[Hold], amounts: Amounts) -> Receipt {
         let hold = |&index: &u32| {
             let cell = &mut self.cells[index as usize];
             let period_id = cell.reserve(amounts.of(cell.quota.kind));
-            Hold { index, id: cell.id, period_id }
+            Hold { index, id: cell.id, period_id, is_counted: false }
         };
-        let holds = applicable.iter().map(hold).collect();
+        let mut holds: SmallVec<[Hold; 8]> = applicable.iter().map(hold).collect();
+        holds.extend_from_slice(counting);
         Receipt { holds, reserved: amounts, marked_spent: Amounts::default() }
     }
 
@@ -235,20 +248,27 @@ impl Quotas {
             let amount = more.of(cell.quota.kind);
             amount == 0 || cell.fits_amount(now, amount).is_ok()
         };
-        indices.iter().all(fits).then(|| self.take(&indices, more))
+        indices.iter().all(fits).then(|| self.take(&indices, &self.counting_on(receipt), more))
     }
 
     /// Reserves more even if it does not fit, because the request has already used it. The excess becomes
     /// debt.
     pub fn extend_unchecked(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Receipt {
         let indices = self.advance_quotas_of(now, receipt);
-        self.take(&indices, more)
+        self.take(&indices, &self.counting_on(receipt), more)
     }
 
-    /// Advances the quotas of a receipt to `now`. Returns the indices of those that the config still has.
+    /// The quotas that count a request and that the config still has.
+    fn counting_on(&self, receipt: &Receipt) -> SmallVec<[Hold; 4]> {
+        let is_active = |hold: &Hold| self.index_of(hold).is_some_and(|index| self.cells[index].is_active);
+        receipt.counted_holds().into_iter().filter(is_active).collect()
+    }
+
+    /// Advances the quotas in which a receipt holds amounts to `now`. Returns the indices of those that the config still
+    /// has.
     fn advance_quotas_of(&mut self, now: Timestamp, receipt: &Receipt) -> Applicable {
         let mut indices = SmallVec::new();
-        for hold in &receipt.holds {
+        for hold in receipt.holds.iter().filter(|hold| !hold.is_counted) {
             let Some(index) = self.index_of(hold).filter(|&index| self.cells[index].is_active) else {
                 continue;
             };
@@ -267,7 +287,7 @@ impl Quotas {
             return;
         }
         receipt.marked_spent = receipt.marked_spent.saturating_add(more);
-        for hold in &receipt.holds {
+        for hold in receipt.holds.iter().filter(|hold| !hold.is_counted) {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
@@ -282,13 +302,30 @@ impl Quotas {
             let Some(index) = self.index_of(&hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
-            cell.settle(now, &hold, reserved, marked_spent, spent);
+            if hold.is_counted {
+                cell.count(now, spent.of(cell.quota.kind));
+            } else {
+                cell.settle(now, &hold, reserved, marked_spent, spent);
+            }
         }
     }
 
-    /// Charges the amounts spent by a request. Another copy of these quotas holds the reservation.
+    /// What a settled receipt adds to the quotas that were unlimited at its admission: the index of each, its period, and
+    /// the amount.
+    pub fn counted(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) -> Vec<(u32, u64, u64)> {
+        let count = |hold: Hold| {
+            let index = self.index_of(&hold)?;
+            let cell = &mut self.cells[index];
+            cell.advance(now);
+            let amount = spent.of(cell.quota.kind);
+            (amount > 0).then(|| (u32::try_from(index).unwrap_or(u32::MAX), cell.count_period(), amount))
+        };
+        receipt.counted_holds().into_iter().filter_map(count).collect()
+    }
+
+    /// Charges the amounts spent by a request where it holds amounts. Another copy of these quotas holds the reservation.
     pub fn charge_without_hold(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) {
-        for hold in &receipt.holds {
+        for hold in receipt.holds.iter().filter(|hold| !hold.is_counted) {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
@@ -311,6 +348,13 @@ impl Quotas {
     /// Makes every quota available again, except the held amounts.
     pub fn reset(&mut self, now: Timestamp) {
         self.cells.iter_mut().for_each(|cell| cell.reset(now));
+    }
+
+    /// Makes the quota at this index available again, except the held amount.
+    pub fn reset_one(&mut self, index: usize, now: Timestamp) {
+        if let Some(cell) = self.cells.get_mut(index) {
+            cell.reset(now);
+        }
     }
 
     /// Passes every counter that has changed since the last call to `persist`.
@@ -344,17 +388,39 @@ impl Quotas {
         replaced
     }
 
-    /// Replaces the counter of the quota at this index, and its limit and burst, by the state in Redis.
-    pub fn load(&mut self, now: Timestamp, index: usize, state: &CounterState) {
-        if let Some(cell) = self.cells.get_mut(index) {
-            cell.load(now, state, false);
+    /// Counts what requests held that a crash has interrupted, in the unlimited quotas of the environment. Call it after
+    /// `restore`.
+    pub fn count_interrupted(
+        &mut self,
+        now: Timestamp,
+        persisted: &[(Quota, PersistedCounter)],
+        held: Amounts,
+    ) {
+        for cell in self.cells.iter_mut().filter(|cell| cell.quota.scope == Scope::Environment) {
+            let is_same = |quota: &Quota| quota.is_unlimited() && quota.is_same_as(&cell.quota);
+            if cell.quota.is_unlimited() && persisted.iter().any(|(quota, _)| is_same(quota)) {
+                cell.advance(now);
+                cell.count(now, held.of(cell.quota.kind));
+            }
         }
     }
 
-    /// Like `load`, with a state that was loaded before.
+    /// Replaces the counter of the quota at this index, and its limit and burst, by the state in Redis.
+    pub fn load(&mut self, now: Timestamp, index: usize, state: &CounterState) {
+        self.load_with(now, index, state, false);
+    }
+
+    /// Restores a state that `load` has loaded before.
     pub fn load_again(&mut self, now: Timestamp, index: usize, state: &CounterState) {
-        if let Some(cell) = self.cells.get_mut(index) {
-            cell.load(now, state, true);
+        self.load_with(now, index, state, true);
+    }
+
+    fn load_with(&mut self, now: Timestamp, index: usize, state: &CounterState, is_repeated: bool) {
+        let Some(cell) = self.cells.get_mut(index) else { return };
+        let was_unlimited = cell.quota.is_unlimited();
+        cell.load(now, state, is_repeated);
+        if cell.quota.is_unlimited() != was_unlimited {
+            self.rebuild_index();
         }
     }
 
@@ -404,9 +470,10 @@ impl Quotas {
 }
 
 impl ScopeIndex {
-    fn of(cells: &[Cell]) -> Self {
+    fn of(cells: &[Cell], includes: impl Fn(&Quota) -> bool) -> Self {
         let mut index = Self::default();
-        for (at, cell) in (0..).zip(cells).filter(|(_, cell)| cell.is_active) {
+        let is_included = |cell: &Cell| cell.is_active && includes(&cell.quota);
+        for (at, cell) in (0..).zip(cells).filter(|(_, cell)| is_included(cell)) {
             match &cell.quota.scope {
                 Scope::Environment => index.environment.push(at),
                 Scope::Caller(caller) => index.callers.entry(caller.clone()).or_default().push(at),
@@ -414,5 +481,18 @@ impl ScopeIndex {
             }
         }
         index
+    }
+    /// The cells that apply to a request.
+    fn find(&self, cells: &[Cell], subject: Subject<'_>) -> Applicable {
+        let mut applicable = SmallVec::from_slice(&self.environment);
+        if let Some(of_caller) = subject.caller.and_then(|caller| self.callers.get(&**caller)) {
+            applicable.extend_from_slice(of_caller);
+        }
+        let matches = |index: &u32| match &cells[*index as usize].quota.scope {
+            Scope::Model(pattern) => pattern.matches(subject.model),
+            Scope::Environment | Scope::Caller(_) => false,
+        };
+        applicable.extend(self.models.iter().copied().filter(matches));
+        applicable
     }
 }

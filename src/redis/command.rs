@@ -1,9 +1,9 @@
 //! The commands of the script, with their arguments in the order in which it reads them.
 
 use super::cells::{Cells, calendar_class};
-use super::reply::ScriptReply;
+use super::reply::{OverrideMark, ScriptReply};
 use crate::clock::Timestamp;
-use crate::quota::{Amounts, CounterState, Kind};
+use crate::quota::{Amounts, CounterState, Kind, UNLIMITED};
 use smallvec::SmallVec;
 
 /// A call of the script: `EVALSHA sha 3 keys arguments`.
@@ -113,10 +113,34 @@ impl Default for SentSteps {
     }
 }
 
+/// Whether quotas are enforced, instead of the config's `enforce`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EnforceMark {
+    /// `false`: shadow mode.
+    pub enforce: bool,
+    /// When it ends. `None`: when it is deleted.
+    pub until: Option<Timestamp>,
+}
+
+impl EnforceMark {
+    /// The mark in the values of a heartbeat's reply. `None`: `enforce` is as in the config.
+    pub fn of_numbers(value: u64, end: u64) -> Option<Self> {
+        let until = OverrideMark::of_number(end.cast_signed()).end();
+        (value > 0).then_some(Self { enforce: value == 2, until })
+    }
+
+    /// The numbers that the script uses.
+    fn numbers(mark: Option<Self>) -> [u64; 2] {
+        mark.map_or([0, 0], |Self { enforce, until }| {
+            [1 + u64::from(enforce), OverrideMark::until(until).number().unsigned_abs()]
+        })
+    }
+}
+
 /// A limit to set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewLimit {
-    /// The limit per period.
+    /// The limit per period, or [`UNLIMITED`].
     pub limit: u64,
     /// The capacity of a rolling quota.
     pub burst: u64,
@@ -192,7 +216,7 @@ impl CommandBuilder {
     }
 
     /// Joins with a config written at `stamp`. The script creates missing cells with these states. For the others, the limits of
-    /// the newest config are in force. `sent`: the session has joined before, so that its states can restore lost data.
+    /// the newest config are in force. `enforce`: the override that Redis adopts if it has no data. `sent`: the session has joined before, so that its states can restore lost data.
     ///
     /// Values of the reply:
     /// 1. the number of created cells,
@@ -205,21 +229,23 @@ impl CommandBuilder {
         &mut self,
         stamp: u64,
         sent: Option<SentSteps>,
-        states: &[(CounterState, bool)],
+        states: &[(CounterState, OverrideMark)],
+        enforce: Option<EnforceMark>,
     ) -> ScriptCommand {
         let mut command = self.begin_expiring("join", 6);
         command.push_int(stamp);
         command.push_int(u64::from(sent.is_some()));
         let SentSteps { oldest, acknowledged, data_set } = sent.unwrap_or_default();
         [oldest, acknowledged, data_set].into_iter().for_each(|number| command.push_int(number));
+        EnforceMark::numbers(enforce).into_iter().for_each(|number| command.push_int(number));
         command.push_int(self.cells.quotas().len() as u64);
-        for (index, (quota, (state, is_override))) in self.cells.quotas().iter().zip(states).enumerate() {
+        for (index, (quota, (state, mark))) in self.cells.quotas().iter().zip(states).enumerate() {
             command.push_text(self.cells.name(index));
             command.push_int(kind_number(quota.kind));
             command.push_text(&calendar_class(quota));
             command.push_int(quota.per.ms);
-            command.push_int(quota.limit);
-            command.push_int(quota.capacity());
+            command.push_limit(quota.limit);
+            command.push_limit(quota.capacity());
             let (limit, burst, whole, fraction, turn) = match *state {
                 CounterState::Rolling { limit, burst, level, held, .. } => {
                     (limit, burst, level.0.saturating_add_unsigned(held), level.1, 0)
@@ -228,7 +254,8 @@ impl CommandBuilder {
                     (limit, limit, i64::try_from(used).unwrap_or(i64::MAX), 0, turn)
                 }
             };
-            [limit, burst, u64::from(*is_override)].into_iter().for_each(|number| command.push_int(number));
+            [limit, burst].into_iter().for_each(|limit| command.push_limit(limit));
+            command.push_text(&mark.number().to_string());
             command.push_text(&whole.to_string());
             command.push_int(fraction);
             command.push_int(turn);
@@ -337,32 +364,61 @@ impl CommandBuilder {
         command
     }
 
-    /// Renews the session. On the wire this command is `beat`. Values of the reply: nodes alive, requests in flight. The reply has
-    /// the states of all cells.
+    /// Renews the session. On the wire this command is `beat`. Values of the reply: nodes alive, requests in flight,
+    /// the version of the overrides, and the two numbers of [`EnforceMark`]. The reply has the states of all cells.
     pub fn heartbeat(&mut self) -> ScriptCommand {
-        let mut command = self.begin("beat", 2);
+        let mut command = self.begin("beat", 5);
         let all: Vec<u32> = (0..).take(self.cells.quotas().len()).collect();
         self.add_cells(&mut command, &all);
         command
     }
 
-    /// Sets limits, each with the index of its quota. `is_override`: an administrator has set these limits. Otherwise
-    /// they are the limits of the config, and the override ends.
-    pub fn limit(&mut self, is_override: bool, changes: &[(usize, NewLimit)]) -> ScriptCommand {
+    /// Sets limits, each with the index of its quota. `mark`: an administrator has set these limits. Without one they are
+    /// the limits of the config, and the override ends. `origin`: who set them and why; empty if the override ends.
+    pub fn limit(
+        &mut self,
+        mark: OverrideMark,
+        origin: &str,
+        changes: &[(usize, NewLimit)],
+    ) -> ScriptCommand {
         let mut command = self.begin_expiring("limit", 0);
-        command.push_int(u64::from(is_override));
+        command.push_text(&mark.number().to_string());
+        command.push_text(origin);
         command.push_int(changes.len() as u64);
         for &(index, NewLimit { limit, burst }) in changes {
+            let configured = &self.cells.quotas()[index];
             command.push_text(self.cells.name(index));
-            command.push_int(limit);
-            command.push_int(burst);
+            for limit in [limit, burst, configured.limit, configured.capacity()] {
+                command.push_limit(limit);
+            }
         }
         command
     }
 
-    /// Resets all quotas to full. Held amounts stay held.
-    pub fn reset(&mut self) -> ScriptCommand {
-        self.begin_expiring("reset", 0)
+    /// Sets whether quotas are enforced on all nodes. `None`: by the config. `origin`: who set it and why.
+    pub fn enforce(&mut self, mark: Option<EnforceMark>, origin: &str) -> ScriptCommand {
+        let mut command = self.begin_expiring("enforce", 0);
+        EnforceMark::numbers(mark).into_iter().for_each(|number| command.push_int(number));
+        command.push_text(origin);
+        command
+    }
+
+    /// Reads who set the override of each cell and why, and at last that of `enforce`. Values of the reply: for each the
+    /// number of bytes, and the bytes.
+    pub fn origins(&mut self) -> ScriptCommand {
+        let mut command = self.begin_expiring("origins", usize::MAX);
+        command.push_int(self.cell_count() as u64);
+        (0..self.cell_count()).for_each(|index| command.push_text(self.cells.name(index)));
+        command
+    }
+
+    /// Resets the quotas with these indices to full, or all of them. Held amounts stay held.
+    pub fn reset(&mut self, cells: Option<&[usize]>) -> ScriptCommand {
+        let mut command = self.begin_expiring("reset", 0);
+        let cells = cells.unwrap_or_default();
+        command.push_int(cells.len() as u64);
+        cells.iter().for_each(|&index| command.push_text(self.cells.name(index)));
+        command
     }
 
     /// Ends the session. It must have no reservations.
@@ -407,6 +463,11 @@ impl ScriptCommand {
 
     fn push_int(&mut self, number: u64) {
         self.arguments.push(number.to_string());
+    }
+
+    /// A limit or a burst. 0 is unlimited.
+    fn push_limit(&mut self, limit: u64) {
+        self.push_int(if limit == UNLIMITED { 0 } else { limit });
     }
 
     fn push_amounts(&mut self, amounts: Amounts) {

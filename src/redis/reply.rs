@@ -1,7 +1,7 @@
 //! The replies of the script.
 
 use crate::clock::Timestamp;
-use crate::quota::{CounterState, Quotas};
+use crate::quota::{CounterState, Quotas, UNLIMITED};
 
 /// Numbers per cell in a reply.
 const NUMBERS_PER_CELL: usize = 9;
@@ -25,6 +25,56 @@ pub enum Verdict {
     Done,
 }
 
+/// Whether an administrator has set something, and when that ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OverrideMark {
+    /// It is as in the config.
+    #[default]
+    None,
+    /// An administrator has set it, until it is deleted.
+    Endless,
+    /// An administrator has set it, until this time.
+    Until(Timestamp),
+}
+
+impl OverrideMark {
+    /// The mark of an override that ends at this time.
+    pub fn until(end: Option<Timestamp>) -> Self {
+        end.map_or(Self::Endless, Self::Until)
+    }
+
+    /// Whether there is an override.
+    pub fn is_set(self) -> bool {
+        self != Self::None
+    }
+
+    /// When the override ends. `None`: when it is deleted.
+    pub fn end(self) -> Option<Timestamp> {
+        match self {
+            Self::Until(end) => Some(end),
+            Self::None | Self::Endless => None,
+        }
+    }
+
+    /// The number that the script uses.
+    pub(super) fn number(self) -> i64 {
+        match self {
+            Self::None => 0,
+            Self::Endless => 1,
+            Self::Until(end) => end.0.max(2),
+        }
+    }
+
+    /// The mark with this number.
+    pub fn of_number(number: i64) -> Self {
+        match number {
+            0 => Self::None,
+            1 => Self::Endless,
+            end => Self::Until(Timestamp(end)),
+        }
+    }
+}
+
 /// A reply of the script.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScriptReply {
@@ -34,8 +84,8 @@ pub struct ScriptReply {
     pub now: Timestamp,
     /// Further numbers. Each command documents its own.
     pub values: Vec<i64>,
-    /// The states of the requested cells, each with whether an administrator has set its limit.
-    pub states: Vec<(CounterState, bool)>,
+    /// The states of the requested cells, each with the override of its limit.
+    pub states: Vec<(CounterState, OverrideMark)>,
 }
 
 impl ScriptReply {
@@ -52,7 +102,7 @@ impl ScriptReply {
             6 => Verdict::Done,
             _ => return None,
         };
-        let (values, cells) = rest.split_at_checked(value_count).unwrap_or_default();
+        let (values, cells) = rest.split_at_checked(value_count.min(rest.len())).unwrap_or_default();
         let states = cells.chunks_exact(NUMBERS_PER_CELL).zip(calendars);
         let states =
             states.map(|(cell, &is_calendar)| parse_state(cell, is_calendar)).collect::<Option<Vec<_>>>()?;
@@ -67,16 +117,18 @@ pub fn load_states(quotas: &mut Quotas, touched: &[u32], reply: &ScriptReply) {
     }
 }
 
-fn parse_state(cell: &[i64], is_calendar: bool) -> Option<(CounterState, bool)> {
-    let &[limit, burst, third, fourth, held, since, until, turn, is_override] = cell else { return None };
+fn parse_state(cell: &[i64], is_calendar: bool) -> Option<(CounterState, OverrideMark)> {
+    let &[limit, burst, third, fourth, held, since, until, turn, mark] = cell else { return None };
     let unsigned = |n: i64| u64::try_from(n).ok();
     let (limit, held) = (unsigned(limit)?, unsigned(held)?);
-    let state = if is_calendar {
+    let limit = if limit == 0 { UNLIMITED } else { limit };
+    // An unlimited rolling quota has a period of the clock.
+    let state = if is_calendar || limit == UNLIMITED {
         let period = (Timestamp(since), Timestamp(until));
         CounterState::Calendar { limit, used: unsigned(third)?, held, period, period_id: unsigned(turn)? }
     } else {
         let level = (third, unsigned(fourth)?);
         CounterState::Rolling { limit, burst: unsigned(burst)?, level, held, at: Timestamp(since) }
     };
-    Some((state, is_override != 0))
+    Some((state, OverrideMark::of_number(mark)))
 }

@@ -133,8 +133,11 @@ struct CallInFlight {
 impl<'a> Replay<'a> {
     fn new(environment: &'a Environment, calls: &'a [TraceCall], pace: Pace, mode: Mode) -> Self {
         let (first, last) = span(calls);
+        // An unlimited quota refuses nothing.
+        let limited: Vec<Quota> =
+            environment.quotas.iter().filter(|quota| !quota.is_unlimited()).cloned().collect();
         Self {
-            local: Local::new(mode.rules(environment), &environment.quotas, first),
+            local: Local::new(mode.rules(environment), &limited, first),
             environment,
             calls,
             pace,
@@ -143,7 +146,7 @@ impl<'a> Replay<'a> {
             events: BinaryHeap::new(),
             next_event: 0,
             in_flight: Vec::new(),
-            meters: environment.quotas.iter().map(|quota| Meter::new(quota, first, last)).collect(),
+            meters: limited.iter().map(|quota| Meter::new(quota, first, last)).collect(),
             outcome: ReplayOutcome::default(),
             denied_since: None,
             next_part: 0,

@@ -5,8 +5,10 @@ use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{CalibrationSample, RequestKind};
 use crate::glob::Glob;
-use crate::ledger::{Totals, UsageRow};
-use crate::quota::{Amounts, ClockUnit, Kind, Period, PersistedCounter, Quota, Scope, Window};
+use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet, Totals, UsageRow};
+use crate::quota::{
+    Amounts, ClockUnit, Kind, MAX_LIMIT, Period, PersistedCounter, Quota, Scope, UNLIMITED, Window,
+};
 use anyhow::Context as _;
 use jiff::tz::TimeZone;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
@@ -14,8 +16,12 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The scripts that bring a file from each version to the next one. The first script creates the tables.
-const SCHEMA: [&str; 3] =
-    [include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
+const SCHEMA: [&str; 4] = [
+    include_str!("schema/1.sql"),
+    include_str!("schema/2.sql"),
+    include_str!("schema/3.sql"),
+    include_str!("schema/4.sql"),
+];
 /// SQLite's application id of a Tollgate store: the letters "Tllg".
 const APPLICATION_ID: i64 = 0x546c_6c67;
 /// How long a statement waits for the lock of another process, for example of an SQLite shell.
@@ -37,8 +43,25 @@ pub(crate) struct StoredOverride {
     pub(crate) kind: String,
     /// The period as the config writes it.
     pub(crate) per: String,
+    /// [`UNLIMITED`] if it is.
     pub(crate) limit: u64,
     pub(crate) burst: u64,
+    pub(crate) until: Option<Timestamp>,
+}
+
+/// Whether quotas are enforced, where an administrator has set it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StoredEnforce {
+    pub(crate) environment: String,
+    pub(crate) enforce: bool,
+    pub(crate) until: Option<Timestamp>,
+}
+
+/// Everything that administrators have set, in all environments.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct StoredOverrides {
+    pub(crate) limits: Vec<StoredOverride>,
+    pub(crate) enforce: Vec<StoredEnforce>,
 }
 
 /// An open store file.
@@ -153,7 +176,8 @@ impl Database {
     /// has no time zone here.
     pub(super) fn quotas(&self, environment: &str) -> rusqlite::Result<Vec<(Quota, PersistedCounter)>> {
         let mut read = self.0.prepare(
-            r#"SELECT scope, name, kind, per_ms, "window", per, "limit", used, level_fraction, held, at_ms, until_ms
+            r#"SELECT scope, name, kind, per_ms, "window", per, "limit", used, level_fraction, held, at_ms, until_ms,
+                      clock_used, clock_at_ms
                FROM quota WHERE environment = ?"#,
         )?;
         let rows = read.query_map([environment], |row| {
@@ -163,34 +187,63 @@ impl Database {
                 held: unsigned(row.get(9)?),
                 at: Timestamp(row.get(10)?),
                 until: Timestamp(row.get(11)?),
+                clock_used: unsigned(row.get(12)?),
+                clock_at: Timestamp(row.get(13)?),
             };
             Ok(stored_quota(row)?.map(|quota| (quota, counter)))
         })?;
         rows.filter_map(Result::transpose).collect()
     }
 
-    /// The limit and the burst that an administrator has set for a quota.
-    pub(super) fn limit_override(
-        &self,
-        environment: &str,
-        quota: &Quota,
-    ) -> rusqlite::Result<Option<(u64, u64)>> {
-        let mut read = self.0.prepare_cached(
-            r#"SELECT "limit", burst FROM limit_override
-               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
+    /// What administrators have set for an environment, also for quotas that its config no longer has.
+    pub(super) fn overrides(&self, environment: &str) -> rusqlite::Result<OverrideSet> {
+        let mut read = self.0.prepare(
+            r#"SELECT scope, name, kind, per_ms, "window", per, "limit", burst, set_by, since_ms, until_ms, reason
+               FROM limit_override WHERE environment = ?"#,
         )?;
-        let (scope, name) = (quota.scope.as_str(), quota.scope.name());
-        let key =
-            params![environment, scope, name, quota.kind.as_str(), signed(quota.per.ms), window_name(quota)];
-        read.query_row(key, |row| Ok((unsigned(row.get(0)?).max(1), unsigned(row.get(1)?).max(1)))).optional()
+        let rows = read.query_map([environment], |row| {
+            let (burst, origin) = (limit_of(row.get(7)?), origin(row, 8)?);
+            let of_quota = |quota: Quota| {
+                let quota = quota.with_limit(quota.limit, burst);
+                LimitOverride { quota, origin }
+            };
+            Ok(stored_quota(row)?.map(of_quota))
+        })?;
+        let limits = rows.filter_map(Result::transpose).collect::<rusqlite::Result<_>>()?;
+        let mut read = self.0.prepare(
+            "SELECT enforce, set_by, since_ms, until_ms, reason FROM enforce_override WHERE environment = ?",
+        )?;
+        let enforce = read.query_row([environment], |row| {
+            Ok(EnforceOverride { enforce: row.get(0)?, origin: origin(row, 1)? })
+        });
+        Ok(OverrideSet { limits, enforce: enforce.optional()? })
     }
 
-    /// All limits that administrators have set.
-    pub(super) fn limit_overrides(&self) -> rusqlite::Result<Vec<StoredOverride>> {
-        let mut read = self.0.prepare(
-            r#"SELECT environment, scope, name, kind, per, "limit", burst FROM limit_override
+    /// Everything that administrators have set, also in a file of an earlier version.
+    pub(super) fn stored_overrides(&self) -> rusqlite::Result<StoredOverrides> {
+        let version: i64 = self.0.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        let has_ends = version >= 4;
+        let limits = self.stored_limits(if has_ends { "until_ms" } else { "NULL" })?;
+        let enforce = if has_ends { self.stored_enforce()? } else { Vec::new() };
+        Ok(StoredOverrides { limits, enforce })
+    }
+
+    fn stored_enforce(&self) -> rusqlite::Result<Vec<StoredEnforce>> {
+        let mut read =
+            self.0.prepare("SELECT environment, enforce, until_ms FROM enforce_override ORDER BY 1")?;
+        let rows = read.query_map([], |row| {
+            let until = row.get::<_, Option<i64>>(2)?.map(Timestamp);
+            Ok(StoredEnforce { environment: row.get(0)?, enforce: row.get(1)?, until })
+        })?;
+        rows.collect()
+    }
+
+    /// `until`: the column with the end.
+    fn stored_limits(&self, until: &str) -> rusqlite::Result<Vec<StoredOverride>> {
+        let mut read = self.0.prepare(&format!(
+            r#"SELECT environment, scope, name, kind, per, "limit", burst, {until} FROM limit_override
                ORDER BY environment, scope, name, kind, per_ms"#,
-        )?;
+        ))?;
         let rows = read.query_map([], |row| {
             Ok(StoredOverride {
                 environment: row.get(0)?,
@@ -198,8 +251,9 @@ impl Database {
                 name: row.get(2)?,
                 kind: row.get(3)?,
                 per: row.get(4)?,
-                limit: unsigned(row.get(5)?),
-                burst: unsigned(row.get(6)?),
+                limit: limit_of(row.get(5)?),
+                burst: limit_of(row.get(6)?),
+                until: row.get::<_, Option<i64>>(7)?.map(Timestamp),
             })
         })?;
         rows.collect()
@@ -357,9 +411,9 @@ impl Transaction<'_> {
         quota: &Quota,
         saved: &PersistedCounter,
     ) -> rusqlite::Result<()> {
-        let mut write = self
-            .0
-            .prepare_cached("INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
+        let mut write = self.0.prepare_cached(
+            "INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        )?;
         write.execute(params![
             environment,
             quota.scope.as_str(),
@@ -368,12 +422,14 @@ impl Transaction<'_> {
             signed(quota.per.ms),
             window_name(quota),
             quota.per.text,
-            signed(quota.limit),
+            stored_limit(quota.limit),
             saved.used,
             signed(saved.level_fraction),
             signed(saved.held),
             saved.at.0,
             saved.until.0,
+            signed(saved.clock_used),
+            saved.clock_at.0,
         ])?;
         Ok(())
     }
@@ -413,11 +469,11 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    pub(super) fn overrides(&self, environment: &str, all: &[Quota]) -> rusqlite::Result<()> {
+    pub(super) fn overrides(&self, environment: &str, all: &OverrideSet) -> rusqlite::Result<()> {
         self.0.execute("DELETE FROM limit_override WHERE environment = ?", [environment])?;
-        for quota in all {
+        for LimitOverride { quota, origin } in &all.limits {
             self.0.execute(
-                "INSERT OR REPLACE INTO limit_override VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO limit_override VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 params![
                     environment,
                     quota.scope.as_str(),
@@ -426,9 +482,22 @@ impl Transaction<'_> {
                     signed(quota.per.ms),
                     window_name(quota),
                     quota.per.text,
-                    signed(quota.limit),
-                    signed(quota.capacity()),
+                    stored_limit(quota.limit),
+                    stored_limit(quota.capacity()),
+                    origin.by,
+                    origin.since.0,
+                    origin.until.map(|until| until.0),
+                    origin.reason,
                 ],
+            )?;
+        }
+        self.0.execute("DELETE FROM enforce_override WHERE environment = ?", [environment])?;
+        if let Some(EnforceOverride { enforce, origin }) = &all.enforce {
+            let OverrideOrigin { by, since, until, reason } = origin;
+            let until = until.map(|until| until.0);
+            self.0.execute(
+                "INSERT INTO enforce_override VALUES (?, ?, ?, ?, ?, ?)",
+                params![environment, enforce, by, since.0, until, reason],
             )?;
         }
         Ok(())
@@ -481,7 +550,7 @@ impl Transaction<'_> {
 fn stored_quota(row: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Quota>> {
     let (scope, name, kind): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
     let (ms, window): (u64, String) = (unsigned(row.get(3)?), row.get(4)?);
-    let limit = unsigned(row.get(6)?).max(1);
+    let limit = limit_of(row.get(6)?);
     let scope = match scope.as_str() {
         "environment" => Some(Scope::Environment),
         "caller" => Some(Scope::Caller(name.into())),
@@ -496,6 +565,29 @@ fn stored_quota(row: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Quota>> {
     let per = Period { text: row.get(5)?, ms };
     let quota = |((scope, kind), window)| Quota { scope, kind, limit, per, window };
     Ok(scope.zip(kind).zip(window).map(quota))
+}
+
+/// A limit in the store: 0 is unlimited.
+fn stored_limit(limit: u64) -> i64 {
+    if limit == UNLIMITED { 0 } else { signed(limit) }
+}
+
+fn limit_of(stored: i64) -> u64 {
+    match unsigned(stored) {
+        0 => UNLIMITED,
+        limit => limit.min(MAX_LIMIT),
+    }
+}
+
+/// Who set an override: four columns, from this one on.
+fn origin(row: &rusqlite::Row<'_>, at: usize) -> rusqlite::Result<OverrideOrigin> {
+    let until: Option<i64> = row.get(at + 2)?;
+    Ok(OverrideOrigin {
+        by: row.get(at)?,
+        since: Timestamp(row.get(at + 1)?),
+        until: until.map(Timestamp),
+        reason: row.get(at + 3)?,
+    })
 }
 
 fn signed(n: u64) -> i64 {

@@ -6,7 +6,9 @@ use super::database::Database;
 use crate::calibrations::SavedCalibration;
 use crate::clock::{self, Stopwatch};
 use crate::config::StoreSettings;
-use crate::ledger::{AuditEntry, Changes, LeftUsage, NamedAccount, SuccessorLine, Totals, UsageRow};
+use crate::ledger::{
+    AuditEntry, Changes, LeftUsage, NamedAccount, OverrideSet, SuccessorLine, Totals, UsageRow,
+};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use std::collections::HashMap;
 use std::fs::File;
@@ -37,7 +39,7 @@ struct UnwrittenEnvironment {
     quotas: Vec<(Quota, PersistedCounter)>,
     replaced: Vec<Quota>,
     totals_and_held: Option<(Totals, Amounts)>,
-    overrides: Option<Vec<Quota>>,
+    overrides: Option<OverrideSet>,
 }
 
 /// Minute, index of the environment's account, model, and caller.

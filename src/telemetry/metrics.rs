@@ -216,8 +216,10 @@ impl Metrics {
             }
             for level in snapshot.levels.iter().filter(|l| l.quota.scope == Scope::Environment) {
                 let labels = [name, level.quota.kind.as_str(), &level.quota.per.text];
-                self.quotas.limit.with_label_values(&labels).set(signed(level.quota.limit));
-                self.quotas.level.with_label_values(&labels).set(level.level);
+                if !level.quota.is_unlimited() {
+                    self.quotas.limit.with_label_values(&labels).set(signed(level.quota.limit));
+                    self.quotas.level.with_label_values(&labels).set(level.level);
+                }
                 self.quotas.held.with_label_values(&labels).set(signed(level.held));
             }
         }
@@ -228,7 +230,8 @@ impl Metrics {
     /// The series of an environment. It creates the most important ones, so that they exist before the first request.
     pub(crate) fn series_of(&self, environment: &Environment) -> Series {
         let series = Series::new(&self.series, environment);
-        for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment) {
+        for quota in environment.quotas.iter().filter(|q| q.scope == Scope::Environment && !q.is_unlimited())
+        {
             let code = if quota.is_long() { "insufficient_quota" } else { "rate_limit_exceeded" };
             let scope = quota.scope.as_str();
             let labels = [environment.name.as_str(), code, scope, quota.kind.as_str(), &quota.per.text, ""];

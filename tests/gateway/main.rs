@@ -24,6 +24,7 @@ mod keys;
 mod limits;
 mod man_pages;
 mod operations;
+mod overrides;
 mod passthrough;
 mod quotas;
 mod refusals;

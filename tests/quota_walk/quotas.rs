@@ -4,7 +4,9 @@ use crate::random::{BEGIN, Random, clock_step};
 use crate::recount::{Origin, Recount, compare, quotas};
 use std::collections::HashMap;
 use tollgate::clock::Timestamp;
-use tollgate::quota::{Amounts, PersistedCounter, Quota, Quotas, Receipt, Required, Takeover, Window};
+use tollgate::quota::{
+    Amounts, PersistedCounter, Quota, Quotas, Receipt, Required, Takeover, UNLIMITED, Window,
+};
 
 /// A walk through the quotas of one environment.
 pub(crate) struct QuotaWalk {
@@ -71,11 +73,7 @@ impl QuotaWalk {
         let more = Amounts { completion: tokens, total: tokens, ..Amounts::default() };
         let (now, first) = (self.now, self.open[at].0);
         self.recounts.iter_mut().for_each(|r| r.advance(now));
-        let mut applicable = self.recounts.iter().filter(|r| r.open.contains_key(&first));
-        let fits = applicable.all(|r| {
-            let amount = i128::from(more.of(r.quota.kind));
-            amount == 0 || r.fits(amount)
-        });
+        let fits = self.recounts.iter().all(|r| r.fits_more(first, i128::from(more.of(r.quota.kind))));
         let extended = self.engine.extend(Timestamp(now), &self.open[at].1, more);
         assert_eq!(extended.is_some(), fits, "the engine and the recount differ about an extension");
         let receipt = match extended {
@@ -87,8 +85,7 @@ impl QuotaWalk {
             }
         };
         let id = self.next;
-        let applicable = self.recounts.iter_mut().filter(|r| r.open.contains_key(&first));
-        applicable.for_each(|r| r.hold(id, more));
+        self.recounts.iter_mut().for_each(|r| r.hold_more(first, id, more));
         self.hold(receipt);
         self.note("extended");
     }
@@ -161,21 +158,25 @@ impl QuotaWalk {
         self.note("quotas changed");
     }
 
-    /// Changes the limits and the order of the quotas. The counters continue.
+    /// Changes the limits and the order of the quotas, and makes some unlimited. The counters continue.
     fn change_limits(&mut self) {
         let original = quotas();
         let mut all: Vec<Quota> = self.recounts.iter().map(|r| r.quota.clone()).collect();
         for quota in &mut all {
             let before = original.iter().find(|q| q.is_same_as(quota)).unwrap();
             let mut change = |n: u64| n / 2 + self.random.below(n) + 1;
-            quota.limit = change(before.limit);
+            let limit = change(before.limit);
+            *quota = quota.with_limit(limit, limit);
             if let Window::Rolling { burst } = &mut quota.window {
                 *burst = change(before.capacity());
+            }
+            if self.random.below(5) == 0 {
+                *quota = quota.with_limit(UNLIMITED, UNLIMITED);
             }
         }
         let shift = usize::try_from(self.random.below(all.len() as u64)).unwrap();
         self.recounts.iter_mut().for_each(|r| r.advance(self.now));
-        self.recounts.iter_mut().zip(&all).for_each(|(r, quota)| r.quota = quota.clone());
+        self.recounts.iter_mut().zip(&all).for_each(|(r, quota)| r.change(quota.clone()));
         all.rotate_left(shift);
         self.recounts.rotate_left(shift);
         self.reconfigure(&all);

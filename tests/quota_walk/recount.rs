@@ -45,6 +45,12 @@ pub(crate) struct Recount {
     period: u64,
     /// For a calendar quota: start and end of the current period.
     bounds: (i64, i64),
+    /// For a rolling quota: what was settled in the clock's period, and the start of that.
+    clock: (i128, i64),
+    /// For a rolling quota: the last limit.
+    rate: i128,
+    /// The used amount that a lower limit has cut off, and until when it counts.
+    excess: (i128, i64),
     /// Reservations in flight by number.
     pub(crate) open: HashMap<u64, HeldAmount>,
 }
@@ -99,12 +105,16 @@ pub(crate) struct HeldAmount {
     reserved: i128,
     marked_spent: i128,
     period: u64,
+    /// The quota was unlimited at the admission.
+    is_counted: bool,
 }
 
 impl Recount {
     pub(crate) fn new(quota: Quota, now: i64) -> Self {
         let bounds = bounds_of(&quota, now);
-        Self { quota, spent: 0, at: now, period: 0, bounds, open: HashMap::new() }
+        let rate = i128::from(quota.limit);
+        let (clock, excess) = ((0, now), (0, 0));
+        Self { quota, spent: 0, at: now, period: 0, bounds, clock, rate, excess, open: HashMap::new() }
     }
 
     fn is_rolling(&self) -> bool {
@@ -116,7 +126,8 @@ impl Recount {
     }
 
     pub(crate) fn held(&self) -> i128 {
-        let now = self.open.values().filter(|hold| self.is_rolling() || hold.period == self.period);
+        let held = self.open.values().filter(|hold| !hold.is_counted);
+        let now = held.filter(|hold| self.is_rolling() || hold.period == self.period);
         now.map(|hold| hold.reserved - hold.marked_spent).sum()
     }
 
@@ -127,8 +138,11 @@ impl Recount {
 
     pub(crate) fn advance(&mut self, now: i64) {
         if self.is_rolling() {
-            let back = i128::from(self.quota.limit) * i128::from((now - self.at).max(0));
+            let back = self.rate * i128::from((now - self.at).max(0));
             self.spent = (self.spent - back).max(0).min(self.spent);
+            let per = self.quota.per.ms.cast_signed();
+            let start = now.div_euclid(per) * per;
+            self.clock = (if start > self.clock.1 { 0 } else { self.clock.0 }, start);
         } else if !(self.bounds.0..self.bounds.1).contains(&now) {
             let before = std::mem::replace(&mut self.bounds, bounds_of(&self.quota, now));
             if self.bounds.0 > before.0 {
@@ -151,16 +165,70 @@ impl Recount {
 
     pub(crate) fn hold(&mut self, id: u64, amounts: Amounts) {
         let reserved = i128::from(amounts.of(self.quota.kind));
-        self.open.insert(id, HeldAmount { reserved, marked_spent: 0, period: self.period });
+        let is_counted = self.quota.is_unlimited();
+        self.open.insert(id, HeldAmount { reserved, marked_spent: 0, period: self.period, is_counted });
+    }
+
+    /// An extension of the reservation `first`.
+    pub(crate) fn hold_more(&mut self, first: u64, id: u64, amounts: Amounts) {
+        let Some(&HeldAmount { is_counted, .. }) = self.open.get(&first) else { return };
+        self.hold(id, amounts);
+        self.open.entry(id).and_modify(|hold| hold.is_counted = is_counted);
+    }
+
+    /// Whether an extension of the reservation `first` fits.
+    pub(crate) fn fits_more(&self, first: u64, amount: i128) -> bool {
+        self.open.get(&first).is_none_or(|hold| hold.is_counted) || amount == 0 || self.fits(amount)
+    }
+
+    /// Changes limit and burst. What was used counts, at most up to the new capacity. The rest counts when the limit is
+    /// raised within a period. An unlimited quota counts by the clock.
+    pub(crate) fn change(&mut self, quota: Quota) {
+        let was_unlimited = self.quota.is_unlimited();
+        let has_changed = (quota.limit, quota.capacity()) != (self.quota.limit, self.quota.capacity());
+        self.quota = quota;
+        if self.quota.is_unlimited() || !has_changed {
+            return;
+        }
+        let scale = self.scale();
+        if self.is_rolling() {
+            self.rate = i128::from(self.quota.limit);
+            let used = (self.spent + scale - 1).div_euclid(scale);
+            if was_unlimited && self.clock.0 > used {
+                self.spent += (self.clock.0 - used) * scale;
+            }
+        }
+        let used = (self.spent + scale - 1).div_euclid(scale);
+        let most = i128::from(self.quota.capacity());
+        let excess = if self.at < self.excess.1 { self.excess.0 } else { 0 };
+        self.excess = ((used + excess - most).max(0), self.at + self.quota.per.ms.cast_signed());
+        if used > most {
+            self.spent = most * scale;
+        } else {
+            self.spent += excess.min(most - used) * scale;
+        }
+    }
+
+    pub(crate) fn reset(&mut self) {
+        (self.spent, self.clock.0, self.excess.0) = (0, 0, 0);
     }
 
     pub(crate) fn fits(&self, amount: i128) -> bool {
-        amount <= i128::from(self.quota.capacity()) && self.left() >= amount.max(1) * self.scale()
+        self.quota.is_unlimited()
+            || amount <= i128::from(self.quota.capacity()) && self.left() >= amount.max(1) * self.scale()
     }
 
     pub(crate) fn settle(&mut self, id: u64, spent: i128) {
         let Some(hold) = self.open.remove(&id) else { return };
+        if hold.is_counted {
+            self.clock.0 += spent;
+            if !self.is_rolling() || !self.quota.is_unlimited() {
+                self.spent += spent * self.scale();
+            }
+            return;
+        }
         if self.is_rolling() {
+            self.clock.0 = (self.clock.0 + spent - hold.marked_spent).max(0);
             // A refund never exceeds the spent amount.
             self.spent = (self.spent + (spent - hold.marked_spent) * self.scale()).max(0);
         } else if hold.period == self.period {
@@ -172,9 +240,10 @@ impl Recount {
 
     pub(crate) fn progress(&mut self, id: u64, spent: i128) {
         let (period, scale, rolling) = (self.period, self.scale(), self.is_rolling());
-        let Some(hold) = self.open.get_mut(&id) else { return };
+        let Some(hold) = self.open.get_mut(&id).filter(|hold| !hold.is_counted) else { return };
         let more = (spent.min(hold.reserved) - hold.marked_spent).max(0);
         hold.marked_spent += more;
+        self.clock.0 += more;
         if rolling || hold.period == period {
             self.spent += more * scale;
         }
@@ -182,7 +251,12 @@ impl Recount {
 
     /// Simulates a crash of the process: held amounts count as spent, and are never settled.
     pub(crate) fn restart(&mut self) {
+        self.clock.0 += self.held();
         self.spent += self.held() * self.scale();
+        if self.quota.is_unlimited() && self.is_rolling() {
+            self.spent = 0;
+        }
+        self.excess = (0, 0);
         self.open.clear();
         self.period = 0;
     }
@@ -196,6 +270,11 @@ pub(crate) fn compare(levels: &[QuotaLevel], recounts: &mut [Recount], now: i64)
         let what = &r.quota;
         assert_eq!(shown.quota, *what);
         assert_eq!(i128::from(shown.held), r.held(), "held amount of {what:?}");
+        if what.is_unlimited() {
+            let used = if r.is_rolling() { r.clock.0 } else { r.spent };
+            assert_eq!((shown.level, i128::from(shown.used)), (i64::MAX, used), "used amount of {what:?}");
+            continue;
+        }
         assert_eq!(i128::from(shown.level), r.left().div_euclid(r.scale()), "level of {what:?}");
         assert!(r.spent >= 0, "spent amount of {what:?}");
         assert!(shown.level.saturating_add_unsigned(shown.held) <= what.capacity() as i64);

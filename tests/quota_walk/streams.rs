@@ -6,8 +6,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 use tollgate::clock::Timestamp;
 use tollgate::config::{CompletionReserve, OnOverrun, ReserveSettings, WhenShort};
-use tollgate::ledger::{Demand, Grant, Local, Progress, QuotaKey, Rules, Settlement};
-use tollgate::quota::Amounts;
+use tollgate::ledger::{
+    Demand, Grant, LimitChange, Local, OverrideOrigin, Progress, QuotaKey, Rules, Settlement,
+};
+use tollgate::quota::{Amounts, UNLIMITED};
 
 /// A request in flight.
 struct Stream {
@@ -144,12 +146,9 @@ impl StreamWalk {
         let before = stream.grant.reserved();
         let missing = stream.spent.completion.saturating_sub(before.completion);
         let more = |tokens| Amounts { completion: tokens, total: tokens, ..Amounts::default() };
+        let first = stream.reservations[0].0;
         let fits = |tokens: u64| {
-            let mut applicable = self.recounts.iter().filter(|r| r.applies_to(origin));
-            applicable.all(|r| {
-                let amount = i128::from(more(tokens).of(r.quota.kind));
-                amount == 0 || r.fits(amount)
-            })
+            self.recounts.iter().all(|r| r.fits_more(first, i128::from(more(tokens).of(r.quota.kind))))
         };
         let missing_fits = fits(missing);
         let (now, model) = (Timestamp(self.now), MODELS[origin.model]);
@@ -168,7 +167,7 @@ impl StreamWalk {
             assert!(grown.completion == missing || stream.grant.reserved().completion <= stream.grant.cap());
             let id = self.next;
             self.next += 1;
-            self.recounts.iter_mut().filter(|r| r.applies_to(origin)).for_each(|r| r.hold(id, grown));
+            self.recounts.iter_mut().for_each(|r| r.hold_more(first, id, grown));
             stream.reservations.push((id, grown));
         }
         let mut left = stream.spent;
@@ -219,18 +218,21 @@ impl StreamWalk {
         let original = quotas()[at].clone();
         let mut change = |n: u64| n / 2 + self.random.below(n) + 1;
         let (limit, burst) = (change(original.limit), change(original.capacity()));
+        let is_unlimited = self.random.below(5) == 0;
+        let (limit, burst) = if is_unlimited { (UNLIMITED, UNLIMITED) } else { (limit, burst) };
         self.advance();
-        self.recounts[at].quota = original.with_limit(limit, burst);
+        self.recounts[at].change(original.with_limit(limit, burst));
         let (scope, name) = (original.scope.as_str(), original.scope.name());
         let key = QuotaKey { scope, name, kind: original.kind, per: &original.per.text };
-        assert!(self.local.set_limit(Timestamp(self.now), key, Some((limit, burst))));
+        let change = LimitChange { limit, burst, origin: OverrideOrigin::default() };
+        assert!(self.local.set_limit(Timestamp(self.now), key, Some(&change)));
         self.note("limit changed");
     }
 
     fn reset(&mut self) {
         self.advance();
-        self.recounts.iter_mut().for_each(|r| r.spent = 0);
-        self.local.reset(Timestamp(self.now));
+        self.recounts.iter_mut().for_each(Recount::reset);
+        assert!(self.local.reset(Timestamp(self.now), None));
     }
 
     pub(crate) fn step(&mut self) {

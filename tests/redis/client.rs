@@ -119,7 +119,7 @@ impl Client {
         let keys = self.keys();
         loop {
             self.wait_until_connected().await;
-            let join = self.commands.join(1, None, &full_states(&self.quotas, clock::now()));
+            let join = self.commands.join(1, None, &full_states(&self.quotas, clock::now()), None);
             // A server that was frozen may still be busy with commands that it received before.
             if self.connection.call(&keys, &join).await.is_ok()
                 && self.reserve().await == Ok(Verdict::Admitted)

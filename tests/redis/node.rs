@@ -2,7 +2,9 @@
 
 use tollgate::clock::Timestamp;
 use tollgate::quota::{CalendarPeriod, CounterState, Quota, Quotas, Window};
-use tollgate::redis::{Cells, CommandBuilder, SCRIPT, ScriptCommand, ScriptReply, Verdict, load_states};
+use tollgate::redis::{
+    Cells, CommandBuilder, OverrideMark, SCRIPT, ScriptCommand, ScriptReply, Verdict, load_states,
+};
 
 /// A node that calls the script directly, on its own connection.
 pub struct Node {
@@ -38,12 +40,14 @@ impl Node {
     /// Joins. Cells that do not exist are created full.
     pub fn join(&mut self, now: Timestamp) {
         let states = full_states(&self.quotas, now);
-        assert_eq!(self.run(|commands| commands.join(1, None, &states)).verdict, Verdict::Done);
+        assert_eq!(self.run(|commands| commands.join(1, None, &states, None)).verdict, Verdict::Done);
     }
 
     pub fn heartbeat(&mut self) -> ScriptReply {
-        let reply = self.run(CommandBuilder::heartbeat);
+        let mut reply = self.run(CommandBuilder::heartbeat);
         assert_eq!(reply.verdict, Verdict::Done);
+        // Nodes alive and requests in flight. The others are about overrides.
+        reply.values.truncate(2);
         reply
     }
 
@@ -63,7 +67,7 @@ impl Node {
 }
 
 /// The states of unused quotas without overrides.
-pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, bool)> {
+pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, OverrideMark)> {
     let full = |quota: &Quota| match quota.window {
         Window::Rolling { burst } => CounterState::Rolling {
             limit: quota.limit,
@@ -76,5 +80,5 @@ pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, bool)
             CalendarPeriod::new(quota.limit, unit, zone.clone(), now).state()
         }
     };
-    quotas.iter().map(|quota| (full(quota), false)).collect()
+    quotas.iter().map(|quota| (full(quota), OverrideMark::None)).collect()
 }

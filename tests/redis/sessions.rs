@@ -83,6 +83,7 @@ fn settle(node: &mut Node, number: u64, id: &str, tokens: u64) {
 /// Joins again. Returns whether the server remembered the session.
 fn rejoin(node: &mut Node, now: Timestamp) -> bool {
     node.commands.set_clock(now);
-    node.run(|commands| commands.join(1, Some(SentSteps::default()), &full_states(&quotas(), now))).values[2]
+    node.run(|commands| commands.join(1, Some(SentSteps::default()), &full_states(&quotas(), now), None))
+        .values[2]
         == 1
 }

@@ -8,9 +8,9 @@ use tollgate::clock::Timestamp;
 use tollgate::glob::Glob;
 use tollgate::quota::{
     Amounts, ClockUnit, Kind, MAX_AMOUNT, MAX_LIMIT, Period, Quota, Quotas, Receipt, Required, Scope,
-    Subject, Window,
+    Subject, UNLIMITED, Window,
 };
-use tollgate::redis::{NewLimit, OnShortage, ReserveRequest, Step, StepKind, Verdict};
+use tollgate::redis::{NewLimit, OnShortage, OverrideMark, ReserveRequest, Step, StepKind, Verdict};
 
 const DAY_MS: u64 = 86_400_000;
 const MODELS: [&str; 3] = ["m-1", "m-2", "other"];
@@ -221,19 +221,27 @@ impl Walk<'_> {
         self.step(index, StepKind::Progress, spent)
     }
 
-    fn settle(&mut self, index: usize) -> Step {
+    fn settle(&mut self, index: usize) -> Vec<Step> {
         let spent =
             Amounts::of_request(self.dice.below(self.max_amount), self.dice.below(self.max_amount * 2));
-        let step = self.step(index, StepKind::Settle, spent);
+        let mut steps = vec![self.step(index, StepKind::Settle, spent)];
         let receipts = self.open.swap_remove(index).receipts;
         let (mut left, last) = (spent, receipts.len() - 1);
         for (n, receipt) in receipts.into_iter().enumerate() {
             let part = if n == last { left } else { left.min(receipt.reserved()) };
             left = left.saturating_sub(part);
+            steps.extend(self.counted(&receipt, part));
             self.local.settle(self.now, receipt, part);
         }
         self.counts.settled += 1;
-        step
+        steps
+    }
+
+    /// The steps that report what unlimited quotas count.
+    fn counted(&mut self, receipt: &Receipt, spent: Amounts) -> Vec<Step> {
+        let counted = self.local.counted(self.now, receipt, spent);
+        let step = |(cell, period, amount)| self.node.commands.offline_usage_step(cell, amount, period);
+        counted.into_iter().map(step).collect()
     }
 
     /// Applies one to four steps of requests in flight in one call.
@@ -244,11 +252,11 @@ impl Walk<'_> {
                 break;
             }
             let index = self.dice.pick(self.open.len());
-            steps.push(match self.dice.below(4) {
-                0 => self.extend(index),
-                1 => self.progress(index),
-                _ => self.settle(index),
-            });
+            match self.dice.below(4) {
+                0 => steps.push(self.extend(index)),
+                1 => steps.push(self.progress(index)),
+                _ => steps.extend(self.settle(index)),
+            }
         }
         if !steps.is_empty() {
             self.apply(steps);
@@ -274,20 +282,24 @@ impl Walk<'_> {
             self.local.clone().levels(self.now).into_iter().map(|level| level.quota).collect();
         let index = self.dice.pick(all.len());
         let capacity = self.node.quotas[index].capacity();
+        let is_unlimited = self.dice.below(5) == 0;
         let mut change = || (capacity / 2 + self.dice.below(capacity) + 1).min(MAX_LIMIT);
-        let limit = change();
+        let limit = if is_unlimited { UNLIMITED } else { change() };
         let is_rolling = matches!(all[index].window, Window::Rolling { .. });
-        let burst = if is_rolling { change() } else { limit };
+        let burst = if is_rolling && limit != UNLIMITED { change() } else { limit };
         all[index] = all[index].with_limit(limit, burst);
         // Like the script, the engine advances all quotas to the current time when one changes.
         self.local.set_limits(&all, self.now);
-        let command = self.node.commands.limit(true, &[(index, NewLimit { limit, burst })]);
+        let command =
+            self.node.commands.limit(OverrideMark::Endless, "", &[(index, NewLimit { limit, burst })]);
         assert_eq!(self.node.call(&command).verdict, Verdict::Done);
+        // As after the next heartbeat: a request names the quotas that have a limit.
+        self.mirror = self.node.mirror(self.now);
     }
 
     fn reset(&mut self) {
         self.local.reset(self.now);
-        let command = self.node.commands.reset();
+        let command = self.node.commands.reset(None);
         assert_eq!(self.node.call(&command).verdict, Verdict::Done);
     }
 

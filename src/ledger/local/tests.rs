@@ -215,10 +215,10 @@ fn an_answer_that_ended_at_its_clamped_limit_is_not_learned() {
         let bound = clamped.clamped_to.unwrap();
         assert!(bound < 256);
         settle(&mut c, clamped, 10, bound);
-        c.reset(NOW);
+        c.reset(NOW, None);
     }
     settle(&mut c, holds, 800, 0);
-    c.reset(NOW);
+    c.reset(NOW, None);
     assert_eq!(
         c.admit(NOW, &demand(10, None)).unwrap().grant.reserved().completion,
         495,

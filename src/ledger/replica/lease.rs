@@ -164,7 +164,7 @@ impl Lease {
 mod tests {
     use super::*;
     use crate::quota::{Amounts, Period, Quotas, Scope, Window};
-    use crate::redis::Verdict;
+    use crate::redis::{OverrideMark, Verdict};
 
     fn quota(kind: Kind, limit: u64) -> Quota {
         let per = Period { text: "hour".into(), ms: 3_600_000 };
@@ -173,7 +173,7 @@ mod tests {
 
     fn granted(quotas: &[Quota], more: &[i64]) -> ScriptReply {
         let states = Quotas::new(quotas, Timestamp(0)).states(Timestamp(0));
-        let states = states.into_iter().map(|state| (state, false)).collect();
+        let states = states.into_iter().map(|state| (state, OverrideMark::None)).collect();
         ScriptReply { verdict: Verdict::Done, now: Timestamp(0), values: more.to_vec(), states }
     }
 

@@ -59,6 +59,7 @@ impl Replica {
             let Offline { before, mut unspent, mut spent } = *offline;
             self.resyncing = Some(before);
             self.record_offline_usage(unspent.states(now), spent.states(now));
+            self.report_counted();
         }
     }
 

@@ -8,8 +8,8 @@ use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
 use crate::ledger::durability::RestoredState;
 use crate::ledger::replica::lease::Lease;
-use crate::quota::{CarriedAmount, CounterState, Quota, Quotas, Takeover};
-use crate::redis::{Cells, ScriptCommand};
+use crate::quota::{CarriedAmount, CounterState, Quota, Takeover};
+use crate::redis::{Cells, OverrideMark, ScriptCommand};
 
 /// The settings of a config that a replica adopts.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,25 +29,16 @@ impl Replica {
     ) -> ScriptCommand {
         let now = self.set_command_time(own);
         let mut next = self.local.quotas.clone();
-        next.reconfigure(&settings.quotas, now, Takeover::Separate, |_| None);
-        let quotas: Vec<Quota> = self.next_quotas(&next, &settings.quotas);
-        let overrides = &self.local.overrides;
-        let overridden: Vec<bool> = quotas.iter().map(|quota| overrides.is_overridden(quota)).collect();
-        let states: Vec<_> = next.states(now).into_iter().zip(overridden).collect();
+        let in_force = self.local.overrides.apply_to(&settings.quotas);
+        next.reconfigure(&in_force, now, Takeover::Separate, |_| None);
+        let cells = self.local.cells_of_config(&next, &settings.quotas);
+        let quotas: Vec<Quota> = cells.into_iter().map(|(quota, _)| quota).collect();
+        let marks: Vec<OverrideMark> = quotas.iter().map(|quota| self.override_mark(quota)).collect();
+        let states: Vec<_> = next.states(now).into_iter().zip(marks).collect();
         let mut commands = self.commands.clone();
         commands.set_cells(Cells::new(&quotas, now));
-        commands.join(settings.stamp, Some(self.journal.sent(self.data_set)), &states)
-    }
-
-    /// The quota of each cell with the limits of the config, not with those in force.
-    fn next_quotas(&self, next: &Quotas, configured: &[Quota]) -> Vec<Quota> {
-        let known = self.local.overrides.configured();
-        let of_config = |(at, (quota, is_active)): (usize, (&Quota, bool))| {
-            let listed = || configured.iter().find(|other| other.is_same_as(quota));
-            let found = if is_active { listed() } else { known.get(at) };
-            found.unwrap_or(quota).clone()
-        };
-        next.cells().enumerate().map(of_config).collect()
+        let enforce = self.enforce_mark();
+        commands.join(settings.stamp, Some(self.journal.sent(self.data_set)), &states, enforce)
     }
 
     /// Adopts a config whose quotas Redis has. Returns the amounts that `carry_over` charges once the states of all

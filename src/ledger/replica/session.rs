@@ -1,11 +1,10 @@
-//! The session of this node in Redis: join, heartbeat, batches, leave; limits that an administrator sets for all nodes.
+//! The session of this node in Redis: join, heartbeat, batches, leave.
 
 use super::Replica;
 use super::journal::{Batch, MAX_BATCH, TrackedReservation};
 use crate::clock::Timestamp;
-use crate::ledger::overrides::QuotaKey;
 use crate::quota::{CounterState, Quota};
-use crate::redis::{self, HeldReservation, NewLimit, ScriptCommand, ScriptReply, Verdict};
+use crate::redis::{self, HeldReservation, OverrideMark, ScriptCommand, ScriptReply, Verdict};
 use std::collections::HashSet;
 
 /// Maximum time to wait for other nodes that restore lost data (ms), even if Redis replies with a longer time.
@@ -35,15 +34,16 @@ impl Replica {
             (None, None) => self.local.quotas.states(now),
         };
         self.all_tracked().for_each(|(_, tracked)| tracked.is_confirmed = false);
-        let overrides = &self.local.overrides;
-        let overridden = overrides.configured().iter().map(|quota| overrides.is_overridden(quota));
-        let states: Vec<_> = states.into_iter().zip(overridden).collect();
+        let configured = self.local.overrides.configured();
+        let marks: Vec<OverrideMark> = configured.iter().map(|quota| self.override_mark(quota)).collect();
+        let states: Vec<_> = states.into_iter().zip(marks).collect();
         // Redis may have forgotten an old session although it has applied all its steps.
         if own.ms_since(self.last_reply) > MAX_REPEAT_AGE_MS {
             self.journal.forget_acknowledged();
         }
         let sent = self.has_joined_before.then(|| self.journal.sent(self.data_set));
-        self.commands.join(self.config.stamp, sent, &states)
+        let enforce = self.enforce_mark();
+        self.commands.join(self.config.stamp, sent, &states, enforce)
     }
 
     /// Applies the reply to `join_command`. If Redis has lost steps that it had acknowledged, the journal begins with
@@ -146,11 +146,9 @@ impl Replica {
         }
         let all: Vec<u32> = (0..).take(reply.states.len()).collect();
         redis::load_states(&mut self.local.quotas, &all, reply);
-        for (index, (state, is_override)) in reply.states.iter().enumerate() {
-            self.local.overrides.follow(index, is_override.then(|| limit_of(state)));
-        }
-        let differs = |(quota, (state, is_override)): (&Quota, &(CounterState, bool))| {
-            !is_override && limit_of(state) != (quota.limit, quota.capacity())
+        self.follow_overrides(reply);
+        let differs = |(quota, (state, mark)): (&Quota, &(CounterState, OverrideMark))| {
+            !mark.is_set() && limit_of(state) != (quota.limit, quota.capacity())
         };
         let limits_differ = self
             .local
@@ -158,29 +156,6 @@ impl Replica {
             .active()
             .any(|(cell, quota)| reply.states.get(cell).is_some_and(|state| differs((quota, state))));
         Some(limits_differ && !std::mem::replace(&mut self.limits_differ, limits_differ))
-    }
-
-    /// The command that sets the limit of each quota that matches the key. `None`: no quota matches.
-    pub(in crate::ledger) fn limit_command(
-        &mut self,
-        own: Timestamp,
-        key: QuotaKey<'_>,
-        limit: Option<(u64, u64)>,
-    ) -> Option<ScriptCommand> {
-        self.set_command_time(own);
-        let named = self.local.overrides.matching(key);
-        let change = |(index, quota): (usize, &Quota)| {
-            let (limit, burst) = limit.unwrap_or((quota.limit, quota.capacity()));
-            (index, NewLimit { limit, burst: quota.with_limit(limit, burst).capacity() })
-        };
-        let changes: Vec<_> = named.map(change).collect();
-        (!changes.is_empty()).then(|| self.commands.limit(limit.is_some(), &changes))
-    }
-
-    /// The command that resets the quotas of all nodes to full.
-    pub(in crate::ledger) fn reset_command(&mut self, own: Timestamp) -> ScriptCommand {
-        self.set_command_time(own);
-        self.commands.reset()
     }
 
     /// The command that ends the session.
@@ -195,7 +170,7 @@ pub(super) fn value(reply: &ScriptReply, index: usize) -> u64 {
 }
 
 /// Limit and burst.
-fn limit_of(state: &CounterState) -> (u64, u64) {
+pub(super) fn limit_of(state: &CounterState) -> (u64, u64) {
     match *state {
         CounterState::Rolling { limit, burst, .. } => (limit, burst),
         CounterState::Calendar { limit, .. } => (limit, limit),

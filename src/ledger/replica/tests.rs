@@ -6,12 +6,12 @@ use super::*;
 use crate::config::{CompletionReserve, OnOverrun, ReserveSettings, WhenShort};
 use crate::ledger::{Demand, Grant, Local, Rules, Settlement};
 use crate::quota::{CounterState, Kind, Period, Quota, Scope, Subject, Window};
-use crate::redis::{ScriptCommand, Verdict};
+use crate::redis::{OverrideMark, ScriptCommand, Verdict};
 use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
 
-fn done(values: &[i64], states: Vec<(CounterState, bool)>) -> ScriptReply {
+fn done(values: &[i64], states: Vec<(CounterState, OverrideMark)>) -> ScriptReply {
     ScriptReply { verdict: Verdict::Done, now: NOW, values: values.to_vec(), states }
 }
 
@@ -72,7 +72,7 @@ fn go_online(replica: &mut Replica) {
     begin_resync(replica);
     confirm_all_held(replica);
     let full = Quotas::new(replica.local.overrides.configured(), NOW).states(NOW);
-    let states = full.into_iter().map(|state| (state, false)).collect();
+    let states = full.into_iter().map(|state| (state, OverrideMark::None)).collect();
     replica.on_heartbeat(NOW, &done(&[2, 0], states)).unwrap();
 }
 
@@ -88,8 +88,8 @@ fn admitted_offline(replica: &mut Replica) -> Grant {
     replica.admit_offline(NOW, &demand()).unwrap().grant
 }
 
-fn states(replica: &mut Replica) -> Vec<(CounterState, bool)> {
-    replica.local.quotas.states(NOW).into_iter().map(|state| (state, false)).collect()
+fn states(replica: &mut Replica) -> Vec<(CounterState, OverrideMark)> {
+    replica.local.quotas.states(NOW).into_iter().map(|state| (state, OverrideMark::None)).collect()
 }
 
 fn admitted_by_redis(replica: &mut Replica) -> Grant {

@@ -68,6 +68,7 @@ impl RedisSync {
     /// Sends the rest of the journal and ends the session. If Redis is unavailable, this waits until it is available again.
     async fn leave(&self) {
         self.with_replica(Replica::return_lease);
+        self.with_replica(Replica::report_counted);
         let mut connected = self.connection.watch_generation();
         while !self.is_synced() || self.flush().await.is_none() {
             self.with_replica(|replica| replica.go_offline(clock::now()));
@@ -186,11 +187,15 @@ impl RedisSync {
             };
             // Dropping this value resumes the requests that wait for a flush. It is dropped after the heartbeat.
             let waiting = self.take_waiting_for_flush();
+            let needs_beat = is_due || !waiting.is_empty();
+            if needs_beat {
+                self.with_replica(Replica::report_counted);
+            }
             let flushed = match self.adopt_next_config().await {
                 Some(()) => self.flush_and_lease().await,
                 None => None,
             };
-            let beat = if is_due || !waiting.is_empty() { self.heartbeat().await } else { Some(()) };
+            let beat = if needs_beat { self.heartbeat().await } else { Some(()) };
             drop(waiting);
             if flushed.is_none() || beat.is_none() || self.with_replica(|replica| replica.is_offline()) {
                 return;
@@ -286,13 +291,23 @@ impl RedisSync {
                 }
                 // Other nodes may have released room that a request on this node waits for.
                 self.wait_queue.notify_released();
-                return Some(());
+                return self.read_origins().await;
             }
             if reply.verdict == Verdict::UnknownSession {
                 return None;
             }
         }
         None
+    }
+
+    /// Reads who set the overrides, if one of them has changed.
+    async fn read_origins(&self) -> Option<()> {
+        let Some(command) = self.with_replica(|replica| replica.origins_command(clock::now())) else {
+            return Some(());
+        };
+        let reply = self.call(&command).await.ok()?;
+        self.with_replica(|replica| replica.on_origins(clock::now(), &reply));
+        Some(())
     }
 
     fn warn_of_differing_limits(&self) {

@@ -41,6 +41,8 @@ local LATE_RESTORE_MS = 60000
 local LEASE = 'lease'
 -- For this long after the end of a session the script remembers which reservations it charged.
 local RETENTION_MS = 86400000
+-- A week of the clock begins on Monday. The first one after the Unix epoch begins here.
+local WEEK_MS, FIRST_MONDAY_MS = 604800000, 345600000
 -- Interval for recording that a cell is in use, and for removing cells that are not.
 local SEEN_INTERVAL_MS = 3600000
 
@@ -102,6 +104,21 @@ local function save_cells()
   end
 end
 
+-- The limit 0 is unlimited. Such a quota counts what was settled in its period: a calendar cell in `used`, a rolling cell
+-- in `clock`, which counts since `since`. Its bucket refills by the last limit.
+
+-- Begins the clock's next period of a rolling cell if the current one has ended. If the clock was stepped back, the
+-- amount stays.
+local function roll_clock(cell)
+  local offset = cell.per == WEEK_MS and FIRST_MONDAY_MS or 0
+  local start = floor((now - offset) / cell.per) * cell.per + offset
+  if not cell.since or start > cell.since then cell.clock = 0 end
+  cell.since = start
+end
+
+-- Adds a settled amount. A negative one corrects an earlier one.
+local function count(cell, amount) cell.clock = max(cell.clock + amount, 0) end
+
 -- Limits the level to the part of the burst that is not held.
 local function cap_level(cell)
   local top = cell.burst - cell.held
@@ -110,11 +127,12 @@ end
 
 -- Adds limit * elapsed / per tokens, exactly.
 local function refill(cell)
+  roll_clock(cell)
   local elapsed = now - cell.at
   cell.at = now
   local missing = cell.burst - cell.held - cell.whole
   if missing <= 0 or elapsed <= 0 then return end
-  local per, limit = cell.per, cell.limit
+  local per, limit = cell.per, cell.limit == 0 and (cell.last or 0) or cell.limit
   local periods = floor(elapsed / per)
   -- A product too large to be exact is also larger than any `missing`.
   if periods * limit >= missing then
@@ -172,6 +190,7 @@ local function advance_to_now(names)
 end
 
 local function fits(cell, amount)
+  if cell.limit == 0 then return true end
   local needed = max(amount, 1)
   if cell.class then return amount <= cell.limit and cell.used + cell.held + needed <= cell.limit end
   return amount <= cell.burst and cell.whole >= needed
@@ -230,7 +249,7 @@ local function progress(pieces, spent)
         local amount = more[cell.kind]
         if not cell.class or cell.turn == turns[i] then
           cell.held = max(cell.held - amount, 0)
-          if cell.class then cell.used = cell.used + amount end
+          if cell.class then cell.used = cell.used + amount else count(cell, amount) end
         end
       end
     end
@@ -249,6 +268,7 @@ local function settle_piece(piece, spent)
         cell.held = max(cell.held - held, 0)
         cell.whole = cell.whole + held - (s - m)
         cap_level(cell)
+        count(cell, s - m)
       elseif cell.turn == turns[i] then
         cell.held = max(cell.held - held, 0)
         cell.used = max(cell.used + s - m, 0)
@@ -299,6 +319,7 @@ end
 local function append_state(reply, name)
   local cell = cells[name]
   local state = cell.class and { cell.limit, cell.limit, cell.used, 0, cell.held, cell.start, cell.stop, cell.turn }
+    or cell.limit == 0 and { 0, 0, cell.clock, 0, cell.held, cell.since, cell.since + cell.per, cell.since }
     or { cell.limit, cell.burst, cell.whole, cell.fraction, cell.held, cell.at, 0, 0 }
   for _, value in ipairs(state) do reply[#reply + 1] = value end
   reply[#reply + 1] = cell.override
@@ -316,6 +337,7 @@ local function clamp(names, amounts, completions)
   for _, name in ipairs(names) do
     local cell = cells[name]
     local left = max(cell.class and cell.limit - cell.used - cell.held or cell.whole, 0)
+    if cell.limit == 0 then left = math.huge end
     if cell.kind == TOTAL then room = min(room, max(left - amounts[PROMPT], 0)) end
     if cell.kind == COMPLETION then room = min(room, left) end
   end
@@ -325,4 +347,52 @@ local function clamp(names, amounts, completions)
   local total = min(amounts[PROMPT] + completion, MAX_AMOUNT)
   local lowered = { total, amounts[PROMPT], completion, amounts[REQUESTS] }
   return all_fit(names, lowered, true) and lowered or nil
+end
+
+-- The largest used amount that a cell takes over when its quota changes.
+local function max_carried(cell) return cell.class and cell.limit or cell.burst end
+
+-- Limits the used amount of a cell. Debt beyond it is forgiven.
+local function limit_used(cell, used)
+  if cell.class then
+    cell.used = min(cell.used, used)
+  elseif cell.whole < cell.burst - cell.held - used then
+    cell.whole, cell.fraction = cell.burst - cell.held - used, 0
+  end
+end
+
+-- Whether a cell has these limits. The burst of a calendar cell is its limit.
+local function has_limits(cell, limit, burst)
+  return cell.limit == limit and (cell.class ~= nil or limit == 0 or cell.burst == burst)
+end
+
+-- Limits the used amount to the capacity. The rest counts once the limit is raised within a period.
+local function fit_used(cell)
+  local excess = cell.excess and now < cell.excess_until and cell.excess or 0
+  local used, most = cell.class and cell.used or cell.burst - cell.whole - cell.held, max_carried(cell)
+  local left = used + excess - most
+  cell.excess, cell.excess_until = nil, nil
+  if left > 0 then cell.excess, cell.excess_until = left, now + (cell.per or cell.stop - cell.start) end
+  if used > most then
+    limit_used(cell, most)
+  elseif excess > 0 then
+    local more = min(excess, most - used)
+    if cell.class then cell.used = cell.used + more else cell.whole = cell.whole - more end
+  end
+end
+
+-- Changes the limits of a cell, as `Cell::set_quota` does. The used amount stays, at most the new capacity.
+local function set_limits(cell, limit, burst)
+  if has_limits(cell, limit, burst) then return end
+  if limit == 0 then
+    cell.last, cell.limit = cell.limit, 0
+    return
+  end
+  if not cell.class then
+    cell.whole = cell.whole + burst - cell.burst
+    -- What was settled in the clock's period counts.
+    if cell.limit == 0 then cell.whole = min(cell.whole, burst - cell.held - cell.clock) end
+  end
+  cell.limit, cell.burst, cell.last = limit, burst, nil
+  fit_used(cell)
 end

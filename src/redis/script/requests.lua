@@ -33,13 +33,18 @@ function commands.reserve()
   return reply
 end
 
--- Charges tokens that a node spent while it was offline. A calendar quota is charged only if its period is still the
--- same.
+-- Charges tokens that a node spent while it was offline, or in a quota that was unlimited. A calendar quota, or the
+-- clock's period of an unlimited one, is charged only if the period is still the same.
 local function charge_offline_usage(name, amount, turn)
   local cell = cells[name]
   if not cell or (cell.class and cell.turn ~= turn) then return end
-  if cell.class then cell.used = cell.used + amount else cell.whole = cell.whole - amount end
   is_changed[name] = true
+  if cell.class then
+    cell.used = cell.used + amount
+    return
+  end
+  if turn == 0 or turn == cell.since then count(cell, amount) end
+  if cell.limit ~= 0 then cell.whole = cell.whole - amount end
 end
 
 -- A lease is stored like a reservation, with one piece for each cell.
@@ -111,7 +116,7 @@ local function hold_again(pieces)
         local is_charged = (before[i] or 0) == resets[i]
         cell.held = cell.held + held
         if not cell.class then
-          if not is_charged then cell.whole = cell.whole - held end
+          if is_charged then count(cell, -held) else cell.whole = cell.whole - held end
           cap_level(cell)
         elseif is_charged then
           cell.used = max(cell.used - held, 0)
@@ -233,7 +238,7 @@ function commands.lease()
     local cell, old = cells[name], leased(lease, name)
     local left = cell.class and cell.limit - cell.used - cell.held or cell.whole
     local not_leased = floor((cell.class and cell.limit or cell.burst) / 10)
-    local more = max(min(wanted[i] - old, left - not_leased), 0)
+    local more = cell.limit == 0 and 0 or max(min(wanted[i] - old, left - not_leased), 0)
     cell.held = cell.held + more
     if not cell.class then cell.whole = cell.whole - more end
     set_leased(lease, name, old + more)

@@ -1,17 +1,22 @@
 -- Commands for the sessions of nodes: join, heartbeat, leave, and the charge of sessions that ended without `leave`.
 
 -- Reads the node's copy of a cell. The arguments are kind, class (empty: a rolling quota), period, limit and burst of
--- the config, limit and burst in force, and whether an administrator set them. Three numbers of the state with
--- nothing held follow: level, fraction and 0 for a rolling quota; used, 0 and turn for a calendar quota. Returns nil
--- if the bounds of a calendar period are stale.
+-- the config, limit and burst in force, and their override: 0: none, 1: until it is deleted, else when it ends. Three
+-- numbers of the state with nothing held follow: level, fraction and 0 for a rolling quota; used, 0 and turn for a
+-- calendar quota and for an unlimited one. Returns nil if the bounds of a calendar period are stale.
 local function read_cell()
   local kind, class, per = read_int(), read_text(), read_int()
   local configured = { limit = read_int(), burst = read_int() }
   local limit, burst, override = read_int(), read_int(), read_int()
   local whole, fraction, turn = read_int(), read_int(), read_int()
   local cell = { kind = kind, per = per, limit = limit, burst = burst, held = 0, override = override, seen = now }
+  if override ~= 0 then cell.file_limit, cell.file_burst = configured.limit, configured.burst end
   if class == '' then
     cell.whole, cell.fraction, cell.at = whole, fraction, now
+    if limit == 0 then
+      cell.clock, cell.since, cell.whole = whole, turn, 0
+    end
+    roll_clock(cell)
     return cell, configured
   end
   local period = period_bounds[class]
@@ -32,7 +37,12 @@ local function restore_reservation(pieces, is_new)
         local held = max(reserved[cell.kind] - moved[cell.kind], 0)
         local spent = is_new and moved[cell.kind] or 0
         cell.held = cell.held + held
-        if cell.class then cell.used = cell.used + spent else cell.whole = cell.whole - held - spent end
+        if cell.class then
+          cell.used = cell.used + spent
+        else
+          cell.whole = cell.whole - held - spent
+          count(cell, spent)
+        end
         is_changed[name] = true
       end
     end
@@ -58,6 +68,10 @@ end
 -- the difference between this node's state and the base. If the node's state contains such changes too, the cell
 -- takes the lower of the two levels.
 local function restore_level(name, cell, node, is_same_data_set)
+  if cell.limit == 0 and not cell.class then
+    if cell.since == node.since then cell.clock = max(cell.clock, node.clock) end
+    return
+  end
   local packed = not is_same_data_set and redis.call('HGET', bases_key, name)
   if packed then
     local base = cmsgpack.unpack(packed)
@@ -75,18 +89,6 @@ local function restore_level(name, cell, node, is_same_data_set)
     cell.whole = min(cell.whole, node.whole - cell.held)
   elseif cell.turn == node.turn then
     cell.used = max(cell.used, node.used)
-  end
-end
-
--- The largest used amount that a cell takes over when its quota changes.
-local function max_carried(cell) return cell.class and cell.limit or cell.burst end
-
--- Limits the used amount of a cell. Debt beyond it is forgiven.
-local function limit_used(cell, used)
-  if cell.class then
-    cell.used = min(cell.used, used)
-  elseif cell.whole < cell.burst - cell.held - used then
-    cell.whole, cell.fraction = cell.burst - cell.held - used, 0
   end
 end
 
@@ -121,7 +123,7 @@ end
 
 -- Created cells continue cells that this node does not have, of the same owner and kind: they belong to quotas whose
 -- period, window or time zone has changed. The longest period continues the longest. The used
--- amount stays, up to the new limit.
+-- amount stays, up to the new limit. An unlimited quota counts from zero.
 local function continue_removed(created, own_names)
   local is_own, removed = {}, {}
   for _, name in ipairs(own_names) do is_own[name] = true end
@@ -131,7 +133,9 @@ local function continue_removed(created, own_names)
   load_cells(removed)
   advance_to_now(removed)
   local earlier = by_owner_and_kind(removed)
-  for key, group in pairs(by_owner_and_kind(created)) do
+  local limited = {}
+  for _, name in ipairs(created) do if cells[name].limit ~= 0 then limited[#limited + 1] = name end end
+  for key, group in pairs(by_owner_and_kind(limited)) do
     for rank, name in ipairs(group) do
       local cell, before = cells[name], earlier[key] and (earlier[key][rank] or earlier[key][#earlier[key]])
       local used = before and min(used_of(cells[before]), max_carried(cell)) or 0
@@ -179,9 +183,9 @@ end
 -- repeats the others, from the step `oldest` on.
 function commands.join()
   local stamp, has_joined_before, oldest, acknowledged = read_int(), read_int() == 1, read_int(), read_int()
-  local known_data_set, count = read_int(), read_int()
+  local known_data_set, enforce, enforce_until, cell_count = read_int(), read_int(), read_int(), read_int()
   local names, from_node, configured = {}, {}, {}
-  for i = 1, count do
+  for i = 1, cell_count do
     local name = read_text()
     names[i] = name
     from_node[name], configured[name] = read_cell()
@@ -206,14 +210,17 @@ function commands.join()
   local created, differing = {}, 0
   for _, name in ipairs(names) do
     local cell, node, new = cells[name], from_node[name], configured[name]
-    if cell and stamp > newest and cell.override == 0 and (cell.limit ~= new.limit or cell.burst ~= new.burst) then
-      if not cell.class then cell.whole = cell.whole + new.burst - cell.burst end
-      cell.limit, cell.burst, is_changed[name] = new.limit, new.burst, true
-      limit_used(cell, max_carried(cell))
+    if cell and stamp >= newest and cell.override ~= 0 then
+      -- The limits that are in force when the override ends.
+      cell.file_limit, cell.file_burst, is_changed[name] = new.limit, new.burst, true
+    end
+    if cell and stamp > newest and cell.override == 0 and not has_limits(cell, new.limit, new.burst) then
+      set_limits(cell, new.limit, new.burst)
+      is_changed[name] = true
       differing = differing + 1
     elseif not cell then
       cells[name], is_changed[name], created[#created + 1] = node, true, name
-    elseif cell.limit ~= node.limit or cell.burst ~= node.burst then
+    elseif not has_limits(cell, node.limit, node.burst) then
       differing = differing + 1
     elseif has_joined_before and not is_remembered then
       restore_level(name, cell, node, is_same_data_set)
@@ -225,6 +232,10 @@ function commands.join()
   local expiry = now + SESSION_TIMEOUT_MS
   redis.call('HSET', meta_key, 's:' .. session, expiry, 'stamp', max(stamp, newest), 'q:' .. session, applied)
   redis.call('HSET', meta_key, 'born', data_set)
+  -- The server has lost its data, or never had any: the first node restores the override of `enforce`.
+  if not meta[5] and enforce > 0 then
+    redis.call('HSET', meta_key, 'enforce', enforce, 'enforce_until', enforce_until)
+  end
   redis.call('HDEL', meta_key, 'o:' .. session)
   count_alive()
   save_cells()
@@ -356,7 +367,7 @@ local function tidy(names)
     if now - (cell.seen or 0) > SEEN_INTERVAL_MS then mark_seen(name) end
   end
   -- Other nodes may have quotas with longer periods, so a node never shortens the expiry.
-  for _, key in ipairs({ cells_key, meta_key, reservations_key }) do
+  for _, key in ipairs({ cells_key, meta_key, reservations_key, overrides_key }) do
     if redis.call('PTTL', key) < longest then redis.call('PEXPIRE', key, longest) end
   end
   if now - (tonumber(redis.call('HGET', meta_key, 'tidied')) or 0) < SEEN_INTERVAL_MS then return end
@@ -372,8 +383,9 @@ local function tidy(names)
   end
 end
 
--- A heartbeat: renews the session, and ends and charges sessions that were not renewed. Replies with the number of
--- nodes alive, the number of requests in flight, and the states of the cells.
+-- A heartbeat: renews the session, ends and charges sessions that were not renewed, and ends overrides. Replies with
+-- the number of nodes alive, the number of requests in flight, the version of the overrides, the override of `enforce`
+-- and its end, and the states of the cells.
 function commands.beat()
   local names = read_texts(read_int())
   load_cells(names)
@@ -409,9 +421,13 @@ function commands.beat()
     if is_complete then archive_session(other) end
   end
   redis.call('HSET', meta_key, 'alive', alive)
+  end_overrides(names)
   tidy(names)
   save_cells()
-  local reply = { DONE, now, alive, tonumber(redis.call('HGET', meta_key, 'in_flight')) or 0 }
+  local reply = { DONE, now, alive }
+  for _, value in ipairs({ 'in_flight', 'overrides', 'enforce', 'enforce_until' }) do
+    reply[#reply + 1] = tonumber(redis.call('HGET', meta_key, value)) or 0
+  end
   for _, name in ipairs(names) do append_state(reply, name) end
   return reply
 end

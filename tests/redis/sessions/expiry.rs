@@ -6,7 +6,7 @@ use super::{
 use crate::server::Server;
 use tollgate::clock::Timestamp;
 use tollgate::quota::Amounts;
-use tollgate::redis::{CommandBuilder, NewLimit, Step, StepKind, Verdict};
+use tollgate::redis::{CommandBuilder, NewLimit, OverrideMark, Step, StepKind, Verdict};
 
 #[test]
 fn a_dead_nodes_reservations_are_charged_in_full_once() {
@@ -170,10 +170,16 @@ fn a_quota_that_only_a_dead_node_had_blocks_no_command() {
     }
     assert_eq!(survivor.heartbeat().values, [1, 0], "its reservation is charged");
     assert_eq!(
-        survivor.run(|commands| commands.limit(true, &[(0, NewLimit { limit: 50, burst: 20 })])).verdict,
+        survivor
+            .run(|commands| commands.limit(
+                OverrideMark::Endless,
+                "",
+                &[(0, NewLimit { limit: 50, burst: 20 })]
+            ))
+            .verdict,
         Verdict::Done
     );
-    assert_eq!(survivor.run(CommandBuilder::reset).verdict, Verdict::Done);
+    assert_eq!(survivor.run(|commands| commands.reset(None)).verdict, Verdict::Done);
     let level = survivor.mirror(now).levels(now).swap_remove(0);
     assert_eq!((level.level, level.held), (20, 0));
 }

@@ -6,7 +6,7 @@ use crate::server::Server;
 use tollgate::glob::Glob;
 use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{
-    CommandBuilder, NewLimit, OnShortage, ReserveRequest, SentSteps, Step, StepKind, Verdict,
+    NewLimit, OnShortage, OverrideMark, ReserveRequest, SentSteps, Step, StepKind, Verdict,
 };
 
 #[test]
@@ -14,17 +14,22 @@ fn a_limit_and_a_reset_apply_to_every_node() {
     let server = Server::start();
     let (mut one, mut other) = (node(&server, "one"), node(&server, "other"));
     assert_eq!(
-        one.run(|commands| commands.limit(true, &[(0, NewLimit { limit: 50, burst: 20 })])).verdict,
+        one.run(|commands| commands.limit(
+            OverrideMark::Endless,
+            "",
+            &[(0, NewLimit { limit: 50, burst: 20 })]
+        ))
+        .verdict,
         Verdict::Done
     );
     let answer = reserve(&mut other, "a", 30, 0);
-    assert_eq!((answer.verdict, answer.states[0].1), (Verdict::Denied, true));
+    assert_eq!((answer.verdict, answer.states[0].1), (Verdict::Denied, OverrideMark::Endless));
     // A node that joins later does not undo the override.
     let mut third = node(&server, "third");
     let quota = third.mirror(START).levels(START).swap_remove(0).quota;
     assert_eq!((quota.limit, quota.capacity()), (50, 20));
     assert_eq!(reserve(&mut other, "a", 20, 0).verdict, Verdict::Admitted);
-    assert_eq!(one.run(CommandBuilder::reset).verdict, Verdict::Done);
+    assert_eq!(one.run(|commands| commands.reset(None)).verdict, Verdict::Done);
     assert_eq!(month_state(&mut other, START), (999_980, 20, 0), "held amounts stay held");
 }
 
@@ -42,7 +47,7 @@ fn the_limits_of_the_newest_config_apply() {
         let mut other = server.node("other", &with(given), START);
         other.commands.set_clock(START);
         let reply =
-            other.run(|commands| commands.join(stamp, None, &full_states(&with(given), START))).values;
+            other.run(|commands| commands.join(stamp, None, &full_states(&with(given), START), None)).values;
         assert_eq!((reply[0], reply[1], reply[3]), (0, 1, 0), "the reply counts the differing limit");
         assert_eq!(limit(&mut one), want);
     }
@@ -57,8 +62,8 @@ fn a_revoked_override_does_not_replace_the_limits_of_the_newest_config() {
     let mut other = server.node("other", &quotas, START);
     other.commands.set_clock(START);
     let mut states = full_states(&[quotas[0].with_limit(50, 50), quotas[1].clone()], START);
-    states[0].1 = true;
-    assert_eq!(other.run(|commands| commands.join(5, None, &states)).verdict, Verdict::Done);
+    states[0].1 = OverrideMark::Endless;
+    assert_eq!(other.run(|commands| commands.join(5, None, &states, None)).verdict, Verdict::Done);
     let level = one.mirror(START).levels(START).swap_remove(0);
     assert_eq!((level.quota.limit, level.quota.capacity(), level.level), (2_000, 2_000, 2_000));
 }
@@ -108,11 +113,11 @@ fn a_command_after_its_deadline_changes_nothing() {
         assert_eq!(reserve(&mut node, "a", 100, 0).verdict, verdict(Verdict::Admitted));
         node.commands.set_redis_time(START);
         for command in [
-            node.commands.reset(),
+            node.commands.reset(None),
             node.commands.hold(true, &[held_reservation("b", 50, 0)]),
-            node.commands.limit(true, &limit),
+            node.commands.limit(OverrideMark::Endless, "", &limit),
             node.commands.release_unlisted(&[]),
-            node.commands.join(2, Some(SentSteps::default()), &full_states(&quotas(), START)),
+            node.commands.join(2, Some(SentSteps::default()), &full_states(&quotas(), START), None),
         ] {
             assert_eq!(node.call(&command).verdict, verdict(Verdict::Done), "{command:?}");
         }
@@ -169,7 +174,7 @@ fn node_with(server: &Server, session: &str, quotas: &[Quota], stamp: u64) -> No
     let mut node = server.node(session, quotas, START);
     node.commands.set_clock(START);
     let states = full_states(quotas, START);
-    assert_eq!(node.run(|commands| commands.join(stamp, None, &states)).verdict, Verdict::Done);
+    assert_eq!(node.run(|commands| commands.join(stamp, None, &states, None)).verdict, Verdict::Done);
     node
 }
 

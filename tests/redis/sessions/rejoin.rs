@@ -7,7 +7,7 @@ use super::{
 use crate::node::Node;
 use crate::server::Server;
 use tollgate::quota::Amounts;
-use tollgate::redis::{CommandBuilder, HeldReservation, ScriptReply, SentSteps, Step, StepKind, Verdict};
+use tollgate::redis::{HeldReservation, ScriptReply, SentSteps, Step, StepKind, Verdict};
 
 #[test]
 fn nodes_restore_the_state_that_the_server_lost() {
@@ -22,14 +22,19 @@ fn nodes_restore_the_state_that_the_server_lost() {
     assert_eq!(reserve(&mut one, "d", 1, 0).verdict, Verdict::UnknownSession);
     // The first node creates the cells from its copy. Each node adds its reservations. Nothing is counted twice.
     assert_eq!(
-        one.run(|commands| commands.join(1, Some(SentSteps::default()), &answer.states)).values,
+        one.run(|commands| commands.join(1, Some(SentSteps::default()), &answer.states, None)).values,
         [2, 0, 0, 1_000, 0, START.0],
         "the node must wait for the others"
     );
     hold(&mut one, false, &[held_reservation("a", 100, 0)]);
     assert_eq!(
         other
-            .run(|commands| commands.join(1, Some(SentSteps::default()), &full_states(&quotas(), START)))
+            .run(|commands| commands.join(
+                1,
+                Some(SentSteps::default()),
+                &full_states(&quotas(), START),
+                None
+            ))
             .values,
         [0, 0, 0, 1_000, 0, START.0]
     );
@@ -56,7 +61,8 @@ fn a_node_that_comes_late_restores_what_only_it_knew() {
         one.flush_server();
         let sent = Some(SentSteps { oldest: 1, acknowledged: 1, data_set: 1 });
         let at = |node: &mut Node, ms| node.commands.set_clock(START.plus_ms(ms));
-        let join = |node: &mut Node, known: &ScriptReply| node.run(|c| c.join(1, sent, &known.states)).values;
+        let join =
+            |node: &mut Node, known: &ScriptReply| node.run(|c| c.join(1, sent, &known.states, None)).values;
         assert_eq!(join(&mut one, &known_to_one), [2, 0, 0, 1_000, 1, START.0]);
         if !is_late {
             assert_eq!(join(&mut other, &known_to_other), [0, 0, 0, 1_000, 1, START.0]);
@@ -92,7 +98,7 @@ fn a_server_that_has_lost_steps_rejects_later_ones_until_the_node_repeats_them()
     assert_eq!(late, Verdict::UnknownSession, "steps 2 and 3 are missing");
     let sent = |oldest| Some(SentSteps { oldest, acknowledged: 3, data_set: START.0.cast_unsigned() });
     let states = full_states(&quotas(), START);
-    assert_eq!(one.run(|commands| commands.join(1, sent(1), &states)).values, [0, 0, 1, 0, 1, START.0]);
+    assert_eq!(one.run(|commands| commands.join(1, sent(1), &states, None)).values, [0, 0, 1, 0, 1, START.0]);
     // The server lacks the reservations too.
     let all = [("b", 2), ("c", 3), ("d", 4)].map(|(id, step)| held_reservation(id, 40, step));
     hold(&mut one, true, &all);
@@ -101,12 +107,15 @@ fn a_server_that_has_lost_steps_rejects_later_ones_until_the_node_repeats_them()
     }
     assert_eq!(month_state(&mut one, START), (999_870, 0, 130));
     // Steps that the node has not kept are lost. The server accepts the steps after them.
-    assert_eq!(one.run(|commands| commands.join(1, sent(9), &states)).values, [0, 0, 1, 0, 8, START.0]);
+    assert_eq!(one.run(|commands| commands.join(1, sent(9), &states, None)).values, [0, 0, 1, 0, 8, START.0]);
     assert_eq!(one.run(|commands| commands.apply(9, &steps("e"), &[])).verdict, Verdict::Done);
     // The server never had this session, and has the data set that the node knew. The node repeats everything.
     let mut other = server.node("other", &quotas(), START);
     other.commands.set_clock(START);
-    assert_eq!(other.run(|commands| commands.join(1, sent(1), &states)).values, [0, 0, 1, 0, 0, START.0]);
+    assert_eq!(
+        other.run(|commands| commands.join(1, sent(1), &states, None)).values,
+        [0, 0, 1, 0, 0, START.0]
+    );
     assert_eq!(month_state(&mut one, START), (999_870, 0, 130));
 }
 
@@ -258,7 +267,7 @@ fn a_charge_that_a_reset_removed_is_not_reversed_again() {
     assert_eq!(reserve(&mut cut_off, "1", 100, 0).verdict, Verdict::Admitted);
     cut_off.run(|commands| commands.lease(&[50, 50]));
     let now = expire_other_sessions(&mut survivor);
-    assert_eq!(survivor.run(CommandBuilder::reset).verdict, Verdict::Done);
+    assert_eq!(survivor.run(|commands| commands.reset(None)).verdict, Verdict::Done);
     assert_eq!(reserve(&mut survivor, "b", 400, 0).verdict, Verdict::Admitted);
     settle(&mut survivor, 1, "b", 400);
     assert!(rejoin(&mut cut_off, now));

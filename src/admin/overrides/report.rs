@@ -1,0 +1,260 @@
+//! `GET /api/overrides`: everything that differs from the config file, as JSON or as YAML for the file.
+
+use crate::admin::{Admin, QueryResult, read_query, refusal};
+use crate::config::Environment;
+use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet};
+use crate::quota::{Kind, Quota, Scope, Window};
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use http::{StatusCode, header};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use utoipa::ToSchema;
+
+/// Who has set a limit, and what it replaces.
+#[derive(Serialize, ToSchema)]
+pub(in crate::admin) struct OverrideView {
+    /// `null`: not known.
+    by: Option<String>,
+    /// RFC 3339; `null`: not known.
+    since: Option<String>,
+    /// RFC 3339; `null`: until it is deleted.
+    until: Option<String>,
+    reason: Option<String>,
+    /// The limit of the file. `null`: unlimited.
+    file_limit: Option<u64>,
+}
+
+impl OverrideView {
+    /// `configured`: the quotas of the config.
+    pub(in crate::admin) fn new(set: &LimitOverride, configured: &[Quota]) -> Self {
+        let file = configured.iter().find(|quota| quota.is_same_as(&set.quota));
+        let OriginView { by, since, until, reason } = OriginView::new(&set.origin);
+        Self { by, since, until, reason, file_limit: file.and_then(limit) }
+    }
+}
+
+/// Who has set an override, when, until when, and why.
+#[derive(Serialize, ToSchema)]
+pub(in crate::admin) struct OriginView {
+    /// `null`: not known.
+    by: Option<String>,
+    /// RFC 3339; `null`: not known.
+    since: Option<String>,
+    /// RFC 3339; `null`: until it is deleted.
+    until: Option<String>,
+    reason: Option<String>,
+}
+
+impl OriginView {
+    pub(in crate::admin) fn new(origin: &OverrideOrigin) -> Self {
+        let OverrideOrigin { by, since, until, reason } = origin;
+        Self {
+            by: Some(by.clone()).filter(|by| !by.is_empty()),
+            since: (since.0 > 0).then(|| since.to_rfc3339()),
+            until: until.map(|until| until.to_rfc3339()),
+            reason: reason.clone(),
+        }
+    }
+}
+
+/// The answer of `GET /api/overrides`.
+#[derive(Serialize, ToSchema)]
+pub(in crate::admin) struct OverrideList {
+    /// The limits, by environment.
+    overrides: Vec<LimitOverrideView>,
+    /// The environments whose `enforce` is not that of the file.
+    enforce: Vec<EnforceOverrideView>,
+}
+
+/// A limit that an administrator has set.
+#[derive(Serialize, ToSchema)]
+struct LimitOverrideView {
+    environment: String,
+    /// `environment`, `caller` or `model`.
+    scope: &'static str,
+    name: Option<String>,
+    kind: &'static str,
+    per: String,
+    /// `null`: unlimited.
+    limit: Option<u64>,
+    burst: Option<u64>,
+    unlimited: bool,
+    /// The limit of the file. `null`: unlimited, or the file has no such quota now.
+    file_limit: Option<u64>,
+    /// Whether the file has the quota, or it is one of the unlimited quotas that each environment has.
+    in_file: bool,
+    #[serde(flatten)]
+    origin: OriginView,
+}
+
+/// Whether quotas are enforced, where an administrator has set it.
+#[derive(Serialize, ToSchema)]
+struct EnforceOverrideView {
+    environment: String,
+    enforce: bool,
+    /// The value of the file.
+    file_enforce: bool,
+    #[serde(flatten)]
+    origin: OriginView,
+}
+
+/// The query parameters.
+#[derive(Default, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(in crate::admin) struct ListParameters {
+    format: String,
+}
+
+/// `GET /api/overrides`.
+pub(in crate::admin) async fn list(
+    State(admin): State<Admin>,
+    query: QueryResult<ListParameters>,
+) -> Response {
+    let ListParameters { format } = match read_query(query) {
+        Ok(parameters) => parameters,
+        Err(refusal) => return *refusal,
+    };
+    let environments = admin.state.current().environments();
+    futures_util::future::join_all(environments.iter().map(|(_, account)| account.refresh())).await;
+    let all: Vec<_> =
+        environments.iter().map(|(settings, account)| (settings.clone(), account.overrides())).collect();
+    match format.as_str() {
+        "" | "json" => Json(to_json(&all)).into_response(),
+        "yaml" => ([(header::CONTENT_TYPE, "application/yaml")], to_yaml(&all)).into_response(),
+        _ => refusal(StatusCode::BAD_REQUEST, "invalid_value", "format must be json or yaml."),
+    }
+}
+
+fn limit(quota: &Quota) -> Option<u64> {
+    (!quota.is_unlimited()).then_some(quota.limit)
+}
+
+fn to_json(all: &[(Arc<Environment>, OverrideSet)]) -> OverrideList {
+    let mut list = OverrideList { overrides: Vec::new(), enforce: Vec::new() };
+    for (settings, set) in all {
+        let configured = settings.counted_quotas();
+        let view = |LimitOverride { quota, origin }: &LimitOverride| {
+            let file = configured.iter().find(|known| known.is_same_as(quota));
+            LimitOverrideView {
+                environment: settings.name.clone(),
+                scope: quota.scope.as_str(),
+                name: Some(quota.scope.name().to_owned()).filter(|name| !name.is_empty()),
+                kind: quota.kind.as_str(),
+                per: quota.per.text.clone(),
+                limit: limit(quota),
+                burst: limit(quota).map(|_| quota.capacity()),
+                unlimited: quota.is_unlimited(),
+                file_limit: file.and_then(limit),
+                in_file: file.is_some(),
+                origin: OriginView::new(origin),
+            }
+        };
+        list.overrides.extend(set.limits.iter().map(view));
+        list.enforce.extend(set.enforce.iter().map(|EnforceOverride { enforce, origin }| {
+            EnforceOverrideView {
+                environment: settings.name.clone(),
+                enforce: *enforce,
+                file_enforce: settings.enforce,
+                origin: OriginView::new(origin),
+            }
+        }));
+    }
+    list
+}
+
+/// The part of the config file that the overrides change. A kind is listed with all its quotas, because a list in the file
+/// is replaced as a whole.
+fn to_yaml(all: &[(Arc<Environment>, OverrideSet)]) -> String {
+    let mut text = String::from(
+        "# The overrides in force. Merge this into the config file: mappings by key, callers by name, other lists as a whole.\n",
+    );
+    let changed: Vec<_> =
+        all.iter().filter(|(_, set)| !set.limits.is_empty() || set.enforce.is_some()).collect();
+    text += if changed.is_empty() { "environments: {}\n" } else { "environments:\n" };
+    for (settings, set) in changed {
+        let _ = writeln!(text, "  {}:", quoted(&settings.name));
+        if let Some(EnforceOverride { enforce, .. }) = &set.enforce {
+            let _ = writeln!(text, "    enforce: {enforce}");
+        }
+        write_quotas(&mut text, settings, set);
+    }
+    text
+}
+
+fn write_quotas(text: &mut String, settings: &Environment, set: &OverrideSet) {
+    let all = settings.counted_quotas();
+    let overridden: Vec<&Quota> = all.iter().filter(|quota| set.of(quota).is_some()).collect();
+    let mut scopes: Vec<&Scope> = Vec::new();
+    for quota in &overridden {
+        if !scopes.contains(&&quota.scope) {
+            scopes.push(&quota.scope);
+        }
+    }
+    let changes_of = |scope: &Scope, kind: Kind| -> Vec<Quota> {
+        let is_changed = overridden.iter().any(|quota| quota.scope == *scope && quota.kind == kind);
+        let of_kind = all.iter().filter(|quota| is_changed && quota.scope == *scope && quota.kind == kind);
+        of_kind.map(|quota| set.apply_to(quota)).collect()
+    };
+    let mut last = "";
+    for scope in ["environment", "caller", "model"]
+        .iter()
+        .flat_map(|word| scopes.iter().filter(move |scope| scope.as_str() == *word))
+    {
+        let (section, indent) = match scope {
+            Scope::Environment => ("quotas", 6),
+            Scope::Caller(_) => ("keys", 10),
+            Scope::Model(_) => ("model_quotas", 8),
+        };
+        if section != last {
+            let _ = writeln!(text, "    {section}:");
+            last = section;
+        }
+        match scope {
+            Scope::Environment => {}
+            Scope::Caller(name) => {
+                let _ = writeln!(text, "      - name: {}\n        quotas:", quoted(name));
+            }
+            Scope::Model(pattern) => {
+                let _ = writeln!(text, "      {}:", quoted(pattern.as_str()));
+            }
+        }
+        for kind in Kind::ALL {
+            let quotas = changes_of(scope, kind);
+            if !quotas.is_empty() {
+                let _ = writeln!(text, "{:indent$}{kind}:", "");
+            }
+            for quota in quotas {
+                let _ = writeln!(text, "{:indent$}  - {}", "", quota_yaml(&quota));
+            }
+        }
+    }
+}
+
+fn quota_yaml(quota: &Quota) -> String {
+    let Quota { per, window, .. } = quota;
+    let mut text = format!("{{ limit: {}, per: {}", quota.limit_text(), quoted(&per.text));
+    match window {
+        Window::Rolling { burst } => {
+            text += ", window: rolling";
+            if *burst != quota.limit {
+                let _ = write!(text, ", burst: {burst}");
+            }
+        }
+        Window::Calendar { zone, .. } => {
+            let _ =
+                write!(text, ", window: calendar, timezone: {}", quoted(zone.iana_name().unwrap_or("UTC")));
+        }
+    }
+    text + " }"
+}
+
+/// A text in double quotes, as JSON and YAML write it.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+#[cfg(test)]
+mod tests;
