@@ -160,8 +160,15 @@ impl SimulationReport {
 
     /// What the quota did, and which limit would refuse no call.
     fn verdict(&self, q: &QuotaOutcome, sufficient: Option<SufficientLimit>) -> String {
-        if q.calls == 0 || is_unlimited(&q.quota) {
+        if q.calls == 0 {
             return String::new();
+        }
+        if is_unlimited(&q.quota) {
+            let would = |found: SufficientLimit| {
+                let limit = format!("{} {}", amount(found.limit), a_period(&q.quota.per.text));
+                format!("{}: unlimited; {limit} would refuse none.\n", subject(&q.quota))
+            };
+            return sufficient.map(would).unwrap_or_default();
         }
         let limit = format!("{} {}", amount(q.quota.limit), a_period(&q.quota.per.text));
         let refuses = if self.is_shadow { "would refuse" } else { "refuses" };
@@ -195,7 +202,7 @@ impl SimulationReport {
 }
 
 /// Whether the quota has no limit in practice.
-fn is_unlimited(quota: &Quota) -> bool {
+pub(super) fn is_unlimited(quota: &Quota) -> bool {
     quota.limit >= MAX_LIMIT
 }
 

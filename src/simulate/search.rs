@@ -1,6 +1,7 @@
 //! The search for the smallest limit that refuses no call of a trace.
 
 use super::replay::{QuotaOutcome, admits_all};
+use super::report::is_unlimited;
 use super::words::{readable, readable_index};
 use super::{Pace, TraceCall};
 use crate::clock::Stopwatch;
@@ -58,7 +59,8 @@ impl<'a> SearchBudget<'a> {
 }
 
 /// For each quota, a limit that refuses no call if no other quota applies. So if every quota has this limit, no call is
-/// refused. `None`: the quota applies to no call, no limit was found in time, or there is none.
+/// refused. `None`: the quota applies to no call, no limit was found in time, or there is none. Unlimited quotas are
+/// searched only if all are unlimited.
 pub(super) fn sufficient_limits(
     environment: &Environment,
     outcomes: &[QuotaOutcome],
@@ -66,13 +68,14 @@ pub(super) fn sufficient_limits(
     pace: Pace,
     budget: &SearchBudget<'_>,
 ) -> Vec<Option<SufficientLimit>> {
+    let has_limit = outcomes.iter().any(|outcome| outcome.calls > 0 && !is_unlimited(&outcome.quota));
     let next = AtomicUsize::new(0);
     let work = || {
         let mut found = Vec::new();
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(outcome) = outcomes.get(at) else { return found };
-            found.push((at, search(environment, outcome, calls, pace, budget)));
+            found.push((at, search(environment, outcome, has_limit, calls, pace, budget)));
         }
     };
     let threads = thread::available_parallelism().map_or(1, usize::from).min(outcomes.len());
@@ -92,12 +95,13 @@ pub(super) fn sufficient_limits(
 fn search(
     environment: &Environment,
     outcome: &QuotaOutcome,
+    has_limit: bool,
     calls: &[TraceCall],
     pace: Pace,
     budget: &SearchBudget<'_>,
 ) -> Option<SufficientLimit> {
     let quota = &outcome.quota;
-    if outcome.calls == 0 {
+    if outcome.calls == 0 || is_unlimited(quota) && has_limit {
         return None;
     }
     let mut alone = environment.clone();
