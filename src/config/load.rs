@@ -101,7 +101,7 @@ fn modified_ms(path: &Path) -> u64 {
 
 fn read_text(path: &Path) -> Result<String, String> {
     if path.is_dir() {
-        return Err("this is a folder; name the config file in it".to_owned());
+        return Err("this is a directory; name the config file in it".to_owned());
     }
     let mut bytes = Vec::new();
     // One byte more than the limit, so that `parse` can detect a larger file.

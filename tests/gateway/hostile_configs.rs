@@ -45,7 +45,7 @@ fn for_each_broken_file(path: &Path, mut check: impl FnMut(&str)) {
     check("the config is larger than 4 MiB");
     fs::remove_file(path).unwrap();
     fs::create_dir(path).unwrap();
-    check("this is a folder; name the config file in it");
+    check("this is a directory; name the config file in it");
     fs::remove_dir(path).unwrap();
 }
 

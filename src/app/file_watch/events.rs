@@ -1,8 +1,10 @@
 //! Changes in folders, as the Linux kernel reports them.
 
-use inotify::{Inotify, WatchDescriptor, WatchMask, Watches};
+use rustix::fd::OwnedFd;
+use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use std::collections::BTreeSet;
 use std::io;
+use std::mem::MaybeUninit;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +16,9 @@ const BUFFER_BYTES: usize = 4_096;
 
 /// Reports that something has changed in one of the watched folders. A thread waits for the events.
 pub(super) struct FolderEvents {
-    watches: Watches,
-    descriptors: Vec<WatchDescriptor>,
+    inotify: Arc<OwnedFd>,
+    /// The kernel's numbers of the watches.
+    watches: Vec<i32>,
     shared: Arc<Shared>,
 }
 
@@ -29,29 +32,29 @@ impl FolderEvents {
     /// # Errors
     /// The kernel or the process has no room for another watcher.
     pub(super) fn new() -> io::Result<Self> {
-        let inotify = Inotify::init()?;
-        let (watches, shared) = (inotify.watches(), Arc::new(Shared::default()));
-        let of_thread = shared.clone();
+        let inotify = Arc::new(inotify::init(CreateFlags::CLOEXEC)?);
+        let shared = Arc::new(Shared::default());
+        let of_thread = (inotify.clone(), shared.clone());
         thread::Builder::new()
             .name("file watch".into())
-            .spawn(move || wait_for_events(inotify, &of_thread))?;
-        Ok(Self { watches, descriptors: Vec::new(), shared })
+            .spawn(move || wait_for_events(&of_thread.0, &of_thread.1))?;
+        Ok(Self { inotify, watches: Vec::new(), shared })
     }
 
     /// Watches more folders. A folder that does not exist or cannot be watched is left to the comparison of files.
     pub(super) fn watch(&mut self, folders: &BTreeSet<PathBuf>) {
-        let changes = WatchMask::CREATE
-            | WatchMask::MODIFY
-            | WatchMask::CLOSE_WRITE
-            | WatchMask::MOVED_FROM
-            | WatchMask::MOVED_TO
-            | WatchMask::DELETE
-            | WatchMask::ATTRIB;
+        let changes = WatchFlags::CREATE
+            | WatchFlags::MODIFY
+            | WatchFlags::CLOSE_WRITE
+            | WatchFlags::MOVED_FROM
+            | WatchFlags::MOVED_TO
+            | WatchFlags::DELETE
+            | WatchFlags::ATTRIB;
         for folder in folders {
-            match self.watches.add(folder, changes) {
+            match inotify::add_watch(&self.inotify, folder, changes) {
                 // The kernel knows a folder that is watched already.
-                Ok(descriptor) if self.descriptors.contains(&descriptor) => {}
-                Ok(descriptor) => self.descriptors.push(descriptor),
+                Ok(watch) if self.watches.contains(&watch) => {}
+                Ok(watch) => self.watches.push(watch),
                 Err(error) => {
                     tracing::debug!(%error, folder = %folder.display(), "a folder cannot be watched");
                 }
@@ -69,15 +72,16 @@ impl Drop for FolderEvents {
     fn drop(&mut self) {
         self.shared.is_over.store(true, Ordering::Relaxed);
         // The end of a watch is an event, which wakes the thread.
-        for descriptor in self.descriptors.drain(..) {
-            drop(self.watches.remove(descriptor));
+        for watch in self.watches.drain(..) {
+            drop(inotify::remove_watch(&self.inotify, watch));
         }
     }
 }
 
-fn wait_for_events(mut inotify: Inotify, shared: &Shared) {
-    let mut buffer = [0; BUFFER_BYTES];
-    while inotify.read_events_blocking(&mut buffer).is_ok() && !shared.is_over.load(Ordering::Relaxed) {
+fn wait_for_events(inotify: &OwnedFd, shared: &Shared) {
+    let mut buffer = [MaybeUninit::uninit(); BUFFER_BYTES];
+    let mut events = Reader::new(inotify, &mut buffer);
+    while events.next().is_ok() && !shared.is_over.load(Ordering::Relaxed) {
         shared.has_changed.notify_one();
     }
 }

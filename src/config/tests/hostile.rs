@@ -72,7 +72,7 @@ fn files_that_are_not_text_or_too_large_are_refused() {
     assert!(fault_of(&vec![b' '; 5 << 20]).contains("larger than 4 MiB"));
     let load = |path: &str| load(Path::new(path)).unwrap_err().to_string();
     assert!(load("/nowhere.yaml").starts_with("/nowhere.yaml:1:1: the file cannot be read"));
-    assert!(load("/").contains("this is a folder"));
+    assert!(load("/").contains("this is a directory"));
     assert!(load("/dev/zero").contains("larger than 4 MiB"));
 }
 
