@@ -31,6 +31,7 @@ pub(crate) use calls::{CallTexts, MessageCalls, add_call_arguments};
 pub use file::FileVocabulary;
 pub use identity::{AnswerReference, PromptPrefix, ReferenceKind};
 pub use images::ImageDetail;
+pub(crate) use images::ImageUrlKey;
 pub(crate) use keyed_hash::KeyedHash;
 pub(crate) use known::{KnownModels, ModelRank, PUBLIC_MODELS};
 pub use models::Model;

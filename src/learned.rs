@@ -12,6 +12,7 @@
 
 mod answers;
 mod table;
+mod urls;
 
 use crate::api::Api;
 use crate::calibrations::Calibrations;
@@ -25,6 +26,7 @@ use std::collections::hash_map::{DefaultHasher, RandomState};
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
 use table::{BoundedTable, Numbers};
+use urls::ImageUrls;
 
 /// Entries of conversations and set-ups in memory: 8 MiB. An answered request takes one entry, and each set-up one.
 /// This suffices for the last requests of 100,000 conversations at the same time.
@@ -76,6 +78,7 @@ pub struct Recall {
     /// `None`: the prompt has no tools, settings or system prompt.
     setup_key: Option<u64>,
     resolved: ResolvedReferences,
+    urls: ImageUrls,
 }
 
 /// A prefix of a prompt, as an earlier answer reported it.
@@ -187,10 +190,13 @@ impl Learned {
             known.is_none() || reference.message >= first && reference.kind != ReferenceKind::Response
         };
         let resolved = self.resolve(scope, prompt, prompt.references().filter(is_new));
+        let new_images = prompt.image_urls().iter().filter(|image| known.is_none() || image.message >= first);
+        let urls = self.image_urls(scope, api, model, new_images.copied());
         Recall {
             scope,
             api,
             resolved,
+            urls,
             known: known.map(|(_, known)| known),
             setup: setup.map(SetupOffset::from),
             whole_key: whole.map(|whole| prefix_key(&whole)),
@@ -213,14 +219,15 @@ impl Learned {
 
     /// Corrects the estimate of the content that the request itself has.
     fn correct_content(&self, recall: &Recall, model: &str, estimate: &PromptEstimate) -> CorrectedPrompt {
-        let counted = estimate.tokens();
         if let Some(known) = &recall.known {
+            let tokens = known.reported.continued(estimate, recall, estimate.unseen > known.new_references);
             return CorrectedPrompt {
-                tokens: known.reported.continued(estimate, recall, estimate.unseen > known.new_references),
+                tokens: recall.urls.apply(tokens),
                 source: EstimateSource::Conversation,
                 unseen: known.new_references,
             };
         }
+        let counted = recall.urls.apply(estimate.tokens());
         let correction = self.calibrations.correction(recall.scope.upstream, model, estimate.kind);
         let calibrated = correction.apply(counted);
         let (tokens, source) = match recall.setup.and_then(|setup| setup.apply(counted, calibrated)) {
@@ -254,6 +261,10 @@ impl Learned {
         if estimate.is_rough || counted == 0 {
             return;
         }
+        let predicted = self.correct_content(recall, model, estimate).tokens;
+        if !estimate.is_partial && !recall.resolved.has_any {
+            self.learn_image_urls(&recall.urls, predicted, answer.prompt);
+        }
         if let Some(key) = recall.whole_key
             && let Some(prefix) = ReportedPrefix::new(estimate, answer)
         {
@@ -263,6 +274,7 @@ impl Learned {
         if estimate.is_partial {
             return;
         }
+        let counted = recall.urls.apply(counted);
         if let Some(key) = recall.setup_key {
             self.table.update(key, |before| {
                 SetupOffset::after(before.map(SetupOffset::from), counted, answer.prompt).into()

@@ -227,8 +227,12 @@ impl MessageBlock<'_, '_> {
         match (&*kind, source) {
             ("image", source) => {
                 let BlockSource { data, reference, .. } = source.unwrap_or_default();
-                prompt.identify(&reference);
-                prompt.add_image(media::image_size(&data), ImageDetail::Auto);
+                if data.is_empty() {
+                    prompt.add_image_at(&reference, ImageDetail::Auto);
+                } else {
+                    prompt.identify(&reference);
+                    prompt.add_image(media::image_size(&data), ImageDetail::Auto);
+                }
             }
             (_, Some(source)) => {
                 prompt.add_tokens(PromptPart::Messages, TOKENS_PER_DOCUMENT);

@@ -87,11 +87,10 @@ impl<'a> PartMedia<'a> {
             prompt.add_text(PromptPart::Messages, self.text, 1);
         }
         if self.is_image || !self.image.url.is_empty() {
-            let data = media::data_url(&self.image.url);
-            if data.is_none() {
-                prompt.identify(&self.image.url);
+            match media::data_url(&self.image.url) {
+                Some((_, base64)) => prompt.add_image(media::image_size(base64), self.image.detail),
+                None => prompt.add_image_at(&self.image.url, self.image.detail),
             }
-            prompt.add_image(data.and_then(|(_, base64)| media::image_size(base64)), self.image.detail);
         } else if let Some((kind, base64)) = media::data_url(&self.recording.url) {
             document(prompt, kind, "", base64);
         } else if !self.recording.url.is_empty() {

@@ -128,13 +128,13 @@ impl<'a> JsonVisitor<'a> for GeminiParts<'_, 'a> {
             "thoughtSignature" | "thought_signature" => self.prompt.add_encrypted_reasoning(&string(object)?),
             "fileData" | "file_data" => {
                 let Some(reference) = raw_unless_null(object)? else { return Ok(()) };
-                self.prompt.identify(reference);
                 let mut file = InlineBlob::default();
                 drop(Visit(&mut file).deserialize(&mut serde_json::Deserializer::from_str(reference)));
                 // Most models charge the same for every image.
                 if file.kind.starts_with("image/") {
-                    self.prompt.add_image(None, ImageDetail::Auto);
+                    self.prompt.add_image_at(reference, ImageDetail::Auto);
                 } else {
+                    self.prompt.identify(reference);
                     self.prompt.unseen += 1;
                 }
             }

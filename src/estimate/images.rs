@@ -17,6 +17,13 @@ pub enum ImageDetail {
     Original,
 }
 
+/// An image by URL: the keyed hash of its URL and detail, and the number of messages before it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ImageUrlKey {
+    pub(crate) hash: u64,
+    pub(crate) message: u64,
+}
+
 impl ImageDetail {
     /// The detail by its name in a request; `Auto` for an unknown name.
     pub(crate) fn named(name: &str) -> Self {

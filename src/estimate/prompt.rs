@@ -8,7 +8,8 @@ use super::count_cache::HashedText;
 use super::identity::{
     AnswerReference, Identity, IdentityPart, KnownTexts, PromptPrefix, PromptSizes, ReferenceKind,
 };
-use super::images::{ImageDetail, PromptImage};
+use super::images::{ImageDetail, ImageUrlKey, PromptImage};
+use super::keyed_hash::KeyedHash;
 use super::media::{Pdf, Recording};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
@@ -28,6 +29,8 @@ const MAX_LOADED_TOOLS: usize = 256;
 /// Number of texts that are stored separately. In further texts, two bytes count as a token: a list of millions of
 /// tiny texts would take many times the memory of its body.
 const MAX_TEXTS: usize = 1 << 17;
+/// Number of images by URL whose cost is looked up.
+const MAX_IMAGE_URLS: usize = 64;
 /// Number of references to earlier answers that are looked up.
 const MAX_REFERENCES: usize = 64;
 
@@ -84,6 +87,8 @@ pub struct Prompt<'a> {
     /// Whether the request turns the model's reasoning on or off.
     reasons: Option<bool>,
     attachments: Attachments<'a>,
+    /// The images that the request has by URL only.
+    image_urls: Vec<ImageUrlKey>,
     /// Bytes of documents that were decompressed so far; `media` bounds them.
     pub(crate) inflated: usize,
     /// Number of prompts in a list. Each gets its own answers.
@@ -307,6 +312,21 @@ impl<'a> Prompt<'a> {
         self.identity.add_number(IdentityPart::Image, u64::from(width) << 32 | u64::from(height));
         self.identity.add_number(IdentityPart::Image, detail as u64);
         self.attachments.add_image(PromptImage { size, detail });
+    }
+
+    /// Adds an image by its URL, which is not fetched.
+    pub(crate) fn add_image_at(&mut self, url: &str, detail: ImageDetail) {
+        self.identify(url);
+        if !url.is_empty() && self.image_urls.len() < MAX_IMAGE_URLS {
+            let hash = KeyedHash::of_text(url.as_bytes()).with(detail as u64).value();
+            self.image_urls.push(ImageUrlKey { hash, message: self.counts.messages });
+        }
+        self.add_image(None, detail);
+    }
+
+    /// The images that the request has by URL only.
+    pub(crate) fn image_urls(&self) -> &[ImageUrlKey] {
+        &self.image_urls
     }
 
     /// Adds the pages of a document.

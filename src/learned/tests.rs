@@ -236,3 +236,54 @@ proptest! {
         prop_assert_eq!(corrected.tokens, plain.tokens + error);
     }
 }
+
+/// A chat with images by URL, and a question.
+fn with_images(urls: &[&str], question: &str) -> Value {
+    let image = |url: &&str| json!({"type": "image_url", "image_url": {"url": url}});
+    let mut content: Vec<Value> = urls.iter().map(image).collect();
+    content.push(json!({"type": "text", "text": question}));
+    json!({"role": "user", "content": content})
+}
+
+#[test]
+fn an_image_by_url_costs_what_its_first_answer_reported() {
+    let all = learned();
+    let send = |scope: EstimateScope, messages: Value, more: Option<i64>| {
+        let body = json!({ "messages": messages }).to_string();
+        let (_, counted) = ask(&learned(), scope, &body, None);
+        let reported = more.map(|more| counted.checked_add_signed(more).unwrap());
+        ask(&all, scope, &body, reported).0.tokens.cast_signed() - counted.cast_signed()
+    };
+    let (map, photo) = ("https://example.com/map.png", "https://example.com/photo.png");
+    let asks = |urls: &[&str], question: &str| json!([with_images(urls, question)]);
+    assert_eq!(send(ONE, asks(&[map], "What is it?"), Some(700)), 0, "unknown");
+    assert_eq!(send(ONE, asks(&[map], "Which city is on the map?"), None), 700);
+    assert_eq!(send(ONE, asks(&[map, map], "Are they the same?"), None), 1_400);
+    let other = EstimateScope { principal: 2, ..ONE };
+    assert_eq!(send(other, asks(&[map], "Which city is on the map?"), None), 0, "another caller");
+    assert_eq!(send(ONE, asks(&["https://example.com/map.png?v=2"], "And this?"), None), 0, "another URL");
+    // The rest of a report belongs to the unknown image, which can cost less than assumed.
+    assert_eq!(send(ONE, asks(&[map, photo], "Compare them, please."), Some(600)), 700);
+    assert_eq!(send(ONE, asks(&[photo], "Who is it?"), None), -100);
+    // The report on the first request of a conversation includes its images.
+    let first = with_images(&[map], "What is it?");
+    let turn = |urls: &[&str]| json!([first, {"role": "assistant", "content": "Ulm"}, with_images(urls, "And this one?")]);
+    assert_eq!(send(ONE, turn(&[]), None), 700);
+    assert_eq!(send(ONE, turn(&[photo]), None), 600);
+}
+
+#[test]
+fn several_unknown_images_share_what_their_prompt_cost_more() {
+    let all = learned();
+    let urls = ["https://example.com/a.png", "https://example.com/b.png"];
+    let body = |urls: &[&str], question: &str| json!({"messages": [with_images(urls, question)]}).to_string();
+    let (_, counted) = ask(&all, ONE, &body(&urls, "Compare them."), None);
+    ask(&all, ONE, &body(&urls, "Compare them."), Some(counted + 500));
+    let (corrected, counted) = ask(&all, ONE, &body(&urls[..1], "Look."), None);
+    assert_eq!(corrected.tokens, counted + 250);
+    // A report that is far too high has a bounded effect.
+    let far = body(&["https://example.com/c.png"], "Look.");
+    ask(&all, ONE, &far, Some(1 << 40));
+    let (corrected, counted) = ask(&all, ONE, &body(&["https://example.com/c.png"], "And now?"), None);
+    assert!(corrected.tokens <= 4 * (counted + 65_536) + 2_048, "{corrected:?}");
+}
