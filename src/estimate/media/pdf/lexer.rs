@@ -103,6 +103,8 @@ impl<'a> Iterator for Lexer<'a> {
             }
             self.at += 1;
             return Some(match first {
+                // An empty name before another one means nothing.
+                b'/' if next == Some(&b'/') => continue,
                 b'/' => PdfToken::Name(self.word()),
                 b'[' => PdfToken::ArrayStart,
                 b']' => PdfToken::ArrayEnd,
@@ -228,6 +230,13 @@ mod tests {
         );
         assert_eq!(unescaped(b"a\\)\\101\\\nb\\n").collect::<Vec<_>>(), b"a)Ab\n");
         assert_eq!(unhexed(b"48 656").collect::<Vec<_>>(), b"He`");
+    }
+
+    #[test]
+    fn an_empty_name_before_another_name_is_ignored() {
+        use PdfToken::*;
+        assert_eq!(Lexer::new(b"///A / B").collect::<Vec<_>>(), [Name(b"A"), Name(b""), Keyword(b"B")]);
+        assert_eq!(Lexer::new(b"//").collect::<Vec<_>>(), [Name(b"")]);
     }
 
     #[test]
