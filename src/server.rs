@@ -14,8 +14,8 @@ use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use socket::{CallerSocket, SocketHandle};
-use socket2::{Domain, Protocol, Socket, Type};
 use std::error::Error;
 use std::future::poll_fn;
 use std::io;
@@ -81,25 +81,28 @@ pub(crate) fn listen(address: SocketAddr, sockets: usize) -> io::Result<Vec<std:
     // The first socket is bound without `SO_REUSEPORT`, so that a second gateway at this address fails. It shares the
     // address from then on, and stays open, so that no other process can bind it in between.
     let first = bind(address, false)?;
-    let address = first.local_addr()?.as_socket().unwrap_or(address);
-    first.set_reuse_port(true)?;
+    let address = first.local_addr()?;
+    sockopt::set_socket_reuseport(&first, true)?;
     let mut all = vec![first];
     for _ in 1..sockets {
         all.push(bind(address, true)?);
     }
-    Ok(all.into_iter().map(Into::into).collect())
+    Ok(all)
 }
 
-fn bind(address: SocketAddr, is_shared: bool) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
+fn bind(address: SocketAddr, is_shared: bool) -> io::Result<std::net::TcpListener> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
     if is_shared {
-        socket.set_reuse_port(true)?;
+        sockopt::set_socket_reuseport(&socket, true)?;
     }
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(LISTEN_BACKLOG)?;
-    Ok(socket)
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, LISTEN_BACKLOG)?;
+    let listener = std::net::TcpListener::from(socket);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// Serves connections until `state` is `Draining` or `Stopped`. Returns when the last connection has ended or the drain

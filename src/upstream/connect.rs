@@ -68,7 +68,7 @@ async fn connect_to_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use socket2::{Domain, Socket, Type};
+    use rustix::net::{AddressFamily, SocketType};
     use std::net::{Ipv4Addr, TcpListener, TcpStream as BlockingStream};
     use tokio::time::{Instant, timeout};
 
@@ -76,11 +76,12 @@ mod tests {
 
     /// An address that does not answer: the kernel drops the connection requests of a listener whose backlog is
     /// full. It does so while the returned sockets live.
-    fn black_hole() -> (SocketAddr, Socket, Vec<BlockingStream>) {
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        listener.bind(&ANY.into()).unwrap();
-        listener.listen(0).unwrap();
-        let address = listener.local_addr().unwrap().as_socket().unwrap();
+    fn black_hole() -> (SocketAddr, TcpListener, Vec<BlockingStream>) {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &ANY).unwrap();
+        rustix::net::listen(&socket, 0).unwrap();
+        let listener = TcpListener::from(socket);
+        let address = listener.local_addr().unwrap();
         let connect = |_| BlockingStream::connect_timeout(&address, Duration::from_millis(200)).ok();
         let accepted = (0..64).map_while(connect).collect();
         (address, listener, accepted)
