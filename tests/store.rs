@@ -364,9 +364,10 @@ fn a_new_time_zone_keeps_the_usage_of_its_current_period() {
     }
 }
 
-/// The used amounts of the environment's quotas in a node with these quotas.
+/// The used amounts of the environment's quotas with a limit in a node with these quotas.
 fn used_with(folder: &Folder, quotas: &str) -> Vec<u64> {
-    let environment = |level: &&QuotaLevel| level.quota.scope == Scope::Environment;
+    let environment =
+        |level: &&QuotaLevel| level.quota.scope == Scope::Environment && !level.quota.is_unlimited();
     let levels = Node::open(&config(&folder.file(), quotas, "")).account.snapshot().levels;
     levels.iter().filter(environment).map(|level| level.used).collect()
 }
