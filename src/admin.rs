@@ -7,39 +7,42 @@ mod environments;
 mod events;
 mod explain;
 mod guesses;
+mod health;
+mod openapi;
 mod overrides;
 mod page;
+mod rejections;
+mod reload;
 mod sessions;
 mod system;
 mod usage;
 
-use crate::config::OnStoreFailure;
-use crate::ledger::RedisStatus;
 use crate::proxy;
-use crate::reload::{ReloadHandle, ReloadOutcome};
+use crate::reload::ReloadHandle;
 use crate::server::Peer;
 use access::Access;
-use audit::{Action, Actor};
-use axum::Router;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{DefaultBodyLimit, Extension, Query, State};
+use axum::extract::{DefaultBodyLimit, Extension, Query};
+use axum::handler::Handler;
 use axum::middleware;
-use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
-use axum::{Json, body::Body};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{MethodFilter, on};
+use axum::{Json, Router};
 use events::EventHub;
-use http::StatusCode;
-use http::header;
+use http::{Method, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::service::TowerToHyperService;
-use serde_json::json;
-use std::fmt::Write as _;
+use serde::Serialize;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use system::Process;
+use utoipa::ToSchema;
 
 /// Maximum size of a request body in bytes.
 const MAX_BODY_BYTES: usize = 64 * 1024;
+/// The path whose bodies are requests of callers.
+const EXPLAIN: &str = "/api/explain";
 /// Maximum size of a body for `POST /api/explain` in bytes.
 const MAX_EXPLAINED_BYTES: usize = 32 * 1024 * 1024;
 
@@ -52,9 +55,13 @@ struct Admin {
     process: Process,
 }
 
-/// The address of the client that sent a request.
+/// The client that sent a request.
 #[derive(Clone, Copy, Debug)]
-struct PeerAddress(SocketAddr);
+struct Client {
+    address: SocketAddr,
+    /// The time within which the whole body must arrive.
+    body_timeout: Duration,
+}
 
 /// The HTTP service of the admin listener, for the connections of each client. `address`: the address of the admin listener;
 /// `callers`: that of the listener for callers.
@@ -71,41 +78,81 @@ pub(crate) fn service(
         events: Arc::default(),
         process: Process::new(callers),
     };
-    let router = Router::new()
-        .route("/", get(page::index))
-        .route("/page/{name}", get(page::file))
-        .route("/livez", get(|| async { "alive\n" }))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
-        .route("/api/environments", get(environments::environments))
-        .route("/api/environments/{environment}", get(environments::environment).patch(overrides::patch))
-        .route("/api/environments/{environment}/reset", post(overrides::reset))
-        .route(
-            "/api/environments/{environment}/quotas/{kind}/{per}",
-            put(overrides::set_limit).delete(overrides::unset_limit),
-        )
-        .route("/api/audit", get(audit::audit))
-        .route("/api/events", get(events::events))
-        .route("/api/system", get(system::system))
-        .route("/api/environments/{environment}/quotas/{kind}/{per}/reset", post(overrides::reset_one))
-        .route("/api/overrides", get(overrides::list))
-        .route("/api/usage", get(usage::report))
-        .route("/api/rejections", get(rejections))
-        .route("/api/session", post(access::sign_in).delete(access::sign_out))
-        .route("/api/config", get(config::config))
-        .route("/api/config/reload", post(reload_config))
-        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        // Requests of callers may be larger than those of administrators.
-        .route("/api/explain", post(explain::explain).layer(DefaultBodyLimit::max(MAX_EXPLAINED_BYTES)))
+    let router = routes()
+        .router
+        // `access::authorize` has received the body, within other bounds.
+        .layer(DefaultBodyLimit::disable())
         .fallback(|| async {
             refusal(StatusCode::NOT_FOUND, "unknown_path", "There is no such path on the admin listener.")
+        })
+        .method_not_allowed_fallback(|| async {
+            let message = "The path does not take this method. The header allow lists those that it takes.";
+            refusal(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
         })
         .layer(middleware::from_fn_with_state(admin.clone(), access::authorize))
         .with_state(admin);
     move |peer| {
-        let router = router.clone().layer(Extension(PeerAddress(peer.address)));
+        let router = router
+            .clone()
+            .layer(Extension(Client { address: peer.address, body_timeout: peer.timeouts.body }));
         TowerToHyperService::new(router.into_service())
     }
+}
+
+/// The routes of the listener, with a list of them for the test of the OpenAPI description.
+struct Routes {
+    router: Router<Admin>,
+    #[cfg(test)]
+    all: Vec<(Method, &'static str)>,
+}
+
+impl Routes {
+    fn add<H, T>(mut self, method: Method, path: &'static str, handler: H) -> Self
+    where
+        H: Handler<T, Admin>,
+        T: 'static,
+    {
+        let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
+        self.router = self.router.route(path, on(filter, handler));
+        #[cfg(test)]
+        self.all.push((method, path));
+        self
+    }
+}
+
+fn routes() -> Routes {
+    const ENVIRONMENT: &str = "/api/environments/{environment}";
+    const QUOTA: &str = "/api/environments/{environment}/quotas/{kind}/{per}";
+    let empty = Routes {
+        router: Router::new(),
+        #[cfg(test)]
+        all: Vec::new(),
+    };
+    empty
+        .add(Method::GET, "/", page::index)
+        .add(Method::GET, "/page/{name}", page::file)
+        .add(Method::GET, "/livez", health::livez)
+        .add(Method::GET, "/readyz", health::readyz)
+        .add(Method::GET, "/metrics", health::metrics)
+        .add(Method::GET, "/api/environments", environments::environments)
+        .add(Method::GET, ENVIRONMENT, environments::environment)
+        .add(Method::PATCH, ENVIRONMENT, overrides::patch)
+        .add(Method::POST, "/api/environments/{environment}/reset", overrides::reset)
+        .add(Method::PUT, QUOTA, overrides::set_limit)
+        .add(Method::DELETE, QUOTA, overrides::unset_limit)
+        .add(Method::POST, "/api/environments/{environment}/quotas/{kind}/{per}/reset", overrides::reset_one)
+        .add(Method::GET, "/api/overrides", overrides::report::list)
+        .add(Method::GET, "/api/audit", audit::audit)
+        .add(Method::GET, "/api/config", config::config)
+        .add(Method::POST, "/api/config/reload", reload::reload)
+        .add(Method::GET, "/api/events", events::events)
+        .add(Method::GET, "/api/openapi.json", openapi::description)
+        .add(Method::GET, "/api/rejections", rejections::rejections)
+        .add(Method::POST, "/api/session", access::sign_in)
+        .add(Method::DELETE, "/api/session", access::sign_out)
+        .add(Method::GET, "/api/system", system::system)
+        .add(Method::GET, "/api/usage", usage::report)
+        .add(Method::POST, EXPLAIN, explain::explain)
 }
 
 /// The query parameters of a request, if they can be read.
@@ -119,116 +166,35 @@ fn read_query<T>(query: QueryResult<T>) -> Result<T, Box<Response>> {
     })
 }
 
-fn refusal(status: StatusCode, code: &str, message: &str) -> Response {
-    let body =
-        json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}});
-    (status, Json(body)).into_response()
+fn body_too_large() -> Response {
+    let message = "The body may have at most 64 KiB, at POST /api/explain 32 MiB.";
+    refusal(StatusCode::PAYLOAD_TOO_LARGE, "request_body_too_large", message)
 }
 
-async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
-    if admin.state.is_closing() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
-    }
-    let mut text = String::new();
-    // The node stays ready: it serves requests, and only the durability of its counters is affected.
-    if let Some(reason) = admin.state.store_failure() {
-        let _ = writeln!(text, "ready, but the store cannot be written: {reason}");
-    }
-    let faults = admin.reload.faults();
-    if let Some(fault) = faults.first() {
-        let _ = writeln!(text, "ready, but the new config was refused and the old one is in force: {fault}");
-    }
-    let mut status = StatusCode::OK;
-    let policy = admin.state.current().config.store.redis.as_ref().map(|redis| redis.on_failure);
-    for (environment, account) in admin.state.current().environments() {
-        let Some(redis) = account.redis_status() else { continue };
-        let RedisStatus { unavailable_reason, nodes, server_faults, .. } = redis;
-        let name = &environment.name;
-        if let Some(trouble) = unavailable_reason {
-            let consequence = match policy {
-                Some(OnStoreFailure::Closed) if account.is_enforcing() => {
-                    status = StatusCode::SERVICE_UNAVAILABLE;
-                    "this node admits no request"
-                }
-                Some(OnStoreFailure::Open) => "this node admits up to the whole limits",
-                _ if nodes > 1 => "this node admits from its share of the last known levels",
-                _ => "this node admits by its own counters",
-            };
-            let _ = writeln!(text, "{name}: Redis is unavailable, {consequence}: {trouble}");
-        }
-        for fault in server_faults {
-            let _ = writeln!(text, "{name}: a setting of the Redis server is wrong for quotas: {fault}");
-        }
-    }
-    if text.is_empty() {
-        text.push_str("ready\n");
-    }
-    (status, text)
+/// The body of an error.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ErrorBody {
+    error: ErrorView,
 }
 
-async fn metrics(State(admin): State<Admin>) -> Response {
-    let state = &admin.state;
-    match state.metrics.render(&state.current().environments(), state.store_failure().is_none()) {
-        Ok(text) => {
-            let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-            (content_type, Body::from(text)).into_response()
-        }
-        Err(error) => {
-            tracing::error!(%error, "the metrics cannot be encoded as text");
-            refusal(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "internal_error",
-                "The metrics cannot be encoded as text. The log has the error.",
-            )
-        }
+/// An error, in OpenAI's shape.
+#[derive(Serialize, ToSchema)]
+struct ErrorView {
+    /// What happened, whose setting decides it, and what to do.
+    message: String,
+    r#type: &'static str,
+    /// Always `null`.
+    param: Option<String>,
+    code: &'static str,
+}
+
+impl ErrorBody {
+    fn new(code: &'static str, message: &str) -> Self {
+        let message = message.to_owned();
+        Self { error: ErrorView { message, r#type: "invalid_request_error", param: None, code } }
     }
 }
 
-/// The query parameters of `GET /api/rejections`.
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RejectionParameters {
-    /// Number of rejections.
-    #[serde(default = "all_rejections")]
-    limit: usize,
-    environment: Option<String>,
-    caller: Option<String>,
-}
-
-fn all_rejections() -> usize {
-    usize::MAX
-}
-
-async fn rejections(State(admin): State<Admin>, query: QueryResult<RejectionParameters>) -> Response {
-    let RejectionParameters { limit, environment, caller } = match read_query(query) {
-        Ok(parameters) => parameters,
-        Err(refusal) => return *refusal,
-    };
-    let last = admin.state.rejections.last(limit, environment.as_deref(), caller.as_deref());
-    Json(json!({ "rejections": last })).into_response()
-}
-
-/// Reloads the config file. 200 with what changed, or 422 with all faults.
-async fn reload_config(State(admin): State<Admin>, Extension(actor): Extension<Actor>) -> Response {
-    let outcome = admin.reload.reload().await;
-    if let Some(outcome) = &outcome {
-        let (target, after) = ("config".to_owned(), outcome.audited());
-        let action = Action { name: "config_reload", target, after, ..Action::default() };
-        audit::record(&admin, actor, action).await;
-    }
-    match outcome {
-        Some(ReloadOutcome::Adopted { changes, warnings }) => {
-            Json(json!({"changes": changes, "warnings": warnings})).into_response()
-        }
-        Some(ReloadOutcome::Refused { faults }) => {
-            let message = format!(
-                "The new config was refused, and the old one stays in force. Its faults: {}",
-                faults.join("; ")
-            );
-            let error = json!({"message": message, "type": "invalid_request_error", "param": null, "code": "invalid_config"});
-            let body = json!({"error": error, "faults": faults});
-            (StatusCode::UNPROCESSABLE_ENTITY, Json(body)).into_response()
-        }
-        None => refusal(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "The gateway is shutting down."),
-    }
+fn refusal(status: StatusCode, code: &'static str, message: &str) -> Response {
+    (status, Json(ErrorBody::new(code, message))).into_response()
 }

@@ -3,18 +3,24 @@
 
 use super::audit::{self, Action, Actor, Identity, WrongTokens};
 use super::guesses::Guesses;
+use super::openapi::AccessErrors;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
-use super::{Admin, PeerAddress, refusal};
+use super::{
+    Admin, Client, EXPLAIN, ErrorBody, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES, body_too_large, refusal,
+};
 use crate::clock;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use futures_util::StreamExt as _;
 use http::header::{self, HeaderMap};
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use subtle::ConstantTimeEq as _;
+use tokio::time::timeout;
 
 /// The target of actions in the audit log.
 pub(super) const LISTENER: &str = "admin listener";
@@ -117,20 +123,25 @@ fn bearer_token(headers: &HeaderMap) -> Option<&[u8]> {
 /// pages of other sites in a browser on this machine.
 pub(super) async fn authorize(
     State(admin): State<Admin>,
-    Extension(PeerAddress(peer)): Extension<PeerAddress>,
-    mut request: Request,
+    Extension(client): Extension<Client>,
+    request: Request,
     next: Next,
 ) -> Response {
     if matches!(request.uri().path(), "/livez" | "/readyz") {
         return next.run(request).await;
     }
     let expects_continue = request.headers().contains_key(header::EXPECT);
-    let mut response = match check(&admin, peer.ip(), &request) {
+    let mut response = match check(&admin, client.address.ip(), &request) {
         Err(refusal) => *refusal,
-        Ok(by) => {
-            request.extensions_mut().insert(Actor { by, address: peer.ip() });
-            next.run(request).await
-        }
+        // Also a body that the handler would ignore.
+        Ok(_) if is_too_large(&request) => body_too_large(),
+        Ok(by) => match with_whole_body(request, client.body_timeout).await {
+            Err(refusal) => *refusal,
+            Ok(mut request) => {
+                request.extensions_mut().insert(Actor { by, address: client.address.ip() });
+                next.run(request).await
+            }
+        },
     };
     if expects_continue {
         // If the body was not read, the server closes the connection.
@@ -174,24 +185,33 @@ fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<Identity, 
     }
 }
 
-/// `POST /api/session`.
+/// The body of `POST /api/session`.
+#[derive(serde::Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SignIn {
+    /// `admin.token`.
+    token: String,
+}
+
+/// Begins a session of a browser: sets the cookies `tollgate_session` and `tollgate_csrf`.
+#[utoipa::path(post, path = "/api/session", tag = "access", security(()), request_body = SignIn, responses(
+    (status = 204, description = "Signed in."),
+    (status = 400, description = "`invalid_json`: the body is not valid.", body = ErrorBody),
+    (status = 413, description = "`request_body_too_large`: the body is larger than 64 KiB.", body = ErrorBody),
+    (status = 500, description = "`internal_error`: there are no random numbers.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(super) async fn sign_in(
     State(admin): State<Admin>,
-    Extension(PeerAddress(peer)): Extension<PeerAddress>,
+    Extension(client): Extension<Client>,
     body: Bytes,
 ) -> Response {
-    /// The body: `{"token": "..."}`.
-    #[derive(serde::Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct SignIn {
-        token: String,
-    }
     let Ok(SignIn { token: given }) = serde_json::from_slice(&body) else {
         return refusal(StatusCode::BAD_REQUEST, "invalid_json", "The body is not {\"token\": \"...\"}.");
     };
     let snapshot = admin.state.current();
     let Some(token) = &snapshot.config.admin.token else { return StatusCode::NO_CONTENT.into_response() };
-    if let Err(refusal) = check_token(&admin, peer.ip(), given.as_bytes(), token.expose()) {
+    if let Err(refusal) = check_token(&admin, client.address.ip(), given.as_bytes(), token.expose()) {
         return *refusal;
     }
     let opened = admin.access.sessions().open(token.expose(), clock::now());
@@ -199,8 +219,8 @@ pub(super) async fn sign_in(
         let message = "The operating system provides no random numbers, so no session can begin.";
         return refusal(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message);
     };
-    tracing::info!(address = %peer.ip(), "a browser signed in to the admin listener");
-    let actor = Actor { by: Identity::Token, address: peer.ip() };
+    tracing::info!(address = %client.address.ip(), "a browser signed in to the admin listener");
+    let actor = Actor { by: Identity::Token, address: client.address.ip() };
     audit::record(
         &admin,
         actor,
@@ -213,7 +233,11 @@ pub(super) async fn sign_in(
     ])
 }
 
-/// `DELETE /api/session`.
+/// Ends a session.
+#[utoipa::path(delete, path = "/api/session", tag = "access", responses(
+    (status = 204, description = "Signed out."),
+    AccessErrors,
+))]
 pub(super) async fn sign_out(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
@@ -260,6 +284,54 @@ fn foreign_site() -> Response {
         "foreign_site",
         "Without admin.token this listener accepts only requests to its own address.",
     )
+}
+
+/// Whether the request announces a body that is larger than any that its path takes.
+fn is_too_large(request: &Request) -> bool {
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
+    let max = max_body_bytes(request) as u64;
+    length.is_some_and(|length| length.parse().is_ok_and(|length: u64| length > max))
+}
+
+/// Receives the body of a request.
+async fn with_whole_body(request: Request, max_time: Duration) -> Result<Request, Box<Response>> {
+    let max_bytes = max_body_bytes(&request);
+    let (parts, body) = request.into_parts();
+    let refusal = match timeout(max_time, receive(body, max_bytes)).await {
+        Ok(Ok(bytes)) => return Ok(Request::from_parts(parts, Body::from(bytes))),
+        Ok(Err(BodyFault::TooLarge)) => body_too_large(),
+        Ok(Err(BodyFault::Incomplete)) => {
+            refusal(StatusCode::BAD_REQUEST, "bad_request", "The body was not received to its end.")
+        }
+        Err(_) => {
+            let message = format!("The body was not received within {} s.", max_time.as_secs());
+            refusal(StatusCode::REQUEST_TIMEOUT, "request_timeout", &message)
+        }
+    };
+    Err(Box::new(refusal))
+}
+
+/// Why a body was not received.
+enum BodyFault {
+    TooLarge,
+    /// The connection broke off.
+    Incomplete,
+}
+
+async fn receive(body: Body, max_bytes: usize) -> Result<Bytes, BodyFault> {
+    let (mut received, mut pieces) = (Vec::new(), body.into_data_stream());
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|_| BodyFault::Incomplete)?;
+        if received.len() + piece.len() > max_bytes {
+            return Err(BodyFault::TooLarge);
+        }
+        received.extend_from_slice(&piece);
+    }
+    Ok(received.into())
+}
+
+fn max_body_bytes(request: &Request) -> usize {
+    if request.uri().path() == EXPLAIN { MAX_EXPLAINED_BYTES } else { MAX_BODY_BYTES }
 }
 
 fn wrong_token() -> Response {

@@ -1,7 +1,8 @@
 //! The audit log: `GET /api/audit`, and how other files record actions.
 
 use super::access::LISTENER;
-use super::{Admin, QueryResult, read_query, refusal};
+use super::openapi::AccessErrors;
+use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
 use crate::ledger::{AuditEntry, QuotaKey};
 use crate::store;
@@ -13,7 +14,7 @@ use serde::Serialize;
 use serde_json::Value;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// Number of entries in an answer to a query without `limit`.
 const DEFAULT_ENTRIES: usize = 100;
@@ -149,9 +150,11 @@ impl WrongTokens {
 }
 
 /// The query parameters of `GET /api/audit`.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
 pub(super) struct AuditParameters {
+    /// Maximum number of entries, at most 1,000. Default: 100.
     limit: usize,
 }
 
@@ -200,7 +203,13 @@ impl From<AuditEntry> for AuditEntryView {
     }
 }
 
-/// `GET /api/audit`.
+/// What administrators did, newest first.
+#[utoipa::path(get, path = "/api/audit", tag = "access", params(AuditParameters), responses(
+    (status = 200, description = "The newest entries.", body = AuditView),
+    (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
+    (status = 422, description = "`audit_unavailable`: the store cannot be read.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(super) async fn audit(State(admin): State<Admin>, query: QueryResult<AuditParameters>) -> Response {
     let limit = match read_query(query) {
         Ok(AuditParameters { limit }) => limit.min(MAX_ENTRIES),

@@ -1,20 +1,28 @@
 //! `GET /api/config`: the effective config.
 
-use super::{Admin, QueryResult, read_query, refusal};
+use super::openapi::AccessErrors;
+use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use http::{StatusCode, header};
 
 /// The query parameters.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ConfigParameters {
+    /// `json` or `yaml`. Default: `json`.
     #[serde(default)]
     format: String,
 }
 
-/// Answers with the config that new requests are served by: with defaults, and with secrets masked.
+/// The config that new requests are served by: with defaults, and with secrets masked.
+#[utoipa::path(get, path = "/api/config", tag = "config", params(ConfigParameters), responses(
+    (status = 200, description = "The config, in the shape of the config file.", body = serde_json::Value),
+    (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(super) async fn config(State(admin): State<Admin>, query: QueryResult<ConfigParameters>) -> Response {
     let parameters = match read_query(query) {
         Ok(parameters) => parameters,

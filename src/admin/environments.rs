@@ -2,8 +2,9 @@
 
 mod selection;
 
+use super::openapi::AccessErrors;
 use super::overrides::{OriginView, OverrideView};
-use super::{Admin, QueryResult, read_query, refusal};
+use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::ledger::{Account, RedisStatus, Snapshot, Totals};
@@ -16,14 +17,18 @@ use http::StatusCode;
 use selection::Selection;
 use serde::Serialize;
 use std::sync::Arc;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// The query parameters of `GET /api/environments`.
-#[derive(Default, serde::Deserialize)]
+#[derive(Default, serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
 pub(super) struct EnvironmentsParameters {
+    /// `used`: the most used first. Default: the order of the config.
     sort: String,
+    /// Only the first N environments, with at most 400 quotas.
     limit: String,
+    /// Only these fields, separated by commas: `name,quotas.level`.
     fields: String,
 }
 
@@ -137,7 +142,12 @@ fn is_zero(n: &usize) -> bool {
     *n == 0
 }
 
-/// `GET /api/environments`.
+/// The state of all environments and their quotas.
+#[utoipa::path(get, path = "/api/environments", tag = "quotas", params(EnvironmentsParameters), responses(
+    (status = 200, description = "All environments. With `fields`: only these fields.", body = EnvironmentList),
+    (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(super) async fn environments(
     State(admin): State<Admin>,
     query: QueryResult<EnvironmentsParameters>,
@@ -156,7 +166,19 @@ pub(super) fn find(admin: &Admin, name: &str) -> Option<(Arc<Environment>, Arc<A
     Some((environment.clone(), current.accounts[index].clone()))
 }
 
-/// `GET /api/environments/{environment}`.
+/// The state of one environment and its quotas.
+#[utoipa::path(
+    get,
+    path = "/api/environments/{environment}",
+    tag = "quotas",
+    params(("environment" = String, Path, description = "The name of the environment."), EnvironmentsParameters),
+    responses(
+        (status = 200, description = "The environment. With `fields`: only these fields.", body = EnvironmentView),
+        (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
+        (status = 404, description = "`unknown_environment`", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn environment(
     State(admin): State<Admin>,
     Path(name): Path<String>,

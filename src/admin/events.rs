@@ -8,7 +8,8 @@ mod hub;
 use super::access::Credential;
 use super::audit::Actor;
 use super::environments::{EnvironmentChange, EnvironmentView};
-use super::{Admin, refusal};
+use super::openapi::AccessErrors;
+use super::{Admin, ErrorBody, refusal};
 use crate::clock;
 use crate::telemetry::RejectionView;
 use axum::body::Body;
@@ -82,7 +83,13 @@ impl ConfigState {
     }
 }
 
-/// Begins a stream.
+/// A stream of server-sent events with the state of all quotas, as it changes: first `snapshot` (SnapshotEvent), then `update`
+/// (UpdateEvent) at most once a second, and `heartbeat` each 15 s.
+#[utoipa::path(get, path = "/api/events", tag = "quotas", responses(
+    (status = 200, description = "The stream.", body = str, content_type = "text/event-stream"),
+    (status = 503, description = "`too_many_streams`: 100 streams are open.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(super) async fn events(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
@@ -135,7 +142,7 @@ impl EventStream {
         let mut checks = interval_at(Instant::now() + CHECK_INTERVAL, CHECK_INTERVAL);
         checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if self.admin.state.is_draining() || !self.credential.is_valid(&self.admin) {
+            if self.admin.state.is_closing() || !self.credential.is_valid(&self.admin) {
                 return None;
             }
             if self.position.is_none()

@@ -1,7 +1,8 @@
 //! `POST /api/explain`: what would happen to a request, without sending it or charging anything.
 
 use super::environments::{QuotaView, unknown_environment};
-use super::{Admin, QueryResult, refusal};
+use super::openapi::AccessErrors;
+use super::{Admin, ErrorBody, QueryResult, refusal};
 use crate::error::ProxyError;
 use crate::estimate::PromptPart;
 use crate::proxy::{self, Explanation};
@@ -14,18 +15,35 @@ use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// The query parameters.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ExplainParameters {
+    /// The name of the environment.
     environment: String,
     /// Required if the environment has callers.
     caller: Option<String>,
 }
 
-/// Answers with the estimate, the quotas that apply, and whether the request would be admitted now.
+/// What would happen to a request now, without sending it or charging anything: its estimate, the quotas that apply, and
+/// whether it would be admitted.
+#[utoipa::path(
+    post,
+    path = "/api/explain",
+    tag = "reports",
+    params(ExplainParameters),
+    request_body(content = serde_json::Value, description = "The body of the request."),
+    responses(
+        (status = 200, description = "The outcome.", body = ExplanationView),
+        (status = 400, description = "A parameter is not valid, or the gateway would not accept the body.", body = ErrorBody),
+        (status = 404, description = "`unknown_environment`, `unknown_caller`, `model_not_found`", body = ErrorBody),
+        (status = 413, description = "`request_body_too_large`: the body is larger than 32 MiB, or than `server.max_request_body`.", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn explain(
     State(admin): State<Admin>,
     query: QueryResult<ExplainParameters>,

@@ -2,13 +2,14 @@
 
 mod body;
 mod dry_run;
-mod report;
+pub(super) mod report;
 
-pub(super) use report::{OriginView, OverrideView, list};
+pub(super) use report::{OriginView, OverrideView};
 
 use super::audit::{self, Action, Actor};
-use super::environments::{environment_view, find, unknown_environment};
-use super::{Admin, QueryResult, read_query, refusal};
+use super::environments::{EnvironmentView, environment_view, find, unknown_environment};
+use super::openapi::AccessErrors;
+use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock;
 use crate::config::Environment;
 use crate::ledger::{Account, EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};
@@ -24,11 +25,15 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// The query parameters that select a quota of one kind and period. Default: the quota of the environment.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
 pub(super) struct QuotaParameters {
+    /// `environment`, `caller` or `model`. Default: `environment`.
     scope: String,
+    /// The caller's name or the pattern of the models.
     name: String,
+    /// Only for setting a limit: changes nothing, and answers with what would change.
     dry_run: bool,
 }
 
@@ -87,7 +92,39 @@ impl Target {
     }
 }
 
-/// `PUT /api/environments/{environment}/quotas/{kind}/{per}`.
+/// The answer to a new limit.
+#[derive(utoipa::ToSchema)]
+#[serde(untagged)]
+#[allow(dead_code)] // describes answers, and is never made
+enum LimitAnswer {
+    /// The environment with the new limit.
+    Changed(EnvironmentView),
+    /// With `dry_run`: what would change.
+    DryRun(dry_run::DryRunView),
+}
+
+/// Sets the limit of a quota.
+#[utoipa::path(
+    put,
+    path = "/api/environments/{environment}/quotas/{kind}/{per}",
+    tag = "quotas",
+    params(
+        ("environment" = String, Path, description = "The name of the environment."),
+        ("kind" = String, Path, description = "`total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`."),
+        ("per" = String, Path, description = "The period as the config writes it."),
+        QuotaParameters,
+    ),
+    request_body = body::LimitFields,
+    responses(
+        (status = 200, description = "The new state.", body = LimitAnswer),
+        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
+        (status = 404, description = "`unknown_environment`, `unknown_quota`", body = ErrorBody),
+        (status = 408, description = "`request_timeout`: the body did not arrive in time.", body = ErrorBody),
+        (status = 413, description = "`request_body_too_large`: the body is larger than 64 KiB.", body = ErrorBody),
+        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn set_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
@@ -115,7 +152,25 @@ async fn put_limit(
     change_limit(admin, actor, &target, Some(&change)).await
 }
 
-/// `DELETE /api/environments/{environment}/quotas/{kind}/{per}`.
+/// Returns to the limit of the config.
+#[utoipa::path(
+    delete,
+    path = "/api/environments/{environment}/quotas/{kind}/{per}",
+    tag = "quotas",
+    params(
+        ("environment" = String, Path, description = "The name of the environment."),
+        ("kind" = String, Path, description = "`total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`."),
+        ("per" = String, Path, description = "The period as the config writes it."),
+        QuotaParameters,
+    ),
+    responses(
+        (status = 200, description = "The environment with the limit of the config.", body = EnvironmentView),
+        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
+        (status = 404, description = "`unknown_environment`, `unknown_quota`", body = ErrorBody),
+        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn unset_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
@@ -157,7 +212,25 @@ async fn change_limit(
     Ok(target.view(admin))
 }
 
-/// `POST /api/environments/{environment}/quotas/{kind}/{per}/reset`.
+/// Sets the used amount of a quota to zero.
+#[utoipa::path(
+    post,
+    path = "/api/environments/{environment}/quotas/{kind}/{per}/reset",
+    tag = "quotas",
+    params(
+        ("environment" = String, Path, description = "The name of the environment."),
+        ("kind" = String, Path, description = "`total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`."),
+        ("per" = String, Path, description = "The period as the config writes it."),
+        QuotaParameters,
+    ),
+    responses(
+        (status = 200, description = "The environment after the reset.", body = EnvironmentView),
+        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
+        (status = 404, description = "`unknown_environment`, `unknown_quota`", body = ErrorBody),
+        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn reset_one(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
@@ -186,7 +259,19 @@ pub(super) async fn reset_one(
     target.view(&admin)
 }
 
-/// `POST /api/environments/{environment}/reset`.
+/// Sets the used amount of every quota of an environment to zero.
+#[utoipa::path(
+    post,
+    path = "/api/environments/{environment}/reset",
+    tag = "quotas",
+    params(("environment" = String, Path, description = "The name of the environment.")),
+    responses(
+        (status = 200, description = "The environment after the reset.", body = EnvironmentView),
+        (status = 404, description = "`unknown_environment`", body = ErrorBody),
+        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn reset(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
@@ -202,7 +287,23 @@ pub(super) async fn reset(
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
-/// `PATCH /api/environments/{environment}`: whether its quotas are enforced.
+/// Sets whether the quotas of an environment are enforced.
+#[utoipa::path(
+    patch,
+    path = "/api/environments/{environment}",
+    tag = "quotas",
+    params(("environment" = String, Path, description = "The name of the environment.")),
+    request_body = body::EnforceFields,
+    responses(
+        (status = 200, description = "The environment after the change.", body = EnvironmentView),
+        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
+        (status = 404, description = "`unknown_environment`", body = ErrorBody),
+        (status = 408, description = "`request_timeout`: the body did not arrive in time.", body = ErrorBody),
+        (status = 413, description = "`request_body_too_large`: the body is larger than 64 KiB.", body = ErrorBody),
+        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        AccessErrors,
+    )
+)]
 pub(super) async fn patch(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,

@@ -69,12 +69,23 @@ static FILES: [PageFile; 18] = files![
     "usage.js": SCRIPT,
 ];
 
-/// `GET /`.
+/// The dashboard.
+#[utoipa::path(get, path = "/", tag = "page", security(()), responses(
+    (status = 200, description = "The page.", body = str, content_type = "text/html"),
+))]
 pub(super) async fn index(headers: HeaderMap) -> Response {
     answer("index.html", &headers)
 }
 
-/// `GET /page/NAME`.
+/// A file of the dashboard.
+#[utoipa::path(
+    get,
+    path = "/page/{name}",
+    tag = "page",
+    security(()),
+    params(("name" = String, Path, description = "The name of the file.")),
+    responses((status = 200, description = "The file."), (status = 404, description = "There is no such file.", body = super::ErrorBody))
+)]
 pub(super) async fn file(Path(name): Path<String>, headers: HeaderMap) -> Response {
     answer(&name, &headers)
 }

@@ -2,6 +2,7 @@
 
 use super::Admin;
 use super::events::ConfigState;
+use super::openapi::AccessErrors;
 use crate::clock::{self, Stopwatch, Timestamp};
 use crate::config::{OnStoreFailure, UpstreamSettings};
 use crate::ledger::RedisStatus;
@@ -144,7 +145,11 @@ struct EstimateErrorView {
     mean_error: f64,
 }
 
-/// `GET /api/system`.
+/// This node: its config, store, Redis and upstreams, and the error of estimates.
+#[utoipa::path(get, path = "/api/system", tag = "config", responses(
+    (status = 200, description = "The node.", body = SystemView),
+    AccessErrors,
+))]
 pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
     let snapshot = admin.state.current();
     let Process { started, started_at, listen } = admin.process;
@@ -162,7 +167,7 @@ pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
         listen: listen.to_string(),
         tls: snapshot.config.server.tls.is_some(),
         in_flight: admin.state.in_flight(),
-        draining: admin.state.is_draining(),
+        draining: admin.state.is_closing(),
         config: ConfigView {
             file: snapshot.config.file.as_ref().map(|file| file.display().to_string()),
             state: ConfigState::of(&admin),

@@ -1,26 +1,35 @@
 //! `GET /api/usage`: the usage history.
 
-use super::{Admin, QueryResult, read_query, refusal};
+use super::openapi::AccessErrors;
+use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
 use crate::store::{self, ReportQuery, ReportRow};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use http::{StatusCode, header};
-use serde_json::json;
+use serde::Serialize;
+use utoipa::{IntoParams, ToSchema};
 
 /// The report covers this time if the query names no beginning.
 const DEFAULT_TIME: &str = "1d";
 
 /// The query parameters. Empty ones count as absent.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
 pub(super) struct UsageParameters {
+    /// Only this environment.
     environment: String,
+    /// Any of `environment,model,caller`. Default: `environment`.
     group_by: String,
+    /// A moment such as `2026-11-28T10:00:00Z`, or a duration before now. Default: `1d`.
     from: String,
+    /// As `from`. Default: now.
     to: String,
+    /// `hour`, `day`, `month`, or a duration of whole minutes. Default: `hour`.
     step: String,
+    /// `json` or `csv`. Default: `json`.
     format: String,
 }
 
@@ -47,7 +56,20 @@ impl UsageParameters {
     }
 }
 
-/// Answers with the report as JSON or CSV.
+/// The answer.
+#[derive(Serialize, ToSchema)]
+struct UsageView {
+    rows: Vec<ReportRow>,
+}
+
+/// The usage history, as JSON or CSV.
+#[utoipa::path(get, path = "/api/usage", tag = "reports", params(UsageParameters), responses(
+    (status = 200, description = "A row for each step and group. With `format=csv` the same as CSV.", body = UsageView),
+    (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
+    (status = 404, description = "`no_history`: the gateway stores no usage history.", body = ErrorBody),
+    (status = 422, description = "`history_unavailable`: the store cannot be read, or there are too many rows.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(super) async fn report(State(admin): State<Admin>, query: QueryResult<UsageParameters>) -> Response {
     let parameters = match read_query(query) {
         Ok(parameters) => parameters,
@@ -79,7 +101,7 @@ pub(super) async fn report(State(admin): State<Admin>, query: QueryResult<UsageP
 
 fn answer(rows: &[ReportRow], is_csv: bool) -> anyhow::Result<Response> {
     if !is_csv {
-        return Ok(Json(json!({ "rows": rows })).into_response());
+        return Ok(Json(UsageView { rows: rows.to_vec() }).into_response());
     }
     let headers = [
         (header::CONTENT_TYPE, "text/csv; charset=utf-8"),

@@ -56,7 +56,7 @@ pub(crate) struct ReportQuery {
 }
 
 /// The usage of one group in one step. A column that the report is not grouped by is `None`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub(crate) struct ReportRow {
     /// Begin of the step, in UTC.
     pub(crate) from: String,

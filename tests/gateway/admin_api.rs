@@ -1,9 +1,11 @@
 //! The admin API: signing in, the usage history, and the last rejections.
 
 mod audit;
+mod bounds;
 mod config;
 mod environments;
 mod events;
+mod openapi;
 mod system;
 
 use crate::support::*;

@@ -41,9 +41,9 @@ pub(super) struct EnforceBody {
 }
 
 /// The fields of the bodies. Their types are checked one by one, so that a message can name the field.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct LimitFields {
+pub(super) struct LimitFields {
     limit: Value,
     #[serde(default)]
     burst: Value,
@@ -53,9 +53,9 @@ struct LimitFields {
     reason: Value,
 }
 
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct EnforceFields {
+pub(super) struct EnforceFields {
     enforce: Value,
     #[serde(default, rename = "for")]
     duration: Value,

@@ -1,6 +1,7 @@
 //! `GET /api/overrides`: everything that differs from the config file, as JSON or as YAML for the file.
 
-use crate::admin::{Admin, QueryResult, read_query, refusal};
+use crate::admin::openapi::AccessErrors;
+use crate::admin::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use crate::config::Environment;
 use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet};
 use crate::quota::{Kind, Quota, Scope, Window};
@@ -102,13 +103,20 @@ struct EnforceOverrideView {
 }
 
 /// The query parameters.
-#[derive(Default, serde::Deserialize)]
+#[derive(Default, serde::Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
 pub(in crate::admin) struct ListParameters {
+    /// `json` or `yaml`. Default: `json`.
     format: String,
 }
 
-/// `GET /api/overrides`.
+/// Everything that differs from the config file. With `format=yaml`: the patch that would put it into the file.
+#[utoipa::path(get, path = "/api/overrides", tag = "quotas", params(ListParameters), responses(
+    (status = 200, description = "The overrides.", body = OverrideList),
+    (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
+    AccessErrors,
+))]
 pub(in crate::admin) async fn list(
     State(admin): State<Admin>,
     query: QueryResult<ListParameters>,

@@ -1,0 +1,103 @@
+//! `GET /api/openapi.json`: the description of all requests of the admin listener, made from the code.
+
+use super::events::{SnapshotEvent, UpdateEvent};
+use super::{
+    ErrorBody, access, audit, config, environments, events, explain, health, overrides, page, rejections,
+    reload, system, usage,
+};
+use axum::response::{IntoResponse as _, Response};
+use http::header;
+use std::sync::OnceLock;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{IntoResponses, Modify, OpenApi};
+
+/// The refusals that every request may get, unless it needs no authorization.
+#[derive(IntoResponses)]
+#[allow(dead_code)] // describes answers, and is never made
+pub(super) enum AccessErrors {
+    /// `invalid_token`: the token is missing or wrong, or the session has ended.
+    #[response(status = 401)]
+    Unauthorized(ErrorBody),
+    /// `csrf`: a session changes something without the header `x-tollgate-csrf`. `foreign_site`: there is no token, and `Host`
+    /// or `Origin` is not the listener's.
+    #[response(status = 403)]
+    Forbidden(ErrorBody),
+    /// `too_many_wrong_tokens`: the address has to wait as long as `retry-after` says.
+    #[response(status = 429)]
+    TooManyWrongTokens(ErrorBody),
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Tollgate admin API",
+        description = "Health, metrics, quotas and usage of a gateway. Every request but those without security needs `admin.token`, as a bearer token or by a session. Without `admin.token` the listener answers requests to its own loopback address only.",
+    ),
+    paths(
+        page::index, page::file, health::livez, health::readyz, health::metrics,
+        environments::environments, environments::environment,
+        overrides::set_limit, overrides::unset_limit, overrides::reset, overrides::reset_one, overrides::patch, overrides::report::list,
+        audit::audit, config::config, reload::reload, events::events, description,
+        rejections::rejections, access::sign_in, access::sign_out, system::system, usage::report, explain::explain,
+    ),
+    components(schemas(SnapshotEvent, UpdateEvent)),
+    modifiers(&Security),
+    security(("token" = []), ("session" = [])),
+    tags(
+        (name = "quotas", description = "The state of quotas, and changes of their limits."),
+        (name = "reports", description = "Usage, rejections, and what would happen to a request."),
+        (name = "config", description = "The config, and the node itself."),
+        (name = "access", description = "Signing in, and the audit log."),
+        (name = "health", description = "For monitoring."),
+        (name = "page", description = "The dashboard."),
+    ),
+)]
+struct Description;
+
+/// Adds the two ways to authorize a request.
+struct Security;
+
+impl Modify for Security {
+    fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
+        let components = openapi.components.get_or_insert_default();
+        let token =
+            HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("`admin.token`")).build();
+        components.add_security_scheme("token", SecurityScheme::Http(token));
+        let text = "A browser that has signed in. A request that changes something repeats the cookie `tollgate_csrf` in the header `x-tollgate-csrf`.";
+        let session = ApiKeyValue::with_description("tollgate_session", text);
+        components.add_security_scheme("session", SecurityScheme::ApiKey(ApiKey::Cookie(session)));
+    }
+}
+
+/// This description.
+#[utoipa::path(get, path = "/api/openapi.json", tag = "config", responses(
+    (status = 200, description = "An OpenAPI description.", body = serde_json::Value),
+    AccessErrors,
+))]
+pub(super) async fn description() -> Response {
+    static TEXT: OnceLock<String> = OnceLock::new();
+    let text = TEXT.get_or_init(|| Description::openapi().to_json().unwrap_or_default());
+    ([(header::CONTENT_TYPE, "application/json")], text.as_str()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::routes;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_route_is_described_and_every_description_is_a_route() {
+        let described: serde_json::Value =
+            serde_json::from_str(&Description::openapi().to_json().unwrap()).unwrap();
+        let paths = described["paths"].as_object().unwrap();
+        let methods = |(path, item): (&String, &serde_json::Value)| {
+            let names: Vec<_> = item.as_object().unwrap().keys().cloned().collect();
+            names.into_iter().map(|name| format!("{} {path}", name.to_uppercase())).collect::<Vec<_>>()
+        };
+        let described: BTreeSet<String> = paths.iter().flat_map(methods).collect();
+        let routed: BTreeSet<String> =
+            routes().all.iter().map(|(method, path)| format!("{method} {path}")).collect();
+        assert_eq!(described, routed);
+    }
+}
