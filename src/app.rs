@@ -167,7 +167,7 @@ impl App {
         let mut app = parts.start(&sockets)?;
         let claimed = claim.map(Claim::finish).transpose()?;
         // This process is the gateway from here on.
-        app.begin(store, sockets, claimed, takes_over)?;
+        app.begin(store, &sockets, claimed, takes_over)?;
         Ok(app)
     }
 
@@ -175,7 +175,7 @@ impl App {
     fn begin(
         &mut self,
         store: Option<Store>,
-        sockets: Sockets,
+        sockets: &Sockets,
         claimed: Option<Claimed>,
         may_be_replaced: bool,
     ) -> anyhow::Result<()> {
@@ -311,7 +311,7 @@ impl App {
     /// Ends the threads that carry the last settlements, and the store.
     fn stop_last_threads(&mut self) {
         self.stop_redis_thread();
-        for thread in self.predecessor.iter_mut() {
+        if let Some(thread) = &mut self.predecessor {
             thread.set(RunState::Stopped);
             thread.join();
         }
@@ -321,7 +321,7 @@ impl App {
     }
 
     fn stop_handover(&mut self) {
-        for thread in self.successor.iter_mut() {
+        if let Some(thread) = &mut self.successor {
             thread.set(RunState::Stopped);
             thread.join();
         }

@@ -318,6 +318,11 @@ impl Proxy {
         let subject = Subject { caller: self.caller_name(caller), model: &call.model };
         headers.quotas = self.snapshot.accounts[caller.environment].standing(subject);
         let environment = &self.snapshot.config.environments[caller.environment];
+        let has_redis = self.snapshot.config.store.redis.is_some();
+        if no_room == NoRoom::Unavailable && self.state.is_closing() && !has_redis {
+            // The process that has replaced this one, and has the counters, has ended.
+            return Refusal { error: ProxyError::ShuttingDown, headers };
+        }
         Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
     }
 

@@ -52,8 +52,8 @@ fn a_kill_of_the_new_process_at_any_step_loses_no_charge() {
         let load = Load::start(place.port);
         thread::sleep(Duration::from_millis(250));
         let mut new = place.spawn("t.yaml");
-        // From half of a start to a little more than a whole one.
-        thread::sleep(start / 2 + start / 40 * round);
+        // From a quarter of a start to a little more than a whole one.
+        thread::sleep(start / 4 + start / 27 * round);
         new.kill();
         thread::sleep(Duration::from_millis(300));
         let was_replaced = old.log().contains("another process has replaced this one");

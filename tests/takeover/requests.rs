@@ -109,3 +109,24 @@ fn a_request_that_waits_for_room_at_the_old_process_gets_it_at_the_new_one() {
     assert_eq!(late.message().unwrap().status(), 200);
     assert_eq!(place.settled()["totals"]["requests"], 3);
 }
+
+#[test]
+fn the_old_process_refuses_requests_when_the_new_one_was_killed() {
+    let (_, port) = Upstream::start();
+    let place = Place::new(port, "drain_timeout: 20s", "quotas: { requests: { limit: 9, per: day } }", FILE);
+    let mut old = place.start();
+    let mut kept = Connection::open(place.port).unwrap();
+    assert_eq!(kept.call(JSON).unwrap().status(), 200);
+    let mut new = place.start();
+    old.wait_for("another process has replaced this one");
+    new.kill();
+    old.wait_for("the process that replaced this one has ended");
+    let answer = kept.call(JSON).unwrap();
+    assert_eq!(answer.status(), 503, "{}", answer.text());
+    assert!(answer.text().contains("shutting_down"), "{}", answer.text());
+    assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0));
+    // A supervisor starts the gateway again.
+    let _next = place.start();
+    assert_eq!(Connection::open(place.port).unwrap().call(JSON).unwrap().status(), 200);
+    assert_eq!(place.settled()["totals"]["requests"], 2);
+}
