@@ -1,39 +1,26 @@
-//! Keyed hashes of texts and of sequences of numbers.
+//! Keyed hashes of texts and of sequences of numbers, by foldhash.
 //!
-//! A step multiplies two words of the input, each combined with a secret, and folds the 128 bits of the product to 64
-//! bits, as wyhash and foldhash do. It takes a fifth of the instructions of SipHash. Who sees such hashes could in
-//! principle find the key and construct collisions. Nobody sees these: the key is random and lasts as long as the
-//! process, and the hashes only select entries of tables. They are never sent, stored or logged, and no table grows by
-//! collisions. A collision makes one estimate wrong, and the answer corrects it. An accidental one has a probability of
-//! about 2^-64 for each pair of inputs.
+//! foldhash takes a fifth of the instructions of SipHash. Who sees its hashes could in principle find the key and
+//! construct collisions. Nobody sees these: the key is random and lasts as long as the process, and the hashes only
+//! select entries of tables. They are never sent, stored or logged, and no table grows by collisions. A collision makes
+//! one estimate wrong, and the answer corrects it. An accidental one has a probability of about 2^-64 for each pair of
+//! inputs.
 
-use std::array::from_fn;
-use std::hash::{BuildHasher as _, RandomState};
+use foldhash::SharedSeed;
+use foldhash::quality::FoldHasher;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::LazyLock;
 
-/// Parts of a block that are hashed side by side: a processor multiplies several pairs of words at once.
-const LANES: usize = 4;
-/// Bytes of a part: two words.
-const PART: usize = 16;
-
-/// The random words of this process.
+/// The random numbers of this process.
 struct HashKey {
     start: u64,
-    step: u64,
-    lane_starts: [u64; LANES],
-    lane_steps: [u64; LANES],
+    seed: SharedSeed,
 }
 
 static KEY: LazyLock<HashKey> = LazyLock::new(|| {
     // The standard library's random keys are its only source of random numbers.
     let random = RandomState::new();
-    let word = |n: u64| random.hash_one(n);
-    HashKey {
-        start: word(0),
-        step: word(1),
-        lane_starts: [2, 3, 4, 5].map(word),
-        lane_steps: [6, 7, 8, 9].map(word),
-    }
+    HashKey { start: random.hash_one(0), seed: SharedSeed::from_u64(random.hash_one(1)) }
 });
 
 /// The hash of a text, or of the numbers that were added so far.
@@ -48,7 +35,9 @@ impl Default for KeyedHash {
 
 impl KeyedHash {
     pub(crate) fn add(&mut self, number: u64) {
-        self.0 = fold(self.0 ^ number, KEY.step);
+        let mut hasher = FoldHasher::with_seed(self.0, &KEY.seed);
+        hasher.write_u64(number);
+        self.0 = hasher.finish();
     }
 
     /// The same hash with another number.
@@ -64,40 +53,11 @@ impl KeyedHash {
     /// The hash of a text.
     pub(crate) fn of_text(text: &[u8]) -> Self {
         let key = &*KEY;
-        let mut hash = Self(key.start);
-        let (parts, rest) = text.as_chunks();
-        let (blocks, parts) = parts.as_chunks::<LANES>();
-        if !blocks.is_empty() {
-            let mut lanes = key.lane_starts;
-            for block in blocks {
-                lanes = from_fn(|lane| fold_part(lanes[lane], &block[lane], key.lane_steps[lane]));
-            }
-            lanes.into_iter().for_each(|lane| hash.add(lane));
-        }
-        let state = parts.iter().fold(hash.0, |state, part| fold_part(state, part, key.step));
-        let mut last = [0; PART];
-        last[..rest.len()].copy_from_slice(rest);
-        Self(fold_part(state, &last, key.step)).with(text.len() as u64)
+        let mut hasher = FoldHasher::with_seed(key.start, &key.seed);
+        hasher.write(text);
+        hasher.write_usize(text.len());
+        Self(hasher.finish())
     }
-}
-
-fn fold_part(state: u64, part: &[u8; PART], step: u64) -> u64 {
-    let words = u128::from_le_bytes(*part);
-    fold(low(words) ^ step, high(words) ^ state)
-}
-
-fn fold(a: u64, b: u64) -> u64 {
-    let product = u128::from(a) * u128::from(b);
-    low(product) ^ high(product)
-}
-
-#[allow(clippy::cast_possible_truncation)] // takes the half of a number
-fn low(number: u128) -> u64 {
-    number as u64
-}
-
-fn high(number: u128) -> u64 {
-    low(number >> 64)
 }
 
 #[cfg(test)]
@@ -122,7 +82,7 @@ mod tests {
 
     #[test]
     fn parts_of_a_text_in_another_order_have_another_hash() {
-        let part = |letter: u8| [letter; PART];
+        let part = |letter: u8| [letter; 16];
         let letters = *b"abcdefghijkl";
         let mut hashes = HashSet::new();
         for first in 0..letters.len() {

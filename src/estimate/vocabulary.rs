@@ -5,9 +5,10 @@
 
 use super::count_cache::{CacheKey, CachedCount, TextHash};
 use super::file::FileVocabulary;
-use rustc_hash::{FxHashSet, FxHasher};
+use foldhash::HashSet;
+use foldhash::fast::FixedState;
 use std::cell::RefCell;
-use std::hash::Hasher as _;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::LazyLock;
 
 /// Pieces up to this size (bytes) are fast to encode. Longer ones with a run of one character are slow: the
@@ -81,7 +82,7 @@ const FIRST_FILE_ID: u64 = 2;
 struct Vocabulary {
     tokenizer: &'static bpe_openai::Tokenizer,
     /// All tokens. Looking up a word that is one token is much faster than encoding it.
-    tokens: FxHashSet<&'static [u8]>,
+    tokens: HashSet<&'static [u8]>,
     id: u64,
 }
 
@@ -209,7 +210,7 @@ impl PieceCache {
         }
         slot.piece[..piece.len()].copy_from_slice(piece);
         slot.length = u8::try_from(piece.len()).unwrap_or(0);
-        let mut hasher = FxHasher::default();
+        let mut hasher = FixedState::default().build_hasher();
         hasher.write(&slot.piece);
         let Ok(index) = usize::try_from(hasher.finish() % PIECE_SLOTS as u64) else { return count(piece) };
         let known = &mut self.slots[index];

@@ -8,7 +8,7 @@ use super::{
     Takeover, Wait,
 };
 use crate::clock::Timestamp;
-use rustc_hash::FxHashMap;
+use foldhash::HashMap;
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ pub struct Quotas {
 #[derive(Clone, Debug, Default)]
 struct ScopeIndex {
     environment: Vec<u32>,
-    callers: FxHashMap<Arc<str>, Vec<u32>>,
+    callers: HashMap<Arc<str>, Vec<u32>>,
     models: Vec<u32>,
 }
 

@@ -2,9 +2,9 @@
 
 use crate::clock::Timestamp;
 use crate::quota::Quota;
-use rustc_hash::FxHasher;
+use foldhash::fast::FixedState;
 use std::collections::HashMap;
-use std::hash::{Hash as _, Hasher as _};
+use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
 
 /// Number of intervals in a minute.
 const SLOTS: usize = 12;
@@ -48,7 +48,7 @@ impl RefusalCounts {
 /// Identifies a quota of an environment, or the environment itself. Two of them have the same number with a probability of
 /// less than 1 in 10^9.
 fn key(environment: &str, quota: Option<&Quota>) -> u64 {
-    let mut hasher = FxHasher::default();
+    let mut hasher = FixedState::default().build_hasher();
     environment.hash(&mut hasher);
     if let Some(quota) = quota {
         let kind = quota.kind.as_str();

@@ -2,7 +2,7 @@
 
 use super::compact::compact;
 use super::schema::{FunctionDefinition, ParameterSchema};
-use rustc_hash::FxHashSet;
+use foldhash::HashSet;
 use std::borrow::Cow;
 
 /// Schemas nested deeper than this are rendered as `any`.
@@ -170,7 +170,7 @@ impl Rendering {
     fn object(&mut self, schema: &ParameterSchema<'_>, context: SchemaContext<'_, '_>) {
         let properties: Vec<(&str, ParameterSchema)> =
             schema.properties.iter().map(|(name, json)| (&**name, self.read(json))).collect();
-        let required: FxHashSet<&str> = schema.required.iter().map(|name| &**name).collect();
+        let required: HashSet<&str> = schema.required.iter().map(|name| &**name).collect();
         let in_lines = self.style == Style::Lines || properties.iter().any(|(_, p)| self.has_comments(p));
         self.push(&[if in_lines { "{\n" } else { "{" }]);
         for (at, (name, property)) in properties.iter().enumerate() {

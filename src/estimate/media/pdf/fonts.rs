@@ -4,7 +4,7 @@ use super::lexer::{Lexer, PdfToken, unhexed};
 use super::objects::{Objects, StreamFilter};
 use crate::estimate::media::document_text::DocumentText;
 use crate::estimate::media::inflate::{Budget, Compression, Inflater};
-use rustc_hash::FxHashMap;
+use foldhash::HashMap;
 
 /// Maps that are read of a document.
 const MAX_MAPS: usize = 64;
@@ -16,7 +16,7 @@ const TEX_LIGATURES: [&str; 5] = ["ff", "fi", "fl", "ffi", "ffl"];
 /// The fonts of a document by the names that its contents use.
 #[derive(Default)]
 pub(super) struct Fonts {
-    named: FxHashMap<u128, (bool, Option<CodeMap>)>,
+    named: HashMap<u128, (bool, Option<CodeMap>)>,
 }
 
 /// How the current font's codes are read.

@@ -2,8 +2,8 @@
 
 use super::lexer::{Lexer, PdfToken};
 use crate::estimate::media::inflate::{Budget, Compression, Inflater};
+use foldhash::{HashMap, HashSet};
 use memchr::memmem;
-use rustc_hash::{FxHashMap, FxHashSet};
 
 /// Bound of the pages, streams, references and fonts that are recorded of a document.
 const MAX_RECORDS: usize = 1 << 15;
@@ -64,7 +64,7 @@ pub(super) fn name_key(name: &[u8]) -> u128 {
 /// The parts of a document that matter for its tokens.
 #[derive(Default)]
 pub(super) struct Objects {
-    pages: FxHashSet<u32>,
+    pages: HashSet<u32>,
     /// The sizes of pages, with the number of pages. `None`: as the page tree says.
     sizes: Vec<(Option<PageSize>, u64)>,
     /// The size in the page tree.
@@ -72,13 +72,13 @@ pub(super) struct Objects {
     /// The number of pages that the document declares.
     declared_pages: u64,
     /// Streams, or lists of streams, that are the contents of pages, with the number of these pages.
-    pub(super) contents: FxHashMap<u32, u32>,
+    pub(super) contents: HashMap<u32, u32>,
     /// The references in objects that are lists: number of the list, and of the target.
     lists: Vec<(u32, u32)>,
     pub(super) streams: Vec<StreamRecord>,
     /// Objects by the names that dictionaries give them. Fonts are among them.
-    names: FxHashMap<u128, u32>,
-    fonts: FxHashMap<u32, FontRecord>,
+    names: HashMap<u128, u32>,
+    fonts: HashMap<u32, FontRecord>,
     pub(super) is_encrypted: bool,
     /// Whether objects were left out.
     is_incomplete: bool,
