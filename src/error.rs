@@ -354,8 +354,8 @@ pub(crate) fn push_go_duration(text: &mut String, ms: u64) {
     text.push('s');
 }
 
-/// Appends a number in decimal. Takes a third of the instructions of the standard library's formatter, and each answer
-/// has a dozen numbers in its headers.
+/// Appends a number in decimal, without the standard library's formatter: each answer has a dozen numbers in its
+/// headers.
 pub(crate) fn push_number(text: &mut String, number: u64) {
     const MAX_DIGITS: usize = 20;
     let (mut digits, mut first, mut rest) = ([0u8; MAX_DIGITS], MAX_DIGITS, number);
