@@ -118,7 +118,7 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     let (code, output, _) = check();
     assert_eq!(code, 0);
     for line in [
-        "warning: an administrator has set the limit of environment 'production', requests per minute, to 61; the file says 60",
+        "warning: an administrator has set the limit of environment 'production', requests per minute, to 61; the file has 60",
         "  environment            production: upstream u, open to all callers\n    60         requests per minute\n",
     ] {
         assert!(output.contains(line), "{line}\n{output}");

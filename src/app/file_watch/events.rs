@@ -73,7 +73,8 @@ impl Drop for FolderEvents {
         self.shared.is_over.store(true, Ordering::Relaxed);
         // The end of a watch is an event, which wakes the thread.
         for watch in self.watches.drain(..) {
-            drop(inotify::remove_watch(&self.inotify, watch));
+            // A watch ends by itself when its folder is deleted.
+            let _ = inotify::remove_watch(&self.inotify, watch);
         }
     }
 }
