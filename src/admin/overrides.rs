@@ -352,10 +352,12 @@ fn origin(actor: Actor, Terms { duration_ms, reason }: Terms) -> OverrideOrigin 
     OverrideOrigin { by: actor.by.as_str().to_owned(), since, until, reason }
 }
 
+#[allow(clippy::unnecessary_box_returns)] // the error type of its callers
 fn invalid(message: &str) -> Box<Response> {
     Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", message))
 }
 
+#[allow(clippy::unnecessary_box_returns)] // the error type of its callers
 fn redis_unavailable(_: &NoRoom) -> Box<Response> {
     let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz answers 'ready'.";
     Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))

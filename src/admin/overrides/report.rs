@@ -55,7 +55,7 @@ impl OriginView {
         Self {
             by: Some(by.clone()).filter(|by| !by.is_empty()),
             since: (since.0 > 0).then(|| since.to_rfc3339()),
-            until: until.map(|until| until.to_rfc3339()),
+            until: until.map(crate::clock::Timestamp::to_rfc3339),
             reason: reason.clone(),
         }
     }
