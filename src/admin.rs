@@ -107,6 +107,7 @@ struct Routes {
 }
 
 impl Routes {
+    #[cfg_attr(not(test), allow(clippy::needless_pass_by_value))] // tests keep the method
     fn add<H, T>(mut self, method: Method, path: &'static str, handler: H) -> Self
     where
         H: Handler<T, Admin>,

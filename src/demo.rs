@@ -61,7 +61,7 @@ impl Backend {
 
     /// Starts the simulated callers, who send their requests to the gateway at this address.
     pub(crate) fn start_callers(&self, gateway: SocketAddr) {
-        self.runtime.spawn(traffic::run(gateway));
+        self.runtime.spawn(async move { traffic::run(gateway) });
     }
 
     /// The address of its listener.

@@ -156,7 +156,7 @@ impl ExplanationView {
                 parts: PromptPart::ALL.iter().map(|&part| (part.as_str(), counted.of(part))).collect(),
                 encoding,
             },
-            quotas: forecast.quotas.iter().map(|level| quota_view(level)).collect(),
+            quotas: forecast.quotas.iter().map(quota_view).collect(),
             admitted: error.is_none() || !is_enforced,
             retry_after_ms: error.as_ref().and_then(|error| wait_ms(error.shortfalls().first()?.wait)),
             code: error.as_ref().map(ProxyError::code),

@@ -11,6 +11,7 @@ use crate::telemetry::{EstimateFigures, UpstreamFigures};
 use axum::Json;
 use axum::extract::State;
 use http::Uri;
+use http::uri::Authority;
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -217,7 +218,7 @@ impl RedisView {
 impl UpstreamView {
     fn new(name: &str, base_url: &Uri, in_flight: u64, figures: UpstreamFigures) -> Self {
         let UpstreamFigures { requests, error_answers, failed, cut, timed, first_byte_ms } = figures;
-        let authority = base_url.authority().map(|authority| authority.as_str()).unwrap_or_default();
+        let authority = base_url.authority().map(Authority::as_str).unwrap_or_default();
         let address = authority.rsplit('@').next().unwrap_or_default();
         let scheme = base_url.scheme_str().unwrap_or("http");
         Self {

@@ -52,7 +52,7 @@ const fn load(
 }
 
 /// Sends requests to the gateway at this address until the process ends.
-pub(super) async fn run(gateway: SocketAddr) {
+pub(super) fn run(gateway: SocketAddr) {
     for load in LOADS {
         tokio::spawn(load.run(gateway));
     }

@@ -72,7 +72,7 @@ mod tests {
 
     fn entry(action: &str, n: usize) -> AuditEntry {
         let (by, action, target) = ("token".to_owned(), action.to_owned(), n.to_string());
-        AuditEntry { at: Timestamp(n as i64), by, action, target, ..AuditEntry::default() }
+        AuditEntry { at: Timestamp(i64::try_from(n).unwrap()), by, action, target, ..AuditEntry::default() }
     }
 
     #[test]

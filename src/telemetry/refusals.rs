@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
 
 /// Number of intervals in a minute.
-const SLOTS: usize = 12;
+const SLOTS: u32 = 12;
 const SLOT_MS: i64 = 5_000;
 /// Maximum number of environments and quotas with a count. The config bounds their number; this bounds those that reloads
 /// have removed.
@@ -21,7 +21,7 @@ pub(super) struct RecentRefusals(HashMap<u64, Intervals>);
 struct Intervals {
     /// The number of the current interval since the Unix epoch.
     current: i64,
-    counts: [u32; SLOTS],
+    counts: [u32; SLOTS as usize],
 }
 
 /// The number of refusals in the last minute.
@@ -63,11 +63,11 @@ impl Intervals {
         let now = now.0.div_euclid(SLOT_MS);
         let passed = now.saturating_sub(self.current);
         // After a step back of the clock, counting continues in the interval that was the last one.
-        for n in 1..=passed.clamp(0, SLOTS as i64) {
+        for n in 1..=passed.clamp(0, i64::from(SLOTS)) {
             self.counts[slot(now - passed + n)] = 0;
         }
-        if passed >= SLOTS as i64 || passed < -(SLOTS as i64) {
-            self.counts = [0; SLOTS];
+        if passed >= i64::from(SLOTS) || passed < -i64::from(SLOTS) {
+            self.counts = [0; SLOTS as usize];
             self.current = now;
         }
         self.current = self.current.max(now);
@@ -80,7 +80,7 @@ impl Intervals {
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // less than SLOTS
 fn slot(interval: i64) -> usize {
-    interval.rem_euclid(SLOTS as i64) as usize
+    interval.rem_euclid(i64::from(SLOTS)) as usize
 }
 
 impl RecentRefusals {

@@ -127,7 +127,7 @@ fn most_used(all: &[EnvironmentState], max: usize) -> Vec<Vec<usize>> {
         let quotas = of_environment.zip(state.shares()).enumerate();
         ranked.extend(quotas.map(|(index, (first, share))| (first, OrderedShare(share), at, index)));
     }
-    ranked.sort_by(|a, b| (b.0, b.1).cmp(&(a.0, a.1)));
+    ranked.sort_by_key(|&(first, share, ..)| std::cmp::Reverse((first, share)));
     let mut kept = vec![Vec::new(); all.len()];
     for (_, _, at, index) in ranked.into_iter().take(max) {
         if let Some(kept) = kept.get_mut(at) {
@@ -204,6 +204,7 @@ impl Fields {
     }
 }
 
+#[allow(clippy::unnecessary_box_returns)] // the error of a Result
 fn invalid(name: &str, values: &str) -> Box<Response> {
     let message = format!("The parameter '{name}' is not valid. {values}");
     Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", &message))

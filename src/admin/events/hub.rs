@@ -93,7 +93,7 @@ impl EventHub {
             return false;
         }
         let update = state.current.as_ref().map(|before| now.update_since(before, admin));
-        let is_change = update.as_ref().is_none_or(|update| update.is_change());
+        let is_change = update.as_ref().is_none_or(UpdateEvent::is_change);
         if is_change {
             state.number += 1;
             state.snapshot = None;

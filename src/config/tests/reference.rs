@@ -19,9 +19,9 @@ fn add_rows(spec: &SectionSpec, prefix: &str, own: &[&str], text: &mut String) {
     for key in spec.keys {
         let name = format!("{prefix}{}", key.name);
         *text += &format!("| `{name}` | {} | {} | {} |\n", key.value.label(), default(key), effect(key));
-        let nested = match &key.value {
-            ValueSpec::Section(spec) | ValueSpec::Either([ValueSpec::Section(spec), ..]) => spec,
-            _ => continue,
+        let (ValueSpec::Section(nested) | ValueSpec::Either([ValueSpec::Section(nested), ..])) = &key.value
+        else {
+            continue;
         };
         if !own.contains(&nested.name) {
             add_rows(nested, &format!("{name}."), own, text);

@@ -94,13 +94,11 @@ pub(super) mod pattern {
 
     /// Whether a part of the text matches.
     pub(in super::super) fn is_match(pattern: &str, text: &str) -> bool {
-        match pattern.strip_prefix('^') {
-            Some(anchored) => alternatives(anchored, text, &|_| true),
-            None => {
-                let starts = text.char_indices().map(|(at, _)| at).chain([text.len()]);
-                starts.into_iter().any(|at| alternatives(pattern, &text[at..], &|_| true))
-            }
+        if let Some(anchored) = pattern.strip_prefix('^') {
+            return alternatives(anchored, text, &|_| true);
         }
+        let mut starts = text.char_indices().map(|(at, _)| at).chain([text.len()]);
+        starts.any(|at| alternatives(pattern, &text[at..], &|_| true))
     }
 
     fn alternatives(pattern: &str, text: &str, next: Next<'_>) -> bool {

@@ -184,7 +184,7 @@ impl Bits<'_> {
         if let Some(next) = rest.first_chunk() {
             self.buffer |= u64::from_le_bytes(*next) << self.count;
             self.at += ((63 - self.count) / 8) as usize;
-            self.count |= 56;
+            self.count |= 0b11_1000;
         } else {
             for byte in rest {
                 if self.count > 55 {
@@ -342,7 +342,8 @@ mod tests {
     #[test]
     fn streams_of_all_kinds_of_blocks_are_decoded() {
         let text = include_bytes!("deflate.rs").as_slice();
-        for bytes in [b"".as_slice(), b"a", text, &skewed(300_000), &[7; 100_000], &b"abc".repeat(50_000)] {
+        for bytes in [b"".as_slice(), b"a", text, &skewed(300_000), &vec![7; 100_000], &b"abc".repeat(50_000)]
+        {
             for level in 0..=9 {
                 let stream = encoded(bytes, level);
                 let (output, end) = decoded(&stream, 1 << 20);
