@@ -91,9 +91,9 @@ async fn a_reload_refuses_broken_files_and_the_gateway_serves_on() {
     for (number, expected) in expected.iter().enumerate() {
         let copy = copies.path().join(number.to_string());
         if path.is_dir() {
-            fs::remove_dir(&path).unwrap()
+            fs::remove_dir(&path).unwrap();
         } else {
-            drop(fs::remove_file(&path))
+            drop(fs::remove_file(&path));
         }
         fs::rename(&copy, &path).unwrap();
         let mut admin = Caller::connect(gateway.admin).await;

@@ -53,6 +53,7 @@ async fn a_quota_shows_its_rate_and_when_it_resets_or_is_exhausted() {
     assert_eq!((&quota["used"], &quota["level"], &quota["name"]), (&30.into(), &10.into(), &Value::Null));
     // 30 tokens in the last 10 minutes.
     assert_eq!(quota["rate"].as_f64(), Some(0.05));
+    #[allow(clippy::cast_possible_truncation)] // less than a month
     let resets_in = (quota["reset_seconds"].as_f64().unwrap() * 1e3) as i64;
     let resets_at = moment(&quota["resets_at"]);
     assert!((0..2_000).contains(&(resets_at - resets_in - before)), "{quota}");

@@ -75,7 +75,7 @@ impl Process {
 
     /// All log lines so far, as the gateway wrote them.
     pub fn log_text(&self) -> String {
-        self.log.lock().unwrap().iter().map(|line| format!("{line}\n")).collect()
+        self.log.lock().unwrap().iter().flat_map(|line| [line.to_string(), "\n".to_owned()]).collect()
     }
 
     pub async fn caller(&self) -> Caller {
