@@ -30,7 +30,6 @@ pub use handover::{HeldElsewhere, LeftCell, LeftReceipt, QuotaIdentity};
 pub use period::CalendarPeriod;
 pub use receipt::Receipt;
 pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
-pub use spending::RATE_WINDOW_MS;
 pub use succession::predecessors;
 pub use table::{Quotas, Subject};
 

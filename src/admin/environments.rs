@@ -123,7 +123,7 @@ pub(super) struct QuotaView {
     reset_seconds: f64,
     /// The moment at which the used amount is available again (RFC 3339).
     resets_at: String,
-    /// Spent per second, on the average of the last 10 minutes.
+    /// Spent per second, on the average of the last 10 minutes, or since the counter began (a minute at least).
     rate: f64,
     /// The moment at which nothing is left if `rate` goes on (RFC 3339). `null`: not before the quota resets.
     exhausts_at: Option<String>,
@@ -316,7 +316,9 @@ impl EnvironmentState {
 /// Whether nothing has happened to a quota. Times alone do not count: they follow from the rest.
 fn is_same_level(a: &QuotaLevel, b: &QuotaLevel) -> bool {
     let amounts = |level: &QuotaLevel| (level.level, level.held, level.used, level.spent_recently);
-    amounts(a) == amounts(b) && a.quota == b.quota
+    // The rate of a young counter falls while nothing is spent.
+    let minutes = |level: &QuotaLevel| if level.spent_recently == 0 { 0 } else { level.measured_ms / 60_000 };
+    amounts(a) == amounts(b) && minutes(a) == minutes(b) && a.quota == b.quota
 }
 
 /// The share of a quota that is used or held: more than 1 with debt.

@@ -521,8 +521,16 @@ impl Cell {
         self.advance(now);
         let (held, used) = self.held_and_used();
         let reset_ms = self.reset_ms(now, false);
-        let spent_recently = self.spending.recent(now);
-        QuotaLevel { quota: self.quota.clone(), level: self.level(), held, used, reset_ms, spent_recently }
+        let (spent_recently, measured_ms) = (self.spending.recent(now), self.spending.measured_ms(now));
+        QuotaLevel {
+            quota: self.quota.clone(),
+            level: self.level(),
+            held,
+            used,
+            reset_ms,
+            spent_recently,
+            measured_ms,
+        }
     }
 
     fn held_and_used(&self) -> (u64, u64) {

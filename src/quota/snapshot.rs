@@ -70,6 +70,8 @@ pub struct QuotaLevel {
     pub reset_ms: u64,
     /// Spent in the last ten minutes.
     pub spent_recently: u64,
+    /// The time in which `spent_recently` was spent (ms): less than ten minutes for a young counter.
+    pub measured_ms: u64,
 }
 
 /// The tightest quota of one kind that applies to a caller, for the rate limit headers.

@@ -3,8 +3,8 @@
 use super::{CounterState, QuotaLevel, Window};
 use crate::clock::Timestamp;
 
-/// The rate of a quota is measured over this time (ms).
-pub const RATE_WINDOW_MS: u64 = MINUTES as u64 * MINUTE_MS;
+/// The rate of a quota is measured over this time (ms), or since its counter began if that is shorter.
+const RATE_WINDOW_MS: u64 = MINUTES as u64 * MINUTE_MS;
 const MINUTES: usize = 10;
 const MINUTE_MS: u64 = 60_000;
 
@@ -16,6 +16,8 @@ pub(super) struct Spending {
     current: usize,
     /// When the current minute began.
     began: Timestamp,
+    /// When counting began.
+    since: Timestamp,
     /// The used amount that Redis has reported last. `None`: this process counts what its own requests spend.
     shared: Option<SharedUsage>,
 }
@@ -31,7 +33,7 @@ struct SharedUsage {
 
 impl Spending {
     pub(super) fn new(now: Timestamp) -> Self {
-        Self { sums: [0; MINUTES + 1], current: 0, began: now, shared: None }
+        Self { sums: [0; MINUTES + 1], current: 0, began: now, since: now, shared: None }
     }
 
     /// Adds an amount that a request of this process has spent. With shared counters it counts once Redis reports it.
@@ -110,13 +112,19 @@ impl Spending {
         let newer = self.sums.iter().fold(0_u64, |sum, n| sum.saturating_add(*n)).saturating_sub(oldest);
         newer.saturating_add(u64::try_from(share).unwrap_or(u64::MAX))
     }
+
+    /// The time in which [`Self::recent`] was spent (ms): the window, or less if counting began later, but at least a
+    /// minute.
+    pub(super) fn measured_ms(&self, now: Timestamp) -> u64 {
+        now.ms_since(self.since).clamp(MINUTE_MS, RATE_WINDOW_MS)
+    }
 }
 
 impl QuotaLevel {
-    /// Tokens or requests spent per second, on the average of the last ten minutes.
+    /// Tokens or requests spent per second, on the average of the last ten minutes, or since the counter began.
     #[allow(clippy::cast_precision_loss)] // for display
     pub fn rate(&self) -> f64 {
-        self.spent_recently as f64 / (RATE_WINDOW_MS / 1_000) as f64
+        self.spent_recently as f64 * 1e3 / self.measured_ms.max(1) as f64
     }
 
     /// Milliseconds until nothing is left, if the quota is spent at [`Self::rate`]. 0: nothing is left now. `None`: it is
@@ -126,7 +134,7 @@ impl QuotaLevel {
             return Some(0);
         }
         // Both in units of 1/(window * period) per millisecond.
-        let (window, period) = (i128::from(RATE_WINDOW_MS), i128::from(self.quota.per.ms));
+        let (window, period) = (i128::from(self.measured_ms.max(1)), i128::from(self.quota.per.ms));
         let (drain, scale) = match self.quota.window {
             Window::Rolling { .. } => (
                 i128::from(self.spent_recently) * period - i128::from(self.quota.limit) * window,
@@ -177,6 +185,16 @@ mod tests {
     }
 
     #[test]
+    fn a_young_counter_is_measured_since_it_began_but_over_a_minute_at_least() {
+        let mut spending = Spending::new(at(0));
+        spending.add(at(5), 600);
+        for (seconds, expected) in [(5, 60), (60, 60), (90, 90), (600, 600), (5_000, 600)] {
+            assert_eq!(spending.measured_ms(at(seconds)), expected * 1_000);
+        }
+        assert_eq!(spending.measured_ms(at(-50)), 60_000);
+    }
+
+    #[test]
     fn a_clock_that_steps_back_does_not_stop_the_measurement() {
         let mut spending = Spending::new(at(10_000));
         spending.add(at(10_000), 7);
@@ -215,7 +233,15 @@ mod tests {
     fn level(window: Window, level: i64, spent_recently: u64) -> QuotaLevel {
         let per = Period { text: "day".into(), ms: 86_400_000 };
         let quota = Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit: 86_400, per, window };
-        QuotaLevel { quota, level, held: 0, used: 0, reset_ms: 3_600_000, spent_recently }
+        QuotaLevel {
+            quota,
+            level,
+            held: 0,
+            used: 0,
+            reset_ms: 3_600_000,
+            spent_recently,
+            measured_ms: RATE_WINDOW_MS,
+        }
     }
 
     #[test]

@@ -114,8 +114,6 @@ export class QuotaForm {
   async #dryRun() {
     const body = this.#body();
     if (!body) return this.#report("Enter a limit, such as 400,000 or 400k.");
-    // A gateway without dry runs would set the limit.
-    if (typeof this.quota.json.unlimited !== "boolean") return;
     const run = (this.#lastDryRun += 1);
     try {
       const path = withQuery(quotaPath(this.quota.environment, this.quota.json), "dry_run=true");

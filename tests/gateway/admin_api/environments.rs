@@ -51,17 +51,17 @@ async fn a_quota_shows_its_rate_and_when_it_resets_or_is_exhausted() {
     let half = get(&gateway, "/half").await;
     let quota = &half["quotas"][0];
     assert_eq!((&quota["used"], &quota["level"], &quota["name"]), (&30.into(), &10.into(), &Value::Null));
-    // 30 tokens in the last 10 minutes.
-    assert_eq!(quota["rate"].as_f64(), Some(0.05));
+    // 30 tokens in the first minute.
+    assert_eq!(quota["rate"].as_f64(), Some(0.5));
     #[allow(clippy::cast_possible_truncation)] // less than a month
     let resets_in = (quota["reset_seconds"].as_f64().unwrap() * 1e3) as i64;
     let resets_at = moment(&quota["resets_at"]);
     assert!((0..2_000).contains(&(resets_at - resets_in - before)), "{quota}");
     assert!(quota["resets_at"].as_str().unwrap().ends_with("-01T00:00:00Z"), "{quota}");
-    // 10 tokens are left, which is 200 s at this rate, unless the month ends before.
+    // 10 tokens are left, which is 20 s at this rate, unless the month ends before.
     match &quota["exhausts_at"] {
-        Value::Null => assert!(resets_at < before + 202_000, "{quota}"),
-        at => assert!((200_000..202_000).contains(&(moment(at) - before)), "{quota}"),
+        Value::Null => assert!(resets_at < before + 22_000, "{quota}"),
+        at => assert!((20_000..22_000).contains(&(moment(at) - before)), "{quota}"),
     }
     let idle = get(&gateway, "/idle").await;
     assert_eq!((&idle["quotas"][0]["rate"], &idle["quotas"][0]["exhausts_at"]), (&0.0.into(), &Value::Null));
@@ -69,7 +69,7 @@ async fn a_quota_shows_its_rate_and_when_it_resets_or_is_exhausted() {
     let busy = get(&gateway, "/busy").await;
     let of_caller = &busy["quotas"][1];
     assert_eq!((&of_caller["scope"], &of_caller["name"]), (&"caller".into(), &"web".into()));
-    assert_eq!(of_caller["rate"].as_f64(), Some(1.0 / 600.0));
+    assert_eq!(of_caller["rate"].as_f64(), Some(1.0 / 60.0));
 }
 
 #[tokio::test]

@@ -73,7 +73,7 @@ async fn usage_of_one_node_is_visible_at_the_other_when_the_answer_has_arrived()
         assert_eq!(denied.json()["error"]["quotas"][0]["remaining"], 0);
         // Each node measures what both have spent.
         let rate = node.environment().await["quotas"][0]["rate"].as_f64().unwrap();
-        assert!((rate - 1_000.0 / 600.0).abs() < 1e-9, "{rate}");
+        assert!((rate - 1_000.0 / 60.0).abs() < 1e-9, "{rate}");
     }
 }
 
