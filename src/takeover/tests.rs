@@ -176,7 +176,7 @@ async fn what_a_killed_process_had_in_flight_is_charged_in_full_and_once() {
     let mut streaming = reserve(&old, 10).await;
     let mut settled = reserve(&old, 10).await;
     let mut pair = hand_over(&environment, old);
-    assert_eq!(pair.levels(), [(180, 0), (3, 0)]);
+    assert_eq!(pair.levels()[..2], [(180, 0), (3, 0)]);
     streaming.progress(Amounts { requests: 1, prompt: 10, completion: 70, total: 80 });
     settled.observe(Amounts { requests: 1, prompt: 5, completion: 5, total: 10 });
     drop(settled);
@@ -184,7 +184,7 @@ async fn what_a_killed_process_had_in_flight_is_charged_in_full_and_once() {
     pair.in_flight(3).await;
     pair.kill_old().await;
     // 60 and 10 and 70; the stream was extended from 60 to 60 + 64.
-    assert_eq!(pair.levels(), [(0, 60 + 124 + 10 + 70), (0, 4)]);
+    assert_eq!(pair.levels()[..2], [(0, 60 + 124 + 10 + 70), (0, 4)]);
     assert_eq!(pair.new.in_flight(), 0);
     let totals = pair.new.snapshot().totals;
     assert_eq!((totals.requests, totals.total), (4, 60 + 124 + 10 + 70));
@@ -234,10 +234,10 @@ async fn an_account_that_stays_makes_the_deferred_settlements() {
     });
     tokio::time::sleep(Duration::from_millis(30)).await;
     assert!(!waiting.is_finished());
-    assert_eq!(levels(&old), [(120, 0), (2, 0)]);
+    assert_eq!(levels(&old)[..2], [(120, 0), (2, 0)]);
     old.stay();
     let late = waiting.await.unwrap();
-    assert_eq!(levels(&old), [(60 + 70, 10), (2, 1)]);
+    assert_eq!(levels(&old)[..2], [(60 + 70, 10), (2, 1)]);
     drop((kept, late));
-    assert_eq!((levels(&old), old.in_flight()), (vec![(0, 10), (0, 1)], 0));
+    assert_eq!((levels(&old), old.in_flight()), (vec![(0, 10), (0, 1), (0, 5), (0, 5)], 0));
 }

@@ -317,7 +317,7 @@ async fn a_bad_file_changes_nothing_and_is_reported() {
     fs::remove_file(&file).unwrap();
     assert!(live.reload().await.text().contains("cannot be read"));
     fs::create_dir(&file).unwrap();
-    assert!(live.reload().await.text().contains("this is a folder"));
+    assert!(live.reload().await.text().contains("this is a directory"));
     fs::remove_dir(&file).unwrap();
     fs::File::create(&file).unwrap().set_len(100 << 20).unwrap();
     assert!(live.reload().await.text().contains("larger than 4 MiB"));
