@@ -1,8 +1,8 @@
 //! The audit log: `GET /api/audit`, and how other files record actions.
 
+use super::Admin;
 use super::access::LISTENER;
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
 use crate::ledger::{AuditEntry, QuotaKey};
 use crate::store;

@@ -1,7 +1,7 @@
 //! `GET /api/overrides`: everything that differs from the config file, as JSON or as YAML for the file.
 
-use crate::admin::openapi::AccessErrors;
-use crate::admin::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use crate::admin::Admin;
+use crate::admin::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::config::Environment;
 use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet};
 use crate::quota::{Kind, Quota, Scope, Window};
