@@ -2,7 +2,7 @@
 //! and programs of this machine.
 
 use super::answers::{AccessErrors, ErrorBody, body_too_large, refusal};
-use super::audit::{self, Action, Actor, Identity, WrongTokens};
+use super::audit::{self, Action, Actor, Identity, LISTENER, WrongTokens};
 use super::guesses::Guesses;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
 use super::{Admin, Client, EXPLAIN, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES};
@@ -20,8 +20,6 @@ use std::time::Duration;
 use subtle::ConstantTimeEq as _;
 use tokio::time::timeout;
 
-/// The target of actions in the audit log.
-pub(super) const LISTENER: &str = "admin listener";
 const SESSION_COOKIE: &str = "tollgate_session";
 const CSRF_COOKIE: &str = "tollgate_csrf";
 const CSRF_HEADER: HeaderName = HeaderName::from_static("x-tollgate-csrf");
