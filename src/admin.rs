@@ -10,6 +10,7 @@ mod explain;
 mod guesses;
 mod health;
 mod openapi;
+mod origins;
 mod overrides;
 mod page;
 mod rejections;

@@ -4,7 +4,7 @@ mod selection;
 
 use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
-use super::overrides::{OriginView, OverrideView};
+use super::origins::{OriginView, OverrideView};
 use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::ledger::{Account, RedisStatus, Snapshot, Totals};

@@ -4,8 +4,6 @@ mod body;
 mod dry_run;
 pub(super) mod report;
 
-pub(super) use report::{OriginView, OverrideView};
-
 use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use super::audit::{self, Action, Actor};
