@@ -1,6 +1,7 @@
 //! The admin listener: health checks, metrics, the state of every quota, and overrides of limits.
 
 mod access;
+mod answers;
 mod audit;
 mod config;
 mod environments;
@@ -9,6 +10,7 @@ mod explain;
 mod guesses;
 mod health;
 mod openapi;
+mod origins;
 mod overrides;
 mod page;
 mod rejections;
@@ -21,23 +23,20 @@ use crate::proxy;
 use crate::reload::ReloadHandle;
 use crate::server::Peer;
 use access::Access;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{DefaultBodyLimit, Extension, Query};
+use answers::refusal;
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Extension};
 use axum::handler::Handler;
 use axum::middleware;
-use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodFilter, on};
-use axum::{Json, Router};
 use events::EventHub;
 use http::{Method, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::service::TowerToHyperService;
-use serde::Serialize;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use system::Process;
-use utoipa::ToSchema;
 
 /// Maximum size of a request body in bytes.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -154,48 +153,4 @@ fn routes() -> Routes {
         .add(Method::GET, "/api/system", system::system)
         .add(Method::GET, "/api/usage", usage::report)
         .add(Method::POST, EXPLAIN, explain::explain)
-}
-
-/// The query parameters of a request, if they can be read.
-type QueryResult<T> = Result<Query<T>, QueryRejection>;
-
-/// Returns the query parameters, or the answer to a query that cannot be read.
-fn read_query<T>(query: QueryResult<T>) -> Result<T, Box<Response>> {
-    query.map(|Query(parameters)| parameters).map_err(|error| {
-        let message = format!("The query cannot be read: {}.", error.body_text());
-        Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", &message))
-    })
-}
-
-fn body_too_large() -> Response {
-    let message = "The body may have at most 64 KiB, at POST /api/explain 32 MiB.";
-    refusal(StatusCode::PAYLOAD_TOO_LARGE, "request_body_too_large", message)
-}
-
-/// The body of an error.
-#[derive(Serialize, ToSchema)]
-pub(crate) struct ErrorBody {
-    error: ErrorView,
-}
-
-/// An error, in OpenAI's shape.
-#[derive(Serialize, ToSchema)]
-struct ErrorView {
-    /// What happened, whose setting decides it, and what to do.
-    message: String,
-    r#type: &'static str,
-    /// Always `null`.
-    param: Option<String>,
-    code: &'static str,
-}
-
-impl ErrorBody {
-    fn new(code: &'static str, message: &str) -> Self {
-        let message = message.to_owned();
-        Self { error: ErrorView { message, r#type: "invalid_request_error", param: None, code } }
-    }
-}
-
-fn refusal(status: StatusCode, code: &'static str, message: &str) -> Response {
-    (status, Json(ErrorBody::new(code, message))).into_response()
 }

@@ -18,6 +18,7 @@ mod quotas;
 mod schema;
 mod setting;
 mod store;
+mod top;
 mod tree;
 mod units;
 mod unsupported;

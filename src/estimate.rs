@@ -19,6 +19,7 @@ mod names;
 mod overhead;
 mod prompt;
 mod provider;
+mod readers;
 mod rules;
 mod thinking;
 mod tokenizer;

@@ -11,8 +11,10 @@ mod durability;
 mod engine;
 mod handover;
 mod local;
+mod messages;
 mod overrides;
 mod replica;
+mod successor;
 mod sync;
 mod usage_history;
 mod wait_queue;
@@ -35,11 +37,10 @@ pub use audit::{AuditEntry, AuditLog};
 pub use demand::{Admission, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
-pub use handover::{
-    FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, SuccessorLine, ToSuccessor,
-};
 pub use local::{Local, Rules};
+pub use messages::{FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor};
 pub use overrides::{EnforceOverride, LimitChange, LimitOverride, OverrideOrigin, OverrideSet, QuotaKey};
+pub use successor::SuccessorLine;
 pub use sync::RedisStatus;
 pub(crate) use usage_history::OTHER_MODELS;
 pub use usage_history::{Totals, UsageInterval, UsageRow};

@@ -1,13 +1,11 @@
 //! Who may use the admin listener: the holder of the token, a browser that has signed in, or, without a token, the pages
 //! and programs of this machine.
 
-use super::audit::{self, Action, Actor, Identity, WrongTokens};
+use super::answers::{AccessErrors, ErrorBody, body_too_large, refusal};
+use super::audit::{self, Action, Actor, Identity, LISTENER, WrongTokens};
 use super::guesses::Guesses;
-use super::openapi::AccessErrors;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
-use super::{
-    Admin, Client, EXPLAIN, ErrorBody, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES, body_too_large, refusal,
-};
+use super::{Admin, Client, EXPLAIN, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES};
 use crate::clock;
 use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Request, State};
@@ -22,8 +20,6 @@ use std::time::Duration;
 use subtle::ConstantTimeEq as _;
 use tokio::time::timeout;
 
-/// The target of actions in the audit log.
-pub(super) const LISTENER: &str = "admin listener";
 const SESSION_COOKIE: &str = "tollgate_session";
 const CSRF_COOKIE: &str = "tollgate_csrf";
 const CSRF_HEADER: HeaderName = HeaderName::from_static("x-tollgate-csrf");

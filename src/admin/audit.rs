@@ -1,8 +1,7 @@
 //! The audit log: `GET /api/audit`, and how other files record actions.
 
-use super::access::LISTENER;
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
 use crate::ledger::{AuditEntry, QuotaKey};
 use crate::store;
@@ -16,6 +15,8 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use utoipa::{IntoParams, ToSchema};
 
+/// The target of actions on the admin listener itself.
+pub(super) const LISTENER: &str = "admin listener";
 /// Number of entries in an answer to a query without `limit`.
 const DEFAULT_ENTRIES: usize = 100;
 /// Maximum number of entries in an answer.

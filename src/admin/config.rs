@@ -1,7 +1,7 @@
 //! `GET /api/config`: the effective config.
 
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};

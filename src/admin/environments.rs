@@ -2,9 +2,9 @@
 
 mod selection;
 
-use super::openapi::AccessErrors;
-use super::overrides::{OriginView, OverrideView};
-use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
+use super::origins::{OriginView, OverrideView};
 use crate::clock::Timestamp;
 use crate::config::Environment;
 use crate::ledger::{Account, RedisStatus, Snapshot, Totals};

@@ -5,11 +5,11 @@
 
 mod hub;
 
+use super::Admin;
 use super::access::Credential;
+use super::answers::{AccessErrors, ErrorBody, refusal};
 use super::audit::Actor;
 use super::environments::{EnvironmentChange, EnvironmentView};
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, refusal};
 use crate::clock;
 use crate::telemetry::RejectionView;
 use axum::body::Body;

@@ -1,8 +1,8 @@
 //! `POST /api/explain`: what would happen to a request, without sending it or charging anything.
 
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, refusal};
 use super::environments::{QuotaView, unknown_environment};
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, refusal};
 use crate::error::ProxyError;
 use crate::estimate::PromptPart;
 use crate::proxy::{self, Explanation};

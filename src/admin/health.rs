@@ -1,7 +1,7 @@
 //! Health checks and metrics.
 
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, refusal};
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, refusal};
 use crate::config::OnStoreFailure;
 use crate::ledger::RedisStatus;
 use axum::body::Body;

@@ -1,31 +1,16 @@
 //! `GET /api/openapi.json`: the description of all requests of the admin listener, made from the code.
 
+use super::answers::AccessErrors;
 use super::events::{SnapshotEvent, UpdateEvent};
 use super::{
-    ErrorBody, access, audit, config, environments, events, explain, health, overrides, page, rejections,
-    reload, system, usage,
+    access, audit, config, environments, events, explain, health, overrides, page, rejections, reload,
+    system, usage,
 };
 use axum::response::{IntoResponse as _, Response};
 use http::header;
 use std::sync::OnceLock;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::{IntoResponses, Modify, OpenApi};
-
-/// The refusals that every request may get, unless it needs no authorization.
-#[derive(IntoResponses)]
-#[allow(dead_code)] // describes answers, and is never made
-pub(super) enum AccessErrors {
-    /// `invalid_token`: the token is missing or wrong, or the session has ended.
-    #[response(status = 401)]
-    Unauthorized(ErrorBody),
-    /// `csrf`: a session changes something without the header `x-tollgate-csrf`. `foreign_site`: there is no token, and `Host`
-    /// or `Origin` is not the listener's.
-    #[response(status = 403)]
-    Forbidden(ErrorBody),
-    /// `too_many_wrong_tokens`: the address has to wait as long as `retry-after` says.
-    #[response(status = 429)]
-    TooManyWrongTokens(ErrorBody),
-}
+use utoipa::{Modify, OpenApi};
 
 #[derive(OpenApi)]
 #[openapi(

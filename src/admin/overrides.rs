@@ -4,12 +4,10 @@ mod body;
 mod dry_run;
 pub(super) mod report;
 
-pub(super) use report::{OriginView, OverrideView};
-
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use super::audit::{self, Action, Actor};
 use super::environments::{EnvironmentView, environment_view, find, unknown_environment};
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock;
 use crate::config::Environment;
 use crate::ledger::{Account, EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};

@@ -1,5 +1,6 @@
 //! The dashboard. Its files are part of the binary: `GET /` answers with `index.html`, `GET /page/NAME` with the others.
 
+use super::answers::{ErrorBody, refusal};
 use axum::extract::Path;
 use axum::response::{IntoResponse as _, Response};
 use compression_codecs::EncodeV2 as _;
@@ -84,7 +85,7 @@ pub(super) async fn index(headers: HeaderMap) -> Response {
     tag = "page",
     security(()),
     params(("name" = String, Path, description = "The name of the file.")),
-    responses((status = 200, description = "The file."), (status = 404, description = "There is no such file.", body = super::ErrorBody))
+    responses((status = 200, description = "The file."), (status = 404, description = "There is no such file.", body = ErrorBody))
 )]
 pub(super) async fn file(Path(name): Path<String>, headers: HeaderMap) -> Response {
     answer(&name, &headers)
@@ -93,7 +94,7 @@ pub(super) async fn file(Path(name): Path<String>, headers: HeaderMap) -> Respon
 fn answer(name: &str, request: &HeaderMap) -> Response {
     let Some(file) = FILES.iter().find(|file| file.name == name) else {
         let message = "The page has no such file. GET / answers with the page.";
-        return super::refusal(StatusCode::NOT_FOUND, "unknown_path", message);
+        return refusal(StatusCode::NOT_FOUND, "unknown_path", message);
     };
     let encoded = file.encoded.get_or_init(|| Encoded::new(file.content));
     let gzip = encoded.gzip.as_deref().filter(|_| accepts_gzip(request));

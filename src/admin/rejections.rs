@@ -1,7 +1,7 @@
 //! `GET /api/rejections`: the last requests that a quota or a limit rejected.
 
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, read_query};
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query};
 use crate::telemetry::RejectionView;
 use axum::Json;
 use axum::extract::State;

@@ -1,8 +1,8 @@
 //! `POST /api/config/reload`.
 
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, ErrorView, refusal};
 use super::audit::{self, Action, Actor};
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, ErrorView, refusal};
 use crate::reload::ReloadOutcome;
 use axum::Json;
 use axum::extract::{Extension, State};

@@ -1,8 +1,8 @@
 //! `GET /api/system`: the gateway itself, its config, store, Redis and upstreams, and the error of estimates.
 
 use super::Admin;
+use super::answers::AccessErrors;
 use super::events::ConfigState;
-use super::openapi::AccessErrors;
 use crate::clock::{self, Stopwatch, Timestamp};
 use crate::config::{OnStoreFailure, UpstreamSettings};
 use crate::ledger::RedisStatus;

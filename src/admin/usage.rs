@@ -1,7 +1,7 @@
 //! `GET /api/usage`: the usage history.
 
-use super::openapi::AccessErrors;
-use super::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use super::Admin;
+use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
 use crate::store::{self, ReportQuery, ReportRow};
 use axum::Json;

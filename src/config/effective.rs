@@ -4,7 +4,7 @@
 mod yaml;
 
 use super::description::{DefaultSpec, KeySpec, SectionSpec, ValueSpec};
-use super::load::TOP;
+use super::top::TOP;
 use super::tree::{YamlNode, YamlValue};
 use super::units;
 use serde::ser::{Serialize, SerializeMap as _, Serializer};

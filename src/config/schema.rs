@@ -6,7 +6,7 @@
 use super::description::{
     AMOUNT_PATTERN, DURATION_PATTERN, DefaultSpec, KeySpec, SIZE_PATTERN, SectionSpec, TextSpec, ValueSpec,
 };
-use super::load::TOP;
+use super::top::TOP;
 use super::units;
 use serde_json::{Map, Value, json};
 

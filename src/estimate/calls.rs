@@ -7,31 +7,9 @@
 
 use super::PromptPart;
 use super::prompt::Prompt;
+use super::readers::Readers;
 use super::tools::compact;
 use std::borrow::Cow;
-
-/// The models that read a text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Readers(u8);
-
-impl Readers {
-    /// Models that read each call by itself, and its arguments as they were sent.
-    pub(super) const AS_SENT: Self = Self(1);
-    /// Models that read several calls of a message as one call, and arguments without white space.
-    pub(super) const JOINED: Self = Self(2);
-    /// Models that read each call by itself, and arguments without white space.
-    pub(super) const APART: Self = Self(4);
-    pub(super) const ALL: Self = Self(7);
-
-    /// Whether all of these models read the text.
-    pub(super) const fn include(self, models: Self) -> bool {
-        self.0 & models.0 == models.0
-    }
-
-    const fn without(self, models: Self) -> Self {
-        Self(self.0 & !models.0)
-    }
-}
 
 /// A call in a message of the assistant.
 #[derive(Debug, Default)]
@@ -92,25 +70,6 @@ fn is_compact(text: &str) -> bool {
     true
 }
 
-/// The number of colons and commas between the tokens of JSON; `None` if the text is neither an object nor a list.
-pub(super) fn separators(text: &str) -> Option<u64> {
-    if !text.starts_with(['{', '[']) || serde_json::from_str::<serde::de::IgnoredAny>(text).is_err() {
-        return None;
-    }
-    let (mut in_string, mut count) = (false, 0);
-    let mut bytes = text.bytes().peekable();
-    while let Some(byte) = bytes.next() {
-        match byte {
-            b'"' => in_string = !in_string,
-            b'\\' if in_string => drop(bytes.next()),
-            // A separator that has a space already costs nothing more.
-            b':' | b',' if !in_string => count += u64::from(bytes.peek() != Some(&b' ')),
-            _ => {}
-        }
-    }
-    Some(count)
-}
-
 /// The calls of one message, as far as they are read.
 #[derive(Debug, Default)]
 pub(crate) struct MessageCalls<'a> {
@@ -145,26 +104,6 @@ impl<'a> MessageCalls<'a> {
         }
         self.count
     }
-}
-
-/// The results that follow the calls of one message.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum JoinedResults {
-    /// There was one call, or none.
-    #[default]
-    No,
-    /// There were several calls, and no result yet.
-    None,
-    /// The last result, and whether a line break after it is a token of its own.
-    Some { ends_in_word: bool },
-}
-
-/// Calls in items that follow each other (Responses API).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct CallItems {
-    pub(super) count: u64,
-    /// Whether the first one has an id: the provider has stored it.
-    pub(super) is_stored: bool,
 }
 
 /// Adds a call that is an item of its own (Responses API).

@@ -1,11 +1,11 @@
 //! The built-in tables of models: vocabulary, prompt format and image rule of each family.
 
 use super::PromptPart;
-use super::calls::Readers;
 use super::media_rules::MediaRules;
 use super::names::{MAX_NAME_BYTES, plain_name};
 use super::overhead::{ChatTemplate, Format, PromptFacts, SchemaCost};
 use super::provider::Provider;
+use super::readers::Readers;
 use super::thinking::ThinkingHabits;
 use super::tokenizer::Tokenizer;
 use super::tools::Style;

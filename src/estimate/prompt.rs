@@ -3,7 +3,6 @@
 mod calls;
 
 use super::attachments::Attachments;
-use super::calls::{CallItems, JoinedResults, Readers};
 use super::count_cache::HashedText;
 use super::identity::{
     AnswerReference, Identity, IdentityPart, KnownTexts, PromptPrefix, PromptSizes, ReferenceKind,
@@ -13,10 +12,12 @@ use super::keyed_hash::KeyedHash;
 use super::media::{Pdf, Recording};
 use super::models::Model;
 use super::overhead::{MessageCounts, PromptFacts, ToolRequirement};
-use super::thinking::{EarlierThinking, EncryptedCost, EncryptedThought, ThoughtContent};
+use super::readers::Readers;
+use super::thinking::{EarlierThinking, EncryptedCost, EncryptedThought, ThinkingTokens, ThoughtContent};
 use super::tools::{self, AnswerSchema, ToolCost, ToolList};
 use super::{PromptEstimate, PromptPart, RequestKind, vocabulary};
 use crate::api::Api;
+use calls::{CallItems, JoinedResults};
 use std::borrow::Cow;
 
 /// `estimate_if_quick` does not count texts with a longer stretch without a space (bytes).
@@ -569,14 +570,6 @@ impl Prompt<'_> {
             RequestKind::Plain
         }
     }
-}
-
-/// Tokens of earlier reasoning.
-#[derive(Clone, Copy, Debug, Default)]
-struct ThinkingTokens {
-    all: u64,
-    /// Those of the answer after the known prefix.
-    of_echo: u64,
 }
 
 fn schema_tokens(

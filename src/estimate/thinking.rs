@@ -267,6 +267,14 @@ impl ThinkingHabits {
     }
 }
 
+/// Tokens of earlier reasoning.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ThinkingTokens {
+    pub(super) all: u64,
+    /// Those of the answer after the known prefix.
+    pub(super) of_echo: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

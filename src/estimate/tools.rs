@@ -9,7 +9,7 @@ mod reader;
 mod rendering;
 mod schema;
 
-pub(super) use compact::{AnswerSchema, compact};
+pub(super) use compact::{AnswerSchema, compact, separators};
 pub(super) use rendering::Style;
 
 use super::count_cache::{CacheKey, CachedCount, TextHash};

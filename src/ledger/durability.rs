@@ -4,7 +4,7 @@
 //! many requests, which belong to a few runtimes: the store's thread wakes one task per runtime, and that task wakes the
 //! requests. Waking every request from the store's thread took two system calls per request.
 
-use super::handover::LeftAccount;
+use super::messages::LeftAccount;
 use super::overrides::OverrideSet;
 use super::usage_history::{Totals, UsageRow};
 use crate::quota::{Amounts, PersistedCounter, Quota};

@@ -4,8 +4,7 @@
 //! from one request to the next.
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
-use super::handover::Residence;
-use super::local::Local;
+use super::local::{Local, Residence};
 use super::overrides::{EnforceOverride, LimitChange, OverrideSet, QuotaKey};
 use super::sync::{RedisStatus, RedisSync};
 use super::usage_history::Totals;

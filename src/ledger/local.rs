@@ -1,10 +1,12 @@
 //! The counters of one node: the quotas of one environment and the decisions made on them. Pure: `now` is an argument, so that
 //! `simulate` and the tests run hours in a second. Nothing here depends on Redis.
 
+mod residence;
+
 use super::allowance::LearnedLengths;
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::durability::RestoredState;
-use super::handover::{Elsewhere, LeftAccount, Residence};
+use super::messages::LeftAccount;
 use super::overrides::{EnforceOverride, LimitChange, Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
@@ -15,6 +17,9 @@ use crate::quota::{
     Amounts, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Scope, Subject,
     Takeover,
 };
+use residence::Elsewhere;
+
+pub(super) use residence::Residence;
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and an answer that
 /// short would be useless.
@@ -71,7 +76,7 @@ pub struct Local {
     /// Where these counters are, while a new process takes them over and after that.
     pub(super) residence: Residence,
     /// What the requests of an old process hold in these counters.
-    pub(super) elsewhere: Elsewhere,
+    elsewhere: Elsewhere,
 }
 
 impl Local {

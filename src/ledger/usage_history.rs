@@ -1,7 +1,7 @@
 //! Usage by minute, caller and model, collected until the store takes it, and sums over everything.
 
 use super::demand::Settlement;
-use super::handover::LeftUsage;
+use super::messages::LeftUsage;
 use crate::clock::Timestamp;
 use crate::estimate::{KnownModels, ModelRank};
 use crate::quota::{Amounts, Subject};

@@ -1,6 +1,6 @@
 //! A chart of one quota for a terminal: what was used and held over time, the limit, and the refused calls.
 
-use super::replay::QuotaOutcome;
+use super::meter::QuotaOutcome;
 use super::timeline::{PARTS, TimePart, Timeline};
 use super::words::{duration, grouped, short_amount, utc};
 use crate::clock::Timestamp;

@@ -1,12 +1,31 @@
 //! Measures one quota during a replay, and draws its amounts over time.
 
-use super::replay::QuotaOutcome;
 use super::timeline::Timeline;
 use crate::clock::Timestamp;
 use crate::quota::{ClockUnit, CounterState, Quota, QuotaLevel, Quotas, Scope, Subject, TokenBucket, Window};
 
 /// Maximum number of days, weeks or months that [`periods_touched`] counts one by one.
 const MAX_PERIODS: u64 = 100_000;
+
+/// The result of a replay for one quota.
+#[derive(Clone, Debug)]
+pub(super) struct QuotaOutcome {
+    pub(super) quota: Quota,
+    /// Number of calls that the quota applies to.
+    pub(super) calls: u64,
+    /// Number of denials in which this quota could not hold the call. In shadow mode: that it would have caused.
+    pub(super) denials: u64,
+    /// The amount that the admitted calls used.
+    pub(super) spent: u64,
+    /// The spent amount as a fraction of the largest amount that the quota could admit during the trace. A calendar
+    /// quota could admit its limit in each period that the trace touches.
+    pub(super) utilisation: f64,
+    /// The largest excess over the permitted amount, as a fraction of the capacity.
+    pub(super) overshoot: f64,
+    /// Sum of the times from a denial by this quota to the next admission, in milliseconds.
+    pub(super) exhausted_ms: u64,
+    pub(super) timeline: Timeline,
+}
 
 /// Measures the overshoot of one quota independently of the engine: it charges an ideal counter of the same
 /// size and rate at the moment of spending.

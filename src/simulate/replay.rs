@@ -1,6 +1,6 @@
 //! One replay of a trace: calls arrive, stream and end on a virtual clock.
 
-use super::meter::Meter;
+use super::meter::{Meter, QuotaOutcome};
 use super::timeline::{PARTS, Timeline};
 use super::{Mode, Pace, TraceCall};
 use crate::clock::Timestamp;
@@ -45,26 +45,6 @@ impl ReplayOutcome {
     pub(super) fn utilisation(&self) -> f64 {
         self.quotas.iter().map(|q| q.utilisation).fold(0.0, f64::max)
     }
-}
-
-/// The result of a replay for one quota.
-#[derive(Clone, Debug)]
-pub(super) struct QuotaOutcome {
-    pub(super) quota: Quota,
-    /// Number of calls that the quota applies to.
-    pub(super) calls: u64,
-    /// Number of denials in which this quota could not hold the call. In shadow mode: that it would have caused.
-    pub(super) denials: u64,
-    /// The amount that the admitted calls used.
-    pub(super) spent: u64,
-    /// The spent amount as a fraction of the largest amount that the quota could admit during the trace. A calendar
-    /// quota could admit its limit in each period that the trace touches.
-    pub(super) utilisation: f64,
-    /// The largest excess over the permitted amount, as a fraction of the capacity.
-    pub(super) overshoot: f64,
-    /// Sum of the times from a denial by this quota to the next admission, in milliseconds.
-    pub(super) exhausted_ms: u64,
-    pub(super) timeline: Timeline,
 }
 
 /// Replays calls, sorted by time, through the quotas of an environment.

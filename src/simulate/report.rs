@@ -1,12 +1,13 @@
 //! Reports of replays: text, JSON and charts.
 
 use super::chart::chart;
-use super::replay::{QuotaOutcome, ReplayOutcome, replay};
-use super::search::{SearchBudget, SufficientLimit, sufficient_limits};
+use super::meter::QuotaOutcome;
+use super::replay::{ReplayOutcome, replay};
+use super::search::{SearchBudget, SufficientLimit, is_unlimited, sufficient_limits};
 use super::words::{a_period, amount, duration, grouped, utc};
 use super::{Mode, Pace, TraceCall, words};
 use crate::config::Environment;
-use crate::quota::{MAX_LIMIT, Quota};
+use crate::quota::Quota;
 use serde_json::{Value, json};
 use std::thread;
 
@@ -199,11 +200,6 @@ impl SimulationReport {
         };
         format!("{}: {limit} {did}; {would}.\n", subject(&q.quota))
     }
-}
-
-/// Whether the quota has no limit in practice.
-pub(super) fn is_unlimited(quota: &Quota) -> bool {
-    quota.limit >= MAX_LIMIT
 }
 
 /// The kind of a quota, with its scope unless that is the environment.

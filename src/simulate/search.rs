@@ -1,7 +1,7 @@
 //! The search for the smallest limit that refuses no call of a trace.
 
-use super::replay::{QuotaOutcome, admits_all};
-use super::report::is_unlimited;
+use super::meter::QuotaOutcome;
+use super::replay::admits_all;
 use super::words::{readable, readable_index};
 use super::{Pace, TraceCall};
 use crate::clock::Stopwatch;
@@ -139,4 +139,9 @@ fn search(
 fn with_limit(quota: &Quota, limit: u64) -> Quota {
     let burst = u128::from(quota.capacity()) * u128::from(limit) / u128::from(quota.limit.max(1));
     quota.with_limit(limit, u64::try_from(burst).unwrap_or(MAX_LIMIT).clamp(1, MAX_LIMIT))
+}
+
+/// Whether the quota has no limit in practice.
+pub(super) fn is_unlimited(quota: &Quota) -> bool {
+    quota.limit >= MAX_LIMIT
 }

@@ -1,7 +1,7 @@
 //! The query parameters `sort`, `limit` and `fields` of `GET /api/environments`.
 
 use super::{EnvironmentList, EnvironmentState, EnvironmentView, EnvironmentsParameters};
-use crate::admin::refusal;
+use crate::admin::answers::refusal;
 use axum::Json;
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;

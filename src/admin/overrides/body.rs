@@ -1,7 +1,7 @@
 //! The bodies of requests that set an override.
 
 use super::{BodyResult, invalid};
-use crate::admin::refusal;
+use crate::admin::answers::refusal;
 use crate::config;
 use crate::quota::{MAX_LIMIT, UNLIMITED};
 use axum::response::Response;

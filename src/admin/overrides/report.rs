@@ -1,9 +1,10 @@
 //! `GET /api/overrides`: everything that differs from the config file, as JSON or as YAML for the file.
 
-use crate::admin::openapi::AccessErrors;
-use crate::admin::{Admin, ErrorBody, QueryResult, read_query, refusal};
+use crate::admin::Admin;
+use crate::admin::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
+use crate::admin::origins::{OriginView, limit};
 use crate::config::Environment;
-use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet};
+use crate::ledger::{EnforceOverride, LimitOverride, OverrideSet};
 use crate::quota::{Kind, Quota, Scope, Window};
 use axum::Json;
 use axum::extract::State;
@@ -13,53 +14,6 @@ use serde::Serialize;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use utoipa::ToSchema;
-
-/// Who has set a limit, and what it replaces.
-#[derive(Serialize, ToSchema)]
-pub(in crate::admin) struct OverrideView {
-    /// `null`: not known.
-    by: Option<String>,
-    /// RFC 3339; `null`: not known.
-    since: Option<String>,
-    /// RFC 3339; `null`: until it is deleted.
-    until: Option<String>,
-    reason: Option<String>,
-    /// The limit of the file. `null`: unlimited.
-    file_limit: Option<u64>,
-}
-
-impl OverrideView {
-    /// `configured`: the quotas of the config.
-    pub(in crate::admin) fn new(set: &LimitOverride, configured: &[Quota]) -> Self {
-        let file = configured.iter().find(|quota| quota.is_same_as(&set.quota));
-        let OriginView { by, since, until, reason } = OriginView::new(&set.origin);
-        Self { by, since, until, reason, file_limit: file.and_then(limit) }
-    }
-}
-
-/// Who has set an override, when, until when, and why.
-#[derive(Serialize, ToSchema)]
-pub(in crate::admin) struct OriginView {
-    /// `null`: not known.
-    by: Option<String>,
-    /// RFC 3339; `null`: not known.
-    since: Option<String>,
-    /// RFC 3339; `null`: until it is deleted.
-    until: Option<String>,
-    reason: Option<String>,
-}
-
-impl OriginView {
-    pub(in crate::admin) fn new(origin: &OverrideOrigin) -> Self {
-        let OverrideOrigin { by, since, until, reason } = origin;
-        Self {
-            by: Some(by.clone()).filter(|by| !by.is_empty()),
-            since: (since.0 > 0).then(|| since.to_rfc3339()),
-            until: until.map(crate::clock::Timestamp::to_rfc3339),
-            reason: reason.clone(),
-        }
-    }
-}
 
 /// The answer of `GET /api/overrides`.
 #[derive(Serialize, ToSchema)]
@@ -134,10 +88,6 @@ pub(in crate::admin) async fn list(
         "yaml" => ([(header::CONTENT_TYPE, "application/yaml")], to_yaml(&all)).into_response(),
         _ => refusal(StatusCode::BAD_REQUEST, "invalid_value", "format must be json or yaml."),
     }
-}
-
-fn limit(quota: &Quota) -> Option<u64> {
-    (!quota.is_unlimited()).then_some(quota.limit)
 }
 
 fn to_json(all: &[(Arc<Environment>, OverrideSet)]) -> OverrideList {

@@ -1,7 +1,7 @@
 //! Random valid configs, made from the descriptions of the keys.
 
 use crate::config::description::{DefaultSpec, SectionSpec, ValueSpec};
-use crate::config::load::TOP;
+use crate::config::top::TOP;
 use serde_json::{Map, Value, json};
 
 pub(super) struct Generator {

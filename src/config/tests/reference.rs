@@ -3,7 +3,7 @@
 use super::schema::for_each_key;
 use super::*;
 use crate::config::description::{DefaultSpec, KeySpec, SectionSpec, ValueSpec};
-use crate::config::load::TOP;
+use crate::config::top::TOP;
 
 const BEGIN: &str = "<!-- keys of ";
 const END: &str = "<!-- end of keys -->";

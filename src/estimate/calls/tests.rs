@@ -1,6 +1,7 @@
 use super::*;
 use crate::api::Api;
 use crate::body::{Body, BodyText};
+use crate::estimate::tools::separators;
 use crate::estimate::{Models, Provider};
 use serde_json::{Value, json};
 

@@ -1,10 +1,31 @@
 //! Filling: tool calls and their results.
 
 use super::super::PromptPart;
-use super::super::calls::{CallItems, JoinedResults, Readers, separators};
 use super::super::identity::IdentityPart;
+use super::super::readers::Readers;
+use super::super::tools::separators;
 use super::Prompt;
 use std::borrow::Cow;
+
+/// The results that follow the calls of one message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum JoinedResults {
+    /// There was one call, or none.
+    #[default]
+    No,
+    /// There were several calls, and no result yet.
+    None,
+    /// The last result, and whether a line break after it is a token of its own.
+    Some { ends_in_word: bool },
+}
+
+/// Calls in items that follow each other (Responses API).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct CallItems {
+    count: u64,
+    /// Whether the first one has an id: the provider has stored it.
+    is_stored: bool,
+}
 
 impl<'a> Prompt<'a> {
     /// Adds a tool call with this number of arguments.

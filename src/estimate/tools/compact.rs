@@ -1,4 +1,4 @@
-//! JSON without white space, and optionally without some members.
+//! JSON without white space, and optionally without some members; the number of separators in JSON.
 
 use std::borrow::Cow;
 
@@ -138,4 +138,23 @@ impl OpenContainer {
         self.value_has_custom_names = false;
         self.omit_from.take().map(|at| out.truncate(at)).is_some()
     }
+}
+
+/// The number of colons and commas between the tokens of JSON; `None` if the text is neither an object nor a list.
+pub(in super::super) fn separators(text: &str) -> Option<u64> {
+    if !text.starts_with(['{', '[']) || serde_json::from_str::<serde::de::IgnoredAny>(text).is_err() {
+        return None;
+    }
+    let (mut in_string, mut count) = (false, 0);
+    let mut bytes = text.bytes().peekable();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => in_string = !in_string,
+            b'\\' if in_string => drop(bytes.next()),
+            // A separator that has a space already costs nothing more.
+            b':' | b',' if !in_string => count += u64::from(bytes.peek() != Some(&b' ')),
+            _ => {}
+        }
+    }
+    Some(count)
 }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::clock::Timestamp;
 use crate::config::{Config, parse};
+use crate::ledger::OverrideOrigin;
 use crate::quota::UNLIMITED;
 
 const FILE: &str = "upstreams: { u: { base_url: 'http://u/v1' } }

@@ -1,7 +1,7 @@
 //! The messages between an account that has moved and the new process that has its counters.
 
+use super::demand::NoRoom;
 use crate::clock::Timestamp;
-use crate::ledger::demand::NoRoom;
 use crate::quota::{
     Amounts, Denied, LeftCell, LeftReceipt, Quota, QuotaIdentity, QuotaStatus, Shortfall, Wait,
 };
@@ -10,21 +10,21 @@ use serde::{Deserialize, Serialize};
 /// What the requests of an account hold when the account leaves.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftAccount {
-    pub(in crate::ledger) in_flight: u64,
-    pub(in crate::ledger) held: Amounts,
-    pub(in crate::ledger) cells: Vec<LeftCell>,
+    pub(super) in_flight: u64,
+    pub(super) held: Amounts,
+    pub(super) cells: Vec<LeftCell>,
 }
 
 /// The grant of a request of the old process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LeftGrant {
-    pub(in crate::ledger) receipts: Vec<LeftReceipt>,
-    pub(in crate::ledger) reserved: Amounts,
-    pub(in crate::ledger) extension: u64,
-    pub(in crate::ledger) completions: u64,
-    pub(in crate::ledger) cap: u64,
-    pub(in crate::ledger) was_clamped: bool,
-    pub(in crate::ledger) progress_threshold: u64,
+    pub(super) receipts: Vec<LeftReceipt>,
+    pub(super) reserved: Amounts,
+    pub(super) extension: u64,
+    pub(super) completions: u64,
+    pub(super) cap: u64,
+    pub(super) was_clamped: bool,
+    pub(super) progress_threshold: u64,
 }
 
 /// Usage of one caller and model in one minute, which the old process has recorded.
@@ -124,7 +124,7 @@ pub struct LeftShortfall {
 
 impl LeftAccount {
     /// Whether the account has left. The account of counters in Redis stays.
-    pub(in crate::ledger) fn has_left(&self) -> bool {
+    pub(super) fn has_left(&self) -> bool {
         !self.cells.is_empty()
     }
 }

@@ -1,7 +1,7 @@
 //! The line of an account that has moved to the new process that has its counters.
 
+use super::demand::{Grant, Progress, Settlement};
 use super::messages::{FromSuccessor, LeftGrant, LeftUsage, ToSuccessor};
-use crate::ledger::demand::{Grant, Progress, Settlement};
 use crate::quota::{Amounts, Receipt, Subject};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -125,7 +125,7 @@ impl Drop for CancelOnDrop<'_> {
 
 /// An account in the new process.
 #[derive(Clone, Debug)]
-pub(in crate::ledger) struct Successor {
+pub(super) struct Successor {
     pub(super) line: Arc<SuccessorLine>,
     pub(super) environment: Arc<str>,
 }
