@@ -16,7 +16,7 @@ pub struct AuditEntry {
     pub by: String,
     /// The address that the request came from.
     pub address: Option<String>,
-    /// What was done.
+    /// The kind of action, such as `limit_set`.
     pub action: String,
     /// What it was done to.
     pub target: String,

@@ -1,9 +1,9 @@
-//! The hand-over of counters to another process, which goes on with them while this process still serves the requests that
-//! hold amounts in them.
+//! The hand-over of counters to another process, which continues to count. This process still serves the requests that
+//! hold amounts in the counters.
 //!
 //! The new process restores the counters with the held amounts ([`Quotas::restore`]). It keeps the sum of what the old
 //! process's requests hold in each quota. A request of the old process settles by its own receipt, which `adopt` translates
-//! and takes out of the sum. What is left when the old process has ended is charged in full.
+//! and takes out of the sum. When the old process has ended, the rest of the sum is charged in full.
 
 use super::receipt::{Hold, Receipt};
 use super::{Amounts, Quota, Quotas, Window};
@@ -149,7 +149,7 @@ impl HeldElsewhere {
         own
     }
 
-    /// Charges in full what is left: the old process has ended without settling it.
+    /// Charges in full the amounts that the old process has not settled. That process has ended.
     pub fn charge(self, now: Timestamp, quotas: &mut Quotas) {
         for CellElsewhere { hold, held, .. } in self.cells {
             if held > 0 {

@@ -1,4 +1,4 @@
-//! How fast a quota was spent of late, and when nothing will be left at that rate.
+//! How fast a quota was spent in the last minutes, and when nothing will be left at that rate.
 
 use super::{CounterState, QuotaLevel, Window};
 use crate::clock::Timestamp;

@@ -7,7 +7,7 @@ use crate::quota::{
 };
 use serde::{Deserialize, Serialize};
 
-/// What the requests of an account hold when the account leaves.
+/// Amounts that the requests of an account hold when the account leaves.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftAccount {
     pub(in crate::ledger) in_flight: u64,
@@ -58,7 +58,7 @@ pub enum ToSuccessor {
         completions: u64,
         max_wait_ms: u64,
     },
-    /// The request of a `Reserve` has ended before it got its answer.
+    /// The request of a `Reserve` ended before its reply arrived.
     Cancel { id: u64 },
     /// A request that was in flight when the account moved.
     Adopt { id: u64, environment: String, model: String, grant: LeftGrant },
@@ -123,7 +123,7 @@ pub struct LeftShortfall {
 }
 
 impl LeftAccount {
-    /// Whether the account has left. The account of counters in Redis stays.
+    /// Whether the account has left. An account whose counters are in Redis stays.
     pub(in crate::ledger) fn has_left(&self) -> bool {
         !self.cells.is_empty()
     }
