@@ -17,7 +17,7 @@ pub(super) struct ConfigParameters {
     format: String,
 }
 
-/// The config that new requests are served by: with defaults, and with secrets masked.
+/// The config in force for new requests, with defaults and with masked secrets.
 #[utoipa::path(get, path = "/api/config", tag = "config", params(ConfigParameters), responses(
     (status = 200, description = "The config, in the shape of the config file.", body = serde_json::Value),
     (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),

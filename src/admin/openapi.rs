@@ -22,7 +22,7 @@ pub(super) enum AccessErrors {
     /// or `Origin` is not the listener's.
     #[response(status = 403)]
     Forbidden(ErrorBody),
-    /// `too_many_wrong_tokens`: the address has to wait as long as `retry-after` says.
+    /// `too_many_wrong_tokens`: the address must wait for the time in `retry-after`.
     #[response(status = 429)]
     TooManyWrongTokens(ErrorBody),
 }
@@ -31,7 +31,7 @@ pub(super) enum AccessErrors {
 #[openapi(
     info(
         title = "Tollgate admin API",
-        description = "Health, metrics, quotas and usage of a gateway. Every request but those without security needs `admin.token`, as a bearer token or by a session. Without `admin.token` the listener answers requests to its own loopback address only.",
+        description = "Health, metrics, quotas and usage of a gateway. A request that requires authorization has `admin.token` as a bearer token, or the cookie of a session. Without `admin.token` the listener answers requests to its own loopback address only.",
     ),
     paths(
         page::index, page::file, health::livez, health::readyz, health::metrics,

@@ -15,11 +15,11 @@ pub(super) struct ManArguments {
     folder: Option<PathBuf>,
 }
 
-/// What a page contains besides the options of its command.
+/// The content of a page besides the options of its command.
 struct PageNotes {
     /// The name of the command; empty for the main page.
     command: &'static str,
-    /// Commands to copy, each with what it does.
+    /// Commands to copy, each with its effect.
     examples: &'static [(&'static str, &'static str)],
     /// Files that the command uses, besides those that it names itself.
     files: &'static [(&'static str, &'static str)],

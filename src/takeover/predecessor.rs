@@ -30,8 +30,8 @@ enum Request {
     InFlight(Box<Reservation>),
 }
 
-/// Serves the messages of the old process until that process ends or this one stops. Then it charges the unsettled requests
-/// of the old process in full. `stream` is `None` if the old process has already ended.
+/// Serves the messages of the old process until that process ends or this one stops. Then it charges the unsettled
+/// requests of the old process in full. `stream` is `None` if the old process has already ended.
 ///
 /// # Errors
 /// The socket cannot be used.

@@ -1,4 +1,4 @@
-//! An account that moves to another process settles like an account that stays. Both sides run in this process and use a
+//! An account that moves to another process settles like an account that stays. Both sides run in this process, with a
 //! real socket.
 
 use super::{line, predecessor};

@@ -14,7 +14,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use utoipa::ToSchema;
 
-/// Who has set a limit, and what it replaces.
+/// How and when a limit was set, and the limit of the file that it replaces.
 #[derive(Serialize, ToSchema)]
 pub(in crate::admin) struct OverrideView {
     /// `null`: not known.
@@ -37,7 +37,7 @@ impl OverrideView {
     }
 }
 
-/// Who has set an override, when, until when, and why.
+/// How an administrator was identified, when the override was set, when it ends, and the reason.
 #[derive(Serialize, ToSchema)]
 pub(in crate::admin) struct OriginView {
     /// `null`: not known.

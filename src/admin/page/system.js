@@ -78,7 +78,7 @@ function auditTable({ entries }) {
   return table("Audit", ["Time", "Action", "Target", "Before", "After", "Reason", "By"].map((title) => ({ title })), rows);
 }
 
-/** A box with a title whose content is loaded; a failure is shown in words. */
+/** A box with a title whose content is loaded. If that fails, the box shows the error message. */
 class Section {
   constructor(title, path, content) {
     this.path = path;

@@ -77,7 +77,7 @@ async fn upstream(settings: &Arc<UpstreamSettings>, tls: &Arc<ClientConfig>) -> 
     Part { title, lines: steps.into_iter().map(line).collect() }
 }
 
-/// What is wrong, and which setting decides it.
+/// The result of a step. A fault names the settings to check.
 fn explain(result: Result<String, StepFault>, settings: &UpstreamSettings) -> Result<String, String> {
     let fault = match result {
         Ok(text) => return Ok(text),
