@@ -172,7 +172,7 @@ class Quotas {
       Object.entries(ORDERS).map(([key, [title]]) => el("option", { value: key }, title)));
     this.fold = el("input", { type: "checkbox", id: "fold", onchange: () => this.update() });
     this.count = el("span", { class: "soft" });
-    this.held = el("span", { class: "soft", hidden: true }, "The order is held while you are in the table.");
+    this.held = el("span", { class: "soft", hidden: true }, "The order does not change while you are in the table.");
     const hold = (isHeld) => () => {
       this.#isHeld = isHeld;
       setVisible(this.held, isHeld);

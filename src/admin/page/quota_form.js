@@ -190,8 +190,8 @@ function dryRunWords(answer, quota, isFor) {
   const words = [`Not saved yet. With ${what}${isFor ? ` for ${isFor}` : ""}:`];
   const isUnlimited = what === "unlimited";
   if (isUnlimited) words.push("the quota counts and never refuses.");
-  else if (answer.level === 0) words.push("nothing would be left now, so requests are refused until there is room.");
-  else if (answer.level < 0) words.push(`${number(-answer.level)} more than that ${answer.level === -1 ? "is" : "are"} spent already, so requests are refused until there is room.`);
+  else if (answer.level === 0) words.push("nothing would be left now, so requests would be refused until there is room.");
+  else if (answer.level < 0) words.push(`${number(-answer.level)} more than that ${answer.level === -1 ? "is" : "are"} spent already, so requests would be refused until there is room.`);
   else {
     const end = answer.exhausts_at
       ? `at the present rate they are spent in ${duration(Math.max(0, Date.parse(answer.exhausts_at) - Date.now()))} (at ${moment(Date.parse(answer.exhausts_at))}).`
