@@ -148,7 +148,7 @@ impl App {
         timeouts: CallerTimeouts,
         takes_over: bool,
     ) -> anyhow::Result<Self> {
-        // All that takes long comes before the hand-over. Requests are served only after the vocabularies are loaded, so that
+        // All slow steps run before the hand-over. Requests are served only after the vocabularies are loaded, so that
         // none has to wait for them.
         let vocabularies = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);

@@ -70,7 +70,7 @@ pub struct Local {
     pub(super) replaced: Vec<Quota>,
     /// Where these counters are, while a new process takes them over and after that.
     pub(super) residence: Residence,
-    /// What the requests of an old process hold in these counters.
+    /// The amounts that requests of an old process hold in these counters.
     pub(super) elsewhere: Elsewhere,
 }
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// A period that no counter has: reservations of it belong to a period that has ended.
 const ENDED: u64 = u64::MAX;
 
-/// What identifies a quota of an environment, whatever its limit.
+/// Identifies a quota of an environment, whatever its limit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuotaIdentity {
     scope: String,
@@ -69,7 +69,7 @@ pub struct LeftReceipt {
     marked_spent: Amounts,
 }
 
-/// What the requests of an old process hold in the counters that it has handed over.
+/// The amounts that requests of an old process hold in the counters that it has handed over.
 #[derive(Debug, Default)]
 pub struct HeldElsewhere {
     cells: Vec<CellElsewhere>,
@@ -80,7 +80,7 @@ struct CellElsewhere {
     left: LeftCell,
     /// The cell of this process, with the period that the left cell's current period became.
     hold: Hold,
-    /// What the requests still hold.
+    /// The amounts that the requests still hold.
     held: u64,
 }
 

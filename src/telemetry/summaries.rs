@@ -55,7 +55,7 @@ pub(crate) struct UpstreamFigures {
     pub(crate) cut: u64,
     /// Number of answers from which the next two are taken.
     pub(crate) timed: usize,
-    /// Milliseconds to the first byte: the median, and what 95 of 100 answers do not exceed.
+    /// Milliseconds to the first byte: the median and the 95th percentile.
     pub(crate) first_byte_ms: Option<(u32, u32)>,
 }
 

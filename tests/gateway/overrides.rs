@@ -1,4 +1,4 @@
-//! Unlimited quotas, and what an administrator sets while the gateway runs: limits with a reason and an end, shadow mode.
+//! Unlimited quotas, and overrides while the gateway runs: limits with a reason and an end, shadow mode.
 
 use crate::cluster::Nodes;
 use crate::support::redis::Redis;
@@ -91,7 +91,7 @@ async fn every_kind_without_a_quota_is_counted_and_can_get_a_limit() {
         (&json!(true), &json!(2))
     );
     assert!(quota(&back, "requests")["override"].is_null());
-    // What the clock's minute has counted survives a restart.
+    // The count of the clock's minute survives a restart.
     gateway.shutdown().await;
     let again = self::gateway(&upstream, folder.path()).await;
     assert_eq!(quota(&again.environment().await, "requests")["used"], 2);

@@ -90,7 +90,7 @@ async fn with_short_timeouts(upstream: &Upstream) -> Gateway {
     Gateway::with_timeouts(upstream, "", ENVIRONMENTS, timeouts).await
 }
 
-/// What must not change, whatever is sent.
+/// The state that no request of these tests may change.
 async fn state(gateway: &Gateway) -> Value {
     let environment = gateway.environment().await;
     let quota = &environment["quotas"][0];

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 const KEY: &str = "authorization: Bearer sk-some-key-of-web-app\r\n";
 
-/// Checks a value against a schema of the description. `Err`: the place and what is wrong there.
+/// Checks a value against a schema of the description. `Err`: the place and the fault.
 fn validate(root: &Value, schema: &Value, value: &Value, place: &str) -> Result<(), String> {
     let schema = resolve(root, schema);
     if let Some(all) = schema.get("allOf").and_then(Value::as_array) {
