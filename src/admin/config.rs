@@ -34,7 +34,7 @@ pub(super) async fn config(State(admin): State<Admin>, query: QueryResult<Config
         "" | "json" => Json(effective).into_response(),
         "yaml" => ([(header::CONTENT_TYPE, "application/yaml")], effective.to_yaml()).into_response(),
         _ => {
-            let message = "The parameter 'format' is not valid. It is json or yaml.";
+            let message = "The parameter 'format' is not valid. Use json or yaml.";
             refusal(StatusCode::BAD_REQUEST, "invalid_value", message)
         }
     }

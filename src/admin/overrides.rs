@@ -88,7 +88,7 @@ impl Target {
             Window::Calendar { .. } if burst != limit => "a calendar quota has no burst",
             _ => return Ok(burst),
         };
-        Err(invalid(&format!("{reason}: leave burst out.")))
+        Err(invalid(&format!("{reason}: remove burst.")))
     }
 }
 

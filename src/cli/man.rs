@@ -87,7 +87,7 @@ const PAGES: &[PageNotes] = &[
         command: "schema",
         examples: &[(
             "tollgate schema > config/tollgate.schema.json",
-            "Write the schema next to the config. The first line of the config then names it for editors: # yaml-language-server: $schema=tollgate.schema.json",
+            "Write the schema next to the config. Editors find it if the first line of the config is: # yaml-language-server: $schema=tollgate.schema.json",
         )],
         files: &[],
         variables: &[],

@@ -176,7 +176,7 @@ export class QuotaForm {
       this.#lastDryRun += 1;
       this.#isDirty = false;
       this.update();
-      return this.#report("Discarded. Nothing was changed.");
+      return this.#report("The typed values are discarded. The limit is unchanged.");
     }
     const before = this.#before ?? null;
     const words = () => `Undone: ${limitWords(this.quota.json, this.quota.json)}${before ? "" : ", as in the file"}.`;

@@ -146,7 +146,7 @@ export function system() {
   function showFaults() {
     const faults = live.config?.faults ?? [];
     setVisible(alert, faults.length > 0);
-    setText(alert.firstChild, "The last change of the config file was refused, and the config before it is in force.");
+    setText(alert.firstChild, "The last change of the config file was refused. The previous config is still in force.");
     alert.lastChild.replaceChildren(...faults.map((fault) => el("li", {}, fault)));
   }
 
