@@ -309,7 +309,7 @@ async fn overrides_and_unlimited_amounts_are_the_same_at_all_nodes_within_a_seco
     admin(&nodes[0], "PATCH", ENVIRONMENT, r#"{"enforce": null}"#).await;
     within_a_second("enforced again", |all| all["enforce"] == true && all["enforce_override"].is_null())
         .await;
-    // An override that ends, without a node that ends it.
+    // Redis ends an override without a request of a node.
     admin(&nodes[1], "PUT", REQUESTS, r#"{"limit": 1, "for": "1s"}"#).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     within_a_second("the limit has ended", |all| {

@@ -35,7 +35,7 @@ export class QuotaForm {
     this.specify = radio("specify");
     this.limit = input({ required: true });
     this.burst = input({ placeholder: "as limit" });
-    this.duration = input({ placeholder: "always", list: "durations" });
+    this.duration = input({ placeholder: "no end", list: "durations" });
     this.reason = input({ placeholder: "for the log", maxlength: 200 });
     this.save = el("button", { type: "submit", class: "main" }, "Save");
     this.undo = el("button", { type: "button", onclick: () => this.#undo() }, "Undo");

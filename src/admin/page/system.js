@@ -58,7 +58,7 @@ function redisWords(redis) {
 
 function overridesTable({ overrides, enforce = [] }) {
   const limit = (value) => (value === null ? "unlimited" : number(value));
-  const origin = ({ by, since, until, reason }) => [by ?? "–", since ? at(since) : "–", until ? at(until) : "always", reason ?? "–"];
+  const origin = ({ by, since, until, reason }) => [by ?? "–", since ? at(since) : "–", until ? at(until) : "no end", reason ?? "–"];
   const rows = overrides.map((entry) => [
     `${entry.environment} · ${quotaName(entry)}`, limit(entry.limit), limit(entry.file_limit), ...origin(entry),
   ]);

@@ -222,7 +222,7 @@ async fn check_events(root: &Value, gateway: &Gateway) -> String {
 }
 
 #[test]
-fn the_validator_finds_what_does_not_fit() {
+fn the_validator_finds_values_that_do_not_fit() {
     let root = json!({ "components": { "schemas": {
         "A": { "type": "object", "required": ["n"], "properties": { "n": { "type": "integer", "minimum": 0 } } },
         "B": { "allOf": [{ "$ref": "#/components/schemas/A" }, { "type": "object", "properties": { "s": { "type": ["string", "null"] } } }] },
