@@ -1,5 +1,5 @@
-//! The amount that a rolling quota has settled in the clock's current period. An unlimited quota shows this amount. When
-//! it gets a limit, the bucket starts with the amount.
+//! The amount that a rolling quota has settled in the clock's current period. An unlimited quota shows this amount.
+//! When it gets a limit, the bucket starts with the amount.
 
 use super::PersistedCounter;
 use crate::clock::Timestamp;
