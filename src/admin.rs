@@ -85,7 +85,7 @@ pub(crate) fn service(
             refusal(StatusCode::NOT_FOUND, "unknown_path", "There is no such path on the admin listener.")
         })
         .method_not_allowed_fallback(|| async {
-            let message = "The path does not take this method. The header allow lists those that it takes.";
+            let message = "This path does not support the method. The header allow lists its methods.";
             refusal(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
         })
         .layer(middleware::from_fn_with_state(admin.clone(), access::authorize))

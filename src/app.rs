@@ -41,7 +41,7 @@ const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(100)
 const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
 /// How long a thread waits for tasks of its blocking pool when it ends.
 const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
-/// How often a process that was replaced looks whether its connections have ended.
+/// Interval at which a replaced process checks whether its connections have ended.
 const END_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How requests are distributed over the cores of the machine.
@@ -148,7 +148,7 @@ impl App {
         timeouts: CallerTimeouts,
         takes_over: bool,
     ) -> anyhow::Result<Self> {
-        // All that takes long comes before the hand-over. Requests are served only after the vocabularies are loaded, so that
+        // All slow steps run before the hand-over. Requests are served only after the vocabularies are loaded, so that
         // none has to wait for them.
         let vocabularies = thread::spawn(estimate::warm);
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
@@ -404,7 +404,7 @@ impl Parts {
     }
 }
 
-/// Opens the store, or the one of the process that this one replaces. From then on that process's requests wait.
+/// Opens the store. If it is that of a replaced process, the requests of that process wait from then on.
 fn open_store(config: &Config, claim: Option<&mut Claim>) -> anyhow::Result<Option<Store>> {
     let Some(claim) = claim else {
         return if config.store.memory { Ok(None) } else { Store::open(&config.store).map(Some) };

@@ -1,5 +1,5 @@
-//! What surrounds the gateway in `tollgate demo`: a simulated backend, which answers like a model server and needs no model
-//! and no network, and simulated callers.
+//! The simulated backend and callers of `tollgate demo`. The backend answers like a model server, without a model or a
+//! network.
 
 mod traffic;
 

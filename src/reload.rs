@@ -25,7 +25,7 @@ pub(crate) enum ReloadOutcome {
 }
 
 impl ReloadOutcome {
-    /// The outcome as the audit log has it.
+    /// The outcome for the audit log.
     pub(crate) fn audited(&self) -> Value {
         match self {
             Self::Adopted { changes, .. } => json!({ "changes": changes }),

@@ -2,7 +2,7 @@
 //!
 //! Both use the abstract Unix socket that is named after `server.listen`. The old process listens there
 //! ([`incumbent`]). A new process that is ready to serve connects to it ([`claim`]) and receives the listening sockets, the lock
-//! of the store and the counters. `docs/architecture.md` has the steps, and what a crash at each step leads to.
+//! of the store and the counters. `docs/architecture.md` lists the steps and the effect of a crash at each step.
 
 mod claim;
 mod frame;
@@ -27,9 +27,9 @@ pub(crate) use socket::ControlListener;
 
 /// Processes with different numbers cannot replace each other without a gap.
 const PROTOCOL: u32 = 1;
-/// How long each side waits for a step of the other one that does not stop requests.
+/// How long each process waits for a step of the other one while callers' requests continue.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the old process waits for the new one while its requests wait. After that it continues.
+/// How long the old process waits for the new one while callers' requests wait. After that the old process continues.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A message of the new process, until it has taken over.
@@ -37,7 +37,7 @@ const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(3);
 enum ToIncumbent {
     /// The first message. `store` identifies the store.
     Hello { protocol: u32, store: String, admin: SocketAddr },
-    /// The new process needs only the counters to be ready.
+    /// Requests the counters, the last thing that the new process needs.
     Begin,
     /// The new process is ready to serve.
     Ready,
@@ -50,15 +50,15 @@ enum FromIncumbent {
     Refused { reason: String },
     /// These files follow: the listeners for callers, the admin listener, the control listener, the lock of the store.
     Welcome { listeners: usize, has_admin: bool, has_lock: bool },
-    /// What requests of the old process hold.
+    /// The amounts that requests of the old process hold in one environment.
     Account { environment: String, left: LeftAccount },
-    /// All accounts were sent, and the store is written.
+    /// All accounts were sent, and the last commit of the store is done.
     Accounts,
     /// The new process is the gateway from now on.
     Go,
 }
 
-/// What identifies the store of a gateway. Processes with different stores do not replace each other.
+/// Identifies the store of a gateway. Processes with different stores do not replace each other.
 fn store_identity(config: &Config) -> String {
     let counters = if config.store.memory {
         "memory".to_owned()

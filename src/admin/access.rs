@@ -24,7 +24,7 @@ const SESSION_COOKIE: &str = "tollgate_session";
 const CSRF_COOKIE: &str = "tollgate_csrf";
 const CSRF_HEADER: HeaderName = HeaderName::from_static("x-tollgate-csrf");
 
-/// What decides about access, besides the token of the config.
+/// The state that access depends on, besides the token in the config.
 #[derive(Debug)]
 pub(super) struct Access {
     /// `Host` values that a request may have if there is no token: the addresses and names of this listener.
@@ -74,7 +74,7 @@ fn check_token(admin: &Admin, address: IpAddr, given: &[u8], token: &str) -> Res
     Err(Box::new(wrong_token()))
 }
 
-/// What authorizes an answer that goes on for long, such as a stream of events.
+/// The credential of a long answer, such as a stream of events. It is checked repeatedly.
 pub(super) enum Credential {
     /// There is no token.
     Local,
@@ -129,7 +129,7 @@ pub(super) async fn authorize(
     let expects_continue = request.headers().contains_key(header::EXPECT);
     let mut response = match check(&admin, client.address.ip(), &request) {
         Err(refusal) => *refusal,
-        // Also a body that the handler would ignore.
+        // This applies to every body, also if the handler would ignore it.
         Ok(_) if is_too_large(&request) => body_too_large(),
         Ok(by) => match with_whole_body(request, client.body_timeout).await {
             Err(refusal) => *refusal,

@@ -27,7 +27,7 @@ const MAX_TEXT_BYTES: usize = 2_048;
 const MAX_WRONG_TOKENS_PER_MINUTE: u32 = 10;
 const MINUTE_MS: u64 = 60_000;
 
-/// Who sent a request to the admin listener. Handlers take it as `Extension<Actor>`.
+/// The sender of a request to the admin listener. Handlers take it as `Extension<Actor>`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Actor {
     /// How the sender was identified.
@@ -62,9 +62,9 @@ impl Identity {
 /// An action for the audit log. It must not contain a token or a key.
 #[derive(Debug, Default)]
 pub(super) struct Action {
-    /// What was done: `limit_set`.
+    /// The kind of action, such as `limit_set`.
     pub(super) name: &'static str,
-    /// What it was done to: `caller 'batch' of environment 'production': total_tokens per minute`.
+    /// The object of the action, such as `caller 'batch' of environment 'production': total_tokens per minute`.
     pub(super) target: String,
     /// The state before; `Value::Null` if there is none.
     pub(super) before: Value,

@@ -17,7 +17,7 @@ pub(super) struct ConfigParameters {
     format: String,
 }
 
-/// The config that new requests are served by: with defaults, and with secrets masked.
+/// The config in force for new requests, with defaults and with masked secrets.
 #[utoipa::path(get, path = "/api/config", tag = "config", params(ConfigParameters), responses(
     (status = 200, description = "The config, in the shape of the config file.", body = serde_json::Value),
     (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
@@ -34,7 +34,7 @@ pub(super) async fn config(State(admin): State<Admin>, query: QueryResult<Config
         "" | "json" => Json(effective).into_response(),
         "yaml" => ([(header::CONTENT_TYPE, "application/yaml")], effective.to_yaml()).into_response(),
         _ => {
-            let message = "The parameter 'format' is not valid. It is json or yaml.";
+            let message = "The parameter 'format' is not valid. Use json or yaml.";
             refusal(StatusCode::BAD_REQUEST, "invalid_value", message)
         }
     }

@@ -48,13 +48,13 @@ pub(super) struct EnvironmentView {
     /// Requests that this node has refused in the last minute.
     refused_last_minute: u64,
     quotas: Vec<QuotaView>,
-    /// Number of quotas that `limit` has left out. Absent: none.
+    /// Number of quotas that `limit` has omitted. Absent: none.
     #[serde(skip_serializing_if = "is_zero")]
     quotas_omitted: usize,
     totals: TotalsView,
     /// Whether quotas are enforced now; `false`: shadow mode.
     enforce: bool,
-    /// Who has set `enforce`. Absent: it is that of the file.
+    /// How `enforce` was set. Absent: the value of the file is in force.
     #[serde(skip_serializing_if = "Option::is_none")]
     enforce_override: Option<OriginView>,
     /// The state of the shared counters. Absent: the counters belong to this node alone.
@@ -112,7 +112,7 @@ pub(super) struct QuotaView {
     limit: Option<u64>,
     /// `null`: unlimited.
     burst: Option<u64>,
-    /// What is left; below zero: debt; `null`: unlimited.
+    /// The remaining amount; negative: debt; `null`: unlimited.
     level: Option<i64>,
     /// Whether the quota only counts and refuses nothing.
     unlimited: bool,
@@ -125,14 +125,14 @@ pub(super) struct QuotaView {
     resets_at: String,
     /// Spent per second, on the average of the last 10 minutes, or since the counter began (a minute at least).
     rate: f64,
-    /// The moment at which nothing is left if `rate` goes on (RFC 3339). `null`: not before the quota resets.
+    /// The moment at which nothing is left at the present `rate` (RFC 3339). `null`: not before the quota resets.
     exhausts_at: Option<String>,
     /// Requests that this node has refused in the last minute, because this quota had no room.
     refused_last_minute: u64,
     /// `file` or `override`. Absent in an explanation.
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<&'static str>,
-    /// Who has set the limit. Absent: it is that of the file.
+    /// How the limit was set. Absent: the limit of the file is in force.
     #[serde(skip_serializing_if = "Option::is_none", rename = "override")]
     overridden: Option<OverrideView>,
 }
@@ -250,7 +250,7 @@ impl EnvironmentState {
         EnvironmentChange { complete: true, environment: self.view() }
     }
 
-    /// What changed since an earlier state of this environment. `None`: nothing.
+    /// The changes since an earlier state of this environment. `None`: nothing has changed.
     pub(super) fn change_since(&self, before: &Self) -> Option<EnvironmentChange> {
         let (now, then) = (&self.snapshot, &before.snapshot);
         let has_same_quotas = now.levels.len() == then.levels.len()
@@ -313,7 +313,7 @@ impl EnvironmentState {
     }
 }
 
-/// Whether nothing has happened to a quota. Times alone do not count: they follow from the rest.
+/// Whether a quota is unchanged. Times do not count: they follow from the other fields.
 fn is_same_level(a: &QuotaLevel, b: &QuotaLevel) -> bool {
     let amounts = |level: &QuotaLevel| (level.level, level.held, level.used, level.spent_recently);
     // The rate of a young counter falls while nothing is spent.

@@ -1,7 +1,7 @@
 //! `GET /api/events`: server-sent events with the state of all quotas, as it changes.
 //!
-//! One task reads the state once a second while there are streams, and sends what has changed to all of them. So many
-//! streams cost little more than one.
+//! One task reads the state once a second while there are streams, and sends the changes to all of them. So all
+//! streams share the cost of one reading.
 
 mod hub;
 
@@ -45,7 +45,7 @@ pub(super) struct SnapshotEvent {
     config: ConfigState,
 }
 
-/// The data of the event `update`: what has changed since the event before.
+/// The data of the event `update`: the changes since the previous event.
 #[derive(Serialize, ToSchema)]
 pub(super) struct UpdateEvent {
     /// RFC 3339.

@@ -106,7 +106,7 @@ pub(super) struct EstimateView {
     prompt_tokens: u64,
     completion_tokens: u64,
     total_tokens: u64,
-    /// What the estimate of the prompt comes from.
+    /// The source of the prompt estimate.
     source: &'static str,
     /// The count of the prompt before any correction.
     counted: u64,

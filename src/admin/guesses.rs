@@ -12,7 +12,7 @@ const FIRST_WAIT_MS: u64 = 1_000;
 const MAX_WAIT_MS: u64 = 60_000;
 /// An address that sent no wrong token for this long starts again.
 const FORGET_AFTER_MS: u64 = 3_600_000;
-/// Number of addresses that are remembered. The one whose last guess is oldest makes room.
+/// Number of addresses that are remembered. When there are more, the address with the oldest last guess is removed.
 const MAX_ADDRESSES: usize = 4_096;
 
 /// The addresses that sent wrong tokens.
@@ -27,7 +27,7 @@ struct WrongTokens {
 }
 
 impl Guesses {
-    /// How long an address has to wait until its next token is looked at, in milliseconds; 0: not at all.
+    /// How long an address must wait until its next token is checked, in milliseconds; 0: no wait.
     pub(super) fn wait_ms(&self, address: IpAddr, now: Timestamp) -> u64 {
         self.0.get(&network(address)).map_or(0, |wrong| wrong.blocked_until.ms_since(now).min(MAX_WAIT_MS))
     }

@@ -18,7 +18,7 @@ pub(super) async fn livez() -> &'static str {
     "alive\n"
 }
 
-/// Whether the gateway serves requests, and what is wrong.
+/// Whether the gateway is ready to serve requests, and its limitations.
 #[utoipa::path(get, path = "/readyz", tag = "health", security(()), responses(
     (status = 200, description = "Ready, with a line for each limitation.", body = str, content_type = "text/plain"),
     (status = 503, description = "Not ready: it shuts down, or it admits no request without Redis.", body = str, content_type = "text/plain"),

@@ -16,7 +16,7 @@ use utoipa::{Modify, OpenApi};
 #[openapi(
     info(
         title = "Tollgate admin API",
-        description = "Health, metrics, quotas and usage of a gateway. Every request but those without security needs `admin.token`, as a bearer token or by a session. Without `admin.token` the listener answers requests to its own loopback address only.",
+        description = "Health, metrics, quotas and usage of a gateway. A request that requires authorization has `admin.token` as a bearer token, or the cookie of a session. Without `admin.token` the listener answers requests to its own loopback address only.",
     ),
     paths(
         page::index, page::file, health::livez, health::readyz, health::metrics,

@@ -31,7 +31,7 @@ pub(super) struct QuotaParameters {
     scope: String,
     /// The caller's name or the pattern of the models.
     name: String,
-    /// Only for setting a limit: changes nothing, and answers with what would change.
+    /// Only for setting a limit: changes nothing, and answers with the effect that the limit would have.
     dry_run: bool,
 }
 
@@ -48,7 +48,7 @@ type BodyResult = Result<Bytes, BytesRejection>;
 struct Target {
     settings: Arc<Environment>,
     account: Arc<Account>,
-    /// The quota as the config has it.
+    /// The quota with the limit of the config.
     quota: Quota,
     parameters: QuotaParameters,
 }
@@ -86,7 +86,7 @@ impl Target {
             Window::Calendar { .. } if burst != limit => "a calendar quota has no burst",
             _ => return Ok(burst),
         };
-        Err(invalid(&format!("{reason}: leave burst out.")))
+        Err(invalid(&format!("{reason}: remove burst.")))
     }
 }
 
@@ -97,7 +97,7 @@ impl Target {
 enum LimitAnswer {
     /// The environment with the new limit.
     Changed(EnvironmentView),
-    /// With `dry_run`: what would change.
+    /// With `dry_run`: the effect that the limit would have.
     DryRun(dry_run::DryRunView),
 }
 

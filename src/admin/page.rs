@@ -14,7 +14,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::sync::OnceLock;
 
-/// The page loads nothing from elsewhere, and no script or style that stands in its HTML.
+/// The page loads nothing from other origins, and runs no script or style that is written in its HTML.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
 const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
@@ -30,7 +30,7 @@ struct PageFile {
     encoded: OnceLock<Encoded>,
 }
 
-/// What is sent for a file.
+/// A file in the form in which it is sent.
 struct Encoded {
     /// Digest of the content.
     tag: String,

@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 #[serde(deny_unknown_fields, default)]
 #[into_params(parameter_in = Query)]
 pub(super) struct RejectionParameters {
-    /// Maximum number of rejections. Default: all that are remembered, at most 1,000.
+    /// Maximum number of rejections. Default: all that the gateway keeps, at most 1,000.
     limit: Option<usize>,
     /// Only those of this environment.
     environment: Option<String>,

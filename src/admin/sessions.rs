@@ -8,7 +8,7 @@ use subtle::ConstantTimeEq as _;
 
 /// A session ends when it was not used for this long.
 const IDLE_MS: u64 = 12 * 3_600_000;
-/// Maximum number of sessions. The one that was not used for longest makes room.
+/// Maximum number of sessions. A new session replaces the one that was unused for longest.
 const MAX_SESSIONS: usize = 1_000;
 
 /// The sessions, by the digest of their secret. The secrets themselves are not stored.

@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use utoipa::ToSchema;
 
-/// What stays the same while the process runs.
+/// Facts that stay the same while the process runs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Process {
     started: Stopwatch,
@@ -27,7 +27,7 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// A process that starts now.
+    /// The facts about a process that starts now.
     pub(super) fn new(listen: SocketAddr) -> Self {
         Self { started: Stopwatch::start(), started_at: clock::now(), listen }
     }

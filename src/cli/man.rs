@@ -15,11 +15,11 @@ pub(super) struct ManArguments {
     folder: Option<PathBuf>,
 }
 
-/// What a page contains besides the options of its command.
+/// The content of a page besides the options of its command.
 struct PageNotes {
     /// The name of the command; empty for the main page.
     command: &'static str,
-    /// Commands to copy, each with what it does.
+    /// Commands to copy, each with its effect.
     examples: &'static [(&'static str, &'static str)],
     /// Files that the command uses, besides those that it names itself.
     files: &'static [(&'static str, &'static str)],
@@ -87,7 +87,7 @@ const PAGES: &[PageNotes] = &[
         command: "schema",
         examples: &[(
             "tollgate schema > config/tollgate.schema.json",
-            "Write the schema next to the config. The first line of the config then names it for editors: # yaml-language-server: $schema=tollgate.schema.json",
+            "Write the schema next to the config. Editors find it if the first line of the config is: # yaml-language-server: $schema=tollgate.schema.json",
         )],
         files: &[],
         variables: &[],

@@ -83,7 +83,7 @@ fn read_calls(arguments: &SimulateArguments) -> anyhow::Result<Vec<TraceCall>> {
         return read_trace(open(path)?)
             .with_context(|| format!("the trace {} cannot be read", path.display()));
     }
-    let path = arguments.log.as_ref().context("there is neither --trace nor --log")?;
+    let path = arguments.log.as_ref().context("neither --trace nor --log was given")?;
     let log = read_request_log(BufReader::new(open(path)?))
         .with_context(|| format!("the log {} cannot be read", path.display()))?;
     output::report(&format!(

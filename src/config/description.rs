@@ -73,7 +73,7 @@ impl KeySpec {
     }
 }
 
-/// What applies if a key is absent.
+/// The value or behaviour that applies if a key is absent.
 #[derive(Debug)]
 pub(super) enum DefaultSpec {
     /// The key must be set, for example like this.
@@ -153,7 +153,7 @@ impl ValueSpec {
     }
 }
 
-/// A word, and what it means. The meaning is empty if the description of the key contains it.
+/// A word and its meaning. The meaning is empty if the description of the key contains it.
 #[derive(Debug)]
 pub(super) struct Word(pub(super) &'static str, pub(super) &'static str);
 

@@ -9,7 +9,7 @@ use super::tree::{YamlNode, YamlValue};
 use super::units;
 use serde::ser::{Serialize, SerializeMap as _, Serializer};
 
-/// What is shown instead of a secret.
+/// The text that replaces a secret.
 const MASK: &str = "***";
 
 /// The effective config. It contains no secret. Its `Serialize` keeps the order of the sections.

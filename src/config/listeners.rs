@@ -26,7 +26,7 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
             "drain_delay",
             ValueSpec::Duration,
             DefaultSpec::Value("0s"),
-            "after SIGTERM the gateway still accepts connections and serves requests for this time, and closes each connection after its answer ([operations.md](operations.md#shutdown)). `/readyz` answers 503 at once. Set it where a load balancer needs time to notice that: 5 s in Kubernetes",
+            "after SIGTERM the gateway still accepts connections and serves requests for this time, and closes each connection after its answer ([operations.md](operations.md#shutdown)). `/readyz` answers 503 at once. Set it if a load balancer needs time to detect that, for example 5 s in Kubernetes",
         ),
         KeySpec::new(
             "drain_timeout",

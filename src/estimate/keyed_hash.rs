@@ -1,8 +1,8 @@
 //! Keyed hashes of texts and of sequences of numbers, by foldhash.
 //!
-//! foldhash executes fewer instructions than SipHash. Who sees its hashes could in principle find the key and
-//! construct collisions. Nobody sees these: the key is random and lasts as long as the process, and the hashes only
-//! select entries of tables. They are never sent, stored or logged, and no table grows by collisions. A collision makes
+//! foldhash executes fewer instructions than SipHash. An attacker who sees its hashes could in principle find the key
+//! and construct collisions. These hashes only select entries of tables: they are never sent, stored or logged. The key
+//! is random and lasts as long as the process, and no table grows by collisions. A collision makes
 //! one estimate wrong, and the answer corrects it. An accidental one has a probability of about 2^-64 for each pair of
 //! inputs.
 

@@ -28,7 +28,7 @@ impl Accounts {
         self.all.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What administrators have done to the accounts and to the gateway.
+    /// The actions of administrators on the accounts and the gateway.
     pub fn audit(&self) -> &AuditLog {
         &self.audit
     }

@@ -1,4 +1,4 @@
-//! The audit log: what administrators did, until the store takes it. Without a store it is the whole log.
+//! The audit log: the actions of administrators until the store takes them. Without a store it is the whole log.
 
 use crate::clock::Timestamp;
 use std::collections::VecDeque;
@@ -16,9 +16,9 @@ pub struct AuditEntry {
     pub by: String,
     /// The address that the request came from.
     pub address: Option<String>,
-    /// What was done.
+    /// The kind of action, such as `limit_set`.
     pub action: String,
-    /// What it was done to.
+    /// The object of the action.
     pub target: String,
     /// The state before the action, as JSON.
     pub before: Option<String>,

@@ -55,9 +55,9 @@ pub struct RestoredState {
     pub totals: Totals,
     /// Amounts that were held when the last process died. They are charged in full.
     pub held: Amounts,
-    /// What an administrator has set.
+    /// The overrides of an administrator.
     pub overrides: OverrideSet,
-    /// What requests of the process that hands the counters over hold. `None`: no process serves them any more.
+    /// Amounts held by requests of the process that hands the counters over. `None`: no process serves them.
     pub left: Option<LeftAccount>,
 }
 

@@ -34,7 +34,7 @@ pub struct Snapshot {
     pub levels: Vec<QuotaLevel>,
     /// Sums since the store was created.
     pub totals: Totals,
-    /// What an administrator has set.
+    /// The overrides of an administrator.
     pub overrides: OverrideSet,
 }
 

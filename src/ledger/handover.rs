@@ -5,7 +5,7 @@
 //! moved use the counters of the new process: messages reserve, extend and settle there.
 //!
 //! The new process keeps the sum of what the old one's requests hold. A request of the old process becomes a reservation of
-//! the new one with its first message (`Adopt`). What is left of the sum when the old process ends is charged in full.
+//! the new one with its first message (`Adopt`). When the old process ends, the rest of the sum is charged in full.
 
 use super::demand::{Demand, Grant, NoRoom, Settlement};
 use super::local::Local;
@@ -79,7 +79,7 @@ impl Account {
         Some(left)
     }
 
-    /// Continues where `leave` stopped: no new process has taken the counters over.
+    /// Reverses `leave`, because no new process has taken the counters over.
     pub fn stay(&self) {
         if self.engine.sync().is_none() {
             self.engine.with_local(|local, now| {
@@ -222,7 +222,7 @@ impl Account {
         }
     }
 
-    /// The old process has ended: what its requests still hold is charged in full.
+    /// Charges in full the amounts that requests of the old process still hold. That process has ended.
     pub fn end_takeover(&self) {
         if self.engine.sync().is_none() {
             self.engine.with_local(Local::end_takeover);

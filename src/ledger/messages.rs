@@ -7,7 +7,7 @@ use crate::quota::{
 };
 use serde::{Deserialize, Serialize};
 
-/// What the requests of an account hold when the account leaves.
+/// Amounts that the requests of an account hold when the account leaves.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftAccount {
     pub(super) in_flight: u64,
@@ -58,7 +58,7 @@ pub enum ToSuccessor {
         completions: u64,
         max_wait_ms: u64,
     },
-    /// The request of a `Reserve` has ended before it got its answer.
+    /// The request of a `Reserve` ended before its reply arrived.
     Cancel { id: u64 },
     /// A request that was in flight when the account moved.
     Adopt { id: u64, environment: String, model: String, grant: LeftGrant },

@@ -1,4 +1,4 @@
-//! What an administrator has set instead of the config: limits, and whether quotas are enforced.
+//! Overrides: limits and `enforce` that an administrator has set in place of those of the config.
 
 use crate::clock::Timestamp;
 use crate::quota::{Kind, Quota};
@@ -24,10 +24,10 @@ impl QuotaKey<'_> {
     }
 }
 
-/// Who set an override, when, until when, and why.
+/// How the administrator was identified who set an override, when it was set, when it ends, and the reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OverrideOrigin {
-    /// Who set it; empty if that is not known.
+    /// How the administrator was identified; empty: not known.
     pub by: String,
     /// When it was set.
     pub since: Timestamp,
@@ -203,7 +203,7 @@ impl Overrides {
         self.mark_changed();
     }
 
-    /// Adopts who set an override and why, as Redis has it.
+    /// Adopts the origin of an override from Redis.
     pub(super) fn follow_origin(&mut self, cell: usize, origin: OverrideOrigin) {
         let Some(quota) = self.configured.get(cell) else { return };
         let known = self.set.limits.iter_mut().find(|other| other.quota.is_same_as(quota));

@@ -261,7 +261,7 @@ impl Replica {
         let may_be_in_redis = id.and_then(|id| self.tracked.get(&id)).is_some_and(|t| t.may_be_in_redis);
         grant.settle_receipts(settlement.spent, |receipt, part| {
             for (cell, period, amount) in self.local.quotas.counted(now, &receipt, part) {
-                // What was counted in an ended period is no longer needed.
+                // The count of an ended period is no longer needed.
                 let sum = self.counted.entry(cell).or_insert((period, 0));
                 let before = if sum.0 == period { sum.1 } else { 0 };
                 *sum = (period, before.saturating_add(amount));

@@ -1,4 +1,4 @@
-//! The line of an account that has moved to the new process that has its counters.
+//! Sends the messages of moved accounts to the new process, which has their counters.
 
 use super::demand::{Grant, Progress, Settlement};
 use super::messages::{FromSuccessor, LeftGrant, LeftUsage, ToSuccessor};
@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 /// A stream of a moved account reports its progress again after this many tokens.
 const PROGRESS_STEP: u64 = 64;
 
-/// The line to the new process. All accounts that have moved share it.
+/// The messages to the new process and its replies. All moved accounts share them.
 #[derive(Debug)]
 pub struct SuccessorLine {
     messages: mpsc::UnboundedSender<ToSuccessor>,
@@ -43,7 +43,7 @@ impl SuccessorLine {
         (Arc::new(line), receiver)
     }
 
-    /// Takes an answer of the new process.
+    /// Handles a reply of the new process.
     pub fn on_reply(&self, reply: FromSuccessor) {
         let mut replies = self.lock();
         match reply {
@@ -64,7 +64,7 @@ impl SuccessorLine {
         }
     }
 
-    /// The new process has ended: nothing waits for it any more.
+    /// Ends all waits for replies, because the new process has ended.
     pub fn on_close(&self) {
         let mut replies = self.lock();
         replies.is_closed = true;
@@ -85,7 +85,7 @@ impl SuccessorLine {
     }
 
     fn send(&self, message: ToSuccessor) {
-        // An error means that the new process has ended. It has the held amounts in its store, and they are charged in full.
+        // An error means that the new process has ended. The next start charges in full the held amounts in the store.
         let _ = self.messages.send(message);
     }
 
@@ -159,7 +159,7 @@ impl Successor {
         });
     }
 
-    /// Reports the progress of a stream. The outcome is that of the last answer: the one to this message comes later.
+    /// Reports the progress of a stream. Returns the outcome of the last reply: the reply to this report arrives later.
     pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
         let id = grant.id.unwrap_or_else(|| self.adopt_stream(model, grant));
         grant.id = Some(id);

@@ -1,5 +1,5 @@
-//! What a rolling quota has settled in the current period of the clock. An unlimited quota shows this amount, and once it
-//! gets a limit, the bucket starts with it.
+//! The amount that a rolling quota has settled in the clock's current period. An unlimited quota shows this amount.
+//! When it gets a limit, the bucket starts with the amount.
 
 use super::PersistedCounter;
 use crate::clock::Timestamp;

@@ -24,7 +24,7 @@ pub(super) struct Cell {
     /// The used amount above the limit that a change has cut off, and until when it counts: once the limit is raised
     /// again.
     excess: Option<(u64, Timestamp)>,
-    /// What was spent in the last minutes.
+    /// Amounts spent in the last minutes.
     spending: Spending,
     /// Whether the counter has changed since `take_change` was called last.
     is_dirty: bool,
@@ -87,7 +87,7 @@ impl Cell {
         }
     }
 
-    /// The used amount of a bucket is at least what was settled in the clock's period.
+    /// Raises the used amount of a bucket to the amount settled in the clock's period, if that is larger.
     fn charge_clock_count(&mut self) {
         if let Counter::Rolling(bucket, clock) = &mut self.counter
             && !self.quota.is_unlimited()
@@ -227,7 +227,7 @@ impl Cell {
 
     /// Used and held together, with the amount that a lower limit has cut off. Requires a preceding `advance`.
     pub(super) fn carried(&self, now: Timestamp) -> u64 {
-        // Of an unlimited quota only what was used while it had a limit: its own count is of another period.
+        // Of an unlimited quota only the amount used while it had a limit: its own count is of another period.
         let used = match &self.counter {
             Counter::Rolling(bucket, _) => bucket.used().saturating_add(bucket.held()),
             Counter::Calendar(_) => self.committed(),

@@ -1,9 +1,9 @@
-//! The hand-over of counters to another process, which goes on with them while this process still serves the requests that
-//! hold amounts in them.
+//! The hand-over of counters to another process, which continues to count. This process still serves the requests that
+//! hold amounts in the counters.
 //!
 //! The new process restores the counters with the held amounts ([`Quotas::restore`]). It keeps the sum of what the old
 //! process's requests hold in each quota. A request of the old process settles by its own receipt, which `adopt` translates
-//! and takes out of the sum. What is left when the old process has ended is charged in full.
+//! and takes out of the sum. When the old process has ended, the rest of the sum is charged in full.
 
 use super::receipt::{Hold, Receipt};
 use super::{Amounts, Quota, Quotas, Window};
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// A period that no counter has: reservations of it belong to a period that has ended.
 const ENDED: u64 = u64::MAX;
 
-/// What identifies a quota of an environment, whatever its limit.
+/// Identifies a quota of an environment, whatever its limit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuotaIdentity {
     scope: String,
@@ -69,7 +69,7 @@ pub struct LeftReceipt {
     marked_spent: Amounts,
 }
 
-/// What the requests of an old process hold in the counters that it has handed over.
+/// The amounts that requests of an old process hold in the counters that it has handed over.
 #[derive(Debug, Default)]
 pub struct HeldElsewhere {
     cells: Vec<CellElsewhere>,
@@ -80,7 +80,7 @@ struct CellElsewhere {
     left: LeftCell,
     /// The cell of this process, with the period that the left cell's current period became.
     hold: Hold,
-    /// What the requests still hold.
+    /// The amounts that the requests still hold.
     held: u64,
 }
 
@@ -149,7 +149,7 @@ impl HeldElsewhere {
         own
     }
 
-    /// Charges in full what is left: the old process has ended without settling it.
+    /// Charges in full the amounts that the old process has not settled. That process has ended.
     pub fn charge(self, now: Timestamp, quotas: &mut Quotas) {
         for CellElsewhere { hold, held, .. } in self.cells {
             if held > 0 {

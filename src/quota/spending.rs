@@ -1,4 +1,4 @@
-//! How fast a quota was spent of late, and when nothing will be left at that rate.
+//! How fast a quota was spent in the last minutes, and when nothing will be left at that rate.
 
 use super::{CounterState, QuotaLevel, Window};
 use crate::clock::Timestamp;
@@ -18,7 +18,7 @@ pub(super) struct Spending {
     began: Timestamp,
     /// When counting began.
     since: Timestamp,
-    /// The used amount that Redis has reported last. `None`: this process counts what its own requests spend.
+    /// The last used amount from Redis. `None`: this process counts the spending of its own requests.
     shared: Option<SharedUsage>,
 }
 
@@ -97,7 +97,7 @@ impl Spending {
         }
     }
 
-    /// From now on this process counts what its own requests spend, because Redis is unavailable.
+    /// From now on this process counts the spending of its own requests, because Redis is unavailable.
     pub(super) fn go_offline(&mut self) {
         self.shared = None;
     }

@@ -13,7 +13,7 @@ use super::Quota;
 pub fn predecessors(earlier: &[&Quota], quotas: &[Quota]) -> Vec<Option<usize>> {
     let same = |quota: &Quota| earlier.iter().position(|before| before.is_same_as(quota));
     let mut found: Vec<Option<usize>> = quotas.iter().map(same).collect();
-    // An unlimited quota counts what is settled in its own period.
+    // An unlimited quota counts the amounts settled in its own period.
     let is_new = |at: &usize| found[*at].is_none() && !quotas[*at].is_unlimited();
     let mut new: Vec<usize> = (0..quotas.len()).filter(is_new).collect();
     let is_removed = |at: &usize| !found.contains(&Some(*at)) && !earlier[*at].is_unlimited();

@@ -1,4 +1,4 @@
-//! A chart of one quota for a terminal: what was used and held over time, the limit, and the refused calls.
+//! A chart of one quota for a terminal: used and held amounts over time, the limit, and the refused calls.
 
 use super::meter::QuotaOutcome;
 use super::timeline::{PARTS, TimePart, Timeline};

@@ -11,8 +11,8 @@ const MAX_EARLIER_MS: u64 = 31 * 24 * HOUR_MS;
 /// requests, several arrive together.
 const MAX_ARRIVALS: u64 = 100_000;
 
-/// The time from which [`refused_in_history`] needs the history: the begin of the calendar period in which the last
-/// hour begins, or the time in which an empty bucket fills up before the hour. At most 31 days before the hour.
+/// The time from which [`refused_in_history`] needs the history, at most 31 days before the last hour. For a calendar
+/// quota: the begin of the period in which the hour begins. For a rolling one: early enough to fill an empty bucket.
 pub fn history_start(quota: &Quota, now: Timestamp) -> Timestamp {
     let hour = hour_before(now);
     let earliest = minus_ms(hour, MAX_EARLIER_MS);

@@ -159,7 +159,7 @@ impl SimulationReport {
         text
     }
 
-    /// What the quota did, and which limit would refuse no call.
+    /// The refusals of the quota, and the limit that would refuse no call.
     fn verdict(&self, q: &QuotaOutcome, sufficient: Option<SufficientLimit>) -> String {
         if q.calls == 0 {
             return String::new();

@@ -90,8 +90,8 @@ pub(super) fn sufficient_limits(
     limits
 }
 
-/// Bisects the readable numbers. A limit that admits all calls is found by a replay, so it certainly does. That no smaller
-/// one does is certain if a larger limit never refuses more.
+/// Bisects the readable numbers. A replay proves that the result admits all calls. It is the smallest such number if a
+/// larger limit never refuses more calls than a smaller one.
 fn search(
     environment: &Environment,
     outcome: &QuotaOutcome,

@@ -117,7 +117,7 @@ impl WriterControl {
         self.decided.notify_all();
     }
 
-    /// Makes the paused thread release the store: the new process has it. Usage goes there from now on.
+    /// Makes the paused thread release the store to the new process. From now on usage is sent to that process.
     pub(crate) fn move_to(&self, line: &Arc<SuccessorLine>) {
         self.lock().handover = StoreHandover::Moved(line.clone());
         self.decided.notify_all();

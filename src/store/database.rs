@@ -195,7 +195,7 @@ impl Database {
         rows.filter_map(Result::transpose).collect()
     }
 
-    /// What administrators have set for an environment, also for quotas that its config no longer has.
+    /// The overrides of an environment, also those of quotas that its config no longer has.
     pub(super) fn overrides(&self, environment: &str) -> rusqlite::Result<OverrideSet> {
         let mut read = self.0.prepare(
             r#"SELECT scope, name, kind, per_ms, "window", per, "limit", burst, set_by, since_ms, until_ms, reason

@@ -1,4 +1,4 @@
-//! The new process: it asks the gateway that runs for its sockets, its store and its counters.
+//! The new process: it requests the sockets, the store and the counters of the running gateway.
 
 use super::socket::{self, ControlListener, PeerProcess};
 use super::{FromIncumbent, PROTOCOL, STEP_TIMEOUT, ToIncumbent, frame, store_identity};
@@ -12,10 +12,10 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// How long the process of a closed control connection may take to end.
+/// How long the old process may take to exit after its control connection has closed.
 const EXIT_TIME: Duration = Duration::from_millis(500);
 
-/// A gateway that runs, and what it hands over.
+/// A running gateway, with the sockets and the lock that it has sent.
 #[derive(Debug)]
 pub(crate) struct Claim {
     stream: UnixStream,
@@ -32,25 +32,25 @@ pub(crate) struct Claim {
 /// A gateway that was taken over.
 #[derive(Debug)]
 pub(crate) struct Claimed {
-    /// The control socket, which is this process's now.
+    /// The control socket. It now belongs to this process.
     pub(crate) control: ControlListener,
-    /// The line to the old process. `None`: it has ended.
+    /// The connection to the old process. `None`: that process has ended.
     pub(crate) predecessor: Option<UnixStream>,
     /// The old process's id.
     pub(crate) pid: i32,
 }
 
 impl Claim {
-    /// Asks the gateway at `server.listen`. `None`: there is none that this process may replace.
+    /// Connects to the gateway at `server.listen`. `None`: there is no gateway that this process may replace.
     ///
     /// # Errors
-    /// The gateway refuses.
+    /// The gateway refuses, or the connection fails.
     pub(crate) fn find(config: &Config) -> anyhow::Result<Option<Self>> {
         let address = config.server.listen;
         let Some(stream) = (address.port() != 0).then(|| socket::connect(address)).flatten() else {
             return Ok(None);
         };
-        // A process of another user is none that this process may replace.
+        // This process may not replace a process of another user.
         let Ok(incumbent) = socket::peer(&stream) else { return Ok(None) };
         let pid = incumbent.pid;
         Self::open(stream, incumbent, config).map(Some).with_context(|| {
@@ -73,7 +73,7 @@ impl Claim {
         let (listeners, has_admin, has_lock) = match frame::read(&stream)? {
             FromIncumbent::Welcome { listeners, has_admin, has_lock } => (listeners, has_admin, has_lock),
             FromIncumbent::Refused { reason } => anyhow::bail!(reason),
-            other => anyhow::bail!("it answered {other:?}"),
+            other => anyhow::bail!("its reply is unexpected: {other:?}"),
         };
         let file = || socket::receive_file(&stream);
         let listeners = (0..listeners).map(|_| file().map(TcpListener::from)).collect::<io::Result<_>>()?;
@@ -83,12 +83,13 @@ impl Claim {
         Ok(Self { stream, incumbent, listeners, admin, lock, control })
     }
 
-    /// Makes the old process hand its counters over: from now on its requests wait. Returns what they hold, by environment.
+    /// Requests the counters. From now on the requests of the old process wait. Returns the amounts that they hold, by
+    /// environment.
     ///
     /// # Errors
     /// The old process refuses or has ended.
     pub(crate) fn begin(&mut self) -> anyhow::Result<HashMap<String, LeftAccount>> {
-        self.receive_accounts().with_context(|| format!("{} does not hand its counters over", self.incumbent))
+        self.receive_accounts().with_context(|| format!("{} did not hand its counters over", self.incumbent))
     }
 
     fn receive_accounts(&mut self) -> anyhow::Result<HashMap<String, LeftAccount>> {
@@ -99,12 +100,12 @@ impl Claim {
                 FromIncumbent::Account { environment, left } => drop(accounts.insert(environment, left)),
                 FromIncumbent::Accounts => return Ok(accounts),
                 FromIncumbent::Refused { reason } => anyhow::bail!(reason),
-                other => anyhow::bail!("it answered {other:?}"),
+                other => anyhow::bail!("its reply is unexpected: {other:?}"),
             }
         }
     }
 
-    /// Becomes the gateway. If the old process has ended in the meantime, its requests have too.
+    /// Becomes the gateway, also if the old process has ended in the meantime: its requests have ended with it.
     ///
     /// # Errors
     /// The old process continues.
@@ -114,7 +115,7 @@ impl Claim {
         let replied = frame::write(&stream, &ToIncumbent::Ready).and_then(|()| frame::read(&stream));
         match replied {
             Ok(FromIncumbent::Go) => Ok(Claimed { control, predecessor: Some(stream), pid }),
-            Ok(other) => anyhow::bail!("{incumbent} was not replaced: it answered {other:?}"),
+            Ok(other) => anyhow::bail!("{incumbent} was not replaced: its reply is unexpected: {other:?}"),
             Err(_) if incumbent.ends_within(EXIT_TIME) => Ok(Claimed { control, predecessor: None, pid }),
             Err(error) => Err(error).with_context(|| {
                 format!("{incumbent} was not replaced: this process took too long to start, and the old one continues")

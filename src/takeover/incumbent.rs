@@ -23,7 +23,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long the store may take for its last commit.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a running gateway hands over.
+/// A running gateway, with the sockets, the store and the accounts that it hands over.
 #[derive(Debug)]
 pub(crate) struct Incumbent {
     control: ControlListener,
@@ -37,10 +37,10 @@ pub(crate) struct Incumbent {
     writer: Option<Arc<WriterControl>>,
 }
 
-/// The line to the new process, its messages, and how long requests had to wait.
+/// The `SuccessorLine`, the messages to send on it, and how long requests had to wait.
 type Handed = (Arc<SuccessorLine>, mpsc::UnboundedReceiver<ToSuccessor>, Duration);
 
-/// A hand-over that has succeeded.
+/// The result of a successful hand-over.
 #[derive(Debug)]
 pub(crate) struct HandoverOutcome {
     pub(crate) stream: UnixStream,
@@ -53,10 +53,10 @@ pub(crate) struct HandoverOutcome {
 }
 
 impl Incumbent {
-    /// Prepares a hand-over. `lock`: the store's lock, and its thread.
+    /// Prepares a hand-over. `store`: the lock of the store, and its thread.
     ///
     /// # Errors
-    /// The process has too many open files.
+    /// A listener cannot be duplicated: the process has too many open files.
     pub(crate) fn new(
         control: ControlListener,
         config: &Config,
@@ -110,10 +110,10 @@ impl Incumbent {
                         let this = this.clone();
                         current = Some(spawn_blocking(move || this.hand_over(stream)));
                     }
-                    // The new process has a message to read when it has sent its first one.
+                    // `refuse` reads the first message of the new process before it replies.
                     Ok(stream) => drop(spawn_blocking(move || refuse(&stream, "another process is replacing it now"))),
                     Err(error) => {
-                        tracing::warn!(%error, "a process that may replace this one could not be accepted");
+                        tracing::warn!(%error, "the connection of a new process could not be accepted");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -124,7 +124,7 @@ impl Incumbent {
     /// Hands over to the process at the other end. `None`: this process continues.
     fn hand_over(&self, stream: UnixStream) -> Option<HandoverOutcome> {
         let peer = socket::peer(&stream).inspect_err(|error| {
-            tracing::warn!(%error, "a process that wants to replace this one was refused");
+            tracing::warn!(%error, "a process that tried to replace this one was refused");
         });
         let pid = peer.ok()?.pid;
         match self.try_hand_over(&stream) {
@@ -152,7 +152,7 @@ impl Incumbent {
             anyhow::bail!(reason);
         }
         self.send_files(stream, admin == self.admin_address).context("the sockets could not be sent")?;
-        let ToIncumbent::Begin = frame::read(stream).context("it has ended")? else {
+        let ToIncumbent::Begin = frame::read(stream).context("it did not request the counters")? else {
             anyhow::bail!("its second message is wrong");
         };
         let handed = self.hand_counters_over(stream);
@@ -165,9 +165,10 @@ impl Incumbent {
 
     fn objection(&self, protocol: u32, store: &str) -> Option<&'static str> {
         if protocol != PROTOCOL {
-            return Some("its version cannot hand over to this version");
+            return Some("the versions of the two processes cannot hand over to each other");
         }
-        (store != self.store).then_some("it uses another store (store.path, store.memory or store.redis)")
+        (store != self.store)
+            .then_some("the two processes use different stores (store.path, store.memory or store.redis)")
     }
 
     fn send_files(&self, stream: &UnixStream, has_admin: bool) -> io::Result<()> {
@@ -181,7 +182,8 @@ impl Incumbent {
         self.lock.iter().try_for_each(|lock| socket::send_file(stream, lock))
     }
 
-    /// Stops the accounts, sends them, and waits until the new process is ready. After an error the accounts must `stay`.
+    /// Stops the accounts, sends them, and waits until the new process is ready. After an error the caller calls
+    /// `Account::stay`.
     fn hand_counters_over(&self, stream: &UnixStream) -> anyhow::Result<Handed> {
         stream.set_read_timeout(Some(TAKEOVER_TIMEOUT))?;
         let clock = Stopwatch::start();

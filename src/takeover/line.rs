@@ -1,4 +1,4 @@
-//! The old process's line to the new one, for requests that the old process still serves.
+//! The connection of the old process to the new one, for requests that the old process still serves.
 
 use super::frame;
 use crate::ledger::{FromSuccessor, SuccessorLine, ToSuccessor};
@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
-/// Carries messages and answers until the gateway stops. The last messages are sent then.
+/// Sends messages and receives replies until the gateway stops. Sends the pending messages before it returns.
 ///
 /// # Errors
 /// The socket cannot be used.

@@ -16,7 +16,7 @@ use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 
-/// Requests of the old process, by the numbers that it gave them.
+/// Requests of the old process, by their ids.
 struct Predecessor {
     accounts: Arc<Accounts>,
     requests: Mutex<HashMap<u64, Request>>,
@@ -26,12 +26,12 @@ struct Predecessor {
 enum Request {
     /// Waits for room.
     Waiting(AbortHandle),
-    /// Dropping it charges it in full.
+    /// Dropping the reservation charges it in full.
     InFlight(Box<Reservation>),
 }
 
-/// Serves the old process until it has ended or this one stops. `None`: it has ended already. What it has not settled is
-/// charged in full.
+/// Serves the messages of the old process until that process ends or this one stops. Then it charges the unsettled
+/// requests of the old process in full. `stream` is `None` if the old process has already ended.
 ///
 /// # Errors
 /// The socket cannot be used.
@@ -175,14 +175,14 @@ impl Predecessor {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Request::InFlight(reservation)) = requests.get_mut(&id) else { return };
         let is_overrun = reservation.progress(spent) == Progress::Overrun;
-        // If the old process ends now, what the stream has reserved is charged.
+        // If the old process ends now, the whole reservation of the stream is charged.
         reservation.observe(reservation.reserved());
         let (reserved, progress_threshold) = (reservation.reserved(), reservation.progress_threshold());
         drop(requests);
         self.reply(FromSuccessor::Progressed { id, is_overrun, reserved, progress_threshold });
     }
 
-    /// The old process has ended: its requests that wait are dropped, the others are charged in full.
+    /// Drops the waiting requests of the old process, which has ended, and charges the others in full.
     fn end(&self) {
         let requests = std::mem::take(&mut *self.requests.lock().unwrap_or_else(PoisonError::into_inner));
         for request in requests.into_values() {

@@ -1,4 +1,4 @@
-//! The control socket, and files that pass through it.
+//! The control socket, and the file descriptors that are sent through it.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -15,7 +15,7 @@ pub(crate) struct ControlListener(pub(super) UnixListener);
 #[derive(Debug)]
 pub(super) struct PeerProcess {
     pub(super) pid: i32,
-    /// `None`: the system cannot observe the process.
+    /// The pidfd. `None`: the kernel has none, so this process cannot detect the end of the other one.
     handle: Option<OwnedFd>,
 }
 
@@ -29,13 +29,13 @@ impl ControlListener {
     /// Listens at the control socket of a gateway.
     ///
     /// # Errors
-    /// Another process listens there, or the system has no such sockets.
+    /// Another process listens there, or the system has no abstract Unix sockets.
     pub(crate) fn bind(address: SocketAddr) -> io::Result<Self> {
         sys::bind(address).map(Self)
     }
 }
 
-/// Connects to the gateway at an address. `None`: there is none, or it cannot be replaced without a gap.
+/// Connects to the gateway at an address. `None`: there is no gateway, or it cannot be replaced without a gap.
 pub(super) fn connect(address: SocketAddr) -> Option<UnixStream> {
     sys::connect(address).ok()
 }
@@ -43,17 +43,17 @@ pub(super) fn connect(address: SocketAddr) -> Option<UnixStream> {
 /// The process at the other end.
 ///
 /// # Errors
-/// It runs as another user.
+/// The process runs as another user.
 pub(super) fn peer(stream: &UnixStream) -> io::Result<PeerProcess> {
     sys::peer(stream)
 }
 
-/// Sends a file with one byte.
+/// Sends a file descriptor with one byte.
 pub(super) fn send_file(stream: &UnixStream, file: impl AsFd) -> io::Result<()> {
     sys::send_file(stream, file.as_fd())
 }
 
-/// Receives a file with its byte.
+/// Receives a file descriptor and the byte that carries it.
 pub(super) fn receive_file(stream: &UnixStream) -> io::Result<OwnedFd> {
     sys::receive_file(stream)?.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "a file is missing"))
 }

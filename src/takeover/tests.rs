@@ -1,4 +1,5 @@
-//! Accounts that move to another process settle as accounts that stay. Both processes are in this one, with a real socket.
+//! An account that moves to another process settles like an account that stays. Both sides run in this process, with a
+//! real socket.
 
 use super::{line, predecessor};
 use crate::config::{Environment, parse};
@@ -79,7 +80,7 @@ fn levels(account: &Account) -> Vec<(u64, u64)> {
     account.snapshot().levels.iter().map(|level| (level.held, level.used)).collect()
 }
 
-/// A store that takes what it is given.
+/// A store that finishes each commit at once and writes nothing.
 #[derive(Debug, Default)]
 struct Unwritten(crate::ledger::Commits);
 
@@ -121,7 +122,7 @@ fn index(state: &mut u64, length: usize) -> usize {
 }
 
 #[tokio::test]
-async fn an_account_that_moves_settles_as_one_that_stays() {
+async fn an_account_that_moves_settles_like_one_that_stays() {
     let environment = environment(&format!("reserve: {{ completion: 50 }}, quotas: {{ {QUOTAS} }}"));
     let mut seed = 7;
     for _ in 0..20 {
@@ -168,10 +169,10 @@ async fn an_account_that_moves_settles_as_one_that_stays() {
 }
 
 #[tokio::test]
-async fn what_a_killed_process_had_in_flight_is_charged_in_full_and_once() {
+async fn requests_in_flight_of_a_killed_process_are_charged_in_full_once() {
     let environment = environment(&format!("reserve: {{ completion: 50 }}, quotas: {{ {QUOTAS} }}"));
     let old = account(&environment);
-    // One in flight of which the new process gets no message, one with progress, one settled, and one that came later.
+    // Four requests: one without a message to the new process, one with progress, one that settles, and a later one.
     let _silent = reserve(&old, 10).await;
     let mut streaming = reserve(&old, 10).await;
     let mut settled = reserve(&old, 10).await;
@@ -188,14 +189,14 @@ async fn what_a_killed_process_had_in_flight_is_charged_in_full_and_once() {
     assert_eq!(pair.new.in_flight(), 0);
     let totals = pair.new.snapshot().totals;
     assert_eq!((totals.requests, totals.total), (4, 60 + 124 + 10 + 70));
-    // The old process, if it lives after all, finds nobody.
+    // If the old process still runs, it gets no reply and admits nothing.
     let subject = Subject { caller: None, model: "m" };
     let demand = Demand { subject, prompt: 1, generates: true, cap: None, completions: 1 };
     assert!(pair.old.reserve(&demand, Duration::ZERO).await.is_err());
 }
 
 #[tokio::test]
-async fn a_stream_learns_from_the_new_process_that_no_quota_is_left() {
+async fn the_new_process_reports_an_overrun_to_a_stream_of_the_old_one() {
     let environment = environment(
         "reserve: { completion: 50 }, quotas: { total_tokens: { limit: 100, per: month, window: calendar } }",
     );

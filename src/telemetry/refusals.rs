@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_steps_back_counts_on() {
+    fn counting_continues_after_the_clock_steps_back() {
         let mut refusals = RecentRefusals::default();
         refusals.add(at(1_000), "x", std::iter::empty());
         refusals.add(at(990), "x", std::iter::empty());

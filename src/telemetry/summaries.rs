@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Number of answers from which the times to the first byte are taken.
 const FIRST_BYTES: usize = 512;
-/// Maximum number of names. The config bounds it; this bounds what reloads have removed.
+/// Maximum number of names. The config bounds their number; this bounds the names that reloads have removed.
 const MAX_NAMES: usize = 10_000;
 
 /// All summaries, by name.
@@ -55,7 +55,7 @@ pub(crate) struct UpstreamFigures {
     pub(crate) cut: u64,
     /// Number of answers from which the next two are taken.
     pub(crate) timed: usize,
-    /// Milliseconds to the first byte: the median, and what 95 of 100 answers do not exceed.
+    /// Milliseconds to the first byte: the median and the 95th percentile.
     pub(crate) first_byte_ms: Option<(u32, u32)>,
 }
 
@@ -162,7 +162,7 @@ fn lock<T>(all: &Mutex<T>) -> MutexGuard<'_, T> {
     all.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Adds the name if it is new. With too many names, a new one gets a summary that nothing shows.
+/// Adds the name if it is new. With too many names, a new one gets a summary that is never shown.
 fn find<T: Default>(all: &Mutex<BTreeMap<String, Arc<T>>>, name: &str) -> Arc<T> {
     let mut all = lock(all);
     if let Some(known) = all.get(name) {

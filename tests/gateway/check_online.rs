@@ -1,4 +1,4 @@
-//! `tollgate check --online`: what it reports about upstreams and Redis.
+//! `tollgate check --online`: its reports about upstreams and Redis.
 
 use crate::support::port::free_port;
 use crate::support::redis::Redis;

@@ -237,7 +237,7 @@ async fn reasoning_by_id_counts_where_the_model_reads_it_and_only_once() {
         json!({"type": "function_call_output", "call_id": "c", "output": "7"}),
     ];
     let [call, result] = &turn;
-    // What is known of the last request, beside the count: the reported prompt, and the reasoning.
+    // The gateway has two figures of the last request besides its count: the reported prompt and the reasoning.
     for (model, inputs, reasoning_tokens) in [
         // Before the last message of the user.
         ("gpt-5", vec![json!([user]), json!([user, reasoning, said("assistant", "Hi"), user])], 0),

@@ -67,7 +67,7 @@ fn check_refuses_broken_files_in_bounded_time_and_memory() {
 }
 
 #[tokio::test]
-async fn a_reload_refuses_broken_files_and_the_gateway_serves_on() {
+async fn a_reload_refuses_broken_files_and_the_old_config_stays() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("t.yaml");

@@ -1,4 +1,4 @@
-//! Unlimited quotas, and what an administrator sets while the gateway runs: limits with a reason and an end, shadow mode.
+//! Unlimited quotas, and overrides while the gateway runs: limits with a reason and an end, shadow mode.
 
 use crate::cluster::Nodes;
 use crate::support::redis::Redis;
@@ -91,7 +91,7 @@ async fn every_kind_without_a_quota_is_counted_and_can_get_a_limit() {
         (&json!(true), &json!(2))
     );
     assert!(quota(&back, "requests")["override"].is_null());
-    // What the clock's minute has counted survives a restart.
+    // The count of the clock's minute survives a restart.
     gateway.shutdown().await;
     let again = self::gateway(&upstream, folder.path()).await;
     assert_eq!(quota(&again.environment().await, "requests")["used"], 2);
@@ -309,7 +309,7 @@ async fn overrides_and_unlimited_amounts_are_the_same_at_all_nodes_within_a_seco
     admin(&nodes[0], "PATCH", ENVIRONMENT, r#"{"enforce": null}"#).await;
     within_a_second("enforced again", |all| all["enforce"] == true && all["enforce_override"].is_null())
         .await;
-    // An override that ends, without a node that ends it.
+    // Redis ends an override without a request of a node.
     admin(&nodes[1], "PUT", REQUESTS, r#"{"limit": 1, "for": "1s"}"#).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     within_a_second("the limit has ended", |all| {

@@ -191,7 +191,7 @@ pageTest("sign-in, wrong token and sign-out", { token: "a-long-admin-token" }, a
   assert.equal(answer.status(), 401);
 });
 
-pageTest("many wrong tokens are told to wait", { token: "a-long-admin-token" }, async ({ gateway, page }) => {
+pageTest("after many wrong tokens the form shows the wait", { token: "a-long-admin-token" }, async ({ gateway, page }) => {
   await page.goto(gateway.admin);
   for (let n = 0; n < 6; n += 1) {
     await page.getByLabel("Admin token").fill(`wrong ${n}`);
@@ -213,7 +213,7 @@ pageTest("a faulty config file is reported", {}, async ({ gateway, page }) => {
   await page.getByText("The last change of the config file was refused").waitFor({ state: "hidden" });
 });
 
-pageTest("a gateway that goes away and comes back", {}, async ({ gateway, page }) => {
+pageTest("a gateway that stops and starts again", {}, async ({ gateway, page }) => {
   await open(page, gateway);
   await gateway.kill();
   await page.getByText(/Not connected since/).waitFor();
@@ -336,7 +336,7 @@ pageTest("500 environments with 20 callers each", { environments: manyEnvironmen
   const paint = await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime);
   assert.ok(paint < 300, `the first paint takes ${paint} ms`);
   const drawn = async () => page.getByRole("rowheader").count();
-  assert.ok((await drawn()) < 60, "only rows in sight are drawn");
+  assert.ok((await drawn()) < 60, "only visible rows are drawn");
   // Updates while 60 callers send requests.
   const durations = [];
   for (let round = 0; round < 8; round += 1) {
@@ -375,7 +375,7 @@ pageTest("memory stays flat", {}, async ({ gateway, page }) => {
     }
     await page.getByRole("link", { name: "Overview" }).click();
   };
-  // Enough to fill what is bounded: 1,000 refusals are kept.
+  // Enough requests to fill all bounded lists: the page keeps 1,000 refusals.
   await traffic(520);
   const first = await measure();
   await traffic(250);

@@ -45,7 +45,7 @@ pub(crate) struct Recount {
     period: u64,
     /// For a calendar quota: start and end of the current period.
     bounds: (i64, i64),
-    /// For a rolling quota: what was settled in the clock's period, and the start of that.
+    /// For a rolling quota: the amount settled in the clock's period, and the start of that period.
     clock: (i128, i64),
     /// For a rolling quota: the last limit.
     rate: i128,
@@ -181,7 +181,7 @@ impl Recount {
         self.open.get(&first).is_none_or(|hold| hold.is_counted) || amount == 0 || self.fits(amount)
     }
 
-    /// Changes limit and burst. What was used counts, at most up to the new capacity. The rest counts when the limit is
+    /// Changes limit and burst. The used amount counts, at most up to the new capacity. The rest counts when the limit is
     /// raised within a period. An unlimited quota counts by the clock.
     pub(crate) fn change(&mut self, quota: Quota) {
         let was_unlimited = self.quota.is_unlimited();

@@ -237,7 +237,7 @@ impl Walk<'_> {
         steps
     }
 
-    /// The steps that report what unlimited quotas count.
+    /// The steps that report the counts of unlimited quotas.
     fn counted(&mut self, receipt: &Receipt, spent: Amounts) -> Vec<Step> {
         let counted = self.local.counted(self.now, receipt, spent);
         let step = |(cell, period, amount)| self.node.commands.offline_usage_step(cell, amount, period);

@@ -13,7 +13,7 @@ const QUOTAS: &str = "reserve: { completion: max_tokens }, quotas: {
     total_tokens: { limit: 1G, per: month, window: calendar } }";
 
 #[test]
-fn a_kill_of_the_old_process_charges_in_full_what_it_had_in_flight() {
+fn a_kill_of_the_old_process_charges_its_requests_in_flight_in_full() {
     let (_, port) = Upstream::start();
     let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
     let mut old = place.start();
@@ -23,7 +23,7 @@ fn a_kill_of_the_old_process_charges_in_full_what_it_had_in_flight() {
         stream.head().unwrap();
     }
     let _new = place.start();
-    // One more, of which the new process knows by a message.
+    // One more request, which the old process reports to the new one by a message.
     let mut late = Connection::open(place.port).unwrap();
     late.send("POST /v1/chat/completions HTTP/1.1\r\n").unwrap();
     assert_eq!(place.environment()["in_flight"], 3);
@@ -42,7 +42,7 @@ fn a_kill_of_the_new_process_at_any_step_loses_no_charge() {
     let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
     let mut old = place.start();
     let (mut received, mut kills, mut kept) = (0, 0_u64, 0);
-    // How long a start takes decides which moments are of interest.
+    // The time of a start determines the moments of the kills.
     let clock = Instant::now();
     let mut new = place.start();
     let start = clock.elapsed();
@@ -64,7 +64,7 @@ fn a_kill_of_the_new_process_at_any_step_loses_no_charge() {
             old.kill();
             old = place.start();
         } else {
-            // The old process serves on: nothing was lost.
+            // The old process continues to serve: nothing was lost.
             sums.assert_faultless();
             kept += 1;
         }
@@ -76,7 +76,7 @@ fn a_kill_of_the_new_process_at_any_step_loses_no_charge() {
         }
     }
     println!("{kept} kills before the hand-over, {kills} after it");
-    assert!(kept > 0, "no kill came before the hand-over");
+    assert!(kept > 0, "no kill happened before the hand-over");
 }
 
 #[test]
@@ -112,5 +112,5 @@ fn a_kill_of_the_old_process_during_a_hand_over_loses_no_charge() {
         let max = upstream.reported.load(SeqCst) + u64::from(round + 1) * 20 * (PROMPT_TOKENS + 50);
         assert!(total >= received && total <= max, "{received} <= {total} <= {max} in round {round}");
     }
-    println!("{went_on} of 12 new processes went on");
+    println!("{went_on} of 12 new processes continued");
 }

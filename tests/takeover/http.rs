@@ -1,4 +1,4 @@
-//! The least of HTTP/1.1 that both sides of the gateway need.
+//! A minimal HTTP/1.1 for the callers and the upstream of these tests.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;

@@ -1,4 +1,4 @@
-//! Callers that send a fixed number of requests a second, as new connections and on kept ones, for JSON and for streams.
+//! Callers that send a fixed number of requests a second, on new and on kept connections, for JSON and for streams.
 
 use super::http::{Connection, Message};
 use serde_json::Value;
@@ -22,7 +22,7 @@ pub struct Sums {
     pub refused: AtomicU64,
     /// Total tokens of the complete answers.
     pub tokens: AtomicU64,
-    /// What went wrong.
+    /// Descriptions of the failures.
     pub faults: Mutex<Vec<String>>,
     /// The longest time between a request and the head of its answer, in milliseconds.
     pub slowest_ms: AtomicU64,

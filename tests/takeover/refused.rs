@@ -1,4 +1,4 @@
-//! New processes that do not replace the old one: it serves on.
+//! New processes that do not replace the old one, which continues to serve.
 
 use super::gateway::{Place, Process};
 use super::http::{Connection, get};
@@ -37,8 +37,8 @@ fn a_process_that_cannot_start_leaves_the_old_one_in_place() {
     for (config, code, message) in [
         ("faulty.yaml", 2, "nowhere"),
         ("admin.yaml", 1, "set admin.listen"),
-        ("store.yaml", 1, "it uses another store"),
-        ("memory.yaml", 1, "it uses another store"),
+        ("store.yaml", 1, "the two processes use different stores"),
+        ("memory.yaml", 1, "the two processes use different stores"),
         ("port.yaml", 1, "in use by another process"),
     ] {
         let mut new = place.spawn(config);
@@ -46,21 +46,21 @@ fn a_process_that_cannot_start_leaves_the_old_one_in_place() {
         assert!(new.log().contains(message), "{config}: {}", new.log());
         assert_serves(&place, &mut old);
     }
-    // After all of them a proper one succeeds.
+    // After all these failures, a process with the right config succeeds.
     let mut new = place.start();
     assert_serves(&place, &mut new);
     assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0));
 }
 
 #[test]
-fn of_two_new_processes_at_once_one_serves_in_the_end() {
+fn one_of_two_simultaneous_new_processes_serves() {
     let (_, port) = Upstream::start();
     let place = Place::new(port, "", QUOTAS, FILE);
     let mut old = place.start();
     let mut pair = [place.spawn("t.yaml"), place.spawn("t.yaml")];
     assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0), "{}", old.log());
     let began = Instant::now();
-    // The other one is refused, or it replaces the first one.
+    // The other process is refused, or it replaces the first one.
     while !pair.iter_mut().any(|process| process.child.try_wait().unwrap().is_some()) {
         assert!(began.elapsed() < Duration::from_secs(20), "both serve");
         std::thread::sleep(Duration::from_millis(10));

@@ -1,4 +1,4 @@
-//! Requests that are under way at the old process when a new one takes over.
+//! Requests that are in flight in the old process when a new one takes over.
 
 use super::gateway::Place;
 use super::http::Connection;
@@ -49,7 +49,7 @@ fn a_stream_of_the_old_process_settles_once_in_the_counters_of_the_new_one() {
     let environment = place.settled();
     assert_eq!(environment["totals"]["total_tokens"], tokens, "{environment:#}");
     assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
-    // The next request on the same connection is served too. It is the last one.
+    // The next request on the same connection is served too. The connection closes after it.
     let answer = stream.call(JSON).unwrap();
     assert_eq!((answer.status(), answer.header("connection")), (200, Some("close")), "{}", answer.text());
     assert_eq!(place.settled()["totals"]["requests"], 2);
@@ -101,7 +101,7 @@ fn a_request_that_waits_for_room_at_the_old_process_gets_it_at_the_new_one() {
     late.post(JSON).unwrap();
     thread::sleep(Duration::from_millis(200));
     assert_eq!(place.environment()["in_flight"], 1);
-    // A caller that does not wait any longer leaves nothing behind.
+    // A caller that stops waiting leaves no reservation.
     drop(leaving);
     thread::sleep(Duration::from_millis(100));
     upstream.is_released.store(true, SeqCst);

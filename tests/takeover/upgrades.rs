@@ -15,7 +15,7 @@ const QUOTAS: &str = "reserve: { completion: max_tokens }, quotas: {
     requests: { limit: 1G, per: day } }";
 const FILE: &str = "path: '@/store/t.db'";
 
-/// Replaces the gateway under load, this many times. Returns the last process and the load's sums.
+/// Replaces the gateway this many times, under load. Returns the last process and the load's sums.
 fn upgrade(place: &Place, upgrades: usize) -> (Vec<Process>, std::sync::Arc<super::load::Sums>) {
     let mut processes = vec![place.start()];
     let load = Load::start(place.port);
@@ -151,7 +151,7 @@ fn an_upgrade_of_a_node_that_shares_its_quotas_loses_no_request() {
     let quotas = environment["quotas"].as_array().unwrap();
     let used = |kind: &str| quotas.iter().find(|quota| quota["kind"] == kind).unwrap()["used"].clone();
     assert_eq!((used("total_tokens"), used("requests")), (reported.into(), 200.into()), "{environment:#}");
-    // The usage history of the node has what the old processes recorded.
+    // The usage history of the node contains the usage that the old processes recorded.
     assert_eq!(environment["totals"]["total_tokens"], reported, "{environment:#}");
     assert_eq!(environment["totals"]["rejected"], sums.refused.load(SeqCst), "{environment:#}");
 }

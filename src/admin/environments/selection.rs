@@ -55,13 +55,13 @@ impl Selection {
         let is_sorted = match sort.as_str() {
             "" => false,
             "used" => true,
-            _ => return Err(invalid("sort", "It is 'used': the quota with the largest used share first.")),
+            _ => return Err(invalid("sort", "Use 'used': environments with the largest used share first.")),
         };
         let limit = match limit.as_str() {
             "" => None,
             text => match text.parse() {
                 Ok(limit) if limit > 0 => Some(limit),
-                _ => return Err(invalid("limit", "It is a whole number of environments, at least 1.")),
+                _ => return Err(invalid("limit", "Use a whole number of environments, at least 1.")),
             },
         };
         Ok(Self { is_sorted, limit, fields: Fields::parse(fields)? })

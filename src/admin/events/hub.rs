@@ -1,4 +1,4 @@
-//! The task that reads the state for all streams, and the state that it has read last.
+//! The task that reads the state for all streams, and the last state that it has read.
 
 use super::{ConfigState, SnapshotEvent, Update, UpdateEvent};
 use crate::admin::Admin;
@@ -21,7 +21,7 @@ const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of rejections in an event.
 const MAX_REJECTIONS: usize = 50;
 
-/// What the streams share.
+/// The state that all streams share.
 pub(in crate::admin) struct EventHub {
     permits: Arc<Semaphore>,
     updates: broadcast::Sender<Update>,
@@ -85,7 +85,7 @@ impl EventHub {
         Some((state.number, frame.clone()))
     }
 
-    /// Replaces the current state and sends what has changed. Returns `false` if there are no streams: the task ends.
+    /// Replaces the current state and sends the changes. Returns `false` if there are no streams; then the task ends.
     fn publish(&self, admin: &Admin, now: Overview) -> bool {
         let mut state = self.lock();
         if self.updates.receiver_count() == 0 {

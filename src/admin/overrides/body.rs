@@ -15,7 +15,7 @@ const MAX_DURATION_MS: u64 = 366 * 86_400_000;
 /// Maximum length of a reason in characters.
 const MAX_REASON_CHARS: usize = 500;
 
-/// How long an override lasts, and why it is set.
+/// The duration of an override, and the reason for it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Terms {
     /// `None`: until it is deleted.

@@ -1,4 +1,4 @@
-//! `?dry_run=true`: what a limit would change. It changes nothing.
+//! `?dry_run=true`: reports the effect of a new limit without setting it.
 
 use super::Target;
 use crate::admin::Admin;
@@ -9,7 +9,7 @@ use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// What a limit would change.
+/// The effect that a new limit would have.
 #[derive(Serialize, ToSchema)]
 pub(super) struct DryRunView {
     /// Always `true`.
@@ -17,7 +17,7 @@ pub(super) struct DryRunView {
     /// `null`: unlimited.
     limit: Option<u64>,
     burst: Option<u64>,
-    /// What would be left now; below zero: debt; `null`: unlimited.
+    /// The amount that would remain now; negative: debt; `null`: unlimited.
     level: Option<i64>,
     /// The moment at which nothing would be left at the present rate (RFC 3339). `null`: not before the quota resets.
     exhausts_at: Option<String>,

@@ -1,6 +1,6 @@
 // Calls to the admin API.
 
-/** A refusal of the API, or a failure to reach it; `message` is in words. */
+/** A refusal of the API, or a failed connection. `message` is a sentence for the user. */
 export class ApiError extends Error {
   /** `status` is 0 if there was no answer. */
   constructor(status, code, message, retryAfter = 0) {
@@ -9,7 +9,7 @@ export class ApiError extends Error {
   }
 }
 
-/** Is called when the API needs a sign-in. */
+/** Called when the API requires a sign-in. */
 let onSignInNeeded = () => {};
 
 export function setSignInHandler(handler) {

@@ -1,4 +1,4 @@
-// What an unused gateway shows: how to send the first request.
+// Instructions for the first request. The page shows them while the gateway has served no request.
 
 import { get } from "./api.js";
 import { el, setText } from "./dom.js";

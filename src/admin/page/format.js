@@ -17,7 +17,7 @@ export function rate(perSecond) {
   return perMinute < 0.1 ? "< 0.1/min" : `${(perMinute < 10 ? tenth : whole).format(perMinute)}/min`;
 }
 
-/** `37 %`. What is not nothing is at least 1 %, what is not everything at most 99 %. */
+/** `37 %`. A share above 0 is never shown as `0 %`, and a share below 1 never as `100 %`. */
 export function percent(share) {
   const value = Math.round(100 * share);
   if (share > 0 && value === 0) return "< 1 %";
@@ -61,7 +61,7 @@ const SECONDS = { ...TIME, second: "2-digit" };
 const DAY = { day: "numeric", month: "short" };
 const YEAR = { ...DAY, year: "numeric" };
 
-/** A moment less than this away needs no day. */
+/** Moments closer than this are shown without their day. */
 const NEAR_MS = 20 * 3_600_000;
 
 /** `14:20` if it is near, else `1 Dec, 14:20`; in the viewer's zone, or in the given one. */
@@ -117,7 +117,7 @@ export const amountOf = (value, kind) => count(value, unitOf(kind).slice(0, -1))
 
 const FACTORS = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
 
-/** The amount that a text means: `400000`, `400,000`, `400k`, `1.5M`. `null`: it is none. */
+/** The amount that a text means: `400000`, `400,000`, `400k`, `1.5M`. `null`: the text is no amount. */
 export function amount(text) {
   const match = /^([\d,_ ]*\.?\d+)\s*([kmg]?)$/i.exec(text.trim());
   if (!match) return null;

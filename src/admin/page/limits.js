@@ -49,7 +49,7 @@ class EnvironmentCard {
     if (this.#isOpen) this.#place(this.others, others);
   }
 
-  /** Puts the forms of these quotas into a box, and updates them. */
+  /** Shows the forms of these quotas in a box, and updates them. */
   #place(box, quotas) {
     replaceIfNew(box, quotas.map((quota) => quota.label).join("\n"), () => quotas.map((quota) => this.#form(quota).element));
     for (const quota of quotas) this.#form(quota).update();
@@ -118,10 +118,10 @@ class YamlCopy {
     setVisible(this.text, true);
     try {
       await navigator.clipboard.writeText(text);
-      setText(this.status, "Copied: all that differs from the file, as a patch of it.");
+      setText(this.status, "Copied: the differences from the config file, as a patch for it.");
     } catch {
       this.text.select();
-      setText(this.status, "All that differs from the file, as a patch of it. It is selected: copy it with the keyboard.");
+      setText(this.status, "The differences from the config file, as a patch for it. The text is selected: copy it with the keyboard.");
     }
   }
 }

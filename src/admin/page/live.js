@@ -1,4 +1,4 @@
-// The state of the gateway in this tab: one snapshot, then one event stream with what changes.
+// The state of the gateway in this tab: one snapshot, then one event stream with the changes.
 // The stream is closed while the page is hidden, and opened again with growing pauses after it broke.
 
 import { ApiError, get, open, setSignInHandler } from "./api.js";
@@ -6,12 +6,12 @@ import { quotaName } from "./format.js";
 
 /** Number of refusals that the gateway and the page keep. */
 export const MAX_REFUSALS = 1_000;
-/** The gateway sends a heartbeat each 15 s. */
+/** The page reconnects after this time without data. The gateway sends a heartbeat each 15 s. */
 const SILENCE_MS = 40_000;
 /** Pauses before the page connects again: they double. */
 const MIN_PAUSE_MS = 1_000;
 const MAX_PAUSE_MS = 15_000;
-/** How far back the sum of all tokens is remembered, for the curve of tokens a second. */
+/** Number of samples of the sum of all tokens, for the curve of tokens a second. */
 const MAX_SAMPLES = 240;
 
 /** One quota. The object is the same as long as the quota exists; `json` is replaced. */
@@ -64,7 +64,7 @@ export const live = {
   environments: new Map(),
   /** All quotas, in the order of the environments. */
   quotas: [],
-  /** Rises when quotas come or go. */
+  /** Incremented when quotas are added or removed. */
   version: 0,
   /** The newest first. */
   refusals: [],
@@ -91,7 +91,7 @@ function notify(what) {
   for (const listener of listeners) listener(what);
 }
 
-/** Takes the state of an environment over. Returns whether its quotas are others now. */
+/** Applies the state of an environment. Returns whether quotas were added or removed. */
 function takeEnvironment(json) {
   const known = live.environments.get(json.name);
   if (!known) {
@@ -127,7 +127,7 @@ function rebuild() {
   live.version += 1;
 }
 
-/** Takes environments over. `order`: the names of all, if it has changed; others no longer exist. */
+/** Applies environments. `order`: the names of all environments, if that has changed; others are removed. */
 function takeEnvironments(environments, order) {
   let isNew = false;
   for (const json of environments) isNew = takeEnvironment(json) || isNew;
@@ -164,12 +164,12 @@ function apply(change) {
   performance.measure("update", { start });
 }
 
-/** Shows the answer to a change of limits before the next event does. */
+/** Applies the answer to a change of limits, before the next event arrives. */
 export function showEnvironment(json) {
   if (json?.quotas) apply(() => takeEnvironments([json]));
 }
 
-/** An event: `snapshot` has the whole state, `update` what has changed since. */
+/** Handles an event: `snapshot` has the whole state, `update` the changes since the previous event. */
 function onEvent(name, data) {
   if (name === "snapshot") data.order = data.environments.map((json) => json.name);
   if (name !== "snapshot" && name !== "update") return;
@@ -255,7 +255,7 @@ function readEvent(text) {
   if (data !== "") onEvent(name, JSON.parse(data));
 }
 
-/** Begins to follow the gateway. `onSignIn` is called when it needs a sign-in. */
+/** Opens the event stream. `onSignIn` is called when the gateway requires a sign-in. */
 export function start(onSignIn) {
   setSignInHandler(() => {
     disconnect();
@@ -266,7 +266,7 @@ export function start(onSignIn) {
   connect();
 }
 
-/** Forgets everything, at sign-out. */
+/** Deletes the whole state, at sign-out. */
 export function stop() {
   disconnect();
   live.environments.clear();

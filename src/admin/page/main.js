@@ -18,7 +18,7 @@ const nav = document.querySelector("nav");
 const connection = document.getElementById("connection");
 const signOutButton = document.getElementById("sign-out");
 
-/** The view in sight: `{title, element, update(what), close()}`. */
+/** The visible view: `{title, element, update(what), close()}`. */
 let current = null;
 
 function show(view) {
@@ -82,7 +82,7 @@ async function signOut() {
   try {
     await call("DELETE", "/api/session");
   } catch {
-    // The session has ended already, or the gateway is away: the page forgets its data all the same.
+    // The session has already ended, or the gateway does not answer. The page deletes its data in both cases.
   }
   stop();
   showSignIn();

@@ -1,4 +1,4 @@
-// Overview: what runs out first, when, and who spends it; then every quota, the worst first.
+// Overview: which quotas run out first, when, and which callers spend them; then every quota, the worst first.
 
 import { get } from "./api.js";
 import { sparkline } from "./chart.js";
@@ -12,7 +12,7 @@ import { QuotaRows, outlook, quotaLink } from "./quota_rows.js";
 const UNFOLDED = 300;
 /** Number of quotas that "Runs out first" names. */
 const NAMED = 3;
-/** Callers without quotas are looked up in the usage history, this often. */
+/** Time between two queries of the usage history, which has the callers without quotas. */
 const LOOK_UP_MS = 20_000;
 
 const ORDERS = {
@@ -22,7 +22,7 @@ const ORDERS = {
   name: ["Name", (a, b) => (a.label < b.label ? -1 : 1)],
 };
 
-/** Who spends a quota: `{name, share, rate}`, or `null` if it is not known. */
+/** The caller that spends most of a quota: `{name, share, rate}`; `null`: not known. */
 function spender(quota) {
   const { scope, name, kind, rate: all } = quota.json;
   if (scope === "caller") return { name: `caller ${name}`, share: 1, rate: all };
@@ -172,7 +172,7 @@ class Quotas {
       Object.entries(ORDERS).map(([key, [title]]) => el("option", { value: key }, title)));
     this.fold = el("input", { type: "checkbox", id: "fold", onchange: () => this.update() });
     this.count = el("span", { class: "soft" });
-    this.held = el("span", { class: "soft", hidden: true }, "The order is held while you are in the table.");
+    this.held = el("span", { class: "soft", hidden: true }, "The order does not change while you are in the table.");
     const hold = (isHeld) => () => {
       this.#isHeld = isHeld;
       setVisible(this.held, isHeld);

@@ -1,5 +1,5 @@
-// The form of one quota: Unlimited or Specify, limit and burst, for how long and why. Before saving it shows the dry run
-// in words, after saving the new state. Undo discards what was typed, or takes back what was saved.
+// The form of one quota: Unlimited or Specify, limit, burst, duration and reason. Before saving, it shows the result of
+// the dry run; after saving, the new state. Undo discards the typed values, or reverts the last save.
 
 import { call, quotaPath, withQuery } from "./api.js";
 import { el, newId, setAttribute, setText, setVisible } from "./dom.js";
@@ -20,7 +20,7 @@ function limitWords({ limit, burst, unlimited }, { kind, per }) {
 export class QuotaForm {
   #timer = 0;
   #isDirty = false;
-  /** What a request has to contain to take back the last save; `null`: the file's value. */
+  /** The body of a request that reverts the last save; `null`: the file's value is restored. */
   #before;
   #lastDryRun = 0;
 
@@ -35,7 +35,7 @@ export class QuotaForm {
     this.specify = radio("specify");
     this.limit = input({ required: true });
     this.burst = input({ placeholder: "as limit" });
-    this.duration = input({ placeholder: "always", list: "durations" });
+    this.duration = input({ placeholder: "no end", list: "durations" });
     this.reason = input({ placeholder: "for the log", maxlength: 200 });
     this.save = el("button", { type: "submit", class: "main" }, "Save");
     this.undo = el("button", { type: "button", onclick: () => this.#undo() }, "Undo");
@@ -53,7 +53,7 @@ export class QuotaForm {
     this.update();
   }
 
-  /** Shows the present state; what somebody is typing stays. */
+  /** Shows the present state. Text that the user is typing stays. */
   update() {
     const { json, isUnlimited } = this.quota;
     const isOverride = json.source === "override";
@@ -176,7 +176,7 @@ export class QuotaForm {
       this.#lastDryRun += 1;
       this.#isDirty = false;
       this.update();
-      return this.#report("Discarded. Nothing was changed.");
+      return this.#report("The typed values are discarded. The limit is unchanged.");
     }
     const before = this.#before ?? null;
     const words = () => `Undone: ${limitWords(this.quota.json, this.quota.json)}${before ? "" : ", as in the file"}.`;
@@ -184,19 +184,19 @@ export class QuotaForm {
   }
 }
 
-/** What a dry run found, in words. */
+/** The result of a dry run as sentences. */
 function dryRunWords(answer, quota, isFor) {
   const what = limitWords(answer, quota);
   const words = [`Not saved yet. With ${what}${isFor ? ` for ${isFor}` : ""}:`];
   const isUnlimited = what === "unlimited";
   if (isUnlimited) words.push("the quota counts and never refuses.");
-  else if (answer.level === 0) words.push("nothing is left at once, so requests are refused until there is room.");
-  else if (answer.level < 0) words.push(`${number(-answer.level)} more than that ${answer.level === -1 ? "is" : "are"} spent already, so requests are refused until there is room.`);
+  else if (answer.level === 0) words.push("nothing would be left now, so requests would be refused until there is room.");
+  else if (answer.level < 0) words.push(`${number(-answer.level)} more than that ${answer.level === -1 ? "is" : "are"} spent already, so requests would be refused until there is room.`);
   else {
     const end = answer.exhausts_at
       ? `at the present rate they are spent in ${duration(Math.max(0, Date.parse(answer.exhausts_at) - Date.now()))} (at ${moment(Date.parse(answer.exhausts_at))}).`
       : "at the present rate they last.";
-    words.push(`${number(answer.level)} left at once; ${end}`);
+    words.push(`${number(answer.level)} would be left now; ${end}`);
   }
   if (typeof answer.refused_last_hour === "number") {
     words.push(answer.refused_last_hour === 0

@@ -1,10 +1,10 @@
-// The table of quotas. Only the rows in sight are elements: of 10,000 quotas some thirty are drawn. A row keeps its
-// element while it is in sight, and its texts and widths change in place.
+// The table of quotas. Only visible rows are elements: of 10,000 quotas some thirty are drawn. A row keeps its element
+// while it is visible, and its texts and widths change in place.
 
 import { el, setAttribute, setText, setVisible } from "./dom.js";
 import { count, duration, momentInZone, number, percent, rate } from "./format.js";
 
-/** Rows drawn above and below what is in sight, so that the keyboard finds a next row. */
+/** Rows drawn above and below the visible ones, so that the keyboard finds a next row. */
 const SPARE_ROWS = 6;
 
 const PERIODS = { second: 1e3, minute: 60e3, hour: 3_600e3, day: 86_400e3, week: 604_800e3, month: 2_592_000e3 };
@@ -40,9 +40,9 @@ export function outlook(quota, now) {
   }
   if (quota.state === "refusing") return ["at its limit", second];
   if (quota.exhaustsAt !== null) {
-    return [quota.exhaustsAt > now ? `spent in ${duration(quota.exhaustsAt - now)}` : "spent in a moment", second];
+    return [quota.exhaustsAt > now ? `spent in ${duration(quota.exhaustsAt - now)}` : "nearly spent", second];
   }
-  if (!json.rate) return [json.used > 0 || json.held > 0 ? "no traffic now" : "untouched", second];
+  if (!json.rate) return [json.used > 0 || json.held > 0 ? "no traffic now" : "unused", second];
   return [isCalendar ? "lasts until it resets" : "lasts at this rate", second];
 }
 
@@ -128,7 +128,7 @@ class Row {
 /** The limit of the file that an override replaces. */
 export const fileLimit = (override) => (override.file_limit === null ? "unlimited" : number(override.file_limit));
 
-/** Who has changed a limit, since when, until when and why. */
+/** The override of a limit as sentences: how it was set, since when, until when and why. */
 export function overrideWords(override) {
   const { by, since, until, reason } = override;
   const at = (text) => new Date(text).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
@@ -170,7 +170,7 @@ export class QuotaRows {
     this.draw();
   }
 
-  /** Draws the rows in sight. */
+  /** Draws the visible rows. */
   draw() {
     const height = parseFloat(getComputedStyle(this.element).getPropertyValue("--row-height")) || 56;
     const top = this.above.getBoundingClientRect().top;

@@ -1,4 +1,4 @@
-// Refusals: the last ones, as they happen, and their causes.
+// Refusals: the last refused requests, as they happen, and their causes.
 
 import { el, setText, setVisible } from "./dom.js";
 import { count, duration, exactMoment, moment, number, percent, quotaName } from "./format.js";
@@ -10,7 +10,7 @@ const DAY_MS = 86_400_000;
 /** Causes that are listed. */
 const MAX_CAUSES = 12;
 
-/** The quota that kept a request waiting for longest. */
+/** The quota of a refusal whose room comes last. */
 function cause(refusal) {
   return refusal.quotas.reduce((worst, quota) => {
     const wait = quota.retry_after_ms ?? Infinity;

@@ -1,4 +1,4 @@
-// Sign-in: the admin token opens a session. The page keeps no token; the session's cookie is not readable by scripts.
+// Sign-in: the admin token opens a session. The page does not keep the token. Scripts cannot read the session's cookie.
 
 import { call } from "./api.js";
 import { el, setText, setVisible } from "./dom.js";

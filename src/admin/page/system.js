@@ -58,7 +58,7 @@ function redisWords(redis) {
 
 function overridesTable({ overrides, enforce = [] }) {
   const limit = (value) => (value === null ? "unlimited" : number(value));
-  const origin = ({ by, since, until, reason }) => [by ?? "–", since ? at(since) : "–", until ? at(until) : "always", reason ?? "–"];
+  const origin = ({ by, since, until, reason }) => [by ?? "–", since ? at(since) : "–", until ? at(until) : "no end", reason ?? "–"];
   const rows = overrides.map((entry) => [
     `${entry.environment} · ${quotaName(entry)}`, limit(entry.limit), limit(entry.file_limit), ...origin(entry),
   ]);
@@ -78,7 +78,7 @@ function auditTable({ entries }) {
   return table("Audit", ["Time", "Action", "Target", "Before", "After", "Reason", "By"].map((title) => ({ title })), rows);
 }
 
-/** A box with a title whose content is loaded; a failure is shown in words. */
+/** A box with a title whose content is loaded. If that fails, the box shows the error message. */
 class Section {
   constructor(title, path, content) {
     this.path = path;
@@ -146,7 +146,7 @@ export function system() {
   function showFaults() {
     const faults = live.config?.faults ?? [];
     setVisible(alert, faults.length > 0);
-    setText(alert.firstChild, "The last change of the config file was refused, and the config before it is in force.");
+    setText(alert.firstChild, "The last change of the config file was refused. The previous config is still in force.");
     alert.lastChild.replaceChildren(...faults.map((fault) => el("li", {}, fault)));
   }
 

@@ -77,7 +77,7 @@ async fn upstream(settings: &Arc<UpstreamSettings>, tls: &Arc<ClientConfig>) -> 
     Part { title, lines: steps.into_iter().map(line).collect() }
 }
 
-/// What is wrong, and which setting decides it.
+/// The result of a step. A fault names the settings to check.
 fn explain(result: Result<String, StepFault>, settings: &UpstreamSettings) -> Result<String, String> {
     let fault = match result {
         Ok(text) => return Ok(text),
@@ -126,7 +126,7 @@ fn explain(result: Result<String, StepFault>, settings: &UpstreamSettings) -> Re
             )
         }
         StepFault::Refused(status @ (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED)) => format!(
-            "{status}: the upstream has no list of models at this path; check the path of {}, unless it never has one",
+            "{status}: the upstream has no list of models at this path; check the path of {}, or ignore this if the upstream serves no such list",
             setting("base_url")
         ),
         StepFault::Refused(status) if status.is_redirection() => format!(

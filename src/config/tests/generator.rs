@@ -57,7 +57,7 @@ impl Generator {
         Value::Object(entries)
     }
 
-    /// Mends what the keys of a section require of each other.
+    /// Makes the keys of a section satisfy the rules between them.
     fn fit(&mut self, section: &str, entries: &mut Map<String, Value>) {
         match section {
             "caller" => {

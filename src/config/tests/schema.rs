@@ -84,7 +84,7 @@ fn every_example_config_names_the_schema_and_is_valid_by_it() {
 }
 
 #[test]
-fn the_schema_refuses_what_has_the_wrong_form() {
+fn the_schema_refuses_values_of_the_wrong_form() {
     for text in [
         with_quota("{ limit: 1.5, per: minute }"),
         with_quota("{ limit: 0, per: minute }"),

@@ -77,7 +77,7 @@ impl Replica {
         known.map_or(OverrideMark::None, |known| OverrideMark::until(known.origin.until))
     }
 
-    /// Adopts the overrides in the reply to a heartbeat, except who set them.
+    /// Adopts the overrides in the reply to a heartbeat, without their origins.
     pub(super) fn follow_overrides(&mut self, reply: &ScriptReply) {
         for (cell, (state, mark)) in reply.states.iter().enumerate() {
             let (limit, burst) = super::session::limit_of(state);
@@ -95,7 +95,7 @@ impl Replica {
         self.overrides_in_redis = value(reply, 2);
     }
 
-    /// The command that reads who set the overrides. `None`: nothing has changed since it was read.
+    /// The command that reads the origins of the overrides. `None`: they have not changed since the last read.
     pub(in crate::ledger) fn origins_command(&mut self, own: Timestamp) -> Option<ScriptCommand> {
         if self.overrides_in_redis == self.overrides_known || self.is_offline() {
             return None;

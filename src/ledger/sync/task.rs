@@ -300,7 +300,7 @@ impl RedisSync {
         None
     }
 
-    /// Reads who set the overrides, if one of them has changed.
+    /// Reads the origins of the overrides, if an override has changed.
     async fn read_origins(&self) -> Option<()> {
         let Some(command) = self.with_replica(|replica| replica.origins_command(clock::now())) else {
             return Some(());

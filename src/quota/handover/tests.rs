@@ -51,7 +51,7 @@ fn levels(quotas: &mut Quotas, now: Timestamp) -> Vec<(String, i64, u64, u64)> {
 
 proptest! {
     #[test]
-    fn counters_that_change_hands_settle_as_if_they_had_stayed(
+    fn counters_that_a_new_process_takes_over_settle_as_before(
         requests in prop::collection::vec((0..60_u64, 0..60_u64, 0..90_u64, any::<bool>()), 1..9),
         hand_over_at in 0..2 * MINUTE,
         step in 0..MINUTE,
@@ -87,7 +87,7 @@ proptest! {
     }
 
     #[test]
-    fn what_an_ended_process_has_not_settled_is_charged_in_full(
+    fn unsettled_amounts_of_an_ended_process_are_charged_in_full(
         requests in prop::collection::vec((0..60_u64, 0..60_u64, any::<bool>()), 1..9),
     ) {
         let caller: Arc<str> = "web".into();

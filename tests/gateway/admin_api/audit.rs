@@ -1,4 +1,4 @@
-//! `GET /api/audit`: who did what.
+//! `GET /api/audit`: the actions of administrators.
 
 use super::{TOKEN, bearer, gateway, request, sign_in};
 use crate::support::*;
@@ -28,7 +28,7 @@ async fn actions_are_recorded_with_their_sender_and_survive_a_restart() {
     assert_eq!(request(&first, "POST", "/api/environments/production/reset", &headers, "").await.status, 200);
     assert_eq!(request(&first, "POST", "/api/config/reload", &bearer(TOKEN), "").await.status, 422);
     assert_eq!(request(&first, "DELETE", "/api/session", &headers, "").await.status, 204);
-    // What only reads, and what is refused, is no action.
+    // Requests that only read and refused requests are not recorded.
     assert_eq!(request(&first, "GET", "/api/environments", &bearer(TOKEN), "").await.status, 200);
     assert_eq!(
         request(&first, "POST", "/api/environments/other/reset", &bearer(TOKEN), "").await.status,

@@ -90,7 +90,7 @@ async fn with_short_timeouts(upstream: &Upstream) -> Gateway {
     Gateway::with_timeouts(upstream, "", ENVIRONMENTS, timeouts).await
 }
 
-/// What must not change, whatever is sent.
+/// The state that no request of these tests may change.
 async fn state(gateway: &Gateway) -> Value {
     let environment = gateway.environment().await;
     let quota = &environment["quotas"][0];
@@ -185,7 +185,7 @@ async fn a_body_of_100_mb_is_refused_without_being_read() {
             let (sent, received) = soon("a refusal", async { tokio::join!(write, read) }).await;
             let status = String::from_utf8_lossy(&received).get(9..12).unwrap_or_default().to_owned();
             assert_eq!(status, "413", "{method} {target} {framing}");
-            // What the buffers of the sockets take, and 32 MiB at most for a request to explain.
+            // The buffers of the sockets take a part; a request to explain may have 32 MiB.
             let max = if target.starts_with("/api/explain") && is_chunked { 64 << 20 } else { 16 << 20 };
             assert!(sent < max, "{method} {target} {framing}: {sent} bytes were read");
         }
@@ -194,7 +194,7 @@ async fn a_body_of_100_mb_is_refused_without_being_read() {
 }
 
 #[tokio::test]
-async fn a_body_that_comes_too_slowly_is_not_waited_for() {
+async fn a_body_that_arrives_too_slowly_gets_a_408() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = with_short_timeouts(&upstream).await;
     let before = state(&gateway).await;

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 const KEY: &str = "authorization: Bearer sk-some-key-of-web-app\r\n";
 
-/// Checks a value against a schema of the description. `Err`: the place and what is wrong there.
+/// Checks a value against a schema of the description. `Err`: the place and the fault.
 fn validate(root: &Value, schema: &Value, value: &Value, place: &str) -> Result<(), String> {
     let schema = resolve(root, schema);
     if let Some(all) = schema.get("allOf").and_then(Value::as_array) {
@@ -222,7 +222,7 @@ async fn check_events(root: &Value, gateway: &Gateway) -> String {
 }
 
 #[test]
-fn the_validator_finds_what_does_not_fit() {
+fn the_validator_finds_values_that_do_not_fit() {
     let root = json!({ "components": { "schemas": {
         "A": { "type": "object", "required": ["n"], "properties": { "n": { "type": "integer", "minimum": 0 } } },
         "B": { "allOf": [{ "$ref": "#/components/schemas/A" }, { "type": "object", "properties": { "s": { "type": ["string", "null"] } } }] },

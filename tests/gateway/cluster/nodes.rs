@@ -71,7 +71,7 @@ async fn usage_of_one_node_is_visible_at_the_other_when_the_answer_has_arrived()
         let denied = node.chat(&hello(r#""max_tokens":1"#)).await;
         assert_eq!(denied.refusal(), (429, "insufficient_quota".into()));
         assert_eq!(denied.json()["error"]["quotas"][0]["remaining"], 0);
-        // Each node measures what both have spent.
+        // Each node measures the spending of both nodes.
         let rate = node.environment().await["quotas"][0]["rate"].as_f64().unwrap();
         assert!((rate - 1_000.0 / 60.0).abs() < 1e-9, "{rate}");
     }
