@@ -184,7 +184,10 @@ async fn a_request_during_a_shutdown_gets_a_503() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let app = gateway.take();
     let stopped = tokio::task::spawn_blocking(move || app.shutdown());
-    soon("the gateway to drain", async { while gateway.admin_get("/readyz").await.status != 503 {} }).await;
+    soon("the listener to close", async {
+        while tokio::net::TcpStream::connect(gateway.address).await.is_ok() {}
+    })
+    .await;
     caller.send(format!("content-length: {}\r\n\r\n{HELLO}", HELLO.len()).as_bytes()).await;
     let reply = caller.reply().await;
     assert_eq!(reply.refusal(), (503, "shutting_down".into()));

@@ -221,7 +221,8 @@ fn inject_faults(server: &mut Server, dice: &mut Dice) -> [u64; 4] {
 fn read_counters(server: &Server, burst: i64) -> ([i64; 2], [i64; 2], i64) {
     let names: Vec<String> = server.query("HKEYS tollgate:{e}:q");
     let (mut used, mut held) = ([0; 2], [0; 2]);
-    for name in names {
+    // The others are the implicit quotas.
+    for name in names.into_iter().filter(|name| name.contains("total_tokens")) {
         // The script is one word of the command, so it contains tabs instead of spaces.
         let script = "local\tc=cmsgpack.unpack(redis.call('HGET',KEYS[1],ARGV[1]))\treturn{c.whole\tor\tc.used,c.held}";
         let [level_or_used, held_in_cell]: [i64; 2] =

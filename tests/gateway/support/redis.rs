@@ -25,9 +25,14 @@ pub struct Redis {
 static SERVER: OnceLock<Redis> = OnceLock::new();
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
+/// Whether the suite runs on counters in Redis.
+pub fn has_shared_counters() -> bool {
+    std::env::var("TOLLGATE_TEST_STORE").as_deref() == Ok("redis")
+}
+
 /// Replaces the store in a config by the one that the suite runs on.
 pub fn with_store(text: &str) -> String {
-    if std::env::var("TOLLGATE_TEST_STORE").as_deref() != Ok("redis") {
+    if !has_shared_counters() {
         return text.to_owned();
     }
     let server = SERVER.get_or_init(Redis::start);
