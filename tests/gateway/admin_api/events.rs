@@ -217,6 +217,8 @@ async fn a_client_that_reads_slowly_gets_the_newest_state_instead_of_all_updates
         gateway.chat(&hello(r#""max_tokens":2"#)).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+    // The state of so many quotas takes its time.
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let (name, first, _) = slow.next().await.unwrap();
     assert_eq!(name, "snapshot");
     let (name, newest, state) = slow.next().await.unwrap();
