@@ -28,6 +28,7 @@ mod yaml;
 
 use crate::glob::Glob;
 use crate::quota::{Quota, Scope};
+use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -82,6 +83,8 @@ pub struct ServerSettings {
     /// Limits the requests of one peer address, before the gateway parses them. `None` turns the guard off.
     /// Default 1,000 requests per second.
     pub flood_guard: Option<FloodGuard>,
+    /// Networks whose `X-Forwarded-For` names the caller's address. Default: none.
+    pub trusted_proxies: Vec<IpNet>,
     /// After SIGTERM, the gateway still accepts connections for this long. Default 0.
     pub drain_delay: Duration,
     /// At shutdown, the gateway waits this long for requests in flight. Default 30 s.

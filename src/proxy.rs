@@ -4,6 +4,7 @@
 //! the body, the model, the quotas. `exchange` sends the admitted request to the upstream and passes the answer on.
 //! The answer's body, `metered::Metered`, settles the reservation when it ends or is dropped.
 
+mod address;
 mod answer;
 mod body_parser;
 mod call;
@@ -42,6 +43,7 @@ use http::header;
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri, response};
 use hyper::body::Incoming;
+use std::net::IpAddr;
 use std::sync::Arc;
 use tokio_rustls::rustls::ClientConfig;
 
@@ -175,7 +177,11 @@ impl Proxy {
         let mut headers = AddedHeaders { unread, ..AddedHeaders::default() };
 
         // Path and caller.
-        let addressed = self.address(&head, peer, record).map_err(|error| Refusal::new(error, &headers))?;
+        let address =
+            address::of(&head.headers, peer.address.ip(), &self.snapshot.config.server.trusted_proxies);
+        record.address = Some(address);
+        let addressed =
+            self.address(&head, address, record).map_err(|error| Refusal::new(error, &headers))?;
         let Some((route, caller)) = addressed else { return Ok(None) };
         let environment = &self.snapshot.config.environments[caller.environment];
         let context = &self.snapshot.contexts[caller.environment];
@@ -189,7 +195,7 @@ impl Proxy {
         headers.unread = UnreadBody::None;
         peer.on_body_received();
         let received = Stopwatch::start();
-        let call = call::parse(self, caller, &route, &head, peer.address.ip(), body)
+        let call = call::parse(self, caller, &route, &head, address, body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         call.describe(record);
@@ -239,10 +245,10 @@ impl Proxy {
     fn address<'h>(
         &self,
         head: &'h Parts,
-        peer: &Peer,
+        address: IpAddr,
         record: &mut Record,
     ) -> Result<Option<(Route<'h>, IdentifiedCaller)>, ProxyError> {
-        if let Some(Err(wait)) = self.snapshot.flood.as_ref().map(|flood| flood.check(peer.address.ip())) {
+        if let Some(Err(wait)) = self.snapshot.flood.as_ref().map(|flood| flood.check(address)) {
             return Err(ProxyError::FloodGuard { wait });
         }
         if self.state.is_draining() {

@@ -10,6 +10,7 @@ mod summaries;
 use crate::clock::Stopwatch;
 use crate::estimate::EstimateSource;
 use crate::quota::{Amounts, Shortfall};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,6 +82,8 @@ pub(crate) struct Record {
     started: Stopwatch,
     /// The upstream's request id, or one of [`RequestIds`].
     pub(crate) request_id: String,
+    /// The caller's address. Behind a trusted proxy, the address that it reports.
+    pub(crate) address: Option<IpAddr>,
     /// Name of the environment. Empty until it is identified.
     pub(crate) environment: Arc<str>,
     /// The caller's name. `None` in an open environment.
@@ -128,6 +131,7 @@ impl Record {
             metrics,
             started: Stopwatch::start(),
             request_id: String::new(),
+            address: None,
             environment: "".into(),
             caller: None,
             api: "none",

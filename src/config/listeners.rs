@@ -1,10 +1,13 @@
 //! `server` and `admin`: the two listeners.
 
-use super::description::{ADDRESS, DefaultSpec, KeySpec, NONE, PATH, SECRET, SectionSpec, ValueSpec, Word};
+use super::description::{
+    ADDRESS, DefaultSpec, KeySpec, NONE, PATH, SECRET, SectionSpec, TextSpec, ValueSpec, Word,
+};
 use super::setting::{Section, Setting};
 use super::tree::YamlValue;
 use super::{AdminSettings, FloodGuard, ServerSettings, TlsFiles, units};
-use std::net::{Ipv4Addr, SocketAddr};
+use ipnet::IpNet;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 pub(super) const SERVER: SectionSpec = SectionSpec {
@@ -44,6 +47,12 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
             "maximum rate of requests per peer address (IPv6: per /64). The gateway checks it before it reads a request; further requests get a 429",
         ),
         KeySpec::new(
+            "trusted_proxies",
+            ValueSpec::List(&NETWORK),
+            NONE,
+            "networks of proxies in front of the gateway, such as `10.0.0.0/8`. If a request comes from one of them, the last address of its `X-Forwarded-For` that is not in these networks is the caller's address, for the flood guard, the log and the estimates. Without this key, and from any other address, the header is ignored",
+        ),
+        KeySpec::new(
             "tls",
             ValueSpec::Section(&TLS),
             NONE,
@@ -51,6 +60,9 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
         ),
     ],
 };
+
+const NETWORK: ValueSpec =
+    ValueSpec::Text(TextSpec { label: "network", pattern: r"^[0-9A-Fa-f.:]+(/[0-9]{1,3})?$" });
 
 const FLOOD_GUARD: SectionSpec = SectionSpec {
     name: "flood_guard",
@@ -133,6 +145,7 @@ fn server(top: &Section<'_>) -> ServerSettings {
             None => Some(FloodGuard { requests: 1_000, per: Duration::from_secs(1), guards_loopback: false }),
             Some(setting) => flood_guard(&setting),
         },
+        trusted_proxies: section.get("trusted_proxies").map(|s| networks(&s)).unwrap_or_default(),
         drain_delay: section.duration("drain_delay"),
         drain_timeout: section.duration("drain_timeout"),
         tls: section.get("tls").and_then(|s| tls_files(&s)),
@@ -145,6 +158,17 @@ fn body_size(setting: &Setting<'_>) -> Option<usize> {
         setting.fault("0 would refuse every request that has a body");
     }
     Some(size)
+}
+
+/// Networks, or single addresses.
+fn networks(setting: &Setting<'_>) -> Vec<IpNet> {
+    let network = |text: &str| {
+        let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
+        text.parse::<IpNet>().ok().or_else(address).map(|network| network.trunc())
+    };
+    let expected = "a network or an address, such as 10.0.0.0/8, 2001:db8::/32 or 192.0.2.7";
+    let items = setting.list().unwrap_or_default();
+    items.iter().filter_map(|item| item.parsed(network, expected)).collect()
 }
 
 /// `0`, or `{ requests, per }`.

@@ -8,7 +8,7 @@ use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use std::net::IpAddr;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +18,10 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 const MIN_ADDRESSES_TO_SWEEP: usize = 4_096;
 /// One in this many calls checks whether a sweep is due.
 const CALLS_PER_SWEEP_CHECK: u32 = 1_024;
+/// With more addresses than this, new ones share counters, so that invented addresses cannot fill the memory.
+const MAX_ADDRESSES: usize = 65_536;
+/// Counters that addresses share if there are too many of them.
+const SHARED_COUNTERS: u64 = 4_096;
 
 /// Limits requests by address.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub(super) struct FloodLimiter {
     guard: FloodGuard,
     clock: DefaultClock,
     calls: AtomicU32,
+    /// Whether there are more than [`MAX_ADDRESSES`].
+    is_full: AtomicBool,
     last_sweep: Mutex<Stopwatch>,
 }
 
@@ -39,6 +45,7 @@ impl FloodLimiter {
             guard,
             clock: DefaultClock::default(),
             calls: AtomicU32::new(0),
+            is_full: AtomicBool::new(false),
             last_sweep: Mutex::new(Stopwatch::start()),
         })
     }
@@ -54,12 +61,16 @@ impl FloodLimiter {
         if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(CALLS_PER_SWEEP_CHECK) {
             self.sweep();
         }
-        let Err(not_until) = self.limiter.check_key(&key(peer)) else { return Ok(()) };
+        let key = key(peer);
+        let key = if self.is_full.load(Ordering::Relaxed) { shared_key(key) } else { key };
+        let Err(not_until) = self.limiter.check_key(&key) else { return Ok(()) };
         Err(not_until.wait_time_from(self.clock.now()))
     }
 
     fn sweep(&self) {
-        if self.limiter.len() < MIN_ADDRESSES_TO_SWEEP {
+        let addresses = self.limiter.len();
+        self.is_full.store(addresses > MAX_ADDRESSES, Ordering::Relaxed);
+        if addresses < MIN_ADDRESSES_TO_SWEEP {
             return;
         }
         let mut last_sweep = self.last_sweep.lock().unwrap_or_else(PoisonError::into_inner);
@@ -67,6 +78,7 @@ impl FloodLimiter {
             *last_sweep = Stopwatch::start();
             drop(last_sweep);
             self.limiter.retain_recent();
+            self.limiter.shrink_to_fit();
         }
     }
 }
@@ -77,6 +89,12 @@ fn key(peer: IpAddr) -> u64 {
         IpAddr::V4(v4) => u64::from(v4.to_bits()),
         IpAddr::V6(v6) => u64::try_from(v6.to_bits() >> 64).unwrap_or(0) | 1 << 63,
     }
+}
+
+/// The counter of an address that has none of its own. No address has this key.
+fn shared_key(key: u64) -> u64 {
+    let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    mixed % SHARED_COUNTERS | 1 << 62
 }
 
 #[cfg(test)]
@@ -105,6 +123,19 @@ mod tests {
         let admitted = (0..10).filter(|n| flood.check(format!("2001:db8::{n}").parse().unwrap()).is_ok());
         assert_eq!(admitted.count(), 2);
         assert!(flood.check("2001:db8:0:1::1".parse().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn a_million_invented_addresses_have_a_bounded_number_of_counters() {
+        let flood = guard(1, true);
+        let most = u32::try_from(MAX_ADDRESSES).unwrap();
+        let admitted = (0..1_000_000u32).filter(|n| flood.check(IpAddr::V4((*n).into())).is_ok()).count();
+        let bound =
+            MAX_ADDRESSES + CALLS_PER_SWEEP_CHECK as usize + usize::try_from(SHARED_COUNTERS).unwrap();
+        assert!(flood.limiter.len() <= bound, "{}", flood.limiter.len());
+        assert!(admitted <= bound, "{admitted}");
+        // An address that has a counter is limited as before, also if it now shares one.
+        assert!(flood.check(IpAddr::V4((most * 10).into())).is_err());
     }
 
     #[test]

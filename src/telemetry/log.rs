@@ -72,6 +72,7 @@ pub(super) fn request(record: &Record, elapsed: Duration) {
         line.add("level", "INFO");
         line.add("target", "tollgate::request");
         line.add("request_id", &*record.request_id);
+        line.add_if_any("address", record.address);
         line.add("environment", &*record.environment);
         line.add("caller", record.caller.as_deref());
         line.add("api", record.api);

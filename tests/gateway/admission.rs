@@ -429,6 +429,38 @@ async fn the_flood_guard_refuses_requests_before_they_are_parsed() {
 }
 
 #[tokio::test]
+async fn behind_a_trusted_proxy_the_flood_guard_counts_the_callers_address() {
+    let upstream = Upstream::always(Answer::chat(8, 1)).await;
+    for (trusted, statuses) in [
+        ("['127.0.0.0/8', '10.0.0.0/8']", [200, 429, 200, 429, 429]),
+        ("['10.0.0.0/8']", [200, 429, 429, 429, 429]),
+    ] {
+        let text = format!(
+            "server: {{ listen: '127.0.0.1:0', flood_guard: {{ requests: 1, per: hour }}, trusted_proxies: {trusted} }}\n\
+             admin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://{}/v1' }} }}\n\
+             environments: {{ e: {{ upstream: u }} }}\ndefault_environment: e\nstore: {{ memory: true }}",
+            upstream.address
+        );
+        let gateway = Gateway::from_config(&text).await;
+        let forwarded = [
+            "203.0.113.1",
+            "203.0.113.1",
+            "203.0.113.2",
+            // The first entry is the caller's invention.
+            "203.0.113.9, 203.0.113.2",
+            "203.0.113.2, 10.1.1.1",
+        ];
+        for (line, status) in forwarded.iter().zip(statuses) {
+            let header = format!("x-forwarded-for: {line}\r\n");
+            let reply = gateway.send("POST", CHAT, &header, HELLO).await;
+            assert_eq!(reply.status, status, "{trusted} {line}");
+        }
+    }
+    // The header is not forwarded.
+    assert!(upstream.seen().iter().all(|seen| !format!("{seen:?}").contains("203.0.113")));
+}
+
+#[tokio::test]
 async fn the_flood_guard_does_not_limit_loopback_by_default() {
     let upstream = Upstream::always(Answer::chat(8, 1)).await;
     let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 1M, per: minute } }").await;
