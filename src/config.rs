@@ -18,6 +18,7 @@ mod quotas;
 mod schema;
 mod setting;
 mod store;
+mod telemetry;
 mod top;
 mod tree;
 mod units;
@@ -62,6 +63,8 @@ pub struct Config {
     pub models: Vec<ModelRule>,
     /// Where counters are stored.
     pub store: StoreSettings,
+    /// The log and traces.
+    pub telemetry: TelemetrySettings,
     /// When the file was last modified, in milliseconds since the Unix epoch. If the nodes of a cluster have different
     /// limits, the limits of the newest file apply. 0 if the configuration was not read from a file.
     pub file_modified_ms: u64,
@@ -349,6 +352,86 @@ pub enum OnStoreFailure {
     Closed,
     /// Each node admits up to the whole limits.
     Open,
+}
+
+/// `telemetry`: the log and traces.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TelemetrySettings {
+    /// The form of the log. `None`: for people if standard error is a terminal, else JSON.
+    pub log: Option<LogForm>,
+    /// The least severe lines that are written. Default `info`.
+    pub level: LogLevel,
+    /// The requests that have a line in the log. Default `all`.
+    pub requests: RequestLines,
+    /// Where traces are sent. `None`: as the variables of OpenTelemetry say.
+    pub otlp: Option<OtlpSettings>,
+}
+
+/// `telemetry.log`: the form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogForm {
+    /// One JSON object a line.
+    Json,
+    /// Text for people.
+    Human,
+}
+
+/// `telemetry.level`: the least severe lines that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogLevel {
+    /// Failures that need an operator.
+    Error,
+    /// Also what is probably not intended.
+    Warn,
+    /// Also requests and changes.
+    Info,
+    /// Also single steps of the gateway.
+    Debug,
+    /// Also its smallest steps.
+    Trace,
+}
+
+impl LogLevel {
+    /// All levels, the most severe first.
+    pub(crate) const ALL: [Self; 5] = [Self::Error, Self::Warn, Self::Info, Self::Debug, Self::Trace];
+
+    /// The level with this name.
+    pub(crate) fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|level| level.as_str() == name)
+    }
+
+    /// The name in the config and in the admin API.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// `telemetry.requests`: the requests that have a line in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestLines {
+    /// All requests.
+    All,
+    /// Requests without a complete, successful answer.
+    Errors,
+    /// No request.
+    None,
+}
+
+/// `telemetry.otlp`: where traces are sent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OtlpSettings {
+    /// The URL that takes traces. `None`: as the variables of OpenTelemetry say.
+    pub endpoint: Option<http::Uri>,
+    /// Headers of each request to the collector.
+    pub headers: http::HeaderMap,
+    /// The share of requests that are traced, from 0 to 1. `None`: as the variables of OpenTelemetry say.
+    pub sample: Option<f64>,
 }
 
 /// A string that must not be printed. `Debug` prints `***`; the type has no `Display` and no `Serialize`.

@@ -62,6 +62,7 @@ pub(crate) fn changes(old: &Config, new: &Config) -> Vec<String> {
         ("default_environment", default(old) != default(new)),
         ("models", old.models != new.models),
         ("store", old.store != new.store),
+        ("telemetry", old.telemetry != new.telemetry),
     ] {
         if differs {
             lines.push(format!("{section} changed"));

@@ -5,7 +5,9 @@ use super::fault::{Fault, Faults, Findings};
 use super::setting::{Section, Setting};
 use super::top::TOP;
 use super::{Config, EffectiveConfig, Environment};
-use super::{environments, listeners, models, overrides, store, unsupported, upstreams, variables, yaml};
+use super::{
+    environments, listeners, models, overrides, store, telemetry, unsupported, upstreams, variables, yaml,
+};
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -103,6 +105,7 @@ fn read(root: &Setting<'_>) -> Option<Config> {
     let default_environment = default_environment(&top, &environments);
     let models = models::read(&top);
     let store = store::read(&top);
+    let telemetry = telemetry::read(&top);
     unsupported::warn_unsupported(&top);
     let file_modified_ms = 0;
     Some(Config {
@@ -113,6 +116,7 @@ fn read(root: &Setting<'_>) -> Option<Config> {
         default_environment,
         models,
         store,
+        telemetry,
         file_modified_ms,
         file: None,
         value_files: Vec::new(),

@@ -1,7 +1,7 @@
 //! The sections of the whole config.
 
 use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, TextSpec, ValueSpec, text};
-use super::{environments, listeners, models, store, upstreams};
+use super::{environments, listeners, models, store, telemetry, upstreams};
 
 /// The whole config.
 pub(super) const TOP: SectionSpec = SectionSpec {
@@ -51,6 +51,12 @@ pub(super) const TOP: SectionSpec = SectionSpec {
             ValueSpec::Section(&store::STORE),
             DefaultSpec::Section,
             "where counters and usage are stored",
+        ),
+        KeySpec::new(
+            "telemetry",
+            ValueSpec::Section(&telemetry::TELEMETRY),
+            DefaultSpec::Section,
+            "the log and traces",
         ),
     ],
 };

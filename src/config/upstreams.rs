@@ -94,7 +94,7 @@ const TIMEOUTS: SectionSpec = SectionSpec {
 };
 
 /// Headers that the config must not set: hop-by-hop headers, and headers that the gateway sets itself.
-const RESERVED_HEADERS: &[&str] = &[
+pub(super) const RESERVED_HEADERS: &[&str] = &[
     "accept-encoding",
     "connection",
     "content-length",

@@ -67,7 +67,9 @@ environments:
 ";
     assert!(printed.starts_with(expected), "{printed}");
     assert!(
-        printed.ends_with("store:\n  path: data/tollgate.db\n  history: 35d\n  memory: false\n"),
+        printed.ends_with(
+            "store:\n  path: data/tollgate.db\n  history: 35d\n  memory: false\ntelemetry:\n  level: info\n  requests: all\n"
+        ),
         "{printed}"
     );
 }

@@ -111,6 +111,9 @@ impl Generator {
                 .pick(&["redis://r", "rediss://me:a-pass@word@r:1/2?ca_file=/a", "redis+sentinel://:p@a,b/m"])
                 .into(),
             ("redis", "timeout") => self.pick(&["20ms", "1.5s", "second"]).into(),
+            ("otlp", "endpoint") => self.pick(&["http://c:4318", "HTTPS://[::1]/otlp/v1/traces"]).into(),
+            ("otlp", "headers") => json!({"x-key": "a-key-of-the-collector"}),
+            ("otlp", "sample") => self.pick(&[json!(0), json!(0.25), json!("1.0")]),
             ("reserve", "quantile") => self.pick(&[json!(0.5), json!("0.95"), json!(0.001)]),
             _ => return None,
         })
