@@ -85,8 +85,8 @@ impl Upstream {
 
     /// Sends a request and waits for the head of its answer.
     ///
-    /// A request that is lost on a reused connection is retried once, on a new connection. It is never retried after
-    /// a byte of its answer has arrived, nor after it was sent on a new connection.
+    /// A request is retried once, on a new connection, if it is lost on a reused connection, or if the upstream has
+    /// certainly not processed it. It is never retried after a byte of its answer has arrived.
     ///
     /// `observe_sent` is called with `true` before the first byte is written, and with `false` if the request
     /// turns out not to have been processed, or is about to be retried.
@@ -99,24 +99,35 @@ impl Upstream {
         started: Stopwatch,
         observe_sent: &mut (dyn FnMut(bool) + Send),
     ) -> Result<(response::Parts, Incoming), SendError> {
+        let mut may_retry = true;
         if let Some(reused) = self.reuse() {
             observe_sent(true);
             match self.exchange(reused, request, started).await {
-                Err(SendError::Broken(error)) if error.is_retriable_if_reused() => {
-                    tracing::debug!(%error, upstream = self.settings.name, "a request is retried on a new connection");
+                Err(SendError::Broken(error)) if error.is_retriable_if_reused() => self.log_retry(&error),
+                done => return done,
+            }
+            observe_sent(false);
+            may_retry = false;
+        }
+        loop {
+            // Boxed because connecting is rare and its state is large: every request's future would have room for it.
+            let connected = Box::pin(self.connect(started)).await?;
+            observe_sent(true);
+            match Box::pin(self.exchange(connected, request, started)).await {
+                Err(SendError::Broken(error)) if error.is_not_processed() => {
                     observe_sent(false);
+                    if !std::mem::take(&mut may_retry) {
+                        return Err(SendError::Broken(error));
+                    }
+                    self.log_retry(&error);
                 }
                 done => return done,
             }
         }
-        // Boxed because connecting is rare and its state is large: every request's future would have room for it.
-        let connected = Box::pin(self.connect(started)).await?;
-        observe_sent(true);
-        let answer = Box::pin(self.exchange(connected, request, started)).await;
-        if matches!(&answer, Err(SendError::Broken(error)) if error.is_not_processed()) {
-            observe_sent(false);
-        }
-        answer
+    }
+
+    fn log_retry(&self, error: &ExchangeError) {
+        tracing::debug!(%error, upstream = self.settings.name, "a request is retried on a new connection");
     }
 
     /// A connection that is open already.
@@ -157,7 +168,7 @@ impl Upstream {
         if left < step { (left, SendError::Timeout("total", total)) } else { (step, error) }
     }
 
-    /// Opens a new connection. If the upstream closes it during the handshake, opens one more.
+    /// Opens a new connection. If the upstream refuses it, or closes it during the handshake, opens one more.
     async fn connect(&self, started: Stopwatch) -> Result<Connected, SendError> {
         let connect = self.settings.timeouts.connect;
         let (limit, out_of_time) = self.bound(started, connect, SendError::ConnectTimeout);
@@ -186,11 +197,12 @@ impl Upstream {
     }
 }
 
-/// Whether a connection was closed or reset.
+/// Whether a connection was refused, closed or reset.
 fn is_disconnect(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        ErrorKind::ConnectionReset
+        ErrorKind::ConnectionRefused
+            | ErrorKind::ConnectionReset
             | ErrorKind::ConnectionAborted
             | ErrorKind::BrokenPipe
             | ErrorKind::UnexpectedEof

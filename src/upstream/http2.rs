@@ -35,9 +35,12 @@ pub(super) struct Http2Timeouts {
 
 /// The shared connection to an upstream, if there is one.
 pub(super) struct Http2Client {
-    current: Arc<Mutex<Option<Http2Connection>>>,
+    current: SharedConnection,
     timeouts: Http2Timeouts,
 }
+
+/// The connection that new requests use. `None`: there is none yet, or the last one was idle for too long.
+type SharedConnection = Arc<Mutex<Option<Http2Connection>>>;
 
 /// A connection, which can carry any number of streams.
 #[derive(Clone)]
@@ -71,6 +74,8 @@ struct WholeBody(Bytes);
 pub(super) struct Http2Stream {
     sender: http2::SendRequest<WholeBody>,
     guard: StreamGuard,
+    /// Where other requests find a new connection, once the request that opened it is sent.
+    publishes_to: Option<SharedConnection>,
 }
 
 impl Body for WholeBody {
@@ -107,7 +112,8 @@ impl Http2Client {
             .map(Http2Connection::stream)
     }
 
-    /// Opens a connection over `stream` and makes it the current one. The previous connection is closed when its last
+    /// Opens a connection over `stream`. It becomes the current one when the request of the returned stream is sent: if
+    /// that request is a retry, no other request gets the first stream. The previous connection is closed when its last
     /// stream ends.
     pub(super) async fn open(
         &self,
@@ -125,9 +131,8 @@ impl Http2Client {
             .await?;
         let activity = Arc::new(Activity::new());
         let connection = Http2Connection { sender, activity: activity.clone() };
-        let stream = connection.stream();
         let current = self.current.clone();
-        *lock(&current) = Some(connection);
+        let stream = Http2Stream { publishes_to: Some(current.clone()), ..connection.stream() };
         tokio::spawn(async move {
             let mut driver = pin!(driver);
             let ended = tokio::select! {
@@ -169,7 +174,8 @@ fn lock(current: &Mutex<Option<Http2Connection>>) -> MutexGuard<'_, Option<Http2
 impl Http2Connection {
     fn stream(&self) -> Http2Stream {
         self.activity.streams.fetch_add(1, Ordering::Relaxed);
-        Http2Stream { sender: self.sender.clone(), guard: StreamGuard(self.activity.clone()) }
+        let guard = StreamGuard(self.activity.clone());
+        Http2Stream { sender: self.sender.clone(), guard, publishes_to: None }
     }
 }
 
@@ -219,7 +225,12 @@ impl Http2Stream {
         let headers = request.headers.iter().cloned().map(|(name, value)| (Some(name), value));
         message.headers_mut().extend(headers);
         self.sender.ready().await.map_err(ExchangeError::not_processed)?;
-        let answer = self.sender.send_request(message).await.map_err(failure)?;
+        let answer = self.sender.send_request(message);
+        if let Some(current) = self.publishes_to.take() {
+            let activity = self.guard.0.clone();
+            *lock(&current) = Some(Http2Connection { sender: self.sender.clone(), activity });
+        }
+        let answer = answer.await.map_err(failure)?;
         let (parts, body) = answer.into_parts();
         Ok((parts, Http2Body { body, _stream: self.guard }))
     }

@@ -22,6 +22,7 @@ mod fixtures;
 mod hostile_configs;
 mod keys;
 mod limits;
+mod lost_connections;
 mod man_pages;
 mod operations;
 mod overrides;

@@ -130,6 +130,18 @@ async fn a_stream_refused_on_a_reused_connection_is_retried_once_and_charged_onc
 }
 
 #[tokio::test]
+async fn a_stream_refused_on_a_fresh_connection_is_retried_once() {
+    for (act, status, charges) in [("refuse-once", 200, [1, 8, 1, 9]), ("refuse-always", 502, [0, 0, 0, 0])] {
+        let server = Server::start(b"h2").await;
+        let gateway = gateway(&server, true, "").await;
+        let reply = gateway.chat(&stream_with(act)).await;
+        assert_eq!(reply.status, status, "{act} {}", reply.text());
+        assert_eq!((server.requests(), server.connections()), (2, 2), "{act}");
+        assert_eq!(gateway.settled_charges().await, charges, "{act}");
+    }
+}
+
+#[tokio::test]
 async fn a_connection_that_is_closed_during_the_tls_handshake_is_opened_once_more() {
     let server = Server::start(b"h2").await;
     let gateway = gateway(&server, true, "").await;

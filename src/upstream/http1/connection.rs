@@ -1,16 +1,42 @@
 //! One HTTP/1.1 connection and its read buffer.
 
 use bytes::BytesMut;
+use rustix::net::RecvFlags;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
 
 const READ_BYTES: usize = 16 * 1024;
 
 /// A TCP or TLS stream.
-pub(in crate::upstream) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+pub(in crate::upstream) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Whether the kernel has received nothing that was not read: no bytes, no end of the stream, and no error. `poll_read`
+    /// alone does not answer that, because the runtime may not have looked at its sockets since.
+    fn has_received_nothing(&self) -> bool;
+}
+
+impl ByteStream for TcpStream {
+    fn has_received_nothing(&self) -> bool {
+        let peeked = rustix::net::recv(self, &mut [0u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        matches!(peeked, Err(rustix::io::Errno::AGAIN))
+    }
+}
+
+impl ByteStream for TlsStream<TcpStream> {
+    fn has_received_nothing(&self) -> bool {
+        self.get_ref().0.has_received_nothing()
+    }
+}
+
+#[cfg(test)]
+impl ByteStream for tokio::io::DuplexStream {
+    fn has_received_nothing(&self) -> bool {
+        true
+    }
+}
 
 /// One connection to an upstream.
 pub(in crate::upstream) struct Http1Connection {
@@ -25,8 +51,14 @@ impl Http1Connection {
     }
 
     /// Whether an idle connection can be reused: the upstream has neither closed it nor sent anything.
-    pub(super) fn is_quiet(&mut self) -> bool {
-        self.poll_read(&mut Context::from_waker(Waker::noop())).is_pending()
+    pub(super) fn can_be_reused(&mut self) -> bool {
+        self.stream.has_received_nothing() && self.is_quiet(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// Whether nothing has arrived on an idle connection. If so, the task of `cx` is woken when something does.
+    pub(super) fn is_quiet(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut byte = [0];
+        Pin::new(&mut self.stream).poll_read(cx, &mut ReadBuf::new(&mut byte)).is_pending()
     }
 
     /// Reads more bytes into the buffer. 0: the upstream has ended the stream, over TLS with a

@@ -3,7 +3,9 @@
 use super::connection::Http1Connection;
 use crate::clock::Stopwatch;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::sleep_until;
@@ -21,8 +23,10 @@ pub(in crate::upstream) struct IdlePool {
 struct IdleConnections {
     /// Each connection with the time since which it is idle. The most recently used one is last.
     connections: VecDeque<(Http1Connection, Stopwatch)>,
-    /// Whether a task runs that closes connections after the idle timeout.
+    /// Whether a task runs that closes connections which the upstream has closed, or whose idle timeout has elapsed.
     has_reaper: bool,
+    /// Wakes that task.
+    reaper: Option<Waker>,
 }
 
 impl IdlePool {
@@ -35,15 +39,20 @@ impl IdlePool {
     pub(in crate::upstream) fn take(&self) -> Option<Http1Connection> {
         loop {
             let (mut connection, since) = self.lock().connections.pop_back()?;
-            if since.elapsed() < self.idle_timeout && connection.is_quiet() {
+            if since.elapsed() < self.idle_timeout && connection.can_be_reused() {
                 return Some(connection);
             }
         }
     }
 
     /// Adds a connection. If the pool is full, the one that was idle longest is closed.
-    pub(super) fn put(&self, connection: Http1Connection) {
+    pub(super) fn put(&self, mut connection: Http1Connection) {
         let mut idle = self.lock();
+        if let Some(reaper) = &idle.reaper
+            && !connection.is_quiet(&mut Context::from_waker(reaper))
+        {
+            return;
+        }
         if idle.connections.len() >= MAX_IDLE_CONNECTIONS {
             idle.connections.pop_front();
         }
@@ -56,11 +65,14 @@ impl IdlePool {
         }
     }
 
-    /// Closes connections after the idle timeout. One task and one timer serve all connections; the task
-    /// ends when the pool is empty.
+    /// Closes connections when their upstream closes them, and after the idle timeout. One task and one timer serve all
+    /// connections; the task ends when the pool is empty.
     async fn reap(self) {
         while let Some(due) = self.close_expired() {
-            sleep_until(due).await;
+            tokio::select! {
+                () = sleep_until(due) => {}
+                () = poll_fn(|cx| self.poll_closed(cx)) => {}
+            }
         }
     }
 
@@ -71,8 +83,19 @@ impl IdlePool {
             idle.connections.pop_front();
         }
         let due = idle.connections.front().map(|(_, since)| since.deadline(self.idle_timeout));
-        idle.has_reaper = due.is_some();
+        if due.is_none() {
+            (idle.has_reaper, idle.reaper) = (false, None);
+        }
         due
+    }
+
+    /// Closes the connections that their upstreams have closed. Ready if there was one.
+    fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut idle = self.lock();
+        idle.reaper = Some(cx.waker().clone());
+        let count = idle.connections.len();
+        idle.connections.retain_mut(|(connection, _)| connection.is_quiet(cx));
+        if idle.connections.len() < count { Poll::Ready(()) } else { Poll::Pending }
     }
 
     fn lock(&self) -> MutexGuard<'_, IdleConnections> {
@@ -101,5 +124,37 @@ mod tests {
             assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
         }
         assert!(pool.take().is_none() && !pool.lock().has_reaper);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_its_upstream_closes_leaves_the_pool_at_once() {
+        let pool = IdlePool::new(Duration::from_mins(1));
+        let mut peers = Vec::new();
+        for _ in 0..3 {
+            let (ours, theirs) = tokio::io::duplex(64);
+            pool.put(Http1Connection::new(Box::new(ours)));
+            peers.push(theirs);
+            tokio::task::yield_now().await;
+        }
+        for left in (0..3).rev() {
+            drop(peers.remove(0));
+            while pool.lock().connections.len() > left {
+                tokio::task::yield_now().await;
+            }
+        }
+        while pool.lock().has_reaper {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_not_reused_after_its_upstream_has_closed_it() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let pool = IdlePool::new(Duration::from_mins(1));
+        let ours = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        pool.put(Http1Connection::new(Box::new(ours)));
+        // The runtime does not look at its sockets between this and the reuse.
+        drop(listener.accept().unwrap());
+        assert!(pool.take().is_none());
     }
 }

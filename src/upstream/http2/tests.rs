@@ -75,9 +75,10 @@ async fn a_connection_is_closed_after_its_idle_timeout_but_not_while_it_has_a_st
     let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: SHORT };
     let (client, stream, server) = connected(timeouts).await;
     let server = tokio::spawn(serve(server, answer));
+    let answer = exchange(stream).await.unwrap();
     sleep(3 * SHORT).await;
     assert!(client.reuse().is_some(), "it has a stream");
-    drop(exchange(stream).await.unwrap());
+    drop(answer);
     assert!(client.reuse().is_some(), "it was used just now");
     timeout(SOON, server).await.expect("the connection is closed").unwrap();
     assert!(client.reuse().is_none());
