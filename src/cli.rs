@@ -39,8 +39,8 @@ enum CliCommand {
     Demo,
     /// Validates the config and prints every fault with its location and how to fix it
     Check(check::CheckArguments),
-    /// Prints the JSON Schema of the config, for editors
-    Schema,
+    /// Prints the JSON Schema of the config, for editors, or the reference of its keys
+    Schema(schema::SchemaArguments),
     /// Prints the prompt token estimate of a request body
     Count(count::CountArguments),
     /// Replays a trace of requests through the quotas of the config and compares reservation modes
@@ -76,7 +76,7 @@ pub fn run() -> ExitCode {
         CliCommand::Serve => serve::run(config),
         CliCommand::Demo => demo::run(),
         CliCommand::Check(arguments) => check::run(config, &arguments),
-        CliCommand::Schema => schema::run(),
+        CliCommand::Schema(arguments) => schema::run(&arguments),
         CliCommand::Count(arguments) => count::run(config, &arguments),
         CliCommand::Simulate(arguments) => simulate::run(config, &arguments),
         CliCommand::Usage(arguments) => usage::run(config, &arguments),

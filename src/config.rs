@@ -15,6 +15,7 @@ mod load;
 mod models;
 mod overrides;
 mod quotas;
+mod reference;
 mod schema;
 mod setting;
 mod store;
@@ -43,6 +44,7 @@ pub use effective::EffectiveConfig;
 pub use fault::{Fault, Faults};
 pub(crate) use load::load;
 pub use load::{Loaded, parse};
+pub(crate) use reference::reference;
 pub(crate) use schema::schema;
 pub(crate) use units::{amount, duration};
 

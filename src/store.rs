@@ -36,7 +36,7 @@ use database::{Database, Used};
 pub(crate) use database::{StoredEnforce, StoredOverride, StoredOverrides};
 pub use usage_intervals::read as read_usage_intervals;
 pub(crate) use usage_report::{
-    ReportColumn, ReportQuery, ReportRow, ReportStep, parse_columns, parse_moment, parse_step,
+    ReportColumn, ReportQuery, ReportRow, ReportStep, TooManyRows, parse_columns, parse_moment, parse_step,
     read as read_usage, to_csv,
 };
 

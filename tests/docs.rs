@@ -92,3 +92,91 @@ fn every_key_of_the_example_configs_is_documented() {
         );
     }
 }
+
+/// The codes of the table of errors below a heading of docs/errors.md, each with its status.
+fn documented_codes(heading: &str) -> BTreeSet<(String, String)> {
+    let document = fs::read_to_string(root().join("docs/errors.md")).unwrap();
+    let section = document.split(&format!("\n## {heading}\n")).nth(1).unwrap();
+    let table = section.split("\n\n").find(|part| part.trim_start().starts_with("| status")).unwrap();
+    let header: Vec<&str> = table.trim_start().lines().next().unwrap().split('|').map(str::trim).collect();
+    let column = header.iter().position(|name| *name == "`code`").unwrap();
+    let mut codes = BTreeSet::new();
+    for row in table.trim_start().lines().skip(2) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let names = cells[column].split(", ").map(|name| name.trim_matches('`').to_owned());
+        codes.extend(names.map(|name| (cells[1].to_owned(), name)));
+    }
+    codes
+}
+
+/// All sources of a module: `src/NAME.rs`, and the files in `src/NAME/`.
+fn sources(module: &str) -> String {
+    fn add(path: &Path, text: &mut String) {
+        if path.is_dir() {
+            fs::read_dir(path).unwrap().for_each(|entry| add(&entry.unwrap().path(), text));
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let source = fs::read_to_string(path).unwrap();
+            text.push_str(source.split("#[cfg(test)]\nmod tests {").next().unwrap());
+        }
+    }
+    let mut text = String::new();
+    add(&root().join(format!("src/{module}.rs")), &mut text);
+    add(&root().join(format!("src/{module}")), &mut text);
+    text
+}
+
+/// The pairs of a status and a code in source text: `S::NOT_FOUND, INVALID, "unknown_path"`.
+fn codes_in(source: &str) -> BTreeSet<(String, String)> {
+    const STATUSES: [(&str, &str); 18] = [
+        ("BAD_REQUEST", "400"),
+        ("UNAUTHORIZED", "401"),
+        ("FORBIDDEN", "403"),
+        ("NOT_FOUND", "404"),
+        ("METHOD_NOT_ALLOWED", "405"),
+        ("REQUEST_TIMEOUT", "408"),
+        ("CONFLICT", "409"),
+        ("LENGTH_REQUIRED", "411"),
+        ("PAYLOAD_TOO_LARGE", "413"),
+        ("URI_TOO_LONG", "414"),
+        ("UNSUPPORTED_MEDIA_TYPE", "415"),
+        ("UNPROCESSABLE_ENTITY", "422"),
+        ("TOO_MANY_REQUESTS", "429"),
+        ("REQUEST_HEADER_FIELDS_TOO_LARGE", "431"),
+        ("INTERNAL_SERVER_ERROR", "500"),
+        ("BAD_GATEWAY", "502"),
+        ("SERVICE_UNAVAILABLE", "503"),
+        ("GATEWAY_TIMEOUT", "504"),
+    ];
+    let is_code = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    let mut codes = BTreeSet::new();
+    for rest in source.split("S::").chain(source.split("StatusCode::")).skip(1) {
+        let mut parts = rest.split([',', ')']).map(str::trim);
+        let Some((_, status)) = STATUSES.iter().find(|(name, _)| parts.clone().next() == Some(name)) else {
+            continue;
+        };
+        let texts =
+            parts.by_ref().skip(1).take(2).filter_map(|part| part.strip_prefix('"')?.strip_suffix('"'));
+        // An error of the gateway has a type before its code.
+        if let Some(code) = texts.filter(|text| is_code(text)).last() {
+            codes.insert(((*status).to_owned(), code.to_owned()));
+        }
+    }
+    codes
+}
+
+#[test]
+fn every_error_code_of_the_gateway_is_documented_and_every_documented_code_exists() {
+    let source = sources("error");
+    let codes = codes_in(&source);
+    assert!(codes.len() > 20, "{codes:?}");
+    assert_eq!(documented_codes("Errors of the gateway"), codes);
+}
+
+#[test]
+fn every_error_code_of_the_admin_api_is_documented_and_every_documented_code_exists() {
+    let mut codes = codes_in(&sources("admin"));
+    assert!(codes.len() > 15, "{codes:?}");
+    // The code of a refused reload is not beside its status.
+    codes.insert(("422".to_owned(), "invalid_config".to_owned()));
+    assert_eq!(documented_codes("Errors of the admin API"), codes);
+}

@@ -65,5 +65,9 @@ impl ErrorBody {
 }
 
 pub(super) fn refusal(status: StatusCode, code: &'static str, message: &str) -> Response {
-    (status, Json(ErrorBody::new(code, message))).into_response()
+    let mut body = ErrorBody::new(code, message);
+    if status.is_server_error() {
+        body.error.r#type = "server_error";
+    }
+    (status, Json(body)).into_response()
 }

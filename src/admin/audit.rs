@@ -208,7 +208,7 @@ impl From<AuditEntry> for AuditEntryView {
 #[utoipa::path(get, path = "/api/audit", tag = "access", params(AuditParameters), responses(
     (status = 200, description = "The newest entries.", body = AuditView),
     (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
-    (status = 422, description = "`audit_unavailable`: the store cannot be read.", body = ErrorBody),
+    (status = 503, description = "`audit_unavailable`: the store cannot be read.", body = ErrorBody),
     AccessErrors,
 ))]
 pub(super) async fn audit(State(admin): State<Admin>, query: QueryResult<AuditParameters>) -> Response {
@@ -223,8 +223,10 @@ pub(super) async fn audit(State(admin): State<Admin>, query: QueryResult<AuditPa
         let stored = match read.map_err(anyhow::Error::from).and_then(|entries| entries) {
             Ok(stored) => stored,
             Err(error) => {
-                let message = format!("The audit log cannot be read: {error:#}.");
-                return refusal(StatusCode::UNPROCESSABLE_ENTITY, "audit_unavailable", &message);
+                let message = format!(
+                    "The audit log cannot be read: {error:#}. Check that the file is there and that the gateway may read it."
+                );
+                return refusal(StatusCode::SERVICE_UNAVAILABLE, "audit_unavailable", &message);
             }
         };
         // The store may have written an entry between the two reads.

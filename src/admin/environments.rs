@@ -19,6 +19,14 @@ use serde::Serialize;
 use std::sync::Arc;
 use utoipa::{IntoParams, ToSchema};
 
+/// The environment that a path names.
+#[derive(serde::Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub(super) struct EnvironmentPath {
+    /// The name of the environment.
+    pub(super) environment: String,
+}
+
 /// The query parameters of `GET /api/environments`.
 #[derive(Default, serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields, default)]
@@ -171,7 +179,7 @@ pub(super) fn find(admin: &Admin, name: &str) -> Option<(Arc<Environment>, Arc<A
     get,
     path = "/api/environments/{environment}",
     tag = "quotas",
-    params(("environment" = String, Path, description = "The name of the environment."), EnvironmentsParameters),
+    params(EnvironmentPath, EnvironmentsParameters),
     responses(
         (status = 200, description = "The environment. With `fields`: only these fields.", body = EnvironmentView),
         (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
@@ -181,7 +189,7 @@ pub(super) fn find(admin: &Admin, name: &str) -> Option<(Arc<Environment>, Arc<A
 )]
 pub(super) async fn environment(
     State(admin): State<Admin>,
-    Path(name): Path<String>,
+    Path(EnvironmentPath { environment: name }): Path<EnvironmentPath>,
     query: QueryResult<EnvironmentsParameters>,
 ) -> Response {
     let selection = match read_query(query).and_then(|parameters| Selection::new(&parameters)) {

@@ -1,13 +1,14 @@
 //! Overrides: an administrator changes a limit or `enforce` while the gateway runs, or resets quotas.
 
 mod body;
+mod description;
 mod dry_run;
 pub(super) mod report;
 
 use super::Admin;
-use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
+use super::answers::{AccessErrors, QueryResult, read_query, refusal};
 use super::audit::{self, Action, Actor};
-use super::environments::{EnvironmentView, environment_view, find, unknown_environment};
+use super::environments::{EnvironmentPath, EnvironmentView, environment_view, find, unknown_environment};
 use crate::clock;
 use crate::config::Environment;
 use crate::ledger::{Account, EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};
@@ -18,6 +19,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Extension, Path, State};
 use axum::response::{IntoResponse as _, Response};
 use body::{EnforceBody, LimitBody, Terms};
+use description::{BodyErrors, EnvironmentErrors, QuotaErrors, QuotaPath};
 use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -56,7 +58,7 @@ struct Target {
 impl Target {
     fn find(
         admin: &Admin,
-        (environment, kind, per): &(String, String, String),
+        QuotaPath { environment, kind, per }: &QuotaPath,
         query: QueryResult<QuotaParameters>,
     ) -> Result<Self, Box<Response>> {
         let parameters = read_query(query)?;
@@ -106,27 +108,19 @@ enum LimitAnswer {
     put,
     path = "/api/environments/{environment}/quotas/{kind}/{per}",
     tag = "quotas",
-    params(
-        ("environment" = String, Path, description = "The name of the environment."),
-        ("kind" = String, Path, description = "`total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`."),
-        ("per" = String, Path, description = "The period as the config writes it."),
-        QuotaParameters,
-    ),
+    params(QuotaPath, QuotaParameters),
     request_body = body::LimitFields,
     responses(
         (status = 200, description = "The new state.", body = LimitAnswer),
-        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
-        (status = 404, description = "`unknown_environment`, `unknown_quota`", body = ErrorBody),
-        (status = 408, description = "`request_timeout`: the body did not arrive in time.", body = ErrorBody),
-        (status = 413, description = "`request_body_too_large`: the body is larger than 64 KiB.", body = ErrorBody),
-        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        QuotaErrors,
+        BodyErrors,
         AccessErrors,
     )
 )]
 pub(super) async fn set_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path(path): Path<(String, String, String)>,
+    Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
     body: BodyResult,
 ) -> Response {
@@ -136,7 +130,7 @@ pub(super) async fn set_limit(
 async fn put_limit(
     admin: &Admin,
     actor: Actor,
-    path: &(String, String, String),
+    path: &QuotaPath,
     query: QueryResult<QuotaParameters>,
     body: BodyResult,
 ) -> Result<Response, Box<Response>> {
@@ -155,24 +149,17 @@ async fn put_limit(
     delete,
     path = "/api/environments/{environment}/quotas/{kind}/{per}",
     tag = "quotas",
-    params(
-        ("environment" = String, Path, description = "The name of the environment."),
-        ("kind" = String, Path, description = "`total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`."),
-        ("per" = String, Path, description = "The period as the config writes it."),
-        QuotaParameters,
-    ),
+    params(QuotaPath, QuotaParameters),
     responses(
         (status = 200, description = "The environment with the limit of the config.", body = EnvironmentView),
-        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
-        (status = 404, description = "`unknown_environment`, `unknown_quota`", body = ErrorBody),
-        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        QuotaErrors,
         AccessErrors,
     )
 )]
 pub(super) async fn unset_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path(path): Path<(String, String, String)>,
+    Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
     let unset = async {
@@ -215,24 +202,17 @@ async fn change_limit(
     post,
     path = "/api/environments/{environment}/quotas/{kind}/{per}/reset",
     tag = "quotas",
-    params(
-        ("environment" = String, Path, description = "The name of the environment."),
-        ("kind" = String, Path, description = "`total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`."),
-        ("per" = String, Path, description = "The period as the config writes it."),
-        QuotaParameters,
-    ),
+    params(QuotaPath, QuotaParameters),
     responses(
         (status = 200, description = "The environment after the reset.", body = EnvironmentView),
-        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
-        (status = 404, description = "`unknown_environment`, `unknown_quota`", body = ErrorBody),
-        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        QuotaErrors,
         AccessErrors,
     )
 )]
 pub(super) async fn reset_one(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path(path): Path<(String, String, String)>,
+    Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
     let target = match Target::find(&admin, &path, query) {
@@ -262,18 +242,17 @@ pub(super) async fn reset_one(
     post,
     path = "/api/environments/{environment}/reset",
     tag = "quotas",
-    params(("environment" = String, Path, description = "The name of the environment.")),
+    params(EnvironmentPath),
     responses(
         (status = 200, description = "The environment after the reset.", body = EnvironmentView),
-        (status = 404, description = "`unknown_environment`", body = ErrorBody),
-        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        EnvironmentErrors,
         AccessErrors,
     )
 )]
 pub(super) async fn reset(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path(environment): Path<String>,
+    Path(EnvironmentPath { environment }): Path<EnvironmentPath>,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
     if let Err(no_room) = account.reset(None).await {
@@ -290,22 +269,19 @@ pub(super) async fn reset(
     patch,
     path = "/api/environments/{environment}",
     tag = "quotas",
-    params(("environment" = String, Path, description = "The name of the environment.")),
+    params(EnvironmentPath),
     request_body = body::EnforceFields,
     responses(
         (status = 200, description = "The environment after the change.", body = EnvironmentView),
-        (status = 400, description = "`invalid_json`, `invalid_value`: the body or a parameter is not valid.", body = ErrorBody),
-        (status = 404, description = "`unknown_environment`", body = ErrorBody),
-        (status = 408, description = "`request_timeout`: the body did not arrive in time.", body = ErrorBody),
-        (status = 413, description = "`request_body_too_large`: the body is larger than 64 KiB.", body = ErrorBody),
-        (status = 503, description = "`quota_store_unavailable`: Redis is unavailable, and nothing was changed.", body = ErrorBody),
+        EnvironmentErrors,
+        BodyErrors,
         AccessErrors,
     )
 )]
 pub(super) async fn patch(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
-    Path(environment): Path<String>,
+    Path(EnvironmentPath { environment }): Path<EnvironmentPath>,
     body: BodyResult,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };

@@ -3,7 +3,7 @@
 use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
-use crate::store::{self, ReportQuery, ReportRow};
+use crate::store::{self, ReportQuery, ReportRow, TooManyRows};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
@@ -67,7 +67,8 @@ struct UsageView {
     (status = 200, description = "A row for each step and group. With `format=csv` the same as CSV.", body = UsageView),
     (status = 400, description = "`invalid_value`: a parameter is not valid.", body = ErrorBody),
     (status = 404, description = "`no_history`: the gateway stores no usage history.", body = ErrorBody),
-    (status = 422, description = "`history_unavailable`: the store cannot be read, or there are too many rows.", body = ErrorBody),
+    (status = 422, description = "`too_many_rows`: the report has more rows than an answer may have.", body = ErrorBody),
+    (status = 503, description = "`history_unavailable`: the store cannot be read.", body = ErrorBody),
     AccessErrors,
 ))]
 pub(super) async fn report(State(admin): State<Admin>, query: QueryResult<UsageParameters>) -> Response {
@@ -92,9 +93,16 @@ pub(super) async fn report(State(admin): State<Admin>, query: QueryResult<UsageP
     let read = tokio::task::spawn_blocking(move || store::read_usage(&settings.path, &query)).await;
     match read.map_err(anyhow::Error::from).and_then(|rows| rows).and_then(|rows| answer(&rows, is_csv)) {
         Ok(response) => response,
+        Err(error) if error.is::<TooManyRows>() => refusal(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "too_many_rows",
+            &format!("The usage history: {error}."),
+        ),
         Err(error) => {
-            let message = format!("The usage history cannot be read: {error:#}.");
-            refusal(StatusCode::UNPROCESSABLE_ENTITY, "history_unavailable", &message)
+            let message = format!(
+                "The usage history cannot be read: {error:#}. Check that the file is there and that the gateway may read it."
+            );
+            refusal(StatusCode::SERVICE_UNAVAILABLE, "history_unavailable", &message)
         }
     }
 }

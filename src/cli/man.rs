@@ -85,10 +85,13 @@ const PAGES: &[PageNotes] = &[
     },
     PageNotes {
         command: "schema",
-        examples: &[(
-            "tollgate schema > config/tollgate.schema.json",
-            "Write the schema next to the config. Editors find it if the first line of the config is: # yaml-language-server: $schema=tollgate.schema.json",
-        )],
+        examples: &[
+            (
+                "tollgate schema > config/tollgate.schema.json",
+                "Write the schema next to the config. Editors find it if the first line of the config is: # yaml-language-server: $schema=tollgate.schema.json",
+            ),
+            ("tollgate schema --format markdown | less", "Read the reference of all keys"),
+        ],
         files: &[],
         variables: &[],
     },

@@ -38,7 +38,8 @@ pub(super) const CALLER: SectionSpec = SectionSpec {
             })),
             DefaultSpec::Absent("one of the two is required"),
             "the key itself. Fewer than 16 characters give a warning",
-        ),
+        )
+        .example("${WEB_KEY}"),
         KeySpec::new(
             "sha256",
             ValueSpec::OneOrMore(&ValueSpec::Secret(TextSpec {
@@ -47,13 +48,15 @@ pub(super) const CALLER: SectionSpec = SectionSpec {
             })),
             DefaultSpec::Absent("one of the two is required"),
             "the digest of the key, as `tollgate new-key` and `tollgate hash-key` print it",
-        ),
+        )
+        .example("6bdbadbe12892e29dbf4960e62217c6c984a8658a384dbdeddc4aaac0019ad00"),
         KeySpec::restriction(
             "quotas",
             ValueSpec::Section(&QUOTAS),
             NONE,
             "the caller's own quotas, in addition to those of the environment",
-        ),
+        )
+        .example("{ requests: { limit: 60, per: minute } }"),
     ],
 };
 

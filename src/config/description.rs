@@ -47,6 +47,9 @@ pub(super) struct KeySpec {
     pub(super) name: &'static str,
     pub(super) value: ValueSpec,
     pub(super) default: DefaultSpec,
+    /// A value, if the type and the default do not suggest one.
+    own_example: Option<&'static str>,
+    pub(super) reload: Reload,
     /// The setting restricts callers, so the key must not be without a value.
     pub(super) is_restriction: bool,
     /// The effect, in Markdown. References to other documents are in parentheses: `([quotas.md](quotas.md))`.
@@ -60,7 +63,15 @@ impl KeySpec {
         default: DefaultSpec,
         about: &'static str,
     ) -> Self {
-        Self { name, value, default, is_restriction: false, about }
+        Self {
+            name,
+            value,
+            default,
+            own_example: None,
+            reload: Reload::Applies,
+            is_restriction: false,
+            about,
+        }
     }
 
     pub(super) const fn restriction(
@@ -69,8 +80,49 @@ impl KeySpec {
         default: DefaultSpec,
         about: &'static str,
     ) -> Self {
-        Self { name, value, default, is_restriction: true, about }
+        Self { is_restriction: true, ..Self::new(name, value, default, about) }
     }
+
+    /// The same key with this example, as the file could contain it.
+    pub(super) const fn example(self, example: &'static str) -> Self {
+        Self { own_example: Some(example), ..self }
+    }
+
+    /// The same key. A running gateway refuses a file with another value.
+    pub(super) const fn fixed(self) -> Self {
+        Self { reload: Reload::Refused, ..self }
+    }
+
+    /// The same key. A running gateway accepts another value and uses it from its next start on.
+    pub(super) const fn from_next_start(self) -> Self {
+        Self { reload: Reload::NextStart, ..self }
+    }
+
+    /// A value as the file could contain it, other than the default where the type suggests one.
+    pub(super) fn example_text(&self) -> Option<String> {
+        let default = match (self.own_example, &self.default) {
+            (Some(example), _) => return Some(example.to_owned()),
+            (None, DefaultSpec::Required(example)) => {
+                let prefix = format!("{}: ", self.name);
+                return Some(example.strip_prefix(&prefix).unwrap_or(example).to_owned());
+            }
+            (None, DefaultSpec::Value(text)) => Some(*text),
+            (None, _) => None,
+        };
+        let of_type = self.value.example(default);
+        of_type.or_else(|| default.map(str::to_owned))
+    }
+}
+
+/// What a running gateway does with a new value of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reload {
+    /// The value applies to requests that begin afterwards.
+    Applies,
+    /// The value applies from the next start on.
+    NextStart,
+    /// The gateway refuses the file.
+    Refused,
 }
 
 /// The value or behaviour that applies if a key is absent.
@@ -149,6 +201,23 @@ impl ValueSpec {
                 element => format!("{}, or a list of them", element.label()),
             },
             Self::Either(specs) => specs.iter().map(Self::label).collect::<Vec<_>>().join(", or "),
+        }
+    }
+}
+
+impl ValueSpec {
+    /// A value of this type other than the default, if the type suggests one.
+    fn example(&self, default: Option<&str>) -> Option<String> {
+        match self {
+            Self::Boolean => Some(if default == Some("true") { "false" } else { "true" }.to_owned()),
+            Self::Words(words) => {
+                words.iter().find(|word| Some(word.0) != default).map(|word| word.0.to_owned())
+            }
+            Self::Section(spec) => Some(spec.example()),
+            Self::List(element) => element.example(None).map(|element| format!("[{element}]")),
+            Self::OneOrMore(element) => element.example(None),
+            Self::Either(specs) => specs.iter().find_map(|spec| spec.example(default)),
+            _ => None,
         }
     }
 }

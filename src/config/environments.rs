@@ -35,37 +35,43 @@ pub(super) const ENVIRONMENT: SectionSpec = SectionSpec {
             ValueSpec::List(&ValueSpec::Section(&CALLER)),
             DefaultSpec::Absent("none: the environment is open"),
             "the callers. If there are keys, the environment accepts only requests with one of them, and the key alone selects the environment",
-        ),
+        )
+        .example("[{ name: web, secret: ${WEB_KEY} }]"),
         KeySpec::restriction(
             "models",
             ValueSpec::List(&PATTERN),
             DefaultSpec::Absent("all"),
             "models that may be requested; others get a 404. An empty list is a fault",
-        ),
+        )
+        .example("[gpt-4o*, o4-mini]"),
         KeySpec::restriction(
             "max_in_flight",
             ValueSpec::Amount { min: 1, max: u64::MAX },
             DefaultSpec::Absent("no limit"),
             "maximum number of requests in flight, streams included; further requests get a 429",
-        ),
+        )
+        .example("50"),
         KeySpec::restriction(
             "quotas",
             ValueSpec::Section(&QUOTAS),
             DefaultSpec::Absent("none, with a warning"),
             "quotas of the whole environment",
-        ),
+        )
+        .example("{ total_tokens: { limit: 200k, per: minute } }"),
         KeySpec::restriction(
             "model_quotas",
             ValueSpec::Names(text("patterns and quotas"), &ValueSpec::Section(&QUOTAS)),
             NONE,
             "quotas of models; all models that match a pattern share its quotas",
-        ),
+        )
+        .example("{ \"gpt-4.1*\": { requests: { limit: 60, per: minute } } }"),
         KeySpec::new(
             "reserve",
             ValueSpec::Section(&RESERVE),
             DefaultSpec::Section,
             "the reservation before a request is forwarded",
-        ),
+        )
+        .example("{ when_short: clamp }"),
         KeySpec::new(
             "enforce",
             ValueSpec::Boolean,
@@ -101,7 +107,8 @@ pub(super) const ENVIRONMENT: SectionSpec = SectionSpec {
             ValueSpec::Amount { min: 0, max: MAX_AMOUNT },
             DefaultSpec::Value("2000"),
             "prompt tokens reserved for each item that a request refers to but does not contain, such as a stored file",
-        ),
+        )
+        .example("500"),
         KeySpec::new(
             "cached_prompt_tokens",
             ValueSpec::Words(&[
@@ -122,7 +129,8 @@ pub(super) const ENVIRONMENT: SectionSpec = SectionSpec {
             ValueSpec::Duration,
             DefaultSpec::Value("30s"),
             "a 429 with a longer wait carries `x-should-retry: false`",
-        ),
+        )
+        .example("10s"),
     ],
 };
 
@@ -157,13 +165,15 @@ pub(super) const RESERVE: SectionSpec = SectionSpec {
             ValueSpec::Decimal(TextSpec { label: "number between 0 and 1", pattern: r"^[0-9.eE+-]+$" }),
             DefaultSpec::Value("0.9"),
             "for `adaptive`: the share of recent answers that used at most the allowance",
-        ),
+        )
+        .example("0.95"),
         KeySpec::new(
             "default_max_tokens",
             ValueSpec::Amount { min: 1, max: MAX_AMOUNT },
             DefaultSpec::Value("4096"),
             "for `max_tokens`: the tokens reserved for a request without a token limit",
-        ),
+        )
+        .example("1024"),
         KeySpec::new(
             "when_short",
             ValueSpec::Words(&[
@@ -187,7 +197,8 @@ pub(super) const RESERVE: SectionSpec = SectionSpec {
             ValueSpec::Duration,
             DefaultSpec::Value("0s"),
             "how long a request may wait for room. Requests wait in order of arrival, at most 1,000 per environment",
-        ),
+        )
+        .example("2s"),
     ],
 };
 

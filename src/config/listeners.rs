@@ -18,25 +18,30 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
             ADDRESS,
             DefaultSpec::Value("127.0.0.1:8080"),
             "address of the listener for callers; it must differ from `admin.listen`",
-        ),
+        )
+        .example("0.0.0.0:8080")
+        .fixed(),
         KeySpec::new(
             "max_request_body",
             ValueSpec::Size,
             DefaultSpec::Value("32MiB"),
             "a larger body gets a 413",
-        ),
+        )
+        .example("8MiB"),
         KeySpec::new(
             "drain_delay",
             ValueSpec::Duration,
             DefaultSpec::Value("0s"),
             "after SIGTERM the gateway still accepts connections and serves requests for this time, and closes each connection after its answer ([operations.md](operations.md#shutdown)). `/readyz` answers 503 at once. Set it if a load balancer needs time to detect that, for example 5 s in Kubernetes",
-        ),
+        )
+        .example("5s"),
         KeySpec::new(
             "drain_timeout",
             ValueSpec::Duration,
             DefaultSpec::Value("30s"),
             "at shutdown, answers in flight may end within this time; then the gateway ends them with the error `shutting_down`",
-        ),
+        )
+        .example("2m"),
         KeySpec::new(
             "flood_guard",
             ValueSpec::Either(&[
@@ -45,13 +50,15 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
             ]),
             DefaultSpec::Absent("1,000 a second, but not for addresses of this machine"),
             "maximum rate of requests per peer address (IPv6: per /64). The gateway checks it before it reads a request; further requests get a 429",
-        ),
+        )
+        .example("{ requests: 5000, per: second }"),
         KeySpec::new(
             "trusted_proxies",
             ValueSpec::List(&NETWORK),
             NONE,
             "networks of proxies in front of the gateway, such as `10.0.0.0/8`. If a request comes from one of them, the last address of its `X-Forwarded-For` that is not in these networks is the caller's address, for the flood guard, the log and the estimates. Without this key, and from any other address, the header is ignored",
-        ),
+        )
+        .example("[10.0.0.0/8]"),
         KeySpec::new(
             "tls",
             ValueSpec::Section(&TLS),
@@ -72,8 +79,10 @@ const FLOOD_GUARD: SectionSpec = SectionSpec {
             ValueSpec::Amount { min: 0, max: u32::MAX as u64 },
             DefaultSpec::Value("1000"),
             "maximum number of requests per period",
-        ),
-        KeySpec::new("per", ValueSpec::Duration, DefaultSpec::Value("second"), "length of the period"),
+        )
+        .example("5000"),
+        KeySpec::new("per", ValueSpec::Duration, DefaultSpec::Value("second"), "length of the period")
+            .example("minute"),
     ],
 };
 
@@ -93,13 +102,16 @@ pub(super) const ADMIN: SectionSpec = SectionSpec {
             ADDRESS,
             DefaultSpec::Value("127.0.0.1:9090"),
             "address of the [admin listener](operations.md#the-admin-listener)",
-        ),
+        )
+        .example("10.0.0.5:9090")
+        .fixed(),
         KeySpec::new(
             "token",
             SECRET,
             NONE,
             "required as `Authorization: Bearer ...`; must be set unless `listen` is a loopback address",
-        ),
+        )
+        .example("${TOLLGATE_ADMIN_TOKEN}"),
     ],
 };
 

@@ -27,7 +27,8 @@ pub(super) const MODEL: SectionSpec = SectionSpec {
             ValueSpec::Text(text("name")),
             NONE,
             "counts like this model, including images and tools. Prefer it if you know the model",
-        ),
+        )
+        .example("gpt-4o"),
         KeySpec::new(
             "encoding",
             ValueSpec::Words(ENCODINGS),
@@ -39,13 +40,15 @@ pub(super) const MODEL: SectionSpec = SectionSpec {
             PATH,
             NONE,
             "counts text with a `tokenizer.json` in Hugging Face's format, relative to the working directory of the gateway. The file must exist when the config is read",
-        ),
+        )
+        .example("tokenizers/llama-3.json"),
         KeySpec::new(
             "overhead",
             ValueSpec::Amount { min: 0, max: MAX_OVERHEAD as u64 },
             DefaultSpec::Absent("the built-in table's"),
             "tokens per request besides the messages. Replaces the figure of the built-in table",
-        ),
+        )
+        .example("12"),
         KeySpec::new(
             "tool_factor",
             ValueSpec::Decimal(TextSpec {
@@ -54,7 +57,8 @@ pub(super) const MODEL: SectionSpec = SectionSpec {
             }),
             DefaultSpec::Absent("the built-in table's"),
             "multiplies the tokens of tools, for example `0.6` or `1.5`",
-        ),
+        )
+        .example("0.6"),
     ],
 };
 

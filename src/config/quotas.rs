@@ -55,13 +55,15 @@ pub(super) const QUOTA: SectionSpec = SectionSpec {
             ValueSpec::Amount { min: 1, max: MAX_LIMIT },
             DefaultSpec::Derived("the limit", default_burst),
             "rolling windows only: the maximum level of the quota",
-        ),
+        )
+        .example("400k"),
         KeySpec::new(
             "timezone",
             ValueSpec::Text(text("name such as `Europe/Berlin`")),
             DefaultSpec::Derived("`UTC`", default_zone),
             "calendar windows only: the time zone of the clock",
-        ),
+        )
+        .example("Europe/Berlin"),
     ],
 };
 

@@ -4,7 +4,8 @@
 //! refer to each other.
 
 use super::description::{
-    AMOUNT_PATTERN, DURATION_PATTERN, DefaultSpec, KeySpec, SIZE_PATTERN, SectionSpec, TextSpec, ValueSpec,
+    AMOUNT_PATTERN, DURATION_PATTERN, DefaultSpec, KeySpec, Reload, SIZE_PATTERN, SectionSpec, TextSpec,
+    ValueSpec,
 };
 use super::top::TOP;
 use super::units;
@@ -85,7 +86,12 @@ fn property(key: &KeySpec, definitions: &mut Map<String, Value>) -> Value {
     }
     schema["description"] = describe(key).into();
     if let DefaultSpec::Value(text) = key.default {
-        schema["default"] = default_value(&key.value, text);
+        schema["default"] = scalar_value(&key.value, text);
+    }
+    if is_scalar(&key.value)
+        && let Some(text) = key.example_text()
+    {
+        schema["examples"] = vec![scalar_value(&key.value, &text)].into();
     }
     schema
 }
@@ -102,7 +108,12 @@ fn describe(key: &KeySpec) -> String {
     let mut characters = about.chars();
     let first = characters.next().map(|c| c.to_ascii_uppercase());
     let about: String = first.into_iter().chain(characters).collect();
-    format!("{about}. Type: {}. {default}", key.value.label()).trim_end().to_owned()
+    let reload = match key.reload {
+        Reload::Applies => "",
+        Reload::NextStart => " A change applies from the next start on.",
+        Reload::Refused => " Cannot change while the gateway runs.",
+    };
+    format!("{about}. Type: {}. {default}{reload}", key.value.label()).trim_end().to_owned()
 }
 
 /// Removes references to other documents, `([title](file))`, and the targets of other links.
@@ -128,7 +139,13 @@ fn without_links(markdown: &str) -> String {
     text + rest
 }
 
-fn default_value(spec: &ValueSpec, text: &str) -> Value {
+/// Whether values of this type are neither lists nor mappings, and an editor does not list them anyway.
+fn is_scalar(spec: &ValueSpec) -> bool {
+    use ValueSpec::{Amount, Decimal, Duration, Secret, SecretUrl, Size, Text};
+    matches!(spec, Text(_) | Secret(_) | SecretUrl(_) | Amount { .. } | Decimal(_) | Duration | Size)
+}
+
+fn scalar_value(spec: &ValueSpec, text: &str) -> Value {
     match spec {
         ValueSpec::Amount { .. } => units::amount(text).map_or_else(|| text.into(), Value::from),
         ValueSpec::Boolean => (text == "true").into(),

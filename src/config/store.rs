@@ -18,25 +18,31 @@ pub(super) const STORE: SectionSpec = SectionSpec {
             PATH,
             DefaultSpec::Value("data/tollgate.db"),
             "the SQLite file, relative to the working directory of the gateway. The gateway creates its folder if necessary. Only one process can use a file",
-        ),
+        )
+        .example("/var/lib/tollgate/tollgate.db")
+        .fixed(),
         KeySpec::new(
             "history",
             ValueSpec::Duration,
             DefaultSpec::Value("35d"),
             "how long the store has usage per minute; older usage is merged into one row per day",
-        ),
+        )
+        .example("90d")
+        .from_next_start(),
         KeySpec::new(
             "memory",
             ValueSpec::Boolean,
             DefaultSpec::Value("false"),
             "`true`: nothing is stored, and quotas are full after a restart. Not together with `redis`",
-        ),
+        )
+        .fixed(),
         KeySpec::new(
             "redis",
             ValueSpec::Section(&REDIS),
             NONE,
             "counters that several gateways share ([cluster.md](cluster.md)). Usage history and totals stay in the SQLite file",
-        ),
+        )
+        .example("{ url: \"redis://:${REDIS_PASSWORD}@redis:6379/0\" }"),
     ],
 };
 
@@ -48,19 +54,24 @@ const REDIS: SectionSpec = SectionSpec {
             ValueSpec::SecretUrl(TextSpec { label: "URL", pattern: "^(redis|unix)[a-z+]*://" }),
             DefaultSpec::Required("redis://127.0.0.1:6379/0"),
             "`redis://`, `rediss://`, `redis+sentinel://` or `redis+cluster://`, see [cluster.md](cluster.md#connect-to-redis)",
-        ),
+        )
+        .fixed(),
         KeySpec::new(
             "prefix",
             ValueSpec::Text(text("text")),
             DefaultSpec::Value("tollgate"),
             "prefix of every Redis key",
-        ),
+        )
+        .example("tollgate-test")
+        .fixed(),
         KeySpec::new(
             "timeout",
             ValueSpec::Duration,
             DefaultSpec::Value("250ms"),
             "a server that sends no reply for this time is unavailable; a shorter stall only delays requests. From `20ms` to `5s` ([cluster.md](cluster.md#without-redis))",
-        ),
+        )
+        .example("100ms")
+        .fixed(),
         KeySpec::new(
             "on_failure",
             ValueSpec::Words(&[

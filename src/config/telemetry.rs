@@ -42,7 +42,8 @@ pub(super) const TELEMETRY: SectionSpec = SectionSpec {
             ValueSpec::Section(&OTLP),
             DefaultSpec::Absent("no traces, unless a variable names a collector ([logs.md](logs.md#traces))"),
             "where the gateway sends traces, by OTLP over HTTP",
-        ),
+        )
+        .example("{ endpoint: \"http://collector:4318\" }"),
     ],
 };
 
@@ -59,13 +60,15 @@ const OTLP: SectionSpec = SectionSpec {
             }),
             DefaultSpec::Absent("`OTEL_EXPORTER_OTLP_ENDPOINT`, else `http://localhost:4318`"),
             "the collector. The gateway appends `/v1/traces`, unless the URL ends in it",
-        ),
+        )
+        .example("http://collector:4318"),
         KeySpec::new(
             "headers",
             ValueSpec::Names(text("names and values"), &ValueSpec::Secret(text("value of a header"))),
             NONE,
             "added to every request to the collector, for example its key",
-        ),
+        )
+        .example("{ authorization: Bearer ${OTLP_TOKEN} }"),
         KeySpec::new(
             "sample",
             ValueSpec::Decimal(TextSpec {
@@ -74,7 +77,8 @@ const OTLP: SectionSpec = SectionSpec {
             }),
             DefaultSpec::Absent("`OTEL_TRACES_SAMPLER`, else 1"),
             "the share of requests that are traced. A caller that has decided already, in `traceparent`, is followed",
-        ),
+        )
+        .example("0.1"),
     ],
 };
 

@@ -12,13 +12,15 @@ pub(super) const TOP: SectionSpec = SectionSpec {
             ValueSpec::Section(&listeners::SERVER),
             DefaultSpec::Section,
             "the listener for callers",
-        ),
+        )
+        .example("{ listen: 0.0.0.0:8080 }"),
         KeySpec::new(
             "admin",
             ValueSpec::Section(&listeners::ADMIN),
             DefaultSpec::Section,
             "the listener for health, metrics and the admin API",
-        ),
+        )
+        .example("{ token: ${TOLLGATE_ADMIN_TOKEN} }"),
         KeySpec::new(
             "upstreams",
             ValueSpec::Names(text("names"), &ValueSpec::Section(&upstreams::UPSTREAM)),
@@ -39,13 +41,15 @@ pub(super) const TOP: SectionSpec = SectionSpec {
             ValueSpec::Text(text("name of an environment")),
             NONE,
             "environment of requests that name none by path or key. Without it these requests get a 401",
-        ),
+        )
+        .example("production"),
         KeySpec::new(
             "models",
             ValueSpec::List(&ValueSpec::Section(&models::MODEL)),
             NONE,
             "how to count models that are not in the built-in table, or that it has with other figures",
-        ),
+        )
+        .example("[{ match: \"llama-3*\", model: gpt-4o }]"),
         KeySpec::new(
             "store",
             ValueSpec::Section(&store::STORE),

@@ -38,19 +38,22 @@ pub(super) const UPSTREAM: SectionSpec = SectionSpec {
             SECRET,
             NONE,
             "the upstream's key, which the gateway sends instead of the caller's key. Without it the gateway forwards the caller's key",
-        ),
+        )
+        .example("${OPENAI_API_KEY}"),
         KeySpec::new(
             "timeouts",
             ValueSpec::Section(&TIMEOUTS),
             DefaultSpec::Section,
             "time limits of a request",
-        ),
+        )
+        .example("{ idle: 5m }"),
         KeySpec::new(
             "headers",
             ValueSpec::Names(text("names and values"), &ValueSpec::Secret(text("value of a header"))),
             NONE,
             "added to every request; they replace the caller's headers of the same names. Hop-by-hop headers, and headers that the gateway sets itself, are faults",
-        ),
+        )
+        .example("{ OpenAI-Organization: org-1 }"),
         KeySpec::new(
             "stream_usage",
             ValueSpec::Words(&[
@@ -71,25 +74,29 @@ const TIMEOUTS: SectionSpec = SectionSpec {
             ValueSpec::Duration,
             DefaultSpec::Value("5s"),
             "maximum time for name lookup, TCP and TLS together; then the caller gets a 502",
-        ),
+        )
+        .example("2s"),
         KeySpec::new(
             "first_byte",
             ValueSpec::Duration,
             DefaultSpec::Value("120s"),
             "maximum time from the end of the request to the head of the answer; then the caller gets a 504",
-        ),
+        )
+        .example("5m"),
         KeySpec::new(
             "idle",
             ValueSpec::Duration,
             DefaultSpec::Value("60s"),
             "maximum time between two pieces of an answer; then the gateway cuts off the answer",
-        ),
+        )
+        .example("5m"),
         KeySpec::new(
             "total",
             ValueSpec::Duration,
             DefaultSpec::Value("15m"),
             "maximum time from the start of the request to the end of the answer; then the gateway cuts off the answer",
-        ),
+        )
+        .example("1h"),
     ],
 };
 

@@ -4,6 +4,7 @@ use super::database::{Database, unsigned};
 use crate::clock::Timestamp;
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
+use std::fmt;
 use std::path::Path;
 
 /// A report with more rows is refused: its reader should narrow it.
@@ -107,12 +108,24 @@ impl ReportRow {
 pub(crate) fn read(path: &Path, query: &ReportQuery) -> anyhow::Result<Vec<ReportRow>> {
     let read = Database::open_read_only(path).and_then(|database| database.usage_report(query));
     let rows = read.with_context(|| format!("store.path, {}, cannot be read", path.display()))?;
-    ensure!(
-        rows.len() <= MAX_ROWS,
-        "the report has more than {MAX_ROWS} rows: choose a shorter time, longer steps or fewer columns"
-    );
+    ensure!(rows.len() <= MAX_ROWS, TooManyRows);
     Ok(if query.step == ReportStep::Month { by_month(rows) } else { rows })
 }
+
+/// A report has more rows than an answer may have.
+#[derive(Debug)]
+pub(crate) struct TooManyRows;
+
+impl fmt::Display for TooManyRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the report has more than {MAX_ROWS} rows: choose a shorter time, longer steps or fewer columns"
+        )
+    }
+}
+
+impl std::error::Error for TooManyRows {}
 
 impl Database {
     fn usage_report(&self, query: &ReportQuery) -> rusqlite::Result<Vec<ReportRow>> {

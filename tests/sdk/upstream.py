@@ -63,8 +63,11 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path.endswith("/embeddings"):
             return self.embeddings(body)
-        dialect = dialects.dialect_of(self.path, body)
-        if self.headers[dialect.key_header] != dialect.key_value(KEY) or "key-of" in str(self.headers):
+        dialect = dialects.dialect_of(self.path.partition("?")[0], body)
+        # Azure has the APIs of OpenAI with another header for the key.
+        has_azure_key = self.path.startswith("/openai/") and self.headers["api-key"] == KEY
+        has_key = has_azure_key or self.headers[dialect.key_header] == dialect.key_value(KEY)
+        if not has_key or "key-of" in str(self.headers):
             stats.add(faults=[f"{self.path}: the request does not have the upstream's key, or has another one: {self.headers}"])
         self.script = json.dumps(body)
         if dialect.is_streaming:

@@ -20,7 +20,7 @@ fn refused_by(
 ) -> Option<String> {
     let unless = |is_valid: bool| (!is_valid).then(|| format!("{value:.80} does not match {argument:.80}"));
     match keyword {
-        "$schema" | "$defs" | "title" | "description" | "default" | "properties" => {
+        "$schema" | "$defs" | "title" | "description" | "examples" | "default" | "properties" => {
             properties(value, schema, root).filter(|_| keyword == "properties")
         }
         "$ref" => {
