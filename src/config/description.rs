@@ -22,7 +22,7 @@ impl SectionSpec {
         let entry = |key: &KeySpec| match (&key.default, &key.value) {
             (DefaultSpec::Required(_), ValueSpec::Names(..)) => Some(format!("{}: {{ ... }}", key.name)),
             // Some examples contain the key already.
-            (DefaultSpec::Required(example), _) if example.starts_with(key.name) => {
+            (DefaultSpec::Required(example), _) if example.starts_with(&format!("{}: ", key.name)) => {
                 Some((*example).to_owned())
             }
             (DefaultSpec::Required(example), _) => Some(format!("{}: {example}", key.name)),
