@@ -103,7 +103,7 @@ pub(super) const ADMIN: SectionSpec = SectionSpec {
             DefaultSpec::Value("127.0.0.1:9090"),
             "address of the [admin listener](operations.md#the-admin-listener)",
         )
-        .example("10.0.0.5:9090")
+        .example("127.0.0.1:9191")
         .fixed(),
         KeySpec::new(
             "token",
