@@ -42,11 +42,11 @@ impl Tokenizer {
     }
 
     /// Bytes of text that the tokenizer counts in about 50 microseconds if the text is not cached. 0 while the
-    /// vocabulary is not loaded.
+    /// vocabulary is not ready.
     pub(super) fn max_quick_bytes(self) -> usize {
         match self.encoding {
             Encoding::File(_) => MAX_QUICK_BYTES_BY_FILE,
-            _ if self.encoding.is_loaded() => MAX_QUICK_BYTES,
+            _ if self.encoding.is_ready() => MAX_QUICK_BYTES,
             _ => 0,
         }
     }
@@ -102,11 +102,11 @@ fn split_digits(text: &str) -> u64 {
     more
 }
 
-/// Loads both built-in vocabularies in parallel, in about 60 ms. Call it before the first request.
+/// Makes both built-in vocabularies ready, in some milliseconds. Call it before the first request.
 pub fn warm() {
     let cl100k = thread::spawn(|| Encoding::Cl100k.count("warm"));
     Encoding::O200k.count("warm");
-    // If loading panicked, the first count panics again and reports it.
+    // If this panicked, the first count panics again and reports it.
     drop(cl100k.join());
 }
 

@@ -1,15 +1,13 @@
 //! The vocabularies, and the fast paths of the built-in ones.
 //!
-//! Most words of ordinary text are one token, or this thread has counted them recently. A lookup answers both
-//! cases; only other pieces are encoded.
+//! This thread has counted most words of ordinary text recently. Only other pieces are encoded.
 
 use super::count_cache::{CacheKey, CachedCount, TextHash};
 use super::file::FileVocabulary;
-use foldhash::HashSet;
 use foldhash::fast::FixedState;
 use std::cell::RefCell;
 use std::hash::{BuildHasher as _, Hasher as _};
-use std::sync::LazyLock;
+use tollgate_vocabularies::Vocabulary as Tokens;
 
 /// Pieces up to this size (bytes) are fast to encode. Longer ones with a run of one character are slow: the
 /// encoder tries every token that the run could end with.
@@ -54,11 +52,11 @@ impl Encoding {
         }
     }
 
-    /// Whether the vocabulary is in memory; otherwise the first count loads it.
-    pub(super) fn is_loaded(self) -> bool {
+    /// Whether the vocabulary can count at once; otherwise the first count takes some milliseconds longer.
+    pub(super) fn is_ready(self) -> bool {
         match self {
-            Self::O200k => LazyLock::get(&O200K).is_some(),
-            Self::Cl100k => LazyLock::get(&CL100K).is_some(),
+            Self::O200k => tollgate_vocabularies::o200k_base().is_ready(),
+            Self::Cl100k => tollgate_vocabularies::cl100k_base().is_ready(),
             Self::File(_) => true,
         }
     }
@@ -66,8 +64,8 @@ impl Encoding {
     /// The tokens of a text.
     pub(super) fn count(self, text: &str) -> u64 {
         match self {
-            Self::O200k => O200K_PIECES.with_borrow_mut(|cache| O200K.count(text, cache)),
-            Self::Cl100k => CL100K_PIECES.with_borrow_mut(|cache| CL100K.count(text, cache)),
+            Self::O200k => O200K_PIECES.with_borrow_mut(|cache| Vocabulary::o200k().count(text, cache)),
+            Self::Cl100k => CL100K_PIECES.with_borrow_mut(|cache| Vocabulary::cl100k().count(text, cache)),
             // If the vocabulary of the file cannot encode this text, the default one counts it.
             Self::File(file) => file.count(text).unwrap_or_else(|| Self::O200k.count(text)),
         }
@@ -79,15 +77,11 @@ const CL100K_ID: u64 = 1;
 const FIRST_FILE_ID: u64 = 2;
 
 /// A built-in vocabulary.
+#[derive(Clone, Copy)]
 struct Vocabulary {
-    tokenizer: &'static bpe_openai::Tokenizer,
-    /// All tokens. Looking up a word that is one token is much faster than encoding it.
-    tokens: HashSet<&'static [u8]>,
+    tokens: &'static Tokens,
     id: u64,
 }
-
-static O200K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::o200k_base(), O200K_ID));
-static CL100K: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::of(bpe_openai::cl100k_base(), CL100K_ID));
 
 thread_local! {
     static O200K_PIECES: RefCell<PieceCache> = const { RefCell::new(PieceCache::NEW) };
@@ -102,13 +96,16 @@ pub(super) fn begin_request() {
 }
 
 impl Vocabulary {
-    fn of(tokenizer: &'static bpe_openai::Tokenizer, id: u64) -> Self {
-        let ids = 0..u32::try_from(tokenizer.bpe.num_tokens()).unwrap_or(0);
-        Self { tokenizer, tokens: ids.map(|id| tokenizer.bpe.token_bytes(id)).collect(), id }
+    fn o200k() -> Self {
+        Self { tokens: tollgate_vocabularies::o200k_base(), id: O200K_ID }
+    }
+
+    fn cl100k() -> Self {
+        Self { tokens: tollgate_vocabularies::cl100k_base(), id: CL100K_ID }
     }
 
     fn count(&self, text: &str, cache: &mut PieceCache) -> u64 {
-        let pieces = self.tokenizer.split(text).map(str::as_bytes);
+        let pieces = self.tokens.split(text).map(str::as_bytes);
         pieces
             .map(|piece| {
                 if piece.len() <= MAX_QUICK_PIECE {
@@ -125,7 +122,7 @@ impl Vocabulary {
     }
 
     fn encode(&self, piece: &[u8]) -> u64 {
-        if self.tokens.contains(piece) { 1 } else { self.tokenizer.bpe.count(piece) as u64 }
+        self.tokens.count(piece) as u64
     }
 
     fn count_long(&self, piece: &[u8], cache: &mut PieceCache) -> u64 {
@@ -229,6 +226,21 @@ mod tests {
     fn oracle(text: &str) -> [u64; 2] {
         [tiktoken_rs::o200k_base_singleton(), tiktoken_rs::cl100k_base_singleton()]
             .map(|oracle| oracle.encode_ordinary(text).len() as u64)
+    }
+
+    #[test]
+    fn every_published_token_is_one_token() {
+        let vocabularies = [
+            (tollgate_vocabularies::o200k_base(), tiktoken_rs::o200k_base_singleton(), 199_998),
+            (tollgate_vocabularies::cl100k_base(), tiktoken_rs::cl100k_base_singleton(), 100_256),
+        ];
+        for (vocabulary, oracle, tokens) in vocabularies {
+            for token in 0..tokens {
+                let bytes = oracle.decode_bytes(&[token]).unwrap();
+                assert_eq!(vocabulary.count(&bytes), 1, "{token}: {bytes:?}");
+            }
+            assert_eq!(vocabulary.tokens(), tokens as usize);
+        }
     }
 
     #[test]
