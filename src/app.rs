@@ -2,6 +2,8 @@
 
 mod file_watch;
 mod reloader;
+mod server_thread;
+mod sockets;
 
 use crate::admin;
 use crate::clock::Stopwatch;
@@ -11,36 +13,35 @@ use crate::ledger::{Account, NamedAccount};
 use crate::proxy::{State, WorkerProxy};
 use crate::reload::ReloadHandle;
 use crate::server::{self, DrainTimes, Peer, RunState};
+use crate::service_manager::{self, EventLoop, PassedListeners};
 use crate::store::{Store, StoreWriter};
 use crate::takeover::{self, Claim, Claimed, ControlListener, HandoverOutcome, Incumbent};
 use crate::upstream;
-use anyhow::Context as _;
 use hyper::service::service_fn;
 use reloader::Reloader;
+use server_thread::{ServerThread, multi_thread_runtime, single_thread_runtime};
+use sockets::Sockets;
 use std::convert::Infallible;
-use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::num::NonZero;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use crate::server::CallerTimeouts;
 
-/// Size of each runtime's blocking pool, which counts large prompts and resolves host names.
-const MAX_BLOCKING_THREADS: usize = 8;
 /// How long the start waits until Redis is connected.
 const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);
 /// How the admin listener drains at shutdown, after the listener for callers.
 const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(100), endings: Duration::ZERO };
 /// How long callers may take to read how their interrupted answers end, after `server.drain_timeout`.
 const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
-/// How long a thread waits for tasks of its blocking pool when it ends.
-const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
+/// Added to the longest shutdown that the config allows: for the last settlements and commits.
+const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
 /// Interval at which a replaced process checks whether its connections have ended.
 const END_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -71,6 +72,8 @@ pub struct App {
     predecessor: Option<ServerThread>,
     /// Hands over to a process that replaces this one.
     successor: Option<ServerThread>,
+    /// Notifies the service manager that the event loops run. `None`: it expects no such notification.
+    watchdog: Option<ServerThread>,
     /// The id of the process that has replaced this one.
     replaced: watch::Sender<Option<i32>>,
     /// Dropped last, so that it also writes the settlements of the other threads.
@@ -86,12 +89,6 @@ struct Parts {
     timeouts: CallerTimeouts,
 }
 
-/// A thread that runs one server or task on its own runtime.
-struct ServerThread {
-    run_state: watch::Sender<RunState>,
-    handle: Option<JoinHandle<usize>>,
-}
-
 /// The result of a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShutdownReport {
@@ -101,15 +98,6 @@ pub struct ShutdownReport {
     pub cut_off: usize,
     /// How long the shutdown took.
     pub took: Duration,
-}
-
-/// The sockets of both listeners, with their addresses.
-struct Sockets {
-    /// One for each worker.
-    workers: Vec<TcpListener>,
-    address: SocketAddr,
-    admin: TcpListener,
-    admin_address: SocketAddr,
 }
 
 impl App {
@@ -126,24 +114,26 @@ impl App {
     /// # Errors
     /// An address cannot be used, or a thread or socket cannot be created.
     pub fn start_with(config: Config, workers: Workers, timeouts: CallerTimeouts) -> anyhow::Result<Self> {
-        Self::start_as(config, workers, timeouts, false)
+        Self::start_as(config, PassedListeners::default(), workers, timeouts, false)
     }
 
     /// Like `start_with`, but replaces a gateway that runs at the same address with the same store. Another process can
-    /// replace this one in the same way.
+    /// replace this one in the same way. `passed`: sockets to use instead of new ones, if no gateway is replaced.
     ///
     /// # Errors
     /// As for `start_with`, or the running gateway cannot be replaced. It continues then.
-    pub fn start_or_take_over(
+    pub(crate) fn start_or_take_over(
         config: Config,
+        passed: PassedListeners,
         workers: Workers,
         timeouts: CallerTimeouts,
     ) -> anyhow::Result<Self> {
-        Self::start_as(config, workers, timeouts, true)
+        Self::start_as(config, passed, workers, timeouts, true)
     }
 
     fn start_as(
         config: Config,
+        passed: PassedListeners,
         workers: Workers,
         timeouts: CallerTimeouts,
         takes_over: bool,
@@ -160,7 +150,8 @@ impl App {
             anyhow::bail!("the tokenizers' vocabularies cannot be loaded");
         }
         let mut claim = claim()?;
-        let sockets = bind(&config, if workers == Workers::PerCore { cores } else { 1 }, claim.as_mut())?;
+        let sockets = if workers == Workers::PerCore { cores } else { 1 };
+        let sockets = Sockets::open(&config, sockets, claim.as_mut(), passed)?;
         let store = open_store(&config, claim.as_mut())?;
         let state = Arc::new(State::new(config, models, store.as_ref())?);
         let parts = Parts { state, tls, workers, cores, timeouts };
@@ -219,6 +210,37 @@ impl App {
         Ok(())
     }
 
+    /// Starts the watchdog, if the service manager expects notifications.
+    ///
+    /// # Errors
+    /// The thread cannot be created.
+    pub(crate) fn start_watchdog(&mut self) -> anyhow::Result<()> {
+        let Some(timeout) = service_manager::watchdog_timeout() else { return Ok(()) };
+        // A thread that may take long by design, such as that of the store, is not watched.
+        let threads = self.workers.iter().chain([&self.admin]).chain(&self.redis);
+        let event_loops: Vec<EventLoop> = threads.map(|thread| thread.event_loop.clone()).collect();
+        self.watchdog =
+            Some(ServerThread::spawn("watchdog", single_thread_runtime()?, move |run_state| async move {
+                service_manager::run_watchdog(timeout, event_loops, run_state).await;
+                Ok(0)
+            })?);
+        Ok(())
+    }
+
+    /// Ends the watchdog. A process that drains or was replaced sends no notifications.
+    fn stop_watchdog(&mut self) {
+        if let Some(mut watchdog) = self.watchdog.take() {
+            watchdog.set(RunState::Stopped);
+            watchdog.join();
+        }
+    }
+
+    /// The longest time that a shutdown takes.
+    pub(crate) fn max_shutdown_time(&self) -> Duration {
+        let server = &self.state.current().config.server;
+        server.drain_delay + server.drain_timeout + MAX_ENDING_TIME + SHUTDOWN_MARGIN
+    }
+
     /// Returns when another process has replaced this one, with its id. Then call [`App::finish_handover`].
     pub(crate) fn replaced(&self) -> impl Future<Output = i32> + Send + use<> {
         let mut replaced = self.replaced.subscribe();
@@ -234,6 +256,7 @@ impl App {
     /// one. Each connection closes after its next answer. It blocks until that is done.
     pub fn finish_handover(mut self) -> ShutdownReport {
         let clock = Stopwatch::start();
+        self.stop_watchdog();
         let in_flight = self.state.in_flight();
         self.state.begin_closing();
         self.reloads.set(RunState::Stopped);
@@ -278,6 +301,7 @@ impl App {
             return self.finish_handover();
         }
         let clock = Stopwatch::start();
+        self.stop_watchdog();
         self.state.begin_closing();
         let in_flight = self.state.in_flight();
         let config = self.state.current().config.clone();
@@ -338,6 +362,7 @@ impl App {
 
 impl Drop for App {
     fn drop(&mut self) {
+        self.stop_watchdog();
         for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
             thread.set(RunState::Stopped);
         }
@@ -398,6 +423,7 @@ impl Parts {
             redis,
             predecessor: None,
             successor: None,
+            watchdog: None,
             replaced: watch::Sender::new(None),
             store: None,
         })
@@ -441,34 +467,6 @@ fn start_handover(
         }
         Ok(0)
     })
-}
-
-/// Takes over the sockets of the process that this one replaces, or binds one for each worker and one for the admin
-/// listener.
-fn bind(config: &Config, workers: usize, claim: Option<&mut Claim>) -> anyhow::Result<Sockets> {
-    let listen = |address: SocketAddr, sockets: usize, setting: &str| {
-        let listeners = server::listen(address, sockets).with_context(|| {
-            format!("cannot listen at {address}; set {setting} to a free address of this machine")
-        })?;
-        let address = listeners.first().context("no socket")?.local_addr()?;
-        anyhow::Ok((listeners, address))
-    };
-    let (inherited, admin) =
-        claim.map_or((Vec::new(), None), |claim| (std::mem::take(&mut claim.listeners), claim.admin.take()));
-    let (workers, address) = if let Some(first) = inherited.first() {
-        let address = first.local_addr()?;
-        (inherited, address)
-    } else {
-        listen(config.server.listen, workers, "server.listen")?
-    };
-    let (admin, admin_address) = if let Some(admin) = admin {
-        let address = admin.local_addr()?;
-        (admin, address)
-    } else {
-        let (mut admin, address) = listen(config.admin.listen, 1, "admin.listen")?;
-        (admin.pop().context("no admin socket")?, address)
-    };
-    Ok(Sockets { workers, address, admin, admin_address })
 }
 
 fn start_worker(
@@ -528,55 +526,4 @@ fn start_redis_thread(
         thread::sleep(Duration::from_millis(5));
     }
     Ok(thread)
-}
-
-impl ServerThread {
-    fn spawn<F>(
-        thread: &'static str,
-        runtime: Runtime,
-        serve: impl FnOnce(watch::Receiver<RunState>) -> F + Send + 'static,
-    ) -> anyhow::Result<Self>
-    where
-        F: Future<Output = io::Result<usize>>,
-    {
-        let (run_state, receiver) = watch::channel(RunState::Waiting);
-        let run = move || {
-            let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
-                tracing::error!(%error, thread, "a listener failed and no longer serves requests: restart the gateway");
-                0
-            });
-            // This drops the remaining tasks, which settles their reservations, and waits for the blocking pool.
-            runtime.shutdown_timeout(MAX_BLOCKING_WAIT);
-            cut_off
-        };
-        let handle = thread::Builder::new().name(thread.into()).spawn(run)?;
-        Ok(Self { run_state, handle: Some(handle) })
-    }
-
-    /// Changes the state of the server.
-    fn set(&self, state: RunState) {
-        // An error means that the thread has ended already.
-        let _ = self.run_state.send(state);
-    }
-
-    fn has_ended(&self) -> bool {
-        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
-    /// Waits until the thread ends. Returns the number of connections that it cut off.
-    fn join(&mut self) -> usize {
-        self.handle.take().and_then(|handle| handle.join().ok()).unwrap_or(0)
-    }
-}
-
-fn single_thread_runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).build()
-}
-
-fn multi_thread_runtime(cores: usize) -> io::Result<Runtime> {
-    Builder::new_multi_thread()
-        .worker_threads(cores)
-        .enable_all()
-        .max_blocking_threads(MAX_BLOCKING_THREADS)
-        .build()
 }

@@ -5,6 +5,7 @@ mod check;
 mod count;
 mod demo;
 mod hash_key;
+mod health;
 mod init;
 mod man;
 mod new_key;
@@ -53,6 +54,8 @@ enum CliCommand {
     Usage(usage::UsageArguments),
     /// Copies the store to a file, also while a gateway runs
     Backup(backup::BackupArguments),
+    /// Asks a running gateway whether it is ready, for health checks of containers
+    Health(health::HealthArguments),
     /// Reads a key from standard input and prints its SHA-256 for the config
     HashKey,
     /// Prints a script with command completions for a shell
@@ -83,6 +86,7 @@ pub fn run() -> ExitCode {
         CliCommand::Backup(arguments) => backup::run(config, &arguments),
         CliCommand::Init(arguments) => init::run(config, &arguments),
         CliCommand::NewKey(arguments) => new_key::run(&arguments),
+        CliCommand::Health(arguments) => health::run(config, &arguments),
         CliCommand::HashKey => hash_key::run(),
         CliCommand::Completions { shell } => print_completions(shell),
         CliCommand::Man(arguments) => man::run(Arguments::command(), &arguments),

@@ -34,6 +34,14 @@ pub fn now() -> Timestamp {
     Timestamp(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
+/// Reads the monotonic clock in microseconds, as a service manager expects it.
+#[cfg(unix)]
+pub(crate) fn monotonic_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let us = now.tv_sec.saturating_mul(1_000_000).saturating_add(now.tv_nsec / 1_000);
+    u64::try_from(us).unwrap_or(0)
+}
+
 /// A time of the monotonic clock. It measures durations, which a step of the wall clock must not change.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopwatch(Instant);

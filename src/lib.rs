@@ -53,6 +53,7 @@ pub mod upstream;
 // What observes, persists and serves them.
 mod reload;
 mod server;
+mod service_manager;
 pub mod store;
 mod takeover;
 mod telemetry;

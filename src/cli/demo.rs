@@ -27,7 +27,7 @@ pub(super) fn run() -> anyhow::Result<ExitCode> {
     // The callers of the demo send several requests a second: their log lines would scroll the commands away.
     let log = init_logging_with("info,tollgate::request=off");
     backend.start_callers(app.address());
-    run_until_signal(app, signals, &log)
+    run_until_signal(app, signals, &log, None)
 }
 
 /// A folder that is removed at the end. It holds the store, so that the dashboard has a usage history.

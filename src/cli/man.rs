@@ -63,6 +63,7 @@ const PAGES: &[PageNotes] = &[
             ("tollgate serve --config /etc/tollgate.yaml", "Run the gateway"),
             ("kill -HUP PID", "Reload the config of a running gateway"),
             ("kill -TERM PID", "Stop a gateway after its requests in flight"),
+            ("kill -USR2 PID", "Replace a gateway by the installed version, without a gap"),
         ],
         files: &[CONFIG_FILE, STORE_FILE],
         variables: &[CONFIG_VARIABLE, OVERRIDES, LOG_VARIABLE, CERTIFICATES],
@@ -147,6 +148,15 @@ const PAGES: &[PageNotes] = &[
         command: "backup",
         examples: &[("tollgate backup /backup/tollgate.db", "Copy the store of a running gateway")],
         files: &[CONFIG_FILE, STORE_FILE],
+        variables: &[CONFIG_VARIABLE, OVERRIDES],
+    },
+    PageNotes {
+        command: "health",
+        examples: &[
+            ("tollgate health", "Exit with 0 if the gateway of the config is ready"),
+            ("tollgate health --live --address 127.0.0.1:9090", "Exit with 0 if the process runs"),
+        ],
+        files: &[CONFIG_FILE],
         variables: &[CONFIG_VARIABLE, OVERRIDES],
     },
     PageNotes {

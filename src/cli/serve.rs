@@ -1,7 +1,11 @@
 //! `tollgate serve`: runs the gateway.
 
+mod successor;
+
 use super::load_or_explain;
 use crate::app::{App, CallerTimeouts, ShutdownReport, Workers};
+use crate::reload::ReloadOutcome;
+use crate::service_manager::{Notification, PassedListeners, notify};
 use crate::telemetry::{LogOutput, init_logging};
 use anyhow::Context as _;
 use std::path::PathBuf;
@@ -10,7 +14,12 @@ use std::process::ExitCode;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+pub(super) use successor::Program;
+
 pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
+    // The process has one thread here.
+    let passed = PassedListeners::take()?;
+    let program = Program::current();
     let loaded = match load_or_explain(config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
@@ -20,9 +29,11 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    let app = App::start_or_take_over(loaded.config, workers(), CallerTimeouts::default())?;
+    let mut app = App::start_or_take_over(loaded.config, passed, workers(), CallerTimeouts::default())?;
+    app.start_watchdog()?;
     tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
-    run_until_signal(app, signals, &log)
+    notify(&Notification::Ready { status: &serving(&app) });
+    run_until_signal(app, signals, &log, program.as_ref())
 }
 
 /// How requests are distributed over the cores. `TOLLGATE_RUNTIME=multi` is for benchmarks that compare both modes.
@@ -33,12 +44,19 @@ fn workers() -> Workers {
     }
 }
 
-/// The signals that stop the gateway, SIGTERM and SIGINT, and SIGHUP, which reloads the config.
+/// The state of the gateway in a line, for the service manager.
+fn serving(app: &App) -> String {
+    format!("serving callers at {} and administrators at {}", app.address(), app.admin_address())
+}
+
+/// The signals that stop the gateway, SIGTERM and SIGINT; SIGHUP, which reloads the config; and SIGUSR2, which starts a
+/// new process that replaces this one.
 pub(super) struct StopSignals {
     runtime: Runtime,
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    replace: Signal,
 }
 
 impl StopSignals {
@@ -50,15 +68,22 @@ impl StopSignals {
         let terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
         let interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
         let hangup = signal(SignalKind::hangup()).context("cannot listen for signals")?;
+        let replace = signal(SignalKind::user_defined2()).context("cannot listen for signals")?;
         drop(guard);
-        Ok(Self { runtime, terminate, interrupt, hangup })
+        Ok(Self { runtime, terminate, interrupt, hangup, replace })
     }
 }
 
 /// Runs until SIGTERM or SIGINT, then shuts down in order, or until another process has replaced this one. A second signal
-/// ends the process at once. SIGHUP reloads the config.
-pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) -> anyhow::Result<ExitCode> {
-    let StopSignals { runtime, mut terminate, mut interrupt, mut hangup } = signals;
+/// ends the process at once. SIGHUP reloads the config. SIGUSR2 starts `program`, if there is one, to replace this process.
+pub(super) fn run_until_signal(
+    app: App,
+    signals: StopSignals,
+    log: &LogOutput,
+    program: Option<&Program>,
+) -> anyhow::Result<ExitCode> {
+    let StopSignals { runtime, mut terminate, mut interrupt, mut hangup, mut replace } = signals;
+    let status = serving(&app);
     let (reload, replaced) = (app.reload_handle(), app.replaced());
     runtime.block_on(async {
         let mut stop_signal = async || {
@@ -72,14 +97,23 @@ pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) 
             tokio::select! {
                 () = stop_signal() => break None,
                 pid = &mut replaced => break Some(pid),
-                // The outcome is logged.
-                Some(()) = hangup.recv() => drop(reload.reload().await),
+                Some(()) = hangup.recv() => {
+                    notify(&Notification::Reloading);
+                    // The outcome is logged.
+                    let status = reloaded(&status, reload.reload().await);
+                    notify(&Notification::Ready { status: &status });
+                }
+                Some(()) = replace.recv() => match program {
+                    Some(program) => program.start(),
+                    None => tracing::warn!("SIGUSR2 has no effect: this process cannot be replaced"),
+                },
             }
         };
         let end = if let Some(pid) = successor {
             tracing::info!(pid, "another process has replaced this one: open connections may end within server.drain_timeout");
             tokio::task::spawn_blocking(move || app.finish_handover())
         } else {
+            notify(&Notification::Stopping { within: app.max_shutdown_time() });
             tracing::info!("shutting down: no new request is accepted, and requests in flight may end within server.drain_timeout");
             tokio::task::spawn_blocking(move || app.shutdown())
         };
@@ -105,4 +139,15 @@ pub(super) fn run_until_signal(app: App, signals: StopSignals, log: &LogOutput) 
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// The state of the gateway after a reload.
+fn reloaded(status: &str, outcome: Option<ReloadOutcome>) -> String {
+    match outcome {
+        Some(ReloadOutcome::Refused { faults }) => format!(
+            "{status}; the new config was refused: {}",
+            faults.first().map_or("it has a fault", String::as_str)
+        ),
+        Some(ReloadOutcome::Adopted { .. }) | None => status.to_owned(),
+    }
 }

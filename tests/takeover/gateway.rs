@@ -62,6 +62,11 @@ impl Place {
 
     /// Starts a process and does not wait for it.
     pub fn spawn(&self, config: &str) -> Process {
+        self.spawn_with(config, &[])
+    }
+
+    /// Starts a process with further environment variables and does not wait for it.
+    pub fn spawn_with(&self, config: &str, variables: &[(&str, &str)]) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let log = self.folder.path().join(format!("{number}.log"));
         let output = File::create(&log).unwrap();
@@ -69,6 +74,7 @@ impl Place {
             .args(["serve", "--config"])
             .arg(self.folder.path().join(config))
             .env("RUST_LOG", "info")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
             .stderr(output)

@@ -10,5 +10,6 @@ mod load;
 mod port;
 mod refused;
 mod requests;
+mod service_manager;
 mod upgrades;
 mod upstream;

@@ -1,0 +1,73 @@
+//! Threads that each run one server or task on their own runtime.
+
+use crate::server::RunState;
+use crate::service_manager::EventLoop;
+use std::io;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+
+/// Size of each runtime's blocking pool, which counts large prompts and resolves host names.
+const MAX_BLOCKING_THREADS: usize = 8;
+/// How long a thread waits for tasks of its blocking pool when it ends.
+const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
+
+/// A thread that runs one server or task on its own runtime.
+pub(super) struct ServerThread {
+    run_state: watch::Sender<RunState>,
+    pub(super) event_loop: EventLoop,
+    handle: Option<JoinHandle<usize>>,
+}
+
+impl ServerThread {
+    pub(super) fn spawn<F>(
+        thread: &'static str,
+        runtime: Runtime,
+        serve: impl FnOnce(watch::Receiver<RunState>) -> F + Send + 'static,
+    ) -> anyhow::Result<Self>
+    where
+        F: Future<Output = io::Result<usize>>,
+    {
+        let (run_state, receiver) = watch::channel(RunState::Waiting);
+        let event_loop = EventLoop { thread, runtime: runtime.handle().clone() };
+        let run = move || {
+            let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {
+                tracing::error!(%error, thread, "a listener failed and no longer serves requests: restart the gateway");
+                0
+            });
+            // This drops the remaining tasks, which settles their reservations, and waits for the blocking pool.
+            runtime.shutdown_timeout(MAX_BLOCKING_WAIT);
+            cut_off
+        };
+        let handle = thread::Builder::new().name(thread.into()).spawn(run)?;
+        Ok(Self { run_state, event_loop, handle: Some(handle) })
+    }
+
+    /// Changes the state of the server.
+    pub(super) fn set(&self, state: RunState) {
+        // An error means that the thread has ended already.
+        let _ = self.run_state.send(state);
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits until the thread ends. Returns the number of connections that it cut off.
+    pub(super) fn join(&mut self) -> usize {
+        self.handle.take().and_then(|handle| handle.join().ok()).unwrap_or(0)
+    }
+}
+
+pub(super) fn single_thread_runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).build()
+}
+
+pub(super) fn multi_thread_runtime(cores: usize) -> io::Result<Runtime> {
+    Builder::new_multi_thread()
+        .worker_threads(cores)
+        .enable_all()
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
+        .build()
+}

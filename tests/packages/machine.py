@@ -1,0 +1,119 @@
+"""A machine that systemd has booted: systemd as process 1 of own namespaces, with the files of the Debian package.
+
+The file system is that of this machine. What systemd and the package write goes to overlays in a temporary folder. It has its
+own network, so that the addresses of the package's config are free.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+BOOT = r"""
+set -e
+mount --make-rprivate /
+cd "$1"
+for part in etc var/lib; do
+  mkdir -p "files/$part" "work/$part"
+  mount -t overlay overlay -o "lowerdir=/$part,upperdir=files/$part,workdir=work/$part" "/$part"
+done
+mkdir -p work/usr
+mount -t overlay overlay -o "lowerdir=/usr,upperdir=files/usr,workdir=work/usr" /usr
+kind=$(stat -f -c %T /sys/fs/cgroup)
+if [ "$kind" = cgroup2fs ]; then
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup
+else
+  mount -t tmpfs tmpfs /sys/fs/cgroup
+  mkdir /sys/fs/cgroup/systemd
+  mount -t cgroup -o none,name=systemd,xattr cgroup /sys/fs/cgroup/systemd
+fi
+mount -t tmpfs -o mode=755 tmpfs /run
+ip link set lo up
+rm -rf /etc/systemd/system/*.wants
+printf '[Unit]\nDefaultDependencies=no\n' > /etc/systemd/system/empty.target
+container=tollgate-test exec /lib/systemd/systemd --system --unit=empty.target --log-target=console --show-status=no
+"""
+
+CONTAIN = r"""
+set -e
+for root in /sys/fs/cgroup/systemd /sys/fs/cgroup; do
+  if [ -e "$root/cgroup.procs" ]; then
+    mkdir -p "$root/$2"
+    echo $$ > "$root/$2/cgroup.procs"
+    break
+  fi
+done
+exec unshare --mount --pid --cgroup --net --ipc --uts --fork --kill-child --mount-proc bash -c "$3" bash "$1"
+"""
+
+
+class Machine:
+    """Use it with `with`. `files`: the folder that the package was extracted to."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.group = f"tollgate-test-{os.getpid()}"
+        self.log = folder / "systemd.log"
+
+    def __enter__(self):
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["bash", "-c", CONTAIN, "bash", str(self.folder), self.group, BOOT], stdout=log, stderr=log
+            )
+        for _ in range(200):
+            if self.process.poll() is not None:
+                break
+            self.init = self._child()
+            if self.init and self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded"):
+                return self
+            time.sleep(0.05)
+        log = self.log.read_text()
+        self.__exit__()
+        raise RuntimeError(f"systemd does not start in namespaces of this machine: {log}")
+
+    def _child(self):
+        children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        is_systemd = lambda pid: pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "systemd"
+        return next((pid for pid in children if is_systemd(pid)), None)
+
+    def __exit__(self, *_):
+        # The end of process 1 ends all others of its namespace.
+        if self.process.poll() is None:
+            init = getattr(self, "init", None)
+            os.kill(int(init) if init else self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for root in ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup"):
+            subprocess.run(["find", f"{root}/{self.group}", "-depth", "-type", "d", "-delete"], capture_output=True)
+
+    def run(self, *command, **options):
+        """Runs a command on the machine."""
+        inside = ["nsenter", "-t", self.init, "-m", "-p", "-n", *command]
+        return subprocess.run(inside, capture_output=True, text=True, timeout=30, **options)
+
+    def must(self, *command):
+        """Runs a command that must succeed, and returns its output."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.log.read_text()}\n{self.journal()}"
+        return done.stdout
+
+    def journal(self):
+        """What the gateway has written to its log."""
+        return self.run("cat", "/run/tollgate.log").stdout
+
+    def write(self, path, text):
+        self.must("mkdir", "-p", str(pathlib.Path(path).parent))
+        done = self.run("tee", path, input=text)
+        assert done.returncode == 0, done.stderr
+
+    def show(self, *properties):
+        """Properties of the service, as systemd has them."""
+        lines = self.must("systemctl", "show", "tollgate", "-p", ",".join(properties)).splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    def wait_until(self, holds, what):
+        for _ in range(300):
+            if holds():
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"not within 15 s: {what}\n{self.log.read_text()}\n{self.journal()}")
