@@ -20,6 +20,11 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     // The process has one thread here.
     let passed = PassedListeners::take()?;
     let program = Program::current();
+    if let Some(program) = &program
+        && Program::is_intermediate()
+    {
+        return Ok(program.start()?);
+    }
     let loaded = match load_or_explain(config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
@@ -104,7 +109,7 @@ pub(super) fn run_until_signal(
                     notify(&Notification::Ready { status: &status });
                 }
                 Some(()) = replace.recv() => match program {
-                    Some(program) => program.start(),
+                    Some(program) => program.start_successor(),
                     None => tracing::warn!("SIGUSR2 has no effect: this process cannot be replaced"),
                 },
             }

