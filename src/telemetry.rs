@@ -1,5 +1,7 @@
 //! Metrics, and one log line for each request.
 
+mod causes;
+mod intervals;
 mod log;
 mod metrics;
 mod refusals;
@@ -14,6 +16,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use causes::LastDay;
 pub(crate) use log::{LogOutput, init_logging, init_logging_with};
 pub(crate) use metrics::Metrics;
 pub(crate) use refusals::RefusalCounts;

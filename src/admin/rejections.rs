@@ -2,7 +2,7 @@
 
 use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query};
-use crate::telemetry::RejectionView;
+use crate::telemetry::{LastDay, RejectionView};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
@@ -27,6 +27,8 @@ pub(super) struct RejectionParameters {
 pub(super) struct RejectionList {
     /// Newest first.
     rejections: Vec<RejectionView>,
+    /// Those of the last 24 hours by cause, also those that `rejections` no longer has. Of all callers.
+    last_day: LastDay,
 }
 
 /// The last requests that a quota or a limit rejected, newest first.
@@ -47,5 +49,6 @@ pub(super) async fn rejections(
     let (environment, caller) = (named(&environment), named(&caller));
     let limit = limit.unwrap_or(usize::MAX);
     let rejections = admin.state.rejections.last(limit, environment.as_deref(), caller.as_deref());
-    Json(RejectionList { rejections }).into_response()
+    let last_day = admin.state.rejections.last_day(environment.as_deref());
+    Json(RejectionList { rejections, last_day }).into_response()
 }

@@ -53,7 +53,10 @@ impl PathMistake {
                     }
                     Self::BaseUrl | Self::NotServed | Self::AdminPath => {}
                 }
-                write!(f, "{sdk} needs a base_url that ends in '{base_path}'.")
+                match base_path {
+                    "/" => write!(f, "{sdk} needs a base_url without a path, also without '/v1'."),
+                    _ => write!(f, "{sdk} needs a base_url that ends in '{base_path}'."),
+                }
             }
         }
     }

@@ -1,28 +1,21 @@
 //! How many requests were refused in the last minute, by environment and by quota.
 
+use super::intervals::Intervals;
 use crate::clock::Timestamp;
 use crate::quota::Quota;
 use foldhash::fast::FixedState;
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
 
-/// Number of intervals in a minute.
-const SLOTS: u32 = 12;
-const SLOT_MS: i64 = 5_000;
+/// A minute in intervals of 5 s.
+type Minute = Intervals<12, 5_000>;
 /// Maximum number of environments and quotas with a count. The config bounds their number; this bounds those that reloads
 /// have removed.
 const MAX_COUNTS: usize = 50_000;
 
 /// Refusals of the last minute, counted in intervals.
 #[derive(Debug, Default)]
-pub(super) struct RecentRefusals(HashMap<u64, Intervals>);
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Intervals {
-    /// The number of the current interval since the Unix epoch.
-    current: i64,
-    counts: [u32; SLOTS as usize],
-}
+pub(super) struct RecentRefusals(HashMap<u64, Minute>);
 
 /// The number of refusals in the last minute.
 #[derive(Debug, Default)]
@@ -57,32 +50,6 @@ fn key(environment: &str, quota: Option<&Quota>) -> u64 {
     hasher.finish()
 }
 
-impl Intervals {
-    /// Moves to the interval of `now`, and sets those in between to zero.
-    fn advance(&mut self, now: Timestamp) {
-        let now = now.0.div_euclid(SLOT_MS);
-        let passed = now.saturating_sub(self.current);
-        // After a step back of the clock, counting continues in the interval that was the last one.
-        for n in 1..=passed.clamp(0, i64::from(SLOTS)) {
-            self.counts[slot(now - passed + n)] = 0;
-        }
-        if passed >= i64::from(SLOTS) || passed < -i64::from(SLOTS) {
-            self.counts = [0; SLOTS as usize];
-            self.current = now;
-        }
-        self.current = self.current.max(now);
-    }
-
-    fn sum(&self) -> u64 {
-        self.counts.iter().map(|n| u64::from(*n)).sum()
-    }
-}
-
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // less than SLOTS
-fn slot(interval: i64) -> usize {
-    interval.rem_euclid(i64::from(SLOTS)) as usize
-}
-
 impl RecentRefusals {
     /// Counts a refused request of an environment. `quotas`: those that had no room.
     pub(super) fn add<'q>(
@@ -102,23 +69,17 @@ impl RecentRefusals {
                 return;
             }
         }
-        let intervals = self.0.entry(key).or_default();
-        intervals.advance(now);
-        let count = &mut intervals.counts[slot(intervals.current)];
-        *count = count.saturating_add(1);
+        self.0.entry(key).or_default().add(now);
     }
 
     fn remove_old(&mut self, now: Timestamp) {
-        self.0.retain(|_, intervals| {
-            intervals.advance(now);
-            intervals.sum() > 0
-        });
+        self.0.retain(|_, intervals| intervals.sum(now) > 0);
     }
 
     /// The counts at this time.
     pub(super) fn counts(&mut self, now: Timestamp) -> RefusalCounts {
         self.remove_old(now);
-        RefusalCounts(self.0.iter().map(|(key, intervals)| (*key, intervals.sum())).collect())
+        RefusalCounts(self.0.iter_mut().map(|(key, intervals)| (*key, intervals.sum(now))).collect())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The last requests that a quota or a limit rejected, for the admin API.
 
 use super::Record;
+use super::causes::{Causes, LastDay};
 use super::refusals::{RecentRefusals, RefusalCounts};
 use crate::clock::{self, Timestamp};
 use crate::error::ProxyError;
@@ -24,6 +25,7 @@ struct LastRejections {
     /// Number of rejections since the process started.
     total: u64,
     recent: RecentRefusals,
+    causes: Causes,
 }
 
 /// One rejected request.
@@ -122,6 +124,8 @@ impl Rejections {
         let quotas = rejection.error.shortfalls().iter().map(|shortfall| &shortfall.quota);
         let mut last = self.lock();
         last.recent.add(rejection.at, &rejection.environment, quotas);
+        let worst = rejection.error.shortfalls().first().map(|shortfall| &shortfall.quota);
+        last.causes.add(rejection.at, &rejection.environment, rejection.error.code(), worst);
         if last.all.len() >= MAX_REJECTIONS {
             last.all.pop_front();
         }
@@ -149,6 +153,11 @@ impl Rejections {
     /// The number of refusals in the last minute.
     pub(crate) fn last_minute(&self) -> RefusalCounts {
         self.lock().recent.counts(clock::now())
+    }
+
+    /// The rejections of the last 24 hours by cause; of one environment if it is named.
+    pub(crate) fn last_day(&self, environment: Option<&str>) -> LastDay {
+        self.lock().causes.last_day(clock::now(), environment)
     }
 
     /// The last rejections, newest first; of one environment and caller if they are named.

@@ -127,7 +127,8 @@ fn to_json(all: &[(Arc<Environment>, OverrideSet)]) -> OverrideList {
 /// is replaced as a whole.
 fn to_yaml(all: &[(Arc<Environment>, OverrideSet)]) -> String {
     let mut text = String::from(
-        "# The overrides in force. Merge this into the config file: mappings by key, callers by name, other lists as a whole.\n",
+        "# The overrides in force. Merge this into the config file: mappings by key, lists of quotas as a whole.\n\
+         # Below keys, copy the quotas into the caller with the same name. Do not replace the list: it has the keys.\n",
     );
     let changed: Vec<_> =
         all.iter().filter(|(_, set)| !set.limits.is_empty() || set.enforce.is_some()).collect();

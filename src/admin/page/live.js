@@ -5,9 +5,11 @@ import { ApiError, get, open, setSignInHandler } from "./api.js";
 import { quotaName } from "./format.js";
 
 /** Number of refusals that the gateway and the page keep. */
-export const MAX_REFUSALS = 1_000;
+const MAX_REFUSALS = 1_000;
 /** The page reconnects after this time without data. The gateway sends a heartbeat each 15 s. */
 const SILENCE_MS = 40_000;
+/** The counts by cause are loaded this long after a refusal. */
+const CAUSES_PAUSE_MS = 2_000;
 /** Pauses before the page connects again: they double. */
 const MIN_PAUSE_MS = 1_000;
 const MAX_PAUSE_MS = 15_000;
@@ -68,6 +70,8 @@ export const live = {
   version: 0,
   /** The newest first. */
   refusals: [],
+  /** Refusals of the last 24 hours by cause, as `/api/rejections` has them. */
+  lastDay: { refusals: 0, causes: [] },
   /** `{at, tokens}`: the sum of all tokens at moments of the last minutes. */
   samples: [],
   isLoaded: false,
@@ -142,7 +146,20 @@ function takeEnvironments(environments, order) {
 function takeRefusals(newest) {
   const known = new Set(live.refusals.slice(0, newest.length + 100).map((refusal) => refusal.request_id + refusal.at));
   const fresh = newest.filter((refusal) => !known.has(refusal.request_id + refusal.at));
-  if (fresh.length > 0) live.refusals = fresh.concat(live.refusals).slice(0, MAX_REFUSALS);
+  if (fresh.length === 0) return;
+  live.refusals = fresh.concat(live.refusals).slice(0, MAX_REFUSALS);
+  causesTimer ||= setTimeout(loadCauses, CAUSES_PAUSE_MS);
+}
+
+let causesTimer = 0;
+
+/** Loads the counts by cause. An event has at most 50 refusals, so the page cannot count them itself. */
+async function loadCauses() {
+  const { last_day } = await get("/api/rejections?limit=0").catch(() => ({}));
+  causesTimer = 0;
+  if (!last_day) return;
+  live.lastDay = last_day;
+  notify("state");
 }
 
 function sample() {
@@ -187,9 +204,9 @@ function onEvent(name, data) {
 
 /** Loads the refusals that a snapshot leaves out. */
 async function loadRefusals() {
-  const { rejections } = await get(`/api/rejections?limit=${MAX_REFUSALS}`).catch(() => ({ rejections: [] }));
-  if (rejections.length < live.refusals.length) return;
-  live.refusals = rejections;
+  const { rejections, last_day } = await get(`/api/rejections?limit=${MAX_REFUSALS}`).catch(() => ({ rejections: [] }));
+  live.lastDay = last_day ?? live.lastDay;
+  if (rejections.length >= live.refusals.length) live.refusals = rejections;
   notify("state");
 }
 
@@ -270,6 +287,6 @@ export function start(onSignIn) {
 export function stop() {
   disconnect();
   live.environments.clear();
-  Object.assign(live, { refusals: [], samples: [], isLoaded: false, lostSince: null });
+  Object.assign(live, { refusals: [], lastDay: { refusals: 0, causes: [] }, samples: [], isLoaded: false, lostSince: null });
   rebuild();
 }

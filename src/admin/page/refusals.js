@@ -2,11 +2,10 @@
 
 import { el, setText, setVisible } from "./dom.js";
 import { count, duration, exactMoment, moment, number, percent, quotaName } from "./format.js";
-import { MAX_REFUSALS, live } from "./live.js";
+import { live } from "./live.js";
 
 /** Rows drawn at first, and added by each "Show more". */
 const BATCH = 100;
-const DAY_MS = 86_400_000;
 /** Causes that are listed. */
 const MAX_CAUSES = 12;
 
@@ -21,10 +20,9 @@ function cause(refusal) {
 /** `request exceeds quota`. */
 const codeWords = (code) => code.replaceAll("_", " ");
 
-const causeWords = (refusal) => {
-  const quota = cause(refusal);
-  return quota ? `${refusal.environment} · ${quotaName(quota)}` : `${refusal.environment} · ${codeWords(refusal.code)}`;
-};
+const wordsOf = (environment, code, quota) => `${environment} · ${quota ? quotaName(quota) : codeWords(code)}`;
+
+const causeWords = (refusal) => wordsOf(refusal.environment, refusal.code, cause(refusal));
 
 function fits(refusal, quota) {
   if (!quota) return "–";
@@ -47,16 +45,6 @@ function row(refusal) {
     cell("Request id", "id", refusal.request_id));
 }
 
-/** The bars of the causes. */
-function causes(refusals) {
-  const sums = new Map();
-  for (const refusal of refusals) {
-    const words = causeWords(refusal);
-    sums.set(words, (sums.get(words) ?? 0) + 1);
-  }
-  return [...sums].sort((a, b) => b[1] - a[1]).slice(0, MAX_CAUSES);
-}
-
 class Causes {
   constructor() {
     this.note = el("p", { class: "soft" });
@@ -65,22 +53,19 @@ class Causes {
     this.items = [];
   }
 
-  update(refusals) {
-    const since = Date.now() - DAY_MS;
-    const last = refusals.filter((refusal) => Date.parse(refusal.at) >= since);
-    const isCut = refusals.length >= MAX_REFUSALS && last.length === refusals.length;
-    setText(this.note, isCut
-      ? `The last ${number(MAX_REFUSALS)} refusals, since ${moment(Date.parse(last.at(-1).at))}. The gateway keeps no more.`
-      : `${count(last.length, "refusal")} in the last 24 hours.`);
-    const sums = causes(last);
-    sums.forEach(([words, sum], n) => {
+  /** `lastDay`: as `/api/rejections` has it. */
+  update({ refusals, causes }) {
+    const shown = causes.slice(0, MAX_CAUSES);
+    const rest = causes.length > shown.length ? ` The ${MAX_CAUSES} most frequent causes:` : "";
+    setText(this.note, `${count(refusals, "refusal")} in the last 24 hours.${rest}`);
+    shown.forEach((sum, n) => {
       this.items[n] ??= this.#item();
       const { name, value, bar } = this.items[n];
-      setText(name, words);
-      setText(value, `${number(sum)} (${percent(sum / last.length)})`);
-      bar.style.width = `${(100 * sum) / sums[0][1]}%`;
+      setText(name, wordsOf(sum.environment, sum.code, sum.kind ? sum : null));
+      setText(value, `${number(sum.refusals)} (${percent(sum.refusals / refusals)})`);
+      bar.style.width = `${(100 * sum.refusals) / shown[0].refusals}%`;
     });
-    this.items.forEach(({ element }, n) => setVisible(element, n < sums.length));
+    this.items.forEach(({ element }, n) => setVisible(element, n < shown.length));
   }
 
   #item() {
@@ -126,9 +111,9 @@ export function refusals() {
       if (place === tr) place = place.nextSibling;
       else body.insertBefore(tr, place);
     }
-    sums.update(live.refusals);
+    sums.update(live.lastDay);
     setVisible(empty, live.isLoaded && live.refusals.length === 0);
-    setVisible(sums.element, live.refusals.length > 0);
+    setVisible(sums.element, live.lastDay.refusals > 0);
     setVisible(more, all.length > drawn.length);
     setText(rest, all.length > drawn.length ? `${drawn.length} of ${number(all.length)}` : "");
   }

@@ -45,7 +45,7 @@ fn the_patch_is_yaml_that_puts_the_overrides_into_the_file() {
     let set = set_of(&settings, &[(0, 300, 450), (2, UNLIMITED, UNLIMITED), (requests, 60, 60)]);
     let patch = to_yaml(&[(settings, set.clone())]);
     assert_eq!(
-        patch.lines().skip(1).collect::<Vec<_>>(),
+        patch.lines().skip_while(|line| line.starts_with('#')).collect::<Vec<_>>(),
         [
             "environments:",
             "  \"production\":",
@@ -61,6 +61,10 @@ fn the_patch_is_yaml_that_puts_the_overrides_into_the_file() {
             "        requests:",
             "          - { limit: unlimited, per: \"hour\", window: rolling }",
         ]
+    );
+    assert!(
+        patch.contains("copy the quotas into the caller with the same name. Do not replace the list"),
+        "{patch}"
     );
     // The file with this patch has the limits in force and is valid.
     let merged = format!("upstreams: {{ u: {{ base_url: 'http://u/v1' }} }}\n{patch}    upstream: u\n");
