@@ -5,6 +5,7 @@
 //! 1. Reserve and settle in one environment with 16 quotas, in memory: operations per second and time of each.
 //! 2. A durable quota with 64 concurrent requests: how long a reservation waits for its commit, and the CPU time per
 //!    request, compared with the same load without a store.
+//! 3. The dry run of a limit: the replay of a busy hour. It fails if it takes more than `MAX_REPLAY`.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a bench panics on faults and measures time
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // for printed figures
@@ -15,9 +16,11 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tollgate::calibrations::Calibrations;
+use tollgate::clock::Timestamp;
 use tollgate::config::{Config, Environment, parse};
-use tollgate::ledger::{Account, Accounts, Demand};
+use tollgate::ledger::{Account, Accounts, Demand, UsageInterval};
 use tollgate::quota::{Amounts, Subject};
+use tollgate::simulate::refused_in_history;
 use tollgate::store::Store;
 
 fn main() {
@@ -61,6 +64,35 @@ fn main() {
         );
     }
     println!("\nThe store adds {:.1} us of CPU to a request.", cpu(&with) - cpu(&without));
+    println!("\n### dry run of a limit: the replay of the last hour\n");
+    println!("| requests | refused | ms |\n| --- | --- | --- |");
+    for requests in [10_000, 100_000, 10_000_000] {
+        let (refused, time) = (0..3).map(|_| measure_replay(requests)).min_by_key(|(_, time)| *time).unwrap();
+        println!("| {requests} | {refused} | {:.1} |", time.as_secs_f64() * 1e3);
+        assert!(time < MAX_REPLAY, "the dry run takes {time:?}");
+    }
+}
+
+/// Four times the target: checked arithmetic and a busy machine make it slower.
+const MAX_REPLAY: Duration = Duration::from_millis(200);
+
+/// Replays an hour with this number of requests, of which about a third does not fit, and as many before it. Returns the
+/// number of refused requests.
+fn measure_replay(requests: u64) -> (u64, Duration) {
+    let quota =
+        &config("{ total_tokens: { limit: 1M, per: minute } }", "{ memory: true }").environments[0].quotas[0];
+    let now = Timestamp(1_774_700_040_000);
+    let minute = |ago: i64| {
+        let start = Timestamp(now.0 - ago * 60_000);
+        let spent = requests / 60;
+        let tokens = 1_500_000;
+        let spent = Amounts { requests: spent, prompt: tokens, completion: 0, total: tokens };
+        UsageInterval { start, end: Timestamp(start.0 + 60_000), rejections: 0, spent }
+    };
+    let history: Vec<UsageInterval> = (1..=120).rev().map(minute).collect();
+    let started = Instant::now();
+    let refused = refused_in_history(quota, &history, now).unwrap();
+    (refused, started.elapsed())
 }
 
 fn config(quotas: &str, store: &str) -> Config {

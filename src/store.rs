@@ -275,7 +275,8 @@ fn lock_file(file: &Path, path: &Path) -> anyhow::Result<File> {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => anyhow::bail!(
             "store.path, {}, is in use by another process: two gateways on one file would lose counts; set another path for \
-             each gateway, or share quotas by store.redis. To replace the other process, start with its server.listen",
+             each gateway. store.redis shares their quotas, and each still needs a file of its own. To replace the other \
+             process, start with its server.listen",
             path.display()
         ),
         Err(TryLockError::Error(error)) => {

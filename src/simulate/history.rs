@@ -9,7 +9,7 @@ const HOUR_MS: u64 = 3_600_000;
 const MAX_EARLIER_MS: u64 = 31 * 24 * HOUR_MS;
 /// Maximum number of arrivals that a replay simulates in the last hour, and again before it. If there were more
 /// requests, several arrive together.
-const MAX_ARRIVALS: u64 = 100_000;
+const MAX_ARRIVALS: u64 = 25_000;
 
 /// The time from which [`refused_in_history`] needs the history, at most 31 days before the last hour. For a calendar
 /// quota: the begin of the period in which the hour begins. For a rolling one: early enough to fill an empty bucket.
@@ -47,7 +47,7 @@ pub fn history_start(quota: &Quota, now: Timestamp) -> Timestamp {
 /// - Denied requests count as demand too, whichever quota denied them, also if they repeat an earlier one.
 /// - The answer is charged at once, with its actual size. The real gateway holds an estimate while the answer runs.
 /// - No other quota applies, and no request waits.
-/// - Of more than 100,000 requests in the hour, several arrive together. If not all of them fit, the first ones that do
+/// - Of more than 25,000 requests in the hour, several arrive together. If not all of them fit, the first ones that do
 ///   are admitted.
 ///
 /// With requests of one size, a lower limit and burst never refuse fewer requests. With several sizes they may: a lower
@@ -55,7 +55,7 @@ pub fn history_start(quota: &Quota, now: Timestamp) -> Timestamp {
 ///
 /// Returns `None` if the quota counts tokens and the size of no request is known: the history has denied requests only.
 ///
-/// Takes milliseconds, so it belongs on the blocking pool.
+/// Takes up to 50 ms, so it belongs on the blocking pool (`cargo bench --bench engine`).
 pub fn refused_in_history(quota: &Quota, history: &[UsageInterval], now: Timestamp) -> Option<u64> {
     let all = history.iter().fold(Amounts::default(), |sum, interval| sum.saturating_add(interval.spent));
     let is_size_known = all.requests > 0 || quota.kind == Kind::Requests;
