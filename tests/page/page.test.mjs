@@ -106,6 +106,9 @@ pageTest("live update while traffic runs", {}, async ({ gateway, page }) => {
   const rows = await table.getByRole("row").count();
   await gateway.chat("sandbox");
   await until(async () => (await table.getByRole("row").count()) > rows, "a new refusal arrives");
+  const causes = page.getByRole("region", { name: "By cause" });
+  await causes.getByText("sandbox · total tokens per minute").waitFor();
+  await causes.getByText(`${rows} refusals in the last 24 hours.`).waitFor();
 });
 
 pageTest("a limit is set, enforced and undone", {}, async ({ gateway, page }) => {

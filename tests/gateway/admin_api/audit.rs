@@ -79,3 +79,19 @@ async fn a_flood_of_guesses_makes_few_entries() {
     let count = audit["entries"].as_array().unwrap().iter().filter(|e| e["action"] == "wrong_token").count();
     assert!((5..=10).contains(&count), "{audit}");
 }
+
+#[tokio::test]
+async fn a_store_that_cannot_be_read_is_answered_with_503() {
+    let (upstream, folder) = (Upstream::always(Answer::chat(8, 2)).await, tempfile::tempdir().unwrap());
+    let gateway = gateway(&upstream, &folder).await;
+    std::fs::remove_file(folder.path().join("t.db")).unwrap();
+    for (target, code) in [("/api/audit", "audit_unavailable"), ("/api/usage", "history_unavailable")] {
+        let reply = request(&gateway, "GET", target, &bearer(TOKEN), "").await;
+        assert_eq!((reply.status, reply.json()["error"]["code"].as_str()), (503, Some(code)), "{target}");
+        assert_eq!(reply.json()["error"]["type"], "server_error");
+        assert!(reply.text().contains("Check that the file is there"), "{}", reply.text());
+        let described = request(&gateway, "GET", "/api/openapi.json", &bearer(TOKEN), "").await.json();
+        let answer = &described["paths"][target]["get"]["responses"]["503"]["description"];
+        assert!(answer.as_str().unwrap().contains(code), "{answer}");
+    }
+}
