@@ -173,10 +173,25 @@ impl Account {
         demand: &Demand<'_>,
         max_wait: Duration,
     ) -> Result<Reservation, NoRoom> {
-        match self.reserve_here(demand, max_wait).await {
+        self.reserve_timed(demand, max_wait, &mut None).await
+    }
+
+    /// Like `reserve`. Sets `waited` to the time that the request spent in the wait queue, also if it is denied.
+    ///
+    /// # Errors
+    /// See `reserve`.
+    pub async fn reserve_timed(
+        self: &Arc<Self>,
+        demand: &Demand<'_>,
+        max_wait: Duration,
+        waited: &mut Option<Duration>,
+    ) -> Result<Reservation, NoRoom> {
+        match self.reserve_here(demand, max_wait, waited).await {
             Ok(reservation) => Ok(reservation),
             Err(Refusal::NoRoom(no_room)) => Err(no_room),
-            Err(Refusal::HasLeft(max_wait)) => Box::pin(self.reserve_after_leaving(demand, max_wait)).await,
+            Err(Refusal::HasLeft(max_wait)) => {
+                Box::pin(self.reserve_after_leaving(demand, max_wait, waited)).await
+            }
         }
     }
 
@@ -185,12 +200,13 @@ impl Account {
         self: &Arc<Self>,
         demand: &Demand<'_>,
         mut max_wait: Duration,
+        waited: &mut Option<Duration>,
     ) -> Result<Reservation, NoRoom> {
         loop {
             if let Some(successor) = self.handover.outcome().await {
                 return self.reserve_elsewhere(&successor, demand, max_wait).await;
             }
-            match self.reserve_here(demand, max_wait).await {
+            match self.reserve_here(demand, max_wait, waited).await {
                 Ok(reservation) => return Ok(reservation),
                 Err(Refusal::NoRoom(no_room)) => return Err(no_room),
                 Err(Refusal::HasLeft(left)) => max_wait = left,
@@ -202,13 +218,14 @@ impl Account {
         self: &Arc<Self>,
         demand: &Demand<'_>,
         max_wait: Duration,
+        waited: &mut Option<Duration>,
     ) -> Result<Reservation, Refusal> {
         let obstacle = if max_wait.is_zero() || self.wait_queue.is_empty() {
             match self.try_reserve(demand).await {
                 Ok(reservation) => return Ok(reservation),
                 Err(_) if self.handover.has_left() => return Err(Refusal::HasLeft(max_wait)),
                 Err(no_room) if max_wait.is_zero() => {
-                    self.engine.count_denial(demand.subject);
+                    self.engine.count_denial(demand.subject, &no_room);
                     self.notify_store(false);
                     return Err(Refusal::NoRoom(no_room));
                 }
@@ -221,7 +238,9 @@ impl Account {
         // A request behind others is denied at once if it could not fit in time even at the head of the queue.
         if obstacle.is_none_or(|no_room| may_clear_within(&no_room, max_wait)) {
             let waits = self.wait_queue.wait_in_turn(max_wait, || self.try_reserve(demand));
-            if let Some(reservation) = Box::pin(waits).await {
+            let reservation = Box::pin(waits).await;
+            *waited = Some(waited.unwrap_or_default() + clock.elapsed());
+            if let Some(reservation) = reservation {
                 return Ok(reservation);
             }
         }
@@ -230,6 +249,7 @@ impl Account {
         }
         // A request whose wait failed, or that found the queue full, must not overtake the queued requests.
         let no_room = self.engine.deny(demand);
+        self.engine.record_refusal(demand.subject, &no_room);
         self.notify_store(false);
         Err(Refusal::NoRoom(no_room))
     }
@@ -401,6 +421,11 @@ impl Account {
     /// Reservations of this node that are not settled.
     pub fn in_flight(&self) -> u64 {
         self.engine.with_local(|local, _| local.in_flight)
+    }
+
+    /// Number of requests that wait for room.
+    pub fn queue_length(&self) -> usize {
+        self.wait_queue.len()
     }
 
     /// The state of the connection to Redis. `None`: the counters belong to this node alone.

@@ -10,6 +10,7 @@ mod carry_over;
 mod clock_count;
 mod counter;
 mod denial;
+mod exhaustion;
 mod handover;
 mod period;
 mod receipt;

@@ -297,7 +297,7 @@ impl EnvironmentState {
 
     /// The answer with the quotas at these indices of the levels.
     fn view_of(&self, quotas: &[usize]) -> EnvironmentView {
-        let Snapshot { at, in_flight, redis, levels, totals, overrides } = &self.snapshot;
+        let Snapshot { at, in_flight, redis, levels, totals, overrides, .. } = &self.snapshot;
         let configured = self.settings.counted_quotas();
         let view = |&index: &usize| {
             let level = levels.get(index)?;

@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub at: Timestamp,
     /// Reservations that are not settled: those of all nodes if the counters are shared, or else those of this node.
     pub in_flight: u64,
+    /// Reservations of this node that are not settled.
+    pub in_flight_here: u64,
     /// The state of the connection to Redis. `None`: the counters belong to this node alone.
     pub redis: Option<RedisStatus>,
     /// Every quota, in the config's order.
@@ -71,8 +73,17 @@ impl Engine {
         }
     }
 
-    pub(super) fn count_denial(&self, subject: Subject<'_>) {
-        self.with_local(|local, now| local.count_denial(now, subject));
+    /// Counts a denied request, and records it in the quotas that had no room.
+    pub(super) fn count_denial(&self, subject: Subject<'_>, no_room: &NoRoom) {
+        self.with_local(|local, now| {
+            local.count_denial(now, subject);
+            local.record_refusal(now, subject, no_room);
+        });
+    }
+
+    /// Records a refusal in the quotas that had no room.
+    pub(super) fn record_refusal(&self, subject: Subject<'_>, no_room: &NoRoom) {
+        self.with_local(|local, now| local.record_refusal(now, subject, no_room));
     }
 
     /// Records the amounts that a request has certainly used so far.
@@ -151,6 +162,7 @@ impl Engine {
         self.with_local(|local, now| Snapshot {
             at: now,
             in_flight: shared_in_flight.unwrap_or(local.in_flight),
+            in_flight_here: local.in_flight,
             redis,
             levels: local.levels(now),
             totals: local.totals,

@@ -277,6 +277,13 @@ impl Local {
         self.history.record_denial(now, subject);
     }
 
+    /// Records a refusal in the quotas that had no room, so that they count as exhausted.
+    pub(super) fn record_refusal(&mut self, now: Timestamp, subject: Subject<'_>, no_room: &NoRoom) {
+        if let NoRoom::Quota(denied) = no_room {
+            self.quotas.record_refusal(now, subject, denied);
+        }
+    }
+
     /// Like `try_admit`, but with a given allowance. `is_full`: the maximum number of requests is in flight.
     pub(super) fn try_admit_with(
         &mut self,

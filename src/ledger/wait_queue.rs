@@ -32,7 +32,12 @@ impl Default for WaitQueue {
 impl WaitQueue {
     /// Whether no request waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) == 0
+        self.len() == 0
+    }
+
+    /// Number of requests that wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Wakes the request at the head: a quota may have more room.

@@ -75,6 +75,19 @@ impl TokenBucket {
         Err(Wait::Ms(if waits_for_held { ms.max(MIN_WAIT_FOR_HELD_MS) } else { ms }))
     }
 
+    /// If less than one token is left: when there is one, unless a change of the held tokens comes first.
+    pub(super) fn empty_until(&self) -> Option<Timestamp> {
+        let short = self.scale - self.level;
+        if short <= 0 {
+            return None;
+        }
+        if self.held >= self.burst {
+            return Some(Timestamp(i64::MAX));
+        }
+        let ms = u64::try_from((short + self.rate - 1) / self.rate).unwrap_or(u64::MAX);
+        Some(self.refilled_at.plus_ms(ms))
+    }
+
     /// Moves `amount` tokens from the level to held.
     pub fn reserve(&mut self, amount: u64) {
         self.level -= self.units(amount);

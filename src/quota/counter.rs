@@ -1,6 +1,7 @@
 //! One quota together with its counter, for both kinds of window.
 
 use super::clock_count::ClockCount;
+use super::exhaustion::Exhaustion;
 use super::receipt::Hold;
 use super::spending::Spending;
 use super::{
@@ -26,6 +27,7 @@ pub(super) struct Cell {
     excess: Option<(u64, Timestamp)>,
     /// Amounts spent in the last minutes.
     spending: Spending,
+    exhaustion: Exhaustion,
     /// Whether the counter has changed since `take_change` was called last.
     is_dirty: bool,
 }
@@ -57,6 +59,7 @@ impl Cell {
             taken_over: Vec::new(),
             excess: None,
             spending: Spending::new(now),
+            exhaustion: Exhaustion::new(now),
             is_dirty: true,
         }
     }
@@ -79,6 +82,9 @@ impl Cell {
         }
         self.quota = quota;
         self.is_dirty = true;
+        if has_changed {
+            self.exhaustion.on_room();
+        }
         if was_unlimited {
             self.charge_clock_count();
         }
@@ -162,6 +168,7 @@ impl Cell {
 
     /// Refills the bucket, or begins the next calendar period if the current one has ended.
     pub(super) fn advance(&mut self, now: Timestamp) {
+        self.exhaustion.advance(now, self.empty_until());
         match &mut self.counter {
             Counter::Rolling(bucket, clock) => {
                 bucket.refill(now);
@@ -284,6 +291,9 @@ impl Cell {
     /// Holds `amount`. Returns the period that admitted it, 0 for a rolling quota.
     pub(super) fn reserve(&mut self, amount: u64) -> u64 {
         self.is_dirty = true;
+        if amount > 0 {
+            self.exhaustion.on_room();
+        }
         match &mut self.counter {
             Counter::Rolling(bucket, _) => {
                 bucket.reserve(amount);
@@ -391,6 +401,7 @@ impl Cell {
             Counter::Calendar(calendar) => calendar.reset(),
         }
         self.excess = None;
+        self.exhaustion.on_room();
         self.is_dirty = true;
     }
 
@@ -497,6 +508,22 @@ impl Cell {
         self.spending.go_offline();
     }
 
+    /// If nothing is left: when at least one token or request is available again, as far as that is known.
+    fn empty_until(&self) -> Option<Timestamp> {
+        match &self.counter {
+            _ if self.quota.is_unlimited() => None,
+            Counter::Rolling(bucket, _) => bucket.empty_until(),
+            Counter::Calendar(calendar) => calendar.empty_until(),
+        }
+    }
+
+    /// A request was refused because it does not fit. Requires a preceding `advance`.
+    pub(super) fn on_refusal(&mut self, now: Timestamp, wait: Wait) {
+        if let Wait::Ms(ms) = wait {
+            self.exhaustion.on_refusal(now, ms);
+        }
+    }
+
     pub(super) fn level(&self) -> i64 {
         match &self.counter {
             _ if self.quota.is_unlimited() => i64::MAX,
@@ -530,6 +557,7 @@ impl Cell {
             reset_ms,
             spent_recently,
             measured_ms,
+            exhausted_ms: self.exhaustion.total_ms(),
         }
     }
 

@@ -193,6 +193,11 @@ impl CalendarPeriod {
         signed(self.limit).saturating_sub(signed(self.used)).saturating_sub(signed(self.held))
     }
 
+    /// If nothing is left: the end of the period.
+    pub(super) fn empty_until(&self) -> Option<Timestamp> {
+        (self.level() < 1).then_some(self.end)
+    }
+
     /// The amount held by requests in flight that this period admitted.
     pub(super) fn held(&self) -> u64 {
         self.held

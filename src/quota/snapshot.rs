@@ -72,6 +72,8 @@ pub struct QuotaLevel {
     pub spent_recently: u64,
     /// The time in which `spent_recently` was spent (ms): less than ten minutes for a young counter.
     pub measured_ms: u64,
+    /// For how long nothing was left, or a refused request had no room (ms), since the counter began.
+    pub exhausted_ms: u64,
 }
 
 /// The tightest quota of one kind that applies to a caller, for the rate limit headers.

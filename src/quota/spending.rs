@@ -241,6 +241,7 @@ mod tests {
             reset_ms: 3_600_000,
             spent_recently,
             measured_ms: RATE_WINDOW_MS,
+            exhausted_ms: 0,
         }
     }
 

@@ -182,6 +182,18 @@ impl Quotas {
         Denied::new(now, required, shortfalls)
     }
 
+    /// Records that a request was refused, in the quotas that had no room for it.
+    pub fn record_refusal(&mut self, now: Timestamp, subject: Subject<'_>, denied: &Denied) {
+        for index in self.applicable(subject) {
+            let cell = &mut self.cells[index as usize];
+            let short = denied.shortfalls().iter().find(|short| short.quota.is_same_as(&cell.quota));
+            if let Some(short) = short {
+                cell.advance(now);
+                cell.on_refusal(now, short.wait);
+            }
+        }
+    }
+
     /// Holds amounts in these cells. The unlimited ones in `counting` hold nothing.
     fn take(&mut self, applicable: &[u32], counting: &[Hold], amounts: Amounts) -> Receipt {
         let hold = |&index: &u32| {
