@@ -65,7 +65,7 @@ pub struct Config {
     pub models: Vec<ModelRule>,
     /// Where counters are stored.
     pub store: StoreSettings,
-    /// The log and traces.
+    /// The log, traces and metrics.
     pub telemetry: TelemetrySettings,
     /// When the file was last modified, in milliseconds since the Unix epoch. If the nodes of a cluster have different
     /// limits, the limits of the newest file apply. 0 if the configuration was not read from a file.
@@ -356,7 +356,7 @@ pub enum OnStoreFailure {
     Open,
 }
 
-/// `telemetry`: the log and traces.
+/// `telemetry`: the log, traces and metrics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TelemetrySettings {
     /// The form of the log. `None`: for people if standard error is a terminal, else JSON.
@@ -367,6 +367,10 @@ pub struct TelemetrySettings {
     pub requests: RequestLines,
     /// Where traces are sent. `None`: as the variables of OpenTelemetry say.
     pub otlp: Option<OtlpSettings>,
+    /// Whether metrics name callers. Default `true`.
+    pub caller_label: bool,
+    /// Whether there are also metrics with the names of OpenTelemetry's conventions for generative AI. Default `false`.
+    pub gen_ai_metrics: bool,
 }
 
 /// `telemetry.log`: the form of the log.

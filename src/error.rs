@@ -15,6 +15,33 @@ use serde_json::Value;
 use std::fmt;
 use std::time::Duration;
 
+/// The error codes of the gateway's answers.
+pub(crate) const CODES: [&str; 23] = [
+    "rate_limit_exceeded",
+    "insufficient_quota",
+    "request_exceeds_quota",
+    "too_many_in_flight",
+    "flood_guard",
+    "invalid_api_key",
+    "wrong_environment",
+    "model_not_found",
+    "unknown_path",
+    "method_not_allowed",
+    "bad_request",
+    "headers_too_large",
+    "unsupported_content_encoding",
+    "request_body_too_large",
+    "request_body_incomplete",
+    "invalid_json",
+    "invalid_value",
+    "quota_store_unavailable",
+    "upstream_unreachable",
+    "upstream_timeout",
+    "upstream_disconnected",
+    "shutting_down",
+    "internal_error",
+];
+
 /// An error that the caller receives instead of the upstream's answer. `Display` is the message for the caller. It
 /// contains no key, no other caller and no upstream address.
 #[derive(Debug)]

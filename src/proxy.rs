@@ -120,7 +120,9 @@ impl Proxy {
     ) -> anyhow::Result<Self> {
         let connect = |settings: &Arc<UpstreamSettings>| {
             let same = known.iter().find(|upstream| upstream.settings() == &**settings);
-            same.map_or_else(|| Upstream::new(settings.clone(), tls).map(Arc::new), |same| Ok(same.clone()))
+            let connections = || state.metrics.summaries().connections(&settings.name);
+            let new = || Upstream::new(settings.clone(), tls, connections()).map(Arc::new);
+            same.map_or_else(new, |same| Ok(same.clone()))
         };
         let upstreams = snapshot.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
         Ok(Self { state, snapshot, upstreams })
@@ -217,6 +219,7 @@ impl Proxy {
         if let Some(reservation) = &reservation {
             headers.quotas = *reservation.standing();
             headers.clamped_to = reservation.clamped_to();
+            record.clamped_to = headers.clamped_to;
         }
 
         // The request to the upstream.
@@ -260,11 +263,19 @@ impl Proxy {
         if route.endpoint == Endpoint::Root {
             return Ok(None);
         }
-        let caller = caller::identify(&self.snapshot, &route, head)?;
-        let context = &self.snapshot.contexts[caller.environment];
-        record.environment = context.name.clone();
-        record.series = Some(context.series.clone());
+        let caller = caller::identify(&self.snapshot, &route, head);
+        let environment = match &caller {
+            Ok(caller) => Some(caller.environment),
+            // A refusal counts in the environment that the request would have had without its key.
+            Err(_) => route.environment.or(self.snapshot.config.default_environment),
+        };
+        if let Some(context) = environment.map(|environment| &self.snapshot.contexts[environment]) {
+            record.environment = context.name.clone();
+            record.series = Some(context.series.clone());
+        }
+        let caller = caller?;
         record.caller = self.caller_name(caller).cloned();
+        record.caller_label = self.snapshot.contexts[caller.environment].series.caller_label(caller.index);
         Ok(Some((route, caller)))
     }
 
@@ -291,7 +302,7 @@ impl Proxy {
         caller: IdentifiedCaller,
         endpoint: Endpoint,
         call: &Call,
-        record: &Record,
+        record: &mut Record,
     ) -> Result<Option<Reservation>, NoRoom> {
         if matches!(endpoint, Endpoint::Models | Endpoint::Root) {
             return Ok(None);
@@ -305,7 +316,8 @@ impl Proxy {
         };
         let environment = &self.snapshot.config.environments[caller.environment];
         let account = &self.snapshot.accounts[caller.environment];
-        let mut reservation = account.reserve(&demand, environment.reserve.max_wait).await?;
+        let (max_wait, waited) = (environment.reserve.max_wait, &mut record.queue_wait);
+        let mut reservation = account.reserve_timed(&demand, max_wait, waited).await?;
         if let Some(no_room) = reservation.would_deny() {
             refusal::record_shadow_denial(no_room, environment, record);
         }

@@ -1,12 +1,18 @@
 //! Metrics, and one log line for each request.
 
+mod catalogue;
 mod causes;
+mod exposition;
+mod gen_ai;
 mod intervals;
 mod log;
 mod metrics;
+mod model_series;
+mod process;
 mod refusals;
 mod rejections;
 mod series;
+mod state;
 mod summaries;
 
 use crate::clock::Stopwatch;
@@ -21,7 +27,8 @@ pub(crate) use log::{LogOutput, init_logging, init_logging_with};
 pub(crate) use metrics::Metrics;
 pub(crate) use refusals::RefusalCounts;
 pub(crate) use rejections::{Rejection, RejectionView, Rejections};
-pub(crate) use series::{ModelLabel, Series};
+pub(crate) use series::{CallerLabel, CallerLabels, ModelLabel, Series};
+pub(crate) use state::StateSources;
 pub(crate) use summaries::{EstimateFigures, UpstreamFigures};
 
 /// How a request ended.
@@ -97,6 +104,8 @@ pub(crate) struct Record {
     pub(crate) model: String,
     /// The label of `model` in metrics. The set of labels is bounded.
     pub(crate) model_label: Option<ModelLabel>,
+    /// The label of `caller` in metrics.
+    pub(crate) caller_label: CallerLabel,
     /// The metric series of the environment, once it is identified.
     pub(crate) series: Option<Arc<Series>>,
     /// How the request ended. `CallerGone` until another outcome is recorded.
@@ -123,8 +132,16 @@ pub(crate) struct Record {
     pub(crate) reported_prompt: u64,
     /// Time from the end of the request to the head of the answer.
     pub(crate) first_byte: Option<Duration>,
-    /// Time that the gateway itself used.
+    /// Time from the arrival of the request to the first token of its stream.
+    pub(crate) first_token: Option<Duration>,
+    /// Time that the gateway itself used before it sent the request to the upstream. `None`: it was not sent.
     pub(crate) overhead: Option<Duration>,
+    /// Time that the request waited for room in its quotas. `None`: it did not wait.
+    pub(crate) queue_wait: Option<Duration>,
+    /// The lowered limit of completion tokens per completion. `None`: the request was not clamped.
+    pub(crate) clamped_to: Option<u64>,
+    /// Whether the answer was read without the caller, which had disconnected.
+    pub(crate) is_drained: bool,
 }
 
 impl Record {
@@ -140,6 +157,7 @@ impl Record {
             api: "none",
             model: String::new(),
             model_label: None,
+            caller_label: CallerLabel::default(),
             series: None,
             outcome: RequestOutcome::CallerGone,
             status: 0,
@@ -153,13 +171,34 @@ impl Record {
             is_usage_reported: false,
             reported_prompt: 0,
             first_byte: None,
+            first_token: None,
             overhead: None,
+            queue_wait: None,
+            clamped_to: None,
+            is_drained: false,
         }
+    }
+
+    /// Runs since the request arrived.
+    pub(crate) fn started(&self) -> Stopwatch {
+        self.started
+    }
+
+    fn is_answered(&self) -> bool {
+        self.outcome == RequestOutcome::Answered
+    }
+
+    /// Prompt and completion tokens charged, which add up to the total. Tokens that the upstream reports in its total alone
+    /// count as completion tokens. `None`: nothing was charged.
+    fn charged_tokens(&self) -> Option<[u64; 2]> {
+        let Amounts { prompt, completion, total, .. } = self.charged;
+        let completion = completion.max(total.saturating_sub(prompt));
+        (prompt > 0 || completion > 0).then_some([prompt, completion])
     }
 
     /// Whether the answer is complete, and shows how far the estimate was off.
     fn has_reported_prompt(&self) -> bool {
-        self.outcome == RequestOutcome::Answered && self.reported_prompt > 0 && self.raw_estimate > 0
+        self.is_answered() && self.reported_prompt > 0 && self.raw_estimate > 0
     }
 
     /// The metrics that this record updates.
@@ -170,8 +209,9 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        self.metrics.request(self);
-        log::request(self, self.started.elapsed());
+        let elapsed = self.started.elapsed();
+        self.metrics.request(self, elapsed);
+        log::request(self, elapsed);
     }
 }
 
@@ -201,3 +241,6 @@ impl Default for RequestIds {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests;

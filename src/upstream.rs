@@ -5,6 +5,7 @@
 
 mod answer;
 mod connect;
+mod connections;
 mod diagnosis;
 mod http1;
 mod http2;
@@ -23,6 +24,7 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::Incoming;
+pub use connections::ConnectionCounts;
 pub(crate) use diagnosis::{DiagnosisStep, StepFault};
 pub use request::{ExchangeError, Request, SendError};
 use tls::TlsClient;
@@ -47,6 +49,7 @@ pub struct Upstream {
     tls: Option<TlsClient>,
     http1: http1::IdlePool,
     http2: Http2Client,
+    connections: Arc<ConnectionCounts>,
 }
 
 /// A connection over which a request can be sent.
@@ -56,11 +59,15 @@ enum Connected {
 }
 
 impl Upstream {
-    /// Connects only with the first request.
+    /// Connects only with the first request. `connections` counts the open connections.
     ///
     /// # Errors
     /// The host cannot be a TLS server's name.
-    pub fn new(settings: Arc<config::UpstreamSettings>, tls: &Arc<ClientConfig>) -> anyhow::Result<Self> {
+    pub fn new(
+        settings: Arc<config::UpstreamSettings>,
+        tls: &Arc<ClientConfig>,
+        connections: Arc<ConnectionCounts>,
+    ) -> anyhow::Result<Self> {
         let uri = &settings.base_url;
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let is_tls = uri.scheme_str() == Some("https");
@@ -74,7 +81,8 @@ impl Upstream {
             authority,
             tls,
             http1: http1::IdlePool::new(IDLE_TIMEOUT),
-            http2: Http2Client::new(HTTP2_TIMEOUTS),
+            http2: Http2Client::new(HTTP2_TIMEOUTS, connections.clone()),
+            connections,
         })
     }
 
@@ -185,11 +193,12 @@ impl Upstream {
         let tcp = connect::connect(&self.host, self.port)
             .await
             .map_err(|e| SendError::Unreachable("no connection to its address", e))?;
-        let Some(tls) = &self.tls else { return Ok(Connected::Http1(Http1Connection::new(Box::new(tcp)))) };
+        let http1 = |stream| Connected::Http1(Http1Connection::new(stream).counted(&self.connections));
+        let Some(tls) = &self.tls else { return Ok(http1(Box::new(tcp))) };
         let stream =
             tls.connect(tcp).await.map_err(|e| SendError::Unreachable("the TLS handshake failed", e))?;
         if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
-            return Ok(Connected::Http1(Http1Connection::new(Box::new(stream))));
+            return Ok(http1(Box::new(stream)));
         }
         let failed =
             |e: hyper::Error| SendError::Unreachable("the HTTP/2 handshake failed", io::Error::other(e));

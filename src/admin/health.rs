@@ -4,11 +4,13 @@ use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, refusal};
 use crate::config::OnStoreFailure;
 use crate::ledger::RedisStatus;
+use crate::telemetry::StateSources;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use http::{StatusCode, header};
 use std::fmt::Write as _;
+use tokio::task::spawn_blocking;
 
 /// Whether the process runs.
 #[utoipa::path(get, path = "/livez", tag = "health", security(()), responses(
@@ -71,19 +73,26 @@ pub(super) async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     AccessErrors,
 ))]
 pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
-    let state = &admin.state;
-    match state.metrics.render(&state.current().environments(), state.store_failure().is_none()) {
-        Ok(text) => {
+    let state = admin.state.clone();
+    let render = move || {
+        let current = state.current();
+        let store_is_up = state.store_failure().is_none();
+        let sources = StateSources { config: &current.config, accounts: &current.accounts, store_is_up };
+        state.metrics.render(sources)
+    };
+    // On the blocking pool: with thousands of quotas it would delay the other requests of this listener.
+    let error = match spawn_blocking(render).await {
+        Ok(Ok(text)) => {
             let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-            (content_type, Body::from(text)).into_response()
+            return (content_type, Body::from(text)).into_response();
         }
-        Err(error) => {
-            tracing::error!(%error, "the metrics cannot be encoded as text");
-            refusal(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "internal_error",
-                "The metrics cannot be encoded as text. The log has the error.",
-            )
-        }
-    }
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    tracing::error!(error, "the metrics cannot be encoded as text");
+    refusal(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "internal_error",
+        "The metrics cannot be encoded as text. The log has the error.",
+    )
 }

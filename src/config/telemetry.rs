@@ -1,4 +1,4 @@
-//! `telemetry`: the log and traces.
+//! `telemetry`: the log, traces and metrics.
 
 use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, TextSpec, ValueSpec, Word, text};
 use super::setting::{Section, Setting};
@@ -44,6 +44,18 @@ pub(super) const TELEMETRY: SectionSpec = SectionSpec {
             "where the gateway sends traces, by OTLP over HTTP",
         )
         .example("{ endpoint: \"http://collector:4318\" }"),
+        KeySpec::new(
+            "caller_label",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("true"),
+            "whether metrics name callers: the first 200 callers of the config; all others are `other` ([metrics.md](metrics.md#labels))",
+        ),
+        KeySpec::new(
+            "gen_ai_metrics",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("false"),
+            "whether there are also metrics with the names of OpenTelemetry's conventions for generative AI ([metrics.md](metrics.md#opentelemetry-names))",
+        ),
     ],
 };
 
@@ -82,7 +94,7 @@ const OTLP: SectionSpec = SectionSpec {
     ],
 };
 
-/// Reads the settings of the log and of traces.
+/// Reads the settings of the log, of traces and of metrics.
 pub(super) fn read(top: &Section<'_>) -> TelemetrySettings {
     let section = top.section("telemetry");
     TelemetrySettings {
@@ -97,6 +109,8 @@ pub(super) fn read(top: &Section<'_>) -> TelemetrySettings {
             _ => RequestLines::All,
         },
         otlp: section.get("otlp").and_then(|setting| otlp(&setting)),
+        caller_label: section.boolean("caller_label"),
+        gen_ai_metrics: section.boolean("gen_ai_metrics"),
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) const TOP: SectionSpec = SectionSpec {
             "telemetry",
             ValueSpec::Section(&telemetry::TELEMETRY),
             DefaultSpec::Section,
-            "the log and traces",
+            "the log, traces and metrics",
         ),
     ],
 };

@@ -80,6 +80,8 @@ pub(super) struct Metered {
     last_data: Stopwatch,
     timeout: Option<Pin<Box<Sleep>>>,
     last_progress: Stopwatch,
+    /// Whether the first token of the stream has arrived.
+    has_first_token: bool,
     /// Whether progress was reported to the ledger at the beginning of the stream.
     has_begun: bool,
     /// The most completion tokens that the request allows.
@@ -154,6 +156,7 @@ impl Metered {
             last_data: now,
             timeout: None,
             last_progress: now,
+            has_first_token: false,
             has_begun: false,
             completion_cap,
             progress_threshold,
@@ -203,6 +206,9 @@ impl Metered {
                 self.bytes_to_receive =
                     self.bytes_to_receive.map(|bytes| bytes.saturating_sub(data.len() as u64));
                 self.reader.feed(data, &mut self.ready);
+                if !self.has_first_token {
+                    self.record_first_token();
+                }
                 if self.is_whole() {
                     self.complete();
                 } else if self.progress_is_due() && self.progress() == Progress::Overrun {
@@ -246,6 +252,16 @@ impl Metered {
                 // Errors and endpoints that generate nothing are not charged for completion tokens.
                 None => reader.portion_counted(Some(0)),
             }
+        }
+    }
+
+    /// Records when the first token of a stream has arrived.
+    fn record_first_token(&mut self) {
+        let Some(events) = self.reader.events() else { return };
+        let MeterPhase::Passing(charge) = &mut self.phase else { return };
+        if events.tokens_so_far(self.completion_cap) > 0 {
+            self.has_first_token = true;
+            charge.record.first_token = Some(self.last_data.since(charge.record.started()));
         }
     }
 
@@ -361,6 +377,7 @@ impl Metered {
             return;
         };
         charge.record.outcome = if self.is_draining { RequestOutcome::CallerGone } else { outcome };
+        charge.record.is_drained = self.is_draining;
         if outcome == RequestOutcome::Answered || self.reader.is_whole() {
             self.learn(&mut charge);
         }
@@ -466,6 +483,7 @@ impl Drop for Metered {
         let phase = std::mem::replace(&mut self.phase, MeterPhase::Settled(Ending::Complete));
         let MeterPhase::Passing(mut charge) = phase else { return };
         charge.record.outcome = RequestOutcome::CallerGone;
+        charge.record.is_drained = self.is_draining;
         if self.reader.is_whole() {
             charge.record.outcome = self.outcome_of_whole();
             self.learn(&mut charge);

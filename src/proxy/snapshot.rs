@@ -8,7 +8,7 @@ use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment};
 use crate::estimate::{Models, Provider};
 use crate::ledger::Account;
-use crate::telemetry::{Metrics, Series};
+use crate::telemetry::{CallerLabels, Metrics, Series};
 use http::header::HeaderValue;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -75,7 +75,11 @@ impl Snapshot {
             contexts: config
                 .environments
                 .iter()
-                .map(|environment| EnvironmentContext::new(&config, environment, metrics, calibrations))
+                .zip(CallerLabels::of(&config))
+                .map(|(environment, callers)| {
+                    let series = metrics.series_of(environment, callers, config.telemetry.gen_ai_metrics);
+                    EnvironmentContext::new(&config, environment, series, calibrations)
+                })
                 .collect::<anyhow::Result<_>>()?,
             refuses_stream_options: refuses_stream_options.collect(),
             accounts,
@@ -115,12 +119,12 @@ impl EnvironmentContext {
     fn new(
         config: &Config,
         environment: &Environment,
-        metrics: &Metrics,
+        series: Series,
         calibrations: &Calibrations,
     ) -> anyhow::Result<Self> {
         let upstream = config.upstreams.iter().position(|u| Arc::ptr_eq(u, &environment.upstream));
         Ok(Self {
-            series: Arc::new(metrics.series_of(environment)),
+            series: Arc::new(series),
             upstream: upstream.unwrap_or(0),
             calibrations: calibrations.index_of(&environment.upstream.name),
             provider: Provider::of_upstream(&environment.upstream),

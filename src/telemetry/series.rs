@@ -1,44 +1,132 @@
 //! The counters of one environment that every request updates.
 
-use super::summaries::{EstimateSummary, Summaries, UpstreamSummary};
+use super::catalogue::{CLAMPED, DRAINED, QUEUE_WAIT, REQUESTS};
+use super::model_series::{ModelMetrics, ModelSeries};
+use super::summaries::{Summaries, UpstreamSummary};
 use super::{Record, RequestOutcome};
-use crate::config::Environment;
+use crate::config::{Config, Environment};
+use crate::error::CODES;
 use crate::estimate::PUBLIC_MODELS;
 use crate::glob::Glob;
-use prometheus::{IntCounter, IntCounterVec};
+use crate::quota::Scope;
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, Registry};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// Maximum number of callers with a label of their own. All others have the label `other`.
+pub(super) const MAX_NAMED_CALLERS: usize = 200;
 
 /// The counters of one environment that every request updates. Each is looked up once. A lookup by label values for
 /// every request took a microsecond.
 #[derive(Debug)]
 pub(crate) struct Series {
     environment: String,
-    globs: Vec<Glob>,
-    /// Indexed by API and outcome.
-    requests: Box<[OnceLock<IntCounter>]>,
-    /// Indexed by model label. Each has the counters of prompt, completion and total tokens.
-    tokens: Box<[OnceLock<[IntCounter; 3]>]>,
+    /// Patterns of models: those of the allow-list, then those of quotas.
+    patterns: Vec<Glob>,
+    callers: CallerLabels,
+    /// By API. Each has a counter for every combination of outcome and code that occurs.
+    requests: [OnceLock<Box<[OnceLock<IntCounter>]>>; APIS.len()],
     /// Indexed by model label.
-    estimates: Box<[OnceLock<Arc<EstimateSummary>>]>,
+    models: Box<[OnceLock<Box<ModelSeries>>]>,
+    origin: SeriesOrigin,
+    queue_wait: OnceLock<Histogram>,
+    clamped: IntCounter,
+    drained: IntCounter,
     upstream: Arc<UpstreamSummary>,
+}
+
+/// The labels of an environment that its series of models share.
+#[derive(Debug)]
+pub(super) struct SeriesOrigin {
+    pub(super) upstream: String,
+    /// The provider's name by OpenTelemetry's conventions. `None`: metrics by these conventions are off.
+    pub(super) gen_ai_provider: Option<&'static str>,
 }
 
 /// The metrics that a [`Series`] belongs to.
 #[derive(Debug)]
 pub(super) struct SeriesMetrics {
-    /// Labels: environment, API, outcome.
     pub(super) requests: IntCounterVec,
-    /// Labels: environment, model, kind.
-    pub(super) tokens: IntCounterVec,
+    pub(super) models: ModelMetrics,
+    queue_wait: HistogramVec,
+    clamped: IntCounterVec,
+    drained: IntCounterVec,
     pub(super) summaries: Summaries,
 }
 
-/// The index of a model's label in metrics: known models, then the globs of the environment, then `other`.
+impl SeriesMetrics {
+    pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
+        Ok(Self {
+            requests: REQUESTS.counters(registry)?,
+            models: ModelMetrics::new(registry)?,
+            queue_wait: QUEUE_WAIT.histograms(registry)?,
+            clamped: CLAMPED.counters(registry)?,
+            drained: DRAINED.counters(registry)?,
+            summaries: Summaries::default(),
+        })
+    }
+}
+
+/// The index of a model's label in metrics: known models, then the patterns of the environment, then `other`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ModelLabel(usize);
 
+/// The index of a caller's label in metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CallerLabel(pub(super) usize);
+
+/// The labels of an environment's callers: none, `other`, and names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CallerLabels {
+    /// `telemetry.caller_label`.
+    is_enabled: bool,
+    names: Vec<String>,
+}
+
+impl CallerLabels {
+    /// The labels of each environment's callers, in the order of the config: the first [`MAX_NAMED_CALLERS`] have names.
+    pub(crate) fn of(config: &Config) -> Vec<Self> {
+        let is_enabled = config.telemetry.caller_label;
+        let mut left = if is_enabled { MAX_NAMED_CALLERS } else { 0 };
+        let of_environment = |environment: &Arc<Environment>| {
+            let names: Vec<String> =
+                environment.callers.iter().take(left).map(|caller| caller.name.clone()).collect();
+            left -= names.len();
+            Self { is_enabled, names }
+        };
+        config.environments.iter().map(of_environment).collect()
+    }
+
+    /// The label of the caller with this index in the environment. `None`: the request has no caller.
+    fn label(&self, caller: Option<usize>) -> CallerLabel {
+        match caller {
+            Some(index) if index < self.names.len() => CallerLabel(index + 2),
+            Some(_) if self.is_enabled => CallerLabel(1),
+            _ => CallerLabel(0),
+        }
+    }
+
+    pub(super) fn text(&self, label: CallerLabel) -> &str {
+        match label.0 {
+            0 => "",
+            1 => "other",
+            index => self.names.get(index - 2).map_or("other", String::as_str),
+        }
+    }
+
+    /// Number of labels.
+    pub(super) fn len(&self) -> usize {
+        self.names.len() + 2
+    }
+
+    /// Whether this caller has a label of its own.
+    pub(super) fn has_name(&self, name: &str) -> bool {
+        self.names.iter().any(|named| named == name)
+    }
+}
+
 /// Values of the `api` label. A request without an endpoint has the first one.
-const APIS: &[&str] = &[
+const APIS: [&str; 15] = [
     "none",
     "chat",
     "completions",
@@ -56,69 +144,120 @@ const APIS: &[&str] = &[
     "other",
 ];
 
+/// Values of the `code` label for answers that are not errors of the gateway: the class of the status. The first one: the
+/// caller got no answer.
+const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+/// The value of the `code` label of a request.
+pub(super) fn code_of(record: &Record) -> &'static str {
+    if record.error.is_empty() { CLASSES[class_of(record)] } else { record.error }
+}
+
+fn class_of(record: &Record) -> usize {
+    usize::from(record.status / 100).min(CLASSES.len() - 1)
+}
+
 impl Series {
     /// The series of an environment. It creates the most important ones, so that they exist before the first request.
-    pub(super) fn new(metrics: &SeriesMetrics, environment: &Environment) -> Self {
-        let models = PUBLIC_MODELS.len() + environment.models.len();
-        let series = Self {
-            environment: environment.name.clone(),
-            globs: environment.models.clone(),
-            requests: (0..APIS.len() * RequestOutcome::ALL.len()).map(|_| OnceLock::new()).collect(),
-            tokens: (0..=models).map(|_| OnceLock::new()).collect(),
-            estimates: (0..=models).map(|_| OnceLock::new()).collect(),
-            upstream: metrics.summaries.upstream(&environment.upstream.name),
+    pub(super) fn new(
+        metrics: &SeriesMetrics,
+        environment: &Environment,
+        callers: CallerLabels,
+        has_gen_ai: bool,
+    ) -> Self {
+        let name = environment.name.as_str();
+        let of_quota = |scope: &Scope| match scope {
+            Scope::Model(pattern) => Some(pattern.clone()),
+            Scope::Environment | Scope::Caller(_) => None,
         };
-        series.token_counters(metrics, ModelLabel(models));
-        for outcome in [RequestOutcome::Answered, RequestOutcome::Rejected] {
-            series.request_counter(metrics, "chat", outcome);
+        let of_quotas = environment.quotas.iter().filter_map(|quota| of_quota(&quota.scope));
+        let patterns: Vec<Glob> = environment.models.iter().cloned().chain(of_quotas).collect();
+        let models = PUBLIC_MODELS.len() + patterns.len() + 1;
+        for (outcome, code) in [(RequestOutcome::Answered, "2xx"), (RequestOutcome::UpstreamError, "5xx")] {
+            metrics.requests.with_label_values(&[name, "chat", outcome.as_str(), code]);
         }
-        series
+        Self {
+            environment: name.to_owned(),
+            patterns,
+            callers,
+            requests: [const { OnceLock::new() }; APIS.len()],
+            models: (0..models).map(|_| OnceLock::new()).collect(),
+            origin: SeriesOrigin {
+                upstream: environment.upstream.name.clone(),
+                gen_ai_provider: has_gen_ai.then(|| super::gen_ai::provider(environment.upstream.api)),
+            },
+            queue_wait: OnceLock::new(),
+            clamped: metrics.clamped.with_label_values(&[name]),
+            drained: metrics.drained.with_label_values(&[name]),
+            upstream: metrics.summaries.upstream(&environment.upstream.name),
+        }
     }
 
-    /// The label of a model: its name if it is a known one, else the glob of the environment that matches it, else `other`.
-    /// So the config bounds the number of series.
+    /// The label of a model: its name if it is a known one, else the pattern of the environment that matches it, else
+    /// `other`. So the config bounds the number of series.
     pub(crate) fn label(&self, model: &str) -> ModelLabel {
         let known = PUBLIC_MODELS.iter().position(|known| *known == model);
-        let listed = || self.globs.iter().position(|glob| glob.matches(model));
-        ModelLabel(known.unwrap_or_else(|| PUBLIC_MODELS.len() + listed().unwrap_or(self.globs.len())))
+        let listed = || self.patterns.iter().position(|pattern| pattern.matches(model));
+        let index = known.unwrap_or_else(|| PUBLIC_MODELS.len() + listed().unwrap_or(self.patterns.len()));
+        ModelLabel(index)
     }
 
-    fn label_text(&self, label: ModelLabel) -> &str {
-        let listed = || self.globs.get(label.0.saturating_sub(PUBLIC_MODELS.len())).map(Glob::as_str);
+    /// The label of the caller with this index in the environment. `None`: the request has no caller.
+    pub(crate) fn caller_label(&self, caller: Option<usize>) -> CallerLabel {
+        self.callers.label(caller)
+    }
+
+    fn model_text(&self, label: ModelLabel) -> &str {
+        let listed = || self.patterns.get(label.0.saturating_sub(PUBLIC_MODELS.len())).map(Glob::as_str);
         PUBLIC_MODELS.get(label.0).copied().or_else(listed).unwrap_or("other")
     }
 
-    fn request_counter(&self, metrics: &SeriesMetrics, api: &str, outcome: RequestOutcome) -> &IntCounter {
-        let api = APIS.iter().position(|known| *known == api).unwrap_or(0);
-        self.requests[api * RequestOutcome::ALL.len() + outcome as usize].get_or_init(|| {
-            metrics.requests.with_label_values(&[&self.environment, APIS[api], outcome.as_str()])
-        })
-    }
-
-    fn token_counters(&self, metrics: &SeriesMetrics, label: ModelLabel) -> &[IntCounter; 3] {
-        self.tokens[label.0].get_or_init(|| {
-            ["prompt", "completion", "total"].map(|kind| {
-                metrics.tokens.with_label_values(&[self.environment.as_str(), self.label_text(label), kind])
-            })
-        })
-    }
-
-    /// Counts a request that has ended, and the tokens charged for it.
-    pub(super) fn count(&self, metrics: &SeriesMetrics, record: &Record) {
-        self.request_counter(metrics, record.api, record.outcome).inc();
+    /// Counts a request that has ended after `elapsed`, the tokens charged for it, and its times.
+    pub(super) fn count(&self, metrics: &SeriesMetrics, record: &Record, elapsed: Duration) {
+        self.count_request(metrics, record);
         self.upstream.add(record);
-        let Some(label) = record.model_label else { return };
-        if record.has_reported_prompt() {
-            let summary = || metrics.summaries.model(self.label_text(label));
-            let estimates = self.estimates[label.0].get_or_init(summary);
-            estimates.add(record.estimated_prompt, record.reported_prompt);
+        if let Some(waited) = record.queue_wait {
+            let by_name = || metrics.queue_wait.with_label_values(&[&self.environment]);
+            self.queue_wait.get_or_init(by_name).observe(waited.as_secs_f64());
         }
-        let charged = &record.charged;
-        let counters = self.token_counters(metrics, label);
-        for (counter, tokens) in counters.iter().zip([charged.prompt, charged.completion, charged.total]) {
-            if tokens > 0 {
-                counter.inc_by(tokens);
-            }
+        if record.clamped_to.is_some() {
+            self.clamped.inc();
+        }
+        if record.is_drained {
+            self.drained.inc();
+        }
+        let Some(label) = record.model_label else { return };
+        let new = || {
+            let (environment, model) = (self.environment.as_str(), self.model_text(label));
+            Box::new(ModelSeries::new(&metrics.models, environment, model, &self.origin, self.callers.len()))
+        };
+        let model = self.models[label.0].get_or_init(new);
+        let names =
+            (self.environment.as_str(), self.model_text(label), self.callers.text(record.caller_label));
+        model.count(&metrics.models, names, record, elapsed);
+        if record.has_reported_prompt() {
+            let summary = model.estimates(|| metrics.summaries.model(self.model_text(label)));
+            summary.add(record.estimated_prompt, record.reported_prompt);
+        }
+    }
+
+    fn count_request(&self, metrics: &SeriesMetrics, record: &Record) {
+        let api = APIS.iter().position(|known| *known == record.api).unwrap_or(0);
+        let by_labels = || {
+            let labels = [self.environment.as_str(), APIS[api], record.outcome.as_str(), code_of(record)];
+            metrics.requests.with_label_values(&labels)
+        };
+        let classes = CLASSES.len() * RequestOutcome::ALL.len();
+        // An error code of the gateway has one outcome. The class of a status occurs with several.
+        let slot = if record.error.is_empty() {
+            Some(record.outcome as usize * CLASSES.len() + class_of(record))
+        } else {
+            CODES.iter().position(|code| *code == record.error).map(|code| classes + code)
+        };
+        let new = || (0..classes + CODES.len()).map(|_| OnceLock::new()).collect();
+        match slot.and_then(|slot| self.requests[api].get_or_init(new).get(slot)) {
+            Some(counter) => counter.get_or_init(by_labels).inc(),
+            None => by_labels().inc(),
         }
     }
 }
@@ -134,5 +273,29 @@ mod tests {
         {
             assert!(APIS.contains(&api.as_str()), "{}", api.as_str());
         }
+    }
+
+    #[test]
+    fn two_hundred_callers_have_names_and_the_others_are_one() {
+        let keys = |from: usize, to: usize| {
+            let key = |n| format!("{{ name: c{n}, sha256: '{n:064x}' }}");
+            (from..to).map(key).collect::<Vec<_>>().join(", ")
+        };
+        let config = |switch: &str| {
+            let text = format!(
+                "telemetry: {{ caller_label: {switch} }}\nupstreams: {{ u: {{ base_url: 'http://h' }} }}\nenvironments:\n  \
+                 a: {{ upstream: u, keys: [{}] }}\n  b: {{ upstream: u, keys: [{}] }}\n  c: {{ upstream: u }}\n",
+                keys(0, 150),
+                keys(150, 250)
+            );
+            crate::config::parse(&text, "test.yaml", &|_| None, &[]).unwrap().config
+        };
+        let labels = CallerLabels::of(&config("true"));
+        let text = |at: usize, caller| labels[at].text(labels[at].label(caller));
+        assert_eq!((text(0, Some(149)), text(1, Some(49)), text(1, Some(50))), ("c149", "c199", "other"));
+        assert_eq!((text(0, None), text(2, None)), ("", ""));
+        assert!(labels[1].has_name("c199") && !labels[1].has_name("c200"));
+        let labels = CallerLabels::of(&config("false"));
+        assert_eq!(labels[0].text(labels[0].label(Some(0))), "");
     }
 }

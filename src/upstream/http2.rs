@@ -1,5 +1,6 @@
 //! HTTP/2 to one upstream: one shared connection, its keep-alive and its idle timeout.
 
+use super::connections::ConnectionCounts;
 use super::request::{ExchangeError, Request};
 use crate::clock::Stopwatch;
 use bytes::Bytes;
@@ -37,6 +38,7 @@ pub(super) struct Http2Timeouts {
 pub(super) struct Http2Client {
     current: SharedConnection,
     timeouts: Http2Timeouts,
+    connections: Arc<ConnectionCounts>,
 }
 
 /// The connection that new requests use. `None`: there is none yet, or the last one was idle for too long.
@@ -51,6 +53,7 @@ pub(super) struct Http2Connection {
 
 /// The usage of a connection.
 struct Activity {
+    connections: Arc<ConnectionCounts>,
     opened: Stopwatch,
     /// Streams in flight.
     streams: AtomicUsize,
@@ -100,8 +103,8 @@ impl Body for WholeBody {
 }
 
 impl Http2Client {
-    pub(super) fn new(timeouts: Http2Timeouts) -> Self {
-        Self { current: Arc::default(), timeouts }
+    pub(super) fn new(timeouts: Http2Timeouts, connections: Arc<ConnectionCounts>) -> Self {
+        Self { current: Arc::default(), timeouts, connections }
     }
 
     /// A stream on the current connection; `None` if there is no open connection.
@@ -129,11 +132,13 @@ impl Http2Client {
             .max_header_list_size(MAX_HEADER_LIST_BYTES)
             .handshake(TokioIo::new(stream))
             .await?;
-        let activity = Arc::new(Activity::new());
+        let activity = Arc::new(Activity::new(self.connections.clone()));
+        let open = self.connections.open();
         let connection = Http2Connection { sender, activity: activity.clone() };
         let current = self.current.clone();
         let stream = Http2Stream { publishes_to: Some(current.clone()), ..connection.stream() };
         tokio::spawn(async move {
+            let _open = open;
             let mut driver = pin!(driver);
             let ended = tokio::select! {
                 ended = driver.as_mut() => ended,
@@ -173,16 +178,18 @@ fn lock(current: &Mutex<Option<Http2Connection>>) -> MutexGuard<'_, Option<Http2
 
 impl Http2Connection {
     fn stream(&self) -> Http2Stream {
-        self.activity.streams.fetch_add(1, Ordering::Relaxed);
+        if self.activity.streams.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.activity.connections.add_active();
+        }
         let guard = StreamGuard(self.activity.clone());
         Http2Stream { sender: self.sender.clone(), guard, publishes_to: None }
     }
 }
 
 impl Activity {
-    fn new() -> Self {
+    fn new(connections: Arc<ConnectionCounts>) -> Self {
         let (streams, idle_since_ms) = (AtomicUsize::new(0), AtomicU64::new(0));
-        Self { opened: Stopwatch::start(), streams, idle_since_ms }
+        Self { connections, opened: Stopwatch::start(), streams, idle_since_ms }
     }
 
     fn elapsed_ms(&self) -> u64 {
@@ -202,7 +209,9 @@ impl Activity {
 impl Drop for StreamGuard {
     fn drop(&mut self) {
         self.0.idle_since_ms.store(self.0.elapsed_ms(), Ordering::Relaxed);
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.connections.remove_active();
+        }
     }
 }
 

@@ -46,9 +46,9 @@ async fn shadow_mode_admits_and_counts_would_be_denials() {
     );
     assert_eq!(level_and_held(&gateway).await, (-150, 0));
     let metrics = gateway.admin_get("/metrics").await.text().to_owned();
-    let series = r#"tollgate_rejections_total{code="rate_limit_exceeded",environment="staging",kind="total_tokens",per="hour",scope="environment""#;
-    assert!(metrics.contains(&format!(r#"{series},shadow="true"}} 2"#)), "{metrics}");
-    assert!(metrics.contains(&format!("{series}}} 0")), "{metrics}");
+    let labels = r#"{code="rate_limit_exceeded",environment="staging",kind="total_tokens",per="hour",scope="environment"}"#;
+    assert!(metrics.contains(&format!("tollgate_shadow_rejections_total{labels} 2")), "{metrics}");
+    assert!(metrics.contains(&format!("tollgate_rejections_total{labels} 0")), "{metrics}");
 }
 
 #[tokio::test]

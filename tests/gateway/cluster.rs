@@ -37,7 +37,7 @@ impl Nodes {
         let mut losses = Vec::new();
         for node in &self.0 {
             let metrics = node.admin_get("/metrics").await;
-            let name = r#"tollgate_shared_losses_total{environment="staging"} "#;
+            let name = r#"tollgate_redis_losses_total{environment="staging"} "#;
             let count = metrics.text().lines().find_map(|line| line.strip_prefix(name)?.parse().ok());
             losses.push(count.unwrap());
         }

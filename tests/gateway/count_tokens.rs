@@ -39,7 +39,7 @@ async fn counting_tokens_costs_one_request_and_no_tokens() {
     }
     let metrics = gateway.admin_get("/metrics").await;
     let line = format!(
-        r#"tollgate_requests_total{{api="count_tokens",environment="staging",outcome="answered"}} {requests}"#
+        r#"tollgate_requests_total{{api="count_tokens",code="2xx",environment="staging",outcome="answered"}} {requests}"#
     );
     assert!(metrics.text().contains(&line), "{}", metrics.text());
 }

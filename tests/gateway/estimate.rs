@@ -79,11 +79,11 @@ async fn estimates_are_corrected_by_reported_usage_and_corrections_survive_a_res
     let metrics = gateway.admin_get("/metrics").await;
     let lines = metrics.text();
     for line in [
-        "tollgate_estimate_ratio_count{source=\"rules\"} 4",
-        "tollgate_estimate_ratio_count{source=\"calibration\"} 1",
+        "tollgate_estimate_ratio_count{model=\"gpt-4o\",source=\"rules\"} 4",
+        "tollgate_estimate_ratio_count{model=\"gpt-4o\",source=\"calibration\"} 1",
         "tollgate_raw_estimate_ratio_count 5",
         "tollgate_raw_estimate_ratio_bucket{le=\"0.5\"} 4",
-        "tollgate_estimate_ratio_bucket{source=\"rules\",le=\"0.5\"} 3",
+        "tollgate_estimate_ratio_bucket{model=\"gpt-4o\",source=\"rules\",le=\"0.5\"} 3",
         "tollgate_estimates_total{estimate=\"whole\",tokenizer=\"o200k_base\"} 5",
     ] {
         assert!(lines.contains(line), "{line}\n{lines}");

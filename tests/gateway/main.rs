@@ -24,6 +24,7 @@ mod keys;
 mod limits;
 mod lost_connections;
 mod man_pages;
+mod metrics;
 mod operations;
 mod overrides;
 mod passthrough;

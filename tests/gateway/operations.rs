@@ -53,16 +53,16 @@ async fn health_checks_and_metrics_answer_from_the_start() {
     let metrics = gateway.admin_get("/metrics").await;
     assert!(metrics.header("content-type").unwrap().starts_with("text/plain"));
     for line in [
-        r#"tollgate_requests_total{api="chat",environment="staging",outcome="answered"}"#,
+        r#"tollgate_requests_total{api="chat",code="2xx",environment="staging",outcome="answered"} 1"#,
         r#"tollgate_rejections_total{code="request_exceeds_quota",environment="staging",kind="total_tokens",per="minute",scope="environment"} 1"#,
-        r#"tollgate_tokens_total{environment="staging",kind="total",model="gpt-4o"} 10"#,
-        r#"tollgate_quota_limit{environment="staging",kind="total_tokens",per="minute"} 1000"#,
-        r#"tollgate_quota_level{environment="staging",kind="requests",per="day"} 59"#,
-        r#"tollgate_quota_held{environment="staging",kind="requests",per="day"} 0"#,
+        r#"tollgate_tokens_total{environment="staging",kind="completion_tokens",model="gpt-4o"} 2"#,
+        r#"tollgate_quota_limit{environment="staging",kind="total_tokens",name="",per="minute",scope="environment"} 1000"#,
+        r#"tollgate_quota_level{environment="staging",kind="requests",name="",per="day",scope="environment"} 59"#,
+        r#"tollgate_quota_held{environment="staging",kind="requests",name="",per="day",scope="environment"} 0"#,
         r#"tollgate_in_flight{environment="staging"} 0"#,
         "tollgate_overhead_seconds_count 1",
-        "tollgate_upstream_first_byte_seconds_count 1",
-        r#"tollgate_estimate_ratio_count{source="rules"} 1"#,
+        r#"tollgate_upstream_first_byte_seconds_count{environment="staging",model="gpt-4o",upstream="backend"} 1"#,
+        r#"tollgate_estimate_ratio_count{model="gpt-4o",source="rules"} 1"#,
         r#"tollgate_usage_missing_total{environment="staging",reason="not_reported"} 0"#,
         "tollgate_store_up 1",
         "tollgate_config_reload_failures_total 0",

@@ -70,7 +70,9 @@ async fn every_kind_without_a_quota_is_counted_and_can_get_a_limit() {
     }
     assert_eq!(quota(&environment, "total_tokens")["unlimited"], false);
     let metrics = gateway.admin_get("/metrics").await;
-    assert!(!metrics.text().contains(r#"tollgate_quota_limit{environment="staging",kind="requests""#));
+    assert!(
+        !metrics.text().contains(r#"tollgate_quota_limit{environment="staging",kind="requests",name="""#)
+    );
 
     let set = admin(&gateway, "PUT", REQUESTS, r#"{"limit": 2, "reason": "load test"}"#).await.json();
     let requests = quota(&set, "requests");

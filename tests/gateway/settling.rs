@@ -167,8 +167,10 @@ async fn an_answer_without_a_body_is_settled_and_recorded() {
         // The charge is visible at the latest with the last byte of the answer.
         assert_eq!(gateway.charged().await[0], 1, "{method} {head}");
         gateway.settled().await;
-        let counted =
-            format!(r#"tollgate_requests_total{{api="other",environment="staging",outcome="{outcome}"}} 1"#);
+        let counted = format!(
+            r#"tollgate_requests_total{{api="other",code="{}xx",environment="staging",outcome="{outcome}"}} 1"#,
+            &head[..1]
+        );
         let metrics = gateway.admin_get("/metrics").await;
         assert!(metrics.text().contains(&counted), "{method} {head}\n{}", metrics.text());
     }
@@ -424,7 +426,7 @@ async fn cached_prompt_tokens_are_charged_unless_the_config_skips_them() {
         // The estimate metric compares with the whole prompt, including its cached part.
         let metrics = gateway.admin_get("/metrics").await;
         assert!(
-            metrics.text().contains(r#"tollgate_estimate_ratio_sum{source="rules"} 0.008"#),
+            metrics.text().contains(r#"tollgate_estimate_ratio_sum{model="gpt-4o",source="rules"} 0.008"#),
             "{}",
             metrics.text()
         );

@@ -30,7 +30,8 @@ async fn a_caller_that_does_not_read_is_disconnected_and_settled() {
     assert_eq!((requests, prompt), (1, HELLO_TOKENS));
     assert!(completion > 10_000, "{completion}");
     // The metric is recorded shortly after the request has settled.
-    let disconnected = r#"tollgate_requests_total{api="chat",environment="staging",outcome="caller_gone"} 1"#;
+    let disconnected =
+        r#"tollgate_requests_total{api="chat",code="2xx",environment="staging",outcome="caller_gone"} 1"#;
     soon("the metric", async { while !gateway.admin_get("/metrics").await.text().contains(disconnected) {} })
         .await;
     drop(caller);

@@ -93,7 +93,7 @@ async fn an_answer_of_known_length_is_complete_after_its_last_byte() {
     }
     assert_eq!(gateway.settled_charges().await[0], 2);
     let metrics = gateway.admin_get("/metrics").await;
-    let answered = r#"tollgate_requests_total{api="chat",environment="e",outcome="answered"} 2"#;
+    let answered = r#"tollgate_requests_total{api="chat",code="2xx",environment="e",outcome="answered"} 2"#;
     assert!(metrics.text().contains(answered), "{}", metrics.text());
 }
 

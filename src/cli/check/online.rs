@@ -66,7 +66,7 @@ impl OnlineReport {
 
 async fn upstream(settings: &Arc<UpstreamSettings>, tls: &Arc<ClientConfig>) -> Part {
     let title = format!("upstream {} at {}", settings.name, settings.base_url);
-    let steps = match Upstream::new(settings.clone(), tls) {
+    let steps = match Upstream::new(settings.clone(), tls, Arc::default()) {
         Ok(upstream) => upstream.diagnose(&models_request(settings), MAX_TIME).await,
         Err(error) => {
             let line = ("TLS".to_owned(), Duration::ZERO, Err(format!("{error:#}")));

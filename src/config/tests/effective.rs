@@ -68,7 +68,7 @@ environments:
     assert!(printed.starts_with(expected), "{printed}");
     assert!(
         printed.ends_with(
-            "store:\n  path: data/tollgate.db\n  history: 35d\n  memory: false\ntelemetry:\n  level: info\n  requests: all\n"
+            "store:\n  path: data/tollgate.db\n  history: 35d\n  memory: false\ntelemetry:\n  level: info\n  requests: all\n  caller_label: true\n  gen_ai_metrics: false\n"
         ),
         "{printed}"
     );

@@ -1,9 +1,11 @@
 //! One HTTP/1.1 connection and its read buffer.
 
+use crate::upstream::connections::{ConnectionCounts, OpenConnection};
 use bytes::BytesMut;
 use rustix::net::RecvFlags;
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -43,11 +45,27 @@ pub(in crate::upstream) struct Http1Connection {
     pub(super) stream: Box<dyn ByteStream>,
     /// Bytes that were read and not yet parsed.
     pub(super) buffer: BytesMut,
+    /// `None`: the connection is not counted.
+    counted: Option<OpenConnection>,
 }
 
 impl Http1Connection {
     pub(in crate::upstream) fn new(stream: Box<dyn ByteStream>) -> Self {
-        Self { stream, buffer: BytesMut::with_capacity(READ_BYTES) }
+        Self { stream, buffer: BytesMut::with_capacity(READ_BYTES), counted: None }
+    }
+
+    /// Counts the connection as open, and as one that carries a request.
+    pub(in crate::upstream) fn counted(mut self, counts: &Arc<ConnectionCounts>) -> Self {
+        self.counted = Some(counts.open());
+        self.set_active(true);
+        self
+    }
+
+    /// Sets whether the connection carries a request.
+    pub(super) fn set_active(&mut self, is_active: bool) {
+        if let Some(counted) = &mut self.counted {
+            counted.set_active(is_active);
+        }
     }
 
     /// Whether an idle connection can be reused: the upstream has neither closed it nor sent anything.

@@ -40,6 +40,7 @@ impl IdlePool {
         loop {
             let (mut connection, since) = self.lock().connections.pop_back()?;
             if since.elapsed() < self.idle_timeout && connection.can_be_reused() {
+                connection.set_active(true);
                 return Some(connection);
             }
         }
@@ -47,6 +48,7 @@ impl IdlePool {
 
     /// Adds a connection. If the pool is full, the one that was idle longest is closed.
     pub(super) fn put(&self, mut connection: Http1Connection) {
+        connection.set_active(false);
         let mut idle = self.lock();
         if let Some(reaper) = &idle.reaper
             && !connection.is_quiet(&mut Context::from_waker(reaper))

@@ -13,7 +13,7 @@ type Server = server::Connection<DuplexStream, Bytes>;
 
 async fn connected(timeouts: Http2Timeouts) -> (Http2Client, Http2Stream, Server) {
     let (ours, theirs) = duplex(64 * 1024);
-    let client = Http2Client::new(timeouts);
+    let client = Http2Client::new(timeouts, Arc::default());
     let (stream, server) = tokio::join!(client.open(ours), server::handshake(theirs));
     (client, stream.unwrap(), server.unwrap())
 }
@@ -112,7 +112,7 @@ async fn a_stream_after_a_goaway_counts_as_not_processed_and_one_before_it_does_
     for (last_stream, is_not_processed) in [(0, true), (1, false)] {
         let (ours, mut theirs) = duplex(64 * 1024);
         let timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: LONG };
-        let client = Http2Client::new(timeouts);
+        let client = Http2Client::new(timeouts, Arc::default());
         tokio::spawn(async move {
             write_frame(&mut theirs, SETTINGS, &[]).await;
             let mut read = Vec::new();
