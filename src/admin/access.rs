@@ -18,8 +18,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use subtle::ConstantTimeEq as _;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
+/// Bodies for `POST /api/explain` at once. Further ones wait, within the time of a body.
+const MAX_LARGE_BODIES: usize = 4;
 const SESSION_COOKIE: &str = "tollgate_session";
 const CSRF_COOKIE: &str = "tollgate_csrf";
 const CSRF_HEADER: HeaderName = HeaderName::from_static("x-tollgate-csrf");
@@ -31,6 +34,8 @@ pub(super) struct Access {
     hosts: Vec<String>,
     sessions: Mutex<Sessions>,
     guesses: Mutex<Guesses>,
+    /// Bounds the memory of bodies for `POST /api/explain`.
+    large_bodies: Semaphore,
     pub(super) wrong_tokens: WrongTokens,
 }
 
@@ -44,6 +49,7 @@ impl Access {
             hosts,
             sessions: Mutex::default(),
             guesses: Mutex::default(),
+            large_bodies: Semaphore::new(MAX_LARGE_BODIES),
             wrong_tokens: WrongTokens::default(),
         }
     }
@@ -131,14 +137,15 @@ pub(super) async fn authorize(
         Err(refusal) => *refusal,
         // This applies to every body, also if the handler would ignore it.
         Ok(_) if is_too_large(&request) => body_too_large(),
-        Ok(by) => match with_whole_body(request, client.body_timeout).await {
+        Ok(by) => match with_whole_body(&admin, request, client.body_timeout).await {
             Err(refusal) => *refusal,
-            Ok(mut request) => {
+            Ok((mut request, _permit)) => {
                 request.extensions_mut().insert(Actor { by, address: client.address.ip() });
                 next.run(request).await
             }
         },
     };
+    protect_from_browsers(response.headers_mut());
     if expects_continue {
         // If the body was not read, the server closes the connection.
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -146,12 +153,20 @@ pub(super) async fn authorize(
     response
 }
 
+/// A browser must neither show an answer in a frame nor guess its type. The page's own files have a policy already.
+fn protect_from_browsers(headers: &mut HeaderMap) {
+    const POLICY: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(POLICY);
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+}
+
 /// How the sender of the request is identified. `Err`: the answer, because the sender may not send it.
 fn check(admin: &Admin, address: IpAddr, request: &Request) -> Result<Identity, Box<Response>> {
     let (headers, path) = (request.headers(), request.uri().path());
     let snapshot = admin.state.current();
     let Some(token) = &snapshot.config.admin.token else {
-        return if is_own_site(headers, &admin.access.hosts) {
+        let origin_scheme = if snapshot.config.admin.tls.is_some() { "https://" } else { "http://" };
+        return if is_own_site(headers, &admin.access.hosts, origin_scheme) {
             Ok(Identity::Local)
         } else {
             Err(Box::new(foreign_site()))
@@ -223,9 +238,10 @@ pub(super) async fn sign_in(
         Action { name: "sign_in", target: LISTENER.to_owned(), ..Action::default() },
     )
     .await;
+    let secure = if snapshot.config.admin.tls.is_some() { "; Secure" } else { "" };
     cookies([
-        format!("{SESSION_COOKIE}={session}; Path=/; HttpOnly; SameSite=Strict"),
-        format!("{CSRF_COOKIE}={csrf}; Path=/; SameSite=Strict"),
+        format!("{SESSION_COOKIE}={session}; Path=/; HttpOnly; SameSite=Strict{secure}"),
+        format!("{CSRF_COOKIE}={csrf}; Path=/; SameSite=Strict{secure}"),
     ])
 }
 
@@ -267,11 +283,11 @@ fn cookie<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
 }
 
-fn is_own_site(headers: &HeaderMap, hosts: &[String]) -> bool {
+fn is_own_site(headers: &HeaderMap, hosts: &[String], scheme: &str) -> bool {
     let is_own = |name: &str| hosts.iter().any(|host| host == name);
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok());
     let origin = headers.get(header::ORIGIN).map(|o| o.to_str().unwrap_or_default());
-    host.is_some_and(is_own) && origin.is_none_or(|o| o.strip_prefix("http://").is_some_and(is_own))
+    host.is_some_and(is_own) && origin.is_none_or(|o| o.strip_prefix(scheme).is_some_and(is_own))
 }
 
 fn foreign_site() -> Response {
@@ -289,12 +305,24 @@ fn is_too_large(request: &Request) -> bool {
     length.is_some_and(|length| length.parse().is_ok_and(|length: u64| length > max))
 }
 
-/// Receives the body of a request.
-async fn with_whole_body(request: Request, max_time: Duration) -> Result<Request, Box<Response>> {
+/// Receives the body of a request. A large body has a permit, which is released when the request has been answered.
+async fn with_whole_body<'a>(
+    admin: &'a Admin,
+    request: Request,
+    max_time: Duration,
+) -> Result<(Request, Option<SemaphorePermit<'a>>), Box<Response>> {
     let max_bytes = max_body_bytes(&request);
     let (parts, body) = request.into_parts();
-    let refusal = match timeout(max_time, receive(body, max_bytes)).await {
-        Ok(Ok(bytes)) => return Ok(Request::from_parts(parts, Body::from(bytes))),
+    let receive = async {
+        let permit = match max_bytes {
+            MAX_BODY_BYTES => None,
+            // The semaphore is never closed.
+            _ => admin.access.large_bodies.acquire().await.ok(),
+        };
+        receive(body, max_bytes).await.map(|bytes| (bytes, permit))
+    };
+    let refusal = match timeout(max_time, receive).await {
+        Ok(Ok((bytes, permit))) => return Ok((Request::from_parts(parts, Body::from(bytes)), permit)),
         Ok(Err(BodyFault::TooLarge)) => body_too_large(),
         Ok(Err(BodyFault::Incomplete)) => {
             refusal(StatusCode::BAD_REQUEST, "bad_request", "The body was not received to its end.")

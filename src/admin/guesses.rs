@@ -1,6 +1,7 @@
 //! Slows down guesses of the admin token: an address with several wrong tokens has to wait before its next attempt.
 
 use crate::clock::Timestamp;
+use crate::server::network_of;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -29,12 +30,12 @@ struct WrongTokens {
 impl Guesses {
     /// How long an address must wait until its next token is checked, in milliseconds; 0: no wait.
     pub(super) fn wait_ms(&self, address: IpAddr, now: Timestamp) -> u64 {
-        self.0.get(&network(address)).map_or(0, |wrong| wrong.blocked_until.ms_since(now).min(MAX_WAIT_MS))
+        self.0.get(&network_of(address)).map_or(0, |wrong| wrong.blocked_until.ms_since(now).min(MAX_WAIT_MS))
     }
 
     /// Records a wrong token.
     pub(super) fn record(&mut self, address: IpAddr, now: Timestamp) {
-        let address = network(address);
+        let address = network_of(address);
         self.0.retain(|_, wrong| now.ms_since(wrong.last) < FORGET_AFTER_MS);
         if self.0.len() >= MAX_ADDRESSES
             && !self.0.contains_key(&address)
@@ -55,15 +56,7 @@ impl Guesses {
 
     /// Forgets the wrong tokens of an address that has sent the right one.
     pub(super) fn forget(&mut self, address: IpAddr) {
-        self.0.remove(&network(address));
-    }
-}
-
-/// The network that counts as one address: for IPv6 a /64, which one party can own.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 64 << 64).into()),
-        v4 @ IpAddr::V4(_) => v4,
+        self.0.remove(&network_of(address));
     }
 }
 
