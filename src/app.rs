@@ -1,6 +1,7 @@
 //! The composition root: builds all parts from a config, starts them, and stops them in order.
 
 mod file_watch;
+mod listeners;
 mod reloader;
 mod server_thread;
 mod sockets;
@@ -12,12 +13,13 @@ use crate::estimate::{self, Models};
 use crate::ledger::{Account, NamedAccount};
 use crate::proxy::{State, WorkerProxy};
 use crate::reload::ReloadHandle;
-use crate::server::{self, DrainTimes, Peer, RunState};
+use crate::server::{self, DrainTimes, Listener, Peer, RunState};
 use crate::service_manager::{self, EventLoop, PassedListeners};
 use crate::store::{Store, StoreWriter};
 use crate::takeover::{self, Claim, Claimed, ControlListener, HandoverOutcome, Incumbent};
 use crate::upstream;
 use hyper::service::service_fn;
+use listeners::Listeners;
 use reloader::Reloader;
 use server_thread::{ServerThread, multi_thread_runtime, single_thread_runtime};
 use sockets::Sockets;
@@ -86,7 +88,7 @@ struct Parts {
     tls: Arc<ClientConfig>,
     workers: Workers,
     cores: usize,
-    timeouts: CallerTimeouts,
+    listeners: Listeners,
 }
 
 /// The result of a shutdown.
@@ -154,7 +156,8 @@ impl App {
         let sockets = Sockets::open(&config, sockets, claim.as_mut(), passed)?;
         let store = open_store(&config, claim.as_mut())?;
         let state = Arc::new(State::new(config, models, store.as_ref())?);
-        let parts = Parts { state, tls, workers, cores, timeouts };
+        let listeners = Listeners::open(&state.current().config, timeouts, &state.metrics)?;
+        let parts = Parts { state, tls, workers, cores, listeners };
         let mut app = parts.start(&sockets)?;
         let claimed = claim.map(Claim::finish).transpose()?;
         // This process is the gateway from here on.
@@ -376,7 +379,7 @@ impl Drop for App {
 impl Parts {
     /// Starts all threads. The listeners wait: they accept no connection yet.
     fn start(self, sockets: &Sockets) -> anyhow::Result<App> {
-        let Self { state, tls, workers, cores, timeouts } = self;
+        let Self { state, tls, workers, cores, listeners } = self;
         let (redis, new_accounts) = if state.current().config.store.redis.is_some() {
             let (sender, receiver) = mpsc::unbounded_channel();
             (Some(start_redis_thread(&state, receiver)?), Some(sender))
@@ -391,13 +394,20 @@ impl Parts {
             } else {
                 multi_thread_runtime(cores)?
             };
-            threads.push(start_worker(listener.try_clone()?, proxy.clone(), runtime, timeouts)?);
+            threads.push(start_worker(
+                listener.try_clone()?,
+                listeners.callers.clone(),
+                proxy.clone(),
+                runtime,
+            )?);
             proxies.push(proxy);
         }
         let (reload, requests) = ReloadHandle::new();
+        let admin_shared = listeners.admin.clone();
         let reloader = Reloader {
             state: state.clone(),
             workers: proxies,
+            listeners,
             tls,
             redis: new_accounts,
             handle: reload.clone(),
@@ -410,7 +420,7 @@ impl Parts {
         let service_for = admin::service(state.clone(), reload.clone(), admin_address, address);
         let admin_listener = sockets.admin.try_clone()?;
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
-            server::serve(admin_listener, service_for, timeouts, run_state)
+            server::serve(admin_listener, admin_shared, service_for, run_state)
         })?;
         Ok(App {
             address,
@@ -470,10 +480,10 @@ fn start_handover(
 }
 
 fn start_worker(
-    listener: TcpListener,
+    socket: TcpListener,
+    listener: Arc<Listener>,
     proxy: Arc<WorkerProxy>,
     runtime: Runtime,
-    timeouts: CallerTimeouts,
 ) -> anyhow::Result<ServerThread> {
     ServerThread::spawn("worker", runtime, move |run_state| {
         let service_for = move |peer: Arc<Peer>| {
@@ -484,7 +494,7 @@ fn start_worker(
                 async move { Ok::<_, Infallible>(proxy.serve(request, peer).await) }
             })
         };
-        server::serve(listener, service_for, timeouts, run_state)
+        server::serve(socket, listener, service_for, run_state)
     })
 }
 

@@ -19,7 +19,9 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::{Loaded, load};
+use crate::clock;
+use crate::config::{Config, Loaded, load};
+use crate::server::load_certificate;
 
 /// An OpenAI-compatible gateway that keeps every environment within its token quotas
 #[derive(Parser)]
@@ -115,6 +117,25 @@ fn config_path(config: Option<PathBuf>) -> Option<PathBuf> {
 /// The path of the config file. It need not exist.
 fn config_path_or_default(config: Option<PathBuf>) -> PathBuf {
     config_path(config).unwrap_or_else(|| PathBuf::from("config/tollgate.yaml"))
+}
+
+/// Reads the certificates of the listeners. Returns warnings, or prints the faults and returns the exit code.
+fn check_certificates(config: &Config) -> Result<Vec<String>, ExitCode> {
+    let (server, admin) = (&config.server, &config.admin);
+    let pairs = [("server", &server.tls, server.http2), ("admin", &admin.tls, true)];
+    let (mut warnings, mut faults) = (Vec::new(), Vec::new());
+    for (section, files, http2) in pairs {
+        let Some(files) = files else { continue };
+        match load_certificate(section, &files.cert, &files.key, http2) {
+            Ok(certificate) => warnings.extend(certificate.expiry_warning(section, clock::now())),
+            Err(fault) => faults.push(fault),
+        }
+    }
+    if faults.is_empty() {
+        return Ok(warnings);
+    }
+    faults.iter().for_each(|fault| output::report(fault));
+    Err(ExitCode::from(BAD_CONFIG))
 }
 
 /// Loads the config, or prints its faults and returns the exit code.

@@ -23,7 +23,6 @@ mod telemetry;
 mod top;
 mod tree;
 mod units;
-mod unsupported;
 mod upstreams;
 mod variables;
 mod yaml;
@@ -96,6 +95,26 @@ pub struct ServerSettings {
     pub drain_timeout: Duration,
     /// Certificate and key files for TLS with callers. Default: plain HTTP.
     pub tls: Option<TlsFiles>,
+    /// Whether callers may use HTTP/2. Default `true`.
+    pub http2: bool,
+    /// Maximum number of open connections. Default 10,000.
+    pub max_connections: usize,
+    /// Maximum number of open connections from one address. `None`: no bound. Default 1,000.
+    pub max_connections_per_address: Option<AddressBound>,
+    /// A whole request body must arrive within this time. Default 60 s.
+    pub body_timeout: Duration,
+    /// Maximum bytes of all request bodies that are buffered. Default 1 GiB.
+    pub buffered_bodies: usize,
+}
+
+/// `server.max_connections_per_address`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressBound {
+    /// Maximum number of connections.
+    pub connections: usize,
+    /// Whether the bound also applies to loopback addresses. It does so only if the file sets it, because a proxy on the
+    /// same machine sends the requests of all callers from one address.
+    pub bounds_loopback: bool,
 }
 
 /// `server.flood_guard`.
@@ -110,7 +129,7 @@ pub struct FloodGuard {
     pub guards_loopback: bool,
 }
 
-/// `server.tls`.
+/// `server.tls` or `admin.tls`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
     /// PEM file of the certificate chain.
@@ -126,6 +145,8 @@ pub struct AdminSettings {
     pub listen: SocketAddr,
     /// Bearer token of the admin API. Required unless `listen` is a loopback address.
     pub token: Option<Secret>,
+    /// Certificate and key files for TLS. Default: plain HTTP.
+    pub tls: Option<TlsFiles>,
 }
 
 /// `upstreams.*.api`: the header that carries the upstream's key, and the paths that the upstream serves.

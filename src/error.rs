@@ -85,6 +85,8 @@ pub enum ProxyError {
     },
     /// The body did not arrive completely. The text is the reason.
     BodyIncomplete(&'static str),
+    /// The bodies of other requests occupy `server.buffered_bodies`.
+    Overloaded,
     /// The API does not accept the body.
     InvalidBody(BodyFault),
     /// The model is not on the environment's allow-list.
@@ -167,6 +169,7 @@ impl ProxyError {
             }
             Self::BodyTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, INVALID, "request_body_too_large"),
             Self::BodyIncomplete(_) => (S::BAD_REQUEST, INVALID, "request_body_incomplete"),
+            Self::Overloaded => (S::SERVICE_UNAVAILABLE, "server_error", "overloaded"),
             Self::InvalidBody(BodyFault::Invalid(_)) => (S::BAD_REQUEST, INVALID, "invalid_json"),
             Self::InvalidBody(BodyFault::Value { .. }) => (S::BAD_REQUEST, INVALID, "invalid_value"),
             Self::ModelNotFound { .. } => (S::NOT_FOUND, INVALID, "model_not_found"),
@@ -248,6 +251,10 @@ impl ProxyError {
             }
             Self::TooManyInFlight { .. } | Self::QuotaStoreUnavailable { .. } | Self::ShuttingDown => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Self::Overloaded => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             // The connection is out of sync, or unread bytes of a body may follow.
             Self::InvalidHead(_)
@@ -343,6 +350,7 @@ impl fmt::Display for ProxyError {
                 let wait = go_duration(ms);
                 write!(f, "Your address sends more requests than the gateway accepts (server.flood_guard). Try again in {wait}.")
             }
+            Self::Overloaded => f.write_str("The gateway already buffers as many request bodies as it may (server.buffered_bodies). Try again in a moment."),
             Self::ShuttingDown => f.write_str("The gateway is shutting down. Try again in a moment."),
             Self::Internal => f.write_str("The gateway failed to process this request because of an internal error."),
         }

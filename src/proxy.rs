@@ -6,6 +6,7 @@
 
 mod address;
 mod answer;
+mod body_budget;
 mod body_parser;
 mod call;
 mod caller;
@@ -48,6 +49,7 @@ use std::sync::Arc;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::AnswerBody;
+use body_budget::BufferedBytes;
 use call::Call;
 use caller::IdentifiedCaller;
 use charge::Charge;
@@ -90,6 +92,8 @@ struct OutgoingRequest {
     call: Call,
     /// Whether the answer is a list of models from which those that the environment forbids are removed.
     lists_models: bool,
+    /// The bytes of the body, which are freed when the answer begins.
+    buffered: BufferedBytes,
     /// Whether the exchange continues after the caller disconnects (`on_disconnect: drain`).
     outlives_caller: bool,
     /// Runs since the body was read.
@@ -191,7 +195,8 @@ impl Proxy {
 
         // Body and model.
         self.check_supported(&head, &route, environment).map_err(|error| Refusal::new(error, &headers))?;
-        let body = call::read_body(body, self.snapshot.config.server.max_request_body, peer.timeouts.body)
+        let mut buffered = BufferedBytes::none(&self.state.bodies);
+        let body = call::read_body(body, &self.snapshot.config.server, peer.timeouts.body, &mut buffered)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         headers.unread = UnreadBody::None;
@@ -238,6 +243,7 @@ impl Proxy {
             endpoint,
             call,
             lists_models,
+            buffered,
             outlives_caller: environment.on_disconnect == OnDisconnect::Drain,
             received,
         };
@@ -446,7 +452,8 @@ impl Proxy {
         started: Stopwatch,
         peer: Arc<Peer>,
     ) -> MeterContext {
-        let OutgoingRequest { environment, endpoint, call, .. } = outgoing;
+        let OutgoingRequest { environment, endpoint, call, buffered, .. } = outgoing;
+        drop(buffered);
         MeterContext {
             estimated_prompt: call.prompt_tokens,
             has_prompt: call.estimate.has_content(),

@@ -3,39 +3,44 @@
 //! The gateway has its own accept loop for two reasons: it must detect slow and disconnected callers, and it must
 //! complete answers in flight at a shutdown.
 
+mod acceptor;
+mod certificate;
+mod connection;
+mod http1;
+mod http2;
+mod limits;
+mod listener;
 mod malformed;
+mod not_after;
 mod peer;
 mod served;
 mod socket;
+mod transport;
 
-use crate::clock::Stopwatch;
+use acceptor::Acceptor;
 use http::{Request, Response};
+use http1::CutOff;
 use hyper::body::{Body, Incoming};
-use hyper::server::conn::http1;
 use hyper::service::Service;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use socket::{CallerSocket, SocketHandle};
 use std::error::Error;
-use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Poll;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout, timeout_at};
+use tokio::time::timeout;
 
+pub(crate) use certificate::{Certificate, load as load_certificate};
+pub(crate) use limits::{ConnectionBounds, network_of};
+pub(crate) use listener::{Listener, Protocols};
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
 
 /// Maximum size of a request head, and maximum bytes of a body that hyper reads ahead.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
-/// The pause after an error of `accept`, such as when the process has no more file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// While the server drains, callers have this long to complete a request that they have begun to send.
 const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(400);
 /// The server waits this much longer than its connections, so that they end by themselves.
@@ -70,9 +75,6 @@ pub(crate) struct DrainTimes {
     pub(crate) endings: Duration,
 }
 
-/// Reports that the request of a connection did not end within the drain time.
-struct CutOff;
-
 /// Opens sockets that listen at one address, one for each worker. The kernel distributes connections over them.
 ///
 /// # Errors
@@ -105,13 +107,13 @@ fn bind(address: SocketAddr, is_shared: bool) -> io::Result<std::net::TcpListene
     Ok(listener)
 }
 
-/// Serves connections until `state` is `Draining` or `Stopped`. Returns when the last connection has ended or the drain
-/// times have elapsed, with the number of connections whose requests did not end in time. If it no longer accepts
-/// connections, it also returns when the last one has ended.
+/// Serves the connections of a socket until `state` is `Draining` or `Stopped`. Returns when the last connection has ended or
+/// the drain times have elapsed, with the number of requests that did not end in time. If it no longer accepts connections, it
+/// also returns when the last one has ended.
 pub(crate) async fn serve<S, B>(
-    listener: std::net::TcpListener,
-    service_for: impl Fn(Arc<Peer>) -> S,
-    timeouts: CallerTimeouts,
+    socket: std::net::TcpListener,
+    listener: Arc<Listener>,
+    service_for: impl Fn(Arc<Peer>) -> S + Send + Sync + 'static,
     mut state: watch::Receiver<RunState>,
 ) -> io::Result<usize>
 where
@@ -121,7 +123,13 @@ where
     B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let listener = TcpListener::from_std(listener)?;
+    let acceptor = Acceptor {
+        listener: TcpListener::from_std(socket)?,
+        limits: &listener.limits,
+        failed: &listener.failed,
+        crowded: &listener.crowded,
+    };
+    let service_for = Arc::new(service_for);
     // Every connection holds a sender: the channel closes with the last connection.
     let (alive, mut cut_offs) = mpsc::unbounded_channel();
     let closes = Arc::new(AtomicBool::new(false));
@@ -130,20 +138,20 @@ where
         tokio::select! {
             biased;
             () = accept_ended(&mut state, &closes) => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, address)) => {
-                    let peer = Arc::new(Peer::new(address, timeouts).closed_by(closes.clone()));
-                    let service = service_for(peer.clone());
-                    tokio::spawn(serve_connection(stream, peer, service, state.clone(), alive.clone()));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    sleep(ACCEPT_PAUSE).await;
-                }
-            },
+            (stream, address, slot) = acceptor.next() => {
+                let context = connection::Context {
+                    address,
+                    listener: listener.clone(),
+                    closes: closes.clone(),
+                    state: state.clone(),
+                    cut_offs: alive.clone(),
+                    slot,
+                };
+                tokio::spawn(connection::serve(stream, context, service_for.clone()));
+            }
         }
     }
-    drop(listener);
+    drop(acceptor);
     drop(alive);
     let mut cut_off = 0;
     tokio::select! {
@@ -197,101 +205,6 @@ fn drain_times(state: &watch::Receiver<RunState>) -> Option<DrainTimes> {
         RunState::Draining(times) => Some(times),
         RunState::Waiting | RunState::Running | RunState::Closing { .. } | RunState::Stopped => None,
     }
-}
-
-async fn serve_connection<S, B>(
-    stream: TcpStream,
-    peer: Arc<Peer>,
-    service: S,
-    mut state: watch::Receiver<RunState>,
-    alive: mpsc::UnboundedSender<CutOff>,
-) where
-    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
-    S::Future: Send + 'static,
-    S::Error: Into<Box<dyn Error + Send + Sync>>,
-    B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn Error + Send + Sync>>,
-{
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "a connection failed when it was accepted");
-        return;
-    }
-    let head_timeout = peer.timeouts.head;
-    let service = served::marking(service, peer.clone());
-    let socket = CallerSocket::new(stream, peer.clone());
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(head_timeout)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .max_header_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(SocketHandle(&socket)), service);
-    {
-        let mut connection = pin!(connection);
-        let result = tokio::select! {
-            result = until_disconnected(connection.as_mut(), &socket) => result,
-            () = stopping(&mut state) => match drain_times(&state) {
-                Some(times) => {
-                    connection.as_mut().graceful_shutdown();
-                    drain(connection.as_mut(), &socket, &peer, times, &alive).await
-                }
-                None => None,
-            }
-        };
-        match result {
-            Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
-            None => tracing::debug!("a connection was closed, or its caller disconnected"),
-            Some(Ok(())) => {}
-        }
-    }
-    socket.close();
-    drop(alive);
-}
-
-/// Serves a connection to its end while the server drains. `None`: the caller disconnected, or the connection is to be
-/// closed.
-async fn drain<F: Future>(
-    mut connection: Pin<&mut F>,
-    socket: &CallerSocket,
-    peer: &Peer,
-    DrainTimes { answers, endings }: DrainTimes,
-    cut_offs: &mpsc::UnboundedSender<CutOff>,
-) -> Option<F::Output> {
-    peer.begin_drain();
-    let began = Stopwatch::start();
-    // A request that is not complete must not prolong the shutdown.
-    let receive_end = began.deadline(answers.min(MAX_DRAIN_RECEIVE));
-    if let Ok(ended) = timeout_at(receive_end, until_disconnected(connection.as_mut(), socket)).await {
-        return ended;
-    }
-    if peer.is_between_requests() {
-        return None;
-    }
-    if !peer.is_receiving() {
-        let answers_end = began.deadline(answers);
-        if let Ok(ended) = timeout_at(answers_end, until_disconnected(connection.as_mut(), socket)).await {
-            return ended;
-        }
-        // An error means that the server no longer counts.
-        drop(cut_offs.send(CutOff));
-    }
-    peer.end_request();
-    let ended = timeout(endings, until_disconnected(connection, socket)).await;
-    ended.unwrap_or_else(|_| {
-        peer.cut_answer();
-        None
-    })
-}
-
-/// Serves a connection to its end. `None`: the caller disconnected before the end.
-async fn until_disconnected<F: Future>(
-    mut connection: Pin<&mut F>,
-    socket: &CallerSocket,
-) -> Option<F::Output> {
-    poll_fn(|cx| match connection.as_mut().poll(cx) {
-        Poll::Ready(done) => Poll::Ready(Some(done)),
-        Poll::Pending => socket.poll_disconnected(cx).map(|()| None),
-    })
-    .await
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@
 
 use super::MAX_REDIS_WAIT;
 use super::file_watch::FileWatch;
+use super::listeners::Listeners;
 use crate::clock;
-use crate::config::{self, Config, Loaded, ModelRule, TokenizerChoice};
+use crate::config::{self, Config, Loaded, ModelRule, TlsFiles, TokenizerChoice};
 use crate::ledger::{Account, AuditEntry};
 use crate::proxy::{PreparedConfig, State, WorkerProxy};
 use crate::reload::{ReloadHandle, ReloadOutcome, ReloadRequest};
@@ -15,13 +16,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tokio_rustls::rustls::ClientConfig;
+
+/// How often certificates that expire soon are logged.
+const EXPIRY_CHECK_INTERVAL: Duration = Duration::from_hours(24);
 
 /// Reloads the config of one gateway.
 pub(super) struct Reloader {
     pub(super) state: Arc<State>,
     pub(super) workers: Vec<Arc<WorkerProxy>>,
+    pub(super) listeners: Listeners,
     pub(super) tls: Arc<ClientConfig>,
     /// Takes the accounts of new environments to the thread that communicates with Redis.
     pub(super) redis: Option<mpsc::UnboundedSender<Arc<Account>>>,
@@ -37,6 +42,9 @@ impl Reloader {
     ) {
         let mut files = FileWatch::new();
         files.follow(&self.files());
+        let mut expiry_checks = interval(EXPIRY_CHECK_INTERVAL);
+        // The start has checked it.
+        expiry_checks.reset();
         loop {
             let request = tokio::select! {
                 biased;
@@ -46,6 +54,10 @@ impl Reloader {
                     None => return,
                 },
                 () = files.changed() => None,
+                _ = expiry_checks.tick() => {
+                    self.listeners.warn_of_expiry();
+                    continue;
+                }
             };
             // A change from now on is noticed after this reload.
             files.mark();
@@ -67,7 +79,10 @@ impl Reloader {
             _ => None,
         };
         let Some(file) = &config.file else { return Vec::new() };
+        let pair = |tls: &TlsFiles| [tls.cert.clone(), tls.key.clone()];
+        let pairs = config.server.tls.iter().chain(&config.admin.tls).flat_map(pair);
         let named = config.value_files.iter().cloned().chain(config.models.iter().filter_map(tokenizer));
+        let named = named.chain(pairs);
         std::iter::once(file.clone()).chain(named).collect()
     }
 
@@ -122,7 +137,9 @@ impl Reloader {
             return Err(restart_faults);
         }
         config.file_modified_ms = stamp(&current.config, &config);
-        let changes = config::changes(&current.config, &config);
+        let listeners = self.listeners.prepare(&current.config, &config)?;
+        let mut changes = config::changes(&current.config, &config);
+        changes.extend(listeners.changes.iter().cloned());
         let failed = |error: anyhow::Error| one(format!("{error:#}"));
         let prepared = self.state.prepare(Arc::new(config)).map_err(failed)?;
         let prepare = |worker: &Arc<WorkerProxy>| worker.prepare(prepared.snapshot().clone(), &self.tls);
@@ -134,8 +151,11 @@ impl Reloader {
         wait_until_connected(&prepared).await;
         self.state.reconfigure_accounts(&prepared).await;
         self.state.put_in_force(prepared);
+        let warnings: Vec<String> =
+            warnings.iter().map(ToString::to_string).chain(listeners.warnings.iter().cloned()).collect();
+        self.listeners.put_in_force(listeners, &self.state.metrics);
         self.workers.iter().zip(proxies).for_each(|(worker, proxy)| worker.replace(proxy));
-        Ok((changes, warnings.iter().map(ToString::to_string).collect()))
+        Ok((changes, warnings))
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod online;
 
-use super::{BAD_CONFIG, load_or_explain, output};
+use super::{BAD_CONFIG, check_certificates, load_or_explain, output};
 use crate::clock::{self, Timestamp};
 use crate::config::{Config, Environment};
 use crate::quota::Quota;
@@ -26,9 +26,13 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &CheckArguments) -> anyhow
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
+    let certificates = match check_certificates(&loaded.config) {
+        Ok(warnings) => warnings,
+        Err(code) => return Ok(code),
+    };
     let mut text = String::new();
-    let faults = loaded.warnings.iter().map(ToString::to_string);
-    for warning in faults.chain(override_warnings(&loaded.config)) {
+    let warnings = loaded.warnings.iter().map(ToString::to_string).chain(certificates);
+    for warning in warnings.chain(override_warnings(&loaded.config)) {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "warning: {warning}");
     }

@@ -2,7 +2,7 @@
 
 mod successor;
 
-use super::load_or_explain;
+use super::{check_certificates, load_or_explain};
 use crate::app::{App, CallerTimeouts, ShutdownReport, Workers};
 use crate::reload::ReloadOutcome;
 use crate::service_manager::{Notification, PassedListeners, notify};
@@ -29,6 +29,11 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
+    // The start logs the warnings.
+    if let Err(code) = check_certificates(&loaded.config) {
+        return Ok(code);
+    }
+    raise_descriptor_limit();
     let signals = StopSignals::listen()?;
     let log = init_logging();
     for warning in &loaded.warnings {
@@ -39,6 +44,14 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
     notify(&Notification::Ready { status: &serving(&app) });
     run_until_signal(app, signals, &log, program.as_ref())
+}
+
+/// Raises the soft limit of open files to the hard limit: each connection needs one. Many systems set it to 1,024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // If it fails, the old limit stays.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// How requests are distributed over the cores. `TOLLGATE_RUNTIME=multi` is for benchmarks that compare both modes.

@@ -5,7 +5,7 @@ use super::description::{
 };
 use super::setting::{Section, Setting};
 use super::tree::YamlValue;
-use super::{AdminSettings, FloodGuard, ServerSettings, TlsFiles, units};
+use super::{AddressBound, AdminSettings, FloodGuard, ServerSettings, TlsFiles, units};
 use ipnet::IpNet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -63,8 +63,42 @@ pub(super) const SERVER: SectionSpec = SectionSpec {
             "tls",
             ValueSpec::Section(&TLS),
             NONE,
-            "**no effect in this version**: accepted with a warning; callers are served plain HTTP",
+            "serves callers over HTTPS: HTTP/2 and HTTP/1.1 by ALPN. The files are watched; a new pair is in force once both files match ([operations.md](operations.md#certificates)). Without this key callers are served without encryption",
         ),
+        KeySpec::new(
+            "http2",
+            ValueSpec::Boolean,
+            DefaultSpec::Value("true"),
+            "whether callers may use HTTP/2: with `tls` by ALPN, without it by prior knowledge (h2c)",
+        ),
+        KeySpec::new(
+            "max_connections",
+            ValueSpec::Amount { min: 1, max: u32::MAX as u64 },
+            DefaultSpec::Value("10000"),
+            "maximum number of open connections. Further ones wait in the kernel's queue until another one ends",
+        )
+        .example("20k"),
+        KeySpec::new(
+            "max_connections_per_address",
+            ValueSpec::Amount { min: 0, max: u32::MAX as u64 },
+            DefaultSpec::Absent("1,000, but not for addresses of this machine"),
+            "maximum number of open connections per peer address (IPv6: per /64). Further ones are closed. It does not apply to `trusted_proxies`. `0` turns the bound off",
+        )
+        .example("200"),
+        KeySpec::new(
+            "body_timeout",
+            ValueSpec::Duration,
+            DefaultSpec::Value("60s"),
+            "the whole body of a request must arrive within this time; otherwise the request gets a 400",
+        )
+        .example("2m"),
+        KeySpec::new(
+            "buffered_bodies",
+            ValueSpec::Size,
+            DefaultSpec::Value("1GiB"),
+            "maximum size of the bodies of all requests that are being received, or wait for their answer. A body without room waits for 5 s at most; then its request gets a 503 `overloaded`",
+        )
+        .example("2GiB"),
     ],
 };
 
@@ -112,6 +146,12 @@ pub(super) const ADMIN: SectionSpec = SectionSpec {
             "required as `Authorization: Bearer ...`; must be set unless `listen` is a loopback address",
         )
         .example("${TOLLGATE_ADMIN_TOKEN}"),
+        KeySpec::new(
+            "tls",
+            ValueSpec::Section(&TLS),
+            NONE,
+            "serves the admin listener over HTTPS, as `server.tls` does for callers",
+        ),
     ],
 };
 
@@ -150,7 +190,7 @@ fn address(section: &Section<'_>) -> SocketAddr {
 
 fn server(top: &Section<'_>) -> ServerSettings {
     let section = top.section("server");
-    ServerSettings {
+    let settings = ServerSettings {
         listen: address(&section),
         max_request_body: section.size("max_request_body", body_size),
         flood_guard: match section.get("flood_guard") {
@@ -161,7 +201,42 @@ fn server(top: &Section<'_>) -> ServerSettings {
         drain_delay: section.duration("drain_delay"),
         drain_timeout: section.duration("drain_timeout"),
         tls: section.get("tls").and_then(|s| tls_files(&s)),
+        http2: section.boolean("http2"),
+        max_connections: section.amount("max_connections", connections).try_into().unwrap_or(usize::MAX),
+        max_connections_per_address: per_address(&section),
+        body_timeout: section.duration("body_timeout"),
+        buffered_bodies: section.size("buffered_bodies", Setting::size),
+    };
+    check_bodies(&section, &settings);
+    settings
+}
+
+/// A body of the maximum size must fit.
+fn check_bodies(section: &Section<'_>, settings: &ServerSettings) {
+    if settings.buffered_bodies < settings.max_request_body
+        && let Some(setting) = section.get("buffered_bodies").or_else(|| section.get("max_request_body"))
+    {
+        setting.fault("server.buffered_bodies is smaller than server.max_request_body, so a large body would never have room; raise buffered_bodies, or lower max_request_body");
     }
+    if settings.body_timeout.is_zero()
+        && let Some(setting) = section.get("body_timeout")
+    {
+        setting.fault("0 would refuse every request that has a body");
+    }
+}
+
+fn connections(setting: &Setting<'_>) -> Option<u64> {
+    setting.positive(u64::from(u32::MAX), "0 would refuse every connection")
+}
+
+fn per_address(section: &Section<'_>) -> Option<AddressBound> {
+    let Some(setting) = section.get("max_connections_per_address") else {
+        return Some(AddressBound { connections: 1_000, bounds_loopback: false });
+    };
+    let whole = |text: &str| units::amount(text).and_then(|n| u32::try_from(n).ok());
+    let connections = setting.parsed(whole, "a number of connections, or 0 (no bound)")?;
+    let connections = usize::try_from(connections).ok().filter(|&connections| connections > 0)?;
+    Some(AddressBound { connections, bounds_loopback: true })
 }
 
 fn body_size(setting: &Setting<'_>) -> Option<usize> {
@@ -208,5 +283,9 @@ fn tls_files(setting: &Setting<'_>) -> Option<TlsFiles> {
 
 fn admin(top: &Section<'_>) -> AdminSettings {
     let section = top.section("admin");
-    AdminSettings { listen: address(&section), token: section.get("token").and_then(|s| s.secret()) }
+    AdminSettings {
+        listen: address(&section),
+        token: section.get("token").and_then(|s| s.secret()),
+        tls: section.get("tls").and_then(|s| tls_files(&s)),
+    }
 }

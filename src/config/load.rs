@@ -5,9 +5,7 @@ use super::fault::{Fault, Faults, Findings};
 use super::setting::{Section, Setting};
 use super::top::TOP;
 use super::{Config, EffectiveConfig, Environment};
-use super::{
-    environments, listeners, models, overrides, store, telemetry, unsupported, upstreams, variables, yaml,
-};
+use super::{environments, listeners, models, overrides, store, telemetry, upstreams, variables, yaml};
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -106,7 +104,6 @@ fn read(root: &Setting<'_>) -> Option<Config> {
     let models = models::read(&top);
     let store = store::read(&top);
     let telemetry = telemetry::read(&top);
-    unsupported::warn_unsupported(&top);
     let file_modified_ms = 0;
     Some(Config {
         server,

@@ -1,6 +1,7 @@
 //! The caller's request: reads its body up to a size limit and parses the fields that the gateway needs.
 
 use super::Proxy;
+use super::body_budget::BufferedBytes;
 use super::caller::{self, IdentifiedCaller};
 use super::charge::logged_name;
 use super::form;
@@ -11,14 +12,16 @@ use super::snapshot::Snapshot;
 use super::state::State;
 use crate::api::Api;
 use crate::body::{Body, BodyText, Bounds, Edit, edited, named_model};
-use crate::config::Environment;
+use crate::clock::Stopwatch;
+use crate::config::{Environment, ServerSettings};
 use crate::error::ProxyError;
 use crate::estimate::{Model, Models, Prompt, PromptEstimate, Provider, Tokenizer};
 use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
 use crate::similar::most_similar;
 use crate::telemetry::{Metrics, Record};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use http::StatusCode;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use hyper::body::{Body as _, Incoming};
@@ -28,7 +31,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
 /// Bodies up to this size are parsed on the event loop (about 50 microseconds), and counted there if that is quick.
 /// Larger ones are parsed on the blocking pool, which adds 10 to 20 microseconds.
@@ -37,8 +40,11 @@ const MAX_INLINE_BODY: usize = 40 * 1024;
 const MAX_INLINE_EDIT: usize = 64 * 1024;
 /// After a refusal that leaves more than this of the body unread, the connection is closed.
 const MAX_SMALL_UNREAD: u64 = 64 * 1024;
-/// Maximum buffer size that is allocated by a declared body length. A larger buffer grows as bytes arrive.
+/// The first size of the buffer for a body that arrives in several pieces, unless its declared length is smaller.
 const MAX_INITIAL_BUFFER: usize = 256 * 1024;
+
+/// Maximum number of headers of a request. hyper checks it for HTTP/1.1.
+const MAX_HEADERS: usize = 100;
 
 /// A parsed request, and the bytes that are forwarded.
 #[derive(Debug, Default)]
@@ -317,6 +323,9 @@ pub(super) fn check_head(
     uri: &http::Uri,
     version: http::Version,
 ) -> Result<(), ProxyError> {
+    if headers.len() > MAX_HEADERS {
+        return Err(ProxyError::MalformedHttp(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));
+    }
     let mut hosts = headers.get_all(header::HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
@@ -363,17 +372,30 @@ pub(super) fn unread(headers: &HeaderMap, body: &Incoming) -> UnreadBody {
     }
 }
 
-/// Reads a whole body of at most `limit` bytes. Fails if no bytes arrive for `idle`.
-pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) -> Result<Bytes, ProxyError> {
+/// Reads a whole body within the bounds of the config. Fails if no bytes arrive for `idle`. `buffered` counts the bytes.
+pub(super) async fn read_body(
+    mut body: Incoming,
+    bounds: &ServerSettings,
+    idle: Duration,
+    buffered: &mut BufferedBytes,
+) -> Result<Bytes, ProxyError> {
+    let limit = bounds.max_request_body;
     let too_large = || ProxyError::BodyTooLarge { limit };
     let declared = body.size_hint().exact();
     if declared.is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
-    let mut first = Bytes::new();
-    let mut whole = BytesMut::new();
+    let began = Stopwatch::start();
+    let end = began.deadline(bounds.body_timeout);
+    let mut idle_end = began.deadline(idle);
+    let (mut first, mut whole) = (Bytes::new(), Vec::new());
     loop {
-        let frame = match timeout(idle, poll_fn(|cx| Pin::new(&mut body).poll_frame(cx))).await {
+        let frame = match timeout_at(idle_end.min(end), poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)))
+            .await
+        {
+            Err(_) if end <= idle_end => {
+                return Err(ProxyError::BodyIncomplete("it did not arrive within server.body_timeout"));
+            }
             Err(_) => return Err(ProxyError::BodyIncomplete("no more of it arrived in time")),
             Ok(None) => break,
             Ok(Some(Err(_))) => {
@@ -385,17 +407,28 @@ pub(super) async fn read_body(mut body: Incoming, limit: usize, idle: Duration) 
         if first.len() + whole.len() + data.len() > limit {
             return Err(too_large());
         }
+        buffered.add(data.len()).await.map_err(|_| ProxyError::Overloaded)?;
         // Most bodies arrive in one piece, which is used without a copy.
         if first.is_empty() && whole.is_empty() {
             first = data;
-            continue;
-        }
-        if whole.is_empty() {
-            let room = declared.and_then(|n| usize::try_from(n).ok()).unwrap_or(0).min(MAX_INITIAL_BUFFER);
-            whole.reserve(room.max(first.len() + data.len()));
+        } else {
+            let received = first.len() + whole.len() + data.len();
+            reserve(&mut whole, received, declared);
             whole.extend_from_slice(&std::mem::take(&mut first));
+            whole.extend_from_slice(&data);
         }
-        whole.extend_from_slice(&data);
+        idle_end = Stopwatch::start().deadline(idle);
     }
-    Ok(if whole.is_empty() { first } else { whole.freeze() })
+    Ok(if whole.is_empty() { first } else { whole.into() })
+}
+
+/// Makes room for the bytes of a body so far. The buffer at most doubles, and never grows beyond the declared length, so
+/// that it occupies little more than what has arrived.
+fn reserve(whole: &mut Vec<u8>, received: usize, declared: Option<u64>) {
+    if received <= whole.capacity() {
+        return;
+    }
+    let declared = declared.and_then(|length| usize::try_from(length).ok()).unwrap_or(usize::MAX);
+    let wanted = (2 * whole.capacity()).max(MAX_INITIAL_BUFFER).min(declared).max(received);
+    whole.reserve_exact(wanted - whole.len());
 }

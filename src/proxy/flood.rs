@@ -4,6 +4,7 @@
 
 use crate::clock::Stopwatch;
 use crate::config::FloodGuard;
+use crate::server::network_of;
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use std::net::IpAddr;
@@ -85,7 +86,7 @@ impl FloodLimiter {
 
 /// IPv6 addresses are counted by their /64 network, because one host usually controls all of it.
 fn key(peer: IpAddr) -> u64 {
-    match peer.to_canonical() {
+    match network_of(peer) {
         IpAddr::V4(v4) => u64::from(v4.to_bits()),
         IpAddr::V6(v6) => u64::try_from(v6.to_bits() >> 64).unwrap_or(0) | 1 << 63,
     }

@@ -209,8 +209,12 @@ impl Metered {
                 if !self.has_first_token {
                     self.record_first_token();
                 }
+                let total = self.context.environment.upstream.timeouts.total;
                 if self.is_whole() {
                     self.complete();
+                } else if self.last_data.since(self.context.started) >= total {
+                    // The timer is not polled while bytes arrive without a pause.
+                    self.interrupt(&Interruption::Timeout("total", total));
                 } else if self.progress_is_due() && self.progress() == Progress::Overrun {
                     self.overrun();
                 }

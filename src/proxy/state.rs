@@ -1,5 +1,6 @@
 //! State that all workers of a gateway share for the life of the process.
 
+use super::body_budget::BodyBudget;
 use super::snapshot::Snapshot;
 use crate::calibrations::Calibrations;
 use crate::clock::{self, Stopwatch};
@@ -23,6 +24,8 @@ pub struct State {
     /// Corrects prompt estimates.
     pub(super) learned: Arc<Learned>,
     pub(super) request_ids: RequestIds,
+    /// The bodies of requests that are buffered.
+    pub(super) bodies: Arc<BodyBudget>,
     /// The last rejected requests.
     pub(crate) rejections: Rejections,
     /// The accounts of all environments that a config of this process has had.
@@ -99,11 +102,14 @@ impl State {
             accounts.add(&environment.name, account.clone());
             account.log_overrides(environment);
         }
+        let bodies = Arc::new(BodyBudget::default());
+        bodies.set_max(config.server.buffered_bodies);
         let current = Snapshot::new(config, opened, models, (&metrics, &calibrations), None)?;
         Ok(Self {
             learned: Arc::new(Learned::new(calibrations)),
             metrics,
             request_ids: RequestIds::new(),
+            bodies,
             rejections: Rejections::default(),
             accounts: Arc::new(accounts),
             session,
@@ -178,6 +184,7 @@ impl State {
 
     /// Puts a config in force for everything except the workers.
     pub(crate) fn put_in_force(&self, prepared: PreparedConfig) {
+        self.bodies.set_max(prepared.snapshot.config.server.buffered_bodies);
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = prepared.snapshot;
     }
 

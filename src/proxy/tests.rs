@@ -106,6 +106,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         environment: state.current().config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
         call: Call::opaque(Bytes::new()),
+        buffered: BufferedBytes::none(&state.bodies),
         outlives_caller: true,
         received: Stopwatch::start(),
     };

@@ -21,12 +21,12 @@ pub(super) struct ServedBody<B> {
 pub(super) fn marking<S, B>(
     inner: S,
     peer: Arc<Peer>,
-) -> impl Service<Request<Incoming>, Response = Response<ServedBody<B>>, Error = S::Error, Future: Send>
+) -> impl Service<Request<Incoming>, Response = Response<ServedBody<B>>, Error = S::Error, Future: Send + 'static>
 where
-    S: Service<Request<Incoming>, Response = Response<B>>,
-    S::Future: Send,
+    S: Service<Request<Incoming>, Response = Response<B>> + 'static,
+    S::Future: Send + 'static,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
-    B: Body + Unpin,
+    B: Body + Unpin + 'static,
 {
     service_fn(move |request| {
         let served = peer.begin_request(request.version());

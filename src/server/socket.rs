@@ -3,6 +3,7 @@
 
 use super::malformed;
 use super::peer::Peer;
+use super::transport::Transport;
 use crate::clock::Stopwatch;
 use bytes::{Buf as _, BytesMut};
 use std::io::{self, ErrorKind, IoSlice};
@@ -10,7 +11,6 @@ use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Maximum bytes that are read before hyper requests them, to detect a disconnect. A disconnect behind more unread
@@ -24,13 +24,13 @@ const LINGER_BATCH_BYTES: usize = 64 * 1024;
 
 /// One caller's connection. hyper reads and writes through a [`SocketHandle`]; the connection's task calls
 /// `poll_disconnected`.
-pub(super) struct CallerSocket {
+pub(super) struct CallerSocket<T> {
     peer: Arc<Peer>,
-    state: Mutex<SocketState>,
+    state: Mutex<SocketState<T>>,
 }
 
-struct SocketState {
-    stream: TcpStream,
+struct SocketState<T> {
+    stream: T,
     /// Bytes that were read before hyper requested them.
     read_ahead: BytesMut,
     /// Whether hyper waits for bytes. If so, a disconnect wakes it too.
@@ -51,13 +51,14 @@ struct Lingering {
 }
 
 /// hyper's access to the socket.
-pub(super) struct SocketHandle<'s>(pub(super) &'s CallerSocket);
+pub(super) struct SocketHandle<'s, T>(pub(super) &'s CallerSocket<T>);
 
-impl CallerSocket {
-    pub(super) fn new(stream: TcpStream, peer: Arc<Peer>) -> Self {
+impl<T: Transport> CallerSocket<T> {
+    /// `read_ahead`: bytes that were read already.
+    pub(super) fn new(stream: T, read_ahead: BytesMut, peer: Arc<Peer>) -> Self {
         let state = SocketState {
             stream,
-            read_ahead: BytesMut::new(),
+            read_ahead,
             is_read_pending: true,
             blocked_since: None,
             timer: None,
@@ -89,13 +90,13 @@ impl CallerSocket {
     pub(super) fn close(self) {
         if self.peer.must_reset() {
             let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = state.stream.set_zero_linger() {
+            if let Err(error) = state.stream.tcp().set_zero_linger() {
                 tracing::debug!(%error, "a connection cannot be reset");
             }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, SocketState> {
+    fn lock(&self) -> MutexGuard<'_, SocketState<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -105,7 +106,7 @@ impl CallerSocket {
         &self,
         cx: &mut Context<'_>,
         first: &[u8],
-        write: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
+        write: impl FnOnce(Pin<&mut T>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
         if state.replacement.is_none()
@@ -119,6 +120,16 @@ impl CallerSocket {
             None => write(Pin::new(&mut state.stream), cx),
             Some(_) => state.poll_write_replacement(cx, first.len()),
         };
+        self.poll_blocked(&mut state, cx, written)
+    }
+
+    /// Passes the result of a write on, or fails if it has been blocked for too long.
+    fn poll_blocked<R>(
+        &self,
+        state: &mut SocketState<T>,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<R>>,
+    ) -> Poll<io::Result<R>> {
         if let Poll::Ready(written) = written {
             state.blocked_since = None;
             return Poll::Ready(written);
@@ -131,7 +142,7 @@ impl CallerSocket {
     }
 }
 
-impl SocketState {
+impl<T: Transport> SocketState<T> {
     /// Polls the connection's only timer, which is allocated when a write is blocked for the first time.
     fn poll_timer(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
@@ -177,7 +188,7 @@ impl SocketState {
     }
 }
 
-impl AsyncRead for SocketHandle<'_> {
+impl<T: Transport> AsyncRead for SocketHandle<'_, T> {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -189,6 +200,10 @@ impl AsyncRead for SocketHandle<'_> {
             let n = state.read_ahead.len().min(buffer.remaining());
             buffer.put_slice(&state.read_ahead[..n]);
             state.read_ahead.advance(n);
+            if state.read_ahead.is_empty() {
+                // An idle connection needs no buffer.
+                state.read_ahead = BytesMut::new();
+            }
             return Poll::Ready(Ok(()));
         }
         let read = Pin::new(&mut state.stream).poll_read(cx, buffer);
@@ -197,7 +212,7 @@ impl AsyncRead for SocketHandle<'_> {
     }
 }
 
-impl AsyncWrite for SocketHandle<'_> {
+impl<T: Transport> AsyncWrite for SocketHandle<'_, T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.0.poll_write(cx, bytes, |stream, cx| stream.poll_write(cx, bytes))
     }
@@ -215,8 +230,13 @@ impl AsyncWrite for SocketHandle<'_> {
         true
     }
 
-    /// Records that hyper's buffer is empty: hyper flushes only then. A TCP socket itself has nothing to flush.
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Records that hyper's buffer is empty: hyper flushes only then. TLS may still have bytes, a TCP socket has none.
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if T::BUFFERS {
+            let mut state = self.0.lock();
+            let flushed = Pin::new(&mut state.stream).poll_flush(cx);
+            ready!(self.0.poll_blocked(&mut state, cx, flushed))?;
+        }
         self.0.peer.on_flush();
         Poll::Ready(Ok(()))
     }

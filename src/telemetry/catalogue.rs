@@ -236,6 +236,11 @@ pub(super) const LAST_RELOAD: Metric = gauge(
     &[],
     "When the config in force was loaded, in seconds since the Unix epoch.",
 );
+pub(super) const CERTIFICATE_EXPIRY: Metric = gauge(
+    "tollgate_tls_certificate_expiry_timestamp_seconds",
+    &["listener"],
+    "When the certificate of a listener expires, in seconds since the Unix epoch.",
+);
 pub(super) const RELOAD_FAILURES: Metric = counter(
     "tollgate_config_reload_failures_total",
     &[],
@@ -335,6 +340,7 @@ pub(super) const ALL: &[Metric] = &[
     ESTIMATES,
     BUILD_INFO,
     LAST_RELOAD,
+    CERTIFICATE_EXPIRY,
     RELOAD_FAILURES,
     STORE_UP,
     REDIS_UP,

@@ -2,10 +2,10 @@
 
 use super::Record;
 use super::catalogue::{
-    ESTIMATES, LAST_RELOAD, OVERHEAD, RAW_ESTIMATE_RATIO, REJECTIONS, RELOAD_FAILURES, SHADOW_REJECTIONS,
-    USAGE_MISSING,
+    CERTIFICATE_EXPIRY, ESTIMATES, LAST_RELOAD, OVERHEAD, RAW_ESTIMATE_RATIO, REJECTIONS, RELOAD_FAILURES,
+    SHADOW_REJECTIONS, USAGE_MISSING,
 };
-use super::exposition::Family;
+use super::exposition::{Family, labels};
 use super::model_series::quotient;
 use super::process;
 use super::series::{CallerLabels, Series, SeriesMetrics, code_of};
@@ -16,7 +16,9 @@ use crate::config::Environment;
 use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
 use crate::quota::Shortfall;
 use prometheus::{Histogram, IntCounter, IntCounterVec, Registry, TextEncoder};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// All metrics of one gateway.
@@ -27,6 +29,8 @@ pub(crate) struct Metrics {
     reload_failures: AtomicU64,
     /// In milliseconds since the Unix epoch.
     last_reload: AtomicI64,
+    /// When the certificate of each listener expires.
+    certificates: Mutex<BTreeMap<&'static str, Timestamp>>,
     series: SeriesMetrics,
     rejections: IntCounterVec,
     shadow_rejections: IntCounterVec,
@@ -51,6 +55,7 @@ impl Metrics {
             started: clock::now(),
             reload_failures: AtomicU64::new(0),
             last_reload: AtomicI64::new(0),
+            certificates: Mutex::default(),
             series: SeriesMetrics::new(&r)?,
             rejections: REJECTIONS.counters(&r)?,
             shadow_rejections: SHADOW_REJECTIONS.counters(&r)?,
@@ -65,6 +70,15 @@ impl Metrics {
     /// Records that a config was loaded.
     pub(crate) fn config_loaded(&self, now: Timestamp) {
         self.last_reload.store(now.0, Ordering::Relaxed);
+    }
+
+    /// Records when the certificate of a listener expires. `None`: it has none.
+    pub(crate) fn certificate_expires(&self, listener: &'static str, expires: Option<Timestamp>) {
+        let mut certificates = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
+        match expires {
+            Some(expires) => certificates.insert(listener, expires),
+            None => certificates.remove(listener),
+        };
     }
 
     /// Figures that the admin API shows.
@@ -144,6 +158,11 @@ impl Metrics {
         };
         append(&RELOAD_FAILURES, &self.reload_failures.load(Ordering::Relaxed));
         append(&LAST_RELOAD, &(self.last_reload.load(Ordering::Relaxed) / 1_000));
+        let mut expiry = Family::new(&CERTIFICATE_EXPIRY);
+        for (listener, expires) in &*self.certificates.lock().unwrap_or_else(PoisonError::into_inner) {
+            expiry.add(&labels(CERTIFICATE_EXPIRY.labels, &[listener]), expires.0 / 1_000);
+        }
+        expiry.append_to(&mut text);
         process::append(&mut text, self.started);
         state::append(&mut text, sources, self.summaries());
         Ok(text)

@@ -84,6 +84,7 @@ fn the_dashboard_and_the_rules_use_every_metric_of_the_gateway_or_a_rule_of_it()
         "tollgate_override_active",
         "tollgate_raw_estimate_ratio",
         "tollgate_config_last_reload_success_timestamp_seconds",
+        "tollgate_tls_certificate_expiry_timestamp_seconds",
         "tollgate_redis_faults",
     ];
     for metric in ALL.iter().filter(|metric| metric.name.starts_with("tollgate_")) {

@@ -5,6 +5,7 @@
 mod crashes;
 mod gateway;
 mod http;
+mod http2;
 mod load;
 #[path = "../common/port.rs"]
 mod port;

@@ -52,6 +52,10 @@ server:
   max_request_body: 32MiB
   drain_delay: 0s
   drain_timeout: 30s
+  http2: true
+  max_connections: 10000
+  body_timeout: 60s
+  buffered_bodies: 1GiB
 admin:
   listen: \"127.0.0.1:9090\"
 upstreams:

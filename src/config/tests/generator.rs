@@ -97,6 +97,7 @@ impl Generator {
     fn known(&mut self, section: &str, key: &str) -> Option<Value> {
         Some(match (section, key) {
             ("server", "listen") => self.pick(&["127.0.0.1:80", "[::1]:8080", "127.0.0.1:0"]).into(),
+            ("server", "buffered_bodies") => self.pick(&["1GiB", "2_000MB"]).into(),
             ("server", "trusted_proxies") => json!(["10.0.0.0/8", "2001:db8::1"]),
             ("admin", "listen") => self.pick(&["127.0.0.1:91", "[::1]:9091"]).into(),
             ("upstream", "base_url") => {

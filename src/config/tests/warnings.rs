@@ -86,15 +86,6 @@ fn a_reservation_that_can_never_fit_gives_a_warning() {
 }
 
 #[test]
-fn an_unsupported_setting_gives_a_warning() {
-    let warnings = warnings(&format!("{MINIMAL}server: {{ tls: {{ cert: c, key: k }} }}\n"));
-    assert!(
-        warnings.contains("t.yaml:7:16: server.tls: this setting has no effect in this version: "),
-        "{warnings}"
-    );
-}
-
-#[test]
 fn a_supported_setting_gives_no_warning() {
     let text = with(
         "enforce: false\n    on_disconnect: drain\n    cached_prompt_tokens: skip\n    calibrate: true\n    unseen_prompt_tokens: 9\n    \

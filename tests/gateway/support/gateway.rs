@@ -57,6 +57,11 @@ impl Gateway {
         Self::start(text, CallerTimeouts::default()).await
     }
 
+    /// A gateway with this config and these timeouts for callers.
+    pub async fn from_config_with(text: &str, timeouts: CallerTimeouts) -> Self {
+        Self::start(text, timeouts).await
+    }
+
     /// A gateway with the config in this file, which it watches.
     pub async fn from_file(path: &Path) -> Self {
         let text = std::fs::read_to_string(path).unwrap();

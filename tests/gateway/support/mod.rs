@@ -4,6 +4,7 @@
 pub mod caller;
 pub mod framing;
 pub mod gateway;
+pub mod http2;
 #[path = "../../common/port.rs"]
 pub mod port;
 pub mod process;

@@ -58,6 +58,13 @@ impl Process {
         std::fs::write(self.folder.path().join("t.yaml"), text).unwrap();
     }
 
+    /// Limits the open files of the process.
+    pub fn limit_descriptors(&self, files: usize) {
+        let limit = rustix::process::Rlimit { current: Some(files as u64), maximum: Some(files as u64) };
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit).unwrap();
+    }
+
     /// The process id.
     pub fn id(&self) -> String {
         self.child.id().to_string()

@@ -202,6 +202,18 @@ impl Upstream {
         .await;
     }
 
+    /// The number of connections that the gateway has closed in the middle of an answer.
+    pub fn cut(&self) -> usize {
+        *self.closed.borrow()
+    }
+
+    /// Waits until the gateway has closed this many connections in the middle of an answer.
+    pub async fn wait_until_cut(&self, connections: usize) {
+        let mut closed = self.closed.clone();
+        let wait = async { closed.wait_for(|n| *n >= connections).await.map(|_| ()) };
+        soon("the gateway to disconnect", wait).await.unwrap();
+    }
+
     /// Waits until the gateway has closed a connection in the middle of an answer.
     pub async fn wait_until_disconnected(&self) {
         let mut closed = self.closed.clone();

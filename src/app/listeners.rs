@@ -1,0 +1,145 @@
+//! The listeners for callers and for the admin API: their bounds, protocols and certificates. A reload changes them.
+
+use crate::clock;
+use crate::config::{Config, TlsFiles};
+use crate::server::{self, CallerTimeouts, Certificate, ConnectionBounds, Listener, Protocols};
+use crate::telemetry::Metrics;
+use std::sync::Arc;
+
+/// Connections of the admin listener. Further ones wait in the kernel's queue.
+const MAX_ADMIN_CONNECTIONS: usize = 1_000;
+/// Connections of the admin listener from one address of another machine.
+const MAX_ADMIN_CONNECTIONS_PER_ADDRESS: usize = 100;
+
+/// Both listeners.
+pub(super) struct Listeners {
+    pub(super) callers: Arc<Listener>,
+    pub(super) admin: Arc<Listener>,
+}
+
+/// The settings of both listeners by a config that is not in force yet.
+pub(super) struct PreparedListeners {
+    callers: (ConnectionBounds, Protocols),
+    admin: (ConnectionBounds, Protocols),
+    /// What changes, for the log.
+    pub(super) changes: Vec<String>,
+    pub(super) warnings: Vec<String>,
+}
+
+impl Listeners {
+    /// Reads the certificates of a config.
+    ///
+    /// # Errors
+    /// A certificate cannot be used.
+    pub(super) fn open(config: &Config, timeouts: CallerTimeouts, metrics: &Metrics) -> anyhow::Result<Self> {
+        let prepared = prepare(config, None).map_err(|faults| anyhow::Error::msg(faults.join("; ")))?;
+        prepared.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        let PreparedListeners { callers, admin, .. } = prepared;
+        record_expiry(metrics, [&callers.1, &admin.1]);
+        Ok(Self {
+            callers: Listener::new(timeouts, callers.0, callers.1),
+            admin: Listener::new(timeouts, admin.0, admin.1),
+        })
+    }
+
+    /// Reads the certificates of another config. A file that has the same path as before and cannot be used now, for example
+    /// because only one of two files is written yet, is a warning: the certificate in force stays.
+    ///
+    /// # Errors
+    /// All faults.
+    pub(super) fn prepare(&self, old: &Config, new: &Config) -> Result<PreparedListeners, Vec<String>> {
+        prepare(new, Some((self, old)))
+    }
+
+    /// Puts the settings of a config in force, for new connections.
+    pub(super) fn put_in_force(&self, prepared: PreparedListeners, metrics: &Metrics) {
+        let PreparedListeners { callers, admin, .. } = prepared;
+        record_expiry(metrics, [&callers.1, &admin.1]);
+        self.callers.set(callers.0, callers.1);
+        self.admin.set(admin.0, admin.1);
+    }
+
+    /// Logs a warning for each certificate in force that has expired or expires soon.
+    pub(super) fn warn_of_expiry(&self) {
+        for (section, listener) in [("server", &self.callers), ("admin", &self.admin)] {
+            let certificate = listener.protocols().certificate;
+            let warning =
+                certificate.and_then(|certificate| certificate.expiry_warning(section, clock::now()));
+            warning.iter().for_each(|warning| tracing::warn!("{warning}"));
+        }
+    }
+}
+
+/// `in_force`: the listeners, and the config that they have.
+fn prepare(new: &Config, in_force: Option<(&Listeners, &Config)>) -> Result<PreparedListeners, Vec<String>> {
+    let (mut changes, mut warnings, mut faults) = (Vec::new(), Vec::new(), Vec::new());
+    let mut read =
+        |section: &str, files: Option<&TlsFiles>, http2: bool, known: Option<(Certificate, bool)>| {
+            let files = files?;
+            match server::load_certificate(section, &files.cert, &files.key, http2) {
+                Ok(certificate) => {
+                    if known.as_ref().is_some_and(|(known, _)| !known.is_same_as(&certificate)) {
+                        changes.push(format!("{section}.tls has another certificate"));
+                    }
+                    warnings.extend(certificate.expiry_warning(section, clock::now()));
+                    Some(certificate)
+                }
+                Err(fault) => match known {
+                    Some((known, true)) => {
+                        warnings
+                            .push(format!("{fault}; the certificate in force stays until both files match"));
+                        Some(known.with_http2(http2))
+                    }
+                    _ => {
+                        faults.push(fault);
+                        None
+                    }
+                },
+            }
+        };
+    // The certificate in force, and whether it is that of the same files.
+    let known = |listener: &Arc<Listener>, old: Option<&TlsFiles>, new: Option<&TlsFiles>| {
+        listener.protocols().certificate.map(|certificate| (certificate, old == new))
+    };
+    let (server, admin) = (&new.server, &new.admin);
+    let known_server =
+        in_force.and_then(|(l, old)| known(&l.callers, old.server.tls.as_ref(), server.tls.as_ref()));
+    let known_admin =
+        in_force.and_then(|(l, old)| known(&l.admin, old.admin.tls.as_ref(), admin.tls.as_ref()));
+    let callers = read("server", server.tls.as_ref(), server.http2, known_server);
+    let admin = read("admin", admin.tls.as_ref(), true, known_admin);
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let per_address = server.max_connections_per_address;
+    Ok(PreparedListeners {
+        callers: (
+            ConnectionBounds {
+                total: server.max_connections,
+                per_address: per_address.map(|bound| bound.connections),
+                bounds_loopback: per_address.is_some_and(|bound| bound.bounds_loopback),
+                exempt: server.trusted_proxies.clone(),
+            },
+            Protocols { certificate: callers, http2: server.http2 },
+        ),
+        admin: (
+            ConnectionBounds {
+                total: MAX_ADMIN_CONNECTIONS,
+                per_address: Some(MAX_ADMIN_CONNECTIONS_PER_ADDRESS),
+                bounds_loopback: false,
+                exempt: Vec::new(),
+            },
+            // Without TLS, browsers and scrapers use HTTP/1.1.
+            Protocols { certificate: admin, http2: false },
+        ),
+        changes,
+        warnings,
+    })
+}
+
+fn record_expiry(metrics: &Metrics, [callers, admin]: [&Protocols; 2]) {
+    for (listener, protocols) in [("callers", callers), ("admin", admin)] {
+        let expires = protocols.certificate.as_ref().and_then(|certificate| certificate.expires);
+        metrics.certificate_expires(listener, expires);
+    }
+}

@@ -1,0 +1,117 @@
+//! Connections with HTTP/1.1.
+
+use super::peer::Peer;
+use super::served;
+use super::socket::{CallerSocket, SocketHandle};
+use super::transport::Transport;
+use super::{DrainTimes, RunState, drain_times, stopping};
+use crate::clock::Stopwatch;
+use bytes::BytesMut;
+use http::{Request, Response};
+use hyper::body::{Body, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::Service;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::error::Error;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{timeout, timeout_at};
+
+/// Reports that a request did not end within the drain time.
+pub(super) struct CutOff;
+
+/// Serves a connection to its end. `read_ahead`: bytes that were read already.
+pub(super) async fn serve<T, S, B>(
+    transport: T,
+    read_ahead: BytesMut,
+    peer: Arc<Peer>,
+    service: S,
+    mut state: watch::Receiver<RunState>,
+    cut_offs: mpsc::UnboundedSender<CutOff>,
+) where
+    T: Transport,
+    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    let head_timeout = peer.timeouts.head;
+    let service = served::marking(service, peer.clone());
+    let socket = CallerSocket::new(transport, read_ahead, peer.clone());
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(head_timeout)
+        .max_buf_size(super::MAX_HEAD_BYTES)
+        .max_header_size(super::MAX_HEAD_BYTES)
+        .serve_connection(TokioIo::new(SocketHandle(&socket)), service);
+    {
+        let mut connection = pin!(connection);
+        let result = tokio::select! {
+            result = until_disconnected(connection.as_mut(), &socket) => result,
+            () = stopping(&mut state) => match drain_times(&state) {
+                Some(times) => {
+                    connection.as_mut().graceful_shutdown();
+                    drain(connection.as_mut(), &socket, &peer, times, &cut_offs).await
+                }
+                None => None,
+            }
+        };
+        match result {
+            Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
+            None => tracing::debug!("a connection was closed, or its caller disconnected"),
+            Some(Ok(())) => {}
+        }
+    }
+    socket.close();
+}
+
+/// Serves a connection to its end while the server drains. `None`: the caller disconnected, or the connection is to be
+/// closed.
+async fn drain<F: Future>(
+    mut connection: Pin<&mut F>,
+    socket: &CallerSocket<impl Transport>,
+    peer: &Peer,
+    DrainTimes { answers, endings }: DrainTimes,
+    cut_offs: &mpsc::UnboundedSender<CutOff>,
+) -> Option<F::Output> {
+    peer.begin_drain();
+    let began = Stopwatch::start();
+    // A request that is not complete must not prolong the shutdown.
+    let receive_end = began.deadline(answers.min(super::MAX_DRAIN_RECEIVE));
+    if let Ok(ended) = timeout_at(receive_end, until_disconnected(connection.as_mut(), socket)).await {
+        return ended;
+    }
+    if peer.is_between_requests() {
+        return None;
+    }
+    if !peer.is_receiving() {
+        let answers_end = began.deadline(answers);
+        if let Ok(ended) = timeout_at(answers_end, until_disconnected(connection.as_mut(), socket)).await {
+            return ended;
+        }
+        // An error means that the server no longer counts.
+        drop(cut_offs.send(CutOff));
+    }
+    peer.end_request();
+    let ended = timeout(endings, until_disconnected(connection, socket)).await;
+    ended.unwrap_or_else(|_| {
+        peer.cut_answer();
+        None
+    })
+}
+
+/// Serves a connection to its end. `None`: the caller disconnected before the end.
+async fn until_disconnected<F: Future>(
+    mut connection: Pin<&mut F>,
+    socket: &CallerSocket<impl Transport>,
+) -> Option<F::Output> {
+    poll_fn(|cx| match connection.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => socket.poll_disconnected(cx).map(|()| None),
+    })
+    .await
+}
