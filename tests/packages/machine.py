@@ -25,7 +25,12 @@ mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work root
 cd root
 mount -t proc proc proc
 mount -t sysfs -o ro sysfs sys
-mount --rbind /dev dev
+mount -t tmpfs -o mode=755 tmpfs dev
+for device in null zero full random urandom tty; do touch "dev/$device" && mount --bind "/dev/$device" "dev/$device"; done
+mkdir dev/shm dev/pts dev/mqueue dev/hugepages
+mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
 for folder in tmp run var/tmp var/log root home; do mount -t tmpfs -o mode=755 tmpfs "$folder"; done
 chmod 1777 tmp
 mount -t cgroup2 cgroup2 sys/fs/cgroup
@@ -61,7 +66,10 @@ class Machine:
     def __enter__(self):
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                ["bash", "-c", CONTAIN, "bash", str(self.folder), self.group, BOOT], stdout=log, stderr=log
+                # The machine ends with the test, however that ends.
+                ["setpriv", "--pdeathsig", "KILL", "bash", "-c", CONTAIN, "bash", str(self.folder), self.group, BOOT],
+                stdout=log,
+                stderr=log,
             )
         for _ in range(200):
             if self.process.poll() is not None:
@@ -86,8 +94,13 @@ class Machine:
             os.kill(int(init) if init else self.process.pid, signal.SIGKILL)
             self.process.wait()
         mounted = subprocess.run(["findmnt", "-n", "-t", "cgroup2", "-o", "TARGET"], capture_output=True, text=True).stdout
-        for root in mounted.split():
-            subprocess.run(["find", f"{root}/{self.group}", "-depth", "-type", "d", "-delete"], capture_output=True)
+        for group in (pathlib.Path(root) / self.group for root in mounted.split()):
+            # The last processes may still be ending.
+            for _ in range(100):
+                subprocess.run(["find", group, "-depth", "-type", "d", "-delete"], capture_output=True)
+                if not group.exists():
+                    break
+                time.sleep(0.05)
 
     def run(self, *command, **options):
         """Runs a command on the machine."""
