@@ -180,3 +180,14 @@ fn every_error_code_of_the_admin_api_is_documented_and_every_documented_code_exi
     codes.insert(("422".to_owned(), "invalid_config".to_owned()));
     assert_eq!(documented_codes("Errors of the admin API"), codes);
 }
+
+#[test]
+fn the_runbook_has_a_row_for_every_alert() {
+    let alerts = fs::read_to_string(root().join("config/prometheus/alerts.yaml")).unwrap();
+    let operations = fs::read_to_string(root().join("docs/operations.md")).unwrap();
+    let (_, runbook) = operations.split_once("\n## Runbook\n").unwrap();
+    let names: Vec<_> = alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    assert!(names.len() > 5, "{names:?}");
+    let missing: Vec<_> = names.iter().filter(|name| !runbook.contains(&format!("`{name}`"))).collect();
+    assert!(missing.is_empty(), "no row in the runbook: {missing:?}");
+}
