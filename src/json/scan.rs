@@ -6,7 +6,7 @@ use memchr::memchr2;
 const MAX_KEY_BYTES: usize = 16;
 /// This many bytes are examined together.
 const STRIDE: usize = 32;
-/// This many bytes are examined one by one before a search that takes time to begin.
+/// This many bytes of a string are examined one by one before a search that takes time to begin.
 const NEAR: usize = 12;
 
 /// Whether brackets outside of strings nest deeper than `max` levels.
@@ -216,13 +216,20 @@ impl Lexer {
     /// Skips the rest of a string. Returns the index after its closing quote; `None`: it continues in the next
     /// piece.
     fn skip_string(&mut self, json: &[u8], mut at: usize) -> Option<usize> {
+        let is_break = |byte: &u8| matches!(byte, b'"' | b'\\');
+        // Most strings are keys, whose end is near. A string with escapes is a text, whose end is far.
+        let mut near = NEAR;
         loop {
             if *self == Self::AfterBackslash {
                 json.get(at)?;
                 *self = Self::InString;
                 at += 1;
+                near = 0;
             }
-            at += string_break(json.get(at..)?)? + 1;
+            let rest = json.get(at..)?;
+            let (begin, far) = rest.split_at(rest.len().min(near));
+            let found = begin.iter().position(is_break);
+            at += found.or_else(|| Some(begin.len() + memchr2(b'"', b'\\', far)?))? + 1;
             if json[at - 1] == b'"' {
                 *self = Self::Outside;
                 return Some(at);
@@ -230,13 +237,6 @@ impl Lexer {
             *self = Self::AfterBackslash;
         }
     }
-}
-
-/// Index of the next quote or backslash. Most strings are keys, whose end is near.
-fn string_break(bytes: &[u8]) -> Option<usize> {
-    let (near, far) = bytes.split_at(bytes.len().min(NEAR));
-    let found = near.iter().position(|byte| matches!(byte, b'"' | b'\\'));
-    found.or_else(|| Some(near.len() + memchr2(b'"', b'\\', far)?))
 }
 
 /// Number of bytes before the next quote or bracket. In embeddings, most bytes are neither.
