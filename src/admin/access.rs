@@ -294,7 +294,7 @@ fn foreign_site() -> Response {
     refusal(
         StatusCode::FORBIDDEN,
         "foreign_site",
-        "Without admin.token this listener accepts only requests to its own address.",
+        "Without admin.token this listener accepts only requests whose Host and Origin are its own address, such as 127.0.0.1 or localhost with its port. Use that address, or set admin.token.",
     )
 }
 
