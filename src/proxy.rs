@@ -296,8 +296,8 @@ impl Proxy {
             if !environment.forward_other_paths {
                 return Err(route::unknown_path(&self.snapshot.config, head.uri.path()));
             }
-            call::check_upgrade(&head.headers)?;
         }
+        call::check_upgrade(&head.headers)?;
         call::check_encoding(&head.headers)
     }
 

@@ -5,6 +5,7 @@
 
 mod acceptor;
 mod certificate;
+mod checked;
 mod connection;
 mod http1;
 mod http2;
@@ -13,6 +14,7 @@ mod listener;
 mod malformed;
 mod not_after;
 mod peer;
+mod request_check;
 mod served;
 mod socket;
 mod transport;
@@ -38,6 +40,8 @@ pub(crate) use limits::{ConnectionBounds, network_of};
 pub(crate) use listener::{Listener, Protocols};
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
+#[cfg(feature = "fuzz")]
+pub(crate) use request_check::{Refused, RequestCheck};
 
 /// Maximum size of a request head, and maximum bytes of a body that hyper reads ahead.
 const MAX_HEAD_BYTES: usize = 64 * 1024;

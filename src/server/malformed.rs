@@ -9,8 +9,9 @@ use http::StatusCode;
 const HYPER_HEADERS: [&[u8]; 3] = [b"connection", b"content-length", b"date"];
 
 /// The answer to write instead of `answer`, if hyper made that one. Call this only for the first bytes that hyper
-/// writes after a request head that the service has not received. A body can contain the same bytes.
-pub(super) fn replacement_for(answer: &[u8]) -> Option<Vec<u8>> {
+/// writes after a request head that the service has not received. A body can contain the same bytes. `refused_head`: the
+/// reason why hyper did not receive that head.
+pub(super) fn replacement_for(answer: &[u8], refused_head: Option<&'static str>) -> Option<Vec<u8>> {
     let status = answer.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
     let head = answer.strip_suffix(b"\r\n\r\n").filter(|_| status[0] == b'4')?;
     let is_from_hyper = |line: &[u8]| {
@@ -20,7 +21,9 @@ pub(super) fn replacement_for(answer: &[u8]) -> Option<Vec<u8>> {
     if !head.split(|&b| b == b'\n').skip(1).all(is_from_hyper) {
         return None;
     }
-    Some(encode(&ProxyError::MalformedHttp(StatusCode::from_bytes(status).ok()?)))
+    let status = StatusCode::from_bytes(status).ok()?;
+    let refused = refused_head.filter(|_| status == StatusCode::BAD_REQUEST).map(ProxyError::InvalidHead);
+    Some(encode(&refused.unwrap_or(ProxyError::MalformedHttp(status))))
 }
 
 fn encode(error: &ProxyError) -> Vec<u8> {
@@ -43,7 +46,7 @@ mod tests {
     #[test]
     fn only_answers_that_hyper_made_are_replaced() {
         let from_hyper = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\ndate: now\r\n\r\n";
-        let replacement = String::from_utf8(replacement_for(from_hyper.as_bytes()).unwrap()).unwrap();
+        let replacement = String::from_utf8(replacement_for(from_hyper.as_bytes(), None).unwrap()).unwrap();
         assert!(replacement.starts_with("HTTP/1.1 431 Request Header Fields Too Large\r\n"), "{replacement}");
         assert!(replacement.contains("\r\nconnection: close\r\n"), "{replacement}");
         assert!(replacement.ends_with("}}"), "{replacement}");
@@ -54,7 +57,7 @@ mod tests {
             "HTTP/1.1 4",
             "",
         ] {
-            assert!(replacement_for(other.as_bytes()).is_none(), "{other}");
+            assert!(replacement_for(other.as_bytes(), None).is_none(), "{other}");
         }
     }
 }

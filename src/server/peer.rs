@@ -5,8 +5,8 @@ use futures_util::task::AtomicWaker;
 use http::Version;
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -63,6 +63,8 @@ pub(crate) struct Peer {
     is_answer_cut: AtomicBool,
     /// Whether the server closes each connection after its next answer.
     closes: Arc<AtomicBool>,
+    /// The reason why a head was refused before hyper received it. It is the last one of its connection.
+    refused_head: OnceLock<&'static str>,
 }
 
 /// All earlier answers are flushed, and the service has not received the next request.
@@ -111,6 +113,7 @@ impl Peer {
             ends_answers_by_close: AtomicBool::new(false),
             is_answer_cut: AtomicBool::new(false),
             closes: Arc::default(),
+            refused_head: OnceLock::new(),
         }
     }
 
@@ -127,6 +130,18 @@ impl Peer {
         self.ends_answers_by_close.store(version < Version::HTTP_11, Ordering::Relaxed);
         self.phase.store(RECEIVING, Ordering::Relaxed);
         ServedRequest(self.clone())
+    }
+
+    /// Records that a head is refused before hyper receives it.
+    pub(super) fn refuse_head(&self, reason: &'static str) {
+        if self.refused_head.set(reason).is_ok() {
+            tracing::debug!(peer = %self.address, reason, "a request head was refused");
+        }
+    }
+
+    /// The reason why a head was refused, if one was.
+    pub(super) fn refused_head(&self) -> Option<&'static str> {
+        self.refused_head.get().copied()
     }
 
     /// Records that the body of the request has arrived.

@@ -1,16 +1,17 @@
 //! A caller's socket. It adds what hyper does not do: a timeout for a caller that does not read its answer,
 //! detection of a disconnect behind unread bytes, and a lingering close for a caller that still sends.
 
+use super::checked::CheckedBytes;
 use super::malformed;
 use super::peer::Peer;
 use super::transport::Transport;
 use crate::clock::Stopwatch;
-use bytes::{Buf as _, BytesMut};
+use bytes::BytesMut;
 use std::io::{self, ErrorKind, IoSlice};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Maximum bytes that are read before hyper requests them, to detect a disconnect. A disconnect behind more unread
@@ -31,8 +32,8 @@ pub(super) struct CallerSocket<T> {
 
 struct SocketState<T> {
     stream: T,
-    /// Bytes that were read before hyper requested them.
-    read_ahead: BytesMut,
+    /// Bytes that were read and not passed to hyper: a head that is not complete, and bytes that hyper did not request.
+    read_ahead: CheckedBytes,
     /// Whether hyper waits for bytes. If so, a disconnect wakes it too.
     is_read_pending: bool,
     /// Since when a write has been blocked.
@@ -58,7 +59,7 @@ impl<T: Transport> CallerSocket<T> {
     pub(super) fn new(stream: T, read_ahead: BytesMut, peer: Arc<Peer>) -> Self {
         let state = SocketState {
             stream,
-            read_ahead,
+            read_ahead: CheckedBytes::new(T::SCHEME, read_ahead),
             is_read_pending: true,
             blocked_since: None,
             timer: None,
@@ -74,11 +75,7 @@ impl<T: Transport> CallerSocket<T> {
         let mut state = self.lock();
         let SocketState { stream, read_ahead, is_read_pending, .. } = &mut *state;
         while !*is_read_pending && read_ahead.len() < MAX_READ_AHEAD_BYTES {
-            if read_ahead.capacity() - read_ahead.len() < 1024 {
-                read_ahead.reserve(4 * 1024);
-            }
-            // This future is dropped after one poll. It is cancel safe, so no bytes are lost.
-            match ready!(pin!(stream.read_buf(read_ahead)).poll(cx)) {
+            match ready!(read_ahead.poll_read(stream, cx)) {
                 Ok(0) | Err(_) => return Poll::Ready(()),
                 Ok(_) => {}
             }
@@ -111,7 +108,7 @@ impl<T: Transport> CallerSocket<T> {
         let mut state = self.lock();
         if state.replacement.is_none()
             && self.peer.is_between_requests()
-            && let Some(replacement) = malformed::replacement_for(first)
+            && let Some(replacement) = malformed::replacement_for(first, self.peer.refused_head())
         {
             self.peer.linger();
             state.replacement = Some((replacement, 0));
@@ -195,19 +192,12 @@ impl<T: Transport> AsyncRead for SocketHandle<'_, T> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let mut state = self.0.lock();
-        state.is_read_pending = false;
-        if !state.read_ahead.is_empty() {
-            let n = state.read_ahead.len().min(buffer.remaining());
-            buffer.put_slice(&state.read_ahead[..n]);
-            state.read_ahead.advance(n);
-            if state.read_ahead.is_empty() {
-                // An idle connection needs no buffer.
-                state.read_ahead = BytesMut::new();
-            }
-            return Poll::Ready(Ok(()));
+        let SocketState { stream, read_ahead, is_read_pending, .. } = &mut *state;
+        let read = read_ahead.poll_checked(stream, cx, buffer);
+        *is_read_pending = read.is_pending();
+        if let Some(reason) = read_ahead.refused_head() {
+            self.0.peer.refuse_head(reason);
         }
-        let read = Pin::new(&mut state.stream).poll_read(cx, buffer);
-        state.is_read_pending = read.is_pending();
         read
     }
 }

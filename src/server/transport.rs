@@ -8,6 +8,8 @@ use tokio_rustls::server::TlsStream;
 pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// Whether written bytes may wait in a buffer until it is flushed.
     const BUFFERS: bool;
+    /// The scheme of its URLs.
+    const SCHEME: &'static str;
 
     /// The TCP connection below.
     fn tcp(&self) -> &TcpStream;
@@ -15,6 +17,7 @@ pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
 
 impl Transport for TcpStream {
     const BUFFERS: bool = false;
+    const SCHEME: &'static str = "http";
 
     fn tcp(&self) -> &TcpStream {
         self
@@ -23,6 +26,7 @@ impl Transport for TcpStream {
 
 impl Transport for TlsStream<TcpStream> {
     const BUFFERS: bool = true;
+    const SCHEME: &'static str = "https";
 
     fn tcp(&self) -> &TcpStream {
         self.get_ref().0

@@ -5,6 +5,7 @@
 
 mod admin_api;
 mod admission;
+mod ambiguous_requests;
 mod apis;
 mod bad_input;
 mod body_formats;
