@@ -15,6 +15,7 @@ mod named;
 mod responses;
 #[cfg(test)]
 mod sample_tests;
+mod spelling;
 
 use crate::api::Api;
 use crate::estimate::Prompt;
@@ -267,6 +268,8 @@ mod tests {
             r#"{"MAX_TOKENS":5}"#,
             r#"{"\u017ftream":true}"#,
             r#"{"messages":[{"role":"user","content":"a","content":"b"}]}"#,
+            r#"{"messages":[{"role":"user","content":"a","Content":"b"}]}"#,
+            r#"{"messages":[{"CONTENT":"a","role":"user","content":"b"}]}"#,
         ] {
             let message = fault(json);
             assert!(
@@ -275,6 +278,25 @@ mod tests {
             );
         }
         assert!(read(Api::Chat, r#"{"x":1,"x":2,"X":3}"#).is_ok());
+    }
+
+    #[test]
+    fn a_field_of_geminis_config_in_another_case_is_rejected() {
+        for field in [
+            "MaxOutputTokens",
+            "maxoutputtokens",
+            "MAX_OUTPUT_TOKENS",
+            "CandidateCount",
+            "max_output_to\\u212aens",
+        ] {
+            let json = format!(r#"{{"contents":[],"generationConfig":{{"{field}":5}}}}"#);
+            assert!(read(Api::Gemini, &json).is_err(), "{json}");
+        }
+        for twice in
+            [r#""maxOutputTokens":5,"max_output_tokens":6"#, r#""maxOutputTokens":5,"maxOutputTokens":6"#]
+        {
+            assert!(read(Api::Gemini, &format!(r#"{{"generationConfig":{{{twice}}}}}"#)).is_err(), "{twice}");
+        }
     }
 
     #[test]
@@ -314,6 +336,10 @@ mod tests {
             ("stream_options", "true"),
             ("stream_options", r#"{"include_usage":1}"#),
             ("stream_options", r#"{"include_usage":true,"include_usage":false}"#),
+            ("stream_options", r#"{"include_usage":true,"Include_Usage":false}"#),
+            ("stream_options", r#"{"Include_Usage":true}"#),
+            ("stream_options", r#"{"include_u\u017fage":true}"#),
+            ("stream_options", r#"{"include_usage":true,"include_\u0075sage":true}"#),
         ] {
             let fault = read(Api::Chat, &format!("{{\"{field}\":{bad}}}")).unwrap_err();
             assert!(matches!(fault, BodyFault::Value { param, .. } if param == field), "{field}: {bad}");

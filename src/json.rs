@@ -24,7 +24,7 @@ pub(crate) struct Expected(pub(crate) &'static str);
 pub(crate) trait JsonVisitor<'a> {
     /// The object members that `field` receives; at most 32.
     const FIELDS: &'static [&'static str] = &[];
-    /// Whether an object with one of `FIELDS` twice is an error: parsers differ in which of the two they use.
+    /// Whether an object with one of `FIELDS` twice, in any case, is an error: parsers differ in which of the two they use.
     const REJECTS_DUPLICATES: bool = true;
 
     fn text(&mut self, _text: Cow<'a, str>) -> Result<(), Expected> {
@@ -158,14 +158,20 @@ impl<'a, T: JsonVisitor<'a>> Visitor<'a> for Visit<'_, T> {
         self.0.object().map_err(unexpected)?;
         let mut seen = 0u32;
         while let Some(Text(key)) = object.next_key()? {
-            let Some(at) = T::FIELDS.iter().position(|name| *name == key) else {
+            let exact = T::FIELDS.iter().position(|name| *name == key);
+            // Other parsers ignore the case of names.
+            let similar =
+                || T::FIELDS.iter().position(|name| T::REJECTS_DUPLICATES && name.eq_ignore_ascii_case(&key));
+            if let Some(at) = exact.or_else(similar) {
+                if T::REJECTS_DUPLICATES && seen & (1 << at) != 0 {
+                    return Err(M::Error::custom(format_args!("duplicate field `{key}`")));
+                }
+                seen |= 1 << at;
+            }
+            let Some(at) = exact else {
                 self.0.other_field(key, &mut object)?;
                 continue;
             };
-            if T::REJECTS_DUPLICATES && seen & (1 << at) != 0 {
-                return Err(M::Error::custom(format_args!("duplicate field `{key}`")));
-            }
-            seen |= 1 << at;
             self.0.field(T::FIELDS[at], &mut object)?;
         }
         self.0.object_end();

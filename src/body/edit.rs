@@ -1,14 +1,16 @@
 //! The edits that the gateway makes to a body. All other bytes stay unchanged.
 
 use super::offset;
+use super::spelling::position;
 use crate::api::Api;
-use crate::json::whole_number;
+use crate::json::{Text, whole_number};
 use bytes::Bytes;
 use serde::Deserialize;
-use serde::de::Deserializer;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use smallvec::SmallVec;
 use std::borrow::Cow;
+use std::fmt;
 
 /// A range of bytes in the body.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -118,11 +120,6 @@ pub(super) struct StreamOptions {
 
 impl StreamOptions {
     pub(super) fn read(raw: &str, start: usize) -> Result<Self, &'static str> {
-        #[derive(Deserialize)]
-        struct Object<'a> {
-            #[serde(borrow, default, deserialize_with = "present")]
-            include_usage: Option<&'a RawValue>,
-        }
         const EXPECTED: &str = "an object with at most one include_usage, which is true or false";
         let at = Span { start, end: start + raw.len() };
         if raw == "null" {
@@ -131,8 +128,8 @@ impl StreamOptions {
         if !raw.starts_with('{') {
             return Err(EXPECTED);
         }
-        let object: Object = serde_json::from_str(raw).map_err(|_| EXPECTED)?;
-        let include_usage = match object.include_usage.map(RawValue::get) {
+        let IncludeUsage(include_usage) = serde_json::from_str(raw).map_err(|_| EXPECTED)?;
+        let include_usage = match include_usage.map(RawValue::get) {
             None => None,
             Some(value @ ("true" | "false" | "null")) => {
                 let start = start + offset(raw, value);
@@ -163,7 +160,31 @@ impl StreamOptions {
     }
 }
 
-/// Reads a value that is present, also `null`.
-fn present<'de: 'a, 'a, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'a RawValue>, D::Error> {
-    <&'a RawValue>::deserialize(deserializer).map(Some)
+/// The value of `include_usage`, which may occur only once and only in this spelling.
+struct IncludeUsage<'a>(Option<&'a RawValue>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for IncludeUsage<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Options;
+        impl<'de> Visitor<'de> for Options {
+            type Value = Option<&'de RawValue>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut found = None;
+                while let Some(Text(key)) = map.next_key()? {
+                    if position(&["include_usage"], &key).is_none() {
+                        map.next_value::<IgnoredAny>()?;
+                    } else if key != "include_usage" || found.replace(map.next_value()?).is_some() {
+                        return Err(A::Error::custom("include_usage twice or in another case"));
+                    }
+                }
+                Ok(found)
+            }
+        }
+        deserializer.deserialize_map(Options).map(Self)
+    }
 }

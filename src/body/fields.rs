@@ -2,6 +2,7 @@
 
 use super::edit::{Span, StreamOptions};
 use super::inputs::Inputs;
+use super::spelling::position;
 use super::{Body, BodyFault, anthropic, chat, gemini, offset, responses};
 use crate::api::Api;
 use crate::estimate::{Prompt, PromptPart, ReferenceKind};
@@ -154,25 +155,6 @@ fn is_same_field(one: &'static str, other: &'static str) -> bool {
     letters(one).eq(letters(other))
 }
 
-/// The index of the name that a key equals when case is ignored, as other parsers may do.
-pub(super) fn position(names: &[&str], key: &str) -> Option<usize> {
-    if key.len() > 64 {
-        return None;
-    }
-    names.iter().position(|name| *name == key).or_else(|| {
-        // The long s and the Kelvin sign fold to ASCII letters.
-        let folded: String = key
-            .chars()
-            .map(|c| match c {
-                'ſ' => 's',
-                '\u{212a}' => 'k',
-                c => c.to_ascii_lowercase(),
-            })
-            .collect();
-        names.iter().position(|name| name.eq_ignore_ascii_case(&folded))
-    })
-}
-
 impl<'a> BodyReader<'a> {
     fn read_field<A: MapAccess<'a>>(&mut self, name: &'static str, map: &mut A) -> Result<(), A::Error> {
         let prompt = &mut self.body.prompt;
@@ -289,7 +271,7 @@ impl<'a> BodyReader<'a> {
         if !raw.starts_with('{')
             || Visit(&mut config).deserialize(&mut serde_json::Deserializer::from_str(raw)).is_err()
         {
-            return Err("an object without duplicate fields");
+            return Err("an object without fields twice or in another case");
         }
         let GenerationConfig { max_tokens, choices, format } = config;
         let is_empty = raw[1..raw.len() - 1].trim().is_empty();
@@ -510,6 +492,13 @@ impl<'a> JsonVisitor<'a> for GenerationConfig<'a> {
         "responseJsonSchema",
         "response_json_schema",
     ];
+
+    fn other_field<M: MapAccess<'a>>(&mut self, name: Cow<'a, str>, object: &mut M) -> Result<(), M::Error> {
+        if position(Self::FIELDS, &name).is_some() {
+            return Err(M::Error::custom("a field in another case"));
+        }
+        object.next_value::<IgnoredAny>().map(drop)
+    }
 
     fn field<M: MapAccess<'a>>(&mut self, name: &'static str, object: &mut M) -> Result<(), M::Error> {
         let value = Some(raw(object)?);

@@ -1,6 +1,6 @@
 //! Reads the model of a body whose prompt is not counted.
 
-use super::fields::position;
+use super::spelling::position;
 use super::{BodyFault, BodyText};
 use crate::json::Text;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};

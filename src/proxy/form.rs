@@ -1,10 +1,16 @@
 //! Reads the model from a multipart form, as APIs for audio and images take it. Other fields are ignored.
+//!
+//! Parsers of forms differ. A form that one of them could read with another model is refused.
+
+mod disposition;
 
 use crate::body::BodyFault;
 use crate::error::ProxyError;
 use bytes::Bytes;
+use disposition::field_name;
 use http::HeaderValue;
-use multer::{Constraints, Multipart, SizeLimit};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderName};
+use multer::{Constraints, Field, Multipart, SizeLimit};
 use std::io::Cursor;
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
@@ -12,9 +18,14 @@ use tokio::task::spawn_blocking;
 /// A form with a longer model name is refused.
 const MAX_MODEL_NAME_BYTES: u64 = 1024;
 
-/// The boundary between the parts of a form. `None`: the body is not a form.
+/// The boundary between the parts of a form. `None`: the body is not a form, or its `content-type` has more than one
+/// boundary.
 pub(super) fn boundary(content_type: Option<&HeaderValue>) -> Option<String> {
-    multer::parse_boundary(content_type?.to_str().ok()?).ok()
+    let content_type = content_type?.to_str().ok()?;
+    let boundaries = content_type.to_ascii_lowercase().matches("boundary").count();
+    multer::parse_boundary(content_type)
+        .ok()
+        .filter(|boundary| boundaries == 1 + boundary.to_ascii_lowercase().matches("boundary").count())
 }
 
 /// Reads the field `model` of a form, on the blocking pool because it scans the whole form. Returns an empty string
@@ -25,22 +36,82 @@ pub(super) async fn model(body: Bytes, boundary: String) -> Result<String, Proxy
     spawn_blocking(find).await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::InvalidBody)
 }
 
+/// Reads the field `model` of a form, whose bytes are all there.
+#[cfg(feature = "fuzz")]
+pub(crate) fn read_form_model(body: Bytes, boundary: String) -> Result<String, BodyFault> {
+    use futures_util::FutureExt as _;
+    find_model(body, boundary).now_or_never().unwrap_or(Ok(String::new()))
+}
+
 async fn find_model(body: Bytes, boundary: String) -> Result<String, BodyFault> {
     let broken = |e: multer::Error| BodyFault::Invalid(format!("is not a valid form: {e}"));
     let limits = SizeLimit::new().for_field("model", MAX_MODEL_NAME_BYTES);
     let constraints = Constraints::new().size_limit(limits);
+    check_end(&body, &boundary)?;
     let mut form = Multipart::with_reader_with_constraints(Cursor::new(body), boundary, constraints);
     let mut model = None;
     while let Some(field) = form.next_field().await.map_err(broken)? {
-        let Some(name) = field.name().filter(|name| name.eq_ignore_ascii_case("model")) else { continue };
+        if !is_model(&field)? {
+            continue;
+        }
         // The upstream may parse an ambiguous field differently and serve another model than the one charged.
-        if name != "model" || field.file_name().is_some() || model.is_some() {
-            let how = "has a field 'model' twice, in another case or as a file";
-            return Err(BodyFault::Invalid(how.to_owned()));
+        if field.file_name().is_some() || model.is_some() {
+            return Err(ambiguous("has a field 'model' twice or as a file"));
         }
         model = Some(field.text().await.map_err(broken)?);
     }
     Ok(model.unwrap_or_default())
+}
+
+fn ambiguous(how: &str) -> BodyFault {
+    BodyFault::Invalid(how.to_owned())
+}
+
+/// Refuses a form with parts after its end: some parsers read them.
+fn check_end(body: &[u8], boundary: &str) -> Result<(), BodyFault> {
+    let delimiter = format!("--{boundary}");
+    let Some(end) = memchr::memmem::find(body, format!("{delimiter}--").as_bytes()) else { return Ok(()) };
+    let rest = &body[end + delimiter.len() + 2..];
+    if memchr::memmem::find(rest, delimiter.as_bytes()).is_some() {
+        return Err(ambiguous("has parts after the end of the form"));
+    }
+    Ok(())
+}
+
+/// Whether a part is the field `model`, for every parser.
+fn is_model(field: &Field<'_>) -> Result<bool, BodyFault> {
+    let headers = field.headers();
+    let name = field_name(headers)?;
+    if field.name() != Some(&*name) {
+        return Err(ambiguous("has a part whose name parsers read differently"));
+    }
+    if name == "model" {
+        check_encoding(headers)?;
+        return Ok(true);
+    }
+    if disposition::resembles(&name, "model") {
+        return Err(ambiguous("has a field 'model' in another spelling"));
+    }
+    Ok(false)
+}
+
+/// Refuses a text that some parsers decode and others do not.
+fn check_encoding(headers: &HeaderMap) -> Result<(), BodyFault> {
+    const TRANSFER_ENCODING: HeaderName = HeaderName::from_static("content-transfer-encoding");
+    let text = |value: &HeaderValue| value.to_str().unwrap_or("?").trim().to_ascii_lowercase();
+    let is_decoded = headers
+        .get_all(TRANSFER_ENCODING)
+        .iter()
+        .map(text)
+        .any(|v| !matches!(&*v, "7bit" | "8bit" | "binary"));
+    let has_charset = headers.get_all(CONTENT_TYPE).iter().map(text).any(|v| {
+        v.contains("charset")
+            && !["utf-8", "\"utf-8\"", "us-ascii"].iter().any(|c| v.ends_with(&format!("charset={c}")))
+    });
+    if is_decoded || has_charset {
+        return Err(ambiguous("has a field 'model' in an encoding"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -60,6 +131,18 @@ mod tests {
         assert_eq!(named(&[AUDIO, MODEL]).await.unwrap(), "whisper-1");
         assert_eq!(named(&[MODEL, AUDIO]).await.unwrap(), "whisper-1");
         assert_eq!(named(&[AUDIO]).await.unwrap(), "");
+        for usual in [
+            MODEL.replace("\"model\"", "model"),
+            MODEL.replace("Content-Disposition", "content-disposition").replace("form-data; ", "Form-Data;"),
+            MODEL.replace(
+                "\r\n\r\n",
+                "\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\n",
+            ),
+        ] {
+            assert_eq!(named(&[&usual]).await.unwrap(), "whisper-1", "{usual}");
+        }
+        let file = AUDIO.replace("\"a.wav\"", "\"a \\\"b\\\"; c.wav\"; filename*=utf-8''%C3%A9.wav");
+        assert_eq!(named(&[&file, MODEL]).await.unwrap(), "whisper-1");
         let long = format!("{MODEL}{}", "x".repeat(2_000));
         for parts in [
             &[MODEL, MODEL][..],
@@ -67,6 +150,30 @@ mod tests {
             &[&MODEL.replace("\"model\"", "\"model\"; filename=\"m\"")],
             &[&long],
             &["no part"],
+            &[&MODEL.replace("name=", "NAME=")],
+            &[&MODEL.replace("name=", "Name=")],
+            &[&MODEL.replace("name=\"model\"", "name=\"x\"; name=\"model\"")],
+            &[&MODEL.replace("name=\"model\"", "name=\"model\"; name=\"x\"")],
+            &[&MODEL.replace("name=\"model\"", "name=\"model\"; NAME=\"x\"")],
+            &[&MODEL.replace("name=\"model\"", "name=\"x\"; name*=utf-8''model")],
+            &[&MODEL.replace("name=\"model\"", "name*=utf-8''model")],
+            &[&MODEL.replace("name=\"model\"", "name*0=\"mo\"; name*1=\"del\"")],
+            &[&MODEL.replace("\"model\"", "\"mo\\del\"")],
+            &[&MODEL.replace("\"model\"", "\"mod%65l\"")],
+            &[&MODEL.replace("\"model\"", "\" model\"")],
+            &[&MODEL.replace("\"model\"", "\"model[]\"")],
+            &[&MODEL.replace("\"model\"", "'model'")],
+            &[&MODEL.replace("\"model\"", "\"model")],
+            &[&MODEL.replace("\"model\"", "model x")],
+            &[&MODEL.replace("form-data; ", "form-data, ")],
+            &[&MODEL.replace("form-data", "attachment")],
+            &[&MODEL
+                .replace("form-data; name=\"model\"", "form-data; filename=\"; name=model\"; name=\"x\"")],
+            &[&MODEL.replace("\r\n\r\n", "\r\nContent-Disposition: form-data; name=\"x\"\r\n\r\n")],
+            &[&MODEL.replace("\r\n\r\n", "\r\nContent-Transfer-Encoding: base64\r\n\r\n")],
+            &[&MODEL.replace("\r\n\r\n", "\r\nContent-Type: text/plain; charset=utf-16\r\n\r\n")],
+            &[&format!("{MODEL}\r\n--x--"), MODEL],
+            &["Content-Type: text/plain\r\n\r\nwhisper-1"],
         ] {
             assert!(named(parts).await.is_err(), "{parts:?}");
         }
@@ -78,6 +185,11 @@ mod tests {
         let of = |value: &'static str| boundary(Some(&HeaderValue::from_static(value)));
         assert_eq!(of("multipart/form-data; boundary=x").as_deref(), Some("x"));
         assert_eq!(of("Multipart/Form-Data; charset=utf-8; boundary=\"x y\"").as_deref(), Some("x y"));
+        assert_eq!(of("multipart/form-data; boundary=a; boundary=b"), None);
+        assert_eq!(
+            of("multipart/form-data; boundary=----FormBoundaryX").as_deref(),
+            Some("----FormBoundaryX")
+        );
         assert_eq!((of("application/json"), of("multipart/form-data"), boundary(None)), (None, None, None));
     }
 }
