@@ -54,6 +54,8 @@ use call::Call;
 use caller::IdentifiedCaller;
 use charge::Charge;
 pub(crate) use explain::{Explanation, explain};
+#[cfg(feature = "fuzz")]
+pub(crate) use form::read_form_model;
 use headers::{AddedHeaders, UnreadBody};
 use metered::{MeterContext, Metered};
 pub(crate) use models_request::models_request;
@@ -404,6 +406,11 @@ impl Proxy {
         } else {
             incoming
         };
+        let incoming = if parts.status.is_success() {
+            incoming
+        } else {
+            self.mask_keys(&mut parts, incoming, &context.environment)
+        };
         let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
         if let Some(when_durable) = when_durable {
             when_durable.await;
@@ -443,6 +450,26 @@ impl Proxy {
             self.snapshot.stop_requesting_stream_usage(outgoing.upstream);
         }
         Ok(answer)
+    }
+
+    /// Masks the upstream's keys in an answer that is not a success, and records that they were in it.
+    fn mask_keys(
+        &self,
+        parts: &mut response::Parts,
+        incoming: upstream::Incoming,
+        environment: &Arc<Environment>,
+    ) -> upstream::Incoming {
+        let (metrics, name) = (self.state.metrics.clone(), environment.upstream.name.clone());
+        let on_found = Box::new(move || {
+            metrics.upstream_key_masked(&name);
+            tracing::warn!(upstream = name, "an error of the upstream repeated its key, which was masked");
+        });
+        let Some(mut mask) = headers::key_mask(&environment.upstream, on_found) else { return incoming };
+        headers::mask_keys(&mut parts.headers, &mut mask);
+        // A compressed body would not be found in, and must not be changed.
+        let coding = parts.headers.get(header::CONTENT_ENCODING);
+        let is_plain = coding.is_none_or(|coding| coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+        if is_plain { incoming.masked(mask) } else { incoming }
     }
 
     fn meter_context(

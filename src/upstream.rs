@@ -9,6 +9,7 @@ mod connections;
 mod diagnosis;
 mod http1;
 mod http2;
+mod key_mask;
 mod request;
 mod tls;
 
@@ -26,6 +27,9 @@ use tokio_rustls::rustls::ClientConfig;
 pub use answer::Incoming;
 pub use connections::ConnectionCounts;
 pub(crate) use diagnosis::{DiagnosisStep, StepFault};
+#[cfg(feature = "fuzz")]
+pub use http1::{ReadAnswer, read_answer};
+pub use key_mask::KeyMask;
 pub use request::{ExchangeError, Request, SendError};
 use tls::TlsClient;
 pub use tls::client_config;

@@ -124,6 +124,11 @@ pub(super) const USAGE_MISSING: Metric = counter(
     &["environment", "reason"],
     "Answers without credible usage, which the gateway charged by its own count.",
 );
+pub(super) const UPSTREAM_KEYS_MASKED: Metric = counter(
+    "tollgate_upstream_keys_masked_total",
+    &["upstream"],
+    "Errors of an upstream that repeated the gateway's key, which was masked.",
+);
 pub(super) const CLAMPED: Metric = counter(
     "tollgate_clamped_total",
     ENVIRONMENT,
@@ -315,6 +320,7 @@ pub(super) const ALL: &[Metric] = &[
     SHADOW_REJECTIONS,
     TOKENS,
     USAGE_MISSING,
+    UPSTREAM_KEYS_MASKED,
     CLAMPED,
     DRAINED,
     REQUEST_DURATION,

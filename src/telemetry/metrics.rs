@@ -3,7 +3,7 @@
 use super::Record;
 use super::catalogue::{
     CERTIFICATE_EXPIRY, ESTIMATES, LAST_RELOAD, OVERHEAD, RAW_ESTIMATE_RATIO, REJECTIONS, RELOAD_FAILURES,
-    SHADOW_REJECTIONS, USAGE_MISSING,
+    SHADOW_REJECTIONS, UPSTREAM_KEYS_MASKED, USAGE_MISSING,
 };
 use super::exposition::{Family, labels};
 use super::model_series::quotient;
@@ -35,6 +35,7 @@ pub(crate) struct Metrics {
     rejections: IntCounterVec,
     shadow_rejections: IntCounterVec,
     usage_missing: IntCounterVec,
+    upstream_keys_masked: IntCounterVec,
     overhead: Histogram,
     raw_ratio: Histogram,
     /// Prompt estimates, indexed by tokenizer and coverage.
@@ -60,6 +61,7 @@ impl Metrics {
             rejections: REJECTIONS.counters(&r)?,
             shadow_rejections: SHADOW_REJECTIONS.counters(&r)?,
             usage_missing: USAGE_MISSING.counters(&r)?,
+            upstream_keys_masked: UPSTREAM_KEYS_MASKED.counters(&r)?,
             overhead: OVERHEAD.histograms(&r)?.with_label_values::<&str>(&[]),
             raw_ratio: RAW_ESTIMATE_RATIO.histograms(&r)?.with_label_values::<&str>(&[]),
             estimates: TOKENIZERS.iter().flat_map(by_tokenizer).collect(),
@@ -136,6 +138,11 @@ impl Metrics {
         if let Some(counter) = self.estimates.get(tokenizer * COVERAGE.len() + coverage) {
             counter.inc();
         }
+    }
+
+    /// Counts an error of an upstream in which its key was masked.
+    pub(crate) fn upstream_key_masked(&self, upstream: &str) {
+        self.upstream_keys_masked.with_label_values(&[upstream]).inc();
     }
 
     /// Counts an answer without credible usage.

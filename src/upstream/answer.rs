@@ -2,15 +2,24 @@
 
 use super::http1::Http1Body;
 use super::http2::Http2Body;
+use super::key_mask::KeyMask;
 use bytes::Bytes;
 use std::io;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 /// The body of an answer, as it arrives.
 pub struct Incoming {
     source: Source,
     /// Bytes that were read ahead, which `poll_data` returns first.
     read_ahead: Option<Box<ReadAhead>>,
+    /// Masks the gateway's keys. It is a part of errors only.
+    mask: Option<Box<Masking>>,
+}
+
+struct Masking {
+    mask: KeyMask,
+    /// What follows the bytes that the mask held back.
+    ending: Option<Option<io::Error>>,
 }
 
 struct ReadAhead {
@@ -26,13 +35,13 @@ enum Source {
 
 impl From<Http1Body> for Incoming {
     fn from(body: Http1Body) -> Self {
-        Self { source: Source::Http1(body), read_ahead: None }
+        Self { source: Source::Http1(body), read_ahead: None, mask: None }
     }
 }
 
 impl From<Http2Body> for Incoming {
     fn from(body: Http2Body) -> Self {
-        Self { source: Source::Http2(body), read_ahead: None }
+        Self { source: Source::Http2(body), read_ahead: None, mask: None }
     }
 }
 
@@ -43,8 +52,37 @@ impl Incoming {
         Self { read_ahead: Some(Box::new(ReadAhead { data, error })), ..self }
     }
 
+    /// Masks keys in what is read from here on.
+    #[must_use]
+    pub fn masked(self, mask: KeyMask) -> Self {
+        Self { mask: Some(Box::new(Masking { mask, ending: None })), ..self }
+    }
+
     /// The next bytes of the body; `None` at its end. An error means that the body is incomplete.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        loop {
+            if let Some(masking) = &mut self.mask
+                && let Some(ending) = masking.ending.take()
+            {
+                self.mask = None;
+                return Poll::Ready(ending.map(Err));
+            }
+            let data = ready!(self.poll_unmasked(cx));
+            let Some(masking) = &mut self.mask else { return Poll::Ready(data) };
+            let data = match data {
+                Some(Ok(data)) => masking.mask.feed(data),
+                ending => {
+                    masking.ending = Some(ending.and_then(Result::err));
+                    masking.mask.finish()
+                }
+            };
+            if !data.is_empty() {
+                return Poll::Ready(Some(Ok(data)));
+            }
+        }
+    }
+
+    fn poll_unmasked(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         if let Some(ahead) = &mut self.read_ahead {
             if !ahead.data.is_empty() {
                 return Poll::Ready(Some(Ok(std::mem::take(&mut ahead.data))));
@@ -63,6 +101,9 @@ impl Incoming {
     /// Whether the body is known to be complete without reading more.
     pub fn is_end(&self) -> bool {
         if self.read_ahead.as_ref().is_some_and(|ahead| !ahead.data.is_empty() || ahead.error.is_some()) {
+            return false;
+        }
+        if self.mask.as_ref().is_some_and(|masking| masking.mask.holds_bytes()) {
             return false;
         }
         match &self.source {

@@ -23,6 +23,7 @@ mod credibility;
 mod estimate;
 mod fixtures;
 mod hostile_configs;
+mod hostile_upstreams;
 mod http2;
 mod keys;
 mod limits;
