@@ -69,3 +69,6 @@ pub mod simulate;
 
 // The program.
 pub mod cli;
+
+#[cfg(feature = "fuzz")]
+pub mod fuzzed;

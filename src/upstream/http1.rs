@@ -9,6 +9,8 @@ mod body;
 mod chunked;
 mod connection;
 mod exchange;
+#[cfg(feature = "fuzz")]
+mod fuzzed;
 mod head;
 mod outgoing;
 mod pool;
@@ -16,4 +18,6 @@ mod pool;
 pub(super) use body::Http1Body;
 pub(super) use connection::Http1Connection;
 pub(super) use exchange::exchange;
+#[cfg(feature = "fuzz")]
+pub use fuzzed::{ReadAnswer, read_answer};
 pub(super) use pool::IdlePool;

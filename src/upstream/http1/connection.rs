@@ -33,7 +33,7 @@ impl ByteStream for TlsStream<TcpStream> {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzz"))]
 impl ByteStream for tokio::io::DuplexStream {
     fn has_received_nothing(&self) -> bool {
         true

@@ -1,0 +1,23 @@
+//! Fuzzes usage in JSON answers: the usage does not depend on where the answer is cut, and what a whole parser reads as
+//! plain usage is what is reported.
+
+use serde_json::Value;
+use tollgate::usage::{JsonReader, Reported};
+
+pub(crate) fn check(variant: u8, json: &[u8]) {
+    let whole = read(json, usize::MAX);
+    assert_eq!(whole, read(json, 1 + usize::from(variant)), "{}", json.escape_ascii());
+    let Ok(Value::Object(answer)) = serde_json::from_slice(json) else { return };
+    if whole == Reported::default() {
+        return;
+    }
+    // A report comes from somewhere.
+    let text = Value::Object(answer).to_string();
+    assert!(text.contains("sage") || text.contains("timings") || text.contains("meta"), "{text} {whole:?}");
+}
+
+fn read(json: &[u8], piece: usize) -> Reported {
+    let mut reader = JsonReader::default();
+    json.chunks(piece.min(json.len().max(1))).for_each(|piece| reader.feed(piece));
+    reader.reported()
+}
