@@ -69,6 +69,38 @@ fn every_source_file_that_a_document_names_exists() {
     assert!(files > 20, "only {files} files are named");
 }
 
+/// All Rust files below a folder.
+fn source_files(folder: &Path, into: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            source_files(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            into.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_threat_names_tests_that_exist() {
+    let mut files = Vec::new();
+    ["src", "tests"].iter().for_each(|folder| source_files(&root().join(folder), &mut files));
+    let code: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+    let text = fs::read_to_string(root().join("docs/security.md")).unwrap();
+    let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| T")).collect();
+    for (n, row) in rows.iter().enumerate() {
+        assert!(row.starts_with(&format!("| T{} |", n + 1)), "{row}");
+        let tests = row.trim_end_matches('|').rsplit('|').next().unwrap();
+        let names: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "{row}");
+        for name in names {
+            let exists = code.contains(&format!("fn {name}(")) || root().join(name).exists();
+            assert!(exists, "there is no test {name}");
+        }
+    }
+    assert_eq!(rows.len(), 32, "one row for each threat");
+}
+
 #[test]
 fn every_key_of_the_example_configs_is_documented() {
     let reference = fs::read_to_string(root().join("docs/configuration.md")).unwrap();

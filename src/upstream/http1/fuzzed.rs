@@ -25,7 +25,7 @@ pub struct ReadAnswer {
 
 /// Reads the answer in `wire`, which arrives in pieces of `step` bytes. `None`: there is no valid head.
 pub fn read_answer(wire: &[u8], step: usize) -> Option<ReadAnswer> {
-    let runtime = Builder::new_current_thread().build().ok()?;
+    let runtime = Builder::new_current_thread().enable_time().build().ok()?;
     runtime.block_on(async {
         // The request fits into the buffer, so the upstream need not read it.
         let (ours, mut theirs) = duplex(step.clamp(256, 64 * 1024));
