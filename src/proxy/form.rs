@@ -17,6 +17,8 @@ use tokio::task::spawn_blocking;
 
 /// A form with a longer model name is refused.
 const MAX_MODEL_NAME_BYTES: u64 = 1024;
+/// The head of a part is searched up to this length.
+const MAX_HEAD_BYTES: usize = 16 * 1024;
 
 /// The boundary between the parts of a form. `None`: the body is not a form, or its `content-type` has more than one
 /// boundary.
@@ -48,6 +50,7 @@ async fn find_model(body: Bytes, boundary: String) -> Result<String, BodyFault> 
     let limits = SizeLimit::new().for_field("model", MAX_MODEL_NAME_BYTES);
     let constraints = Constraints::new().size_limit(limits);
     check_end(&body, &boundary)?;
+    check_heads(&body, &boundary)?;
     let mut form = Multipart::with_reader_with_constraints(Cursor::new(body), boundary, constraints);
     let mut model = None;
     while let Some(field) = form.next_field().await.map_err(broken)? {
@@ -74,6 +77,24 @@ fn check_end(body: &[u8], boundary: &str) -> Result<(), BodyFault> {
     let rest = &body[end + delimiter.len() + 2..];
     if memchr::memmem::find(rest, delimiter.as_bytes()).is_some() {
         return Err(ambiguous("has parts after the end of the form"));
+    }
+    Ok(())
+}
+
+/// Refuses a part with a header twice, of which parsers use the first or the last one.
+fn check_heads(body: &[u8], boundary: &str) -> Result<(), BodyFault> {
+    const HEADERS: [&[u8]; 3] = [b"content-disposition", b"content-type", b"content-transfer-encoding"];
+    for at in memchr::memmem::find_iter(body, format!("--{boundary}\r\n").as_bytes()) {
+        let part = &body[at..];
+        let head = &part[..memchr::memmem::find(part, b"\r\n\r\n").unwrap_or(part.len()).min(MAX_HEAD_BYTES)];
+        let mut seen = [false; HEADERS.len()];
+        for line in head.split(|&b| b == b'\n') {
+            let name = line[..memchr::memchr(b':', line).unwrap_or(0)].trim_ascii();
+            let header = HEADERS.iter().position(|header| name.eq_ignore_ascii_case(header));
+            if header.is_some_and(|header| std::mem::replace(&mut seen[header], true)) {
+                return Err(ambiguous("has a part with a header twice"));
+            }
+        }
     }
     Ok(())
 }
