@@ -215,7 +215,7 @@ async fn an_ambiguous_request_is_refused_and_nothing_after_it_is_a_request() {
         let bytes = format!("{}{}", filled(&request, CHAT), next_request(CHAT));
         for is_split in [false, true] {
             let answers = statuses(gateway.address, bytes.as_bytes(), is_split).await;
-            assert_eq!(answers, [400], "{request:?}");
+            assert_eq!(answers, [400], "{request:?}, in two pieces: {is_split}");
         }
         assert!(upstream.seen().is_empty(), "{request:?}");
     }
@@ -272,7 +272,7 @@ async fn a_refused_head_names_its_fault() {
     caller.send(head.as_bytes()).await;
     let reply = caller.reply().await;
     assert_eq!((reply.refusal(), reply.header("connection")), ((400, "bad_request".into()), Some("close")));
-    assert!(reply.text().contains("more than one Host, Content-Length"), "{}", reply.text());
+    assert!(reply.text().contains("more than one Content-Length"), "{}", reply.text());
     // An upgrade would make the rest of the connection opaque.
     let upgrade = "connection: upgrade\r\nupgrade: websocket\r\n";
     assert_eq!(gateway.send("POST", CHAT, upgrade, HELLO).await.refusal(), (400, "bad_request".into()));

@@ -282,6 +282,7 @@ async fn http2_can_be_turned_off() {
     assert_eq!(gateway.chat(HELLO).await.status, 200);
     let mut caller = gateway.caller().await;
     caller.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    assert_eq!(caller.reply().await.status, 400);
     assert!(caller.is_closed().await);
 }
 

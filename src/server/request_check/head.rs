@@ -137,7 +137,10 @@ impl<'h> Governing<'h> {
             return Err("a header has an underscore in the name Content-Length or Transfer-Encoding");
         }
         if slot.replace(value).is_some() {
-            return Err("it has more than one Host, Content-Length or Transfer-Encoding header");
+            return Err(match name.len() {
+                4 => "it has more than one Host header",
+                _ => "it has more than one Content-Length or Transfer-Encoding header",
+            });
         }
         Ok(())
     }
