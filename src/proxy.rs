@@ -377,8 +377,8 @@ impl Proxy {
         dialect: Dialect,
         peer: &Arc<Peer>,
     ) -> Response<AnswerBody> {
-        charge.record.overhead = Some(outgoing.received.elapsed());
         let started = Stopwatch::start();
+        charge.record.overhead = Some(started.since(outgoing.received));
         let (parts, incoming) = match tokio::select! {
             biased;
             () = peer.cut_off() => Err(ProxyError::ShuttingDown),

@@ -21,7 +21,7 @@ use http2::{Http2Client, Http2Stream, Http2Timeouts};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::Incoming;
@@ -154,9 +154,9 @@ impl Upstream {
         request: &Request,
         started: Stopwatch,
     ) -> Result<(response::Parts, Incoming), SendError> {
-        let first_byte = self.settings.timeouts.first_byte;
+        let (now, first_byte) = (Stopwatch::start(), self.settings.timeouts.first_byte);
         let (limit, out_of_time) =
-            self.bound(started, first_byte, SendError::Timeout("first_byte", first_byte));
+            self.bound((started, now), first_byte, SendError::Timeout("first_byte", first_byte));
         let exchange = async {
             match connected {
                 Connected::Http1(connection) => {
@@ -170,27 +170,33 @@ impl Upstream {
                     .map(|(parts, body)| (parts, Incoming::from(body))),
             }
         };
-        timeout(limit, exchange).await.map_err(|_| out_of_time)?.map_err(SendError::Broken)
+        timeout_at(now.deadline(limit), exchange).await.map_err(|_| out_of_time)?.map_err(SendError::Broken)
     }
 
-    /// The time limit of a step, shortened to the rest of `timeouts.total`, and the error when it elapses.
-    fn bound(&self, started: Stopwatch, step: Duration, error: SendError) -> (Duration, SendError) {
+    /// The time limit of a step that begins `now`, shortened to the rest of `timeouts.total`, and the error when it
+    /// elapses.
+    fn bound(
+        &self,
+        (started, now): (Stopwatch, Stopwatch),
+        step: Duration,
+        error: SendError,
+    ) -> (Duration, SendError) {
         let total = self.settings.timeouts.total;
-        let left = total.saturating_sub(started.elapsed());
+        let left = total.saturating_sub(now.since(started));
         if left < step { (left, SendError::Timeout("total", total)) } else { (step, error) }
     }
 
     /// Opens a new connection. If the upstream refuses it, or closes it during the handshake, opens one more.
     async fn connect(&self, started: Stopwatch) -> Result<Connected, SendError> {
-        let connect = self.settings.timeouts.connect;
-        let (limit, out_of_time) = self.bound(started, connect, SendError::ConnectTimeout);
+        let (now, connect) = (Stopwatch::start(), self.settings.timeouts.connect);
+        let (limit, out_of_time) = self.bound((started, now), connect, SendError::ConnectTimeout);
         let attempts = async {
             match self.connect_once().await {
                 Err(SendError::Unreachable(_, error)) if is_disconnect(&error) => self.connect_once().await,
                 done => done,
             }
         };
-        timeout(limit, attempts).await.unwrap_or(Err(out_of_time))
+        timeout_at(now.deadline(limit), attempts).await.unwrap_or(Err(out_of_time))
     }
 
     async fn connect_once(&self) -> Result<Connected, SendError> {

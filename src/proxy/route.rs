@@ -155,6 +155,10 @@ fn mistyped_environment(config: &Config, environment: Option<usize>, rest: &str)
 
 /// The kind of SDK that requests a path. It is defined for paths that are not served, too.
 pub(super) fn dialect(path: &str) -> Dialect {
+    // The most frequent path needs none of the searches below.
+    if path == "/v1/chat/completions" {
+        return Dialect::OpenAi;
+    }
     // Skips the environment and the version, if the path has them.
     let from_models = &path[path.rfind("/models/").unwrap_or(0)..];
     if is_below_messages(path) {
