@@ -234,7 +234,7 @@ impl RequestIds {
         let n = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // An odd factor maps the counter one to one to numbers that look random.
         let number = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        // `format!` would reallocate the text and take four times as many instructions.
+        // `format!` would allocate the text more than once.
         let mut id = String::with_capacity(36);
         id.push_str("req_");
         for byte in [self.start, number].map(u64::to_be_bytes).into_iter().flatten() {
