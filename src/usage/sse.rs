@@ -414,14 +414,15 @@ impl SseReader {
     /// Reads one complete event. Returns whether it carries only usage.
     fn read_event(&mut self, event: &[u8]) -> bool {
         let Some(data) = data_of(event) else { return false };
-        let data = replace_lone_surrogates(&data);
         if is_error_event(event) {
             return false; // its data is not a completion, whatever its shape
         }
-        // An event that matches a template reports no usage, because the event behind the template reported none.
+        // An event that matches a template reports no usage, because the event behind the template reported none. A text
+        // with half of a surrogate pair matches none.
         if self.delivered.push_matching(&data) {
             return false;
         }
+        let data = replace_lone_surrogates(&data);
         // An event that matches a template begins and ends the same choices as the event behind the template.
         if self.withholds {
             self.choice_ends.observe(&data);
