@@ -155,8 +155,8 @@ pub(super) async fn authorize(
 
 /// A browser must neither show an answer in a frame nor guess its type. The page's own files have a policy already.
 fn protect_from_browsers(headers: &mut HeaderMap) {
-    const POLICY: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
-    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(POLICY);
+    let policy = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(policy);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 
@@ -314,10 +314,11 @@ async fn with_whole_body<'a>(
     let max_bytes = max_body_bytes(&request);
     let (parts, body) = request.into_parts();
     let receive = async {
-        let permit = match max_bytes {
-            MAX_BODY_BYTES => None,
+        let permit = if max_bytes > MAX_BODY_BYTES {
             // The semaphore is never closed.
-            _ => admin.access.large_bodies.acquire().await.ok(),
+            admin.access.large_bodies.acquire().await.ok()
+        } else {
+            None
         };
         receive(body, max_bytes).await.map(|bytes| (bytes, permit))
     };

@@ -1,7 +1,7 @@
 //! The listeners for callers and for the admin API: their bounds, protocols and certificates. A reload changes them.
 
 use crate::clock;
-use crate::config::{Config, TlsFiles};
+use crate::config::{Config, ServerSettings, TlsFiles};
 use crate::server::{self, CallerTimeouts, Certificate, ConnectionBounds, Listener, Protocols};
 use crate::telemetry::Metrics;
 use std::sync::Arc;
@@ -72,69 +72,82 @@ impl Listeners {
 
 /// `in_force`: the listeners, and the config that they have.
 fn prepare(new: &Config, in_force: Option<(&Listeners, &Config)>) -> Result<PreparedListeners, Vec<String>> {
-    let (mut changes, mut warnings, mut faults) = (Vec::new(), Vec::new(), Vec::new());
-    let mut read =
-        |section: &str, files: Option<&TlsFiles>, http2: bool, known: Option<(Certificate, bool)>| {
-            let files = files?;
-            match server::load_certificate(section, &files.cert, &files.key, http2) {
-                Ok(certificate) => {
-                    if known.as_ref().is_some_and(|(known, _)| !known.is_same_as(&certificate)) {
-                        changes.push(format!("{section}.tls has another certificate"));
-                    }
-                    warnings.extend(certificate.expiry_warning(section, clock::now()));
-                    Some(certificate)
-                }
-                Err(fault) => match known {
-                    Some((known, true)) => {
-                        warnings
-                            .push(format!("{fault}; the certificate in force stays until both files match"));
-                        Some(known.with_http2(http2))
-                    }
-                    _ => {
-                        faults.push(fault);
-                        None
-                    }
-                },
-            }
-        };
-    // The certificate in force, and whether it is that of the same files.
-    let known = |listener: &Arc<Listener>, old: Option<&TlsFiles>, new: Option<&TlsFiles>| {
-        listener.protocols().certificate.map(|certificate| (certificate, old == new))
-    };
     let (server, admin) = (&new.server, &new.admin);
-    let known_server =
-        in_force.and_then(|(l, old)| known(&l.callers, old.server.tls.as_ref(), server.tls.as_ref()));
-    let known_admin =
-        in_force.and_then(|(l, old)| known(&l.admin, old.admin.tls.as_ref(), admin.tls.as_ref()));
-    let callers = read("server", server.tls.as_ref(), server.http2, known_server);
-    let admin = read("admin", admin.tls.as_ref(), true, known_admin);
+    let mut reader = CertificateReader::default();
+    let known = in_force.map(|(listeners, old)| (&listeners.callers, old.server.tls.as_ref()));
+    let callers = reader.read("server", server.tls.as_ref(), server.http2, known);
+    let known = in_force.map(|(listeners, old)| (&listeners.admin, old.admin.tls.as_ref()));
+    let admin = reader.read("admin", admin.tls.as_ref(), true, known);
+    let CertificateReader { changes, warnings, faults } = reader;
     if !faults.is_empty() {
         return Err(faults);
     }
-    let per_address = server.max_connections_per_address;
     Ok(PreparedListeners {
-        callers: (
-            ConnectionBounds {
-                total: server.max_connections,
-                per_address: per_address.map(|bound| bound.connections),
-                bounds_loopback: per_address.is_some_and(|bound| bound.bounds_loopback),
-                exempt: server.trusted_proxies.clone(),
-            },
-            Protocols { certificate: callers, http2: server.http2 },
-        ),
-        admin: (
-            ConnectionBounds {
-                total: MAX_ADMIN_CONNECTIONS,
-                per_address: Some(MAX_ADMIN_CONNECTIONS_PER_ADDRESS),
-                bounds_loopback: false,
-                exempt: Vec::new(),
-            },
-            // Without TLS, browsers and scrapers use HTTP/1.1.
-            Protocols { certificate: admin, http2: false },
-        ),
+        callers: (callers_bounds(server), Protocols { certificate: callers, http2: server.http2 }),
+        // Without TLS, browsers and scrapers use HTTP/1.1.
+        admin: (admin_bounds(), Protocols { certificate: admin, http2: false }),
         changes,
         warnings,
     })
+}
+
+fn callers_bounds(server: &ServerSettings) -> ConnectionBounds {
+    let per_address = server.max_connections_per_address;
+    ConnectionBounds {
+        total: server.max_connections,
+        per_address: per_address.map(|bound| bound.connections),
+        bounds_loopback: per_address.is_some_and(|bound| bound.bounds_loopback),
+        exempt: server.trusted_proxies.clone(),
+    }
+}
+
+fn admin_bounds() -> ConnectionBounds {
+    ConnectionBounds {
+        total: MAX_ADMIN_CONNECTIONS,
+        per_address: Some(MAX_ADMIN_CONNECTIONS_PER_ADDRESS),
+        bounds_loopback: false,
+        exempt: Vec::new(),
+    }
+}
+
+/// Reads the certificates of a config, and collects what there is to report.
+#[derive(Default)]
+struct CertificateReader {
+    changes: Vec<String>,
+    warnings: Vec<String>,
+    faults: Vec<String>,
+}
+
+impl CertificateReader {
+    /// `known`: the listener that uses this section of the config, and the files of the config in force.
+    fn read(
+        &mut self,
+        section: &str,
+        files: Option<&TlsFiles>,
+        http2: bool,
+        known: Option<(&Arc<Listener>, Option<&TlsFiles>)>,
+    ) -> Option<Certificate> {
+        let files = files?;
+        let in_force = known.and_then(|(listener, _)| listener.protocols().certificate);
+        let has_same_files = known.is_some_and(|(_, known)| known == Some(files));
+        match (server::load_certificate(section, &files.cert, &files.key, http2), in_force) {
+            (Ok(certificate), in_force) => {
+                if in_force.is_some_and(|known| !known.is_same_as(&certificate)) {
+                    self.changes.push(format!("{section}.tls has another certificate"));
+                }
+                self.warnings.extend(certificate.expiry_warning(section, clock::now()));
+                Some(certificate)
+            }
+            (Err(fault), Some(in_force)) if has_same_files => {
+                self.warnings.push(format!("{fault}; the certificate in force stays until both files match"));
+                Some(in_force.with_http2(http2))
+            }
+            (Err(fault), _) => {
+                self.faults.push(fault);
+                None
+            }
+        }
+    }
 }
 
 fn record_expiry(metrics: &Metrics, [callers, admin]: [&Protocols; 2]) {

@@ -31,7 +31,7 @@ async fn answers_and_refusals_are_those_of_http1() {
     let mut caller = Http2Caller::connect(gateway.address).await;
     let large = hello(&format!(r#""user":"{}""#, "u".repeat(300_000)));
     let too_large = "x".repeat(1_200_000);
-    let many: String = (0..120).map(|n| format!("x-{n}: 1\r\n")).collect();
+    let many = (0..120).fold(String::new(), |many, n| format!("{many}x-{n}: 1\r\n"));
     for (method, target, headers, body) in [
         ("POST", CHAT, "", HELLO),
         ("POST", "/closed/v1/chat/completions", "authorization: Bearer a-key-of-closed-1\r\n", HELLO),
@@ -109,15 +109,12 @@ async fn a_reset_cancels_the_upstream_at_once_and_leaves_the_connection_to_other
         let body = hello(&format!(r#""stream":true,"user":"{act}""#));
         let answer = caller.begin("POST", CHAT, "", body.as_bytes()).await;
         upstream.wait_until_seen(n + 1).await;
-        let began;
         if act == "stall" {
-            let answer = soon("the head", answer).await.unwrap();
-            began = Instant::now();
-            drop(answer);
+            drop(soon("the head", answer).await.unwrap());
         } else {
-            began = Instant::now();
             drop(answer);
         }
+        let began = Instant::now();
         upstream.wait_until_cut(n + 1).await;
         // 100 ms on a quiet machine.
         assert!(began.elapsed() < Duration::from_secs(2), "{act} {:?}", began.elapsed());
@@ -269,6 +266,22 @@ async fn a_connection_without_requests_ends_after_the_idle_timeout() {
     let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(300)).await;
     let mut caller = Http2Caller::connect(gateway.address).await;
     assert_eq!(caller.chat(HELLO).await.status, 200);
+}
+
+#[tokio::test]
+async fn the_flood_guard_counts_requests_and_not_connections() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = Gateway::from_config(&format!(
+        "server: {{ listen: '127.0.0.1:0', flood_guard: {{ requests: 2, per: hour }} }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\nenvironments:\n{STAGING}\nstore: {{ memory: true }}",
+        upstream.address
+    ))
+    .await;
+    let mut caller = Http2Caller::connect(gateway.address).await;
+    for status in [200, 200, 429, 429] {
+        let reply = caller.chat(HELLO).await;
+        assert_eq!(reply.status, status, "{}", reply.text());
+    }
+    assert_eq!(caller.chat(HELLO).await.refusal(), (429, "flood_guard".into()));
 }
 
 #[tokio::test]

@@ -85,10 +85,9 @@ impl FrameGuard {
         let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
         self.to_skip = length;
         match kind {
-            HEADERS | WINDOW_UPDATE => Ok(()),
+            // The h2 library bounds the number and the size of continuations.
+            HEADERS | WINDOW_UPDATE | CONTINUATION => Ok(()),
             DATA if length > 0 || flags & END_STREAM != 0 => Ok(()),
-            // The h2 library bounds the number and the size of these.
-            CONTINUATION => Ok(()),
             RST_STREAM => self.resets.take().ok_or(Flood("resets of requests")),
             _ => self.idle.take().ok_or(Flood("frames that request nothing, such as pings")),
         }
