@@ -171,16 +171,16 @@ async fn drain<F: Future>(
     if open.is_empty() {
         return None;
     }
-    open.iter().filter(|peer| peer.is_receiving()).for_each(|peer| peer.end_request());
+    open.iter().filter(|stream| stream.is_receiving()).for_each(|stream| stream.end_request());
     if let Ok(ended) = timeout_at(began.deadline(answers), connection.as_mut()).await {
         return Some(ended);
     }
-    for peer in streams.open() {
-        if !peer.is_cut_off() {
+    for stream in streams.open() {
+        if !stream.is_cut_off() {
             // An error means that the server no longer counts.
             drop(cut_offs.send(CutOff));
         }
-        peer.end_request();
+        stream.end_request();
     }
     timeout(endings, connection).await.ok()
 }

@@ -206,6 +206,12 @@ async fn a_slow_reader_receives_the_whole_answer() {
 
 #[tokio::test]
 async fn a_shutdown_drains_by_goaway_and_ends_streams_with_an_event() {
+    for on_disconnect in ["cancel", "drain"] {
+        drain_by_goaway(on_disconnect).await;
+    }
+}
+
+async fn drain_by_goaway(on_disconnect: &str) {
     let upstream = Upstream::answering(|seen| {
         if seen.text().contains("gate") {
             Answer::stream().event(&delta("Hi")).then(Step::Gate).event(DONE).end()
@@ -215,7 +221,7 @@ async fn a_shutdown_drains_by_goaway_and_ends_streams_with_an_event() {
     })
     .await;
     let config = format!(
-        "server: {{ listen: '127.0.0.1:0', drain_timeout: 2s }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\nenvironments:\n{STAGING}\nstore: {{ memory: true }}",
+        "server: {{ listen: '127.0.0.1:0', drain_timeout: 2s }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\nenvironments:\n  e: {{ upstream: backend, on_disconnect: {on_disconnect} }}\ndefault_environment: e\nstore: {{ memory: true }}",
         upstream.address
     );
     let gateway = Gateway::from_config(&config).await;

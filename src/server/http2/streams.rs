@@ -3,6 +3,7 @@
 use crate::clock::Stopwatch;
 use crate::server::peer::Peer;
 use futures_util::future::FutureExt as _;
+use futures_util::task::AtomicWaker;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::rt::Executor;
 use std::collections::HashMap;
@@ -18,7 +19,7 @@ use tokio::time::{Sleep, sleep_until, timeout};
 /// The open streams of one connection.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
-    open: Mutex<HashMap<u64, Arc<Peer>>>,
+    open: Mutex<HashMap<u64, Arc<Stream>>>,
     /// The stream whose request the service has received and whose task has not started. hyper does both in one call.
     announced: Mutex<Option<Arc<Stream>>>,
     started: AtomicU64,
@@ -34,6 +35,27 @@ pub(super) struct Stream {
     pieces: AtomicU32,
     /// hyper has taken a piece, and has not requested the next one.
     has_piece: AtomicBool,
+    /// The task of the stream.
+    task: AtomicWaker,
+}
+
+impl Stream {
+    /// Whether the body of the request is still arriving.
+    pub(super) fn is_receiving(&self) -> bool {
+        self.peer.is_receiving()
+    }
+
+    /// Whether the request must end.
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.peer.is_cut_off()
+    }
+
+    /// Makes the request end: without an answer it is refused, and an answer is interrupted.
+    pub(super) fn end_request(&self) {
+        self.peer.end_request();
+        // The waker of the peer may belong to a task that outlives the caller. The body is polled by this one.
+        self.task.wake();
+    }
 }
 
 impl Streams {
@@ -43,6 +65,7 @@ impl Streams {
             peer: peer.clone(),
             pieces: AtomicU32::new(0),
             has_piece: AtomicBool::new(false),
+            task: AtomicWaker::new(),
         });
         *self.announced.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.clone());
         stream
@@ -53,8 +76,8 @@ impl Streams {
         self.started.load(Ordering::Relaxed)
     }
 
-    /// The requests of all open streams.
-    pub(super) fn open(&self) -> Vec<Arc<Peer>> {
+    /// All open streams.
+    pub(super) fn open(&self) -> Vec<Arc<Stream>> {
         self.lock().values().cloned().collect()
     }
 
@@ -83,13 +106,13 @@ impl Streams {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Peer>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Stream>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(self: &Arc<Self>, peer: &Arc<Peer>) -> OpenStream {
+    fn begin(self: &Arc<Self>, stream: &Arc<Stream>) -> OpenStream {
         let id = self.started.fetch_add(1, Ordering::Relaxed);
-        self.lock().insert(id, peer.clone());
+        self.lock().insert(id, stream.clone());
         self.changed.notify_waiters();
         OpenStream { streams: self.clone(), id }
     }
@@ -122,7 +145,7 @@ where
             tokio::spawn(task);
             return;
         };
-        let open = self.0.begin(&stream.peer);
+        let open = self.0.begin(&stream);
         tokio::spawn(supervise(task, stream).map(move |()| drop(open)));
     }
 }
@@ -134,6 +157,7 @@ async fn supervise(task: impl Future<Output = ()>, stream: Arc<Stream>) {
     let mut timer: Option<Pin<Box<Sleep>>> = None;
     let mut stall: Option<(u32, Stopwatch)> = None;
     poll_fn(|cx| {
+        stream.task.register(cx.waker());
         if task.as_mut().poll(cx).is_ready() {
             return Poll::Ready(());
         }
