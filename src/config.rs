@@ -179,6 +179,19 @@ pub struct UpstreamSettings {
     pub headers: http::HeaderMap,
     /// Whether the gateway requests usage for streams (`stream_usage: ask`). Default `true`.
     pub requests_stream_usage: bool,
+    /// Always `Ignore` without an `api_key`: each caller's key has limits of its own. Default `Observe`.
+    pub provider_limits: ProviderLimitsMode,
+}
+
+/// `upstreams.*.provider_limits`: what the gateway does with the limits that the provider states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProviderLimitsMode {
+    /// Sends no request that the provider has said it would refuse.
+    Follow,
+    /// Shows them.
+    Observe,
+    /// Does not read them.
+    Ignore,
 }
 
 /// `upstreams.*.timeouts`.

@@ -138,6 +138,15 @@ pub enum ProxyError {
         /// The upstream's name in the config.
         upstream: String,
     },
+    /// The upstream's provider has said that it would refuse the request (`provider_limits: follow`).
+    UpstreamRateLimited {
+        /// The upstream's name in the config.
+        upstream: String,
+        /// The time after which the request may be sent.
+        wait: Duration,
+        /// `retry_patience`: if the wait is longer, the answer has `x-should-retry: false`.
+        retry_patience: Duration,
+    },
     /// One address sends more requests than `server.flood_guard` allows.
     FloodGuard {
         /// The time after which the address may send its next request.
@@ -181,6 +190,7 @@ impl ProxyError {
             Self::UpstreamUnreachable { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_unreachable"),
             Self::UpstreamTimeout { .. } => (S::GATEWAY_TIMEOUT, "upstream_error", "upstream_timeout"),
             Self::UpstreamDisconnected { .. } => (S::BAD_GATEWAY, "upstream_error", "upstream_disconnected"),
+            Self::UpstreamRateLimited { .. } => (S::TOO_MANY_REQUESTS, "requests", "upstream_rate_limited"),
             Self::FloodGuard { .. } => (S::TOO_MANY_REQUESTS, "requests", "flood_guard"),
             Self::ShuttingDown => (S::SERVICE_UNAVAILABLE, "server_error", "shutting_down"),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, "server_error", "internal_error"),
@@ -244,6 +254,10 @@ impl ProxyError {
                 if let Some(Wait::Ms(ms)) = denied.shortfalls().first().map(|s| s.wait) {
                     write_retry_after(headers, ms, *retry_patience);
                 }
+            }
+            Self::UpstreamRateLimited { wait, retry_patience, .. } => {
+                let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+                write_retry_after(headers, ms, *retry_patience);
             }
             Self::FloodGuard { wait } => {
                 let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
@@ -344,6 +358,10 @@ impl fmt::Display for ProxyError {
             }
             Self::UpstreamDisconnected { upstream } => {
                 write!(f, "The upstream '{upstream}' broke off the connection before its answer was complete.")
+            }
+            Self::UpstreamRateLimited { upstream, wait, .. } => {
+                let wait = go_duration(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1));
+                write!(f, "The provider of upstream '{upstream}' has no room for this request now, by the limits that it states (provider_limits: follow). Try again in {wait}.")
             }
             Self::FloodGuard { wait } => {
                 let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).saturating_add(1);

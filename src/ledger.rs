@@ -303,6 +303,12 @@ impl Account {
         })
     }
 
+    /// Counts a request of the subject that was denied after it had a reservation.
+    pub fn count_denial(&self, subject: Subject<'_>) {
+        self.engine.count_denial(subject);
+        self.notify_store(false);
+    }
+
     /// What would happen to a request now. Reserves and counts nothing.
     pub fn forecast(&self, demand: &Demand<'_>) -> Forecast {
         let obstacle = self.engine.obstacle(demand);

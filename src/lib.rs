@@ -48,6 +48,7 @@ pub mod calibrations;
 pub mod error;
 pub mod learned;
 pub mod ledger;
+mod provider_limits;
 pub mod upstream;
 
 // What observes, persists and serves them.

@@ -36,6 +36,7 @@ use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, UpstreamSettings};
 use crate::error::ProxyError;
 use crate::ledger::{Demand, NoRoom, Reservation};
+use crate::provider_limits::Pass;
 use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
 use crate::telemetry::Record;
@@ -98,6 +99,8 @@ struct OutgoingRequest {
     buffered: BufferedBytes,
     /// Whether the exchange continues after the caller disconnects (`on_disconnect: drain`).
     outlives_caller: bool,
+    /// The permission of the provider's limits. `None`: the gateway does not follow them.
+    pass: Option<Pass>,
     /// Runs since the body was read.
     received: Stopwatch,
 }
@@ -223,6 +226,17 @@ impl Proxy {
         if self.state.is_drain_over() {
             return Err(Refusal::new(ProxyError::ShuttingDown, &headers));
         }
+        let pass = match &reservation {
+            Some(reservation) => self.pass_provider(caller, &call, reservation, received).await,
+            None => Ok(None),
+        };
+        let pass = match pass {
+            Ok(pass) => pass,
+            Err(error) => {
+                drop(reservation);
+                return Err(self.refuse_for_provider(error, caller, &call, headers));
+            }
+        };
         if let Some(reservation) = &reservation {
             headers.quotas = *reservation.standing();
             headers.clamped_to = reservation.clamped_to();
@@ -247,6 +261,7 @@ impl Proxy {
             lists_models,
             buffered,
             outlives_caller: environment.on_disconnect == OnDisconnect::Drain,
+            pass,
             received,
         };
         Ok(Some(Admitted { outgoing, reservation, headers }))
@@ -352,6 +367,45 @@ impl Proxy {
         Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
     }
 
+    /// Waits until the upstream's provider has room for the request, for at most the rest of `max_wait`.
+    async fn pass_provider(
+        &self,
+        caller: IdentifiedCaller,
+        call: &Call,
+        reservation: &Reservation,
+        received: Stopwatch,
+    ) -> Result<Option<Pass>, ProxyError> {
+        let environment = &self.snapshot.config.environments[caller.environment];
+        let limits = &self.snapshot.provider_limits[self.snapshot.contexts[caller.environment].upstream];
+        // The estimate counts even if the environment's quotas do not reserve it.
+        let prompt = Amounts::of_request(call.prompt_tokens, 0);
+        let amounts = reservation.reserved().max(prompt);
+        let max_wait = environment.reserve.max_wait.saturating_sub(received.elapsed());
+        limits.pass(&call.model, amounts, max_wait).await.map_err(|wait| ProxyError::UpstreamRateLimited {
+            upstream: environment.upstream.name.clone(),
+            wait,
+            retry_patience: environment.retry_patience,
+        })
+    }
+
+    /// Refuses a request that the provider would refuse. Its reservation is settled with nothing spent.
+    fn refuse_for_provider(
+        &self,
+        error: ProxyError,
+        caller: IdentifiedCaller,
+        call: &Call,
+        mut headers: AddedHeaders,
+    ) -> Refusal {
+        let account = &self.snapshot.accounts[caller.environment];
+        let subject = Subject { caller: self.caller_name(caller), model: &call.model };
+        account.count_denial(subject);
+        headers.quotas = account.standing(subject);
+        headers.clamped_to = None;
+        let environment = &self.snapshot.config.environments[caller.environment];
+        self.state.metrics.rejected(&environment.name, error.code(), None, false);
+        Refusal { error, headers }
+    }
+
     /// The caller's name, under which quotas and the usage history know it.
     fn caller_name(&self, caller: IdentifiedCaller) -> Option<&Arc<str>> {
         caller.index.map(|index| &self.snapshot.contexts[caller.environment].callers[index])
@@ -390,6 +444,8 @@ impl Proxy {
             }
         };
         charge.record.first_byte = Some(started.elapsed());
+        let limits = &self.snapshot.provider_limits[outgoing.upstream];
+        limits.answered(outgoing.pass.take(), &outgoing.call.model, parts.status, &parts.headers);
         let (mut parts, incoming) = (parts, incoming);
         let incoming = if outgoing.lists_models && parts.status.is_success() {
             let allowed = &outgoing.environment.models;

@@ -297,6 +297,12 @@ impl Amounts {
         self.zip(other, u64::min)
     }
 
+    /// Returns the larger amount of each kind.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        self.zip(other, u64::max)
+    }
+
     /// Subtracts each kind; a negative difference becomes 0.
     #[must_use]
     pub fn saturating_sub(self, other: Self) -> Self {

@@ -4,13 +4,13 @@ use super::Admin;
 use super::answers::AccessErrors;
 use super::events::ConfigState;
 use crate::clock::{self, Stopwatch, Timestamp};
-use crate::config::{OnStoreFailure, UpstreamSettings};
+use crate::config::{OnStoreFailure, ProviderLimitsMode, UpstreamSettings};
 use crate::ledger::RedisStatus;
+use crate::provider_limits::{KindView, ModelView, ProviderLimits};
 use crate::proxy::Snapshot;
 use crate::telemetry::{EstimateFigures, UpstreamFigures};
 use axum::Json;
 use axum::extract::State;
-use http::Uri;
 use http::uri::Authority;
 use serde::Serialize;
 use std::net::SocketAddr;
@@ -111,6 +111,42 @@ struct UpstreamView {
     errors: UpstreamErrorsView,
     /// Milliseconds to the head of the answer, of the last 512 answers. `null`: it has not answered yet.
     first_byte_ms: Option<FirstByteView>,
+    provider_limits: ProviderLimitsView,
+}
+
+/// What the provider states about its own limits (`provider_limits`).
+#[derive(Serialize, ToSchema)]
+struct ProviderLimitsView {
+    /// `follow`, `observe` or `ignore`.
+    mode: &'static str,
+    /// Stated values that could not be true, since the process started.
+    ignored_values: u64,
+    models: Vec<ProviderModelView>,
+}
+
+/// What the provider states about one model.
+#[derive(Serialize, ToSchema)]
+struct ProviderModelView {
+    /// The name that goes to the upstream.
+    model: String,
+    /// Answers with status 429, 503 or 529, since the process started.
+    refusals: u64,
+    /// Milliseconds for which no request of this model is sent. `null`: requests are sent.
+    closed_ms: Option<u64>,
+    /// Kinds that are ignored because the provider's own answers contradict them.
+    ignored_kinds: usize,
+    limits: Vec<ProviderLimitView>,
+}
+
+/// One limit, as the provider stated it last.
+#[derive(Serialize, ToSchema)]
+struct ProviderLimitView {
+    /// `total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`.
+    kind: &'static str,
+    limit: Option<u64>,
+    remaining: Option<u64>,
+    /// Milliseconds until the provider has all of the limit again.
+    reset_ms: Option<u64>,
 }
 
 /// Requests to an upstream that failed.
@@ -154,11 +190,11 @@ struct EstimateErrorView {
 pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
     let snapshot = admin.state.current();
     let Process { started, started_at, listen } = admin.process;
-    let upstream = |settings: &Arc<UpstreamSettings>| {
+    let upstream = |(settings, limits): (&Arc<UpstreamSettings>, &Arc<ProviderLimits>)| {
         let in_flight = snapshot.environments().into_iter().filter(|(e, _)| e.upstream.name == settings.name);
         let in_flight = in_flight.map(|(_, account)| account.in_flight()).sum();
         let figures = admin.state.metrics.summaries().upstream(&settings.name).figures();
-        UpstreamView::new(&settings.name, &settings.base_url, in_flight, figures)
+        UpstreamView::new(settings, in_flight, figures, limits)
     };
     let estimates = admin.state.metrics.summaries().models();
     Json(SystemView {
@@ -175,7 +211,7 @@ pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
         },
         store: StoreView::of(&admin, &snapshot),
         redis: RedisView::of(&snapshot),
-        upstreams: snapshot.config.upstreams.iter().map(upstream).collect(),
+        upstreams: snapshot.config.upstreams.iter().zip(&snapshot.provider_limits).map(upstream).collect(),
         estimates: estimates.into_iter().map(EstimateErrorView::from).collect(),
     })
 }
@@ -216,19 +252,49 @@ impl RedisView {
 }
 
 impl UpstreamView {
-    fn new(name: &str, base_url: &Uri, in_flight: u64, figures: UpstreamFigures) -> Self {
+    fn new(
+        settings: &UpstreamSettings,
+        in_flight: u64,
+        figures: UpstreamFigures,
+        limits: &ProviderLimits,
+    ) -> Self {
+        let UpstreamSettings { name, base_url, .. } = settings;
         let UpstreamFigures { requests, error_answers, failed, cut, timed, first_byte_ms } = figures;
         let authority = base_url.authority().map(Authority::as_str).unwrap_or_default();
         let address = authority.rsplit('@').next().unwrap_or_default();
         let scheme = base_url.scheme_str().unwrap_or("http");
         Self {
-            name: name.to_owned(),
+            name: name.clone(),
             base_url: format!("{scheme}://{address}{}", base_url.path()),
             in_flight,
             requests,
             errors: UpstreamErrorsView { answers: error_answers, unanswered: failed, incomplete: cut },
             first_byte_ms: first_byte_ms.map(|(p50, p95)| FirstByteView { p50, p95, answers: timed }),
+            provider_limits: ProviderLimitsView::of(settings.provider_limits, limits),
         }
+    }
+}
+
+impl ProviderLimitsView {
+    fn of(mode: ProviderLimitsMode, limits: &ProviderLimits) -> Self {
+        let mode = match mode {
+            ProviderLimitsMode::Follow => "follow",
+            ProviderLimitsMode::Observe => "observe",
+            ProviderLimitsMode::Ignore => "ignore",
+        };
+        let models = limits.view().into_iter().map(ProviderModelView::from).collect();
+        Self { mode, ignored_values: limits.ignored(), models }
+    }
+}
+
+impl From<ModelView> for ProviderModelView {
+    fn from(view: ModelView) -> Self {
+        let ModelView { model, kinds, closed_ms, refusals, ignored_kinds } = view;
+        let limit = |view: KindView| {
+            let KindView { kind, limit, remaining, reset_ms } = view;
+            ProviderLimitView { kind: kind.as_str(), limit, remaining, reset_ms }
+        };
+        Self { model, refusals, closed_ms, ignored_kinds, limits: kinds.into_iter().map(limit).collect() }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::description::{DefaultSpec, KeySpec, NONE, SECRET, SectionSpec, TextSpec, ValueSpec, Word, text};
 use super::setting::{Section, Setting};
-use super::{ApiKind, Timeouts, UpstreamSettings};
+use super::{ApiKind, ProviderLimitsMode, Timeouts, UpstreamSettings};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use std::sync::Arc;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -62,6 +62,16 @@ pub(super) const UPSTREAM: SectionSpec = SectionSpec {
             ]),
             DefaultSpec::Value("ask"),
             "whether the gateway requests usage in streams ([counting.md](counting.md#usage-requests-in-streams))",
+        ),
+        KeySpec::new(
+            "provider_limits",
+            ValueSpec::Words(&[
+                Word("follow", "it sends no request that the provider has said it would refuse"),
+                Word("observe", "it shows them"),
+                Word("ignore", "it does not read them"),
+            ]),
+            DefaultSpec::Value("observe"),
+            "what the gateway does with the limits that the provider states in its answers ([quotas.md](quotas.md#limits-of-the-provider)). Without `api_key` it ignores them: each caller's key has limits of its own",
         ),
     ],
 };
@@ -142,6 +152,7 @@ pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
 fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
     let section = setting.section(&UPSTREAM)?;
     let base_url = section.require("base_url");
+    let api_key = section.get("api_key").and_then(|s| s.secret());
     Some(UpstreamSettings {
         name: name.to_owned(),
         api: match section.word("api") {
@@ -150,7 +161,13 @@ fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
             "gemini" => ApiKind::Gemini,
             _ => ApiKind::OpenAi,
         },
-        api_key: section.get("api_key").and_then(|s| s.secret()),
+        provider_limits: match section.word("provider_limits") {
+            _ if api_key.is_none() => ProviderLimitsMode::Ignore,
+            "follow" => ProviderLimitsMode::Follow,
+            "ignore" => ProviderLimitsMode::Ignore,
+            _ => ProviderLimitsMode::Observe,
+        },
+        api_key,
         timeouts: timeouts(&section),
         headers: section.get("headers").and_then(|s| headers(&s)).unwrap_or_default(),
         requests_stream_usage: section.word("stream_usage") == "ask",

@@ -69,6 +69,7 @@ fn outcome(error: &ProxyError) -> RequestOutcome {
     match error {
         ProxyError::QuotaExceeded { .. }
         | ProxyError::TooManyInFlight { .. }
+        | ProxyError::UpstreamRateLimited { .. }
         | ProxyError::FloodGuard { .. } => RequestOutcome::Rejected,
         ProxyError::UpstreamUnreachable { .. } | ProxyError::UpstreamTimeout { .. } => {
             RequestOutcome::UpstreamFailed

@@ -5,9 +5,10 @@ use super::flood::FloodLimiter;
 use super::headers;
 use super::keys::KeyTable;
 use crate::calibrations::Calibrations;
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, UpstreamSettings};
 use crate::estimate::{Models, Provider};
 use crate::ledger::Account;
+use crate::provider_limits::ProviderLimits;
 use crate::telemetry::{CallerLabels, Metrics, Series};
 use http::header::HeaderValue;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +27,8 @@ pub struct Snapshot {
     pub(super) flood: Option<Arc<FloodLimiter>>,
     /// Whether each upstream has refused `stream_options`, in the order of the config.
     refuses_stream_options: Vec<Arc<AtomicBool>>,
+    /// The limits of each upstream's provider, in the order of the config.
+    pub(crate) provider_limits: Vec<Arc<ProviderLimits>>,
 }
 
 /// Values of one environment that every request needs, prepared once so that requests share them.
@@ -71,7 +74,16 @@ impl Snapshot {
             });
             same.unwrap_or_default()
         });
+        let provider_limits = config.upstreams.iter().map(|settings| {
+            let same = previous.and_then(|previous| {
+                let at =
+                    previous.config.upstreams.iter().position(|known| has_same_limits(known, settings))?;
+                previous.provider_limits.get(at).cloned()
+            });
+            same.unwrap_or_else(|| Arc::new(ProviderLimits::new(settings.provider_limits)))
+        });
         Ok(Self {
+            provider_limits: provider_limits.collect(),
             contexts: config
                 .environments
                 .iter()
@@ -113,6 +125,14 @@ impl Snapshot {
             );
         }
     }
+}
+
+/// Whether the limits of the provider are those of another config's upstream.
+fn has_same_limits(before: &UpstreamSettings, after: &UpstreamSettings) -> bool {
+    before.name == after.name
+        && before.base_url == after.base_url
+        && before.api_key == after.api_key
+        && before.provider_limits == after.provider_limits
 }
 
 impl EnvironmentContext {

@@ -108,6 +108,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         call: Call::opaque(Bytes::new()),
         buffered: BufferedBytes::none(&state.bodies),
         outlives_caller: true,
+        pass: None,
         received: Stopwatch::start(),
     };
     let peer = Arc::new(Peer::new(([127, 0, 0, 1], 9).into(), CallerTimeouts::default()));

@@ -33,6 +33,7 @@ mod metrics;
 mod operations;
 mod overrides;
 mod passthrough;
+mod provider_limits;
 mod quotas;
 mod refusals;
 mod reload;

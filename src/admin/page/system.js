@@ -41,11 +41,24 @@ function gatewayTables({ version, started_at: startedAt, in_flight: inFlight, dr
   const figures = upstreams.map(({ name, base_url: url, in_flight: open, requests, errors: { answers, unanswered, incomplete }, first_byte_ms: first }) => [
     name, url, number(open), number(requests), number(answers), number(unanswered), number(incomplete), ms(first?.p50), ms(first?.p95),
   ]);
+  const limits = upstreams.flatMap(({ name, provider_limits: { mode, models } }) => models.flatMap((of) => limitRows(name, mode, of)));
   const models = estimates.map(({ model, answers, ratio, mean_error: error }) => [model, number(answers), ratio.toFixed(3), `${(100 * error).toFixed(1)} %`]);
   return el("div", {},
     table("Gateway", [{ title: "Part" }, { title: "State" }], rows),
     el("h3", {}, "Upstreams of this node"), table("Upstream figures", columns, figures),
+    limits.length > 0 && [el("h3", {}, "Limits that providers state"), table("Provider limits", [
+      ...["Upstream", "Model", "Limit of"].map((title) => ({ title })), ...["Limit", "Left", "Full in", "Refusals"].map((title) => ({ title, isNumber: true })), { title: "Requests" }], limits)],
     models.length > 0 && [el("h3", {}, "Estimates of prompt tokens, by model"), table("Estimates", [{ title: "Model" }, ...["Answers", "Estimated / reported", "Mean error"].map((title) => ({ title, isNumber: true }))], models)]);
+}
+
+/** A row for each kind of limit that the provider states for a model, or one row if it only refused. */
+function limitRows(upstream, mode, { model, refusals, closed_ms: closed, limits }) {
+  const state = closed !== null ? `not sent for ${duration(closed)}` : { follow: "sent as far as they fit", observe: "sent, limits are only shown" }[mode];
+  const value = (amount) => (amount === null ? "–" : number(amount));
+  const row = ({ kind, limit, remaining, reset_ms: reset }) => [
+    upstream, model, kind.replaceAll("_", " "), value(limit), value(remaining), reset === null ? "–" : duration(reset), number(refusals), state,
+  ];
+  return (limits.length > 0 ? limits : [{ kind: "–", limit: null, remaining: null, reset_ms: null }]).map(row);
 }
 
 function redisWords(redis) {

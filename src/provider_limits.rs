@@ -1,0 +1,278 @@
+//! What an upstream's provider states about its own rate limits, and whether requests follow it.
+//!
+//! A provider limits the tokens and requests of a key and a model. Its answers state what is left. [`ProviderLimits`] has
+//! one gate for each model of one upstream: all workers share it.
+
+mod gate;
+mod statement;
+
+use crate::clock::{self, Stopwatch};
+use crate::config::ProviderLimitsMode;
+use crate::quota::Amounts;
+use gate::{Gate, Hold, Verdict};
+use http::{HeaderMap, StatusCode};
+use statement::Statement;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::timeout;
+
+pub(crate) use gate::KindView;
+
+/// Maximum number of models with a gate of their own. Requests of further models pass without one.
+const MAX_MODELS: usize = 1_000;
+/// Maximum number of requests that wait at one gate. A further one is refused at once.
+const MAX_WAITING: usize = 1_000;
+
+/// The gates of one upstream.
+#[derive(Debug)]
+pub(crate) struct ProviderLimits {
+    mode: ProviderLimitsMode,
+    /// Measures the time of the gates.
+    epoch: Stopwatch,
+    models: Mutex<HashMap<Box<str>, Arc<ModelGate>>>,
+    /// Stated values that cannot be true.
+    ignored: AtomicU64,
+}
+
+/// The gate of one model.
+#[derive(Debug)]
+struct ModelGate {
+    gate: Mutex<Gate>,
+    /// The request that holds the permit is at the head of the line.
+    head: Semaphore,
+    waiting: AtomicUsize,
+    changed: Notify,
+    refusals: AtomicU64,
+}
+
+/// A request that may be sent. Dropping it without an answer forgets the request.
+#[derive(Debug)]
+pub(crate) struct Pass {
+    gate: Arc<ModelGate>,
+    number: u64,
+}
+
+/// The state of one gate.
+#[derive(Clone, Debug)]
+pub(crate) struct ModelView {
+    pub(crate) model: String,
+    pub(crate) kinds: Vec<KindView>,
+    /// Milliseconds for which requests are not sent. `None`: they are.
+    pub(crate) closed_ms: Option<u64>,
+    /// Answers with status 429, 503 or 529.
+    pub(crate) refusals: u64,
+    /// Kinds of limits that are ignored, because answers contradict them.
+    pub(crate) ignored_kinds: usize,
+}
+
+impl ProviderLimits {
+    pub(crate) fn new(mode: ProviderLimitsMode) -> Self {
+        Self { mode, epoch: Stopwatch::start(), models: Mutex::default(), ignored: AtomicU64::new(0) }
+    }
+
+    /// Waits until a request for this model may be sent, for at most `max_wait`. `Ok(None)`: the gateway does not follow
+    /// the provider's limits.
+    ///
+    /// # Errors
+    /// The provider would refuse the request. The time after which it may be sent.
+    pub(crate) async fn pass(
+        &self,
+        model: &str,
+        amounts: Amounts,
+        max_wait: Duration,
+    ) -> Result<Option<Pass>, Duration> {
+        if self.mode != ProviderLimitsMode::Follow {
+            return Ok(None);
+        }
+        let Some(gate) = self.gate(model) else { return Ok(None) };
+        // Requests that wait go first.
+        let is_free = max_wait.is_zero() || gate.waiting.load(Ordering::Relaxed) == 0;
+        let passed = if is_free { gate.lock().pass(self.now(), amounts) } else { Err(Hold::Wait(0)) };
+        let number = match passed {
+            Ok(number) => number,
+            Err(hold) => Box::pin(self.hold(&gate, amounts, max_wait, hold)).await?,
+        };
+        Ok(Some(Pass { gate, number }))
+    }
+
+    /// Waits as long as the slow start lasts, which is short, and then for at most `max_wait`.
+    async fn hold(
+        &self,
+        gate: &ModelGate,
+        amounts: Amounts,
+        max_wait: Duration,
+        mut hold: Hold,
+    ) -> Result<u64, Duration> {
+        while let Hold::SlowStart(ms) = hold {
+            let changed = gate.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            // An answer may have come before this request began to listen.
+            match gate.lock().pass(self.now(), amounts) {
+                Ok(number) => return Ok(number),
+                Err(again) => hold = again,
+            }
+            if let Hold::SlowStart(_) = hold {
+                drop(timeout(Duration::from_millis(ms), changed).await);
+            }
+        }
+        let Hold::Wait(ms) = hold else { return Err(Duration::ZERO) };
+        if max_wait.is_zero() || max_wait < Duration::from_millis(ms) {
+            return Err(Duration::from_millis(ms));
+        }
+        self.wait_in_line(gate, amounts, max_wait).await
+    }
+
+    /// Reads the head of an answer. `pass`: what [`pass`](Self::pass) has returned for its request.
+    pub(crate) fn answered(&self, pass: Option<Pass>, model: &str, status: StatusCode, headers: &HeaderMap) {
+        if self.mode == ProviderLimitsMode::Ignore {
+            return;
+        }
+        let verdict = match status.as_u16() {
+            429 | 503 | 529 => Verdict::Refused,
+            200..=299 => Verdict::Accepted,
+            _ => Verdict::Other,
+        };
+        let statement = Statement::read(headers, clock::now());
+        self.ignored.fetch_add(statement.ignored, Ordering::Relaxed);
+        if pass.is_none() && statement.is_empty() && verdict != Verdict::Refused {
+            return;
+        }
+        let Some(gate) = pass.as_ref().map(|pass| pass.gate.clone()).or_else(|| self.gate(model)) else {
+            return;
+        };
+        if verdict == Verdict::Refused {
+            gate.refusals.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut state = gate.lock();
+        let number =
+            pass.as_ref().map_or_else(|| state.send(self.now(), Amounts::default()), |pass| pass.number);
+        state.answered(self.now(), number, &statement, verdict);
+    }
+
+    /// Waits in line, first come, first served.
+    async fn wait_in_line(
+        &self,
+        gate: &ModelGate,
+        amounts: Amounts,
+        max_wait: Duration,
+    ) -> Result<u64, Duration> {
+        let attempt = || {
+            let passed = gate.lock().pass(self.now(), amounts);
+            passed.map_err(|(Hold::Wait(ms) | Hold::SlowStart(ms))| Duration::from_millis(ms))
+        };
+        let _place = Place::take(gate).ok_or(Duration::from_secs(1))?;
+        let clock = Stopwatch::start();
+        let in_turn = async {
+            // The semaphore is never closed.
+            let _head = gate.head.acquire().await.ok();
+            loop {
+                let changed = gate.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                let wait = match attempt() {
+                    Ok(number) => return Ok(number),
+                    Err(wait) if wait > max_wait.saturating_sub(clock.elapsed()) => return Err(wait),
+                    Err(wait) => wait,
+                };
+                drop(timeout(wait, changed).await);
+            }
+        };
+        match timeout(max_wait, in_turn).await {
+            Ok(done) => done,
+            Err(_) => attempt(),
+        }
+    }
+
+    /// The gate of a model. `None`: there are too many models.
+    fn gate(&self, model: &str) -> Option<Arc<ModelGate>> {
+        let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = models.get(model) {
+            return Some(known.clone());
+        }
+        if models.len() >= MAX_MODELS {
+            return None;
+        }
+        let new = Arc::new(ModelGate::default());
+        models.insert(model.into(), new.clone());
+        Some(new)
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Stated values that cannot be true, since the process started.
+    pub(crate) fn ignored(&self) -> u64 {
+        self.ignored.load(Ordering::Relaxed)
+    }
+
+    /// The gates of all models about which the provider has stated something, by name.
+    pub(crate) fn view(&self) -> Vec<ModelView> {
+        let models: Vec<(Box<str>, Arc<ModelGate>)> = {
+            let models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+            models.iter().map(|(name, gate)| (name.clone(), gate.clone())).collect()
+        };
+        let now = self.now();
+        let view = |(model, of_model): (Box<str>, Arc<ModelGate>)| {
+            let gate = of_model.lock();
+            ModelView {
+                model: model.into(),
+                kinds: gate.view(now),
+                closed_ms: gate.closed_ms(now),
+                refusals: of_model.refusals.load(Ordering::Relaxed),
+                ignored_kinds: gate.ignored_kinds(),
+            }
+        };
+        let mut views: Vec<ModelView> = models.into_iter().map(view).collect();
+        views.retain(|view| !view.kinds.is_empty() || view.refusals > 0);
+        views.sort_by(|a, b| a.model.cmp(&b.model));
+        views
+    }
+}
+
+impl Default for ModelGate {
+    fn default() -> Self {
+        Self {
+            gate: Mutex::default(),
+            head: Semaphore::new(1),
+            waiting: AtomicUsize::new(0),
+            changed: Notify::new(),
+            refusals: AtomicU64::new(0),
+        }
+    }
+}
+
+impl ModelGate {
+    fn lock(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        // Does nothing if the answer has been applied.
+        self.gate.lock().abandoned(self.number);
+        self.gate.changed.notify_waiters();
+    }
+}
+
+/// The place of one waiting request. Dropping it leaves the line.
+struct Place<'a>(&'a ModelGate);
+
+impl<'a> Place<'a> {
+    fn take(gate: &'a ModelGate) -> Option<Self> {
+        let before = gate.waiting.fetch_add(1, Ordering::Relaxed);
+        let place = Self(gate);
+        (before < MAX_WAITING).then_some(place)
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
