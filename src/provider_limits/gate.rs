@@ -1,8 +1,8 @@
 //! The gate of one model at one upstream: it lets a request pass only if the provider has not said that it would refuse
 //! it. Pure: `now` is an argument, in milliseconds of the monotonic clock.
 //!
-//! The first requests start slowly, because nothing is known yet: one, then two, four, eight, each after the answers to
-//! those before. So the first burst does not exceed limits that its own answers state.
+//! The first requests start slowly, because nothing is known yet: one is in flight, and each answer doubles that number. So
+//! the first burst does not exceed limits that its own answers state.
 //!
 //! A refusal with a time to wait closes the gate. When the time is over, one request goes first, and the others after
 //! its answer. While the gate is open, a request needs as much as the provider has left: what it stated last, plus what

@@ -84,12 +84,14 @@ fn a_request_waits_for_what_the_provider_refills() {
 fn the_first_requests_start_slowly() {
     let mut gate = Gate::default();
     let mut now = 0;
-    for burst in [1, 2, 4] {
-        let sent: Vec<u64> = std::iter::from_fn(|| gate.pass(now, tokens(10)).ok()).take(100).collect();
-        assert_eq!(sent.len(), burst);
+    // Each answer doubles the number of requests that may be in flight.
+    let mut in_flight = Vec::new();
+    for bound in [1, 2, 4, 8] {
+        in_flight.extend(std::iter::from_fn(|| gate.pass(now, tokens(10)).ok()).take(100));
+        assert_eq!(in_flight.len(), bound);
         assert_eq!(gate.pass(now, tokens(10)), Err(Hold::SlowStart(1_000 - now)));
         now += 10;
-        gate.answered(now, sent[burst - 1], &stated(100_000, 50_000, 60_000), Verdict::Accepted);
+        gate.answered(now, in_flight.remove(0), &stated(100_000, 50_000, 60_000), Verdict::Accepted);
     }
     now = 1_000;
     assert!(
