@@ -305,7 +305,7 @@ impl Account {
 
     /// Counts a request of the subject that was denied after it had a reservation.
     pub fn count_denial(&self, subject: Subject<'_>) {
-        self.engine.count_denial(subject);
+        self.engine.with_local(|local, now| local.count_denial(now, subject));
         self.notify_store(false);
     }
 

@@ -194,6 +194,10 @@ impl ProviderLimits {
             return Some(known.clone());
         }
         if models.len() >= MAX_MODELS {
+            // Invented names get no statement of the provider.
+            models.retain(|_, known| known.lock().is_informed());
+        }
+        if models.len() >= MAX_MODELS {
             return None;
         }
         let new = Arc::new(ModelGate::default());

@@ -9,6 +9,7 @@ mod log;
 mod metrics;
 mod model_series;
 mod process;
+mod providers;
 mod refusals;
 mod rejections;
 mod series;

@@ -77,7 +77,12 @@ pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
     let render = move || {
         let current = state.current();
         let store_is_up = state.store_failure().is_none();
-        let sources = StateSources { config: &current.config, accounts: &current.accounts, store_is_up };
+        let sources = StateSources {
+            config: &current.config,
+            accounts: &current.accounts,
+            provider_limits: &current.provider_limits,
+            store_is_up,
+        };
         state.metrics.render(sources)
     };
     // On the blocking pool: with thousands of quotas it would delay the other requests of this listener.

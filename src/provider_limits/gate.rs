@@ -252,6 +252,12 @@ impl Gate {
         self.stated_number = number;
     }
 
+    /// Whether the gate knows anything about the provider, or has requests in flight.
+    pub(super) fn is_informed(&self) -> bool {
+        let has_limit = |state: &KindState| state.stated != KindStatement::default();
+        self.kinds.iter().any(has_limit) || self.closed_until.is_some() || !self.later.is_empty()
+    }
+
     /// Kinds that are ignored because answers contradict them.
     pub(super) fn ignored_kinds(&self) -> usize {
         self.kinds.iter().filter(|state| state.contradictions >= MAX_CONTRADICTIONS).count()

@@ -97,6 +97,7 @@ const RATIO_BUCKETS: &[f64] = &[0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 
 
 // In alphabetical order, as the library writes the labels of the others.
 const QUOTA: &[&str] = &["environment", "kind", "name", "per", "scope"];
+const PROVIDER: &[&str] = &["kind", "model", "upstream"];
 const ENVIRONMENT: &[&str] = &["environment"];
 const REJECTION: &[&str] = &["environment", "scope", "kind", "per", "code"];
 const EXCHANGE: &[&str] = &["environment", "model", "upstream"];
@@ -181,6 +182,26 @@ pub(super) const IN_FLIGHT: Metric =
     gauge("tollgate_in_flight", ENVIRONMENT, "Requests in flight on this node, streams included.");
 pub(super) const UPSTREAM_CONNECTIONS: Metric =
     gauge("tollgate_upstream_connections", &["upstream", "state"], "Open connections to an upstream.");
+pub(super) const PROVIDER_LIMIT: Metric = gauge(
+    "tollgate_provider_limit",
+    PROVIDER,
+    "Limit that the provider of an upstream states, in tokens or requests per period of its own.",
+);
+pub(super) const PROVIDER_REMAINING: Metric = gauge(
+    "tollgate_provider_remaining",
+    PROVIDER,
+    "What the provider of an upstream has stated to be left of its limit.",
+);
+pub(super) const PROVIDER_REFUSALS: Metric = counter(
+    "tollgate_provider_refusals_total",
+    &["upstream", "model"],
+    "Answers of an upstream with status 429, 503 or 529.",
+);
+pub(super) const PROVIDER_IGNORED: Metric = counter(
+    "tollgate_provider_ignored_values_total",
+    &["upstream"],
+    "Values in the rate limit headers of an upstream that cannot be true.",
+);
 
 pub(super) const QUOTA_LIMIT: Metric =
     gauge("tollgate_quota_limit", QUOTA, "Limit of a quota, in tokens or requests per period.");
@@ -332,6 +353,10 @@ pub(super) const ALL: &[Metric] = &[
     QUEUE_LENGTH,
     IN_FLIGHT,
     UPSTREAM_CONNECTIONS,
+    PROVIDER_LIMIT,
+    PROVIDER_REMAINING,
+    PROVIDER_REFUSALS,
+    PROVIDER_IGNORED,
     QUOTA_LIMIT,
     QUOTA_BURST,
     QUOTA_LEVEL,

@@ -6,11 +6,13 @@ use super::catalogue::{
     REDIS_LOSSES, REDIS_UP, STORE_UP, UPSTREAM_CONNECTIONS,
 };
 use super::exposition::{Family, labels, seconds};
+use super::providers;
 use super::series::CallerLabels;
 use super::summaries::Summaries;
 use crate::clock::Timestamp;
 use crate::config::Config;
 use crate::ledger::{Account, OverrideOrigin, RedisStatus, Snapshot};
+use crate::provider_limits::ProviderLimits;
 use crate::quota::{Quota, QuotaLevel, Scope};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,6 +24,8 @@ pub(crate) struct StateSources<'s> {
     pub(crate) config: &'s Config,
     /// The account of each environment, in the order of the config.
     pub(crate) accounts: &'s [Arc<Account>],
+    /// What the provider of each upstream states, in the order of the config.
+    pub(crate) provider_limits: &'s [Arc<ProviderLimits>],
     /// Whether the store can be written.
     pub(crate) store_is_up: bool,
 }
@@ -49,6 +53,7 @@ pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &S
         families.process.push(one(&REDIS_UP, "", u64::from(is_up)));
     }
     families.append_to(text);
+    providers::append(text, sources);
 }
 
 fn one(metric: &'static super::catalogue::Metric, labels: &str, value: u64) -> Family {

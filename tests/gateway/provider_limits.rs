@@ -219,6 +219,15 @@ async fn stated_limits_are_shown_and_lies_are_counted() {
         (&tokens["kind"], &tokens["limit"], &tokens["remaining"]),
         (&"total_tokens".into(), &30_000.into(), &29_000.into())
     );
+    let metrics = gateway.admin_get("/metrics").await;
+    for line in [
+        r#"tollgate_provider_limit{kind="total_tokens",model="gpt-4o",upstream="backend"} 30000"#,
+        r#"tollgate_provider_remaining{kind="total_tokens",model="gpt-4o",upstream="backend"} 29000"#,
+        r#"tollgate_provider_refusals_total{upstream="backend",model="gpt-4o"} 0"#,
+        r#"tollgate_provider_ignored_values_total{upstream="backend"} 40"#,
+    ] {
+        assert!(metrics.text().lines().any(|found| found == line), "{line}\n{}", metrics.text());
+    }
     // Without a key of the upstream's own, the limits are those of each caller's key.
     let settings = "provider_limits: follow";
     let environment = "  staging: { upstream: backend, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
