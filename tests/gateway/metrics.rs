@@ -78,7 +78,7 @@ const BATCH: &str = "authorization: Bearer key-of-batch-1234567890\r\n";
 async fn gateway_with(upstream: &Upstream, telemetry: &str) -> Gateway {
     let text = format!(
         "server: {{ listen: '127.0.0.1:0', drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\ntelemetry: {telemetry}\n\
-         upstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\nenvironments:\n  production:\n    upstream: backend\n    \
+         upstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\nenvironments:\n  production:\n    upstream: backend\n    reserve: {{ completion: max_tokens }}\n    \
          models: ['gpt-4o', 'team-*']\n    \
          quotas: {{ total_tokens: {{ limit: 100k, per: day }}, requests: {{ limit: 600, per: minute, burst: 700 }} }}\n    \
          model_quotas: {{ 'team-*': {{ requests: {{ limit: 50, per: hour }} }} }}\n    \
@@ -88,6 +88,17 @@ async fn gateway_with(upstream: &Upstream, telemetry: &str) -> Gateway {
         upstream.address
     );
     Gateway::from_config(&text).await
+}
+
+/// Sends a change to the admin API.
+async fn change(gateway: &Gateway, method: &str, target: &str, body: &str) {
+    let mut caller = Caller::connect(gateway.admin).await;
+    let (host, length) = (gateway.admin, body.len());
+    let head =
+        format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
+    caller.send(head.as_bytes()).await;
+    let reply = caller.reply().await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
 }
 
 async fn send(gateway: &Gateway, path: &str, key: &str, body: &str) -> Reply {
@@ -247,9 +258,7 @@ async fn an_override_is_active_until_it_is_deleted() {
     for (method, path, body) in
         [("PUT", quota, r#"{"limit": 500}"#), ("PATCH", "/api/environments/open", r#"{"enforce": false}"#)]
     {
-        let mut caller = Caller::connect(gateway.admin).await;
-        caller.request(method, path, "content-type: application/json\r\n", body.as_bytes()).await;
-        assert_eq!(caller.reply().await.status, 200);
+        change(&gateway, method, path, body).await;
     }
     let samples = scrape(&gateway).await;
     let of_batch = [("scope", "caller"), ("name", "batch"), ("kind", "total_tokens"), ("per", "hour")];
@@ -260,9 +269,7 @@ async fn an_override_is_active_until_it_is_deleted() {
         assert!(since > Some(1.7e9), "{labels:?}");
     }
     assert_eq!(samples.sum("tollgate_quota_limit", &of_batch), Some(500.0));
-    let mut caller = Caller::connect(gateway.admin).await;
-    caller.request("DELETE", quota, "", b"").await;
-    assert_eq!(caller.reply().await.status, 200);
+    change(&gateway, "DELETE", quota, "").await;
     let samples = scrape(&gateway).await;
     assert_eq!(samples.sum("tollgate_override_active", &of_batch), None);
     assert_eq!(samples.sum("tollgate_quota_limit", &of_batch), Some(90.0));
