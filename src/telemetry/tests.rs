@@ -55,8 +55,10 @@ fn every_metric_that_a_document_the_dashboard_or_a_rule_names_exists() {
     );
     for file in files {
         let text = read(&file);
-        let unknown: Vec<&str> =
-            names(&text).into_iter().filter(|name| !known.contains(name) && !other.contains(name)).collect();
+        // The version in the name of a package.
+        let is_version = |name: &str| name.starts_with("tollgate_0");
+        let is_unknown = |name: &&str| !known.contains(name) && !other.contains(name) && !is_version(name);
+        let unknown: Vec<&str> = names(&text).into_iter().filter(is_unknown).collect();
         assert!(unknown.is_empty(), "{file} names metrics that do not exist: {unknown:?}");
     }
 }
