@@ -1,9 +1,11 @@
 //! `tollgate health`: asks a running gateway whether it is ready, for containers without a HTTP client.
 
+mod tls;
+
 use super::{load_or_explain, output};
 use crate::clock::Stopwatch;
 use anyhow::{Context as _, bail};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,6 +15,8 @@ use std::time::Duration;
 const ADDRESS_VARIABLE: &str = "TOLLGATE__ADMIN__LISTEN";
 /// How long the gateway may take to answer.
 const MAX_TIME: Duration = Duration::from_secs(3);
+/// How long it may take for each piece of its answer.
+const MAX_READ_TIME: Duration = Duration::from_secs(2);
 /// Maximum bytes of the answer.
 const MAX_BYTES: usize = 64 * 1024;
 const MAX_HEADERS: usize = 32;
@@ -60,27 +64,47 @@ fn reachable(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// The status and the body of an answer.
+/// The status and the body of an answer. The listener may have TLS (`admin.tls`), which shows in its first bytes.
 fn get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
     let began = Stopwatch::start();
-    let mut stream = TcpStream::connect_timeout(&address, MAX_TIME)?;
-    stream.set_write_timeout(Some(MAX_TIME))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
+    let connect = || -> anyhow::Result<TcpStream> {
+        let stream = TcpStream::connect_timeout(&address, MAX_TIME)?;
+        stream.set_read_timeout(Some(MAX_READ_TIME))?;
+        stream.set_write_timeout(Some(MAX_READ_TIME))?;
+        Ok(stream)
+    };
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    match exchange(connect()?, &request, &began) {
+        Ok(answer) if answer.starts_with(b"HTTP/") => parse(&answer),
+        // A listener with TLS answers a plain request with an alert, or closes the connection.
+        _ => parse(&exchange(tls::connect(address, connect()?)?, &request, &began)?),
+    }
+}
+
+/// Sends the request and returns the bytes of the answer.
+fn exchange(mut stream: impl Read + Write, request: &str, began: &Stopwatch) -> anyhow::Result<Vec<u8>> {
+    stream.write_all(request.as_bytes())?;
     let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
     loop {
-        let left = MAX_TIME.saturating_sub(began.elapsed());
-        if left.is_zero() || answer.len() > MAX_BYTES {
+        if began.elapsed() > MAX_TIME || answer.len() > MAX_BYTES {
             bail!("the answer is too slow or too long");
         }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut buffer)? {
-            0 => break,
-            length => answer.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(answer),
+            Ok(length) => answer.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+            // A connection that is closed without TLS's own end.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof && !answer.is_empty() => {
+                return Ok(answer);
+            }
+            Err(error) => return Err(error.into()),
         }
     }
+}
+
+fn parse(answer: &[u8]) -> anyhow::Result<(u16, String)> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Response::new(&mut headers);
-    let body = match head.parse(&answer)? {
+    let body = match head.parse(answer)? {
         httparse::Status::Complete(length) => answer.get(length..).unwrap_or_default(),
         httparse::Status::Partial => bail!("the answer is incomplete"),
     };

@@ -176,3 +176,26 @@ fn health_follows_the_state_of_the_gateway() {
     }
     assert_eq!(health(&["--live"], &variable).status.code(), Some(0));
 }
+
+#[test]
+fn health_uses_tls_if_the_admin_listener_does() {
+    let place = Place::new(1, "drain_timeout: 7s", SETTINGS.0, SETTINGS.1);
+    let certified = rcgen::generate_simple_self_signed(vec!["gateway.test".to_owned()]).unwrap();
+    place.write("cert.pem", &certified.cert.pem());
+    place.write("key.pem", &certified.signing_key.serialize_pem());
+    let file = |name: &str| place.folder.path().join(name).display().to_string();
+    let plain = format!("127.0.0.1:{}' }}", place.admin);
+    let with_tls = format!(
+        "127.0.0.1:{}', tls: {{ cert: '{}', key: '{}' }} }}",
+        place.admin,
+        file("cert.pem"),
+        file("key.pem")
+    );
+    let config = std::fs::read_to_string(file("t.yaml")).unwrap();
+    assert!(config.contains(&plain), "{config}");
+    place.write("t.yaml", &config.replace(&plain, &with_tls));
+    let _process = place.start();
+    let ready = health(&["--config", &file("t.yaml")], &[]);
+    let output = (ready.status.code(), String::from_utf8_lossy(&ready.stdout).into_owned());
+    assert_eq!(output, (Some(0), "ready\n".to_owned()), "{}", String::from_utf8_lossy(&ready.stderr));
+}
