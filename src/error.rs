@@ -410,16 +410,7 @@ pub(crate) fn push_go_duration(text: &mut String, ms: u64) {
 /// Appends a number in decimal, without the standard library's formatter: each answer has a dozen numbers in its
 /// headers.
 pub(crate) fn push_number(text: &mut String, number: u64) {
-    const MAX_DIGITS: usize = 20;
-    let (mut digits, mut first, mut rest) = ([0u8; MAX_DIGITS], MAX_DIGITS, number);
-    for (at, digit) in digits.iter_mut().enumerate().rev() {
-        *digit = b'0' + (rest % 10).to_le_bytes()[0];
-        (first, rest) = (at, rest / 10);
-        if rest == 0 {
-            break;
-        }
-    }
-    text.push_str(std::str::from_utf8(&digits[first..]).unwrap_or_default());
+    text.push_str(itoa::Buffer::new().format(number));
 }
 
 #[cfg(test)]

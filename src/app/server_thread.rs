@@ -7,9 +7,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 /// Size of each runtime's blocking pool, which counts large prompts and resolves host names.
 const MAX_BLOCKING_THREADS: usize = 8;
+/// The longest time without a timer of an event loop. Shorter than the timeouts that a request sets.
+const TICK: Duration = Duration::from_secs(2);
 /// How long a thread waits for tasks of its blocking pool when it ends.
 const MAX_BLOCKING_WAIT: Duration = Duration::from_secs(5);
 
@@ -61,7 +64,16 @@ impl ServerThread {
 }
 
 pub(super) fn single_thread_runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).build()
+    let runtime =
+        Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).build()?;
+    // If a request sets a timer that is earlier than all others, tokio wakes its own event loop by a system call. With
+    // few connections that happened after every answer. This timer is always earlier.
+    runtime.spawn(async {
+        loop {
+            sleep(TICK).await;
+        }
+    });
+    Ok(runtime)
 }
 
 pub(super) fn multi_thread_runtime(cores: usize) -> io::Result<Runtime> {
