@@ -443,8 +443,10 @@ impl Local {
         if spent.completion > grant.reserved.completion && self.is_reserving() {
             self.learn_partial(model, grant, spent.completion);
             outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
-            // Debt grows in steps too. Otherwise every event of a stream would call this function.
-            let step = if outcome == Progress::Overrun { MIN_EXTENSION } else { 0 };
+            // Debt grows in steps too, and so does an answer that is longer than its request allows. Otherwise every event
+            // of a stream would call this function.
+            let is_beyond_cap = grant.reserved.completion > grant.cap;
+            let step = if outcome == Progress::Overrun || is_beyond_cap { MIN_EXTENSION } else { 0 };
             grant.progress_threshold = grant.reserved.completion.saturating_add(step);
         }
         let mut left = spent;

@@ -174,6 +174,7 @@ fn a_stream_within_its_own_limit_is_not_an_overrun_and_is_not_extended_beyond_it
     assert_eq!(bounded.grant.reserved().completion, 20, "a full extension would be 64");
     assert_eq!(c.progress(NOW, "m", &mut bounded.grant, Amounts::of_request(8, 23)), Progress::Within);
     assert_eq!(bounded.grant.reserved().completion, 23, "the upstream has exceeded the request's limit");
+    assert_eq!(bounded.grant.progress_threshold(), 23 + 64, "not every further event is worth a call");
     settle(&mut c, bounded, 8, 23);
     assert_eq!(level(&mut c), (1_000 - 31, 0));
 }
