@@ -9,6 +9,7 @@ mod events;
 mod explain;
 mod guesses;
 mod health;
+mod log_level;
 mod openapi;
 mod origins;
 mod overrides;
@@ -123,6 +124,7 @@ impl Routes {
 fn routes() -> Routes {
     const ENVIRONMENT: &str = "/api/environments/{environment}";
     const QUOTA: &str = "/api/environments/{environment}/quotas/{kind}/{per}";
+    const LOG_LEVEL: &str = "/api/log-level";
     let empty = Routes {
         router: Router::new(),
         #[cfg(test)]
@@ -146,6 +148,8 @@ fn routes() -> Routes {
         .add(Method::GET, "/api/config", config::config)
         .add(Method::POST, "/api/config/reload", reload::reload)
         .add(Method::GET, "/api/events", events::events)
+        .add(Method::GET, LOG_LEVEL, log_level::level)
+        .add(Method::PUT, LOG_LEVEL, log_level::set_level)
         .add(Method::GET, "/api/openapi.json", openapi::description)
         .add(Method::GET, "/api/rejections", rejections::rejections)
         .add(Method::POST, "/api/session", access::sign_in)

@@ -1,5 +1,6 @@
 //! The composition root: builds all parts from a config, starts them, and stops them in order.
 
+mod banner;
 mod file_watch;
 mod listeners;
 mod reloader;
@@ -337,6 +338,9 @@ impl App {
 
     /// Ends the threads that carry the last settlements, and the store.
     fn stop_last_threads(&mut self) {
+        if let Some(tracing) = &self.state.current().tracing {
+            tracing.shut_down();
+        }
         self.stop_redis_thread();
         if let Some(thread) = &mut self.predecessor {
             thread.set(RunState::Stopped);

@@ -34,6 +34,12 @@ pub fn now() -> Timestamp {
     Timestamp(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
+/// Reads the wall clock, for traces.
+#[allow(clippy::disallowed_methods)]
+pub(crate) fn system_time() -> SystemTime {
+    SystemTime::now()
+}
+
 /// Reads the monotonic clock in microseconds, as a service manager expects it.
 #[cfg(unix)]
 pub(crate) fn monotonic_us() -> u64 {

@@ -238,6 +238,7 @@ impl Proxy {
             }
         };
         if let Some(reservation) = &reservation {
+            record.reserved_tokens = Some(reservation.reserved().total);
             headers.quotas = *reservation.standing();
             headers.clamped_to = reservation.clamped_to();
             record.clamped_to = headers.clamped_to;
@@ -280,6 +281,7 @@ impl Proxy {
         if self.state.is_draining() {
             return Err(ProxyError::ShuttingDown);
         }
+        record.begin_trace(self.snapshot.tracing.as_ref(), head);
         call::check_head(&head.headers, &head.uri, head.version)?;
         let route = route::find(&self.snapshot.config, &head.method, head.uri.path())?;
         record.api = route.endpoint.as_str();
@@ -340,7 +342,9 @@ impl Proxy {
         let environment = &self.snapshot.config.environments[caller.environment];
         let account = &self.snapshot.accounts[caller.environment];
         let (max_wait, waited) = (environment.reserve.max_wait, &mut record.queue_wait);
-        let mut reservation = account.reserve_timed(&demand, max_wait, waited).await?;
+        let reservation = account.reserve_timed(&demand, max_wait, waited).await;
+        record.end_wait();
+        let mut reservation = reservation?;
         if let Some(no_room) = reservation.would_deny() {
             refusal::record_shadow_denial(no_room, environment, record);
         }
@@ -483,6 +487,10 @@ impl Proxy {
         started: Stopwatch,
         charge: &mut Charge,
     ) -> Result<(response::Parts, upstream::Incoming), ProxyError> {
+        charge.record.upstream = Some(outgoing.environment.upstream.clone());
+        if let Some(parent) = charge.record.call_upstream() {
+            headers::replace_trace_parent(&mut outgoing.request.headers, &parent);
+        }
         let prompt = Amounts::of_request(outgoing.call.prompt_tokens, 0);
         // Once the upstream may have read the request, the prompt is charged, even if the caller disconnects.
         let mut reached = |is_reached| charge.observe(if is_reached { prompt } else { Amounts::default() });

@@ -34,8 +34,14 @@ impl ReloadOutcome {
     }
 }
 
-/// A request to reload the config. The outcome goes to the sender.
-pub(crate) type ReloadRequest = oneshot::Sender<ReloadOutcome>;
+/// A request to reload the config.
+#[derive(Debug)]
+pub(crate) struct ReloadRequest {
+    /// Takes the outcome.
+    pub(crate) outcome: oneshot::Sender<ReloadOutcome>,
+    /// Who requests it, for the audit log. `None`: the requester records it.
+    pub(crate) by: Option<&'static str>,
+}
 
 /// Requests reloads of the config.
 #[derive(Clone, Debug)]
@@ -51,10 +57,19 @@ impl ReloadHandle {
         (Self { requests, faults: Arc::default() }, receiver)
     }
 
-    /// Reloads the config. `None`: the gateway is shutting down.
+    /// Reloads the config. The caller records it in the audit log. `None`: the gateway is shutting down.
     pub(crate) async fn reload(&self) -> Option<ReloadOutcome> {
-        let (sender, receiver) = oneshot::channel();
-        self.requests.send(sender).await.ok()?;
+        self.request(None).await
+    }
+
+    /// Reloads the config on a signal, and records it in the audit log. `None`: the gateway is shutting down.
+    pub(crate) async fn reload_on_signal(&self) -> Option<ReloadOutcome> {
+        self.request(Some("signal")).await
+    }
+
+    async fn request(&self, by: Option<&'static str>) -> Option<ReloadOutcome> {
+        let (outcome, receiver) = oneshot::channel();
+        self.requests.send(ReloadRequest { outcome, by }).await.ok()?;
         receiver.await.ok()
     }
 

@@ -15,22 +15,28 @@ mod rejections;
 mod series;
 mod state;
 mod summaries;
+mod traces;
 
 use crate::clock::Stopwatch;
+use crate::config::UpstreamSettings;
 use crate::estimate::EstimateSource;
 use crate::quota::{Amounts, Shortfall};
+use http::request::Parts;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use causes::LastDay;
-pub(crate) use log::{LogOutput, init_logging, init_logging_with};
+pub(crate) use log::{
+    LevelView, Line, LogOutput, configure_logging, init_logging, log_level, set_log_level, write_event,
+};
 pub(crate) use metrics::Metrics;
 pub(crate) use refusals::RefusalCounts;
 pub(crate) use rejections::{Rejection, RejectionView, Rejections};
 pub(crate) use series::{CallerLabel, CallerLabels, ModelLabel, Series};
 pub(crate) use state::StateSources;
 pub(crate) use summaries::{EstimateFigures, UpstreamFigures};
+pub(crate) use traces::{RequestTrace, Tracing};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +113,16 @@ pub(crate) struct Record {
     pub(crate) model_label: Option<ModelLabel>,
     /// The label of `caller` in metrics.
     pub(crate) caller_label: CallerLabel,
+    /// The upstream, once the request is sent to it.
+    pub(crate) upstream: Option<Arc<UpstreamSettings>>,
+    /// The id of the trace that the request belongs to.
+    pub(crate) trace_id: Option<Box<str>>,
+    /// The spans of the request. `None`: the gateway sends no traces.
+    pub(crate) trace: Option<Box<RequestTrace>>,
+    /// Whether the body was parsed, so that the model and the estimate are known.
+    pub(crate) is_parsed: bool,
+    /// The tokens reserved when the request was admitted. `None`: nothing was reserved.
+    pub(crate) reserved_tokens: Option<u64>,
     /// The metric series of the environment, once it is identified.
     pub(crate) series: Option<Arc<Series>>,
     /// How the request ended. `CallerGone` until another outcome is recorded.
@@ -160,6 +176,11 @@ impl Record {
             model: String::new(),
             model_label: None,
             caller_label: CallerLabel::default(),
+            upstream: None,
+            trace_id: None,
+            trace: None,
+            is_parsed: false,
+            reserved_tokens: None,
             series: None,
             outcome: RequestOutcome::CallerGone,
             status: 0,
@@ -198,6 +219,32 @@ impl Record {
         (prompt > 0 || completion > 0).then_some([prompt, completion])
     }
 
+    /// Begins the trace of the request, or its part of the caller's trace. Without `tracing` only the id is recorded.
+    pub(crate) fn begin_trace(&mut self, tracing: Option<&Arc<Tracing>>, head: &Parts) {
+        let parent = traces::parent_of(&head.headers);
+        self.trace_id = parent.as_ref().map(|parent| parent.trace_id().to_string().into());
+        let Some(tracing) = tracing else { return };
+        let trace = RequestTrace::begin(tracing, parent, &head.method, self.started.elapsed());
+        if let Some(trace) = trace {
+            self.trace_id = Some(trace.id().into());
+            self.trace = Some(Box::new(trace));
+        }
+    }
+
+    /// Begins the call of the upstream. Returns the `traceparent` that the upstream gets instead of the caller's. `None`: the
+    /// gateway sends no traces, and the caller's header is passed on.
+    pub(crate) fn call_upstream(&mut self) -> Option<String> {
+        let age = self.started.elapsed();
+        self.trace.as_mut().map(|trace| trace.call_upstream(age))
+    }
+
+    /// Records that the request does not wait for room any more.
+    pub(crate) fn end_wait(&self) {
+        if let (Some(trace), Some(wait)) = (&self.trace, self.queue_wait) {
+            trace.waited(wait, self.started.elapsed());
+        }
+    }
+
     /// Whether the answer is complete, and shows how far the estimate was off.
     fn has_reported_prompt(&self) -> bool {
         self.is_answered() && self.reported_prompt > 0 && self.raw_estimate > 0
@@ -214,6 +261,9 @@ impl Drop for Record {
         let elapsed = self.started.elapsed();
         self.metrics.request(self, elapsed);
         log::request(self, elapsed);
+        if let Some(trace) = self.trace.take() {
+            trace.end(self, elapsed);
+        }
     }
 }
 

@@ -177,7 +177,7 @@ pub(super) struct AuditView {
 pub(super) struct AuditEntryView {
     /// RFC 3339.
     at: String,
-    /// `token`, `session`, `local` (there is no token), `anonymous` (a wrong token), `file` (the config file changed), or
+    /// `token`, `session`, `local` (there is no token), `anonymous` (a wrong token), `file` (the config file changed), `signal` (SIGHUP), or
     /// `unknown` (recorded by an earlier version).
     by: String,
     /// The address that the request came from.

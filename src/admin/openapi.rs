@@ -3,8 +3,8 @@
 use super::answers::AccessErrors;
 use super::events::{SnapshotEvent, UpdateEvent};
 use super::{
-    access, audit, config, environments, events, explain, health, overrides, page, rejections, reload,
-    system, usage,
+    access, audit, config, environments, events, explain, health, log_level, overrides, page, rejections,
+    reload, system, usage,
 };
 use axum::response::{IntoResponse as _, Response};
 use http::header;
@@ -22,7 +22,7 @@ use utoipa::{Modify, OpenApi};
         page::index, page::file, health::livez, health::readyz, health::metrics,
         environments::environments, environments::environment,
         overrides::set_limit, overrides::unset_limit, overrides::reset, overrides::reset_one, overrides::patch, overrides::report::list,
-        audit::audit, config::config, reload::reload, events::events, description,
+        audit::audit, config::config, log_level::level, log_level::set_level, reload::reload, events::events, description,
         rejections::rejections, access::sign_in, access::sign_out, system::system, usage::report, explain::explain,
     ),
     components(schemas(SnapshotEvent, UpdateEvent)),

@@ -12,6 +12,7 @@ use crate::ledger::{Account, AuditEntry};
 use crate::proxy::{PreparedConfig, State, WorkerProxy};
 use crate::reload::{ReloadHandle, ReloadOutcome, ReloadRequest};
 use crate::server::RunState;
+use crate::telemetry::configure_logging;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,12 +63,11 @@ impl Reloader {
             // A change from now on is noticed after this reload.
             files.mark();
             let outcome = self.reload().await;
-            if request.is_none() {
-                self.record(&outcome);
-            }
+            let by = request.as_ref().map_or(Some("file"), |request| request.by);
+            by.into_iter().for_each(|by| self.record(by, &outcome));
             files.follow(&self.files());
             // An error means that the caller does not wait any longer.
-            request.into_iter().for_each(|request| drop(request.send(outcome.clone())));
+            request.into_iter().for_each(|request| drop(request.outcome.send(outcome.clone())));
         }
     }
 
@@ -110,11 +110,11 @@ impl Reloader {
         outcome
     }
 
-    /// Records a reload that a changed file has caused in the audit log. The admin API records the others.
-    fn record(&self, outcome: &ReloadOutcome) {
+    /// Records a reload by a changed file or a signal in the audit log. The admin API records its own.
+    fn record(&self, by: &str, outcome: &ReloadOutcome) {
         self.state.record_action_lazily(AuditEntry {
             at: clock::now(),
-            by: "file".to_owned(),
+            by: by.to_owned(),
             action: "config_reload".to_owned(),
             target: "config".to_owned(),
             after: Some(outcome.audited().to_string()),
@@ -154,6 +154,7 @@ impl Reloader {
         let warnings: Vec<String> =
             warnings.iter().map(ToString::to_string).chain(listeners.warnings.iter().cloned()).collect();
         self.listeners.put_in_force(listeners, &self.state.metrics);
+        configure_logging(&self.state.current().config.telemetry);
         self.workers.iter().zip(proxies).for_each(|(worker, proxy)| worker.replace(proxy));
         Ok((changes, warnings))
     }

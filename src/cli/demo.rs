@@ -6,7 +6,7 @@ use crate::app::App;
 use crate::config::parse;
 use crate::demo::Backend;
 use crate::random;
-use crate::telemetry::init_logging_with;
+use crate::telemetry::init_logging;
 use anyhow::{Context as _, anyhow};
 use std::fs;
 use std::net::SocketAddr;
@@ -22,10 +22,10 @@ pub(super) fn run() -> anyhow::Result<ExitCode> {
         .replace("BACKEND", &backend.address().to_string())
         .replace("STORE", &store.0.join("tollgate.db").to_string_lossy());
     let loaded = parse(&text, "demo.yaml", &|_| None, &[]).map_err(|faults| anyhow!("{faults}"))?;
+    let settings = loaded.config.telemetry.clone();
     let app = App::start(loaded.config)?;
     output::print(&introduction(app.address(), app.admin_address()))?;
-    // The callers of the demo send several requests a second: their log lines would scroll the commands away.
-    let log = init_logging_with("info,tollgate::request=off");
+    let log = init_logging(&settings);
     backend.start_callers(app.address());
     run_until_signal(app, signals, &log, None)
 }
@@ -87,6 +87,8 @@ environments:
       total_tokens: { limit: 40k, per: day, timezone: America/New_York }
 default_environment: production
 store: { path: "STORE" }
+# The callers of the demo send several requests a second: their lines would scroll the commands away.
+telemetry: { requests: none }
 "#;
 
 fn introduction(address: SocketAddr, admin: SocketAddr) -> String {

@@ -35,13 +35,13 @@ pub(super) fn run(config: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     }
     raise_descriptor_limit();
     let signals = StopSignals::listen()?;
-    let log = init_logging();
+    let log = init_logging(&loaded.config.telemetry);
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
     let mut app = App::start_or_take_over(loaded.config, passed, workers(), CallerTimeouts::default())?;
     app.start_watchdog()?;
-    tracing::info!(address = %app.address(), admin = %app.admin_address(), "serving");
+    app.announce();
     notify(&Notification::Ready { status: &serving(&app) });
     run_until_signal(app, signals, &log, program.as_ref())
 }
@@ -117,8 +117,7 @@ pub(super) fn run_until_signal(
                 pid = &mut replaced => break Some(pid),
                 Some(()) = hangup.recv() => {
                     notify(&Notification::Reloading);
-                    // The outcome is logged.
-                    let status = reloaded(&status, reload.reload().await);
+                    let status = reloaded(&status, reload.reload_on_signal().await);
                     notify(&Notification::Ready { status: &status });
                 }
                 Some(()) = replace.recv() => match program {

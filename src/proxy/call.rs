@@ -143,6 +143,7 @@ impl Call {
     pub(super) fn describe(&self, record: &mut Record) {
         record.model_label = record.series.as_ref().map(|series| series.label(&self.model));
         logged_name(&self.model).clone_into(&mut record.model);
+        record.is_parsed = true;
         record.is_stream = self.streams;
         record.estimated_prompt = self.prompt_tokens;
         record.raw_estimate = self.estimate.tokens();

@@ -13,6 +13,8 @@ use http::header::{self, HeaderName, HeaderValue};
 use smallvec::SmallVec;
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACE_STATE: HeaderName = HeaderName::from_static("tracestate");
 const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
 const CLAMPED: HeaderName = HeaderName::from_static("x-tollgate-clamped-max-tokens");
 const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
@@ -50,6 +52,18 @@ pub(super) fn for_upstream(
     passed.extend(credential.cloned());
     passed.extend(upstream.headers.iter().map(|(name, value)| (name.clone(), value.clone())));
     passed
+}
+
+/// Makes a span of the gateway the parent of what the upstream does. A `tracestate` belongs to its `traceparent`: without a
+/// valid one it is not passed on.
+pub(super) fn replace_trace_parent(headers: &mut Vec<(HeaderName, HeaderValue)>, parent: &str) {
+    let trace_id = parent.split('-').nth(1).unwrap_or_default();
+    let continues = |value: &HeaderValue| value.to_str().is_ok_and(|value| value.contains(trace_id));
+    let is_continued = headers.iter().any(|(name, value)| *name == TRACE_PARENT && continues(value));
+    headers.retain(|(name, _)| *name != TRACE_PARENT && (is_continued || *name != TRACE_STATE));
+    if let Ok(value) = HeaderValue::from_str(parent) {
+        headers.push((TRACE_PARENT, value));
+    }
 }
 
 /// The header that carries an upstream's configured key.

@@ -25,6 +25,8 @@ pub struct Snapshot {
     pub(super) models: Models,
     pub(super) keys: KeyTable,
     pub(super) flood: Option<Arc<FloodLimiter>>,
+    /// Sends traces. `None`: the gateway sends none.
+    pub(crate) tracing: Option<Arc<crate::telemetry::Tracing>>,
     /// Whether each upstream has refused `stream_options`, in the order of the config.
     refuses_stream_options: Vec<Arc<AtomicBool>>,
     /// The limits of each upstream's provider, in the order of the config.
@@ -98,8 +100,14 @@ impl Snapshot {
             models,
             keys: KeyTable::new(&config),
             flood,
+            tracing: None,
             config,
         })
+    }
+
+    /// The same snapshot, whose requests have traces.
+    pub(super) fn with_tracing(self, tracing: Option<Arc<crate::telemetry::Tracing>>) -> Self {
+        Self { tracing, ..self }
     }
 
     /// Every environment and its account.

@@ -10,7 +10,7 @@ use crate::learned::Learned;
 use crate::ledger::{Account, Accounts, AuditEntry, MAX_STORE_WAIT, Persistence, RestoredState};
 use crate::random;
 use crate::store::{self, Store, WriterControl};
-use crate::telemetry::{Metrics, Rejections, RequestIds};
+use crate::telemetry::{Metrics, Rejections, RequestIds, Tracing};
 use futures_util::future::join_all;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -104,7 +104,9 @@ impl State {
         }
         let bodies = Arc::new(BodyBudget::default());
         bodies.set_max(config.server.buffered_bodies);
+        let tracing = Tracing::start(&config, &metrics)?;
         let current = Snapshot::new(config, opened, models, (&metrics, &calibrations), None)?;
+        let current = current.with_tracing(tracing);
         Ok(Self {
             learned: Arc::new(Learned::new(calibrations)),
             metrics,
@@ -155,7 +157,13 @@ impl State {
             accounts.push(account);
         }
         let parts = (&*self.metrics, &**self.calibrations());
-        let snapshot = Arc::new(Snapshot::new(config, accounts, models, parts, Some(&current))?);
+        let tracing = if config.telemetry.otlp == current.config.telemetry.otlp {
+            current.tracing.clone()
+        } else {
+            Tracing::start(&config, &self.metrics)?
+        };
+        let snapshot = Snapshot::new(config, accounts, models, parts, Some(&current))?;
+        let snapshot = Arc::new(snapshot.with_tracing(tracing));
         Ok(PreparedConfig { snapshot, known, added })
     }
 

@@ -1,10 +1,13 @@
-//! Reads the gateway's own request log as a trace.
+//! Reads the gateway's own request log as a trace, in either form.
+
+mod human;
 
 use super::{Pace, TraceCall, TraceFault};
 use crate::clock::Timestamp;
 use crate::quota::MAX_AMOUNT;
 use memchr::memchr;
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::{BufRead, Read as _};
 use std::sync::Arc;
@@ -30,26 +33,34 @@ pub struct RequestLog {
     pub denied: u64,
 }
 
-/// The fields of a request line that a replay needs.
+/// The fields of a request line that a replay needs. Fields without a value are absent.
 #[derive(Deserialize)]
 struct RequestLine<'a> {
     timestamp: &'a str,
+    #[serde(borrow, default)]
+    environment: Cow<'a, str>,
     #[serde(borrow)]
-    environment: std::borrow::Cow<'a, str>,
-    #[serde(borrow)]
-    caller: Option<std::borrow::Cow<'a, str>>,
+    caller: Option<Cow<'a, str>>,
+    #[serde(default = "no_api")]
     api: &'a str,
-    #[serde(borrow)]
-    model: std::borrow::Cow<'a, str>,
+    #[serde(borrow, default)]
+    model: Cow<'a, str>,
     outcome: &'a str,
+    #[serde(default)]
     estimated_prompt_tokens: u64,
+    #[serde(default)]
     prompt_tokens: u64,
+    #[serde(default)]
     completion_tokens: u64,
     first_byte_us: Option<u64>,
     duration_us: u64,
     /// The denying quota's kind, and what the request would have reserved in it.
     kind: Option<&'a str>,
     requested: Option<u64>,
+}
+
+fn no_api() -> &'static str {
+    "none"
 }
 
 /// A line's target. Other lines may have other fields.
@@ -122,13 +133,16 @@ fn skip_line(input: &mut impl BufRead) -> std::io::Result<()> {
 
 fn no_requests(lines: u64) -> TraceFault {
     let message = format!(
-        "none of the {lines} lines is a request that a quota decided on; the log has one JSON object a line, with \"target\":\"{REQUEST_TARGET}\" for requests, as 'tollgate serve' writes to standard error; a CSV file is read with --trace"
+        "none of the {lines} lines is a request that a quota decided on; the lines of requests have \"target\":\"{REQUEST_TARGET}\", or for people \"INFO  request\", as 'tollgate serve' writes them to standard error; a CSV file is read with --trace"
     );
     TraceFault { line: 1, message }
 }
 
 /// `None`: another line.
 fn request(line: &[u8]) -> Result<Option<RequestLine<'_>>, String> {
+    if let Some(fields) = human::fields(line) {
+        return human::request(fields).map(Some);
+    }
     let Some(json) = memchr(b'{', line).and_then(|begin| line.get(begin..)) else { return Ok(None) };
     let is_request =
         serde_json::from_slice::<LineTarget<'_>>(json).is_ok_and(|line| line.target == Some(REQUEST_TARGET));
@@ -285,6 +299,32 @@ mod tests {
         ];
         let log = read(&lines).unwrap();
         assert_eq!((log.calls.len(), log.skipped), (1, 7));
+    }
+
+    #[test]
+    fn lines_for_people_have_the_same_requests() {
+        let human = "2026-03-04T09:00:10.500Z INFO  request  outcome=answered status=200 request_id=r environment=production caller=\"w \\\"eb\" api=chat model=gpt-4o stream=true estimated_prompt_tokens=90 estimate_source=rules reserved_tokens=512 prompt_tokens=100 completion_tokens=40 charged_tokens=140 usage_reported=true overhead=90us first_byte=500.000ms duration=2.500s";
+        let json = ANSWERED.replace("\"web\"", "\"w \\\"eb\"");
+        for prefix in ["", "gateway-1  | ", "Mar 04 09:00:10 host tollgate[7]: "] {
+            let lines = [
+                format!("{prefix}{human}"),
+                json.clone(),
+                "2026-03-04T09:00:10.500Z INFO  the config was reloaded  changes=1".to_owned(),
+            ];
+            let log = read(&lines).unwrap();
+            assert_eq!((log.calls.len(), log.skipped), (2, 1));
+            assert_eq!(format!("{:?}", log.calls[0]), format!("{:?}", log.calls[1]));
+        }
+        let denied = human.replace("answered", "rejected kind=total_tokens requested=700");
+        assert_eq!(read(&[denied]).unwrap().calls[0].completion, 610);
+        for broken in [
+            human.replace("2.500s", "2.5 s"),
+            human.replace("duration=2.500s", ""),
+            human.replace("prompt_tokens=100", "prompt_tokens=1e3"),
+            human.replace("outcome=answered", "outcome=\"x"),
+        ] {
+            assert!(read(&[broken.clone()]).is_err(), "{broken}");
+        }
     }
 
     #[test]

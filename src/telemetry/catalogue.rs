@@ -272,6 +272,11 @@ pub(super) const RELOAD_FAILURES: Metric = counter(
     &[],
     "Reloads that failed because the new config was invalid.",
 );
+pub(super) const TRACE_SPANS: Metric = counter(
+    "tollgate_trace_spans_total",
+    &["outcome"],
+    "Spans of traces: sent to the collector, failed to be sent, or dropped because the queue was full.",
+);
 pub(super) const STORE_UP: Metric =
     gauge("tollgate_store_up", &[], "1 while the store can be written, so that counters are durable.");
 pub(super) const REDIS_UP: Metric = gauge(
@@ -373,6 +378,7 @@ pub(super) const ALL: &[Metric] = &[
     LAST_RELOAD,
     CERTIFICATE_EXPIRY,
     RELOAD_FAILURES,
+    TRACE_SPANS,
     STORE_UP,
     REDIS_UP,
     REDIS_LOSSES,

@@ -102,6 +102,11 @@ fn operation(api: &str) -> Option<usize> {
     })
 }
 
+/// The name of the operation of an API. `None`: the conventions have none.
+pub(super) fn operation_name(api: &str) -> Option<&'static str> {
+    operation(api).map(|operation| OPERATIONS[operation])
+}
+
 /// The name of the provider behind an upstream.
 pub(super) fn provider(api: ApiKind) -> &'static str {
     match api {

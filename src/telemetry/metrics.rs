@@ -1,6 +1,7 @@
 //! All metrics: their registration, one function for each event, and their text.
 
 use super::Record;
+use super::catalogue;
 use super::catalogue::{
     CERTIFICATE_EXPIRY, ESTIMATES, LAST_RELOAD, OVERHEAD, RAW_ESTIMATE_RATIO, REJECTIONS, RELOAD_FAILURES,
     SHADOW_REJECTIONS, UPSTREAM_KEYS_MASKED, USAGE_MISSING,
@@ -11,6 +12,7 @@ use super::process;
 use super::series::{CallerLabels, Series, SeriesMetrics, code_of};
 use super::state::{self, StateSources};
 use super::summaries::Summaries;
+use super::traces::SpanCounts;
 use crate::clock::{self, Timestamp};
 use crate::config::Environment;
 use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
@@ -18,7 +20,7 @@ use crate::quota::Shortfall;
 use prometheus::{Histogram, IntCounter, IntCounterVec, Registry, TextEncoder};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// All metrics of one gateway.
@@ -27,6 +29,7 @@ pub(crate) struct Metrics {
     registry: Registry,
     started: Timestamp,
     reload_failures: AtomicU64,
+    spans: Arc<SpanCounts>,
     /// In milliseconds since the Unix epoch.
     last_reload: AtomicI64,
     /// When the certificate of each listener expires.
@@ -55,6 +58,7 @@ impl Metrics {
         Ok(Self {
             started: clock::now(),
             reload_failures: AtomicU64::new(0),
+            spans: Arc::default(),
             last_reload: AtomicI64::new(0),
             certificates: Mutex::default(),
             series: SeriesMetrics::new(&r)?,
@@ -91,6 +95,11 @@ impl Metrics {
     /// When the config in force was loaded, to the second.
     pub(crate) fn loaded_at(&self) -> Timestamp {
         Timestamp(self.last_reload.load(Ordering::Relaxed) / 1_000 * 1_000)
+    }
+
+    /// Counts the spans of traces.
+    pub(super) fn span_counts(&self) -> &Arc<SpanCounts> {
+        &self.spans
     }
 
     /// Counts a reload that was refused.
@@ -170,6 +179,11 @@ impl Metrics {
             expiry.add(&labels(CERTIFICATE_EXPIRY.labels, &[listener]), expires.0 / 1_000);
         }
         expiry.append_to(&mut text);
+        let mut spans = Family::new(&catalogue::TRACE_SPANS);
+        for (outcome, count) in self.spans.by_outcome() {
+            spans.add(&labels(catalogue::TRACE_SPANS.labels, &[outcome]), count);
+        }
+        spans.append_to(&mut text);
         process::append(&mut text, self.started);
         state::append(&mut text, sources, self.summaries());
         Ok(text)

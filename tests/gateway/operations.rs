@@ -253,7 +253,10 @@ async fn each_request_has_one_log_line_without_key_and_body() {
     ] {
         assert_eq!(requests[0][field], value, "{field}");
     }
-    assert_eq!((requests[0]["total_tokens"].as_u64(), requests[0]["status"].as_u64()), (Some(10), Some(200)));
+    assert_eq!(
+        (requests[0]["charged_tokens"].as_u64(), requests[0]["status"].as_u64()),
+        (Some(10), Some(200))
+    );
     assert_eq!(
         (requests[1]["error"].as_str(), requests[1]["status"].as_u64()),
         (Some("invalid_api_key"), Some(401))

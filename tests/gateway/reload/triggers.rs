@@ -95,6 +95,10 @@ async fn sighup_reloads_and_the_process_lives_on() {
         "environment 'staging': total_tokens per day changed from limit 1000 (UTC) to limit 2000 (UTC)";
     soon("the change in the log", process.log_line("change", change)).await;
     assert_eq!(process.chat(&hello(r#""max_tokens":92"#)).await.status, 200);
+    let audit = process.admin_get("/api/audit").await.json();
+    let by_signal =
+        |entry: &&serde_json::Value| entry["by"] == "signal" && entry["action"] == "config_reload";
+    assert!(audit["entries"].as_array().unwrap().iter().any(|entry| by_signal(&entry)), "{audit}");
     process.write_config("nonsense");
     send_signal(&process.id(), "HUP");
     soon(

@@ -1,0 +1,219 @@
+//! The text of one line, in either form.
+
+use crate::config::LogForm;
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::time::Duration;
+use tracing::Level;
+
+/// A line under construction. As JSON it is an object; for people it is `TIME LEVEL message  key=value key=value`.
+pub(crate) struct Line<'b> {
+    buffer: &'b mut Vec<u8>,
+    form: LogForm,
+}
+
+impl<'b> Line<'b> {
+    /// Begins a line. An empty message is left out of JSON, and people read `request` instead.
+    pub(super) fn begin(
+        buffer: &'b mut Vec<u8>,
+        form: LogForm,
+        timestamp: &str,
+        level: Level,
+        target: &str,
+        message: &str,
+    ) -> Self {
+        let level = level.as_str();
+        match form {
+            LogForm::Json => {
+                // None of these needs an escape.
+                for part in
+                    ["{\"timestamp\":\"", timestamp, "\",\"level\":\"", level, "\",\"target\":\"", target]
+                {
+                    buffer.extend_from_slice(part.as_bytes());
+                }
+                buffer.push(b'"');
+                let mut line = Self { buffer, form };
+                if !message.is_empty() {
+                    line.add("message", message);
+                }
+                line
+            }
+            LogForm::Human => {
+                let message = if message.is_empty() { "request" } else { message };
+                // Writing to a vector cannot fail.
+                let _ = write!(buffer, "{timestamp} {level:<5} ");
+                let begin = buffer.len();
+                buffer.extend_from_slice(message.as_bytes());
+                escape_controls(buffer, begin);
+                buffer.push(b' ');
+                Self { buffer, form }
+            }
+        }
+    }
+
+    /// A line without its beginning.
+    pub(super) fn fields(buffer: &'b mut Vec<u8>, form: LogForm) -> Self {
+        Self { buffer, form }
+    }
+
+    /// Adds a field. The key needs no escapes.
+    // A derived `Serialize` would escape the keys again for every line, which takes a third of its instructions.
+    pub(crate) fn add(&mut self, key: &str, value: impl Serialize) {
+        self.key(key);
+        let begin = self.buffer.len();
+        // Writing these values to a vector cannot fail.
+        drop(serde_json::to_writer(&mut *self.buffer, &value));
+        if self.form == LogForm::Human {
+            for_people(self.buffer, begin);
+        }
+    }
+
+    /// Adds a word that needs no escapes.
+    pub(super) fn add_word(&mut self, key: &str, word: &'static str) {
+        self.key(key);
+        let quote = if self.form == LogForm::Json { "\"" } else { "" };
+        for part in [quote, word, quote] {
+            self.buffer.extend_from_slice(part.as_bytes());
+        }
+    }
+
+    /// Adds a field, unless there is no value.
+    pub(crate) fn add_if_any(&mut self, key: &str, value: Option<impl Serialize>) {
+        if let Some(value) = value {
+            self.add(key, value);
+        }
+    }
+
+    /// Adds a text, unless it is empty.
+    pub(super) fn add_text(&mut self, key: &str, text: &str) {
+        if !text.is_empty() {
+            self.add(key, text);
+        }
+    }
+
+    /// Adds a duration: as JSON in microseconds, with `_us` appended to the key; for people with its unit.
+    pub(super) fn add_duration(&mut self, key: [&'static str; 2], duration: Option<Duration>) {
+        let Some(duration) = duration else { return };
+        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let [for_people, with_unit] = key;
+        match self.form {
+            LogForm::Json => self.add(with_unit, us),
+            LogForm::Human => {
+                self.key(for_people);
+                let text = match us {
+                    0..1_000 => format!("{us}us"),
+                    1_000..1_000_000 => format!("{}.{:03}ms", us / 1_000, us % 1_000),
+                    _ => format!("{}.{:03}s", us / 1_000_000, us / 1_000 % 1_000),
+                };
+                self.buffer.extend_from_slice(text.as_bytes());
+            }
+        }
+    }
+
+    fn key(&mut self, key: &str) {
+        let (before, after) = if self.form == LogForm::Json { (",\"", "\":") } else { (" ", "=") };
+        for part in [before, key, after] {
+            self.buffer.extend_from_slice(part.as_bytes());
+        }
+    }
+
+    /// Adds fields that another line has written without its beginning, and ends the line.
+    pub(super) fn append(self, fields: &[u8]) {
+        self.buffer.extend_from_slice(fields);
+        self.end();
+    }
+
+    /// Ends the line.
+    pub(super) fn end(self) {
+        if self.form == LogForm::Json {
+            self.buffer.push(b'}');
+        } else if self.buffer.last() == Some(&b' ') {
+            self.buffer.pop();
+        }
+        self.buffer.push(b'\n');
+    }
+}
+
+/// Removes the quotes of a JSON string that needs none, and escapes what a terminal would obey.
+fn for_people(buffer: &mut Vec<u8>, begin: usize) {
+    let Some([b'"', text @ .., b'"']) = buffer.get(begin..) else { return };
+    let is_plain = |byte: &u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'=');
+    if !text.is_empty() && text.iter().all(is_plain) {
+        buffer.pop();
+        buffer.remove(begin);
+    } else {
+        escape_controls(buffer, begin);
+    }
+}
+
+/// Escapes the characters by which a text could move the cursor or change the order of what follows.
+fn escape_controls(buffer: &mut Vec<u8>, begin: usize) {
+    let Some(Ok(text)) = buffer.get(begin..).map(std::str::from_utf8) else { return };
+    let is_control = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
+    };
+    if !text.contains(is_control) {
+        return;
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_control(c) {
+            let _ = write!(escaped, "\\u{:04x}", u32::from(c));
+        } else {
+            escaped.push(c);
+        }
+    }
+    buffer.truncate(begin);
+    buffer.extend_from_slice(escaped.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(form: LogForm, add: impl FnOnce(&mut Line<'_>)) -> String {
+        let mut buffer = Vec::new();
+        let mut line =
+            Line::begin(&mut buffer, form, "2026-11-28T10:00:00.250Z", Level::INFO, "tollgate::x", "a b");
+        add(&mut line);
+        line.end();
+        String::from_utf8(buffer).unwrap()
+    }
+
+    #[test]
+    fn both_forms_have_the_same_fields() {
+        let add = |line: &mut Line<'_>| {
+            line.add("status", 200);
+            line.add("model", "gpt-4o");
+            line.add("name", "two words");
+            line.add_if_any("absent", None::<u64>);
+            line.add_text("empty", "");
+            line.add_duration(["took", "took_us"], Some(Duration::from_micros(2_500_400)));
+            line.add_duration(["wait", "wait_us"], Some(Duration::from_micros(1_020)));
+        };
+        let json: serde_json::Value = serde_json::from_str(&line(LogForm::Json, add)).unwrap();
+        let expected = serde_json::json!({
+            "timestamp": "2026-11-28T10:00:00.250Z", "level": "INFO", "target": "tollgate::x", "message": "a b",
+            "status": 200, "model": "gpt-4o", "name": "two words", "took_us": 2_500_400, "wait_us": 1_020,
+        });
+        assert_eq!(json, expected);
+        assert_eq!(
+            line(LogForm::Human, add),
+            "2026-11-28T10:00:00.250Z INFO  a b  status=200 model=gpt-4o name=\"two words\" took=2.500s wait=1.020ms\n"
+        );
+    }
+
+    #[test]
+    fn a_value_cannot_begin_a_line_or_control_a_terminal() {
+        for text in ["a\nb", "a\u{1b}[31mb", "a\u{9b}31mb", "a\u{202e}b", "a\u{7f}", "\"", "a=b", "\\", "ä"]
+        {
+            let written = line(LogForm::Human, |line| line.add("model", text));
+            assert_eq!(written.lines().count(), 1, "{written}");
+            assert!(!written.trim_end().contains(|c: char| c.is_control() || c == '\u{202e}'), "{written:?}");
+            let (_, value) = written.trim_end().split_once("model=").unwrap();
+            assert_eq!(serde_json::from_str::<String>(value).unwrap(), text, "{value}");
+        }
+    }
+}

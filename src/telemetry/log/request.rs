@@ -1,0 +1,97 @@
+//! The line of one request. It contains no body and no key.
+//!
+//! This module writes the line directly. Through the formatter of `tracing` the line took 10 of the 35 microseconds of CPU
+//! that the gateway used for a small request (measured).
+
+use super::Log;
+use super::line::Line;
+use crate::config::RequestLines;
+use crate::quota::{Shortfall, Wait};
+use crate::telemetry::{Record, RequestOutcome};
+use std::time::Duration;
+use tracing::Level;
+
+/// The target of these lines.
+const TARGET: &str = "tollgate::request";
+
+/// Writes the line of a request that has ended.
+pub(in crate::telemetry) fn request(record: &Record, elapsed: Duration) {
+    let Some(log) = Log::get() else { return };
+    let is_written = match log.requests() {
+        RequestLines::All => true,
+        RequestLines::Errors => record.outcome != RequestOutcome::Answered,
+        RequestLines::None => false,
+    };
+    if !is_written || !tracing::enabled!(target: "tollgate::request", Level::INFO) {
+        return;
+    }
+    let form = log.form();
+    log.output.add(|buffer, timestamp| {
+        let mut line = Line::begin(buffer, form, timestamp, Level::INFO, TARGET, "");
+        describe(&mut line, record, elapsed);
+        line.end();
+    });
+}
+
+/// Adds the fields in the order of `docs/logs.md`. A field without a value is absent.
+fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
+    line.add_word("outcome", record.outcome.as_str());
+    line.add_if_any("status", Some(record.status).filter(|status| *status > 0));
+    if !record.error.is_empty() {
+        line.add_word("error", record.error);
+    }
+    line.add_text("request_id", &record.request_id);
+    line.add_if_any("trace_id", record.trace_id.as_deref());
+    line.add_if_any("address", record.address);
+    line.add_text("environment", &record.environment);
+    line.add_if_any("caller", record.caller.as_deref());
+    line.add_if_any("upstream", record.upstream.as_ref().map(|upstream| &*upstream.name));
+    if record.api != "none" {
+        line.add_word("api", record.api);
+    }
+    line.add_text("model", &record.model);
+    if let Some(denied_by) = record.denied_by.as_deref() {
+        describe_denial(line, denied_by);
+    }
+    if record.is_parsed {
+        line.add("stream", record.is_stream);
+    }
+    if record.estimated_prompt > 0 || record.raw_estimate > 0 {
+        line.add("estimated_prompt_tokens", record.estimated_prompt);
+        line.add_word("estimate_source", record.estimate_source.as_str());
+    }
+    line.add_if_any("reserved_tokens", record.reserved_tokens);
+    line.add_if_any("clamped_to", record.clamped_to);
+    if record.reserved_tokens.is_some() {
+        line.add("prompt_tokens", record.charged.prompt);
+        line.add("completion_tokens", record.charged.completion);
+        line.add("charged_tokens", record.charged.total);
+        line.add("usage_reported", record.is_usage_reported);
+    }
+    line.add_duration(["queue_wait", "queue_wait_us"], record.queue_wait);
+    line.add_duration(["overhead", "overhead_us"], record.overhead);
+    line.add_duration(["first_byte", "first_byte_us"], record.first_byte);
+    line.add_duration(["first_token", "first_token_us"], record.first_token);
+    line.add_duration(["duration", "duration_us"], Some(elapsed));
+}
+
+/// Adds the quota that denied the request.
+fn describe_denial(line: &mut Line<'_>, denied_by: &Shortfall) {
+    let quota = &denied_by.quota;
+    line.add_word("scope", quota.scope.as_str());
+    line.add_text("name", quota.scope.name());
+    line.add_word("kind", quota.kind.as_str());
+    line.add("per", quota.per.text.as_str());
+    line.add("limit", quota.limit);
+    line.add("requested", denied_by.requested);
+    line.add("remaining", denied_by.remaining);
+    line.add_if_any("retry_after_ms", retry_after_ms(denied_by));
+}
+
+/// The wait in milliseconds. `None`: the request can never fit.
+fn retry_after_ms(denied_by: &Shortfall) -> Option<u64> {
+    match denied_by.wait {
+        Wait::Ms(ms) => Some(ms.max(1)),
+        Wait::Never => None,
+    }
+}
