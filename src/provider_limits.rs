@@ -127,7 +127,7 @@ impl ProviderLimits {
     }
 
     /// Reads the head of an answer. `pass`: what [`pass`](Self::pass) has returned for its request.
-    pub(crate) fn answered(&self, pass: Option<Pass>, model: &str, status: StatusCode, headers: &HeaderMap) {
+    pub(crate) fn answered(&self, pass: Option<&Pass>, model: &str, status: StatusCode, headers: &HeaderMap) {
         if self.mode == ProviderLimitsMode::Ignore {
             return;
         }
@@ -141,15 +141,14 @@ impl ProviderLimits {
         if pass.is_none() && statement.is_empty() && verdict != Verdict::Refused {
             return;
         }
-        let Some(gate) = pass.as_ref().map(|pass| pass.gate.clone()).or_else(|| self.gate(model)) else {
+        let Some(gate) = pass.map(|pass| pass.gate.clone()).or_else(|| self.gate(model)) else {
             return;
         };
         if verdict == Verdict::Refused {
             gate.refusals.fetch_add(1, Ordering::Relaxed);
         }
         let mut state = gate.lock();
-        let number =
-            pass.as_ref().map_or_else(|| state.send(self.now(), Amounts::default()), |pass| pass.number);
+        let number = pass.map_or_else(|| state.send(self.now(), Amounts::default()), |pass| pass.number);
         state.answered(self.now(), number, &statement, verdict);
     }
 

@@ -311,10 +311,8 @@ impl Proxy {
         route: &Route<'_>,
         environment: &Environment,
     ) -> Result<(), ProxyError> {
-        if route.endpoint == Endpoint::Other {
-            if !environment.forward_other_paths {
-                return Err(route::unknown_path(&self.snapshot.config, head.uri.path()));
-            }
+        if route.endpoint == Endpoint::Other && !environment.forward_other_paths {
+            return Err(route::unknown_path(&self.snapshot.config, head.uri.path()));
         }
         call::check_upgrade(&head.headers)?;
         call::check_encoding(&head.headers)
@@ -449,7 +447,7 @@ impl Proxy {
         };
         charge.record.first_byte = Some(started.elapsed());
         let limits = &self.snapshot.provider_limits[outgoing.upstream];
-        limits.answered(outgoing.pass.take(), &outgoing.call.model, parts.status, &parts.headers);
+        limits.answered(outgoing.pass.take().as_ref(), &outgoing.call.model, parts.status, &parts.headers);
         let (mut parts, incoming) = (parts, incoming);
         let incoming = if outgoing.lists_models && parts.status.is_success() {
             let allowed = &outgoing.environment.models;

@@ -306,11 +306,11 @@ fn is_too_large(request: &Request) -> bool {
 }
 
 /// Receives the body of a request. A large body has a permit, which is released when the request has been answered.
-async fn with_whole_body<'a>(
-    admin: &'a Admin,
+async fn with_whole_body(
+    admin: &Admin,
     request: Request,
     max_time: Duration,
-) -> Result<(Request, Option<SemaphorePermit<'a>>), Box<Response>> {
+) -> Result<(Request, Option<SemaphorePermit<'_>>), Box<Response>> {
     let max_bytes = max_body_bytes(&request);
     let (parts, body) = request.into_parts();
     let receive = async {

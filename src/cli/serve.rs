@@ -120,10 +120,13 @@ pub(super) fn run_until_signal(
                     let status = reloaded(&status, reload.reload_on_signal().await);
                     notify(&Notification::Ready { status: &status });
                 }
-                Some(()) = replace.recv() => match program {
-                    Some(program) => program.start_successor(),
-                    None => tracing::warn!("SIGUSR2 has no effect: this process cannot be replaced"),
-                },
+                Some(()) = replace.recv() => {
+                    if let Some(program) = program {
+                        program.start_successor();
+                    } else {
+                        tracing::warn!("SIGUSR2 has no effect: this process cannot be replaced");
+                    }
+                }
             }
         };
         let end = if let Some(pid) = successor {

@@ -94,7 +94,7 @@ impl KeySpec {
     }
 
     /// The same key. A running gateway accepts another value and uses it from its next start on.
-    pub(super) const fn from_next_start(self) -> Self {
+    pub(super) const fn changes_at_next_start(self) -> Self {
         Self { reload: Reload::NextStart, ..self }
     }
 

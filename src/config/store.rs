@@ -28,7 +28,7 @@ pub(super) const STORE: SectionSpec = SectionSpec {
             "how long the store has usage per minute; older usage is merged into one row per day",
         )
         .example("90d")
-        .from_next_start(),
+        .changes_at_next_start(),
         KeySpec::new(
             "memory",
             ValueSpec::Boolean,

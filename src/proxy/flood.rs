@@ -95,7 +95,7 @@ fn key(peer: IpAddr) -> u64 {
 /// The counter of an address that has none of its own. No address has this key.
 fn shared_key(key: u64) -> u64 {
     let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    mixed % SHARED_COUNTERS | 1 << 62
+    (mixed % SHARED_COUNTERS) | (1 << 62)
 }
 
 #[cfg(test)]

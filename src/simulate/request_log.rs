@@ -323,7 +323,7 @@ mod tests {
             human.replace("prompt_tokens=100", "prompt_tokens=1e3"),
             human.replace("outcome=answered", "outcome=\"x"),
         ] {
-            assert!(read(&[broken.clone()]).is_err(), "{broken}");
+            assert!(read(std::slice::from_ref(&broken)).is_err(), "{broken}");
         }
     }
 

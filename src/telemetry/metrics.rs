@@ -109,12 +109,11 @@ impl Metrics {
 
     /// Counts a request that has ended after `elapsed`.
     pub(super) fn request(&self, record: &Record, elapsed: Duration) {
-        match &record.series {
-            Some(series) => series.count(&self.series, record, elapsed),
-            None => {
-                let labels = ["", record.api, record.outcome.as_str(), code_of(record)];
-                self.series.requests.with_label_values(&labels).inc();
-            }
+        if let Some(series) = &record.series {
+            series.count(&self.series, record, elapsed);
+        } else {
+            let labels = ["", record.api, record.outcome.as_str(), code_of(record)];
+            self.series.requests.with_label_values(&labels).inc();
         }
         if let Some(overhead) = record.overhead {
             self.overhead.observe(overhead.as_secs_f64());

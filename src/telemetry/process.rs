@@ -30,6 +30,7 @@ fn append_one(text: &mut String, metric: &'static Metric, value: Option<impl Dis
 }
 
 #[cfg(unix)]
+#[allow(clippy::unnecessary_wraps)] // other systems have none
 fn cpu_seconds() -> Option<f64> {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     #[allow(clippy::cast_precision_loss)] // exact for 285,000 years

@@ -61,7 +61,8 @@ impl ChunkCheck {
                 let digit = char::from(byte).to_digit(16)?;
                 Some(Self::Size(size.checked_mul(16)?.checked_add(u64::from(digit))?, digits.checked_add(1)?))
             }
-            (Self::Size(_, 0), _) => None,
+            // A size has a digit. A line that begins with white space would continue the one before it.
+            (Self::Size(_, 0), _) | (Self::Trailer(0, _), b' ' | b'\t') => None,
             (Self::Size(size, _) | Self::Extension(size, _), b'\r') => Some(Self::SizeEnd(size)),
             (Self::Size(size, _), b';') => Some(Self::Extension(size, 0)),
             (Self::Extension(size, length), _) if is_text(byte) && length < MAX_LINE_BYTES => {
@@ -72,8 +73,6 @@ impl ChunkCheck {
             (Self::DataReturn, b'\r') => Some(Self::DataEnd),
             (Self::DataEnd, b'\n') => Some(Self::Size(0, 0)),
             (Self::Trailer(line, all), b'\r') => Some(Self::TrailerEnd(line == 0, all)),
-            // A line that begins with white space would continue the one before it.
-            (Self::Trailer(0, _), b' ' | b'\t') => None,
             (Self::Trailer(line, all), _) if is_text(byte) && all < MAX_LINE_BYTES => {
                 Some(Self::Trailer(line + 1, all + 1))
             }

@@ -45,6 +45,7 @@ pub(super) fn check(head: &[u8], scheme: &str) -> Result<Framing, &'static str> 
 /// Refuses control characters. Carriage returns and line feeds are left to `next_line`.
 fn check_bytes(head: &[u8]) -> Result<(), &'static str> {
     // Without an early exit the compiler checks many bytes at once.
+    #[allow(clippy::needless_bitwise_bool)]
     let is_control = |b: u8| (b < b' ') & (b != b'\r') & (b != b'\n') & (b != b'\t') | (b == 0x7f);
     if head.iter().fold(false, |found, &b| found | is_control(b)) {
         return Err("it contains a control character");
@@ -177,20 +178,17 @@ fn decimal(digits: &[u8]) -> Option<u64> {
 /// Whether this is a host name or an address with an optional port. Names with characters that no DNS name has are
 /// refused, although RFC 3986 allows some of them.
 fn is_host(host: &[u8]) -> bool {
-    let (name, port) = match host.strip_prefix(b"[") {
-        Some(rest) => {
-            let Some(end) = memchr::memchr(b']', rest) else { return false };
-            let is_address =
-                std::str::from_utf8(&rest[..end]).is_ok_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok());
-            if !is_address {
-                return false;
-            }
-            (None, &rest[end + 1..])
+    let (name, port) = if let Some(rest) = host.strip_prefix(b"[") {
+        let Some(end) = memchr::memchr(b']', rest) else { return false };
+        let is_address =
+            std::str::from_utf8(&rest[..end]).is_ok_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok());
+        if !is_address {
+            return false;
         }
-        None => {
-            let end = memchr::memchr(b':', host).unwrap_or(host.len());
-            (Some(&host[..end]), &host[end..])
-        }
+        (None, &rest[end + 1..])
+    } else {
+        let end = memchr::memchr(b':', host).unwrap_or(host.len());
+        (Some(&host[..end]), &host[end..])
     };
     let is_name = |name: &[u8]| {
         !name.is_empty()
@@ -198,7 +196,7 @@ fn is_host(host: &[u8]) -> bool {
     };
     let is_port = match port.strip_prefix(b":") {
         None => port.is_empty(),
-        Some(digits) => digits.is_empty() || decimal(digits).is_some_and(|port| port <= u64::from(u16::MAX)),
+        Some(digits) => digits.is_empty() || decimal(digits).is_some_and(|port| u16::try_from(port).is_ok()),
     };
     is_port && name.is_none_or(is_name)
 }

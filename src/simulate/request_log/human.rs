@@ -47,10 +47,10 @@ pub(super) fn request<'a>((timestamp, mut rest): (&'a str, &'a str)) -> Result<R
         match key {
             "environment" => line.environment = value,
             "caller" => line.caller = Some(value),
-            "api" => line.api = word(value).ok_or_else(|| fault(key))?,
+            "api" => line.api = word(&value).ok_or_else(|| fault(key))?,
             "model" => line.model = value,
-            "outcome" => line.outcome = word(value).ok_or_else(|| fault(key))?,
-            "kind" => line.kind = Some(word(value).ok_or_else(|| fault(key))?),
+            "outcome" => line.outcome = word(&value).ok_or_else(|| fault(key))?,
+            "kind" => line.kind = Some(word(&value).ok_or_else(|| fault(key))?),
             "estimated_prompt_tokens" => line.estimated_prompt_tokens = number()?,
             "prompt_tokens" => line.prompt_tokens = number()?,
             "completion_tokens" => line.completion_tokens = number()?,
@@ -82,7 +82,7 @@ fn value(text: &str) -> Option<(Cow<'_, str>, &str)> {
 }
 
 /// A value that is written without quotes.
-fn word(value: Cow<'_, str>) -> Option<&str> {
+fn word<'t>(value: &Cow<'t, str>) -> Option<&'t str> {
     match value {
         Cow::Borrowed(word) => Some(word),
         Cow::Owned(_) => None,
