@@ -8,7 +8,7 @@ pub(crate) fn check(text: &[u8]) {
     if ["file", "/dev", "/proc", "tokenizer", "cert"].iter().any(|word| text.contains(word)) {
         return;
     }
-    let variable = |name: &str| (name.len() % 2 == 0).then(|| "value-of-a-variable".to_owned());
+    let variable = |name: &str| name.len().is_multiple_of(2).then(|| "value-of-a-variable".to_owned());
     if let Err(faults) = parse(text, "t.yaml", &variable, &[]) {
         let faults = faults.to_string();
         assert!(faults.contains("t.yaml") && !faults.contains("value-of-a-variable"), "{faults}\n{text}");

@@ -29,7 +29,7 @@ fn events(text: &str) -> Vec<Event> {
 
 fn written(event: &Event) -> String {
     let name = if event.event.is_empty() { String::new() } else { format!("event: {}\n", event.event) };
-    let data: String = event.data.split('\n').map(|line| format!("data: {line}\n")).collect();
+    let data: String = event.data.split('\n').flat_map(|line| ["data: ", line, "\n"]).collect();
     format!("{name}{data}\n")
 }
 
