@@ -136,7 +136,7 @@ async fn endless_upstream() -> SocketAddr {
     tokio::spawn(async move {
         let (mut socket, _) = listener.accept().await.unwrap();
         let mut request = vec![0; 64 * 1024];
-        socket.read(&mut request).await.unwrap();
+        assert!(socket.read(&mut request).await.unwrap() > 0);
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
         socket.write_all(head.as_bytes()).await.unwrap();
         let event = delta(&"x".repeat(16 * 1024));
@@ -251,7 +251,7 @@ async fn after_a_storm_the_memory_goes_back() {
     while resident(&gateway) > bound {
         let now = resident(&gateway);
         assert!(
-            began.elapsed() < Duration::from_secs(60),
+            began.elapsed() < Duration::from_mins(1),
             "{base} MiB before, {peak} MiB in it, {now} MiB after"
         );
         sleep(Duration::from_millis(500)).await;

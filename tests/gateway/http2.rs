@@ -51,7 +51,7 @@ async fn answers_and_refusals_are_those_of_http1() {
     ] {
         let first = gateway.send(method, target, headers, body).await;
         let second = caller.request(method, target, headers, body.as_bytes()).await;
-        let what = format!("{method} {target} {headers} {:.50}", body);
+        let what = format!("{method} {target} {headers} {body:.50}");
         assert_eq!(second.status, first.status, "{what}: {}", second.text());
         assert!(!second.is_incomplete, "{what}");
         if method != "HEAD" {
@@ -391,7 +391,7 @@ async fn headers_that_decode_to_too_much_are_not_decoded() {
     let mut block = header_block(&chat_fields());
     block.extend([0x40, 1, b'x', 0x7f, 0xa1, 0x1e]);
     block.extend(vec![b'v'; 127 + 0x21 + (0x1e << 7)]);
-    block.extend(vec![0x80 | 62; 4_000]);
+    block.extend(vec![0x80 | 0x3e; 4_000]);
     raw.send(&frame(HEADERS, WHOLE, 1, &block)).await;
     let answer = raw.frame_of(&[HEADERS, RST_STREAM, GOAWAY]).await.unwrap();
     // ENHANCE_YOUR_CALM: 16 MB of headers in 8 KB are no mistake.

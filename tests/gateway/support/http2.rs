@@ -128,7 +128,7 @@ impl RawHttp2 {
         let mut rest = bytes;
         let (mut reading, mut writing) = self.socket.split();
         while !rest.is_empty() {
-            let mut piece = [0; 16 * 1024];
+            let mut piece = [0; 1024];
             tokio::select! {
                 written = writing.write(rest) => match written {
                     Ok(n @ 1..) => rest = &rest[n..],
