@@ -73,6 +73,11 @@ impl ProviderLimits {
         Self { mode, epoch: Stopwatch::start(), models: Mutex::default(), ignored: AtomicU64::new(0) }
     }
 
+    /// Whether requests follow the limits.
+    pub(crate) fn are_followed(&self) -> bool {
+        self.mode == ProviderLimitsMode::Follow
+    }
+
     /// Waits until a request for this model may be sent, for at most `max_wait`. `Ok(None)`: the gateway does not follow
     /// the provider's limits.
     ///
@@ -84,7 +89,7 @@ impl ProviderLimits {
         amounts: Amounts,
         max_wait: Duration,
     ) -> Result<Option<Pass>, Duration> {
-        if self.mode != ProviderLimitsMode::Follow {
+        if !self.are_followed() {
             return Ok(None);
         }
         let Some(gate) = self.gate(model) else { return Ok(None) };

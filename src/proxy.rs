@@ -36,7 +36,7 @@ use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, UpstreamSettings};
 use crate::error::ProxyError;
 use crate::ledger::{Demand, NoRoom, Reservation};
-use crate::provider_limits::Pass;
+use crate::provider_limits::{Pass, ProviderLimits};
 use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
 use crate::telemetry::Record;
@@ -227,8 +227,11 @@ impl Proxy {
             return Err(Refusal::new(ProxyError::ShuttingDown, &headers));
         }
         let pass = match &reservation {
-            Some(reservation) => self.pass_provider(caller, &call, reservation, received).await,
-            None => Ok(None),
+            // Boxed, so that the future of every request does not contain it.
+            Some(reservation) if self.limits_of(caller).are_followed() => {
+                Box::pin(self.pass_provider(caller, &call, reservation, received)).await
+            }
+            _ => Ok(None),
         };
         let pass = match pass {
             Ok(pass) => pass,
@@ -369,6 +372,11 @@ impl Proxy {
         Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
     }
 
+    /// The limits that the provider of the environment's upstream states.
+    fn limits_of(&self, caller: IdentifiedCaller) -> &ProviderLimits {
+        &self.snapshot.provider_limits[self.snapshot.contexts[caller.environment].upstream]
+    }
+
     /// Waits until the upstream's provider has room for the request, for at most the rest of `max_wait`.
     async fn pass_provider(
         &self,
@@ -378,7 +386,7 @@ impl Proxy {
         received: Stopwatch,
     ) -> Result<Option<Pass>, ProxyError> {
         let environment = &self.snapshot.config.environments[caller.environment];
-        let limits = &self.snapshot.provider_limits[self.snapshot.contexts[caller.environment].upstream];
+        let limits = self.limits_of(caller);
         // The estimate counts even if the environment's quotas do not reserve it.
         let prompt = Amounts::of_request(call.prompt_tokens, 0);
         let amounts = reservation.reserved().max(prompt);

@@ -2,6 +2,7 @@
 
 mod catalogue;
 mod causes;
+mod code;
 mod exposition;
 mod gen_ai;
 mod intervals;

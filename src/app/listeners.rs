@@ -83,9 +83,13 @@ fn prepare(new: &Config, in_force: Option<(&Listeners, &Config)>) -> Result<Prep
         return Err(faults);
     }
     Ok(PreparedListeners {
-        callers: (callers_bounds(server), Protocols { certificate: callers, http2: server.http2 }),
+        callers: (
+            callers_bounds(server),
+            Protocols { certificate: callers, http2: server.http2, requires_host: true },
+        ),
         // Without TLS, browsers and scrapers use HTTP/1.1.
-        admin: (admin_bounds(), Protocols { certificate: admin, http2: false }),
+        // Probes need not name a host.
+        admin: (admin_bounds(), Protocols { certificate: admin, http2: false, requires_host: false }),
         changes,
         warnings,
     })

@@ -8,8 +8,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 
 /// Hyper receives this in place of a head that is refused. No request begins with it, so hyper answers with a 400 and closes
-/// the connection.
-const INVALID_HEAD: &[u8] = b"\0";
+/// the connection. It ends with an empty line: hyper parses a head that began before only when that line has arrived.
+const INVALID_HEAD: &[u8] = b"\0\r\n\r\n";
 
 /// Hyper receives this when a head has begun and is not complete, so that it does not take the connection for idle. It skips
 /// empty lines in front of a head.
@@ -26,9 +26,9 @@ pub(super) struct CheckedBytes {
 }
 
 impl CheckedBytes {
-    /// `scheme`: that of the connection's URLs. `bytes`: those that were read already.
-    pub(super) fn new(scheme: &'static str, bytes: BytesMut) -> Self {
-        Self { bytes, checked: 0, check: RequestCheck::new(scheme), has_begun: false }
+    /// `bytes`: those that were read already.
+    pub(super) fn new(check: RequestCheck, bytes: BytesMut) -> Self {
+        Self { bytes, checked: 0, check, has_begun: false }
     }
 
     /// The number of bytes.

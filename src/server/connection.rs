@@ -56,7 +56,7 @@ pub(super) async fn serve<S, B>(
         tracing::debug!(%error, "a connection failed when it was accepted");
         return;
     }
-    let Protocols { certificate, http2 } = context.listener.protocols();
+    let Protocols { certificate, http2, .. } = context.listener.protocols();
     // Boxed, so that the future of a connection with plain HTTP/1.1 does not contain the others.
     if let Some(certificate) = certificate {
         if let Some(stream) = Box::pin(handshake(stream, &certificate, &mut context)).await {
@@ -104,7 +104,9 @@ async fn serve_http<S, B>(
         let caller = (address, listener.timeouts);
         Box::pin(http2::serve(transport, read_ahead, caller, service_for, state, cut_offs)).await;
     } else {
-        let peer = Arc::new(Peer::new(address, listener.timeouts).closed_by(closes));
+        let requires_host = listener.protocols().requires_host;
+        let peer = Peer::new(address, listener.timeouts).closed_by(closes).requiring_host(requires_host);
+        let peer = Arc::new(peer);
         let service = service_for(peer.clone());
         http1::serve(transport, read_ahead, peer, service, state, cut_offs).await;
     }

@@ -30,6 +30,8 @@ pub(crate) struct Protocols {
     pub(crate) certificate: Option<Certificate>,
     /// Whether callers may choose HTTP/2: by ALPN with TLS, else by prior knowledge.
     pub(crate) http2: bool,
+    /// Whether a request over HTTP/1.1 is refused that names no host.
+    pub(crate) requires_host: bool,
 }
 
 impl Listener {

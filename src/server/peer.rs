@@ -63,6 +63,8 @@ pub(crate) struct Peer {
     is_answer_cut: AtomicBool,
     /// Whether the server closes each connection after its next answer.
     closes: Arc<AtomicBool>,
+    /// Whether a request is refused that names no host.
+    pub(super) requires_host: bool,
     /// The reason why a head was refused before hyper received it. It is the last one of its connection.
     refused_head: OnceLock<&'static str>,
 }
@@ -113,6 +115,7 @@ impl Peer {
             ends_answers_by_close: AtomicBool::new(false),
             is_answer_cut: AtomicBool::new(false),
             closes: Arc::default(),
+            requires_host: true,
             refused_head: OnceLock::new(),
         }
     }
@@ -121,6 +124,12 @@ impl Peer {
     #[must_use]
     pub(super) fn closed_by(self, closes: Arc<AtomicBool>) -> Self {
         Self { closes, ..self }
+    }
+
+    /// Whether a request is refused that names no host.
+    #[must_use]
+    pub(super) fn requiring_host(self, requires_host: bool) -> Self {
+        Self { requires_host, ..self }
     }
 
     /// Records that the service has received the head of a request. Resets the settings of the previous request.

@@ -15,8 +15,16 @@ use head::Framing;
 #[derive(Debug)]
 pub(crate) struct RequestCheck {
     position: Position,
+    rules: HeadRules,
+}
+
+/// The rules of a connection.
+#[derive(Clone, Copy, Debug)]
+struct HeadRules {
     /// The scheme of targets in absolute form: `http` or `https`.
     scheme: &'static str,
+    /// Whether a request must name a host, as RFC 9112 demands. Those of some health checks do not.
+    requires_host: bool,
 }
 
 #[derive(Debug)]
@@ -50,8 +58,9 @@ struct LineSearch {
 }
 
 impl RequestCheck {
-    pub(crate) fn new(scheme: &'static str) -> Self {
-        Self { position: Position::Head(LineSearch::default()), scheme }
+    /// `scheme`: that of the connection's URLs.
+    pub(crate) fn new(scheme: &'static str, requires_host: bool) -> Self {
+        Self { position: Position::Head(LineSearch::default()), rules: HeadRules { scheme, requires_host } }
     }
 
     /// Checks the next bytes and returns how many of them hyper may receive. The others belong to a head that is not
@@ -61,11 +70,18 @@ impl RequestCheck {
         while passed < bytes.len() {
             let rest = &bytes[passed..];
             let (taken, next) = match &mut self.position {
-                Position::Head(search) => match search.end_of_head(rest) {
-                    None if rest.len() >= super::MAX_HEAD_BYTES => (rest.len(), Some(Position::TooLarge)),
-                    None => return passed,
-                    Some(end) => (end, Some(after_head(&rest[..end], self.scheme))),
-                },
+                Position::Head(search) => {
+                    let known = search.searched;
+                    match search.end_of_head(rest) {
+                        None if rest.len() >= super::MAX_HEAD_BYTES => (rest.len(), Some(Position::TooLarge)),
+                        // A caller that does not speak HTTP gets its answer at once: it may never send an empty line.
+                        None => match head::check_bytes(&rest[known..]) {
+                            Ok(()) => return passed,
+                            Err(reason) => (0, Some(Position::Refused(Refused::Head(reason)))),
+                        },
+                        Some(end) => (end, Some(after_head(&rest[..end], self.rules))),
+                    }
+                }
                 Position::Length(left) => {
                     let taken = usize::try_from(*left).unwrap_or(usize::MAX).min(rest.len());
                     *left -= taken as u64;
@@ -102,11 +118,11 @@ impl Position {
 }
 
 /// The position after a complete head. Empty lines in front of a head are passed on alone.
-fn after_head(head: &[u8], scheme: &str) -> Position {
+fn after_head(head: &[u8], rules: HeadRules) -> Position {
     if head == b"\r\n" {
         return Position::next_head();
     }
-    match head::check(head, scheme) {
+    match head::check(head, rules) {
         Ok(Framing::None) => Position::next_head(),
         Ok(Framing::Length(length)) => Position::Length(length),
         Ok(Framing::Chunked) => Position::Chunked(ChunkCheck::default()),

@@ -4,6 +4,7 @@
 use super::checked::CheckedBytes;
 use super::malformed;
 use super::peer::Peer;
+use super::request_check::RequestCheck;
 use super::transport::Transport;
 use crate::clock::Stopwatch;
 use bytes::BytesMut;
@@ -59,7 +60,7 @@ impl<T: Transport> CallerSocket<T> {
     pub(super) fn new(stream: T, read_ahead: BytesMut, peer: Arc<Peer>) -> Self {
         let state = SocketState {
             stream,
-            read_ahead: CheckedBytes::new(T::SCHEME, read_ahead),
+            read_ahead: CheckedBytes::new(RequestCheck::new(T::SCHEME, peer.requires_host), read_ahead),
             is_read_pending: true,
             blocked_since: None,
             timer: None,

@@ -2,7 +2,7 @@
 
 use super::Record;
 use super::catalogue::{GEN_AI_DURATION, GEN_AI_FIRST_TOKEN, GEN_AI_PER_TOKEN, GEN_AI_TOKEN_USAGE};
-use super::series::code_of;
+use super::code::code_of;
 use crate::config::ApiKind;
 use prometheus::{Histogram, HistogramVec, Registry};
 use std::sync::OnceLock;

@@ -6,10 +6,11 @@ use super::catalogue::{
     CERTIFICATE_EXPIRY, ESTIMATES, LAST_RELOAD, OVERHEAD, RAW_ESTIMATE_RATIO, REJECTIONS, RELOAD_FAILURES,
     SHADOW_REJECTIONS, UPSTREAM_KEYS_MASKED, USAGE_MISSING,
 };
+use super::code::code_of;
 use super::exposition::{Family, labels};
 use super::model_series::quotient;
 use super::process;
-use super::series::{CallerLabels, Series, SeriesMetrics, code_of};
+use super::series::{CallerLabels, Series, SeriesMetrics};
 use super::state::{self, StateSources};
 use super::summaries::Summaries;
 use super::traces::SpanCounts;

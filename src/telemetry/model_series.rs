@@ -2,7 +2,6 @@
 
 use super::catalogue::{ESTIMATE_RATIO, FIRST_BYTE, FIRST_TOKEN, PER_TOKEN, REQUEST_DURATION, TOKENS};
 use super::gen_ai::{GenAiMetrics, GenAiSeries};
-use super::series::SeriesOrigin;
 use super::summaries::EstimateSummary;
 use super::{Record, RequestOutcome};
 use crate::estimate::EstimateSource;
@@ -10,6 +9,14 @@ use crate::quota::{Amounts, Kind};
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, Registry};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+/// The labels of an environment that its series of models share.
+#[derive(Debug)]
+pub(super) struct SeriesOrigin {
+    pub(super) upstream: String,
+    /// The provider's name by OpenTelemetry's conventions. `None`: metrics by these conventions are off.
+    pub(super) gen_ai_provider: Option<&'static str>,
+}
 
 /// The metrics that a [`ModelSeries`] belongs to.
 #[derive(Debug)]

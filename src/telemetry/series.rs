@@ -1,7 +1,8 @@
 //! The counters of one environment that every request updates.
 
 use super::catalogue::{CLAMPED, DRAINED, QUEUE_WAIT, REQUESTS};
-use super::model_series::{ModelMetrics, ModelSeries};
+use super::code::{CLASSES, class_of, code_of};
+use super::model_series::{ModelMetrics, ModelSeries, SeriesOrigin};
 use super::summaries::{Summaries, UpstreamSummary};
 use super::{Record, RequestOutcome};
 use crate::config::{Config, Environment};
@@ -33,14 +34,6 @@ pub(crate) struct Series {
     clamped: IntCounter,
     drained: IntCounter,
     upstream: Arc<UpstreamSummary>,
-}
-
-/// The labels of an environment that its series of models share.
-#[derive(Debug)]
-pub(super) struct SeriesOrigin {
-    pub(super) upstream: String,
-    /// The provider's name by OpenTelemetry's conventions. `None`: metrics by these conventions are off.
-    pub(super) gen_ai_provider: Option<&'static str>,
 }
 
 /// The metrics that a [`Series`] belongs to.
@@ -143,19 +136,6 @@ const APIS: [&str; 15] = [
     "root",
     "other",
 ];
-
-/// Values of the `code` label for answers that are not errors of the gateway: the class of the status. The first one: the
-/// caller got no answer.
-const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
-
-/// The value of the `code` label of a request.
-pub(super) fn code_of(record: &Record) -> &'static str {
-    if record.error.is_empty() { CLASSES[class_of(record)] } else { record.error }
-}
-
-fn class_of(record: &Record) -> usize {
-    usize::from(record.status / 100).min(CLASSES.len() - 1)
-}
 
 impl Series {
     /// The series of an environment. It creates the most important ones, so that they exist before the first request.

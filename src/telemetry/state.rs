@@ -53,7 +53,7 @@ pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &S
         families.process.push(one(&REDIS_UP, "", u64::from(is_up)));
     }
     families.append_to(text);
-    providers::append(text, sources);
+    providers::append(text, sources.config, sources.provider_limits);
 }
 
 fn one(metric: &'static super::catalogue::Metric, labels: &str, value: u64) -> Family {

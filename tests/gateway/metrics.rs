@@ -214,7 +214,10 @@ async fn every_quota_has_its_gauges_and_the_time_for_which_it_was_exhausted() {
     let gateway = gateway_with(&upstream, "{}").await;
     send(&gateway, PRODUCTION, BATCH, STREAM).await;
     let requests = [("scope", "environment"), ("kind", "requests"), ("environment", "production")];
-    let samples = wait_for(&gateway, "tollgate_in_flight", &[], 0.0).await;
+    wait_for(&gateway, "tollgate_in_flight", &[], 0.0).await;
+    // Shared counters learn later what unlimited quotas have counted.
+    let unlimited = [("environment", "production"), ("kind", "completion_tokens")];
+    let samples = wait_for(&gateway, "tollgate_quota_used", &unlimited, 4.0).await;
     for (metric, labels, expected) in [
         ("limit", &requests[..], Some(600.0)),
         ("burst", &requests[..], Some(700.0)),

@@ -160,7 +160,7 @@ async fn a_request_has_a_span_with_its_wait_and_its_call_below() {
             ("tollgate.caller", "web"),
             ("tollgate.upstream", "backend"),
             ("tollgate.outcome", "answered"),
-            ("tollgate.reserved_tokens", "60"),
+            ("tollgate.reserved_tokens", "58"),
             ("tollgate.charged_tokens", "10"),
         ],
     );
@@ -321,7 +321,9 @@ async fn an_unreachable_or_slow_collector_delays_no_request() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let silent = Upstream::always(Answer::silence()).await;
     let closed = port::free_port();
-    let open = sections(&upstream).replace("{ limit: 1, per: 2s }", "{ limit: 10k, per: second }");
+    let open = sections(&upstream)
+        .replace("{ limit: 1, per: 2s }", "{ limit: 10k, per: second }")
+        .replace("limit: 5k, per: day", "limit: 5M, per: day");
     for (address, outcome) in [(closed, "failed"), (silent.address.port(), "dropped")] {
         let url = format!("http://127.0.0.1:{address}");
         let variables = [

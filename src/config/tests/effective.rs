@@ -64,6 +64,7 @@ upstreams:
     api: openai
     timeouts: { connect: 5s, first_byte: 120s, idle: 60s, total: 15m }
     stream_usage: ask
+    provider_limits: observe
 environments:
   prod:
     upstream: up

@@ -1,5 +1,7 @@
 //! One complete request head.
 
+use super::HeadRules;
+
 /// How the body after a head is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Framing {
@@ -20,7 +22,7 @@ struct Governing<'h> {
 ///
 /// # Errors
 /// The reason why it is refused.
-pub(super) fn check(head: &[u8], scheme: &str) -> Result<Framing, &'static str> {
+pub(super) fn check(head: &[u8], rules: HeadRules) -> Result<Framing, &'static str> {
     check_bytes(head)?;
     let (line, mut rest) = next_line(head)?;
     let request = RequestLine::parse(line)?;
@@ -33,8 +35,8 @@ pub(super) fn check(head: &[u8], scheme: &str) -> Result<Framing, &'static str> 
         governing.read(line)?;
         rest = after;
     }
-    let host = request.check_host(governing.host)?;
-    request.check_target(host, scheme)?;
+    let host = request.check_host(governing.host, rules.requires_host)?;
+    request.check_target(host, rules.scheme)?;
     let framing = governing.framing(request.is_http_10)?;
     if request.method == b"TRACE" && !matches!(framing, Framing::None | Framing::Length(0)) {
         return Err("a TRACE request has no body");
@@ -43,7 +45,7 @@ pub(super) fn check(head: &[u8], scheme: &str) -> Result<Framing, &'static str> 
 }
 
 /// Refuses control characters. Carriage returns and line feeds are left to `next_line`.
-fn check_bytes(head: &[u8]) -> Result<(), &'static str> {
+pub(super) fn check_bytes(head: &[u8]) -> Result<(), &'static str> {
     // Without an early exit the compiler checks many bytes at once.
     #[allow(clippy::needless_bitwise_bool)]
     let is_control = |b: u8| (b < b' ') & (b != b'\r') & (b != b'\n') & (b != b'\t') | (b == 0x7f);
@@ -89,9 +91,14 @@ impl<'h> RequestLine<'h> {
     }
 
     /// The host that the request names. HTTP/1.0 allows a request to name none.
-    fn check_host(&self, host: Option<&'h [u8]>) -> Result<Option<&'h [u8]>, &'static str> {
+    fn check_host(
+        &self,
+        host: Option<&'h [u8]>,
+        is_required: bool,
+    ) -> Result<Option<&'h [u8]>, &'static str> {
         match host {
-            None if self.is_http_10 => Ok(None),
+            None if self.is_http_10 || !is_required => Ok(None),
+            Some(b"") if !is_required => Ok(None),
             None => Err("it has no Host header"),
             Some(host) if is_host(host) => Ok(Some(host)),
             Some(_) => Err("its Host header is not a host name or address with an optional port"),

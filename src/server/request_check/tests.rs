@@ -2,7 +2,7 @@ use super::*;
 
 /// What is passed on of these bytes in pieces of `step`, and whether they are refused.
 fn passed(wire: &[u8], step: usize) -> (Vec<u8>, Option<Refused>) {
-    let (mut check, mut held, mut out) = (RequestCheck::new("http"), Vec::new(), Vec::new());
+    let (mut check, mut held, mut out) = (RequestCheck::new("http", true), Vec::new(), Vec::new());
     for piece in wire.chunks(step) {
         held.extend_from_slice(piece);
         let passed = check.advance(&held);
