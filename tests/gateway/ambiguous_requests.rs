@@ -237,7 +237,10 @@ async fn an_ambiguous_request_behind_a_valid_one_is_refused() {
 async fn the_admin_listener_refuses_ambiguous_heads_too() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::in_front_of(&upstream, "{ requests: { limit: 9, per: minute } }").await;
-    for head in HEADS {
+    // Health checks need not name a host.
+    let names_host =
+        |head: &&&str| head.to_ascii_lowercase().contains("host:") && !head.contains("Host:\r\n");
+    for head in HEADS.iter().filter(names_host) {
         let head = filled(head, "/livez");
         let bytes = format!("{head}GET /livez HTTP/1.1\r\nhost: a\r\n\r\n");
         assert_eq!(statuses(gateway.admin, bytes.as_bytes(), 0).await, [400], "{head:?}");
