@@ -17,7 +17,7 @@ pub struct CheckedRequests {
 
 /// Checks the requests in `wire`, which arrives in pieces of `step` bytes.
 pub fn check_requests(wire: &[u8], step: usize) -> CheckedRequests {
-    let (mut check, mut passed) = (RequestCheck::new("http"), 0);
+    let (mut check, mut passed) = (RequestCheck::new("http", true), 0);
     let mut end = 0;
     while end < wire.len() {
         end = end.saturating_add(step).min(wire.len());
