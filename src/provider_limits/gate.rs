@@ -56,13 +56,13 @@ pub(super) enum Hold {
     SlowStart(u64),
 }
 
-/// What is known about one kind of limit.
+/// The state of one kind of limit.
 #[derive(Clone, Copy, Debug)]
 struct KindState {
     stated: KindStatement,
     /// When the provider stated it.
     at: u64,
-    /// What the provider takes for a request, in thousandths of the estimate.
+    /// The cost of a request at the provider, in thousandths of the estimate.
     cost_permille: u64,
     contradictions: u8,
 }

@@ -16,7 +16,7 @@ const MAX_RESET_MS: u64 = 32 * 86_400_000;
 pub(super) struct KindStatement {
     /// Tokens or requests per period.
     pub(super) limit: Option<u64>,
-    /// What is left of it.
+    /// The unused part of the limit.
     pub(super) remaining: Option<u64>,
     /// Milliseconds until all of the limit is left again.
     pub(super) reset_ms: Option<u64>,

@@ -49,7 +49,8 @@ impl KeyMask {
 
     /// The next piece of the body, masked. Its last bytes are held back if a key may begin there.
     pub(super) fn feed(&mut self, piece: Bytes) -> Bytes {
-        if self.searched >= MAX_SEARCHED_BYTES {
+        let is_last = self.searched >= MAX_SEARCHED_BYTES;
+        if is_last && self.held.is_empty() {
             return piece;
         }
         let mut whole = if self.held.is_empty() {
@@ -61,7 +62,7 @@ impl KeyMask {
         if let Some(masked) = self.masked(&whole) {
             whole = masked.into();
         }
-        let held = self.begun_key(&whole);
+        let held = if is_last { 0 } else { self.begun_key(&whole) };
         let passed = whole.len() - held;
         self.searched += passed;
         self.held.extend_from_slice(&whole[passed..]);
@@ -130,6 +131,16 @@ mod tests {
         let text = format!("{}sk-secret-key{}sk-secret-key", " ".repeat(65_000), " ".repeat(10_000));
         let (out, found) = through(&["sk-secret-key"], &text, 1_000);
         assert_eq!((out.len(), out.matches("sk-secret-key").count(), found), (text.len(), 1, 1));
+    }
+
+    #[test]
+    fn bytes_that_are_held_back_at_the_end_of_the_search_keep_their_place() {
+        let key = "sk-secret-key";
+        for rest in ["x".repeat(5_000), format!("{}{}", &key[3..], "y".repeat(70_000))] {
+            let text = format!("{}sk-{rest}", " ".repeat(MAX_SEARCHED_BYTES));
+            let (out, _) = through(&[key], &text, MAX_SEARCHED_BYTES + 3);
+            assert_eq!(out, text.replace(key, &"*".repeat(key.len())));
+        }
     }
 
     #[test]
