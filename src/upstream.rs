@@ -4,6 +4,7 @@
 //! is decompressed, and no proxy is taken from the environment variables.
 
 mod answer;
+pub(crate) mod availability;
 mod connect;
 mod connections;
 mod diagnosis;
