@@ -149,7 +149,7 @@ fn measure_in_memory(threads: usize, operations: usize) -> InMemoryLoad {
 
 fn demand() -> Demand<'static> {
     let subject = Subject { caller: None, model: "gpt-4o" };
-    Demand { subject, prompt: 100, generates: true, cap: Some(500), completions: 1 }
+    Demand { subject, prompt: 100, generates: true, cap: Some(500), completions: 1, backends: &[] }
 }
 
 fn reserve_and_settle(account: &Arc<Account>) {

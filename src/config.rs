@@ -181,6 +181,17 @@ pub struct UpstreamSettings {
     pub requests_stream_usage: bool,
     /// Always `Ignore` without an `api_key`: each caller's key has limits of its own. Default `Observe`.
     pub provider_limits: ProviderLimitsMode,
+    /// The quotas of the upstream and of its models, for all environments together.
+    pub quotas: Vec<Quota>,
+    /// Maximum number of requests in flight, of all environments together. Default: no limit.
+    pub max_in_flight: Option<u64>,
+}
+
+impl UpstreamSettings {
+    /// Whether requests to the upstream are limited, whatever the quotas of their environments allow.
+    pub fn has_limits(&self) -> bool {
+        !self.quotas.is_empty() || self.max_in_flight.is_some()
+    }
 }
 
 /// `upstreams.*.provider_limits`: what the gateway does with the limits that the provider states.

@@ -13,6 +13,7 @@ use http::{Response, StatusCode};
 pub use path_mistake::PathMistake;
 use serde_json::Value;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The error codes of the gateway's answers.
@@ -113,6 +114,8 @@ pub enum ProxyError {
         limit: u64,
         /// The environment's name.
         environment: String,
+        /// The upstream that has the setting. `None`: the environment has it.
+        upstream: Option<Arc<str>>,
     },
     /// Redis is unavailable, and `store.redis.on_failure` is `closed`.
     QuotaStoreUnavailable {
@@ -344,7 +347,10 @@ impl fmt::Display for ProxyError {
                 nearest.iter().try_for_each(|nearest| write!(f, " Did you mean '{nearest}'?"))
             }
             Self::QuotaExceeded { denied, environment, .. } => denial::write_message(f, denied, environment),
-            Self::TooManyInFlight { limit, environment } => {
+            Self::TooManyInFlight { limit, upstream: Some(upstream), .. } => {
+                write!(f, "Upstream '{upstream}' already has {limit} requests in flight (max_in_flight). Try again when one of them has ended.")
+            }
+            Self::TooManyInFlight { limit, environment, upstream: None } => {
                 write!(f, "Environment '{environment}' already has {limit} requests in flight (max_in_flight). Try again when one of them has ended.")
             }
             Self::QuotaStoreUnavailable { environment } => {

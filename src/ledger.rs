@@ -1,28 +1,34 @@
-//! The counters of every environment, and reservations that settle themselves when they are dropped.
+//! The counters of every environment and upstream, and reservations that settle themselves when they are dropped.
 //!
-//! An [`Account`] has the counters of one environment in one of two engines: [`Local`] counters of this node alone, or a replica
-//! of counters that several nodes share in Redis.
+//! An [`Account`] has the counters of one environment, or of one upstream with limits, in one of two engines: [`Local`]
+//! counters of this node alone, or a replica of counters that several nodes share in Redis. Environments that use the same
+//! upstream share its account. A request is admitted by its environment and its upstream together, under both locks: first
+//! that of the environment, then that of the upstream.
 
 mod accounts;
 mod allowance;
 mod audit;
 mod demand;
+mod dependents;
 mod durability;
 mod engine;
 mod handover;
 mod local;
 mod messages;
 mod overrides;
+mod owner;
 mod replica;
+mod reservation;
 mod successor;
 mod sync;
 mod usage_history;
 mod wait_queue;
 
 use crate::clock::{self, Stopwatch, Timestamp};
-use crate::config::{Environment, RedisSettings};
-use crate::quota::{Amounts, Quota, QuotaLevel, QuotaStatus, Subject, Takeover};
+use crate::config::RedisSettings;
+use crate::quota::{Quota, QuotaLevel, QuotaStatus, Subject, Takeover};
 use crate::redis::FailFastConnection;
+use dependents::Dependents;
 use engine::Engine;
 use handover::Handover;
 use replica::{Replica, ReplicaConfig, ReplicaSettings};
@@ -34,12 +40,15 @@ use wait_queue::{WaitQueue, may_clear_within};
 
 pub use accounts::{Accounts, NamedAccount};
 pub use audit::{AuditEntry, AuditLog};
-pub use demand::{Admission, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
+pub use demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
-pub use local::{Local, Rules};
-pub use messages::{FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor};
+pub use local::{Backing, Local, Rules};
+pub use messages::{FromSuccessor, LeftAccount, LeftBackend, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor};
 pub use overrides::{EnforceOverride, LimitChange, LimitOverride, OverrideOrigin, OverrideSet, QuotaKey};
+pub use owner::Owner;
+pub(crate) use owner::UPSTREAM_PREFIX;
+pub use reservation::Reservation;
 pub use successor::SuccessorLine;
 pub use sync::RedisStatus;
 pub(crate) use usage_history::OTHER_MODELS;
@@ -57,11 +66,15 @@ pub struct Preview {
     pub level: Option<QuotaLevel>,
 }
 
-/// The counters of one environment, shared by all its requests.
+/// The counters of one environment, or of one upstream with limits, shared by all its requests.
 #[derive(Debug)]
 pub struct Account {
+    /// The upstream that this account belongs to. `None`: it belongs to an environment.
+    upstream: Option<Arc<str>>,
     engine: Engine,
     wait_queue: Arc<WaitQueue>,
+    /// The environments whose requests wait for room in this account's quotas.
+    dependents: Dependents,
     persistence: Option<Arc<dyn Persistence>>,
     /// Where the counters are: in this process, or in the one that replaces it.
     handover: Handover,
@@ -76,25 +89,27 @@ enum Refusal {
 
 impl Account {
     /// Opens an account with full quotas and no store.
-    pub fn open(environment: &Environment) -> Self {
-        Self::open_with(environment, None, &RestoredState::default())
+    pub fn open<'a>(owner: impl Into<Owner<'a>>) -> Self {
+        Self::open_with(owner, None, &RestoredState::default())
     }
 
     /// Opens an account with the restored state, if there is a store to persist further changes.
-    pub fn open_with(
-        environment: &Environment,
+    pub fn open_with<'a>(
+        owner: impl Into<Owner<'a>>,
         persistence: Option<Arc<dyn Persistence>>,
         restored: &RestoredState,
     ) -> Self {
         let now = clock::now();
-        let mut local = Local::new(Rules::of(environment), &environment.counted_quotas(), now);
-        local.set_model_patterns(&environment.models);
+        let mut local = owner.into().new_counters(now);
+        let upstream = local.upstream.clone();
         if persistence.is_some() {
             local.restore(now, restored);
         }
         Self {
+            upstream,
             engine: Engine::local(local),
             wait_queue: Arc::default(),
+            dependents: Dependents::default(),
             persistence,
             handover: Handover::default(),
         }
@@ -104,28 +119,28 @@ impl Account {
     /// in flight settle where they are held. `restored`: the state in the store, for quotas that were unknown so far.
     /// `redis`: the settings, and when the config was written. With shared counters this waits until Redis has the new
     /// quotas, at most a second.
-    pub async fn reconfigure(
+    pub async fn reconfigure<'a>(
         &self,
-        environment: &Environment,
+        owner: impl Into<Owner<'a>>,
         restored: &RestoredState,
         redis: Option<(&RedisSettings, u64)>,
     ) {
-        let rules = Rules::of(environment);
-        self.engine.with_local(|local, _| local.set_model_patterns(&environment.models));
+        let owner = owner.into();
+        let (rules, quotas) = (owner.rules(), owner.counted_quotas());
+        self.engine.with_local(|local, _| local.set_model_patterns(owner.models()));
         match (&self.engine, redis) {
             (Engine::Shared(sync), Some((redis, stamp))) => {
                 self.engine.with_local(|local, _| local.set_rules(rules));
-                let quotas = environment.counted_quotas();
                 let (on_failure, leases) = (redis.on_failure, redis.lease);
                 sync.reconfigure(ReplicaSettings { on_failure, stamp, leases, quotas }).await;
             }
             _ => self.engine.with_local(|local, now| {
                 local.set_rules(rules);
-                local.reconfigure(now, &environment.counted_quotas(), Takeover::InPlace, restored);
+                local.reconfigure(now, &quotas, Takeover::InPlace, restored);
             }),
         }
         // A higher limit may have room for requests that wait.
-        self.wait_queue.notify_released();
+        self.notify_released();
         self.notify_store(false);
     }
 
@@ -134,9 +149,9 @@ impl Account {
     ///
     /// # Errors
     /// The URL is not a valid Redis URL.
-    pub fn share(
+    pub fn share<'a>(
         self,
-        environment: &Environment,
+        owner: impl Into<Owner<'a>>,
         redis: &RedisSettings,
         session: &str,
         stamp: u64,
@@ -151,11 +166,12 @@ impl Account {
             max_call_delay_ms: u64::try_from(times.max_call_delay.as_millis()).unwrap_or(u64::MAX),
         };
         let replica = Replica::new(local, config, session, clock::now());
-        let keys = replica.keys(&redis.prefix, &environment.name);
+        let name = owner.into().key().into_owned();
+        let keys = replica.keys(&redis.prefix, &name);
         let url = redis.url.expose();
         let connection = FailFastConnection::new(url, &redis.prefix, &keys[0], redis.timeout)
             .map_err(|error| anyhow::anyhow!("store.redis.url: {error}"))?;
-        let (name, wait_queue) = (environment.name.clone(), self.wait_queue.clone());
+        let wait_queue = self.wait_queue.clone();
         let sync = RedisSync::new(replica, connection, keys, name, wait_queue, times);
         Ok(Self { engine: Engine::Shared(Box::new(sync)), ..self })
     }
@@ -225,8 +241,7 @@ impl Account {
                 Ok(reservation) => return Ok(reservation),
                 Err(_) if self.handover.has_left() => return Err(Refusal::HasLeft(max_wait)),
                 Err(no_room) if max_wait.is_zero() => {
-                    self.engine.count_denial(demand.subject, &no_room);
-                    self.notify_store(false);
+                    self.record_denial(demand, &no_room);
                     return Err(Refusal::NoRoom(no_room));
                 }
                 Err(no_room) => Some(no_room),
@@ -234,6 +249,9 @@ impl Account {
         } else {
             self.engine.obstacle(demand)
         };
+        for account in demand.backends.iter().filter_map(|backend| backend.account) {
+            account.dependents.add(&self.wait_queue);
+        }
         let clock = Stopwatch::start();
         // A request behind others is denied at once if it could not fit in time even at the head of the queue.
         if obstacle.is_none_or(|no_room| may_clear_within(&no_room, max_wait)) {
@@ -248,30 +266,38 @@ impl Account {
             return Err(Refusal::HasLeft(max_wait.saturating_sub(clock.elapsed())));
         }
         // A request whose wait failed, or that found the queue full, must not overtake the queued requests.
-        let no_room = self.engine.deny(demand);
-        self.engine.record_refusal(demand.subject, &no_room);
-        self.notify_store(false);
+        let no_room = self.engine.reason_to_deny(demand);
+        self.record_denial(demand, &no_room);
         Err(Refusal::NoRoom(no_room))
+    }
+
+    /// Counts a denied request, and records it in the quotas that had no room.
+    fn record_denial(&self, demand: &Demand<'_>, no_room: &NoRoom) {
+        self.engine.count_denial(demand.subject, no_room);
+        for Backend { account, model } in demand.backends {
+            let name = account.and_then(|account| account.upstream.as_deref());
+            if let (Some(account), Some(name)) = (account, name)
+                && no_room.concerns_upstream(name)
+            {
+                account.engine.count_denial(Subject { caller: None, model }, no_room);
+            }
+        }
+        self.notify_store(false);
     }
 
     /// One attempt; does not count a denial.
     async fn try_reserve(self: &Arc<Self>, demand: &Demand<'_>) -> Result<Reservation, NoRoom> {
-        let Admission { grant, clamped_to, would_deny, standing, is_durable } =
-            self.engine.try_admit(demand).await?;
-        let store = self.persistence.as_deref().filter(|store| is_durable && store.is_writing());
+        let (admission, backend) = self.engine.try_admit(demand).await?;
+        let store = self.persistence.as_deref().filter(|store| admission.is_durable && store.is_writing());
         let commit = store.map(|store| store.commits().next());
         self.notify_store(commit.is_some());
-        Ok(Reservation {
-            account: self.clone(),
-            grant: Some(grant),
-            subject: (demand.subject.caller.cloned(), demand.subject.model.into()),
-            settlement: Settlement::default(),
-            standing,
-            clamped_to,
-            would_deny,
-            is_durable: commit.is_some(),
-            commit,
-        })
+        Ok(Reservation::new(self, demand, admission, backend, commit))
+    }
+
+    /// Wakes the requests that wait for room in this account's quotas.
+    fn notify_released(&self) {
+        self.wait_queue.notify_released();
+        self.dependents.notify_released();
     }
 
     /// Waits for a commit, for at most `MAX_STORE_WAIT`.
@@ -311,16 +337,20 @@ impl Account {
 
     /// What would happen to a request now. Reserves and counts nothing.
     pub fn forecast(&self, demand: &Demand<'_>) -> Forecast {
-        let obstacle = self.engine.obstacle(demand);
-        self.engine.with_local(|local, now| {
-            let (required, quotas) = local.forecast(now, demand);
-            Forecast { at: now, required, obstacle, quotas }
-        })
+        self.engine.forecast(demand)
     }
 
-    /// The quotas of the subject by kind, in the order of `Kind::ALL`.
-    pub fn standing(&self, subject: Subject<'_>) -> [Option<QuotaStatus>; 4] {
-        self.engine.with_local(|local, now| local.standing(now, subject))
+    /// The tightest quota of each kind, in the order of `Kind::ALL`: of those of the subject and of its upstream. Of
+    /// several upstreams, the one with the most room counts.
+    pub fn standing(&self, subject: Subject<'_>, backends: &[Backend<'_>]) -> [Option<QuotaStatus>; 4] {
+        let own = self.engine.with_local(|local, now| local.standing(now, subject));
+        let of_backend = |Backend { account, model }: &Backend<'_>| {
+            account.map_or([None; 4], |account| {
+                account.engine.with_local(|local, now| local.standing(now, Subject { caller: None, model }))
+            })
+        };
+        let of_backends = backends.iter().map(of_backend).reduce(QuotaStatus::loosest);
+        of_backends.map_or(own, |other| QuotaStatus::tightest(own, other))
     }
 
     /// All counters at one moment.
@@ -379,14 +409,20 @@ impl Account {
     }
 
     /// Logs what an administrator has set instead of the config.
-    pub fn log_overrides(&self, environment: &Environment) {
+    pub fn log_overrides<'a>(&self, owner: impl Into<Owner<'a>>) {
+        let owner = owner.into();
         let set = self.overrides();
-        let configured = environment.counted_quotas();
-        let name = &environment.name;
+        let configured = owner.counted_quotas();
+        let (environment, upstream) = match owner {
+            Owner::Environment(environment) => (Some(environment), None),
+            Owner::Upstream(upstream) => (None, Some(upstream.name.as_str())),
+        };
+        let name = environment.map(|environment| environment.name.as_str());
         for LimitOverride { quota, origin } in &set.limits {
             let file = configured.iter().find(|known| known.is_same_as(quota));
             tracing::warn!(
                 environment = name,
+                upstream,
                 scope = quota.scope.as_str(),
                 name = quota.scope.name(),
                 kind = quota.kind.as_str(),
@@ -403,7 +439,7 @@ impl Account {
             tracing::warn!(
                 environment = name,
                 enforce,
-                file_enforce = environment.enforce,
+                file_enforce = environment.map(|environment| environment.enforce),
                 by = origin.by,
                 until = origin.until.map(Timestamp::to_rfc3339),
                 reason = origin.reason,
@@ -418,7 +454,7 @@ impl Account {
     }
 
     async fn persist_admin_change(&self) {
-        self.wait_queue.notify_released();
+        self.notify_released();
         let Some(commit) = self.persistence.as_ref().map(|store| store.commits().next()) else { return };
         self.notify_store(true);
         self.wait_for_commit(commit).await;
@@ -427,6 +463,11 @@ impl Account {
     /// Reservations of this node that are not settled.
     pub fn in_flight(&self) -> u64 {
         self.engine.with_local(|local, _| local.in_flight)
+    }
+
+    /// The name of the upstream that this account belongs to. `None`: it belongs to an environment.
+    pub fn upstream(&self) -> Option<&Arc<str>> {
+        self.upstream.as_ref()
     }
 
     /// Number of requests that wait for room.
@@ -458,125 +499,6 @@ impl Account {
         if let Some(sync) = self.engine.sync() {
             sync.run_task(stop).await;
         }
-    }
-}
-
-/// Room held in the quotas of one environment for one request. Dropping it settles the charge with the last amounts
-/// observed. These are zero until the request is sent to the upstream.
-#[derive(Debug)]
-#[must_use = "dropping a reservation settles it at once"]
-pub struct Reservation {
-    account: Arc<Account>,
-    grant: Option<Grant>,
-    /// The caller and the model.
-    subject: (Option<Arc<str>>, Box<str>),
-    settlement: Settlement,
-    standing: [Option<QuotaStatus>; 4],
-    clamped_to: Option<u64>,
-    would_deny: Option<NoRoom>,
-    /// The reservation must survive a crash of the process.
-    is_durable: bool,
-    /// The commit that will contain the reservation. `None` after the wait for it.
-    commit: Option<u64>,
-}
-
-impl Reservation {
-    /// Sets the amounts that the request has cost so far. The last amounts set are charged.
-    pub fn observe(&mut self, spent: Amounts) {
-        self.settlement.spent = spent;
-    }
-
-    /// Marks the answer as complete, so that its length is learned.
-    pub fn mark_complete(&mut self) {
-        self.settlement.is_complete = true;
-    }
-
-    /// The last amounts observed.
-    pub fn spent(&self) -> Amounts {
-        self.settlement.spent
-    }
-
-    /// Moves amounts that have certainly been used from held to spent, and extends the reservation of a long answer.
-    pub fn progress(&mut self, spent: Amounts) -> Progress {
-        let Some(grant) = &mut self.grant else { return Progress::Within };
-        let before = grant.reserved();
-        let progress = self.account.engine.progress(&self.subject.1, grant, spent);
-        let has_grown = grant.reserved() != before;
-        self.account.wait_queue.notify_released();
-        // No request waits for this commit, but a larger reservation should become durable soon.
-        self.account.notify_store(self.is_durable && has_grown);
-        progress
-    }
-
-    /// The maximum number of completion tokens that the request allows its answer.
-    pub fn cap(&self) -> u64 {
-        self.grant.as_ref().map_or(u64::MAX, Grant::cap)
-    }
-
-    /// When the answer has more completion tokens than this, `progress` must be called at once. With fewer tokens,
-    /// occasional calls suffice.
-    pub fn progress_threshold(&self) -> u64 {
-        self.grant.as_ref().map_or(u64::MAX, Grant::progress_threshold)
-    }
-
-    /// Waits until the reservation would survive a crash, if one of its quotas requires that.
-    pub async fn wait_until_durable(&mut self) {
-        if let Some(commit) = self.commit.take() {
-            self.account.wait_for_commit(commit).await;
-        }
-    }
-
-    /// Settles the reservation. If a durable reservation used more than it reserved, the settlement must be
-    /// durable before the caller gets the last bytes of the answer. The returned future waits for that.
-    pub fn settle(self) -> Option<impl Future<Output = ()> + Send + 'static> {
-        let spent = self.settlement.spent;
-        let exceeds = spent.saturating_sub(self.reserved()) != Amounts::default();
-        let account = (exceeds && self.is_durable).then(|| self.account.clone());
-        drop(self);
-        let account = account?;
-        let commit = if account.handover.has_left() {
-            None
-        } else {
-            let commit = account.persistence.as_ref().filter(|store| store.is_writing())?.commits().next();
-            account.notify_store(true);
-            Some(commit)
-        };
-        Some(async move {
-            match commit {
-                Some(commit) => account.wait_for_commit(commit).await,
-                None => account.wait_for_commit_elsewhere().await,
-            }
-        })
-    }
-
-    /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.
-    pub fn standing(&self) -> &[Option<QuotaStatus>; 4] {
-        &self.standing
-    }
-
-    /// The lowered limit of completion tokens per completion, if the request was clamped.
-    pub fn clamped_to(&self) -> Option<u64> {
-        self.clamped_to
-    }
-
-    /// Why the request would have been denied if its quotas were enforced.
-    pub fn would_deny(&self) -> Option<&NoRoom> {
-        self.would_deny.as_ref()
-    }
-
-    /// Everything reserved so far.
-    pub fn reserved(&self) -> Amounts {
-        self.grant.as_ref().map_or_else(Amounts::default, Grant::reserved)
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        let Some(grant) = self.grant.take() else { return };
-        let subject = Subject { caller: self.subject.0.as_ref(), model: &self.subject.1 };
-        self.account.engine.settle(subject, grant, self.settlement);
-        self.account.wait_queue.notify_released();
-        self.account.notify_store(false);
     }
 }
 

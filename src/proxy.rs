@@ -339,6 +339,7 @@ impl Proxy {
             generates: endpoint.generates(),
             cap: call.completion_cap,
             completions: call.completions.max(1),
+            backends: &[self.snapshot.backend(caller.environment, &call.model)],
         };
         let environment = &self.snapshot.config.environments[caller.environment];
         let account = &self.snapshot.accounts[caller.environment];
@@ -362,7 +363,8 @@ impl Proxy {
         mut headers: AddedHeaders,
     ) -> Refusal {
         let subject = Subject { caller: self.caller_name(caller), model: &call.model };
-        headers.quotas = self.snapshot.accounts[caller.environment].standing(subject);
+        let backends = [self.snapshot.backend(caller.environment, &call.model)];
+        headers.quotas = self.snapshot.accounts[caller.environment].standing(subject, &backends);
         let environment = &self.snapshot.config.environments[caller.environment];
         let has_redis = self.snapshot.config.store.redis.is_some();
         if no_room == NoRoom::Unavailable && self.state.is_closing() && !has_redis {
@@ -409,7 +411,8 @@ impl Proxy {
         let account = &self.snapshot.accounts[caller.environment];
         let subject = Subject { caller: self.caller_name(caller), model: &call.model };
         account.count_denial(subject);
-        headers.quotas = account.standing(subject);
+        let backends = [self.snapshot.backend(caller.environment, &call.model)];
+        headers.quotas = account.standing(subject, &backends);
         headers.clamped_to = None;
         let environment = &self.snapshot.config.environments[caller.environment];
         self.state.metrics.rejected(&environment.name, error.code(), None, false);

@@ -2,7 +2,7 @@
 //!
 //! Exact integers only, and `now` is an argument. Nothing here reads the clock or the network.
 //!
-//! [`Quotas`] holds the quotas of one environment. Each has a counter: a [`TokenBucket`] for a rolling
+//! [`Quotas`] holds the quotas of one environment or of one upstream. Each has a counter: a [`TokenBucket`] for a rolling
 //! window, a [`CalendarPeriod`] for a calendar window.
 
 mod bucket;
@@ -76,15 +76,44 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Which requests of its environment a quota applies to.
+/// Which requests a quota applies to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Every request.
+    /// Every request of the environment.
     Environment,
     /// The requests of the caller with this name.
     Caller(Arc<str>),
     /// The requests whose model matches the pattern.
     Model(Glob),
+    /// The requests of all environments that go to the upstream with this name.
+    Upstream(Arc<str>),
+    /// Of these, the requests whose model matches the pattern.
+    UpstreamModel(UpstreamModels),
+}
+
+/// Models of an upstream, by the names that the gateway sends to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamModels {
+    /// `openai/gpt-4.1*`.
+    name: Arc<str>,
+    pattern: Glob,
+}
+
+impl UpstreamModels {
+    /// The models of the upstream that match the pattern.
+    pub fn new(upstream: &str, pattern: Glob) -> Self {
+        Self { name: format!("{upstream}/{}", pattern.as_str()).into(), pattern }
+    }
+
+    /// The name of the upstream.
+    pub fn upstream(&self) -> &str {
+        &self.name[..self.name.len() - self.pattern.as_str().len() - 1]
+    }
+
+    /// The pattern of the models.
+    pub fn pattern(&self) -> &Glob {
+        &self.pattern
+    }
 }
 
 impl Scope {
@@ -94,24 +123,49 @@ impl Scope {
             Self::Environment => format!("environment '{environment}'"),
             Self::Caller(name) => format!("caller '{name}' of environment '{environment}'"),
             Self::Model(pattern) => format!("model '{}' in environment '{environment}'", pattern.as_str()),
+            Self::Upstream(name) => format!("upstream '{name}'"),
+            Self::UpstreamModel(models) => {
+                format!("model '{}' of upstream '{}'", models.pattern.as_str(), models.upstream())
+            }
         }
     }
 
-    /// `environment`, `caller` or `model`.
+    /// The pattern of the models that the quota applies to. `None`: it does not depend on the model.
+    pub fn models(&self) -> Option<&Glob> {
+        match self {
+            Self::Model(pattern) => Some(pattern),
+            Self::UpstreamModel(models) => Some(&models.pattern),
+            Self::Environment | Self::Caller(_) | Self::Upstream(_) => None,
+        }
+    }
+
+    /// The name of the upstream that the quota belongs to. `None`: it belongs to an environment.
+    pub fn upstream(&self) -> Option<&str> {
+        match self {
+            Self::Upstream(name) => Some(name),
+            Self::UpstreamModel(models) => Some(models.upstream()),
+            Self::Environment | Self::Caller(_) | Self::Model(_) => None,
+        }
+    }
+
+    /// `environment`, `caller`, `model`, `upstream` or `upstream_model`.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Environment => "environment",
             Self::Caller(_) => "caller",
             Self::Model(_) => "model",
+            Self::Upstream(_) => "upstream",
+            Self::UpstreamModel(_) => "upstream_model",
         }
     }
 
-    /// The caller's name or the model pattern; empty for the environment.
+    /// The caller's name, the model pattern, the upstream's name, or `openai/gpt-4.1*`; empty for the environment.
     pub fn name(&self) -> &str {
         match self {
             Self::Environment => "",
-            Self::Caller(name) => name,
+            Self::Caller(name) | Self::Upstream(name) => name,
             Self::Model(pattern) => pattern.as_str(),
+            Self::UpstreamModel(models) => &models.name,
         }
     }
 }

@@ -12,14 +12,15 @@ mod audit;
 mod backup;
 mod control;
 mod database;
+mod stored_quota;
 mod usage_intervals;
 mod usage_report;
 mod writer;
 
 use crate::calibrations::{Calibrations, SavedCalibration};
 use crate::clock;
-use crate::config::{Environment, StoreSettings};
-use crate::ledger::{Accounts, LeftAccount, OTHER_MODELS, Persistence, RestoredState};
+use crate::config::StoreSettings;
+use crate::ledger::{Accounts, LeftAccount, OTHER_MODELS, Owner, Persistence, RestoredState};
 use crate::quota::{CalendarPeriod, PersistedCounter, Quota, Scope, Window};
 use anyhow::Context as _;
 use std::collections::HashMap;
@@ -131,14 +132,15 @@ impl Store {
         self.control.clone()
     }
 
-    /// Reads the last state of an environment.
+    /// Reads the last state of an account.
     ///
     /// # Errors
     /// The file cannot be read.
-    pub fn restored_state(&self, environment: &Environment) -> anyhow::Result<RestoredState> {
-        let read = restored_state(&self.database, environment);
+    pub fn restored_state<'a>(&self, owner: impl Into<Owner<'a>>) -> anyhow::Result<RestoredState> {
+        let owner = owner.into();
+        let read = restored_state(&self.database, owner);
         let read = read.with_context(|| format!("store.path, {}, cannot be read", self.path.display()))?;
-        Ok(RestoredState { left: self.left.get(&environment.name).cloned(), ..read })
+        Ok(RestoredState { left: self.left.get(&*owner.key()).cloned(), ..read })
     }
 
     /// Reads the saved calibrations.
@@ -172,25 +174,26 @@ impl Store {
     }
 }
 
-/// Reads the last state of an environment, also while a gateway uses the file.
+/// Reads the last state of an account, also while a gateway uses the file.
 ///
 /// # Errors
 /// The file cannot be read.
-pub(crate) fn read_restored_state(path: &Path, environment: &Environment) -> anyhow::Result<RestoredState> {
-    let read = Database::open_read_only(path).and_then(|database| restored_state(&database, environment));
+pub(crate) fn read_restored_state(path: &Path, owner: Owner<'_>) -> anyhow::Result<RestoredState> {
+    let read = Database::open_read_only(path).and_then(|database| restored_state(&database, owner));
     read.with_context(|| format!("store.path, {}, cannot be read", path.display()))
 }
 
-fn restored_state(database: &Database, environment: &Environment) -> rusqlite::Result<RestoredState> {
-    let (totals, held) = database.totals(&environment.name)?;
-    let mut quotas = database.quotas(&environment.name)?;
-    for quota in &environment.quotas {
+fn restored_state(database: &Database, owner: Owner<'_>) -> rusqlite::Result<RestoredState> {
+    let name = &owner.key();
+    let (totals, held) = database.totals(name)?;
+    let mut quotas = database.quotas(name)?;
+    for quota in owner.quotas() {
         if let Some((_, saved)) = quotas.iter_mut().find(|(stored, _)| stored.is_same_as(quota)) {
-            let missing = used_before(database, &environment.name, quota, saved)?;
+            let missing = used_before(database, name, quota, saved)?;
             saved.used = saved.used.saturating_add(i64::try_from(missing).unwrap_or(i64::MAX));
         }
     }
-    let overrides = database.overrides(&environment.name)?;
+    let overrides = database.overrides(name)?;
     Ok(RestoredState { quotas, totals, held, overrides, left: None })
 }
 
@@ -215,6 +218,8 @@ fn used_before(
         // The caller is empty for requests that were in flight when a process crashed.
         Scope::Caller(name) => row.caller == **name || row.caller.is_empty(),
         Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER_MODELS,
+        // The usage history does not name the upstream.
+        Scope::Upstream(_) | Scope::UpstreamModel(_) => false,
     };
     Ok(rows.iter().filter(applies).map(|row| row.amounts.of(quota.kind)).sum())
 }

@@ -81,6 +81,7 @@ fn demand() -> Demand<'static> {
         generates: true,
         cap: Some(12),
         completions: 1,
+        backends: &[],
     }
 }
 

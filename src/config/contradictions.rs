@@ -1,5 +1,6 @@
 //! Warnings about settings of an environment that are valid alone but have no effect together.
 
+use super::UpstreamSettings;
 use super::setting::{Section, Setting};
 use super::units;
 use crate::glob::Glob;
@@ -32,24 +33,56 @@ fn warn_of_forbidden(setting: &Setting<'_>, pattern: &Glob, models: &[Glob]) {
     }
 }
 
-/// `setting`: one quota of a caller.
-fn warn_of_unreachable(setting: &Setting<'_>, kind: &str, quotas: &[Quota]) {
-    let Some(section) = setting.as_map() else { return };
-    let text = |name: &str| section.get(name).and_then(|s| s.text());
-    let (Some(limit), Some(per)) =
-        (text("limit").and_then(units::amount), text("per").and_then(units::duration))
-    else {
-        return;
-    };
-    let is_same = |quota: &&Quota| {
-        quota.scope == Scope::Environment
-            && quota.kind.as_str() == kind
-            && u128::from(quota.per.ms) == per.as_millis()
-    };
-    if let Some(own) = quotas.iter().find(is_same).filter(|own| limit > own.limit) {
+/// Warns about limits of an environment that are above those of its only upstream.
+pub(super) fn warn_of_upstream(environment: &Section<'_>, upstream: &UpstreamSettings) {
+    let name = &upstream.name;
+    if let Some(section) = environment.get("quotas").and_then(|s| s.as_map()) {
+        for (kind, setting) in section.entries() {
+            for setting in setting.one_or_more() {
+                let is_whole = |scope: &Scope| matches!(scope, Scope::Upstream(_));
+                if let Some((limit, own)) = lower_limit(&setting, &kind.name, &upstream.quotas, is_whole) {
+                    setting.warn(format!(
+                        "this limit of {limit} is above the limit of {own} that upstream \"{name}\" has for all environments together, so the environment never reaches it; lower it, or raise the limit of the upstream"
+                    ));
+                }
+            }
+        }
+    }
+    let setting = environment.get("max_in_flight");
+    let own = setting.as_ref().and_then(|setting| units::amount(setting.text()?));
+    if let (Some(setting), Some(limit), Some(max)) = (setting, own, upstream.max_in_flight)
+        && limit > max
+    {
         setting.warn(format!(
-            "this limit of {limit} is above the limit of {} that the whole environment has, so the caller never reaches it; lower it, or raise the limit of the environment",
-            own.limit
+            "this maximum of {limit} is above the maximum of {max} that upstream \"{name}\" has for all environments together, so the environment never reaches it; lower it, or raise that of the upstream"
         ));
     }
+}
+
+/// `setting`: one quota of a caller.
+fn warn_of_unreachable(setting: &Setting<'_>, kind: &str, quotas: &[Quota]) {
+    let is_whole = |scope: &Scope| *scope == Scope::Environment;
+    if let Some((limit, own)) = lower_limit(setting, kind, quotas, is_whole) {
+        setting.warn(format!(
+            "this limit of {limit} is above the limit of {} that the whole environment has, so the caller never reaches it; lower it, or raise the limit of the environment",
+            own
+        ));
+    }
+}
+
+/// The limit of a quota and that of a lower one of the same kind and period, which applies to it as well.
+fn lower_limit(
+    setting: &Setting<'_>,
+    kind: &str,
+    quotas: &[Quota],
+    applies: impl Fn(&Scope) -> bool,
+) -> Option<(u64, u64)> {
+    let section = setting.as_map()?;
+    let text = |name: &str| section.get(name).and_then(|s| s.text());
+    let (limit, per) = (text("limit").and_then(units::amount)?, text("per").and_then(units::duration)?);
+    let is_same = |quota: &&Quota| {
+        applies(&quota.scope) && quota.kind.as_str() == kind && u128::from(quota.per.ms) == per.as_millis()
+    };
+    let own = quotas.iter().find(is_same)?.limit;
+    (limit > own).then_some((limit, own))
 }

@@ -256,10 +256,15 @@ fn environment(
         upstreams.valid.iter().find(|u| u.name == name).cloned()
     });
     let (callers, quotas) = callers_and_quotas(&section, digests);
-    check_exposure(setting, upstream.as_deref(), callers.is_empty(), quotas.iter().all(Quota::is_unlimited));
+    let of_upstream = upstream.as_deref().map_or(&[][..], |upstream| &upstream.quotas);
+    let is_unbounded = quotas.iter().chain(of_upstream).all(Quota::is_unlimited);
+    check_exposure(setting, upstream.as_deref(), callers.is_empty(), is_unbounded);
     let reserve = reserve(&section, &quotas);
     let models = section.get("models").map(|s| allowed_models(&s)).unwrap_or_default();
     contradictions::warn(&section, &models, &quotas);
+    if let Some(upstream) = &upstream {
+        contradictions::warn_of_upstream(&section, upstream);
+    }
     Some(Environment {
         name: name.to_owned(),
         callers,

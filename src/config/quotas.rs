@@ -1,16 +1,17 @@
-//! Reads the quotas of an environment, of its callers and of its models.
+//! Reads the quotas of an environment, of its callers and of its models, and those of an upstream.
 
 use super::description::{DefaultSpec, KeySpec, NONE, SectionSpec, Siblings, ValueSpec, Word, text};
 use super::setting::{Section, Setting};
 use super::units::{self, PERIOD_WORDS};
 use crate::glob::Glob;
-use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, UNLIMITED, Window};
+use crate::quota::{ClockUnit, Kind, MAX_LIMIT, Period, Quota, Scope, UNLIMITED, UpstreamModels, Window};
 use jiff::tz::TimeZone;
 
 const DAY_MS: u64 = 86_400_000;
 const MAX_PERIOD_MS: u64 = 366 * DAY_MS;
 
-/// `environments.*.quotas`, `environments.*.keys[].quotas` and `environments.*.model_quotas.*`.
+/// `environments.*.quotas`, `environments.*.keys[].quotas`, `environments.*.model_quotas.*`, `upstreams.*.quotas` and
+/// `upstreams.*.model_quotas.*`.
 pub(super) const QUOTAS: SectionSpec = SectionSpec {
     name: "quotas",
     keys: &[
@@ -103,9 +104,23 @@ pub(super) fn of_caller(setting: &Setting<'_>, name: &str, quotas: &mut Vec<Quot
 
 /// Reads `environments.*.model_quotas`.
 pub(super) fn of_models(setting: &Setting<'_>, quotas: &mut Vec<Quota>) {
+    by_pattern(setting, &Scope::Model, quotas);
+}
+
+/// Reads `upstreams.*.quotas`.
+pub(super) fn of_upstream(setting: &Setting<'_>, upstream: &str, quotas: &mut Vec<Quota>) {
+    read(setting, &Scope::Upstream(upstream.into()), quotas);
+}
+
+/// Reads `upstreams.*.model_quotas`.
+pub(super) fn of_upstream_models(setting: &Setting<'_>, upstream: &str, quotas: &mut Vec<Quota>) {
+    by_pattern(setting, &|pattern| Scope::UpstreamModel(UpstreamModels::new(upstream, pattern)), quotas);
+}
+
+fn by_pattern(setting: &Setting<'_>, scope: &dyn Fn(Glob) -> Scope, quotas: &mut Vec<Quota>) {
     let Some(section) = setting.map("a mapping of model patterns to quotas") else { return };
     for (key, setting) in section.entries() {
-        read(&setting, &Scope::Model(Glob::new(&key.name)), quotas);
+        read(&setting, &scope(Glob::new(&key.name)), quotas);
     }
 }
 

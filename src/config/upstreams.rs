@@ -1,6 +1,7 @@
 //! `upstreams`: the servers that receive the requests.
 
 use super::description::{DefaultSpec, KeySpec, NONE, SECRET, SectionSpec, TextSpec, ValueSpec, Word, text};
+use super::quotas::{self, QUOTAS};
 use super::setting::{Section, Setting};
 use super::{ApiKind, ProviderLimitsMode, Timeouts, UpstreamSettings};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
@@ -73,6 +74,27 @@ pub(super) const UPSTREAM: SectionSpec = SectionSpec {
             DefaultSpec::Value("observe"),
             "what the gateway does with the limits that the provider states in its answers ([quotas.md](quotas.md#limits-of-the-provider)). Without `api_key` it ignores them: each caller's key has limits of its own",
         ),
+        KeySpec::restriction(
+            "quotas",
+            ValueSpec::Section(&QUOTAS),
+            NONE,
+            "quotas of the upstream, for the requests of all environments together ([quotas.md](quotas.md#quotas-of-an-upstream))",
+        )
+        .example("{ total_tokens: { limit: 2M, per: minute }, requests: { limit: 10k, per: minute } }"),
+        KeySpec::restriction(
+            "model_quotas",
+            ValueSpec::Names(text("patterns and quotas"), &ValueSpec::Section(&QUOTAS)),
+            NONE,
+            "quotas of models of the upstream, by the names that are sent to it; all models that match a pattern share its quotas",
+        )
+        .example("{ \"gpt-4.1*\": { total_tokens: { limit: 450k, per: minute } } }"),
+        KeySpec::restriction(
+            "max_in_flight",
+            ValueSpec::Amount { min: 1, max: u64::MAX },
+            DefaultSpec::Absent("no limit"),
+            "maximum number of requests in flight to the upstream, of all environments together; further requests get a 429",
+        )
+        .example("500"),
     ],
 };
 
@@ -153,6 +175,13 @@ fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
     let section = setting.section(&UPSTREAM)?;
     let base_url = section.require("base_url");
     let api_key = section.get("api_key").and_then(|s| s.secret());
+    let mut quotas = Vec::new();
+    if let Some(setting) = section.get("quotas") {
+        quotas::of_upstream(&setting, name, &mut quotas);
+    }
+    if let Some(setting) = section.get("model_quotas") {
+        quotas::of_upstream_models(&setting, name, &mut quotas);
+    }
     Some(UpstreamSettings {
         name: name.to_owned(),
         api: match section.word("api") {
@@ -171,6 +200,10 @@ fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
         timeouts: timeouts(&section),
         headers: section.get("headers").and_then(|s| headers(&s)).unwrap_or_default(),
         requests_stream_usage: section.word("stream_usage") == "ask",
+        quotas,
+        max_in_flight: section.get("max_in_flight").and_then(|s| {
+            s.positive(u64::MAX, "0 would refuse every request; leave the key out for no limit")
+        }),
         base_url: base_url.and_then(|s| self::base_url(&s))?,
     })
 }

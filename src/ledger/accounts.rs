@@ -1,14 +1,15 @@
-//! The accounts of all environments of a process.
+//! The accounts of all environments and upstreams of a process.
 
 use super::Account;
 use super::audit::AuditLog;
+use super::owner::UPSTREAM_PREFIX;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// An account with the name of its environment.
+/// An account with its name: that of its environment, or `upstream:openai`.
 pub type NamedAccount = (Arc<str>, Arc<Account>);
 
-/// The accounts of all environments that a config of this process has had. An account stays when its environment
-/// disappears from the config, because requests may still hold reservations, and because the environment may come back.
+/// The accounts of all environments and upstreams that a config of this process has had. An account stays when its owner
+/// disappears from the config, because requests may still hold reservations, and because the owner may come back.
 /// So the index of an account never changes.
 #[derive(Debug, Default)]
 pub struct Accounts {
@@ -17,10 +18,10 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// Adds the account of a new environment.
-    pub fn add(&self, environment: &str, account: Arc<Account>) {
+    /// Adds a new account. `name`: as [`Owner::key`](super::Owner::key) returns it.
+    pub fn add(&self, name: &str, account: Arc<Account>) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::make_mut(&mut all).push((environment.into(), account));
+        Arc::make_mut(&mut all).push((name.into(), account));
     }
 
     /// All accounts, in the order in which they were added.
@@ -33,8 +34,13 @@ impl Accounts {
         &self.audit
     }
 
-    /// The account of an environment.
-    pub fn of(&self, environment: &str) -> Option<Arc<Account>> {
-        self.all().iter().find(|(name, _)| &**name == environment).map(|(_, account)| account.clone())
+    /// The account with this name.
+    pub fn of(&self, name: &str) -> Option<Arc<Account>> {
+        self.all().iter().find(|(known, _)| &**known == name).map(|(_, account)| account.clone())
+    }
+
+    /// The account of an upstream. `None`: no config of this process has had limits for it.
+    pub fn of_upstream(&self, name: &str) -> Option<Arc<Account>> {
+        self.of(&format!("{UPSTREAM_PREFIX}{name}"))
     }
 }

@@ -1,9 +1,12 @@
 //! The values of a reservation: the demand of a request, its grant, and its settlement.
 
+use super::Account;
 use super::allowance::PartialLength;
+use super::local::Backing;
 use crate::clock::Timestamp;
-use crate::quota::{Amounts, Denied, QuotaLevel, QuotaStatus, Receipt, Shortfall, Subject, Wait};
+use crate::quota::{Amounts, Denied, QuotaLevel, QuotaStatus, Receipt, Required, Shortfall, Subject, Wait};
 use smallvec::SmallVec;
+use std::sync::Arc;
 
 /// What a request demands of its quotas.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +21,18 @@ pub struct Demand<'a> {
     pub cap: Option<u64>,
     /// Number of completions requested; at least 1.
     pub completions: u64,
+    /// The upstreams that may serve the request, in the order in which they are tried: the first one with room in its
+    /// own quotas. Empty: only the quotas of the environment apply.
+    pub backends: &'a [Backend<'a>],
+}
+
+/// An upstream that may serve a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Backend<'a> {
+    /// The upstream's account. `None`: it has no limits.
+    pub account: Option<&'a Arc<Account>>,
+    /// The model, by the name that is sent to the upstream.
+    pub model: &'a str,
 }
 
 /// Why a request got no reservation.
@@ -25,10 +40,12 @@ pub struct Demand<'a> {
 pub enum NoRoom {
     /// One or more quotas have no room for it.
     Quota(Denied),
-    /// The environment has its maximum number of requests in flight.
+    /// The maximum number of requests is in flight.
     InFlight {
-        /// The environment's maximum.
+        /// The maximum.
         limit: u64,
+        /// The upstream that has its maximum. `None`: the environment has it.
+        upstream: Option<Arc<str>>,
     },
     /// The counters are in Redis, and Redis is unavailable.
     Unavailable,
@@ -41,6 +58,37 @@ impl NoRoom {
             Self::Quota(denied) => denied.shortfalls().first(),
             Self::InFlight { .. } | Self::Unavailable => None,
         }
+    }
+
+    /// The reason of an environment and the reason of an upstream as one.
+    pub(super) fn of_both(of_environment: Option<Self>, of_upstream: Option<Self>) -> Option<Self> {
+        match (of_environment, of_upstream) {
+            (Some(Self::Quota(own)), Some(Self::Quota(other))) => Some(Self::Quota(own.with(other))),
+            (Some(Self::Quota(_)), in_flight @ Some(_)) => in_flight,
+            (own, other) => own.or(other),
+        }
+    }
+
+    /// Whether this reason includes limits of the upstream.
+    pub(super) fn concerns_upstream(&self, name: &str) -> bool {
+        match self {
+            Self::Quota(denied) => {
+                denied.shortfalls().iter().any(|short| short.quota.scope.upstream() == Some(name))
+            }
+            Self::InFlight { upstream, .. } => upstream.as_deref() == Some(name),
+            Self::Unavailable => false,
+        }
+    }
+
+    /// Whether a request with this reason fits before one with the other reason.
+    pub(super) fn fits_before(&self, other: &Self) -> bool {
+        let order = |no_room: &Self| match (no_room, no_room.wait()) {
+            (Self::Unavailable, _) => (3, Wait::Never),
+            (_, None) => (1, Wait::Never),
+            (_, Some(Wait::Never)) => (2, Wait::Never),
+            (_, Some(wait)) => (0, wait),
+        };
+        order(self) < order(other)
     }
 
     /// When the same request would fit. `None`: not before another request has ended.
@@ -70,7 +118,9 @@ pub struct Forecast {
     pub required: Amounts,
     /// Why it would not fit now. `None`: it fits.
     pub obstacle: Option<NoRoom>,
-    /// The quotas that apply to it, in the order of the config.
+    /// The upstream that would serve it: its index in the backends of the demand.
+    pub backend: usize,
+    /// The quotas that apply to it, in the order of the config; those of the upstream last.
     pub quotas: Vec<QuotaLevel>,
 }
 
@@ -134,6 +184,8 @@ impl Grant {
 pub struct Admission {
     /// What it holds.
     pub grant: Grant,
+    /// What it holds in the quotas of its upstream. `None`: the upstream has no limits.
+    pub upstream: Option<Box<Grant>>,
     /// The lowered limit of completion tokens per completion, if the request was clamped.
     pub clamped_to: Option<u64>,
     /// Why the request would have been denied if its quotas were enforced.
@@ -142,6 +194,15 @@ pub struct Admission {
     pub standing: [Option<QuotaStatus>; 4],
     /// This node's store must persist the reservation before the request is forwarded.
     pub is_durable: bool,
+}
+
+impl Admission {
+    /// Takes the amounts of the request in the quotas of its upstream, which have room for them.
+    pub(super) fn back(&mut self, now: Timestamp, upstream: &mut Backing<'_>, required: &Required) {
+        self.upstream = Some(Box::new(upstream.take(now, required)));
+        self.standing = QuotaStatus::tightest(self.standing, upstream.standing(now));
+        self.is_durable |= upstream.needs_durability();
+    }
 }
 
 /// How a request ended.

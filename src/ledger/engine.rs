@@ -1,18 +1,21 @@
 //! The switch between the two engines: counters of this node alone, or a replica of counters in Redis.
 //!
-//! Each engine is behind one lock per environment. The clock is read under that lock, so that the time never goes backwards
-//! from one request to the next.
+//! Each engine is behind one lock per account. The clock is read under that lock, so that the time never goes backwards
+//! from one request to the next. A request with an upstream that has limits takes two locks: first that of its environment,
+//! then, inside, that of the upstream. No code takes them in the other order.
 
-use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
-use super::local::{Local, Residence};
+use super::Account;
+use super::demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
+use super::local::{Backing, Local, Residence};
 use super::overrides::{EnforceOverride, LimitChange, OverrideSet, QuotaKey};
+use super::reservation::UpstreamPart;
 use super::sync::{RedisStatus, RedisSync};
 use super::usage_history::Totals;
 use crate::clock::{self, Timestamp};
-use crate::quota::{Amounts, QuotaLevel, Subject};
-use std::sync::{Mutex, PoisonError};
+use crate::quota::{Amounts, QuotaLevel, Required, Subject};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// The counters of one environment.
+/// The counters of one account.
 #[derive(Debug)]
 pub(super) enum Engine {
     /// The counters belong to this node alone.
@@ -45,31 +48,92 @@ impl Engine {
         Self::Local(Box::new(Mutex::new(counters)))
     }
 
-    /// Reserves room for a request; does not count a denial. With local counters this future never suspends.
-    pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
+    /// Reserves room for a request at the first upstream with room, whose index is returned; does not count a denial. With
+    /// local counters this future never suspends.
+    pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<(Admission, usize), NoRoom> {
         match self {
             Self::Local(_) => self.with_local(|local, now| match local.residence {
-                Residence::Here => local.try_admit(now, demand),
+                Residence::Here => at_first(local, now, demand, |local, now, upstream| {
+                    local.try_admit_at(now, demand, upstream)
+                })
+                .map_err(|(no_room, _)| no_room),
                 Residence::Leaving(_) | Residence::Moved(_) => Err(NoRoom::Unavailable),
             }),
             // Boxed to keep the future small for local counters.
-            Self::Shared(sync) => Box::pin(sync.try_admit(demand)).await,
+            Self::Shared(sync) => Box::pin(sync.try_admit(demand)).await.map(|admission| (admission, 0)),
         }
     }
 
-    /// Denies a request whose wait has failed.
-    pub(super) fn deny(&self, demand: &Demand<'_>) -> NoRoom {
+    /// Why a request whose wait has failed is denied.
+    pub(super) fn reason_to_deny(&self, demand: &Demand<'_>) -> NoRoom {
         match self {
-            Self::Local(_) => self.with_local(|local, now| local.deny(now, demand)),
-            Self::Shared(sync) => sync.with_replica(|replica| replica.deny(clock::now(), demand)),
+            Self::Local(_) => self.with_local(|local, now| {
+                let denied = at_first(local, now, demand, |local, now, upstream| {
+                    Err::<(), _>(local.reason_to_deny(now, demand, upstream))
+                });
+                denied.map_or_else(|(no_room, _)| no_room, |_| NoRoom::Unavailable)
+            }),
+            Self::Shared(sync) => sync.with_replica(|replica| replica.reason_to_deny(clock::now(), demand)),
         }
     }
 
     /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
     pub(super) fn obstacle(&self, demand: &Demand<'_>) -> Option<NoRoom> {
         match self {
-            Self::Local(_) => self.with_local(|local, now| local.obstacle(now, demand)),
+            Self::Local(_) => self.with_local(|local, now| {
+                let found = at_first(local, now, demand, |local, now, upstream| {
+                    local.binding_obstacle(now, demand, upstream).map_or(Ok(()), Err)
+                });
+                found.err().map(|(no_room, _)| no_room)
+            }),
             Self::Shared(sync) => sync.with_replica(|replica| replica.obstacle(clock::now(), demand)),
+        }
+    }
+
+    /// What would happen to a request now. Reserves nothing.
+    pub(super) fn forecast(&self, demand: &Demand<'_>) -> Forecast {
+        if let Self::Shared(sync) = self {
+            return sync.with_replica(|replica| replica.forecast(clock::now(), demand));
+        }
+        self.with_local(|local, now| {
+            let found = at_first(local, now, demand, |local, now, upstream| {
+                local.obstacle(now, demand, upstream).map_or(Ok(()), Err)
+            });
+            let (obstacle, backend) = match found {
+                Ok(((), backend)) => (None, backend),
+                Err((no_room, backend)) => (Some(no_room), backend),
+            };
+            let account = demand.backends.get(backend).and_then(|backend| backend.account);
+            let (required, quotas) = match account {
+                None => local.forecast(now, demand, None),
+                Some(account) => account.engine.with_local(|counters, now| {
+                    let model = demand.backends[backend].model;
+                    local.forecast(now, demand, Some(&mut Backing::new(counters, model)))
+                }),
+            };
+            Forecast { at: now, required, obstacle, backend, quotas }
+        })
+    }
+
+    /// Reserves amounts in the quotas of an upstream for a request that has a reservation in its environment. `before`: the
+    /// part that moves; if this is the upstream that has it, it is released first.
+    ///
+    /// # Errors
+    /// There is no room, and nothing has changed.
+    pub(super) async fn try_back(
+        &self,
+        account: &Arc<Account>,
+        model: &str,
+        required: &Required,
+        before: Option<&mut UpstreamPart>,
+    ) -> Result<Backed, NoRoom> {
+        let before = before.filter(|before| Arc::ptr_eq(&before.account, account));
+        match self {
+            Self::Local(_) => self.with_local(|counters, now| match counters.residence {
+                Residence::Here => back(counters, now, model, required, before),
+                Residence::Leaving(_) | Residence::Moved(_) => Err(NoRoom::Unavailable),
+            }),
+            Self::Shared(_) => Err(NoRoom::Unavailable),
         }
     }
 
@@ -81,17 +145,26 @@ impl Engine {
         });
     }
 
-    /// Records a refusal in the quotas that had no room.
-    pub(super) fn record_refusal(&self, subject: Subject<'_>, no_room: &NoRoom) {
-        self.with_local(|local, now| local.record_refusal(now, subject, no_room));
-    }
-
     /// Records the amounts that a request has certainly used so far.
-    pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
+    pub(super) fn progress(
+        &self,
+        model: &str,
+        grant: &mut Grant,
+        spent: Amounts,
+        upstream: Option<&mut UpstreamPart>,
+    ) -> Progress {
         match self {
-            Self::Local(_) => self.with_local(|local, now| match local.residence {
-                Residence::Here => local.progress(now, model, grant, spent),
-                Residence::Leaving(_) | Residence::Moved(_) => local.progress_elsewhere(model, grant, spent),
+            Self::Local(_) => self.with_local(|local, now| match (&local.residence, upstream) {
+                (Residence::Here, None) => local.progress(now, model, grant, spent),
+                (Residence::Here, Some(part)) => part.account.engine.with_local(|counters, now| {
+                    local.progress_at(now, model, grant, spent, Some((counters, &mut part.grant)))
+                }),
+                (Residence::Leaving(_) | Residence::Moved(_), upstream) => {
+                    if let Some(UpstreamPart { account, model, grant }) = upstream {
+                        account.engine.progress(model, grant, spent, None);
+                    }
+                    local.progress_elsewhere(model, grant, spent)
+                }
             }),
             Self::Shared(sync) => sync.progress(model, grant, spent),
         }
@@ -194,4 +267,70 @@ impl Engine {
             }),
         }
     }
+}
+
+/// The part of a reservation that an upstream has taken.
+#[derive(Debug)]
+pub(super) struct Backed {
+    pub(super) grant: Grant,
+    /// This node's store must persist it.
+    pub(super) is_durable: bool,
+}
+
+/// Tries the upstreams of a request in their order, until one succeeds. Returns the index of that upstream. If all fail, it
+/// returns the error and the index of the one that fits first.
+fn at_first<T>(
+    local: &mut Local,
+    now: Timestamp,
+    demand: &Demand<'_>,
+    mut attempt: impl FnMut(&mut Local, Timestamp, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
+) -> Result<(T, usize), (NoRoom, usize)> {
+    let mut best: Option<(NoRoom, usize)> = None;
+    for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
+        let outcome = match account {
+            None => attempt(local, now, None),
+            Some(account) => account
+                .engine
+                .with_local(|counters, now| attempt(local, now, Some(&mut Backing::new(counters, model)))),
+        };
+        let no_room = match outcome {
+            Ok(found) => return Ok((found, index)),
+            Err(no_room) => no_room,
+        };
+        best = Some(match best {
+            Some((earlier, at)) if !no_room.fits_before(&earlier) => (earlier, at),
+            _ => (no_room, index),
+        });
+    }
+    match best {
+        Some(best) => Err(best),
+        // No upstream is named.
+        None => attempt(local, now, None).map(|found| (found, 0)).map_err(|no_room| (no_room, 0)),
+    }
+}
+
+/// Moves a part of a reservation within an upstream, or into it.
+fn back(
+    counters: &mut Local,
+    now: Timestamp,
+    model: &str,
+    required: &Required,
+    before: Option<&mut UpstreamPart>,
+) -> Result<Backed, NoRoom> {
+    let take = |counters: &mut Local, model: &str, is_forced: bool| {
+        let mut backing = Backing::new(counters, model);
+        match backing.obstacle(now, required) {
+            Some(no_room) if !is_forced => Err(no_room),
+            _ => Ok(Backed { grant: backing.take(now, required), is_durable: backing.needs_durability() }),
+        }
+    };
+    let Some(before) = before else { return take(counters, model, false) };
+    counters.release_backing(now, &mut before.grant);
+    let backed = take(counters, model, false);
+    if backed.is_err()
+        && let Ok(again) = take(counters, &before.model, true)
+    {
+        before.grant = again.grant;
+    }
+    backed
 }

@@ -9,7 +9,10 @@
 
 use super::demand::{Demand, Grant, NoRoom, Settlement};
 use super::local::Local;
-use super::messages::{FromSuccessor, LeftAccount, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor};
+use super::messages::{
+    FromSuccessor, LeftAccount, LeftBackend, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor,
+};
+use super::reservation::ElsewhereReservation;
 use super::successor::{Successor, SuccessorLine};
 use super::{Account, MAX_STORE_WAIT, Reservation};
 use crate::quota::{Amounts, Quota};
@@ -75,7 +78,7 @@ impl Account {
             local.leave()
         });
         // The queued requests wait for the new process.
-        self.wait_queue.notify_released();
+        self.notify_released();
         Some(left)
     }
 
@@ -130,6 +133,7 @@ impl Account {
             cap: demand.cap,
             completions: demand.completions,
             max_wait_ms: u64::try_from(max_wait.as_millis()).unwrap_or(u64::MAX),
+            backends: demand.backends.iter().map(LeftBackend::of).collect(),
         };
         match successor.line.call(id, message).await {
             Some(FromSuccessor::Reserved {
@@ -139,6 +143,7 @@ impl Account {
                 clamped_to,
                 would_deny,
                 standing,
+                backend,
                 ..
             }) => {
                 successor.begin_progress(id, reserved, progress_threshold);
@@ -155,32 +160,24 @@ impl Account {
                     in_flight_generation: None,
                 };
                 self.engine.with_local(|local, _| local.in_flight += 1);
-                let would_deny = would_deny.map(|left| self.to_no_room(left));
-                let settlement = Settlement::default();
-                let subject = (demand.subject.caller.cloned(), demand.subject.model.into());
-                let is_durable = self.persistence.is_some();
-                Ok(Reservation {
-                    account: self.clone(),
-                    grant: Some(grant),
-                    subject,
-                    settlement,
-                    standing,
-                    clamped_to,
-                    would_deny,
-                    is_durable,
-                    commit: None,
-                })
+                let would_deny = would_deny.map(|left| self.to_no_room(left, demand));
+                let reservation = ElsewhereReservation { grant, backend, standing, clamped_to, would_deny };
+                Ok(Reservation::elsewhere(self, demand, reservation))
             }
-            Some(FromSuccessor::Denied { no_room, .. }) => Err(self.to_no_room(no_room)),
+            Some(FromSuccessor::Denied { no_room, .. }) => Err(self.to_no_room(no_room, demand)),
             _ => Err(NoRoom::Unavailable),
         }
     }
 
-    fn to_no_room(&self, left: LeftNoRoom) -> NoRoom {
-        let quotas = self.engine.with_local(|local, _| {
-            local.quotas.cells().map(|(quota, _)| quota.clone()).collect::<Vec<Quota>>()
-        });
-        left.into_no_room(&quotas)
+    fn to_no_room(&self, left: LeftNoRoom, demand: &Demand<'_>) -> NoRoom {
+        let quotas_of = |account: &Self| {
+            account.engine.with_local(|local, _| {
+                local.quotas.cells().map(|(quota, _)| quota.clone()).collect::<Vec<Quota>>()
+            })
+        };
+        let upstreams = demand.backends.iter().filter_map(|backend| backend.account);
+        let of_upstreams = upstreams.flat_map(|account| quotas_of(account));
+        left.into_no_room(&quotas_of(self).into_iter().chain(of_upstreams).collect::<Vec<Quota>>())
     }
 
     /// Waits until the settlements so far are durable where the counters are, at most [`MAX_STORE_WAIT`].
@@ -208,25 +205,14 @@ impl Account {
     /// it.
     pub fn adopt(self: &Arc<Self>, model: &str, grant: &LeftGrant) -> Reservation {
         let grant = self.engine.with_local(|local, _| local.adopt(grant));
-        let settlement = Settlement { spent: grant.reserved, is_complete: false };
-        Reservation {
-            account: self.clone(),
-            grant: Some(grant),
-            subject: (None, model.into()),
-            settlement,
-            standing: [None; 4],
-            clamped_to: None,
-            would_deny: None,
-            is_durable: self.persistence.is_some(),
-            commit: None,
-        }
+        Reservation::adopted(self, model, grant)
     }
 
     /// Charges in full the amounts that requests of the old process still hold. That process has ended.
     pub fn end_takeover(&self) {
         if self.engine.sync().is_none() {
             self.engine.with_local(Local::end_takeover);
-            self.wait_queue.notify_released();
+            self.notify_released();
             self.notify_store(false);
         }
     }

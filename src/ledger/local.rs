@@ -1,24 +1,30 @@
-//! The counters of one node: the quotas of one environment and the decisions made on them. Pure: `now` is an argument, so that
+//! The counters of one node: the quotas of one environment, or of one upstream, and the decisions made on them. Pure: `now` is an argument, so that
 //! `simulate` and the tests run hours in a second. Nothing here depends on Redis.
 
+mod backing;
 mod residence;
+mod stream;
 
 use super::allowance::LearnedLengths;
-use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+use super::demand::{Admission, Demand, Grant, NoRoom, Settlement};
 use super::durability::RestoredState;
 use super::messages::LeftAccount;
 use super::overrides::{EnforceOverride, LimitChange, Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
-use crate::config::{CompletionReserve, Environment, ReserveSettings, WhenShort};
+use crate::config::{
+    CompletionReserve, Environment, OnOverrun, ReserveSettings, UpstreamSettings, WhenShort,
+};
 use crate::estimate::KnownModels;
 use crate::glob::Glob;
 use crate::quota::{
-    Amounts, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Scope, Subject,
-    Takeover,
+    Amounts, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject, Takeover,
 };
 use residence::Elsewhere;
+use std::sync::Arc;
+use std::time::Duration;
 
+pub use backing::Backing;
 pub(super) use residence::Residence;
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and an answer that
@@ -49,6 +55,20 @@ impl Rules {
         }
     }
 
+    /// The rules of an upstream of the config. What is reserved depends on the environment of each request.
+    pub(super) fn of_upstream(upstream: &UpstreamSettings) -> Self {
+        let reserve = ReserveSettings {
+            prompt: true,
+            completion: CompletionReserve::None,
+            quantile: 0.0,
+            default_max_tokens: 0,
+            when_short: WhenShort::Reject,
+            on_overrun: OnOverrun::Finish,
+            max_wait: Duration::ZERO,
+        };
+        Self { reserve, enforce: true, max_in_flight: upstream.max_in_flight }
+    }
+
     /// The only fraction of the config. It becomes an integer before any decision depends on it.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     fn quantile_ppm(&self) -> u32 {
@@ -56,9 +76,11 @@ impl Rules {
     }
 }
 
-/// The counters of one environment on one node.
+/// The counters of one environment, or of one upstream, on one node.
 #[derive(Debug)]
 pub struct Local {
+    /// The name of the upstream. `None`: these are the counters of an environment.
+    pub(super) upstream: Option<Arc<str>>,
     pub(super) quotas: Quotas,
     pub(super) rules: Rules,
     /// `enforce` of the config. That of `rules` is in force.
@@ -83,6 +105,7 @@ impl Local {
     /// Full quotas, no learned lengths of answers.
     pub fn new(rules: Rules, quotas: &[Quota], now: Timestamp) -> Self {
         Self {
+            upstream: None,
             quotas: Quotas::new(quotas, now),
             quantile_ppm: rules.quantile_ppm(),
             enforce_of_config: rules.enforce,
@@ -99,13 +122,16 @@ impl Local {
         }
     }
 
+    /// Full quotas of an upstream. Requests use them beside those of their environment, as [`Backing`].
+    pub fn of_upstream(upstream: &UpstreamSettings, now: Timestamp) -> Self {
+        let counters = Self::new(Rules::of_upstream(upstream), &upstream.quotas, now);
+        Self { upstream: Some(upstream.name.as_str().into()), ..counters }
+    }
+
     /// Sets the patterns of models that the config has, apart from those of quotas. In full tables the names that match
     /// come first.
     pub(super) fn set_model_patterns(&mut self, patterns: &[Glob]) {
-        let of_quota = |quota: &Quota| match &quota.scope {
-            Scope::Model(pattern) => Some(pattern.clone()),
-            Scope::Environment | Scope::Caller(_) => None,
-        };
+        let of_quota = |quota: &Quota| quota.scope.models().cloned();
         let of_quotas = self.overrides.configured().iter().filter_map(of_quota);
         let known = KnownModels::with(patterns.iter().cloned().chain(of_quotas));
         self.lengths.known_models = known.clone();
@@ -214,7 +240,8 @@ impl Local {
             self.quotas.count_interrupted(now, &restored.quotas, restored.held);
         }
         self.totals = restored.totals;
-        self.history.is_enabled = true;
+        // The history of its environment has each request.
+        self.history.is_enabled = self.upstream.is_none();
         if let Some(left) = &restored.left {
             self.begin_takeover(left);
         } else {
@@ -236,39 +263,84 @@ impl Local {
     /// # Errors
     /// The reason why the request does not fit.
     pub fn try_admit(&mut self, now: Timestamp, demand: &Demand<'_>) -> Result<Admission, NoRoom> {
-        let allowance = self.allowance(demand);
-        self.try_admit_with(now, demand, allowance, self.is_full())
+        self.try_admit_at(now, demand, None)
     }
 
-    /// Denies a request that must not overtake waiting requests, or whose wait has failed. Returns the reason why it
-    /// does not fit now. If it fits, returns the reason why the requests ahead of it wait.
-    pub fn deny(&mut self, now: Timestamp, demand: &Demand<'_>) -> NoRoom {
-        self.count_denial(now, demand.subject);
-        let in_flight = NoRoom::InFlight { limit: self.rules.max_in_flight.unwrap_or(self.in_flight) };
-        if self.is_full() {
-            return in_flight;
+    /// Like `try_admit`, in the quotas of the environment and of the upstream together.
+    ///
+    /// # Errors
+    /// The reason why the request does not fit.
+    pub fn try_admit_at(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        upstream: Option<&mut Backing<'_>>,
+    ) -> Result<Admission, NoRoom> {
+        let allowance = self.allowance(demand, upstream.as_deref());
+        self.try_admit_with(now, demand, allowance, self.is_full(), upstream)
+    }
+
+    /// Why the requests ahead of a request wait, which must not overtake them, or why its own wait has failed.
+    pub(super) fn reason_to_deny(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        mut upstream: Option<&mut Backing<'_>>,
+    ) -> NoRoom {
+        if let Some(obstacle) = self.binding_obstacle(now, demand, upstream.as_deref_mut()) {
+            return obstacle;
         }
-        let required = self.min_required(demand);
-        self.quotas.denial_behind_queue(now, demand.subject, &required).map_or(in_flight, NoRoom::Quota)
+        let required = self.min_required(demand, upstream.as_deref());
+        let own = self.quotas.denial_behind_queue(now, demand.subject, &required);
+        let denied = own.or_else(|| upstream?.denial_behind_queue(now, &required));
+        let limit = self.rules.max_in_flight.unwrap_or(self.in_flight);
+        denied.map_or(NoRoom::InFlight { limit, upstream: None }, NoRoom::Quota)
     }
 
     /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
-    pub fn obstacle(&mut self, now: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
-        if let Some(limit) = self.rules.max_in_flight.filter(|_| self.is_full()) {
-            return Some(NoRoom::InFlight { limit });
+    pub(super) fn obstacle(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        upstream: Option<&mut Backing<'_>>,
+    ) -> Option<NoRoom> {
+        let required = self.min_required(demand, upstream.as_deref());
+        let own = match self.rules.max_in_flight.filter(|_| self.is_full()) {
+            Some(limit) => Some(NoRoom::InFlight { limit, upstream: None }),
+            None => self.quotas.denial(now, demand.subject, &required).map(NoRoom::Quota),
+        };
+        NoRoom::of_both(own, upstream.and_then(|upstream| upstream.obstacle(now, &required)))
+    }
+
+    /// Like `obstacle`, without the environment's own quotas if they are not enforced.
+    pub(super) fn binding_obstacle(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        upstream: Option<&mut Backing<'_>>,
+    ) -> Option<NoRoom> {
+        if self.rules.enforce {
+            return self.obstacle(now, demand, upstream);
         }
-        let required = self.min_required(demand);
-        self.quotas.denial(now, demand.subject, &required).map(NoRoom::Quota)
+        let required = self.min_required(demand, upstream.as_deref());
+        upstream.and_then(|upstream| upstream.obstacle(now, &required))
     }
 
     /// The amounts that the request would reserve, and the quotas that apply to it. Reserves nothing.
-    pub(super) fn forecast(&mut self, now: Timestamp, demand: &Demand<'_>) -> (Amounts, Vec<QuotaLevel>) {
-        let allowance = self.allowance(demand);
+    pub(super) fn forecast(
+        &mut self,
+        now: Timestamp,
+        demand: &Demand<'_>,
+        upstream: Option<&mut Backing<'_>>,
+    ) -> (Amounts, Vec<QuotaLevel>) {
+        let allowance = self.allowance(demand, upstream.as_deref());
         let required = self.required(demand, allowance);
-        (required.amounts, self.quotas.levels_of(now, demand.subject))
+        let mut levels = self.quotas.levels_of(now, demand.subject);
+        levels.extend(upstream.into_iter().flat_map(|upstream| upstream.levels(now)));
+        (required.amounts, levels)
     }
 
-    fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.rules.max_in_flight.is_some_and(|limit| self.in_flight >= limit)
     }
 
@@ -284,38 +356,48 @@ impl Local {
         }
     }
 
-    /// Like `try_admit`, but with a given allowance. `is_full`: the maximum number of requests is in flight.
+    /// Like `try_admit_at`, but with a given allowance. `is_full`: the maximum number of requests is in flight.
     pub(super) fn try_admit_with(
         &mut self,
         now: Timestamp,
         demand: &Demand<'_>,
         allowance: u64,
         is_full: bool,
+        mut upstream: Option<&mut Backing<'_>>,
     ) -> Result<Admission, NoRoom> {
-        let required = self.required(demand, allowance);
-        let full = self.rules.max_in_flight.filter(|_| is_full);
-        let reserved = match full {
-            Some(limit) => Err(NoRoom::InFlight { limit }),
-            None => self.quotas.reserve(now, demand.subject, &required).map_err(NoRoom::Quota),
+        let mut required = self.required(demand, allowance);
+        let shortage = upstream.as_deref_mut().and_then(|upstream| upstream.obstacle(now, &required));
+        let is_short = shortage.is_some();
+        let reserved = match (shortage, self.rules.max_in_flight.filter(|_| is_full)) {
+            (Some(shortage), _) => Err(shortage),
+            (None, Some(limit)) => Err(NoRoom::InFlight { limit, upstream: None }),
+            (None, None) => self.quotas.reserve(now, demand.subject, &required).map_err(NoRoom::Quota),
         };
         let (receipt, clamped_to, would_deny) = match reserved {
             Ok(receipt) => (receipt, None, None),
+            Err(no_room) if self.rules.enforce => {
+                let clamped = self.clamp(now, demand, allowance, &no_room, upstream.as_deref_mut());
+                let Some((lowered, each)) = clamped else {
+                    return Err(self.obstacle(now, demand, upstream).unwrap_or(no_room));
+                };
+                required = lowered;
+                let reserved = self.quotas.reserve(now, demand.subject, &required);
+                (reserved.map_err(NoRoom::Quota)?, Some(each), None)
+            }
+            // The quotas of the upstream hold in shadow mode too.
+            Err(no_room) if is_short => return Err(no_room),
             Err(no_room) => {
-                let clamped = self.clamp(now, demand, allowance, &no_room);
-                if self.rules.enforce {
-                    let Some((required, each)) = clamped else {
-                        return Err(self.obstacle(now, demand).unwrap_or(no_room));
-                    };
-                    let reserved = self.quotas.reserve(now, demand.subject, &required);
-                    (reserved.map_err(NoRoom::Quota)?, Some(each), None)
-                } else {
-                    // Shadow mode changes nothing: the request is neither denied nor clamped.
-                    let would_deny = clamped.is_none().then_some(no_room);
-                    (self.quotas.reserve_unchecked(now, demand.subject, &required), None, would_deny)
-                }
+                // Shadow mode changes nothing: the request is neither denied nor clamped.
+                let clamped = self.clamp(now, demand, allowance, &no_room, upstream.as_deref_mut());
+                let would_deny = clamped.is_none().then_some(no_room);
+                (self.quotas.reserve_unchecked(now, demand.subject, &required), None, would_deny)
             }
         };
-        Ok(self.admitted(now, demand, receipt, clamped_to, would_deny))
+        let mut admission = self.admitted(now, demand, receipt, clamped_to, would_deny);
+        if let Some(upstream) = upstream {
+            admission.back(now, upstream, &required);
+        }
+        Ok(admission)
     }
 
     /// Reserves amounts for a request that Redis has already admitted, even if it does not fit.
@@ -360,7 +442,7 @@ impl Local {
         };
         let standing = self.quotas.status_by_kind(now, demand.subject);
         let is_durable = self.quotas.need_durability(demand.subject);
-        Admission { grant, clamped_to, would_deny, standing, is_durable }
+        Admission { grant, upstream: None, clamped_to, would_deny, standing, is_durable }
     }
 
     /// Reverts an admission that Redis has denied.
@@ -375,7 +457,7 @@ impl Local {
     }
 
     /// How many completion tokens to reserve.
-    pub(super) fn allowance(&self, demand: &Demand<'_>) -> u64 {
+    pub(super) fn allowance(&self, demand: &Demand<'_>, upstream: Option<&Backing<'_>>) -> u64 {
         let reserve = &self.rules.reserve;
         let completions = demand.completions.max(1);
         if !demand.generates {
@@ -392,7 +474,8 @@ impl Local {
                 let prompt = if reserve.prompt { demand.prompt } else { 0 };
                 // Without this bound, an allowance above a quota's capacity would never fit, and no answer would ever
                 // be learned.
-                let max = self.quotas.largest_completion(demand.subject, prompt) / 2;
+                let own = self.quotas.largest_completion(demand.subject, prompt);
+                let max = upstream.map_or(own, |upstream| own.min(upstream.largest_completion(prompt))) / 2;
                 each.saturating_mul(completions).min(demand.cap.unwrap_or(u64::MAX)).min(max).max(1)
             }
         }
@@ -405,6 +488,7 @@ impl Local {
         demand: &Demand<'_>,
         allowance: u64,
         no_room: &NoRoom,
+        mut upstream: Option<&mut Backing<'_>>,
     ) -> Option<(Required, u64)> {
         let NoRoom::Quota(_) = no_room else { return None };
         if !self.clamps() || allowance == 0 {
@@ -412,10 +496,14 @@ impl Local {
         }
         let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
         let completions = demand.completions.max(1);
-        let each = self.quotas.completion_that_fits(now, demand.subject, prompt) / completions;
+        let own = self.quotas.completion_that_fits(now, demand.subject, prompt);
+        let of_upstream = upstream.as_deref_mut().map(|upstream| upstream.completion_that_fits(now, prompt));
+        let each = of_upstream.map_or(own, |room| own.min(room)) / completions;
         let required = self.required(demand, each.saturating_mul(completions));
         let is_less = each >= MIN_CLAMP && required.amounts.completion < allowance;
-        (is_less && self.quotas.denial(now, demand.subject, &required).is_none()).then_some((required, each))
+        let fits = is_less && self.quotas.denial(now, demand.subject, &required).is_none();
+        let is_short = |upstream: &mut Backing<'_>| upstream.obstacle(now, &required).is_some();
+        (fits && !upstream.is_some_and(is_short)).then_some((required, each))
     }
 
     pub(super) fn clamps(&self) -> bool {
@@ -423,8 +511,8 @@ impl Local {
     }
 
     /// The smallest amounts with which the request would be admitted.
-    fn min_required(&self, demand: &Demand<'_>) -> Required {
-        let allowance = self.allowance(demand);
+    fn min_required(&self, demand: &Demand<'_>, upstream: Option<&Backing<'_>>) -> Required {
+        let allowance = self.allowance(demand, upstream);
         let min_clamp = MIN_CLAMP.saturating_mul(demand.completions.max(1));
         self.required(demand, if self.clamps() { allowance.min(min_clamp) } else { allowance })
     }
@@ -432,58 +520,6 @@ impl Local {
     /// Whether completions are reserved, rather than only charged afterwards.
     fn is_reserving(&self) -> bool {
         self.rules.reserve.completion != CompletionReserve::None
-    }
-
-    /// Moves amounts that a request has certainly used from held to spent.
-    ///
-    /// A stream that outgrows its reservation gets an extension while there is room. Beyond that, its tokens become debt now
-    /// and not only when it ends: other requests see the debt, and it survives a crash.
-    pub fn progress(&mut self, now: Timestamp, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
-        let mut outcome = Progress::Within;
-        if spent.completion > grant.reserved.completion && self.is_reserving() {
-            self.learn_partial(model, grant, spent.completion);
-            outcome = self.extend(now, grant, spent.completion - grant.reserved.completion);
-            // Debt grows in steps too, and so does an answer that is longer than its request allows. Otherwise every event
-            // of a stream would call this function.
-            let is_beyond_cap = grant.reserved.completion > grant.cap;
-            let step = if outcome == Progress::Overrun || is_beyond_cap { MIN_EXTENSION } else { 0 };
-            grant.progress_threshold = grant.reserved.completion.saturating_add(step);
-        }
-        let mut left = spent;
-        for receipt in &mut grant.receipts {
-            self.quotas.progress(now, receipt, left);
-            left = left.saturating_sub(receipt.reserved());
-        }
-        outcome
-    }
-
-    /// Reserves a full extension, or only the missing tokens, or takes the missing tokens as debt.
-    fn extend(&mut self, now: Timestamp, grant: &mut Grant, missing: u64) -> Progress {
-        let Some(first) = grant.receipts.first() else { return Progress::Within };
-        let more = |tokens| Amounts { completion: tokens, total: tokens, ..Amounts::default() };
-        // An answer does not become longer than its request allows.
-        let full = grant.extension.min(grant.cap.saturating_sub(grant.reserved.completion)).max(missing);
-        let steps = if full > missing { &[full, missing][..] } else { &[missing][..] };
-        let fitting =
-            steps.iter().find_map(|&tokens| Some((tokens, self.quotas.extend(now, first, more(tokens))?)));
-        let outcome = if fitting.is_some() { Progress::Within } else { Progress::Overrun };
-        let (tokens, receipt) =
-            fitting.unwrap_or_else(|| (missing, self.quotas.extend_unchecked(now, first, more(missing))));
-        grant.reserved = grant.reserved.saturating_add(more(tokens));
-        self.held = self.held.saturating_add(more(tokens));
-        let separate = match grant.receipts.last_mut() {
-            Some(last) => last.merge(receipt),
-            None => Some(receipt),
-        };
-        grant.receipts.extend(separate);
-        outcome
-    }
-
-    fn learn_partial(&mut self, model: &str, grant: &mut Grant, tokens: u64) {
-        if let Some(before) = grant.partial_length.take() {
-            self.lengths.forget_partial(model, before);
-        }
-        grant.partial_length = self.lengths.learn_partial(model, tokens.div_ceil(grant.completions));
     }
 
     /// Releases the held amounts of a grant and charges the spent amounts.

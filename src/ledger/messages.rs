@@ -1,11 +1,13 @@
 //! The messages between an account that has moved and the new process that has its counters.
 
-use super::demand::NoRoom;
+use super::demand::{Backend, NoRoom};
+use super::owner::UPSTREAM_PREFIX;
 use crate::clock::Timestamp;
 use crate::quota::{
     Amounts, Denied, LeftCell, LeftReceipt, Quota, QuotaIdentity, QuotaStatus, Shortfall, Wait,
 };
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Amounts that the requests of an account hold when the account leaves.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +59,8 @@ pub enum ToSuccessor {
         cap: Option<u64>,
         completions: u64,
         max_wait_ms: u64,
+        #[serde(default)]
+        backends: Vec<LeftBackend>,
     },
     /// The request of a `Reserve` ended before its reply arrived.
     Cancel { id: u64 },
@@ -72,6 +76,23 @@ pub enum ToSuccessor {
     Usage { environment: String, rows: Vec<LeftUsage> },
 }
 
+/// An upstream that may serve a request of the old process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftBackend {
+    /// The name of its account. `None`: it has no limits.
+    pub account: Option<String>,
+    /// The model, by the name that is sent to the upstream.
+    pub model: String,
+}
+
+impl LeftBackend {
+    pub(super) fn of(backend: &Backend<'_>) -> Self {
+        let upstream = backend.account.and_then(|account| account.upstream());
+        let account = upstream.map(|name| format!("{UPSTREAM_PREFIX}{name}"));
+        Self { account, model: backend.model.to_owned() }
+    }
+}
+
 /// An answer of the new process.
 #[derive(Debug, Serialize, Deserialize)]
 #[allow(missing_docs)]
@@ -84,6 +105,8 @@ pub enum FromSuccessor {
         clamped_to: Option<u64>,
         would_deny: Option<LeftNoRoom>,
         standing: [Option<QuotaStatus>; 4],
+        #[serde(default)]
+        backend: usize,
     },
     Denied {
         id: u64,
@@ -104,8 +127,16 @@ pub enum FromSuccessor {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub enum LeftNoRoom {
-    Quota { at_ms: i64, requested: Amounts, shortfalls: Vec<LeftShortfall> },
-    InFlight { limit: u64 },
+    Quota {
+        at_ms: i64,
+        requested: Amounts,
+        shortfalls: Vec<LeftShortfall>,
+    },
+    InFlight {
+        limit: u64,
+        #[serde(default)]
+        upstream: Option<String>,
+    },
     Unavailable,
 }
 
@@ -147,7 +178,9 @@ impl LeftNoRoom {
                 requested: denied.requested(),
                 shortfalls: denied.shortfalls().iter().map(left).collect(),
             },
-            NoRoom::InFlight { limit } => Self::InFlight { limit: *limit },
+            NoRoom::InFlight { limit, upstream } => {
+                Self::InFlight { limit: *limit, upstream: upstream.as_deref().map(str::to_owned) }
+            }
             NoRoom::Unavailable => Self::Unavailable,
         }
     }
@@ -156,7 +189,9 @@ impl LeftNoRoom {
     pub(super) fn into_no_room(self, quotas: &[Quota]) -> NoRoom {
         let (at_ms, requested, shortfalls) = match self {
             Self::Quota { at_ms, requested, shortfalls } => (at_ms, requested, shortfalls),
-            Self::InFlight { limit } => return NoRoom::InFlight { limit },
+            Self::InFlight { limit, upstream } => {
+                return NoRoom::InFlight { limit, upstream: upstream.map(Arc::from) };
+            }
             Self::Unavailable => return NoRoom::Unavailable,
         };
         let known = |left: LeftShortfall| {

@@ -14,7 +14,7 @@ mod overrides;
 mod reconfigure;
 pub(super) mod session;
 
-use super::demand::{Demand, Grant, NoRoom, Progress, Settlement};
+use super::demand::{Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 use super::local::Local;
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
@@ -195,14 +195,19 @@ impl Replica {
         now
     }
 
-    /// Denies a request whose wait has failed.
-    pub(super) fn deny(&mut self, own: Timestamp, demand: &Demand<'_>) -> NoRoom {
+    /// Why a request whose wait has failed is denied.
+    pub(super) fn reason_to_deny(&mut self, own: Timestamp, demand: &Demand<'_>) -> NoRoom {
         let now = self.redis_time(own);
-        if self.is_closed() {
-            self.local.count_denial(now, demand.subject);
-            return NoRoom::Unavailable;
-        }
-        self.local.deny(now, demand)
+        if self.is_closed() { NoRoom::Unavailable } else { self.local.reason_to_deny(now, demand, None) }
+    }
+
+    /// What would happen to a request now. Reserves nothing.
+    pub(super) fn forecast(&mut self, own: Timestamp, demand: &Demand<'_>) -> Forecast {
+        let at = self.redis_time(own);
+        let obstacle =
+            if self.is_closed() { Some(NoRoom::Unavailable) } else { self.local.obstacle(at, demand, None) };
+        let (required, quotas) = self.local.forecast(at, demand, None);
+        Forecast { at, required, obstacle, backend: 0, quotas }
     }
 
     /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
@@ -211,7 +216,7 @@ impl Replica {
             return Some(NoRoom::Unavailable);
         }
         let now = self.redis_time(own);
-        self.local.obstacle(now, demand)
+        self.local.binding_obstacle(now, demand, None)
     }
 
     /// Moves amounts that a request has certainly used from held to spent, and may extend its reservation.

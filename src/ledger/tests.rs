@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::parse;
+use crate::quota::Amounts;
 use futures_util::FutureExt as _;
 use std::pin::pin;
 use std::sync::Mutex;
@@ -19,8 +20,10 @@ const ROOM_FOR_ONE: &str =
 
 fn demand(cap: u64) -> Demand<'static> {
     let subject = Subject { caller: None, model: "m" };
-    Demand { subject, prompt: 8, generates: true, cap: Some(cap), completions: 1 }
+    Demand { subject, prompt: 8, generates: true, cap: Some(cap), completions: 1, backends: &[] }
 }
+
+mod upstreams;
 
 /// With local counters a reservation without a wait never suspends.
 fn reserve_now(account: &Arc<Account>, cap: u64) -> Reservation {

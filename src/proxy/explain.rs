@@ -54,6 +54,7 @@ pub(crate) async fn explain(
         generates: api.generates(),
         cap: call.completion_cap,
         completions: call.completions.max(1),
+        backends: &[snapshot.backend(environment, model)],
     };
     let account = &snapshot.accounts[environment];
     account.refresh().await;

@@ -93,7 +93,9 @@ pub(super) fn no_room_error(no_room: NoRoom, environment: &Environment) -> Proxy
             environment: name,
             retry_patience: environment.retry_patience,
         },
-        NoRoom::InFlight { limit } => ProxyError::TooManyInFlight { limit, environment: name },
+        NoRoom::InFlight { limit, upstream } => {
+            ProxyError::TooManyInFlight { limit, environment: name, upstream }
+        }
         NoRoom::Unavailable => ProxyError::QuotaStoreUnavailable { environment: name },
     }
 }

@@ -7,7 +7,7 @@ use super::keys::KeyTable;
 use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment, UpstreamSettings};
 use crate::estimate::{Models, Provider};
-use crate::ledger::Account;
+use crate::ledger::{Account, Backend};
 use crate::provider_limits::ProviderLimits;
 use crate::telemetry::{CallerLabels, Metrics, Series};
 use http::header::HeaderValue;
@@ -20,6 +20,8 @@ pub struct Snapshot {
     pub config: Arc<Config>,
     /// The counters of each environment, in the order of the config.
     pub accounts: Vec<Arc<Account>>,
+    /// The counters of each upstream, in the order of the config. `None`: it has no limits.
+    pub upstream_accounts: Vec<Option<Arc<Account>>>,
     /// In the order of the config.
     pub(super) contexts: Vec<EnvironmentContext>,
     pub(super) models: Models,
@@ -53,12 +55,12 @@ pub(super) struct EnvironmentContext {
 }
 
 impl Snapshot {
-    /// Prepares a config. `accounts`: the account of each environment, in the order of the config. `previous`: the
-    /// snapshot that this one replaces, whose flood guard and knowledge of upstreams stay where their settings did not
+    /// Prepares a config. `accounts`: the account of each environment, and that of each upstream with limits, in the order
+    /// of the config. `previous`: the snapshot that this one replaces, whose flood guard and knowledge of upstreams stay where their settings did not
     /// change.
     pub(super) fn new(
         config: Arc<Config>,
-        accounts: Vec<Arc<Account>>,
+        (accounts, upstream_accounts): (Vec<Arc<Account>>, Vec<Option<Arc<Account>>>),
         models: Models,
         (metrics, calibrations): (&Metrics, &Calibrations),
         previous: Option<&Self>,
@@ -97,6 +99,7 @@ impl Snapshot {
                 .collect::<anyhow::Result<_>>()?,
             refuses_stream_options: refuses_stream_options.collect(),
             accounts,
+            upstream_accounts,
             models,
             keys: KeyTable::new(&config),
             flood,
@@ -113,6 +116,12 @@ impl Snapshot {
     /// Every environment and its account.
     pub fn environments(&self) -> Vec<(Arc<Environment>, Arc<Account>)> {
         self.config.environments.iter().cloned().zip(self.accounts.iter().cloned()).collect()
+    }
+
+    /// The upstream of an environment, by its index. `model`: the name that is sent to it.
+    pub(super) fn backend<'s>(&'s self, environment: usize, model: &'s str) -> Backend<'s> {
+        let upstream = self.contexts[environment].upstream;
+        Backend { account: self.upstream_accounts[upstream].as_ref(), model }
     }
 
     /// Whether the gateway requests usage in streams of this upstream. It does not if `stream_usage` is `never`, or

@@ -4,10 +4,11 @@ use super::body_budget::BodyBudget;
 use super::snapshot::Snapshot;
 use crate::calibrations::Calibrations;
 use crate::clock::{self, Stopwatch};
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, UpstreamSettings};
 use crate::estimate::Models;
 use crate::learned::Learned;
-use crate::ledger::{Account, Accounts, AuditEntry, MAX_STORE_WAIT, Persistence, RestoredState};
+use crate::ledger::{Account, Accounts, AuditEntry, MAX_STORE_WAIT, Owner, Persistence, RestoredState};
+use crate::quota::Quota;
 use crate::random;
 use crate::store::{self, Store, WriterControl};
 use crate::telemetry::{Metrics, Rejections, RequestIds, Tracing};
@@ -28,7 +29,7 @@ pub struct State {
     pub(super) bodies: Arc<BodyBudget>,
     /// The last rejected requests.
     pub(crate) rejections: Rejections,
-    /// The accounts of all environments that a config of this process has had.
+    /// The accounts of all environments and upstreams that a config of this process has had.
     accounts: Arc<Accounts>,
     /// The name of this process in Redis.
     session: String,
@@ -57,8 +58,31 @@ pub struct PreparedConfig {
     snapshot: Arc<Snapshot>,
     /// The environments whose account exists already, with the stored state for quotas that are new to it.
     known: Vec<(Arc<Environment>, Arc<Account>, RestoredState)>,
-    /// The environments whose account is new.
-    added: Vec<(Arc<Environment>, Arc<Account>)>,
+    /// The upstreams with limits whose account exists already, likewise.
+    known_upstreams: Vec<(Arc<UpstreamSettings>, Arc<Account>, RestoredState)>,
+    /// The accounts that are new, with their names.
+    added: Vec<(String, Arc<Account>)>,
+}
+
+/// What accounts are opened with.
+struct Opening<'a> {
+    config: &'a Config,
+    store: Option<Arc<dyn Persistence>>,
+    /// The name of this process in Redis.
+    session: &'a str,
+}
+
+impl Opening<'_> {
+    fn open(&self, owner: Owner<'_>, restored: &RestoredState) -> anyhow::Result<Arc<Account>> {
+        let account = Account::open_with(owner, self.store.clone(), restored);
+        Ok(Arc::new(match &self.config.store.redis {
+            Some(_) if account.upstream().is_some() => anyhow::bail!(
+                "limits of an upstream cannot be shared through Redis in this version; remove them, or store.redis"
+            ),
+            Some(redis) => account.share(owner, redis, self.session, self.config.file_modified_ms)?,
+            None => account,
+        }))
+    }
 }
 
 impl PreparedConfig {
@@ -67,7 +91,7 @@ impl PreparedConfig {
         &self.snapshot
     }
 
-    /// The accounts of environments that no config of this process has had.
+    /// The accounts of environments and upstreams that no config of this process has had.
     pub(crate) fn added_accounts(&self) -> impl Iterator<Item = &Arc<Account>> {
         self.added.iter().map(|(_, account)| account)
     }
@@ -86,25 +110,29 @@ impl State {
             calibrations.restore(store.calibrations()?);
         }
         let session = session_id();
-        let open = |environment: &Arc<Environment>| {
-            let keeper = store.map(|store| -> Arc<dyn Persistence> { store.persistence() });
-            let left = store
-                .map_or_else(|| Ok(RestoredState::default()), |store| store.restored_state(environment))?;
-            let account = Account::open_with(environment, keeper, &left);
-            anyhow::Ok(Arc::new(match &config.store.redis {
-                Some(redis) => account.share(environment, redis, &session, config.file_modified_ms)?,
-                None => account,
-            }))
-        };
-        let opened: Vec<_> = config.environments.iter().map(open).collect::<anyhow::Result<_>>()?;
         let accounts = Accounts::default();
-        for (environment, account) in config.environments.iter().zip(&opened) {
-            accounts.add(&environment.name, account.clone());
-            account.log_overrides(environment);
-        }
+        let opening = Opening {
+            config: &config,
+            store: store.map(|store| -> Arc<dyn Persistence> { store.persistence() }),
+            session: &session,
+        };
+        let open = |owner: Owner<'_>| {
+            let restored =
+                store.map_or_else(|| Ok(RestoredState::default()), |store| store.restored_state(owner))?;
+            let account = opening.open(owner, &restored)?;
+            accounts.add(&owner.key(), account.clone());
+            account.log_overrides(owner);
+            anyhow::Ok(account)
+        };
+        let of_environments: Vec<_> =
+            config.environments.iter().map(|one| open(one.into())).collect::<anyhow::Result<_>>()?;
+        let of_upstream =
+            |one: &Arc<UpstreamSettings>| one.has_limits().then(|| open(one.into())).transpose();
+        let of_upstreams: Vec<_> = config.upstreams.iter().map(of_upstream).collect::<anyhow::Result<_>>()?;
         let bodies = Arc::new(BodyBudget::default());
         bodies.set_max(config.server.buffered_bodies);
         let tracing = Tracing::start(&config, &metrics)?;
+        let opened = (of_environments, of_upstreams);
         let current = Snapshot::new(config, opened, models, (&metrics, &calibrations), None)?;
         let current = current.with_tracing(tracing);
         Ok(Self {
@@ -129,32 +157,43 @@ impl State {
     pub(crate) fn prepare(&self, config: Arc<Config>) -> anyhow::Result<PreparedConfig> {
         let current = self.current();
         let models = Models::load(&config.models).map_err(anyhow::Error::msg)?;
+        let opening = Opening {
+            config: &config,
+            store: self.store.clone().map(|store| -> Arc<dyn Persistence> { store }),
+            session: &self.session,
+        };
         let (mut accounts, mut known, mut added) = (Vec::new(), Vec::new(), Vec::new());
         for environment in &config.environments {
-            let before = current.config.environment(&environment.name).map(|(_, before)| before);
-            let account = self.accounts.of(&environment.name);
-            let has_same_quotas = before.is_some_and(|before| before.quotas == environment.quotas);
-            let restored = if account.is_some() && has_same_quotas {
-                RestoredState::default()
-            } else {
-                self.stored_state(&config, environment)?
-            };
+            let before = current.config.environment(&environment.name).map(|(_, before)| &*before.quotas);
+            let (account, restored) = self.find_account(&config, environment.into(), before)?;
             let account = if let Some(account) = account {
                 known.push((environment.clone(), account.clone(), restored));
                 account
             } else {
-                let keeper = self.store.clone().map(|store| -> Arc<dyn Persistence> { store });
-                let account = Account::open_with(environment, keeper, &restored);
-                let account = Arc::new(match &config.store.redis {
-                    Some(redis) => {
-                        account.share(environment, redis, &self.session, config.file_modified_ms)?
-                    }
-                    None => account,
-                });
-                added.push((environment.clone(), account.clone()));
+                let account = opening.open(environment.into(), &restored)?;
+                added.push((environment.name.clone(), account.clone()));
                 account
             };
             accounts.push(account);
+        }
+        let (mut upstream_accounts, mut known_upstreams) = (Vec::new(), Vec::new());
+        for upstream in &config.upstreams {
+            let before = current.config.upstreams.iter().find(|before| before.name == upstream.name);
+            let before = before.map(|before| &*before.quotas);
+            let (account, restored) = self.find_account(&config, upstream.into(), before)?;
+            let account = match account {
+                Some(account) => {
+                    known_upstreams.push((upstream.clone(), account.clone(), restored));
+                    Some(account)
+                }
+                None if upstream.has_limits() => {
+                    let account = opening.open(upstream.into(), &restored)?;
+                    added.push((Owner::from(upstream).key().into_owned(), account.clone()));
+                    Some(account)
+                }
+                None => None,
+            };
+            upstream_accounts.push(account.filter(|_| upstream.has_limits()));
         }
         let parts = (&*self.metrics, &**self.calibrations());
         let tracing = if config.telemetry.otlp == current.config.telemetry.otlp {
@@ -162,22 +201,31 @@ impl State {
         } else {
             Tracing::start(&config, &self.metrics)?
         };
-        let snapshot = Snapshot::new(config, accounts, models, parts, Some(&current))?;
+        let snapshot = Snapshot::new(config, (accounts, upstream_accounts), models, parts, Some(&current))?;
         let snapshot = Arc::new(snapshot.with_tracing(tracing));
-        Ok(PreparedConfig { snapshot, known, added })
+        Ok(PreparedConfig { snapshot, known, known_upstreams, added })
     }
 
-    fn stored_state(&self, config: &Config, environment: &Environment) -> anyhow::Result<RestoredState> {
-        if self.store.is_none() {
-            return Ok(RestoredState::default());
+    /// The account of an owner, and the stored state for quotas that are new to it. `before`: the quotas of its last
+    /// config.
+    fn find_account(
+        &self,
+        config: &Config,
+        owner: Owner<'_>,
+        before: Option<&[Quota]>,
+    ) -> anyhow::Result<(Option<Arc<Account>>, RestoredState)> {
+        let account = self.accounts.of(&owner.key());
+        let is_complete = account.is_some() && before == Some(owner.quotas());
+        if is_complete || self.store.is_none() {
+            return Ok((account, RestoredState::default()));
         }
-        store::read_restored_state(&config.store.path, environment)
+        Ok((account, store::read_restored_state(&config.store.path, owner)?))
     }
 
     /// Puts a config in force for all accounts. `put_in_force` then does so for new requests.
     pub(crate) async fn reconfigure_accounts(&self, prepared: &PreparedConfig) {
-        for (environment, account) in &prepared.added {
-            self.accounts.add(&environment.name, account.clone());
+        for (name, account) in &prepared.added {
+            self.accounts.add(name, account.clone());
         }
         let config = &prepared.snapshot.config;
         let redis = config.store.redis.as_ref().map(|redis| (redis, config.file_modified_ms));
@@ -185,8 +233,14 @@ impl State {
         let all =
             known.map(|(environment, account, restored)| account.reconfigure(environment, restored, redis));
         join_all(all).await;
+        let known = prepared.known_upstreams.iter();
+        let all = known.map(|(upstream, account, restored)| account.reconfigure(upstream, restored, redis));
+        join_all(all).await;
         for (environment, account, _) in &prepared.known {
             account.log_overrides(environment);
+        }
+        for (upstream, account, _) in &prepared.known_upstreams {
+            account.log_overrides(upstream);
         }
     }
 
@@ -201,7 +255,7 @@ impl State {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The accounts of all environments that a config of this process has had.
+    /// The accounts of all environments and upstreams that a config of this process has had.
     pub fn accounts(&self) -> &Arc<Accounts> {
         &self.accounts
     }
@@ -263,6 +317,8 @@ impl State {
 
     /// Requests in flight in all environments.
     pub fn in_flight(&self) -> u64 {
-        self.accounts.all().iter().map(|(_, account)| account.in_flight()).sum()
+        let all = self.accounts.all();
+        let of_environments = all.iter().filter(|(_, account)| account.upstream().is_none());
+        of_environments.map(|(_, account)| account.in_flight()).sum()
     }
 }

@@ -37,6 +37,14 @@ impl Denied {
         Self::new(at, &Required { amounts: requested, generates: true }, shortfalls)
     }
 
+    /// Adds the quotas of another denial of the same request.
+    #[must_use]
+    pub(crate) fn with(mut self, other: Self) -> Self {
+        self.shortfalls.extend(other.shortfalls);
+        self.shortfalls.sort_by_key(|shortfall| std::cmp::Reverse(shortfall.wait));
+        self
+    }
+
     /// All quotas that could not hold the request, longest wait first; never empty.
     pub fn shortfalls(&self) -> &[Shortfall] {
         &self.shortfalls

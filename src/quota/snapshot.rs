@@ -86,3 +86,21 @@ pub struct QuotaStatus {
     /// Milliseconds until the quota is full again.
     pub reset_ms: u64,
 }
+
+impl QuotaStatus {
+    /// The quota of each kind with more room; `None`: unlimited.
+    pub(crate) fn loosest(one: [Option<Self>; 4], other: [Option<Self>; 4]) -> [Option<Self>; 4] {
+        std::array::from_fn(|kind| {
+            let (a, b) = (one[kind]?, other[kind]?);
+            Some(if b.remaining > a.remaining { b } else { a })
+        })
+    }
+
+    /// The tighter quota of each kind.
+    pub(crate) fn tightest(one: [Option<Self>; 4], other: [Option<Self>; 4]) -> [Option<Self>; 4] {
+        std::array::from_fn(|kind| match (one[kind], other[kind]) {
+            (Some(a), Some(b)) => Some(if b.remaining < a.remaining { b } else { a }),
+            (a, b) => a.or(b),
+        })
+    }
+}

@@ -1,4 +1,4 @@
-//! All quotas of one environment. A request is admitted by every quota that applies to it, or by none.
+//! All quotas of one environment or of one upstream. A request is admitted by every quota that applies to it, or by none.
 
 use super::counter::Cell;
 use super::receipt::{Hold, Receipt};
@@ -24,7 +24,7 @@ pub struct Subject<'a> {
     pub model: &'a str,
 }
 
-/// The quotas of one environment with their counters.
+/// The quotas of one environment or of one upstream with their counters.
 #[derive(Clone, Debug)]
 pub struct Quotas {
     /// Also those of quotas that the config no longer has. A cell never changes its index.
@@ -42,7 +42,8 @@ pub struct Quotas {
 /// with a thousand.
 #[derive(Clone, Debug, Default)]
 struct ScopeIndex {
-    environment: Vec<u32>,
+    /// The cells that apply to every request.
+    all: Vec<u32>,
     callers: HashMap<Arc<str>, Vec<u32>>,
     models: Vec<u32>,
 }
@@ -255,12 +256,21 @@ impl Quotas {
     /// none. `None` if it does not fit.
     pub fn extend(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Option<Receipt> {
         let indices = self.advance_quotas_of(now, receipt);
-        let fits = |&index: &u32| {
+        self.has_room_for(now, &indices, more).then(|| self.take(&indices, &self.counting_on(receipt), more))
+    }
+
+    /// Whether `extend` would reserve more.
+    pub fn can_extend(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> bool {
+        let indices = self.advance_quotas_of(now, receipt);
+        self.has_room_for(now, &indices, more)
+    }
+
+    fn has_room_for(&self, now: Timestamp, indices: &[u32], more: Amounts) -> bool {
+        indices.iter().all(|&index| {
             let cell = &self.cells[index as usize];
             let amount = more.of(cell.quota.kind);
             amount == 0 || cell.fits_amount(now, amount).is_ok()
-        };
-        indices.iter().all(fits).then(|| self.take(&indices, &self.counting_on(receipt), more))
+        })
     }
 
     /// Reserves more even if it does not fit, because the request has already used it. The excess becomes
@@ -400,15 +410,17 @@ impl Quotas {
         replaced
     }
 
-    /// Counts what requests held that a crash has interrupted, in the unlimited quotas of the environment. Call it after
-    /// `restore`.
+    /// Counts what requests held that a crash has interrupted, in the unlimited quotas that count every request. Call it
+    /// after `restore`.
     pub fn count_interrupted(
         &mut self,
         now: Timestamp,
         persisted: &[(Quota, PersistedCounter)],
         held: Amounts,
     ) {
-        for cell in self.cells.iter_mut().filter(|cell| cell.quota.scope == Scope::Environment) {
+        let counts_all =
+            |cell: &&mut Cell| matches!(cell.quota.scope, Scope::Environment | Scope::Upstream(_));
+        for cell in self.cells.iter_mut().filter(counts_all) {
             let is_same = |quota: &Quota| quota.is_unlimited() && quota.is_same_as(&cell.quota);
             if cell.quota.is_unlimited() && persisted.iter().any(|(quota, _)| is_same(quota)) {
                 cell.advance(now);
@@ -487,22 +499,22 @@ impl ScopeIndex {
         let is_included = |cell: &Cell| cell.is_active && includes(&cell.quota);
         for (at, cell) in (0..).zip(cells).filter(|(_, cell)| is_included(cell)) {
             match &cell.quota.scope {
-                Scope::Environment => index.environment.push(at),
+                Scope::Environment | Scope::Upstream(_) => index.all.push(at),
                 Scope::Caller(caller) => index.callers.entry(caller.clone()).or_default().push(at),
-                Scope::Model(_) => index.models.push(at),
+                Scope::Model(_) | Scope::UpstreamModel(_) => index.models.push(at),
             }
         }
         index
     }
     /// The cells that apply to a request.
     fn find(&self, cells: &[Cell], subject: Subject<'_>) -> Applicable {
-        let mut applicable = SmallVec::from_slice(&self.environment);
+        let mut applicable = SmallVec::from_slice(&self.all);
         if let Some(of_caller) = subject.caller.and_then(|caller| self.callers.get(&**caller)) {
             applicable.extend_from_slice(of_caller);
         }
-        let matches = |index: &u32| match &cells[*index as usize].quota.scope {
-            Scope::Model(pattern) => pattern.matches(subject.model),
-            Scope::Environment | Scope::Caller(_) => false,
+        let matches = |index: &u32| {
+            let models = cells[*index as usize].quota.scope.models();
+            models.is_some_and(|pattern| pattern.matches(subject.model))
         };
         applicable.extend(self.models.iter().copied().filter(matches));
         applicable

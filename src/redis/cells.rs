@@ -62,7 +62,7 @@ fn cell_name(quota: &Quota) -> String {
     let Quota { scope, kind, per, .. } = quota;
     match scope {
         Scope::Environment => format!("{kind}/{}/{window}", per.ms),
-        Scope::Caller(_) | Scope::Model(_) => {
+        Scope::Caller(_) | Scope::Model(_) | Scope::Upstream(_) | Scope::UpstreamModel(_) => {
             format!("{kind}/{}/{window}/{}/{}", per.ms, scope.as_str(), scope.name())
         }
     }

@@ -81,6 +81,8 @@ impl Meter {
             Scope::Environment => true,
             Scope::Caller(name) => subject.caller == Some(name),
             Scope::Model(pattern) => pattern.matches(subject.model),
+            Scope::Upstream(_) => true,
+            Scope::UpstreamModel(models) => models.pattern().matches(subject.model),
         }
     }
 

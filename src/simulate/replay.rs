@@ -182,7 +182,14 @@ impl<'a> Replay<'a> {
         let call = &self.calls[at];
         let cap = if self.mode == Mode::Oracle { Some(call.completion) } else { call.max_tokens };
         let subject = call.subject();
-        let demand = Demand { subject, prompt: call.prompt, generates: call.generates, cap, completions: 1 };
+        let demand = Demand {
+            subject,
+            prompt: call.prompt,
+            generates: call.generates,
+            cap,
+            completions: 1,
+            backends: &[],
+        };
         self.meters.iter_mut().filter(|meter| meter.measures(subject)).for_each(Meter::count_call);
         match self.local.admit(self.now, &demand) {
             Ok(admission) => {

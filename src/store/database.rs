@@ -1,16 +1,13 @@
 //! The SQLite file: its schema and all SQL statements.
 
+use super::stored_quota::{limit_of, stored_limit, stored_quota};
 use super::window_name;
 use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{CalibrationSample, RequestKind};
-use crate::glob::Glob;
 use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet, Totals, UsageRow};
-use crate::quota::{
-    Amounts, ClockUnit, Kind, MAX_LIMIT, Period, PersistedCounter, Quota, Scope, UNLIMITED, Window,
-};
+use crate::quota::{Amounts, PersistedCounter, Quota};
 use anyhow::Context as _;
-use jiff::tz::TimeZone;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
 use std::path::Path;
 use std::time::Duration;
@@ -190,7 +187,7 @@ impl Database {
                 clock_used: unsigned(row.get(12)?),
                 clock_at: Timestamp(row.get(13)?),
             };
-            Ok(stored_quota(row)?.map(|quota| (quota, counter)))
+            Ok(stored_quota(row, environment)?.map(|quota| (quota, counter)))
         })?;
         rows.filter_map(Result::transpose).collect()
     }
@@ -207,7 +204,7 @@ impl Database {
                 let quota = quota.with_limit(quota.limit, burst);
                 LimitOverride { quota, origin }
             };
-            Ok(stored_quota(row)?.map(of_quota))
+            Ok(stored_quota(row, environment)?.map(of_quota))
         })?;
         let limits = rows.filter_map(Result::transpose).collect::<rusqlite::Result<_>>()?;
         let mut read = self.0.prepare(
@@ -546,39 +543,6 @@ impl Transaction<'_> {
     }
 }
 
-/// The quota of a row; `None`: this version of the gateway does not know it.
-fn stored_quota(row: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Quota>> {
-    let (scope, name, kind): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
-    let (ms, window): (u64, String) = (unsigned(row.get(3)?), row.get(4)?);
-    let limit = limit_of(row.get(6)?);
-    let scope = match scope.as_str() {
-        "environment" => Some(Scope::Environment),
-        "caller" => Some(Scope::Caller(name.into())),
-        "model" => Some(Scope::Model(Glob::new(name))),
-        _ => None,
-    };
-    let window = match window.as_str() {
-        "rolling" => Some(Window::Rolling { burst: limit }),
-        _ => ClockUnit::of_length(ms).map(|unit| Window::Calendar { unit, zone: TimeZone::UTC }),
-    };
-    let kind = Kind::ALL.into_iter().find(|known| known.as_str() == kind);
-    let per = Period { text: row.get(5)?, ms };
-    let quota = |((scope, kind), window)| Quota { scope, kind, limit, per, window };
-    Ok(scope.zip(kind).zip(window).map(quota))
-}
-
-/// A limit in the store: 0 is unlimited.
-fn stored_limit(limit: u64) -> i64 {
-    if limit == UNLIMITED { 0 } else { signed(limit) }
-}
-
-fn limit_of(stored: i64) -> u64 {
-    match unsigned(stored) {
-        0 => UNLIMITED,
-        limit => limit.min(MAX_LIMIT),
-    }
-}
-
 /// Who set an override: four columns, from this one on.
 fn origin(row: &rusqlite::Row<'_>, at: usize) -> rusqlite::Result<OverrideOrigin> {
     let until: Option<i64> = row.get(at + 2)?;
@@ -590,7 +554,7 @@ fn origin(row: &rusqlite::Row<'_>, at: usize) -> rusqlite::Result<OverrideOrigin
     })
 }
 
-fn signed(n: u64) -> i64 {
+pub(super) fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 

@@ -42,7 +42,7 @@ impl Database {
         let (first, last) = (minute(from), minute(now));
         let caller = match scope {
             Scope::Caller(name) => Some(&**name),
-            Scope::Environment | Scope::Model(_) => None,
+            _ => None,
         };
         // The names of columns come from this file only.
         let model = if matches!(scope, Scope::Model(_)) { "model" } else { "NULL" };
@@ -66,7 +66,7 @@ impl Database {
         while let Some(row) = rows.next()? {
             let applies = match scope {
                 Scope::Model(pattern) => pattern.matches(row.get_ref(2)?.as_str().unwrap_or_default()),
-                Scope::Environment | Scope::Caller(_) => true,
+                _ => true,
             };
             if !applies {
                 continue;

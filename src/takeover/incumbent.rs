@@ -4,7 +4,7 @@ use super::socket::{self, ControlListener};
 use super::{FromIncumbent, PROTOCOL, STEP_TIMEOUT, TAKEOVER_TIMEOUT, ToIncumbent, frame, store_identity};
 use crate::clock::Stopwatch;
 use crate::config::Config;
-use crate::ledger::{Accounts, LeftAccount, SuccessorLine, ToSuccessor};
+use crate::ledger::{Accounts, LeftAccount, NamedAccount, SuccessorLine, ToSuccessor};
 use crate::server::{self, RunState};
 use crate::store::WriterControl;
 use anyhow::Context as _;
@@ -158,7 +158,9 @@ impl Incumbent {
         let handed = self.hand_counters_over(stream);
         if handed.is_err() {
             self.writer.iter().for_each(|writer| writer.resume());
-            self.accounts.all().iter().for_each(|(_, account)| account.stay());
+            // A request uses the counters of its upstream only while those of its environment are here.
+            let accounts = in_order_of_leaving(&self.accounts);
+            accounts.iter().rev().for_each(|(_, account)| account.stay());
         }
         handed
     }
@@ -187,7 +189,7 @@ impl Incumbent {
     fn hand_counters_over(&self, stream: &UnixStream) -> anyhow::Result<Handed> {
         stream.set_read_timeout(Some(TAKEOVER_TIMEOUT))?;
         let clock = Stopwatch::start();
-        let accounts = self.accounts.all();
+        let accounts = in_order_of_leaving(&self.accounts);
         if let Some(writer) = &self.writer {
             let left: Vec<LeftAccount> =
                 accounts.iter().map(|(_, account)| account.leave().unwrap_or_default()).collect();
@@ -221,4 +223,11 @@ fn refuse(stream: &UnixStream, reason: &str) {
         .and_then(|()| frame::read::<ToIncumbent>(stream))
         .and_then(|_| frame::write(stream, &FromIncumbent::Refused { reason: reason.to_owned() }));
     drop(refused);
+}
+
+/// All accounts, those of upstreams last: requests that use them have left with their environments by then.
+fn in_order_of_leaving(accounts: &Accounts) -> Vec<NamedAccount> {
+    let mut all = accounts.all().to_vec();
+    all.sort_by_key(|(_, account)| account.upstream().is_some());
+    all
 }

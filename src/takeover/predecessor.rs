@@ -2,7 +2,7 @@
 
 use super::frame;
 use crate::ledger::{
-    Account, Accounts, Demand, FromSuccessor, LeftNoRoom, Progress, Reservation, ToSuccessor,
+    Account, Accounts, Backend, Demand, FromSuccessor, LeftNoRoom, Progress, Reservation, ToSuccessor,
 };
 use crate::quota::{Amounts, Subject};
 use crate::server::{self, RunState};
@@ -123,6 +123,7 @@ impl Predecessor {
             cap,
             completions,
             max_wait_ms,
+            backends,
         } = message
         else {
             return;
@@ -134,7 +135,14 @@ impl Predecessor {
         let task = tokio::spawn(async move {
             let caller = caller.map(Arc::from);
             let subject = Subject { caller: caller.as_ref(), model: &model };
-            let demand = Demand { subject, prompt, generates, cap, completions };
+            let upstreams: Vec<Option<Arc<Account>>> =
+                backends.iter().map(|backend| this.accounts.of(backend.account.as_deref()?)).collect();
+            let backends: Vec<Backend<'_>> = backends
+                .iter()
+                .zip(&upstreams)
+                .map(|(backend, account)| Backend { account: account.as_ref(), model: &backend.model })
+                .collect();
+            let demand = Demand { subject, prompt, generates, cap, completions, backends: &backends };
             let reply = this.reserve(id, &account, &demand, Duration::from_millis(max_wait_ms)).await;
             this.reply(reply);
         });
@@ -165,6 +173,7 @@ impl Predecessor {
             clamped_to: reservation.clamped_to(),
             would_deny: reservation.would_deny().map(LeftNoRoom::of),
             standing: *reservation.standing(),
+            backend: reservation.backend(),
         };
         reservation.observe(reservation.reserved());
         self.insert(id, Request::InFlight(Box::new(reservation)));

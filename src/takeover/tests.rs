@@ -103,7 +103,7 @@ impl crate::ledger::Persistence for Unwritten {
 
 async fn reserve(account: &Arc<Account>, prompt: u64) -> Reservation {
     let subject = Subject { caller: None, model: "m" };
-    let demand = Demand { subject, prompt, generates: true, cap: None, completions: 1 };
+    let demand = Demand { subject, prompt, generates: true, cap: None, completions: 1, backends: &[] };
     account.reserve(&demand, Duration::ZERO).await.unwrap()
 }
 
@@ -191,7 +191,7 @@ async fn requests_in_flight_of_a_killed_process_are_charged_in_full_once() {
     assert_eq!((totals.requests, totals.total), (4, 60 + 124 + 10 + 70));
     // If the old process still runs, it gets no reply and admits nothing.
     let subject = Subject { caller: None, model: "m" };
-    let demand = Demand { subject, prompt: 1, generates: true, cap: None, completions: 1 };
+    let demand = Demand { subject, prompt: 1, generates: true, cap: None, completions: 1, backends: &[] };
     assert!(pair.old.reserve(&demand, Duration::ZERO).await.is_err());
 }
 

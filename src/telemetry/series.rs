@@ -146,10 +146,7 @@ impl Series {
         has_gen_ai: bool,
     ) -> Self {
         let name = environment.name.as_str();
-        let of_quota = |scope: &Scope| match scope {
-            Scope::Model(pattern) => Some(pattern.clone()),
-            Scope::Environment | Scope::Caller(_) => None,
-        };
+        let of_quota = |scope: &Scope| scope.models().cloned();
         let of_quotas = environment.quotas.iter().filter_map(|quota| of_quota(&quota.scope));
         let patterns: Vec<Glob> = environment.models.iter().cloned().chain(of_quotas).collect();
         let models = PUBLIC_MODELS.len() + patterns.len() + 1;

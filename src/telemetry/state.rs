@@ -130,7 +130,7 @@ impl Families {
         for level in &snapshot.levels {
             let has_series = match &level.quota.scope {
                 Scope::Caller(caller) => callers.has_name(caller),
-                Scope::Environment | Scope::Model(_) => true,
+                _ => true,
             };
             if has_series {
                 self.quotas.add(&quota_labels(name, &level.quota), snapshot.at, level);
@@ -152,7 +152,7 @@ impl Families {
         for limit in overrides.limits.iter().filter(|limit| is_in_force(&limit.quota)) {
             let has_name = match &limit.quota.scope {
                 Scope::Caller(caller) => callers.has_name(caller),
-                Scope::Environment | Scope::Model(_) => true,
+                _ => true,
             };
             if has_name {
                 add(quota_labels(name, &limit.quota), &limit.origin);

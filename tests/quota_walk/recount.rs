@@ -160,6 +160,7 @@ impl Recount {
                 pattern.as_str() == MODELS[model] || model < 2 && pattern.as_str() == "m-*"
             }
             Scope::Environment => true,
+            Scope::Upstream(_) | Scope::UpstreamModel(_) => false,
         }
     }
 

@@ -87,6 +87,7 @@ impl StreamWalk {
             generates: true,
             cap,
             completions,
+            backends: &[],
         };
         self.advance();
         let fits = |recounts: &[Recount], amounts: Amounts| {

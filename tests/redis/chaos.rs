@@ -104,7 +104,7 @@ fn kill_with_reservations(node: Member, totals: &Totals) -> Vec<Reservation> {
 
 fn demand(prompt: u64, cap: u64) -> Demand<'static> {
     let subject = Subject { caller: None, model: "m" };
-    Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1 }
+    Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1, backends: &[] }
 }
 
 async fn work(account: Arc<Account>, totals: Arc<Totals>, mut dice: Dice, max_completion: u64) {

@@ -131,7 +131,14 @@ fn a_node_sends_heartbeats_while_its_journal_is_never_empty() {
             let account = account.clone();
             tasks.spawn(async move {
                 let subject = Subject { caller: None, model: "m" };
-                let demand = Demand { subject, prompt: 1, generates: true, cap: Some(1), completions: 1 };
+                let demand = Demand {
+                    subject,
+                    prompt: 1,
+                    generates: true,
+                    cap: Some(1),
+                    completions: 1,
+                    backends: &[],
+                };
                 loop {
                     drop(account.reserve(&demand, Duration::ZERO).await);
                     // While offline, `reserve` does not suspend. The proxy on this thread must run, so that the node

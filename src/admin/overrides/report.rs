@@ -166,13 +166,15 @@ fn write_quotas(text: &mut String, settings: &Environment, set: &OverrideSet) {
             Scope::Environment => ("quotas", 6),
             Scope::Caller(_) => ("keys", 10),
             Scope::Model(_) => ("model_quotas", 8),
+            // No quota of an environment has these scopes.
+            Scope::Upstream(_) | Scope::UpstreamModel(_) => continue,
         };
         if section != last {
             let _ = writeln!(text, "    {section}:");
             last = section;
         }
         match scope {
-            Scope::Environment => {}
+            Scope::Environment | Scope::Upstream(_) | Scope::UpstreamModel(_) => {}
             Scope::Caller(name) => {
                 let _ = writeln!(text, "      - name: {}\n        quotas:", quoted(name));
             }

@@ -1,7 +1,6 @@
 use super::*;
-use crate::config::OnOverrun;
+use crate::ledger::demand::Progress;
 use crate::quota::{Kind, Period, Quota, Scope, Wait, Window};
-use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
 
@@ -33,7 +32,7 @@ fn subject() -> Subject<'static> {
 }
 
 fn demand(prompt: u64, cap: Option<u64>) -> Demand<'static> {
-    Demand { subject: subject(), prompt, generates: true, cap, completions: 1 }
+    Demand { subject: subject(), prompt, generates: true, cap, completions: 1, backends: &[] }
 }
 
 fn level(local: &mut Local) -> (i64, u64) {
@@ -113,7 +112,7 @@ fn shadow_mode_admits_and_reports_what_would_have_been_denied() {
     let fits = c.admit(NOW, &demand(10, Some(50))).unwrap();
     assert!(fits.would_deny.is_none());
     let second = c.admit(NOW, &demand(10, Some(10))).unwrap();
-    assert_eq!(second.would_deny, Some(NoRoom::InFlight { limit: 1 }));
+    assert_eq!(second.would_deny, Some(NoRoom::InFlight { limit: 1, upstream: None }));
     settle(&mut c, second, 10, 10);
     settle(&mut c, fits, 10, 50);
     let beyond = c.admit(NOW, &demand(10, Some(500))).unwrap();
@@ -248,11 +247,11 @@ fn a_denial_behind_waiting_requests_reserves_nothing_and_has_a_reason() {
     let mut c = local(rules(CompletionReserve::MaxTokens), 100);
     let first = c.admit(NOW, &demand(10, Some(50))).unwrap();
     let small = demand(10, Some(10));
-    assert_eq!(c.obstacle(NOW, &small), None);
-    let denied = c.deny(NOW, &small);
+    assert_eq!(c.obstacle(NOW, &small, None), None);
+    let denied = c.reason_to_deny(NOW, &small, None);
     assert_eq!((denied.wait(), denied.worst().map(|s| s.remaining)), (Some(Wait::Ms(1_000)), Some(40)));
-    assert_eq!((level(&mut c), c.in_flight, c.totals.rejected), ((40, 60), 1, 1));
-    let never = c.obstacle(NOW, &demand(10, Some(91))).unwrap();
+    assert_eq!((level(&mut c), c.in_flight), ((40, 60), 1));
+    let never = c.obstacle(NOW, &demand(10, Some(91)), None).unwrap();
     assert_eq!(never.soonest(), Wait::Never);
     settle(&mut c, first, 10, 50);
 }
@@ -263,7 +262,7 @@ fn the_soonest_time_assumes_that_everything_held_is_released_now() {
     let spent = c.admit(NOW, &demand(0, Some(80_000))).unwrap();
     settle(&mut c, spent, 0, 80_000);
     let held = c.admit(NOW, &demand(0, Some(6_000))).unwrap();
-    let soonest = |c: &mut Local, tokens| c.obstacle(NOW, &demand(0, Some(tokens))).unwrap().soonest();
+    let soonest = |c: &mut Local, tokens| c.obstacle(NOW, &demand(0, Some(tokens)), None).unwrap().soonest();
     assert_eq!(soonest(&mut c, 6_400), Wait::Ms(0), "it fits as soon as the other request ends");
     // The quota refills one token a second.
     assert_eq!(soonest(&mut c, 6_500), Wait::Ms(99_000));
@@ -301,7 +300,7 @@ fn requests_that_generate_nothing_do_not_lower_the_adaptive_allowance() {
         let answer = c.admit(NOW, &demand(10, None)).unwrap();
         settle(&mut c, answer, 10, [20, 30, 400][n % 3]);
     }
-    let allowance = |c: &Local| c.allowance(&demand(10, None));
+    let allowance = |c: &Local| c.allowance(&demand(10, None), None);
     let alone = allowance(&c);
     for _ in 0..1_000 {
         let embedding = Demand { generates: false, ..demand(10, None) };
@@ -322,7 +321,7 @@ fn every_end_of_a_request_removes_it_from_all_counts_in_flight() {
         let answer = c.admit(NOW, &demand(10, None)).unwrap();
         settle(&mut c, answer, 10, 100);
     }
-    let alone = c.allowance(&demand(10, None));
+    let alone = c.allowance(&demand(10, None), None);
     let outgrow = |c: &mut Local| {
         let mut admission = c.admit(NOW, &demand(10, None)).unwrap();
         c.progress(NOW, "m", &mut admission.grant, Amounts::of_request(10, 5_000));
@@ -333,7 +332,7 @@ fn every_end_of_a_request_removes_it_from_all_counts_in_flight() {
     c.settle(NOW, subject(), cut.grant, nothing);
     c.revert(NOW, "m", reverted.grant);
     c.settle(NOW, subject(), settled.grant, Settlement { spent: Amounts::of_request(10, 100), ..nothing });
-    assert_eq!((c.in_flight, c.held, c.allowance(&demand(10, None))), (0, Amounts::default(), alone));
+    assert_eq!((c.in_flight, c.held, c.allowance(&demand(10, None), None)), (0, Amounts::default(), alone));
     assert_eq!(level(&mut c).1, 0);
 }
 
@@ -344,13 +343,13 @@ fn any_number_of_embeddings_leaves_the_allowance_of_a_lone_chat_unchanged() {
         let answer = c.admit(NOW, &demand(10, None)).unwrap();
         settle(&mut c, answer, 10, tokens);
     }
-    let before = c.allowance(&demand(10, None));
+    let before = c.allowance(&demand(10, None), None);
     for count in [10, 100, 1_000] {
         for _ in 0..count {
             let embedding = c.admit(NOW, &Demand { generates: false, ..demand(10, None) }).unwrap();
             settle(&mut c, embedding, 10, 0);
         }
-        assert_eq!(c.allowance(&demand(10, None)), before, "after {count} embeddings");
+        assert_eq!(c.allowance(&demand(10, None), None), before, "after {count} embeddings");
         assert!(c.lengths.is_idle());
     }
 }

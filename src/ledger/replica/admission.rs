@@ -45,7 +45,7 @@ impl Replica {
         if self.is_offline() {
             return None;
         }
-        let allowance = self.local.allowance(demand);
+        let allowance = self.local.allowance(demand, None);
         let required = self.local.required(demand, allowance);
         let touched = self.local.quotas.applicable(demand.subject);
         let rules = &self.local.rules;
@@ -109,7 +109,7 @@ impl Replica {
         let in_flight = value(reply, 0);
         self.nodes = value(reply, 1).max(1);
         let is_full = self.local.rules.max_in_flight.is_some_and(|max| in_flight >= max);
-        let decided = self.local.try_admit_with(reply.now, demand, call.allowance, is_full);
+        let decided = self.local.try_admit_with(reply.now, demand, call.allowance, is_full, None);
         let decided = self.align_with_redis(decided, was_admitted, demand, call, reply);
         for (&index, state) in call.touched.iter().zip(&newer_states) {
             self.local.quotas.load_again(reply.now, index as usize, state);
@@ -137,7 +137,7 @@ impl Replica {
             Ok(admission) if was_admitted => Ok(self.track_online(call.id, admission)),
             Ok(admission) => {
                 self.local.revert(reply.now, demand.subject.model, admission.grant);
-                Err(NoRoom::InFlight { limit: value(reply, 0) })
+                Err(NoRoom::InFlight { limit: value(reply, 0), upstream: None })
             }
             Err(_) if was_admitted => {
                 let admission = self.local.admit_regardless(reply.now, demand, call.allowance);
@@ -161,7 +161,7 @@ impl Replica {
         if self.is_offline() || self.has_large_backlog() {
             return None;
         }
-        let allowance = self.local.allowance(demand);
+        let allowance = self.local.allowance(demand, None);
         let required = self.local.required(demand, allowance);
         let touched = self.local.quotas.applicable(demand.subject);
         let now = self.redis_time(own);

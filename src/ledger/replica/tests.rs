@@ -81,7 +81,7 @@ fn subject() -> Subject<'static> {
 }
 
 fn demand() -> Demand<'static> {
-    Demand { subject: subject(), prompt: 10, generates: true, cap: Some(90), completions: 1 }
+    Demand { subject: subject(), prompt: 10, generates: true, cap: Some(90), completions: 1, backends: &[] }
 }
 
 fn admitted_offline(replica: &mut Replica) -> Grant {

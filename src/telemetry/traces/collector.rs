@@ -84,6 +84,8 @@ impl Connection {
             api_key: None,
             timeouts: Timeouts { connect: timeout, first_byte: timeout, idle: timeout, total: timeout },
             headers: HeaderMap::new(),
+            quotas: Vec::new(),
+            max_in_flight: None,
             // The others concern models only.
             ..others.clone()
         };

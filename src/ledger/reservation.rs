@@ -1,0 +1,278 @@
+//! A reservation, which settles itself when it is dropped.
+
+use super::Account;
+use super::demand::{Admission, Backend, Demand, Grant, NoRoom, Progress, Settlement};
+use crate::quota::{Amounts, QuotaStatus, Required, Subject};
+use std::sync::Arc;
+
+/// Room held for one request in the quotas of its environment and of its upstream. Dropping it settles the charge in all of
+/// them with the last amounts observed. These are zero until the request is sent to the upstream.
+#[derive(Debug)]
+#[must_use = "dropping a reservation settles it at once"]
+pub struct Reservation {
+    account: Arc<Account>,
+    grant: Option<Grant>,
+    /// The part that the upstream's quotas hold. `None`: it has no limits, or another process has the counters.
+    upstream: Option<Box<UpstreamPart>>,
+    /// Index of the upstream in the backends of the demand.
+    backend: usize,
+    /// The caller and the model.
+    pub(super) subject: (Option<Arc<str>>, Box<str>),
+    generates: bool,
+    pub(super) settlement: Settlement,
+    standing: [Option<QuotaStatus>; 4],
+    clamped_to: Option<u64>,
+    would_deny: Option<NoRoom>,
+    /// The reservation must survive a crash of the process.
+    is_durable: bool,
+    /// The commit that will contain the reservation. `None` after the wait for it.
+    commit: Option<u64>,
+}
+
+/// The part of a reservation that the quotas of an upstream hold.
+#[derive(Debug)]
+pub(super) struct UpstreamPart {
+    pub(super) account: Arc<Account>,
+    /// The model, by the name that is sent to the upstream.
+    pub(super) model: Box<str>,
+    pub(super) grant: Grant,
+}
+
+impl UpstreamPart {
+    /// `None`: the upstream has no limits.
+    fn new(backend: &Backend<'_>, grant: Option<Grant>) -> Option<Box<Self>> {
+        let (account, grant) = (backend.account?.clone(), grant?);
+        Some(Box::new(Self { account, model: backend.model.into(), grant }))
+    }
+
+    /// Releases the held amounts and charges the spent ones.
+    fn settle(self, spent: Amounts) {
+        let Self { account, model, grant } = self;
+        let subject = Subject { caller: None, model: &model };
+        account.engine.settle(subject, grant, Settlement { spent, is_complete: false });
+        account.notify_released();
+    }
+}
+
+/// A reservation in the process that has taken the counters over.
+pub(super) struct ElsewhereReservation {
+    pub(super) grant: Grant,
+    pub(super) backend: usize,
+    pub(super) standing: [Option<QuotaStatus>; 4],
+    pub(super) clamped_to: Option<u64>,
+    pub(super) would_deny: Option<NoRoom>,
+}
+
+/// Making reservations.
+impl Reservation {
+    pub(super) fn new(
+        account: &Arc<Account>,
+        demand: &Demand<'_>,
+        admission: Admission,
+        backend: usize,
+        commit: Option<u64>,
+    ) -> Self {
+        let Admission { grant, upstream, clamped_to, would_deny, standing, .. } = admission;
+        let part =
+            demand.backends.get(backend).and_then(|one| UpstreamPart::new(one, upstream.map(|grant| *grant)));
+        Self {
+            account: account.clone(),
+            grant: Some(grant),
+            upstream: part,
+            backend,
+            subject: (demand.subject.caller.cloned(), demand.subject.model.into()),
+            generates: demand.generates,
+            settlement: Settlement::default(),
+            standing,
+            clamped_to,
+            would_deny,
+            is_durable: commit.is_some(),
+            commit,
+        }
+    }
+
+    /// A reservation that another process holds.
+    pub(super) fn elsewhere(
+        account: &Arc<Account>,
+        demand: &Demand<'_>,
+        reservation: ElsewhereReservation,
+    ) -> Self {
+        let ElsewhereReservation { grant, backend, standing, clamped_to, would_deny } = reservation;
+        let is_durable = account.persistence.is_some();
+        let admission = Admission { grant, upstream: None, clamped_to, would_deny, standing, is_durable };
+        let mut reservation = Self::new(account, demand, admission, backend, None);
+        reservation.is_durable = is_durable;
+        reservation
+    }
+
+    /// A request of the process that this one replaces.
+    pub(super) fn adopted(account: &Arc<Account>, model: &str, grant: Grant) -> Self {
+        Self {
+            account: account.clone(),
+            settlement: Settlement { spent: grant.reserved, is_complete: false },
+            grant: Some(grant),
+            upstream: None,
+            backend: 0,
+            subject: (None, model.into()),
+            generates: true,
+            standing: [None; 4],
+            clamped_to: None,
+            would_deny: None,
+            is_durable: account.persistence.is_some(),
+            commit: None,
+        }
+    }
+}
+
+/// The upstream.
+impl Reservation {
+    /// The upstream that has room: its index in the backends of the demand.
+    pub fn backend(&self) -> usize {
+        self.backend
+    }
+
+    /// Moves the reservation to another upstream, whose index in the backends of the demand is `index`: reserves the same
+    /// amounts in its quotas, and then releases those of the upstream before, which is charged nothing. The part of the
+    /// environment stays. Returns when the move is durable, if a quota requires that.
+    ///
+    /// # Errors
+    /// The other upstream has no room. The reservation stays as it is.
+    pub async fn move_to(&mut self, index: usize, backend: &Backend<'_>) -> Result<(), NoRoom> {
+        let Some(grant) = &self.grant else { return Ok(()) };
+        let required = Required { amounts: grant.reserved, generates: self.generates };
+        let before = self.upstream.as_deref_mut();
+        let moved = match backend.account {
+            None => None,
+            Some(account) => Some(account.engine.try_back(account, backend.model, &required, before).await?),
+        };
+        let before = self.upstream.take();
+        let is_same = backend.account.is_some_and(|account| {
+            before.as_ref().is_some_and(|before| Arc::ptr_eq(account, &before.account))
+        });
+        // The same upstream has released its earlier part already.
+        if let Some(before) = before.filter(|_| !is_same) {
+            before.settle(Amounts::default());
+        }
+        let is_durable = moved.as_ref().is_some_and(|moved| moved.is_durable);
+        self.upstream = UpstreamPart::new(backend, moved.map(|moved| moved.grant));
+        self.backend = index;
+        let subject = Subject { caller: self.subject.0.as_ref(), model: &self.subject.1 };
+        self.standing = self.account.standing(subject, &[*backend]);
+        let store = self.account.persistence.as_deref().filter(|store| is_durable && store.is_writing());
+        let commit = store.map(|store| store.commits().next());
+        self.is_durable |= commit.is_some();
+        self.account.notify_store(commit.is_some());
+        if let Some(commit) = commit {
+            self.account.wait_for_commit(commit).await;
+        }
+        Ok(())
+    }
+}
+
+/// The life of a reservation.
+impl Reservation {
+    /// Sets the amounts that the request has cost so far. The last amounts set are charged.
+    pub fn observe(&mut self, spent: Amounts) {
+        self.settlement.spent = spent;
+    }
+
+    /// Marks the answer as complete, so that its length is learned.
+    pub fn mark_complete(&mut self) {
+        self.settlement.is_complete = true;
+    }
+
+    /// The last amounts observed.
+    pub fn spent(&self) -> Amounts {
+        self.settlement.spent
+    }
+
+    /// Moves amounts that have certainly been used from held to spent, and extends the reservation of a long answer.
+    pub fn progress(&mut self, spent: Amounts) -> Progress {
+        let Some(grant) = &mut self.grant else { return Progress::Within };
+        let before = grant.reserved();
+        let upstream = self.upstream.as_deref_mut();
+        let progress = self.account.engine.progress(&self.subject.1, grant, spent, upstream);
+        let has_grown = grant.reserved() != before;
+        self.account.notify_released();
+        if let Some(upstream) = &self.upstream {
+            upstream.account.notify_released();
+        }
+        // No request waits for this commit, but a larger reservation should become durable soon.
+        self.account.notify_store(self.is_durable && has_grown);
+        progress
+    }
+
+    /// The maximum number of completion tokens that the request allows its answer.
+    pub fn cap(&self) -> u64 {
+        self.grant.as_ref().map_or(u64::MAX, Grant::cap)
+    }
+
+    /// When the answer has more completion tokens than this, `progress` must be called at once. With fewer tokens,
+    /// occasional calls suffice.
+    pub fn progress_threshold(&self) -> u64 {
+        self.grant.as_ref().map_or(u64::MAX, Grant::progress_threshold)
+    }
+
+    /// Waits until the reservation would survive a crash, if one of its quotas requires that.
+    pub async fn wait_until_durable(&mut self) {
+        if let Some(commit) = self.commit.take() {
+            self.account.wait_for_commit(commit).await;
+        }
+    }
+
+    /// Settles the reservation. If a durable reservation used more than it reserved, the settlement must be
+    /// durable before the caller gets the last bytes of the answer. The returned future waits for that.
+    pub fn settle(self) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let spent = self.settlement.spent;
+        let exceeds = spent.saturating_sub(self.reserved()) != Amounts::default();
+        let account = (exceeds && self.is_durable).then(|| self.account.clone());
+        drop(self);
+        let account = account?;
+        let commit = if account.handover.has_left() {
+            None
+        } else {
+            let commit = account.persistence.as_ref().filter(|store| store.is_writing())?.commits().next();
+            account.notify_store(true);
+            Some(commit)
+        };
+        Some(async move {
+            match commit {
+                Some(commit) => account.wait_for_commit(commit).await,
+                None => account.wait_for_commit_elsewhere().await,
+            }
+        })
+    }
+
+    /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.
+    pub fn standing(&self) -> &[Option<QuotaStatus>; 4] {
+        &self.standing
+    }
+
+    /// The lowered limit of completion tokens per completion, if the request was clamped.
+    pub fn clamped_to(&self) -> Option<u64> {
+        self.clamped_to
+    }
+
+    /// Why the request would have been denied if its quotas were enforced.
+    pub fn would_deny(&self) -> Option<&NoRoom> {
+        self.would_deny.as_ref()
+    }
+
+    /// Everything reserved so far.
+    pub fn reserved(&self) -> Amounts {
+        self.grant.as_ref().map_or_else(Amounts::default, Grant::reserved)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let Some(grant) = self.grant.take() else { return };
+        let subject = Subject { caller: self.subject.0.as_ref(), model: &self.subject.1 };
+        self.account.engine.settle(subject, grant, self.settlement);
+        if let Some(upstream) = self.upstream.take() {
+            upstream.settle(self.settlement.spent);
+        }
+        self.account.notify_released();
+        self.account.notify_store(false);
+    }
+}
