@@ -2,6 +2,7 @@
 
 mod banner;
 mod file_watch;
+mod health_checks;
 mod listeners;
 mod reloader;
 mod server_thread;
@@ -69,6 +70,8 @@ pub struct App {
     reload: ReloadHandle,
     /// Reloads the config.
     reloads: ServerThread,
+    /// Checks whether replicas of upstreams are healthy.
+    health_checks: ServerThread,
     /// Communicates with Redis. `None` without `store.redis`.
     redis: Option<ServerThread>,
     /// Serves the process that this one has replaced, until that has ended.
@@ -264,6 +267,7 @@ impl App {
         let in_flight = self.state.in_flight();
         self.state.begin_closing();
         self.reloads.set(RunState::Stopped);
+        self.health_checks.set(RunState::Stopped);
         self.admin.set(RunState::Draining(ADMIN_DRAIN));
         for worker in &self.workers {
             worker.set(RunState::Closing { accepts: false });
@@ -329,6 +333,7 @@ impl App {
     /// Drains the workers. Returns the number of connections that they cut off.
     fn drain(&mut self, drain_timeout: Duration) -> usize {
         self.state.drain(drain_timeout);
+        self.health_checks.set(RunState::Stopped);
         for worker in &self.workers {
             let times = DrainTimes { answers: drain_timeout, endings: MAX_ENDING_TIME };
             worker.set(RunState::Draining(times));
@@ -338,6 +343,8 @@ impl App {
 
     /// Ends the threads that carry the last settlements, and the store.
     fn stop_last_threads(&mut self) {
+        self.health_checks.set(RunState::Stopped);
+        self.health_checks.join();
         if let Some(tracing) = &self.state.current().tracing {
             tracing.shut_down();
         }
@@ -390,6 +397,7 @@ impl Parts {
         } else {
             (None, None)
         };
+        let health_checks = health_checks::start(state.clone(), tls.clone())?;
         let (mut threads, mut proxies) = (Vec::new(), Vec::new());
         for listener in &sockets.workers {
             let proxy = Arc::new(WorkerProxy::new(state.clone(), &tls)?);
@@ -434,6 +442,7 @@ impl Parts {
             admin,
             reload,
             reloads,
+            health_checks,
             redis,
             predecessor: None,
             successor: None,

@@ -1,5 +1,6 @@
 //! Time. This is the only file that reads a clock.
 
+use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A time of the wall clock, in milliseconds since the Unix epoch.
@@ -48,6 +49,12 @@ pub(crate) fn monotonic_us() -> u64 {
     u64::try_from(us).unwrap_or(0)
 }
 
+/// Milliseconds of the monotonic clock since this process has first called this function.
+pub(crate) fn uptime_ms() -> u64 {
+    static START: LazyLock<Stopwatch> = LazyLock::new(Stopwatch::start);
+    START.elapsed_ms()
+}
+
 /// A time of the monotonic clock. It measures durations, which a step of the wall clock must not change.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopwatch(Instant);
@@ -68,6 +75,11 @@ impl Stopwatch {
     /// Time from the start of an earlier stopwatch to the start of this one.
     pub fn since(&self, earlier: Self) -> Duration {
         self.0.saturating_duration_since(earlier.0)
+    }
+
+    /// Milliseconds since the start.
+    pub fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// The start plus `after`, for timers. `after` is capped at a year.

@@ -167,8 +167,13 @@ pub enum ApiKind {
 pub struct UpstreamSettings {
     /// Its name in the file.
     pub name: String,
-    /// `base_url`: an `http` or `https` URL without query. Its path has no trailing slash.
+    /// `base_url`: an `http` or `https` URL without query. Its path has no trailing slash. With several replicas: the first
+    /// one's.
     pub base_url: http::Uri,
+    /// The URLs of all replicas, at least one. They differ in host and port only.
+    pub base_urls: Vec<http::Uri>,
+    /// `None`: the replicas are not checked.
+    pub health: Option<HealthCheckSettings>,
     /// Default `openai`.
     pub api: ApiKind,
     /// The upstream's key. `None`: the gateway passes the caller's key through.
@@ -191,6 +196,40 @@ impl UpstreamSettings {
     /// Whether requests to the upstream are limited, whatever the quotas of their environments allow.
     pub fn has_limits(&self) -> bool {
         !self.quotas.is_empty() || self.max_in_flight.is_some()
+    }
+}
+
+/// `upstreams.*.health`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheckSettings {
+    /// Path and query from the root of the host.
+    pub path: String,
+    /// Time between two checks of a replica. Default 5 s.
+    pub every: Duration,
+}
+
+impl UpstreamSettings {
+    /// Host and port of a replica with this URL, as logs and metrics name it.
+    pub(crate) fn address(url: &http::Uri) -> String {
+        upstreams::address(url)
+    }
+
+    /// Whether both have a replica in common.
+    pub(crate) fn shares_replica_with(&self, other: &Self) -> bool {
+        self.base_urls.iter().any(|url| other.base_urls.contains(url))
+    }
+
+    /// Whether the settings are equal apart from limits and the set of replicas, of which one at least is the same.
+    pub(crate) fn is_same_backend(&self, other: &Self) -> bool {
+        let as_other = Self {
+            base_url: other.base_url.clone(),
+            base_urls: other.base_urls.clone(),
+            health: other.health.clone(),
+            quotas: other.quotas.clone(),
+            max_in_flight: other.max_in_flight,
+            ..self.clone()
+        };
+        self.shares_replica_with(other) && as_other == *other
     }
 }
 

@@ -40,7 +40,7 @@ use crate::provider_limits::{Pass, ProviderLimits};
 use crate::quota::{Amounts, Subject};
 use crate::server::Peer;
 use crate::telemetry::Record;
-use crate::upstream::{self, Upstream};
+use crate::upstream::{self, Replicas, Upstream};
 use http::header;
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri, response};
@@ -115,8 +115,8 @@ impl Proxy {
         Self::with_upstreams(state, snapshot, &[], tls)
     }
 
-    /// Creates the proxy that serves the worker's next requests by another snapshot. Upstreams whose settings did not
-    /// change keep their connections.
+    /// Creates the proxy that serves the worker's next requests by another snapshot. Replicas that the upstream had before
+    /// keep their connections.
     fn next(&self, snapshot: Arc<Snapshot>, tls: &Arc<ClientConfig>) -> anyhow::Result<Self> {
         Self::with_upstreams(self.state.clone(), snapshot, &self.upstreams, tls)
     }
@@ -127,13 +127,15 @@ impl Proxy {
         known: &[Arc<Upstream>],
         tls: &Arc<ClientConfig>,
     ) -> anyhow::Result<Self> {
-        let connect = |settings: &Arc<UpstreamSettings>| {
-            let same = known.iter().find(|upstream| upstream.settings() == &**settings);
-            let connections = || state.metrics.summaries().connections(&settings.name);
-            let new = || Upstream::new(settings.clone(), tls, connections()).map(Arc::new);
-            same.map_or_else(new, |same| Ok(same.clone()))
+        let connect = |(settings, replicas): (&Arc<UpstreamSettings>, &Replicas)| {
+            let named = known.iter().find(|upstream| upstream.settings().name == settings.name);
+            if let Some(same) = named.filter(|upstream| upstream.settings() == &**settings) {
+                return Ok(same.clone());
+            }
+            Upstream::new(settings.clone(), tls, replicas, named.map(|known| &**known)).map(Arc::new)
         };
-        let upstreams = snapshot.config.upstreams.iter().map(connect).collect::<anyhow::Result<_>>()?;
+        let upstreams = snapshot.config.upstreams.iter().zip(&snapshot.replicas);
+        let upstreams = upstreams.map(connect).collect::<anyhow::Result<_>>()?;
         Ok(Self { state, snapshot, upstreams })
     }
 

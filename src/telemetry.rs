@@ -13,6 +13,7 @@ mod process;
 mod providers;
 mod refusals;
 mod rejections;
+mod replicas;
 mod series;
 mod state;
 mod summaries;

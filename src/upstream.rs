@@ -1,38 +1,46 @@
-//! One upstream: its connections and the exchange of one request.
+//! One upstream: its replicas, their connections, and the exchange of one request.
 //!
 //! HTTP/2 is used where the upstream offers it by ALPN, otherwise HTTP/1.1. Redirects are not followed, nothing
 //! is decompressed, and no proxy is taken from the environment variables.
 
 mod answer;
 pub(crate) mod availability;
+mod balancer;
 mod connect;
 mod connections;
 mod diagnosis;
+mod health_checks;
 mod http1;
 mod http2;
 mod key_mask;
+mod replica;
+mod replica_status;
 mod request;
 mod tls;
 
-use crate::clock::Stopwatch;
-use crate::config;
+use crate::clock::{self, Stopwatch};
+use crate::{config, random};
+use balancer::Choice;
 use http::response;
-use http1::Http1Connection;
-use http2::{Http2Client, Http2Stream, Http2Timeouts};
+use http2::Http2Timeouts;
+use replica::{Connected, Replica};
+use replica_status::InFlight;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::timeout_at;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use answer::Incoming;
-pub use connections::ConnectionCounts;
 pub(crate) use diagnosis::{DiagnosisStep, StepFault};
+pub(crate) use health_checks::check_replicas;
 #[cfg(feature = "fuzz")]
 pub use http1::{ReadAnswer, read_answer};
 pub use key_mask::KeyMask;
+pub use replica_status::ReplicaStatus;
+pub(crate) use replica_status::{ReplicaView, Replicas};
 pub use request::{ExchangeError, Request, SendError};
-use tls::TlsClient;
 pub use tls::client_config;
 
 /// Shorter than the usual keep-alive times of servers, which are 60 to 75 s.
@@ -47,48 +55,48 @@ const HTTP2_TIMEOUTS: Http2Timeouts = Http2Timeouts {
 /// One upstream, as one worker uses it. Each worker has its own connections, so cores share no lock.
 pub struct Upstream {
     settings: Arc<config::UpstreamSettings>,
-    host: String,
-    port: u16,
-    /// The `host` header.
-    authority: String,
-    tls: Option<TlsClient>,
-    http1: http1::IdlePool,
-    http2: Http2Client,
-    connections: Arc<ConnectionCounts>,
+    /// In the order of `statuses`.
+    replicas: Box<[Arc<Replica>]>,
+    statuses: Replicas,
+    /// The state of the random numbers that choose replicas.
+    random: AtomicU64,
 }
 
-/// A connection over which a request can be sent.
-enum Connected {
-    Http1(Http1Connection),
-    Http2(Http2Stream),
+/// A request at the replica that was chosen for it.
+struct Placed {
+    choice: Choice,
+    in_flight: InFlight,
 }
 
 impl Upstream {
-    /// Connects only with the first request. `connections` counts the open connections.
+    /// Connects only with the first request. `statuses`: what all workers know of its replicas. `known`: the upstream that
+    /// this one replaces. Replicas that both have keep their connections.
     ///
     /// # Errors
-    /// The host cannot be a TLS server's name.
-    pub fn new(
+    /// A host cannot be a TLS server's name.
+    pub(crate) fn new(
         settings: Arc<config::UpstreamSettings>,
         tls: &Arc<ClientConfig>,
-        connections: Arc<ConnectionCounts>,
+        statuses: &Replicas,
+        known: Option<&Self>,
     ) -> anyhow::Result<Self> {
-        let uri = &settings.base_url;
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-        let is_tls = uri.scheme_str() == Some("https");
-        let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
-        let authority = uri.authority().map(ToString::to_string).unwrap_or_default();
-        let tls = if is_tls { Some(TlsClient::new(tls.clone(), &host)?) } else { None };
-        Ok(Self {
-            settings,
-            host,
-            port,
-            authority,
-            tls,
-            http1: http1::IdlePool::new(IDLE_TIMEOUT),
-            http2: Http2Client::new(HTTP2_TIMEOUTS, connections.clone()),
-            connections,
-        })
+        let replica = |status: &Arc<ReplicaStatus>| {
+            let same = known.and_then(|known| known.replicas.iter().find(|r| Arc::ptr_eq(&r.status, status)));
+            let new = || Replica::new(status.clone(), tls, status.connections.clone()).map(Arc::new);
+            same.map_or_else(new, |same| Ok(same.clone()))
+        };
+        let replicas = statuses.iter().map(replica).collect::<anyhow::Result<_>>()?;
+        let random = AtomicU64::new(random::number());
+        Ok(Self { settings, replicas, statuses: statuses.clone(), random })
+    }
+
+    /// An upstream that shares nothing with others.
+    ///
+    /// # Errors
+    /// A host cannot be a TLS server's name.
+    pub fn alone(settings: Arc<config::UpstreamSettings>, tls: &Arc<ClientConfig>) -> anyhow::Result<Self> {
+        let statuses = ReplicaStatus::of(&settings, None);
+        Self::new(settings, tls, &statuses, None)
     }
 
     /// The settings that it was created with.
@@ -96,10 +104,11 @@ impl Upstream {
         &self.settings
     }
 
-    /// Sends a request and waits for the head of its answer.
+    /// Sends a request to one of the replicas and waits for the head of its answer.
     ///
-    /// A request is retried once, on a new connection, if it is lost on a reused connection, or if the upstream has
-    /// certainly not processed it. It is never retried after a byte of its answer has arrived.
+    /// If a replica cannot be reached, nothing was sent, and the request goes to another one. A request is retried once,
+    /// on a new connection, if it is lost on a reused connection, or if the upstream has certainly not processed it. It
+    /// is never retried after a byte of its answer has arrived.
     ///
     /// `observe_sent` is called with `true` before the first byte is written, and with `false` if the request
     /// turns out not to have been processed, or is about to be retried.
@@ -113,28 +122,36 @@ impl Upstream {
         observe_sent: &mut (dyn FnMut(bool) + Send),
     ) -> Result<(response::Parts, Incoming), SendError> {
         let mut may_retry = true;
-        if let Some(reused) = self.reuse() {
+        let Some(mut placed) = self.place(&[]) else { return Err(no_replica()) };
+        if let Some(reused) = self.reuse(&placed) {
             observe_sent(true);
-            match self.exchange(reused, request, started).await {
+            match self.exchange(&placed, reused, request, started).await {
                 Err(SendError::Broken(error)) if error.is_retriable_if_reused() => self.log_retry(&error),
-                done => return done,
+                Ok(answer) => {
+                    self.note_success(placed.choice);
+                    return Ok(with_guard(answer, placed.in_flight));
+                }
+                Err(error) => return Err(error),
             }
             observe_sent(false);
             may_retry = false;
         }
         loop {
             // Boxed because connecting is rare and its state is large: every request's future would have room for it.
-            let connected = Box::pin(self.connect(started)).await?;
+            let (connected, in_flight, index) = Box::pin(self.connect(placed, started)).await?;
             observe_sent(true);
-            match Box::pin(self.exchange(connected, request, started)).await {
+            match Box::pin(self.exchange_at(index, connected, request, started)).await {
                 Err(SendError::Broken(error)) if error.is_not_processed() => {
                     observe_sent(false);
                     if !std::mem::take(&mut may_retry) {
                         return Err(SendError::Broken(error));
                     }
                     self.log_retry(&error);
+                    drop(in_flight);
+                    let other = self.place(&[index]).or_else(|| self.place(&[]));
+                    placed = other.ok_or_else(no_replica)?;
                 }
-                done => return done,
+                done => return done.map(|answer| with_guard(answer, in_flight)),
             }
         }
     }
@@ -143,14 +160,39 @@ impl Upstream {
         tracing::debug!(%error, upstream = self.settings.name, "a request is retried on a new connection");
     }
 
-    /// A connection that is open already.
-    fn reuse(&self) -> Option<Connected> {
-        self.http1.take().map(Connected::Http1).or_else(|| self.http2.reuse().map(Connected::Http2))
+    /// Chooses a replica that the request has not tried. `None`: it has tried all.
+    fn place(&self, tried: &[usize]) -> Option<Placed> {
+        // SplitMix64: the values need not be secret, and workers need no common state.
+        let mut random = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        random = (random ^ (random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        random = (random ^ (random >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        random ^= random >> 31;
+        let choice = balancer::choose(&self.statuses, tried, random, clock::uptime_ms())?;
+        let in_flight = self.statuses.get(choice.index)?.begin_request();
+        Some(Placed { choice, in_flight })
+    }
+
+    /// A connection that is open already. A probe needs a new one: that an old one still works does not show that the
+    /// replica can be reached.
+    fn reuse(&self, placed: &Placed) -> Option<Connected> {
+        let replica = self.replicas.get(placed.choice.index)?;
+        if placed.choice.attempt.is_probe() { None } else { replica.reuse() }
+    }
+
+    async fn exchange(
+        &self,
+        placed: &Placed,
+        connected: Connected,
+        request: &Request,
+        started: Stopwatch,
+    ) -> Result<(response::Parts, Incoming), SendError> {
+        self.exchange_at(placed.choice.index, connected, request, started).await
     }
 
     /// One attempt on one connection. Its time is bounded by `timeouts.first_byte` and `timeouts.total`.
-    async fn exchange(
+    async fn exchange_at(
         &self,
+        index: usize,
         connected: Connected,
         request: &Request,
         started: Stopwatch,
@@ -158,19 +200,8 @@ impl Upstream {
         let (now, first_byte) = (Stopwatch::start(), self.settings.timeouts.first_byte);
         let (limit, out_of_time) =
             self.bound((started, now), first_byte, SendError::Timeout("first_byte", first_byte));
-        let exchange = async {
-            match connected {
-                Connected::Http1(connection) => {
-                    http1::exchange(connection, &self.authority, request, &self.http1)
-                        .await
-                        .map(|(parts, body)| (parts, Incoming::from(body)))
-                }
-                // Boxed because hyper's state is large.
-                Connected::Http2(stream) => Box::pin(stream.exchange(&self.authority, request))
-                    .await
-                    .map(|(parts, body)| (parts, Incoming::from(body))),
-            }
-        };
+        let Some(replica) = self.replicas.get(index) else { return Err(no_replica()) };
+        let exchange = replica.exchange(connected, request);
         timeout_at(now.deadline(limit), exchange).await.map_err(|_| out_of_time)?.map_err(SendError::Broken)
     }
 
@@ -187,34 +218,89 @@ impl Upstream {
         if left < step { (left, SendError::Timeout("total", total)) } else { (step, error) }
     }
 
-    /// Opens a new connection. If the upstream refuses it, or closes it during the handshake, opens one more.
-    async fn connect(&self, started: Stopwatch) -> Result<Connected, SendError> {
-        let (now, connect) = (Stopwatch::start(), self.settings.timeouts.connect);
-        let (limit, out_of_time) = self.bound((started, now), connect, SendError::ConnectTimeout);
-        let attempts = async {
-            match self.connect_once().await {
-                Err(SendError::Unreachable(_, error)) if is_disconnect(&error) => self.connect_once().await,
-                done => done,
+    /// Opens a connection to the chosen replica. If that cannot be reached, opens one to another, each once. Replicas that
+    /// are left out anyway share one `timeouts.connect`.
+    async fn connect(
+        &self,
+        mut placed: Placed,
+        started: Stopwatch,
+    ) -> Result<(Connected, InFlight, usize), SendError> {
+        let connect = self.settings.timeouts.connect;
+        let mut tried = Vec::new();
+        let mut last_resort: Option<Stopwatch> = None;
+        loop {
+            let (now, index) = (Stopwatch::start(), placed.choice.index);
+            let step = if placed.choice.is_last_resort {
+                connect.saturating_sub(now.since(*last_resort.get_or_insert(now)))
+            } else {
+                connect
+            };
+            let (limit, out_of_time) = self.bound((started, now), step, SendError::ConnectTimeout);
+            let result = timeout_at(now.deadline(limit), self.connect_to(index)).await;
+            match result.unwrap_or(Err(out_of_time)) {
+                Ok(connected) => {
+                    self.note_success(placed.choice);
+                    return Ok((connected, placed.in_flight, index));
+                }
+                // The replica need not be the cause.
+                Err(error @ SendError::Timeout(..)) => return Err(error),
+                Err(error) => {
+                    self.note_failure(placed.choice, &error);
+                    tried.push(index);
+                    let is_over = last_resort.is_some_and(|since| since.elapsed() >= connect);
+                    placed = match self.place(&tried) {
+                        Some(next) if !(is_over && next.choice.is_last_resort) => next,
+                        _ => return Err(error),
+                    };
+                }
             }
-        };
-        timeout_at(now.deadline(limit), attempts).await.unwrap_or(Err(out_of_time))
+        }
     }
 
-    async fn connect_once(&self) -> Result<Connected, SendError> {
-        let tcp = connect::connect(&self.host, self.port)
-            .await
-            .map_err(|e| SendError::Unreachable("no connection to its address", e))?;
-        let http1 = |stream| Connected::Http1(Http1Connection::new(stream).counted(&self.connections));
-        let Some(tls) = &self.tls else { return Ok(http1(Box::new(tcp))) };
-        let stream =
-            tls.connect(tcp).await.map_err(|e| SendError::Unreachable("the TLS handshake failed", e))?;
-        if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
-            return Ok(http1(Box::new(stream)));
+    /// Opens a connection. An only replica is tried once more if it refuses the connection, or closes it during the
+    /// handshake.
+    async fn connect_to(&self, index: usize) -> Result<Connected, SendError> {
+        let Some(replica) = self.replicas.get(index) else { return Err(no_replica()) };
+        match replica.connect().await {
+            Err(SendError::Unreachable(_, error)) if is_disconnect(&error) && self.replicas.len() == 1 => {
+                replica.connect().await
+            }
+            done => done,
         }
-        let failed =
-            |e: hyper::Error| SendError::Unreachable("the HTTP/2 handshake failed", io::Error::other(e));
-        self.http2.open(stream).await.map(Connected::Http2).map_err(failed)
     }
+
+    fn note_success(&self, choice: Choice) {
+        let (index, was_left_out) = (choice.index, choice.attempt.succeeded());
+        if was_left_out && let Some(replica) = self.statuses.get(index) {
+            let (upstream, replica) = (&self.settings.name, replica.address());
+            tracing::info!(upstream, replica, "the upstream can be reached again");
+        }
+    }
+
+    fn note_failure(&self, choice: Choice, error: &SendError) {
+        let (index, pause_ms) = (choice.index, choice.attempt.failed(clock::uptime_ms()));
+        // Other errors of an only replica are logged with their requests.
+        if let Some(pause_ms) = pause_ms
+            && let [_, _, ..] = &*self.statuses
+            && let Some(replica) = self.statuses.get(index)
+        {
+            let (upstream, replica, seconds) = (&self.settings.name, replica.address(), pause_ms / 1_000);
+            tracing::warn!(upstream, replica, seconds, ?error, "a replica cannot be reached and is left out");
+        }
+    }
+}
+
+/// The answer, which counts as in flight at its replica until its body is dropped.
+fn with_guard(
+    (parts, incoming): (response::Parts, Incoming),
+    in_flight: InFlight,
+) -> (response::Parts, Incoming) {
+    (parts, incoming.counted(in_flight))
+}
+
+/// An upstream without replicas, which the config makes impossible.
+fn no_replica() -> SendError {
+    SendError::Unreachable("it has no replica", ErrorKind::NotFound.into())
 }
 
 /// Whether a connection was refused, closed or reset.

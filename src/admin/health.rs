@@ -81,6 +81,7 @@ pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
             config: &current.config,
             accounts: &current.accounts,
             provider_limits: &current.provider_limits,
+            replicas: &current.replicas,
             store_is_up,
         };
         state.metrics.render(sources)

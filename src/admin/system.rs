@@ -9,6 +9,7 @@ use crate::ledger::RedisStatus;
 use crate::provider_limits::{KindView, ModelView, ProviderLimits};
 use crate::proxy::Snapshot;
 use crate::telemetry::{EstimateFigures, UpstreamFigures};
+use crate::upstream::{ReplicaView, Replicas};
 use axum::Json;
 use axum::extract::State;
 use http::uri::Authority;
@@ -112,6 +113,29 @@ struct UpstreamView {
     /// Milliseconds to the head of the answer, of the last 512 answers. `null`: it has not answered yet.
     first_byte_ms: Option<FirstByteView>,
     provider_limits: ProviderLimitsView,
+    /// In the order of the config. An upstream with `base_url` has one.
+    replicas: Vec<UpstreamReplicaView>,
+}
+
+/// A replica of an upstream.
+#[derive(Serialize, ToSchema)]
+struct UpstreamReplicaView {
+    /// Host and port, as in the label `replica` of metrics.
+    address: String,
+    /// Whether requests go to it.
+    up: bool,
+    /// Milliseconds until a request tries it again, if it could not be reached. `null`: it is not left out for that.
+    left_out_ms: Option<u64>,
+    /// Whether it has passed its last health check. `null`: it is not checked.
+    healthy: Option<bool>,
+    /// Requests in flight.
+    in_flight: u64,
+    /// How often it could not be reached.
+    failures: u64,
+    failed_checks: u64,
+    /// Connections that carry a request.
+    active_connections: u64,
+    idle_connections: u64,
 }
 
 /// What the provider states about its own limits (`provider_limits`).
@@ -190,12 +214,15 @@ struct EstimateErrorView {
 pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
     let snapshot = admin.state.current();
     let Process { started, started_at, listen } = admin.process;
-    let upstream = |(settings, limits): (&Arc<UpstreamSettings>, &Arc<ProviderLimits>)| {
-        let in_flight = snapshot.environments().into_iter().filter(|(e, _)| e.upstream.name == settings.name);
-        let in_flight = in_flight.map(|(_, account)| account.in_flight()).sum();
-        let figures = admin.state.metrics.summaries().upstream(&settings.name).figures();
-        UpstreamView::new(settings, in_flight, figures, limits)
-    };
+    let upstream =
+        |((settings, limits), replicas): ((&Arc<UpstreamSettings>, &Arc<ProviderLimits>), &Replicas)| {
+            let in_flight =
+                snapshot.environments().into_iter().filter(|(e, _)| e.upstream.name == settings.name);
+            let in_flight = in_flight.map(|(_, account)| account.in_flight()).sum();
+            let figures = admin.state.metrics.summaries().upstream(&settings.name).figures();
+            UpstreamView::new(settings, in_flight, figures, limits, replicas)
+        };
+    let upstreams = snapshot.config.upstreams.iter().zip(&snapshot.provider_limits).zip(&snapshot.replicas);
     let estimates = admin.state.metrics.summaries().models();
     Json(SystemView {
         version: env!("CARGO_PKG_VERSION"),
@@ -211,7 +238,7 @@ pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
         },
         store: StoreView::of(&admin, &snapshot),
         redis: RedisView::of(&snapshot),
-        upstreams: snapshot.config.upstreams.iter().zip(&snapshot.provider_limits).map(upstream).collect(),
+        upstreams: upstreams.map(upstream).collect(),
         estimates: estimates.into_iter().map(EstimateErrorView::from).collect(),
     })
 }
@@ -257,8 +284,9 @@ impl UpstreamView {
         in_flight: u64,
         figures: UpstreamFigures,
         limits: &ProviderLimits,
+        replicas: &Replicas,
     ) -> Self {
-        let UpstreamSettings { name, base_url, .. } = settings;
+        let UpstreamSettings { name, base_url, health, .. } = settings;
         let UpstreamFigures { requests, error_answers, failed, cut, timed, first_byte_ms } = figures;
         let authority = base_url.authority().map(Authority::as_str).unwrap_or_default();
         let address = authority.rsplit('@').next().unwrap_or_default();
@@ -271,6 +299,23 @@ impl UpstreamView {
             errors: UpstreamErrorsView { answers: error_answers, unanswered: failed, incomplete: cut },
             first_byte_ms: first_byte_ms.map(|(p50, p95)| FirstByteView { p50, p95, answers: timed }),
             provider_limits: ProviderLimitsView::of(settings.provider_limits, limits),
+            replicas: replicas.iter().map(|r| UpstreamReplicaView::of(r.view(), health.is_some())).collect(),
+        }
+    }
+}
+
+impl UpstreamReplicaView {
+    fn of(view: ReplicaView<'_>, is_checked: bool) -> Self {
+        Self {
+            address: view.address.to_owned(),
+            up: view.is_up(),
+            left_out_ms: view.left_out_ms,
+            healthy: is_checked.then_some(!view.is_unhealthy),
+            in_flight: view.in_flight,
+            failures: view.failures,
+            failed_checks: view.failed_checks,
+            active_connections: view.active_connections,
+            idle_connections: view.idle_connections,
         }
     }
 }

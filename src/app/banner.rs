@@ -80,7 +80,8 @@ impl Banner<'_> {
         }
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let name = if index == 0 { "upstreams" } else { "" };
-            add(name, &format!("{}: {}", upstream.name, upstream.base_url));
+            let urls: Vec<String> = upstream.base_urls.iter().map(ToString::to_string).collect();
+            add(name, &format!("{}: {}", upstream.name, urls.join(", ")));
         }
         add("store", &store(&config.store));
         if let Some(file) = &config.file {

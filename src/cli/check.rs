@@ -64,7 +64,9 @@ fn summary(config: &Config) -> String {
         config.server.listen, config.admin.listen
     );
     for upstream in &config.upstreams {
-        let _ = writeln!(text, "  upstream               {} at {}", upstream.name, upstream.base_url);
+        for url in &upstream.base_urls {
+            let _ = writeln!(text, "  upstream               {} at {url}", upstream.name);
+        }
     }
     for environment in &config.environments {
         let _ = writeln!(text, "  environment            {}", describe(environment));

@@ -3,9 +3,11 @@
 use super::description::{DefaultSpec, KeySpec, NONE, SECRET, SectionSpec, TextSpec, ValueSpec, Word, text};
 use super::quotas::{self, QUOTAS};
 use super::setting::{Section, Setting};
-use super::{ApiKind, ProviderLimitsMode, Timeouts, UpstreamSettings};
+use super::{ApiKind, HealthCheckSettings, ProviderLimitsMode, Timeouts, UpstreamSettings};
+use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 pub(super) const EXAMPLE: &str = "upstreams: { openai: { base_url: https://api.openai.com/v1 } }";
@@ -18,11 +20,26 @@ pub(super) const UPSTREAM: SectionSpec = SectionSpec {
             "base_url",
             ValueSpec::Text(TextSpec {
                 label: "`http` or `https` URL without user, query or fragment",
-                pattern: "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$",
+                pattern: URL_PATTERN,
             }),
-            DefaultSpec::Required("https://api.openai.com/v1"),
+            DefaultSpec::Absent("one of the two is required"),
             "where the gateway sends requests. It appends the caller's path. If the URL ends in `/v1`, `/v1beta`, `/openai` or `/openai/v1` and the path begins with the same, the gateway does not repeat it",
-        ),
+        )
+        .example(URL_EXAMPLE),
+        KeySpec::new(
+            "base_urls",
+            ValueSpec::List(&ValueSpec::Text(TextSpec { label: "URL", pattern: URL_PATTERN })),
+            DefaultSpec::Absent("one of the two is required"),
+            "instead of `base_url`: the replicas of one backend, at most 64. Their URLs differ in host and port only. A request goes to one of them ([operations.md](operations.md#replicas))",
+        )
+        .example("[http://10.0.0.1:8000/v1, http://10.0.0.2:8000/v1]"),
+        KeySpec::new(
+            "health",
+            ValueSpec::Section(&HEALTH),
+            NONE,
+            "checks each replica regularly. One that fails its check gets no requests until it passes one",
+        )
+        .example("{ path: /health }"),
         KeySpec::new(
             "api",
             ValueSpec::Words(&[
@@ -97,6 +114,33 @@ pub(super) const UPSTREAM: SectionSpec = SectionSpec {
         .example("500"),
     ],
 };
+
+/// `upstreams.*.health`.
+const HEALTH: SectionSpec = SectionSpec {
+    name: "health",
+    keys: &[
+        KeySpec::new(
+            "path",
+            ValueSpec::Text(TextSpec { label: "path from the root of the host", pattern: "^/[^#]*$" }),
+            DefaultSpec::Required("/health"),
+            "the path of a check. A check is a `GET` without `api_key` and with `headers`. The replica is healthy if it answers with a status from 200 to 299 within `timeouts.connect`",
+        ),
+        KeySpec::new(
+            "every",
+            ValueSpec::Duration,
+            DefaultSpec::Value("5s"),
+            "time between two checks of a replica, on average; at least 100 ms",
+        )
+        .example("10s"),
+    ],
+};
+
+/// Maximum number of replicas of one upstream.
+const MAX_REPLICAS: usize = 64;
+/// The shortest time between two checks.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+const URL_PATTERN: &str = "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$";
+const URL_EXAMPLE: &str = "https://api.openai.com/v1";
 
 const TIMEOUTS: SectionSpec = SectionSpec {
     name: "timeouts",
@@ -173,7 +217,8 @@ pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
 
 fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
     let section = setting.section(&UPSTREAM)?;
-    let base_url = section.require("base_url");
+    let base_urls = base_urls(&section);
+    let health = section.get("health").and_then(|s| health(&s));
     let api_key = section.get("api_key").and_then(|s| s.secret());
     let mut quotas = Vec::new();
     if let Some(setting) = section.get("quotas") {
@@ -204,8 +249,74 @@ fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
         max_in_flight: section.get("max_in_flight").and_then(|s| {
             s.positive(u64::MAX, "0 would refuse every request; leave the key out for no limit")
         }),
-        base_url: base_url.and_then(|s| self::base_url(&s))?,
+        base_url: base_urls.as_ref()?.first()?.clone(),
+        base_urls: base_urls?,
+        health,
     })
+}
+
+/// The URLs of all replicas, at least one.
+fn base_urls(upstream: &Section<'_>) -> Option<Vec<Uri>> {
+    match (upstream.get("base_url"), upstream.get("base_urls")) {
+        (Some(_), Some(list)) => {
+            list.fault("base_url is set too; set base_url for one server, or base_urls for its replicas");
+            None
+        }
+        (Some(one), None) => Some(vec![base_url(&one)?]),
+        (None, Some(list)) => replicas(&list),
+        (None, None) => {
+            let _ = upstream.require_as("base_url", URL_EXAMPLE);
+            None
+        }
+    }
+}
+
+fn replicas(list: &Setting<'_>) -> Option<Vec<Uri>> {
+    let settings = list.list()?;
+    match settings.len() {
+        0 => list.fault(format!("the list is empty; add the URL of a replica, such as {URL_EXAMPLE}")),
+        n if n > MAX_REPLICAS => {
+            list.fault(format!("{n} replicas are too many for one upstream; the maximum is {MAX_REPLICAS}"));
+        }
+        _ => {}
+    }
+    let mut urls: Vec<Uri> = Vec::new();
+    for setting in &settings {
+        let Some(url) = base_url(setting) else { continue };
+        if urls.iter().any(|other| address(other) == address(&url)) {
+            setting.fault("this replica is in the list twice; remove one of them");
+        }
+        if urls.first().is_some_and(|first| first.scheme() != url.scheme() || first.path() != url.path()) {
+            setting.fault(
+                "replicas of one backend must have the same scheme and path as the first one; declare another upstream for another backend",
+            );
+        }
+        urls.push(url);
+    }
+    let is_complete = urls.len() == settings.len() && (1..=MAX_REPLICAS).contains(&urls.len());
+    is_complete.then_some(urls)
+}
+
+/// Host and port of a URL.
+pub(super) fn address(url: &Uri) -> String {
+    let default = if url.scheme_str() == Some("https") { 443 } else { 80 };
+    let host = url.host().unwrap_or_default().to_ascii_lowercase();
+    format!("{host}:{}", url.port_u16().unwrap_or(default))
+}
+
+fn health(setting: &Setting<'_>) -> Option<HealthCheckSettings> {
+    let section = setting.section(&HEALTH)?;
+    let every = section.duration("every");
+    if let Some(setting) = section.get("every").filter(|_| every < MIN_CHECK_INTERVAL) {
+        setting.fault("this interval is too short; write 100ms or more");
+    }
+    let setting = section.require("path")?;
+    let path = setting.text()?;
+    if !path.starts_with('/') || path.contains('#') || path.parse::<PathAndQuery>().is_err() {
+        setting.fault("this must be a path that begins with \"/\", such as /health");
+        return None;
+    }
+    Some(HealthCheckSettings { path: path.to_owned(), every })
 }
 
 /// A valid base URL. It may contain a password, so no message contains it.

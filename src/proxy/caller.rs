@@ -85,7 +85,11 @@ fn principal_hasher(
 ) -> DefaultHasher {
     let environment = &snapshot.config.environments[environment];
     let mut hasher = learned.hasher();
-    environment.upstream.base_url.hash(&mut hasher);
+    // The set of replicas may change.
+    match &*environment.upstream.base_urls {
+        [only] => only.hash(&mut hasher),
+        _ => environment.upstream.name.hash(&mut hasher),
+    }
     environment.name.hash(&mut hasher);
     caller.map(|index| &environment.callers[index].name).hash(&mut hasher);
     hasher

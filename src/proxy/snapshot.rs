@@ -10,9 +10,12 @@ use crate::estimate::{Models, Provider};
 use crate::ledger::{Account, Backend};
 use crate::provider_limits::ProviderLimits;
 use crate::telemetry::{CallerLabels, Metrics, Series};
+use crate::upstream::{ReplicaStatus, Replicas, check_replicas};
+use futures_util::future::join_all;
 use http::header::HeaderValue;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use tokio_rustls::rustls::ClientConfig;
 
 /// One config with everything that is prepared from it.
 pub struct Snapshot {
@@ -33,6 +36,8 @@ pub struct Snapshot {
     refuses_stream_options: Vec<Arc<AtomicBool>>,
     /// The limits of each upstream's provider, in the order of the config.
     pub(crate) provider_limits: Vec<Arc<ProviderLimits>>,
+    /// The replicas of each upstream, in the order of the config.
+    pub(crate) replicas: Vec<Replicas>,
 }
 
 /// Values of one environment that every request needs, prepared once so that requests share them.
@@ -73,7 +78,8 @@ impl Snapshot {
         );
         let refuses_stream_options = config.upstreams.iter().map(|settings| {
             let same = previous.and_then(|previous| {
-                let at = previous.config.upstreams.iter().position(|known| known == settings)?;
+                let is_same = |known: &Arc<UpstreamSettings>| known.is_same_backend(settings);
+                let at = previous.config.upstreams.iter().position(is_same)?;
                 previous.refuses_stream_options.get(at).cloned()
             });
             same.unwrap_or_default()
@@ -86,8 +92,16 @@ impl Snapshot {
             });
             same.unwrap_or_else(|| Arc::new(ProviderLimits::new(settings.provider_limits)))
         });
+        let replicas = config.upstreams.iter().map(|settings| {
+            let known = previous.and_then(|previous| {
+                let at = previous.config.upstreams.iter().position(|known| known.name == settings.name)?;
+                previous.replicas.get(at)
+            });
+            ReplicaStatus::of(settings, known)
+        });
         Ok(Self {
             provider_limits: provider_limits.collect(),
+            replicas: replicas.collect(),
             contexts: config
                 .environments
                 .iter()
@@ -111,6 +125,15 @@ impl Snapshot {
     /// The same snapshot, whose requests have traces.
     pub(super) fn with_tracing(self, tracing: Option<Arc<crate::telemetry::Tracing>>) -> Self {
         Self { tracing, ..self }
+    }
+
+    /// Checks the replicas of all upstreams whose settings require that, until the future is dropped.
+    pub(crate) async fn check_replicas(&self, tls: &Arc<ClientConfig>) {
+        let upstreams = self.config.upstreams.iter().zip(&self.replicas);
+        let check = |(settings, replicas): (&Arc<UpstreamSettings>, &Replicas)| {
+            check_replicas(settings.clone(), replicas.clone(), tls.clone())
+        };
+        join_all(upstreams.map(check)).await;
     }
 
     /// Every environment and its account.
@@ -147,7 +170,7 @@ impl Snapshot {
 /// Whether the limits of the provider are those of another config's upstream.
 fn has_same_limits(before: &UpstreamSettings, after: &UpstreamSettings) -> bool {
     before.name == after.name
-        && before.base_url == after.base_url
+        && before.shares_replica_with(after)
         && before.api_key == after.api_key
         && before.provider_limits == after.provider_limits
 }

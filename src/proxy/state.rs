@@ -16,6 +16,7 @@ use futures_util::future::join_all;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// State that all workers of a gateway share for the life of the process, and the snapshot of the config in force.
@@ -34,6 +35,8 @@ pub struct State {
     /// The name of this process in Redis.
     session: String,
     current: Mutex<Arc<Snapshot>>,
+    /// Notifies of each new snapshot.
+    reloads: watch::Sender<()>,
     /// The status of the store. `None`: nothing is persisted.
     store: Option<Arc<WriterControl>>,
     /// Whether the gateway closes its connections, because it shuts down or another process has replaced it.
@@ -144,6 +147,7 @@ impl State {
             accounts: Arc::new(accounts),
             session,
             current: Mutex::new(Arc::new(current)),
+            reloads: watch::Sender::new(()),
             store: store.map(Store::persistence),
             is_closing: AtomicBool::new(false),
             drain: OnceLock::new(),
@@ -248,6 +252,12 @@ impl State {
     pub(crate) fn put_in_force(&self, prepared: PreparedConfig) {
         self.bodies.set_max(prepared.snapshot.config.server.buffered_bodies);
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = prepared.snapshot;
+        self.reloads.send_replace(());
+    }
+
+    /// Changes with each new snapshot.
+    pub(crate) fn reloads(&self) -> watch::Receiver<()> {
+        self.reloads.subscribe()
     }
 
     /// The snapshot of the config in force.

@@ -97,6 +97,7 @@ const RATIO_BUCKETS: &[f64] = &[0.5, 0.75, 0.9, 0.95, 0.98, 0.999, 1.001, 1.02, 
 
 // In alphabetical order, as the library writes the labels of the others.
 const QUOTA: &[&str] = &["environment", "kind", "name", "per", "scope"];
+const REPLICA: &[&str] = &["upstream", "replica"];
 const PROVIDER: &[&str] = &["kind", "model", "upstream"];
 const ENVIRONMENT: &[&str] = &["environment"];
 const REJECTION: &[&str] = &["environment", "scope", "kind", "per", "code"];
@@ -180,8 +181,26 @@ pub(super) const QUEUE_LENGTH: Metric =
     gauge("tollgate_queue_length", ENVIRONMENT, "Requests that wait for room in their quotas.");
 pub(super) const IN_FLIGHT: Metric =
     gauge("tollgate_in_flight", ENVIRONMENT, "Requests in flight on this node, streams included.");
-pub(super) const UPSTREAM_CONNECTIONS: Metric =
-    gauge("tollgate_upstream_connections", &["upstream", "state"], "Open connections to an upstream.");
+pub(super) const UPSTREAM_CONNECTIONS: Metric = gauge(
+    "tollgate_upstream_connections",
+    &["upstream", "replica", "state"],
+    "Open connections to a replica.",
+);
+pub(super) const REPLICA_IN_FLIGHT: Metric = gauge(
+    "tollgate_replica_in_flight",
+    REPLICA,
+    "Requests of this node in flight at a replica of an upstream, streams included.",
+);
+pub(super) const REPLICA_UP: Metric = gauge(
+    "tollgate_replica_up",
+    REPLICA,
+    "1 while requests go to a replica, 0 while it is left out, because it could not be reached or is not healthy.",
+);
+pub(super) const REPLICA_FAILURES: Metric = counter(
+    "tollgate_replica_failures_total",
+    &["upstream", "replica", "reason"],
+    "How often a replica could not be reached, or failed its health check.",
+);
 pub(super) const PROVIDER_LIMIT: Metric = gauge(
     "tollgate_provider_limit",
     PROVIDER,
@@ -358,6 +377,9 @@ pub(super) const ALL: &[Metric] = &[
     QUEUE_LENGTH,
     IN_FLIGHT,
     UPSTREAM_CONNECTIONS,
+    REPLICA_IN_FLIGHT,
+    REPLICA_UP,
+    REPLICA_FAILURES,
     PROVIDER_LIMIT,
     PROVIDER_REMAINING,
     PROVIDER_REFUSALS,

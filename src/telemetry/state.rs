@@ -3,17 +3,17 @@
 use super::catalogue::{
     BUILD_INFO, IN_FLIGHT, NODES, OVERRIDE_ACTIVE, OVERRIDE_SINCE, QUEUE_LENGTH, QUOTA_BURST,
     QUOTA_EXHAUSTED, QUOTA_HELD, QUOTA_LEVEL, QUOTA_LIMIT, QUOTA_RESET, QUOTA_USED, REDIS_FAULTS,
-    REDIS_LOSSES, REDIS_UP, STORE_UP, UPSTREAM_CONNECTIONS,
+    REDIS_LOSSES, REDIS_UP, STORE_UP,
 };
 use super::exposition::{Family, labels, seconds};
-use super::providers;
 use super::series::CallerLabels;
-use super::summaries::Summaries;
+use super::{providers, replicas};
 use crate::clock::Timestamp;
 use crate::config::Config;
 use crate::ledger::{Account, OverrideOrigin, RedisStatus, Snapshot};
 use crate::provider_limits::ProviderLimits;
 use crate::quota::{Quota, QuotaLevel, Scope};
+use crate::upstream::Replicas;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -26,25 +26,20 @@ pub(crate) struct StateSources<'s> {
     pub(crate) accounts: &'s [Arc<Account>],
     /// What the provider of each upstream states, in the order of the config.
     pub(crate) provider_limits: &'s [Arc<ProviderLimits>],
+    /// The replicas of each upstream, in the order of the config.
+    pub(crate) replicas: &'s [Replicas],
     /// Whether the store can be written.
     pub(crate) store_is_up: bool,
 }
 
 /// Appends the state to the text.
-pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &Summaries) {
+pub(super) fn append(text: &mut String, sources: StateSources<'_>) {
     let mut families = Families::new();
     let callers = CallerLabels::of(sources.config);
     for ((environment, account), callers) in
         sources.config.environments.iter().zip(sources.accounts).zip(&callers)
     {
         families.add_environment(&environment.name, account, callers);
-    }
-    for upstream in &sources.config.upstreams {
-        let counts = summaries.connections(&upstream.name);
-        for (state, count) in [("active", counts.active()), ("idle", counts.idle())] {
-            let names = labels(UPSTREAM_CONNECTIONS.labels, &[&upstream.name, state]);
-            families.connections.add(&names, count);
-        }
     }
     families.process.push(one(&BUILD_INFO, &labels(BUILD_INFO.labels, &[env!("CARGO_PKG_VERSION")]), 1));
     families.process.push(one(&STORE_UP, "", u64::from(sources.store_is_up)));
@@ -53,6 +48,7 @@ pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &S
         families.process.push(one(&REDIS_UP, "", u64::from(is_up)));
     }
     families.append_to(text);
+    replicas::append(text, sources.config, sources.replicas);
     providers::append(text, sources.config, sources.provider_limits);
 }
 
@@ -71,7 +67,6 @@ struct Families {
     override_since: Family,
     redis_losses: Family,
     redis_faults: Family,
-    connections: Family,
     /// Metrics with one sample.
     process: Vec<Family>,
     /// The largest number of nodes that an environment has.
@@ -108,7 +103,6 @@ impl Families {
             override_since: Family::new(&OVERRIDE_SINCE),
             redis_losses: Family::new(&REDIS_LOSSES),
             redis_faults: Family::new(&REDIS_FAULTS),
-            connections: Family::new(&UPSTREAM_CONNECTIONS),
             process: Vec::new(),
             nodes: 0,
             redis_is_up: None,
@@ -181,7 +175,6 @@ impl Families {
             &self.override_since,
             &self.redis_losses,
             &self.redis_faults,
-            &self.connections,
         ];
         let all = quotas.into_iter().chain(others).chain(&self.process);
         all.for_each(|family| family.append_to(text));

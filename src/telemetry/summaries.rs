@@ -1,7 +1,6 @@
 //! Figures for the admin API that metrics do not have: of each upstream, and of the estimates for each model.
 
 use super::{Record, RequestOutcome};
-use crate::upstream::ConnectionCounts;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +15,6 @@ const MAX_NAMES: usize = 10_000;
 pub(crate) struct Summaries {
     upstreams: Mutex<BTreeMap<String, Arc<UpstreamSummary>>>,
     models: Mutex<BTreeMap<String, Arc<EstimateSummary>>>,
-    connections: Mutex<BTreeMap<String, Arc<ConnectionCounts>>>,
 }
 
 /// Requests to an upstream since the process started.
@@ -145,11 +143,6 @@ impl Summaries {
     /// The summary of an upstream.
     pub(crate) fn upstream(&self, name: &str) -> Arc<UpstreamSummary> {
         find(&self.upstreams, name)
-    }
-
-    /// The connections to an upstream.
-    pub(crate) fn connections(&self, upstream: &str) -> Arc<ConnectionCounts> {
-        find(&self.connections, upstream)
     }
 
     /// The summary of a model, by its label in metrics.

@@ -3,6 +3,7 @@
 use super::http1::Http1Body;
 use super::http2::Http2Body;
 use super::key_mask::KeyMask;
+use super::replica_status::InFlight;
 use bytes::Bytes;
 use std::io;
 use std::task::{Context, Poll, ready};
@@ -14,6 +15,8 @@ pub struct Incoming {
     read_ahead: Option<Box<ReadAhead>>,
     /// Masks the gateway's keys. It is a part of errors only.
     mask: Option<Box<Masking>>,
+    /// Counts the request as in flight at its replica until the body is dropped.
+    _in_flight: Option<InFlight>,
 }
 
 struct Masking {
@@ -35,17 +38,22 @@ enum Source {
 
 impl From<Http1Body> for Incoming {
     fn from(body: Http1Body) -> Self {
-        Self { source: Source::Http1(body), read_ahead: None, mask: None }
+        Self { source: Source::Http1(body), read_ahead: None, mask: None, _in_flight: None }
     }
 }
 
 impl From<Http2Body> for Incoming {
     fn from(body: Http2Body) -> Self {
-        Self { source: Source::Http2(body), read_ahead: None, mask: None }
+        Self { source: Source::Http2(body), read_ahead: None, mask: None, _in_flight: None }
     }
 }
 
 impl Incoming {
+    /// The same body, which counts as in flight at its replica until it is dropped.
+    pub(super) fn counted(self, in_flight: InFlight) -> Self {
+        Self { _in_flight: Some(in_flight), ..self }
+    }
+
     /// Puts bytes that were read ahead back in front of the body, with the error that followed them, if any.
     #[must_use]
     pub fn with_read(self, data: Bytes, error: Option<io::Error>) -> Self {

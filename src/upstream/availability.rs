@@ -129,41 +129,44 @@ impl State {
         }
     }
 
-    fn failed(&mut self, now_ms: u64, threshold: NonZeroU32, probe: Option<u64>) {
+    /// Returns the time for which the server is left out, if this failure has decided that.
+    fn failed(&mut self, now_ms: u64, threshold: NonZeroU32, probe: Option<u64>) -> Option<u64> {
         self.failures_in_a_row = self.failures_in_a_row.saturating_add(1);
-        match &mut self.left_out {
-            None if self.failures_in_a_row >= threshold.get() => {
-                let due_ms = now_ms.saturating_add(FIRST_PAUSE_MS);
-                self.left_out = Some(LeftOut { pause_ms: FIRST_PAUSE_MS, due_ms, probe: None });
-            }
-            // Requests that were sent before the server was left out extend the time no further.
+        let pause_ms = match &self.left_out {
+            None if self.failures_in_a_row >= threshold.get() => FIRST_PAUSE_MS,
             Some(left_out) if probe.is_some() && left_out.probe == probe => {
-                let pause_ms = left_out.pause_ms.saturating_mul(2).min(MAX_PAUSE_MS);
-                *left_out = LeftOut { pause_ms, due_ms: now_ms.saturating_add(pause_ms), probe: None };
+                left_out.pause_ms.saturating_mul(2).min(MAX_PAUSE_MS)
             }
-            _ => {}
-        }
+            // Requests that were sent before the server was left out do not extend the time.
+            _ => return None,
+        };
+        let due_ms = now_ms.saturating_add(pause_ms);
+        self.left_out = Some(LeftOut { pause_ms, due_ms, probe: None });
+        Some(pause_ms)
     }
 }
 
 impl Attempt {
-    /// The server has worked.
-    pub(crate) fn succeeded(self) {
+    /// The server has worked. Returns whether it was left out until now.
+    pub(crate) fn succeeded(self) -> bool {
         let availability = &self.availability;
-        if availability.has_failed.load(Ordering::Acquire) {
-            let mut state = availability.lock();
-            (state.failures_in_a_row, state.left_out) = (0, None);
-            availability.has_failed.store(false, Ordering::Release);
+        if !availability.has_failed.load(Ordering::Acquire) {
+            return false;
         }
+        let mut state = availability.lock();
+        let was_left_out = state.left_out.take().is_some();
+        state.failures_in_a_row = 0;
+        availability.has_failed.store(false, Ordering::Release);
+        was_left_out
     }
 
-    /// The server has failed.
-    pub(crate) fn failed(self, now_ms: u64) {
+    /// The server has failed. Returns for how many milliseconds it is left out, if this failure has decided that.
+    pub(crate) fn failed(self, now_ms: u64) -> Option<u64> {
         let availability = &self.availability;
         availability.failures.fetch_add(1, Ordering::Relaxed);
         let mut state = availability.lock();
-        state.failed(now_ms, availability.threshold, self.probe);
         availability.has_failed.store(true, Ordering::Release);
+        state.failed(now_ms, availability.threshold, self.probe)
     }
 
     /// Whether the attempt is the probe of a server that is left out.

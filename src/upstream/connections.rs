@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The connections of all workers to one upstream.
 #[derive(Debug, Default)]
-pub struct ConnectionCounts {
+pub(super) struct ConnectionCounts {
     open: AtomicU64,
     active: AtomicU64,
 }
@@ -19,12 +19,12 @@ pub(super) struct OpenConnection {
 
 impl ConnectionCounts {
     /// Connections that carry a request.
-    pub fn active(&self) -> u64 {
+    pub(super) fn active(&self) -> u64 {
         self.active.load(Ordering::Relaxed)
     }
 
     /// Connections that carry none.
-    pub fn idle(&self) -> u64 {
+    pub(super) fn idle(&self) -> u64 {
         self.open.load(Ordering::Relaxed).saturating_sub(self.active())
     }
 

@@ -1,7 +1,11 @@
 //! One request to an upstream, step by step, for `tollgate check --online`.
 
-use super::{Connected, Http1Connection, Request, Upstream, connect, http1};
+use super::http1::Http1Connection;
+use super::replica::{Connected, Replica};
+use super::{Request, Upstream, connect};
 use crate::clock::Stopwatch;
+use crate::config::Timeouts;
+use futures_util::future::join_all;
 use http::StatusCode;
 use std::io;
 use std::time::Duration;
@@ -35,17 +39,21 @@ pub(crate) enum StepFault {
 }
 
 impl Upstream {
-    /// Sends a request on a new connection. Returns the steps up to the first that fails. All steps together take at
-    /// most `limit`.
-    pub(crate) async fn diagnose(&self, request: &Request, limit: Duration) -> Vec<DiagnosisStep> {
-        let mut steps = Steps { done: Vec::new(), started: Stopwatch::start(), limit };
-        // The error is the last of the steps.
-        let _ = self.try_steps(request, &mut steps).await;
-        steps.done
+    /// Sends a request to each replica, on a new connection. Returns the steps up to the first that fails, for each
+    /// replica. All steps together take at most `limit`.
+    pub(crate) async fn diagnose(&self, request: &Request, limit: Duration) -> Vec<Vec<DiagnosisStep>> {
+        let diagnose = async |replica: &Replica| {
+            let mut steps = Steps { done: Vec::new(), started: Stopwatch::start(), limit };
+            // The error is the last of the steps.
+            let _ = replica.try_steps(request, self.settings.timeouts, &mut steps).await;
+            steps.done
+        };
+        join_all(self.replicas.iter().map(|replica| diagnose(replica))).await
     }
+}
 
-    async fn try_steps(&self, request: &Request, steps: &mut Steps) -> Result<(), ()> {
-        let timeouts = self.settings.timeouts;
+impl Replica {
+    async fn try_steps(&self, request: &Request, timeouts: Timeouts, steps: &mut Steps) -> Result<(), ()> {
         let addresses = async {
             let found = connect::resolve(&self.host, self.port).await.map_err(StepFault::NotResolved)?;
             let text = match found.as_slice() {
@@ -68,17 +76,8 @@ impl Upstream {
         let path = request.target.split('?').next().unwrap_or_default();
         let name = format!("{} {path}", request.method);
         let answer = async {
-            let head = match connected {
-                Connected::Http1(connection) => {
-                    http1::exchange(connection, &self.authority, request, &self.http1)
-                        .await
-                        .map(|(head, _)| head)
-                }
-                Connected::Http2(stream) => {
-                    stream.exchange(&self.authority, request).await.map(|(head, _)| head)
-                }
-            };
-            let status = head.map_err(|error| StepFault::NoAnswer(error.to_string()))?.status;
+            let answer = self.exchange(connected, request).await;
+            let status = answer.map_err(|error| StepFault::NoAnswer(error.to_string()))?.0.status;
             if status.is_success() { Ok(((), status.to_string())) } else { Err(StepFault::Refused(status)) }
         };
         steps.run(&name, timeouts.first_byte, Box::pin(answer)).await

@@ -38,6 +38,7 @@ mod provider_limits;
 mod quotas;
 mod refusals;
 mod reload;
+mod replicas;
 mod routing;
 mod settling;
 mod shutdown;

@@ -41,14 +41,25 @@ function gatewayTables({ version, started_at: startedAt, in_flight: inFlight, dr
   const figures = upstreams.map(({ name, base_url: url, in_flight: open, requests, errors: { answers, unanswered, incomplete }, first_byte_ms: first }) => [
     name, url, number(open), number(requests), number(answers), number(unanswered), number(incomplete), ms(first?.p50), ms(first?.p95),
   ]);
+  const replicas = upstreams.filter(({ replicas: all }) => all.length > 1 || all.some(({ up, healthy }) => !up || healthy !== null))
+    .flatMap(({ name, replicas: all }) => all.map((replica) => replicaRow(name, replica)));
   const limits = upstreams.flatMap(({ name, provider_limits: { mode, models } }) => models.flatMap((of) => limitRows(name, mode, of)));
   const models = estimates.map(({ model, answers, ratio, mean_error: error }) => [model, number(answers), ratio.toFixed(3), `${(100 * error).toFixed(1)} %`]);
   return el("div", {},
     table("Gateway", [{ title: "Part" }, { title: "State" }], rows),
     el("h3", {}, "Upstreams of this node"), table("Upstream figures", columns, figures),
+    replicas.length > 0 && [el("h3", {}, "Replicas"), table("Replicas", [
+      ...["Upstream", "Replica", "State"].map((title) => ({ title })), ...["In flight", "Not reached", "Failed checks", "Connections"].map((title) => ({ title, isNumber: true }))], replicas)],
     limits.length > 0 && [el("h3", {}, "Limits that providers state"), table("Provider limits", [
       ...["Upstream", "Model", "Limit of"].map((title) => ({ title })), ...["Limit", "Left", "Full in", "Refusals"].map((title) => ({ title, isNumber: true })), { title: "Requests" }], limits)],
     models.length > 0 && [el("h3", {}, "Estimates of prompt tokens, by model"), table("Estimates", [{ title: "Model" }, ...["Answers", "Estimated / reported", "Mean error"].map((title) => ({ title, isNumber: true }))], models)]);
+}
+
+/** A row of the table of replicas. */
+function replicaRow(upstream, { address, left_out_ms: leftOut, healthy, in_flight: open, failures, failed_checks: failedChecks, active_connections: active, idle_connections: idle }) {
+  const leftOutWords = leftOut > 0 ? `cannot be reached, tried again in ${duration(leftOut)}` : "cannot be reached, the next request tries it";
+  const state = healthy === false ? "left out: it fails its health check" : leftOut !== null ? leftOutWords : healthy ? "used, healthy" : "used";
+  return [upstream, address, state, number(open), number(failures), healthy === null ? "–" : number(failedChecks), number(active + idle)];
 }
 
 /** A row for each kind of limit that the provider states for a model, or one row if it only refused. */

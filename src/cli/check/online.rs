@@ -7,7 +7,7 @@ use crate::redis::FailFastConnection;
 use crate::upstream::{DiagnosisStep, StepFault, Upstream, client_config};
 use anyhow::Context as _;
 use futures_util::future::join_all;
-use http::StatusCode;
+use http::{StatusCode, Uri};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +37,7 @@ pub(super) fn check(config: &Config) -> anyhow::Result<OnlineReport> {
     // A lookup that is still running must not delay the end.
     runtime.shutdown_background();
     let mut report = OnlineReport { text: String::new(), faults: 0 };
-    upstreams.into_iter().chain(redis).for_each(|part| report.add(&part));
+    upstreams.into_iter().flatten().chain(redis).for_each(|part| report.add(&part));
     Ok(report)
 }
 
@@ -64,51 +64,57 @@ impl OnlineReport {
     }
 }
 
-async fn upstream(settings: &Arc<UpstreamSettings>, tls: &Arc<ClientConfig>) -> Part {
-    let title = format!("upstream {} at {}", settings.name, settings.base_url);
-    let steps = match Upstream::new(settings.clone(), tls, Arc::default()) {
+/// The steps at each replica of an upstream.
+async fn upstream(settings: &Arc<UpstreamSettings>, tls: &Arc<ClientConfig>) -> Vec<Part> {
+    let title = |url: &Uri| format!("upstream {} at {url}", settings.name);
+    let replicas = match Upstream::alone(settings.clone(), tls) {
         Ok(upstream) => upstream.diagnose(&models_request(settings), MAX_TIME).await,
         Err(error) => {
             let line = ("TLS".to_owned(), Duration::ZERO, Err(format!("{error:#}")));
-            return Part { title, lines: vec![line] };
+            return vec![Part { title: title(&settings.base_url), lines: vec![line] }];
         }
     };
-    let line = |DiagnosisStep { name, took, result }| (name, took, explain(result, settings));
-    Part { title, lines: steps.into_iter().map(line).collect() }
+    let part = |(url, steps): (&Uri, Vec<DiagnosisStep>)| {
+        let line = |DiagnosisStep { name, took, result }| (name, took, explain(result, settings, url));
+        Part { title: title(url), lines: steps.into_iter().map(line).collect() }
+    };
+    settings.base_urls.iter().zip(replicas).map(part).collect()
 }
 
 /// The result of a step. A fault names the settings to check.
-fn explain(result: Result<String, StepFault>, settings: &UpstreamSettings) -> Result<String, String> {
+fn explain(
+    result: Result<String, StepFault>,
+    settings: &UpstreamSettings,
+    url: &Uri,
+) -> Result<String, String> {
     let fault = match result {
         Ok(text) => return Ok(text),
         Err(fault) => fault,
     };
     let setting = |key: &str| format!("upstreams.{}.{key}", settings.name);
-    let host = settings.base_url.host().unwrap_or_default();
+    let base_url = setting(if settings.base_urls.len() == 1 { "base_url" } else { "base_urls" });
+    let host = url.host().unwrap_or_default();
     Err(match fault {
         StepFault::NotResolved(error) => {
             format!(
                 "the name {host} has no address ({error}); check {}, or the DNS of this machine",
-                setting("base_url")
+                base_url
             )
         }
         StepFault::NotConnected(error) => {
-            format!(
-                "no connection ({error}); check host and port of {}, and the firewall",
-                setting("base_url")
-            )
+            format!("no connection ({error}); check host and port of {}, and the firewall", base_url)
         }
-        StepFault::NoTls(error) => tls_fault(&error.to_string(), &setting("base_url")),
+        StepFault::NoTls(error) => tls_fault(&error.to_string(), &base_url),
         StepFault::NoAnswer(error) => {
-            format!("no valid HTTP answer ({error}); check scheme and port of {}", setting("base_url"))
+            format!("no valid HTTP answer ({error}); check scheme and port of {}", base_url)
         }
         StepFault::TimedOut(limit) if limit >= MAX_TIME / 2 => format!(
             "no result within the {} s of this check; check {}, and the load of the upstream",
             MAX_TIME.as_secs(),
-            setting("base_url")
+            base_url
         ),
         StepFault::TimedOut(limit) => {
-            format!("no result within {limit:.1?}; check {} and {}", setting("base_url"), setting("timeouts"))
+            format!("no result within {limit:.1?}; check {} and {}", base_url, setting("timeouts"))
         }
         StepFault::Refused(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
             if settings.api_key.is_none() =>
@@ -127,11 +133,11 @@ fn explain(result: Result<String, StepFault>, settings: &UpstreamSettings) -> Re
         }
         StepFault::Refused(status @ (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED)) => format!(
             "{status}: the upstream has no list of models at this path; check the path of {}, or ignore this if the upstream serves no such list",
-            setting("base_url")
+            base_url
         ),
         StepFault::Refused(status) if status.is_redirection() => format!(
             "{status}: the upstream redirects, and the gateway does not follow redirects; correct {}",
-            setting("base_url")
+            base_url
         ),
         StepFault::Refused(status) => format!("{status}: the upstream answered with an error"),
     })

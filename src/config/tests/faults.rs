@@ -217,6 +217,39 @@ fn an_invalid_upstream_is_refused() {
         (url("http://u?x=1"), "query"),
         (url("http://u/v1#x"), "fragment"),
         (with_upstream("api: openai"), "\"base_url\" is missing"),
+        (also("base_urls: ['http://v']"), "upstreams.up.base_urls: base_url is set too"),
+        (with_upstream("base_urls: []"), "the list is empty; add the URL of a replica"),
+        (with_upstream("base_urls: http://u"), "this must be a list"),
+        (
+            with_upstream("base_urls: ['http://a/v1', 'ftp://b/v1']"),
+            "upstreams.up.base_urls[1]: this must be an http",
+        ),
+        (
+            with_upstream("base_urls: ['http://a/v1', 'HTTP://A:80/v1/']"),
+            "base_urls[1]: this replica is in the list twice",
+        ),
+        (
+            with_upstream("base_urls: ['http://a/v1', 'http://b/v2']"),
+            "the same scheme and path as the first one",
+        ),
+        (
+            with_upstream("base_urls: ['http://a/v1', 'https://b/v1']"),
+            "the same scheme and path as the first one",
+        ),
+        (
+            with_upstream(&format!(
+                "base_urls: [{}]",
+                (0..65).map(|n| format!("'http://a{n}', ")).collect::<String>()
+            )),
+            "65 replicas are too many",
+        ),
+        (also("health: {}"), "\"path\" is missing; for example: /health"),
+        (
+            also("health: { path: health }"),
+            "upstreams.up.health.path: this must be a path that begins with \"/\"",
+        ),
+        (also("health: { path: '/a b' }"), "this must be a path that begins with \"/\""),
+        (also("health: { path: /h, every: 99ms }"), "upstreams.up.health.every: this interval is too short"),
         (also("api: opnai"), "\"opnai\" is not valid here; write one of openai, azure, anthropic, gemini"),
         (also("api_key: ' k'"), "a space at its beginning or end"),
         (also("api_key: \"a\\nb\""), "a header must not contain"),

@@ -82,6 +82,15 @@ impl Generator {
                 let (name, value) = self.pick(&choices);
                 entries.insert(name.into(), value.into());
             }
+            "upstream" => {
+                // One of the two.
+                if entries.contains_key("base_urls") {
+                    entries.remove("base_url");
+                } else {
+                    let url = self.known("upstream", "base_url").unwrap();
+                    entries.insert("base_url".into(), url);
+                }
+            }
             "quota" => {
                 let is_calendar = match entries.get("window").and_then(Value::as_str) {
                     Some(window) => window == "calendar",
@@ -103,6 +112,11 @@ impl Generator {
             ("upstream", "base_url") => {
                 self.pick(&["http://u/v1", "https://[::1]:8443/openai/", "HTTPS://a.b"]).into()
             }
+            ("upstream", "base_urls") => {
+                json!(["https://[::1]/v1", "HTTPS://b:8443/v1/", "https://c.d:1/v1"])
+            }
+            ("health", "path") => self.pick(&["/", "/health?full=1"]).into(),
+            ("health", "every") => self.pick(&["100ms", "minute"]).into(),
             ("upstream", "headers") => json!({"x-a": "it's \"quoted\": #1", "X-B": 17, "x-empty": ""}),
             ("environment", "upstream") => "one".into(),
             ("caller", "name") => format!("caller-{}", self.next()).into(),

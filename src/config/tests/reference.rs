@@ -121,6 +121,7 @@ fn companions(section: &str, key: &str) -> Value {
         ("quota", "timezone") => json!({"limit": 5, "per": "day"}),
         ("quota", _) => json!({"limit": 5, "per": "minute"}),
         ("tls", _) => json!({"cert": "cert.pem", "key": "key.pem"}),
+        ("health", _) => json!({"path": "/health"}),
         ("redis", _) => json!({"url": "redis://r"}),
         _ => json!({}),
     }
@@ -151,6 +152,9 @@ fn set(config: &mut Value, path: &[&str], section: &str, value: Value) {
     }
     for (name, companion) in companions(section, last).as_object().unwrap() {
         place[name] = companion.clone();
+    }
+    if *last == "base_urls" {
+        place.as_object_mut().unwrap().remove("base_url");
     }
     place[*last] = value;
 }

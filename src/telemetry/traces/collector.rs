@@ -80,7 +80,9 @@ impl Connection {
             .build()?;
         let settings = UpstreamSettings {
             name: "collector of traces".to_owned(),
+            base_urls: vec![base.clone()],
             base_url: base,
+            health: None,
             api_key: None,
             timeouts: Timeouts { connect: timeout, first_byte: timeout, idle: timeout, total: timeout },
             headers: HeaderMap::new(),
@@ -89,7 +91,7 @@ impl Connection {
             // The others concern models only.
             ..others.clone()
         };
-        let upstream = Upstream::new(Arc::new(settings), &upstream::client_config()?, Arc::default())?;
+        let upstream = Upstream::alone(Arc::new(settings), &upstream::client_config()?)?;
         Ok(Self { upstream, runtime: Builder::new_current_thread().enable_all().build()? })
     }
 }

@@ -26,7 +26,8 @@ fn one_failure_in_a_row_fewer_than_the_threshold_leaves_nothing_out() {
 #[test]
 fn the_time_doubles_with_each_probe_that_fails_up_to_a_minute_and_a_success_ends_it() {
     let server = after(1);
-    server.attempt(0).unwrap().failed(0);
+    assert_eq!(server.attempt(0).unwrap().failed(0), Some(5_000));
+    assert_eq!(server.attempt_anyway().failed(0), None);
     let mut now = 0;
     for pause in [5_000, 10_000, 20_000, 40_000, 60_000, 60_000] {
         assert_eq!(server.attempt(now + pause - 1).unwrap_err(), now + pause);
@@ -93,7 +94,7 @@ fn of_many_threads_one_gets_the_probe() {
             threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(probes.len(), 1);
-        probes.into_iter().for_each(Attempt::succeeded);
+        assert!(probes.into_iter().all(Attempt::succeeded));
         assert_eq!(server.standing(now + FIRST_PAUSE_MS), Standing::Available);
     }
 }
