@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench engine -- [--quick]`
 //!
-//! 1. Reserve and settle in one environment with 16 quotas, in memory: operations per second and time of each.
+//! 1. Reserve and settle in one environment with 16 quotas, in memory: operations per second and time of each. Then the same
+//!    with 4 quotas of the upstream; with two threads, each has an environment of its own at the same upstream.
 //! 2. A durable quota with 64 concurrent requests: how long a reservation waits for its commit, and the CPU time per
 //!    request, compared with the same load without a store.
 //! 3. The dry run of a limit: the replay of a busy hour. It fails if it takes more than `MAX_REPLAY`.
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use tollgate::calibrations::Calibrations;
 use tollgate::clock::Timestamp;
 use tollgate::config::{Config, Environment, parse};
-use tollgate::ledger::{Account, Accounts, Demand, UsageInterval};
+use tollgate::ledger::{Account, Accounts, Backend, Demand, UsageInterval};
 use tollgate::quota::{Amounts, Subject};
 use tollgate::simulate::refused_in_history;
 use tollgate::store::Store;
@@ -26,18 +27,27 @@ use tollgate::store::Store;
 fn main() {
     let is_quick = std::env::args().any(|argument| argument == "--quick");
     let rounds = if is_quick { 1 } else { 5 };
-    println!("### reserve + settle, one environment, 16 quotas, in memory\n");
-    println!("| threads | per second | p50 ns | p99 ns |\n| --- | --- | --- | --- |");
-    for threads in [1, 2] {
-        let best =
-            (0..rounds).map(|_| measure_in_memory(threads, if is_quick { 200_000 } else { 1_000_000 }));
-        let best = best.max_by(|a, b| a.per_second.total_cmp(&b.per_second)).unwrap();
-        println!(
-            "| {threads} | {:.0} | {} | {} |",
-            best.per_second,
-            best.p50.as_nanos(),
-            best.p99.as_nanos()
-        );
+    let operations = if is_quick { 200_000 } else { 1_000_000 };
+    for (title, has_upstream) in [
+        ("one environment, 16 quotas", false),
+        (
+            "16 quotas of the environment and 4 of its upstream; each thread with an environment of its own",
+            true,
+        ),
+    ] {
+        println!("### reserve + settle, {title}, in memory\n");
+        println!("| threads | per second | p50 ns | p99 ns |\n| --- | --- | --- | --- |");
+        for threads in [1, 2] {
+            let best = (0..rounds).map(|_| measure_in_memory(threads, operations, has_upstream));
+            let best = best.max_by(|a, b| a.per_second.total_cmp(&b.per_second)).unwrap();
+            println!(
+                "| {threads} | {:.0} | {} | {} |",
+                best.per_second,
+                best.p50.as_nanos(),
+                best.p99.as_nanos()
+            );
+        }
+        println!();
     }
     println!(
         "\n### reserve, wait until durable, settle 5 to 15 ms later; 64 concurrent requests, a quota of a day\n"
@@ -119,23 +129,34 @@ struct InMemoryLoad {
     p99: Duration,
 }
 
-fn measure_in_memory(threads: usize, operations: usize) -> InMemoryLoad {
+fn measure_in_memory(threads: usize, operations: usize, has_upstream: bool) -> InMemoryLoad {
     let config = config(&sixteen_quotas(), "{ memory: true }");
     assert_eq!(config.environments[0].quotas.len(), 16);
-    let account = Arc::new(Account::open(&config.environments[0]));
+    let upstream = has_upstream.then(upstream_with_four_quotas);
+    let backend = Backend { account: upstream.as_ref(), model: "gpt-4o" };
+    let backends = if has_upstream { std::slice::from_ref(&backend) } else { &[] };
+    let shared = Arc::new(Account::open(&config.environments[0]));
+    let account = || {
+        if has_upstream { Arc::new(Account::open(&config.environments[0])) } else { shared.clone() }
+    };
+    let run = || {
+        let account = account();
+        (0..operations / threads).for_each(|_| reserve_and_settle(&account, backends));
+    };
     // Single operations are timed in a second run, because reading the clock twice takes a tenth of an operation.
     let begun = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..threads {
-            scope.spawn(|| (0..operations / threads).for_each(|_| reserve_and_settle(&account)));
+            scope.spawn(run);
         }
     });
     let per_second = operations as f64 / begun.elapsed().as_secs_f64();
     let mut times: Vec<Duration> = std::thread::scope(|scope| {
         let timed = || {
+            let account = account();
             let time = |_| {
                 let begun = Instant::now();
-                reserve_and_settle(&account);
+                reserve_and_settle(&account, backends);
                 begun.elapsed()
             };
             (0..operations / threads / 4).map(time).collect::<Vec<_>>()
@@ -147,13 +168,26 @@ fn measure_in_memory(threads: usize, operations: usize) -> InMemoryLoad {
     InMemoryLoad { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
 }
 
+/// An upstream with a quota of each kind.
+fn upstream_with_four_quotas() -> Arc<Account> {
+    let quotas = ["total_tokens", "prompt_tokens", "completion_tokens", "requests"]
+        .map(|kind| format!("{kind}: {{ limit: 1000000G, per: minute }}"));
+    let text = format!(
+        "upstreams: {{ u: {{ base_url: http://u/v1, quotas: {{ {} }} }} }}\nenvironments: {{ e: {{ upstream: u }} }}\nstore: {{ memory: true }}\n",
+        quotas.join(", ")
+    );
+    let loaded = parse(&text, "bench.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
+    Arc::new(Account::open(&loaded.config.upstreams[0]))
+}
+
 fn demand() -> Demand<'static> {
     let subject = Subject { caller: None, model: "gpt-4o" };
     Demand { subject, prompt: 100, generates: true, cap: Some(500), completions: 1, backends: &[] }
 }
 
-fn reserve_and_settle(account: &Arc<Account>) {
-    let mut reservation = account.reserve(&demand(), Duration::ZERO).now_or_never().unwrap().unwrap();
+fn reserve_and_settle(account: &Arc<Account>, backends: &[Backend<'_>]) {
+    let demand = Demand { backends, ..demand() };
+    let mut reservation = account.reserve(&demand, Duration::ZERO).now_or_never().unwrap().unwrap();
     reservation.observe(Amounts::of_request(100, 200));
     reservation.mark_complete();
 }

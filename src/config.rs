@@ -552,6 +552,15 @@ impl Config {
         self.environments.iter().enumerate().find(|(_, e)| e.name == name)
     }
 
+    /// The hash tag that all keys in a Redis Cluster share, so that one call can reserve in the quotas of an environment and
+    /// of its upstream. `None`: it is no cluster, or no upstream has limits; each environment has a slot of its own.
+    pub(crate) fn shared_slot(&self) -> Option<&'static str> {
+        let redis = self.store.redis.as_ref()?;
+        let (scheme, _) = redis.url.expose().split_once(':')?;
+        let is_cluster = scheme.to_ascii_lowercase().ends_with("+cluster");
+        (is_cluster && self.upstreams.iter().any(|upstream| upstream.has_limits())).then_some("environments")
+    }
+
     /// Maps the digest of each key of each caller to the indexes of its environment and its caller.
     pub(crate) fn callers_by_digest(&self) -> BTreeMap<[u8; 32], (usize, usize)> {
         let mut all = BTreeMap::new();

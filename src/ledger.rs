@@ -74,7 +74,7 @@ pub struct Account {
     engine: Engine,
     wait_queue: Arc<WaitQueue>,
     /// The environments whose requests wait for room in this account's quotas.
-    dependents: Dependents,
+    dependents: Arc<Dependents>,
     persistence: Option<Arc<dyn Persistence>>,
     /// Where the counters are: in this process, or in the one that replaces it.
     handover: Handover,
@@ -109,7 +109,7 @@ impl Account {
             upstream,
             engine: Engine::local(local),
             wait_queue: Arc::default(),
-            dependents: Dependents::default(),
+            dependents: Arc::default(),
             persistence,
             handover: Handover::default(),
         }
@@ -144,8 +144,8 @@ impl Account {
         self.notify_store(false);
     }
 
-    /// Makes the counters shared through Redis. `session`: a name that no process has used before. `stamp`: when the
-    /// config was written.
+    /// Makes the counters shared through Redis. `session`: a name that no process has used before. `slot`: the hash tag of
+    /// the keys, if several accounts share one. `stamp`: when the config was written.
     ///
     /// # Errors
     /// The URL is not a valid Redis URL.
@@ -154,7 +154,7 @@ impl Account {
         owner: impl Into<Owner<'a>>,
         redis: &RedisSettings,
         session: &str,
-        stamp: u64,
+        (slot, stamp): (Option<&str>, u64),
     ) -> anyhow::Result<Self> {
         let Engine::Local(local) = self.engine else { return Ok(self) };
         let local = local.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -167,12 +167,12 @@ impl Account {
         };
         let replica = Replica::new(local, config, session, clock::now());
         let name = owner.into().key().into_owned();
-        let keys = replica.keys(&redis.prefix, &name);
+        let keys = replica.keys(&redis.prefix, slot, &name);
         let url = redis.url.expose();
         let connection = FailFastConnection::new(url, &redis.prefix, &keys[0], redis.timeout)
             .map_err(|error| anyhow::anyhow!("store.redis.url: {error}"))?;
-        let wait_queue = self.wait_queue.clone();
-        let sync = RedisSync::new(replica, connection, keys, name, wait_queue, times);
+        let waiting = (self.wait_queue.clone(), self.dependents.clone());
+        let sync = RedisSync::new(replica, connection, keys, name, waiting, times);
         Ok(Self { engine: Engine::Shared(Box::new(sync)), ..self })
     }
 

@@ -13,7 +13,7 @@ mod reply;
 pub use cells::Cells;
 pub use command::{
     CommandBuilder, EnforceMark, HeldReservation, LEASE_ID, NewLimit, OnShortage, Piece, ReserveRequest,
-    ScriptCommand, SentSteps, Step, StepKind,
+    ScriptCommand, SentSteps, Step, StepKind, UpstreamReserve,
 };
 pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, catch_up_time, check_url};
 pub use reply::{OverrideMark, ScriptReply, Verdict, load_states};

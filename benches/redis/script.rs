@@ -24,7 +24,7 @@ fn run_node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Du
     let mut connection = server.connect().unwrap();
     let sha: String = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
     let mut commands = CommandBuilder::new(Cells::new(quotas, now), name, now);
-    let keys = commands.keys("bench", "production");
+    let keys = commands.keys("bench", None, "production");
     let mut call = |command: &tollgate::redis::ScriptCommand| {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&sha).arg(3).arg(&keys[..]).arg(&command.arguments);

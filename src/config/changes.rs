@@ -32,6 +32,15 @@ pub(crate) fn restart_faults(old: &Config, new: &Config) -> Vec<String> {
         let [before, after] = [old, new].map(|redis| format!("{:?}", redis.timeout));
         check("store.redis.timeout", &before, &after, before != after);
     }
+    let show = |config: &Config| if config.shared_slot().is_some() { "some" } else { "none" };
+    let (before, after) = (show(old), show(new));
+    // Other keys would begin with other counters.
+    check(
+        "the presence of upstreams.*.quotas, with Redis Cluster,",
+        &before,
+        &after,
+        !differs && before != after,
+    );
     faults
 }
 

@@ -4,16 +4,15 @@
 //! from one request to the next. A request with an upstream that has limits takes two locks: first that of its environment,
 //! then, inside, that of the upstream. No code takes them in the other order.
 
-use super::Account;
 use super::demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 use super::local::{Backing, Local, Residence};
 use super::overrides::{EnforceOverride, LimitChange, OverrideSet, QuotaKey};
 use super::reservation::UpstreamPart;
-use super::sync::{RedisStatus, RedisSync};
+use super::sync::{RedisStatus, RedisSync, upstream_demand};
 use super::usage_history::Totals;
 use crate::clock::{self, Timestamp};
 use crate::quota::{Amounts, QuotaLevel, Required, Subject};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// The counters of one account.
 #[derive(Debug)]
@@ -60,50 +59,45 @@ impl Engine {
                 Residence::Leaving(_) | Residence::Moved(_) => Err(NoRoom::Unavailable),
             }),
             // Boxed to keep the future small for local counters.
-            Self::Shared(sync) => Box::pin(sync.try_admit(demand)).await.map(|admission| (admission, 0)),
+            Self::Shared(sync) => Box::pin(try_admit_by_redis(sync, demand)).await,
+        }
+    }
+
+    /// Whether no request is admitted for now.
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Local(_) => false,
+            Self::Shared(sync) => sync.with_replica(|replica| replica.is_closed()),
         }
     }
 
     /// Why a request whose wait has failed is denied.
     pub(super) fn reason_to_deny(&self, demand: &Demand<'_>) -> NoRoom {
-        match self {
-            Self::Local(_) => self.with_local(|local, now| {
-                let denied = at_first(local, now, demand, |local, now, upstream| {
-                    Err::<(), _>(local.reason_to_deny(now, demand, upstream))
-                });
-                denied.map_or_else(|(no_room, _)| no_room, |_| NoRoom::Unavailable)
-            }),
-            Self::Shared(sync) => sync.with_replica(|replica| replica.reason_to_deny(clock::now(), demand)),
-        }
+        let denied = self.at_first(demand, |local, now, upstream| {
+            Err::<(), _>(local.reason_to_deny(now, demand, upstream))
+        });
+        denied.map_or_else(|(no_room, _)| no_room, |_| NoRoom::Unavailable)
     }
 
     /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
     pub(super) fn obstacle(&self, demand: &Demand<'_>) -> Option<NoRoom> {
-        match self {
-            Self::Local(_) => self.with_local(|local, now| {
-                let found = at_first(local, now, demand, |local, now, upstream| {
-                    local.binding_obstacle(now, demand, upstream).map_or(Ok(()), Err)
-                });
-                found.err().map(|(no_room, _)| no_room)
-            }),
-            Self::Shared(sync) => sync.with_replica(|replica| replica.obstacle(clock::now(), demand)),
-        }
+        let found = self.at_first(demand, |local, now, upstream| {
+            local.binding_obstacle(now, demand, upstream).map_or(Ok(()), Err)
+        });
+        found.err().map(|(no_room, _)| no_room)
     }
 
     /// What would happen to a request now. Reserves nothing.
     pub(super) fn forecast(&self, demand: &Demand<'_>) -> Forecast {
-        if let Self::Shared(sync) = self {
-            return sync.with_replica(|replica| replica.forecast(clock::now(), demand));
-        }
+        let found = self.at_first(demand, |local, now, upstream| {
+            local.obstacle(now, demand, upstream).map_or(Ok(()), Err)
+        });
+        let (obstacle, backend) = match found {
+            Ok(((), backend)) => (None, backend),
+            Err((no_room, backend)) => (Some(no_room), backend),
+        };
+        let account = demand.backends.get(backend).and_then(|backend| backend.account);
         self.with_local(|local, now| {
-            let found = at_first(local, now, demand, |local, now, upstream| {
-                local.obstacle(now, demand, upstream).map_or(Ok(()), Err)
-            });
-            let (obstacle, backend) = match found {
-                Ok(((), backend)) => (None, backend),
-                Err((no_room, backend)) => (Some(no_room), backend),
-            };
-            let account = demand.backends.get(backend).and_then(|backend| backend.account);
             let (required, quotas) = match account {
                 None => local.forecast(now, demand, None),
                 Some(account) => account.engine.with_local(|counters, now| {
@@ -115,25 +109,39 @@ impl Engine {
         })
     }
 
+    /// Runs `at_first` under the lock. While no request is admitted, it is not run.
+    fn at_first<T>(
+        &self,
+        demand: &Demand<'_>,
+        attempt: impl FnMut(&mut Local, Timestamp, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
+    ) -> Result<(T, usize), (NoRoom, usize)> {
+        if self.is_closed() {
+            return Err((NoRoom::Unavailable, 0));
+        }
+        self.with_local(|local, now| at_first(local, now, demand, attempt))
+    }
+
     /// Reserves amounts in the quotas of an upstream for a request that has a reservation in its environment. `before`: the
-    /// part that moves; if this is the upstream that has it, it is released first.
+    /// part that moves. If it is in these counters, it may be released first.
     ///
     /// # Errors
     /// There is no room, and nothing has changed.
     pub(super) async fn try_back(
         &self,
-        account: &Arc<Account>,
         model: &str,
         required: &Required,
         before: Option<&mut UpstreamPart>,
     ) -> Result<Backed, NoRoom> {
-        let before = before.filter(|before| Arc::ptr_eq(&before.account, account));
         match self {
             Self::Local(_) => self.with_local(|counters, now| match counters.residence {
                 Residence::Here => back(counters, now, model, required, before),
                 Residence::Leaving(_) | Residence::Moved(_) => Err(NoRoom::Unavailable),
             }),
-            Self::Shared(_) => Err(NoRoom::Unavailable),
+            Self::Shared(sync) => {
+                let demand = upstream_demand(required.amounts, required.generates, model);
+                let Admission { grant, is_durable, .. } = Box::pin(sync.try_admit(&demand)).await?;
+                Ok(Backed { grant, is_durable, has_released: false })
+            }
         }
     }
 
@@ -166,7 +174,10 @@ impl Engine {
                     local.progress_elsewhere(model, grant, spent)
                 }
             }),
-            Self::Shared(sync) => sync.progress(model, grant, spent),
+            Self::Shared(sync) => match upstream.map(|part| (&part.account.engine, &mut part.grant)) {
+                Some((Self::Shared(other), part)) => sync.progress_at(model, grant, spent, (other, part)),
+                _ => sync.progress(model, grant, spent),
+            },
         }
     }
 
@@ -275,6 +286,8 @@ pub(super) struct Backed {
     pub(super) grant: Grant,
     /// This node's store must persist it.
     pub(super) is_durable: bool,
+    /// The part before was in the same counters and is released.
+    pub(super) has_released: bool,
 }
 
 /// Tries the upstreams of a request in their order, until one succeeds. Returns the index of that upstream. If all fail, it
@@ -289,6 +302,7 @@ fn at_first<T>(
     for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
         let outcome = match account {
             None => attempt(local, now, None),
+            Some(account) if account.engine.is_closed() => Err(NoRoom::Unavailable),
             Some(account) => account
                 .engine
                 .with_local(|counters, now| attempt(local, now, Some(&mut Backing::new(counters, model)))),
@@ -321,16 +335,45 @@ fn back(
         let mut backing = Backing::new(counters, model);
         match backing.obstacle(now, required) {
             Some(no_room) if !is_forced => Err(no_room),
-            _ => Ok(Backed { grant: backing.take(now, required), is_durable: backing.needs_durability() }),
+            _ => {
+                let (grant, is_durable) = (backing.take(now, required), backing.needs_durability());
+                Ok(Backed { grant, is_durable, has_released: false })
+            }
         }
     };
     let Some(before) = before else { return take(counters, model, false) };
     counters.release_backing(now, &mut before.grant);
-    let backed = take(counters, model, false);
-    if backed.is_err()
-        && let Ok(again) = take(counters, &before.model, true)
-    {
-        before.grant = again.grant;
+    match take(counters, model, false) {
+        Ok(backed) => Ok(Backed { has_released: true, ..backed }),
+        Err(no_room) => {
+            if let Ok(again) = take(counters, &before.model, true) {
+                before.grant = again.grant;
+            }
+            Err(no_room)
+        }
     }
-    backed
+}
+
+/// As `at_first`, in Redis.
+async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Admission, usize), NoRoom> {
+    let mut best: Option<NoRoom> = None;
+    for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
+        let outcome = match account.map(|account| &account.engine) {
+            Some(Engine::Shared(upstream)) => sync.try_admit_at(demand, upstream, model).await,
+            Some(Engine::Local(_)) | None => sync.try_admit(demand).await,
+        };
+        let no_room = match outcome {
+            Ok(admission) => return Ok((admission, index)),
+            Err(no_room) => no_room,
+        };
+        best = Some(match best {
+            Some(earlier) if !no_room.fits_before(&earlier) => earlier,
+            _ => no_room,
+        });
+    }
+    match best {
+        Some(no_room) => Err(no_room),
+        // No upstream is named.
+        None => sync.try_admit(demand).await.map(|admission| (admission, 0)),
+    }
 }

@@ -55,11 +55,11 @@ impl Rules {
         }
     }
 
-    /// The rules of an upstream of the config. What is reserved depends on the environment of each request.
+    /// The rules of an upstream of the config: the demand states what is reserved.
     pub(super) fn of_upstream(upstream: &UpstreamSettings) -> Self {
         let reserve = ReserveSettings {
             prompt: true,
-            completion: CompletionReserve::None,
+            completion: CompletionReserve::MaxTokens,
             quantile: 0.0,
             default_max_tokens: 0,
             when_short: WhenShort::Reject,

@@ -7,6 +7,7 @@
 //! is sent in numbered batches, so that Redis applies no change twice.
 
 pub(super) mod admission;
+pub(super) mod joint;
 pub(super) mod journal;
 mod lease;
 mod offline;
@@ -14,7 +15,7 @@ mod overrides;
 mod reconfigure;
 pub(super) mod session;
 
-use super::demand::{Demand, Forecast, Grant, NoRoom, Progress, Settlement};
+use super::demand::{Grant, Progress, Settlement};
 use super::local::Local;
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
@@ -177,8 +178,8 @@ impl Replica {
         if self.is_offline() { self.local.in_flight } else { self.in_flight }
     }
 
-    pub(super) fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
-        self.commands.keys(prefix, environment)
+    pub(super) fn keys(&self, prefix: &str, slot: Option<&str>, account: &str) -> [String; 3] {
+        self.commands.keys(prefix, slot, account)
     }
 
     /// Updates the offset to Redis's clock from the time in a reply.
@@ -193,30 +194,6 @@ impl Replica {
         let now = self.redis_time(own);
         self.commands.set_redis_time(now);
         now
-    }
-
-    /// Why a request whose wait has failed is denied.
-    pub(super) fn reason_to_deny(&mut self, own: Timestamp, demand: &Demand<'_>) -> NoRoom {
-        let now = self.redis_time(own);
-        if self.is_closed() { NoRoom::Unavailable } else { self.local.reason_to_deny(now, demand, None) }
-    }
-
-    /// What would happen to a request now. Reserves nothing.
-    pub(super) fn forecast(&mut self, own: Timestamp, demand: &Demand<'_>) -> Forecast {
-        let at = self.redis_time(own);
-        let obstacle =
-            if self.is_closed() { Some(NoRoom::Unavailable) } else { self.local.obstacle(at, demand, None) };
-        let (required, quotas) = self.local.forecast(at, demand, None);
-        Forecast { at, required, obstacle, backend: 0, quotas }
-    }
-
-    /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
-    pub(super) fn obstacle(&mut self, own: Timestamp, demand: &Demand<'_>) -> Option<NoRoom> {
-        if self.is_closed() {
-            return Some(NoRoom::Unavailable);
-        }
-        let now = self.redis_time(own);
-        self.local.binding_obstacle(now, demand, None)
     }
 
     /// Moves amounts that a request has certainly used from held to spent, and may extend its reservation.

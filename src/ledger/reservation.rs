@@ -140,17 +140,17 @@ impl Reservation {
     pub async fn move_to(&mut self, index: usize, backend: &Backend<'_>) -> Result<(), NoRoom> {
         let Some(grant) = &self.grant else { return Ok(()) };
         let required = Required { amounts: grant.reserved, generates: self.generates };
-        let before = self.upstream.as_deref_mut();
         let moved = match backend.account {
             None => None,
-            Some(account) => Some(account.engine.try_back(account, backend.model, &required, before).await?),
+            Some(account) => {
+                let before = self.upstream.as_deref_mut();
+                let before = before.filter(|before| Arc::ptr_eq(&before.account, account));
+                Some(account.engine.try_back(backend.model, &required, before).await?)
+            }
         };
         let before = self.upstream.take();
-        let is_same = backend.account.is_some_and(|account| {
-            before.as_ref().is_some_and(|before| Arc::ptr_eq(account, &before.account))
-        });
-        // The same upstream has released its earlier part already.
-        if let Some(before) = before.filter(|_| !is_same) {
+        let has_released = moved.as_ref().is_some_and(|moved| moved.has_released);
+        if let Some(before) = before.filter(|_| !has_released) {
             before.settle(Amounts::default());
         }
         let is_durable = moved.as_ref().is_some_and(|moved| moved.is_durable);

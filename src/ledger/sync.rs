@@ -4,9 +4,11 @@
 //! This file is part of `ledger` and not of `redis`: it needs both the replica and the connection, and the replica needs the
 //! commands of `redis`. Under `redis` it would make the two modules import each other.
 
+mod joint;
 mod task;
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
+use super::dependents::Dependents;
 use super::overrides::{EnforceOverride, LimitChange, QuotaKey};
 use super::replica::admission::ReserveOutcome;
 use super::replica::{Replica, ReplicaSettings};
@@ -14,6 +16,7 @@ use super::wait_queue::WaitQueue;
 use crate::clock;
 use crate::quota::{Amounts, Subject};
 use crate::redis::{self, CallRefusal, FailFastConnection, ScriptCommand, ScriptReply, Unavailable, Verdict};
+pub(super) use joint::upstream_demand;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -59,6 +62,7 @@ pub(super) struct RedisSync {
     keys: [String; 3],
     environment: String,
     wait_queue: Arc<WaitQueue>,
+    dependents: Arc<Dependents>,
     times: SyncTimes,
     /// Wakes the task: the journal has new steps.
     wake: Notify,
@@ -110,7 +114,7 @@ impl RedisSync {
         connection: FailFastConnection,
         keys: [String; 3],
         environment: String,
-        wait_queue: Arc<WaitQueue>,
+        (wait_queue, dependents): (Arc<WaitQueue>, Arc<Dependents>),
         times: SyncTimes,
     ) -> Self {
         Self {
@@ -120,6 +124,7 @@ impl RedisSync {
             keys,
             environment,
             wait_queue,
+            dependents,
             times,
             wake: Notify::new(),
             waiting_for_flush: Mutex::default(),

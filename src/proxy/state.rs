@@ -79,10 +79,10 @@ impl Opening<'_> {
     fn open(&self, owner: Owner<'_>, restored: &RestoredState) -> anyhow::Result<Arc<Account>> {
         let account = Account::open_with(owner, self.store.clone(), restored);
         Ok(Arc::new(match &self.config.store.redis {
-            Some(_) if account.upstream().is_some() => anyhow::bail!(
-                "limits of an upstream cannot be shared through Redis in this version; remove them, or store.redis"
-            ),
-            Some(redis) => account.share(owner, redis, self.session, self.config.file_modified_ms)?,
+            Some(redis) => {
+                let slot = self.config.shared_slot();
+                account.share(owner, redis, self.session, (slot, self.config.file_modified_ms))?
+            }
             None => account,
         }))
     }

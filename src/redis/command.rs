@@ -45,6 +45,17 @@ pub struct ReserveRequest<'a> {
     pub completions: u64,
 }
 
+/// The part of a reservation in the cells of an upstream. Its amounts are those of the environment's part.
+#[derive(Clone, Copy, Debug)]
+pub struct UpstreamReserve<'a> {
+    /// The id of this part, unique in the session.
+    pub id: &'a str,
+    /// Maximum requests in flight to the upstream; 0: unlimited.
+    pub max_in_flight: u64,
+    /// The cells, as indices into the upstream's quotas.
+    pub touched: &'a [u32],
+}
+
 /// One change of a reservation, as sent to Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
@@ -209,9 +220,14 @@ impl CommandBuilder {
         &self.session
     }
 
-    /// The keys of the environment and of this session, all in one slot.
-    pub fn keys(&self, prefix: &str, environment: &str) -> [String; 3] {
-        let of = |what: &str| format!("{prefix}:{{{environment}}}:{what}");
+    /// The keys of an account and of this session, all in one slot. `slot`: the hash tag that all accounts share. `None`:
+    /// each account has a slot of its own.
+    pub fn keys(&self, prefix: &str, slot: Option<&str>, account: &str) -> [String; 3] {
+        let start = match slot {
+            Some(slot) => format!("{prefix}:{{{slot}}}:{account}"),
+            None => format!("{prefix}:{{{account}}}"),
+        };
+        let of = |what: &str| format!("{start}:{what}");
         [of("q"), of("s"), of(&format!("r:{}", self.session))]
     }
 
@@ -300,7 +316,35 @@ impl CommandBuilder {
 
     /// Reserves in these cells. Values of the reply: requests in flight, nodes alive.
     pub fn reserve(&mut self, reserve: &ReserveRequest<'_>, touched: &[u32]) -> ScriptCommand {
-        let mut command = self.begin_expiring("reserve", 2);
+        self.reserve_as("reserve", 2, reserve, touched)
+    }
+
+    /// Reserves in these cells and in those of the upstream, or in none. `upstream_cells`: all cells of the upstream. The
+    /// keys of the call are those of both. Values of the reply: requests in flight and nodes alive, for both. The states
+    /// of the upstream's cells are last.
+    pub fn reserve_at(
+        &mut self,
+        reserve: &ReserveRequest<'_>,
+        touched: &[u32],
+        upstream_cells: &mut Self,
+        upstream: &UpstreamReserve<'_>,
+    ) -> ScriptCommand {
+        let mut command = self.reserve_as("reserve_at", 4, reserve, touched);
+        command.push_text(upstream.id);
+        command.push_int(upstream.max_in_flight);
+        upstream_cells.add_cells(&mut command, upstream.touched);
+        command.arguments.extend(upstream_cells.cells.period_arguments(self.redis_time));
+        command
+    }
+
+    fn reserve_as(
+        &mut self,
+        name: &str,
+        value_count: usize,
+        reserve: &ReserveRequest<'_>,
+        touched: &[u32],
+    ) -> ScriptCommand {
+        let mut command = self.begin_expiring(name, value_count);
         command.push_text(reserve.id);
         command.push_int(reserve.max_in_flight);
         command.push_text(match reserve.on_shortage {

@@ -86,7 +86,7 @@ impl CallPermit<'_> {
     ///
     /// # Errors
     /// Redis is unavailable. It may have run the command, or may still run it.
-    pub async fn call(self, keys: &[String; 3], command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
+    pub async fn call(self, keys: &[String], command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
         let Self { connection, server, generation, pass } = self;
         let Shared { circuit, discovery, script_sha, .. } = &*connection.shared;
         let address = server.address.clone();
@@ -94,7 +94,7 @@ impl CallPermit<'_> {
         let extra = TIME_PER_ARGUMENT.saturating_mul(count);
         let evaluate = |name: &str, script: &str| {
             let (mut call, mut redis) = (redis::cmd(name), server.redis.clone());
-            call.arg(script).arg(keys.len()).arg(&keys[..]).arg(&command.arguments);
+            call.arg(script).arg(keys.len()).arg(keys).arg(&command.arguments);
             async move { call.query_async::<Vec<i64>>(&mut redis).await }
         };
         let outcome = match circuit.run(pass, extra, evaluate("EVALSHA", script_sha)).await {
@@ -174,7 +174,7 @@ impl FailFastConnection {
     pub async fn call_on(
         &self,
         generation: u64,
-        keys: &[String; 3],
+        keys: &[String],
         command: &ScriptCommand,
     ) -> Result<ScriptReply, Unavailable> {
         let permit = self.permit_with(generation, false).await.map_err(|_| Unavailable)?;
@@ -185,11 +185,7 @@ impl FailFastConnection {
     ///
     /// # Errors
     /// Redis is unavailable. It may have run the command, or may still run it.
-    pub async fn call(
-        &self,
-        keys: &[String; 3],
-        command: &ScriptCommand,
-    ) -> Result<ScriptReply, Unavailable> {
+    pub async fn call(&self, keys: &[String], command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {
         let generation = *self.watch_generation().borrow();
         self.call_on(generation, keys, command).await
     }

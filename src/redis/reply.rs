@@ -110,6 +110,22 @@ impl ScriptReply {
     }
 }
 
+impl ScriptReply {
+    /// The part of the environment and that of the upstream, of a reply to a command that reserves in both. `cells`: the
+    /// number of the environment's cells.
+    pub fn split(&self, cells: usize) -> (Self, Self) {
+        let part = |values: &[i64], states: &[(CounterState, OverrideMark)]| Self {
+            verdict: self.verdict,
+            now: self.now,
+            values: values.to_vec(),
+            states: states.to_vec(),
+        };
+        let (own, other) = self.values.split_at(2.min(self.values.len()));
+        let (own_states, other_states) = self.states.split_at(cells.min(self.states.len()));
+        (part(own, own_states), part(other, other_states))
+    }
+}
+
 /// Loads the states of a reply into the node's own quotas, so that the node repeats the decision of Redis.
 pub fn load_states(quotas: &mut Quotas, touched: &[u32], reply: &ScriptReply) {
     for (&index, (state, _)) in touched.iter().zip(&reply.states) {

@@ -3,7 +3,9 @@
 
 use super::{line, predecessor};
 use crate::config::{Environment, parse};
-use crate::ledger::{Account, Accounts, Demand, Progress, Reservation, RestoredState, SuccessorLine};
+use crate::ledger::{
+    Account, Accounts, Backend, Demand, Owner, Progress, Reservation, RestoredState, SuccessorLine,
+};
 use crate::quota::{Amounts, PersistedCounter, Quota, Subject};
 use crate::server::RunState;
 use std::os::unix::net::UnixStream;
@@ -241,4 +243,66 @@ async fn an_account_that_stays_makes_the_deferred_settlements() {
     assert_eq!(levels(&old)[..2], [(60 + 70, 10), (2, 1)]);
     drop((kept, late));
     assert_eq!((levels(&old), old.in_flight()), (vec![(0, 10), (0, 1), (0, 5), (0, 5)], 0));
+}
+
+#[tokio::test]
+async fn the_quotas_of_an_upstream_move_with_its_environments() {
+    let text = "upstreams: { u: { base_url: 'http://127.0.0.1:1/v1', quotas: { total_tokens: { limit: 1000, per: month } } } }\n\
+         environments: { e: { upstream: u, reserve: { completion: 100 }, quotas: { requests: { limit: 1k, per: month } } } }\n\
+         store: { memory: true }";
+    let config = parse(text, "t.yaml", &|_| None, &[]).unwrap().config;
+    let owners = [Owner::from(&config.environments[0]), Owner::from(&config.upstreams[0])];
+    let open = |owner, restored: &RestoredState| {
+        Arc::new(Account::open_with(owner, Some(Arc::new(Unwritten::default())), restored))
+    };
+    let old = owners.map(|owner| open(owner, &RestoredState::default()));
+    let backends = [Backend { account: Some(&old[1]), model: "m" }];
+    let reserve = async |prompt| {
+        let subject = Subject { caller: None, model: "m" };
+        let demand =
+            Demand { subject, prompt, generates: true, cap: None, completions: 1, backends: &backends };
+        old[0].reserve(&demand, Duration::ZERO).await
+    };
+    let mut earlier = reserve(50).await.unwrap();
+    let left = old.each_ref().map(|account| account.leave().unwrap());
+    let accounts = Arc::new(Accounts::default());
+    let mut new = Vec::new();
+    for ((owner, old), left) in owners.into_iter().zip(&old).zip(left) {
+        let changes = old.take_changes().unwrap_or_default();
+        let restored = RestoredState {
+            quotas: changes.quotas,
+            totals: changes.totals,
+            left: Some(left),
+            ..RestoredState::default()
+        };
+        new.push(open(owner, &restored));
+        accounts.add(&owner.key(), new[new.len() - 1].clone());
+    }
+    let (states, receivers): (Vec<_>, Vec<_>) = (0..2).map(|_| watch::channel(RunState::Running)).unzip();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (line, messages) = SuccessorLine::new();
+    owners.iter().zip(&old).for_each(|(owner, account)| account.move_to(&line, &owner.key().into()));
+    let [first, second] = <[_; 2]>::try_from(receivers).unwrap();
+    let serving =
+        tokio::spawn(async move { predecessor::serve(Some(theirs), accounts, first).await.unwrap() });
+    let line = tokio::spawn(async move { line::run(ours, line, messages, second).await.unwrap() });
+
+    let mut later = reserve(20).await.unwrap();
+    assert_eq!((levels(&new[1])[0], new[1].in_flight()), ((270, 0), 2));
+    let denied = reserve(700).await.unwrap_err();
+    let scope = &denied.worst().unwrap().quota.scope;
+    assert_eq!((scope.as_str(), scope.name()), ("upstream", "u"));
+    earlier.observe(Amounts::of_request(50, 10));
+    later.observe(Amounts::of_request(20, 5));
+    drop((earlier, later));
+    let settled = async {
+        while new.iter().any(|account| account.in_flight() != 0) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), settled).await.unwrap();
+    assert_eq!((levels(&new[1])[0], levels(&new[0])[0]), ((0, 85), (0, 2)));
+    line.abort();
+    serving.await.unwrap();
+    drop(states);
 }

@@ -50,6 +50,7 @@ mod tls;
 mod traces;
 mod unserved;
 mod unusual_json;
+mod upstream_quotas;
 mod upstreams;
 mod whole_answers;
 mod withholding;

@@ -2,7 +2,8 @@
 //!
 //! The first walk covers `Quotas`: reservations, settling, extension, progress, clock steps in both directions,
 //! changed limits, added and removed quotas, restarts. The second covers the counters of an environment, which
-//! decide how much to reserve: allowances, clamping, extended streams, overruns, shadow mode.
+//! decide how much to reserve: allowances, clamping, extended streams, overruns, shadow mode. The third covers three
+//! environments that share two upstreams with quotas.
 //!
 //! Each walk has a million steps; the environment variable `TOLLGATE_WALK_STEPS` changes that.
 
@@ -12,10 +13,12 @@ mod quotas;
 mod random;
 mod recount;
 mod streams;
+mod tied;
 
 use crate::quotas::QuotaWalk;
 use crate::random::steps;
 use crate::streams::StreamWalk;
+use crate::tied::TiedWalk;
 use std::collections::HashMap;
 use tollgate::config::{CompletionReserve, WhenShort};
 
@@ -81,6 +84,45 @@ fn streams_hold_and_settle_all_reservations_over_a_million_steps() {
         "denied",
         "clamped",
         "would be denied",
+        "settled",
+        "extended",
+        "overrun",
+        "limit changed",
+    ] {
+        assert!(counts.iter().any(|(name, n)| *name == what && *n > steps() / 2_000), "{what}: {counts:?}");
+    }
+}
+
+#[test]
+fn environments_share_upstreams_over_a_million_steps() {
+    let adaptive = CompletionReserve::Adaptive;
+    let rules = [
+        (CompletionReserve::MaxTokens, WhenShort::Reject),
+        (CompletionReserve::MaxTokens, WhenShort::Clamp),
+        (CompletionReserve::Fixed(40), WhenShort::Reject),
+        (CompletionReserve::None, WhenShort::Reject),
+        (adaptive, WhenShort::Reject),
+        (adaptive, WhenShort::Clamp),
+    ];
+    let mut counts: HashMap<&str, u64> = HashMap::new();
+    for (seed, (completion, when_short)) in (1..).zip(rules) {
+        let mut walk = TiedWalk::new(seed, completion, when_short);
+        for _ in 0..steps() / rules.len() as u64 {
+            walk.step();
+        }
+        walk.settle_all();
+        walk.compare();
+        assert!(walk.holds_nothing(), "everything is settled");
+        walk.counts.iter().for_each(|(what, n)| *counts.entry(what).or_default() += n);
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_unstable();
+    println!("{} steps, 0 mismatches: {counts:?}", steps());
+    for what in [
+        "admitted",
+        "denied",
+        "denied by the upstream alone",
+        "clamped",
         "settled",
         "extended",
         "overrun",

@@ -9,7 +9,7 @@ use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, QuotaLevel, Scope
 
 const CALLERS: u64 = 3;
 
-fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
+pub(crate) fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
     Quota { scope, kind, limit, per: Period { text: format!("{ms}ms"), ms }, window }
 }
 
@@ -160,7 +160,8 @@ impl Recount {
                 pattern.as_str() == MODELS[model] || model < 2 && pattern.as_str() == "m-*"
             }
             Scope::Environment => true,
-            Scope::Upstream(_) | Scope::UpstreamModel(_) => false,
+            Scope::Upstream(_) => true,
+            Scope::UpstreamModel(models) => model < 2 && models.pattern().as_str() == "m-*",
         }
     }
 

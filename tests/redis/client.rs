@@ -70,7 +70,7 @@ impl Client {
     }
 
     fn keys(&self) -> [String; 3] {
-        self.commands.keys("test", self.environment)
+        self.commands.keys("test", None, self.environment)
     }
 
     /// Reserves for a request and does not settle it.

@@ -13,7 +13,7 @@ const SLOTS: [&str; 3] = ["0 5460", "5461 10922", "10923 16383"];
 /// Environments with their slots on the first, second and third server.
 const ENVIRONMENTS: [&str; 3] = ["bar", "test", "foo"];
 
-struct Cluster {
+pub(super) struct Cluster {
     servers: Vec<Server>,
     ports: Vec<u16>,
 }
@@ -37,7 +37,7 @@ fn node(files: Option<&Path>) -> (Server, u16, u16) {
 }
 
 impl Cluster {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         Self::with(None).await
     }
 
@@ -67,7 +67,12 @@ impl Cluster {
         wait_for("the cluster", || self.servers.iter().all(is_ready)).await;
     }
 
-    fn url(&self) -> String {
+    /// The keys on each server that match a pattern.
+    pub(super) fn keys(&self, pattern: &str) -> Vec<Vec<String>> {
+        self.servers.iter().map(|server| server.query(&format!("KEYS {pattern}"))).collect()
+    }
+
+    pub(super) fn url(&self) -> String {
         let hosts: Vec<_> = self.ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
         format!("redis+cluster://{}", hosts.join(","))
     }

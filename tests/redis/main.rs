@@ -18,4 +18,6 @@ mod proxy;
 mod sentinel;
 mod server;
 mod sessions;
+mod tied_walk;
+mod upstreams;
 mod walk;

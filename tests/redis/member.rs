@@ -36,7 +36,8 @@ impl Member {
         let loaded = parse(&text, "node.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
         let environment = &loaded.config.environments[0];
         let redis = loaded.config.store.redis.as_ref().unwrap();
-        let account = Arc::new(Account::open(environment).share(environment, redis, name, 1).unwrap());
+        let account =
+            Arc::new(Account::open(environment).share(environment, redis, name, (None, 1)).unwrap());
         let ((stop, stopped), (kill, mut is_killed)) = (watch::channel(false), watch::channel(false));
         let synced_account = account.clone();
         let thread = std::thread::spawn(move || {

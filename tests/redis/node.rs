@@ -17,9 +17,20 @@ pub struct Node {
 
 impl Node {
     /// A node of the environment `staging`.
-    pub fn new(mut connection: redis::Connection, session: &str, quotas: &[Quota], now: Timestamp) -> Self {
+    pub fn new(connection: redis::Connection, session: &str, quotas: &[Quota], now: Timestamp) -> Self {
+        Self::of(connection, session, "staging", quotas, now)
+    }
+
+    /// A node of an environment or of an upstream.
+    pub fn of(
+        mut connection: redis::Connection,
+        session: &str,
+        account: &str,
+        quotas: &[Quota],
+        now: Timestamp,
+    ) -> Self {
         let commands = CommandBuilder::new(Cells::new(quotas, now), session, now);
-        let keys = commands.keys("test", "staging");
+        let keys = commands.keys("test", None, account);
         let sha = redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query(&mut connection).unwrap();
         Self { connection, commands, keys, sha, quotas: quotas.to_vec() }
     }
@@ -31,8 +42,18 @@ impl Node {
     }
 
     pub fn call(&mut self, command: &ScriptCommand) -> ScriptReply {
+        self.call_with(&[], command)
+    }
+
+    /// Calls with the keys of this node and of its upstream.
+    pub fn call_at(&mut self, upstream: &Self, command: &ScriptCommand) -> ScriptReply {
+        self.call_with(&upstream.keys, command)
+    }
+
+    fn call_with(&mut self, more_keys: &[String], command: &ScriptCommand) -> ScriptReply {
         let mut call = redis::cmd("EVALSHA");
-        call.arg(&self.sha).arg(3).arg(&self.keys[..]).arg(&command.arguments);
+        let keys = [&self.keys[..], more_keys].concat();
+        call.arg(&self.sha).arg(keys.len()).arg(&keys).arg(&command.arguments);
         let numbers: Vec<i64> = call.query(&mut self.connection).unwrap();
         command.parse_reply(&numbers).unwrap_or_else(|| panic!("{command:?}: {numbers:?}"))
     }

@@ -23,10 +23,10 @@ fn name_of(caller: usize) -> Arc<str> {
 }
 
 /// The generator SplitMix64. The walk is the same on every machine.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn below(&mut self, n: u64) -> u64 {
+    pub(super) fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -34,12 +34,12 @@ impl Dice {
         (z ^ (z >> 31)) % n
     }
 
-    fn pick(&mut self, of: usize) -> usize {
+    pub(super) fn pick(&mut self, of: usize) -> usize {
         usize::try_from(self.below(of as u64)).unwrap()
     }
 }
 
-fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
+pub(super) fn quota(scope: Scope, kind: Kind, limit: u64, ms: u64, window: Window) -> Quota {
     Quota { scope, kind, limit, per: Period { text: format!("{ms}ms"), ms }, window }
 }
 

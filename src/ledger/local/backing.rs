@@ -20,6 +20,11 @@ impl<'a> Backing<'a> {
         Self { counters, model, is_full }
     }
 
+    /// The same counters. `is_full`: the maximum number of requests is in flight on all nodes.
+    pub(in crate::ledger) fn with_full(self, is_full: bool) -> Self {
+        Self { is_full, ..self }
+    }
+
     fn subject(&self) -> Subject<'a> {
         Subject { caller: None, model: self.model }
     }

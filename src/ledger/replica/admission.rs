@@ -67,7 +67,7 @@ impl Replica {
         Some(ReserveCall { command, id, allowance, touched, losses, first_step, had_unsent_steps })
     }
 
-    fn on_shortage(&self, allowance: u64) -> OnShortage {
+    pub(super) fn on_shortage(&self, allowance: u64) -> OnShortage {
         if !self.local.rules.enforce {
             OnShortage::AdmitAnyway
         } else if self.local.clamps() && allowance > 0 {
@@ -153,12 +153,7 @@ impl Replica {
         own: Timestamp,
         demand: &Demand<'_>,
     ) -> Option<Admission> {
-        // Only Redis counts the requests in flight on all nodes, and shadow mode needs a decision on the whole quota.
-        let rules = &self.local.rules;
-        if self.lease.is_none() || !rules.enforce || rules.max_in_flight.is_some() {
-            return None;
-        }
-        if self.is_offline() || self.has_large_backlog() {
+        if !self.may_use_lease() {
             return None;
         }
         let allowance = self.local.allowance(demand, None);
@@ -170,6 +165,17 @@ impl Replica {
         self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, &touched));
         let admission = self.local.admit_regardless(now, demand, allowance);
         Some(self.track_online(id, admission))
+    }
+
+    /// Whether requests may be admitted from the lease. Only Redis counts the requests in flight on all nodes, and shadow
+    /// mode needs a decision on the whole quota.
+    pub(super) fn may_use_lease(&self) -> bool {
+        let rules = &self.local.rules;
+        self.lease.is_some()
+            && rules.enforce
+            && rules.max_in_flight.is_none()
+            && !self.is_offline()
+            && !self.has_large_backlog()
     }
 
     /// Admits a request without Redis, from this node's share.
@@ -193,7 +199,7 @@ impl Replica {
     }
 
     /// Tracks a reservation that Redis holds. Redis persists it, so this node's store need not.
-    fn track_online(&mut self, id: u64, mut admission: Admission) -> Admission {
+    pub(super) fn track_online(&mut self, id: u64, mut admission: Admission) -> Admission {
         admission.grant.id = Some(id);
         admission.is_durable = false;
         self.track(id, true, &admission.grant.receipts);

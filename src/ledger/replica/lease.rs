@@ -79,6 +79,26 @@ impl Lease {
         std::mem::take(&mut self.is_open)
     }
 
+    /// Whether `take` would take the required amounts.
+    pub(super) fn has(
+        &mut self,
+        now: Timestamp,
+        quotas: &[Quota],
+        touched: &[u32],
+        required: &Required,
+    ) -> bool {
+        let amount = amount_of(quotas, required);
+        let fits = |&index: &u32| {
+            let index = index as usize;
+            let is_affected =
+                required.generates || quotas.get(index).is_some_and(|q| q.kind != Kind::CompletionTokens);
+            !is_affected || (now < self.until[index] && self.left[index] >= amount(index).max(1))
+        };
+        let fits_all = !touched.is_empty() && touched.iter().all(fits);
+        self.needs_review |= !fits_all;
+        fits_all
+    }
+
     /// Takes the required amounts from all touched quotas, or from none.
     pub(super) fn take(
         &mut self,
@@ -87,18 +107,10 @@ impl Lease {
         touched: &[u32],
         required: &Required,
     ) -> Option<()> {
-        let amount =
-            |index: usize| quotas.get(index).map_or(u64::MAX, |quota| required.amounts.of(quota.kind));
-        let fits = |&index: &u32| {
-            let index = index as usize;
-            let is_affected =
-                required.generates || quotas.get(index).is_some_and(|q| q.kind != Kind::CompletionTokens);
-            !is_affected || (now < self.until[index] && self.left[index] >= amount(index).max(1))
-        };
-        if touched.is_empty() || !touched.iter().all(fits) {
-            self.needs_review = true;
+        if !self.has(now, quotas, touched, required) {
             return None;
         }
+        let amount = amount_of(quotas, required);
         for index in touched.iter().map(|&index| index as usize) {
             let left = self.left[index].saturating_sub(amount(index));
             self.left[index] = left;
@@ -158,6 +170,11 @@ impl Lease {
             *until = expiry;
         }
     }
+}
+
+/// The required amount of the quota at an index.
+fn amount_of(quotas: &[Quota], required: &Required) -> impl Fn(usize) -> u64 {
+    move |index| quotas.get(index).map_or(u64::MAX, |quota| required.amounts.of(quota.kind))
 }
 
 #[cfg(test)]

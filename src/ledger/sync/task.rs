@@ -291,6 +291,7 @@ impl RedisSync {
                 }
                 // Other nodes may have released room that a request on this node waits for.
                 self.wait_queue.notify_released();
+                self.dependents.notify_released();
                 return self.read_origins().await;
             }
             if reply.verdict == Verdict::UnknownSession {

@@ -11,7 +11,8 @@
 -- pieces if it was extended in a later period.
 --
 -- KEYS: the cells; the sessions and sums; the reservations of this session. They share a hash tag and therefore a
--- slot. So do the keys of other sessions, which are derived from the third key.
+-- slot. So do the keys of other sessions, which are derived from the third key. The command reserve_at has three more:
+-- those of the upstream, whose counters are stored like those of an environment.
 -- ARGV: command, now (0: use the server's clock), deadline (0: none; after the deadline the command does nothing),
 -- session, bounds of calendar periods, arguments of the command.
 
@@ -78,8 +79,10 @@ local function cell_retention_ms(cell) return 2 * (cell.per or cell.stop - cell.
 
 -- The cells that this call uses, by name. `false`: the cell does not exist. Each is read once and written once.
 local cells, is_changed = {}, {}
+-- The names of the cells of an upstream, which are in `upstream_cells_key`.
+local is_of_upstream, upstream_cells_key = {}, KEYS[4]
 
-local function load_cells(names)
+local function load_cells(names, key)
   local missing = {}
   for _, name in ipairs(names) do
     if cells[name] == nil then missing[#missing + 1] = name cells[name] = false end
@@ -87,21 +90,27 @@ local function load_cells(names)
   if #missing == 0 then return end
   for from = 1, #missing, MAX_ARGUMENTS do
     local part = { unpack(missing, from, min(from + MAX_ARGUMENTS - 1, #missing)) }
-    for i, packed in ipairs(redis.call('HMGET', cells_key, unpack(part))) do
+    for i, packed in ipairs(redis.call('HMGET', key or cells_key, unpack(part))) do
       if packed then cells[part[i]] = cmsgpack.unpack(packed) end
     end
   end
 end
 
+local function save_fields(key, fields)
+  for from = 1, #fields, MAX_ARGUMENTS do
+    redis.call('HSET', key, unpack(fields, from, min(from + MAX_ARGUMENTS - 1, #fields)))
+  end
+end
+
 local function save_cells()
-  local fields = {}
+  local own, of_upstream = {}, {}
   for name in pairs(is_changed) do
+    local fields = is_of_upstream[name] and of_upstream or own
     fields[#fields + 1] = name
     fields[#fields + 1] = cmsgpack.pack(cells[name])
   end
-  for from = 1, #fields, MAX_ARGUMENTS do
-    redis.call('HSET', cells_key, unpack(fields, from, min(from + MAX_ARGUMENTS - 1, #fields)))
-  end
+  save_fields(cells_key, own)
+  save_fields(upstream_cells_key, of_upstream)
 end
 
 -- The limit 0 is unlimited. Such a quota counts what was settled in its period: a calendar cell in `used`, a rolling cell

@@ -33,6 +33,59 @@ function commands.reserve()
   return reply
 end
 
+-- Reserves amounts for a request in all of these cells of an environment and of its upstream, or in none. In the mode
+-- 'watch' only those of the upstream must have room. The session has the same name in both. Replies with the number of
+-- requests in flight and of nodes alive, for the environment and for the upstream, and the states of all cells before
+-- the reservation. After UNKNOWN_SESSION: 1 if the environment does not know the session, 2 if the upstream does not.
+function commands.reserve_at()
+  local id, max_in_flight, mode, generates = read_text(), read_int(), read_text(), read_int() == 1
+  local amounts, completions = read_amounts(), read_int()
+  local names = read_texts(read_int())
+  local upstream_id, upstream_max = read_text(), read_int()
+  local upstream_names = read_texts(read_int())
+  for _ = 1, read_int() do
+    local class, start = read_text(), read_int()
+    period_bounds[class] = { start, read_int() }
+  end
+  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'in_flight', 'alive')
+  local upstream_meta = redis.call('HMGET', KEYS[5], 's:' .. session, 'in_flight', 'alive')
+  load_cells(names)
+  load_cells(upstream_names, upstream_cells_key)
+  local in_flight, upstream_in_flight = tonumber(meta[2]) or 0, tonumber(upstream_meta[2]) or 0
+  if (tonumber(meta[1]) or 0) <= 0 or not all_exist(names) then return { UNKNOWN_SESSION, now, 1 } end
+  if (tonumber(upstream_meta[1]) or 0) <= 0 or not all_exist(upstream_names) then
+    return { UNKNOWN_SESSION, now, 2 }
+  end
+  if not advance_to_now(names) or not advance_to_now(upstream_names) then return { STALE_PERIOD, now } end
+  local reply = {
+    TOO_MANY_IN_FLIGHT, now, in_flight, tonumber(meta[3]) or 1, upstream_in_flight, tonumber(upstream_meta[3]) or 1,
+  }
+  local all = {}
+  for _, name in ipairs(names) do all[#all + 1] = name end
+  for _, name in ipairs(upstream_names) do
+    all[#all + 1] = name
+    is_of_upstream[name] = true
+  end
+  for _, name in ipairs(all) do
+    append_state(reply, name)
+    is_changed[name] = true
+  end
+  local is_full = max_in_flight > 0 and in_flight >= max_in_flight
+  if not is_full and (upstream_max == 0 or upstream_in_flight < upstream_max) then
+    local held = all_fit(mode == 'watch' and upstream_names or all, amounts, generates) and amounts
+    if not held and mode == 'clamp' and amounts[COMPLETION] > 0 then held = clamp(all, amounts, completions) end
+    reply[1] = held and ADMITTED or DENIED
+    if held then
+      redis.call('HSET', reservations_key, id, cmsgpack.pack({ hold_amounts(names, held) }))
+      redis.call('HINCRBY', meta_key, 'in_flight', 1)
+      redis.call('HSET', KEYS[6], upstream_id, cmsgpack.pack({ hold_amounts(upstream_names, held) }))
+      redis.call('HINCRBY', KEYS[5], 'in_flight', 1)
+    end
+  end
+  save_cells()
+  return reply
+end
+
 -- Charges tokens that a node spent while it was offline, or in a quota that was unlimited. A calendar quota, or the
 -- clock's period of an unlimited one, is charged only if the period is still the same.
 local function charge_offline_usage(name, amount, turn)

@@ -186,7 +186,7 @@ impl Node {
         let config =
             ReplicaConfig { on_failure: policy, stamp: 1, max_call_delay_ms: MAX_CALL_DELAY_MS, leases };
         let replica = Replica::new(super::local(&quotas, now), config, &format!("node-{n}"), now);
-        let keys = replica.keys("t", "e");
+        let keys = replica.keys("t", None, "e");
         let phase = Phase::Offline { until: now };
         let (open, late) = (Vec::new(), VecDeque::new());
         Self { replica, keys, phase, is_cut_off: false, next_heartbeat: now, open, late }
