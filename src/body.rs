@@ -1,7 +1,7 @@
 //! Reads the fields of a request body that the gateway needs, in one pass and without building a tree.
 //!
-//! Nothing here does I/O. The gateway forwards the body unchanged except for two edits: it requests usage, and it
-//! lowers the bound on completion tokens.
+//! Nothing here does I/O. The gateway forwards the body unchanged except for three edits: it requests usage, it lowers
+//! the bound on completion tokens, and it replaces the model by the name that a route sends.
 
 mod anthropic;
 mod chat;
@@ -28,7 +28,7 @@ pub(crate) use detect::detect_api;
 use edit::StreamOptions;
 pub use edit::{Bounds, Edit, edited};
 use fields::{BodyReader, TopLevel};
-pub use named::named_model;
+pub use named::{NamedModel, named_model};
 
 /// Deeper nesting is rejected; the outermost object is level 1.
 const MAX_NESTING: usize = 128;
@@ -38,6 +38,8 @@ const MAX_NESTING: usize = 128;
 pub struct Body<'a> {
     /// `model`.
     pub model: Option<Cow<'a, str>>,
+    /// The range of its value in the body, also of a null.
+    model_at: Option<edit::Span>,
     /// `stream`.
     pub streams: bool,
     /// The position of `stream_options` in the body and its `include_usage`.
@@ -145,6 +147,11 @@ impl<'a> Body<'a> {
     /// Number of completions for all prompts together.
     pub fn completions(&self) -> u64 {
         self.choices.max(1).saturating_mul(self.prompt.prompts.max(1))
+    }
+
+    /// The edit that replaces the value of `model` by this name. `None`: the body has no such field.
+    pub fn replace_model(&self, name: &str) -> Option<Edit> {
+        self.model_at.map(|at| Edit::json_text(at, name))
     }
 
     /// The edit that sets `stream_options.include_usage`.

@@ -16,6 +16,7 @@ mod models;
 mod overrides;
 mod quotas;
 mod reference;
+mod routes;
 mod schema;
 mod setting;
 mod store;
@@ -262,8 +263,10 @@ pub struct Timeouts {
 pub struct Environment {
     /// Its name: `[a-z0-9][a-z0-9_-]*`.
     pub name: String,
-    /// The upstream that receives its requests.
+    /// The upstream that receives the requests for which there is no route.
     pub upstream: Arc<UpstreamSettings>,
+    /// Where requests for certain models go. The first match wins.
+    pub routes: Vec<RouteSettings>,
     /// Its callers. Empty: the environment is open to all callers.
     pub callers: Vec<CallerSettings>,
     /// Patterns of the models that callers may use. Empty: all models.
@@ -301,9 +304,58 @@ impl Environment {
 }
 
 impl Environment {
-    /// Whether the model of a request affects its admission.
+    /// Whether the model of a request affects its admission or its way.
     pub(crate) fn depends_on_model(&self) -> bool {
-        !self.models.is_empty() || self.quotas.iter().any(|quota| matches!(quota.scope, Scope::Model(_)))
+        !self.models.is_empty()
+            || !self.routes.is_empty()
+            || self.quotas.iter().any(|quota| matches!(quota.scope, Scope::Model(_)))
+    }
+
+    /// The index of the route that takes a request. `None`: no route takes it. `api`: the name of its API. `model`: the name
+    /// that the caller requests.
+    pub(crate) fn route_of(&self, api: &str, model: &str) -> Option<usize> {
+        self.routes.iter().position(|route| route.takes_api(api) && route.takes_model(model))
+    }
+
+    /// The upstreams that receive requests of this environment, each once: those of the routes in their order, then the
+    /// one for all other requests, unless a route takes every request.
+    pub(crate) fn all_upstreams(&self) -> Vec<&Arc<UpstreamSettings>> {
+        let takes_all =
+            |route: &RouteSettings| route.apis.is_empty() && route.models.iter().any(Glob::is_any);
+        let routed = self.routes.iter().flat_map(|route| &route.upstreams);
+        let rest = (!self.routes.iter().any(takes_all)).then_some(&self.upstream);
+        let mut all: Vec<&Arc<UpstreamSettings>> = Vec::new();
+        for upstream in routed.chain(rest) {
+            if all.iter().all(|known| known.name != upstream.name) {
+                all.push(upstream);
+            }
+        }
+        all
+    }
+}
+
+/// `environments.*.routes[]`: where the requests for certain models go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouteSettings {
+    /// Patterns of the models that callers request.
+    pub models: Vec<Glob>,
+    /// The names of the APIs. Empty: all.
+    pub apis: Vec<&'static str>,
+    /// The upstreams in the order in which they are tried. There is at least one.
+    pub upstreams: Vec<Arc<UpstreamSettings>>,
+    /// The model name that goes upstream. `None`: the caller's.
+    pub model: Option<Arc<str>>,
+}
+
+impl RouteSettings {
+    /// Whether the route takes requests of this API.
+    pub(crate) fn takes_api(&self, api: &str) -> bool {
+        self.apis.is_empty() || self.apis.contains(&api)
+    }
+
+    /// Whether the route takes requests for this model.
+    pub(crate) fn takes_model(&self, model: &str) -> bool {
+        self.models.iter().any(|pattern| pattern.matches(model))
     }
 }
 

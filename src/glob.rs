@@ -41,6 +41,18 @@ impl Glob {
         row[other.len()]
     }
 
+    /// Whether every name matches.
+    pub(crate) fn is_any(&self) -> bool {
+        !self.0.is_empty() && self.0.bytes().all(|b| b == b'*')
+    }
+
+    /// Whether this pattern certainly matches every name that `other` matches. `false` says nothing.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        // Only a star matches a text that is longer than the pattern.
+        let long = "\u{1}".repeat(self.0.len() + 1);
+        self.matches(&other.0.replace('*', "")) && self.matches(&other.0.replace('*', &long))
+    }
+
     /// Whether the whole `name` matches.
     ///
     /// Backtracks to the last star only, so time is at most proportional to the product of both lengths.
@@ -106,6 +118,29 @@ mod tests {
             let shares = names.into_iter().any(|name| one.matches(&name) && other.matches(&name));
             prop_assert_eq!(one.overlaps(&other), shares);
         }
+
+        #[test]
+        fn a_pattern_covers_only_what_it_matches(one in "[ab*?]{0,5}", other in "[ab*?]{0,5}", name in "[ab]{0,9}") {
+            let (one, other) = (Glob::new(one), Glob::new(other));
+            prop_assert!(!one.covers(&other) || !other.matches(&name) || one.matches(&name), "{:?} {:?}", one, other);
+        }
+    }
+
+    #[test]
+    fn a_pattern_covers_narrower_ones() {
+        for (one, other, want) in [
+            ("*", "gpt-*", true),
+            ("gpt-*", "gpt-4*", true),
+            ("gpt-*", "gpt-4o", true),
+            ("gpt-?", "gpt-4", true),
+            ("gpt-?", "gpt-*", false),
+            ("gpt-4*", "gpt-*", false),
+            ("*-mini", "gpt-*-mini", true),
+            ("gpt-*", "*", false),
+        ] {
+            assert_eq!(Glob::new(one).covers(&Glob::new(other)), want, "{one} {other}");
+        }
+        assert!(Glob::new("**").is_any() && !Glob::new("").is_any() && !Glob::new("a*").is_any());
     }
 
     #[test]

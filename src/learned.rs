@@ -81,6 +81,13 @@ pub struct Recall {
     urls: ImageUrls,
 }
 
+impl Recall {
+    /// Whether these are the memories for the upstream with this index.
+    pub(crate) fn is_for(&self, upstream: usize) -> bool {
+        self.scope.upstream == upstream
+    }
+}
+
 /// A prefix of a prompt, as an earlier answer reported it.
 #[derive(Debug)]
 struct KnownPrefix {

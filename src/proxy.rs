@@ -5,12 +5,16 @@
 //! The answer's body, `metered::Metered`, settles the reservation when it ends or is dropped.
 
 mod address;
+mod admission;
 mod answer;
+mod attempts;
 mod body_budget;
 mod body_parser;
 mod call;
 mod caller;
+mod candidates;
 mod charge;
+mod destination;
 mod explain;
 mod first_bytes;
 mod flood;
@@ -19,7 +23,9 @@ mod headers;
 mod keys;
 mod metered;
 mod model_list;
+mod model_lists;
 mod models_request;
+mod outgoing;
 mod query;
 mod reader;
 mod refusal;
@@ -29,29 +35,29 @@ mod snapshot;
 mod state;
 mod stream_options;
 mod unserved;
+mod upstream_context;
 mod worker;
 
 use crate::api::Dialect;
 use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, UpstreamSettings};
 use crate::error::ProxyError;
-use crate::ledger::{Demand, NoRoom, Reservation};
-use crate::provider_limits::{Pass, ProviderLimits};
-use crate::quota::{Amounts, Subject};
+use crate::ledger::Reservation;
 use crate::server::Peer;
 use crate::telemetry::Record;
 use crate::upstream::{self, Replicas, Upstream};
+use futures_util::future::join_all;
 use http::header;
 use http::request::Parts;
-use http::{Request, Response, StatusCode, Uri, response};
+use http::{Request, Response, StatusCode, response};
 use hyper::body::Incoming;
 use std::net::IpAddr;
 use std::sync::Arc;
 use tokio_rustls::rustls::ClientConfig;
 
+use admission::Chosen;
 pub use answer::AnswerBody;
 use body_budget::BufferedBytes;
-use call::Call;
 use caller::IdentifiedCaller;
 use charge::Charge;
 pub(crate) use explain::{Explanation, explain};
@@ -60,6 +66,7 @@ pub(crate) use form::read_form_model;
 use headers::{AddedHeaders, UnreadBody};
 use metered::{MeterContext, Metered};
 pub(crate) use models_request::models_request;
+use outgoing::{Alternatives, CallerTarget, OutgoingRequest};
 use refusal::Refusal;
 use route::{Endpoint, Route};
 use settlement::WhenDurable;
@@ -76,33 +83,30 @@ pub struct Proxy {
     upstreams: Box<[Arc<Upstream>]>,
 }
 
+/// What happens to a request that is not refused.
+// Nearly always `Forward`.
+#[allow(clippy::large_enum_variant)]
+enum Admission {
+    /// The gateway answers `HEAD /` itself.
+    RootCheck,
+    /// The gateway answers with the models of all upstreams of the environment.
+    ModelList(ModelListRequest),
+    Forward(Admitted),
+}
+
+/// A request for the list of models of an environment with routes.
+struct ModelListRequest {
+    environment: Arc<Environment>,
+    dialect: Dialect,
+    headers: AddedHeaders,
+}
+
 /// A request that may be sent to the upstream.
 struct Admitted {
     outgoing: OutgoingRequest,
     /// `None`: the endpoint is not charged.
     reservation: Option<Reservation>,
     headers: AddedHeaders,
-}
-
-/// The request to the upstream and the context of its exchange. With `on_disconnect: drain` it moves to a separate
-/// task, which outlives the caller's connection.
-struct OutgoingRequest {
-    request: upstream::Request,
-    /// Index of the upstream in the config.
-    upstream: usize,
-    environment: Arc<Environment>,
-    endpoint: Endpoint,
-    call: Call,
-    /// Whether the answer is a list of models from which those that the environment forbids are removed.
-    lists_models: bool,
-    /// The bytes of the body, which are freed when the answer begins.
-    buffered: BufferedBytes,
-    /// Whether the exchange continues after the caller disconnects (`on_disconnect: drain`).
-    outlives_caller: bool,
-    /// The permission of the provider's limits. `None`: the gateway does not follow them.
-    pass: Option<Pass>,
-    /// Runs since the body was read.
-    received: Stopwatch,
 }
 
 impl Proxy {
@@ -154,10 +158,13 @@ impl Proxy {
             () = peer.cut_off() => Err(Refusal::at_shutdown()),
             admitted = self.admit(request, &peer, &mut record) => admitted,
         } {
-            Ok(Some(Admitted { outgoing, reservation, headers })) => {
+            Ok(Admission::Forward(Admitted { outgoing, reservation, headers })) => {
                 (outgoing, headers, Charge { reservation, record })
             }
-            Ok(None) => return refusal::respond_to_root_check(record),
+            Ok(Admission::RootCheck) => return refusal::respond_to_root_check(record),
+            Ok(Admission::ModelList(request)) => {
+                return Box::pin(self.list_models(request, record, dialect)).await;
+            }
             Err(refusal) => {
                 // A lingering close would let a flood keep connections open.
                 let is_flood = matches!(refusal.error, ProxyError::FloodGuard { .. });
@@ -176,14 +183,13 @@ impl Proxy {
         self.exchange(outgoing, headers, charge, dialect, &peer).await
     }
 
-    /// Takes every step that can refuse a request, before the upstream receives any of it. `None`: the request is
-    /// `HEAD /`, which the gateway answers itself.
+    /// Takes every step that can refuse a request, before the upstream receives any of it.
     async fn admit(
         &self,
         request: Request<Incoming>,
         peer: &Peer,
         record: &mut Record,
-    ) -> Result<Option<Admitted>, Refusal> {
+    ) -> Result<Admission, Refusal> {
         // Longer than a screen: all steps are here, in the order in which they can refuse.
         let (head, body) = request.into_parts();
         let unread = call::unread(&head.headers, &body);
@@ -195,7 +201,7 @@ impl Proxy {
         record.address = Some(address);
         let addressed =
             self.address(&head, address, record).map_err(|error| Refusal::new(error, &headers))?;
-        let Some((route, caller)) = addressed else { return Ok(None) };
+        let Some((route, caller)) = addressed else { return Ok(Admission::RootCheck) };
         let environment = &self.snapshot.config.environments[caller.environment];
         let context = &self.snapshot.contexts[caller.environment];
         headers.environment = Some(context.header.clone());
@@ -209,7 +215,12 @@ impl Proxy {
         headers.unread = UnreadBody::None;
         peer.on_body_received();
         let received = Stopwatch::start();
-        let call = call::parse(self, caller, &route, &head, address, body)
+        if route.lists_models && !environment.routes.is_empty() {
+            let dialect = model_lists::dialect(route.path, &head.headers);
+            let environment = environment.clone();
+            return Ok(Admission::ModelList(ModelListRequest { environment, dialect, headers }));
+        }
+        let mut call = call::parse(self, caller, &route, &head, address, body)
             .await
             .map_err(|error| Refusal::new(error, &headers))?;
         call.describe(record);
@@ -220,7 +231,9 @@ impl Proxy {
         }
 
         // Quotas.
-        let reservation = match self.reserve(caller, route.endpoint, &call, record).await {
+        let candidates = self.candidates(caller, &call, record);
+        let reservation = self.reserve(caller, route.endpoint, &call, candidates.as_deref(), record).await;
+        let mut reservation = match reservation {
             Ok(reservation) => reservation,
             Err(no_room) => return Err(self.deny(no_room, caller, &call, headers)),
         };
@@ -228,18 +241,19 @@ impl Proxy {
         if self.state.is_drain_over() {
             return Err(Refusal::new(ProxyError::ShuttingDown, &headers));
         }
-        let pass = match &reservation {
+        let chosen = if let Some(upstream) = self.only_upstream(caller, &call) {
+            Ok(Chosen::only(upstream))
+        } else {
+            let rest = environment.reserve.max_wait.saturating_sub(received.elapsed());
+            let held = reservation.as_mut();
             // Boxed, so that the future of every request does not contain it.
-            Some(reservation) if self.limits_of(caller).are_followed() => {
-                Box::pin(self.pass_provider(caller, &call, reservation, received)).await
-            }
-            _ => Ok(None),
+            Box::pin(self.choose_upstream(caller, &call, candidates, held, rest, record)).await
         };
-        let pass = match pass {
-            Ok(pass) => pass,
+        let Chosen { upstream, pass, others } = match chosen {
+            Ok(chosen) => chosen,
             Err(error) => {
                 drop(reservation);
-                return Err(self.refuse_for_provider(error, caller, &call, headers));
+                return Err(self.refuse_for_upstreams(error, caller, &call, headers));
             }
         };
         if let Some(reservation) = &reservation {
@@ -250,17 +264,26 @@ impl Proxy {
         }
 
         // The request to the upstream.
+        call.request_usage(self.snapshot.upstreams[upstream].requests_stream_usage());
         let body = call.forwarded_body(headers.clamped_to).await;
         let body = body.map_err(|error| Refusal::new(error, &headers))?;
-        let (target, endpoint) = (self.upstream_target(&head.uri, &route, caller), route.endpoint);
+        let (path, endpoint) = (outgoing::path_sent(&route, &call), route.endpoint);
         let lists_models = route.lists_models && !environment.models.is_empty();
-        let credential = context.credential.as_ref();
-        let passed =
-            headers::for_upstream(head.headers, &environment.upstream, credential, caller.key_headers);
-        let request = upstream::Request { method: head.method, target, headers: passed, body };
+        let is_google = endpoint.dialect() == Dialect::Google;
+        let target = CallerTarget { uri: &head.uri, path: &path, is_google, caller };
+        let alternatives = others.map(|(others, attempt)| {
+            Box::new(Alternatives::new(others, attempt, &target, head.headers.clone()))
+        });
+        let target = self.target(upstream, &target);
+        let request = upstream::Request {
+            method: head.method,
+            target,
+            headers: self.headers(upstream, head.headers, caller),
+            body,
+        };
         let outgoing = OutgoingRequest {
             request,
-            upstream: context.upstream,
+            upstream,
             environment: environment.clone(),
             endpoint,
             call,
@@ -269,8 +292,9 @@ impl Proxy {
             outlives_caller: environment.on_disconnect == OnDisconnect::Drain,
             pass,
             received,
+            alternatives,
         };
-        Ok(Some(Admitted { outgoing, reservation, headers }))
+        Ok(Admission::Forward(Admitted { outgoing, reservation, headers }))
     }
 
     /// Finds the endpoint and the caller of a request by its head. `None`: the request is `HEAD /`.
@@ -323,144 +347,59 @@ impl Proxy {
         call::check_encoding(&head.headers)
     }
 
-    /// Reserves room in every quota that applies to the request, and waits until the reservation is durable if a quota
-    /// requires that. `None`: the endpoint is not charged.
-    async fn reserve(
+    /// Answers with the models of all upstreams of an environment. Those that fail to list theirs are left out.
+    async fn list_models(
         &self,
-        caller: IdentifiedCaller,
-        endpoint: Endpoint,
-        call: &Call,
-        record: &mut Record,
-    ) -> Result<Option<Reservation>, NoRoom> {
-        if matches!(endpoint, Endpoint::Models | Endpoint::Root) {
-            return Ok(None);
+        request: ModelListRequest,
+        record: Record,
+        error_dialect: Dialect,
+    ) -> Response<AnswerBody> {
+        let ModelListRequest { environment, dialect, headers } = request;
+        let all = environment.all_upstreams();
+        let known = || self.upstreams.iter().zip(&self.snapshot.upstreams);
+        let find =
+            |settings: &Arc<UpstreamSettings>| known().find(|(_, of)| Arc::ptr_eq(&of.settings, settings));
+        let lists = all.into_iter().filter_map(find).map(|(upstream, of)| of.learned.models.get(upstream));
+        let lists: Vec<_> = join_all(lists).await.into_iter().flatten().collect();
+        if lists.is_empty() {
+            let upstream = environment.upstream.name.clone();
+            let error =
+                ProxyError::UpstreamUnreachable { upstream, what: "no upstream has listed its models" };
+            let charge = Charge { reservation: None, record };
+            return refusal::respond(&self.state, Refusal { error, headers }, charge, error_dialect);
         }
-        let demand = Demand {
-            subject: Subject { caller: self.caller_name(caller), model: &call.model },
-            prompt: call.prompt_tokens,
-            generates: endpoint.generates(),
-            cap: call.completion_cap,
-            completions: call.completions.max(1),
-            backends: &[self.snapshot.backend(caller.environment, &call.model)],
-        };
-        let environment = &self.snapshot.config.environments[caller.environment];
-        let account = &self.snapshot.accounts[caller.environment];
-        let (max_wait, waited) = (environment.reserve.max_wait, &mut record.queue_wait);
-        let reservation = account.reserve_timed(&demand, max_wait, waited).await;
-        record.end_wait();
-        let mut reservation = reservation?;
-        if let Some(no_room) = reservation.would_deny() {
-            refusal::record_shadow_denial(no_room, environment, record);
-        }
-        reservation.wait_until_durable().await;
-        Ok(Some(reservation))
-    }
-
-    /// Refuses a request that does not fit its quotas, and reports their status.
-    fn deny(
-        &self,
-        no_room: NoRoom,
-        caller: IdentifiedCaller,
-        call: &Call,
-        mut headers: AddedHeaders,
-    ) -> Refusal {
-        let subject = Subject { caller: self.caller_name(caller), model: &call.model };
-        let backends = [self.snapshot.backend(caller.environment, &call.model)];
-        headers.quotas = self.snapshot.accounts[caller.environment].standing(subject, &backends);
-        let environment = &self.snapshot.config.environments[caller.environment];
-        let has_redis = self.snapshot.config.store.redis.is_some();
-        if no_room == NoRoom::Unavailable && self.state.is_closing() && !has_redis {
-            // The process that has replaced this one, and has the counters, has ended.
-            return Refusal { error: ProxyError::ShuttingDown, headers };
-        }
-        Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
-    }
-
-    /// The limits that the provider of the environment's upstream states.
-    fn limits_of(&self, caller: IdentifiedCaller) -> &ProviderLimits {
-        &self.snapshot.provider_limits[self.snapshot.contexts[caller.environment].upstream]
-    }
-
-    /// Waits until the upstream's provider has room for the request, for at most the rest of `max_wait`.
-    async fn pass_provider(
-        &self,
-        caller: IdentifiedCaller,
-        call: &Call,
-        reservation: &Reservation,
-        received: Stopwatch,
-    ) -> Result<Option<Pass>, ProxyError> {
-        let environment = &self.snapshot.config.environments[caller.environment];
-        let limits = self.limits_of(caller);
-        // The estimate counts even if the environment's quotas do not reserve it.
-        let prompt = Amounts::of_request(call.prompt_tokens, 0);
-        let amounts = reservation.reserved().max(prompt);
-        let max_wait = environment.reserve.max_wait.saturating_sub(received.elapsed());
-        limits.pass(&call.model, amounts, max_wait).await.map_err(|wait| ProxyError::UpstreamRateLimited {
-            upstream: environment.upstream.name.clone(),
-            wait,
-            retry_patience: environment.retry_patience,
-        })
-    }
-
-    /// Refuses a request that the provider would refuse. Its reservation is settled with nothing spent.
-    fn refuse_for_provider(
-        &self,
-        error: ProxyError,
-        caller: IdentifiedCaller,
-        call: &Call,
-        mut headers: AddedHeaders,
-    ) -> Refusal {
-        let account = &self.snapshot.accounts[caller.environment];
-        let subject = Subject { caller: self.caller_name(caller), model: &call.model };
-        account.count_denial(subject);
-        let backends = [self.snapshot.backend(caller.environment, &call.model)];
-        headers.quotas = account.standing(subject, &backends);
-        headers.clamped_to = None;
-        let environment = &self.snapshot.config.environments[caller.environment];
-        self.state.metrics.rejected(&environment.name, error.code(), None, false);
-        Refusal { error, headers }
-    }
-
-    /// The caller's name, under which quotas and the usage history know it.
-    fn caller_name(&self, caller: IdentifiedCaller) -> Option<&Arc<str>> {
-        caller.index.map(|index| &self.snapshot.contexts[caller.environment].callers[index])
-    }
-
-    /// Path and query of the request to the upstream.
-    fn upstream_target(&self, uri: &Uri, route: &Route<'_>, caller: IdentifiedCaller) -> String {
-        let base_path = self.snapshot.config.environments[caller.environment].upstream.base_url.path();
-        let has_credential = self.snapshot.contexts[caller.environment].credential.is_some();
-        // Google's SDKs may send the caller's key in the query.
-        let replaces_key = has_credential && route.endpoint.dialect() == Dialect::Google;
-        let is_key = |text: &[u8]| self.snapshot.keys.owner(&self.snapshot.config, text).is_some();
-        let query = query::without_keys(uri, replaces_key, caller.has_key_in_query.then_some(&is_key));
-        route::upstream_path(base_path, route.path, query.as_deref())
+        let list = model_lists::union(lists, &environment.models, dialect).await;
+        refusal::respond_with_json(&self.state, list, headers, record)
     }
 
     /// Sends an admitted request to the upstream and passes the answer on.
     async fn exchange(
         &self,
         mut outgoing: OutgoingRequest,
-        headers: AddedHeaders,
+        mut headers: AddedHeaders,
         mut charge: Charge,
         dialect: Dialect,
         peer: &Arc<Peer>,
     ) -> Response<AnswerBody> {
-        let started = Stopwatch::start();
-        charge.record.overhead = Some(started.since(outgoing.received));
+        let began = Stopwatch::start();
+        charge.record.overhead = Some(began.since(outgoing.received));
+        let mut started = began;
         let (parts, incoming) = match tokio::select! {
             biased;
             () = peer.cut_off() => Err(ProxyError::ShuttingDown),
-            answer = self.send(&mut outgoing, headers.clamped_to, started, &mut charge) => answer,
+            answer = self.send(&mut outgoing, headers.clamped_to, &mut started, &mut charge) => answer,
         } {
             Ok(answer) => answer,
             Err(error) => {
                 return refusal::respond(&self.state, Refusal { error, headers }, charge, dialect);
             }
         };
-        charge.record.first_byte = Some(started.elapsed());
-        let limits = &self.snapshot.provider_limits[outgoing.upstream];
-        limits.answered(outgoing.pass.take().as_ref(), &outgoing.call.model, parts.status, &parts.headers);
+        charge.record.first_byte = Some(began.elapsed());
+        let upstream = &self.snapshot.upstreams[outgoing.upstream];
+        headers.upstream = upstream.header.clone();
+        if let Some(reservation) = charge.reservation.as_ref().filter(|_| outgoing.alternatives.is_some()) {
+            headers.quotas = *reservation.standing();
+        }
         let (mut parts, incoming) = (parts, incoming);
         let incoming = if outgoing.lists_models && parts.status.is_success() {
             let allowed = &outgoing.environment.models;
@@ -468,7 +407,7 @@ impl Proxy {
         } else {
             incoming
         };
-        peer.limit_answer(started, outgoing.environment.upstream.timeouts.total);
+        peer.limit_answer(started, upstream.settings.timeouts.total);
         let mut context = self.meter_context(outgoing, parts.status, started, peer.clone());
         let incoming = if reader::depends_on_first_bytes(&parts, context.withholds_usage) {
             let (begins_as_stream, incoming) = Box::pin(first_bytes::begins_as_stream(incoming)).await;
@@ -480,7 +419,7 @@ impl Proxy {
         let incoming = if parts.status.is_success() {
             incoming
         } else {
-            self.mask_keys(&mut parts, incoming, &context.environment)
+            self.mask_keys(&mut parts, incoming, &context.upstream)
         };
         let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
         if let Some(when_durable) = when_durable {
@@ -489,57 +428,19 @@ impl Proxy {
         response
     }
 
-    /// Sends a request and waits for the head of the answer. If the upstream refuses the `stream_options` that the
-    /// gateway added, the request is sent once more without them.
-    async fn send(
-        &self,
-        outgoing: &mut OutgoingRequest,
-        clamped_to: Option<u64>,
-        started: Stopwatch,
-        charge: &mut Charge,
-    ) -> Result<(response::Parts, upstream::Incoming), ProxyError> {
-        charge.record.upstream = Some(outgoing.environment.upstream.clone());
-        if let Some(parent) = charge.record.call_upstream() {
-            headers::replace_trace_parent(&mut outgoing.request.headers, &parent);
-        }
-        let prompt = Amounts::of_request(outgoing.call.prompt_tokens, 0);
-        // Once the upstream may have read the request, the prompt is charged, even if the caller disconnects.
-        let mut reached = |is_reached| charge.observe(if is_reached { prompt } else { Amounts::default() });
-        let upstream = &self.upstreams[outgoing.upstream];
-        let failed = |error| refusal::send_failed(error, &outgoing.environment);
-        let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;
-        if !outgoing.call.adds_usage_request() || !stream_options::may_be_refusal(answer.0.status) {
-            return Ok(answer);
-        }
-        let (parts, incoming) = answer;
-        let (is_refusal, incoming) = Box::pin(stream_options::mentions_stream_options(incoming)).await;
-        if !is_refusal {
-            return Ok((parts, incoming));
-        }
-        drop(incoming);
-        outgoing.call.drop_usage_request();
-        outgoing.request.body = outgoing.call.forwarded_body(clamped_to).await?;
-        let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;
-        // If the second request fails too, `stream_options` was not the cause.
-        if answer.0.status.is_success() {
-            self.snapshot.stop_requesting_stream_usage(outgoing.upstream);
-        }
-        Ok(answer)
-    }
-
     /// Masks the upstream's keys in an answer that is not a success, and records that they were in it.
     fn mask_keys(
         &self,
         parts: &mut response::Parts,
         incoming: upstream::Incoming,
-        environment: &Arc<Environment>,
+        upstream: &UpstreamSettings,
     ) -> upstream::Incoming {
-        let (metrics, name) = (self.state.metrics.clone(), environment.upstream.name.clone());
+        let (metrics, name) = (self.state.metrics.clone(), upstream.name.clone());
         let on_found = Box::new(move || {
             metrics.upstream_key_masked(&name);
             tracing::warn!(upstream = name, "an error of the upstream repeated its key, which was masked");
         });
-        let Some(mut mask) = headers::key_mask(&environment.upstream, on_found) else { return incoming };
+        let Some(mut mask) = headers::key_mask(upstream, on_found) else { return incoming };
         headers::mask_keys(&mut parts.headers, &mut mask);
         // A compressed body would not be found in, and must not be changed.
         let coding = parts.headers.get(header::CONTENT_ENCODING);
@@ -554,8 +455,9 @@ impl Proxy {
         started: Stopwatch,
         peer: Arc<Peer>,
     ) -> MeterContext {
-        let OutgoingRequest { environment, endpoint, call, buffered, .. } = outgoing;
+        let OutgoingRequest { environment, endpoint, call, buffered, upstream, .. } = outgoing;
         drop(buffered);
+        let upstream = &self.snapshot.upstreams[upstream];
         MeterContext {
             estimated_prompt: call.prompt_tokens,
             has_prompt: call.estimate.has_content(),
@@ -563,11 +465,12 @@ impl Proxy {
             tokenizer: call.tokenizer,
             withholds_usage: call.adds_usage_request(),
             begins_as_stream: false,
-            estimate_update: call.estimate_update(&self.state.learned),
+            estimate_update: call.estimate_update(&self.state.learned, upstream.calibrations),
             status,
             endpoint,
             started,
             environment,
+            upstream: upstream.settings.clone(),
             peer,
         }
     }

@@ -1,5 +1,6 @@
 //! Metrics, and one log line for each request.
 
+mod attempts;
 mod catalogue;
 mod causes;
 mod code;
@@ -28,6 +29,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use attempts::AttemptOutcome;
+use attempts::Attempts;
 pub(crate) use causes::LastDay;
 pub(crate) use log::{
     LevelView, Line, LogOutput, configure_logging, init_logging, log_level, set_log_level, write_event,
@@ -117,6 +120,8 @@ pub(crate) struct Record {
     pub(crate) caller_label: CallerLabel,
     /// The upstream, once the request is sent to it.
     pub(crate) upstream: Option<Arc<UpstreamSettings>>,
+    /// The upstreams that the request tried before the last one, or left out.
+    pub(crate) attempts: Attempts,
     /// The id of the trace that the request belongs to.
     pub(crate) trace_id: Option<Box<str>>,
     /// The spans of the request. `None`: the gateway sends no traces.
@@ -179,6 +184,7 @@ impl Record {
             model_label: None,
             caller_label: CallerLabel::default(),
             upstream: None,
+            attempts: Attempts::default(),
             trace_id: None,
             trace: None,
             is_parsed: false,

@@ -85,6 +85,7 @@ pub(super) struct ExplanationView {
     /// The API of the body.
     api: &'static str,
     model: String,
+    route: ExplainedRouteView,
     estimate: EstimateView,
     /// The quotas that apply to the request.
     quotas: Vec<RequestedQuotaView>,
@@ -98,6 +99,17 @@ pub(super) struct ExplanationView {
     /// The message of that error.
     #[serde(skip_serializing_if = "Option::is_none")]
     message: Option<String>,
+}
+
+/// Where a request would go.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ExplainedRouteView {
+    /// The number of the route in the environment's `routes`, from 1. `null`: no route takes the request.
+    number: Option<usize>,
+    /// The upstreams in the order in which they would be tried.
+    upstreams: Vec<String>,
+    /// The model name that would be sent.
+    model: String,
 }
 
 /// The amounts that a request would reserve.
@@ -136,6 +148,9 @@ impl ExplanationView {
         let Explanation {
             api,
             model,
+            route,
+            upstreams,
+            sent_model,
             prompt_tokens,
             counted,
             source,
@@ -147,6 +162,11 @@ impl ExplanationView {
         Self {
             api,
             model: model.clone(),
+            route: ExplainedRouteView {
+                number: *route,
+                upstreams: upstreams.clone(),
+                model: sent_model.clone(),
+            },
             estimate: EstimateView {
                 prompt_tokens: *prompt_tokens,
                 completion_tokens: forecast.required.completion,

@@ -113,9 +113,14 @@ fn describe(environment: &Environment, is_default: bool) -> String {
         1 => "1 key".to_owned(),
         _ => format!("{keys} keys"),
     };
+    let routes = match environment.routes.len() {
+        0 => String::new(),
+        1 => ", 1 route".to_owned(),
+        n => format!(", {n} routes"),
+    };
     let default = if is_default { ", default" } else { "" };
     let shadow = if environment.enforce { "" } else { ", shadow mode" };
-    format!("{} ({access}{default}{shadow}) to {}", environment.name, environment.upstream.name)
+    format!("{} ({access}{routes}{default}{shadow}) to {}", environment.name, environment.upstream.name)
 }
 
 fn store(settings: &StoreSettings) -> String {

@@ -43,6 +43,18 @@ pub struct Edit {
     text: Cow<'static, str>,
 }
 
+impl Edit {
+    /// Replaces a JSON value by a text.
+    pub(super) fn json_text(at: Span, text: &str) -> Self {
+        Self { at, text: serde_json::Value::from(text).to_string().into() }
+    }
+
+    /// Replaces the bytes in this range by a text as it is.
+    pub(crate) fn plain_text(at: std::ops::Range<usize>, text: &str) -> Self {
+        Self { at: Span { start: at.start, end: at.end }, text: text.to_owned().into() }
+    }
+}
+
 /// The positions of the bounds in a body, or where a bound can be inserted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bounds {

@@ -226,6 +226,9 @@ impl<'a> BodyReader<'a> {
 
     /// Reads a field whose value is parsed as a whole, and records where the bounds of the completion are.
     fn read_value(&mut self, name: &'static str, raw: &'a str) {
+        if name == "model" {
+            self.body.model_at = Some(Span::of(self.text, raw));
+        }
         if matches!(name, "generationConfig" | "generation_config") && raw == "null" {
             self.body.bounds.null_config = Some(Span::of(self.text, raw));
         }

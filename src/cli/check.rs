@@ -4,7 +4,8 @@ mod online;
 
 use super::{BAD_CONFIG, check_certificates, load_or_explain, output};
 use crate::clock::{self, Timestamp};
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, RouteSettings};
+use crate::glob::Glob;
 use crate::quota::Quota;
 use crate::store::{self, StoredEnforce, StoredOverride};
 use std::fmt::Write as _;
@@ -70,6 +71,9 @@ fn summary(config: &Config) -> String {
     }
     for environment in &config.environments {
         let _ = writeln!(text, "  environment            {}", describe(environment));
+        for route in &environment.routes {
+            let _ = writeln!(text, "    {}", describe_route(route));
+        }
         for quota in &environment.quotas {
             let _ = writeln!(text, "    {}", describe_quota(quota));
         }
@@ -85,6 +89,14 @@ fn describe(environment: &Environment) -> String {
     };
     let shadow = if environment.enforce { "" } else { ", quotas are not enforced" };
     format!("{}: upstream {}, {callers}{shadow}", environment.name, environment.upstream.name)
+}
+
+fn describe_route(route: &RouteSettings) -> String {
+    let models: Vec<&str> = route.models.iter().map(Glob::as_str).collect();
+    let upstreams: Vec<&str> = route.upstreams.iter().map(|upstream| upstream.name.as_str()).collect();
+    let apis = if route.apis.is_empty() { String::new() } else { format!(" ({})", route.apis.join(", ")) };
+    let sent = route.model.as_ref().map_or_else(String::new, |model| format!(", sent as {model}"));
+    format!("{}{apis} to upstream {}{sent}", models.join(", "), upstreams.join(", then "))
 }
 
 fn describe_quota(quota: &Quota) -> String {

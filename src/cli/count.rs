@@ -4,7 +4,7 @@ use super::output;
 use crate::api::Api;
 use crate::body::{Body, BodyText, detect_api};
 use crate::calibrations::{Calibrations, SavedCalibration};
-use crate::config::Config;
+use crate::config::{Config, Environment};
 use crate::estimate::{EstimateSource, Model, Models, PromptEstimate, PromptPart, Provider};
 use crate::store;
 use anyhow::Context as _;
@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 #[derive(clap::Args)]
 pub(super) struct CountArguments {
@@ -70,6 +71,8 @@ fn provider_named(name: &str) -> Result<Provider, String> {
 struct CountResult {
     api: Api,
     model: String,
+    /// The model whose rules count: the one that the config's routes send, if they agree.
+    sent_model: String,
     rules: Model,
     estimate: PromptEstimate,
 }
@@ -93,6 +96,18 @@ impl CountContext {
         let first = providers.next().unwrap_or_default();
         let provider = if providers.all(|provider| provider == first) { first } else { Provider::Unknown };
         Ok(Self { models, calibrations, config: Some(config), provider })
+    }
+
+    /// The model name that goes upstream, if all environments send the same one; otherwise the name itself.
+    fn name_sent<'a>(&'a self, api: Api, model: &'a str) -> &'a str {
+        let environments = self.config.iter().flat_map(|config| &config.environments);
+        let sent = |environment: &'a Arc<Environment>| {
+            let route = environment.routes.get(environment.route_of(api.as_str(), model)?)?;
+            route.model.as_deref()
+        };
+        let mut names = environments.map(|environment| sent(environment).unwrap_or(model));
+        let first = names.next().unwrap_or(model);
+        if names.all(|name| name == first) { first } else { model }
     }
 }
 
@@ -120,7 +135,8 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &CountArguments) -> anyhow
         Ok(result) => {
             output::print(&result.to_text())?;
             if arguments.explain {
-                output::print(&(result.explanation() + &result.corrections(&context)))?;
+                let parts = [result.explanation(), result.routes(&context), result.corrections(&context)];
+                output::print(&parts.concat())?;
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -157,8 +173,9 @@ fn count(arguments: &CountArguments, context: &CountContext, json: &[u8]) -> Res
     let text = BodyText::of(json).map_err(|fault| fault.to_string())?;
     let body = Body::read(api, &text).map_err(|fault| fault.to_string())?;
     let model = body.model.as_deref().unwrap_or(&arguments.model).to_owned();
-    let rules = context.models.named(&model).at(arguments.provider.unwrap_or(context.provider));
-    Ok(CountResult { api, estimate: body.prompt.estimate(&rules), model, rules })
+    let sent_model = context.name_sent(api, &model).to_owned();
+    let rules = context.models.named(&sent_model).at(arguments.provider.unwrap_or(context.provider));
+    Ok(CountResult { api, estimate: body.prompt.estimate(&rules), model, sent_model, rules })
 }
 
 impl CountResult {
@@ -219,6 +236,30 @@ impl CountResult {
         text
     }
 
+    /// Where each environment with routes would send the request.
+    fn routes(&self, context: &CountContext) -> String {
+        let environments = context.config.iter().flat_map(|config| &config.environments);
+        let routed = environments.filter(|environment| !environment.routes.is_empty());
+        let line = |environment: &Arc<Environment>| {
+            let name = &environment.name;
+            let Some(at) = environment.route_of(self.api.as_str(), &self.model) else {
+                return format!(
+                    "route          environment {name}: none matches, so upstream {}\n",
+                    environment.upstream.name
+                );
+            };
+            let route = &environment.routes[at];
+            let upstreams: Vec<&str> = route.upstreams.iter().map(|upstream| &*upstream.name).collect();
+            let sent = route.model.as_ref().map_or_else(String::new, |model| format!(", sent as {model}"));
+            format!(
+                "route          environment {name}: route {}, upstream {}{sent}\n",
+                at + 1,
+                upstreams.join(", then ")
+            )
+        };
+        routed.map(line).collect()
+    }
+
     /// The estimates that a gateway with this config would reserve, by the calibrations of each upstream.
     fn corrections(&self, context: &CountContext) -> String {
         let Some(config) = &context.config else {
@@ -229,10 +270,10 @@ impl CountResult {
         let kind = self.estimate.kind;
         let corrected = config.upstreams.iter().enumerate().filter_map(|(at, upstream)| {
             let matches = |saved: &&SavedCalibration| {
-                (&*saved.upstream, &*saved.model, saved.kind) == (&upstream.name, &self.model, kind)
+                (&*saved.upstream, &*saved.model, saved.kind) == (&upstream.name, &self.sent_model, kind)
             };
             let answers = context.calibrations.iter().find(matches)?.answers.len();
-            let correction = calibrations.correction(at, &self.model, kind);
+            let correction = calibrations.correction(at, &self.sent_model, kind);
             let tokens = correction.apply(self.estimate.tokens());
             let source =
                 if correction.is_default() { EstimateSource::Rules } else { EstimateSource::Calibration };

@@ -1,6 +1,6 @@
 //! What differs between two configs, for the log and the admin API, and what cannot change while the gateway runs.
 
-use super::{Config, Environment, Secret, StoreSettings};
+use super::{Config, Environment, RouteSettings, Secret, StoreSettings};
 use crate::quota::{Quota, Window};
 use std::fmt::Display;
 
@@ -104,8 +104,19 @@ fn describe_environment(before: &Environment, after: &Environment, lines: &mut V
         quotas: Vec::new(),
         callers: Vec::new(),
         upstream: after.upstream.clone(),
+        routes: Vec::new(),
         ..environment.clone()
     };
+    // The settings of an upstream are described with the upstream.
+    let routes = |environment: &Environment| -> Vec<_> {
+        let names =
+            |route: &RouteSettings| route.upstreams.iter().map(|u| u.name.clone()).collect::<Vec<_>>();
+        let own = |route: &RouteSettings| RouteSettings { upstreams: Vec::new(), ..route.clone() };
+        environment.routes.iter().map(|route| (own(route), names(route))).collect()
+    };
+    if routes(before) != routes(after) {
+        lines.push(format!("environment {name}: routes changed"));
+    }
     if before.upstream.name != after.upstream.name || without(before) != without(after) {
         lines.push(format!("environment {name}: settings changed"));
     }
@@ -152,6 +163,26 @@ mod tests {
                 "server changed",
             ]
         );
+    }
+
+    #[test]
+    fn a_change_of_routes_is_described_once() {
+        let with = |url: &str, routes: &str| {
+            let text = format!(
+                "upstreams: {{ u: {{ base_url: 'http://{url}' }}, v: {{ base_url: 'http://v' }} }}\nenvironments: {{ a: {{ upstream: v{routes} }} }}\n"
+            );
+            parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}")).config
+        };
+        let routes = ", routes: [{ models: [a], upstream: [u, v] }]";
+        let old = with("u", routes);
+        assert_eq!(changes(&old, &with("x", routes)), ["upstream u changed"]);
+        for other in [
+            "",
+            ", routes: [{ models: [a], upstream: [v, u] }]",
+            ", routes: [{ models: [b], upstream: [u, v] }]",
+        ] {
+            assert_eq!(changes(&old, &with("u", other)), ["environment a: routes changed"], "{other}");
+        }
     }
 
     #[test]

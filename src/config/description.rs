@@ -194,6 +194,7 @@ impl ValueSpec {
             }
             Self::List(element) => match element {
                 Self::Section(_) => "list".to_owned(),
+                Self::Words(_) => format!("list of {}", element.label()),
                 element => format!("list of {}s", element.label()),
             },
             Self::OneOrMore(element) => match element {

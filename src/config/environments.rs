@@ -7,7 +7,7 @@ use super::setting::{Section, Setting};
 use super::{
     CompletionReserve, Environment, OnDisconnect, OnOverrun, ReserveSettings, UpstreamSettings, WhenShort,
 };
-use super::{contradictions, quotas, units};
+use super::{contradictions, quotas, routes, units};
 use crate::glob::Glob;
 use crate::quota::{Kind, MAX_AMOUNT, Quota};
 use std::sync::Arc;
@@ -28,8 +28,15 @@ pub(super) const ENVIRONMENT: SectionSpec = SectionSpec {
             "upstream",
             ValueSpec::Text(text("name of an upstream")),
             DefaultSpec::Required("openai"),
-            "the upstream that receives the requests",
+            "the upstream that receives the requests for which there is no route",
         ),
+        KeySpec::restriction(
+            "routes",
+            ValueSpec::List(&ValueSpec::Section(&routes::ROUTE)),
+            DefaultSpec::Absent("none"),
+            "where requests for certain models go instead. The first match wins ([routes.md](routes.md))",
+        )
+        .example("[{ models: [\"claude-*\"], upstream: openai }]"),
         KeySpec::restriction(
             "keys",
             ValueSpec::List(&ValueSpec::Section(&CALLER)),
@@ -236,11 +243,11 @@ fn is_name(name: &str) -> bool {
         && !RESERVED_NAMES.contains(&name)
 }
 
-struct DeclaredUpstreams<'a> {
+pub(super) struct DeclaredUpstreams<'a> {
     /// The names of all upstreams in the file, also of those that have faults.
-    names: Vec<&'a str>,
+    pub(super) names: Vec<&'a str>,
     /// The upstreams that have no faults.
-    valid: &'a [Arc<UpstreamSettings>],
+    pub(super) valid: &'a [Arc<UpstreamSettings>],
 }
 
 fn environment(
@@ -256,17 +263,21 @@ fn environment(
         upstreams.valid.iter().find(|u| u.name == name).cloned()
     });
     let (callers, quotas) = callers_and_quotas(&section, digests);
-    let of_upstream = upstream.as_deref().map_or(&[][..], |upstream| &upstream.quotas);
-    let is_unbounded = quotas.iter().chain(of_upstream).all(Quota::is_unlimited);
-    check_exposure(setting, upstream.as_deref(), callers.is_empty(), is_unbounded);
     let reserve = reserve(&section, &quotas);
     let models = section.get("models").map(|s| allowed_models(&s)).unwrap_or_default();
     contradictions::warn(&section, &models, &quotas);
     if let Some(upstream) = &upstream {
         contradictions::warn_of_upstream(&section, upstream);
     }
+    let routes = routes::read(&section, &models, upstreams);
+    let mut used: Vec<&UpstreamSettings> = upstream.as_deref().into_iter().collect();
+    used.extend(routes.iter().flat_map(|route| &route.upstreams).map(|upstream| &**upstream));
+    let is_bounded = |upstream: &&UpstreamSettings| !upstream.quotas.iter().all(Quota::is_unlimited);
+    let is_unbounded = quotas.iter().all(Quota::is_unlimited) && !used.iter().all(is_bounded);
+    check_exposure(setting, &used, callers.is_empty(), is_unbounded);
     Some(Environment {
         name: name.to_owned(),
+        routes,
         callers,
         models,
         max_in_flight: section.get("max_in_flight").and_then(|s| {
@@ -304,30 +315,26 @@ fn callers_and_quotas(
 }
 
 /// Warns about settings that are allowed but may let callers spend without limit.
-fn check_exposure(
-    setting: &Setting<'_>,
-    upstream: Option<&UpstreamSettings>,
-    is_open: bool,
-    is_unbounded: bool,
-) {
+fn check_exposure(setting: &Setting<'_>, upstreams: &[&UpstreamSettings], is_open: bool, is_unbounded: bool) {
     if is_unbounded {
         setting.warn(
             "this environment has no quota with a limit, so its callers can spend without limit; add a quota",
         );
     }
-    if let Some(upstream) = upstream.filter(|u| is_open && u.api_key.is_some()) {
-        setting.warn(format!(
-            "this environment is open, so anyone who reaches the gateway can spend on the api_key of upstream \"{}\"; \
-             add keys to the environment",
-            upstream.name
-        ));
-    }
-    if let Some(upstream) = upstream.filter(|u| !is_open && u.api_key.is_none()) {
-        setting.warn(format!(
-            "the keys of this environment are never sent upstream, and upstream \"{}\" has no api_key, so \
-             callers must also send the upstream's key in another header; set api_key",
-            upstream.name
-        ));
+    // Equal warnings are reported once.
+    for upstream in upstreams {
+        let name = &upstream.name;
+        match &upstream.api_key {
+            Some(_) if is_open => setting.warn(format!(
+                "this environment is open, so anyone who reaches the gateway can spend on the api_key of upstream \"{name}\"; \
+                 add keys to the environment"
+            )),
+            None if !is_open => setting.warn(format!(
+                "the keys of this environment are never sent upstream, and upstream \"{name}\" has no api_key, so \
+                 callers must also send the upstream's key in another header; set api_key"
+            )),
+            _ => {}
+        }
     }
 }
 

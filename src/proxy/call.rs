@@ -4,18 +4,20 @@ use super::Proxy;
 use super::body_budget::BufferedBytes;
 use super::caller::{self, IdentifiedCaller};
 use super::charge::logged_name;
+use super::destination::{self, DestinationIndex};
 use super::form;
 use super::headers::UnreadBody;
+use super::model_lists;
 use super::query;
 use super::route::{Endpoint, Route};
 use super::snapshot::Snapshot;
 use super::state::State;
 use crate::api::Api;
-use crate::body::{Body, BodyText, Bounds, Edit, edited, named_model};
+use crate::body::{Body, BodyFault, BodyText, Bounds, Edit, NamedModel, edited, named_model};
 use crate::clock::Stopwatch;
 use crate::config::{Environment, ServerSettings};
 use crate::error::ProxyError;
-use crate::estimate::{Model, Models, Prompt, PromptEstimate, Provider, Tokenizer};
+use crate::estimate::{Model, Prompt, PromptEstimate, Tokenizer};
 use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
 use crate::similar::most_similar;
@@ -51,10 +53,18 @@ const MAX_HEADERS: usize = 100;
 pub(super) struct Call {
     /// The body as received.
     body: Bytes,
-    /// Makes a stream report its usage. `None`: the caller requested usage itself, or usage is not requested.
+    /// Makes a stream report its usage. `None`: the caller requested usage itself, or the API needs no request.
     usage_request: Option<Edit>,
+    /// Whether the upstream receives `usage_request`.
+    requests_usage: bool,
+    /// Replaces the model in the body. `None`: the caller's name is sent, or the path has the model.
+    model_edit: Option<Box<Edit>>,
     bounds: Bounds,
+    /// The model that the caller requests.
     pub(super) model: String,
+    /// The model name that is sent instead. `None`: the caller's.
+    pub(super) sent_model: Option<Arc<str>>,
+    pub(super) destination: DestinationIndex,
     pub(super) streams: bool,
     /// The caller's own limit of completion tokens, over all completions.
     pub(super) completion_cap: Option<u64>,
@@ -76,26 +86,48 @@ struct ParseOptions {
     path_model: Option<String>,
     /// The path requests a stream.
     path_streams: bool,
-    models: Models,
-    /// The service that will receive the request.
-    provider: Provider,
-    /// Whether to request usage in a stream where the caller did not.
-    requests_stream_usage: bool,
+    snapshot: Arc<Snapshot>,
+    /// Index of the environment.
+    environment: usize,
     /// Corrects the estimate. `None`: it is not corrected.
     learned: Option<Arc<Learned>>,
-    scope: EstimateScope,
+    principal: u64,
+}
+
+impl ParseOptions {
+    /// How to parse a body of this API, whose path names no model.
+    fn new(state: &State, snapshot: &Arc<Snapshot>, api: Api, environment: usize, principal: u64) -> Self {
+        let corrects = snapshot.config.environments[environment].calibrate;
+        Self {
+            api,
+            path_model: None,
+            path_streams: false,
+            snapshot: snapshot.clone(),
+            environment,
+            learned: corrects.then(|| state.learned.clone()),
+            principal,
+        }
+    }
 }
 
 impl Call {
     /// A request whose prompt is counted, on the blocking pool unless that is quick.
     async fn counted(body: Bytes, options: ParseOptions) -> Result<Self, ProxyError> {
-        if body.len() <= MAX_INLINE_BODY
-            && let Some(call) = Self::parse_with(&body, &options, estimate_if_quick)?
-        {
-            return Ok(call);
-        }
+        let unseen_tokens = options.snapshot.config.environments[options.environment].unseen_prompt_tokens;
+        let quick = if body.len() <= MAX_INLINE_BODY {
+            Self::parse_with(&body, &options, estimate_if_quick)?
+        } else {
+            None
+        };
         let parse = move || Self::parse_with(&body, &options, |prompt, model| Some(prompt.estimate(model)));
-        spawn_blocking(parse).await.map_err(|_| ProxyError::Internal)??.ok_or(ProxyError::Internal)
+        let mut call = if let Some(call) = quick {
+            call
+        } else {
+            let parsed = spawn_blocking(parse).await.map_err(|_| ProxyError::Internal)?;
+            parsed?.ok_or(ProxyError::Internal)?
+        };
+        call.add_unseen(unseen_tokens);
+        Ok(call)
     }
 
     /// A request whose body is forwarded without being parsed.
@@ -103,34 +135,78 @@ impl Call {
         Self { body, ..Self::default() }
     }
 
-    /// A request whose prompt is not counted. Only the model is read from its JSON, and from a form only if
-    /// `model_matters`.
+    /// A request whose prompt is not counted. Only the model is read from its JSON, and from a form only if the
+    /// environment depends on it.
     async fn uncounted(
         body: Bytes,
         content_type: Option<&HeaderValue>,
-        model_matters: bool,
+        route: &Route<'_>,
+        snapshot: &Snapshot,
+        environment: usize,
     ) -> Result<Self, ProxyError> {
-        let model = match form::boundary(content_type) {
-            Some(boundary) if model_matters => form::model(body.clone(), boundary).await?,
-            Some(_) => String::new(),
-            None if body.len() <= MAX_INLINE_BODY => named_model(&body).map_err(ProxyError::InvalidBody)?,
+        let model_matters = snapshot.config.environments[environment].depends_on_model();
+        let (mut named, mut at) = (NamedModel::default(), None);
+        match form::boundary(content_type) {
+            Some(boundary) if model_matters => {
+                (named.name, at) = form::model(body.clone(), boundary).await?;
+            }
+            Some(_) => {}
+            None if body.len() <= MAX_INLINE_BODY => {
+                named = named_model(&body).map_err(ProxyError::InvalidBody)?;
+            }
             None => {
                 let body = body.clone();
                 let read = spawn_blocking(move || named_model(&body));
-                read.await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::InvalidBody)?
+                named = read.await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::InvalidBody)?;
             }
-        };
-        Ok(Self { body, model, ..Self::default() })
+        }
+        let is_form = form::boundary(content_type).is_some();
+        let mut call = Self { body, model: named.name.clone(), ..Self::default() };
+        if let Some(model) = route.model {
+            model.clone_into(&mut call.model);
+        }
+        call.go_to(snapshot, environment, |environment, model| {
+            destination::find(environment, route.endpoint.api(), model)
+        });
+        if let Some(sent) = call.sent_model.as_deref().filter(|_| route.model.is_none()) {
+            let edit = match at {
+                Some(at) => Some(Edit::plain_text(at, sent)),
+                None if is_form && !call.model.is_empty() => {
+                    let how = "writes its field 'model' in a way in which the gateway cannot replace it";
+                    return Err(ProxyError::InvalidBody(BodyFault::Invalid(how.to_owned())));
+                }
+                None => named.replace(sent),
+            };
+            call.model_edit = edit.map(Box::new);
+        }
+        Ok(call)
+    }
+
+    /// Sets where the request goes, by its model.
+    fn go_to(
+        &mut self,
+        snapshot: &Snapshot,
+        environment: usize,
+        find: impl FnOnce(&Environment, &str) -> DestinationIndex,
+    ) {
+        self.destination = find(&snapshot.config.environments[environment], &self.model);
+        let destination = snapshot.contexts[environment].destinations.get(self.destination);
+        self.sent_model.clone_from(&destination.model);
+    }
+
+    /// The model name that the upstream receives.
+    pub(super) fn name_sent(&self) -> &str {
+        self.sent_model.as_deref().unwrap_or(&self.model)
     }
 
     /// Whether the gateway requests usage where the caller did not. It then withholds the usage chunk.
     pub(super) fn adds_usage_request(&self) -> bool {
-        self.usage_request.is_some()
+        self.requests_usage && self.usage_request.is_some()
     }
 
-    /// Forwards the request without a usage request of the gateway.
-    pub(super) fn drop_usage_request(&mut self) {
-        self.usage_request = None;
+    /// Sets whether the gateway requests usage from the upstream where the caller did not.
+    pub(super) fn request_usage(&mut self, requests_usage: bool) {
+        self.requests_usage = requests_usage;
     }
 
     /// Adds this many tokens for each item that the request refers to but does not contain.
@@ -180,18 +256,26 @@ impl Call {
         Err(ProxyError::ModelNotFound { model, environment: environment.name.clone(), nearest })
     }
 
-    /// Learns from the answer's usage. `None`: the environment does not learn.
-    pub(super) fn estimate_update(self, learned: &Arc<Learned>) -> Option<EstimateUpdate> {
-        let Self { estimate, model, completions, recall, .. } = self;
-        Some(learned.update(recall?, model, estimate, completions))
+    /// Learns from the answer's usage. `calibrations`: the corrections for the upstream that answered. `None`: the
+    /// environment does not learn, or the estimate was one for another upstream.
+    pub(super) fn estimate_update(
+        self,
+        learned: &Arc<Learned>,
+        calibrations: usize,
+    ) -> Option<EstimateUpdate> {
+        let Self { estimate, model, sent_model, completions, recall, .. } = self;
+        let model = sent_model.map_or(model, |sent| String::from(&*sent));
+        let recall = recall.filter(|recall| recall.is_for(calibrations))?;
+        Some(learned.update(recall, model, estimate, completions))
     }
 
-    /// The body to forward: as received, except for the usage request and for token limits that are lowered to
-    /// `clamped_to` per completion.
+    /// The body to forward: as received, except for the usage request, for the model that a route replaces, and for
+    /// token limits that are lowered to `clamped_to` per completion.
     pub(super) async fn forwarded_body(&self, clamped_to: Option<u64>) -> Result<Bytes, ProxyError> {
-        let clamp =
-            clamped_to.map_or_else(Vec::new, |tokens| self.bounds.lower_to(tokens, &self.model, &self.body));
-        let edits: Vec<Edit> = clamp.into_iter().chain(self.usage_request.clone()).collect();
+        let clamp = |tokens| self.bounds.lower_to(tokens, self.name_sent(), &self.body);
+        let mut edits = clamped_to.map_or_else(Vec::new, clamp);
+        edits.extend(self.usage_request.clone().filter(|_| self.requests_usage));
+        edits.extend(self.model_edit.as_deref().cloned());
         if edits.is_empty() {
             return Ok(self.body.clone());
         }
@@ -212,22 +296,31 @@ impl Call {
         let mut body = Body::read(options.api, &text).map_err(ProxyError::InvalidBody)?;
         let named = body.model.as_deref().unwrap_or_default();
         let model = options.path_model.as_deref().unwrap_or(named).to_owned();
-        let known = options.models.named(&model).at(options.provider);
+        let (snapshot, api) = (&*options.snapshot, options.api);
+        let environment = &snapshot.config.environments[options.environment];
+        let index = destination::find(environment, api.as_str(), &model);
+        let destination = snapshot.contexts[options.environment].destinations.get(index);
+        let upstream = &snapshot.upstreams[destination.first()];
+        // The model that reads the prompt is the one that is sent.
+        let sent = destination.model.as_deref().unwrap_or(&model);
+        let known = snapshot.models.named(sent).at(upstream.provider);
+        let scope = EstimateScope { upstream: upstream.calibrations, principal: options.principal };
         let learned = options.learned.as_deref();
-        let recall =
-            learned.map(|learned| learned.recall(options.scope, options.api, &model, &mut body.prompt));
+        let recall = learned.map(|learned| learned.recall(scope, api, sent, &mut body.prompt));
         let Some(estimate) = estimate(&body.prompt, &known) else { return Ok(None) };
         let corrected = match (learned, &recall) {
-            (Some(learned), Some(recall)) => learned.correct(recall, &model, &estimate),
+            (Some(learned), Some(recall)) => learned.correct(recall, sent, &estimate),
             _ => CorrectedPrompt::uncorrected(&estimate),
         };
-        let adds_usage_request = options.requests_stream_usage
-            && body.streams
-            && options.api.reports_stream_usage_on_request()
-            && !body.wants_usage();
+        let may_request_usage = body.streams && api.reports_stream_usage_on_request() && !body.wants_usage();
+        let replaced = destination.model.as_deref().filter(|_| options.path_model.is_none());
         Ok(Some(Self {
             body: bytes.clone(),
-            usage_request: adds_usage_request.then(|| body.request_usage()),
+            usage_request: may_request_usage.then(|| body.request_usage()),
+            requests_usage: upstream.requests_stream_usage(),
+            model_edit: replaced.and_then(|name| body.replace_model(name)).map(Box::new),
+            sent_model: destination.model.clone(),
+            destination: index,
             bounds: body.bounds(),
             streams: body.streams || options.path_streams,
             completion_cap: body.completion_cap(),
@@ -251,67 +344,44 @@ pub(super) async fn parse(
     address: IpAddr,
     body: Bytes,
 ) -> Result<Call, ProxyError> {
-    let environment = &snapshot.config.environments[caller.environment];
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
         Endpoint::Uncounted(_) | Endpoint::CountTokens(_) => {
             let content_type = head.headers.get(header::CONTENT_TYPE);
-            let mut call = Call::uncounted(body, content_type, environment.depends_on_model()).await?;
-            if let Some(model) = route.model {
-                model.clone_into(&mut call.model);
-            }
-            return Ok(call);
+            return Call::uncounted(body, content_type, route, snapshot, caller.environment).await;
         }
         Endpoint::Models | Endpoint::Root | Endpoint::Other => {
             let model = route.model.map(query::decoded).unwrap_or_default();
-            return Ok(Call { model, ..Call::opaque(body) });
+            let mut call = Call { model, ..Call::opaque(body) };
+            call.go_to(snapshot, caller.environment, |environment, model| match route.model {
+                Some(_) => {
+                    let dialect = model_lists::dialect(route.path, &head.headers);
+                    destination::find_for_description(environment, dialect, model)
+                }
+                None => snapshot.contexts[caller.environment].destinations.rest(),
+            });
+            return Ok(call);
         }
     };
-    let context = &snapshot.contexts[caller.environment];
+    let principal = caller::principal(&state.learned, snapshot, caller, head, address);
     let options = ParseOptions {
-        api,
         path_model: route.model.map(str::to_owned),
         path_streams: route.streams,
-        models: snapshot.models.clone(),
-        provider: context.provider,
-        requests_stream_usage: snapshot.requests_stream_usage(context.upstream),
-        learned: environment.calibrate.then(|| state.learned.clone()),
-        scope: EstimateScope {
-            upstream: context.calibrations,
-            principal: caller::principal(&state.learned, snapshot, caller, head, address),
-        },
+        ..ParseOptions::new(state, snapshot, api, caller.environment, principal)
     };
-    let mut call = Call::counted(body, options).await?;
-    call.add_unseen(environment.unseen_prompt_tokens);
-    Ok(call)
+    Call::counted(body, options).await
 }
 
 /// Parses a body that a caller might send, as `parse` would.
 pub(super) async fn parse_example(
     state: &State,
-    snapshot: &Snapshot,
+    snapshot: &Arc<Snapshot>,
     (environment, caller): (usize, Option<usize>),
     api: Api,
     body: Bytes,
 ) -> Result<Call, ProxyError> {
-    let settings = &snapshot.config.environments[environment];
-    let context = &snapshot.contexts[environment];
-    let options = ParseOptions {
-        api,
-        path_model: None,
-        path_streams: false,
-        models: snapshot.models.clone(),
-        provider: context.provider,
-        requests_stream_usage: snapshot.requests_stream_usage(context.upstream),
-        learned: settings.calibrate.then(|| state.learned.clone()),
-        scope: EstimateScope {
-            upstream: context.calibrations,
-            principal: caller::principal_of_caller(&state.learned, snapshot, environment, caller),
-        },
-    };
-    let mut call = Call::counted(body, options).await?;
-    call.add_unseen(settings.unseen_prompt_tokens);
-    Ok(call)
+    let principal = caller::principal_of_caller(&state.learned, snapshot, environment, caller);
+    Call::counted(body, ParseOptions::new(state, snapshot, api, environment, principal)).await
 }
 
 fn estimate_if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimate> {

@@ -109,7 +109,7 @@ pub(super) fn principal(
     address: IpAddr,
 ) -> u64 {
     let context = &snapshot.contexts[caller.environment];
-    if let (Some(index), Some(_)) = (caller.index, &context.credential) {
+    if let (Some(index), true) = (caller.index, context.has_credentials) {
         return *context.principals[index]
             .get_or_init(|| principal_of_caller(learned, snapshot, caller.environment, Some(index)));
     }

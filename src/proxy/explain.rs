@@ -16,6 +16,12 @@ use std::sync::Arc;
 pub(crate) struct Explanation {
     pub(crate) api: &'static str,
     pub(crate) model: String,
+    /// The number of the route that takes the request, from 1. `None`: no route takes it.
+    pub(crate) route: Option<usize>,
+    /// The names of the upstreams, in the order in which they would be tried.
+    pub(crate) upstreams: Vec<String>,
+    /// The model name that would be sent.
+    pub(crate) sent_model: String,
     /// The tokens that would be reserved for the prompt.
     pub(crate) prompt_tokens: u64,
     /// The count of the prompt before any correction, with its parts.
@@ -48,21 +54,29 @@ pub(crate) async fn explain(
     call.check_model(Endpoint::Counted(api), settings)?;
     let name: Option<&Arc<str>> = caller.map(|index| &snapshot.contexts[environment].callers[index]);
     let Call { prompt_tokens, estimate, corrected, model, .. } = &call;
+    let destination = snapshot.contexts[environment].destinations.get(call.destination);
+    let backends: Vec<_> =
+        destination.upstreams.iter().map(|&upstream| snapshot.backend(upstream, call.name_sent())).collect();
     let demand = Demand {
         subject: Subject { caller: name, model },
         prompt: *prompt_tokens,
         generates: api.generates(),
         cap: call.completion_cap,
         completions: call.completions.max(1),
-        backends: &[snapshot.backend(environment, model)],
+        backends: &backends,
     };
     let account = &snapshot.accounts[environment];
     account.refresh().await;
     let forecast = account.forecast(&demand);
     let error = forecast.obstacle.clone().map(|no_room| refusal::no_room_error(no_room, settings));
+    let destinations = &snapshot.contexts[environment].destinations;
+    let upstreams = destination.upstreams.iter();
     Ok(Explanation {
         api: api.as_str(),
         model: model.clone(),
+        route: destinations.route_number(call.destination),
+        upstreams: upstreams.map(|&upstream| snapshot.upstreams[upstream].settings.name.clone()).collect(),
+        sent_model: call.name_sent().to_owned(),
         prompt_tokens: *prompt_tokens,
         counted: *estimate,
         source: corrected.source,

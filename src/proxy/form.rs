@@ -9,9 +9,10 @@ use crate::error::ProxyError;
 use bytes::Bytes;
 use disposition::field_name;
 use http::HeaderValue;
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderName};
+use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderMap, HeaderName};
 use multer::{Constraints, Field, Multipart, SizeLimit};
 use std::io::Cursor;
+use std::ops::Range;
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 
@@ -31,10 +32,17 @@ pub(super) fn boundary(content_type: Option<&HeaderValue>) -> Option<String> {
 }
 
 /// Reads the field `model` of a form, on the blocking pool because it scans the whole form. Returns an empty string
-/// if there is no such field.
-pub(super) async fn model(body: Bytes, boundary: String) -> Result<String, ProxyError> {
+/// if there is no such field, and the range of the field's value if it can be replaced.
+pub(super) async fn model(
+    body: Bytes,
+    boundary: String,
+) -> Result<(String, Option<Range<usize>>), ProxyError> {
     let runtime = Handle::current();
-    let find = move || runtime.block_on(find_model(body, boundary));
+    let find = move || {
+        let model = runtime.block_on(find_model(body.clone(), boundary.clone()))?;
+        let at = locate(&body, &boundary, &model);
+        Ok((model, at))
+    };
     spawn_blocking(find).await.map_err(|_| ProxyError::Internal)?.map_err(ProxyError::InvalidBody)
 }
 
@@ -64,6 +72,38 @@ async fn find_model(body: Bytes, boundary: String) -> Result<String, BodyFault> 
         model = Some(field.text().await.map_err(broken)?);
     }
     Ok(model.unwrap_or_default())
+}
+
+/// The range of the value of the field `model`, which `find_model` has read. `None`: the form is written in an unusual way.
+fn locate(body: &[u8], boundary: &str, model: &str) -> Option<Range<usize>> {
+    let delimiter = format!("--{boundary}\r\n");
+    let begins_line = |at: &usize| *at == 0 || body[..*at].ends_with(b"\r\n");
+    for at in memchr::memmem::find_iter(body, delimiter.as_bytes()).filter(begins_line) {
+        let part = &body[at + delimiter.len()..];
+        let head = &part[..memchr::memmem::find(part, b"\r\n\r\n")?];
+        if head.len() > MAX_HEAD_BYTES || !names_model(head) {
+            continue;
+        }
+        let start = at + delimiter.len() + head.len() + 4;
+        let end = start + memchr::memmem::find(&body[start..], format!("\r\n--{boundary}").as_bytes())?;
+        return Some(start..end).filter(|at| body[at.clone()] == *model.as_bytes());
+    }
+    None
+}
+
+/// Whether the head of a part has the name `model`.
+fn names_model(head: &[u8]) -> bool {
+    let mut headers = HeaderMap::new();
+    for line in head.split(|&b| b == b'\n') {
+        let Some(colon) = memchr::memchr(b':', line) else { continue };
+        let value = HeaderValue::from_bytes(line[colon + 1..].trim_ascii());
+        if line[..colon].eq_ignore_ascii_case(b"content-disposition")
+            && let Ok(value) = value
+        {
+            headers.append(CONTENT_DISPOSITION, value);
+        }
+    }
+    field_name(&headers).is_ok_and(|name| name == "model")
 }
 
 fn ambiguous(how: &str) -> BodyFault {
@@ -199,6 +239,25 @@ mod tests {
             assert!(named(parts).await.is_err(), "{parts:?}");
         }
         assert!(find_model(Bytes::from_static(b"--x\r\n"), "x".to_owned()).await.is_err());
+    }
+
+    #[test]
+    fn the_value_of_the_model_is_found_in_a_form() {
+        let form = |parts: &[&str]| format!("--x\r\n{}\r\n--x--\r\n", parts.join("\r\n--x\r\n"));
+        let unusual = MODEL.replace(
+            "Content-Disposition: form-data; name=\"model\"",
+            "X-A: b\r\ncontent-disposition:form-data;name=model",
+        );
+        let decoy = AUDIO.replace("RIFF", "--x\n name=\"model\"\r\n\r\nwhisper-1");
+        for parts in [&[AUDIO, MODEL][..], &[MODEL, AUDIO], &[&unusual], &[&decoy, MODEL]] {
+            let body = form(parts);
+            let at = locate(body.as_bytes(), "x", "whisper-1").unwrap();
+            assert_eq!(&body[at.clone()], "whisper-1");
+            let edited = format!("{}tiny{}", &body[..at.start], &body[at.end..]);
+            assert_eq!(edited.replace("\r\n\r\ntiny\r\n", "\r\n\r\nwhisper-1\r\n"), body);
+        }
+        assert_eq!(locate(form(&[AUDIO]).as_bytes(), "x", ""), None);
+        assert_eq!(locate(form(&[MODEL]).as_bytes(), "x", "other"), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACE_STATE: HeaderName = HeaderName::from_static("tracestate");
 const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
+const UPSTREAM: HeaderName = HeaderName::from_static("x-tollgate-upstream");
 const CLAMPED: HeaderName = HeaderName::from_static("x-tollgate-clamped-max-tokens");
 const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
 const RAW_ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-raw-estimated-prompt-tokens");
@@ -206,6 +207,8 @@ pub(super) fn request_id(headers: &mut HeaderMap, new_ids: &RequestIds) -> Strin
 #[derive(Clone, Default)]
 pub(super) struct AddedHeaders {
     pub(super) environment: Option<HeaderValue>,
+    /// The name of the upstream that answered.
+    pub(super) upstream: Option<HeaderValue>,
     /// Prompt tokens reserved, and prompt tokens counted before calibration.
     pub(super) estimated_prompt: Option<(u64, u64)>,
     /// The status of the quotas of each kind, in the order of `Kind::ALL`.
@@ -250,6 +253,9 @@ impl AddedHeaders {
         numbers.insert_into(headers);
         if let Some(environment) = self.environment {
             headers.insert(ENVIRONMENT, environment);
+        }
+        if let Some(upstream) = self.upstream {
+            headers.insert(UPSTREAM, upstream);
         }
         if self.unread == UnreadBody::Large {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

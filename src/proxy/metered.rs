@@ -7,7 +7,7 @@ use super::route::Endpoint;
 use super::settlement::{AnswerSettlement, SettlementFacts, Unreported, WhenDurable};
 use crate::api::Dialect;
 use crate::clock::Stopwatch;
-use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts};
+use crate::config::{Environment, OnDisconnect, OnOverrun, Timeouts, UpstreamSettings};
 use crate::error::ProxyError;
 use crate::estimate::Tokenizer;
 use crate::learned::EstimateUpdate;
@@ -54,13 +54,9 @@ pub(super) struct MeterContext {
     /// Runs since the request was sent. `timeouts.total` counts from then.
     pub(super) started: Stopwatch,
     pub(super) environment: Arc<Environment>,
+    /// The upstream that answers.
+    pub(super) upstream: Arc<UpstreamSettings>,
     pub(super) peer: Arc<Peer>,
-}
-
-impl MeterContext {
-    fn upstream(&self) -> &str {
-        &self.environment.upstream.name
-    }
 }
 
 /// The body of an upstream's answer on its way to the caller.
@@ -209,7 +205,7 @@ impl Metered {
                 if !self.has_first_token {
                     self.record_first_token();
                 }
-                let total = self.context.environment.upstream.timeouts.total;
+                let total = self.context.upstream.timeouts.total;
                 if self.is_whole() {
                     self.complete();
                 } else if self.last_data.since(self.context.started) >= total {
@@ -221,7 +217,7 @@ impl Metered {
             }
             Poll::Ready(None) => self.complete(),
             Poll::Ready(Some(Err(error))) => {
-                tracing::debug!(%error, upstream = self.context.upstream(), "the upstream broke off its answer");
+                tracing::debug!(%error, upstream = self.context.upstream.name, "the upstream broke off its answer");
                 self.interrupt(&Interruption::Disconnected);
             }
             Poll::Pending => {
@@ -312,7 +308,7 @@ impl Metered {
     /// every piece.
     fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<Interruption> {
         loop {
-            let Timeouts { idle, total, .. } = self.context.environment.upstream.timeouts;
+            let Timeouts { idle, total, .. } = self.context.upstream.timeouts;
             let (idle_end, total_end) = (self.last_data.deadline(idle), self.context.started.deadline(total));
             let due = idle_end.min(total_end);
             let timeout = self.timeout.get_or_insert_with(|| Box::pin(sleep_until(due)));
@@ -349,7 +345,7 @@ impl Metered {
             return self.complete();
         }
         let dialect = self.context.endpoint.dialect();
-        let error = interruption.error(self.context.upstream());
+        let error = interruption.error(&self.context.upstream.name);
         let list_separator = self.reader.list_separator();
         let event = if let Some(reader) = self.reader.as_stream() {
             let number = reader.next_sequence_number();

@@ -59,7 +59,7 @@ struct ModelList<'l> {
 }
 
 #[derive(Deserialize)]
-struct ListedModel<'l> {
+struct ModelNames<'l> {
     #[serde(borrow)]
     id: Option<Cow<'l, str>>,
     /// Google's name: `models/` and the id.
@@ -81,11 +81,34 @@ fn allowed_only(list: &Bytes, allowed: &[Glob]) -> Option<Bytes> {
 
 /// Whether a pattern allows a model. One without a name stays.
 fn is_allowed(model: &str, allowed: &[Glob]) -> bool {
+    name_of(model).is_none_or(|name| allowed.iter().any(|pattern| pattern.matches(&name)))
+}
+
+/// The name of a model of a list.
+fn name_of(model: &str) -> Option<String> {
     let model = replace_lone_surrogates(model.as_bytes());
-    let Ok(ListedModel { id, name }) = serde_json::from_slice(&model) else { return true };
-    let Some(name) = id.or(name) else { return true };
-    let name = name.strip_prefix("models/").unwrap_or(&name);
-    allowed.iter().any(|pattern| pattern.matches(name))
+    let ModelNames { id, name } = serde_json::from_slice(&model).ok()?;
+    let name = id.or(name)?;
+    Some(name.strip_prefix("models/").unwrap_or(&name).to_owned())
+}
+
+/// A model of a list.
+#[derive(Debug)]
+pub(super) struct ListedModel {
+    pub(super) id: String,
+    /// Its JSON, as the upstream sent it.
+    pub(super) entry: String,
+}
+
+/// The models of a list, without those that have no name. `None`: this is no list of models.
+pub(super) fn listed(list: &[u8]) -> Option<Vec<ListedModel>> {
+    let ModelList { data } = serde_json::from_slice(list).ok()?;
+    let entries = data.into_iter().map(RawValue::get);
+    Some(
+        entries
+            .filter_map(|entry| Some(ListedModel { id: name_of(entry)?, entry: entry.to_owned() }))
+            .collect(),
+    )
 }
 
 #[cfg(test)]

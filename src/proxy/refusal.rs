@@ -5,12 +5,12 @@ use super::charge::Charge;
 use super::headers::{AddedHeaders, REQUEST_ID, UnreadBody};
 use super::state::State;
 use crate::api::Dialect;
-use crate::config::Environment;
+use crate::config::{Environment, UpstreamSettings};
 use crate::error::{ProxyError, quota_shape};
 use crate::ledger::NoRoom;
 use crate::telemetry::{Metrics, Record, Rejection, RequestOutcome};
 use crate::upstream::SendError;
-use http::header::HeaderValue;
+use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
 
 /// A request that is not forwarded, and the headers that the gateway adds to the error answer.
@@ -63,6 +63,25 @@ pub(super) fn respond_to_root_check(mut record: Record) -> Response<AnswerBody> 
     record.status = StatusCode::OK.as_u16();
     record.outcome = RequestOutcome::Answered;
     Response::new(AnswerBody::from_gateway(None))
+}
+
+/// Answers with a document of the gateway.
+pub(super) fn respond_with_json(
+    state: &State,
+    document: String,
+    headers: AddedHeaders,
+    mut record: Record,
+) -> Response<AnswerBody> {
+    record.status = StatusCode::OK.as_u16();
+    record.outcome = RequestOutcome::Answered;
+    record.request_id = state.request_ids.next();
+    let mut response = Response::new(AnswerBody::from_gateway(Some(document.into())));
+    headers.write(response.headers_mut());
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Ok(id) = HeaderValue::from_str(&record.request_id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
 }
 
 fn outcome(error: &ProxyError) -> RequestOutcome {
@@ -128,8 +147,8 @@ fn no_room_code(no_room: &NoRoom) -> &'static str {
 }
 
 /// The error for a request that got no answer from the upstream.
-pub(super) fn send_failed(error: SendError, environment: &Environment) -> ProxyError {
-    let upstream = environment.upstream.name.clone();
+pub(super) fn send_failed(error: SendError, upstream: &UpstreamSettings) -> ProxyError {
+    let upstream = upstream.name.clone();
     match error {
         SendError::Unreachable(what, source) => {
             tracing::warn!(error = %source, upstream, what, "the gateway cannot reach an upstream");

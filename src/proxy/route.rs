@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::error::{PathMistake, ProxyError};
 use crate::similar::most_similar;
 use http::Method;
+use std::fmt::Write as _;
 
 /// The kind of service at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,15 @@ impl Endpoint {
         match self {
             Self::Counted(api) | Self::CountTokens(api) => api.dialect(),
             Self::Uncounted(_) | Self::Models | Self::Root | Self::Other => Dialect::OpenAi,
+        }
+    }
+
+    /// The API that routes of the config select; empty: none.
+    pub(super) fn api(self) -> &'static str {
+        match self {
+            Self::Counted(api) | Self::CountTokens(api) => api.as_str(),
+            Self::Uncounted(name) => name,
+            Self::Models | Self::Root | Self::Other => "",
         }
     }
 
@@ -328,6 +338,27 @@ fn is_segment(segment: &str) -> bool {
 /// Whether every segment of a path is unambiguous.
 fn is_plain(path: &str) -> bool {
     path.strip_prefix('/').is_some_and(|rest| !rest.is_empty() && rest.split('/').all(is_segment))
+}
+
+/// The path with another model than the one that it names, which is a slice of the path. The name is one segment, except in
+/// the path of a description of a model, where it may be several.
+pub(super) fn with_model(route: &Route<'_>, name: &str) -> String {
+    let model = route.model.unwrap_or_default();
+    let start = model.as_ptr().addr().saturating_sub(route.path.as_ptr().addr());
+    let (before, rest) = route.path.split_at_checked(start).unwrap_or((route.path, ""));
+    let mut path = before.to_owned();
+    for &byte in name.as_bytes() {
+        let is_plain = byte.is_ascii_alphanumeric()
+            || b"-._~@".contains(&byte)
+            || byte == b'/' && route.endpoint == Endpoint::Models;
+        if is_plain {
+            path.push(char::from(byte));
+        } else {
+            // Writing to a string cannot fail.
+            let _ = write!(path, "%{byte:02X}");
+        }
+    }
+    path + rest.get(model.len()..).unwrap_or_default()
 }
 
 /// The path and query at the upstream: the path of `base_url`, then the caller's path without the segments that

@@ -108,7 +108,7 @@ impl SettlementFacts {
         if reported.has_incredible() || reported.has_false_zero(own) {
             metrics.usage_missing(&environment.name, "not_credible");
             tracing::warn!(
-                upstream = environment.upstream.name,
+                upstream = charge.record.upstream.as_ref().map(|upstream| upstream.name.as_str()),
                 "the upstream reported usage that is not credible; the gateway charges its own count for those fields"
             );
         } else if *expects_usage && (reported.completion().is_none() || reported.is_outgrown(own)) {

@@ -1,19 +1,19 @@
 //! One config with everything that is prepared from it. It never changes: a reload makes another one. A request uses one
 //! snapshot from its first byte to its last.
 
+use super::destination::Destinations;
 use super::flood::FloodLimiter;
-use super::headers;
 use super::keys::KeyTable;
+use super::upstream_context::UpstreamContext;
 use crate::calibrations::Calibrations;
 use crate::config::{Config, Environment, UpstreamSettings};
-use crate::estimate::{Models, Provider};
+use crate::estimate::Models;
 use crate::ledger::{Account, Backend};
 use crate::provider_limits::ProviderLimits;
 use crate::telemetry::{CallerLabels, Metrics, Series};
 use crate::upstream::{ReplicaStatus, Replicas, check_replicas};
 use futures_util::future::join_all;
 use http::header::HeaderValue;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio_rustls::rustls::ClientConfig;
 
@@ -32,8 +32,8 @@ pub struct Snapshot {
     pub(super) flood: Option<Arc<FloodLimiter>>,
     /// Sends traces. `None`: the gateway sends none.
     pub(crate) tracing: Option<Arc<crate::telemetry::Tracing>>,
-    /// Whether each upstream has refused `stream_options`, in the order of the config.
-    refuses_stream_options: Vec<Arc<AtomicBool>>,
+    /// In the order of the config.
+    pub(super) upstreams: Vec<UpstreamContext>,
     /// The limits of each upstream's provider, in the order of the config.
     pub(crate) provider_limits: Vec<Arc<ProviderLimits>>,
     /// The replicas of each upstream, in the order of the config.
@@ -43,12 +43,9 @@ pub struct Snapshot {
 /// Values of one environment that every request needs, prepared once so that requests share them.
 pub(super) struct EnvironmentContext {
     pub(super) series: Arc<Series>,
-    /// Index of the upstream in the config.
-    pub(super) upstream: usize,
-    /// Index of the upstream's corrections of prompt estimates.
-    pub(super) calibrations: usize,
-    /// The service behind the upstream.
-    pub(super) provider: Provider,
+    pub(super) destinations: Destinations,
+    /// Whether every upstream of the environment has a key of its own.
+    pub(super) has_credentials: bool,
     pub(super) name: Arc<str>,
     /// The callers' names, in the order of the config.
     pub(super) callers: Vec<Arc<str>>,
@@ -56,7 +53,6 @@ pub(super) struct EnvironmentContext {
     pub(super) principals: Vec<OnceLock<u64>>,
     /// The value of `x-tollgate-environment`.
     pub(super) header: HeaderValue,
-    pub(super) credential: Option<headers::Credential>,
 }
 
 impl Snapshot {
@@ -76,13 +72,9 @@ impl Snapshot {
             || guard.and_then(FloodLimiter::new).map(Arc::new),
             |previous| previous.flood.clone(),
         );
-        let refuses_stream_options = config.upstreams.iter().map(|settings| {
-            let same = previous.and_then(|previous| {
-                let is_same = |known: &Arc<UpstreamSettings>| known.is_same_backend(settings);
-                let at = previous.config.upstreams.iter().position(is_same)?;
-                previous.refuses_stream_options.get(at).cloned()
-            });
-            same.unwrap_or_default()
+        let upstreams = config.upstreams.iter().map(|settings| {
+            let known = previous.iter().flat_map(|previous| &previous.upstreams);
+            UpstreamContext::new(settings, calibrations, known)
         });
         let provider_limits = config.upstreams.iter().map(|settings| {
             let same = previous.and_then(|previous| {
@@ -108,10 +100,10 @@ impl Snapshot {
                 .zip(CallerLabels::of(&config))
                 .map(|(environment, callers)| {
                     let series = metrics.series_of(environment, callers, config.telemetry.gen_ai_metrics);
-                    EnvironmentContext::new(&config, environment, series, calibrations)
+                    EnvironmentContext::new(&config, environment, series)
                 })
                 .collect::<anyhow::Result<_>>()?,
-            refuses_stream_options: refuses_stream_options.collect(),
+            upstreams: upstreams.collect(),
             accounts,
             upstream_accounts,
             models,
@@ -141,29 +133,9 @@ impl Snapshot {
         self.config.environments.iter().cloned().zip(self.accounts.iter().cloned()).collect()
     }
 
-    /// The upstream of an environment, by its index. `model`: the name that is sent to it.
-    pub(super) fn backend<'s>(&'s self, environment: usize, model: &'s str) -> Backend<'s> {
-        let upstream = self.contexts[environment].upstream;
+    /// An upstream, by its index. `model`: the name that is sent to it.
+    pub(super) fn backend<'s>(&'s self, upstream: usize, model: &'s str) -> Backend<'s> {
         Backend { account: self.upstream_accounts[upstream].as_ref(), model }
-    }
-
-    /// Whether the gateway requests usage in streams of this upstream. It does not if `stream_usage` is `never`, or
-    /// if the upstream has refused `stream_options`.
-    pub(super) fn requests_stream_usage(&self, upstream: usize) -> bool {
-        self.config.upstreams[upstream].requests_stream_usage
-            && !self.refuses_stream_options[upstream].load(Ordering::Relaxed)
-    }
-
-    /// Records that an upstream refuses `stream_options`. The gateway adds them no more while this process runs, or
-    /// until the upstream's settings change.
-    pub(super) fn stop_requesting_stream_usage(&self, upstream: usize) {
-        if !self.refuses_stream_options[upstream].swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                upstream = self.config.upstreams[upstream].name,
-                "the upstream refuses stream_options: the gateway no longer requests usage in its streams and counts \
-                 the delivered text instead; set upstreams.*.stream_usage to never to avoid the refused first attempt"
-            );
-        }
     }
 }
 
@@ -176,23 +148,16 @@ fn has_same_limits(before: &UpstreamSettings, after: &UpstreamSettings) -> bool 
 }
 
 impl EnvironmentContext {
-    fn new(
-        config: &Config,
-        environment: &Environment,
-        series: Series,
-        calibrations: &Calibrations,
-    ) -> anyhow::Result<Self> {
-        let upstream = config.upstreams.iter().position(|u| Arc::ptr_eq(u, &environment.upstream));
+    fn new(config: &Config, environment: &Environment, series: Series) -> anyhow::Result<Self> {
+        let routed = environment.routes.iter().flat_map(|route| &route.upstreams);
         Ok(Self {
             series: Arc::new(series),
-            upstream: upstream.unwrap_or(0),
-            calibrations: calibrations.index_of(&environment.upstream.name),
-            provider: Provider::of_upstream(&environment.upstream),
+            destinations: Destinations::new(config, environment),
+            has_credentials: routed.chain([&environment.upstream]).all(|upstream| upstream.api_key.is_some()),
             name: environment.name.as_str().into(),
             callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
             principals: environment.callers.iter().map(|_| OnceLock::new()).collect(),
             header: HeaderValue::from_str(&environment.name)?,
-            credential: headers::credential(&environment.upstream),
         })
     }
 }

@@ -1,7 +1,9 @@
 use super::answer::{DRAINS, MAX_DRAIN_TIME, MAX_DRAINS, outlive_caller};
+use super::call::Call;
 use super::*;
 use crate::config::parse;
-use crate::ledger::Account;
+use crate::ledger::{Account, Demand};
+use crate::quota::{Amounts, Subject};
 use crate::server::CallerTimeouts;
 use crate::telemetry::Metrics;
 use bytes::Bytes;
@@ -106,6 +108,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         upstream: 0,
         environment: state.current().config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
+        alternatives: None,
         call: Call::opaque(Bytes::new()),
         buffered: BufferedBytes::none(&state.bodies),
         outlives_caller: true,

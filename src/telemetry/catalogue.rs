@@ -201,6 +201,11 @@ pub(super) const REPLICA_FAILURES: Metric = counter(
     &["upstream", "replica", "reason"],
     "How often a replica could not be reached, or failed its health check.",
 );
+pub(super) const UPSTREAM_ATTEMPTS: Metric = counter(
+    "tollgate_upstream_attempts_total",
+    &["upstream", "outcome"],
+    "Attempts to send a request to an upstream, and requests that a route with several upstreams did not send to it.",
+);
 pub(super) const PROVIDER_LIMIT: Metric = gauge(
     "tollgate_provider_limit",
     PROVIDER,
@@ -380,6 +385,7 @@ pub(super) const ALL: &[Metric] = &[
     REPLICA_IN_FLIGHT,
     REPLICA_UP,
     REPLICA_FAILURES,
+    UPSTREAM_ATTEMPTS,
     PROVIDER_LIMIT,
     PROVIDER_REMAINING,
     PROVIDER_REFUSALS,

@@ -185,7 +185,7 @@ impl Metrics {
         }
         spans.append_to(&mut text);
         process::append(&mut text, self.started);
-        state::append(&mut text, sources);
+        state::append(&mut text, sources, self.summaries());
         Ok(text)
     }
 

@@ -5,7 +5,7 @@ use super::code::{CLASSES, class_of, code_of};
 use super::model_series::{ModelMetrics, ModelSeries, SeriesOrigin};
 use super::summaries::{Summaries, UpstreamSummary};
 use super::{Record, RequestOutcome};
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, UpstreamSettings};
 use crate::error::CODES;
 use crate::estimate::PUBLIC_MODELS;
 use crate::glob::Glob;
@@ -27,13 +27,20 @@ pub(crate) struct Series {
     callers: CallerLabels,
     /// By API. Each has a counter for every combination of outcome and code that occurs.
     requests: [OnceLock<Box<[OnceLock<IntCounter>]>>; APIS.len()],
-    /// Indexed by model label.
-    models: Box<[OnceLock<Box<ModelSeries>>]>,
-    origin: SeriesOrigin,
+    /// The upstream for requests without a route, then those of the routes.
+    upstreams: Box<[RoutedSeries]>,
     queue_wait: OnceLock<Histogram>,
     clamped: IntCounter,
     drained: IntCounter,
-    upstream: Arc<UpstreamSummary>,
+}
+
+/// The series of the requests that one upstream answers.
+#[derive(Debug)]
+struct RoutedSeries {
+    origin: SeriesOrigin,
+    /// Indexed by model label.
+    models: Box<[OnceLock<Box<ModelSeries>>]>,
+    summary: Arc<UpstreamSummary>,
 }
 
 /// The metrics that a [`Series`] belongs to.
@@ -150,6 +157,14 @@ impl Series {
         let of_quotas = environment.quotas.iter().filter_map(|quota| of_quota(&quota.scope));
         let patterns: Vec<Glob> = environment.models.iter().cloned().chain(of_quotas).collect();
         let models = PUBLIC_MODELS.len() + patterns.len() + 1;
+        let of_upstream = |upstream: &Arc<UpstreamSettings>| RoutedSeries {
+            origin: SeriesOrigin {
+                upstream: upstream.name.clone(),
+                gen_ai_provider: has_gen_ai.then(|| super::gen_ai::provider(upstream.api)),
+            },
+            models: (0..models).map(|_| OnceLock::new()).collect(),
+            summary: metrics.summaries.upstream(&upstream.name),
+        };
         for (outcome, code) in [(RequestOutcome::Answered, "2xx"), (RequestOutcome::UpstreamError, "5xx")] {
             metrics.requests.with_label_values(&[name, "chat", outcome.as_str(), code]);
         }
@@ -158,16 +173,20 @@ impl Series {
             patterns,
             callers,
             requests: [const { OnceLock::new() }; APIS.len()],
-            models: (0..models).map(|_| OnceLock::new()).collect(),
-            origin: SeriesOrigin {
-                upstream: environment.upstream.name.clone(),
-                gen_ai_provider: has_gen_ai.then(|| super::gen_ai::provider(environment.upstream.api)),
-            },
+            upstreams: all_upstreams(environment).into_iter().map(of_upstream).collect(),
             queue_wait: OnceLock::new(),
             clamped: metrics.clamped.with_label_values(&[name]),
             drained: metrics.drained.with_label_values(&[name]),
-            upstream: metrics.summaries.upstream(&environment.upstream.name),
         }
+    }
+
+    /// The series of the upstream that a request was sent to last; of a request that was not sent, the first.
+    fn routed(&self, record: &Record) -> &RoutedSeries {
+        let name = record.upstream.as_ref().map(|upstream| upstream.name.as_str());
+        let is_last = |routed: &&RoutedSeries| Some(routed.origin.upstream.as_str()) == name;
+        // Most environments have one upstream.
+        let others = self.upstreams.get(1..).unwrap_or_default();
+        others.iter().find(is_last).unwrap_or(&self.upstreams[0])
     }
 
     /// The label of a model: its name if it is a known one, else the pattern of the environment that matches it, else
@@ -192,7 +211,13 @@ impl Series {
     /// Counts a request that has ended after `elapsed`, the tokens charged for it, and its times.
     pub(super) fn count(&self, metrics: &SeriesMetrics, record: &Record, elapsed: Duration) {
         self.count_request(metrics, record);
-        self.upstream.add(record);
+        let routed = self.routed(record);
+        if record.upstream.is_some() {
+            routed.summary.add(record);
+        }
+        for (upstream, outcome) in record.attempts.earlier() {
+            metrics.summaries.upstream(&upstream.name).add_attempt(*outcome);
+        }
         if let Some(waited) = record.queue_wait {
             let by_name = || metrics.queue_wait.with_label_values(&[&self.environment]);
             self.queue_wait.get_or_init(by_name).observe(waited.as_secs_f64());
@@ -206,9 +231,15 @@ impl Series {
         let Some(label) = record.model_label else { return };
         let new = || {
             let (environment, model) = (self.environment.as_str(), self.model_text(label));
-            Box::new(ModelSeries::new(&metrics.models, environment, model, &self.origin, self.callers.len()))
+            Box::new(ModelSeries::new(
+                &metrics.models,
+                environment,
+                model,
+                &routed.origin,
+                self.callers.len(),
+            ))
         };
-        let model = self.models[label.0].get_or_init(new);
+        let model = routed.models[label.0].get_or_init(new);
         let names =
             (self.environment.as_str(), self.model_text(label), self.callers.text(record.caller_label));
         model.count(&metrics.models, names, record, elapsed);
@@ -237,6 +268,17 @@ impl Series {
             None => by_labels().inc(),
         }
     }
+}
+
+/// The upstream of an environment for requests without a route, then those of its routes, each once.
+fn all_upstreams(environment: &Environment) -> Vec<&Arc<UpstreamSettings>> {
+    let mut all = vec![&environment.upstream];
+    for upstream in environment.routes.iter().flat_map(|route| &route.upstreams) {
+        if all.iter().all(|known| known.name != upstream.name) {
+            all.push(upstream);
+        }
+    }
+    all
 }
 
 #[cfg(test)]

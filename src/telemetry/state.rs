@@ -3,10 +3,11 @@
 use super::catalogue::{
     BUILD_INFO, IN_FLIGHT, NODES, OVERRIDE_ACTIVE, OVERRIDE_SINCE, QUEUE_LENGTH, QUOTA_BURST,
     QUOTA_EXHAUSTED, QUOTA_HELD, QUOTA_LEVEL, QUOTA_LIMIT, QUOTA_RESET, QUOTA_USED, REDIS_FAULTS,
-    REDIS_LOSSES, REDIS_UP, STORE_UP,
+    REDIS_LOSSES, REDIS_UP, STORE_UP, UPSTREAM_ATTEMPTS,
 };
 use super::exposition::{Family, labels, seconds};
 use super::series::CallerLabels;
+use super::summaries::Summaries;
 use super::{providers, replicas};
 use crate::clock::Timestamp;
 use crate::config::Config;
@@ -33,13 +34,19 @@ pub(crate) struct StateSources<'s> {
 }
 
 /// Appends the state to the text.
-pub(super) fn append(text: &mut String, sources: StateSources<'_>) {
+pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &Summaries) {
     let mut families = Families::new();
     let callers = CallerLabels::of(sources.config);
     for ((environment, account), callers) in
         sources.config.environments.iter().zip(sources.accounts).zip(&callers)
     {
         families.add_environment(&environment.name, account, callers);
+    }
+    for upstream in &sources.config.upstreams {
+        for (outcome, count) in summaries.upstream(&upstream.name).attempts() {
+            let names = labels(UPSTREAM_ATTEMPTS.labels, &[&upstream.name, outcome.as_str()]);
+            families.attempts.add(&names, count);
+        }
     }
     families.process.push(one(&BUILD_INFO, &labels(BUILD_INFO.labels, &[env!("CARGO_PKG_VERSION")]), 1));
     families.process.push(one(&STORE_UP, "", u64::from(sources.store_is_up)));
@@ -67,6 +74,7 @@ struct Families {
     override_since: Family,
     redis_losses: Family,
     redis_faults: Family,
+    attempts: Family,
     /// Metrics with one sample.
     process: Vec<Family>,
     /// The largest number of nodes that an environment has.
@@ -103,6 +111,7 @@ impl Families {
             override_since: Family::new(&OVERRIDE_SINCE),
             redis_losses: Family::new(&REDIS_LOSSES),
             redis_faults: Family::new(&REDIS_FAULTS),
+            attempts: Family::new(&UPSTREAM_ATTEMPTS),
             process: Vec::new(),
             nodes: 0,
             redis_is_up: None,
@@ -175,6 +184,7 @@ impl Families {
             &self.override_since,
             &self.redis_losses,
             &self.redis_faults,
+            &self.attempts,
         ];
         let all = quotas.into_iter().chain(others).chain(&self.process);
         all.for_each(|family| family.append_to(text));

@@ -1,6 +1,6 @@
 //! Figures for the admin API that metrics do not have: of each upstream, and of the estimates for each model.
 
-use super::{Record, RequestOutcome};
+use super::{AttemptOutcome, Record, RequestOutcome};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +24,8 @@ pub(crate) struct UpstreamSummary {
     error_answers: AtomicU64,
     failed: AtomicU64,
     cut: AtomicU64,
+    /// By outcome.
+    attempts: [AtomicU64; AttemptOutcome::ALL.len()],
     /// The last times to the first byte in milliseconds plus 1, as a ring; 0: none yet.
     first_bytes: Box<[AtomicU32]>,
     next: AtomicUsize,
@@ -36,6 +38,7 @@ impl Default for UpstreamSummary {
             error_answers: AtomicU64::default(),
             failed: AtomicU64::default(),
             cut: AtomicU64::default(),
+            attempts: Default::default(),
             first_bytes: (0..FIRST_BYTES).map(|_| AtomicU32::default()).collect(),
             next: AtomicUsize::default(),
         }
@@ -73,6 +76,9 @@ impl UpstreamSummary {
         if let Some(count) = count {
             count.fetch_add(1, Ordering::Relaxed);
         }
+        if let Some(outcome) = AttemptOutcome::of_last(record) {
+            self.attempts[outcome as usize].fetch_add(1, Ordering::Relaxed);
+        }
         if let Some(first_byte) = record.first_byte {
             let ms = u32::try_from(first_byte.as_millis()).unwrap_or(u32::MAX);
             let at = self.next.fetch_add(1, Ordering::Relaxed) % FIRST_BYTES;
@@ -80,6 +86,25 @@ impl UpstreamSummary {
                 slot.store(ms.saturating_add(1), Ordering::Relaxed);
             }
         }
+    }
+
+    /// Adds an attempt after which the request went to another upstream.
+    pub(super) fn add_attempt(&self, outcome: AttemptOutcome) {
+        self.attempts[outcome as usize].fetch_add(1, Ordering::Relaxed);
+        let count = match outcome {
+            AttemptOutcome::RateLimited | AttemptOutcome::Unavailable => &self.error_answers,
+            AttemptOutcome::Unreachable | AttemptOutcome::TimedOut => &self.failed,
+            _ => return,
+        };
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The number of attempts with each outcome that has occurred, and of answered ones.
+    pub(super) fn attempts(&self) -> impl Iterator<Item = (AttemptOutcome, u64)> + '_ {
+        let counts = self.attempts.iter().map(|count| count.load(Ordering::Relaxed));
+        let is_shown = |outcome: &AttemptOutcome, count| count > 0 || *outcome == AttemptOutcome::Answered;
+        AttemptOutcome::ALL.into_iter().zip(counts).filter(move |(outcome, count)| is_shown(outcome, *count))
     }
 
     pub(crate) fn figures(&self) -> UpstreamFigures {

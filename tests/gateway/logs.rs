@@ -18,17 +18,23 @@ async fn gateway(upstream: &Upstream, telemetry: &str) -> Process {
 fn config(upstream: &Upstream, telemetry: &str) -> String {
     format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
-         upstreams: {{ backend: {{ base_url: 'http://{}/v1', api_key: CANARY-upstream-key }} }}\n\
+         upstreams: {{ backend: {{ base_url: 'http://{}/v1', api_key: CANARY-upstream-key }}, gone: {{ base_url: 'http://{}', api_key: CANARY-upstream-key }} }}\n\
          environments:\n\
          \x20 prod:\n    upstream: backend\n    keys: [{{ name: web-app, secret: CANARY-callers-key-1 }}]\n\
          \x20   reserve: {{ completion: max_tokens, when_short: clamp }}\n\
          \x20   quotas: {{ completion_tokens: {{ limit: 600, per: second }}, requests: {{ limit: 100, per: hour }} }}\n\
          \x20   model_quotas: {{ 'gpt-4.1*': {{ requests: {{ limit: 1, per: day }} }} }}\n\
-         \x20 queued:\n    upstream: backend\n    keys: [{{ name: patient, secret: CANARY-callers-key-2 }}]\n\
+         \x20 queued:\n    upstream: backend\n    keys: [{{ name: patient, secret: CANARY-callers-key-2 }}]\n    routes: [{{ models: [gpt-4o], upstream: [gone, backend] }}]\n\
          \x20   reserve: {{ max_wait: 30s }}\n    quotas: {{ requests: {{ limit: 1, per: 2s }} }}\n\
          store: {{ memory: true }}\ntelemetry: {telemetry}\n",
-        upstream.address
+        upstream.address,
+        gone()
     )
+}
+
+/// An address that refuses connections.
+fn gone() -> String {
+    format!("127.0.0.1:{}", port::free_port())
 }
 
 async fn upstream() -> Upstream {
@@ -141,6 +147,8 @@ async fn json_lines_have_exactly_the_documented_fields() {
     ] {
         assert_eq!(line(5)[field], value, "{field}: {}", line(5));
     }
+    let attempts = json!([{"upstream": "gone", "outcome": "unreachable"}, {"upstream": "backend", "outcome": "answered"}]);
+    assert_eq!((&line(7)["attempts"], &line(7)["upstream"]), (&attempts, &json!("backend")));
     assert!(line(5)["retry_after_ms"].as_u64() > Some(0));
     assert!(line(6)["clamped_to"].as_u64() <= Some(600), "{}", line(6));
     assert!(!lines.concat().contains("CANARY"), "{lines:#?}");
@@ -161,7 +169,7 @@ async fn lines_for_people_are_readable_and_follow_a_banner() {
         version.as_str(),
         &format!("base_url      http://{address}/v1"),
         "environments  prod (1 key) to backend",
-        "queued (1 key) to backend",
+        "queued (1 key, 1 route) to backend",
         &format!("upstreams     backend: http://{}/v1", upstream.address),
         "store         memory",
         &format!("admin         http://{admin}/"),
@@ -186,6 +194,8 @@ async fn lines_for_people_are_readable_and_follow_a_banner() {
         "{}",
         requests[5]
     );
+    let attempts = " upstream=backend attempts=\"gone unreachable, backend answered\" api=chat ";
+    assert!(requests[7].contains(attempts), "{}", requests[7]);
     assert!(lines.iter().any(|line| line.contains(" INFO  shutting down: ")), "{lines:#?}");
     assert!(!lines.concat().contains("CANARY"), "{lines:#?}");
 }

@@ -39,6 +39,7 @@ mod quotas;
 mod refusals;
 mod reload;
 mod replicas;
+mod routes;
 mod routing;
 mod settling;
 mod shutdown;

@@ -443,3 +443,39 @@ server: { listen: 5 }
         ["t.yaml:1:1", "t.yaml:2:18", "t.yaml:2:21", "t.yaml:3:18", "t.yaml:3:30", "t.yaml:4:19"]
     );
 }
+
+#[test]
+fn a_route_that_cannot_work_is_refused() {
+    let route = |route: &str| with(&format!("routes: [{route}]"));
+    check(&[
+        (with("routes: []"), "environments.prod.routes: an empty list has no effect"),
+        (with("routes: { models: [a] }"), "this must be a list, not a mapping"),
+        (with("routes:"), "environments.prod.routes: the value is missing"),
+        (route("{ upstream: up }"), "\"models\" is missing; for example: [\"claude-*\"]"),
+        (route("{ models: [], upstream: up }"), "routes[0].models: an empty list would match no model"),
+        (route("{ models: [a] }"), "\"upstream\" is missing; for example: up"),
+        (route("{ models: [a], upstream: upp }"), "there is no upstream \"upp\"; did you mean \"up\"?"),
+        (route("{ models: [a], upstream: [] }"), "an empty list names no upstream"),
+        (
+            route("{ models: [a], upstream: [up, up] }"),
+            "environments.prod.routes[0].upstream[1]: this upstream is listed twice",
+        ),
+        (route("{ models: [a], upstream: up, apis: [] }"), "an empty list would match no request"),
+        (
+            route("{ models: [a], upstream: up, apis: [chats] }"),
+            "\"chats\" is not valid here; write one of chat,",
+        ),
+        (route("{ models: [a], upstream: up, apis: [chat, chat] }"), "this API is listed twice"),
+        (route("{ models: [a], upstream: up, model: 'gpt-*' }"), "\"gpt-*\" is a pattern"),
+        (route("{ models: [a], upstream: up, model: '' }"), "an empty name cannot be sent"),
+        (route("{ models: [a], upstream: up, model: \"a\\nb\" }"), "a control character"),
+        (
+            route(&format!("{{ models: [a], upstream: up, model: {} }}", "x".repeat(257))),
+            "longer than 256 bytes",
+        ),
+        (route("{ models: [a], upstream: up, modle: b }"), "unknown key \"modle\"; did you mean \"model\"?"),
+    ]);
+    let all =
+        faults(&route("{ models: [], upstream: [x, up, up], apis: [chta], model: 'a?' }, { upstream: y }"));
+    assert_eq!(all.lines().count(), 7, "{all}");
+}

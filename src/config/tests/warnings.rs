@@ -93,3 +93,43 @@ fn a_supported_setting_gives_no_warning() {
     ) + "server: { flood_guard: { requests: 9, per: second } }\nstore: { path: p, history: 1d, redis: { url: 'redis://r', timeout: 1s, on_failure: open, lease: true } }\n";
     assert_eq!(warnings(&text), "");
 }
+
+#[test]
+fn a_route_that_never_matches_gives_a_warning() {
+    let of = |models: &str, routes: &str| warnings(&with(&format!("{models}routes: [{routes}]")));
+    let route = |models: &str, rest: &str| format!("{{ models: {models}, upstream: up{rest} }}");
+    for (first, second) in [
+        (route("['gpt-*']", ""), route("['gpt-4o', 'gpt-4.1*']", "")),
+        (route("['*']", ""), route("['gpt-4o']", ", apis: [chat]")),
+        (route("['a', 'b']", ", apis: [chat]"), route("['b']", ", apis: [chat]")),
+    ] {
+        let text = of("", &format!("{first}, {second}"));
+        assert!(
+            text.contains(
+                "environments.prod.routes[1]: this route never matches, because earlier routes take"
+            ),
+            "{text}"
+        );
+        assert!(!of("", &format!("{second}, {first}")).contains("never matches") || first.contains("'b'"));
+    }
+    for (first, second) in [
+        (route("['gpt-*']", ", apis: [chat]"), route("['gpt-4o']", "")),
+        (route("['gpt-4o']", ""), route("['gpt-*']", "")),
+        (route("['gpt-?']", ""), route("['gpt-*']", "")),
+    ] {
+        assert!(!of("", &format!("{first}, {second}")).contains("never matches"), "{first} {second}");
+    }
+    let forbidden = of("models: ['gpt-*']\n    ", &route("['claude-*']", ""));
+    assert!(forbidden.contains("because the environment's models allow no model"), "{forbidden}");
+    let many: Vec<String> = (0..600).map(|n| route(&format!("['a{n}']"), "")).collect();
+    assert!(!of("", &many.join(", ")).contains("never matches"));
+}
+
+#[test]
+fn the_upstreams_of_routes_are_checked_for_exposure() {
+    let text =
+        MINIMAL.replace("environments:", "  paid: { base_url: 'http://p', api_key: k }\nenvironments:");
+    let open = warnings(&format!("{text}    routes: [{{ models: [a], upstream: [up, paid] }}]\n"));
+    assert!(open.contains("can spend on the api_key of upstream \"paid\""), "{open}");
+    assert_eq!(open.lines().count(), 1, "{open}");
+}

@@ -1,6 +1,7 @@
 //! The text of one line, in either form.
 
 use crate::config::LogForm;
+use crate::telemetry::AttemptOutcome;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -89,6 +90,24 @@ impl<'b> Line<'b> {
     pub(super) fn add_text(&mut self, key: &str, text: &str) {
         if !text.is_empty() {
             self.add(key, text);
+        }
+    }
+
+    /// Adds the upstreams that a request has tried: as JSON a list, for people `NAME OUTCOME, NAME OUTCOME`.
+    pub(super) fn add_attempts(&mut self, attempts: &[(&str, AttemptOutcome)]) {
+        if attempts.is_empty() {
+            return;
+        }
+        match self.form {
+            LogForm::Json => {
+                let view = |&(upstream, outcome): &(&str, AttemptOutcome)| serde_json::json!({"upstream": upstream, "outcome": outcome.as_str()});
+                self.add("attempts", attempts.iter().map(view).collect::<Vec<_>>());
+            }
+            LogForm::Human => {
+                let words =
+                    attempts.iter().map(|(upstream, outcome)| format!("{upstream} {}", outcome.as_str()));
+                self.add("attempts", words.collect::<Vec<_>>().join(", "));
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use super::Log;
 use super::line::Line;
 use crate::config::RequestLines;
 use crate::quota::{Shortfall, Wait};
-use crate::telemetry::{Record, RequestOutcome};
+use crate::telemetry::{Attempts, Record, RequestOutcome};
 use std::time::Duration;
 use tracing::Level;
 
@@ -46,6 +46,7 @@ fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
     line.add_text("environment", &record.environment);
     line.add_if_any("caller", record.caller.as_deref());
     line.add_if_any("upstream", record.upstream.as_ref().map(|upstream| &*upstream.name));
+    line.add_attempts(&Attempts::with_last(record));
     if record.api != "none" {
         line.add_word("api", record.api);
     }

@@ -1,0 +1,284 @@
+//! The room for a request: in the quotas, and at the provider of the upstream that receives it.
+
+use super::Proxy;
+use super::call::Call;
+use super::caller::IdentifiedCaller;
+use super::candidates::{Candidate, Candidates};
+use super::destination::Destination;
+use super::headers::AddedHeaders;
+use super::refusal::{self, Refusal};
+use super::route::Endpoint;
+use crate::error::ProxyError;
+use crate::ledger::{Backend, Demand, NoRoom, Reservation};
+use crate::provider_limits::Pass;
+use crate::quota::{Amounts, Subject, Wait};
+use crate::telemetry::{AttemptOutcome, Record};
+use crate::upstream::availability::Attempt;
+use smallvec::SmallVec;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The upstream that receives a request.
+pub(super) struct Chosen {
+    /// Index of the upstream in the config.
+    pub(super) upstream: usize,
+    /// The permission of the provider's limits. `None`: the gateway does not follow them.
+    pub(super) pass: Option<Pass>,
+    /// The upstreams after it, and the attempt at it. `None`: the route has one upstream.
+    pub(super) others: Option<(Box<Candidates>, Attempt)>,
+}
+
+/// Why an upstream does not receive a request.
+pub(super) enum Obstacle {
+    /// Its provider would refuse the request for this time.
+    Held(Duration),
+    /// Its own quotas have no room.
+    NoRoom(NoRoom),
+}
+
+impl Chosen {
+    /// The only upstream of a route.
+    pub(super) fn only(upstream: usize) -> Self {
+        Self { upstream, pass: None, others: None }
+    }
+
+    fn of(candidate: Candidate, pass: Option<Pass>, mut others: Box<Candidates>) -> Self {
+        let Candidate { upstream, position, attempt } = candidate;
+        others.on_sent(position);
+        Self { upstream, pass, others: Some((others, attempt)) }
+    }
+}
+
+/// Whether a request with this reason fits before the time is over.
+fn fits_within(no_room: &NoRoom, time: Duration) -> bool {
+    matches!(no_room.wait(), Some(Wait::Ms(ms)) if Duration::from_millis(ms) < time)
+}
+
+impl Proxy {
+    /// Reserves room in every quota that applies to the request, and waits until the reservation is durable if a quota
+    /// requires that. Of several upstreams, the first one with room in its own quotas takes part. `None`: the endpoint is
+    /// not charged.
+    pub(super) async fn reserve(
+        &self,
+        caller: IdentifiedCaller,
+        endpoint: Endpoint,
+        call: &Call,
+        candidates: Option<&Candidates>,
+        record: &mut Record,
+    ) -> Result<Option<Reservation>, NoRoom> {
+        if matches!(endpoint, Endpoint::Models | Endpoint::Root) {
+            return Ok(None);
+        }
+        let first = [self.destination(caller, call).first()];
+        let backends = self.backends(candidates.map_or(&first, Candidates::order), call);
+        let demand = Demand {
+            subject: Subject { caller: self.caller_name(caller), model: &call.model },
+            prompt: call.prompt_tokens,
+            generates: endpoint.generates(),
+            cap: call.completion_cap,
+            completions: call.completions.max(1),
+            backends: &backends,
+        };
+        let environment = &self.snapshot.config.environments[caller.environment];
+        let account = &self.snapshot.accounts[caller.environment];
+        let (max_wait, waited) = (environment.reserve.max_wait, &mut record.queue_wait);
+        let reservation = account.reserve_timed(&demand, max_wait, waited).await;
+        record.end_wait();
+        let mut reservation = reservation?;
+        if let Some(no_room) = reservation.would_deny() {
+            refusal::record_shadow_denial(no_room, environment, record);
+        }
+        reservation.wait_until_durable().await;
+        Ok(Some(reservation))
+    }
+
+    /// Refuses a request that does not fit its quotas, and reports their status.
+    pub(super) fn deny(
+        &self,
+        no_room: NoRoom,
+        caller: IdentifiedCaller,
+        call: &Call,
+        mut headers: AddedHeaders,
+    ) -> Refusal {
+        let subject = Subject { caller: self.caller_name(caller), model: &call.model };
+        let backends = self.backends(&self.destination(caller, call).upstreams, call);
+        headers.quotas = self.snapshot.accounts[caller.environment].standing(subject, &backends);
+        let environment = &self.snapshot.config.environments[caller.environment];
+        let has_redis = self.snapshot.config.store.redis.is_some();
+        if no_room == NoRoom::Unavailable && self.state.is_closing() && !has_redis {
+            // The process that has replaced this one, and has the counters, has ended.
+            return Refusal { error: ProxyError::ShuttingDown, headers };
+        }
+        Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
+    }
+
+    /// Where a request goes.
+    fn destination(&self, caller: IdentifiedCaller, call: &Call) -> &Destination {
+        self.snapshot.contexts[caller.environment].destinations.get(call.destination)
+    }
+
+    /// Upstreams with the quotas of their own, for the ledger.
+    fn backends<'b>(&'b self, upstreams: &[usize], call: &'b Call) -> SmallVec<[Backend<'b>; 1]> {
+        upstreams.iter().map(|&upstream| self.snapshot.backend(upstream, call.name_sent())).collect()
+    }
+
+    /// The upstreams of the request's route, in the order in which they are tried. `None`: there is one.
+    pub(super) fn candidates(
+        &self,
+        caller: IdentifiedCaller,
+        call: &Call,
+        record: &mut Record,
+    ) -> Option<Box<Candidates>> {
+        let destination = self.destination(caller, call);
+        if !destination.has_alternatives() {
+            return None;
+        }
+        let candidates = Candidates::new(destination, &self.snapshot.upstreams);
+        for &upstream in candidates.passed_over() {
+            record.attempts.add(&self.snapshot.upstreams[upstream].settings, AttemptOutcome::PassedOver);
+        }
+        Some(Box::new(candidates))
+    }
+
+    /// The upstream, if the route has one and its provider's limits are not followed.
+    pub(super) fn only_upstream(&self, caller: IdentifiedCaller, call: &Call) -> Option<usize> {
+        let destination = self.destination(caller, call);
+        let upstream = destination.first();
+        let is_followed = self.snapshot.provider_limits[upstream].are_followed();
+        (!destination.has_alternatives() && !is_followed).then_some(upstream)
+    }
+
+    /// Chooses the first upstream of the route that has room for the request, in its own quotas and at its provider. If none
+    /// has, waits for at most `max_wait` for the provider that has room first.
+    pub(super) async fn choose_upstream(
+        &self,
+        caller: IdentifiedCaller,
+        call: &Call,
+        candidates: Option<Box<Candidates>>,
+        mut reservation: Option<&mut Reservation>,
+        max_wait: Duration,
+        record: &mut Record,
+    ) -> Result<Chosen, ProxyError> {
+        let Some(mut candidates) = candidates else {
+            let upstream = self.destination(caller, call).first();
+            let pass = self.pass_provider(upstream, call, reservation.as_deref(), max_wait).await;
+            let pass = pass.map_err(|wait| self.held(caller, upstream, wait))?;
+            return Ok(Chosen { upstream, pass, others: None });
+        };
+        let upstreams = &self.snapshot.upstreams;
+        let with_room = reservation.as_ref().map_or(0, |reservation| reservation.backend());
+        for &upstream in candidates.order().iter().take(with_room) {
+            record.attempts.add(&upstreams[upstream].settings, AttemptOutcome::NoRoom);
+        }
+        candidates.skip_to(with_room);
+        let mut soonest: Option<(Duration, Candidate)> = None;
+        let mut no_room = None;
+        while let Some(candidate) = candidates.next(upstreams) {
+            let settings = &upstreams[candidate.upstream].settings;
+            match self.try_candidate(&candidate, call, reservation.as_deref_mut(), Duration::ZERO).await {
+                Ok(pass) => return Ok(Chosen::of(candidate, pass, candidates)),
+                Err(Obstacle::Held(wait)) => {
+                    record.attempts.add(settings, AttemptOutcome::Held);
+                    if soonest.as_ref().is_none_or(|(shortest, _)| wait < *shortest) {
+                        soonest = Some((wait, candidate));
+                    }
+                }
+                Err(Obstacle::NoRoom(reason)) => {
+                    record.attempts.add(settings, AttemptOutcome::NoRoom);
+                    no_room.get_or_insert(reason);
+                }
+            }
+        }
+        let (wait, candidate) = match (soonest, no_room) {
+            (Some(soonest), no_room)
+                if no_room.as_ref().is_none_or(|reason| !fits_within(reason, soonest.0)) =>
+            {
+                soonest
+            }
+            (_, Some(reason)) => return Err(self.no_room_at_upstream(reason, caller)),
+            (_, None) => return Err(ProxyError::Internal),
+        };
+        if wait > max_wait {
+            return Err(self.held(caller, candidate.upstream, wait));
+        }
+        match self.try_candidate(&candidate, call, reservation, max_wait).await {
+            Ok(pass) => Ok(Chosen::of(candidate, pass, candidates)),
+            Err(Obstacle::Held(wait)) => Err(self.held(caller, candidate.upstream, wait)),
+            Err(Obstacle::NoRoom(reason)) => Err(self.no_room_at_upstream(reason, caller)),
+        }
+    }
+
+    /// Takes the room of a request at an upstream: first at its provider, for which it waits at most `max_wait`, then in its
+    /// own quotas, to which the reservation moves.
+    pub(super) async fn try_candidate(
+        &self,
+        candidate: &Candidate,
+        call: &Call,
+        reservation: Option<&mut Reservation>,
+        max_wait: Duration,
+    ) -> Result<Option<Pass>, Obstacle> {
+        let &Candidate { upstream, position, .. } = candidate;
+        let pass = self.pass_provider(upstream, call, reservation.as_deref(), max_wait).await;
+        let pass = pass.map_err(Obstacle::Held)?;
+        if let Some(reservation) = reservation.filter(|reservation| reservation.backend() != position) {
+            let backend = self.snapshot.backend(upstream, call.name_sent());
+            reservation.move_to(position, &backend).await.map_err(Obstacle::NoRoom)?;
+        }
+        Ok(pass)
+    }
+
+    /// Waits until the provider of an upstream has room for the request, for at most `max_wait`.
+    pub(super) async fn pass_provider(
+        &self,
+        upstream: usize,
+        call: &Call,
+        reservation: Option<&Reservation>,
+        max_wait: Duration,
+    ) -> Result<Option<Pass>, Duration> {
+        let (limits, Some(reservation)) = (&self.snapshot.provider_limits[upstream], reservation) else {
+            return Ok(None);
+        };
+        // The estimate counts even if the environment's quotas do not reserve it.
+        let prompt = Amounts::of_request(call.prompt_tokens, 0);
+        let amounts = reservation.reserved().max(prompt);
+        limits.pass(call.name_sent(), amounts, max_wait).await
+    }
+
+    /// The error for a request that the provider of an upstream would refuse.
+    fn held(&self, caller: IdentifiedCaller, upstream: usize, wait: Duration) -> ProxyError {
+        ProxyError::UpstreamRateLimited {
+            upstream: self.snapshot.upstreams[upstream].settings.name.clone(),
+            wait,
+            retry_patience: self.snapshot.config.environments[caller.environment].retry_patience,
+        }
+    }
+
+    /// The error for a request for which the quotas of its upstreams have no room.
+    fn no_room_at_upstream(&self, no_room: NoRoom, caller: IdentifiedCaller) -> ProxyError {
+        refusal::no_room_error(no_room, &self.snapshot.config.environments[caller.environment])
+    }
+
+    /// Refuses a request that no upstream has room for. Its reservation is settled with nothing spent.
+    pub(super) fn refuse_for_upstreams(
+        &self,
+        error: ProxyError,
+        caller: IdentifiedCaller,
+        call: &Call,
+        mut headers: AddedHeaders,
+    ) -> Refusal {
+        let account = &self.snapshot.accounts[caller.environment];
+        let subject = Subject { caller: self.caller_name(caller), model: &call.model };
+        account.count_denial(subject);
+        let backends = self.backends(&self.destination(caller, call).upstreams, call);
+        headers.quotas = account.standing(subject, &backends);
+        headers.clamped_to = None;
+        let environment = &self.snapshot.config.environments[caller.environment];
+        self.state.metrics.rejected(&environment.name, error.code(), error.shortfalls().first(), false);
+        Refusal { error, headers }
+    }
+
+    /// The caller's name, under which quotas and the usage history know it.
+    pub(super) fn caller_name(&self, caller: IdentifiedCaller) -> Option<&Arc<str>> {
+        caller.index.map(|index| &self.snapshot.contexts[caller.environment].callers[index])
+    }
+}
