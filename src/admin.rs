@@ -18,6 +18,7 @@ mod rejections;
 mod reload;
 mod sessions;
 mod system;
+mod upstreams;
 mod usage;
 
 use crate::proxy;
@@ -124,6 +125,7 @@ impl Routes {
 fn routes() -> Routes {
     const ENVIRONMENT: &str = "/api/environments/{environment}";
     const QUOTA: &str = "/api/environments/{environment}/quotas/{kind}/{per}";
+    const UPSTREAM_QUOTA: &str = "/api/upstreams/{upstream}/quotas/{kind}/{per}";
     const LOG_LEVEL: &str = "/api/log-level";
     let empty = Routes {
         router: Router::new(),
@@ -143,6 +145,15 @@ fn routes() -> Routes {
         .add(Method::PUT, QUOTA, overrides::set_limit)
         .add(Method::DELETE, QUOTA, overrides::unset_limit)
         .add(Method::POST, "/api/environments/{environment}/quotas/{kind}/{per}/reset", overrides::reset_one)
+        .add(Method::GET, "/api/upstreams", upstreams::upstreams)
+        .add(Method::GET, "/api/upstreams/{upstream}", upstreams::upstream)
+        .add(Method::PUT, UPSTREAM_QUOTA, overrides::upstreams::set_upstream_limit)
+        .add(Method::DELETE, UPSTREAM_QUOTA, overrides::upstreams::unset_upstream_limit)
+        .add(
+            Method::POST,
+            "/api/upstreams/{upstream}/quotas/{kind}/{per}/reset",
+            overrides::upstreams::reset_upstream_quota,
+        )
         .add(Method::GET, "/api/overrides", overrides::report::list)
         .add(Method::GET, "/api/audit", audit::audit)
         .add(Method::GET, "/api/config", config::config)

@@ -3,7 +3,7 @@
 use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::clock::{self, Timestamp};
-use crate::ledger::{AuditEntry, QuotaKey};
+use crate::ledger::AuditEntry;
 use crate::store;
 use axum::Json;
 use axum::extract::State;
@@ -91,17 +91,6 @@ pub(super) fn record_wrong_token(admin: &Admin, address: IpAddr) {
 /// The target of an action on an environment.
 pub(super) fn environment_target(environment: &str) -> String {
     format!("environment '{environment}'")
-}
-
-/// The target of an action on a quota.
-pub(super) fn quota_target(environment: &str, key: QuotaKey<'_>) -> String {
-    let QuotaKey { scope, name, kind, per } = key;
-    let owner = match scope {
-        "caller" => format!("caller '{name}' of environment '{environment}'"),
-        "model" => format!("model '{name}' in environment '{environment}'"),
-        _ => environment_target(environment),
-    };
-    format!("{owner}: {kind} per {per}")
 }
 
 fn entry(actor: Actor, action: Action) -> AuditEntry {

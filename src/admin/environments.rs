@@ -104,9 +104,9 @@ pub(super) struct SharedView {
 /// The state of a quota. Amounts are tokens or requests, by its kind.
 #[derive(Serialize, ToSchema)]
 pub(super) struct QuotaView {
-    /// `environment`, `caller` or `model`.
+    /// `environment`, `caller`, `model`, `upstream` or `upstream_model`.
     scope: &'static str,
-    /// The caller's name or the pattern of the models; `null` for the environment.
+    /// The caller's name, the pattern of the models, the upstream's name, or `openai/gpt-4.1*`; `null` for the environment.
     name: Option<String>,
     /// `total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`.
     kind: &'static str,
@@ -304,7 +304,7 @@ impl EnvironmentState {
             let refused = self.refused_by_quota.get(index).copied().unwrap_or(0);
             let overridden = overrides.of(&level.quota).map(|set| OverrideView::new(set, &configured));
             let source = if overridden.is_some() { "override" } else { "file" };
-            Some(QuotaView { overridden, ..QuotaView::new(level, *at, refused, Some(source)) })
+            Some(QuotaView::new(level, *at, refused, Some(source)).overridden_by(overridden))
         };
         EnvironmentView {
             name: self.settings.name.clone(),
@@ -340,14 +340,14 @@ fn used_share(level: &QuotaLevel) -> f64 {
 }
 
 impl TotalsView {
-    fn new(totals: &Totals) -> Self {
+    pub(super) fn new(totals: &Totals) -> Self {
         let Totals { requests, rejected, prompt, completion, total } = *totals;
         Self { requests, rejected, prompt_tokens: prompt, completion_tokens: completion, total_tokens: total }
     }
 }
 
 impl SharedView {
-    fn new(status: &RedisStatus) -> Self {
+    pub(super) fn new(status: &RedisStatus) -> Self {
         let RedisStatus { unavailable_reason, nodes, .. } = status;
         let reason = unavailable_reason.clone();
         Self { store: "redis", up: reason.is_none(), nodes: *nodes, reason }
@@ -355,6 +355,11 @@ impl SharedView {
 }
 
 impl QuotaView {
+    /// The same quota, with how its limit was set.
+    pub(super) fn overridden_by(self, overridden: Option<OverrideView>) -> Self {
+        Self { overridden, ..self }
+    }
+
     /// `at`: when the level was read. `source`: where the limit comes from; `None`: the answer does not contain it.
     pub(super) fn new(
         level: &QuotaLevel,

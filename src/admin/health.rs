@@ -80,6 +80,7 @@ pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
         let sources = StateSources {
             config: &current.config,
             accounts: &current.accounts,
+            upstream_accounts: &current.upstream_accounts,
             provider_limits: &current.provider_limits,
             replicas: &current.replicas,
             store_is_up,

@@ -4,7 +4,7 @@ use super::answers::AccessErrors;
 use super::events::{SnapshotEvent, UpdateEvent};
 use super::{
     access, audit, config, environments, events, explain, health, log_level, overrides, page, rejections,
-    reload, system, usage,
+    reload, system, upstreams, usage,
 };
 use axum::response::{IntoResponse as _, Response};
 use http::header;
@@ -22,6 +22,8 @@ use utoipa::{Modify, OpenApi};
         page::index, page::file, health::livez, health::readyz, health::metrics,
         environments::environments, environments::environment,
         overrides::set_limit, overrides::unset_limit, overrides::reset, overrides::reset_one, overrides::patch, overrides::report::list,
+        upstreams::upstreams, upstreams::upstream, overrides::upstreams::set_upstream_limit,
+        overrides::upstreams::unset_upstream_limit, overrides::upstreams::reset_upstream_quota,
         audit::audit, config::config, log_level::level, log_level::set_level, reload::reload, events::events, description,
         rejections::rejections, access::sign_in, access::sign_out, system::system, usage::report, explain::explain,
     ),

@@ -4,15 +4,15 @@ mod body;
 mod description;
 mod dry_run;
 pub(super) mod report;
+mod target;
+pub(super) mod upstreams;
 
 use super::Admin;
-use super::answers::{AccessErrors, QueryResult, read_query, refusal};
+use super::answers::{AccessErrors, QueryResult, refusal};
 use super::audit::{self, Action, Actor};
 use super::environments::{EnvironmentPath, EnvironmentView, environment_view, find, unknown_environment};
 use crate::clock;
-use crate::config::Environment;
-use crate::ledger::{Account, EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};
-use crate::quota::{Kind, Quota, UNLIMITED, Window};
+use crate::ledger::{EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -21,8 +21,8 @@ use axum::response::{IntoResponse as _, Response};
 use body::{EnforceBody, LimitBody, Terms};
 use description::{BodyErrors, EnvironmentErrors, QuotaErrors, QuotaPath};
 use http::StatusCode;
-use serde_json::{Value, json};
-use std::sync::Arc;
+use serde_json::json;
+use target::Target;
 
 /// The query parameters that select a quota of one kind and period. Default: the quota of the environment.
 #[derive(serde::Deserialize, utoipa::IntoParams)]
@@ -43,54 +43,19 @@ impl Default for QuotaParameters {
     }
 }
 
+/// The query parameters that select a quota of an upstream, of one kind and period. Default: that of all its models.
+#[derive(Default, serde::Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct UpstreamQuotaParameters {
+    /// The pattern of the models, as `model_quotas` has it.
+    model: String,
+    /// Only for setting a limit: changes nothing, and answers with the effect that the limit would have.
+    dry_run: bool,
+}
+
 /// The body of a request, or why it could not be read.
 type BodyResult = Result<Bytes, BytesRejection>;
-
-/// The quota that a request names.
-struct Target {
-    settings: Arc<Environment>,
-    account: Arc<Account>,
-    /// The quota with the limit of the config.
-    quota: Quota,
-    parameters: QuotaParameters,
-}
-
-impl Target {
-    fn find(
-        admin: &Admin,
-        QuotaPath { environment, kind, per }: &QuotaPath,
-        query: QueryResult<QuotaParameters>,
-    ) -> Result<Self, Box<Response>> {
-        let parameters = read_query(query)?;
-        let (settings, account) = find(admin, environment).ok_or_else(|| Box::new(unknown_environment()))?;
-        let kind = Kind::ALL.into_iter().find(|known| known.as_str() == kind);
-        let kind = kind.ok_or_else(|| Box::new(unknown_quota()))?;
-        let key = QuotaKey { scope: &parameters.scope, name: &parameters.name, kind, per };
-        let quota = settings.counted_quotas().into_iter().find(|quota| key.matches(quota));
-        let quota = quota.ok_or_else(|| Box::new(unknown_quota()))?;
-        Ok(Self { settings, account, quota, parameters })
-    }
-
-    fn key(&self) -> QuotaKey<'_> {
-        let Quota { scope, kind, per, .. } = &self.quota;
-        QuotaKey { scope: scope.as_str(), name: scope.name(), kind: *kind, per: &per.text }
-    }
-
-    fn view(&self, admin: &Admin) -> Response {
-        Json(environment_view(admin, &self.settings, &self.account)).into_response()
-    }
-
-    /// The burst for a limit. `Err`: the burst in the body cannot be set.
-    fn burst(&self, limit: u64, burst: Option<u64>) -> Result<u64, Box<Response>> {
-        let Some(burst) = burst else { return Ok(limit) };
-        let reason = match self.quota.window {
-            _ if limit == UNLIMITED => "an unlimited quota has no burst",
-            Window::Calendar { .. } if burst != limit => "a calendar quota has no burst",
-            _ => return Ok(burst),
-        };
-        Err(invalid(&format!("{reason}: remove burst.")))
-    }
-}
 
 /// The answer to a new limit.
 #[derive(utoipa::ToSchema)]
@@ -124,20 +89,20 @@ pub(super) async fn set_limit(
     query: QueryResult<QuotaParameters>,
     body: BodyResult,
 ) -> Response {
-    put_limit(&admin, actor, &path, query, body).await.unwrap_or_else(|refusal| *refusal)
+    let target = Target::of_environment(&admin, &path, query);
+    put_limit(&admin, actor, target, body).await.unwrap_or_else(|refusal| *refusal)
 }
 
 async fn put_limit(
     admin: &Admin,
     actor: Actor,
-    path: &QuotaPath,
-    query: QueryResult<QuotaParameters>,
+    target: Result<Target, Box<Response>>,
     body: BodyResult,
 ) -> Result<Response, Box<Response>> {
-    let target = Target::find(admin, path, query)?;
+    let target = target?;
     let LimitBody { limit, burst, terms } = LimitBody::read(body)?;
     let burst = target.burst(limit, burst)?;
-    if target.parameters.dry_run {
+    if target.is_dry_run {
         return dry_run::answer(admin, &target, limit, burst).await;
     }
     let change = LimitChange { limit, burst, origin: origin(actor, terms) };
@@ -162,11 +127,10 @@ pub(super) async fn unset_limit(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    let unset = async {
-        let target = Target::find(&admin, &path, query)?;
-        change_limit(&admin, actor, &target, None).await
-    };
-    unset.await.unwrap_or_else(|refusal: Box<Response>| *refusal)
+    match Target::of_environment(&admin, &path, query) {
+        Ok(target) => change_limit(&admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
+        Err(refusal) => *refusal,
+    }
 }
 
 async fn change_limit(
@@ -176,23 +140,23 @@ async fn change_limit(
     change: Option<&LimitChange>,
 ) -> Result<Response, Box<Response>> {
     let key = target.key();
-    let before = limit_of(target);
+    let before = target.limit_in_force();
     match target.account.set_limit(key, change).await {
         Ok(true) => {}
-        Ok(false) => return Err(Box::new(unknown_quota())),
+        Ok(false) => return Err(Box::new(target.unknown())),
         Err(no_room) => return Err(redis_unavailable(&no_room)),
     }
     let action = Action {
         name: if change.is_some() { "limit_set" } else { "limit_unset" },
-        target: audit::quota_target(&target.settings.name, key),
+        target: target.audited(),
         before,
-        after: limit_of(target),
+        after: target.limit_in_force(),
         reason: change.and_then(|change| change.origin.reason.clone()),
     };
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
     let limit = change.map(|change| target.quota.with_limit(change.limit, change.burst).limit_text());
-    let environment = &target.settings.name;
+    let environment = Some(target.environment()).filter(|name| !name.is_empty());
     tracing::info!(environment, %kind, per, scope, name, limit, "the admin API changed a limit");
     Ok(target.view(admin))
 }
@@ -215,26 +179,25 @@ pub(super) async fn reset_one(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    let target = match Target::find(&admin, &path, query) {
-        Ok(target) => target,
-        Err(refusal) => return *refusal,
-    };
+    match Target::of_environment(&admin, &path, query) {
+        Ok(target) => reset_quota(&admin, actor, &target).await,
+        Err(refusal) => *refusal,
+    }
+}
+
+async fn reset_quota(admin: &Admin, actor: Actor, target: &Target) -> Response {
     let key = target.key();
     match target.account.reset(Some(key)).await {
         Ok(true) => {}
-        Ok(false) => return unknown_quota(),
+        Ok(false) => return target.unknown(),
         Err(no_room) => return *redis_unavailable(&no_room),
     }
-    let action = Action {
-        name: "reset",
-        target: audit::quota_target(&target.settings.name, key),
-        ..Action::default()
-    };
-    audit::record(&admin, actor, action).await;
+    let action = Action { name: "reset", target: target.audited(), ..Action::default() };
+    audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
-    let environment = &target.settings.name;
+    let environment = Some(target.environment()).filter(|name| !name.is_empty());
     tracing::info!(environment, %kind, per, scope, name, "the admin API reset a quota");
-    target.view(&admin)
+    target.view(admin)
 }
 
 /// Sets the used amount of every quota of an environment to zero.
@@ -307,19 +270,6 @@ pub(super) async fn patch(
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
-/// The limit and burst in force, for the audit log.
-fn limit_of(target: &Target) -> Value {
-    let levels = target.account.snapshot().levels;
-    let quota = levels.iter().map(|level| &level.quota).find(|quota| target.key().matches(quota));
-    quota.map_or(Value::Null, |quota| {
-        if quota.is_unlimited() {
-            json!({ "limit": "unlimited" })
-        } else {
-            json!({ "limit": quota.limit, "burst": quota.capacity() })
-        }
-    })
-}
-
 fn origin(actor: Actor, Terms { duration_ms, reason }: Terms) -> OverrideOrigin {
     let since = clock::now();
     let until = duration_ms.map(|ms| since.plus_ms(ms));
@@ -335,9 +285,4 @@ fn invalid(message: &str) -> Box<Response> {
 fn redis_unavailable(_: &NoRoom) -> Box<Response> {
     let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz answers 'ready'.";
     Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))
-}
-
-fn unknown_quota() -> Response {
-    let message = "The environment has no such quota. Write kind and period as in the config, and scope and name as query parameters.";
-    refusal(StatusCode::NOT_FOUND, "unknown_quota", message)
 }

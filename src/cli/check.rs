@@ -68,6 +68,9 @@ fn summary(config: &Config) -> String {
         for url in &upstream.base_urls {
             let _ = writeln!(text, "  upstream               {} at {url}", upstream.name);
         }
+        for quota in &upstream.quotas {
+            let _ = writeln!(text, "    {}", describe_quota(quota));
+        }
     }
     for environment in &config.environments {
         let _ = writeln!(text, "  environment            {}", describe(environment));

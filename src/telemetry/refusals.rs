@@ -27,7 +27,12 @@ impl RefusalCounts {
         self.get(key(environment, None))
     }
 
-    /// Requests that this quota of an environment had no room for.
+    /// Requests that quotas of an upstream had no room for.
+    pub(crate) fn of_upstream(&self, upstream: &str) -> u64 {
+        self.get(upstream_key(upstream))
+    }
+
+    /// Requests that this quota of an environment, or of an upstream, had no room for.
     pub(crate) fn of_quota(&self, environment: &str, quota: &Quota) -> u64 {
         // Nearly always nothing was refused, and nothing has to be looked up.
         if self.0.is_empty() { 0 } else { self.get(key(environment, Some(quota))) }
@@ -42,12 +47,19 @@ impl RefusalCounts {
 /// less than 1 in 10^9.
 fn key(environment: &str, quota: Option<&Quota>) -> u64 {
     let mut hasher = FixedState::default().build_hasher();
-    environment.hash(&mut hasher);
+    // Refusals by a quota of an upstream count for all environments together.
+    let is_of_upstream = quota.is_some_and(|quota| quota.scope.upstream().is_some());
+    (if is_of_upstream { "" } else { environment }).hash(&mut hasher);
     if let Some(quota) = quota {
         let kind = quota.kind.as_str();
         (quota.scope.as_str(), quota.scope.name(), kind, &quota.per.text).hash(&mut hasher);
     }
     hasher.finish()
+}
+
+/// Identifies an upstream. No environment has a name with a colon.
+fn upstream_key(upstream: &str) -> u64 {
+    key(&format!("upstream:{upstream}"), None)
 }
 
 impl RecentRefusals {
@@ -59,7 +71,17 @@ impl RecentRefusals {
         quotas: impl Iterator<Item = &'q Quota>,
     ) {
         self.count(now, key(environment, None));
-        quotas.for_each(|quota| self.count(now, key(environment, Some(quota))));
+        let mut counted: Option<&str> = None;
+        for quota in quotas {
+            self.count(now, key(environment, Some(quota)));
+            // The quotas of an upstream follow each other.
+            if let Some(upstream) = quota.scope.upstream()
+                && counted != Some(upstream)
+            {
+                self.count(now, upstream_key(upstream));
+                counted = Some(upstream);
+            }
+        }
     }
 
     fn count(&mut self, now: Timestamp, key: u64) {
@@ -115,6 +137,19 @@ mod tests {
         assert_eq!((counts.of_environment("x"), counts.of_quota("x", &b)), (1, 0));
         assert_eq!(refusals.counts(at(100)).of_environment("x"), 0);
         assert!(refusals.0.is_empty());
+    }
+
+    #[test]
+    fn refusals_by_an_upstream_count_for_all_environments_together() {
+        let mut refusals = RecentRefusals::default();
+        let of_upstream = Quota { scope: Scope::Upstream("u".into()), ..quota("a") };
+        let per_day = Quota { per: Period { text: "day".into(), ms: 86_400_000 }, ..of_upstream.clone() };
+        refusals.add(at(0), "x", [&of_upstream, &per_day].into_iter());
+        refusals.add(at(0), "y", std::iter::once(&of_upstream));
+        let counts = refusals.counts(at(1));
+        assert_eq!((counts.of_upstream("u"), counts.of_upstream("v")), (2, 0));
+        assert_eq!((counts.of_quota("", &of_upstream), counts.of_quota("x", &per_day)), (2, 1));
+        assert_eq!(counts.of_environment("x"), 1);
     }
 
     #[test]

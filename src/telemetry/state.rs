@@ -25,6 +25,8 @@ pub(crate) struct StateSources<'s> {
     pub(crate) config: &'s Config,
     /// The account of each environment, in the order of the config.
     pub(crate) accounts: &'s [Arc<Account>],
+    /// The account of each upstream, in the order of the config. `None`: it has no limits.
+    pub(crate) upstream_accounts: &'s [Option<Arc<Account>>],
     /// What the provider of each upstream states, in the order of the config.
     pub(crate) provider_limits: &'s [Arc<ProviderLimits>],
     /// The replicas of each upstream, in the order of the config.
@@ -47,6 +49,9 @@ pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &S
             let names = labels(UPSTREAM_ATTEMPTS.labels, &[&upstream.name, outcome.as_str()]);
             families.attempts.add(&names, count);
         }
+    }
+    for account in sources.upstream_accounts.iter().flatten() {
+        families.add_upstream(account);
     }
     families.process.push(one(&BUILD_INFO, &labels(BUILD_INFO.labels, &[env!("CARGO_PKG_VERSION")]), 1));
     families.process.push(one(&STORE_UP, "", u64::from(sources.store_is_up)));
@@ -139,11 +144,20 @@ impl Families {
                 self.quotas.add(&quota_labels(name, &level.quota), snapshot.at, level);
             }
         }
-        self.add_overrides(name, &snapshot, callers);
+        self.add_overrides(name, &snapshot, Some(callers));
+    }
+
+    /// The series of upstreams have no environment: their quotas hold for all environments together.
+    fn add_upstream(&mut self, account: &Account) {
+        let snapshot = account.snapshot();
+        for level in &snapshot.levels {
+            self.quotas.add(&quota_labels("", &level.quota), snapshot.at, level);
+        }
+        self.add_overrides("", &snapshot, None);
     }
 
     /// Callers without a label of their own share one: the oldest of their overrides counts.
-    fn add_overrides(&mut self, name: &str, snapshot: &Snapshot, callers: &CallerLabels) {
+    fn add_overrides(&mut self, name: &str, snapshot: &Snapshot, callers: Option<&CallerLabels>) {
         let overrides = &snapshot.overrides;
         let mut since: BTreeMap<String, Timestamp> = BTreeMap::new();
         let mut add = |labels: String, origin: &OverrideOrigin| {
@@ -154,7 +168,7 @@ impl Families {
         let is_in_force = |quota: &Quota| snapshot.levels.iter().any(|level| level.quota.is_same_as(quota));
         for limit in overrides.limits.iter().filter(|limit| is_in_force(&limit.quota)) {
             let has_name = match &limit.quota.scope {
-                Scope::Caller(caller) => callers.has_name(caller),
+                Scope::Caller(caller) => callers.is_none_or(|callers| callers.has_name(caller)),
                 _ => true,
             };
             if has_name {

@@ -7,6 +7,7 @@ mod environments;
 mod events;
 mod openapi;
 mod system;
+mod upstreams;
 
 use crate::support::*;
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ const TOKEN: &str = "the-admin-token-of-this-test";
 async fn gateway(upstream: &Upstream, folder: &tempfile::TempDir) -> Gateway {
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0', token: {TOKEN} }}\n\
-         upstreams: {{ u: {{ base_url: 'http://{}/v1', api_key: sk-u }} }}\nenvironments:\n  production:\n    upstream: u\n    \
+         upstreams: {{ u: {{ base_url: 'http://{}/v1', api_key: sk-u, quotas: {{ requests: {{ limit: 1000, per: minute }} }} }} }}\nenvironments:\n  production:\n    upstream: u\n    \
          keys: [{{ name: web, secret: sk-some-key-of-web-app }}]\n    quotas: {{ requests: {{ limit: 2, per: day }} }}\n\
          store: {{ path: {} }}\n",
         upstream.address,

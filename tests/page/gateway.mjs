@@ -18,7 +18,8 @@ function startBackend(usage) {
   });
   const server = http.createServer((request, response) => {
     request.resume();
-    request.on("end", () => response.writeHead(200, { "content-type": "application/json" }).end(answer));
+    // It fails health checks.
+    request.on("end", () => response.writeHead(request.url === "/health" ? 503 : 200, { "content-type": "application/json" }).end(answer));
   });
   return new Promise((resolve) => server.listen(0, "127.0.0.1", () => resolve(server)));
 }
@@ -34,11 +35,11 @@ function freePort() {
 
 /** A gateway with this config below `environments:` and `default_environment:`. */
 export class Gateway {
-  static async start({ environments, token, usage = { prompt: 60, completion: 40 } }) {
+  static async start({ environments, token, upstream = "", usage = { prompt: 60, completion: 40 } }) {
     const gateway = new Gateway();
     gateway.folder = mkdtempSync(path.join(tmpdir(), "tollgate-page-"));
     gateway.backend = await startBackend(usage);
-    gateway.settings = { token, admin: `127.0.0.1:${await freePort()}` };
+    gateway.settings = { token, upstream, admin: `127.0.0.1:${await freePort()}` };
     gateway.writeConfig(environments);
     await gateway.launch();
     return gateway;
@@ -49,12 +50,12 @@ export class Gateway {
   }
 
   writeConfig(environments) {
-    const { token, admin } = this.settings;
+    const { token, upstream, admin } = this.settings;
     writeFileSync(this.configFile, `
 server: { listen: "127.0.0.1:0" }
 admin: { listen: "${admin}"${token ? `, token: "${token}"` : ""} }
 upstreams:
-  backend: { base_url: "http://127.0.0.1:${this.backend.address().port}/v1", api_key: sk-backend }
+  backend: { base_url: "http://127.0.0.1:${this.backend.address().port}/v1", api_key: sk-backend${upstream && `, ${upstream}`} }
 environments:
 ${environments}
 store: { path: "${path.join(this.folder, "tollgate.db")}" }

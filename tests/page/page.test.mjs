@@ -111,6 +111,47 @@ pageTest("live update while traffic runs", {}, async ({ gateway, page }) => {
   await causes.getByText(`${rows} refusals in the last 24 hours.`).waitFor();
 });
 
+const UPSTREAM_QUOTAS = `quotas: { requests: { limit: 3, per: day } }, model_quotas: { "gpt-4o*": { total_tokens: { limit: 5k, per: minute } } }`;
+
+pageTest("quotas of an upstream are shown beside those of environments and can be set", { upstream: UPSTREAM_QUOTAS }, async ({ gateway, page }) => {
+  for (const environment of ["sandbox", "production", "sandbox"]) {
+    assert.equal(await gateway.chat(environment, { key: environment === "production" ? "sk-test-batch-caller" : "any" }), 200);
+  }
+  assert.equal(await gateway.chat("sandbox"), 429);
+  await open(page, gateway);
+  const row = quotaRow(page, "upstream backend · requests per day");
+  await row.getByText("3 of 3").waitFor();
+  await quotaRow(page, "upstream backend · model gpt-4o* · total tokens per minute").waitFor();
+  await page.getByRole("region", { name: "Runs out first" }).getByText("upstream backend · requests per day").waitFor();
+  await page.getByRole("link", { name: "Refusals" }).click();
+  await page.getByRole("table", { name: "Refusals" }).getByText("sandbox · upstream backend · requests per day").waitFor();
+  await page.getByRole("link", { name: "Overview" }).click();
+  await row.getByRole("link").click();
+  const form = quotaForm(page, "upstream backend", "requests per day");
+  assert.equal(await form.getByLabel("Limit", { exact: true }).inputValue(), "3");
+  await form.getByLabel("Limit", { exact: true }).fill("5");
+  await form.getByRole("status").getByText("2 would be left now").waitFor();
+  await form.getByRole("button", { name: "Save" }).click();
+  await form.getByRole("status").getByText("Saved: 5 requests per day").waitFor();
+  assert.equal(await gateway.chat("sandbox"), 200);
+  await page.getByRole("link", { name: "System" }).click();
+  await page.getByRole("table", { name: "Overrides" }).getByText("upstream backend · requests per day").waitFor();
+  await assertNoViolation(page, "system");
+  await page.getByRole("link", { name: "Limits" }).click();
+  await form.getByRole("button", { name: "Undo" }).click();
+  await form.getByText("3 requests per day, as in the file").waitFor();
+  await assertNoViolation(page, "limits");
+});
+
+pageTest("System shows replicas that are left out", { upstream: "health: { path: /health, every: 100ms }" }, async ({ gateway, page }) => {
+  assert.equal(await gateway.chat("sandbox"), 200);
+  await open(page, gateway, "system");
+  const table = page.getByRole("table", { name: "Replicas" });
+  await table.getByText("left out: it fails its health check").waitFor();
+  await table.getByText(`127.0.0.1:${gateway.backend.address().port}`).waitFor();
+  await assertNoViolation(page, "system");
+});
+
 pageTest("a limit is set, enforced and undone", {}, async ({ gateway, page }) => {
   assert.equal(await gateway.chat("sandbox"), 200);
   await open(page, gateway, "limits");

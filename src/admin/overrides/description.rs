@@ -15,6 +15,33 @@ pub(in crate::admin) struct QuotaPath {
     pub(super) per: String,
 }
 
+/// The quota of an upstream that a path names.
+#[derive(serde::Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub(in crate::admin) struct UpstreamQuotaPath {
+    /// The name of the upstream.
+    pub(super) upstream: String,
+    /// `total_tokens`, `prompt_tokens`, `completion_tokens` or `requests`.
+    pub(super) kind: String,
+    /// The period as the config writes it.
+    pub(super) per: String,
+}
+
+/// The refusals of a change that names one quota of an upstream.
+#[derive(IntoResponses)]
+#[allow(dead_code)] // describes answers, and is never made
+pub(super) enum UpstreamQuotaErrors {
+    /// `invalid_json`, `invalid_value`: the body or a parameter is not valid.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+    /// `unknown_upstream`, `unknown_quota`
+    #[response(status = 404)]
+    Unknown(ErrorBody),
+    /// `quota_store_unavailable`: Redis is unavailable, and nothing was changed.
+    #[response(status = 503)]
+    RedisUnavailable(ErrorBody),
+}
+
 /// The refusals of a change that names one quota.
 #[derive(IntoResponses)]
 #[allow(dead_code)] // describes answers, and is never made

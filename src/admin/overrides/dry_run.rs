@@ -1,6 +1,6 @@
 //! `?dry_run=true`: reports the effect of a new limit without setting it.
 
-use super::Target;
+use super::target::{QuotaOwner, Target};
 use crate::admin::Admin;
 use crate::quota::Quota;
 use crate::{simulate, store};
@@ -21,7 +21,8 @@ pub(super) struct DryRunView {
     level: Option<i64>,
     /// The moment at which nothing would be left at the present rate (RFC 3339). `null`: not before the quota resets.
     exhausts_at: Option<String>,
-    /// Estimate of the requests of the last hour that the limit would have refused. `null`: there is no usage history.
+    /// Estimate of the requests of the last hour that the limit would have refused. `null`: there is no usage
+    /// history, or the quota is that of an upstream.
     refused_last_hour: Option<u64>,
 }
 
@@ -58,7 +59,9 @@ async fn refused_last_hour(admin: &Admin, target: &Target, quota: Quota) -> Opti
     if settings.memory {
         return None;
     }
-    let environment = target.settings.name.clone();
+    // The history has no upstreams.
+    let QuotaOwner::Environment(environment) = &target.owner else { return None };
+    let environment = environment.name.clone();
     let now = crate::clock::now();
     let replay = move || -> anyhow::Result<Option<u64>> {
         let from = simulate::history_start(&quota, now);

@@ -3,12 +3,13 @@
 use crate::admin::Admin;
 use crate::admin::answers::{AccessErrors, ErrorBody, QueryResult, read_query, refusal};
 use crate::admin::origins::{OriginView, limit};
-use crate::config::Environment;
+use crate::config::{Environment, UpstreamSettings};
 use crate::ledger::{EnforceOverride, LimitOverride, OverrideSet};
 use crate::quota::{Kind, Quota, Scope, Window};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
+use futures_util::future::join_all;
 use http::{StatusCode, header};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -18,7 +19,7 @@ use utoipa::ToSchema;
 /// The answer of `GET /api/overrides`.
 #[derive(Serialize, ToSchema)]
 pub(in crate::admin) struct OverrideList {
-    /// The limits, by environment.
+    /// The limits, by environment; then those of upstreams.
     overrides: Vec<LimitOverrideView>,
     /// The environments whose `enforce` is not that of the file.
     enforce: Vec<EnforceOverrideView>,
@@ -27,8 +28,9 @@ pub(in crate::admin) struct OverrideList {
 /// A limit that an administrator has set.
 #[derive(Serialize, ToSchema)]
 struct LimitOverrideView {
-    environment: String,
-    /// `environment`, `caller` or `model`.
+    /// `null`: the quota belongs to an upstream.
+    environment: Option<String>,
+    /// `environment`, `caller`, `model`, `upstream` or `upstream_model`.
     scope: &'static str,
     name: Option<String>,
     kind: &'static str,
@@ -79,37 +81,55 @@ pub(in crate::admin) async fn list(
         Ok(parameters) => parameters,
         Err(refusal) => return *refusal,
     };
-    let environments = admin.state.current().environments();
-    futures_util::future::join_all(environments.iter().map(|(_, account)| account.refresh())).await;
+    let snapshot = admin.state.current();
+    let accounts = snapshot.accounts.iter().chain(snapshot.upstream_accounts.iter().flatten());
+    join_all(accounts.map(|account| account.refresh())).await;
+    let environments = snapshot.environments();
     let all: Vec<_> =
         environments.iter().map(|(settings, account)| (settings.clone(), account.overrides())).collect();
+    let upstreams = snapshot.config.upstreams.iter().zip(&snapshot.upstream_accounts);
+    let upstreams: Vec<_> = upstreams
+        .filter_map(|(settings, account)| Some((settings.clone(), account.as_ref()?.overrides())))
+        .collect();
     match format.as_str() {
-        "" | "json" => Json(to_json(&all)).into_response(),
-        "yaml" => ([(header::CONTENT_TYPE, "application/yaml")], to_yaml(&all)).into_response(),
+        "" | "json" => Json(to_json(&all, &upstreams)).into_response(),
+        "yaml" => ([(header::CONTENT_TYPE, "application/yaml")], to_yaml(&all, &upstreams)).into_response(),
         _ => refusal(StatusCode::BAD_REQUEST, "invalid_value", "format must be json or yaml."),
     }
 }
 
-fn to_json(all: &[(Arc<Environment>, OverrideSet)]) -> OverrideList {
+impl LimitOverrideView {
+    /// `configured`: the quotas of the config.
+    fn new(
+        environment: Option<&str>,
+        configured: &[Quota],
+        LimitOverride { quota, origin }: &LimitOverride,
+    ) -> Self {
+        let file = configured.iter().find(|known| known.is_same_as(quota));
+        Self {
+            environment: environment.map(str::to_owned),
+            scope: quota.scope.as_str(),
+            name: Some(quota.scope.name().to_owned()).filter(|name| !name.is_empty()),
+            kind: quota.kind.as_str(),
+            per: quota.per.text.clone(),
+            limit: limit(quota),
+            burst: limit(quota).map(|_| quota.capacity()),
+            unlimited: quota.is_unlimited(),
+            file_limit: file.and_then(limit),
+            in_file: file.is_some(),
+            origin: OriginView::new(origin),
+        }
+    }
+}
+
+fn to_json(
+    all: &[(Arc<Environment>, OverrideSet)],
+    upstreams: &[(Arc<UpstreamSettings>, OverrideSet)],
+) -> OverrideList {
     let mut list = OverrideList { overrides: Vec::new(), enforce: Vec::new() };
     for (settings, set) in all {
         let configured = settings.counted_quotas();
-        let view = |LimitOverride { quota, origin }: &LimitOverride| {
-            let file = configured.iter().find(|known| known.is_same_as(quota));
-            LimitOverrideView {
-                environment: settings.name.clone(),
-                scope: quota.scope.as_str(),
-                name: Some(quota.scope.name().to_owned()).filter(|name| !name.is_empty()),
-                kind: quota.kind.as_str(),
-                per: quota.per.text.clone(),
-                limit: limit(quota),
-                burst: limit(quota).map(|_| quota.capacity()),
-                unlimited: quota.is_unlimited(),
-                file_limit: file.and_then(limit),
-                in_file: file.is_some(),
-                origin: OriginView::new(origin),
-            }
-        };
+        let view = |set| LimitOverrideView::new(Some(&settings.name), &configured, set);
         list.overrides.extend(set.limits.iter().map(view));
         list.enforce.extend(set.enforce.iter().map(|EnforceOverride { enforce, origin }| {
             EnforceOverrideView {
@@ -120,12 +140,19 @@ fn to_json(all: &[(Arc<Environment>, OverrideSet)]) -> OverrideList {
             }
         }));
     }
+    for (settings, set) in upstreams {
+        let view = |set| LimitOverrideView::new(None, &settings.quotas, set);
+        list.overrides.extend(set.limits.iter().map(view));
+    }
     list
 }
 
 /// The part of the config file that the overrides change. A kind is listed with all its quotas, because a list in the file
 /// is replaced as a whole.
-fn to_yaml(all: &[(Arc<Environment>, OverrideSet)]) -> String {
+fn to_yaml(
+    all: &[(Arc<Environment>, OverrideSet)],
+    upstreams: &[(Arc<UpstreamSettings>, OverrideSet)],
+) -> String {
     let mut text = String::from(
         "# The overrides in force. Merge this into the config file: mappings by key, lists of quotas as a whole.\n\
          # Below keys, copy the quotas into the caller with the same name. Do not replace the list: it has the keys.\n",
@@ -138,13 +165,19 @@ fn to_yaml(all: &[(Arc<Environment>, OverrideSet)]) -> String {
         if let Some(EnforceOverride { enforce, .. }) = &set.enforce {
             let _ = writeln!(text, "    enforce: {enforce}");
         }
-        write_quotas(&mut text, settings, set);
+        write_quotas(&mut text, &settings.counted_quotas(), set);
+    }
+    let changed: Vec<_> = upstreams.iter().filter(|(_, set)| !set.limits.is_empty()).collect();
+    text += if changed.is_empty() { "" } else { "upstreams:\n" };
+    for (settings, set) in changed {
+        let _ = writeln!(text, "  {}:", quoted(&settings.name));
+        write_quotas(&mut text, &settings.quotas, set);
     }
     text
 }
 
-fn write_quotas(text: &mut String, settings: &Environment, set: &OverrideSet) {
-    let all = settings.counted_quotas();
+/// `all`: the quotas of the environment or upstream in the config.
+fn write_quotas(text: &mut String, all: &[Quota], set: &OverrideSet) {
     let overridden: Vec<&Quota> = all.iter().filter(|quota| set.of(quota).is_some()).collect();
     let mut scopes: Vec<&Scope> = Vec::new();
     for quota in &overridden {
@@ -158,28 +191,29 @@ fn write_quotas(text: &mut String, settings: &Environment, set: &OverrideSet) {
         of_kind.map(|quota| set.apply_to(quota)).collect()
     };
     let mut last = "";
-    for scope in ["environment", "caller", "model"]
+    for scope in ["environment", "caller", "model", "upstream", "upstream_model"]
         .iter()
         .flat_map(|word| scopes.iter().filter(move |scope| scope.as_str() == *word))
     {
         let (section, indent) = match scope {
-            Scope::Environment => ("quotas", 6),
+            Scope::Environment | Scope::Upstream(_) => ("quotas", 6),
             Scope::Caller(_) => ("keys", 10),
-            Scope::Model(_) => ("model_quotas", 8),
-            // No quota of an environment has these scopes.
-            Scope::Upstream(_) | Scope::UpstreamModel(_) => continue,
+            Scope::Model(_) | Scope::UpstreamModel(_) => ("model_quotas", 8),
         };
         if section != last {
             let _ = writeln!(text, "    {section}:");
             last = section;
         }
         match scope {
-            Scope::Environment | Scope::Upstream(_) | Scope::UpstreamModel(_) => {}
+            Scope::Environment | Scope::Upstream(_) => {}
             Scope::Caller(name) => {
                 let _ = writeln!(text, "      - name: {}\n        quotas:", quoted(name));
             }
             Scope::Model(pattern) => {
                 let _ = writeln!(text, "      {}:", quoted(pattern.as_str()));
+            }
+            Scope::UpstreamModel(models) => {
+                let _ = writeln!(text, "      {}:", quoted(models.pattern().as_str()));
             }
         }
         for kind in Kind::ALL {

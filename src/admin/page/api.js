@@ -52,6 +52,11 @@ export const get = (path) => call("GET", path);
 
 /** The address of a quota. */
 export function quotaPath(environment, quota) {
+  if (quota.scope.startsWith("upstream")) {
+    const [upstream, model] = quota.scope === "upstream" ? [quota.name] : quota.name.split(/\/(.*)/s);
+    const parts = [upstream, "quotas", quota.kind, quota.per].map(encodeURIComponent);
+    return `/api/upstreams/${parts.join("/")}${model ? `?${new URLSearchParams({ model })}` : ""}`;
+  }
   const parts = [environment, "quotas", quota.kind, quota.per].map(encodeURIComponent);
   const query = quota.name ? new URLSearchParams({ scope: quota.scope, name: quota.name }) : "";
   return `/api/environments/${parts.join("/")}${query && `?${query}`}`;

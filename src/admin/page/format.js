@@ -105,9 +105,22 @@ export function momentInZone(at, zone) {
 /** `total tokens per minute`. */
 export const kindAndPeriod = ({ kind, per }) => `${kind.replaceAll("_", " ")} per ${per}`;
 
-/** `caller batch · total tokens per minute`: a quota within its environment. */
-export const quotaName = (quota) =>
-  quota.name ? `${quota.scope} ${quota.name} · ${kindAndPeriod(quota)}` : kindAndPeriod(quota);
+/** Whether a quota belongs to an upstream, and so to all environments together. */
+export const isOfUpstream = ({ scope }) => scope === "upstream" || scope === "upstream_model";
+
+/** What a quota belongs to: `environment`, or `upstream openai`. */
+export function ownerName(environment, { scope, name }) {
+  if (scope === "upstream") return `upstream ${name}`;
+  return scope === "upstream_model" ? `upstream ${name.slice(0, name.indexOf("/"))}` : environment;
+}
+
+/** `caller batch · total tokens per minute`: a quota within its environment or upstream. */
+export function quotaName(quota) {
+  const { scope, name } = quota;
+  if (!name || scope === "upstream") return kindAndPeriod(quota);
+  const whose = scope === "upstream_model" ? `model ${name.slice(name.indexOf("/") + 1)}` : `${scope} ${name}`;
+  return `${whose} · ${kindAndPeriod(quota)}`;
+}
 
 /** `tokens` or `requests`. */
 export const unitOf = (kind) => (kind === "requests" ? "requests" : "tokens");

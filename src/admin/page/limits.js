@@ -1,9 +1,9 @@
-// Limits: the environments side by side, with a form for each quota.
+// Limits: the environments and the upstreams side by side, with a form for each quota.
 
 import { call, get } from "./api.js";
 import { el, replaceIfNew, setText, setVisible } from "./dom.js";
 import { count } from "./format.js";
-import { live, showEnvironment } from "./live.js";
+import { live, owner, showEnvironment } from "./live.js";
 import { QuotaForm } from "./quota_form.js";
 import { periodMs } from "./quota_rows.js";
 
@@ -17,7 +17,7 @@ const place = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.leng
 /** By period, then by kind. */
 const inOrder = (a, b) => periodMs(a.json.per) - periodMs(b.json.per) || KINDS.indexOf(a.json.kind) - KINDS.indexOf(b.json.kind);
 
-/** The card of one environment. */
+/** The card of one environment or upstream. */
 class EnvironmentCard {
   #forms = new Map();
   #isOpen = false;
@@ -37,15 +37,16 @@ class EnvironmentCard {
   }
 
   update() {
-    const environment = live.environments.get(this.name);
-    if (!environment) return;
-    const { json, quotas } = environment;
+    const found = owner(this.name);
+    if (!found) return;
+    const { json, quotas } = found;
     setVisible(this.enforceLabel, typeof json.enforce === "boolean");
     if (document.activeElement !== this.enforce) this.enforce.checked = json.enforce !== false;
-    this.#place(this.own, quotas.filter((quota) => !quota.json.name).sort(inOrder));
-    const others = quotas.filter((quota) => quota.json.name);
+    const isOwn = ({ json: { name, scope } }) => !name || scope === "upstream";
+    this.#place(this.own, quotas.filter(isOwn).sort(inOrder));
+    const others = quotas.filter((quota) => !isOwn(quota));
     setVisible(this.fold, others.length > 0);
-    setText(this.summary, `Callers and models: ${count(others.length, "quota")}`);
+    setText(this.summary, `${live.upstreams.has(this.name) ? "Models" : "Callers and models"}: ${count(others.length, "quota")}`);
     if (this.#isOpen) this.#place(this.others, others);
   }
 
@@ -84,7 +85,7 @@ class EnvironmentCard {
       this.fold.open = true;
       this.#open(true);
     }
-    const quota = live.environments.get(this.name)?.quotas.find(({ json }) =>
+    const quota = owner(this.name)?.quotas.find(({ json }) =>
       json.scope === scope && (json.name ?? "") === name && json.kind === kind && json.per === per);
     const form = quota && this.#forms.get(quota);
     if (!form) return;
@@ -130,7 +131,7 @@ class YamlCopy {
 export function limits([environment = "", ...quota]) {
   const cards = new Map();
   const yaml = new YamlCopy();
-  const filter = el("input", { type: "search", "aria-label": "Filter", placeholder: "Filter: environment", value: environment, oninput: () => update() });
+  const filter = el("input", { type: "search", "aria-label": "Filter", placeholder: "Filter: environment, upstream", value: environment, oninput: () => update() });
   const grid = el("div", { class: "environments" });
   let shown = BATCH;
   const more = el("button", { type: "button", onclick: () => ((shown += BATCH), update()) }, "Show more");
@@ -147,8 +148,9 @@ export function limits([environment = "", ...quota]) {
   let isRevealed = quota.length < 4;
   function update() {
     const text = filter.value.trim().toLowerCase();
-    const names = [...live.environments.keys()].filter((name) => name.toLowerCase().includes(text));
-    names.sort((a, b) => place(a) - place(b));
+    const names = [...live.environments.keys(), ...live.upstreams.keys()].filter((name) => name.toLowerCase().includes(text));
+    // Upstreams hold for all environments: they come first after the usual two.
+    names.sort((a, b) => place(a) - place(b) || live.upstreams.has(b) - live.upstreams.has(a));
     if (!isRevealed) names.sort((a, b) => (b === environment) - (a === environment));
     const drawn = names.slice(0, shown);
     replaceIfNew(grid, drawn.join("\n"), () => drawn.map((name) => card(name).element));

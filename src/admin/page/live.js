@@ -2,7 +2,7 @@
 // The stream is closed while the page is hidden, and opened again with growing pauses after it broke.
 
 import { ApiError, get, open, setSignInHandler } from "./api.js";
-import { quotaName } from "./format.js";
+import { isOfUpstream, quotaName } from "./format.js";
 
 /** Number of refusals that the gateway and the page keep. */
 const MAX_REFUSALS = 1_000;
@@ -10,6 +10,9 @@ const MAX_REFUSALS = 1_000;
 const SILENCE_MS = 40_000;
 /** The counts by cause are loaded this long after a refusal. */
 const CAUSES_PAUSE_MS = 2_000;
+/** The quotas of upstreams are loaded this often; without such quotas, more rarely. */
+const UPSTREAMS_PAUSE_MS = 2_000;
+const NO_UPSTREAMS_PAUSE_MS = 30_000;
 /** Pauses before the page connects again: they double. */
 const MIN_PAUSE_MS = 1_000;
 const MAX_PAUSE_MS = 15_000;
@@ -18,8 +21,10 @@ const MAX_SAMPLES = 240;
 
 /** One quota. The object is the same as long as the quota exists; `json` is replaced. */
 class QuotaRecord {
+  /** `environment`: its name, or `upstream openai` for a quota of an upstream. */
   constructor(environment, json) {
     this.environment = environment;
+    this.isOfUpstream = isOfUpstream(json);
     this.label = `${environment} · ${quotaName(json)}`;
     this.search = this.label.toLowerCase();
     /** `spent`, `refusing`, `running-out`, `fine` or `unlimited`. */
@@ -64,7 +69,9 @@ class QuotaRecord {
 export const live = {
   /** By name: `{json, quotas}`. */
   environments: new Map(),
-  /** All quotas, in the order of the environments. */
+  /** Upstreams with quotas, by names such as `upstream openai`: `{json, quotas}`. */
+  upstreams: new Map(),
+  /** All quotas, in the order of the environments; then those of upstreams. */
   quotas: [],
   /** Incremented when quotas are added or removed. */
   version: 0,
@@ -95,11 +102,14 @@ function notify(what) {
   for (const listener of listeners) listener(what);
 }
 
-/** Applies the state of an environment. Returns whether quotas were added or removed. */
-function takeEnvironment(json) {
-  const known = live.environments.get(json.name);
+/** The environment or the upstream with this name. */
+export const owner = (name) => live.environments.get(name) ?? live.upstreams.get(name);
+
+/** Applies the state of an environment, or of an upstream. Returns whether quotas were added or removed. */
+function takeOwner(all, name, json) {
+  const known = all.get(name);
   if (!known) {
-    live.environments.set(json.name, { json, quotas: json.quotas.map((quota) => new QuotaRecord(json.name, quota)) });
+    all.set(name, { json, quotas: json.quotas.map((quota) => new QuotaRecord(name, quota)) });
     return true;
   }
   known.json = json;
@@ -121,26 +131,55 @@ function takeEnvironment(json) {
   known.quotas = json.quotas.map((quota) => {
     const record = find(quota) ?? before.find((other) => other.isOf(quota));
     record?.update(quota);
-    return record ?? new QuotaRecord(json.name, quota);
+    return record ?? new QuotaRecord(name, quota);
   });
   return known.quotas.length !== before.length || known.quotas.some((record, n) => record !== before[n]);
 }
 
 function rebuild() {
-  live.quotas = [...live.environments.values()].flatMap((environment) => environment.quotas);
+  live.quotas = [...live.environments.values(), ...live.upstreams.values()].flatMap(({ quotas }) => quotas);
   live.version += 1;
 }
 
 /** Applies environments. `order`: the names of all environments, if that has changed; others are removed. */
 function takeEnvironments(environments, order) {
   let isNew = false;
-  for (const json of environments) isNew = takeEnvironment(json) || isNew;
+  for (const json of environments) isNew = takeOwner(live.environments, json.name, json) || isNew;
   if (order && order.join("\n") !== [...live.environments.keys()].join("\n")) {
     const known = live.environments;
     live.environments = new Map(order.filter((name) => known.has(name)).map((name) => [name, known.get(name)]));
     isNew = true;
   }
   if (isNew) rebuild();
+}
+
+/** Applies upstreams. `isComplete`: others are removed. */
+function takeUpstreams(upstreams, isComplete) {
+  let isNew = false;
+  const names = new Set();
+  for (const json of upstreams.filter(({ quotas }) => quotas.length > 0)) {
+    names.add(`upstream ${json.name}`);
+    isNew = takeOwner(live.upstreams, `upstream ${json.name}`, json) || isNew;
+  }
+  for (const name of isComplete ? [...live.upstreams.keys()] : []) {
+    if (!names.has(name)) isNew = live.upstreams.delete(name) || isNew;
+  }
+  if (isNew) rebuild();
+}
+
+let upstreamsTimer = 0;
+
+/** Loads the quotas of upstreams, and again after a pause. The event stream does not contain them. */
+async function loadUpstreams() {
+  clearTimeout(upstreamsTimer);
+  const { signal } = abort ?? {};
+  const answer = await get("/api/upstreams").catch(() => null);
+  if (!signal || signal.aborted) return;
+  if (answer && (live.upstreams.size > 0 || answer.upstreams.some(({ quotas }) => quotas.length > 0))) {
+    apply(() => takeUpstreams(answer.upstreams, true));
+  }
+  clearTimeout(upstreamsTimer);
+  upstreamsTimer = setTimeout(loadUpstreams, live.upstreams.size > 0 ? UPSTREAMS_PAUSE_MS : NO_UPSTREAMS_PAUSE_MS);
 }
 
 function takeRefusals(newest) {
@@ -183,7 +222,8 @@ function apply(change) {
 
 /** Applies the answer to a change of limits, before the next event arrives. */
 export function showEnvironment(json) {
-  if (json?.quotas) apply(() => takeEnvironments([json]));
+  if (!json?.quotas) return;
+  apply(() => (Array.isArray(json.environments) ? takeUpstreams([json], false) : takeEnvironments([json])));
 }
 
 /** Handles an event: `snapshot` has the whole state, `update` the changes since the previous event. */
@@ -199,7 +239,10 @@ function onEvent(name, data) {
     live.config = data.config;
     notify("config");
   }
-  if (name === "snapshot") loadRefusals();
+  if (name === "snapshot") {
+    loadRefusals();
+    loadUpstreams();
+  }
 }
 
 /** Loads the refusals that a snapshot leaves out. */
@@ -236,6 +279,7 @@ function disconnect() {
   abort?.abort();
   abort = null;
   clearTimeout(timer);
+  clearTimeout(upstreamsTimer);
 }
 
 /** Reads the event stream until it breaks. */
@@ -287,6 +331,7 @@ export function start(onSignIn) {
 export function stop() {
   disconnect();
   live.environments.clear();
+  live.upstreams.clear();
   Object.assign(live, { refusals: [], lastDay: { refusals: 0, causes: [] }, samples: [], isLoaded: false, lostSince: null });
   rebuild();
 }

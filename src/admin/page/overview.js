@@ -26,7 +26,7 @@ const ORDERS = {
 function spender(quota) {
   const { scope, name, kind, rate: all } = quota.json;
   if (scope === "caller") return { name: `caller ${name}`, share: 1, rate: all };
-  if (scope === "model") return null;
+  if (scope === "model" || quota.isOfUpstream) return null;
   const fromHistory = spenderInHistory(quota);
   if (fromHistory) return { ...fromHistory, rate: fromHistory.share * all };
   let first = null;

@@ -1,7 +1,7 @@
 // Refusals: the last refused requests, as they happen, and their causes.
 
 import { el, setText, setVisible } from "./dom.js";
-import { count, duration, exactMoment, moment, number, percent, quotaName } from "./format.js";
+import { count, duration, exactMoment, isOfUpstream, moment, number, ownerName, percent, quotaName } from "./format.js";
 import { live } from "./live.js";
 
 /** Rows drawn at first, and added by each "Show more". */
@@ -20,7 +20,12 @@ function cause(refusal) {
 /** `request exceeds quota`. */
 const codeWords = (code) => code.replaceAll("_", " ");
 
-const wordsOf = (environment, code, quota) => `${environment} · ${quota ? quotaName(quota) : codeWords(code)}`;
+/** The environment, the upstream if one of its quotas is the cause, and the cause. */
+const wordsOf = (environment, code, quota) => [
+  environment,
+  ...(quota && isOfUpstream(quota) ? [ownerName(environment, quota)] : []),
+  quota ? quotaName(quota) : codeWords(code),
+].join(" · ");
 
 const causeWords = (refusal) => wordsOf(refusal.environment, refusal.code, cause(refusal));
 

@@ -2,7 +2,7 @@
 
 import { call, get } from "./api.js";
 import { el, setText, setVisible, table } from "./dom.js";
-import { count, duration, exactMoment, moment, number, quotaName } from "./format.js";
+import { count, duration, exactMoment, moment, number, ownerName, quotaName } from "./format.js";
 import { live } from "./live.js";
 
 /** Upstreams, overrides and the audit log are requested this often. */
@@ -84,7 +84,7 @@ function overridesTable({ overrides, enforce = [] }) {
   const limit = (value) => (value === null ? "unlimited" : number(value));
   const origin = ({ by, since, until, reason }) => [by ?? "–", since ? at(since) : "–", until ? at(until) : "no end", reason ?? "–"];
   const rows = overrides.map((entry) => [
-    `${entry.environment} · ${quotaName(entry)}`, limit(entry.limit), limit(entry.file_limit), ...origin(entry),
+    `${ownerName(entry.environment, entry)} · ${quotaName(entry)}`, limit(entry.limit), limit(entry.file_limit), ...origin(entry),
   ]);
   for (const entry of enforce) {
     rows.push([`${entry.environment} · enforce`, words(entry.enforce), words(entry.file_enforce), ...origin(entry)]);

@@ -156,7 +156,7 @@ export function usage() {
       setText(alert, error.message);
       setVisible(alert, true);
     }
-    const calendar = live.quotas.filter((quota) => quota.json.window === "calendar" && !quota.isUnlimited && (!environment.value || quota.environment === environment.value));
+    const calendar = live.quotas.filter((quota) => !quota.isOfUpstream && quota.json.window === "calendar" && !quota.isUnlimited && (!environment.value || quota.environment === environment.value));
     const worst = calendar.sort((a, b) => a.rank - b.rank).slice(0, MAX_BURNS);
     const figures = await Promise.all(worst.map(burn));
     if (own === run && !isClosed) burns.replaceChildren(...(figures.length > 0 ? [el("h2", {}, "Calendar quotas"), el("div", { class: "pair" }, figures)] : []));

@@ -143,6 +143,7 @@ async fn real_answers_of_every_request_have_the_described_shape() {
     }
     let root = request(&gateway, "GET", "/api/openapi.json", &bearer(TOKEN), "").await.json();
     let quota = "/api/environments/production/quotas/requests/day";
+    let of_upstream = "/api/upstreams/u/quotas/requests/minute";
     let mut covered = BTreeSet::new();
     for (method, target, body) in [
         ("GET", "/", ""),
@@ -167,6 +168,16 @@ async fn real_answers_of_every_request_have_the_described_shape() {
         ("POST", "/api/environments/production/quotas/requests/day/reset", ""),
         ("DELETE", quota, ""),
         ("POST", "/api/environments/production/reset", ""),
+        ("GET", "/api/upstreams", ""),
+        ("GET", "/api/upstreams/u", ""),
+        ("GET", "/api/upstreams/other", ""),
+        ("PUT", of_upstream, r#"{"limit":50}"#),
+        ("PUT", of_upstream, "[]"),
+        ("PUT", "/api/upstreams/u/quotas/requests/minute?dry_run=true", r#"{"limit":50}"#),
+        ("PUT", "/api/upstreams/u/quotas/requests/minute?model=none", r#"{"limit":50}"#),
+        ("GET", "/api/overrides", ""),
+        ("POST", "/api/upstreams/u/quotas/requests/minute/reset", ""),
+        ("DELETE", of_upstream, ""),
         ("GET", "/api/audit", ""),
         ("GET", "/api/audit?limit=x", ""),
         ("GET", "/api/config", ""),

@@ -1,0 +1,142 @@
+//! The quota that a request to change a limit names, and what it belongs to.
+
+use super::description::{QuotaPath, UpstreamQuotaPath};
+use super::{QuotaParameters, UpstreamQuotaParameters, invalid};
+use crate::admin::Admin;
+use crate::admin::answers::{QueryResult, read_query, refusal};
+use crate::admin::environments::{environment_view, find, unknown_environment};
+use crate::admin::upstreams::{self, unknown_upstream};
+use crate::config::{Environment, UpstreamSettings};
+use crate::ledger::{Account, QuotaKey};
+use crate::quota::{Kind, Quota, UNLIMITED, Window};
+use axum::Json;
+use axum::response::{IntoResponse as _, Response};
+use http::StatusCode;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// What a quota belongs to.
+pub(super) enum QuotaOwner {
+    Environment(Arc<Environment>),
+    Upstream(Arc<UpstreamSettings>),
+}
+
+/// The quota that a request names.
+pub(super) struct Target {
+    pub(super) owner: QuotaOwner,
+    pub(super) account: Arc<Account>,
+    /// The quota with the limit of the config.
+    pub(super) quota: Quota,
+    pub(super) is_dry_run: bool,
+}
+
+impl Target {
+    pub(super) fn of_environment(
+        admin: &Admin,
+        QuotaPath { environment, kind, per }: &QuotaPath,
+        query: QueryResult<QuotaParameters>,
+    ) -> Result<Self, Box<Response>> {
+        let QuotaParameters { scope, name, dry_run } = read_query(query)?;
+        let (settings, account) = find(admin, environment).ok_or_else(|| Box::new(unknown_environment()))?;
+        let kind = known_kind(kind).ok_or_else(|| Box::new(unknown_quota()))?;
+        let key = QuotaKey { scope: &scope, name: &name, kind, per };
+        let quota = settings.counted_quotas().into_iter().find(|quota| key.matches(quota));
+        let quota = quota.ok_or_else(|| Box::new(unknown_quota()))?;
+        Ok(Self { owner: QuotaOwner::Environment(settings), account, quota, is_dry_run: dry_run })
+    }
+
+    pub(super) fn of_upstream(
+        admin: &Admin,
+        UpstreamQuotaPath { upstream, kind, per }: &UpstreamQuotaPath,
+        query: QueryResult<UpstreamQuotaParameters>,
+    ) -> Result<Self, Box<Response>> {
+        let UpstreamQuotaParameters { model, dry_run } = read_query(query)?;
+        let (settings, account) =
+            upstreams::find(admin, upstream).ok_or_else(|| Box::new(unknown_upstream()))?;
+        let unknown = || Box::new(unknown_quota_of_upstream());
+        let kind = known_kind(kind).ok_or_else(unknown)?;
+        let (scope, name) = if model.is_empty() {
+            ("upstream", upstream.clone())
+        } else {
+            ("upstream_model", format!("{upstream}/{model}"))
+        };
+        let key = QuotaKey { scope, name: &name, kind, per };
+        let quota = settings.quotas.iter().find(|quota| key.matches(quota)).cloned().ok_or_else(unknown)?;
+        let account = account.ok_or_else(unknown)?;
+        Ok(Self { owner: QuotaOwner::Upstream(settings), account, quota, is_dry_run: dry_run })
+    }
+
+    pub(super) fn key(&self) -> QuotaKey<'_> {
+        let Quota { scope, kind, per, .. } = &self.quota;
+        QuotaKey { scope: scope.as_str(), name: scope.name(), kind: *kind, per: &per.text }
+    }
+
+    /// The name of the environment; empty for an upstream.
+    pub(super) fn environment(&self) -> &str {
+        match &self.owner {
+            QuotaOwner::Environment(environment) => &environment.name,
+            QuotaOwner::Upstream(_) => "",
+        }
+    }
+
+    /// The name of the target in the audit log.
+    pub(super) fn audited(&self) -> String {
+        let Quota { scope, kind, per, .. } = &self.quota;
+        format!("{}: {kind} per {}", scope.describe(self.environment()), per.text)
+    }
+
+    /// The state of the owner.
+    pub(super) fn view(&self, admin: &Admin) -> Response {
+        match &self.owner {
+            QuotaOwner::Environment(settings) => {
+                Json(environment_view(admin, settings, &self.account)).into_response()
+            }
+            QuotaOwner::Upstream(settings) => Json(upstreams::view(admin, &settings.name)).into_response(),
+        }
+    }
+
+    pub(super) fn unknown(&self) -> Response {
+        match &self.owner {
+            QuotaOwner::Environment(_) => unknown_quota(),
+            QuotaOwner::Upstream(_) => unknown_quota_of_upstream(),
+        }
+    }
+
+    /// The burst for a limit. `Err`: the burst in the body cannot be set.
+    pub(super) fn burst(&self, limit: u64, burst: Option<u64>) -> Result<u64, Box<Response>> {
+        let Some(burst) = burst else { return Ok(limit) };
+        let reason = match self.quota.window {
+            _ if limit == UNLIMITED => "an unlimited quota has no burst",
+            Window::Calendar { .. } if burst != limit => "a calendar quota has no burst",
+            _ => return Ok(burst),
+        };
+        Err(invalid(&format!("{reason}: remove burst.")))
+    }
+
+    /// The limit and burst in force, for the audit log.
+    pub(super) fn limit_in_force(&self) -> Value {
+        let levels = self.account.snapshot().levels;
+        let quota = levels.iter().map(|level| &level.quota).find(|quota| self.key().matches(quota));
+        quota.map_or(Value::Null, |quota| {
+            if quota.is_unlimited() {
+                json!({ "limit": "unlimited" })
+            } else {
+                json!({ "limit": quota.limit, "burst": quota.capacity() })
+            }
+        })
+    }
+}
+
+fn known_kind(text: &str) -> Option<Kind> {
+    Kind::ALL.into_iter().find(|known| known.as_str() == text)
+}
+
+fn unknown_quota() -> Response {
+    let message = "The environment has no such quota. Write kind and period as in the config, and scope and name as query parameters.";
+    refusal(StatusCode::NOT_FOUND, "unknown_quota", message)
+}
+
+fn unknown_quota_of_upstream() -> Response {
+    let message = "The upstream has no such quota. Write kind and period as in the config, and the pattern of model_quotas as ?model=PATTERN. GET /api/upstreams lists all.";
+    refusal(StatusCode::NOT_FOUND, "unknown_quota", message)
+}

@@ -1,0 +1,95 @@
+//! Limits of upstreams: an administrator changes or resets them as those of environments.
+
+use super::description::{BodyErrors, UpstreamQuotaErrors, UpstreamQuotaPath};
+use super::target::Target;
+use super::{BodyResult, UpstreamQuotaParameters, body, change_limit, dry_run, put_limit, reset_quota};
+use crate::admin::Admin;
+use crate::admin::answers::{AccessErrors, QueryResult};
+use crate::admin::audit::Actor;
+use crate::admin::upstreams::UpstreamLimitsView;
+use axum::extract::{Extension, Path, State};
+use axum::response::Response;
+
+/// The answer to a new limit.
+#[derive(utoipa::ToSchema)]
+#[serde(untagged)]
+#[allow(dead_code)] // describes answers, and is never made
+enum UpstreamLimitAnswer {
+    /// The upstream with the new limit.
+    Changed(UpstreamLimitsView),
+    /// With `dry_run`: the effect that the limit would have.
+    DryRun(dry_run::DryRunView),
+}
+
+/// Sets the limit of a quota of an upstream.
+#[utoipa::path(
+    put,
+    path = "/api/upstreams/{upstream}/quotas/{kind}/{per}",
+    tag = "quotas",
+    params(UpstreamQuotaPath, UpstreamQuotaParameters),
+    request_body = body::LimitFields,
+    responses(
+        (status = 200, description = "The new state.", body = UpstreamLimitAnswer),
+        UpstreamQuotaErrors,
+        BodyErrors,
+        AccessErrors,
+    )
+)]
+pub(in crate::admin) async fn set_upstream_limit(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    Path(path): Path<UpstreamQuotaPath>,
+    query: QueryResult<UpstreamQuotaParameters>,
+    body: BodyResult,
+) -> Response {
+    let target = Target::of_upstream(&admin, &path, query);
+    put_limit(&admin, actor, target, body).await.unwrap_or_else(|refusal| *refusal)
+}
+
+/// Returns to the limit of the config.
+#[utoipa::path(
+    delete,
+    path = "/api/upstreams/{upstream}/quotas/{kind}/{per}",
+    tag = "quotas",
+    params(UpstreamQuotaPath, UpstreamQuotaParameters),
+    responses(
+        (status = 200, description = "The upstream with the limit of the config.", body = UpstreamLimitsView),
+        UpstreamQuotaErrors,
+        AccessErrors,
+    )
+)]
+pub(in crate::admin) async fn unset_upstream_limit(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    Path(path): Path<UpstreamQuotaPath>,
+    query: QueryResult<UpstreamQuotaParameters>,
+) -> Response {
+    match Target::of_upstream(&admin, &path, query) {
+        Ok(target) => change_limit(&admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
+        Err(refusal) => *refusal,
+    }
+}
+
+/// Sets the used amount of a quota of an upstream to zero.
+#[utoipa::path(
+    post,
+    path = "/api/upstreams/{upstream}/quotas/{kind}/{per}/reset",
+    tag = "quotas",
+    params(UpstreamQuotaPath, UpstreamQuotaParameters),
+    responses(
+        (status = 200, description = "The upstream after the reset.", body = UpstreamLimitsView),
+        UpstreamQuotaErrors,
+        AccessErrors,
+    )
+)]
+pub(in crate::admin) async fn reset_upstream_quota(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    Path(path): Path<UpstreamQuotaPath>,
+    query: QueryResult<UpstreamQuotaParameters>,
+) -> Response {
+    match Target::of_upstream(&admin, &path, query) {
+        Ok(target) => reset_quota(&admin, actor, &target).await,
+        Err(refusal) => *refusal,
+    }
+}
