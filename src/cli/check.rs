@@ -6,6 +6,7 @@ use super::{BAD_CONFIG, check_certificates, load_or_explain, output};
 use crate::clock::{self, Timestamp};
 use crate::config::{Config, Environment, RouteSettings};
 use crate::glob::Glob;
+use crate::ledger::Owner;
 use crate::quota::Quota;
 use crate::store::{self, StoredEnforce, StoredOverride};
 use std::fmt::Write as _;
@@ -128,24 +129,30 @@ fn override_warnings(config: &Config) -> Vec<String> {
 }
 
 fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> {
-    let (_, environment) = config.environment(&stored.environment)?;
+    let (owner, path) = match config.environment(&stored.environment) {
+        Some((_, environment)) => (Owner::from(environment), format!("environments/{}", environment.name)),
+        None => {
+            let mut upstreams = config.upstreams.iter();
+            let upstream = upstreams.find(|upstream| Owner::from(*upstream).key() == stored.environment)?;
+            (Owner::from(upstream), format!("upstreams/{}", upstream.name))
+        }
+    };
     let is_same = |quota: &&Quota| {
         (quota.scope.as_str(), quota.scope.name(), quota.kind.as_str(), quota.per.text.as_str())
             == (stored.scope.as_str(), stored.name.as_str(), stored.kind.as_str(), stored.per.as_str())
     };
-    let quotas = environment.counted_quotas();
+    let quotas = owner.counted_quotas();
     let quota = quotas.iter().find(is_same)?;
     let set = quota.with_limit(stored.limit, stored.burst);
     let differs = set != *quota;
     differs.then(|| {
         format!(
-            "an administrator has set the limit of {}, {} per {}, to {}; the file has {}, which applies again after DELETE /api/environments/{}/quotas/{}/{}",
-            quota.scope.describe(&environment.name),
+            "an administrator has set the limit of {}, {} per {}, to {}; the file has {}, which applies again after DELETE /api/{path}/quotas/{}/{}",
+            quota.scope.describe(&stored.environment),
             quota.kind,
             quota.per.text,
             set.limit_text(),
             quota.limit_text(),
-            environment.name,
             quota.kind,
             quota.per.text
         )

@@ -98,7 +98,7 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("t.yaml");
     let text = format!(
-        "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://127.0.0.1:9/v1' }} }}\n\
+        "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams: {{ u: {{ base_url: 'http://127.0.0.1:9/v1', quotas: {{ requests: {{ limit: 7, per: day }} }} }} }}\n\
          environments: {{ production: {{ upstream: u, quotas: {{ requests: [{{ limit: 60, per: minute }}, {{ limit: 9k, per: day }}] }} }} }}\n\
          store: {{ path: {} }}\n",
         folder.path().join("t.db").display()
@@ -106,9 +106,13 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     std::fs::write(&file, &text).unwrap();
     let check = || run(&["check", "--config", file.to_str().unwrap()], "");
     let process = Process::of_config(&text).await;
-    for (per, limit) in [("minute", 61), ("day", 9_000)] {
+    for (owner, per, limit) in [
+        ("environments/production", "minute", 61),
+        ("environments/production", "day", 9_000),
+        ("upstreams/u", "day", 8),
+    ] {
         let mut admin = Caller::connect(process.admin).await;
-        let target = format!("/api/environments/production/quotas/requests/{per}");
+        let target = format!("/api/{owner}/quotas/requests/{per}");
         let body = format!(r#"{{"limit":{limit}}}"#);
         let (host, length) = (process.admin, body.len());
         let head = format!("PUT {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n");
@@ -119,12 +123,14 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     assert_eq!(code, 0);
     for line in [
         "warning: an administrator has set the limit of environment 'production', requests per minute, to 61; the file has 60",
+        "warning: an administrator has set the limit of upstream 'u', requests per day, to 8; the file has 7, which applies again after DELETE /api/upstreams/u/quotas/requests/day",
+        "  upstream               u at http://127.0.0.1:9/v1\n    7          requests per day of upstream u\n",
         "  environment            production: upstream u, open to all callers\n    60         requests per minute\n",
     ] {
         assert!(output.contains(line), "{line}\n{output}");
     }
     // An override that equals the file contradicts nothing.
-    assert!(!output.contains("per day, to"), "{output}");
+    assert!(!output.contains("requests per day, to 9"), "{output}");
 }
 
 #[tokio::test]

@@ -143,11 +143,11 @@ pageTest("quotas of an upstream are shown beside those of environments and can b
   await assertNoViolation(page, "limits");
 });
 
-pageTest("System shows replicas that are left out", { upstream: "health: { path: /health, every: 100ms }" }, async ({ gateway, page }) => {
+pageTest("System shows the state of replicas", { upstream: "health: { path: /health, every: 100ms }" }, async ({ gateway, page }) => {
   assert.equal(await gateway.chat("sandbox"), 200);
   await open(page, gateway, "system");
   const table = page.getByRole("table", { name: "Replicas" });
-  await table.getByText("left out: it fails its health check").waitFor();
+  await table.getByText("fails its health check, used all the same").waitFor();
   await table.getByText(`127.0.0.1:${gateway.backend.address().port}`).waitFor();
   await assertNoViolation(page, "system");
 });

@@ -42,7 +42,7 @@ function gatewayTables({ version, started_at: startedAt, in_flight: inFlight, dr
     name, url, number(open), number(requests), number(answers), number(unanswered), number(incomplete), ms(first?.p50), ms(first?.p95),
   ]);
   const replicas = upstreams.filter(({ replicas: all }) => all.length > 1 || all.some(({ up, healthy }) => !up || healthy !== null))
-    .flatMap(({ name, replicas: all }) => all.map((replica) => replicaRow(name, replica)));
+    .flatMap(({ name, replicas: all }) => all.map((replica) => replicaRow(name, replica, all.length === 1)));
   const limits = upstreams.flatMap(({ name, provider_limits: { mode, models } }) => models.flatMap((of) => limitRows(name, mode, of)));
   const models = estimates.map(({ model, answers, ratio, mean_error: error }) => [model, number(answers), ratio.toFixed(3), `${(100 * error).toFixed(1)} %`]);
   return el("div", {},
@@ -56,9 +56,10 @@ function gatewayTables({ version, started_at: startedAt, in_flight: inFlight, dr
 }
 
 /** A row of the table of replicas. */
-function replicaRow(upstream, { address, left_out_ms: leftOut, healthy, in_flight: open, failures, failed_checks: failedChecks, active_connections: active, idle_connections: idle }) {
+function replicaRow(upstream, { address, left_out_ms: leftOut, healthy, in_flight: open, failures, failed_checks: failedChecks, active_connections: active, idle_connections: idle }, isOnly) {
   const leftOutWords = leftOut > 0 ? `cannot be reached, tried again in ${duration(leftOut)}` : "cannot be reached, the next request tries it";
-  const state = healthy === false ? "left out: it fails its health check" : leftOut !== null ? leftOutWords : healthy ? "used, healthy" : "used";
+  const unhealthy = isOnly ? "fails its health check, used all the same" : "left out: it fails its health check";
+  const state = healthy === false ? unhealthy : leftOut !== null ? leftOutWords : healthy ? "used, healthy" : "used";
   return [upstream, address, state, number(open), number(failures), healthy === null ? "–" : number(failedChecks), number(active + idle)];
 }
 
