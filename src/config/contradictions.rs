@@ -64,8 +64,7 @@ fn warn_of_unreachable(setting: &Setting<'_>, kind: &str, quotas: &[Quota]) {
     let is_whole = |scope: &Scope| *scope == Scope::Environment;
     if let Some((limit, own)) = lower_limit(setting, kind, quotas, is_whole) {
         setting.warn(format!(
-            "this limit of {limit} is above the limit of {} that the whole environment has, so the caller never reaches it; lower it, or raise the limit of the environment",
-            own
+            "this limit of {limit} is above the limit of {own} that the whole environment has, so the caller never reaches it; lower it, or raise the limit of the environment"
         ));
     }
 }

@@ -78,10 +78,9 @@ impl Meter {
     /// Whether the quota applies to a call.
     pub(super) fn measures(&self, subject: Subject<'_>) -> bool {
         match &self.quota.scope {
-            Scope::Environment => true,
+            Scope::Environment | Scope::Upstream(_) => true,
             Scope::Caller(name) => subject.caller == Some(name),
             Scope::Model(pattern) => pattern.matches(subject.model),
-            Scope::Upstream(_) => true,
             Scope::UpstreamModel(models) => models.pattern().matches(subject.model),
         }
     }
