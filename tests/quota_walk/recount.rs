@@ -159,8 +159,7 @@ impl Recount {
             Scope::Model(pattern) => {
                 pattern.as_str() == MODELS[model] || model < 2 && pattern.as_str() == "m-*"
             }
-            Scope::Environment => true,
-            Scope::Upstream(_) => true,
+            Scope::Environment | Scope::Upstream(_) => true,
             Scope::UpstreamModel(models) => model < 2 && models.pattern().as_str() == "m-*",
         }
     }

@@ -256,7 +256,7 @@ fn the_failure_policy_covers_the_upstream() {
                 match nodes[0].reserve(n % 2).await {
                     Ok(reservation) => held.push(reservation),
                     Err(no_room) => {
-                        assert_eq!(no_room == NoRoom::Unavailable, policy == "closed", "{no_room:?}")
+                        assert_eq!(no_room == NoRoom::Unavailable, policy == "closed", "{no_room:?}");
                     }
                 }
             }
