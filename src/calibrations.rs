@@ -5,7 +5,7 @@
 //! settles the charge in any case.
 
 use crate::estimate::{Calibration, CalibrationSample, Correction, KnownModels, ModelRank, RequestKind};
-use std::collections::HashMap;
+use foldhash::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Maximum number of calibrations per upstream. A new one replaces one of an invented name if there is one, and of those
@@ -92,9 +92,11 @@ impl Calibrations {
             return;
         }
         self.with(upstream, |entries| {
-            let entry = entries.entry(model, kind);
-            entry.calibration.learn(estimated, reported);
-            entry.has_changed = true;
+            if let Some(entry) = entries.known(model, kind) {
+                entry.learn(estimated, reported);
+            } else {
+                entries.entry(model, kind).learn(estimated, reported);
+            }
         });
     }
 
@@ -130,6 +132,13 @@ fn lock(entries: &Mutex<UpstreamCalibrations>) -> MutexGuard<'_, UpstreamCalibra
     entries.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl CalibrationEntry {
+    fn learn(&mut self, estimated: u64, reported: u64) {
+        self.calibration.learn(estimated, reported);
+        self.has_changed = true;
+    }
+}
+
 impl UpstreamCalibrations {
     /// Adds the calibrations that have changed since the last call to `changes`.
     fn take_changes(&mut self, upstream: &str, changes: &mut Vec<SavedCalibration>) {
@@ -150,6 +159,14 @@ impl UpstreamCalibrations {
                 }
             }
         }
+    }
+
+    /// Updates the age of an entry that exists. Unlike `entry`, this does not copy the name.
+    fn known(&mut self, model: &str, kind: RequestKind) -> Option<&mut CalibrationEntry> {
+        let entry = self.models.get_mut(model)?[kind as usize].as_mut()?;
+        self.answers += 1;
+        entry.updated = self.answers;
+        Some(entry)
     }
 
     fn entry(&mut self, model: &str, kind: RequestKind) -> &mut CalibrationEntry {

@@ -34,8 +34,9 @@ impl RequestKind {
 const MAX_SAMPLES: usize = 32;
 /// Number of samples below which nothing is corrected.
 const MIN_SAMPLES: usize = 3;
-/// After the first `MAX_SAMPLES` answers, the correction is fitted again only once per this many answers.
-const REFIT_INTERVAL: u64 = 4;
+/// After the first `MAX_SAMPLES` answers, the correction is fitted again only once per this many answers. A median of the
+/// stored samples hardly moves with fewer new ones.
+const REFIT_INTERVAL: u64 = 16;
 /// Number of the latest samples that count twice, because providers change what they add.
 const DOUBLE_WEIGHT_SAMPLES: usize = 12;
 /// Added to the error of a correction for each step of complexity, in millionths. So a more complex correction wins
@@ -82,14 +83,15 @@ impl Correction {
     /// For an estimate outside the range of the correction, the difference is that of the nearest estimate in
     /// the range. Below the range, a negative difference shrinks in proportion to the estimate.
     pub fn apply(self, estimated: u64) -> u64 {
-        let (smallest, largest) = (u64::from(self.smallest), u64::from(self.largest));
-        let nearest = i128::from(estimated.clamp(smallest, largest));
-        let mut more = nearest * i128::from(self.per_mille - 1_000) / 1_000 + i128::from(self.offset);
+        let smallest = u64::from(self.smallest);
+        let nearest = u32::try_from(estimated).unwrap_or(u32::MAX).max(self.smallest).min(self.largest);
+        let mut more = i64::from(nearest) * (self.per_mille - 1_000) / 1_000 + self.offset;
         if more < 0 && estimated < smallest {
-            more = more * i128::from(estimated) / nearest.max(1);
+            // Rare, because it takes a division of 128 bits.
+            let shrunk = i128::from(more) * i128::from(estimated) / i128::from(nearest.max(1));
+            more = i64::try_from(shrunk).unwrap_or(more);
         }
-        let corrected = u64::try_from((i128::from(estimated) + more).max(0)).unwrap_or(u64::MAX);
-        bounded(corrected, estimated)
+        bounded(estimated.saturating_add_signed(more), estimated)
     }
 
     /// Whether the correction changes no estimate.

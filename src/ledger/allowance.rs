@@ -4,7 +4,7 @@
 //! on integers: the same answers in the same order give the same allowance.
 
 use crate::estimate::{KnownModels, ModelRank};
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 /// Completion tokens assumed for each answer of a model that has not answered yet.
 const PRIOR: u64 = 512;
