@@ -180,7 +180,7 @@ impl Account {
     /// for room for at most `max_wait`, behind the requests that are already waiting. Dropping the future reserves
     /// nothing and leaves the queue.
     ///
-    /// With local counters and no wait, this future does not suspend and allocates nothing.
+    /// With local counters and no wait, this future does not suspend and allocates nothing but the reservation.
     ///
     /// # Errors
     /// The reason why there is no room. A denied request changes only the count of denials.

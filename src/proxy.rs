@@ -103,7 +103,8 @@ struct ModelListRequest {
 
 /// A request that may be sent to the upstream.
 struct Admitted {
-    outgoing: OutgoingRequest,
+    /// Boxed, because it passes through several futures.
+    outgoing: Box<OutgoingRequest>,
     /// `None`: the endpoint is not charged.
     reservation: Option<Reservation>,
     headers: AddedHeaders,
@@ -149,7 +150,7 @@ impl Proxy {
         request: Request<Incoming>,
         peer: Arc<Peer>,
     ) -> Response<AnswerBody> {
-        let mut record = Record::begin(self.state.metrics.clone());
+        let mut record = Box::new(Record::begin(self.state.metrics.clone()));
         let dialect = route::dialect(request.uri().path());
         // This statement moves the parts out of the result of `admit`. If later code borrowed the result, the future
         // would contain a second copy of it during the exchange.
@@ -281,7 +282,7 @@ impl Proxy {
             headers: self.headers(upstream, head.headers, caller),
             body,
         };
-        let outgoing = OutgoingRequest {
+        let outgoing = Box::new(OutgoingRequest {
             request,
             upstream,
             environment: environment.clone(),
@@ -293,7 +294,7 @@ impl Proxy {
             pass,
             received,
             alternatives,
-        };
+        });
         Ok(Admission::Forward(Admitted { outgoing, reservation, headers }))
     }
 
@@ -375,7 +376,7 @@ impl Proxy {
     /// Sends an admitted request to the upstream and passes the answer on.
     async fn exchange(
         &self,
-        mut outgoing: OutgoingRequest,
+        mut outgoing: Box<OutgoingRequest>,
         mut headers: AddedHeaders,
         mut charge: Charge,
         dialect: Dialect,
@@ -450,12 +451,12 @@ impl Proxy {
 
     fn meter_context(
         &self,
-        outgoing: OutgoingRequest,
+        outgoing: Box<OutgoingRequest>,
         status: StatusCode,
         started: Stopwatch,
         peer: Arc<Peer>,
     ) -> MeterContext {
-        let OutgoingRequest { environment, endpoint, call, buffered, upstream, .. } = outgoing;
+        let OutgoingRequest { environment, endpoint, call, buffered, upstream, .. } = *outgoing;
         drop(buffered);
         let upstream = &self.snapshot.upstreams[upstream];
         MeterContext {

@@ -243,7 +243,7 @@ impl Account {
 impl Reservation {
     /// Settles a request of the old process.
     pub fn settle_as(mut self, caller: Option<Arc<str>>, spent: Amounts, is_complete: bool) {
-        self.subject.0 = caller;
-        self.settlement = Settlement { spent, is_complete };
+        self.0.subject.0 = caller;
+        self.0.settlement = Settlement { spent, is_complete };
     }
 }

@@ -9,7 +9,11 @@ use std::sync::Arc;
 /// them with the last amounts observed. These are zero until the request is sent to the upstream.
 #[derive(Debug)]
 #[must_use = "dropping a reservation settles it at once"]
-pub struct Reservation {
+pub struct Reservation(pub(super) Box<HeldRoom>);
+
+/// The fields of a reservation. A request passes its reservation through many functions, so they are boxed.
+#[derive(Debug)]
+pub(super) struct HeldRoom {
     account: Arc<Account>,
     grant: Option<Grant>,
     /// The part that the upstream's quotas hold. `None`: it has no limits, or another process has the counters.
@@ -75,7 +79,7 @@ impl Reservation {
         let Admission { grant, upstream, clamped_to, would_deny, standing, .. } = admission;
         let part =
             demand.backends.get(backend).and_then(|one| UpstreamPart::new(one, upstream.map(|grant| *grant)));
-        Self {
+        Self(Box::new(HeldRoom {
             account: account.clone(),
             grant: Some(grant),
             upstream: part,
@@ -88,7 +92,7 @@ impl Reservation {
             would_deny,
             is_durable: commit.is_some(),
             commit,
-        }
+        }))
     }
 
     /// A reservation that another process holds.
@@ -101,13 +105,13 @@ impl Reservation {
         let is_durable = account.persistence.is_some();
         let admission = Admission { grant, upstream: None, clamped_to, would_deny, standing, is_durable };
         let mut reservation = Self::new(account, demand, admission, backend, None);
-        reservation.is_durable = is_durable;
+        reservation.0.is_durable = is_durable;
         reservation
     }
 
     /// A request of the process that this one replaces.
     pub(super) fn adopted(account: &Arc<Account>, model: &str, grant: Grant) -> Self {
-        Self {
+        Self(Box::new(HeldRoom {
             account: account.clone(),
             settlement: Settlement { spent: grant.reserved, is_complete: false },
             grant: Some(grant),
@@ -120,7 +124,7 @@ impl Reservation {
             would_deny: None,
             is_durable: account.persistence.is_some(),
             commit: None,
-        }
+        }))
     }
 }
 
@@ -128,7 +132,7 @@ impl Reservation {
 impl Reservation {
     /// The upstream that has room: its index in the backends of the demand.
     pub fn backend(&self) -> usize {
-        self.backend
+        self.0.backend
     }
 
     /// Moves the reservation to another upstream, whose index in the backends of the demand is `index`: reserves the same
@@ -138,32 +142,32 @@ impl Reservation {
     /// # Errors
     /// The other upstream has no room. The reservation stays as it is.
     pub async fn move_to(&mut self, index: usize, backend: &Backend<'_>) -> Result<(), NoRoom> {
-        let Some(grant) = &self.grant else { return Ok(()) };
-        let required = Required { amounts: grant.reserved, generates: self.generates };
+        let Some(grant) = &self.0.grant else { return Ok(()) };
+        let required = Required { amounts: grant.reserved, generates: self.0.generates };
         let moved = match backend.account {
             None => None,
             Some(account) => {
-                let before = self.upstream.as_deref_mut();
+                let before = self.0.upstream.as_deref_mut();
                 let before = before.filter(|before| Arc::ptr_eq(&before.account, account));
                 Some(account.engine.try_back(backend.model, &required, before).await?)
             }
         };
-        let before = self.upstream.take();
+        let before = self.0.upstream.take();
         let has_released = moved.as_ref().is_some_and(|moved| moved.has_released);
         if let Some(before) = before.filter(|_| !has_released) {
             before.settle(Amounts::default());
         }
         let is_durable = moved.as_ref().is_some_and(|moved| moved.is_durable);
-        self.upstream = UpstreamPart::new(backend, moved.map(|moved| moved.grant));
-        self.backend = index;
-        let subject = Subject { caller: self.subject.0.as_ref(), model: &self.subject.1 };
-        self.standing = self.account.standing(subject, &[*backend]);
-        let store = self.account.persistence.as_deref().filter(|store| is_durable && store.is_writing());
+        self.0.upstream = UpstreamPart::new(backend, moved.map(|moved| moved.grant));
+        self.0.backend = index;
+        let subject = Subject { caller: self.0.subject.0.as_ref(), model: &self.0.subject.1 };
+        self.0.standing = self.0.account.standing(subject, &[*backend]);
+        let store = self.0.account.persistence.as_deref().filter(|store| is_durable && store.is_writing());
         let commit = store.map(|store| store.commits().next());
-        self.is_durable |= commit.is_some();
-        self.account.notify_store(commit.is_some());
+        self.0.is_durable |= commit.is_some();
+        self.0.account.notify_store(commit.is_some());
         if let Some(commit) = commit {
-            self.account.wait_for_commit(commit).await;
+            self.0.account.wait_for_commit(commit).await;
         }
         Ok(())
     }
@@ -173,59 +177,59 @@ impl Reservation {
 impl Reservation {
     /// Sets the amounts that the request has cost so far. The last amounts set are charged.
     pub fn observe(&mut self, spent: Amounts) {
-        self.settlement.spent = spent;
+        self.0.settlement.spent = spent;
     }
 
     /// Marks the answer as complete, so that its length is learned.
     pub fn mark_complete(&mut self) {
-        self.settlement.is_complete = true;
+        self.0.settlement.is_complete = true;
     }
 
     /// The last amounts observed.
     pub fn spent(&self) -> Amounts {
-        self.settlement.spent
+        self.0.settlement.spent
     }
 
     /// Moves amounts that have certainly been used from held to spent, and extends the reservation of a long answer.
     pub fn progress(&mut self, spent: Amounts) -> Progress {
-        let Some(grant) = &mut self.grant else { return Progress::Within };
+        let Some(grant) = &mut self.0.grant else { return Progress::Within };
         let before = grant.reserved();
-        let upstream = self.upstream.as_deref_mut();
-        let progress = self.account.engine.progress(&self.subject.1, grant, spent, upstream);
+        let upstream = self.0.upstream.as_deref_mut();
+        let progress = self.0.account.engine.progress(&self.0.subject.1, grant, spent, upstream);
         let has_grown = grant.reserved() != before;
-        self.account.notify_released();
-        if let Some(upstream) = &self.upstream {
+        self.0.account.notify_released();
+        if let Some(upstream) = &self.0.upstream {
             upstream.account.notify_released();
         }
         // No request waits for this commit, but a larger reservation should become durable soon.
-        self.account.notify_store(self.is_durable && has_grown);
+        self.0.account.notify_store(self.0.is_durable && has_grown);
         progress
     }
 
     /// The maximum number of completion tokens that the request allows its answer.
     pub fn cap(&self) -> u64 {
-        self.grant.as_ref().map_or(u64::MAX, Grant::cap)
+        self.0.grant.as_ref().map_or(u64::MAX, Grant::cap)
     }
 
     /// When the answer has more completion tokens than this, `progress` must be called at once. With fewer tokens,
     /// occasional calls suffice.
     pub fn progress_threshold(&self) -> u64 {
-        self.grant.as_ref().map_or(u64::MAX, Grant::progress_threshold)
+        self.0.grant.as_ref().map_or(u64::MAX, Grant::progress_threshold)
     }
 
     /// Waits until the reservation would survive a crash, if one of its quotas requires that.
     pub async fn wait_until_durable(&mut self) {
-        if let Some(commit) = self.commit.take() {
-            self.account.wait_for_commit(commit).await;
+        if let Some(commit) = self.0.commit.take() {
+            self.0.account.wait_for_commit(commit).await;
         }
     }
 
     /// Settles the reservation. If a durable reservation used more than it reserved, the settlement must be
     /// durable before the caller gets the last bytes of the answer. The returned future waits for that.
     pub fn settle(self) -> Option<impl Future<Output = ()> + Send + 'static> {
-        let spent = self.settlement.spent;
+        let spent = self.0.settlement.spent;
         let exceeds = spent.saturating_sub(self.reserved()) != Amounts::default();
-        let account = (exceeds && self.is_durable).then(|| self.account.clone());
+        let account = (exceeds && self.0.is_durable).then(|| self.0.account.clone());
         drop(self);
         let account = account?;
         let commit = if account.handover.has_left() {
@@ -245,34 +249,34 @@ impl Reservation {
 
     /// The quotas of each kind right after this reservation, in the order of `Kind::ALL`.
     pub fn standing(&self) -> &[Option<QuotaStatus>; 4] {
-        &self.standing
+        &self.0.standing
     }
 
     /// The lowered limit of completion tokens per completion, if the request was clamped.
     pub fn clamped_to(&self) -> Option<u64> {
-        self.clamped_to
+        self.0.clamped_to
     }
 
     /// Why the request would have been denied if its quotas were enforced.
     pub fn would_deny(&self) -> Option<&NoRoom> {
-        self.would_deny.as_ref()
+        self.0.would_deny.as_ref()
     }
 
     /// Everything reserved so far.
     pub fn reserved(&self) -> Amounts {
-        self.grant.as_ref().map_or_else(Amounts::default, Grant::reserved)
+        self.0.grant.as_ref().map_or_else(Amounts::default, Grant::reserved)
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let Some(grant) = self.grant.take() else { return };
-        let subject = Subject { caller: self.subject.0.as_ref(), model: &self.subject.1 };
-        self.account.engine.settle(subject, grant, self.settlement);
-        if let Some(upstream) = self.upstream.take() {
-            upstream.settle(self.settlement.spent);
+        let Some(grant) = self.0.grant.take() else { return };
+        let subject = Subject { caller: self.0.subject.0.as_ref(), model: &self.0.subject.1 };
+        self.0.account.engine.settle(subject, grant, self.0.settlement);
+        if let Some(upstream) = self.0.upstream.take() {
+            upstream.settle(self.0.settlement.spent);
         }
-        self.account.notify_released();
-        self.account.notify_store(false);
+        self.0.account.notify_released();
+        self.0.account.notify_store(false);
     }
 }

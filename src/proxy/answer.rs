@@ -102,8 +102,8 @@ impl AnswerBody {
     }
 
     /// The body of an upstream's answer.
-    pub(super) fn from_upstream(metered: Metered) -> Self {
-        Self(AnswerSource::Upstream(Some(Box::new(metered))))
+    pub(super) fn from_upstream(metered: Box<Metered>) -> Self {
+        Self(AnswerSource::Upstream(Some(metered)))
     }
 
     /// Takes the upstream's answer if it is to be drained.

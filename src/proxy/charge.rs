@@ -8,7 +8,8 @@ use crate::telemetry::Record;
 pub(super) struct Charge {
     /// `None`: nothing is reserved, or the reservation is settled.
     pub(super) reservation: Option<Reservation>,
-    pub(super) record: Record,
+    /// Boxed, because a request passes its charge through many functions.
+    pub(super) record: Box<Record>,
 }
 
 /// Request ids and model names are logged up to this length, because upstreams and callers choose them.

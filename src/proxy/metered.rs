@@ -125,7 +125,7 @@ impl Metered {
         headers: &HeaderMap,
         context: MeterContext,
         charge: Charge,
-    ) -> Self {
+    ) -> Box<Self> {
         let is_success = context.status.is_success();
         let facts = AnswerFacts {
             withholds: context.withholds_usage,
@@ -140,7 +140,8 @@ impl Metered {
         let now = Stopwatch::start();
         let limits = charge.reservation.as_ref().map(|held| (held.cap(), held.progress_threshold()));
         let (completion_cap, progress_threshold) = limits.unwrap_or((u64::MAX, u64::MAX));
-        let mut metered = Self {
+        // Boxed here, so that it is not copied from function to function.
+        let mut metered = Box::new(Self {
             incoming,
             bytes_to_send: length,
             bytes_to_receive: length,
@@ -157,7 +158,7 @@ impl Metered {
             completion_cap,
             progress_threshold,
             is_draining: false,
-        };
+        });
         if is_success && metered.reader.is_labelled_as_stream() && metered.context.endpoint.generates() {
             // The model has begun, so the prompt is spent.
             metered.progress();

@@ -59,7 +59,7 @@ pub(super) fn respond(
 }
 
 /// Answers `HEAD /` with 200 and no body.
-pub(super) fn respond_to_root_check(mut record: Record) -> Response<AnswerBody> {
+pub(super) fn respond_to_root_check(mut record: Box<Record>) -> Response<AnswerBody> {
     record.status = StatusCode::OK.as_u16();
     record.outcome = RequestOutcome::Answered;
     Response::new(AnswerBody::from_gateway(None))

@@ -33,7 +33,7 @@ async fn charge(account: &Arc<Account>, metrics: &Arc<Metrics>) -> Charge {
     let demand =
         Demand { subject, prompt: 8, generates: true, cap: Some(100), completions: 1, backends: &[] };
     let reservation = account.reserve(&demand, Duration::ZERO).await.unwrap();
-    Charge { reservation: Some(reservation), record: Record::begin(metrics.clone()) }
+    Charge { reservation: Some(reservation), record: Box::new(Record::begin(metrics.clone())) }
 }
 
 /// Polls an exchange for a short time, then drops it as if the caller had disconnected.

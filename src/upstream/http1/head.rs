@@ -6,6 +6,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, response};
 use smallvec::SmallVec;
 use std::io::{self, ErrorKind, Write as _};
+use std::mem::MaybeUninit;
 
 /// Maximum length of an answer's head, in bytes. It also bounds the number of headers.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -61,17 +62,18 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
     if buffer.is_empty() {
         return Ok(None);
     }
-    let mut fields = [httparse::EMPTY_HEADER; USUAL_HEADERS];
-    let parsed = match parse(&mut fields, buffer) {
+    let mut fields = [const { MaybeUninit::uninit() }; USUAL_HEADERS];
+    let mut spans = SmallVec::new();
+    let parsed = match parse(&mut fields, buffer, &mut spans) {
         Err(httparse::Error::TooManyHeaders) => {
             // Each header takes a line.
             let head = &buffer[..buffer.len().min(MAX_HEAD_BYTES)];
             let lines = memchr::memchr_iter(b'\n', head).count();
-            parse(&mut vec![httparse::EMPTY_HEADER; lines], buffer)
+            parse(&mut vec![MaybeUninit::uninit(); lines], buffer, &mut spans)
         }
         parsed => parsed,
     };
-    let Some(ParsedHead { length, status, is_http11, spans }) =
+    let Some(ParsedHead { length, status, is_http11 }) =
         parsed.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?
     else {
         return Ok(None);
@@ -80,7 +82,7 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
     let bytes = buffer.split_to(length).freeze();
     let too_many = || invalid("the answer has too many headers");
     let mut headers = HeaderMap::try_with_capacity(spans.len() + ADDED_HEADERS).map_err(|_| too_many())?;
-    for (name, at, length) in spans {
+    for (name, at, length) in spans.drain(..) {
         let name = name.ok_or_else(|| invalid("a header name is not valid"))?;
         let value = HeaderValue::from_maybe_shared(bytes.slice(at..at + length))
             .map_err(|_| invalid("a header value is not valid"))?;
@@ -94,29 +96,34 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
     Ok(Some(AnswerHead { parts, framing, keeps_alive }))
 }
 
-/// A complete head. The values share its bytes without a copy, so only their positions are collected.
+/// A complete head.
 struct ParsedHead {
     length: usize,
     status: u16,
     is_http11: bool,
-    /// Name, position and length of each value. No name: it is not valid.
-    spans: SmallVec<[(Option<HeaderName>, usize, usize); 16]>,
 }
 
-/// Parses a head with these fields; `None`: it is not complete.
+/// Name, position and length of each value: the values share the bytes of the head without a copy. No name: it is not
+/// valid.
+type Spans = SmallVec<[(Option<HeaderName>, usize, usize); 16]>;
+
+/// Parses a head with these fields, and adds its headers to `spans`; `None`: it is not complete.
 fn parse<'b>(
-    fields: &mut [httparse::Header<'b>],
+    fields: &mut [MaybeUninit<httparse::Header<'b>>],
     buffer: &'b [u8],
+    spans: &mut Spans,
 ) -> Result<Option<ParsedHead>, httparse::Error> {
-    let mut head = httparse::Response::new(fields);
-    let httparse::Status::Complete(length) = head.parse(buffer)? else { return Ok(None) };
+    let mut head = httparse::Response::new(&mut []);
+    let parsed =
+        httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, buffer, fields)?;
+    let httparse::Status::Complete(length) = parsed else { return Ok(None) };
     let base = buffer.as_ptr() as usize;
     let span = |h: &httparse::Header| {
         let name = HeaderName::from_bytes(h.name.as_bytes()).ok();
         (name, h.value.as_ptr() as usize - base, h.value.len())
     };
-    let spans = head.headers.iter().map(span).collect();
-    Ok(Some(ParsedHead { length, status: head.code.unwrap_or(0), is_http11: head.version == Some(1), spans }))
+    spans.extend(head.headers.iter().map(span));
+    Ok(Some(ParsedHead { length, status: head.code.unwrap_or(0), is_http11: head.version == Some(1) }))
 }
 
 fn has_connection_close(headers: &HeaderMap) -> bool {
