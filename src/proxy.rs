@@ -352,7 +352,7 @@ impl Proxy {
     async fn list_models(
         &self,
         request: ModelListRequest,
-        record: Record,
+        record: Box<Record>,
         error_dialect: Dialect,
     ) -> Response<AnswerBody> {
         let ModelListRequest { environment, dialect, headers } = request;

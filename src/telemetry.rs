@@ -242,8 +242,8 @@ impl Record {
     /// Begins the call of the upstream. Returns the `traceparent` that the upstream gets instead of the caller's. `None`: the
     /// gateway sends no traces, and the caller's header is passed on.
     pub(crate) fn call_upstream(&mut self) -> Option<String> {
-        let age = self.started.elapsed();
-        self.trace.as_mut().map(|trace| trace.call_upstream(age))
+        let trace = self.trace.as_mut()?;
+        Some(trace.call_upstream(self.started.elapsed()))
     }
 
     /// Records that the request does not wait for room any more.
@@ -294,14 +294,13 @@ impl RequestIds {
         // An odd factor maps the counter one to one to numbers that look random.
         let number = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         // `format!` would allocate the text more than once.
-        let mut id = String::with_capacity(36);
-        id.push_str("req_");
-        for byte in [self.start, number].map(u64::to_be_bytes).into_iter().flatten() {
-            for digit in [byte >> 4, byte & 15] {
-                id.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
-            }
+        let mut id = *b"req_................................";
+        let bytes = [self.start, number].map(u64::to_be_bytes).into_iter().flatten();
+        for (digits, byte) in id[4..].chunks_exact_mut(2).zip(bytes) {
+            let digit = |number: u8| b"0123456789abcdef"[usize::from(number)];
+            digits.copy_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
         }
-        id
+        String::from_utf8(id.to_vec()).unwrap_or_default()
     }
 }
 

@@ -132,7 +132,10 @@ impl<'a> Visitor<'a> for TopLevel<'_, 'a> {
             let name = names[field];
             self.0.field = name;
             // Camel case and snake case of a name are one field.
-            let first = names.iter().position(|other| is_same_field(other, name)).unwrap_or(field);
+            let first = match self.0.api {
+                Api::Gemini => names.iter().position(|other| is_same_field(other, name)).unwrap_or(field),
+                _ => field,
+            };
             if seen[first] || key != name {
                 let how = if seen[first] { "twice" } else { "in another case" };
                 self.0.fault = Some(BodyFault::Invalid(format!("has the field '{name}' {how}")));

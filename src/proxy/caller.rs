@@ -1,6 +1,6 @@
 //! Identifies the caller of a request and the environment that it addresses.
 
-use super::keys::{self, GatewayKeyHeaders, KEY_HEADERS, KeyOwner, PresentedKey};
+use super::keys::{self, GatewayKeyHeaders, KeyOwner, PresentedKey};
 use super::query;
 use super::route::{self, Route};
 use super::snapshot::Snapshot;
@@ -83,16 +83,20 @@ fn principal_hasher(
     environment: usize,
     caller: Option<usize>,
 ) -> DefaultHasher {
-    let environment = &snapshot.config.environments[environment];
-    let mut hasher = learned.hasher();
-    // The set of replicas may change.
-    match &*environment.upstream.base_urls {
-        [only] => only.hash(&mut hasher),
-        _ => environment.upstream.name.hash(&mut hasher),
-    }
-    environment.name.hash(&mut hasher);
-    caller.map(|index| &environment.callers[index].name).hash(&mut hasher);
-    hasher
+    let begin = || {
+        let environment = &snapshot.config.environments[environment];
+        let mut hasher = learned.hasher();
+        // The set of replicas may change.
+        match &*environment.upstream.base_urls {
+            [only] => only.hash(&mut hasher),
+            _ => environment.upstream.name.hash(&mut hasher),
+        }
+        environment.name.hash(&mut hasher);
+        caller.map(|index| &environment.callers[index].name).hash(&mut hasher);
+        hasher
+    };
+    let slot = caller.map_or(0, |index| index + 1);
+    snapshot.contexts[environment].principals[slot].get_or_init(begin).clone()
 }
 
 /// Identifies who sends a request. What the requests of one principal have taught does not show in the estimates of
@@ -109,16 +113,18 @@ pub(super) fn principal(
     address: IpAddr,
 ) -> u64 {
     let context = &snapshot.contexts[caller.environment];
-    if let (Some(index), true) = (caller.index, context.has_credentials) {
-        return *context.principals[index]
-            .get_or_init(|| principal_of_caller(learned, snapshot, caller.environment, Some(index)));
-    }
     let mut hasher = principal_hasher(learned, snapshot, caller.environment, caller.index);
+    if caller.index.is_some() && context.has_credentials {
+        return hasher.finish();
+    }
     let mut has_key = false;
-    for name in KEY_HEADERS.iter().filter(|name| !caller.key_headers.contains(name)) {
-        for value in head.headers.get_all(*name) {
+    for (header, values) in keys::key_headers(&head.headers) {
+        if caller.key_headers.has(header) {
+            continue;
+        }
+        for value in values {
             has_key = true;
-            (name, value.as_bytes()).hash(&mut hasher);
+            (header.name(), value.as_bytes()).hash(&mut hasher);
         }
     }
     // Google's SDKs may send the key in the query.

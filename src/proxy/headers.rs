@@ -151,9 +151,10 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<String> {
     let mut named = Vec::new();
     for value in headers.get_all(header::CONNECTION) {
         for token in value.as_bytes().split(|&b| b == b',') {
-            let token = token.trim_ascii().to_ascii_lowercase();
-            if !matches!(token.as_slice(), b"" | b"keep-alive" | b"close") {
-                named.extend(String::from_utf8(token));
+            let token = token.trim_ascii();
+            let is_option = |option: &[u8]| token.eq_ignore_ascii_case(option);
+            if !token.is_empty() && !is_option(b"keep-alive") && !is_option(b"close") {
+                named.extend(String::from_utf8(token.to_ascii_lowercase()));
             }
         }
     }
@@ -276,10 +277,11 @@ impl NumberHeaders {
         self.ends.push((name, self.text.len()));
     }
 
-    fn insert_into(self, headers: &mut HeaderMap) {
-        let (text, mut start) = (Bytes::from(self.text), 0);
+    fn insert_into(&mut self, headers: &mut HeaderMap) {
+        let (text, mut start) = (Bytes::from(std::mem::take(&mut self.text)), 0);
         headers.reserve(self.ends.len());
-        for (name, end) in self.ends {
+        // Drained, because an iterator by value would copy all of them first.
+        for (name, end) in self.ends.drain(..) {
             // A header can have any digits and letters.
             if let Ok(value) = HeaderValue::from_maybe_shared(text.slice(start..end)) {
                 headers.insert(name, value);

@@ -2,6 +2,7 @@
 
 use crate::config::{Config, MAX_KEY_BYTES};
 use http::HeaderMap;
+use http::header::{HeaderValue, ValueIter};
 use sha2::{Digest as _, Sha256};
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -36,9 +37,37 @@ impl GatewayKeyHeaders {
         self.0 |= 1 << header.0;
     }
 
-    pub(super) fn contains(self, name: &str) -> bool {
-        KEY_HEADERS.iter().position(|header| *header == name).is_some_and(|at| self.0 & (1 << at) != 0)
+    pub(super) fn has(self, header: KeyHeader) -> bool {
+        self.0 & (1 << header.0) != 0
     }
+
+    pub(super) fn contains(self, name: &str) -> bool {
+        // Compares no names for a request without keys of this gateway.
+        self.0 != 0 && (0..).zip(KEY_HEADERS).any(|(at, header)| header == name && self.has(KeyHeader(at)))
+    }
+}
+
+impl KeyHeader {
+    pub(super) fn name(self) -> &'static str {
+        KEY_HEADERS[usize::from(self.0)]
+    }
+}
+
+/// The headers that can carry a key, in the order of `KEY_HEADERS`, with their values.
+pub(super) fn key_headers(
+    headers: &HeaderMap,
+) -> impl Iterator<Item = (KeyHeader, ValueIter<'_, HeaderValue>)> {
+    // One pass over the few headers of a request is cheaper than a lookup for each name.
+    let mut present = [false; KEY_HEADERS.len()];
+    for name in headers.keys() {
+        if let Some(at) = KEY_HEADERS.iter().position(|header| *header == name.as_str()) {
+            present[at] = true;
+        }
+    }
+    (0..).zip(present).filter(|(_, is_present)| *is_present).map(|(at, _)| {
+        let header = KeyHeader(at);
+        (header, headers.get_all(header.name()).iter())
+    })
 }
 
 /// Every key in a request's headers, without duplicates within one header.
@@ -47,22 +76,18 @@ impl GatewayKeyHeaders {
 /// The gateway and an upstream could read different keys from these headers. The text is the reason.
 pub(super) fn presented_keys(headers: &HeaderMap) -> Result<SmallVec<[PresentedKey<'_>; 2]>, &'static str> {
     let mut keys = SmallVec::new();
-    for (at, name) in (0..).zip(KEY_HEADERS) {
-        let mut values = headers.get_all(name).iter();
+    for (header, mut values) in key_headers(headers) {
         let Some(value) = values.next() else { continue };
-        if at == 0 && values.next().is_some() {
+        let is_authorization = header.0 == 0;
+        if is_authorization && values.next().is_some() {
             return Err("it has more than one Authorization header");
         }
         if values.any(|other| other != value) {
             return Err("it has two different API keys in headers of the same name");
         }
         let value = value.as_bytes().trim_ascii();
-        let standard = if at == 0 { bearer(value) } else { Some(value) };
-        let key = PresentedKey {
-            key: standard.unwrap_or(value),
-            header: KeyHeader(at),
-            is_well_formed: standard.is_some(),
-        };
+        let standard = if is_authorization { bearer(value) } else { Some(value) };
+        let key = PresentedKey { key: standard.unwrap_or(value), header, is_well_formed: standard.is_some() };
         add_key(&mut keys, key);
         // Another scheme than Bearer, or a list: a key may be one of the words.
         let words = key.key.split(|byte| byte.is_ascii_whitespace() || b",;".contains(byte));

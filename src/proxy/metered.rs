@@ -429,7 +429,7 @@ impl Metered {
         let unreported = if is_known || !is_success || !endpoint.generates() {
             Unreported::Nothing
         } else {
-            Unreported::Raw { reader: std::mem::take(&mut self.reader), was_cut }
+            Unreported::Raw { reader: Box::new(std::mem::take(&mut self.reader)), was_cut }
         };
         let own = OwnFigures {
             prompt: if is_success { estimated_prompt } else { 0 },

@@ -70,7 +70,7 @@ pub(super) fn respond_with_json(
     state: &State,
     document: String,
     headers: AddedHeaders,
-    mut record: Record,
+    mut record: Box<Record>,
 ) -> Response<AnswerBody> {
     record.status = StatusCode::OK.as_u16();
     record.outcome = RequestOutcome::Answered;

@@ -370,8 +370,8 @@ pub(super) fn upstream_path(base: &str, path: &str, query: Option<&str>) -> Stri
     });
     let rest = &path[repeated.map_or(0, str::len)..];
     match query {
-        Some(query) => format!("{base}{rest}?{query}"),
-        None => format!("{base}{rest}"),
+        Some(query) => [base, rest, "?", query].concat(),
+        None => [base, rest].concat(),
     }
 }
 

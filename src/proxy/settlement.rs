@@ -48,13 +48,12 @@ pub(super) struct SettlementFacts {
 }
 
 /// Delivered content whose tokens the upstream did not report.
-// It exists for the length of one call, so a box would only add an allocation.
-#[allow(clippy::large_enum_variant)]
 pub(super) enum Unreported {
     Nothing,
     /// The content as it was buffered.
     Raw {
-        reader: AnswerReader,
+        /// Boxed, because most upstreams report.
+        reader: Box<AnswerReader>,
         was_cut: bool,
     },
     Texts(TextToCount),
@@ -81,6 +80,8 @@ impl AnswerSettlement {
     }
 
     fn finish(&mut self) -> Option<WhenDurable> {
+        // Settled already.
+        self.charge.as_ref()?;
         // Taken out first: if counting panics, the drop that follows charges the reported and estimated tokens.
         let texts = std::mem::replace(&mut self.unreported, Unreported::Nothing).into_texts();
         self.facts.own.completion = count(self.facts.tokenizer, &texts);
@@ -173,7 +174,7 @@ mod tests {
         let json = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}"#);
         let body = if streams { format!("data: {json}\n\n") } else { json };
         reader.feed(Bytes::from(body), &mut VecDeque::new());
-        Unreported::Raw { reader, was_cut: false }
+        Unreported::Raw { reader: Box::new(reader), was_cut: false }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::telemetry::{CallerLabels, Metrics, Series};
 use crate::upstream::{ReplicaStatus, Replicas, check_replicas};
 use futures_util::future::join_all;
 use http::header::HeaderValue;
+use std::hash::DefaultHasher;
 use std::sync::{Arc, OnceLock};
 use tokio_rustls::rustls::ClientConfig;
 
@@ -49,8 +50,9 @@ pub(super) struct EnvironmentContext {
     pub(super) name: Arc<str>,
     /// The callers' names, in the order of the config.
     pub(super) callers: Vec<Arc<str>>,
-    /// Each caller as a principal of estimates, in the same order; computed with its first request.
-    pub(super) principals: Vec<OnceLock<u64>>,
+    /// The beginnings of the hashes of principals: of a request without a known caller, then of each caller in the same
+    /// order. Each is computed with its first request.
+    pub(super) principals: Vec<OnceLock<DefaultHasher>>,
     /// The value of `x-tollgate-environment`.
     pub(super) header: HeaderValue,
 }
@@ -156,7 +158,7 @@ impl EnvironmentContext {
             has_credentials: routed.chain([&environment.upstream]).all(|upstream| upstream.api_key.is_some()),
             name: environment.name.as_str().into(),
             callers: environment.callers.iter().map(|c| c.name.as_str().into()).collect(),
-            principals: environment.callers.iter().map(|_| OnceLock::new()).collect(),
+            principals: (0..=environment.callers.len()).map(|_| OnceLock::new()).collect(),
             header: HeaderValue::from_str(&environment.name)?,
         })
     }

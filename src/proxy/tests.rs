@@ -117,7 +117,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
     };
     let peer = Arc::new(Peer::new(([127, 0, 0, 1], 9).into(), CallerTimeouts::default()));
     let exchange = async move {
-        proxy.exchange(outgoing, AddedHeaders::default(), charge, Dialect::OpenAi, &peer).await
+        proxy.exchange(Box::new(outgoing), AddedHeaders::default(), charge, Dialect::OpenAi, &peer).await
     };
     begin_and_disconnect(outlive_caller(Dialect::OpenAi, exchange)).await;
     let clock = Stopwatch::start();

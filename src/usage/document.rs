@@ -81,7 +81,7 @@ impl JsonReader {
             }
             Found::Value(part) => value.extend(part),
             Found::ValueEnd => {
-                if value.holder.is_some() {
+                if value.holder.is_some_and(|holder| holder != UsageHolder::Choices) {
                     update(answer, std::mem::take(value).usage());
                     *reported = EventUsage { answer: *answer, choice: choices.reported }.total();
                 }

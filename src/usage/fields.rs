@@ -1,11 +1,11 @@
 //! Reads usage objects in the shape of any provider.
 
 use super::{Field, Reported};
+use crate::json::Text;
 use crate::quota::MAX_AMOUNT;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
-use std::borrow::Cow;
 use std::fmt;
 
 /// The meaning of a key of a usage object.
@@ -126,7 +126,7 @@ impl<'de> Visitor<'de> for &mut UsageVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let names = self.names;
-        while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+        while let Some(Text(key)) = map.next_key()? {
             match names.iter().find(|(name, _)| *name == key).map(|(_, shape)| *shape) {
                 None => drop(map.next_value::<IgnoredAny>()?),
                 Some(Number(field)) => {

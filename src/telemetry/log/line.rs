@@ -70,12 +70,30 @@ impl<'b> Line<'b> {
         }
     }
 
-    /// Adds a word that needs no escapes.
-    pub(super) fn add_word(&mut self, key: &str, word: &'static str) {
+    /// Adds a number.
+    #[inline]
+    pub(super) fn add_number(&mut self, key: &str, number: u64) {
         self.key(key);
-        let quote = if self.form == LogForm::Json { "\"" } else { "" };
-        for part in [quote, word, quote] {
-            self.buffer.extend_from_slice(part.as_bytes());
+        self.buffer.extend_from_slice(itoa::Buffer::new().format(number).as_bytes());
+    }
+
+    /// Adds a truth value.
+    #[inline]
+    pub(super) fn add_flag(&mut self, key: &str, flag: bool) {
+        self.key(key);
+        self.buffer.extend_from_slice(if flag { &b"true"[..] } else { b"false" });
+    }
+
+    /// Adds a word that needs no escapes.
+    #[inline]
+    pub(super) fn add_word(&mut self, key: &str, word: &str) {
+        self.key(key);
+        if self.form == LogForm::Json {
+            self.buffer.push(b'"');
+        }
+        self.buffer.extend_from_slice(word.as_bytes());
+        if self.form == LogForm::Json {
+            self.buffer.push(b'"');
         }
     }
 
@@ -88,7 +106,10 @@ impl<'b> Line<'b> {
 
     /// Adds a text, unless it is empty.
     pub(super) fn add_text(&mut self, key: &str, text: &str) {
-        if !text.is_empty() {
+        if text.is_empty() {
+        } else if text.bytes().all(is_plain) {
+            self.add_word(key, text);
+        } else {
             self.add(key, text);
         }
     }
@@ -117,7 +138,7 @@ impl<'b> Line<'b> {
         let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let [for_people, with_unit] = key;
         match self.form {
-            LogForm::Json => self.add(with_unit, us),
+            LogForm::Json => self.add_number(with_unit, us),
             LogForm::Human => {
                 self.key(for_people);
                 let text = match us {
@@ -130,10 +151,17 @@ impl<'b> Line<'b> {
         }
     }
 
+    // Inlined, so that the length of each key is a constant: a line has some twenty of them.
+    #[inline]
     fn key(&mut self, key: &str) {
-        let (before, after) = if self.form == LogForm::Json { (",\"", "\":") } else { (" ", "=") };
-        for part in [before, key, after] {
-            self.buffer.extend_from_slice(part.as_bytes());
+        if self.form == LogForm::Json {
+            self.buffer.extend_from_slice(b",\"");
+            self.buffer.extend_from_slice(key.as_bytes());
+            self.buffer.extend_from_slice(b"\":");
+        } else {
+            self.buffer.push(b' ');
+            self.buffer.extend_from_slice(key.as_bytes());
+            self.buffer.push(b'=');
         }
     }
 
@@ -154,11 +182,15 @@ impl<'b> Line<'b> {
     }
 }
 
+/// Whether a byte needs neither an escape as JSON nor quotes for people.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'=')
+}
+
 /// Removes the quotes of a JSON string that needs none, and escapes what a terminal would obey.
 fn for_people(buffer: &mut Vec<u8>, begin: usize) {
     let Some([b'"', text @ .., b'"']) = buffer.get(begin..) else { return };
-    let is_plain = |byte: &u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'=');
-    if !text.is_empty() && text.iter().all(is_plain) {
+    if !text.is_empty() && text.iter().copied().all(is_plain) {
         buffer.pop();
         buffer.remove(begin);
     } else {

@@ -1,7 +1,7 @@
 //! Where lines are written.
 //!
 //! Requests add lines to a buffer, and a separate thread writes the buffer to standard error. So a slow terminal or pipe
-//! never delays a request. A line is written a few milliseconds later at most. If the reader of standard error stalls for
+//! never delays a request. A line is written some milliseconds later at most. If the reader of standard error stalls for
 //! long, lines are dropped, and a later line reports their number.
 
 use super::Log;
@@ -18,6 +18,10 @@ use tracing::Level;
 const MAX_BUFFER_BYTES: usize = 8 * 1024 * 1024;
 /// Lines that arrive within this time are written together.
 const BATCH_TIME: Duration = Duration::from_millis(5);
+/// The same after a batch of `BUSY_BYTES`. Each batch wakes the thread that writes, and takes a system call.
+const BUSY_BATCH_TIME: Duration = Duration::from_millis(20);
+/// Some eight lines of requests.
+const BUSY_BYTES: usize = 4 * 1024;
 
 /// The buffer and the thread that writes it.
 #[derive(Clone)]
@@ -82,7 +86,7 @@ impl LogState {
     }
 
     fn write_out(&self) {
-        let mut bytes = Vec::new();
+        let (mut bytes, mut batch_time) = (Vec::new(), BATCH_TIME);
         loop {
             let mut buffer = self.lock();
             buffer.is_writing = false;
@@ -92,7 +96,7 @@ impl LogState {
             }
             buffer.is_writing = true;
             drop(buffer);
-            thread::sleep(BATCH_TIME);
+            thread::sleep(batch_time);
             let mut guard = self.lock();
             let buffer = &mut *guard;
             std::mem::swap(&mut bytes, &mut buffer.bytes);
@@ -103,6 +107,7 @@ impl LogState {
             drop(guard);
             // There is no other place for this error than standard error.
             drop(io::stderr().write_all(&bytes));
+            batch_time = if bytes.len() < BUSY_BYTES { BATCH_TIME } else { BUSY_BATCH_TIME };
             bytes.clear();
         }
     }

@@ -36,7 +36,9 @@ pub(in crate::telemetry) fn request(record: &Record, elapsed: Duration) {
 /// Adds the fields in the order of `docs/logs.md`. A field without a value is absent.
 fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
     line.add_word("outcome", record.outcome.as_str());
-    line.add_if_any("status", Some(record.status).filter(|status| *status > 0));
+    if record.status > 0 {
+        line.add_number("status", record.status.into());
+    }
     if !record.error.is_empty() {
         line.add_word("error", record.error);
     }
@@ -44,8 +46,8 @@ fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
     line.add_if_any("trace_id", record.trace_id.as_deref());
     line.add_if_any("address", record.address);
     line.add_text("environment", &record.environment);
-    line.add_if_any("caller", record.caller.as_deref());
-    line.add_if_any("upstream", record.upstream.as_ref().map(|upstream| &*upstream.name));
+    line.add_text("caller", record.caller.as_deref().unwrap_or_default());
+    line.add_text("upstream", record.upstream.as_ref().map_or("", |upstream| &upstream.name));
     line.add_attempts(&Attempts::with_last(record));
     if record.api != "none" {
         line.add_word("api", record.api);
@@ -55,19 +57,21 @@ fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
         describe_denial(line, denied_by);
     }
     if record.is_parsed {
-        line.add("stream", record.is_stream);
+        line.add_flag("stream", record.is_stream);
     }
     if record.estimated_prompt > 0 || record.raw_estimate > 0 {
-        line.add("estimated_prompt_tokens", record.estimated_prompt);
+        line.add_number("estimated_prompt_tokens", record.estimated_prompt);
         line.add_word("estimate_source", record.estimate_source.as_str());
     }
-    line.add_if_any("reserved_tokens", record.reserved_tokens);
+    if let Some(tokens) = record.reserved_tokens {
+        line.add_number("reserved_tokens", tokens);
+    }
     line.add_if_any("clamped_to", record.clamped_to);
     if record.reserved_tokens.is_some() {
-        line.add("prompt_tokens", record.charged.prompt);
-        line.add("completion_tokens", record.charged.completion);
-        line.add("charged_tokens", record.charged.total);
-        line.add("usage_reported", record.is_usage_reported);
+        line.add_number("prompt_tokens", record.charged.prompt);
+        line.add_number("completion_tokens", record.charged.completion);
+        line.add_number("charged_tokens", record.charged.total);
+        line.add_flag("usage_reported", record.is_usage_reported);
     }
     line.add_duration(["queue_wait", "queue_wait_us"], record.queue_wait);
     line.add_duration(["overhead", "overhead_us"], record.overhead);

@@ -1,11 +1,13 @@
 //! The context that a caller sends: `traceparent` and `tracestate` of the W3C.
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use opentelemetry::Context;
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::{SpanContext, TraceContextExt as _};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 
+/// A constant, so that the name is not parsed for every request.
+const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 /// The length of the parts of a `traceparent` that every version has.
 const PARENT_BYTES: usize = 55;
 /// The positions of the hyphens in them.
@@ -14,7 +16,7 @@ const HYPHENS: [usize; 3] = [2, 35, 52];
 /// The span of the caller that a request belongs to. `None`: there is none, or it is not valid.
 pub(in crate::telemetry) fn parent_of(headers: &HeaderMap) -> Option<SpanContext> {
     // The SDK also accepts shorter parts and signs.
-    let parent = headers.get("traceparent")?.as_bytes().get(..PARENT_BYTES)?;
+    let parent = headers.get(TRACE_PARENT)?.as_bytes().get(..PARENT_BYTES)?;
     let is_valid = |(at, byte): (usize, &u8)| match byte {
         b'-' => HYPHENS.contains(&at),
         byte => matches!(byte, b'0'..=b'9' | b'a'..=b'f') && !HYPHENS.contains(&at),
