@@ -216,9 +216,8 @@ pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
     let Process { started, started_at, listen } = admin.process;
     let upstream =
         |((settings, limits), replicas): ((&Arc<UpstreamSettings>, &Arc<ProviderLimits>), &Replicas)| {
-            let in_flight =
-                snapshot.environments().into_iter().filter(|(e, _)| e.upstream.name == settings.name);
-            let in_flight = in_flight.map(|(_, account)| account.in_flight()).sum();
+            // An environment may use several upstreams.
+            let in_flight = replicas.iter().map(|replica| replica.in_flight()).sum();
             let figures = admin.state.metrics.summaries().upstream(&settings.name).figures();
             UpstreamView::new(settings, in_flight, figures, limits, replicas)
         };
