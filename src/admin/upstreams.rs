@@ -4,7 +4,7 @@ use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, refusal};
 use super::environments::{QuotaView, SharedView, TotalsView};
 use super::origins::OverrideView;
-use crate::config::UpstreamSettings;
+use crate::config::{Environment, UpstreamSettings};
 use crate::ledger::{Account, Snapshot};
 use crate::quota::QuotaLevel;
 use crate::telemetry::RefusalCounts;
@@ -36,7 +36,7 @@ pub(super) struct UpstreamLimitsList {
 #[derive(Serialize, ToSchema)]
 pub(super) struct UpstreamLimitsView {
     name: String,
-    /// The environments that name it.
+    /// The environments whose requests may go to it.
     environments: Vec<String>,
     /// Requests and streams that are not settled; on all nodes if the counters are shared.
     in_flight: u64,
@@ -101,7 +101,11 @@ pub(super) fn view(admin: &Admin, name: &str) -> Option<UpstreamLimitsView> {
     let settings = &current.config.upstreams[index];
     let snapshot = current.upstream_accounts[index].as_ref().map(|account| account.snapshot());
     let refusals = admin.state.rejections.last_minute();
-    let environments = current.config.environments.iter().filter(|e| e.upstream.name == name);
+    let uses = |environment: &Environment| {
+        let routed = environment.routes.iter().flat_map(|route| &route.upstreams);
+        routed.chain([&environment.upstream]).any(|upstream| upstream.name == name)
+    };
+    let environments = current.config.environments.iter().filter(|environment| uses(environment));
     let at_replicas = || current.replicas[index].iter().map(|replica| replica.view().in_flight).sum();
     Some(UpstreamLimitsView {
         name: name.to_owned(),

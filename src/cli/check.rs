@@ -129,13 +129,12 @@ fn override_warnings(config: &Config) -> Vec<String> {
 }
 
 fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> {
-    let (owner, path) = match config.environment(&stored.environment) {
-        Some((_, environment)) => (Owner::from(environment), format!("environments/{}", environment.name)),
-        None => {
-            let mut upstreams = config.upstreams.iter();
-            let upstream = upstreams.find(|upstream| Owner::from(*upstream).key() == stored.environment)?;
-            (Owner::from(upstream), format!("upstreams/{}", upstream.name))
-        }
+    let (owner, path) = if let Some((_, environment)) = config.environment(&stored.environment) {
+        (Owner::from(environment), format!("environments/{}", environment.name))
+    } else {
+        let mut upstreams = config.upstreams.iter();
+        let upstream = upstreams.find(|upstream| Owner::from(*upstream).key() == stored.environment)?;
+        (Owner::from(upstream), format!("upstreams/{}", upstream.name))
     };
     let is_same = |quota: &&Quota| {
         (quota.scope.as_str(), quota.scope.name(), quota.kind.as_str(), quota.per.text.as_str())

@@ -239,7 +239,7 @@ fn an_invalid_upstream_is_refused() {
         (
             with_upstream(&format!(
                 "base_urls: [{}]",
-                (0..65).map(|n| format!("'http://a{n}', ")).collect::<String>()
+                (0..65).map(|n| format!("'http://a{n}'")).collect::<Vec<_>>().join(", ")
             )),
             "65 replicas are too many",
         ),
