@@ -45,6 +45,7 @@ pub use fault::{Fault, Faults};
 pub(crate) use load::load;
 pub use load::{Loaded, parse};
 pub(crate) use reference::reference;
+pub use routes::RouteSettings;
 pub(crate) use schema::schema;
 pub(crate) use units::{amount, duration};
 
@@ -331,31 +332,6 @@ impl Environment {
             }
         }
         all
-    }
-}
-
-/// `environments.*.routes[]`: where the requests for certain models go.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RouteSettings {
-    /// Patterns of the models that callers request.
-    pub models: Vec<Glob>,
-    /// The names of the APIs. Empty: all.
-    pub apis: Vec<&'static str>,
-    /// The upstreams in the order in which they are tried. There is at least one.
-    pub upstreams: Vec<Arc<UpstreamSettings>>,
-    /// The model name that goes upstream. `None`: the caller's.
-    pub model: Option<Arc<str>>,
-}
-
-impl RouteSettings {
-    /// Whether the route takes requests of this API.
-    pub(crate) fn takes_api(&self, api: &str) -> bool {
-        self.apis.is_empty() || self.apis.contains(&api)
-    }
-
-    /// Whether the route takes requests for this model.
-    pub(crate) fn takes_model(&self, model: &str) -> bool {
-        self.models.iter().any(|pattern| pattern.matches(model))
     }
 }
 

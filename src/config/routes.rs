@@ -1,11 +1,36 @@
 //! `environments.*.routes`: which upstreams receive the requests for a model.
 
+use super::UpstreamSettings;
 use super::description::{DefaultSpec, KeySpec, NONE, PATTERN, SectionSpec, ValueSpec, Word, text};
 use super::environments::DeclaredUpstreams;
 use super::setting::{Section, Setting};
-use super::{RouteSettings, UpstreamSettings};
 use crate::glob::Glob;
 use std::sync::Arc;
+
+/// `environments.*.routes[]`: where the requests for certain models go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouteSettings {
+    /// Patterns of the models that callers request.
+    pub models: Vec<Glob>,
+    /// The names of the APIs. Empty: all.
+    pub apis: Vec<&'static str>,
+    /// The upstreams in the order in which they are tried. There is at least one.
+    pub upstreams: Vec<Arc<UpstreamSettings>>,
+    /// The model name that goes upstream. `None`: the caller's.
+    pub model: Option<Arc<str>>,
+}
+
+impl RouteSettings {
+    /// Whether the route takes requests of this API.
+    pub(crate) fn takes_api(&self, api: &str) -> bool {
+        self.apis.is_empty() || self.apis.contains(&api)
+    }
+
+    /// Whether the route takes requests for this model.
+    pub(crate) fn takes_model(&self, model: &str) -> bool {
+        self.models.iter().any(|pattern| pattern.matches(model))
+    }
+}
 
 /// Longer names are refused. Forms with a longer name are refused too.
 const MAX_MODEL_BYTES: usize = 256;
