@@ -20,6 +20,7 @@ mod first_bytes;
 mod flood;
 mod form;
 mod headers;
+mod key_masking;
 mod keys;
 mod metered;
 mod model_list;
@@ -420,33 +421,13 @@ impl Proxy {
         let incoming = if parts.status.is_success() {
             incoming
         } else {
-            self.mask_keys(&mut parts, incoming, &context.upstream)
+            Box::pin(self.mask_keys(&mut parts, incoming, &context.upstream)).await
         };
         let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
         if let Some(when_durable) = when_durable {
             when_durable.await;
         }
         response
-    }
-
-    /// Masks the upstream's keys in an answer that is not a success, and records that they were in it.
-    fn mask_keys(
-        &self,
-        parts: &mut response::Parts,
-        incoming: upstream::Incoming,
-        upstream: &UpstreamSettings,
-    ) -> upstream::Incoming {
-        let (metrics, name) = (self.state.metrics.clone(), upstream.name.clone());
-        let on_found = Box::new(move || {
-            metrics.upstream_key_masked(&name);
-            tracing::warn!(upstream = name, "an error of the upstream repeated its key, which was masked");
-        });
-        let Some(mut mask) = headers::key_mask(upstream, on_found) else { return incoming };
-        headers::mask_keys(&mut parts.headers, &mut mask);
-        // A compressed body would not be found in, and must not be changed.
-        let coding = parts.headers.get(header::CONTENT_ENCODING);
-        let is_plain = coding.is_none_or(|coding| coding.as_bytes().eq_ignore_ascii_case(b"identity"));
-        if is_plain { incoming.masked(mask) } else { incoming }
     }
 
     fn meter_context(

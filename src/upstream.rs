@@ -32,12 +32,13 @@ use std::time::Duration;
 use tokio::time::timeout_at;
 use tokio_rustls::rustls::ClientConfig;
 
-pub use answer::Incoming;
+pub use answer::{BodyFilter, Incoming};
 pub(crate) use diagnosis::{DiagnosisStep, StepFault};
 pub(crate) use health_checks::check_replicas;
 #[cfg(feature = "fuzz")]
 pub use http1::{ReadAnswer, read_answer};
 pub use key_mask::KeyMask;
+pub(crate) use key_mask::MAX_SEARCHED_BYTES;
 pub use replica_status::ReplicaStatus;
 pub(crate) use replica_status::{ReplicaView, Replicas};
 pub use request::{ExchangeError, Request, SendError};

@@ -6,7 +6,6 @@ use crate::config::{ApiKind, UpstreamSettings};
 use crate::error::{push_go_duration, push_number};
 use crate::quota::{Kind, QuotaStatus};
 use crate::telemetry::RequestIds;
-use crate::upstream::KeyMask;
 use bytes::Bytes;
 use http::HeaderMap;
 use http::header::{self, HeaderName, HeaderValue};
@@ -99,29 +98,6 @@ pub(super) fn for_caller(headers: &mut HeaderMap) {
 
 /// Headers that only the gateway sends. An upstream's own ones would be taken for the gateway's.
 const OWN_PREFIX: &str = "x-tollgate-";
-
-/// Masks the upstream's keys in the values of an answer's headers.
-pub(super) fn mask_keys(headers: &mut HeaderMap, mask: &mut KeyMask) {
-    for value in headers.values_mut() {
-        if let Some(masked) = mask.masked(value.as_bytes()).and_then(|v| HeaderValue::from_bytes(&v).ok()) {
-            *value = masked;
-        }
-    }
-}
-
-/// Masks the keys that the gateway sends to this upstream. `None`: it sends none, or none that is long enough to be
-/// found without doubt.
-pub(super) fn key_mask(
-    upstream: &UpstreamSettings,
-    on_found: Box<dyn Fn() + Send + Sync>,
-) -> Option<KeyMask> {
-    let key = upstream.api_key.as_ref().map(|key| key.expose().as_bytes());
-    let named = |name: &str| KEY_HEADERS.contains(&name) || matches!(name, "proxy-authorization" | "cookie");
-    let extra = upstream.headers.iter().filter(|(name, _)| named(name.as_str()));
-    // `Bearer` and other schemes are no secret.
-    let extra = extra.filter_map(|(_, value)| value.as_bytes().rsplit(|&b| b == b' ').next());
-    KeyMask::new(key.into_iter().chain(extra), on_found)
-}
 
 const HOP_BY_HOP: &[&str] = &[
     "connection",

@@ -18,6 +18,24 @@ pub(super) struct AnswerReader {
     has_fixed_length: bool,
 }
 
+/// How the headers of an answer describe the compression of its body.
+pub(super) enum BodyCoding {
+    Plain,
+    Known(ContentCoding),
+    /// An unknown coding, or more than one.
+    Unknown,
+}
+
+impl BodyCoding {
+    pub(super) fn of(headers: &HeaderMap) -> Self {
+        let is_compressed = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
+        let mut codings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_compressed);
+        let Some(first) = codings.next() else { return Self::Plain };
+        let known = ContentCoding::named(first.as_bytes()).filter(|_| codings.next().is_none());
+        known.map_or(Self::Unknown, Self::Known)
+    }
+}
+
 /// A body with or without compression.
 // The large variant is the usual one, and the enclosing `Metered` is boxed.
 #[allow(clippy::large_enum_variant)]
@@ -56,24 +74,19 @@ impl AnswerReader {
     /// Prepares for an answer with these headers.
     pub(super) fn new(headers: &HeaderMap, facts: AnswerFacts) -> Self {
         let label = labelled_format(headers);
-        let is_compressed = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
-        let mut encodings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_compressed);
-        let encoding = encodings.next();
-        let is_stream = encoding.is_none() && (label == Some(BodyFormat::Sse) || facts.begins_as_stream);
+        let coding = BodyCoding::of(headers);
+        let is_plain = matches!(coding, BodyCoding::Plain);
+        let is_stream = is_plain && (label == Some(BodyFormat::Sse) || facts.begins_as_stream);
         let has_fixed_length = headers.contains_key(header::CONTENT_LENGTH) && !is_stream;
         let may_be_stream = is_stream || facts.is_success && !has_fixed_length;
-        let withholds = facts.withholds && encoding.is_none() && may_be_stream;
+        let withholds = facts.withholds && is_plain && may_be_stream;
         let rules = ParseRules { label, withholds, choices: facts.choices };
         let parser =
             if label.is_some() || facts.is_of_model { BodyParser::new(rules) } else { BodyParser::default() };
-        let body = match encoding {
-            None => EncodedBody::Plain(parser),
-            Some(name) => {
-                let coding = ContentCoding::named(name.as_bytes()).filter(|_| encodings.next().is_none());
-                coding.map_or(EncodedBody::Undecodable { bytes: 0 }, |coding| {
-                    EncodedBody::Compressed(Box::new(Decoder::new(coding, parser)))
-                })
-            }
+        let body = match coding {
+            BodyCoding::Plain => EncodedBody::Plain(parser),
+            BodyCoding::Known(coding) => EncodedBody::Compressed(Box::new(Decoder::new(coding, parser))),
+            BodyCoding::Unknown => EncodedBody::Undecodable { bytes: 0 },
         };
         Self { body, label, has_fixed_length }
     }

@@ -2,7 +2,6 @@
 
 use super::http1::Http1Body;
 use super::http2::Http2Body;
-use super::key_mask::KeyMask;
 use super::replica_status::InFlight;
 use bytes::Bytes;
 use std::io;
@@ -13,15 +12,30 @@ pub struct Incoming {
     source: Source,
     /// Bytes that were read ahead, which `poll_data` returns first.
     read_ahead: Option<Box<ReadAhead>>,
-    /// Masks the gateway's keys. It is a part of errors only.
-    mask: Option<Box<Masking>>,
+    /// Changes what is read. It is a part of errors only.
+    filter: Option<Box<Filtering>>,
     /// Counts the request as in flight at its replica until the body is dropped.
     _in_flight: Option<InFlight>,
 }
 
-struct Masking {
-    mask: KeyMask,
-    /// What follows the bytes that the mask held back.
+/// Changes the bytes of a body as they are read.
+pub trait BodyFilter: Send {
+    /// The next piece, changed. Bytes may be held back. After an error the body has ended.
+    ///
+    /// # Errors
+    /// The piece cannot be changed as it must be.
+    fn feed(&mut self, piece: Bytes) -> io::Result<Bytes>;
+
+    /// The bytes that are held back at the end of the body, and the error that follows them, if any.
+    fn finish(&mut self) -> (Bytes, Option<io::Error>);
+
+    /// Whether `finish` returns bytes or an error.
+    fn is_unfinished(&self) -> bool;
+}
+
+struct Filtering {
+    filter: Box<dyn BodyFilter>,
+    /// What follows the bytes that the filter held back.
     ending: Option<Option<io::Error>>,
 }
 
@@ -38,13 +52,13 @@ enum Source {
 
 impl From<Http1Body> for Incoming {
     fn from(body: Http1Body) -> Self {
-        Self { source: Source::Http1(body), read_ahead: None, mask: None, _in_flight: None }
+        Self { source: Source::Http1(body), read_ahead: None, filter: None, _in_flight: None }
     }
 }
 
 impl From<Http2Body> for Incoming {
     fn from(body: Http2Body) -> Self {
-        Self { source: Source::Http2(body), read_ahead: None, mask: None, _in_flight: None }
+        Self { source: Source::Http2(body), read_ahead: None, filter: None, _in_flight: None }
     }
 }
 
@@ -56,32 +70,39 @@ impl Incoming {
 
     /// Puts bytes that were read ahead back in front of the body, with the error that followed them, if any.
     #[must_use]
-    pub fn with_read(self, data: Bytes, error: Option<io::Error>) -> Self {
-        Self { read_ahead: Some(Box::new(ReadAhead { data, error })), ..self }
+    pub fn with_read(mut self, data: Bytes, error: Option<io::Error>) -> Self {
+        // An earlier caller may have read further, up to an error.
+        let unread = self.read_ahead.take().and_then(|ahead| ahead.error);
+        self.read_ahead = Some(Box::new(ReadAhead { data, error: error.or(unread) }));
+        self
     }
 
-    /// Masks keys in what is read from here on.
+    /// Changes what is read from here on.
     #[must_use]
-    pub fn masked(self, mask: KeyMask) -> Self {
-        Self { mask: Some(Box::new(Masking { mask, ending: None })), ..self }
+    pub fn filtered(self, filter: impl BodyFilter + 'static) -> Self {
+        let filtering = Filtering { filter: Box::new(filter), ending: None };
+        Self { filter: Some(Box::new(filtering)), ..self }
     }
 
     /// The next bytes of the body; `None` at its end. An error means that the body is incomplete.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         loop {
-            if let Some(masking) = &mut self.mask
-                && let Some(ending) = masking.ending.take()
+            if let Some(filtering) = &mut self.filter
+                && let Some(ending) = filtering.ending.take()
             {
-                self.mask = None;
+                self.filter = None;
                 return Poll::Ready(ending.map(Err));
             }
-            let data = ready!(self.poll_unmasked(cx));
-            let Some(masking) = &mut self.mask else { return Poll::Ready(data) };
+            let data = ready!(self.poll_unfiltered(cx));
+            let Some(Filtering { filter, ending }) = self.filter.as_deref_mut() else {
+                return Poll::Ready(data);
+            };
             let data = match data {
-                Some(Ok(data)) => masking.mask.feed(data),
-                ending => {
-                    masking.ending = Some(ending.and_then(Result::err));
-                    masking.mask.finish()
+                Some(Ok(data)) => filter.feed(data)?,
+                end => {
+                    let (held, error) = filter.finish();
+                    *ending = Some(end.and_then(Result::err).or(error));
+                    held
                 }
             };
             if !data.is_empty() {
@@ -90,7 +111,7 @@ impl Incoming {
         }
     }
 
-    fn poll_unmasked(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+    fn poll_unfiltered(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         if let Some(ahead) = &mut self.read_ahead {
             if !ahead.data.is_empty() {
                 return Poll::Ready(Some(Ok(std::mem::take(&mut ahead.data))));
@@ -111,7 +132,7 @@ impl Incoming {
         if self.read_ahead.as_ref().is_some_and(|ahead| !ahead.data.is_empty() || ahead.error.is_some()) {
             return false;
         }
-        if self.mask.as_ref().is_some_and(|masking| masking.mask.holds_bytes()) {
+        if self.filter.as_ref().is_some_and(|filtering| filtering.filter.is_unfinished()) {
             return false;
         }
         match &self.source {

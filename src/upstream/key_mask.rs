@@ -1,11 +1,13 @@
 //! Masks the gateway's keys in the errors of an upstream: some backends repeat the key that they refuse.
 
+use super::answer::BodyFilter;
 use bytes::{Bytes, BytesMut};
 use memchr::memmem::Finder;
+use std::io;
 
 /// Only this many bytes of a body are searched.
-const MAX_SEARCHED_BYTES: usize = 64 * 1024;
-/// Shorter keys are not searched: they could be words of the error.
+pub(crate) const MAX_SEARCHED_BYTES: usize = 64 * 1024;
+/// Shorter keys are not searched. Placeholders such as `EMPTY` are no secret, and could be words of the error.
 const MIN_KEY_BYTES: usize = 8;
 
 /// Masks keys in the headers and in the beginning of the body of one answer. The length does not change.
@@ -47,11 +49,27 @@ impl KeyMask {
         masked
     }
 
-    /// The next piece of the body, masked. Its last bytes are held back if a key may begin there.
-    pub(super) fn feed(&mut self, piece: Bytes) -> Bytes {
+    /// Whether the text contains a key.
+    pub(crate) fn finds_key(&self, text: &[u8]) -> bool {
+        self.keys.iter().any(|key| key.find(text).is_some())
+    }
+
+    /// The length of the longest end of `text` with which a key begins.
+    fn begun_key(&self, text: &[u8]) -> usize {
+        let begun = |key: &Finder<'_>| {
+            let longest = (key.needle().len() - 1).min(text.len());
+            (1..=longest).rev().find(|&n| text.ends_with(&key.needle()[..n])).unwrap_or(0)
+        };
+        self.keys.iter().map(begun).max().unwrap_or(0)
+    }
+}
+
+impl BodyFilter for KeyMask {
+    /// The next piece, masked. Its last bytes are held back if a key may begin there.
+    fn feed(&mut self, piece: Bytes) -> io::Result<Bytes> {
         let is_last = self.searched >= MAX_SEARCHED_BYTES;
         if is_last && self.held.is_empty() {
-            return piece;
+            return Ok(piece);
         }
         let mut whole = if self.held.is_empty() {
             piece
@@ -66,26 +84,15 @@ impl KeyMask {
         let passed = whole.len() - held;
         self.searched += passed;
         self.held.extend_from_slice(&whole[passed..]);
-        whole.slice(..passed)
+        Ok(whole.slice(..passed))
     }
 
-    /// The bytes that are held back at the end of the body.
-    pub(super) fn finish(&mut self) -> Bytes {
-        self.held.split().freeze()
+    fn finish(&mut self) -> (Bytes, Option<io::Error>) {
+        (self.held.split().freeze(), None)
     }
 
-    /// Whether bytes are held back.
-    pub(super) fn holds_bytes(&self) -> bool {
+    fn is_unfinished(&self) -> bool {
         !self.held.is_empty()
-    }
-
-    /// The length of the longest end of `text` with which a key begins.
-    fn begun_key(&self, text: &[u8]) -> usize {
-        let begun = |key: &Finder<'_>| {
-            let longest = (key.needle().len() - 1).min(text.len());
-            (1..=longest).rev().find(|&n| text.ends_with(&key.needle()[..n])).unwrap_or(0)
-        };
-        self.keys.iter().map(begun).max().unwrap_or(0)
     }
 }
 
@@ -109,9 +116,9 @@ mod tests {
         let (mut mask, found) = mask(keys);
         let mut out = Vec::new();
         for piece in text.as_bytes().chunks(step) {
-            out.extend_from_slice(&mask.feed(Bytes::copy_from_slice(piece)));
+            out.extend_from_slice(&mask.feed(Bytes::copy_from_slice(piece)).unwrap());
         }
-        out.extend_from_slice(&mask.finish());
+        out.extend_from_slice(&mask.finish().0);
         (String::from_utf8(out).unwrap(), found.load(Ordering::Relaxed))
     }
 

@@ -165,6 +165,29 @@ impl<W: Write> Decoder<W> {
         Ok(())
     }
 
+    /// Ends the answer.
+    ///
+    /// # Errors
+    /// The answer is not complete, or decoding stopped before its end.
+    pub fn finish(&mut self) -> io::Result<()> {
+        let mut buffer = [0; BUFFER_BYTES];
+        while !self.is_complete() {
+            let codec = self.codec.as_mut().filter(|_| !self.has_failed);
+            let mut decoded = WriteBuffer::new_initialized(&mut buffer);
+            self.is_at_end = codec.ok_or(io::ErrorKind::UnexpectedEof)?.finish(&mut decoded)?;
+            if !self.is_at_end && decoded.written().is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.output.write_all(decoded.written())?;
+        }
+        Ok(())
+    }
+
+    /// Whether the answer may end here.
+    pub fn is_complete(&self) -> bool {
+        !self.has_failed && (self.is_at_end || self.received_bytes == 0)
+    }
+
     /// Whether decoding stopped before the end of the answer.
     pub fn has_failed(&self) -> bool {
         self.has_failed
@@ -257,6 +280,23 @@ mod tests {
         }
         for name in ["", "identity", "gzip, br", "compress", "brotli"] {
             assert_eq!(ContentCoding::named(name.as_bytes()), None);
+        }
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_is_not_complete() {
+        let plain: Vec<u8> = (0..9_000u32).flat_map(|n| (n / 7).to_string().into_bytes()).collect();
+        for (how, coding) in ALL {
+            let code = encoded(how, &plain);
+            for cut in (0..code.len()).step_by(97).chain([1, 2, code.len() - 1]) {
+                let mut decoder = decoded(coding, &code[..cut], &[]);
+                assert_eq!(decoder.finish().is_ok(), cut == 0, "{how} {cut}");
+                assert_eq!(decoder.is_complete(), cut == 0, "{how} {cut}");
+            }
+            let mut decoder = decoded(coding, &code, &[]);
+            assert!(decoder.finish().is_ok() && decoder.is_complete() && *decoder.inner() == plain, "{how}");
+            let mut broken = decoded(coding, &[&[0xff; 40], &code[..]].concat(), &[]);
+            assert!(broken.finish().is_err() && !broken.is_complete(), "{how}");
         }
     }
 

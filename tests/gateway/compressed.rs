@@ -163,3 +163,129 @@ async fn a_compressed_stream_that_exceeds_its_quota_is_cut_off() {
     upstream.wait_until_disconnected().await;
     assert_eq!(gateway.settled_charges().await[2], 400);
 }
+
+const KEY: &str = "sk-upstream-0123456789";
+const MASK: &str = "**********************";
+const STAGING: &str = "  staging: { upstream: backend, quotas: { requests: { limit: 1000, per: minute } } }\ndefault_environment: staging";
+
+async fn gateway_with_key(upstream: &Upstream) -> Gateway {
+    Gateway::with(upstream, &format!("api_key: {KEY}"), STAGING).await
+}
+
+async fn masked_keys(gateway: &Gateway) -> bool {
+    let count = r#"tollgate_upstream_keys_masked_total{upstream="backend"} 1"#;
+    gateway.admin_get("/metrics").await.text().contains(count)
+}
+
+/// An error of this many bytes with a key at its beginning. It can hardly be compressed.
+fn long_error(key: &str, bytes: u32) -> String {
+    let noise = (0..bytes / 8).map(|n| format!("{:08x}", n.wrapping_mul(2_654_435_761).rotate_left(n % 32)));
+    format!("Incorrect API key: {key}. {}", noise.collect::<String>())
+}
+
+#[tokio::test]
+async fn a_compressed_error_that_repeats_the_upstreams_key_is_decoded_and_masked() {
+    for coding in CODINGS {
+        for plain in
+            [format!(r#"{{"error":{{"message":"Incorrect API key: {KEY}."}}}}"#), long_error(KEY, 500_000)]
+        {
+            let code = encoded(coding, &plain);
+            let short = answer(401, coding, "application/json", &code);
+            let head = format!(
+                "HTTP/1.1 401 No\r\ncontent-encoding: {coding}\r\ncontent-length: {}\r\n\r\n",
+                code.len()
+            );
+            let in_one_piece = Answer::of(vec![Step::Send([head.as_bytes(), &code].concat())]);
+            let answers = if code.len() < 1_000 { vec![short, in_one_piece] } else { vec![in_one_piece] };
+            for answer in answers {
+                let upstream = Upstream::always(answer).await;
+                let gateway = gateway_with_key(&upstream).await;
+                let reply = gateway.chat(HELLO).await;
+                assert!(reply.status == 401 && !reply.is_incomplete, "{coding} {}", reply.head);
+                assert!(reply.text() == plain.replace(KEY, MASK), "{coding} {:.100}", reply.text());
+                assert_eq!(reply.header("content-encoding"), None, "{coding}");
+                assert!(masked_keys(&gateway).await, "{coding}");
+                assert_eq!(gateway.settled_charges().await[0], 1, "{coding}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_answer_without_the_key_or_with_a_success_is_not_changed() {
+    for coding in CODINGS {
+        let late = " ".repeat(300_000) + KEY;
+        for (status, plain) in [
+            (500, r#"{"error":{"message":"no"}}"#.to_owned()),
+            (500, long_error("none", 500_000)),
+            (500, late),
+            (200, chat_answer(&usage(20, 5)).replace("Hello there", KEY)),
+        ] {
+            let code = encoded(coding, &plain);
+            let head = format!(
+                "HTTP/1.1 {status} Some\r\ncontent-encoding: {coding}\r\ncontent-length: {}\r\n\r\n",
+                code.len()
+            );
+            let upstream =
+                Upstream::always(Answer::of(vec![Step::Send([head.as_bytes(), &code].concat())])).await;
+            let gateway = gateway_with_key(&upstream).await;
+            let reply = gateway.chat(HELLO).await;
+            assert!(reply.status == status && reply.body == code, "{coding} {status}");
+            assert_eq!(reply.header("content-encoding"), Some(coding));
+            assert_eq!(reply.header("content-length"), Some(code.len().to_string().as_str()));
+            assert!(!masked_keys(&gateway).await, "{coding}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_error_with_the_key_that_is_cut_or_expands_too_much_is_incomplete() {
+    for coding in CODINGS {
+        let bomb = format!("Incorrect API key: {KEY}.{}", " ".repeat(8 << 20));
+        let mut cut = encoded(coding, &long_error(KEY, 500_000));
+        cut.truncate(cut.len() - 100);
+        for code in [cut, encoded(coding, &bomb)] {
+            let head = format!(
+                "HTTP/1.1 500 Some\r\ncontent-encoding: {coding}\r\ncontent-length: {}\r\n\r\n",
+                code.len()
+            );
+            let upstream =
+                Upstream::always(Answer::of(vec![Step::Send([head.as_bytes(), &code].concat())])).await;
+            let gateway = gateway_with_key(&upstream).await;
+            let started = std::time::Instant::now();
+            let reply = gateway.chat(HELLO).await;
+            assert!(
+                reply.is_incomplete && started.elapsed().as_secs() < 5,
+                "{coding} {:?}",
+                started.elapsed()
+            );
+            assert!(
+                reply.text().contains(MASK) && !reply.text().contains(KEY),
+                "{coding} {:.100}",
+                reply.text()
+            );
+            assert_eq!(gateway.settled_charges().await[0], 1, "{coding}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_error_that_arrives_slowly_is_decoded_and_masked() {
+    let code = encoded("gzip", &format!("Incorrect API key: {KEY}."));
+    let (first, second) = code.split_at(20);
+    let head =
+        format!("HTTP/1.1 500 Some\r\ncontent-encoding: gzip\r\ncontent-length: {}\r\n\r\n", code.len());
+    let upstream = Upstream::always(Answer::of(vec![
+        Step::Send([head.as_bytes(), first].concat()),
+        Step::Wait(std::time::Duration::from_millis(5_500)),
+        Step::Send(second.to_vec()),
+    ]))
+    .await;
+    let gateway = gateway_with_key(&upstream).await;
+    let reply = gateway.chat(HELLO).await;
+    assert_eq!(
+        (reply.text(), reply.header("content-encoding")),
+        (&*format!("Incorrect API key: {MASK}."), None)
+    );
+    assert!(!reply.is_incomplete && masked_keys(&gateway).await);
+}

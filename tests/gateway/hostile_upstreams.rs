@@ -64,11 +64,19 @@ async fn a_key_is_masked_wherever_an_error_is_cut_and_other_answers_are_not_chan
         assert_eq!(gateway.chat(HELLO).await.text(), text.replace(KEY, MASK), "{cut}");
         gateway.settled().await;
     }
-    // A success, a compressed error, and an error that breaks off.
+    // A success, errors with a wrong or unknown coding, and an error that breaks off.
     let success = chat_answer(&usage(8, 2)).replace("Hello there", KEY);
-    for (status, headers) in [(200, ""), (500, "content-encoding: gzip\r\n")] {
+    let masked = success.replace(KEY, MASK);
+    for (status, headers, want) in [
+        (200, "", &success),
+        (500, "content-encoding: gzip\r\n", &masked),
+        (500, "content-encoding: compress\r\n", &masked),
+        (500, "content-encoding: gzip, br\r\n", &masked),
+    ] {
         let upstream = Upstream::always(Answer::with_headers(status, headers, &success)).await;
-        assert_eq!(gateway(&upstream, "openai").await.chat(HELLO).await.text(), success, "{status}");
+        let reply = gateway(&upstream, "openai").await.chat(HELLO).await;
+        assert_eq!(reply.text(), *want, "{status} {headers}");
+        assert_eq!(reply.header("content-encoding").is_some(), !headers.is_empty(), "{headers}");
     }
     let head = "HTTP/1.1 500 Error\r\ncontent-length: 100\r\n\r\n";
     let broken = Answer::of(vec![Step::Send(format!("{head}{text}").into()), Step::Cut]);
