@@ -105,22 +105,29 @@ async fn a_reset_cancels_the_upstream_at_once_and_leaves_the_connection_to_other
     .await;
     let gateway = gateway(&upstream).await;
     let mut caller = Http2Caller::connect(gateway.address).await;
-    for (n, act) in ["silence", "stall"].into_iter().enumerate() {
-        let body = hello(&format!(r#""stream":true,"user":"{act}""#));
-        let answer = caller.begin("POST", CHAT, "", body.as_bytes()).await;
-        upstream.wait_until_seen(n + 1).await;
-        if act == "stall" {
-            drop(soon("the head", answer).await.unwrap());
-        } else {
-            drop(answer);
+    let mut seen = 0;
+    for act in ["silence", "stall"] {
+        let mut fastest = Duration::MAX;
+        for _ in 0..5 {
+            let body = hello(&format!(r#""stream":true,"user":"{act}""#));
+            let answer = caller.begin("POST", CHAT, "", body.as_bytes()).await;
+            seen += 1;
+            upstream.wait_until_seen(seen).await;
+            if act == "stall" {
+                drop(soon("the head", answer).await.unwrap());
+            } else {
+                drop(answer);
+            }
+            let began = Instant::now();
+            upstream.wait_until_cut(seen).await;
+            assert!(began.elapsed() < Duration::from_secs(2), "{act} {:?}", began.elapsed());
+            fastest = fastest.min(began.elapsed());
         }
-        let began = Instant::now();
-        upstream.wait_until_cut(n + 1).await;
-        // 100 ms on a quiet machine.
-        assert!(began.elapsed() < Duration::from_secs(2), "{act} {:?}", began.elapsed());
+        // The fastest of some rounds, because other tests may use all cores.
+        assert!(fastest < Duration::from_millis(100), "{act} {fastest:?}");
     }
     assert_eq!(caller.chat(HELLO).await.status, 200);
-    assert_eq!(gateway.settled_charges().await[0], 3);
+    assert_eq!(gateway.settled_charges().await[0], 11);
 }
 
 #[tokio::test]
