@@ -91,7 +91,7 @@ impl<'b> BodyText<'b> {
     /// The bytes are not UTF-8, or nested too deep for JSON.
     pub fn of(json: &'b [u8]) -> Result<Self, BodyFault> {
         let text = match replace_lone_surrogates(json) {
-            Cow::Borrowed(bytes) => std::str::from_utf8(bytes).map(Cow::Borrowed),
+            Cow::Borrowed(bytes) => utf8(bytes).map(Cow::Borrowed),
             Cow::Owned(bytes) => String::from_utf8(bytes).map(Cow::Owned).map_err(|e| e.utf8_error()),
         };
         let text =
@@ -101,6 +101,12 @@ impl<'b> BodyText<'b> {
         }
         Ok(Self(text))
     }
+}
+
+/// Bytes as text. In texts that are not ASCII, simdutf8 is many times as fast as the standard library, which reports where a
+/// fault is.
+fn utf8(bytes: &[u8]) -> Result<&str, std::str::Utf8Error> {
+    simdutf8::basic::from_utf8(bytes).or_else(|_| std::str::from_utf8(bytes))
 }
 
 impl<'a> Body<'a> {
@@ -186,6 +192,27 @@ mod tests {
 
     fn fault(json: &str) -> String {
         read(Api::Chat, json).unwrap_err().to_string()
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_fault_in_utf8_is_found_at_the_place_that_the_standard_library_reports(
+            text in "[a-z \u{e9}\u{4e00}-\u{9fff}\u{1f600}]{0,200}",
+            changes in proptest::collection::vec((0usize..800, 0x20u8..), 0..2),
+        ) {
+            let mut json = format!(r#"{{"model":"m","user":"{text}"}}"#).into_bytes();
+            for (at, byte) in changes {
+                let at = at % json.len();
+                json[at] = byte;
+            }
+            match std::str::from_utf8(&json) {
+                Ok(text) => proptest::prop_assert_eq!(&*BodyText::of(&json).unwrap().0, text),
+                Err(error) => {
+                    let message = format!("The request body is not UTF-8 (byte {}).", error.valid_up_to());
+                    proptest::prop_assert_eq!(BodyText::of(&json).unwrap_err().to_string(), message);
+                }
+            }
+        }
     }
 
     #[test]
