@@ -22,6 +22,7 @@ mod count_tokens;
 mod credibility;
 mod estimate;
 mod fixtures;
+mod hostile_callers;
 mod hostile_configs;
 mod hostile_upstreams;
 mod http2;

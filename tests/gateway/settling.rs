@@ -196,6 +196,29 @@ async fn a_cancelled_stream_is_charged_for_delivered_tokens() {
 }
 
 #[tokio::test]
+async fn a_stream_that_is_cancelled_after_any_event_is_charged_for_what_was_delivered() {
+    let events: Vec<String> = (0..8).map(|n| delta(&format!(" {n}"))).collect();
+    for delivered in 0..=events.len() {
+        let sent = Answer::stream().events(&events[..delivered]).then(Step::Gate);
+        let upstream = Upstream::always(sent).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
+        let mut caller = gateway.caller().await;
+        caller.request("POST", CHAT, "", hello(r#""stream":true"#).as_bytes()).await;
+        caller.head().await;
+        let (mut received, all) = (Vec::new(), events[..delivered].concat());
+        while received.len() < all.len() {
+            received.extend(caller.chunk().await.unwrap());
+        }
+        drop(caller);
+        upstream.wait_until_disconnected().await;
+        // A space and a digit are two tokens.
+        let completion = 2 * delivered as u64;
+        let charge = [1, HELLO_TOKENS, completion, HELLO_TOKENS + completion];
+        assert_eq!(gateway.settled_charges().await, charge, "{delivered}");
+    }
+}
+
+#[tokio::test]
 async fn a_cancelled_stream_is_charged_for_reported_usage_and_tokens_delivered_after_it() {
     let upstream = Upstream::always(
         Answer::stream()

@@ -51,6 +51,58 @@ async fn keep_alive_comments_pass_without_delay() {
     }
 }
 
+#[tokio::test]
+async fn odd_bytes_of_a_stream_pass_unchanged_and_its_usage_is_read() {
+    let usage = usage_event(8, 2);
+    for (what, stream) in [
+        (
+            "a byte order mark",
+            [b"\xef\xbb\xbf", delta("Hi").as_bytes(), usage.as_bytes(), DONE.as_bytes()].concat(),
+        ),
+        ("CR", (delta("Hi") + &usage + DONE).replace('\n', "\r").into_bytes()),
+        ("CR LF", (delta("Hi") + &usage + DONE).replace('\n', "\r\n").into_bytes()),
+        (
+            "NUL",
+            [
+                b": \0\0\n\nid: a\0b\n",
+                delta("Hi").as_bytes(),
+                b"\0: x\n\n",
+                usage.as_bytes(),
+                DONE.as_bytes(),
+            ]
+            .concat(),
+        ),
+        (
+            "invalid UTF-8",
+            [
+                b": \xff\xfe\n\ndata: \xc3\x28\n\n\xf0\x9f: \x80\n",
+                delta("Hi").as_bytes(),
+                usage.as_bytes(),
+                DONE.as_bytes(),
+            ]
+            .concat(),
+        ),
+    ] {
+        for step in [1, 7, stream.len()] {
+            let head =
+                "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+            let mut steps = vec![Step::Send(head.into())];
+            for piece in stream.chunks(step) {
+                let size = format!("{:x}\r\n", piece.len());
+                steps.push(Step::Send([size.as_bytes(), piece, b"\r\n"].concat()));
+            }
+            let upstream = Upstream::always(Answer::of(steps).end()).await;
+            let quotas =
+                "{ requests: { limit: 100, per: minute }, total_tokens: { limit: 1M, per: minute } }";
+            let gateway = Gateway::in_front_of(&upstream, quotas).await;
+            let body = hello(r#""stream":true,"stream_options":{"include_usage":true}"#);
+            let reply = gateway.chat(&body).await;
+            assert!(!reply.is_incomplete && reply.body == stream, "{what} in steps of {step}");
+            assert_eq!(gateway.settled_charges().await, [1, 8, 2, 10], "{what} in steps of {step}");
+        }
+    }
+}
+
 /// An upstream that streams without end. Returns the bytes written until a write made no progress for `stall`.
 async fn write_until_stalled(listener: TcpListener, stall: Duration) -> (usize, TcpStream) {
     let (mut socket, _) = listener.accept().await.unwrap();
