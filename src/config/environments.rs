@@ -266,10 +266,10 @@ fn environment(
     let reserve = reserve(&section, &quotas);
     let models = section.get("models").map(|s| allowed_models(&s)).unwrap_or_default();
     contradictions::warn(&section, &models, &quotas);
-    if let Some(upstream) = &upstream {
+    let routes = routes::read(&section, &models, upstreams);
+    if let Some(upstream) = upstream.as_deref().filter(|_| routes.is_empty()) {
         contradictions::warn_of_upstream(&section, upstream);
     }
-    let routes = routes::read(&section, &models, upstreams);
     let mut used: Vec<&UpstreamSettings> = upstream.as_deref().into_iter().collect();
     used.extend(routes.iter().flat_map(|route| &route.upstreams).map(|upstream| &**upstream));
     let is_bounded = |upstream: &&UpstreamSettings| !upstream.quotas.iter().all(Quota::is_unlimited);
