@@ -1,66 +1,10 @@
-// The dashboard in a real browser, on the gateway's real binary. Each test leaves a screenshot under target/page/.
+// The dashboard in a real browser, on the gateway's real binary.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
-import { after, before, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { newPage, screenshot, startBrowser } from "./browser.mjs";
-import { Gateway, TWO_ENVIRONMENTS } from "./gateway.mjs";
-
-const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const VIEWS = ["Overview", "Limits", "Refusals", "Usage", "System"];
-
-let browser;
-
-before(async () => {
-  browser = await startBrowser();
-});
-after(() => browser.close());
-
-/** Runs a test with a gateway and a tab. The tab must have reported no fault. */
-function pageTest(name, options, body) {
-  test(name, async () => {
-    const gateway = await Gateway.start({ environments: TWO_ENVIRONMENTS, ...options });
-    const page = await newPage(browser.context, options);
-    try {
-      await body({ gateway, page });
-      assert.deepEqual(page.faults, []);
-    } finally {
-      await screenshot(page, name.replace(/[^a-z0-9]+/gi, "-")).catch(() => {});
-      await page.close();
-      await gateway.stop();
-      await browser.context.clearCookies();
-    }
-  });
-}
-
-/** Opens a view and waits until the page is connected. */
-async function open(page, gateway, view = "overview") {
-  await page.goto(`${gateway.admin}/#/${view}`);
-  await page.getByText("Live", { exact: true }).waitFor();
-}
-
-const quotaRow = (page, name) => page.getByRole("table", { name: "Quotas" }).getByRole("row").filter({ has: page.getByRole("rowheader", { name, exact: true }) });
-
-/** The form of a quota of an environment. */
-const quotaForm = (page, environment, name) => page.getByRole("group", { name: environment, exact: true }).getByRole("group", { name, exact: true });
-
-async function assertNoViolation(page, what) {
-  await page.evaluate(AXE);
-  const { violations } = await page.evaluate(() => globalThis.axe.run());
-  const found = violations.map(({ id, nodes }) => `${id}: ${nodes.map((node) => `${node.html} ${node.failureSummary}`).join("; ")}`);
-  assert.deepEqual(found, [], what);
-}
-
-/** Waits until `condition` holds. */
-async function until(condition, what, ms = 10_000) {
-  const end = Date.now() + ms;
-  while (!(await condition())) {
-    assert.ok(Date.now() < end, `not within ${ms} ms: ${what}`);
-    await sleep(50);
-  }
-}
+import { screenshot } from "./browser.mjs";
+import { assertNoViolation, open, pageTest, quotaForm, quotaRow, until, VIEWS } from "./page.mjs";
 
 pageTest("first load", {}, async ({ gateway, page }) => {
   await gateway.chat("production", { key: "sk-test-batch-caller" });
@@ -360,51 +304,6 @@ async function visitAll(gateway, page, suffix) {
     await screenshot(page, `${view.toLowerCase()}-${suffix}`, { fullPage: true });
   }
 }
-
-/** 500 environments with 20 callers each. */
-function manyEnvironments() {
-  const caller = (n, c) => `{ name: caller-${c}, secret: sk-${n}-${c}-padded-to-length, quotas: { total_tokens: { limit: ${2 + c}k, per: minute } } }`;
-  const environment = (n) => `
-  team-${String(n).padStart(3, "0")}:
-    upstream: backend
-    keys: [${Array.from({ length: 20 }, (_, c) => caller(n, c)).join(", ")}]
-    quotas: { total_tokens: { limit: 50k, per: minute }, requests: { limit: 100, per: minute } }`;
-  return Array.from({ length: 500 }, (_, n) => environment(n)).join("");
-}
-
-pageTest("500 environments with 20 callers each", { environments: manyEnvironments() }, async ({ gateway, page }) => {
-  const chat = (n, c) => gateway.chat(`team-${String(n).padStart(3, "0")}`, { key: `sk-${n}-${c}-padded-to-length` });
-  await chat(7, 3);
-  await open(page, gateway);
-  await page.getByRole("table", { name: "Quotas" }).getByRole("rowheader").first().waitFor();
-  const paint = await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime);
-  assert.ok(paint < 300, `the first paint takes ${paint} ms`);
-  const drawn = async () => page.getByRole("rowheader").count();
-  assert.ok((await drawn()) < 60, "only visible rows are drawn");
-  // Updates while 60 callers send requests.
-  const durations = [];
-  for (let round = 0; round < 8; round += 1) {
-    await Promise.all(Array.from({ length: 60 }, (_, n) => chat((round * 60 + n) % 500, n % 20)));
-    await sleep(1_000);
-    durations.push(await page.evaluate(() => performance.getEntriesByName("update")[0].duration));
-  }
-  durations.sort((a, b) => a - b);
-  console.log(`first paint ${paint.toFixed(0)} ms; updates ${durations.map((ms) => ms.toFixed(1)).join(", ")} ms`);
-  // Other tests run beside this one, so the quieter rounds count.
-  assert.ok(durations[1] < 10, `updates take ${durations} ms`);
-  await page.getByRole("searchbox", { name: "Filter" }).fill("team-499 caller-19");
-  await quotaRow(page, "team-499 · caller caller-19 · total tokens per minute").waitFor();
-  await page.getByRole("searchbox", { name: "Filter" }).fill("");
-  await page.evaluate(() => scrollTo(0, document.documentElement.scrollHeight));
-  await until(async () => (await drawn()) > 5 && (await drawn()) < 60, "the last rows are drawn");
-  await page.getByRole("checkbox", { name: "Fold" }).click();
-  await page.getByRole("combobox", { name: "Order" }).selectOption("name");
-  await page.evaluate(() => scrollTo(0, 0));
-  await quotaRow(page, "team-000 · caller caller-0 · total tokens per minute").waitFor();
-  await page.getByRole("link", { name: "Limits" }).click();
-  await page.getByRole("group", { name: "team-000", exact: true }).waitFor();
-  assert.ok((await page.getByRole("group", { name: /^team-/ }).count()) <= 12);
-});
 
 pageTest("memory stays flat", {}, async ({ gateway, page }) => {
   await open(page, gateway);
