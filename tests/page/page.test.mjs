@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { screenshot } from "./browser.mjs";
+import { TWO_ENVIRONMENTS } from "./gateway.mjs";
 import { assertNoViolation, open, pageTest, quotaForm, quotaRow, until, VIEWS } from "./page.mjs";
 
 pageTest("first load", {}, async ({ gateway, page }) => {
