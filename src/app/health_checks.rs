@@ -18,7 +18,7 @@ pub(super) fn start(state: Arc<State>, tls: Arc<ClientConfig>) -> anyhow::Result
             let checks = async {
                 snapshot.check_replicas(&tls).await;
                 // There is nothing to check.
-                pending().await
+                pending::<()>().await;
             };
             tokio::select! {
                 biased;

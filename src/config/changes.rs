@@ -204,4 +204,24 @@ mod tests {
         }
         assert_eq!(faults.len(), 4);
     }
+
+    #[test]
+    fn in_a_cluster_the_first_limits_of_an_upstream_need_a_restart() {
+        let of = |url: &str, limits: &str| {
+            let text = format!(
+                "upstreams: {{ u: {{ base_url: 'http://u/v1', {limits} }} }}\n\
+                 environments: {{ a: {{ upstream: u, quotas: {{ requests: {{ limit: 5, per: minute }} }} }} }}\n\
+                 store: {{ redis: {{ url: '{url}' }} }}\n"
+            );
+            parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}")).config
+        };
+        let limits = ["", "max_in_flight: 5", "quotas: { requests: { limit: 5, per: minute } }"];
+        let [none, one, other] = limits.map(|limits| of("rediss+cluster://a", limits));
+        assert_eq!(other.shared_slot(), Some("environments"));
+        let faults = restart_faults(&none, &one);
+        assert!(faults.len() == 1 && faults[0].contains("upstreams.*.quotas"), "{faults:?}");
+        assert!(restart_faults(&one, &other).is_empty());
+        let [none, one, _] = limits.map(|limits| of("redis://a", limits));
+        assert!(restart_faults(&none, &one).is_empty() && one.shared_slot().is_none());
+    }
 }

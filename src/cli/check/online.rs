@@ -96,17 +96,14 @@ fn explain(
     let host = url.host().unwrap_or_default();
     Err(match fault {
         StepFault::NotResolved(error) => {
-            format!(
-                "the name {host} has no address ({error}); check {}, or the DNS of this machine",
-                base_url
-            )
+            format!("the name {host} has no address ({error}); check {base_url}, or the DNS of this machine")
         }
         StepFault::NotConnected(error) => {
-            format!("no connection ({error}); check host and port of {}, and the firewall", base_url)
+            format!("no connection ({error}); check host and port of {base_url}, and the firewall")
         }
         StepFault::NoTls(error) => tls_fault(&error.to_string(), &base_url),
         StepFault::NoAnswer(error) => {
-            format!("no valid HTTP answer ({error}); check scheme and port of {}", base_url)
+            format!("no valid HTTP answer ({error}); check scheme and port of {base_url}")
         }
         StepFault::TimedOut(limit) if limit >= MAX_TIME / 2 => format!(
             "no result within the {} s of this check; check {}, and the load of the upstream",
@@ -132,12 +129,10 @@ fn explain(
             )
         }
         StepFault::Refused(status @ (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED)) => format!(
-            "{status}: the upstream has no list of models at this path; check the path of {}, or ignore this if the upstream serves no such list",
-            base_url
+            "{status}: the upstream has no list of models at this path; check the path of {base_url}, or ignore this if the upstream serves no such list"
         ),
         StepFault::Refused(status) if status.is_redirection() => format!(
-            "{status}: the upstream redirects, and the gateway does not follow redirects; correct {}",
-            base_url
+            "{status}: the upstream redirects, and the gateway does not follow redirects; correct {base_url}"
         ),
         StepFault::Refused(status) => format!("{status}: the upstream answered with an error"),
     })

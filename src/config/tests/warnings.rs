@@ -50,6 +50,26 @@ fn settings_that_have_no_effect_together_give_a_warning() {
 }
 
 #[test]
+fn limits_that_the_upstream_makes_unreachable_give_a_warning() {
+    let at = |limits: &str| with_upstream(&format!("base_url: 'http://u', {limits}"));
+    let quota =
+        |limit: u64, per: &str| at(&format!("quotas: {{ requests: {{ limit: {limit}, per: {per} }} }}"));
+    let lower = warnings(&quota(4, "60s"));
+    let want = "environments.prod.quotas.requests: this limit of 5 is above the limit of 4 that upstream \"up\" has for all environments together";
+    assert!(lower.contains(want), "{lower}");
+    let others = [quota(5, "minute"), quota(4, "hour")].map(|text| warnings(&text)).concat();
+    assert!(!others.contains("above"), "{others}");
+    let routed = quota(4, "minute") + "    routes: [{ models: [a], upstream: up }]\n";
+    assert!(!warnings(&routed).contains("above"), "requests may go to other upstreams");
+    let text = at("max_in_flight: 3");
+    let maximum = warnings(&(text.clone() + "    max_in_flight: 4\n"));
+    assert!(maximum.contains("environments.prod.max_in_flight: this maximum of 4 is above"), "{maximum}");
+    assert!(!warnings(&(text + "    max_in_flight: 3\n")).contains("above"));
+    let without = quota(4, "minute").replace("quotas: { requests: { limit: 5, per: minute } }", "");
+    assert!(!warnings(&without).contains("has no quota"), "the upstream has one");
+}
+
+#[test]
 fn a_reservation_that_can_never_fit_gives_a_warning() {
     let quotas =
         "quotas: { total_tokens: [{ limit: 500, per: minute, burst: 600 }, { limit: 1M, per: day }] }";

@@ -64,9 +64,9 @@ async fn a_null_is_replaced_and_an_absent_model_stays_absent() {
 
 #[tokio::test]
 async fn the_model_is_replaced_in_the_path() {
+    const SEGMENT: &str = "meta-llama%2FLlama%20%223%22";
     let upstream = Upstream::always(named("a")).await;
     let gateway = renaming(&upstream).await;
-    const SEGMENT: &str = "meta-llama%2FLlama%20%223%22";
     for (path, want) in [
         ("/v1beta/models/gpt-4o:generateContent?alt=sse", "/v1/v1beta/models/MODEL:generateContent?alt=sse"),
         ("/v1beta/models/gpt-4o:countTokens", "/v1/v1beta/models/MODEL:countTokens"),
