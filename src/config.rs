@@ -48,6 +48,7 @@ pub(crate) use reference::reference;
 pub use routes::RouteSettings;
 pub(crate) use schema::schema;
 pub(crate) use units::{amount, duration};
+pub use upstreams::{ApiKind, HealthCheckSettings, ProviderLimitsMode, Timeouts, UpstreamSettings};
 
 /// The checked configuration of one gateway.
 #[derive(Clone, Debug, PartialEq)]
@@ -151,114 +152,6 @@ pub struct AdminSettings {
     pub tls: Option<TlsFiles>,
 }
 
-/// `upstreams.*.api`: the header that carries the upstream's key, and the paths that the upstream serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApiKind {
-    /// `authorization: Bearer`.
-    OpenAi,
-    /// `api-key`.
-    Azure,
-    /// `x-api-key`.
-    Anthropic,
-    /// `x-goog-api-key`.
-    Gemini,
-}
-
-/// `upstreams.*`: one upstream.
-#[derive(Clone, Debug, PartialEq)]
-pub struct UpstreamSettings {
-    /// Its name in the file.
-    pub name: String,
-    /// `base_url`: an `http` or `https` URL without query. Its path has no trailing slash. With several replicas: the first
-    /// one's.
-    pub base_url: http::Uri,
-    /// The URLs of all replicas, at least one. They differ in host and port only.
-    pub base_urls: Vec<http::Uri>,
-    /// `None`: the replicas are not checked.
-    pub health: Option<HealthCheckSettings>,
-    /// Default `openai`.
-    pub api: ApiKind,
-    /// The upstream's key. `None`: the gateway passes the caller's key through.
-    pub api_key: Option<Secret>,
-    /// How long the gateway waits for the upstream.
-    pub timeouts: Timeouts,
-    /// Headers that the gateway adds to every request. They replace the caller's headers of the same name.
-    pub headers: http::HeaderMap,
-    /// Whether the gateway requests usage for streams (`stream_usage: ask`). Default `true`.
-    pub requests_stream_usage: bool,
-    /// Always `Ignore` without an `api_key`: each caller's key has limits of its own. Default `Observe`.
-    pub provider_limits: ProviderLimitsMode,
-    /// The quotas of the upstream and of its models, for all environments together.
-    pub quotas: Vec<Quota>,
-    /// Maximum number of requests in flight, of all environments together. Default: no limit.
-    pub max_in_flight: Option<u64>,
-}
-
-impl UpstreamSettings {
-    /// Whether requests to the upstream are limited, whatever the quotas of their environments allow.
-    pub fn has_limits(&self) -> bool {
-        !self.quotas.is_empty() || self.max_in_flight.is_some()
-    }
-}
-
-/// `upstreams.*.health`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthCheckSettings {
-    /// Path and query from the root of the host.
-    pub path: String,
-    /// Time between two checks of a replica. Default 5 s.
-    pub every: Duration,
-}
-
-impl UpstreamSettings {
-    /// Host and port of a replica with this URL, as logs and metrics name it.
-    pub(crate) fn address(url: &http::Uri) -> String {
-        upstreams::address(url)
-    }
-
-    /// Whether both have a replica in common.
-    pub(crate) fn shares_replica_with(&self, other: &Self) -> bool {
-        self.base_urls.iter().any(|url| other.base_urls.contains(url))
-    }
-
-    /// Whether the settings are equal apart from limits and the set of replicas, of which one at least is the same.
-    pub(crate) fn is_same_backend(&self, other: &Self) -> bool {
-        let as_other = Self {
-            base_url: other.base_url.clone(),
-            base_urls: other.base_urls.clone(),
-            health: other.health.clone(),
-            quotas: other.quotas.clone(),
-            max_in_flight: other.max_in_flight,
-            ..self.clone()
-        };
-        self.shares_replica_with(other) && as_other == *other
-    }
-}
-
-/// `upstreams.*.provider_limits`: what the gateway does with the limits that the provider states.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProviderLimitsMode {
-    /// Sends no request that the provider has said it would refuse.
-    Follow,
-    /// Shows them.
-    Observe,
-    /// Does not read them.
-    Ignore,
-}
-
-/// `upstreams.*.timeouts`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
-    /// Name lookup, TCP handshake and TLS handshake together. Default 5 s.
-    pub connect: Duration,
-    /// From the end of the request to the head of the answer. Default 120 s.
-    pub first_byte: Duration,
-    /// Between two chunks of the answer's body. Default 60 s.
-    pub idle: Duration,
-    /// The whole exchange. Default 15 min.
-    pub total: Duration,
-}
-
 /// `environments.*`: an upstream, its callers and their quotas.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Environment {
@@ -302,9 +195,7 @@ impl Environment {
         all.extend(Quota::implicit(&self.quotas));
         all
     }
-}
 
-impl Environment {
     /// Whether the model of a request affects its admission or its way.
     pub(crate) fn depends_on_model(&self) -> bool {
         !self.models.is_empty()
