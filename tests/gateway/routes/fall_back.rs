@@ -306,8 +306,9 @@ async fn no_request_is_lost_when_an_upstream_dies_in_mid_burst() {
     let failed = attempts(&gateway, "a", "unreachable").await;
     let answered = [attempts(&gateway, "a", "answered").await, attempts(&gateway, "b", "answered").await];
     assert_eq!(answered.iter().sum::<u64>(), requests);
-    // At most one failure for each client before the upstream is passed over, and the five that it takes.
-    assert!((5..=25).contains(&failed), "{failed} failed attempts");
+    // Before the upstream is passed over: the five that it takes, and one for each client that has sent its request by then.
+    // The last answers can overtake failures, so that up to 20 more are needed. Without passing over there would be 300.
+    assert!((5..=45).contains(&failed), "{failed} failed attempts");
     let at_b = b.seen().len();
     assert_eq!(at_b as u64, answered[1], "each request reaches the second upstream once");
 }
