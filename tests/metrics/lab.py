@@ -79,6 +79,10 @@ class Backend(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        for kind, limit, left in [("requests", 500, 400), ("tokens", 90_000, 60_000)]:
+            self.send_header(f"x-ratelimit-limit-{kind}", str(limit))
+            self.send_header(f"x-ratelimit-remaining-{kind}", str(left))
+            self.send_header(f"x-ratelimit-reset-{kind}", "6s")
         self.end_headers()
         self.wfile.write(data)
 

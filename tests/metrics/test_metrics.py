@@ -14,7 +14,7 @@ STORE = "store: { memory: true }\n"
 # Traffic of these environments reaches every panel: `production` has all kinds of owners of quotas, `tight` refuses, `shadow`
 # only counts, and in `queue` requests wait.
 CONFIG = f"""
-upstreams: {{ backend: {{ base_url: BACKEND }} }}
+upstreams: {{ backend: {{ base_url: BACKEND, api_key: sk-of-the-backend }} }}
 environments:
   production:
     upstream: backend
