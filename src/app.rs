@@ -424,8 +424,10 @@ impl Parts {
             redis: new_accounts,
             handle: reload.clone(),
         };
+        // Before the thread starts, so that no change is missed.
+        let files = reloader.file_watch();
         let reloads = ServerThread::spawn("config", single_thread_runtime()?, move |run_state| async move {
-            reloader.run(requests, run_state).await;
+            reloader.run(files, requests, run_state).await;
             Ok(0)
         })?;
         let &Sockets { address, admin_address, .. } = sockets;

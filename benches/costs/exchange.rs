@@ -7,9 +7,11 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::Prompt;
+use crate::{Prompt, Scenario};
 
 pub(crate) const KEY: &str = "sk-bench-0123456789abcdef0123456789abcdef";
+/// A key of the environment with a route.
+pub(crate) const ROUTED_KEY: &str = "sk-routed-0123456789abcdef0123456789abcde";
 
 const WORDS: [&str; 24] = [
     "the", "gateway", "counts", "every", "token", "of", "a", "request", "before", "it", "goes", "on", "and",
@@ -43,11 +45,12 @@ impl Exchange {
         self.address
     }
 
-    pub(crate) fn caller(&self, gateway: SocketAddr, prompt: Prompt) -> Caller {
+    pub(crate) fn caller(&self, gateway: SocketAddr, scenario: Scenario) -> Caller {
+        let Scenario { prompt, key, .. } = scenario;
         let socket = TcpStream::connect(gateway).unwrap();
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
-        Caller { socket, buffer: Vec::new(), received: self.received.clone(), prompt, seed: 1 }
+        Caller { socket, buffer: Vec::new(), received: self.received.clone(), prompt, key, seed: 1 }
     }
 }
 
@@ -57,6 +60,7 @@ pub(crate) struct Caller {
     buffer: Vec<u8>,
     received: SyncSender<()>,
     prompt: Prompt,
+    key: &'static str,
     seed: u32,
 }
 
@@ -64,9 +68,9 @@ impl Caller {
     /// Sends this many requests and reads their answers. `events`: the number of events in each streamed answer.
     pub(crate) fn send(&mut self, requests: usize, events: Option<usize>) {
         for _ in 0..requests {
-            let body = self.body(events);
+            let (key, body) = (self.key, self.body(events));
             let head = format!(
-                "POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\naccept: application/json\r\nuser-agent: bench/1\r\ncontent-length: {}\r\n\r\n",
+                "POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\naccept: application/json\r\nuser-agent: bench/1\r\ncontent-length: {}\r\n\r\n",
                 body.len()
             );
             self.socket.write_all(&[head.as_bytes(), body.as_bytes()].concat()).unwrap();

@@ -3,7 +3,7 @@
 #[path = "../../tests/common/port.rs"]
 mod port;
 
-use crate::exchange::{Exchange, KEY};
+use crate::exchange::{Exchange, KEY, ROUTED_KEY};
 use port::free_port;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -61,14 +61,23 @@ impl Gateway {
         let folder = tempfile::tempdir().unwrap();
         let [address, admin] =
             [free_port(), free_port()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-        let quota = "[{ limit: 1000000G, per: minute }, { limit: 1000000G, per: day }]";
+        let quota = "{ limit: 1000000G, per: minute }";
+        let pair = format!("[{quota}, {{ limit: 1000000G, per: day }}]");
+        let quotas = format!(
+            "{{ total_tokens: {pair}, prompt_tokens: {pair}, completion_tokens: {pair}, requests: {pair} }}"
+        );
+        let of_upstream = format!(
+            "{{ total_tokens: {quota}, prompt_tokens: {quota}, completion_tokens: {quota}, requests: {quota} }}"
+        );
+        let base_url = format!("base_url: 'http://{}/v1', api_key: sk-upstream", exchange.address());
         let config = format!(
             "server: {{ listen: '{address}', flood_guard: {{ requests: 0, per: second }} }}\n\
              admin: {{ listen: '{admin}' }}\n\
-             upstreams: {{ mock: {{ base_url: 'http://{}/v1', api_key: sk-upstream }} }}\n\
-             environments:\n  production:\n    upstream: mock\n    keys: [{{ name: bench, secret: {KEY} }}]\n    quotas: {{ total_tokens: {quota}, prompt_tokens: {quota}, completion_tokens: {quota}, requests: {quota} }}\n\
-             store: {{ memory: true }}\n",
-            exchange.address()
+             upstreams:\n  mock: {{ {base_url} }}\n  limited: {{ {base_url}, quotas: {of_upstream} }}\n\
+             environments:\n  production: {{ upstream: mock, keys: [{{ name: bench, secret: {KEY} }}], quotas: {quotas} }}\n  \
+             routed: {{ upstream: mock, keys: [{{ name: bench, secret: {ROUTED_KEY} }}], quotas: {quotas}, \
+             routes: [{{ models: ['gpt-4o*'], upstream: [limited, mock] }}] }}\n\
+             store: {{ memory: true }}\n"
         );
         fs::write(folder.path().join("config.yaml"), config).unwrap();
         let log = fs::File::create(folder.path().join("log")).unwrap();

@@ -20,7 +20,7 @@ mod exchange;
 mod gateway;
 
 use baseline::{Baseline, Costs};
-use exchange::Exchange;
+use exchange::{Exchange, KEY, ROUTED_KEY};
 use gateway::Gateway;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use std::alloc::System;
@@ -45,6 +45,8 @@ pub(crate) struct Scenario {
     /// Events of each answer in the longer and in the shorter run. `None`: answers are JSON.
     events: Option<(usize, usize)>,
     prompt: Prompt,
+    /// The caller's key, which decides on the environment.
+    key: &'static str,
 }
 
 /// What the caller sends.
@@ -58,7 +60,7 @@ pub(crate) enum Prompt {
     LargeNew,
 }
 
-const SCENARIOS: [Scenario; 4] = [
+const SCENARIOS: [Scenario; 5] = [
     Scenario {
         name: "small-chat",
         unit: "request",
@@ -66,6 +68,17 @@ const SCENARIOS: [Scenario; 4] = [
         requests: 200,
         events: None,
         prompt: Prompt::Small,
+        key: KEY,
+    },
+    // Beside `small-chat`: the cost of a route with two upstreams, and of four quotas of the one that answers.
+    Scenario {
+        name: "small-chat-routed",
+        unit: "request",
+        warm_up: 50,
+        requests: 200,
+        events: None,
+        prompt: Prompt::Small,
+        key: ROUTED_KEY,
     },
     Scenario {
         name: "sse-event",
@@ -74,6 +87,7 @@ const SCENARIOS: [Scenario; 4] = [
         requests: 4,
         events: Some((1_100, 100)),
         prompt: Prompt::Small,
+        key: KEY,
     },
     Scenario {
         name: "32k-chat-repeated",
@@ -82,6 +96,7 @@ const SCENARIOS: [Scenario; 4] = [
         requests: 50,
         events: None,
         prompt: Prompt::LargeRepeated,
+        key: KEY,
     },
     Scenario {
         name: "32k-chat-new",
@@ -90,6 +105,7 @@ const SCENARIOS: [Scenario; 4] = [
         requests: 30,
         events: None,
         prompt: Prompt::LargeNew,
+        key: KEY,
     },
 ];
 
@@ -137,7 +153,7 @@ fn measure_all(start: fn(&Exchange) -> Gateway) -> Vec<[f64; 2]> {
 }
 
 fn measure(exchange: &Exchange, gateway: &mut Gateway, scenario: Scenario) -> [f64; 2] {
-    let mut caller = exchange.caller(gateway.address(), scenario.prompt);
+    let mut caller = exchange.caller(gateway.address(), scenario);
     let events = scenario.events.map(|(long, _)| long);
     caller.send(scenario.warm_up, events);
     let mut count = |events| {

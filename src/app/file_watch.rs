@@ -34,12 +34,20 @@ pub(super) struct FileWatch {
 }
 
 impl FileWatch {
-    /// Watches nothing yet.
-    pub(super) fn new() -> Self {
+    /// Takes the present state of these files as known. The kernel reports changes after [`follow`](Self::follow), which
+    /// needs a runtime.
+    pub(super) fn of(files: &[PathBuf]) -> Self {
         Self {
-            known: BTreeMap::new(),
+            known: files.iter().map(|path| (path.clone(), fingerprint(path))).collect(),
             #[cfg(target_os = "linux")]
             events: None,
+        }
+    }
+
+    /// Counts this file as changed.
+    pub(super) fn mark_as_changed(&mut self, path: &Path) {
+        if let Some(known) = self.known.get_mut(path) {
+            *known = Some((0, 0, 0, [0; 4]));
         }
     }
 
@@ -182,13 +190,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn changes_before_the_kernel_reports_them_are_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("t.yaml");
+        std::fs::write(&file, "1").unwrap();
+        let files = [file.clone()];
+        let mut marked = FileWatch::of(&files);
+        marked.mark_as_changed(&file);
+        let mut written = FileWatch::of(&files);
+        std::fs::write(&file, "two").unwrap();
+        for watch in [&mut marked, &mut written] {
+            watch.follow(&files);
+            assert!(timeout(Duration::from_secs(20), watch.changed()).await.is_ok());
+        }
+    }
+
+    #[tokio::test]
     async fn a_replaced_a_swapped_a_deleted_and_a_new_file_are_changes_and_others_are_not() {
         let root = tempfile::tempdir().unwrap();
         let file = |name: &str| root.path().join(name);
         std::fs::write(file("one"), "1").unwrap();
         std::fs::write(file("two"), "2").unwrap();
         symlink("one", file("link")).unwrap();
-        let mut watch = FileWatch::new();
+        let mut watch = FileWatch::of(&[]);
         watch.follow(&[file("link")]);
         let unrelated = async {
             watch.changed().await;

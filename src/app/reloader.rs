@@ -35,13 +35,26 @@ pub(super) struct Reloader {
 }
 
 impl Reloader {
+    /// The files of the config in force, as they are now. A config file that was written since it was read counts as
+    /// changed.
+    pub(super) fn file_watch(&self) -> FileWatch {
+        let mut files = FileWatch::of(&self.files());
+        let config = &self.state.current().config;
+        if let Some(file) = &config.file
+            && config::modified_ms(file) != config.file_modified_ms
+        {
+            files.mark_as_changed(file);
+        }
+        files
+    }
+
     /// Reloads the config whenever it is requested or a file changes, until the gateway stops.
     pub(super) async fn run(
         self,
+        mut files: FileWatch,
         mut requests: mpsc::Receiver<ReloadRequest>,
         mut run_state: watch::Receiver<RunState>,
     ) {
-        let mut files = FileWatch::new();
         files.follow(&self.files());
         let mut expiry_checks = interval(EXPIRY_CHECK_INTERVAL);
         // The start has checked it.

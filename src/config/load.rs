@@ -28,6 +28,8 @@ pub struct Loaded {
 /// Returns all faults of the file at once.
 pub(crate) fn load(path: &Path) -> Result<Loaded, Faults> {
     let name = path.display().to_string();
+    // Before the file is read: whoever compares this time later notices a change after it.
+    let file_modified_ms = modified_ms(path);
     let text = read_text(path).map_err(|message| Faults::of_file(&name, message))?;
     let unicode = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
@@ -35,13 +37,13 @@ pub(crate) fn load(path: &Path) -> Result<Loaded, Faults> {
     let variables = std::env::vars_os().filter_map(unicode);
     let overrides: Vec<_> = variables.filter(|(name, _)| name.starts_with(overrides::PREFIX)).collect();
     let mut loaded = parse(&text, &name, &|variable| std::env::var(variable).ok(), &overrides)?;
-    loaded.config.file_modified_ms = modified_ms(path);
+    loaded.config.file_modified_ms = file_modified_ms;
     loaded.config.file = Some(path.to_owned());
     Ok(loaded)
 }
 
 /// When the file was last modified, in milliseconds since the Unix epoch.
-fn modified_ms(path: &Path) -> u64 {
+pub(crate) fn modified_ms(path: &Path) -> u64 {
     let modified = std::fs::metadata(path).and_then(|file| file.modified()).ok();
     let since = modified.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)

@@ -240,8 +240,8 @@ async fn a_stream_and_its_connection_outlive_reloads_and_settle_where_they_began
         (environment["quotas"][0]["used"].clone(), environment["totals"]["total_tokens"].clone()),
         (10.into(), 10.into())
     );
-    // The connection of an upstream with the same settings is used again, one of a changed upstream is not. Each worker
-    // has connections of its own, so the caller's connection stays the same too.
+    // The connection to a replica is used as long as the config has its URL. Each worker has connections of its own, so the
+    // caller's connection stays the same too.
     caller.request("POST", CHAT, "", hello(r#""max_tokens":9"#).as_bytes()).await;
     assert_eq!(caller.reply().await.status, 200);
     assert_eq!(live.upstream.connections(), 1);
@@ -250,7 +250,14 @@ async fn a_stream_and_its_connection_outlive_reloads_and_settle_where_they_began
         live.change_text(&changed).await.json()["changes"][0],
         "environment 'staging': total_tokens per day added, limit 1000 (UTC)"
     );
-    assert_eq!(live.gateway.chat(&hello(r#""max_tokens":9"#)).await.status, 200);
+    caller.request("POST", CHAT, "", hello(r#""max_tokens":9"#).as_bytes()).await;
+    assert_eq!(caller.reply().await.status, 200);
+    assert_eq!(live.upstream.connections(), 1);
+    let moved = changed.replace("http://127.0.0.1:", "http://localhost:");
+    assert_ne!(moved, changed);
+    assert_eq!(live.change_text(&moved).await.status, 200);
+    caller.request("POST", CHAT, "", hello(r#""max_tokens":9"#).as_bytes()).await;
+    assert_eq!(caller.reply().await.status, 200);
     assert_eq!(live.upstream.connections(), 2);
 }
 

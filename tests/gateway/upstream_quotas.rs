@@ -61,12 +61,7 @@ async fn the_maximum_in_flight_counts_all_environments() {
     let gateway = gateway(&upstream, "max_in_flight: 1", MEMORY).await;
     let mut caller = gateway.caller().await;
     caller.request("POST", &format!("/one{CHAT}"), "", HELLO.as_bytes()).await;
-    soon("the request", async {
-        while chat(&gateway, "two", HELLO).await.status != 429 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    upstream.wait_until_seen(1).await;
     let denied = chat(&gateway, "two", HELLO).await;
     assert_eq!(denied.refusal(), (429, "too_many_in_flight".to_owned()));
     let want = "Upstream 'backend' already has 1 requests in flight (max_in_flight)";

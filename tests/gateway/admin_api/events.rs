@@ -71,7 +71,8 @@ async fn a_stream_begins_with_the_whole_state_and_then_has_only_what_changed() {
     assert_eq!(gateway.chat(&hello(r#""max_tokens":2"#)).await.status, 200);
     let (name, next, update) = events.next().await.unwrap();
     assert_eq!((name.as_str(), next), ("update", id + 1));
-    assert_eq!(names(&update["environments"]), ["staging"]);
+    // When a minute begins in this moment, its quota changes `idle` too.
+    assert!(matches!(names(&update["environments"])[..], ["staging"] | ["staging", "idle"]), "{update}");
     let staging = &update["environments"][0];
     assert_eq!((&staging["complete"], &staging["totals"]["total_tokens"]), (&json!(false), &json!(10)));
     assert_eq!((&staging["quotas"][0]["level"], &staging["quotas"][1]["level"]), (&json!(990), &json!(2)));
