@@ -46,6 +46,7 @@ pub use load::{Loaded, parse};
 pub(crate) use load::{load, modified_ms};
 pub(crate) use reference::reference;
 pub use routes::RouteSettings;
+pub(crate) use routes::api_of_routes;
 pub(crate) use schema::schema;
 pub(crate) use units::{amount, duration};
 pub use upstreams::{ApiKind, HealthCheckSettings, ProviderLimitsMode, Timeouts, UpstreamSettings};

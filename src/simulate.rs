@@ -1,6 +1,9 @@
 //! Replays a trace of calls through the quota engine on a virtual clock. The report shows which calls the quotas
 //! admit, and compares several reservation modes with an oracle.
 //!
+//! Each report has one environment in focus. If its upstreams have limits, the calls of all environments that share them
+//! are replayed beside it, each through the quotas of its own environment as configured.
+//!
 //! Every answer is a stream: the first token follows after a delay, the others at a constant rate. A denied call
 //! is not repeated, and no call waits in the wait queue (`max_wait` is ignored).
 
@@ -13,6 +16,7 @@ mod request_log;
 mod search;
 mod timeline;
 mod trace;
+mod traffic;
 mod words;
 
 use crate::config::{CompletionReserve, Environment, OnOverrun, WhenShort};
@@ -24,6 +28,7 @@ pub use report::SimulationReport;
 pub use request_log::{RequestLog, read_request_log};
 pub use search::SearchBudget;
 pub use trace::{TraceCall, TraceFault, read_trace};
+pub use traffic::Traffic;
 
 /// The speed of all answers.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -2,14 +2,17 @@
 
 use super::{load_or_explain, output};
 use crate::clock::Stopwatch;
-use crate::config::{Config, duration};
-use crate::simulate::{Pace, SearchBudget, SimulationReport, TraceCall, read_request_log, read_trace};
+use crate::config::{Config, Environment, duration};
+use crate::simulate::{
+    Pace, SearchBudget, SimulationReport, TraceCall, Traffic, read_request_log, read_trace,
+};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::{self, BufReader, IsTerminal as _};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The width of charts if standard output is no terminal, or its width is unknown.
@@ -60,9 +63,10 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
     let calls = read_calls(arguments)?;
     let pace = Pace { first_token: arguments.first_token, tokens_per_second: arguments.tokens_per_second };
     let budget = SearchBudget::new(&output::report);
-    let reports: Vec<SimulationReport> = by_environment(&loaded.config, calls)?
-        .into_iter()
-        .map(|(index, calls)| SimulationReport::of(&loaded.config.environments[index], &calls, pace, &budget))
+    let all = by_environment(&loaded.config, calls)?;
+    let reports: Vec<SimulationReport> = (0..all.len())
+        .filter_map(|focus| Traffic::around(focus, &all))
+        .map(|traffic| SimulationReport::of(&traffic, pace, &budget))
         .collect();
     if arguments.json {
         let all: Map<String, Value> = reports.iter().map(|r| (r.environment.clone(), r.as_json())).collect();
@@ -107,9 +111,12 @@ fn terminal_width() -> usize {
 }
 
 /// The calls of each environment. Calls without an environment go to `default_environment`, or to the only environment.
-fn by_environment(config: &Config, calls: Vec<TraceCall>) -> anyhow::Result<Vec<(usize, Vec<TraceCall>)>> {
-    let mut all: Vec<(usize, Vec<TraceCall>)> =
-        (0..config.environments.len()).map(|at| (at, Vec::new())).collect();
+fn by_environment(
+    config: &Config,
+    calls: Vec<TraceCall>,
+) -> anyhow::Result<Vec<(Arc<Environment>, Vec<TraceCall>)>> {
+    let mut all: Vec<(Arc<Environment>, Vec<TraceCall>)> =
+        config.environments.iter().map(|environment| (environment.clone(), Vec::new())).collect();
     let only = (config.environments.len() == 1).then_some(0);
     for call in calls {
         let at = match &call.environment {

@@ -51,6 +51,11 @@ pub(super) const APIS: &[Word] = &[
     Word("images", ""),
 ];
 
+/// The name of an API, if routes can select it.
+pub(crate) fn api_of_routes(name: &str) -> Option<&'static str> {
+    APIS.iter().map(|Word(api, _)| *api).find(|api| *api == name)
+}
+
 /// `environments.*.routes[]`.
 pub(super) const ROUTE: SectionSpec = SectionSpec {
     name: "route",

@@ -80,8 +80,19 @@ impl NoRoom {
         }
     }
 
+    /// Whether this reason includes limits of any upstream.
+    pub(crate) fn is_of_upstream(&self) -> bool {
+        match self {
+            Self::Quota(denied) => {
+                denied.shortfalls().iter().any(|short| short.quota.scope.upstream().is_some())
+            }
+            Self::InFlight { upstream, .. } => upstream.is_some(),
+            Self::Unavailable => false,
+        }
+    }
+
     /// Whether a request with this reason fits before one with the other reason.
-    pub(super) fn fits_before(&self, other: &Self) -> bool {
+    pub(crate) fn fits_before(&self, other: &Self) -> bool {
         let order = |no_room: &Self| match (no_room, no_room.wait()) {
             (Self::Unavailable, _) => (3, Wait::Never),
             (_, None) => (1, Wait::Never),

@@ -2,11 +2,12 @@
 
 use super::meter::{Meter, QuotaOutcome};
 use super::timeline::{PARTS, Timeline};
+use super::traffic::{FOCUS, Target, Traffic};
 use super::{Mode, Pace, TraceCall};
 use crate::clock::Timestamp;
-use crate::config::{Environment, OnOverrun};
-use crate::ledger::{Demand, Grant, Local, NoRoom, Progress, Settlement};
-use crate::quota::{Amounts, Quota};
+use crate::config::{Environment, OnOverrun, UpstreamSettings};
+use crate::ledger::{Admission, Backing, Demand, Grant, Local, NoRoom, Progress, Rules, Settlement};
+use crate::quota::{Amounts, Quota, Subject};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
@@ -18,21 +19,26 @@ const MAX_STEPS: u64 = 40;
 /// With more quotas, the levels are recorded once per part of the timelines only, and not after each call.
 const MAX_QUOTAS_PER_CALL: usize = 64;
 
-/// The result of replaying a trace.
+/// The result of replaying a trace, for the environment in focus.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ReplayOutcome {
     /// Number of admitted calls.
     pub(super) admitted: u64,
     /// Number of denied calls.
     pub(super) rejected: u64,
-    /// Number of calls denied by `max_in_flight`.
+    /// Number of calls denied by `max_in_flight`, of the environment or of an upstream.
     pub(super) denied_in_flight: u64,
+    /// Number of calls that quotas or `max_in_flight` of an upstream deny.
+    pub(super) denied_by_upstream: u64,
     /// Amounts that the admitted calls used.
     pub(super) spent: Amounts,
-    /// The results by quota, in the order of the config.
+    /// The results by quota, in the order of the config. Those of upstreams come last; they measure the calls of all
+    /// environments.
     pub(super) quotas: Vec<QuotaOutcome>,
     /// Sum of the times from a denial to the next admission, in milliseconds.
     pub(super) exhausted_ms: u64,
+    /// The times of the first and the last call.
+    pub(super) span: (Timestamp, Timestamp),
 }
 
 impl ReplayOutcome {
@@ -47,14 +53,9 @@ impl ReplayOutcome {
     }
 }
 
-/// Replays calls, sorted by time, through the quotas of an environment.
-pub(super) fn replay(
-    environment: &Environment,
-    calls: &[TraceCall],
-    pace: Pace,
-    mode: Mode,
-) -> ReplayOutcome {
-    let mut replay = Replay::new(environment, calls, pace, mode);
+/// Replays calls through the quotas of their environments and upstreams.
+pub(super) fn replay(traffic: &Traffic<'_>, pace: Pace, mode: Mode) -> ReplayOutcome {
+    let mut replay = Replay::new(traffic, pace, mode);
     if mode != Mode::Configured {
         replay.next_part = PARTS;
     }
@@ -62,9 +63,11 @@ pub(super) fn replay(
     replay.finish()
 }
 
-/// Whether the quotas of an environment, as configured, admit all calls. Ends at the first denial.
+/// Whether the quotas of an environment, as configured, admit all calls. Ends at the first denial. Limits of upstreams do
+/// not apply.
 pub(super) fn admits_all(environment: &Environment, calls: &[TraceCall], pace: Pace) -> bool {
-    let mut replay = Replay::new(environment, calls, pace, Mode::Configured);
+    let traffic = Traffic::alone(environment, calls);
+    let mut replay = Replay::new(&traffic, pace, Mode::Configured);
     replay.next_part = PARTS;
     replay.run(|replay| replay.outcome.rejected == 0);
     replay.outcome.rejected == 0
@@ -72,10 +75,12 @@ pub(super) fn admits_all(environment: &Environment, calls: &[TraceCall], pace: P
 
 /// A replay in progress.
 struct Replay<'a> {
-    local: Local,
-    environment: &'a Environment,
-    calls: &'a [TraceCall],
+    traffic: &'a Traffic<'a>,
+    /// The counters of each environment.
+    locals: Vec<Local>,
+    upstreams: Vec<UpstreamInReplay>,
     pace: Pace,
+    /// The mode of the environment in focus. The others reserve as configured.
     mode: Mode,
     now: Timestamp,
     /// Time, sequence number, and index into `in_flight` of each event. The sequence number orders events of the
@@ -83,7 +88,8 @@ struct Replay<'a> {
     events: BinaryHeap<Reverse<(Timestamp, u64, usize)>>,
     next_event: u64,
     /// `None` after the answer has ended.
-    in_flight: Vec<Option<CallInFlight>>,
+    in_flight: Vec<Option<CallInFlight<'a>>>,
+    /// Those of the environment in focus.
     meters: Vec<Meter>,
     outcome: ReplayOutcome,
     /// Time of the first denial since the last admission.
@@ -92,12 +98,39 @@ struct Replay<'a> {
     next_part: usize,
 }
 
+/// An upstream with limits.
+struct UpstreamInReplay {
+    local: Local,
+    /// Those of its quotas; empty if the environment in focus does not use it.
+    meters: Vec<Meter>,
+}
+
+impl UpstreamInReplay {
+    fn new(settings: &UpstreamSettings, is_measured: bool, (first, last): (Timestamp, Timestamp)) -> Self {
+        let settings = UpstreamSettings { quotas: limited(&settings.quotas), ..settings.clone() };
+        let measured = if is_measured { &settings.quotas[..] } else { &[] };
+        Self {
+            meters: measured.iter().map(|quota| Meter::new(quota, first, last)).collect(),
+            local: Local::of_upstream(&settings, first),
+        }
+    }
+}
+
+/// The quotas that can refuse a call. An unlimited quota refuses nothing.
+fn limited(quotas: &[Quota]) -> Vec<Quota> {
+    quotas.iter().filter(|quota| !quota.is_unlimited()).cloned().collect()
+}
+
 /// An admitted call whose answer has not ended.
-struct CallInFlight {
-    /// Index of the call in the trace.
-    call: usize,
+struct CallInFlight<'a> {
+    /// Index of its environment.
+    environment: usize,
+    call: &'a TraceCall,
+    target: Target<'a>,
     pace: Pace,
     grant: Grant,
+    /// What it holds in the quotas of the upstream.
+    upstream_grant: Option<Box<Grant>>,
     /// Time of the first token.
     began: Timestamp,
     /// Tokens of the answer, after clamping.
@@ -111,23 +144,28 @@ struct CallInFlight {
 }
 
 impl<'a> Replay<'a> {
-    fn new(environment: &'a Environment, calls: &'a [TraceCall], pace: Pace, mode: Mode) -> Self {
-        let (first, last) = span(calls);
-        // An unlimited quota refuses nothing.
-        let limited: Vec<Quota> =
-            environment.quotas.iter().filter(|quota| !quota.is_unlimited()).cloned().collect();
+    fn new(traffic: &'a Traffic<'a>, pace: Pace, mode: Mode) -> Self {
+        let (first, last) = traffic.span();
+        let local = |(index, environment): (usize, &&Environment)| {
+            let rules = if index == FOCUS { mode.rules(environment) } else { Rules::of(environment) };
+            Local::new(rules, &limited(&environment.quotas), first)
+        };
+        let upstream = |(index, settings): (usize, &&UpstreamSettings)| {
+            UpstreamInReplay::new(settings, index < traffic.upstreams_of_focus, (first, last))
+        };
+        let quotas = limited(&traffic.environments[FOCUS].quotas);
         Self {
-            local: Local::new(mode.rules(environment), &limited, first),
-            environment,
-            calls,
+            locals: traffic.environments.iter().enumerate().map(local).collect(),
+            upstreams: traffic.upstreams.iter().enumerate().map(upstream).collect(),
+            traffic,
             pace,
             mode,
             now: first,
             events: BinaryHeap::new(),
             next_event: 0,
             in_flight: Vec::new(),
-            meters: limited.iter().map(|quota| Meter::new(quota, first, last)).collect(),
-            outcome: ReplayOutcome::default(),
+            meters: quotas.iter().map(|quota| Meter::new(quota, first, last)).collect(),
+            outcome: ReplayOutcome { span: traffic.span_of_focus(), ..ReplayOutcome::default() },
             denied_since: None,
             next_part: 0,
         }
@@ -135,9 +173,11 @@ impl<'a> Replay<'a> {
 
     /// Replays all calls and their answers, as long as `continues` returns true after a call.
     fn run(&mut self, continues: impl Fn(&Self) -> bool) {
-        let (first, last) = span(self.calls);
-        let records_levels = self.next_part < PARTS && self.meters.len() <= MAX_QUOTAS_PER_CALL;
-        for (at, call) in self.calls.iter().enumerate() {
+        let (first, last) = self.traffic.span();
+        let meters = self.meters.len() + self.upstreams.iter().map(|u| u.meters.len()).sum::<usize>();
+        let records_levels = self.next_part < PARTS && meters <= MAX_QUOTAS_PER_CALL;
+        for at in 0..self.traffic.len() {
+            let (environment, call) = self.traffic.call(at);
             while self.next_part < PARTS {
                 let begin = Timeline::begin_of(first, last, self.next_part);
                 if begin > call.at {
@@ -148,7 +188,7 @@ impl<'a> Replay<'a> {
                 self.next_part += 1;
             }
             self.run_events_until(call.at);
-            self.arrive(at);
+            self.arrive(environment, call);
             if records_levels {
                 self.record_levels();
             }
@@ -172,54 +212,95 @@ impl<'a> Replay<'a> {
 
     fn record_levels(&mut self) {
         let now = self.now;
-        for (meter, level) in self.meters.iter_mut().zip(self.local.levels(now)) {
-            meter.record_level(now, &level);
+        let own = (&mut self.locals[FOCUS], &mut self.meters);
+        let shared = self.upstreams.iter_mut().map(|upstream| (&mut upstream.local, &mut upstream.meters));
+        for (local, meters) in std::iter::once(own).chain(shared).filter(|(_, meters)| !meters.is_empty()) {
+            for (meter, level) in meters.iter_mut().zip(local.levels(now)) {
+                meter.record_level(now, &level);
+            }
         }
     }
 
     /// Admits or denies a call.
-    fn arrive(&mut self, at: usize) {
-        let call = &self.calls[at];
-        let cap = if self.mode == Mode::Oracle { Some(call.completion) } else { call.max_tokens };
-        let subject = call.subject();
-        let demand = Demand {
-            subject,
-            prompt: call.prompt,
-            generates: call.generates,
-            cap,
-            completions: 1,
-            backends: &[],
-        };
-        self.meters.iter_mut().filter(|meter| meter.measures(subject)).for_each(Meter::count_call);
-        match self.local.admit(self.now, &demand) {
+    fn arrive(&mut self, environment: usize, call: &'a TraceCall) {
+        let (decided, target) = self.admit(environment, call);
+        for meter in self.meters_of(environment, call, target) {
+            meter.count_call();
+        }
+        let is_focus = environment == FOCUS;
+        match decided {
             Ok(admission) => {
-                self.outcome.admitted += 1;
-                match &admission.would_deny {
-                    Some(no_room) => self.record_shortfalls(no_room),
-                    None => self.end_denials(),
+                self.end_denials_of_upstream(target);
+                if is_focus {
+                    self.outcome.admitted += 1;
+                    match &admission.would_deny {
+                        Some(no_room) => self.record_shortfalls(no_room, is_focus),
+                        None => self.end_denials(),
+                    }
                 }
-                let bound = admission.clamped_to.or(call.max_tokens).unwrap_or(u64::MAX);
-                self.begin(at, admission.grant, call.completion.min(bound));
+                self.begin(environment, call, target, admission);
             }
             Err(no_room) => {
-                self.outcome.rejected += 1;
-                self.denied_since.get_or_insert(self.now);
-                self.record_shortfalls(&no_room);
+                if is_focus {
+                    self.outcome.rejected += 1;
+                    self.denied_since.get_or_insert(self.now);
+                }
+                self.record_shortfalls(&no_room, is_focus);
             }
         }
     }
 
-    fn begin(&mut self, call: usize, grant: Grant, completion: u64) {
-        let pace = self.calls[call].pace.unwrap_or(self.pace);
+    /// Tries the upstreams of a call in their order, as the gateway does. Returns the one that admits it. If none does, it
+    /// returns the one that fits first, and why it has no room.
+    fn admit(&mut self, environment: usize, call: &'a TraceCall) -> (Result<Admission, NoRoom>, Target<'a>) {
+        let is_oracle = environment == FOCUS && self.mode == Mode::Oracle;
+        let demand = Demand {
+            subject: call.subject(),
+            prompt: call.prompt,
+            generates: call.generates,
+            cap: if is_oracle { Some(call.completion) } else { call.max_tokens },
+            completions: 1,
+            backends: &[],
+        };
+        let local = &mut self.locals[environment];
+        let mut best: Option<(NoRoom, Target<'a>)> = None;
+        for target in self.traffic.targets(environment, call) {
+            let counters = target.upstream.map(|at| &mut self.upstreams[at].local);
+            let mut backing = counters.map(|counters| Backing::new(counters, target.model));
+            match local.try_admit_at(self.now, &demand, backing.as_mut()) {
+                Ok(admission) => return (Ok(admission), target),
+                Err(no_room) => {
+                    if best.as_ref().is_none_or(|(earlier, _)| no_room.fits_before(earlier)) {
+                        best = Some((no_room, target));
+                    }
+                }
+            }
+        }
+        match best {
+            Some((no_room, target)) => (Err(no_room), target),
+            // No upstream is named.
+            None => {
+                let target = Target { upstream: None, model: &call.model };
+                (local.try_admit_at(self.now, &demand, None), target)
+            }
+        }
+    }
+
+    fn begin(&mut self, environment: usize, call: &'a TraceCall, target: Target<'a>, admission: Admission) {
+        let bound = admission.clamped_to.or(call.max_tokens).unwrap_or(u64::MAX);
+        let completion = call.completion.min(bound);
+        let pace = call.pace.unwrap_or(self.pace);
         let began = self.now.plus_ms(ms(pace.first_token));
-        let duration_ms = pace.ms_for(completion);
         let running = CallInFlight {
+            environment,
             call,
+            target,
             pace,
-            grant,
+            grant: admission.grant,
+            upstream_grant: admission.upstream,
             began,
             completion,
-            duration_ms,
+            duration_ms: pace.ms_for(completion),
             steps: 0,
             metered: Amounts::default(),
         };
@@ -244,16 +325,14 @@ impl<'a> Replay<'a> {
         let is_last = running.steps > MAX_STEPS + 1;
         let within = if is_last { u64::MAX } else { running.pace.tokens_within(streamed) };
         let delivered = within.min(running.completion);
-        let prompt = self.calls[running.call].prompt;
-        let spent = Amounts::of_request(prompt, delivered);
+        let spent = Amounts::of_request(running.call.prompt, delivered);
         self.meter(&mut running, spent);
         if delivered >= running.completion {
             self.end(running, spent);
             return;
         }
-        let model = &self.calls[running.call].model;
-        let progress = self.local.progress(at, model, &mut running.grant, spent);
-        if progress == Progress::Overrun && self.cuts() {
+        let progress = self.progress(&mut running, spent);
+        if progress == Progress::Overrun && self.cuts(running.environment) {
             self.end(running, spent);
             return;
         }
@@ -263,45 +342,78 @@ impl<'a> Replay<'a> {
         self.in_flight[index] = Some(running);
     }
 
-    /// Whether an overrun ends the stream.
-    fn cuts(&self) -> bool {
-        let Environment { enforce, reserve, .. } = self.environment;
-        self.mode == Mode::Configured && *enforce && reserve.on_overrun == OnOverrun::Cut
+    fn progress(&mut self, running: &mut CallInFlight<'a>, spent: Amounts) -> Progress {
+        let counters = running.target.upstream.map(|at| &mut self.upstreams[at].local);
+        let upstream = counters.zip(running.upstream_grant.as_deref_mut());
+        let local = &mut self.locals[running.environment];
+        local.progress_at(self.now, &running.call.model, &mut running.grant, spent, upstream)
     }
 
-    fn end(&mut self, running: CallInFlight, spent: Amounts) {
-        let subject = self.calls[running.call].subject();
+    /// Whether an overrun ends the streams of an environment.
+    fn cuts(&self, environment: usize) -> bool {
+        let Environment { enforce, reserve, .. } = self.traffic.environments[environment];
+        let is_as_configured = environment != FOCUS || self.mode == Mode::Configured;
+        is_as_configured && *enforce && reserve.on_overrun == OnOverrun::Cut
+    }
+
+    fn end(&mut self, running: CallInFlight<'a>, spent: Amounts) {
+        let (now, subject) = (self.now, running.call.subject());
         let settlement = Settlement { spent, is_complete: spent.completion >= running.completion };
-        self.local.settle(self.now, subject, running.grant, settlement);
-        self.outcome.spent = self.outcome.spent.saturating_add(spent);
-        if !self.meters.iter().any(Meter::is_calendar) {
-            return;
+        let local = &mut self.locals[running.environment];
+        local.settle(now, subject, running.grant, settlement);
+        if running.environment == FOCUS {
+            self.outcome.spent = self.outcome.spent.saturating_add(spent);
+            record_debts(&mut self.meters, local, now);
         }
-        let levels = self.local.levels(self.now);
-        for (meter, level) in self.meters.iter_mut().zip(levels).filter(|(meter, _)| meter.is_calendar()) {
-            meter.record_debt(level.level);
+        if let Some((at, grant)) = running.target.upstream.zip(running.upstream_grant) {
+            let UpstreamInReplay { local, meters } = &mut self.upstreams[at];
+            local.settle_backing(now, *grant, spent);
+            record_debts(meters, local, now);
         }
     }
 
-    fn meter(&mut self, running: &mut CallInFlight, spent: Amounts) {
+    fn meter(&mut self, running: &mut CallInFlight<'a>, spent: Amounts) {
+        let now = self.now;
         let more = spent.saturating_sub(running.metered);
         running.metered = spent;
-        let subject = self.calls[running.call].subject();
-        for meter in self.meters.iter_mut().filter(|meter| meter.measures(subject)) {
-            meter.spend(self.now, more.of(meter.quota.kind));
+        for meter in self.meters_of(running.environment, running.call, running.target) {
+            meter.spend(now, more.of(meter.quota.kind));
         }
     }
 
-    /// Records which quotas deny a call, or would deny it in shadow mode.
-    fn record_shortfalls(&mut self, no_room: &NoRoom) {
+    /// The meters that measure a call: those of the environment in focus for its own calls, and those of the upstream.
+    fn meters_of(
+        &mut self,
+        environment: usize,
+        call: &'a TraceCall,
+        target: Target<'a>,
+    ) -> impl Iterator<Item = &mut Meter> {
+        let own = if environment == FOCUS { &mut self.meters[..] } else { &mut [] };
+        let own = own.iter_mut().filter(|meter| meter.measures(call.subject()));
+        let upstream = target.upstream.map(|at| &mut self.upstreams[at]);
+        let sent = Subject { caller: None, model: target.model };
+        let shared = upstream.into_iter().flat_map(|upstream| &mut upstream.meters);
+        own.chain(shared.filter(move |meter| meter.measures(sent)))
+    }
+
+    /// Records which quotas deny a call, or would deny it in shadow mode. `is_focus`: the call belongs to the environment in
+    /// focus; otherwise only quotas of upstreams are recorded.
+    fn record_shortfalls(&mut self, no_room: &NoRoom, is_focus: bool) {
+        let now = self.now;
+        if is_focus && no_room.is_of_upstream() {
+            self.outcome.denied_by_upstream += 1;
+        }
         let NoRoom::Quota(denied) = no_room else {
-            self.outcome.denied_in_flight += 1;
+            self.outcome.denied_in_flight += u64::from(is_focus);
             return;
         };
+        let own = if is_focus { &mut self.meters[..] } else { &mut [] };
+        let shared = self.upstreams.iter_mut().flat_map(|upstream| &mut upstream.meters);
+        let mut meters: Vec<&mut Meter> = own.iter_mut().chain(shared).collect();
         for shortfall in denied.shortfalls() {
-            let has_quota = |meter: &&mut Meter| meter.quota.is_same_as(&shortfall.quota);
-            if let Some(meter) = self.meters.iter_mut().find(has_quota) {
-                meter.record_denial(self.now);
+            let has_quota = |meter: &&mut &mut Meter| meter.quota.is_same_as(&shortfall.quota);
+            if let Some(meter) = meters.iter_mut().find(has_quota) {
+                meter.record_denial(now);
             }
         }
     }
@@ -315,11 +427,34 @@ impl<'a> Replay<'a> {
         self.meters.iter_mut().for_each(|meter| meter.end_denials(now));
     }
 
+    fn end_denials_of_upstream(&mut self, target: Target<'a>) {
+        let now = self.now;
+        if let Some(at) = target.upstream {
+            self.upstreams[at].meters.iter_mut().for_each(|meter| meter.end_denials(now));
+        }
+    }
+
     fn finish(mut self) -> ReplayOutcome {
         self.end_denials();
-        let (first, last) = span(self.calls);
-        self.outcome.quotas = self.meters.into_iter().map(|meter| meter.outcome(first, last)).collect();
+        let now = self.now;
+        let ((first, last), (begin, end)) = (self.outcome.span, self.traffic.span());
+        let own = self.meters.into_iter().map(|meter| meter.outcome(first, last));
+        let shared = self.upstreams.into_iter().flat_map(|upstream| upstream.meters).map(|mut meter| {
+            meter.end_denials(now);
+            meter.outcome(begin, end)
+        });
+        self.outcome.quotas = own.chain(shared).collect();
         self.outcome
+    }
+}
+
+/// Records the debt of calendar quotas.
+fn record_debts(meters: &mut [Meter], local: &mut Local, now: Timestamp) {
+    if !meters.iter().any(Meter::is_calendar) {
+        return;
+    }
+    for (meter, level) in meters.iter_mut().zip(local.levels(now)).filter(|(meter, _)| meter.is_calendar()) {
+        meter.record_debt(level.level);
     }
 }
 
@@ -337,11 +472,6 @@ impl Pace {
         let ms = (tokens.saturating_sub(1) as f64 / self.tokens_per_second * 1_000.0).ceil() as u64;
         ms
     }
-}
-
-/// The times of the first and the last call.
-fn span(calls: &[TraceCall]) -> (Timestamp, Timestamp) {
-    calls.first().zip(calls.last()).map_or_else(Default::default, |(first, last)| (first.at, last.at))
 }
 
 fn ms(duration: Duration) -> u64 {

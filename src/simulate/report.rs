@@ -4,15 +4,17 @@ use super::chart::chart;
 use super::meter::QuotaOutcome;
 use super::replay::{ReplayOutcome, replay};
 use super::search::{SearchBudget, SufficientLimit, is_unlimited, sufficient_limits};
+use super::traffic::FOCUS;
 use super::words::{a_period, amount, duration, grouped, utc};
-use super::{Mode, Pace, TraceCall, words};
-use crate::config::Environment;
+use super::{Mode, Pace, Traffic, words};
 use crate::quota::Quota;
 use serde_json::{Value, json};
 use std::thread;
 
 /// Maximum number of charts of an environment.
 const MAX_CHARTS: usize = 8;
+/// Width of the column of quotas, unless the titles of upstreams' quotas are longer.
+const TITLE_WIDTH: usize = 38;
 
 /// The results of one environment: with its own settings, and in the other modes.
 #[derive(Clone, Debug)]
@@ -23,7 +25,9 @@ pub struct SimulationReport {
     is_shadow: bool,
     /// The result with the settings of the environment.
     configured: ReplayOutcome,
-    /// By quota, a limit that refuses no call.
+    /// Whether limits of upstreams apply.
+    has_upstream_limits: bool,
+    /// By quota, a limit that refuses no call. `None` for the quotas of upstreams.
     sufficient: Vec<Option<SufficientLimit>>,
     /// The results of the other modes, the oracle last.
     others: Vec<(Mode, ReplayOutcome)>,
@@ -31,20 +35,29 @@ pub struct SimulationReport {
 
 impl SimulationReport {
     /// Replays the calls in all modes, each on its own thread. Then searches the smallest limits that refuse no call.
-    pub fn of(environment: &Environment, calls: &[TraceCall], pace: Pace, budget: &SearchBudget<'_>) -> Self {
+    pub fn of(traffic: &Traffic<'_>, pace: Pace, budget: &SearchBudget<'_>) -> Self {
         let (configured, others) = thread::scope(|scope| {
-            let run = |mode| scope.spawn(move || replay(environment, calls, pace, mode));
+            let run = |mode| scope.spawn(move || replay(traffic, pace, mode));
             let configured = run(Mode::Configured);
-            let others = Mode::OTHERS.map(|mode| (mode, run(mode)));
+            // Without a call, the modes do not differ.
+            let has_calls = !traffic.calls_of_focus.is_empty();
+            let others = Mode::OTHERS.map(|mode| (mode, has_calls.then(|| run(mode))));
             // A replay panics only on a bug. The panic message is already printed.
             let done =
                 |handle: thread::ScopedJoinHandle<'_, ReplayOutcome>| handle.join().unwrap_or_default();
-            (done(configured), others.map(|(mode, handle)| (mode, done(handle))))
+            let others = others.map(|(mode, handle)| (mode, handle.map(done).unwrap_or_default()));
+            (done(configured), others)
         });
+        let environment = traffic.environments[FOCUS];
+        let own = configured.quotas.iter().take_while(|q| !is_of_upstream(&q.quota)).count();
+        let mut sufficient =
+            sufficient_limits(environment, &configured.quotas[..own], traffic.calls_of_focus, pace, budget);
+        sufficient.resize(configured.quotas.len(), None);
         Self {
             environment: environment.name.clone(),
             is_shadow: !environment.enforce,
-            sufficient: sufficient_limits(environment, &configured.quotas, calls, pace, budget),
+            has_upstream_limits: traffic.upstreams_of_focus > 0,
+            sufficient,
             configured,
             others: others.into(),
         }
@@ -59,6 +72,9 @@ impl SimulationReport {
     pub fn as_json(&self) -> Value {
         let mut all = outcome_json(&self.configured);
         all["oracle_admitted"] = json!(self.oracle().map(|o| o.admitted));
+        if self.has_upstream_limits {
+            all["denied_by_upstream"] = json!(self.configured.denied_by_upstream);
+        }
         all["quotas"] = self
             .configured
             .quotas
@@ -92,11 +108,12 @@ impl SimulationReport {
         let ReplayOutcome { admitted, rejected, .. } = self.configured;
         let calls = admitted + rejected;
         let mut text = format!("environment {}: {} calls", self.environment, grouped(calls));
-        let Some(timeline) = self.configured.quotas.first().map(|q| &q.timeline).filter(|_| calls > 0) else {
+        if calls == 0 || self.configured.quotas.is_empty() && !self.has_upstream_limits {
             return text + "\n";
-        };
-        let last_form = if utc(timeline.first, "%F") == utc(timeline.last, "%F") { "%T" } else { "%F %T" };
-        text += &format!(", {} to {} UTC\n\n", utc(timeline.first, "%F %T"), utc(timeline.last, last_form));
+        }
+        let (first, last) = self.configured.span;
+        let last_form = if utc(first, "%F") == utc(last, "%F") { "%T" } else { "%F %T" };
+        text += &format!(", {} to {} UTC\n\n", utc(first, "%F %T"), utc(last, last_form));
         if let Some(width) = chart_width {
             text += &self.charts(width);
         }
@@ -108,7 +125,19 @@ impl SimulationReport {
         if self.configured.denied_in_flight > 0 {
             text += &format!("max_in_flight refuses {}.\n", grouped(self.configured.denied_in_flight));
         }
-        text
+        text + &self.verdict_of_upstreams(calls)
+    }
+
+    /// How many calls of the environment limits of upstreams refuse.
+    fn verdict_of_upstreams(&self, calls: u64) -> String {
+        match self.configured.denied_by_upstream {
+            0 => String::new(),
+            denials => format!(
+                "Limits of upstreams refuse {} ({}) of the calls of this environment, whatever its own limits are.\n",
+                words::share(denials, calls),
+                grouped(denials)
+            ),
+        }
     }
 
     /// A chart of each quota with a limit that applies to a call. If there are too many, those with the most denials.
@@ -142,13 +171,16 @@ impl SimulationReport {
         for (mode, outcome) in &self.others {
             text += &line(&mode.name(), outcome, oracle);
         }
+        let shared = self.configured.quotas.iter().filter(|q| is_of_upstream(&q.quota));
+        let widths = shared.map(|q| title(&q.quota).chars().count());
+        let width = widths.max().unwrap_or_default().max(TITLE_WIDTH);
         text += &format!(
-            "\n{:<38} {:>8} {:>11} {:>9} {:>9}\n",
+            "\n{:<width$} {:>8} {:>11} {:>9} {:>9}\n",
             "quota, as configured", "denials", "utilisation", "overshoot", "exhausted"
         );
         for q in &self.configured.quotas {
             text += &format!(
-                "{:<38} {:>8} {:>11} {:>9} {:>9}\n",
+                "{:<width$} {:>8} {:>11} {:>9} {:>9}\n",
                 title(&q.quota),
                 grouped(q.denials),
                 percent(q.utilisation),
@@ -172,7 +204,7 @@ impl SimulationReport {
             return sufficient.map(would).unwrap_or_default();
         }
         let limit = format!("{} {}", amount(q.quota.limit), a_period(&q.quota.per.text));
-        let refuses = if self.is_shadow { "would refuse" } else { "refuses" };
+        let refuses = if self.is_shadow && !is_of_upstream(&q.quota) { "would refuse" } else { "refuses" };
         let did = match q.denials {
             0 => format!("{refuses} none"),
             denials => format!(
@@ -182,6 +214,9 @@ impl SimulationReport {
                 duration(q.exhausted_ms)
             ),
         };
+        if is_of_upstream(&q.quota) {
+            return format!("{}: {limit} {did}.\n", subject(&q.quota));
+        }
         let would = match sufficient {
             Some(found) => {
                 let burst = if found.burst == found.limit || q.quota.capacity() == q.quota.limit {
@@ -202,11 +237,20 @@ impl SimulationReport {
     }
 }
 
+fn is_of_upstream(quota: &Quota) -> bool {
+    quota.scope.upstream().is_some()
+}
+
 /// The kind of a quota, with its scope unless that is the environment.
 fn subject(quota: &Quota) -> String {
-    let name = quota.scope.name();
-    let scope = if name.is_empty() { String::new() } else { format!(" ({} {name})", quota.scope.as_str()) };
-    format!("{}{scope}", quota.kind)
+    format!("{}{}", quota.kind, scope(quota))
+}
+
+/// ` (caller web)`, ` (upstream openai, of all environments)`; empty for the environment.
+fn scope(quota: &Quota) -> String {
+    let (kind, name) = (quota.scope.as_str(), quota.scope.name());
+    let note = if is_of_upstream(quota) { ", of all environments" } else { "" };
+    if name.is_empty() { String::new() } else { format!(" ({kind} {name}{note})") }
 }
 
 fn title(quota: &Quota) -> String {
@@ -216,9 +260,7 @@ fn title(quota: &Quota) -> String {
         format!(", burst {}", amount(quota.capacity()))
     };
     let limit = if is_unlimited(quota) { "unlimited".to_owned() } else { amount(quota.limit) };
-    let name = quota.scope.name();
-    let of = if name.is_empty() { String::new() } else { format!(" ({} {name})", quota.scope.as_str()) };
-    format!("{limit} {} per {}{burst}{of}", quota.kind, quota.per.text)
+    format!("{limit} {} per {}{burst}{}", quota.kind, quota.per.text, scope(quota))
 }
 
 fn line(name: &str, outcome: &ReplayOutcome, oracle: u64) -> String {

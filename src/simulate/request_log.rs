@@ -4,6 +4,7 @@ mod human;
 
 use super::{Pace, TraceCall, TraceFault};
 use crate::clock::Timestamp;
+use crate::config::api_of_routes;
 use crate::quota::MAX_AMOUNT;
 use memchr::memchr;
 use serde::Deserialize;
@@ -181,6 +182,7 @@ fn call(request: &RequestLine<'_>) -> Result<TraceCall, String> {
         completion: request.completion_tokens.min(MAX_AMOUNT),
         environment: Some(request.environment.to_string()),
         max_tokens: None,
+        api: api_of_routes(request.api),
         model: request.model.to_string(),
         caller: request.caller.as_deref().map(Arc::from),
         generates: GENERATING.contains(&request.api),
@@ -348,6 +350,8 @@ mod tests {
     #[test]
     fn embeddings_generate_nothing() {
         let log = read(&[ANSWERED.replace("\"chat\"", "\"embeddings\"")]).unwrap();
-        assert!(!log.calls[0].generates);
+        assert!(!log.calls[0].generates && log.calls[0].api == Some("embeddings"));
+        let log = read(&[ANSWERED.replace("\"chat\"", "\"other\"")]).unwrap();
+        assert_eq!(log.calls[0].api, None, "no route takes an unknown path");
     }
 }

@@ -58,8 +58,8 @@ impl<'a> SearchBudget<'a> {
     }
 }
 
-/// For each quota, a limit that refuses no call if no other quota applies. So if every quota has this limit, no call is
-/// refused. `None`: the quota applies to no call, no limit was found in time, or there is none. Unlimited quotas are
+/// For each quota of the environment, a limit that refuses no call if no other quota applies. So if every quota has this
+/// limit, no call is refused, unless limits of an upstream refuse it. `None`: the quota applies to no call, no limit was found in time, or there is none. Unlimited quotas are
 /// searched only if all are unlimited.
 pub(super) fn sufficient_limits(
     environment: &Environment,

@@ -22,6 +22,8 @@ pub struct TraceCall {
     pub environment: Option<String>,
     /// The cap of the request on its completion, if the trace has the column.
     pub max_tokens: Option<u64>,
+    /// The API, by the name that routes use. `None`: a path that no route takes.
+    pub api: Option<&'static str>,
     /// The model; empty if the trace does not have the column.
     pub model: String,
     /// The caller's name, if the trace has the column.
@@ -135,6 +137,8 @@ impl TraceColumns {
             completion: amount("completion_tokens", text(self.completion))?,
             environment: some(self.environment).map(str::to_owned),
             max_tokens: some(self.max_tokens).map(|value| amount("max_tokens", value)).transpose()?,
+            // A trace does not state it.
+            api: Some("chat"),
             model: some(self.model).unwrap_or_default().to_owned(),
             caller: some(self.caller).map(Arc::from),
             generates: true,

@@ -74,6 +74,47 @@ fn the_report_has_the_outcome_of_each_environment() {
     );
 }
 
+/// Three environments in a burst have room for 50 calls together, because their upstream has no more.
+#[test]
+fn environments_share_the_quotas_of_their_upstream() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, trace) = (folder.path().join("config.yaml"), folder.path().join("trace.csv"));
+    fs::write(&config, "upstreams: { u: { base_url: http://u/v1, quotas: { requests: { limit: 50, per: day } } } }\nenvironments:\n  a: { upstream: u, quotas: { requests: { limit: 40, per: day } } }\n  b: { upstream: u }\n  c: { upstream: u, enforce: false, quotas: { requests: { limit: 1, per: day } } }\nstore: { memory: true }\n").unwrap();
+    let mut text = "timestamp,environment,prompt_tokens,completion_tokens\n".to_owned();
+    for n in 0..120 {
+        writeln!(text, "1700000000,{},10,10", ["a", "b", "c"][n % 3]).unwrap();
+    }
+    fs::write(&trace, text).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
+        command.args(["simulate", "--config"]).arg(&config).arg("--trace").arg(&trace).args(arguments);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let all: Value = serde_json::from_str(&run(&["--json"])).unwrap();
+    let mut admitted = Vec::new();
+    for name in ["a", "b", "c"] {
+        let environment = &all["environments"][name];
+        admitted.push(environment["admitted"].as_u64().unwrap());
+        assert_eq!(environment["denied_by_upstream"], environment["rejected"], "{name}: {environment}");
+        let quota = environment["quotas"].as_array().unwrap().last().unwrap();
+        assert_eq!((&quota["scope"], &quota["name"]), (&"upstream".into(), &"u".into()));
+        assert_eq!((&quota["calls"], &quota["denials"]), (&120.into(), &70.into()), "{name}: {quota}");
+        assert!(quota["smallest_limit_without_refusals"].is_null(), "{quota}");
+    }
+    assert_eq!(admitted, [17, 17, 16]);
+    let words = run(&["--no-chart"]);
+    for part in [
+        "50 requests per day (upstream u, of all environments)        70",
+        "requests (upstream u, of all environments): 50 a day refuses 58 % (70) for 0.7 s.",
+        "requests: 40 a day refuses none; 40 would refuse none.",
+        "Limits of upstreams refuse 57 % (23) of the calls of this environment, whatever its own limits are.",
+    ] {
+        assert!(words.contains(part), "{part}:\n{words}");
+    }
+}
+
 /// The lines that a gateway logs, answered and denied, are replayed as a trace.
 #[tokio::test]
 async fn the_log_of_a_gateway_is_replayed() {
