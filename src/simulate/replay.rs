@@ -276,14 +276,12 @@ impl<'a> Replay<'a> {
                 }
             }
         }
-        match best {
-            Some((no_room, target)) => (Err(no_room), target),
-            // No upstream is named.
-            None => {
-                let target = Target { upstream: None, model: &call.model };
-                (local.try_admit_at(self.now, &demand, None), target)
-            }
+        if let Some((no_room, target)) = best {
+            return (Err(no_room), target);
         }
+        // No upstream is named.
+        let target = Target { upstream: None, model: &call.model };
+        (local.try_admit_at(self.now, &demand, None), target)
     }
 
     fn begin(&mut self, environment: usize, call: &'a TraceCall, target: Target<'a>, admission: Admission) {
@@ -407,12 +405,11 @@ impl<'a> Replay<'a> {
             self.outcome.denied_in_flight += u64::from(is_focus);
             return;
         };
-        let own = if is_focus { &mut self.meters[..] } else { &mut [] };
-        let shared = self.upstreams.iter_mut().flat_map(|upstream| &mut upstream.meters);
-        let mut meters: Vec<&mut Meter> = own.iter_mut().chain(shared).collect();
         for shortfall in denied.shortfalls() {
-            let has_quota = |meter: &&mut &mut Meter| meter.quota.is_same_as(&shortfall.quota);
-            if let Some(meter) = meters.iter_mut().find(has_quota) {
+            let own = if is_focus { &mut self.meters[..] } else { &mut [] };
+            let shared = self.upstreams.iter_mut().flat_map(|upstream| &mut upstream.meters);
+            let mut meters = own.iter_mut().chain(shared);
+            if let Some(meter) = meters.find(|meter| meter.quota.is_same_as(&shortfall.quota)) {
                 meter.record_denial(now);
             }
         }

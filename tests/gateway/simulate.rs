@@ -106,7 +106,7 @@ fn environments_share_the_quotas_of_their_upstream() {
     assert_eq!(admitted, [17, 17, 16]);
     let words = run(&["--no-chart"]);
     for part in [
-        "50 requests per day (upstream u, of all environments)        70",
+        "50 requests per day (upstream u, of all environments)       70",
         "requests (upstream u, of all environments): 50 a day refuses 58 % (70) for 0.7 s.",
         "requests: 40 a day refuses none; 40 would refuse none.",
         "Limits of upstreams refuse 57 % (23) of the calls of this environment, whatever its own limits are.",
