@@ -42,14 +42,20 @@ pub(super) struct ReplayOutcome {
 }
 
 impl ReplayOutcome {
-    /// The largest overshoot of any quota, as a fraction of its capacity.
-    pub(super) fn overshoot(&self) -> f64 {
-        self.quotas.iter().map(|q| q.overshoot).fold(0.0, f64::max)
+    /// The quotas of the environment. If it has none, those of its upstreams.
+    fn decisive(&self) -> impl Iterator<Item = &QuotaOutcome> {
+        let own = self.quotas.iter().take_while(|q| q.quota.scope.upstream().is_none()).count();
+        self.quotas.iter().take(if own > 0 { own } else { self.quotas.len() })
     }
 
-    /// The largest utilisation of any quota, as a fraction.
+    /// The largest overshoot of a quota of the environment, as a fraction of its capacity.
+    pub(super) fn overshoot(&self) -> f64 {
+        self.decisive().map(|q| q.overshoot).fold(0.0, f64::max)
+    }
+
+    /// The largest utilisation of a quota of the environment, as a fraction.
     pub(super) fn utilisation(&self) -> f64 {
-        self.quotas.iter().map(|q| q.utilisation).fold(0.0, f64::max)
+        self.decisive().map(|q| q.utilisation).fold(0.0, f64::max)
     }
 }
 

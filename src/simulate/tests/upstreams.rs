@@ -53,6 +53,8 @@ fn a_burst_of_three_environments_has_the_room_of_their_upstream() {
         let denials: u64 = quota.timeline.columns(10).iter().map(|part| part.denials).sum();
         assert_eq!(denials, 70);
     }
+    let [of_own, of_upstream] = [&outcomes[0], &outcomes[1]].map(|o| (o.utilisation() * 100.0).round());
+    assert_eq!((of_own, of_upstream), (17.0, 100.0), "b has no quota of its own");
     let own = &outcomes[2].quotas[0];
     assert_eq!((own.quota.limit, own.calls, own.denials), (5, 40, 11), "in shadow mode");
 }
