@@ -28,7 +28,7 @@ pub struct Loaded {
 /// Returns all faults of the file at once.
 pub(crate) fn load(path: &Path) -> Result<Loaded, Faults> {
     let name = path.display().to_string();
-    // Before the file is read: whoever compares this time later notices a change after it.
+    // Before the file is read, so that a later change has another time.
     let file_modified_ms = modified_ms(path);
     let text = read_text(path).map_err(|message| Faults::of_file(&name, message))?;
     let unicode = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
