@@ -127,12 +127,7 @@ impl Replica {
         call: &ReserveCall,
         reply: &ScriptReply,
     ) -> Result<Admission, NoRoom> {
-        if decided.is_ok() != was_admitted {
-            tracing::error!(
-                redis = was_admitted,
-                "Redis and this node decided differently about a request: the decision of Redis applies"
-            );
-        }
+        report_difference(decided.is_ok(), was_admitted);
         match decided {
             Ok(admission) if was_admitted => Ok(self.track_online(call.id, admission)),
             Ok(admission) => {
@@ -239,5 +234,16 @@ impl Replica {
             lease.grow(reply);
         }
         true
+    }
+}
+
+/// Logs that Redis and this node decided differently about a request. They do so only if they have different versions of the
+/// code.
+pub(super) fn report_difference(was_admitted_here: bool, was_admitted_by_redis: bool) {
+    if was_admitted_here != was_admitted_by_redis {
+        tracing::error!(
+            redis = was_admitted_by_redis,
+            "Redis and this node decided differently about a request: the decision of Redis applies"
+        );
     }
 }

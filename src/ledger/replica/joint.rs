@@ -2,7 +2,7 @@
 //! tracks its part and reports its settlement by itself.
 
 use super::Replica;
-use super::admission::ReserveOutcome;
+use super::admission::{ReserveOutcome, report_difference};
 use super::session::value;
 use crate::clock::Timestamp;
 use crate::ledger::demand::{Admission, Demand, Grant, NoRoom, Progress};
@@ -180,12 +180,7 @@ impl Replica {
         (reply, of_upstream): (&ScriptReply, &ScriptReply),
         upstream: &mut UpstreamReplica<'_>,
     ) -> Result<Admission, NoRoom> {
-        if decided.is_ok() != was_admitted {
-            tracing::error!(
-                redis = was_admitted,
-                "Redis and this node decided differently about a request: the decision of Redis applies"
-            );
-        }
+        report_difference(decided.is_ok(), was_admitted);
         match decided {
             Ok(admission) if was_admitted => Ok(self.track_at(call, admission, upstream)),
             Ok(admission) => {
