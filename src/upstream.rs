@@ -108,8 +108,8 @@ impl Upstream {
     /// Sends a request to one of the replicas and waits for the head of its answer.
     ///
     /// If a replica cannot be reached, nothing was sent, and the request goes to another one. A request is retried once,
-    /// on a new connection, if it is lost on a reused connection, or if the upstream has certainly not processed it. It
-    /// is never retried after a byte of its answer has arrived.
+    /// on a new connection, if it is lost on a reused connection, if another replica can get it, or if the upstream has
+    /// certainly not processed it. It is never retried after a byte of its answer has arrived.
     ///
     /// `observe_sent` is called with `true` before the first byte is written, and with `false` if the request
     /// turns out not to have been processed, or is about to be retried.
@@ -127,7 +127,7 @@ impl Upstream {
         if let Some(reused) = self.reuse(&placed) {
             observe_sent(true);
             match self.exchange(&placed, reused, request, started).await {
-                Err(SendError::Broken(error)) if error.is_retriable_if_reused() => self.log_retry(&error),
+                Err(SendError::Broken(error)) if error.is_retriable() => self.log_retry(&error),
                 Ok(answer) => {
                     self.note_success(placed.choice);
                     return Ok(with_guard(answer, placed.in_flight));
@@ -136,25 +136,44 @@ impl Upstream {
             }
             observe_sent(false);
             may_retry = false;
+            // A connection that is lost can mean that its replica is gone.
+            placed = self.place_elsewhere(placed.choice.index).unwrap_or(placed);
         }
+        let mut tried = Vec::new();
         loop {
             // Boxed because connecting is rare and its state is large: every request's future would have room for it.
-            let (connected, in_flight, index) = Box::pin(self.connect(placed, started)).await?;
+            let (connected, in_flight, index) = Box::pin(self.connect(placed, started, &mut tried)).await?;
             observe_sent(true);
-            match Box::pin(self.exchange_at(index, connected, request, started)).await {
-                Err(SendError::Broken(error)) if error.is_not_processed() => {
-                    observe_sent(false);
-                    if !std::mem::take(&mut may_retry) {
-                        return Err(SendError::Broken(error));
-                    }
-                    self.log_retry(&error);
-                    drop(in_flight);
-                    let other = self.place(&[index]).or_else(|| self.place(&[]));
-                    placed = other.ok_or_else(no_replica)?;
-                }
-                done => return done.map(|answer| with_guard(answer, in_flight)),
+            let result = Box::pin(self.exchange_at(index, connected, request, started)).await;
+            let Err(SendError::Broken(error)) = &result else {
+                return result.map(|answer| with_guard(answer, in_flight));
+            };
+            let next = if may_retry { self.place_after(index, error) } else { None };
+            if next.is_some() || error.is_not_processed() {
+                observe_sent(false);
             }
+            let Some(next) = next else { return result.map(|answer| with_guard(answer, in_flight)) };
+            self.log_retry(error);
+            if !error.is_not_processed() {
+                tried.push(index);
+            }
+            may_retry = false;
+            placed = next;
         }
+    }
+
+    /// Chooses the replica for a retry after an exchange with this one has failed on a new connection. `None`: the request
+    /// is not retried. The same replica gets it again only if it has certainly not processed it.
+    fn place_after(&self, index: usize, error: &ExchangeError) -> Option<Placed> {
+        if error.is_not_processed() {
+            return self.place_elsewhere(index).or_else(|| self.place(&[]));
+        }
+        if error.is_retriable() { self.place_elsewhere(index) } else { None }
+    }
+
+    /// Chooses another replica than this one. `None`: there is none that is not left out.
+    fn place_elsewhere(&self, index: usize) -> Option<Placed> {
+        self.place(&[index]).filter(|placed| !placed.choice.is_last_resort)
     }
 
     fn log_retry(&self, error: &ExchangeError) {
@@ -219,15 +238,15 @@ impl Upstream {
         if left < step { (left, SendError::Timeout("total", total)) } else { (step, error) }
     }
 
-    /// Opens a connection to the chosen replica. If that cannot be reached, opens one to another, each once. Replicas that
-    /// are left out anyway share one `timeouts.connect`.
+    /// Opens a connection to the chosen replica. If that cannot be reached, opens one to another that is not in `tried`, each
+    /// once. Replicas that are left out anyway share one `timeouts.connect`.
     async fn connect(
         &self,
         mut placed: Placed,
         started: Stopwatch,
+        tried: &mut Vec<usize>,
     ) -> Result<(Connected, InFlight, usize), SendError> {
         let connect = self.settings.timeouts.connect;
-        let mut tried = Vec::new();
         let mut last_resort: Option<Stopwatch> = None;
         loop {
             let (now, index) = (Stopwatch::start(), placed.choice.index);
@@ -249,7 +268,7 @@ impl Upstream {
                     self.note_failure(placed.choice, &error);
                     tried.push(index);
                     let is_over = last_resort.is_some_and(|since| since.elapsed() >= connect);
-                    placed = match self.place(&tried) {
+                    placed = match self.place(tried) {
                         Some(next) if !(is_over && next.choice.is_last_resort) => next,
                         _ => return Err(error),
                     };

@@ -86,7 +86,7 @@ async fn check(replica: &Replica, request: &Request) -> Result<(), String> {
     if let Some(reused) = replica.reuse() {
         match replica.exchange(reused, request).await {
             Ok((head, body)) => return judge(head.status, body).await,
-            Err(error) if error.is_retriable_if_reused() => {}
+            Err(error) if error.is_retriable() => {}
             Err(error) => return Err(error.to_string()),
         }
     }

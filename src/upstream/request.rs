@@ -86,9 +86,9 @@ impl ExchangeError {
         self.outcome == Outcome::NotProcessed
     }
 
-    /// Whether the request may be sent again on a new connection, if this failure occurred on a reused one. An
-    /// upstream that closes an idle connection causes this failure.
-    pub(super) fn is_retriable_if_reused(&self) -> bool {
+    /// Whether the request may be sent again: on a new connection, if this failure occurred on a reused one, or to another
+    /// replica. A server that closes an idle connection or dies causes this failure.
+    pub(super) fn is_retriable(&self) -> bool {
         self.outcome != Outcome::Unknown
     }
 }

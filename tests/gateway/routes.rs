@@ -3,6 +3,7 @@
 mod fall_back;
 mod model_lists;
 mod models;
+mod over_tls;
 mod quotas;
 
 use crate::support::*;

@@ -1,6 +1,7 @@
 //! TLS to upstreams, HTTP/2 where it is offered, retries over HTTP/2, and no proxy from the environment variables.
 
 pub(crate) mod server;
+pub(crate) mod upstream;
 
 use crate::support::*;
 use server::{Certificate, Server};

@@ -66,7 +66,7 @@ async fn a_request_on_a_silently_dropped_connection_fails_soon_and_can_be_retrie
     let (_client, stream, _server) = connected(timeouts).await;
     let started = Instant::now();
     let error = exchange(stream).await.err().unwrap();
-    assert!(error.is_retriable_if_reused() && !error.is_not_processed(), "{error}");
+    assert!(error.is_retriable() && !error.is_not_processed(), "{error}");
     assert!(started.elapsed() < 10 * SHORT, "{:?}", started.elapsed());
 }
 
@@ -94,7 +94,7 @@ async fn a_refused_stream_counts_as_not_processed_and_a_cancelled_one_does_not()
         tokio::spawn(serve(server, move |mut respond| respond.send_reset(reason)));
         let error = exchange(stream).await.err().unwrap();
         assert_eq!(error.is_not_processed(), is_not_processed, "{error}");
-        assert_eq!(error.is_retriable_if_reused(), is_not_processed, "{error}");
+        assert_eq!(error.is_retriable(), is_not_processed, "{error}");
     }
 }
 
@@ -125,7 +125,7 @@ async fn a_stream_after_a_goaway_counts_as_not_processed_and_one_before_it_does_
         });
         let error = exchange(client.open(ours).await.unwrap()).await.err().unwrap();
         assert_eq!(error.is_not_processed(), is_not_processed, "{last_stream} {error}");
-        assert!(error.is_retriable_if_reused(), "{error}");
+        assert!(error.is_retriable(), "{error}");
     }
 }
 
