@@ -15,6 +15,7 @@ mod database;
 mod stored_quota;
 mod usage_intervals;
 mod usage_report;
+mod usage_tables;
 mod writer;
 
 use crate::calibrations::{Calibrations, SavedCalibration};
@@ -33,13 +34,14 @@ use std::thread::{self, JoinHandle};
 pub(crate) use audit::{WRONG_TOKEN, read_audit};
 pub(crate) use backup::back_up;
 pub use control::WriterControl;
-use database::{Database, Used};
+use database::Database;
 pub(crate) use database::{StoredEnforce, StoredOverride, StoredOverrides};
 pub use usage_intervals::read as read_usage_intervals;
 pub(crate) use usage_report::{
-    ReportColumn, ReportQuery, ReportRow, ReportStep, TooManyRows, parse_columns, parse_moment, parse_step,
-    read as read_usage, to_csv,
+    ReportColumn, ReportQuery, ReportRow, ReportStep, ReportSubject, TooManyRows, parse_columns,
+    parse_moment, parse_step, read as read_usage, to_csv,
 };
+use usage_tables::Used;
 
 /// The sources of the changes that the writer thread writes.
 struct Sources {
@@ -203,7 +205,7 @@ fn restored_state(database: &Database, owner: Owner<'_>) -> rusqlite::Result<Res
 /// The result may include usage shortly before the start of the period, but it omits no usage of the period.
 fn used_before(
     database: &Database,
-    environment: &str,
+    account: &str,
     quota: &Quota,
     saved: &PersistedCounter,
 ) -> rusqlite::Result<u64> {
@@ -212,14 +214,14 @@ fn used_before(
     if saved.at <= start {
         return Ok(0);
     }
-    let rows = database.used_between(environment, start, saved.at)?;
+    let rows = database.used_between(account, start, saved.at)?;
     let applies = |row: &&Used| match &quota.scope {
-        Scope::Environment => true,
+        Scope::Environment | Scope::Upstream(_) => true,
         // The caller is empty for requests that were in flight when a process crashed.
         Scope::Caller(name) => row.caller == **name || row.caller.is_empty(),
-        Scope::Model(pattern) => pattern.matches(&row.model) || row.model == OTHER_MODELS,
-        // The usage history does not name the upstream.
-        Scope::Upstream(_) | Scope::UpstreamModel(_) => false,
+        scope @ (Scope::Model(_) | Scope::UpstreamModel(_)) => {
+            row.model == OTHER_MODELS || scope.models().is_some_and(|pattern| pattern.matches(&row.model))
+        }
     };
     Ok(rows.iter().filter(applies).map(|row| row.amounts.of(quota.kind)).sum())
 }

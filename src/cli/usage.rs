@@ -2,7 +2,7 @@
 
 use super::{load_or_explain, output};
 use crate::clock::{self, Timestamp};
-use crate::store::{self, ReportColumn, ReportQuery, ReportRow, ReportStep};
+use crate::store::{self, ReportColumn, ReportQuery, ReportRow, ReportStep, ReportSubject};
 use anyhow::bail;
 use serde_json::json;
 use std::path::PathBuf;
@@ -19,12 +19,15 @@ pub(super) struct UsageArguments {
     /// Length of a row: hour, day, month, or a duration such as 5m
     #[arg(long, default_value = "day", value_parser = parse_step)]
     by: ReportStep,
-    /// Columns: any of environment,model,caller
-    #[arg(long, default_value = "environment", value_parser = parse_columns)]
-    group_by: ReportColumns,
+    /// Columns: any of environment,model,caller, or of upstream,model [default: environment, with --upstream: upstream]
+    #[arg(long, value_parser = parse_columns)]
+    group_by: Option<ReportColumns>,
     /// Only this environment
     #[arg(long)]
     environment: Option<String>,
+    /// Only this upstream, which must have limits: what all environments have used of it
+    #[arg(long)]
+    upstream: Option<String>,
     #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
     format: ReportFormat,
 }
@@ -51,7 +54,7 @@ fn parse_step(text: &str) -> Result<ReportStep, String> {
 
 fn parse_columns(text: &str) -> Result<ReportColumns, String> {
     let columns = store::parse_columns(text).map(ReportColumns);
-    columns.ok_or_else(|| "write any of environment,model,caller".to_owned())
+    columns.ok_or_else(|| "write any of environment,model,caller, or of upstream,model".to_owned())
 }
 
 pub(super) fn run(config: Option<PathBuf>, arguments: &UsageArguments) -> anyhow::Result<ExitCode> {
@@ -62,18 +65,22 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &UsageArguments) -> anyhow
     if settings.memory {
         bail!("the config stores no history (store.memory: true)");
     }
+    let UsageArguments { group_by, environment, upstream, .. } = arguments;
+    let columns = group_by.as_ref().map(|columns| columns.0.clone());
+    let Some(subject) = ReportSubject::new(columns, environment.clone(), upstream.clone()) else {
+        bail!("{}", ReportSubject::FAULT)
+    };
     let query = ReportQuery {
         from: arguments.from,
         // The current minute belongs to the report.
         to: arguments.to.unwrap_or_else(|| clock::now().plus_ms(60_000)),
         step: arguments.by,
-        group_by: arguments.group_by.0.clone(),
-        environment: arguments.environment.clone(),
+        subject,
     };
     let rows = store::read_usage(&settings.path, &query)?;
     output::print(&match arguments.format {
-        ReportFormat::Table => table(&rows, &query.group_by),
-        ReportFormat::Csv => store::to_csv(&rows)?,
+        ReportFormat::Table => table(&rows, &query.subject.group_by),
+        ReportFormat::Csv => store::to_csv(&rows, &query.subject)?,
         ReportFormat::Json => format!("{}\n", json!({ "rows": rows })),
     })?;
     Ok(ExitCode::SUCCESS)
@@ -111,6 +118,7 @@ fn header(group_by: &[ReportColumn]) -> Vec<String> {
 fn line(row: &ReportRow, group_by: &[ReportColumn]) -> Vec<String> {
     let name = |column: &ReportColumn| match column {
         ReportColumn::Environment => row.environment.clone(),
+        ReportColumn::Upstream => row.upstream.clone(),
         ReportColumn::Model => row.model.clone(),
         ReportColumn::Caller => row.caller.clone(),
     };

@@ -240,8 +240,7 @@ impl Local {
             self.quotas.count_interrupted(now, &restored.quotas, restored.held);
         }
         self.totals = restored.totals;
-        // The history of its environment has each request.
-        self.history.is_enabled = self.upstream.is_none();
+        self.history.is_enabled = true;
         if let Some(left) = &restored.left {
             self.begin_takeover(left);
         } else {
@@ -541,7 +540,9 @@ impl Local {
         let tokens = settlement.spent.completion;
         // An answer that ended at its clamped limit does not show how long it would have been.
         let was_shortened = grant.was_clamped && tokens >= grant.cap;
-        if settlement.is_complete && tokens > 0 && !was_shortened {
+        // An upstream reserves what its environments demand, so it learns no lengths.
+        let is_learned = settlement.is_complete && self.upstream.is_none();
+        if is_learned && tokens > 0 && !was_shortened {
             self.lengths.learn(subject.model, tokens.div_ceil(grant.completions));
         }
         self.history.record_settlement(now, subject, settlement);

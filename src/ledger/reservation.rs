@@ -50,10 +50,10 @@ impl UpstreamPart {
     }
 
     /// Releases the held amounts and charges the spent ones.
-    fn settle(self, spent: Amounts) {
+    fn settle(self, settlement: Settlement) {
         let Self { account, model, grant } = self;
         let subject = Subject { caller: None, model: &model };
-        account.engine.settle(subject, grant, Settlement { spent, is_complete: false });
+        account.engine.settle(subject, grant, settlement);
         account.notify_released();
     }
 }
@@ -155,7 +155,7 @@ impl Reservation {
         let before = self.0.upstream.take();
         let has_released = moved.as_ref().is_some_and(|moved| moved.has_released);
         if let Some(before) = before.filter(|_| !has_released) {
-            before.settle(Amounts::default());
+            before.settle(Settlement::default());
         }
         let is_durable = moved.as_ref().is_some_and(|moved| moved.is_durable);
         self.0.upstream = UpstreamPart::new(backend, moved.map(|moved| moved.grant));
@@ -274,7 +274,7 @@ impl Drop for Reservation {
         let subject = Subject { caller: self.0.subject.0.as_ref(), model: &self.0.subject.1 };
         self.0.account.engine.settle(subject, grant, self.0.settlement);
         if let Some(upstream) = self.0.upstream.take() {
-            upstream.settle(self.0.settlement.spent);
+            upstream.settle(self.0.settlement);
         }
         self.0.account.notify_released();
         self.0.account.notify_store(false);

@@ -1,4 +1,5 @@
-//! Usage by minute, caller and model, collected until the store takes it, and sums over everything.
+//! Usage by minute, caller and model, collected until the store takes it, and sums over everything. The usage of an upstream
+//! has no callers, and its models have the names that are sent to it.
 
 use super::demand::Settlement;
 use super::messages::LeftUsage;

@@ -5,7 +5,7 @@ use super::window_name;
 use crate::calibrations::SavedCalibration;
 use crate::clock::Timestamp;
 use crate::estimate::{CalibrationSample, RequestKind};
-use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet, Totals, UsageRow};
+use crate::ledger::{EnforceOverride, LimitOverride, OverrideOrigin, OverrideSet, Totals};
 use crate::quota::{Amounts, PersistedCounter, Quota};
 use anyhow::Context as _;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
@@ -13,11 +13,12 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The scripts that bring a file from each version to the next one. The first script creates the tables.
-const SCHEMA: [&str; 4] = [
+const SCHEMA: [&str; 5] = [
     include_str!("schema/1.sql"),
     include_str!("schema/2.sql"),
     include_str!("schema/3.sql"),
     include_str!("schema/4.sql"),
+    include_str!("schema/5.sql"),
 ];
 /// SQLite's application id of a Tollgate store: the letters "Tllg".
 const APPLICATION_ID: i64 = 0x546c_6c67;
@@ -25,9 +26,6 @@ const APPLICATION_ID: i64 = 0x546c_6c67;
 const BUSY_TIMEOUT: Duration = Duration::from_millis(500);
 /// SQLite writes the WAL back to the file when it has this many pages of 4 KiB: 16 MiB.
 const CHECKPOINT_PAGES: i64 = 4_096;
-const MINUTES_PER_DAY: i64 = 1_440;
-/// Maximum number of usage rows that one merge removes, so that a commit of a request has to wait only briefly.
-const MAX_MERGED_ROWS: i64 = 2_000;
 
 /// A limit that an administrator has set, as the store has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +141,10 @@ impl Database {
         &self.0
     }
 
+    pub(super) fn connection_mut(&mut self) -> &mut Connection {
+        &mut self.0
+    }
+
     /// Detects a damaged or read-only file at start, before the first request does. It checks the small tables and not
     /// the usage history, which may be large.
     fn check(db: &Connection) -> anyhow::Result<()> {
@@ -256,33 +258,6 @@ impl Database {
         rows.collect()
     }
 
-    /// The usage between two times, by model and caller. It is exact to the minute, or to the day where the rows are
-    /// merged into days.
-    pub(super) fn used_between(
-        &self,
-        environment: &str,
-        from: Timestamp,
-        to: Timestamp,
-    ) -> rusqlite::Result<Vec<Used>> {
-        let mut read = self.0.prepare(
-            "SELECT model, caller, sum(requests), sum(prompt_tokens), sum(completion_tokens), sum(total_tokens)
-             FROM (SELECT environment, model, caller, requests, prompt_tokens, completion_tokens, total_tokens
-                   FROM usage WHERE minute >= ?2 AND minute < ?3
-                   UNION ALL
-                   SELECT environment, model, caller, requests, prompt_tokens, completion_tokens, total_tokens
-                   FROM usage_daily WHERE (day + 1) * ?4 > ?2 AND day * ?4 < ?3)
-             WHERE environment = ?1 GROUP BY model, caller",
-        )?;
-        let minute = |at: Timestamp| at.0.div_euclid(60_000);
-        let between = params![environment, minute(from), minute(to), MINUTES_PER_DAY];
-        let rows = read.query_map(between, |row| {
-            let n = |at: usize| row.get(at).map(unsigned);
-            let amounts = Amounts { requests: n(2)?, prompt: n(3)?, completion: n(4)?, total: n(5)? };
-            Ok(Used { model: row.get(0)?, caller: row.get(1)?, amounts })
-        })?;
-        rows.collect()
-    }
-
     /// The totals of an environment, and what requests in flight held.
     pub(super) fn totals(&self, environment: &str) -> rusqlite::Result<(Totals, Amounts)> {
         let mut read = self.0.prepare_cached(
@@ -341,56 +316,6 @@ impl Database {
         }
         written
     }
-
-    /// Merges the oldest usage rows before this minute into one row per day, model and caller: rows of one day, at most
-    /// [`MAX_MERGED_ROWS`]. Returns whether it merged any.
-    pub(super) fn merge_oldest_usage(&mut self, before_minute: i64) -> rusqlite::Result<bool> {
-        let oldest: Option<i64> = self.0.query_row("SELECT min(minute) FROM usage", [], |row| row.get(0))?;
-        let Some(oldest) = oldest.filter(|&minute| minute < before_minute) else { return Ok(false) };
-        let day = oldest.div_euclid(MINUTES_PER_DAY);
-        let end = before_minute.min((day + 1) * MINUTES_PER_DAY);
-        let transaction = self.0.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        // The temporary table contains the key of the last row to merge, in the order of the primary key.
-        transaction
-            .execute_batch("CREATE TEMP TABLE IF NOT EXISTS merged (minute, environment, model, caller)")?;
-        transaction.execute("DELETE FROM temp.merged", [])?;
-        transaction.execute(
-            "INSERT INTO temp.merged SELECT minute, environment, model, caller FROM (
-                 SELECT minute, environment, model, caller FROM usage WHERE minute < ?1
-                 ORDER BY minute, environment, model, caller LIMIT ?2
-             ) ORDER BY minute DESC, environment DESC, model DESC, caller DESC LIMIT 1",
-            [end, MAX_MERGED_ROWS],
-        )?;
-        transaction.execute(
-            "INSERT INTO usage_daily
-             SELECT ?1, environment, model, caller, sum(requests), sum(rejections), sum(prompt_tokens),
-                    sum(completion_tokens), sum(total_tokens)
-             FROM usage
-             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.merged)
-             GROUP BY environment, model, caller
-             ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
-                 rejections = rejections + excluded.rejections,
-                 prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-                 completion_tokens = completion_tokens + excluded.completion_tokens,
-                 total_tokens = total_tokens + excluded.total_tokens",
-            [day],
-        )?;
-        transaction.execute(
-            "DELETE FROM usage
-             WHERE (minute, environment, model, caller) <= (SELECT minute, environment, model, caller FROM temp.merged)",
-            [],
-        )?;
-        transaction.commit()?;
-        Ok(true)
-    }
-}
-
-/// The usage of one model by one caller.
-#[derive(Debug)]
-pub(super) struct Used {
-    pub(super) model: String,
-    pub(super) caller: String,
-    pub(super) amounts: Amounts,
 }
 
 /// The statements of one commit.
@@ -511,35 +436,6 @@ impl Transaction<'_> {
         let pairs: Vec<String> = answers.iter().map(|p| format!("{}:{}", p.estimated, p.reported)).collect();
         let mut write = self.0.prepare_cached("INSERT OR REPLACE INTO calibration VALUES (?, ?, ?, ?)")?;
         write.execute(params![upstream, model, kind.as_str(), pairs.join(" ")]).map(drop)
-    }
-
-    pub(super) fn usage(
-        &self,
-        environment: &str,
-        model: &str,
-        caller: &str,
-        row: &UsageRow,
-    ) -> rusqlite::Result<()> {
-        let mut write = self.0.prepare_cached(
-            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-             ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
-                 rejections = rejections + excluded.rejections,
-                 prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-                 completion_tokens = completion_tokens + excluded.completion_tokens,
-                 total_tokens = total_tokens + excluded.total_tokens",
-        )?;
-        write.execute(params![
-            row.minute,
-            environment,
-            model,
-            caller,
-            signed(row.spent.requests),
-            signed(row.rejections),
-            signed(row.spent.prompt),
-            signed(row.spent.completion),
-            signed(row.spent.total),
-        ])?;
-        Ok(())
     }
 }
 

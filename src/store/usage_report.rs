@@ -1,6 +1,7 @@
 //! Reports of the usage history, for the command line and the admin API.
 
 use super::database::{Database, unsigned};
+use super::usage_tables::UsageTables;
 use crate::clock::Timestamp;
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
@@ -25,6 +26,8 @@ pub(crate) enum ReportStep {
 pub(crate) enum ReportColumn {
     /// The environment's name.
     Environment,
+    /// The upstream's name.
+    Upstream,
     /// The name of the model.
     Model,
     /// The caller's name.
@@ -32,11 +35,12 @@ pub(crate) enum ReportColumn {
 }
 
 impl ReportColumn {
-    pub(crate) const ALL: [Self; 3] = [Self::Environment, Self::Model, Self::Caller];
+    pub(crate) const ALL: [Self; 4] = [Self::Environment, Self::Upstream, Self::Model, Self::Caller];
 
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Environment => "environment",
+            Self::Upstream => "upstream",
             Self::Model => "model",
             Self::Caller => "caller",
         }
@@ -51,9 +55,41 @@ pub(crate) struct ReportQuery {
     /// End of the last row.
     pub(crate) to: Timestamp,
     pub(crate) step: ReportStep,
+    pub(crate) subject: ReportSubject,
+}
+
+/// Whose usage a report contains, and its columns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ReportSubject {
+    tables: UsageTables,
+    /// Only this environment or upstream.
+    owner: Option<String>,
     pub(crate) group_by: Vec<ReportColumn>,
-    /// Only this environment.
-    pub(crate) environment: Option<String>,
+}
+
+impl ReportSubject {
+    /// Why a subject is not valid.
+    pub(crate) const FAULT: &'static str =
+        "the usage of upstreams has no environments and no callers: group it by upstream or model";
+
+    /// A report of environments, or of upstreams if one is named or the report is grouped by them. `None`: it combines
+    /// upstreams with environments or callers, see [`Self::FAULT`].
+    pub(crate) fn new(
+        group_by: Option<Vec<ReportColumn>>,
+        environment: Option<String>,
+        upstream: Option<String>,
+    ) -> Option<Self> {
+        let has = |column| group_by.as_ref().is_some_and(|columns| columns.contains(&column));
+        if upstream.is_none() && !has(ReportColumn::Upstream) {
+            let group_by = group_by.unwrap_or_else(|| vec![ReportColumn::Environment]);
+            return Some(Self { tables: UsageTables::Environments, owner: environment, group_by });
+        }
+        if environment.is_some() || has(ReportColumn::Environment) || has(ReportColumn::Caller) {
+            return None;
+        }
+        let group_by = group_by.unwrap_or_else(|| vec![ReportColumn::Upstream]);
+        Some(Self { tables: UsageTables::Upstreams, owner: upstream, group_by })
+    }
 }
 
 /// The usage of one group in one step. A column that the report is not grouped by is `None`.
@@ -62,6 +98,9 @@ pub(crate) struct ReportRow {
     /// Begin of the step, in UTC.
     pub(crate) from: String,
     pub(crate) environment: Option<String>,
+    /// Only in a report that is grouped by upstreams.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) upstream: Option<String>,
     pub(crate) model: Option<String>,
     pub(crate) caller: Option<String>,
     pub(crate) requests: u64,
@@ -73,9 +112,10 @@ pub(crate) struct ReportRow {
 
 impl ReportRow {
     /// The names of the columns, in the order of the fields.
-    pub(crate) const COLUMNS: [&'static str; 9] = [
+    const COLUMNS: [&'static str; 10] = [
         "from",
         "environment",
+        "upstream",
         "model",
         "caller",
         "requests",
@@ -86,8 +126,8 @@ impl ReportRow {
     ];
 
     fn is_same_group(&self, other: &Self) -> bool {
-        (&self.from, &self.environment, &self.model, &self.caller)
-            == (&other.from, &other.environment, &other.model, &other.caller)
+        let group = |row: &Self| [&row.environment, &row.upstream, &row.model, &row.caller].map(Clone::clone);
+        self.from == other.from && group(self) == group(other)
     }
 
     fn add(&mut self, other: &Self) {
@@ -129,22 +169,27 @@ impl std::error::Error for TooManyRows {}
 
 impl Database {
     fn usage_report(&self, query: &ReportQuery) -> rusqlite::Result<Vec<ReportRow>> {
-        let column = |column: ReportColumn| {
-            if query.group_by.contains(&column) { column.as_str() } else { "NULL" }
-        };
-        let [environment, model, caller] = ReportColumn::ALL.map(column);
-        // The names of columns come from this file only.
+        let ReportSubject { tables, owner, group_by } = &query.subject;
+        if !self.has(*tables)? {
+            return Ok(Vec::new());
+        }
+        let column = |column: ReportColumn| if group_by.contains(&column) { column.as_str() } else { "NULL" };
+        let [environment, upstream, model, caller] = ReportColumn::ALL.map(column);
+        let (minutes, days) = (tables.by_minute(), tables.by_day());
+        let (of_owner, of_caller) = (tables.owner(), tables.caller());
+        // The names of tables and columns come from this program only.
         let sql = format!(
-            "SELECT minute / ?3 * ?3 AS step, {environment}, {model}, {caller}, sum(requests), sum(rejections),
+            "SELECT minute / ?3 * ?3 AS step, {environment}, {upstream}, {model}, {caller}, sum(requests), sum(rejections),
                     sum(prompt_tokens), sum(completion_tokens), sum(total_tokens)
-             FROM (SELECT minute, environment, model, caller, requests, rejections, prompt_tokens, completion_tokens, total_tokens
-                   FROM usage WHERE minute >= ?1 AND minute < ?2
+             FROM (SELECT minute, {of_owner}, model, {of_caller} AS caller, requests, rejections, prompt_tokens,
+                          completion_tokens, total_tokens
+                   FROM {minutes} WHERE minute >= ?1 AND minute < ?2
                    UNION ALL
-                   SELECT day * 1440, environment, model, caller, requests, rejections, prompt_tokens, completion_tokens,
-                          total_tokens
-                   FROM usage_daily WHERE day * 1440 >= ?1 AND day * 1440 < ?2)
-             WHERE ?4 IS NULL OR environment = ?4
-             GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4 LIMIT ?5"
+                   SELECT day * 1440, {of_owner}, model, {of_caller}, requests, rejections, prompt_tokens,
+                          completion_tokens, total_tokens
+                   FROM {days} WHERE day * 1440 >= ?1 AND day * 1440 < ?2)
+             WHERE ?4 IS NULL OR {of_owner} = ?4
+             GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT ?5"
         );
         let step = match query.step {
             ReportStep::Minutes(minutes) => minutes.max(1),
@@ -153,21 +198,21 @@ impl Database {
         let minute = |at: Timestamp| at.0.div_euclid(MINUTE_MS);
         let limit = i64::try_from(MAX_ROWS).unwrap_or(i64::MAX).saturating_add(1);
         let mut read = self.connection().prepare(&sql)?;
-        let parameters =
-            rusqlite::params![minute(query.from), minute(query.to), step, query.environment, limit];
+        let parameters = rusqlite::params![minute(query.from), minute(query.to), step, owner, limit];
         let rows = read.query_map(parameters, |row| {
             let n = |at: usize| row.get(at).map(unsigned);
             let minute: i64 = row.get(0)?;
             Ok(ReportRow {
                 from: Timestamp(minute.saturating_mul(MINUTE_MS)).to_rfc3339(),
                 environment: row.get(1)?,
-                model: row.get(2)?,
-                caller: row.get(3)?,
-                requests: n(4)?,
-                rejected: n(5)?,
-                prompt_tokens: n(6)?,
-                completion_tokens: n(7)?,
-                total_tokens: n(8)?,
+                upstream: row.get(2)?,
+                model: row.get(3)?,
+                caller: row.get(4)?,
+                requests: n(5)?,
+                rejected: n(6)?,
+                prompt_tokens: n(7)?,
+                completion_tokens: n(8)?,
+                total_tokens: n(9)?,
             })
         })?;
         rows.collect()
@@ -221,13 +266,14 @@ pub(crate) fn parse_columns(text: &str) -> Option<Vec<ReportColumn>> {
     text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(column).collect()
 }
 
-/// The rows as CSV with a header.
+/// The rows as CSV with a header. It has a column of upstreams only if the report is grouped by them.
 ///
 /// # Errors
 /// The text cannot be built.
-pub(crate) fn to_csv(rows: &[ReportRow]) -> anyhow::Result<String> {
+pub(crate) fn to_csv(rows: &[ReportRow], subject: &ReportSubject) -> anyhow::Result<String> {
     let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
-    writer.write_record(ReportRow::COLUMNS)?;
+    let has_upstreams = subject.group_by.contains(&ReportColumn::Upstream);
+    writer.write_record(ReportRow::COLUMNS.iter().filter(|name| has_upstreams || **name != "upstream"))?;
     for row in rows {
         writer.serialize(row)?;
     }
@@ -253,24 +299,34 @@ mod tests {
                     (29764865, 'sandbox', 'gpt-4o', '', 8, 0, 80, 40, 120);
                  INSERT INTO usage_daily VALUES
                     (20669, 'production', 'gpt-4o', 'web', 16, 2, 160, 80, 240),
-                    (20640, 'production', 'gpt-4o', 'web', 32, 0, 320, 160, 480);",
+                    (20640, 'production', 'gpt-4o', 'web', 32, 0, 320, 160, 480);
+                 INSERT INTO upstream_usage VALUES
+                    (29764800, 'openai', 'gpt-4o', 64, 3, 640, 320, 960),
+                    (29764865, 'openai', 'o3', 128, 0, 1280, 640, 1920),
+                    (29764865, 'azure', 'gpt-4o', 256, 0, 2560, 1280, 3840);
+                 INSERT INTO upstream_usage_daily VALUES (20669, 'openai', 'gpt-4o', 512, 0, 5120, 2560, 7680);",
             )
             .unwrap();
         (folder, path)
     }
 
     fn report(from: &str, to: &str, step: &str, columns: &str, environment: Option<&str>) -> Vec<String> {
+        let columns = parse_columns(columns);
+        let subject = ReportSubject::new(columns, environment.map(str::to_owned), None).unwrap();
+        report_of(from, to, step, subject)[1..].to_vec()
+    }
+
+    fn report_of(from: &str, to: &str, step: &str, subject: ReportSubject) -> Vec<String> {
         let now = parse_moment("2026-08-05T00:00:00Z", Timestamp(0)).unwrap();
         let query = ReportQuery {
             from: parse_moment(from, now).unwrap(),
             to: parse_moment(to, now).unwrap(),
             step: parse_step(step).unwrap(),
-            group_by: parse_columns(columns).unwrap(),
-            environment: environment.map(str::to_owned),
+            subject,
         };
         let (_folder, path) = store();
-        let csv = to_csv(&read(&path, &query).unwrap()).unwrap();
-        csv.lines().skip(1).map(str::to_owned).collect()
+        let csv = to_csv(&read(&path, &query).unwrap(), &query.subject).unwrap();
+        csv.lines().map(str::to_owned).collect()
     }
 
     #[test]
@@ -302,6 +358,54 @@ mod tests {
             (("2020-01-01", "2020-02-01", "day", "", None), vec![]),
         ] {
             assert_eq!(report(from, to, step, columns, environment), want, "{from} {step} {columns}");
+        }
+    }
+
+    #[test]
+    fn usage_of_upstreams_is_reported_apart_from_that_of_environments() {
+        let report = |step, columns: Option<&str>, upstream: Option<&str>| {
+            let columns = columns.map(|columns| parse_columns(columns).unwrap());
+            let subject = ReportSubject::new(columns, None, upstream.map(str::to_owned)).unwrap();
+            report_of("2026-08-05", "2026-08-06", step, subject)
+        };
+        assert_eq!(
+            report("hour", Some("upstream"), None),
+            [
+                "from,environment,upstream,model,caller,requests,rejected,prompt_tokens,completion_tokens,total_tokens",
+                "2026-08-05T00:00:00Z,,openai,,,64,3,640,320,960",
+                "2026-08-05T01:00:00Z,,azure,,,256,0,2560,1280,3840",
+                "2026-08-05T01:00:00Z,,openai,,,128,0,1280,640,1920",
+            ]
+        );
+        assert_eq!(
+            report("day", None, Some("azure"))[1..],
+            ["2026-08-05T00:00:00Z,,azure,,,256,0,2560,1280,3840"]
+        );
+        assert_eq!(
+            report("day", Some("model"), Some("openai")),
+            [
+                "from,environment,model,caller,requests,rejected,prompt_tokens,completion_tokens,total_tokens",
+                "2026-08-05T00:00:00Z,,gpt-4o,,64,3,640,320,960",
+                "2026-08-05T00:00:00Z,,o3,,128,0,1280,640,1920",
+            ]
+        );
+        let month = ReportSubject::new(None, None, Some("openai".to_owned())).unwrap();
+        let months = report_of("2026-08-01", "2026-09-01", "month", month);
+        assert_eq!(months[1..], ["2026-08-01T00:00:00Z,,openai,,,704,3,7040,3520,10560"]);
+    }
+
+    #[test]
+    fn upstreams_are_not_combined_with_environments_or_callers() {
+        let some = |text: &str| Some(text.to_owned());
+        for (columns, environment, upstream) in [
+            ("upstream,environment", None, None),
+            ("upstream,caller", None, None),
+            ("upstream", some("production"), None),
+            ("model", some("production"), some("openai")),
+            ("environment", None, some("openai")),
+            ("caller", None, some("openai")),
+        ] {
+            assert_eq!(ReportSubject::new(parse_columns(columns), environment, upstream), None, "{columns}");
         }
     }
 

@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
 
 mod files;
+mod upstreams;
 
 use futures_util::FutureExt as _;
 use rusqlite::Connection;
@@ -14,8 +15,7 @@ use tempfile::TempDir;
 use tollgate::calibrations::Calibrations;
 use tollgate::config::{Config, parse};
 use tollgate::ledger::{
-    Account, Accounts, Backend, Demand, LimitChange, OverrideOrigin, Owner, Persistence, QuotaKey,
-    Reservation, Snapshot,
+    Account, Accounts, Demand, LimitChange, OverrideOrigin, Persistence, QuotaKey, Reservation, Snapshot,
 };
 use tollgate::quota::{Amounts, Kind, QuotaLevel, Scope, Subject};
 use tollgate::store::{Store, StoreWriter, WriterControl};
@@ -165,66 +165,6 @@ async fn a_crash_charges_requests_in_flight_in_full() {
     assert_eq!(crashed.sql("SELECT sum(total_tokens) FROM usage"), 320);
     // A second restart does not charge them again.
     assert_eq!(Node::open(&self::config(&crashed.file(), QUOTAS, "")).used(), [320, 320, 2, 320, 320]);
-}
-
-#[tokio::test]
-async fn a_crash_charges_the_quotas_of_the_upstream_in_full() {
-    let folder = Folder::new();
-    let limits = "base_url: http://u/v1, quotas: { total_tokens: { limit: 5000, per: hour } }, model_quotas: { 'gpt-*': { total_tokens: { limit: 4000, per: day } } }";
-    let open = |file: &Path| {
-        let text = format!(
-            "upstreams: {{ u: {{ {limits} }} }}\nenvironments: {{ e: {{ upstream: u }} }}\nstore: {{ path: '{}' }}\n",
-            file.display()
-        );
-        let loaded = parse(&text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
-        let store = Store::open(&loaded.config.store).unwrap();
-        let accounts = Accounts::default();
-        let [environment, upstream] =
-            [Owner::from(&loaded.config.environments[0]), Owner::from(&loaded.config.upstreams[0])].map(
-                |owner| {
-                    let restored = store.restored_state(owner).unwrap();
-                    let account = Arc::new(Account::open_with(owner, Some(store.persistence()), &restored));
-                    accounts.add(&owner.key(), account.clone());
-                    account
-                },
-            );
-        let writer = store.start(Arc::new(accounts), Arc::new(Calibrations::new([]))).unwrap();
-        (environment, upstream, writer)
-    };
-    let used = |account: &Arc<Account>| -> Vec<u64> {
-        account.snapshot().levels.iter().map(|level| level.used).collect()
-    };
-    let (environment, upstream, _writer) = open(&folder.file());
-    let backends = [Backend { account: Some(&upstream), model: "gpt-4o" }];
-    let reserve = || {
-        let subject = Subject { caller: None, model: "m" };
-        let demand = Demand {
-            subject,
-            prompt: 30,
-            generates: true,
-            cap: Some(70),
-            completions: 1,
-            backends: &backends,
-        };
-        environment.reserve(&demand, Duration::ZERO).now_or_never().unwrap().unwrap()
-    };
-    let mut settled = reserve();
-    settled.observe(Amounts::of_request(30, 10));
-    drop(settled);
-    let mut held = reserve();
-    held.wait_until_durable().await;
-    let crashed = Folder::new();
-    fs::create_dir_all(crashed.file().parent().unwrap()).unwrap();
-    for suffix in ["", "-wal"] {
-        let of = |file: PathBuf| PathBuf::from(format!("{}{suffix}", file.display()));
-        fs::copy(of(folder.file()), of(crashed.file())).unwrap();
-    }
-    let (_, recovered, _writer) = open(&crashed.file());
-    // The quota of an hour refills a token in 0.7 s.
-    let all = used(&recovered);
-    assert!((135..=140).contains(&all[0]), "{all:?}");
-    assert_eq!(all[1], held.reserved().total + 40);
-    assert_eq!(recovered.in_flight(), 0);
 }
 
 #[tokio::test]

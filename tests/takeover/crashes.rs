@@ -16,6 +16,7 @@ const QUOTAS: &str = "reserve: { completion: max_tokens }, quotas: {
 fn a_kill_of_the_old_process_charges_its_requests_in_flight_in_full() {
     let (_, port) = Upstream::start();
     let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
+    place.limit_upstream();
     let mut old = place.start();
     let mut streams: Vec<_> = (0..3).map(|_| Connection::open(place.port).unwrap()).collect();
     for stream in &mut streams {
@@ -32,6 +33,7 @@ fn a_kill_of_the_old_process_charges_its_requests_in_flight_in_full() {
     let full = 3 * (PROMPT_TOKENS + 50);
     assert_eq!(environment["totals"]["total_tokens"], full, "{environment:#}");
     assert_eq!(environment["quotas"][0]["used"], full, "{environment:#}");
+    place.wait_for_upstream_usage(full);
     let answer = Connection::open(place.port).unwrap().call(JSON).unwrap();
     assert_eq!(answer.status(), 200);
 }

@@ -56,6 +56,29 @@ impl Place {
         )
     }
 
+    /// Gives the upstream a limit that refuses nothing, so that it has an account and a usage history.
+    pub fn limit_upstream(&self) {
+        let text = fs::read_to_string(self.folder.path().join("t.yaml")).unwrap();
+        let limited = text.replace("/v1' } }", "/v1', max_in_flight: 100000 } }");
+        assert_ne!(limited, text);
+        self.write("t.yaml", &limited);
+    }
+
+    /// Waits until the usage history of the upstream has this many tokens.
+    pub fn wait_for_upstream_usage(&self, tokens: u64) {
+        let began = Instant::now();
+        loop {
+            let report = get(self.admin, "/api/usage?upstream=u&step=day&from=2d&to=2099-01-01").unwrap();
+            let report: Value = serde_json::from_slice(&report.body).unwrap();
+            let rows = report["rows"].as_array().unwrap();
+            if rows.iter().map(|row| row["total_tokens"].as_u64().unwrap()).sum::<u64>() == tokens {
+                return;
+            }
+            assert!(began.elapsed() < MAX_WAIT, "not {tokens} tokens: {report:#}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub fn write(&self, name: &str, text: &str) {
         fs::write(self.folder.path().join(name), text).unwrap();
     }

@@ -53,6 +53,7 @@ fn pause_ms(process: &Process) -> u64 {
 fn ten_upgrades_lose_no_request_and_charge_each_once() {
     let (upstream, port) = Upstream::start();
     let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
+    place.limit_upstream();
     let (_processes, sums) = upgrade(&place, 10);
     let environment = place.settled();
     let reported = upstream.reported.load(SeqCst);
@@ -75,6 +76,7 @@ fn ten_upgrades_lose_no_request_and_charge_each_once() {
     assert!(is_whole || began_in_another_hour(), "{hour} of {reported}");
     let usage = get(place.admin, "/api/usage?step=day&from=2d&to=2099-01-01").unwrap().text();
     assert!(usage.contains(&format!("\"total_tokens\":{reported}")), "{reported}: {usage}");
+    place.wait_for_upstream_usage(reported);
 }
 
 /// Whether the hour has changed within the last two minutes.
@@ -144,6 +146,7 @@ fn an_upgrade_of_a_node_that_shares_its_quotas_loses_no_request() {
         total_tokens: { limit: 1G, per: month, window: calendar },
         requests: { limit: 200, per: month, window: calendar } }";
     let place = Place::new(port, "drain_timeout: 20s", quotas, &store);
+    place.limit_upstream();
     let (_processes, sums) = upgrade(&place, 3);
     let reported = upstream.reported.load(SeqCst);
     assert_eq!((sums.answered.load(SeqCst), sums.tokens.load(SeqCst)), (200, reported));
@@ -154,4 +157,5 @@ fn an_upgrade_of_a_node_that_shares_its_quotas_loses_no_request() {
     // The usage history of the node contains the usage that the old processes recorded.
     assert_eq!(environment["totals"]["total_tokens"], reported, "{environment:#}");
     assert_eq!(environment["totals"]["rejected"], sums.refused.load(SeqCst), "{environment:#}");
+    place.wait_for_upstream_usage(reported);
 }

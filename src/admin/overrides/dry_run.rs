@@ -1,6 +1,6 @@
 //! `?dry_run=true`: reports the effect of a new limit without setting it.
 
-use super::target::{QuotaOwner, Target};
+use super::target::Target;
 use crate::admin::Admin;
 use crate::quota::Quota;
 use crate::{simulate, store};
@@ -22,7 +22,7 @@ pub(super) struct DryRunView {
     /// The moment at which nothing would be left at the present rate (RFC 3339). `null`: not before the quota resets.
     exhausts_at: Option<String>,
     /// Estimate of the requests of the last hour that the limit would have refused. `null`: there is no usage
-    /// history, or the quota is that of an upstream.
+    /// history.
     refused_last_hour: Option<u64>,
 }
 
@@ -59,13 +59,11 @@ async fn refused_last_hour(admin: &Admin, target: &Target, quota: Quota) -> Opti
     if settings.memory {
         return None;
     }
-    // The history has no upstreams.
-    let QuotaOwner::Environment(environment) = &target.owner else { return None };
-    let environment = environment.name.clone();
+    let account = target.owner.ledger_owner().key().into_owned();
     let now = crate::clock::now();
     let replay = move || -> anyhow::Result<Option<u64>> {
         let from = simulate::history_start(&quota, now);
-        let history = store::read_usage_intervals(&settings.path, &environment, &quota.scope, from, now)?;
+        let history = store::read_usage_intervals(&settings.path, &account, &quota.scope, from, now)?;
         Ok(simulate::refused_in_history(&quota, &history, now))
     };
     match tokio::task::spawn_blocking(replay).await.map_err(anyhow::Error::from).flatten() {

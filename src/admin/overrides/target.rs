@@ -7,7 +7,7 @@ use crate::admin::answers::{QueryResult, read_query, refusal};
 use crate::admin::environments::{environment_view, find, unknown_environment};
 use crate::admin::upstreams::{self, unknown_upstream};
 use crate::config::{Environment, UpstreamSettings};
-use crate::ledger::{Account, QuotaKey};
+use crate::ledger::{Account, Owner, QuotaKey};
 use crate::quota::{Kind, Quota, UNLIMITED, Window};
 use axum::Json;
 use axum::response::{IntoResponse as _, Response};
@@ -19,6 +19,15 @@ use std::sync::Arc;
 pub(super) enum QuotaOwner {
     Environment(Arc<Environment>),
     Upstream(Arc<UpstreamSettings>),
+}
+
+impl QuotaOwner {
+    pub(super) fn ledger_owner(&self) -> Owner<'_> {
+        match self {
+            Self::Environment(environment) => environment.into(),
+            Self::Upstream(upstream) => upstream.into(),
+        }
+    }
 }
 
 /// The quota that a request names.

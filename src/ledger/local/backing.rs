@@ -96,7 +96,7 @@ impl Local {
         grant.reserved = Amounts::default();
     }
 
-    /// Releases a grant of an upstream and charges the spent amounts. The history of the environment has the request.
+    /// Releases a grant of an upstream and charges the spent amounts.
     pub fn settle_backing(&mut self, now: Timestamp, grant: Grant, spent: Amounts) {
         let subject = Subject { caller: None, model: "" };
         self.settle(now, subject, grant, Settlement { spent, is_complete: false });

@@ -2,14 +2,20 @@
 
 use crate::support::*;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Two environments with one upstream that has quotas, and one without.
 async fn gateway(upstream: &Upstream) -> Gateway {
+    gateway_with(upstream, "memory: true").await
+}
+
+/// `store`: the settings of the store.
+async fn gateway_with(upstream: &Upstream, store: &str) -> Gateway {
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams:\n  \
          u: {{ base_url: 'http://{0}/v1', max_in_flight: 7, quotas: {{ requests: {{ limit: 3, per: day }} }}, \
          model_quotas: {{ 'gpt-4o*': {{ total_tokens: {{ limit: 100k, per: minute }} }} }} }}\n  free: {{ base_url: 'http://{0}/v1' }}\n\
-         environments: {{ a: {{ upstream: u }}, b: {{ upstream: u }}, c: {{ upstream: free }} }}\ndefault_environment: a\nstore: {{ memory: true }}",
+         environments: {{ a: {{ upstream: u }}, b: {{ upstream: u }}, c: {{ upstream: free }} }}\ndefault_environment: a\nstore: {{ {store} }}",
         upstream.address
     ))
     .await
@@ -152,6 +158,61 @@ async fn limits_of_upstreams_are_set_unset_and_reset_and_every_change_is_audited
         ]
     );
     assert_eq!((&entries[4]["before"]["limit"], &entries[4]["after"]["limit"]), (&json!(3), &json!(5)));
+}
+
+/// Waits until this report has what `is_so` expects.
+async fn report(gateway: &Gateway, query: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+    let written = async {
+        loop {
+            let rows = gateway.admin_get(&format!("/api/usage?{query}")).await.json()["rows"].clone();
+            if is_so(&rows) {
+                return rows;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon("the usage history", written).await
+}
+
+#[tokio::test]
+async fn the_usage_of_an_upstream_is_reported_and_a_dry_run_uses_it() {
+    let (upstream, folder) = (Upstream::always(Answer::chat(8, 2)).await, tempfile::tempdir().unwrap());
+    let gateway = gateway_with(&upstream, &format!("path: '{}/t.db'", folder.path().display())).await;
+    for (environment, status) in [("a", 200), ("b", 200), ("c", 200), ("b", 200), ("a", 429)] {
+        assert_eq!(chat(&gateway, environment).await.status, status);
+    }
+    gateway.settled().await;
+    let rows = report(&gateway, "group_by=upstream,model&step=day", |rows| rows[0]["rejected"] == 1).await;
+    assert_eq!(rows.as_array().unwrap().len(), 1, "only an upstream with limits has a history: {rows}");
+    let of = |name: &str| rows[0][name].clone();
+    assert_eq!((of("upstream"), of("model"), of("requests")), (json!("u"), json!("gpt-4o"), json!(3)));
+    assert_eq!((of("environment"), of("caller")), (Value::Null, Value::Null));
+    assert_eq!(
+        (of("prompt_tokens"), of("completion_tokens"), of("total_tokens")),
+        (json!(24), json!(6), json!(30))
+    );
+    // Environments are reported as before.
+    let rows = report(&gateway, "step=day", |rows| rows[2]["requests"] == 1).await;
+    assert_eq!(rows[0].get("upstream"), None, "{rows}");
+    assert_eq!((&rows[0]["environment"], &rows[1]["total_tokens"]), (&json!("a"), &json!(20)));
+    let csv = gateway.admin_get("/api/usage?upstream=u&step=day&format=csv").await;
+    let (header, line) = csv.text().split_once('\n').unwrap();
+    assert!(header.starts_with("from,environment,upstream,model,caller,requests,"), "{header}");
+    assert!(line.trim_end().ends_with(",,u,,,3,1,24,6,30"), "{line}");
+    for fault in ["upstream=u&environment=a", "group_by=upstream,caller", "upstream=u&group_by=environment"] {
+        let reply = gateway.admin_get(&format!("/api/usage?{fault}")).await;
+        assert_eq!(super::error(&reply), (400, "invalid_value".to_owned()), "{fault}");
+        assert!(reply.text().contains("group it by upstream or model"), "{}", reply.text());
+    }
+    assert_eq!(gateway.admin_get("/api/usage?upstream=free").await.json(), json!({ "rows": [] }));
+    for (target, limit, refused) in
+        [(REQUESTS, 1, 3), (REQUESTS, 3, 1), (REQUESTS, 4, 0), (TOKENS, 10, 3), (TOKENS, 1_000, 0)]
+    {
+        let separator = if target.contains('?') { '&' } else { '?' };
+        let target = format!("{target}{separator}dry_run=true");
+        let dry = admin(&gateway, "PUT", &target, &format!("{{\"limit\": {limit}}}")).await.json();
+        assert_eq!(dry["refused_last_hour"], refused, "{target} {limit}: {dry}");
+    }
 }
 
 #[tokio::test]
