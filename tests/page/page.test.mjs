@@ -255,6 +255,29 @@ pageTest("usage is shown as a chart and as figures", {}, async ({ gateway, page 
   assert.match(csv, /web/);
 });
 
+pageTest("usage of an upstream is shown as that of an environment", { upstream: UPSTREAM_QUOTAS }, async ({ gateway, page }) => {
+  await gateway.chat("sandbox");
+  await gateway.chat("production", { key: "sk-test-web-caller", model: "gpt-4o" });
+  await open(page, gateway, "usage");
+  const [owner, group] = ["Environment or upstream", "Stack by"].map((name) => page.getByRole("combobox", { name }));
+  await until(async () => (await owner.locator("option").allTextContents()).includes("upstream backend"), "the upstream is listed");
+  await owner.selectOption("upstream backend");
+  assert.deepEqual(await group.locator("option").allTextContents(), ["by model", "by upstream"]);
+  await until(async () => {
+    await page.getByRole("combobox", { name: "Measure" }).selectOption("total_tokens");
+    return (await page.getByRole("figure", { name: /Total tokens by model/ }).count()) === 1 && (await page.getByText("200 in all").count()) > 0;
+  }, "the store has the usage");
+  assert.match(await page.getByRole("table", { name: "Top models" }).textContent(), /gpt-4o-mini10050 %/);
+  await page.getByRole("figure", { name: /Burn-down of upstream backend · requests per day/ }).waitFor();
+  assert.equal(await page.getByRole("figure", { name: /Burn-down of production/ }).count(), 0);
+  await screenshot(page, "usage-upstream", { fullPage: true });
+  await group.selectOption("upstream");
+  await page.getByRole("table", { name: "Top upstreams" }).getByText("backend").waitFor();
+  await owner.selectOption("production");
+  await page.getByRole("figure", { name: /Total tokens by caller/ }).waitFor();
+  await page.getByRole("figure", { name: /Burn-down of production/ }).waitFor();
+});
+
 pageTest("keyboard only", {}, async ({ gateway, page }) => {
   await gateway.chat("sandbox");
   await open(page, gateway);

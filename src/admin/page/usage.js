@@ -1,4 +1,5 @@
-// Usage: the history by minute, hour, day or month, stacked by caller or model; top lists; burn-down of calendar quotas.
+// Usage: the history of environments or upstreams by minute, hour, day or month, stacked by caller or model; top lists;
+// burn-down of calendar quotas.
 
 import { get } from "./api.js";
 import { burnDown, stackedColumns } from "./chart.js";
@@ -16,6 +17,10 @@ const PAIR_WIDTH = 992;
 /** Burn-down charts, the worst first. */
 const MAX_BURNS = 4;
 const OTHERS = "all others";
+/** The choice of all upstreams. A single one is chosen by a name such as `upstream openai`. */
+const ALL_UPSTREAMS = "upstream ";
+const GROUPS_OF_ENVIRONMENTS = [["caller", "by caller"], ["model", "by model"], ["environment", "by environment"]];
+const GROUPS_OF_UPSTREAMS = [["model", "by model"], ["upstream", "by upstream"]];
 
 const MINUTE = 60_000;
 const RANGES = {
@@ -62,6 +67,18 @@ function sums(rows, groupBy, measure, slots, label) {
   return { series: shown.map(({ name }) => name), columns, totals };
 }
 
+/** Whether a choice, or the owner of a quota, is an upstream. */
+const isUpstream = (choice) => choice.startsWith(ALL_UPSTREAMS);
+
+/** The parameters of a report: `choice` is empty for all environments, the name of one, or of an upstream. */
+function reportOf(choice, groupBy, more) {
+  const upstream = isUpstream(choice) ? choice.slice(ALL_UPSTREAMS.length) : "";
+  // Without a name, the columns choose between environments and upstreams.
+  const columns = isUpstream(choice) && groupBy !== "upstream" ? `upstream,${groupBy}` : groupBy;
+  const names = upstream ? { upstream } : choice && !isUpstream(choice) ? { environment: choice } : {};
+  return new URLSearchParams({ ...names, group_by: columns, ...more });
+}
+
 /** The width of a chart in a card that is as wide as the page, or as one of a pair. */
 function chartWidth(isPair) {
   const page = document.getElementById("main").clientWidth;
@@ -93,7 +110,7 @@ async function burn(quota) {
   const [now, begin, end] = [Date.now(), periodBegin(quota), quota.resetsAt];
   const left = json.limit - json.used;
   const points = [{ at: begin, left: json.limit }];
-  if (json.scope === "environment") points.push(...(await spentSince(quota, begin, now)));
+  if (json.scope === "environment" || json.scope === "upstream") points.push(...(await spentSince(quota, begin, now)));
   points.push({ at: now, left });
   const isSpent = quota.exhaustsAt !== null && quota.exhaustsAt < end;
   const forecast = isSpent ? { at: quota.exhaustsAt, left: 0 } : { at: end, left: left - ((json.rate ?? 0) * (end - now)) / 1_000 };
@@ -112,7 +129,8 @@ async function burn(quota) {
 /** What was left after each hour or day of the period, from the history. */
 async function spentSince(quota, begin, now) {
   const isLong = now - begin > 3 * 86_400_000;
-  const query = new URLSearchParams({ environment: quota.environment, group_by: "environment", from: new Date(begin).toISOString(), step: isLong ? "day" : "hour" });
+  const groupBy = quota.isOfUpstream ? "upstream" : "environment";
+  const query = reportOf(quota.environment, groupBy, { from: new Date(begin).toISOString(), step: isLong ? "day" : "hour" });
   const { rows } = await get(`/api/usage?${query}`).catch(() => ({ rows: [] }));
   let spent = 0;
   return rows
@@ -120,8 +138,27 @@ async function spentSince(quota, begin, now) {
     .filter(({ at }) => at > begin && at < now);
 }
 
+const optionsOf = (options) => options.map(([value, title]) => el("option", { value }, title));
+
 function select(label, options, onchange) {
-  return el("select", { "aria-label": label, onchange }, options.map(([value, title]) => el("option", { value }, title)));
+  return el("select", { "aria-label": label, onchange }, optionsOf(options));
+}
+
+/** Replaces the options. The choice stays if there is still such an option; otherwise it is the first one. */
+function setOptions(element, children) {
+  const chosen = element.value;
+  element.replaceChildren(...children);
+  element.value = chosen;
+  if (element.selectedIndex < 0) element.selectedIndex = 0;
+}
+
+/** The options of environments, and those of upstreams if any has quotas. */
+function owners() {
+  const environments = [["", "All environments"], ...[...live.environments.keys()].map((name) => [name, name])];
+  const upstreams = [...live.upstreams.keys()].map((name) => [name, name]);
+  if (upstreams.length === 0) return optionsOf(environments);
+  if (upstreams.length > 1) upstreams.unshift([ALL_UPSTREAMS, "All upstreams"]);
+  return [el("optgroup", { label: "Environments" }, optionsOf(environments)), el("optgroup", { label: "Upstreams with quotas" }, optionsOf(upstreams))];
 }
 
 /** Makes the view. */
@@ -129,13 +166,17 @@ export function usage() {
   const load = () => void refresh();
   const range = select("Time", Object.entries(RANGES).map(([key, { title }]) => [key, title]), load);
   const measure = select("Measure", Object.entries(MEASURES), load);
-  const group = select("Stack by", [["caller", "by caller"], ["model", "by model"], ["environment", "by environment"]], load);
-  const environment = select("Environment", [["", "All environments"]], load);
+  const group = select("Stack by", GROUPS_OF_ENVIRONMENTS, load);
+  const owner = select("Environment or upstream", [["", "All environments"]], () => {
+    setGroups();
+    load();
+  });
+  const setGroups = () => setOptions(group, optionsOf(isUpstream(owner.value) ? GROUPS_OF_UPSTREAMS : GROUPS_OF_ENVIRONMENTS));
   const csv = el("a", { class: "button", download: "tollgate-usage.csv" }, "Download CSV");
   const alert = el("p", { class: "notice", role: "status", hidden: true });
   const box = el("div");
   const burns = el("section", { "aria-label": "Burn-down", class: "burns" });
-  const element = el("div", {}, el("div", { class: "tools" }, el("h1", {}, "Usage"), range, environment, group, measure, csv), alert, box, burns);
+  const element = el("div", {}, el("div", { class: "tools" }, el("h1", {}, "Usage"), range, owner, group, measure, csv), alert, box, burns);
   let isClosed = false;
   let run = 0;
 
@@ -143,8 +184,7 @@ export function usage() {
     const own = (run += 1);
     const choice = RANGES[range.value];
     const slots = slotsOf(choice);
-    const query = new URLSearchParams({ group_by: group.value, from: new Date(slots[0]).toISOString(), step: choice.step });
-    if (environment.value) query.set("environment", environment.value);
+    const query = reportOf(owner.value, group.value, { from: new Date(slots[0]).toISOString(), step: choice.step });
     csv.href = `/api/usage?${query}&format=csv`;
     try {
       const { rows } = await get(`/api/usage?${query}`);
@@ -156,7 +196,8 @@ export function usage() {
       setText(alert, error.message);
       setVisible(alert, true);
     }
-    const calendar = live.quotas.filter((quota) => !quota.isOfUpstream && quota.json.window === "calendar" && !quota.isUnlimited && (!environment.value || quota.environment === environment.value));
+    const isChosen = (quota) => (owner.value === ALL_UPSTREAMS ? quota.isOfUpstream : !owner.value || quota.environment === owner.value);
+    const calendar = live.quotas.filter((quota) => quota.json.window === "calendar" && !quota.isUnlimited && isChosen(quota));
     const worst = calendar.sort((a, b) => a.rank - b.rank).slice(0, MAX_BURNS);
     const figures = await Promise.all(worst.map(burn));
     if (own === run && !isClosed) burns.replaceChildren(...(figures.length > 0 ? [el("h2", {}, "Calendar quotas"), el("div", { class: "pair" }, figures)] : []));
@@ -165,12 +206,11 @@ export function usage() {
   let names = "";
   function update(what) {
     if (what !== "state") return;
-    const all = [...live.environments.keys()];
-    if (all.join("\n") === names) return;
-    names = all.join("\n");
-    const chosen = environment.value;
-    environment.replaceChildren(...[["", "All environments"], ...all.map((name) => [name, name])].map(([value, title]) => el("option", { value }, title)));
-    environment.value = all.includes(chosen) ? chosen : "";
+    const all = [...live.environments.keys(), ...live.upstreams.keys()].join("\n");
+    if (all === names) return;
+    names = all;
+    setOptions(owner, owners());
+    setGroups();
     load();
   }
   load();
