@@ -84,7 +84,8 @@ pub(crate) fn service(
         // `access::authorize` has received the body, within other bounds.
         .layer(DefaultBodyLimit::disable())
         .fallback(|| async {
-            refusal(StatusCode::NOT_FOUND, "unknown_path", "There is no such path on the admin listener.")
+            let message = "There is no such path on the admin listener. GET /api/openapi.json lists all paths. Applications use the listener for callers (server.listen).";
+            refusal(StatusCode::NOT_FOUND, "unknown_path", message)
         })
         .method_not_allowed_fallback(|| async {
             let message = "This path does not support the method. The header allow lists its methods.";

@@ -1,7 +1,7 @@
 //! Who may use the admin listener: the holder of the token, a browser that has signed in, or, without a token, the pages
 //! and programs of this machine.
 
-use super::answers::{AccessErrors, ErrorBody, body_too_large, refusal};
+use super::answers::{AccessErrors, ErrorBody, NoParameters, ParameterErrors, body_too_large, refusal};
 use super::audit::{self, Action, Actor, Identity, LISTENER, WrongTokens};
 use super::guesses::Guesses;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
@@ -207,7 +207,7 @@ pub(super) struct SignIn {
 /// Begins a session of a browser: sets the cookies `tollgate_session` and `tollgate_csrf`.
 #[utoipa::path(post, path = "/api/session", tag = "access", security(()), request_body = SignIn, responses(
     (status = 204, description = "Signed in."),
-    (status = 400, description = "`invalid_json`: the body is not valid.", body = ErrorBody),
+    (status = 400, description = "`invalid_json`, `invalid_value`: the body is not valid, or there is a query parameter.", body = ErrorBody),
     (status = 413, description = "`request_body_too_large`: the body is larger than 64 KiB.", body = ErrorBody),
     (status = 500, description = "`internal_error`: there are no random numbers.", body = ErrorBody),
     AccessErrors,
@@ -215,6 +215,7 @@ pub(super) struct SignIn {
 pub(super) async fn sign_in(
     State(admin): State<Admin>,
     Extension(client): Extension<Client>,
+    _: NoParameters,
     body: Bytes,
 ) -> Response {
     let Ok(SignIn { token: given }) = serde_json::from_slice(&body) else {
@@ -248,12 +249,14 @@ pub(super) async fn sign_in(
 /// Ends a session.
 #[utoipa::path(delete, path = "/api/session", tag = "access", responses(
     (status = 204, description = "Signed out."),
+    ParameterErrors,
     AccessErrors,
 ))]
 pub(super) async fn sign_out(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     headers: HeaderMap,
+    _: NoParameters,
 ) -> Response {
     if let Some(session) = cookie(&headers, SESSION_COOKIE) {
         admin.access.sessions().close(session);

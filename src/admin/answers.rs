@@ -1,10 +1,11 @@
 //! Answers that several requests have: refusals, in OpenAI's shape.
 
 use axum::Json;
-use axum::extract::Query;
 use axum::extract::rejection::QueryRejection;
+use axum::extract::{FromRequestParts, Query};
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
+use http::request::Parts;
 use serde::Serialize;
 use utoipa::{IntoResponses, ToSchema};
 
@@ -24,15 +25,40 @@ pub(super) enum AccessErrors {
     TooManyWrongTokens(ErrorBody),
 }
 
+/// The refusal of a request with query parameters, for paths that have none ([`NoParameters`]).
+#[derive(IntoResponses)]
+#[allow(dead_code)] // describes answers, and is never made
+pub(super) enum ParameterErrors {
+    /// `invalid_value`: the request has a query parameter.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+}
+
 /// The query parameters of a request, if they can be read.
 pub(super) type QueryResult<T> = Result<Query<T>, QueryRejection>;
 
 /// Returns the query parameters, or the answer to a query that cannot be read.
 pub(super) fn read_query<T>(query: QueryResult<T>) -> Result<T, Box<Response>> {
     query.map(|Query(parameters)| parameters).map_err(|error| {
-        let message = format!("The query cannot be read: {}.", error.body_text());
+        let text = error.body_text();
+        let fault = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+        let message = format!("The query parameters are not valid: {fault}.");
         Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", &message))
     })
+}
+
+/// Refuses a request with query parameters, for paths that have none: a parameter such as `dry_run` must not be ignored.
+pub(super) struct NoParameters;
+
+impl<S: Sync> FromRequestParts<S> for NoParameters {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Response> {
+        let Some(first) = parts.uri.query().filter(|query| !query.is_empty()) else { return Ok(Self) };
+        let name = first.split(['&', '=']).next().unwrap_or_default();
+        let message = format!("The parameter '{name}' is not valid: this request has no query parameters.");
+        Err(refusal(StatusCode::BAD_REQUEST, "invalid_value", &message))
+    }
 }
 
 pub(super) fn body_too_large() -> Response {

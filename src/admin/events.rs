@@ -7,7 +7,7 @@ mod hub;
 
 use super::Admin;
 use super::access::Credential;
-use super::answers::{AccessErrors, ErrorBody, refusal};
+use super::answers::{AccessErrors, ErrorBody, NoParameters, ParameterErrors, refusal};
 use super::audit::Actor;
 use super::environments::{EnvironmentChange, EnvironmentView};
 use crate::clock;
@@ -87,6 +87,7 @@ impl ConfigState {
 /// (UpdateEvent) at most once a second, and `heartbeat` each 15 s.
 #[utoipa::path(get, path = "/api/events", tag = "quotas", responses(
     (status = 200, description = "The stream.", body = str, content_type = "text/event-stream"),
+    ParameterErrors,
     (status = 503, description = "`too_many_streams`: 100 streams are open.", body = ErrorBody),
     AccessErrors,
 ))]
@@ -94,6 +95,7 @@ pub(super) async fn events(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     headers: HeaderMap,
+    _: NoParameters,
 ) -> Response {
     let Some(permit) = admin.events.permit() else {
         let message = "There are too many streams of events. Close some of the pages that show this gateway.";

@@ -60,8 +60,14 @@ pub(super) async fn explain(
     let caller = caller.filter(|name| !name.is_empty());
     let index = caller.as_ref().map(|name| settings.callers.iter().position(|known| known.name == *name));
     let index = match index {
-        Some(None) => return unknown_caller(),
-        None if !settings.callers.is_empty() => return unknown_caller(),
+        Some(None) => {
+            return unknown_caller("The environment has no such caller. Name one of its keys: ?caller=NAME.");
+        }
+        None if !settings.callers.is_empty() => {
+            return unknown_caller(
+                "The environment has keys. Name the caller whose request this would be: ?caller=NAME.",
+            );
+        }
         Some(Some(index)) => Some(index),
         None => None,
     };
@@ -74,8 +80,7 @@ pub(super) async fn explain(
     }
 }
 
-fn unknown_caller() -> Response {
-    let message = "The environment has no such caller. Name one of its keys: ?caller=NAME.";
+fn unknown_caller(message: &str) -> Response {
     refusal(StatusCode::NOT_FOUND, "unknown_caller", message)
 }
 
@@ -89,11 +94,11 @@ pub(super) struct ExplanationView {
     estimate: EstimateView,
     /// The quotas that apply to the request.
     quotas: Vec<RequestedQuotaView>,
-    /// Whether the request would be admitted now.
+    /// Whether the request would be admitted now. In shadow mode only limits of upstreams deny it.
     admitted: bool,
     /// Milliseconds until the request would fit. `null`: it fits, or it can never fit.
     retry_after_ms: Option<u64>,
-    /// The code of the error that the request would get. Absent: none.
+    /// The code of the error that the request would get if quotas are enforced. Absent: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     code: Option<&'static str>,
     /// The message of that error.
@@ -156,7 +161,7 @@ impl ExplanationView {
             source,
             encoding,
             forecast,
-            is_enforced,
+            is_admitted,
             error,
         } = explanation;
         Self {
@@ -177,7 +182,7 @@ impl ExplanationView {
                 encoding,
             },
             quotas: forecast.quotas.iter().map(quota_view).collect(),
-            admitted: error.is_none() || !is_enforced,
+            admitted: *is_admitted,
             retry_after_ms: error.as_ref().and_then(|error| wait_ms(error.shortfalls().first()?.wait)),
             code: error.as_ref().map(ProxyError::code),
             message: error.as_ref().map(ToString::to_string),

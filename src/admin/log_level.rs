@@ -1,7 +1,7 @@
 //! `GET` and `PUT /api/log-level`.
 
 use super::Admin;
-use super::answers::{AccessErrors, ErrorBody, refusal};
+use super::answers::{AccessErrors, ErrorBody, NoParameters, ParameterErrors, refusal};
 use super::audit::{self, Action, Actor};
 use crate::config::LogLevel;
 use crate::telemetry::{LevelView, log_level, set_log_level};
@@ -25,21 +25,23 @@ pub(super) struct LevelBody {
 /// The level of the log.
 #[utoipa::path(get, path = "/api/log-level", tag = "config", responses(
     (status = 200, description = "The level.", body = LevelView),
+    ParameterErrors,
     AccessErrors,
 ))]
-pub(super) async fn level() -> Response {
+pub(super) async fn level(_: NoParameters) -> Response {
     Json(log_level()).into_response()
 }
 
 /// Sets the level of the log until the next start, or until a reload changes the level of the config.
 #[utoipa::path(put, path = "/api/log-level", tag = "config", request_body = LevelBody, responses(
     (status = 200, description = "The level is in force.", body = LevelView),
-    (status = 400, description = "`invalid_value`: the body is not valid.", body = ErrorBody),
+    (status = 400, description = "`invalid_value`: the body is not valid, or there is a query parameter.", body = ErrorBody),
     AccessErrors,
 ))]
 pub(super) async fn set_level(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
+    _: NoParameters,
     body: Bytes,
 ) -> Response {
     let level = match serde_json::from_slice::<LevelBody>(&body).map(|body| body.level) {

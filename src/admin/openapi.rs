@@ -1,6 +1,6 @@
 //! `GET /api/openapi.json`: the description of all requests of the admin listener, made from the code.
 
-use super::answers::AccessErrors;
+use super::answers::{AccessErrors, NoParameters, ParameterErrors};
 use super::events::{SnapshotEvent, UpdateEvent};
 use super::{
     access, audit, config, environments, events, explain, health, log_level, overrides, page, rejections,
@@ -59,9 +59,10 @@ impl Modify for Security {
 /// This description.
 #[utoipa::path(get, path = "/api/openapi.json", tag = "config", responses(
     (status = 200, description = "An OpenAPI description.", body = serde_json::Value),
+    ParameterErrors,
     AccessErrors,
 ))]
-pub(super) async fn description() -> Response {
+pub(super) async fn description(_: NoParameters) -> Response {
     static TEXT: OnceLock<String> = OnceLock::new();
     let text = TEXT.get_or_init(|| Description::openapi().to_json().unwrap_or_default());
     ([(header::CONTENT_TYPE, "application/json")], text.as_str()).into_response()
@@ -86,5 +87,28 @@ mod tests {
         let routed: BTreeSet<String> =
             routes().all.iter().map(|(method, path)| format!("{method} {path}")).collect();
         assert_eq!(described, routed);
+    }
+
+    /// The document names every path under `/api`, every parameter and every field.
+    #[test]
+    fn the_description_and_its_document_agree() {
+        let page = include_str!("../../docs/admin-api.md");
+        let code: String = page.split('`').skip(1).step_by(2).flat_map(|code| [code, " "]).collect();
+        let words: BTreeSet<&str> = code.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
+        let described = serde_json::to_value(Description::openapi()).unwrap();
+        let mut names = Vec::new();
+        for (path, item) in described["paths"].as_object().unwrap() {
+            let is_named = [format!("{path}`"), format!("{path}?")].iter().any(|name| page.contains(name));
+            assert!(is_named || !path.starts_with("/api"), "{path}");
+            let parameters = item.as_object().unwrap().values().filter_map(|of| of["parameters"].as_array());
+            names.extend(parameters.flatten().filter_map(|parameter| parameter["name"].as_str()));
+        }
+        for schema in described["components"]["schemas"].as_object().unwrap().values() {
+            let parts = schema["allOf"].as_array().into_iter().flatten().chain([schema]);
+            let fields = parts.filter_map(|part| part["properties"].as_object());
+            names.extend(fields.flat_map(|fields| fields.keys().map(String::as_str)));
+        }
+        let missing: BTreeSet<&str> = names.into_iter().filter(|name| !words.contains(name)).collect();
+        assert!(missing.is_empty(), "docs/admin-api.md does not name {missing:?}");
     }
 }

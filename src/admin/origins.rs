@@ -1,4 +1,4 @@
-//! Who has set an override, as answers show it.
+//! The origin of an override, as answers show it: the administrator, the time and the reason.
 
 use crate::clock::Timestamp;
 use crate::ledger::{LimitOverride, OverrideOrigin};
@@ -6,7 +6,7 @@ use crate::quota::Quota;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// Who has set a limit, and what it replaces.
+/// The origin of a limit, and the limit of the file that it replaces.
 #[derive(Serialize, ToSchema)]
 pub(super) struct OverrideView {
     /// `null`: not known.
@@ -29,7 +29,7 @@ impl OverrideView {
     }
 }
 
-/// Who has set an override, when, until when, and why.
+/// The origin of an override: how its administrator was identified, when it was set, when it ends, and the reason.
 #[derive(Serialize, ToSchema)]
 pub(super) struct OriginView {
     /// `null`: not known.

@@ -8,7 +8,7 @@ mod target;
 pub(super) mod upstreams;
 
 use super::Admin;
-use super::answers::{AccessErrors, QueryResult, refusal};
+use super::answers::{AccessErrors, NoParameters, QueryResult, read_query, refusal};
 use super::audit::{self, Action, Actor};
 use super::environments::{EnvironmentPath, EnvironmentView, environment_view, find, unknown_environment};
 use crate::clock;
@@ -33,13 +33,31 @@ pub(super) struct QuotaParameters {
     scope: String,
     /// The caller's name or the pattern of the models.
     name: String,
-    /// Only for setting a limit: changes nothing, and answers with the effect that the limit would have.
-    dry_run: bool,
 }
 
 impl Default for QuotaParameters {
     fn default() -> Self {
-        Self { scope: "environment".to_owned(), name: String::new(), dry_run: false }
+        Self { scope: "environment".to_owned(), name: String::new() }
+    }
+}
+
+/// The query parameters of a new limit: those that select the quota, and `dry_run`.
+#[derive(serde::Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct LimitParameters {
+    /// `environment`, `caller` or `model`. Default: `environment`.
+    scope: String,
+    /// The caller's name or the pattern of the models.
+    name: String,
+    /// Changes nothing, and answers with the effect that the limit would have.
+    dry_run: bool,
+}
+
+impl Default for LimitParameters {
+    fn default() -> Self {
+        let QuotaParameters { scope, name } = QuotaParameters::default();
+        Self { scope, name, dry_run: false }
     }
 }
 
@@ -50,7 +68,16 @@ impl Default for QuotaParameters {
 pub(super) struct UpstreamQuotaParameters {
     /// The pattern of the models, as `model_quotas` has it.
     model: String,
-    /// Only for setting a limit: changes nothing, and answers with the effect that the limit would have.
+}
+
+/// The query parameters of a new limit of an upstream: those that select the quota, and `dry_run`.
+#[derive(Default, serde::Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct UpstreamLimitParameters {
+    /// The pattern of the models, as `model_quotas` has it.
+    model: String,
+    /// Changes nothing, and answers with the effect that the limit would have.
     dry_run: bool,
 }
 
@@ -73,7 +100,7 @@ enum LimitAnswer {
     put,
     path = "/api/environments/{environment}/quotas/{kind}/{per}",
     tag = "quotas",
-    params(QuotaPath, QuotaParameters),
+    params(QuotaPath, LimitParameters),
     request_body = body::LimitFields,
     responses(
         (status = 200, description = "The new state.", body = LimitAnswer),
@@ -86,23 +113,28 @@ pub(super) async fn set_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     Path(path): Path<QuotaPath>,
-    query: QueryResult<QuotaParameters>,
+    query: QueryResult<LimitParameters>,
     body: BodyResult,
 ) -> Response {
-    let target = Target::of_environment(&admin, &path, query);
-    put_limit(&admin, actor, target, body).await.unwrap_or_else(|refusal| *refusal)
+    let LimitParameters { scope, name, dry_run } = match read_query(query) {
+        Ok(parameters) => parameters,
+        Err(refusal) => return *refusal,
+    };
+    let target = Target::of_environment(&admin, &path, &QuotaParameters { scope, name });
+    put_limit(&admin, actor, target, dry_run, body).await.unwrap_or_else(|refusal| *refusal)
 }
 
 async fn put_limit(
     admin: &Admin,
     actor: Actor,
     target: Result<Target, Box<Response>>,
+    is_dry_run: bool,
     body: BodyResult,
 ) -> Result<Response, Box<Response>> {
     let target = target?;
     let LimitBody { limit, burst, terms } = LimitBody::read(body)?;
     let burst = target.burst(limit, burst)?;
-    if target.is_dry_run {
+    if is_dry_run {
         return dry_run::answer(admin, &target, limit, burst).await;
     }
     let change = LimitChange { limit, burst, origin: origin(actor, terms) };
@@ -127,7 +159,7 @@ pub(super) async fn unset_limit(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    match Target::of_environment(&admin, &path, query) {
+    match read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters)) {
         Ok(target) => change_limit(&admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
         Err(refusal) => *refusal,
     }
@@ -155,9 +187,12 @@ async fn change_limit(
     };
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
-    let limit = change.map(|change| target.quota.with_limit(change.limit, change.burst).limit_text());
-    let environment = Some(target.environment()).filter(|name| !name.is_empty());
-    tracing::info!(environment, %kind, per, scope, name, limit, "the admin API changed a limit");
+    let (limit, source) = match change {
+        Some(change) => (target.quota.with_limit(change.limit, change.burst).limit_text(), "override"),
+        None => (target.quota.limit_text(), "file"),
+    };
+    let environment = target.environment();
+    tracing::info!(environment, %kind, per, scope, name, limit, source, "the admin API changed a limit");
     Ok(target.view(admin))
 }
 
@@ -179,7 +214,7 @@ pub(super) async fn reset_one(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    match Target::of_environment(&admin, &path, query) {
+    match read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters)) {
         Ok(target) => reset_quota(&admin, actor, &target).await,
         Err(refusal) => *refusal,
     }
@@ -195,7 +230,7 @@ async fn reset_quota(admin: &Admin, actor: Actor, target: &Target) -> Response {
     let action = Action { name: "reset", target: target.audited(), ..Action::default() };
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
-    let environment = Some(target.environment()).filter(|name| !name.is_empty());
+    let environment = target.environment();
     tracing::info!(environment, %kind, per, scope, name, "the admin API reset a quota");
     target.view(admin)
 }
@@ -216,6 +251,7 @@ pub(super) async fn reset(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     Path(EnvironmentPath { environment }): Path<EnvironmentPath>,
+    _: NoParameters,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
     if let Err(no_room) = account.reset(None).await {
@@ -245,6 +281,7 @@ pub(super) async fn patch(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     Path(EnvironmentPath { environment }): Path<EnvironmentPath>,
+    _: NoParameters,
     body: BodyResult,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
@@ -266,7 +303,9 @@ pub(super) async fn patch(
         reason,
     };
     audit::record(&admin, actor, action).await;
-    tracing::info!(environment, ?enforce, "the admin API changed whether quotas are enforced");
+    let source = if enforce.is_some() { "override" } else { "file" };
+    let enforce = account.is_enforcing();
+    tracing::info!(environment, enforce, source, "the admin API changed whether quotas are enforced");
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 

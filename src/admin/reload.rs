@@ -1,7 +1,7 @@
 //! `POST /api/config/reload`.
 
 use super::Admin;
-use super::answers::{AccessErrors, ErrorBody, ErrorView, refusal};
+use super::answers::{AccessErrors, ErrorBody, ErrorView, NoParameters, ParameterErrors, refusal};
 use super::audit::{self, Action, Actor};
 use crate::reload::ReloadOutcome;
 use axum::Json;
@@ -31,11 +31,16 @@ pub(super) struct ReloadErrorBody {
 /// Reloads the config file. A faulty file changes nothing.
 #[utoipa::path(post, path = "/api/config/reload", tag = "config", responses(
     (status = 200, description = "The file is in force.", body = ReloadView),
+    ParameterErrors,
     (status = 422, description = "`invalid_config`: the old config stays in force.", body = ReloadErrorBody),
     (status = 503, description = "`shutting_down`: the gateway is shutting down.", body = ErrorBody),
     AccessErrors,
 ))]
-pub(super) async fn reload(State(admin): State<Admin>, Extension(actor): Extension<Actor>) -> Response {
+pub(super) async fn reload(
+    State(admin): State<Admin>,
+    Extension(actor): Extension<Actor>,
+    _: NoParameters,
+) -> Response {
     let Some(outcome) = admin.reload.reload().await else {
         return refusal(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "The gateway is shutting down.");
     };

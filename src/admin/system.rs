@@ -1,7 +1,7 @@
 //! `GET /api/system`: the gateway itself, its config, store, Redis and upstreams, and the error of estimates.
 
 use super::Admin;
-use super::answers::AccessErrors;
+use super::answers::{AccessErrors, NoParameters, ParameterErrors};
 use super::events::ConfigState;
 use crate::clock::{self, Stopwatch, Timestamp};
 use crate::config::{OnStoreFailure, ProviderLimitsMode, UpstreamSettings};
@@ -209,9 +209,10 @@ struct EstimateErrorView {
 /// This node: its config, store, Redis and upstreams, and the error of estimates.
 #[utoipa::path(get, path = "/api/system", tag = "config", responses(
     (status = 200, description = "The node.", body = SystemView),
+    ParameterErrors,
     AccessErrors,
 ))]
-pub(super) async fn system(State(admin): State<Admin>) -> Json<SystemView> {
+pub(super) async fn system(State(admin): State<Admin>, _: NoParameters) -> Json<SystemView> {
     let snapshot = admin.state.current();
     let Process { started, started_at, listen } = admin.process;
     let upstream =

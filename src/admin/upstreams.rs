@@ -1,7 +1,7 @@
 //! `GET /api/upstreams`: the limits of upstreams, which hold for all environments together.
 
 use super::Admin;
-use super::answers::{AccessErrors, ErrorBody, refusal};
+use super::answers::{AccessErrors, ErrorBody, NoParameters, ParameterErrors, refusal};
 use super::environments::{QuotaView, SharedView, TotalsView};
 use super::origins::OverrideView;
 use crate::config::{Environment, UpstreamSettings};
@@ -56,9 +56,10 @@ pub(super) struct UpstreamLimitsView {
 /// The limits of all upstreams.
 #[utoipa::path(get, path = "/api/upstreams", tag = "quotas", responses(
     (status = 200, description = "All upstreams.", body = UpstreamLimitsList),
+    ParameterErrors,
     AccessErrors,
 ))]
-pub(super) async fn upstreams(State(admin): State<Admin>) -> Response {
+pub(super) async fn upstreams(State(admin): State<Admin>, _: NoParameters) -> Response {
     let snapshot = admin.state.current();
     join_all(snapshot.upstream_accounts.iter().flatten().map(|account| account.refresh())).await;
     let names = snapshot.config.upstreams.iter().map(|upstream| upstream.name.as_str());
@@ -69,12 +70,14 @@ pub(super) async fn upstreams(State(admin): State<Admin>) -> Response {
 /// The limits of one upstream.
 #[utoipa::path(get, path = "/api/upstreams/{upstream}", tag = "quotas", params(UpstreamPath), responses(
     (status = 200, description = "The upstream.", body = UpstreamLimitsView),
+    ParameterErrors,
     (status = 404, description = "`unknown_upstream`", body = ErrorBody),
     AccessErrors,
 ))]
 pub(super) async fn upstream(
     State(admin): State<Admin>,
     Path(UpstreamPath { upstream: name }): Path<UpstreamPath>,
+    _: NoParameters,
 ) -> Response {
     if let Some((_, Some(account))) = find(&admin, &name) {
         account.refresh().await;

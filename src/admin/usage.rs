@@ -29,7 +29,7 @@ pub(super) struct UsageParameters {
     from: String,
     /// As `from`. Default: now.
     to: String,
-    /// `hour`, `day`, `month`, or a duration of whole minutes. Default: `hour`.
+    /// `hour`, `day`, `week`, `month`, or a duration of whole minutes. Default: `hour`.
     step: String,
     /// `json` or `csv`. Default: `json`.
     format: String,
@@ -131,6 +131,6 @@ fn invalid(message: &str) -> Response {
 /// The parameter with this name cannot be read.
 fn unreadable(name: &str) -> String {
     format!(
-        "The parameter '{name}' is not valid. from and to are moments such as 2026-11-28T10:00:00Z, or durations before now; step is hour, day, month or a duration of whole minutes; group_by is any of environment,model,caller, or of upstream,model; format is json or csv."
+        "The parameter '{name}' is not valid. from and to are moments such as 2026-11-28T10:00:00Z, or durations before now; step is hour, day, week, month or a duration of whole minutes; group_by is any of environment,model,caller, or of upstream,model; format is json or csv."
     )
 }

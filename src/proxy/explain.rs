@@ -7,7 +7,7 @@ use super::state::State;
 use crate::body::detect_api;
 use crate::error::ProxyError;
 use crate::estimate::{EstimateSource, PromptEstimate};
-use crate::ledger::{Demand, Forecast};
+use crate::ledger::{Demand, Forecast, NoRoom};
 use crate::quota::Subject;
 use bytes::Bytes;
 use std::sync::Arc;
@@ -31,9 +31,9 @@ pub(crate) struct Explanation {
     /// The name of the vocabulary.
     pub(crate) encoding: &'static str,
     pub(crate) forecast: Forecast,
-    /// Whether the environment enforces its quotas.
-    pub(crate) is_enforced: bool,
-    /// The error that the request would get. `None`: it would be admitted.
+    pub(crate) is_admitted: bool,
+    /// Why the request does not fit. `None`: it fits. In shadow mode it is admitted although the environment's quotas have no
+    /// room.
     pub(crate) error: Option<ProxyError>,
 }
 
@@ -68,6 +68,8 @@ pub(crate) async fn explain(
     let account = &snapshot.accounts[environment];
     account.refresh().await;
     let forecast = account.forecast(&demand);
+    let denies = |no_room: &NoRoom| account.is_enforcing() || no_room.is_of_upstream();
+    let is_admitted = !forecast.obstacle.as_ref().is_some_and(denies);
     let error = forecast.obstacle.clone().map(|no_room| refusal::no_room_error(no_room, settings));
     let destinations = &snapshot.contexts[environment].destinations;
     let upstreams = destination.upstreams.iter();
@@ -82,7 +84,7 @@ pub(crate) async fn explain(
         source: corrected.source,
         encoding: call.tokenizer.map_or("", |tokenizer| tokenizer.encoding.as_str()),
         forecast,
-        is_enforced: account.is_enforcing(),
+        is_admitted,
         error,
     })
 }

@@ -214,6 +214,24 @@ async fn a_dry_run_changes_nothing() {
     );
     assert_eq!(gateway.admin_get("/api/overrides").await.json(), json!({"overrides": [], "enforce": []}));
     assert_eq!(quota(&gateway.environment().await, "total_tokens")["limit"], 1_000);
+    // Other changes have no dry run. They are refused, and change nothing.
+    admin(&gateway, "PUT", TOTAL, r#"{"limit": 700}"#).await;
+    let before = gateway.environment().await;
+    for (method, path, body) in [
+        ("DELETE", TOTAL.to_owned(), ""),
+        ("POST", format!("{TOTAL}/reset"), ""),
+        ("POST", format!("{ENVIRONMENT}/reset"), ""),
+        ("PATCH", ENVIRONMENT.to_owned(), r#"{"enforce": false}"#),
+    ] {
+        let refused = admin(&gateway, method, &format!("{path}?dry_run=true"), body).await;
+        let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(refused.status == 400 && message.contains("dry_run"), "{method} {message}");
+    }
+    let after = gateway.environment().await;
+    for field in ["limit", "used"] {
+        assert_eq!(quota(&after, "total_tokens")[field], quota(&before, "total_tokens")[field]);
+    }
+    assert_eq!(after["enforce"], true);
 }
 
 #[tokio::test]
@@ -248,7 +266,12 @@ async fn bad_overrides_are_refused_with_a_reason() {
         ("PUT", TOTAL, r#"{"limit": 5, "until": "2h"}"#, "unknown field"),
         ("PUT", TOTAL, &large, "at most 64 KiB"),
         ("PUT", TOTAL, &bomb, "recursion limit"),
-        ("PUT", &format!("{TOTAL}?dry_run=perhaps"), r#"{"limit": 5}"#, "query"),
+        (
+            "PUT",
+            &format!("{TOTAL}?dry_run=perhaps"),
+            r#"{"limit": 5}"#,
+            "query parameters are not valid: dry_run",
+        ),
         ("PATCH", ENVIRONMENT, r#"{"enforce": "no"}"#, "enforce must be"),
         ("PATCH", ENVIRONMENT, "{}", "missing field"),
         ("GET", "/api/overrides?format=xml", "", "json or yaml"),

@@ -11,8 +11,18 @@ use serde_json::Value;
 const MAX_QUOTAS: usize = 400;
 
 /// The fields of an environment that `fields` may name.
-const ENVIRONMENT_FIELDS: &[&str] =
-    &["name", "upstream", "in_flight", "refused_last_minute", "quotas", "totals", "shared"];
+const ENVIRONMENT_FIELDS: &[&str] = &[
+    "name",
+    "upstream",
+    "in_flight",
+    "refused_last_minute",
+    "quotas",
+    "quotas_omitted",
+    "totals",
+    "enforce",
+    "enforce_override",
+    "shared",
+];
 /// The fields of a quota that `fields` may name.
 const QUOTA_FIELDS: &[&str] = &[
     "scope",
@@ -24,6 +34,7 @@ const QUOTA_FIELDS: &[&str] = &[
     "limit",
     "burst",
     "level",
+    "unlimited",
     "held",
     "used",
     "reset_seconds",
@@ -32,6 +43,7 @@ const QUOTA_FIELDS: &[&str] = &[
     "exhausts_at",
     "refused_last_minute",
     "source",
+    "override",
 ];
 
 /// Which environments and fields an answer has, and in which order.
@@ -190,7 +202,8 @@ impl Fields {
         let has = |name: &str| self.environment.iter().any(|known| known == name);
         let has_quotas = has("quotas") || !self.quota.is_empty();
         environment.retain(|name, _| match name.as_str() {
-            "quotas" | "quotas_omitted" => has_quotas,
+            "quotas" => has_quotas,
+            "quotas_omitted" => has_quotas || has(name),
             _ => has(name),
         });
         if let Some(Value::Array(quotas)) = environment.get_mut("quotas")
@@ -208,4 +221,29 @@ impl Fields {
 fn invalid(name: &str, values: &str) -> Box<Response> {
     let message = format!("The parameter '{name}' is not valid. {values}");
     Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", &message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::environments::QuotaView;
+    use utoipa::openapi::{RefOr, Schema};
+
+    fn described_fields(schema: &RefOr<Schema>) -> Vec<&str> {
+        let RefOr::T(Schema::Object(object)) = schema else { return Vec::new() };
+        object.properties.keys().map(String::as_str).collect()
+    }
+
+    #[test]
+    fn every_field_of_an_environment_and_of_a_quota_can_be_selected() {
+        use utoipa::PartialSchema as _;
+        for (schema, known) in
+            [(EnvironmentView::schema(), ENVIRONMENT_FIELDS), (QuotaView::schema(), QUOTA_FIELDS)]
+        {
+            let (mut described, mut known) = (described_fields(&schema), known.to_vec());
+            described.sort_unstable();
+            known.sort_unstable();
+            assert_eq!(described, known);
+        }
+    }
 }

@@ -61,6 +61,9 @@ pub(super) enum QuotaErrors {
 #[derive(IntoResponses)]
 #[allow(dead_code)] // describes answers, and is never made
 pub(super) enum EnvironmentErrors {
+    /// `invalid_value`: the request has a query parameter.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
     /// `unknown_environment`
     #[response(status = 404)]
     Unknown(ErrorBody),

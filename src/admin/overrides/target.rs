@@ -3,7 +3,7 @@
 use super::description::{QuotaPath, UpstreamQuotaPath};
 use super::{QuotaParameters, UpstreamQuotaParameters, invalid};
 use crate::admin::Admin;
-use crate::admin::answers::{QueryResult, read_query, refusal};
+use crate::admin::answers::refusal;
 use crate::admin::environments::{environment_view, find, unknown_environment};
 use crate::admin::upstreams::{self, unknown_upstream};
 use crate::config::{Environment, UpstreamSettings};
@@ -36,30 +36,27 @@ pub(super) struct Target {
     pub(super) account: Arc<Account>,
     /// The quota with the limit of the config.
     pub(super) quota: Quota,
-    pub(super) is_dry_run: bool,
 }
 
 impl Target {
     pub(super) fn of_environment(
         admin: &Admin,
         QuotaPath { environment, kind, per }: &QuotaPath,
-        query: QueryResult<QuotaParameters>,
+        QuotaParameters { scope, name }: &QuotaParameters,
     ) -> Result<Self, Box<Response>> {
-        let QuotaParameters { scope, name, dry_run } = read_query(query)?;
         let (settings, account) = find(admin, environment).ok_or_else(|| Box::new(unknown_environment()))?;
         let kind = known_kind(kind).ok_or_else(|| Box::new(unknown_quota()))?;
-        let key = QuotaKey { scope: &scope, name: &name, kind, per };
+        let key = QuotaKey { scope, name, kind, per };
         let quota = settings.counted_quotas().into_iter().find(|quota| key.matches(quota));
         let quota = quota.ok_or_else(|| Box::new(unknown_quota()))?;
-        Ok(Self { owner: QuotaOwner::Environment(settings), account, quota, is_dry_run: dry_run })
+        Ok(Self { owner: QuotaOwner::Environment(settings), account, quota })
     }
 
     pub(super) fn of_upstream(
         admin: &Admin,
         UpstreamQuotaPath { upstream, kind, per }: &UpstreamQuotaPath,
-        query: QueryResult<UpstreamQuotaParameters>,
+        UpstreamQuotaParameters { model }: &UpstreamQuotaParameters,
     ) -> Result<Self, Box<Response>> {
-        let UpstreamQuotaParameters { model, dry_run } = read_query(query)?;
         let (settings, account) =
             upstreams::find(admin, upstream).ok_or_else(|| Box::new(unknown_upstream()))?;
         let unknown = || Box::new(unknown_quota_of_upstream());
@@ -72,7 +69,7 @@ impl Target {
         let key = QuotaKey { scope, name: &name, kind, per };
         let quota = settings.quotas.iter().find(|quota| key.matches(quota)).cloned().ok_or_else(unknown)?;
         let account = account.ok_or_else(unknown)?;
-        Ok(Self { owner: QuotaOwner::Upstream(settings), account, quota, is_dry_run: dry_run })
+        Ok(Self { owner: QuotaOwner::Upstream(settings), account, quota })
     }
 
     pub(super) fn key(&self) -> QuotaKey<'_> {

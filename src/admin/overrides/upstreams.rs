@@ -2,9 +2,12 @@
 
 use super::description::{BodyErrors, UpstreamQuotaErrors, UpstreamQuotaPath};
 use super::target::Target;
-use super::{BodyResult, UpstreamQuotaParameters, body, change_limit, dry_run, put_limit, reset_quota};
+use super::{
+    BodyResult, UpstreamLimitParameters, UpstreamQuotaParameters, body, change_limit, dry_run, put_limit,
+    reset_quota,
+};
 use crate::admin::Admin;
-use crate::admin::answers::{AccessErrors, QueryResult};
+use crate::admin::answers::{AccessErrors, QueryResult, read_query};
 use crate::admin::audit::Actor;
 use crate::admin::upstreams::UpstreamLimitsView;
 use axum::extract::{Extension, Path, State};
@@ -26,7 +29,7 @@ enum UpstreamLimitAnswer {
     put,
     path = "/api/upstreams/{upstream}/quotas/{kind}/{per}",
     tag = "quotas",
-    params(UpstreamQuotaPath, UpstreamQuotaParameters),
+    params(UpstreamQuotaPath, UpstreamLimitParameters),
     request_body = body::LimitFields,
     responses(
         (status = 200, description = "The new state.", body = UpstreamLimitAnswer),
@@ -39,11 +42,15 @@ pub(in crate::admin) async fn set_upstream_limit(
     State(admin): State<Admin>,
     Extension(actor): Extension<Actor>,
     Path(path): Path<UpstreamQuotaPath>,
-    query: QueryResult<UpstreamQuotaParameters>,
+    query: QueryResult<UpstreamLimitParameters>,
     body: BodyResult,
 ) -> Response {
-    let target = Target::of_upstream(&admin, &path, query);
-    put_limit(&admin, actor, target, body).await.unwrap_or_else(|refusal| *refusal)
+    let UpstreamLimitParameters { model, dry_run } = match read_query(query) {
+        Ok(parameters) => parameters,
+        Err(refusal) => return *refusal,
+    };
+    let target = Target::of_upstream(&admin, &path, &UpstreamQuotaParameters { model });
+    put_limit(&admin, actor, target, dry_run, body).await.unwrap_or_else(|refusal| *refusal)
 }
 
 /// Returns to the limit of the config.
@@ -64,7 +71,7 @@ pub(in crate::admin) async fn unset_upstream_limit(
     Path(path): Path<UpstreamQuotaPath>,
     query: QueryResult<UpstreamQuotaParameters>,
 ) -> Response {
-    match Target::of_upstream(&admin, &path, query) {
+    match read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters)) {
         Ok(target) => change_limit(&admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
         Err(refusal) => *refusal,
     }
@@ -88,7 +95,7 @@ pub(in crate::admin) async fn reset_upstream_quota(
     Path(path): Path<UpstreamQuotaPath>,
     query: QueryResult<UpstreamQuotaParameters>,
 ) -> Response {
-    match Target::of_upstream(&admin, &path, query) {
+    match read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters)) {
         Ok(target) => reset_quota(&admin, actor, &target).await,
         Err(refusal) => *refusal,
     }

@@ -20,11 +20,11 @@ function cause(refusal) {
 /** `request exceeds quota`. */
 const codeWords = (code) => code.replaceAll("_", " ");
 
-/** The environment, the upstream if one of its quotas is the cause, and the cause. */
-const wordsOf = (environment, code, quota) => [
+/** The environment, the upstream if one of its limits is the cause, and the cause. `limit` has a `kind` if it is a quota. */
+const wordsOf = (environment, code, limit) => [
   environment,
-  ...(quota && isOfUpstream(quota) ? [ownerName(environment, quota)] : []),
-  quota ? quotaName(quota) : codeWords(code),
+  ...(limit && isOfUpstream(limit) ? [ownerName(environment, limit)] : []),
+  limit?.kind ? quotaName(limit) : codeWords(code),
 ].join(" · ");
 
 const causeWords = (refusal) => wordsOf(refusal.environment, refusal.code, cause(refusal));
@@ -66,7 +66,7 @@ class Causes {
     shown.forEach((sum, n) => {
       this.items[n] ??= this.#item();
       const { name, value, bar } = this.items[n];
-      setText(name, wordsOf(sum.environment, sum.code, sum.kind ? sum : null));
+      setText(name, wordsOf(sum.environment, sum.code, sum));
       setText(value, `${number(sum.refusals)} (${percent(sum.refusals / refusals)})`);
       bar.style.width = `${(100 * sum.refusals) / shown[0].refusals}%`;
     });

@@ -200,6 +200,13 @@ async fn real_answers_of_every_request_have_the_described_shape() {
     ] {
         let reply = request(&gateway, method, target, &bearer(TOKEN), body).await;
         covered.insert(check(&root, method, target, &reply));
+        if target.starts_with("/api") {
+            let separator = if target.contains('?') { '&' } else { '?' };
+            let target = format!("{target}{separator}unknown=1");
+            let refused = request(&gateway, method, &target, &bearer(TOKEN), body).await;
+            assert_eq!(refused.status, 400, "{method} {target}");
+            check(&root, method, &target, &refused);
+        }
         if target.starts_with("/api") && target != "/api/session" {
             let refused = request(&gateway, method, target, "", body).await;
             assert_eq!(refused.status, 401, "{method} {target}");

@@ -87,6 +87,18 @@ async fn upstreams_have_the_shape_of_environments_and_count_for_all_of_them() {
         (&of_upstream["fits"], &of_upstream["requested"], &explained["admitted"]),
         (&json!(false), &json!(1), &json!(false))
     );
+    // In shadow mode the limits of the upstream deny requests all the same.
+    admin(&gateway, "PATCH", "/api/environments/b", r#"{"enforce": false}"#).await;
+    let explained = admin(&gateway, "POST", "/api/explain?environment=b", HELLO).await.json();
+    assert_eq!((explained["admitted"].as_bool(), chat(&gateway, "b").await.status), (Some(false), 429));
+    admin(&gateway, "POST", &format!("{REQUESTS}/reset"), "").await;
+    admin(&gateway, "PUT", "/api/environments/b/quotas/requests/minute", r#"{"limit": 1}"#).await;
+    assert_eq!(chat(&gateway, "b").await.status, 200);
+    let explained = admin(&gateway, "POST", "/api/explain?environment=b", HELLO).await.json();
+    assert_eq!(
+        (&explained["admitted"], &explained["code"], chat(&gateway, "b").await.status),
+        (&json!(true), &json!("rate_limit_exceeded"), 200)
+    );
 }
 
 #[tokio::test]
