@@ -63,7 +63,8 @@ impl Notification<'_> {
 pub(crate) fn notify(notification: &Notification<'_>) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()) else { return };
     if let Err(error) = send(&socket, &notification.message()) {
-        tracing::warn!(%error, ?socket, ?notification, "the service manager could not be notified");
+        let socket = socket.to_string_lossy();
+        tracing::warn!(%error, %socket, "the service manager could not be notified");
     }
 }
 

@@ -4,6 +4,7 @@ mod attempts;
 mod catalogue;
 mod causes;
 mod code;
+mod denial;
 mod exposition;
 mod gen_ai;
 mod intervals;
@@ -23,7 +24,7 @@ mod traces;
 use crate::clock::Stopwatch;
 use crate::config::UpstreamSettings;
 use crate::estimate::EstimateSource;
-use crate::quota::{Amounts, Shortfall};
+use crate::quota::Amounts;
 use http::request::Parts;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use std::time::Duration;
 pub(crate) use attempts::AttemptOutcome;
 use attempts::Attempts;
 pub(crate) use causes::LastDay;
+pub(crate) use denial::Denial;
 pub(crate) use log::{
     LevelView, Line, LogOutput, configure_logging, init_logging, log_level, set_log_level, write_event,
 };
@@ -138,8 +140,8 @@ pub(crate) struct Record {
     pub(crate) status: u16,
     /// The code of the gateway's error. Empty if there is none.
     pub(crate) error: &'static str,
-    /// The quota that denied the request; of several, the one with the longest wait.
-    pub(crate) denied_by: Option<Box<Shortfall>>,
+    /// The limit that denied the request; of several quotas, the one with the longest wait.
+    pub(crate) denied_by: Option<Box<Denial>>,
     /// Whether the answer is an event stream.
     pub(crate) is_stream: bool,
     /// Prompt tokens reserved before the request was forwarded.

@@ -305,7 +305,7 @@ impl Upstream {
             && let Some(replica) = self.statuses.get(index)
         {
             let (upstream, replica, seconds) = (&self.settings.name, replica.address(), pause_ms / 1_000);
-            tracing::warn!(upstream, replica, seconds, ?error, "a replica cannot be reached and is left out");
+            tracing::warn!(upstream, replica, seconds, %error, "a replica cannot be reached and is left out");
         }
     }
 }

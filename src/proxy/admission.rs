@@ -12,7 +12,7 @@ use crate::error::ProxyError;
 use crate::ledger::{Backend, Demand, NoRoom, Reservation};
 use crate::provider_limits::Pass;
 use crate::quota::{Amounts, Subject, Wait};
-use crate::telemetry::{AttemptOutcome, Record};
+use crate::telemetry::{AttemptOutcome, Denial, Record};
 use crate::upstream::availability::Attempt;
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -273,7 +273,12 @@ impl Proxy {
         headers.quotas = account.standing(subject, &backends);
         headers.clamped_to = None;
         let environment = &self.snapshot.config.environments[caller.environment];
-        self.state.metrics.rejected(&environment.name, error.code(), error.shortfalls().first(), false);
+        self.state.metrics.rejected(
+            &environment.name,
+            error.code(),
+            Denial::of_error(&error).as_ref(),
+            false,
+        );
         Refusal { error, headers }
     }
 

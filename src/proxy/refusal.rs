@@ -8,7 +8,7 @@ use crate::api::Dialect;
 use crate::config::{Environment, UpstreamSettings};
 use crate::error::{ProxyError, quota_shape};
 use crate::ledger::NoRoom;
-use crate::telemetry::{Metrics, Record, Rejection, RequestOutcome};
+use crate::telemetry::{Denial, Metrics, Record, Rejection, RequestOutcome};
 use crate::upstream::SendError;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
@@ -41,7 +41,7 @@ pub(super) fn respond(
     let Refusal { error, headers } = refusal;
     let record = &mut charge.record;
     record.error = error.code();
-    record.denied_by = error.shortfalls().first().cloned().map(Box::new);
+    record.denied_by = Denial::of_error(&error).map(Box::new);
     record.outcome = outcome(&error);
     record.request_id = state.request_ids.next();
     let mut response = error.response(dialect);
@@ -99,7 +99,7 @@ fn outcome(error: &ProxyError) -> RequestOutcome {
 
 /// Counts a denial in metrics and converts it to an error.
 pub(super) fn denied(no_room: NoRoom, environment: &Environment, metrics: &Metrics) -> ProxyError {
-    metrics.rejected(&environment.name, no_room_code(&no_room), no_room.worst(), false);
+    metrics.rejected(&environment.name, no_room_code(&no_room), denial(&no_room).as_ref(), false);
     no_room_error(no_room, environment)
 }
 
@@ -122,7 +122,7 @@ pub(super) fn no_room_error(no_room: NoRoom, environment: &Environment) -> Proxy
 /// Counts and logs, in shadow mode, the denial that enforced quotas would have caused.
 pub(super) fn record_shadow_denial(no_room: &NoRoom, environment: &Environment, record: &Record) {
     let (code, worst) = (no_room_code(no_room), no_room.worst());
-    record.metrics().rejected(&environment.name, code, worst, true);
+    record.metrics().rejected(&environment.name, code, denial(no_room).as_ref(), true);
     tracing::info!(
         environment = environment.name,
         caller = record.caller.as_deref(),
@@ -136,6 +136,16 @@ pub(super) fn record_shadow_denial(no_room: &NoRoom, environment: &Environment, 
         limit = worst.map(|s| s.quota.limit),
         "enforced quotas would have denied this request (shadow mode, enforce: false)"
     );
+}
+
+fn denial(no_room: &NoRoom) -> Option<Denial> {
+    match no_room {
+        NoRoom::Quota(_) => no_room.worst().map(Denial::of_quota),
+        NoRoom::InFlight { limit, upstream } => {
+            Some(Denial::of_requests_in_flight(*limit, upstream.as_deref()))
+        }
+        NoRoom::Unavailable => None,
+    }
 }
 
 fn no_room_code(no_room: &NoRoom) -> &'static str {

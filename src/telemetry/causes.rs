@@ -1,8 +1,8 @@
 //! How many requests were refused in the last 24 hours, by cause.
 
+use super::denial::Denial;
 use super::intervals::Intervals;
 use crate::clock::Timestamp;
-use crate::quota::Quota;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,16 +29,16 @@ pub(super) struct Causes {
 struct Cause {
     environment: Arc<str>,
     code: &'static str,
-    quota: Option<CauseQuota>,
+    limit: Option<CauseLimit>,
 }
 
-/// The quota that had no room, or for the longest time if there were several.
+/// The limit that denied the request; of several quotas, the one that takes longest to have room.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct CauseQuota {
+struct CauseLimit {
     scope: &'static str,
     name: String,
-    kind: &'static str,
-    per: String,
+    /// Kind and period of a quota.
+    quota: Option<(&'static str, String)>,
 }
 
 /// The refusals of the last 24 hours.
@@ -56,7 +56,7 @@ struct CauseView {
     refusals: u64,
     environment: String,
     code: &'static str,
-    /// The scope, owner, kind and period of the quota that had no room; absent for other causes.
+    /// The scope and owner of the limit, and the kind and period of a quota; absent for other causes.
     #[serde(skip_serializing_if = "Option::is_none")]
     scope: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -68,21 +68,20 @@ struct CauseView {
 }
 
 impl Causes {
-    /// Counts a refused request. `quota`: the one with the longest wait.
+    /// Counts a refused request.
     pub(super) fn add(
         &mut self,
         now: Timestamp,
         environment: &Arc<str>,
         code: &'static str,
-        quota: Option<&Quota>,
+        denial: Option<Denial>,
     ) {
-        let quota = quota.map(|Quota { scope, kind, per, .. }| CauseQuota {
-            scope: scope.as_str(),
-            name: scope.name().to_owned(),
-            kind: kind.as_str(),
-            per: per.text.clone(),
+        let limit = denial.map(|Denial { scope, name, quota, .. }| CauseLimit {
+            scope,
+            name,
+            quota: quota.map(|quota| (quota.kind, quota.per)),
         });
-        let cause = Cause { environment: environment.clone(), code, quota };
+        let cause = Cause { environment: environment.clone(), code, limit };
         if self.counts.len() >= MAX_CAUSES && !self.counts.contains_key(&cause) {
             self.counts.retain(|_, day| day.sum(now) > 0);
             if self.counts.len() >= MAX_CAUSES {
@@ -110,16 +109,17 @@ impl Causes {
 
 impl CauseView {
     fn new(cause: &Cause, refusals: u64) -> Self {
-        let Cause { environment, code, quota } = cause;
-        let quota = quota.as_ref();
+        let Cause { environment, code, limit } = cause;
+        let limit = limit.as_ref();
+        let quota = limit.and_then(|limit| limit.quota.as_ref());
         Self {
             refusals,
             environment: (**environment).to_owned(),
             code,
-            scope: quota.map(|quota| quota.scope),
-            name: quota.map(|quota| quota.name.clone()).filter(|name| !name.is_empty()),
-            kind: quota.map(|quota| quota.kind),
-            per: quota.map(|quota| quota.per.clone()),
+            scope: limit.map(|limit| limit.scope),
+            name: limit.map(|limit| limit.name.clone()).filter(|name| !name.is_empty()),
+            kind: quota.map(|(kind, _)| *kind),
+            per: quota.map(|(_, per)| per.clone()),
         }
     }
 
@@ -132,29 +132,32 @@ impl CauseView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quota::{Kind, Period, Scope, Window};
+    use crate::quota::{Kind, Period, Quota, Scope, Shortfall, Wait, Window};
 
     fn at(minutes: i64) -> Timestamp {
         Timestamp((30_000_000 + minutes) * 60_000)
     }
 
-    fn quota(caller: &str) -> Quota {
+    fn denial(caller: &str) -> Option<Denial> {
         let per = Period { text: "minute".into(), ms: 60_000 };
         let scope = Scope::Caller(caller.into());
-        Quota { scope, kind: Kind::Requests, limit: 1, per, window: Window::Rolling { burst: 1 } }
+        let quota =
+            Quota { scope, kind: Kind::Requests, limit: 1, per, window: Window::Rolling { burst: 1 } };
+        let (remaining, used, held, requested, wait) = (0, 1, 0, 1, Wait::Ms(1));
+        Some(Denial::of_quota(&Shortfall { quota, remaining, used, held, requested, wait }))
     }
 
     #[test]
     fn a_day_of_refusals_is_counted_by_cause_also_beyond_the_last_thousand() {
         let (x, y): (Arc<str>, Arc<str>) = ("x".into(), "y".into());
-        let (a, mut causes) = (quota("a"), Causes::default());
+        let mut causes = Causes::default();
         for _ in 0..5_000 {
-            causes.add(at(0), &x, "rate_limit_exceeded", Some(&a));
+            causes.add(at(0), &x, "rate_limit_exceeded", denial("a"));
         }
         for _ in 0..3 {
-            causes.add(at(600), &y, "too_many_in_flight", None);
+            causes.add(at(600), &y, "too_many_in_flight", Some(Denial::of_requests_in_flight(5, Some("u"))));
         }
-        causes.add(at(600), &x, "rate_limit_exceeded", Some(&quota("b")));
+        causes.add(at(600), &x, "rate_limit_exceeded", denial("b"));
         let last_day = causes.last_day(at(700), None);
         let found: Vec<_> = last_day
             .causes
@@ -166,7 +169,7 @@ mod tests {
             found,
             [
                 (5_000, "x", Some("a"), Some("requests")),
-                (3, "y", None, None),
+                (3, "y", Some("u"), None),
                 (1, "x", Some("b"), Some("requests"))
             ]
         );
@@ -180,13 +183,13 @@ mod tests {
     fn memory_is_bounded_and_no_refusal_is_lost() {
         let (x, mut causes) = (Arc::<str>::from("x"), Causes::default());
         for n in 0..MAX_CAUSES + 500 {
-            causes.add(at(0), &x, "rate_limit_exceeded", Some(&quota(&n.to_string())));
+            causes.add(at(0), &x, "rate_limit_exceeded", denial(&n.to_string()));
         }
         let last_day = causes.last_day(at(1), None);
         assert_eq!((last_day.refusals, last_day.causes.len()), (MAX_CAUSES as u64 + 500, MAX_SHOWN));
         assert_eq!(causes.counts.len(), MAX_CAUSES);
         // Causes of the day before make room.
-        causes.add(at(2_000), &x, "rate_limit_exceeded", Some(&quota("new")));
+        causes.add(at(2_000), &x, "rate_limit_exceeded", denial("new"));
         assert_eq!(causes.counts.len(), 1);
     }
 }

@@ -7,6 +7,7 @@ use super::catalogue::{
     SHADOW_REJECTIONS, UPSTREAM_KEYS_MASKED, USAGE_MISSING,
 };
 use super::code::code_of;
+use super::denial::Denial;
 use super::exposition::{Family, labels};
 use super::model_series::quotient;
 use super::process;
@@ -17,7 +18,6 @@ use super::traces::SpanCounts;
 use crate::clock::{self, Timestamp};
 use crate::config::Environment;
 use crate::estimate::{Encoding, PromptEstimate, Tokenizer};
-use crate::quota::Shortfall;
 use prometheus::{Histogram, IntCounter, IntCounterVec, Registry, TextEncoder};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -124,12 +124,11 @@ impl Metrics {
         }
     }
 
-    /// Counts a denial by a quota or limit. `shadow`: the environment does not enforce its quotas.
-    pub(crate) fn rejected(&self, environment: &str, code: &str, worst: Option<&Shortfall>, shadow: bool) {
-        // A denial without a quota is one of the whole environment.
-        let (scope, kind, per) = worst.map_or(("environment", "", ""), |s| {
-            (s.quota.scope.as_str(), s.quota.kind.as_str(), s.quota.per.text.as_str())
-        });
+    /// Counts a denial by a limit. `None`: the environment as a whole has no room. `shadow`: the environment does not enforce its quotas.
+    pub(crate) fn rejected(&self, environment: &str, code: &str, denied_by: Option<&Denial>, shadow: bool) {
+        let scope = denied_by.map_or("environment", |denial| denial.scope);
+        let quota = denied_by.and_then(|denial| denial.quota.as_ref());
+        let (kind, per) = quota.map_or(("", ""), |quota| (quota.kind, quota.per.as_str()));
         let counters = if shadow { &self.shadow_rejections } else { &self.rejections };
         counters.with_label_values(&[environment, scope, kind, per, code]).inc();
     }

@@ -2,6 +2,7 @@
 
 use super::Record;
 use super::causes::{Causes, LastDay};
+use super::denial::Denial;
 use super::refusals::{RecentRefusals, RefusalCounts};
 use crate::clock::{self, Timestamp};
 use crate::error::ProxyError;
@@ -124,8 +125,8 @@ impl Rejections {
         let quotas = rejection.error.shortfalls().iter().map(|shortfall| &shortfall.quota);
         let mut last = self.lock();
         last.recent.add(rejection.at, &rejection.environment, quotas);
-        let worst = rejection.error.shortfalls().first().map(|shortfall| &shortfall.quota);
-        last.causes.add(rejection.at, &rejection.environment, rejection.error.code(), worst);
+        let denial = Denial::of_error(&rejection.error);
+        last.causes.add(rejection.at, &rejection.environment, rejection.error.code(), denial);
         if last.all.len() >= MAX_REJECTIONS {
             last.all.pop_front();
         }

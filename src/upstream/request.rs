@@ -47,6 +47,19 @@ pub enum SendError {
     Broken(ExchangeError),
 }
 
+impl fmt::Display for SendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreachable(step, source) => write!(f, "{step}: {source}"),
+            Self::ConnectTimeout => {
+                f.write_str("the connection was not established in time (timeouts.connect)")
+            }
+            Self::Timeout(setting, after) => write!(f, "timeouts.{setting} ({after:?}) ran out"),
+            Self::Broken(source) => source.fmt(f),
+        }
+    }
+}
+
 /// The failure of one exchange on one connection, before the head of a final answer was complete.
 #[derive(Debug)]
 pub struct ExchangeError {

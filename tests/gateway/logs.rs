@@ -97,6 +97,16 @@ async fn json_lines_have_exactly_the_documented_fields() {
     send_requests(&gateway).await;
     gateway.settled_charges().await;
     soon("the last line", gateway.log_line("error", "unknown_path")).await;
+    let environment = "/api/environments/prod";
+    let limit = format!("{environment}/quotas/requests/hour");
+    for (method, target, body) in [
+        ("PUT", limit.as_str(), r#"{"limit": 90}"#),
+        ("DELETE", &limit, ""),
+        ("PATCH", environment, r#"{"enforce": false}"#),
+        ("PATCH", environment, r#"{"enforce": null}"#),
+    ] {
+        assert_eq!(gateway.admin_send(method, target, body).await.status, 200, "{method} {target}");
+    }
     let lines = gateway.stop().await;
     let all: Vec<Map<String, Value>> = lines.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     let requests: Vec<_> = all.iter().filter(|line| line["target"] == "tollgate::request").collect();
@@ -110,6 +120,19 @@ async fn json_lines_have_exactly_the_documented_fields() {
             assert!(!value.is_null() && value != "" && value != "-", "{field} has no value: {line:?}");
         }
     }
+    let changes = all.iter().filter(|line| line["target"] == "tollgate::admin::overrides");
+    let changes: Vec<_> =
+        changes.map(|line| ["limit", "enforce", "source"].map(|field| line.get(field).cloned())).collect();
+    let (file, set) = (Some(json!("file")), Some(json!("override")));
+    assert_eq!(
+        changes,
+        [
+            [Some(json!("90")), None, set.clone()],
+            [Some(json!("100")), None, file.clone()],
+            [None, Some(json!(false)), set],
+            [None, Some(json!(true)), file],
+        ]
+    );
     let line = |n: usize| Value::Object(requests[n].clone());
     for (field, value) in [
         ("outcome", json!("answered")),

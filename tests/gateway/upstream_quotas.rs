@@ -66,6 +66,15 @@ async fn the_maximum_in_flight_counts_all_environments() {
     assert_eq!(denied.refusal(), (429, "too_many_in_flight".to_owned()));
     let want = "Upstream 'backend' already has 1 requests in flight (max_in_flight)";
     assert!(denied.text().contains(want), "{}", denied.text());
+    let metrics = gateway.admin_get("/metrics").await;
+    let want = r#"tollgate_rejections_total{code="too_many_in_flight",environment="two",kind="",per="",scope="upstream"} 1"#;
+    assert!(metrics.text().contains(want), "{}", metrics.text());
+    let causes = gateway.admin_get("/api/rejections").await.json()["last_day"]["causes"].clone();
+    assert_eq!(
+        (&causes[0]["scope"], &causes[0]["name"]),
+        (&"upstream".into(), &"backend".into()),
+        "{causes}"
+    );
 }
 
 #[tokio::test]

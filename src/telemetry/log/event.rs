@@ -19,7 +19,7 @@ impl<S: Subscriber> Layer<S> for EventLines {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
         let Some(log) = Log::get() else { return };
         let form = log.form();
-        // Values are formatted here, not while the buffer is locked: they are code of other modules.
+        // Formatting a value runs code of other modules. So it happens before the buffer is locked.
         let mut message = Message(String::new());
         event.record(&mut message);
         let mut fields = Vec::new();
@@ -77,7 +77,9 @@ impl Visit for Fields<'_> {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.add(field, value);
+        if !value.is_empty() {
+            self.add(field, value);
+        }
     }
 
     fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {

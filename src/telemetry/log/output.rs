@@ -1,4 +1,4 @@
-//! Where lines are written.
+//! Writes the lines of the log.
 //!
 //! Requests add lines to a buffer, and a separate thread writes the buffer to standard error. So a slow terminal or pipe
 //! never delays a request. A line is written some milliseconds later at most. If the reader of standard error stalls for
@@ -18,9 +18,9 @@ use tracing::Level;
 const MAX_BUFFER_BYTES: usize = 8 * 1024 * 1024;
 /// Lines that arrive within this time are written together.
 const BATCH_TIME: Duration = Duration::from_millis(5);
-/// The same after a batch of `BUSY_BYTES`. Each batch wakes the thread that writes, and takes a system call.
+/// The same after a batch of at least `BUSY_BYTES`: fewer batches take fewer system calls and fewer wake-ups of the thread.
 const BUSY_BATCH_TIME: Duration = Duration::from_millis(20);
-/// Some eight lines of requests.
+/// About eight lines of requests.
 const BUSY_BYTES: usize = 4 * 1024;
 
 /// The buffer and the thread that writes it.

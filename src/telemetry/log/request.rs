@@ -6,8 +6,7 @@
 use super::Log;
 use super::line::Line;
 use crate::config::RequestLines;
-use crate::quota::{Shortfall, Wait};
-use crate::telemetry::{Attempts, Record, RequestOutcome};
+use crate::telemetry::{Attempts, Denial, Record, RequestOutcome};
 use std::time::Duration;
 use tracing::Level;
 
@@ -80,23 +79,18 @@ fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
     line.add_duration(["duration", "duration_us"], Some(elapsed));
 }
 
-/// Adds the quota that denied the request.
-fn describe_denial(line: &mut Line<'_>, denied_by: &Shortfall) {
-    let quota = &denied_by.quota;
-    line.add_word("scope", quota.scope.as_str());
-    line.add_text("name", quota.scope.name());
-    line.add_word("kind", quota.kind.as_str());
-    line.add("per", quota.per.text.as_str());
-    line.add("limit", quota.limit);
-    line.add("requested", denied_by.requested);
-    line.add("remaining", denied_by.remaining);
-    line.add_if_any("retry_after_ms", retry_after_ms(denied_by));
-}
-
-/// The wait in milliseconds. `None`: the request can never fit.
-fn retry_after_ms(denied_by: &Shortfall) -> Option<u64> {
-    match denied_by.wait {
-        Wait::Ms(ms) => Some(ms.max(1)),
-        Wait::Never => None,
+/// Adds the limit that denied the request.
+fn describe_denial(line: &mut Line<'_>, denied_by: &Denial) {
+    line.add_word("scope", denied_by.scope);
+    line.add_text("name", &denied_by.name);
+    if let Some(quota) = &denied_by.quota {
+        line.add_word("kind", quota.kind);
+        line.add("per", quota.per.as_str());
     }
+    line.add_if_any("limit", denied_by.limit);
+    if let Some(quota) = &denied_by.quota {
+        line.add("requested", quota.requested);
+        line.add("remaining", quota.remaining);
+    }
+    line.add_if_any("retry_after_ms", denied_by.retry_after_ms);
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// The spans of this process by what became of them.
+/// The number of spans of this process, by outcome.
 #[derive(Debug, Default)]
 pub(in crate::telemetry) struct SpanCounts {
     sent: AtomicU64,

@@ -183,10 +183,12 @@ fn describe_request(span: &mut Span, record: &Record, method: &'static str) {
     set(span, "tollgate.upstream", record.upstream.as_ref().map(|upstream| upstream.name.clone()));
     span.set_attribute(KeyValue::new("tollgate.outcome", record.outcome.as_str()));
     if let Some(denied_by) = record.denied_by.as_deref() {
-        span.set_attribute(KeyValue::new("tollgate.quota.scope", denied_by.quota.scope.as_str()));
-        set(span, "tollgate.quota.name", text(denied_by.quota.scope.name()));
-        span.set_attribute(KeyValue::new("tollgate.quota.kind", denied_by.quota.kind.as_str()));
-        span.set_attribute(KeyValue::new("tollgate.quota.per", denied_by.quota.per.text.clone()));
+        span.set_attribute(KeyValue::new("tollgate.quota.scope", denied_by.scope));
+        set(span, "tollgate.quota.name", text(&denied_by.name));
+        if let Some(quota) = &denied_by.quota {
+            span.set_attribute(KeyValue::new("tollgate.quota.kind", quota.kind));
+            span.set_attribute(KeyValue::new("tollgate.quota.per", quota.per.clone()));
+        }
     }
     if let Some(reserved) = record.reserved_tokens {
         span.set_attribute(KeyValue::new("tollgate.reserved_tokens", signed(reserved)));
