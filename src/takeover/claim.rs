@@ -113,13 +113,19 @@ impl Claim {
         let Self { stream, incumbent, control, .. } = self;
         let pid = incumbent.pid;
         let replied = frame::write(&stream, &ToIncumbent::Ready).and_then(|()| frame::read(&stream));
-        match replied {
-            Ok(FromIncumbent::Go) => Ok(Claimed { control, predecessor: Some(stream), pid }),
+        let predecessor = match replied {
+            Ok(FromIncumbent::Go) => Some(stream),
             Ok(other) => anyhow::bail!("{incumbent} was not replaced: its reply is unexpected: {other:?}"),
-            Err(_) if incumbent.ends_within(EXIT_TIME) => Ok(Claimed { control, predecessor: None, pid }),
-            Err(error) => Err(error).with_context(|| {
-                format!("{incumbent} was not replaced: this process took too long to start, and the old one continues")
-            }),
+            Err(_) if incumbent.ends_within(EXIT_TIME) => None,
+            Err(error) => {
+                return Err(error).with_context(|| {
+                    format!("{incumbent} was not replaced: this process took too long to start, and the old one continues")
+                });
+            }
+        };
+        if let Err(error) = control.adopt() {
+            tracing::warn!(%error, "the next process that replaces this one cannot identify it");
         }
+        Ok(Claimed { control, predecessor, pid })
     }
 }

@@ -225,7 +225,7 @@ fn refuse(stream: &UnixStream, reason: &str) {
     drop(refused);
 }
 
-/// All accounts, those of upstreams last: requests that use them have left with their environments by then.
+/// All accounts, those of upstreams last: the requests that use them leave with their environments, so before them.
 fn in_order_of_leaving(accounts: &Accounts) -> Vec<NamedAccount> {
     let mut all = accounts.all().to_vec();
     all.sort_by_key(|(_, account)| account.upstream().is_some());

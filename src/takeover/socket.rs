@@ -33,6 +33,15 @@ impl ControlListener {
     pub(crate) fn bind(address: SocketAddr) -> io::Result<Self> {
         sys::bind(address).map(Self)
     }
+
+    /// Records this process as the one that listens. A client sees the process that called `listen` last, even if that
+    /// process has only received the socket from another one, or has ended.
+    ///
+    /// # Errors
+    /// The socket is not a listener.
+    pub(super) fn adopt(&self) -> io::Result<()> {
+        sys::listen(&self.0)
+    }
 }
 
 /// Connects to the gateway at an address. `None`: there is no gateway, or it cannot be replaced without a gap.
@@ -82,6 +91,9 @@ mod sys {
     use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener, UnixStream};
     use std::time::Duration;
 
+    /// Maximum number of connections that wait to be accepted, as the standard library sets it.
+    const BACKLOG: i32 = 128;
+
     /// An abstract socket belongs to the network namespace, as the TCP address does, and ends with its process.
     fn name(address: SocketAddr) -> io::Result<UnixAddress> {
         UnixAddress::from_abstract_name(format!("tollgate {address}"))
@@ -89,6 +101,10 @@ mod sys {
 
     pub(super) fn bind(address: SocketAddr) -> io::Result<UnixListener> {
         UnixListener::bind_addr(&name(address)?)
+    }
+
+    pub(super) fn listen(listener: &UnixListener) -> io::Result<()> {
+        Ok(rustix::net::listen(listener, BACKLOG)?)
     }
 
     pub(super) fn connect(address: SocketAddr) -> io::Result<UnixStream> {
@@ -147,6 +163,10 @@ mod sys {
     }
 
     pub(super) fn bind(_: SocketAddr) -> io::Result<UnixListener> {
+        unsupported()
+    }
+
+    pub(super) fn listen(_: &UnixListener) -> io::Result<()> {
         unsupported()
     }
 

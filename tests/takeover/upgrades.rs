@@ -54,7 +54,12 @@ fn ten_upgrades_lose_no_request_and_charge_each_once() {
     let (upstream, port) = Upstream::start();
     let place = Place::new(port, "drain_timeout: 20s", QUOTAS, FILE);
     place.limit_upstream();
-    let (_processes, sums) = upgrade(&place, 10);
+    let (processes, sums) = upgrade(&place, 10);
+    for pair in processes.windows(2) {
+        let log = pair[1].log();
+        let line = log.lines().find(|line| line.contains("replaced a running gateway")).unwrap();
+        assert!(line.contains(&format!("\"pid\":{}}}", pair[0].child.id())), "{line}");
+    }
     let environment = place.settled();
     let reported = upstream.reported.load(SeqCst);
     assert_eq!(sums.tokens.load(SeqCst), reported);
