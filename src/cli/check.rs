@@ -2,12 +2,13 @@
 
 mod online;
 
+use super::usage::grouped;
 use super::{BAD_CONFIG, check_certificates, load_or_explain, output};
 use crate::clock::{self, Timestamp};
 use crate::config::{Config, Environment, RouteSettings};
 use crate::glob::Glob;
 use crate::ledger::Owner;
-use crate::quota::Quota;
+use crate::quota::{Quota, UNLIMITED, Window};
 use crate::store::{self, StoredEnforce, StoredOverride};
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -108,7 +109,14 @@ fn describe_quota(quota: &Quota) -> String {
         "" => String::new(),
         name => format!(" of {} {name}", quota.scope.as_str()),
     };
-    format!("{:<10} {} per {}{owner}", quota.limit_text(), quota.kind, quota.per.text)
+    let calendar = match &quota.window {
+        Window::Calendar { zone, .. } => {
+            Some(format!(", by the calendar of {}", zone.iana_name().unwrap_or("UTC")))
+        }
+        Window::Rolling { .. } => None,
+    };
+    let limit = if quota.limit == UNLIMITED { quota.limit_text() } else { grouped(quota.limit) };
+    format!("{limit:<12} {} per {}{owner}{}", quota.kind, quota.per.text, calendar.unwrap_or_default())
 }
 
 /// The limits of the file that an administrator has overridden. The override is in force, not the file.

@@ -20,13 +20,14 @@ const DEFAULT_WIDTH: usize = 80;
 const MAX_WIDTH: usize = 240;
 
 #[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("input").required(true))]
 pub(super) struct SimulateArguments {
     /// CSV file with the columns timestamp, prompt_tokens and completion_tokens, and optionally environment, caller,
     /// model and max_tokens; the column names of the Azure traces of 2023 are accepted too
-    #[arg(long, value_name = "CSV", required_unless_present = "log", conflicts_with = "log")]
+    #[arg(long, value_name = "CSV", group = "input")]
     trace: Option<PathBuf>,
-    /// Request log of the gateway: the JSON lines that `tollgate serve` writes to standard error
-    #[arg(long, value_name = "FILE")]
+    /// Request log of the gateway: the lines that `tollgate serve` writes to standard error, as JSON or for people
+    #[arg(long, value_name = "FILE", group = "input")]
     log: Option<PathBuf>,
     /// Time from a request to its first token; requests of a log have their own
     #[arg(long, default_value = "400ms", value_parser = parse_duration)]

@@ -16,7 +16,7 @@ pub(super) struct UsageArguments {
     /// End, in the same forms [default: now]
     #[arg(long, value_parser = parse_moment)]
     to: Option<Timestamp>,
-    /// Length of a row: hour, day, month, or a duration such as 5m
+    /// Length of a row: hour, day, week, month, or a duration such as 5m
     #[arg(long, default_value = "day", value_parser = parse_step)]
     by: ReportStep,
     /// Columns: any of environment,model,caller, or of upstream,model [default: environment, with --upstream: upstream]
@@ -49,7 +49,8 @@ fn parse_moment(text: &str) -> Result<Timestamp, String> {
 }
 
 fn parse_step(text: &str) -> Result<ReportStep, String> {
-    store::parse_step(text).ok_or_else(|| "write hour, day, month or a duration of whole minutes".to_owned())
+    store::parse_step(text)
+        .ok_or_else(|| "write hour, day, week, month or a duration of whole minutes".to_owned())
 }
 
 fn parse_columns(text: &str) -> Result<ReportColumns, String> {
@@ -129,7 +130,7 @@ fn line(row: &ReportRow, group_by: &[ReportColumn]) -> Vec<String> {
 }
 
 /// A number with separators: `1,234,567`.
-fn grouped(number: u64) -> String {
+pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (at, digit) in digits.char_indices() {

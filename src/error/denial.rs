@@ -12,7 +12,8 @@ const LONG_WAIT_MS: u64 = 3_600_000;
 
 /// Writes the owner of the quota, the requested amount, and the moment when the request fits.
 pub(super) fn write_message(f: &mut fmt::Formatter<'_>, denied: &Denied, environment: &str) -> fmt::Result {
-    let Some(Shortfall { quota, used, held, wait, .. }) = denied.shortfalls().first() else { return Ok(()) };
+    let Some(shortfall) = denied.shortfalls().first() else { return Ok(()) };
+    let Shortfall { quota, used, held, wait, .. } = shortfall;
     let (kind, per) = (quota.kind.as_str(), &quota.per.text);
     let owner = quota.scope.describe(environment);
     let requested = requested(quota.kind, denied.requested());
@@ -37,14 +38,26 @@ pub(super) fn write_message(f: &mut fmt::Formatter<'_>, denied: &Denied, environ
             f.write_str(".")
         }
     }?;
-    if counts_answer(quota.kind) && denied.requested().completion > 0 {
+    if lower_limit_helps(shortfall, denied.requested()) {
         f.write_str(" A lower token limit in the request (max_tokens or its equivalent) reserves less.")?;
     }
     Ok(())
 }
 
-fn counts_answer(kind: Kind) -> bool {
-    matches!(kind, Kind::TotalTokens | Kind::CompletionTokens)
+/// Whether the same request with a lower token limit could fit earlier.
+fn lower_limit_helps(Shortfall { quota, remaining, wait, .. }: &Shortfall, requested: Amounts) -> bool {
+    let least = match quota.kind {
+        Kind::TotalTokens => requested.prompt,
+        Kind::CompletionTokens => 0,
+        Kind::PromptTokens | Kind::Requests => return false,
+    };
+    requested.completion > 0
+        && match (wait, &quota.window) {
+            (Wait::Never, _) => quota.capacity() > least,
+            (Wait::Ms(_), Window::Rolling { .. }) => true,
+            // Nothing comes back before the next period.
+            (Wait::Ms(_), Window::Calendar { .. }) => *remaining > least,
+        }
 }
 
 /// The requested amount of a kind. A total is broken down.
@@ -127,6 +140,16 @@ mod tests {
                 "    model_quotas: { 'gpt-4.1*': { completion_tokens: { limit: 600, per: day, timezone: Europe/Berlin } } }",
                 1,
                 "Rate limit reached for model 'gpt-4.1*' in environment 'production' on completion_tokens per day: limit 600, used 512, held by requests in flight 0, requested 512. Try again in 3h29m59.75s, at 2026-11-29T00:00:00+01:00. A lower token limit in the request (max_tokens or its equivalent) reserves less.",
+            ),
+            (
+                "    quotas: { total_tokens: { limit: 600, per: day } }",
+                1,
+                "Rate limit reached for environment 'production' on total_tokens per day: limit 600, used 587, held by requests in flight 0, requested 587 (75 for the prompt and 512 reserved for the answer). Try again in 4h29m59.75s, at 2026-11-29T00:00:00+00:00.",
+            ),
+            (
+                "    quotas: { total_tokens: { limit: 70, per: minute } }",
+                0,
+                "This request can never fit: it needs 587 (75 for the prompt and 512 reserved for the answer) total_tokens, and environment 'production' allows at most 70 per minute.",
             ),
             (
                 "    quotas: { prompt_tokens: { limit: 50, per: minute } }",

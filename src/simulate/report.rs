@@ -171,8 +171,7 @@ impl SimulationReport {
         for (mode, outcome) in &self.others {
             text += &line(&mode.name(), outcome, oracle);
         }
-        let shared = self.configured.quotas.iter().filter(|q| is_of_upstream(&q.quota));
-        let widths = shared.map(|q| title(&q.quota).chars().count());
+        let widths = self.configured.quotas.iter().map(|q| title(&q.quota).chars().count());
         let width = widths.max().unwrap_or_default().max(TITLE_WIDTH);
         text += &format!(
             "\n{:<width$} {:>8} {:>11} {:>9} {:>9}\n",

@@ -19,7 +19,7 @@ pub(crate) fn back_up(store: &Path, file: &Path) -> anyhow::Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(file)
-        .with_context(|| format!("cannot create {shown}, which must not exist yet"))?;
+        .with_context(|| format!("cannot create {shown}: name a new file in a folder that exists"))?;
     // SQLite accepts a file that exists if it is empty.
     let copied = database.connection().execute("VACUUM INTO ?1", [to]);
     if copied.is_err() {

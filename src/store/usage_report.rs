@@ -11,11 +11,14 @@ use std::path::Path;
 /// A report with more rows is refused: its reader should narrow it.
 const MAX_ROWS: usize = 100_000;
 const MINUTE_MS: i64 = 60_000;
+const WEEK_MINUTES: i64 = 7 * 1_440;
+/// Minutes from the Monday of the week of 1970-01-01, a Thursday, to that day.
+const MONDAY_MINUTES: i64 = 3 * 1_440;
 
 /// The length of one row of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReportStep {
-    /// This number of minutes, at least 1.
+    /// This number of minutes, at least 1. Whole weeks begin on a Monday.
     Minutes(i64),
     /// A calendar month in UTC.
     Month,
@@ -179,7 +182,7 @@ impl Database {
         let (of_owner, of_caller) = (tables.owner(), tables.caller());
         // The names of tables and columns come from this program only.
         let sql = format!(
-            "SELECT minute / ?3 * ?3 AS step, {environment}, {upstream}, {model}, {caller}, sum(requests), sum(rejections),
+            "SELECT (minute + ?6) / ?3 * ?3 - ?6 AS step, {environment}, {upstream}, {model}, {caller}, sum(requests), sum(rejections),
                     sum(prompt_tokens), sum(completion_tokens), sum(total_tokens)
              FROM (SELECT minute, {of_owner}, model, {of_caller} AS caller, requests, rejections, prompt_tokens,
                           completion_tokens, total_tokens
@@ -195,10 +198,11 @@ impl Database {
             ReportStep::Minutes(minutes) => minutes.max(1),
             ReportStep::Month => 1_440,
         };
+        let offset = if step % WEEK_MINUTES == 0 { MONDAY_MINUTES } else { 0 };
         let minute = |at: Timestamp| at.0.div_euclid(MINUTE_MS);
         let limit = i64::try_from(MAX_ROWS).unwrap_or(i64::MAX).saturating_add(1);
         let mut read = self.connection().prepare(&sql)?;
-        let parameters = rusqlite::params![minute(query.from), minute(query.to), step, owner, limit];
+        let parameters = rusqlite::params![minute(query.from), minute(query.to), step, owner, limit, offset];
         let rows = read.query_map(parameters, |row| {
             let n = |at: usize| row.get(at).map(unsigned);
             let minute: i64 = row.get(0)?;
@@ -251,7 +255,7 @@ pub(crate) fn parse_moment(text: &str, now: Timestamp) -> Option<Timestamp> {
     Some(Timestamp(moment.as_millisecond()))
 }
 
-/// Reads the length of a step: `hour`, `day`, `month`, or a duration of whole minutes.
+/// Reads the length of a step: `hour`, `day`, `week`, `month`, or a duration of whole minutes.
 pub(crate) fn parse_step(text: &str) -> Option<ReportStep> {
     if text == "month" {
         return Some(ReportStep::Month);
@@ -354,6 +358,11 @@ mod tests {
             (
                 ("2026-08-05T01:05", "2026-08-05T01:06:00Z", "1m", "environment", Some("sandbox")),
                 vec!["2026-08-05T01:05:00Z,sandbox,,,8,0,80,40,120"],
+            ),
+            (
+                ("2026-08-05", "2026-08-06", "week", "", None),
+                // The Monday before.
+                vec!["2026-08-03T00:00:00Z,,,,15,1,150,75,225"],
             ),
             (("2020-01-01", "2020-02-01", "day", "", None), vec![]),
         ] {

@@ -124,8 +124,8 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     for line in [
         "warning: an administrator has set the limit of environment 'production', requests per minute, to 61; the file has 60",
         "warning: an administrator has set the limit of upstream 'u', requests per day, to 8; the file has 7, which applies again after DELETE /api/upstreams/u/quotas/requests/day",
-        "  upstream               u at http://127.0.0.1:9/v1\n    7          requests per day of upstream u\n",
-        "  environment            production: upstream u, open to all callers\n    60         requests per minute\n",
+        "  upstream               u at http://127.0.0.1:9/v1\n    7            requests per day of upstream u, by the calendar of UTC\n",
+        "  environment            production: upstream u, open to all callers\n    60           requests per minute\n    9,000        requests per day, by the calendar of UTC\n",
     ] {
         assert!(output.contains(line), "{line}\n{output}");
     }
@@ -191,5 +191,5 @@ async fn usage_and_backup_read_the_store_while_the_gateway_runs() {
     );
     assert!(usage("copy.yaml", "table").1.contains("1,234"));
     let (code, _, errors) = run(&["backup", &path("copy.db"), "--config", &path("t.yaml")], "");
-    assert!(code == 1 && errors.contains("must not exist yet"), "{errors}");
+    assert!(code == 1 && errors.contains("name a new file"), "{errors}");
 }
