@@ -41,7 +41,7 @@ pub(crate) struct ProviderLimits {
 #[derive(Debug)]
 struct ModelGate {
     gate: Mutex<Gate>,
-    /// The request that holds the permit is at the head of the line.
+    /// The request that holds the permit is at the head of the queue.
     head: Semaphore,
     waiting: AtomicUsize,
     changed: Notify,
@@ -128,7 +128,7 @@ impl ProviderLimits {
         if max_wait.is_zero() || max_wait < Duration::from_millis(ms) {
             return Err(Duration::from_millis(ms));
         }
-        self.wait_in_line(gate, amounts, max_wait).await
+        self.wait_in_queue(gate, amounts, max_wait).await
     }
 
     /// Reads the head of an answer. `pass`: what [`pass`](Self::pass) has returned for its request.
@@ -157,8 +157,8 @@ impl ProviderLimits {
         state.answered(self.now(), number, &statement, verdict);
     }
 
-    /// Waits in line, first come, first served.
-    async fn wait_in_line(
+    /// Waits in the queue, first come, first served.
+    async fn wait_in_queue(
         &self,
         gate: &ModelGate,
         amounts: Amounts,
@@ -268,7 +268,7 @@ impl Drop for Pass {
     }
 }
 
-/// The place of one waiting request. Dropping it leaves the line.
+/// The place of one waiting request. Dropping it leaves the queue.
 struct Place<'a>(&'a ModelGate);
 
 impl<'a> Place<'a> {

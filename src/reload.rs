@@ -39,7 +39,7 @@ impl ReloadOutcome {
 pub(crate) struct ReloadRequest {
     /// Takes the outcome.
     pub(crate) outcome: oneshot::Sender<ReloadOutcome>,
-    /// Who requests it, for the audit log. `None`: the requester records it.
+    /// The requester, for the audit log. `None`: the requester records the reload itself.
     pub(crate) by: Option<&'static str>,
 }
 

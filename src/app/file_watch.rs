@@ -47,6 +47,7 @@ impl FileWatch {
     /// Counts this file as changed.
     pub(super) fn mark_as_changed(&mut self, path: &Path) {
         if let Some(known) = self.known.get_mut(path) {
+            // No file has this fingerprint.
             *known = Some((0, 0, 0, [0; 4]));
         }
     }

@@ -114,7 +114,7 @@ fn admin_bounds() -> ConnectionBounds {
     }
 }
 
-/// Reads the certificates of a config, and collects what there is to report.
+/// Reads the certificates of a config, and collects changes, warnings and faults.
 #[derive(Default)]
 struct CertificateReader {
     changes: Vec<String>,

@@ -79,7 +79,7 @@ impl UpstreamSettings {
         self.base_urls.iter().any(|url| other.base_urls.contains(url))
     }
 
-    /// Whether the settings are equal apart from limits and the set of replicas, of which one at least is the same.
+    /// Whether both have a replica in common, and equal settings apart from limits, health checks and the list of replicas.
     pub(crate) fn is_same_backend(&self, other: &Self) -> bool {
         let as_other = Self {
             base_url: other.base_url.clone(),

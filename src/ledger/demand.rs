@@ -60,7 +60,8 @@ impl NoRoom {
         }
     }
 
-    /// The reason of an environment and the reason of an upstream as one.
+    /// Merges the reason of an environment and that of an upstream. Quotas of both are joined. A maximum in flight takes
+    /// precedence over quotas.
     pub(super) fn of_both(of_environment: Option<Self>, of_upstream: Option<Self>) -> Option<Self> {
         match (of_environment, of_upstream) {
             (Some(Self::Quota(own)), Some(Self::Quota(other))) => Some(Self::Quota(own.with(other))),

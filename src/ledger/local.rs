@@ -55,7 +55,7 @@ impl Rules {
         }
     }
 
-    /// The rules of an upstream of the config: the demand states what is reserved.
+    /// The rules of an upstream of the config. A demand states the amounts itself, so nothing is forecast.
     pub(super) fn of_upstream(upstream: &UpstreamSettings) -> Self {
         let reserve = ReserveSettings {
             prompt: true,

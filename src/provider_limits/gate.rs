@@ -124,7 +124,7 @@ impl Gate {
         }
         match self.wait_for_room(now, amounts) {
             Some(wait) => Err(Hold::Wait(wait.clamp(1, MAX_CLOSED_MS))),
-            // A statement without a limit and a reset does not tell when it ends.
+            // A statement without a limit and a reset does not state when it ends.
             None if self.is_blind(now, amounts) => Ok(self.begin_probe(now, amounts)),
             None => Ok(self.send(now, amounts)),
         }
@@ -166,7 +166,7 @@ impl Gate {
         (ready > elapsed).then(|| ready - elapsed)
     }
 
-    /// Whether a kind is short by a statement that does not tell when it ends.
+    /// Whether a kind is short by a statement that does not state when it ends.
     fn is_blind(&self, now: u64, amounts: Amounts) -> bool {
         Kind::ALL.into_iter().any(|kind| {
             let state = self.kinds[kind as usize];

@@ -21,8 +21,8 @@ use std::time::Duration;
 type Answer = (response::Parts, upstream::Incoming);
 
 impl Proxy {
-    /// Sends a request and waits for the head of the answer. Sets when the request was sent to the upstream that
-    /// answered.
+    /// Sends a request and waits for the head of the answer. `sent` is started when the request is sent to the upstream
+    /// that answers.
     pub(super) async fn send(
         &self,
         outgoing: &mut OutgoingRequest,

@@ -498,7 +498,7 @@ pub(super) async fn read_body(
 }
 
 /// Makes room for the bytes of a body so far. The buffer at most doubles, and never grows beyond the declared length, so
-/// that it occupies little more than what has arrived.
+/// that it occupies at most twice the bytes received.
 fn reserve(whole: &mut Vec<u8>, received: usize, declared: Option<u64>) {
     if received <= whole.capacity() {
         return;

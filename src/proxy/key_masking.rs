@@ -17,10 +17,10 @@ use std::io::{self, Write};
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// At most this much of a compressed body is searched before its head is passed on. A key that begins in the part to be
-/// searched may end behind it.
+/// Maximum number of decoded bytes of a compressed body that are searched before its head is passed on. A key that begins
+/// within `MAX_SEARCHED_BYTES` may end after them, so this is twice that number.
 const MAX_DECODED_BYTES: usize = 2 * MAX_SEARCHED_BYTES;
-/// At most this much of a compressed body is read for that.
+/// Maximum number of compressed bytes that are read for the search.
 const MAX_READ_BYTES: usize = 2 * MAX_SEARCHED_BYTES;
 /// Reading for the search stops after this time.
 const MAX_READ_TIME: Duration = Duration::from_secs(5);

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// After this many failures in a row, a route with several upstreams passes over the upstream.
 const MAX_FAILURES: NonZeroU32 = NonZeroU32::MIN.saturating_add(4);
 
-/// Values of one upstream. A reload keeps what has been learned of an upstream that is the same backend as before.
+/// Values of one upstream. If a reload does not change the backend, its learned values stay.
 pub(super) struct UpstreamContext {
     pub(super) settings: Arc<UpstreamSettings>,
     /// Index of its corrections of prompt estimates.

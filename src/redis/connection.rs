@@ -149,11 +149,11 @@ impl FailFastConnection {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Waits in line until fewer than the maximum of calls are in flight on the connection with this number. Line and
+    /// Waits in the queue until fewer than the maximum of calls are in flight on the connection with this number. Queue and
     /// wait are bounded.
     ///
     /// # Errors
-    /// The connection is lost, or was lost while this call was in line; or too many calls are in line.
+    /// The connection is lost, or was lost while this call was in the queue; or too many calls are in the queue.
     pub async fn permit(&self, generation: u64) -> Result<CallPermit<'_>, CallRefusal> {
         self.permit_with(generation, true).await
     }
@@ -167,7 +167,7 @@ impl FailFastConnection {
         Ok(CallPermit { connection: self, server, generation, pass })
     }
 
-    /// Waits for a permit, however long the line is, and runs a command of the script.
+    /// Waits for a permit, however long the queue is, and runs a command of the script.
     ///
     /// # Errors
     /// The connection with this number is lost. Redis may have run the command, or may still run it.

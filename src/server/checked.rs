@@ -111,7 +111,7 @@ impl CheckedBytes {
         }
     }
 
-    /// Discards what follows a refusal.
+    /// After a refusal, discards the bytes that were not checked.
     fn end_if_refused(&mut self) {
         if let Some(refused) = self.check.refused() {
             self.bytes.truncate(self.checked);

@@ -12,7 +12,7 @@ pub struct Incoming {
     source: Source,
     /// Bytes that were read ahead, which `poll_data` returns first.
     read_ahead: Option<Box<ReadAhead>>,
-    /// Changes what is read. It is a part of errors only.
+    /// Changes the bytes of the body. Only error answers have one.
     filter: Option<Box<Filtering>>,
     /// Counts the request as in flight at its replica until the body is dropped.
     _in_flight: Option<InFlight>,
@@ -35,7 +35,7 @@ pub trait BodyFilter: Send {
 
 struct Filtering {
     filter: Box<dyn BodyFilter>,
-    /// What follows the bytes that the filter held back.
+    /// The end of the body or its error, which follows the bytes that the filter held back.
     ending: Option<Option<io::Error>>,
 }
 
@@ -77,7 +77,7 @@ impl Incoming {
         self
     }
 
-    /// Changes what is read from here on.
+    /// Passes the rest of the body through a filter.
     #[must_use]
     pub fn filtered(self, filter: impl BodyFilter + 'static) -> Self {
         let filtering = Filtering { filter: Box::new(filter), ending: None };

@@ -1,4 +1,4 @@
-//! What is known of each replica of an upstream. All workers share it.
+//! The state of each replica of an upstream. All workers share it.
 
 use super::availability::{Attempt, Availability, Standing};
 use super::connections::ConnectionCounts;

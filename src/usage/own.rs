@@ -3,7 +3,7 @@
 use super::Reported;
 use crate::quota::{Amounts, MAX_AMOUNT};
 
-/// What the gateway itself knows of an exchange.
+/// The facts of an exchange that the gateway itself has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OwnFigures {
     /// The estimate of the prompt.

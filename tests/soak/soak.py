@@ -164,7 +164,7 @@ def bounds():
     least, most = 0, 0
     for number, request in requests.items():
         ended = request.ended or time.monotonic()
-        # At a kill of the gateway what was reserved is charged, and what was settled within the last second may be lost.
+        # A kill of the gateway charges the reservations in flight. Settlements of the last second may be lost.
         was_in_flight = any(request.begun <= kill <= ended for kill in gateway_kills)
         was_recent = any(kill - 1 <= ended <= kill for kill in gateway_kills)
         charge = PROMPT + begun.get(number, 0)

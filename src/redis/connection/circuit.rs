@@ -1,7 +1,7 @@
 //! The circuit between this node's calls and the server. It is closed while there is a working connection, and lets
 //! calls through. It is open while there is none, and calls fail at once.
 //!
-//! While the server stalls, calls wait: a few are in flight, the others in line. Both the line and the waits are
+//! While the server stalls, calls wait: a few are in flight, the others in a queue. Both the queue and the waits are
 //! bounded. When one call fails, the circuit opens, and all waiting calls fail.
 
 use super::call_timer::CallTimer;
@@ -16,18 +16,18 @@ use tokio::time::sleep;
 /// Maximum calls in flight on one connection. Redis reads everything that a connection has sent before it sends the
 /// first reply. Without this limit, many nodes together would get no reply in time.
 const MAX_CALLS_IN_FLIGHT: usize = 16;
-/// Maximum requests in line. A further request is refused.
-const MAX_LINE: usize = 5_000;
-/// Maximum time in line, unless twice the timeout is longer. Calls that are made faster than the server runs them
+/// Maximum number of calls in the queue. A further request is refused.
+const MAX_QUEUED: usize = 5_000;
+/// Maximum time in the queue, unless twice the timeout is longer. Calls that are made faster than the server runs them
 /// wait here, although the server is available.
-const MAX_LINE_TIME: Duration = Duration::from_secs(2);
+const MAX_QUEUE_TIME: Duration = Duration::from_secs(2);
 
 /// Why a call was not made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallRefusal {
-    /// Redis is unavailable, or became so while the call was in line.
+    /// Redis is unavailable, or became so while the call was in the queue.
     CircuitOpen,
-    /// Too many calls are in line, or the call was in line for too long. Redis is available.
+    /// Too many calls are in the queue, or the call was in it for too long. Redis is available.
     LineFull,
 }
 
@@ -44,7 +44,7 @@ pub(super) enum CallFailure {
 pub(super) struct Circuit {
     pub(super) timer: CallTimer,
     permits: Arc<Semaphore>,
-    in_line: AtomicUsize,
+    queued: AtomicUsize,
     /// The number of the working connection; 0 while the circuit is open.
     generation: watch::Sender<u64>,
 }
@@ -71,7 +71,7 @@ impl Circuit {
         Self {
             timer: CallTimer::new(timeout),
             permits: Arc::new(Semaphore::new(MAX_CALLS_IN_FLIGHT)),
-            in_line: AtomicUsize::new(0),
+            queued: AtomicUsize::new(0),
             generation: watch::channel(0).0,
         }
     }
@@ -81,7 +81,7 @@ impl Circuit {
         self.generation.send_replace(generation);
     }
 
-    /// Opens the circuit: all calls fail now, those in flight and in line too.
+    /// Opens the circuit: all calls fail now, those in flight and in the queue too.
     pub(super) fn open(&self) {
         self.generation.send_replace(0);
     }
@@ -90,25 +90,25 @@ impl Circuit {
         self.generation.subscribe()
     }
 
-    /// Waits in line until fewer than the maximum of calls are in flight on the connection with this number.
+    /// Waits in the queue until fewer than the maximum of calls are in flight on the connection with this number.
     ///
     /// # Errors
-    /// The circuit is open, or opened while this call was in line. `has_limit`: the line was full, or did not move
+    /// The circuit is open, or opened while this call was in the queue. `has_limit`: the queue was full, or did not move
     /// in time.
     pub(super) async fn enter(&self, generation: u64, has_limit: bool) -> Result<CircuitPass, CallRefusal> {
         let mut current = self.generation.subscribe();
         if *current.borrow() != generation {
             return Err(CallRefusal::CircuitOpen);
         }
-        // Requests in line come first: while there are any, no permit is available.
+        // Requests in the queue come first: while there are any, no permit is available.
         if let Ok(permit) = self.permits.clone().try_acquire_owned() {
             return Ok(CircuitPass { _permit: permit, current, generation });
         }
-        let place = LinePlace::take(&self.in_line);
+        let place = QueuePlace::take(&self.queued);
         if has_limit && place.is_beyond_limit {
             return Err(CallRefusal::LineFull);
         }
-        let max_time = if has_limit { MAX_LINE_TIME.max(2 * self.timer.timeout()) } else { Duration::MAX };
+        let max_time = if has_limit { MAX_QUEUE_TIME.max(2 * self.timer.timeout()) } else { Duration::MAX };
         let permit = tokio::select! {
             biased;
             _ = current.wait_for(|&current| current != generation) => return Err(CallRefusal::CircuitOpen),
@@ -158,22 +158,22 @@ impl<T: Send + 'static> Drop for CommandInFlight<T> {
     }
 }
 
-/// The place of one call in line. Dropping it leaves the line.
-struct LinePlace<'a> {
-    in_line: &'a AtomicUsize,
+/// The place of one call in the queue. Dropping it leaves the queue.
+struct QueuePlace<'a> {
+    queued: &'a AtomicUsize,
     is_beyond_limit: bool,
 }
 
-impl<'a> LinePlace<'a> {
-    fn take(in_line: &'a AtomicUsize) -> Self {
-        let before = in_line.fetch_add(1, Ordering::Relaxed);
-        Self { in_line, is_beyond_limit: before >= MAX_LINE }
+impl<'a> QueuePlace<'a> {
+    fn take(queued: &'a AtomicUsize) -> Self {
+        let before = queued.fetch_add(1, Ordering::Relaxed);
+        Self { queued, is_beyond_limit: before >= MAX_QUEUED }
     }
 }
 
-impl Drop for LinePlace<'_> {
+impl Drop for QueuePlace<'_> {
     fn drop(&mut self) {
-        self.in_line.fetch_sub(1, Ordering::Relaxed);
+        self.queued.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

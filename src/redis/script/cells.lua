@@ -113,7 +113,7 @@ local function save_cells()
   save_fields(upstream_cells_key, of_upstream)
 end
 
--- The limit 0 is unlimited. Such a quota counts what was settled in its period: a calendar cell in `used`, a rolling cell
+-- The limit 0 is unlimited. Such a quota counts the amounts settled in its period: a calendar cell in `used`, a rolling cell
 -- in `clock`, which counts since `since`. Its bucket refills by the last limit.
 
 -- Begins the clock's next period of a rolling cell if the current one has ended. If the clock was stepped back, the

@@ -55,7 +55,7 @@ pub(super) fn check_bytes(head: &[u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The first line, without its end, and what follows it.
+/// The first line, without its end, and the rest of the head.
 fn next_line(head: &[u8]) -> Result<(&[u8], &[u8]), &'static str> {
     let end = memchr::memchr(b'\n', head).unwrap_or(head.len());
     let line = head[..end].strip_suffix(b"\r").ok_or("a line does not end with CR and LF")?;

@@ -1,6 +1,6 @@
 use super::*;
 
-/// What is passed on of these bytes in pieces of `step`, and whether they are refused.
+/// Feeds these bytes in pieces of `step`. Returns the bytes that are passed on, and the refusal, if there is one.
 fn passed(wire: &[u8], step: usize) -> (Vec<u8>, Option<Refused>) {
     let (mut check, mut held, mut out) = (RequestCheck::new("http", true), Vec::new(), Vec::new());
     for piece in wire.chunks(step) {

@@ -1,5 +1,5 @@
-//! Fuzzes usage in JSON answers: the usage does not depend on where the answer is cut, and what a whole parser reads as
-//! plain usage is what is reported.
+//! Fuzzes usage in JSON answers: the usage does not depend on where the answer is cut, and it agrees with the plain usage
+//! that a complete JSON parser reads.
 
 use serde_json::Value;
 use tollgate::usage::{JsonReader, Reported};

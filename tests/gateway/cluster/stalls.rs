@@ -164,7 +164,7 @@ async fn a_short_stall_in_a_burst_over_admits_nothing_and_refuses_nobody_with_th
     }
 }
 
-/// More callers than calls may be in flight: some hang up while their call is in line.
+/// More callers than calls may be in flight: some hang up while their call is in the queue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn callers_that_hang_up_during_a_stall_leave_nothing_held() {
     let redis = Redis::start();

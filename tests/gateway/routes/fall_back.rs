@@ -1,4 +1,4 @@
-//! A list of upstreams is an order: which failures let the next one be tried, what is charged, and how often an upstream is
+//! A list of upstreams is an order: the failures after which the next one is tried, the charge, and how often an upstream is
 //! tried.
 
 use super::*;
@@ -190,7 +190,7 @@ async fn an_upstream_whose_provider_is_waited_for_is_left_out() {
         "api_key: key-of-a, provider_limits: follow",
         1,
     );
-    // Waiting in line is only for requests that no other upstream can serve.
+    // Waiting is only for requests that no other upstream can serve.
     let gateway = gateway_with(&text, "a", IN_ORDER, "").await;
     for sent in 1..=4 {
         let reply = gateway.chat(HELLO).await;
@@ -306,7 +306,7 @@ async fn no_request_is_lost_when_an_upstream_dies_in_mid_burst() {
     let failed = attempts(&gateway, "a", "unreachable").await;
     let answered = [attempts(&gateway, "a", "answered").await, attempts(&gateway, "b", "answered").await];
     assert_eq!(answered.iter().sum::<u64>(), requests);
-    // Before the upstream is passed over: the five that it takes, and one for each client that has sent its request by then.
+    // Five failures make the gateway pass over the upstream. Each client can have one more request in flight at that time.
     // The last answers can overtake failures, so that up to 20 more are needed. Without passing over there would be 300.
     assert!((5..=45).contains(&failed), "{failed} failed attempts");
     let at_b = b.seen().len();

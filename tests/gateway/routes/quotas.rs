@@ -43,7 +43,7 @@ async fn only_the_upstream_that_answered_is_charged() {
     // The headers are those of the reservation at the upstream that answered.
     assert_eq!(reply.header("x-ratelimit-remaining-tokens"), Some("9900"));
     assert_eq!(gateway.settled_charges().await, [1, 8, 5, 13]);
-    // What is left of each upstream, by a request that it answers itself.
+    // A request to one upstream alone shows what is left of its quota.
     let direct = async |model: &str| {
         let reply = gateway.chat(&body.replace("gpt-4o", model)).await;
         (

@@ -62,7 +62,7 @@ fn a_call_without_a_reply_fails_after_the_timeout_and_not_before() {
 }
 
 #[test]
-fn an_open_circuit_fails_calls_in_flight_and_in_line_and_refuses_new_ones() {
+fn an_open_circuit_fails_calls_in_flight_and_in_the_queue_and_refuses_new_ones() {
     block_on(async {
         let circuit = closed(Duration::from_mins(1));
         let mut calls = JoinSet::new();
@@ -75,12 +75,12 @@ fn an_open_circuit_fails_calls_in_flight_and_in_line_and_refuses_new_ones() {
             let circuit = circuit.clone();
             line.spawn(async move { circuit.enter(1, true).await.map(drop) });
         }
-        wait_for(|| circuit.in_line.load(Ordering::Relaxed) == 100).await;
+        wait_for(|| circuit.queued.load(Ordering::Relaxed) == 100).await;
         circuit.open();
         assert_eq!(calls.join_all().await, vec![Err(CallFailure::CircuitOpened); MAX_CALLS_IN_FLIGHT]);
         assert_eq!(line.join_all().await, vec![Err(CallRefusal::CircuitOpen); 100]);
         assert_eq!(circuit.enter(1, true).await.unwrap_err(), CallRefusal::CircuitOpen);
-        assert_eq!(circuit.in_line.load(Ordering::Relaxed), 0);
+        assert_eq!(circuit.queued.load(Ordering::Relaxed), 0);
         circuit.close(2);
         assert_eq!(circuit.enter(1, true).await.unwrap_err(), CallRefusal::CircuitOpen, "the old connection");
         assert!(circuit.enter(2, true).await.is_ok(), "all permits are free again");
@@ -93,11 +93,11 @@ fn the_line_is_bounded_for_requests_and_not_for_the_task() {
         let circuit = closed(Duration::from_mins(1));
         let passes = fill(&circuit).await;
         let mut line = JoinSet::new();
-        for _ in 0..MAX_LINE {
+        for _ in 0..MAX_QUEUED {
             let circuit = circuit.clone();
             line.spawn(async move { circuit.enter(1, true).await.map(drop) });
         }
-        wait_for(|| circuit.in_line.load(Ordering::Relaxed) == MAX_LINE).await;
+        wait_for(|| circuit.queued.load(Ordering::Relaxed) == MAX_QUEUED).await;
         assert_eq!(circuit.enter(1, true).await.unwrap_err(), CallRefusal::LineFull);
         let task = circuit.clone();
         let task = tokio::spawn(async move { task.enter(1, false).await.map(drop) });
