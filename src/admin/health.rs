@@ -73,7 +73,7 @@ pub(super) async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     AccessErrors,
 ))]
 pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
-    let state = admin.state.clone();
+    let (state, reload) = (admin.state.clone(), admin.reload.clone());
     let render = move || {
         let current = state.current();
         let store_is_up = state.store_failure().is_none();
@@ -84,6 +84,7 @@ pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
             provider_limits: &current.provider_limits,
             replicas: &current.replicas,
             store_is_up,
+            reload_succeeded: reload.faults().is_empty(),
         };
         state.metrics.render(sources)
     };

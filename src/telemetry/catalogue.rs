@@ -286,6 +286,11 @@ pub(super) const LAST_RELOAD: Metric = gauge(
     &[],
     "When the config in force was loaded, in seconds since the Unix epoch.",
 );
+pub(super) const LAST_RELOAD_SUCCESSFUL: Metric = gauge(
+    "tollgate_config_last_reload_successful",
+    &[],
+    "0 from a reload that was refused until one succeeds, else 1.",
+);
 pub(super) const CERTIFICATE_EXPIRY: Metric = gauge(
     "tollgate_tls_certificate_expiry_timestamp_seconds",
     &["listener"],
@@ -404,6 +409,7 @@ pub(super) const ALL: &[Metric] = &[
     ESTIMATES,
     BUILD_INFO,
     LAST_RELOAD,
+    LAST_RELOAD_SUCCESSFUL,
     CERTIFICATE_EXPIRY,
     RELOAD_FAILURES,
     TRACE_SPANS,

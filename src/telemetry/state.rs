@@ -1,9 +1,9 @@
 //! The state of quotas, environments and connections, as `/metrics` shows it. It is read when it is requested.
 
 use super::catalogue::{
-    BUILD_INFO, IN_FLIGHT, NODES, OVERRIDE_ACTIVE, OVERRIDE_SINCE, QUEUE_LENGTH, QUOTA_BURST,
-    QUOTA_EXHAUSTED, QUOTA_HELD, QUOTA_LEVEL, QUOTA_LIMIT, QUOTA_RESET, QUOTA_USED, REDIS_FAULTS,
-    REDIS_LOSSES, REDIS_UP, STORE_UP, UPSTREAM_ATTEMPTS,
+    BUILD_INFO, IN_FLIGHT, LAST_RELOAD_SUCCESSFUL, NODES, OVERRIDE_ACTIVE, OVERRIDE_SINCE, QUEUE_LENGTH,
+    QUOTA_BURST, QUOTA_EXHAUSTED, QUOTA_HELD, QUOTA_LEVEL, QUOTA_LIMIT, QUOTA_RESET, QUOTA_USED,
+    REDIS_FAULTS, REDIS_LOSSES, REDIS_UP, STORE_UP, UPSTREAM_ATTEMPTS,
 };
 use super::exposition::{Family, labels, seconds};
 use super::series::CallerLabels;
@@ -33,6 +33,8 @@ pub(crate) struct StateSources<'s> {
     pub(crate) replicas: &'s [Replicas],
     /// Whether the store can be written.
     pub(crate) store_is_up: bool,
+    /// Whether the last reload of the config succeeded, or there was none.
+    pub(crate) reload_succeeded: bool,
 }
 
 /// Appends the state to the text.
@@ -54,6 +56,7 @@ pub(super) fn append(text: &mut String, sources: StateSources<'_>, summaries: &S
         families.add_upstream(account);
     }
     families.process.push(one(&BUILD_INFO, &labels(BUILD_INFO.labels, &[env!("CARGO_PKG_VERSION")]), 1));
+    families.process.push(one(&LAST_RELOAD_SUCCESSFUL, "", u64::from(sources.reload_succeeded)));
     families.process.push(one(&STORE_UP, "", u64::from(sources.store_is_up)));
     families.process.push(one(&NODES, "", families.nodes.max(1)));
     if let Some(is_up) = families.redis_is_up {

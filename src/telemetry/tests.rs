@@ -88,6 +88,7 @@ fn the_dashboard_and_the_rules_use_every_metric_of_the_gateway_or_a_rule_of_it()
         "tollgate_raw_estimate_ratio",
         "tollgate_upstream_keys_masked_total",
         "tollgate_config_last_reload_success_timestamp_seconds",
+        "tollgate_config_last_reload_successful",
         "tollgate_tls_certificate_expiry_timestamp_seconds",
         "tollgate_trace_spans_total",
         "tollgate_redis_faults",

@@ -127,6 +127,7 @@ async fn a_reload_keeps_used_amounts_and_reports_what_changed() {
     assert_eq!(live.amounts().await, [1_000, 100, 900]);
     assert_eq!(live.metric("tollgate_config_reload_failures_total").await, 0);
     assert!(live.metric("tollgate_config_last_reload_success_timestamp_seconds").await > 1_700_000_000);
+    assert_eq!(live.metric("tollgate_config_last_reload_successful").await, 1);
 }
 
 #[tokio::test]
@@ -320,6 +321,7 @@ async fn a_bad_file_changes_nothing_and_is_reported() {
             "{name}"
         );
         assert!(live.metric("tollgate_config_reload_failures_total").await >= failures, "{name}");
+        assert_eq!(live.metric("tollgate_config_last_reload_successful").await, 0, "{name}");
     }
     fs::remove_file(&file).unwrap();
     assert!(live.reload().await.text().contains("cannot be read"));
@@ -338,6 +340,7 @@ async fn a_bad_file_changes_nothing_and_is_reported() {
     let reply = live.change_text(&good).await;
     assert_eq!((reply.status, reply.json()["changes"].clone()), (200, serde_json::json!([])));
     assert_eq!(live.gateway.admin_get("/readyz").await.text(), "ready\n");
+    assert_eq!(live.metric("tollgate_config_last_reload_successful").await, 1);
 }
 
 #[tokio::test]
