@@ -36,10 +36,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use sync::{RedisSync, SyncTimes};
 use tokio::sync::watch;
-use wait_queue::{WaitQueue, may_clear_within};
+use wait_queue::WaitQueue;
 
 pub use accounts::{Accounts, NamedAccount};
 pub use audit::{AuditEntry, AuditLog};
+use demand::Shortage;
 pub use demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
@@ -236,25 +237,25 @@ impl Account {
         max_wait: Duration,
         waited: &mut Option<Duration>,
     ) -> Result<Reservation, Refusal> {
-        let obstacle = if max_wait.is_zero() || self.wait_queue.is_empty() {
+        let shortage = if max_wait.is_zero() || self.wait_queue.is_empty() {
             match self.try_reserve(demand).await {
                 Ok(reservation) => return Ok(reservation),
                 Err(_) if self.handover.has_left() => return Err(Refusal::HasLeft(max_wait)),
-                Err(no_room) if max_wait.is_zero() => {
+                Err(Shortage { no_room, .. }) if max_wait.is_zero() => {
                     self.record_denial(demand, &no_room);
                     return Err(Refusal::NoRoom(no_room));
                 }
-                Err(no_room) => Some(no_room),
+                Err(shortage) => Some(shortage),
             }
         } else {
-            self.engine.obstacle(demand)
+            self.engine.shortage(demand)
         };
         for account in demand.backends.iter().filter_map(|backend| backend.account) {
             account.dependents.add(&self.wait_queue);
         }
         let clock = Stopwatch::start();
         // A request behind others is denied at once if it could not fit in time even at the head of the queue.
-        if obstacle.is_none_or(|no_room| may_clear_within(&no_room, max_wait)) {
+        if shortage.is_none_or(|shortage| shortage.may_clear_within(max_wait)) {
             let waits = self.wait_queue.wait_in_turn(max_wait, || self.try_reserve(demand));
             let reservation = Box::pin(waits).await;
             *waited = Some(waited.unwrap_or_default() + clock.elapsed());
@@ -286,7 +287,7 @@ impl Account {
     }
 
     /// One attempt; does not count a denial.
-    async fn try_reserve(self: &Arc<Self>, demand: &Demand<'_>) -> Result<Reservation, NoRoom> {
+    async fn try_reserve(self: &Arc<Self>, demand: &Demand<'_>) -> Result<Reservation, Shortage> {
         let (admission, backend) = self.engine.try_admit(demand).await?;
         let store = self.persistence.as_deref().filter(|store| admission.is_durable && store.is_writing());
         let commit = store.map(|store| store.commits().next());

@@ -7,6 +7,7 @@ use crate::clock::Timestamp;
 use crate::quota::{Amounts, Denied, QuotaLevel, QuotaStatus, Receipt, Required, Shortfall, Subject, Wait};
 use smallvec::SmallVec;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a request demands of its quotas.
 #[derive(Clone, Copy, Debug)]
@@ -117,6 +118,53 @@ impl NoRoom {
             }
             Self::InFlight { .. } => Wait::Ms(0),
             Self::Unavailable => Wait::Never,
+        }
+    }
+}
+
+/// Why no upstream of a request has room, and how long waiting may take.
+#[derive(Debug)]
+pub(super) struct Shortage {
+    /// The refusal of the upstream at which the request fits first.
+    pub(super) no_room: NoRoom,
+    /// The earliest time at which the request could fit at any of the upstreams.
+    soonest: Wait,
+    /// Until then no refill makes room at any of them, only the end of another request. `None`: at one of them no refill
+    /// makes room.
+    refill: Option<Wait>,
+}
+
+impl Shortage {
+    /// The refusal of the only upstream, or of the first one.
+    pub(super) fn of(no_room: NoRoom) -> Self {
+        let (soonest, refill) = (no_room.soonest(), no_room.wait());
+        Self { no_room, soonest, refill }
+    }
+
+    /// Adds the refusal of another upstream. Returns whether the request fits there first.
+    pub(super) fn add(&mut self, no_room: NoRoom) -> bool {
+        self.soonest = self.soonest.min(no_room.soonest());
+        self.refill = self.refill.zip(no_room.wait()).map(|(before, other)| before.min(other));
+        let is_first = no_room.fits_before(&self.no_room);
+        if is_first {
+            self.no_room = no_room;
+        }
+        is_first
+    }
+
+    /// Whether the request could fit within this time.
+    pub(super) fn may_clear_within(&self, left: Duration) -> bool {
+        match self.soonest {
+            Wait::Never => false,
+            Wait::Ms(ms) => Duration::from_millis(ms) <= left,
+        }
+    }
+
+    /// The time until a refill makes enough room. `None`: it is not known, or never.
+    pub(super) fn refills_after(&self) -> Option<Duration> {
+        match self.refill {
+            Some(Wait::Ms(ms)) => Some(Duration::from_millis(ms.max(1))),
+            Some(Wait::Never) | None => None,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! from one request to the next. A request with an upstream that has limits takes two locks: first that of its environment,
 //! then, inside, that of the upstream. No code takes them in the other order.
 
-use super::demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
+use super::demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement, Shortage};
 use super::local::{Backing, Local, Residence};
 use super::overrides::{EnforceOverride, LimitChange, OverrideSet, QuotaKey};
 use super::reservation::UpstreamPart;
@@ -49,14 +49,14 @@ impl Engine {
 
     /// Reserves room for a request at the first upstream with room, whose index is returned; does not count a denial. With
     /// local counters this future never suspends.
-    pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<(Admission, usize), NoRoom> {
+    pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<(Admission, usize), Shortage> {
         match self {
             Self::Local(_) => self.with_local(|local, now| match local.residence {
                 Residence::Here => at_first(local, now, demand, |local, now, upstream| {
                     local.try_admit_at(now, demand, upstream)
                 })
-                .map_err(|(no_room, _)| no_room),
-                Residence::Leaving(_) | Residence::Moved(_) => Err(NoRoom::Unavailable),
+                .map_err(|(shortage, _)| shortage),
+                Residence::Leaving(_) | Residence::Moved(_) => Err(Shortage::of(NoRoom::Unavailable)),
             }),
             // Boxed to keep the future small for local counters.
             Self::Shared(sync) => Box::pin(try_admit_by_redis(sync, demand)).await,
@@ -76,15 +76,15 @@ impl Engine {
         let denied = self.at_first(demand, |local, now, upstream| {
             Err::<(), _>(local.reason_to_deny(now, demand, upstream))
         });
-        denied.map_or_else(|(no_room, _)| no_room, |_| NoRoom::Unavailable)
+        denied.map_or_else(|(shortage, _)| shortage.no_room, |_| NoRoom::Unavailable)
     }
 
-    /// The reason why the request does not fit now. `None`: it fits. Reserves nothing.
-    pub(super) fn obstacle(&self, demand: &Demand<'_>) -> Option<NoRoom> {
+    /// Why the request does not fit now. `None`: it fits. Reserves nothing.
+    pub(super) fn shortage(&self, demand: &Demand<'_>) -> Option<Shortage> {
         let found = self.at_first(demand, |local, now, upstream| {
             local.binding_obstacle(now, demand, upstream).map_or(Ok(()), Err)
         });
-        found.err().map(|(no_room, _)| no_room)
+        found.err().map(|(shortage, _)| shortage)
     }
 
     /// What would happen to a request now. Reserves nothing.
@@ -94,7 +94,7 @@ impl Engine {
         });
         let (obstacle, backend) = match found {
             Ok(((), backend)) => (None, backend),
-            Err((no_room, backend)) => (Some(no_room), backend),
+            Err((shortage, backend)) => (Some(shortage.no_room), backend),
         };
         let account = demand.backends.get(backend).and_then(|backend| backend.account);
         self.with_local(|local, now| {
@@ -114,9 +114,9 @@ impl Engine {
         &self,
         demand: &Demand<'_>,
         attempt: impl FnMut(&mut Local, Timestamp, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
-    ) -> Result<(T, usize), (NoRoom, usize)> {
+    ) -> Result<(T, usize), (Shortage, usize)> {
         if self.is_closed() {
-            return Err((NoRoom::Unavailable, 0));
+            return Err((Shortage::of(NoRoom::Unavailable), 0));
         }
         self.with_local(|local, now| at_first(local, now, demand, attempt))
     }
@@ -291,14 +291,14 @@ pub(super) struct Backed {
 }
 
 /// Tries the upstreams of a request in their order, until one succeeds. Returns the index of that upstream. If all fail, it
-/// returns the error and the index of the one that fits first.
+/// returns the shortage and the index of the one that fits first.
 fn at_first<T>(
     local: &mut Local,
     now: Timestamp,
     demand: &Demand<'_>,
     mut attempt: impl FnMut(&mut Local, Timestamp, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
-) -> Result<(T, usize), (NoRoom, usize)> {
-    let mut best: Option<(NoRoom, usize)> = None;
+) -> Result<(T, usize), (Shortage, usize)> {
+    let mut all: Option<(Shortage, usize)> = None;
     for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
         let outcome = match account {
             None => attempt(local, now, None),
@@ -311,15 +311,21 @@ fn at_first<T>(
             Ok(found) => return Ok((found, index)),
             Err(no_room) => no_room,
         };
-        best = Some(match best {
-            Some((earlier, at)) if !no_room.fits_before(&earlier) => (earlier, at),
-            _ => (no_room, index),
-        });
+        match &mut all {
+            Some((shortage, first)) => {
+                if shortage.add(no_room) {
+                    *first = index;
+                }
+            }
+            None => all = Some((Shortage::of(no_room), index)),
+        }
     }
-    match best {
-        Some(best) => Err(best),
+    match all {
+        Some(all) => Err(all),
         // No upstream is named.
-        None => attempt(local, now, None).map(|found| (found, 0)).map_err(|no_room| (no_room, 0)),
+        None => {
+            attempt(local, now, None).map(|found| (found, 0)).map_err(|no_room| (Shortage::of(no_room), 0))
+        }
     }
 }
 
@@ -355,8 +361,8 @@ fn back(
 }
 
 /// As `at_first`, in Redis.
-async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Admission, usize), NoRoom> {
-    let mut best: Option<NoRoom> = None;
+async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Admission, usize), Shortage> {
+    let mut all: Option<Shortage> = None;
     for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
         let outcome = match account.map(|account| &account.engine) {
             Some(Engine::Shared(upstream)) => sync.try_admit_at(demand, upstream, model).await,
@@ -366,14 +372,16 @@ async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Ad
             Ok(admission) => return Ok((admission, index)),
             Err(no_room) => no_room,
         };
-        best = Some(match best {
-            Some(earlier) if !no_room.fits_before(&earlier) => earlier,
-            _ => no_room,
-        });
+        match &mut all {
+            Some(shortage) => {
+                shortage.add(no_room);
+            }
+            None => all = Some(Shortage::of(no_room)),
+        }
     }
-    match best {
-        Some(no_room) => Err(no_room),
+    match all {
+        Some(shortage) => Err(shortage),
         // No upstream is named.
-        None => sync.try_admit(demand).await.map(|admission| (admission, 0)),
+        None => sync.try_admit(demand).await.map(|admission| (admission, 0)).map_err(Shortage::of),
     }
 }

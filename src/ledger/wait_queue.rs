@@ -1,8 +1,7 @@
 //! The queue of requests that wait for room: first come, first served, bounded in length and in time.
 
-use super::demand::NoRoom;
+use super::demand::Shortage;
 use crate::clock::Stopwatch;
-use crate::quota::Wait;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
@@ -51,7 +50,7 @@ impl WaitQueue {
     /// `None` if the queue is full, if the time is over, or if no room can become free in time.
     pub(super) async fn wait_in_turn<T, R>(&self, max_wait: Duration, reserve: impl Fn() -> R) -> Option<T>
     where
-        R: Future<Output = Result<T, NoRoom>>,
+        R: Future<Output = Result<T, Shortage>>,
     {
         let _place = QueuePlace::take(self)?;
         let clock = Stopwatch::start();
@@ -63,8 +62,8 @@ impl WaitQueue {
                 let left = max_wait.saturating_sub(clock.elapsed());
                 let retry_after = match reserve().await {
                     Ok(reservation) => return Some(reservation),
-                    Err(no_room) if !may_clear_within(&no_room, left) => return None,
-                    Err(no_room) => retry_interval(&no_room),
+                    Err(shortage) if !shortage.may_clear_within(left) => return None,
+                    Err(shortage) => shortage.refills_after().unwrap_or(DEFAULT_RETRY_INTERVAL),
                 };
                 // Both a release and the timeout lead to another attempt: the released room may be too small.
                 drop(timeout(retry_after, released).await);
@@ -88,22 +87,6 @@ impl<'a> QueuePlace<'a> {
 impl Drop for QueuePlace<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Whether a request that does not fit now could fit within this time.
-pub(super) fn may_clear_within(no_room: &NoRoom, left: Duration) -> bool {
-    match no_room.soonest() {
-        Wait::Never => false,
-        Wait::Ms(ms) => Duration::from_millis(ms) <= left,
-    }
-}
-
-/// The time until a refill makes enough room. Before that, only the end of another request can make room.
-fn retry_interval(no_room: &NoRoom) -> Duration {
-    match no_room.wait() {
-        Some(Wait::Ms(ms)) => Duration::from_millis(ms.max(1)),
-        Some(Wait::Never) | None => DEFAULT_RETRY_INTERVAL,
     }
 }
 

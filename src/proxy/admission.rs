@@ -8,6 +8,7 @@ use super::destination::Destination;
 use super::headers::AddedHeaders;
 use super::refusal::{self, Refusal};
 use super::route::Endpoint;
+use crate::clock::Stopwatch;
 use crate::error::ProxyError;
 use crate::ledger::{Backend, Demand, NoRoom, Reservation};
 use crate::provider_limits::Pass;
@@ -17,6 +18,11 @@ use crate::upstream::availability::Attempt;
 use smallvec::SmallVec;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How often a request that waits for the quotas of another upstream tries again: another request may have ended before
+/// they are refilled.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+const MIN_RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The upstream that receives a request.
 pub(super) struct Chosen {
@@ -36,6 +42,15 @@ pub(super) enum Obstacle {
     NoRoom(NoRoom),
 }
 
+impl Obstacle {
+    fn outcome(&self) -> AttemptOutcome {
+        match self {
+            Self::Held(_) => AttemptOutcome::Held,
+            Self::NoRoom(_) => AttemptOutcome::NoRoom,
+        }
+    }
+}
+
 impl Chosen {
     /// The only upstream of a route.
     pub(super) fn only(upstream: usize) -> Self {
@@ -49,9 +64,58 @@ impl Chosen {
     }
 }
 
-/// Whether a request with this reason fits before the time is over.
-fn fits_within(no_room: &NoRoom, time: Duration) -> bool {
-    matches!(no_room.wait(), Some(Wait::Ms(ms)) if Duration::from_millis(ms) < time)
+/// Why the upstreams of a route cannot receive a request: the one that fits first of those that are waited for because of
+/// their providers' limits, and of those whose own quotas have no room.
+#[derive(Default)]
+struct Obstacles {
+    held: Option<(Duration, Candidate)>,
+    no_room: Option<(NoRoom, Candidate)>,
+}
+
+/// What a request does if no upstream can receive it at once.
+enum Waiting {
+    /// It waits at the provider of this upstream, or is refused because of it.
+    Held(Duration, Candidate),
+    /// It waits for room in the quotas of this upstream, or is refused because of them.
+    NoRoom(NoRoom, Candidate),
+}
+
+impl Obstacles {
+    fn add(&mut self, obstacle: Obstacle, candidate: Candidate) {
+        match obstacle {
+            Obstacle::Held(wait) => {
+                if self.held.as_ref().is_none_or(|(shortest, _)| wait < *shortest) {
+                    self.held = Some((wait, candidate));
+                }
+            }
+            Obstacle::NoRoom(reason) => {
+                if self.no_room.as_ref().is_none_or(|(earlier, _)| reason.fits_before(earlier)) {
+                    self.no_room = Some((reason, candidate));
+                }
+            }
+        }
+    }
+
+    /// The upstream at which the request fits first. If that is after `max_wait`, another one whose requests in flight may
+    /// end before.
+    fn first(self, max_wait: Duration) -> Option<Waiting> {
+        let ((wait, held), (reason, full)) = match (self.held, self.no_room) {
+            (Some(held), Some(no_room)) => (held, no_room),
+            (held, no_room) => {
+                let held = held.map(|(wait, candidate)| Waiting::Held(wait, candidate));
+                return held
+                    .or_else(|| no_room.map(|(reason, candidate)| Waiting::NoRoom(reason, candidate)));
+            }
+        };
+        let fits_before = matches!(reason.wait(), Some(Wait::Ms(ms)) if Duration::from_millis(ms) < wait);
+        let is_late = wait > max_wait && may_clear_within(&reason, max_wait);
+        Some(if fits_before || is_late { Waiting::NoRoom(reason, full) } else { Waiting::Held(wait, held) })
+    }
+}
+
+/// Whether quotas could have room for a request within this time.
+fn may_clear_within(no_room: &NoRoom, time: Duration) -> bool {
+    !time.is_zero() && matches!(no_room.soonest(), Wait::Ms(ms) if Duration::from_millis(ms) <= time)
 }
 
 impl Proxy {
@@ -149,7 +213,7 @@ impl Proxy {
     }
 
     /// Chooses the first upstream of the route that has room for the request, in its own quotas and at its provider. If none
-    /// has, waits for at most `max_wait` for the provider that has room first.
+    /// has, waits for at most `max_wait` for the one that has room first.
     pub(super) async fn choose_upstream(
         &self,
         caller: IdentifiedCaller,
@@ -171,40 +235,59 @@ impl Proxy {
             record.attempts.add(&upstreams[upstream].settings, AttemptOutcome::NoRoom);
         }
         candidates.skip_to(with_room);
-        let mut soonest: Option<(Duration, Candidate)> = None;
-        let mut no_room = None;
+        let mut obstacles = Obstacles::default();
         while let Some(candidate) = candidates.next(upstreams) {
             let settings = &upstreams[candidate.upstream].settings;
             match self.try_candidate(&candidate, call, reservation.as_deref_mut(), Duration::ZERO).await {
                 Ok(pass) => return Ok(Chosen::of(candidate, pass, candidates)),
-                Err(Obstacle::Held(wait)) => {
-                    record.attempts.add(settings, AttemptOutcome::Held);
-                    if soonest.as_ref().is_none_or(|(shortest, _)| wait < *shortest) {
-                        soonest = Some((wait, candidate));
-                    }
-                }
-                Err(Obstacle::NoRoom(reason)) => {
-                    record.attempts.add(settings, AttemptOutcome::NoRoom);
-                    no_room.get_or_insert(reason);
+                Err(obstacle) => {
+                    record.attempts.add(settings, obstacle.outcome());
+                    obstacles.add(obstacle, candidate);
                 }
             }
         }
-        let (wait, candidate) = match (soonest, no_room) {
-            (Some(soonest), no_room)
-                if no_room.as_ref().is_none_or(|reason| !fits_within(reason, soonest.0)) =>
-            {
-                soonest
+        let (tried, candidate) = match obstacles.first(max_wait) {
+            None => return Err(ProxyError::Internal),
+            Some(Waiting::Held(wait, candidate)) if wait > max_wait => (Err(Obstacle::Held(wait)), candidate),
+            Some(Waiting::Held(_, candidate)) => {
+                (self.try_candidate(&candidate, call, reservation, max_wait).await, candidate)
             }
-            (_, Some(reason)) => return Err(self.no_room_at_upstream(reason, caller)),
-            (_, None) => return Err(ProxyError::Internal),
+            Some(Waiting::NoRoom(reason, candidate)) => {
+                (self.wait_for_room(reason, &candidate, call, reservation, max_wait).await, candidate)
+            }
         };
-        if wait > max_wait {
-            return Err(self.held(caller, candidate.upstream, wait));
-        }
-        match self.try_candidate(&candidate, call, reservation, max_wait).await {
+        match tried {
             Ok(pass) => Ok(Chosen::of(candidate, pass, candidates)),
             Err(Obstacle::Held(wait)) => Err(self.held(caller, candidate.upstream, wait)),
             Err(Obstacle::NoRoom(reason)) => Err(self.no_room_at_upstream(reason, caller)),
+        }
+    }
+
+    /// Waits until the quotas of an upstream have room, for at most `max_wait`. The request has its room in the quotas of the
+    /// environment, so it is not in the environment's wait queue.
+    async fn wait_for_room(
+        &self,
+        mut reason: NoRoom,
+        candidate: &Candidate,
+        call: &Call,
+        mut reservation: Option<&mut Reservation>,
+        max_wait: Duration,
+    ) -> Result<Option<Pass>, Obstacle> {
+        let clock = Stopwatch::start();
+        loop {
+            let left = max_wait.saturating_sub(clock.elapsed());
+            if !may_clear_within(&reason, left) {
+                return Err(Obstacle::NoRoom(reason));
+            }
+            let refill = match reason.wait() {
+                Some(Wait::Ms(ms)) => Duration::from_millis(ms),
+                Some(Wait::Never) | None => RETRY_INTERVAL,
+            };
+            tokio::time::sleep(refill.clamp(MIN_RETRY_INTERVAL, RETRY_INTERVAL).min(left)).await;
+            match self.try_candidate(candidate, call, reservation.as_deref_mut(), Duration::ZERO).await {
+                Err(Obstacle::NoRoom(again)) => reason = again,
+                other => return other,
+            }
         }
     }
 

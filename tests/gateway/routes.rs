@@ -5,6 +5,7 @@ mod model_lists;
 mod models;
 mod over_tls;
 mod quotas;
+mod waiting;
 
 use crate::support::*;
 use std::sync::Arc;
@@ -47,10 +48,21 @@ pub async fn gateway(all: &[(&str, &Upstream)], routes: &str, settings: &str) ->
 }
 
 pub async fn gateway_with(upstreams: &str, rest: &str, routes: &str, settings: &str) -> Gateway {
+    gateway_reserving(upstreams, rest, routes, settings, "completion: max_tokens").await
+}
+
+/// `reserve`: how the environment reserves.
+pub async fn gateway_reserving(
+    upstreams: &str,
+    rest: &str,
+    routes: &str,
+    settings: &str,
+    reserve: &str,
+) -> Gateway {
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0', max_request_body: 1MiB, drain_timeout: 5s }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
          upstreams:\n{upstreams}environments:\n  staging:\n    upstream: {rest}\n    routes: [{routes}]\n    {settings}\n    \
-         reserve: {{ completion: max_tokens }}\n    quotas: {{ total_tokens: {{ limit: 1000000, per: day }} }}\n\
+         reserve: {{ {reserve} }}\n    quotas: {{ total_tokens: {{ limit: 1000000, per: day }} }}\n\
          default_environment: staging\nstore: {{ memory: true }}\n"
     ))
     .await

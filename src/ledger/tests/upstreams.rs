@@ -202,6 +202,30 @@ fn clamping_takes_the_upstream_into_account() {
 }
 
 #[tokio::test]
+async fn a_request_waits_as_long_as_any_of_its_upstreams_may_have_room() {
+    let upstreams =
+        "  u: { base_url: 'http://u/v1', quotas: { requests: { limit: 1, per: day, window: rolling } } }
+  v: { base_url: 'http://v/v1', max_in_flight: 1 }";
+    let tied = Tied::new(upstreams, TWO);
+    let both = [tied.backend("u", "m"), tied.backend("v", "m")];
+    let mut spent = tied.reserve("a", &both, 1).unwrap();
+    spent.observe(Amounts::of_request(8, 1));
+    drop(spent);
+    let held = tied.reserve("a", &both, 1).unwrap();
+    assert_eq!(held.backend(), 1);
+    let denied = tied.reserve("b", &both, 1).unwrap_err();
+    assert_eq!(denied.worst().unwrap().quota.scope.name(), "u", "the one that names a time fits first");
+    let waits = Demand { backends: &both, ..demand(1) };
+    let mut waiting = pin!(tied.of("b").reserve(&waits, LONG));
+    assert!(timeout(Duration::from_millis(20), &mut waiting).await.is_err());
+    drop(held);
+    assert_eq!(at_once(waiting).await.unwrap().backend(), 1);
+    // The quota of u alone would not be refilled in time.
+    let only_u = Demand { backends: &both[..1], ..demand(1) };
+    assert!(at_once(tied.of("b").reserve(&only_u, LONG)).await.is_err());
+}
+
+#[tokio::test]
 async fn a_release_in_one_environment_wakes_a_request_of_another() {
     let tied = Tied::new(U, TWO);
     let u = [tied.backend("u", "m")];

@@ -1,0 +1,135 @@
+//! Requests that wait (`reserve.max_wait`) for one of several upstreams.
+
+use super::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+const IN_ORDER: &str = "{ models: ['gpt-4o'], upstream: [a, b] }";
+
+/// An upstream whose answers wait for its gate.
+async fn gated(name: &str) -> Upstream {
+    Upstream::always(Answer::of([vec![Step::Gate], named(name).steps()].concat())).await
+}
+
+async fn gateway(a: (&Upstream, &str), b: (&Upstream, &str), max_wait: &str) -> Gateway {
+    let line = |name: &str, (upstream, settings): (&Upstream, &str)| {
+        format!(
+            "  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name}, {settings} }}\n",
+            upstream.address
+        )
+    };
+    let reserve = format!("completion: max_tokens, max_wait: {max_wait}");
+    gateway_reserving(&(line("a", a) + &line("b", b)), "a", IN_ORDER, "", &reserve).await
+}
+
+/// Sends a request and does not wait for its answer.
+async fn send(gateway: &Gateway) -> Caller {
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    caller
+}
+
+async fn until_seen(upstream: &Upstream, count: usize) {
+    let seen = async {
+        while upstream.seen().len() < count {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon("the request at the upstream", seen).await;
+}
+
+/// A provider that refuses the first request for 30 s.
+async fn limited_provider() -> Upstream {
+    let count = AtomicUsize::new(0);
+    Upstream::answering(move |_| match count.fetch_add(1, Ordering::Relaxed) {
+        0 => Answer::with_headers(429, "retry-after: 30\r\n", "{}"),
+        _ => named("a"),
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_request_waits_for_the_upstream_whose_requests_end_though_the_other_one_names_a_time() {
+    let (a, b) = (Upstream::always(named("a")).await, gated("b").await);
+    // The quota of a refills after hours, later than max_wait. Only a request in flight makes room at b.
+    let a_day = "quotas: { requests: { limit: 1, per: day, window: rolling } }";
+    let gateway = gateway((&a, a_day), (&b, "max_in_flight: 1"), "10s").await;
+    assert_eq!(gateway.chat(HELLO).await.header("x-tollgate-upstream"), Some("a"));
+    let mut first = send(&gateway).await;
+    until_seen(&b, 1).await;
+    let mut second = send(&gateway).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(seen(&[&a, &b]), [1, 1], "it waits");
+    b.open_gate();
+    assert_eq!(first.reply().await.status, 200);
+    b.open_gate();
+    let reply = second.reply().await;
+    assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")));
+    assert_eq!(gateway.settled().await["totals"]["rejected"], 0);
+}
+
+#[tokio::test]
+async fn a_request_waits_for_the_upstream_that_is_refilled_first() {
+    let (a, b) = (Upstream::always(named("a")).await, Upstream::always(named("b")).await);
+    let of = |per: &str| format!("quotas: {{ requests: {{ limit: 1, per: {per}, window: rolling }} }}");
+    let gateway = gateway((&a, &of("3s")), (&b, &of("1s")), "2s").await;
+    let began = Instant::now();
+    for want in ["a", "b", "b"] {
+        assert_eq!(gateway.chat(HELLO).await.header("x-tollgate-upstream"), Some(want));
+    }
+    assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_request_that_no_upstream_can_serve_in_time_is_refused_at_once() {
+    let (a, b) = (Upstream::always(named("a")).await, Upstream::always(named("b")).await);
+    let of = |per: &str| format!("quotas: {{ requests: {{ limit: 1, per: {per}, window: rolling }} }}");
+    let gateway = gateway((&a, &of("day")), (&b, &of("hour")), "30s").await;
+    for want in ["a", "b"] {
+        assert_eq!(gateway.chat(HELLO).await.header("x-tollgate-upstream"), Some(want));
+    }
+    let began = Instant::now();
+    let refused = gateway.chat(HELLO).await;
+    assert!(refused.text().contains("upstream 'b'"), "{}", refused.text());
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_request_waits_for_the_quotas_of_one_upstream_while_the_provider_of_the_other_is_closed() {
+    let (a, b) = (limited_provider().await, Upstream::always(named("b")).await);
+    let a_second = "quotas: { requests: { limit: 1, per: 1s, window: rolling } }";
+    let gateway = gateway((&a, "provider_limits: follow"), (&b, a_second), "5s").await;
+    let began = Instant::now();
+    for _ in 0..2 {
+        let reply = gateway.chat(HELLO).await;
+        assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")), "{}", reply.text());
+    }
+    assert!((900..5_000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    assert_eq!(seen(&[&a, &b]), [1, 2]);
+    assert_eq!(gateway.settled_charges().await[0], 2);
+}
+
+#[tokio::test]
+async fn a_request_waits_for_the_end_of_another_one_while_the_provider_of_the_other_upstream_is_closed() {
+    let (a, b) = (limited_provider().await, gated("b").await);
+    let gateway = gateway((&a, "provider_limits: follow"), (&b, "max_in_flight: 1"), "2s").await;
+    let mut first = send(&gateway).await;
+    until_seen(&b, 1).await;
+    let mut second = send(&gateway).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    b.open_gate();
+    assert_eq!(first.reply().await.status, 200);
+    b.open_gate();
+    let reply = second.reply().await;
+    assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")), "{}", reply.text());
+    // Without such an end it is refused after max_wait.
+    let mut holds = send(&gateway).await;
+    until_seen(&b, 3).await;
+    let began = Instant::now();
+    let refused = gateway.chat(HELLO).await;
+    assert_eq!(refused.refusal(), (429, "too_many_in_flight".into()));
+    assert!((1_900..4_000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    b.open_gate();
+    assert_eq!(holds.reply().await.status, 200);
+    assert_eq!(gateway.settled().await["totals"]["rejected"], 1);
+}
