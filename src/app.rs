@@ -160,6 +160,9 @@ impl App {
         let sockets = Sockets::open(&config, sockets, claim.as_mut(), passed)?;
         let store = open_store(&config, claim.as_mut())?;
         let state = Arc::new(State::new(config, models, store.as_ref())?);
+        if let Some(claim) = &mut claim {
+            state.take_over_provider_limits(std::mem::take(&mut claim.limits));
+        }
         let listeners = Listeners::open(&state.current().config, timeouts, &state.metrics)?;
         let parts = Parts { state, tls, workers, cores, listeners };
         let mut app = parts.start(&sockets)?;
@@ -204,12 +207,14 @@ impl App {
             None => None,
         };
         if let Some(control) = control {
+            let state = self.state.clone();
+            let leave_limits = Box::new(move || state.left_provider_limits());
             let incumbent = Incumbent::new(
                 control,
                 &self.state.current().config,
                 &sockets.workers,
                 (&sockets.admin, sockets.admin_address),
-                self.state.accounts().clone(),
+                (self.state.accounts().clone(), leave_limits),
                 lock,
             )?;
             self.successor = Some(start_handover(incumbent, self.replaced.clone())?);

@@ -4,6 +4,7 @@
 //! one gate for each model of one upstream: all workers share it.
 
 mod gate;
+mod handover;
 mod statement;
 
 use crate::clock::{self, Stopwatch};
@@ -20,9 +21,13 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
 pub(crate) use gate::KindView;
+pub(crate) use handover::LeftLimits;
 
 /// Maximum number of models with a gate of their own. Requests of further models pass without one.
 const MAX_MODELS: usize = 1_000;
+/// The time of the gates when their upstream is new (ms). Gates that a new process takes over have statements from before
+/// that; older ones count as this old.
+const MAX_AGE_MS: u64 = 24 * 60 * 60 * 1_000;
 /// Maximum number of requests that wait at one gate. A further one is refused at once.
 const MAX_WAITING: usize = 1_000;
 
@@ -210,7 +215,7 @@ impl ProviderLimits {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+        MAX_AGE_MS.saturating_add(u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
     /// Stated values that cannot be true, since the process started.

@@ -13,6 +13,7 @@ mod socket;
 
 use crate::config::Config;
 use crate::ledger::LeftAccount;
+use crate::provider_limits::LeftLimits;
 use crate::store;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -52,6 +53,8 @@ enum FromIncumbent {
     Welcome { listeners: usize, has_admin: bool, has_lock: bool },
     /// The amounts that requests of the old process hold in one environment.
     Account { environment: String, left: LeftAccount },
+    /// What the answers of the upstreams have stated about the limits of their providers.
+    ProviderLimits(Vec<LeftLimits>),
     /// All accounts were sent, and the last commit of the store is done.
     Accounts,
     /// The new process is the gateway from now on.

@@ -7,6 +7,7 @@ use super::setting::{Section, Setting};
 use crate::quota::Quota;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use sha2::{Digest as _, Sha256};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -69,6 +70,24 @@ impl UpstreamSettings {
         !self.quotas.is_empty() || self.max_in_flight.is_some()
     }
 
+    /// A server that is no backend: nothing is added to its requests, and it has no limits.
+    pub(crate) fn of_server(name: &str, url: Uri, timeouts: Timeouts) -> Self {
+        Self {
+            name: name.to_owned(),
+            base_urls: vec![url.clone()],
+            base_url: url,
+            health: None,
+            api: ApiKind::OpenAi,
+            api_key: None,
+            timeouts,
+            headers: HeaderMap::new(),
+            requests_stream_usage: false,
+            provider_limits: ProviderLimitsMode::Ignore,
+            quotas: Vec::new(),
+            max_in_flight: None,
+        }
+    }
+
     /// Host and port of a replica with this URL, as logs and metrics name it.
     pub(crate) fn address(url: &Uri) -> String {
         address(url)
@@ -77,6 +96,13 @@ impl UpstreamSettings {
     /// Whether both have a replica in common.
     pub(crate) fn shares_replica_with(&self, other: &Self) -> bool {
         self.base_urls.iter().any(|url| other.base_urls.contains(url))
+    }
+
+    /// Identifies the provider's account behind the upstream, without its key: the limits of the provider belong to it.
+    pub(crate) fn provider_account(&self) -> String {
+        let key = self.api_key.as_ref().map_or("", Secret::expose);
+        let digest = Sha256::digest(format!("{} {:?} {key}", self.name, self.base_urls));
+        format!("{:?} {digest:x?}", self.provider_limits)
     }
 
     /// Whether both have a replica in common, and equal settings apart from limits, health checks and the list of replicas.

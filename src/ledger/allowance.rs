@@ -5,6 +5,7 @@
 
 use crate::estimate::{KnownModels, ModelRank};
 use foldhash::HashMap;
+use serde::{Deserialize, Serialize};
 
 /// Completion tokens assumed for each answer of a model that has not answered yet.
 const PRIOR: u64 = 512;
@@ -48,6 +49,14 @@ struct ModelLengths {
     in_flight: u64,
     /// How many of the requests in flight have outgrown their reservation.
     outgrown: u64,
+}
+
+/// The learned lengths of one model on their way to a new process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LeftLengths {
+    model: String,
+    /// Slots of the histogram with their weights.
+    weights: Vec<(usize, u32)>,
 }
 
 /// An answer that was counted before its end.
@@ -142,6 +151,29 @@ impl LearnedLengths {
         }
     }
 
+    /// The lengths for a new process, in the order of the last answers.
+    pub(super) fn leave(&self) -> Vec<LeftLengths> {
+        let mut models: Vec<_> = self.models.iter().collect();
+        models.sort_by_key(|(_, known)| known.last_learned);
+        let left = models.into_iter().map(|(model, known)| {
+            let weights = known.histogram.weights.iter().copied().enumerate();
+            let weights = weights.filter(|(_, weight)| *weight > 0).collect();
+            LeftLengths { model: model.to_string(), weights }
+        });
+        left.collect()
+    }
+
+    /// Continues with the lengths of an old process.
+    pub(super) fn take_over(&mut self, left: &[LeftLengths]) {
+        for LeftLengths { model, weights } in left {
+            // Makes room as for an answer.
+            self.learn(model, PRIOR);
+            if let Some(known) = self.models.get_mut(model_key(model)) {
+                known.histogram = Histogram::of(weights);
+            }
+        }
+    }
+
     /// Makes room for a model of this rank, if necessary in place of one whose rank is not higher. Returns whether there
     /// is room.
     fn make_room(&mut self, rank: ModelRank) -> bool {
@@ -179,6 +211,17 @@ impl Histogram {
     fn new() -> Self {
         let mut histogram = Self { weights: Box::new([0; SLOTS]), total: 0, halvings: 0, sum: 0, squares: 0 };
         histogram.add_weight(PRIOR, PRIOR_WEIGHT * ANSWER_WEIGHT);
+        histogram
+    }
+
+    fn of(weights: &[(usize, u32)]) -> Self {
+        let mut histogram = Self { weights: Box::new([0; SLOTS]), total: 0, halvings: 0, sum: 0, squares: 0 };
+        for &(slot, weight) in weights.iter().filter(|(slot, _)| *slot < SLOTS) {
+            // The sum stays within what answers can reach.
+            let weight = weight.min((MAX_WEIGHT_IN_ANSWERS * ANSWER_WEIGHT).saturating_sub(histogram.total));
+            histogram.weights[slot] += weight;
+            histogram.update_sums(slot, weight, true);
+        }
         histogram
     }
 
@@ -314,6 +357,31 @@ mod tests {
             learned.learn("m", 20);
         }
         assert!(learned.allowance("m", P90) <= 22, "{}", learned.allowance("m", P90));
+    }
+
+    #[test]
+    fn a_new_process_continues_with_the_lengths_of_the_old_one() {
+        let mut old = LearnedLengths::default();
+        for n in 0..3_000u64 {
+            old.learn("long", 1 + n * 7_919 % 1_000);
+            old.learn("short", 20);
+        }
+        let left: Vec<LeftLengths> =
+            serde_json::from_str(&serde_json::to_string(&old.leave()).unwrap()).unwrap();
+        let mut new = LearnedLengths::default();
+        new.take_over(&left);
+        assert_eq!(new.leave(), old.leave());
+        for model in ["long", "short", "other"] {
+            assert_eq!(new.allowance(model, P90), old.allowance(model, P90));
+            assert_eq!(new.begin(model).is_some(), old.begin(model).is_some());
+            assert_eq!(new.allowance(model, P90), old.allowance(model, P90));
+        }
+        // Numbers that cannot be true are bounded.
+        let false_weights =
+            LeftLengths { model: "m".into(), weights: vec![(SLOTS, 1), (3, u32::MAX), (4, u32::MAX)] };
+        new.take_over(&[false_weights]);
+        new.learn("m", 100);
+        assert!(new.allowance("m", P90) <= 3);
     }
 
     #[test]

@@ -7,12 +7,12 @@
 //! The new process keeps the sum of what the old one's requests hold. A request of the old process becomes a reservation of
 //! the new one with its first message (`Adopt`). When the old process ends, the rest of the sum is charged in full.
 
-use super::demand::{Demand, Grant, NoRoom, Settlement};
+use super::demand::{Backend, Demand, Grant, NoRoom, Settlement};
 use super::local::Local;
 use super::messages::{
     FromSuccessor, LeftAccount, LeftBackend, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor,
 };
-use super::reservation::ElsewhereReservation;
+use super::reservation::{ElsewhereReservation, HeldRoom};
 use super::successor::{Successor, SuccessorLine};
 use super::{Account, MAX_STORE_WAIT, Reservation};
 use crate::quota::{Amounts, Quota};
@@ -67,11 +67,11 @@ impl Handover {
 
 /// In the old process.
 impl Account {
-    /// Stops admitting requests and settling them, so that a new process can read the counters. `None`: the counters are in
-    /// Redis, and the account continues.
-    pub fn leave(&self) -> Option<LeftAccount> {
+    /// Stops admitting requests and settling them, so that a new process can read the counters. If they are in Redis, the
+    /// account continues.
+    pub fn leave(&self) -> LeftAccount {
         if self.engine.sync().is_some() {
-            return None;
+            return self.engine.with_local(|local, _| local.leave_lengths());
         }
         let left = self.engine.with_local(|local, _| {
             self.handover.set(Phase::Leaving);
@@ -79,7 +79,7 @@ impl Account {
         });
         // The queued requests wait for the new process.
         self.notify_released();
-        Some(left)
+        left
     }
 
     /// Reverses `leave`, because no new process has taken the counters over.
@@ -160,22 +160,22 @@ impl Account {
                     in_flight_generation: None,
                 };
                 self.engine.with_local(|local, _| local.in_flight += 1);
-                let would_deny = would_deny.map(|left| self.to_no_room(left, demand));
+                let would_deny = would_deny.map(|left| self.to_no_room(left, demand.backends));
                 let reservation = ElsewhereReservation { grant, backend, standing, clamped_to, would_deny };
                 Ok(Reservation::elsewhere(self, demand, reservation))
             }
-            Some(FromSuccessor::Denied { no_room, .. }) => Err(self.to_no_room(no_room, demand)),
+            Some(FromSuccessor::Denied { no_room, .. }) => Err(self.to_no_room(no_room, demand.backends)),
             _ => Err(NoRoom::Unavailable),
         }
     }
 
-    fn to_no_room(&self, left: LeftNoRoom, demand: &Demand<'_>) -> NoRoom {
+    fn to_no_room(&self, left: LeftNoRoom, backends: &[Backend<'_>]) -> NoRoom {
         let quotas_of = |account: &Self| {
             account.engine.with_local(|local, _| {
                 local.quotas.cells().map(|(quota, _)| quota.clone()).collect::<Vec<Quota>>()
             })
         };
-        let upstreams = demand.backends.iter().filter_map(|backend| backend.account);
+        let upstreams = backends.iter().filter_map(|backend| backend.account);
         let of_upstreams = upstreams.flat_map(|account| quotas_of(account));
         left.into_no_room(&quotas_of(self).into_iter().chain(of_upstreams).collect::<Vec<Quota>>())
     }
@@ -195,6 +195,40 @@ impl Account {
                 let message = ToSuccessor::Commit { id, environment: successor.environment.to_string() };
                 drop(timeout(MAX_STORE_WAIT, successor.line.call(id, message)).await);
             }
+        }
+    }
+}
+
+/// In the old process.
+impl Reservation {
+    /// Moves the reservation to another upstream in the new process, which adopts it if it has not yet.
+    pub(super) async fn move_elsewhere(
+        &mut self,
+        successor: &Successor,
+        index: usize,
+        backend: &Backend<'_>,
+    ) -> Result<(), NoRoom> {
+        let HeldRoom { account, grant, subject, generates, .. } = &mut *self.0;
+        let Some(grant) = grant else { return Ok(()) };
+        let (id, reservation) = (successor.line.next_id(), successor.reservation(&subject.1, grant));
+        let message = ToSuccessor::Move {
+            id,
+            reservation,
+            caller: subject.0.as_deref().map(str::to_owned),
+            generates: *generates,
+            index,
+            backend: LeftBackend::of(backend),
+        };
+        match successor.line.call(id, message).await {
+            Some(FromSuccessor::Moved { standing, .. }) => {
+                self.release_upstream();
+                (self.0.backend, self.0.standing) = (index, standing);
+                Ok(())
+            }
+            Some(FromSuccessor::Denied { no_room, .. }) => {
+                Err(account.to_no_room(no_room, std::slice::from_ref(backend)))
+            }
+            _ => Err(NoRoom::Unavailable),
         }
     }
 }
@@ -241,6 +275,20 @@ impl Account {
 }
 
 impl Reservation {
+    /// Moves a request of the old process to another upstream. `generates`: whether its answer has tokens.
+    ///
+    /// # Errors
+    /// The other upstream has no room. The reservation stays as it is.
+    pub async fn move_as(
+        &mut self,
+        (caller, generates): (Option<Arc<str>>, bool),
+        index: usize,
+        backend: &Backend<'_>,
+    ) -> Result<(), NoRoom> {
+        (self.0.subject.0, self.0.generates) = (caller, generates);
+        self.move_to(index, backend).await
+    }
+
     /// Settles a request of the old process.
     pub fn settle_as(mut self, caller: Option<Arc<str>>, spent: Amounts, is_complete: bool) {
         self.0.subject.0 = caller;

@@ -1,5 +1,6 @@
 //! The messages between an account that has moved and the new process that has its counters.
 
+use super::allowance::LeftLengths;
 use super::demand::{Backend, NoRoom};
 use super::owner::UPSTREAM_PREFIX;
 use crate::clock::Timestamp;
@@ -15,6 +16,8 @@ pub struct LeftAccount {
     pub(super) in_flight: u64,
     pub(super) held: Amounts,
     pub(super) cells: Vec<LeftCell>,
+    /// The learned lengths of answers.
+    pub(super) lengths: Vec<LeftLengths>,
 }
 
 /// The grant of a request of the old process.
@@ -66,6 +69,16 @@ pub enum ToSuccessor {
     Cancel { id: u64 },
     /// A request that was in flight when the account moved.
     Adopt { id: u64, environment: String, model: String, grant: LeftGrant },
+    /// Moves a reservation to another upstream, whose index in its route is `index`. Answered with `Moved` or `Denied`. `id`
+    /// names the call.
+    Move {
+        id: u64,
+        reservation: u64,
+        caller: Option<String>,
+        generates: bool,
+        index: usize,
+        backend: LeftBackend,
+    },
     /// Amounts that a stream has used so far. Answered with `Progressed`.
     Progress { id: u64, spent: Amounts },
     /// The end of a request.
@@ -111,6 +124,10 @@ pub enum FromSuccessor {
     Denied {
         id: u64,
         no_room: LeftNoRoom,
+    },
+    Moved {
+        id: u64,
+        standing: [Option<QuotaStatus>; 4],
     },
     Progressed {
         id: u64,

@@ -14,17 +14,17 @@ pub struct Reservation(pub(super) Box<HeldRoom>);
 /// The fields of a reservation. A request passes its reservation through many functions, so they are boxed.
 #[derive(Debug)]
 pub(super) struct HeldRoom {
-    account: Arc<Account>,
-    grant: Option<Grant>,
+    pub(super) account: Arc<Account>,
+    pub(super) grant: Option<Grant>,
     /// The part that the upstream's quotas hold. `None`: it has no limits, or another process has the counters.
     upstream: Option<Box<UpstreamPart>>,
     /// Index of the upstream in the backends of the demand.
-    backend: usize,
+    pub(super) backend: usize,
     /// The caller and the model.
     pub(super) subject: (Option<Arc<str>>, Box<str>),
-    generates: bool,
+    pub(super) generates: bool,
     pub(super) settlement: Settlement,
-    standing: [Option<QuotaStatus>; 4],
+    pub(super) standing: [Option<QuotaStatus>; 4],
     clamped_to: Option<u64>,
     would_deny: Option<NoRoom>,
     /// The reservation must survive a crash of the process.
@@ -142,6 +142,23 @@ impl Reservation {
     /// # Errors
     /// The other upstream has no room. The reservation stays as it is.
     pub async fn move_to(&mut self, index: usize, backend: &Backend<'_>) -> Result<(), NoRoom> {
+        loop {
+            if self.0.account.handover.has_left() {
+                // Boxed, so that the future of every request does not contain it.
+                let successor = Box::pin(self.0.account.handover.outcome()).await;
+                if let Some(successor) = successor {
+                    return Box::pin(self.move_elsewhere(&successor, index, backend)).await;
+                }
+            }
+            match self.move_here(index, backend).await {
+                // The account has left since.
+                Err(NoRoom::Unavailable) if self.0.account.handover.has_left() => {}
+                done => return done,
+            }
+        }
+    }
+
+    async fn move_here(&mut self, index: usize, backend: &Backend<'_>) -> Result<(), NoRoom> {
         let Some(grant) = &self.0.grant else { return Ok(()) };
         let required = Required { amounts: grant.reserved, generates: self.0.generates };
         let moved = match backend.account {
@@ -152,11 +169,10 @@ impl Reservation {
                 Some(account.engine.try_back(backend.model, &required, before).await?)
             }
         };
-        let before = self.0.upstream.take();
-        let has_released = moved.as_ref().is_some_and(|moved| moved.has_released);
-        if let Some(before) = before.filter(|_| !has_released) {
-            before.settle(Settlement::default());
+        if moved.as_ref().is_some_and(|moved| moved.has_released) {
+            self.0.upstream = None;
         }
+        self.release_upstream();
         let is_durable = moved.as_ref().is_some_and(|moved| moved.is_durable);
         self.0.upstream = UpstreamPart::new(backend, moved.map(|moved| moved.grant));
         self.0.backend = index;
@@ -170,6 +186,13 @@ impl Reservation {
             self.0.account.wait_for_commit(commit).await;
         }
         Ok(())
+    }
+
+    /// Settles the part of the upstream, which is charged nothing.
+    pub(super) fn release_upstream(&mut self) {
+        if let Some(before) = self.0.upstream.take() {
+            before.settle(Settlement::default());
+        }
     }
 }
 

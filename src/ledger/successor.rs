@@ -55,6 +55,7 @@ impl SuccessorLine {
             }
             FromSuccessor::Reserved { id, .. }
             | FromSuccessor::Denied { id, .. }
+            | FromSuccessor::Moved { id, .. }
             | FromSuccessor::Committed { id } => {
                 if let Some(waiting) = replies.waiting.remove(&id) {
                     // An error means that nothing waits for the answer any more.
@@ -161,8 +162,7 @@ impl Successor {
 
     /// Reports the progress of a stream. Returns the outcome of the last reply: the reply to this report arrives later.
     pub(super) fn progress(&self, model: &str, grant: &mut Grant, spent: Amounts) -> Progress {
-        let id = grant.id.unwrap_or_else(|| self.adopt_stream(model, grant));
-        grant.id = Some(id);
+        let id = self.reservation(model, grant);
         self.line.send(ToSuccessor::Progress { id, spent });
         let known = self.line.lock().progress.get(&id).copied();
         let reported_again_at = spent.completion.saturating_add(PROGRESS_STEP);
@@ -172,9 +172,14 @@ impl Successor {
         if known.is_overrun { Progress::Overrun } else { Progress::Within }
     }
 
-    fn adopt_stream(&self, model: &str, grant: &Grant) -> u64 {
+    /// The id of a reservation, which the new process adopts now if it has not yet.
+    pub(super) fn reservation(&self, model: &str, grant: &mut Grant) -> u64 {
+        if let Some(id) = grant.id {
+            return id;
+        }
         let id = self.adopt(model, grant);
         self.begin_progress(id, grant.reserved, grant.progress_threshold);
+        grant.id = Some(id);
         id
     }
 

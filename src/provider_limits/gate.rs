@@ -10,6 +10,7 @@
 
 use super::statement::{KindStatement, Statement};
 use crate::quota::{Amounts, Kind};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
 /// The gate stays closed for at most this long (ms). Then one request asks the provider again.
@@ -71,6 +72,26 @@ impl Default for KindState {
     fn default() -> Self {
         Self { stated: KindStatement::default(), at: 0, cost_permille: 1_000, contradictions: 0 }
     }
+}
+
+/// A gate on its way to a new process. Its times count from now, because the clocks of two processes differ.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LeftGate {
+    kinds: [LeftKind; 4],
+    /// Of the requests that were sent after the last statement.
+    later: Amounts,
+    closed_ms: Option<u64>,
+    answers: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct LeftKind {
+    limit: Option<u64>,
+    remaining: Option<u64>,
+    reset_ms: Option<u64>,
+    age_ms: u64,
+    cost_permille: u64,
+    contradictions: u8,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +271,42 @@ impl Gate {
         }
         self.later.retain(|sent| !is_included(sent));
         self.stated_number = number;
+    }
+
+    /// What a new process continues with.
+    pub(super) fn leave(&self, now: u64) -> LeftGate {
+        let left = |kind: Kind| {
+            let KindState { stated, at, cost_permille, contradictions } = self.kinds[kind as usize];
+            let KindStatement { limit, remaining, reset_ms } = stated;
+            LeftKind {
+                limit,
+                remaining,
+                reset_ms,
+                age_ms: now.saturating_sub(at),
+                cost_permille,
+                contradictions,
+            }
+        };
+        // The answer to a probe does not reach the new process, which sends one of its own.
+        let closed_ms = self.closed_until.map(|until| until.saturating_sub(now));
+        let closed_ms = closed_ms.or(self.probe.map(|_| PROBE_WAIT_MS));
+        let later = self.later.iter().fold(Amounts::default(), |sum, sent| sum.saturating_add(sent.amounts));
+        LeftGate { kinds: Kind::ALL.map(left), later, closed_ms, answers: self.answers }
+    }
+
+    /// The gate of an old process.
+    pub(super) fn continued(now: u64, left: &LeftGate) -> Self {
+        let state = |kind: Kind| {
+            let LeftKind { limit, remaining, reset_ms, age_ms, cost_permille, contradictions } =
+                left.kinds[kind as usize];
+            let stated = KindStatement { limit, remaining, reset_ms };
+            KindState { stated, at: now.saturating_sub(age_ms), cost_permille, contradictions }
+        };
+        let closed_until = left.closed_ms.map(|ms| now.saturating_add(ms.min(MAX_CLOSED_MS)));
+        // The next statement includes the requests of the old process.
+        let later = Sent { number: 0, at: now, amounts: left.later };
+        let later = (left.later != Amounts::default()).then_some(later).into_iter().collect();
+        Self { kinds: Kind::ALL.map(state), later, closed_until, answers: left.answers, ..Self::default() }
     }
 
     /// Whether the gate knows anything about the provider, or has requests in flight.

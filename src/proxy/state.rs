@@ -8,6 +8,7 @@ use crate::config::{Config, Environment, UpstreamSettings};
 use crate::estimate::Models;
 use crate::learned::Learned;
 use crate::ledger::{Account, Accounts, AuditEntry, MAX_STORE_WAIT, Owner, Persistence, RestoredState};
+use crate::provider_limits::LeftLimits;
 use crate::quota::Quota;
 use crate::random;
 use crate::store::{self, Store, WriterControl};
@@ -253,6 +254,25 @@ impl State {
         self.bodies.set_max(prepared.snapshot.config.server.buffered_bodies);
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = prepared.snapshot;
         self.reloads.send_replace(());
+    }
+
+    /// What the answers of the providers have stated, for a process that replaces this one.
+    pub(crate) fn left_provider_limits(&self) -> Vec<LeftLimits> {
+        let current = self.current();
+        let upstreams = current.config.upstreams.iter().zip(&current.provider_limits);
+        upstreams.filter_map(|(settings, limits)| limits.leave(settings.provider_account())).collect()
+    }
+
+    /// Continues with what the process that this one replaces has left.
+    pub(crate) fn take_over_provider_limits(&self, left: Vec<LeftLimits>) {
+        let current = self.current();
+        for left in left {
+            let same = |settings: &Arc<UpstreamSettings>| settings.provider_account() == left.account;
+            let at = current.config.upstreams.iter().position(same);
+            if let Some(limits) = at.and_then(|at| current.provider_limits.get(at)) {
+                limits.take_over(left);
+            }
+        }
     }
 
     /// Changes with each new snapshot.

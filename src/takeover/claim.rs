@@ -4,6 +4,7 @@ use super::socket::{self, ControlListener, PeerProcess};
 use super::{FromIncumbent, PROTOCOL, STEP_TIMEOUT, ToIncumbent, frame, store_identity};
 use crate::config::Config;
 use crate::ledger::LeftAccount;
+use crate::provider_limits::LeftLimits;
 use anyhow::Context as _;
 use std::collections::HashMap;
 use std::fs::File;
@@ -26,6 +27,8 @@ pub(crate) struct Claim {
     pub(crate) admin: Option<TcpListener>,
     /// The lock of the store.
     pub(crate) lock: Option<File>,
+    /// What the old process knows of the providers' limits.
+    pub(crate) limits: Vec<LeftLimits>,
     control: ControlListener,
 }
 
@@ -80,11 +83,11 @@ impl Claim {
         let admin = has_admin.then(file).transpose()?.map(TcpListener::from);
         let control = ControlListener(file()?.into());
         let lock = has_lock.then(file).transpose()?.map(File::from);
-        Ok(Self { stream, incumbent, listeners, admin, lock, control })
+        Ok(Self { stream, incumbent, listeners, admin, lock, limits: Vec::new(), control })
     }
 
     /// Requests the counters. From now on the requests of the old process wait. Returns the amounts that they hold, by
-    /// environment.
+    /// environment. Afterwards `limits` has what the old process knows of the providers' limits.
     ///
     /// # Errors
     /// The old process refuses or has ended.
@@ -98,6 +101,7 @@ impl Claim {
         loop {
             match frame::read(&self.stream)? {
                 FromIncumbent::Account { environment, left } => drop(accounts.insert(environment, left)),
+                FromIncumbent::ProviderLimits(limits) => self.limits = limits,
                 FromIncumbent::Accounts => return Ok(accounts),
                 FromIncumbent::Refused { reason } => anyhow::bail!(reason),
                 other => anyhow::bail!("its reply is unexpected: {other:?}"),

@@ -5,6 +5,7 @@ use super::{FromIncumbent, PROTOCOL, STEP_TIMEOUT, TAKEOVER_TIMEOUT, ToIncumbent
 use crate::clock::Stopwatch;
 use crate::config::Config;
 use crate::ledger::{Accounts, LeftAccount, NamedAccount, SuccessorLine, ToSuccessor};
+use crate::provider_limits::LeftLimits;
 use crate::server::{self, RunState};
 use crate::store::WriterControl;
 use anyhow::Context as _;
@@ -24,7 +25,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A running gateway, with the sockets, the store and the accounts that it hands over.
-#[derive(Debug)]
 pub(crate) struct Incumbent {
     control: ControlListener,
     listeners: Vec<TcpListener>,
@@ -33,9 +33,13 @@ pub(crate) struct Incumbent {
     lock: Option<File>,
     store: String,
     accounts: Arc<Accounts>,
+    leave_limits: LeaveLimits,
     /// The store's thread. `None`: there is no store, and counters do not survive a restart.
     writer: Option<Arc<WriterControl>>,
 }
+
+/// Returns what this process knows of the providers' limits.
+type LeaveLimits = Box<dyn Fn() -> Vec<LeftLimits> + Send + Sync>;
 
 /// The `SuccessorLine`, the messages to send on it, and how long requests had to wait.
 type Handed = (Arc<SuccessorLine>, mpsc::UnboundedReceiver<ToSuccessor>, Duration);
@@ -62,7 +66,7 @@ impl Incumbent {
         config: &Config,
         listeners: &[TcpListener],
         admin: (&TcpListener, SocketAddr),
-        accounts: Arc<Accounts>,
+        (accounts, leave_limits): (Arc<Accounts>, LeaveLimits),
         store: Option<(File, Arc<WriterControl>)>,
     ) -> io::Result<Self> {
         let (lock, writer) = store.unzip();
@@ -74,6 +78,7 @@ impl Incumbent {
             lock,
             store: store_identity(config),
             accounts,
+            leave_limits,
             writer,
         })
     }
@@ -191,8 +196,7 @@ impl Incumbent {
         let clock = Stopwatch::start();
         let accounts = in_order_of_leaving(&self.accounts);
         if let Some(writer) = &self.writer {
-            let left: Vec<LeftAccount> =
-                accounts.iter().map(|(_, account)| account.leave().unwrap_or_default()).collect();
+            let left: Vec<LeftAccount> = accounts.iter().map(|(_, account)| account.leave()).collect();
             // The last commit contains all changes up to here.
             if let Err(error) = writer.pause(COMMIT_TIMEOUT) {
                 frame::write(stream, &FromIncumbent::Refused { reason: error.to_string() })?;
@@ -202,6 +206,7 @@ impl Incumbent {
                 frame::write(stream, &FromIncumbent::Account { environment: environment.to_string(), left })?;
             }
         }
+        frame::write(stream, &FromIncumbent::ProviderLimits((self.leave_limits)()))?;
         frame::write(stream, &FromIncumbent::Accounts)?;
         let ToIncumbent::Ready = frame::read(stream).context("it did not become ready")? else {
             anyhow::bail!("its third message is wrong");

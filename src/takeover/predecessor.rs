@@ -28,6 +28,21 @@ enum Request {
     Waiting(AbortHandle),
     /// Dropping the reservation charges it in full.
     InFlight(Box<Reservation>),
+    /// A task moves the reservation to another upstream. The request may end meanwhile.
+    Moving(Option<End>),
+}
+
+/// How a request of the old process has ended.
+struct End {
+    caller: Option<String>,
+    spent: Amounts,
+    is_complete: bool,
+}
+
+impl End {
+    fn settle(self, reservation: Reservation) {
+        reservation.settle_as(self.caller.map(Arc::from), self.spent, self.is_complete);
+    }
 }
 
 /// Serves the messages of the old process until that process ends or this one stops. Then it charges the unsettled
@@ -81,8 +96,9 @@ impl Predecessor {
                 Some(Request::InFlight(reservation)) => {
                     reservation.settle_as(None, Amounts::default(), false);
                 }
-                None => {}
+                Some(Request::Moving(_)) | None => {}
             },
+            moving @ ToSuccessor::Move { .. } => self.begin_move(moving),
             ToSuccessor::Adopt { id, environment, model, grant } => {
                 if let Some(account) = self.accounts.of(&environment) {
                     self.insert(id, Request::InFlight(Box::new(account.adopt(&model, &grant))));
@@ -90,8 +106,11 @@ impl Predecessor {
             }
             ToSuccessor::Progress { id, spent } => self.progress(id, spent),
             ToSuccessor::Settle { id, caller, spent, is_complete } => {
-                if let Some(Request::InFlight(reservation)) = self.take(id) {
-                    reservation.settle_as(caller.map(Arc::from), spent, is_complete);
+                let end = End { caller, spent, is_complete };
+                match self.take(id) {
+                    Some(Request::InFlight(reservation)) => end.settle(*reservation),
+                    Some(Request::Moving(_)) => self.insert(id, Request::Moving(Some(end))),
+                    Some(Request::Waiting(_)) | None => {}
                 }
             }
             ToSuccessor::Commit { id, environment } => {
@@ -180,6 +199,34 @@ impl Predecessor {
         reply
     }
 
+    /// Moves a reservation to another upstream. That may wait for a commit of the store.
+    fn begin_move(self: &Arc<Self>, message: ToSuccessor) {
+        let ToSuccessor::Move { id, reservation, caller, generates, index, backend } = message else {
+            return;
+        };
+        let Some(Request::InFlight(mut held)) = self.take(reservation) else {
+            return self.reply(FromSuccessor::Denied { id, no_room: LeftNoRoom::Unavailable });
+        };
+        self.insert(reservation, Request::Moving(None));
+        let this = self.clone();
+        tokio::spawn(async move {
+            let account = backend.account.as_deref().and_then(|name| this.accounts.of(name));
+            let backend = Backend { account: account.as_ref(), model: &backend.model };
+            let moved = held.move_as((caller.map(Arc::from), generates), index, &backend).await;
+            let reply = match moved {
+                Ok(()) => FromSuccessor::Moved { id, standing: *held.standing() },
+                Err(no_room) => FromSuccessor::Denied { id, no_room: LeftNoRoom::of(&no_room) },
+            };
+            match this.take(reservation) {
+                Some(Request::Moving(Some(end))) => end.settle(*held),
+                Some(_) => this.insert(reservation, Request::InFlight(held)),
+                // The old process has ended.
+                None => drop(held),
+            }
+            this.reply(reply);
+        });
+    }
+
     fn progress(&self, id: u64, spent: Amounts) {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Request::InFlight(reservation)) = requests.get_mut(&id) else { return };
@@ -198,6 +245,7 @@ impl Predecessor {
             match request {
                 Request::Waiting(task) => task.abort(),
                 Request::InFlight(reservation) => drop(reservation),
+                Request::Moving(_) => {}
             }
         }
     }

@@ -36,7 +36,7 @@ struct Pair {
 
 /// Hands an account over, as `incumbent` and `claim` do.
 fn hand_over(environment: &Environment, old: Arc<Account>) -> Pair {
-    let left = old.leave().unwrap();
+    let left = old.leave();
     let changes = old.take_changes().unwrap_or_default();
     let quotas: Vec<(Quota, PersistedCounter)> = changes.quotas;
     let restored =
@@ -228,7 +228,7 @@ async fn an_account_that_stays_makes_the_deferred_settlements() {
     let old = account(&environment);
     let mut settled = reserve(&old, 10).await;
     let kept = reserve(&old, 10).await;
-    old.leave().unwrap();
+    old.leave();
     settled.observe(Amounts { requests: 1, prompt: 5, completion: 5, total: 10 });
     drop(settled);
     let waiting = tokio::spawn({
@@ -247,11 +247,13 @@ async fn an_account_that_stays_makes_the_deferred_settlements() {
 
 #[tokio::test]
 async fn the_quotas_of_an_upstream_move_with_its_environments() {
-    let text = "upstreams: { u: { base_url: 'http://127.0.0.1:1/v1', quotas: { total_tokens: { limit: 1000, per: month } } } }\n\
+    let text = "upstreams:\n  u: { base_url: 'http://127.0.0.1:1/v1', quotas: { total_tokens: { limit: 1000, per: month } } }\n  \
+         v: { base_url: 'http://127.0.0.1:1/v1', quotas: { total_tokens: { limit: 300, per: month } } }\n\
          environments: { e: { upstream: u, reserve: { completion: 100 }, quotas: { requests: { limit: 1k, per: month } } } }\n\
          store: { memory: true }";
     let config = parse(text, "t.yaml", &|_| None, &[]).unwrap().config;
-    let owners = [Owner::from(&config.environments[0]), Owner::from(&config.upstreams[0])];
+    let [u, v] = &config.upstreams[..] else { panic!() };
+    let owners = [Owner::from(&config.environments[0]), Owner::from(u), Owner::from(v)];
     let open = |owner, restored: &RestoredState| {
         Arc::new(Account::open_with(owner, Some(Arc::new(Unwritten::default())), restored))
     };
@@ -264,7 +266,7 @@ async fn the_quotas_of_an_upstream_move_with_its_environments() {
         old[0].reserve(&demand, Duration::ZERO).await
     };
     let mut earlier = reserve(50).await.unwrap();
-    let left = old.each_ref().map(|account| account.leave().unwrap());
+    let left = old.each_ref().map(|account| account.leave());
     let accounts = Arc::new(Accounts::default());
     let mut new = Vec::new();
     for ((owner, old), left) in owners.into_iter().zip(&old).zip(left) {
@@ -292,16 +294,38 @@ async fn the_quotas_of_an_upstream_move_with_its_environments() {
     let denied = reserve(700).await.unwrap_err();
     let scope = &denied.worst().unwrap().quota.scope;
     assert_eq!((scope.as_str(), scope.name()), ("upstream", "u"));
+    // Both move to the other upstream: one was reserved in the old process, one in the new. The third finds no room.
+    let mut full = reserve(30).await.unwrap();
+    let other = Backend { account: Some(&old[2]), model: "m" };
+    earlier.move_to(1, &other).await.unwrap();
+    later.move_to(1, &other).await.unwrap();
+    let held = || [levels(&new[1])[0].0, levels(&new[2])[0].0];
+    let moved = async {
+        // The part of the earlier one is released with a message.
+        while held() != [130, 270] {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), moved).await.unwrap();
+    assert_eq!((earlier.backend(), later.backend(), new[2].in_flight()), (1, 1, 2));
+    let denied = full.move_to(1, &other).await.unwrap_err();
+    let scope = &denied.worst().unwrap().quota.scope;
+    assert_eq!((scope.as_str(), scope.name(), full.backend()), ("upstream", "v", 0));
+    // An upstream without limits holds nothing, and the one before is released.
+    full.move_to(2, &Backend { account: None, model: "m" }).await.unwrap();
+    assert_eq!(held(), [0, 270]);
     earlier.observe(Amounts::of_request(50, 10));
     later.observe(Amounts::of_request(20, 5));
-    drop((earlier, later));
+    full.observe(Amounts::of_request(30, 1));
+    drop((earlier, later, full));
     let settled = async {
         while new.iter().any(|account| account.in_flight() != 0) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     tokio::time::timeout(Duration::from_secs(10), settled).await.unwrap();
-    assert_eq!((levels(&new[1])[0], levels(&new[0])[0]), ((0, 85), (0, 2)));
+    let all = [&new[0], &new[1], &new[2]].map(|account| levels(account)[0]);
+    assert_eq!(all, [(0, 3), (0, 0), (0, 85)]);
     line.abort();
     serving.await.unwrap();
     drop(states);

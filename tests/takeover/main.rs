@@ -14,3 +14,4 @@ mod requests;
 mod service_manager;
 mod upgrades;
 mod upstream;
+mod upstreams;

@@ -42,6 +42,7 @@ pub(super) struct Elsewhere {
 impl Local {
     /// Continues the counters of a process that still serves these requests.
     pub(super) fn begin_takeover(&mut self, left: &LeftAccount) {
+        self.lengths.take_over(&left.lengths);
         self.in_flight = left.in_flight;
         self.held = left.held;
         let quotas = self.quotas.held_elsewhere(&left.cells);
@@ -87,7 +88,17 @@ impl Local {
 
     pub(in crate::ledger) fn leave(&mut self) -> LeftAccount {
         self.residence = Residence::Leaving(Vec::new());
-        LeftAccount { in_flight: self.in_flight, held: self.held, cells: self.quotas.left_cells() }
+        LeftAccount {
+            in_flight: self.in_flight,
+            held: self.held,
+            cells: self.quotas.left_cells(),
+            lengths: self.lengths.leave(),
+        }
+    }
+
+    /// What a new process continues with while the counters stay in Redis.
+    pub(in crate::ledger) fn leave_lengths(&self) -> LeftAccount {
+        LeftAccount { lengths: self.lengths.leave(), ..LeftAccount::default() }
     }
 
     pub(in crate::ledger) fn stay(&mut self, now: Timestamp) {

@@ -218,3 +218,40 @@ fn the_provider_refuses_hardly_anything_and_is_used_up() {
         assert!(refusals <= 5, "cost {cost}: {refusals} refusals in five windows");
     }
 }
+
+/// The gate of a new process, whose clock shows another time.
+fn continued(gate: &Gate, now: u64, new_now: u64) -> Gate {
+    let left: LeftGate = serde_json::from_str(&serde_json::to_string(&gate.leave(now)).unwrap()).unwrap();
+    Gate::continued(new_now, &left)
+}
+
+#[test]
+fn a_new_process_continues_with_the_statements_of_the_old_one() {
+    let mut gate = known();
+    let number = gate.pass(1_000, tokens(10)).unwrap();
+    gate.answered(1_000, number, &stated(1_000, 100, 9_000), Verdict::Accepted);
+    // A request in flight counts as sent.
+    let _in_flight = gate.pass(1_000, tokens(60)).unwrap();
+    let mut new = continued(&gate, 1_500, 70_000);
+    assert_eq!(new.view(70_000)[0].reset_ms, Some(8_500));
+    // 100 are refilled in a second; half a second is over.
+    assert_eq!(new.pass(70_000, tokens(140)), Err(Hold::Wait(500)));
+    assert!(new.pass(70_500, tokens(140)).is_ok());
+}
+
+#[test]
+fn a_closed_gate_stays_closed_in_a_new_process_and_one_request_asks_again() {
+    let mut gate = known();
+    let number = gate.pass(0, tokens(10)).unwrap();
+    gate.answered(0, number, &refusal(5_000), Verdict::Refused);
+    let mut new = continued(&gate, 2_000, 90_000);
+    assert_eq!(new.pass(90_000, tokens(10)), Err(Hold::Wait(3_000)));
+    assert!(new.pass(93_000, tokens(10)).is_ok());
+    assert_eq!(new.pass(93_000, tokens(10)), Err(Hold::Wait(PROBE_WAIT_MS)), "one request goes first");
+    // While the probe of the old process is in flight, the new one waits, and then sends its own.
+    let _probe = gate.pass(5_000, tokens(10)).unwrap();
+    let mut new = continued(&gate, 5_000, 90_000);
+    assert_eq!(new.pass(90_000, tokens(10)), Err(Hold::Wait(PROBE_WAIT_MS)));
+    assert!(new.pass(90_000 + PROBE_WAIT_MS, tokens(10)).is_ok());
+    assert_eq!(new.pass(90_000 + PROBE_WAIT_MS, tokens(10)), Err(Hold::Wait(PROBE_WAIT_MS)));
+}
