@@ -32,15 +32,16 @@ pub(crate) fn restart_faults(old: &Config, new: &Config) -> Vec<String> {
         let [before, after] = [old, new].map(|redis| format!("{:?}", redis.timeout));
         check("store.redis.timeout", &before, &after, before != after);
     }
-    let show = |config: &Config| if config.shared_slot().is_some() { "some" } else { "none" };
-    let (before, after) = (show(old), show(new));
     // Other keys would begin with other counters.
-    check(
-        "the presence of upstreams.*.quotas, with Redis Cluster,",
-        &before,
-        &after,
-        !differs && before != after,
-    );
+    let has_limits = |config: &Config| config.shared_slot().is_some();
+    if !differs && has_limits(old) != has_limits(new) {
+        let what =
+            if has_limits(new) { "added to the first upstream" } else { "removed from the last upstream" };
+        faults.push(format!(
+            "upstreams.*.quotas, model_quotas and max_in_flight cannot be {what} while the gateway runs with Redis Cluster: \
+             the keys of all environments would change; restart all nodes, or set it back"
+        ));
+    }
     faults
 }
 
@@ -220,6 +221,8 @@ mod tests {
         assert_eq!(other.shared_slot(), Some("environments"));
         let faults = restart_faults(&none, &one);
         assert!(faults.len() == 1 && faults[0].contains("upstreams.*.quotas"), "{faults:?}");
+        assert!(faults[0].contains("added to the first upstream"), "{faults:?}");
+        assert!(restart_faults(&one, &none)[0].contains("removed from the last upstream"));
         assert!(restart_faults(&one, &other).is_empty());
         let [none, one, _] = limits.map(|limits| of("redis://a", limits));
         assert!(restart_faults(&none, &one).is_empty() && one.shared_slot().is_none());

@@ -5,6 +5,7 @@ mod failure_policies;
 mod load;
 mod nodes;
 mod outages;
+mod routes;
 mod stalls;
 
 use crate::support::redis::Redis;

@@ -99,3 +99,24 @@ async fn without_routes_the_list_passes_as_before() {
     }
     assert_eq!((seen(&[&a]), a.seen()[0].all("authorization")), (vec![3], vec!["Bearer mine"]));
 }
+
+#[tokio::test]
+async fn the_list_has_the_names_of_the_upstreams_and_no_aliases_of_routes() {
+    let a = Upstream::always(list(&["gpt-4o"])).await;
+    let b = Upstream::always(list(&["meta/llama-3", "meta/other"])).await;
+    let routes = "{ models: [llama-3], upstream: b, model: meta/llama-3 }";
+    let all = [("a", &a), ("b", &b)];
+    let gateway = gateway(&all, routes, "").await;
+    assert_eq!(
+        ids(&gateway.send("GET", "/v1/models", "", "").await),
+        ["meta/llama-3", "meta/other", "gpt-4o"]
+    );
+    // The allow-list applies to the names in the list. An alias may be requested all the same.
+    let gateway = self::gateway(&all, routes, "models: [llama-3, 'gpt-*']").await;
+    assert_eq!(ids(&gateway.send("GET", "/v1/models", "", "").await), ["gpt-4o"]);
+    let reply = gateway.send("GET", "/v1/models/llama-3", "", "").await;
+    assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")));
+    assert_eq!(b.seen().last().unwrap().target(), "/v1/models/meta/llama-3");
+    let reply = gateway.send("GET", "/v1/models/meta/llama-3", "", "").await;
+    assert_eq!(reply.refusal(), (404, "model_not_found".into()));
+}
