@@ -25,6 +25,7 @@ use crate::clock::Stopwatch;
 use crate::config::UpstreamSettings;
 use crate::estimate::EstimateSource;
 use crate::quota::Amounts;
+use http::Uri;
 use http::request::Parts;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -122,6 +123,8 @@ pub(crate) struct Record {
     pub(crate) caller_label: CallerLabel,
     /// The upstream, once the request is sent to it.
     pub(crate) upstream: Option<Arc<UpstreamSettings>>,
+    /// Index of its replica that the request was sent to last.
+    pub(crate) replica: Option<usize>,
     /// The upstreams that the request tried before the last one, or left out.
     pub(crate) attempts: Attempts,
     /// The id of the trace that the request belongs to.
@@ -186,6 +189,7 @@ impl Record {
             model_label: None,
             caller_label: CallerLabel::default(),
             upstream: None,
+            replica: None,
             attempts: Attempts::default(),
             trace_id: None,
             trace: None,
@@ -221,6 +225,23 @@ impl Record {
         self.outcome == RequestOutcome::Answered
     }
 
+    /// The URL of the server that the request was sent to last, or of the only one. `None`: it was sent to none.
+    fn server(&self) -> Option<&Uri> {
+        let upstream = self.upstream.as_ref()?;
+        match (self.replica, &*upstream.base_urls) {
+            (Some(index), urls) => urls.get(index),
+            (None, [only]) => Some(only),
+            (None, _) => None,
+        }
+    }
+
+    /// Host and port of the replica that the request was sent to last. `None`: the upstream has only one, or it was sent to
+    /// none.
+    fn replica_address(&self) -> Option<String> {
+        let [_, _, ..] = &*self.upstream.as_ref()?.base_urls else { return None };
+        self.server().map(UpstreamSettings::address)
+    }
+
     /// Prompt and completion tokens charged, which add up to the total. Tokens that the upstream reports in its total alone
     /// count as completion tokens. `None`: nothing was charged.
     fn charged_tokens(&self) -> Option<[u64; 2]> {
@@ -246,6 +267,13 @@ impl Record {
     pub(crate) fn call_upstream(&mut self) -> Option<String> {
         let trace = self.trace.as_mut()?;
         Some(trace.call_upstream(self.started.elapsed()))
+    }
+
+    /// Records the model that the answer names, in the trace. Without one it is not looked for.
+    pub(crate) fn answered_by(&mut self, model: impl FnOnce() -> Option<String>) {
+        if let Some(trace) = &mut self.trace {
+            trace.answered_by(model);
+        }
     }
 
     /// Records that the request does not wait for room any more.

@@ -111,8 +111,8 @@ impl Upstream {
     /// on a new connection, if it is lost on a reused connection, if another replica can get it, or if the upstream has
     /// certainly not processed it. It is never retried after a byte of its answer has arrived.
     ///
-    /// `observe_sent` is called with `true` before the first byte is written, and with `false` if the request
-    /// turns out not to have been processed, or is about to be retried.
+    /// `observe_sent` is called with the index of the replica before the first byte is written, and with `None` if the
+    /// request turns out not to have been processed, or is about to be retried.
     ///
     /// # Errors
     /// See [`SendError`].
@@ -120,12 +120,12 @@ impl Upstream {
         &self,
         request: &Request,
         started: Stopwatch,
-        observe_sent: &mut (dyn FnMut(bool) + Send),
+        observe_sent: &mut (dyn FnMut(Option<usize>) + Send),
     ) -> Result<(response::Parts, Incoming), SendError> {
         let mut may_retry = true;
         let Some(mut placed) = self.place(&[]) else { return Err(no_replica()) };
         if let Some(reused) = self.reuse(&placed) {
-            observe_sent(true);
+            observe_sent(Some(placed.choice.index));
             match self.exchange(&placed, reused, request, started).await {
                 Err(SendError::Broken(error)) if error.is_retriable() => self.log_retry(&error),
                 Ok(answer) => {
@@ -134,7 +134,7 @@ impl Upstream {
                 }
                 Err(error) => return Err(error),
             }
-            observe_sent(false);
+            observe_sent(None);
             may_retry = false;
             // A connection that is lost can mean that its replica is gone.
             placed = self.place_elsewhere(placed.choice.index).unwrap_or(placed);
@@ -143,14 +143,14 @@ impl Upstream {
         loop {
             // Boxed because connecting is rare and its state is large: every request's future would have room for it.
             let (connected, in_flight, index) = Box::pin(self.connect(placed, started, &mut tried)).await?;
-            observe_sent(true);
+            observe_sent(Some(index));
             let result = Box::pin(self.exchange_at(index, connected, request, started)).await;
             let Err(SendError::Broken(error)) = &result else {
                 return result.map(|answer| with_guard(answer, in_flight));
             };
             let next = if may_retry { self.place_after(index, error) } else { None };
             if next.is_some() || error.is_not_processed() {
-                observe_sent(false);
+                observe_sent(None);
             }
             let Some(next) = next else { return result.map(|answer| with_guard(answer, in_flight)) };
             self.log_retry(error);

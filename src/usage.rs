@@ -5,6 +5,7 @@
 //! a whole number from 0 to 2^40 is not credible and does not count as reported.
 
 mod answer_ids;
+mod answer_model;
 mod choice_ends;
 mod choices;
 mod collector;
@@ -23,6 +24,7 @@ mod template;
 mod texts;
 
 pub use answer_ids::{AnswerIds, AnswerItem};
+pub use answer_model::of_document as model_of_document;
 pub use collector::TextToCount;
 pub use decode::{ContentCoding, Decoder};
 pub use delivered::{Delivered, DeliveredTokens};

@@ -139,12 +139,16 @@ impl Proxy {
     ) -> Result<Answer, ProxyError> {
         let context = &self.snapshot.upstreams[outgoing.upstream];
         charge.record.upstream = Some(context.settings.clone());
+        charge.record.replica = None;
         if let Some(parent) = charge.record.call_upstream() {
             headers::replace_trace_parent(&mut outgoing.request.headers, &parent);
         }
         let prompt = Amounts::of_request(outgoing.call.prompt_tokens, 0);
         // Once the upstream may have read the request, the prompt is charged, even if the caller disconnects.
-        let mut reached = |is_reached| charge.observe(if is_reached { prompt } else { Amounts::default() });
+        let mut reached = |replica: Option<usize>| {
+            charge.record.replica = replica.or(charge.record.replica);
+            charge.observe(if replica.is_some() { prompt } else { Amounts::default() });
+        };
         let upstream = &self.upstreams[outgoing.upstream];
         let failed = |error| refusal::send_failed(error, &context.settings);
         let answer = upstream.send(&outgoing.request, started, &mut reached).await.map_err(failed)?;

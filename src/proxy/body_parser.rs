@@ -2,7 +2,7 @@
 
 use crate::usage::{
     AnswerIds, BodyFormat, Delivered, Detection, Discard, FormatDetector, JsonReader, Reported, Sink,
-    SseReader, TextToCount,
+    SseReader, TextToCount, model_of_document,
 };
 use bytes::Bytes;
 use std::io::{self, Write};
@@ -186,6 +186,15 @@ impl BodyParser {
         match self {
             Self::Sse(reader) => reader.answer_ids(),
             Self::Json(_, received) => AnswerIds::of_document(received),
+            Self::Undecided(_) | Self::Opaque { .. } => None,
+        }
+    }
+
+    /// The model that the answer names.
+    pub(super) fn answer_model(&self) -> Option<String> {
+        match self {
+            Self::Sse(reader) => reader.answer_model(),
+            Self::Json(_, received) => model_of_document(received),
             Self::Undecided(_) | Self::Opaque { .. } => None,
         }
     }

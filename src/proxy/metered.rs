@@ -379,6 +379,7 @@ impl Metered {
         };
         charge.record.outcome = if self.is_draining { RequestOutcome::CallerGone } else { outcome };
         charge.record.is_drained = self.is_draining;
+        charge.record.answered_by(|| self.reader.answer_model());
         if outcome == RequestOutcome::Answered || self.reader.is_whole() {
             self.learn(&mut charge);
         }

@@ -187,6 +187,11 @@ impl AnswerReader {
         self.parser().and_then(BodyParser::answer_ids)
     }
 
+    /// The model that the answer names.
+    pub(super) fn answer_model(&self) -> Option<String> {
+        self.parser().and_then(BodyParser::answer_model)
+    }
+
     /// Bytes buffered for counting.
     pub(super) fn buffered_bytes(&self) -> usize {
         self.parser().map_or(0, BodyParser::buffered_bytes)

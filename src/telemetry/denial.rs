@@ -4,16 +4,16 @@ use crate::error::ProxyError;
 use crate::quota::{Shortfall, Wait};
 use std::time::Duration;
 
-/// The limit that denied a request: a quota, `max_in_flight`, or a limit of an upstream's provider.
+/// The limit that denied a request: a quota, `max_in_flight`, a limit of an upstream's provider, or the flood guard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Denial {
     /// As [`crate::quota::Scope::as_str`].
     pub(super) scope: &'static str,
-    /// The name within the scope; empty for the environment.
+    /// The name within the scope; empty for the environment and for an address.
     pub(super) name: String,
     /// Only of a quota.
     pub(super) quota: Option<DeniedQuota>,
-    /// `None`: the provider's limit.
+    /// `None`: the provider's limit, or the flood guard.
     pub(super) limit: Option<u64>,
     /// Milliseconds until the request fits. `None`: it can never fit, or the time is not known.
     pub(super) retry_after_ms: Option<u64>,
@@ -31,7 +31,7 @@ pub(super) struct DeniedQuota {
 }
 
 impl Denial {
-    /// The limit that caused this error. `None`: no limit of an environment or an upstream did.
+    /// The limit that caused this error. `None`: none did.
     pub(crate) fn of_error(error: &ProxyError) -> Option<Self> {
         match error {
             ProxyError::QuotaExceeded { .. } => error.shortfalls().first().map(Self::of_quota),
@@ -40,6 +40,10 @@ impl Denial {
             }
             ProxyError::UpstreamRateLimited { upstream, wait, .. } => {
                 Some(Self::of_upstream(upstream, None, Some(*wait)))
+            }
+            ProxyError::FloodGuard { wait } => {
+                let retry_after_ms = Some(milliseconds(*wait));
+                Some(Self { scope: "address", name: String::new(), quota: None, limit: None, retry_after_ms })
             }
             _ => None,
         }
@@ -77,10 +81,13 @@ impl Denial {
     }
 
     fn of_upstream(name: &str, limit: Option<u64>, wait: Option<Duration>) -> Self {
-        let ms = |wait: Duration| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1);
-        let (name, retry_after_ms) = (name.to_owned(), wait.map(ms));
+        let (name, retry_after_ms) = (name.to_owned(), wait.map(milliseconds));
         Self { scope: "upstream", name, quota: None, limit, retry_after_ms }
     }
+}
+
+fn milliseconds(wait: Duration) -> u64 {
+    u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 #[cfg(test)]
@@ -99,6 +106,7 @@ mod tests {
             (in_flight(None), ("environment", "", Some(5), None)),
             (in_flight(Some("openai")), ("upstream", "openai", Some(5), None)),
             (held, ("upstream", "openai", None, Some(2_758))),
+            (ProxyError::FloodGuard { wait }, ("address", "", None, Some(2_758))),
         ] {
             let Denial { scope, name, quota, limit, retry_after_ms } = Denial::of_error(&error).unwrap();
             assert_eq!((scope, &*name, limit, retry_after_ms), want);

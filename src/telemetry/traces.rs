@@ -12,7 +12,6 @@ mod variables;
 
 use super::Metrics;
 use crate::config::Config;
-use anyhow::Context as _;
 use collector::Collector;
 use counted::{CountedExporter, CountedProcessor};
 use opentelemetry::trace::TracerProvider as _;
@@ -52,8 +51,7 @@ impl Tracing {
         }
         let counts = metrics.span_counts();
         let headers = settings.map(|settings| settings.headers.clone()).unwrap_or_default();
-        let others = config.upstreams.first().context("the config has no upstream")?.clone();
-        let client = Collector::new(headers, variables::timeout(), others);
+        let client = Collector::new(headers, variables::timeout());
         let exporter = SpanExporter::builder().with_http().with_http_client(client);
         let exporter = exporter.with_protocol(Protocol::HttpBinary);
         let exporter = match settings.and_then(|settings| settings.endpoint.as_ref()) {

@@ -10,7 +10,7 @@ use super::delivered::{Delivered, DeliveredTokens};
 use super::event::{EventReport, EventUsage, UsageEvent};
 use super::sink::{Discard, Sink};
 use super::stream_end::StreamEnd;
-use super::{AnswerIds, Reported, TextToCount, ending};
+use super::{AnswerIds, Reported, TextToCount, answer_model, ending};
 use crate::json::replace_lone_surrogates;
 use bytes::Bytes;
 use memchr::memchr2;
@@ -160,6 +160,11 @@ impl SseReader {
         self.partial_comment = Vec::new();
         self.is_held_back = false;
         is_passed_on
+    }
+
+    /// The model that the stream names.
+    pub fn answer_model(&self) -> Option<String> {
+        answer_model::of_stream(&self.delivered)
     }
 
     /// The ids of a complete response (Responses API).

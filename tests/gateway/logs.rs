@@ -18,7 +18,7 @@ async fn gateway(upstream: &Upstream, telemetry: &str) -> Process {
 fn config(upstream: &Upstream, telemetry: &str) -> String {
     format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
-         upstreams: {{ backend: {{ base_url: 'http://{}/v1', api_key: CANARY-upstream-key }}, gone: {{ base_url: 'http://{}', api_key: CANARY-upstream-key }} }}\n\
+         upstreams: {{ backend: {{ base_urls: ['http://{}/v1', 'http://{}/v1'], api_key: CANARY-upstream-key }}, gone: {{ base_url: 'http://{}', api_key: CANARY-upstream-key }} }}\n\
          environments:\n\
          \x20 prod:\n    upstream: backend\n    keys: [{{ name: web-app, secret: CANARY-callers-key-1 }}]\n\
          \x20   reserve: {{ completion: max_tokens, when_short: clamp }}\n\
@@ -28,6 +28,7 @@ fn config(upstream: &Upstream, telemetry: &str) -> String {
          \x20   reserve: {{ max_wait: 30s }}\n    quotas: {{ requests: {{ limit: 1, per: 2s }} }}\n\
          store: {{ memory: true }}\ntelemetry: {telemetry}\n",
         upstream.address,
+        gone(),
         gone()
     )
 }
@@ -193,13 +194,14 @@ async fn lines_for_people_are_readable_and_follow_a_banner() {
         &format!("base_url      http://{address}/v1"),
         "environments  prod (1 key) to backend",
         "queued (1 key, 1 route) to backend",
-        &format!("upstreams     backend: http://{}/v1", upstream.address),
         "store         memory",
         &format!("admin         http://{admin}/"),
         "overrides     none",
     ] {
         assert!(banner.contains(&expected), "{expected}: {banner:#?}");
     }
+    let replicas = format!("upstreams     backend: http://{}/v1, http://", upstream.address);
+    assert!(banner.iter().any(|line| line.starts_with(&replicas)), "{replicas}: {banner:#?}");
     let requests: Vec<&String> = lines.iter().filter(|line| line.contains(" INFO  request  ")).collect();
     assert_eq!(requests.len(), 10, "{lines:#?}");
     for part in [
@@ -296,4 +298,107 @@ async fn a_reload_applies_form_level_and_requests() {
     assert_eq!(gateway.chat(HELLO).await.status, 401);
     let lines = gateway.stop().await;
     assert_eq!(lines.concat().matches("invalid_api_key").count(), 1, "{lines:#?}");
+}
+
+/// The line of the only request with this value in a field.
+async fn line_of(gateway: &Process, field: &str, value: &str) -> Value {
+    soon("a line", gateway.log_line(field, value)).await
+}
+
+#[tokio::test]
+async fn a_line_names_the_replica_that_the_request_was_sent_to() {
+    let (one, two, only) = (upstream().await, upstream().await, upstream().await);
+    let urls = |addresses: [String; 2]| addresses.map(|address| format!("'http://{address}/v1'")).join(", ");
+    let both = urls([one.address.to_string(), two.address.to_string()]);
+    let sections = format!(
+        "upstreams:\n  both: {{ base_urls: [{both}] }}\n  dead: {{ base_urls: [{}] }}\n  only: {{ base_url: 'http://{}/v1' }}\n\
+         environments:\n  both: {{ upstream: both }}\n  dead: {{ upstream: dead }}\n  only: {{ upstream: only }}\n\
+         telemetry: {{ log: json }}",
+        urls([gone(), gone()]),
+        only.address
+    );
+    let gateway = Process::start(&sections, &[]).await;
+    let send = async |environment: &str| {
+        let mut caller = gateway.caller().await;
+        let path = format!("/{environment}{CHAT}");
+        caller.request("POST", &path, "", HELLO.as_bytes()).await;
+        let reply = caller.reply().await;
+        let id = reply.header("x-request-id").unwrap().to_owned();
+        line_of(&gateway, "request_id", &id).await["replica"].clone()
+    };
+    for n in 0..20 {
+        let before = one.seen().len();
+        let replica = send("both").await;
+        let used = if one.seen().len() > before { &one } else { &two };
+        assert_eq!(replica, used.address.to_string(), "{n}");
+    }
+    assert!(!one.seen().is_empty() && !two.seen().is_empty());
+    assert_eq!((send("dead").await, send("only").await), (Value::Null, Value::Null));
+}
+
+#[tokio::test]
+async fn a_denial_without_a_quota_has_its_scope_too() {
+    let silent = Upstream::always(Answer::silence()).await;
+    let refusing = Upstream::always(Answer::with_headers(429, "retry-after: 30\r\n", "{}")).await;
+    let sections = format!(
+        "upstreams:\n  full: {{ base_url: 'http://{0}/v1', max_in_flight: 1 }}\n  free: {{ base_url: 'http://{0}/v1' }}\n  \
+         refusing: {{ base_url: 'http://{1}/v1', api_key: sk-upstream, provider_limits: follow }}\n\
+         environments:\n  a: {{ upstream: full }}\n  b: {{ upstream: free, max_in_flight: 1 }}\n  c: {{ upstream: refusing }}\n\
+         telemetry: {{ log: json }}",
+        silent.address, refusing.address
+    );
+    let listeners = "server: { listen: '127.0.0.1:0', flood_guard: { requests: 6, per: hour } }\nadmin: { listen: '127.0.0.1:0' }";
+    let gateway = Process::of_config(&format!("{listeners}\n{sections}\nstore: {{ memory: true }}\n")).await;
+    let mut callers = Vec::new();
+    let mut send = async |environment: &str, code: &str| {
+        let mut caller = gateway.caller().await;
+        caller.request("POST", &format!("/{environment}{CHAT}"), "", HELLO.as_bytes()).await;
+        if code.is_empty() {
+            callers.push(caller);
+            return Value::Null;
+        }
+        let reply = caller.reply().await;
+        assert_eq!(reply.status, 429, "{}", reply.text());
+        let line = line_of(&gateway, "error", code).await;
+        json!([line["scope"], line["name"], line["limit"], line["kind"], line["retry_after_ms"].is_u64()])
+    };
+    send("a", "").await;
+    silent.wait_until_seen(1).await;
+    assert_eq!(send("a", "too_many_in_flight").await, json!(["upstream", "full", 1, null, false]));
+    assert_eq!(gateway.chat_with("", HELLO).await.status, 401);
+    send("c", "").await;
+    refusing.wait_until_seen(1).await;
+    soon("the refusal", gateway.log_line("outcome", "upstream_error")).await;
+    assert_eq!(send("c", "upstream_rate_limited").await, json!(["upstream", "refusing", null, null, true]));
+    send("b", "").await;
+    silent.wait_until_seen(2).await;
+    assert_eq!(send("b", "flood_guard").await, json!(["address", null, null, null, true]));
+    // The metric has the same scope.
+    let metrics = gateway.admin_get("/metrics").await;
+    for (environment, code) in [("a", "too_many_in_flight"), ("c", "upstream_rate_limited")] {
+        let series = format!(
+            r#"tollgate_rejections_total{{code="{code}",environment="{environment}",kind="",per="",scope="upstream"}} 1"#
+        );
+        assert!(metrics.text().contains(&series), "{series}\n{}", metrics.text());
+    }
+}
+
+#[tokio::test]
+async fn the_maximum_in_flight_of_an_environment_has_its_scope() {
+    let silent = Upstream::always(Answer::silence()).await;
+    let sections = format!(
+        "upstreams: {{ u: {{ base_url: 'http://{}/v1' }} }}\nenvironments: {{ a: {{ upstream: u, max_in_flight: 1 }} }}\n\
+         default_environment: a\ntelemetry: {{ log: json }}",
+        silent.address
+    );
+    let gateway = Process::start(&sections, &[]).await;
+    let mut caller = gateway.caller().await;
+    caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+    silent.wait_until_seen(1).await;
+    assert_eq!(gateway.chat(HELLO).await.status, 429);
+    let line = line_of(&gateway, "error", "too_many_in_flight").await;
+    assert_eq!(
+        (&line["scope"], &line["name"], &line["limit"]),
+        (&json!("environment"), &Value::Null, &json!(1))
+    );
 }

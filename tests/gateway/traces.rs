@@ -1,6 +1,8 @@
 //! Traces: what arrives at a collector, and what reaches the upstream.
 
 use crate::support::*;
+use crate::tls::server::Certificate;
+use crate::tls::upstream::{Act, TlsUpstream};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::KeyValue;
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Any;
@@ -38,15 +40,9 @@ impl Collector {
         for request in self.0.seen() {
             assert_eq!(request.target(), "/v1/traces");
             assert_eq!(request.header("content-type"), Some("application/x-protobuf"));
-            assert!(
-                !String::from_utf8_lossy(&request.body).contains("CANARY"),
-                "a span has a key or a prompt"
-            );
-            let export = ExportTraceServiceRequest::decode(&*request.body).unwrap();
-            for group in export.resource_spans {
-                resource.extend(attributes(&group.resource.unwrap().attributes));
-                spans.extend(group.scope_spans.into_iter().flat_map(|scope| scope.spans));
-            }
+            let (of_request, more) = decoded(&request.body);
+            resource.extend(of_request);
+            spans.extend(more);
         }
         (resource, spans)
     }
@@ -61,6 +57,17 @@ impl Collector {
         .await;
         self.received().1
     }
+}
+
+/// The attributes of the process, and the spans of one request to a collector.
+fn decoded(body: &[u8]) -> (BTreeMap<String, String>, Vec<Span>) {
+    let (mut resource, mut spans) = (BTreeMap::new(), Vec::new());
+    assert!(!String::from_utf8_lossy(body).contains("CANARY"), "a span has a key or a prompt");
+    for group in ExportTraceServiceRequest::decode(body).unwrap().resource_spans {
+        resource.extend(attributes(&group.resource.unwrap().attributes));
+        spans.extend(group.scope_spans.into_iter().flat_map(|scope| scope.spans));
+    }
+    (resource, spans)
 }
 
 fn attributes(all: &[KeyValue]) -> BTreeMap<String, String> {
@@ -378,4 +385,82 @@ async fn a_reload_begins_and_ends_traces() {
     assert_eq!(process.chat_with(headers, &hello(r#""max_tokens":50"#)).await.status, 200);
     process.stop().await;
     assert_eq!(collector.received().1.len(), 2);
+}
+
+#[tokio::test]
+async fn the_call_names_the_server_and_the_model_that_answered() {
+    let collector = Collector::start().await;
+    let document = chat_answer(&usage(8, 2)).replacen('{', r#"{"model":"gpt-4o-2024-11-20","#, 1);
+    let answers = move |request: &SeenRequest| {
+        if request.text().contains(r#""stream":true"#) {
+            let event = delta("Hi").replace(r#""id":"c1""#, r#""id":"c1","model":"gpt-4o-2024-11-20""#);
+            Answer::stream().event(&event).event(&usage_event(8, 2)).event(DONE).end()
+        } else {
+            Answer::json(200, &document)
+        }
+    };
+    let live = Upstream::answering(answers).await;
+    let text = config(&live, &format!("{{ endpoint: '{}' }}", collector.url()))
+        .replace("{ limit: 1, per: 2s }", "{ limit: 10k, per: second }")
+        .replace(
+            &format!("base_url: 'http://{}/v1'", live.address),
+            &format!(
+                "base_urls: ['http://127.0.0.1:{}/v1', 'http://{}/v1']",
+                port::free_port(),
+                live.address
+            ),
+        );
+    let gateway = Gateway::from_config(&text).await;
+    for _ in 0..6 {
+        assert_eq!(chat(&gateway, "", r#""max_tokens":50"#).await.status, 200);
+        assert_eq!(chat(&gateway, "", r#""max_tokens":50,"stream":true"#).await.status, 200);
+    }
+    gateway.shutdown().await;
+    let spans = collector.received().1;
+    let calls = of_kind(&spans, SpanKind::Client);
+    assert_eq!(calls.len(), 12);
+    let port = live.address.port().to_string();
+    for call in calls {
+        assert_attributes(
+            call,
+            &[
+                ("server.address", "127.0.0.1"),
+                ("server.port", &port),
+                ("gen_ai.request.model", "gpt-4o"),
+                ("gen_ai.response.model", "gpt-4o-2024-11-20"),
+            ],
+        );
+    }
+}
+
+#[tokio::test]
+async fn traces_reach_a_collector_over_tls_by_either_protocol() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let certificate = Certificate::new();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &certificate.pem).unwrap();
+    let trusted = ("SSL_CERT_FILE", file.path().to_str().unwrap());
+    let headers = "authorization: Bearer CANARY-callers-key-1\r\n";
+    for (protocol, version) in [(&b"http/1.1"[..], http::Version::HTTP_11), (b"h2", http::Version::HTTP_2)] {
+        let collector = TlsUpstream::start(&certificate, protocol, |_| Act::answer(200, "")).await;
+        let url = format!("https://localhost:{}", collector.port);
+        let endpoint = [("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()), ("OTEL_BSP_SCHEDULE_DELAY", "20")];
+        let process = Process::start(&sections(&upstream), &[endpoint[0], endpoint[1], trusted]).await;
+        assert_eq!(process.chat_with(headers, &hello(r#""max_tokens":50"#)).await.status, 200);
+        process.stop().await;
+        let seen = collector.seen();
+        assert!(!seen.is_empty());
+        for request in &seen {
+            assert_eq!((&*request.path, &*request.content_type), ("/v1/traces", "application/x-protobuf"));
+            assert_eq!((request.version, &*request.authority), (version, &url["https://".len()..]));
+        }
+        assert_eq!(seen.iter().map(|request| decoded(&request.body).1.len()).sum::<usize>(), 2);
+        // Without the certificate nothing is sent, and requests are served.
+        let process = Process::start(&sections(&upstream), &endpoint).await;
+        assert_eq!(process.chat_with(headers, &hello(r#""max_tokens":50"#)).await.status, 200);
+        let warning = "the collector does not take traces, so they are lost";
+        soon("the warning", process.line_with(warning)).await;
+        assert_eq!(count(&process, "sent").await, 0);
+        assert_eq!(collector.seen().len(), seen.len());
+    }
 }

@@ -47,6 +47,7 @@ fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
     line.add_text("environment", &record.environment);
     line.add_text("caller", record.caller.as_deref().unwrap_or_default());
     line.add_text("upstream", record.upstream.as_ref().map_or("", |upstream| &upstream.name));
+    line.add_text("replica", &record.replica_address().unwrap_or_default());
     line.add_attempts(&Attempts::with_last(record));
     if record.api != "none" {
         line.add_word("api", record.api);

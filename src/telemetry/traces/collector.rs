@@ -23,8 +23,6 @@ pub(super) struct Collector {
     /// Added to each request, instead of headers of the same names.
     headers: HeaderMap,
     timeout: Duration,
-    /// Settings of some upstream, for the ones that have no meaning here.
-    others: Arc<UpstreamSettings>,
     /// Made with the first request, on the SDK's thread: a runtime must not end on an event loop.
     connection: Mutex<Option<Connection>>,
 }
@@ -41,8 +39,8 @@ impl fmt::Debug for Collector {
 }
 
 impl Collector {
-    pub(super) fn new(headers: HeaderMap, timeout: Duration, others: Arc<UpstreamSettings>) -> Self {
-        Self { headers, timeout, others, connection: Mutex::new(None) }
+    pub(super) fn new(headers: HeaderMap, timeout: Duration) -> Self {
+        Self { headers, timeout, connection: Mutex::new(None) }
     }
 
     fn send(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
@@ -57,7 +55,7 @@ impl Collector {
         let mut guard = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         let connection = match &mut *guard {
             Some(connection) => connection,
-            none => none.insert(Connection::new(&head.uri, self.timeout, &self.others)?),
+            none => none.insert(Connection::new(&head.uri, self.timeout)?),
         };
         let Connection { upstream, runtime } = connection;
         runtime.block_on(async {
@@ -72,25 +70,14 @@ impl Collector {
 }
 
 impl Connection {
-    fn new(uri: &Uri, timeout: Duration, others: &UpstreamSettings) -> anyhow::Result<Self> {
+    fn new(uri: &Uri, timeout: Duration) -> anyhow::Result<Self> {
         let base = Uri::builder()
             .scheme(uri.scheme_str().unwrap_or("http"))
             .authority(uri.authority().map_or("", |authority| authority.as_str()))
             .path_and_query("/")
             .build()?;
-        let settings = UpstreamSettings {
-            name: "collector of traces".to_owned(),
-            base_urls: vec![base.clone()],
-            base_url: base,
-            health: None,
-            api_key: None,
-            timeouts: Timeouts { connect: timeout, first_byte: timeout, idle: timeout, total: timeout },
-            headers: HeaderMap::new(),
-            quotas: Vec::new(),
-            max_in_flight: None,
-            // The others concern models only.
-            ..others.clone()
-        };
+        let timeouts = Timeouts { connect: timeout, first_byte: timeout, idle: timeout, total: timeout };
+        let settings = UpstreamSettings::of_server("collector of traces", base, timeouts);
         let upstream = Upstream::alone(Arc::new(settings), &upstream::client_config()?)?;
         Ok(Self { upstream, runtime: Builder::new_current_thread().enable_all().build()? })
     }

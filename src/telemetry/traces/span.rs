@@ -4,7 +4,7 @@ use super::Tracing;
 use crate::clock;
 use crate::telemetry::gen_ai::{operation_name, provider};
 use crate::telemetry::{Record, RequestOutcome};
-use http::{Method, Uri};
+use http::Method;
 use opentelemetry::trace::{Span as _, SpanContext, SpanKind, Status, TraceContextExt as _, Tracer as _};
 use opentelemetry::{Context, KeyValue, Value};
 use opentelemetry_sdk::trace::Span;
@@ -21,6 +21,8 @@ pub(crate) struct RequestTrace {
     /// The context of the server span, as the parent of others.
     context: Context,
     upstream: Option<UpstreamSpan>,
+    /// The model that the answer names.
+    answer_model: Option<String>,
 }
 
 /// The span of the call of the upstream.
@@ -50,7 +52,15 @@ impl RequestTrace {
             return None;
         }
         let context = Context::new().with_remote_span_context(server.span_context().clone());
-        Some(Self { tracing: tracing.clone(), started_at, method, server, context, upstream: None })
+        Some(Self {
+            tracing: tracing.clone(),
+            started_at,
+            method,
+            server,
+            context,
+            upstream: None,
+            answer_model: None,
+        })
     }
 
     /// The id of the trace.
@@ -78,6 +88,13 @@ impl RequestTrace {
         header
     }
 
+    /// Records the model that the answer names, if the trace is sampled.
+    pub(in crate::telemetry) fn answered_by(&mut self, model: impl FnOnce() -> Option<String>) {
+        if self.server.is_recording() {
+            self.answer_model = model();
+        }
+    }
+
     fn at(&self, age: Duration) -> SystemTime {
         self.started_at.checked_add(age).unwrap_or(self.started_at)
     }
@@ -89,6 +106,7 @@ impl RequestTrace {
             if span.is_recording() {
                 let sent_at = self.started_at.checked_add(*begin).unwrap_or(end);
                 describe_call(span, record, sent_at, self.started_at);
+                set(span, "gen_ai.response.model", self.answer_model.take());
             }
             span.end_with_timestamp(end);
         }
@@ -211,10 +229,11 @@ fn describe_call(span: &mut Span, record: &Record, sent_at: SystemTime, started_
         set_status(span, record);
     }
     span.set_attribute(KeyValue::new("gen_ai.provider.name", provider(upstream.api)));
-    let uri: &Uri = &upstream.base_url;
-    set(span, "server.address", uri.host().map(str::to_owned));
-    let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
-    span.set_attribute(KeyValue::new("server.port", i64::from(uri.port_u16().unwrap_or(default))));
+    if let Some(uri) = record.server() {
+        set(span, "server.address", uri.host().map(str::to_owned));
+        let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+        span.set_attribute(KeyValue::new("server.port", i64::from(uri.port_u16().unwrap_or(default))));
+    }
     if record.charged.prompt > 0 || record.charged.completion > 0 {
         span.set_attribute(KeyValue::new("gen_ai.usage.input_tokens", signed(record.charged.prompt)));
         span.set_attribute(KeyValue::new("gen_ai.usage.output_tokens", signed(record.charged.completion)));

@@ -52,6 +52,9 @@ pub struct Seen {
     pub number: String,
     pub authority: String,
     pub version: http::Version,
+    pub path: String,
+    pub content_type: String,
+    pub body: Vec<u8>,
 }
 
 #[derive(Clone)]
@@ -123,12 +126,15 @@ async fn answer(
 ) -> Result<http::Response<Full<Bytes>>, h2::Error> {
     let header = |name: &str| request.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
     let authority = request.uri().authority().map(ToString::to_string);
-    let seen = Seen {
+    let mut seen = Seen {
         number: header("x-number").unwrap_or_default(),
         authority: authority.or_else(|| header("host")).unwrap_or_default(),
         version: request.version(),
+        path: request.uri().path().to_owned(),
+        content_type: header("content-type").unwrap_or_default(),
+        body: Vec::new(),
     };
-    request.into_body().collect().await.unwrap();
+    seen.body = request.into_body().collect().await.unwrap().to_bytes().to_vec();
     let before = {
         let mut all = shared.seen.lock().unwrap();
         all.push(seen);
