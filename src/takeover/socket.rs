@@ -91,7 +91,7 @@ mod sys {
     use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener, UnixStream};
     use std::time::Duration;
 
-    /// Maximum number of connections that wait to be accepted, as the standard library sets it.
+    /// Maximum number of connections that wait to be accepted.
     const BACKLOG: i32 = 128;
 
     /// An abstract socket belongs to the network namespace, as the TCP address does, and ends with its process.

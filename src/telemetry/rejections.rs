@@ -53,6 +53,15 @@ pub(crate) struct RejectionView {
     api: &'static str,
     code: &'static str,
     message: String,
+    /// The scope of the limit that denied the request; of several quotas, the one with the longest wait.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scope: Option<&'static str>,
+    /// The name within the scope. Absent: the environment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    /// Milliseconds until the request would fit. Absent: it can never fit, or the time is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_ms: Option<u64>,
     quotas: Vec<ShortfallView>,
 }
 
@@ -86,6 +95,7 @@ impl Rejection {
 
     fn view(&self) -> RejectionView {
         let Self { at, request_id, environment, caller, model, api, error } = self;
+        let denial = Denial::of_error(error);
         RejectionView {
             at: at.to_rfc3339(),
             request_id: request_id.clone(),
@@ -95,6 +105,9 @@ impl Rejection {
             api,
             code: error.code(),
             message: error.to_string(),
+            scope: denial.as_ref().map(|denial| denial.scope),
+            retry_after_ms: denial.as_ref().and_then(|denial| denial.retry_after_ms),
+            name: denial.map(|denial| denial.name).filter(|name| !name.is_empty()),
             quotas: error.shortfalls().iter().map(ShortfallView::new).collect(),
         }
     }

@@ -175,6 +175,13 @@ async fn a_request_that_the_provider_would_refuse_is_not_sent_and_costs_nothing(
     let models = &system["upstreams"][0]["provider_limits"]["models"];
     assert_eq!((&models[0]["model"], &models[0]["refusals"]), (&"gpt-4o".into(), &1.into()));
     assert!(models[0]["closed_ms"].as_u64().unwrap() > 1_000, "{system}");
+    let rejection = gateway.admin_get("/api/rejections").await.json()["rejections"][0].clone();
+    assert_eq!(
+        (&rejection["scope"], &rejection["name"]),
+        (&"upstream".into(), &"backend".into()),
+        "{rejection}"
+    );
+    assert_eq!(rejection["retry_after_ms"], ms, "{rejection}");
     let metrics = gateway.admin_get("/metrics").await;
     let want = r#"tollgate_rejections_total{code="upstream_rate_limited",environment="staging",kind="",per="",scope="upstream"} 1"#;
     assert!(metrics.text().contains(want), "{}", metrics.text());

@@ -27,13 +27,12 @@ const wordsOf = (environment, code, limit) => [
   limit?.kind ? quotaName(limit) : codeWords(code),
 ].join(" · ");
 
-const causeWords = (refusal) => wordsOf(refusal.environment, refusal.code, cause(refusal));
+const causeWords = (refusal) => wordsOf(refusal.environment, refusal.code, cause(refusal) ?? refusal);
 
-function fits(refusal, quota) {
-  if (!quota) return "–";
-  if (quota.retry_after_ms === null || quota.retry_after_ms === undefined) return "never: too large";
-  const at = Date.parse(refusal.at) + quota.retry_after_ms;
-  return `after ${duration(quota.retry_after_ms)} (${quota.retry_after_ms < 3_600_000 ? exactMoment(at) : moment(at)})`;
+function fits({ at, retry_after_ms: wait }, quota) {
+  if (wait === undefined) return quota ? "never: too large" : "–";
+  const then = Date.parse(at) + wait;
+  return `after ${duration(wait)} (${wait < 3_600_000 ? exactMoment(then) : moment(then)})`;
 }
 
 function row(refusal) {
