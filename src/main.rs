@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-/// A thread of its own returns freed memory to the system within 10 s. With glibc's allocator the memory of a storm of
-/// streams stays.
+/// The background thread of jemalloc returns freed memory to the system within 10 s. glibc's allocator keeps the memory of
+/// many streams that have ended.
 #[cfg(not(target_env = "musl"))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;

@@ -138,13 +138,13 @@ mod tests {
         Timestamp((30_000_000 + minutes) * 60_000)
     }
 
-    fn denial(caller: &str) -> Option<Denial> {
+    fn denial(caller: &str) -> Denial {
         let per = Period { text: "minute".into(), ms: 60_000 };
         let scope = Scope::Caller(caller.into());
         let quota =
             Quota { scope, kind: Kind::Requests, limit: 1, per, window: Window::Rolling { burst: 1 } };
         let (remaining, used, held, requested, wait) = (0, 1, 0, 1, Wait::Ms(1));
-        Some(Denial::of_quota(&Shortfall { quota, remaining, used, held, requested, wait }))
+        Denial::of_quota(&Shortfall { quota, remaining, used, held, requested, wait })
     }
 
     #[test]
@@ -152,12 +152,12 @@ mod tests {
         let (x, y): (Arc<str>, Arc<str>) = ("x".into(), "y".into());
         let mut causes = Causes::default();
         for _ in 0..5_000 {
-            causes.add(at(0), &x, "rate_limit_exceeded", denial("a"));
+            causes.add(at(0), &x, "rate_limit_exceeded", Some(denial("a")));
         }
         for _ in 0..3 {
             causes.add(at(600), &y, "too_many_in_flight", Some(Denial::of_requests_in_flight(5, Some("u"))));
         }
-        causes.add(at(600), &x, "rate_limit_exceeded", denial("b"));
+        causes.add(at(600), &x, "rate_limit_exceeded", Some(denial("b")));
         let last_day = causes.last_day(at(700), None);
         let found: Vec<_> = last_day
             .causes
@@ -183,13 +183,13 @@ mod tests {
     fn memory_is_bounded_and_no_refusal_is_lost() {
         let (x, mut causes) = (Arc::<str>::from("x"), Causes::default());
         for n in 0..MAX_CAUSES + 500 {
-            causes.add(at(0), &x, "rate_limit_exceeded", denial(&n.to_string()));
+            causes.add(at(0), &x, "rate_limit_exceeded", Some(denial(&n.to_string())));
         }
         let last_day = causes.last_day(at(1), None);
         assert_eq!((last_day.refusals, last_day.causes.len()), (MAX_CAUSES as u64 + 500, MAX_SHOWN));
         assert_eq!(causes.counts.len(), MAX_CAUSES);
         // Causes of the day before make room.
-        causes.add(at(2_000), &x, "rate_limit_exceeded", denial("new"));
+        causes.add(at(2_000), &x, "rate_limit_exceeded", Some(denial("new")));
         assert_eq!(causes.counts.len(), 1);
     }
 }

@@ -71,13 +71,11 @@ impl Denial {
 
     /// A denial by `max_in_flight` of an upstream, or of the environment if none is named.
     pub(crate) fn of_requests_in_flight(limit: u64, upstream: Option<&str>) -> Self {
-        match upstream {
-            Some(upstream) => Self::of_upstream(upstream, Some(limit), None),
-            None => {
-                let (scope, name, limit) = ("environment", String::new(), Some(limit));
-                Self { scope, name, quota: None, limit, retry_after_ms: None }
-            }
+        if let Some(upstream) = upstream {
+            return Self::of_upstream(upstream, Some(limit), None);
         }
+        let (scope, name, limit) = ("environment", String::new(), Some(limit));
+        Self { scope, name, quota: None, limit, retry_after_ms: None }
     }
 
     fn of_upstream(name: &str, limit: Option<u64>, wait: Option<Duration>) -> Self {

@@ -9,7 +9,7 @@ import readline from "node:readline";
 
 const BINARY = process.env.TOLLGATE_BIN ?? path.resolve(import.meta.dirname, "../../target/debug/tollgate");
 
-/** A backend that reports this usage for each request. */
+/** A backend that reports this usage for each request, and refuses requests for the model `gpt-4o-limited` for 30 s. */
 function startBackend(usage) {
   const answer = JSON.stringify({
     id: "chatcmpl-1", object: "chat.completion", created: 1_700_000_000, model: "gpt-4o-mini",
@@ -17,9 +17,14 @@ function startBackend(usage) {
     usage: { prompt_tokens: usage.prompt, completion_tokens: usage.completion, total_tokens: usage.prompt + usage.completion },
   });
   const server = http.createServer((request, response) => {
-    request.resume();
-    // It fails health checks.
-    request.on("end", () => response.writeHead(request.url === "/health" ? 503 : 200, { "content-type": "application/json" }).end(answer));
+    let body = "";
+    request.on("data", (piece) => (body += piece));
+    request.on("end", () => {
+      const isLimited = body.includes("gpt-4o-limited");
+      // It fails health checks.
+      const status = request.url === "/health" ? 503 : isLimited ? 429 : 200;
+      response.writeHead(status, { "content-type": "application/json", ...(isLimited && { "retry-after": "30" }) }).end(answer);
+    });
   });
   return new Promise((resolve) => server.listen(0, "127.0.0.1", () => resolve(server)));
 }

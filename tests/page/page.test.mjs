@@ -88,6 +88,16 @@ pageTest("quotas of an upstream are shown beside those of environments and can b
   await assertNoViolation(page, "limits");
 });
 
+pageTest("a refusal by the provider's limit names the upstream", { upstream: "provider_limits: follow" }, async ({ gateway, page }) => {
+  // The provider refuses the first request, and the gateway the second one.
+  for (let n = 0; n < 2; n += 1) assert.equal(await gateway.chat("sandbox", { model: "gpt-4o-limited" }), 429);
+  await open(page, gateway, "refusals");
+  const cause = "sandbox · upstream backend · upstream rate limited";
+  const row = page.getByRole("table", { name: "Refusals" }).getByRole("row").filter({ hasText: cause });
+  await row.getByText(/after (2\d|30) s/).waitFor();
+  await page.getByRole("region", { name: "By cause" }).getByText(cause).waitFor();
+});
+
 pageTest("System shows the state of replicas", { upstream: "health: { path: /health, every: 100ms }" }, async ({ gateway, page }) => {
   assert.equal(await gateway.chat("sandbox"), 200);
   await open(page, gateway, "system");

@@ -13,7 +13,7 @@ pub(super) fn fields(line: &[u8]) -> Option<(&str, &str)> {
     let (before, fields) = (line.get(..at)?, line.get(at + REQUEST.len()..)?);
     let before = std::str::from_utf8(before).ok()?;
     let time = before.rsplit(' ').next()?;
-    // The same words in a field of another line.
+    // Without a time, the words are part of a field of another line.
     if !time.starts_with(|c: char| c.is_ascii_digit()) {
         return None;
     }
