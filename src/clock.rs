@@ -51,8 +51,7 @@ pub(crate) fn monotonic_us() -> u64 {
 
 /// Milliseconds of the monotonic clock since this process has first called this function.
 pub(crate) fn uptime_ms() -> u64 {
-    static START: LazyLock<Stopwatch> = LazyLock::new(Stopwatch::start);
-    START.elapsed_ms()
+    Stopwatch::start().uptime_ms()
 }
 
 /// A time of the monotonic clock. It measures durations, which a step of the wall clock must not change.
@@ -75,6 +74,12 @@ impl Stopwatch {
     /// Time from the start of an earlier stopwatch to the start of this one.
     pub fn since(&self, earlier: Self) -> Duration {
         self.0.saturating_duration_since(earlier.0)
+    }
+
+    /// The start in the milliseconds of [`uptime_ms`].
+    pub(crate) fn uptime_ms(self) -> u64 {
+        static ZERO: LazyLock<Stopwatch> = LazyLock::new(Stopwatch::start);
+        u64::try_from(self.since(*ZERO).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Milliseconds since the start.

@@ -406,9 +406,11 @@ pub(crate) fn push_go_duration(text: &mut String, ms: u64) {
     }
     push_number(text, seconds);
     if millis > 0 {
+        // The digits of 1000 to 1999 are those of the milliseconds with their zeros in front.
+        let mut digits = itoa::Buffer::new();
+        let digits = digits.format(1_000 + millis).trim_end_matches('0');
         text.push('.');
-        [millis / 100, millis / 10 % 10, millis % 10].into_iter().for_each(|digit| push_number(text, digit));
-        text.truncate(text.trim_end_matches('0').len());
+        text.push_str(digits.get(1..).unwrap_or_default());
     }
     text.push('s');
 }

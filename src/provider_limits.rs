@@ -146,7 +146,7 @@ impl ProviderLimits {
             200..=299 => Verdict::Accepted,
             _ => Verdict::Other,
         };
-        let statement = Statement::read(headers, clock::now());
+        let statement = Statement::read(headers, clock::now);
         self.ignored.fetch_add(statement.ignored, Ordering::Relaxed);
         if pass.is_none() && statement.is_empty() && verdict != Verdict::Refused {
             return;

@@ -468,15 +468,17 @@ impl Proxy {
         added: AddedHeaders,
         mut charge: Charge,
     ) -> (Response<AnswerBody>, Option<WhenDurable>) {
-        headers::for_caller(&mut parts.headers);
+        headers::for_caller(&mut parts.headers, &added);
         charge.record.status = parts.status.as_u16();
-        charge.record.request_id = headers::request_id(&mut parts.headers, &self.state.request_ids);
+        let known_id = headers::request_id(&parts.headers);
+        let new_id = known_id.is_none().then(|| self.state.request_ids.next());
+        added.add_to_answer(&mut parts.headers, new_id.as_deref(), &context.peer);
+        charge.record.request_id = known_id.or(new_id).unwrap_or_default();
         let mut metered = Metered::new(incoming, &parts.headers, context, charge);
         let when_durable = if metered.is_empty() { metered.settle_empty() } else { None };
         if !metered.has_fixed_length() {
             parts.headers.remove(header::CONTENT_LENGTH);
         }
-        added.write(&mut parts.headers);
         (Response::from_parts(parts, AnswerBody::from_upstream(metered)), when_durable)
     }
 }

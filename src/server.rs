@@ -7,6 +7,7 @@ mod acceptor;
 mod certificate;
 mod checked;
 mod connection;
+mod head_lines;
 mod http1;
 mod http2;
 mod limits;

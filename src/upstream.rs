@@ -123,10 +123,11 @@ impl Upstream {
         observe_sent: &mut (dyn FnMut(Option<usize>) + Send),
     ) -> Result<(response::Parts, Incoming), SendError> {
         let mut may_retry = true;
-        let Some(mut placed) = self.place(&[]) else { return Err(no_replica()) };
-        if let Some(reused) = self.reuse(&placed) {
+        let now = Stopwatch::start();
+        let Some(mut placed) = self.place_at(&[], now) else { return Err(no_replica()) };
+        if let Some(reused) = self.reuse(&placed, now) {
             observe_sent(Some(placed.choice.index));
-            match self.exchange(&placed, reused, request, started).await {
+            match self.exchange_at(placed.choice.index, reused, request, (started, now)).await {
                 Err(SendError::Broken(error)) if error.is_retriable() => self.log_retry(&error),
                 Ok(answer) => {
                     self.note_success(placed.choice);
@@ -144,7 +145,8 @@ impl Upstream {
             // Boxed because connecting is rare and its state is large: every request's future would have room for it.
             let (connected, in_flight, index) = Box::pin(self.connect(placed, started, &mut tried)).await?;
             observe_sent(Some(index));
-            let result = Box::pin(self.exchange_at(index, connected, request, started)).await;
+            let times = (started, Stopwatch::start());
+            let result = Box::pin(self.exchange_at(index, connected, request, times)).await;
             let Err(SendError::Broken(error)) = &result else {
                 return result.map(|answer| with_guard(answer, in_flight));
             };
@@ -182,42 +184,36 @@ impl Upstream {
 
     /// Chooses a replica that the request has not tried. `None`: it has tried all.
     fn place(&self, tried: &[usize]) -> Option<Placed> {
+        self.place_at(tried, Stopwatch::start())
+    }
+
+    fn place_at(&self, tried: &[usize], now: Stopwatch) -> Option<Placed> {
         // SplitMix64: the values need not be secret, and workers need no common state.
         let mut random = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         random = (random ^ (random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         random = (random ^ (random >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         random ^= random >> 31;
-        let choice = balancer::choose(&self.statuses, tried, random, clock::uptime_ms())?;
+        let choice = balancer::choose(&self.statuses, tried, random, now.uptime_ms())?;
         let in_flight = self.statuses.get(choice.index)?.begin_request();
         Some(Placed { choice, in_flight })
     }
 
     /// A connection that is open already. A probe needs a new one: that an old one still works does not show that the
     /// replica can be reached.
-    fn reuse(&self, placed: &Placed) -> Option<Connected> {
+    fn reuse(&self, placed: &Placed, now: Stopwatch) -> Option<Connected> {
         let replica = self.replicas.get(placed.choice.index)?;
-        if placed.choice.attempt.is_probe() { None } else { replica.reuse() }
+        if placed.choice.attempt.is_probe() { None } else { replica.reuse(now) }
     }
 
-    async fn exchange(
-        &self,
-        placed: &Placed,
-        connected: Connected,
-        request: &Request,
-        started: Stopwatch,
-    ) -> Result<(response::Parts, Incoming), SendError> {
-        self.exchange_at(placed.choice.index, connected, request, started).await
-    }
-
-    /// One attempt on one connection. Its time is bounded by `timeouts.first_byte` and `timeouts.total`.
+    /// One attempt on one connection, which begins `now`. Its time is bounded by `timeouts.first_byte` and `timeouts.total`.
     async fn exchange_at(
         &self,
         index: usize,
         connected: Connected,
         request: &Request,
-        started: Stopwatch,
+        (started, now): (Stopwatch, Stopwatch),
     ) -> Result<(response::Parts, Incoming), SendError> {
-        let (now, first_byte) = (Stopwatch::start(), self.settings.timeouts.first_byte);
+        let first_byte = self.settings.timeouts.first_byte;
         let (limit, out_of_time) =
             self.bound((started, now), first_byte, SendError::Timeout("first_byte", first_byte));
         let Some(replica) = self.replicas.get(index) else { return Err(no_replica()) };

@@ -40,11 +40,11 @@ enum Field {
 }
 
 impl Statement {
-    /// Reads the headers of an answer. `now` is the time of the wall clock.
-    pub(super) fn read(headers: &HeaderMap, now: Timestamp) -> Self {
+    /// Reads the headers of an answer. `now` returns the time of the wall clock: most answers need none.
+    pub(super) fn read(headers: &HeaderMap, now: impl Fn() -> Timestamp) -> Self {
         let mut statement = Self::default();
         for (name, value) in headers {
-            statement.read_header(name, value, now);
+            statement.read_header(name, value, &now);
         }
         for kind in &mut statement.kinds {
             if let (Some(limit), Some(remaining)) = (kind.limit, kind.remaining)
@@ -61,7 +61,7 @@ impl Statement {
         *self == Self::default()
     }
 
-    fn read_header(&mut self, name: &HeaderName, value: &HeaderValue, now: Timestamp) {
+    fn read_header(&mut self, name: &HeaderName, value: &HeaderValue, now: impl Fn() -> Timestamp) {
         let name = name.as_str();
         let field = if let Some(rest) = name.strip_prefix("x-ratelimit-") {
             openai_field(rest)
@@ -76,18 +76,18 @@ impl Statement {
         let is_read = match field {
             Field::Limit => set(&mut stated.limit, amount(text).filter(|&limit| limit > 0)),
             Field::Remaining => set(&mut stated.remaining, amount(text)),
-            Field::Reset => set(&mut stated.reset_ms, reset_ms(text, now)),
+            Field::Reset => set(&mut stated.reset_ms, reset_ms(text, now())),
         };
         self.ignored += u64::from(!is_read);
     }
 
-    fn read_retry_after(&mut self, name: &str, value: &HeaderValue, now: Timestamp) {
-        let text = value.to_str().unwrap_or_default().trim();
+    fn read_retry_after(&mut self, name: &str, value: &HeaderValue, now: impl Fn() -> Timestamp) {
+        let text = || value.to_str().unwrap_or_default().trim();
         let read = match name {
             // The more exact header has precedence, whatever the order.
-            "retry-after-ms" => decimal_ms(text, 1),
+            "retry-after-ms" => decimal_ms(text(), 1),
             "retry-after" if self.retry_after_ms.is_none() => {
-                decimal_ms(text, 1_000).or_else(|| ms_until_http_date(text, now))
+                decimal_ms(text(), 1_000).or_else(|| ms_until_http_date(text(), now()))
             }
             _ => return,
         };
@@ -207,7 +207,7 @@ mod tests {
         for (name, value) in headers {
             map.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
         }
-        Statement::read(&map, NOW)
+        Statement::read(&map, || NOW)
     }
 
     fn kind(statement: &Statement, kind: Kind) -> (Option<u64>, Option<u64>, Option<u64>) {

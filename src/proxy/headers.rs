@@ -5,7 +5,7 @@ use super::keys::{GatewayKeyHeaders, KEY_HEADERS};
 use crate::config::{ApiKind, UpstreamSettings};
 use crate::error::{push_go_duration, push_number};
 use crate::quota::{Kind, QuotaStatus};
-use crate::telemetry::RequestIds;
+use crate::server::Peer;
 use bytes::Bytes;
 use http::HeaderMap;
 use http::header::{self, HeaderName, HeaderValue};
@@ -83,13 +83,15 @@ pub(super) fn credential(upstream: &UpstreamSettings) -> Option<Credential> {
     Some((name, value))
 }
 
-/// Removes from an answer's headers those that are not passed on to the caller.
-pub(super) fn for_caller(headers: &mut HeaderMap) {
+/// Removes from an answer's headers those that are not passed on to the caller, and those that `added` replaces.
+pub(super) fn for_caller(headers: &mut HeaderMap, added: &AddedHeaders) {
     for name in named_by_connection(headers) {
         headers.remove(name);
     }
     // One pass over the few headers of an answer is cheaper than nine lookups.
-    let is_dropped = |name: &&HeaderName| is_hop_by_hop(name) || name.as_str().starts_with(OWN_PREFIX);
+    let is_dropped = |name: &&HeaderName| {
+        is_hop_by_hop(name) || name.as_str().starts_with(OWN_PREFIX) || added.has_rate_limit(name)
+    };
     let dropped: SmallVec<[HeaderName; 4]> = headers.keys().filter(is_dropped).cloned().collect();
     for name in dropped {
         headers.remove(name);
@@ -168,16 +170,10 @@ fn rate_limit_names(kind: Kind) -> [HeaderName; 3] {
     }
 }
 
-/// The request id in an answer's headers. If the upstream sent none, a new id is added to them.
-pub(super) fn request_id(headers: &mut HeaderMap, new_ids: &RequestIds) -> String {
-    if let Some(id) = headers.get(REQUEST_ID) {
-        return logged_name(id.to_str().unwrap_or_default()).to_owned();
-    }
-    let id = new_ids.next();
-    if let Ok(value) = HeaderValue::from_str(&id) {
-        headers.insert(REQUEST_ID, value);
-    }
-    id
+/// The upstream's request id in an answer's headers, as it is logged.
+pub(super) fn request_id(headers: &HeaderMap) -> Option<String> {
+    let id = headers.get(REQUEST_ID)?;
+    Some(logged_name(id.to_str().unwrap_or_default()).to_owned())
 }
 
 /// Response headers that the gateway adds. Values that are not known yet are absent.
@@ -207,58 +203,113 @@ pub(super) enum UnreadBody {
 }
 
 impl AddedHeaders {
-    /// Adds the headers. They replace the upstream's headers of the same name. Rate limit headers are added only
-    /// for kinds of quota that the environment has.
+    /// Adds the headers to an answer with the upstream's headers, which `for_caller` has prepared, and a request id if it is
+    /// new. To HTTP/1.1 they are added as lines.
+    pub(super) fn add_to_answer(self, headers: &mut HeaderMap, new_id: Option<&str>, peer: &Peer) {
+        if self.unread == UnreadBody::None && peer.takes_head_lines() {
+            let mut lines = HeaderLines(String::with_capacity(USUAL_LINES));
+            self.add_to(&mut lines, new_id);
+            peer.add_head_lines(lines.0.into_bytes(), headers);
+        } else {
+            self.write_with_id(headers, new_id);
+        }
+    }
+
+    /// Adds the headers. They replace headers of the same name. Rate limit headers are added only for kinds of quota that the
+    /// environment has.
     pub(super) fn write(self, headers: &mut HeaderMap) {
-        let mut numbers = NumberHeaders { ends: SmallVec::new(), text: String::with_capacity(256) };
-        if let Some(tokens) = self.clamped_to {
-            numbers.add(CLAMPED, |text| push_number(text, tokens));
-        }
-        if let Some((tokens, raw)) = self.estimated_prompt {
-            numbers.add(ESTIMATE, |text| push_number(text, tokens));
-            if raw != tokens {
-                numbers.add(RAW_ESTIMATE, |text| push_number(text, raw));
-            }
-        }
-        for (kind, quotas) in Kind::ALL.into_iter().zip(self.quotas) {
-            let Some(QuotaStatus { limit, remaining, reset_ms }) = quotas else { continue };
-            let [limit_name, remaining_name, reset_name] = rate_limit_names(kind);
-            numbers.add(limit_name, |text| push_number(text, limit));
-            numbers.add(remaining_name, |text| push_number(text, remaining));
-            numbers.add(reset_name, |text| push_go_duration(text, reset_ms));
-        }
-        numbers.insert_into(headers);
-        if let Some(environment) = self.environment {
-            headers.insert(ENVIRONMENT, environment);
-        }
-        if let Some(upstream) = self.upstream {
-            headers.insert(UPSTREAM, upstream);
-        }
+        self.write_with_id(headers, None);
+    }
+
+    fn write_with_id(self, headers: &mut HeaderMap, new_id: Option<&str>) {
+        let mut fields = HeaderFields::default();
+        self.add_to(&mut fields, new_id);
+        fields.insert_into(headers);
         if self.unread == UnreadBody::Large {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
     }
+
+    /// Adds the headers in their order.
+    fn add_to(&self, sink: &mut impl HeaderSink, new_id: Option<&str>) {
+        if let Some(id) = new_id {
+            sink.add(REQUEST_ID, |text| text.push_str(id));
+        }
+        if let Some(tokens) = self.clamped_to {
+            sink.add(CLAMPED, |text| push_number(text, tokens));
+        }
+        if let Some((tokens, raw)) = self.estimated_prompt {
+            sink.add(ESTIMATE, |text| push_number(text, tokens));
+            if raw != tokens {
+                sink.add(RAW_ESTIMATE, |text| push_number(text, raw));
+            }
+        }
+        for (kind, quotas) in Kind::ALL.into_iter().zip(&self.quotas) {
+            let Some(QuotaStatus { limit, remaining, reset_ms }) = *quotas else { continue };
+            let [limit_name, remaining_name, reset_name] = rate_limit_names(kind);
+            sink.add(limit_name, |text| push_number(text, limit));
+            sink.add(remaining_name, |text| push_number(text, remaining));
+            sink.add(reset_name, |text| push_go_duration(text, reset_ms));
+        }
+        for (name, value) in [(ENVIRONMENT, &self.environment), (UPSTREAM, &self.upstream)] {
+            // The names in a config are UTF-8.
+            if let Some(Ok(value)) = value.as_ref().map(|value| std::str::from_utf8(value.as_bytes())) {
+                sink.add(name, |text| text.push_str(value));
+            }
+        }
+    }
+
+    /// Whether this is a rate limit header that the gateway adds.
+    fn has_rate_limit(&self, name: &HeaderName) -> bool {
+        let is_of = |kind: Kind| rate_limit_names(kind).contains(name);
+        name.as_str().starts_with("x-ratelimit-")
+            && Kind::ALL.into_iter().zip(&self.quotas).any(|(kind, status)| status.is_some() && is_of(kind))
+    }
 }
 
-/// Headers whose values are numbers or durations. The values share one allocation.
-struct NumberHeaders {
+/// Usual bytes of the lines that are added to an answer.
+const USUAL_LINES: usize = 1_024;
+
+/// Receives the headers that the gateway adds to an answer. Values have only characters that a header can have.
+trait HeaderSink {
+    /// `write` appends the value.
+    fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String));
+}
+
+/// Lines of the head of an answer.
+struct HeaderLines(String);
+
+impl HeaderSink for HeaderLines {
+    #[inline]
+    fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String)) {
+        self.0.push_str(name.as_str());
+        self.0.push_str(": ");
+        write(&mut self.0);
+        self.0.push_str("\r\n");
+    }
+}
+
+/// Headers for a map. The values share one allocation.
+#[derive(Default)]
+struct HeaderFields {
     /// The names, each with the end of its value in `text`.
-    ends: SmallVec<[(HeaderName, usize); 16]>,
+    ends: SmallVec<[(HeaderName, usize); 18]>,
     text: String,
 }
 
-impl NumberHeaders {
+impl HeaderSink for HeaderFields {
     fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String)) {
         write(&mut self.text);
         self.ends.push((name, self.text.len()));
     }
+}
 
+impl HeaderFields {
     fn insert_into(&mut self, headers: &mut HeaderMap) {
         let (text, mut start) = (Bytes::from(std::mem::take(&mut self.text)), 0);
         headers.reserve(self.ends.len());
         // Drained, because an iterator by value would copy all of them first.
         for (name, end) in self.ends.drain(..) {
-            // A header can have any digits and letters.
             if let Ok(value) = HeaderValue::from_maybe_shared(text.slice(start..end)) {
                 headers.insert(name, value);
             }

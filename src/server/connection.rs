@@ -106,7 +106,7 @@ async fn serve_http<S, B>(
     } else {
         let requires_host = listener.protocols().requires_host;
         let peer = Peer::new(address, listener.timeouts).closed_by(closes).requiring_host(requires_host);
-        let peer = Arc::new(peer);
+        let peer = Arc::new(peer.with_head_lines());
         let service = service_for(peer.clone());
         http1::serve(transport, read_ahead, peer, service, state, cut_offs).await;
     }

@@ -1,8 +1,9 @@
 //! State shared by a caller's socket and the service that answers the caller's requests.
 
+use super::head_lines::HeadLines;
 use crate::clock::Stopwatch;
 use futures_util::task::AtomicWaker;
-use http::Version;
+use http::{HeaderMap, Version};
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -67,6 +68,8 @@ pub(crate) struct Peer {
     pub(super) requires_host: bool,
     /// The reason why a head was refused before hyper received it. It is the last one of its connection.
     refused_head: OnceLock<&'static str>,
+    /// Header lines that go past hyper. `None`: HTTP/2 has none.
+    pub(super) head_lines: Option<HeadLines>,
 }
 
 /// All earlier answers are flushed, and the service has not received the next request.
@@ -117,6 +120,26 @@ impl Peer {
             closes: Arc::default(),
             requires_host: true,
             refused_head: OnceLock::new(),
+            head_lines: None,
+        }
+    }
+
+    /// The connection has HTTP/1.1, whose answers can have lines that go past hyper.
+    #[must_use]
+    pub(super) fn with_head_lines(self) -> Self {
+        Self { head_lines: Some(HeadLines::default()), ..self }
+    }
+
+    /// Whether `add_head_lines` can be called.
+    pub(crate) fn takes_head_lines(&self) -> bool {
+        self.head_lines.is_some()
+    }
+
+    /// Adds header lines, each with its end, to the head of the next answer, whose headers these are. The answer must be
+    /// sent.
+    pub(crate) fn add_head_lines(&self, lines: Vec<u8>, headers: &mut HeaderMap) {
+        if let Some(head_lines) = &self.head_lines {
+            head_lines.add(lines, headers);
         }
     }
 

@@ -134,8 +134,8 @@ impl LineSearch {
     /// The length of the head, with the empty line at its end. An empty line counts however it ends, because hyper ends
     /// a head there. An empty line at the beginning is a head of its own.
     fn end_of_head(&mut self, bytes: &[u8]) -> Option<usize> {
-        while let Some(found) = memchr::memchr(b'\n', &bytes[self.searched..]) {
-            let end = self.searched + found;
+        let from = self.searched;
+        for end in memchr::memchr_iter(b'\n', &bytes[from..]).map(|at| from + at) {
             let is_empty = matches!(bytes[self.line..end], [] | [b'\r']);
             (self.searched, self.line) = (end + 1, end + 1);
             if is_empty {

@@ -98,15 +98,11 @@ impl<T: Transport> CallerSocket<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Performs `write`, whose first slice is `first`. If `first` is an answer that hyper made, writes its
-    /// replacement.
-    fn poll_write(
-        &self,
-        cx: &mut Context<'_>,
-        first: &[u8],
-        write: impl FnOnce(Pin<&mut T>, &mut Context<'_>) -> Poll<io::Result<usize>>,
-    ) -> Poll<io::Result<usize>> {
+    /// Writes these slices, with the header lines that go past hyper. If the first one is an answer that hyper made, writes
+    /// its replacement.
+    fn poll_write(&self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
+        let first = slices.first().map_or(&[][..], |slice| slice);
         if state.replacement.is_none()
             && self.peer.is_between_requests()
             && let Some(replacement) = malformed::replacement_for(first, self.peer.refused_head())
@@ -115,7 +111,10 @@ impl<T: Transport> CallerSocket<T> {
             state.replacement = Some((replacement, 0));
         }
         let written = match &mut state.replacement {
-            None => write(Pin::new(&mut state.stream), cx),
+            None => match &self.peer.head_lines {
+                Some(head_lines) => head_lines.poll_write(Pin::new(&mut state.stream), cx, slices),
+                None => Pin::new(&mut state.stream).poll_write_vectored(cx, slices),
+            },
             Some(_) => state.poll_write_replacement(cx, first.len()),
         };
         self.poll_blocked(&mut state, cx, written)
@@ -205,7 +204,7 @@ impl<T: Transport> AsyncRead for SocketHandle<'_, T> {
 
 impl<T: Transport> AsyncWrite for SocketHandle<'_, T> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.0.poll_write(cx, bytes, |stream, cx| stream.poll_write(cx, bytes))
+        self.0.poll_write(cx, &[IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -213,8 +212,7 @@ impl<T: Transport> AsyncWrite for SocketHandle<'_, T> {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let first = slices.first().map_or(&[][..], |slice| slice);
-        self.0.poll_write(cx, first, |stream, cx| stream.poll_write_vectored(cx, slices))
+        self.0.poll_write(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -3,6 +3,7 @@
 use super::replica::Replica;
 use super::replica_status::{ReplicaStatus, Replicas};
 use super::{Incoming, Request};
+use crate::clock::Stopwatch;
 use crate::config::{HealthCheckSettings, UpstreamSettings};
 use crate::random;
 use bytes::Bytes;
@@ -83,7 +84,7 @@ fn request(settings: &UpstreamSettings, health: &HealthCheckSettings) -> Request
 
 /// One check, on an open connection if there is one.
 async fn check(replica: &Replica, request: &Request) -> Result<(), String> {
-    if let Some(reused) = replica.reuse() {
+    if let Some(reused) = replica.reuse(Stopwatch::start()) {
         match replica.exchange(reused, request).await {
             Ok((head, body)) => return judge(head.status, body).await,
             Err(error) if error.is_retriable() => {}

@@ -6,6 +6,7 @@ use super::http2::{Http2Client, Http2Stream};
 use super::replica_status::ReplicaStatus;
 use super::tls::TlsClient;
 use super::{ExchangeError, HTTP2_TIMEOUTS, IDLE_TIMEOUT, Incoming, Request, SendError, connect};
+use crate::clock::Stopwatch;
 use http::response;
 use std::io;
 use std::sync::Arc;
@@ -49,8 +50,8 @@ impl Replica {
     }
 
     /// A connection that is open already.
-    pub(super) fn reuse(&self) -> Option<Connected> {
-        self.http1.take().map(Connected::Http1).or_else(|| self.http2.reuse().map(Connected::Http2))
+    pub(super) fn reuse(&self, now: Stopwatch) -> Option<Connected> {
+        self.http1.take(now).map(Connected::Http1).or_else(|| self.http2.reuse().map(Connected::Http2))
     }
 
     /// Opens a new connection. The caller bounds the time.

@@ -43,7 +43,9 @@ fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
     }
     line.add_text("request_id", &record.request_id);
     line.add_if_any("trace_id", record.trace_id.as_deref());
-    line.add_if_any("address", record.address);
+    if let Some(address) = record.address {
+        line.add_address("address", address);
+    }
     line.add_text("environment", &record.environment);
     line.add_text("caller", record.caller.as_deref().unwrap_or_default());
     line.add_text("upstream", record.upstream.as_ref().map_or("", |upstream| &upstream.name));

@@ -82,6 +82,10 @@ impl Http1Connection {
     /// Reads more bytes into the buffer. 0: the upstream has ended the stream, over TLS with a
     /// `close_notify`. A TLS stream that ends without one is an error.
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if self.buffer.is_empty() {
+            // If nothing refers to the bytes that were read before, the same memory is used again, which is in a cache.
+            let _ = self.buffer.try_reclaim(READ_BYTES);
+        }
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 4 {
             self.buffer.reserve(READ_BYTES);
         }

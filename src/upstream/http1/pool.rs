@@ -36,10 +36,10 @@ impl IdlePool {
     }
 
     /// Takes a connection that is still open.
-    pub(in crate::upstream) fn take(&self) -> Option<Http1Connection> {
+    pub(in crate::upstream) fn take(&self, now: Stopwatch) -> Option<Http1Connection> {
         loop {
             let (mut connection, since) = self.lock().connections.pop_back()?;
-            if since.elapsed() < self.idle_timeout && connection.can_be_reused() {
+            if now.since(since) < self.idle_timeout && connection.can_be_reused() {
                 connection.set_active(true);
                 return Some(connection);
             }
@@ -121,11 +121,11 @@ mod tests {
         }
         // The pool is full, so the oldest connection is closed at once; the others after the timeout.
         assert_eq!(peers[0].read(&mut [0]).await.unwrap(), 0);
-        assert!(pool.take().is_some());
+        assert!(pool.take(Stopwatch::start()).is_some());
         for peer in &mut peers[1..MAX_IDLE_CONNECTIONS] {
             assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
         }
-        assert!(pool.take().is_none() && !pool.lock().has_reaper);
+        assert!(pool.take(Stopwatch::start()).is_none() && !pool.lock().has_reaper);
     }
 
     #[tokio::test]
@@ -157,6 +157,6 @@ mod tests {
         pool.put(Http1Connection::new(Box::new(ours)));
         // The runtime does not look at its sockets between this and the reuse.
         drop(listener.accept().unwrap());
-        assert!(pool.take().is_none());
+        assert!(pool.take(Stopwatch::start()).is_none());
     }
 }
