@@ -182,7 +182,7 @@ async fn the_unused_part_of_a_fixed_allowance_is_refunded() {
 async fn rate_limit_headers_report_the_tightest_quota() {
     let limited = Answer::with_headers(
         200,
-        "content-type: application/json\r\nx-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 7777\r\nx-request-id: up-1\r\n",
+        "content-type: application/json\r\nx-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 7777\r\nx-tollgate-lines: \r\nx-request-id: up-1\r\n",
         &chat_answer(&usage(8, 2)),
     );
     let upstream = Upstream::always(limited).await;
@@ -198,9 +198,14 @@ async fn rate_limit_headers_report_the_tightest_quota() {
         ("x-tollgate-estimated-prompt-tokens", "8"),
         ("x-request-id", "up-1"),
     ] {
-        assert_eq!(reply.header(name), Some(value), "{name}");
+        assert_eq!(reply.headers_named(name), [value], "{name}");
     }
     assert!(reply.header("x-ratelimit-reset-tokens").unwrap().ends_with('s'));
+    assert_eq!(
+        reply.header("x-tollgate-lines"),
+        None,
+        "the gateway's own mark does not pass, from wherever it comes"
+    );
     assert_eq!(reply.header("x-ratelimit-limit-prompt-tokens"), None);
 }
 

@@ -1,6 +1,7 @@
 //! Callers that are slow, do not read or disconnect; malformed requests; and a gateway that shuts down.
 
 use crate::support::*;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -108,9 +109,13 @@ async fn pipelined_requests_are_answered_in_order() {
     for body in &bodies {
         caller.request("POST", CHAT, "", body.as_bytes()).await;
     }
+    let mut ids = BTreeSet::new();
     for body in &bodies {
-        assert_eq!(caller.reply().await.json()["usage"]["prompt_tokens"], body.len());
+        let reply = caller.reply().await;
+        assert_eq!(reply.json()["usage"]["prompt_tokens"], body.len());
+        ids.extend(reply.headers_named("x-request-id").into_iter().map(str::to_owned));
     }
+    assert_eq!(ids.len(), bodies.len(), "each answer has the headers that the gateway adds to it");
 }
 
 #[tokio::test]
