@@ -191,7 +191,8 @@ fn a_new_time_zone_keeps_the_usage_of_the_current_period_of_an_upstream() {
 #[test]
 fn the_history_of_an_upstream_has_one_row_per_model_whatever_the_number_of_environments() {
     let folder = Folder::new();
-    let environments: String = (0..500).map(|n| format!("  env-{n}: {{ upstream: u }}\n")).collect();
+    let environments: Vec<String> = (0..500).map(|n| format!("  env-{n}: {{ upstream: u }}\n")).collect();
+    let environments = environments.concat();
     let text = format!(
         "upstreams: {{ u: {{ base_url: http://u/v1, {LIMITS}, max_in_flight: 9 }} }}\nenvironments:\n{environments}store: {{ path: '{}' }}\n",
         folder.file().display()
