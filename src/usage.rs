@@ -61,10 +61,19 @@ enum Field {
 
 const FIELD_COUNT: usize = 12;
 
+impl Field {
+    /// The bit of the field in [`Reported::known_fields`].
+    fn bit(self) -> u16 {
+        1 << self as u16
+    }
+}
+
 /// The usage that an upstream has reported so far: of each field the last credible value that is not 0, or else 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
-    fields: [Option<u64>; FIELD_COUNT],
+    tokens: [u64; FIELD_COUNT],
+    /// A bit for each field that was reported. The tokens of the other fields are 0.
+    known_fields: u16,
     /// Whether a reported value was not credible: negative, not a whole number, or too large.
     has_incredible: bool,
     /// Whether `amounts` leaves out the tokens that the provider read from its cache.
@@ -78,19 +87,21 @@ impl Reported {
     }
 
     fn get(&self, field: Field) -> Option<u64> {
-        self.fields[field as usize]
+        (self.known_fields & field.bit() != 0).then_some(self.tokens[field as usize])
     }
 
     fn set(&mut self, field: Field, tokens: Option<u64>) {
-        self.fields[field as usize] = tokens;
+        self.tokens[field as usize] = tokens.unwrap_or(0);
+        self.known_fields = self.known_fields & !field.bit() | if tokens.is_some() { field.bit() } else { 0 };
     }
 
     /// Replaces the fields that `later` reports and keeps the others. A 0 replaces no value. Values are never added
     /// up.
     pub fn update(&mut self, later: Self) {
-        for (known, later) in self.fields.iter_mut().zip(later.fields) {
-            *known = later.filter(|&tokens| tokens > 0).or(*known).or(later);
+        for (known, later) in self.tokens.iter_mut().zip(later.tokens) {
+            *known = if later > 0 { later } else { *known };
         }
+        self.known_fields |= later.known_fields;
         self.has_incredible |= later.has_incredible;
     }
 

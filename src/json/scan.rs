@@ -6,8 +6,10 @@ use memchr::memchr;
 const MAX_KEY_BYTES: usize = 16;
 /// This many bytes are examined together.
 const STRIDE: usize = 32;
-/// This many bytes of a string are examined one by one before a search that takes time to begin.
+/// This many bytes are examined one by one before a search that takes time to begin.
 const NEAR: usize = 12;
+/// The same within a string. Few keys are longer.
+const NEAR_QUOTE: usize = 24;
 /// Brackets are counted in blocks of this size. The count of a block fits in a byte.
 const COUNTED_BLOCK: usize = 128;
 
@@ -60,9 +62,11 @@ pub(crate) enum Found<'a> {
         is_in_list: bool,
     },
     /// The next bytes of the member's value, with surrounding whitespace.
-    Value(&'a [u8]),
-    /// The value is complete.
-    ValueEnd,
+    Value {
+        part: &'a [u8],
+        /// The value is complete.
+        is_last: bool,
+    },
 }
 
 /// Finds the top-level members of a JSON document: of an object, or of each object in a list.
@@ -129,6 +133,11 @@ impl MemberScanner {
                 at = self.skip_below_members(piece, at);
                 continue;
             }
+            if !self.expects_element {
+                let is_special = |byte: &u8| CLASSES[usize::from(*byte)] != Class::Plain;
+                let Some(plain) = piece[at..].iter().position(is_special) else { break };
+                at += plain;
+            }
             let byte = piece[at];
             at += 1;
             let is_at_members = self.depth == self.member_depth && self.depth > 0;
@@ -168,7 +177,7 @@ impl MemberScanner {
         match self.capture {
             Capture::Nothing => {}
             Capture::Key => self.extend_key(&piece[from..]),
-            Capture::Value => found(Found::Value(&piece[from..])),
+            Capture::Value => found(Found::Value { part: &piece[from..], is_last: false }),
         }
     }
 
@@ -196,8 +205,7 @@ impl MemberScanner {
     fn end_value(&mut self, last_bytes: &[u8], found: &mut impl FnMut(Found<'_>)) {
         if self.capture == Capture::Value {
             self.capture = Capture::Nothing;
-            found(Found::Value(last_bytes));
-            found(Found::ValueEnd);
+            found(Found::Value { part: last_bytes, is_last: true });
         }
     }
 
@@ -244,7 +252,7 @@ impl Lexer {
             at += 1;
         }
         // Most strings are keys, whose end is near. A string with escaped quotes is a text, whose end is far.
-        let mut near = NEAR;
+        let mut near = NEAR_QUOTE;
         loop {
             let rest = json.get(at..)?;
             let (begin, far) = rest.split_at(rest.len().min(near));
@@ -268,17 +276,40 @@ impl Lexer {
 /// Whether the byte that follows is escaped: the text ends with an odd number of backslashes. The text must not begin
 /// within an escape.
 fn ends_within_escape(text: &[u8]) -> bool {
-    text.iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
+    text.ends_with(b"\\") && text.iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
 }
+
+/// What a byte means outside of strings.
+#[derive(Clone, Copy, PartialEq)]
+enum Class {
+    /// A part of a number, a word or white space.
+    Plain,
+    /// A comma or a colon.
+    Separator,
+    /// A quote or a bracket.
+    Structural,
+}
+
+static CLASSES: [Class; 256] = {
+    let mut classes = [Class::Plain; 256];
+    classes[b',' as usize] = Class::Separator;
+    classes[b':' as usize] = Class::Separator;
+    let (mut at, structural) = (0, br#""{}[]"#);
+    while at < structural.len() {
+        classes[structural[at] as usize] = Class::Structural;
+        at += 1;
+    }
+    classes
+};
 
 /// Number of bytes before the next quote or bracket. In embeddings, most bytes are neither.
 fn until_structural(bytes: &[u8]) -> usize {
-    // A brace differs from a square bracket in one bit.
-    let is_structural = |byte: &u8| *byte == b'"' || matches!(byte | 0x20, b'{' | b'}');
     let (near, far) = bytes.split_at(bytes.len().min(NEAR));
-    if let Some(found) = near.iter().position(is_structural) {
+    if let Some(found) = near.iter().position(|byte| CLASSES[usize::from(*byte)] == Class::Structural) {
         return found;
     }
+    // The compiler cannot vectorise a table. A brace differs from a square bracket in one bit.
+    let is_structural = |byte: &u8| *byte == b'"' || matches!(byte | 0x20, b'{' | b'}');
     // A stride is examined without early exit, so that the compiler can vectorise it.
     let has_none = |stride: &&[u8]| !stride.iter().fold(false, |any, byte| any | is_structural(byte));
     let skipped = far.chunks_exact(STRIDE).take_while(has_none).count() * STRIDE;
@@ -298,8 +329,11 @@ mod tests {
                 Found::Key { key, .. } => {
                     members.push((String::from_utf8_lossy(key).into(), Vec::new(), false));
                 }
-                Found::Value(part) => members.last_mut().unwrap().1.extend_from_slice(part),
-                Found::ValueEnd => members.last_mut().unwrap().2 = true,
+                Found::Value { part, is_last } => {
+                    let (_, value, is_complete) = members.last_mut().unwrap();
+                    value.extend_from_slice(part);
+                    *is_complete = is_last;
+                }
             });
         }
         let text = |value: Vec<u8>| String::from_utf8_lossy(&value).trim().to_owned();

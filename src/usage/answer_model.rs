@@ -42,9 +42,13 @@ fn in_json(json: &[u8], is_outermost: bool) -> Option<String> {
             };
             value.clear();
         }
-        Found::Value(part) if holder.is_some() => value.extend_from_slice(part),
-        Found::Value(_) => {}
-        Found::ValueEnd => {
+        Found::Value { part, is_last } => {
+            if holder.is_some() {
+                value.extend_from_slice(part);
+            }
+            if !is_last {
+                return;
+            }
             if holder.take() == Some(Holder::Model) {
                 model = name(&value);
             } else if !value.is_empty() {

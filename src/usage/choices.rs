@@ -60,7 +60,10 @@ impl ChoiceDetector {
                 (_, Found::Key { key, is_in_list }) if key == b"choices" && !is_in_list => {
                     ChoiceList::Expected
                 }
-                (list, Found::Value(part)) => part.iter().fold(list, |list, &byte| list.after(byte)),
+                (list, Found::Value { part, is_last }) => {
+                    let list = part.iter().fold(list, |list, &byte| list.after(byte));
+                    if is_last && list != ChoiceList::HasChoice { ChoiceList::Elsewhere } else { list }
+                }
                 _ => ChoiceList::Elsewhere,
             }
         });

@@ -7,7 +7,11 @@
 use super::event::EventUsage;
 use super::{Reported, fields};
 use crate::json::{Found, MemberScanner, replace_lone_surrogates};
+use memchr::memmem::Finder;
+use std::sync::LazyLock;
 
+/// The key of the usage within a choice, as it is written.
+static USAGE_KEY: LazyLock<Finder> = LazyLock::new(|| Finder::new(b"\"usage\""));
 /// A longer usage object is ignored.
 const MAX_USAGE_BYTES: usize = 64 * 1024;
 
@@ -42,17 +46,18 @@ impl UsageHolder {
 pub struct JsonReader {
     scanner: MemberScanner,
     value: PartialValue,
-    choices: ChoicesReader,
+    /// `None`: no list of choices can hold usage so far.
+    choices: Option<Box<ChoicesReader>>,
     /// The usage of the answer. `None`: none so far.
     answer: Option<Reported>,
-    /// All usage so far.
-    reported: Reported,
 }
 
 /// Reads the usage within the choices of a document.
 #[derive(Debug, Default)]
 struct ChoicesReader {
     scanner: MemberScanner,
+    /// A part of the list was scanned, and its end was not.
+    is_within: bool,
     value: PartialValue,
     reported: Option<Reported>,
 }
@@ -68,22 +73,23 @@ struct PartialValue {
 impl JsonReader {
     /// Reads the next piece.
     pub fn feed(&mut self, piece: &[u8]) {
-        let Self { scanner, value, choices, answer, reported } = self;
+        let Self { scanner, value, choices, answer } = self;
         scanner.feed(piece, |found| match found {
             Found::Key { key, is_in_list } => {
                 *value = PartialValue { holder: UsageHolder::of_key(key, is_in_list), ..Default::default() };
             }
-            Found::Value(part) if value.holder == Some(UsageHolder::Choices) => {
-                choices.feed(part);
-                if choices.reported.is_some() {
-                    *reported = EventUsage { answer: *answer, choice: choices.reported }.total();
+            Found::Value { part, is_last } if value.holder == Some(UsageHolder::Choices) => {
+                let is_within = choices.as_ref().is_some_and(|choices| choices.is_within);
+                let is_whole = is_last && !is_within;
+                // A list that arrives whole is scanned only if it has the key.
+                if !is_whole || USAGE_KEY.find(part).is_some() {
+                    choices.get_or_insert_default().feed(part, is_last);
                 }
             }
-            Found::Value(part) => value.extend(part),
-            Found::ValueEnd => {
-                if value.holder.is_some_and(|holder| holder != UsageHolder::Choices) {
+            Found::Value { part, is_last } => {
+                value.extend(part);
+                if is_last && value.holder.is_some() {
                     update(answer, std::mem::take(value).usage());
-                    *reported = EventUsage { answer: *answer, choice: choices.reported }.total();
                 }
             }
         });
@@ -91,7 +97,8 @@ impl JsonReader {
 
     /// The usage reported so far.
     pub fn reported(&self) -> Reported {
-        self.reported
+        let choice = self.choices.as_ref().and_then(|choices| choices.reported);
+        EventUsage { answer: self.answer, choice }.total()
     }
 
     /// Whether the reported usage covers the whole answer. `choices`: how many the request asks for. The usage within
@@ -114,16 +121,20 @@ impl JsonReader {
 
 impl ChoicesReader {
     /// Reads the next part of the list.
-    fn feed(&mut self, part: &[u8]) {
-        let Self { scanner, value, reported } = self;
+    fn feed(&mut self, part: &[u8], is_last: bool) {
+        let Self { scanner, is_within, value, reported } = self;
+        *is_within = !is_last;
         scanner.feed(part, |found| match found {
             Found::Key { key, .. } => {
                 let holder = (key == b"usage").then_some(UsageHolder::Usage);
                 *value = PartialValue { holder, ..Default::default() };
             }
-            Found::Value(part) => value.extend(part),
-            Found::ValueEnd if value.holder.is_some() => update(reported, std::mem::take(value).usage()),
-            Found::ValueEnd => {}
+            Found::Value { part, is_last } => {
+                value.extend(part);
+                if is_last && value.holder.is_some() {
+                    update(reported, std::mem::take(value).usage());
+                }
+            }
         });
     }
 }
@@ -131,8 +142,10 @@ impl ChoicesReader {
 /// Updates the report with a later one. A null reports nothing.
 fn update(known: &mut Option<Reported>, later: Option<Reported>) {
     let later = later.filter(|later| later.has_any() || later.has_incredible());
-    if let Some(later) = later {
-        known.get_or_insert_default().update(later);
+    match (known, later) {
+        (Some(known), Some(later)) => known.update(later),
+        (known @ None, later) => *known = later,
+        (Some(_), None) => {}
     }
 }
 
