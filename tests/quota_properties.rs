@@ -75,7 +75,7 @@ fn spend_through_clock_step(quota: &Quota, begin: i64, step_ms: i64, step_at: i6
             last = real;
         }
         let before = admitted;
-        while let Ok(receipt) = engine.reserve(Timestamp(clock), subject, &required) {
+        while let Ok(receipt) = engine.reserve(Timestamp(clock), &engine.applicable(subject), &required) {
             engine.settle(Timestamp(clock), receipt, required.amounts);
             admitted += 1;
         }
@@ -213,7 +213,11 @@ impl Walk {
     fn reserve(&mut self, amounts: Amounts) {
         self.recounts.iter_mut().for_each(|r| r.advance(self.now.0));
         let fits = self.recounts.iter().all(|r| r.fits(i128::from(amounts.of(r.kind))));
-        match self.engine.reserve(self.now, SUBJECT, &Required { amounts, generates: true }) {
+        match self.engine.reserve(
+            self.now,
+            &self.engine.applicable(SUBJECT),
+            &Required { amounts, generates: true },
+        ) {
             Ok(receipt) => {
                 assert!(fits, "the engine admitted the request, the recount denies it");
                 self.recounts.iter_mut().for_each(|r| r.held.push(i128::from(amounts.of(r.kind))));
@@ -268,12 +272,12 @@ proptest! {
         let all = [quota(Kind::TotalTokens, 1_000, 60_000, Window::Rolling { burst: 1_500 })];
         let mut engine = Quotas::new(&all, now);
         let required = |tokens| Required { amounts: Amounts::of_request(tokens, 0), generates: true };
-        let receipt = engine.reserve(now, SUBJECT, &required(1)).unwrap();
+        let receipt = engine.reserve(now, &engine.applicable(SUBJECT), &required(1)).unwrap();
         engine.settle(now, receipt, Amounts::of_request(spent, 0));
-        if let Err(denied) = engine.reserve(now, SUBJECT, &required(amount)) {
+        if let Err(denied) = engine.reserve(now, &engine.applicable(SUBJECT), &required(amount)) {
             let Wait::Ms(ms) = denied.shortfalls()[0].wait else { panic!("the request is not larger than the quota") };
-            prop_assert!(engine.clone().reserve(now.plus_ms(ms - 1), SUBJECT, &required(amount)).is_err());
-            prop_assert!(engine.reserve(now.plus_ms(ms), SUBJECT, &required(amount)).is_ok());
+            prop_assert!(engine.clone().reserve(now.plus_ms(ms - 1), &engine.applicable(SUBJECT), &required(amount)).is_err());
+            prop_assert!(engine.reserve(now.plus_ms(ms), &engine.applicable(SUBJECT), &required(amount)).is_ok());
         }
     }
 
@@ -283,7 +287,7 @@ proptest! {
         let mut engine = Quotas::new(&quotas(), now);
         let before: Vec<_> = engine.levels(now).iter().map(|l| (l.level, l.held, l.used)).collect();
         let required = Required { amounts: Amounts::of_request(prompt, completion), generates: true };
-        if engine.reserve(now, SUBJECT, &required).is_err() {
+        if engine.reserve(now, &engine.applicable(SUBJECT), &required).is_err() {
             let after: Vec<_> = engine.levels(now).iter().map(|l| (l.level, l.held, l.used)).collect();
             prop_assert_eq!(before, after);
         }

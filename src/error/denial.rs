@@ -114,12 +114,12 @@ mod tests {
         let mut quotas = Quotas::new(&loaded.config.environments[0].quotas, now);
         let required = Required { amounts: Amounts::of_request(75, 512), generates: true };
         let caller = "batch".into();
-        let subject = Subject { caller: Some(&caller), model: "gpt-4.1-mini" };
+        let applicable = quotas.applicable(Subject { caller: Some(&caller), model: "gpt-4.1-mini" });
         for _ in 0..served {
-            let receipt = quotas.reserve(now, subject, &required).unwrap();
+            let receipt = quotas.reserve(now, &applicable, &required).unwrap();
             quotas.settle(now, receipt, required.amounts);
         }
-        let denied = quotas.denial(now, subject, &required).unwrap();
+        let denied = quotas.denial(now, &applicable, &required).unwrap();
         DenialMessage(&denied).to_string()
     }
 

@@ -113,22 +113,27 @@ impl LearnedLengths {
     /// Learns the length of a complete answer.
     pub(crate) fn learn(&mut self, model: &str, completion_tokens: u64) {
         self.learned += 1;
-        let model = model_key(model);
-        if !self.models.contains_key(model) {
-            let rank = self.known_models.rank(model);
-            if !self.make_room(rank) {
-                return;
-            }
-            let generation = self.learned;
-            let histogram = Histogram::new();
-            let new =
-                ModelLengths { histogram, rank, last_learned: 0, generation, in_flight: 0, outgrown: 0 };
-            self.models.insert(model.into(), new);
-        }
+        let (model, learned) = (model_key(model), self.learned);
         if let Some(known) = self.models.get_mut(model) {
-            known.last_learned = self.learned;
+            known.last_learned = learned;
             known.histogram.add(completion_tokens);
+            return;
         }
+        let rank = self.known_models.rank(model);
+        if !self.make_room(rank) {
+            return;
+        }
+        let mut histogram = Histogram::new();
+        histogram.add(completion_tokens);
+        let new = ModelLengths {
+            histogram,
+            rank,
+            last_learned: learned,
+            generation: learned,
+            in_flight: 0,
+            outgrown: 0,
+        };
+        self.models.insert(model.into(), new);
     }
 
     /// Adds the current length of an unfinished answer that has outgrown its reservation. `forget_partial` removes

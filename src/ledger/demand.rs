@@ -228,10 +228,9 @@ impl Grant {
     /// Splits `spent` over the receipts and passes each receipt with its part to `settle`. A receipt pays at most
     /// what it holds. The last receipt also pays the rest.
     pub(super) fn settle_receipts(&mut self, spent: Amounts, mut settle: impl FnMut(Receipt, Amounts)) {
-        let receipts = std::mem::take(&mut self.receipts);
-        let last = receipts.len().saturating_sub(1);
+        let last = self.receipts.len().saturating_sub(1);
         let mut left = spent;
-        for (index, receipt) in receipts.into_iter().enumerate() {
+        for (index, receipt) in self.receipts.drain(..).enumerate() {
             let part = if index == last { left } else { left.min(receipt.reserved()) };
             left = left.saturating_sub(part);
             settle(receipt, part);
@@ -243,13 +242,13 @@ impl Grant {
 #[derive(Debug)]
 pub struct Admission {
     /// What it holds.
-    pub grant: Grant,
+    pub grant: Box<Grant>,
     /// What it holds in the quotas of its upstream. `None`: the upstream has no limits.
     pub upstream: Option<Box<Grant>>,
     /// The lowered limit of completion tokens per completion, if the request was clamped.
     pub clamped_to: Option<u64>,
     /// Why the request would have been denied if its quotas were enforced.
-    pub would_deny: Option<NoRoom>,
+    pub would_deny: Option<Box<NoRoom>>,
     /// The quotas of each kind right after the reservation, in the order of `Kind::ALL`.
     pub standing: [Option<QuotaStatus>; 4],
     /// This node's store must persist the reservation before the request is forwarded.
@@ -259,7 +258,7 @@ pub struct Admission {
 impl Admission {
     /// Takes the amounts of the request in the quotas of its upstream, which have room for them.
     pub(super) fn back(&mut self, now: Timestamp, upstream: &mut Backing<'_>, required: &Required) {
-        self.upstream = Some(Box::new(upstream.take(now, required)));
+        self.upstream = Some(upstream.take(now, required));
         self.standing = QuotaStatus::tightest(self.standing, upstream.standing(now));
         self.is_durable |= upstream.needs_durability();
     }

@@ -182,7 +182,7 @@ impl Engine {
     }
 
     /// Releases the held amounts of a grant and charges the spent amounts.
-    pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
+    pub(super) fn settle(&self, subject: Subject<'_>, grant: Box<Grant>, settlement: Settlement) {
         match self {
             Self::Local(_) => self.with_local(|local, now| match local.residence {
                 Residence::Here => local.settle(now, subject, grant, settlement),
@@ -283,7 +283,7 @@ impl Engine {
 /// The part of a reservation that an upstream has taken.
 #[derive(Debug)]
 pub(super) struct Backed {
-    pub(super) grant: Grant,
+    pub(super) grant: Box<Grant>,
     /// This node's store must persist it.
     pub(super) is_durable: bool,
     /// The part before was in the same counters and is released.

@@ -147,7 +147,7 @@ impl Account {
                 ..
             }) => {
                 successor.begin_progress(id, reserved, progress_threshold);
-                let grant = Grant {
+                let grant = Box::new(Grant {
                     receipts: smallvec::smallvec![],
                     id: Some(id),
                     reserved,
@@ -158,9 +158,9 @@ impl Account {
                     progress_threshold,
                     partial_length: None,
                     in_flight_generation: None,
-                };
+                });
                 self.engine.with_local(|local, _| local.in_flight += 1);
-                let would_deny = would_deny.map(|left| self.to_no_room(left, demand.backends));
+                let would_deny = would_deny.map(|left| Box::new(self.to_no_room(left, demand.backends)));
                 let reservation = ElsewhereReservation { grant, backend, standing, clamped_to, would_deny };
                 Ok(Reservation::elsewhere(self, demand, reservation))
             }

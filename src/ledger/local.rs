@@ -18,7 +18,8 @@ use crate::config::{
 use crate::estimate::KnownModels;
 use crate::glob::Glob;
 use crate::quota::{
-    Amounts, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject, Takeover,
+    Amounts, Applicable, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject,
+    Takeover,
 };
 use residence::Elsewhere;
 use std::sync::Arc;
@@ -275,8 +276,9 @@ impl Local {
         demand: &Demand<'_>,
         upstream: Option<&mut Backing<'_>>,
     ) -> Result<Admission, NoRoom> {
-        let allowance = self.allowance(demand, upstream.as_deref());
-        self.try_admit_with(now, demand, allowance, self.is_full(), upstream)
+        let own = self.quotas.applicable(demand.subject);
+        let allowance = self.allowance(demand, &own, upstream.as_deref());
+        self.try_admit_with(now, demand, &own, allowance, self.is_full(), upstream)
     }
 
     /// Why the requests ahead of a request wait, which must not overtake them, or why its own wait has failed.
@@ -289,8 +291,9 @@ impl Local {
         if let Some(obstacle) = self.binding_obstacle(now, demand, upstream.as_deref_mut()) {
             return obstacle;
         }
-        let required = self.min_required(demand, upstream.as_deref());
-        let own = self.quotas.denial_behind_queue(now, demand.subject, &required);
+        let own = self.quotas.applicable(demand.subject);
+        let required = self.min_required(demand, &own, upstream.as_deref());
+        let own = self.quotas.denial_behind_queue(now, &own, &required);
         let denied = own.or_else(|| upstream?.denial_behind_queue(now, &required));
         let limit = self.rules.max_in_flight.unwrap_or(self.in_flight);
         denied.map_or(NoRoom::InFlight { limit, upstream: None }, NoRoom::Quota)
@@ -303,10 +306,11 @@ impl Local {
         demand: &Demand<'_>,
         upstream: Option<&mut Backing<'_>>,
     ) -> Option<NoRoom> {
-        let required = self.min_required(demand, upstream.as_deref());
+        let own = self.quotas.applicable(demand.subject);
+        let required = self.min_required(demand, &own, upstream.as_deref());
         let own = match self.rules.max_in_flight.filter(|_| self.is_full()) {
             Some(limit) => Some(NoRoom::InFlight { limit, upstream: None }),
-            None => self.quotas.denial(now, demand.subject, &required).map(NoRoom::Quota),
+            None => self.quotas.denial(now, &own, &required).map(NoRoom::Quota),
         };
         NoRoom::of_both(own, upstream.and_then(|upstream| upstream.obstacle(now, &required)))
     }
@@ -321,7 +325,8 @@ impl Local {
         if self.rules.enforce {
             return self.obstacle(now, demand, upstream);
         }
-        let required = self.min_required(demand, upstream.as_deref());
+        let own = self.quotas.applicable(demand.subject);
+        let required = self.min_required(demand, &own, upstream.as_deref());
         upstream.and_then(|upstream| upstream.obstacle(now, &required))
     }
 
@@ -332,9 +337,10 @@ impl Local {
         demand: &Demand<'_>,
         upstream: Option<&mut Backing<'_>>,
     ) -> (Amounts, Vec<QuotaLevel>) {
-        let allowance = self.allowance(demand, upstream.as_deref());
+        let own = self.quotas.applicable(demand.subject);
+        let allowance = self.allowance(demand, &own, upstream.as_deref());
         let required = self.required(demand, allowance);
-        let mut levels = self.quotas.levels_of(now, demand.subject);
+        let mut levels = self.quotas.levels_of(now, &own);
         levels.extend(upstream.into_iter().flat_map(|upstream| upstream.levels(now)));
         (required.amounts, levels)
     }
@@ -355,11 +361,13 @@ impl Local {
         }
     }
 
-    /// Like `try_admit_at`, but with a given allowance. `is_full`: the maximum number of requests is in flight.
+    /// Like `try_admit_at`, but with a given allowance. `own`: the quotas of the environment that apply to the request.
+    /// `is_full`: the maximum number of requests is in flight.
     pub(super) fn try_admit_with(
         &mut self,
         now: Timestamp,
         demand: &Demand<'_>,
+        own: &Applicable,
         allowance: u64,
         is_full: bool,
         mut upstream: Option<&mut Backing<'_>>,
@@ -370,29 +378,30 @@ impl Local {
         let reserved = match (shortage, self.rules.max_in_flight.filter(|_| is_full)) {
             (Some(shortage), _) => Err(shortage),
             (None, Some(limit)) => Err(NoRoom::InFlight { limit, upstream: None }),
-            (None, None) => self.quotas.reserve(now, demand.subject, &required).map_err(NoRoom::Quota),
+            (None, None) => self.quotas.reserve(now, own, &required).map_err(NoRoom::Quota),
         };
         let (receipt, clamped_to, would_deny) = match reserved {
             Ok(receipt) => (receipt, None, None),
             Err(no_room) if self.rules.enforce => {
-                let clamped = self.clamp(now, demand, allowance, &no_room, upstream.as_deref_mut());
+                let clamped = self.clamp(now, demand, own, allowance, &no_room, upstream.as_deref_mut());
                 let Some((lowered, each)) = clamped else {
                     return Err(self.obstacle(now, demand, upstream).unwrap_or(no_room));
                 };
                 required = lowered;
-                let reserved = self.quotas.reserve(now, demand.subject, &required);
+                let reserved = self.quotas.reserve(now, own, &required);
                 (reserved.map_err(NoRoom::Quota)?, Some(each), None)
             }
             // The quotas of the upstream hold in shadow mode too.
             Err(no_room) if is_short => return Err(no_room),
             Err(no_room) => {
                 // Shadow mode changes nothing: the request is neither denied nor clamped.
-                let clamped = self.clamp(now, demand, allowance, &no_room, upstream.as_deref_mut());
-                let would_deny = clamped.is_none().then_some(no_room);
-                (self.quotas.reserve_unchecked(now, demand.subject, &required), None, would_deny)
+                let clamped = self.clamp(now, demand, own, allowance, &no_room, upstream.as_deref_mut());
+                let would_deny = clamped.is_none().then(|| Box::new(no_room));
+                (self.quotas.reserve_unchecked(now, own, &required), None, would_deny)
             }
         };
-        let mut admission = self.admitted(now, demand, receipt, clamped_to, would_deny);
+        let mut admission = self.admitted(now, demand, own, receipt, clamped_to);
+        admission.would_deny = would_deny;
         if let Some(upstream) = upstream {
             admission.back(now, upstream, &required);
         }
@@ -406,18 +415,19 @@ impl Local {
         demand: &Demand<'_>,
         allowance: u64,
     ) -> Admission {
+        let own = self.quotas.applicable(demand.subject);
         let required = self.required(demand, allowance);
-        let receipt = self.quotas.reserve_unchecked(now, demand.subject, &required);
-        self.admitted(now, demand, receipt, None, None)
+        let receipt = self.quotas.reserve_unchecked(now, &own, &required);
+        self.admitted(now, demand, &own, receipt, None)
     }
 
     fn admitted(
         &mut self,
         now: Timestamp,
         demand: &Demand<'_>,
+        own: &Applicable,
         receipt: Receipt,
         clamped_to: Option<u64>,
-        would_deny: Option<NoRoom>,
     ) -> Admission {
         let reserved = receipt.reserved();
         self.in_flight += 1;
@@ -427,7 +437,7 @@ impl Local {
         // A request that generates nothing has no length, so it is not counted among the answers in flight.
         let in_flight_generation =
             if demand.generates { self.lengths.begin(demand.subject.model) } else { None };
-        let grant = Grant {
+        let grant = Box::new(Grant {
             receipts: smallvec::smallvec![receipt],
             id: None,
             reserved,
@@ -438,14 +448,14 @@ impl Local {
             progress_threshold: if self.is_reserving() { reserved.completion } else { u64::MAX },
             partial_length: None,
             in_flight_generation,
-        };
-        let standing = self.quotas.status_by_kind(now, demand.subject);
-        let is_durable = self.quotas.need_durability(demand.subject);
-        Admission { grant, upstream: None, clamped_to, would_deny, standing, is_durable }
+        });
+        let standing = self.quotas.status_by_kind(now, own);
+        let is_durable = self.quotas.need_durability(own);
+        Admission { grant, upstream: None, clamped_to, would_deny: None, standing, is_durable }
     }
 
     /// Reverts an admission that Redis has denied.
-    pub(super) fn revert(&mut self, now: Timestamp, model: &str, mut grant: Grant) {
+    pub(super) fn revert(&mut self, now: Timestamp, model: &str, mut grant: Box<Grant>) {
         grant.settle_receipts(Amounts::default(), |receipt, part| self.quotas.settle(now, receipt, part));
         self.release(model, &grant);
     }
@@ -455,8 +465,13 @@ impl Local {
         Required { amounts: Amounts::of_request(prompt, completion), generates: demand.generates }
     }
 
-    /// How many completion tokens to reserve.
-    pub(super) fn allowance(&self, demand: &Demand<'_>, upstream: Option<&Backing<'_>>) -> u64 {
+    /// How many completion tokens to reserve. `own`: the quotas of the environment that apply to the request.
+    pub(super) fn allowance(
+        &self,
+        demand: &Demand<'_>,
+        own: &Applicable,
+        upstream: Option<&Backing<'_>>,
+    ) -> u64 {
         let reserve = &self.rules.reserve;
         let completions = demand.completions.max(1);
         if !demand.generates {
@@ -473,7 +488,7 @@ impl Local {
                 let prompt = if reserve.prompt { demand.prompt } else { 0 };
                 // Without this bound, an allowance above a quota's capacity would never fit, and no answer would ever
                 // be learned.
-                let own = self.quotas.largest_completion(demand.subject, prompt);
+                let own = self.quotas.largest_completion(own, prompt);
                 let max = upstream.map_or(own, |upstream| own.min(upstream.largest_completion(prompt))) / 2;
                 each.saturating_mul(completions).min(demand.cap.unwrap_or(u64::MAX)).min(max).max(1)
             }
@@ -485,6 +500,7 @@ impl Local {
         &mut self,
         now: Timestamp,
         demand: &Demand<'_>,
+        own: &Applicable,
         allowance: u64,
         no_room: &NoRoom,
         mut upstream: Option<&mut Backing<'_>>,
@@ -495,12 +511,12 @@ impl Local {
         }
         let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
         let completions = demand.completions.max(1);
-        let own = self.quotas.completion_that_fits(now, demand.subject, prompt);
+        let room = self.quotas.completion_that_fits(now, own, prompt);
         let of_upstream = upstream.as_deref_mut().map(|upstream| upstream.completion_that_fits(now, prompt));
-        let each = of_upstream.map_or(own, |room| own.min(room)) / completions;
+        let each = of_upstream.map_or(room, |other| room.min(other)) / completions;
         let required = self.required(demand, each.saturating_mul(completions));
         let is_less = each >= MIN_CLAMP && required.amounts.completion < allowance;
-        let fits = is_less && self.quotas.denial(now, demand.subject, &required).is_none();
+        let fits = is_less && self.quotas.denial(now, own, &required).is_none();
         let is_short = |upstream: &mut Backing<'_>| upstream.obstacle(now, &required).is_some();
         (fits && !upstream.is_some_and(is_short)).then_some((required, each))
     }
@@ -510,8 +526,13 @@ impl Local {
     }
 
     /// The smallest amounts with which the request would be admitted.
-    fn min_required(&self, demand: &Demand<'_>, upstream: Option<&Backing<'_>>) -> Required {
-        let allowance = self.allowance(demand, upstream);
+    fn min_required(
+        &self,
+        demand: &Demand<'_>,
+        own: &Applicable,
+        upstream: Option<&Backing<'_>>,
+    ) -> Required {
+        let allowance = self.allowance(demand, own, upstream);
         let min_clamp = MIN_CLAMP.saturating_mul(demand.completions.max(1));
         self.required(demand, if self.clamps() { allowance.min(min_clamp) } else { allowance })
     }
@@ -522,7 +543,13 @@ impl Local {
     }
 
     /// Releases the held amounts of a grant and charges the spent amounts.
-    pub fn settle(&mut self, now: Timestamp, subject: Subject<'_>, mut grant: Grant, settlement: Settlement) {
+    pub fn settle(
+        &mut self,
+        now: Timestamp,
+        subject: Subject<'_>,
+        mut grant: Box<Grant>,
+        settlement: Settlement,
+    ) {
         grant.settle_receipts(settlement.spent, |receipt, part| self.quotas.settle(now, receipt, part));
         self.close(now, subject, &grant, settlement);
     }
@@ -578,7 +605,7 @@ impl Local {
 
     /// The quotas of the subject by kind, in the order of `Kind::ALL`.
     pub(super) fn standing(&self, now: Timestamp, subject: Subject<'_>) -> [Option<QuotaStatus>; 4] {
-        self.quotas.status_by_kind(now, subject)
+        self.quotas.status_by_kind(now, &self.quotas.applicable(subject))
     }
 }
 

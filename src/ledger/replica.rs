@@ -235,7 +235,7 @@ impl Replica {
         &mut self,
         own: Timestamp,
         subject: Subject<'_>,
-        mut grant: Grant,
+        mut grant: Box<Grant>,
         settlement: Settlement,
     ) {
         let now = self.redis_time(own);

@@ -15,9 +15,9 @@ pub struct Reservation(pub(super) Box<HeldRoom>);
 #[derive(Debug)]
 pub(super) struct HeldRoom {
     pub(super) account: Arc<Account>,
-    pub(super) grant: Option<Grant>,
+    pub(super) grant: Option<Box<Grant>>,
     /// The part that the upstream's quotas hold. `None`: it has no limits, or another process has the counters.
-    upstream: Option<Box<UpstreamPart>>,
+    upstream: Option<UpstreamPart>,
     /// Index of the upstream in the backends of the demand.
     pub(super) backend: usize,
     /// The caller and the model.
@@ -26,7 +26,7 @@ pub(super) struct HeldRoom {
     pub(super) settlement: Settlement,
     pub(super) standing: [Option<QuotaStatus>; 4],
     clamped_to: Option<u64>,
-    would_deny: Option<NoRoom>,
+    would_deny: Option<Box<NoRoom>>,
     /// The reservation must survive a crash of the process.
     is_durable: bool,
     /// The commit that will contain the reservation. `None` after the wait for it.
@@ -39,14 +39,14 @@ pub(super) struct UpstreamPart {
     pub(super) account: Arc<Account>,
     /// The model, by the name that is sent to the upstream.
     pub(super) model: Box<str>,
-    pub(super) grant: Grant,
+    pub(super) grant: Box<Grant>,
 }
 
 impl UpstreamPart {
     /// `None`: the upstream has no limits.
-    fn new(backend: &Backend<'_>, grant: Option<Grant>) -> Option<Box<Self>> {
+    fn new(backend: &Backend<'_>, grant: Option<Box<Grant>>) -> Option<Self> {
         let (account, grant) = (backend.account?.clone(), grant?);
-        Some(Box::new(Self { account, model: backend.model.into(), grant }))
+        Some(Self { account, model: backend.model.into(), grant })
     }
 
     /// Releases the held amounts and charges the spent ones.
@@ -60,11 +60,11 @@ impl UpstreamPart {
 
 /// A reservation in the process that has taken the counters over.
 pub(super) struct ElsewhereReservation {
-    pub(super) grant: Grant,
+    pub(super) grant: Box<Grant>,
     pub(super) backend: usize,
     pub(super) standing: [Option<QuotaStatus>; 4],
     pub(super) clamped_to: Option<u64>,
-    pub(super) would_deny: Option<NoRoom>,
+    pub(super) would_deny: Option<Box<NoRoom>>,
 }
 
 /// Making reservations.
@@ -77,8 +77,7 @@ impl Reservation {
         commit: Option<u64>,
     ) -> Self {
         let Admission { grant, upstream, clamped_to, would_deny, standing, .. } = admission;
-        let part =
-            demand.backends.get(backend).and_then(|one| UpstreamPart::new(one, upstream.map(|grant| *grant)));
+        let part = demand.backends.get(backend).and_then(|one| UpstreamPart::new(one, upstream));
         Self(Box::new(HeldRoom {
             account: account.clone(),
             grant: Some(grant),
@@ -114,7 +113,7 @@ impl Reservation {
         Self(Box::new(HeldRoom {
             account: account.clone(),
             settlement: Settlement { spent: grant.reserved, is_complete: false },
-            grant: Some(grant),
+            grant: Some(Box::new(grant)),
             upstream: None,
             backend: 0,
             subject: (None, model.into()),
@@ -164,7 +163,7 @@ impl Reservation {
         let moved = match backend.account {
             None => None,
             Some(account) => {
-                let before = self.0.upstream.as_deref_mut();
+                let before = self.0.upstream.as_mut();
                 let before = before.filter(|before| Arc::ptr_eq(&before.account, account));
                 Some(account.engine.try_back(backend.model, &required, before).await?)
             }
@@ -217,7 +216,7 @@ impl Reservation {
     pub fn progress(&mut self, spent: Amounts) -> Progress {
         let Some(grant) = &mut self.0.grant else { return Progress::Within };
         let before = grant.reserved();
-        let upstream = self.0.upstream.as_deref_mut();
+        let upstream = self.0.upstream.as_mut();
         let progress = self.0.account.engine.progress(&self.0.subject.1, grant, spent, upstream);
         let has_grown = grant.reserved() != before;
         self.0.account.notify_released();
@@ -231,13 +230,13 @@ impl Reservation {
 
     /// The maximum number of completion tokens that the request allows its answer.
     pub fn cap(&self) -> u64 {
-        self.0.grant.as_ref().map_or(u64::MAX, Grant::cap)
+        self.0.grant.as_deref().map_or(u64::MAX, Grant::cap)
     }
 
     /// When the answer has more completion tokens than this, `progress` must be called at once. With fewer tokens,
     /// occasional calls suffice.
     pub fn progress_threshold(&self) -> u64 {
-        self.0.grant.as_ref().map_or(u64::MAX, Grant::progress_threshold)
+        self.0.grant.as_deref().map_or(u64::MAX, Grant::progress_threshold)
     }
 
     /// Waits until the reservation would survive a crash, if one of its quotas requires that.
@@ -282,12 +281,12 @@ impl Reservation {
 
     /// Why the request would have been denied if its quotas were enforced.
     pub fn would_deny(&self) -> Option<&NoRoom> {
-        self.0.would_deny.as_ref()
+        self.0.would_deny.as_deref()
     }
 
     /// Everything reserved so far.
     pub fn reserved(&self) -> Amounts {
-        self.0.grant.as_ref().map_or_else(Amounts::default, Grant::reserved)
+        self.0.grant.as_deref().map_or_else(Amounts::default, Grant::reserved)
     }
 }
 

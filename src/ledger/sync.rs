@@ -217,7 +217,7 @@ impl RedisSync {
         progress
     }
 
-    pub(super) fn settle(&self, subject: Subject<'_>, grant: Grant, settlement: Settlement) {
+    pub(super) fn settle(&self, subject: Subject<'_>, grant: Box<Grant>, settlement: Settlement) {
         self.with_replica(|replica| replica.settle(clock::now(), subject, grant, settlement));
         self.wake_task();
     }

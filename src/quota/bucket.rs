@@ -11,17 +11,20 @@ use crate::clock::Timestamp;
 const MIN_WAIT_FOR_HELD_MS: u64 = 1_000;
 
 /// A token bucket. Its level is counted in units of 1/`period_ms` token: one millisecond adds exactly
-/// `limit` units, and nothing is ever rounded.
+/// `limit` units, and nothing is ever rounded. Whole tokens and the rest are separate, so that a reservation neither
+/// multiplies nor divides.
 #[derive(Clone, Debug)]
 pub struct TokenBucket {
     /// Units per millisecond. Equals the limit in tokens per period.
-    rate: i128,
+    rate: u64,
     /// Units per token. Equals the period in milliseconds.
-    scale: i128,
+    scale: u64,
     /// Capacity in tokens.
     burst: u64,
-    /// In units; below zero: debt.
-    level: i128,
+    /// In whole tokens, rounded down; below zero: debt.
+    level: i64,
+    /// The rest of the level in units, less than `scale`.
+    fraction: u64,
     /// In tokens.
     held: u64,
     /// Time of the last refill.
@@ -32,12 +35,12 @@ impl TokenBucket {
     /// Creates a full bucket of `burst` tokens that refills by `limit` tokens per `period_ms`. All three must be at
     /// least 1.
     pub fn full(limit: u64, burst: u64, period_ms: u64, now: Timestamp) -> Self {
-        let scale = i128::from(period_ms.max(1));
         Self {
-            rate: i128::from(limit.max(1)),
-            scale,
+            rate: limit.max(1),
+            scale: period_ms.max(1),
             burst,
-            level: i128::from(burst) * scale,
+            level: signed(burst),
+            fraction: 0,
             held: 0,
             refilled_at: now,
         }
@@ -47,9 +50,16 @@ impl TokenBucket {
     /// refill counts from the new time: the bucket does not wait until the old time is reached again.
     pub fn refill(&mut self, now: Timestamp) {
         let top = self.top();
-        if self.level < top {
-            let elapsed = i128::from(now.ms_since(self.refilled_at));
-            self.level = top.min(self.level + self.rate * elapsed);
+        let elapsed = now.ms_since(self.refilled_at);
+        if elapsed > 0 && self.level < top {
+            let units = u128::from(self.rate) * u128::from(elapsed) + u128::from(self.fraction);
+            let (tokens, fraction) = divide(units, self.scale);
+            if tokens < u128::from(top.abs_diff(self.level)) {
+                self.level = self.level.saturating_add_unsigned(u64::try_from(tokens).unwrap_or(u64::MAX));
+                self.fraction = fraction;
+            } else {
+                (self.level, self.fraction) = (top, 0);
+            }
         }
         self.refilled_at = now;
     }
@@ -64,11 +74,10 @@ impl TokenBucket {
         }
         // A request for 0 tokens needs one token too: an exhausted bucket admits nothing.
         let needed = amount.max(1);
-        let short = self.units(needed) - self.level;
-        if short <= 0 {
+        if self.level >= signed(needed) {
             return Ok(());
         }
-        let ms = u64::try_from((short + self.rate - 1) / self.rate).unwrap_or(u64::MAX);
+        let ms = self.ms_to_refill(signed(needed).abs_diff(self.level));
         // If other requests hold the tokens, refilling alone is not enough. The wait then assumes that
         // they settle as reserved.
         let waits_for_held = needed > self.burst.saturating_sub(self.held);
@@ -77,20 +86,18 @@ impl TokenBucket {
 
     /// If less than one token is left: when there is one, unless a change of the held tokens comes first.
     pub(super) fn empty_until(&self) -> Option<Timestamp> {
-        let short = self.scale - self.level;
-        if short <= 0 {
+        if self.level >= 1 {
             return None;
         }
         if self.held >= self.burst {
             return Some(Timestamp(i64::MAX));
         }
-        let ms = u64::try_from((short + self.rate - 1) / self.rate).unwrap_or(u64::MAX);
-        Some(self.refilled_at.plus_ms(ms))
+        Some(self.refilled_at.plus_ms(self.ms_to_refill(1_i64.abs_diff(self.level))))
     }
 
     /// Moves `amount` tokens from the level to held.
     pub fn reserve(&mut self, amount: u64) {
-        self.level -= self.units(amount);
+        self.level = self.level.saturating_sub_unsigned(amount);
         self.held += amount;
     }
 
@@ -104,35 +111,37 @@ impl TokenBucket {
     /// `mark_spent` has moved too much.
     pub fn settle(&mut self, held: u64, owed: i64) {
         self.held = self.held.saturating_sub(held);
-        self.level += self.units(held) - i128::from(owed) * self.scale;
+        self.level = self.level.saturating_add_unsigned(held).saturating_sub(owed);
         // The level is within this bound by construction. The bound ensures that a fault elsewhere cannot create
         // tokens.
-        self.level = self.level.min(self.top());
+        self.limit_level();
     }
 
     /// Changes the limit and the burst. Spent and held amounts stay.
     pub(super) fn set_limit(&mut self, limit: u64, burst: u64, now: Timestamp) {
         self.refill(now);
-        self.level += self.units(burst) - self.units(self.burst);
-        self.rate = i128::from(limit.max(1));
+        self.level = self.level.saturating_add_unsigned(burst).saturating_sub_unsigned(self.burst);
+        self.rate = limit.max(1);
         self.burst = burst;
     }
 
     /// Charges tokens that an earlier quota has counted.
     pub(super) fn carry_over(&mut self, used: u64) {
-        self.level -= self.units(used);
+        self.level = self.level.saturating_sub_unsigned(used);
     }
 
     /// Limits the spent amount: debt beyond it is forgiven.
     pub(super) fn limit_used(&mut self, max: u64) {
-        let spent_most = i128::from(self.burst) - i128::from(self.held) - i128::from(max);
-        self.level = self.level.max(spent_most * self.scale);
+        let lowest = self.top().saturating_sub_unsigned(max);
+        if self.level < lowest {
+            (self.level, self.fraction) = (lowest, 0);
+        }
     }
 
     /// Sets the used and the held amount.
     pub(super) fn begin_with(&mut self, used: u64, held: u64) {
         self.held = held;
-        self.level = self.units(self.burst) - self.units(used) - self.units(held);
+        (self.level, self.fraction) = (self.top().saturating_sub_unsigned(used), 0);
     }
 
     /// Sets the held amount of a bucket that decides nothing, because its quota is unlimited.
@@ -142,15 +151,14 @@ impl TokenBucket {
 
     /// Fills the bucket, except for the held tokens.
     pub(super) fn reset(&mut self) {
-        self.level = self.top();
+        (self.level, self.fraction) = (self.top(), 0);
     }
 
     /// The counter for the store.
     pub(super) fn to_persisted(&self) -> PersistedCounter {
-        let whole = divide_down(self.level, self.scale);
         PersistedCounter {
-            level_fraction: u64::try_from(self.level - whole * self.scale).unwrap_or(0),
-            used: i64::try_from(i128::from(self.burst) - whole - i128::from(self.held)).unwrap_or(i64::MAX),
+            level_fraction: self.fraction,
+            used: i64::try_from(self.missing(self.held)).unwrap_or(i64::MAX),
             held: self.held,
             at: self.refilled_at,
             ..PersistedCounter::default()
@@ -160,30 +168,29 @@ impl TokenBucket {
     /// Continues from the counter that another process has persisted. Tokens that it held count as spent, or stay held
     /// with `keeps_held`.
     pub(super) fn restore(&mut self, persisted: &PersistedCounter, keeps_held: bool, now: Timestamp) {
-        let spent = i128::from(persisted.used) + i128::from(persisted.held);
-        let level = (i128::from(self.burst) - spent) * self.scale + i128::from(persisted.level_fraction);
+        let spent = persisted.used.saturating_add_unsigned(persisted.held);
         self.held = if keeps_held { persisted.held } else { 0 };
-        self.level = level.min(self.top());
+        self.set_level(signed(self.burst).saturating_sub(spent), persisted.level_fraction);
+        self.limit_level();
         self.refilled_at = persisted.at;
         self.refill(now);
     }
 
     /// Replaces the whole state by the one in Redis. `level` is in whole tokens and units of 1/`period_ms`.
     pub(super) fn load(&mut self, limit: u64, burst: u64, level: (i64, u64), held: u64, at: Timestamp) {
-        self.rate = i128::from(limit.max(1));
+        self.rate = limit.max(1);
         self.burst = burst;
-        self.level = i128::from(level.0) * self.scale + i128::from(level.1);
+        self.set_level(level.0, level.1);
         self.held = held;
         self.refilled_at = at;
     }
 
     /// The whole state, which `load` accepts.
     pub(super) fn state(&self) -> CounterState {
-        let whole = divide_down(self.level, self.scale);
         CounterState::Rolling {
-            limit: u64::try_from(self.rate).unwrap_or(u64::MAX),
+            limit: self.rate,
             burst: self.burst,
-            level: (self.level(), u64::try_from(self.level - whole * self.scale).unwrap_or(0)),
+            level: (self.level, self.fraction),
             held: self.held,
             at: self.refilled_at,
         }
@@ -191,7 +198,7 @@ impl TokenBucket {
 
     /// Available whole tokens, rounded down; below zero: debt.
     pub fn level(&self) -> i64 {
-        i64::try_from(divide_down(self.level, self.scale)).unwrap_or(i64::MIN)
+        self.level
     }
 
     /// Tokens held by requests in flight.
@@ -201,33 +208,59 @@ impl TokenBucket {
 
     /// Tokens spent and not yet refilled, rounded up.
     pub(super) fn used(&self) -> u64 {
-        let used = self.units(self.burst) - self.level - self.units(self.held);
-        u64::try_from(divide_down(used + self.scale - 1, self.scale)).unwrap_or(0)
+        u64::try_from(self.missing(self.held)).unwrap_or(0)
     }
 
     /// Milliseconds until the spent tokens have refilled; with `includes_held`, until the held ones have too.
     pub(super) fn refill_ms(&self, includes_held: bool) -> u64 {
         let held = if includes_held { 0 } else { self.held };
-        let missing = self.units(self.burst) - self.level - self.units(held);
-        u64::try_from(divide_down(missing + self.rate - 1, self.rate)).unwrap_or(0)
+        self.ms_to_refill(u64::try_from(self.missing(held)).unwrap_or(0))
     }
 
-    /// The highest possible level, in units; below zero if the burst was lowered below the held tokens.
-    fn top(&self) -> i128 {
-        self.units(self.burst) - self.units(self.held)
+    /// The tokens that a full bucket of which this amount is held would have more, rounded up.
+    fn missing(&self, held: u64) -> i128 {
+        i128::from(self.burst) - i128::from(held) - i128::from(self.level)
     }
 
-    fn units(&self, tokens: u64) -> i128 {
-        i128::from(tokens) * self.scale
+    /// Milliseconds until the level is higher by this many tokens, less its fraction.
+    fn ms_to_refill(&self, tokens: u64) -> u64 {
+        let units = u128::from(tokens) * u128::from(self.scale);
+        let (ms, rest) = divide(units.saturating_sub(u128::from(self.fraction)), self.rate);
+        u64::try_from(ms).unwrap_or(u64::MAX).saturating_add(u64::from(rest > 0))
+    }
+
+    /// The highest possible level; below zero if the burst was lowered below the held tokens.
+    fn top(&self) -> i64 {
+        signed(self.burst).saturating_sub_unsigned(self.held)
+    }
+
+    /// Limits the level to the highest possible one.
+    fn limit_level(&mut self) {
+        let top = self.top();
+        if self.level >= top {
+            (self.level, self.fraction) = (top, 0);
+        }
+    }
+
+    /// Sets the level. `units` may be a token or more.
+    fn set_level(&mut self, tokens: i64, units: u64) {
+        self.level = tokens.saturating_add_unsigned(units / self.scale);
+        self.fraction = units % self.scale;
     }
 }
 
-/// Divides by a positive divisor and rounds down. Most amounts fit in 64 bits, where division is far cheaper.
-fn divide_down(dividend: i128, divisor: i128) -> i128 {
-    match (i64::try_from(dividend), i64::try_from(divisor)) {
-        (Ok(dividend), Ok(divisor)) => i128::from(dividend.div_euclid(divisor)),
-        _ => dividend.div_euclid(divisor),
+/// An amount of tokens as a signed number. Amounts are far smaller than its maximum.
+fn signed(tokens: u64) -> i64 {
+    i64::try_from(tokens).unwrap_or(i64::MAX)
+}
+
+/// Quotient and remainder. Most amounts fit in 64 bits, where division is far cheaper.
+fn divide(dividend: u128, divisor: u64) -> (u128, u64) {
+    if let Ok(dividend) = u64::try_from(dividend) {
+        return (u128::from(dividend / divisor), dividend % divisor);
     }
+    let divisor = u128::from(divisor);
+    (dividend / divisor, u64::try_from(dividend % divisor).unwrap_or(0))
 }
 
 #[cfg(test)]

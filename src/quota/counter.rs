@@ -168,7 +168,9 @@ impl Cell {
 
     /// Refills the bucket, or begins the next calendar period if the current one has ended.
     pub(super) fn advance(&mut self, now: Timestamp) {
-        self.exhaustion.advance(now, self.empty_until());
+        if !self.exhaustion.is_counted_to(now) {
+            self.exhaustion.advance(now, self.empty_until());
+        }
         match &mut self.counter {
             Counter::Rolling(bucket, clock) => {
                 bucket.refill(now);

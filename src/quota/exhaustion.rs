@@ -17,6 +17,11 @@ impl Exhaustion {
         Self { total_ms: 0, counted_to: now, refused_until: Timestamp(i64::MIN) }
     }
 
+    /// Whether the sum is complete up to `now`, so that `advance` would add nothing.
+    pub(super) fn is_counted_to(&self, now: Timestamp) -> bool {
+        self.counted_to == now
+    }
+
     /// Adds the time since the last call. `empty_until`: nothing is left of the quota before that time.
     pub(super) fn advance(&mut self, now: Timestamp, empty_until: Option<Timestamp>) {
         let until = empty_until.unwrap_or(self.refused_until).max(self.refused_until).min(now);
@@ -66,7 +71,7 @@ mod tests {
 
     fn spend(quotas: &mut Quotas, seconds: i64, tokens: u64) -> Option<Denied> {
         let now = Timestamp(seconds * 1_000);
-        let receipt = match quotas.reserve(now, ANYONE, &required(tokens)) {
+        let receipt = match quotas.reserve(now, &quotas.applicable(ANYONE), &required(tokens)) {
             Ok(receipt) => receipt,
             Err(denied) => return Some(denied),
         };
@@ -86,7 +91,7 @@ mod tests {
     #[test]
     fn debt_and_held_tokens_exhaust_a_quota() {
         let mut quotas = quotas(Window::Rolling { burst: 60 });
-        let receipt = quotas.reserve(Timestamp(0), ANYONE, &required(60)).unwrap();
+        let receipt = quotas.reserve(Timestamp(0), &quotas.applicable(ANYONE), &required(60)).unwrap();
         assert_eq!(exhausted(&mut quotas, 5), 5_000);
         // 30 tokens of debt last for 30 s, and the first token needs one more.
         quotas.settle(Timestamp(5_000), receipt, Amounts::of_request(90, 0));

@@ -9,6 +9,7 @@ use super::receipt::{Hold, Receipt};
 use super::{Amounts, Quota, Quotas, Window};
 use crate::clock::Timestamp;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 /// A period that no counter has: reservations of it belong to a period that has ended.
 const ENDED: u64 = u64::MAX;
@@ -88,12 +89,7 @@ impl Receipt {
     /// The receipt, for the process that has taken the counters over.
     pub fn to_left(&self) -> LeftReceipt {
         LeftReceipt {
-            holds: self
-                .holds
-                .iter()
-                .filter(|hold| !hold.is_counted)
-                .map(|hold| (hold.id, hold.period_id))
-                .collect(),
+            holds: self.limited_holds().iter().map(|hold| (hold.id, hold.period_id)).collect(),
             counted: self.counted_holds().iter().map(|hold| hold.id).collect(),
             reserved: self.reserved,
             marked_spent: self.marked_spent,
@@ -121,7 +117,7 @@ impl Quotas {
             let current = cell.periods().first().copied().unwrap_or(ENDED);
             let is_same_period = left.periods.first() == Some(&current) || cell.held() > 0;
             let period_id = if is_same_period { current } else { ENDED };
-            let hold = Hold { index, id: cell.id, period_id, is_counted: false };
+            let hold = Hold { index, id: cell.id, period_id };
             Some(CellElsewhere { left: left.clone(), hold, held: cell.held() })
         };
         HeldElsewhere { cells: left.iter().filter_map(find).collect() }
@@ -132,8 +128,7 @@ impl HeldElsewhere {
     /// Translates a receipt of the old process and takes it out of the sum. From now on it must be settled by itself.
     pub fn adopt(&mut self, receipt: &LeftReceipt) -> Receipt {
         let LeftReceipt { holds, counted, reserved, marked_spent } = receipt;
-        let mut own =
-            Receipt { holds: smallvec::smallvec![], reserved: *reserved, marked_spent: *marked_spent };
+        let mut own_holds = SmallVec::new();
         let held = reserved.saturating_sub(*marked_spent);
         for (id, period_id) in holds {
             let Some(cell) = self.cells.iter_mut().find(|cell| cell.left.id == *id) else { continue };
@@ -142,11 +137,12 @@ impl HeldElsewhere {
             if is_current && let Some(kind) = kind {
                 cell.held = cell.held.saturating_sub(held.of(kind));
             }
-            own.holds.push(if is_current { cell.hold } else { Hold { period_id: ENDED, ..cell.hold } });
+            own_holds.push(if is_current { cell.hold } else { Hold { period_id: ENDED, ..cell.hold } });
         }
+        let holding = own_holds.len();
         let counting = self.cells.iter().filter(|cell| counted.contains(&cell.left.id));
-        own.holds.extend(counting.map(|cell| Hold { period_id: 0, is_counted: true, ..cell.hold }));
-        own
+        own_holds.extend(counting.map(|cell| Hold { period_id: 0, ..cell.hold }));
+        Receipt { holds: own_holds, holding, reserved: *reserved, marked_spent: *marked_spent }
     }
 
     /// Charges in full the amounts that the old process has not settled. That process has ended.
@@ -156,6 +152,7 @@ impl HeldElsewhere {
                 let all = Amounts { requests: held, prompt: held, completion: held, total: held };
                 let receipt = Receipt {
                     holds: smallvec::smallvec![hold],
+                    holding: 1,
                     reserved: all,
                     marked_spent: Amounts::default(),
                 };

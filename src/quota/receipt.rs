@@ -7,7 +7,11 @@ use smallvec::SmallVec;
 #[derive(Debug)]
 #[must_use = "a receipt that is never settled holds its amounts for ever"]
 pub struct Receipt {
+    /// First the quotas in which the request holds amounts, then those that only count it.
     pub(super) holds: SmallVec<[Hold; 8]>,
+    /// How many of `holds` hold amounts. The other quotas were unlimited at the admission: the spent amount counts there
+    /// when the request settles.
+    pub(super) holding: usize,
     pub(super) reserved: Amounts,
     /// The part of `reserved` that `Quotas::progress` has marked as spent.
     pub(super) marked_spent: Amounts,
@@ -22,8 +26,6 @@ pub(super) struct Hold {
     pub(super) id: u32,
     /// For a calendar quota: the period that admitted the request.
     pub(super) period_id: u64,
-    /// The quota was unlimited at the admission: nothing is held, and the spent amount counts when the request settles.
-    pub(super) is_counted: bool,
 }
 
 impl Receipt {
@@ -39,12 +41,17 @@ impl Receipt {
 
     /// The quotas in which the request holds amounts: their index at admission, and the period that admitted the request.
     pub fn holds(&self) -> impl Iterator<Item = (u32, u64)> {
-        self.holds.iter().filter(|hold| !hold.is_counted).map(|hold| (hold.index, hold.period_id))
+        self.limited_holds().iter().map(|hold| (hold.index, hold.period_id))
+    }
+
+    /// The quotas in which the request holds amounts.
+    pub(super) fn limited_holds(&self) -> &[Hold] {
+        &self.holds[..self.holding.min(self.holds.len())]
     }
 
     /// The quotas that were unlimited at the admission.
-    pub(super) fn counted_holds(&self) -> SmallVec<[Hold; 4]> {
-        self.holds.iter().copied().filter(|hold| hold.is_counted).collect()
+    pub(super) fn counted_holds(&self) -> &[Hold] {
+        &self.holds[self.holding.min(self.holds.len())..]
     }
 
     /// Adds the amounts of `other` to this receipt, so that a stream that is extended a thousand times

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::clock::Timestamp;
 use foldhash::HashMap;
-use smallvec::SmallVec;
+use smallvec::{Array, SmallVec};
 use std::sync::Arc;
 
 /// Retry delay for a request that would fit, but has to wait behind queued requests (ms).
@@ -48,8 +48,22 @@ struct ScopeIndex {
     models: Vec<u32>,
 }
 
-/// Indices of the quotas that apply to one request.
-type Applicable = SmallVec<[u32; 8]>;
+/// The quotas that apply to one request, as indices of cells. They stay the same until the quotas are changed, so they are
+/// found once for all steps of an admission.
+#[derive(Clone, Debug, Default)]
+pub struct Applicable {
+    /// Those that decide on the request.
+    limited: SmallVec<[u32; 16]>,
+    /// Those that only count it.
+    unlimited: SmallVec<[u32; 4]>,
+}
+
+impl Applicable {
+    /// The quotas that decide on the request.
+    pub fn limited(&self) -> &[u32] {
+        &self.limited
+    }
+}
 
 /// Configuration.
 impl Quotas {
@@ -91,14 +105,17 @@ impl Quotas {
         self.unlimited = ScopeIndex::of(&self.cells, Quota::is_unlimited);
     }
 
-    /// The quotas that decide on a request, as indices of cells.
+    /// The quotas that apply to a request.
     pub fn applicable(&self, subject: Subject<'_>) -> Applicable {
-        self.limited.find(&self.cells, subject)
+        Applicable {
+            limited: self.limited.find(&self.cells, subject),
+            unlimited: self.unlimited.find(&self.cells, subject),
+        }
     }
 
-    /// Whether reservations of this subject must survive a crash: a quota of an hour or longer applies.
-    pub fn need_durability(&self, subject: Subject<'_>) -> bool {
-        self.applicable(subject).into_iter().any(|index| self.cells[index as usize].quota.is_durable())
+    /// Whether reservations must survive a crash: a quota of an hour or longer applies.
+    pub fn need_durability(&self, applicable: &Applicable) -> bool {
+        applicable.limited.iter().any(|&index| self.cells[index as usize].quota.is_durable())
     }
 }
 
@@ -111,13 +128,12 @@ impl Quotas {
     pub fn reserve(
         &mut self,
         now: Timestamp,
-        subject: Subject<'_>,
+        applicable: &Applicable,
         required: &Required,
     ) -> Result<Receipt, Denied> {
-        let applicable = self.applicable(subject);
-        match self.check(now, &applicable, required) {
+        match self.denial(now, applicable, required) {
             Some(denied) => Err(denied),
-            None => Ok(self.take(&applicable, &self.counting(subject), required.amounts)),
+            None => Ok(self.take(applicable, required.amounts)),
         }
     }
 
@@ -126,54 +142,20 @@ impl Quotas {
     pub fn reserve_unchecked(
         &mut self,
         now: Timestamp,
-        subject: Subject<'_>,
+        applicable: &Applicable,
         required: &Required,
     ) -> Receipt {
-        let applicable = self.applicable(subject);
-        for &index in &applicable {
+        for &index in &applicable.limited {
             self.cells[index as usize].advance(now);
         }
-        self.take(&applicable, &self.counting(subject), required.amounts)
+        self.take(applicable, required.amounts)
     }
 
-    /// The unlimited quotas that count a request.
-    fn counting(&self, subject: Subject<'_>) -> SmallVec<[Hold; 4]> {
-        let of_cell = |index: u32| {
-            let id = self.cells[index as usize].id;
-            Hold { index, id, period_id: 0, is_counted: true }
-        };
-        self.unlimited.find(&self.cells, subject).into_iter().map(of_cell).collect()
-    }
-
-    /// Returns why `reserve` would deny the request, `None` if it would admit it. Reserves nothing.
-    pub fn denial(&mut self, now: Timestamp, subject: Subject<'_>, required: &Required) -> Option<Denied> {
-        let applicable = self.applicable(subject);
-        self.check(now, &applicable, required)
-    }
-
-    /// Returns the denial of a request that must wait behind queued requests. If the request itself fits, the
-    /// denial names the applicable quota with the lowest level, because the queued requests wait for that quota.
-    /// `None` if no quota applies.
-    pub fn denial_behind_queue(
-        &mut self,
-        now: Timestamp,
-        subject: Subject<'_>,
-        required: &Required,
-    ) -> Option<Denied> {
-        let applicable = self.applicable(subject);
-        self.check(now, &applicable, required).or_else(|| {
-            let cells = applicable.iter().map(|&index| &self.cells[index as usize]);
-            let tightest = cells.min_by_key(|cell| cell.level())?;
-            let wait = Wait::Ms(MIN_WAIT_BEHIND_QUEUE_MS);
-            let shortfall = tightest.shortfall(required.amounts.of(tightest.quota.kind), wait);
-            Denied::new(now, required, vec![shortfall])
-        })
-    }
-
-    /// Advances the applicable quotas to `now`, and returns those that cannot hold the request.
-    fn check(&mut self, now: Timestamp, applicable: &[u32], required: &Required) -> Option<Denied> {
+    /// Advances the applicable quotas to `now`. Returns why `reserve` would deny the request, `None` if it would admit it.
+    /// Reserves nothing.
+    pub fn denial(&mut self, now: Timestamp, applicable: &Applicable, required: &Required) -> Option<Denied> {
         let mut shortfalls = Vec::new();
-        for &index in applicable {
+        for &index in &applicable.limited {
             let cell = &mut self.cells[index as usize];
             cell.advance(now);
             if let Err(wait) = cell.fits(now, required) {
@@ -183,9 +165,27 @@ impl Quotas {
         Denied::new(now, required, shortfalls)
     }
 
+    /// Returns the denial of a request that must wait behind queued requests. If the request itself fits, the
+    /// denial names the applicable quota with the lowest level, because the queued requests wait for that quota.
+    /// `None` if no quota applies.
+    pub fn denial_behind_queue(
+        &mut self,
+        now: Timestamp,
+        applicable: &Applicable,
+        required: &Required,
+    ) -> Option<Denied> {
+        self.denial(now, applicable, required).or_else(|| {
+            let cells = applicable.limited.iter().map(|&index| &self.cells[index as usize]);
+            let tightest = cells.min_by_key(|cell| cell.level())?;
+            let wait = Wait::Ms(MIN_WAIT_BEHIND_QUEUE_MS);
+            let shortfall = tightest.shortfall(required.amounts.of(tightest.quota.kind), wait);
+            Denied::new(now, required, vec![shortfall])
+        })
+    }
+
     /// Records that a request was refused, in the quotas that had no room for it.
     pub fn record_refusal(&mut self, now: Timestamp, subject: Subject<'_>, denied: &Denied) {
-        for index in self.applicable(subject) {
+        for index in self.applicable(subject).limited {
             let cell = &mut self.cells[index as usize];
             let short = denied.shortfalls().iter().find(|short| short.quota.is_same_as(&cell.quota));
             if let Some(short) = short {
@@ -195,35 +195,38 @@ impl Quotas {
         }
     }
 
-    /// Holds amounts in these cells. The unlimited ones in `counting` hold nothing.
-    fn take(&mut self, applicable: &[u32], counting: &[Hold], amounts: Amounts) -> Receipt {
-        let hold = |&index: &u32| {
+    /// Holds amounts in the limited quotas. The unlimited ones hold nothing.
+    fn take(&mut self, applicable: &Applicable, amounts: Amounts) -> Receipt {
+        let Applicable { limited, unlimited } = applicable;
+        let mut holds = SmallVec::with_capacity(limited.len() + unlimited.len());
+        for &index in limited {
             let cell = &mut self.cells[index as usize];
             let period_id = cell.reserve(amounts.of(cell.quota.kind));
-            Hold { index, id: cell.id, period_id, is_counted: false }
-        };
-        let mut holds: SmallVec<[Hold; 8]> = applicable.iter().map(hold).collect();
-        holds.extend_from_slice(counting);
-        Receipt { holds, reserved: amounts, marked_spent: Amounts::default() }
+            holds.push(Hold { index, id: cell.id, period_id });
+        }
+        for &index in unlimited {
+            holds.push(Hold { index, id: self.cells[index as usize].id, period_id: 0 });
+        }
+        Receipt { holds, holding: limited.len(), reserved: amounts, marked_spent: Amounts::default() }
     }
 
     /// The largest completion that fits together with a prompt of this size if nothing is spent or held, in tokens.
     /// `u64::MAX` if no quota counts completion tokens.
-    pub fn largest_completion(&self, subject: Subject<'_>, prompt: u64) -> u64 {
-        self.room_for_completion(subject, prompt, |cell| cell.quota.capacity())
+    pub fn largest_completion(&self, applicable: &Applicable, prompt: u64) -> u64 {
+        self.room_for_completion(applicable, prompt, |cell| cell.quota.capacity())
     }
 
     /// The largest completion that fits together with a prompt of this size now, in tokens. `u64::MAX` if no quota
     /// counts completion tokens.
-    pub fn completion_that_fits(&mut self, now: Timestamp, subject: Subject<'_>, prompt: u64) -> u64 {
-        for index in self.applicable(subject) {
+    pub fn completion_that_fits(&mut self, now: Timestamp, applicable: &Applicable, prompt: u64) -> u64 {
+        for &index in &applicable.limited {
             self.cells[index as usize].advance(now);
         }
-        self.room_for_completion(subject, prompt, |cell| u64::try_from(cell.level()).unwrap_or(0))
+        self.room_for_completion(applicable, prompt, |cell| u64::try_from(cell.level()).unwrap_or(0))
     }
 
-    fn room_for_completion(&self, subject: Subject<'_>, prompt: u64, room: impl Fn(&Cell) -> u64) -> u64 {
-        let rooms = self.applicable(subject).into_iter().filter_map(|index| {
+    fn room_for_completion(&self, applicable: &Applicable, prompt: u64, room: impl Fn(&Cell) -> u64) -> u64 {
+        let rooms = applicable.limited.iter().filter_map(|&index| {
             let cell = &self.cells[index as usize];
             match cell.quota.kind {
                 Kind::TotalTokens => Some(room(cell).saturating_sub(prompt)),
@@ -236,9 +239,9 @@ impl Quotas {
 
     /// The tightest applicable quota of each kind, in the order of `Kind::ALL`. Call it right after
     /// `reserve`: it does not refill the quotas.
-    pub fn status_by_kind(&self, now: Timestamp, subject: Subject<'_>) -> [Option<QuotaStatus>; 4] {
+    pub fn status_by_kind(&self, now: Timestamp, applicable: &Applicable) -> [Option<QuotaStatus>; 4] {
         let mut tightest: [Option<(i64, &Cell)>; 4] = [None; 4];
-        for index in self.applicable(subject) {
+        for &index in &applicable.limited {
             let cell = &self.cells[index as usize];
             let level = cell.level();
             let slot = &mut tightest[cell.quota.kind as usize];
@@ -255,18 +258,18 @@ impl Quotas {
     /// Reserves more for a request that has outgrown its reservation: in every quota of the receipt, or in
     /// none. `None` if it does not fit.
     pub fn extend(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Option<Receipt> {
-        let indices = self.advance_quotas_of(now, receipt);
-        self.has_room_for(now, &indices, more).then(|| self.take(&indices, &self.counting_on(receipt), more))
+        let applicable = self.advance_quotas_of(now, receipt);
+        self.has_room_for(now, &applicable, more).then(|| self.take(&applicable, more))
     }
 
     /// Whether `extend` would reserve more.
     pub fn can_extend(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> bool {
-        let indices = self.advance_quotas_of(now, receipt);
-        self.has_room_for(now, &indices, more)
+        let applicable = self.advance_quotas_of(now, receipt);
+        self.has_room_for(now, &applicable, more)
     }
 
-    fn has_room_for(&self, now: Timestamp, indices: &[u32], more: Amounts) -> bool {
-        indices.iter().all(|&index| {
+    fn has_room_for(&self, now: Timestamp, applicable: &Applicable, more: Amounts) -> bool {
+        applicable.limited.iter().all(|&index| {
             let cell = &self.cells[index as usize];
             let amount = more.of(cell.quota.kind);
             amount == 0 || cell.fits_amount(now, amount).is_ok()
@@ -276,28 +279,24 @@ impl Quotas {
     /// Reserves more even if it does not fit, because the request has already used it. The excess becomes
     /// debt.
     pub fn extend_unchecked(&mut self, now: Timestamp, receipt: &Receipt, more: Amounts) -> Receipt {
-        let indices = self.advance_quotas_of(now, receipt);
-        self.take(&indices, &self.counting_on(receipt), more)
+        let applicable = self.advance_quotas_of(now, receipt);
+        self.take(&applicable, more)
     }
 
-    /// The quotas that count a request and that the config still has.
-    fn counting_on(&self, receipt: &Receipt) -> SmallVec<[Hold; 4]> {
-        let is_active = |hold: &Hold| self.index_of(hold).is_some_and(|index| self.cells[index].is_active);
-        receipt.counted_holds().into_iter().filter(is_active).collect()
-    }
-
-    /// Advances the quotas in which a receipt holds amounts to `now`. Returns the indices of those that the config still
-    /// has.
+    /// Advances the quotas in which a receipt holds amounts to `now`. Returns the quotas of the receipt that the config
+    /// still has.
     fn advance_quotas_of(&mut self, now: Timestamp, receipt: &Receipt) -> Applicable {
-        let mut indices = SmallVec::new();
-        for hold in receipt.holds.iter().filter(|hold| !hold.is_counted) {
-            let Some(index) = self.index_of(hold).filter(|&index| self.cells[index].is_active) else {
-                continue;
-            };
+        let active_index =
+            |quotas: &Self, hold: &Hold| quotas.index_of(hold).filter(|&index| quotas.cells[index].is_active);
+        let mut applicable = Applicable::default();
+        for hold in receipt.limited_holds() {
+            let Some(index) = active_index(self, hold) else { continue };
             self.cells[index].advance(now);
-            indices.push(u32::try_from(index).unwrap_or(u32::MAX));
+            applicable.limited.push(u32::try_from(index).unwrap_or(u32::MAX));
         }
-        indices
+        let counting = receipt.counted_holds().iter().filter_map(|hold| active_index(self, hold));
+        applicable.unlimited.extend(counting.map(|index| u32::try_from(index).unwrap_or(u32::MAX)));
+        applicable
     }
 
     /// Marks amounts of a reservation as spent while the answer is streaming. They refill from now on, so that one
@@ -309,7 +308,7 @@ impl Quotas {
             return;
         }
         receipt.marked_spent = receipt.marked_spent.saturating_add(more);
-        for hold in receipt.holds.iter().filter(|hold| !hold.is_counted) {
+        for hold in receipt.limited_holds() {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
@@ -318,36 +317,38 @@ impl Quotas {
     }
 
     /// Replaces the reservation by the amounts spent, in every quota of the receipt.
+    #[allow(clippy::needless_pass_by_value)] // a settled receipt no longer exists
     pub fn settle(&mut self, now: Timestamp, receipt: Receipt, spent: Amounts) {
-        let Receipt { holds, reserved, marked_spent } = receipt;
-        for hold in holds {
-            let Some(index) = self.index_of(&hold) else { continue };
+        for hold in receipt.limited_holds() {
+            let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
-            if hold.is_counted {
-                cell.count(now, spent.of(cell.quota.kind));
-            } else {
-                cell.settle(now, &hold, reserved, marked_spent, spent);
-            }
+            cell.settle(now, hold, receipt.reserved, receipt.marked_spent, spent);
+        }
+        for hold in receipt.counted_holds() {
+            let Some(index) = self.index_of(hold) else { continue };
+            let cell = &mut self.cells[index];
+            cell.advance(now);
+            cell.count(now, spent.of(cell.quota.kind));
         }
     }
 
     /// What a settled receipt adds to the quotas that were unlimited at its admission: the index of each, its period, and
     /// the amount.
     pub fn counted(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) -> Vec<(u32, u64, u64)> {
-        let count = |hold: Hold| {
-            let index = self.index_of(&hold)?;
+        let count = |hold: &Hold| {
+            let index = self.index_of(hold)?;
             let cell = &mut self.cells[index];
             cell.advance(now);
             let amount = spent.of(cell.quota.kind);
             (amount > 0).then(|| (u32::try_from(index).unwrap_or(u32::MAX), cell.count_period(), amount))
         };
-        receipt.counted_holds().into_iter().filter_map(count).collect()
+        receipt.counted_holds().iter().filter_map(count).collect()
     }
 
     /// Charges the amounts spent by a request where it holds amounts. Another copy of these quotas holds the reservation.
     pub fn charge_without_hold(&mut self, now: Timestamp, receipt: &Receipt, spent: Amounts) {
-        for hold in receipt.holds.iter().filter(|hold| !hold.is_counted) {
+        for hold in receipt.limited_holds() {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];
             cell.advance(now);
@@ -471,13 +472,12 @@ impl Quotas {
     }
 
     /// The quotas that apply to a request, with their counters, in the order of the config.
-    pub fn levels_of(&mut self, now: Timestamp, subject: Subject<'_>) -> Vec<QuotaLevel> {
-        let applicable = self.applicable(subject);
+    pub fn levels_of(&mut self, now: Timestamp, applicable: &Applicable) -> Vec<QuotaLevel> {
         let order: Vec<usize> = self
             .order
             .iter()
             .copied()
-            .filter(|&at| applicable.iter().any(|&index| index as usize == at))
+            .filter(|&at| applicable.limited.iter().any(|&index| index as usize == at))
             .collect();
         order.into_iter().map(|at| self.cells[at].quota_level(now)).collect()
     }
@@ -506,8 +506,9 @@ impl ScopeIndex {
         }
         index
     }
+
     /// The cells that apply to a request.
-    fn find(&self, cells: &[Cell], subject: Subject<'_>) -> Applicable {
+    fn find<A: Array<Item = u32>>(&self, cells: &[Cell], subject: Subject<'_>) -> SmallVec<A> {
         let mut applicable = SmallVec::from_slice(&self.all);
         if let Some(of_caller) = subject.caller.and_then(|caller| self.callers.get(&**caller)) {
             applicable.extend_from_slice(of_caller);

@@ -161,23 +161,23 @@ fn arrivals(demands: &[IntervalDemand], hour: Timestamp) -> Vec<Arrival> {
 
 /// Admits as many requests of an arrival as fit, and charges them. Returns their number.
 fn admit(quotas: &mut Quotas, arrival: &Arrival, demand: &IntervalDemand) -> u64 {
-    let subject = Subject { caller: None, model: "" };
+    let applicable = quotas.applicable(Subject { caller: None, model: "" });
     let required = |count| Required { amounts: demand.amounts(arrival.first, count), generates: true };
     let all = required(arrival.requests);
-    if let Ok(receipt) = quotas.reserve(arrival.at, subject, &all) {
+    if let Ok(receipt) = quotas.reserve(arrival.at, &applicable, &all) {
         quotas.settle(arrival.at, receipt, all.amounts);
         return arrival.requests;
     }
     let (mut fits, mut misfits) = (0, arrival.requests);
     while misfits - fits > 1 {
         let middle = fits.midpoint(misfits);
-        match quotas.denial(arrival.at, subject, &required(middle)) {
+        match quotas.denial(arrival.at, &applicable, &required(middle)) {
             None => fits = middle,
             Some(_) => misfits = middle,
         }
     }
     if fits > 0
-        && let Ok(receipt) = quotas.reserve(arrival.at, subject, &required(fits))
+        && let Ok(receipt) = quotas.reserve(arrival.at, &applicable, &required(fits))
     {
         quotas.settle(arrival.at, receipt, required(fits).amounts);
     }

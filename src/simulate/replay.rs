@@ -134,7 +134,7 @@ struct CallInFlight<'a> {
     call: &'a TraceCall,
     target: Target<'a>,
     pace: Pace,
-    grant: Grant,
+    grant: Box<Grant>,
     /// What it holds in the quotas of the upstream.
     upstream_grant: Option<Box<Grant>>,
     /// Time of the first token.
@@ -371,7 +371,7 @@ impl<'a> Replay<'a> {
         }
         if let Some((at, grant)) = running.target.upstream.zip(running.upstream_grant) {
             let UpstreamInReplay { local, meters } = &mut self.upstreams[at];
-            local.settle_backing(now, *grant, spent);
+            local.settle_backing(now, grant, spent);
             record_debts(meters, local, now);
         }
     }

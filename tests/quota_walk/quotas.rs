@@ -45,7 +45,8 @@ impl QuotaWalk {
         let mut applicable = self.recounts.iter().filter(|r| r.applies_to(origin));
         let fits = applicable.all(|r| r.fits(i128::from(amounts.of(r.quota.kind))));
         let required = Required { amounts, generates: true };
-        if let Ok(receipt) = self.engine.reserve(Timestamp(now), origin.subject(), &required) {
+        let applicable = self.engine.applicable(origin.subject());
+        if let Ok(receipt) = self.engine.reserve(Timestamp(now), &applicable, &required) {
             assert!(fits, "the engine admitted the request, the recount denies it");
             let id = self.next;
             self.recounts.iter_mut().filter(|r| r.applies_to(origin)).for_each(|r| r.hold(id, amounts));

@@ -14,7 +14,7 @@ use tollgate::quota::{Amounts, UNLIMITED};
 /// A request in flight.
 struct Stream {
     origin: Origin,
-    grant: Grant,
+    grant: Box<Grant>,
     /// Its reservations, by number: the first one and its extensions.
     reservations: Vec<(u64, Amounts)>,
     /// Amounts spent so far.

@@ -19,7 +19,7 @@ struct Stream {
     environment: usize,
     upstream: usize,
     origin: Origin,
-    grant: Grant,
+    grant: Box<Grant>,
     at_upstream: Box<Grant>,
     /// Its reservations, by number: the first one and its extensions.
     reservations: Vec<(u64, Amounts)>,
@@ -283,7 +283,7 @@ impl TiedWalk {
         let (own, other) = (&mut self.environments[stream.environment], &mut self.upstreams[stream.upstream]);
         let (now, settlement) = (Timestamp(self.now), Settlement { spent, is_complete: true });
         own.local.settle(now, stream.origin.subject(), stream.grant, settlement);
-        other.local.settle_backing(now, *stream.at_upstream, spent);
+        other.local.settle_backing(now, stream.at_upstream, spent);
         own.settle(&stream.reservations, spent);
         other.settle(&stream.reservations, spent);
         self.note("settled");

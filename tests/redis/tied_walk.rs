@@ -95,8 +95,9 @@ fn decide(
     (on_shortage, completions): (OnShortage, u64),
     counts: &mut Counts,
 ) -> Option<(Receipt, Receipt)> {
-    let of_upstream = upstream.denial(now, sent, required).is_some();
-    let of_own = own.denial(now, subject, required).is_some();
+    let (subject, sent) = (own.applicable(subject), upstream.applicable(sent));
+    let of_upstream = upstream.denial(now, &sent, required).is_some();
+    let of_own = own.denial(now, &subject, required).is_some();
     counts.denied_by_upstream += u64::from(of_upstream && !of_own);
     let mut taken = *required;
     match on_shortage {
@@ -105,8 +106,8 @@ fn decide(
         OnShortage::Clamp => {
             let prompt = required.amounts.prompt;
             let room = own
-                .completion_that_fits(now, subject, prompt)
-                .min(upstream.completion_that_fits(now, sent, prompt));
+                .completion_that_fits(now, &subject, prompt)
+                .min(upstream.completion_that_fits(now, &sent, prompt));
             let each = room / completions;
             taken = Required {
                 amounts: Amounts::of_request(prompt, each.saturating_mul(completions)),
@@ -114,7 +115,7 @@ fn decide(
             };
             let is_lower = each >= 16 && taken.amounts.completion < required.amounts.completion;
             let is_short =
-                own.denial(now, subject, &taken).is_some() || upstream.denial(now, sent, &taken).is_some();
+                own.denial(now, &subject, &taken).is_some() || upstream.denial(now, &sent, &taken).is_some();
             if !is_lower || is_short {
                 counts.denied += 1;
                 return None;
@@ -126,7 +127,7 @@ fn decide(
             return None;
         }
     }
-    Some((own.reserve_unchecked(now, subject, &taken), upstream.reserve_unchecked(now, sent, &taken)))
+    Some((own.reserve_unchecked(now, &subject, &taken), upstream.reserve_unchecked(now, &sent, &taken)))
 }
 
 #[test]
@@ -156,9 +157,9 @@ fn the_script_and_the_engine_agree_about_an_environment_and_its_upstream() {
                     amounts,
                     completions,
                 };
-                let other = UpstreamReserve { id: &id, max_in_flight: 0, touched: &of_upstream };
+                let other = UpstreamReserve { id: &id, max_in_flight: 0, touched: of_upstream.limited() };
                 let commands = &mut upstream.node.commands;
-                let command = own.node.commands.reserve_at(&request, &touched, commands, &other);
+                let command = own.node.commands.reserve_at(&request, touched.limited(), commands, &other);
                 let verdict = own.node.call_at(&upstream.node, &command).verdict;
                 let quotas = (&mut own.local, &mut upstream.local);
                 let shortage = (on_shortage, completions);

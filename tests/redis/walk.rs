@@ -144,25 +144,26 @@ impl Walk<'_> {
         self.next_id += 1;
         let reserve =
             ReserveRequest { id: &id, max_in_flight: 0, on_shortage, generates, amounts, completions };
-        let command = self.node.commands.reserve(&reserve, &applicable);
+        let command = self.node.commands.reserve(&reserve, applicable.limited());
         let reply = self.node.call(&command);
-        tollgate::redis::load_states(&mut self.mirror, &applicable, &reply);
+        tollgate::redis::load_states(&mut self.mirror, applicable.limited(), &reply);
         let decide = |quotas: &mut Quotas, now| {
-            quotas.reserve(now, subject, &required).or_else(|denied| match on_shortage {
-                OnShortage::AdmitAnyway => Ok(quotas.reserve_unchecked(now, subject, &required)),
+            let applicable = quotas.applicable(subject);
+            quotas.reserve(now, &applicable, &required).or_else(|denied| match on_shortage {
+                OnShortage::AdmitAnyway => Ok(quotas.reserve_unchecked(now, &applicable, &required)),
                 OnShortage::Clamp => {
-                    let each = quotas.completion_that_fits(now, subject, amounts.prompt) / completions;
+                    let each = quotas.completion_that_fits(now, &applicable, amounts.prompt) / completions;
                     let lower = Amounts::of_request(amounts.prompt, each.saturating_mul(completions));
                     let is_lower = each >= 16 && lower.completion < amounts.completion;
                     let lowered = Required { amounts: lower, generates: true };
-                    if is_lower { quotas.reserve(now, subject, &lowered) } else { Err(denied) }
+                    if is_lower { quotas.reserve(now, &applicable, &lowered) } else { Err(denied) }
                 }
                 OnShortage::Reject => Err(denied),
             })
         };
         let local = decide(&mut self.local, self.now);
         let mirrored = decide(&mut self.mirror, reply.now);
-        let status = |quotas: &Quotas| quotas.status_by_kind(self.now, subject);
+        let status = |quotas: &Quotas| quotas.status_by_kind(self.now, &quotas.applicable(subject));
         assert_eq!(status(&self.local), status(&self.mirror));
         match (local, mirrored, reply.verdict) {
             (Ok(receipt), Ok(mirrored), Verdict::Admitted) => {

@@ -25,7 +25,7 @@ pub(in crate::ledger) enum Residence {
 pub(in crate::ledger) struct DeferredSettlement {
     caller: Option<Arc<str>>,
     model: Box<str>,
-    grant: Grant,
+    grant: Box<Grant>,
     settlement: Settlement,
 }
 
@@ -123,7 +123,7 @@ impl Local {
     pub(in crate::ledger) fn settle_elsewhere(
         &mut self,
         subject: Subject<'_>,
-        grant: Grant,
+        grant: Box<Grant>,
         settlement: Settlement,
     ) {
         match &mut self.residence {

@@ -5,8 +5,8 @@ use super::lease::LeaseAction;
 use super::session::value;
 use crate::clock::Timestamp;
 use crate::ledger::demand::{Admission, Demand, NoRoom};
+use crate::quota::Applicable;
 use crate::redis::{self, OnShortage, ReserveRequest, ScriptCommand, ScriptReply, Verdict};
-use smallvec::SmallVec;
 
 /// A call that requests a reservation from Redis.
 #[derive(Debug)]
@@ -14,7 +14,7 @@ pub(in crate::ledger) struct ReserveCall {
     pub(in crate::ledger) command: ScriptCommand,
     pub(in crate::ledger) id: u64,
     allowance: u64,
-    touched: SmallVec<[u32; 8]>,
+    touched: Applicable,
     /// `Replica::losses` when the call was made.
     losses: u64,
     /// The number of the first step that Redis had not acknowledged when the call was made.
@@ -45,9 +45,9 @@ impl Replica {
         if self.is_offline() {
             return None;
         }
-        let allowance = self.local.allowance(demand, None);
-        let required = self.local.required(demand, allowance);
         let touched = self.local.quotas.applicable(demand.subject);
+        let allowance = self.local.allowance(demand, &touched, None);
+        let required = self.local.required(demand, allowance);
         let rules = &self.local.rules;
         let max_in_flight = if rules.enforce { rules.max_in_flight.unwrap_or(0) } else { 0 };
         let id = self.take_id();
@@ -61,7 +61,7 @@ impl Replica {
             amounts: required.amounts,
             completions: demand.completions,
         };
-        let command = self.commands.reserve(&request, &touched);
+        let command = self.commands.reserve(&request, touched.limited());
         let (losses, first_step) = (self.losses, self.journal.first);
         let had_unsent_steps = self.has_unsent_steps();
         Some(ReserveCall { command, id, allowance, touched, losses, first_step, had_unsent_steps })
@@ -103,15 +103,20 @@ impl Replica {
         // If Redis acknowledged steps after this call was made, the states in this reply may not include them, and
         // the journal no longer contains them. The newer states are restored after the decision.
         let is_overtaken = self.journal.first != call.first_step;
-        let newer_states =
-            if is_overtaken { self.local.quotas.states_of(reply.now, &call.touched) } else { Vec::new() };
-        redis::load_states(&mut self.local.quotas, &call.touched, reply);
+        let newer_states = if is_overtaken {
+            self.local.quotas.states_of(reply.now, call.touched.limited())
+        } else {
+            Vec::new()
+        };
+        redis::load_states(&mut self.local.quotas, call.touched.limited(), reply);
         let in_flight = value(reply, 0);
         self.nodes = value(reply, 1).max(1);
         let is_full = self.local.rules.max_in_flight.is_some_and(|max| in_flight >= max);
-        let decided = self.local.try_admit_with(reply.now, demand, call.allowance, is_full, None);
+        // The states may have changed which quotas have a limit.
+        let own = self.local.quotas.applicable(demand.subject);
+        let decided = self.local.try_admit_with(reply.now, demand, &own, call.allowance, is_full, None);
         let decided = self.align_with_redis(decided, was_admitted, demand, call, reply);
-        for (&index, state) in call.touched.iter().zip(&newer_states) {
+        for (&index, state) in call.touched.limited().iter().zip(&newer_states) {
             self.local.quotas.load_again(reply.now, index as usize, state);
         }
         ReserveOutcome::Decided(decided)
@@ -151,13 +156,14 @@ impl Replica {
         if !self.may_use_lease() {
             return None;
         }
-        let allowance = self.local.allowance(demand, None);
-        let required = self.local.required(demand, allowance);
         let touched = self.local.quotas.applicable(demand.subject);
+        let allowance = self.local.allowance(demand, &touched, None);
+        let required = self.local.required(demand, allowance);
+        let touched = touched.limited();
         let now = self.redis_time(own);
-        self.lease.as_mut()?.take(now, self.local.overrides.configured(), &touched, &required)?;
+        self.lease.as_mut()?.take(now, self.local.overrides.configured(), touched, &required)?;
         let id = self.take_id();
-        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, &touched));
+        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, touched));
         let admission = self.local.admit_regardless(now, demand, allowance);
         Some(self.track_online(id, admission))
     }

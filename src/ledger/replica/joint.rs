@@ -7,9 +7,8 @@ use super::session::value;
 use crate::clock::Timestamp;
 use crate::ledger::demand::{Admission, Demand, Grant, NoRoom, Progress};
 use crate::ledger::local::Backing;
-use crate::quota::{Amounts, CounterState, Required, Subject};
+use crate::quota::{Amounts, Applicable, CounterState, Required, Subject};
 use crate::redis::{self, ReserveRequest, ScriptCommand, ScriptReply, UpstreamReserve, Verdict};
-use smallvec::SmallVec;
 
 /// A call that requests a reservation in the quotas of an environment and of its upstream.
 #[derive(Debug)]
@@ -27,7 +26,7 @@ pub(in crate::ledger) struct JointCall {
 #[derive(Debug)]
 pub(in crate::ledger) struct CallPart {
     pub(in crate::ledger) id: u64,
-    touched: SmallVec<[u32; 8]>,
+    touched: Applicable,
     /// `Replica::losses` when the call was made.
     losses: u64,
     /// The number of the first step that Redis had not acknowledged when the call was made.
@@ -61,10 +60,12 @@ impl Replica {
         if self.is_offline() || upstream.replica.is_offline() {
             return None;
         }
-        let allowance = self.local.allowance(demand, Some(&upstream.backing()));
+        let touched = self.local.quotas.applicable(demand.subject);
+        let allowance = self.local.allowance(demand, &touched, Some(&upstream.backing()));
         let required = self.local.required(demand, allowance);
-        let part = self.begin_part(own, demand.subject);
-        let other = upstream.replica.begin_part(own, upstream.subject());
+        let part = self.begin_part(own, touched);
+        let of_upstream = upstream.replica.local.quotas.applicable(upstream.subject());
+        let other = upstream.replica.begin_part(own, of_upstream);
         let max_in_flight = if self.is_enforcing() { self.local.rules.max_in_flight.unwrap_or(0) } else { 0 };
         let request = ReserveRequest {
             id: &part.id.to_string(),
@@ -77,19 +78,18 @@ impl Replica {
         let at_upstream = UpstreamReserve {
             id: &other.id.to_string(),
             max_in_flight: upstream.replica.local.rules.max_in_flight.unwrap_or(0),
-            touched: &other.touched,
+            touched: other.touched.limited(),
         };
         let commands = &mut upstream.replica.commands;
-        let command = self.commands.reserve_at(&request, &part.touched, commands, &at_upstream);
+        let command = self.commands.reserve_at(&request, part.touched.limited(), commands, &at_upstream);
         let had_unsent_steps = self.has_unsent_steps() || upstream.replica.has_unsent_steps();
         Some(JointCall { command, own: part, upstream: other, allowance, had_unsent_steps })
     }
 
-    fn begin_part(&mut self, own: Timestamp, subject: Subject<'_>) -> CallPart {
+    fn begin_part(&mut self, own: Timestamp, touched: Applicable) -> CallPart {
         let id = self.take_id();
         self.pending.insert(id);
         self.set_command_time(own);
-        let touched = self.local.quotas.applicable(subject);
         CallPart { id, touched, losses: self.losses, first_step: self.journal.first }
     }
 
@@ -124,7 +124,7 @@ impl Replica {
             }
             return ReserveOutcome::Retry;
         }
-        let (of_own, of_upstream) = reply.split(call.own.touched.len());
+        let (of_own, of_upstream) = reply.split(call.own.touched.limited().len());
         let newer = self.load_part(&call.own, &of_own);
         let newer_upstream = upstream.replica.load_part(&call.upstream, &of_upstream);
         let decided = self.decide_at(demand, call, (&of_own, &of_upstream), upstream);
@@ -141,15 +141,18 @@ impl Replica {
     /// Loads the states of a reply. Returns the newer states, if Redis acknowledged steps after the call was made.
     fn load_part(&mut self, part: &CallPart, reply: &ScriptReply) -> Vec<CounterState> {
         let is_overtaken = self.journal.first != part.first_step;
-        let newer =
-            if is_overtaken { self.local.quotas.states_of(reply.now, &part.touched) } else { Vec::new() };
-        redis::load_states(&mut self.local.quotas, &part.touched, reply);
+        let newer = if is_overtaken {
+            self.local.quotas.states_of(reply.now, part.touched.limited())
+        } else {
+            Vec::new()
+        };
+        redis::load_states(&mut self.local.quotas, part.touched.limited(), reply);
         self.nodes = value(reply, 1).max(1);
         newer
     }
 
     fn restore_part(&mut self, part: &CallPart, reply: &ScriptReply, newer: &[CounterState]) {
-        for (&index, state) in part.touched.iter().zip(newer) {
+        for (&index, state) in part.touched.limited().iter().zip(newer) {
             self.local.quotas.load_again(reply.now, index as usize, state);
         }
     }
@@ -167,7 +170,9 @@ impl Replica {
         let is_upstream_full = is_full(upstream.replica, of_upstream);
         let is_full = is_full(self, reply);
         let mut backing = upstream.backing().with_full(is_upstream_full);
-        self.local.try_admit_with(reply.now, demand, call.allowance, is_full, Some(&mut backing))
+        // The states may have changed which quotas have a limit.
+        let own = self.local.quotas.applicable(demand.subject);
+        self.local.try_admit_with(reply.now, demand, &own, call.allowance, is_full, Some(&mut backing))
     }
 
     /// Replaces this node's decision by that of Redis, as `align_with_redis` does.
@@ -227,26 +232,27 @@ impl Replica {
         if !self.may_use_lease() || !upstream.replica.may_use_lease() {
             return None;
         }
-        let allowance = self.local.allowance(demand, Some(&upstream.backing()));
+        let touched = self.local.quotas.applicable(demand.subject);
+        let allowance = self.local.allowance(demand, &touched, Some(&upstream.backing()));
         let required = self.local.required(demand, allowance);
         let now = self.redis_time(own);
-        let touched = self.local.quotas.applicable(demand.subject);
         let of_upstream = upstream.replica.local.quotas.applicable(upstream.subject());
-        if !upstream.replica.lease_has(now, &of_upstream, &required) {
+        let (touched, of_upstream) = (touched.limited(), of_upstream.limited());
+        if !upstream.replica.lease_has(now, of_upstream, &required) {
             return None;
         }
-        self.lease.as_mut()?.take(now, self.local.overrides.configured(), &touched, &required)?;
+        self.lease.as_mut()?.take(now, self.local.overrides.configured(), touched, &required)?;
         let id = self.take_id();
-        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, &touched));
+        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, touched));
         let mut admission = self.local.admit_regardless(now, demand, allowance);
-        upstream.replica.take_leased(now, &of_upstream, &required);
+        upstream.replica.take_leased(now, of_upstream, &required);
         admission.back(now, &mut upstream.backing(), &required);
         if let Some(grant) = &mut admission.upstream {
             let id = upstream.replica.take_id();
             let step = upstream.replica.commands.leased_admission_step(
                 id.to_string(),
                 required.amounts,
-                &of_upstream,
+                of_upstream,
             );
             upstream.replica.journal.push(step);
             upstream.replica.track_backing(id, grant);

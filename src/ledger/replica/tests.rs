@@ -84,7 +84,7 @@ fn demand() -> Demand<'static> {
     Demand { subject: subject(), prompt: 10, generates: true, cap: Some(90), completions: 1, backends: &[] }
 }
 
-fn admitted_offline(replica: &mut Replica) -> Grant {
+fn admitted_offline(replica: &mut Replica) -> Box<Grant> {
     replica.admit_offline(NOW, &demand()).unwrap().grant
 }
 
@@ -92,7 +92,7 @@ fn states(replica: &mut Replica) -> Vec<(CounterState, OverrideMark)> {
     replica.local.quotas.states(NOW).into_iter().map(|state| (state, OverrideMark::None)).collect()
 }
 
-fn admitted_by_redis(replica: &mut Replica) -> Grant {
+fn admitted_by_redis(replica: &mut Replica) -> Box<Grant> {
     let call = replica.reserve_call(NOW, &demand()).unwrap();
     let reply = ScriptReply { verdict: Verdict::Admitted, ..done(&[0, 2], states(replica)) };
     match replica.on_reserve(NOW, &demand(), &call, &reply) {

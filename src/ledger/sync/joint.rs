@@ -105,12 +105,12 @@ impl RedisSync {
     ) -> Result<Admission, NoRoom> {
         let mut admission = self.try_admit(demand).await?;
         let unused = UnusedAdmission { sync: self, subject: demand.subject, grant: Some(admission.grant) };
-        let reserved = unused.grant.as_ref().map_or_else(Amounts::default, Grant::reserved);
+        let reserved = unused.grant.as_deref().map_or_else(Amounts::default, Grant::reserved);
         let other = upstream.try_admit(&upstream_demand(reserved, demand.generates, model)).await?;
         admission.grant = unused.into_grant().ok_or(NoRoom::Unavailable)?;
         admission.standing = QuotaStatus::tightest(admission.standing, other.standing);
         admission.is_durable |= other.is_durable;
-        admission.upstream = Some(Box::new(other.grant));
+        admission.upstream = Some(other.grant);
         Ok(admission)
     }
 
@@ -148,11 +148,11 @@ pub(in crate::ledger) fn upstream_demand(amounts: Amounts, generates: bool, mode
 struct UnusedAdmission<'a> {
     sync: &'a RedisSync,
     subject: Subject<'a>,
-    grant: Option<Grant>,
+    grant: Option<Box<Grant>>,
 }
 
 impl UnusedAdmission<'_> {
-    fn into_grant(mut self) -> Option<Grant> {
+    fn into_grant(mut self) -> Option<Box<Grant>> {
         self.grant.take()
     }
 }

@@ -75,7 +75,7 @@ proptest! {
                 Step::Reserve(tokens) if is_limited => {
                     let amounts = Amounts::of_request(tokens, 0);
                     let required = Required { amounts, generates: true };
-                    if let Ok(receipt) = engine.reserve(now, SUBJECT, &required) {
+                    if let Ok(receipt) = engine.reserve(now, &engine.applicable(SUBJECT), &required) {
                         open.push((receipt, amounts));
                     }
                 }
@@ -118,7 +118,7 @@ fn reservations_in_flight_settle_exactly_through_every_change_of_the_window() {
         let mut engine = Quotas::new(&choices[from], now);
         let take = |engine: &mut Quotas, tokens| {
             let required = Required { amounts: Amounts::of_request(tokens, 0), generates: true };
-            engine.reserve(now, SUBJECT, &required).unwrap()
+            engine.reserve(now, &engine.applicable(SUBJECT), &required).unwrap()
         };
         let first = take(&mut engine, 10);
         engine.settle(now, first, Amounts::of_request(10, 0));
@@ -137,9 +137,9 @@ fn a_reservation_of_an_ended_period_does_not_refill_the_bucket_that_replaces_it(
     let now = Timestamp(BEGIN);
     let mut engine = Quotas::new(&choices[3], now);
     let required = Required { amounts: Amounts::of_request(30, 0), generates: true };
-    let late = engine.reserve(now, SUBJECT, &required).unwrap();
+    let late = engine.reserve(now, &engine.applicable(SUBJECT), &required).unwrap();
     let tomorrow = now.plus_ms(DAY);
-    let running = engine.reserve(tomorrow, SUBJECT, &required).unwrap();
+    let running = engine.reserve(tomorrow, &engine.applicable(SUBJECT), &required).unwrap();
     engine.reconfigure(&choices[2], tomorrow, Takeover::InPlace, |_| None);
     assert_eq!(state(&mut engine, tomorrow), (0, 30, 70));
     engine.settle(tomorrow, late, Amounts::default());

@@ -24,7 +24,8 @@ fn quotas() -> Vec<Quota> {
 
 fn reserve(quotas: &mut Quotas, now: Timestamp, caller: &Arc<str>, prompt: u64, completion: u64) -> Receipt {
     let required = Required { amounts: Amounts::of_request(prompt, completion), generates: true };
-    quotas.reserve_unchecked(now, Subject { caller: Some(caller), model: "m" }, &required)
+    let applicable = quotas.applicable(Subject { caller: Some(caller), model: "m" });
+    quotas.reserve_unchecked(now, &applicable, &required)
 }
 
 /// Hands the counters over as two processes do. The config of the new one lists its quotas in another order.

@@ -167,7 +167,7 @@ struct Node {
     is_cut_off: bool,
     next_heartbeat: Timestamp,
     /// Requests in flight, each with the completion tokens of its answer so far.
-    open: Vec<(Grant, u64)>,
+    open: Vec<(Box<Grant>, u64)>,
     /// Delayed calls, with the time of their arrival.
     late: VecDeque<(Timestamp, Vec<String>)>,
 }
