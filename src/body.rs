@@ -222,8 +222,10 @@ mod tests {
             (
                 r#"{"max_completion_tokens": 500 , "x":[1], "max_tokens":null}"#,
                 "m",
-                r#"{"max_completion_tokens": 7 , "x":[1], "max_tokens":7}"#,
+                r#"{"max_completion_tokens": 7 , "x":[1], "max_tokens":null}"#,
             ),
+            (r#"{"n":2,"max_tokens":null}"#, "m", r#"{"n":2,"max_tokens":7}"#),
+            (r#"{"n":2,"max_tokens":null}"#, "o3", r#"{"max_completion_tokens":7,"n":2,"max_tokens":null}"#),
             (
                 r#"{"max_completion_tokens":500,"max_tokens":5}"#,
                 "m",

@@ -61,6 +61,8 @@ pub struct Bounds {
     api: Api,
     /// The values of the caller's bounds, including nulls.
     pub(super) existing: SmallVec<[Span; 2]>,
+    /// The range of a chat's `max_tokens` that is null. Reasoning models do not accept a number there.
+    pub(super) null_max_tokens: Option<Span>,
     /// Position after the body's opening brace. A field always follows it: an empty body requests neither a stream
     /// nor a completion, so it is never edited.
     opening: usize,
@@ -76,8 +78,8 @@ impl Bounds {
         self.opening = opening;
     }
 
-    /// The edits that bound each completion to `tokens`. They change every field with a larger bound or null, or
-    /// insert a new field, whose name depends on the API and the model.
+    /// The edits that bound each completion to `tokens`. They change every field with a larger bound. If there is
+    /// none, they replace a null, or insert a new field, whose name depends on the API and the model.
     pub fn lower_to(&self, tokens: u64, model: &str, body: &[u8]) -> Vec<Edit> {
         if !self.existing.is_empty() {
             let is_lower = |at: &&Span| at.number(body).is_some_and(|bound| bound <= tokens);
@@ -89,6 +91,9 @@ impl Bounds {
         }
         let model = model.rsplit('/').next().unwrap_or(model);
         let is_reasoning_model = ["o1", "o3", "o4", "gpt-5"].iter().any(|prefix| model.starts_with(prefix));
+        if let Some(at) = self.null_max_tokens.filter(|_| !is_reasoning_model) {
+            return vec![Edit { at, text: tokens.to_string().into() }];
+        }
         let (at, text) = match (self.api, self.config) {
             (Api::Responses, _) => (self.opening, format!("\"max_output_tokens\":{tokens},")),
             (Api::Chat, _) if is_reasoning_model => {

@@ -241,7 +241,12 @@ impl<'a> BodyReader<'a> {
         // A null is replaced when the bound is lowered.
         let is_bound = matches!(name, "max_tokens" | "max_completion_tokens" | "max_output_tokens");
         if is_bound && (name == "max_output_tokens") == (self.api == Api::Responses) {
-            self.body.bounds.existing.push(Span::of(self.text, raw));
+            let at = Span::of(self.text, raw);
+            let bounds = &mut self.body.bounds;
+            match (self.api, name, raw) {
+                (Api::Chat, "max_tokens", "null") => bounds.null_max_tokens = Some(at),
+                _ => bounds.existing.push(at),
+            }
         }
     }
 

@@ -71,6 +71,16 @@ async fn a_request_that_is_short_of_room_is_clamped_and_otherwise_unchanged() {
         (r#""user":"u""#, "gpt-4o", r#""max_tokens":92,"user":"u""#, "92"),
         // The same prompt is one token shorter for a reasoning model.
         (r#""user":"u""#, "o3-mini", r#""max_completion_tokens":93,"user":"u""#, "93"),
+        // Null is the same as absent. A reasoning model accepts no number in `max_tokens`.
+        (r#""max_tokens":null"#, "gpt-4o", r#""max_tokens":92"#, "92"),
+        (r#""max_tokens":null"#, "o3-mini", r#""max_completion_tokens":93,"max_tokens":null"#, "93"),
+        (r#""max_completion_tokens":null"#, "o3-mini", r#""max_completion_tokens":93"#, "93"),
+        (
+            r#""max_tokens":null,"max_completion_tokens":400"#,
+            "o3-mini",
+            r#""max_tokens":null,"max_completion_tokens":93"#,
+            "93",
+        ),
         (r#""n":2,"max_tokens":500"#, "gpt-4o", r#""n":2,"max_tokens":46"#, "46"),
     ] {
         let quotas = "{ total_tokens: { limit: 100, per: hour } }";
