@@ -150,7 +150,7 @@ impl Reported {
     }
 
     /// Whether nothing but a total was reported, and it is not 0.
-    fn is_total_only(&self) -> bool {
+    pub fn is_total_only(&self) -> bool {
         self.prompt_without_total().is_none()
             && self.completion_without_total().is_none()
             && self.total().is_some_and(|total| total > 0)

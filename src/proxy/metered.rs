@@ -400,11 +400,17 @@ impl Metered {
             reservation.mark_complete();
         }
         let reported = self.reader.reported();
-        let prompt = reported.prompt().filter(|&tokens| tokens > 0);
+        let prompt = self.reported_prompt(&reported).filter(|&tokens| tokens > 0);
         if let (Some(update), Some(prompt)) = (self.context.estimate_update.take(), prompt) {
             let ids = || self.reader.answer_ids();
             update.apply(prompt, &reported, ids);
         }
+    }
+
+    /// The reported prompt tokens. The total of a generated answer, without its parts, does not report them.
+    fn reported_prompt(&self, reported: &Reported) -> Option<u64> {
+        let is_with_completion = reported.is_total_only() && self.context.endpoint.generates();
+        reported.prompt().filter(|_| !is_with_completion)
     }
 
     /// Prepares the settlement. Delivered text is counted if the upstream has not reported its final usage and the
@@ -414,7 +420,7 @@ impl Metered {
         let is_count = matches!(self.context.endpoint, Endpoint::CountTokens(_));
         let reported = if is_count { Reported::default() } else { self.reader.reported() };
         charge.record.is_usage_reported = reported.has_any();
-        charge.record.reported_prompt = reported.prompt().unwrap_or(0);
+        charge.record.reported_prompt = self.reported_prompt(&reported).unwrap_or(0);
         let MeterContext { status, endpoint, estimated_prompt, has_prompt, tokenizer, .. } = self.context;
         let (is_success, is_counted) = (status.is_success(), matches!(endpoint, Endpoint::Counted(_)));
         let is_final = self.reader.has_final_report(self.context.completions);

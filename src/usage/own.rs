@@ -20,13 +20,17 @@ pub struct OwnFigures {
 impl Reported {
     /// The amounts to charge.
     ///
-    /// The estimate replaces prompt tokens that are not reported, or 0 although the prompt has content. The count is
+    /// A report of nothing but a total covers the prompt and the delivered text. The estimate replaces prompt tokens that
+    /// are not reported, or 0 although the prompt has content. The count is
     /// added to final completion tokens, because it is the text after them. Otherwise, the completion is at least
     /// the count.
     pub fn amounts(&self, own: &OwnFigures) -> Amounts {
-        let prompt = if self.has_false_zero_prompt(own) { None } else { self.prompt() };
+        let prompt = match self.prompt() {
+            Some(total) if self.is_total_only() => total.checked_sub(own.completion).filter(|&rest| rest > 0),
+            Some(0) if self.has_false_zero_prompt(own) => None,
+            prompt => prompt,
+        };
         let completion = match self.completion() {
-            _ if self.is_total_only() => 0,
             Some(reported) if own.is_final => reported.saturating_add(own.completion),
             reported => reported.unwrap_or(0).max(own.completion),
         };
@@ -43,8 +47,10 @@ impl Reported {
 
     /// Whether the report says 0 for a prompt or a completion that was not empty.
     pub fn has_false_zero(&self, own: &OwnFigures) -> bool {
-        let has_false_zero_completion =
-            self.completion() == Some(0) && own.completion > 0 && !self.is_total_only();
+        let has_false_zero_completion = match self.is_total_only() {
+            true => self.total() <= Some(own.completion),
+            false => self.completion() == Some(0) && own.completion > 0,
+        };
         self.has_false_zero_prompt(own) || has_false_zero_completion
     }
 
@@ -100,9 +106,17 @@ mod tests {
             assert_eq!(charged(usage, &empty), want, "{usage}");
             assert!(!Reported::read(usage).has_false_zero(&empty), "{usage}");
         }
-        // A usage with nothing but a total is the prompt's.
-        assert_eq!(charged(r#"{"total_tokens":7}"#, &OWN), (7, 0, 7));
-        assert!(!Reported::read(r#"{"total_tokens":7}"#).has_false_zero(&OWN));
+        // A usage with nothing but a total covers the delivered text too.
+        for (usage, own, want, is_credible) in [
+            (r#"{"total_tokens":70}"#, OWN, (20, 50, 70), true),
+            (r#"{"totalTokenCount":70}"#, OWN, (20, 50, 70), true),
+            (r#"{"total_tokens":50}"#, OWN, (100, 50, 150), false),
+            (r#"{"total_tokens":7}"#, OWN, (100, 50, 150), false),
+            (r#"{"total_tokens":7}"#, empty, (7, 0, 7), true),
+        ] {
+            assert_eq!(charged(usage, &own), want, "{usage}");
+            assert_eq!(Reported::read(usage).has_false_zero(&own), !is_credible, "{usage}");
+        }
         let credible = r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":0}"#;
         let is_final = OwnFigures { completion: 0, is_final: true, ..OWN };
         assert_eq!(charged(credible, &is_final), (7, 3, 10));
