@@ -6,6 +6,7 @@ mod path_mistake;
 
 use crate::api::Dialect;
 use crate::body::BodyFault;
+use crate::ledger::IN_FLIGHT_RETRY_MS;
 use crate::quota::{Denied, Kind, Shortfall, Wait};
 use dialects::ErrorContent;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -222,6 +223,19 @@ impl ProxyError {
         match self {
             Self::QuotaExceeded { denied, .. } => denied.shortfalls(),
             _ => &[],
+        }
+    }
+
+    /// Milliseconds until the same request may fit. `None`: it can never fit, or the time is not known.
+    pub(crate) fn retry_after_ms(&self) -> Option<u64> {
+        match self {
+            Self::QuotaExceeded { denied, .. } => match denied.shortfalls().first()?.wait {
+                Wait::Ms(ms) => Some(ms.max(1)),
+                Wait::Never => None,
+            },
+            Self::UpstreamRateLimited { wait, .. } => u64::try_from(wait.as_millis()).ok(),
+            Self::TooManyInFlight { .. } => Some(IN_FLIGHT_RETRY_MS),
+            _ => None,
         }
     }
 

@@ -41,7 +41,9 @@ use wait_queue::WaitQueue;
 pub use accounts::{Accounts, NamedAccount};
 pub use audit::{AuditEntry, AuditLog};
 use demand::Shortage;
-pub use demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement};
+pub use demand::{
+    Admission, Backend, Demand, Forecast, Grant, IN_FLIGHT_RETRY_MS, NoRoom, Progress, Settlement,
+};
 pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
 pub use local::{Backing, Local, Rules};
@@ -275,14 +277,7 @@ impl Account {
     /// Counts a denied request, and records it in the quotas that had no room.
     fn record_denial(&self, demand: &Demand<'_>, no_room: &NoRoom) {
         self.engine.count_denial(demand.subject, no_room);
-        for Backend { account, model } in demand.backends {
-            let name = account.and_then(|account| account.upstream.as_deref());
-            if let (Some(account), Some(name)) = (account, name)
-                && no_room.concerns_upstream(name)
-            {
-                account.engine.count_denial(Subject { caller: None, model }, no_room);
-            }
-        }
+        demand.backends.iter().for_each(|backend| backend.count_denial(no_room));
         self.notify_store(false);
     }
 

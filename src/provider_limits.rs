@@ -108,6 +108,16 @@ impl ProviderLimits {
         Ok(Some(Pass { gate, number }))
     }
 
+    /// The time for which a request for this model would be held now. `None`: it would be sent.
+    pub(crate) fn hold_of(&self, model: &str, amounts: Amounts) -> Option<Duration> {
+        if !self.are_followed() {
+            return None;
+        }
+        let gate = self.models.lock().unwrap_or_else(PoisonError::into_inner).get(model)?.clone();
+        let hold = gate.lock().hold_of(self.now(), amounts);
+        hold.map(Duration::from_millis)
+    }
+
     /// Waits as long as the slow start lasts, which is short, and then for at most `max_wait`.
     async fn hold(
         &self,

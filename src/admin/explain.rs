@@ -96,7 +96,8 @@ pub(super) struct ExplanationView {
     quotas: Vec<RequestedQuotaView>,
     /// Whether the request would be admitted now. In shadow mode only limits of upstreams deny it.
     admitted: bool,
-    /// Milliseconds until the request would fit. `null`: it fits, or it can never fit.
+    /// Milliseconds until the request would fit. `null`: it fits, or it can never fit. If another request has to end first,
+    /// 1,000.
     retry_after_ms: Option<u64>,
     /// The code of the error that the request would get if quotas are enforced. Absent: none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,7 +184,7 @@ impl ExplanationView {
             },
             quotas: forecast.quotas.iter().map(quota_view).collect(),
             admitted: *is_admitted,
-            retry_after_ms: error.as_ref().and_then(|error| wait_ms(error.shortfalls().first()?.wait)),
+            retry_after_ms: error.as_ref().and_then(ProxyError::retry_after_ms),
             code: error.as_ref().map(ProxyError::code),
             message: error.as_ref().map(ToString::to_string),
         }

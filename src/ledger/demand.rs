@@ -9,6 +9,9 @@ use smallvec::SmallVec;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Nobody knows when a request in flight ends. A request that waits for that is advised to try again after this time.
+pub const IN_FLIGHT_RETRY_MS: u64 = 1_000;
+
 /// What a request demands of its quotas.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand<'a> {
@@ -34,6 +37,16 @@ pub struct Backend<'a> {
     pub account: Option<&'a Arc<Account>>,
     /// The model, by the name that is sent to the upstream.
     pub model: &'a str,
+}
+
+impl Backend<'_> {
+    /// Counts a denied request at the upstream, if its limits had no room.
+    pub fn count_denial(&self, no_room: &NoRoom) {
+        let Some(account) = self.account else { return };
+        if account.upstream.as_deref().is_some_and(|name| no_room.concerns_upstream(name)) {
+            account.engine.count_denial(Subject { caller: None, model: self.model }, no_room);
+        }
+    }
 }
 
 /// Why a request got no reservation.
@@ -95,13 +108,17 @@ impl NoRoom {
 
     /// Whether a request with this reason fits before one with the other reason.
     pub(crate) fn fits_before(&self, other: &Self) -> bool {
-        let order = |no_room: &Self| match (no_room, no_room.wait()) {
-            (Self::Unavailable, _) => (3, Wait::Never),
-            (_, None) => (1, Wait::Never),
-            (_, Some(Wait::Never)) => (2, Wait::Never),
-            (_, Some(wait)) => (0, wait),
-        };
+        let order = |no_room: &Self| (*no_room == Self::Unavailable, no_room.retry_after());
         order(self) < order(other)
+    }
+
+    /// The time after which the caller is advised to try again.
+    pub(crate) fn retry_after(&self) -> Wait {
+        match self {
+            Self::Quota(_) => self.wait().unwrap_or(Wait::Never),
+            Self::InFlight { .. } => Wait::Ms(IN_FLIGHT_RETRY_MS),
+            Self::Unavailable => Wait::Never,
+        }
     }
 
     /// When the same request would fit. `None`: not before another request has ended.

@@ -151,6 +151,15 @@ impl Gate {
         }
     }
 
+    /// Milliseconds for which a request would be held now. `None`: it would pass, or wait for the slow start only.
+    pub(super) fn hold_of(&self, now: u64, amounts: Amounts) -> Option<u64> {
+        match self.closed_until {
+            Some(until) => (now < until).then(|| until - now),
+            None if self.probe.is_some() => Some(PROBE_WAIT_MS),
+            None => self.wait_for_room(now, amounts).map(|wait| wait.clamp(1, MAX_CLOSED_MS)),
+        }
+    }
+
     /// Lets a request pass without looking: the gateway only observes.
     pub(super) fn send(&mut self, now: u64, amounts: Amounts) -> u64 {
         self.last_number += 1;

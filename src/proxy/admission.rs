@@ -43,6 +43,15 @@ pub(super) enum Obstacle {
 }
 
 impl Obstacle {
+    /// Whether a request with this obstacle fits before one with the other obstacle.
+    pub(super) fn fits_before(&self, other: &Self) -> bool {
+        let order = |obstacle: &Self| match obstacle {
+            Self::Held(wait) => (false, Wait::Ms(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX))),
+            Self::NoRoom(no_room) => (*no_room == NoRoom::Unavailable, no_room.retry_after()),
+        };
+        order(self) < order(other)
+    }
+
     fn outcome(&self) -> AttemptOutcome {
         match self {
             Self::Held(_) => AttemptOutcome::Held,
@@ -107,8 +116,11 @@ impl Obstacles {
                     .or_else(|| no_room.map(|(reason, candidate)| Waiting::NoRoom(reason, candidate)));
             }
         };
-        let fits_before = matches!(reason.wait(), Some(Wait::Ms(ms)) if Duration::from_millis(ms) < wait);
-        let is_late = wait > max_wait && may_clear_within(&reason, max_wait);
+        let is_before = |other| matches!(other, Wait::Ms(ms) if Duration::from_millis(ms) < wait);
+        let fits_before = reason.wait().is_some_and(is_before);
+        // Nobody knows when a request in flight ends. A wait that is known goes first, unless it is too long.
+        let is_late =
+            wait > max_wait && (may_clear_within(&reason, max_wait) || is_before(reason.retry_after()));
         Some(if fits_before || is_late { Waiting::NoRoom(reason, full) } else { Waiting::Held(wait, held) })
     }
 }
@@ -226,7 +238,8 @@ impl Proxy {
         let Some(mut candidates) = candidates else {
             let upstream = self.destination(caller, call).first();
             let pass = self.pass_provider(upstream, call, reservation.as_deref(), max_wait).await;
-            let pass = pass.map_err(|wait| self.held(caller, upstream, wait))?;
+            let pass =
+                pass.map_err(|wait| refusal::held(&self.snapshot, caller.environment, upstream, wait))?;
             return Ok(Chosen { upstream, pass, others: None });
         };
         let upstreams = &self.snapshot.upstreams;
@@ -246,6 +259,13 @@ impl Proxy {
                 }
             }
         }
+        // No provider takes the request now. It may fit first at an upstream whose own quotas had no room.
+        for candidate in (0..with_room).filter_map(|position| candidates.at(position, upstreams)) {
+            match self.try_candidate(&candidate, call, reservation.as_deref_mut(), Duration::ZERO).await {
+                Ok(pass) => return Ok(Chosen::of(candidate, pass, candidates)),
+                Err(obstacle) => obstacles.add(obstacle, candidate),
+            }
+        }
         let (tried, candidate) = match obstacles.first(max_wait) {
             None => return Err(ProxyError::Internal),
             Some(Waiting::Held(wait, candidate)) if wait > max_wait => (Err(Obstacle::Held(wait)), candidate),
@@ -258,8 +278,13 @@ impl Proxy {
         };
         match tried {
             Ok(pass) => Ok(Chosen::of(candidate, pass, candidates)),
-            Err(Obstacle::Held(wait)) => Err(self.held(caller, candidate.upstream, wait)),
-            Err(Obstacle::NoRoom(reason)) => Err(self.no_room_at_upstream(reason, caller)),
+            Err(Obstacle::Held(wait)) => {
+                Err(refusal::held(&self.snapshot, caller.environment, candidate.upstream, wait))
+            }
+            Err(Obstacle::NoRoom(reason)) => {
+                self.snapshot.backend(candidate.upstream, call.name_sent()).count_denial(&reason);
+                Err(self.no_room_at_upstream(reason, caller))
+            }
         }
     }
 
@@ -325,15 +350,6 @@ impl Proxy {
         let prompt = Amounts::of_request(call.prompt_tokens, 0);
         let amounts = reservation.reserved().max(prompt);
         limits.pass(call.name_sent(), amounts, max_wait).await
-    }
-
-    /// The error for a request that the provider of an upstream would refuse.
-    fn held(&self, caller: IdentifiedCaller, upstream: usize, wait: Duration) -> ProxyError {
-        ProxyError::UpstreamRateLimited {
-            upstream: self.snapshot.upstreams[upstream].settings.name.clone(),
-            wait,
-            retry_patience: self.snapshot.config.environments[caller.environment].retry_patience,
-        }
     }
 
     /// The error for a request for which the quotas of its upstreams have no room.

@@ -64,6 +64,18 @@ impl Candidates {
         if self.available == 0 { &[] } else { self.order.get(self.available..).unwrap_or_default() }
     }
 
+    /// The upstream at this position, outside of the order. `None`: another request tries whether it works again.
+    pub(super) fn at(&self, position: usize, upstreams: &[UpstreamContext]) -> Option<Candidate> {
+        let &upstream = self.order.get(position)?;
+        let availability = &upstreams[upstream].learned.availability;
+        let attempt = match availability.attempt(clock::uptime_ms()) {
+            Ok(attempt) => attempt,
+            Err(_) if position < self.available => return None,
+            Err(_) => availability.attempt_anyway(),
+        };
+        Some(Candidate { upstream, position, attempt })
+    }
+
     /// The next upstream. `None`: there is none.
     pub(super) fn next(&mut self, upstreams: &[UpstreamContext]) -> Option<Candidate> {
         while let Some(&upstream) = self.order.get(self.next) {

@@ -1,14 +1,17 @@
 //! Explains what would happen to a request, without sending it or charging anything.
 
+use super::admission::Obstacle;
 use super::call::{self, Call};
+use super::candidates::Candidates;
 use super::refusal;
 use super::route::Endpoint;
+use super::snapshot::Snapshot;
 use super::state::State;
 use crate::body::detect_api;
 use crate::error::ProxyError;
 use crate::estimate::{EstimateSource, PromptEstimate};
-use crate::ledger::{Demand, Forecast, NoRoom};
-use crate::quota::Subject;
+use crate::ledger::{Account, Demand, Forecast, NoRoom};
+use crate::quota::{Amounts, Subject};
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -55,8 +58,9 @@ pub(crate) async fn explain(
     let name: Option<&Arc<str>> = caller.map(|index| &snapshot.contexts[environment].callers[index]);
     let Call { prompt_tokens, estimate, corrected, model, .. } = &call;
     let destination = snapshot.contexts[environment].destinations.get(call.destination);
+    let candidates = Candidates::new(destination, &snapshot.upstreams);
     let backends: Vec<_> =
-        destination.upstreams.iter().map(|&upstream| snapshot.backend(upstream, call.name_sent())).collect();
+        candidates.order().iter().map(|&upstream| snapshot.backend(upstream, call.name_sent())).collect();
     let demand = Demand {
         subject: Subject { caller: name, model },
         prompt: *prompt_tokens,
@@ -67,10 +71,12 @@ pub(crate) async fn explain(
     };
     let account = &snapshot.accounts[environment];
     account.refresh().await;
-    let forecast = account.forecast(&demand);
-    let denies = |no_room: &NoRoom| account.is_enforcing() || no_room.is_of_upstream();
-    let is_admitted = !forecast.obstacle.as_ref().is_some_and(denies);
-    let error = forecast.obstacle.clone().map(|no_room| refusal::no_room_error(no_room, settings));
+    let Outcome { forecast, obstacle, is_admitted } =
+        outcome(&snapshot, account, &demand, candidates.order());
+    let error = obstacle.map(|(obstacle, upstream)| match obstacle {
+        Obstacle::NoRoom(no_room) => refusal::no_room_error(no_room, settings),
+        Obstacle::Held(wait) => refusal::held(&snapshot, environment, upstream, wait),
+    });
     let destinations = &snapshot.contexts[environment].destinations;
     let upstreams = destination.upstreams.iter();
     Ok(Explanation {
@@ -87,4 +93,39 @@ pub(crate) async fn explain(
         is_admitted,
         error,
     })
+}
+
+/// What would happen to a request at its upstreams.
+struct Outcome {
+    forecast: Forecast,
+    /// Why it does not fit, and the upstream where that is so.
+    obstacle: Option<(Obstacle, usize)>,
+    is_admitted: bool,
+}
+
+/// The outcome at the upstream that would receive the request. If none would: at the one where it fits first.
+fn outcome(snapshot: &Snapshot, account: &Account, demand: &Demand<'_>, upstreams: &[usize]) -> Outcome {
+    let denies = |no_room: &NoRoom| account.is_enforcing() || no_room.is_of_upstream();
+    let mut soonest: Option<(Forecast, (Obstacle, usize))> = None;
+    for (&upstream, backend) in upstreams.iter().zip(demand.backends) {
+        let single = Demand { backends: std::slice::from_ref(backend), ..*demand };
+        let forecast = account.forecast(&single);
+        let amounts = forecast.required.max(Amounts::of_request(demand.prompt, 0));
+        let no_room = forecast.obstacle.clone();
+        let denial = no_room.clone().filter(denies).map(Obstacle::NoRoom).or_else(|| {
+            let held = snapshot.provider_limits[upstream].hold_of(backend.model, amounts);
+            held.map(Obstacle::Held)
+        });
+        let Some(denial) = denial else {
+            let obstacle = no_room.map(|no_room| (Obstacle::NoRoom(no_room), upstream));
+            return Outcome { forecast, obstacle, is_admitted: true };
+        };
+        if soonest.as_ref().is_none_or(|(_, (earlier, _))| denial.fits_before(earlier)) {
+            soonest = Some((forecast, (denial, upstream)));
+        }
+    }
+    match soonest {
+        Some((forecast, obstacle)) => Outcome { forecast, obstacle: Some(obstacle), is_admitted: false },
+        None => Outcome { forecast: account.forecast(demand), obstacle: None, is_admitted: true },
+    }
 }

@@ -3,6 +3,7 @@
 use super::answer::AnswerBody;
 use super::charge::Charge;
 use super::headers::{AddedHeaders, REQUEST_ID, UnreadBody};
+use super::snapshot::Snapshot;
 use super::state::State;
 use crate::api::Dialect;
 use crate::config::{Environment, UpstreamSettings};
@@ -12,6 +13,7 @@ use crate::telemetry::{Denial, Metrics, Record, Rejection, RequestOutcome};
 use crate::upstream::SendError;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
+use std::time::Duration;
 
 /// A request that is not forwarded, and the headers that the gateway adds to the error answer.
 pub(super) struct Refusal {
@@ -116,6 +118,15 @@ pub(super) fn no_room_error(no_room: NoRoom, environment: &Environment) -> Proxy
             ProxyError::TooManyInFlight { limit, environment: name, upstream }
         }
         NoRoom::Unavailable => ProxyError::QuotaStoreUnavailable { environment: name },
+    }
+}
+
+/// The error for a request that the provider of an upstream would refuse.
+pub(super) fn held(snapshot: &Snapshot, environment: usize, upstream: usize, wait: Duration) -> ProxyError {
+    ProxyError::UpstreamRateLimited {
+        upstream: snapshot.upstreams[upstream].settings.name.clone(),
+        wait,
+        retry_patience: snapshot.config.environments[environment].retry_patience,
     }
 }
 

@@ -5,6 +5,7 @@ mod model_lists;
 mod models;
 mod over_tls;
 mod quotas;
+mod soonest;
 mod waiting;
 
 use crate::support::*;

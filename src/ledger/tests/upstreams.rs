@@ -214,7 +214,8 @@ async fn a_request_waits_as_long_as_any_of_its_upstreams_may_have_room() {
     let held = tied.reserve("a", &both, 1).unwrap();
     assert_eq!(held.backend(), 1);
     let denied = tied.reserve("b", &both, 1).unwrap_err();
-    assert_eq!(denied.worst().unwrap().quota.scope.name(), "u", "the one that names a time fits first");
+    let full = NoRoom::InFlight { limit: 1, upstream: Some("v".into()) };
+    assert_eq!(denied, full, "a request in flight ends before a day is over");
     let waits = Demand { backends: &both, ..demand(1) };
     let mut waiting = pin!(tied.of("b").reserve(&waits, LONG));
     assert!(timeout(Duration::from_millis(20), &mut waiting).await.is_err());
