@@ -159,8 +159,13 @@ pub(super) async fn unset_limit(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    match read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters)) {
-        Ok(target) => change_limit(&admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
+    let target = read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters));
+    delete_limit(&admin, actor, target).await
+}
+
+async fn delete_limit(admin: &Admin, actor: Actor, target: Result<Target, Box<Response>>) -> Response {
+    match target {
+        Ok(target) => change_limit(admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
         Err(refusal) => *refusal,
     }
 }
@@ -214,13 +219,15 @@ pub(super) async fn reset_one(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    match read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters)) {
-        Ok(target) => reset_quota(&admin, actor, &target).await,
-        Err(refusal) => *refusal,
-    }
+    let target = read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters));
+    reset_quota(&admin, actor, target).await
 }
 
-async fn reset_quota(admin: &Admin, actor: Actor, target: &Target) -> Response {
+async fn reset_quota(admin: &Admin, actor: Actor, target: Result<Target, Box<Response>>) -> Response {
+    let target = match target {
+        Ok(target) => target,
+        Err(refusal) => return *refusal,
+    };
     let key = target.key();
     match target.account.reset(Some(key)).await {
         Ok(true) => {}

@@ -3,7 +3,7 @@
 use super::description::{BodyErrors, UpstreamQuotaErrors, UpstreamQuotaPath};
 use super::target::Target;
 use super::{
-    BodyResult, UpstreamLimitParameters, UpstreamQuotaParameters, body, change_limit, dry_run, put_limit,
+    BodyResult, UpstreamLimitParameters, UpstreamQuotaParameters, body, delete_limit, dry_run, put_limit,
     reset_quota,
 };
 use crate::admin::Admin;
@@ -71,10 +71,8 @@ pub(in crate::admin) async fn unset_upstream_limit(
     Path(path): Path<UpstreamQuotaPath>,
     query: QueryResult<UpstreamQuotaParameters>,
 ) -> Response {
-    match read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters)) {
-        Ok(target) => change_limit(&admin, actor, &target, None).await.unwrap_or_else(|refusal| *refusal),
-        Err(refusal) => *refusal,
-    }
+    let target = read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters));
+    delete_limit(&admin, actor, target).await
 }
 
 /// Sets the used amount of a quota of an upstream to zero.
@@ -95,8 +93,6 @@ pub(in crate::admin) async fn reset_upstream_quota(
     Path(path): Path<UpstreamQuotaPath>,
     query: QueryResult<UpstreamQuotaParameters>,
 ) -> Response {
-    match read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters)) {
-        Ok(target) => reset_quota(&admin, actor, &target).await,
-        Err(refusal) => *refusal,
-    }
+    let target = read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters));
+    reset_quota(&admin, actor, target).await
 }
