@@ -1,8 +1,9 @@
 //! Replays a trace of calls through the quota engine on a virtual clock. The report shows which calls the quotas
 //! admit, and compares several reservation modes with an oracle.
 //!
-//! Each report has one environment in focus. If its upstreams have limits, the calls of all environments that share them
-//! are replayed beside it, each through the quotas of its own environment as configured.
+//! The calls of environments that share upstreams with limits are replayed together, each through the quotas of its own
+//! environment. One replay as configured serves the reports of all of them. In another mode only one environment differs, so
+//! that each report has replays of its own.
 //!
 //! Every answer is a stream: the first token follows after a delay, the others at a constant rate. A denied call
 //! is not repeated, and no call waits in the wait queue (`max_wait` is ignored).
@@ -10,6 +11,7 @@
 mod chart;
 mod history;
 mod meter;
+mod parallel;
 mod replay;
 mod report;
 mod request_log;
@@ -24,11 +26,10 @@ use crate::ledger::Rules;
 use std::time::Duration;
 
 pub use history::{history_start, refused_in_history};
-pub use report::SimulationReport;
+pub use report::{SimulationReport, reports};
 pub use request_log::{RequestLog, read_request_log};
 pub use search::SearchBudget;
 pub use trace::{TraceCall, TraceFault, read_trace};
-pub use traffic::Traffic;
 
 /// The speed of all answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -85,6 +86,12 @@ impl Mode {
             Self::Adaptive(q) => format!("adaptive {q}"),
             Self::Oracle => "oracle".into(),
         }
+    }
+
+    /// Whether the environment is configured so. The oracle knows the length of answers, which no config does.
+    fn is_configured(self, environment: &Environment) -> bool {
+        let (own, configured) = (self.rules(environment), Rules::of(environment));
+        self != Self::Oracle && (own.reserve, own.enforce) == (configured.reserve, configured.enforce)
     }
 
     fn rules(self, environment: &Environment) -> Rules {

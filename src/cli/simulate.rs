@@ -3,9 +3,7 @@
 use super::{load_or_explain, output};
 use crate::clock::Stopwatch;
 use crate::config::{Config, Environment, duration};
-use crate::simulate::{
-    Pace, SearchBudget, SimulationReport, TraceCall, Traffic, read_request_log, read_trace,
-};
+use crate::simulate::{Pace, SearchBudget, TraceCall, read_request_log, read_trace, reports};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -65,10 +63,7 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &SimulateArguments) -> any
     let pace = Pace { first_token: arguments.first_token, tokens_per_second: arguments.tokens_per_second };
     let budget = SearchBudget::new(&output::report);
     let all = by_environment(&loaded.config, calls)?;
-    let reports: Vec<SimulationReport> = (0..all.len())
-        .filter_map(|focus| Traffic::around(focus, &all))
-        .map(|traffic| SimulationReport::of(&traffic, pace, &budget))
-        .collect();
+    let reports = reports(&all, pace, &budget);
     if arguments.json {
         let all: Map<String, Value> = reports.iter().map(|r| (r.environment.clone(), r.as_json())).collect();
         output::print(&format!("{}\n", json!({ "environments": all })))?;

@@ -169,7 +169,7 @@ fn denials(columns: &[TimePart], timeline: &Timeline) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{call, environment};
-    use super::super::{Mode, Pace, Traffic, replay::replay};
+    use super::super::{Mode, Pace, replay::replay, traffic::Traffic};
     use super::*;
 
     #[test]
@@ -180,7 +180,7 @@ mod tests {
         // Calls of 200 tokens, of which 100 are the prompt: at 22:13:20 one, at 22:14:20 six, at 22:18:20 one.
         let calls = [0, 60, 60, 60, 60, 60, 60, 300].map(|second| call(second, 100, 100));
         let pace = Pace { first_token: std::time::Duration::from_secs(20), tokens_per_second: 50.0 };
-        let outcome = replay(&Traffic::alone(&environment, &calls), pace, Mode::Configured);
+        let outcome = replay(&Traffic::alone(&environment, &calls), 0, pace, Mode::Configured);
         let drawn = chart(&outcome.quotas[0], 50);
         let want = [
             "  tokens",
@@ -207,7 +207,7 @@ mod tests {
         let environment =
             environment("quotas: { total_tokens: { limit: 800, per: hour } }, reserve: { completion: 1 }");
         let calls = [0, 60].map(|second| call(second, 100, 800));
-        let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Configured);
+        let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Configured);
         let drawn = chart(&outcome.quotas[0], 40);
         let row_with = |mark: char| drawn.lines().position(|line| line.contains(mark)).unwrap();
         assert!(row_with('▇') < row_with('┼'), "{drawn}");
@@ -218,7 +218,7 @@ mod tests {
         let environment = environment("quotas: { requests: { limit: 1000000G, per: minute } }");
         for seconds in [0, 1, 100, 86_400, 10_000_000, 4_000_000_000] {
             let calls = [0, seconds].map(|second| call(second, 100, 800));
-            let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Configured);
+            let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Configured);
             for width in [0, 40, 80, 239, 10_000] {
                 let drawn = chart(&outcome.quotas[0], width);
                 let widest = drawn.lines().map(|line| line.chars().count()).max();

@@ -201,7 +201,8 @@ fn minus_ms(at: Timestamp, ms: u64) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::super::replay::replay;
-    use super::super::{Mode, Pace, TraceCall, Traffic};
+    use super::super::traffic::Traffic;
+    use super::super::{Mode, Pace, TraceCall};
     use super::*;
     use crate::config::{Environment, parse};
     use crate::quota::MAX_LIMIT;
@@ -294,7 +295,7 @@ mod tests {
             for kind in ["requests", "prompt_tokens", "total_tokens"] {
                 let environment = environment(kind, limit, window);
                 let instant = Pace { first_token: Duration::ZERO, tokens_per_second: 1e9 };
-                let simulated = replay(&Traffic::alone(&environment, &trace_of(&history)), instant, Mode::Oracle);
+                let simulated = replay(&Traffic::alone(&environment, &trace_of(&history)), 0, instant, Mode::Oracle);
                 if let Some(refused) = refused_in_history(&environment.quotas[0], &history, NOW) {
                     prop_assert_eq!(refused, simulated.rejected, "{}", kind);
                 }

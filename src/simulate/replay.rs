@@ -2,11 +2,11 @@
 
 use super::meter::{Meter, QuotaOutcome};
 use super::timeline::{PARTS, Timeline};
-use super::traffic::{FOCUS, Target, Traffic};
+use super::traffic::{Member, Target, Traffic};
 use super::{Mode, Pace, TraceCall};
 use crate::clock::Timestamp;
 use crate::config::{Environment, OnOverrun, UpstreamSettings};
-use crate::ledger::{Admission, Backing, Demand, Grant, Local, NoRoom, Progress, Rules, Settlement};
+use crate::ledger::{Admission, Backing, Demand, Grant, Local, NoRoom, Progress, Settlement};
 use crate::quota::{Amounts, Quota, Subject};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -19,7 +19,7 @@ const MAX_STEPS: u64 = 40;
 /// With more quotas, the levels are recorded once per part of the timelines only, and not after each call.
 const MAX_QUOTAS_PER_CALL: usize = 64;
 
-/// The result of replaying a trace, for the environment in focus.
+/// The result of replaying a trace, for one environment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ReplayOutcome {
     /// Number of admitted calls.
@@ -59,35 +59,42 @@ impl ReplayOutcome {
     }
 }
 
-/// Replays calls through the quotas of their environments and upstreams.
-pub(super) fn replay(traffic: &Traffic<'_>, pace: Pace, mode: Mode) -> ReplayOutcome {
-    let mut replay = Replay::new(traffic, pace, mode);
-    if mode != Mode::Configured {
-        replay.next_part = PARTS;
-    }
+/// Replays calls through the quotas of their environments and upstreams, as configured. Returns the outcome of each
+/// environment.
+pub(super) fn replay_configured(traffic: &Traffic<'_>, pace: Pace) -> Vec<ReplayOutcome> {
+    let mut replay = Replay::new(traffic, pace, |_| Some(Mode::Configured));
+    replay.next_part = 0;
     replay.run(|_| true);
     replay.finish()
+}
+
+/// Replays calls with one environment in this mode. The others reserve as configured. Returns the outcome of that
+/// environment; without timelines in another mode than the configured one.
+pub(super) fn replay(traffic: &Traffic<'_>, focus: usize, pace: Pace, mode: Mode) -> ReplayOutcome {
+    let mut replay = Replay::new(traffic, pace, |index| (index == focus).then_some(mode));
+    if mode == Mode::Configured {
+        replay.next_part = 0;
+    }
+    replay.run(|_| true);
+    replay.finish().swap_remove(focus)
 }
 
 /// Whether the quotas of an environment, as configured, admit all calls. Ends at the first denial. Limits of upstreams do
 /// not apply.
 pub(super) fn admits_all(environment: &Environment, calls: &[TraceCall], pace: Pace) -> bool {
     let traffic = Traffic::alone(environment, calls);
-    let mut replay = Replay::new(&traffic, pace, Mode::Configured);
-    replay.next_part = PARTS;
-    replay.run(|replay| replay.outcome.rejected == 0);
-    replay.outcome.rejected == 0
+    let mut replay = Replay::new(&traffic, pace, |_| Some(Mode::Configured));
+    let has_denied = |replay: &Replay<'_>| replay.environments[0].outcome.rejected > 0;
+    replay.run(|replay| !has_denied(replay));
+    !has_denied(&replay)
 }
 
 /// A replay in progress.
 struct Replay<'a> {
     traffic: &'a Traffic<'a>,
-    /// The counters of each environment.
-    locals: Vec<Local>,
+    environments: Vec<EnvironmentInReplay>,
     upstreams: Vec<UpstreamInReplay>,
     pace: Pace,
-    /// The mode of the environment in focus. The others reserve as configured.
-    mode: Mode,
     now: Timestamp,
     /// Time, sequence number, and index into `in_flight` of each event. The sequence number orders events of the
     /// same time.
@@ -95,20 +102,56 @@ struct Replay<'a> {
     next_event: u64,
     /// `None` after the answer has ended.
     in_flight: Vec<Option<CallInFlight<'a>>>,
-    /// Those of the environment in focus.
+    /// The part of the timelines that begins next. [`PARTS`]: no timelines are recorded.
+    next_part: usize,
+}
+
+/// An environment in a replay.
+struct EnvironmentInReplay {
+    mode: Mode,
+    local: Local,
+    /// Those of its quotas; empty if it is not measured.
     meters: Vec<Meter>,
+    /// Whether its levels are recorded after each call.
+    records_calls: bool,
     outcome: ReplayOutcome,
     /// Time of the first denial since the last admission.
     denied_since: Option<Timestamp>,
-    /// The part of the timelines that begins next. [`PARTS`]: no timelines are recorded.
-    next_part: usize,
+}
+
+impl EnvironmentInReplay {
+    /// `mode`: `None` if it is not measured.
+    fn new(member: &Member<'_>, mode: Option<Mode>, (first, last): (Timestamp, Timestamp)) -> Self {
+        let quotas = limited(&member.environment.quotas);
+        let measured = if mode.is_some() { &quotas[..] } else { &[] };
+        let meters = measured.iter().map(|quota| Meter::new(quota, first, last)).collect();
+        let mode = mode.unwrap_or(Mode::Configured);
+        Self {
+            mode,
+            local: Local::new(mode.rules(member.environment), &quotas, first),
+            meters,
+            records_calls: false,
+            outcome: ReplayOutcome { span: member.span(), ..ReplayOutcome::default() },
+            denied_since: None,
+        }
+    }
+
+    /// Ends the time in which calls were denied, because a call was admitted.
+    fn end_denials(&mut self, now: Timestamp) {
+        if let Some(since) = self.denied_since.take() {
+            self.outcome.exhausted_ms += now.ms_since(since);
+        }
+        self.meters.iter_mut().for_each(|meter| meter.end_denials(now));
+    }
 }
 
 /// An upstream with limits.
 struct UpstreamInReplay {
     local: Local,
-    /// Those of its quotas; empty if the environment in focus does not use it.
+    /// Those of its quotas; empty if no environment that is measured uses it.
     meters: Vec<Meter>,
+    /// Whether its levels are recorded after each call.
+    records_calls: bool,
 }
 
 impl UpstreamInReplay {
@@ -118,6 +161,7 @@ impl UpstreamInReplay {
         Self {
             meters: measured.iter().map(|quota| Meter::new(quota, first, last)).collect(),
             local: Local::of_upstream(&settings, first),
+            records_calls: false,
         }
     }
 }
@@ -150,38 +194,50 @@ struct CallInFlight<'a> {
 }
 
 impl<'a> Replay<'a> {
-    fn new(traffic: &'a Traffic<'a>, pace: Pace, mode: Mode) -> Self {
-        let (first, last) = traffic.span();
-        let local = |(index, environment): (usize, &&Environment)| {
-            let rules = if index == FOCUS { mode.rules(environment) } else { Rules::of(environment) };
-            Local::new(rules, &limited(&environment.quotas), first)
+    /// `mode`: that of each environment; `None`: it reserves as configured and is not measured.
+    fn new(traffic: &'a Traffic<'a>, pace: Pace, mode: impl Fn(usize) -> Option<Mode>) -> Self {
+        let span = traffic.span();
+        let members = || traffic.members.iter().enumerate();
+        let uses = |at: usize| {
+            members().any(|(index, member)| mode(index).is_some() && member.upstreams.contains(&at))
         };
-        let upstream = |(index, settings): (usize, &&UpstreamSettings)| {
-            UpstreamInReplay::new(settings, index < traffic.upstreams_of_focus, (first, last))
-        };
-        let quotas = limited(&traffic.environments[FOCUS].quotas);
-        Self {
-            locals: traffic.environments.iter().enumerate().map(local).collect(),
-            upstreams: traffic.upstreams.iter().enumerate().map(upstream).collect(),
+        let upstreams = traffic.upstreams.iter().enumerate();
+        let mut replay = Self {
+            environments: members()
+                .map(|(index, member)| EnvironmentInReplay::new(member, mode(index), span))
+                .collect(),
+            upstreams: upstreams
+                .map(|(at, settings)| UpstreamInReplay::new(settings, uses(at), span))
+                .collect(),
             traffic,
             pace,
-            mode,
-            now: first,
+            now: span.0,
             events: BinaryHeap::new(),
             next_event: 0,
             in_flight: Vec::new(),
-            meters: quotas.iter().map(|quota| Meter::new(quota, first, last)).collect(),
-            outcome: ReplayOutcome { span: traffic.span_of_focus(), ..ReplayOutcome::default() },
-            denied_since: None,
-            next_part: 0,
+            next_part: PARTS,
+        };
+        replay.choose_recorded();
+        replay
+    }
+
+    /// Chooses the quotas whose levels are recorded after each call: those of an environment and its upstreams, unless they
+    /// are too many.
+    fn choose_recorded(&mut self) {
+        let Self { environments, upstreams, traffic, .. } = self;
+        for (environment, member) in environments.iter_mut().zip(&traffic.members) {
+            let shared: usize = member.upstreams.iter().map(|&at| upstreams[at].meters.len()).sum();
+            environment.records_calls = environment.meters.len() + shared <= MAX_QUOTAS_PER_CALL;
+            for &at in &member.upstreams {
+                upstreams[at].records_calls |= environment.records_calls;
+            }
         }
     }
 
     /// Replays all calls and their answers, as long as `continues` returns true after a call.
     fn run(&mut self, continues: impl Fn(&Self) -> bool) {
         let (first, last) = self.traffic.span();
-        let meters = self.meters.len() + self.upstreams.iter().map(|u| u.meters.len()).sum::<usize>();
-        let records_levels = self.next_part < PARTS && meters <= MAX_QUOTAS_PER_CALL;
+        let records_levels = self.next_part < PARTS;
         for at in 0..self.traffic.len() {
             let (environment, call) = self.traffic.call(at);
             while self.next_part < PARTS {
@@ -190,13 +246,13 @@ impl<'a> Replay<'a> {
                     break;
                 }
                 self.run_events_until(begin);
-                self.record_levels();
+                self.record_levels(|_| true);
                 self.next_part += 1;
             }
             self.run_events_until(call.at);
             self.arrive(environment, call);
             if records_levels {
-                self.record_levels();
+                self.record_levels(|records_calls| records_calls);
             }
             if !continues(self) {
                 return;
@@ -216,11 +272,16 @@ impl<'a> Replay<'a> {
         self.now = until;
     }
 
-    fn record_levels(&mut self) {
+    /// Records the levels of the accounts of which `is_due` returns true for `records_calls`.
+    fn record_levels(&mut self, is_due: impl Fn(bool) -> bool) {
         let now = self.now;
-        let own = (&mut self.locals[FOCUS], &mut self.meters);
-        let shared = self.upstreams.iter_mut().map(|upstream| (&mut upstream.local, &mut upstream.meters));
-        for (local, meters) in std::iter::once(own).chain(shared).filter(|(_, meters)| !meters.is_empty()) {
+        let own =
+            self.environments.iter_mut().map(|own| (&mut own.local, &mut own.meters, own.records_calls));
+        let shared =
+            self.upstreams.iter_mut().map(|all| (&mut all.local, &mut all.meters, all.records_calls));
+        for (local, meters, _) in
+            own.chain(shared).filter(|(_, meters, at)| is_due(*at) && !meters.is_empty())
+        {
             for (meter, level) in meters.iter_mut().zip(local.levels(now)) {
                 meter.record_level(now, &level);
             }
@@ -233,25 +294,23 @@ impl<'a> Replay<'a> {
         for meter in self.meters_of(environment, call, target) {
             meter.count_call();
         }
-        let is_focus = environment == FOCUS;
         match decided {
             Ok(admission) => {
                 self.end_denials_of_upstream(target);
-                if is_focus {
-                    self.outcome.admitted += 1;
-                    match &admission.would_deny {
-                        Some(no_room) => self.record_shortfalls(no_room, is_focus),
-                        None => self.end_denials(),
-                    }
+                let now = self.now;
+                let own = &mut self.environments[environment];
+                own.outcome.admitted += 1;
+                match &admission.would_deny {
+                    Some(no_room) => self.record_shortfalls(no_room, environment),
+                    None => own.end_denials(now),
                 }
                 self.begin(environment, call, target, admission);
             }
             Err(no_room) => {
-                if is_focus {
-                    self.outcome.rejected += 1;
-                    self.denied_since.get_or_insert(self.now);
-                }
-                self.record_shortfalls(&no_room, is_focus);
+                let own = &mut self.environments[environment];
+                own.outcome.rejected += 1;
+                own.denied_since.get_or_insert(self.now);
+                self.record_shortfalls(&no_room, environment);
             }
         }
     }
@@ -259,16 +318,16 @@ impl<'a> Replay<'a> {
     /// Tries the upstreams of a call in their order, as the gateway does. Returns the one that admits it. If none does, it
     /// returns the one that fits first, and why it has no room.
     fn admit(&mut self, environment: usize, call: &'a TraceCall) -> (Result<Admission, NoRoom>, Target<'a>) {
-        let is_oracle = environment == FOCUS && self.mode == Mode::Oracle;
+        let own = &mut self.environments[environment];
         let demand = Demand {
             subject: call.subject(),
             prompt: call.prompt,
             generates: call.generates,
-            cap: if is_oracle { Some(call.completion) } else { call.max_tokens },
+            cap: if own.mode == Mode::Oracle { Some(call.completion) } else { call.max_tokens },
             completions: 1,
             backends: &[],
         };
-        let local = &mut self.locals[environment];
+        let local = &mut own.local;
         let mut best: Option<(NoRoom, Target<'a>)> = None;
         for target in self.traffic.targets(environment, call) {
             let counters = target.upstream.map(|at| &mut self.upstreams[at].local);
@@ -349,28 +408,26 @@ impl<'a> Replay<'a> {
     fn progress(&mut self, running: &mut CallInFlight<'a>, spent: Amounts) -> Progress {
         let counters = running.target.upstream.map(|at| &mut self.upstreams[at].local);
         let upstream = counters.zip(running.upstream_grant.as_deref_mut());
-        let local = &mut self.locals[running.environment];
+        let local = &mut self.environments[running.environment].local;
         local.progress_at(self.now, &running.call.model, &mut running.grant, spent, upstream)
     }
 
     /// Whether an overrun ends the streams of an environment.
     fn cuts(&self, environment: usize) -> bool {
-        let Environment { enforce, reserve, .. } = self.traffic.environments[environment];
-        let is_as_configured = environment != FOCUS || self.mode == Mode::Configured;
+        let Environment { enforce, reserve, .. } = self.traffic.members[environment].environment;
+        let is_as_configured = self.environments[environment].mode == Mode::Configured;
         is_as_configured && *enforce && reserve.on_overrun == OnOverrun::Cut
     }
 
     fn end(&mut self, running: CallInFlight<'a>, spent: Amounts) {
         let (now, subject) = (self.now, running.call.subject());
         let settlement = Settlement { spent, is_complete: spent.completion >= running.completion };
-        let local = &mut self.locals[running.environment];
-        local.settle(now, subject, running.grant, settlement);
-        if running.environment == FOCUS {
-            self.outcome.spent = self.outcome.spent.saturating_add(spent);
-            record_debts(&mut self.meters, local, now);
-        }
+        let own = &mut self.environments[running.environment];
+        own.local.settle(now, subject, running.grant, settlement);
+        own.outcome.spent = own.outcome.spent.saturating_add(spent);
+        record_debts(&mut own.meters, &mut own.local, now);
         if let Some((at, grant)) = running.target.upstream.zip(running.upstream_grant) {
-            let UpstreamInReplay { local, meters } = &mut self.upstreams[at];
+            let UpstreamInReplay { local, meters, .. } = &mut self.upstreams[at];
             local.settle_backing(now, grant, spent);
             record_debts(meters, local, now);
         }
@@ -385,49 +442,37 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// The meters that measure a call: those of the environment in focus for its own calls, and those of the upstream.
+    /// The meters that measure a call: those of its environment, and those of the upstream.
     fn meters_of(
         &mut self,
         environment: usize,
         call: &'a TraceCall,
         target: Target<'a>,
     ) -> impl Iterator<Item = &mut Meter> {
-        let own = if environment == FOCUS { &mut self.meters[..] } else { &mut [] };
-        let own = own.iter_mut().filter(|meter| meter.measures(call.subject()));
+        let own = self.environments[environment].meters.iter_mut();
+        let own = own.filter(|meter| meter.measures(call.subject()));
         let upstream = target.upstream.map(|at| &mut self.upstreams[at]);
         let sent = Subject { caller: None, model: target.model };
         let shared = upstream.into_iter().flat_map(|upstream| &mut upstream.meters);
         own.chain(shared.filter(move |meter| meter.measures(sent)))
     }
 
-    /// Records which quotas deny a call, or would deny it in shadow mode. `is_focus`: the call belongs to the environment in
-    /// focus; otherwise only quotas of upstreams are recorded.
-    fn record_shortfalls(&mut self, no_room: &NoRoom, is_focus: bool) {
+    /// Records which quotas deny a call, or would deny it in shadow mode.
+    fn record_shortfalls(&mut self, no_room: &NoRoom, environment: usize) {
         let now = self.now;
-        if is_focus && no_room.is_of_upstream() {
-            self.outcome.denied_by_upstream += 1;
-        }
+        let EnvironmentInReplay { outcome, meters, .. } = &mut self.environments[environment];
+        outcome.denied_by_upstream += u64::from(no_room.is_of_upstream());
         let NoRoom::Quota(denied) = no_room else {
-            self.outcome.denied_in_flight += u64::from(is_focus);
+            outcome.denied_in_flight += 1;
             return;
         };
         for shortfall in denied.shortfalls() {
-            let own = if is_focus { &mut self.meters[..] } else { &mut [] };
             let shared = self.upstreams.iter_mut().flat_map(|upstream| &mut upstream.meters);
-            let mut meters = own.iter_mut().chain(shared);
+            let mut meters = meters.iter_mut().chain(shared);
             if let Some(meter) = meters.find(|meter| meter.quota.is_same_as(&shortfall.quota)) {
                 meter.record_denial(now);
             }
         }
-    }
-
-    /// Ends the time in which calls were denied, because a call was admitted.
-    fn end_denials(&mut self) {
-        if let Some(since) = self.denied_since.take() {
-            self.outcome.exhausted_ms += self.now.ms_since(since);
-        }
-        let now = self.now;
-        self.meters.iter_mut().for_each(|meter| meter.end_denials(now));
     }
 
     fn end_denials_of_upstream(&mut self, target: Target<'a>) {
@@ -437,17 +482,25 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn finish(mut self) -> ReplayOutcome {
-        self.end_denials();
-        let now = self.now;
-        let ((first, last), (begin, end)) = (self.outcome.span, self.traffic.span());
-        let own = self.meters.into_iter().map(|meter| meter.outcome(first, last));
-        let shared = self.upstreams.into_iter().flat_map(|upstream| upstream.meters).map(|mut meter| {
-            meter.end_denials(now);
-            meter.outcome(begin, end)
-        });
-        self.outcome.quotas = own.chain(shared).collect();
-        self.outcome
+    /// The outcome of each environment.
+    fn finish(self) -> Vec<ReplayOutcome> {
+        let (now, (begin, end)) = (self.now, self.traffic.span());
+        let of_upstream = |upstream: UpstreamInReplay| -> Vec<QuotaOutcome> {
+            let ended = upstream.meters.into_iter().map(|mut meter| {
+                meter.end_denials(now);
+                meter.outcome(begin, end)
+            });
+            ended.collect()
+        };
+        let shared: Vec<Vec<QuotaOutcome>> = self.upstreams.into_iter().map(of_upstream).collect();
+        let outcome = |(mut own, member): (EnvironmentInReplay, &Member<'_>)| {
+            own.end_denials(now);
+            let (first, last) = own.outcome.span;
+            let quotas = own.meters.into_iter().map(|meter| meter.outcome(first, last));
+            let of_upstreams = member.upstreams.iter().flat_map(|&at| shared[at].iter().cloned());
+            ReplayOutcome { quotas: quotas.chain(of_upstreams).collect(), ..own.outcome }
+        };
+        self.environments.into_iter().zip(&self.traffic.members).map(outcome).collect()
     }
 }
 

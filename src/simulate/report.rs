@@ -2,14 +2,16 @@
 
 use super::chart::chart;
 use super::meter::QuotaOutcome;
-use super::replay::{ReplayOutcome, replay};
+use super::parallel::run_jobs;
+use super::replay::{ReplayOutcome, replay, replay_configured};
 use super::search::{SearchBudget, SufficientLimit, is_unlimited, sufficient_limits};
-use super::traffic::FOCUS;
+use super::traffic::{Member, Traffic};
 use super::words::{a_period, amount, duration, grouped, utc};
-use super::{Mode, Pace, Traffic, words};
+use super::{Mode, Pace, TraceCall, words};
+use crate::config::Environment;
 use crate::quota::Quota;
 use serde_json::{Value, json};
-use std::thread;
+use std::sync::Arc;
 
 /// Maximum number of charts of an environment.
 const MAX_CHARTS: usize = 8;
@@ -33,33 +35,81 @@ pub struct SimulationReport {
     others: Vec<(Mode, ReplayOutcome)>,
 }
 
+/// The reports of all environments, in the order of the config. `all`: the environments with their calls, each sorted by
+/// time.
+///
+/// Environments that share upstreams with limits are replayed together: once as configured, and once for each environment
+/// in each other mode. Then the smallest limits that refuse no call are searched.
+pub fn reports(
+    all: &[(Arc<Environment>, Vec<TraceCall>)],
+    pace: Pace,
+    budget: &SearchBudget<'_>,
+) -> Vec<SimulationReport> {
+    let groups = Traffic::groups(all);
+    let replayed: Vec<_> = groups.iter().map(|group| replay_group(group, pace)).collect();
+    let members = groups.iter().flat_map(|group| &group.members).zip(replayed.into_iter().flatten());
+    let mut members: Vec<(&Member<'_>, Replayed)> = members.collect();
+    members.sort_by_key(|(member, _)| member.place);
+    members
+        .into_iter()
+        .map(|(member, replayed)| SimulationReport::of(member, replayed, pace, budget))
+        .collect()
+}
+
+/// The outcomes of one environment.
+pub(super) struct Replayed {
+    pub(super) configured: ReplayOutcome,
+    /// The other modes, the oracle last.
+    pub(super) others: Vec<(Mode, ReplayOutcome)>,
+}
+
+/// Replays a group in all modes. Returns the outcomes of its environments in their order.
+pub(super) fn replay_group(traffic: &Traffic<'_>, pace: Pace) -> Vec<Replayed> {
+    // Without a call, the modes do not differ. Some modes are that of the config.
+    let differs =
+        |member: &Member<'_>, mode: Mode| !member.calls.is_empty() && !mode.is_configured(member.environment);
+    let members = traffic.members.iter().enumerate();
+    let in_modes: Vec<(usize, Mode)> = members
+        .flat_map(|(index, member)| {
+            let modes = Mode::OTHERS.into_iter().filter(move |mode| differs(member, *mode));
+            modes.map(move |mode| (index, mode))
+        })
+        .collect();
+    // The first job is the largest one: it measures all environments.
+    let mut done = run_jobs(1 + in_modes.len(), |job| match job.checked_sub(1) {
+        None => replay_configured(traffic, pace),
+        Some(at) => vec![replay(traffic, in_modes[at].0, pace, in_modes[at].1)],
+    });
+    let others: Vec<_> =
+        done.split_off(1).into_iter().map(|done| done.and_then(|mut one| one.pop())).collect();
+    let mut configured = done.pop().flatten().unwrap_or_default();
+    configured.resize_with(traffic.members.len(), ReplayOutcome::default);
+    let of_member = |(index, configured): (usize, ReplayOutcome)| {
+        let in_mode = |mode: Mode| match in_modes.iter().position(|job| *job == (index, mode)) {
+            Some(at) => (mode, others[at].clone().unwrap_or_default()),
+            None => (mode, configured.clone()),
+        };
+        let others = Mode::OTHERS.map(in_mode).into();
+        Replayed { configured, others }
+    };
+    configured.into_iter().enumerate().map(of_member).collect()
+}
+
 impl SimulationReport {
-    /// Replays the calls in all modes, each on its own thread. Then searches the smallest limits that refuse no call.
-    pub fn of(traffic: &Traffic<'_>, pace: Pace, budget: &SearchBudget<'_>) -> Self {
-        let (configured, others) = thread::scope(|scope| {
-            let run = |mode| scope.spawn(move || replay(traffic, pace, mode));
-            let configured = run(Mode::Configured);
-            // Without a call, the modes do not differ.
-            let has_calls = !traffic.calls_of_focus.is_empty();
-            let others = Mode::OTHERS.map(|mode| (mode, has_calls.then(|| run(mode))));
-            // A replay panics only on a bug. The panic message is already printed.
-            let done =
-                |handle: thread::ScopedJoinHandle<'_, ReplayOutcome>| handle.join().unwrap_or_default();
-            let others = others.map(|(mode, handle)| (mode, handle.map(done).unwrap_or_default()));
-            (done(configured), others)
-        });
-        let environment = traffic.environments[FOCUS];
+    /// Searches the smallest limits that refuse no call.
+    pub(super) fn of(member: &Member<'_>, replayed: Replayed, pace: Pace, budget: &SearchBudget<'_>) -> Self {
+        let Replayed { configured, others } = replayed;
+        let Member { environment, calls, upstreams, .. } = member;
         let own = configured.quotas.iter().take_while(|q| !is_of_upstream(&q.quota)).count();
-        let mut sufficient =
-            sufficient_limits(environment, &configured.quotas[..own], traffic.calls_of_focus, pace, budget);
+        let mut sufficient = sufficient_limits(environment, &configured.quotas[..own], calls, pace, budget);
         sufficient.resize(configured.quotas.len(), None);
         Self {
             environment: environment.name.clone(),
             is_shadow: !environment.enforce,
-            has_upstream_limits: traffic.upstreams_of_focus > 0,
+            has_upstream_limits: !upstreams.is_empty(),
             sufficient,
             configured,
-            others: others.into(),
+            others,
         }
     }
 

@@ -1,17 +1,18 @@
 //! The search for the smallest limit that refuses no call of a trace.
 
 use super::meter::QuotaOutcome;
+use super::parallel::run_jobs;
 use super::replay::admits_all;
 use super::words::{readable, readable_index};
 use super::{Pace, TraceCall};
 use crate::clock::Stopwatch;
 use crate::config::Environment;
 use crate::quota::{MAX_LIMIT, Quota};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::thread;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// All searches of a simulation end after this time.
+/// All searches of a simulation together take at most this time.
 const MAX_TIME: Duration = Duration::from_mins(1);
 /// Interval of progress reports.
 const REPORT_INTERVAL: Duration = Duration::from_secs(2);
@@ -30,7 +31,8 @@ pub(super) struct SufficientLimit {
 
 /// The time that is left for searches, and reports of their progress.
 pub struct SearchBudget<'a> {
-    clock: Stopwatch,
+    /// Starts with the first search.
+    clock: OnceLock<Stopwatch>,
     replays: AtomicU64,
     /// Number of reports so far.
     reports: AtomicU64,
@@ -38,14 +40,14 @@ pub struct SearchBudget<'a> {
 }
 
 impl<'a> SearchBudget<'a> {
-    /// Begins now. `report` is called about every two seconds.
+    /// Begins with the first search. `report` is called about every two seconds.
     pub fn new(report: &'a (dyn Fn(&str) + Sync)) -> Self {
-        Self { clock: Stopwatch::start(), replays: 0.into(), reports: 0.into(), report }
+        Self { clock: OnceLock::new(), replays: 0.into(), reports: 0.into(), report }
     }
 
     /// Counts a replay. Returns whether there is time for it.
     fn allows_replay(&self) -> bool {
-        let elapsed = self.clock.elapsed();
+        let elapsed = self.clock.get_or_init(Stopwatch::start).elapsed();
         let replays = self.replays.fetch_add(1, Ordering::Relaxed);
         let due = elapsed.as_secs() / REPORT_INTERVAL.as_secs();
         if replays > 0 && self.reports.fetch_max(due, Ordering::Relaxed) < due {
@@ -69,25 +71,9 @@ pub(super) fn sufficient_limits(
     budget: &SearchBudget<'_>,
 ) -> Vec<Option<SufficientLimit>> {
     let has_limit = outcomes.iter().any(|outcome| outcome.calls > 0 && !is_unlimited(&outcome.quota));
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut found = Vec::new();
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(outcome) = outcomes.get(at) else { return found };
-            found.push((at, search(environment, outcome, has_limit, calls, pace, budget)));
-        }
-    };
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(outcomes.len());
-    let mut limits = vec![None; outcomes.len()];
-    thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        // A search panics only on a bug. The panic message is already printed.
-        for (at, limit) in handles.into_iter().flat_map(|handle| handle.join().unwrap_or_default()) {
-            limits[at] = limit;
-        }
-    });
-    limits
+    let found =
+        run_jobs(outcomes.len(), |at| search(environment, outcomes.get(at)?, has_limit, calls, pace, budget));
+    found.into_iter().map(Option::flatten).collect()
 }
 
 /// Bisects the readable numbers. A replay proves that the result admits all calls. It is the smallest such number if a

@@ -1,6 +1,8 @@
 mod upstreams;
 
 use super::replay::{admits_all, replay};
+use super::report::replay_group;
+use super::traffic::Traffic;
 use super::words::{readable, readable_index};
 use super::*;
 use crate::clock::Timestamp;
@@ -37,7 +39,7 @@ const TIGHT: &str = "quotas: { total_tokens: { limit: 1000, per: minute } }";
 fn a_trace_within_the_quota_is_admitted_completely() {
     let environment = environment(TIGHT);
     let calls: Vec<TraceCall> = (0..60).map(|s| call(s, 5, 5)).collect();
-    let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Oracle);
+    let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Oracle);
     assert_eq!((outcome.admitted, outcome.rejected, outcome.exhausted_ms), (60, 0, 0));
     assert_eq!((outcome.spent.total, outcome.overshoot()), (600, 0.0));
     assert!((outcome.utilisation() - 600.0 / (1_000.0 + 1_000.0 * 59.0 / 60.0)).abs() < 1e-9);
@@ -48,14 +50,14 @@ fn only_the_mode_without_reservations_overshoots() {
     let environment = environment(TIGHT);
     // A burst: a hundred calls of 100 tokens within a second.
     let calls: Vec<TraceCall> = (0..100).map(|_| call(0, 50, 50)).collect();
-    let afterwards = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Afterwards);
+    let afterwards = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Afterwards);
     assert_eq!(afterwards.admitted, 100);
     assert!(afterwards.overshoot() > 8.0, "{}", afterwards.overshoot());
     for mode in [Mode::MaxTokens, Mode::Oracle, Mode::Adaptive(0.9)] {
-        let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), mode);
+        let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), mode);
         assert!(outcome.overshoot() == 0.0 && outcome.rejected > 0, "{mode:?}: {outcome:?}");
     }
-    let oracle = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Oracle);
+    let oracle = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Oracle);
     assert_eq!((oracle.admitted, oracle.quotas[0].denials), (10, 90));
 }
 
@@ -69,7 +71,7 @@ fn extreme_input_terminates() {
         for first_token in [Duration::ZERO, Duration::from_secs(1 << 40), Duration::MAX] {
             let pace = Pace { first_token, tokens_per_second };
             for mode in [Mode::Configured, Mode::Oracle, Mode::Afterwards] {
-                let outcome = replay(&Traffic::alone(&environment, &calls), pace, mode);
+                let outcome = replay(&Traffic::alone(&environment, &calls), 0, pace, mode);
                 assert_eq!(outcome.admitted + outcome.rejected, 100);
                 assert!(outcome.admitted > 0 && outcome.spent.completion == outcome.admitted * most);
             }
@@ -81,7 +83,7 @@ fn extreme_input_terminates() {
 fn exhausted_time_lasts_from_a_denial_to_the_next_admission() {
     let environment = environment("quotas: { requests: { limit: 1, per: minute } }");
     let calls: Vec<TraceCall> = [0, 10, 20, 61].map(|s| call(s, 1, 1)).into();
-    let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Configured);
+    let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Configured);
     assert_eq!((outcome.admitted, outcome.rejected, outcome.exhausted_ms), (2, 2, 51_000));
     assert_eq!((outcome.quotas[0].denials, outcome.quotas[0].exhausted_ms), (2, 51_000));
 }
@@ -91,7 +93,7 @@ fn a_clamped_answer_ends_at_its_clamped_cap() {
     let environment =
         environment(&format!("{TIGHT}, reserve: {{ completion: max_tokens, when_short: clamp }}"));
     let outcome =
-        replay(&Traffic::alone(&environment, &[call(0, 100, 4_000)]), Pace::default(), Mode::Configured);
+        replay(&Traffic::alone(&environment, &[call(0, 100, 4_000)]), 0, Pace::default(), Mode::Configured);
     assert_eq!((outcome.admitted, outcome.spent.completion), (1, 900));
 }
 
@@ -99,7 +101,7 @@ fn a_clamped_answer_ends_at_its_clamped_cap() {
 fn a_cut_answer_ends_when_its_reservation_cannot_be_extended() {
     let environment = environment(&format!("{TIGHT}, reserve: {{ completion: 10, on_overrun: cut }}"));
     let fast = Pace { tokens_per_second: 500.0, ..Pace::default() };
-    let outcome = replay(&Traffic::alone(&environment, &[call(0, 100, 40_000)]), fast, Mode::Configured);
+    let outcome = replay(&Traffic::alone(&environment, &[call(0, 100, 40_000)]), 0, fast, Mode::Configured);
     assert_eq!(outcome.admitted, 1);
     assert!(outcome.spent.completion < 2_500, "{}", outcome.spent.completion);
 }
@@ -118,7 +120,9 @@ fn the_json_report_has_its_documented_fields() {
 }
 
 fn report(environment: &Environment, calls: &[TraceCall]) -> SimulationReport {
-    SimulationReport::of(&Traffic::alone(environment, calls), Pace::default(), &SearchBudget::new(&|_| {}))
+    let traffic = Traffic::alone(environment, calls);
+    let replayed = replay_group(&traffic, Pace::default()).remove(0);
+    SimulationReport::of(&traffic.members[0], replayed, Pace::default(), &SearchBudget::new(&|_| {}))
 }
 
 /// The last lines of the report.
@@ -216,7 +220,7 @@ fn quotas_of_callers_and_models_apply_to_their_calls_only() {
         of(4, "batch", "gpt-4o"),
         of(5, "batch", "gpt-4.1"),
     ];
-    let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Configured);
+    let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Configured);
     let own = outcome.quotas.iter().filter(|q| !q.quota.scope.name().is_empty());
     let mut quotas: Vec<_> = own.map(|q| (q.quota.scope.name(), q.calls, q.denials)).collect();
     quotas.sort_unstable();
@@ -228,7 +232,7 @@ fn a_calendar_quota_is_used_by_at_most_all_of_each_period() {
     let environment = environment("quotas: { requests: { limit: 10, per: day } }");
     // 2023-11-14T22:13:20Z, so midnight is within the trace of two hours.
     let calls: Vec<TraceCall> = (0..120).map(|minute| call(minute * 60, 1, 1)).collect();
-    let outcome = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Configured);
+    let outcome = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Configured);
     assert_eq!((outcome.admitted, outcome.quotas[0].spent), (20, 20));
     assert!((outcome.quotas[0].utilisation - 1.0).abs() < 1e-9, "{}", outcome.quotas[0].utilisation);
 }
@@ -238,8 +242,8 @@ fn levels_over_time_do_not_change_the_result() {
     let environment =
         environment("quotas: { total_tokens: [{ limit: 30k, per: minute }, { limit: 1M, per: day }] }");
     let calls = bursts(|_, skewed| 150.0 * skewed);
-    let drawn = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Configured);
-    let adaptive = replay(&Traffic::alone(&environment, &calls), Pace::default(), Mode::Adaptive(0.9));
+    let drawn = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Configured);
+    let adaptive = replay(&Traffic::alone(&environment, &calls), 0, Pace::default(), Mode::Adaptive(0.9));
     assert_eq!(
         (drawn.admitted, drawn.rejected, drawn.spent),
         (adaptive.admitted, adaptive.rejected, adaptive.spent)
@@ -273,8 +277,8 @@ fn assert_close_to_oracle(what: &str, calls: &[TraceCall], least: [f64; 3]) {
         let environment =
             environment(&format!("quotas: {{ total_tokens: {{ limit: {limit}, per: minute }} }}"));
         for pace in [Pace::default(), SLOW] {
-            let oracle = replay(&Traffic::alone(&environment, calls), pace, Mode::Oracle);
-            let adaptive = replay(&Traffic::alone(&environment, calls), pace, Mode::Configured);
+            let oracle = replay(&Traffic::alone(&environment, calls), 0, pace, Mode::Oracle);
+            let adaptive = replay(&Traffic::alone(&environment, calls), 0, pace, Mode::Configured);
             #[allow(clippy::cast_precision_loss)]
             let share = adaptive.admitted as f64 / oracle.admitted as f64;
             let (overshoot, rate) = (adaptive.overshoot(), pace.tokens_per_second);

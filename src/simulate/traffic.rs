@@ -1,5 +1,4 @@
-//! The calls of one replay: those of the environment in focus and, if it shares upstreams that have limits, those of the
-//! environments that share them.
+//! The calls of one replay: those of environments that share upstreams with limits, or those of one environment.
 
 use super::TraceCall;
 use crate::clock::Timestamp;
@@ -7,21 +6,24 @@ use crate::config::{Environment, UpstreamSettings};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-/// The index of the environment in focus.
-pub(super) const FOCUS: usize = 0;
-
-/// What one replay replays: the calls of the environment in focus, and everything that loads its upstreams.
-pub struct Traffic<'a> {
-    /// The environment in focus is the first one.
-    pub(super) environments: Vec<&'a Environment>,
-    /// The calls of the environment in focus.
-    pub(super) calls_of_focus: &'a [TraceCall],
-    /// The upstreams with limits that any of the environments uses; those of the environment in focus come first.
+/// What one replay replays: the calls of environments that share upstreams with limits, also by way of others.
+pub(super) struct Traffic<'a> {
+    /// In the order of the config.
+    pub(super) members: Vec<Member<'a>>,
+    /// The upstreams with limits that any of the environments uses.
     pub(super) upstreams: Vec<&'a UpstreamSettings>,
-    /// How many of `upstreams` the environment in focus uses.
-    pub(super) upstreams_of_focus: usize,
     /// The calls of all environments, sorted by time.
     calls: Vec<(usize, &'a TraceCall)>,
+}
+
+/// An environment with its calls.
+pub(super) struct Member<'a> {
+    pub(super) environment: &'a Environment,
+    pub(super) calls: &'a [TraceCall],
+    /// Indices of its upstreams with limits.
+    pub(super) upstreams: Vec<usize>,
+    /// Index of the environment in the config.
+    pub(super) place: usize,
 }
 
 /// An upstream that may serve a call.
@@ -36,51 +38,57 @@ pub(super) struct Target<'a> {
 impl<'a> Traffic<'a> {
     /// The calls of one environment. Limits of its upstreams do not apply.
     pub(super) fn alone(environment: &'a Environment, calls: &'a [TraceCall]) -> Self {
+        let member = Member { environment, calls, upstreams: Vec::new(), place: 0 };
         Self {
-            environments: vec![environment],
-            calls_of_focus: calls,
+            members: vec![member],
             upstreams: Vec::new(),
-            upstreams_of_focus: 0,
-            calls: calls.iter().map(|call| (FOCUS, call)).collect(),
+            calls: calls.iter().map(|call| (0, call)).collect(),
         }
     }
 
-    /// The calls of the environment at `focus` and of all environments that share an upstream with limits with it, also
-    /// by way of others. `all`: the environments of the config with their calls, each sorted by time.
+    /// The environments of the config in groups: each with those that share an upstream with limits with it, also by way of
+    /// others. `all`: the environments with their calls, each sorted by time.
     ///
-    /// Of the calls of one millisecond, each environment has one in turn, in the order of the config.
-    pub fn around(focus: usize, all: &'a [(Arc<Environment>, Vec<TraceCall>)]) -> Option<Self> {
-        let (environment, calls) = all.get(focus)?;
-        let mut traffic = Self::alone(environment, calls);
-        traffic.add_upstreams(environment);
-        traffic.upstreams_of_focus = traffic.upstreams.len();
-        let mut members = vec![focus];
-        let mut left: Vec<usize> = (0..all.len()).filter(|at| *at != focus).collect();
-        while let Some(found) = left.iter().position(|&at| traffic.shares(&all[at].0)) {
-            let at = left.remove(found);
-            traffic.environments.push(&all[at].0);
-            traffic.add_upstreams(&all[at].0);
-            members.push(at);
-        }
-        if members.len() > 1 {
-            let mut turns = Vec::new();
-            for (index, &at) in members.iter().enumerate() {
-                turns.extend(turns_of(&all[at].1).map(|(turn, call)| (call.at, turn, at, index, call)));
+    /// Of the calls of one millisecond, each environment of a group has one in turn, in the order of the config.
+    pub(super) fn groups(all: &'a [(Arc<Environment>, Vec<TraceCall>)]) -> Vec<Self> {
+        let mut left: Vec<usize> = (0..all.len()).collect();
+        let mut groups = Vec::new();
+        while !left.is_empty() {
+            let mut group = Self { members: Vec::new(), upstreams: Vec::new(), calls: Vec::new() };
+            group.add(left.remove(0), all);
+            while let Some(found) = left.iter().position(|&at| group.shares(&all[at].0)) {
+                group.add(left.remove(found), all);
             }
-            // The order does not depend on the focus, so the results of all reports agree.
-            turns.sort_by_key(|&(time, turn, at, ..)| (time, turn, at));
-            traffic.calls = turns.into_iter().map(|(.., index, call)| (index, call)).collect();
+            group.members.sort_by_key(|member| member.place);
+            group.sort_calls();
+            groups.push(group);
         }
-        Some(traffic)
+        groups
     }
 
-    fn add_upstreams(&mut self, environment: &'a Environment) {
-        let limited = environment.all_upstreams().into_iter().filter(|upstream| upstream.has_limits());
-        for upstream in limited {
-            if self.index_of(upstream).is_none() {
+    /// Adds the environment at this place of the config.
+    fn add(&mut self, place: usize, all: &'a [(Arc<Environment>, Vec<TraceCall>)]) {
+        let (environment, calls) = &all[place];
+        let mut upstreams = Vec::new();
+        for upstream in environment.all_upstreams().into_iter().filter(|upstream| upstream.has_limits()) {
+            let at = self.index_of(upstream).unwrap_or_else(|| {
                 self.upstreams.push(upstream);
+                self.upstreams.len() - 1
+            });
+            if !upstreams.contains(&at) {
+                upstreams.push(at);
             }
         }
+        self.members.push(Member { environment, calls, upstreams, place });
+    }
+
+    fn sort_calls(&mut self) {
+        let mut turns = Vec::new();
+        for (index, member) in self.members.iter().enumerate() {
+            turns.extend(turns_of(member.calls).map(|(turn, call)| (call.at, turn, index, call)));
+        }
+        turns.sort_by_key(|&(time, turn, index, _)| (time, turn, index));
+        self.calls = turns.into_iter().map(|(.., index, call)| (index, call)).collect();
     }
 
     fn shares(&self, environment: &Environment) -> bool {
@@ -106,7 +114,7 @@ impl<'a> Traffic<'a> {
         if self.upstreams.is_empty() {
             return smallvec::smallvec![Target { upstream: None, model: &call.model }];
         }
-        let environment = self.environments[environment];
+        let environment = self.members[environment].environment;
         let route = call.api.and_then(|api| environment.route_of(api, &call.model));
         let Some(route) = route.and_then(|at| environment.routes.get(at)) else {
             let upstream = self.index_of(&environment.upstream);
@@ -121,10 +129,12 @@ impl<'a> Traffic<'a> {
         let ends = self.calls.first().zip(self.calls.last());
         ends.map_or_else(Default::default, |((_, first), (_, last))| (first.at, last.at))
     }
+}
 
-    /// The times of the first and the last call of the environment in focus.
-    pub(super) fn span_of_focus(&self) -> (Timestamp, Timestamp) {
-        let ends = self.calls_of_focus.first().zip(self.calls_of_focus.last());
+impl Member<'_> {
+    /// The times of its first and last call.
+    pub(super) fn span(&self) -> (Timestamp, Timestamp) {
+        let ends = self.calls.first().zip(self.calls.last());
         ends.map_or_else(Default::default, |(first, last)| (first.at, last.at))
     }
 }

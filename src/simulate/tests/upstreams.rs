@@ -1,6 +1,6 @@
 //! Limits of upstreams, which the calls of all environments use.
 
-use super::super::replay::ReplayOutcome;
+use super::super::replay::{ReplayOutcome, replay_configured};
 use super::*;
 use std::sync::Arc;
 
@@ -14,12 +14,23 @@ fn all<const N: usize>(upstreams: &str, environments: &str, calls: [Vec<TraceCal
     of_config.zip(calls).collect()
 }
 
+/// The group of an environment, and its index there.
+fn group(all: &All, focus: usize) -> (Traffic<'_>, usize) {
+    let groups = Traffic::groups(all).into_iter();
+    let found = groups.filter_map(|group| {
+        let at = group.members.iter().position(|member| member.place == focus)?;
+        Some((group, at))
+    });
+    found.collect::<Vec<_>>().pop().unwrap()
+}
+
 fn outcome(all: &All, focus: usize, mode: Mode) -> ReplayOutcome {
-    replay(&Traffic::around(focus, all).unwrap(), Pace::default(), mode)
+    let (traffic, at) = group(all, focus);
+    replay(&traffic, at, Pace::default(), mode)
 }
 
 fn report_of(all: &All, focus: usize) -> SimulationReport {
-    SimulationReport::of(&Traffic::around(focus, all).unwrap(), Pace::default(), &SearchBudget::new(&|_| {}))
+    reports(all, Pace::default(), &SearchBudget::new(&|_| {})).remove(focus)
 }
 
 fn burst(count: usize) -> Vec<TraceCall> {
@@ -95,10 +106,10 @@ fn calls_of_other_upstreams_are_not_counted() {
         TraceCall { model: "claude-5".into(), ..with_api(None) },
     ];
     let all = all(&upstreams, environments, [calls, burst(100)]);
-    let traffic = Traffic::around(0, &all).unwrap();
-    assert_eq!((traffic.environments.len(), traffic.len()), (1, 4), "b uses no upstream with limits");
+    let (traffic, _) = group(&all, 0);
+    assert_eq!((traffic.members.len(), traffic.len()), (1, 4), "b uses no upstream with limits");
     assert_eq!(shared(&outcome(&all, 0, Mode::Configured)), [("u", 2, 0)]);
-    assert_eq!(Traffic::around(1, &all).unwrap().upstreams.len(), 0);
+    assert_eq!(group(&all, 1).0.upstreams.len(), 0);
 }
 
 #[test]
@@ -116,8 +127,8 @@ fn the_first_upstream_with_room_serves_a_call() {
     assert_eq!((outcomes[0].admitted, outcomes[1].admitted), (4, 3));
     assert_eq!(shared(&outcomes[0])[1].1, 6, "{:?}", shared(&outcomes[0]));
     // By way of a, the calls of b concern c. Only the upstream that c uses is measured.
-    let traffic = Traffic::around(2, &all).unwrap();
-    assert_eq!((traffic.environments.len(), traffic.upstreams.len()), (3, 2));
+    let (traffic, _) = group(&all, 2);
+    assert_eq!((traffic.members.len(), traffic.upstreams.len()), (3, 2));
     assert_eq!(shared(&outcomes[2]).iter().map(|quota| quota.0).collect::<Vec<_>>(), ["u"]);
 }
 
@@ -165,4 +176,81 @@ fn without_limits_of_upstreams_other_environments_change_nothing() {
     let (around, alone) = (report_of(&all, 0), report(environment, calls));
     assert_eq!((around.as_json(), around.to_text(Some(80))), (alone.as_json(), alone.to_text(Some(80))));
     assert!(around.as_json().get("denied_by_upstream").is_none());
+}
+
+#[test]
+fn one_replay_of_a_group_has_the_outcome_of_each_environment() {
+    let upstreams = "  u: { base_url: 'http://u/v1', quotas: { total_tokens: { limit: 3000, per: minute } }, model_quotas: { 'm1*': { requests: { limit: 9, per: minute } } } }
+  v: { base_url: 'http://v/v1', max_in_flight: 3, quotas: { requests: { limit: 40, per: hour, window: calendar } } }
+  w: { base_url: 'http://w/v1' }";
+    let environments = "  a: { upstream: u, quotas: { total_tokens: { limit: 1500, per: minute }, requests: { limit: 90, per: day } } }
+  alone: { upstream: w, quotas: { total_tokens: { limit: 900, per: minute } } }
+  b: { upstream: w, routes: [{ models: ['m*'], upstream: [v, u] }], reserve: { completion: 60, on_overrun: cut }, model_quotas: { 'm1*': { total_tokens: { limit: 800, per: minute } } } }
+  c: { upstream: v, enforce: false, max_in_flight: 4, quotas: { total_tokens: { limit: 700, per: minute } } }
+  d: { upstream: u, reserve: { completion: max_tokens, when_short: clamp }, quotas: { completion_tokens: { limit: 600, per: minute } } }";
+    let calls = |seed: u64| -> Vec<TraceCall> {
+        let number = |n: u64| (n * 7_919 + seed * 104_729) % 1_009;
+        let of = |n: u64| TraceCall {
+            model: format!("m{}", number(n) % 4),
+            max_tokens: n.is_multiple_of(3).then_some(number(n + 1) % 200 + 1),
+            ..call(n * 2 + number(n) % 2, number(n) % 60, number(n + 2) % 150)
+        };
+        (0..120).map(of).collect()
+    };
+    let all = all(upstreams, environments, [calls(1), calls(2), calls(3), calls(4), calls(5)]);
+    let groups = Traffic::groups(&all);
+    let places: Vec<Vec<usize>> =
+        groups.iter().map(|group| group.members.iter().map(|member| member.place).collect()).collect();
+    assert_eq!(places, [vec![0, 2, 3, 4], vec![1]]);
+    let mut denied = 0;
+    for group in &groups {
+        let together = replay_configured(group, Pace::default());
+        for (at, outcome) in together.iter().enumerate() {
+            let own = replay(group, at, Pace::default(), Mode::Configured);
+            assert_eq!(format!("{outcome:?}"), format!("{own:?}"), "{}", group.members[at].environment.name);
+            denied += outcome.denied_by_upstream;
+        }
+    }
+    assert!(denied > 20, "{denied}");
+    let reports = reports(&all, Pace::default(), &SearchBudget::new(&|_| {}));
+    let names: Vec<&str> = reports.iter().map(|report| report.environment.as_str()).collect();
+    assert_eq!(names, ["a", "alone", "b", "c", "d"]);
+}
+
+#[test]
+fn a_mode_that_is_configured_is_not_replayed_again() {
+    let is_configured = |settings: &str, mode: Mode| mode.is_configured(&environment(settings));
+    assert!(is_configured("reserve: { completion: adaptive, quantile: 0.9 }", Mode::Adaptive(0.9)));
+    assert!(is_configured("reserve: { completion: max_tokens }", Mode::MaxTokens));
+    let calls: Vec<TraceCall> = (0..40).map(|n| call(n / 4, 20, 30)).collect();
+    let quotas = "quotas: { total_tokens: { limit: 900, per: minute } }";
+    for (settings, mode) in [
+        ("reserve: { completion: max_tokens }", Mode::MaxTokens),
+        ("reserve: { quantile: 0.5 }", Mode::Adaptive(0.5)),
+        ("reserve: { completion: none }", Mode::PromptOnly),
+    ] {
+        let own = environment(&format!("{quotas}, {settings}"));
+        let traffic = Traffic::alone(&own, &calls);
+        let replayed = replay_group(&traffic, Pace::default()).remove(0);
+        let (_, in_mode) = replayed.others.iter().find(|(other, _)| *other == mode).unwrap();
+        let expected = replay(&traffic, 0, Pace::default(), mode);
+        let figures =
+            |of: &ReplayOutcome| (of.admitted, of.rejected, of.exhausted_ms, of.spent, of.utilisation());
+        assert_eq!(figures(in_mode), figures(&expected), "{settings}");
+    }
+    for (settings, mode) in [
+        ("reserve: { completion: adaptive, quantile: 0.9 }", Mode::Adaptive(0.99)),
+        ("reserve: { completion: max_tokens }", Mode::Oracle),
+        ("reserve: { completion: max_tokens }, enforce: false", Mode::MaxTokens),
+        ("reserve: { completion: max_tokens, when_short: clamp }", Mode::MaxTokens),
+        ("reserve: { completion: none }", Mode::Afterwards),
+    ] {
+        assert!(!is_configured(settings, mode), "{settings}");
+        let own = environment(&format!("{quotas}, {settings}"));
+        let traffic = Traffic::alone(&own, &calls);
+        let replayed = replay_group(&traffic, Pace::default()).remove(0);
+        let (_, in_mode) = replayed.others.iter().find(|(other, _)| *other == mode).unwrap();
+        let expected = replay(&traffic, 0, Pace::default(), mode);
+        assert_eq!(format!("{in_mode:?}"), format!("{expected:?}"), "{settings}");
+    }
 }
