@@ -47,9 +47,10 @@ impl Reported {
 
     /// Whether the report says 0 for a prompt or a completion that was not empty.
     pub fn has_false_zero(&self, own: &OwnFigures) -> bool {
-        let has_false_zero_completion = match self.is_total_only() {
-            true => self.total() <= Some(own.completion),
-            false => self.completion() == Some(0) && own.completion > 0,
+        let has_false_zero_completion = if self.is_total_only() {
+            self.total() <= Some(own.completion)
+        } else {
+            self.completion() == Some(0) && own.completion > 0
         };
         self.has_false_zero_prompt(own) || has_false_zero_completion
     }
