@@ -23,7 +23,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let trie = trie::build(&tokens);
         let (records, merges) = merges::build(&tokens, &trie);
         write(out.join(format!("{name}.nodes")), bytes_of(&trie.nodes))?;
-        write(out.join(format!("{name}.ends")), bytes_of(&trie.ends))?;
+        let ends = trie.ranked_ends();
+        write(out.join(format!("{name}.ends")), bytes_of(&ends.tokens))?;
+        write(out.join(format!("{name}.block_starts")), bytes_of(&ends.block_starts))?;
+        write(out.join(format!("{name}.ranks")), &ends.ranks)?;
         write(out.join(format!("{name}.merges")), bytes_of(&merges))?;
         write(
             out.join(format!("{name}.records")),

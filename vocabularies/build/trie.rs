@@ -1,6 +1,6 @@
 //! Builds the trie of all tokens as a double array.
 
-use crate::format::{ENDS_TOKEN, LEAF_BASE, ROOT_BASE, UNUSED, label_of, longest_token, node};
+use crate::format::{ENDS_TOKEN, LEAF_BASE, RANK_BLOCK, ROOT_BASE, UNUSED, label_of, longest_token, node};
 
 /// How many free places are tried for the children of a node before the array grows.
 const MAX_TRIES: usize = 100;
@@ -17,6 +17,31 @@ impl Trie {
     pub(crate) fn longest_token(&self, text: &[u8]) -> Option<u32> {
         longest_token(text, |slot| self.nodes[slot]).map(|slot| self.ends[slot])
     }
+
+    /// The tokens that end at nodes, without the places where none ends.
+    pub(crate) fn ranked_ends(&self) -> RankedEnds {
+        let mut ends = RankedEnds { tokens: Vec::new(), block_starts: Vec::new(), ranks: Vec::new() };
+        for (nodes, tokens) in self.nodes.chunks(RANK_BLOCK).zip(self.ends.chunks(RANK_BLOCK)) {
+            ends.block_starts.push(u32::try_from(ends.tokens.len()).unwrap_or(u32::MAX));
+            let mut rank = 0;
+            for (node, token) in nodes.iter().zip(tokens) {
+                ends.ranks.push(rank);
+                if node & ENDS_TOKEN != 0 {
+                    ends.tokens.push(*token);
+                    // Only the block's last place can overflow the rank, and no place follows it.
+                    rank = rank.wrapping_add(1);
+                }
+            }
+        }
+        ends
+    }
+}
+
+/// The tokens that end at nodes, and how to find them by their place (`format.rs`).
+pub(crate) struct RankedEnds {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) block_starts: Vec<u32>,
+    pub(crate) ranks: Vec<u8>,
 }
 
 /// A node while the trie is built.

@@ -1,6 +1,8 @@
 //! The format of the tables, for the library and for `build.rs`.
 //!
 //! - The trie of all tokens is a double array. The child of a node for a byte is at the node's base XOR the byte.
+//! - The tokens that end at nodes are in the order of the nodes' places. A token's index is the number of tokens that end
+//!   before the block of its place, and its rank: the number of those that end before it within the block.
 //! - Each token has a record: the two tokens that it is merged from, its longest proper prefix, and its length.
 //! - A hash table maps two tokens to the token that they merge into.
 
@@ -11,6 +13,8 @@ pub(crate) const ENDS_TOKEN: u32 = 1 << 9;
 /// A place without a node: no byte leads to it.
 #[allow(dead_code, reason = "only build.rs uses it")]
 pub(crate) const UNUSED: u32 = 256;
+/// Places of a block: so many that a byte can hold each rank.
+pub(crate) const RANK_BLOCK: usize = 256;
 /// The base of the root's children.
 pub(crate) const ROOT_BASE: u32 = 256;
 /// The base of nodes without children. No child has this base.

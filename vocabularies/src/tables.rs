@@ -1,6 +1,6 @@
 //! The tables of a vocabulary, read in place.
 
-use crate::format::{BUCKET, FREE, Merges, PairKey, Record, longest_token};
+use crate::format::{BUCKET, FREE, Merges, PairKey, RANK_BLOCK, Record, longest_token};
 
 /// Places a table so that no entry is in two cache lines.
 #[repr(align(64))]
@@ -9,6 +9,8 @@ pub(crate) struct Aligned<T: ?Sized>(pub(crate) T);
 pub(crate) struct Tables {
     nodes: &'static [[u8; 4]],
     ends: &'static [[u8; 4]],
+    block_starts: &'static [[u8; 4]],
+    ranks: &'static [u8],
     records: &'static [[u8; 8]],
     merges: &'static [[[u8; 4]; BUCKET]],
 }
@@ -20,20 +22,28 @@ macro_rules! tables {
             &$crate::tables::Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".nodes")));
         static ENDS: &$crate::tables::Aligned<[u8]> =
             &$crate::tables::Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".ends")));
+        static BLOCK_STARTS: &$crate::tables::Aligned<[u8]> =
+            &$crate::tables::Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".block_starts")));
+        static RANKS: &$crate::tables::Aligned<[u8]> =
+            &$crate::tables::Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".ranks")));
         static RECORDS: &$crate::tables::Aligned<[u8]> =
             &$crate::tables::Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".records")));
         static MERGES: &$crate::tables::Aligned<[u8]> =
             &$crate::tables::Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".merges")));
-        $crate::tables::Tables::new([NODES, ENDS, RECORDS, MERGES])
+        $crate::tables::Tables::new([NODES, ENDS, BLOCK_STARTS, RANKS, RECORDS, MERGES])
     }};
 }
 pub(crate) use tables;
 
 impl Tables {
-    pub(crate) const fn new([nodes, ends, records, merges]: [&'static Aligned<[u8]>; 4]) -> Self {
+    pub(crate) const fn new(
+        [nodes, ends, block_starts, ranks, records, merges]: [&'static Aligned<[u8]>; 6],
+    ) -> Self {
         Self {
             nodes: nodes.0.as_chunks().0,
             ends: ends.0.as_chunks().0,
+            block_starts: block_starts.0.as_chunks().0,
+            ranks: &ranks.0,
             records: records.0.as_chunks().0,
             merges: merges.0.as_chunks().0.as_chunks().0,
         }
@@ -48,7 +58,8 @@ impl Tables {
     #[inline]
     pub(crate) fn longest_token(&self, text: &[u8]) -> Option<u32> {
         let place = longest_token(text, |place| u32::from_le_bytes(self.nodes[place]))?;
-        Some(u32::from_le_bytes(self.ends[place]))
+        let start = u32::from_le_bytes(self.block_starts[place / RANK_BLOCK]);
+        Some(u32::from_le_bytes(self.ends[start as usize + usize::from(self.ranks[place])]))
     }
 }
 
