@@ -276,16 +276,16 @@ trait HeaderSink {
     fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String));
 }
 
-/// Lines of the head of an answer.
+/// Lines of the head of an answer, each behind the end of the line before it.
 struct HeaderLines(String);
 
 impl HeaderSink for HeaderLines {
     #[inline]
     fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String)) {
+        self.0.push_str("\r\n");
         self.0.push_str(name.as_str());
         self.0.push_str(": ");
         write(&mut self.0);
-        self.0.push_str("\r\n");
     }
 }
 

@@ -15,8 +15,8 @@ use std::task::{Context, Poll, ready};
 
 /// The name of the mark. It begins like the gateway's own headers, which no upstream can send.
 const MARK_NAME: HeaderName = HeaderName::from_static("x-tollgate-lines");
-/// The mark as hyper writes it.
-const MARK: &[u8] = b"x-tollgate-lines: \r\n";
+/// The mark as hyper writes it, with the end of the line before it: a value of another header cannot contain that.
+const MARK: &[u8] = b"\r\nx-tollgate-lines: ";
 static MARK_FINDER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(MARK));
 
 /// The lines of the answers of one connection whose heads are not written yet. There is one answer, unless a caller sends
@@ -33,7 +33,7 @@ struct Unwritten {
 }
 
 impl HeadLines {
-    /// Adds lines, each with its end, to the head of the next answer, whose headers these are.
+    /// Adds lines, each behind the end of the line before it, to the head of the next answer, whose headers these are.
     pub(super) fn add(&self, lines: Vec<u8>, headers: &mut HeaderMap) {
         if lines.is_empty() {
             return;
@@ -166,17 +166,17 @@ mod tests {
             takes in prop::collection::vec(0_usize..60, 0..60),
         ) {
             let (head_lines, mut headers) = (HeadLines::default(), HeaderMap::new());
-            head_lines.add(b"a: 1\r\nb: 2\r\n".to_vec(), &mut headers);
-            head_lines.add(b"c: 3\r\n".to_vec(), &mut headers);
+            head_lines.add(b"\r\na: 1\r\nb: 2".to_vec(), &mut headers);
+            head_lines.add(b"\r\nc: 3".to_vec(), &mut headers);
             prop_assert_eq!(headers.len(), 1);
             let mark = headers.iter().map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap()));
             let mark = mark.collect::<String>();
             let heads = format!(
-                "HTTP/1.1 200 OK\r\n{mark}date: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\n{mark}\r\n"
+                "HTTP/1.1 200 OK\r\ne: {mark}{mark}date: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\n{mark}\r\n"
             );
             let written = write(&head_lines, heads.as_bytes(), mark.as_bytes(), takes);
             let expected = format!(
-                "HTTP/1.1 200 OK\r\na: 1\r\nb: 2\r\ndate: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nc: 3\r\n\r\n{mark}"
+                "HTTP/1.1 200 OK\r\ne: {mark}a: 1\r\nb: 2\r\ndate: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nc: 3\r\n\r\n{mark}"
             );
             prop_assert_eq!(String::from_utf8(written).unwrap(), expected);
         }
