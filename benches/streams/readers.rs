@@ -70,6 +70,8 @@ pub(crate) fn measure(is_quick: bool) -> bool {
             // comparable.
             let length = match size {
                 1 => MIB / 2,
+                // The JSON reader has a shorter way for an answer that arrives whole.
+                _ if size > MIB => 2 * size,
                 _ if matches!(kind, Kind::Long | Kind::JsonText | Kind::JsonNumbers) => 32 * MIB,
                 64 => 4 * MIB,
                 _ if is_quick => 8 * MIB,
@@ -85,11 +87,8 @@ pub(crate) fn measure(is_quick: bool) -> bool {
                 }
             }
             let (speed, ratio) = (once.len() as f64 / MB / runs.best, runs.ratio());
-            is_fine &= is_within(
-                &format!("{name} in pieces of {pieces}, twice the input"),
-                ratio,
-                MAX_RATIO_FOR_TWICE,
-            );
+            is_fine &=
+                is_within(&format!("{name}, pieces: {pieces}, twice the input"), ratio, MAX_RATIO_FOR_TWICE);
             if size == 16 * 1024 {
                 is_fine &= is_within(&format!("{name}: ns per byte"), 1_000.0 / speed, 1_000.0 / min_speed);
             }
