@@ -9,6 +9,7 @@ mod events;
 mod explain;
 mod guesses;
 mod health;
+mod json_body;
 mod log_level;
 mod openapi;
 mod origins;

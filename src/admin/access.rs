@@ -4,6 +4,7 @@
 use super::answers::{AccessErrors, ErrorBody, NoParameters, ParameterErrors, body_too_large, refusal};
 use super::audit::{self, Action, Actor, Identity, LISTENER, WrongTokens};
 use super::guesses::Guesses;
+use super::json_body::read_object;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
 use super::{Admin, Client, EXPLAIN, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES};
 use crate::clock;
@@ -218,7 +219,7 @@ pub(super) async fn sign_in(
     _: NoParameters,
     body: Bytes,
 ) -> Response {
-    let Ok(SignIn { token: given }) = serde_json::from_slice(&body) else {
+    let Ok(SignIn { token: given }) = read_object(&body) else {
         return refusal(StatusCode::BAD_REQUEST, "invalid_json", "The body is not {\"token\": \"...\"}.");
     };
     let snapshot = admin.state.current();

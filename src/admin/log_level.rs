@@ -3,6 +3,7 @@
 use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, NoParameters, ParameterErrors, refusal};
 use super::audit::{self, Action, Actor};
+use super::json_body::read_object;
 use crate::config::LogLevel;
 use crate::telemetry::{LevelView, log_level, set_log_level};
 use axum::Json;
@@ -44,7 +45,7 @@ pub(super) async fn set_level(
     _: NoParameters,
     body: Bytes,
 ) -> Response {
-    let level = match serde_json::from_slice::<LevelBody>(&body).map(|body| body.level) {
+    let level = match read_object::<LevelBody>(&body).map(|body| body.level) {
         Ok(None) => Some(None),
         Ok(Some(name)) => LogLevel::of(&name).map(Some),
         Err(_) => None,

@@ -162,6 +162,8 @@ impl MemberScanner {
                 b',' if is_at_members => {
                     self.end_value(&piece[from..at - 1], &mut found);
                     self.expects_key = true;
+                    // In malformed JSON a colon may follow.
+                    self.key_length = 0;
                 }
                 b':' if is_at_members && self.expects_key => {
                     self.expects_key = false;
@@ -199,6 +201,7 @@ impl MemberScanner {
             self.member_depth = if bracket == b'[' { 2 } else { 1 };
         }
         self.expects_key = self.depth == self.member_depth && bracket == b'{';
+        self.key_length = 0;
         self.expects_element = self.depth == 1 && bracket == b'[';
     }
 

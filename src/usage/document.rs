@@ -210,6 +210,16 @@ mod tests {
     }
 
     #[test]
+    fn a_colon_without_a_key_does_not_belong_to_the_key_before() {
+        let document = r#"{"usage":{"completion_tokens":3},:{"completion_tokens":9},
+            "choices":[{"usage":{"completion_tokens":1}}],:{:8,"a":2}}"#;
+        for cut in 0..=document.len() {
+            let (reported, _) = read(document.as_bytes(), &[cut]);
+            assert_eq!((reported.completion(), reported.has_incredible()), (Some(3), false), "{cut}");
+        }
+    }
+
+    #[test]
     fn usage_is_found_in_the_shape_of_each_provider() {
         for (document, want) in [
             (r#"{"candidates":[],"usageMetadata":{"promptTokenCount":2,"candidatesTokenCount":3}}"#, (2, 3)),

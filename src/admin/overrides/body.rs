@@ -2,6 +2,7 @@
 
 use super::{BodyResult, invalid};
 use crate::admin::answers::refusal;
+use crate::admin::json_body::read_object;
 use crate::config;
 use crate::quota::{MAX_LIMIT, UNLIMITED};
 use axum::response::Response;
@@ -106,7 +107,7 @@ impl Terms {
 fn parse<T: DeserializeOwned>(body: BodyResult, shape: &str) -> Result<T, Box<Response>> {
     let bad = |message: &str| Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_json", message));
     let body = body.map_err(|error| bad(&format!("The body cannot be read: {}.", error.body_text())))?;
-    serde_json::from_slice(&body).map_err(|error| bad(&format!("The body is not {shape}: {error}.")))
+    read_object(&body).map_err(|error| bad(&format!("The body is not {shape}: {error}.")))
 }
 
 fn amount(field: &str, value: &Value, or: &str) -> Result<u64, Box<Response>> {
@@ -167,6 +168,7 @@ mod tests {
             (r#"{"limit": 1, "bursts": 2}"#, None),
             (r#"{"limit": 1, "burst": 0}"#, None),
             ("{}", None),
+            ("[400000]", None),
             ("", None),
         ] {
             assert_eq!(read(body).map(|body| body.limit), limit, "{body}");
