@@ -66,16 +66,18 @@ impl ChunkedDecoder {
 
 /// Removes a chunk's size line; `None` if it is not complete.
 fn take_size(buffer: &mut BytesMut) -> io::Result<Option<u64>> {
-    match httparse::parse_chunk_size(buffer).map_err(|_| invalid("a chunk's size is not valid"))? {
-        httparse::Status::Partial if buffer.len() > MAX_SIZE_LINE_BYTES => {
-            Err(invalid("the line with a chunk's size is too long"))
-        }
-        httparse::Status::Partial => Ok(None),
-        httparse::Status::Complete((line, size)) => {
-            buffer.advance(line);
-            Ok(Some(size))
-        }
+    let parsed = httparse::parse_chunk_size(buffer).map_err(|_| invalid("a chunk's size is not valid"))?;
+    let (line, size) = match parsed {
+        httparse::Status::Partial => (buffer.len(), None),
+        httparse::Status::Complete((line, size)) => (line, Some(size)),
+    };
+    if line > MAX_SIZE_LINE_BYTES {
+        return Err(invalid("the line with a chunk's size is too long"));
     }
+    if size.is_some() {
+        buffer.advance(line);
+    }
+    Ok(size)
 }
 
 /// Removes a line of the trailer section. `read`: the number of bytes of the section before this line. `None`: the
@@ -158,7 +160,9 @@ mod tests {
             assert!(decode(wire.as_bytes(), &[]).is_err(), "{wire}");
         }
         assert!(decode(&[b'1'; 20], &[]).is_err());
-        assert!(decode(format!("1;{}", "x".repeat(9_000)).as_bytes(), &[]).is_err());
+        for end in ["", "\r\n \r\n0\r\n\r\n"] {
+            assert!(decode(format!("1;{}{end}", "x".repeat(9_000)).as_bytes(), &[]).is_err());
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::body::Http1Body;
 use super::connection::Http1Connection;
-use super::head::{self, AnswerHead, MAX_HEAD_BYTES, invalid};
+use super::head::{self, AnswerHead, invalid};
 use super::outgoing::RequestWriter;
 use super::pool::IdlePool;
 use crate::upstream::request::{ExchangeError, Request};
@@ -66,9 +66,6 @@ fn poll_head(
                 )));
             }
             continue;
-        }
-        if connection.buffer.len() > MAX_HEAD_BYTES {
-            return Poll::Ready(Err(invalid("the answer's head is too long")));
         }
         if ready!(connection.poll_read(cx))? == 0 {
             return Poll::Ready(Err(ErrorKind::UnexpectedEof.into()));

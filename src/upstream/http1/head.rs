@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, Write as _};
 use std::mem::MaybeUninit;
 
 /// Maximum length of an answer's head, in bytes. It also bounds the number of headers.
-pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
+const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// An answer with more headers needs an allocation for its parser.
 const USUAL_HEADERS: usize = 128;
 /// The gateway adds up to this many headers to an answer; the map has room for them from the start.
@@ -73,11 +73,11 @@ pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<
         }
         parsed => parsed,
     };
-    let Some(ParsedHead { length, status, is_http11 }) =
-        parsed.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?
-    else {
-        return Ok(None);
-    };
+    let parsed = parsed.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+    if parsed.as_ref().map_or(buffer.len(), |head| head.length) > MAX_HEAD_BYTES {
+        return Err(invalid("the answer's head is too long"));
+    }
+    let Some(ParsedHead { length, status, is_http11 }) = parsed else { return Ok(None) };
     let status = StatusCode::from_u16(status).map_err(|_| invalid("the status is not valid"))?;
     let bytes = buffer.split_to(length).freeze();
     let too_many = || invalid("the answer has too many headers");
@@ -189,6 +189,16 @@ mod tests {
         assert_eq!(parse("HTTP/1.1 204 No Content\r\n\r\n").unwrap().unwrap().framing, Framing::Length(0));
         assert!(!parse("HTTP/1.0 200 OK\r\ncontent-length: 1\r\n\r\n").unwrap().unwrap().keeps_alive);
         assert!(parse("HTTP/1.1 200 OK\r\ncontent-le").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_long_head_is_rejected_whether_it_is_complete_or_not() {
+        let head = |bytes: usize, end: &str| format!("HTTP/1.1 200 OK\r\na: {}{end}", "x".repeat(bytes));
+        assert!(parse(&head(60_000, "\r\n\r\n")).unwrap().is_some());
+        assert!(parse(&head(60_000, "")).unwrap().is_none());
+        for end in ["\r\n\r\n", ""] {
+            assert!(parse(&head(70_000, end)).is_err());
+        }
     }
 
     #[test]

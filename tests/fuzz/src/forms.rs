@@ -5,8 +5,10 @@ use tollgate::fuzzed::form_model;
 pub(crate) fn check(form: &[u8]) {
     let Ok(model) = form_model(form, "x") else { return };
     let mut names = 0;
-    // The heads of all parts, found without a parser. The bytes before the first delimiter are no part.
-    for part in split(form, b"--x\r\n").into_iter().skip(1) {
+    // The heads of all parts, found without a parser. A delimiter begins a line. The bytes before the first one are no
+    // part.
+    let lines = [b"\n", form].concat();
+    for part in split(&lines, b"\n--x\r\n").into_iter().skip(1) {
         let end = part.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(0);
         let head = String::from_utf8_lossy(&part[..end]).to_lowercase();
         let dispositions = head.lines().filter(|line| line.starts_with("content-disposition:"));
