@@ -264,13 +264,12 @@ impl Delivered {
     }
 }
 
-/// Collects the text of an event or document; invalid JSON counts by its length without white space around it, because a
-/// space after `data:` does not belong to an event. Returns the content block that is open after it; `None`: it opens and
-/// closes none.
+/// Collects the text of an event or document; invalid JSON counts by its length. Returns the content block that is
+/// open after it; `None`: it opens and closes none.
 fn parse(json: &[u8], text: &mut TextCollector) -> Option<Option<u64>> {
     text.begin_event();
     if texts::collect(text, json).is_err() {
-        text.skip(json.trim_ascii().len());
+        text.skip(json.len());
     }
     texts::open_block_after(json)
 }

@@ -504,8 +504,12 @@ fn data_of(event: &[u8]) -> Option<Cow<'_, [u8]>> {
         let end = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
         let line = &rest[..end];
         rest = rest.get(end + 1..).unwrap_or_default();
-        let Some(value) = line.strip_prefix(b"data:") else { continue };
-        let value = value.strip_prefix(b" ").unwrap_or(value);
+        let value = match line.strip_prefix(b"data") {
+            // A line without a colon has an empty value.
+            Some(b"") => b"",
+            Some([b':', b' ', value @ ..] | [b':', value @ ..]) => value,
+            _ => continue,
+        };
         match &mut data {
             None => data = Some(Cow::Borrowed(value)),
             Some(joined) => {

@@ -267,6 +267,12 @@ fn text_is_collected_if_usage_never_arrives() {
 }
 
 #[test]
+fn the_data_of_an_event_are_its_data_lines() {
+    assert_eq!(data_of(b"data\nid: 1\r\ndata: a\ndata:b\rdatas: c\n\n").as_deref(), Some(&b"\na\nb"[..]));
+    assert_eq!(data_of(b"event: data\n\n"), None);
+}
+
+#[test]
 fn an_endless_event_passes_unread_in_bounded_memory() {
     let mut reader = SseReader::new(true);
     let mut passed = 0;
