@@ -1,8 +1,9 @@
-//! The counters of one node: the quotas of one environment, or of one upstream, and the decisions made on them. Pure: `now` is an argument, so that
-//! `simulate` and the tests run hours in a second. Nothing here depends on Redis.
+//! The counters of one node: the quotas of one environment, or of one upstream, and the decisions made on them. Pure:
+//! `now` is an argument, so that `simulate` and the tests run hours in a second. Nothing here depends on Redis.
 
 mod backing;
 mod residence;
+mod rules;
 mod stream;
 
 use super::allowance::LearnedLengths;
@@ -12,9 +13,7 @@ use super::messages::LeftAccount;
 use super::overrides::{EnforceOverride, LimitChange, Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
-use crate::config::{
-    CompletionReserve, Environment, OnOverrun, ReserveSettings, UpstreamSettings, WhenShort,
-};
+use crate::config::{CompletionReserve, UpstreamSettings, WhenShort};
 use crate::estimate::KnownModels;
 use crate::glob::Glob;
 use crate::quota::{
@@ -23,10 +22,10 @@ use crate::quota::{
 };
 use residence::Elsewhere;
 use std::sync::Arc;
-use std::time::Duration;
 
 pub use backing::Backing;
 pub(super) use residence::Residence;
+pub use rules::Rules;
 
 /// A completion is not clamped to fewer tokens than this: some backends refuse a smaller limit, and an answer that
 /// short would be useless.
@@ -34,48 +33,6 @@ const MIN_CLAMP: u64 = 16;
 /// A reservation is extended by at least this many tokens, unless the request allows fewer or the quotas have fewer
 /// left.
 const MIN_EXTENSION: u64 = 64;
-
-/// The settings that determine which requests an environment admits and what it reserves.
-#[derive(Clone, Debug)]
-pub struct Rules {
-    /// How much is reserved.
-    pub reserve: ReserveSettings,
-    /// `false` (shadow mode): a request that does not fit is admitted and only reported.
-    pub enforce: bool,
-    /// Maximum requests in flight.
-    pub max_in_flight: Option<u64>,
-}
-
-impl Rules {
-    /// The rules of an environment of the config.
-    pub fn of(environment: &Environment) -> Self {
-        Self {
-            reserve: environment.reserve,
-            enforce: environment.enforce,
-            max_in_flight: environment.max_in_flight,
-        }
-    }
-
-    /// The rules of an upstream of the config. A demand states the amounts itself, so nothing is forecast.
-    pub(super) fn of_upstream(upstream: &UpstreamSettings) -> Self {
-        let reserve = ReserveSettings {
-            prompt: true,
-            completion: CompletionReserve::MaxTokens,
-            quantile: 0.0,
-            default_max_tokens: 0,
-            when_short: WhenShort::Reject,
-            on_overrun: OnOverrun::Finish,
-            max_wait: Duration::ZERO,
-        };
-        Self { reserve, enforce: true, max_in_flight: upstream.max_in_flight }
-    }
-
-    /// The only fraction of the config. It becomes an integer before any decision depends on it.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    fn quantile_ppm(&self) -> u32 {
-        (self.reserve.quantile * 1e6) as u32
-    }
-}
 
 /// The counters of one environment, or of one upstream, on one node.
 #[derive(Debug)]

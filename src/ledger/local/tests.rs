@@ -1,6 +1,8 @@
 use super::*;
+use crate::config::{OnOverrun, ReserveSettings};
 use crate::ledger::demand::Progress;
 use crate::quota::{Kind, Period, Quota, Scope, Wait, Window};
+use std::time::Duration;
 
 const NOW: Timestamp = Timestamp(1_774_700_000_000);
 
