@@ -492,7 +492,8 @@ fn mentions_usage(data: &[u8]) -> bool {
 
 /// Whether an event has the name `error`.
 fn is_error_event(event: &[u8]) -> bool {
-    let name = event.strip_prefix(b"event:").unwrap_or_default().trim_ascii_start();
+    let name = event.strip_prefix(b"event:").unwrap_or_default();
+    let name = name.strip_prefix(b" ").unwrap_or(name);
     name.strip_prefix(b"error").is_some_and(|rest| matches!(rest.first(), Some(b'\n' | b'\r')))
 }
 

@@ -273,6 +273,18 @@ fn the_data_of_an_event_are_its_data_lines() {
 }
 
 #[test]
+fn the_name_of_an_event_is_in_its_line() {
+    for (event, want) in [
+        ("event: error\n", true),
+        ("event:error\r\n", true),
+        ("event: \nerror\n", false),
+        ("event: errors\n", false),
+    ] {
+        assert_eq!(is_error_event(event.as_bytes()), want, "{event}");
+    }
+}
+
+#[test]
 fn an_endless_event_passes_unread_in_bounded_memory() {
     let mut reader = SseReader::new(true);
     let mut passed = 0;
