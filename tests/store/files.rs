@@ -104,12 +104,9 @@ fn a_read_only_file_is_refused() {
 #[tokio::test]
 async fn a_file_of_the_first_version_is_migrated() {
     let folder = Folder::new();
-    fs::create_dir(folder.0.path().join("data")).unwrap();
-    let db = Connection::open(folder.file()).unwrap();
-    db.execute_batch(include_str!("../../src/store/schema/1.sql")).unwrap();
+    let db = folder.old_file(1);
     db.execute_batch(
-        "PRAGMA user_version = 1; PRAGMA application_id = 0x546c6c67;
-         INSERT INTO quota VALUES
+        "INSERT INTO quota VALUES
              ('e', 'environment', '', 'total_tokens', 2592000000, 'calendar', 'month', 1000, 40, 0, 2, unixepoch() * 1000),
              ('e', 'environment', '', 'total_tokens', 2592000000, 'rolling', '30d', 2000, 50, 0, 0, unixepoch() * 1000);
          INSERT INTO audit VALUES (1000, 'e', 'all quotas reset');
@@ -129,18 +126,9 @@ async fn a_file_of_the_first_version_is_migrated() {
 #[tokio::test]
 async fn a_file_of_the_third_version_gets_the_terms_of_overrides() {
     let folder = Folder::new();
-    fs::create_dir(folder.0.path().join("data")).unwrap();
-    let db = Connection::open(folder.file()).unwrap();
-    for schema in [
-        include_str!("../../src/store/schema/1.sql"),
-        include_str!("../../src/store/schema/2.sql"),
-        include_str!("../../src/store/schema/3.sql"),
-    ] {
-        db.execute_batch(schema).unwrap();
-    }
+    let db = folder.old_file(3);
     db.execute_batch(
-        "PRAGMA user_version = 3; PRAGMA application_id = 0x546c6c67;
-         INSERT INTO limit_override VALUES ('e', 'environment', '', 'total_tokens', 2592000000, 'calendar', 'month', 77, 77);",
+        "INSERT INTO limit_override VALUES ('e', 'environment', '', 'total_tokens', 2592000000, 'calendar', 'month', 77, 77);",
     )
     .unwrap();
     drop(db);

@@ -93,6 +93,22 @@ impl Folder {
         self.0.path().join("data/tollgate.db")
     }
 
+    /// Makes a file as a gateway with this version of the schema did.
+    fn old_file(&self, version: usize) -> Connection {
+        std::fs::create_dir(self.0.path().join("data")).unwrap();
+        let db = Connection::open(self.file()).unwrap();
+        let schemas = [
+            include_str!("../../src/store/schema/1.sql"),
+            include_str!("../../src/store/schema/2.sql"),
+            include_str!("../../src/store/schema/3.sql"),
+            include_str!("../../src/store/schema/4.sql"),
+        ];
+        schemas[..version].iter().for_each(|schema| db.execute_batch(schema).unwrap());
+        db.execute_batch(&format!("PRAGMA user_version = {version}; PRAGMA application_id = 0x546c6c67"))
+            .unwrap();
+        db
+    }
+
     fn sql(&self, text: &str) -> i64 {
         Connection::open(self.file()).unwrap().query_row(text, [], |row| row.get(0)).unwrap()
     }

@@ -249,19 +249,9 @@ fn the_history_of_an_upstream_has_one_row_per_model_whatever_the_number_of_envir
 
 /// The file of a gateway of version 4 of the schema, with quotas and usage of an environment and of its upstream.
 fn file_of_version_4(folder: &Folder) {
-    fs::create_dir(folder.0.path().join("data")).unwrap();
-    let db = Connection::open(folder.file()).unwrap();
-    for schema in [
-        include_str!("../../src/store/schema/1.sql"),
-        include_str!("../../src/store/schema/2.sql"),
-        include_str!("../../src/store/schema/3.sql"),
-        include_str!("../../src/store/schema/4.sql"),
-    ] {
-        db.execute_batch(schema).unwrap();
-    }
+    let db = folder.old_file(4);
     db.execute_batch(
-        "PRAGMA user_version = 4; PRAGMA application_id = 0x546c6c67;
-         INSERT INTO quota VALUES
+        "INSERT INTO quota VALUES
              ('upstream:u', 'upstream', 'u', 'total_tokens', 3600000, 'rolling', 'hour', 5000, 900, 0, 0, unixepoch() * 1000, 0, 0, 0),
              ('upstream:u', 'upstream_model', 'u/gpt-*', 'total_tokens', 86400000, 'calendar', 'day', 4000, 800, 0, 0,
               unixepoch() / 86400 * 86400000, (unixepoch() / 86400 + 1) * 86400000, 0, 0);
