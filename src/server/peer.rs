@@ -135,8 +135,8 @@ impl Peer {
         self.head_lines.is_some()
     }
 
-    /// Adds header lines, each with its end, to the head of the next answer, whose headers these are. The answer must be
-    /// sent.
+    /// Adds header lines, each behind the end of the line before it, to the head of the next answer, whose headers these
+    /// are. The answer must be sent.
     pub(crate) fn add_head_lines(&self, lines: Vec<u8>, headers: &mut HeaderMap) {
         if let Some(head_lines) = &self.head_lines {
             head_lines.add(lines, headers);
