@@ -29,13 +29,16 @@ function startBackend(usage) {
   return new Promise((resolve) => server.listen(0, "127.0.0.1", () => resolve(server)));
 }
 
-/** A port that is free now. A gateway that starts again needs the same one. */
-function freePort() {
-  const server = http.createServer();
-  return new Promise((resolve) => server.listen(0, "127.0.0.1", () => {
-    const { port } = server.address();
-    server.close(() => resolve(port));
-  }));
+/** A free port. It lies outside the ephemeral range, so that no connection gets it while its server is stopped. */
+async function freePort() {
+  for (;;) {
+    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    const server = http.createServer();
+    const isFree = await new Promise((resolve) => server.once("error", () => resolve(false)).listen(port, "127.0.0.1", () => resolve(true)));
+    if (!isFree) continue;
+    await new Promise((resolve) => server.close(resolve));
+    return port;
+  }
 }
 
 /** A gateway with this config below `environments:` and `default_environment:`. */

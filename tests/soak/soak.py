@@ -6,12 +6,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+
+from port import free_port
 
 SECONDS, GATEWAY = float(sys.argv[1]), sys.argv[2]
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -19,16 +20,6 @@ CALLERS = 16
 MAX_TOKENS = 40
 PROMPT = 8
 FOLDER = tempfile.mkdtemp(prefix="soak-")
-
-
-def free_port():
-    """A port outside the ephemeral range, so that no connection gets it while its server is stopped."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-
 
 LISTEN, ADMIN, UPSTREAM, REDIS = (free_port() for _ in range(4))
 RECORD = os.path.join(FOLDER, "record")
