@@ -32,7 +32,7 @@ export function outlook(quota, now) {
   const isCalendar = json.window === "calendar";
   const untilReset = Math.max(0, quota.resetsAt - now);
   const resets = `resets in ${duration(untilReset)} (${momentInZone(quota.resetsAt, quota.zone)})`;
-  const refills = untilReset > 0 ? `full in ${duration(untilReset)} without traffic` : "full";
+  const refills = untilReset > 0 ? `all free in ${duration(untilReset)} without traffic` : "all free";
   const second = isCalendar ? resets : refills;
   if (quota.isSpent) {
     const wait = isCalendar ? untilReset : ((1 - json.level) / json.limit) * periodMs(json.per);
