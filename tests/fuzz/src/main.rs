@@ -1,8 +1,5 @@
-//! Fuzz target for the readers of bytes from outside, run by libFuzzer. The first byte of an input selects the reader:
-//! `0` to `5` a body of an API, `6` the events of a stream, `7` a compressed answer, `8` the check of request heads, `9`
-//! the events of a stream beside another parser, `:` the usage of a JSON answer, `;` a form, `<` a config, `=` an answer
-//! of an upstream, `>` a file in a request. The variable `FUZZ_READER` overrides it. The second byte selects the model, or
-//! the coding and the cuts. The rest is what the reader gets.
+//! Fuzz target for the readers of bytes from outside, run by libFuzzer. The variable `FUZZ_READER` selects the reader. The
+//! first byte of an input selects the model, or the coding and the cuts. The rest is what the reader gets.
 #![no_main]
 #![allow(clippy::unwrap_used, clippy::panic)] // a panic reports a finding
 
@@ -18,44 +15,84 @@ mod oracle;
 mod streams;
 mod usage;
 
+use rustix::time::{ClockId, clock_gettime};
 use std::sync::OnceLock;
+use std::time::Duration;
+use tollgate::api::Api;
 
-/// The two selecting bytes.
-const HEAD: usize = 2;
+struct Reader {
+    name: &'static str,
+    check: fn(variant: u8, input: &[u8]),
+    mutate: mutate::Mutate,
+}
 
-/// The only reader to fuzz, if the variable `FUZZ_READER` names one.
-fn only_reader() -> Option<u8> {
-    static READER: OnceLock<Option<u8>> = OnceLock::new();
-    *READER.get_or_init(|| std::env::var("FUZZ_READER").ok().and_then(|reader| reader.bytes().next()))
+/// `tests/fuzz/run` lists the same names. Each has a directory of seeds.
+static READERS: [Reader; 15] = [
+    Reader { name: "chat", check: |n, body| bodies::check(Api::Chat, n, body), mutate: mutate::json },
+    Reader {
+        name: "completions",
+        check: |n, body| bodies::check(Api::Completions, n, body),
+        mutate: mutate::json,
+    },
+    Reader {
+        name: "responses",
+        check: |n, body| bodies::check(Api::Responses, n, body),
+        mutate: mutate::json,
+    },
+    Reader {
+        name: "embeddings",
+        check: |n, body| bodies::check(Api::Embeddings, n, body),
+        mutate: mutate::json,
+    },
+    Reader { name: "messages", check: |n, body| bodies::check(Api::Messages, n, body), mutate: mutate::json },
+    Reader { name: "gemini", check: |n, body| bodies::check(Api::Gemini, n, body), mutate: mutate::json },
+    Reader { name: "documents", check: documents::check, mutate: mutate::lines },
+    Reader { name: "forms", check: |_, form| forms::check(form), mutate: mutate::lines },
+    Reader { name: "configs", check: |_, text| configs::check(text), mutate: mutate::lines },
+    Reader { name: "heads", check: heads::check, mutate: mutate::lines },
+    Reader { name: "answers", check: answers::check, mutate: mutate::lines },
+    Reader { name: "coded", check: coded::check, mutate: mutate::lines },
+    Reader { name: "usage", check: usage::check, mutate: mutate::json },
+    Reader { name: "streams", check: streams::check, mutate: mutate::events },
+    Reader { name: "oracle", check: |_, stream| oracle::check(stream), mutate: mutate::events },
+];
+
+/// Every input must use less CPU time. Five times the time of the slowest 64 KiB, which are documents to inflate.
+const MAX_TIME: Duration = Duration::from_secs(1);
+
+fn reader() -> &'static Reader {
+    static READER: OnceLock<&Reader> = OnceLock::new();
+    READER.get_or_init(|| {
+        let name = std::env::var("FUZZ_READER").unwrap_or_default();
+        READERS.iter().find(|reader| reader.name == name).expect("FUZZ_READER must be the name of a reader")
+    })
 }
 
 libfuzzer_sys::fuzz_target!(init: tollgate::estimate::warm(), |input: &[u8]| {
-    if let [reader, variant, rest @ ..] = input {
-        match only_reader().unwrap_or(*reader).wrapping_sub(b'0') % 15 {
-            6 => streams::check(*variant, rest),
-            7 => coded::check(*variant, rest),
-            8 => heads::check(*variant, rest),
-            9 => oracle::check(rest),
-            10 => usage::check(*variant, rest),
-            11 => forms::check(rest),
-            12 => configs::check(rest),
-            13 => answers::check(*variant, rest),
-            14 => documents::check(*variant, rest),
-            api => bodies::check(bodies::APIS[usize::from(api)], *variant, rest),
-        }
+    if let [variant, input @ ..] = input {
+        let began = processor_time();
+        (reader().check)(*variant, input);
+        let took = processor_time().saturating_sub(began);
+        assert!(took < MAX_TIME, "{took:?} for {} bytes", input.len());
     }
 });
 
 // Every second mutation is one of libFuzzer's own: of bytes, or with words of the dictionary.
 libfuzzer_sys::fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     if seed.is_multiple_of(2)
-        && size > HEAD
-        && max_size > HEAD
-        && let Some(changed) = mutate::json(&data[HEAD..size], max_size - HEAD, seed)
+        && size > 1
+        && max_size > 1
+        && let Some(changed) = (reader().mutate)(&data[1..size], max_size - 1, seed)
     {
-        let end = HEAD + changed.len();
-        data[HEAD..end].copy_from_slice(&changed);
+        let end = 1 + changed.len();
+        data[1..end].copy_from_slice(&changed);
         return end;
     }
     libfuzzer_sys::fuzzer_mutate(data, size, max_size)
 });
+
+/// CPU time of this thread. Unlike wall-clock time it is independent of other processes.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}

@@ -1,6 +1,12 @@
-//! Mutations that leave JSON valid. With random changes of single bytes, most inputs are rejected by the parser.
+//! Mutations that leave JSON valid, and mutations of whole lines. With random changes of single bytes, most inputs are
+//! rejected by the parser.
 
 use std::ops::Range;
+
+/// Returns an input of at most `most` bytes; `None`: the mutation does not apply.
+pub(crate) type Mutate = fn(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>>;
+
+const LINE_ENDS: [&[u8]; 4] = [b"\r\n", b"\n", b"\r", b""];
 
 /// Replacement values: one of each kind, and numbers at bounds.
 const VALUES: [&str; 16] = [
@@ -56,6 +62,43 @@ pub(crate) fn json(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
     };
     let output = [&input[..at.start], &with, &input[at.end..]].concat();
     (output.len() <= most).then_some(output)
+}
+
+/// Mutates the lines of an event stream, or the JSON in it.
+pub(crate) fn events(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
+    let mutate: Mutate = if seed & 2 == 0 { json } else { lines };
+    mutate(input, most, seed)
+}
+
+/// Removes, repeats, swaps, splits or ends differently one line of the input.
+pub(crate) fn lines(input: &[u8], most: usize, seed: u32) -> Option<Vec<u8>> {
+    let mut random = Random(u64::from(seed) | 1 << 41);
+    let mut lines: Vec<&[u8]> = input.split_inclusive(|byte| *byte == b'\n').collect();
+    let (at, other) = (random.below(lines.len()), random.below(lines.len()));
+    let line = *lines.get(at)?;
+    let end_of_line = LINE_ENDS[random.below(LINE_ENDS.len())];
+    match random.below(7) {
+        0 => drop(lines.remove(at)),
+        1 => lines.insert(other, line),
+        2 => lines.swap(at, other),
+        3 => {
+            let room = most.saturating_sub(input.len()) / line.len();
+            let most = 4 << random.below(10);
+            let times = 1 + random.below(room.min(most));
+            lines.splice(at..at, vec![line; times]);
+        }
+        4 => {
+            lines[at] = line.trim_ascii_end();
+            lines.insert(at + 1, end_of_line);
+        }
+        5 => {
+            let (start, end) = line.split_at(random.below(line.len()));
+            lines.splice(at..=at, [start, end_of_line, end]);
+        }
+        _ => lines[at] = &line[..random.below(line.len())],
+    }
+    let output = lines.concat();
+    (output.len() <= most && output != input).then_some(output)
 }
 
 /// The ranges of values and names, found by brackets and quotes.
