@@ -347,7 +347,7 @@ pub(super) async fn parse(
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
         Endpoint::Uncounted(_) | Endpoint::CountTokens(_) => {
-            let content_type = head.headers.get(header::CONTENT_TYPE);
+            let content_type = form::content_type(&head.headers)?;
             return Call::uncounted(body, content_type, route, snapshot, caller.environment).await;
         }
         Endpoint::Models | Endpoint::Root | Endpoint::Other => {

@@ -3,6 +3,7 @@
 //! Parsers of forms differ. A form that one of them could read with another model is refused.
 
 mod disposition;
+mod parts;
 
 use crate::body::BodyFault;
 use crate::error::ProxyError;
@@ -18,8 +19,18 @@ use tokio::task::spawn_blocking;
 
 /// A form with a longer model name is refused.
 const MAX_MODEL_NAME_BYTES: u64 = 1024;
-/// The head of a part is searched up to this length.
-const MAX_HEAD_BYTES: usize = 16 * 1024;
+
+/// The `content-type` of a request.
+///
+/// # Errors
+/// There is more than one: parsers use the first or the last one.
+pub(super) fn content_type(headers: &HeaderMap) -> Result<Option<&HeaderValue>, ProxyError> {
+    let mut all = headers.get_all(CONTENT_TYPE).iter();
+    match (all.next(), all.next()) {
+        (first, None) => Ok(first),
+        _ => Err(ProxyError::InvalidBody(ambiguous("has more than one content-type"))),
+    }
+}
 
 /// The boundary between the parts of a form. `None`: the body is not a form, or its `content-type` has more than one
 /// boundary.
@@ -57,8 +68,7 @@ async fn find_model(body: Bytes, boundary: String) -> Result<String, BodyFault> 
     let broken = |e: multer::Error| BodyFault::Invalid(format!("is not a valid form: {e}"));
     let limits = SizeLimit::new().for_field("model", MAX_MODEL_NAME_BYTES);
     let constraints = Constraints::new().size_limit(limits);
-    check_end(&body, &boundary)?;
-    check_heads(&body, &boundary)?;
+    parts::check(&body, &boundary)?;
     let mut form = Multipart::with_reader_with_constraints(Cursor::new(body), boundary, constraints);
     let mut model = None;
     while let Some(field) = form.next_field().await.map_err(broken)? {
@@ -81,7 +91,7 @@ fn locate(body: &[u8], boundary: &str, model: &str) -> Option<Range<usize>> {
     for at in memchr::memmem::find_iter(body, delimiter.as_bytes()).filter(begins_line) {
         let part = &body[at + delimiter.len()..];
         let head = &part[..memchr::memmem::find(part, b"\r\n\r\n")?];
-        if head.len() > MAX_HEAD_BYTES || !names_model(head) {
+        if !names_model(head) {
             continue;
         }
         let start = at + delimiter.len() + head.len() + 4;
@@ -108,35 +118,6 @@ fn names_model(head: &[u8]) -> bool {
 
 fn ambiguous(how: &str) -> BodyFault {
     BodyFault::Invalid(how.to_owned())
-}
-
-/// Refuses a form with parts after its end: some parsers read them.
-fn check_end(body: &[u8], boundary: &str) -> Result<(), BodyFault> {
-    let delimiter = format!("--{boundary}");
-    let Some(end) = memchr::memmem::find(body, format!("{delimiter}--").as_bytes()) else { return Ok(()) };
-    let rest = &body[end + delimiter.len() + 2..];
-    if memchr::memmem::find(rest, delimiter.as_bytes()).is_some() {
-        return Err(ambiguous("has parts after the end of the form"));
-    }
-    Ok(())
-}
-
-/// Refuses a part with a header twice, of which parsers use the first or the last one.
-fn check_heads(body: &[u8], boundary: &str) -> Result<(), BodyFault> {
-    const HEADERS: [&[u8]; 3] = [b"content-disposition", b"content-type", b"content-transfer-encoding"];
-    for at in memchr::memmem::find_iter(body, format!("--{boundary}\r\n").as_bytes()) {
-        let part = &body[at..];
-        let head = &part[..memchr::memmem::find(part, b"\r\n\r\n").unwrap_or(part.len()).min(MAX_HEAD_BYTES)];
-        let mut seen = [false; HEADERS.len()];
-        for line in head.split(|&b| b == b'\n') {
-            let name = line[..memchr::memchr(b':', line).unwrap_or(0)].trim_ascii();
-            let header = HEADERS.iter().position(|header| name.eq_ignore_ascii_case(header));
-            if header.is_some_and(|header| std::mem::replace(&mut seen[header], true)) {
-                return Err(ambiguous("has a part with a header twice"));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Whether a part is the field `model`, for every parser.
@@ -241,6 +222,64 @@ mod tests {
         assert!(find_model(Bytes::from_static(b"--x\r\n"), "x".to_owned()).await.is_err());
     }
 
+    #[tokio::test]
+    async fn a_form_in_which_parsers_find_different_parts_is_refused() {
+        let form = format!("--x\r\n{AUDIO}\r\n--x\r\n{MODEL}\r\n--x--\r\n");
+        let read = async |form: String| find_model(Bytes::from(form), "x".to_owned()).await;
+        for usual in [
+            form.clone(),
+            format!("\r\n{form}"),
+            format!("A preamble.\r\n{form}An epilogue."),
+            form.trim_end().to_owned(),
+            form.replace("RIFF", "RI--x\r\nFF"),
+            form.replace("RIFF", "RIFF\n"),
+            form.replace("RIFF", ""),
+        ] {
+            assert_eq!(read(usual.clone()).await.unwrap(), "whisper-1", "{usual}");
+        }
+        let hidden = "Content-Disposition: form-data; name=\"model\"";
+        for unusual in [
+            // Line ends that only some parsers take for one.
+            form.replace("RIFF", &format!("RIFF\n--x\n{hidden}\n\nother")),
+            form.replace("RIFF", &format!("RIFF\n--x\r\n{hidden}\r\n\r\nother")),
+            form.replace("RIFF", &format!("RIFF\r--x\r{hidden}\r\rother")),
+            form.replace("\r\n\r\nRIFF", &format!("\r\nX-A: b\n\nRIFF\n--x\n{hidden}\r\n\r\nother")),
+            form.replace("\r\n\r\nRIFF", "\nX-A: b\r\n\r\nRIFF"),
+            form.replace("\r\n\r\nRIFF", "\rX-A: b\r\n\r\nRIFF"),
+            // White space behind a delimiter.
+            form.replace("RIFF\r\n--x\r\n", "RIFF\r\n--x \r\n"),
+            form.replace("RIFF\r\n--x\r\n", "RIFF\r\n--x\t\r\n"),
+            form.replace("RIFF", &format!("RIFF\r\n--x\n{hidden}\r\n\r\nother")),
+            // A delimiter directly behind a head, or within one.
+            form.replace("RIFF", &format!("--x\r\n{hidden}\r\n\r\nother\r\n")),
+            form.replace("\r\n\r\nRIFF", &format!("\r\n--x\r\n{hidden}\r\n\r\nother")),
+            // A first delimiter that does not begin a line.
+            format!("preamble{form}"),
+            format!("preamble\n{form}"),
+        ] {
+            assert!(read(unusual.clone()).await.is_err(), "{unusual}");
+        }
+    }
+
+    #[tokio::test]
+    async fn reading_a_form_takes_linear_time() {
+        let part = format!("--x\r\n{AUDIO}\r\n");
+        for (form, is_read) in [
+            ("--x\r\n".repeat(400_000), false),
+            ("--x--\r\n".repeat(400_000), false),
+            (format!("{}--x--", part.repeat(9_000)), true),
+            (format!("{}--x--", part.repeat(11_000)), false),
+            (format!("{part}{}--x--", "RI--x\r\n".repeat(300_000)), true),
+            (format!("--x\r\nA: {}", "b".repeat(2_000_000)), false),
+        ] {
+            let began = std::time::Instant::now();
+            let read = find_model(Bytes::from(form), "x".to_owned()).await;
+            // Quadratic time would be minutes.
+            assert!(began.elapsed().as_secs() < 20);
+            assert_eq!(read.is_ok(), is_read, "{read:?}");
+        }
+    }
+
     #[test]
     fn the_value_of_the_model_is_found_in_a_form() {
         let form = |parts: &[&str]| format!("--x\r\n{}\r\n--x--\r\n", parts.join("\r\n--x\r\n"));
@@ -271,5 +310,11 @@ mod tests {
             Some("----FormBoundaryX")
         );
         assert_eq!((of("application/json"), of("multipart/form-data"), boundary(None)), (None, None, None));
+        let mut headers = HeaderMap::new();
+        assert_eq!(content_type(&headers).unwrap(), None);
+        headers.append(CONTENT_TYPE, HeaderValue::from_static("multipart/form-data; boundary=x"));
+        assert!(content_type(&headers).unwrap().is_some());
+        headers.append(CONTENT_TYPE, HeaderValue::from_static("multipart/form-data; boundary=y"));
+        assert!(content_type(&headers).is_err());
     }
 }
