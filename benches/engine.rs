@@ -182,7 +182,15 @@ fn upstream_with_four_quotas() -> Arc<Account> {
 
 fn demand() -> Demand<'static> {
     let subject = Subject { caller: None, model: "gpt-4o" };
-    Demand { subject, prompt: 100, generates: true, cap: Some(500), completions: 1, backends: &[] }
+    Demand {
+        subject,
+        prompt: 100,
+        generates: true,
+        cap: Some(500),
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    }
 }
 
 fn reserve_and_settle(account: &Arc<Account>, backends: &[Backend<'_>]) {

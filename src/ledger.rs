@@ -22,12 +22,12 @@ mod reservation;
 mod successor;
 mod sync;
 mod usage_history;
-mod wait_queue;
 
 use crate::clock::{self, Stopwatch, Timestamp};
 use crate::config::RedisSettings;
 use crate::quota::{Quota, QuotaLevel, QuotaStatus, Subject, Takeover};
 use crate::redis::FailFastConnection;
+use crate::wait_queue::WaitQueue;
 use dependents::Dependents;
 use engine::Engine;
 use handover::Handover;
@@ -36,7 +36,6 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use sync::{RedisSync, SyncTimes};
 use tokio::sync::watch;
-use wait_queue::WaitQueue;
 
 pub use accounts::{Accounts, NamedAccount};
 pub use audit::{AuditEntry, AuditLog};
@@ -258,8 +257,10 @@ impl Account {
         let clock = Stopwatch::start();
         // A request behind others is denied at once if it could not fit in time even at the head of the queue.
         if shortage.is_none_or(|shortage| shortage.may_clear_within(max_wait)) {
-            let waits = self.wait_queue.wait_in_turn(max_wait, || self.try_reserve(demand));
-            let reservation = Box::pin(waits).await;
+            let attempt = async |left| {
+                self.try_reserve(demand).await.map_err(|shortage: Shortage| shortage.retry_after(left))
+            };
+            let reservation = Box::pin(self.wait_queue.wait_in_turn(max_wait, attempt)).await;
             *waited = Some(waited.unwrap_or_default() + clock.elapsed());
             if let Some(reservation) = reservation {
                 return Ok(reservation);

@@ -34,6 +34,7 @@ mod similar;
 // The core.
 pub mod quota;
 pub mod redis;
+mod wait_queue;
 
 // The settings.
 pub mod config;

@@ -10,14 +10,16 @@ mod statement;
 use crate::clock::{self, Stopwatch};
 use crate::config::ProviderLimitsMode;
 use crate::quota::Amounts;
+use crate::wait_queue::WaitQueue;
 use gate::{Gate, Hold, Verdict};
 use http::{HeaderMap, StatusCode};
 use statement::Statement;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::future::ready;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 pub(crate) use gate::KindView;
@@ -28,8 +30,8 @@ const MAX_MODELS: usize = 1_000;
 /// The time of the gates when their upstream is new (ms). Gates that a new process takes over have statements from before
 /// that; older ones count as this old.
 const MAX_AGE_MS: u64 = 24 * 60 * 60 * 1_000;
-/// Maximum number of requests that wait at one gate. A further one is refused at once.
-const MAX_WAITING: usize = 1_000;
+/// The time that a request is advised to wait if the queue of its gate is full.
+const FULL_QUEUE_WAIT: Duration = Duration::from_secs(1);
 
 /// The gates of one upstream.
 #[derive(Debug)]
@@ -43,13 +45,12 @@ pub(crate) struct ProviderLimits {
 }
 
 /// The gate of one model.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct ModelGate {
     gate: Mutex<Gate>,
-    /// The request that holds the permit is at the head of the queue.
-    head: Semaphore,
-    waiting: AtomicUsize,
-    changed: Notify,
+    queue: WaitQueue,
+    /// Wakes the requests that wait for the slow start.
+    answered: Notify,
     refusals: AtomicU64,
 }
 
@@ -83,8 +84,9 @@ impl ProviderLimits {
         self.mode == ProviderLimitsMode::Follow
     }
 
-    /// Waits until a request for this model may be sent, for at most `max_wait`. `Ok(None)`: the gateway does not follow
-    /// the provider's limits.
+    /// Waits until a request for this model may be sent: as long as the slow start lasts, which is at most a second, and
+    /// for at most `max_wait` in all if that is longer. `waited` grows by the time of the wait. `Ok(None)`: the gateway does
+    /// not follow the provider's limits.
     ///
     /// # Errors
     /// The provider would refuse the request. The time after which it may be sent.
@@ -93,17 +95,26 @@ impl ProviderLimits {
         model: &str,
         amounts: Amounts,
         max_wait: Duration,
+        waited: &mut Option<Duration>,
     ) -> Result<Option<Pass>, Duration> {
         if !self.are_followed() {
             return Ok(None);
         }
         let Some(gate) = self.gate(model) else { return Ok(None) };
         // Requests that wait go first.
-        let is_free = max_wait.is_zero() || gate.waiting.load(Ordering::Relaxed) == 0;
+        let is_free = max_wait.is_zero() || gate.queue.is_empty();
         let passed = if is_free { gate.lock().pass(self.now(), amounts) } else { Err(Hold::Wait(0)) };
         let number = match passed {
             Ok(number) => number,
-            Err(hold) => Box::pin(self.hold(&gate, amounts, max_wait, hold)).await?,
+            Err(Hold::Wait(ms)) if max_wait < Duration::from_millis(ms) || max_wait.is_zero() => {
+                return Err(Duration::from_millis(ms));
+            }
+            Err(hold) => {
+                let clock = Stopwatch::start();
+                let number = Box::pin(self.wait_at(&gate, amounts, max_wait, hold)).await;
+                *waited = Some(waited.unwrap_or_default() + clock.elapsed());
+                number?
+            }
         };
         Ok(Some(Pass { gate, number }))
     }
@@ -118,32 +129,38 @@ impl ProviderLimits {
         hold.map(Duration::from_millis)
     }
 
-    /// Waits as long as the slow start lasts, which is short, and then for at most `max_wait`.
-    async fn hold(
+    /// Waits first for the slow start, together with all other requests, and then in the queue.
+    async fn wait_at(
         &self,
         gate: &ModelGate,
         amounts: Amounts,
         max_wait: Duration,
         mut hold: Hold,
     ) -> Result<u64, Duration> {
+        let clock = Stopwatch::start();
         while let Hold::SlowStart(ms) = hold {
-            let changed = gate.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
+            let answered = gate.answered.notified();
+            tokio::pin!(answered);
+            answered.as_mut().enable();
             // An answer may have come before this request began to listen.
             match gate.lock().pass(self.now(), amounts) {
                 Ok(number) => return Ok(number),
                 Err(again) => hold = again,
             }
             if let Hold::SlowStart(_) = hold {
-                drop(timeout(Duration::from_millis(ms), changed).await);
+                drop(timeout(Duration::from_millis(ms), answered).await);
             }
         }
-        let Hold::Wait(ms) = hold else { return Err(Duration::ZERO) };
-        if max_wait.is_zero() || max_wait < Duration::from_millis(ms) {
-            return Err(Duration::from_millis(ms));
+        let pass = || gate.lock().pass(self.now(), amounts).map_err(Hold::time);
+        let attempt = |left: Duration| ready(pass().map_err(|wait| (wait <= left).then_some(wait)));
+        let left = max_wait.saturating_sub(clock.elapsed());
+        match gate.queue.wait_in_turn(left, attempt).await {
+            Some(number) => Ok(number),
+            // It must not overtake the requests in the queue.
+            None => {
+                Err(gate.lock().hold_of(self.now(), amounts).map_or(FULL_QUEUE_WAIT, Duration::from_millis))
+            }
         }
-        self.wait_in_queue(gate, amounts, max_wait).await
     }
 
     /// Reads the head of an answer. `pass`: what [`pass`](Self::pass) has returned for its request.
@@ -170,40 +187,6 @@ impl ProviderLimits {
         let mut state = gate.lock();
         let number = pass.map_or_else(|| state.send(self.now(), Amounts::default()), |pass| pass.number);
         state.answered(self.now(), number, &statement, verdict);
-    }
-
-    /// Waits in the queue, first come, first served.
-    async fn wait_in_queue(
-        &self,
-        gate: &ModelGate,
-        amounts: Amounts,
-        max_wait: Duration,
-    ) -> Result<u64, Duration> {
-        let attempt = || {
-            let passed = gate.lock().pass(self.now(), amounts);
-            passed.map_err(|(Hold::Wait(ms) | Hold::SlowStart(ms))| Duration::from_millis(ms))
-        };
-        let _place = Place::take(gate).ok_or(Duration::from_secs(1))?;
-        let clock = Stopwatch::start();
-        let in_turn = async {
-            // The semaphore is never closed.
-            let _head = gate.head.acquire().await.ok();
-            loop {
-                let changed = gate.changed.notified();
-                tokio::pin!(changed);
-                changed.as_mut().enable();
-                let wait = match attempt() {
-                    Ok(number) => return Ok(number),
-                    Err(wait) if wait > max_wait.saturating_sub(clock.elapsed()) => return Err(wait),
-                    Err(wait) => wait,
-                };
-                drop(timeout(wait, changed).await);
-            }
-        };
-        match timeout(max_wait, in_turn).await {
-            Ok(done) => done,
-            Err(_) => attempt(),
-        }
     }
 
     /// The gate of a model. `None`: there are too many models.
@@ -257,18 +240,6 @@ impl ProviderLimits {
     }
 }
 
-impl Default for ModelGate {
-    fn default() -> Self {
-        Self {
-            gate: Mutex::default(),
-            head: Semaphore::new(1),
-            waiting: AtomicUsize::new(0),
-            changed: Notify::new(),
-            refusals: AtomicU64::new(0),
-        }
-    }
-}
-
 impl ModelGate {
     fn lock(&self) -> MutexGuard<'_, Gate> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
@@ -279,23 +250,7 @@ impl Drop for Pass {
     fn drop(&mut self) {
         // Does nothing if the answer has been applied.
         self.gate.lock().abandoned(self.number);
-        self.gate.changed.notify_waiters();
-    }
-}
-
-/// The place of one waiting request. Dropping it leaves the queue.
-struct Place<'a>(&'a ModelGate);
-
-impl<'a> Place<'a> {
-    fn take(gate: &'a ModelGate) -> Option<Self> {
-        let before = gate.waiting.fetch_add(1, Ordering::Relaxed);
-        let place = Self(gate);
-        (before < MAX_WAITING).then_some(place)
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.gate.answered.notify_waiters();
+        self.gate.queue.notify_released();
     }
 }

@@ -14,6 +14,7 @@ mod call;
 mod caller;
 mod candidates;
 mod charge;
+mod choice;
 mod destination;
 mod explain;
 mod first_bytes;
@@ -56,11 +57,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use tokio_rustls::rustls::ClientConfig;
 
-use admission::Chosen;
 pub use answer::AnswerBody;
 use body_budget::BufferedBytes;
 use caller::IdentifiedCaller;
 use charge::Charge;
+use choice::Chosen;
 pub(crate) use explain::{Explanation, explain};
 #[cfg(feature = "fuzz")]
 pub(crate) use form::read_form_model;
@@ -384,7 +385,8 @@ impl Proxy {
         peer: &Arc<Peer>,
     ) -> Response<AnswerBody> {
         let began = Stopwatch::start();
-        charge.record.overhead = Some(began.since(outgoing.received));
+        let waited = charge.record.queue_wait.unwrap_or_default();
+        charge.record.overhead = Some(began.since(outgoing.received).saturating_sub(waited));
         let mut started = began;
         let (parts, incoming) = match tokio::select! {
             biased;

@@ -165,7 +165,7 @@ pub(crate) struct Record {
     pub(crate) first_token: Option<Duration>,
     /// Time that the gateway itself used before it sent the request to the upstream. `None`: it was not sent.
     pub(crate) overhead: Option<Duration>,
-    /// Time that the request waited for room in its quotas. `None`: it did not wait.
+    /// Time that the request waited for room in its quotas, or at the provider of an upstream. `None`: it did not wait.
     pub(crate) queue_wait: Option<Duration>,
     /// The lowered limit of completion tokens per completion. `None`: the request was not clamped.
     pub(crate) clamped_to: Option<u64>,
@@ -276,9 +276,11 @@ impl Record {
         }
     }
 
-    /// Records that the request does not wait for room any more.
-    pub(crate) fn end_wait(&self) {
-        if let (Some(trace), Some(wait)) = (&self.trace, self.queue_wait) {
+    /// Adds a wait for room that has just ended. `None`: the request has not waited.
+    pub(crate) fn add_wait(&mut self, wait: Option<Duration>) {
+        let Some(wait) = wait else { return };
+        self.queue_wait = Some(self.queue_wait.unwrap_or_default() + wait);
+        if let Some(trace) = &self.trace {
             trace.waited(wait, self.started.elapsed());
         }
     }

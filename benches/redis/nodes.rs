@@ -83,6 +83,7 @@ fn demand() -> Demand<'static> {
         cap: Some(12),
         completions: 1,
         backends: &[],
+        may_clamp: true,
     }
 }
 

@@ -12,6 +12,9 @@ use std::time::Duration;
 /// Nobody knows when a request in flight ends. A request that waits for that is advised to try again after this time.
 pub const IN_FLIGHT_RETRY_MS: u64 = 1_000;
 
+/// A request that waits tries again after this time if the time of the next refill is not known.
+const UNKNOWN_REFILL_RETRY: Duration = Duration::from_secs(1);
+
 /// What a request demands of its quotas.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand<'a> {
@@ -28,6 +31,16 @@ pub struct Demand<'a> {
     /// The upstreams that may serve the request, in the order in which they are tried: the first one with room in its
     /// own quotas. Empty: only the quotas of the environment apply.
     pub backends: &'a [Backend<'a>],
+    /// Whether the request may be clamped, if its environment clamps. `false` as long as another upstream may have room for
+    /// all of it.
+    pub may_clamp: bool,
+}
+
+impl Demand<'_> {
+    /// The same request, which is not clamped. `None`: it makes no difference.
+    pub(super) fn unclamped(&self) -> Option<Self> {
+        (self.may_clamp && self.backends.len() > 1).then_some(Self { may_clamp: false, ..*self })
+    }
 }
 
 /// An upstream that may serve a request.
@@ -177,12 +190,13 @@ impl Shortage {
         }
     }
 
-    /// The time until a refill makes enough room. `None`: it is not known, or never.
-    pub(super) fn refills_after(&self) -> Option<Duration> {
-        match self.refill {
-            Some(Wait::Ms(ms)) => Some(Duration::from_millis(ms.max(1))),
-            Some(Wait::Never) | None => None,
-        }
+    /// The time after which a request that may wait for the rest of `left` tries again. `None`: it cannot fit in time.
+    pub(super) fn retry_after(&self, left: Duration) -> Option<Duration> {
+        let after_refill = match self.refill {
+            Some(Wait::Ms(ms)) => Duration::from_millis(ms.max(1)),
+            Some(Wait::Never) | None => UNKNOWN_REFILL_RETRY,
+        };
+        self.may_clear_within(left).then_some(after_refill)
     }
 }
 

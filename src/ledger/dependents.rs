@@ -1,6 +1,6 @@
 //! The environments whose requests wait for room in the quotas of an upstream.
 
-use super::wait_queue::WaitQueue;
+use crate::wait_queue::WaitQueue;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 

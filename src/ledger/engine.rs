@@ -52,10 +52,9 @@ impl Engine {
     pub(super) async fn try_admit(&self, demand: &Demand<'_>) -> Result<(Admission, usize), Shortage> {
         match self {
             Self::Local(_) => self.with_local(|local, now| match local.residence {
-                Residence::Here => at_first(local, now, demand, |local, now, upstream| {
-                    local.try_admit_at(now, demand, upstream)
-                })
-                .map_err(|(shortage, _)| shortage),
+                Residence::Here => {
+                    at_first(local, now, demand, Local::try_admit_at).map_err(|(shortage, _)| shortage)
+                }
                 Residence::Leaving(_) | Residence::Moved(_) => Err(Shortage::of(NoRoom::Unavailable)),
             }),
             // Boxed to keep the future small for local counters.
@@ -73,7 +72,7 @@ impl Engine {
 
     /// Why a request whose wait has failed is denied.
     pub(super) fn reason_to_deny(&self, demand: &Demand<'_>) -> NoRoom {
-        let denied = self.at_first(demand, |local, now, upstream| {
+        let denied = self.at_first(demand, |local, now, demand, upstream| {
             Err::<(), _>(local.reason_to_deny(now, demand, upstream))
         });
         denied.map_or_else(|(shortage, _)| shortage.no_room, |_| NoRoom::Unavailable)
@@ -81,7 +80,7 @@ impl Engine {
 
     /// Why the request does not fit now. `None`: it fits. Reserves nothing.
     pub(super) fn shortage(&self, demand: &Demand<'_>) -> Option<Shortage> {
-        let found = self.at_first(demand, |local, now, upstream| {
+        let found = self.at_first(demand, |local, now, demand, upstream| {
             local.binding_obstacle(now, demand, upstream).map_or(Ok(()), Err)
         });
         found.err().map(|(shortage, _)| shortage)
@@ -89,7 +88,7 @@ impl Engine {
 
     /// What would happen to a request now. Reserves nothing.
     pub(super) fn forecast(&self, demand: &Demand<'_>) -> Forecast {
-        let found = self.at_first(demand, |local, now, upstream| {
+        let found = self.at_first(demand, |local, now, demand, upstream| {
             local.obstacle(now, demand, upstream).map_or(Ok(()), Err)
         });
         let (obstacle, backend) = match found {
@@ -113,7 +112,7 @@ impl Engine {
     fn at_first<T>(
         &self,
         demand: &Demand<'_>,
-        attempt: impl FnMut(&mut Local, Timestamp, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
+        attempt: impl FnMut(&mut Local, Timestamp, &Demand<'_>, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
     ) -> Result<(T, usize), (Shortage, usize)> {
         if self.is_closed() {
             return Err((Shortage::of(NoRoom::Unavailable), 0));
@@ -291,21 +290,36 @@ pub(super) struct Backed {
 }
 
 /// Tries the upstreams of a request in their order, until one succeeds. Returns the index of that upstream. If all fail, it
-/// returns the shortage and the index of the one that fits first.
+/// returns the shortage and the index of the one that fits first. A request is clamped only if no upstream has room for all
+/// of it.
 fn at_first<T>(
     local: &mut Local,
     now: Timestamp,
     demand: &Demand<'_>,
-    mut attempt: impl FnMut(&mut Local, Timestamp, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
+    mut attempt: impl FnMut(&mut Local, Timestamp, &Demand<'_>, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
+) -> Result<(T, usize), (Shortage, usize)> {
+    if let Some(unclamped) = demand.unclamped().filter(|_| local.clamps(demand))
+        && let Ok(found) = in_order(local, now, &unclamped, &mut attempt)
+    {
+        return Ok(found);
+    }
+    in_order(local, now, demand, &mut attempt)
+}
+
+fn in_order<T>(
+    local: &mut Local,
+    now: Timestamp,
+    demand: &Demand<'_>,
+    attempt: &mut impl FnMut(&mut Local, Timestamp, &Demand<'_>, Option<&mut Backing<'_>>) -> Result<T, NoRoom>,
 ) -> Result<(T, usize), (Shortage, usize)> {
     let mut all: Option<(Shortage, usize)> = None;
     for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
         let outcome = match account {
-            None => attempt(local, now, None),
+            None => attempt(local, now, demand, None),
             Some(account) if account.engine.is_closed() => Err(NoRoom::Unavailable),
-            Some(account) => account
-                .engine
-                .with_local(|counters, now| attempt(local, now, Some(&mut Backing::new(counters, model)))),
+            Some(account) => account.engine.with_local(|counters, now| {
+                attempt(local, now, demand, Some(&mut Backing::new(counters, model)))
+            }),
         };
         let no_room = match outcome {
             Ok(found) => return Ok((found, index)),
@@ -323,9 +337,9 @@ fn at_first<T>(
     match all {
         Some(all) => Err(all),
         // No upstream is named.
-        None => {
-            attempt(local, now, None).map(|found| (found, 0)).map_err(|no_room| (Shortage::of(no_room), 0))
-        }
+        None => attempt(local, now, demand, None)
+            .map(|found| (found, 0))
+            .map_err(|no_room| (Shortage::of(no_room), 0)),
     }
 }
 
@@ -362,6 +376,19 @@ fn back(
 
 /// As `at_first`, in Redis.
 async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Admission, usize), Shortage> {
+    let clamps = sync.with_replica(|replica| replica.local_mut().clamps(demand));
+    if let Some(unclamped) = demand.unclamped().filter(|_| clamps)
+        && let Ok(admitted) = try_in_order_by_redis(sync, &unclamped).await
+    {
+        return Ok(admitted);
+    }
+    try_in_order_by_redis(sync, demand).await
+}
+
+async fn try_in_order_by_redis(
+    sync: &RedisSync,
+    demand: &Demand<'_>,
+) -> Result<(Admission, usize), Shortage> {
     let mut all: Option<Shortage> = None;
     for (index, Backend { account, model }) in demand.backends.iter().enumerate() {
         let outcome = match account.map(|account| &account.engine) {

@@ -463,7 +463,7 @@ impl Local {
         mut upstream: Option<&mut Backing<'_>>,
     ) -> Option<(Required, u64)> {
         let NoRoom::Quota(_) = no_room else { return None };
-        if !self.clamps() || allowance == 0 {
+        if !self.clamps(demand) || allowance == 0 {
             return None;
         }
         let prompt = if self.rules.reserve.prompt { demand.prompt } else { 0 };
@@ -478,8 +478,8 @@ impl Local {
         (fits && !upstream.is_some_and(is_short)).then_some((required, each))
     }
 
-    pub(super) fn clamps(&self) -> bool {
-        self.rules.reserve.when_short == WhenShort::Clamp
+    pub(super) fn clamps(&self, demand: &Demand<'_>) -> bool {
+        demand.may_clamp && self.rules.reserve.when_short == WhenShort::Clamp
     }
 
     /// The smallest amounts with which the request would be admitted.
@@ -491,7 +491,7 @@ impl Local {
     ) -> Required {
         let allowance = self.allowance(demand, own, upstream);
         let min_clamp = MIN_CLAMP.saturating_mul(demand.completions.max(1));
-        self.required(demand, if self.clamps() { allowance.min(min_clamp) } else { allowance })
+        self.required(demand, if self.clamps(demand) { allowance.min(min_clamp) } else { allowance })
     }
 
     /// Whether completions are reserved, rather than only charged afterwards.

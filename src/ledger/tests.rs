@@ -20,7 +20,15 @@ const ROOM_FOR_ONE: &str =
 
 fn demand(cap: u64) -> Demand<'static> {
     let subject = Subject { caller: None, model: "m" };
-    Demand { subject, prompt: 8, generates: true, cap: Some(cap), completions: 1, backends: &[] }
+    Demand {
+        subject,
+        prompt: 8,
+        generates: true,
+        cap: Some(cap),
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    }
 }
 
 mod upstreams;

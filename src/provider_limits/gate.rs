@@ -12,6 +12,7 @@ use super::statement::{KindStatement, Statement};
 use crate::quota::{Amounts, Kind};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// The gate stays closed for at most this long (ms). Then one request asks the provider again.
 const MAX_CLOSED_MS: u64 = 60_000;
@@ -19,6 +20,9 @@ const MAX_CLOSED_MS: u64 = 60_000;
 const PROBE_WAIT_MS: u64 = 1_000;
 /// The period of a limit whose reset the provider does not state (ms).
 const DEFAULT_PERIOD_MS: u64 = 60_000;
+/// A limit that refills evenly is full again a minute or more after nothing was left. A shorter reset (ms) is the end of
+/// a fixed window.
+const MIN_EVEN_RESET_MS: u64 = 50_000;
 /// After as many statements in a row that nothing is left, with answers that show the opposite, a kind is ignored until
 /// the next refusal.
 const MAX_CONTRADICTIONS: u8 = 3;
@@ -55,6 +59,14 @@ pub(super) enum Hold {
     Wait(u64),
     /// The slow start lasts at most this long (ms).
     SlowStart(u64),
+}
+
+impl Hold {
+    /// The time after which the request may try again.
+    pub(super) fn time(self) -> Duration {
+        let (Self::Wait(ms) | Self::SlowStart(ms)) = self;
+        Duration::from_millis(ms)
+    }
 }
 
 /// The state of one kind of limit.
@@ -189,10 +201,11 @@ impl Gate {
         let elapsed = now.saturating_sub(state.at);
         let Some(refill) = state.refill() else {
             let is_short = remaining.saturating_sub(self.cost_of_later(kind)) < needed;
-            return (is_short && elapsed < PROBE_WAIT_MS).then(|| PROBE_WAIT_MS - elapsed);
+            let ready = state.end_of_window().unwrap_or(PROBE_WAIT_MS);
+            return (is_short && elapsed < ready).then(|| ready - elapsed);
         };
         let demand = needed.saturating_add(self.cost_of_later(kind));
-        let ready = refill.ms_until(demand.saturating_sub(remaining));
+        let ready = refill.ms_until(demand.saturating_sub(remaining)).max(state.end_of_window().unwrap_or(0));
         (ready > elapsed).then(|| ready - elapsed)
     }
 
@@ -239,9 +252,12 @@ impl Gate {
         }
     }
 
-    /// Forgets a request that got no answer.
+    /// Forgets a request that got no answer. If it was the probe, the next request is one.
     pub(super) fn abandoned(&mut self, number: u64) {
-        self.probe.take_if(|probe| *probe == number);
+        if self.probe.take_if(|probe| *probe == number).is_some() {
+            // A time in the past: the gate is closed, and the time is over.
+            self.closed_until.get_or_insert(0);
+        }
         self.later.retain(|sent| sent.number != number);
     }
 
@@ -388,6 +404,12 @@ impl KindState {
             }
             _ => Some(Refill { amount: limit, period_ms: DEFAULT_PERIOD_MS }),
         }
+    }
+
+    /// The time from the statement to the end of a fixed window of which nothing is left (ms). Nothing is refilled before.
+    /// `None`: something is left, or the limit refills evenly.
+    fn end_of_window(&self) -> Option<u64> {
+        self.stated.reset_ms.filter(|&ms| self.stated.remaining == Some(0) && ms < MIN_EVEN_RESET_MS)
     }
 
     /// Compares what the provider has taken since the last statement with the estimates of the requests.

@@ -1,7 +1,6 @@
 //! The attempts to get an answer for an admitted request: one upstream after the other, in the order of its route.
 
 use super::Proxy;
-use super::admission::Obstacle;
 use super::candidates::{self, Candidate};
 use super::charge::Charge;
 use super::headers;
@@ -10,9 +9,9 @@ use super::refusal;
 use super::stream_options;
 use crate::clock::Stopwatch;
 use crate::error::ProxyError;
+use crate::ledger::Reservation;
 use crate::provider_limits::Pass;
 use crate::quota::Amounts;
-use crate::telemetry::AttemptOutcome;
 use crate::upstream;
 use http::response;
 use std::time::Duration;
@@ -57,7 +56,11 @@ impl Proxy {
                 return answer;
             }
             charge.record.attempts.add(&context.settings, outcome);
+            // While the next upstream is looked for, the failed attempt is not charged.
+            let spent = charge.reservation.as_ref().map(Reservation::spent).unwrap_or_default();
+            charge.observe(Amounts::default());
             let Some((candidate, pass)) = self.next_upstream(outgoing, charge).await else {
+                charge.observe(spent);
                 charge.record.attempts.end_with(&context.settings);
                 return answer;
             };
@@ -68,7 +71,6 @@ impl Proxy {
                 next = self.snapshot.upstreams[candidate.upstream].settings.name,
                 "a request goes to the next upstream of its route"
             );
-            charge.observe(Amounts::default());
             self.redirect(outgoing, candidate, pass, clamped_to).await?;
             *sent = Stopwatch::start();
         }
@@ -83,14 +85,18 @@ impl Proxy {
         let upstreams = &self.snapshot.upstreams;
         loop {
             let candidate = outgoing.alternatives.as_mut()?.candidates.next(upstreams)?;
-            let reservation = charge.reservation.as_mut();
-            let outcome =
-                match self.try_candidate(&candidate, &outgoing.call, reservation, Duration::ZERO).await {
-                    Ok(pass) => return Some((candidate, pass)),
-                    Err(Obstacle::Held(_)) => AttemptOutcome::Held,
-                    Err(Obstacle::NoRoom(_)) => AttemptOutcome::NoRoom,
-                };
-            charge.record.attempts.add(&upstreams[candidate.upstream].settings, outcome);
+            let (reservation, mut waited) = (charge.reservation.as_mut(), None);
+            let tried = self
+                .try_candidate(&candidate, &outgoing.call, reservation, Duration::ZERO, &mut waited)
+                .await;
+            charge.record.add_wait(waited);
+            match tried {
+                Ok(pass) => return Some((candidate, pass)),
+                Err(obstacle) => {
+                    let settings = &upstreams[candidate.upstream].settings;
+                    charge.record.attempts.add(settings, obstacle.outcome());
+                }
+            }
         }
     }
 

@@ -1,8 +1,8 @@
 //! Explains what would happen to a request, without sending it or charging anything.
 
-use super::admission::Obstacle;
 use super::call::{self, Call};
 use super::candidates::Candidates;
+use super::choice::Obstacle;
 use super::refusal;
 use super::route::Endpoint;
 use super::snapshot::Snapshot;
@@ -68,6 +68,7 @@ pub(crate) async fn explain(
         cap: call.completion_cap,
         completions: call.completions.max(1),
         backends: &backends,
+        may_clamp: true,
     };
     let account = &snapshot.accounts[environment];
     account.refresh().await;
@@ -78,7 +79,7 @@ pub(crate) async fn explain(
         Obstacle::Held(wait) => refusal::held(&snapshot, environment, upstream, wait),
     });
     let destinations = &snapshot.contexts[environment].destinations;
-    let upstreams = destination.upstreams.iter();
+    let upstreams = candidates.order().iter();
     Ok(Explanation {
         api: api.as_str(),
         model: model.clone(),
@@ -103,8 +104,14 @@ struct Outcome {
     is_admitted: bool,
 }
 
-/// The outcome at the upstream that would receive the request. If none would: at the one where it fits first.
+/// The outcome at the upstream that would receive the request. If none would: at the one where it fits first. A request is
+/// clamped only if no upstream has room for all of it.
 fn outcome(snapshot: &Snapshot, account: &Account, demand: &Demand<'_>, upstreams: &[usize]) -> Outcome {
+    let whole = outcome_of(snapshot, account, &Demand { may_clamp: false, ..*demand }, upstreams);
+    if whole.is_admitted { whole } else { outcome_of(snapshot, account, demand, upstreams) }
+}
+
+fn outcome_of(snapshot: &Snapshot, account: &Account, demand: &Demand<'_>, upstreams: &[usize]) -> Outcome {
     let denies = |no_room: &NoRoom| account.is_enforcing() || no_room.is_of_upstream();
     let mut soonest: Option<(Forecast, (Obstacle, usize))> = None;
     for (&upstream, backend) in upstreams.iter().zip(demand.backends) {

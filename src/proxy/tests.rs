@@ -30,8 +30,15 @@ fn state(port: u16) -> Arc<State> {
 
 async fn charge(account: &Arc<Account>, metrics: &Arc<Metrics>) -> Charge {
     let subject = Subject { caller: None, model: "m" };
-    let demand =
-        Demand { subject, prompt: 8, generates: true, cap: Some(100), completions: 1, backends: &[] };
+    let demand = Demand {
+        subject,
+        prompt: 8,
+        generates: true,
+        cap: Some(100),
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    };
     let reservation = account.reserve(&demand, Duration::ZERO).await.unwrap();
     Charge { reservation: Some(reservation), record: Box::new(Record::begin(metrics.clone())) }
 }

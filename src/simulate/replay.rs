@@ -326,6 +326,7 @@ impl<'a> Replay<'a> {
             cap: if own.mode == Mode::Oracle { Some(call.completion) } else { call.max_tokens },
             completions: 1,
             backends: &[],
+            may_clamp: true,
         };
         let local = &mut own.local;
         let mut best: Option<(NoRoom, Target<'a>)> = None;

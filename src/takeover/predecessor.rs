@@ -161,7 +161,8 @@ impl Predecessor {
                 .zip(&upstreams)
                 .map(|(backend, account)| Backend { account: account.as_ref(), model: &backend.model })
                 .collect();
-            let demand = Demand { subject, prompt, generates, cap, completions, backends: &backends };
+            let demand =
+                Demand { subject, prompt, generates, cap, completions, backends: &backends, may_clamp: true };
             let reply = this.reserve(id, &account, &demand, Duration::from_millis(max_wait_ms)).await;
             this.reply(reply);
         });

@@ -105,7 +105,15 @@ impl crate::ledger::Persistence for Unwritten {
 
 async fn reserve(account: &Arc<Account>, prompt: u64) -> Reservation {
     let subject = Subject { caller: None, model: "m" };
-    let demand = Demand { subject, prompt, generates: true, cap: None, completions: 1, backends: &[] };
+    let demand = Demand {
+        subject,
+        prompt,
+        generates: true,
+        cap: None,
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    };
     account.reserve(&demand, Duration::ZERO).await.unwrap()
 }
 
@@ -193,7 +201,15 @@ async fn requests_in_flight_of_a_killed_process_are_charged_in_full_once() {
     assert_eq!((totals.requests, totals.total), (4, 60 + 124 + 10 + 70));
     // If the old process still runs, it gets no reply and admits nothing.
     let subject = Subject { caller: None, model: "m" };
-    let demand = Demand { subject, prompt: 1, generates: true, cap: None, completions: 1, backends: &[] };
+    let demand = Demand {
+        subject,
+        prompt: 1,
+        generates: true,
+        cap: None,
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    };
     assert!(pair.old.reserve(&demand, Duration::ZERO).await.is_err());
 }
 
@@ -261,8 +277,15 @@ async fn the_quotas_of_an_upstream_move_with_its_environments() {
     let backends = [Backend { account: Some(&old[1]), model: "m" }];
     let reserve = async |prompt| {
         let subject = Subject { caller: None, model: "m" };
-        let demand =
-            Demand { subject, prompt, generates: true, cap: None, completions: 1, backends: &backends };
+        let demand = Demand {
+            subject,
+            prompt,
+            generates: true,
+            cap: None,
+            completions: 1,
+            backends: &backends,
+            may_clamp: true,
+        };
         old[0].reserve(&demand, Duration::ZERO).await
     };
     let mut earlier = reserve(50).await.unwrap();

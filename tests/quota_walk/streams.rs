@@ -88,6 +88,7 @@ impl StreamWalk {
             cap,
             completions,
             backends: &[],
+            may_clamp: true,
         };
         self.advance();
         let fits = |recounts: &[Recount], amounts: Amounts| {

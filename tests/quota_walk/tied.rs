@@ -165,6 +165,7 @@ impl TiedWalk {
             cap,
             completions: 1,
             backends: &[],
+            may_clamp: true,
         };
         self.advance();
         let (own, other) = (&mut self.environments[environment], &mut self.upstreams[upstream]);

@@ -104,7 +104,15 @@ fn kill_with_reservations(node: Member, totals: &Totals) -> Vec<Reservation> {
 
 fn demand(prompt: u64, cap: u64) -> Demand<'static> {
     let subject = Subject { caller: None, model: "m" };
-    Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1, backends: &[] }
+    Demand {
+        subject,
+        prompt,
+        generates: true,
+        cap: Some(cap),
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    }
 }
 
 async fn work(account: Arc<Account>, totals: Arc<Totals>, mut dice: Dice, max_completion: u64) {

@@ -139,6 +139,7 @@ fn a_node_sends_heartbeats_while_its_journal_is_never_empty() {
                     cap: Some(1),
                     completions: 1,
                     backends: &[],
+                    may_clamp: true,
                 };
                 loop {
                     drop(account.reserve(&demand, Duration::ZERO).await);

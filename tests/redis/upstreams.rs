@@ -92,7 +92,15 @@ impl TiedNode {
         max_wait: Duration,
     ) -> Result<Reservation, NoRoom> {
         let subject = Subject { caller: None, model: "m" };
-        let demand = Demand { subject, prompt: 40, generates: true, cap: Some(60), completions: 1, backends };
+        let demand = Demand {
+            subject,
+            prompt: 40,
+            generates: true,
+            cap: Some(60),
+            completions: 1,
+            backends,
+            may_clamp: true,
+        };
         self.accounts[environment].reserve(&demand, max_wait).await
     }
 

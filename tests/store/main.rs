@@ -63,8 +63,15 @@ impl Node {
     fn reserve(&self, model: &str, prompt: u64, cap: u64) -> Reservation {
         let caller = "web".into();
         let subject = Subject { caller: Some(&caller), model };
-        let demand =
-            Demand { subject, prompt, generates: true, cap: Some(cap), completions: 1, backends: &[] };
+        let demand = Demand {
+            subject,
+            prompt,
+            generates: true,
+            cap: Some(cap),
+            completions: 1,
+            backends: &[],
+            may_clamp: true,
+        };
         self.account.reserve(&demand, Duration::ZERO).now_or_never().unwrap().unwrap()
     }
 
@@ -227,8 +234,15 @@ async fn usage_can_be_queried_by_minute_model_and_caller() {
     node.spend("o3", 5, 5);
     let caller = "web".into();
     let subject = Subject { caller: Some(&caller), model: "o3" };
-    let too_large =
-        Demand { subject, prompt: 5_000, generates: true, cap: Some(1), completions: 1, backends: &[] };
+    let too_large = Demand {
+        subject,
+        prompt: 5_000,
+        generates: true,
+        cap: Some(1),
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    };
     assert!(node.account.reserve(&too_large, Duration::ZERO).now_or_never().unwrap().is_err());
     drop(node);
     let of = |column: &str, model: &str| {

@@ -50,8 +50,15 @@ impl Node {
     fn try_reserve(&self, sent: &str, prompt: u64) -> Option<Reservation> {
         let backends = [Backend { account: Some(&self.upstream), model: sent }];
         let subject = Subject { caller: None, model: "m" };
-        let demand =
-            Demand { subject, prompt, generates: true, cap: Some(70), completions: 1, backends: &backends };
+        let demand = Demand {
+            subject,
+            prompt,
+            generates: true,
+            cap: Some(70),
+            completions: 1,
+            backends: &backends,
+            may_clamp: true,
+        };
         self.environment.reserve(&demand, Duration::ZERO).now_or_never().unwrap().ok()
     }
 
@@ -223,6 +230,7 @@ fn the_history_of_an_upstream_has_one_row_per_model_whatever_the_number_of_envir
                 cap: Some(1),
                 completions: 1,
                 backends: &backends,
+                may_clamp: true,
             };
             let mut reservation =
                 environment.reserve(&demand, Duration::ZERO).now_or_never().unwrap().unwrap();

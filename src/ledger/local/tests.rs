@@ -34,7 +34,15 @@ fn subject() -> Subject<'static> {
 }
 
 fn demand(prompt: u64, cap: Option<u64>) -> Demand<'static> {
-    Demand { subject: subject(), prompt, generates: true, cap, completions: 1, backends: &[] }
+    Demand {
+        subject: subject(),
+        prompt,
+        generates: true,
+        cap,
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    }
 }
 
 fn allowance_of(local: &Local) -> u64 {

@@ -56,7 +56,7 @@ impl Replica {
         let request = ReserveRequest {
             id: &id.to_string(),
             max_in_flight,
-            on_shortage: self.on_shortage(allowance),
+            on_shortage: self.on_shortage(demand, allowance),
             generates: required.generates,
             amounts: required.amounts,
             completions: demand.completions,
@@ -67,10 +67,10 @@ impl Replica {
         Some(ReserveCall { command, id, allowance, touched, losses, first_step, had_unsent_steps })
     }
 
-    pub(super) fn on_shortage(&self, allowance: u64) -> OnShortage {
+    pub(super) fn on_shortage(&self, demand: &Demand<'_>, allowance: u64) -> OnShortage {
         if !self.local.rules.enforce {
             OnShortage::AdmitAnyway
-        } else if self.local.clamps() && allowance > 0 {
+        } else if self.local.clamps(demand) && allowance > 0 {
             OnShortage::Clamp
         } else {
             OnShortage::Reject

@@ -70,7 +70,7 @@ impl Replica {
         let request = ReserveRequest {
             id: &part.id.to_string(),
             max_in_flight,
-            on_shortage: self.on_shortage(allowance),
+            on_shortage: self.on_shortage(demand, allowance),
             generates: required.generates,
             amounts: required.amounts,
             completions: demand.completions,

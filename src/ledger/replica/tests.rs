@@ -81,7 +81,15 @@ fn subject() -> Subject<'static> {
 }
 
 fn demand() -> Demand<'static> {
-    Demand { subject: subject(), prompt: 10, generates: true, cap: Some(90), completions: 1, backends: &[] }
+    Demand {
+        subject: subject(),
+        prompt: 10,
+        generates: true,
+        cap: Some(90),
+        completions: 1,
+        backends: &[],
+        may_clamp: true,
+    }
 }
 
 fn admitted_offline(replica: &mut Replica) -> Box<Grant> {

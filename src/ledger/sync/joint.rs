@@ -141,6 +141,7 @@ pub(in crate::ledger) fn upstream_demand(amounts: Amounts, generates: bool, mode
         cap: Some(amounts.completion),
         completions: 1,
         backends: &[],
+        may_clamp: true,
     }
 }
 

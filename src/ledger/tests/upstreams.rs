@@ -84,6 +84,26 @@ fn shadow_mode_does_not_lift_the_limits_of_the_upstream() {
 }
 
 #[test]
+fn a_request_is_clamped_only_if_no_upstream_has_room_for_all_of_it() {
+    let of = |name: &str, limit: u64| {
+        format!(
+            "  {name}: {{ base_url: 'http://{name}/v1', quotas: {{ total_tokens: {{ limit: {limit}, per: day, window: rolling }} }} }}\n"
+        )
+    };
+    let clamps = "  a: { upstream: u, reserve: { completion: max_tokens, when_short: clamp }, quotas: { total_tokens: { limit: 1000, per: day, window: rolling } } }";
+    let tied = Tied::new(&(of("u", 100) + &of("v", 300)), clamps);
+    let both = [tied.backend("u", "m"), tied.backend("v", "m")];
+    let whole = tied.reserve("a", &both, 200).unwrap();
+    assert_eq!((whole.backend(), whole.clamped_to()), (1, None), "the second one has room for all of it");
+    let clamped = tied.reserve("a", &both, 200).unwrap();
+    assert_eq!(
+        (clamped.backend(), clamped.clamped_to()),
+        (0, Some(92)),
+        "no upstream has room for all of it"
+    );
+}
+
+#[test]
 fn a_denial_lists_the_quotas_of_both() {
     let tied = Tied::new(U, TWO);
     let denied = tied.reserve("a", &[tied.backend("u", "m")], 5_000).unwrap_err();

@@ -35,7 +35,7 @@ fn a_refusal_closes_the_gate_for_its_time_and_one_request_asks_again() {
 }
 
 #[test]
-fn a_probe_that_is_refused_closes_the_gate_again_and_one_that_gets_lost_opens_it() {
+fn a_probe_that_is_refused_closes_the_gate_again_and_one_that_gets_no_answer_is_repeated() {
     let mut gate = known();
     let number = gate.pass(0, tokens(10)).unwrap();
     gate.answered(0, number, &refusal(1_000), Verdict::Refused);
@@ -44,7 +44,13 @@ fn a_probe_that_is_refused_closes_the_gate_again_and_one_that_gets_lost_opens_it
     assert_eq!(gate.pass(1_010, tokens(10)), Err(Hold::Wait(2_000)));
     let probe = gate.pass(3_010, tokens(10)).unwrap();
     gate.abandoned(probe);
-    assert!(gate.pass(3_010, tokens(10)).is_ok());
+    let again = gate.pass(3_010, tokens(10)).unwrap();
+    assert_eq!(gate.pass(3_010, tokens(10)), Err(Hold::Wait(PROBE_WAIT_MS)), "one request goes first");
+    // A refusal that comes in the meantime is not forgotten.
+    let closed = Some(9_000);
+    gate.closed_until = closed;
+    gate.abandoned(again);
+    assert_eq!(gate.closed_until, closed);
 }
 
 #[test]
@@ -78,6 +84,28 @@ fn a_request_waits_for_what_the_provider_refills() {
     assert_eq!(gate.pass(9_999, tokens(200)), Err(Hold::Wait(1)));
     gate.abandoned(later);
     assert!(gate.pass(9_999, tokens(200)).is_ok());
+}
+
+#[test]
+fn a_window_of_which_nothing_is_left_is_waited_for_to_its_end() {
+    for limit in [Some(50), None] {
+        let mut statement = Statement::default();
+        statement.kinds[Kind::Requests as usize] =
+            KindStatement { limit, remaining: Some(0), reset_ms: Some(5_000) };
+        let mut gate = known();
+        let number = gate.pass(0, tokens(10)).unwrap();
+        gate.answered(0, number, &statement, Verdict::Accepted);
+        assert_eq!(gate.pass(1_000, tokens(10)), Err(Hold::Wait(4_000)), "{limit:?}");
+        assert!(gate.pass(5_000, tokens(10)).is_ok(), "{limit:?}");
+    }
+    // A limit per minute that refills evenly: one of 60 requests is back after a second.
+    let mut statement = Statement::default();
+    statement.kinds[Kind::Requests as usize] =
+        KindStatement { limit: Some(60), remaining: Some(0), reset_ms: Some(60_000) };
+    let mut gate = known();
+    let number = gate.pass(0, tokens(10)).unwrap();
+    gate.answered(0, number, &statement, Verdict::Accepted);
+    assert_eq!(gate.pass(0, tokens(10)), Err(Hold::Wait(1_000)));
 }
 
 #[test]

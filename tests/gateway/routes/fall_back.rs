@@ -328,6 +328,38 @@ async fn a_caller_that_disconnects_ends_the_attempts() {
 }
 
 #[tokio::test]
+async fn a_caller_that_disconnects_between_two_attempts_pays_for_neither() {
+    let (a, b) = (Upstream::always(failure(503)).await, Upstream::always(Answer::silence()).await);
+    let line = |name: &str, upstream: &Upstream, settings: &str| {
+        format!(
+            "  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name}, {settings} }}\n",
+            upstream.address
+        )
+    };
+    let upstreams = line("a", &a, "") + &line("b", &b, "provider_limits: follow");
+    // The second request waits for the slow start of b, which lasts a second. A busy machine may need several attempts.
+    for _ in 0..5 {
+        let gateway = gateway_with(&upstreams, "a", IN_ORDER, "").await;
+        let (seen_at_a, seen_at_b) = (a.seen().len(), b.seen().len());
+        let mut first = gateway.caller().await;
+        first.request("POST", CHAT, "", HELLO.as_bytes()).await;
+        b.wait_until_seen(seen_at_b + 1).await;
+        let mut second = gateway.caller().await;
+        second.request("POST", CHAT, "", HELLO.as_bytes()).await;
+        a.wait_until_seen(seen_at_a + 2).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(second);
+        drop(first);
+        let charges = gateway.settled_charges().await;
+        if b.seen().len() == seen_at_b + 1 {
+            assert_eq!(charges, [1, 8, 0, 8], "only the first request has reached b");
+            return;
+        }
+    }
+    panic!("no request was dropped while it waited");
+}
+
+#[tokio::test]
 async fn with_drain_the_attempts_continue_without_the_caller() {
     let a = Upstream::always(Answer::of([vec![Step::Gate], failure(503).steps()].concat())).await;
     let b = Upstream::always(named("b")).await;

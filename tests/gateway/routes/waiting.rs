@@ -133,3 +133,59 @@ async fn a_request_waits_for_the_end_of_another_one_while_the_provider_of_the_ot
     assert_eq!(holds.reply().await.status, 200);
     assert_eq!(gateway.settled().await["totals"]["rejected"], 1);
 }
+
+#[tokio::test]
+async fn a_request_that_may_wait_for_a_provider_takes_an_upstream_that_has_room_before() {
+    let (a, b) = (limited_provider().await, gated("b").await);
+    // The 30 s of the provider are within max_wait.
+    let gateway = gateway((&a, "provider_limits: follow"), (&b, "max_in_flight: 1"), "60s").await;
+    let mut first = send(&gateway).await;
+    until_seen(&b, 1).await;
+    let mut second = send(&gateway).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let began = Instant::now();
+    b.open_gate();
+    assert_eq!(first.reply().await.status, 200);
+    b.open_gate();
+    let reply = second.reply().await;
+    assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")), "{}", reply.text());
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    // The wait is counted, and is not the gateway's own work.
+    let metrics = gateway.admin_get("/metrics").await;
+    let value = |name: &str| -> f64 {
+        let line = metrics.text().lines().find_map(|line| line.strip_prefix(name).map(str::to_owned));
+        line.unwrap_or_else(|| panic!("{name}")).trim().parse().unwrap()
+    };
+    assert!(value("tollgate_queue_wait_seconds_sum{environment=\"staging\"}") >= 0.9);
+    assert!(
+        value("tollgate_overhead_seconds_sum")
+            < value("tollgate_queue_wait_seconds_sum{environment=\"staging\"}")
+    );
+}
+
+#[tokio::test]
+async fn a_request_waits_for_its_turn_at_a_provider_if_no_upstream_takes_it_before() {
+    let refusing = |ms: u64| async move {
+        let count = AtomicUsize::new(0);
+        Upstream::answering(move |_| match count.fetch_add(1, Ordering::Relaxed) {
+            0 => Answer::with_headers(429, &format!("retry-after-ms: {ms}\r\n"), "{}"),
+            _ => named("x"),
+        })
+        .await
+    };
+    let (a, b) = (refusing(30_000).await, refusing(1_000).await);
+    let gateway = gateway((&a, "provider_limits: follow"), (&b, "provider_limits: follow"), "20s").await;
+    assert_eq!(gateway.chat(HELLO).await.status, 429);
+    let began = Instant::now();
+    let mut all = Vec::new();
+    for _ in 0..5 {
+        all.push(send(&gateway).await);
+    }
+    for caller in &mut all {
+        let reply = caller.reply().await;
+        assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")), "{}", reply.text());
+    }
+    assert!((800..15_000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    assert_eq!(seen(&[&a, &b]), [1, 6]);
+    assert_eq!(gateway.settled().await["in_flight"], 0);
+}

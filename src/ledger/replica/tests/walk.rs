@@ -235,8 +235,15 @@ impl Node {
 
     fn request(&mut self, world: &mut World) {
         let cap = Some(1 + world.dice.below(500));
-        let demand =
-            Demand { subject: subject(), prompt: 10, generates: true, cap, completions: 1, backends: &[] };
+        let demand = Demand {
+            subject: subject(),
+            prompt: 10,
+            generates: true,
+            cap,
+            completions: 1,
+            backends: &[],
+            may_clamp: true,
+        };
         if let Some(admission) = self.replica.admit_leased(world.now, &demand) {
             world.counts.leased += 1;
             return self.open.push((admission.grant, 0));

@@ -1,20 +1,17 @@
 //! The queue of requests that wait for room: first come, first served, bounded in length and in time.
 
-use super::demand::Shortage;
 use crate::clock::Stopwatch;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
-/// Maximum requests that wait in one environment. A further request is denied at once.
+/// Maximum requests that wait in one queue. A further request does not wait.
 const MAX_WAITING: usize = 1_000;
-/// A request at the head of the queue retries after this time if the time of the next refill is not known.
-const DEFAULT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The wait queue of one environment.
+/// The requests that wait for room in one place: in the quotas of an environment, or at the provider of an upstream.
 #[derive(Debug)]
-pub(super) struct WaitQueue {
+pub(crate) struct WaitQueue {
     /// The request that holds the permit is at the head. Tokio's semaphore is fair, and a request that stops waiting
     /// leaves the queue.
     head: Semaphore,
@@ -30,27 +27,33 @@ impl Default for WaitQueue {
 
 impl WaitQueue {
     /// Whether no request waits.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// Number of requests that wait.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// Wakes the request at the head: a quota may have more room.
-    pub(super) fn notify_released(&self) {
+    /// Wakes the request at the head: there may be more room.
+    pub(crate) fn notify_released(&self) {
         if !self.is_empty() {
             self.released.notify_one();
         }
     }
 
-    /// Waits in the queue and calls `reserve` when this request is at the head, for at most `max_wait`. Returns
-    /// `None` if the queue is full, if the time is over, or if no room can become free in time.
-    pub(super) async fn wait_in_turn<T, R>(&self, max_wait: Duration, reserve: impl Fn() -> R) -> Option<T>
+    /// Waits in the queue and calls `attempt` when this request is at the head, for at most `max_wait`. `attempt` gets the
+    /// time that is left, and returns the time after which it is called again. `None`: it cannot succeed in time.
+    ///
+    /// Returns `None` if the queue is full, if the time is over, or if no attempt can succeed in time.
+    pub(crate) async fn wait_in_turn<T, R>(
+        &self,
+        max_wait: Duration,
+        attempt: impl Fn(Duration) -> R,
+    ) -> Option<T>
     where
-        R: Future<Output = Result<T, Shortage>>,
+        R: Future<Output = Result<T, Option<Duration>>>,
     {
         let _place = QueuePlace::take(self)?;
         let clock = Stopwatch::start();
@@ -59,11 +62,9 @@ impl WaitQueue {
             let _head = self.head.acquire().await.ok()?;
             loop {
                 let released = self.released.notified();
-                let left = max_wait.saturating_sub(clock.elapsed());
-                let retry_after = match reserve().await {
-                    Ok(reservation) => return Some(reservation),
-                    Err(shortage) if !shortage.may_clear_within(left) => return None,
-                    Err(shortage) => shortage.refills_after().unwrap_or(DEFAULT_RETRY_INTERVAL),
+                let retry_after = match attempt(max_wait.saturating_sub(clock.elapsed())).await {
+                    Ok(success) => return Some(success),
+                    Err(retry_after) => retry_after?,
                 };
                 // Both a release and the timeout lead to another attempt: the released room may be too small.
                 drop(timeout(retry_after, released).await);
