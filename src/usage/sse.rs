@@ -419,9 +419,6 @@ impl SseReader {
     /// Reads one complete event. Returns whether it carries only usage.
     fn read_event(&mut self, event: &[u8]) -> bool {
         let Some(data) = data_of(event) else { return false };
-        if is_error_event(event) {
-            return false; // its data is not a completion, whatever its shape
-        }
         // An event that matches a template reports no usage, because the event behind the template reported none. A text
         // with half of a surrogate pair matches none.
         if self.delivered.push_matching(&data) {
@@ -490,26 +487,21 @@ fn mentions_usage(data: &[u8]) -> bool {
     })
 }
 
-/// Whether an event has the name `error`.
-fn is_error_event(event: &[u8]) -> bool {
-    let name = event.strip_prefix(b"event:").unwrap_or_default();
-    let name = name.strip_prefix(b" ").unwrap_or(name);
-    name.strip_prefix(b"error").is_some_and(|rest| matches!(rest.first(), Some(b'\n' | b'\r')))
-}
-
-/// The data of an event; several `data` lines are joined by LF. `None`: it has no data.
+/// Reads the data of an event; several `data` lines are joined by LF. `None`: it has no data, or its last name is
+/// `error`. Data of errors is not a completion, whatever its shape.
 fn data_of(event: &[u8]) -> Option<Cow<'_, [u8]>> {
     let mut data: Option<Cow<'_, [u8]>> = None;
+    let mut is_error = false;
     let mut rest = event;
     while !rest.is_empty() {
         let end = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
         let line = &rest[..end];
         rest = rest.get(end + 1..).unwrap_or_default();
-        let value = match line.strip_prefix(b"data") {
-            // A line without a colon has an empty value.
-            Some(b"") => b"",
-            Some([b':', b' ', value @ ..] | [b':', value @ ..]) => value,
-            _ => continue,
+        let Some(value) = field(line, b"data") else {
+            if let Some(name) = field(line, b"event") {
+                is_error = name == b"error";
+            }
+            continue;
         };
         match &mut data {
             None => data = Some(Cow::Borrowed(value)),
@@ -520,7 +512,16 @@ fn data_of(event: &[u8]) -> Option<Cow<'_, [u8]>> {
             }
         }
     }
-    data
+    data.filter(|_| !is_error)
+}
+
+/// The value of a line, if it is of this field. A line without a colon has an empty value.
+fn field<'l>(line: &'l [u8], name: &[u8]) -> Option<&'l [u8]> {
+    match line.strip_prefix(name)? {
+        [] => Some(b""),
+        [b':', b' ', value @ ..] | [b':', value @ ..] => Some(value),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

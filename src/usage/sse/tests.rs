@@ -273,14 +273,23 @@ fn the_data_of_an_event_are_its_data_lines() {
 }
 
 #[test]
-fn the_name_of_an_event_is_in_its_line() {
-    for (event, want) in [
-        ("event: error\n", true),
-        ("event:error\r\n", true),
-        ("event: \nerror\n", false),
-        ("event: errors\n", false),
+fn the_name_of_an_event_is_in_any_of_its_lines_and_the_last_one_counts() {
+    for (event, is_error) in [
+        ("event: error\ndata: x\n", true),
+        ("event:error\r\ndata: x\r\n", true),
+        ("data: x\nevent: error\n", true),
+        ("data: x\revent: error", true),
+        ("id: 1\nretry: 5\nevent: error\ndata: x\n", true),
+        ("event: a\nevent: error\ndata: x\n", true),
+        ("event: \nerror\ndata: x\n", false),
+        ("event: errors\ndata: x\n", false),
+        ("event:  error\ndata: x\n", false),
+        ("events: error\ndata: x\n", false),
+        ("event: error\nevent\ndata: x\n", false),
+        ("event: error\nevent: a\ndata: x\n", false),
+        ("data: event: error\n", false),
     ] {
-        assert_eq!(is_error_event(event.as_bytes()), want, "{event}");
+        assert_eq!(data_of(event.as_bytes()).is_none(), is_error, "{event:?}");
     }
 }
 
