@@ -41,6 +41,7 @@ pub(crate) use limits::{ConnectionBounds, network_of};
 pub(crate) use listener::{Listener, Protocols};
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
+pub(crate) use request_check::is_host;
 #[cfg(feature = "fuzz")]
 pub(crate) use request_check::{Refused, RequestCheck};
 

@@ -20,6 +20,7 @@ use crate::error::ProxyError;
 use crate::estimate::{Model, Prompt, PromptEstimate, Tokenizer};
 use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
+use crate::server::is_host;
 use crate::similar::most_similar;
 use crate::telemetry::{Metrics, Record};
 use bytes::Bytes;
@@ -404,6 +405,12 @@ pub(super) fn check_head(
     }
     if host.is_none() && version == http::Version::HTTP_11 {
         return Err(ProxyError::InvalidHead("it has no Host header"));
+    }
+    // For HTTP/1.1 this was checked before the head was parsed.
+    if version == http::Version::HTTP_2 && host.is_some_and(|host| !is_host(host.as_bytes())) {
+        return Err(ProxyError::InvalidHead(
+            "its Host header is not a host name or address with an optional port",
+        ));
     }
     if let (Some(authority), Some(host)) = (uri.authority(), host)
         && !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())

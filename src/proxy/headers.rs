@@ -23,12 +23,12 @@ const RAW_ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-raw-estimat
 /// The headers of the request to the upstream. The caller's own key is forwarded only if the upstream has no
 /// `credential` configured. A key of this gateway is never forwarded.
 pub(super) fn for_upstream(
-    headers: HeaderMap,
+    mut headers: HeaderMap,
     upstream: &UpstreamSettings,
     credential: Option<&Credential>,
     gateway_keys: GatewayKeyHeaders,
 ) -> Vec<(HeaderName, HeaderValue)> {
-    let named = named_by_connection(&headers);
+    remove_named_by_connection(&mut headers);
     let mut passed = Vec::with_capacity(headers.len() + 4);
     let mut last = None;
     for (name, mut value) in headers {
@@ -39,7 +39,6 @@ pub(super) fn for_upstream(
         let is_dropped = is_key
             || is_hop_by_hop(&name)
             || is_never_forwarded(&name)
-            || named.iter().any(|n| n == name.as_str())
             || upstream.headers.contains_key(&name);
         last = Some(name.clone());
         if !is_dropped {
@@ -85,9 +84,7 @@ pub(super) fn credential(upstream: &UpstreamSettings) -> Option<Credential> {
 
 /// Removes from an answer's headers those that are not passed on to the caller, and those that `added` replaces.
 pub(super) fn for_caller(headers: &mut HeaderMap, added: &AddedHeaders) {
-    for name in named_by_connection(headers) {
-        headers.remove(name);
-    }
+    remove_named_by_connection(headers);
     // One pass over the few headers of an answer is cheaper than nine lookups.
     let is_dropped = |name: &&HeaderName| {
         is_hop_by_hop(name) || name.as_str().starts_with(OWN_PREFIX) || added.has_rate_limit(name)
@@ -124,19 +121,21 @@ fn is_never_forwarded(name: &HeaderName) -> bool {
         || name.starts_with("x-forwarded-")
 }
 
-/// The header names that `connection` declares as hop-by-hop.
-fn named_by_connection(headers: &HeaderMap) -> Vec<String> {
-    let mut named = Vec::new();
-    for value in headers.get_all(header::CONNECTION) {
+/// Removes the headers that `connection` declares as hop-by-hop. It may name thousands: each takes one lookup.
+fn remove_named_by_connection(headers: &mut HeaderMap) {
+    let values: SmallVec<[HeaderValue; 1]> = headers.get_all(header::CONNECTION).iter().cloned().collect();
+    for value in &values {
         for token in value.as_bytes().split(|&b| b == b',') {
             let token = token.trim_ascii();
             let is_option = |option: &[u8]| token.eq_ignore_ascii_case(option);
-            if !token.is_empty() && !is_option(b"keep-alive") && !is_option(b"close") {
-                named.extend(String::from_utf8(token.to_ascii_lowercase()));
+            if !is_option(b"keep-alive")
+                && !is_option(b"close")
+                && let Ok(name) = std::str::from_utf8(token)
+            {
+                headers.remove(name);
             }
         }
     }
-    named
 }
 
 /// The rate limit headers of one kind of quota: limit, remaining, reset.
@@ -321,6 +320,21 @@ impl HeaderFields {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn headers_that_connection_names_are_removed() {
+        let mut headers = HeaderMap::new();
+        for name in ["x-a", "x-b", "x-b", "x-c", "close"] {
+            headers.append(name, HeaderValue::from_static("1"));
+        }
+        for value in ["close, X-A", "", " ,no header,x-d,\t x-b ,X-A"] {
+            headers.append(header::CONNECTION, HeaderValue::from_static(value));
+        }
+        remove_named_by_connection(&mut headers);
+        headers.remove(header::CONNECTION);
+        let left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(left, ["x-c", "close"]);
+    }
 
     #[test]
     fn a_forwarded_key_is_left_out_of_debug_output() {

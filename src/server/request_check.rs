@@ -10,6 +10,7 @@ mod head;
 
 use chunks::ChunkCheck;
 use head::Framing;
+pub(crate) use head::is_host;
 
 /// The position of a connection between and within its requests.
 #[derive(Debug)]

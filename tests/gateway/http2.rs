@@ -453,6 +453,11 @@ async fn malformed_requests_are_reset_and_never_forwarded() {
         fields.retain(|field| field.0 != name);
         fields
     };
+    let with_authority = |host: &'static str| {
+        let mut fields = without(":authority");
+        fields.insert(2, (":authority", host));
+        fields
+    };
     for fields in [
         with("connection", "close"),
         with("transfer-encoding", "chunked"),
@@ -468,6 +473,10 @@ async fn malformed_requests_are_reset_and_never_forwarded() {
         without(":method"),
         without(":scheme"),
         without(":path"),
+        with_authority("user:password@gateway"),
+        with_authority("gateway:x"),
+        [without(":authority"), vec![("host", "gateway/?")]].concat(),
+        [without(":authority"), vec![("host", "a"), ("host", "a")]].concat(),
     ] {
         let mut raw = RawHttp2::connect(gateway.address, &[]).await;
         raw.send(&frame(HEADERS, 4, 1, &header_block(&fields))).await;

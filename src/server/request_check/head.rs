@@ -204,7 +204,7 @@ fn decimal(digits: &[u8]) -> Option<u64> {
 
 /// Whether this is a host name or an address with an optional port. Names with characters that no DNS name has are
 /// refused, although RFC 3986 allows some of them.
-fn is_host(host: &[u8]) -> bool {
+pub(crate) fn is_host(host: &[u8]) -> bool {
     let (name, port) = if let Some(rest) = host.strip_prefix(b"[") {
         let Some(end) = memchr(b']', rest) else { return false };
         let is_address =

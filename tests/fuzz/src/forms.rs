@@ -24,7 +24,7 @@ fn models(form: &[u8]) -> Vec<Option<Vec<u8>>> {
         let text = line.trim_ascii_end();
         if text.starts_with(DELIMITER) && matches!(text[DELIMITER.len()..], [] | [b'-', b'-', ..]) {
             close(&mut found, value.take());
-            in_head = true;
+            in_head = text.len() == DELIMITER.len();
         } else if in_head && text.is_empty() {
             in_head = false;
         } else if in_head {
