@@ -37,10 +37,7 @@ pub(super) struct Candidate {
 
 impl Candidates {
     pub(super) fn new(destination: &Destination, upstreams: &[UpstreamContext]) -> Self {
-        let is_passed_over = |&upstream: &usize| {
-            let learned = &upstreams[upstream].learned;
-            matches!(learned.availability.standing(clock::uptime_ms()), Standing::LeftOut { .. })
-        };
+        let is_passed_over = |&upstream: &usize| is_left_out(upstream, upstreams);
         let all = destination.upstreams.iter().copied();
         let (passed_over, mut order): (SmallVec<[usize; 4]>, SmallVec<[usize; 4]>) =
             all.partition(is_passed_over);
@@ -64,16 +61,21 @@ impl Candidates {
         if self.available == 0 { &[] } else { self.order.get(self.available..).unwrap_or_default() }
     }
 
-    /// The upstream at this position, outside of the order. `None`: another request tries whether it works again.
+    /// The upstream at this position, outside of the order. `None`: it has failed in the meantime, and another one may be
+    /// tried.
     pub(super) fn at(&self, position: usize, upstreams: &[UpstreamContext]) -> Option<Candidate> {
         let &upstream = self.order.get(position)?;
         let availability = &upstreams[upstream].learned.availability;
         let attempt = match availability.attempt(clock::uptime_ms()) {
             Ok(attempt) => attempt,
-            Err(_) if position < self.available => return None,
+            Err(_) if position < self.available && self.is_any_available(upstreams) => return None,
             Err(_) => availability.attempt_anyway(),
         };
         Some(Candidate { upstream, position, attempt })
+    }
+
+    fn is_any_available(&self, upstreams: &[UpstreamContext]) -> bool {
+        self.order.iter().any(|&upstream| !is_left_out(upstream, upstreams))
     }
 
     /// The next upstream. `None`: there is none.
@@ -100,6 +102,12 @@ impl Candidates {
     pub(super) fn on_sent(&mut self, position: usize) {
         self.is_sent |= position < self.available;
     }
+}
+
+/// Whether an upstream has failed and may not be tried yet.
+fn is_left_out(upstream: usize, upstreams: &[UpstreamContext]) -> bool {
+    let standing = upstreams[upstream].learned.availability.standing(clock::uptime_ms());
+    matches!(standing, Standing::LeftOut { .. })
 }
 
 /// How an attempt ended with this answer.
@@ -133,5 +141,36 @@ pub(super) fn report(attempt: Attempt, outcome: AttemptOutcome, upstream: &str) 
             }
         }
         _ => drop(attempt),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse;
+    use crate::proxy::State;
+    use std::sync::Arc;
+
+    #[tokio::test]
+    async fn a_waiting_request_skips_an_upstream_that_fails_unless_all_fail() {
+        let text = "upstreams: { a: { base_url: 'http://127.0.0.1:1/v1' }, b: { base_url: 'http://127.0.0.1:2/v1' } }\n\
+                    environments: { e: { upstream: a } }\nstore: { memory: true }\n";
+        let loaded = parse(text, "test.yaml", &|_| None, &[]).unwrap_or_else(|faults| panic!("{faults}"));
+        let state = State::new(Arc::new(loaded.config), crate::estimate::Models::default(), None).unwrap();
+        let snapshot = state.current();
+        let upstreams = &snapshot.upstreams;
+        let candidates = Candidates::new(&Destination { upstreams: [0, 1].into(), model: None }, upstreams);
+        let found = || [0, 1].map(|position| candidates.at(position, upstreams).map(|found| found.upstream));
+        let fail = |upstream: usize| {
+            while !is_left_out(upstream, upstreams) {
+                let attempt = upstreams[upstream].learned.availability.attempt(clock::uptime_ms()).unwrap();
+                attempt.failed(clock::uptime_ms());
+            }
+        };
+        assert_eq!(found(), [Some(0), Some(1)]);
+        fail(0);
+        assert_eq!(found(), [None, Some(1)]);
+        fail(1);
+        assert_eq!(found(), [Some(0), Some(1)]);
     }
 }
