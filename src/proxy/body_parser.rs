@@ -28,7 +28,7 @@ pub(super) struct ParseRules {
     pub(super) label: Option<BodyFormat>,
     /// Whether the usage chunk of a stream is withheld from the caller.
     pub(super) withholds: bool,
-    /// The number of choices that the request asks for.
+    /// The number of choices that the request names.
     pub(super) choices: u64,
 }
 
@@ -163,7 +163,7 @@ impl BodyParser {
         }
     }
 
-    /// Whether the completion tokens of the final report are known. `choices`: how many the request asks for.
+    /// Whether the completion tokens of the final report are known. `choices`: how many the request names.
     pub(super) fn has_final_report(&self, choices: u64) -> bool {
         match self {
             Self::Sse(reader) => reader.has_final_report(),

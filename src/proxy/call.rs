@@ -9,6 +9,7 @@ use super::form;
 use super::headers::UnreadBody;
 use super::model_lists;
 use super::query;
+use super::reader::BodyCoding;
 use super::route::{Endpoint, Route};
 use super::snapshot::Snapshot;
 use super::state::State;
@@ -432,11 +433,10 @@ pub(super) fn check_upgrade(headers: &HeaderMap) -> Result<(), ProxyError> {
 
 /// Refuses an encoded body, which the gateway could not parse without decoding it.
 pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), ProxyError> {
-    let is_identity = |v: &http::HeaderValue| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
-    if headers.get_all(header::CONTENT_ENCODING).iter().any(|v| !is_identity(v)) {
-        return Err(ProxyError::UnsupportedContentEncoding);
+    match BodyCoding::of(headers) {
+        BodyCoding::Plain => Ok(()),
+        BodyCoding::Known(_) | BodyCoding::Unknown => Err(ProxyError::UnsupportedContentEncoding),
     }
-    Ok(())
 }
 
 /// How much of a body is still unread.

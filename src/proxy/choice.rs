@@ -45,8 +45,10 @@ pub(super) enum Obstacle {
 /// Why the upstreams of a route cannot receive a request.
 #[derive(Default)]
 struct Obstacles {
-    /// The upstream at which the request fits first.
-    first: Option<(Obstacle, Candidate)>,
+    /// The obstacle at the upstream at which the request fits first, and the index of this upstream in the config.
+    first: Option<(Obstacle, usize)>,
+    /// The attempt at that upstream.
+    candidate: Option<Candidate>,
     /// Whether a provider could take the request in time.
     provider_may_clear: bool,
     /// Whether an upstream's own quotas could have room in time.
@@ -123,7 +125,8 @@ impl Obstacles {
             Obstacle::NoRoom(_) => self.quotas_may_clear |= may_clear,
         }
         if self.first.as_ref().is_none_or(|(first, _)| obstacle.fits_before(first)) {
-            self.first = Some((obstacle, candidate));
+            self.first = Some((obstacle, candidate.upstream));
+            self.candidate = Some(candidate);
         }
     }
 
@@ -165,11 +168,12 @@ impl Search<'_> {
         if let Some(found) = self.try_all(0..with_room, &mut obstacles).await {
             return Ok(found);
         }
-        let began = Stopwatch::start();
-        let found = self.wait(obstacles).await;
-        if !self.max_wait.is_zero() {
-            self.waited = Some(self.waited.unwrap_or_default() + began.elapsed());
+        if !obstacles.may_clear() {
+            return Err(obstacles);
         }
+        let (began, before) = (Stopwatch::start(), self.waited.unwrap_or_default());
+        let found = self.wait(obstacles).await;
+        self.waited = Some(before + began.elapsed());
         found
     }
 
@@ -177,27 +181,31 @@ impl Search<'_> {
     async fn wait(&mut self, mut obstacles: Obstacles) -> Result<Found, Obstacles> {
         while obstacles.may_clear() {
             let mut pause = obstacles.retry_after();
-            // While only providers can make room, the request waits in the queue of the one that does so first. The attempt
-            // at another upstream is dropped: another request may be its probe.
-            if let Some((Obstacle::Held(_), candidate)) = obstacles.first.take()
+            // While only providers can make room, the request waits in the queue of the one that does so first. Otherwise the
+            // attempt is dropped: another request may be the probe of that upstream.
+            if let (Some(candidate), Some((Obstacle::Held(_), _))) =
+                (obstacles.candidate.take(), &obstacles.first)
                 && !obstacles.quotas_may_clear
             {
-                let left = self.left();
-                match self
-                    .proxy
-                    .try_candidate(&candidate, self.call, self.reservation.as_deref_mut(), left, &mut None)
-                    .await
-                {
-                    Ok(pass) => return Ok((candidate, pass)),
-                    Err(_) => pause = RETRY_INTERVAL,
+                let (left, reservation) = (self.left(), self.reservation.as_deref_mut());
+                let tried =
+                    self.proxy.try_candidate(&candidate, self.call, reservation, left, &mut None).await;
+                if let Ok(pass) = tried {
+                    return Ok((candidate, pass));
                 }
+                pause = RETRY_INTERVAL;
             }
             tokio::time::sleep(pause.min(self.left())).await;
-            obstacles = Obstacles::default();
+            let mut again = Obstacles::default();
             let all = 0..self.candidates.order().len();
-            if let Some(found) = self.try_all(all, &mut obstacles).await {
+            if let Some(found) = self.try_all(all, &mut again).await {
                 return Ok(found);
             }
+            if again.first.is_none() {
+                // Other requests are the probes of all upstreams.
+                (again.first, again.quotas_may_clear) = (obstacles.first, !self.left().is_zero());
+            }
+            obstacles = again;
         }
         Err(obstacles)
     }
@@ -266,9 +274,9 @@ impl Proxy {
                 Ok(Chosen { upstream, pass, others: Some((others, attempt)) })
             }
             Err(obstacles) => Err(match obstacles.first {
-                Some((Obstacle::Held(wait), at)) => held(at.upstream, wait),
+                Some((Obstacle::Held(wait), at)) => held(at, wait),
                 Some((Obstacle::NoRoom(no_room), at)) => {
-                    self.snapshot.backend(at.upstream, call.name_sent()).count_denial(&no_room);
+                    self.snapshot.backend(at, call.name_sent()).count_denial(&no_room);
                     let environment = &self.snapshot.config.environments[caller.environment];
                     refusal::no_room_error(no_room, environment)
                 }

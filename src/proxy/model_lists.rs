@@ -1,6 +1,6 @@
 //! The list of models of an environment with routes: the union of what the upstreams of its routes list.
 //!
-//! The gateway asks each upstream with the upstream's own key, at most once a minute, for all workers and callers. An
+//! The gateway requests the list of each upstream with the upstream's own key, at most once a minute, for all workers and callers. An
 //! upstream that fails is left out.
 
 use super::model_list::{self, ListedModel};

@@ -6,7 +6,7 @@ use crate::usage::{
 };
 use bytes::Bytes;
 use http::header::{self, HeaderMap};
-use http::{HeaderValue, response};
+use http::response;
 use std::collections::VecDeque;
 
 /// Reads an answer's body in the form in which the upstream sends it.
@@ -18,7 +18,7 @@ pub(super) struct AnswerReader {
     has_fixed_length: bool,
 }
 
-/// How the headers of an answer describe the compression of its body.
+/// How the headers of a message describe the compression of its body.
 pub(super) enum BodyCoding {
     Plain,
     Known(ContentCoding),
@@ -28,10 +28,14 @@ pub(super) enum BodyCoding {
 
 impl BodyCoding {
     pub(super) fn of(headers: &HeaderMap) -> Self {
-        let is_compressed = |v: &&HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
-        let mut codings = headers.get_all(header::CONTENT_ENCODING).iter().filter(is_compressed);
+        // An empty member of the list means nothing (RFC 9110, 5.6.1).
+        let is_compressed = |name: &&[u8]| !name.is_empty() && !name.eq_ignore_ascii_case(b"identity");
+        let lists = headers.get_all(header::CONTENT_ENCODING).iter();
+        let names =
+            lists.flat_map(|list| list.as_bytes().split(|&byte| byte == b',')).map(<[u8]>::trim_ascii);
+        let mut codings = names.filter(is_compressed);
         let Some(first) = codings.next() else { return Self::Plain };
-        let known = ContentCoding::named(first.as_bytes()).filter(|_| codings.next().is_none());
+        let known = ContentCoding::named(first).filter(|_| codings.next().is_none());
         known.map_or(Self::Unknown, Self::Known)
     }
 }
@@ -60,7 +64,7 @@ impl Default for EncodedBody {
 pub(super) struct AnswerFacts {
     /// The usage chunk is withheld from the caller, unless the answer is compressed.
     pub(super) withholds: bool,
-    /// The number of choices that the request asks for.
+    /// The number of choices that the request names.
     pub(super) choices: u64,
     pub(super) is_success: bool,
     /// Whether the body is known to begin as an event stream, whatever its label.
@@ -172,7 +176,7 @@ impl AnswerReader {
         self.parser().map_or_else(Reported::default, BodyParser::reported)
     }
 
-    /// Whether the completion tokens of the final report are known. `choices`: how many the request asks for.
+    /// Whether the completion tokens of the final report are known. `choices`: how many the request names.
     pub(super) fn has_final_report(&self, choices: u64) -> bool {
         self.parser().is_some_and(|parser| parser.has_final_report(choices))
     }
@@ -222,7 +226,7 @@ pub(super) fn depends_on_first_bytes(head: &response::Parts, withholds: bool) ->
     withholds
         && head.status.is_success()
         && headers.contains_key(header::CONTENT_LENGTH)
-        && !headers.contains_key(header::CONTENT_ENCODING)
+        && matches!(BodyCoding::of(headers), BodyCoding::Plain)
         && labelled_format(headers) != Some(BodyFormat::Sse)
 }
 

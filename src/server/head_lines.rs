@@ -15,9 +15,13 @@ use std::task::{Context, Poll, ready};
 
 /// The name of the mark. It begins like the gateway's own headers, which no upstream can send.
 const MARK_NAME: HeaderName = HeaderName::from_static("x-tollgate-lines");
-/// The mark as hyper writes it, with the end of the line before it: a value of another header cannot contain that.
+/// The mark as hyper writes it, without its number, and with the end of the line before it: a value of another header cannot
+/// contain that.
 const MARK: &[u8] = b"\r\nx-tollgate-lines: ";
 static MARK_FINDER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(MARK));
+
+/// The mark's value is one of these characters. Consecutive answers have different ones.
+const NUMBERS: &str = "0123456789abcdefghijklmnopqrstuvwxyz";
 
 /// The lines of the answers of one connection whose heads are not written yet. There is one answer, unless a caller sends
 /// requests without waiting for their answers.
@@ -27,9 +31,17 @@ pub(super) struct HeadLines(Mutex<Unwritten>);
 #[derive(Debug, Default)]
 struct Unwritten {
     /// In the order of the answers.
-    lines: SmallVec<[Vec<u8>; 1]>,
+    lines: SmallVec<[AnswerLines; 1]>,
     /// Bytes of the first ones that are written.
     written: usize,
+    /// The index of the next answer's number.
+    next_number: usize,
+}
+
+#[derive(Debug)]
+struct AnswerLines {
+    number: &'static str,
+    text: Vec<u8>,
 }
 
 impl HeadLines {
@@ -38,8 +50,12 @@ impl HeadLines {
         if lines.is_empty() {
             return;
         }
-        headers.insert(MARK_NAME, HeaderValue::from_static(""));
-        self.lock().lines.push(lines);
+        let mut unwritten = self.lock();
+        let index = unwritten.next_number % NUMBERS.len();
+        unwritten.next_number = index + 1;
+        let number = &NUMBERS[index..=index];
+        headers.insert(MARK_NAME, HeaderValue::from_static(number));
+        unwritten.lines.push(AnswerLines { number, text: lines });
     }
 
     /// Writes bytes of hyper, with the lines in place of their mark. Returns how many of hyper's bytes are written. hyper
@@ -51,12 +67,21 @@ impl HeadLines {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let mut unwritten = self.lock();
-        let Unwritten { lines, written } = &mut *unwritten;
-        let (Some(text), Some((first, rest))) = (lines.first(), slices.split_first()) else {
+        let Unwritten { lines, written, .. } = &mut *unwritten;
+        let (false, Some((first, rest))) = (lines.is_empty(), slices.split_first()) else {
             return stream.poll_write_vectored(cx, slices);
         };
         let Some(at) = MARK_FINDER.find(first) else { return stream.poll_write_vectored(cx, slices) };
-        let (before, mut after, mut rest) = (&first[..at], &first[at + MARK.len()..], rest);
+        let (before, mark) = first.split_at(at);
+        let Some((number, mut after)) = mark[MARK.len()..].split_at_checked(1) else {
+            return stream.poll_write_vectored(cx, slices);
+        };
+        // An answer that was dropped has left its lines.
+        if let Some(stale @ 1..) = lines.iter().position(|lines| lines.number.as_bytes() == number) {
+            lines.drain(..stale);
+            *written = 0;
+        }
+        let (text, mark_length, mut rest) = (&lines[0].text, MARK.len() + number.len(), rest);
         if lines.len() > 1 {
             // The mark of the next answer is written by itself.
             (after, rest) = (&[], &[]);
@@ -72,7 +97,7 @@ impl HeadLines {
             let of_lines = (count - before.len()).min(text.len() - *written);
             *written += of_lines;
             if *written == text.len() {
-                break count - of_lines + MARK.len();
+                break count - of_lines + mark_length;
             }
             if !before.is_empty() {
                 return Poll::Ready(Ok(before.len()));
@@ -97,7 +122,7 @@ mod tests {
     use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
     use tokio::net::TcpStream;
 
-    /// A stream that takes as many bytes of each write as the next number says. 0: it is blocked once.
+    /// A stream that takes from each write the next number of bytes. 0: it is blocked once.
     struct Narrow {
         takes: VecDeque<usize>,
         written: Vec<u8>,
@@ -165,18 +190,24 @@ mod tests {
         fn the_lines_replace_their_marks_however_the_socket_takes_the_bytes(
             takes in prop::collection::vec(0_usize..60, 0..60),
         ) {
-            let (head_lines, mut headers) = (HeadLines::default(), HeaderMap::new());
-            head_lines.add(b"\r\na: 1\r\nb: 2".to_vec(), &mut headers);
-            head_lines.add(b"\r\nc: 3".to_vec(), &mut headers);
-            prop_assert_eq!(headers.len(), 1);
-            let mark = headers.iter().map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap()));
-            let mark = mark.collect::<String>();
+            let head_lines = HeadLines::default();
+            let add = |lines: &[u8]| {
+                let mut headers = HeaderMap::new();
+                head_lines.add(lines.to_vec(), &mut headers);
+                let mark = |(name, value): (&HeaderName, &HeaderValue)| {
+                    format!("{name}: {}\r\n", value.to_str().unwrap())
+                };
+                headers.iter().map(mark).collect::<String>()
+            };
+            // The first two answers are never written.
+            let marks = ["\r\nx: 1", "\r\nx: 2", "\r\na: 1\r\nb: 2", "\r\nx: 3", "\r\nc: 3"].map(|lines| add(lines.as_bytes()));
+            let [first, second] = [&marks[2], &marks[4]];
             let heads = format!(
-                "HTTP/1.1 200 OK\r\ne: {mark}{mark}date: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\n{mark}\r\n"
+                "HTTP/1.1 200 OK\r\ne: {first}{first}date: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\n{second}\r\n"
             );
-            let written = write(&head_lines, heads.as_bytes(), mark.as_bytes(), takes);
+            let written = write(&head_lines, heads.as_bytes(), first.as_bytes(), takes);
             let expected = format!(
-                "HTTP/1.1 200 OK\r\ne: {mark}a: 1\r\nb: 2\r\ndate: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nc: 3\r\n\r\n{mark}"
+                "HTTP/1.1 200 OK\r\ne: {first}a: 1\r\nb: 2\r\ndate: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nc: 3\r\n\r\n{first}"
             );
             prop_assert_eq!(String::from_utf8(written).unwrap(), expected);
         }

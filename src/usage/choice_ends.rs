@@ -1,12 +1,13 @@
 //! Determines which choices of a chat or completions stream have ended. After the end of all choices, some upstreams
 //! send the usage in an event whose choices are not an empty list but carry nothing (LiteLLM).
 
+use super::event::is_finish_reason;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 use smallvec::SmallVec;
 
-/// The most choices that a request may ask for.
+/// The most choices that a request may have.
 const MAX_CHOICES: usize = 128;
 
 /// The choices of one stream so far.
@@ -41,7 +42,7 @@ impl ChoiceEnds {
         let Ok(event) = serde_json::from_slice::<ChoiceEvent>(data) else { return self.observe_unreadable() };
         for ChoiceState { index, finish_reason } in event.choices.into_iter().flatten() {
             let index = index.unwrap_or(0);
-            let has_ended = finish_reason.is_some_and(|reason| !matches!(reason.get(), "null" | "\"\""));
+            let has_ended = finish_reason.is_some_and(is_finish_reason);
             if let Some((_, ended)) = self.choices.iter_mut().find(|(known, _)| *known == index) {
                 *ended |= has_ended;
             } else if self.choices.len() < MAX_CHOICES {

@@ -101,7 +101,7 @@ impl JsonReader {
         EventUsage { answer: self.answer, choice }.total()
     }
 
-    /// Whether the reported usage covers the whole answer. `choices`: how many the request asks for. The usage within
+    /// Whether the reported usage covers the whole answer. `choices`: how many the request names. The usage within
     /// a choice covers only that choice, and the usage of a chunk in a list covers only the text up to that chunk.
     pub fn has_final_report(&self, choices: u64) -> bool {
         if self.answer.is_some() { !self.scanner.is_list() || self.is_complete() } else { choices <= 1 }

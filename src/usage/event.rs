@@ -146,9 +146,14 @@ struct EndedChoice<'a> {
 impl EndedChoice<'_> {
     /// Its index, or else its position, if it has a finish reason.
     fn finished(&self, position: u64) -> Option<u64> {
-        self.finish_reason.filter(|reason| !matches!(reason.get(), "null" | "\"\""))?;
+        self.finish_reason.filter(|reason| is_finish_reason(reason))?;
         Some(self.index.and_then(|index| index.get().parse().ok()).unwrap_or(position))
     }
+}
+
+/// Whether this value of `finish_reason` ends a choice.
+pub(super) fn is_finish_reason(value: &RawValue) -> bool {
+    !matches!(value.get(), "null" | "\"\"")
 }
 
 fn finished(choices: &[EndedChoice]) -> Vec<u64> {

@@ -45,7 +45,7 @@ impl Reported {
         amounts
     }
 
-    /// Whether the report says 0 for a prompt or a completion that was not empty.
+    /// Whether the report has 0 for a prompt or a completion that was not empty.
     pub fn has_false_zero(&self, own: &OwnFigures) -> bool {
         let has_false_zero_completion = if self.is_total_only() {
             self.total() <= Some(own.completion)

@@ -108,7 +108,7 @@ impl SseReader {
         Self { withholds, ..Self::default() }
     }
 
-    /// Sets the number of choices that the request asks for.
+    /// Sets the number of choices that the request names.
     #[must_use]
     pub fn with_choices(self, choices: u64) -> Self {
         Self { end: StreamEnd::of(choices), ..self }

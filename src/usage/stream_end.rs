@@ -19,7 +19,7 @@ const RESPONSE_ENDS: [&str; 3] = ["completed", "incomplete", "failed"];
 /// The parts of a stream that have ended so far.
 #[derive(Debug)]
 pub(super) struct StreamEnd {
-    /// The number of choices that the request asks for.
+    /// The number of choices that the request names.
     choices: u64,
     /// The finished choices: a bit for each index below 128.
     finished: u128,

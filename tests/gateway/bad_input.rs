@@ -92,6 +92,15 @@ async fn errors_take_precedence_in_the_order_path_key_body_model_quota() {
         ("/v1/nothing", format!("{bad_key}{gzip}"), bad_body, (404, "unknown_path")),
         (CHAT, format!("{bad_key}{gzip}"), bad_body, (401, "invalid_api_key")),
         (CHAT, format!("{key}{gzip}"), bad_body, (415, "unsupported_content_encoding")),
+        (
+            CHAT,
+            format!("{key}content-encoding: identity, gzip\r\n"),
+            bad_body,
+            (415, "unsupported_content_encoding"),
+        ),
+        // An empty list, or an empty member of it, names no coding.
+        (CHAT, format!("{key}content-encoding: \r\n"), bad_body, (400, "invalid_value")),
+        (CHAT, format!("{key}content-encoding: , identity\r\n"), bad_body, (400, "invalid_value")),
         (CHAT, key.to_owned(), bad_body, (400, "invalid_value")),
         (CHAT, key.to_owned(), &*bad_model, (404, "model_not_found")),
         (CHAT, key.to_owned(), &*large, (400, "request_exceeds_quota")),

@@ -105,13 +105,29 @@ async fn a_compressed_stream_that_breaks_ends_without_an_error_event() {
 }
 
 #[tokio::test]
+async fn identity_and_empty_members_of_the_list_of_codings_do_not_count() {
+    let plain = chat_answer(&usage(20, 5));
+    for (coding, code) in [
+        ("identity, gzip", encoded("gzip", &plain)),
+        ("gzip,", encoded("gzip", &plain)),
+        ("", plain.clone().into()),
+        ("identity, identity", plain.into()),
+    ] {
+        let upstream = Upstream::always(answer(200, coding, "application/json", &code)).await;
+        let gateway = Gateway::in_front_of(&upstream, LARGE_QUOTAS).await;
+        let reply = gateway.chat(HELLO).await;
+        assert!(reply.body == code, "{coding}");
+        assert_eq!(gateway.settled_charges().await, [1, 20, 5, 25], "{coding}");
+    }
+}
+
+#[tokio::test]
 async fn an_answer_that_cannot_be_decoded_passes_unchanged_and_is_charged_by_its_length() {
     let plain = chat_answer(&usage(20, 5));
     for (coding, code) in [
         ("gzip", b"not gzip, although its head names it".to_vec()),
         ("gzip, br", encoded("gzip", &plain)),
         ("compress", encoded("gzip", &plain)),
-        ("identity, gzip", encoded("gzip", &plain)),
         ("identity\r\ncontent-encoding: compress", encoded("gzip", &plain)),
     ] {
         let upstream = Upstream::always(answer(200, coding, "application/json", &code)).await;

@@ -34,12 +34,17 @@ impl Renamed for Answer {
     }
 }
 
+/// The line of an upstream, with a key of its own. `settings`: more of its settings.
+pub fn upstream_line(name: &str, upstream: &Upstream, settings: &str) -> String {
+    format!(
+        "  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name}, {settings} }}\n",
+        upstream.address
+    )
+}
+
 /// The lines of `upstreams`, each with a key of its own: `a` and `b`.
 pub fn upstreams(all: &[(&str, &Upstream)]) -> String {
-    let line = |(name, upstream): &(&str, &Upstream)| {
-        format!("  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name} }}\n", upstream.address)
-    };
-    all.iter().map(line).collect()
+    all.iter().map(|(name, upstream)| upstream_line(name, upstream, "")).collect()
 }
 
 /// A gateway with one environment `staging`, whose requests without a route go to the first upstream. `settings`: more
@@ -83,7 +88,7 @@ pub async fn attempts(gateway: &Gateway, upstream: &str, outcome: &str) -> u64 {
 }
 
 /// An address that refuses connections.
-pub fn nobody() -> String {
+pub fn refusing_address() -> String {
     format!("127.0.0.1:{}", port::free_port())
 }
 
@@ -225,7 +230,8 @@ async fn explain_shows_the_route() {
 #[tokio::test]
 async fn a_route_to_nothing_is_the_error_of_its_only_upstream() {
     let a = Upstream::always(named("a")).await;
-    let upstreams = format!("{}  gone: {{ base_url: 'http://{}' }}\n", upstreams(&[("a", &a)]), nobody());
+    let upstreams =
+        format!("{}  gone: {{ base_url: 'http://{}' }}\n", upstreams(&[("a", &a)]), refusing_address());
     let routes = "{ models: ['gpt-4o'], upstream: gone }";
     let gateway = Arc::new(gateway_with(&upstreams, "a", routes, "").await);
     // One upstream is never passed over.

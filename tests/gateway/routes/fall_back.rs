@@ -13,7 +13,7 @@ fn failure(status: u16) -> Answer {
 }
 
 #[tokio::test]
-async fn the_next_upstream_is_tried_after_each_status_that_says_so() {
+async fn the_next_upstream_is_tried_after_each_status_that_permits_it() {
     for (status, outcome) in [
         (429, "rate_limited"),
         (502, "unavailable"),
@@ -86,7 +86,7 @@ async fn the_next_upstream_is_tried_if_one_cannot_be_reached_or_breaks_off() {
         assert_eq!(gateway.settled_charges().await, [1, 8, 5, 13], "{answer:?}");
         assert_eq!(seen(&[&a]), [1], "{answer:?}");
     }
-    let gone = format!("  a: {{ base_url: 'http://{}' }}\n{}", nobody(), upstreams(&[("b", &b)]));
+    let gone = format!("  a: {{ base_url: 'http://{}' }}\n{}", refusing_address(), upstreams(&[("b", &b)]));
     let gateway = gateway_with(&gone, "a", IN_ORDER, "").await;
     assert_eq!(gateway.chat(HELLO).await.header("x-tollgate-upstream"), Some("b"));
     assert_eq!(gateway.settled_charges().await, [1, 8, 5, 13]);
@@ -263,9 +263,9 @@ async fn if_all_upstreams_are_passed_over_they_are_tried_all_the_same() {
     }
 }
 
-/// A burst over an upstream that dies in the middle of it.
+/// A burst over an upstream that fails in the middle of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_is_lost_when_an_upstream_dies_in_mid_burst() {
+async fn no_request_is_lost_when_an_upstream_fails_in_mid_burst() {
     const REQUESTS: usize = 400;
     let served = Arc::new(AtomicUsize::new(0));
     let count = served.clone();
@@ -328,15 +328,28 @@ async fn a_caller_that_disconnects_ends_the_attempts() {
 }
 
 #[tokio::test]
+async fn an_error_shows_the_quotas_of_the_upstream_that_was_tried_last() {
+    let a = Upstream::always(failure(503)).await;
+    let of = |limit: u64| format!("quotas: {{ requests: {{ limit: {limit}, per: minute }} }}");
+    let upstreams = format!(
+        "  a: {{ base_url: 'http://{}/v1', api_key: key-of-a, {} }}\n  b: {{ base_url: 'http://{}/v1', api_key: key-of-b, {} }}\n",
+        a.address,
+        of(5),
+        refusing_address(),
+        of(7)
+    );
+    let gateway = gateway_with(&upstreams, "a", IN_ORDER, "").await;
+    let refused = gateway.chat(HELLO).await;
+    assert_eq!(refused.refusal(), (502, "upstream_unreachable".into()));
+    let limit_and_rest =
+        ["x-ratelimit-limit-requests", "x-ratelimit-remaining-requests"].map(|name| refused.header(name));
+    assert_eq!(limit_and_rest, [Some("7"), Some("6")]);
+}
+
+#[tokio::test]
 async fn a_caller_that_disconnects_between_two_attempts_pays_for_neither() {
     let (a, b) = (Upstream::always(failure(503)).await, Upstream::always(Answer::silence()).await);
-    let line = |name: &str, upstream: &Upstream, settings: &str| {
-        format!(
-            "  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name}, {settings} }}\n",
-            upstream.address
-        )
-    };
-    let upstreams = line("a", &a, "") + &line("b", &b, "provider_limits: follow");
+    let upstreams = upstream_line("a", &a, "") + &upstream_line("b", &b, "provider_limits: follow");
     // The second request waits for the slow start of b, which lasts a second. A busy machine may need several attempts.
     for _ in 0..5 {
         let gateway = gateway_with(&upstreams, "a", IN_ORDER, "").await;

@@ -54,7 +54,7 @@ async fn an_upstream_that_fails_is_left_out() {
     let silent = Upstream::always(Answer::silence()).await;
     let routes = "{ models: ['b'], upstream: [failing, strange, silent, gone] }";
     let mut text = upstreams(&[("a", &a), ("failing", &failing), ("strange", &strange), ("silent", &silent)]);
-    text += &format!("  gone: {{ base_url: 'http://{}' }}\n", nobody());
+    text += &format!("  gone: {{ base_url: 'http://{}' }}\n", refusing_address());
     let gateway = gateway_with(&text, "a", routes, "").await;
     let began = Instant::now();
     assert_eq!(ids(&gateway.send("GET", "/v1/models", "", "").await), ["gpt-4o"]);

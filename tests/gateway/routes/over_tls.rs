@@ -101,7 +101,7 @@ async fn an_upstream_without_room_or_without_a_valid_certificate_is_left_out() {
         }
         assert_eq!(gateway.settled_charges().await, [3, 24, 15, 39]);
         let untrusted = TlsUpstream::start(&unknown, protocol, |_| answered()).await;
-        let closed = format!("base_url: 'https://{}/v1'", nobody());
+        let closed = format!("base_url: 'https://{}/v1'", refusing_address());
         for broken in [url_of(&untrusted), closed] {
             let upstreams = line("a", &broken, "") + &line("b", &url_of(&b), "");
             let gateway = self::gateway(&certificate, &upstreams).await;
@@ -143,13 +143,13 @@ fn most_often(upstream: &TlsUpstream) -> usize {
     counts.into_values().max().unwrap_or(0)
 }
 
-/// Answers this many requests, each after a short time, and dies with the next one.
+/// Answers this many requests, each after a short time, and fails with the next one.
 fn dying(requests: usize) -> impl Fn(usize) -> Act + Send + Sync + 'static {
     move |n| if n < requests { answered().after(Duration::from_millis(2)) } else { Act::Die }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_upstream_that_dies_in_mid_burst_loses_no_request() {
+async fn an_upstream_that_fails_in_mid_burst_loses_no_request() {
     let certificate = Certificate::new();
     for protocol in PROTOCOLS {
         for served in [0, 10, 100] {
@@ -169,7 +169,7 @@ async fn an_upstream_that_dies_in_mid_burst_loses_no_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_that_dies_in_mid_burst_loses_no_request() {
+async fn a_replica_that_fails_in_mid_burst_loses_no_request() {
     let certificate = Certificate::new();
     for protocol in PROTOCOLS {
         for served in [0, 10, 100] {

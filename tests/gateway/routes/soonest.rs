@@ -17,18 +17,12 @@ const ONE_IN_FLIGHT: &str = "max_in_flight: 1";
 
 /// A gateway whose requests go to `a`, or else to `b`, each with these settings. `settings`: more settings of the environment.
 async fn gateway_of(a: (&Upstream, &str), b: (&Upstream, &str), settings: &str) -> Gateway {
-    let line = |name: &str, (upstream, settings): (&Upstream, &str)| {
-        format!(
-            "  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name}, {settings} }}\n",
-            upstream.address
-        )
-    };
     Gateway::from_config(&format!(
         "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\nupstreams:\n{}{}environments:\n  staging:\n    \
          upstream: a\n    routes: [{{ models: ['*'], upstream: [a, b] }}]\n    {settings}\n    \
          quotas: {{ total_tokens: {{ limit: 1000000, per: day }} }}\ndefault_environment: staging\nstore: {{ memory: true }}\n",
-        line("a", a),
-        line("b", b),
+        upstream_line("a", a.0, a.1),
+        upstream_line("b", b.0, b.1),
     ))
     .await
 }
@@ -131,26 +125,4 @@ async fn a_request_waits_for_the_quotas_of_one_while_the_provider_of_the_other_r
         assert_eq!(seen(&[&refusing, &other]), [1, 2]);
         nothing_is_held(&gateway).await;
     }
-}
-
-#[tokio::test]
-async fn a_request_waits_for_the_end_of_another_while_the_provider_of_the_first_refuses() {
-    let refusing = Upstream::always(refusing()).await;
-    let steps = std::iter::once(Step::Gate).chain(named("b").steps());
-    let busy = Upstream::always(Answer::of(steps.collect())).await;
-    let gateway = Arc::new(gateway_of((&refusing, FOLLOW), (&busy, ONE_IN_FLIGHT), WAITS).await);
-    let chat = || {
-        let gateway = gateway.clone();
-        tokio::spawn(async move { gateway.chat(HELLO).await.status })
-    };
-    let first = chat();
-    busy.wait_until_seen(1).await;
-    let second = chat();
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(busy.seen().len(), 1, "it waits");
-    busy.open_gate();
-    busy.wait_until_seen(2).await;
-    busy.open_gate();
-    assert_eq!((first.await.unwrap(), second.await.unwrap()), (200, 200));
-    nothing_is_held(&gateway).await;
 }

@@ -12,14 +12,9 @@ async fn gated(name: &str) -> Upstream {
 }
 
 async fn gateway(a: (&Upstream, &str), b: (&Upstream, &str), max_wait: &str) -> Gateway {
-    let line = |name: &str, (upstream, settings): (&Upstream, &str)| {
-        format!(
-            "  {name}: {{ base_url: 'http://{}/v1', api_key: key-of-{name}, {settings} }}\n",
-            upstream.address
-        )
-    };
+    let upstreams = upstream_line("a", a.0, a.1) + &upstream_line("b", b.0, b.1);
     let reserve = format!("completion: max_tokens, max_wait: {max_wait}");
-    gateway_reserving(&(line("a", a) + &line("b", b)), "a", IN_ORDER, "", &reserve).await
+    gateway_reserving(&upstreams, "a", IN_ORDER, "", &reserve).await
 }
 
 /// Sends a request and does not wait for its answer.
@@ -27,15 +22,6 @@ async fn send(gateway: &Gateway) -> Caller {
     let mut caller = gateway.caller().await;
     caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
     caller
-}
-
-async fn until_seen(upstream: &Upstream, count: usize) {
-    let seen = async {
-        while upstream.seen().len() < count {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    soon("the request at the upstream", seen).await;
 }
 
 /// A provider that refuses the first request for 30 s.
@@ -56,7 +42,7 @@ async fn a_request_waits_for_the_upstream_whose_requests_end_though_the_other_on
     let gateway = gateway((&a, a_day), (&b, "max_in_flight: 1"), "10s").await;
     assert_eq!(gateway.chat(HELLO).await.header("x-tollgate-upstream"), Some("a"));
     let mut first = send(&gateway).await;
-    until_seen(&b, 1).await;
+    b.wait_until_seen(1).await;
     let mut second = send(&gateway).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(seen(&[&a, &b]), [1, 1], "it waits");
@@ -95,26 +81,11 @@ async fn a_request_that_no_upstream_can_serve_in_time_is_refused_at_once() {
 }
 
 #[tokio::test]
-async fn a_request_waits_for_the_quotas_of_one_upstream_while_the_provider_of_the_other_is_closed() {
-    let (a, b) = (limited_provider().await, Upstream::always(named("b")).await);
-    let a_second = "quotas: { requests: { limit: 1, per: 1s, window: rolling } }";
-    let gateway = gateway((&a, "provider_limits: follow"), (&b, a_second), "5s").await;
-    let began = Instant::now();
-    for _ in 0..2 {
-        let reply = gateway.chat(HELLO).await;
-        assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")), "{}", reply.text());
-    }
-    assert!((900..5_000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
-    assert_eq!(seen(&[&a, &b]), [1, 2]);
-    assert_eq!(gateway.settled_charges().await[0], 2);
-}
-
-#[tokio::test]
 async fn a_request_waits_for_the_end_of_another_one_while_the_provider_of_the_other_upstream_is_closed() {
     let (a, b) = (limited_provider().await, gated("b").await);
     let gateway = gateway((&a, "provider_limits: follow"), (&b, "max_in_flight: 1"), "2s").await;
     let mut first = send(&gateway).await;
-    until_seen(&b, 1).await;
+    b.wait_until_seen(1).await;
     let mut second = send(&gateway).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     b.open_gate();
@@ -124,7 +95,7 @@ async fn a_request_waits_for_the_end_of_another_one_while_the_provider_of_the_ot
     assert_eq!((reply.status, reply.header("x-tollgate-upstream")), (200, Some("b")), "{}", reply.text());
     // Without such an end it is refused after max_wait.
     let mut holds = send(&gateway).await;
-    until_seen(&b, 3).await;
+    b.wait_until_seen(3).await;
     let began = Instant::now();
     let refused = gateway.chat(HELLO).await;
     assert_eq!(refused.refusal(), (429, "too_many_in_flight".into()));
@@ -140,7 +111,7 @@ async fn a_request_that_may_wait_for_a_provider_takes_an_upstream_that_has_room_
     // The 30 s of the provider are within max_wait.
     let gateway = gateway((&a, "provider_limits: follow"), (&b, "max_in_flight: 1"), "60s").await;
     let mut first = send(&gateway).await;
-    until_seen(&b, 1).await;
+    b.wait_until_seen(1).await;
     let mut second = send(&gateway).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let began = Instant::now();
