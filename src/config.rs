@@ -391,7 +391,7 @@ pub enum LogForm {
 pub enum LogLevel {
     /// Failures that need an operator.
     Error,
-    /// Also what is probably not intended.
+    /// Also settings that are probably not intended.
     Warn,
     /// Also requests and changes.
     Info,

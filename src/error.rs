@@ -142,7 +142,7 @@ pub enum ProxyError {
         /// The upstream's name in the config.
         upstream: String,
     },
-    /// The upstream's provider has said that it would refuse the request (`provider_limits: follow`).
+    /// The upstream's provider would refuse the request by the limits it has stated (`provider_limits: follow`).
     UpstreamRateLimited {
         /// The upstream's name in the config.
         upstream: String,

@@ -4,7 +4,7 @@ use crate::proxy::read_form_model;
 use crate::server::{Refused, RequestCheck};
 pub use crate::upstream::{ReadAnswer, read_answer};
 
-/// What the check of requests says of a connection's bytes.
+/// The result of the check of requests for a connection's bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct CheckedRequests {
     /// The number of bytes that hyper may receive.

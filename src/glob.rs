@@ -46,7 +46,7 @@ impl Glob {
         !self.0.is_empty() && self.0.bytes().all(|b| b == b'*')
     }
 
-    /// Whether this pattern certainly matches every name that `other` matches. `false` says nothing.
+    /// Whether this pattern certainly matches every name that `other` matches. `false`: this is not known.
     pub(crate) fn covers(&self, other: &Self) -> bool {
         // Only a star matches a text that is longer than the pattern.
         let long = "\u{1}".repeat(self.0.len() + 1);

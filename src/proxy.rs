@@ -388,11 +388,16 @@ impl Proxy {
         let waited = charge.record.queue_wait.unwrap_or_default();
         charge.record.overhead = Some(began.since(outgoing.received).saturating_sub(waited));
         let mut started = began;
-        let (parts, incoming) = match tokio::select! {
+        let answer = tokio::select! {
             biased;
             () = peer.cut_off() => Err(ProxyError::ShuttingDown),
             answer = self.send(&mut outgoing, headers.clamped_to, &mut started, &mut charge) => answer,
-        } {
+        };
+        // The reservation may have moved to another upstream.
+        if let Some(reservation) = charge.reservation.as_ref().filter(|_| outgoing.alternatives.is_some()) {
+            headers.quotas = *reservation.standing();
+        }
+        let (parts, incoming) = match answer {
             Ok(answer) => answer,
             Err(error) => {
                 return refusal::respond(&self.state, Refusal { error, headers }, charge, dialect);
@@ -401,9 +406,6 @@ impl Proxy {
         charge.record.first_byte = Some(began.elapsed());
         let upstream = &self.snapshot.upstreams[outgoing.upstream];
         headers.upstream = upstream.header.clone();
-        if let Some(reservation) = charge.reservation.as_ref().filter(|_| outgoing.alternatives.is_some()) {
-            headers.quotas = *reservation.standing();
-        }
         let (mut parts, incoming) = (parts, incoming);
         let incoming = if outgoing.lists_models && parts.status.is_success() {
             let allowed = &outgoing.environment.models;

@@ -46,7 +46,7 @@ pub use tls::client_config;
 
 /// Shorter than the usual keep-alive times of servers, which are 60 to 75 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
-/// A request that is sent on an HTTP/2 connection whose peer is gone waits at most 15 s before it is retried.
+/// A request that is sent on an HTTP/2 connection whose peer no longer answers waits at most 15 s before it is retried.
 const HTTP2_TIMEOUTS: Http2Timeouts = Http2Timeouts {
     ping_interval: Duration::from_secs(10),
     ping_timeout: Duration::from_secs(5),
@@ -137,7 +137,7 @@ impl Upstream {
             }
             observe_sent(None);
             may_retry = false;
-            // A connection that is lost can mean that its replica is gone.
+            // A lost connection can mean that its replica is down.
             placed = self.place_elsewhere(placed.choice.index).unwrap_or(placed);
         }
         let mut tried = Vec::new();

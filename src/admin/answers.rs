@@ -20,7 +20,7 @@ pub(super) enum AccessErrors {
     /// or `Origin` is not the listener's.
     #[response(status = 403)]
     Forbidden(ErrorBody),
-    /// `too_many_wrong_tokens`: the address has to wait as long as `retry-after` says.
+    /// `too_many_wrong_tokens`: the address has to wait for the time in `retry-after`.
     #[response(status = 429)]
     TooManyWrongTokens(ErrorBody),
 }

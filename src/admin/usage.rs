@@ -44,7 +44,7 @@ impl Default for UsageParameters {
 }
 
 impl UsageParameters {
-    /// `Err`: what is wrong.
+    /// `Err`: the fault.
     fn query(&self, now: Timestamp) -> Result<ReportQuery, String> {
         let moment = |text: &str, name| store::parse_moment(text, now).ok_or_else(|| unreadable(name));
         let columns = self.group_by.as_deref().map(store::parse_columns);

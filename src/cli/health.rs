@@ -1,4 +1,4 @@
-//! `tollgate health`: asks a running gateway whether it is ready, for containers without a HTTP client.
+//! `tollgate health`: requests from a running gateway whether it is ready, for containers without a HTTP client.
 
 mod tls;
 

@@ -122,7 +122,7 @@ impl UpstreamSettings {
 /// `upstreams.*.provider_limits`: what the gateway does with the limits that the provider states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProviderLimitsMode {
-    /// Sends no request that the provider has said it would refuse.
+    /// Sends no request that the provider would refuse by the limits it has stated.
     Follow,
     /// Shows them.
     Observe,
@@ -217,7 +217,7 @@ pub(super) const UPSTREAM: SectionSpec = SectionSpec {
         KeySpec::new(
             "provider_limits",
             ValueSpec::Words(&[
-                Word("follow", "it sends no request that the provider has said it would refuse"),
+                Word("follow", "it sends no request that the provider would refuse by the limits it has stated"),
                 Word("observe", "it shows them"),
                 Word("ignore", "it does not read them"),
             ]),

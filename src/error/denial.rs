@@ -7,7 +7,7 @@ use jiff::ToSpan as _;
 use jiff::tz::TimeZone;
 use std::fmt;
 
-/// A longer wait is also told as a moment: an hour, in milliseconds.
+/// A longer wait is also shown as a moment: an hour, in milliseconds.
 const LONG_WAIT_MS: u64 = 3_600_000;
 
 /// Writes the owner of the quota, the requested amount, and the moment when the request fits.
@@ -103,7 +103,7 @@ mod tests {
         }
     }
 
-    /// The message of the first denial, if every request asks for 75 prompt tokens and 512 for the answer. The clock
+    /// The message of the first denial, if every request needs 75 prompt tokens and 512 for the answer. The clock
     /// stands at 2026-11-28 19:30:00.250 UTC.
     fn message(quotas: &str, served: u64) -> String {
         let text = format!(

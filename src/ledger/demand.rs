@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Nobody knows when a request in flight ends. A request that waits for that is advised to try again after this time.
+/// The end of a request in flight cannot be predicted. A caller that waits for one is advised to try again after this time.
 pub const IN_FLIGHT_RETRY_MS: u64 = 1_000;
 
 /// A request that waits tries again after this time if the time of the next refill is not known.

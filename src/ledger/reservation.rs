@@ -134,9 +134,9 @@ impl Reservation {
         self.0.backend
     }
 
-    /// Moves the reservation to another upstream, whose index in the backends of the demand is `index`: reserves the same
-    /// amounts in its quotas, and then releases those of the upstream before, which is charged nothing. The part of the
-    /// environment stays. Returns when the move is durable, if a quota requires that.
+    /// Moves the reservation to another upstream. `index`: its index in the backends of the demand. Reserves the same amounts
+    /// in its quotas, and then releases those of the upstream before, which is charged nothing. The part of the environment
+    /// stays. Returns when the move is durable, if a quota requires that.
     ///
     /// # Errors
     /// The other upstream has no room. The reservation stays as it is.

@@ -1,12 +1,12 @@
-//! The gate of one model at one upstream: it lets a request pass only if the provider has not said that it would refuse
-//! it. Pure: `now` is an argument, in milliseconds of the monotonic clock.
+//! The gate of one model at one upstream: it lets a request pass unless the last statement of the provider means that it
+//! would be refused. Pure: `now` is an argument, in milliseconds of the monotonic clock.
 //!
 //! The first requests start slowly, because nothing is known yet: one is in flight, and each answer doubles that number. So
 //! the first burst does not exceed limits that its own answers state.
 //!
 //! A refusal with a time to wait closes the gate. When the time is over, one request goes first, and the others after
-//! its answer. While the gate is open, a request needs as much as the provider has left: what it stated last, plus what
-//! was refilled since, minus what the requests cost that were sent later.
+//! its answer. While the gate is open, a request passes if the provider has enough left for it: the amount that it stated
+//! last, plus the refill since, minus the cost of the requests that were sent later.
 
 use super::statement::{KindStatement, Statement};
 use crate::quota::{Amounts, Kind};
@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// The gate stays closed for at most this long (ms). Then one request asks the provider again.
+/// The gate stays closed for at most this long (ms). Then one request tries the provider again.
 const MAX_CLOSED_MS: u64 = 60_000;
-/// The wait of a request while another one asks the provider (ms).
+/// The wait of a request while another one tries the provider (ms).
 const PROBE_WAIT_MS: u64 = 1_000;
 /// The period of a limit whose reset the provider does not state (ms).
 const DEFAULT_PERIOD_MS: u64 = 60_000;
@@ -45,7 +45,7 @@ pub(super) struct Gate {
     stated_number: u64,
     /// Until when the provider refuses requests.
     closed_until: Option<u64>,
-    /// The request that asks the provider after the gate was closed.
+    /// The request that tries the provider after the gate was closed.
     probe: Option<u64>,
     /// When the first request was sent.
     first_sent: Option<u64>,
@@ -113,14 +113,14 @@ struct Sent {
     amounts: Amounts,
 }
 
-/// How an answer came out.
+/// The provider's decision, by the status of its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The provider took the request.
     Accepted,
     /// The provider refused it: too many requests or tokens, or overloaded.
     Refused,
-    /// Another error, which says nothing about limits.
+    /// Another error, which does not concern limits.
     Other,
 }
 

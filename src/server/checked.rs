@@ -74,7 +74,7 @@ impl CheckedBytes {
                 return Poll::Ready(Ok(()));
             }
             if self.bytes.is_empty() {
-                // Most heads arrive in one piece, which is checked where hyper wants it.
+                // Most heads arrive in one piece, which is checked where hyper needs it.
                 let before = buffer.filled().len();
                 ready!(Pin::new(&mut *stream).poll_read(cx, buffer))?;
                 let read = &buffer.filled()[before..];

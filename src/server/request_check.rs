@@ -2,7 +2,7 @@
 //!
 //! Hyper accepts heads that other servers read differently, such as one with two lengths. A proxy in front of the
 //! gateway could then take one request for two. This check follows the framing of a connection byte by byte, and
-//! refuses each head and each chunk that RFC 9112 does not allow. It passes on only what is certain: a head when it is
+//! refuses each head and each chunk that RFC 9112 does not allow. It passes on only bytes that are certain: a head when it is
 //! complete, a body as it arrives. Whatever hyper checks itself (names, values, the method) is left to hyper.
 
 mod chunks;

@@ -27,7 +27,7 @@ pub(crate) struct Claim {
     pub(crate) admin: Option<TcpListener>,
     /// The lock of the store.
     pub(crate) lock: Option<File>,
-    /// What the old process knows of the providers' limits.
+    /// What the old process has learned of the providers' limits.
     pub(crate) limits: Vec<LeftLimits>,
     control: ControlListener,
 }
@@ -87,7 +87,7 @@ impl Claim {
     }
 
     /// Requests the counters. From now on the requests of the old process wait. Returns the amounts that they hold, by
-    /// environment. Afterwards `limits` has what the old process knows of the providers' limits.
+    /// environment. Afterwards `limits` has what the old process has learned of the providers' limits.
     ///
     /// # Errors
     /// The old process refuses or has ended.

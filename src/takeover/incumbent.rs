@@ -38,7 +38,7 @@ pub(crate) struct Incumbent {
     writer: Option<Arc<WriterControl>>,
 }
 
-/// Returns what this process knows of the providers' limits.
+/// Returns what this process has learned of the providers' limits.
 type LeaveLimits = Box<dyn Fn() -> Vec<LeftLimits> + Send + Sync>;
 
 /// The `SuccessorLine`, the messages to send on it, and how long requests had to wait.

@@ -175,7 +175,7 @@ pub(super) const QUEUE_WAIT: Metric = histogram(
     "tollgate_queue_wait_seconds",
     ENVIRONMENT,
     WAIT_BUCKETS,
-    "Time that requests waited for room in their quotas, of requests that had to wait.",
+    "Time that requests waited for room in quotas or at a provider, of requests that had to wait.",
 );
 pub(super) const QUEUE_LENGTH: Metric =
     gauge("tollgate_queue_length", ENVIRONMENT, "Requests that wait for room in their quotas.");

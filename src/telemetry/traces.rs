@@ -40,7 +40,7 @@ pub(crate) struct Tracing {
 }
 
 impl Tracing {
-    /// Begins to send traces. `None`: neither the config nor a variable asks for that.
+    /// Begins to send traces. `None`: neither the config nor a variable enables it.
     ///
     /// # Errors
     /// A variable is not valid.

@@ -168,7 +168,7 @@ async fn without_caller_label_no_metric_names_a_caller() {
 }
 
 #[tokio::test]
-async fn the_code_tells_answers_of_the_upstream_and_of_the_gateway_apart() {
+async fn the_code_distinguishes_answers_of_the_upstream_and_of_the_gateway() {
     let upstream = Upstream::answering(|request| match request.text() {
         text if text.contains("missing") => Answer::json(404, "{}"),
         text if text.contains("broken") => Answer::json(500, "{}"),

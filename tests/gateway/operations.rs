@@ -131,7 +131,7 @@ async fn health_checks_answer_any_host_and_origin() {
                 ("/readyz", true),
                 ("/readyz?verbose", true),
                 ("/metrics", false),
-                // With a token, the page asks for it.
+                // With a token, the page requests it.
                 ("/", !token.is_empty()),
                 ("/livez/", false),
             ] {

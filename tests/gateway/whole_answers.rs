@@ -84,7 +84,7 @@ async fn an_answer_is_learned_from_if_its_caller_closes_after_the_final_event() 
     for (path, body, events) in streams() {
         let length = events.concat().len();
         for more in ["", ", on_disconnect: drain"] {
-            // The upstream does not end its answer before the caller has gone.
+            // The upstream does not end its answer before the caller has disconnected.
             let answer = Answer::stream().events(&events).then(Step::Wait(Duration::from_millis(200))).end();
             let upstream = Upstream::always(answer).await;
             let gateway = gateway(&upstream, more).await;

@@ -112,7 +112,7 @@ impl Levels {
             Some(level) => filter(level),
             None => by_variable().unwrap_or_else(|| filter(self.config)),
         };
-        // An error means that the subscriber is gone, and with it the log.
+        // An error means that the subscriber was dropped, and with it the log.
         drop(handle.reload(in_force));
     }
 }

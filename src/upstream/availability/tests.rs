@@ -123,7 +123,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Whatever the order of outcomes: at most one probe is in flight, a server that is left out is tried within a minute
+    /// In every order of outcomes: at most one probe is in flight, a server that is left out is tried within a minute
     /// after the last failure, not earlier than 5 s after it was left out, and a success ends everything.
     #[test]
     fn any_order_of_outcomes(threshold in 1..6u32, steps in prop::collection::vec(step(), 0..200)) {

@@ -151,14 +151,14 @@ async fn test_stalls(nodes: u32, policy: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_short_stall_in_a_burst_over_admits_nothing_and_refuses_nobody_with_the_local_policy() {
+async fn a_short_stall_in_a_burst_over_admits_nothing_and_refuses_no_request_with_the_local_policy() {
     for nodes in [2, 4, 8] {
         test_stalls(nodes, "local").await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_short_stall_in_a_burst_over_admits_nothing_and_refuses_nobody_with_the_closed_policy() {
+async fn a_short_stall_in_a_burst_over_admits_nothing_and_refuses_no_request_with_the_closed_policy() {
     for nodes in [2, 4, 8] {
         test_stalls(nodes, "closed").await;
     }

@@ -65,7 +65,7 @@ pub(super) fn name_key(name: &[u8]) -> u128 {
 #[derive(Default)]
 pub(super) struct Objects {
     pages: HashSet<u32>,
-    /// The sizes of pages, with the number of pages. `None`: as the page tree says.
+    /// The sizes of pages, with the number of pages. `None`: as in the page tree.
     sizes: Vec<(Option<PageSize>, u64)>,
     /// The size in the page tree.
     tree_size: Option<PageSize>,
