@@ -112,7 +112,7 @@ async fn a_request_that_fits_is_not_clamped_and_one_without_any_room_is_denied()
 }
 
 const ROOM_FOR_ONE: &str = "{ total_tokens: { limit: 150, per: day, window: calendar } }";
-const WAITS: &str = "{ completion: max_tokens, max_wait: 5s }";
+const WAITS: &str = "{ completion: max_tokens, max_wait: 30s }";
 
 #[tokio::test]
 async fn the_wait_queue_is_served_in_the_order_of_arrival() {
@@ -178,7 +178,7 @@ async fn a_request_without_room_is_denied_after_max_wait_and_not_sooner() {
 #[tokio::test]
 async fn a_request_that_cannot_fit_within_max_wait_is_denied_at_once() {
     let upstream = Upstream::always(Answer::chat(8, 142)).await;
-    let gateway = gateway(&upstream, ROOM_FOR_ONE, WAITS, "").await;
+    let gateway = gateway(&upstream, ROOM_FOR_ONE, "{ completion: max_tokens, max_wait: 5s }", "").await;
     let began = Instant::now();
     let never = gateway.chat(&hello(r#""max_tokens":1000"#)).await;
     assert_eq!(never.refusal(), (400, "request_exceeds_quota".into()));

@@ -71,7 +71,7 @@ async fn five_hundred_environments_of_twenty_callers_are_shown_in_a_small_answer
     assert_eq!(omitted + shown as u64, 50 * of_environment.as_array().unwrap().len() as u64);
     assert_eq!(shown, 400);
     // With shared counters, the state of each environment is read from Redis first.
-    let bound = if has_shared_counters() { 400 } else { 50 };
+    let bound = if has_shared_counters() { 1000 } else { 50 };
     assert!(overview < Duration::from_millis(bound), "{overview:?}");
     assert!(metrics < Duration::from_millis(200), "{metrics:?}");
 }
