@@ -64,7 +64,9 @@ impl FileVocabulary {
 impl FileVocabulary {
     fn read(path: &Path, number: u32) -> Result<Self, String> {
         let unusable = |error: tokenizers::Error| format!("it is not a usable tokenizer.json: {error}");
-        let mut tokenizer = tokenizers::Tokenizer::from_file(path).map_err(unusable)?;
+        let json = std::fs::read_to_string(path).map_err(|error| unusable(error.into()))?;
+        // Unlike `from_file`, this is not generic, so the reader of the format is compiled only once.
+        let mut tokenizer: tokenizers::Tokenizer = json.parse().map_err(unusable)?;
         // The spelling of a special token in a caller's text is ordinary text. The rules for messages count the
         // special tokens that a template adds.
         tokenizer.set_encode_special_tokens(true);

@@ -72,7 +72,7 @@ pub(super) fn collect(texts: &mut TextCollector, json: &[u8]) -> Result<(), serd
         Some(b'[') if json != b"[DONE]" => {
             for chunk in serde_json::from_slice::<Vec<&RawValue>>(json)? {
                 if chunk.get().starts_with('{') {
-                    answer(texts, serde_json::from_str(chunk.get())?)?;
+                    answer(texts, serde_json::from_slice(chunk.get().as_bytes())?)?;
                 }
             }
             Ok(())
