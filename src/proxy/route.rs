@@ -1,7 +1,7 @@
 //! Maps a path to an endpoint and an environment. Paths are matched as sent, without decoding, case folding or
 //! normalization, so each endpoint has one spelling.
 
-use super::unserved;
+use super::{query, unserved};
 use crate::api::{Api, Dialect};
 use crate::config::Config;
 use crate::error::{PathMistake, ProxyError};
@@ -107,7 +107,7 @@ pub(super) fn find<'a>(config: &Config, method: &Method, path: &'a str) -> Resul
     let (route, allow) = match route(path) {
         Some(found) => found,
         None if environment.is_none() && path == "/" => (Route::new(Endpoint::Root), "HEAD"),
-        None if forwards_others(config, environment) && is_plain(path) => {
+        None if forwards_others(config, environment) && is_plain(path) && !resembles_served(path) => {
             if !OTHER_METHODS.contains(&method.as_str()) {
                 return Err(ProxyError::MethodNotAllowed { allow: ALLOW_OTHER });
             }
@@ -338,6 +338,21 @@ fn is_segment(segment: &str) -> bool {
 /// Whether every segment of a path is unambiguous.
 fn is_plain(path: &str) -> bool {
     path.strip_prefix('/').is_some_and(|rest| !rest.is_empty() && rest.split('/').all(is_segment))
+}
+
+/// Whether an upstream could read this path as one that the gateway serves and charges: in another case, percent-encoded, or
+/// with white space or control characters at its end.
+fn resembles_served(path: &str) -> bool {
+    let decoded = query::decoded(path).to_ascii_lowercase();
+    let folded = decoded.trim_end_matches(|c: char| c.is_whitespace() || c.is_control());
+    let is_operation = folded.rsplit_once(':').is_some_and(|(model, operation)| {
+        let operations = ["generatecontent", "streamgeneratecontent", "counttokens"];
+        model.contains("/models/") && operations.contains(&operation)
+    });
+    let is_charged = |(route, _): (Route<'_>, _)| {
+        !matches!(route.endpoint, Endpoint::Models | Endpoint::Root | Endpoint::Other)
+    };
+    is_operation || route(folded).is_some_and(is_charged)
 }
 
 /// The path with another model than the one that it names, which is a slice of the path. The name is one segment, except in

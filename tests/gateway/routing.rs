@@ -266,6 +266,33 @@ async fn the_list_of_models_is_forwarded_and_not_charged() {
 }
 
 #[tokio::test]
+async fn a_path_that_resembles_a_served_one_is_not_forwarded() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream, "default_environment: open").await;
+    for path in [
+        "/v1/%63hat/completions",
+        "/v1/Chat/completions",
+        "/V1/%43HAT/COMPLETIONS",
+        "/v1/chat/completions%20",
+        "/v1/chat/completions%00%0A",
+        "/open/v1/%63ompletions",
+        "/v1/%41udio/speech%09",
+        "/openai/Deployments/d/chat/completions",
+        "/v1beta/Models/gemini:generateContent",
+        "/v1beta/models/gemini%3AgenerateContent",
+        "/v1beta/models/gemini:GenerateContent",
+        "/v1/%4Dessages/count_tokens",
+    ] {
+        let status = gateway.send("POST", path, "", HELLO).await.status;
+        assert!(matches!(status, 404 | 405), "{path} {status}");
+    }
+    assert!(upstream.seen().is_empty());
+    for path in ["/v1/chat/Completions-2", "/v1/Files", "/v1/models/gemini:embedContent", "/v1/%66iles"] {
+        assert_eq!(gateway.send("POST", path, "", HELLO).await.status, 200, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn other_paths_forward_forwards_unknown_paths_and_charges_one_request() {
     let upstream =
         Upstream::always(Answer::json(200, r#"{"usage":{"prompt_tokens":4,"total_tokens":4}}"#)).await;
