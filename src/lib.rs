@@ -30,6 +30,7 @@ mod json;
 mod random;
 mod roots;
 mod similar;
+mod timer;
 
 // The core.
 pub mod quota;

@@ -217,8 +217,8 @@ impl Upstream {
         let (limit, out_of_time) =
             self.bound((started, now), first_byte, SendError::Timeout("first_byte", first_byte));
         let Some(replica) = self.replicas.get(index) else { return Err(no_replica()) };
-        let exchange = replica.exchange(connected, request);
-        timeout_at(now.deadline(limit), exchange).await.map_err(|_| out_of_time)?.map_err(SendError::Broken)
+        let answer = replica.exchange(connected, request, now.deadline(limit)).await;
+        answer.map_err(|error| if error.is_out_of_time() { out_of_time } else { SendError::Broken(error) })
     }
 
     /// The time limit of a step that begins `now`, shortened to the rest of `timeouts.total`, and the error when it

@@ -14,6 +14,7 @@ use crate::learned::EstimateUpdate;
 use crate::ledger::Progress;
 use crate::server::Peer;
 use crate::telemetry::RequestOutcome;
+use crate::timer::ReusedTimer;
 use crate::upstream::Incoming;
 use crate::usage::{OwnFigures, Reported};
 use bytes::Bytes;
@@ -28,7 +29,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{Sleep, sleep_until};
 
 /// How often the tokens that a stream has delivered move from held to used.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -74,7 +74,7 @@ pub(super) struct Metered {
     /// The count of a portion of a long stream, which runs on the blocking pool while the stream continues.
     portion_count: Option<JoinHandle<u64>>,
     last_data: Stopwatch,
-    timeout: Option<Pin<Box<Sleep>>>,
+    timeout: ReusedTimer,
     last_progress: Stopwatch,
     /// Whether the first token of the stream has arrived.
     has_first_token: bool,
@@ -151,7 +151,7 @@ impl Metered {
             phase: MeterPhase::Passing(charge),
             portion_count: None,
             last_data: now,
-            timeout: None,
+            timeout: ReusedTimer::default(),
             last_progress: now,
             has_first_token: false,
             has_begun: false,
@@ -305,22 +305,18 @@ impl Metered {
         self.close(RequestOutcome::QuotaCut, true, Ending::Complete);
     }
 
-    /// Ready when `timeouts.idle` or `timeouts.total` has run out. The timer is only reset when it fires, not for
-    /// every piece.
+    /// Ready when `timeouts.idle` or `timeouts.total` has run out.
     fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<Interruption> {
         loop {
             let Timeouts { idle, total, .. } = self.context.upstream.timeouts;
             let (idle_end, total_end) = (self.last_data.deadline(idle), self.context.started.deadline(total));
-            let due = idle_end.min(total_end);
-            let timeout = self.timeout.get_or_insert_with(|| Box::pin(sleep_until(due)));
-            ready!(timeout.as_mut().poll(cx));
+            ready!(self.timeout.poll(cx, idle_end.min(total_end)));
             if self.context.started.elapsed() >= total {
                 return Poll::Ready(Interruption::Timeout("total", total));
             }
             if self.last_data.elapsed() >= idle {
                 return Poll::Ready(Interruption::Timeout("idle", idle));
             }
-            timeout.as_mut().reset(due);
         }
     }
 

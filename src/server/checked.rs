@@ -3,9 +3,10 @@
 use super::request_check::{Refused, RequestCheck};
 use bytes::{Buf as _, BytesMut};
 use std::io;
-use std::pin::{Pin, pin};
+use std::mem::MaybeUninit;
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 
 /// Hyper receives this in place of a head that is refused. No request begins with it, so hyper answers with a 400 and closes
 /// the connection. It ends with an empty line: hyper parses a head that began before only when that line has arrived.
@@ -42,11 +43,12 @@ impl CheckedBytes {
         stream: &mut (impl AsyncRead + Unpin),
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<usize>> {
-        if self.bytes.capacity() - self.bytes.len() < 1024 {
-            self.bytes.reserve(4 * 1024);
-        }
-        // This future is dropped after one poll. It is cancel safe, so no bytes are lost.
-        pin!(stream.read_buf(&mut self.bytes)).poll(cx)
+        // On the stack, because mostly nothing has arrived: a connection that waits needs no buffer.
+        let mut piece = [MaybeUninit::uninit(); 2 * 1024];
+        let mut piece = ReadBuf::uninit(&mut piece);
+        ready!(Pin::new(stream).poll_read(cx, &mut piece))?;
+        self.bytes.extend_from_slice(piece.filled());
+        Poll::Ready(Ok(piece.filled().len()))
     }
 
     /// Fills `buffer` with checked bytes, and reads more if there are none. After a refusal the connection seems to end.

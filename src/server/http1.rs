@@ -11,7 +11,7 @@ use http::{Request, Response};
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::Service;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use std::error::Error;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -39,12 +39,12 @@ pub(super) async fn serve<T, S, B>(
     B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let head_timeout = peer.timeouts.head;
     let service = served::marking(service, peer.clone());
     let socket = CallerSocket::new(transport, read_ahead, peer.clone());
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(head_timeout)
+        // `CallerSocket` detects both: a head that does not arrive in time, and a caller that has disconnected.
+        .header_read_timeout(None)
+        .half_close(true)
         .max_buf_size(super::MAX_HEAD_BYTES)
         .max_header_size(super::MAX_HEAD_BYTES)
         .serve_connection(TokioIo::new(SocketHandle(&socket)), service);
@@ -104,14 +104,14 @@ async fn drain<F: Future>(
     })
 }
 
-/// Serves a connection to its end. `None`: the caller disconnected before the end.
+/// Serves a connection to its end. `None`: the caller disconnected before the end, or its next request is late.
 async fn until_disconnected<F: Future>(
     mut connection: Pin<&mut F>,
     socket: &CallerSocket<impl Transport>,
 ) -> Option<F::Output> {
     poll_fn(|cx| match connection.as_mut().poll(cx) {
         Poll::Ready(done) => Poll::Ready(Some(done)),
-        Poll::Pending => socket.poll_disconnected(cx).map(|()| None),
+        Poll::Pending => socket.poll_abandoned(cx).map(|()| None),
     })
     .await
 }

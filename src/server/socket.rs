@@ -1,5 +1,6 @@
 //! A caller's socket. It adds what hyper does not do: a timeout for a caller that does not read its answer,
-//! detection of a disconnect behind unread bytes, and a lingering close for a caller that still sends.
+//! detection of a disconnect behind unread bytes, and a lingering close for a caller that still sends. It also has the
+//! timeout for the next head: hyper would allocate a timer for each request.
 
 use super::checked::CheckedBytes;
 use super::malformed;
@@ -7,13 +8,14 @@ use super::peer::Peer;
 use super::request_check::RequestCheck;
 use super::transport::Transport;
 use crate::clock::Stopwatch;
+use crate::timer::ReusedTimer;
 use bytes::BytesMut;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::Instant;
 
 /// Maximum bytes that are read before hyper requests them, to detect a disconnect. A disconnect behind more unread
 /// bytes is detected when the next piece of the answer is written.
@@ -25,7 +27,7 @@ const MAX_LINGER_BYTES: usize = 64 * 1024 * 1024;
 const LINGER_BATCH_BYTES: usize = 64 * 1024;
 
 /// One caller's connection. hyper reads and writes through a [`SocketHandle`]; the connection's task calls
-/// `poll_disconnected`.
+/// `poll_abandoned`.
 pub(super) struct CallerSocket<T> {
     peer: Arc<Peer>,
     state: Mutex<SocketState<T>>,
@@ -39,7 +41,9 @@ struct SocketState<T> {
     is_read_pending: bool,
     /// Since when a write has been blocked.
     blocked_since: Option<Stopwatch>,
-    timer: Option<Pin<Box<Sleep>>>,
+    timer: ReusedTimer,
+    /// Since when the connection waits for a head. `None`: it has a request.
+    waits_for_head_since: Option<Stopwatch>,
     /// The bytes to write in place of hyper's answer, and how many of them are written.
     replacement: Option<(Vec<u8>, usize)>,
     lingering: Option<Lingering>,
@@ -63,17 +67,22 @@ impl<T: Transport> CallerSocket<T> {
             read_ahead: CheckedBytes::new(RequestCheck::new(T::SCHEME, peer.requires_host), read_ahead),
             is_read_pending: true,
             blocked_since: None,
-            timer: None,
+            timer: ReusedTimer::default(),
+            waits_for_head_since: None,
             replacement: None,
             lingering: None,
         };
         Self { peer, state: Mutex::new(state) }
     }
 
-    /// Ready when the caller has disconnected and hyper cannot detect it. Hyper reads nothing before the answer is
-    /// complete, so unread bytes hide the end of the stream.
-    pub(super) fn poll_disconnected(&self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready when the caller has disconnected, or has not sent its next head in time. Hyper reads nothing between a request
+    /// and the end of its answer.
+    pub(super) fn poll_abandoned(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.lock();
+        if self.poll_head_timeout(&mut state, cx).is_ready() {
+            tracing::debug!(peer = %self.peer.address, "the head of a request did not arrive in time");
+            return Poll::Ready(());
+        }
         let SocketState { stream, read_ahead, is_read_pending, .. } = &mut *state;
         while !*is_read_pending && read_ahead.len() < MAX_READ_AHEAD_BYTES {
             match ready!(read_ahead.poll_read(stream, cx)) {
@@ -82,6 +91,20 @@ impl<T: Transport> CallerSocket<T> {
             }
         }
         Poll::Pending
+    }
+
+    /// Ready when the connection has waited for a head for too long.
+    fn poll_head_timeout(&self, state: &mut SocketState<T>, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.peer.is_between_requests() {
+            state.waits_for_head_since = None;
+            return Poll::Pending;
+        }
+        let since = *state.waits_for_head_since.get_or_insert_with(Stopwatch::start);
+        // A blocked write and a lingering close have times of their own.
+        if state.blocked_since.is_some() || state.lingering.is_some() {
+            return Poll::Pending;
+        }
+        state.timer.poll(cx, since.deadline(self.peer.timeouts.head))
     }
 
     /// Closes the connection with a reset if its caller would take a normal end for the end of a complete answer.
@@ -132,7 +155,7 @@ impl<T: Transport> CallerSocket<T> {
             return Poll::Ready(written);
         }
         let blocked_since = *state.blocked_since.get_or_insert_with(Stopwatch::start);
-        ready!(state.poll_timer(cx, self.peer.write_deadline(blocked_since)));
+        ready!(state.timer.poll(cx, self.peer.write_deadline(blocked_since)));
         tracing::debug!(peer = %self.peer.address, "a caller does not read its answer");
         self.peer.cut_answer();
         Poll::Ready(Err(ErrorKind::TimedOut.into()))
@@ -140,15 +163,6 @@ impl<T: Transport> CallerSocket<T> {
 }
 
 impl<T: Transport> SocketState<T> {
-    /// Polls the connection's only timer, which is allocated when a write is blocked for the first time.
-    fn poll_timer(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
-        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
-        if timer.deadline() != due {
-            timer.as_mut().reset(due);
-        }
-        timer.as_mut().poll(cx)
-    }
-
     /// Returns `replaced`, the number of bytes that were replaced, when the replacement is written.
     fn poll_write_replacement(&mut self, cx: &mut Context<'_>, replaced: usize) -> Poll<io::Result<usize>> {
         let Self { stream, replacement: Some((bytes, written)), .. } = self else { return Poll::Pending };
@@ -163,7 +177,7 @@ impl<T: Transport> SocketState<T> {
     /// `MAX_LINGER_BYTES` have been discarded.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(Lingering { until, bytes_left }) = self.lingering else { return Poll::Ready(()) };
-        if self.poll_timer(cx, until).is_ready() {
+        if self.timer.poll(cx, until).is_ready() {
             return Poll::Ready(());
         }
         let mut scratch = [0; 8 * 1024];

@@ -76,7 +76,9 @@ impl Replica {
         let path = request.target.split('?').next().unwrap_or_default();
         let name = format!("{} {path}", request.method);
         let answer = async {
-            let answer = self.exchange(connected, request).await;
+            // `Steps::run` bounds the time.
+            let due = Stopwatch::start().deadline(Duration::MAX);
+            let answer = self.exchange(connected, request, due).await;
             let status = answer.map_err(|error| StepFault::NoAnswer(error.to_string()))?.0.status;
             if status.is_success() { Ok(((), status.to_string())) } else { Err(StepFault::Refused(status)) }
         };

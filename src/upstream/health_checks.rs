@@ -84,15 +84,17 @@ fn request(settings: &UpstreamSettings, health: &HealthCheckSettings) -> Request
 
 /// One check, on an open connection if there is one.
 async fn check(replica: &Replica, request: &Request) -> Result<(), String> {
+    // The caller bounds the time.
+    let due = Stopwatch::start().deadline(Duration::MAX);
     if let Some(reused) = replica.reuse(Stopwatch::start()) {
-        match replica.exchange(reused, request).await {
+        match replica.exchange(reused, request, due).await {
             Ok((head, body)) => return judge(head.status, body).await,
             Err(error) if error.is_retriable() => {}
             Err(error) => return Err(error.to_string()),
         }
     }
     let connected = replica.connect().await.map_err(|error| format!("{error:?}"))?;
-    let (head, body) = replica.exchange(connected, request).await.map_err(|error| error.to_string())?;
+    let (head, body) = replica.exchange(connected, request, due).await.map_err(|error| error.to_string())?;
     judge(head.status, body).await
 }
 

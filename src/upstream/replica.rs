@@ -10,6 +10,7 @@ use crate::clock::Stopwatch;
 use http::response;
 use std::io;
 use std::sync::Arc;
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::rustls::ClientConfig;
 
 /// One replica. Each worker has its own connections, so cores share no lock.
@@ -71,21 +72,23 @@ impl Replica {
         self.http2.open(stream).await.map(Connected::Http2).map_err(failed)
     }
 
-    /// Sends a request on a connection and waits for the head of its answer. The caller bounds the time.
+    /// Sends a request on a connection and waits for the head of its answer, which must be complete at `due`.
     pub(super) async fn exchange(
         &self,
         connected: Connected,
         request: &Request,
+        due: Instant,
     ) -> Result<(response::Parts, Incoming), ExchangeError> {
         match connected {
             Connected::Http1(connection) => {
-                http1::exchange(connection, &self.authority, request, &self.http1)
+                http1::exchange(connection, &self.authority, request, due, &self.http1)
                     .await
                     .map(|(parts, body)| (parts, Incoming::from(body)))
             }
             // Boxed because hyper's state is large.
-            Connected::Http2(stream) => Box::pin(stream.exchange(&self.authority, request))
+            Connected::Http2(stream) => timeout_at(due, Box::pin(stream.exchange(&self.authority, request)))
                 .await
+                .unwrap_or_else(|_| Err(ExchangeError::out_of_time()))
                 .map(|(parts, body)| (parts, Incoming::from(body))),
         }
     }

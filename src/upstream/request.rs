@@ -76,6 +76,8 @@ enum Outcome {
     Unanswered,
     /// The upstream may have processed it, or has begun to answer it.
     Unknown,
+    /// The head of the answer was not complete in time.
+    OutOfTime,
 }
 
 impl ExchangeError {
@@ -87,6 +89,11 @@ impl ExchangeError {
     /// The connection was closed, reset or timed out before the first byte of an answer.
     pub(super) fn unanswered(source: io::Error) -> Self {
         Self { source, outcome: Outcome::Unanswered }
+    }
+
+    /// The head of the answer was not complete in time.
+    pub(super) fn out_of_time() -> Self {
+        Self { source: io::ErrorKind::TimedOut.into(), outcome: Outcome::OutOfTime }
     }
 
     /// Any other failure: the upstream may have processed the request.
@@ -102,7 +109,12 @@ impl ExchangeError {
     /// Whether the request may be sent again: on a new connection, if this failure occurred on a reused one, or to another
     /// replica. A server that closes an idle connection or dies causes this failure.
     pub(super) fn is_retriable(&self) -> bool {
-        self.outcome != Outcome::Unknown
+        matches!(self.outcome, Outcome::NotProcessed | Outcome::Unanswered)
+    }
+
+    /// Whether the time for the answer has run out.
+    pub(super) fn is_out_of_time(&self) -> bool {
+        self.outcome == Outcome::OutOfTime
     }
 }
 
@@ -111,7 +123,7 @@ impl fmt::Display for ExchangeError {
         let known = match self.outcome {
             Outcome::NotProcessed => "the upstream did not process the request: ",
             Outcome::Unanswered => "the connection was lost before an answer began: ",
-            Outcome::Unknown => "",
+            Outcome::Unknown | Outcome::OutOfTime => "",
         };
         write!(f, "{known}{}", self.source)
     }

@@ -169,6 +169,26 @@ async fn a_connection_is_closed_if_a_head_is_incomplete_after_the_head_timeout()
 }
 
 #[tokio::test]
+async fn the_head_timeout_applies_to_each_head_of_a_connection_and_to_no_answer() {
+    let answer = Answer::of([vec![Step::Gate], Answer::chat(8, 2).steps()].concat());
+    let upstream = Upstream::always(answer).await;
+    let timeouts = CallerTimeouts { head: Duration::from_secs(2), ..CallerTimeouts::default() };
+    let gateway = Gateway::with_timeouts(&upstream, "", STAGING, timeouts).await;
+    let mut caller = gateway.caller().await;
+    for _ in 0..2 {
+        caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+        tokio::time::sleep(Duration::from_millis(2_200)).await;
+        upstream.open_gate();
+        assert_eq!(caller.reply().await.status, 200);
+    }
+    let answered = Instant::now();
+    caller.send(b"POST /v1/chat/completions HTTP/1.1\r\n").await;
+    assert!(caller.is_closed().await);
+    // The timeout counts from the answer before, which the gateway has sent earlier than the test has read it.
+    assert!(answered.elapsed() > Duration::from_millis(500), "{:?}", answered.elapsed());
+}
+
+#[tokio::test]
 async fn a_request_whose_body_stops_arriving_gets_a_400_and_costs_nothing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(100)).await;

@@ -1,5 +1,6 @@
 //! One HTTP/1.1 connection and its read buffer.
 
+use crate::timer::ReusedTimer;
 use crate::upstream::connections::{ConnectionCounts, OpenConnection};
 use bytes::BytesMut;
 use rustix::net::RecvFlags;
@@ -45,13 +46,16 @@ pub(in crate::upstream) struct Http1Connection {
     pub(super) stream: Box<dyn ByteStream>,
     /// Bytes that were read and not yet parsed.
     pub(super) buffer: BytesMut,
+    /// For the deadline of each exchange.
+    pub(super) timer: ReusedTimer,
     /// `None`: the connection is not counted.
     counted: Option<OpenConnection>,
 }
 
 impl Http1Connection {
     pub(in crate::upstream) fn new(stream: Box<dyn ByteStream>) -> Self {
-        Self { stream, buffer: BytesMut::with_capacity(READ_BYTES), counted: None }
+        let buffer = BytesMut::with_capacity(READ_BYTES);
+        Self { stream, buffer, timer: ReusedTimer::default(), counted: None }
     }
 
     /// Counts the connection as open, and as one that carries a request.

@@ -10,6 +10,7 @@ use http::{Method, StatusCode, response};
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::task::{Context, Poll, ready};
+use tokio::time::Instant;
 
 /// Maximum interim answers (103 and others) before the final one.
 const MAX_INTERIM_ANSWERS: usize = 16;
@@ -20,11 +21,12 @@ const MAX_INTERIM_ANSWERS: usize = 16;
 /// can stop reading until its answer is read. After an early refusal (4xx, 5xx) no more is sent. After any other
 /// early answer the rest of the request is sent while the body is polled.
 ///
-/// The connection goes to `pool` at the end of the body if it can be reused.
+/// The connection goes to `pool` at the end of the body if it can be reused. The head must be complete at `due`.
 pub(in crate::upstream) async fn exchange(
     mut connection: Http1Connection,
     authority: &str,
     request: &Request,
+    due: Instant,
     pool: &IdlePool,
 ) -> Result<(response::Parts, Http1Body), ExchangeError> {
     let mut outgoing = RequestWriter::new(authority, request);
@@ -32,10 +34,14 @@ pub(in crate::upstream) async fn exchange(
     let head = poll_fn(|cx| {
         // Reads even if the write is blocked.
         let _ = outgoing.poll_write(cx, &mut *connection.stream);
-        poll_head(&mut connection, cx, &request.method, &mut interim_answers)
+        match poll_head(&mut connection, cx, &request.method, &mut interim_answers) {
+            Poll::Ready(head) => Poll::Ready(head.map(Some)),
+            Poll::Pending => connection.timer.poll(cx, due).map(|()| Ok(None)),
+        }
     });
     let AnswerHead { parts, framing, keeps_alive } = match head.await {
-        Ok(head) => head,
+        Ok(Some(head)) => head,
+        Ok(None) => return Err(ExchangeError::out_of_time()),
         Err(error) => return Err(failure(error, interim_answers, outgoing, &connection)),
     };
     let is_refusal = parts.status.is_client_error() || parts.status.is_server_error();

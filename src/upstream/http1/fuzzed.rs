@@ -2,6 +2,7 @@
 
 use super::connection::Http1Connection;
 use super::{IdlePool, exchange};
+use crate::clock::Stopwatch;
 use crate::upstream::request::Request;
 use bytes::Bytes;
 use http::Method;
@@ -33,8 +34,9 @@ pub fn read_answer(wire: &[u8], step: usize) -> Option<ReadAnswer> {
             Request { method: Method::POST, target: "/".into(), headers: Vec::new(), body: Bytes::new() };
         let pool = IdlePool::new(Duration::from_mins(1));
         let connection = Http1Connection::new(Box::new(ours));
+        let due = Stopwatch::start().deadline(Duration::from_mins(1));
         let read = async {
-            let (parts, mut body) = exchange(connection, "u", &request, &pool).await.ok()?;
+            let (parts, mut body) = exchange(connection, "u", &request, due, &pool).await.ok()?;
             let (mut all, mut is_complete) = (Vec::new(), false);
             loop {
                 match poll_fn(|cx| body.poll_data(cx)).await {

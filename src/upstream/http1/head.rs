@@ -12,8 +12,8 @@ use std::mem::MaybeUninit;
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// An answer with more headers needs an allocation for its parser.
 const USUAL_HEADERS: usize = 128;
-/// The gateway adds up to this many headers to an answer; the map has room for them from the start.
-const ADDED_HEADERS: usize = 15;
+/// The gateway adds one header to an answer over HTTP/1.1: the mark of its header lines. The map has room for it.
+const ADDED_HEADERS: usize = 1;
 
 /// The head of an answer.
 #[derive(Debug)]
