@@ -10,13 +10,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::sleep;
 
 /// Maximum number of streams.
 const MAX_STREAMS: usize = 100;
 /// Updates that a slow stream may be behind before it gets a new snapshot.
 const MAX_BEHIND: usize = 4;
-/// Time between two updates.
+/// Minimum time between two updates.
 const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of rejections in an event.
 const MAX_REJECTIONS: usize = 50;
@@ -113,16 +113,15 @@ impl EventHub {
     }
 }
 
-/// Reads the state once a second while there are streams.
+/// Reads and publishes the state while there are streams. The interval begins after an update is sent, because reading
+/// takes longer at some times than at others.
 async fn run(admin: Admin) {
-    let mut ticks = interval(UPDATE_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
         let now = Overview::read(&admin).await;
         if !admin.events.publish(&admin, now) {
             return;
         }
+        sleep(UPDATE_INTERVAL).await;
     }
 }
 
