@@ -20,6 +20,7 @@ mod served;
 mod socket;
 mod transport;
 
+use crate::clock::Stopwatch;
 use acceptor::Acceptor;
 use http::{Request, Response};
 use http1::CutOff;
@@ -34,7 +35,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 pub(crate) use certificate::{Certificate, load as load_certificate};
 pub(crate) use limits::{ConnectionBounds, network_of};
@@ -49,6 +50,8 @@ pub(crate) use request_check::{Refused, RequestCheck};
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// While the server drains, callers have this long to complete a request that they have begun to send.
 const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(400);
+/// If the server begins to drain, a caller has this long after it has connected to send its first request.
+const MAX_DRAIN_FIRST_REQUEST: Duration = Duration::from_millis(400);
 /// The server waits this much longer than its connections, so that they end by themselves.
 const DRAIN_MARGIN: Duration = Duration::from_millis(50);
 /// Connections that the kernel completes before they are accepted.
@@ -79,6 +82,13 @@ pub(crate) struct DrainTimes {
     pub(crate) answers: Duration,
     /// After that, callers have this time to read how their interrupted answers end.
     pub(crate) endings: Duration,
+}
+
+impl DrainTimes {
+    /// The time at which a connection is closed that has no request.
+    fn first_request_end(self, opened: Stopwatch) -> Instant {
+        opened.deadline(self.answers.min(MAX_DRAIN_FIRST_REQUEST))
+    }
 }
 
 /// Opens sockets that listen at one address, one for each worker. The kernel distributes connections over them.
@@ -147,6 +157,7 @@ where
             (stream, address, slot) = acceptor.next() => {
                 let context = connection::Context {
                     address,
+                    opened: Stopwatch::start(),
                     listener: listener.clone(),
                     closes: closes.clone(),
                     state: state.clone(),
@@ -203,6 +214,14 @@ pub(crate) async fn stopped(state: &mut watch::Receiver<RunState>) {
 async fn stopping(state: &mut watch::Receiver<RunState>) {
     let is_stopping = |state: &RunState| matches!(state, RunState::Draining(_) | RunState::Stopped);
     drop(state.wait_for(is_stopping).await);
+}
+
+/// Returns when the server must stop or drain, and a connection that was opened then and has no request must be closed.
+async fn stopping_unused(state: &mut watch::Receiver<RunState>, opened: Stopwatch) {
+    stopping(state).await;
+    if let Some(times) = drain_times(state) {
+        drop(timeout_at(times.first_request_end(opened), stopped(state)).await);
+    }
 }
 
 /// `None`: the server does not drain, but stops at once.

@@ -7,7 +7,8 @@ use super::limits::Slot;
 use super::listener::{Listener, Protocols};
 use super::peer::Peer;
 use super::transport::Transport;
-use super::{RunState, stopping};
+use super::{RunState, stopping_unused};
+use crate::clock::Stopwatch;
 use bytes::BytesMut;
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
@@ -30,6 +31,7 @@ const FIRST_READ_BYTES: usize = 8 * 1024;
 /// What a connection needs besides its stream.
 pub(super) struct Context {
     pub(super) address: SocketAddr,
+    pub(super) opened: Stopwatch,
     pub(super) listener: Arc<Listener>,
     /// Whether the server closes each connection after its next answer.
     pub(super) closes: Arc<AtomicBool>,
@@ -70,7 +72,7 @@ pub(super) async fn serve<S, B>(
         let detected = begins_with_preface(&mut stream, &mut read_ahead);
         let detected = tokio::select! {
             detected = timeout(context.listener.timeouts.head, detected) => detected,
-            () = stopping(&mut context.state) => return,
+            () = stopping_unused(&mut context.state, context.opened) => return,
         };
         match detected {
             Ok(Ok(false)) => {}
@@ -99,7 +101,7 @@ async fn serve_http<S, B>(
     B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let Context { address, listener, closes, state, cut_offs, slot } = context;
+    let Context { address, listener, closes, state, cut_offs, slot, .. } = context;
     if is_http2 {
         let caller = (address, listener.timeouts);
         Box::pin(http2::serve(transport, read_ahead, caller, service_for, state, cut_offs)).await;
@@ -119,7 +121,7 @@ async fn handshake(
     certificate: &Certificate,
     context: &mut Context,
 ) -> Option<TlsStream<TcpStream>> {
-    let Context { listener, state, .. } = context;
+    let Context { listener, opened, state, .. } = context;
     let handshake = async {
         // The semaphore is never closed.
         let _permit = listener.handshakes.acquire().await;
@@ -127,7 +129,7 @@ async fn handshake(
     };
     let done = tokio::select! {
         done = timeout(listener.timeouts.head, handshake) => done,
-        () = stopping(state) => return None,
+        () = stopping_unused(state, *opened) => return None,
     };
     match done {
         Ok(Ok(stream)) => Some(stream),

@@ -9,14 +9,14 @@ use crate::clock::Stopwatch;
 use bytes::BytesMut;
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
-use hyper::server::conn::http1;
+use hyper::server::conn::http1::{self, Connection};
 use hyper::service::Service;
 use hyper_util::rt::TokioIo;
 use std::error::Error;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{timeout, timeout_at};
 
@@ -54,8 +54,8 @@ pub(super) async fn serve<T, S, B>(
             result = until_disconnected(connection.as_mut(), &socket) => result,
             () = stopping(&mut state) => match drain_times(&state) {
                 Some(times) => {
-                    connection.as_mut().graceful_shutdown();
-                    drain(connection.as_mut(), &socket, &peer, times, &cut_offs).await
+                    let shut_down = |connection: Pin<&mut Connection<_, _>>| connection.graceful_shutdown();
+                    drain(connection.as_mut(), shut_down, &socket, &peer, times, &cut_offs).await
                 }
                 None => None,
             }
@@ -73,12 +73,19 @@ pub(super) async fn serve<T, S, B>(
 /// closed.
 async fn drain<F: Future>(
     mut connection: Pin<&mut F>,
+    shut_down: impl FnOnce(Pin<&mut F>),
     socket: &CallerSocket<impl Transport>,
     peer: &Peer,
-    DrainTimes { answers, endings }: DrainTimes,
+    times: DrainTimes,
     cut_offs: &mpsc::UnboundedSender<CutOff>,
 ) -> Option<F::Output> {
     peer.begin_drain();
+    let used = until_used(connection.as_mut(), socket);
+    if let Ok(Some(ended)) = timeout_at(times.first_request_end(peer.opened), used).await {
+        return ended;
+    }
+    shut_down(connection.as_mut());
+    let DrainTimes { answers, endings } = times;
     let began = Stopwatch::start();
     // A request that is not complete must not prolong the shutdown.
     let receive_end = began.deadline(answers.min(super::MAX_DRAIN_RECEIVE));
@@ -109,9 +116,30 @@ async fn until_disconnected<F: Future>(
     mut connection: Pin<&mut F>,
     socket: &CallerSocket<impl Transport>,
 ) -> Option<F::Output> {
-    poll_fn(|cx| match connection.as_mut().poll(cx) {
-        Poll::Ready(done) => Poll::Ready(Some(done)),
-        Poll::Pending => socket.poll_abandoned(cx).map(|()| None),
+    poll_fn(|cx| poll_disconnected(connection.as_mut(), socket, cx)).await
+}
+
+/// Serves a connection until hyper has received bytes. Hyper closes at once a connection without bytes if it is to shut
+/// down, even if the caller has sent a request. `Some`: the connection has ended.
+async fn until_used<F: Future>(
+    mut connection: Pin<&mut F>,
+    socket: &CallerSocket<impl Transport>,
+) -> Option<Option<F::Output>> {
+    poll_fn(|cx| match poll_disconnected(connection.as_mut(), socket, cx) {
+        Poll::Ready(ended) => Poll::Ready(Some(ended)),
+        Poll::Pending if socket.is_used() => Poll::Ready(None),
+        Poll::Pending => Poll::Pending,
     })
     .await
+}
+
+fn poll_disconnected<F: Future>(
+    connection: Pin<&mut F>,
+    socket: &CallerSocket<impl Transport>,
+    cx: &mut Context<'_>,
+) -> Poll<Option<F::Output>> {
+    match connection.poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => socket.poll_abandoned(cx).map(|()| None),
+    }
 }

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use streams::{StreamBody, StreamExecutor, Streams};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 pub(super) use frames::PREFACE;
 
@@ -69,6 +69,7 @@ pub(super) async fn serve<T, S, B>(
     B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
+    let opened = Stopwatch::start();
     let streams = Arc::new(Streams::default());
     let announced = streams.clone();
     let service = service_fn(move |request: Request<Incoming>| {
@@ -96,10 +97,13 @@ pub(super) async fn serve<T, S, B>(
             result = connection.as_mut() => break Some(result),
             () = stopping(&mut state) => {
                 let Some(times) = drain_times(&state) else { break None };
+                if let Some(result) = until_used(connection.as_mut(), &streams, times.first_request_end(opened)).await {
+                    break Some(result);
+                }
                 connection.as_mut().graceful_shutdown();
                 break drain(connection.as_mut(), &streams, times, &cut_offs).await;
             }
-            () = must_close(&mut watched, &streams), if !is_closing => {}
+            () = must_close(&mut watched, &streams, opened), if !is_closing => {}
             () = streams.idle_for(idle_timeout) => {
                 if is_closing {
                     break None;
@@ -144,12 +148,28 @@ fn with_host(mut request: Request<Incoming>) -> Request<Incoming> {
 }
 
 /// Returns when the connection must take no further streams, because the server closes its connections. If the server still
-/// accepts connections, each of them may have one stream.
-async fn must_close(state: &mut watch::Receiver<RunState>, streams: &Streams) {
+/// accepts connections, each of them may have one stream. One that was just opened may have its first.
+async fn must_close(state: &mut watch::Receiver<RunState>, streams: &Streams, opened: Stopwatch) {
     let is_closing = |state: &RunState| matches!(state, RunState::Closing { .. });
     let accepts = state.wait_for(is_closing).await.map(|state| *state == RunState::Closing { accepts: true });
     if accepts.unwrap_or(false) {
         streams.first().await;
+    } else {
+        drop(timeout_at(opened.deadline(super::MAX_DRAIN_FIRST_REQUEST), streams.first()).await);
+    }
+}
+
+/// Serves a connection until it has a stream or this time has come. Hyper closes at once a connection that has not begun.
+/// `Some`: the connection has ended.
+async fn until_used<F: Future>(
+    connection: Pin<&mut F>,
+    streams: &Streams,
+    end: Instant,
+) -> Option<F::Output> {
+    let used = timeout_at(end, streams.first());
+    tokio::select! {
+        ended = connection => Some(ended),
+        _ = used => None,
     }
 }
 

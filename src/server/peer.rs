@@ -45,7 +45,7 @@ pub(crate) struct Peer {
     /// The caller's address.
     pub(crate) address: SocketAddr,
     pub(crate) timeouts: CallerTimeouts,
-    opened: Stopwatch,
+    pub(super) opened: Stopwatch,
     /// The time at which the current answer must be complete, in milliseconds since `opened`. 0: no limit.
     answer_deadline_ms: AtomicU64,
     /// Whether the caller may still be sending a body that is not read.

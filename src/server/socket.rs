@@ -39,6 +39,8 @@ struct SocketState<T> {
     read_ahead: CheckedBytes,
     /// Whether hyper waits for bytes. If so, a disconnect wakes it too.
     is_read_pending: bool,
+    /// Whether hyper has received bytes.
+    is_used: bool,
     /// Since when a write has been blocked.
     blocked_since: Option<Stopwatch>,
     timer: ReusedTimer,
@@ -66,6 +68,7 @@ impl<T: Transport> CallerSocket<T> {
             stream,
             read_ahead: CheckedBytes::new(RequestCheck::new(T::SCHEME, peer.requires_host), read_ahead),
             is_read_pending: true,
+            is_used: false,
             blocked_since: None,
             timer: ReusedTimer::default(),
             waits_for_head_since: None,
@@ -91,6 +94,11 @@ impl<T: Transport> CallerSocket<T> {
             }
         }
         Poll::Pending
+    }
+
+    /// Whether hyper has received bytes.
+    pub(super) fn is_used(&self) -> bool {
+        self.lock().is_used
     }
 
     /// Ready when the connection has waited for a head for too long.
@@ -206,9 +214,10 @@ impl<T: Transport> AsyncRead for SocketHandle<'_, T> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let mut state = self.0.lock();
-        let SocketState { stream, read_ahead, is_read_pending, .. } = &mut *state;
+        let SocketState { stream, read_ahead, is_read_pending, is_used, .. } = &mut *state;
         let read = read_ahead.poll_checked(stream, cx, buffer);
         *is_read_pending = read.is_pending();
+        *is_used |= !buffer.filled().is_empty();
         if let Some(reason) = read_ahead.refused_head() {
             self.0.peer.refuse_head(reason);
         }

@@ -127,6 +127,29 @@ async fn callers_are_served_over_tls_with_http1_and_http2() {
 }
 
 #[tokio::test]
+async fn a_caller_that_has_just_connected_over_tls_is_answered_during_a_shutdown() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let (folder, pair) = (tempfile::tempdir().unwrap(), pair());
+    pair.write(folder.path());
+    for alpn in [&b"http/1.1"[..], b"h2"] {
+        let mut gateway = Gateway::from_config(&config(&upstream, folder.path(), "")).await;
+        let stream = connect(gateway.address, &[&pair], &[alpn]).await.unwrap();
+        let app = gateway.take();
+        let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
+        // The admin listener has TLS too, so the test cannot ask whether the gateway drains.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        if alpn == b"h2" {
+            let mut caller = Http2Caller::over(stream, 65_535).await;
+            assert_eq!(caller.chat(HELLO).await.refusal(), (503, "shutting_down".into()));
+        } else {
+            let answer = exchange(stream, &chat(HELLO)).await;
+            assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("shutting_down"), "{answer}");
+        }
+        shutdown.await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_caller_that_disconnects_or_does_not_read_is_noticed_over_tls() {
     let events = vec![delta(&"x".repeat(64 * 1024)); 600];
     let upstream = Upstream::always(Answer::stream().events(&events).then(Step::Stall)).await;

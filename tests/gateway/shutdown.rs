@@ -1,10 +1,12 @@
 //! Shutdown: what callers receive whose requests do not end within `server.drain_timeout`, and what does not prolong it.
 
+use crate::support::http2::Http2Caller;
 use crate::support::{self, *};
 use serde_json::Value;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tollgate::app::{App, ShutdownReport};
 
 const GEMINI: &str = "/v1beta/models/gemini-2.5-flash:streamGenerateContent";
@@ -264,6 +266,66 @@ async fn incomplete_requests_and_idle_connections_do_not_prolong_a_shutdown() {
         // A busy machine is slow, but without a bound the half-sent head takes 10 s and the body 30 s.
         assert!(took < Duration::from_secs(4), "{took:?}");
         drop(silent);
+    }
+}
+
+/// Whether the gateway at this address has accepted the connection from this port. The kernel gives a connection an inode
+/// when a process accepts it.
+fn is_accepted(gateway: SocketAddr, caller_port: u16) -> bool {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let of_port = |address: &str, port: u16| address.ends_with(&format!(":{port:04X}"));
+    table.lines().skip(1).any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        of_port(fields[1], gateway.port()) && of_port(fields[2], caller_port) && fields[9] != "0"
+    })
+}
+
+/// Sends a request on a connection that the gateway has accepted. Returns the status and the text of the answer.
+async fn late_answer(mut socket: tokio::net::TcpStream, is_http2: bool) -> std::io::Result<(u16, String)> {
+    if is_http2 {
+        let mut caller = Http2Caller::over(socket, 65_535).await;
+        let reply = caller.request("GET", "/nothing", "", b"").await;
+        return Ok((reply.status, reply.text().to_owned()));
+    }
+    socket.write_all(b"GET /nothing HTTP/1.1\r\nhost: g\r\n\r\n").await?;
+    let mut answer = String::new();
+    soon("the answer", socket.read_to_string(&mut answer)).await?;
+    assert!(answer.contains("connection: close"), "{answer}");
+    Ok((answer[9..12].parse().unwrap(), answer))
+}
+
+/// A caller that has just connected may have sent its request, and cannot know that the gateway shuts down.
+#[tokio::test]
+async fn a_caller_that_has_just_connected_is_answered_during_a_shutdown() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    // The gateway detects the protocol by the first bytes only where it has the choice.
+    for (allows_http2, is_http2) in [(false, false), (true, false), (true, true)] {
+        let settings = format!("drain_timeout: 5s, http2: {allows_http2}");
+        let text = config(&upstream, "5s", "", "memory: true").replace("drain_timeout: 5s", &settings);
+        let mut complete_rounds = 0;
+        for _ in 0..20 {
+            let mut gateway = Gateway::from_config(&text).await;
+            let connected = Instant::now();
+            let socket = tokio::net::TcpStream::connect(gateway.address).await.unwrap();
+            let port = socket.local_addr().unwrap().port();
+            soon("the gateway to accept", async { while !is_accepted(gateway.address, port) {} }).await;
+            let admin = gateway.admin;
+            let shutdown = begin_shutdown(gateway.take());
+            draining(admin).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let was_slow = connected.elapsed() > Duration::from_millis(300);
+            if !was_slow {
+                let (status, text) = late_answer(socket, is_http2).await.unwrap();
+                assert_eq!(status, 503, "{text}");
+                assert!(text.contains("shutting_down"), "{text}");
+                complete_rounds += 1;
+            }
+            shutdown.await.unwrap();
+            if complete_rounds == 3 {
+                break;
+            }
+        }
+        assert_eq!(complete_rounds, 3, "the machine is too slow for this test");
     }
 }
 
