@@ -163,7 +163,7 @@ impl App {
         if let Some(claim) = &mut claim {
             state.take_over_provider_limits(std::mem::take(&mut claim.limits));
         }
-        let listeners = Listeners::open(&state.current().config, timeouts, &state.metrics)?;
+        let listeners = Listeners::open(&state.current().config, timeouts, sockets.is_kept, &state.metrics)?;
         let parts = Parts { state, tls, workers, cores, listeners };
         let mut app = parts.start(&sockets)?;
         let claimed = claim.map(Claim::finish).transpose()?;
@@ -428,6 +428,7 @@ impl Parts {
             tls,
             redis: new_accounts,
             handle: reload.clone(),
+            refused_files: Vec::new(),
         };
         // Before the thread starts, so that no change is missed.
         let files = reloader.file_watch();

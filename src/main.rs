@@ -2,16 +2,10 @@
 
 use std::process::ExitCode;
 
-/// The background thread of jemalloc returns freed memory to the system within 10 s. glibc's allocator keeps the memory of
-/// many streams that have ended.
-#[cfg(not(target_env = "musl"))]
+/// jemalloc returns freed memory to the system within 10 s: by a thread of its own or, with musl, in the threads that use it.
+/// glibc's allocator keeps the memory of many streams that have ended, and that of musl has one lock for all threads.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
-/// The allocator of musl has one lock for all threads. There jemalloc has no background thread.
-#[cfg(target_env = "musl")]
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     tollgate::cli::run()

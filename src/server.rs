@@ -8,6 +8,7 @@ mod certificate;
 mod checked;
 mod connection;
 mod head_lines;
+mod hosts;
 mod http1;
 mod http2;
 mod limits;
@@ -35,14 +36,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout, timeout_at};
 
 pub(crate) use certificate::{Certificate, load as load_certificate};
+pub(crate) use hosts::check_hosts;
 pub(crate) use limits::{ConnectionBounds, network_of};
 pub(crate) use listener::{Listener, Protocols};
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
-pub(crate) use request_check::is_host;
+use request_check::is_host;
 #[cfg(feature = "fuzz")]
 pub(crate) use request_check::{Refused, RequestCheck};
 
@@ -150,22 +153,34 @@ where
     let (alive, mut cut_offs) = mpsc::unbounded_channel();
     let closes = Arc::new(AtomicBool::new(false));
     drop(state.wait_for(|state| *state != RunState::Waiting).await);
+    let states = state.clone();
+    let context = |address, slot| connection::Context {
+        address,
+        opened: Stopwatch::start(),
+        listener: listener.clone(),
+        closes: closes.clone(),
+        state: states.clone(),
+        cut_offs: alive.clone(),
+        slot,
+    };
     loop {
         tokio::select! {
             biased;
             () = accept_ended(&mut state, &closes) => break,
             (stream, address, slot) = acceptor.next() => {
-                let context = connection::Context {
-                    address,
-                    opened: Stopwatch::start(),
-                    listener: listener.clone(),
-                    closes: closes.clone(),
-                    state: state.clone(),
-                    cut_offs: alive.clone(),
-                    slot,
-                };
-                tokio::spawn(connection::serve(stream, context, service_for.clone()));
+                tokio::spawn(connection::serve(stream, context(address, slot), service_for.clone()));
             }
+        }
+    }
+    // Closing the socket resets the connections in its queue.
+    let max_queued = if listener.empties_queue && drain_times(&state).is_some() { LISTEN_BACKLOG } else { 0 };
+    for _ in 0..max_queued {
+        tokio::select! {
+            biased;
+            (stream, address, slot) = acceptor.next() => {
+                tokio::spawn(connection::serve(stream, context(address, slot), service_for.clone()));
+            }
+            () = yield_now() => break,
         }
     }
     drop(acceptor);

@@ -8,6 +8,7 @@ use super::json_body::read_object;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
 use super::{Admin, Client, EXPLAIN, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES};
 use crate::clock;
+use crate::server::check_hosts;
 use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Request, State};
 use axum::middleware::Next;
@@ -130,6 +131,10 @@ pub(super) async fn authorize(
     request: Request,
     next: Next,
 ) -> Response {
+    // Some health checks name no host.
+    if let Err(reason) = check_hosts(request.headers(), request.uri(), request.version(), false) {
+        return invalid_head(reason);
+    }
     if matches!(request.uri().path(), "/livez" | "/readyz") {
         return next.run(request).await;
     }
@@ -152,6 +157,10 @@ pub(super) async fn authorize(
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
+}
+
+fn invalid_head(reason: &str) -> Response {
+    refusal(StatusCode::BAD_REQUEST, "bad_request", &format!("The request head is not accepted: {reason}."))
 }
 
 /// A browser must neither show an answer in a frame nor guess its type. The page's own files have a policy already.

@@ -32,6 +32,8 @@ pub(super) struct Reloader {
     /// Takes the accounts of new environments to the thread that communicates with Redis.
     pub(super) redis: Option<mpsc::UnboundedSender<Arc<Account>>>,
     pub(super) handle: ReloadHandle,
+    /// The files that the last config names, if it was refused. A change of one of them can correct it.
+    pub(super) refused_files: Vec<PathBuf>,
 }
 
 impl Reloader {
@@ -50,7 +52,7 @@ impl Reloader {
 
     /// Reloads the config whenever it is requested or a file changes, until the gateway stops.
     pub(super) async fn run(
-        self,
+        mut self,
         mut files: FileWatch,
         mut requests: mpsc::Receiver<ReloadRequest>,
         mut run_state: watch::Receiver<RunState>,
@@ -84,22 +86,12 @@ impl Reloader {
         }
     }
 
-    /// The config file, and the files that it names.
+    /// The config file, and the files that it and a refused config name.
     fn files(&self) -> Vec<PathBuf> {
-        let config = &self.state.current().config;
-        let tokenizer = |rule: &ModelRule| match &rule.tokenizer {
-            Some(TokenizerChoice::File(path)) => Some(path.clone()),
-            _ => None,
-        };
-        let Some(file) = &config.file else { return Vec::new() };
-        let pair = |tls: &TlsFiles| [tls.cert.clone(), tls.key.clone()];
-        let pairs = config.server.tls.iter().chain(&config.admin.tls).flat_map(pair);
-        let named = config.value_files.iter().cloned().chain(config.models.iter().filter_map(tokenizer));
-        let named = named.chain(pairs);
-        std::iter::once(file.clone()).chain(named).collect()
+        [files_of(&self.state.current().config), self.refused_files.clone()].concat()
     }
 
-    async fn reload(&self) -> ReloadOutcome {
+    async fn reload(&mut self) -> ReloadOutcome {
         let outcome = match self.try_reload().await {
             Ok((changes, warnings)) => ReloadOutcome::Adopted { changes, warnings },
             Err(faults) => ReloadOutcome::Refused { faults },
@@ -139,12 +131,13 @@ impl Reloader {
     ///
     /// # Errors
     /// All faults of the new config. The old one stays in force.
-    async fn try_reload(&self) -> Result<(Vec<String>, Vec<String>), Vec<String>> {
+    async fn try_reload(&mut self) -> Result<(Vec<String>, Vec<String>), Vec<String>> {
         let one = |message: String| vec![message];
         let current = self.state.current();
         let file = current.config.file.as_deref();
         let file = file.ok_or_else(|| one("this gateway has no config file to reload".to_owned()))?;
         let Loaded { mut config, warnings } = load(file)?;
+        self.refused_files = files_of(&config);
         let restart_faults = config::restart_faults(&current.config, &config);
         if !restart_faults.is_empty() {
             return Err(restart_faults);
@@ -169,6 +162,7 @@ impl Reloader {
         self.listeners.put_in_force(listeners, &self.state.metrics);
         configure_logging(&self.state.current().config.telemetry);
         self.workers.iter().zip(proxies).for_each(|(worker, proxy)| worker.replace(proxy));
+        self.refused_files.clear();
         Ok((changes, warnings))
     }
 }
@@ -186,6 +180,20 @@ async fn wait_until_connected(prepared: &PreparedConfig) {
     };
     // Redis is unavailable: the account counts on this node until it is available.
     drop(timeout(MAX_REDIS_WAIT, connected).await);
+}
+
+/// The config file, and the files that it names.
+fn files_of(config: &Config) -> Vec<PathBuf> {
+    let tokenizer = |rule: &ModelRule| match &rule.tokenizer {
+        Some(TokenizerChoice::File(path)) => Some(path.clone()),
+        _ => None,
+    };
+    let Some(file) = &config.file else { return Vec::new() };
+    let pair = |tls: &TlsFiles| [tls.cert.clone(), tls.key.clone()];
+    let pairs = config.server.tls.iter().chain(&config.admin.tls).flat_map(pair);
+    let named = config.value_files.iter().cloned().chain(config.models.iter().filter_map(tokenizer));
+    let named = named.chain(pairs);
+    std::iter::once(file.clone()).chain(named).collect()
 }
 
 /// Reads the config file.

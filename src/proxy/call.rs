@@ -21,7 +21,7 @@ use crate::error::ProxyError;
 use crate::estimate::{Model, Prompt, PromptEstimate, Tokenizer};
 use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
-use crate::server::is_host;
+use crate::server::check_hosts;
 use crate::similar::most_similar;
 use crate::telemetry::{Metrics, Record};
 use bytes::Bytes;
@@ -390,7 +390,7 @@ fn estimate_if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimat
     prompt.estimate_if_quick(model)
 }
 
-/// Refuses a head from which caller, gateway and upstream could read different hosts.
+/// Refuses a head with too many headers, and one from which caller, gateway and upstream could read different hosts.
 pub(super) fn check_head(
     headers: &HeaderMap,
     uri: &http::Uri,
@@ -399,26 +399,7 @@ pub(super) fn check_head(
     if headers.len() > MAX_HEADERS {
         return Err(ProxyError::MalformedHttp(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));
     }
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let host = hosts.next();
-    if hosts.next().is_some() {
-        return Err(ProxyError::InvalidHead("it has more than one Host header"));
-    }
-    if host.is_none() && version == http::Version::HTTP_11 {
-        return Err(ProxyError::InvalidHead("it has no Host header"));
-    }
-    // For HTTP/1.1 this was checked before the head was parsed.
-    if version == http::Version::HTTP_2 && host.is_some_and(|host| !is_host(host.as_bytes())) {
-        return Err(ProxyError::InvalidHead(
-            "its Host header is not a host name or address with an optional port",
-        ));
-    }
-    if let (Some(authority), Some(host)) = (uri.authority(), host)
-        && !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes())
-    {
-        return Err(ProxyError::InvalidHead("the host in its target differs from its Host header"));
-    }
-    Ok(())
+    check_hosts(headers, uri, version, true).map_err(ProxyError::InvalidHead)
 }
 
 /// Refuses protocol upgrades, because the gateway could not count what passes through them. Some clients offer

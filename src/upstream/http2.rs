@@ -1,4 +1,4 @@
-//! HTTP/2 to one upstream: one shared connection, its keep-alive and its idle timeout.
+//! HTTP/2 to one upstream: its connections, which requests share, their keep-alive and their idle timeout.
 
 use super::connections::ConnectionCounts;
 use super::request::{ExchangeError, Request};
@@ -11,6 +11,7 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::error::Error as _;
+use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -20,6 +21,11 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::sleep;
 
+/// Bytes of one answer that may wait in the gateway until its caller takes them.
+const STREAM_WINDOW: u32 = 128 * 1024;
+/// The same for all streams of a connection. It is the sum of hundreds of streams: callers that do not read must not stop the
+/// others. From it the h2 library also derives how many small pieces may wait before it ends the connection.
+const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 /// Maximum size of an answer's headers, as HTTP/2 counts it.
 const MAX_HEADER_LIST_BYTES: u32 = 64 * 1024;
 
@@ -34,18 +40,17 @@ pub(super) struct Http2Timeouts {
     pub(super) idle: Duration,
 }
 
-/// The shared connection to an upstream, if there is one.
+/// The shared connections to an upstream. There is one, unless it has as many streams as the upstream allows.
 pub(super) struct Http2Client {
-    current: SharedConnection,
+    shared: SharedConnections,
     timeouts: Http2Timeouts,
     connections: Arc<ConnectionCounts>,
 }
 
-/// The connection that new requests use. `None`: there is none yet, or the last one was idle for too long.
-type SharedConnection = Arc<Mutex<Option<Http2Connection>>>;
+/// The connections that new requests use. Requests prefer the first ones, so the last ones become idle.
+type SharedConnections = Arc<Mutex<Vec<Http2Connection>>>;
 
-/// A connection, which can carry any number of streams.
-#[derive(Clone)]
+/// A connection, which can carry as many streams as the upstream allows.
 pub(super) struct Http2Connection {
     sender: http2::SendRequest<WholeBody>,
     activity: Arc<Activity>,
@@ -57,6 +62,8 @@ struct Activity {
     opened: Stopwatch,
     /// Streams in flight.
     streams: AtomicUsize,
+    /// Streams that the upstream allows.
+    max_streams: AtomicUsize,
     /// The time at which the last stream ended, in milliseconds since `opened`.
     idle_since_ms: AtomicU64,
 }
@@ -77,8 +84,9 @@ struct WholeBody(Bytes);
 pub(super) struct Http2Stream {
     sender: http2::SendRequest<WholeBody>,
     guard: StreamGuard,
-    /// Where other requests find a new connection, once the request that opened it is sent.
-    publishes_to: Option<SharedConnection>,
+    shared: SharedConnections,
+    /// Whether the connection is new, so that other requests do not use it before this one is sent.
+    is_unshared: bool,
 }
 
 impl Body for WholeBody {
@@ -104,20 +112,21 @@ impl Body for WholeBody {
 
 impl Http2Client {
     pub(super) fn new(timeouts: Http2Timeouts, connections: Arc<ConnectionCounts>) -> Self {
-        Self { current: Arc::default(), timeouts, connections }
+        Self { shared: Arc::default(), timeouts, connections }
     }
 
-    /// A stream on the current connection; `None` if there is no open connection.
+    /// A stream on an open connection; `None` if there is no connection, or all have as many streams as the upstream allows.
     pub(super) fn reuse(&self) -> Option<Http2Stream> {
-        lock(&self.current)
-            .as_ref()
-            .filter(|connection| !connection.sender.is_closed())
-            .map(Http2Connection::stream)
+        let mut shared = lock(&self.shared);
+        shared.retain(|connection| !connection.sender.is_closed());
+        shared
+            .iter()
+            .find(|connection| connection.has_room())
+            .map(|connection| connection.stream(&self.shared, false))
     }
 
-    /// Opens a connection over `stream`. It becomes the current one when the request of the returned stream is sent: if
-    /// that request is a retry, no other request gets the first stream. The previous connection is closed when its last
-    /// stream ends.
+    /// Opens a connection over `stream`. Other requests use it when the request of the returned stream is sent: if
+    /// that request is a retry, no other request gets the first stream.
     pub(super) async fn open(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -128,22 +137,28 @@ impl Http2Client {
             .keep_alive_interval(ping_interval)
             .keep_alive_timeout(ping_timeout)
             .keep_alive_while_idle(true)
-            .adaptive_window(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .max_header_list_size(MAX_HEADER_LIST_BYTES)
             .handshake(TokioIo::new(stream))
             .await?;
-        let activity = Arc::new(Activity::new(self.connections.clone()));
+        let activity = Arc::new(Activity::new(self.connections.clone(), driver.current_max_send_streams()));
         let open = self.connections.open();
         let connection = Http2Connection { sender, activity: activity.clone() };
-        let current = self.current.clone();
-        let stream = Http2Stream { publishes_to: Some(current.clone()), ..connection.stream() };
+        let shared = self.shared.clone();
+        let stream = connection.stream(&shared, true);
         tokio::spawn(async move {
             let _open = open;
             let mut driver = pin!(driver);
+            let mut driver = pin!(poll_fn(|cx| {
+                let ended = driver.as_mut().poll(cx);
+                activity.max_streams.store(driver.current_max_send_streams(), Ordering::Relaxed);
+                ended
+            }));
             let ended = tokio::select! {
                 ended = driver.as_mut() => ended,
                 // Without a sender the connection is closed when its last stream ends.
-                () = remove_when_idle(&current, &activity, idle) => driver.await,
+                () = remove_when_idle(&shared, &activity, idle) => driver.await,
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "an HTTP/2 connection to an upstream failed");
@@ -153,43 +168,57 @@ impl Http2Client {
     }
 }
 
-/// Waits until the connection has had no streams for `idle_timeout`, and removes it from `current`.
+/// Waits until the connection has had no streams for `idle_timeout`, and removes it from `shared`.
 async fn remove_when_idle(
-    current: &Mutex<Option<Http2Connection>>,
+    shared: &Mutex<Vec<Http2Connection>>,
     activity: &Arc<Activity>,
     idle_timeout: Duration,
 ) {
     loop {
         sleep(idle_timeout.saturating_sub(activity.idle_for())).await;
         // Streams begin under this lock.
-        let mut current = lock(current);
+        let mut shared = lock(shared);
         if activity.idle_for() >= idle_timeout {
-            if current.as_ref().is_some_and(|connection| Arc::ptr_eq(&connection.activity, activity)) {
-                *current = None;
-            }
+            remove(&mut shared, activity);
             return;
         }
     }
 }
 
-fn lock(current: &Mutex<Option<Http2Connection>>) -> MutexGuard<'_, Option<Http2Connection>> {
-    current.lock().unwrap_or_else(PoisonError::into_inner)
+/// Removes the connection of this activity. It is closed when its last stream ends.
+fn remove(shared: &mut Vec<Http2Connection>, activity: &Arc<Activity>) {
+    shared.retain(|connection| !Arc::ptr_eq(&connection.activity, activity));
+}
+
+fn lock(shared: &Mutex<Vec<Http2Connection>>) -> MutexGuard<'_, Vec<Http2Connection>> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Http2Connection {
-    fn stream(&self) -> Http2Stream {
+    /// Whether the upstream allows a further stream.
+    fn has_room(&self) -> bool {
+        self.activity.streams.load(Ordering::Relaxed) < self.activity.max_streams.load(Ordering::Relaxed)
+    }
+
+    fn stream(&self, shared: &SharedConnections, is_unshared: bool) -> Http2Stream {
         if self.activity.streams.fetch_add(1, Ordering::Relaxed) == 0 {
             self.activity.connections.add_active();
         }
         let guard = StreamGuard(self.activity.clone());
-        Http2Stream { sender: self.sender.clone(), guard, publishes_to: None }
+        Http2Stream { sender: self.sender.clone(), guard, shared: shared.clone(), is_unshared }
     }
 }
 
 impl Activity {
-    fn new(connections: Arc<ConnectionCounts>) -> Self {
+    fn new(connections: Arc<ConnectionCounts>, max_streams: usize) -> Self {
         let (streams, idle_since_ms) = (AtomicUsize::new(0), AtomicU64::new(0));
-        Self { connections, opened: Stopwatch::start(), streams, idle_since_ms }
+        Self {
+            connections,
+            opened: Stopwatch::start(),
+            streams,
+            max_streams: max_streams.into(),
+            idle_since_ms,
+        }
     }
 
     fn elapsed_ms(&self) -> u64 {
@@ -234,12 +263,26 @@ impl Http2Stream {
         let headers = request.headers.iter().cloned().map(|(name, value)| (Some(name), value));
         message.headers_mut().extend(headers);
         self.sender.ready().await.map_err(ExchangeError::not_processed)?;
-        let answer = self.sender.send_request(message);
-        if let Some(current) = self.publishes_to.take() {
-            let activity = self.guard.0.clone();
-            *lock(&current) = Some(Http2Connection { sender: self.sender.clone(), activity });
+        let activity = &self.guard.0;
+        if activity.streams.load(Ordering::Relaxed) > activity.max_streams.load(Ordering::Relaxed) {
+            // The request would wait for the end of another one, and nobody could tell whether it was sent.
+            return Err(ExchangeError::not_processed(
+                "the upstream allows no further stream on the connection",
+            ));
         }
-        let answer = answer.await.map_err(failure)?;
+        let answer = self.sender.send_request(message);
+        if self.is_unshared {
+            let activity = self.guard.0.clone();
+            lock(&self.shared).push(Http2Connection { sender: self.sender.clone(), activity });
+        }
+        let answer = answer.await.map_err(|error| {
+            let error = failure(error);
+            if error.is_retriable() {
+                // The next requests must not fail in the same way.
+                remove(&mut lock(&self.shared), &self.guard.0);
+            }
+            error
+        })?;
         let (parts, body) = answer.into_parts();
         Ok((parts, Http2Body { body, _stream: self.guard }))
     }
@@ -274,6 +317,11 @@ impl Http2Body {
                     }
                 }
                 Some(Err(error)) => return Poll::Ready(Some(Err(io::Error::other(error)))),
+                // hyper also ends the body if the upstream resets the stream without an error code.
+                None if !self.body.is_end_stream() => {
+                    let reason = "the upstream ended the stream before its answer was complete";
+                    return Poll::Ready(Some(Err(io::Error::other(reason))));
+                }
                 None => return Poll::Ready(None),
             }
         }

@@ -288,6 +288,12 @@ async fn tls_is_turned_on_and_off_by_a_reload_and_a_wrong_path_is_refused() {
     })
     .await;
     assert!(connect(gateway.address, &[&pair], &[]).await.is_ok());
+    // The missing file corrects the config, which is not written again.
+    std::fs::copy(folder.path().join("cert.pem"), folder.path().join("none.pem")).unwrap();
+    soon("the corrected config", async {
+        while gateway.admin_get("/readyz").await.text().contains("the new config was refused") {}
+    })
+    .await;
     std::fs::write(&path, &without).unwrap();
     soon("plain HTTP", async {
         loop {
@@ -345,6 +351,13 @@ async fn the_admin_listener_serves_over_tls_with_secure_cookies() {
             // Without a token only pages of the listener itself may send requests.
             let stream = connect(gateway.admin, &[&pair], &[alpn]).await.unwrap();
             let mut caller = Http2Caller::over(stream, 65_535).await;
+            for headers in
+                [format!("host: {}\r\n", gateway.admin), "host: gateway\r\nhost: gateway\r\n".to_owned()]
+            {
+                let reply = caller.request("GET", "/livez", &headers, b"").await;
+                assert_eq!(reply.status, 400, "{headers} {}", reply.text());
+            }
+            caller.authority = gateway.admin.to_string();
             for (origin, status) in [("https", 200), ("http", 403)] {
                 let headers = format!("host: {0}\r\norigin: {origin}://{0}\r\n", gateway.admin);
                 let reply = caller.request("GET", "/api/environments", &headers, b"").await;

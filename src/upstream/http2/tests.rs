@@ -151,3 +151,87 @@ async fn an_answer_may_have_many_headers_up_to_64_kib() {
 /// Each header with this value counts as some 140 bytes.
 const TEXT: &str =
     "a header value of one hundred bytes, which is longer than most values of headers in an answer are...";
+
+/// The whole body of an answer.
+async fn read(body: &mut Http2Body) -> io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    while let Some(data) = timeout(SOON, poll_fn(|cx| body.poll_data(cx))).await.expect("the answer arrives")
+    {
+        all.extend_from_slice(&data?);
+    }
+    Ok(all)
+}
+
+const UNTIMED: Http2Timeouts = Http2Timeouts { ping_interval: LONG, ping_timeout: LONG, idle: LONG };
+
+#[tokio::test]
+async fn many_small_pieces_that_wait_do_not_end_the_connection() {
+    let (_client, stream, server) = connected(UNTIMED).await;
+    let pieces = 2_000;
+    tokio::spawn(serve(server, move |mut respond| {
+        let mut body = respond.send_response(Response::new(()), false).unwrap();
+        for n in 1..=pieces {
+            body.send_data(Bytes::from_static(b"data: {\"text\":\"a word\"}\n\n"), n == pieces).unwrap();
+        }
+    }));
+    let (_, mut body) = exchange(stream).await.unwrap();
+    // Meanwhile all pieces arrive.
+    sleep(2 * SHORT).await;
+    assert_eq!(read(&mut body).await.unwrap().len(), 25 * pieces);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_not_read_does_not_stop_the_others() {
+    let (client, stream, server) = connected(UNTIMED).await;
+    tokio::spawn(serve(server, |mut respond| {
+        // The piece is larger than the window of a stream.
+        let mut body = respond.send_response(Response::new(()), false).unwrap();
+        body.send_data(vec![b'x'; 2 * STREAM_WINDOW as usize].into(), true).unwrap();
+    }));
+    let _unread = exchange(stream).await.unwrap();
+    for _ in 0..3 {
+        let _also_unread = exchange(client.reuse().unwrap()).await.unwrap();
+        let (_, mut body) = exchange(client.reuse().unwrap()).await.unwrap();
+        assert_eq!(read(&mut body).await.unwrap().len(), 2 * STREAM_WINDOW as usize);
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_the_upstream_has_no_stream_for_needs_another_connection() {
+    let (ours, theirs) = duplex(64 * 1024);
+    let client = Http2Client::new(UNTIMED, Arc::default());
+    let (stream, server) = tokio::join!(
+        client.open(ours),
+        server::Builder::new().max_concurrent_streams(2).handshake::<_, Bytes>(theirs)
+    );
+    tokio::spawn(serve(server.unwrap(), answer));
+    let first = exchange(stream.unwrap()).await.unwrap();
+    let second = client.reuse().unwrap();
+    assert!(client.reuse().is_none(), "all streams are in use");
+    // As if the upstream had allowed more when the request got its stream.
+    let third = lock(&client.shared)[0].stream(&client.shared, false);
+    let error = exchange(third).await.err().unwrap();
+    assert!(error.is_not_processed(), "{error}");
+    let second = exchange(second).await.unwrap();
+    drop((first, second));
+    exchange(client.reuse().expect("streams are free again")).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_is_complete_only_if_the_upstream_has_ended_it() {
+    for (ends, is_complete) in [(true, true), (false, false)] {
+        let (_client, stream, server) = connected(UNTIMED).await;
+        tokio::spawn(serve(server, move |mut respond| {
+            let mut body = respond.send_response(Response::new(()), false).unwrap();
+            body.send_data(Bytes::from_static(b"{}"), ends).unwrap();
+            tokio::spawn(async move {
+                sleep(SHORT).await;
+                body.send_reset(Reason::NO_ERROR);
+            });
+        }));
+        let (_, mut body) = exchange(stream).await.unwrap();
+        sleep(2 * SHORT).await;
+        let read = read(&mut body).await;
+        assert_eq!(read.is_ok(), is_complete, "{read:?}");
+    }
+}

@@ -12,6 +12,8 @@ use tokio::task::JoinHandle;
 
 /// A connection with HTTP/2 to the gateway.
 pub struct Http2Caller {
+    /// The `:authority` of its requests.
+    pub authority: String,
     pub send: SendRequest<Bytes>,
     /// Ends with the connection.
     pub connection: JoinHandle<Result<(), h2::Error>>,
@@ -30,12 +32,12 @@ impl Http2Caller {
         let mut builder = h2::client::Builder::new();
         builder.initial_window_size(window).initial_max_send_streams(1_000);
         let (send, connection) = soon("the handshake", builder.handshake(io)).await.unwrap();
-        Self { send, connection: tokio::spawn(connection) }
+        Self { authority: "gateway".to_owned(), send, connection: tokio::spawn(connection) }
     }
 
     /// Sends a request; `headers` are lines as in HTTP/1.1.
     pub async fn begin(&mut self, method: &str, target: &str, headers: &str, body: &[u8]) -> ResponseFuture {
-        let mut request = Request::builder().method(method).uri(format!("http://gateway{target}"));
+        let mut request = Request::builder().method(method).uri(format!("http://{}{target}", self.authority));
         for (name, value) in headers.lines().filter_map(|line| line.split_once(": ")) {
             request = request.header(name, value);
         }
