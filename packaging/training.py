@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Sends a program of the gateway the requests that `packaging/release` optimises it for.
+"""Starts a program of the gateway, and sends it the requests for which `packaging/release` optimises it.
 
-    training.py PROGRAM [REQUESTS]      # those of a usual case over HTTP/1.1, by default 10,000
+    training.py PROGRAM [REQUESTS]      # of a usual case over HTTP/1.1 (default 10,000); others have a multiple or a part of it
 
 The requests are of every API, as JSON and as streams, over HTTP/1.1 and HTTP/2, with and without TLS, with counters in a
 file, and some are refused. The answers are those of fixtures/. It needs h2load (package nghttp2-client) and openssl. It

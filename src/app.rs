@@ -15,7 +15,7 @@ use crate::estimate::{self, Models};
 use crate::ledger::{Account, NamedAccount};
 use crate::proxy::{State, WorkerProxy};
 use crate::reload::ReloadHandle;
-use crate::server::{self, DrainTimes, Listener, Peer, RunState};
+use crate::server::{self, DrainRules, Listener, Peer, RunState};
 use crate::service_manager::{self, EventLoop, PassedListeners};
 use crate::store::{Store, StoreWriter};
 use crate::takeover::{self, Claim, Claimed, ControlListener, HandoverOutcome, Incumbent};
@@ -41,7 +41,8 @@ pub use crate::server::CallerTimeouts;
 /// How long the start waits until Redis is connected.
 const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);
 /// How the admin listener drains at shutdown, after the listener for callers.
-const ADMIN_DRAIN: DrainTimes = DrainTimes { answers: Duration::from_millis(100), endings: Duration::ZERO };
+const ADMIN_DRAIN: DrainRules =
+    DrainRules { answers: Duration::from_millis(100), endings: Duration::ZERO, empties_queue: false };
 /// How long callers may take to read how their interrupted answers end, after `server.drain_timeout`.
 const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
 /// Added to the longest shutdown that the config allows: for the last settlements and commits.
@@ -63,6 +64,8 @@ pub enum Workers {
 /// A running gateway. Dropping it stops it at once: requests in flight are cut off and settled.
 pub struct App {
     address: SocketAddr,
+    /// Whether the service manager keeps the socket for callers open. It has passed the socket to this process.
+    has_passed_socket: bool,
     admin_address: SocketAddr,
     state: Arc<State>,
     workers: Vec<ServerThread>,
@@ -163,7 +166,7 @@ impl App {
         if let Some(claim) = &mut claim {
             state.take_over_provider_limits(std::mem::take(&mut claim.limits));
         }
-        let listeners = Listeners::open(&state.current().config, timeouts, sockets.is_kept, &state.metrics)?;
+        let listeners = Listeners::open(&state.current().config, timeouts, &state.metrics)?;
         let parts = Parts { state, tls, workers, cores, listeners };
         let mut app = parts.start(&sockets)?;
         let claimed = claim.map(Claim::finish).transpose()?;
@@ -285,7 +288,8 @@ impl App {
         while clock.elapsed() < drain_timeout && is_serving(&self) {
             thread::sleep(END_POLL_INTERVAL);
         }
-        let cut_off = self.drain(Duration::ZERO);
+        // The other process accepts the connections that wait.
+        let cut_off = self.drain(Duration::ZERO, false);
         self.stop_last_threads();
         ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
@@ -328,7 +332,7 @@ impl App {
         self.reloads.join();
         // Its handles of the listening sockets would keep them open.
         self.stop_handover();
-        let cut_off = self.drain(config.server.drain_timeout);
+        let cut_off = self.drain(config.server.drain_timeout, !self.has_passed_socket);
         self.admin.set(RunState::Draining(ADMIN_DRAIN));
         self.admin.join();
         self.stop_last_threads();
@@ -336,12 +340,12 @@ impl App {
     }
 
     /// Drains the workers. Returns the number of connections that they cut off.
-    fn drain(&mut self, drain_timeout: Duration) -> usize {
+    fn drain(&mut self, drain_timeout: Duration, empties_queue: bool) -> usize {
         self.state.drain(drain_timeout);
         self.health_checks.set(RunState::Stopped);
         for worker in &self.workers {
-            let times = DrainTimes { answers: drain_timeout, endings: MAX_ENDING_TIME };
-            worker.set(RunState::Draining(times));
+            let drain = DrainRules { answers: drain_timeout, endings: MAX_ENDING_TIME, empties_queue };
+            worker.set(RunState::Draining(drain));
         }
         self.workers.iter_mut().map(ServerThread::join).sum()
     }
@@ -436,7 +440,7 @@ impl Parts {
             reloader.run(files, requests, run_state).await;
             Ok(0)
         })?;
-        let &Sockets { address, admin_address, .. } = sockets;
+        let &Sockets { address, is_passed, admin_address, .. } = sockets;
         let service_for = admin::service(state.clone(), reload.clone(), admin_address, address);
         let admin_listener = sockets.admin.try_clone()?;
         let admin = ServerThread::spawn("admin", single_thread_runtime()?, move |run_state| {
@@ -444,6 +448,7 @@ impl Parts {
         })?;
         Ok(App {
             address,
+            has_passed_socket: is_passed,
             admin_address,
             state,
             workers: threads,

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 /// jemalloc returns freed memory to the system within 10 s: by a thread of its own or, with musl, in the threads that use it.
-/// glibc's allocator keeps the memory of many streams that have ended, and that of musl has one lock for all threads.
+/// glibc's allocator keeps the memory of many streams that have ended. musl's allocator has one lock for all threads.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

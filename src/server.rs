@@ -36,7 +36,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::task::yield_now;
 use tokio::time::{Instant, timeout, timeout_at};
 
 pub(crate) use certificate::{Certificate, load as load_certificate};
@@ -53,7 +52,7 @@ pub(crate) use request_check::{Refused, RequestCheck};
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// While the server drains, callers have this long to complete a request that they have begun to send.
 const MAX_DRAIN_RECEIVE: Duration = Duration::from_millis(400);
-/// If the server begins to drain, a caller has this long after it has connected to send its first request.
+/// While the server drains, it closes a connection without a request when the connection is this old.
 const MAX_DRAIN_FIRST_REQUEST: Duration = Duration::from_millis(400);
 /// The server waits this much longer than its connections, so that they end by themselves.
 const DRAIN_MARGIN: Duration = Duration::from_millis(50);
@@ -73,22 +72,25 @@ pub(crate) enum RunState {
         accepts: bool,
     },
     /// Accepts no more connections, and gives answers in flight time to end.
-    Draining(DrainTimes),
+    Draining(DrainRules),
     /// Stops at once.
     Stopped,
 }
 
-/// The times within which a server drains.
+/// How a server drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct DrainTimes {
+pub(crate) struct DrainRules {
     /// Answers may end within this time.
     pub(crate) answers: Duration,
     /// After that, callers have this time to read how their interrupted answers end.
     pub(crate) endings: Duration,
+    /// Whether the connections that wait in the kernel's queue are accepted. `false`: another process can accept them, or
+    /// nobody needs an answer.
+    pub(crate) empties_queue: bool,
 }
 
-impl DrainTimes {
-    /// The time at which a connection is closed that has no request.
+impl DrainRules {
+    /// The time at which a connection without a request is closed.
     fn first_request_end(self, opened: Stopwatch) -> Instant {
         opened.deadline(self.answers.min(MAX_DRAIN_FIRST_REQUEST))
     }
@@ -172,15 +174,11 @@ where
             }
         }
     }
-    // Closing the socket resets the connections in its queue.
-    let max_queued = if listener.empties_queue && drain_times(&state).is_some() { LISTEN_BACKLOG } else { 0 };
-    for _ in 0..max_queued {
-        tokio::select! {
-            biased;
-            (stream, address, slot) = acceptor.next() => {
-                tokio::spawn(connection::serve(stream, context(address, slot), service_for.clone()));
-            }
-            () = yield_now() => break,
+    if drain_rules(&state).is_some_and(|rules| rules.empties_queue) {
+        // Closing the socket would reset these connections.
+        for _ in 0..LISTEN_BACKLOG {
+            let Some((stream, address, slot)) = acceptor.next_queued().await else { break };
+            tokio::spawn(connection::serve(stream, context(address, slot), service_for.clone()));
         }
     }
     drop(acceptor);
@@ -191,7 +189,7 @@ where
         () = stopping(&mut state) => {}
         () = count_cut_offs(&mut cut_offs, &mut cut_off) => return Ok(cut_off),
     }
-    let Some(DrainTimes { answers, endings }) = drain_times(&state) else { return Ok(0) };
+    let Some(DrainRules { answers, endings, .. }) = drain_rules(&state) else { return Ok(0) };
     let all_ended = count_cut_offs(&mut cut_offs, &mut cut_off);
     drop(timeout(answers + endings + DRAIN_MARGIN, all_ended).await);
     Ok(cut_off)
@@ -231,18 +229,19 @@ async fn stopping(state: &mut watch::Receiver<RunState>) {
     drop(state.wait_for(is_stopping).await);
 }
 
-/// Returns when the server must stop or drain, and a connection that was opened then and has no request must be closed.
+/// Returns when a connection without a request must be closed: at once if the server stops, and at `first_request_end` if
+/// it drains.
 async fn stopping_unused(state: &mut watch::Receiver<RunState>, opened: Stopwatch) {
     stopping(state).await;
-    if let Some(times) = drain_times(state) {
-        drop(timeout_at(times.first_request_end(opened), stopped(state)).await);
+    if let Some(rules) = drain_rules(state) {
+        drop(timeout_at(rules.first_request_end(opened), stopped(state)).await);
     }
 }
 
 /// `None`: the server does not drain, but stops at once.
-fn drain_times(state: &watch::Receiver<RunState>) -> Option<DrainTimes> {
+fn drain_rules(state: &watch::Receiver<RunState>) -> Option<DrainRules> {
     match *state.borrow() {
-        RunState::Draining(times) => Some(times),
+        RunState::Draining(rules) => Some(rules),
         RunState::Waiting | RunState::Running | RunState::Closing { .. } | RunState::Stopped => None,
     }
 }
@@ -250,7 +249,10 @@ fn drain_times(state: &watch::Receiver<RunState>) -> Option<DrainTimes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http_body_util::Full;
+    use hyper::service::service_fn;
     use std::collections::BTreeSet;
+    use std::io::{Read as _, Write as _};
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
     const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -269,6 +271,42 @@ mod tests {
         let accepted: Vec<_> = accepted.collect();
         assert_eq!(accepted.iter().sum::<usize>(), callers.len(), "{accepted:?}");
         assert!(accepted.iter().all(|&connections| connections > 0), "{accepted:?}");
+    }
+
+    /// Callers whose connections the kernel has completed and no server has accepted. Returns their answers.
+    async fn answers_of_queued(empties_queue: bool) -> Vec<io::Result<String>> {
+        let socket = listen(ANY, 1).unwrap().pop().unwrap();
+        let address = socket.local_addr().unwrap();
+        let mut callers: Vec<_> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
+        for caller in &mut callers {
+            caller.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            caller.write_all(b"GET / HTTP/1.1\r\nhost: g\r\nconnection: close\r\n\r\n").unwrap();
+        }
+        let protocols = Protocols { certificate: None, http2: true, requires_host: true };
+        // The maximum number of connections does not matter.
+        let bounds =
+            ConnectionBounds { total: 1, per_address: None, bounds_loopback: false, exempt: Vec::new() };
+        let listener = Listener::new(CallerTimeouts::default(), bounds, protocols);
+        let service =
+            |_| service_fn(|_| async { Ok::<_, io::Error>(Response::new(Full::<bytes::Bytes>::default())) });
+        let rules = DrainRules { answers: Duration::from_secs(5), endings: Duration::ZERO, empties_queue };
+        let (_state, receiver) = watch::channel(RunState::Draining(rules));
+        serve(socket, listener, service, receiver).await.unwrap();
+        let answer = |mut caller: TcpStream| {
+            let mut answer = String::new();
+            caller.read_to_string(&mut answer).map(|_| answer)
+        };
+        callers.into_iter().map(answer).collect()
+    }
+
+    #[tokio::test]
+    async fn callers_in_the_kernels_queue_are_answered_when_the_server_drains() {
+        for answer in answers_of_queued(true).await {
+            assert!(answer.as_ref().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 OK")), "{answer:?}");
+        }
+        for answer in answers_of_queued(false).await {
+            assert!(answer.is_err(), "{answer:?}");
+        }
     }
 
     #[test]

@@ -27,23 +27,18 @@ pub(super) struct PreparedListeners {
 }
 
 impl Listeners {
-    /// Reads the certificates of a config. `is_kept`: whether the service manager keeps the socket for callers open.
+    /// Reads the certificates of a config.
     ///
     /// # Errors
     /// A certificate cannot be used.
-    pub(super) fn open(
-        config: &Config,
-        timeouts: CallerTimeouts,
-        is_kept: bool,
-        metrics: &Metrics,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn open(config: &Config, timeouts: CallerTimeouts, metrics: &Metrics) -> anyhow::Result<Self> {
         let prepared = prepare(config, None).map_err(|faults| anyhow::Error::msg(faults.join("; ")))?;
         prepared.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let PreparedListeners { callers, admin, .. } = prepared;
         record_expiry(metrics, [&callers.1, &admin.1]);
         Ok(Self {
-            callers: Listener::new(timeouts, callers.0, callers.1, !is_kept),
-            admin: Listener::new(timeouts, admin.0, admin.1, false),
+            callers: Listener::new(timeouts, callers.0, callers.1),
+            admin: Listener::new(timeouts, admin.0, admin.1),
         })
     }
 

@@ -32,7 +32,7 @@ pub(super) struct Reloader {
     /// Takes the accounts of new environments to the thread that communicates with Redis.
     pub(super) redis: Option<mpsc::UnboundedSender<Arc<Account>>>,
     pub(super) handle: ReloadHandle,
-    /// The files that the last config names, if it was refused. A change of one of them can correct it.
+    /// The files that the last config names, if it was read and then refused. A change of one of them can correct it.
     pub(super) refused_files: Vec<PathBuf>,
 }
 
@@ -77,7 +77,7 @@ impl Reloader {
             };
             // A change from now on is noticed after this reload.
             files.mark();
-            let outcome = self.reload().await;
+            let outcome = self.reload(&mut files).await;
             let by = request.as_ref().map_or(Some("file"), |request| request.by);
             by.into_iter().for_each(|by| self.record(by, &outcome));
             files.follow(&self.files());
@@ -91,8 +91,8 @@ impl Reloader {
         [files_of(&self.state.current().config), self.refused_files.clone()].concat()
     }
 
-    async fn reload(&mut self) -> ReloadOutcome {
-        let outcome = match self.try_reload().await {
+    async fn reload(&mut self, files: &mut FileWatch) -> ReloadOutcome {
+        let outcome = match self.try_reload(files).await {
             Ok((changes, warnings)) => ReloadOutcome::Adopted { changes, warnings },
             Err(faults) => ReloadOutcome::Refused { faults },
         };
@@ -131,13 +131,15 @@ impl Reloader {
     ///
     /// # Errors
     /// All faults of the new config. The old one stays in force.
-    async fn try_reload(&mut self) -> Result<(Vec<String>, Vec<String>), Vec<String>> {
+    async fn try_reload(&mut self, files: &mut FileWatch) -> Result<(Vec<String>, Vec<String>), Vec<String>> {
         let one = |message: String| vec![message];
         let current = self.state.current();
         let file = current.config.file.as_deref();
         let file = file.ok_or_else(|| one("this gateway has no config file to reload".to_owned()))?;
         let Loaded { mut config, warnings } = load(file)?;
+        // A change from now on is noticed after this reload.
         self.refused_files = files_of(&config);
+        files.follow(&self.files());
         let restart_faults = config::restart_faults(&current.config, &config);
         if !restart_faults.is_empty() {
             return Err(restart_faults);

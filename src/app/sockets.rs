@@ -12,8 +12,8 @@ pub(super) struct Sockets {
     /// One for each worker.
     pub(super) workers: Vec<TcpListener>,
     pub(super) address: SocketAddr,
-    /// Whether the service manager keeps the socket for callers open.
-    pub(super) is_kept: bool,
+    /// Whether the service manager has passed the socket for callers to this process. It keeps the socket open.
+    pub(super) is_passed: bool,
     pub(super) admin: TcpListener,
     pub(super) admin_address: SocketAddr,
 }
@@ -31,7 +31,7 @@ impl Sockets {
     ) -> anyhow::Result<Self> {
         let (inherited, inherited_admin) = claim
             .map_or((Vec::new(), None), |claim| (std::mem::take(&mut claim.listeners), claim.admin.take()));
-        let is_kept = inherited.is_empty() && passed.callers.is_some();
+        let is_passed = inherited.is_empty() && passed.callers.is_some();
         let callers = if !inherited.is_empty() {
             inherited
         } else if let Some(socket) = passed.callers {
@@ -51,7 +51,7 @@ impl Sockets {
         };
         let address = callers.first().context("no socket")?.local_addr()?;
         let admin_address = admin.local_addr()?;
-        Ok(Self { workers: callers, address, is_kept, admin, admin_address })
+        Ok(Self { workers: callers, address, is_passed, admin, admin_address })
     }
 }
 

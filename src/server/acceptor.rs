@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::yield_now;
 use tokio::time::sleep;
 
 /// The pause after an error of `accept`, such as when the process has no more file descriptors.
@@ -76,6 +77,20 @@ impl Acceptor<'_> {
                     }
                 }
             }
+        }
+    }
+
+    /// A connection that waits in the kernel's queue. The maximum number of connections does not apply, because the server
+    /// accepts no more. `None`: there is none, or it cannot be accepted.
+    pub(super) async fn next_queued(&self) -> Option<(TcpStream, SocketAddr, Slot)> {
+        tokio::select! {
+            biased;
+            accepted = poll_fn(|cx| self.listener.poll_accept(cx)) => {
+                let (stream, address) = accepted.ok()?;
+                Some((stream, address, self.limits.extra_slot()))
+            }
+            // The runtime looks at the socket in between.
+            () = yield_now() => None,
         }
     }
 

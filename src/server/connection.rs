@@ -101,13 +101,16 @@ async fn serve_http<S, B>(
     B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let Context { address, listener, closes, state, cut_offs, slot, .. } = context;
+    let Context { address, opened, listener, closes, state, cut_offs, slot } = context;
     if is_http2 {
-        let caller = (address, listener.timeouts);
+        let caller = (address, opened, listener.timeouts);
         Box::pin(http2::serve(transport, read_ahead, caller, service_for, state, cut_offs)).await;
     } else {
         let requires_host = listener.protocols().requires_host;
-        let peer = Peer::new(address, listener.timeouts).closed_by(closes).requiring_host(requires_host);
+        let peer = Peer::new(address, listener.timeouts)
+            .opened_at(opened)
+            .closed_by(closes)
+            .requiring_host(requires_host);
         let peer = Arc::new(peer.with_head_lines());
         let service = service_for(peer.clone());
         http1::serve(transport, read_ahead, peer, service, state, cut_offs).await;

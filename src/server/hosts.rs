@@ -1,4 +1,4 @@
-//! The hosts that a parsed request head names. Before the parser, `request_check` has checked those of HTTP/1.1.
+//! The hosts that a parsed request head names. For HTTP/1.1, `request_check` checks the host before the head is parsed.
 
 use super::is_host;
 use http::header::{self, HeaderMap};

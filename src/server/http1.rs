@@ -4,7 +4,7 @@ use super::peer::Peer;
 use super::served;
 use super::socket::{CallerSocket, SocketHandle};
 use super::transport::Transport;
-use super::{DrainTimes, RunState, drain_times, stopping};
+use super::{DrainRules, RunState, drain_rules, stopping};
 use crate::clock::Stopwatch;
 use bytes::BytesMut;
 use http::{Request, Response};
@@ -52,10 +52,10 @@ pub(super) async fn serve<T, S, B>(
         let mut connection = pin!(connection);
         let result = tokio::select! {
             result = until_disconnected(connection.as_mut(), &socket) => result,
-            () = stopping(&mut state) => match drain_times(&state) {
-                Some(times) => {
+            () = stopping(&mut state) => match drain_rules(&state) {
+                Some(rules) => {
                     let shut_down = |connection: Pin<&mut Connection<_, _>>| connection.graceful_shutdown();
-                    drain(connection.as_mut(), shut_down, &socket, &peer, times, &cut_offs).await
+                    drain(connection.as_mut(), shut_down, &socket, &peer, rules, &cut_offs).await
                 }
                 None => None,
             }
@@ -76,19 +76,19 @@ async fn drain<F: Future>(
     shut_down: impl FnOnce(Pin<&mut F>),
     socket: &CallerSocket<impl Transport>,
     peer: &Peer,
-    times: DrainTimes,
+    rules: DrainRules,
     cut_offs: &mpsc::UnboundedSender<CutOff>,
 ) -> Option<F::Output> {
     peer.begin_drain();
+    let DrainRules { answers, endings, .. } = rules;
+    let answers_end = Stopwatch::start().deadline(answers);
     let used = until_used(connection.as_mut(), socket);
-    if let Ok(Some(ended)) = timeout_at(times.first_request_end(peer.opened), used).await {
+    if let Ok(Some(ended)) = timeout_at(rules.first_request_end(peer.opened), used).await {
         return ended;
     }
     shut_down(connection.as_mut());
-    let DrainTimes { answers, endings } = times;
-    let began = Stopwatch::start();
     // A request that is not complete must not prolong the shutdown.
-    let receive_end = began.deadline(answers.min(super::MAX_DRAIN_RECEIVE));
+    let receive_end = answers_end.min(Stopwatch::start().deadline(super::MAX_DRAIN_RECEIVE));
     if let Ok(ended) = timeout_at(receive_end, until_disconnected(connection.as_mut(), socket)).await {
         return ended;
     }
@@ -96,7 +96,6 @@ async fn drain<F: Future>(
         return None;
     }
     if !peer.is_receiving() {
-        let answers_end = began.deadline(answers);
         if let Ok(ended) = timeout_at(answers_end, until_disconnected(connection.as_mut(), socket)).await {
             return ended;
         }
@@ -119,8 +118,8 @@ async fn until_disconnected<F: Future>(
     poll_fn(|cx| poll_disconnected(connection.as_mut(), socket, cx)).await
 }
 
-/// Serves a connection until hyper has received bytes. Hyper closes at once a connection without bytes if it is to shut
-/// down, even if the caller has sent a request. `Some`: the connection has ended.
+/// Serves a connection until hyper has received bytes. At a graceful shutdown hyper closes a connection from which it has read
+/// nothing, even if a request is on its way. `Some`: the connection has ended.
 async fn until_used<F: Future>(
     mut connection: Pin<&mut F>,
     socket: &CallerSocket<impl Transport>,

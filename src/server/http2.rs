@@ -11,7 +11,7 @@ use super::http1::CutOff;
 use super::peer::{CallerTimeouts, Peer};
 use super::served;
 use super::transport::Transport;
-use super::{DrainTimes, RunState, drain_times, stopping};
+use super::{DrainRules, RunState, drain_rules, stopping};
 use crate::clock::Stopwatch;
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
@@ -57,7 +57,7 @@ const UNUSED_END: Duration = Duration::from_secs(1);
 pub(super) async fn serve<T, S, B>(
     transport: T,
     read_ahead: BytesMut,
-    (address, timeouts): (SocketAddr, CallerTimeouts),
+    (address, opened, timeouts): (SocketAddr, Stopwatch, CallerTimeouts),
     service_for: Arc<impl Fn(Arc<Peer>) -> S + Send + Sync + 'static>,
     mut state: watch::Receiver<RunState>,
     cut_offs: mpsc::UnboundedSender<CutOff>,
@@ -69,7 +69,6 @@ pub(super) async fn serve<T, S, B>(
     B: Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let opened = Stopwatch::start();
     let streams = Arc::new(Streams::default());
     let announced = streams.clone();
     let service = service_fn(move |request: Request<Incoming>| {
@@ -96,12 +95,14 @@ pub(super) async fn serve<T, S, B>(
         tokio::select! {
             result = connection.as_mut() => break Some(result),
             () = stopping(&mut state) => {
-                let Some(times) = drain_times(&state) else { break None };
-                if let Some(result) = until_used(connection.as_mut(), &streams, times.first_request_end(opened)).await {
+                let Some(rules) = drain_rules(&state) else { break None };
+                let began = Stopwatch::start();
+                let first_request_end = rules.first_request_end(opened);
+                if let Some(result) = until_used(connection.as_mut(), &streams, first_request_end).await {
                     break Some(result);
                 }
                 connection.as_mut().graceful_shutdown();
-                break drain(connection.as_mut(), &streams, times, &cut_offs).await;
+                break drain(connection.as_mut(), &streams, (rules, began), &cut_offs).await;
             }
             () = must_close(&mut watched, &streams, opened), if !is_closing => {}
             () = streams.idle_for(idle_timeout) => {
@@ -148,7 +149,8 @@ fn with_host(mut request: Request<Incoming>) -> Request<Incoming> {
 }
 
 /// Returns when the connection must take no further streams, because the server closes its connections. If the server still
-/// accepts connections, each of them may have one stream. One that was just opened may have its first.
+/// accepts connections, each of them may have one stream. If it does not, a
+/// connection younger than `MAX_DRAIN_FIRST_REQUEST` may still begin its first stream.
 async fn must_close(state: &mut watch::Receiver<RunState>, streams: &Streams, opened: Stopwatch) {
     let is_closing = |state: &RunState| matches!(state, RunState::Closing { .. });
     let accepts = state.wait_for(is_closing).await.map(|state| *state == RunState::Closing { accepts: true });
@@ -159,7 +161,7 @@ async fn must_close(state: &mut watch::Receiver<RunState>, streams: &Streams, op
     }
 }
 
-/// Serves a connection until it has a stream or this time has come. Hyper closes at once a connection that has not begun.
+/// Serves a connection until it has a stream or this time has come: after a GOAWAY the caller's first request would fail.
 /// `Some`: the connection has ended.
 async fn until_used<F: Future>(
     connection: Pin<&mut F>,
@@ -178,12 +180,12 @@ async fn until_used<F: Future>(
 async fn drain<F: Future>(
     mut connection: Pin<&mut F>,
     streams: &Streams,
-    DrainTimes { answers, endings }: DrainTimes,
+    (DrainRules { answers, endings, .. }, began): (DrainRules, Stopwatch),
     cut_offs: &mpsc::UnboundedSender<CutOff>,
 ) -> Option<F::Output> {
-    let began = Stopwatch::start();
+    let answers_end = began.deadline(answers);
     // A request that is not complete must not prolong the shutdown.
-    let receive_end = began.deadline(answers.min(super::MAX_DRAIN_RECEIVE));
+    let receive_end = answers_end.min(Stopwatch::start().deadline(super::MAX_DRAIN_RECEIVE));
     if let Ok(ended) = timeout_at(receive_end, connection.as_mut()).await {
         return Some(ended);
     }
@@ -192,7 +194,7 @@ async fn drain<F: Future>(
         return None;
     }
     open.iter().filter(|stream| stream.is_receiving()).for_each(|stream| stream.end_request());
-    if let Ok(ended) = timeout_at(began.deadline(answers), connection.as_mut()).await {
+    if let Ok(ended) = timeout_at(answers_end, connection.as_mut()).await {
         return Some(ended);
     }
     for stream in streams.open() {

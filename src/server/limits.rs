@@ -66,6 +66,12 @@ impl ConnectionLimits {
         Poll::Pending
     }
 
+    /// A slot beyond the maximum number of connections.
+    pub(super) fn extra_slot(self: &Arc<Self>) -> Slot {
+        self.lock().open += 1;
+        Slot { limits: self.clone(), address: None }
+    }
+
     fn lock(&self) -> MutexGuard<'_, OpenConnections> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

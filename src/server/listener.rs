@@ -20,9 +20,6 @@ pub(crate) struct Listener {
     /// Connections of addresses that have too many.
     pub(super) crowded: Refused,
     pub(super) handshakes: Semaphore,
-    /// Whether the connections that wait in the kernel's queue are accepted when the server begins to drain. Otherwise
-    /// another process can accept them.
-    pub(super) empties_queue: bool,
     protocols: Mutex<Protocols>,
 }
 
@@ -38,21 +35,14 @@ pub(crate) struct Protocols {
 }
 
 impl Listener {
-    /// A listener that nothing uses yet. `empties_queue`: whether the connections that wait in the kernel's queue are accepted
-    /// when the server begins to drain.
-    pub(crate) fn new(
-        timeouts: CallerTimeouts,
-        bounds: ConnectionBounds,
-        protocols: Protocols,
-        empties_queue: bool,
-    ) -> Arc<Self> {
+    /// A listener that nothing uses yet.
+    pub(crate) fn new(timeouts: CallerTimeouts, bounds: ConnectionBounds, protocols: Protocols) -> Arc<Self> {
         Arc::new(Self {
             timeouts,
             limits: ConnectionLimits::new(bounds),
             failed: Refused::default(),
             crowded: Refused::default(),
             handshakes: Semaphore::new(MAX_HANDSHAKES),
-            empties_queue,
             protocols: Mutex::new(protocols),
         })
     }

@@ -149,6 +149,12 @@ impl Peer {
         Self { closes, ..self }
     }
 
+    /// Sets when the connection was accepted.
+    #[must_use]
+    pub(super) fn opened_at(self, opened: Stopwatch) -> Self {
+        Self { opened, ..self }
+    }
+
     /// Whether a request is refused that names no host.
     #[must_use]
     pub(super) fn requiring_host(self, requires_host: bool) -> Self {

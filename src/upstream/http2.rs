@@ -1,13 +1,13 @@
 //! HTTP/2 to one upstream: its connections, which requests share, their keep-alive and their idle timeout.
 
-use super::connections::ConnectionCounts;
+use super::connections::{ConnectionCounts, OpenConnection};
 use super::request::{ExchangeError, Request};
 use crate::clock::Stopwatch;
 use bytes::Bytes;
 use http::uri::Scheme;
 use http::{Uri, response};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use hyper::client::conn::http2;
+use hyper::client::conn::http2::{self, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::error::Error as _;
@@ -40,7 +40,8 @@ pub(super) struct Http2Timeouts {
     pub(super) idle: Duration,
 }
 
-/// The shared connections to an upstream. There is one, unless it has as many streams as the upstream allows.
+/// The shared connections to an upstream. Usually there is one. More are opened while all have as many streams as the upstream
+/// allows.
 pub(super) struct Http2Client {
     shared: SharedConnections,
     timeouts: Http2Timeouts,
@@ -59,11 +60,13 @@ pub(super) struct Http2Connection {
 /// The usage of a connection.
 struct Activity {
     connections: Arc<ConnectionCounts>,
+    /// Counts the connection as open.
+    _open: OpenConnection,
     opened: Stopwatch,
     /// Streams in flight.
     streams: AtomicUsize,
-    /// Streams that the upstream allows.
-    max_streams: AtomicUsize,
+    /// Returns the number of streams that the upstream allows now.
+    max_streams: Box<dyn Fn() -> usize + Send + Sync>,
     /// The time at which the last stream ended, in milliseconds since `opened`.
     idle_since_ms: AtomicU64,
 }
@@ -142,18 +145,23 @@ impl Http2Client {
             .max_header_list_size(MAX_HEADER_LIST_BYTES)
             .handshake(TokioIo::new(stream))
             .await?;
-        let activity = Arc::new(Activity::new(self.connections.clone(), driver.current_max_send_streams()));
-        let open = self.connections.open();
+        // Its settings can change at any time, and hyper tells them only here.
+        let driver = Arc::new(Mutex::new(Some(driver)));
+        let open_driver = driver.clone();
+        let max_streams = move || lock(&open_driver).as_ref().map_or(0, Connection::current_max_send_streams);
+        let activity = Arc::new(Activity::new(self.connections.clone(), Box::new(max_streams)));
         let connection = Http2Connection { sender, activity: activity.clone() };
         let shared = self.shared.clone();
         let stream = connection.stream(&shared, true);
         tokio::spawn(async move {
-            let _open = open;
-            let mut driver = pin!(driver);
             let mut driver = pin!(poll_fn(|cx| {
-                let ended = driver.as_mut().poll(cx);
-                activity.max_streams.store(driver.current_max_send_streams(), Ordering::Relaxed);
-                ended
+                let mut open = lock(&driver);
+                let ended = ready!(open.as_mut().map_or(Poll::Ready(Ok(())), |open| Pin::new(open).poll(cx)));
+                // Only without it the senders know that the connection is closed.
+                let closed = open.take();
+                drop(open);
+                drop(closed);
+                Poll::Ready(ended)
             }));
             let ended = tokio::select! {
                 ended = driver.as_mut() => ended,
@@ -190,14 +198,14 @@ fn remove(shared: &mut Vec<Http2Connection>, activity: &Arc<Activity>) {
     shared.retain(|connection| !Arc::ptr_eq(&connection.activity, activity));
 }
 
-fn lock(shared: &Mutex<Vec<Http2Connection>>) -> MutexGuard<'_, Vec<Http2Connection>> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Http2Connection {
     /// Whether the upstream allows a further stream.
     fn has_room(&self) -> bool {
-        self.activity.streams.load(Ordering::Relaxed) < self.activity.max_streams.load(Ordering::Relaxed)
+        self.activity.streams.load(Ordering::Relaxed) < (self.activity.max_streams)()
     }
 
     fn stream(&self, shared: &SharedConnections, is_unshared: bool) -> Http2Stream {
@@ -210,14 +218,14 @@ impl Http2Connection {
 }
 
 impl Activity {
-    fn new(connections: Arc<ConnectionCounts>, max_streams: usize) -> Self {
-        let (streams, idle_since_ms) = (AtomicUsize::new(0), AtomicU64::new(0));
+    fn new(connections: Arc<ConnectionCounts>, max_streams: Box<dyn Fn() -> usize + Send + Sync>) -> Self {
         Self {
+            _open: connections.open(),
             connections,
             opened: Stopwatch::start(),
-            streams,
-            max_streams: max_streams.into(),
-            idle_since_ms,
+            streams: AtomicUsize::new(0),
+            max_streams,
+            idle_since_ms: AtomicU64::new(0),
         }
     }
 
@@ -264,8 +272,9 @@ impl Http2Stream {
         message.headers_mut().extend(headers);
         self.sender.ready().await.map_err(ExchangeError::not_processed)?;
         let activity = &self.guard.0;
-        if activity.streams.load(Ordering::Relaxed) > activity.max_streams.load(Ordering::Relaxed) {
-            // The request would wait for the end of another one, and nobody could tell whether it was sent.
+        if activity.streams.load(Ordering::Relaxed) > (activity.max_streams)() {
+            // The h2 library would queue the request until another stream ends. After a timeout the gateway could not tell
+            // whether it was sent.
             return Err(ExchangeError::not_processed(
                 "the upstream allows no further stream on the connection",
             ));
@@ -273,12 +282,16 @@ impl Http2Stream {
         let answer = self.sender.send_request(message);
         if self.is_unshared {
             let activity = self.guard.0.clone();
-            lock(&self.shared).push(Http2Connection { sender: self.sender.clone(), activity });
+            let mut shared = lock(&self.shared);
+            // Requests that came at once have each opened a connection: one is enough for the next ones.
+            if !shared.iter().any(Http2Connection::has_room) {
+                shared.push(Http2Connection { sender: self.sender.clone(), activity });
+            }
         }
         let answer = answer.await.map_err(|error| {
             let error = failure(error);
             if error.is_retriable() {
-                // The next requests must not fail in the same way.
+                // Further requests use another connection.
                 remove(&mut lock(&self.shared), &self.guard.0);
             }
             error

@@ -132,20 +132,33 @@ async fn a_caller_that_has_just_connected_over_tls_is_answered_during_a_shutdown
     let (folder, pair) = (tempfile::tempdir().unwrap(), pair());
     pair.write(folder.path());
     for alpn in [&b"http/1.1"[..], b"h2"] {
-        let mut gateway = Gateway::from_config(&config(&upstream, folder.path(), "")).await;
-        let stream = connect(gateway.address, &[&pair], &[alpn]).await.unwrap();
-        let app = gateway.take();
-        let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
-        // The admin listener has TLS too, so the test cannot ask whether the gateway drains.
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        if alpn == b"h2" {
-            let mut caller = Http2Caller::over(stream, 65_535).await;
-            assert_eq!(caller.chat(HELLO).await.refusal(), (503, "shutting_down".into()));
-        } else {
-            let answer = exchange(stream, &chat(HELLO)).await;
-            assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("shutting_down"), "{answer}");
+        let mut complete_rounds = 0;
+        for _ in 0..20 {
+            let mut gateway = Gateway::from_config(&config(&upstream, folder.path(), "")).await;
+            let connected = Instant::now();
+            let stream = connect(gateway.address, &[&pair], &[alpn]).await.unwrap();
+            let app = gateway.take();
+            let shutdown = tokio::task::spawn_blocking(move || app.shutdown());
+            // A connection is refused as soon as the gateway drains.
+            soon("the gateway to drain", async {
+                while TcpStream::connect(gateway.address).await.is_ok() {}
+            })
+            .await;
+            let was_slow = connected.elapsed() > Duration::from_millis(300);
+            if !was_slow && alpn == b"h2" {
+                let mut caller = Http2Caller::over(stream, 65_535).await;
+                assert_eq!(caller.chat(HELLO).await.refusal(), (503, "shutting_down".into()));
+            } else if !was_slow {
+                let answer = exchange(stream, &chat(HELLO)).await;
+                assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("shutting_down"), "{answer}");
+            }
+            shutdown.await.unwrap();
+            complete_rounds += usize::from(!was_slow);
+            if complete_rounds == 2 {
+                break;
+            }
         }
-        shutdown.await.unwrap();
+        assert_eq!(complete_rounds, 2, "the machine is too slow for this test");
     }
 }
 
@@ -288,7 +301,7 @@ async fn tls_is_turned_on_and_off_by_a_reload_and_a_wrong_path_is_refused() {
     })
     .await;
     assert!(connect(gateway.address, &[&pair], &[]).await.is_ok());
-    // The missing file corrects the config, which is not written again.
+    // Creating the missing file makes the config valid. The config file itself does not change.
     std::fs::copy(folder.path().join("cert.pem"), folder.path().join("none.pem")).unwrap();
     soon("the corrected config", async {
         while gateway.admin_get("/readyz").await.text().contains("the new config was refused") {}

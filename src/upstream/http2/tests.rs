@@ -23,6 +23,11 @@ fn request() -> Request {
     Request { method: Method::POST, target: "/v1/x".into(), headers, body: Bytes::from_static(b"{}") }
 }
 
+/// A request whose body is larger than the window of the server.
+fn large_request() -> Request {
+    Request { body: vec![b'x'; 1024 * 1024].into(), ..request() }
+}
+
 async fn exchange(stream: Http2Stream) -> Result<(response::Parts, Http2Body), ExchangeError> {
     timeout(SOON, stream.exchange("upstream", &request())).await.expect("the exchange ends soon")
 }
@@ -229,7 +234,9 @@ async fn an_answer_is_complete_only_if_the_upstream_has_ended_it() {
                 body.send_reset(Reason::NO_ERROR);
             });
         }));
-        let (_, mut body) = exchange(stream).await.unwrap();
+        // The body is not sent completely when the answer ends.
+        let request = large_request();
+        let (_, mut body) = timeout(SOON, stream.exchange("upstream", &request)).await.unwrap().unwrap();
         sleep(2 * SHORT).await;
         let read = read(&mut body).await;
         assert_eq!(read.is_ok(), is_complete, "{read:?}");
