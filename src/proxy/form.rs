@@ -199,6 +199,8 @@ mod tests {
             &[&MODEL.replace("name=\"model\"", "name=\"model\"; NAME=\"x\"")],
             &[&MODEL.replace("name=\"model\"", "name=\"x\"; name*=utf-8''model")],
             &[&MODEL.replace("name=\"model\"", "name*=utf-8''model")],
+            &[&MODEL.replace("name=\"model\"", "xname=\"model\"; name=\"file\"")],
+            &[&MODEL.replace("name=\"model\"", "name=\"file\"; File-Name=\"model\"")],
             &[&MODEL.replace("name=\"model\"", "name*0=\"mo\"; name*1=\"del\"")],
             &[&MODEL.replace("\"model\"", "\"mo\\del\"")],
             &[&MODEL.replace("\"model\"", "\"mod%65l\"")],

@@ -2,6 +2,7 @@
 
 use crate::body::BodyFault;
 use http::header::{CONTENT_DISPOSITION, HeaderMap};
+use memchr::memmem;
 use std::borrow::Cow;
 
 /// The name of a part.
@@ -20,10 +21,13 @@ pub(super) fn field_name(headers: &HeaderMap) -> Result<Cow<'_, str>, BodyFault>
     }
     let (mut name, mut rest) = (None, &line[end..]);
     while let Some(parameter) = next_parameter(&mut rest)? {
-        if parameter.name.len() < 4 || !parameter.name[..4].eq_ignore_ascii_case(b"name") {
+        let is_file_name =
+            [&b"filename"[..], b"filename*"].iter().any(|known| parameter.name.eq_ignore_ascii_case(known));
+        let has_name = memmem::find(&parameter.name.to_ascii_lowercase(), b"name").is_some();
+        if is_file_name || !has_name {
             continue;
         }
-        // `name*` is decoded by some parsers and ignored by others.
+        // `name*` is decoded by some parsers and ignored by others. Some search for `name=` anywhere, and find it in `xname=`.
         if parameter.name != b"name" || parameter.has_escapes || name.replace(parameter.value).is_some() {
             return Err(fault("has a part whose name is given twice or in an unusual spelling"));
         }
