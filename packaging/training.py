@@ -3,7 +3,7 @@
 
     training.py PROGRAM [REQUESTS]      # of a usual case over HTTP/1.1 (default 10,000); others have a multiple or a part of it
 
-The requests are of every API, as JSON and as streams, over HTTP/1.1 and HTTP/2, with and without TLS, with counters in a
+The requests are of the APIs for text, as JSON and as streams, over HTTP/1.1 and HTTP/2, with and without TLS, with counters in a
 file, and some are refused. The answers are those of fixtures/. It needs h2load (package nghttp2-client) and openssl. It
 fails if an answer has another status than expected.
 """
