@@ -50,7 +50,14 @@ enum FromIncumbent {
     /// The old process continues.
     Refused { reason: String },
     /// These files follow: the listeners for callers, the admin listener, the control listener, the lock of the store.
-    Welcome { listeners: usize, has_admin: bool, has_lock: bool },
+    Welcome {
+        listeners: usize,
+        has_admin: bool,
+        has_lock: bool,
+        /// Whether the service manager has passed the sockets for callers. Earlier versions do not report it.
+        #[serde(default)]
+        is_passed: bool,
+    },
     /// The amounts that requests of the old process hold in one environment.
     Account { environment: String, left: LeftAccount },
     /// What the answers of the upstreams have stated about the limits of their providers.

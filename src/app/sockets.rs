@@ -12,7 +12,8 @@ pub(super) struct Sockets {
     /// One for each worker.
     pub(super) workers: Vec<TcpListener>,
     pub(super) address: SocketAddr,
-    /// Whether the service manager has passed the socket for callers to this process. It keeps the socket open.
+    /// Whether the service manager has passed the sockets for callers, to this process or to one that it replaces. It keeps
+    /// them open.
     pub(super) is_passed: bool,
     pub(super) admin: TcpListener,
     pub(super) admin_address: SocketAddr,
@@ -29,9 +30,10 @@ impl Sockets {
         claim: Option<&mut Claim>,
         passed: PassedListeners,
     ) -> anyhow::Result<Self> {
-        let (inherited, inherited_admin) = claim
-            .map_or((Vec::new(), None), |claim| (std::mem::take(&mut claim.listeners), claim.admin.take()));
-        let is_passed = inherited.is_empty() && passed.callers.is_some();
+        let (inherited, is_passed, inherited_admin) = match claim {
+            Some(claim) => (std::mem::take(&mut claim.listeners), claim.is_passed, claim.admin.take()),
+            None => (Vec::new(), passed.callers.is_some(), None),
+        };
         let callers = if !inherited.is_empty() {
             inherited
         } else if let Some(socket) = passed.callers {

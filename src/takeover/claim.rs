@@ -23,6 +23,8 @@ pub(crate) struct Claim {
     incumbent: PeerProcess,
     /// The listeners for callers.
     pub(crate) listeners: Vec<TcpListener>,
+    /// Whether the service manager has passed them. It keeps them open.
+    pub(crate) is_passed: bool,
     /// The admin listener; `None` if the old process has another address.
     pub(crate) admin: Option<TcpListener>,
     /// The lock of the store.
@@ -73,8 +75,10 @@ impl Claim {
             admin: config.admin.listen,
         };
         frame::write(&stream, &hello)?;
-        let (listeners, has_admin, has_lock) = match frame::read(&stream)? {
-            FromIncumbent::Welcome { listeners, has_admin, has_lock } => (listeners, has_admin, has_lock),
+        let (listeners, has_admin, has_lock, is_passed) = match frame::read(&stream)? {
+            FromIncumbent::Welcome { listeners, has_admin, has_lock, is_passed } => {
+                (listeners, has_admin, has_lock, is_passed)
+            }
             FromIncumbent::Refused { reason } => anyhow::bail!(reason),
             other => anyhow::bail!("its reply is unexpected: {other:?}"),
         };
@@ -83,7 +87,8 @@ impl Claim {
         let admin = has_admin.then(file).transpose()?.map(TcpListener::from);
         let control = ControlListener(file()?.into());
         let lock = has_lock.then(file).transpose()?.map(File::from);
-        Ok(Self { stream, incumbent, listeners, admin, lock, limits: Vec::new(), control })
+        let limits = Vec::new();
+        Ok(Self { stream, incumbent, listeners, is_passed, admin, lock, limits, control })
     }
 
     /// Requests the counters. From now on the requests of the old process wait. Returns the amounts that they hold, by

@@ -28,6 +28,8 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Incumbent {
     control: ControlListener,
     listeners: Vec<TcpListener>,
+    /// Whether the service manager has passed the listeners for callers.
+    is_passed: bool,
     admin: TcpListener,
     admin_address: SocketAddr,
     lock: Option<File>,
@@ -57,14 +59,15 @@ pub(crate) struct HandoverOutcome {
 }
 
 impl Incumbent {
-    /// Prepares a hand-over. `store`: the lock of the store, and its thread.
+    /// Prepares a hand-over. `listeners`: those for callers, and whether the service manager has passed them. `store`: the
+    /// lock of the store, and its thread.
     ///
     /// # Errors
     /// A listener cannot be duplicated: the process has too many open files.
     pub(crate) fn new(
         control: ControlListener,
         config: &Config,
-        listeners: &[TcpListener],
+        (listeners, is_passed): (&[TcpListener], bool),
         admin: (&TcpListener, SocketAddr),
         (accounts, leave_limits): (Arc<Accounts>, LeaveLimits),
         store: Option<(File, Arc<WriterControl>)>,
@@ -73,6 +76,7 @@ impl Incumbent {
         Ok(Self {
             control,
             listeners: listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+            is_passed,
             admin: admin.0.try_clone()?,
             admin_address: admin.1,
             lock,
@@ -179,8 +183,8 @@ impl Incumbent {
     }
 
     fn send_files(&self, stream: &UnixStream, has_admin: bool) -> io::Result<()> {
-        let (listeners, has_lock) = (self.listeners.len(), self.lock.is_some());
-        frame::write(stream, &FromIncumbent::Welcome { listeners, has_admin, has_lock })?;
+        let (listeners, has_lock, is_passed) = (self.listeners.len(), self.lock.is_some(), self.is_passed);
+        frame::write(stream, &FromIncumbent::Welcome { listeners, has_admin, has_lock, is_passed })?;
         self.listeners.iter().try_for_each(|listener| socket::send_file(stream, listener))?;
         if has_admin {
             socket::send_file(stream, &self.admin)?;

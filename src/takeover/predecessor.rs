@@ -122,6 +122,10 @@ impl Predecessor {
                     this.reply(FromSuccessor::Committed { id });
                 });
             }
+            ToSuccessor::Audit { entries } => {
+                entries.into_iter().for_each(|entry| self.accounts.audit().push(entry));
+                self.accounts.all().iter().for_each(|(_, account)| account.notify_store(false));
+            }
             ToSuccessor::Usage { environment, rows } => {
                 if let Some(account) = self.accounts.of(&environment) {
                     account.add_usage(&rows);

@@ -4,6 +4,8 @@ use super::http::{MAX_WAIT, get};
 use super::port::free_port;
 use serde_json::Value;
 use std::fs::{self, File};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -90,15 +92,29 @@ impl Place {
 
     /// Starts a process with further environment variables and does not wait for it.
     pub fn spawn_with(&self, config: &str, variables: &[(&str, &str)]) -> Process {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tollgate"));
+        command.args(["serve", "--config"]).arg(self.folder.path().join(config));
+        command.envs(variables.iter().copied()).stdin(Stdio::null());
+        self.run(command)
+    }
+
+    /// Starts a process with this socket for callers, as a service manager does, and waits until it serves.
+    pub fn start_with_socket(&self, socket: &TcpListener) -> Process {
+        let mut command = Command::new("bash");
+        let serve = r#"exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_FDNAMES=callers LISTEN_PID=$$ exec "$0" serve --config "$1""#;
+        command.args(["-c", serve, env!("CARGO_BIN_EXE_tollgate")]).arg(self.folder.path().join("t.yaml"));
+        command.stdin(OwnedFd::from(socket.try_clone().unwrap()));
+        let mut process = self.run(command);
+        process.wait_for("\"serving\"");
+        process
+    }
+
+    fn run(&self, mut command: Command) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let log = self.folder.path().join(format!("{number}.log"));
         let output = File::create(&log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_tollgate"))
-            .args(["serve", "--config"])
-            .arg(self.folder.path().join(config))
+        let child = command
             .env("RUST_LOG", "info")
-            .envs(variables.iter().copied())
-            .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
             .stderr(output)
             .spawn()

@@ -4,6 +4,8 @@ use super::gateway::{Place, Process};
 use super::http::{MAX_WAIT, get};
 use super::load::Load;
 use super::upstream::Upstream;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{Command, Output};
@@ -138,6 +140,36 @@ impl Drop for KilledAtEnd {
     fn drop(&mut self) {
         signal("KILL", self.0);
     }
+}
+
+#[test]
+fn a_new_process_leaves_connections_in_the_socket_that_the_service_manager_keeps() {
+    let place = Place::new(1, "max_connections: 1", SETTINGS.0, SETTINGS.1);
+    // The test keeps this socket, as a service manager does.
+    let socket = TcpListener::bind(("127.0.0.1", place.port)).unwrap();
+    let mut first = place.start_with_socket(&socket);
+    let mut second = place.start();
+    assert_eq!(first.exit_code(MAX_WAIT), Some(0), "{}", first.log());
+    let mut third = place.start();
+    assert_eq!(second.exit_code(MAX_WAIT), Some(0), "{}", second.log());
+    let mut served = TcpStream::connect(("127.0.0.1", place.port)).unwrap();
+    served.write_all(b"GET /nothing HTTP/1.1\r\nhost: g\r\n\r\n").unwrap();
+    let mut status = [0; 12];
+    served.read_exact(&mut status).unwrap();
+    assert_eq!(&status, b"HTTP/1.1 404");
+    let mut queued = TcpStream::connect(("127.0.0.1", place.port)).unwrap();
+    queued.write_all(b"a request").unwrap();
+    third.terminate();
+    assert_eq!(third.exit_code(MAX_WAIT), Some(0), "{}", third.log());
+    // The next process that the service manager starts would get it.
+    socket.set_nonblocking(true).unwrap();
+    let (mut connection, address) = socket.accept().unwrap();
+    assert_eq!(address, queued.local_addr().unwrap());
+    drop(queued);
+    connection.set_nonblocking(false).unwrap();
+    let mut request = String::new();
+    connection.read_to_string(&mut request).unwrap();
+    assert_eq!(request, "a request");
 }
 
 #[test]
