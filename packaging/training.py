@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Starts a program of the gateway, and sends it the requests for which `packaging/release` optimises it.
 
-    training.py PROGRAM [REQUESTS]      # of a usual case over HTTP/1.1 (default 10,000); others have a multiple or a part of it
+    training.py PROGRAM [REQUESTS [--no-metrics]]
+
+REQUESTS are those of a usual case over HTTP/1.1 (default 10,000); others have a multiple or a part of it. --no-metrics does not
+read the metrics, which fails under valgrind.
 
 The requests are of the APIs for text, as JSON and as streams, over HTTP/1.1 and HTTP/2, with and without TLS, with counters in a
 file, and some are refused. The answers are those of fixtures/. It needs h2load (package nghttp2-client) and openssl. It
@@ -135,8 +138,9 @@ async def train(program, folder, port, tls):
             for versions in VERSIONS:
                 for target, body, _, requests, status in CASES:
                     good &= await asyncio.to_thread(case, folder, scheme, lines[0]["address"], versions, target, body, requests, status)
-                with urllib.request.urlopen(f"http://{lines[0]['admin']}/metrics") as metrics:
-                    metrics.read()
+                if "--no-metrics" not in sys.argv:
+                    with urllib.request.urlopen(f"http://{lines[0]['admin']}/metrics") as metrics:
+                        metrics.read()
             return good
         finally:
             # The program writes its profile when it ends.
