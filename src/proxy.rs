@@ -100,7 +100,7 @@ enum Admission {
 struct ModelListRequest {
     environment: Arc<Environment>,
     dialect: Dialect,
-    headers: AddedHeaders,
+    headers: Box<AddedHeaders>,
 }
 
 /// A request that may be sent to the upstream.
@@ -109,7 +109,7 @@ struct Admitted {
     outgoing: Box<OutgoingRequest>,
     /// `None`: the endpoint is not charged.
     reservation: Option<Reservation>,
-    headers: AddedHeaders,
+    headers: Box<AddedHeaders>,
 }
 
 impl Proxy {
@@ -170,7 +170,7 @@ impl Proxy {
             }
             Err(refusal) => {
                 // A lingering close would let a flood keep connections open.
-                let is_flood = matches!(refusal.error, ProxyError::FloodGuard { .. });
+                let is_flood = matches!(*refusal.error, ProxyError::FloodGuard { .. });
                 if refusal.headers.unread != UnreadBody::None && !is_flood {
                     peer.linger();
                 }
@@ -196,7 +196,8 @@ impl Proxy {
         // Longer than a screen: all steps are here, in the order in which they can refuse.
         let (head, body) = request.into_parts();
         let unread = call::unread(&head.headers, &body);
-        let mut headers = AddedHeaders { unread, ..AddedHeaders::default() };
+        // Boxed, as it passes through the same functions.
+        let mut headers = Box::new(AddedHeaders { unread, ..AddedHeaders::default() });
 
         // Path and caller.
         let address =
@@ -369,17 +370,22 @@ impl Proxy {
             let error =
                 ProxyError::UpstreamUnreachable { upstream, what: "no upstream has listed its models" };
             let charge = Charge { reservation: None, record };
-            return refusal::respond(&self.state, Refusal { error, headers }, charge, error_dialect);
+            return refusal::respond(
+                &self.state,
+                Refusal::with_headers(error, headers),
+                charge,
+                error_dialect,
+            );
         }
         let list = model_lists::union(lists, &environment.models, dialect).await;
-        refusal::respond_with_json(&self.state, list, headers, record)
+        refusal::respond_with_json(&self.state, list, &headers, record)
     }
 
     /// Sends an admitted request to the upstream and passes the answer on.
     async fn exchange(
         &self,
         mut outgoing: Box<OutgoingRequest>,
-        mut headers: AddedHeaders,
+        mut headers: Box<AddedHeaders>,
         mut charge: Charge,
         dialect: Dialect,
         peer: &Arc<Peer>,
@@ -400,12 +406,13 @@ impl Proxy {
         let (parts, incoming) = match answer {
             Ok(answer) => answer,
             Err(error) => {
-                return refusal::respond(&self.state, Refusal { error, headers }, charge, dialect);
+                return refusal::respond(&self.state, Refusal::with_headers(error, headers), charge, dialect);
             }
         };
         charge.record.first_byte = Some(began.elapsed());
         let upstream = &self.snapshot.upstreams[outgoing.upstream];
         headers.upstream = upstream.header.clone();
+        upstream.note_status(parts.status);
         let (mut parts, incoming) = (parts, incoming);
         let incoming = if outgoing.lists_models && parts.status.is_success() {
             let allowed = &outgoing.environment.models;
@@ -427,7 +434,7 @@ impl Proxy {
         } else {
             Box::pin(self.mask_keys(&mut parts, incoming, &context.upstream)).await
         };
-        let (response, when_durable) = self.respond(parts, incoming, context, headers, charge);
+        let (response, when_durable) = self.respond(parts, incoming, context, &headers, charge);
         if let Some(when_durable) = when_durable {
             when_durable.await;
         }
@@ -469,10 +476,10 @@ impl Proxy {
         mut parts: response::Parts,
         incoming: upstream::Incoming,
         context: MeterContext,
-        added: AddedHeaders,
+        added: &AddedHeaders,
         mut charge: Charge,
     ) -> (Response<AnswerBody>, Option<WhenDurable>) {
-        headers::for_caller(&mut parts.headers, &added);
+        headers::for_caller(&mut parts.headers, added);
         charge.record.status = parts.status.as_u16();
         let known_id = headers::request_id(&parts.headers);
         let new_id = known_id.is_none().then(|| self.state.request_ids.next());

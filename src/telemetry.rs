@@ -143,6 +143,8 @@ pub(crate) struct Record {
     pub(crate) status: u16,
     /// The code of the gateway's error. Empty if there is none.
     pub(crate) error: &'static str,
+    /// The message of the gateway's error. `None`: there is no error, or other fields have its cause.
+    pub(crate) error_message: Option<Box<str>>,
     /// The limit that denied the request; of several quotas, the one with the longest wait.
     pub(crate) denied_by: Option<Box<Denial>>,
     /// Whether the answer is an event stream.
@@ -199,6 +201,7 @@ impl Record {
             outcome: RequestOutcome::CallerGone,
             status: 0,
             error: "",
+            error_message: None,
             denied_by: None,
             is_stream: false,
             estimated_prompt: 0,

@@ -60,7 +60,7 @@ impl Proxy {
         no_room: NoRoom,
         caller: IdentifiedCaller,
         call: &Call,
-        mut headers: AddedHeaders,
+        mut headers: Box<AddedHeaders>,
     ) -> Refusal {
         let subject = Subject { caller: self.caller_name(caller), model: &call.model };
         let backends = self.backends(&self.destination(caller, call).upstreams, call);
@@ -69,9 +69,9 @@ impl Proxy {
         let has_redis = self.snapshot.config.store.redis.is_some();
         if no_room == NoRoom::Unavailable && self.state.is_closing() && !has_redis {
             // The process that has replaced this one, and has the counters, has ended.
-            return Refusal { error: ProxyError::ShuttingDown, headers };
+            return Refusal::with_headers(ProxyError::ShuttingDown, headers);
         }
-        Refusal { error: refusal::denied(no_room, environment, &self.state.metrics), headers }
+        Refusal::with_headers(refusal::denied(no_room, environment, &self.state.metrics), headers)
     }
 
     /// Where a request goes.
@@ -108,7 +108,7 @@ impl Proxy {
         error: ProxyError,
         caller: IdentifiedCaller,
         call: &Call,
-        mut headers: AddedHeaders,
+        mut headers: Box<AddedHeaders>,
     ) -> Refusal {
         let account = &self.snapshot.accounts[caller.environment];
         let subject = Subject { caller: self.caller_name(caller), model: &call.model };
@@ -123,7 +123,7 @@ impl Proxy {
             Denial::of_error(&error).as_ref(),
             false,
         );
-        Refusal { error, headers }
+        Refusal::with_headers(error, headers)
     }
 
     /// The caller's name, under which quotas and the usage history know it.

@@ -50,7 +50,8 @@ const MAX_INITIAL_BUFFER: usize = 256 * 1024;
 /// Maximum number of headers of a request. hyper checks it for HTTP/1.1.
 const MAX_HEADERS: usize = 100;
 
-/// A parsed request, and the bytes that are forwarded.
+/// A parsed request, and the bytes that are forwarded. It is large and passes through several functions, which return it in
+/// a box.
 #[derive(Debug, Default)]
 pub(super) struct Call {
     /// The body as received.
@@ -114,7 +115,7 @@ impl ParseOptions {
 
 impl Call {
     /// A request whose prompt is counted, on the blocking pool unless that is quick.
-    async fn counted(body: Bytes, options: ParseOptions) -> Result<Self, ProxyError> {
+    async fn counted(body: Bytes, options: ParseOptions) -> Result<Box<Self>, ProxyError> {
         let unseen_tokens = options.snapshot.config.environments[options.environment].unseen_prompt_tokens;
         let quick = if body.len() <= MAX_INLINE_BODY {
             Self::parse_with(&body, &options, estimate_if_quick)?
@@ -145,7 +146,7 @@ impl Call {
         route: &Route<'_>,
         snapshot: &Snapshot,
         environment: usize,
-    ) -> Result<Self, ProxyError> {
+    ) -> Result<Box<Self>, ProxyError> {
         let model_matters = snapshot.config.environments[environment].depends_on_model();
         let (mut named, mut at) = (NamedModel::default(), None);
         match form::boundary(content_type) {
@@ -163,7 +164,7 @@ impl Call {
             }
         }
         let is_form = form::boundary(content_type).is_some();
-        let mut call = Self { body, model: named.name.clone(), ..Self::default() };
+        let mut call = Box::new(Self { body, model: named.name.clone(), ..Self::default() });
         if let Some(model) = route.model {
             model.clone_into(&mut call.model);
         }
@@ -261,11 +262,11 @@ impl Call {
     /// Learns from the answer's usage. `calibrations`: the corrections for the upstream that answered. `None`: the
     /// environment does not learn, or the estimate was one for another upstream.
     pub(super) fn estimate_update(
-        self,
+        self: Box<Self>,
         learned: &Arc<Learned>,
         calibrations: usize,
     ) -> Option<EstimateUpdate> {
-        let Self { estimate, model, sent_model, completions, recall, .. } = self;
+        let Self { estimate, model, sent_model, completions, recall, .. } = *self;
         let model = sent_model.map_or(model, |sent| String::from(&*sent));
         let recall = recall.filter(|recall| recall.is_for(calibrations))?;
         Some(learned.update(recall, model, estimate, completions))
@@ -293,7 +294,7 @@ impl Call {
         bytes: &Bytes,
         options: &ParseOptions,
         estimate: impl FnOnce(&Prompt<'_>, &Model) -> Option<PromptEstimate>,
-    ) -> Result<Option<Self>, ProxyError> {
+    ) -> Result<Option<Box<Self>>, ProxyError> {
         let text = BodyText::of(bytes).map_err(ProxyError::InvalidBody)?;
         let mut body = Body::read(options.api, &text).map_err(ProxyError::InvalidBody)?;
         let named = body.model.as_deref().unwrap_or_default();
@@ -316,7 +317,7 @@ impl Call {
         };
         let may_request_usage = body.streams && api.reports_stream_usage_on_request() && !body.wants_usage();
         let replaced = destination.model.as_deref().filter(|_| options.path_model.is_none());
-        Ok(Some(Self {
+        Ok(Some(Box::new(Self {
             body: bytes.clone(),
             usage_request: may_request_usage.then(|| body.request_usage()),
             requests_usage: upstream.requests_stream_usage(),
@@ -333,7 +334,7 @@ impl Call {
             recall,
             tokenizer: Some(known.tokenizer),
             model,
-        }))
+        })))
     }
 }
 
@@ -345,7 +346,7 @@ pub(super) async fn parse(
     head: &Parts,
     address: IpAddr,
     body: Bytes,
-) -> Result<Call, ProxyError> {
+) -> Result<Box<Call>, ProxyError> {
     let api = match route.endpoint {
         Endpoint::Counted(api) => api,
         Endpoint::Uncounted(_) | Endpoint::CountTokens(_) => {
@@ -354,7 +355,7 @@ pub(super) async fn parse(
         }
         Endpoint::Models | Endpoint::Root | Endpoint::Other => {
             let model = route.model.map(query::decoded).unwrap_or_default();
-            let mut call = Call { model, ..Call::opaque(body) };
+            let mut call = Box::new(Call { model, ..Call::opaque(body) });
             call.go_to(snapshot, caller.environment, |environment, model| match route.model {
                 Some(_) => {
                     let dialect = model_lists::dialect(route.path, &head.headers);
@@ -381,7 +382,7 @@ pub(super) async fn parse_example(
     (environment, caller): (usize, Option<usize>),
     api: Api,
     body: Bytes,
-) -> Result<Call, ProxyError> {
+) -> Result<Box<Call>, ProxyError> {
     let principal = caller::principal_of_caller(&state.learned, snapshot, environment, caller);
     Call::counted(body, ParseOptions::new(state, snapshot, api, environment, principal)).await
 }

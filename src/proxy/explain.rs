@@ -56,7 +56,7 @@ pub(crate) async fn explain(
     let settings = &snapshot.config.environments[environment];
     call.check_model(Endpoint::Counted(api), settings)?;
     let name: Option<&Arc<str>> = caller.map(|index| &snapshot.contexts[environment].callers[index]);
-    let Call { prompt_tokens, estimate, corrected, model, .. } = &call;
+    let Call { prompt_tokens, estimate, corrected, model, .. } = &*call;
     let destination = snapshot.contexts[environment].destinations.get(call.destination);
     let candidates = Candidates::new(destination, &snapshot.upstreams);
     let backends: Vec<_> =

@@ -14,11 +14,26 @@ use smallvec::SmallVec;
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACE_STATE: HeaderName = HeaderName::from_static("tracestate");
-const ENVIRONMENT: HeaderName = HeaderName::from_static("x-tollgate-environment");
-const UPSTREAM: HeaderName = HeaderName::from_static("x-tollgate-upstream");
-const CLAMPED: HeaderName = HeaderName::from_static("x-tollgate-clamped-max-tokens");
-const ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-estimated-prompt-tokens");
-const RAW_ESTIMATE: HeaderName = HeaderName::from_static("x-tollgate-raw-estimated-prompt-tokens");
+
+/// The name of a header that the gateway adds to answers.
+struct AddedName {
+    name: HeaderName,
+    /// The end of the line before, and the name with its colon.
+    line_begin: &'static str,
+}
+
+macro_rules! added_name {
+    ($name:expr) => {
+        AddedName { name: HeaderName::from_static($name), line_begin: concat!("\r\n", $name, ": ") }
+    };
+}
+
+static NEW_ID: AddedName = added_name!("x-request-id");
+static ENVIRONMENT: AddedName = added_name!("x-tollgate-environment");
+static UPSTREAM: AddedName = added_name!("x-tollgate-upstream");
+static CLAMPED: AddedName = added_name!("x-tollgate-clamped-max-tokens");
+static ESTIMATE: AddedName = added_name!("x-tollgate-estimated-prompt-tokens");
+static RAW_ESTIMATE: AddedName = added_name!("x-tollgate-raw-estimated-prompt-tokens");
 
 /// The headers of the request to the upstream. The caller's own key is forwarded only if the upstream has no
 /// `credential` configured. A key of this gateway is never forwarded.
@@ -139,33 +154,22 @@ fn remove_named_by_connection(headers: &mut HeaderMap) {
 }
 
 /// The rate limit headers of one kind of quota: limit, remaining, reset.
-fn rate_limit_names(kind: Kind) -> [HeaderName; 3] {
-    // Constants, so that the names are validated at compile time and not for every answer.
+fn rate_limit_names(kind: Kind) -> &'static [AddedName; 3] {
     macro_rules! names {
-        ($($name:literal),*) => {[$({
-            const NAME: HeaderName = HeaderName::from_static($name);
-            NAME
-        }),*]};
+        ($unit:literal) => {{
+            static NAMES: [AddedName; 3] = [
+                added_name!(concat!("x-ratelimit-limit-", $unit)),
+                added_name!(concat!("x-ratelimit-remaining-", $unit)),
+                added_name!(concat!("x-ratelimit-reset-", $unit)),
+            ];
+            &NAMES
+        }};
     }
     match kind {
-        Kind::Requests => names![
-            "x-ratelimit-limit-requests",
-            "x-ratelimit-remaining-requests",
-            "x-ratelimit-reset-requests"
-        ],
-        Kind::TotalTokens => {
-            names!["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"]
-        }
-        Kind::PromptTokens => names![
-            "x-ratelimit-limit-prompt-tokens",
-            "x-ratelimit-remaining-prompt-tokens",
-            "x-ratelimit-reset-prompt-tokens"
-        ],
-        Kind::CompletionTokens => names![
-            "x-ratelimit-limit-completion-tokens",
-            "x-ratelimit-remaining-completion-tokens",
-            "x-ratelimit-reset-completion-tokens"
-        ],
+        Kind::Requests => names!("requests"),
+        Kind::TotalTokens => names!("tokens"),
+        Kind::PromptTokens => names!("prompt-tokens"),
+        Kind::CompletionTokens => names!("completion-tokens"),
     }
 }
 
@@ -204,7 +208,7 @@ pub(super) enum UnreadBody {
 impl AddedHeaders {
     /// Adds the headers to an answer with the upstream's headers, which `for_caller` has prepared, and a request id if it is
     /// new. To HTTP/1.1 they are added as lines.
-    pub(super) fn add_to_answer(self, headers: &mut HeaderMap, new_id: Option<&str>, peer: &Peer) {
+    pub(super) fn add_to_answer(&self, headers: &mut HeaderMap, new_id: Option<&str>, peer: &Peer) {
         if self.unread == UnreadBody::None && peer.takes_head_lines() {
             let mut lines = HeaderLines(String::with_capacity(USUAL_LINES));
             self.add_to(&mut lines, new_id);
@@ -216,11 +220,11 @@ impl AddedHeaders {
 
     /// Adds the headers. They replace headers of the same name. Rate limit headers are added only for kinds of quota that the
     /// environment has.
-    pub(super) fn write(self, headers: &mut HeaderMap) {
+    pub(super) fn write(&self, headers: &mut HeaderMap) {
         self.write_with_id(headers, None);
     }
 
-    fn write_with_id(self, headers: &mut HeaderMap, new_id: Option<&str>) {
+    fn write_with_id(&self, headers: &mut HeaderMap, new_id: Option<&str>) {
         let mut fields = HeaderFields::default();
         self.add_to(&mut fields, new_id);
         fields.insert_into(headers);
@@ -232,15 +236,15 @@ impl AddedHeaders {
     /// Adds the headers in their order.
     fn add_to(&self, sink: &mut impl HeaderSink, new_id: Option<&str>) {
         if let Some(id) = new_id {
-            sink.add(REQUEST_ID, |text| text.push_str(id));
+            sink.add(&NEW_ID, |text| text.push_str(id));
         }
         if let Some(tokens) = self.clamped_to {
-            sink.add(CLAMPED, |text| push_number(text, tokens));
+            sink.add(&CLAMPED, |text| push_number(text, tokens));
         }
         if let Some((tokens, raw)) = self.estimated_prompt {
-            sink.add(ESTIMATE, |text| push_number(text, tokens));
+            sink.add(&ESTIMATE, |text| push_number(text, tokens));
             if raw != tokens {
-                sink.add(RAW_ESTIMATE, |text| push_number(text, raw));
+                sink.add(&RAW_ESTIMATE, |text| push_number(text, raw));
             }
         }
         for (kind, quotas) in Kind::ALL.into_iter().zip(&self.quotas) {
@@ -250,7 +254,7 @@ impl AddedHeaders {
             sink.add(remaining_name, |text| push_number(text, remaining));
             sink.add(reset_name, |text| push_go_duration(text, reset_ms));
         }
-        for (name, value) in [(ENVIRONMENT, &self.environment), (UPSTREAM, &self.upstream)] {
+        for (name, value) in [(&ENVIRONMENT, &self.environment), (&UPSTREAM, &self.upstream)] {
             // The names in a config are UTF-8.
             if let Some(Ok(value)) = value.as_ref().map(|value| std::str::from_utf8(value.as_bytes())) {
                 sink.add(name, |text| text.push_str(value));
@@ -260,7 +264,7 @@ impl AddedHeaders {
 
     /// Whether this is a rate limit header that the gateway adds.
     fn has_rate_limit(&self, name: &HeaderName) -> bool {
-        let is_of = |kind: Kind| rate_limit_names(kind).contains(name);
+        let is_of = |kind: Kind| rate_limit_names(kind).iter().any(|added| added.name == *name);
         name.as_str().starts_with("x-ratelimit-")
             && Kind::ALL.into_iter().zip(&self.quotas).any(|(kind, status)| status.is_some() && is_of(kind))
     }
@@ -272,18 +276,15 @@ const USUAL_LINES: usize = 1_024;
 /// Receives the headers that the gateway adds to an answer. Values have only characters that a header can have.
 trait HeaderSink {
     /// `write` appends the value.
-    fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String));
+    fn add(&mut self, name: &'static AddedName, write: impl FnOnce(&mut String));
 }
 
 /// Lines of the head of an answer, each behind the end of the line before it.
 struct HeaderLines(String);
 
 impl HeaderSink for HeaderLines {
-    #[inline]
-    fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String)) {
-        self.0.push_str("\r\n");
-        self.0.push_str(name.as_str());
-        self.0.push_str(": ");
+    fn add(&mut self, name: &'static AddedName, write: impl FnOnce(&mut String)) {
+        self.0.push_str(name.line_begin);
         write(&mut self.0);
     }
 }
@@ -292,14 +293,14 @@ impl HeaderSink for HeaderLines {
 #[derive(Default)]
 struct HeaderFields {
     /// The names, each with the end of its value in `text`.
-    ends: SmallVec<[(HeaderName, usize); 18]>,
+    ends: SmallVec<[(&'static HeaderName, usize); 18]>,
     text: String,
 }
 
 impl HeaderSink for HeaderFields {
-    fn add(&mut self, name: HeaderName, write: impl FnOnce(&mut String)) {
+    fn add(&mut self, name: &'static AddedName, write: impl FnOnce(&mut String)) {
         write(&mut self.text);
-        self.ends.push((name, self.text.len()));
+        self.ends.push((&name.name, self.text.len()));
     }
 }
 
@@ -307,8 +308,7 @@ impl HeaderFields {
     fn insert_into(&mut self, headers: &mut HeaderMap) {
         let (text, mut start) = (Bytes::from(std::mem::take(&mut self.text)), 0);
         headers.reserve(self.ends.len());
-        // Drained, because an iterator by value would copy all of them first.
-        for (name, end) in self.ends.drain(..) {
+        for &(name, end) in &self.ends {
             if let Ok(value) = HeaderValue::from_maybe_shared(text.slice(start..end)) {
                 headers.insert(name, value);
             }

@@ -90,7 +90,7 @@ async fn list_of(upstream: &Upstream) -> Result<UpstreamList, String> {
     request.target.push_str(whole_list(settings));
     let exchange = async {
         let sent = upstream.send(&request, Stopwatch::start(), &mut |_| {}).await;
-        let (parts, incoming) = sent.map_err(|error| format!("{error:?}"))?;
+        let (parts, incoming) = sent.map_err(|error| error.to_string())?;
         if !parts.status.is_success() {
             return Err(format!("it answered {}", parts.status));
         }

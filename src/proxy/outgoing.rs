@@ -26,7 +26,7 @@ pub(super) struct OutgoingRequest {
     pub(super) upstream: usize,
     pub(super) environment: Arc<Environment>,
     pub(super) endpoint: Endpoint,
-    pub(super) call: Call,
+    pub(super) call: Box<Call>,
     /// Whether the answer is a list of models from which those that the environment forbids are removed.
     pub(super) lists_models: bool,
     /// The bytes of the body, which are freed when the answer begins.

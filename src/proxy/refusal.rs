@@ -6,6 +6,7 @@ use super::headers::{AddedHeaders, REQUEST_ID, UnreadBody};
 use super::snapshot::Snapshot;
 use super::state::State;
 use crate::api::Dialect;
+use crate::body::BodyFault;
 use crate::config::{Environment, UpstreamSettings};
 use crate::error::{ProxyError, quota_shape};
 use crate::ledger::NoRoom;
@@ -15,21 +16,34 @@ use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
 use std::time::Duration;
 
+/// Maximum length of an error's message in the log, in characters.
+const MAX_LOGGED_MESSAGE: usize = 300;
+
 /// A request that is not forwarded, and the headers that the gateway adds to the error answer.
+// Small, because each step that can refuse a request returns it.
 pub(super) struct Refusal {
-    pub(super) error: ProxyError,
-    pub(super) headers: AddedHeaders,
+    pub(super) error: Box<ProxyError>,
+    pub(super) headers: Box<AddedHeaders>,
 }
 
 impl Refusal {
+    /// A refusal with a copy of these headers.
+    // Not inlined: its many callers would contain the code that copies the headers.
+    #[cold]
+    #[inline(never)]
     pub(super) fn new(error: ProxyError, headers: &AddedHeaders) -> Self {
-        Self { error, headers: headers.clone() }
+        Self::with_headers(error, Box::new(headers.clone()))
+    }
+
+    /// A refusal with these headers.
+    pub(super) fn with_headers(error: ProxyError, headers: Box<AddedHeaders>) -> Self {
+        Self { error: Box::new(error), headers }
     }
 
     /// The refusal of a request that is not forwarded before the gateway stops. Its body may not be read.
     pub(super) fn at_shutdown() -> Self {
         let headers = AddedHeaders { unread: UnreadBody::Large, ..AddedHeaders::default() };
-        Self { error: ProxyError::ShuttingDown, headers }
+        Self::with_headers(ProxyError::ShuttingDown, Box::new(headers))
     }
 }
 
@@ -45,6 +59,11 @@ pub(super) fn respond(
     record.error = error.code();
     record.denied_by = Denial::of_error(&error).map(Box::new);
     record.outcome = outcome(&error);
+    // A path can contain a key by mistake.
+    let is_logged = !matches!(*error, ProxyError::ShuttingDown | ProxyError::UnknownPath { .. });
+    if record.outcome == RequestOutcome::Refused && is_logged {
+        record.error_message = Some(logged_message(&error));
+    }
     record.request_id = state.request_ids.next();
     let mut response = error.response(dialect);
     record.status = response.status().as_u16();
@@ -52,9 +71,13 @@ pub(super) fn respond(
     if let Ok(id) = HeaderValue::from_str(&record.request_id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
+    if matches!(*error, ProxyError::ShuttingDown) {
+        // The connection may not know of the shutdown yet.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     // A flood from one address must not push out the rejections of quotas.
-    if record.outcome == RequestOutcome::Rejected && !matches!(error, ProxyError::FloodGuard { .. }) {
-        state.rejections.add(Rejection::new(record, error));
+    if record.outcome == RequestOutcome::Rejected && !matches!(*error, ProxyError::FloodGuard { .. }) {
+        state.rejections.add(Rejection::new(record, *error));
     }
     drop(charge);
     response.map(|body| AnswerBody::from_gateway(Some(body.into())))
@@ -71,7 +94,7 @@ pub(super) fn respond_to_root_check(mut record: Box<Record>) -> Response<AnswerB
 pub(super) fn respond_with_json(
     state: &State,
     document: String,
-    headers: AddedHeaders,
+    headers: &AddedHeaders,
     mut record: Box<Record>,
 ) -> Response<AnswerBody> {
     record.status = StatusCode::OK.as_u16();
@@ -84,6 +107,17 @@ pub(super) fn respond_with_json(
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// The message of an error for the log, cut to `MAX_LOGGED_MESSAGE` characters.
+fn logged_message(error: &ProxyError) -> Box<str> {
+    let message = error.to_string();
+    let logged = match error {
+        // A parser's error, which can quote the body, follows a colon. Bodies are not logged.
+        ProxyError::InvalidBody(BodyFault::Invalid(_)) => message.split(": ").next().unwrap_or_default(),
+        _ => &message,
+    };
+    logged.chars().take(MAX_LOGGED_MESSAGE).collect()
 }
 
 fn outcome(error: &ProxyError) -> RequestOutcome {

@@ -132,7 +132,7 @@ pub(super) fn unknown_path(config: &Config, path: &str) -> ProxyError {
         && unserved::is_known(rest)
         && (environment.is_some() || serves_without_prefix(config));
     let mistake = match mistake(config, environment, rest) {
-        PathMistake::BaseUrl if is_known => PathMistake::NotServed,
+        PathMistake::BaseUrl | PathMistake::UnknownEnvironment { .. } if is_known => PathMistake::NotServed,
         mistake => mistake,
     };
     let base_path = match &mistake {
@@ -151,16 +151,33 @@ fn mistake(config: &Config, environment: Option<usize>, rest: &str) -> PathMista
     if let Some(endpoint) = ENDPOINTS.iter().find(is_twice) {
         return PathMistake::EndpointTwice(endpoint);
     }
+    let is_complete = environment.is_some() || serves_without_prefix(config);
+    if is_complete && rest.ends_with('/') && route(rest.trim_end_matches('/')).is_some() {
+        return PathMistake::TrailingSlash;
+    }
     mistyped_environment(config, environment, rest).unwrap_or(PathMistake::BaseUrl)
 }
 
-/// The environment that the first segment probably means, if the rest of the path is served.
+/// The first segment is not an environment, and the rest of the path exists. If the name of an environment is similar,
+/// the segment probably means that one.
 fn mistyped_environment(config: &Config, environment: Option<usize>, rest: &str) -> Option<PathMistake> {
     let segment = rest.strip_prefix('/').filter(|_| environment.is_none())?;
     let (given, below) = segment.split_at(segment.find('/')?);
+    let below = below.trim_end_matches('/');
+    let is_served = route(below).is_some();
     let names: Vec<&str> = config.environments.iter().map(|e| e.name.as_str()).collect();
-    let nearest = most_similar(given, &names).filter(|_| route(below).is_some())?;
-    Some(PathMistake::Environment { given: given.to_owned(), nearest: nearest.to_owned() })
+    if let Some(nearest) = most_similar(given, &names).filter(|_| is_served) {
+        return Some(PathMistake::Environment { given: given.to_owned(), nearest: nearest.to_owned() });
+    }
+    let exists = is_served || unserved::is_known(below);
+    let is_name = is_segment(given) && !begins_with_version(given) && given != "openai";
+    let given = given.chars().take(MAX_SHOWN_PATH).collect();
+    (exists && is_name).then_some(PathMistake::UnknownEnvironment { given })
+}
+
+/// Whether a segment is probably the version of an API, such as `V1` or `v2beta`, and not meant as an environment.
+fn begins_with_version(segment: &str) -> bool {
+    matches!(segment.as_bytes(), [b'v' | b'V', digit, ..] if digit.is_ascii_digit())
 }
 
 /// The kind of SDK that requests a path. It is defined for paths that are not served, too.

@@ -116,7 +116,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
         environment: state.current().config.environments[0].clone(),
         endpoint: Endpoint::Counted(crate::api::Api::Chat),
         alternatives: None,
-        call: Call::opaque(Bytes::new()),
+        call: Box::new(Call::opaque(Bytes::new())),
         buffered: BufferedBytes::none(&state.bodies),
         outlives_caller: true,
         pass: None,
@@ -124,7 +124,7 @@ async fn the_wait_for_the_head_and_the_reading_of_the_body_share_one_drain_deadl
     };
     let peer = Arc::new(Peer::new(([127, 0, 0, 1], 9).into(), CallerTimeouts::default()));
     let exchange = async move {
-        proxy.exchange(Box::new(outgoing), AddedHeaders::default(), charge, Dialect::OpenAi, &peer).await
+        proxy.exchange(Box::new(outgoing), Box::default(), charge, Dialect::OpenAi, &peer).await
     };
     begin_and_disconnect(outlive_caller(Dialect::OpenAi, exchange)).await;
     let clock = Stopwatch::start();

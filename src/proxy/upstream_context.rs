@@ -3,16 +3,21 @@
 use super::headers::{self, Credential};
 use super::model_lists::CachedList;
 use crate::calibrations::Calibrations;
+use crate::clock;
 use crate::config::UpstreamSettings;
 use crate::estimate::Provider;
 use crate::upstream::availability::Availability;
+use http::StatusCode;
 use http::header::HeaderValue;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// After this many failures in a row, a route with several upstreams passes over the upstream.
 const MAX_FAILURES: NonZeroU32 = NonZeroU32::MIN.saturating_add(4);
+
+/// Refusals of a key are logged at most this often.
+const KEY_REFUSAL_LOG_INTERVAL_MS: u64 = 60_000;
 
 /// Values of one upstream. If a reload does not change the backend, its learned values stay.
 pub(super) struct UpstreamContext {
@@ -31,6 +36,8 @@ pub(super) struct UpstreamContext {
 /// What the process has learned of an upstream. All workers share it.
 pub(super) struct LearnedOfUpstream {
     refuses_stream_options: AtomicBool,
+    /// When a refusal of the key was last logged, in ms of `clock::uptime_ms`. 0: never.
+    key_refusal_logged_ms: AtomicU64,
     /// Whether routes with several upstreams pass over it.
     pub(super) availability: Arc<Availability>,
     /// The models that it lists.
@@ -75,10 +82,30 @@ impl UpstreamContext {
     }
 }
 
+impl UpstreamContext {
+    /// Logs that the upstream refuses the configured key, at most once a minute. Callers take the 401 for a fault of their
+    /// own key.
+    pub(super) fn note_status(&self, status: StatusCode) {
+        if status != StatusCode::UNAUTHORIZED || self.credential.is_none() {
+            return;
+        }
+        let (logged, now) = (&self.learned.key_refusal_logged_ms, clock::uptime_ms().max(1));
+        let before = logged.load(Ordering::Relaxed);
+        let is_due = before == 0 || now.saturating_sub(before) >= KEY_REFUSAL_LOG_INTERVAL_MS;
+        if is_due && logged.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            tracing::warn!(
+                upstream = self.settings.name,
+                "the upstream answers with 401: it refuses the key of the config; set api_key to a valid one"
+            );
+        }
+    }
+}
+
 impl LearnedOfUpstream {
     fn new() -> Self {
         Self {
             refuses_stream_options: AtomicBool::new(false),
+            key_refusal_logged_ms: AtomicU64::new(0),
             availability: Availability::new(MAX_FAILURES),
             models: CachedList::default(),
         }

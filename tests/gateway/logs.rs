@@ -65,6 +65,7 @@ async fn send_requests(gateway: &Process) {
         (KEY, with(r#""max_tokens":5000"#), 200),
         (PATIENT_KEY, body.clone(), 200),
         (PATIENT_KEY, body.clone(), 200),
+        (KEY, r#"{"model":"gpt-4o","messages":"CANARY-shape"}"#.to_owned(), 400),
     ] {
         let reply = gateway.chat_with(headers, &body).await;
         assert_eq!(reply.status, status, "{body} {}", reply.text());
@@ -111,7 +112,7 @@ async fn json_lines_have_exactly_the_documented_fields() {
     let lines = gateway.stop().await;
     let all: Vec<Map<String, Value>> = lines.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     let requests: Vec<_> = all.iter().filter(|line| line["target"] == "tollgate::request").collect();
-    assert_eq!(requests.len(), 10, "{lines:#?}");
+    assert_eq!(requests.len(), 11, "{lines:#?}");
     let used: BTreeSet<String> = requests.iter().flat_map(|line| line.keys().cloned()).collect();
     assert_eq!(used, documented_fields());
     for line in &all {
@@ -135,6 +136,14 @@ async fn json_lines_have_exactly_the_documented_fields() {
         ]
     );
     let line = |n: usize| Value::Object(requests[n].clone());
+    for (n, message) in [
+        (2, "The API key is not valid for this gateway. "),
+        (3, "The request body is not a valid JSON object"),
+        (9, "The request body has a field 'messages' of a shape that the API does not accept"),
+    ] {
+        let logged = line(n)["error_message"].as_str().unwrap().to_owned();
+        assert!(logged.starts_with(message) && (n == 2 || logged == message), "{logged}");
+    }
     for (field, value) in [
         ("outcome", json!("answered")),
         ("status", json!(200)),
@@ -203,7 +212,7 @@ async fn lines_for_people_are_readable_and_follow_a_banner() {
     let replicas = format!("upstreams     backend: http://{}/v1, http://", upstream.address);
     assert!(banner.iter().any(|line| line.starts_with(&replicas)), "{replicas}: {banner:#?}");
     let requests: Vec<&String> = lines.iter().filter(|line| line.contains(" INFO  request  ")).collect();
-    assert_eq!(requests.len(), 10, "{lines:#?}");
+    assert_eq!(requests.len(), 11, "{lines:#?}");
     for part in [
         " INFO  request  outcome=answered status=200 request_id=req_",
         " trace_id=4bf92f3577b34da6a3ce929d0e0e4736 address=127.0.0.1 environment=prod caller=web-app upstream=backend replica=127.0.0.1:",
@@ -224,6 +233,20 @@ async fn lines_for_people_are_readable_and_follow_a_banner() {
     assert!(requests[7].contains(attempts), "{}", requests[7]);
     assert!(lines.iter().any(|line| line.contains(" INFO  shutting down: ")), "{lines:#?}");
     assert!(!lines.concat().contains("CANARY"), "{lines:#?}");
+}
+
+#[tokio::test]
+async fn the_refusal_of_an_upstreams_key_is_logged_once_a_minute() {
+    let body = r#"{"error":{"code":"invalid_api_key"}}"#;
+    let upstream = Upstream::always(Answer::json(401, body)).await;
+    let gateway = gateway(&upstream, "{ log: json }").await;
+    for _ in 0..3 {
+        assert_eq!(gateway.chat_with(KEY, &hello(r#""max_tokens":20"#)).await.status, 401);
+    }
+    gateway.settled_charges().await;
+    let lines = gateway.stop().await;
+    let refusals = lines.iter().filter(|line| line.contains("it refuses the key of the config")).count();
+    assert_eq!(refusals, 1, "{lines:#?}");
 }
 
 #[tokio::test]

@@ -9,6 +9,24 @@ use std::net::IpAddr;
 use std::time::Duration;
 use tracing::Level;
 
+/// The key of a field, as each form has it. `key!` makes one.
+#[derive(Clone, Copy)]
+pub(super) struct Key {
+    pub(super) json: &'static str,
+    pub(super) for_people: &'static str,
+}
+
+/// The [`Key`] with this name, which needs no escapes. The compiler puts the parts together: a line has some twenty keys.
+macro_rules! key {
+    ($name:literal) => {
+        $crate::telemetry::log::line::Key {
+            json: concat!(",\"", $name, "\":"),
+            for_people: concat!(" ", $name, "="),
+        }
+    };
+}
+pub(super) use key;
+
 /// A line under construction. As JSON it is an object; for people it is `TIME LEVEL message  key=value key=value`.
 pub(crate) struct Line<'b> {
     buffer: &'b mut Vec<u8>,
@@ -59,10 +77,18 @@ impl<'b> Line<'b> {
         Self { buffer, form }
     }
 
-    /// Adds a field. The key needs no escapes.
+    /// Adds a field. Its name needs no escapes.
     // A derived `Serialize` would escape the keys again for every line, which takes a third of its instructions.
-    pub(crate) fn add(&mut self, key: &str, value: impl Serialize) {
-        self.key(key);
+    pub(crate) fn add(&mut self, name: &str, value: impl Serialize) {
+        let (begin, end) = if self.form == LogForm::Json { (",\"", "\":") } else { (" ", "=") };
+        for part in [begin, name, end] {
+            self.buffer.extend_from_slice(part.as_bytes());
+        }
+        self.value(value);
+    }
+
+    /// Adds a value.
+    fn value(&mut self, value: impl Serialize) {
         let begin = self.buffer.len();
         // Writing these values to a vector cannot fail.
         drop(serde_json::to_writer(&mut *self.buffer, &value));
@@ -71,29 +97,30 @@ impl<'b> Line<'b> {
         }
     }
 
+    // Not inlined, as some others here: a line has some twenty fields, and the code of one would be there twenty times.
     /// Adds a number.
-    #[inline]
-    pub(super) fn add_number(&mut self, key: &str, number: u64) {
+    #[inline(never)]
+    pub(super) fn add_number(&mut self, key: Key, number: u64) {
         self.key(key);
         self.buffer.extend_from_slice(itoa::Buffer::new().format(number).as_bytes());
     }
 
     /// Adds a truth value.
-    #[inline]
-    pub(super) fn add_flag(&mut self, key: &str, flag: bool) {
+    #[inline(never)]
+    pub(super) fn add_flag(&mut self, key: Key, flag: bool) {
         self.key(key);
         self.buffer.extend_from_slice(if flag { &b"true"[..] } else { b"false" });
     }
 
     /// Adds a word that needs no escapes.
-    #[inline]
-    pub(super) fn add_word(&mut self, key: &str, word: &str) {
+    #[inline(never)]
+    pub(super) fn add_word(&mut self, key: Key, word: &str) {
         self.add_unescaped(key, |buffer| buffer.extend_from_slice(word.as_bytes()));
     }
 
     /// Adds the text that `write` appends, which needs no escapes.
     #[inline]
-    fn add_unescaped(&mut self, key: &str, write: impl FnOnce(&mut Vec<u8>)) {
+    fn add_unescaped(&mut self, key: Key, write: impl FnOnce(&mut Vec<u8>)) {
         self.key(key);
         if self.form == LogForm::Json {
             self.buffer.push(b'"');
@@ -105,9 +132,12 @@ impl<'b> Line<'b> {
     }
 
     /// Adds an address.
-    pub(super) fn add_address(&mut self, key: &str, address: IpAddr) {
+    pub(super) fn add_address(&mut self, key: Key, address: IpAddr) {
         // The standard library's formatter takes three times as many instructions.
-        let IpAddr::V4(address) = address else { return self.add(key, address) };
+        let IpAddr::V4(address) = address else {
+            self.key(key);
+            return self.value(address);
+        };
         self.add_unescaped(key, |buffer| {
             for (at, octet) in address.octets().into_iter().enumerate() {
                 if at > 0 {
@@ -126,12 +156,14 @@ impl<'b> Line<'b> {
     }
 
     /// Adds a text, unless it is empty.
-    pub(super) fn add_text(&mut self, key: &str, text: &str) {
+    #[inline(never)]
+    pub(super) fn add_text(&mut self, key: Key, text: &str) {
         if text.is_empty() {
         } else if are_plain(text.as_bytes()) {
             self.add_word(key, text);
         } else {
-            self.add(key, text);
+            self.key(key);
+            self.value(text);
         }
     }
 
@@ -153,8 +185,8 @@ impl<'b> Line<'b> {
         }
     }
 
-    /// Adds a duration: as JSON in microseconds, with `_us` appended to the key; for people with its unit.
-    pub(super) fn add_duration(&mut self, key: [&'static str; 2], duration: Option<Duration>) {
+    /// Adds a duration: as JSON in microseconds, with the second key; for people with its unit, and with the first key.
+    pub(super) fn add_duration(&mut self, key: [Key; 2], duration: Option<Duration>) {
         let Some(duration) = duration else { return };
         let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let [for_people, with_unit] = key;
@@ -172,18 +204,9 @@ impl<'b> Line<'b> {
         }
     }
 
-    // Inlined, so that the length of each key is a constant: a line has some twenty of them.
-    #[inline]
-    fn key(&mut self, key: &str) {
-        if self.form == LogForm::Json {
-            self.buffer.extend_from_slice(b",\"");
-            self.buffer.extend_from_slice(key.as_bytes());
-            self.buffer.extend_from_slice(b"\":");
-        } else {
-            self.buffer.push(b' ');
-            self.buffer.extend_from_slice(key.as_bytes());
-            self.buffer.push(b'=');
-        }
+    fn key(&mut self, key: Key) {
+        let text = if self.form == LogForm::Json { key.json } else { key.for_people };
+        self.buffer.extend_from_slice(text.as_bytes());
     }
 
     /// Adds fields that another line has written without its beginning, and ends the line.
@@ -264,11 +287,11 @@ mod tests {
             line.add("model", "gpt-4o");
             line.add("name", "two words");
             line.add_if_any("absent", None::<u64>);
-            line.add_text("empty", "");
-            line.add_address("from", [192, 0, 2, 10].into());
-            line.add_address("v6", "2001:db8::1".parse().unwrap());
-            line.add_duration(["took", "took_us"], Some(Duration::from_micros(2_500_400)));
-            line.add_duration(["wait", "wait_us"], Some(Duration::from_micros(1_020)));
+            line.add_text(key!("empty"), "");
+            line.add_address(key!("from"), [192, 0, 2, 10].into());
+            line.add_address(key!("v6"), "2001:db8::1".parse().unwrap());
+            line.add_duration([key!("took"), key!("took_us")], Some(Duration::from_micros(2_500_400)));
+            line.add_duration([key!("wait"), key!("wait_us")], Some(Duration::from_micros(1_020)));
         };
         let json: serde_json::Value = serde_json::from_str(&line(LogForm::Json, add)).unwrap();
         let expected = serde_json::json!({

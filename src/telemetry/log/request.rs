@@ -4,7 +4,7 @@
 //! that the gateway used for a small request (measured).
 
 use super::Log;
-use super::line::Line;
+use super::line::{Line, key};
 use crate::config::RequestLines;
 use crate::telemetry::{Attempts, Denial, Record, RequestOutcome};
 use std::time::Duration;
@@ -34,60 +34,61 @@ pub(in crate::telemetry) fn request(record: &Record, elapsed: Duration) {
 
 /// Adds the fields in the order of `docs/logs.md`. A field without a value is absent.
 fn describe(line: &mut Line<'_>, record: &Record, elapsed: Duration) {
-    line.add_word("outcome", record.outcome.as_str());
+    line.add_word(key!("outcome"), record.outcome.as_str());
     if record.status > 0 {
-        line.add_number("status", record.status.into());
+        line.add_number(key!("status"), record.status.into());
     }
     if !record.error.is_empty() {
-        line.add_word("error", record.error);
+        line.add_word(key!("error"), record.error);
     }
-    line.add_text("request_id", &record.request_id);
+    line.add_text(key!("error_message"), record.error_message.as_deref().unwrap_or_default());
+    line.add_text(key!("request_id"), &record.request_id);
     line.add_if_any("trace_id", record.trace_id.as_deref());
     if let Some(address) = record.address {
-        line.add_address("address", address);
+        line.add_address(key!("address"), address);
     }
-    line.add_text("environment", &record.environment);
-    line.add_text("caller", record.caller.as_deref().unwrap_or_default());
-    line.add_text("upstream", record.upstream.as_ref().map_or("", |upstream| &upstream.name));
-    line.add_text("replica", &record.replica_address().unwrap_or_default());
+    line.add_text(key!("environment"), &record.environment);
+    line.add_text(key!("caller"), record.caller.as_deref().unwrap_or_default());
+    line.add_text(key!("upstream"), record.upstream.as_ref().map_or("", |upstream| &upstream.name));
+    line.add_text(key!("replica"), &record.replica_address().unwrap_or_default());
     line.add_attempts(&Attempts::with_last(record));
     if record.api != "none" {
-        line.add_word("api", record.api);
+        line.add_word(key!("api"), record.api);
     }
-    line.add_text("model", &record.model);
+    line.add_text(key!("model"), &record.model);
     if let Some(denied_by) = record.denied_by.as_deref() {
         describe_denial(line, denied_by);
     }
     if record.is_parsed {
-        line.add_flag("stream", record.is_stream);
+        line.add_flag(key!("stream"), record.is_stream);
     }
     if record.estimated_prompt > 0 || record.raw_estimate > 0 {
-        line.add_number("estimated_prompt_tokens", record.estimated_prompt);
-        line.add_word("estimate_source", record.estimate_source.as_str());
+        line.add_number(key!("estimated_prompt_tokens"), record.estimated_prompt);
+        line.add_word(key!("estimate_source"), record.estimate_source.as_str());
     }
     if let Some(tokens) = record.reserved_tokens {
-        line.add_number("reserved_tokens", tokens);
+        line.add_number(key!("reserved_tokens"), tokens);
     }
     line.add_if_any("clamped_to", record.clamped_to);
     if record.reserved_tokens.is_some() {
-        line.add_number("prompt_tokens", record.charged.prompt);
-        line.add_number("completion_tokens", record.charged.completion);
-        line.add_number("charged_tokens", record.charged.total);
-        line.add_flag("usage_reported", record.is_usage_reported);
+        line.add_number(key!("prompt_tokens"), record.charged.prompt);
+        line.add_number(key!("completion_tokens"), record.charged.completion);
+        line.add_number(key!("charged_tokens"), record.charged.total);
+        line.add_flag(key!("usage_reported"), record.is_usage_reported);
     }
-    line.add_duration(["queue_wait", "queue_wait_us"], record.queue_wait);
-    line.add_duration(["overhead", "overhead_us"], record.overhead);
-    line.add_duration(["first_byte", "first_byte_us"], record.first_byte);
-    line.add_duration(["first_token", "first_token_us"], record.first_token);
-    line.add_duration(["duration", "duration_us"], Some(elapsed));
+    line.add_duration([key!("queue_wait"), key!("queue_wait_us")], record.queue_wait);
+    line.add_duration([key!("overhead"), key!("overhead_us")], record.overhead);
+    line.add_duration([key!("first_byte"), key!("first_byte_us")], record.first_byte);
+    line.add_duration([key!("first_token"), key!("first_token_us")], record.first_token);
+    line.add_duration([key!("duration"), key!("duration_us")], Some(elapsed));
 }
 
 /// Adds the limit that denied the request.
 fn describe_denial(line: &mut Line<'_>, denied_by: &Denial) {
-    line.add_word("scope", denied_by.scope);
-    line.add_text("name", &denied_by.name);
+    line.add_word(key!("scope"), denied_by.scope);
+    line.add_text(key!("name"), &denied_by.name);
     if let Some(quota) = &denied_by.quota {
-        line.add_word("kind", quota.kind);
+        line.add_word(key!("kind"), quota.kind);
         line.add("per", quota.per.as_str());
     }
     line.add_if_any("limit", denied_by.limit);
