@@ -215,7 +215,7 @@ impl App {
             let incumbent = Incumbent::new(
                 control,
                 &self.state.current().config,
-                &sockets.workers,
+                (&sockets.workers, sockets.is_passed),
                 (&sockets.admin, sockets.admin_address),
                 (self.state.accounts().clone(), leave_limits),
                 lock,

@@ -126,7 +126,7 @@ fn check_certificates(config: &Config) -> Result<Vec<String>, ExitCode> {
     let (mut warnings, mut faults) = (Vec::new(), Vec::new());
     for (section, files, http2) in pairs {
         let Some(files) = files else { continue };
-        match load_certificate(section, &files.cert, &files.key, http2) {
+        match load_certificate(section, files, http2) {
             Ok(certificate) => warnings.extend(certificate.expiry_warning(section, clock::now())),
             Err(fault) => faults.push(fault),
         }

@@ -1,12 +1,13 @@
 //! Time. This is the only file that reads a clock.
 
+use serde::{Deserialize, Serialize};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A time of the wall clock, in milliseconds since the Unix epoch.
 ///
 /// The quota arithmetic takes it as an argument, so that tests and replays can set any time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Timestamp(pub i64);
 
 impl Timestamp {

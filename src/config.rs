@@ -75,8 +75,8 @@ pub struct Config {
     pub file_modified_ms: u64,
     /// The config file. `None`: the configuration was not read from a file.
     pub file: Option<PathBuf>,
-    /// The files that the values of the config file name: `${file:...}`.
-    pub value_files: Vec<PathBuf>,
+    /// The files that the config names and the gateway reads: of `${file:...}`, of tokenizers and of TLS.
+    pub named_files: Vec<PathBuf>,
     /// The settings as the file could contain them, with all defaults, and with secrets masked.
     pub effective: EffectiveConfig,
 }
@@ -134,12 +134,28 @@ pub struct FloodGuard {
 }
 
 /// `server.tls` or `admin.tls`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct TlsFiles {
     /// PEM file of the certificate chain.
     pub cert: PathBuf,
     /// PEM file of the private key.
     pub key: PathBuf,
+    /// The locations of the two settings, for faults: `tollgate.yaml:7:13`.
+    pub(crate) locations: TlsLocations,
+}
+
+/// The locations of the settings in `TlsFiles`.
+#[derive(Clone, Debug)]
+pub(crate) struct TlsLocations {
+    pub(crate) cert: String,
+    pub(crate) key: String,
+}
+
+/// Equal if the files are the same. The locations change when other lines of the config do.
+impl PartialEq for TlsFiles {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.cert, &self.key) == (&other.cert, &other.key)
+    }
 }
 
 /// `admin`: the listener for health checks, metrics and the admin API.

@@ -133,8 +133,9 @@ impl Account {
         match (&self.engine, redis) {
             (Engine::Shared(sync), Some((redis, stamp))) => {
                 self.engine.with_local(|local, _| local.set_rules(rules));
-                let (on_failure, leases) = (redis.on_failure, redis.lease);
-                sync.reconfigure(ReplicaSettings { on_failure, stamp, leases, quotas }).await;
+                sync.with_replica(|replica| replica.set_on_failure(clock::now(), redis.on_failure));
+                let settings = ReplicaSettings { stamp, leases: redis.lease, quotas };
+                sync.reconfigure(settings).await;
             }
             _ => self.engine.with_local(|local, now| {
                 local.set_rules(rules);
@@ -306,7 +307,7 @@ impl Account {
     }
 
     /// Notifies the store of a change. `urgent`: a request waits for its commit.
-    fn notify_store(&self, urgent: bool) {
+    pub fn notify_store(&self, urgent: bool) {
         if let Some(store) = &self.persistence {
             store.changed(urgent);
         }

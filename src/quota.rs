@@ -31,7 +31,7 @@ pub use handover::{HeldElsewhere, LeftCell, LeftReceipt, QuotaIdentity};
 pub use period::CalendarPeriod;
 pub use receipt::Receipt;
 pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
-pub use succession::predecessors;
+pub use succession::{Predecessors, predecessors};
 pub use table::{Applicable, Quotas, Subject};
 
 /// Largest limit or burst, in tokens or requests: 2^50.

@@ -15,6 +15,7 @@ pub use command::{
     CommandBuilder, EnforceMark, HeldReservation, LEASE_ID, NewLimit, OnShortage, Piece, ReserveRequest,
     ScriptCommand, SentSteps, Step, StepKind, UpstreamReserve,
 };
+pub(crate) use connection::note;
 pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, catch_up_time, check_url};
 pub use reply::{OverrideMark, ScriptReply, Verdict, load_states};
 

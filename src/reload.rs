@@ -1,7 +1,7 @@
 //! Requests to reload the config, and their outcome. The thread that reloads is in `app`.
 
 use serde_json::{Value, json};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
 /// Requests that may wait for the thread that reloads.
@@ -47,7 +47,16 @@ pub(crate) struct ReloadRequest {
 #[derive(Clone, Debug)]
 pub(crate) struct ReloadHandle {
     requests: mpsc::Sender<ReloadRequest>,
-    faults: Arc<Mutex<Vec<String>>>,
+    faults: Arc<Mutex<Faults>>,
+}
+
+/// The faults of the config and of the files that it names.
+#[derive(Debug, Default)]
+struct Faults {
+    /// Of the config that was refused last. Empty: the last reload succeeded.
+    of_config: Vec<String>,
+    /// Of certificate files that the config in force names. The certificates in force stay until the files can be used.
+    of_certificates: Vec<String>,
 }
 
 impl ReloadHandle {
@@ -75,11 +84,25 @@ impl ReloadHandle {
 
     /// The faults of the config that was refused last. Empty: the last reload succeeded.
     pub(crate) fn faults(&self) -> Vec<String> {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().of_config.clone()
+    }
+
+    /// The faults of certificate files that the next start would refuse.
+    pub(crate) fn certificate_faults(&self) -> Vec<String> {
+        self.lock().of_certificates.clone()
     }
 
     /// Records the faults of the last config.
     pub(crate) fn set_faults(&self, faults: Vec<String>) {
-        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
+        self.lock().of_config = faults;
+    }
+
+    /// Records the faults of the certificate files of the config in force.
+    pub(crate) fn set_certificate_faults(&self, faults: Vec<String>) {
+        self.lock().of_certificates = faults;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Faults> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -17,6 +17,7 @@ mod replica;
 mod replica_status;
 mod request;
 mod tls;
+mod tls_fault;
 
 use crate::clock::{self, Stopwatch};
 use crate::{config, random};
@@ -43,6 +44,7 @@ pub use replica_status::ReplicaStatus;
 pub(crate) use replica_status::{ReplicaView, Replicas};
 pub use request::{ExchangeError, Request, SendError};
 pub use tls::client_config;
+pub(crate) use tls_fault::CertificateFault;
 
 /// Shorter than the usual keep-alive times of servers, which are 60 to 75 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(50);

@@ -4,6 +4,7 @@ use super::Admin;
 use super::answers::{AccessErrors, ErrorBody, refusal};
 use crate::config::OnStoreFailure;
 use crate::ledger::RedisStatus;
+use crate::redis;
 use crate::telemetry::StateSources;
 use axum::body::Body;
 use axum::extract::State;
@@ -29,7 +30,7 @@ pub(super) async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     if admin.state.is_closing() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining: the gateway is shutting down\n".into());
     }
-    let mut text = String::new();
+    let (mut text, mut notes) = (String::new(), String::new());
     // The node stays ready: it serves requests, and only the durability of its counters is affected.
     if let Some(reason) = admin.state.store_failure() {
         let _ = writeln!(text, "ready, but the store cannot be written: {reason}");
@@ -37,6 +38,10 @@ pub(super) async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
     let faults = admin.reload.faults();
     if let Some(fault) = faults.first() {
         let _ = writeln!(text, "ready, but the new config was refused and the old one is in force: {fault}");
+    }
+    for fault in admin.reload.certificate_faults() {
+        let _ =
+            writeln!(text, "ready, but the next start would fail; the certificate in force stays: {fault}");
     }
     let mut status = StatusCode::OK;
     let policy = admin.state.current().config.store.redis.as_ref().map(|redis| redis.on_failure);
@@ -57,13 +62,17 @@ pub(super) async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
             let _ = writeln!(text, "{name}: Redis is unavailable, {consequence}: {trouble}");
         }
         for fault in server_faults {
-            let _ = writeln!(text, "{name}: a setting of the Redis server is wrong for quotas: {fault}");
+            let _ = match redis::note(&fault) {
+                Some(note) => writeln!(notes, "note: {name}: Redis: {note}"),
+                None => writeln!(text, "{name}: a setting of the Redis server is wrong for quotas: {fault}"),
+            };
         }
     }
+    // Notes do not limit the node.
     if text.is_empty() {
         text.push_str("ready\n");
     }
-    (status, text)
+    (status, text + &notes)
 }
 
 /// All metrics in Prometheus's text format.

@@ -11,8 +11,8 @@ use super::Admin;
 use super::answers::{AccessErrors, NoParameters, QueryResult, read_query, refusal};
 use super::audit::{self, Action, Actor};
 use super::environments::{EnvironmentPath, EnvironmentView, environment_view, find, unknown_environment};
-use crate::clock;
-use crate::ledger::{EnforceOverride, LimitChange, NoRoom, OverrideOrigin, QuotaKey};
+use crate::clock::{self, Timestamp};
+use crate::ledger::{EnforceOverride, LimitChange, OverrideOrigin, QuotaKey};
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -181,15 +181,16 @@ async fn change_limit(
     match target.account.set_limit(key, change).await {
         Ok(true) => {}
         Ok(false) => return Err(Box::new(target.unknown())),
-        Err(no_room) => return Err(redis_unavailable(&no_room)),
+        Err(_) => return Err(unavailable(admin)),
     }
     let action = Action {
         name: if change.is_some() { "limit_set" } else { "limit_unset" },
         target: target.audited(),
         before,
-        after: target.limit_in_force(),
+        after: target.limit_until(change.and_then(|change| change.origin.until)),
         reason: change.and_then(|change| change.origin.reason.clone()),
     };
+    let by = actor.by.as_str();
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
     let (limit, source) = match change {
@@ -197,7 +198,10 @@ async fn change_limit(
         None => (target.quota.limit_text(), "file"),
     };
     let environment = target.environment();
-    tracing::info!(environment, %kind, per, scope, name, limit, source, "the admin API changed a limit");
+    let origin = change.map(|change| &change.origin);
+    let until = origin.and_then(|origin| origin.until).map(Timestamp::to_rfc3339);
+    let reason = origin.and_then(|origin| origin.reason.as_deref());
+    tracing::info!(environment, %kind, per, scope, name, limit, source, by, until, reason, "the admin API changed a limit");
     Ok(target.view(admin))
 }
 
@@ -229,12 +233,13 @@ async fn reset_quota(admin: &Admin, actor: Actor, target: Result<Target, Box<Res
         Err(refusal) => return *refusal,
     };
     let key = target.key();
+    let before = target.used();
     match target.account.reset(Some(key)).await {
         Ok(true) => {}
         Ok(false) => return target.unknown(),
-        Err(no_room) => return *redis_unavailable(&no_room),
+        Err(_) => return *unavailable(admin),
     }
-    let action = Action { name: "reset", target: target.audited(), ..Action::default() };
+    let action = Action { name: "reset", target: target.audited(), before, ..Action::default() };
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
     let environment = target.environment();
@@ -261,8 +266,8 @@ pub(super) async fn reset(
     _: NoParameters,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
-    if let Err(no_room) = account.reset(None).await {
-        return *redis_unavailable(&no_room);
+    if account.reset(None).await.is_err() {
+        return *unavailable(&admin);
     }
     let target = audit::environment_target(&environment);
     audit::record(&admin, actor, Action { name: "reset", target, ..Action::default() }).await;
@@ -299,8 +304,8 @@ pub(super) async fn patch(
     let reason = terms.reason.clone();
     let change = enforce.map(|enforce| EnforceOverride { enforce, origin: origin(actor, terms) });
     let before = json!({ "enforce": account.is_enforcing() });
-    if let Err(no_room) = account.set_enforce(change).await {
-        return *redis_unavailable(&no_room);
+    if account.set_enforce(change).await.is_err() {
+        return *unavailable(&admin);
     }
     let action = Action {
         name: if enforce.is_some() { "enforce_set" } else { "enforce_unset" },
@@ -327,8 +332,19 @@ fn invalid(message: &str) -> Box<Response> {
     Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", message))
 }
 
+/// The counters cannot be changed: Redis is unavailable, or a process that has replaced this one has them.
 #[allow(clippy::unnecessary_box_returns)] // the error type of its callers
-fn redis_unavailable(_: &NoRoom) -> Box<Response> {
-    let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz answers 'ready'.";
-    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))
+fn unavailable(admin: &Admin) -> Box<Response> {
+    let (code, message) = if admin.state.current().config.store.redis.is_some() {
+        (
+            "quota_store_unavailable",
+            "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.",
+        )
+    } else {
+        (
+            "shutting_down",
+            "Nothing was changed, because a new process is replacing this one. Try again at once.",
+        )
+    };
+    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, code, message))
 }

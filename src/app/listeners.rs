@@ -24,6 +24,8 @@ pub(super) struct PreparedListeners {
     /// What changes, for the log.
     pub(super) changes: Vec<String>,
     pub(super) warnings: Vec<String>,
+    /// The faults of files whose certificates stay in force.
+    pub(super) certificate_faults: Vec<String>,
 }
 
 impl Listeners {
@@ -78,7 +80,7 @@ fn prepare(new: &Config, in_force: Option<(&Listeners, &Config)>) -> Result<Prep
     let callers = reader.read("server", server.tls.as_ref(), server.http2, known);
     let known = in_force.map(|(listeners, old)| (&listeners.admin, old.admin.tls.as_ref()));
     let admin = reader.read("admin", admin.tls.as_ref(), true, known);
-    let CertificateReader { changes, warnings, faults } = reader;
+    let CertificateReader { changes, warnings, certificate_faults, faults } = reader;
     if !faults.is_empty() {
         return Err(faults);
     }
@@ -92,6 +94,7 @@ fn prepare(new: &Config, in_force: Option<(&Listeners, &Config)>) -> Result<Prep
         admin: (admin_bounds(), Protocols { certificate: admin, http2: false, requires_host: false }),
         changes,
         warnings,
+        certificate_faults,
     })
 }
 
@@ -119,6 +122,7 @@ fn admin_bounds() -> ConnectionBounds {
 struct CertificateReader {
     changes: Vec<String>,
     warnings: Vec<String>,
+    certificate_faults: Vec<String>,
     faults: Vec<String>,
 }
 
@@ -134,16 +138,23 @@ impl CertificateReader {
         let files = files?;
         let in_force = known.and_then(|(listener, _)| listener.protocols().certificate);
         let has_same_files = known.is_some_and(|(_, known)| known == Some(files));
-        match (server::load_certificate(section, &files.cert, &files.key, http2), in_force) {
+        match (server::load_certificate(section, files, http2), in_force) {
             (Ok(certificate), in_force) => {
-                if in_force.is_some_and(|known| !known.is_same_as(&certificate)) {
-                    self.changes.push(format!("{section}.tls has another certificate"));
-                }
+                let certificate = match in_force {
+                    // Its callers can continue their TLS sessions.
+                    Some(known) if known.is_same_as(&certificate) => known.with_http2(http2),
+                    Some(_) => {
+                        self.changes.push(format!("{section}.tls has another certificate"));
+                        certificate
+                    }
+                    None => certificate,
+                };
                 self.warnings.extend(certificate.expiry_warning(section, clock::now()));
                 Some(certificate)
             }
             (Err(fault), Some(in_force)) if has_same_files => {
                 self.warnings.push(format!("{fault}; the certificate in force stays until both files match"));
+                self.certificate_faults.push(fault);
                 Some(in_force.with_http2(http2))
             }
             (Err(fault), _) => {

@@ -7,13 +7,13 @@ use super::MAX_REDIS_WAIT;
 use super::file_watch::FileWatch;
 use super::listeners::Listeners;
 use crate::clock;
-use crate::config::{self, Config, Loaded, ModelRule, TlsFiles, TokenizerChoice};
+use crate::config::{self, Config, Loaded};
 use crate::ledger::{Account, AuditEntry};
 use crate::proxy::{PreparedConfig, State, WorkerProxy};
 use crate::reload::{ReloadHandle, ReloadOutcome, ReloadRequest};
 use crate::server::RunState;
 use crate::telemetry::configure_logging;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -32,7 +32,7 @@ pub(super) struct Reloader {
     /// Takes the accounts of new environments to the thread that communicates with Redis.
     pub(super) redis: Option<mpsc::UnboundedSender<Arc<Account>>>,
     pub(super) handle: ReloadHandle,
-    /// The files that the last config names, if it was read and then refused. A change of one of them can correct it.
+    /// The files that the last config names, if it was refused. A change of one of them can correct it.
     pub(super) refused_files: Vec<PathBuf>,
 }
 
@@ -88,7 +88,9 @@ impl Reloader {
 
     /// The config file, and the files that it and a refused config name.
     fn files(&self) -> Vec<PathBuf> {
-        [files_of(&self.state.current().config), self.refused_files.clone()].concat()
+        let config = &self.state.current().config;
+        let Some(file) = &config.file else { return Vec::new() };
+        std::iter::once(file).chain(&config.named_files).chain(&self.refused_files).cloned().collect()
     }
 
     async fn reload(&mut self, files: &mut FileWatch) -> ReloadOutcome {
@@ -136,10 +138,19 @@ impl Reloader {
         let current = self.state.current();
         let file = current.config.file.as_deref();
         let file = file.ok_or_else(|| one("this gateway has no config file to reload".to_owned()))?;
-        let Loaded { mut config, warnings } = load(file)?;
+        // Reading a pipe or a device could block for ever.
+        if std::fs::metadata(file).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+            return Err(one(format!("{}: this is not a regular file", file.display())));
+        }
+        let loaded = config::load(file);
+        self.refused_files = match &loaded {
+            Ok(loaded) => loaded.config.named_files.clone(),
+            Err(faults) => faults.named_files.clone(),
+        };
         // A change from now on is noticed after this reload.
-        self.refused_files = files_of(&config);
         files.follow(&self.files());
+        let Loaded { mut config, warnings } =
+            loaded.map_err(|faults| faults.to_string().lines().map(str::to_owned).collect::<Vec<_>>())?;
         let restart_faults = config::restart_faults(&current.config, &config);
         if !restart_faults.is_empty() {
             return Err(restart_faults);
@@ -161,6 +172,7 @@ impl Reloader {
         self.state.put_in_force(prepared);
         let warnings: Vec<String> =
             warnings.iter().map(ToString::to_string).chain(listeners.warnings.iter().cloned()).collect();
+        self.handle.set_certificate_faults(listeners.certificate_faults.clone());
         self.listeners.put_in_force(listeners, &self.state.metrics);
         configure_logging(&self.state.current().config.telemetry);
         self.workers.iter().zip(proxies).for_each(|(worker, proxy)| worker.replace(proxy));
@@ -182,29 +194,6 @@ async fn wait_until_connected(prepared: &PreparedConfig) {
     };
     // Redis is unavailable: the account counts on this node until it is available.
     drop(timeout(MAX_REDIS_WAIT, connected).await);
-}
-
-/// The config file, and the files that it names.
-fn files_of(config: &Config) -> Vec<PathBuf> {
-    let tokenizer = |rule: &ModelRule| match &rule.tokenizer {
-        Some(TokenizerChoice::File(path)) => Some(path.clone()),
-        _ => None,
-    };
-    let Some(file) = &config.file else { return Vec::new() };
-    let pair = |tls: &TlsFiles| [tls.cert.clone(), tls.key.clone()];
-    let pairs = config.server.tls.iter().chain(&config.admin.tls).flat_map(pair);
-    let named = config.value_files.iter().cloned().chain(config.models.iter().filter_map(tokenizer));
-    let named = named.chain(pairs);
-    std::iter::once(file.clone()).chain(named).collect()
-}
-
-/// Reads the config file.
-fn load(file: &Path) -> Result<Loaded, Vec<String>> {
-    // Reading a pipe or a device could block for ever.
-    if std::fs::metadata(file).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
-        return Err(vec![format!("{}: this is not a regular file", file.display())]);
-    }
-    config::load(file).map_err(|faults| faults.to_string().lines().map(str::to_owned).collect())
 }
 
 /// When the new config was written. Nodes use the limits of the newest config. A file that is older than the one in

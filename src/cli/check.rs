@@ -154,25 +154,32 @@ fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> 
     let differs = set != *quota;
     differs.then(|| {
         format!(
-            "an administrator has set the limit of {}, {} per {}, to {}; the file has {}, which applies again after DELETE /api/{path}/quotas/{}/{}",
+            "an administrator has set the limit of {}, {} per {}, to {}; the file has {}, which applies again {}after DELETE /api/{path}/quotas/{}/{}",
             quota.scope.describe(&stored.environment),
             quota.kind,
             quota.per.text,
             set.limit_text(),
             quota.limit_text(),
+            at_end(stored.until),
             quota.kind,
             quota.per.text
         )
     })
 }
 
+/// When an override ends by itself, as a part of a sentence.
+fn at_end(until: Option<Timestamp>) -> String {
+    until.map_or_else(String::new, |until| format!("at {}, or ", until.to_rfc3339()))
+}
+
 fn enforce_warning(config: &Config, stored: &StoredEnforce) -> Option<String> {
     let (_, environment) = config.environment(&stored.environment)?;
     (environment.enforce != stored.enforce).then(|| {
         format!(
-            "an administrator has set enforce of environment '{name}' to {}; the file has {}, which applies again after PATCH /api/environments/{name} with {{\"enforce\": null}}",
+            "an administrator has set enforce of environment '{name}' to {}; the file has {}, which applies again {}after PATCH /api/environments/{name} with {{\"enforce\": null}}",
             stored.enforce,
             environment.enforce,
+            at_end(stored.until),
             name = environment.name,
         )
     })

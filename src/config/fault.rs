@@ -3,6 +3,7 @@
 use crate::similar::most_similar;
 use std::cell::RefCell;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The location of a setting.
@@ -12,6 +13,16 @@ pub(super) enum Location {
     File(usize, usize),
     /// The name of the environment variable that overrides the setting.
     Variable(Arc<str>),
+}
+
+impl Location {
+    /// `tollgate.yaml:7:13`, or `$VARIABLE`.
+    fn describe(&self, file: &str) -> String {
+        match self {
+            Self::File(line, column) => format!("{file}:{line}:{column}"),
+            Self::Variable(name) => format!("${name}"),
+        }
+    }
 }
 
 /// One fault or warning.
@@ -27,10 +38,7 @@ pub struct Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.location {
-            Location::File(line, column) => write!(f, "{}:{line}:{column}: ", self.file)?,
-            Location::Variable(name) => write!(f, "${name}: ")?,
-        }
+        write!(f, "{}: ", self.location.describe(&self.file))?;
         if !self.path.is_empty() {
             write!(f, "{}: ", self.path)?;
         }
@@ -38,31 +46,37 @@ impl fmt::Display for Fault {
     }
 }
 
-/// All faults of a config, in the order of the file. There is at least one.
+/// All faults of a config.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(Vec<Fault>);
+pub struct Faults {
+    /// In the order of the file. There is at least one.
+    faults: Vec<Fault>,
+    /// The files that the config names, as far as it could be read. A change of one of them can correct a fault.
+    pub(crate) named_files: Vec<PathBuf>,
+}
 
 impl Faults {
     /// A fault of the whole file.
     pub(super) fn of_file(file: &str, message: String) -> Self {
-        Self(vec![Fault { file: file.into(), location: Location::File(1, 1), path: String::new(), message }])
+        let fault = Fault { file: file.into(), location: Location::File(1, 1), path: String::new(), message };
+        Self { faults: vec![fault], named_files: Vec::new() }
     }
 
     /// The number of faults; at least 1. A config with very many faults has more than are recorded.
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.faults.len()
     }
 
     /// Iterates over the faults.
     #[cfg(test)]
     fn iter(&self) -> impl Iterator<Item = &Fault> {
-        self.0.iter()
+        self.faults.iter()
     }
 }
 
 impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, fault) in self.0.iter().enumerate() {
+        for (at, fault) in self.faults.iter().enumerate() {
             if at > 0 {
                 f.write_str("\n")?;
             }
@@ -79,16 +93,32 @@ const MAX_FINDINGS: usize = 1_000;
 /// After this many faults, messages list the known names and suggest none: a suggestion compares all names.
 const MAX_SUGGESTIONS: usize = 100;
 
-/// Collects faults and warnings while a config is read. Reading continues after a fault, so that one run reports all.
+/// Collects faults, warnings and the names of files while a config is read. Reading continues after a fault, so that one run reports all.
 pub(super) struct Findings {
     file: Arc<str>,
     faults: RefCell<Vec<Fault>>,
     warnings: RefCell<Vec<Fault>>,
+    named_files: RefCell<Vec<PathBuf>>,
 }
 
 impl Findings {
     pub(super) fn new(file: &str) -> Self {
-        Self { file: file.into(), faults: RefCell::default(), warnings: RefCell::default() }
+        let (faults, warnings, named_files) = (RefCell::default(), RefCell::default(), RefCell::default());
+        Self { file: file.into(), faults, warnings, named_files }
+    }
+
+    /// Records that the config names this file, whose content the gateway reads.
+    pub(super) fn add_named_file(&self, path: &Path) {
+        self.named_files.borrow_mut().push(path.to_owned());
+    }
+
+    pub(super) fn named_files(&self) -> Vec<PathBuf> {
+        self.named_files.borrow().clone()
+    }
+
+    /// The location of a setting, for a fault that is found after the config was read.
+    pub(super) fn describe(&self, location: &Location) -> String {
+        location.describe(&self.file)
     }
 
     pub(super) fn fault(&self, location: &Location, path: &str, message: impl Into<String>) {
@@ -128,7 +158,8 @@ impl Findings {
             findings.sort();
             findings.dedup();
         }
-        if faults.is_empty() { Ok(warnings) } else { Err(Faults(faults)) }
+        let named_files = self.named_files.into_inner();
+        if faults.is_empty() { Ok(warnings) } else { Err(Faults { faults, named_files }) }
     }
 }
 

@@ -5,7 +5,7 @@ use super::description::{
 };
 use super::setting::{Section, Setting};
 use super::tree::YamlValue;
-use super::{AddressBound, AdminSettings, FloodGuard, ServerSettings, TlsFiles, units};
+use super::{AddressBound, AdminSettings, FloodGuard, ServerSettings, TlsFiles, TlsLocations, units};
 use ipnet::IpNet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -276,9 +276,13 @@ fn flood_guard(setting: &Setting<'_>) -> Option<FloodGuard> {
 
 fn tls_files(setting: &Setting<'_>) -> Option<TlsFiles> {
     let section = setting.section(&TLS)?;
-    let file = |name| section.require(name).and_then(|s| s.path());
+    let file = |name| {
+        let setting = section.require(name)?;
+        Some((setting.file()?, setting.location()))
+    };
     let (cert, key) = (file("cert"), file("key"));
-    Some(TlsFiles { cert: cert?, key: key? })
+    let ((cert, cert_location), (key, key_location)) = (cert?, key?);
+    Some(TlsFiles { cert, key, locations: TlsLocations { cert: cert_location, key: key_location } })
 }
 
 fn admin(top: &Section<'_>) -> AdminSettings {

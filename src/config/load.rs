@@ -86,10 +86,10 @@ pub fn parse(
         for (variable, value) in overrides {
             overrides::apply(&mut root, variable, value, &findings);
         }
-        let value_files = variables::fill_in(&mut root, environment, &findings);
+        variables::fill_in(&mut root, environment, &findings);
         let config = read(&Setting { node: &root, path: String::new(), findings: &findings });
         let effective = effective::of(&root, Secrets::Masked);
-        config.map(|config| Config { value_files, effective, ..config })
+        config.map(|config| Config { named_files: findings.named_files(), effective, ..config })
     });
     let warnings = findings.into_warnings()?;
     // There is a config if there is no fault. This error is only a safeguard.
@@ -118,7 +118,7 @@ fn read(root: &Setting<'_>) -> Option<Config> {
         telemetry,
         file_modified_ms,
         file: None,
-        value_files: Vec::new(),
+        named_files: Vec::new(),
         effective: EffectiveConfig::default(),
     })
 }

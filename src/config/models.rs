@@ -123,7 +123,7 @@ fn tokenizer_file(setting: &Setting<'_>) -> Option<PathBuf> {
         #[serde(rename = "model")]
         _model: serde::de::IgnoredAny,
     }
-    let path = setting.path()?;
+    let path = setting.file()?;
     let file = std::fs::File::open(&path).map_err(|error| format!("this file cannot be read: {error}"));
     let checked = file.and_then(|file| {
         serde_json::from_reader(std::io::BufReader::new(file))

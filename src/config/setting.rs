@@ -214,6 +214,18 @@ impl<'n> Setting<'n> {
         self.parsed(|text| (!text.is_empty()).then(|| text.into()), "a path")
     }
 
+    /// The location of the setting, for a fault that is found after the config was read.
+    pub(super) fn location(&self) -> String {
+        self.findings.describe(&self.node.location)
+    }
+
+    /// A path of a file that the gateway reads. A running gateway watches the file.
+    pub(super) fn file(&self) -> Option<PathBuf> {
+        let path = self.path()?;
+        self.findings.add_named_file(&path);
+        Some(path)
+    }
+
     /// A secret that the gateway sends or receives in a header. An empty one counts as absent.
     pub(super) fn secret(&self) -> Option<Secret> {
         let text = self.text()?;

@@ -349,6 +349,9 @@ pub(super) fn read(top: &Section<'_>) -> Vec<Arc<UpstreamSettings>> {
 }
 
 fn upstream(name: &str, setting: &Setting<'_>) -> Option<UpstreamSettings> {
+    if name.contains(char::is_control) {
+        setting.fault("the name of an upstream must not contain a control character, because answers have it in a header");
+    }
     let section = setting.section(&UPSTREAM)?;
     let base_urls = base_urls(&section);
     let health = section.get("health").and_then(|s| health(&s));

@@ -6,7 +6,7 @@ use super::fault::Findings;
 use super::tree::{YamlNode, YamlValue, join};
 use std::fs::File;
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::Path;
 
 /// Returns the value of an environment variable.
 pub(super) type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -49,12 +49,9 @@ pub(super) fn unmask(text: &str) -> String {
     text.chars().map(unmask).collect()
 }
 
-/// Replaces every `${...}` in the values of a tree and records those that cannot be resolved. Returns the files that
-/// values name.
-pub(super) fn fill_in(root: &mut YamlNode, lookup: Lookup<'_>, findings: &Findings) -> Vec<PathBuf> {
-    let mut resolver = Resolver { lookup, findings, inserted: 0, files: Vec::new() };
-    resolver.fill(root, "");
-    resolver.files
+/// Replaces every `${...}` in the values of a tree, and records those that cannot be resolved and the files that values name.
+pub(super) fn fill_in(root: &mut YamlNode, lookup: Lookup<'_>, findings: &Findings) {
+    Resolver { lookup, findings, inserted: 0 }.fill(root, "");
 }
 
 struct Resolver<'a> {
@@ -62,7 +59,6 @@ struct Resolver<'a> {
     findings: &'a Findings,
     /// Bytes of text inserted so far.
     inserted: usize,
-    files: Vec<PathBuf>,
 }
 
 impl Resolver<'_> {
@@ -119,7 +115,7 @@ impl Resolver<'_> {
 
     fn look_up(&mut self, reference: &str) -> Result<String, String> {
         if let Some(path) = reference.strip_prefix("file:") {
-            self.files.push(path.into());
+            self.findings.add_named_file(Path::new(path));
             return read(path).map_err(|e| format!("the file {path} cannot be read: {e}"));
         }
         let (name, default) = match reference.split_once(":-") {

@@ -13,6 +13,13 @@ pub enum PathMistake {
     EndpointTwice(&'static str),
     /// The path belongs to the admin listener.
     AdminPath,
+    /// The path would be served without the `/` at its end.
+    TrailingSlash,
+    /// The first segment is not an environment, and no environment has a similar name.
+    UnknownEnvironment {
+        /// The first segment of the path.
+        given: String,
+    },
     /// The name of the environment.
     Environment {
         /// The first segment of the path.
@@ -40,6 +47,27 @@ impl PathMistake {
                 f,
                 "The admin listener serves the path '{path}', and this is the listener for callers. Its operator knows the address of the admin listener (admin.listen)."
             ),
+            Self::TrailingSlash => write!(
+                f,
+                "The gateway does not serve the path '{path}', because it ends in '/'. Remove the '/' at the end of the path."
+            ),
+            Self::UnknownEnvironment { given } => {
+                write!(f, "'{given}' is not an environment of this gateway. ")?;
+                match base_path {
+                    _ if base_path.starts_with("/<") => write!(
+                        f,
+                        "{sdk} needs a base_url that ends in '{base_path}'. Ask the gateway's operator for the name of the environment."
+                    ),
+                    "/" => write!(
+                        f,
+                        "Remove '/{given}' from the base_url, which then has no path, also not '/v1'. Or ask the gateway's operator for the name of the environment."
+                    ),
+                    _ => write!(
+                        f,
+                        "Remove '/{given}' from the base_url, so that its path is '{base_path}'. Or ask the gateway's operator for the name of the environment."
+                    ),
+                }
+            }
             _ => {
                 write!(f, "The gateway does not serve the path '{path}'. ")?;
                 match self {
@@ -51,7 +79,7 @@ impl PathMistake {
                     Self::Environment { given, nearest } => {
                         write!(f, "There is no environment '{given}'. Did you mean '{nearest}'? ")?;
                     }
-                    Self::BaseUrl | Self::NotServed | Self::AdminPath => {}
+                    _ => {}
                 }
                 match base_path {
                     "/" => write!(f, "{sdk} needs a base_url without a path, also without '/v1'."),

@@ -1,6 +1,7 @@
 //! The audit log: the actions of administrators until the store takes them. Without a store it is the whole log.
 
 use crate::clock::Timestamp;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const MAX_ENTRIES: usize = 1_000;
 
 /// An action of an administrator.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditEntry {
     /// When it was done.
     pub at: Timestamp,

@@ -9,7 +9,6 @@ mod stream;
 use super::allowance::LearnedLengths;
 use super::demand::{Admission, Demand, Grant, NoRoom, Settlement};
 use super::durability::RestoredState;
-use super::messages::LeftAccount;
 use super::overrides::{EnforceOverride, LimitChange, Overrides, QuotaKey};
 use super::usage_history::{Totals, UsageHistory};
 use crate::clock::Timestamp;
@@ -192,8 +191,9 @@ impl Local {
         self.overrides.restore(now, &restored.overrides);
         self.apply_enforce();
         self.quotas.set_limits(&self.overrides.in_force(), now);
-        let has_left = restored.left.as_ref().is_some_and(LeftAccount::has_left);
-        self.replaced = self.quotas.restore(now, &restored.quotas, has_left);
+        // Only what the old process counts is settled by its requests.
+        let keeps_held = |quota: &Quota| restored.left.as_ref().is_some_and(|left| left.has(quota));
+        self.replaced = self.quotas.restore(now, &restored.quotas, keeps_held);
         if restored.left.is_none() {
             self.quotas.count_interrupted(now, &restored.quotas, restored.held);
         }

@@ -1,6 +1,7 @@
 //! The messages between an account that has moved and the new process that has its counters.
 
 use super::allowance::LeftLengths;
+use super::audit::AuditEntry;
 use super::demand::{Backend, NoRoom};
 use super::owner::UPSTREAM_PREFIX;
 use crate::clock::Timestamp;
@@ -87,6 +88,8 @@ pub enum ToSuccessor {
     Commit { id: u64, environment: String },
     /// Usage of an account that does not move, for the usage history.
     Usage { environment: String, rows: Vec<LeftUsage> },
+    /// Actions of administrators that the old process has taken since it left the store.
+    Audit { entries: Vec<AuditEntry> },
 }
 
 /// An upstream that may serve a request of the old process.
@@ -171,9 +174,9 @@ pub struct LeftShortfall {
 }
 
 impl LeftAccount {
-    /// Whether the account has left. The account of counters in Redis stays.
-    pub(super) fn has_left(&self) -> bool {
-        !self.cells.is_empty()
+    /// Whether the old process counts in this quota. An account of counters in Redis has left none.
+    pub(super) fn has(&self, quota: &Quota) -> bool {
+        self.cells.iter().any(|cell| cell.is_of(quota))
     }
 }
 

@@ -23,6 +23,7 @@ use crate::quota::{Amounts, Quotas, Receipt, Subject};
 use crate::redis::{Cells, CommandBuilder, LEASE_ID, ScriptReply, Step, StepKind};
 use journal::{Batch, Journal, JournalEntry, MAX_BATCH, TrackedReservation};
 use lease::Lease;
+use offline::OfflineUsage;
 pub(super) use reconfigure::ReplicaSettings;
 use std::collections::{HashMap, HashSet};
 
@@ -89,11 +90,15 @@ pub(super) struct Replica {
 /// The state of a node while Redis is unavailable.
 #[derive(Debug)]
 struct Offline {
+    /// The setting by which the node's counters were made.
+    on_failure: OnStoreFailure,
     /// The shared quotas as they were before the loss.
     before: Quotas,
     /// This node's share, as if it had spent nothing offline and with its usage. The resync sends the difference.
     unspent: Quotas,
     spent: Quotas,
+    /// The usage since the loss that the journal has already, because `on_failure` has changed.
+    recorded: Vec<OfflineUsage>,
 }
 
 impl Replica {
@@ -105,7 +110,8 @@ impl Replica {
         commands.set_max_delay_ms(config.max_call_delay_ms);
         let lease = config.leases.then(|| Lease::new(quotas.len()));
         let own = &local.quotas;
-        let offline = Offline { before: own.clone(), unspent: own.clone(), spent: own.clone() };
+        let (before, unspent, spent) = (own.clone(), own.clone(), own.clone());
+        let offline = Offline { on_failure: config.on_failure, before, unspent, spent, recorded: Vec::new() };
         Self {
             local,
             config,

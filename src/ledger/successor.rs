@@ -1,5 +1,6 @@
 //! Sends the messages of moved accounts to the new process, which has their counters.
 
+use super::audit::AuditEntry;
 use super::demand::{Grant, Progress, Settlement};
 use super::messages::{FromSuccessor, LeftGrant, LeftUsage, ToSuccessor};
 use crate::quota::{Amounts, Receipt, Subject};
@@ -75,6 +76,11 @@ impl SuccessorLine {
     /// Sends usage of an account that does not move.
     pub fn send_usage(&self, environment: &Arc<str>, rows: Vec<LeftUsage>) {
         self.send(ToSuccessor::Usage { environment: environment.to_string(), rows });
+    }
+
+    /// Sends entries of the audit log.
+    pub fn send_audit(&self, entries: Vec<AuditEntry>) {
+        self.send(ToSuccessor::Audit { entries });
     }
 
     fn lock(&self) -> MutexGuard<'_, Replies> {

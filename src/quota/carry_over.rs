@@ -1,9 +1,9 @@
 //! What a change of the config does to the counters of an environment.
 //!
 //! Used amounts carry over. A quota whose limit, burst or time zone changes keeps its counter. A quota whose period or
-//! window changes starts with the amount that was used before, at most its new limit. A removed quota keeps its counter
-//! out of sight, so that it continues when the quota comes back. So no sequence of configs serves more than one
-//! period's limit.
+//! window changes starts with the amount that was used before, at most its new burst (of a calendar quota, its new limit).
+//! A removed quota keeps its counter out of sight, so that it continues when the quota comes back. So no sequence of
+//! configs serves more than one period's limit.
 
 use super::counter::Cell;
 use super::table::Quotas;
@@ -21,7 +21,7 @@ pub enum Takeover {
     Separate,
 }
 
-/// The amount that was used in a quota before its period or window changed, at most the new limit.
+/// The amount that was used in a quota before its period or window changed, at most the new burst or limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CarriedAmount {
     /// Index of the cell of the new quota.
@@ -93,11 +93,16 @@ impl Quotas {
                 quota.is_unlimited() || known.is_some_and(|at| was_active[at] && !was_unlimited[at]);
             let replaced = if continues_itself { None } else { replaced.get_mut(&key) };
             let amount =
-                replaced.as_ref().map(|replaced| replaced.amount.min(quota.limit)).filter(|n| *n > 0);
+                replaced.as_ref().map(|replaced| replaced.amount.min(quota.max_carried())).filter(|n| *n > 0);
             let at = self.place(quota, known, replaced, now, takeover, &persisted);
             carried.extend(amount.map(|amount| CarriedAmount { cell: at, amount }));
             self.cells[at].is_active = true;
             self.order.push(at);
+        }
+        for (cell, was_active) in self.cells.iter_mut().zip(was_active) {
+            if cell.is_active != was_active {
+                cell.mark_changed();
+            }
         }
         self.rebuild_index();
         carried
@@ -141,6 +146,10 @@ impl Quotas {
         let at = self.push(quota.clone(), now);
         if let Some(counter) = persisted(quota) {
             self.cells[at].restore(&counter, false, now);
+            // The limit may be higher than the one that has cut it off.
+            if counter.excess > 0 && !quota.is_unlimited() {
+                self.cells[at].fit_used(now);
+            }
         }
         at
     }

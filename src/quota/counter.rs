@@ -103,12 +103,13 @@ impl Cell {
     }
 
     /// Limits the used amount to the capacity. The rest counts once the limit is raised within a period.
-    fn fit_used(&mut self, now: Timestamp) {
+    pub(super) fn fit_used(&mut self, now: Timestamp) {
         let excess = self.excess_at(now);
         let (_, used) = self.held_and_used();
         let max = self.quota.max_carried();
         let left = used.saturating_add(excess).saturating_sub(max);
         self.excess = (left > 0).then(|| (left, now.plus_ms(self.quota.per.ms)));
+        self.is_dirty = true;
         if used > max {
             self.limit_used(max);
         } else if excess > 0 {
@@ -121,33 +122,33 @@ impl Cell {
         self.excess.filter(|(_, until)| now < *until).map_or(0, |(excess, _)| excess)
     }
 
-    /// Continues from the counter that another process has persisted for an earlier quota. `keeps_held`: that process
-    /// still serves the requests that hold amounts. They stay held if the quota is the same.
-    pub(super) fn restore_from(
+    /// Continues from the counter that another process has persisted for the same quota. `keeps_held`: that process still
+    /// serves the requests that hold amounts.
+    pub(super) fn restore_own(
         &mut self,
         earlier: &Quota,
         persisted: &PersistedCounter,
         keeps_held: bool,
         now: Timestamp,
     ) {
-        let max = self.quota.max_carried();
-        if earlier.is_same_as(&self.quota) {
-            self.restore(persisted, keeps_held, now);
-            if earlier.is_unlimited() {
-                self.charge_clock_count();
-            }
-            if earlier.limit != self.quota.limit && !self.quota.is_unlimited() {
-                self.fit_used(now);
-            }
+        self.restore(persisted, keeps_held, now);
+        if earlier.is_unlimited() {
+            self.charge_clock_count();
+        }
+        if earlier.limit != self.quota.limit && !self.quota.is_unlimited() {
+            self.fit_used(now);
+        }
+    }
+
+    /// Takes over the used amount of another quota, which this one has replaced. Another process has persisted its counter.
+    pub(super) fn replace(&mut self, earlier: &Quota, persisted: &PersistedCounter, now: Timestamp) {
+        if matches!(earlier.window, Window::Calendar { .. }) && CalendarPeriod::has_ended(persisted, now) {
             return;
         }
-        let is_over =
-            matches!(earlier.window, Window::Calendar { .. }) && CalendarPeriod::has_ended(persisted, now);
-        if !is_over {
-            let mut before = Self::full(0, earlier.clone(), now);
-            before.restore(persisted, false, now);
-            self.carry_over(before.held_and_used().1.min(max));
-        }
+        let mut before = Self::full(0, earlier.clone(), now);
+        before.restore(persisted, false, now);
+        self.advance(now);
+        self.raise_used(before.carried(now).max(self.carried(now)), now);
     }
 
     fn carry_over(&mut self, used: u64) {
@@ -185,11 +186,11 @@ impl Cell {
     }
 
     /// The counter continues under a quota with another period or window. The used amount stays, at most the new
-    /// limit. Reservations stay held. Requires a preceding `advance`.
+    /// capacity. Reservations stay held. Requires a preceding `advance`.
     pub(super) fn convert(&mut self, quota: Quota, now: Timestamp) {
         let (held, all) = self.held_and_used();
         let all = all.saturating_add(self.excess_at(now));
-        let used = all.min(quota.limit);
+        let used = all.min(quota.max_carried());
         self.excess = Some((all - used, now.plus_ms(quota.per.ms)));
         if let Counter::Calendar(calendar) = &self.counter {
             self.taken_over.push(calendar.period_id());
@@ -217,12 +218,13 @@ impl Cell {
         self.is_dirty = true;
     }
 
-    /// Raises the used amount to `amount`, at most to the limit, if it is less. Requires a preceding `advance`.
+    /// Raises the used amount to `amount`, at most to the capacity, if it is less. Requires a preceding `advance`.
     pub(super) fn raise_used(&mut self, amount: u64, now: Timestamp) {
         let (held, used) = self.held_and_used();
         let committed = used.saturating_add(held);
-        let raised = amount.min(self.quota.limit).max(committed);
+        let raised = amount.min(self.quota.max_carried()).max(committed);
         self.excess = Some((amount.saturating_sub(raised), now.plus_ms(self.quota.per.ms)));
+        self.is_dirty = true;
         if raised == committed {
             return;
         }
@@ -231,7 +233,6 @@ impl Cell {
             Counter::Rolling(bucket, _) => bucket.begin_with(used, held),
             Counter::Calendar(calendar) => calendar.begin_with(used, held),
         }
-        self.is_dirty = true;
     }
 
     /// Used and held together, with the amount that a lower limit has cut off. Requires a preceding `advance`.
@@ -409,14 +410,24 @@ impl Cell {
 
     /// The counter for the store, if it has changed since the last call.
     pub(super) fn take_change(&mut self) -> Option<PersistedCounter> {
-        std::mem::take(&mut self.is_dirty).then(|| match &self.counter {
-            Counter::Rolling(bucket, clock) => {
-                let mut persisted = bucket.to_persisted();
-                clock.persist(&mut persisted);
-                persisted
-            }
-            Counter::Calendar(calendar) => calendar.to_persisted(),
+        std::mem::take(&mut self.is_dirty).then(|| {
+            let mut persisted = match &self.counter {
+                Counter::Rolling(bucket, clock) => {
+                    let mut persisted = bucket.to_persisted();
+                    clock.persist(&mut persisted);
+                    persisted
+                }
+                Counter::Calendar(calendar) => calendar.to_persisted(),
+            };
+            (persisted.excess, persisted.excess_until) = self.excess.unwrap_or_default();
+            persisted.is_removed = !self.is_active;
+            persisted
         })
+    }
+
+    /// Makes `take_change` return the counter.
+    pub(super) fn mark_changed(&mut self) {
+        self.is_dirty = true;
     }
 
     /// Continues from the counter that another process has persisted.
@@ -436,6 +447,7 @@ impl Cell {
             }
             Counter::Calendar(calendar) => calendar.restore(persisted, keeps_held, now),
         }
+        self.excess = (persisted.excess > 0).then_some((persisted.excess, persisted.excess_until));
         self.is_dirty = true;
     }
 

@@ -58,6 +58,13 @@ pub struct LeftCell {
     periods: Vec<u64>,
 }
 
+impl LeftCell {
+    /// Whether this is the cell of a quota.
+    pub fn is_of(&self, quota: &Quota) -> bool {
+        self.quota.is_of(quota)
+    }
+}
+
 /// A receipt of the old process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftReceipt {

@@ -22,6 +22,12 @@ pub struct PersistedCounter {
     pub clock_used: u64,
     /// For a rolling quota: the start of the clock's period; 0 if an older version of the gateway wrote it.
     pub clock_at: Timestamp,
+    /// The used amount that a lower limit has cut off. It counts again if the limit is raised before `excess_until`.
+    pub excess: u64,
+    /// See `excess`.
+    pub excess_until: Timestamp,
+    /// The config no longer had the quota.
+    pub is_removed: bool,
 }
 
 /// The complete counter of one quota. Nodes exchange it with Redis.

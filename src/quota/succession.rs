@@ -3,29 +3,45 @@
 //! A used amount belongs to the environment, to the caller or the pattern of models, and to the kind of quota. So a
 //! quota whose period or window has changed continues with the amount that was used, and does not start full.
 
-use super::Quota;
+use super::{PersistedCounter, Quota};
 
-/// For each quota, the index of the earlier quota whose used amount it continues; `None`: it is new.
+/// The earlier quotas that a quota continues, by their indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Predecessors {
+    /// The same quota.
+    pub own: Option<usize>,
+    /// Another one, which it has replaced.
+    pub replaced: Option<usize>,
+}
+
+/// For each quota, the earlier quotas whose used amounts it continues.
 ///
-/// A quota continues the earlier one with the same period and window. The others of a scope and kind continue the
-/// removed ones of that scope and kind, the longest period the longest. If fewer quotas were removed, the last
-/// of them has several successors.
-pub fn predecessors(earlier: &[&Quota], quotas: &[Quota]) -> Vec<Option<usize>> {
-    let same = |quota: &Quota| earlier.iter().position(|before| before.is_same_as(quota));
-    let mut found: Vec<Option<usize>> = quotas.iter().map(same).collect();
+/// A quota continues the earlier one with the same period and window, if the last config had it. The others of a scope
+/// and kind replace those of the last config that are absent now, the longest period the longest. If fewer quotas are
+/// absent, the last of them has several successors. If none is, a new quota replaces one that an earlier config had.
+pub fn predecessors(earlier: &[(Quota, PersistedCounter)], quotas: &[Quota]) -> Vec<Predecessors> {
+    let same = |quota: &Quota| earlier.iter().position(|(before, _)| before.is_same_as(quota));
+    let mut found: Vec<_> =
+        quotas.iter().map(|quota| Predecessors { own: same(quota), replaced: None }).collect();
+    let is_removed = |at: usize| earlier[at].1.is_removed;
     // An unlimited quota counts the amounts settled in its own period.
-    let is_new = |at: &usize| found[*at].is_none() && !quotas[*at].is_unlimited();
-    let mut new: Vec<usize> = (0..quotas.len()).filter(is_new).collect();
-    let is_removed = |at: &usize| !found.contains(&Some(*at)) && !earlier[*at].is_unlimited();
-    let mut removed: Vec<usize> = (0..earlier.len()).filter(is_removed).collect();
-    new.sort_by_key(|&at| std::cmp::Reverse(quotas[at].per.ms));
-    removed.sort_by_key(|&at| std::cmp::Reverse(earlier[at].per.ms));
-    for (position, &at) in new.iter().enumerate() {
+    let replaces = |at: &usize| found[*at].own.is_none_or(is_removed) && !quotas[*at].is_unlimited();
+    let mut replacing: Vec<usize> = (0..quotas.len()).filter(replaces).collect();
+    let is_absent =
+        |at: &usize| found.iter().all(|found| found.own != Some(*at)) && !earlier[*at].0.is_unlimited();
+    let mut absent: Vec<usize> = (0..earlier.len()).filter(is_absent).collect();
+    replacing.sort_by_key(|&at| std::cmp::Reverse(quotas[at].per.ms));
+    absent.sort_by_key(|&at| std::cmp::Reverse(earlier[at].0.per.ms));
+    for (position, &at) in replacing.iter().enumerate() {
         let quota = &quotas[at];
         let is_sibling = |other: &Quota| other.scope == quota.scope && other.kind == quota.kind;
-        let rank = new[..position].iter().filter(|&&longer| is_sibling(&quotas[longer])).count();
-        let mut candidates = removed.iter().copied().filter(|&before| is_sibling(earlier[before]));
-        found[at] = candidates.clone().nth(rank).or_else(|| candidates.next_back());
+        let rank = replacing[..position].iter().filter(|&&longer| is_sibling(&quotas[longer])).count();
+        let siblings = || absent.iter().copied().filter(|&before| is_sibling(&earlier[before].0));
+        let of_last_config: Vec<usize> = siblings().filter(|&before| !is_removed(before)).collect();
+        let is_new = found[at].own.is_none();
+        let candidates =
+            if of_last_config.is_empty() && is_new { siblings().collect() } else { of_last_config };
+        found[at].replaced = candidates.get(rank).or(candidates.last()).copied();
     }
     found
 }
@@ -49,8 +65,38 @@ mod tests {
         periods.iter().map(|&ms| quota(Scope::Environment, Kind::TotalTokens, ms, false)).collect()
     }
 
+    /// `removed`: the indices of earlier quotas that the last config did not have.
+    fn all_found(earlier: &[Quota], removed: &[usize], quotas: &[Quota]) -> Vec<Predecessors> {
+        let counter =
+            |at| PersistedCounter { is_removed: removed.contains(&at), ..PersistedCounter::default() };
+        let persisted: Vec<_> =
+            earlier.iter().enumerate().map(|(at, quota)| (quota.clone(), counter(at))).collect();
+        predecessors(&persisted, quotas)
+    }
+
+    /// The only predecessor of each quota.
     fn found(earlier: &[Quota], quotas: &[Quota]) -> Vec<Option<usize>> {
-        predecessors(&earlier.iter().collect::<Vec<_>>(), quotas)
+        let all = all_found(earlier, &[], quotas).into_iter();
+        all.map(|Predecessors { own, replaced }| {
+            assert!(own.is_none() || replaced.is_none());
+            own.or(replaced)
+        })
+        .collect()
+    }
+
+    #[test]
+    fn a_quota_that_comes_back_also_continues_the_one_that_it_replaces() {
+        // In the order of `day`, `week`: the last config had the week only.
+        for (earlier, removed, quotas, expected) in [
+            (&[1, 7][..], &[0][..], &[1][..], (Some(0), Some(1))),
+            (&[1, 7], &[0], &[7], (Some(1), None)),
+            (&[1, 7], &[0], &[30], (None, Some(1))),
+            (&[1, 7], &[0, 1], &[7], (Some(1), None)),
+            (&[1, 7], &[0, 1], &[30], (None, Some(1))),
+        ] {
+            let found = all_found(&of_environment(earlier), removed, &of_environment(quotas))[0];
+            assert_eq!((found.own, found.replaced), expected, "{earlier:?} {removed:?} {quotas:?}");
+        }
     }
 
     #[test]

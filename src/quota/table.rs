@@ -2,7 +2,7 @@
 
 use super::counter::Cell;
 use super::receipt::{Hold, Receipt};
-use super::succession::predecessors;
+use super::succession::{Predecessors, predecessors};
 use super::{
     Amounts, CounterState, Denied, Kind, PersistedCounter, Quota, QuotaLevel, QuotaStatus, Required, Scope,
     Takeover, Wait,
@@ -390,25 +390,28 @@ impl Quotas {
     }
 
     /// Continues from the counters that another process has persisted, with the quotas that it had. Each quota
-    /// continues the one that [`predecessors`] finds. `keeps_held`: the other process still serves the requests that hold
-    /// amounts. Returns the persisted quotas that were replaced by others.
+    /// continues those that [`predecessors`] finds. `keeps_held`: whether the other process still serves the requests that
+    /// hold amounts in a quota. Returns the persisted quotas that were replaced by others.
     pub fn restore(
         &mut self,
         now: Timestamp,
         persisted: &[(Quota, PersistedCounter)],
-        keeps_held: bool,
+        keeps_held: impl Fn(&Quota) -> bool,
     ) -> Vec<Quota> {
-        let earlier: Vec<&Quota> = persisted.iter().map(|(quota, _)| quota).collect();
         let quotas: Vec<Quota> = self.cells.iter().map(|cell| cell.quota.clone()).collect();
-        let mut replaced = Vec::new();
-        for (cell, predecessor) in self.cells.iter_mut().zip(predecessors(&earlier, &quotas)) {
-            let Some((quota, counter)) = predecessor.map(|at| &persisted[at]) else { continue };
-            cell.restore_from(quota, counter, keeps_held, now);
-            if !quota.is_same_as(&cell.quota) {
-                replaced.push(quota.clone());
+        let mut all_replaced = Vec::new();
+        for (cell, Predecessors { own, replaced }) in
+            self.cells.iter_mut().zip(predecessors(persisted, &quotas))
+        {
+            if let Some((quota, counter)) = own.map(|at| &persisted[at]) {
+                cell.restore_own(quota, counter, keeps_held(quota), now);
+            }
+            if let Some((quota, counter)) = replaced.map(|at| &persisted[at]) {
+                cell.replace(quota, counter, now);
+                all_replaced.push(quota.clone());
             }
         }
-        replaced
+        all_replaced
     }
 
     /// Counts what requests held that a crash has interrupted, in the unlimited quotas that count every request. Call it

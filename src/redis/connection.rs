@@ -29,6 +29,7 @@ use url::RedisUrl;
 
 pub use call_timer::catch_up_time;
 pub use circuit::CallRefusal;
+pub(crate) use requirements::note;
 
 /// Added to the timeout for each argument. A node that joins with a thousand open reservations sends some twenty
 /// thousand arguments, which take the server 25 ms. For one reservation the addition is negligible.

@@ -2,8 +2,8 @@
 
 use super::not_after;
 use crate::clock::Timestamp;
+use crate::config::TlsFiles;
 use std::fmt::Display;
-use std::path::Path;
 use std::sync::Arc;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
@@ -63,29 +63,31 @@ impl Certificate {
 /// Reads a certificate chain and its private key. `section`: the section of the config that names the files.
 ///
 /// # Errors
-/// A file cannot be read or parsed, or the two do not belong together. The message names the setting and the file.
-pub(crate) fn load(section: &str, cert: &Path, key: &Path, http2: bool) -> Result<Certificate, String> {
-    let fault = |name: &str, path: &Path, what: &dyn Display| {
-        format!("{section}.tls.{name}: {}: {what}", path.display())
-    };
-    let pem = std::fs::read(cert).map_err(|error| fault("cert", cert, &error))?;
+/// A file cannot be read or parsed, or the two do not belong together. The message has the location and name of the setting, and the file.
+pub(crate) fn load(section: &str, files: &TlsFiles, http2: bool) -> Result<Certificate, String> {
+    let TlsFiles { cert, key, locations } = files;
+    let cert_fault =
+        |what: &dyn Display| format!("{}: {section}.tls.cert: {}: {what}", locations.cert, cert.display());
+    let key_fault =
+        |what: &dyn Display| format!("{}: {section}.tls.key: {}: {what}", locations.key, key.display());
+    let pem = std::fs::read(cert).map_err(|error| cert_fault(&error))?;
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
-        .map_err(|error| fault("cert", cert, &format!("this is not a PEM file: {error}")))?;
+        .map_err(|error| cert_fault(&format!("this is not a PEM file: {error}")))?;
     let Some(first) = chain.first() else {
-        return Err(fault("cert", cert, &"the file has no certificate; it must have the chain in PEM"));
+        return Err(cert_fault(&"the file has no certificate; it must have the chain in PEM"));
     };
     let expires = not_after::of(first);
     let private = PrivateKeyDer::from_pem_file(key)
-        .map_err(|error| fault("key", key, &format!("the file has no private key in PEM: {error}")))?;
+        .map_err(|error| key_fault(&format!("the file has no private key in PEM: {error}")))?;
     let built = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain.clone(), private));
     let mut config = built.map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => {
-            fault("key", key, &format!("it does not belong to the certificate in {}", cert.display()))
+            key_fault(&format!("it does not belong to the certificate in {}", cert.display()))
         }
-        error => fault("cert", cert, &format!("the certificate cannot be used: {error}")),
+        error => cert_fault(&format!("the certificate cannot be used: {error}")),
     })?;
     config.alpn_protocols = alpn(http2);
     // Callers resume sessions without a table of sessions in memory. Without random numbers they do not.

@@ -13,12 +13,13 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The scripts that bring a file from each version to the next one. The first script creates the tables.
-const SCHEMA: [&str; 5] = [
+const SCHEMA: [&str; 6] = [
     include_str!("schema/1.sql"),
     include_str!("schema/2.sql"),
     include_str!("schema/3.sql"),
     include_str!("schema/4.sql"),
     include_str!("schema/5.sql"),
+    include_str!("schema/6.sql"),
 ];
 /// SQLite's application id of a Tollgate store: the letters "Tllg".
 const APPLICATION_ID: i64 = 0x546c_6c67;
@@ -176,8 +177,9 @@ impl Database {
     pub(super) fn quotas(&self, environment: &str) -> rusqlite::Result<Vec<(Quota, PersistedCounter)>> {
         let mut read = self.0.prepare(
             r#"SELECT scope, name, kind, per_ms, "window", per, "limit", used, level_fraction, held, at_ms, until_ms,
-                      clock_used, clock_at_ms
-               FROM quota WHERE environment = ?"#,
+                      clock_used, clock_at_ms, coalesce(excess, 0), coalesce(excess_until_ms, 0), coalesce(is_removed, 0)
+               FROM quota LEFT JOIN quota_facts USING (environment, scope, name, kind, per_ms, "window")
+               WHERE environment = ?"#,
         )?;
         let rows = read.query_map([environment], |row| {
             let counter = PersistedCounter {
@@ -188,6 +190,9 @@ impl Database {
                 until: Timestamp(row.get(11)?),
                 clock_used: unsigned(row.get(12)?),
                 clock_at: Timestamp(row.get(13)?),
+                excess: unsigned(row.get(14)?),
+                excess_until: Timestamp(row.get(15)?),
+                is_removed: row.get(16)?,
             };
             Ok(stored_quota(row, environment)?.map(|quota| (quota, counter)))
         })?;
@@ -353,23 +358,53 @@ impl Transaction<'_> {
             signed(saved.clock_used),
             saved.clock_at.0,
         ])?;
+        self.quota_facts(environment, quota, saved)
+    }
+
+    fn quota_facts(
+        &self,
+        environment: &str,
+        quota: &Quota,
+        saved: &PersistedCounter,
+    ) -> rusqlite::Result<()> {
+        if saved.excess == 0 && !saved.is_removed {
+            return self.remove_from("quota_facts", environment, quota);
+        }
+        let mut write =
+            self.0.prepare_cached("INSERT OR REPLACE INTO quota_facts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
+        write.execute(params![
+            environment,
+            quota.scope.as_str(),
+            quota.scope.name(),
+            quota.kind.as_str(),
+            signed(quota.per.ms),
+            window_name(quota),
+            signed(saved.excess),
+            saved.excess_until.0,
+            saved.is_removed,
+        ])?;
         Ok(())
     }
 
     /// Removes the state of a quota that another one has replaced.
     pub(super) fn remove_quota(&self, environment: &str, quota: &Quota) -> rusqlite::Result<()> {
-        self.0.execute(
-            r#"DELETE FROM quota
-               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#,
-            params![
-                environment,
-                quota.scope.as_str(),
-                quota.scope.name(),
-                quota.kind.as_str(),
-                signed(quota.per.ms),
-                window_name(quota)
-            ],
-        )?;
+        self.remove_from("quota", environment, quota)?;
+        self.remove_from("quota_facts", environment, quota)
+    }
+
+    fn remove_from(&self, table: &str, environment: &str, quota: &Quota) -> rusqlite::Result<()> {
+        let mut remove = self.0.prepare_cached(&format!(
+            r#"DELETE FROM {table}
+               WHERE environment = ? AND scope = ? AND name = ? AND kind = ? AND per_ms = ? AND "window" = ?"#
+        ))?;
+        remove.execute(params![
+            environment,
+            quota.scope.as_str(),
+            quota.scope.name(),
+            quota.kind.as_str(),
+            signed(quota.per.ms),
+            window_name(quota),
+        ])?;
         Ok(())
     }
 

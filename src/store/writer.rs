@@ -161,7 +161,7 @@ pub(super) fn run(
         control.commits.finish(commit);
         if is_pausing && let Some(line) = control.wait_for_new_process(!unwritten.has_changes) {
             drop((database, lock));
-            return forward_usage(control, sources, &line);
+            return forward(control, sources, &line);
         }
         if is_stopping {
             return;
@@ -172,8 +172,8 @@ pub(super) fn run(
     }
 }
 
-/// Sends the usage of this process to the one that has the store, until the control stops the thread.
-fn forward_usage(control: &WriterControl, sources: &Sources, line: &SuccessorLine) {
+/// Sends the usage and the audit log of this process to the one that has the store, until the control stops the thread.
+fn forward(control: &WriterControl, sources: &Sources, line: &SuccessorLine) {
     loop {
         let is_stopping = control.wait(false, MERGE_INTERVAL);
         // Requests do not wait for commits that this process does not make.
@@ -183,6 +183,12 @@ fn forward_usage(control: &WriterControl, sources: &Sources, line: &SuccessorLin
             if !rows.is_empty() {
                 line.send_usage(environment, rows.into_iter().map(left_usage).collect());
             }
+        }
+        let audit = sources.accounts.audit();
+        let (audit_end, entries) = audit.unwritten();
+        if !entries.is_empty() {
+            line.send_audit(entries);
+            audit.remove_written(audit_end);
         }
         control.commits.finish(commit);
         if is_stopping {

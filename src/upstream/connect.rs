@@ -13,17 +13,12 @@ use tokio::time::sleep;
 /// 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
-/// Connects to the first address of `host` that accepts. The caller bounds the time.
-pub(super) async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
-    connect_to(resolve(host, port).await?).await
-}
-
-/// The addresses of a host, in the order in which they are tried.
+/// The addresses of a host, in the order in which they are tried. The caller bounds the time.
 pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     Ok(alternate_families(lookup_host((host, port)).await?.collect()))
 }
 
-/// Connects to the first of these addresses that accepts.
+/// Connects to the first of these addresses that accepts. The caller bounds the time.
 pub(super) async fn connect_to(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let stream = connect_to_any(addresses).await?;
     stream.set_nodelay(true)?;

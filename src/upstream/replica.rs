@@ -57,7 +57,10 @@ impl Replica {
 
     /// Opens a new connection. The caller bounds the time.
     pub(super) async fn connect(&self) -> Result<Connected, SendError> {
-        let tcp = connect::connect(&self.host, self.port)
+        let addresses = connect::resolve(&self.host, self.port)
+            .await
+            .map_err(|e| SendError::Unreachable("its host name could not be resolved (DNS)", e))?;
+        let tcp = connect::connect_to(addresses)
             .await
             .map_err(|e| SendError::Unreachable("no connection to its address", e))?;
         let http1 = |stream| Connected::Http1(Http1Connection::new(stream).counted(&self.connections));

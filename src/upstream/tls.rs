@@ -1,5 +1,6 @@
 //! TLS to upstreams: rustls, the machine's trusted roots, HTTP/2 by ALPN.
 
+use super::tls_fault::CertificateFault;
 use crate::roots::trusted_roots;
 use anyhow::Context as _;
 use std::io;
@@ -25,9 +26,9 @@ impl TlsClient {
         Ok(Self { connector: TlsConnector::from(config), name })
     }
 
-    /// Performs the handshake.
+    /// Performs the handshake. The error of a refused certificate has its reason in words.
     pub(super) async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        self.connector.connect(self.name.clone(), tcp).await
+        self.connector.connect(self.name.clone(), tcp).await.map_err(CertificateFault::explain)
     }
 }
 

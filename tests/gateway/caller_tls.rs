@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::CertificateDer;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::{ClientConfig, HandshakeKind, RootCertStore};
 use tollgate::app::CallerTimeouts;
 
 /// A self-signed certificate of `localhost`, with its key, in PEM.
@@ -50,12 +50,8 @@ fn config(upstream: &Upstream, folder: &Path, settings: &str) -> String {
     )
 }
 
-/// Connects and trusts these certificates.
-async fn connect(
-    address: std::net::SocketAddr,
-    trusted: &[&Pair],
-    alpn: &[&[u8]],
-) -> std::io::Result<TlsStream<TcpStream>> {
+/// The settings of a caller that trusts these certificates. It remembers sessions.
+fn client(trusted: &[&Pair], alpn: &[&[u8]]) -> Arc<ClientConfig> {
     let mut roots = RootCertStore::empty();
     trusted.iter().for_each(|pair| roots.add(pair.der.clone()).unwrap());
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
@@ -65,12 +61,24 @@ async fn connect(
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Arc::new(config)
+}
+
+/// Connects and trusts these certificates.
+async fn connect(
+    address: std::net::SocketAddr,
+    trusted: &[&Pair],
+    alpn: &[&[u8]],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    connect_as(client(trusted, alpn), address).await
+}
+
+async fn connect_as(
+    client: Arc<ClientConfig>,
+    address: std::net::SocketAddr,
+) -> std::io::Result<TlsStream<TcpStream>> {
     let socket = TcpStream::connect(address).await?;
-    soon(
-        "the handshake",
-        TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), socket),
-    )
-    .await
+    soon("the handshake", TlsConnector::from(client).connect("localhost".try_into().unwrap(), socket)).await
 }
 
 /// Sends a request over HTTP/1.1 and returns the whole answer.
@@ -246,12 +254,48 @@ async fn a_pair_is_replaced_once_both_files_match_and_connections_stay_open() {
         std::fs::write(folder.path().join("cert.pem"), content).unwrap();
         settle().await;
         assert_eq!(served(&gateway, pairs).await, 0, "{} bytes", content.len());
+        let readyz = gateway.admin_get("/readyz").await;
+        assert!(readyz.text().contains("the next start would fail"), "{}", readyz.text());
     }
     std::fs::write(folder.path().join("key.pem"), &b.key).unwrap();
     wait_until_served(&gateway, pairs, 1).await;
     assert_eq!(expiry().await, 2_903_299_200);
+    assert_eq!(gateway.admin_get("/readyz").await.text(), "ready\n");
     // The open connection is still served.
     assert_eq!(open.chat(HELLO).await.status, 200);
+}
+
+#[tokio::test]
+async fn callers_continue_their_sessions_after_a_reload_with_the_same_certificate() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let (folder, pair) = (tempfile::tempdir().unwrap(), pair());
+    pair.write(folder.path());
+    let path = folder.path().join("t.yaml");
+    std::fs::write(&path, config(&upstream, folder.path(), "")).unwrap();
+    let gateway = Gateway::from_file(&path).await;
+    let client = client(&[&pair], &[]);
+    let handshake = async || {
+        let stream = connect_as(client.clone(), gateway.address).await.unwrap();
+        let kind = stream.get_ref().1.handshake_kind().unwrap();
+        // The caller receives the ticket of its session before the answer.
+        assert!(exchange(stream, &chat(HELLO)).await.starts_with("HTTP/1.1 200 OK\r\n"));
+        kind
+    };
+    let reload = async || {
+        let mut administrator = Caller::connect(gateway.admin).await;
+        let host = gateway.admin;
+        let head = format!("POST /api/config/reload HTTP/1.1\r\nhost: {host}\r\ncontent-length: 0\r\n\r\n");
+        administrator.send(head.as_bytes()).await;
+        assert_eq!(administrator.reply().await.status, 200);
+    };
+    assert_eq!(handshake().await, HandshakeKind::Full);
+    assert_eq!(handshake().await, HandshakeKind::Resumed);
+    reload().await;
+    assert_eq!(handshake().await, HandshakeKind::Resumed);
+    pair_until(2061).write(folder.path());
+    reload().await;
+    let stream = connect_as(client.clone(), gateway.address).await;
+    assert!(stream.is_err(), "another certificate is not trusted");
 }
 
 #[tokio::test]
@@ -325,18 +369,25 @@ async fn check_and_start_report_an_unusable_pair_and_one_that_expires() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("t.yaml");
-    std::fs::write(&path, config(&upstream, folder.path(), "")).unwrap();
+    let text = config(&upstream, folder.path(), "");
+    std::fs::write(&path, &text).unwrap();
     let arguments = ["check", "--config", path.to_str().unwrap()];
+    // A fault begins with the line and the column of the file's name.
+    let place = |key: &str| {
+        let column = text.find(key).unwrap() + key.len() + 1;
+        format!("{}:1:{column}: server.tls.{key}", path.display())
+    };
+    let (cert_fault, key_fault) = (place("cert: "), place("key: "));
     let (good, other, expired) = (pair(), pair(), pair_until(2020));
     let write = |cert: &str, key: &str| {
         std::fs::write(folder.path().join("cert.pem"), cert).unwrap();
         std::fs::write(folder.path().join("key.pem"), key).unwrap();
     };
     for (cert, key, fault) in [
-        ("", &*good.key, "server.tls.cert: "),
-        (&*good.cert, "", "server.tls.key: "),
+        ("", &*good.key, &*cert_fault),
+        (&*good.cert, "", &*key_fault),
         (&*good.cert, &*other.key, "it does not belong to the certificate in"),
-        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", &*good.key, "server.tls.cert: "),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", &*good.key, &*cert_fault),
     ] {
         write(cert, key);
         for command in [&arguments[..], &["serve", arguments[1], arguments[2]]] {

@@ -3,7 +3,7 @@
 use crate::support::port::free_port;
 use crate::support::redis::Redis;
 use crate::support::*;
-use crate::tls::server::Server;
+use crate::tls::server::{Certificate, Server};
 use std::time::{Duration, Instant};
 
 const KEY: &str = "sk-of-the-upstream-canary";
@@ -105,12 +105,47 @@ async fn tls_is_checked_with_the_trusted_authorities() {
             &["an authority that this machine does not trust", "SSL_CERT_FILE", "upstreams.up.base_url"],
         );
     }
+    // Trusted certificates that cannot serve.
+    let parameters = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap();
+    for (parameters, words) in [
+        (authority(parameters.clone()), ["marked as an authority", "issue one with CA:FALSE"]),
+        (expired(parameters), ["has expired at 2020-01-01T00:00:00Z", "renew the certificate"]),
+    ] {
+        let server = Server::with(b"h2", Certificate::of(&parameters)).await;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, &server.certificate.pem).unwrap();
+        let variables = [("SSL_CERT_FILE", file.path().to_str().unwrap())];
+        let declared = format!("up: {{ base_url: 'https://localhost:{}/v1', api_key: k }}", server.port);
+        let (code, text) = check(&declared, "", &variables).await;
+        assert_eq!(code, 2, "{text}");
+        contains_all(&text, &words);
+        contains_all(&text, &["TLS", "FAULT: the certificate", "; check upstreams.up.base_url, or "]);
+        // The log of the gateway has the same text.
+        let sections = format!(
+            "upstreams: {{ {declared} }}\nenvironments: {{ e: {{ upstream: up }} }}\ndefault_environment: e"
+        );
+        let gateway = Process::start(&sections, &variables).await;
+        assert_eq!(gateway.chat(HELLO).await.refusal(), (502, "upstream_unreachable".into()));
+        let line = soon("the log", gateway.line_with("the gateway cannot reach an upstream")).await;
+        contains_all(&line, &words);
+    }
     // A server without TLS.
     let server = Upstream::always(Answer::json(200, "{}")).await;
     let url = format!("https://localhost:{}/v1", server.address.port());
     let (code, text) = check(&upstream(&url, ""), "", &[]).await;
     assert_eq!(code, 2, "{text}");
     contains_all(&text, &["FAULT", "upstreams.up.base_url"]);
+}
+
+fn authority(mut parameters: rcgen::CertificateParams) -> rcgen::CertificateParams {
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    parameters
+}
+
+fn expired(mut parameters: rcgen::CertificateParams) -> rcgen::CertificateParams {
+    parameters.not_before = rcgen::date_time_ymd(2019, 1, 1);
+    parameters.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    parameters
 }
 
 #[tokio::test]

@@ -250,6 +250,61 @@ async fn one_quota_is_reset_and_the_others_stay() {
 }
 
 #[tokio::test]
+async fn the_error_for_an_unknown_quota_lists_the_quotas_of_the_environment() {
+    let upstream = Upstream::always(Answer::chat(8, 8)).await;
+    let models: Vec<String> =
+        (0..30).map(|n| format!("m{n}: {{ requests: {{ limit: 5, per: day }} }}")).collect();
+    let gateway = Gateway::with(
+        &upstream,
+        "",
+        &format!(
+            "  staging: {{ upstream: backend, quotas: {{ total_tokens: {{ limit: 9, per: hour }}, requests: {{ limit: 5, per: day }} }}, \
+             keys: [{{ name: web, secret: key-of-the-web-app }}, {{ name: batch, secret: key-of-the-batch-job, quotas: {{ requests: {{ limit: 5, per: day }} }} }}] }}\n  \
+             large: {{ upstream: backend, model_quotas: {{ {} }} }}",
+            models.join(", ")
+        ),
+    )
+    .await;
+    let has = "The environment has: total_tokens per hour, requests per day, ";
+    for (target, words) in [
+        ("staging/quotas/requests/hour", ["Environment 'staging' has no such quota. ", has]),
+        ("staging/quotas/tokens/hour", ["Environment 'staging' has no such quota. ", has]),
+        (
+            "staging/quotas/requests/day?scope=caller&name=web",
+            ["Caller 'web' of environment 'staging' has no quotas of its own. ", has],
+        ),
+        (
+            "staging/quotas/requests/day?scope=caller&name=nobody",
+            ["Environment 'staging' has no caller of this name. ", has],
+        ),
+        (
+            "staging/quotas/requests/hour?scope=caller&name=batch",
+            [
+                "Environment 'staging' has no such quota. ",
+                "The environment has: requests per day (scope caller, name batch), total_tokens per hour, ",
+            ],
+        ),
+        (
+            "large/quotas/requests/day",
+            [
+                "Environment 'large' has no such quota. ",
+                " and 14 more, which GET /api/environments/large lists. Write kind and period",
+            ],
+        ),
+    ] {
+        let refused = admin(&gateway, "DELETE", &format!("/api/environments/{target}"), "").await;
+        assert_eq!(
+            (refused.status, &refused.json()["error"]["code"]),
+            (404, &"unknown_quota".into()),
+            "{target}"
+        );
+        let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(words.iter().all(|words| message.contains(words)), "{target}: {message}");
+        assert!(message.matches(" per ").count() <= 20, "{message}");
+    }
+}
+
+#[tokio::test]
 async fn bad_overrides_are_refused_with_a_reason() {
     let (upstream, folder) = (Upstream::always(Answer::chat(8, 8)).await, tempfile::tempdir().unwrap());
     let gateway = gateway(&upstream, folder.path()).await;

@@ -191,11 +191,72 @@ async fn an_unknown_path_is_a_404_that_suggests_a_base_url() {
             ),
             "{path}"
         );
+        let hint = if path == "/v1/chat/completions/" { "Remove the '/' at the end" } else { "base_url" };
         assert!(
-            path == "/" || reply.text().contains("base_url") && reply.text().contains("/v1"),
+            path == "/" || reply.text().contains(hint) && reply.text().contains("/v1"),
             "{}",
             reply.text()
         );
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_404_for_an_unknown_environment_or_a_final_slash_names_the_mistake() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let keyed = format!(
+        "  production: {{ upstream: backend, keys: [{{ name: web, secret: {WEB_KEY} }}] }}\n  sandbox: {{ upstream: backend }}"
+    );
+    let keyed = Gateway::with(&upstream, "", &keyed).await;
+    let open = "  secret: { upstream: backend, quotas: { requests: { limit: 9, per: minute } } }";
+    let open = Gateway::with(&upstream, "", open).await;
+    let operator = "sk the gateway's operator for the name of the environment.";
+    for (gateway, path, words) in [
+        (
+            &keyed,
+            "/elsewhere/v1/chat/completions",
+            &[
+                "'elsewhere' is not an environment of this gateway. Remove '/elsewhere' from the base_url, so that its path is '/v1'.",
+                operator,
+            ][..],
+        ),
+        (&keyed, "/elsewhere/v1/chat/completions/", &["'elsewhere' is not an environment"]),
+        (&keyed, "/elsewhere/v1/files", &["'elsewhere' is not an environment"]),
+        (&keyed, "/Elsewhere/chat/completions", &["'Elsewhere' is not an environment"]),
+        (
+            &keyed,
+            "/elsewhere/v1/messages",
+            &["Remove '/elsewhere' from the base_url, which then has no path, also not '/v1'.", operator],
+        ),
+        (
+            &open,
+            "/elsewhere/v1/chat/completions",
+            &[
+                "'elsewhere' is not an environment of this gateway. An OpenAI SDK needs a base_url that ends in '/<environment>/v1'.",
+                operator,
+            ],
+        ),
+        (
+            &keyed,
+            "/v1/chat/completions/",
+            &["because it ends in '/'. Remove the '/' at the end of the path."],
+        ),
+        (&keyed, "/sandbox/v1/models//", &["because it ends in '/'."]),
+        (&open, "/secret/v1/messages/", &["because it ends in '/'."]),
+        (&open, "/v1/chat/completions/", &["a base_url that ends in '/<environment>/v1'."]),
+        // These are versions, or nothing at all, and not meant as environments.
+        (&keyed, "/v2/chat/completions", &["a base_url that ends in '/v1'."]),
+        (&keyed, "/V1/chat/completions", &["a base_url that ends in '/v1'."]),
+        (&keyed, "//v1/chat/completions", &["a base_url that ends in '/v1'."]),
+        (&keyed, "/elsewhere/v1/nothing", &["a base_url that ends in '/v1'."]),
+    ] {
+        let reply = gateway.post(path, HELLO).await;
+        assert_eq!((reply.status, reply.header("x-tollgate-error")), (404, Some("unknown_path")), "{path}");
+        let message = reply.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(words.iter().all(|words| message.contains(words)), "{path}: {message}");
+        let rest = message.replace(path, "");
+        let names = ["production", "sandbox", "open", "secret"];
+        assert!(names.iter().all(|name| !rest.contains(&format!("/{name}"))), "{path}: {message}");
     }
     assert!(upstream.seen().is_empty());
 }

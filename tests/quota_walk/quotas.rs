@@ -198,7 +198,7 @@ impl QuotaWalk {
         self.recounts.iter_mut().for_each(Recount::restart);
         self.open.clear();
         self.engine = Quotas::new(&all, Timestamp(self.now));
-        self.engine.restore(Timestamp(self.now), &persisted, false);
+        self.engine.restore(Timestamp(self.now), &persisted, |_| false);
         self.note("restarted");
     }
 

@@ -257,7 +257,6 @@ impl Recount {
         if self.quota.is_unlimited() && self.is_rolling() {
             self.spent = 0;
         }
-        self.excess = (0, 0);
         self.open.clear();
         self.period = 0;
     }

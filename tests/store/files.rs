@@ -117,7 +117,7 @@ async fn a_file_of_the_first_version_is_migrated() {
     let node = Node::open(&config(&folder.file(), MONTHS, ""));
     assert_eq!((limits(&node), &node.used()[..2]), (vec![77, 2_000], &[42, 50][..]));
     drop(node);
-    assert_eq!(folder.sql("PRAGMA user_version"), 5);
+    assert_eq!(folder.sql("PRAGMA user_version"), 6);
     let audited = "SELECT count(*) FROM audit WHERE at_ms = 1000 AND action = 'all quotas reset' AND target = 'environment ''e'''";
     assert_eq!(folder.sql(audited), 1);
     assert_eq!(folder.sql("SELECT count(*) FROM limit_override WHERE \"window\" = 'calendar'"), 1);
@@ -137,6 +137,6 @@ async fn a_file_of_the_third_version_gets_the_terms_of_overrides() {
     let set = node.account.overrides();
     assert_eq!(set.limits[0].origin, OverrideOrigin::default(), "who set it is not known");
     drop(node);
-    assert_eq!(folder.sql("PRAGMA user_version"), 5);
+    assert_eq!(folder.sql("PRAGMA user_version"), 6);
     assert_eq!(folder.sql("SELECT count(*) FROM limit_override WHERE until_ms IS NULL"), 1);
 }

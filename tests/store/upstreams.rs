@@ -158,7 +158,10 @@ async fn old_usage_of_upstreams_is_merged_into_days_without_loss() {
         assert_eq!(folder.sql(&format!("SELECT sum(requests) FROM {days}")), 4_320);
         let of_days = folder.sql(&format!("SELECT count(DISTINCT day) FROM {days}"));
         assert!((3..=4).contains(&of_days));
-        assert_eq!(folder.sql(&format!("SELECT count(*) FROM {days}")), of_days * rows_per_day);
+        // The first and the last day may have minutes of some rows only.
+        let rows = folder.sql(&format!("SELECT count(*) FROM {days}"));
+        let of_all = of_days * rows_per_day;
+        assert!((of_all - 2 * (rows_per_day - 1)..=of_all).contains(&rows), "{rows}");
     }
     assert_eq!(folder.sql("SELECT sum(total_tokens) FROM upstream_usage_by_day"), 4_321 * 7);
 }
@@ -284,7 +287,7 @@ fn a_file_of_the_fourth_version_is_migrated_with_everything_that_it_has() {
     assert_eq!(node.environment.snapshot().totals.requests, 9);
     node.spend("gpt-4o", 10, 10);
     drop((snapshot, node));
-    assert_eq!(folder.sql("PRAGMA user_version"), 5);
+    assert_eq!(folder.sql("PRAGMA user_version"), 6);
     assert_eq!(folder.sql("SELECT sum(total_tokens) FROM usage_by_day WHERE environment = 'e'"), 940);
     assert_eq!(folder.sql("SELECT total_tokens FROM upstream_usage_by_day WHERE upstream = 'u'"), 20);
 }

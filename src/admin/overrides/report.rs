@@ -248,7 +248,11 @@ fn quota_yaml(quota: &Quota) -> String {
 
 /// A text in double quotes, as JSON and YAML write it.
 fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+    // JSON leaves the character DEL and those after it as they are, which YAML does not allow.
+    let escaped = |c: char| {
+        if (0x7f..0xa0).contains(&u32::from(c)) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() }
+    };
+    serde_json::Value::from(text).to_string().chars().map(escaped).collect()
 }
 
 #[cfg(test)]

@@ -6,14 +6,18 @@ use crate::admin::Admin;
 use crate::admin::answers::refusal;
 use crate::admin::environments::{environment_view, find, unknown_environment};
 use crate::admin::upstreams::{self, unknown_upstream};
+use crate::clock::Timestamp;
 use crate::config::{Environment, UpstreamSettings};
 use crate::ledger::{Account, Owner, QuotaKey};
-use crate::quota::{Kind, Quota, UNLIMITED, Window};
+use crate::quota::{Kind, Quota, QuotaLevel, Scope, UNLIMITED, Window};
 use axum::Json;
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
+
+/// An error lists at most this many quotas.
+const MAX_LISTED_QUOTAS: usize = 20;
 
 /// What a quota belongs to.
 pub(super) enum QuotaOwner {
@@ -45,10 +49,9 @@ impl Target {
         QuotaParameters { scope, name }: &QuotaParameters,
     ) -> Result<Self, Box<Response>> {
         let (settings, account) = find(admin, environment).ok_or_else(|| Box::new(unknown_environment()))?;
-        let kind = known_kind(kind).ok_or_else(|| Box::new(unknown_quota()))?;
-        let key = QuotaKey { scope, name, kind, per };
-        let quota = settings.counted_quotas().into_iter().find(|quota| key.matches(quota));
-        let quota = quota.ok_or_else(|| Box::new(unknown_quota()))?;
+        let key = known_kind(kind).map(|kind| QuotaKey { scope, name, kind, per });
+        let quota = settings.counted_quotas().into_iter().find(|quota| key.is_some_and(|k| k.matches(quota)));
+        let quota = quota.ok_or_else(|| Box::new(unknown_quota(&settings, scope, name)))?;
         Ok(Self { owner: QuotaOwner::Environment(settings), account, quota })
     }
 
@@ -103,7 +106,10 @@ impl Target {
 
     pub(super) fn unknown(&self) -> Response {
         match &self.owner {
-            QuotaOwner::Environment(_) => unknown_quota(),
+            QuotaOwner::Environment(settings) => {
+                let key = self.key();
+                unknown_quota(settings, key.scope, key.name)
+            }
             QuotaOwner::Upstream(_) => unknown_quota_of_upstream(),
         }
     }
@@ -121,9 +127,7 @@ impl Target {
 
     /// The limit and burst in force, for the audit log.
     pub(super) fn limit_in_force(&self) -> Value {
-        let levels = self.account.snapshot().levels;
-        let quota = levels.iter().map(|level| &level.quota).find(|quota| self.key().matches(quota));
-        quota.map_or(Value::Null, |quota| {
+        self.level().map_or(Value::Null, |QuotaLevel { quota, .. }| {
             if quota.is_unlimited() {
                 json!({ "limit": "unlimited" })
             } else {
@@ -131,15 +135,66 @@ impl Target {
             }
         })
     }
+
+    /// The limit in force for the audit log, with the time at which it ends.
+    pub(super) fn limit_until(&self, until: Option<Timestamp>) -> Value {
+        let mut limit = self.limit_in_force();
+        if let (Some(until), Value::Object(fields)) = (until, &mut limit) {
+            fields.insert("until".to_owned(), until.to_rfc3339().into());
+        }
+        limit
+    }
+
+    /// The used amount for the audit log.
+    pub(super) fn used(&self) -> Value {
+        self.level().map_or(Value::Null, |level| json!({ "used": level.used }))
+    }
+
+    fn level(&self) -> Option<QuotaLevel> {
+        self.account.snapshot().levels.into_iter().find(|level| self.key().matches(&level.quota))
+    }
 }
 
 fn known_kind(text: &str) -> Option<Kind> {
     Kind::ALL.into_iter().find(|known| known.as_str() == text)
 }
 
-fn unknown_quota() -> Response {
-    let message = "The environment has no such quota. Write kind and period as in the config, and scope and name as query parameters.";
-    refusal(StatusCode::NOT_FOUND, "unknown_quota", message)
+/// `scope` and `name`: those of the request.
+fn unknown_quota(environment: &Environment, scope: &str, name: &str) -> Response {
+    refusal(StatusCode::NOT_FOUND, "unknown_quota", &unknown_quota_message(environment, scope, name))
+}
+
+fn unknown_quota_message(environment: &Environment, scope: &str, name: &str) -> String {
+    let of = &environment.name;
+    let mut quotas = environment.counted_quotas();
+    let is_of_scope = |quota: &Quota| quota.scope.as_str() == scope && quota.scope.name() == name;
+    let problem = if scope == "caller" && !environment.callers.iter().any(|caller| caller.name == name) {
+        format!("Environment '{of}' has no caller of this name.")
+    } else if scope == "caller" && !quotas.iter().any(is_of_scope) {
+        format!("Caller '{name}' of environment '{of}' has no quotas of its own.")
+    } else {
+        format!("Environment '{of}' has no such quota.")
+    };
+    // The quotas of the scope in the request come first.
+    quotas.sort_by_key(|quota| !is_of_scope(quota));
+    let shown: Vec<String> = quotas.iter().take(MAX_LISTED_QUOTAS).map(listed).collect();
+    let rest = match quotas.len().saturating_sub(MAX_LISTED_QUOTAS) {
+        0 => String::new(),
+        count => format!(" and {count} more, which GET /api/environments/{of} lists"),
+    };
+    format!(
+        "{problem} The environment has: {}{rest}. Write kind and period as in the config, and scope and name as query parameters.",
+        shown.join(", ")
+    )
+}
+
+/// A quota with the query parameters that select it.
+fn listed(quota: &Quota) -> String {
+    let Quota { scope, kind, per, .. } = quota;
+    match scope {
+        Scope::Environment => format!("{kind} per {}", per.text),
+        _ => format!("{kind} per {} (scope {}, name {})", per.text, scope.as_str(), scope.name()),
+    }
 }
 
 fn unknown_quota_of_upstream() -> Response {

@@ -3,12 +3,13 @@
 use crate::clock::Stopwatch;
 use crate::config::{Config, RedisSettings, UpstreamSettings};
 use crate::proxy::models_request;
-use crate::redis::FailFastConnection;
-use crate::upstream::{DiagnosisStep, StepFault, Upstream, client_config};
+use crate::redis::{self, FailFastConnection};
+use crate::upstream::{CertificateFault, DiagnosisStep, StepFault, Upstream, client_config};
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use http::{StatusCode, Uri};
 use std::fmt::Write as _;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -101,7 +102,7 @@ fn explain(
         StepFault::NotConnected(error) => {
             format!("no connection ({error}); check host and port of {base_url}, and the firewall")
         }
-        StepFault::NoTls(error) => tls_fault(&error.to_string(), &base_url),
+        StepFault::NoTls(error) => tls_fault(&error, &base_url),
         StepFault::NoAnswer(error) => {
             format!("no valid HTTP answer ({error}); check scheme and port of {base_url}")
         }
@@ -138,14 +139,11 @@ fn explain(
     })
 }
 
-fn tls_fault(error: &str, base_url: &str) -> String {
-    if error.contains("UnknownIssuer") {
-        return format!(
-            "the certificate is signed by an authority that this machine does not trust; check {base_url}, or add the \
-             authority to the system's certificates (or to the file that SSL_CERT_FILE names)"
-        );
+fn tls_fault(error: &io::Error, base_url: &str) -> String {
+    match CertificateFault::in_error(error) {
+        Some(CertificateFault { reason, remedy }) => format!("{reason}; check {base_url}, or {remedy}"),
+        None => format!("the TLS handshake failed ({error}); check scheme, host and port of {base_url}"),
     }
-    format!("the TLS handshake failed ({error}); check scheme, host and port of {base_url}")
 }
 
 async fn redis(config: &Config) -> Option<Part> {
@@ -159,10 +157,7 @@ async fn redis(config: &Config) -> Option<Part> {
             let connected = format!("{address} permits the commands of the script and accepts writes");
             let mut lines = vec![("connection".to_owned(), watch.elapsed(), Ok(connected))];
             for fault in faults {
-                let result = match fault.strip_prefix("note: ") {
-                    Some(note) => Ok(format!("note: {note}")),
-                    None => Err(fault),
-                };
+                let result = if redis::note(&fault).is_some() { Ok(fault) } else { Err(fault) };
                 lines.push(("settings".to_owned(), watch.elapsed(), result));
             }
             lines

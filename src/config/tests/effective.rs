@@ -117,7 +117,7 @@ fn the_effective_reference_config_is_the_reference_config() {
 }
 
 fn settings_of(config: Config) -> Config {
-    Config { effective: EffectiveConfig::default(), value_files: Vec::new(), ..config }
+    Config { effective: EffectiveConfig::default(), named_files: Vec::new(), ..config }
 }
 
 proptest! {

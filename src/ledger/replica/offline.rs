@@ -3,7 +3,7 @@
 use super::{Offline, Replica};
 use crate::clock::Timestamp;
 use crate::config::OnStoreFailure;
-use crate::quota::{CounterState, Quota};
+use crate::quota::{CounterState, Quota, Quotas};
 
 impl Replica {
     /// Goes offline, because Redis is unavailable: from now on this node counts within its share of the quotas. Has
@@ -16,6 +16,12 @@ impl Replica {
         self.losses += 1;
         self.return_lease();
         let before = self.resyncing.take().unwrap_or_else(|| self.local.quotas.clone());
+        self.count_offline(now, before, Vec::new());
+    }
+
+    /// Makes the counters by which this node counts without Redis. `before`: the shared quotas before the loss. `recorded`:
+    /// the usage since then that the journal has.
+    fn count_offline(&mut self, now: Timestamp, before: Quotas, recorded: Vec<OfflineUsage>) {
         let states = self.local.quotas.states(now);
         let own_held = self.own_held(self.local.overrides.configured(), &states);
         let none_held = vec![0; own_held.len()];
@@ -32,7 +38,49 @@ impl Replica {
             OnStoreFailure::Closed => {}
         }
         let spent = unspent.clone();
-        self.offline = Some(Box::new(Offline { before, unspent, spent }));
+        self.offline = Some(Box::new(Offline { on_failure, before, unspent, spent, recorded }));
+    }
+
+    /// Sets `store.redis.on_failure`. It applies at once, also without Redis.
+    pub(in crate::ledger) fn set_on_failure(&mut self, own: Timestamp, on_failure: OnStoreFailure) {
+        self.config.on_failure = on_failure;
+        let now = self.redis_time(own);
+        // `closed` needs no counters, and leaves those of the setting before as they are.
+        let needs_counters = |offline: &mut Box<Offline>| {
+            on_failure != OnStoreFailure::Closed && offline.on_failure != on_failure
+        };
+        let Some(offline) = self.offline.take_if(needs_counters) else { return };
+        let Offline { on_failure: counted_by, mut before, mut unspent, mut spent, recorded } = *offline;
+        let usage = offline_usage(unspent.states(now), spent.states(now));
+        self.record_offline_usage(&usage);
+        let usage = sum(usage, &recorded);
+        if counted_by == OnStoreFailure::Closed {
+            return self.count_offline(now, before, usage);
+        }
+        // The counters of the other setting were made from the same quotas, in another way.
+        for (index, state) in before.states(now).iter().enumerate() {
+            self.local.quotas.load_again(now, index, state);
+        }
+        self.count_offline(now, before, usage.clone());
+        if on_failure == OnStoreFailure::Local {
+            self.take_offline_usage(now, &usage);
+        }
+    }
+
+    /// Takes the amounts that this node has spent without Redis from its counters.
+    fn take_offline_usage(&mut self, now: Timestamp, usage: &[OfflineUsage]) {
+        for (index, (mut state, usage)) in self.local.quotas.states(now).into_iter().zip(usage).enumerate() {
+            match &mut state {
+                CounterState::Rolling { level: (level, _), .. } => {
+                    *level = level.saturating_sub_unsigned(usage.amount);
+                }
+                CounterState::Calendar { used, period_id, .. } if *period_id == usage.turn => {
+                    *used = used.saturating_add(usage.amount);
+                }
+                CounterState::Calendar { .. } => {}
+            }
+            self.local.quotas.load_again(now, index, &state);
+        }
     }
 
     /// The amounts that this node's requests hold in each quota.
@@ -56,30 +104,51 @@ impl Replica {
     pub(in crate::ledger) fn begin_resync(&mut self, own: Timestamp) {
         let now = self.redis_time(own);
         if let Some(offline) = self.offline.take() {
-            let Offline { before, mut unspent, mut spent } = *offline;
+            let Offline { before, mut unspent, mut spent, .. } = *offline;
             self.resyncing = Some(before);
-            self.record_offline_usage(unspent.states(now), spent.states(now));
+            self.record_offline_usage(&offline_usage(unspent.states(now), spent.states(now)));
             self.report_counted();
         }
     }
 
-    /// Adds to the journal the usage of each quota while offline, without the part that has been refilled since.
-    fn record_offline_usage(&mut self, unspent: Vec<CounterState>, spent: Vec<CounterState>) {
-        for (index, states) in (0..).zip(unspent.into_iter().zip(spent)) {
-            let (amount, turn) = match states {
-                (
-                    CounterState::Rolling { level: (all, _), .. },
-                    CounterState::Rolling { level: (left, _), .. },
-                ) => (all.saturating_sub(left), 0),
-                (
-                    CounterState::Calendar { used: none, .. },
-                    CounterState::Calendar { used, period_id: turn, .. },
-                ) => (i64::try_from(used.saturating_sub(none)).unwrap_or(i64::MAX), turn),
-                _ => continue,
-            };
-            if let Some(amount) = u64::try_from(amount).ok().filter(|amount| *amount > 0) {
-                self.journal.push(self.commands.offline_usage_step(index, amount, turn));
-            }
+    /// Adds the usage while offline to the journal.
+    fn record_offline_usage(&mut self, usage: &[OfflineUsage]) {
+        for (index, &OfflineUsage { amount, turn }) in (0..).zip(usage).filter(|(_, usage)| usage.amount > 0)
+        {
+            self.journal.push(self.commands.offline_usage_step(index, amount, turn));
         }
     }
+}
+
+/// What a node has spent of one quota while it was offline.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct OfflineUsage {
+    amount: u64,
+    /// The number of the calendar period; 0 for a rolling quota.
+    turn: u64,
+}
+
+/// The usage of each quota while offline, without the part that has been refilled since. `all`: the states as if nothing had
+/// been spent.
+fn offline_usage(all: Vec<CounterState>, left: Vec<CounterState>) -> Vec<OfflineUsage> {
+    let of = |states| match states {
+        (CounterState::Rolling { level: (all, _), .. }, CounterState::Rolling { level: (left, _), .. }) => {
+            OfflineUsage { amount: u64::try_from(all.saturating_sub(left)).unwrap_or(0), turn: 0 }
+        }
+        (CounterState::Calendar { used: none, .. }, CounterState::Calendar { used, period_id: turn, .. }) => {
+            OfflineUsage { amount: used.saturating_sub(none), turn }
+        }
+        _ => OfflineUsage::default(),
+    };
+    all.into_iter().zip(left).map(of).collect()
+}
+
+/// The usage since the loss. `recorded`: an earlier part of it.
+fn sum(mut usage: Vec<OfflineUsage>, recorded: &[OfflineUsage]) -> Vec<OfflineUsage> {
+    for (usage, recorded) in
+        usage.iter_mut().zip(recorded).filter(|(usage, recorded)| usage.turn == recorded.turn)
+    {
+        usage.amount = usage.amount.saturating_add(recorded.amount);
+    }
+    usage
 }

@@ -5,7 +5,6 @@
 
 use super::Replica;
 use crate::clock::Timestamp;
-use crate::config::OnStoreFailure;
 use crate::ledger::durability::RestoredState;
 use crate::ledger::replica::lease::Lease;
 use crate::quota::{CarriedAmount, CounterState, Quota, Takeover};
@@ -14,7 +13,6 @@ use crate::redis::{Cells, OverrideMark, ScriptCommand};
 /// The settings of a config that a replica adopts.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::ledger) struct ReplicaSettings {
-    pub(in crate::ledger) on_failure: OnStoreFailure,
     pub(in crate::ledger) stamp: u64,
     pub(in crate::ledger) leases: bool,
     pub(in crate::ledger) quotas: Vec<Quota>,
@@ -54,7 +52,7 @@ impl Replica {
         let quotas = self.local.overrides.configured();
         self.commands.set_cells(Cells::new(quotas, now));
         let cells = quotas.len();
-        (self.config.on_failure, self.config.stamp) = (settings.on_failure, settings.stamp);
+        self.config.stamp = settings.stamp;
         if settings.leases {
             self.lease.get_or_insert_with(|| Lease::new(cells)).resize(cells);
         } else {

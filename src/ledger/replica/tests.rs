@@ -137,6 +137,42 @@ fn an_offline_reservation_whose_hold_reply_is_lost_is_held_again_and_charged_onc
 }
 
 #[test]
+fn another_on_failure_applies_at_once_also_without_redis() {
+    const REQUEST: i64 = 100;
+    let mut replica = replica();
+    let spent = Amounts::of_request(10, 90);
+    let level = |replica: &mut Replica| replica.local.levels(NOW)[0].level;
+    // Each request spends what it has reserved.
+    let admit = |replica: &mut Replica| {
+        let Ok(admission) = replica.admit_offline(NOW, &demand()) else { return false };
+        replica.settle(NOW, subject(), admission.grant, Settlement { spent, is_complete: true });
+        true
+    };
+    replica.set_on_failure(NOW, OnStoreFailure::Closed);
+    replica.go_offline(NOW);
+    assert!(replica.is_closed() && !admit(&mut replica));
+    // Half of 1,000 tokens is the share of one of two nodes.
+    replica.set_on_failure(NOW, OnStoreFailure::Local);
+    assert!(admit(&mut replica));
+    assert_eq!(level(&mut replica), 500 - REQUEST);
+    replica.set_on_failure(NOW, OnStoreFailure::Closed);
+    assert!(!admit(&mut replica));
+    // No second share.
+    replica.set_on_failure(NOW, OnStoreFailure::Local);
+    assert_eq!(level(&mut replica), 500 - REQUEST);
+    replica.set_on_failure(NOW, OnStoreFailure::Open);
+    assert_eq!(level(&mut replica), 1_000);
+    assert!((0..3).all(|_| admit(&mut replica)));
+    replica.set_on_failure(NOW, OnStoreFailure::Local);
+    assert_eq!(level(&mut replica), 500 - 4 * REQUEST);
+    assert!(admit(&mut replica) && !admit(&mut replica));
+    // Redis gets the usage of all five requests.
+    begin_resync(&mut replica);
+    let steps = replica.journal.entries.iter().map(|entry| entry.step.amounts.total);
+    assert_eq!(steps.sum::<u64>(), 5 * REQUEST.cast_unsigned());
+}
+
+#[test]
 fn a_request_denied_by_redis_holds_nothing_even_if_this_node_would_admit_it() {
     let mut replica = replica();
     let counters = |replica: &mut Replica| {

@@ -4,7 +4,7 @@ use super::{MAX_ATTEMPTS, RedisSync};
 use crate::clock;
 use crate::ledger::replica::session::Joined;
 use crate::ledger::replica::{Replica, ReplicaSettings};
-use crate::redis::Verdict;
+use crate::redis::{self, Verdict};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -51,16 +51,21 @@ impl RedisSync {
         drop(timeout(max_time, self.leave()).await);
     }
 
-    /// Logs each setting of the server that is wrong for shared quotas and was not at the last check.
+    /// Logs each setting of the server that is wrong for shared quotas, or worth a note, and was not at the last check.
     async fn check_server_settings(&self) {
         let Ok(faults) = self.connection.setting_faults().await else { return };
         let mut known = self.lock_server_faults();
         for fault in faults.iter().filter(|fault| !known.contains(fault)) {
-            tracing::warn!(
-                environment = self.environment,
-                fault,
-                "a setting of the Redis server is wrong for shared quotas"
-            );
+            let environment = &self.environment;
+            if let Some(note) = redis::note(fault) {
+                tracing::info!(environment, note, "a note about the Redis server");
+            } else {
+                tracing::warn!(
+                    environment,
+                    fault,
+                    "a setting of the Redis server is wrong for shared quotas"
+                );
+            }
         }
         *known = faults;
     }

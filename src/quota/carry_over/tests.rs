@@ -132,6 +132,25 @@ fn reservations_in_flight_settle_exactly_through_every_change_of_the_window() {
 }
 
 #[test]
+fn a_quota_with_another_period_takes_over_up_to_its_burst() {
+    let bursting = |limit, burst, ms| Quota {
+        window: Window::Rolling { burst },
+        ..quota(Kind::TotalTokens, limit, ms, None)
+    };
+    let now = Timestamp(BEGIN);
+    for takeover in [Takeover::InPlace, Takeover::Separate] {
+        let mut engine = Quotas::new(&[bursting(10, 30, 60 * MINUTE)], now);
+        let required = Required { amounts: Amounts::of_request(25, 0), generates: true };
+        let receipt = engine.reserve(now, &engine.applicable(SUBJECT), &required).unwrap();
+        engine.settle(now, receipt, Amounts::of_request(25, 0));
+        engine.reconfigure(&[bursting(10, 30, 120 * MINUTE)], now, takeover, |_| None);
+        assert_eq!(state(&mut engine, now), (25, 0, 5), "{takeover:?}");
+        engine.reconfigure(&[bursting(5, 15, 60 * MINUTE)], now, takeover, |_| None);
+        assert_eq!(state(&mut engine, now), (15, 0, 0), "{takeover:?}");
+    }
+}
+
+#[test]
 fn a_reservation_of_an_ended_period_does_not_refill_the_bucket_that_replaces_it() {
     let choices = choices();
     let now = Timestamp(BEGIN);

@@ -35,7 +35,7 @@ fn hand_over(quotas: &mut Quotas, now: Timestamp) -> (Quotas, HeldElsewhere) {
     let mut reversed = self::quotas();
     reversed.reverse();
     let mut new = Quotas::new(&reversed, now);
-    new.restore(now, &persisted, true);
+    new.restore(now, &persisted, |_| true);
     let elsewhere = new.held_elsewhere(&quotas.left_cells());
     (new, elsewhere)
 }

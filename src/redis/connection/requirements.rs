@@ -61,6 +61,11 @@ pub(super) fn command_fault(failures: &[String], prefix: &str) -> Option<String>
     Some(text)
 }
 
+/// The text of a finding about the server that is only a note. `None`: it is a fault.
+pub(crate) fn note(finding: &str) -> Option<&str> {
+    finding.strip_prefix("note: ")
+}
+
 /// Finds wrong settings in the reply to `INFO` and in the setting `save`, if the user may read that.
 pub(super) fn setting_faults(info: &str, save: Option<&str>, is_cluster_url: bool) -> Vec<String> {
     let field = |name: &str| {

@@ -123,7 +123,7 @@ end
 
 -- Created cells continue cells that this node does not have, of the same owner and kind: they belong to quotas whose
 -- period, window or time zone has changed. The longest period continues the longest. The used
--- amount stays, up to the new limit. An unlimited quota counts from zero.
+-- amount stays, up to the new capacity. An unlimited quota counts from zero.
 local function continue_removed(created, own_names)
   local is_own, removed = {}, {}
   for _, name in ipairs(own_names) do is_own[name] = true end

@@ -249,6 +249,36 @@ async fn a_node_that_starts_without_redis_reports_it_and_charges_its_usage_later
 }
 
 #[tokio::test]
+async fn a_note_about_redis_is_no_fault_of_a_node() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 1, THOUSAND_TOKENS, "").await;
+    wait_until_shared(&nodes, true).await;
+    let ready = nodes[0].admin_get("/readyz").await;
+    let note = "ready\nnote: staging: Redis: it stores nothing on disk (appendonly no, save \"\"): ";
+    assert!(ready.status == 200 && ready.text().starts_with(note), "{}", ready.text());
+    assert_eq!(ready.text().lines().count(), 2, "{}", ready.text());
+    // The metric and the view of the system count notes too.
+    let metrics = nodes[0].admin_get("/metrics").await;
+    let count = r#"tollgate_redis_faults{environment="staging"} 1"#;
+    assert!(metrics.text().contains(count), "{}", metrics.text());
+    let system = nodes[0].admin_get("/api/system").await.json();
+    assert_eq!(system["redis"]["faults"].as_array().unwrap().len(), 1, "{system}");
+    // A node with a fault does not begin with "ready".
+    redis.admin("CONFIG SET maxmemory-policy allkeys-lru");
+    let other = Nodes(vec![Gateway::from_config(&config(&redis, &upstream, 1, THOUSAND_TOKENS, "")).await]);
+    wait_until_shared(&other, true).await;
+    let ready = other[0].admin_get("/readyz").await;
+    let lines: Vec<&str> = ready.text().lines().collect();
+    assert!(
+        lines[0]
+            .starts_with("staging: a setting of the Redis server is wrong for quotas: its maxmemory-policy"),
+        "{lines:?}"
+    );
+    assert!(lines.len() == 2 && lines[1].starts_with("note: staging: Redis: "), "{lines:?}");
+}
+
+#[tokio::test]
 async fn a_node_that_stops_during_a_short_outage_sends_all_its_steps() {
     let redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 42)).await;

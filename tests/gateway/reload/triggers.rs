@@ -84,6 +84,38 @@ async fn a_file_with_a_key_is_watched_too() {
     assert_eq!(live.chat_with_key("key-of-the-caller-one").await, 401);
 }
 
+/// Files that a config names can be written after it.
+#[tokio::test]
+async fn the_files_of_a_refused_config_are_watched() {
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let live = Live::start(upstream, &staging(DAY)).await;
+    let at = |name: &str| live.folder.path().join(name);
+    let environments = format!(
+        "  e: {{ upstream: backend, keys: [{{ name: a, secret: '${{file:{}}}' }}], quotas: {LARGE} }}",
+        at("key").display()
+    );
+    let models = format!("models: [{{ match: 'own-*', tokenizer: '{}' }}]", at("tokenizer.json").display());
+    replace(&live.file(), &format!("{}\n{models}\n", text(&live.upstream, &environments)));
+    let refused = async |fault: &str| {
+        let is_refused = async {
+            while !live.gateway.admin_get("/readyz").await.text().contains(fault) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        soon(fault, is_refused).await;
+    };
+    refused("/key").await;
+    fs::write(at("key"), "key-of-the-caller-one").unwrap();
+    refused("models[0].tokenizer").await;
+    fs::copy("fixtures/tokenizer.json", at("tokenizer.json")).unwrap();
+    let served = async {
+        while live.chat_with_key("key-of-the-caller-one").await != 200 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    soon("the corrected config", served).await;
+}
+
 #[tokio::test]
 async fn sighup_reloads_and_the_process_lives_on() {
     let upstream = Upstream::always(Answer::chat(8, 92)).await;

@@ -67,6 +67,30 @@ async fn an_upstream_that_fails_is_left_out() {
 }
 
 #[tokio::test]
+async fn the_log_has_the_reason_in_words() {
+    let address = refusing_address();
+    let sections = format!(
+        "upstreams: {{ gone: {{ base_url: 'http://{address}' }}, nameless: {{ base_url: 'http://no-such-host.invalid' }} }}\n\
+         environments: {{ e: {{ upstream: gone, routes: [{{ models: ['a'], upstream: nameless }}] }} }}\ndefault_environment: e"
+    );
+    let gateway = Process::start(&sections, &[]).await;
+    let mut caller = gateway.caller().await;
+    caller.request("GET", "/v1/models", "", b"").await;
+    assert_eq!(caller.reply().await.status, 502);
+    for reason in
+        ["no connection to its address: Connection refused", "its host name could not be resolved (DNS): "]
+    {
+        let line = soon("the log", gateway.line_with(reason)).await;
+        assert!(line.contains("did not list them") && !line.contains("kind:"), "{line}");
+    }
+    // The answer to a caller names the step that failed.
+    let reply = gateway.chat(&HELLO.replace("gpt-4o", "a")).await;
+    assert_eq!(reply.refusal(), (502, "upstream_unreachable".into()));
+    let message = "cannot reach the upstream 'nameless': its host name could not be resolved (DNS).";
+    assert!(reply.text().contains(message), "{}", reply.text());
+}
+
+#[tokio::test]
 async fn without_any_list_there_is_an_error() {
     let a = Upstream::always(Answer::json(401, "{}")).await;
     let gateway = gateway(&[("a", &a)], "{ models: ['*'], upstream: a }", "").await;

@@ -31,9 +31,13 @@ pub struct Certificate {
 
 impl Certificate {
     pub fn new() -> Self {
-        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let key = made.signing_key.serialize_der();
-        Self { pem: made.cert.pem(), key, der: made.cert.der().to_vec() }
+        Self::of(&rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap())
+    }
+
+    pub fn of(parameters: &rcgen::CertificateParams) -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let made = parameters.self_signed(&key).unwrap();
+        Self { pem: made.pem(), key: key.serialize_der(), der: made.der().to_vec() }
     }
 
     /// Accepts TLS connections, and only this protocol by ALPN.
@@ -71,7 +75,10 @@ struct ServerLog {
 
 impl Server {
     pub async fn start(protocol: &[u8]) -> Self {
-        let certificate = Certificate::new();
+        Self::with(protocol, Certificate::new()).await
+    }
+
+    pub async fn with(protocol: &[u8], certificate: Certificate) -> Self {
         let acceptor = certificate.acceptor(protocol);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();

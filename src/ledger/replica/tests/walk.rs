@@ -162,6 +162,8 @@ enum Phase {
 
 struct Node {
     replica: Replica,
+    /// Whether `on_failure` changes at random moments.
+    changes_policy: bool,
     keys: [String; 3],
     phase: Phase,
     is_cut_off: bool,
@@ -173,7 +175,9 @@ struct Node {
 }
 
 impl Node {
-    fn start(n: usize, policy: OnStoreFailure, leases: bool, now: Timestamp) -> Self {
+    /// `policy`: `None` changes at random moments.
+    fn start(n: usize, policy: Option<OnStoreFailure>, leases: bool, now: Timestamp) -> Self {
+        let (changes_policy, on_failure) = (policy.is_none(), policy.unwrap_or(OnStoreFailure::Local));
         let quota = |limit, ms, window| {
             let per = Period { text: format!("{ms}ms"), ms };
             Quota { scope: Scope::Environment, kind: Kind::TotalTokens, limit, per, window }
@@ -183,13 +187,12 @@ impl Node {
             quota(1, 366 * 86_400_000, Window::Rolling { burst: BURST.cast_unsigned() }),
             quota(1_000_000_000, 30 * 86_400_000, month),
         ];
-        let config =
-            ReplicaConfig { on_failure: policy, stamp: 1, max_call_delay_ms: MAX_CALL_DELAY_MS, leases };
+        let config = ReplicaConfig { on_failure, stamp: 1, max_call_delay_ms: MAX_CALL_DELAY_MS, leases };
         let replica = Replica::new(super::local(&quotas, now), config, &format!("node-{n}"), now);
         let keys = replica.keys("t", None, "e");
         let phase = Phase::Offline { until: now };
         let (open, late) = (Vec::new(), VecDeque::new());
-        Self { replica, keys, phase, is_cut_off: false, next_heartbeat: now, open, late }
+        Self { replica, changes_policy, keys, phase, is_cut_off: false, next_heartbeat: now, open, late }
     }
 
     /// `None`: the call is lost or delayed, or its reply is lost.
@@ -381,6 +384,14 @@ impl Node {
             self.is_cut_off = false;
             self.late.iter_mut().for_each(|(at, _)| *at = world.now.plus_ms(world.dice.below(1_500)));
         }
+        if self.changes_policy && world.dice.is_one_in(20) {
+            let on_failure = match world.dice.below(3) {
+                0 => OnStoreFailure::Local,
+                1 => OnStoreFailure::Open,
+                _ => OnStoreFailure::Closed,
+            };
+            self.replica.set_on_failure(world.now, on_failure);
+        }
         for _ in 0..world.dice.below(3) {
             if self.open.len() < 40 {
                 self.request(world);
@@ -409,7 +420,7 @@ impl Node {
     }
 }
 
-fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
+fn walk(seed: u64, policy: Option<OnStoreFailure>, leases: bool) {
     let (_server, redis) = Server::start();
     let (now, counts) = (Timestamp(BEGIN), Counts::default());
     let (dice, replicated) = (Dice(seed), Vec::new());
@@ -445,7 +456,7 @@ fn walk(seed: u64, policy: OnStoreFailure, leases: bool) {
 fn redis_charges_exactly_what_was_spent_even_if_calls_are_lost_or_delayed() {
     let walks = std::env::var("TOLLGATE_CLUSTER_WALKS").map_or(3, |n| n.parse().unwrap());
     for seed in 0..walks {
-        for policy in [OnStoreFailure::Local, OnStoreFailure::Open] {
+        for policy in [Some(OnStoreFailure::Local), Some(OnStoreFailure::Open), None] {
             for leases in [false, true] {
                 walk(seed, policy, leases);
             }
