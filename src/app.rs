@@ -37,6 +37,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::rustls::ClientConfig;
 
 pub use crate::server::CallerTimeouts;
+pub(crate) use listeners::load_certificate;
 
 /// How long the start waits until Redis is connected.
 const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);

@@ -19,9 +19,9 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::app::load_certificate;
 use crate::clock;
 use crate::config::{Config, Loaded, load};
-use crate::server::load_certificate;
 
 /// An OpenAI-compatible gateway that keeps every environment within its token quotas
 #[derive(Parser)]

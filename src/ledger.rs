@@ -25,7 +25,7 @@ mod usage_history;
 
 use crate::clock::{self, Stopwatch, Timestamp};
 use crate::config::RedisSettings;
-use crate::quota::{Quota, QuotaLevel, QuotaStatus, Subject, Takeover};
+use crate::quota::{Quota, QuotaLevel, QuotaStatus, Restored, Subject, Takeover};
 use crate::redis::FailFastConnection;
 use crate::wait_queue::WaitQueue;
 use dependents::Dependents;
@@ -316,13 +316,12 @@ impl Account {
     /// Takes the changes since the last call. `None`: there are none.
     pub fn take_changes(&self) -> Option<Changes> {
         self.engine.with_local(|local, _| {
-            let mut quotas = Vec::new();
+            let Restored { replaced, removed: mut quotas } = std::mem::take(&mut local.restored);
             local.quotas.take_changes(|quota, saved| quotas.push((quota.clone(), saved)));
             let usage = local.history.take();
             let overrides = local.overrides.take_changes();
             let is_nothing = quotas.is_empty() && usage.is_empty() && overrides.is_none();
             let (totals, held) = (local.totals, local.held);
-            let replaced = std::mem::take(&mut local.replaced);
             (!is_nothing).then_some(Changes { quotas, replaced, totals, held, usage, overrides })
         })
     }

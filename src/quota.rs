@@ -32,7 +32,7 @@ pub use period::CalendarPeriod;
 pub use receipt::Receipt;
 pub use snapshot::{CounterState, PersistedCounter, QuotaLevel, QuotaStatus};
 pub use succession::{Predecessors, predecessors};
-pub use table::{Applicable, Quotas, Subject};
+pub use table::{Applicable, Quotas, Restored, Subject};
 
 /// Largest limit or burst, in tokens or requests: 2^50.
 pub const MAX_LIMIT: u64 = 1 << 50;

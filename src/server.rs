@@ -38,7 +38,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
-pub(crate) use certificate::{Certificate, load as load_certificate};
+pub(crate) use certificate::{Certificate, PemFile, load as load_certificate};
 pub(crate) use hosts::check_hosts;
 pub(crate) use limits::{ConnectionBounds, network_of};
 pub(crate) use listener::{Listener, Protocols};

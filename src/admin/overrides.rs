@@ -335,16 +335,10 @@ fn invalid(message: &str) -> Box<Response> {
 /// The counters cannot be changed: Redis is unavailable, or a process that has replaced this one has them.
 #[allow(clippy::unnecessary_box_returns)] // the error type of its callers
 fn unavailable(admin: &Admin) -> Box<Response> {
-    let (code, message) = if admin.state.current().config.store.redis.is_some() {
-        (
-            "quota_store_unavailable",
-            "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.",
-        )
-    } else {
-        (
-            "shutting_down",
-            "Nothing was changed, because a new process is replacing this one. Try again at once.",
-        )
-    };
-    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, code, message))
+    if admin.state.current().config.store.redis.is_none() {
+        let message = "Nothing was changed, because a new process is replacing this one. Try again at once.";
+        return Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message));
+    }
+    let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.";
+    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))
 }

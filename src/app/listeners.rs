@@ -2,7 +2,7 @@
 
 use crate::clock;
 use crate::config::{Config, ServerSettings, TlsFiles};
-use crate::server::{self, CallerTimeouts, Certificate, ConnectionBounds, Listener, Protocols};
+use crate::server::{self, CallerTimeouts, Certificate, ConnectionBounds, Listener, PemFile, Protocols};
 use crate::telemetry::Metrics;
 use std::sync::Arc;
 
@@ -138,7 +138,7 @@ impl CertificateReader {
         let files = files?;
         let in_force = known.and_then(|(listener, _)| listener.protocols().certificate);
         let has_same_files = known.is_some_and(|(_, known)| known == Some(files));
-        match (server::load_certificate(section, files, http2), in_force) {
+        match (load_certificate(section, files, http2), in_force) {
             (Ok(certificate), in_force) => {
                 let certificate = match in_force {
                     // Its callers can continue their TLS sessions.
@@ -163,6 +163,16 @@ impl CertificateReader {
             }
         }
     }
+}
+
+/// Reads the certificate that a section of the config names.
+///
+/// # Errors
+/// It cannot be used. The message has the location of the setting and the file.
+pub(crate) fn load_certificate(section: &str, files: &TlsFiles, http2: bool) -> Result<Certificate, String> {
+    let cert = PemFile { path: &files.cert, location: &files.locations.cert };
+    let key = PemFile { path: &files.key, location: &files.locations.key };
+    server::load_certificate(section, cert, key, http2)
 }
 
 fn record_expiry(metrics: &Metrics, [callers, admin]: [&Protocols; 2]) {

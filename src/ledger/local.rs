@@ -16,8 +16,8 @@ use crate::config::{CompletionReserve, UpstreamSettings, WhenShort};
 use crate::estimate::KnownModels;
 use crate::glob::Glob;
 use crate::quota::{
-    Amounts, Applicable, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Subject,
-    Takeover,
+    Amounts, Applicable, CarriedAmount, Quota, QuotaLevel, QuotaStatus, Quotas, Receipt, Required, Restored,
+    Subject, Takeover,
 };
 use residence::Elsewhere;
 use std::sync::Arc;
@@ -50,8 +50,8 @@ pub struct Local {
     pub(super) totals: Totals,
     pub(super) history: UsageHistory,
     pub(super) overrides: Overrides,
-    /// Persisted quotas that were replaced by others, until the store removes them.
-    pub(super) replaced: Vec<Quota>,
+    /// What the store must change, because it is of another config.
+    pub(super) restored: Restored,
     /// Where these counters are, while a new process takes them over and after that.
     pub(super) residence: Residence,
     /// What the requests of an old process hold in these counters.
@@ -73,7 +73,7 @@ impl Local {
             totals: Totals::default(),
             history: UsageHistory::default(),
             overrides: Overrides::new(quotas),
-            replaced: Vec::new(),
+            restored: Restored::default(),
             residence: Residence::default(),
             elsewhere: Elsewhere::default(),
         }
@@ -193,7 +193,7 @@ impl Local {
         self.quotas.set_limits(&self.overrides.in_force(), now);
         // Only what the old process counts is settled by its requests.
         let keeps_held = |quota: &Quota| restored.left.as_ref().is_some_and(|left| left.has(quota));
-        self.replaced = self.quotas.restore(now, &restored.quotas, keeps_held);
+        self.restored = self.quotas.restore(now, &restored.quotas, keeps_held);
         if restored.left.is_none() {
             self.quotas.count_interrupted(now, &restored.quotas, restored.held);
         }

@@ -65,6 +65,15 @@ impl Applicable {
     }
 }
 
+/// What the store must change after [`Quotas::restore`].
+#[derive(Debug, Default)]
+pub struct Restored {
+    /// The persisted quotas that others have replaced. Their counters are not needed any more.
+    pub replaced: Vec<Quota>,
+    /// The counters of quotas that the config does not have any more.
+    pub removed: Vec<(Quota, PersistedCounter)>,
+}
+
 /// Configuration.
 impl Quotas {
     /// Creates quotas of which nothing is spent or held.
@@ -391,27 +400,33 @@ impl Quotas {
 
     /// Continues from the counters that another process has persisted, with the quotas that it had. Each quota
     /// continues those that [`predecessors`] finds. `keeps_held`: whether the other process still serves the requests that
-    /// hold amounts in a quota. Returns the persisted quotas that were replaced by others.
+    /// hold amounts in a quota.
     pub fn restore(
         &mut self,
         now: Timestamp,
         persisted: &[(Quota, PersistedCounter)],
         keeps_held: impl Fn(&Quota) -> bool,
-    ) -> Vec<Quota> {
+    ) -> Restored {
         let quotas: Vec<Quota> = self.cells.iter().map(|cell| cell.quota.clone()).collect();
-        let mut all_replaced = Vec::new();
-        for (cell, Predecessors { own, replaced }) in
-            self.cells.iter_mut().zip(predecessors(persisted, &quotas))
-        {
+        let found = predecessors(persisted, &quotas);
+        for (cell, &Predecessors { own, replaced }) in self.cells.iter_mut().zip(&found) {
             if let Some((quota, counter)) = own.map(|at| &persisted[at]) {
                 cell.restore_own(quota, counter, keeps_held(quota), now);
             }
             if let Some((quota, counter)) = replaced.map(|at| &persisted[at]) {
                 cell.replace(quota, counter, now);
-                all_replaced.push(quota.clone());
             }
         }
-        all_replaced
+        let is = |at: usize, of: fn(&Predecessors) -> Option<usize>| found.iter().any(|f| of(f) == Some(at));
+        let mut restored = Restored::default();
+        for (at, (quota, counter)) in persisted.iter().enumerate().filter(|(at, _)| !is(*at, |f| f.own)) {
+            if is(at, |f| f.replaced) {
+                restored.replaced.push(quota.clone());
+            } else if !counter.is_removed {
+                restored.removed.push((quota.clone(), PersistedCounter { is_removed: true, ..*counter }));
+            }
+        }
+        restored
     }
 
     /// Counts what requests held that a crash has interrupted, in the unlimited quotas that count every request. Call it

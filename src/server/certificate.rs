@@ -2,8 +2,8 @@
 
 use super::not_after;
 use crate::clock::Timestamp;
-use crate::config::TlsFiles;
 use std::fmt::Display;
+use std::path::Path;
 use std::sync::Arc;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
@@ -25,6 +25,20 @@ pub(crate) struct Certificate {
     /// When the certificate expires. `None`: its date cannot be read.
     pub(crate) expires: Option<Timestamp>,
     chain: Vec<CertificateDer<'static>>,
+}
+
+/// A file that a setting names.
+#[derive(Clone, Copy)]
+pub(crate) struct PemFile<'f> {
+    pub(crate) path: &'f Path,
+    /// The location of the setting, such as `tollgate.yaml:7:13`.
+    pub(crate) location: &'f str,
+}
+
+impl PemFile<'_> {
+    fn fault(&self, section: &str, name: &str, what: &dyn Display) -> String {
+        format!("{}: {section}.tls.{name}: {}: {what}", self.location, self.path.display())
+    }
 }
 
 impl Certificate {
@@ -63,13 +77,17 @@ impl Certificate {
 /// Reads a certificate chain and its private key. `section`: the section of the config that names the files.
 ///
 /// # Errors
-/// A file cannot be read or parsed, or the two do not belong together. The message has the location and name of the setting, and the file.
-pub(crate) fn load(section: &str, files: &TlsFiles, http2: bool) -> Result<Certificate, String> {
-    let TlsFiles { cert, key, locations } = files;
-    let cert_fault =
-        |what: &dyn Display| format!("{}: {section}.tls.cert: {}: {what}", locations.cert, cert.display());
-    let key_fault =
-        |what: &dyn Display| format!("{}: {section}.tls.key: {}: {what}", locations.key, key.display());
+/// A file cannot be read or parsed, or the two do not belong together. The message has the location and the name of the
+/// setting, and the file.
+pub(crate) fn load(
+    section: &str,
+    cert: PemFile<'_>,
+    key: PemFile<'_>,
+    http2: bool,
+) -> Result<Certificate, String> {
+    let cert_fault = |what: &dyn Display| cert.fault(section, "cert", what);
+    let key_fault = |what: &dyn Display| key.fault(section, "key", what);
+    let (cert, key) = (cert.path, key.path);
     let pem = std::fs::read(cert).map_err(|error| cert_fault(&error))?;
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()

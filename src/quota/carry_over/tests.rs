@@ -1,5 +1,5 @@
 use super::*;
-use crate::quota::{Amounts, Period, Receipt, Required, Scope, Subject};
+use crate::quota::{Amounts, Period, Receipt, Required, Restored, Scope, Subject};
 use jiff::tz::TimeZone;
 use proptest::prelude::*;
 
@@ -147,6 +147,61 @@ fn a_quota_with_another_period_takes_over_up_to_its_burst() {
         assert_eq!(state(&mut engine, now), (25, 0, 5), "{takeover:?}");
         engine.reconfigure(&[bursting(5, 15, 60 * MINUTE)], now, takeover, |_| None);
         assert_eq!(state(&mut engine, now), (15, 0, 0), "{takeover:?}");
+    }
+}
+
+/// Restarts with these quotas, as the store does it.
+fn restart(
+    engine: &mut Quotas,
+    stored: &mut Vec<(Quota, PersistedCounter)>,
+    quotas: &[Quota],
+    now: Timestamp,
+) -> Quotas {
+    let store = |stored: &mut Vec<(Quota, PersistedCounter)>, quota: &Quota, counter| {
+        stored.retain(|(known, _)| !known.is_same_as(quota));
+        stored.push((quota.clone(), counter));
+    };
+    engine.take_changes(|quota, counter| store(stored, quota, counter));
+    let mut next = Quotas::new(quotas, now);
+    let Restored { replaced, removed } = next.restore(now, stored, |_| false);
+    stored.retain(|(known, _)| !replaced.iter().any(|quota| quota.is_same_as(known)));
+    removed.iter().for_each(|(quota, counter)| store(stored, quota, *counter));
+    next
+}
+
+/// A quota that fits any of these periods was found full by a random sequence of reloads and restarts.
+#[test]
+fn no_sequence_of_reloads_and_restarts_makes_a_quota_full_again() {
+    let per = |ms| quota(Kind::TotalTokens, 100, ms, None);
+    let [hour, two_hours, four_hours, day] = [1, 2, 4, 24].map(|hours| per(hours * 60 * MINUTE));
+    let now = Timestamp(BEGIN);
+    for (configs, last) in [
+        // The quota per four hours is not in the last config, so nothing continues it.
+        (
+            vec![
+                (false, vec![day.clone(), four_hours]),
+                (false, vec![hour.clone()]),
+                (true, vec![two_hours.clone()]),
+            ],
+            day.clone(),
+        ),
+        (vec![(true, vec![two_hours.clone()])], day.clone()),
+        (vec![(true, vec![two_hours.clone()])], hour),
+        (vec![(true, vec![two_hours.clone()]), (false, vec![two_hours])], day.clone()),
+    ] {
+        let (mut engine, mut stored) = (Quotas::new(std::slice::from_ref(&day), now), Vec::new());
+        let required = Required { amounts: Amounts::of_request(100, 0), generates: true };
+        let receipt = engine.reserve(now, &engine.applicable(SUBJECT), &required).unwrap();
+        engine.settle(now, receipt, Amounts::of_request(100, 0));
+        for (reloads, quotas) in &configs {
+            if *reloads {
+                engine.reconfigure(quotas, now, Takeover::InPlace, |_| None);
+            } else {
+                engine = restart(&mut engine, &mut stored, quotas, now);
+            }
+        }
+        let mut engine = restart(&mut engine, &mut stored, std::slice::from_ref(&last), now);
+        assert_eq!(state(&mut engine, now), (100, 0, 0), "{configs:?}");
     }
 }
 
