@@ -52,6 +52,8 @@ pub(crate) struct Peer {
     lingers: AtomicBool,
     /// One of `BETWEEN_REQUESTS`, `RECEIVING`, `IN_SERVICE`, `ANSWERED`.
     phase: AtomicU8,
+    /// The requests that have begun.
+    requests: AtomicU64,
     /// Whether the server drains.
     is_draining: AtomicBool,
     /// Whether the request must end here, because the server stops.
@@ -112,6 +114,7 @@ impl Peer {
             answer_deadline_ms: AtomicU64::new(0),
             lingers: AtomicBool::new(false),
             phase: AtomicU8::new(BETWEEN_REQUESTS),
+            requests: AtomicU64::new(0),
             is_draining: AtomicBool::new(false),
             is_cut_off: AtomicBool::new(false),
             cut_off_waker: AtomicWaker::new(),
@@ -167,7 +170,13 @@ impl Peer {
         self.lingers.store(false, Ordering::Relaxed);
         self.ends_answers_by_close.store(version < Version::HTTP_11, Ordering::Relaxed);
         self.phase.store(RECEIVING, Ordering::Relaxed);
+        self.requests.fetch_add(1, Ordering::Relaxed);
         ServedRequest(self.clone())
+    }
+
+    /// How many requests have begun.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     /// Records that a head is refused before hyper receives it.

@@ -45,10 +45,18 @@ struct SocketState<T> {
     blocked_since: Option<Stopwatch>,
     timer: ReusedTimer,
     /// Since when the connection waits for a head. `None`: it has a request.
-    waits_for_head_since: Option<Stopwatch>,
+    waits_for_head_since: Option<HeadWait>,
     /// The bytes to write in place of hyper's answer, and how many of them are written.
     replacement: Option<(Vec<u8>, usize)>,
     lingering: Option<Lingering>,
+}
+
+/// The wait for the next head.
+#[derive(Clone, Copy)]
+struct HeadWait {
+    since: Stopwatch,
+    /// How many requests the connection had before. A request can begin and end within one poll of hyper.
+    requests: u64,
 }
 
 /// A lingering close: the write half is shut down, and arriving bytes are discarded.
@@ -107,12 +115,15 @@ impl<T: Transport> CallerSocket<T> {
             state.waits_for_head_since = None;
             return Poll::Pending;
         }
-        let since = *state.waits_for_head_since.get_or_insert_with(Stopwatch::start);
+        let requests = self.peer.requests();
+        let wait = state.waits_for_head_since.filter(|wait| wait.requests == requests);
+        let wait = wait.unwrap_or_else(|| HeadWait { since: Stopwatch::start(), requests });
+        state.waits_for_head_since = Some(wait);
         // A blocked write and a lingering close have times of their own.
         if state.blocked_since.is_some() || state.lingering.is_some() {
             return Poll::Pending;
         }
-        state.timer.poll(cx, since.deadline(self.peer.timeouts.head))
+        state.timer.poll(cx, wait.since.deadline(self.peer.timeouts.head))
     }
 
     /// Closes the connection with a reset if its caller would take a normal end for the end of a complete answer.

@@ -188,6 +188,19 @@ async fn the_head_timeout_applies_to_each_head_of_a_connection_and_to_no_answer(
     assert!(answered.elapsed() > Duration::from_millis(500), "{:?}", answered.elapsed());
 }
 
+/// A refusal needs no upstream, so that its request can begin and end within one poll.
+#[tokio::test]
+async fn the_head_timeout_counts_from_the_last_answer_also_if_all_answers_are_refusals() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = Gateway::with_timeouts(&upstream, "", STAGING, short(600)).await;
+    let mut caller = gateway.caller().await;
+    for _ in 0..12 {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        caller.request("POST", "/nothing", "", b"{}").await;
+        assert_eq!(caller.reply().await.status, 404);
+    }
+}
+
 #[tokio::test]
 async fn a_request_whose_body_stops_arriving_gets_a_400_and_costs_nothing() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
