@@ -76,6 +76,8 @@ fn streams_over_http2_and_tls_end_at_the_old_process_and_new_requests_go_to_the_
     let answer = runtime.block_on(post(&mut send, &held));
     assert_eq!(answer.status(), 200);
     let idle = runtime.block_on(connect(place.port, &config));
+    // Meanwhile both sides acknowledge their settings: the client would fail to write to a connection that has ended.
+    std::thread::sleep(Duration::from_millis(200));
     let _second = place.start();
     // The idle connection ends, and the stream continues.
     runtime
