@@ -80,9 +80,7 @@ impl UpstreamContext {
             );
         }
     }
-}
 
-impl UpstreamContext {
     /// Logs that the upstream refuses the configured key, at most once a minute. Callers take the 401 for a fault of their
     /// own key.
     pub(super) fn note_status(&self, status: StatusCode) {

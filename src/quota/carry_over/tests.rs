@@ -169,7 +169,7 @@ fn restart(
     next
 }
 
-/// A quota that fits any of these periods was found full by a random sequence of reloads and restarts.
+/// Random sequences of reloads and restarts had made a quota full again.
 #[test]
 fn no_sequence_of_reloads_and_restarts_makes_a_quota_full_again() {
     let per = |ms| quota(Kind::TotalTokens, 100, ms, None);

@@ -1,7 +1,7 @@
 -- Version 6.
 
--- What is left to remember of a quota besides its counter. A table of its own, because a process of an earlier version can
--- still write to the table of counters, if it is not replaced after all. A quota without such facts has no row.
+-- Facts about a quota besides its counter. If an upgrade fails, a process of the earlier version continues to write to this
+-- file, so the table of counters must keep its columns. A quota without such facts has no row.
 CREATE TABLE quota_facts (
     environment     TEXT NOT NULL,
     scope           TEXT NOT NULL,
