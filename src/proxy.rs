@@ -45,7 +45,7 @@ use crate::clock::Stopwatch;
 use crate::config::{Environment, OnDisconnect, UpstreamSettings};
 use crate::error::ProxyError;
 use crate::ledger::Reservation;
-use crate::server::Peer;
+use crate::server::{ParsedHead, Peer};
 use crate::telemetry::Record;
 use crate::upstream::{self, Replicas, Upstream};
 use futures_util::future::join_all;
@@ -315,7 +315,7 @@ impl Proxy {
             return Err(ProxyError::ShuttingDown);
         }
         record.begin_trace(self.snapshot.tracing.as_ref(), head);
-        call::check_head(&head.headers, &head.uri, head.version)?;
+        ParsedHead::from(head).check(true)?;
         let route = route::find(&self.snapshot.config, &head.method, head.uri.path())?;
         record.api = route.endpoint.as_str();
         if route.endpoint == Endpoint::Root {

@@ -7,14 +7,15 @@ mod acceptor;
 mod certificate;
 mod checked;
 mod connection;
+mod event_count;
 mod head_lines;
-mod hosts;
 mod http1;
 mod http2;
 mod limits;
 mod listener;
 mod malformed;
 mod not_after;
+mod parsed_head;
 mod peer;
 mod request_check;
 mod served;
@@ -39,12 +40,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 pub(crate) use certificate::{Certificate, PemFile, load as load_certificate};
-pub(crate) use hosts::check_hosts;
 pub(crate) use limits::{ConnectionBounds, network_of};
 pub(crate) use listener::{Listener, Protocols};
+pub(crate) use parsed_head::{HeadFault, ParsedHead};
 pub use peer::CallerTimeouts;
 pub(crate) use peer::Peer;
-use request_check::is_host;
 #[cfg(feature = "fuzz")]
 pub(crate) use request_check::{Refused, RequestCheck};
 

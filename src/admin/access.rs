@@ -8,7 +8,8 @@ use super::json_body::read_object;
 use super::sessions::{SessionSecrets, SessionVerdict, Sessions};
 use super::{Admin, Client, EXPLAIN, MAX_BODY_BYTES, MAX_EXPLAINED_BYTES};
 use crate::clock;
-use crate::server::check_hosts;
+use crate::error::ProxyError;
+use crate::server::{HeadFault, ParsedHead};
 use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Request, State};
 use axum::middleware::Next;
@@ -132,8 +133,8 @@ pub(super) async fn authorize(
     next: Next,
 ) -> Response {
     // Some health checks name no host.
-    if let Err(reason) = check_hosts(request.headers(), request.uri(), request.version(), false) {
-        return invalid_head(reason);
+    if let Err(fault) = ParsedHead::from(&request).check(false) {
+        return invalid_head(fault);
     }
     if matches!(request.uri().path(), "/livez" | "/readyz") {
         return next.run(request).await;
@@ -159,8 +160,10 @@ pub(super) async fn authorize(
     response
 }
 
-fn invalid_head(reason: &str) -> Response {
-    refusal(StatusCode::BAD_REQUEST, "bad_request", &format!("The request head is not accepted: {reason}."))
+fn invalid_head(fault: HeadFault) -> Response {
+    let error = ProxyError::from(fault);
+    let (status, _, code) = error.shape();
+    refusal(status, code, &error.to_string())
 }
 
 /// A browser must neither show an answer in a frame nor guess its type. The page's own files have a policy already.

@@ -21,11 +21,9 @@ use crate::error::ProxyError;
 use crate::estimate::{Model, Prompt, PromptEstimate, Tokenizer};
 use crate::learned::{CorrectedPrompt, EstimateScope, EstimateUpdate, Learned, Recall};
 use crate::quota::MAX_AMOUNT;
-use crate::server::check_hosts;
 use crate::similar::most_similar;
 use crate::telemetry::{Metrics, Record};
 use bytes::Bytes;
-use http::StatusCode;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use hyper::body::{Body as _, Incoming};
@@ -46,9 +44,6 @@ const MAX_INLINE_EDIT: usize = 64 * 1024;
 const MAX_SMALL_UNREAD: u64 = 64 * 1024;
 /// The first size of the buffer for a body that arrives in several pieces, unless its declared length is smaller.
 const MAX_INITIAL_BUFFER: usize = 256 * 1024;
-
-/// Maximum number of headers of a request. hyper checks it for HTTP/1.1.
-const MAX_HEADERS: usize = 100;
 
 /// A parsed request, and the bytes that are forwarded. It is large and passes through several functions, which return it in
 /// a box.
@@ -389,18 +384,6 @@ pub(super) async fn parse_example(
 
 fn estimate_if_quick(prompt: &Prompt<'_>, model: &Model) -> Option<PromptEstimate> {
     prompt.estimate_if_quick(model)
-}
-
-/// Refuses a head with too many headers, and one from which caller, gateway and upstream could read different hosts.
-pub(super) fn check_head(
-    headers: &HeaderMap,
-    uri: &http::Uri,
-    version: http::Version,
-) -> Result<(), ProxyError> {
-    if headers.len() > MAX_HEADERS {
-        return Err(ProxyError::MalformedHttp(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));
-    }
-    check_hosts(headers, uri, version, true).map_err(ProxyError::InvalidHead)
 }
 
 /// Refuses protocol upgrades, because the gateway could not count what passes through them. Some clients offer

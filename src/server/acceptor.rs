@@ -1,11 +1,11 @@
 //! Accepts the connections of one listening socket, within the bounds of its listener.
 
+use super::event_count::EventCount;
 use super::limits::{ConnectionLimits, Slot};
-use crate::clock::Stopwatch;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -14,41 +14,15 @@ use tokio::time::sleep;
 
 /// The pause after an error of `accept`, such as when the process has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// Lines about connections that were not accepted are logged at most this often.
-const LOG_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Counts connections that were not accepted, and logs their number at most once a second.
-#[derive(Debug, Default)]
-pub(super) struct Refused(Mutex<RefusedCount>);
-
-#[derive(Debug, Default)]
-struct RefusedCount {
-    /// Since the last line.
-    count: u64,
-    logged: Option<Stopwatch>,
-}
-
-impl Refused {
-    /// Counts one. Returns the number to log, if a line is due.
-    fn add(&self) -> Option<u64> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.count += 1;
-        if state.logged.is_some_and(|logged| logged.elapsed() < LOG_INTERVAL) {
-            return None;
-        }
-        state.logged = Some(Stopwatch::start());
-        Some(std::mem::take(&mut state.count))
-    }
-}
 
 /// Accepts the connections of one listening socket.
 pub(super) struct Acceptor<'l> {
     pub(super) listener: TcpListener,
     pub(super) limits: &'l Arc<ConnectionLimits>,
     /// Connections that failed.
-    pub(super) failed: &'l Refused,
+    pub(super) failed: &'l EventCount,
     /// Connections of addresses that have too many.
-    pub(super) crowded: &'l Refused,
+    pub(super) crowded: &'l EventCount,
 }
 
 impl Acceptor<'_> {
@@ -106,28 +80,4 @@ impl Acceptor<'_> {
 /// Whether the caller has ended the connection before it was accepted. The next one can be accepted at once.
 fn is_of_the_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset | ErrorKind::Interrupted)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn refused_connections_are_logged_at_most_once_a_second_with_their_number() {
-        let refused = Refused::default();
-        assert_eq!(refused.add(), Some(1));
-        let began = Stopwatch::start();
-        let (mut logged, mut added) = (0, 0u64);
-        while began.elapsed() < LOG_INTERVAL + Duration::from_millis(200) {
-            added += 1;
-            if let Some(count) = refused.add() {
-                assert_eq!(count, added);
-                logged += 1;
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        assert_eq!(logged, 1);
-        assert!(began.elapsed() + Duration::from_millis(20) >= LOG_INTERVAL);
-    }
 }

@@ -61,7 +61,10 @@ pub(super) async fn serve<T, S, B>(
             }
         };
         match result {
-            Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
+            Some(Err(error)) => {
+                let cause = error.source().map(tracing::field::display);
+                tracing::debug!(address = %peer.address, %error, cause, "a connection failed");
+            }
             None => tracing::debug!("a connection was closed, or its caller disconnected"),
             Some(Ok(())) => {}
         }

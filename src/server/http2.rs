@@ -16,7 +16,7 @@ use crate::clock::Stopwatch;
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
 use http::header::{HOST, HeaderValue};
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http2;
 use hyper::service::{Service, service_fn};
@@ -34,8 +34,9 @@ pub(super) use frames::PREFACE;
 
 /// Streams that a caller may have open in one connection.
 const MAX_STREAMS: u32 = 100;
-/// Maximum size of the headers of a request, as for HTTP/1.1.
-const MAX_HEADER_BYTES: u32 = 64 * 1024;
+/// The h2 library refuses requests with larger headers, with a 431 without a body. From `MAX_HEAD_BYTES` on the gateway refuses
+/// them, with a body that the caller's SDK can parse.
+const MAX_READ_HEADER_BYTES: u32 = 96 * 1024;
 /// Bytes of a request's body that a caller may send before the gateway reads them.
 const STREAM_WINDOW: u32 = 128 * 1024;
 /// The same for all streams of a connection.
@@ -75,10 +76,11 @@ pub(super) async fn serve<T, S, B>(
         let peer = Arc::new(Peer::new(address, timeouts));
         let stream = announced.announce(&peer);
         let service = served::marking(service_for(peer.clone()), peer);
-        let with_stream = move |inner| StreamBody { inner, stream };
+        let is_for_head = request.method() == Method::HEAD;
+        let with_stream = move |inner| StreamBody { inner, stream, is_for_head };
         service.call(with_host(request)).map(move |answer| answer.map(|answer| answer.map(with_stream)))
     });
-    let socket = socket::Http2Socket::new(transport, read_ahead, timeouts.write);
+    let socket = socket::Http2Socket::new(transport, read_ahead, address.ip(), timeouts.write);
     let connection = builder(&streams).serve_connection(TokioIo::new(socket), service);
     let mut connection = pin!(connection);
     let mut watched = state.clone();
@@ -115,7 +117,10 @@ pub(super) async fn serve<T, S, B>(
         connection.as_mut().graceful_shutdown();
     };
     match result {
-        Some(Err(error)) => tracing::debug!(%error, "a connection failed"),
+        Some(Err(error)) => {
+            let cause = error.source().map(tracing::field::display);
+            tracing::debug!(%address, %error, cause, "a connection failed");
+        }
         Some(Ok(())) => {}
         None => tracing::debug!("a connection was closed"),
     }
@@ -126,7 +131,7 @@ fn builder(streams: &Arc<Streams>) -> http2::Builder<StreamExecutor> {
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(MAX_HEADER_BYTES)
+        .max_header_list_size(MAX_READ_HEADER_BYTES)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buf_size(MAX_SEND_BUFFER)

@@ -1,6 +1,6 @@
 //! What all sockets of one listener share: its bounds, its protocols and its certificate. A reload changes them.
 
-use super::acceptor::Refused;
+use super::event_count::EventCount;
 use super::certificate::Certificate;
 use super::limits::{ConnectionBounds, ConnectionLimits};
 use super::peer::CallerTimeouts;
@@ -16,9 +16,9 @@ pub(crate) struct Listener {
     pub(super) timeouts: CallerTimeouts,
     pub(super) limits: Arc<ConnectionLimits>,
     /// Connections that could not be accepted.
-    pub(super) failed: Refused,
+    pub(super) failed: EventCount,
     /// Connections of addresses that have too many.
-    pub(super) crowded: Refused,
+    pub(super) crowded: EventCount,
     pub(super) handshakes: Semaphore,
     protocols: Mutex<Protocols>,
 }
@@ -40,8 +40,8 @@ impl Listener {
         Arc::new(Self {
             timeouts,
             limits: ConnectionLimits::new(bounds),
-            failed: Refused::default(),
-            crowded: Refused::default(),
+            failed: EventCount::new(),
+            crowded: EventCount::new(),
             handshakes: Semaphore::new(MAX_HANDSHAKES),
             protocols: Mutex::new(protocols),
         })

@@ -181,9 +181,8 @@ impl Peer {
 
     /// Records that a head is refused before hyper receives it.
     pub(super) fn refuse_head(&self, reason: &'static str) {
-        if self.refused_head.set(reason).is_ok() {
-            tracing::debug!(peer = %self.address, reason, "a request head was refused");
-        }
+        // Only the first reason counts.
+        self.refused_head.get_or_init(|| reason);
     }
 
     /// The reason why a head was refused, if one was.

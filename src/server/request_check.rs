@@ -10,7 +10,7 @@ mod head;
 
 use chunks::ChunkCheck;
 use head::Framing;
-pub(crate) use head::is_host;
+pub(super) use head::{AMBIGUOUS_NAME, NOT_A_TARGET, SEVERAL_FRAMINGS, is_ambiguous_name, is_host};
 
 /// The position of a connection between and within its requests.
 #[derive(Debug)]

@@ -147,10 +147,11 @@ impl<T: Transport> CallerSocket<T> {
         let first = slices.first().map_or(&[][..], |slice| slice);
         if state.replacement.is_none()
             && self.peer.is_between_requests()
-            && let Some(replacement) = malformed::replacement_for(first, self.peer.refused_head())
+            && let Some(error) = malformed::replacement_for(first, self.peer.refused_head())
         {
+            malformed::log(&error, self.peer.address.ip());
             self.peer.linger();
-            state.replacement = Some((replacement, 0));
+            state.replacement = Some((malformed::encode(&error), 0));
         }
         let written = match &mut state.replacement {
             None => match &self.peer.head_lines {

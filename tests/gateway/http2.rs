@@ -31,6 +31,7 @@ async fn answers_and_refusals_are_those_of_http1() {
     let mut caller = Http2Caller::connect(gateway.address).await;
     let large = hello(&format!(r#""user":"{}""#, "u".repeat(300_000)));
     let too_large = "x".repeat(1_200_000);
+    let long = format!("x-long: {}\r\n", "v".repeat(70_000));
     let many = (0..120).fold(String::new(), |many, n| format!("{many}x-{n}: 1\r\n"));
     for (method, target, headers, body) in [
         ("POST", CHAT, "", HELLO),
@@ -38,6 +39,8 @@ async fn answers_and_refusals_are_those_of_http1() {
         ("POST", CHAT, "", &*hello(r#""stream":true"#)),
         ("POST", CHAT, "", &large),
         ("HEAD", "/", "", ""),
+        ("HEAD", CHAT, "", ""),
+        ("HEAD", "/closed/v1/models", "", ""),
         ("GET", "/v1/nothing", "", ""),
         ("GET", CHAT, "", ""),
         ("POST", "/closed/v1/chat/completions", "", HELLO),
@@ -47,6 +50,9 @@ async fn answers_and_refusals_are_those_of_http1() {
         ("POST", CHAT, "content-encoding: gzip\r\n", HELLO),
         ("POST", CHAT, "host: other\r\nhost: another\r\n", HELLO),
         ("POST", CHAT, &many, HELLO),
+        ("POST", CHAT, &long, HELLO),
+        ("POST", CHAT, "content_length: 0\r\n", HELLO),
+        ("POST", CHAT, "transfer_encoding: chunked\r\n", HELLO),
         ("POST", "/v1/messages", "", "{}"),
     ] {
         let first = gateway.send(method, target, headers, body).await;

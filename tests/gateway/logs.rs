@@ -1,5 +1,6 @@
 //! The log: form, fields, level, and what it never contains.
 
+use crate::support::http2::*;
 use crate::support::*;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -247,6 +248,27 @@ async fn the_refusal_of_an_upstreams_key_is_logged_once_a_minute() {
     let lines = gateway.stop().await;
     let refusals = lines.iter().filter(|line| line.contains("it refuses the key of the config")).count();
     assert_eq!(refusals, 1, "{lines:#?}");
+}
+
+#[tokio::test]
+async fn refused_heads_and_floods_are_logged_at_most_once_a_second_with_their_number() {
+    let upstream = upstream().await;
+    let gateway = gateway(&upstream, "{ log: json }").await;
+    for head in ["GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "GET / HTTP/1.1\nHost: a\n\n"] {
+        let mut caller = gateway.caller().await;
+        caller.send(head.as_bytes()).await;
+        assert_eq!(caller.reply().await.status, 400);
+    }
+    let line = gateway.log_line("message", "requests were refused because of their head").await;
+    assert_eq!((&line["requests"], &line["address"]), (&json!(1), &json!("127.0.0.1")), "{line}");
+    assert!(line["error"].as_str().unwrap().contains("more than one Host"), "{line}");
+    let mut raw = RawHttp2::connect(gateway.address, &[]).await;
+    let pings = frame(6, 0, 0, &[7; 8]).repeat(100);
+    while raw.send(&pings).await {}
+    let line = gateway.line_with("their callers sent too many").await;
+    assert!(line.contains(r#""connections":1,"address":"127.0.0.1""#), "{line}");
+    let refused = gateway.stop().await;
+    assert_eq!(refused.iter().filter(|line| line.contains("because of their head")).count(), 1, "{refused:#?}");
 }
 
 #[tokio::test]

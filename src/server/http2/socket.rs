@@ -3,14 +3,19 @@
 
 use super::frames::{Flood, FrameGuard};
 use crate::clock::Stopwatch;
+use crate::server::event_count::EventCount;
 use crate::server::transport::Transport;
 use bytes::{Buf as _, BytesMut};
 use std::io::{self, ErrorKind, IoSlice};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep_until};
+
+/// Connections that [`FrameGuard`] ended.
+static FLOODS: EventCount = EventCount::new();
 
 /// A connection with HTTP/2.
 pub(super) struct Http2Socket<T> {
@@ -18,6 +23,7 @@ pub(super) struct Http2Socket<T> {
     /// Bytes that were read to detect the protocol.
     read_ahead: BytesMut,
     guard: FrameGuard,
+    caller: IpAddr,
     /// For the caller to read any bytes.
     write_timeout: Duration,
     /// Since when a write has been blocked.
@@ -26,11 +32,12 @@ pub(super) struct Http2Socket<T> {
 }
 
 impl<T: Transport> Http2Socket<T> {
-    pub(super) fn new(transport: T, read_ahead: BytesMut, write_timeout: Duration) -> Self {
+    pub(super) fn new(transport: T, read_ahead: BytesMut, caller: IpAddr, write_timeout: Duration) -> Self {
         Self {
             transport,
             read_ahead,
             guard: FrameGuard::new(),
+            caller,
             write_timeout,
             blocked_since: None,
             timer: None,
@@ -73,6 +80,9 @@ impl<T: Transport> AsyncRead for Http2Socket<T> {
             }
         }
         if let Err(Flood(what)) = this.guard.feed(&buffer.filled()[before..]) {
+            if let Some(connections) = FLOODS.add() {
+                tracing::warn!(connections, address = %this.caller, "connections were closed, because their callers sent too many {what}");
+            }
             return Poll::Ready(Err(io::Error::other(format!("the caller sends too many {what}"))));
         }
         Poll::Ready(Ok(()))

@@ -184,6 +184,8 @@ async fn supervise(task: impl Future<Output = ()>, stream: Arc<Stream>) {
 pub(super) struct StreamBody<B> {
     pub(super) inner: B,
     pub(super) stream: Arc<Stream>,
+    /// The request is a HEAD, whose answer has no body. hyper removes the body only in HTTP/1.1.
+    pub(super) is_for_head: bool,
 }
 
 impl<B: Body + Unpin> Body for StreamBody<B> {
@@ -204,7 +206,7 @@ impl<B: Body + Unpin> Body for StreamBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.is_for_head || self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

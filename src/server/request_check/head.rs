@@ -3,6 +3,14 @@
 use super::HeadRules;
 use memchr::{Memchr, memchr, memchr_iter};
 
+/// Why a target is refused that names neither a path nor a URL.
+pub(crate) const NOT_A_TARGET: &str = "its target is neither a path nor a URL";
+/// Some servers read an underscore as a dash.
+pub(crate) const AMBIGUOUS_NAME: &str =
+    "a header has an underscore in the name Content-Length or Transfer-Encoding";
+/// Why a head is refused that frames its body twice.
+pub(crate) const SEVERAL_FRAMINGS: &str = "it has more than one Content-Length or Transfer-Encoding header";
+
 /// How the body after a head is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Framing {
@@ -130,7 +138,7 @@ impl<'h> RequestLine<'h> {
             return Ok(());
         }
         let Some(at) = memchr::memmem::find(self.target, b"://") else {
-            return Err("its target is neither a path nor a URL");
+            return Err(NOT_A_TARGET);
         };
         if !self.target[..at].eq_ignore_ascii_case(scheme.as_bytes()) {
             return Err("its target has a scheme that the gateway does not serve");
@@ -161,13 +169,12 @@ impl<'h> Governing<'h> {
             _ => return Ok(()),
         };
         if memchr(b'_', name).is_some() {
-            // Some servers read an underscore as a dash.
-            return Err("a header has an underscore in the name Content-Length or Transfer-Encoding");
+            return Err(AMBIGUOUS_NAME);
         }
         if slot.replace(value.trim_ascii()).is_some() {
             return Err(match name.len() {
                 4 => "it has more than one Host header",
-                _ => "it has more than one Content-Length or Transfer-Encoding header",
+                _ => SEVERAL_FRAMINGS,
             });
         }
         Ok(())
@@ -187,6 +194,13 @@ impl<'h> Governing<'h> {
     }
 }
 
+/// Whether this is the name of a header that frames a body, with an underscore.
+pub(crate) fn is_ambiguous_name(name: &[u8]) -> bool {
+    let names = [&b"content-length"[..], b"transfer-encoding"];
+    name.contains(&b'_') && names.iter().any(|of| of.len() == name.len() && is_spelling_of(name, of))
+}
+
+/// `expected` is as long as `name`.
 fn is_spelling_of(name: &[u8], expected: &[u8]) -> bool {
     let is_same = |(&a, &b): (&u8, &u8)| a.eq_ignore_ascii_case(&b) || a == b'_' && b == b'-';
     name.iter().zip(expected).all(is_same)
