@@ -368,7 +368,7 @@ impl fmt::Display for ProxyError {
                 write!(f, "Environment '{environment}' already has {limit} requests in flight (max_in_flight). Try again when one of them has ended.")
             }
             Self::QuotaStoreUnavailable { environment } => {
-                write!(f, "Redis, which stores the quotas of environment '{environment}', is unavailable, and the gateway admits no request without it (store.redis.on_failure: closed). Try again in a moment.")
+                write!(f, "Redis, which stores the quotas of environment '{environment}', is unavailable or too busy, and the gateway does not admit this request without it (store.redis.on_failure). Try again in a moment.")
             }
             Self::UpstreamUnreachable { upstream, what } => {
                 write!(f, "The gateway cannot reach the upstream '{upstream}': {what}.")

@@ -47,7 +47,9 @@ pub use durability::{Changes, Commits, Persistence, RestoredState};
 pub use engine::Snapshot;
 pub use local::{Backing, Local, Rules};
 pub use messages::{FromSuccessor, LeftAccount, LeftBackend, LeftGrant, LeftNoRoom, LeftUsage, ToSuccessor};
-pub use overrides::{EnforceOverride, LimitChange, LimitOverride, OverrideOrigin, OverrideSet, QuotaKey};
+pub use overrides::{
+    ChangeFault, EnforceOverride, LimitChange, LimitOverride, OverrideOrigin, OverrideSet, QuotaKey,
+};
 pub use owner::Owner;
 pub(crate) use owner::UPSTREAM_PREFIX;
 pub use reservation::Reservation;
@@ -359,9 +361,13 @@ impl Account {
     /// whether the quota exists. Returns when the change is durable and in force on all nodes.
     ///
     /// # Errors
-    /// The counters are shared, and Redis is unavailable.
-    pub async fn set_limit(&self, key: QuotaKey<'_>, change: Option<&LimitChange>) -> Result<bool, NoRoom> {
-        self.check_residence().await?;
+    /// A new process has the counters. Or they are shared, and Redis is unavailable or has sent no reply.
+    pub async fn set_limit(
+        &self,
+        key: QuotaKey<'_>,
+        change: Option<&LimitChange>,
+    ) -> Result<bool, ChangeFault> {
+        self.check_residence().await.map_err(|_| ChangeFault::Unavailable)?;
         let exists = self.engine.set_limit(key, change).await?;
         if exists || self.engine.sync().is_none() {
             self.persist_admin_change().await;
@@ -373,9 +379,9 @@ impl Account {
     /// nodes.
     ///
     /// # Errors
-    /// The counters are shared, and Redis is unavailable.
-    pub async fn set_enforce(&self, change: Option<EnforceOverride>) -> Result<(), NoRoom> {
-        self.check_residence().await?;
+    /// A new process has the counters. Or they are shared, and Redis is unavailable or has sent no reply.
+    pub async fn set_enforce(&self, change: Option<EnforceOverride>) -> Result<(), ChangeFault> {
+        self.check_residence().await.map_err(|_| ChangeFault::Unavailable)?;
         self.engine.set_enforce(change).await?;
         self.persist_admin_change().await;
         Ok(())
@@ -385,14 +391,19 @@ impl Account {
     /// on all nodes, and whether the quota exists.
     ///
     /// # Errors
-    /// The counters are shared, and Redis is unavailable.
-    pub async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, NoRoom> {
-        self.check_residence().await?;
+    /// A new process has the counters. Or they are shared, and Redis is unavailable or has sent no reply.
+    pub async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, ChangeFault> {
+        self.check_residence().await.map_err(|_| ChangeFault::Unavailable)?;
         let exists = self.engine.reset(key).await?;
         if exists {
             self.persist_admin_change().await;
         }
         Ok(exists)
+    }
+
+    /// The time by which overrides end: that of Redis, if the counters are shared.
+    pub fn now(&self) -> Timestamp {
+        self.engine.with_local(|_, now| now)
     }
 
     /// The quota as it would be with the limit of `quota`. Changes nothing.

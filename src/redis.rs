@@ -16,7 +16,9 @@ pub use command::{
     ScriptCommand, SentSteps, Step, StepKind, UpstreamReserve,
 };
 pub(crate) use connection::note;
-pub use connection::{CallPermit, CallRefusal, FailFastConnection, Unavailable, catch_up_time, check_url};
+pub use connection::{
+    CallPermit, CallRefusal, FailFastConnection, Unavailable, catch_up_time, check_url, server_identity,
+};
 pub use reply::{OverrideMark, ScriptReply, Verdict, load_states};
 
 /// The script, for `EVALSHA` and `EVAL`.

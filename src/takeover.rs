@@ -14,9 +14,8 @@ mod socket;
 use crate::config::Config;
 use crate::ledger::LeftAccount;
 use crate::provider_limits::LeftLimits;
-use crate::store;
+use crate::{redis, store};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -76,11 +75,10 @@ fn store_identity(config: &Config) -> String {
         store::identity(&config.store.path)
             .map_or_else(|| "new file".to_owned(), |(device, inode)| format!("file {device}:{inode}"))
     };
-    let redis = config.store.redis.as_ref().map(|redis| {
-        // The URL may contain a password.
-        Sha256::digest(format!("{} {}", redis.prefix, redis.url.expose()))
-    });
-    redis.map_or_else(|| counters.clone(), |digest| format!("{counters} {digest:x?}"))
+    // A new process may have another password.
+    let redis = config.store.redis.as_ref();
+    let redis = redis.map(|redis| (&redis.prefix, redis::server_identity(redis.url.expose())));
+    redis.map_or_else(|| counters.clone(), |(prefix, server)| format!("{counters} {prefix} {server}"))
 }
 
 #[cfg(test)]

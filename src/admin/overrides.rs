@@ -11,8 +11,8 @@ use super::Admin;
 use super::answers::{AccessErrors, NoParameters, QueryResult, read_query, refusal};
 use super::audit::{self, Action, Actor};
 use super::environments::{EnvironmentPath, EnvironmentView, environment_view, find, unknown_environment};
-use crate::clock::{self, Timestamp};
-use crate::ledger::{EnforceOverride, LimitChange, OverrideOrigin, QuotaKey};
+use crate::clock::Timestamp;
+use crate::ledger::{ChangeFault, EnforceOverride, LimitChange, OverrideOrigin, QuotaKey};
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -137,7 +137,7 @@ async fn put_limit(
     if is_dry_run {
         return dry_run::answer(admin, &target, limit, burst).await;
     }
-    let change = LimitChange { limit, burst, origin: origin(actor, terms) };
+    let change = LimitChange { limit, burst, origin: origin(actor, terms, target.account.now()) };
     change_limit(admin, actor, &target, Some(&change)).await
 }
 
@@ -178,11 +178,7 @@ async fn change_limit(
 ) -> Result<Response, Box<Response>> {
     let key = target.key();
     let before = target.limit_in_force();
-    match target.account.set_limit(key, change).await {
-        Ok(true) => {}
-        Ok(false) => return Err(Box::new(target.unknown())),
-        Err(_) => return Err(unavailable(admin)),
-    }
+    let result = target.account.set_limit(key, change).await;
     let action = Action {
         name: if change.is_some() { "limit_set" } else { "limit_unset" },
         target: target.audited(),
@@ -190,6 +186,11 @@ async fn change_limit(
         after: target.limit_until(change.and_then(|change| change.origin.until)),
         reason: change.and_then(|change| change.origin.reason.clone()),
     };
+    match result {
+        Ok(true) => {}
+        Ok(false) => return Err(Box::new(target.unknown())),
+        Err(fault) => return Err(failed(admin, actor, fault, action).await),
+    }
     let by = actor.by.as_str();
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
@@ -234,12 +235,12 @@ async fn reset_quota(admin: &Admin, actor: Actor, target: Result<Target, Box<Res
     };
     let key = target.key();
     let before = target.used();
+    let action = Action { name: "reset", target: target.audited(), before, ..Action::default() };
     match target.account.reset(Some(key)).await {
         Ok(true) => {}
         Ok(false) => return target.unknown(),
-        Err(_) => return *unavailable(admin),
+        Err(fault) => return *failed(admin, actor, fault, action).await,
     }
-    let action = Action { name: "reset", target: target.audited(), before, ..Action::default() };
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
     let environment = target.environment();
@@ -266,11 +267,12 @@ pub(super) async fn reset(
     _: NoParameters,
 ) -> Response {
     let Some((settings, account)) = find(&admin, &environment) else { return unknown_environment() };
-    if account.reset(None).await.is_err() {
-        return *unavailable(&admin);
-    }
     let target = audit::environment_target(&environment);
-    audit::record(&admin, actor, Action { name: "reset", target, ..Action::default() }).await;
+    let action = Action { name: "reset", target, ..Action::default() };
+    if let Err(fault) = account.reset(None).await {
+        return *failed(&admin, actor, fault, action).await;
+    }
+    audit::record(&admin, actor, action).await;
     tracing::info!(environment, "the admin API reset all quotas of this environment");
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
@@ -302,11 +304,9 @@ pub(super) async fn patch(
         Err(refusal) => return *refusal,
     };
     let reason = terms.reason.clone();
-    let change = enforce.map(|enforce| EnforceOverride { enforce, origin: origin(actor, terms) });
+    let change = enforce.map(|enforce| EnforceOverride { enforce, origin: origin(actor, terms, account.now()) });
     let before = json!({ "enforce": account.is_enforcing() });
-    if account.set_enforce(change).await.is_err() {
-        return *unavailable(&admin);
-    }
+    let result = account.set_enforce(change).await;
     let action = Action {
         name: if enforce.is_some() { "enforce_set" } else { "enforce_unset" },
         target: audit::environment_target(&environment),
@@ -314,6 +314,9 @@ pub(super) async fn patch(
         after: json!({ "enforce": account.is_enforcing() }),
         reason,
     };
+    if let Err(fault) = result {
+        return *failed(&admin, actor, fault, action).await;
+    }
     audit::record(&admin, actor, action).await;
     let source = if enforce.is_some() { "override" } else { "file" };
     let enforce = account.is_enforcing();
@@ -321,8 +324,7 @@ pub(super) async fn patch(
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
-fn origin(actor: Actor, Terms { duration_ms, reason }: Terms) -> OverrideOrigin {
-    let since = clock::now();
+fn origin(actor: Actor, Terms { duration_ms, reason }: Terms, since: Timestamp) -> OverrideOrigin {
     let until = duration_ms.map(|ms| since.plus_ms(ms));
     OverrideOrigin { by: actor.by.as_str().to_owned(), since, until, reason }
 }
@@ -332,13 +334,24 @@ fn invalid(message: &str) -> Box<Response> {
     Box::new(refusal(StatusCode::BAD_REQUEST, "invalid_value", message))
 }
 
-/// The counters cannot be changed: Redis is unavailable, or a process that has replaced this one has them.
-#[allow(clippy::unnecessary_box_returns)] // the error type of its callers
-fn unavailable(admin: &Admin) -> Box<Response> {
-    if admin.state.current().config.store.redis.is_none() {
-        let message = "Nothing was changed, because a new process is replacing this one. Try again at once.";
-        return Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message));
-    }
-    let message = "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.";
-    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))
+/// The answer to a change that has failed. One that may have been made is in the audit log, with `unconfirmed`.
+async fn failed(admin: &Admin, actor: Actor, fault: ChangeFault, action: Action) -> Box<Response> {
+    let is_shared = admin.state.current().config.store.redis.is_some();
+    let (code, message) = match fault {
+        ChangeFault::Unavailable if !is_shared => {
+            ("shutting_down", "Nothing was changed, because a new process is replacing this one. Try again at once.")
+        }
+        ChangeFault::Unavailable => (
+            "quota_store_unavailable",
+            "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.",
+        ),
+        ChangeFault::Unconfirmed => {
+            audit::record(admin, actor, Action { after: json!({ "unconfirmed": true }), ..action }).await;
+            (
+                "quota_store_unavailable",
+                "The change may have been made, because Redis has not replied in time (store.redis.timeout). When /readyz no longer says that Redis is unavailable, look at the state, and try again if it is unchanged.",
+            )
+        }
+    };
+    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, code, message))
 }

@@ -200,7 +200,9 @@ async fn wait_until_connected(prepared: &PreparedConfig) {
 /// force, such as a copy that is put back, counts as written now if it changes quotas.
 fn stamp(old: &Config, new: &Config) -> u64 {
     let quotas = |config: &Config| -> Vec<_> {
-        config.environments.iter().map(|e| (e.name.clone(), e.quotas.clone())).collect()
+        let environments = config.environments.iter().map(|e| (e.name.clone(), e.quotas.clone()));
+        let upstreams = config.upstreams.iter().map(|u| (u.name.clone(), u.quotas.clone()));
+        environments.chain(upstreams).collect()
     };
     if new.file_modified_ms > old.file_modified_ms || quotas(old) == quotas(new) {
         return new.file_modified_ms.max(old.file_modified_ms);

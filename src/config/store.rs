@@ -1,6 +1,6 @@
 //! `store`: where counters are stored.
 
-use super::description::{DefaultSpec, KeySpec, NONE, PATH, SectionSpec, TextSpec, ValueSpec, Word, text};
+use super::description::{DefaultSpec, KeySpec, NONE, PATH, SectionSpec, TextSpec, ValueSpec, Word};
 use super::setting::{Section, Setting};
 use super::{OnStoreFailure, RedisSettings, Secret, StoreSettings};
 use crate::redis;
@@ -58,7 +58,7 @@ const REDIS: SectionSpec = SectionSpec {
         .fixed(),
         KeySpec::new(
             "prefix",
-            ValueSpec::Text(text("text")),
+            ValueSpec::Text(TextSpec { label: "text without { and }", pattern: "^[^{}]*$" }),
             DefaultSpec::Value("tollgate"),
             "prefix of every Redis key",
         )
@@ -107,11 +107,22 @@ pub(super) fn read(top: &Section<'_>) -> StoreSettings {
     }
 }
 
+/// Braces would change the hash tag of the keys, by which a cluster finds their server.
+fn prefix(section: &Section<'_>) -> String {
+    let prefix = section.text("prefix");
+    if prefix.contains(['{', '}'])
+        && let Some(setting) = section.get("prefix")
+    {
+        setting.fault("it must not contain { or }; remove them");
+    }
+    prefix.to_owned()
+}
+
 fn redis_settings(setting: &Setting<'_>) -> Option<RedisSettings> {
     let section = setting.section(&REDIS)?;
     let url = section.require("url");
     Some(RedisSettings {
-        prefix: section.text("prefix").to_owned(),
+        prefix: prefix(&section),
         timeout: redis_timeout(&section),
         on_failure: match section.word("on_failure") {
             "closed" => OnStoreFailure::Closed,

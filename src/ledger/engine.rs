@@ -6,7 +6,7 @@
 
 use super::demand::{Admission, Backend, Demand, Forecast, Grant, NoRoom, Progress, Settlement, Shortage};
 use super::local::{Backing, Local, Residence};
-use super::overrides::{EnforceOverride, LimitChange, OverrideSet, QuotaKey};
+use super::overrides::{ChangeFault, EnforceOverride, LimitChange, OverrideSet, QuotaKey};
 use super::reservation::UpstreamPart;
 use super::sync::{RedisStatus, RedisSync, upstream_demand};
 use super::usage_history::Totals;
@@ -201,7 +201,7 @@ impl Engine {
         &self,
         key: QuotaKey<'_>,
         change: Option<&LimitChange>,
-    ) -> Result<bool, NoRoom> {
+    ) -> Result<bool, ChangeFault> {
         if let Self::Shared(sync) = self
             && !sync.set_limit(key, change).await?
         {
@@ -214,7 +214,7 @@ impl Engine {
     ///
     /// # Errors
     /// The counters are in Redis, and Redis is unavailable.
-    pub(super) async fn set_enforce(&self, change: Option<EnforceOverride>) -> Result<(), NoRoom> {
+    pub(super) async fn set_enforce(&self, change: Option<EnforceOverride>) -> Result<(), ChangeFault> {
         if let Self::Shared(sync) = self {
             sync.set_enforce(change.as_ref()).await?;
         }
@@ -226,7 +226,7 @@ impl Engine {
     ///
     /// # Errors
     /// The counters are in Redis, and Redis is unavailable.
-    pub(super) async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, NoRoom> {
+    pub(super) async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, ChangeFault> {
         if let Self::Shared(sync) = self
             && !sync.reset(key).await?
         {

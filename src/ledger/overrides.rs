@@ -3,6 +3,15 @@
 use crate::clock::Timestamp;
 use crate::quota::{Kind, Quota};
 
+/// Why a change of an administrator has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeFault {
+    /// Nothing was changed: Redis is unavailable, or a new process has the counters.
+    Unavailable,
+    /// Redis has sent no reply. It may have made the change, or may still make it.
+    Unconfirmed,
+}
+
 /// Identifies a quota of an environment, as the admin API does.
 #[derive(Clone, Copy, Debug)]
 pub struct QuotaKey<'a> {
@@ -16,7 +25,13 @@ pub struct QuotaKey<'a> {
     pub per: &'a str,
 }
 
-impl QuotaKey<'_> {
+impl<'q> QuotaKey<'q> {
+    /// The key of a quota.
+    pub(super) fn of(quota: &'q Quota) -> Self {
+        let (scope, name) = (quota.scope.as_str(), quota.scope.name());
+        Self { scope, name, kind: quota.kind, per: &quota.per.text }
+    }
+
     /// Whether this is the key of a quota.
     pub fn matches(&self, quota: &Quota) -> bool {
         (self.scope, self.name, self.kind, self.per)

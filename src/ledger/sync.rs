@@ -9,7 +9,7 @@ mod task;
 
 use super::demand::{Admission, Demand, Grant, NoRoom, Progress, Settlement};
 use super::dependents::Dependents;
-use super::overrides::{EnforceOverride, LimitChange, QuotaKey};
+use super::overrides::{ChangeFault, EnforceOverride, LimitChange, QuotaKey};
 use super::replica::admission::ReserveOutcome;
 use super::replica::{Replica, ReplicaSettings};
 use crate::clock;
@@ -237,12 +237,12 @@ impl RedisSync {
     /// Sets a limit for all nodes. Returns whether the quota exists.
     ///
     /// # Errors
-    /// Redis is unavailable.
+    /// Redis is unavailable, or has sent no reply.
     pub(super) async fn set_limit(
         &self,
         key: QuotaKey<'_>,
         change: Option<&LimitChange>,
-    ) -> Result<bool, NoRoom> {
+    ) -> Result<bool, ChangeFault> {
         let exists = self.run(|replica| replica.limit_command(clock::now(), key, change)).await?;
         self.refresh().await;
         Ok(exists)
@@ -270,8 +270,8 @@ impl RedisSync {
     /// Sets whether quotas are enforced on all nodes.
     ///
     /// # Errors
-    /// Redis is unavailable.
-    pub(super) async fn set_enforce(&self, change: Option<&EnforceOverride>) -> Result<(), NoRoom> {
+    /// Redis is unavailable, or has sent no reply.
+    pub(super) async fn set_enforce(&self, change: Option<&EnforceOverride>) -> Result<(), ChangeFault> {
         self.run(|replica| Some(replica.enforce_command(clock::now(), change))).await?;
         self.refresh().await;
         Ok(())
@@ -280,8 +280,8 @@ impl RedisSync {
     /// Resets quotas of all nodes to full. Returns whether a quota matches the key.
     ///
     /// # Errors
-    /// Redis is unavailable.
-    pub(super) async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, NoRoom> {
+    /// Redis is unavailable, or has sent no reply.
+    pub(super) async fn reset(&self, key: Option<QuotaKey<'_>>) -> Result<bool, ChangeFault> {
         let exists = self.run(|replica| replica.reset_command(clock::now(), key)).await?;
         self.refresh().await;
         Ok(exists)
@@ -289,18 +289,21 @@ impl RedisSync {
 
     /// Runs a command of an administrator. `false`: there is no command to run. If a calendar period ends before
     /// Redis runs the command, the command is built again.
-    async fn run(&self, command: impl Fn(&mut Replica) -> Option<ScriptCommand>) -> Result<bool, NoRoom> {
+    async fn run(&self, command: impl Fn(&mut Replica) -> Option<ScriptCommand>) -> Result<bool, ChangeFault> {
         for _ in 0..MAX_ATTEMPTS {
             let Some(command) = self.with_replica(&command) else { return Ok(false) };
-            let reply = self.call(&command).await.map_err(|_| NoRoom::Unavailable)?;
+            let generation = self.generation.load(Ordering::Relaxed);
+            let permit =
+                self.connection.permit_of_any(generation).await.map_err(|_| ChangeFault::Unavailable)?;
+            let reply = permit.call(&self.keys, &command).await.map_err(|_| ChangeFault::Unconfirmed)?;
             match reply.verdict {
                 Verdict::Done => return Ok(true),
                 Verdict::StalePeriod | Verdict::DeadlinePassed => {}
-                _ => return Err(NoRoom::Unavailable),
+                _ => return Err(ChangeFault::Unavailable),
             }
             self.with_replica(|replica| replica.record_time(clock::now(), &reply));
         }
-        Err(NoRoom::Unavailable)
+        Err(ChangeFault::Unavailable)
     }
 
     async fn call(&self, command: &ScriptCommand) -> Result<ScriptReply, Unavailable> {

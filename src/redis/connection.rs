@@ -127,6 +127,11 @@ pub fn check_url(url: &str) -> Result<(), String> {
     RedisUrl::parse(url).map(|_| ())
 }
 
+/// Identifies the server of a URL, whoever logs in and however.
+pub fn server_identity(url: &str) -> String {
+    RedisUrl::parse(url).map(|url| format!("{:?} {}", url.topology, url.login.db())).unwrap_or_default()
+}
+
 impl FailFastConnection {
     /// Prepares a connection to the server at `url` that has the slot of `slot_key`, a key of the environment. All keys
     /// begin with `prefix`. A server that is silent for longer than `timeout` is unavailable. [`run`](Self::run)
@@ -159,6 +164,14 @@ impl FailFastConnection {
         self.permit_with(generation, true).await
     }
 
+    /// As [`permit`](Self::permit), however many calls are in the queue.
+    ///
+    /// # Errors
+    /// The connection is lost, or was lost while this call was in the queue.
+    pub async fn permit_of_any(&self, generation: u64) -> Result<CallPermit<'_>, Unavailable> {
+        self.permit_with(generation, false).await.map_err(|_| Unavailable)
+    }
+
     async fn permit_with(&self, generation: u64, has_limit: bool) -> Result<CallPermit<'_>, CallRefusal> {
         let (current, server) = self.current_server().ok_or(CallRefusal::CircuitOpen)?;
         if current != generation {
@@ -178,8 +191,7 @@ impl FailFastConnection {
         keys: &[String],
         command: &ScriptCommand,
     ) -> Result<ScriptReply, Unavailable> {
-        let permit = self.permit_with(generation, false).await.map_err(|_| Unavailable)?;
-        permit.call(keys, command).await
+        self.permit_of_any(generation).await?.call(keys, command).await
     }
 
     /// Runs a command of the script on the working connection.
@@ -367,19 +379,19 @@ impl FailFastConnection {
     pub async fn setting_faults(&self) -> Result<Vec<String>, Unavailable> {
         let (generation, mut server) = self.current_server().ok_or(Unavailable)?;
         let (discovery, timer) = (&self.shared.discovery, &self.shared.circuit.timer);
-        let query = async {
-            let info = redis::cmd("INFO").query_async::<String>(&mut server.redis).await;
-            let mut save = redis::cmd("CONFIG");
-            let save = save.arg("GET").arg("save").query_async::<Vec<String>>(&mut server.redis).await;
-            (info, save)
-        };
-        let Some((info, save)) = timer.run(Duration::ZERO, pin!(query)).await else {
+        let silent = || {
             let reason = no_reply_within(timer.timeout());
             self.disconnect(generation, &format!("{} {reason}", server.address));
-            return Err(Unavailable);
+            Unavailable
         };
-        match info {
+        // Each query has the whole timeout for its reply.
+        let info = redis::cmd("INFO");
+        let info = timer.run(Duration::ZERO, pin!(info.query_async::<String>(&mut server.redis))).await;
+        match info.ok_or_else(silent)? {
             Ok(info) => {
+                let mut save = redis::cmd("CONFIG");
+                let save = pin!(save.arg("GET").arg("save").query_async::<Vec<String>>(&mut server.redis));
+                let save = timer.run(Duration::ZERO, save).await.ok_or_else(silent)?;
                 // There is no note about this setting if the user has no right to read it.
                 let save = save.ok().and_then(|pair| pair.into_iter().nth(1));
                 Ok(requirements::setting_faults(&info, save.as_deref(), discovery.is_cluster()))

@@ -5,7 +5,8 @@ use super::lease::LeaseAction;
 use super::session::value;
 use crate::clock::Timestamp;
 use crate::ledger::demand::{Admission, Demand, NoRoom};
-use crate::quota::Applicable;
+use crate::ledger::overrides::QuotaKey;
+use crate::quota::{Applicable, Quota, Shortfall, Wait};
 use crate::redis::{self, OnShortage, ReserveRequest, ScriptCommand, ScriptReply, Verdict};
 
 /// A call that requests a reservation from Redis.
@@ -192,11 +193,24 @@ impl Replica {
             return Err(NoRoom::Unavailable);
         }
         let now = self.redis_time(own);
-        let mut admission = self.local.try_admit(now, demand)?;
+        let admitted = self.local.try_admit(now, demand);
+        let mut admission = admitted.map_err(|no_room| self.for_the_whole_quotas(no_room))?;
         let id = self.take_id();
         admission.grant.id = Some(id);
         self.track(id, false, &admission.grant.receipts);
         Ok(admission)
+    }
+
+    /// A request that can never fit in this node's share, but in the whole quotas, needs Redis.
+    fn for_the_whole_quotas(&self, no_room: NoRoom) -> NoRoom {
+        let NoRoom::Quota(denied) = &no_room else { return no_room };
+        let whole = self.local.overrides.in_force();
+        let needs_redis = |short: &Shortfall| {
+            let key = QuotaKey::of(&short.quota);
+            let capacity = whole.iter().find(|quota| key.matches(quota)).map_or(0, Quota::capacity);
+            short.wait == Wait::Never && short.requested <= capacity
+        };
+        if denied.shortfalls().iter().any(needs_redis) { NoRoom::Unavailable } else { no_room }
     }
 
     /// Tracks a reservation that Redis holds. Redis persists it, so this node's store need not.

@@ -67,6 +67,21 @@ impl Replica {
         }
     }
 
+    /// What happens to requests while Redis is unavailable.
+    pub(in crate::ledger) fn on_failure(&self) -> OnStoreFailure {
+        self.config.on_failure
+    }
+
+    /// Whether this node has usage that Redis has not confirmed.
+    pub(in crate::ledger) fn has_unreported(&mut self, own: Timestamp) -> bool {
+        let now = self.redis_time(own);
+        let has_offline_usage = self.offline.as_mut().is_some_and(|offline| {
+            let usage = offline_usage(offline.unspent.states(now), offline.spent.states(now));
+            usage.iter().any(|usage| usage.amount > 0)
+        });
+        has_offline_usage || !self.journal.entries.is_empty()
+    }
+
     /// Takes the amounts that this node has spent without Redis from its counters.
     fn take_offline_usage(&mut self, now: Timestamp, usage: &[OfflineUsage]) {
         for (index, (mut state, usage)) in self.local.quotas.states(now).into_iter().zip(usage).enumerate() {

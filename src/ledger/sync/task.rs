@@ -2,6 +2,7 @@
 
 use super::{MAX_ATTEMPTS, RedisSync};
 use crate::clock;
+use crate::config::OnStoreFailure;
 use crate::ledger::replica::session::Joined;
 use crate::ledger::replica::{Replica, ReplicaSettings};
 use crate::redis::{self, Verdict};
@@ -33,10 +34,7 @@ impl RedisSync {
                 if self.join().await.is_some() {
                     tracing::info!(environment = self.environment, "quotas are shared through Redis");
                     self.sync_until_lost().await;
-                    tracing::warn!(
-                        environment = self.environment,
-                        "Redis is unavailable: quotas are counted on this node"
-                    );
+                    self.log_loss();
                 }
                 self.with_replica(|replica| replica.go_offline(clock::now()));
                 self.take_waiting_for_flush();
@@ -48,7 +46,29 @@ impl RedisSync {
             _ = stop.wait_for(|stops| *stops) => {}
         }
         let max_time = MIN_LEAVE_TIME.max(2 * self.times.max_call_delay);
-        drop(timeout(max_time, self.leave()).await);
+        let has_left = timeout(max_time, self.leave()).await.is_ok();
+        if !has_left && self.with_replica(|replica| replica.has_unreported(clock::now())) {
+            tracing::warn!(
+                environment = self.environment,
+                "Redis is unavailable: the usage that this node has not reported is lost"
+            );
+        }
+    }
+
+    /// Logs that Redis has become unavailable, and what happens to requests.
+    fn log_loss(&self) {
+        let environment = &self.environment;
+        match self.with_replica(|replica| replica.on_failure()) {
+            OnStoreFailure::Local => {
+                tracing::warn!(environment, "Redis is unavailable: quotas are counted on this node");
+            }
+            OnStoreFailure::Open => {
+                tracing::warn!(environment, "Redis is unavailable: this node starts with full quotas (store.redis.on_failure: open)");
+            }
+            OnStoreFailure::Closed => {
+                tracing::warn!(environment, "Redis is unavailable: requests are refused (store.redis.on_failure: closed)");
+            }
+        }
     }
 
     /// Logs each setting of the server that is wrong for shared quotas, or worth a note, and was not at the last check.
