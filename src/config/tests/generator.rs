@@ -128,6 +128,7 @@ impl Generator {
             ("redis", "url") => self
                 .pick(&["redis://r", "rediss://me:a-pass@word@r:1/2?ca_file=/a", "redis+sentinel://:p@a,b/m"])
                 .into(),
+            ("redis", "prefix") => self.pick(&["text", "null", "12", "a: b", "it's", "é # x"]).into(),
             ("redis", "timeout") => self.pick(&["20ms", "1.5s", "second"]).into(),
             ("otlp", "endpoint") => self.pick(&["http://c:4318", "HTTPS://[::1]/otlp/v1/traces"]).into(),
             ("otlp", "headers") => json!({"x-key": "a-key-of-the-collector"}),
