@@ -39,8 +39,6 @@ async fn answers_and_refusals_are_those_of_http1() {
         ("POST", CHAT, "", &*hello(r#""stream":true"#)),
         ("POST", CHAT, "", &large),
         ("HEAD", "/", "", ""),
-        ("HEAD", CHAT, "", ""),
-        ("HEAD", "/closed/v1/models", "", ""),
         ("GET", "/v1/nothing", "", ""),
         ("GET", CHAT, "", ""),
         ("POST", "/closed/v1/chat/completions", "", HELLO),
@@ -72,6 +70,11 @@ async fn answers_and_refusals_are_those_of_http1() {
             assert_eq!(second.header(name), first.header(name), "{what}");
         }
         assert_eq!((second.header("connection"), second.header("transfer-encoding")), (None, None), "{what}");
+    }
+    // A body would be an error of the protocol.
+    for (target, status) in [(CHAT, 405), ("/closed/v1/models", 401)] {
+        let reply = caller.request("HEAD", target, "", b"").await;
+        assert_eq!((reply.status, &*reply.text(), reply.is_incomplete), (status, "", false), "{target}");
     }
     // The requests over HTTP/2 are charged too.
     assert_eq!(gateway.settled_charges().await[0], 2 * 3 + 2);

@@ -1,6 +1,7 @@
 //! Nodes whose Redis is killed, frozen, flushed or not started yet.
 
 use super::{Nodes, config};
+use crate::support::proxy::{Mode, Proxy};
 use crate::support::redis::{Redis, send_signal};
 use crate::support::*;
 use std::time::Duration;
@@ -299,22 +300,72 @@ async fn a_node_that_stops_during_a_short_outage_sends_all_its_steps() {
     assert_eq!(nodes[0].environment().await["shared"]["nodes"], 1);
 }
 
+/// Sets the limit of a node's quota by the admin API.
+async fn set_limit(node: &Gateway, body: &str) -> Reply {
+    let mut caller = Caller::connect(node.admin).await;
+    let path = "/api/environments/staging/quotas/total_tokens/day";
+    let (host, length) = (node.admin, body.len());
+    let request =
+        format!("PUT {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
+    caller.send(request.as_bytes()).await;
+    caller.reply().await
+}
+
 #[tokio::test]
 async fn a_limit_cannot_be_set_while_redis_is_unavailable() {
     let mut redis = Redis::start();
     let upstream = Upstream::always(Answer::chat(8, 92)).await;
     let nodes = Nodes::start(&redis, &upstream, 1, THOUSAND_TOKENS, "").await;
     redis.kill();
-    let mut caller = Caller::connect(nodes[0].admin).await;
-    let path = "/api/environments/staging/quotas/total_tokens/day";
-    let body = r#"{"limit":5}"#;
-    let request = format!(
-        "PUT {path} HTTP/1.1\r\nhost: {}\r\ncontent-length: {}\r\n\r\n{body}",
-        nodes[0].admin,
-        body.len()
-    );
-    caller.send(request.as_bytes()).await;
-    let reply = caller.reply().await;
+    let reply = set_limit(&nodes[0], r#"{"limit":5}"#).await;
     assert_eq!((reply.status, &reply.json()["error"]["code"]), (503, &"quota_store_unavailable".into()));
     assert_eq!(nodes[0].environment().await["quotas"][0]["source"], "file");
+}
+
+#[tokio::test]
+async fn a_change_without_a_reply_may_have_been_made_and_is_in_the_audit_log() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 1, THOUSAND_TOKENS, "").await;
+    let node = &nodes[0];
+    let process = redis.process_id();
+    send_signal(&process, "STOP");
+    let reply = set_limit(node, r#"{"limit":5,"reason":"a test"}"#).await;
+    send_signal(&process, "CONT");
+    assert_eq!((reply.status, &reply.json()["error"]["code"]), (503, &"quota_store_unavailable".into()));
+    assert!(reply.text().contains("The change may have been made"), "{}", reply.text());
+    let audit = node.admin_get("/api/audit").await.json();
+    let entry = &audit["entries"][0];
+    assert_eq!((&entry["action"], &entry["reason"]), (&"limit_set".into(), &"a test".into()), "{audit}");
+    assert_eq!(entry["after"]["unconfirmed"], true, "{audit}");
+}
+
+#[tokio::test]
+async fn a_request_larger_than_the_share_of_its_node_waits_for_redis_and_is_no_fault_of_its_caller() {
+    let mut redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    let nodes = Nodes::start(&redis, &upstream, 2, THOUSAND_TOKENS, "").await;
+    let large = hello(r#""max_tokens":700"#);
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    redis.kill();
+    wait_until_shared(&nodes, false).await;
+    let refused = nodes[0].chat(&large).await;
+    assert_eq!(refused.refusal(), (503, "quota_store_unavailable".into()), "{}", refused.text());
+    let larger = nodes[0].chat(&hello(r#""max_tokens":1700"#)).await;
+    assert_eq!(larger.refusal(), (400, "request_exceeds_quota".into()), "{}", larger.text());
+    redis.restart();
+    wait_until_shared(&nodes, true).await;
+    assert_eq!(nodes[0].chat(&large).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_server_is_used_whose_replies_take_most_of_the_timeout() {
+    let redis = Redis::start();
+    let proxy = Proxy::start(&redis.socket()).await;
+    proxy.set(Mode::Slow);
+    let upstream = Upstream::always(Answer::chat(8, 92)).await;
+    // Each reply takes 200 ms, and two replies more than the timeout.
+    let config = config(&redis, &upstream, 1, THOUSAND_TOKENS, "timeout: 320ms");
+    let nodes = [Gateway::from_config(&config.replace(&redis.url, &proxy.url())).await];
+    wait_until_shared(&nodes, true).await;
 }
